@@ -1,1 +1,4 @@
-//! To be written.
+//! The tunnel: how two nodes come to share keys, and what they do with them.
+
+pub mod replay;
+pub mod session;

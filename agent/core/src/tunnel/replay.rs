@@ -1,0 +1,156 @@
+//! The window that tells a datagram's first arrival from its second (RFC 6479).
+
+use crate::drop::DropReason;
+
+const WORDS: usize = 64;
+const WORD_BITS: u64 = u64::BITS as u64;
+
+/// Which counters of one (session, lane) have been seen.
+///
+/// A ring of words, of which the one in use by the highest counter is filled bit by bit: moving on
+/// clears whole words and never shifts. Owned by the one worker that receives the lane, so nothing
+/// in here is shared. 520 bytes.
+#[derive(Debug, Clone)]
+pub struct ReplayWindow {
+    highest: u64,
+    seen: [u64; WORDS],
+}
+
+impl ReplayWindow {
+    /// How far behind the highest counter a datagram may arrive, in datagrams.
+    pub const WIDTH: u64 = (WORDS as u64 - 1) * WORD_BITS;
+
+    /// A window that has seen nothing.
+    pub const fn new() -> Self {
+        Self { highest: 0, seen: [0; WORDS] }
+    }
+
+    /// Notes `counter`; call it once the datagram has proved authentic and never before, or a
+    /// stranger could move the window.
+    ///
+    /// # Errors
+    /// [`DropReason::Replayed`] where the counter was seen, [`DropReason::ReplayWindow`] where it
+    /// lies too far back to tell.
+    #[inline]
+    pub fn check_and_set(&mut self, counter: u64) -> Result<(), DropReason> {
+        let word = counter / WORD_BITS;
+        if counter > self.highest {
+            let top = self.highest / WORD_BITS;
+            for step in 1..=(word - top).min(WORDS as u64) {
+                self.seen[slot(top + step)] = 0;
+            }
+            self.highest = counter;
+        } else if self.highest - counter >= Self::WIDTH {
+            return Err(DropReason::ReplayWindow);
+        }
+        let bit = 1 << (counter % WORD_BITS);
+        let seen = &mut self.seen[slot(word)];
+        if *seen & bit != 0 {
+            return Err(DropReason::Replayed);
+        }
+        *seen |= bit;
+        Ok(())
+    }
+}
+
+impl Default for ReplayWindow {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn slot(word: u64) -> usize {
+    (word % WORDS as u64) as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const WIDTH: u64 = ReplayWindow::WIDTH;
+    const REPLAYED: Result<(), DropReason> = Err(DropReason::Replayed);
+    const TOO_OLD: Result<(), DropReason> = Err(DropReason::ReplayWindow);
+
+    #[test]
+    fn first_counters_are_taken_once() {
+        let mut window = ReplayWindow::new();
+        for counter in [0, 1, 2, 5, 4, 3, 63, 64, 65] {
+            assert_eq!(window.check_and_set(counter), Ok(()), "{counter}");
+            assert_eq!(window.check_and_set(counter), REPLAYED, "{counter}");
+        }
+        assert_eq!(window.check_and_set(6), Ok(()));
+    }
+
+    #[test]
+    fn the_far_edge_is_exact() {
+        let mut window = ReplayWindow::new();
+        let top = WIDTH + 1000;
+        assert_eq!(window.check_and_set(top), Ok(()));
+        assert_eq!(window.check_and_set(top - WIDTH), TOO_OLD);
+        assert_eq!(window.check_and_set(top - WIDTH + 1), Ok(()));
+        assert_eq!(window.check_and_set(top - WIDTH + 1), REPLAYED);
+        assert_eq!(window.check_and_set(0), TOO_OLD);
+    }
+
+    #[test]
+    fn words_are_cleared_when_the_ring_comes_round() {
+        let mut window = ReplayWindow::new();
+        let ring = WORDS as u64 * WORD_BITS;
+        for counter in 0..ring {
+            assert_eq!(window.check_and_set(counter), Ok(()));
+        }
+        // Same slots, next round.
+        for counter in ring..2 * ring {
+            assert_eq!(window.check_and_set(counter), Ok(()), "{counter}");
+        }
+        assert_eq!(window.check_and_set(2 * ring - 1), REPLAYED);
+    }
+
+    #[test]
+    fn a_leap_over_the_whole_ring_forgets_everything_before() {
+        let mut window = ReplayWindow::new();
+        for counter in 0..300 {
+            assert_eq!(window.check_and_set(counter), Ok(()));
+        }
+        assert_eq!(window.check_and_set(1 << 40), Ok(()));
+        assert_eq!(window.check_and_set(299), TOO_OLD);
+        for back in 1..WIDTH {
+            assert_eq!(window.check_and_set((1 << 40) - back), Ok(()), "{back}");
+        }
+    }
+
+    #[test]
+    fn the_last_counters_do_not_overflow() {
+        let mut window = ReplayWindow::new();
+        assert_eq!(window.check_and_set(u64::MAX), Ok(()));
+        assert_eq!(window.check_and_set(u64::MAX), REPLAYED);
+        assert_eq!(window.check_and_set(u64::MAX - 1), Ok(()));
+        assert_eq!(window.check_and_set(u64::MAX - WIDTH), TOO_OLD);
+        assert_eq!(window.check_and_set(0), TOO_OLD);
+    }
+
+    proptest! {
+        /// Against a set that forgets nothing.
+        #[test]
+        fn agrees_with_a_model(steps in prop::collection::vec((0u64..9000, any::<bool>()), 1..400)) {
+            let mut window = ReplayWindow::new();
+            let (mut seen, mut highest) = (HashSet::new(), 0u64);
+            for (step, ahead) in steps {
+                let counter = if ahead { highest + step % 5000 } else { highest.saturating_sub(step) };
+                let expected = if counter <= highest && highest - counter >= WIDTH {
+                    TOO_OLD
+                } else if !seen.insert(counter) {
+                    REPLAYED
+                } else {
+                    Ok(())
+                };
+                prop_assert_eq!(window.check_and_set(counter), expected);
+                highest = highest.max(counter);
+            }
+        }
+    }
+}

@@ -1,0 +1,536 @@
+//! What is left of a handshake once it is done: keys, counters, and who is at the other end.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use aws_lc_rs::aead::{self, Aad, LessSafeKey, Nonce, UnboundKey};
+use aws_lc_rs::hkdf::{HKDF_SHA256, Prk, Salt};
+use zeroize::Zeroizing;
+
+use crate::drop::DropReason;
+use crate::route::PeerId;
+use crate::time::Time;
+use crate::wire::header::{
+    CONTROL_LANE, Flags, HEADER_LEN, Header, MAX_LANES, MessageType, OVERHEAD, TAG_LEN,
+};
+
+/// A sender refuses from this counter on ([`DropReason::CounterExhausted`]).
+pub const COUNTER_LIMIT: u64 = 1 << 40;
+/// From this counter on the engine asks for new keys: far before [`COUNTER_LIMIT`].
+pub const COUNTER_REKEY: u64 = 1 << 36;
+
+const KEY_LEN: usize = 32;
+const KEY_SALT: &[u8] = b"skein v1 transport";
+const KEY_LABEL: &[u8] = b"skein v1 lane key";
+
+/// The AEAD of a session's data. Both take 32-byte keys and 12-byte nonces, and add 16 bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Cipher {
+    /// AES-256 in Galois/counter mode (NIST SP 800-38D).
+    Aes256Gcm,
+    /// ChaCha20 and Poly1305 (RFC 8439).
+    ChaCha20Poly1305,
+}
+
+impl Cipher {
+    /// How configuration, reports and metrics name it.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Cipher::Aes256Gcm => "aes256-gcm",
+            Cipher::ChaCha20Poly1305 => "chacha20-poly1305",
+        }
+    }
+
+    /// Its number on the wire, and in the derivation of its keys.
+    pub(crate) const fn number(self) -> u8 {
+        match self {
+            Cipher::Aes256Gcm => 1,
+            Cipher::ChaCha20Poly1305 => 2,
+        }
+    }
+
+    fn algorithm(self) -> &'static aead::Algorithm {
+        match self {
+            Cipher::Aes256Gcm => &aead::AES_256_GCM,
+            Cipher::ChaCha20Poly1305 => &aead::CHACHA20_POLY1305,
+        }
+    }
+}
+
+impl fmt::Display for Cipher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.label())
+    }
+}
+
+/// Everything that makes a [`Session`].
+pub struct SessionParams {
+    /// Who is at the other end.
+    pub peer: PeerId,
+    /// Index by which the other end addresses this session.
+    pub local_index: u32,
+    /// Index by which this end addresses it.
+    pub remote_index: u32,
+    /// AEAD of the data.
+    pub cipher: Cipher,
+    /// Lanes that this end sends on, 1 to 64.
+    pub local_lanes: u8,
+    /// Lanes that the other end sends on, 1 to 64.
+    pub remote_lanes: u8,
+    /// When the handshake was done.
+    pub established: Time,
+    /// Whether this end sent the initiation.
+    pub initiator: bool,
+    /// The handshake's split: the key of what the initiator sends, then of what the responder sends.
+    pub secret: [Zeroizing<[u8; KEY_LEN]>; 2],
+}
+
+/// Why there is no session from [`SessionParams`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum SessionError {
+    /// A number of lanes is not in 1..=64.
+    #[error("{0} lanes: must be 1 to 64")]
+    Lanes(u8),
+    /// The cryptographic library refused.
+    #[error("key derivation failed")]
+    Derivation,
+}
+
+/// Keys and counters between this node and a peer, good for at most 180 seconds.
+///
+/// Shared by all lanes and immutable but for counters: each (direction, lane) has a key of its own,
+/// so lanes neither wait for each other nor touch each other's cache lines.
+pub struct Session {
+    /// Who is at the other end.
+    pub peer: PeerId,
+    /// Index by which the other end addresses this session.
+    pub local_index: u32,
+    /// Index by which this end addresses it.
+    pub remote_index: u32,
+    /// AEAD of the data.
+    pub cipher: Cipher,
+    /// Lanes that this end sends on.
+    pub local_lanes: u8,
+    /// Lanes that the other end sends on.
+    pub remote_lanes: u8,
+    /// When the handshake was done.
+    pub established: Time,
+    /// Whether this end sent the initiation.
+    pub initiator: bool,
+    senders: Box<[Sender]>,
+    receivers: Box<[Receiver]>,
+    control_sender: Sender,
+    control_receiver: Receiver,
+    traffic: Traffic,
+    expired: AtomicBool,
+}
+
+impl Session {
+    /// Derives the keys of every lane in use and of the control lane.
+    ///
+    /// # Errors
+    /// [`SessionError::Lanes`] where a number of lanes is impossible.
+    pub fn new(params: SessionParams) -> Result<Session, SessionError> {
+        for lanes in [params.local_lanes, params.remote_lanes] {
+            if lanes == 0 || usize::from(lanes) > MAX_LANES {
+                return Err(SessionError::Lanes(lanes));
+            }
+        }
+        let [forward, back] = &params.secret;
+        let forward = Derivation::new(forward, params.cipher, 0);
+        let back = Derivation::new(back, params.cipher, 1);
+        let (out, inward) = if params.initiator { (forward, back) } else { (back, forward) };
+
+        let sender = |lane| Sender::new(out.key(lane)?, lane, params.remote_index);
+        let receiver = |lane| Ok(Receiver { key: inward.key(lane)?, lane });
+        Ok(Session {
+            peer: params.peer,
+            local_index: params.local_index,
+            remote_index: params.remote_index,
+            cipher: params.cipher,
+            local_lanes: params.local_lanes,
+            remote_lanes: params.remote_lanes,
+            established: params.established,
+            initiator: params.initiator,
+            senders: (0..params.local_lanes).map(sender).collect::<Result<_, _>>()?,
+            receivers: (0..params.remote_lanes).map(receiver).collect::<Result<_, _>>()?,
+            control_sender: sender(CONTROL_LANE)?,
+            control_receiver: receiver(CONTROL_LANE)?,
+            traffic: Traffic::default(),
+            expired: AtomicBool::new(false),
+        })
+    }
+
+    /// The sending half of one of this end's lanes; [`CONTROL_LANE`] is the engine's.
+    #[inline]
+    pub fn sender(&self, lane: u8) -> Option<&Sender> {
+        match lane {
+            CONTROL_LANE => Some(&self.control_sender),
+            lane => self.senders.get(usize::from(lane)),
+        }
+    }
+
+    /// The receiving half of one of the other end's lanes; [`CONTROL_LANE`] is the engine's.
+    #[inline]
+    pub fn receiver(&self, lane: u8) -> Option<&Receiver> {
+        match lane {
+            CONTROL_LANE => Some(&self.control_receiver),
+            lane => self.receivers.get(usize::from(lane)),
+        }
+    }
+
+    /// What lanes have sent and received; they add to it once a batch.
+    #[inline]
+    pub fn traffic(&self) -> &Traffic {
+        &self.traffic
+    }
+
+    /// Whether the session is over: nothing may be sent or accepted by it any more.
+    #[inline]
+    pub fn is_expired(&self) -> bool {
+        self.expired.load(Ordering::Relaxed)
+    }
+
+    /// Ends the session for every lane that holds it, tables adopted or not.
+    pub(crate) fn expire(&self) {
+        self.expired.store(true, Ordering::Relaxed);
+    }
+
+    /// The highest counter that any lane will use next.
+    pub(crate) fn highest_counter(&self) -> u64 {
+        self.senders.iter().map(Sender::next_counter).max().unwrap_or(0)
+    }
+}
+
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Session")
+            .field("peer", &self.peer)
+            .field("local_index", &self.local_index)
+            .field("remote_index", &self.remote_index)
+            .field("cipher", &self.cipher)
+            .field("initiator", &self.initiator)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What went through a session: inner packets and their bytes, or whatever unit the lanes keep to;
+/// the engine looks only at whether they grow.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub struct Traffic {
+    /// Packets sent.
+    pub tx_packets: AtomicU64,
+    /// Bytes of these.
+    pub tx_bytes: AtomicU64,
+    /// Authentic packets received.
+    pub rx_packets: AtomicU64,
+    /// Bytes of these.
+    pub rx_bytes: AtomicU64,
+}
+
+impl Traffic {
+    /// Adds what a batch has sent.
+    pub fn sent(&self, packets: u64, bytes: u64) {
+        self.tx_packets.fetch_add(packets, Ordering::Relaxed);
+        self.tx_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Adds what a batch has received, after it proved authentic.
+    pub fn received(&self, packets: u64, bytes: u64) {
+        self.rx_packets.fetch_add(packets, Ordering::Relaxed);
+        self.rx_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+/// The sending half of one lane. Aligned so that two lanes' counters never share a cache line (nor
+/// the pair of lines that the prefetcher takes).
+#[repr(align(128))]
+pub struct Sender {
+    counter: AtomicU64,
+    key: LessSafeKey,
+    receiver: u32,
+    lane: u8,
+    kind: MessageType,
+}
+
+impl Sender {
+    fn new(key: LessSafeKey, lane: u8, receiver: u32) -> Result<Self, SessionError> {
+        let kind = if lane == CONTROL_LANE { MessageType::Control } else { MessageType::Data };
+        Ok(Self { counter: AtomicU64::new(0), key, receiver, lane, kind })
+    }
+
+    /// Writes one datagram to the start of `out`: header, sealed `plaintext`, tag. Out of place, so
+    /// that what was read is copied for nothing. Returns its length, `plaintext.len() + OVERHEAD`.
+    ///
+    /// # Errors
+    /// [`DropReason::CounterExhausted`] past [`COUNTER_LIMIT`]; [`DropReason::SealFailed`] where
+    /// `out` is too short.
+    #[inline]
+    pub fn seal(
+        &self,
+        flags: Flags,
+        plaintext: &[u8],
+        out: &mut [u8],
+    ) -> Result<usize, DropReason> {
+        let length = plaintext.len() + OVERHEAD;
+        let Some(out) = out.get_mut(..length) else { return Err(DropReason::SealFailed) };
+        // Relaxed: all that matters is that no two datagrams get the same number.
+        let counter = self.counter.fetch_add(1, Ordering::Relaxed);
+        if counter >= COUNTER_LIMIT {
+            return Err(DropReason::CounterExhausted);
+        }
+        let header =
+            Header { kind: self.kind, flags, lane: self.lane, receiver: self.receiver, counter };
+        let (head, rest) = out.split_at_mut(HEADER_LEN);
+        head.copy_from_slice(&header.to_bytes());
+        let (ciphertext, tag) = rest.split_at_mut(plaintext.len());
+        self.key
+            .seal_out_of_place_scatter(
+                nonce(counter),
+                Aad::from(&*head),
+                plaintext,
+                ciphertext,
+                &[],
+                tag,
+            )
+            .map_err(|_| DropReason::SealFailed)?;
+        Ok(length)
+    }
+
+    fn next_counter(&self) -> u64 {
+        self.counter.load(Ordering::Relaxed)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn set_counter(&self, counter: u64) {
+        self.counter.store(counter, Ordering::Relaxed);
+    }
+}
+
+/// The receiving half of one lane.
+pub struct Receiver {
+    key: LessSafeKey,
+    lane: u8,
+}
+
+impl Receiver {
+    /// Opens a datagram in place: its header and the plaintext. Replay is the caller's to check,
+    /// after this (`ReplayWindow::check_and_set`).
+    ///
+    /// # Errors
+    /// [`DropReason::OuterHeader`], [`DropReason::WrongLane`] where the header names another lane
+    /// or kind, [`DropReason::AuthFailed`]; the datagram's contents are then of no use.
+    #[inline]
+    pub fn open<'a>(&self, datagram: &'a mut [u8]) -> Result<(Header, &'a mut [u8]), DropReason> {
+        let header = Header::parse(datagram)?;
+        let kind = if self.lane == CONTROL_LANE { MessageType::Control } else { MessageType::Data };
+        if header.lane != self.lane || header.kind != kind {
+            return Err(DropReason::WrongLane);
+        }
+        if datagram.len() < HEADER_LEN + TAG_LEN {
+            return Err(DropReason::OuterHeader);
+        }
+        let (head, sealed) = datagram.split_at_mut(HEADER_LEN);
+        let plaintext = self
+            .key
+            .open_in_place(nonce(header.counter), Aad::from(&*head), sealed)
+            .map_err(|_| DropReason::AuthFailed)?;
+        Ok((header, plaintext))
+    }
+}
+
+/// Four zero bytes, then the counter, big endian.
+fn nonce(counter: u64) -> Nonce {
+    let mut bytes = [0; 12];
+    bytes[4..].copy_from_slice(&counter.to_be_bytes());
+    Nonce::assume_unique_for_key(bytes)
+}
+
+/// HKDF-SHA256 (RFC 5869) from one half of the handshake's split to the keys of its lanes.
+struct Derivation {
+    prk: Prk,
+    cipher: Cipher,
+    direction: u8,
+}
+
+impl Derivation {
+    fn new(secret: &[u8; KEY_LEN], cipher: Cipher, direction: u8) -> Self {
+        let prk = Salt::new(HKDF_SHA256, KEY_SALT).extract(secret);
+        Self { prk, cipher, direction }
+    }
+
+    fn bytes(&self, lane: u8) -> Result<Zeroizing<[u8; KEY_LEN]>, SessionError> {
+        let mut key = Zeroizing::new([0; KEY_LEN]);
+        let info = [KEY_LABEL, &[self.cipher.number(), self.direction, lane]];
+        self.prk
+            .expand(&info, HKDF_SHA256)
+            .and_then(|okm| okm.fill(key.as_mut()))
+            .map_err(|_| SessionError::Derivation)?;
+        Ok(key)
+    }
+
+    fn key(&self, lane: u8) -> Result<LessSafeKey, SessionError> {
+        UnboundKey::new(self.cipher.algorithm(), self.bytes(lane)?.as_ref())
+            .map(LessSafeKey::new)
+            .map_err(|_| SessionError::Derivation)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    const CIPHERS: [Cipher; 2] = [Cipher::Aes256Gcm, Cipher::ChaCha20Poly1305];
+
+    fn params(cipher: Cipher, initiator: bool) -> SessionParams {
+        let (local_lanes, remote_lanes) = if initiator { (3, 2) } else { (2, 3) };
+        SessionParams {
+            peer: PeerId(7),
+            local_index: if initiator { 0x1111 } else { 0x2222 },
+            remote_index: if initiator { 0x2222 } else { 0x1111 },
+            cipher,
+            local_lanes,
+            remote_lanes,
+            established: Time::default(),
+            initiator,
+            secret: [Zeroizing::new([1; 32]), Zeroizing::new([2; 32])],
+        }
+    }
+
+    fn pair(cipher: Cipher) -> (Session, Session) {
+        (Session::new(params(cipher, true)).unwrap(), Session::new(params(cipher, false)).unwrap())
+    }
+
+    #[test]
+    fn what_is_sealed_opens_at_the_other_end() {
+        for cipher in CIPHERS {
+            let (a, b) = pair(cipher);
+            for (from, to) in [(&a, &b), (&b, &a)] {
+                for lane in (0..from.local_lanes).chain([CONTROL_LANE]) {
+                    for (counter, len) in [0, 1, 15, 16, 64, 1400, 9000].into_iter().enumerate() {
+                        let plaintext: Vec<u8> = (0..len).map(|i| i as u8).collect();
+                        let mut out = vec![0xaa; len + OVERHEAD + 3];
+                        let sender = from.sender(lane).unwrap();
+                        let n = sender.seal(Flags::default(), &plaintext, &mut out).unwrap();
+                        assert_eq!(n, len + OVERHEAD);
+                        assert_eq!(out[n..], [0xaa; 3], "nothing past the datagram is touched");
+                        let (header, opened) =
+                            to.receiver(lane).unwrap().open(&mut out[..n]).unwrap();
+                        assert_eq!(header.counter, counter as u64);
+                        assert_eq!(header.receiver, to.local_index);
+                        assert_eq!(header.lane, lane);
+                        assert_eq!(opened, plaintext);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_flipped_bit_is_noticed() {
+        for cipher in CIPHERS {
+            let (a, b) = pair(cipher);
+            let mut sealed = [0; 40 + OVERHEAD];
+            let n = a.sender(1).unwrap().seal(Flags::PARTIAL_CHECKSUM, &[5; 40], &mut sealed);
+            assert_eq!(n, Ok(sealed.len()));
+            for bit in 0..sealed.len() * 8 {
+                let mut datagram = sealed;
+                datagram[bit / 8] ^= 1 << (bit % 8);
+                assert!(b.receiver(1).unwrap().open(&mut datagram).is_err(), "bit {bit}");
+            }
+            for len in 0..sealed.len() {
+                let mut datagram = sealed;
+                assert!(b.receiver(1).unwrap().open(&mut datagram[..len]).is_err(), "{len} bytes");
+            }
+            assert!(b.receiver(1).unwrap().open(&mut sealed).is_ok());
+        }
+    }
+
+    #[test]
+    fn lanes_directions_and_sessions_have_keys_of_their_own() {
+        for cipher in CIPHERS {
+            let (a, b) = pair(cipher);
+            let mut sealed = [0; 8 + OVERHEAD];
+            a.sender(0).unwrap().seal(Flags::default(), &[5; 8], &mut sealed).unwrap();
+            let result = b.receiver(1).unwrap().open(&mut sealed.clone()).map(drop);
+            assert_eq!(result, Err(DropReason::WrongLane));
+            // The same bytes with the lane forged.
+            let mut forged = sealed;
+            forged[2] = 1;
+            let result = b.receiver(1).unwrap().open(&mut forged).map(drop);
+            assert_eq!(result, Err(DropReason::AuthFailed));
+            // Reflected to its sender.
+            let result = a.receiver(0).unwrap().open(&mut sealed.clone()).map(drop);
+            assert_eq!(result, Err(DropReason::AuthFailed));
+            assert!(a.sender(3).is_none() && a.receiver(2).is_none() && b.sender(2).is_none());
+        }
+    }
+
+    #[test]
+    fn all_derived_keys_differ() {
+        let mut keys = Vec::new();
+        for (direction, secret) in [(0, [1; 32]), (1, [2; 32]), (0, [3; 32]), (1, [1; 32])] {
+            for cipher in CIPHERS {
+                for lane in (0..64).chain([CONTROL_LANE]) {
+                    let key = Derivation::new(&secret, cipher, direction).bytes(lane).unwrap();
+                    assert!(!keys.contains(&*key));
+                    keys.push(*key);
+                }
+            }
+        }
+    }
+
+    /// Computed with Python's hmac and hashlib, straight from RFC 5869.
+    #[test]
+    fn derivation_vectors() {
+        let key = |secret: u8, cipher, direction, lane| {
+            let bytes = Derivation::new(&[secret; 32], cipher, direction).bytes(lane).unwrap();
+            bytes.iter().map(|b| format!("{b:02x}")).collect::<String>()
+        };
+        assert_eq!(
+            key(1, Cipher::Aes256Gcm, 0, 0),
+            "8da066b1bfa423e9e90f831823884d9159fb0c6f7efe43beff1981f2f64bc3ca"
+        );
+        assert_eq!(
+            key(2, Cipher::ChaCha20Poly1305, 1, CONTROL_LANE),
+            "4df4845e2e0bded55cfff52f9c48f7c0991d8e87da3195de39e58732489fdf95"
+        );
+    }
+
+    #[test]
+    fn a_spent_counter_sends_nothing_more() {
+        let (a, b) = pair(Cipher::Aes256Gcm);
+        let sender = a.sender(0).unwrap();
+        sender.set_counter(COUNTER_LIMIT - 1);
+        assert_eq!(a.highest_counter(), COUNTER_LIMIT - 1);
+        let mut out = [0; 4 + OVERHEAD];
+        assert_eq!(sender.seal(Flags::default(), &[0; 4], &mut out), Ok(out.len()));
+        assert_eq!(b.receiver(0).unwrap().open(&mut out).unwrap().0.counter, COUNTER_LIMIT - 1);
+        for _ in 0..3 {
+            let result = sender.seal(Flags::default(), &[0; 4], &mut out);
+            assert_eq!(result, Err(DropReason::CounterExhausted));
+        }
+    }
+
+    #[test]
+    fn a_short_buffer_costs_no_counter() {
+        let (a, _) = pair(Cipher::Aes256Gcm);
+        let sender = a.sender(0).unwrap();
+        let mut out = [0; 4 + OVERHEAD];
+        let result = sender.seal(Flags::default(), &[0; 5], &mut out);
+        assert_eq!(result, Err(DropReason::SealFailed));
+        assert_eq!(sender.next_counter(), 0);
+    }
+
+    #[test]
+    fn impossible_numbers_of_lanes_are_refused() {
+        for lanes in [0, 65, 255] {
+            let bad = SessionParams { local_lanes: lanes, ..params(Cipher::Aes256Gcm, true) };
+            assert_eq!(Session::new(bad).unwrap_err(), SessionError::Lanes(lanes));
+            let bad = SessionParams { remote_lanes: lanes, ..params(Cipher::Aes256Gcm, true) };
+            assert_eq!(Session::new(bad).unwrap_err(), SessionError::Lanes(lanes));
+        }
+    }
+}
