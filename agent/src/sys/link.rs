@@ -1,0 +1,168 @@
+//! One question to rtnetlink: what is the interface of this name?
+//!
+//! The data process asks it before it attaches to a TUN device, because TUNSETIFF itself would
+//! make a missing device, rewrite the flags of a stranger's, and join one that is in use. The
+//! answer is parsed here, by offsets, so that the data process needs no netlink stack.
+
+use std::io::{self, Read, Write};
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+/// What the kernel says of an interface.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Link {
+    /// Interface index.
+    pub index: u32,
+    /// Driver kind (`tun`, `veth`, `dummy` …); `None` for hardware.
+    pub kind: Option<String>,
+    /// Details of a TUN or TAP device.
+    pub tun: Option<TunLink>,
+}
+
+/// What the kernel says of a TUN or TAP device (IFLA_TUN_* of linux/if_link.h).
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct TunLink {
+    /// Packets with an Ethernet header.
+    pub tap: bool,
+    /// Packets begin with the four bytes of packet information.
+    pub packet_information: bool,
+    /// Packets begin with a virtio_net_hdr.
+    pub vnet_header: bool,
+    /// Stays when nobody has it open.
+    pub persistent: bool,
+    /// May have several queues.
+    pub multi_queue: bool,
+    /// Queues that processes have attached now.
+    pub queues: u32,
+}
+
+const NLMSG_HEADER: usize = 16;
+const IFINFO: usize = 16;
+
+/// Looks an interface up in this thread's network namespace; `None` where there is none.
+pub fn find(name: &str) -> io::Result<Option<Link>> {
+    let mut socket = Socket::new(
+        Domain::from(libc::AF_NETLINK),
+        Type::RAW,
+        Some(Protocol::from(libc::NETLINK_ROUTE)),
+    )?;
+    socket.write_all(&request(name))?;
+    let mut answer = vec![0; 64 << 10];
+    let len = socket.read(&mut answer)?;
+    parse(&answer[..len])
+}
+
+fn request(name: &str) -> Vec<u8> {
+    let attribute = 4 + name.len() + 1;
+    let len = NLMSG_HEADER + IFINFO + attribute.next_multiple_of(4);
+    let mut bytes = Vec::with_capacity(len);
+    // struct nlmsghdr: length, type, flags, sequence number, port
+    bytes.extend((len as u32).to_ne_bytes());
+    bytes.extend(libc::RTM_GETLINK.to_ne_bytes());
+    bytes.extend((libc::NLM_F_REQUEST as u16).to_ne_bytes());
+    bytes.extend([0; 8]);
+    // struct ifinfomsg: index 0, so that the name counts
+    bytes.extend([0; IFINFO]);
+    bytes.extend((attribute as u16).to_ne_bytes());
+    bytes.extend(libc::IFLA_IFNAME.to_ne_bytes());
+    bytes.extend(name.as_bytes());
+    bytes.resize(len, 0);
+    bytes
+}
+
+fn parse(answer: &[u8]) -> io::Result<Option<Link>> {
+    let short = || io::Error::new(io::ErrorKind::InvalidData, "short answer from rtnetlink");
+    let kind = answer.get(4..6).map(u16_at).ok_or_else(short)?;
+    let body = answer.get(NLMSG_HEADER..).ok_or_else(short)?;
+    if i32::from(kind) == libc::NLMSG_ERROR {
+        let code = body.get(..4).map(u32_at).ok_or_else(short)? as i32;
+        return match -code {
+            libc::ENODEV => Ok(None),
+            code => Err(io::Error::from_raw_os_error(code)),
+        };
+    }
+    let index = body.get(4..8).map(u32_at).ok_or_else(short)?;
+    let mut link = Link { index, ..Link::default() };
+    for (kind, value) in attributes(body.get(IFINFO..).ok_or_else(short)?) {
+        if kind == libc::IFLA_LINKINFO {
+            parse_info(value, &mut link);
+        }
+    }
+    Ok(Some(link))
+}
+
+fn parse_info(info: &[u8], link: &mut Link) {
+    for (kind, value) in attributes(info) {
+        match kind {
+            libc::IFLA_INFO_KIND => {
+                let text = value.split(|&byte| byte == 0).next().unwrap_or_default();
+                link.kind = Some(String::from_utf8_lossy(text).into_owned());
+            }
+            // The kernel writes the kind before the data.
+            libc::IFLA_INFO_DATA if link.kind.as_deref() == Some("tun") => {
+                link.tun = Some(parse_tun(value));
+            }
+            _ => {}
+        }
+    }
+}
+
+fn parse_tun(data: &[u8]) -> TunLink {
+    let mut tun = TunLink::default();
+    for (kind, value) in attributes(data) {
+        let flag = value.first().is_some_and(|&byte| byte != 0);
+        let count = value.get(..4).map_or(0, u32_at);
+        // IFLA_TUN_* of linux/if_link.h; libc lacks them.
+        match kind {
+            3 => tun.tap = value.first().is_some_and(|&kind| i32::from(kind) == libc::IFF_TAP),
+            4 => tun.packet_information = flag,
+            5 => tun.vnet_header = flag,
+            6 => tun.persistent = flag,
+            7 => tun.multi_queue = flag,
+            8 | 9 => tun.queues += count,
+            _ => {}
+        }
+    }
+    tun
+}
+
+/// Walks netlink attributes; stops at the first that does not fit.
+fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
+        let len = usize::from(u16_at(bytes.get(..2)?));
+        let kind = u16_at(bytes.get(2..4)?) & libc::NLA_TYPE_MASK as u16;
+        let value = bytes.get(4..len)?;
+        bytes = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind, value))
+    })
+}
+
+fn u16_at(bytes: &[u8]) -> u16 {
+    bytes.first_chunk().map_or(0, |bytes| u16::from_ne_bytes(*bytes))
+}
+
+fn u32_at(bytes: &[u8]) -> u32 {
+    bytes.first_chunk().map_or(0, |bytes| u32::from_ne_bytes(*bytes))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn loopback_is_found_and_nonsense_is_not() {
+        let loopback = find("lo").unwrap().unwrap();
+        assert!(loopback.index > 0);
+        assert_eq!(loopback.tun, None);
+        assert_eq!(find("no-such-link").unwrap(), None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_answer_panics(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = parse(&bytes);
+        }
+    }
+}

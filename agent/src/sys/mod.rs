@@ -1,0 +1,17 @@
+//! The edge to the kernel: plain descriptors, no runtime, and the agent's only unsafe code.
+//!
+//! Nothing in here knows of tunnels, sessions or routes. What goes out and comes in are byte
+//! slices, [`std::net::SocketAddr`] and typed errors; no libc structure leaves the module.
+
+pub mod link;
+pub mod netns;
+pub mod poll;
+pub mod probe;
+pub mod recv;
+pub mod send;
+pub mod socket;
+mod sockopt;
+pub mod tun;
+pub mod udp;
+
+pub use netns::in_new_network_namespace;

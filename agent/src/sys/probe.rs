@@ -1,0 +1,176 @@
+//! What this host can do, for `skein-agent check`.
+
+use std::fs;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+
+use super::in_new_network_namespace;
+use super::tun::{self, TunOffload};
+use super::udp::{self, UdpOptions};
+
+/// The answer to one question about the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Probe {
+    /// What was looked at; stable, for scripts.
+    pub name: &'static str,
+    /// Whether it is there.
+    pub ok: bool,
+    /// What was found, or why it is not there and how to mend it.
+    pub detail: String,
+    /// Without it the agent does not run; the rest only costs speed.
+    pub required: bool,
+}
+
+/// The oldest kernel that is supported: UDP_GRO came with 5.0, and 5.4 is its long-term release.
+const OLDEST_KERNEL: (u32, u32) = (5, 4);
+
+// Bits of linux/capability.h.
+const CAP_NET_ADMIN: u32 = 12;
+const CAP_SYS_ADMIN: u32 = 21;
+
+/// Looks at everything. Devices and sockets are made in a scratch network namespace, so nothing
+/// stays behind and nothing of the host's is touched.
+pub fn probe_all() -> Vec<Probe> {
+    let mut probes = vec![
+        kernel(),
+        capability("cap_net_admin", CAP_NET_ADMIN, true, "to make the TUN device and its routes"),
+        capability("cap_sys_admin", CAP_SYS_ADMIN, false, "to enter network namespaces"),
+        result("udp_segment", false, udp::gso_supported().map(|()| "UDP_SEGMENT works".into())),
+        result("udp_gro", false, udp::gro_supported().map(|()| "UDP_GRO works".into())),
+        aes(),
+    ];
+    match in_new_network_namespace(|| [tun_device(), lanes()].concat()) {
+        Ok(found) => probes.extend(found),
+        Err(error) => probes.push(Probe {
+            name: "scratch_namespace",
+            ok: false,
+            detail: format!(
+                "the TUN device and the lanes' sockets were not tried, for want of a scratch \
+                 network namespace: {error} (run as root)"
+            ),
+            required: false,
+        }),
+    }
+    probes
+}
+
+fn result(name: &'static str, required: bool, result: Result<String, String>) -> Probe {
+    let ok = result.is_ok();
+    Probe { name, ok, detail: result.unwrap_or_else(|error| error), required }
+}
+
+fn kernel() -> Probe {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease");
+    result("kernel", true, release.map_err(|error| error.to_string()).and_then(judge_kernel))
+}
+
+fn judge_kernel(release: String) -> Result<String, String> {
+    let release = release.trim();
+    let mut numbers =
+        release.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse::<u32>().ok());
+    let (Some(major), Some(minor)) = (numbers.next(), numbers.next()) else {
+        return Err(format!("cannot read the version \"{release}\""));
+    };
+    let (oldest_major, oldest_minor) = OLDEST_KERNEL;
+    if (major, minor) < OLDEST_KERNEL {
+        return Err(format!("Linux {release} is older than {oldest_major}.{oldest_minor}"));
+    }
+    Ok(format!("Linux {release}"))
+}
+
+fn capability(name: &'static str, bit: u32, required: bool, purpose: &str) -> Probe {
+    let held = fs::read_to_string("/proc/thread-self/status").and_then(|status| {
+        let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+        u64::from_str_radix(line.unwrap_or_default().trim(), 16).map_err(io::Error::other)
+    });
+    result(
+        name,
+        required,
+        match held {
+            Ok(mask) if mask & (1 << bit) != 0 => Ok("held".into()),
+            Ok(_) => Err(format!("missing: run as root or grant it, {purpose}")),
+            Err(error) => Err(format!("cannot read this process's capabilities: {error}")),
+        },
+    )
+}
+
+fn aes() -> Probe {
+    #[cfg(target_arch = "x86_64")]
+    let found = std::arch::is_x86_feature_detected!("aes")
+        && std::arch::is_x86_feature_detected!("pclmulqdq");
+    #[cfg(target_arch = "aarch64")]
+    let found = std::arch::is_aarch64_feature_detected!("aes")
+        && std::arch::is_aarch64_feature_detected!("pmull");
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let found = false;
+    result(
+        "aes_hardware",
+        false,
+        if found {
+            Ok("AES-256-GCM in hardware".into())
+        } else {
+            Err("the processor has no AES instructions: ChaCha20-Poly1305 is used".into())
+        },
+    )
+}
+
+/// Makes a device, attaches two queues and looks which offloads came into force.
+fn tun_device() -> Vec<Probe> {
+    const NAME: &str = "skeinprobe0";
+    let opened =
+        tun::create_persistent(NAME).and_then(|()| tun::open_queues(NAME, 2, TunOffload::ALL));
+    let (_queues, offload, notes) = match opened {
+        Ok(opened) => opened,
+        Err(error) => return vec![result("tun", true, Err(error.to_string()))],
+    };
+    let rung = |name: &'static str, on: bool| {
+        let why = notes.iter().find(|(noted, _)| *noted == name).map(|(_, why)| why.clone());
+        result(
+            name,
+            false,
+            if on { Ok("works".into()) } else { Err(why.unwrap_or_else(|| "off".into())) },
+        )
+    };
+    vec![
+        result("tun", true, Ok("multi-queue device with vnet header".into())),
+        rung("tun_checksum", offload.checksum),
+        rung("tun_tso", offload.tso),
+        rung("tun_uso", offload.uso),
+    ]
+}
+
+/// Binds two lanes and looks what the kernel would not do.
+fn lanes() -> Vec<Probe> {
+    const BUFFER: usize = 8 << 20;
+    let address = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+    let options = UdpOptions { receive_buffer: BUFFER, send_buffer: BUFFER, gro: true };
+    let notes = match udp::bind_lanes(address, 2, &options) {
+        Ok((_, notes)) => notes,
+        Err(error) => return vec![result("udp", true, Err(error.to_string()))],
+    };
+    let probe = |name: &'static str, works: &str| {
+        let why = notes.iter().find(|(noted, _)| *noted == name);
+        result(name, false, why.map_or_else(|| Ok(works.into()), |(_, why)| Err(why.clone())))
+    };
+    vec![
+        result("udp", true, Ok("sockets can be bound".into())),
+        probe("reuseport_steering", "datagrams are steered by their lane"),
+        probe("receive_buffer", "8 MiB can be had"),
+        probe("send_buffer", "8 MiB can be had"),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernel_releases_are_told_apart() {
+        for good in ["5.4.0-generic\n", "5.10", "6.18.44-fc-v669", "7.0.0-rc1"] {
+            assert!(judge_kernel(good.into()).is_ok(), "{good}");
+        }
+        for bad in ["5.3.18", "4.19.0", "", "Linux"] {
+            assert!(judge_kernel(bad.into()).is_err(), "{bad}");
+        }
+    }
+}

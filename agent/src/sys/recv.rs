@@ -1,0 +1,243 @@
+//! Receiving many datagrams, and runs of datagrams, in one recvmmsg.
+
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr;
+
+/// Room for one message in bytes: whatever a socket with UDP_GRO can deliver. A shorter buffer
+/// would lose a run's tail in silence.
+pub const BUFFER_LEN: usize = 65_536;
+
+/// How many messages one call takes by default.
+pub const DEFAULT_MESSAGES: usize = 16;
+
+/// Room for the control messages: UDP_GRO and SO_RXQ_OVFL are one int each, 24 bytes with their
+/// headers. As u64, for the alignment of cmsghdr.
+type Control = [u64; 8];
+
+const _: () = {
+    assert!(align_of::<Control>() >= align_of::<libc::cmsghdr>());
+    // SAFETY: CMSG_SPACE only computes.
+    assert!(size_of::<Control>() >= 2 * unsafe { libc::CMSG_SPACE(4) } as usize);
+};
+
+/// Buffers for one recvmmsg, made once.
+pub struct RecvBatch {
+    arena: Vec<u8>,
+    addresses: Vec<libc::sockaddr_storage>,
+    control: Vec<Control>,
+    iovecs: Vec<libc::iovec>,
+    headers: Vec<libc::mmsghdr>,
+    received: usize,
+    overflow: u32,
+}
+
+// SAFETY: the raw pointers in `iovecs` and `headers` are written anew at every call, from vectors
+// that this value owns, and are followed only within that call.
+unsafe impl Send for RecvBatch {}
+
+/// One message: a datagram, or a run of datagrams of equal size from one sender.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Message {
+    /// Who sent it.
+    pub source: SocketAddr,
+    /// Where its payload lies in [`RecvBatch::arena`].
+    pub range: Range<usize>,
+    /// Length of every datagram but the last in bytes: the message's length where it is a single
+    /// datagram, never 0, never more than the message.
+    pub segment_size: usize,
+    /// The kernel cut the message or what it says of it; its contents are not to be used.
+    pub truncated: bool,
+}
+
+impl Message {
+    /// Where its datagrams lie in the arena, in order. An empty message has none.
+    pub fn segments(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (end, size) = (self.range.end, self.segment_size.max(1));
+        self.range.clone().step_by(size).map(move |start| start..end.min(start + size))
+    }
+}
+
+impl RecvBatch {
+    /// Makes room for `messages` messages a call, at least one.
+    pub fn new(messages: usize) -> Self {
+        let messages = messages.max(1);
+        // SAFETY: sockaddr_storage is plain integers, for which zero is valid.
+        let address: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
+        Self {
+            arena: vec![0; messages * BUFFER_LEN],
+            addresses: vec![address; messages],
+            control: vec![[0; 8]; messages],
+            iovecs: Vec::with_capacity(messages),
+            headers: Vec::with_capacity(messages),
+            received: 0,
+            overflow: 0,
+        }
+    }
+
+    /// Takes what the socket has, without waiting, and returns the number of messages; WouldBlock
+    /// when there is none. The messages of the last call are gone.
+    pub fn recv(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        self.received = 0;
+        self.prepare();
+        let received = loop {
+            // SAFETY: every header points at an address, an iovec and a control buffer of its
+            // own and gives their true lengths; every iovec points at a part of the arena of its
+            // own. All are owned by self, which is borrowed mutably, and none is moved before the
+            // call is over. A null timeout is allowed.
+            let result = unsafe {
+                libc::recvmmsg(
+                    socket.as_raw_fd(),
+                    self.headers.as_mut_ptr(),
+                    self.headers.len() as libc::c_uint,
+                    libc::MSG_DONTWAIT,
+                    ptr::null_mut(),
+                )
+            };
+            match usize::try_from(result) {
+                Ok(received) => break received,
+                Err(_) => {
+                    let error = io::Error::last_os_error();
+                    if error.kind() != io::ErrorKind::Interrupted {
+                        return Err(error);
+                    }
+                }
+            }
+        };
+        self.received = received.min(self.headers.len());
+        self.overflow = self.headers[..self.received]
+            .iter()
+            .filter_map(|header| control_ints(&header.msg_hdr).overflow)
+            .next_back()
+            .unwrap_or(0);
+        Ok(self.received)
+    }
+
+    /// The `i`th message of the last call.
+    ///
+    /// # Panics
+    /// If the last call received fewer.
+    pub fn message(&self, i: usize) -> Message {
+        let header = &self.headers[..self.received][i];
+        let len = (header.msg_len as usize).min(BUFFER_LEN);
+        let start = i * BUFFER_LEN;
+        let cut = libc::MSG_TRUNC | libc::MSG_CTRUNC;
+        Message {
+            source: socket_address(&self.addresses[i]),
+            range: start..start + len,
+            segment_size: segment_size(control_ints(&header.msg_hdr).segment, len),
+            truncated: header.msg_hdr.msg_flags & cut != 0,
+        }
+    }
+
+    /// Every message's bytes.
+    pub fn arena(&self) -> &[u8] {
+        &self.arena
+    }
+
+    /// Every message's bytes, to be decrypted in place.
+    pub fn arena_mut(&mut self) -> &mut [u8] {
+        &mut self.arena
+    }
+
+    /// How many datagrams the socket of the last call has lost for want of buffer since it was
+    /// made, as of its newest message (SO_RXQ_OVFL; wraps at 2^32). 0 if that call failed.
+    pub fn overflow(&self) -> u32 {
+        self.overflow
+    }
+
+    /// Points the kernel structures at the buffers, with their full lengths, which the kernel
+    /// overwrote at the last call (a control buffer that was not reset would shrink for good).
+    fn prepare(&mut self) {
+        self.overflow = 0;
+        self.iovecs.clear();
+        self.iovecs.extend(self.arena.chunks_exact_mut(BUFFER_LEN).map(|buffer| libc::iovec {
+            iov_base: buffer.as_mut_ptr().cast(),
+            iov_len: buffer.len(),
+        }));
+        self.headers.clear();
+        let buffers = self.iovecs.iter_mut().zip(&mut self.addresses).zip(&mut self.control);
+        self.headers.extend(buffers.map(|((iovec, address), control)| {
+            // SAFETY: mmsghdr is integers and pointers, for which zero is valid. (It has padding
+            // on some systems, so it cannot be written field by field.)
+            let mut header: libc::mmsghdr = unsafe { std::mem::zeroed() };
+            header.msg_hdr.msg_name = ptr::from_mut(address).cast();
+            header.msg_hdr.msg_namelen = size_of_val(address) as libc::socklen_t;
+            header.msg_hdr.msg_iov = iovec;
+            header.msg_hdr.msg_iovlen = 1;
+            header.msg_hdr.msg_control = control.as_mut_ptr().cast();
+            header.msg_hdr.msg_controllen = size_of_val(control) as _;
+            header
+        }));
+    }
+}
+
+/// A run's segment size, whatever the kernel says.
+fn segment_size(reported: Option<i32>, len: usize) -> usize {
+    let reported = reported.and_then(|size| usize::try_from(size).ok()).filter(|&size| size > 0);
+    reported.map_or(len, |size| size.min(len)).max(1)
+}
+
+#[derive(Default)]
+struct ControlInts {
+    segment: Option<i32>,
+    overflow: Option<u32>,
+}
+
+/// Reads the control messages that recvmmsg left.
+fn control_ints(header: &libc::msghdr) -> ControlInts {
+    let mut found = ControlInts::default();
+    // SAFETY: `header` is one that recvmmsg has filled: msg_control points at a Control of the
+    // same RecvBatch, of which msg_controllen bytes are the kernel's, so the CMSG macros stay
+    // within it.
+    let mut cmsg = unsafe { libc::CMSG_FIRSTHDR(header) };
+    // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR give null or a whole cmsghdr within the buffer, which
+    // is aligned for it.
+    while let Some(head) = unsafe { cmsg.as_ref() } {
+        // SAFETY: CMSG_LEN only computes.
+        let int_len = unsafe { libc::CMSG_LEN(4) } as usize;
+        // The length's type differs between C libraries.
+        #[allow(clippy::unnecessary_cast)]
+        if head.cmsg_len as usize >= int_len {
+            // SAFETY: the message has at least four bytes of data; they need not be aligned.
+            let value = unsafe { libc::CMSG_DATA(cmsg).cast::<i32>().read_unaligned() };
+            match (head.cmsg_level, head.cmsg_type) {
+                (libc::SOL_UDP, libc::UDP_GRO) => found.segment = Some(value),
+                (libc::SOL_SOCKET, libc::SO_RXQ_OVFL) => found.overflow = Some(value as u32),
+                _ => {}
+            }
+        }
+        // SAFETY: as at CMSG_FIRSTHDR; `cmsg` came from it.
+        cmsg = unsafe { libc::CMSG_NXTHDR(header, cmsg) };
+    }
+    found
+}
+
+fn socket_address(storage: &libc::sockaddr_storage) -> SocketAddr {
+    let storage = ptr::from_ref(storage);
+    // SAFETY: sockaddr_storage has the size and the alignment of every address type, all of which
+    // are plain integers, and all its bytes are initialised.
+    unsafe {
+        match i32::from((*storage).ss_family) {
+            libc::AF_INET6 => {
+                let address = &*storage.cast::<libc::sockaddr_in6>();
+                SocketAddr::V6(SocketAddrV6::new(
+                    Ipv6Addr::from(address.sin6_addr.s6_addr),
+                    u16::from_be(address.sin6_port),
+                    // Nobody answers by flow; the scope does tell link-local peers apart.
+                    0,
+                    address.sin6_scope_id,
+                ))
+            }
+            _ => {
+                let address = &*storage.cast::<libc::sockaddr_in>();
+                SocketAddr::V4(SocketAddrV4::new(
+                    Ipv4Addr::from(u32::from_be(address.sin_addr.s_addr)),
+                    u16::from_be(address.sin_port),
+                ))
+            }
+        }
+    }
+}

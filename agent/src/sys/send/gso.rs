@@ -1,0 +1,201 @@
+//! Where UDP_SEGMENT works.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+/// How long a destination goes without UDP_SEGMENT after the first failure.
+const FIRST_PAUSE: Duration = Duration::from_secs(5);
+/// How long at most, when it keeps failing.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// How many runs in a row may be refused, and then go one by one, before that counts as a failure.
+const REFUSALS: u8 = 3;
+/// Destinations remembered; beyond it, those whose pause is over are forgotten.
+const MAX_PATHS: usize = 1_024;
+
+/// Whether runs may leave as one UDP_SEGMENT message: a switch for the socket, and a memory of the
+/// destinations where the kernel refuses (a route through IPsec, a device without checksums).
+#[derive(Debug, Default)]
+pub struct GsoState {
+    off: Option<String>,
+    paths: HashMap<SocketAddr, Path>,
+}
+
+/// A destination without UDP_SEGMENT, for reports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GsoOff {
+    /// The destination.
+    pub destination: SocketAddr,
+    /// When it is tried again.
+    pub until: Instant,
+    /// The error that turned it off (errno), if the kernel did.
+    pub errno: Option<i32>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Path {
+    /// Runs refused in a row that went one by one.
+    refusals: u8,
+    /// The last pause; zero if there was none.
+    pause: Duration,
+    until: Option<Instant>,
+    errno: Option<i32>,
+}
+
+impl GsoState {
+    /// On everywhere.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Off everywhere, because of `reason`.
+    pub fn disabled(reason: impl Into<String>) -> Self {
+        Self { off: Some(reason.into()), ..Self::default() }
+    }
+
+    /// Turns it off everywhere, until [`enable`](Self::enable).
+    pub fn disable(&mut self, reason: impl Into<String>) {
+        self.off = Some(reason.into());
+    }
+
+    /// Turns it on, but for the destinations where it fails.
+    pub fn enable(&mut self) {
+        self.off = None;
+    }
+
+    /// Why it is off everywhere, if it is.
+    pub fn off_reason(&self) -> Option<&str> {
+        self.off.as_deref()
+    }
+
+    /// Whether a run to `destination` may leave as one message now.
+    pub fn allowed(&self, destination: SocketAddr, now: Instant) -> bool {
+        self.off.is_none()
+            && (self.paths.is_empty()
+                || self
+                    .paths
+                    .get(&destination)
+                    .and_then(|path| path.until)
+                    .is_none_or(|until| until <= now))
+    }
+
+    /// The destinations where it is off at `now`.
+    pub fn off(&self, now: Instant) -> impl Iterator<Item = GsoOff> + '_ {
+        self.paths.iter().filter_map(move |(&destination, path)| {
+            let until = path.until.filter(|&until| until > now)?;
+            Some(GsoOff { destination, until, errno: path.errno })
+        })
+    }
+
+    /// Turns it off for one destination, 5 s at first, doubling to 60 s while it keeps failing.
+    /// `errno` is the kernel's reason, `None` somebody else's (losses at the peer).
+    pub fn pause(&mut self, destination: SocketAddr, errno: Option<i32>, now: Instant) {
+        let path = self.path(destination, now);
+        path.refusals = 0;
+        path.pause = match path.pause {
+            Duration::ZERO => FIRST_PAUSE,
+            pause => (pause * 2).min(LONGEST_PAUSE),
+        };
+        path.until = Some(now + path.pause);
+        path.errno = errno;
+        let error = errno.map_or_else(
+            || "reported by the peer".into(),
+            |errno| io::Error::from_raw_os_error(errno).to_string(),
+        );
+        tracing::debug!(%destination, pause = ?path.pause, %error, "UDP_SEGMENT is off");
+    }
+
+    /// A message of several datagrams went.
+    pub(super) fn worked(&mut self, destination: SocketAddr) {
+        if !self.paths.is_empty() && self.paths.remove(&destination).is_some() {
+            tracing::debug!(%destination, "UDP_SEGMENT works again");
+        }
+    }
+
+    /// A message was refused as invalid, and all its datagrams went one by one.
+    pub(super) fn refused(&mut self, destination: SocketAddr, errno: i32, now: Instant) {
+        let path = self.path(destination, now);
+        path.refusals += 1;
+        if path.refusals >= REFUSALS {
+            self.pause(destination, Some(errno), now);
+        }
+    }
+
+    fn path(&mut self, destination: SocketAddr, now: Instant) -> &mut Path {
+        if self.paths.len() >= MAX_PATHS && !self.paths.contains_key(&destination) {
+            self.paths.retain(|_, path| path.until.is_some_and(|until| until > now));
+        }
+        self.paths.entry(destination).or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: &str = "192.0.2.1:51900";
+    const B: &str = "192.0.2.2:51900";
+
+    fn address(text: &str) -> SocketAddr {
+        text.parse().expect("an address")
+    }
+
+    #[test]
+    fn pauses_double_to_a_minute_and_success_forgets_them() {
+        let (a, b, mut now) = (address(A), address(B), Instant::now());
+        let mut gso = GsoState::new();
+        for seconds in [5, 10, 20, 40, 60, 60] {
+            gso.pause(a, Some(libc::EIO), now);
+            let until = now + Duration::from_secs(seconds);
+            assert!(!gso.allowed(a, until - Duration::from_millis(1)));
+            let off: Vec<_> = gso.off(now).collect();
+            assert_eq!(off, [GsoOff { destination: a, until, errno: Some(libc::EIO) }]);
+            assert!(gso.allowed(b, now));
+            now = until;
+            assert!(gso.allowed(a, now));
+            assert_eq!(gso.off(now).count(), 0);
+        }
+        gso.worked(a);
+        gso.pause(a, Some(libc::EIO), now);
+        assert!(gso.allowed(a, now + FIRST_PAUSE));
+    }
+
+    #[test]
+    fn three_refusals_in_a_row_turn_it_off_and_success_between_them_does_not() {
+        let (a, now) = (address(A), Instant::now());
+        let mut gso = GsoState::new();
+        for _ in 0..5 {
+            gso.refused(a, libc::EINVAL, now);
+            gso.refused(a, libc::EINVAL, now);
+            gso.worked(a);
+        }
+        assert!(gso.allowed(a, now));
+        for _ in 0..3 {
+            assert!(gso.allowed(a, now));
+            gso.refused(a, libc::EINVAL, now);
+        }
+        assert!(!gso.allowed(a, now));
+    }
+
+    #[test]
+    fn the_switch_holds_everywhere() {
+        let (a, now) = (address(A), Instant::now());
+        let mut gso = GsoState::disabled("off in the configuration");
+        assert!(!gso.allowed(a, now));
+        assert_eq!(gso.off_reason(), Some("off in the configuration"));
+        gso.enable();
+        assert!(gso.allowed(a, now));
+    }
+
+    #[test]
+    fn the_memory_is_bounded() {
+        let mut now = Instant::now();
+        let mut gso = GsoState::new();
+        for port in 1..5_000 {
+            gso.pause(SocketAddr::new([192, 0, 2, 1].into(), port), None, now);
+            now += Duration::from_millis(20);
+        }
+        assert!(gso.paths.len() <= MAX_PATHS);
+    }
+}

@@ -1,0 +1,332 @@
+//! What goes into a sendmmsg, and what becomes of it when the kernel objects.
+//!
+//! A cursor goes through the runs, datagram by datagram. The messages of a call are planned from
+//! the cursor on; the kernel takes some of them, or objects to the first. Either way the next call
+//! begins behind what was taken, so nothing is sent twice and nothing is passed over.
+
+use std::net::SocketAddr;
+use std::time::Instant;
+
+use skein_core::drop::{DropCounts, DropReason};
+
+use super::gso::GsoState;
+use super::{Run, SendOutcome};
+
+/// Messages in one call at most.
+pub(super) const MAX_MESSAGES: usize = 64;
+
+/// Datagrams in one message at most: Linux allows 64 before 6.9, and a full message of 1,400-byte
+/// datagrams has fewer.
+pub const MAX_SEGMENTS: usize = 64;
+
+/// Bytes in one message of several datagrams at most: near the protocol's limit (65,507) the
+/// kernel segments in software.
+pub const MAX_MESSAGE_LEN: usize = 65_000;
+
+/// One message of a call: a range of one run's datagrams.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Message {
+    /// Index of the run.
+    pub(super) run: usize,
+    /// Its first datagram in the run.
+    pub(super) first: usize,
+    /// How many datagrams.
+    pub(super) segments: usize,
+    /// Where it begins in the run, in bytes.
+    pub(super) start: usize,
+    /// How many bytes.
+    pub(super) len: usize,
+    /// The segment size, if the kernel is to split it.
+    pub(super) gso: Option<u16>,
+}
+
+/// Where the next call begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+struct Cursor {
+    run: usize,
+    segment: usize,
+}
+
+/// A message that the kernel called invalid, whose datagrams go one by one for now.
+#[derive(Debug, Clone, Copy)]
+struct Refused {
+    run: usize,
+    /// Behind its last datagram.
+    end: usize,
+    errno: i32,
+    /// Whether one of its datagrams failed alone, too.
+    failed: bool,
+}
+
+/// Buffers of the decisions, kept from call to call.
+#[derive(Debug, Default)]
+pub(super) struct Plan {
+    messages: Vec<Message>,
+    datagrams_per_call: Vec<u32>,
+    segments_per_message: Vec<u32>,
+}
+
+impl Plan {
+    /// Sends all datagrams of `runs`, by as many calls of `send` as it takes. `send` gets the
+    /// messages of one call and returns how many the kernel took, or the error (errno) of the
+    /// first.
+    pub(super) fn execute(
+        &mut self,
+        runs: &[Run<'_>],
+        arena_len: usize,
+        gso: &mut GsoState,
+        drops: &mut DropCounts,
+        now: Instant,
+        send: impl FnMut(&[Message]) -> Result<usize, i32>,
+    ) -> SendOutcome {
+        self.datagrams_per_call.clear();
+        self.segments_per_message.clear();
+        let mut execution = Execution {
+            plan: self,
+            runs,
+            arena_len,
+            gso,
+            drops,
+            now,
+            cursor: Cursor::default(),
+            refused: None,
+            outcome: SendOutcome::default(),
+        };
+        execution.run(send);
+        execution.outcome
+    }
+
+    pub(super) fn datagrams_per_call(&self) -> &[u32] {
+        &self.datagrams_per_call
+    }
+
+    pub(super) fn segments_per_message(&self) -> &[u32] {
+        &self.segments_per_message
+    }
+}
+
+struct Execution<'a> {
+    plan: &'a mut Plan,
+    runs: &'a [Run<'a>],
+    arena_len: usize,
+    gso: &'a mut GsoState,
+    drops: &'a mut DropCounts,
+    now: Instant,
+    cursor: Cursor,
+    refused: Option<Refused>,
+    outcome: SendOutcome,
+}
+
+/// What an objection to a message calls for.
+enum Next {
+    /// The rest of the planned call stands.
+    GoOn,
+    /// Something was learnt that changes the plan.
+    PlanAgain,
+    /// No more of these runs can go now.
+    GiveUp,
+}
+
+impl Execution<'_> {
+    fn run(&mut self, mut send: impl FnMut(&[Message]) -> Result<usize, i32>) {
+        loop {
+            self.fill();
+            let mut at = 0;
+            if self.plan.messages.is_empty() {
+                return;
+            }
+            while let Some(&first) = self.plan.messages.get(at) {
+                self.outcome.calls += 1;
+                match send(&self.plan.messages[at..]) {
+                    // Taking nothing without an error must not go on for ever.
+                    Ok(0) => {
+                        self.drop_datagrams(&first, DropReason::SendError);
+                        at += 1;
+                    }
+                    Ok(taken) => {
+                        let end = self.plan.messages.len().min(at + taken);
+                        self.taken(at, end);
+                        at = end;
+                    }
+                    Err(libc::EINTR) => {}
+                    Err(errno) => match self.objection(&first, errno) {
+                        Next::GoOn => at += 1,
+                        Next::PlanAgain => break,
+                        Next::GiveUp => return self.give_up(),
+                    },
+                }
+            }
+        }
+    }
+
+    /// Plans a call from the cursor on.
+    fn fill(&mut self) {
+        self.plan.messages.clear();
+        let mut at = self.cursor;
+        while self.plan.messages.len() < MAX_MESSAGES {
+            let Some(run) = self.runs.get(at.run) else { break };
+            if at.segment == 0 && !self.usable(run) {
+                // Malformed: whatever was planned before it goes first, so that the cursor stays
+                // behind everything that is settled.
+                if !self.plan.messages.is_empty() {
+                    break;
+                }
+                self.drops.add_many(DropReason::SendError, run.segments as u64);
+                self.outcome.dropped += run.segments as u64;
+                at = Cursor { run: at.run + 1, segment: 0 };
+                self.cursor = at;
+                continue;
+            }
+            if at.segment >= run.segments {
+                at = Cursor { run: at.run + 1, segment: 0 };
+                continue;
+            }
+            let message = self.message(at, run);
+            at.segment += message.segments;
+            self.plan.messages.push(message);
+        }
+    }
+
+    /// Whether a run is what it says.
+    fn usable(&self, run: &Run<'_>) -> bool {
+        if run.segments == 0 {
+            return true;
+        }
+        let before_last = (run.segments - 1).checked_mul(run.segment_size);
+        let last = before_last.and_then(|before| run.len().checked_sub(before));
+        let fits = |&(offset, len): &(usize, usize)| {
+            offset.checked_add(len).is_some_and(|end| end <= self.arena_len)
+        };
+        last.is_some_and(|last| last > 0 && (run.segments == 1 || last <= run.segment_size))
+            && run.parts.iter().all(fits)
+    }
+
+    /// The longest message from a datagram on.
+    fn message(&self, at: Cursor, run: &Run<'_>) -> Message {
+        let left = run.segments - at.segment;
+        let singly =
+            self.refused.is_some_and(|refused| refused.run == at.run && at.segment < refused.end);
+        let most = match u16::try_from(run.segment_size) {
+            Ok(1..) if left > 1 && !singly && self.gso.allowed(run.destination, self.now) => {
+                MAX_SEGMENTS.min(MAX_MESSAGE_LEN / run.segment_size)
+            }
+            _ => 1,
+        };
+        let segments = left.min(most.max(1));
+        let start = at.segment * run.segment_size;
+        let end = match left - segments {
+            0 => run.len(),
+            _ => start + segments * run.segment_size,
+        };
+        Message {
+            run: at.run,
+            first: at.segment,
+            segments,
+            start,
+            len: end - start,
+            gso: u16::try_from(run.segment_size).ok().filter(|_| segments > 1),
+        }
+    }
+
+    /// The kernel took the messages `at..end` of the planned call.
+    fn taken(&mut self, at: usize, end: usize) {
+        let mut datagrams = 0;
+        for i in at..end {
+            let message = self.plan.messages[i];
+            datagrams += message.segments as u32;
+            self.plan.segments_per_message.push(message.segments as u32);
+            self.outcome.bytes += message.len as u64;
+            if message.gso.is_some() {
+                self.outcome.gso_messages += 1;
+                self.gso.worked(self.destination(&message));
+            }
+            self.settled(&message, false);
+        }
+        self.outcome.datagrams += u64::from(datagrams);
+        self.plan.datagrams_per_call.push(datagrams);
+    }
+
+    fn objection(&mut self, message: &Message, errno: i32) -> Next {
+        if message.gso.is_some() {
+            let destination = self.destination(message);
+            match errno {
+                // Of the route: IPsec, no checksum offload before 6.11. Of the kernel: no
+                // UDP_SEGMENT at all.
+                libc::EIO | libc::EOPNOTSUPP | libc::ENOPROTOOPT => {
+                    self.gso.pause(destination, Some(errno), self.now);
+                    self.outcome.fallbacks += 1;
+                    return Next::PlanAgain;
+                }
+                // Of this message: too many segments for this kernel, a short tail, or a segment
+                // longer than the route's MTU, which the datagrams will then meet alone.
+                libc::EINVAL | libc::EMSGSIZE => {
+                    let end = message.first + message.segments;
+                    self.refused = Some(Refused { run: message.run, end, errno, failed: false });
+                    self.outcome.fallbacks += 1;
+                    return Next::PlanAgain;
+                }
+                _ => {}
+            }
+        }
+        self.drop_datagrams(message, reason(errno));
+        // The socket waited its whole time for room. All destinations share its buffer: waiting
+        // again for each message would hold the lane up for seconds.
+        if errno == libc::EAGAIN { Next::GiveUp } else { Next::GoOn }
+    }
+
+    fn drop_datagrams(&mut self, message: &Message, reason: DropReason) {
+        self.drops.add_many(reason, message.segments as u64);
+        self.outcome.dropped += message.segments as u64;
+        self.settled(message, true);
+    }
+
+    /// A message was sent or dropped: the cursor moves behind it.
+    fn settled(&mut self, message: &Message, failed: bool) {
+        let end = message.first + message.segments;
+        self.cursor = Cursor { run: message.run, segment: end };
+        let Some(refused) = &mut self.refused else { return };
+        if refused.run == message.run && end <= refused.end {
+            refused.failed |= failed;
+            if end < refused.end {
+                return;
+            }
+            let Refused { errno, failed, .. } = *refused;
+            self.refused = None;
+            // What fails alone, too, says nothing of UDP_SEGMENT.
+            if !failed {
+                self.gso.refused(self.destination(message), errno, self.now);
+            }
+        }
+    }
+
+    fn give_up(&mut self) {
+        let mut left = 0;
+        for (i, run) in self.runs.iter().enumerate().skip(self.cursor.run) {
+            let done = if i == self.cursor.run { self.cursor.segment } else { 0 };
+            left += run.segments.saturating_sub(done) as u64;
+        }
+        self.drops.add_many(DropReason::SendNoBuffer, left);
+        self.outcome.dropped += left;
+    }
+
+    fn destination(&self, message: &Message) -> SocketAddr {
+        self.runs[message.run].destination
+    }
+}
+
+fn reason(errno: i32) -> DropReason {
+    match errno {
+        libc::EMSGSIZE => DropReason::SendTooBig,
+        libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EADDRNOTAVAIL | libc::ENETDOWN => {
+            DropReason::SendUnreachable
+        }
+        libc::EPERM | libc::EACCES => DropReason::SendDenied,
+        libc::ENOBUFS | libc::ENOMEM | libc::EAGAIN => DropReason::SendNoBuffer,
+        _ => DropReason::SendError,
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+#[path = "plan_tests.rs"]
+mod tests;

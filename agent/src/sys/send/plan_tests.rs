@@ -1,0 +1,399 @@
+use std::collections::HashSet;
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::sys::send::gso::GsoOff;
+
+fn destination(i: u8) -> SocketAddr {
+    SocketAddr::new([192, 0, 2, i].into(), 51_900)
+}
+
+/// A run to be sent: destination, segment size, datagrams, length of the last.
+#[derive(Debug, Clone)]
+struct Wanted {
+    destination: u8,
+    segment_size: usize,
+    segments: usize,
+    last: usize,
+}
+
+impl Wanted {
+    fn new(destination: u8, segment_size: usize, segments: usize) -> Self {
+        Self { destination, segment_size, segments, last: segment_size }
+    }
+
+    fn len_of(&self, segment: usize) -> usize {
+        if segment + 1 == self.segments { self.last } else { self.segment_size }
+    }
+
+    fn len(&self) -> usize {
+        (self.segments - 1) * self.segment_size + self.last
+    }
+}
+
+/// What a fake kernel took and what the plan says became of it.
+struct Result {
+    sent: Vec<(usize, usize)>,
+    outcome: SendOutcome,
+    drops: DropCounts,
+    calls: Vec<Vec<Message>>,
+}
+
+/// Carries `wanted` out against a fake kernel, and checks what must hold whatever it answers.
+fn execute(
+    plan: &mut Plan,
+    gso: &mut GsoState,
+    now: Instant,
+    wanted: &[Wanted],
+    mut kernel: impl FnMut(&[Message], &[Wanted]) -> std::result::Result<usize, i32>,
+) -> Result {
+    let parts: Vec<_> = wanted.iter().map(|run| [(0, run.len())]).collect();
+    let runs: Vec<_> = wanted
+        .iter()
+        .zip(&parts)
+        .map(|(run, parts)| Run {
+            destination: destination(run.destination),
+            segment_size: run.segment_size,
+            segments: run.segments,
+            parts,
+        })
+        .collect();
+    let arena_len = wanted.iter().map(Wanted::len).max().unwrap_or(0);
+    let mut drops = DropCounts::default();
+    let (mut sent, mut calls) = (Vec::new(), Vec::new());
+    let outcome = plan.execute(&runs, arena_len, gso, &mut drops, now, |messages| {
+        assert!((1..=MAX_MESSAGES).contains(&messages.len()));
+        for message in messages {
+            check(message, &wanted[message.run]);
+        }
+        let result = kernel(messages, wanted);
+        if let Ok(taken) = result {
+            for message in messages.iter().take(taken) {
+                sent.extend((0..message.segments).map(|i| (message.run, message.first + i)));
+            }
+        }
+        calls.push(messages.to_vec());
+        result
+    });
+
+    // In order, therefore none twice.
+    assert!(sent.is_sorted_by(|a, b| a < b), "{sent:?}");
+    let all = wanted.iter().map(|run| run.segments as u64).sum::<u64>();
+    assert_eq!(outcome.datagrams, sent.len() as u64);
+    assert_eq!(outcome.datagrams + outcome.dropped, all);
+    assert_eq!(drops.clone().drain().map(|(_, n)| n).sum::<u64>(), outcome.dropped);
+    let bytes: usize = sent.iter().map(|&(run, segment)| wanted[run].len_of(segment)).sum();
+    assert_eq!(outcome.bytes, bytes as u64);
+    assert_eq!(outcome.calls, calls.len() as u64);
+    let sum = |counts: &[u32]| counts.iter().copied().map(u64::from).sum::<u64>();
+    assert_eq!(sum(plan.datagrams_per_call()), outcome.datagrams);
+    assert_eq!(sum(plan.segments_per_message()), outcome.datagrams);
+    let trains = plan.segments_per_message().iter().filter(|&&n| n > 1).count();
+    assert_eq!(outcome.gso_messages, trains as u64);
+    Result { sent, outcome, drops, calls }
+}
+
+/// A message covers exactly the bytes of its datagrams, within the kernel's limits.
+fn check(message: &Message, run: &Wanted) {
+    assert!(message.segments >= 1 && message.first + message.segments <= run.segments);
+    assert_eq!(message.start, message.first * run.segment_size);
+    let covered = message.first..message.first + message.segments;
+    assert_eq!(message.len, covered.map(|i| run.len_of(i)).sum::<usize>());
+    match message.gso {
+        Some(size) => {
+            assert_eq!(usize::from(size), run.segment_size);
+            assert!((2..=MAX_SEGMENTS).contains(&message.segments));
+            assert!(message.len <= MAX_MESSAGE_LEN);
+        }
+        None => assert_eq!(message.segments, 1),
+    }
+}
+
+fn run_once(
+    gso: &mut GsoState,
+    wanted: &[Wanted],
+    kernel: impl FnMut(&[Message], &[Wanted]) -> std::result::Result<usize, i32>,
+) -> Result {
+    execute(&mut Plan::default(), gso, Instant::now(), wanted, kernel)
+}
+
+/// A kernel that answers by what each message is, like a real one.
+fn by_message(
+    mut judge: impl FnMut(&Message, &Wanted) -> Option<i32>,
+) -> impl FnMut(&[Message], &[Wanted]) -> std::result::Result<usize, i32> {
+    move |messages, wanted| {
+        let errors = messages.iter().map(|message| judge(message, &wanted[message.run]));
+        match errors.enumerate().find_map(|(i, error)| error.map(|error| (i, error))) {
+            Some((0, error)) => Err(error),
+            Some((taken, _)) => Ok(taken),
+            None => Ok(messages.len()),
+        }
+    }
+}
+
+#[test]
+fn many_runs_leave_in_one_call_each_as_one_message() {
+    let wanted: Vec<_> = (0..10).map(|i| Wanted::new(i, 1_000, 40)).collect();
+    let result = run_once(&mut GsoState::new(), &wanted, |messages, _| Ok(messages.len()));
+    assert_eq!(result.outcome.calls, 1);
+    assert_eq!(result.outcome.gso_messages, 10);
+}
+
+#[test]
+fn long_runs_are_cut_at_64_datagrams_and_65000_bytes() {
+    let wanted = [Wanted::new(1, 100, 130), Wanted::new(1, 1_400, 100), Wanted::new(1, 40_000, 2)];
+    let result = run_once(&mut GsoState::new(), &wanted, |messages, _| Ok(messages.len()));
+    let segments: Vec<_> = result.calls[0].iter().map(|message| message.segments).collect();
+    assert_eq!(segments, [64, 64, 2, 46, 46, 8, 1, 1]);
+}
+
+#[test]
+fn without_the_switch_all_go_one_by_one_in_full_calls() {
+    let mut gso = GsoState::disabled("off");
+    let result =
+        run_once(&mut gso, &[Wanted::new(1, 1_000, 130)], |messages, _| Ok(messages.len()));
+    let sizes: Vec<_> = result.calls.iter().map(Vec::len).collect();
+    assert_eq!(sizes, [64, 64, 2]);
+}
+
+#[test]
+fn eio_turns_one_destination_off_and_its_run_goes_one_by_one() {
+    let mut gso = GsoState::new();
+    let wanted = [Wanted::new(1, 1_000, 20), Wanted::new(2, 1_000, 30), Wanted::new(1, 1_000, 10)];
+    let kernel = by_message(|message, run| {
+        (run.destination == 2 && message.gso.is_some()).then_some(libc::EIO)
+    });
+    let result = run_once(&mut gso, &wanted, kernel);
+    assert_eq!(result.outcome.datagrams, 60);
+    assert_eq!(result.outcome.fallbacks, 1);
+    // The first run, the refusal, and everything else.
+    assert_eq!(result.outcome.calls, 3);
+    assert_eq!(result.outcome.gso_messages, 2);
+    let off: Vec<_> =
+        gso.off(Instant::now()).map(|GsoOff { destination, .. }| destination).collect();
+    assert_eq!(off, [destination(2)]);
+}
+
+#[test]
+fn eio_is_tried_again_after_the_pause() {
+    let (mut gso, mut plan, start) = (GsoState::new(), Plan::default(), Instant::now());
+    let wanted = [Wanted::new(1, 1_000, 20)];
+    let mut broken = by_message(|message, _| message.gso.is_some().then_some(libc::EIO));
+    for (seconds, tried) in [(0, 1), (4, 0), (5, 1), (14, 0), (15, 1)] {
+        let now = start + Duration::from_secs(seconds);
+        let result = execute(&mut plan, &mut gso, now, &wanted, &mut broken);
+        assert_eq!((seconds, result.outcome.fallbacks), (seconds, tried));
+        assert_eq!(result.outcome.datagrams, 20);
+    }
+    let later = start + Duration::from_secs(15 + 20);
+    let result = execute(&mut plan, &mut gso, later, &wanted, |messages, _| Ok(messages.len()));
+    assert_eq!(result.outcome.gso_messages, 1);
+    assert_eq!(gso.off(later).count(), 0);
+}
+
+#[test]
+fn einval_sends_that_message_one_by_one_and_turns_off_at_the_third_in_a_row() {
+    let mut gso = GsoState::new();
+    let wanted = [Wanted::new(1, 1_000, 10)];
+    let mut kernel = by_message(|message, _| message.gso.is_some().then_some(libc::EINVAL));
+    for _ in 0..3 {
+        assert!(gso.allowed(destination(1), Instant::now()));
+        let result = run_once(&mut gso, &wanted, &mut kernel);
+        assert_eq!((result.outcome.datagrams, result.outcome.fallbacks), (10, 1));
+    }
+    assert!(!gso.allowed(destination(1), Instant::now()));
+    assert!(gso.allowed(destination(2), Instant::now()));
+}
+
+#[test]
+fn datagrams_longer_than_the_route_are_dropped_and_do_not_blame_gso() {
+    let mut gso = GsoState::new();
+    for _ in 0..5 {
+        let wanted = [Wanted { last: 300, ..Wanted::new(1, 1_400, 10) }, Wanted::new(2, 1_400, 2)];
+        let kernel = by_message(|message, run| {
+            let longest = message.gso.map_or(message.len, usize::from);
+            (run.destination == 1 && longest > 1_300).then_some(libc::EMSGSIZE)
+        });
+        let result = run_once(&mut gso, &wanted, kernel);
+        assert_eq!(result.drops.get(DropReason::SendTooBig), 9);
+        assert_eq!(result.sent, [(0, 9), (1, 0), (1, 1)]);
+        assert!(gso.allowed(destination(1), Instant::now()));
+    }
+}
+
+#[test]
+fn a_bad_destination_in_the_middle_fails_alone() {
+    for (errno, expected) in [
+        (libc::ENETUNREACH, DropReason::SendUnreachable),
+        (libc::EHOSTUNREACH, DropReason::SendUnreachable),
+        (libc::EPERM, DropReason::SendDenied),
+        (libc::ENOBUFS, DropReason::SendNoBuffer),
+        (libc::ECONNREFUSED, DropReason::SendError),
+    ] {
+        let wanted = [Wanted::new(1, 900, 3), Wanted::new(2, 900, 3), Wanted::new(3, 900, 3)];
+        let kernel = by_message(|_, run| (run.destination == 2).then_some(errno));
+        let result = run_once(&mut GsoState::new(), &wanted, kernel);
+        assert_eq!(result.drops.get(expected), 3);
+        assert_eq!(result.outcome.datagrams, 6);
+    }
+}
+
+#[test]
+fn a_signal_repeats_the_call() {
+    let mut calls = 0;
+    let result = run_once(&mut GsoState::new(), &[Wanted::new(1, 900, 3)], |messages, _| {
+        calls += 1;
+        if calls < 4 { Err(libc::EINTR) } else { Ok(messages.len()) }
+    });
+    assert_eq!(result.outcome.datagrams, 3);
+}
+
+#[test]
+fn a_full_buffer_costs_one_timeout_and_the_rest_is_dropped() {
+    let wanted: Vec<_> = (0..200).map(|_| Wanted::new(1, 900, 1)).collect();
+    let mut calls = 0;
+    let result = run_once(&mut GsoState::new(), &wanted, |_, _| {
+        calls += 1;
+        if calls == 1 { Ok(10) } else { Err(libc::EAGAIN) }
+    });
+    assert_eq!(result.outcome.calls, 2);
+    assert_eq!(result.drops.get(DropReason::SendNoBuffer), 190);
+}
+
+#[test]
+fn a_kernel_that_takes_nothing_does_not_hang_the_lane() {
+    let result = run_once(&mut GsoState::new(), &[Wanted::new(1, 900, 3)], |_, _| Ok(0));
+    assert_eq!(result.drops.get(DropReason::SendError), 3);
+}
+
+#[test]
+fn runs_that_contradict_themselves_are_dropped_and_counted() {
+    let run = |segment_size, segments, parts| Run {
+        destination: destination(1),
+        segment_size,
+        segments,
+        parts,
+    };
+    let bad = [
+        run(100, 3, &[(0, 200)][..]),                // nothing left for the last
+        run(100, 2, &[(0, 201)]),                    // the last is longer than the others
+        run(0, 2, &[(0, 100)]),                      // no size
+        run(100, 1, &[]),                            // an empty datagram
+        run(100, 1, &[(950, 100)]),                  // beyond the arena
+        run(100, 2, &[(usize::MAX, 100), (0, 100)]), // an overflow
+        run(usize::MAX, 3, &[(0, 100)]),             // another
+    ];
+    let good = run(100, 2, &[(0, 150)][..]);
+    let runs: Vec<_> = bad.iter().flat_map(|bad| [good, *bad, run(1, 0, &[])]).collect();
+    let mut drops = DropCounts::default();
+    let mut plan = Plan::default();
+    let mut sent = Vec::new();
+    let outcome =
+        plan.execute(&runs, 1_000, &mut GsoState::new(), &mut drops, Instant::now(), |messages| {
+            sent.extend(messages.iter().map(|message| message.run));
+            Ok(messages.len())
+        });
+    assert_eq!(sent, (0..bad.len()).map(|i| i * 3).collect::<Vec<_>>());
+    assert_eq!(outcome.datagrams, 2 * bad.len() as u64);
+    assert_eq!(drops.get(DropReason::SendError), 3 + 2 + 2 + 1 + 1 + 2 + 3);
+}
+
+fn wanted() -> impl Strategy<Value = Vec<Wanted>> {
+    let run = (1u8..5, 1usize..3_000, 1usize..150, any::<prop::sample::Index>());
+    let run = run.prop_map(|(destination, segment_size, segments, last)| Wanted {
+        last: 1 + last.index(segment_size),
+        ..Wanted::new(destination, segment_size, segments)
+    });
+    prop::collection::vec(run, 0..12)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    /// Whatever the kernel answers, `execute` finds every datagram sent once or counted once.
+    #[test]
+    fn nothing_is_lost_or_sent_twice(
+        wanted in wanted(),
+        answers in prop::collection::vec(
+            prop_oneof![
+                3 => (0usize..70).prop_map(Ok),
+                1 => Just(Err(libc::EIO)),
+                1 => Just(Err(libc::EINVAL)),
+                1 => Just(Err(libc::EMSGSIZE)),
+                1 => Just(Err(libc::EINTR)),
+                1 => Just(Err(libc::EPERM)),
+                1 => Just(Err(libc::ENETUNREACH)),
+                1 => (1i32..134).prop_map(Err),
+            ],
+            0..60,
+        ),
+    ) {
+        let mut answers = answers.into_iter();
+        execute(
+            &mut Plan::default(),
+            &mut GsoState::new(),
+            Instant::now(),
+            &wanted,
+            |messages, _| match answers.next() {
+                Some(Ok(taken)) => Ok(taken.min(messages.len())),
+                Some(Err(errno)) => Err(errno),
+                None => Ok(messages.len()),
+            },
+        );
+    }
+
+    /// Against a kernel with rules, exactly what breaks a rule by itself is dropped.
+    #[test]
+    fn only_what_cannot_go_alone_is_dropped(
+        wanted in wanted(),
+        no_gso in prop::collection::hash_set(1u8..5, 0..3),
+        refuses in prop::collection::hash_set(1u8..5, 0..3),
+        unreachable in prop::collection::hash_set(1u8..5, 0..2),
+        mtu in 500usize..4_000,
+        per_call in 1usize..70,
+        rounds in 1usize..5,
+    ) {
+        let alone = |unreachable: &HashSet<u8>, destination, len| {
+            if unreachable.contains(&destination) {
+                Some(libc::ENETUNREACH)
+            } else {
+                (len > mtu).then_some(libc::EMSGSIZE)
+            }
+        };
+        let mut gso = GsoState::new();
+        let mut plan = Plan::default();
+        for _ in 0..rounds {
+            let mut judge = by_message(|message, run| {
+                let trouble = alone(
+                    &unreachable,
+                    run.destination,
+                    message.gso.map_or(message.len, usize::from),
+                );
+                match message.gso {
+                    Some(_) if no_gso.contains(&run.destination) => Some(libc::EIO),
+                    Some(_) if refuses.contains(&run.destination) => Some(libc::EINVAL),
+                    _ => trouble,
+                }
+            });
+            let result = execute(&mut plan, &mut gso, Instant::now(), &wanted, |messages, runs| {
+                judge(messages, runs).map(|taken| taken.min(per_call))
+            });
+            let mut expected = Vec::new();
+            for (i, run) in wanted.iter().enumerate() {
+                // An unreachable run of several is dropped as one.
+                for segment in 0..run.segments {
+                    if alone(&unreachable, run.destination, run.len_of(segment)).is_none() {
+                        expected.push((i, segment));
+                    }
+                }
+            }
+            prop_assert_eq!(result.sent, expected);
+            for path in gso.off(Instant::now()) {
+                let host = (1..5).find(|&i| destination(i) == path.destination);
+                prop_assert!(host.is_some_and(|i| no_gso.contains(&i) || refuses.contains(&i)));
+            }
+        }
+    }
+}
