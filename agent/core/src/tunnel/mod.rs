@@ -1,4 +1,31 @@
 //! The tunnel: how two nodes come to share keys, and what they do with them.
+//!
+//! [`engine::Engine`] makes and keeps the [`session::Session`]s; lanes seal and open data with them
+//! and never wait for it. Handshake messages are laid out in `message.rs`, durations in
+//! [`timers`].
 
+mod cipher;
+mod cookie;
+mod counts;
+pub mod engine;
+mod handshake;
+mod limit;
+mod liveness;
+mod message;
+mod noise;
+mod peer;
 pub mod replay;
 pub mod session;
+mod shared;
+pub mod timers;
+
+pub use counts::HandshakeResult;
+pub use engine::{Engine, EngineConfig, EngineError, PeerConfig};
+pub use liveness::Trouble;
+pub use peer::{PeerState, PeerView};
+pub use replay::ReplayWindow;
+pub use session::{Cipher, Ciphers, Session, SessionParams};
+pub use shared::{Random, Transmit};
+
+#[cfg(test)]
+mod tests;

@@ -3,13 +3,14 @@
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use aws_lc_rs::aead::{self, Aad, LessSafeKey, Nonce, UnboundKey};
+use aws_lc_rs::aead::{Aad, LessSafeKey, Nonce, UnboundKey};
 use aws_lc_rs::hkdf::{HKDF_SHA256, Prk, Salt};
 use zeroize::Zeroizing;
 
 use crate::drop::DropReason;
 use crate::route::PeerId;
 use crate::time::Time;
+pub use crate::tunnel::cipher::{Cipher, Ciphers};
 use crate::wire::header::{
     CONTROL_LANE, Flags, HEADER_LEN, Header, MAX_LANES, MessageType, OVERHEAD, TAG_LEN,
 };
@@ -22,46 +23,6 @@ pub const COUNTER_REKEY: u64 = 1 << 36;
 const KEY_LEN: usize = 32;
 const KEY_SALT: &[u8] = b"skein v1 transport";
 const KEY_LABEL: &[u8] = b"skein v1 lane key";
-
-/// The AEAD of a session's data. Both take 32-byte keys and 12-byte nonces, and add 16 bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Cipher {
-    /// AES-256 in Galois/counter mode (NIST SP 800-38D).
-    Aes256Gcm,
-    /// ChaCha20 and Poly1305 (RFC 8439).
-    ChaCha20Poly1305,
-}
-
-impl Cipher {
-    /// How configuration, reports and metrics name it.
-    pub const fn label(self) -> &'static str {
-        match self {
-            Cipher::Aes256Gcm => "aes256-gcm",
-            Cipher::ChaCha20Poly1305 => "chacha20-poly1305",
-        }
-    }
-
-    /// Its number on the wire, and in the derivation of its keys.
-    pub(crate) const fn number(self) -> u8 {
-        match self {
-            Cipher::Aes256Gcm => 1,
-            Cipher::ChaCha20Poly1305 => 2,
-        }
-    }
-
-    fn algorithm(self) -> &'static aead::Algorithm {
-        match self {
-            Cipher::Aes256Gcm => &aead::AES_256_GCM,
-            Cipher::ChaCha20Poly1305 => &aead::CHACHA20_POLY1305,
-        }
-    }
-}
-
-impl fmt::Display for Cipher {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.label())
-    }
-}
 
 /// Everything that makes a [`Session`].
 pub struct SessionParams {

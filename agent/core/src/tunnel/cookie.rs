@@ -1,0 +1,218 @@
+//! The two checks of a handshake message that cost no public-key operation, after WireGuard's
+//! (section 5.3 and 5.4.7 of its paper) with HMAC-SHA256 cut to 16 bytes in place of BLAKE2s.
+//!
+//! The first proves that the sender knows whom it talks to: its key is the receiver's public key.
+//! The second is asked for only under load, and proves that the sender receives at the address it
+//! sends from: its key is a cookie, a MAC of that address which the receiver can compute again.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use aws_lc_rs::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
+use aws_lc_rs::{constant_time, digest, hmac};
+use zeroize::Zeroizing;
+
+use crate::tunnel::noise::KEY_LEN;
+use crate::wire::header::TAG_LEN;
+
+/// Length of a check and of a cookie in bytes.
+pub(crate) const MAC_LEN: usize = 16;
+/// Length of a cookie reply's random salt in bytes.
+pub(crate) const SALT_LEN: usize = 32;
+/// Length of a sealed cookie in bytes.
+pub(crate) const SEALED_LEN: usize = MAC_LEN + TAG_LEN;
+/// How long a cookie is good: the secret behind it lives no longer.
+pub(crate) const COOKIE_LIFE: Duration = Duration::from_secs(120);
+
+/// A check or a cookie.
+pub(crate) type Mac = [u8; MAC_LEN];
+
+/// The keys that follow from a receiver's public key.
+pub(crate) struct ReceiverKeys {
+    first_check: hmac::Key,
+    cookie: hmac::Key,
+}
+
+impl ReceiverKeys {
+    /// Of the node with this public key.
+    pub(crate) fn new(public: &[u8; KEY_LEN]) -> Self {
+        let key = |label: &[u8]| {
+            let key = digest::digest(&digest::SHA256, &[label, public.as_slice()].concat());
+            hmac::Key::new(hmac::HMAC_SHA256, key.as_ref())
+        };
+        Self { first_check: key(b"skein v1 mac1"), cookie: key(b"skein v1 cookie") }
+    }
+
+    /// The first check over all of a message before it.
+    pub(crate) fn first_check(&self, message: &[u8]) -> Mac {
+        mac(&self.first_check, &[message])
+    }
+
+    /// Compares in constant time.
+    pub(crate) fn verify_first_check(&self, message: &[u8], check: &[u8]) -> bool {
+        equal(&self.first_check(message), check)
+    }
+
+    /// Seals a cookie for whoever sent the message with this first check. `salt` must be random:
+    /// the AEAD's key follows from it.
+    pub(crate) fn seal_cookie(
+        &self,
+        cookie: &Mac,
+        salt: &[u8; SALT_LEN],
+        first_check: &Mac,
+    ) -> Option<[u8; SEALED_LEN]> {
+        let mut sealed = [0; SEALED_LEN];
+        let (ciphertext, tag) = sealed.split_at_mut(MAC_LEN);
+        let (nonce, aad) = (Nonce::assume_unique_for_key([0; 12]), Aad::from(first_check));
+        let key = self.cookie_aead(salt)?;
+        key.seal_out_of_place_scatter(nonce, aad, cookie, ciphertext, &[], tag).ok()?;
+        Some(sealed)
+    }
+
+    /// Opens a cookie that answers the message with this first check.
+    pub(crate) fn open_cookie(
+        &self,
+        salt: &[u8; SALT_LEN],
+        sealed: &[u8; SEALED_LEN],
+        first_check: &Mac,
+    ) -> Option<Mac> {
+        let mut cookie = Mac::default();
+        let (ciphertext, tag) = sealed.split_at(MAC_LEN);
+        let (nonce, aad) = (Nonce::assume_unique_for_key([0; 12]), Aad::from(first_check));
+        let key = self.cookie_aead(salt)?;
+        key.open_separate_gather(nonce, aad, ciphertext, tag, &mut cookie).ok()?;
+        Some(cookie)
+    }
+
+    fn cookie_aead(&self, salt: &[u8; SALT_LEN]) -> Option<LessSafeKey> {
+        let key = hmac::sign(&self.cookie, salt);
+        UnboundKey::new(&CHACHA20_POLY1305, key.as_ref()).ok().map(LessSafeKey::new)
+    }
+}
+
+/// The second check over all of a message before it.
+pub(crate) fn second_check(cookie: &Mac, message: &[u8]) -> Mac {
+    mac(&hmac::Key::new(hmac::HMAC_SHA256, cookie), &[message])
+}
+
+/// The secret that this node's cookies follow from.
+#[derive(Default)]
+pub(crate) struct CookieSecret {
+    current: Option<(hmac::Key, Duration)>,
+}
+
+impl CookieSecret {
+    /// The cookie of a source address. Draws a new secret where there is none or it is too old.
+    pub(crate) fn cookie(
+        &mut self,
+        source: SocketAddr,
+        now: Duration,
+        random: &mut dyn FnMut(&mut [u8]),
+    ) -> Mac {
+        let fresh = |&(_, at): &(_, Duration)| now.saturating_sub(at) < COOKIE_LIFE;
+        let (key, _) = match self.current.take().filter(fresh) {
+            Some(current) => self.current.insert(current),
+            None => {
+                let mut secret = Zeroizing::new([0; KEY_LEN]);
+                random(secret.as_mut());
+                self.current.insert((hmac::Key::new(hmac::HMAC_SHA256, secret.as_ref()), now))
+            }
+        };
+        let address = match source.ip().to_canonical() {
+            IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
+            IpAddr::V6(v6) => v6.octets(),
+        };
+        mac(key, &[&address, &source.port().to_be_bytes()])
+    }
+
+    /// Whether `check` is the second check of `message` by the cookie of its source.
+    pub(crate) fn verify(
+        &mut self,
+        source: SocketAddr,
+        message: &[u8],
+        check: &Mac,
+        now: Duration,
+        random: &mut dyn FnMut(&mut [u8]),
+    ) -> bool {
+        // All zeros is how a message without the second check looks.
+        *check != [0; MAC_LEN]
+            && equal(&second_check(&self.cookie(source, now, random), message), check)
+    }
+}
+
+fn mac(key: &hmac::Key, parts: &[&[u8]]) -> Mac {
+    let mut context = hmac::Context::with_key(key);
+    parts.iter().for_each(|part| context.update(part));
+    let mut out = Mac::default();
+    for (to, from) in out.iter_mut().zip(context.sign().as_ref()) {
+        *to = *from;
+    }
+    out
+}
+
+fn equal(a: &[u8], b: &[u8]) -> bool {
+    constant_time::verify_slices_are_equal(a, b).is_ok()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// Computed with Python's hmac and hashlib.
+    #[test]
+    fn first_check_vector() {
+        let keys = ReceiverKeys::new(&[9; 32]);
+        let check: String =
+            keys.first_check(b"message").iter().map(|b| format!("{b:02x}")).collect();
+        assert_eq!(check, "c7dcf95d06c6387f040f348fea0c578c");
+        assert!(keys.verify_first_check(b"message", &keys.first_check(b"message")));
+        assert!(!keys.verify_first_check(b"massage", &keys.first_check(b"message")));
+        assert!(!keys.verify_first_check(b"message", &[]));
+        assert!(
+            !ReceiverKeys::new(&[8; 32])
+                .verify_first_check(b"message", &keys.first_check(b"message"))
+        );
+    }
+
+    #[test]
+    fn a_cookie_opens_only_for_the_message_it_answers() {
+        let keys = ReceiverKeys::new(&[9; 32]);
+        let (cookie, salt) = ([1; MAC_LEN], [2; SALT_LEN]);
+        let sealed = keys.seal_cookie(&cookie, &salt, &[3; MAC_LEN]).unwrap();
+        assert_eq!(keys.open_cookie(&salt, &sealed, &[3; MAC_LEN]), Some(cookie));
+        assert_eq!(keys.open_cookie(&salt, &sealed, &[4; MAC_LEN]), None);
+        assert_eq!(keys.open_cookie(&[0; SALT_LEN], &sealed, &[3; MAC_LEN]), None);
+        for i in 0..SEALED_LEN {
+            let mut forged = sealed;
+            forged[i] ^= 1;
+            assert_eq!(keys.open_cookie(&salt, &forged, &[3; MAC_LEN]), None);
+        }
+    }
+
+    #[test]
+    fn cookies_belong_to_an_address_and_a_time() {
+        let mut secret = CookieSecret::default();
+        let mut drawn = 0;
+        let mut random = |out: &mut [u8]| {
+            drawn += 1;
+            out.fill(drawn);
+        };
+        let source: SocketAddr = "192.0.2.1:5".parse().unwrap();
+        let other_port: SocketAddr = "192.0.2.1:6".parse().unwrap();
+        let other_host: SocketAddr = "192.0.2.2:5".parse().unwrap();
+        let mapped: SocketAddr = "[::ffff:192.0.2.1]:5".parse().unwrap();
+        let at = Duration::from_secs;
+        let cookie = secret.cookie(source, at(1), &mut random);
+        assert_eq!(secret.cookie(mapped, at(120), &mut random), cookie);
+        assert_ne!(secret.cookie(other_port, at(120), &mut random), cookie);
+        assert_ne!(secret.cookie(other_host, at(120), &mut random), cookie);
+        let check = second_check(&cookie, b"message");
+        assert!(secret.verify(source, b"message", &check, at(120), &mut random));
+        assert!(!secret.verify(source, b"massage", &check, at(120), &mut random));
+        assert!(!secret.verify(other_host, b"message", &check, at(120), &mut random));
+        assert!(!secret.verify(source, b"message", &[0; MAC_LEN], at(120), &mut random));
+        assert!(!secret.verify(source, b"message", &check, at(121), &mut random), "rotated");
+        assert_eq!(drawn, 2);
+    }
+}

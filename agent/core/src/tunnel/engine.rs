@@ -1,0 +1,426 @@
+//! The engine: every peer's handshakes, sessions and liveness, without a socket or a clock.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use zeroize::Zeroizing;
+
+use crate::drop::{DropCounts, DropReason};
+use crate::route::PeerId;
+use crate::time::Time;
+use crate::tunnel::cipher::Ciphers;
+use crate::tunnel::cookie::{CookieSecret, ReceiverKeys};
+use crate::tunnel::counts::HandshakeResult;
+use crate::tunnel::limit::{Bucket, Rate, Sources};
+use crate::tunnel::message::{
+    CookieReply, Initiation, MAX_HANDSHAKE, Offer, Response, read_initiation_payload,
+};
+use crate::tunnel::noise::{Identity, Responder};
+use crate::tunnel::peer::{Peer, PeerView};
+use crate::tunnel::shared::{Random, Shared, Transmit};
+use crate::tunnel::timers::{TICK, UNKNOWN_EVERY, UNKNOWN_UNHEARD};
+use crate::wire::header::{Header, MAX_LANES, MessageType};
+
+/// Initiations without a cookie; more of them mean that this node is under load.
+const UNVERIFIED: Rate = Rate { per_second: 64, burst: 64 };
+/// Initiations with a cookie, of one source.
+const VERIFIED: Rate = Rate { per_second: 8, burst: 16 };
+/// Sources with a cookie that are told apart.
+const MAX_SOURCES: usize = 4096;
+
+/// What an engine needs to know.
+#[derive(Debug)]
+pub struct EngineConfig {
+    /// This node's identity.
+    pub private_key: Zeroizing<[u8; 32]>,
+    /// Nodes of different clusters never join.
+    pub cluster_id: String,
+    /// The UDP port that this node listens on; peers answer to it.
+    pub listen_port: u16,
+    /// Lanes that this node sends on, 1 to 64.
+    pub lanes: u8,
+    /// What to offer for data.
+    pub ciphers: Ciphers,
+    /// This node's MTU in bytes, for its peers to know.
+    pub mtu: u16,
+}
+
+/// Why there is no engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum EngineError {
+    /// The private key is none.
+    #[error("the private key is not a valid Curve25519 key")]
+    PrivateKey,
+    /// Not 1 to 64.
+    #[error("{0} lanes: must be 1 to 64")]
+    Lanes(u8),
+    /// Port 0.
+    #[error("the listening port must not be 0")]
+    ListenPort,
+    /// Neither of the two.
+    #[error("no cipher is offered")]
+    NoCipher,
+}
+
+/// Another node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerConfig {
+    /// Its identity.
+    pub public_key: [u8; 32],
+    /// Where it listens; tried in this order.
+    pub endpoints: Vec<SocketAddr>,
+}
+
+/// See the module. The caller hands in what it receives and when; after each call it takes what is
+/// to be sent ([`Engine::poll_transmit`]), when to call next ([`Engine::poll_timeout`]), and whether
+/// lanes need to know anything new ([`Engine::take_changed`]). New tables go to the lanes before
+/// datagrams go out: what a response lets the peer send must find its session.
+pub struct Engine {
+    shared: Shared,
+    peers: BTreeMap<PeerId, Peer>,
+    by_key: BTreeMap<[u8; 32], PeerId>,
+    by_address: BTreeMap<IpAddr, BTreeSet<PeerId>>,
+    next_id: u32,
+    own_keys: ReceiverKeys,
+    cookies: CookieSecret,
+    unverified: Bucket,
+    verified: Sources,
+    next_tick: Option<Duration>,
+}
+
+impl Engine {
+    /// An engine without peers. `random` must give bytes that nobody can guess: ephemeral keys are
+    /// made of them.
+    ///
+    /// # Errors
+    /// See [`EngineError`].
+    pub fn new(config: EngineConfig, random: Random) -> Result<Engine, EngineError> {
+        let EngineConfig { private_key, cluster_id, listen_port, lanes, ciphers, mtu } = config;
+        if lanes == 0 || usize::from(lanes) > MAX_LANES {
+            return Err(EngineError::Lanes(lanes));
+        }
+        if listen_port == 0 {
+            return Err(EngineError::ListenPort);
+        }
+        if ciphers.choose(ciphers).is_none() {
+            return Err(EngineError::NoCipher);
+        }
+        let prologue = [b"skein v1", cluster_id.as_bytes()].concat();
+        let identity = Identity::new(private_key, prologue).ok_or(EngineError::PrivateKey)?;
+        let own_keys = ReceiverKeys::new(identity.public());
+        let offer = Offer { lanes, ciphers, mtu };
+        Ok(Engine {
+            shared: Shared::new(identity, offer, listen_port, random),
+            peers: BTreeMap::new(),
+            by_key: BTreeMap::new(),
+            by_address: BTreeMap::new(),
+            next_id: 0,
+            own_keys,
+            cookies: CookieSecret::default(),
+            unverified: Bucket::new(UNVERIFIED, Duration::ZERO),
+            verified: Sources::new(VERIFIED, MAX_SOURCES),
+            next_tick: None,
+        })
+    }
+
+    /// This node's public key.
+    pub fn public_key(&self) -> [u8; 32] {
+        *self.shared.identity.public()
+    }
+
+    /// Adds a peer or changes its endpoints: at once, for live sessions too. The same key keeps its
+    /// number for as long as it is not removed.
+    pub fn upsert_peer(&mut self, now: Time, peer: PeerConfig) -> PeerId {
+        let PeerConfig { public_key, endpoints } = peer;
+        let id = *self.by_key.entry(public_key).or_insert_with(|| {
+            let id = PeerId(self.next_id);
+            self.next_id += 1;
+            self.shared.changed = true;
+            self.peers.insert(id, Peer::new(id, public_key));
+            id
+        });
+        if let Some(peer) = self.peers.get_mut(&id) {
+            forget_addresses(&mut self.by_address, peer);
+            peer.set_endpoints(now, endpoints, &mut self.shared);
+            peer.refresh_state(now);
+            for endpoint in &peer.endpoints {
+                self.by_address.entry(endpoint.ip().to_canonical()).or_default().insert(id);
+            }
+        }
+        id
+    }
+
+    /// Removes a peer; its sessions end at once.
+    pub fn remove_peer(&mut self, key: &[u8; 32]) {
+        let Some(mut peer) = self.by_key.remove(key).and_then(|id| self.peers.remove(&id)) else {
+            return;
+        };
+        forget_addresses(&mut self.by_address, &peer);
+        peer.end(&mut self.shared);
+        self.shared.changed = true;
+    }
+
+    /// The number of the peer with this key.
+    pub fn peer_id(&self, key: &[u8; 32]) -> Option<PeerId> {
+        self.by_key.get(key).copied()
+    }
+
+    /// A lane has a packet for a peer and no session. Starts a handshake, which is repeated for as
+    /// long as it is wanted: as this is called at least every 15 seconds.
+    pub fn want_session(&mut self, now: Time, peer: PeerId) {
+        let Some(peer) = self.peers.get_mut(&peer) else { return };
+        if peer.view.current.is_none() {
+            peer.wanted = Some(now.mono);
+            peer.begin_handshake(now, &mut self.shared);
+            peer.refresh_state(now);
+        }
+    }
+
+    /// A datagram of an unknown session came from this address. A peer that lives there may not
+    /// know that this node has restarted: a new handshake tells it.
+    pub fn unknown_session(&mut self, now: Time, source: IpAddr) {
+        let source = source.to_canonical();
+        for id in self.by_address.get(&source).into_iter().flatten() {
+            let Some(peer) = self.peers.get_mut(id) else { continue };
+            let within =
+                |at: Option<Duration>, by| at.is_some_and(|t| now.mono.saturating_sub(t) < by);
+            let heard = peer.view.current.is_some() && within(peer.live.heard, UNKNOWN_UNHEARD);
+            if heard || within(peer.unknown, UNKNOWN_EVERY) {
+                continue;
+            }
+            peer.unknown = Some(now.mono);
+            peer.wanted = Some(now.mono);
+            let there = peer.endpoints.iter().position(|e| e.ip().to_canonical() == source);
+            if peer.pending.is_none() {
+                peer.attempt = there.unwrap_or(peer.attempt);
+            }
+            peer.begin_handshake(now, &mut self.shared);
+            peer.refresh_state(now);
+        }
+    }
+
+    /// A handshake or control datagram (types 1, 2, 3 and 5) that came from `source`. What is wrong
+    /// with it is counted. Its bytes are of no use afterwards.
+    pub fn handle_datagram(&mut self, now: Time, source: SocketAddr, datagram: &mut [u8]) {
+        let header = match Header::parse(datagram) {
+            Ok(header) => header,
+            Err(reason) => return self.shared.drops.add(reason),
+        };
+        let result = match header.kind {
+            MessageType::Initiation => self.on_initiation(now, source, header, datagram),
+            MessageType::Response => self.on_response(now, header, datagram),
+            MessageType::CookieReply => self.on_cookie_reply(now, header, datagram),
+            MessageType::Control => self.on_control(now, source, header, datagram),
+            // A lane's: it should never have come here.
+            MessageType::Data => Err(DropReason::OuterHeader),
+        };
+        if let Err(reason) = result {
+            self.shared.drops.add(reason);
+            if let Some(result) = handshake_result(reason) {
+                self.shared.counts.add(result);
+            }
+        }
+        self.arm_tick(now);
+    }
+
+    /// The cheapest checks come first: lengths, the first check (does the sender know us?), the
+    /// second or a bucket (is it who it says, or are we idle?), and only then public keys.
+    fn on_initiation(
+        &mut self,
+        now: Time,
+        source: SocketAddr,
+        header: Header,
+        datagram: &[u8],
+    ) -> Result<(), DropReason> {
+        let message = Initiation::parse(header, datagram)?;
+        if !self.own_keys.verify_first_check(message.checked.message, &message.checked.first) {
+            return Err(DropReason::HandshakeInvalid);
+        }
+        let answer_to = SocketAddr::new(source.ip(), message.listen_port);
+        let random = &mut self.shared.random;
+        let (before, second) = (message.before_second, &message.second);
+        if self.cookies.verify(source, before, second, now.mono, random) {
+            if !self.verified.take(source.ip(), now.mono) {
+                return Err(DropReason::HandshakeRateLimited);
+            }
+        } else if !self.unverified.take(UNVERIFIED, now.mono) {
+            self.send_cookie(now, source, answer_to, &message);
+            return Err(DropReason::HandshakeCookieRequired);
+        }
+
+        let ephemeral = self.shared.secret();
+        let mut payload = [0; MAX_HANDSHAKE];
+        let identity = &self.shared.identity;
+        let (responder, length) =
+            Responder::read(identity, ephemeral, message.clear, message.noise, &mut payload)
+                .map_err(|_| DropReason::HandshakeInvalid)?;
+        let id = self.by_key.get(&responder.initiator);
+        let peer = id.and_then(|id| self.peers.get_mut(id));
+        let peer = peer.ok_or(DropReason::HandshakeUnknownPeer)?;
+        let (timestamp, offer) = payload
+            .get(..length)
+            .and_then(read_initiation_payload)
+            .ok_or(DropReason::HandshakeInvalid)?;
+        if timestamp <= peer.last_timestamp {
+            return Err(DropReason::HandshakeReplayed);
+        }
+        peer.last_timestamp = timestamp;
+        peer.on_initiation(now, answer_to, &message, responder, offer, &mut self.shared)
+    }
+
+    fn send_cookie(
+        &mut self,
+        now: Time,
+        source: SocketAddr,
+        answer_to: SocketAddr,
+        message: &Initiation<'_>,
+    ) {
+        let random = &mut self.shared.random;
+        let cookie = self.cookies.cookie(source, now.mono, random);
+        let mut salt = [0; _];
+        random(&mut salt);
+        if let Some(sealed) = self.own_keys.seal_cookie(&cookie, &salt, &message.checked.first) {
+            let reply = CookieReply { salt, sealed }.to_bytes(message.sender);
+            self.shared.counts.add(HandshakeResult::CookieSent);
+            self.shared.transmit(answer_to, reply);
+        }
+    }
+
+    fn on_response(
+        &mut self,
+        now: Time,
+        header: Header,
+        datagram: &[u8],
+    ) -> Result<(), DropReason> {
+        let message = Response::parse(header, datagram)?;
+        if !self.own_keys.verify_first_check(message.checked.message, &message.checked.first) {
+            return Err(DropReason::HandshakeInvalid);
+        }
+        let peer = self.owner(header.receiver).ok_or(DropReason::HandshakeInvalid)?;
+        peer.0.on_response(now, header.receiver, &message, peer.1)
+    }
+
+    fn on_cookie_reply(
+        &mut self,
+        now: Time,
+        header: Header,
+        datagram: &[u8],
+    ) -> Result<(), DropReason> {
+        let reply = CookieReply::parse(header, datagram)?;
+        let (peer, shared) = self.owner(header.receiver).ok_or(DropReason::HandshakeInvalid)?;
+        peer.on_cookie_reply(now, header.receiver, &reply, shared)
+    }
+
+    fn on_control(
+        &mut self,
+        now: Time,
+        source: SocketAddr,
+        header: Header,
+        datagram: &mut [u8],
+    ) -> Result<(), DropReason> {
+        let Some((peer, shared)) = self.owner(header.receiver) else {
+            self.unknown_session(now, source.ip());
+            return Err(DropReason::UnknownSession);
+        };
+        peer.on_control(now, header.receiver, datagram, shared)
+    }
+
+    fn owner(&mut self, index: u32) -> Option<(&mut Peer, &mut Shared)> {
+        let peer = self.peers.get_mut(&self.shared.owner(index)?)?;
+        Some((peer, &mut self.shared))
+    }
+
+    /// The next datagram to send.
+    pub fn poll_transmit(&mut self) -> Option<Transmit> {
+        self.shared.outbox.pop_front()
+    }
+
+    /// When to call [`Engine::handle_timeout`]: only `mono` means anything. `None` while there is
+    /// nothing to wait for.
+    pub fn poll_timeout(&self) -> Option<Time> {
+        self.shared.timeout().map(|mono| Time { mono, ..Time::default() })
+    }
+
+    /// Does what is due. Calling too early or too late does no harm.
+    pub fn handle_timeout(&mut self, now: Time) {
+        if self.shared.timeout().is_none_or(|at| at > now.mono) {
+            return;
+        }
+        let tick = self.next_tick.is_some_and(|at| at <= now.mono);
+        if tick {
+            self.next_tick = None;
+        }
+        self.shared.disarm();
+        for peer in self.peers.values_mut() {
+            peer.on_time(now, tick, &mut self.shared);
+        }
+        for deadline in self.peers.values().filter_map(Peer::deadline) {
+            self.shared.arm(deadline);
+        }
+        self.arm_tick(now);
+    }
+
+    fn arm_tick(&mut self, now: Time) {
+        if self.next_tick.is_none() && self.peers.values().any(Peer::has_sessions) {
+            self.next_tick = Some(now.mono + TICK);
+        }
+        if let Some(at) = self.next_tick {
+            self.shared.arm(at);
+        }
+    }
+
+    /// Whether sessions, endpoints or peers have changed since the last call: lanes then need new
+    /// tables.
+    pub fn take_changed(&mut self) -> bool {
+        std::mem::take(&mut self.shared.changed)
+    }
+
+    /// Every peer, in the order of their numbers.
+    pub fn tables(&self) -> impl Iterator<Item = (PeerId, &PeerView)> {
+        self.peers.iter().map(|(&id, peer)| (id, &peer.view))
+    }
+
+    /// One peer.
+    pub fn peer(&self, id: PeerId) -> Option<&PeerView> {
+        self.peers.get(&id).map(|peer| &peer.view)
+    }
+
+    /// Datagrams that came to nothing.
+    pub fn drops(&mut self) -> &mut DropCounts {
+        &mut self.shared.drops
+    }
+
+    /// What became of handshakes, by the labels of [`HandshakeResult`]; every label is listed.
+    pub fn handshakes(&self) -> impl Iterator<Item = (&'static str, u64)> + '_ {
+        let counts = &self.shared.counts;
+        HandshakeResult::ALL.iter().map(|&result| (result.label(), counts.get(result)))
+    }
+
+    /// How many handshakes had one result.
+    pub fn handshake_count(&self, result: HandshakeResult) -> u64 {
+        self.shared.counts.get(result)
+    }
+}
+
+fn forget_addresses(by_address: &mut BTreeMap<IpAddr, BTreeSet<PeerId>>, peer: &Peer) {
+    for endpoint in &peer.endpoints {
+        let address = endpoint.ip().to_canonical();
+        if let Some(ids) = by_address.get_mut(&address) {
+            ids.remove(&peer.id);
+            if ids.is_empty() {
+                by_address.remove(&address);
+            }
+        }
+    }
+}
+
+fn handshake_result(reason: DropReason) -> Option<HandshakeResult> {
+    match reason {
+        DropReason::HandshakeInvalid => Some(HandshakeResult::Invalid),
+        DropReason::HandshakeUnknownPeer => Some(HandshakeResult::UnknownPeer),
+        DropReason::HandshakeReplayed => Some(HandshakeResult::Replayed),
+        DropReason::HandshakeRateLimited => Some(HandshakeResult::RateLimited),
+        _ => None,
+    }
+}

@@ -1,0 +1,251 @@
+//! A peer's handshakes, from both ends.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use crate::drop::DropReason;
+use crate::time::Time;
+use crate::tunnel::cookie::{COOKIE_LIFE, MAC_LEN, Mac, second_check};
+use crate::tunnel::counts::HandshakeResult;
+use crate::tunnel::message::{
+    Accept, CookieReply, Initiation, MAX_HANDSHAKE, Offer, Response, header, initiation_clear,
+    initiation_payload,
+};
+use crate::tunnel::noise::{Initiator, Responder, Split};
+use crate::tunnel::peer::{Peer, Slot};
+use crate::tunnel::session::{Cipher, Session, SessionParams};
+use crate::tunnel::shared::Shared;
+use crate::tunnel::timers::{RETRY_FIRST, RETRY_LAST, UNREACHABLE_AFTER};
+use crate::wire::header::MessageType;
+
+/// A handshake that this node has started, or will as soon as it may.
+pub(crate) struct Pending {
+    /// When to send, again or at all.
+    pub(crate) retry_at: Duration,
+    interval: Duration,
+    /// When the first initiation went out.
+    first_sent: Option<Duration>,
+    sent: Option<Sent>,
+}
+
+/// An initiation that waits for its answer.
+struct Sent {
+    index: u32,
+    noise: Initiator,
+    destination: SocketAddr,
+    /// The message up to its second check, and the first check at the end of that.
+    message: Vec<u8>,
+    first_check: Mac,
+    /// Whether a cookie has made it go out once more.
+    repeated: bool,
+}
+
+impl Pending {
+    /// Whether so long went without an answer that the peer counts as unreachable.
+    pub(crate) fn unanswered(&self, now: Duration) -> bool {
+        self.first_sent.is_some_and(|at| now.saturating_sub(at) >= UNREACHABLE_AFTER)
+    }
+}
+
+impl Peer {
+    /// Starts a handshake: now, or as soon as the last initiation is a second old.
+    pub(crate) fn start_handshake(&mut self, now: Time, shared: &mut Shared) {
+        let allowed = self.last_initiation.map_or(now.mono, |last| last + RETRY_FIRST);
+        let interval = RETRY_FIRST;
+        let retry_at = allowed.max(now.mono);
+        self.pending = Some(Pending { retry_at, interval, first_sent: None, sent: None });
+        if retry_at == now.mono {
+            self.send_initiation(now, shared);
+        } else {
+            shared.arm(retry_at);
+        }
+    }
+
+    /// The pending handshake is due. Where nobody wants it any more, that was it.
+    pub(crate) fn retry_handshake(&mut self, now: Time, wanted: bool, shared: &mut Shared) {
+        let Some(pending) = &mut self.pending else { return };
+        if let Some(sent) = pending.sent.take() {
+            shared.free_index(sent.index);
+            shared.counts.add(HandshakeResult::Timeout);
+            self.attempt = self.attempt.wrapping_add(1);
+        }
+        if wanted {
+            self.send_initiation(now, shared);
+        } else {
+            self.pending = None;
+        }
+    }
+
+    pub(crate) fn abandon_handshake(&mut self, shared: &mut Shared) {
+        if let Some(sent) = self.pending.take().and_then(|pending| pending.sent) {
+            shared.free_index(sent.index);
+        }
+    }
+
+    fn send_initiation(&mut self, now: Time, shared: &mut Shared) {
+        let destination = match self.endpoints.len() {
+            0 => self.view.endpoint,
+            n => self.endpoints.get(self.attempt % n).copied(),
+        };
+        let (Some(pending), Some(destination)) = (&mut self.pending, destination) else {
+            self.pending = None;
+            return;
+        };
+        let interval = (pending.interval + shared.jitter(pending.interval)).min(RETRY_LAST);
+        pending.retry_at = now.mono + interval;
+        pending.interval = (pending.interval * 3 / 2).min(RETRY_LAST);
+        pending.first_sent.get_or_insert(now.mono);
+        shared.arm(pending.retry_at);
+        self.last_initiation = Some(now.mono);
+
+        let index = shared.allocate_index(self.id);
+        let clear = initiation_clear(index, shared.listen_port);
+        let payload = initiation_payload(shared.timestamp(now), shared.offer);
+        let (ephemeral, to) = (shared.secret(), &self.view.public_key);
+        let mut message = clear.to_vec();
+        let identity = &shared.identity;
+        let noise = Initiator::start(identity, to, ephemeral, &clear, &payload, &mut message);
+        // Fails on a public key of low order, which no handshake can ever reach.
+        let Ok(noise) = noise else {
+            shared.free_index(index);
+            shared.counts.add(HandshakeResult::Invalid);
+            self.pending = None;
+            return;
+        };
+        let first_check = self.keys.first_check(&message);
+        message.extend(first_check);
+        let sent = Sent { index, noise, destination, message, first_check, repeated: false };
+        shared.counts.add(HandshakeResult::Initiated);
+        shared.transmit(destination, with_second_check(&self.cookie, &sent.message, now));
+        pending.sent = Some(sent);
+    }
+
+    /// The peer is under load and sent a cookie instead of its response.
+    pub(crate) fn on_cookie_reply(
+        &mut self,
+        now: Time,
+        index: u32,
+        reply: &CookieReply,
+        shared: &mut Shared,
+    ) -> Result<(), DropReason> {
+        let sent = self.pending.as_mut().and_then(|pending| pending.sent.as_mut());
+        let sent = sent.filter(|sent| sent.index == index).ok_or(DropReason::HandshakeInvalid)?;
+        let cookie = self.keys.open_cookie(&reply.salt, &reply.sealed, &sent.first_check);
+        self.cookie = Some((cookie.ok_or(DropReason::HandshakeInvalid)?, now.mono));
+        shared.counts.add(HandshakeResult::CookieReceived);
+        // Once: a peer that sends cookies on end would have us send on end.
+        if !std::mem::replace(&mut sent.repeated, true) {
+            let (destination, message) = (sent.destination, sent.message.clone());
+            shared.transmit(destination, with_second_check(&self.cookie, &message, now));
+        }
+        Ok(())
+    }
+
+    /// The peer has answered this node's handshake.
+    pub(crate) fn on_response(
+        &mut self,
+        now: Time,
+        index: u32,
+        response: &Response<'_>,
+        shared: &mut Shared,
+    ) -> Result<(), DropReason> {
+        let sent = self.pending.as_mut().and_then(|pending| pending.sent.as_mut());
+        let sent = sent.filter(|sent| sent.index == index).ok_or(DropReason::HandshakeInvalid)?;
+        let mut payload = [0; MAX_HANDSHAKE];
+        let (length, split) = sent
+            .noise
+            .finish(response.noise, &mut payload)
+            .map_err(|_| DropReason::HandshakeInvalid)?;
+        let accept = payload.get(..length).and_then(Accept::read);
+        let accept = accept.filter(|accept| shared.offer.ciphers.contains(accept.cipher));
+        let accept = accept.ok_or(DropReason::HandshakeInvalid)?;
+        let destination = sent.destination;
+        let indices = (index, accept.index);
+        let session =
+            self.session(now, indices, accept.cipher, accept.offer, true, split, shared)?;
+        // The index is the session's from now on.
+        self.pending = None;
+        self.view.mtu = Some(accept.offer.mtu);
+        shared.counts.add(HandshakeResult::CompletedInitiator);
+        self.install_current(now, Slot::new(session, Some(destination)), shared);
+        self.refresh_state(now);
+        Ok(())
+    }
+
+    /// The peer has started a handshake, authentic and new. `source` is where it listens.
+    pub(crate) fn on_initiation(
+        &mut self,
+        now: Time,
+        source: SocketAddr,
+        initiation: &Initiation<'_>,
+        responder: Responder,
+        offer: Offer,
+        shared: &mut Shared,
+    ) -> Result<(), DropReason> {
+        let Some(cipher) = offer.ciphers.choose(shared.offer.ciphers) else {
+            self.no_common_cipher = true;
+            self.refresh_state(now);
+            shared.counts.add(HandshakeResult::NoCommonCipher);
+            shared.drops.add(DropReason::HandshakeInvalid);
+            return Ok(());
+        };
+        let index = shared.allocate_index(self.id);
+        let accept = Accept { index, offer: shared.offer, cipher };
+        let mut message = header(MessageType::Response, initiation.sender).to_vec();
+        let session = responder
+            .reply(&accept.to_bytes(), &mut message)
+            .map_err(|_| DropReason::HandshakeInvalid)
+            .and_then(|split| {
+                let indices = (index, initiation.sender);
+                self.session(now, indices, cipher, offer, false, split, shared)
+            });
+        let session = session.inspect_err(|_| shared.free_index(index))?;
+        message.extend(self.keys.first_check(&message));
+
+        // Both have started at once: the greater key goes on as initiator, the other yields. It
+        // still answers, so nothing is lost where the yielding one's messages are those that arrive.
+        if shared.identity.public() < &self.view.public_key {
+            self.abandon_handshake(shared);
+        }
+        self.view.mtu = Some(offer.mtu);
+        let endpoint = self.known_endpoint(source);
+        self.install_next(Slot::new(session, endpoint), shared);
+        self.refresh_state(now);
+        shared.transmit(source, message);
+        Ok(())
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn session(
+        &self,
+        now: Time,
+        (local_index, remote_index): (u32, u32),
+        cipher: Cipher,
+        theirs: Offer,
+        initiator: bool,
+        secret: Split,
+        shared: &Shared,
+    ) -> Result<Session, DropReason> {
+        Session::new(SessionParams {
+            peer: self.id,
+            local_index,
+            remote_index,
+            cipher,
+            local_lanes: shared.offer.lanes,
+            remote_lanes: theirs.lanes,
+            established: now,
+            initiator,
+            secret,
+        })
+        .map_err(|_| DropReason::HandshakeInvalid)
+    }
+}
+
+fn with_second_check(cookie: &Option<(Mac, Duration)>, message: &[u8], now: Time) -> Vec<u8> {
+    let fresh = |(_, at): &&(Mac, Duration)| now.mono.saturating_sub(*at) < COOKIE_LIFE;
+    let second = match cookie.as_ref().filter(fresh) {
+        Some((cookie, _)) => second_check(cookie, message),
+        None => [0; MAC_LEN],
+    };
+    [message, &second].concat()
+}

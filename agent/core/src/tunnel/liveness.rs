@@ -1,0 +1,155 @@
+//! Whether a peer hears us and we hear it, and how long a round trip takes.
+//!
+//! Traffic in both directions says enough by itself. Where it is one-sided, the side that sends and
+//! hears nothing pings once a second. A ping says for how long its sender has heard nothing, so that
+//! the other side, which hears very well, learns that its own direction is dead.
+
+use std::time::Duration;
+
+use crate::tunnel::message::Control;
+use crate::tunnel::timers::{
+    DEAF_AFTER, PING_ROUND_TRIP, PING_SILENT, PING_WHILE_USED, ROUND_TRIP_MAX, UNREACHABLE_AFTER,
+};
+
+/// What is wrong with a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Trouble {
+    /// Its record names no endpoint.
+    NoEndpoint,
+    /// Handshakes get no answer.
+    NoAnswer,
+    /// There is a session, but nothing comes back.
+    Silent,
+    /// It says that it hears nothing of us.
+    Deaf,
+    /// It offers no cipher that this node offers.
+    NoCommonCipher,
+}
+
+impl Trouble {
+    /// For people.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Trouble::NoEndpoint => "no endpoint in its record",
+            Trouble::NoAnswer => "handshakes get no answer",
+            Trouble::Silent => "nothing comes back",
+            Trouble::Deaf => "it hears nothing from this node",
+            Trouble::NoCommonCipher => "no cipher in common",
+        }
+    }
+}
+
+impl std::fmt::Display for Trouble {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.label())
+    }
+}
+
+/// All times are the caller's monotonic clock.
+#[derive(Debug, Default)]
+pub(crate) struct Liveness {
+    /// When something authentic last came.
+    pub(crate) heard: Option<Duration>,
+    /// Smoothed as TCP's is (RFC 6298).
+    pub(crate) round_trip: Option<Duration>,
+    sent: Option<Duration>,
+    /// The first thing sent since something was heard.
+    unanswered: Option<Duration>,
+    pinged: Option<Duration>,
+    pings: u64,
+    deaf: Option<Deafness>,
+}
+
+/// The peer's complaints, by its pings, that it hears nothing of us; each was answered.
+#[derive(Debug, Clone, Copy)]
+struct Deafness {
+    first: Duration,
+    last: Duration,
+    /// When it did hear something, by our clock.
+    last_heard: Duration,
+}
+
+impl Liveness {
+    /// A new session: what was sent by the old one needs no answer any more.
+    pub(crate) fn on_session(&mut self, now: Duration) {
+        self.unanswered = None;
+        self.deaf = None;
+        self.heard = Some(now);
+        self.sent = Some(now);
+    }
+
+    /// Something authentic came.
+    pub(crate) fn on_heard(&mut self, now: Duration) {
+        self.heard = Some(now);
+        self.unanswered = None;
+    }
+
+    /// Data was sent.
+    pub(crate) fn on_sent(&mut self, now: Duration) {
+        self.sent = Some(now);
+        self.unanswered.get_or_insert(now);
+    }
+
+    /// The peer pinged; call [`Liveness::on_heard`] too.
+    pub(crate) fn on_ping(&mut self, now: Duration, silent: u32) {
+        let silent = Duration::from_millis(silent.into());
+        let last_heard = now.saturating_sub(silent);
+        if silent < PING_SILENT {
+            self.deaf = None;
+            return;
+        }
+        match &mut self.deaf {
+            // Still the same silence, but for what the ping's own journey varies.
+            Some(deaf) if last_heard <= deaf.last_heard + PING_SILENT / 2 => deaf.last = now,
+            deaf => *deaf = Some(Deafness { first: now, last: now, last_heard }),
+        }
+    }
+
+    /// The peer answered a ping; call [`Liveness::on_heard`] too.
+    pub(crate) fn on_pong(&mut self, now: Duration, sent: u64) {
+        self.deaf = None;
+        let Some(sample) = now.checked_sub(Duration::from_nanos(sent)) else { return };
+        if sample > ROUND_TRIP_MAX {
+            return;
+        }
+        self.round_trip = Some(match self.round_trip {
+            Some(smoothed) => (smoothed * 7 + sample) / 8,
+            None => sample,
+        });
+    }
+
+    /// Whether it is time for a ping.
+    pub(crate) fn ping_due(&self, now: Duration) -> bool {
+        let past = |since: Option<Duration>, by| since.is_none_or(|t| now.saturating_sub(t) >= by);
+        if past(self.sent, PING_WHILE_USED) {
+            return false;
+        }
+        let silent = self.unanswered.is_some() && past(self.unanswered, PING_SILENT);
+        past(self.pinged, PING_ROUND_TRIP) || (silent && past(self.pinged, PING_SILENT))
+    }
+
+    /// The ping to send now.
+    pub(crate) fn ping(&mut self, now: Duration) -> Control {
+        self.pinged = Some(now);
+        self.unanswered.get_or_insert(now);
+        self.pings += 1;
+        let silent = self.heard.map_or(0, |heard| now.saturating_sub(heard).as_millis());
+        Control::Ping {
+            id: self.pings,
+            sent: u64::try_from(now.as_nanos()).unwrap_or(0),
+            silent: u32::try_from(silent).unwrap_or(u32::MAX),
+        }
+    }
+
+    /// Why the peer counts as unreachable, if it does.
+    pub(crate) fn trouble(&self, now: Duration) -> Option<Trouble> {
+        let past = |since: Option<Duration>, by| since.is_some_and(|t| now.saturating_sub(t) >= by);
+        if past(self.unanswered, UNREACHABLE_AFTER) {
+            Some(Trouble::Silent)
+        } else if self.deaf.is_some_and(|deaf| deaf.last.saturating_sub(deaf.first) >= DEAF_AFTER) {
+            Some(Trouble::Deaf)
+        } else {
+            None
+        }
+    }
+}

@@ -1,0 +1,410 @@
+//! One peer: its sessions, and what follows from the traffic through them.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use crate::drop::DropReason;
+use crate::route::PeerId;
+use crate::time::Time;
+use crate::tunnel::cookie::{Mac, ReceiverKeys};
+use crate::tunnel::counts::HandshakeResult;
+use crate::tunnel::handshake::Pending;
+use crate::tunnel::liveness::{Liveness, Trouble};
+use crate::tunnel::message::{Control, Timestamp};
+use crate::tunnel::replay::ReplayWindow;
+use crate::tunnel::session::{COUNTER_REKEY, Session};
+use crate::tunnel::shared::Shared;
+use crate::tunnel::timers::{
+    CONFIRM_WITHIN, REKEY_AFTER, RESPONDER_REKEY_AFTER, RETRY_SLACK, SESSION_LIFE, WANTED_FOR,
+};
+use crate::wire::header::{CONTROL_LANE, Flags, OVERHEAD};
+
+/// Most sessions with one peer at a time; the oldest give way.
+pub(crate) const MAX_SESSIONS: usize = 4;
+
+/// How a peer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum PeerState {
+    /// No session: nothing was sent yet, or the last one ended unused.
+    Idle,
+    /// A handshake is under way.
+    Connecting,
+    /// A session, and answers come.
+    Established,
+    /// A session or a handshake, but no answer.
+    Unreachable,
+}
+
+/// What lanes and reports need to know of a peer.
+#[derive(Debug, Clone)]
+pub struct PeerView {
+    /// Its identity.
+    pub public_key: [u8; 32],
+    /// Where data to it goes now.
+    pub endpoint: Option<SocketAddr>,
+    /// The session to send with; the peer is known to have it too.
+    pub current: Option<Arc<Session>>,
+    /// Every session that data may come in, the current one too.
+    pub receive: Vec<Arc<Session>>,
+    /// How it is.
+    pub state: PeerState,
+    /// Why it is not well, where it is not.
+    pub trouble: Option<Trouble>,
+    /// Smoothed round-trip time.
+    pub round_trip: Option<Duration>,
+    /// When something authentic last came, by the monotonic clock.
+    pub last_received: Option<Duration>,
+    /// The MTU that the peer named in its last handshake, in bytes.
+    pub mtu: Option<u16>,
+}
+
+/// A session as the engine keeps it.
+pub(crate) struct Slot {
+    pub(crate) session: Arc<Session>,
+    /// Where the other end was when it was made.
+    pub(crate) endpoint: Option<SocketAddr>,
+    window: ReplayWindow,
+    seen_tx: u64,
+    seen_rx: u64,
+}
+
+impl Slot {
+    pub(crate) fn new(session: Session, endpoint: Option<SocketAddr>) -> Self {
+        let window = ReplayWindow::new();
+        Self { session: Arc::new(session), endpoint, window, seen_tx: 0, seen_rx: 0 }
+    }
+
+    fn ends(&self) -> Duration {
+        self.session.established.mono + SESSION_LIFE
+    }
+
+    /// Whether lanes have sent and received since the last look.
+    fn sample(&mut self) -> (bool, bool) {
+        let traffic = self.session.traffic();
+        let tx = traffic.tx_packets.load(Ordering::Relaxed);
+        let rx = traffic.rx_packets.load(Ordering::Relaxed);
+        let grown = (tx != self.seen_tx, rx != self.seen_rx);
+        (self.seen_tx, self.seen_rx) = (tx, rx);
+        grown
+    }
+
+    fn end(self, shared: &mut Shared) {
+        self.session.expire();
+        shared.free_index(self.session.local_index);
+        shared.changed = true;
+    }
+}
+
+/// One peer. Sessions move `next` (a responder's, unconfirmed) → `current` → `previous`; an
+/// initiator's begin as `current`. Data is received by all of them.
+pub(crate) struct Peer {
+    pub(crate) id: PeerId,
+    pub(crate) keys: ReceiverKeys,
+    pub(crate) view: PeerView,
+    pub(crate) endpoints: Vec<SocketAddr>,
+    /// Which endpoint the next handshake goes to.
+    pub(crate) attempt: usize,
+    pub(crate) pending: Option<Pending>,
+    pub(crate) cookie: Option<(Mac, Duration)>,
+    /// Of the last initiation accepted from it.
+    pub(crate) last_timestamp: Timestamp,
+    pub(crate) last_initiation: Option<Duration>,
+    /// When a handshake was last asked for.
+    pub(crate) wanted: Option<Duration>,
+    pub(crate) unknown: Option<Duration>,
+    pub(crate) no_common_cipher: bool,
+    pub(crate) live: Liveness,
+    current: Option<Slot>,
+    next: Option<Slot>,
+    /// Oldest first.
+    previous: Vec<Slot>,
+}
+
+impl Peer {
+    pub(crate) fn new(id: PeerId, public_key: [u8; 32]) -> Self {
+        Self {
+            id,
+            keys: ReceiverKeys::new(&public_key),
+            view: PeerView {
+                public_key,
+                endpoint: None,
+                current: None,
+                receive: Vec::new(),
+                state: PeerState::Idle,
+                trouble: None,
+                round_trip: None,
+                last_received: None,
+                mtu: None,
+            },
+            endpoints: Vec::new(),
+            attempt: 0,
+            pending: None,
+            cookie: None,
+            last_timestamp: Timestamp::default(),
+            last_initiation: None,
+            wanted: None,
+            unknown: None,
+            no_common_cipher: false,
+            live: Liveness::default(),
+            current: None,
+            next: None,
+            previous: Vec::new(),
+        }
+    }
+
+    /// Takes the endpoints of its record. The one in use stays in use if it is among them.
+    pub(crate) fn set_endpoints(
+        &mut self,
+        now: Time,
+        endpoints: Vec<SocketAddr>,
+        shared: &mut Shared,
+    ) {
+        if endpoints == self.endpoints {
+            return;
+        }
+        self.endpoints = endpoints;
+        self.attempt = 0;
+        if !self.view.endpoint.is_some_and(|now| self.endpoints.contains(&now)) {
+            self.move_to(self.endpoints.first().copied(), shared);
+        }
+        if let Some(pending) = &mut self.pending {
+            pending.retry_at = now.mono;
+            shared.arm(now.mono);
+        }
+    }
+
+    fn move_to(&mut self, endpoint: Option<SocketAddr>, shared: &mut Shared) {
+        if self.view.endpoint != endpoint {
+            self.view.endpoint = endpoint;
+            shared.changed = true;
+        }
+    }
+
+    /// The endpoint of its record that a handshake came from; the address it came from where the
+    /// record names none.
+    pub(crate) fn known_endpoint(&self, source: SocketAddr) -> Option<SocketAddr> {
+        let ip = source.ip().to_canonical();
+        let same_host = |known: &&SocketAddr| known.ip().to_canonical() == ip;
+        if self.endpoints.is_empty() {
+            return Some(source);
+        }
+        let exact = |known: &&SocketAddr| same_host(known) && known.port() == source.port();
+        self.endpoints.iter().find(exact).or_else(|| self.endpoints.iter().find(same_host)).copied()
+    }
+
+    /// A session that this node started, and that the peer has therefore.
+    pub(crate) fn install_current(&mut self, now: Time, slot: Slot, shared: &mut Shared) {
+        let older = [self.current.take(), self.next.take()];
+        self.previous.extend(older.into_iter().flatten());
+        self.make_current(now, slot, shared);
+        // The peer waits for it: nothing is sent to us in this session before.
+        self.ping(now, shared);
+    }
+
+    /// A session that the peer started; it may not have our answer yet.
+    pub(crate) fn install_next(&mut self, slot: Slot, shared: &mut Shared) {
+        self.previous.extend(self.next.take());
+        self.next = Some(slot);
+        self.sessions_changed(shared);
+    }
+
+    fn confirm_next(&mut self, now: Time, shared: &mut Shared) {
+        let Some(slot) = self.next.take() else { return };
+        self.previous.extend(self.current.take());
+        shared.counts.add(HandshakeResult::CompletedResponder);
+        self.abandon_handshake(shared);
+        self.make_current(now, slot, shared);
+    }
+
+    fn make_current(&mut self, now: Time, slot: Slot, shared: &mut Shared) {
+        if slot.endpoint.is_some() {
+            self.move_to(slot.endpoint, shared);
+        }
+        self.current = Some(slot);
+        self.wanted = None;
+        self.no_common_cipher = false;
+        self.live.on_session(now.mono);
+        self.sessions_changed(shared);
+    }
+
+    fn sessions_changed(&mut self, shared: &mut Shared) {
+        let in_use = usize::from(self.current.is_some()) + usize::from(self.next.is_some());
+        let excess = (in_use + self.previous.len()).saturating_sub(MAX_SESSIONS);
+        self.previous.drain(..excess).for_each(|slot| slot.end(shared));
+        self.view.current = self.current.as_ref().map(|slot| slot.session.clone());
+        self.view.receive = self.slots().map(|slot| slot.session.clone()).collect();
+        shared.changed = true;
+    }
+
+    fn slots(&self) -> impl Iterator<Item = &Slot> {
+        self.current.iter().chain(&self.next).chain(&self.previous)
+    }
+
+    fn slots_mut(&mut self) -> impl Iterator<Item = &mut Slot> {
+        self.current.iter_mut().chain(&mut self.next).chain(&mut self.previous)
+    }
+
+    pub(crate) fn has_sessions(&self) -> bool {
+        self.slots().next().is_some()
+    }
+
+    /// Ends everything at once.
+    pub(crate) fn end(&mut self, shared: &mut Shared) {
+        self.abandon_handshake(shared);
+        let slots = [self.current.take(), self.next.take()].into_iter().flatten();
+        slots.chain(self.previous.drain(..)).for_each(|slot| slot.end(shared));
+        self.sessions_changed(shared);
+    }
+
+    fn end_what_is_over(&mut self, now: Time, shared: &mut Shared) {
+        let over = |slot: &mut Slot| slot.ends() <= now.mono;
+        let ended: Vec<Slot> = self
+            .previous
+            .extract_if(.., over)
+            .chain(self.current.take_if(over))
+            .chain(self.next.take_if(over))
+            .collect();
+        if !ended.is_empty() {
+            ended.into_iter().for_each(|slot| slot.end(shared));
+            self.sessions_changed(shared);
+        }
+    }
+
+    /// The next moment at which something is due, but for ticks.
+    pub(crate) fn deadline(&self) -> Option<Duration> {
+        let retry = self.pending.as_ref().map(|pending| pending.retry_at);
+        self.slots().map(Slot::ends).chain(retry).min()
+    }
+
+    /// Does what is due. `tick`: it is also time to look at the lanes' counters.
+    pub(crate) fn on_time(&mut self, now: Time, tick: bool, shared: &mut Shared) {
+        self.end_what_is_over(now, shared);
+        if tick && self.has_sessions() {
+            self.tick(now, shared);
+        }
+        if self.pending.as_ref().is_some_and(|p| p.retry_at <= now.mono + RETRY_SLACK) {
+            let wanted = self.wanted.is_some_and(|at| now.mono.saturating_sub(at) < WANTED_FOR);
+            self.retry_handshake(now, wanted, shared);
+        }
+        self.refresh_state(now);
+    }
+
+    fn tick(&mut self, now: Time, shared: &mut Shared) {
+        let (mut sent, mut received) = (false, false);
+        for slot in self.slots_mut() {
+            let (tx, rx) = slot.sample();
+            sent |= tx;
+            received |= rx;
+        }
+        if sent {
+            self.live.on_sent(now.mono);
+        }
+        if received {
+            self.live.on_heard(now.mono);
+        }
+        if self.next.as_ref().is_some_and(|next| next.seen_rx > 0) {
+            self.confirm_next(now, shared);
+        }
+        let Some(current) = &self.current else {
+            // Asked for while the peer's own handshake was about to give us a session.
+            if self.wanted.is_some_and(|at| now.mono.saturating_sub(at) < WANTED_FOR) {
+                self.begin_handshake(now, shared);
+            }
+            return;
+        };
+        let session = &current.session;
+        let limit = if session.initiator { REKEY_AFTER } else { RESPONDER_REKEY_AFTER };
+        let old =
+            now.since(session.established) >= limit || session.highest_counter() >= COUNTER_REKEY;
+        if old && (sent || received) || sent && self.live.trouble(now.mono).is_some() {
+            self.wanted = Some(now.mono);
+            self.begin_handshake(now, shared);
+        }
+        if self.live.ping_due(now.mono) {
+            self.ping(now, shared);
+        }
+    }
+
+    /// Starts a handshake unless one is under way or has just given us a session to be confirmed.
+    pub(crate) fn begin_handshake(&mut self, now: Time, shared: &mut Shared) {
+        let fresh = |slot: &Slot| now.since(slot.session.established) < CONFIRM_WITHIN;
+        if self.pending.is_none() && !self.next.as_ref().is_some_and(fresh) {
+            self.start_handshake(now, shared);
+        }
+    }
+
+    fn ping(&mut self, now: Time, shared: &mut Shared) {
+        let ping = self.live.ping(now.mono);
+        self.send_control(ping, shared);
+    }
+
+    fn send_control(&self, message: Control, shared: &mut Shared) {
+        let (Some(slot), Some(endpoint)) = (&self.current, self.view.endpoint) else { return };
+        let Some(sender) = slot.session.sender(CONTROL_LANE) else { return };
+        let plaintext = message.to_bytes();
+        let mut out = vec![0; plaintext.len() + OVERHEAD];
+        match sender.seal(Flags::default(), &plaintext, &mut out) {
+            Ok(_) => shared.transmit(endpoint, out),
+            Err(reason) => shared.drops.add(reason),
+        }
+    }
+
+    /// A control message in the session with this index.
+    pub(crate) fn on_control(
+        &mut self,
+        now: Time,
+        index: u32,
+        datagram: &mut [u8],
+        shared: &mut Shared,
+    ) -> Result<(), DropReason> {
+        let found = self.slots_mut().find(|slot| slot.session.local_index == index);
+        let slot = found.ok_or(DropReason::UnknownSession)?;
+        if slot.ends() <= now.mono {
+            return Err(DropReason::SessionExpired);
+        }
+        let receiver = slot.session.receiver(CONTROL_LANE).ok_or(DropReason::WrongLane)?;
+        let (header, plaintext) = receiver.open(datagram)?;
+        let message = Control::read(plaintext);
+        slot.window.check_and_set(header.counter)?;
+
+        self.live.on_heard(now.mono);
+        if self.next.as_ref().is_some_and(|next| next.session.local_index == index) {
+            self.confirm_next(now, shared);
+        }
+        match message {
+            Some(Control::Ping { id, sent, silent }) => {
+                self.live.on_ping(now.mono, silent);
+                self.send_control(Control::Pong { id, sent }, shared);
+            }
+            Some(Control::Pong { sent, .. }) => self.live.on_pong(now.mono, sent),
+            Some(Control::Keepalive) | None => {}
+        }
+        self.refresh_state(now);
+        Ok(())
+    }
+
+    /// Brings the view's state up to date.
+    pub(crate) fn refresh_state(&mut self, now: Time) {
+        let unanswered = self.pending.as_ref().is_some_and(|p| p.unanswered(now.mono));
+        let (state, trouble) = match (&self.current, &self.pending) {
+            (Some(_), _) => match self.live.trouble(now.mono) {
+                Some(trouble) => (PeerState::Unreachable, Some(trouble)),
+                None => (PeerState::Established, None),
+            },
+            (None, Some(_)) if unanswered => (PeerState::Unreachable, Some(Trouble::NoAnswer)),
+            (None, Some(_)) => (PeerState::Connecting, None),
+            (None, None) if self.next.is_some() => (PeerState::Connecting, None),
+            (None, None) if self.endpoints.is_empty() => {
+                (PeerState::Idle, Some(Trouble::NoEndpoint))
+            }
+            (None, None) => (PeerState::Idle, None),
+        };
+        let no_cipher = self.current.is_none() && self.no_common_cipher;
+        self.view.state = state;
+        self.view.trouble = if no_cipher { Some(Trouble::NoCommonCipher) } else { trouble };
+        self.view.round_trip = self.live.round_trip;
+        self.view.last_received = self.live.heard;
+    }
+}

@@ -1,0 +1,252 @@
+//! Strangers, floods, forgeries.
+
+use super::*;
+use crate::tunnel::cookie::ReceiverKeys;
+use crate::tunnel::message::CLEAR_LEN;
+
+/// The first datagram of this type in the trace.
+fn first_of(lab: &Lab, kind: MessageType) -> Datagram {
+    lab.trace.iter().find(|d| d.payload[0] == kind as u8).unwrap().clone()
+}
+
+/// Lets `node` have a datagram, and whatever follows from it.
+fn inject(lab: &mut Lab, node: usize, source: SocketAddr, mut payload: Vec<u8>) {
+    lab.nodes[node].engine.handle_datagram(lab.now, source, &mut payload);
+    lab.collect(node);
+}
+
+/// Handshake up to the point where the datagram of this type is about to arrive.
+fn caught(kind: MessageType) -> (Lab, usize, Datagram) {
+    let mut lab = Lab::new(2);
+    lab.send(0, 1, b"first");
+    lab.run_until(secs(1), |lab| lab.trace.iter().any(|d| d.payload[0] == kind as u8));
+    let datagram = first_of(&lab, kind);
+    lab.wire.clear();
+    let to = 1 - datagram.from;
+    (lab, to, datagram)
+}
+
+#[test]
+fn every_flipped_byte_of_a_handshake_is_refused_and_the_real_one_still_accepted() {
+    for kind in [MessageType::Initiation, MessageType::Response, MessageType::Control] {
+        let (mut lab, to, datagram) = caught(kind);
+        let len = datagram.payload.len();
+        // The second check says nothing while the node is not under load.
+        let covered = if kind == MessageType::Initiation { len - 16 } else { len };
+        let before = lab.view(to, 1 - to).receive.len();
+        for at in 0..covered {
+            for bit in [1, 0x10, 0x80] {
+                let mut payload = datagram.payload.clone();
+                payload[at] ^= bit;
+                inject(&mut lab, to, datagram.source, payload);
+            }
+        }
+        assert_eq!(lab.view(to, 1 - to).receive.len(), before, "{kind:?}");
+        assert!(lab.view(to, 1 - to).current.is_none());
+        let dropped: u64 = lab.nodes[to].engine.drops().drain().map(|(_, n)| n).sum();
+        assert_eq!(dropped, covered as u64 * 3);
+        assert!(lab.wire.is_empty(), "nothing of it was answered");
+
+        inject(&mut lab, to, datagram.source, datagram.payload);
+        lab.run(ms(20));
+        assert!(lab.joined(0, 1), "{kind:?}");
+    }
+}
+
+/// As above, but by somebody who knows the receiver's public key and repairs the first check.
+#[test]
+fn every_flipped_byte_with_a_repaired_check_is_refused() {
+    for kind in [MessageType::Initiation, MessageType::Response] {
+        let (mut lab, to, datagram) = caught(kind);
+        let keys = ReceiverKeys::new(&lab.key(to));
+        let tail = if kind == MessageType::Initiation { 32 } else { 16 };
+        let end = datagram.payload.len() - tail;
+        let before = lab.view(to, 1 - to).receive.len();
+        for at in 0..end {
+            // Slowly, so that it does not count as load.
+            lab.now = lab.now.after(ms(20));
+            let mut payload = datagram.payload.clone();
+            payload[at] ^= 0x40;
+            let check = keys.first_check(&payload[..end]);
+            payload[end..end + 16].copy_from_slice(&check);
+            inject(&mut lab, to, datagram.source, payload);
+        }
+        assert_eq!(lab.view(to, 1 - to).receive.len(), before, "{kind:?}");
+        let dropped: u64 = lab.nodes[to].engine.drops().drain().map(|(_, n)| n).sum();
+        assert_eq!(dropped, end as u64);
+        assert!(lab.wire.is_empty());
+        inject(&mut lab, to, datagram.source, datagram.payload);
+        lab.run(ms(20));
+        assert!(lab.joined(0, 1), "{kind:?}");
+    }
+}
+
+#[test]
+fn cut_and_stretched_handshakes_are_refused() {
+    for kind in [MessageType::Initiation, MessageType::Response] {
+        let (mut lab, to, datagram) = caught(kind);
+        let before = lab.view(to, 1 - to).receive.len();
+        for len in 0..datagram.payload.len() {
+            inject(&mut lab, to, datagram.source, datagram.payload[..len].to_vec());
+        }
+        for more in [1, 16, 1000, 60_000] {
+            let payload = [&datagram.payload[..], &vec![0; more]].concat();
+            inject(&mut lab, to, datagram.source, payload);
+        }
+        assert_eq!(lab.view(to, 1 - to).receive.len(), before);
+        assert!(lab.wire.is_empty());
+    }
+}
+
+#[test]
+fn a_replayed_initiation_is_refused_even_after_its_session() {
+    let mut lab = Lab::joined_pair();
+    let initiation = first_of(&lab, MessageType::Initiation);
+    let current = lab.current(1, 0).unwrap();
+    let sent = lab.trace.len();
+    inject(&mut lab, 1, initiation.source, initiation.payload.clone());
+    assert_eq!(lab.count(1, HandshakeResult::Replayed), 1);
+    assert_eq!(lab.trace.len(), sent, "and not answered");
+    lab.run(secs(300));
+    assert!(current.is_expired());
+    inject(&mut lab, 1, initiation.source, initiation.payload);
+    assert_eq!(lab.count(1, HandshakeResult::Replayed), 2);
+    assert_eq!(lab.dropped(1, DropReason::HandshakeReplayed), 2);
+    assert!(lab.view(1, 0).receive.is_empty());
+}
+
+#[test]
+fn a_wall_clock_that_stands_still_or_goes_back_does_not_stop_handshakes() {
+    let mut lab = Lab::joined_pair();
+    for _ in 0..3 {
+        lab.now.wall = lab.now.wall.saturating_sub(secs(1000));
+        lab.flow(0, 1, ms(100));
+        let sessions = lab.count(1, HandshakeResult::CompletedResponder);
+        lab.run(secs(125));
+        assert_eq!(lab.count(1, HandshakeResult::CompletedResponder), sessions + 1);
+    }
+    assert_eq!(lab.count(1, HandshakeResult::Replayed), 0);
+}
+
+#[test]
+fn replayed_control_messages_are_refused() {
+    let mut lab = Lab::joined_pair();
+    let ping = first_of(&lab, MessageType::Control);
+    let sent = lab.trace.len();
+    inject(&mut lab, 1, ping.source, ping.payload);
+    assert_eq!(lab.dropped(1, DropReason::Replayed), 1);
+    assert_eq!(lab.trace.len(), sent);
+}
+
+/// Initiations whose first check is right, from anybody who knows node 1's public key.
+fn flood(lab: &mut Lab, count: usize) -> usize {
+    let initiation = caught(MessageType::Initiation).2;
+    let keys = ReceiverKeys::new(&lab.key(1));
+    let cookies = lab.count(1, HandshakeResult::CookieSent);
+    for i in 0..count {
+        let mut payload = initiation.payload.clone();
+        payload[CLEAR_LEN + 3] ^= i as u8 | 1;
+        let end = payload.len() - 32;
+        let check = keys.first_check(&payload[..end]);
+        payload[end..end + 16].copy_from_slice(&check);
+        let source = SocketAddr::new([203, 0, 113, i as u8].into(), 9);
+        inject(lab, 1, source, payload);
+    }
+    (lab.count(1, HandshakeResult::CookieSent) - cookies) as usize
+}
+
+#[test]
+fn under_load_a_cookie_comes_first() {
+    let mut lab = Lab::new(2);
+    assert_eq!(flood(&mut lab, 200), 200 - 64, "public keys cost 64 a second, no more");
+    lab.wire.clear();
+    lab.send(0, 1, b"first");
+    lab.run(ms(20));
+    assert_eq!(lab.count(0, HandshakeResult::CookieReceived), 1);
+    assert!(lab.joined(0, 1), "with the cookie at once");
+    assert_eq!(lab.count(0, HandshakeResult::Initiated), 1);
+    let drops = lab.dropped(1, DropReason::HandshakeCookieRequired);
+    assert_eq!(drops, 200 - 64 + 1);
+    // Nothing that a node answers is longer than what it answers.
+    let initiation = first_of(&lab, MessageType::Initiation).payload.len();
+    assert!(lab.trace.iter().filter(|d| d.from == 1).all(|d| d.payload.len() <= initiation));
+
+    // The cookie is kept: the next handshake under load needs no further round.
+    lab.flow(0, 1, ms(100));
+    lab.run(secs(100));
+    flood(&mut lab, 200);
+    lab.run_until(secs(40), |lab| lab.count(0, HandshakeResult::CompletedInitiator) == 2);
+    lab.run(secs(1));
+    assert!(lab.joined(0, 1));
+}
+
+#[test]
+fn a_source_with_a_cookie_is_still_limited() {
+    let mut lab = Lab::new(2);
+    flood(&mut lab, 100);
+    lab.wire.clear();
+    lab.send(0, 1, b"first");
+    lab.run(ms(20));
+    let with_cookie = lab.trace.iter().rfind(|d| d.from == 0 && d.payload[0] == 1).unwrap().clone();
+    assert_ne!(with_cookie.payload[with_cookie.payload.len() - 16..], [0; 16]);
+    for _ in 0..50 {
+        inject(&mut lab, 1, with_cookie.source, with_cookie.payload.clone());
+    }
+    assert!(lab.count(1, HandshakeResult::RateLimited) >= 34);
+    assert!(lab.count(1, HandshakeResult::Replayed) <= 16);
+    // Somebody else's cookie is no cookie.
+    let elsewhere: SocketAddr = "203.0.113.9:9".parse().unwrap();
+    flood(&mut lab, 100);
+    let before = lab.count(1, HandshakeResult::CookieSent);
+    inject(&mut lab, 1, elsewhere, with_cookie.payload);
+    assert_eq!(lab.count(1, HandshakeResult::CookieSent), before + 1);
+}
+
+#[test]
+fn forged_and_repeated_cookies_do_not_make_a_node_send() {
+    let mut lab = Lab::new(2);
+    flood(&mut lab, 100);
+    lab.wire.clear();
+    lab.send(0, 1, b"first");
+    lab.run(ms(1));
+    let cookie = lab.trace.iter().rfind(|d| d.payload[0] == 3).unwrap().clone();
+    lab.wire.clear();
+    let sent = lab.trace.len();
+    for at in 4..cookie.payload.len() {
+        let mut payload = cookie.payload.clone();
+        payload[at] ^= 1;
+        inject(&mut lab, 0, cookie.source, payload);
+    }
+    assert_eq!(lab.trace.len(), sent);
+    for _ in 0..20 {
+        inject(&mut lab, 0, cookie.source, cookie.payload.clone());
+    }
+    assert_eq!(lab.trace.len(), sent + 1);
+}
+
+#[test]
+fn noise_on_the_port_is_dropped_and_counted() {
+    let mut lab = Lab::joined_pair();
+    let mut rng = Rng(99);
+    let source: SocketAddr = "203.0.113.5:5".parse().unwrap();
+    lab.nodes[1].engine.drops().drain().for_each(drop);
+    let sent = lab.trace.len();
+    for i in 0..20_000 {
+        let len = (rng.next() % 300) as usize;
+        let mut payload = vec![0; len];
+        payload.fill_with(|| rng.next() as u8);
+        if i % 2 == 0 && len >= 16 {
+            let kind = [1, 2, 3, 5][i / 2 % 4];
+            payload[..4].copy_from_slice(&[kind, 0, 0xff, 0]);
+            if i % 3 == 0 {
+                payload[4..8]
+                    .copy_from_slice(&lab.current(1, 0).unwrap().local_index.to_be_bytes());
+            }
+        }
+        inject(&mut lab, 1, source, payload);
+    }
+    let dropped: u64 = lab.nodes[1].engine.drops().drain().map(|(_, n)| n).sum();
+    assert_eq!(dropped, 20_000);
+    assert_eq!(lab.trace.len(), sent);
+    assert!(lab.joined(0, 1));
+}

@@ -1,0 +1,418 @@
+//! Engines joined by a simulated underlay with a virtual clock: delay, loss, reordering,
+//! duplication, an MTU, and one-way failures. Everything follows from a seed.
+
+#![allow(clippy::unwrap_used)]
+
+mod abuse;
+mod handshake;
+mod liveness;
+mod sessions;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use zeroize::Zeroizing;
+
+use crate::drop::DropReason;
+use crate::route::PeerId;
+use crate::time::Time;
+use crate::tunnel::replay::ReplayWindow;
+use crate::tunnel::session::{Ciphers, Session};
+use crate::tunnel::{Engine, EngineConfig, HandshakeResult, PeerConfig, PeerState, PeerView};
+use crate::wire::header::{Flags, Header, MessageType, OVERHEAD};
+
+const PORT: u16 = 51900;
+/// Handshakes and control messages leave from here…
+const MANAGER_PORT: u16 = 40001;
+/// …and data from here.
+const LANE_PORT: u16 = 40002;
+
+const ALL_CIPHERS: Ciphers =
+    Ciphers { aes256_gcm: true, chacha20_poly1305: true, aes_hardware: true };
+
+fn secs(secs: u64) -> Duration {
+    Duration::from_secs(secs)
+}
+
+fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+/// SplitMix64: enough for what only has to be different and repeatable.
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn chance(&mut self, percent: u64) -> bool {
+        self.next() % 100 < percent
+    }
+}
+
+/// How the underlay treats datagrams.
+#[derive(Debug, Clone)]
+struct Underlay {
+    delay: Duration,
+    /// Up to this is added at random, so that datagrams overtake each other.
+    jitter: Duration,
+    loss_percent: u64,
+    duplicate_percent: u64,
+    /// Longest UDP payload.
+    mtu: usize,
+    /// (from, to) hosts between which nothing arrives.
+    cut: BTreeSet<(usize, usize)>,
+    /// Messages of this type by this host never arrive.
+    mute: Option<(usize, MessageType)>,
+    /// Endpoints at which nothing arrives.
+    dead: BTreeSet<SocketAddr>,
+}
+
+#[derive(Debug, Clone)]
+struct Datagram {
+    from: usize,
+    source: SocketAddr,
+    destination: SocketAddr,
+    payload: Vec<u8>,
+}
+
+struct Node {
+    engine: Engine,
+    config: NodeConfig,
+    windows: BTreeMap<(u32, u8), ReplayWindow>,
+    received: Vec<Vec<u8>>,
+    drops: Vec<DropReason>,
+    /// Sends data to this node at this interval.
+    flow: Option<(usize, Duration, Duration)>,
+    sent: u64,
+}
+
+#[derive(Clone)]
+struct NodeConfig {
+    key: u8,
+    cluster: &'static str,
+    ciphers: Ciphers,
+    lanes: u8,
+    addresses: Vec<SocketAddr>,
+}
+
+struct Lab {
+    now: Time,
+    rng: Rng,
+    underlay: Underlay,
+    nodes: Vec<Node>,
+    wire: BTreeMap<(Duration, u64), Datagram>,
+    sequence: u64,
+    /// Everything that was put on the wire, lost or not.
+    trace: Vec<Datagram>,
+}
+
+impl Lab {
+    /// `count` nodes that know each other. Node i has the private key [i + 1; 32].
+    fn new(count: usize) -> Self {
+        let mut lab = Self::unacquainted(count);
+        for i in 0..count {
+            for j in (0..count).filter(|&j| j != i) {
+                lab.introduce(i, j);
+            }
+        }
+        lab
+    }
+
+    fn unacquainted(count: usize) -> Self {
+        let underlay = Underlay {
+            delay: ms(1),
+            jitter: Duration::ZERO,
+            loss_percent: 0,
+            duplicate_percent: 0,
+            mtu: 1472,
+            cut: BTreeSet::new(),
+            mute: None,
+            dead: BTreeSet::new(),
+        };
+        let now = Time { mono: secs(1000), wall: secs(1_700_000_000) };
+        let mut lab = Self {
+            now,
+            rng: Rng(1),
+            underlay,
+            nodes: Vec::new(),
+            wire: BTreeMap::new(),
+            sequence: 0,
+            trace: Vec::new(),
+        };
+        for i in 0..count {
+            let addresses = vec![SocketAddr::new([192, 0, 2, i as u8 + 1].into(), PORT)];
+            let config = NodeConfig {
+                key: i as u8 + 1,
+                cluster: "test",
+                ciphers: ALL_CIPHERS,
+                lanes: 2,
+                addresses,
+            };
+            lab.nodes.push(Node {
+                engine: engine(&config, 100 + i as u64),
+                config,
+                windows: BTreeMap::new(),
+                received: Vec::new(),
+                drops: Vec::new(),
+                flow: None,
+                sent: 0,
+            });
+        }
+        lab
+    }
+
+    /// Gives `node` the record of `peer`.
+    fn introduce(&mut self, node: usize, peer: usize) -> PeerId {
+        let config = PeerConfig {
+            public_key: self.key(peer),
+            endpoints: self.nodes[peer].config.addresses.clone(),
+        };
+        self.nodes[node].engine.upsert_peer(self.now, config)
+    }
+
+    /// Changes a node's settings: a new engine, and whoever it knew.
+    fn reconfigure(&mut self, node: usize, change: impl FnOnce(&mut NodeConfig)) {
+        change(&mut self.nodes[node].config);
+        self.restart(node);
+    }
+
+    /// The node forgets all but its key and its records.
+    fn restart(&mut self, node: usize) {
+        let known: Vec<PeerConfig> = self.nodes[node]
+            .engine
+            .tables()
+            .map(|(_, view)| view.public_key)
+            .filter_map(|key| (0..self.nodes.len()).find(|&i| self.key(i) == key))
+            .map(|i| PeerConfig {
+                public_key: self.key(i),
+                endpoints: self.nodes[i].config.addresses.clone(),
+            })
+            .collect();
+        let seed = self.rng.next();
+        let restarted = &mut self.nodes[node];
+        restarted.engine = engine(&restarted.config, seed);
+        restarted.windows.clear();
+        for peer in known {
+            restarted.engine.upsert_peer(self.now, peer);
+        }
+    }
+
+    fn key(&self, node: usize) -> [u8; 32] {
+        self.nodes[node].engine.public_key()
+    }
+
+    fn peer_id(&self, node: usize, peer: usize) -> PeerId {
+        self.nodes[node].engine.peer_id(&self.key(peer)).unwrap()
+    }
+
+    fn view(&self, node: usize, peer: usize) -> &PeerView {
+        self.nodes[node].engine.peer(self.peer_id(node, peer)).unwrap()
+    }
+
+    fn state(&self, node: usize, peer: usize) -> PeerState {
+        self.view(node, peer).state
+    }
+
+    fn current(&self, node: usize, peer: usize) -> Option<Arc<Session>> {
+        self.view(node, peer).current.clone()
+    }
+
+    fn count(&self, node: usize, result: HandshakeResult) -> u64 {
+        self.nodes[node].engine.handshake_count(result)
+    }
+
+    fn dropped(&mut self, node: usize, reason: DropReason) -> u64 {
+        self.nodes[node].engine.drops().get(reason)
+    }
+
+    /// Both ends send with one and the same session.
+    fn joined(&self, a: usize, b: usize) -> bool {
+        match (self.current(a, b), self.current(b, a)) {
+            (Some(x), Some(y)) => {
+                x.local_index == y.remote_index && x.remote_index == y.local_index
+            }
+            _ => false,
+        }
+    }
+
+    /// As a lane does: seals by the current session, or asks for one. Whether it was sent.
+    fn send(&mut self, from: usize, to: usize, payload: &[u8]) -> bool {
+        let (now, id) = (self.now, self.peer_id(from, to));
+        let view = self.view(from, to);
+        let (Some(session), Some(destination)) = (view.current.clone(), view.endpoint) else {
+            self.nodes[from].engine.want_session(now, id);
+            self.collect(from);
+            return false;
+        };
+        let mut out = vec![0; payload.len() + OVERHEAD];
+        session.sender(0).unwrap().seal(Flags::default(), payload, &mut out).unwrap();
+        session.traffic().sent(1, payload.len() as u64);
+        self.nodes[from].sent += 1;
+        let source = SocketAddr::new(self.nodes[from].config.addresses[0].ip(), LANE_PORT);
+        self.put(Datagram { from, source, destination, payload: out });
+        true
+    }
+
+    /// Takes what the engine wants sent.
+    fn collect(&mut self, node: usize) {
+        while let Some(transmit) = self.nodes[node].engine.poll_transmit() {
+            let source = SocketAddr::new(self.nodes[node].config.addresses[0].ip(), MANAGER_PORT);
+            let destination = transmit.destination;
+            self.put(Datagram { from: node, source, destination, payload: transmit.payload });
+        }
+    }
+
+    fn put(&mut self, datagram: Datagram) {
+        self.trace.push(datagram.clone());
+        let to = self.host(datagram.destination);
+        let lost = datagram.payload.len() > self.underlay.mtu
+            || self.underlay.mute.is_some_and(|(from, kind)| {
+                from == datagram.from && kind as u8 == datagram.payload[0]
+            })
+            || self.underlay.dead.contains(&datagram.destination)
+            || to.is_none_or(|to| self.underlay.cut.contains(&(datagram.from, to)));
+        let copies = 1 + u64::from(self.rng.chance(self.underlay.duplicate_percent));
+        for _ in 0..copies {
+            if lost || self.rng.chance(self.underlay.loss_percent) {
+                continue;
+            }
+            let jitter = self.underlay.jitter.as_micros() as u64;
+            let jitter = if jitter == 0 { 0 } else { self.rng.next() % jitter };
+            let at = self.now.mono + self.underlay.delay + Duration::from_micros(jitter);
+            self.sequence += 1;
+            self.wire.insert((at, self.sequence), datagram.clone());
+        }
+    }
+
+    fn host(&self, address: SocketAddr) -> Option<usize> {
+        self.nodes.iter().position(|node| node.config.addresses.contains(&address))
+    }
+
+    fn deliver(&mut self, datagram: Datagram) {
+        let Some(to) = self.host(datagram.destination) else { return };
+        let Datagram { source, mut payload, .. } = datagram;
+        let now = self.now;
+        let node = &mut self.nodes[to];
+        match Header::parse(&payload) {
+            Ok(header) if header.kind == MessageType::Data => {
+                let sessions = node.engine.tables().flat_map(|(_, view)| &view.receive);
+                let ours = |s: &&Arc<Session>| s.local_index == header.receiver;
+                let found = sessions.filter(ours).cloned().next();
+                let Some(session) = found else {
+                    node.drops.push(DropReason::UnknownSession);
+                    node.engine.unknown_session(now, source.ip());
+                    return self.collect(to);
+                };
+                assert!(!session.is_expired());
+                let result = session.receiver(header.lane).unwrap().open(&mut payload);
+                let result = result.and_then(|(header, plaintext)| {
+                    let window = (session.local_index, header.lane);
+                    let window = node.windows.entry(window).or_default();
+                    window.check_and_set(header.counter)?;
+                    Ok(plaintext.to_vec())
+                });
+                match result {
+                    Ok(plaintext) => {
+                        session.traffic().received(1, plaintext.len() as u64);
+                        node.received.push(plaintext);
+                    }
+                    Err(reason) => node.drops.push(reason),
+                }
+            }
+            _ => {
+                node.engine.handle_datagram(now, source, &mut payload);
+                self.collect(to);
+            }
+        }
+    }
+
+    /// Sends data every `interval` from now on.
+    fn flow(&mut self, from: usize, to: usize, interval: Duration) {
+        self.nodes[from].flow = Some((to, interval, self.now.mono));
+    }
+
+    /// Lets time pass.
+    fn run(&mut self, by: Duration) {
+        let end = self.now.mono + by;
+        let mut steps = 0u64;
+        loop {
+            let arrival = self.wire.keys().next().map(|(at, _)| *at);
+            let timers = self.nodes.iter().filter_map(|n| n.engine.poll_timeout());
+            let flows = self.nodes.iter().filter_map(|n| n.flow).map(|(_, _, at)| at);
+            let next = arrival.into_iter().chain(timers.map(|t| t.mono)).chain(flows).min();
+            let Some(at) = next.filter(|&at| at <= end) else { break };
+            self.advance_to(at.max(self.now.mono));
+            self.step();
+            steps += 1;
+            assert!(steps < 2_000_000, "time stands still");
+        }
+        self.advance_to(end);
+    }
+
+    fn advance_to(&mut self, mono: Duration) {
+        self.now = self.now.after(mono - self.now.mono);
+    }
+
+    fn step(&mut self) {
+        let now = self.now;
+        let due: VecDeque<_> =
+            self.wire.keys().take_while(|(at, _)| *at <= now.mono).copied().collect();
+        for key in due {
+            if let Some(datagram) = self.wire.remove(&key) {
+                self.deliver(datagram);
+            }
+        }
+        for i in 0..self.nodes.len() {
+            if self.nodes[i].engine.poll_timeout().is_some_and(|at| at.mono <= now.mono) {
+                self.nodes[i].engine.handle_timeout(now);
+                self.collect(i);
+            }
+            if let Some((to, interval, at)) = self.nodes[i].flow
+                && at <= now.mono
+            {
+                self.nodes[i].flow = Some((to, interval, at + interval));
+                self.send(i, to, b"flow");
+            }
+        }
+    }
+
+    /// Lets time pass until `done`, at most `limit`; how long it took.
+    fn run_until(&mut self, limit: Duration, mut done: impl FnMut(&mut Lab) -> bool) -> Duration {
+        let start = self.now.mono;
+        while !done(self) {
+            assert!(self.now.mono - start < limit, "not within {limit:?}");
+            self.run(ms(1));
+        }
+        self.now.mono - start
+    }
+
+    /// A session between the first two nodes, both ends confirmed.
+    fn joined_pair() -> Lab {
+        let mut lab = Lab::new(2);
+        assert!(!lab.send(0, 1, b"first"));
+        lab.run(ms(20));
+        assert!(lab.joined(0, 1));
+        lab
+    }
+}
+
+fn engine(config: &NodeConfig, seed: u64) -> Engine {
+    let mut rng = Rng(seed);
+    let random = move |out: &mut [u8]| out.fill_with(|| rng.next() as u8);
+    let config = EngineConfig {
+        private_key: Zeroizing::new([config.key; 32]),
+        cluster_id: config.cluster.to_owned(),
+        listen_port: PORT,
+        lanes: config.lanes,
+        ciphers: config.ciphers,
+        mtu: 1440,
+    };
+    Engine::new(config, Box::new(random)).unwrap()
+}

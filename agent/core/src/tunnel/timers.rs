@@ -1,0 +1,42 @@
+//! Every duration of the protocol, in one place.
+
+use std::time::Duration;
+
+/// The initiator of a session that is in use makes a new one at this age.
+pub const REKEY_AFTER: Duration = Duration::from_secs(120);
+/// The responder does, where the initiator has not.
+pub(crate) const RESPONDER_REKEY_AFTER: Duration = Duration::from_secs(135);
+/// A session of this age is over at both ends.
+pub const SESSION_LIFE: Duration = Duration::from_secs(180);
+
+/// An initiation without an answer is repeated after this, then ever later…
+pub(crate) const RETRY_FIRST: Duration = Duration::from_secs(1);
+/// …but never later than this.
+pub(crate) const RETRY_LAST: Duration = Duration::from_secs(5);
+/// A handshake that nobody has wanted for so long is given up.
+pub(crate) const WANTED_FOR: Duration = Duration::from_secs(15);
+/// Retries that fall due within this are sent together, so that many peers mean few wake-ups.
+pub(crate) const RETRY_SLACK: Duration = Duration::from_millis(5);
+/// A session that waits for its initiator's first word is believed in for so long.
+pub(crate) const CONFIRM_WITHIN: Duration = Duration::from_secs(1);
+
+/// How often the lanes' counters are looked at while there are sessions.
+pub(crate) const TICK: Duration = Duration::from_millis(250);
+/// A peer that has not answered for so long is pinged…
+pub(crate) const PING_SILENT: Duration = Duration::from_secs(1);
+/// …and one that answers is, for the round trip, while it is sent to.
+pub(crate) const PING_ROUND_TRIP: Duration = Duration::from_secs(10);
+/// Pings stop when nothing was sent for so long.
+pub(crate) const PING_WHILE_USED: Duration = Duration::from_secs(15);
+/// A peer that has not answered for so long is unreachable. With two ticks, within 5 seconds.
+pub(crate) const UNREACHABLE_AFTER: Duration = Duration::from_millis(4500);
+/// A peer that has complained for so long that it hears nothing is unreachable too: three pings,
+/// whose answers it did not hear.
+pub(crate) const DEAF_AFTER: Duration = Duration::from_millis(1900);
+/// Longer round trips than this are nonsense.
+pub(crate) const ROUND_TRIP_MAX: Duration = Duration::from_secs(60);
+
+/// A stranger's datagrams make no more than one handshake a peer in this time…
+pub(crate) const UNKNOWN_EVERY: Duration = Duration::from_secs(2);
+/// …and none where the peer was heard by a session in this time.
+pub(crate) const UNKNOWN_UNHEARD: Duration = Duration::from_secs(10);
