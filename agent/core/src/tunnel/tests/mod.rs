@@ -304,7 +304,7 @@ impl Lab {
             Ok(header) if header.kind == MessageType::Data => {
                 let sessions = node.engine.tables().flat_map(|(_, view)| &view.receive);
                 let ours = |s: &&Arc<Session>| s.local_index == header.receiver;
-                let found = sessions.filter(ours).cloned().next();
+                let found = sessions.filter(ours).next().cloned();
                 let Some(session) = found else {
                     node.drops.push(DropReason::UnknownSession);
                     node.engine.unknown_session(now, source.ip());
