@@ -215,13 +215,16 @@ impl Engine {
             // A lane's: it should never have come here.
             MessageType::Data => Err(DropReason::OuterHeader),
         };
-        if let Err(reason) = result {
-            self.shared.drops.add(reason);
-            if let Some(result) = handshake_result(reason) {
-                self.shared.counts.add(result);
+        match result {
+            // There may be a first session now.
+            Ok(()) => self.arm_tick(now),
+            Err(reason) => {
+                self.shared.drops.add(reason);
+                if let Some(result) = handshake_result(reason) {
+                    self.shared.counts.add(result);
+                }
             }
         }
-        self.arm_tick(now);
     }
 
     /// The cheapest checks come first: lengths, the first check (does the sender know us?), the

@@ -64,10 +64,14 @@ impl Peer {
     /// The pending handshake is due. Where nobody wants it any more, that was it.
     pub(crate) fn retry_handshake(&mut self, now: Time, wanted: bool, shared: &mut Shared) {
         let Some(pending) = &mut self.pending else { return };
-        if let Some(sent) = pending.sent.take() {
+        let sent = pending.sent.take();
+        if let Some(sent) = sent {
             shared.free_index(sent.index);
             shared.counts.add(HandshakeResult::Timeout);
-            self.attempt = self.attempt.wrapping_add(1);
+            // Unless the record has changed meanwhile: then its first endpoint has its turn.
+            if self.next_destination() == Some(sent.destination) {
+                self.attempt = self.attempt.wrapping_add(1);
+            }
         }
         if wanted {
             self.send_initiation(now, shared);
@@ -82,11 +86,15 @@ impl Peer {
         }
     }
 
-    fn send_initiation(&mut self, now: Time, shared: &mut Shared) {
-        let destination = match self.endpoints.len() {
+    fn next_destination(&self) -> Option<SocketAddr> {
+        match self.endpoints.len() {
             0 => self.view.endpoint,
             n => self.endpoints.get(self.attempt % n).copied(),
-        };
+        }
+    }
+
+    fn send_initiation(&mut self, now: Time, shared: &mut Shared) {
+        let destination = self.next_destination();
         let (Some(pending), Some(destination)) = (&mut self.pending, destination) else {
             self.pending = None;
             return;

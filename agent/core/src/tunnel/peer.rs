@@ -221,6 +221,8 @@ impl Peer {
     fn make_current(&mut self, now: Time, slot: Slot, shared: &mut Shared) {
         if slot.endpoint.is_some() {
             self.move_to(slot.endpoint, shared);
+            let there = self.endpoints.iter().position(|e| Some(*e) == slot.endpoint);
+            self.attempt = there.unwrap_or(self.attempt);
         }
         self.current = Some(slot);
         self.wanted = None;

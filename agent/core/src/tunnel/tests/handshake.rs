@@ -243,6 +243,9 @@ fn a_record_that_changes_redirects_a_handshake_under_way() {
     lab.introduce(1, 0);
     lab.send(0, 1, b"first");
     lab.run(ms(100));
+    let other = "192.0.2.99:51900".parse().unwrap();
+    lab.nodes[1].config.addresses.push(other);
+    lab.underlay.dead.insert(other);
     lab.introduce(0, 1);
     lab.run(ms(20));
     assert!(lab.joined(0, 1), "without waiting for the next retry");

@@ -302,9 +302,11 @@ impl Lab {
         let node = &mut self.nodes[to];
         match Header::parse(&payload) {
             Ok(header) if header.kind == MessageType::Data => {
-                let sessions = node.engine.tables().flat_map(|(_, view)| &view.receive);
                 let ours = |s: &&Arc<Session>| s.local_index == header.receiver;
-                let found = sessions.filter(ours).next().cloned();
+                let found = {
+                    let mut sessions = node.engine.tables().flat_map(|(_, view)| &view.receive);
+                    sessions.find(ours).cloned()
+                };
                 let Some(session) = found else {
                     node.drops.push(DropReason::UnknownSession);
                     node.engine.unknown_session(now, source.ip());

@@ -1,0 +1,137 @@
+//! What a datagram and a handshake cost.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::hint::black_box;
+use std::time::Duration;
+
+use divan::Bencher;
+use divan::counter::{BytesCount, ItemsCount};
+use skein_core::route::PeerId;
+use skein_core::time::Time;
+use skein_core::tunnel::{
+    Cipher, Ciphers, Engine, EngineConfig, PeerConfig, ReplayWindow, Session, SessionParams,
+};
+use skein_core::wire::header::{Flags, OVERHEAD};
+
+const CIPHERS: [Cipher; 2] = [Cipher::Aes256Gcm, Cipher::ChaCha20Poly1305];
+const SIZES: [usize; 2] = [64, 1400];
+
+fn main() {
+    divan::main();
+}
+
+fn session(cipher: Cipher, initiator: bool) -> Session {
+    Session::new(SessionParams {
+        peer: PeerId(0),
+        local_index: 1,
+        remote_index: 1,
+        cipher,
+        local_lanes: 1,
+        remote_lanes: 1,
+        established: Time::default(),
+        initiator,
+        secret: [[1; 32].into(), [2; 32].into()],
+    })
+    .unwrap()
+}
+
+#[divan::bench(args = CIPHERS, consts = SIZES)]
+fn seal<const SIZE: usize>(bencher: Bencher<'_, '_>, cipher: Cipher) {
+    let session = session(cipher, true);
+    let sender = session.sender(0).unwrap();
+    let (plaintext, mut out) = (vec![7; SIZE], vec![0; SIZE + OVERHEAD]);
+    bencher.counter(BytesCount::new(SIZE)).bench_local(|| {
+        sender.seal(Flags::default(), black_box(&plaintext), black_box(&mut out)).unwrap()
+    });
+}
+
+/// As a lane does it: open, then the replay window.
+#[divan::bench(args = CIPHERS, consts = SIZES)]
+fn open<const SIZE: usize>(bencher: Bencher<'_, '_>, cipher: Cipher) {
+    let (ours, theirs) = (session(cipher, true), session(cipher, false));
+    let (sender, receiver) = (theirs.sender(0).unwrap(), ours.receiver(0).unwrap());
+    let mut window = ReplayWindow::new();
+    bencher
+        .counter(BytesCount::new(SIZE))
+        .with_inputs(|| {
+            let mut datagram = vec![0; SIZE + OVERHEAD];
+            sender.seal(Flags::default(), &[7; SIZE], &mut datagram).unwrap();
+            datagram
+        })
+        .bench_local_refs(|datagram| {
+            let (header, plaintext) = receiver.open(datagram).unwrap();
+            window.check_and_set(header.counter).unwrap();
+            plaintext.len()
+        });
+}
+
+#[divan::bench(args = [1, 4, 64])]
+fn derive_keys(bencher: Bencher<'_, '_>, lanes: u8) {
+    let make = || {
+        Session::new(SessionParams {
+            peer: PeerId(0),
+            local_index: 1,
+            remote_index: 1,
+            cipher: Cipher::Aes256Gcm,
+            local_lanes: lanes,
+            remote_lanes: lanes,
+            established: Time::default(),
+            initiator: true,
+            secret: [[1; 32].into(), [2; 32].into()],
+        })
+        .unwrap()
+    };
+    bencher.bench(make);
+}
+
+fn engine(key: u8) -> Engine {
+    let mut state = u64::from(key);
+    let random = move |out: &mut [u8]| {
+        out.fill_with(|| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 56) as u8
+        });
+    };
+    let config = EngineConfig {
+        private_key: [key; 32].into(),
+        cluster_id: "bench".to_owned(),
+        listen_port: 51900,
+        lanes: 4,
+        ciphers: Ciphers { aes256_gcm: true, chacha20_poly1305: true, aes_hardware: true },
+        mtu: 1440,
+    };
+    Engine::new(config, Box::new(random)).unwrap()
+}
+
+/// Both ends of a handshake, from the first packet to the confirmed session.
+#[divan::bench]
+fn handshake(bencher: Bencher<'_, '_>) {
+    let now = Time { mono: Duration::from_secs(1), wall: Duration::from_secs(1_700_000_000) };
+    let addresses = ["192.0.2.1:51900", "192.0.2.2:51900"].map(|a| a.parse().unwrap());
+    bencher
+        .counter(ItemsCount::new(1u32))
+        .with_inputs(|| {
+            let (mut a, mut b) = (engine(1), engine(2));
+            let peer = |engine: &Engine, at| PeerConfig {
+                public_key: engine.public_key(),
+                endpoints: vec![at],
+            };
+            let id = a.upsert_peer(now, peer(&b, addresses[1]));
+            b.upsert_peer(now, peer(&a, addresses[0]));
+            (a, b, id)
+        })
+        .bench_local_values(|(mut a, mut b, id)| {
+            a.want_session(now, id);
+            for _ in 0..2 {
+                while let Some(mut transmit) = a.poll_transmit() {
+                    b.handle_datagram(now, addresses[0], &mut transmit.payload);
+                }
+                while let Some(mut transmit) = b.poll_transmit() {
+                    a.handle_datagram(now, addresses[1], &mut transmit.payload);
+                }
+            }
+            assert!(b.tables().all(|(_, view)| view.current.is_some()));
+            (a, b)
+        });
+}
