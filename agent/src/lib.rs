@@ -2,6 +2,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod dataplane;
 pub mod ipc;
 pub mod keys;
 // The one place that talks to the kernel by raw structures.

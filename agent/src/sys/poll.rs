@@ -49,6 +49,10 @@ pub struct Poller {
     tokens: Vec<u32>,
 }
 
+// SAFETY: an event's data is a union that may hold a pointer; this poller stores nothing but tokens
+// (integers) in it, so that moving it to another thread shares nothing.
+unsafe impl Send for Poller {}
+
 /// More than any thread polls; the rest would be reported by the next wait.
 const MAX_EVENTS: usize = 64;
 

@@ -7,7 +7,6 @@ mod gso;
 mod plan;
 
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Instant;
 
@@ -16,29 +15,9 @@ use socket2::SockAddr;
 
 pub use gso::{GsoOff, GsoState};
 pub use plan::{MAX_MESSAGE_LEN, MAX_SEGMENTS};
+pub use skein_core::offload::batch::Run;
 
 use plan::{Message, Plan};
-
-/// Datagrams to one destination, all but the last of `segment_size` bytes.
-#[derive(Debug, Clone, Copy)]
-pub struct Run<'a> {
-    /// Where they go.
-    pub destination: SocketAddr,
-    /// Length of every datagram but the last, in bytes; the last is not empty and not longer. Not
-    /// used where there is only one.
-    pub segment_size: usize,
-    /// How many datagrams. A run of none is passed over.
-    pub segments: usize,
-    /// Where their bytes lie in the arena, as (offset, length), in order. A datagram may begin and
-    /// end anywhere in a part; adjacent parts are sent as one.
-    pub parts: &'a [(usize, usize)],
-}
-
-impl Run<'_> {
-    fn len(&self) -> usize {
-        self.parts.iter().fold(0, |len: usize, part| len.saturating_add(part.1))
-    }
-}
 
 /// What became of the runs. Every datagram is in `datagrams` or in `dropped`, never in both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -1,1 +1,19 @@
-//! To be written.
+//! Batches: splitting superpackets, sealing them into runs, and merging packets again.
+
+pub mod batch;
+pub mod coalesce;
+pub mod split;
+pub mod vnet;
+
+/// Segments that one superpacket may stand for: the kernel's UDP_MAX_SEGMENTS, which a 64 KiB TCP
+/// superpacket reaches only with tiny segments.
+pub const MAX_SEGMENTS: usize = 128;
+
+/// State of an inner packet's TCP or UDP checksum.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Checksum {
+    /// As on a wire; it may be wrong, and stays so.
+    Full,
+    /// The field holds the sum of the pseudo-header only (Linux: CHECKSUM_PARTIAL).
+    Partial,
+}

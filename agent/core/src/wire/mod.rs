@@ -1,3 +1,5 @@
-//! To be written.
+//! What is on the wire: the outer header, inner headers, checksums.
 
+pub mod checksum;
 pub mod header;
+pub mod ip;

@@ -193,7 +193,7 @@ impl Execution<'_> {
             return true;
         }
         let before_last = (run.segments - 1).checked_mul(run.segment_size);
-        let last = before_last.and_then(|before| run.len().checked_sub(before));
+        let last = before_last.and_then(|before| run.byte_len().checked_sub(before));
         let fits = |&(offset, len): &(usize, usize)| {
             offset.checked_add(len).is_some_and(|end| end <= self.arena_len)
         };
@@ -215,7 +215,7 @@ impl Execution<'_> {
         let segments = left.min(most.max(1));
         let start = at.segment * run.segment_size;
         let end = match left - segments {
-            0 => run.len(),
+            0 => run.byte_len(),
             _ => start + segments * run.segment_size,
         };
         Message {

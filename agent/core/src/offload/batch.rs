@@ -1,0 +1,507 @@
+//! The send arena: inner packets are sealed into it back to back and leave it as runs of datagrams
+//! of one size to one destination, which is what UDP_SEGMENT can send in one pass.
+//!
+//! Small packets to one peer that are already at hand share a datagram (a *bundle*): one seal and
+//! one outer packet for many inner ones. Nothing ever waits for company: [`EgressBatch::finish`]
+//! closes what is open, and the lane calls it as soon as the TUN queue is dry.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use crate::drop::{DropCounts, DropReason};
+use crate::offload::Checksum;
+use crate::route::PeerId;
+use crate::tunnel::session::Session;
+use crate::wire::header::{Flags, OVERHEAD};
+
+/// Where the packets of one peer go: an index into the batch, valid until [`EgressBatch::clear`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Target(usize);
+
+/// Datagrams to one destination, all but the last of one size: one UDP_SEGMENT message, or several
+/// where the kernel's limits are lower.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run<'a> {
+    /// Outer destination.
+    pub destination: SocketAddr,
+    /// UDP payload length in bytes of every datagram but the last, which is not empty and not
+    /// longer.
+    pub segment_size: usize,
+    /// Number of datagrams.
+    pub segments: usize,
+    /// Where the bytes lie in the arena, as (offset, length), in order. A datagram may begin and
+    /// end anywhere in a part; adjacent parts are sent as one.
+    pub parts: &'a [(usize, usize)],
+}
+
+impl Run<'_> {
+    /// Bytes of all datagrams.
+    pub fn byte_len(&self) -> usize {
+        self.parts.iter().fold(0, |len: usize, part| len.saturating_add(part.1))
+    }
+}
+
+/// What a batch held, for the counters.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct BatchTotals {
+    /// Inner packets sealed.
+    pub inner_packets: u64,
+    /// Their IP lengths.
+    pub inner_bytes: u64,
+}
+
+/// See the module.
+pub struct EgressBatch {
+    arena: Box<[u8]>,
+    used: usize,
+    bundling: bool,
+    targets: Vec<TargetState>,
+    /// Targets beyond this are left over from earlier batches, kept for their staging buffers.
+    live_targets: usize,
+    last_target: usize,
+    /// In the order of sealing.
+    datagrams: Vec<Datagram>,
+    runs: Vec<RunState>,
+    parts: Vec<(usize, usize)>,
+    /// Inner packets of each datagram, in the order of sealing.
+    fill: Vec<u16>,
+    totals: BatchTotals,
+}
+
+struct TargetState {
+    peer: PeerId,
+    session: Option<Arc<Session>>,
+    lane: u8,
+    destination: SocketAddr,
+    max_plaintext: usize,
+    open_run: Option<usize>,
+    /// Plaintext of the open bundle.
+    staged: Vec<u8>,
+    staged_packets: u16,
+    staged_flags: Flags,
+    sealed_packets: u64,
+    sealed_bytes: u64,
+}
+
+struct Datagram {
+    run: usize,
+    offset: usize,
+    length: usize,
+}
+
+struct RunState {
+    destination: SocketAddr,
+    segment_size: usize,
+    segments: usize,
+    /// Range of `parts`, set by `finish`.
+    first_part: usize,
+    part_count: usize,
+}
+
+impl EgressBatch {
+    /// An empty batch of `capacity` bytes. It stays in cache when it is well below the L2's size.
+    pub fn new(capacity: usize, bundling: bool) -> Self {
+        Self {
+            arena: vec![0; capacity].into_boxed_slice(),
+            used: 0,
+            bundling,
+            targets: Vec::with_capacity(16),
+            live_targets: 0,
+            last_target: 0,
+            datagrams: Vec::with_capacity(1024),
+            runs: Vec::with_capacity(256),
+            parts: Vec::with_capacity(1024),
+            fill: Vec::with_capacity(1024),
+            totals: BatchTotals::default(),
+        }
+    }
+
+    /// The target of `peer` in this batch, if it has one already.
+    pub fn find_target(&mut self, peer: PeerId) -> Option<Target> {
+        let live = &self.targets[..self.live_targets];
+        if live.get(self.last_target).is_some_and(|t| t.peer == peer) {
+            return Some(Target(self.last_target));
+        }
+        self.last_target = live.iter().position(|t| t.peer == peer)?;
+        Some(Target(self.last_target))
+    }
+
+    /// Adds the target of a peer that [`Self::find_target`] did not find. `max_plaintext` is the
+    /// most that one datagram to it carries, in bytes.
+    pub fn add_target(
+        &mut self,
+        peer: PeerId,
+        session: Arc<Session>,
+        lane: u8,
+        destination: SocketAddr,
+        max_plaintext: usize,
+    ) -> Target {
+        let index = self.live_targets;
+        if index == self.targets.len() {
+            self.targets.push(TargetState {
+                peer,
+                session: None,
+                lane,
+                destination,
+                max_plaintext,
+                open_run: None,
+                staged: Vec::new(),
+                staged_packets: 0,
+                staged_flags: Flags::default(),
+                sealed_packets: 0,
+                sealed_bytes: 0,
+            });
+        }
+        let target = &mut self.targets[index];
+        target.peer = peer;
+        target.session = Some(session);
+        target.lane = lane;
+        target.destination = destination;
+        target.max_plaintext = max_plaintext;
+        target.open_run = None;
+        self.live_targets += 1;
+        self.last_target = index;
+        Target(index)
+    }
+
+    /// Whether a packet of `length` bytes fits still, whatever is open.
+    pub fn has_room(&self, length: usize) -> bool {
+        let open = self.targets[..self.live_targets]
+            .iter()
+            .filter(|t| t.staged_packets > 0)
+            .map(|t| t.staged.len() + OVERHEAD)
+            .sum::<usize>();
+        self.used + open + length + OVERHEAD <= self.arena.len()
+    }
+
+    /// Whether nothing was pushed.
+    pub fn is_empty(&self) -> bool {
+        self.totals.inner_packets == 0
+    }
+
+    /// Takes one whole inner packet. The caller has asked [`Self::has_room`].
+    pub fn push(
+        &mut self,
+        target: Target,
+        checksum: Checksum,
+        packet: &[u8],
+        drops: &mut DropCounts,
+    ) {
+        let flags = match checksum {
+            Checksum::Partial => Flags::PARTIAL_CHECKSUM,
+            Checksum::Full => Flags::default(),
+        };
+        let max_plaintext = self.targets[target.0].max_plaintext;
+        if packet.len() > max_plaintext {
+            return drops.add(DropReason::TooBig);
+        }
+        self.totals.inner_packets += 1;
+        self.totals.inner_bytes += packet.len() as u64;
+        let state = &mut self.targets[target.0];
+        state.sealed_packets += 1;
+        state.sealed_bytes += packet.len() as u64;
+        if state.staged_packets > 0
+            && (state.staged_flags != flags || state.staged.len() + packet.len() > max_plaintext)
+        {
+            self.close_bundle(target, drops);
+        }
+        let state = &mut self.targets[target.0];
+        if state.staged_packets > 0 || (self.bundling && packet.len() <= max_plaintext / 2) {
+            state.staged.extend_from_slice(packet);
+            state.staged_packets += 1;
+            state.staged_flags = flags;
+        } else {
+            self.seal(target, flags, Plaintext::Packet(packet), 1, drops);
+        }
+    }
+
+    /// Closes every bundle and puts the runs in order. Afterwards [`Self::runs`] may be read.
+    pub fn finish(&mut self, drops: &mut DropCounts) {
+        for index in 0..self.live_targets {
+            self.close_bundle(Target(index), drops);
+            let target = &mut self.targets[index];
+            if let Some(session) = &target.session {
+                session.traffic().sent(target.sealed_packets, target.sealed_bytes);
+            }
+            target.sealed_packets = 0;
+            target.sealed_bytes = 0;
+        }
+        let mut first = 0;
+        for run in &mut self.runs {
+            run.first_part = first;
+            run.part_count = 0;
+            first += run.segments;
+        }
+        self.parts.clear();
+        self.parts.resize(first, (0, 0));
+        for datagram in &self.datagrams {
+            let run = &mut self.runs[datagram.run];
+            let parts = &mut self.parts[run.first_part..];
+            match run.part_count.checked_sub(1).map(|last| &mut parts[last]) {
+                Some((offset, length)) if *offset + *length == datagram.offset => {
+                    *length += datagram.length;
+                }
+                _ => {
+                    parts[run.part_count] = (datagram.offset, datagram.length);
+                    run.part_count += 1;
+                }
+            }
+        }
+    }
+
+    /// The runs, in the order in which their first datagrams were sealed.
+    pub fn runs(&self) -> impl Iterator<Item = Run<'_>> {
+        self.runs.iter().map(|run| Run {
+            destination: run.destination,
+            segment_size: run.segment_size,
+            segments: run.segments,
+            parts: &self.parts[run.first_part..run.first_part + run.part_count],
+        })
+    }
+
+    /// The bytes that the runs point into.
+    pub fn arena(&self) -> &[u8] {
+        &self.arena[..self.used]
+    }
+
+    /// Inner packets of each datagram.
+    pub fn fill(&self) -> &[u16] {
+        &self.fill
+    }
+
+    /// What was pushed since the last [`Self::clear`].
+    pub fn totals(&self) -> BatchTotals {
+        self.totals
+    }
+
+    /// Empties the batch and keeps its memory.
+    pub fn clear(&mut self) {
+        for target in &mut self.targets[..self.live_targets] {
+            target.session = None;
+        }
+        self.live_targets = 0;
+        self.used = 0;
+        self.datagrams.clear();
+        self.runs.clear();
+        self.fill.clear();
+        self.totals = BatchTotals::default();
+    }
+
+    fn close_bundle(&mut self, target: Target, drops: &mut DropCounts) {
+        let state = &mut self.targets[target.0];
+        let packets = std::mem::take(&mut state.staged_packets);
+        if packets > 0 {
+            let flags = state.staged_flags;
+            self.seal(target, flags, Plaintext::Staged, packets, drops);
+            self.targets[target.0].staged.clear();
+        }
+    }
+
+    fn seal(
+        &mut self,
+        target: Target,
+        flags: Flags,
+        plaintext: Plaintext<'_>,
+        packets: u16,
+        drops: &mut DropCounts,
+    ) {
+        let state = &mut self.targets[target.0];
+        let plaintext = match plaintext {
+            Plaintext::Packet(packet) => packet,
+            Plaintext::Staged => &state.staged,
+        };
+        let offset = self.used;
+        let sealed = state
+            .session
+            .as_ref()
+            .and_then(|session| session.sender(state.lane))
+            .ok_or(DropReason::NoSession)
+            .and_then(|sender| sender.seal(flags, plaintext, &mut self.arena[offset..]));
+        let length = match sealed {
+            Ok(length) => length,
+            Err(reason) => return drops.add_many(reason, u64::from(packets)),
+        };
+        self.used += length;
+        self.fill.push(packets);
+        let run = match state.open_run {
+            Some(open) if self.runs[open].segment_size >= length => open,
+            _ => {
+                self.runs.push(RunState {
+                    destination: state.destination,
+                    segment_size: length,
+                    segments: 0,
+                    first_part: 0,
+                    part_count: 0,
+                });
+                self.runs.len() - 1
+            }
+        };
+        self.runs[run].segments += 1;
+        // Only the last datagram of a run may be shorter.
+        state.open_run = (self.runs[run].segment_size == length).then_some(run);
+        self.datagrams.push(Datagram { run, offset, length });
+    }
+}
+
+enum Plaintext<'a> {
+    Packet(&'a [u8]),
+    Staged,
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::time::Time;
+    use crate::tunnel::session::{Cipher, SessionParams};
+    use zeroize::Zeroizing;
+
+    const MTU: usize = 1440;
+
+    fn session(initiator: bool) -> Arc<Session> {
+        let params = SessionParams {
+            peer: PeerId(1),
+            local_index: 7,
+            remote_index: 7,
+            cipher: Cipher::Aes256Gcm,
+            local_lanes: 1,
+            remote_lanes: 1,
+            established: Time::default(),
+            initiator,
+            secret: [Zeroizing::new([1; 32]), Zeroizing::new([2; 32])],
+        };
+        Arc::new(Session::new(params).unwrap())
+    }
+
+    fn endpoint(port: u16) -> SocketAddr {
+        ([192, 0, 2, 1], port).into()
+    }
+
+    /// Runs as (port, segment size, segments, parts).
+    fn shape(batch: &EgressBatch) -> Vec<(u16, usize, usize, usize)> {
+        batch
+            .runs()
+            .map(|run| (run.destination.port(), run.segment_size, run.segments, run.parts.len()))
+            .collect()
+    }
+
+    /// Opens every datagram of every run and returns the plaintexts in the order of sending.
+    fn opened(batch: &EgressBatch) -> Vec<Vec<u8>> {
+        let receiver = session(false);
+        let receiver = receiver.receiver(0).unwrap();
+        let mut plaintexts = Vec::new();
+        for run in batch.runs() {
+            let bytes: Vec<u8> = run
+                .parts
+                .iter()
+                .flat_map(|&(at, len)| &batch.arena()[at..at + len])
+                .copied()
+                .collect();
+            assert_eq!(bytes.len().div_ceil(run.segment_size), run.segments);
+            for datagram in bytes.chunks(run.segment_size) {
+                let mut datagram = datagram.to_vec();
+                plaintexts.push(receiver.open(&mut datagram).unwrap().1.to_vec());
+            }
+        }
+        plaintexts
+    }
+
+    fn batch_with(bundling: bool, packets: &[(u32, Checksum, usize)]) -> (EgressBatch, DropCounts) {
+        let mut batch = EgressBatch::new(64 << 10, bundling);
+        let mut drops = DropCounts::default();
+        let sending = session(true);
+        for (number, &(peer, checksum, length)) in (0..).zip(packets) {
+            assert!(batch.has_room(length));
+            let target = batch.find_target(PeerId(peer)).unwrap_or_else(|| {
+                let port = 1000 + u16::try_from(peer).unwrap();
+                batch.add_target(PeerId(peer), Arc::clone(&sending), 0, endpoint(port), MTU)
+            });
+            batch.push(target, checksum, &vec![number; length], &mut drops);
+        }
+        batch.finish(&mut drops);
+        (batch, drops)
+    }
+
+    use Checksum::{Full, Partial};
+
+    #[test]
+    fn equal_segments_and_a_short_tail_are_one_run() {
+        let (batch, _) =
+            batch_with(true, &[(1, Partial, 1400), (1, Partial, 1400), (1, Partial, 900)]);
+        assert_eq!(shape(&batch), [(1001, 1432, 3, 1)]);
+        assert_eq!(opened(&batch).iter().map(Vec::len).collect::<Vec<_>>(), [1400, 1400, 900]);
+    }
+
+    #[test]
+    fn nothing_follows_a_short_tail_and_nothing_longer_joins() {
+        let (batch, _) =
+            batch_with(true, &[(1, Full, 1400), (1, Full, 900), (1, Full, 900), (1, Full, 1400)]);
+        assert_eq!(shape(&batch), [(1001, 1432, 2, 1), (1001, 932, 1, 1), (1001, 1432, 1, 1)]);
+    }
+
+    #[test]
+    fn destinations_in_turn_make_one_run_each() {
+        let packets = [(1, Full, 1400), (2, Full, 1400), (1, Full, 1400), (2, Full, 1400)];
+        let (batch, _) = batch_with(true, &packets);
+        assert_eq!(shape(&batch), [(1001, 1432, 2, 2), (1002, 1432, 2, 2)]);
+        let numbers: Vec<u8> = opened(&batch).iter().map(|plaintext| plaintext[0]).collect();
+        assert_eq!(numbers, [0, 2, 1, 3]);
+    }
+
+    #[test]
+    fn small_packets_share_a_datagram_up_to_the_mtu_in_order() {
+        let packets: Vec<_> = (0..30).map(|_| (1, Full, 100)).collect();
+        let (batch, _) = batch_with(true, &packets);
+        assert_eq!(batch.fill(), [14, 14, 2]);
+        let bytes: Vec<u8> = opened(&batch).concat();
+        let expected: Vec<u8> = (0..30).flat_map(|n| vec![n; 100]).collect();
+        assert_eq!(bytes, expected);
+        assert_eq!(batch.totals(), BatchTotals { inner_packets: 30, inner_bytes: 3000 });
+    }
+
+    #[test]
+    fn a_large_packet_does_not_overtake_a_bundle() {
+        let (batch, _) = batch_with(true, &[(1, Full, 100), (1, Full, 1400), (1, Full, 100)]);
+        let numbers: Vec<u8> = opened(&batch).iter().map(|plaintext| plaintext[0]).collect();
+        assert_eq!(numbers, [0, 1, 2]);
+    }
+
+    #[test]
+    fn packets_of_different_checksum_states_do_not_share() {
+        let (batch, _) = batch_with(true, &[(1, Full, 100), (1, Partial, 100), (1, Partial, 100)]);
+        assert_eq!(batch.fill(), [1, 2]);
+    }
+
+    #[test]
+    fn without_bundling_every_packet_is_a_datagram() {
+        let (batch, _) = batch_with(false, &[(1, Full, 100), (1, Full, 100)]);
+        assert_eq!(shape(&batch), [(1001, 132, 2, 1)]);
+        assert_eq!(batch.fill(), [1, 1]);
+    }
+
+    #[test]
+    fn too_long_a_packet_is_dropped_alone() {
+        let (batch, drops) = batch_with(true, &[(1, Full, MTU + 1), (1, Full, MTU)]);
+        assert_eq!(drops.get(DropReason::TooBig), 1);
+        assert_eq!(opened(&batch).len(), 1);
+    }
+
+    #[test]
+    fn room_counts_what_is_still_open() {
+        let mut batch = EgressBatch::new(1000, true);
+        let target = batch.add_target(PeerId(1), session(true), 0, endpoint(1), MTU);
+        batch.push(target, Full, &[0; 400], &mut DropCounts::default());
+        assert!(batch.has_room(1000 - 400 - 2 * OVERHEAD));
+        assert!(!batch.has_room(1000 - 400 - 2 * OVERHEAD + 1));
+    }
+
+    #[test]
+    fn a_cleared_batch_starts_anew() {
+        let (mut batch, mut drops) = batch_with(true, &[(1, Full, 100), (2, Full, 1400)]);
+        batch.clear();
+        assert!(batch.is_empty() && batch.find_target(PeerId(1)).is_none());
+        batch.finish(&mut drops);
+        assert_eq!(batch.runs().count(), 0);
+        assert_eq!(batch.arena().len(), 0);
+    }
+}

@@ -1,0 +1,266 @@
+//! From the underlay to the TUN: receive with GRO, open every datagram in place, check replay,
+//! inner source and destination, merge what belongs together and write it while it is in cache.
+
+use std::collections::HashMap;
+use std::io::{self, IoSlice};
+use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use skein_core::drop::{DropCounts, DropReason};
+use skein_core::offload::Checksum;
+use skein_core::offload::coalesce::{CoalesceConfig, Coalescer, TunPacket};
+use skein_core::route::{Owner, PeerId};
+use skein_core::tunnel::replay::ReplayWindow;
+use skein_core::tunnel::session::Session;
+use skein_core::wire::header::{Flags, HEADER_LEN, Header, MAX_LANES, MessageType, TAG_LEN};
+use skein_core::wire::ip::IpHeader;
+
+use super::lane::LaneContext;
+use super::manager::ToManager;
+use super::stats::add;
+use super::tables::Tables;
+use crate::sys::recv::RecvBatch;
+use crate::sys::tun::TunQueue;
+
+/// Messages a system call, each of up to 64 KiB.
+const MESSAGES: usize = 16;
+/// Slices of one TUN write that need no allocation: a full-size superpacket has 45.
+const INLINE_SLICES: usize = 64;
+
+/// The lane's receiving half.
+pub(super) struct Ingress {
+    receive: RecvBatch,
+    coalescer: Coalescer,
+    sessions: HashMap<u32, RxSession>,
+    /// The last inner flow that passed the source and destination check.
+    checked: Option<(PeerId, IpAddr, IpAddr)>,
+    /// The kernel's overflow counter of each socket as last seen.
+    overflow: Vec<u32>,
+    drops: DropCounts,
+    totals: Totals,
+}
+
+/// A session as one worker receives with it. The windows are the worker's own: the steering gives
+/// every (peer, lane) to one worker for good.
+struct RxSession {
+    session: Arc<Session>,
+    windows: Vec<Option<Box<ReplayWindow>>>,
+    packets: u64,
+    bytes: u64,
+}
+
+#[derive(Default)]
+struct Totals {
+    inner_packets: u64,
+    inner_bytes: u64,
+    outer_packets: u64,
+    outer_bytes: u64,
+}
+
+impl Ingress {
+    /// A receiver that merges what `config` allows.
+    pub(super) fn new(config: CoalesceConfig) -> Self {
+        Self {
+            receive: RecvBatch::new(MESSAGES),
+            coalescer: Coalescer::new(config),
+            sessions: HashMap::new(),
+            checked: None,
+            overflow: Vec::new(),
+            drops: DropCounts::default(),
+            totals: Totals::default(),
+        }
+    }
+
+    /// Changes what may be merged.
+    pub(super) fn set_config(&mut self, config: CoalesceConfig) {
+        self.coalescer.set_config(config);
+    }
+
+    /// Takes over the sessions of new tables; replay windows of those that stay are kept.
+    pub(super) fn adopt(&mut self, tables: &Tables) {
+        self.checked = None;
+        let mut before = std::mem::take(&mut self.sessions);
+        for session in &tables.sessions {
+            let kept = before.remove(&session.local_index);
+            let kept = kept.filter(|rx| Arc::ptr_eq(&rx.session, session));
+            let rx = kept.unwrap_or_else(|| RxSession {
+                session: Arc::clone(session),
+                windows: (0..session.remote_lanes).map(|_| None).collect(),
+                packets: 0,
+                bytes: 0,
+            });
+            self.sessions.insert(session.local_index, rx);
+        }
+    }
+
+    /// Receives one batch. Returns whether there may be more.
+    pub(super) fn run(
+        &mut self,
+        lane: &mut LaneContext,
+        tables: &mut Arc<Tables>,
+        (index, socket): (usize, BorrowedFd<'_>),
+        tun: Option<&TunQueue>,
+    ) -> bool {
+        let messages = match self.receive.recv(socket) {
+            Ok(messages) => messages,
+            Err(_) => return false,
+        };
+        // A session is published before its handshake is answered, so tables that are looked at
+        // after the receive hold the session of everything that was received.
+        if let Some(newer) = lane.newer_tables() {
+            self.adopt(&newer);
+            *tables = newer;
+        }
+        self.count_overflow(lane, index);
+        let mut datagrams = 0;
+        for message in 0..messages {
+            let message = self.receive.message(message);
+            if message.truncated {
+                self.drops.add(DropReason::Truncated);
+                continue;
+            }
+            let mut segments = 0;
+            for range in message.segments() {
+                segments += 1;
+                if let Err(reason) = self.datagram(lane, tables, message.source, range) {
+                    self.drops.add(reason);
+                }
+            }
+            lane.stats.ingress.segments_per_message.observe(segments);
+            datagrams += segments;
+        }
+        self.write(lane, tun);
+        self.account(lane, datagrams);
+        messages == MESSAGES
+    }
+
+    fn datagram(
+        &mut self,
+        lane: &mut LaneContext,
+        tables: &Tables,
+        source: SocketAddr,
+        range: Range<usize>,
+    ) -> Result<(), DropReason> {
+        let datagram = &mut self.receive.arena_mut()[range.clone()];
+        let header = Header::parse(datagram)?;
+        self.totals.outer_packets += 1;
+        self.totals.outer_bytes += datagram.len() as u64;
+        if header.kind != MessageType::Data {
+            return lane.forward(ToManager::Datagram { source, datagram: datagram.into() });
+        }
+        let Some(rx) = self.sessions.get_mut(&header.receiver) else {
+            lane.unknown_session(source.ip());
+            return Err(DropReason::UnknownSession);
+        };
+        if header.lane % lane.lanes != lane.index || usize::from(header.lane) >= MAX_LANES {
+            return Err(DropReason::WrongLane);
+        }
+        let receiver = rx.session.receiver(header.lane).ok_or(DropReason::WrongLane)?;
+        if rx.session.is_expired() {
+            return Err(DropReason::SessionExpired);
+        }
+        receiver.open(datagram)?;
+        let window = rx.windows.get_mut(usize::from(header.lane)).ok_or(DropReason::WrongLane)?;
+        window.get_or_insert_default().check_and_set(header.counter)?;
+        let checksum = match header.flags.contains(Flags::PARTIAL_CHECKSUM) {
+            true => Checksum::Partial,
+            false => Checksum::Full,
+        };
+        let (mut at, end) = (range.start + HEADER_LEN, range.end - TAG_LEN);
+        let first = self.totals.inner_packets;
+        while at < end {
+            let arena = self.receive.arena_mut();
+            let ip = IpHeader::parse(&arena[at..end]).ok_or(DropReason::InnerMalformed)?;
+            let packet = at..at + ip.total_len;
+            at = packet.end;
+            let flow = (rx.session.peer, ip.source, ip.destination);
+            if self.checked != Some(flow) {
+                if tables.routes.lookup(ip.source) != Some(Owner::Peer(rx.session.peer)) {
+                    self.drops.add(DropReason::InnerSource);
+                    continue;
+                }
+                if tables.routes.lookup(ip.destination) != Some(Owner::Local) {
+                    self.drops.add(DropReason::InnerDestination);
+                    continue;
+                }
+                self.checked = Some(flow);
+            }
+            self.totals.inner_packets += 1;
+            self.totals.inner_bytes += packet.len() as u64;
+            rx.packets += 1;
+            rx.bytes += packet.len() as u64;
+            self.coalescer.push(arena, packet, &ip, checksum);
+        }
+        lane.stats.ingress.inner_per_outer.observe(self.totals.inner_packets - first);
+        Ok(())
+    }
+
+    fn write(&mut self, lane: &LaneContext, tun: Option<&TunQueue>) {
+        let (arena, drops) = (self.receive.arena(), &mut self.drops);
+        let mut written = 0;
+        self.coalescer.flush(arena, |packet| {
+            let result = match tun {
+                Some(tun) => write_packet(tun, arena, &packet),
+                None => Err(io::ErrorKind::NotConnected.into()),
+            };
+            match result {
+                Ok(()) => written += 1,
+                Err(_) => drops.add_many(DropReason::TunWrite, packet.segments as u64),
+            }
+        });
+        add(&lane.stats.ingress.tun_packets, written);
+    }
+
+    /// The kernel's counter is one a socket, says nothing while it is zero, and wraps.
+    fn count_overflow(&mut self, lane: &LaneContext, socket: usize) {
+        let now = self.receive.overflow();
+        if now == 0 {
+            return;
+        }
+        if self.overflow.len() <= socket {
+            self.overflow.resize(socket + 1, 0);
+        }
+        let lost = now.wrapping_sub(std::mem::replace(&mut self.overflow[socket], now));
+        add(&lane.stats.receive_queue_overflow, u64::from(lost));
+    }
+
+    fn account(&mut self, lane: &LaneContext, datagrams: u64) {
+        let stats = &lane.stats.ingress;
+        let totals = std::mem::take(&mut self.totals);
+        add(&stats.calls, 1);
+        stats.packets_per_call.observe(datagrams);
+        add(&stats.inner_packets, totals.inner_packets);
+        add(&stats.inner_bytes, totals.inner_bytes);
+        add(&stats.outer_packets, totals.outer_packets);
+        add(&stats.outer_bytes, totals.outer_bytes);
+        for rx in self.sessions.values_mut().filter(|rx| rx.packets > 0) {
+            rx.session.traffic().received(rx.packets, rx.bytes);
+            (rx.packets, rx.bytes) = (0, 0);
+        }
+        lane.stats.drops.collect(&mut self.drops);
+    }
+}
+
+fn write_packet(tun: &TunQueue, arena: &[u8], packet: &TunPacket<'_>) -> io::Result<()> {
+    let count = packet.payload.len() + 2;
+    if count <= INLINE_SLICES {
+        let mut parts = [IoSlice::new(&[]); INLINE_SLICES];
+        fill(&mut parts[..count], arena, packet);
+        tun.writev(&parts[..count])?;
+    } else {
+        let mut parts = vec![IoSlice::new(&[]); count];
+        fill(&mut parts, arena, packet);
+        tun.writev(&parts)?;
+    }
+    Ok(())
+}
+
+fn fill<'a>(parts: &mut [IoSlice<'a>], arena: &'a [u8], packet: &'a TunPacket<'_>) {
+    parts[0] = IoSlice::new(&packet.vnet);
+    parts[1] = IoSlice::new(packet.header);
+    for (part, slice) in parts[2..].iter_mut().zip(packet.payload) {
+        *part = IoSlice::new(&arena[slice.offset..slice.offset + slice.len]);
+    }
+}

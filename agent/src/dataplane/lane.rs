@@ -1,0 +1,305 @@
+//! A lane: one TUN queue, its UDP sockets and one thread that moves packets both ways, each batch
+//! run to completion. Nothing on the packet path is shared with another thread but the immutable
+//! tables.
+//!
+//! One thread serves both directions. On few cores that is level with a thread a direction in
+//! throughput and better in latency, and a node that wants more parallelism raises the lanes.
+
+use std::io;
+use std::net::{IpAddr, UdpSocket};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{SyncSender, TrySendError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use skein_core::drop::DropReason;
+use skein_core::offload::coalesce::CoalesceConfig;
+
+use super::egress::{Egress, TunState};
+use super::ingress::Ingress;
+use super::manager::ToManager;
+use super::stats::LaneStats;
+use super::tables::{Published, Tables};
+use crate::sys::poll::{Poller, Waiter};
+use crate::sys::send::GsoState;
+use crate::sys::tun::TunQueue;
+use crate::sys::udp::LaneSockets;
+
+const WAKE: u32 = 0;
+const TUN: u32 = 1;
+const FIRST_SOCKET: u32 = 2;
+/// How often packets that wait for a session are looked at.
+const PENDING_TICK: Duration = Duration::from_millis(250);
+/// How often one lane reports datagrams of unknown sessions.
+const UNKNOWN_SESSION_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Everything that a lane is made of. A lane can be built from any descriptors, so that one process
+/// can hand its own to the next.
+pub(super) struct LaneParts {
+    /// Number of this lane.
+    pub(super) index: u8,
+    /// Number of lanes of this node.
+    pub(super) lanes: u8,
+    /// The TUN queue.
+    pub(super) tun: TunQueue,
+    /// What may be written to it.
+    pub(super) coalesce: CoalesceConfig,
+    /// Sockets, one pair a family.
+    pub(super) sockets: Vec<LaneSockets>,
+    /// Whether and where UDP_SEGMENT may be used.
+    pub(super) gso: GsoState,
+    /// Whether small packets may share a datagram.
+    pub(super) bundling: bool,
+    /// The tables in force.
+    pub(super) published: Arc<Published>,
+    /// The manager's queue.
+    pub(super) manager: SyncSender<ToManager>,
+}
+
+/// What the packet path of a lane needs beside its two halves.
+pub(super) struct LaneContext {
+    /// Number of this lane.
+    pub(super) index: u8,
+    /// Number of lanes of this node.
+    pub(super) lanes: u8,
+    /// Counters.
+    pub(super) stats: Arc<LaneStats>,
+    /// Sockets to send from, one a family.
+    pub(super) send_sockets: Vec<SendSocket>,
+    published: Arc<Published>,
+    epoch: u64,
+    manager: SyncSender<ToManager>,
+    now: Instant,
+    unknown_session_told: Option<Instant>,
+}
+
+/// A socket to send from.
+pub(super) struct SendSocket {
+    /// Whether it is of IPv4.
+    pub v4: bool,
+    /// Itself; it waits for room for a bounded time.
+    pub(super) socket: UdpSocket,
+}
+
+/// What the manager asks of a running lane.
+#[derive(Default)]
+struct Mailbox {
+    tun: Option<(TunQueue, CoalesceConfig)>,
+}
+
+struct Shared {
+    waiter: Waiter,
+    mailbox: Mutex<Mailbox>,
+    stop: AtomicBool,
+}
+
+/// A running lane; dropping it stops and joins the thread.
+pub(super) struct LaneHandle {
+    /// Its counters.
+    pub(super) stats: Arc<LaneStats>,
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl LaneHandle {
+    /// Starts the lane's thread.
+    pub(super) fn start(parts: LaneParts) -> io::Result<Self> {
+        let stats = Arc::new(LaneStats::default());
+        let shared = Arc::new(Shared {
+            waiter: Waiter::new()?,
+            mailbox: Mutex::default(),
+            stop: AtomicBool::new(false),
+        });
+        let lane = Lane::new(parts, Arc::clone(&stats), Arc::clone(&shared))?;
+        let thread = std::thread::Builder::new()
+            .name(format!("lane-{}", lane.context.index))
+            .spawn(move || lane.run())?;
+        Ok(Self { stats, shared, thread: Some(thread) })
+    }
+
+    /// Makes the lane look at what is new: tables or mail.
+    pub(super) fn wake(&self) {
+        self.shared.waiter.wake();
+    }
+
+    /// Gives the lane another TUN queue, of a device that was made anew.
+    pub(super) fn replace_tun(&self, tun: TunQueue, coalesce: CoalesceConfig) {
+        let mut mailbox = self.shared.mailbox.lock().unwrap_or_else(PoisonError::into_inner);
+        mailbox.tun = Some((tun, coalesce));
+        drop(mailbox);
+        self.wake();
+    }
+}
+
+impl Drop for LaneHandle {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Release);
+        self.shared.waiter.wake();
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("a lane's thread had panicked");
+        }
+    }
+}
+
+struct Lane {
+    context: LaneContext,
+    shared: Arc<Shared>,
+    poller: Poller,
+    tun: Option<TunQueue>,
+    receive_sockets: Vec<UdpSocket>,
+    tables: Arc<Tables>,
+    egress: Egress,
+    ingress: Ingress,
+}
+
+impl Lane {
+    fn new(parts: LaneParts, stats: Arc<LaneStats>, shared: Arc<Shared>) -> io::Result<Self> {
+        let mut poller = Poller::new()?;
+        poller.add(shared.waiter.as_fd(), WAKE)?;
+        poller.add(parts.tun.as_fd(), TUN)?;
+        let mut send_sockets = Vec::new();
+        let mut receive_sockets = Vec::new();
+        for (token, pair) in (FIRST_SOCKET..).zip(parts.sockets) {
+            poller.add(pair.receive.as_fd(), token)?;
+            receive_sockets.push(pair.receive);
+            let v4 = pair.send.local_addr()?.is_ipv4();
+            send_sockets.push(SendSocket { v4, socket: pair.send });
+        }
+        let tables = parts.published.load();
+        let mut ingress = Ingress::new(parts.coalesce);
+        ingress.adopt(&tables);
+        Ok(Self {
+            context: LaneContext {
+                index: parts.index,
+                lanes: parts.lanes,
+                stats,
+                send_sockets,
+                published: parts.published,
+                epoch: 0,
+                manager: parts.manager,
+                now: Instant::now(),
+                unknown_session_told: None,
+            },
+            shared,
+            poller,
+            tun: Some(parts.tun),
+            receive_sockets,
+            tables,
+            egress: Egress::new(parts.bundling, parts.gso),
+            ingress,
+        })
+    }
+
+    fn run(mut self) {
+        let mut ready = Vec::with_capacity(8);
+        while !self.shared.stop.load(Ordering::Acquire) {
+            let timeout = self.egress.has_pending().then_some(PENDING_TICK);
+            ready.clear();
+            match self.poller.wait(timeout) {
+                Ok(tokens) => ready.extend_from_slice(tokens),
+                Err(error) => {
+                    // Nothing that a lane does can make epoll fail; do not spin if it does.
+                    tracing::error!(lane = self.context.index, %error, "epoll failed");
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+            }
+            self.context.now = Instant::now();
+            self.adopt_newer();
+            for &token in &ready {
+                match token {
+                    WAKE => self.read_mail(),
+                    TUN => self.send(),
+                    socket => self.receive((socket - FIRST_SOCKET) as usize),
+                }
+            }
+            self.egress.release_pending(&self.context, &self.tables, self.context.now);
+        }
+    }
+
+    fn send(&mut self) {
+        let Some(tun) = &self.tun else { return };
+        if self.egress.run(&self.context, &self.tables, tun) == TunState::Gone {
+            tracing::warn!(
+                lane = self.context.index,
+                "the TUN device is gone; waiting for another"
+            );
+            if let Some(tun) = self.tun.take() {
+                // Closing would remove it as well; a failure here changes nothing.
+                let _ = self.poller.remove(tun.as_fd());
+            }
+        }
+    }
+
+    fn receive(&mut self, index: usize) {
+        let Some(socket) = self.receive_sockets.get(index) else { return };
+        let (context, tables) = (&mut self.context, &mut self.tables);
+        self.ingress.run(context, tables, (index, socket.as_fd()), self.tun.as_ref());
+    }
+
+    fn adopt_newer(&mut self) {
+        if let Some(newer) = self.context.newer_tables() {
+            self.ingress.adopt(&newer);
+            self.tables = newer;
+        }
+    }
+
+    fn read_mail(&mut self) {
+        self.shared.waiter.drain();
+        let mail = {
+            let mut mailbox = self.shared.mailbox.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::take(&mut *mailbox)
+        };
+        if let Some((tun, coalesce)) = mail.tun {
+            if let Some(old) = self.tun.take() {
+                let _ = self.poller.remove(old.as_fd());
+            }
+            if let Err(error) = self.poller.add(tun.as_fd(), TUN) {
+                tracing::error!(lane = self.context.index, %error, "cannot watch the new TUN queue");
+                return;
+            }
+            self.ingress.set_config(coalesce);
+            self.tun = Some(tun);
+        }
+    }
+}
+
+impl LaneContext {
+    /// The time at which this round began.
+    pub(super) fn now(&self) -> Instant {
+        self.now
+    }
+
+    /// The tables in force, if they are not those that this lane has.
+    pub(super) fn newer_tables(&mut self) -> Option<Arc<Tables>> {
+        let epoch = self.published.epoch();
+        if epoch == self.epoch {
+            return None;
+        }
+        self.epoch = epoch;
+        Some(self.published.load())
+    }
+
+    /// Tells the manager something that will be told again if it is lost.
+    pub(super) fn tell(&self, message: ToManager) {
+        // Full: it is behind, and the next packet asks again. Disconnected: the process ends.
+        let _ = self.manager.try_send(message);
+    }
+
+    /// Hands a datagram to the manager.
+    pub(super) fn forward(&self, message: ToManager) -> Result<(), DropReason> {
+        match self.manager.try_send(message) {
+            Ok(()) | Err(TrySendError::Disconnected(_)) => Ok(()),
+            Err(TrySendError::Full(_)) => Err(DropReason::ManagerQueue),
+        }
+    }
+
+    /// Notes that `source` sent a datagram of a session that is not known here.
+    pub(super) fn unknown_session(&mut self, source: IpAddr) {
+        if self.unknown_session_told.is_none_or(|t| self.now - t >= UNKNOWN_SESSION_INTERVAL) {
+            self.unknown_session_told = Some(self.now);
+            self.tell(ToManager::UnknownSession(source));
+        }
+    }
+}

@@ -1,0 +1,364 @@
+//! The session manager: one thread that owns the protocol engine. Lanes hand it handshakes and
+//! control messages; it hands them new tables. The packet path never waits for it.
+
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime};
+
+use skein_core::route::{PeerId, RouteTable};
+use skein_core::time::Time;
+use skein_core::tunnel::{Engine, EngineConfig, PeerConfig};
+
+use super::report;
+use super::setup::{Running, SetupError};
+use super::stats::DropStats;
+use super::tables::{PeerEntry, Published, Tables};
+use super::totals::Totals;
+use crate::ipc::{ErrorKind, Peer, Request, Response, Snapshot, Update};
+use crate::keys::PublicKey;
+use crate::sys::tun::TunError;
+
+/// Messages that may wait for the manager. Handshakes beyond are dropped and counted: whoever sent
+/// them tries again.
+const QUEUE: usize = 1024;
+
+/// What the manager is told.
+pub(super) enum ToManager {
+    /// A lane has packets for a peer without a session.
+    WantSession(PeerId),
+    /// A data packet with an unknown receiver index came from this address.
+    UnknownSession(IpAddr),
+    /// A handshake or control message.
+    Datagram {
+        /// Outer source.
+        source: SocketAddr,
+        /// UDP payload.
+        datagram: Box<[u8]>,
+    },
+    /// From the control socket.
+    Request {
+        /// What is asked.
+        request: Request,
+        /// Where the answer goes.
+        answer: SyncSender<Response>,
+    },
+}
+
+/// Starts the manager's thread. It ends when [`Request::Shutdown`] came or every sender is gone.
+pub(super) fn start() -> std::io::Result<(SyncSender<ToManager>, JoinHandle<()>)> {
+    let (sender, receiver) = sync_channel(QUEUE);
+    let manager = Manager {
+        started: Instant::now(),
+        clock: Clock::start(),
+        queue: receiver,
+        to_manager: sender.clone(),
+        active: None,
+    };
+    let thread =
+        std::thread::Builder::new().name("manager".to_owned()).spawn(move || manager.run())?;
+    Ok((sender, thread))
+}
+
+struct Manager {
+    started: Instant,
+    clock: Clock,
+    queue: Receiver<ToManager>,
+    to_manager: SyncSender<ToManager>,
+    /// `None` before the first snapshot.
+    active: Option<Active>,
+}
+
+/// A data plane at work.
+struct Active {
+    snapshot: Snapshot,
+    engine: Engine,
+    /// The names and prefixes of the engine's peers.
+    peers: HashMap<PublicKey, (PeerId, Peer)>,
+    routes: Arc<RouteTable>,
+    published: Arc<Published>,
+    running: Running,
+    drops: DropStats,
+    totals: Totals,
+}
+
+impl Manager {
+    fn run(mut self) {
+        loop {
+            let message = match self.timeout() {
+                Some(timeout) => match self.queue.recv_timeout(timeout) {
+                    Ok(message) => Some(message),
+                    Err(RecvTimeoutError::Timeout) => None,
+                    Err(RecvTimeoutError::Disconnected) => return,
+                },
+                None => match self.queue.recv() {
+                    Ok(message) => Some(message),
+                    Err(_) => return,
+                },
+            };
+            let now = self.clock.now();
+            if let Some(ToManager::Request { request, answer }) = message {
+                let shutdown = matches!(request, Request::Shutdown);
+                let response = self.request(now, request);
+                // The asker may have gone; what it asked for is done all the same.
+                let _ = answer.send(response);
+                if shutdown {
+                    return;
+                }
+            } else if let (Some(active), Some(message)) = (&mut self.active, message) {
+                active.event(now, message);
+            }
+            if let Some(active) = &mut self.active {
+                active.drive(now);
+            }
+        }
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        let due = self.active.as_ref()?.engine.poll_timeout()?;
+        Some(due.mono.saturating_sub(self.clock.now().mono))
+    }
+
+    fn request(&mut self, now: Time, request: Request) -> Response {
+        let result = match request {
+            Request::Hello { version } if version == crate::ipc::PROTOCOL_VERSION => {
+                return Response::Hello { version, pid: std::process::id() };
+            }
+            Request::Hello { version } => Err(SetupError::Invalid(format!(
+                "protocol version {version} is not {}: agent and data plane must be of one release",
+                crate::ipc::PROTOCOL_VERSION
+            ))),
+            Request::Apply { snapshot } => self.apply(now, *snapshot),
+            Request::Update { update } => match &mut self.active {
+                Some(active) => active.update(now, update),
+                None => Err(SetupError::Invalid("an update came before any snapshot".to_owned())),
+            },
+            Request::Report => {
+                let report = self.report(now);
+                return Response::Report { report: Box::new(report) };
+            }
+            Request::Shutdown => Ok(()),
+        };
+        match result {
+            Ok(()) => Response::Applied {
+                revision: self.active.as_ref().map_or(0, |active| active.snapshot.revision),
+            },
+            Err(error) => {
+                tracing::error!(%error, "request refused");
+                Response::Error { kind: error.kind(), message: error.to_string() }
+            }
+        }
+    }
+
+    fn apply(&mut self, now: Time, snapshot: Snapshot) -> Result<(), SetupError> {
+        match &mut self.active {
+            Some(active) => active.become_like(now, snapshot),
+            None => {
+                self.active = Some(Active::start(now, snapshot, self.to_manager.clone())?);
+                Ok(())
+            }
+        }
+    }
+
+    fn report(&self, now: Time) -> crate::ipc::Report {
+        let mut report = crate::ipc::Report {
+            pid: std::process::id(),
+            uptime_seconds: self.started.elapsed().as_secs_f64(),
+            ..Default::default()
+        };
+        if let Some(active) = &self.active {
+            report.revision = active.snapshot.revision;
+            let sources = report::Sources {
+                engine: &active.engine,
+                running: &active.running,
+                drops: &active.drops,
+                totals: &active.totals,
+            };
+            report::fill(&mut report, now, &sources, active.peers.values());
+        }
+        report
+    }
+}
+
+impl Active {
+    fn start(
+        now: Time,
+        snapshot: Snapshot,
+        to_manager: SyncSender<ToManager>,
+    ) -> Result<Self, SetupError> {
+        let node = &snapshot.node;
+        let config = EngineConfig {
+            private_key: zeroize::Zeroizing::new(*node.private_key.as_bytes()),
+            cluster_id: node.cluster_id.clone(),
+            lanes: node.lanes,
+            ciphers: super::setup::ciphers(node.cipher),
+            mtu: node.tun.mtu,
+            listen_port: node.underlay.port,
+        };
+        let random = Box::new(|bytes: &mut [u8]| {
+            // The system's generator fails only where the system is beyond help, and a predictable
+            // key would be worse than none.
+            aws_lc_rs::rand::fill(bytes).expect("the system's random generator failed");
+        });
+        let engine = Engine::new(config, random).map_err(|e| SetupError::Invalid(e.to_string()))?;
+        let mut empty = snapshot.clone();
+        empty.peers.clear();
+        let published = Arc::new(Published::default());
+        let running = Running::start(node, &published, to_manager)?;
+        let mut active = Self {
+            snapshot: empty,
+            engine,
+            peers: HashMap::new(),
+            routes: Arc::default(),
+            published,
+            running,
+            drops: DropStats::default(),
+            totals: Totals::default(),
+        };
+        active.set_peers(now, snapshot.peers)?;
+        Ok(active)
+    }
+
+    /// Goes from what is in force to `snapshot`, touching only what differs.
+    fn become_like(&mut self, now: Time, snapshot: Snapshot) -> Result<(), SetupError> {
+        let mut node = snapshot.node.clone();
+        node.tun = self.snapshot.node.tun.clone();
+        if node != self.snapshot.node {
+            return Err(SetupError::Invalid(
+                "settings that are fixed for the life of the data process differ: restart it"
+                    .to_owned(),
+            ));
+        }
+        if snapshot.node.tun.ifindex != self.snapshot.node.tun.ifindex {
+            self.running.attach_tun(&snapshot.node)?;
+        }
+        let before = std::mem::replace(&mut self.snapshot.local_cidrs, snapshot.local_cidrs);
+        if let Err(error) = self.set_peers(now, snapshot.peers) {
+            self.snapshot.local_cidrs = before;
+            return Err(error);
+        }
+        self.snapshot.node.tun = snapshot.node.tun;
+        self.snapshot.revision = snapshot.revision;
+        self.publish();
+        Ok(())
+    }
+
+    fn update(&mut self, now: Time, update: Update) -> Result<(), SetupError> {
+        let changed: HashSet<PublicKey> =
+            update.upsert.iter().map(|peer| peer.public_key).chain(update.remove).collect();
+        let kept = self.peers.values().map(|(_, peer)| peer);
+        let peers = kept.filter(|peer| !changed.contains(&peer.public_key)).cloned();
+        let peers = peers.chain(update.upsert).collect();
+        self.set_peers(now, peers)?;
+        self.snapshot.revision = update.revision;
+        Ok(())
+    }
+
+    /// Makes these the peers. Refuses the whole where prefixes contradict each other.
+    fn set_peers(&mut self, now: Time, peers: Vec<Peer>) -> Result<(), SetupError> {
+        // Routes are tried with provisional numbers first, so that a refusal changes nothing.
+        let numbered = (0..).map(PeerId).zip(peers.iter().map(|p| p.pod_cidrs.as_slice()));
+        RouteTable::build(&self.snapshot.local_cidrs, numbered).map_err(|conflict| {
+            SetupError::Invalid(format!("contradicting pod CIDRs: {conflict}"))
+        })?;
+        let wanted: HashSet<PublicKey> = peers.iter().map(|peer| peer.public_key).collect();
+        if wanted.len() != peers.len() {
+            return Err(SetupError::Invalid("two nodes have the same public key".to_owned()));
+        }
+        let engine = &mut self.engine;
+        self.peers.retain(|key, _| {
+            let keep = wanted.contains(key);
+            if !keep {
+                engine.remove_peer(&key.0);
+            }
+            keep
+        });
+        for peer in peers {
+            if self.peers.get(&peer.public_key).is_some_and(|(_, known)| *known == peer) {
+                continue;
+            }
+            let endpoints = peer.endpoints.iter().copied();
+            let endpoints = endpoints.filter(|e| self.running.can_reach(*e)).collect();
+            let config = PeerConfig { public_key: peer.public_key.0, endpoints };
+            let id = engine.upsert_peer(now, config);
+            self.peers.insert(peer.public_key, (id, peer));
+        }
+        let owners = self.peers.values().map(|(id, peer)| (*id, peer.pod_cidrs.as_slice()));
+        let routes = RouteTable::build(&self.snapshot.local_cidrs, owners)
+            .map_err(|conflict| SetupError::Invalid(conflict.to_string()))?;
+        self.routes = Arc::new(routes);
+        engine.take_changed();
+        self.publish();
+        Ok(())
+    }
+
+    fn event(&mut self, now: Time, message: ToManager) {
+        match message {
+            ToManager::WantSession(peer) => self.engine.want_session(now, peer),
+            ToManager::UnknownSession(source) => self.engine.unknown_session(now, source),
+            ToManager::Datagram { source, mut datagram } => {
+                self.engine.handle_datagram(now, source, &mut datagram);
+            }
+            ToManager::Request { .. } => {}
+        }
+    }
+
+    /// Carries out what the engine decided.
+    fn drive(&mut self, now: Time) {
+        if self.engine.poll_timeout().is_some_and(|due| due.mono <= now.mono) {
+            self.engine.handle_timeout(now);
+        }
+        // Before anything is sent: an answer may arrive as soon as its question has left.
+        if self.engine.take_changed() {
+            self.publish();
+        }
+        while let Some(transmit) = self.engine.poll_transmit() {
+            self.running.send(transmit.destination, &transmit.payload);
+        }
+        self.drops.collect(self.engine.drops());
+    }
+
+    fn publish(&mut self) {
+        self.totals.follow(self.engine.tables());
+        let mut tables = Tables {
+            routes: Arc::clone(&self.routes),
+            max_plaintext: usize::from(self.snapshot.node.tun.mtu),
+            ..Tables::default()
+        };
+        for (id, view) in self.engine.tables() {
+            tables.sessions.extend(view.receive.iter().cloned());
+            let entry = PeerEntry { endpoint: view.endpoint, session: view.current.clone() };
+            tables.peers.insert(id, entry);
+        }
+        self.published.publish(tables);
+        self.running.wake_lanes();
+    }
+}
+
+/// Readings of both clocks.
+struct Clock(Instant);
+
+impl Clock {
+    fn start() -> Self {
+        Self(Instant::now())
+    }
+
+    fn now(&self) -> Time {
+        let wall = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        Time { mono: self.0.elapsed(), wall }
+    }
+}
+
+impl SetupError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            SetupError::Invalid(_) => ErrorKind::Invalid,
+            SetupError::Tun(TunError::Permission { .. }) => ErrorKind::Privilege,
+            SetupError::Tun(_) => ErrorKind::Tun,
+            SetupError::Underlay(_) => ErrorKind::Underlay,
+            SetupError::Io(_) => ErrorKind::Internal,
+        }
+    }
+}

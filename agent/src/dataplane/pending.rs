@@ -1,0 +1,139 @@
+//! Packets that wait for a session: the first packets to a node start a handshake and leave when it
+//! is done, so that nobody's first ping is lost. Few, bounded in number, bytes and age.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use skein_core::offload::vnet::VnetHeader;
+use skein_core::route::PeerId;
+
+/// Packets held for one peer.
+const MAX_PACKETS: usize = 64;
+/// Bytes held for all peers of a lane.
+const MAX_BYTES: usize = 1 << 20;
+/// What waited longer is of no use to its sender any more.
+const MAX_AGE: Duration = Duration::from_secs(5);
+/// How often the manager is asked for the same session.
+const ASK_INTERVAL: Duration = Duration::from_millis(500);
+
+/// A packet as it was read from the TUN.
+pub(super) struct Held {
+    /// Its virtio_net_hdr.
+    pub(super) vnet: VnetHeader,
+    /// The (super)packet.
+    pub(super) packet: Vec<u8>,
+    since: Instant,
+}
+
+#[derive(Default)]
+struct Queue {
+    packets: Vec<Held>,
+    asked: Option<Instant>,
+}
+
+/// See the module.
+#[derive(Default)]
+pub(super) struct Pending {
+    queues: HashMap<PeerId, Queue>,
+    bytes: usize,
+}
+
+impl Pending {
+    /// Whether nothing waits.
+    pub(super) fn is_empty(&self) -> bool {
+        self.queues.is_empty()
+    }
+
+    /// Holds a packet for `peer`. Returns whether it was taken, and whether the manager is to be
+    /// asked for a session.
+    pub(super) fn hold(
+        &mut self,
+        now: Instant,
+        peer: PeerId,
+        vnet: VnetHeader,
+        packet: &[u8],
+    ) -> (bool, bool) {
+        let queue = self.queues.entry(peer).or_default();
+        let ask = queue.asked.is_none_or(|asked| now - asked >= ASK_INTERVAL);
+        if ask {
+            queue.asked = Some(now);
+        }
+        let room = queue.packets.len() < MAX_PACKETS && self.bytes + packet.len() <= MAX_BYTES;
+        if room {
+            self.bytes += packet.len();
+            queue.packets.push(Held { vnet, packet: packet.to_vec(), since: now });
+        }
+        (room, ask)
+    }
+
+    /// Takes everything that waits for a peer that `ready` accepts.
+    pub(super) fn take_ready(&mut self, ready: impl Fn(PeerId) -> bool) -> Vec<Held> {
+        let mut taken = Vec::new();
+        self.queues.retain(|&peer, queue| {
+            if ready(peer) {
+                taken.append(&mut queue.packets);
+                return false;
+            }
+            true
+        });
+        self.bytes -= taken.iter().map(|held| held.packet.len()).sum::<usize>();
+        taken
+    }
+
+    /// Gives up what is too old, and all that waits for peers that `known` refuses; returns the
+    /// number of packets.
+    pub(super) fn expire(&mut self, now: Instant, known: impl Fn(PeerId) -> bool) -> usize {
+        let mut expired = 0;
+        let bytes = &mut self.bytes;
+        self.queues.retain(|&peer, queue| {
+            let known = known(peer);
+            queue.packets.retain(|held| {
+                let keep = known && now - held.since < MAX_AGE;
+                if !keep {
+                    expired += 1;
+                    *bytes -= held.packet.len();
+                }
+                keep
+            });
+            // An empty queue still remembers when the manager was asked.
+            known && (!queue.packets.is_empty() || queue.asked.is_some_and(|a| now - a < MAX_AGE))
+        });
+        expired
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hold(pending: &mut Pending, now: Instant, peer: u32, length: usize) -> (bool, bool) {
+        pending.hold(now, PeerId(peer), VnetHeader::default(), &vec![0; length])
+    }
+
+    #[test]
+    fn asks_once_an_interval_and_bounds_what_it_holds() {
+        let (mut pending, now) = (Pending::default(), Instant::now());
+        assert_eq!(hold(&mut pending, now, 1, 100), (true, true));
+        assert_eq!(hold(&mut pending, now, 1, 100), (true, false));
+        assert_eq!(hold(&mut pending, now + ASK_INTERVAL, 1, 100), (true, true));
+        for _ in 3..MAX_PACKETS {
+            assert!(hold(&mut pending, now, 1, 100).0);
+        }
+        assert!(!hold(&mut pending, now, 1, 100).0, "one more than it may hold");
+        assert!(!hold(&mut pending, now, 2, MAX_BYTES).0, "more bytes than it may hold");
+        assert_eq!(pending.take_ready(|peer| peer == PeerId(1)).len(), MAX_PACKETS);
+        assert!(hold(&mut pending, now, 2, MAX_BYTES).0, "the room is free again");
+    }
+
+    #[test]
+    fn gives_up_what_is_old_and_what_nobody_owns() {
+        let (mut pending, now) = (Pending::default(), Instant::now());
+        hold(&mut pending, now, 1, 10);
+        hold(&mut pending, now + Duration::from_secs(3), 1, 10);
+        hold(&mut pending, now + Duration::from_secs(3), 2, 10);
+        assert_eq!(pending.expire(now + MAX_AGE, |peer| peer == PeerId(1)), 2);
+        assert_eq!(pending.take_ready(|_| true).len(), 1);
+        assert_eq!(pending.bytes, 0);
+        assert!(pending.is_empty());
+    }
+}

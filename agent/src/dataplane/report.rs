@@ -1,0 +1,102 @@
+//! The data process's answer to "how are you".
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+
+use skein_core::route::PeerId;
+use skein_core::time::Time;
+use skein_core::tunnel::{self, Engine};
+
+use super::setup::Running;
+use super::stats::{DropStats, drop_report};
+use super::totals::Totals;
+use crate::ipc::{
+    Capability, CapabilityState, HandshakeCount, Peer, PeerReport, PeerState, Report,
+};
+
+/// What a report is made of, beside the counters of the lanes.
+pub(super) struct Sources<'a> {
+    /// Sessions and handshakes.
+    pub(super) engine: &'a Engine,
+    /// Lanes and the ladder.
+    pub(super) running: &'a Running,
+    /// Drops that the engine counted.
+    pub(super) drops: &'a DropStats,
+    /// Traffic of each peer.
+    pub(super) totals: &'a Totals,
+}
+
+/// Fills in all that only an active data plane knows.
+pub(super) fn fill<'a>(
+    report: &mut Report,
+    now: Time,
+    sources: &Sources<'_>,
+    peers: impl Iterator<Item = &'a (PeerId, Peer)>,
+) {
+    let lanes = &sources.running.lanes;
+    report.lanes = (0..).zip(lanes).map(|(index, lane)| lane.stats.report(index)).collect();
+    let gso_off: BTreeSet<SocketAddr> =
+        lanes.iter().flat_map(|lane| lane.stats.gso_off()).collect();
+    report.capabilities = sources.running.capabilities.clone();
+    let gso = report.capabilities.iter_mut().find(|c| c.name == "udp_gso");
+    let gso_on = gso.is_some_and(|gso| degrade(gso, &gso_off));
+    let mut drops: Vec<_> = lanes.iter().map(|lane| &lane.stats.drops).collect();
+    drops.push(sources.drops);
+    report.drops = drop_report(&drops);
+    let handshakes = sources.engine.handshakes();
+    report.handshakes = handshakes
+        .map(|(result, count)| HandshakeCount { result: result.to_owned(), count })
+        .collect();
+    report.peers = peers
+        .filter_map(|(id, peer)| {
+            let mut report = peer_report(now, sources, *id, peer)?;
+            report.gso = gso_on && !report.endpoint.is_some_and(|e| gso_off.contains(&e));
+            Some(report)
+        })
+        .collect();
+    report.peers.sort_by(|a, b| a.name.cmp(&b.name));
+}
+
+/// Says where GSO is refused; returns whether it is in use at all.
+fn degrade(gso: &mut Capability, off: &BTreeSet<SocketAddr>) -> bool {
+    if gso.state != CapabilityState::On {
+        return false;
+    }
+    if !off.is_empty() {
+        let names: Vec<_> = off.iter().map(ToString::to_string).collect();
+        gso.state = CapabilityState::Degraded;
+        gso.reason = Some(format!("refused on the way to {}", names.join(", ")));
+    }
+    true
+}
+
+fn peer_report(now: Time, sources: &Sources<'_>, id: PeerId, peer: &Peer) -> Option<PeerReport> {
+    let view = sources.engine.peer(id)?;
+    let session = view.current.as_ref();
+    let totals = sources.totals.of(id);
+    Some(PeerReport {
+        name: peer.name.clone(),
+        public_key: peer.public_key,
+        endpoint: view.endpoint,
+        pod_cidrs: peer.pod_cidrs.clone(),
+        state: match view.state {
+            tunnel::PeerState::Idle => PeerState::Idle,
+            tunnel::PeerState::Connecting => PeerState::Connecting,
+            tunnel::PeerState::Established => PeerState::Established,
+            tunnel::PeerState::Unreachable => PeerState::Unreachable,
+        },
+        reason: view.trouble.map(|trouble| trouble.to_string()),
+        cipher: session.map(|session| session.cipher.to_string()),
+        lanes: session.map(|session| session.remote_lanes),
+        handshake_age_seconds: session.map(|s| now.since(s.established).as_secs_f64()),
+        last_received_seconds: view
+            .last_received
+            .map(|at| now.mono.saturating_sub(at).as_secs_f64()),
+        rtt_us: view.round_trip.map(|rtt| rtt.as_micros().try_into().unwrap_or(u64::MAX)),
+        gso: false,
+        tx_packets: totals.tx_packets,
+        tx_bytes: totals.tx_bytes,
+        rx_packets: totals.rx_packets,
+        rx_bytes: totals.rx_bytes,
+    })
+}

@@ -1,0 +1,99 @@
+//! The data process's unix socket: frames of [`crate::ipc`], one connection a thread.
+
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
+
+use anyhow::{Context, bail};
+
+use super::manager::ToManager;
+use crate::ipc::{ErrorKind, Request, Response, read_frame, write_frame};
+use crate::sys::socket::peer_credentials;
+
+/// Connections served at once: the control process's, and a few of people who look.
+const CONNECTIONS: usize = 8;
+
+/// Binds the socket for root's use only. A path that a dead process left is taken over.
+pub(super) fn bind(path: &Path) -> anyhow::Result<UnixListener> {
+    match UnixStream::connect(path) {
+        Ok(_) => bail!(
+            "another data process listens on {}: stop it, or set dataplane.socket to another path",
+            path.display()
+        ),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(path)
+                .with_context(|| format!("cannot remove the stale socket {}", path.display()))?;
+        }
+        Err(error) => {
+            return Err(error).with_context(|| format!("cannot use the socket {}", path.display()));
+        }
+    }
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent)
+            .with_context(|| format!("cannot make the directory {}", parent.display()))?;
+    }
+    let listener = UnixListener::bind(path)
+        .with_context(|| format!("cannot listen on the socket {}", path.display()))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
+        .with_context(|| format!("cannot protect the socket {}", path.display()))?;
+    Ok(listener)
+}
+
+/// Accepts connections until the process ends.
+pub(super) fn serve(listener: UnixListener, manager: SyncSender<ToManager>) {
+    let open = Arc::new(AtomicUsize::new(0));
+    for stream in listener.incoming() {
+        let stream = match stream {
+            Ok(stream) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept on the control socket");
+                std::thread::sleep(std::time::Duration::from_millis(100));
+                continue;
+            }
+        };
+        if open.fetch_add(1, Ordering::Relaxed) >= CONNECTIONS {
+            open.fetch_sub(1, Ordering::Relaxed);
+            continue;
+        }
+        let (manager, counted) = (manager.clone(), Arc::clone(&open));
+        let connection = move || {
+            if let Err(error) = converse(stream, &manager) {
+                tracing::warn!(%error, "control connection ended");
+            }
+            counted.fetch_sub(1, Ordering::Relaxed);
+        };
+        let thread = std::thread::Builder::new().name("control-socket".to_owned());
+        if let Err(error) = thread.spawn(connection) {
+            open.fetch_sub(1, Ordering::Relaxed);
+            tracing::warn!(%error, "cannot serve a control connection");
+        }
+    }
+}
+
+fn converse(mut stream: UnixStream, manager: &SyncSender<ToManager>) -> anyhow::Result<()> {
+    let uid = peer_credentials(&stream)?.uid;
+    if uid != 0 && uid != rustix::process::geteuid().as_raw() {
+        bail!("user {uid} may not use the data plane");
+    }
+    loop {
+        let request = match read_frame::<Request>(&mut stream) {
+            Ok(Some(request)) => request,
+            Ok(None) => return Ok(()),
+            Err(error) => {
+                let message = format!("cannot read the request: {error}");
+                let response = Response::Error { kind: ErrorKind::Invalid, message };
+                // The other side may be gone already; the error below says why.
+                let _ = write_frame(&mut stream, &response);
+                return Err(error).context("bad request");
+            }
+        };
+        let (answer, response) = sync_channel(1);
+        manager.send(ToManager::Request { request, answer }).context("the manager has ended")?;
+        write_frame(&mut stream, &response.recv().context("the manager has ended")?)?;
+    }
+}

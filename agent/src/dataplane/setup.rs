@@ -1,0 +1,246 @@
+//! From settings to running lanes: descriptors are opened, probed and handed out. Either all of it
+//! works or nothing stays.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
+
+use skein_core::offload::coalesce::CoalesceConfig;
+use skein_core::tunnel::Ciphers;
+use thiserror::Error;
+
+use super::lane::{LaneHandle, LaneParts};
+use super::manager::ToManager;
+use super::tables::Published;
+use crate::ipc::{Capability, CapabilityState, CipherChoice, NodeSettings, OffloadSettings};
+use crate::sys::send::GsoState;
+use crate::sys::tun::{self, TunError, TunOffload};
+use crate::sys::udp::{self, UdpError, UdpOptions};
+
+/// Why a data plane could not be started or changed.
+#[derive(Debug, Error)]
+pub(super) enum SetupError {
+    /// The request contradicts itself or what runs.
+    #[error("{0}")]
+    Invalid(String),
+    /// The TUN device.
+    #[error(transparent)]
+    Tun(#[from] TunError),
+    /// A UDP socket.
+    #[error(transparent)]
+    Underlay(#[from] UdpError),
+    /// Threads or event descriptors.
+    #[error("cannot start the lanes: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// Lanes at work, and the sockets for handshakes.
+pub(super) struct Running {
+    /// In the order of their numbers.
+    pub(super) lanes: Vec<LaneHandle>,
+    /// The ladder as probed.
+    pub(super) capabilities: Vec<Capability>,
+    manager_sockets: Vec<(bool, UdpSocket)>,
+}
+
+impl Running {
+    /// Opens everything and starts the lanes.
+    pub(super) fn start(
+        node: &NodeSettings,
+        published: &Arc<Published>,
+        manager: SyncSender<ToManager>,
+    ) -> Result<Self, SetupError> {
+        if !(1..=64).contains(&node.lanes) {
+            return Err(SetupError::Invalid(format!(
+                "lanes = {}: a node has 1 to 64 lanes",
+                node.lanes
+            )));
+        }
+        let addresses = bind_addresses(&node.underlay.addresses)?;
+        let lanes = usize::from(node.lanes);
+        let (queues, offload, mut notes) =
+            tun::open_queues(&node.tun.name, lanes, allowed(node.offload))?;
+        let options = UdpOptions {
+            receive_buffer: node.underlay.receive_buffer,
+            send_buffer: node.underlay.send_buffer,
+            gro: node.offload.udp_gro,
+        };
+        let mut manager_sockets = Vec::new();
+        let mut sockets: Vec<Vec<_>> = (0..lanes).map(|_| Vec::new()).collect();
+        for address in addresses {
+            let socket_address = SocketAddr::new(address, node.underlay.port);
+            let (pairs, more) = udp::bind_lanes(socket_address, lanes, &options)?;
+            notes.extend(more);
+            for (lane, pair) in sockets.iter_mut().zip(pairs) {
+                lane.push(pair);
+            }
+            let socket = udp::bind_manager(socket_address, &options)?;
+            manager_sockets.push((address.is_ipv4(), socket));
+        }
+        let gso = match node.offload.udp_gso {
+            true => udp::gso_supported(),
+            false => Err("switched off in the configuration".to_owned()),
+        };
+        if let Err(reason) = &gso {
+            notes.push(("udp_gso", reason.clone()));
+        }
+        let mut handles = Vec::with_capacity(lanes);
+        for ((index, tun), sockets) in (0..).zip(queues).zip(sockets) {
+            handles.push(LaneHandle::start(LaneParts {
+                index,
+                lanes: node.lanes,
+                tun,
+                coalesce: coalesce(offload),
+                sockets,
+                gso: match &gso {
+                    Ok(()) => GsoState::new(),
+                    Err(reason) => GsoState::disabled(reason),
+                },
+                bundling: node.bundling,
+                published: Arc::clone(published),
+                manager: manager.clone(),
+            })?);
+        }
+        let capabilities = capabilities(node.offload, &notes);
+        Ok(Self { lanes: handles, capabilities, manager_sockets })
+    }
+
+    /// Attaches every lane to the device of this name again, after it was made anew.
+    pub(super) fn attach_tun(&mut self, node: &NodeSettings) -> Result<(), SetupError> {
+        let (queues, offload, notes) =
+            tun::open_queues(&node.tun.name, self.lanes.len(), allowed(node.offload))?;
+        for (lane, queue) in self.lanes.iter().zip(queues) {
+            lane.replace_tun(queue, coalesce(offload));
+        }
+        let fresh = capabilities(node.offload, &notes);
+        for (old, new) in self.capabilities.iter_mut().zip(fresh) {
+            if new.name.starts_with("tun_") {
+                *old = new;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes every lane look at new tables.
+    pub(super) fn wake_lanes(&self) {
+        for lane in &self.lanes {
+            lane.wake();
+        }
+    }
+
+    /// Whether there is a socket of this destination's family.
+    pub(super) fn can_reach(&self, destination: SocketAddr) -> bool {
+        self.manager_sockets.iter().any(|(v4, _)| *v4 == destination.is_ipv4())
+    }
+
+    /// Sends a handshake or control message. One that is lost is sent again by its timer.
+    pub(super) fn send(&self, destination: SocketAddr, payload: &[u8]) {
+        let socket = self.manager_sockets.iter().find(|(v4, _)| *v4 == destination.is_ipv4());
+        if let Some(Err(error)) = socket.map(|(_, socket)| socket.send_to(payload, destination)) {
+            tracing::debug!(%destination, %error, "handshake or control message not sent");
+        }
+    }
+}
+
+/// The AEADs to offer.
+pub(super) fn ciphers(choice: CipherChoice) -> Ciphers {
+    let hardware = aes_in_hardware();
+    match choice {
+        CipherChoice::Auto => {
+            Ciphers { aes256_gcm: true, chacha20_poly1305: true, aes_hardware: hardware }
+        }
+        CipherChoice::Aes256Gcm => {
+            Ciphers { aes256_gcm: true, chacha20_poly1305: false, aes_hardware: hardware }
+        }
+        CipherChoice::Chacha20Poly1305 => {
+            Ciphers { aes256_gcm: false, chacha20_poly1305: true, aes_hardware: hardware }
+        }
+    }
+}
+
+fn aes_in_hardware() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return std::arch::is_x86_feature_detected!("aes")
+        && std::arch::is_x86_feature_detected!("pclmulqdq");
+    #[cfg(target_arch = "aarch64")]
+    return std::arch::is_aarch64_feature_detected!("aes");
+    #[allow(unreachable_code)]
+    false
+}
+
+fn bind_addresses(configured: &[IpAddr]) -> Result<Vec<IpAddr>, SetupError> {
+    for (index, address) in configured.iter().enumerate() {
+        if configured[..index].iter().any(|other| other.is_ipv4() == address.is_ipv4()) {
+            return Err(SetupError::Invalid(format!(
+                "underlay.addresses: {address} is a second address of its family; one a family is bound"
+            )));
+        }
+    }
+    if configured.is_empty() {
+        return Err(SetupError::Invalid("underlay.addresses is empty".to_owned()));
+    }
+    Ok(configured.to_vec())
+}
+
+fn allowed(settings: OffloadSettings) -> TunOffload {
+    TunOffload { checksum: settings.tun_checksum, tso: settings.tun_tso, uso: settings.tun_uso }
+}
+
+/// What may be written to a TUN whose reading side has reached `offload`: the same rungs, so that
+/// forcing one off shows in both directions.
+fn coalesce(offload: TunOffload) -> CoalesceConfig {
+    CoalesceConfig { tcp: offload.tso, udp: offload.uso, partial_checksum: offload.checksum }
+}
+
+fn capabilities(settings: OffloadSettings, notes: &[(&'static str, String)]) -> Vec<Capability> {
+    let rungs = [
+        ("tun_uso", settings.tun_uso),
+        ("tun_tso", settings.tun_tso),
+        ("tun_checksum", settings.tun_checksum),
+        ("udp_gso", settings.udp_gso),
+        ("udp_gro", settings.udp_gro),
+        ("reuseport_steering", true),
+    ];
+    rungs
+        .into_iter()
+        .map(|(name, wanted)| {
+            let note = notes.iter().find(|(rung, _)| *rung == name).map(|(_, why)| why.clone());
+            let (state, reason) = match (wanted, note) {
+                (false, _) => (
+                    CapabilityState::ForcedOff,
+                    Some("switched off in the configuration".to_owned()),
+                ),
+                (true, Some(why)) => (CapabilityState::Unsupported, Some(why)),
+                (true, None) => (CapabilityState::On, None),
+            };
+            Capability { name: name.to_owned(), state, reason }
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rung_says_why_it_is_off() {
+        let settings = OffloadSettings { udp_gso: false, ..OffloadSettings::ALL };
+        let notes = [("tun_uso", "kernel too old".to_owned())];
+        let rungs = capabilities(settings, &notes);
+        let state = |name: &str| rungs.iter().find(|c| c.name == name).map(|c| c.state);
+        assert_eq!(state("tun_uso"), Some(CapabilityState::Unsupported));
+        assert_eq!(state("udp_gso"), Some(CapabilityState::ForcedOff));
+        assert_eq!(state("udp_gro"), Some(CapabilityState::On));
+        assert!(rungs.iter().all(|c| (c.state == CapabilityState::On) == c.reason.is_none()));
+    }
+
+    #[test]
+    fn one_address_a_family() {
+        assert!(bind_addresses(&[]).is_err());
+        assert!(bind_addresses(&[[192, 0, 2, 1].into(), [192, 0, 2, 2].into()]).is_err());
+        assert!(
+            bind_addresses(&[[192, 0, 2, 1].into(), std::net::Ipv6Addr::LOCALHOST.into()]).is_ok()
+        );
+    }
+}

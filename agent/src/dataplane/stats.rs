@@ -1,0 +1,195 @@
+//! Counters of the packet path. A lane counts a batch in plain memory and adds the result here, so
+//! that the packet path pays one relaxed addition a counter and batch.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use skein_core::drop::{DropCounts, DropReason};
+
+use crate::ipc::{DirectionReport, DropReport, HistogramReport, LaneReport};
+use crate::sys::send::GsoState;
+
+/// A histogram with the bounds of [`HistogramReport`].
+#[derive(Debug, Default)]
+pub(super) struct Histogram {
+    buckets: [AtomicU64; 12],
+    sum: AtomicU64,
+}
+
+impl Histogram {
+    /// Counts one value.
+    pub(super) fn observe(&self, value: u64) {
+        self.observe_many(value, 1);
+    }
+
+    /// Counts `times` equal values.
+    pub(super) fn observe_many(&self, value: u64, times: u64) {
+        // 0 and 1 -> 0, 2 -> 1, 3 and 4 -> 2, …, above 1024 -> 11
+        let bucket = (u64::BITS - value.saturating_sub(1).leading_zeros()).min(11) as usize;
+        self.buckets[bucket].fetch_add(times, Relaxed);
+        self.sum.fetch_add(value * times, Relaxed);
+    }
+
+    fn report(&self) -> HistogramReport {
+        HistogramReport {
+            buckets: self.buckets.iter().map(|b| b.load(Relaxed)).collect(),
+            sum: self.sum.load(Relaxed),
+        }
+    }
+}
+
+/// Counters of one direction of a lane; see [`DirectionReport`] for their meaning.
+#[derive(Debug, Default)]
+#[allow(missing_docs)]
+pub(super) struct DirectionStats {
+    pub(super) inner_packets: AtomicU64,
+    pub(super) inner_bytes: AtomicU64,
+    pub(super) tun_packets: AtomicU64,
+    pub(super) outer_packets: AtomicU64,
+    pub(super) outer_bytes: AtomicU64,
+    pub(super) calls: AtomicU64,
+    pub(super) packets_per_call: Histogram,
+    pub(super) segments_per_message: Histogram,
+    pub(super) inner_per_outer: Histogram,
+}
+
+impl DirectionStats {
+    fn report(&self) -> DirectionReport {
+        DirectionReport {
+            inner_packets: self.inner_packets.load(Relaxed),
+            inner_bytes: self.inner_bytes.load(Relaxed),
+            tun_packets: self.tun_packets.load(Relaxed),
+            outer_packets: self.outer_packets.load(Relaxed),
+            outer_bytes: self.outer_bytes.load(Relaxed),
+            calls: self.calls.load(Relaxed),
+            packets_per_call: self.packets_per_call.report(),
+            segments_per_message: self.segments_per_message.report(),
+            inner_per_outer: self.inner_per_outer.report(),
+        }
+    }
+}
+
+/// Adds to a counter.
+pub(super) fn add(counter: &AtomicU64, amount: u64) {
+    counter.fetch_add(amount, Relaxed);
+}
+
+/// Drops by reason, shared.
+#[derive(Debug)]
+pub(super) struct DropStats(Vec<AtomicU64>);
+
+impl Default for DropStats {
+    fn default() -> Self {
+        Self(DropReason::ALL.iter().map(|_| AtomicU64::new(0)).collect())
+    }
+}
+
+impl DropStats {
+    /// Moves what was counted in plain memory to here.
+    pub(super) fn collect(&self, counts: &mut DropCounts) {
+        for (reason, packets) in counts.drain() {
+            add(&self.0[reason as usize], packets);
+        }
+    }
+
+    fn get(&self, reason: DropReason) -> u64 {
+        self.0[reason as usize].load(Relaxed)
+    }
+}
+
+/// Sums of several [`DropStats`], every reason listed.
+pub(super) fn drop_report(all: &[&DropStats]) -> Vec<DropReport> {
+    DropReason::ALL
+        .iter()
+        .map(|&reason| DropReport {
+            direction: reason.direction().label().to_owned(),
+            reason: reason.label().to_owned(),
+            packets: all.iter().map(|stats| stats.get(reason)).sum(),
+        })
+        .collect()
+}
+
+/// Everything that one lane counts.
+#[derive(Debug, Default)]
+#[repr(align(128))] // two cache lines: neighbours are fetched in pairs
+pub(super) struct LaneStats {
+    /// From the TUN to the underlay.
+    pub(super) egress: DirectionStats,
+    /// From the underlay to the TUN.
+    pub(super) ingress: DirectionStats,
+    /// Drops of both directions.
+    pub(super) drops: DropStats,
+    /// SO_RXQ_OVFL, all sockets of the lane.
+    pub(super) receive_queue_overflow: AtomicU64,
+    /// Runs that were sent again datagram by datagram.
+    pub(super) gso_fallbacks: AtomicU64,
+    /// Destinations for which GSO is off; touched only while there are any.
+    gso_off: Mutex<Vec<SocketAddr>>,
+    any_gso_off: AtomicBool,
+}
+
+impl LaneStats {
+    /// Destinations for which GSO is off now.
+    pub(super) fn gso_off(&self) -> Vec<SocketAddr> {
+        self.gso_off.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Notes where GSO is off, if that has changed: `changed`, or a pause has run out.
+    pub(super) fn note_gso_off(&self, gso: &GsoState, now: Instant, changed: bool) {
+        if !changed && !self.any_gso_off.load(Relaxed) {
+            return;
+        }
+        let off: Vec<_> = gso.off(now).map(|off| off.destination).collect();
+        self.any_gso_off.store(!off.is_empty(), Relaxed);
+        *self.gso_off.lock().unwrap_or_else(PoisonError::into_inner) = off;
+    }
+
+    /// These counters as a report.
+    pub(super) fn report(&self, lane: u8) -> LaneReport {
+        LaneReport {
+            lane,
+            egress: self.egress.report(),
+            ingress: self.ingress.report(),
+            receive_queue_overflow: self.receive_queue_overflow.load(Relaxed),
+            gso_fallbacks: self.gso_fallbacks.load(Relaxed),
+            gso_off_destinations: self.gso_off().len() as u64,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn histogram_values_fall_under_their_bounds() {
+        for (value, bucket) in
+            [(0, 0), (1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (1024, 10), (1025, 11)]
+        {
+            let histogram = Histogram::default();
+            histogram.observe(value);
+            assert_eq!(histogram.report().buckets[bucket], 1, "{value}");
+            if let Some(bound) = HistogramReport::BOUNDS.get(bucket) {
+                assert!(value <= *bound);
+            }
+        }
+        let histogram = Histogram::default();
+        histogram.observe(u64::MAX >> 8);
+        assert_eq!(histogram.report().count(), 1);
+    }
+
+    #[test]
+    fn every_drop_reason_is_reported() {
+        let (lane, manager) = (DropStats::default(), DropStats::default());
+        let mut counts = DropCounts::default();
+        counts.add(DropReason::NoRoute);
+        lane.collect(&mut counts);
+        counts.add(DropReason::NoRoute);
+        manager.collect(&mut counts);
+        let report = drop_report(&[&lane, &manager]);
+        assert_eq!(report.len(), DropReason::ALL.len());
+        assert_eq!(report.iter().find(|d| d.reason == "no_route").map(|d| d.packets), Some(2));
+    }
+}

@@ -1,0 +1,59 @@
+//! What the lanes look at: routes and sessions, immutable, replaced as a whole and adopted by each
+//! lane between two batches.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use arc_swap::ArcSwap;
+use skein_core::route::{PeerId, RouteTable};
+use skein_core::tunnel::session::Session;
+
+/// One state of the routes and sessions.
+#[derive(Default)]
+pub(super) struct Tables {
+    /// Who owns which address.
+    pub(super) routes: Arc<RouteTable>,
+    /// How to reach each node.
+    pub(super) peers: HashMap<PeerId, PeerEntry>,
+    /// The longest plaintext of a datagram in bytes: the inner MTU.
+    pub(super) max_plaintext: usize,
+    /// Every session that may be received with.
+    pub(super) sessions: Vec<Arc<Session>>,
+}
+
+/// How to reach one node.
+#[derive(Clone)]
+pub(super) struct PeerEntry {
+    /// Where it listens; `None` while no endpoint of a family that this node has is known.
+    pub(super) endpoint: Option<SocketAddr>,
+    /// The session to send with.
+    pub(super) session: Option<Arc<Session>>,
+}
+
+/// The tables in force.
+#[derive(Default)]
+pub(super) struct Published {
+    /// Grows with each publication, after the tables are in place.
+    epoch: AtomicU64,
+    tables: ArcSwap<Tables>,
+}
+
+impl Published {
+    /// Puts `tables` in force: a lane that is asked to look at anything afterwards sees them.
+    pub(super) fn publish(&self, tables: Tables) {
+        self.tables.store(Arc::new(tables));
+        self.epoch.fetch_add(1, Ordering::Release);
+    }
+
+    /// The number of the tables in force.
+    pub(super) fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Acquire)
+    }
+
+    /// The tables in force.
+    pub(super) fn load(&self) -> Arc<Tables> {
+        self.tables.load_full()
+    }
+}
