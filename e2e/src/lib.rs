@@ -1,1 +1,11 @@
-//! Skein.
+//! Skein's laboratory on one Linux host: machines and pods as network namespaces, real agents, real
+//! packets. Behind `cargo e2e` and the tests of this crate. Needs root.
+
+pub mod bench;
+pub mod cargo;
+pub mod console;
+pub mod demo;
+pub mod lab;
+pub mod load;
+pub mod packages;
+pub mod suite;

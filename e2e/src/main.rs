@@ -1,2 +1,51 @@
-//! x
-fn main() {}
+//! `cargo e2e`: Skein's demonstration, tests and benchmark on this host.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use skein_e2e::lab::registry;
+use skein_e2e::{bench, demo, suite};
+
+/// Skein on one host: machines and pods as network namespaces, real agents, real packets.
+#[derive(Debug, Parser)]
+#[command(name = "cargo e2e", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Show two nodes and two pods joined by the encrypted overlay, then remove them.
+    Demo(demo::Options),
+    /// Run every test: unit, property and namespace tests.
+    Test(suite::Options),
+    /// Compare Skein with other overlays on this host.
+    Bench(bench::Options),
+    /// Run the fuzz targets for a bounded time each.
+    Fuzz(suite::fuzz::Options),
+    /// Remove what an interrupted run left behind.
+    Cleanup,
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Demo(options) => demo::run(&options),
+        Command::Test(options) => suite::run(&options),
+        Command::Bench(options) => bench::run(&options),
+        Command::Fuzz(options) => suite::fuzz::run(&options),
+        Command::Cleanup => {
+            let removed = registry::sweep();
+            removed.iter().for_each(|name| println!("removed {name}"));
+            println!("{} leftovers removed", removed.len());
+            Ok(())
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

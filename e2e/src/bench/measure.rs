@@ -1,0 +1,119 @@
+//! Numbers: CPU time around a work, the machine, medians.
+
+use std::fs;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+
+use super::overlay::{Network, Overlay};
+use super::rivals::Tools;
+use crate::lab::process::machine_busy_seconds;
+
+/// What one work brought. A unit of work is a Gbit, a packet, a round trip or a request.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Values {
+    /// Units a second that arrived.
+    pub rate: f64,
+    /// CPU time of the whole machine in seconds a unit.
+    pub total_cpu: f64,
+    /// CPU time of the overlay's daemons in seconds a unit.
+    pub daemon_cpu: f64,
+    /// Median latency in microseconds.
+    pub p50: Option<f64>,
+    /// 99th percentile of the latency in microseconds.
+    pub p99: Option<f64>,
+    /// TCP retransmits.
+    pub retransmits: Option<f64>,
+    /// Datagrams lost, as a share.
+    pub lost: Option<f64>,
+}
+
+/// CPU time from its start on.
+pub struct Meter<'a> {
+    network: &'a Network,
+    daemon: f64,
+    machine: f64,
+    start: Instant,
+}
+
+impl<'a> Meter<'a> {
+    /// Starts.
+    pub fn start(network: &'a Network) -> Self {
+        Self {
+            network,
+            daemon: network.daemon_cpu(),
+            machine: machine_busy_seconds(),
+            start: Instant::now(),
+        }
+    }
+
+    /// Ends; `units` of work were done, at `rate` a second.
+    pub fn stop(self, units: f64, rate: f64) -> Values {
+        let units = units.max(f64::MIN_POSITIVE);
+        Values {
+            rate,
+            total_cpu: (machine_busy_seconds() - self.machine) / units,
+            daemon_cpu: (self.network.daemon_cpu() - self.daemon) / units,
+            ..Values::default()
+        }
+    }
+
+    /// Seconds since the start.
+    pub fn seconds(&self) -> f64 {
+        self.start.elapsed().as_secs_f64()
+    }
+}
+
+/// Where and with what it was measured.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Machine {
+    /// Model of the processor.
+    pub processor: String,
+    /// Number of CPUs.
+    pub cpus: usize,
+    /// Release of the kernel.
+    pub kernel: String,
+    /// Load average over the last minute before the start.
+    pub load: f64,
+    /// Versions of the networks' programs.
+    pub versions: Vec<(Overlay, String)>,
+}
+
+impl Machine {
+    /// This one.
+    pub fn here(overlays: &[Overlay], tools: &Tools) -> Self {
+        let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let model = cpuinfo.lines().find(|line| line.starts_with("model name"));
+        let model = model.and_then(|line| line.split(": ").nth(1)).unwrap_or("unknown");
+        let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        let version = |&overlay: &Overlay| Some((overlay, tools.version(overlay)?));
+        Self {
+            processor: model.to_owned(),
+            cpus: std::thread::available_parallelism().map_or(0, usize::from),
+            kernel: kernel.trim().to_owned(),
+            load: load.split(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0.0),
+            versions: overlays.iter().filter_map(version).collect(),
+        }
+    }
+}
+
+/// The median; `None` of nothing.
+pub fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
+    let mut values: Vec<f64> = values.into_iter().collect();
+    values.sort_by(f64::total_cmp);
+    let (low, high) = (values.len().checked_sub(1)? / 2, values.len() / 2);
+    Some((values[low] + values[high]) / 2.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn median_of_odd_even_and_none() {
+        assert_eq!(median([3.0, 1.0, 2.0]), Some(2.0));
+        assert_eq!(median([4.0, 1.0, 2.0, 3.0]), Some(2.5));
+        assert_eq!(median([]), None);
+    }
+}

@@ -1,0 +1,373 @@
+//! Skein agents in the laboratory's nodes: their configuration, their life, what they report.
+
+use std::fs;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
+use toml::Table;
+
+use super::process::{self, Finished, Process};
+use super::{Family, Lab, Netns, Node};
+
+/// How long an agent may take to be ready on a busy machine.
+const READY_LIMIT: Duration = Duration::from_secs(20);
+
+/// Default port of the overlay.
+pub const PORT: u16 = 51900;
+
+/// The agent's program: `SKEIN_AGENT_BIN`, or beside this program where cargo puts both.
+pub fn binary() -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os("SKEIN_AGENT_BIN") {
+        return Ok(path.into());
+    }
+    let own = std::env::current_exe().context("finding this program")?;
+    let found = own.ancestors().skip(1).take(2).map(|dir| dir.join("skein-agent"));
+    found.into_iter().find(|path| path.is_file()).context(
+        "no skein-agent beside this program: build it first (cargo build --release -p skein-agent) \
+         or name it in SKEIN_AGENT_BIN",
+    )
+}
+
+/// An agent's node record, as its peers have it.
+#[derive(Debug, Clone)]
+pub struct Record {
+    /// Name of the node.
+    pub name: String,
+    /// Base64.
+    pub public_key: String,
+    /// `address:port`.
+    pub endpoints: Vec<String>,
+    /// What it owns.
+    pub pod_cidrs: Vec<String>,
+}
+
+impl Record {
+    /// As a TOML file.
+    pub fn to_toml(&self) -> String {
+        let mut table = Table::new();
+        table.insert("name".into(), self.name.clone().into());
+        table.insert("public_key".into(), self.public_key.clone().into());
+        table.insert("endpoints".into(), self.endpoints.clone().into());
+        table.insert("pod_cidrs".into(), self.pod_cidrs.clone().into());
+        table.to_string()
+    }
+}
+
+/// An agent of one node; killed when dropped.
+#[derive(Debug)]
+pub struct Agent {
+    /// Its own record.
+    pub record: Record,
+    /// Its configuration; takes effect with the next start.
+    pub config: Table,
+    netns: String,
+    directory: PathBuf,
+    process: Option<Process>,
+}
+
+impl Agent {
+    /// Writes an agent's configuration and key, and starts nothing. `index` tells several agents of
+    /// one node apart; the first has 0.
+    pub fn prepare(lab: &Lab, node: &Node, underlay: Family, index: u16) -> Result<Self> {
+        let name = if index == 0 { node.name.clone() } else { format!("{}-{index}", node.name) };
+        let directory = lab.directory().join(&name);
+        fs::create_dir_all(directory.join("nodes.d"))?;
+        let path = |file: &str| directory.join(file).to_string_lossy().into_owned();
+        let port = PORT + index;
+        let address = node.underlay(underlay);
+        let config = toml::toml! {
+            name = "unset"
+            cluster_id = "laboratory"
+            [interface]
+            [underlay]
+            [dataplane]
+            lanes = 2
+            [offload]
+            [metrics]
+            [control]
+            [log]
+            level = "info"
+        };
+        let key = path("node.key");
+        let mut agent = Self {
+            record: Record {
+                name: name.clone(),
+                public_key: new_key(Path::new(&key))?,
+                endpoints: vec![std::net::SocketAddr::new(address, port).to_string()],
+                pod_cidrs: Family::BOTH.map(|family| node.pod_cidr(family)).into(),
+            },
+            config,
+            netns: node.ns.name().to_owned(),
+            directory: directory.clone(),
+            process: None,
+        };
+        agent.set("name", name);
+        agent.set("state_dir", path("state"));
+        agent.set("private_key_file", key);
+        agent.set("nodes", path("nodes.d"));
+        agent.set("interface.name", format!("skein{index}"));
+        agent.set("underlay.addresses", vec![address.to_string()]);
+        agent.set("underlay.port", i64::from(port));
+        agent.set("dataplane.socket", path("dataplane.sock"));
+        agent.set("metrics.listen", format!("127.0.0.1:{}", 9464 + index));
+        agent.set("control.socket", path("control.sock"));
+        Ok(agent)
+    }
+
+    /// Sets one entry of the configuration (`table.key`); in force from the next start.
+    pub fn set(&mut self, key: &str, value: impl Into<toml::Value>) {
+        let (table, key) = match key.split_once('.') {
+            None => (&mut self.config, key),
+            Some((table, key)) => {
+                let entry = self.config.entry(table).or_insert_with(|| Table::new().into());
+                match entry {
+                    toml::Value::Table(table) => (table, key),
+                    _ => return,
+                }
+            }
+        };
+        table.insert(key.into(), value.into());
+    }
+
+    /// An entry of the configuration.
+    fn text(&self, table: &str, key: &str) -> &str {
+        self.config[table].get(key).and_then(toml::Value::as_str).unwrap_or_default()
+    }
+
+    /// Where the records are that this agent watches.
+    pub fn records_directory(&self) -> PathBuf {
+        self.directory.join("nodes.d")
+    }
+
+    /// Gives this agent a record; it replaces one of the same name.
+    pub fn put_record(&self, record: &Record) -> Result<()> {
+        let path = self.records_directory().join(format!("{}.toml", record.name));
+        // As a careful administrator does it: the watcher never sees half a file.
+        let new = path.with_extension("new");
+        fs::write(&new, record.to_toml())?;
+        fs::rename(&new, &path).with_context(|| format!("writing {}", path.display()))
+    }
+
+    /// Takes a record away from this agent.
+    pub fn remove_record(&self, name: &str) -> Result<()> {
+        let path = self.records_directory().join(format!("{name}.toml"));
+        fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))
+    }
+
+    /// Writes the configuration file; returns its path.
+    pub fn write_config(&self) -> Result<PathBuf> {
+        let path = self.directory.join("agent.toml");
+        fs::write(&path, self.config.to_string())?;
+        Ok(path)
+    }
+
+    /// A run of `skein-agent` with these arguments and `--config`, inside the node.
+    fn command(&self, arguments: &[&str]) -> Result<std::process::Command> {
+        let config = self.write_config()?;
+        let mut command = std::process::Command::new("ip");
+        command.args(["netns", "exec", &self.netns]).arg(binary()?).args(arguments);
+        command.arg("--config").arg(config);
+        Ok(command)
+    }
+
+    /// Starts it and waits until it says that it is ready.
+    pub fn start(&mut self) -> Result<()> {
+        self.launch()?;
+        self.wait_ready()
+    }
+
+    /// Starts it and returns at once.
+    pub fn launch(&mut self) -> Result<()> {
+        let mut command = self.command(&["run"])?;
+        self.process = Some(Process::start(&mut command, &self.log())?);
+        Ok(())
+    }
+
+    /// Waits until it says that it is ready.
+    pub fn wait_ready(&mut self) -> Result<()> {
+        let end = Instant::now() + READY_LIMIT;
+        loop {
+            self.process.as_mut().context("agent not started")?.check_alive()?;
+            match self.http("/readyz") {
+                Ok(answer) if answer.status == 200 => return Ok(()),
+                Ok(answer) if Instant::now() > end => bail!(
+                    "{} not ready: {} {}\n{}",
+                    self.record.name,
+                    answer.status,
+                    answer.body,
+                    self.log_tail()
+                ),
+                Err(error) if Instant::now() > end => {
+                    return Err(error.context(self.log_tail()).context("agent not ready"));
+                }
+                _ => thread::sleep(Duration::from_millis(20)),
+            }
+        }
+    }
+
+    /// Runs it to its end, for what must fail.
+    pub fn run_to_end(&self, limit: Duration) -> Result<Finished> {
+        process::finish(&mut self.command(&["run"])?, &[], limit)
+    }
+
+    /// Runs another of its commands to the end.
+    pub fn run_command(&self, arguments: &[&str]) -> Result<Finished> {
+        process::finish(&mut self.command(arguments)?, &[], Duration::from_secs(20))
+    }
+
+    /// Asks it to end; its exit code.
+    pub fn stop(&mut self) -> Result<i32> {
+        let process = self.process.as_mut().context("agent not started")?;
+        let code = process.stop(Duration::from_secs(10))?;
+        self.process = None;
+        Ok(code)
+    }
+
+    /// Kills the control process (SIGKILL) and leaves the data process alone.
+    pub fn kill_control(&mut self) {
+        self.process = None;
+    }
+
+    /// Process id of the control process.
+    pub fn control_pid(&self) -> Option<i32> {
+        self.process.as_ref().map(Process::pid)
+    }
+
+    /// Process ids of its data processes, found by their arguments.
+    pub fn dataplane_pids(&self) -> Vec<i32> {
+        let socket = self.text("dataplane", "socket");
+        let is_ours = |pid: &i32| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let words: Vec<_> = line.split(|&b| b == 0).collect();
+            words.contains(&&b"dataplane"[..]) && words.contains(&socket.as_bytes())
+        };
+        super::registry::pids_in(&self.netns).into_iter().filter(is_ours).collect()
+    }
+
+    /// All its process ids.
+    pub fn pids(&self) -> Vec<i32> {
+        self.control_pid().into_iter().chain(self.dataplane_pids()).collect()
+    }
+
+    /// What `status -o json` prints.
+    pub fn status(&self) -> Result<Value> {
+        let finished = self.run_command(&["status", "-o", "json"])?;
+        if finished.code != 0 {
+            bail!("status ended with code {}: {}", finished.code, finished.stderr);
+        }
+        serde_json::from_str(&finished.stdout).context("status is not JSON")
+    }
+
+    /// GET from its HTTP server.
+    pub fn http(&self, path: &str) -> Result<crate::load::http::Answer> {
+        let address = self.text("metrics", "listen").parse().context("metrics.listen")?;
+        let path = path.to_owned();
+        Netns::run_in(&self.netns, move || crate::load::http::get(address, &path))?
+    }
+
+    /// Its metrics.
+    pub fn metrics(&self) -> Result<Metrics> {
+        let answer = self.http("/metrics")?;
+        if answer.status != 200 {
+            bail!("/metrics answers {}", answer.status);
+        }
+        Ok(Metrics(answer.body))
+    }
+
+    /// Its log file.
+    pub fn log(&self) -> PathBuf {
+        self.directory.join("agent.log")
+    }
+
+    /// The end of its log, with its name.
+    pub fn log_tail(&self) -> String {
+        let tail = process::tail(&self.log(), 30);
+        format!("--- the log of {} ends with:\n{tail}", self.record.name)
+    }
+
+    /// The address that peers reach it at.
+    pub fn underlay_address(&self) -> Result<IpAddr> {
+        let endpoint: std::net::SocketAddr = self.record.endpoints[0].parse()?;
+        Ok(endpoint.ip())
+    }
+}
+
+/// Text in Prometheus's exposition format.
+#[derive(Debug, Clone)]
+pub struct Metrics(pub String);
+
+impl Metrics {
+    /// The sum of all series of a metric whose labels contain each of `labels` (`key="value"`).
+    pub fn sum(&self, name: &str, labels: &[&str]) -> f64 {
+        let value = |line: &str| {
+            let (series, value) = line.rsplit_once(' ')?;
+            let (metric, set) = series.split_once('{').unwrap_or((series, ""));
+            let wanted = metric == name && labels.iter().all(|label| set.contains(label));
+            wanted.then(|| value.parse::<f64>().ok()).flatten()
+        };
+        self.0.lines().filter(|line| !line.starts_with('#')).filter_map(value).sum()
+    }
+}
+
+/// Makes a key file (0600); returns the public half.
+pub fn new_key(path: &Path) -> Result<String> {
+    let binary = binary()?;
+    let mut keygen = std::process::Command::new(&binary);
+    let private = process::run(keygen.arg("keygen"))?;
+    fs::write(path, &private)?;
+    fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+    let mut pubkey = std::process::Command::new(&binary);
+    let public = process::run_with_input(pubkey.arg("pubkey"), private.as_bytes())?;
+    Ok(public.trim().to_owned())
+}
+
+/// Agents on every node of a laboratory that know each other.
+#[derive(Debug)]
+pub struct Cluster {
+    /// One a node. (Before `lab`: they end first.)
+    pub agents: Vec<Agent>,
+    /// Where they run.
+    pub lab: Lab,
+}
+
+impl Cluster {
+    /// Prepares an agent on every node and gives each the records of all; starts nothing.
+    pub fn prepare(lab: Lab, underlay: Family) -> Result<Self> {
+        let agents = lab.nodes.iter().map(|node| Agent::prepare(&lab, node, underlay, 0));
+        let agents = agents.collect::<Result<Vec<_>>>()?;
+        for agent in &agents {
+            agents.iter().try_for_each(|other| agent.put_record(&other.record))?;
+        }
+        Ok(Self { agents, lab })
+    }
+
+    /// Starts all agents and waits until they are ready.
+    pub fn start(&mut self) -> Result<()> {
+        self.agents.iter_mut().try_for_each(Agent::launch)?;
+        self.agents.iter_mut().try_for_each(Agent::wait_ready)
+    }
+
+    /// Prepares and starts.
+    pub fn up(plan: &super::Plan, underlay: Family) -> Result<Self> {
+        let mut cluster = Self::prepare(Lab::new(plan)?, underlay)?;
+        cluster.start()?;
+        Ok(cluster)
+    }
+
+    /// The ends of all logs, for the message of a failure.
+    pub fn logs(&self) -> String {
+        self.agents.iter().map(Agent::log_tail).collect::<Vec<_>>().join("\n")
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            eprintln!("{}", self.logs());
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! The laboratory: machines, pods and links as network namespaces of this host. Nothing is ever
+//! made in the host's own namespace.
+
+pub mod agent;
+pub mod link;
+pub mod netns;
+pub mod node;
+pub mod process;
+pub mod registry;
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail};
+use rustix::fs::{FlockOperation, flock};
+
+pub use link::Offloads;
+pub use netns::{Netns, Task};
+pub use node::{Node, Pod, UNDERLAY};
+
+/// Address family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// Both.
+    pub const BOTH: [Self; 2] = [Self::V4, Self::V6];
+}
+
+impl std::fmt::Display for Family {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Family::V4 => "IPv4",
+            Family::V6 => "IPv6",
+        })
+    }
+}
+
+/// How the nodes are joined.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Underlay {
+    /// Two nodes by one veth pair.
+    Direct,
+    /// Any number by a bridge in a namespace of its own, where a test can listen, send, and cut.
+    Switch,
+}
+
+/// What to build.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// Number of nodes.
+    pub nodes: u8,
+    /// Pods on each.
+    pub pods: u8,
+    /// How the nodes are joined.
+    pub underlay: Underlay,
+    /// What the nodes' underlay interfaces can do.
+    pub offloads: Offloads,
+    /// MTU of the underlay in bytes.
+    pub mtu: u32,
+    /// MTU of the pods in bytes.
+    pub pod_mtu: u32,
+}
+
+impl Default for Plan {
+    fn default() -> Self {
+        Self {
+            nodes: 2,
+            pods: 1,
+            underlay: Underlay::Switch,
+            offloads: Offloads::Ideal,
+            mtu: 1500,
+            pod_mtu: 1420,
+        }
+    }
+}
+
+/// Namespaces for nodes and pods, gone when dropped. One exists at a time on a machine, so that
+/// tests do not disturb each other's timing.
+#[derive(Debug)]
+pub struct Lab {
+    /// The nodes.
+    pub nodes: Vec<Node>,
+    /// The switch, unless the underlay is [`Underlay::Direct`].
+    pub switch: Option<Netns>,
+    directory: PathBuf,
+    _turn: Turn,
+}
+
+impl Lab {
+    /// Builds it; waits for its turn first.
+    pub fn new(plan: &Plan) -> Result<Self> {
+        if !rustix::process::geteuid().is_root() {
+            bail!("making network namespaces needs root: run this as root, for example with sudo");
+        }
+        let turn = Turn::take()?;
+        let directory = registry::directory("lab")?;
+        let mut lab = Self { nodes: vec![], switch: None, directory, _turn: turn };
+        for index in 0..plan.nodes {
+            lab.nodes.push(Node::create(index)?);
+        }
+        match plan.underlay {
+            Underlay::Direct => lab.join_directly(plan)?,
+            Underlay::Switch => lab.join_by_switch(plan)?,
+        }
+        for node in &mut lab.nodes {
+            link::set_offloads(&node.ns, UNDERLAY, plan.offloads)?;
+            node.address_underlay()?;
+            for _ in 0..plan.pods {
+                node.add_pod(plan.pod_mtu)?;
+            }
+        }
+        for pod in lab.nodes.iter().flat_map(|node| &node.pods) {
+            // Whatever the host prefers: what most machines run, and the same everywhere.
+            let _ = pod.ns.sysctl("net.ipv4.tcp_congestion_control", "cubic");
+        }
+        Ok(lab)
+    }
+
+    fn join_directly(&self, plan: &Plan) -> Result<()> {
+        let [a, b] = &self.nodes[..] else { bail!("a direct underlay joins exactly two nodes") };
+        link::veth((&a.ns, UNDERLAY), (&b.ns, UNDERLAY), plan.mtu)
+    }
+
+    fn join_by_switch(&mut self, plan: &Plan) -> Result<()> {
+        let switch = self.switch.insert(Netns::create("switch")?);
+        link::bridge(switch, "br0")?;
+        for node in &self.nodes {
+            let port = node.port();
+            link::veth((&node.ns, UNDERLAY), (switch, &port), plan.mtu)?;
+            link::enslave(switch, &port, "br0")?;
+        }
+        Ok(())
+    }
+
+    /// A directory for files, gone with the laboratory.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The first pod of node `index`.
+    pub fn pod(&self, index: usize) -> &Pod {
+        &self.nodes[index].pods[0]
+    }
+
+    /// The switch; an error where the nodes are joined directly.
+    pub fn switch(&self) -> Result<&Netns> {
+        self.switch.as_ref().context("this laboratory has no switch")
+    }
+
+    /// Takes the node's cable out of the switch, or puts it in again. The node sees the loss of
+    /// carrier and keeps its addresses.
+    pub fn set_cable(&self, node: usize, plugged: bool) -> Result<()> {
+        let state = if plugged { "up" } else { "down" };
+        self.switch()?.ip(&format!("link set {} {state}", self.nodes[node].port())).map(drop)
+    }
+}
+
+impl Node {
+    /// The switch's interface for this node.
+    pub fn port(&self) -> String {
+        format!("port{}", self.index)
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        self.nodes.clear();
+        self.switch = None;
+        registry::remove_directory(&self.directory);
+    }
+}
+
+/// The right to have a laboratory now, held by a lock on a file.
+#[derive(Debug)]
+struct Turn(#[allow(dead_code, reason = "holds the lock until dropped")] File);
+
+impl Turn {
+    fn take() -> Result<Self> {
+        let path = std::env::temp_dir().join("skein-e2e.lock");
+        let file = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
+        flock(&file, FlockOperation::LockExclusive).context("waiting for another laboratory")?;
+        Ok(Self(file))
+    }
+}

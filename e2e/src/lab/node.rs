@@ -1,0 +1,128 @@
+//! Nodes and pods: namespaces wired as a container network wires them.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use anyhow::Result;
+
+use super::Family;
+use super::link;
+use super::netns::Netns;
+
+/// The node's interface on the underlay.
+pub const UNDERLAY: &str = "eth0";
+
+/// The pod's interface, inside the pod.
+pub const POD_INTERFACE: &str = "eth0";
+
+const GATEWAY_V4: &str = "169.254.1.1";
+const GATEWAY_V6: &str = "fe80::1";
+const GATEWAY_MAC: &str = "ee:ee:ee:ee:ee:ee";
+
+/// A machine of the laboratory.
+#[derive(Debug)]
+pub struct Node {
+    /// `node-a`, `node-b`, …
+    pub name: String,
+    /// From 0.
+    pub index: u8,
+    /// Its pods. (Before `ns`: they go first.)
+    pub pods: Vec<Pod>,
+    /// Its namespace.
+    pub ns: Netns,
+}
+
+/// A pod on a node.
+#[derive(Debug)]
+pub struct Pod {
+    /// Its namespace.
+    pub ns: Netns,
+    /// Its IPv4 address.
+    pub v4: Ipv4Addr,
+    /// Its IPv6 address.
+    pub v6: Ipv6Addr,
+    /// The node's end of its link.
+    pub host_interface: String,
+}
+
+impl Node {
+    /// An empty node, not yet on any underlay.
+    pub(super) fn create(index: u8) -> Result<Self> {
+        let name = format!("node-{}", char::from(b'a' + index % 26));
+        let ns = Netns::create(&name)?;
+        Ok(Self { name, index, pods: vec![], ns })
+    }
+
+    /// Its address on the underlay.
+    pub fn underlay(&self, family: Family) -> IpAddr {
+        match family {
+            Family::V4 => Ipv4Addr::new(192, 0, 2, self.index + 1).into(),
+            Family::V6 => {
+                Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, u16::from(self.index) + 1).into()
+            }
+        }
+    }
+
+    /// What its pods' addresses are taken from.
+    pub fn pod_cidr(&self, family: Family) -> String {
+        match family {
+            Family::V4 => format!("10.244.{}.0/24", self.index + 1),
+            Family::V6 => format!("fd00:10:244:{:x}::/64", self.index + 1),
+        }
+    }
+
+    /// Gives the underlay interface its addresses.
+    pub(super) fn address_underlay(&self) -> Result<()> {
+        self.ns.ip_batch(&[
+            format!("address add {}/24 dev {UNDERLAY}", self.underlay(Family::V4)),
+            format!("address add {}/64 dev {UNDERLAY} nodad", self.underlay(Family::V6)),
+        ])
+    }
+
+    /// Lets the node forward packets, as any container network must.
+    pub fn enable_forwarding(&self) -> Result<()> {
+        self.ns.sysctl("net.ipv4.ip_forward", "1")?;
+        self.ns.sysctl("net.ipv6.conf.all.forwarding", "1")
+    }
+
+    /// Adds a pod: a /32 and a /128 behind a gateway with a fixed neighbour entry.
+    pub(super) fn add_pod(&mut self, mtu: u32) -> Result<()> {
+        let number = self.pods.len() as u8;
+        let letter = self.name.trim_start_matches("node-");
+        let ns = Netns::create(&format!("pod-{letter}{number}"))?;
+        let v4 = Ipv4Addr::new(10, 244, self.index + 1, number + 10);
+        let subnet = u16::from(self.index) + 1;
+        let v6 = Ipv6Addr::new(0xfd00, 0x10, 0x244, subnet, 0, 0, 0, u16::from(number) + 0x10);
+        let host_interface = format!("pod{number}");
+        let mac = format!("02:00:00:00:{:02x}:{number:02x}", self.index);
+
+        link::veth((&ns, POD_INTERFACE), (&self.ns, &host_interface), mtu)?;
+        ns.ip_batch(&[
+            format!("link set {POD_INTERFACE} address {mac}"),
+            format!("address add {v4}/32 dev {POD_INTERFACE}"),
+            format!("address add {v6}/128 dev {POD_INTERFACE} nodad"),
+            format!("neighbour replace {GATEWAY_V4} lladdr {GATEWAY_MAC} dev {POD_INTERFACE}"),
+            format!("neighbour replace {GATEWAY_V6} lladdr {GATEWAY_MAC} dev {POD_INTERFACE}"),
+            format!("route add default via {GATEWAY_V4} dev {POD_INTERFACE} onlink"),
+            format!("route add default via {GATEWAY_V6} dev {POD_INTERFACE} onlink"),
+        ])?;
+        self.ns.ip_batch(&[
+            format!("link set {host_interface} address {GATEWAY_MAC}"),
+            format!("neighbour replace {v4} lladdr {mac} dev {host_interface}"),
+            format!("neighbour replace {v6} lladdr {mac} dev {host_interface}"),
+            format!("route add {v4}/32 dev {host_interface}"),
+            format!("route add {v6}/128 dev {host_interface}"),
+        ])?;
+        self.pods.push(Pod { ns, v4, v6, host_interface });
+        Ok(())
+    }
+}
+
+impl Pod {
+    /// Its address.
+    pub fn address(&self, family: Family) -> IpAddr {
+        match family {
+            Family::V4 => self.v4.into(),
+            Family::V6 => self.v6.into(),
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! What must be gone when this process ends, however it ends: namespaces (with everything that runs
+//! in them) and settings of the host that were changed for a while.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+/// Where iproute2 keeps its named namespaces.
+pub(super) const NETNS_DIR: &str = "/run/netns";
+
+/// Names of this laboratory's namespaces start with this and the owner's process id.
+const PREFIX: &str = "skein-e2e-";
+
+#[derive(Default)]
+struct Registry {
+    namespaces: Vec<String>,
+    directories: Vec<PathBuf>,
+    /// Path below /proc/sys and what stood there before.
+    settings: BTreeMap<PathBuf, String>,
+}
+
+static REGISTRY: Mutex<Registry> =
+    Mutex::new(Registry { namespaces: vec![], directories: vec![], settings: BTreeMap::new() });
+static CLOSING: AtomicBool = AtomicBool::new(false);
+static PREPARE: Once = Once::new();
+
+fn registry() -> MutexGuard<'static, Registry> {
+    REGISTRY.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Once a process: removes what dead processes left, and sees to it that an interrupt (SIGINT,
+/// SIGTERM, SIGHUP) removes what this one makes.
+pub fn prepare() {
+    PREPARE.call_once(|| {
+        sweep();
+        let Ok(mut signals) = Signals::new([SIGINT, SIGTERM, SIGHUP]) else { return };
+        thread::spawn(move || {
+            if let Some(signal) = signals.forever().next() {
+                CLOSING.store(true, Ordering::SeqCst);
+                remove_everything();
+                std::process::exit(128 + signal);
+            }
+        });
+    });
+}
+
+/// A name for a new namespace, registered for removal before it exists.
+pub(super) fn register_namespace(label: &str) -> Result<String> {
+    prepare();
+    let mut registry = registry();
+    if CLOSING.load(Ordering::SeqCst) {
+        bail!("interrupted");
+    }
+    let base = format!("{PREFIX}{}-{label}", std::process::id());
+    let taken = |name: &String| registry.namespaces.contains(name);
+    let name = std::iter::once(base.clone())
+        .chain((2..).map(|n| format!("{base}.{n}")))
+        .find(|name| !taken(name))
+        .context("out of names")?;
+    registry.namespaces.push(name.clone());
+    Ok(name)
+}
+
+/// Removes a namespace and all that runs in it.
+pub(super) fn remove_namespace(name: &str) {
+    delete_namespace(name);
+    registry().namespaces.retain(|n| n != name);
+}
+
+/// A new empty directory for files of this run, removed at the end.
+pub fn directory(label: &str) -> Result<PathBuf> {
+    prepare();
+    let path = std::env::temp_dir().join(format!("{PREFIX}{}-{label}", std::process::id()));
+    let path = (1..).map(|n| path.with_extension(n.to_string())).find(|p| !p.exists());
+    let path = path.context("out of names")?;
+    let mut registry = registry();
+    fs::create_dir_all(&path).with_context(|| format!("creating {}", path.display()))?;
+    registry.directories.push(path.clone());
+    Ok(path)
+}
+
+/// Removes such a directory.
+pub fn remove_directory(path: &Path) {
+    let _ = fs::remove_dir_all(path);
+    registry().directories.retain(|p| p != path);
+}
+
+/// Changes a setting of the host (a path below /proc/sys) until [`restore_settings`].
+pub fn set_host(key: &str, value: &str) -> Result<()> {
+    prepare();
+    let path = Path::new("/proc/sys").join(key.replace('.', "/"));
+    let mut registry = registry();
+    let old = fs::read_to_string(&path).with_context(|| format!("reading {key}"))?;
+    fs::write(&path, value).with_context(|| format!("setting {key} to {value}"))?;
+    registry.settings.entry(path).or_insert(old);
+    Ok(())
+}
+
+/// Puts back every setting that [`set_host`] changed.
+pub fn restore_settings() {
+    for (path, value) in std::mem::take(&mut registry().settings) {
+        if let Err(error) = fs::write(&path, value.trim()) {
+            eprintln!("cannot restore {}: {error}", path.display());
+        }
+    }
+}
+
+fn remove_everything() {
+    restore_settings();
+    // Held to the end: whoever else wants to make or remove something waits until the exit.
+    let registry = registry();
+    for name in registry.namespaces.iter().rev() {
+        delete_namespace(name);
+    }
+    for path in &registry.directories {
+        let _ = fs::remove_dir_all(path);
+    }
+    std::mem::forget(registry);
+}
+
+/// Removes what laboratories of processes that live no more left behind; returns its names.
+pub fn sweep() -> Vec<String> {
+    let mut removed = vec![];
+    for (directory, is_namespace) in
+        [(PathBuf::from(NETNS_DIR), true), (std::env::temp_dir(), false)]
+    {
+        for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let Some(rest) = name.strip_prefix(PREFIX) else { continue };
+            let pid = rest.split('-').next().unwrap_or_default();
+            if pid.parse::<u32>().is_ok() && !Path::new("/proc").join(pid).exists() {
+                if is_namespace {
+                    delete_namespace(&name);
+                } else {
+                    let _ = fs::remove_dir_all(entry.path());
+                }
+                removed.push(name);
+            }
+        }
+    }
+    removed
+}
+
+/// Names of all namespaces and directories of laboratories that exist now, dead or alive.
+pub fn existing() -> Vec<String> {
+    let names = |directory: &Path| {
+        let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+        entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect::<Vec<_>>()
+    };
+    let mut all = names(Path::new(NETNS_DIR));
+    all.extend(names(&std::env::temp_dir()));
+    all.retain(|name| name.starts_with(PREFIX));
+    all
+}
+
+fn delete_namespace(name: &str) {
+    if !Path::new(NETNS_DIR).join(name).exists() {
+        return;
+    }
+    for _ in 0..50 {
+        let pids = pids_in(name);
+        if pids.is_empty() {
+            break;
+        }
+        for pid in pids {
+            if let Some(pid) = Pid::from_raw(pid) {
+                let _ = kill_process(pid, Signal::KILL);
+            }
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    match Command::new("ip").args(["netns", "delete", name]).output() {
+        Ok(output) if !output.status.success() => {
+            eprint!("{}", String::from_utf8_lossy(&output.stderr));
+        }
+        Err(error) => eprintln!("cannot remove namespace {name}: {error}"),
+        Ok(_) => {}
+    }
+}
+
+/// Processes in the namespace. Zombies are not there any more: they have left their namespaces.
+pub(super) fn pids_in(name: &str) -> Vec<i32> {
+    let Ok(wanted) = fs::metadata(Path::new(NETNS_DIR).join(name)) else { return vec![] };
+    let own = std::process::id() as i32;
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
+        .filter(|&pid| pid != own)
+        .filter(|pid| {
+            fs::metadata(format!("/proc/{pid}/ns/net"))
+                .is_ok_and(|m| m.ino() == wanted.ino() && m.dev() == wanted.dev())
+        })
+        .collect()
+}

@@ -1,0 +1,42 @@
+//! Traffic for pods: what sends and receives it, and what was measured.
+
+pub mod http;
+pub mod iperf;
+pub mod pattern;
+pub mod ping;
+pub mod redis;
+pub mod rr;
+pub mod transfer;
+pub mod udp;
+
+/// Latencies in microseconds.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Latency {
+    /// Median.
+    pub p50: f64,
+    /// 99th percentile.
+    pub p99: f64,
+}
+
+impl Latency {
+    /// Percentiles of nanoseconds; `None` of nothing.
+    pub fn of_nanos(samples: &mut [u64]) -> Option<Self> {
+        samples.sort_unstable();
+        let last = samples.len().checked_sub(1)?;
+        let at = |share: f64| samples[(last as f64 * share).round() as usize] as f64 / 1000.0;
+        Some(Self { p50: at(0.50), p99: at(0.99) })
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_of_a_hundred_and_one() {
+        let mut samples: Vec<u64> = (0..=100).rev().map(|n| n * 1000).collect();
+        assert_eq!(Latency::of_nanos(&mut samples).unwrap(), Latency { p50: 50.0, p99: 99.0 });
+        assert_eq!(Latency::of_nanos(&mut []), None);
+    }
+}

@@ -1,0 +1,152 @@
+//! UDP at a fixed rate or as fast as it goes, with every datagram's content checked.
+//!
+//! A datagram of 8 bytes or more starts with its number (u64, big endian); the rest is the pattern
+//! of that number.
+
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+
+use super::pattern::Pattern;
+use crate::lab::{Netns, Task};
+
+/// Time between two bursts of a paced sender.
+const TICK: Duration = Duration::from_micros(100);
+
+/// What to send.
+#[derive(Debug, Clone, Copy)]
+pub struct Load {
+    /// Bytes a datagram.
+    pub payload: usize,
+    /// Datagrams a second; `None` for as fast as it goes.
+    pub rate: Option<u64>,
+    /// How long.
+    pub duration: Duration,
+}
+
+/// What was sent and what arrived.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Outcome {
+    /// Datagrams that the kernel took from the sender.
+    pub sent: u64,
+    /// Datagrams that arrived.
+    pub received: u64,
+    /// Of these: after one with a higher number.
+    pub reordered: u64,
+    /// Of these: content or length differ from what was sent.
+    pub corrupt: u64,
+    /// How long the sender sent, in seconds.
+    pub seconds: f64,
+}
+
+/// Sends from one namespace to `to` in another.
+pub fn run(from: &Netns, at: &Netns, to: SocketAddr, load: Load) -> Result<Outcome> {
+    let receiver = Receiver::start(at, to, load.payload)?;
+    let source = from.run(move || bind_for(to))??;
+    let sent = from.run(|| send(&source, to, load))?;
+    let mut outcome = receiver.stop()?;
+    (outcome.sent, outcome.seconds) = sent?;
+    Ok(outcome)
+}
+
+fn bind_for(to: SocketAddr) -> Result<UdpSocket> {
+    let any: IpAddr = if to.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
+    UdpSocket::bind((any, 0)).context("binding a UDP socket")
+}
+
+/// A receiver on a thread of its own.
+pub struct Receiver {
+    stop: Arc<AtomicBool>,
+    task: Task<Outcome>,
+}
+
+impl Receiver {
+    /// Binds `at` inside a namespace and starts to receive datagrams of `payload` bytes.
+    pub fn start(netns: &Netns, at: SocketAddr, payload: usize) -> Result<Self> {
+        let socket = netns.run(|| UdpSocket::bind(at))?.with_context(|| format!("bind {at}"))?;
+        socket.set_read_timeout(Some(Duration::from_millis(50)))?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let flag = stop.clone();
+        let task = netns.spawn(move || receive(&socket, payload, &flag));
+        Ok(Self { stop, task })
+    }
+
+    /// Takes what is still under way, then ends.
+    pub fn stop(self) -> Result<Outcome> {
+        std::thread::sleep(Duration::from_millis(100));
+        self.stop.store(true, Ordering::Relaxed);
+        self.task.join()
+    }
+}
+
+fn receive(socket: &UdpSocket, payload: usize, stop: &AtomicBool) -> Result<Outcome> {
+    let mut outcome = Outcome::default();
+    let mut buffer = vec![0; 65536];
+    let mut next = 0;
+    loop {
+        match socket.recv(&mut buffer) {
+            Ok(n) => {
+                outcome.received += 1;
+                if n != payload {
+                    outcome.corrupt += 1;
+                } else if let Some((number, rest)) = buffer[..n].split_first_chunk() {
+                    let number = u64::from_be_bytes(*number);
+                    outcome.corrupt += u64::from(Pattern::new(number).mismatch(rest).is_some());
+                    outcome.reordered += u64::from(number < next);
+                    next = next.max(number + 1);
+                }
+            }
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                if stop.load(Ordering::Relaxed) {
+                    return Ok(outcome);
+                }
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Sends; returns how many datagrams and seconds.
+pub fn send(socket: &UdpSocket, to: SocketAddr, load: Load) -> Result<(u64, f64)> {
+    let mut datagram = vec![0; load.payload];
+    let start = Instant::now();
+    let (mut number, mut sent) = (0_u64, 0);
+    loop {
+        let elapsed = start.elapsed();
+        if elapsed >= load.duration {
+            return Ok((sent, elapsed.as_secs_f64()));
+        }
+        // Never more than what is due by now, never more than a tick's worth of flood.
+        let due = match load.rate {
+            Some(rate) => (elapsed.as_secs_f64() * rate as f64) as u64 + 1,
+            None => number + 64,
+        };
+        while number < due {
+            if let Some((head, rest)) = datagram.split_first_chunk_mut() {
+                *head = number.to_be_bytes();
+                Pattern::new(number).fill(rest);
+            }
+            number += 1;
+            match socket.send_to(&datagram, to) {
+                Ok(_) => sent += 1,
+                // A full queue is a loss like any other; a cut link is the test's business.
+                Err(error) if is_passing(&error) => {}
+                Err(error) => return Err(error).with_context(|| format!("sending to {to}")),
+            }
+        }
+        if load.rate.is_some() {
+            std::thread::sleep(TICK);
+        }
+    }
+}
+
+fn is_passing(error: &std::io::Error) -> bool {
+    use rustix::io::Errno;
+    let codes = [Errno::NOBUFS, Errno::AGAIN, Errno::NETUNREACH, Errno::HOSTUNREACH];
+    let passing = codes.iter().any(|code| error.raw_os_error() == Some(code.raw_os_error()));
+    passing || error.kind() == ErrorKind::ConnectionRefused
+}

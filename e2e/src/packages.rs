@@ -1,0 +1,123 @@
+//! Programs from Debian's packages: which are needed, which are missing, and how they come.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::console::Console;
+
+/// A program and the package that has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Need {
+    /// Name of the program.
+    pub program: &'static str,
+    /// Debian's package.
+    pub package: &'static str,
+}
+
+const fn need(program: &'static str, package: &'static str) -> Need {
+    Need { program, package }
+}
+
+/// To make namespaces and to show what they do.
+pub const DEMO: &[Need] = &[
+    need("ip", "iproute2"),
+    need("ethtool", "ethtool"),
+    need("ping", "iputils-ping"),
+    need("iperf3", "iperf3"),
+];
+
+/// For the tests, beside [`DEMO`].
+pub const TEST: &[Need] = &[need("promtool", "prometheus")];
+
+/// For the benchmark, beside [`DEMO`].
+pub const BENCH: &[Need] =
+    &[need("redis-server", "redis-server"), need("redis-benchmark", "redis-tools")];
+
+/// Other overlays to compare with: the benchmark says so and goes on where one cannot be had.
+pub const RIVALS: &[Need] = &[
+    need("wireguard-go", "wireguard-go"),
+    need("wg", "wireguard-tools"),
+    need("nebula", "nebula"),
+    need("nebula-cert", "nebula"),
+];
+
+/// The path of a program, as a shell of root would find it.
+pub fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let system = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"];
+    let directories = std::env::split_paths(&path).chain(system.map(PathBuf::from));
+    directories.map(|directory| directory.join(program)).find(|path| path.is_file())
+}
+
+/// Installs the packages of all programs that are missing, and says so.
+pub fn ensure(needs: &[&[Need]], console: &Console) -> Result<()> {
+    let missing: Vec<Need> =
+        needs.iter().copied().flatten().copied().filter(|n| find(n.program).is_none()).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let mut packages: Vec<&str> = missing.iter().map(|n| n.package).collect();
+    packages.dedup();
+    let list = packages.join(" ");
+    let by_hand = format!("install by hand: apt-get install {list}");
+    if find("apt-get").is_none() {
+        bail!("missing programs, and no apt-get to install them; the Debian packages are: {list}");
+    }
+    if !rustix::process::geteuid().is_root() {
+        bail!("missing Debian packages, and installing them needs root; {by_hand}");
+    }
+    console.step(&format!("installing Debian packages: {list}"));
+    let _quiet = NoServices::new();
+    if install(&packages).is_err() {
+        // Fresh machines have no package lists.
+        apt(&["update"])?;
+        install(&packages).with_context(|| by_hand.clone())?;
+    }
+    match missing.iter().find(|need| find(need.program).is_none()) {
+        Some(need) => bail!("{} is still missing after installing {list}", need.program),
+        None => Ok(()),
+    }
+}
+
+fn install(packages: &[&str]) -> Result<()> {
+    let arguments = ["install", "--yes", "--no-install-recommends"];
+    apt(&[&arguments[..], packages].concat())
+}
+
+fn apt(arguments: &[&str]) -> Result<()> {
+    let mut command = Command::new("apt-get");
+    command.arg("--quiet=2").args(arguments).env("DEBIAN_FRONTEND", "noninteractive");
+    let output = command.output().context("starting apt-get")?;
+    if !output.status.success() {
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        bail!("apt-get {}: {}", arguments.join(" "), text.trim());
+    }
+    Ok(())
+}
+
+/// While it lives, packages with a service (redis, prometheus) are installed without starting it.
+struct NoServices(Option<&'static Path>);
+
+impl NoServices {
+    fn new() -> Self {
+        let policy = Path::new("/usr/sbin/policy-rc.d");
+        if policy.exists() {
+            return Self(None);
+        }
+        let written = fs::write(policy, "#!/bin/sh\nexit 101\n").and_then(|()| {
+            fs::set_permissions(policy, std::os::unix::fs::PermissionsExt::from_mode(0o755))
+        });
+        Self(written.is_ok().then_some(policy))
+    }
+}
+
+impl Drop for NoServices {
+    fn drop(&mut self) {
+        if let Some(policy) = self.0 {
+            let _ = fs::remove_file(policy);
+        }
+    }
+}
