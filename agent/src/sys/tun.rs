@@ -8,6 +8,8 @@
 use std::ffi::c_ulong;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -20,6 +22,9 @@ pub const VNET_HEADER_LEN: usize = 10;
 
 /// The kernel's limit of queues of one device (MAX_TAP_QUEUES).
 pub const MAX_QUEUES: usize = 256;
+
+/// How long a device that was in use may take to be released.
+const RELEASE_TIME: Duration = Duration::from_millis(500);
 
 /// Which offloads are, or may be, in force on a device. Without `checksum` there is none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -137,7 +142,8 @@ pub enum TunError {
 const FLAGS: i32 = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
 
 /// Makes a persistent multi-queue TUN device with a virtio_net_hdr and closes it again. It is down
-/// and has no address. Refuses if any interface of that name exists.
+/// and has no address; only this process's user, or CAP_NET_ADMIN, may attach to it. Refuses if any
+/// interface of that name exists.
 pub fn create_persistent(name: &str) -> Result<(), TunError> {
     check_name(name)?;
     if let Some(link) = find(name)? {
@@ -153,16 +159,21 @@ pub fn create_persistent(name: &str) -> Result<(), TunError> {
         Some(libc::EBUSY) => TunError::Exists { name: name.into() },
         _ => failed(format!("making the TUN device {name}"), source),
     })?;
-    adopt(fd, name)?
-        .persist()
-        .map_err(|source| failed(format!("making {name} persistent"), source.into()))
+    let mut device = adopt(fd, name)?;
+    // Without an owner, any user could attach a queue, and read and forge the pods' packets.
+    let owner = rustix::process::geteuid().as_raw();
+    device
+        .user(owner as i32)
+        .map_err(|source| failed(format!("setting the owner of {name}"), source.into()))?;
+    device.persist().map_err(|source| failed(format!("making {name} persistent"), source.into()))
 }
 
 /// Attaches `queues` (1 to [`MAX_QUEUES`]) new queues to the existing device and puts the best
 /// offloads in force that the kernel has and `allowed` permits. Returns the queues, what is in
 /// force, and why the rest (`tun_uso`, `tun_tso`, `tun_checksum`) is not.
 ///
-/// Refuses a device that is of another kind, has other flags, or is open already.
+/// Refuses a device that is of another kind, has other flags, or is open already (after half a
+/// second, for one that is just being closed).
 pub fn open_queues(
     name: &str,
     queues: usize,
@@ -173,22 +184,36 @@ pub fn open_queues(
         let source = io::Error::new(io::ErrorKind::InvalidInput, "between 1 and 256 are possible");
         return Err(failed(format!("attaching {queues} queues to {name}"), source));
     }
-    // TUNSETIFF would make a missing device, and would take over an unused one whatever its flags.
-    let link = find(name)?.ok_or_else(|| TunError::NoDevice { name: name.into() })?;
-    if link.kind.as_deref() != Some("tun") {
-        return Err(not_a_tun(name, link.kind.as_deref()));
-    }
-    check_flags(name, &link.tun.unwrap_or_default())?;
-
+    let index = wait_for_device(name)?;
     let mut open = Vec::with_capacity(queues);
     for _ in 0..queues {
-        open.push(attach(name, link.index)?);
+        open.push(attach(name, index)?);
     }
     // Another queue with another mask would change the whole device: the same for all.
     let (offload, notes) =
         descend(allowed, |offload| open.iter().try_for_each(|queue| queue.set_offload(offload)))
             .map_err(|source| failed(format!("setting the offloads of {name}"), source))?;
     Ok((open, offload, notes))
+}
+
+/// Checks that the device is there, ours and unused, and gives its index. TUNSETIFF would make a
+/// missing device, and would take over an unused one whatever its flags.
+fn wait_for_device(name: &str) -> Result<u32, TunError> {
+    let start = Instant::now();
+    loop {
+        let link = find(name)?.ok_or_else(|| TunError::NoDevice { name: name.into() })?;
+        if link.kind.as_deref() != Some("tun") {
+            return Err(not_a_tun(name, link.kind.as_deref()));
+        }
+        match check_flags(name, &link.tun.unwrap_or_default()) {
+            // A process that has closed the device may have started a program meanwhile, which
+            // holds a copy of the descriptor until it runs.
+            Err(TunError::Busy { .. }) if start.elapsed() < RELEASE_TIME => {
+                thread::sleep(Duration::from_millis(5));
+            }
+            result => return result.map(|()| link.index),
+        }
+    }
 }
 
 fn check_flags(name: &str, tun: &TunLink) -> Result<(), TunError> {
@@ -348,7 +373,8 @@ fn find(name: &str) -> Result<Option<link::Link>, TunError> {
 }
 
 fn not_a_tun(name: &str, kind: Option<&str>) -> TunError {
-    let kind = kind.map_or("a hardware interface".into(), |kind| format!("a {kind} interface"));
+    let kind = kind
+        .map_or("a hardware or loopback interface".into(), |kind| format!("a {kind} interface"));
     TunError::NotATun { name: name.into(), kind }
 }
 
@@ -417,4 +443,55 @@ fn set_offload(fd: BorrowedFd<'_>, mask: u32) -> io::Result<()> {
 
 fn check(result: libc::c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::cell::RefCell;
+
+    /// Descends against a kernel that knows only `known`; gives the masks that were tried, too.
+    fn against(known: u32, allowed: TunOffload) -> (TunOffload, Vec<Note>, Vec<u32>) {
+        let tried = RefCell::new(Vec::new());
+        let (offload, notes) = descend(allowed, |offload| {
+            tried.borrow_mut().push(offload.mask());
+            match offload.mask() & !known {
+                0 => Ok(()),
+                _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+            }
+        })
+        .unwrap();
+        (offload, notes, tried.into_inner())
+    }
+
+    #[test]
+    fn each_kernel_gets_the_most_that_it_knows() {
+        let no_uso = TunOffload { uso: false, ..TunOffload::ALL };
+        let checksum = TunOffload { tso: false, ..no_uso };
+        let rungs = [TunOffload::ALL, no_uso, checksum, TunOffload::NONE];
+        for (i, known) in rungs.iter().enumerate() {
+            let (offload, notes, tried) = against(known.mask(), TunOffload::ALL);
+            assert_eq!(offload, *known);
+            assert_eq!(tried, rungs[..=i].iter().map(|rung| rung.mask()).collect::<Vec<_>>());
+            let lost: Vec<_> = notes.iter().map(|(name, _)| *name).collect();
+            assert_eq!(lost, ["tun_uso", "tun_tso", "tun_checksum"][..i]);
+            assert!(notes.iter().all(|(_, why)| why.contains("refused")));
+        }
+    }
+
+    #[test]
+    fn what_the_configuration_forbids_is_not_tried() {
+        let allowed = TunOffload { tso: false, ..TunOffload::ALL };
+        let (offload, notes, tried) = against(u32::MAX, allowed);
+        assert_eq!((offload, tried), (allowed, vec![allowed.mask()]));
+        assert_eq!(notes, [("tun_tso", "off in the configuration".to_owned())]);
+    }
+
+    #[test]
+    fn a_device_that_takes_no_mask_at_all_is_an_error() {
+        let refuse = |_| Err(io::Error::from_raw_os_error(libc::EBADFD));
+        let error = descend(TunOffload::ALL, refuse).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EBADFD));
+    }
 }

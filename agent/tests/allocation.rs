@@ -1,0 +1,89 @@
+//! The packet path of `skein_agent::sys` allocates nothing once it is warm.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use skein_agent::sys::in_new_network_namespace;
+use skein_agent::sys::poll::Poller;
+use skein_agent::sys::recv::RecvBatch;
+use skein_agent::sys::send::{GsoState, Run, Sender};
+use skein_agent::sys::udp::{UdpOptions, bind_lanes};
+use skein_core::drop::DropCounts;
+
+thread_local! {
+    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+}
+
+struct Counting;
+
+// SAFETY: every call goes to the system's allocator unchanged; counting touches no memory but a
+// constant-initialised thread-local.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.with(|count| count.set(count.get() + 1));
+        // SAFETY: the caller's promise, passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise, passed on.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+#[test]
+fn a_warm_lane_allocates_nothing() {
+    let allocated = in_new_network_namespace(|| {
+        let up = std::process::Command::new("ip").args(["link", "set", "lo", "up"]).status();
+        assert!(up.unwrap().success());
+        let options = UdpOptions { receive_buffer: 4 << 20, send_buffer: 4 << 20, gro: true };
+        let listen = SocketAddr::from(([127, 0, 0, 1], 0));
+        let (lanes, _) = bind_lanes(listen, 1, &options).unwrap();
+        let destination = lanes[0].receive.local_addr().unwrap();
+        let arena = vec![7; 40 * 1_400];
+        let whole = [(0, arena.len())];
+        let run = Run { destination, segment_size: 1_400, segments: 40, parts: &whole };
+        let nowhere = Run { destination: ([198, 51, 100, 1], 9).into(), ..run };
+        let runs = [run, nowhere, run, Run { segments: 1, ..run }, run];
+
+        let mut batch = RecvBatch::new(16);
+        let mut poller = Poller::new().unwrap();
+        poller.add(lanes[0].receive.as_fd(), 1).unwrap();
+        let mut sender = Sender::new();
+        let mut drops = DropCounts::default();
+        let mut round = |gso: &mut GsoState| {
+            let now = Instant::now();
+            let socket = lanes[0].send.as_fd();
+            let sent = sender.send(socket, &arena, &runs[..], gso, &mut drops, now).datagrams;
+            assert_eq!(sent, 3 * 40 + 1);
+            let mut received = 0;
+            while received < sent {
+                let ready = poller.wait(Some(Duration::from_secs(5))).unwrap();
+                assert_eq!(ready, [1]);
+                for i in 0..batch.recv(lanes[0].receive.as_fd()).unwrap() {
+                    received += batch.message(i).segments().count() as u64;
+                }
+            }
+        };
+        let (mut on, mut off) = (GsoState::new(), GsoState::disabled("off"));
+        for _ in 0..3 {
+            round(&mut on);
+            round(&mut off);
+        }
+        let before = ALLOCATIONS.with(Cell::get);
+        for _ in 0..20 {
+            round(&mut on);
+            round(&mut off);
+        }
+        ALLOCATIONS.with(Cell::get) - before
+    });
+    assert_eq!(allocated.expect("a new network namespace: run the tests as root"), 0);
+}

@@ -1,0 +1,200 @@
+//! Sending when the kernel objects.
+
+use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use skein_agent::sys::send::{GsoState, Run, Sender};
+use skein_agent::sys::tun::{TunOffload, create_persistent, open_queues};
+use skein_agent::sys::udp::{LaneSockets, UdpOptions, bind_lanes};
+use skein_core::drop::{DropCounts, DropReason};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::segments::{pattern, receive, send_all};
+use crate::{OPTIONS, address, in_namespace, ip, run};
+
+fn lane(host: &str) -> LaneSockets {
+    let (mut lanes, _) = bind_lanes(address(host), 1, &OPTIONS).unwrap();
+    lanes.remove(0)
+}
+
+fn port(socket: &UdpSocket) -> SocketAddr {
+    socket.local_addr().unwrap()
+}
+
+/// No kernel can be relied on to have IPsec, but UDP-Lite meets the same refusal in the kernel
+/// (udp_send_skb: `is_udplite || dst_xfrm(dst)` is EIO), and its datagrams go singly. So a UDP-Lite
+/// socket is the way to the broken destination until the route is mended.
+#[test]
+fn eio_turns_one_destination_off_for_a_while_and_loses_nothing() {
+    const IPPROTO_UDPLITE: i32 = 136;
+    in_namespace(|| {
+        let (near, far) = (lane("127.0.0.1:0"), lane("127.0.0.1:0"));
+        let udp_lite = |host: &str| {
+            let protocol = Some(Protocol::from(IPPROTO_UDPLITE));
+            let socket = Socket::new(Domain::IPV4, Type::DGRAM, protocol).expect("UDP-Lite");
+            socket.bind(&address(host).into()).unwrap();
+            UdpSocket::from(socket)
+        };
+        let broken = udp_lite("127.0.0.1:0");
+        // The far end's port, for both protocols.
+        let far_lite = udp_lite(&port(&far.receive).to_string());
+        let arena = pattern(40 * 1_000);
+        let parts = [(0, arena.len())];
+        let run =
+            |destination| Run { destination, segment_size: 1_000, segments: 40, parts: &parts };
+        let to_far = [run(port(&far.receive))];
+        let to_near = [run(port(&near.receive))];
+        let arrived = |socket: &UdpSocket| {
+            let (datagrams, runs) = receive(socket, 40);
+            assert!(datagrams.iter().map(|(_, bytes)| &bytes[..]).eq(arena.chunks(1_000)));
+            runs
+        };
+
+        let (mut gso, start) = (GsoState::new(), Instant::now());
+        let outcome = send_all(&broken, &arena, &to_far, &mut gso, start);
+        assert_eq!((outcome.datagrams, outcome.fallbacks, outcome.gso_messages), (40, 1, 0));
+        arrived(&far_lite);
+        let off: Vec<_> = gso.off(start).collect();
+        assert_eq!(off.len(), 1);
+        assert_eq!((off[0].destination, off[0].errno), (port(&far.receive), Some(libc::EIO)));
+
+        // Other destinations keep it, this one is not tried again before its time.
+        let outcome = send_all(&near.send, &arena, &to_near, &mut gso, start);
+        assert_eq!((outcome.fallbacks, outcome.gso_messages), (0, 1));
+        arrived(&near.receive);
+        let soon = start + Duration::from_millis(4_900);
+        let outcome = send_all(&broken, &arena, &to_far, &mut gso, soon);
+        assert_eq!((outcome.datagrams, outcome.fallbacks), (40, 0));
+        arrived(&far_lite);
+
+        // Tried, still broken, a longer pause.
+        let later = start + Duration::from_secs(5);
+        let outcome = send_all(&broken, &arena, &to_far, &mut gso, later);
+        assert_eq!((outcome.datagrams, outcome.fallbacks), (40, 1));
+        arrived(&far_lite);
+        assert!(!gso.allowed(port(&far.receive), later + Duration::from_millis(9_900)));
+
+        // Mended.
+        let mended = later + Duration::from_secs(10);
+        let outcome = send_all(&far.send, &arena, &to_far, &mut gso, mended);
+        assert_eq!((outcome.fallbacks, outcome.gso_messages), (0, 1));
+        assert!(arrived(&far.receive).iter().any(|&segments| segments > 1));
+        assert_eq!(gso.off(mended).count(), 0);
+    });
+}
+
+#[test]
+fn what_is_longer_than_the_route_is_dropped_and_the_rest_goes() {
+    in_namespace(|| {
+        create_persistent("narrow0").unwrap();
+        let _queues = open_queues("narrow0", 1, TunOffload::ALL).unwrap();
+        ip("address add 10.1.0.1/24 dev narrow0");
+        ip("link set narrow0 mtu 1300 up");
+        let (lane, far) = (lane("0.0.0.0:0"), lane("127.0.0.1:0"));
+        let (narrow, good) = (address("10.1.0.2:51900"), port(&far.receive));
+        let arena = pattern(10 * 1_400);
+        let parts = [(0, arena.len())];
+        let run = |destination, segment_size: usize| {
+            let segments = arena.len().div_ceil(segment_size);
+            Run { destination, segment_size, segments, parts: &parts }
+        };
+        let runs = [run(good, 1_400), run(narrow, 1_400), run(narrow, 1_000), run(good, 700)];
+        let mut gso = GsoState::new();
+        let mut sender = Sender::new();
+        for _ in 0..5 {
+            let mut drops = DropCounts::default();
+            let socket = lane.send.as_fd();
+            let outcome = sender.send(socket, &arena, &runs, &mut gso, &mut drops, Instant::now());
+            assert_eq!(drops.get(DropReason::SendTooBig), 10);
+            assert_eq!((outcome.dropped, outcome.datagrams), (10, 10 + 14 + 20));
+            assert_eq!((outcome.fallbacks, outcome.gso_messages), (1, 3));
+            assert_eq!(sender.segments_per_message(), [10, 14, 20]);
+            receive(&far.receive, 30);
+            assert!(gso.allowed(narrow, Instant::now()));
+        }
+    });
+}
+
+#[test]
+fn bad_destinations_in_the_middle_fail_alone() {
+    in_namespace(|| {
+        ip("route add unreachable 10.2.0.0/24");
+        ip("route add prohibit 10.3.0.0/24");
+        ip("route add blackhole 10.4.0.0/24");
+        let (lane, far) = (lane("0.0.0.0:0"), lane("127.0.0.1:0"));
+        let good = port(&far.receive);
+        let arena = pattern(5_000);
+        let parts = [(0, arena.len())];
+        let run =
+            |destination| Run { destination, segment_size: 1_000, segments: 5, parts: &parts };
+        let one = |destination| Run { segments: 1, ..run(destination) };
+        let bad = [
+            (address("10.2.0.1:1"), DropReason::SendUnreachable),
+            (address("198.51.100.1:1"), DropReason::SendUnreachable),
+            (address("10.3.0.1:1"), DropReason::SendDenied),
+            (address("10.4.0.1:1"), DropReason::SendError),
+            (address("255.255.255.255:1"), DropReason::SendUnreachable),
+            (address("[2001:db8::1]:1"), DropReason::SendError),
+        ];
+        let mut sender = Sender::new();
+        for (destination, reason) in bad {
+            let runs = [run(good), run(destination), run(good), one(destination), run(good)];
+            let mut drops = DropCounts::default();
+            let (mut gso, now) = (GsoState::new(), Instant::now());
+            let outcome = sender.send(lane.send.as_fd(), &arena, &runs, &mut gso, &mut drops, now);
+            assert_eq!(outcome.datagrams, 15, "{destination}");
+            let dropped: Vec<_> = drops.drain().collect();
+            assert_eq!(dropped, [(reason, 6)], "{destination}");
+            let (datagrams, _) = receive(&far.receive, 15);
+            let mut bytes = datagrams.iter().map(|(_, bytes)| &bytes[..]);
+            assert!((0..3).all(|_| bytes.by_ref().take(5).eq(arena.chunks(1_000))));
+        }
+    });
+}
+
+#[test]
+fn a_firewall_that_refuses_is_told_from_a_missing_route() {
+    in_namespace(|| {
+        run("nft", "add table inet test");
+        run("nft", "add chain inet test out { type filter hook output priority 0 ; }");
+        run("nft", "add rule inet test out ip daddr 127.0.0.9 drop");
+        let (lane, far) = (lane("0.0.0.0:0"), lane("127.0.0.1:0"));
+        let arena = pattern(3_000);
+        let parts = [(0, arena.len())];
+        let run =
+            |destination| Run { destination, segment_size: 1_000, segments: 3, parts: &parts };
+        let runs = [run(address("127.0.0.9:9")), run(port(&far.receive))];
+        let mut drops = DropCounts::default();
+        let (mut gso, now) = (GsoState::new(), Instant::now());
+        let outcome =
+            Sender::new().send(lane.send.as_fd(), &arena, &runs, &mut gso, &mut drops, now);
+        assert_eq!(drops.drain().collect::<Vec<_>>(), [(DropReason::SendDenied, 3)]);
+        assert_eq!((outcome.datagrams, outcome.fallbacks), (3, 0));
+    });
+}
+
+#[test]
+fn a_stalled_device_holds_the_sender_up_for_one_timeout_only() {
+    in_namespace(|| {
+        create_persistent("slow0").unwrap();
+        let _queues = open_queues("slow0", 1, TunOffload::ALL).unwrap();
+        ip("address add 10.5.0.1/24 dev slow0");
+        ip("link set slow0 up");
+        run("tc", "qdisc replace dev slow0 root tbf rate 8kbit burst 3000 limit 10000000");
+        let options = UdpOptions { send_buffer: 64 << 10, ..OPTIONS };
+        let (lanes, _) = bind_lanes(address("0.0.0.0:0"), 1, &options).unwrap();
+        let arena = pattern(1_400);
+        let parts = [(0, arena.len())];
+        let destination = address("10.5.0.2:9");
+        let runs = [Run { destination, segment_size: 1_400, segments: 1, parts: &parts }; 300];
+        let mut drops = DropCounts::default();
+        let (mut gso, start) = (GsoState::new(), Instant::now());
+        let socket = lanes[0].send.as_fd();
+        let outcome = Sender::new().send(socket, &arena, &runs, &mut gso, &mut drops, start);
+        assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+        assert!(outcome.datagrams > 10 && outcome.dropped > 100, "{outcome:?}");
+        assert_eq!(drops.get(DropReason::SendNoBuffer), outcome.dropped);
+        assert_eq!(outcome.datagrams + outcome.dropped, 300);
+    });
+}

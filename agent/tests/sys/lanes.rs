@@ -1,0 +1,160 @@
+//! The sockets of the lanes: steering, who may have the port, buffers.
+
+use std::io::ErrorKind;
+use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsFd;
+
+use skein_agent::sys::recv::RecvBatch;
+use skein_agent::sys::udp::{LaneSockets, UdpError, UdpOptions, bind_lanes, bind_manager};
+use socket2::{Domain, Socket, Type};
+
+use crate::{OPTIONS, address, eventually, in_namespace, wait_readable};
+
+fn bind(address: SocketAddr, lanes: usize) -> (Vec<LaneSockets>, SocketAddr) {
+    let (sockets, notes) = bind_lanes(address, lanes, &OPTIONS).unwrap();
+    assert_eq!(notes, []);
+    let bound = sockets[0].receive.local_addr().unwrap();
+    (sockets, bound)
+}
+
+#[test]
+fn the_third_byte_steers_to_the_lane() {
+    in_namespace(|| {
+        for host in ["127.0.0.1:0", "[::1]:0"] {
+            let (lanes, port) = bind(address(host), 3);
+            let mut batch = RecvBatch::new(4);
+            for value in (0..=10u8).chain([0x3f, 0xff]) {
+                // From a socket of its own each time: the kernel's hash must not matter.
+                let sender = UdpSocket::bind(address(host)).unwrap();
+                sender.send_to(&[4, 0, value, 0], port).unwrap();
+                let expected = usize::from(value) % lanes.len();
+                wait_readable(&lanes[expected].receive);
+                assert_eq!(batch.recv(lanes[expected].receive.as_fd()).unwrap(), 1);
+                let message = batch.message(0);
+                assert_eq!(batch.arena()[message.range], [4, 0, value, 0]);
+                assert_eq!(message.source, sender.local_addr().unwrap());
+            }
+            // Too short for a lane number, down to nothing at all.
+            for short in [&[4, 0][..], &[]] {
+                lanes[1].send.send_to(short, port).unwrap();
+                wait_readable(&lanes[0].receive);
+                assert_eq!(batch.recv(lanes[0].receive.as_fd()).unwrap(), 1);
+                let message = batch.message(0);
+                assert_eq!(message.range.len(), short.len());
+                assert_eq!(message.segments().count(), usize::from(!short.is_empty()));
+            }
+            for lane in &lanes {
+                let error = batch.recv(lane.receive.as_fd()).unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::WouldBlock);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_port_that_anybody_has_is_refused_and_named() {
+    in_namespace(|| {
+        let (lanes, port) = bind(address("127.0.0.1:0"), 2);
+        let wildcard = SocketAddr::new([0, 0, 0, 0].into(), port.port());
+        for (taken, count) in [(port, 1), (port, 2), (wildcard, 1), (wildcard, 2)] {
+            let error = bind_lanes(taken, count, &OPTIONS).unwrap_err();
+            assert!(matches!(error, UdpError::AddrInUse { address } if address == taken));
+            assert!(error.to_string().contains(&port.port().to_string()), "{error}");
+        }
+        drop(lanes);
+
+        // A program that would share the port is somebody else, too.
+        let sharing = Socket::new(Domain::IPV4, Type::DGRAM, None).unwrap();
+        sharing.set_reuse_port(true).unwrap();
+        // Another test's child may hold a copy of a socket until it runs its program.
+        eventually("the release of the port", || sharing.bind(&port.into()).ok());
+        let error = bind_lanes(port, 2, &OPTIONS).unwrap_err();
+        assert!(matches!(error, UdpError::AddrInUse { .. }), "{error}");
+        drop(sharing);
+
+        eventually("the release of the port", || bind_lanes(port, 2, &OPTIONS).ok());
+    });
+}
+
+#[test]
+fn both_families_have_the_same_port_side_by_side() {
+    in_namespace(|| {
+        let (_v4, port) = bind(address("0.0.0.0:0"), 2);
+        bind(SocketAddr::new("::".parse().unwrap(), port.port()), 2);
+    });
+}
+
+#[test]
+fn an_address_of_another_host_is_refused_and_named() {
+    in_namespace(|| {
+        let error = bind_lanes(address("192.0.2.77:51900"), 2, &OPTIONS).unwrap_err();
+        assert!(matches!(error, UdpError::AddrNotAvailable { .. }));
+        assert!(error.to_string().contains("192.0.2.77"), "{error}");
+        let error = bind_manager(address("192.0.2.77:51900"), &OPTIONS).unwrap_err();
+        assert!(matches!(error, UdpError::AddrNotAvailable { .. }));
+    });
+}
+
+#[test]
+fn lanes_send_from_ports_of_their_own_where_nothing_comes_in() {
+    in_namespace(|| {
+        let (lanes, port) = bind(address("127.0.0.1:0"), 2);
+        let manager = bind_manager(port, &OPTIONS).unwrap();
+        let mut ports = vec![port.port(), manager.local_addr().unwrap().port()];
+        for lane in &lanes {
+            let own = lane.send.local_addr().unwrap();
+            ports.push(own.port());
+            manager.send_to(b"from a stranger", own).unwrap();
+            lane.send.set_nonblocking(true).unwrap();
+            let error = lane.send.recv_from(&mut [0; 100]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::WouldBlock);
+        }
+        ports.sort();
+        ports.dedup();
+        assert_eq!(ports.len(), 4);
+    });
+}
+
+#[test]
+fn what_overflows_the_buffer_is_counted() {
+    in_namespace(|| {
+        let options = UdpOptions { receive_buffer: 64 << 10, ..OPTIONS };
+        let (lanes, _) = bind_lanes(address("127.0.0.1:0"), 1, &options).unwrap();
+        let port = lanes[0].receive.local_addr().unwrap();
+        for _ in 0..1_000 {
+            lanes[0].send.send_to(&[0; 1_400], port).unwrap();
+        }
+        let mut batch = RecvBatch::new(16);
+        let mut received = 0;
+        while let Ok(count) = batch.recv(lanes[0].receive.as_fd()) {
+            received += count;
+        }
+        assert!((1..1_000).contains(&received));
+        assert_eq!(batch.overflow(), 0, "the last call failed");
+        lanes[0].send.send_to(&[0; 1_400], port).unwrap();
+        eventually("a datagram", || batch.recv(lanes[0].receive.as_fd()).ok());
+        assert_eq!(batch.overflow() as usize, 1_000 - received);
+    });
+}
+
+#[test]
+fn what_is_off_or_too_much_is_noted() {
+    in_namespace(|| {
+        let options = UdpOptions { gro: false, ..OPTIONS };
+        let (lanes, notes) = bind_lanes(address("127.0.0.1:0"), 2, &options).unwrap();
+        assert!(lanes.iter().all(|lane| !lane.gro));
+        assert_eq!(notes, [("udp_gro", "off in the configuration".to_owned())]);
+
+        // Without CAP_NET_ADMIN the system's limits hold.
+        let everything = rustix::thread::capabilities(None).unwrap();
+        let mut less = everything;
+        less.effective -= rustix::thread::CapabilitySet::NET_ADMIN;
+        rustix::thread::set_capabilities(None, less).unwrap();
+        let options = UdpOptions { receive_buffer: 1 << 30, send_buffer: 1 << 30, ..OPTIONS };
+        let (_, notes) = bind_lanes(address("127.0.0.1:0"), 2, &options).unwrap();
+        rustix::thread::set_capabilities(None, everything).unwrap();
+        let names: Vec<_> = notes.iter().map(|(name, _)| *name).collect();
+        assert_eq!(names, ["receive_buffer", "send_buffer"]);
+        assert!(notes[0].1.contains("net.core.rmem_max"), "{}", notes[0].1);
+    });
+}

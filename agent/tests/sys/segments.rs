@@ -1,0 +1,153 @@
+//! Runs of datagrams: UDP_SEGMENT out, UDP_GRO in.
+
+use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::Instant;
+
+use skein_agent::sys::recv::RecvBatch;
+use skein_agent::sys::send::{GsoState, Run, SendOutcome, Sender};
+use skein_agent::sys::udp::{bind_lanes, gro_supported, gso_supported};
+use skein_core::drop::DropCounts;
+
+use crate::{OPTIONS, address, in_namespace, wait_readable};
+
+/// Bytes that differ at every place.
+pub(crate) fn pattern(len: usize) -> Vec<u8> {
+    (0..len).map(|i| (i.wrapping_mul(2_654_435_761) >> 7) as u8).collect()
+}
+
+/// Receives `count` datagrams, as (source, bytes), and how many each message held.
+pub(crate) fn receive(
+    socket: &UdpSocket,
+    count: usize,
+) -> (Vec<(SocketAddr, Vec<u8>)>, Vec<usize>) {
+    let mut batch = RecvBatch::new(16);
+    let (mut datagrams, mut runs) = (Vec::new(), Vec::new());
+    while datagrams.len() < count {
+        wait_readable(socket);
+        for i in 0..batch.recv(socket.as_fd()).unwrap() {
+            let message = batch.message(i);
+            assert!(!message.truncated);
+            runs.push(message.segments().count());
+            datagrams.extend(
+                message.segments().map(|range| (message.source, batch.arena()[range].to_vec())),
+            );
+        }
+    }
+    (datagrams, runs)
+}
+
+/// Sends with a new sender and nothing dropped.
+pub(crate) fn send_all(
+    socket: &UdpSocket,
+    arena: &[u8],
+    runs: &[Run<'_>],
+    gso: &mut GsoState,
+    now: Instant,
+) -> SendOutcome {
+    let mut drops = DropCounts::default();
+    let outcome = Sender::new().send(socket.as_fd(), arena, runs, gso, &mut drops, now);
+    assert_eq!(drops.drain().collect::<Vec<_>>(), []);
+    outcome
+}
+
+#[test]
+fn this_kernel_has_both() {
+    gso_supported().unwrap();
+    gro_supported().unwrap();
+}
+
+#[test]
+fn runs_arrive_as_they_were_sent() {
+    in_namespace(|| {
+        for host in ["127.0.0.1:0", "[::1]:0"] {
+            let (lanes, _) = bind_lanes(address(host), 1, &OPTIONS).unwrap();
+            let destination = lanes[0].receive.local_addr().unwrap();
+            let source = lanes[0].send.local_addr().unwrap();
+            let arena = pattern(400_000);
+            // Parts out of order, parts that end within a datagram, adjacent parts.
+            let short_tail = [(0, 20 * 1_400), (20 * 1_400, 700)];
+            let scattered = [(300_000, 333), (200_000, 900), (100_000, 1), (333_333, 1_166)];
+            let long = [(0, 130 * 900)];
+            let run =
+                |segment_size, segments, parts| Run { destination, segment_size, segments, parts };
+            let runs = [
+                run(1_400, 21, &short_tail[..]),
+                run(600, 4, &scattered),
+                run(0, 1, &[(7, 1_200)]),
+                run(900, 130, &long),
+                run(33_000, 2, &[(1_000, 66_000)]),
+            ];
+            let mut expected: Vec<Vec<u8>> = Vec::new();
+            for run in &runs {
+                let bytes: Vec<u8> = run
+                    .parts
+                    .iter()
+                    .flat_map(|&(offset, len)| &arena[offset..offset + len])
+                    .copied()
+                    .collect();
+                let size = if run.segments == 1 { bytes.len() } else { run.segment_size };
+                expected.extend(bytes.chunks(size).map(<[u8]>::to_vec));
+            }
+
+            let mut gso = GsoState::new();
+            let outcome = send_all(&lanes[0].send, &arena, &runs, &mut gso, Instant::now());
+            assert_eq!(outcome.datagrams as usize, expected.len());
+            assert_eq!((outcome.calls, outcome.gso_messages, outcome.fallbacks), (1, 5, 0));
+            let (datagrams, received) = receive(&lanes[0].receive, expected.len());
+            assert!(received.iter().any(|&segments| segments > 1), "{received:?}");
+            assert!(datagrams.iter().all(|(from, _)| *from == source));
+            let datagrams: Vec<_> = datagrams.into_iter().map(|(_, bytes)| bytes).collect();
+            assert!(datagrams == expected);
+
+            // The same without UDP_SEGMENT.
+            let mut gso = GsoState::disabled("off in the configuration");
+            let outcome = send_all(&lanes[0].send, &arena, &runs, &mut gso, Instant::now());
+            assert_eq!((outcome.calls, outcome.gso_messages), (3, 0));
+            let (datagrams, _) = receive(&lanes[0].receive, expected.len());
+            assert!(datagrams.into_iter().map(|(_, bytes)| bytes).eq(expected));
+        }
+    });
+}
+
+/// Loopback and veth deliver a run whole, and other senders' may have 128 datagrams.
+#[test]
+fn a_run_of_128_is_received_whole() {
+    in_namespace(|| {
+        let (lanes, _) = bind_lanes(address("127.0.0.1:0"), 1, &OPTIONS).unwrap();
+        let sender = UdpSocket::bind(address("127.0.0.1:0")).unwrap();
+        let size: libc::c_int = 500;
+        // SAFETY: the option takes an int, which lives across the call.
+        let result = unsafe {
+            libc::setsockopt(
+                sender.as_raw_fd(),
+                libc::SOL_UDP,
+                libc::UDP_SEGMENT,
+                (&raw const size).cast(),
+                size_of_val(&size) as libc::socklen_t,
+            )
+        };
+        assert_eq!(result, 0);
+        let sent = pattern(128 * 500);
+        sender.send_to(&sent, lanes[0].receive.local_addr().unwrap()).unwrap();
+        let (datagrams, runs) = receive(&lanes[0].receive, 128);
+        assert_eq!(runs, [128]);
+        assert!(datagrams.iter().map(|(_, bytes)| &bytes[..]).eq(sent.chunks(500)));
+    });
+}
+
+#[test]
+fn a_socket_without_gro_receives_datagram_by_datagram() {
+    in_namespace(|| {
+        let options = skein_agent::sys::udp::UdpOptions { gro: false, ..OPTIONS };
+        let (lanes, _) = bind_lanes(address("127.0.0.1:0"), 1, &options).unwrap();
+        let destination = lanes[0].receive.local_addr().unwrap();
+        let arena = pattern(30 * 1_000);
+        let parts = [(0, arena.len())];
+        let run = Run { destination, segment_size: 1_000, segments: 30, parts: &parts };
+        send_all(&lanes[0].send, &arena, &[run], &mut GsoState::new(), Instant::now());
+        let (datagrams, runs) = receive(&lanes[0].receive, 30);
+        assert_eq!(runs, [1; 30]);
+        assert!(datagrams.iter().map(|(_, bytes)| &bytes[..]).eq(arena.chunks(1_000)));
+    });
+}
