@@ -70,11 +70,9 @@ impl Egress {
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    // EBADFD: the device was deleted. EIO: it is down, and nothing can be read.
-                    if error.raw_os_error() != Some(libc::EIO) {
-                        state = TunState::Gone;
-                    }
+                // EBADFD, EFAULT, EIO: the device was deleted, and polling would spin.
+                Err(_) => {
+                    state = TunState::Gone;
                     break;
                 }
             }

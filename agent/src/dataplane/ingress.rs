@@ -2,15 +2,16 @@
 //! inner source and destination, merge what belongs together and write it while it is in cache.
 
 use std::collections::HashMap;
-use std::io::{self, IoSlice};
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 
 use skein_core::drop::{DropCounts, DropReason};
 use skein_core::offload::Checksum;
-use skein_core::offload::coalesce::{CoalesceConfig, Coalescer, TunPacket};
+use skein_core::offload::coalesce::{CoalesceConfig, Coalescer};
 use skein_core::route::{Owner, PeerId};
 use skein_core::tunnel::replay::ReplayWindow;
 use skein_core::tunnel::session::Session;
@@ -21,18 +22,19 @@ use super::lane::LaneContext;
 use super::manager::ToManager;
 use super::stats::add;
 use super::tables::Tables;
+use super::write::TunWriter;
 use crate::sys::recv::RecvBatch;
 use crate::sys::tun::TunQueue;
 
 /// Messages a system call, each of up to 64 KiB.
 const MESSAGES: usize = 16;
-/// Slices of one TUN write that need no allocation: a full-size superpacket has 45.
-const INLINE_SLICES: usize = 64;
 
 /// The lane's receiving half.
 pub(super) struct Ingress {
     receive: RecvBatch,
     coalescer: Coalescer,
+    config: CoalesceConfig,
+    writer: TunWriter,
     sessions: HashMap<u32, RxSession>,
     /// The last inner flow that passed the source and destination check.
     checked: Option<(PeerId, IpAddr, IpAddr)>,
@@ -65,6 +67,8 @@ impl Ingress {
         Self {
             receive: RecvBatch::new(MESSAGES),
             coalescer: Coalescer::new(config),
+            config,
+            writer: TunWriter::default(),
             sessions: HashMap::new(),
             checked: None,
             overflow: Vec::new(),
@@ -73,8 +77,10 @@ impl Ingress {
         }
     }
 
-    /// Changes what may be merged.
+    /// Begins anew with another device.
     pub(super) fn set_config(&mut self, config: CoalesceConfig) {
+        self.config = config;
+        self.writer = TunWriter::default();
         self.coalescer.set_config(config);
     }
 
@@ -199,10 +205,12 @@ impl Ingress {
 
     fn write(&mut self, lane: &LaneContext, tun: Option<&TunQueue>) {
         let (arena, drops) = (self.receive.arena(), &mut self.drops);
+        let before = self.writer.refused();
+        let writer = &mut self.writer;
         let mut written = 0;
         self.coalescer.flush(arena, |packet| {
             let result = match tun {
-                Some(tun) => write_packet(tun, arena, &packet),
+                Some(tun) => writer.write(tun, arena, &packet),
                 None => Err(io::ErrorKind::NotConnected.into()),
             };
             match result {
@@ -211,6 +219,12 @@ impl Ingress {
             }
         });
         add(&lane.stats.ingress.tun_packets, written);
+        let refused = self.writer.refused();
+        if refused != before {
+            lane.stats.tun_tcp_refused.store(refused.tcp, Relaxed);
+            lane.stats.tun_udp_refused.store(refused.udp, Relaxed);
+            self.coalescer.set_config(refused.limit(self.config));
+        }
     }
 
     /// The kernel's counter is one a socket, says nothing while it is zero, and wraps.
@@ -240,27 +254,5 @@ impl Ingress {
             (rx.packets, rx.bytes) = (0, 0);
         }
         lane.stats.drops.collect(&mut self.drops);
-    }
-}
-
-fn write_packet(tun: &TunQueue, arena: &[u8], packet: &TunPacket<'_>) -> io::Result<()> {
-    let count = packet.payload.len() + 2;
-    if count <= INLINE_SLICES {
-        let mut parts = [IoSlice::new(&[]); INLINE_SLICES];
-        fill(&mut parts[..count], arena, packet);
-        tun.writev(&parts[..count])?;
-    } else {
-        let mut parts = vec![IoSlice::new(&[]); count];
-        fill(&mut parts, arena, packet);
-        tun.writev(&parts)?;
-    }
-    Ok(())
-}
-
-fn fill<'a>(parts: &mut [IoSlice<'a>], arena: &'a [u8], packet: &'a TunPacket<'_>) {
-    parts[0] = IoSlice::new(&packet.vnet);
-    parts[1] = IoSlice::new(packet.header);
-    for (part, slice) in parts[2..].iter_mut().zip(packet.payload) {
-        *part = IoSlice::new(&arena[slice.offset..slice.offset + slice.len]);
     }
 }

@@ -12,6 +12,7 @@ mod setup;
 mod stats;
 mod tables;
 mod totals;
+mod write;
 
 use std::path::PathBuf;
 

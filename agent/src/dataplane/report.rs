@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::sync::atomic::Ordering::Relaxed;
 
 use skein_core::route::PeerId;
 use skein_core::time::Time;
@@ -38,6 +39,19 @@ pub(super) fn fill<'a>(
     let gso_off: BTreeSet<SocketAddr> =
         lanes.iter().flat_map(|lane| lane.stats.gso_off()).collect();
     report.capabilities = sources.running.capabilities.clone();
+    let refused = |tcp: bool| {
+        lanes.iter().any(|lane| {
+            let stats = &lane.stats;
+            if tcp { &stats.tun_tcp_refused } else { &stats.tun_udp_refused }.load(Relaxed)
+        })
+    };
+    for (rung, refused) in [("tun_tso", refused(true)), ("tun_uso", refused(false))] {
+        let rung = report.capabilities.iter_mut().find(|c| c.name == rung && refused);
+        if let Some(rung) = rung.filter(|rung| rung.state == CapabilityState::On) {
+            rung.state = CapabilityState::Degraded;
+            rung.reason = Some("the kernel refused a merged packet: writing singly".to_owned());
+        }
+    }
     let gso = report.capabilities.iter_mut().find(|c| c.name == "udp_gso");
     let gso_on = gso.is_some_and(|gso| degrade(gso, &gso_off));
     let mut drops: Vec<_> = lanes.iter().map(|lane| &lane.stats.drops).collect();

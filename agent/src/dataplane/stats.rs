@@ -125,6 +125,10 @@ pub(super) struct LaneStats {
     pub(super) receive_queue_overflow: AtomicU64,
     /// Runs that were sent again datagram by datagram.
     pub(super) gso_fallbacks: AtomicU64,
+    /// The TUN refused merged TCP.
+    pub(super) tun_tcp_refused: AtomicBool,
+    /// The TUN refused merged UDP.
+    pub(super) tun_udp_refused: AtomicBool,
     /// Destinations for which GSO is off; touched only while there are any.
     gso_off: Mutex<Vec<SocketAddr>>,
     any_gso_off: AtomicBool,

@@ -1,0 +1,114 @@
+//! Writing to the TUN, and what to do when a kernel refuses a superpacket that it should take.
+
+use std::io::{self, IoSlice};
+
+use skein_core::offload::coalesce::{CoalesceConfig, TunPacket};
+use skein_core::offload::split::split;
+use skein_core::offload::vnet::{self, VnetHeader};
+use skein_core::wire::ip::UDP;
+
+use crate::sys::tun::TunQueue;
+
+/// Slices of one write that need no allocation: a full-size superpacket has 45.
+const INLINE_SLICES: usize = 64;
+
+/// Writes packets to a TUN queue.
+#[derive(Default)]
+pub(super) struct TunWriter {
+    scratch: Vec<u8>,
+    /// Kinds of superpackets that this kernel refused. Kernels 6.6.44 and 6.10.3 and their like
+    /// call superpackets with a short tail invalid.
+    refused: Refused,
+}
+
+/// Kinds of superpackets that the TUN refused.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Refused {
+    /// TCP.
+    pub(super) tcp: bool,
+    /// UDP.
+    pub(super) udp: bool,
+}
+
+impl Refused {
+    /// `config` less what was refused.
+    pub(super) fn limit(self, config: CoalesceConfig) -> CoalesceConfig {
+        CoalesceConfig { tcp: config.tcp && !self.tcp, udp: config.udp && !self.udp, ..config }
+    }
+}
+
+impl TunWriter {
+    /// Writes one packet, whose payload lies in `arena`. A superpacket that the kernel calls
+    /// invalid goes segment by segment, so that none of it is lost.
+    pub(super) fn write(
+        &mut self,
+        tun: &TunQueue,
+        arena: &[u8],
+        packet: &TunPacket<'_>,
+    ) -> io::Result<()> {
+        match gather(tun, arena, packet) {
+            Err(error) if packet.segments > 1 && error.raw_os_error() == Some(libc::EINVAL) => {
+                self.write_singly(tun, arena, packet)
+            }
+            other => other,
+        }
+    }
+
+    /// What was refused since the writer was made.
+    pub(super) fn refused(&self) -> Refused {
+        self.refused
+    }
+
+    fn write_singly(
+        &mut self,
+        tun: &TunQueue,
+        arena: &[u8],
+        packet: &TunPacket<'_>,
+    ) -> io::Result<()> {
+        self.scratch.clear();
+        self.scratch.extend_from_slice(packet.header);
+        for slice in packet.payload {
+            self.scratch.extend_from_slice(&arena[slice.offset..slice.offset + slice.len]);
+        }
+        let invalid = || io::Error::from(io::ErrorKind::InvalidData);
+        let header = VnetHeader::parse(&packet.vnet).ok_or_else(invalid)?;
+        let mut segments = split(header, &mut self.scratch).map_err(|_| invalid())?;
+        match segments.ip().protocol {
+            UDP => self.refused.udp = true,
+            _ => self.refused.tcp = true,
+        }
+        let single = VnetHeader {
+            flags: vnet::NEEDS_CSUM,
+            csum_start: header.csum_start,
+            csum_offset: header.csum_offset,
+            ..VnetHeader::default()
+        };
+        let single = single.to_bytes();
+        while let Some(segment) = segments.next_segment() {
+            tun.writev(&[IoSlice::new(&single), IoSlice::new(segment)])?;
+        }
+        Ok(())
+    }
+}
+
+fn gather(tun: &TunQueue, arena: &[u8], packet: &TunPacket<'_>) -> io::Result<()> {
+    let count = packet.payload.len() + 2;
+    if count <= INLINE_SLICES {
+        let mut parts = [IoSlice::new(&[]); INLINE_SLICES];
+        fill(&mut parts[..count], arena, packet);
+        tun.writev(&parts[..count])?;
+    } else {
+        let mut parts = vec![IoSlice::new(&[]); count];
+        fill(&mut parts, arena, packet);
+        tun.writev(&parts)?;
+    }
+    Ok(())
+}
+
+fn fill<'a>(parts: &mut [IoSlice<'a>], arena: &'a [u8], packet: &'a TunPacket<'_>) {
+    parts[0] = IoSlice::new(&packet.vnet);
+    parts[1] = IoSlice::new(packet.header);
+    for (part, slice) in parts[2..].iter_mut().zip(packet.payload) {
+        *part = IoSlice::new(&arena[slice.offset..slice.offset + slice.len]);
+    }
+}
