@@ -108,3 +108,101 @@ fn search<T: Ord + Copy>(ranges: &[(T, T, Owner)], address: T) -> Option<Owner> 
     let (_, last, owner) = ranges.get(after.checked_sub(1)?)?;
     (address <= *last).then_some(*owner)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn nets(texts: &[&str]) -> Vec<IpNet> {
+        texts.iter().map(|text| text.parse().unwrap()).collect()
+    }
+
+    fn table(local: &[&str], peers: &[&[&str]]) -> Result<RouteTable, RouteConflict> {
+        let peers: Vec<_> = peers.iter().map(|prefixes| nets(prefixes)).collect();
+        let numbered = (0..).map(PeerId).zip(peers.iter().map(Vec::as_slice));
+        RouteTable::build(&nets(local), numbered)
+    }
+
+    fn owner(table: &RouteTable, address: &str) -> Option<Owner> {
+        table.lookup(address.parse().unwrap())
+    }
+
+    #[test]
+    fn each_address_has_its_owner_to_the_last_one() {
+        let table = table(
+            &["10.0.1.0/24", "fd00:1::/64"],
+            &[&["10.0.0.0/24", "fd00:2::/64"], &["10.0.2.0/24", "10.0.3.7/32"]],
+        )
+        .unwrap();
+        let peer = |number| Some(Owner::Peer(PeerId(number)));
+        for (address, expected) in [
+            ("10.0.0.0", peer(0)),
+            ("10.0.0.255", peer(0)),
+            ("10.0.1.0", Some(Owner::Local)),
+            ("10.0.2.255", peer(1)),
+            ("10.0.3.0", None),
+            ("10.0.3.7", peer(1)),
+            ("10.0.3.8", None),
+            ("9.255.255.255", None),
+            ("255.255.255.255", None),
+            ("fd00:1::1", Some(Owner::Local)),
+            ("fd00:2::ffff:ffff:ffff:ffff", peer(0)),
+            ("fd00:2:0:1::", None),
+            ("::", None),
+        ] {
+            assert_eq!(owner(&table, address), expected, "{address}");
+        }
+    }
+
+    #[test]
+    fn overlaps_between_owners_are_named() {
+        let conflict = table(&["10.0.0.0/16"], &[&["10.0.5.0/24"]]).unwrap_err();
+        assert_eq!(conflict.to_string(), "10.0.0.0/16 of this node overlaps 10.0.5.0/24 of peer 0");
+        assert!(table(&[], &[&["10.0.0.0/24"], &["10.0.0.0/24"]]).is_err());
+        assert!(table(&[], &[&["fd00::/16"], &["10.0.0.0/8"], &["fd00::/64"]]).is_err());
+    }
+
+    #[test]
+    fn an_owner_may_name_a_prefix_twice_or_with_host_bits() {
+        let table = table(&[], &[&["10.0.0.0/16", "10.0.5.9/24", "10.0.5.0/24"]]).unwrap();
+        assert_eq!(owner(&table, "10.0.5.1"), Some(Owner::Peer(PeerId(0))));
+        assert_eq!(owner(&table, "10.0.6.1"), Some(Owner::Peer(PeerId(0))));
+    }
+
+    #[test]
+    fn the_whole_address_space_is_a_prefix_too() {
+        let table = table(&[], &[&["0.0.0.0/0", "::/0"]]).unwrap();
+        assert!(owner(&table, "255.255.255.255").is_some() && owner(&table, "::").is_some());
+    }
+
+    proptest! {
+        #[test]
+        fn agrees_with_a_linear_search(
+            prefixes in prop::collection::vec((any::<u32>(), 4u8..=32), 0..30),
+            addresses in prop::collection::vec(any::<u32>(), 0..50),
+        ) {
+            let prefixes: Vec<Vec<IpNet>> = prefixes
+                .into_iter()
+                .map(|(address, length)| vec![ipnet::Ipv4Net::new(address.into(), length).unwrap().into()])
+                .collect();
+            let numbered = (0..).map(PeerId).zip(prefixes.iter().map(Vec::as_slice));
+            let overlap = prefixes.iter().enumerate().any(|(i, a)| {
+                prefixes[..i].iter().any(|b| a[0].contains(&b[0]) || b[0].contains(&a[0]))
+            });
+            match RouteTable::build(&[], numbered) {
+                Err(_) => prop_assert!(overlap),
+                Ok(table) => {
+                    prop_assert!(!overlap);
+                    let inside = prefixes.iter().map(|p| p[0].addr());
+                    for address in addresses.into_iter().map(|a| IpAddr::V4(a.into())).chain(inside) {
+                        let expected = prefixes.iter().position(|p| p[0].contains(&address));
+                        let expected = expected.map(|n| Owner::Peer(PeerId(n as u32)));
+                        prop_assert_eq!(table.lookup(address), expected);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -11,10 +11,8 @@ use super::vnet::{self, VnetHeader};
 use super::{Checksum, MAX_SEGMENTS};
 use crate::wire::checksum;
 use crate::wire::ip::{IpHeader, TCP, UDP};
+use crate::wire::tcp::{ACK, ECE, PSH};
 
-const ACK: u8 = 0x10;
-const PSH: u8 = 0x08;
-const ECE: u8 = 0x40;
 /// Superpackets that may grow at the same time; the oldest makes room.
 const OPEN: usize = 16;
 const NONE: u32 = u32::MAX;
@@ -488,3 +486,8 @@ fn merge_header(header: &mut [u8], item: &Item) -> VnetHeader {
         csum_offset: csum_offset(item.kind),
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+#[path = "coalesce_tests.rs"]
+mod tests;

@@ -3,6 +3,9 @@
 pub mod batch;
 pub mod coalesce;
 pub mod split;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod testing;
 pub mod vnet;
 
 /// Segments that one superpacket may stand for: the kernel's UDP_MAX_SEGMENTS, which a 64 KiB TCP

@@ -9,15 +9,13 @@ use super::{Checksum, MAX_SEGMENTS};
 use crate::drop::DropReason;
 use crate::wire::checksum;
 use crate::wire::ip::{IpHeader, TCP, UDP};
+use crate::wire::tcp::{CWR, FIN, PSH};
 
 /// IPv4 60 + TCP 60; IPv6 with extension headers is not split.
 const MAX_HEADERS: usize = 128;
 
 const TCP_CSUM: usize = 16;
 const UDP_CSUM: usize = 6;
-const FIN: u8 = 0x01;
-const PSH: u8 = 0x08;
-const CWR: u8 = 0x80;
 
 /// The packets of one read, one after the other.
 #[derive(Debug)]
@@ -204,3 +202,8 @@ fn stamp(segment: &mut [u8], ip: &IpHeader, index: usize, last: bool, gso_size: 
         transport[UDP_CSUM..UDP_CSUM + 2].copy_from_slice(&seed.to_be_bytes());
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+#[path = "split_tests.rs"]
+mod tests;

@@ -38,3 +38,43 @@ pub fn pseudo_header(source: IpAddr, destination: IpAddr, protocol: u8, length: 
     }
     fold(seed)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// RFC 1071, section 1, as it is written there.
+    fn naive(bytes: &[u8]) -> u16 {
+        let mut sum = 0u32;
+        for pair in bytes.chunks(2) {
+            sum += u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]));
+        }
+        while sum > 0xffff {
+            sum = (sum & 0xffff) + (sum >> 16);
+        }
+        sum as u16
+    }
+
+    #[test]
+    fn example_of_rfc_1071() {
+        assert_eq!(sum(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7], 0), 0xddf2);
+    }
+
+    #[test]
+    fn pseudo_header_counts_every_field() {
+        let v4 = pseudo_header([1, 2, 3, 4].into(), [5, 6, 7, 8].into(), 17, 9);
+        assert_eq!(v4, naive(&[1, 2, 3, 4, 5, 6, 7, 8, 0, 17, 0, 9]));
+        let (a, b) = (std::net::Ipv6Addr::LOCALHOST, std::net::Ipv6Addr::UNSPECIFIED);
+        let bytes = [&a.octets()[..], &b.octets(), &[0, 6, 0, 20]].concat();
+        assert_eq!(pseudo_header(a.into(), b.into(), 6, 20), naive(&bytes));
+    }
+
+    proptest! {
+        #[test]
+        fn agrees_with_the_definition(bytes in prop::collection::vec(any::<u8>(), 0..3000), seed: u16) {
+            let expected = fold(u64::from(naive(&bytes)) + u64::from(seed));
+            prop_assert_eq!(sum(&bytes, seed), expected);
+        }
+    }
+}

@@ -98,3 +98,85 @@ pub fn packets(
         Some(Ok((range, ip)))
     })
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn v4(total: u16, header_len: u8) -> Vec<u8> {
+        let mut bytes = vec![0; usize::from(total)];
+        bytes[0] = 0x40 | header_len / 4;
+        bytes[2..4].copy_from_slice(&total.to_be_bytes());
+        bytes[9] = TCP;
+        bytes[12..20].copy_from_slice(&[10, 0, 0, 1, 10, 0, 0, 2]);
+        bytes
+    }
+
+    fn v6(payload: u16) -> Vec<u8> {
+        let mut bytes = vec![0; 40 + usize::from(payload)];
+        bytes[0] = 0x60;
+        bytes[4..6].copy_from_slice(&payload.to_be_bytes());
+        bytes[6] = UDP;
+        bytes[23] = 1;
+        bytes[39] = 2;
+        bytes
+    }
+
+    #[test]
+    fn both_versions_are_read() {
+        let ip = IpHeader::parse(&v4(60, 24)).unwrap();
+        assert_eq!((ip.header_len, ip.total_len, ip.protocol, ip.fragment), (24, 60, TCP, false));
+        assert_eq!(ip.destination.to_string(), "10.0.0.2");
+        let ip = IpHeader::parse(&v6(8)).unwrap();
+        assert_eq!((ip.header_len, ip.total_len, ip.protocol, ip.is_v6()), (40, 48, UDP, true));
+        assert_eq!(ip.source.to_string(), "::1");
+    }
+
+    #[test]
+    fn fragments_are_told() {
+        for (bytes, fragment) in [([0x20, 0], true), ([0, 1], true), ([0x40, 0], false)] {
+            let mut packet = v4(40, 20);
+            packet[6..8].copy_from_slice(&bytes);
+            assert_eq!(IpHeader::parse(&packet).unwrap().fragment, fragment);
+        }
+    }
+
+    #[test]
+    fn lengths_that_contradict_the_buffer_are_refused() {
+        assert!(IpHeader::parse(&[]).is_none());
+        assert!(IpHeader::parse(&v4(60, 20)[..59]).is_none());
+        assert!(IpHeader::parse(&v4(40, 16)).is_none());
+        let mut short = v4(60, 20);
+        short[3] = 19;
+        assert!(IpHeader::parse(&short).is_none());
+        assert!(IpHeader::parse(&v6(8)[..47]).is_none());
+        assert!(IpHeader::parse(&[0x50; 60]).is_none());
+    }
+
+    #[test]
+    fn a_bundle_is_walked_to_its_end() {
+        let bundle = [v4(40, 20), v6(8), v4(21, 20)].concat();
+        let ranges: Vec<_> = packets(&bundle).map(|p| p.unwrap().0).collect();
+        assert_eq!(ranges, [0..40, 40..88, 88..109]);
+        let mut cut = packets(&bundle[..108]);
+        assert!(cut.next().unwrap().is_ok() && cut.next().unwrap().is_ok());
+        assert_eq!(cut.next(), Some(Err(DropReason::InnerMalformed)));
+        assert_eq!(cut.next(), None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_bundle_panics_and_ranges_follow_each_other(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let mut at = 0;
+            for packet in packets(&bytes) {
+                let Ok((range, ip)) = packet else { break };
+                prop_assert_eq!(range.start, at);
+                prop_assert!(ip.header_len <= ip.total_len && ip.total_len == range.len());
+                at = range.end;
+            }
+            prop_assert!(at <= bytes.len());
+        }
+    }
+}

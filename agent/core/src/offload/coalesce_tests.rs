@@ -1,0 +1,364 @@
+use proptest::prelude::*;
+
+use super::super::testing::*;
+use super::*;
+
+const S: usize = 100;
+
+/// The next-in-sequence packets of one flow.
+fn train(count: usize) -> Vec<Packet> {
+    (0..count).map(|i| Packet::tcp((i * S) as u32, S).with(|p| p.id = i as u16)).collect()
+}
+
+fn datagrams(count: usize) -> Vec<Packet> {
+    (0..count).map(|i| Packet::udp(S).with(|p| p.id = i as u16)).collect()
+}
+
+/// A train in which one packet is changed.
+fn changed(count: usize, index: usize, change: impl FnOnce(&mut Packet)) -> Vec<Packet> {
+    let mut packets = train(count);
+    change(&mut packets[index]);
+    packets
+}
+
+#[test]
+fn next_in_sequence_packets_merge() {
+    for v6 in [false, true] {
+        let packets: Vec<_> = train(5).into_iter().map(|p| p.with(|p| p.v6 = v6)).collect();
+        let written = coalesce(&packets);
+        assert_eq!(written.len(), 1);
+        let whole = packets[0].clone().with(|p| {
+            p.payload = packets.iter().flat_map(|p| p.payload.clone()).collect();
+        });
+        assert_eq!(written[0].bytes, whole.bytes());
+        assert_eq!(usize::from(written[0].vnet.hdr_len), whole.headers());
+    }
+}
+
+#[test]
+fn datagrams_of_one_size_merge() {
+    let written = coalesce(&datagrams(4));
+    assert_eq!(written.len(), 1);
+    assert_eq!((written[0].vnet.gso_type, written[0].vnet.gso_size), (vnet::GSO_UDP_L4, 100));
+}
+
+#[test]
+fn special_flags_go_verbatim_and_seal_the_flow() {
+    for flag in [SYN, FIN, RST, URG, CWR] {
+        let packets = changed(4, 1, |p| p.flags |= flag);
+        assert_eq!(shape(&packets), [1, 1, 2], "flag {flag:#x}");
+        assert_eq!(coalesce(&packets)[1].bytes, packets[1].bytes());
+    }
+}
+
+#[test]
+fn a_zero_length_datagram_goes_verbatim_and_seals() {
+    let mut packets = datagrams(4);
+    packets[1].payload.clear();
+    assert_eq!(shape(&packets), [1, 1, 2]);
+}
+
+#[test]
+fn a_pure_acknowledgement_does_not_seal() {
+    let mut packets = train(4);
+    packets.insert(2, Packet::tcp(200, 0));
+    assert_eq!(shape(&packets), [4, 1]);
+    assert_eq!(shape(&[Packet::tcp(0, 0), Packet::tcp(0, 0)]), [1, 1]);
+}
+
+#[test]
+fn ece_merges_with_equal_ece_only() {
+    let all: Vec<_> = train(3).into_iter().map(|p| p.flags(ACK | ECE)).collect();
+    assert_eq!(shape(&all), [3]);
+    assert_eq!(shape(&changed(3, 1, |p| p.flags |= ECE)), [1, 1, 1]);
+}
+
+#[test]
+fn psh_merges_and_closes() {
+    let packets = changed(4, 1, |p| p.flags |= PSH);
+    assert_eq!(shape(&packets), [2, 2]);
+    let written = coalesce(&packets);
+    assert_eq!(written[0].bytes[33] & PSH, PSH);
+    assert_eq!(written[1].bytes[33] & PSH, 0);
+}
+
+#[test]
+fn different_headers_never_merge() {
+    let changes: [(&str, fn(&mut Packet)); 9] = [
+        ("dscp", |p| p.tos = 0x28),
+        ("ecn", |p| p.tos = 0x01),
+        ("ttl", |p| p.ttl = 63),
+        ("df", |p| p.dont_fragment = false),
+        ("ack", |p| p.acknowledgement = 100),
+        ("window", |p| p.window = 501),
+        ("options", |p| p.options[11] = 9),
+        ("port", |p| p.source_port = 1001),
+        ("sequence", |p| p.sequence += 1),
+    ];
+    for (name, change) in changes {
+        assert_eq!(shape(&changed(2, 1, change)), [1, 1], "{name}");
+    }
+    for (name, change) in &changes[..3] {
+        let both = |p: Packet| p.with(|p| p.v6 = true);
+        let packets: Vec<_> = changed(2, 1, change).into_iter().map(both).collect();
+        assert_eq!(shape(&packets), [1, 1], "{name} of IPv6");
+    }
+}
+
+#[test]
+fn the_flow_label_counts() {
+    let packets: Vec<_> = train(2).into_iter().map(|p| p.with(|p| p.v6 = true)).collect();
+    let mut bytes: Vec<_> = packets.iter().map(|p| (p.bytes(), p.checksum)).collect();
+    bytes[1].0[3] ^= 1;
+    assert_eq!(coalesce_with(ALL, &bytes).len(), 2);
+}
+
+#[test]
+fn ect0_then_ect1_do_not_make_congestion_experienced() {
+    let packets = [Packet::tcp(0, S).with(|p| p.tos = 2), Packet::tcp(100, S).with(|p| p.tos = 1)];
+    let tos: Vec<_> = coalesce(&packets).iter().map(|w| w.bytes[1]).collect();
+    assert_eq!(tos, [2, 1]);
+}
+
+#[test]
+fn a_short_tail_merges_and_closes_and_a_longer_packet_starts_anew() {
+    let tail = [Packet::tcp(0, 100), Packet::tcp(100, 1), Packet::tcp(101, 100)];
+    assert_eq!(shape(&tail), [2, 1]);
+    let longer = [Packet::tcp(0, 50), Packet::tcp(50, 100), Packet::tcp(150, 100)];
+    assert_eq!(shape(&longer), [1, 2]);
+    let odd = [Packet::tcp(0, 33), Packet::tcp(33, 33), Packet::tcp(66, 7)];
+    assert_eq!(shape(&odd), [3]);
+}
+
+#[test]
+fn psh_in_the_middle_gives_two_superpackets() {
+    let packets = [
+        Packet::tcp(1, 100),
+        Packet::tcp(101, 100).flags(ACK | PSH),
+        Packet::tcp(201, 100),
+        Packet::tcp(301, 100),
+    ];
+    assert_eq!(shape(&packets), [2, 2]);
+}
+
+#[test]
+fn without_df_the_ids_must_follow_each_other() {
+    let ids = |ids: [u16; 3]| -> Vec<Packet> {
+        let packets = train(3).into_iter().zip(ids);
+        packets.map(|(p, id)| p.with(|p| (p.dont_fragment, p.id) = (false, id))).collect()
+    };
+    assert_eq!(shape(&ids([0xffff, 0, 1])), [3]);
+    assert_eq!(shape(&ids([4, 6, 7])), [1, 2]);
+    assert_eq!(shape(&changed(3, 1, |p| p.id = 999)), [3], "with DF any will do");
+}
+
+#[test]
+fn ip_options_and_fragments_go_verbatim_and_seal() {
+    assert_eq!(shape(&changed(4, 1, |p| p.ip_options = vec![1; 4])), [1, 1, 2]);
+    let fragment = |p: &mut Packet| (p.dont_fragment, p.more_fragments) = (false, true);
+    assert_eq!(shape(&changed(4, 1, fragment)), [1, 1, 2]);
+}
+
+#[test]
+fn ipv6_extension_headers_go_verbatim_and_seal() {
+    let packets: Vec<_> = train(4).into_iter().map(|p| p.with(|p| p.v6 = true)).collect();
+    let mut bytes: Vec<_> = packets.iter().map(|p| (p.bytes(), p.checksum)).collect();
+    bytes[1].0[6] = 60;
+    let written = coalesce_with(ALL, &bytes);
+    assert_eq!(written.iter().map(|w| w.segments).collect::<Vec<_>>(), [1, 1, 2]);
+    assert_eq!(written[1].vnet, VnetHeader::default());
+}
+
+#[test]
+fn a_retransmit_stays_later() {
+    let packets = [Packet::tcp(0, S), Packet::tcp(100, S), Packet::tcp(0, S)];
+    let written = coalesce(&packets);
+    assert_eq!(written.iter().map(|w| w.segments).collect::<Vec<_>>(), [2, 1]);
+    assert_eq!(written[1].bytes, packets[2].bytes());
+}
+
+#[test]
+fn a_right_full_checksum_merges_and_a_wrong_one_never_does() {
+    let full = |p: Packet| p.with(|p| p.checksum = Checksum::Full);
+    let packets: Vec<_> = train(4).into_iter().map(full).collect();
+    assert_eq!(shape(&packets), [4]);
+    let mut bytes: Vec<_> = packets.iter().map(|p| (p.bytes(), p.checksum)).collect();
+    for wrong in 0..4 {
+        let mut bytes = bytes.clone();
+        bytes[wrong].0[60] ^= 1;
+        let written = coalesce_with(ALL, &bytes);
+        let alone: Vec<_> = written.iter().filter(|w| w.bytes == bytes[wrong].0).collect();
+        assert_eq!(alone.len(), 1, "packet {wrong} goes as it is");
+        assert_eq!(alone[0].vnet, VnetHeader::default());
+    }
+    // Partial and full never mix.
+    bytes[2] = (train(4)[2].bytes(), Checksum::Partial);
+    assert_eq!(coalesce_with(ALL, &bytes).len(), 3);
+}
+
+#[test]
+fn an_ipv4_udp_checksum_of_zero_stays_zero() {
+    let mut packet = Packet::udp(S).with(|p| p.checksum = Checksum::Full).bytes();
+    packet[26..28].copy_from_slice(&[0, 0]);
+    let written =
+        coalesce_with(ALL, &[(packet.clone(), Checksum::Full), (packet.clone(), Checksum::Full)]);
+    assert_eq!(written.len(), 2);
+    assert!(written.iter().all(|w| w.bytes == packet && w.vnet == VnetHeader::default()));
+}
+
+#[test]
+fn single_partial_packets_tell_the_kernel_where_the_checksum_goes() {
+    for (packet, start, offset) in [
+        (Packet::tcp(0, 0), 20, 16),
+        (Packet::udp(5), 20, 6),
+        (Packet::udp(5).with(|p| p.v6 = true), 40, 6),
+        (Packet::tcp(0, 9).with(|p| p.ip_options = vec![1; 8]), 28, 16),
+    ] {
+        let written = coalesce(std::slice::from_ref(&packet));
+        let expected = VnetHeader {
+            flags: vnet::NEEDS_CSUM,
+            csum_start: start,
+            csum_offset: offset,
+            ..VnetHeader::default()
+        };
+        assert_eq!(written[0].vnet, expected);
+        assert_eq!(written[0].bytes, packet.bytes());
+    }
+}
+
+#[test]
+fn a_partial_checksum_that_cannot_be_is_ignored() {
+    let mut icmp = Packet::udp(20).bytes();
+    icmp[9] = 1;
+    let fragment = Packet::udp(20).with(|p| (p.dont_fragment, p.more_fragments) = (false, true));
+    let short = [0x45, 0, 0, 24, 0, 0, 0, 0, 64, 6, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0];
+    for bytes in [icmp, fragment.bytes(), short.to_vec()] {
+        let written = coalesce_with(ALL, &[(bytes.clone(), Checksum::Partial)]);
+        assert_eq!(written[0].vnet, VnetHeader::default());
+        assert_eq!(written[0].bytes, bytes);
+    }
+}
+
+#[test]
+fn without_checksum_offload_partial_checksums_are_completed_and_nothing_merges() {
+    let config = CoalesceConfig { partial_checksum: false, ..ALL };
+    for packets in [train(3), datagrams(3)] {
+        let bytes: Vec<_> = packets.iter().map(|p| (p.bytes(), Checksum::Partial)).collect();
+        let written = coalesce_with(config, &bytes);
+        for (written, packet) in written.iter().zip(packets) {
+            let expected = packet.with(|p| p.checksum = Checksum::Full).bytes();
+            assert_eq!(written.bytes, expected);
+            assert_eq!(written.vnet, VnetHeader::default());
+        }
+    }
+}
+
+#[test]
+fn a_computed_udp_checksum_of_zero_is_sent_as_all_ones() {
+    // Find a payload whose sum comes out as zero.
+    let packet = (0..=u16::MAX)
+        .map(|word| Packet::udp(2).with(|p| p.payload = word.to_be_bytes().to_vec()))
+        .find(|p| {
+            let bytes = p.bytes();
+            checksum::sum(&bytes[20..], 0) == 0xffff
+        });
+    let packet = packet.expect("one of 65,536 words complements the rest");
+    let config = CoalesceConfig { partial_checksum: false, ..ALL };
+    let written = coalesce_with(config, &[(packet.bytes(), Checksum::Partial)]);
+    assert_eq!(written[0].bytes[26..28], [0xff, 0xff]);
+}
+
+#[test]
+fn each_protocol_can_be_left_alone() {
+    let only = |tcp, udp| CoalesceConfig { tcp, udp, partial_checksum: true };
+    let bytes = |packets: Vec<Packet>| -> Vec<_> {
+        packets.iter().map(|p| (p.bytes(), p.checksum)).collect()
+    };
+    assert_eq!(coalesce_with(only(false, true), &bytes(train(3))).len(), 3);
+    assert_eq!(coalesce_with(only(true, false), &bytes(train(3))).len(), 1);
+    assert_eq!(coalesce_with(only(true, false), &bytes(datagrams(3))).len(), 3);
+}
+
+#[test]
+fn superpackets_stay_within_the_kernels_bounds() {
+    let large: Vec<_> = (0..60).map(|i| Packet::tcp(i * 1400, 1400)).collect();
+    let written = coalesce(&large);
+    assert!(written.iter().all(|w| w.bytes.len() <= 65_535));
+    assert_eq!(written.iter().map(|w| w.segments).sum::<usize>(), 60);
+    let many = coalesce(&datagrams(300));
+    assert_eq!(many.iter().map(|w| w.segments).collect::<Vec<_>>(), [128, 128, 44]);
+}
+
+#[test]
+fn flows_that_take_turns_merge_each_on_its_own() {
+    let flow = |port: u16| move |p: Packet| p.with(|p| p.source_port = port);
+    let packets: Vec<_> =
+        train(4).into_iter().flat_map(|p| [1, 2, 3].map(|port| flow(port)(p.clone()))).collect();
+    assert_eq!(shape(&packets), [4, 4, 4]);
+}
+
+#[test]
+fn what_is_not_tcp_or_udp_passes_through() {
+    for protocol in [1u8, 47, 132] {
+        let mut bytes = Packet::udp(S).bytes();
+        bytes[9] = protocol;
+        let written = coalesce_with(ALL, &[(bytes.clone(), Checksum::Full)]);
+        assert_eq!((written[0].vnet, &written[0].bytes), (VnetHeader::default(), &bytes));
+    }
+}
+
+proptest! {
+    #[test]
+    fn no_input_panics_and_nothing_is_lost(
+        packets in prop::collection::vec(
+            (prop::collection::vec(any::<u8>(), 20..120), prop::sample::select(vec![0x45u8, 0x46, 0x60]),
+             prop::sample::select(vec![6u8, 17, 1]), any::<bool>()), 0..20),
+        tcp in any::<bool>(), udp in any::<bool>(), partial_checksum in any::<bool>(),
+    ) {
+        let packets: Vec<_> = packets.into_iter().map(|(mut bytes, first, protocol, partial)| {
+            bytes[0] = first;
+            if first == 0x60 {
+                bytes.resize(bytes.len().max(40), 0);
+                let length = (bytes.len() - 40) as u16;
+                bytes[4..6].copy_from_slice(&length.to_be_bytes());
+                bytes[6] = protocol;
+            } else {
+                bytes.resize(bytes.len().max(24), 0);
+                let length = bytes.len() as u16;
+                bytes[2..4].copy_from_slice(&length.to_be_bytes());
+                bytes[9] = protocol;
+            }
+            (bytes, if partial { Checksum::Partial } else { Checksum::Full })
+        }).collect();
+        let written = coalesce_with(CoalesceConfig { tcp, udp, partial_checksum }, &packets);
+        prop_assert_eq!(written.iter().map(|w| w.segments).sum::<usize>(), packets.len());
+    }
+
+    /// Whatever order several flows come in, splitting what was merged gives every flow's packets
+    /// in their order.
+    #[test]
+    fn every_flow_keeps_its_order(
+        steps in prop::collection::vec((0u16..4, 1usize..200, any::<bool>(), 0u8..12), 1..80),
+    ) {
+        let mut next = [0u32; 4];
+        let packets: Vec<Packet> = steps.iter().map(|&(flow, length, psh, special)| {
+            let sequence = next[usize::from(flow)];
+            next[usize::from(flow)] += length as u32;
+            Packet::tcp(sequence, length).with(|p| {
+                p.source_port = flow;
+                p.flags = ACK | if psh { PSH } else { 0 } | match special { 0 => FIN, 1 => CWR, _ => 0 };
+                if special == 2 { p.payload.clear(); p.flags = ACK | URG; }
+            })
+        }).collect();
+        let mut got: [Vec<u8>; 4] = Default::default();
+        for written in coalesce(&packets) {
+            let flow = usize::from(u16::from_be_bytes([written.bytes[20], written.bytes[21]]));
+            got[flow].extend(&written.bytes[52..]);
+        }
+        let mut expected: [Vec<u8>; 4] = Default::default();
+        for packet in &packets {
+            expected[usize::from(packet.source_port)].extend(&packet.payload);
+        }
+        prop_assert_eq!(got, expected);
+    }
+}

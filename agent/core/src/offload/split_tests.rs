@@ -1,0 +1,280 @@
+use proptest::prelude::*;
+
+use super::super::testing::*;
+use super::super::{Checksum, vnet};
+use super::*;
+
+fn segments(vnet: VnetHeader, bytes: &[u8]) -> Vec<Vec<u8>> {
+    let mut bytes = bytes.to_vec();
+    let mut segments = split(vnet, &mut bytes).unwrap();
+    let mut all = Vec::new();
+    while let Some(segment) = segments.next_segment() {
+        all.push(segment.to_vec());
+    }
+    assert_eq!(all.len(), segments.count());
+    assert_eq!(all.iter().map(Vec::len).max(), Some(segments.max_segment_len()));
+    all
+}
+
+fn refused(vnet: VnetHeader, bytes: &[u8]) -> DropReason {
+    split(vnet, &mut bytes.to_vec()).map(|s| s.count()).unwrap_err()
+}
+
+fn flags_of(segments: &[Vec<u8>]) -> Vec<u8> {
+    segments.iter().map(|s| s[20 + 13]).collect()
+}
+
+#[test]
+fn segments_are_what_the_sender_would_have_sent_singly() {
+    for v6 in [false, true] {
+        let whole = Packet::tcp(1000, 2500).flags(ACK | PSH).with(|p| p.v6 = v6);
+        let split = segments(whole.vnet(1000), &whole.bytes());
+        for (i, segment) in split.iter().enumerate() {
+            let expected = whole.clone().with(|p| {
+                p.sequence += i as u32 * 1000;
+                p.id += i as u16;
+                p.payload = whole.payload[i * 1000..(i * 1000 + 1000).min(2500)].to_vec();
+                p.flags = if i == 2 { ACK | PSH } else { ACK };
+            });
+            assert_eq!(*segment, expected.bytes(), "segment {i}, v6 {v6}");
+        }
+    }
+}
+
+#[test]
+fn udp_segments_are_whole_datagrams() {
+    for v6 in [false, true] {
+        let whole = Packet::udp(2500).with(|p| p.v6 = v6);
+        let split = segments(whole.vnet(1000), &whole.bytes());
+        for (i, segment) in split.iter().enumerate() {
+            let expected = whole.clone().with(|p| {
+                p.id += i as u16;
+                p.payload = whole.payload[i * 1000..(i * 1000 + 1000).min(2500)].to_vec();
+            });
+            assert_eq!(*segment, expected.bytes());
+        }
+    }
+}
+
+#[test]
+fn cwr_is_on_the_first_segment_only() {
+    let whole = Packet::tcp(0, 300).flags(ACK | CWR | ECE);
+    let vnet = VnetHeader { gso_type: vnet::GSO_TCPV4 | vnet::GSO_ECN, ..whole.vnet(100) };
+    assert_eq!(flags_of(&segments(vnet, &whole.bytes())), [ACK | CWR | ECE, ACK | ECE, ACK | ECE]);
+}
+
+#[test]
+fn fin_and_psh_are_on_the_last_segment_only() {
+    let whole = Packet::tcp(0, 300).flags(ACK | FIN | PSH);
+    assert_eq!(flags_of(&segments(whole.vnet(100), &whole.bytes())), [ACK, ACK, ACK | FIN | PSH]);
+}
+
+#[test]
+fn ipv4_id_grows_by_one_and_wraps() {
+    let whole = Packet::tcp(0, 300).with(|p| p.id = 0xffff);
+    let split = segments(whole.vnet(100), &whole.bytes());
+    let ids: Vec<_> = split.iter().map(|s| u16::from_be_bytes([s[4], s[5]])).collect();
+    assert_eq!(ids, [0xffff, 0, 1]);
+}
+
+#[test]
+fn congestion_experienced_is_copied_to_all() {
+    let whole = Packet::tcp(0, 300).with(|p| p.tos = 0x03);
+    assert!(segments(whole.vnet(100), &whole.bytes()).iter().all(|s| s[1] == 3));
+}
+
+#[test]
+fn sequence_numbers_wrap() {
+    let whole = Packet::tcp(u32::MAX - 50, 300);
+    let split = segments(whole.vnet(100), &whole.bytes());
+    assert_eq!(split[1][24..28], (49u32).to_be_bytes());
+}
+
+#[test]
+fn segments_shorter_than_the_header_are_not_corrupted() {
+    for gso_size in [1, 7, 51, 52, 53] {
+        let whole = Packet::tcp(5, 120);
+        let split = segments(whole.vnet(gso_size), &whole.bytes());
+        let payload: Vec<u8> = split.iter().flat_map(|s| &s[whole.headers()..]).copied().collect();
+        assert_eq!(payload, whole.payload, "gso_size {gso_size}");
+        for (i, segment) in split.iter().enumerate() {
+            assert_eq!(segment[20..24], split[0][20..24]);
+            let sequence = 5 + i as u32 * u32::from(gso_size);
+            assert_eq!(segment[24..28], sequence.to_be_bytes());
+        }
+    }
+}
+
+#[test]
+fn impossible_vnet_headers_are_refused() {
+    let tcp = Packet::tcp(0, 300);
+    let udp = Packet::udp(300);
+    let change = |p: &Packet, change: &dyn Fn(&mut VnetHeader)| {
+        let mut vnet = p.vnet(100);
+        change(&mut vnet);
+        refused(vnet, &p.bytes())
+    };
+    let ecn = vnet::GSO_ECN;
+    for reason in [
+        change(&tcp, &|v| v.gso_size = 0),
+        change(&tcp, &|v| v.gso_type = vnet::GSO_UDP),
+        change(&tcp, &|v| v.gso_type = 77),
+        change(&tcp, &|v| v.gso_type = vnet::GSO_TCPV6),
+        change(&tcp, &|v| v.gso_type = vnet::GSO_UDP_L4),
+        change(&udp, &|v| v.gso_type |= ecn),
+        change(&udp, &|v| v.gso_type = vnet::GSO_TCPV4),
+        change(&tcp, &|v| v.flags = 0),
+        change(&tcp, &|v| v.csum_start = 5000),
+        change(&tcp, &|v| v.csum_offset = 5000),
+        change(&udp, &|v| v.gso_size = 2),
+        refused(
+            VnetHeader {
+                flags: vnet::NEEDS_CSUM,
+                csum_start: 65535,
+                csum_offset: 65535,
+                ..VnetHeader::default()
+            },
+            &tcp.bytes(),
+        ),
+    ] {
+        assert_eq!(reason, DropReason::VnetHeader);
+    }
+}
+
+#[test]
+fn packets_that_are_not_what_they_say_are_refused() {
+    let bytes = Packet::tcp(0, 300).bytes();
+    let vnet = Packet::tcp(0, 300).vnet(100);
+    let mut longer = bytes.clone();
+    longer.push(0);
+    let mut short_offset = bytes.clone();
+    short_offset[32] = 0x40;
+    let mut long_offset = Packet::tcp(0, 5).with(|p| p.options.clear()).bytes();
+    long_offset[32] = 0xf0;
+    for bytes in
+        [&[][..], &bytes[..19], &bytes[..bytes.len() - 1], &longer, &short_offset, &long_offset]
+    {
+        assert_eq!(refused(vnet, bytes), DropReason::EgressMalformed);
+    }
+}
+
+#[test]
+fn more_udp_segments_than_the_kernel_makes_are_refused() {
+    let fits = Packet::udp(128 * 10);
+    assert_eq!(segments(fits.vnet(10), &fits.bytes()).len(), 128);
+    let more = Packet::udp(128 * 10 + 1);
+    assert_eq!(refused(more.vnet(10), &more.bytes()), DropReason::VnetHeader);
+}
+
+#[test]
+fn single_packets_keep_a_partial_checksum_where_the_receiver_can_find_it() {
+    for packet in [Packet::tcp(0, 100), Packet::udp(100), Packet::udp(100).with(|p| p.v6 = true)] {
+        let vnet = VnetHeader { gso_type: vnet::GSO_NONE, gso_size: 0, ..packet.vnet(0) };
+        let mut bytes = packet.bytes();
+        let before = bytes.clone();
+        let mut segments = split(vnet, &mut bytes).unwrap();
+        assert_eq!(segments.checksum(), Checksum::Partial);
+        assert_eq!(segments.next_segment().unwrap(), before);
+        assert!(segments.next_segment().is_none());
+    }
+}
+
+#[test]
+fn a_partial_checksum_elsewhere_is_completed() {
+    // As an encapsulation would have it: the checksum of what begins at 28.
+    let packet = Packet::udp(100).with(|p| p.checksum = Checksum::Full);
+    let mut bytes = packet.bytes();
+    bytes[44..46].copy_from_slice(&[0, 0]);
+    let vnet = VnetHeader {
+        flags: vnet::NEEDS_CSUM,
+        csum_start: 28,
+        csum_offset: 16,
+        ..VnetHeader::default()
+    };
+    let mut segments = split(vnet, &mut bytes).unwrap();
+    assert_eq!(segments.checksum(), Checksum::Full);
+    assert_eq!(checksum::sum(&segments.next_segment().unwrap()[28..], 0), 0xffff);
+}
+
+#[test]
+fn a_full_checksum_is_left_as_it_is_even_if_wrong() {
+    let mut bytes = Packet::tcp(0, 100).with(|p| p.checksum = Checksum::Full).bytes();
+    bytes[36] ^= 0x55;
+    assert_eq!(segments(VnetHeader::default(), &bytes), [bytes]);
+}
+
+#[test]
+fn other_protocols_pass_through() {
+    for protocol in [1, 47, 132] {
+        let mut bytes = Packet::udp(100).bytes();
+        bytes[9] = protocol;
+        assert_eq!(segments(VnetHeader::default(), &bytes), [bytes]);
+    }
+}
+
+proptest! {
+    #[test]
+    fn no_input_panics(
+        header in prop::array::uniform10(any::<u8>()),
+        first in prop::sample::select(vec![0x45u8, 0x46, 0x60, 0x4f, 0x00]),
+        bytes in prop::collection::vec(any::<u8>(), 0..300),
+        fix_length in any::<bool>(),
+        gso in prop::sample::select(vec![0u8, 1, 3, 4, 5, 0x81, 0x85]),
+    ) {
+        let mut packet = bytes;
+        if !packet.is_empty() { packet[0] = first; }
+        if fix_length && packet.len() >= 40 {
+            let length = packet.len() as u16;
+            packet[2..4].copy_from_slice(&length.to_be_bytes());
+            if first == 0x60 { packet[4..6].copy_from_slice(&(length - 40).to_be_bytes()); }
+        }
+        let mut vnet = VnetHeader::parse(&header).unwrap();
+        vnet.gso_type = gso;
+        if let Ok(mut segments) = split(vnet, &mut packet) {
+            let (count, longest) = (segments.count(), segments.max_segment_len());
+            let mut seen = 0;
+            while let Some(segment) = segments.next_segment() {
+                prop_assert!(segment.len() <= longest && !segment.is_empty());
+                seen += 1;
+            }
+            prop_assert_eq!(seen, count);
+        }
+    }
+
+    #[test]
+    fn split_then_coalesce_gives_identical_bytes(
+        udp in any::<bool>(),
+        v6 in any::<bool>(),
+        gso_size in 1u16..3000,
+        extra in 1usize..2000,
+        whole_segments in 0usize..40,
+        psh in any::<bool>(),
+        sequence in any::<u32>(),
+        id in any::<u16>(),
+        tos in any::<u8>(),
+    ) {
+        let length = usize::from(gso_size) * whole_segments + extra.min(usize::from(gso_size));
+        let packet = Packet::tcp(sequence, 0).with(|p| {
+            p.udp = udp;
+            p.v6 = v6;
+            p.id = id;
+            p.tos = tos;
+            p.payload = (0..length).map(|i| (i * 7 + usize::from(id)) as u8).collect();
+            p.flags = if psh { ACK | PSH } else { ACK };
+        });
+        prop_assume!(packet.headers() + length <= 65_535);
+        let bytes = packet.bytes();
+        let split: Vec<_> = segments(packet.vnet(gso_size), &bytes)
+            .into_iter()
+            .map(|segment| (segment, Checksum::Partial))
+            .collect();
+        let written = coalesce_with(ALL, &split);
+        prop_assert_eq!(written.len(), 1);
+        prop_assert_eq!(&written[0].bytes, &bytes);
+        prop_assert_eq!(written[0].segments, split.len());
+        if split.len() > 1 {
+            let expected = VnetHeader { hdr_len: packet.headers() as u16, ..packet.vnet(gso_size) };
+            prop_assert_eq!(written[0].vnet, expected);
+        }
+    }
+}
