@@ -8,6 +8,8 @@
 #![forbid(unsafe_code)]
 
 pub mod drop;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod offload;
 pub mod route;
 pub mod time;

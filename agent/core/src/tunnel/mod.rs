@@ -8,6 +8,7 @@ mod cipher;
 mod cookie;
 mod counts;
 pub mod engine;
+pub(crate) mod fuzz_access;
 mod handshake;
 mod limit;
 mod liveness;

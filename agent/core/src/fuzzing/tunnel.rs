@@ -1,0 +1,351 @@
+//! The tunnel under whatever a stranger, a peer or the underlay can do to it.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use crate::drop::DropReason;
+use crate::route::PeerId;
+use crate::time::Time;
+use crate::tunnel::fuzz_access::{check_payloads, repair_first_check};
+use crate::tunnel::session::COUNTER_LIMIT;
+use crate::tunnel::{
+    Cipher, Ciphers, Engine, EngineConfig, PeerConfig, ReplayWindow, Session, SessionParams,
+};
+use crate::wire::header::{CONTROL_LANE, Flags, HEADER_LEN, Header, MAX_LANES, OVERHEAD};
+
+/// Beyond this an input only repeats itself.
+const MAX_STEPS: usize = 200;
+
+/// Two engines, and an underlay that the input drives: it delivers, changes, repeats, invents and
+/// loses datagrams, lets time pass, and lets peers come and go.
+pub fn engine_datagrams(data: &[u8]) {
+    let mut world = World::new();
+    let mut input = Input(data);
+    for _ in 0..MAX_STEPS {
+        let Some(step) = input.byte() else { break };
+        world.step(step, &mut input);
+        world.check();
+    }
+}
+
+/// A datagram from a stranger, to every lane of a session of either cipher: it never opens. What
+/// the session's other end makes of the same bytes opens once, and only as it was.
+pub fn open_datagram(data: &[u8]) {
+    for cipher in [Cipher::Aes256Gcm, Cipher::ChaCha20Poly1305] {
+        let (Some(ours), Some(theirs)) = (session(cipher, true), session(cipher, false)) else {
+            unreachable!("fixed parameters are valid")
+        };
+        for lane in (0..MAX_LANES as u8).chain([CONTROL_LANE]) {
+            let Some(receiver) = ours.receiver(lane) else { continue };
+            assert!(receiver.open(&mut data.to_vec()).is_err(), "forged");
+            let Some(sender) = theirs.sender(lane) else { continue };
+            let mut sealed = vec![0; data.len() + OVERHEAD];
+            assert_eq!(sender.seal(Flags::default(), data, &mut sealed), Ok(sealed.len()));
+            if let Some(&at) = data.first() {
+                let mut forged = sealed.clone();
+                let at = usize::from(at) % forged.len();
+                forged[at] ^= 1 << (data.len() % 8);
+                assert!(receiver.open(&mut forged).is_err(), "changed at {at}");
+            }
+            let opened = receiver.open(&mut sealed).map(|(header, text)| (header, text.to_vec()));
+            assert!(opened.is_ok_and(|(header, text)| header.lane == lane && text == data));
+        }
+    }
+}
+
+/// Payloads of handshake and control messages: what is read is written again the same.
+pub fn handshake_payloads(data: &[u8]) {
+    check_payloads(data);
+}
+
+/// The replay window against a set that forgets nothing. Each 3 bytes are a step, back or ahead.
+pub fn replay_window(data: &[u8]) {
+    let (mut window, mut seen) = (ReplayWindow::new(), BTreeSet::new());
+    let mut highest = 0u64;
+    for step in data.chunks_exact(3) {
+        let distance = u64::from(u16::from_be_bytes([step[1], step[2]]));
+        let counter = match step[0] % 4 {
+            0 => highest.saturating_sub(distance),
+            1 => highest.saturating_add(distance),
+            2 => highest.saturating_add(distance << 16),
+            _ => distance << (step[0] % 49),
+        };
+        let expected = if counter <= highest && highest - counter >= ReplayWindow::WIDTH {
+            Err(DropReason::ReplayWindow)
+        } else if !seen.insert(counter) {
+            Err(DropReason::Replayed)
+        } else {
+            Ok(())
+        };
+        assert_eq!(window.check_and_set(counter), expected, "{counter} after {highest}");
+        highest = highest.max(counter);
+    }
+}
+
+fn session(cipher: Cipher, initiator: bool) -> Option<Session> {
+    Session::new(SessionParams {
+        peer: PeerId(0),
+        local_index: 1,
+        remote_index: 1,
+        cipher,
+        local_lanes: 2,
+        remote_lanes: 2,
+        established: Time::default(),
+        initiator,
+        secret: [[1; 32].into(), [2; 32].into()],
+    })
+    .ok()
+}
+
+/// Reads the input from its front.
+struct Input<'a>(&'a [u8]);
+
+impl<'a> Input<'a> {
+    fn byte(&mut self) -> Option<u8> {
+        let (&first, rest) = self.0.split_first()?;
+        self.0 = rest;
+        Some(first)
+    }
+
+    fn number(&mut self) -> usize {
+        self.byte().unwrap_or(0).into()
+    }
+
+    /// As many bytes as the first one says.
+    fn bytes(&mut self) -> &'a [u8] {
+        let length = self.number().min(self.0.len());
+        let (bytes, rest) = self.0.split_at(length);
+        self.0 = rest;
+        bytes
+    }
+}
+
+struct World {
+    now: Time,
+    engines: [Engine; 2],
+    /// To the engine with this number.
+    wire: VecDeque<(usize, Vec<u8>)>,
+    /// What was on the wire before, for repetition.
+    old: Vec<(usize, Vec<u8>)>,
+}
+
+impl World {
+    fn new() -> Self {
+        let now = Time { mono: Duration::from_secs(1), wall: Duration::from_secs(1_700_000_000) };
+        let mut world =
+            Self { now, engines: [engine(0), engine(1)], wire: VecDeque::new(), old: Vec::new() };
+        world.introduce(0, &[1]);
+        world.introduce(1, &[0]);
+        world
+    }
+
+    fn introduce(&mut self, node: usize, hosts: &[u8]) {
+        let config = PeerConfig {
+            public_key: self.engines[1 - node].public_key(),
+            endpoints: hosts.iter().map(|&host| address(host)).collect(),
+        };
+        self.engines[node].upsert_peer(self.now, config);
+    }
+
+    fn step(&mut self, step: u8, input: &mut Input<'_>) {
+        let node = usize::from(step >> 7);
+        let other_key = self.engines[1 - node].public_key();
+        match step % 14 {
+            0 | 1 => {
+                if let Some((to, datagram)) = self.take() {
+                    self.deliver(to, datagram);
+                }
+            }
+            2 => drop(self.take()),
+            3 => {
+                if let Some((to, mut datagram)) = self.take() {
+                    change(&mut datagram, input);
+                    self.deliver(to, datagram);
+                }
+            }
+            // Changed by somebody who knows the receiver's public key.
+            4 => {
+                if let Some((to, mut datagram)) = self.take() {
+                    change(&mut datagram, input);
+                    repair_first_check(&self.engines[to].public_key(), &mut datagram);
+                    self.deliver(to, datagram);
+                }
+            }
+            5 => {
+                let at = input.number();
+                if let Some((to, datagram)) = self.old.get(at % self.old.len().max(1)).cloned() {
+                    self.deliver(to, datagram);
+                }
+            }
+            6 => self.deliver(node, input.bytes().to_vec()),
+            // With a header that gets past the first look, and an index that may exist.
+            7 => {
+                let mut datagram = vec![[1, 2, 3, 5][input.number() % 4], 0, CONTROL_LANE, 0];
+                let index = self.engines[node]
+                    .tables()
+                    .flat_map(|(_, view)| &view.receive)
+                    .map(|session| session.local_index)
+                    .next();
+                datagram.extend(index.unwrap_or(0).to_be_bytes());
+                datagram.extend([0; 7]);
+                datagram.push(input.byte().unwrap_or(0));
+                datagram.extend(input.bytes());
+                self.deliver(node, datagram);
+            }
+            8 => {
+                let tenths = input.number() as u32;
+                self.now = self.now.after(Duration::from_millis(100) * tenths);
+                for engine in &mut self.engines {
+                    engine.handle_timeout(self.now);
+                }
+            }
+            9 => {
+                if let Some(id) = self.engines[node].peer_id(&other_key) {
+                    self.engines[node].want_session(self.now, id);
+                }
+            }
+            10 => {
+                let host = input.byte().unwrap_or(0);
+                self.engines[node].unknown_session(self.now, address(host).ip());
+            }
+            11 => {
+                let amount = input.number() as u64;
+                for (_, view) in self.engines[node].tables() {
+                    for session in &view.receive {
+                        session.traffic().received(amount & 0xf, 1);
+                    }
+                    if let Some(session) = &view.current {
+                        session.traffic().sent(amount >> 4, 1);
+                    }
+                }
+            }
+            12 => self.introduce(node, &input.bytes()[..]),
+            _ => self.engines[node].remove_peer(&other_key),
+        }
+        self.collect();
+    }
+
+    fn take(&mut self) -> Option<(usize, Vec<u8>)> {
+        let taken = self.wire.pop_front()?;
+        self.old.push(taken.clone());
+        Some(taken)
+    }
+
+    fn deliver(&mut self, to: usize, mut datagram: Vec<u8>) {
+        let source = address(1 - to as u8);
+        let length = datagram.len();
+        self.engines[to].handle_datagram(self.now, source, &mut datagram);
+        // Whatever it was, the answers to it are fewer bytes than two of it.
+        let mut answered = 0;
+        while let Some(transmit) = self.engines[to].poll_transmit() {
+            answered += transmit.payload.len();
+            self.wire.push_back((1 - to, transmit.payload));
+        }
+        assert!(answered <= 2 * length.max(200), "{answered} bytes for {length}");
+    }
+
+    fn collect(&mut self) {
+        for (node, engine) in self.engines.iter_mut().enumerate() {
+            while let Some(transmit) = engine.poll_transmit() {
+                self.wire.push_back((1 - node, transmit.payload));
+            }
+        }
+    }
+
+    fn check(&mut self) {
+        for (_, datagram) in &self.wire {
+            assert!(datagram.len() <= 1200 && Header::parse(datagram).is_ok());
+        }
+        for engine in &mut self.engines {
+            engine.handle_timeout(self.now);
+            let due = engine.poll_timeout();
+            assert!(due.is_none_or(|due| due.mono > self.now.mono), "time stands still");
+            for (id, view) in engine.tables() {
+                assert!(view.receive.len() <= 4);
+                assert!(view.receive.is_empty() || due.is_some(), "sessions never end");
+                for session in &view.receive {
+                    assert!(session.peer == id && !session.is_expired());
+                    assert!(session.highest_counter() < COUNTER_LIMIT);
+                }
+                let known =
+                    |current| view.receive.iter().any(|s| std::sync::Arc::ptr_eq(s, current));
+                assert!(view.current.as_ref().is_none_or(known));
+            }
+        }
+        self.collect();
+    }
+}
+
+fn change(datagram: &mut [u8], input: &mut Input<'_>) {
+    let (at, with) = (input.number(), input.byte().unwrap_or(1));
+    let length = datagram.len().max(HEADER_LEN);
+    if let Some(byte) = datagram.get_mut(at % length) {
+        *byte ^= with;
+    }
+}
+
+fn address(host: u8) -> SocketAddr {
+    SocketAddr::new([192, 0, 2, host].into(), 51900)
+}
+
+fn engine(node: u8) -> Engine {
+    let mut state = u64::from(node) + 1;
+    let random = move |out: &mut [u8]| {
+        out.fill_with(|| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 56) as u8
+        });
+    };
+    let config = EngineConfig {
+        private_key: [node + 1; 32].into(),
+        cluster_id: "fuzz".to_owned(),
+        listen_port: 51900,
+        lanes: 2,
+        ciphers: Ciphers { aes256_gcm: true, chacha20_poly1305: true, aes_hardware: true },
+        mtu: 1440,
+    };
+    match Engine::new(config, Box::new(random)) {
+        Ok(engine) => engine,
+        Err(error) => unreachable!("fixed parameters are valid: {error}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fuzzing::run_corpus;
+
+    #[test]
+    fn corpus_of_engine_datagrams() {
+        run_corpus("engine_datagrams", engine_datagrams);
+    }
+
+    #[test]
+    fn corpus_of_open_datagram() {
+        run_corpus("open_datagram", open_datagram);
+    }
+
+    #[test]
+    fn corpus_of_handshake_payloads() {
+        run_corpus("handshake_payloads", handshake_payloads);
+    }
+
+    #[test]
+    fn corpus_of_replay_window() {
+        run_corpus("replay_window", replay_window);
+    }
+
+    /// That the script of the first seed does what it is meant to: a session, confirmed, renewed.
+    #[test]
+    fn the_world_can_make_sessions() {
+        let mut world = World::new();
+        for step in [9, 0, 0, 0, 0] {
+            world.step(step, &mut Input(&[]));
+            world.check();
+        }
+        for engine in &world.engines {
+            assert!(engine.tables().all(|(_, view)| view.current.is_some()));
+        }
+    }
+}
