@@ -220,7 +220,7 @@ impl World {
                     }
                 }
             }
-            12 => self.introduce(node, &input.bytes()[..]),
+            12 => self.introduce(node, input.bytes()),
             _ => self.engines[node].remove_peer(&other_key),
         }
         self.collect();
