@@ -15,6 +15,7 @@ mod liveness;
 mod message;
 mod noise;
 mod peer;
+mod primitives;
 pub mod replay;
 pub mod session;
 mod shared;

@@ -108,6 +108,23 @@ fn both_at_once_with_reordering_still_talk() {
     }
 }
 
+/// Whichever of the two has the greater key: a handshake of one's own is over once the peer's is.
+#[test]
+fn a_session_that_the_peer_made_ends_the_own_handshake() {
+    for mute in [0, 1] {
+        let mut lab = Lab::new(2);
+        lab.underlay.mute = Some((mute, MessageType::Initiation));
+        lab.send(mute, 1 - mute, b"a");
+        lab.run(ms(100));
+        lab.send(1 - mute, mute, b"b");
+        lab.run(ms(100));
+        assert!(lab.joined(0, 1));
+        lab.run(secs(20));
+        assert_eq!(lab.count(mute, HandshakeResult::Initiated), 1);
+        assert_eq!(lab.count(mute, HandshakeResult::Timeout), 0);
+    }
+}
+
 #[test]
 fn ciphers_follow_what_both_offer() {
     let chacha = Ciphers { aes256_gcm: false, ..ALL_CIPHERS };
