@@ -2,6 +2,7 @@
 //!
 //! The ordinary tests run each of these over the corpus of its target in `fuzz/corpus`.
 
+pub mod offload;
 pub mod tunnel;
 
 #[cfg(test)]

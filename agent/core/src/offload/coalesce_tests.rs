@@ -84,7 +84,8 @@ fn psh_merges_and_closes() {
 
 #[test]
 fn different_headers_never_merge() {
-    let changes: [(&str, fn(&mut Packet)); 9] = [
+    type Change = (&'static str, fn(&mut Packet));
+    let changes: [Change; 9] = [
         ("dscp", |p| p.tos = 0x28),
         ("ecn", |p| p.tos = 0x01),
         ("ttl", |p| p.ttl = 63),

@@ -8,7 +8,7 @@ use super::vnet::{self, VnetHeader};
 use crate::wire::checksum;
 use crate::wire::ip::{IpHeader, TCP, UDP};
 
-pub(crate) use crate::wire::tcp::{ACK, CWR, ECE, FIN, PSH, RST, SYN, URG};
+pub(crate) use crate::wire::tcp::{ACK, CWR, ECE, FIN, RST, SYN, URG};
 
 /// A packet in the making. Numbers that a test does not set are those of an ordinary flow.
 #[derive(Debug, Clone)]
@@ -119,7 +119,7 @@ impl Packet {
         } else {
             bytes.extend(self.sequence.to_be_bytes());
             bytes.extend(self.acknowledgement.to_be_bytes());
-            bytes.extend([((20 + self.options.len()) / 4 << 4) as u8, self.flags]);
+            bytes.extend([(((20 + self.options.len()) / 4) << 4) as u8, self.flags]);
             bytes.extend(self.window.to_be_bytes());
             bytes.extend([0, 0, 0, 0]);
             bytes.extend(&self.options);

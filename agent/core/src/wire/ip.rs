@@ -107,7 +107,7 @@ mod tests {
 
     fn v4(total: u16, header_len: u8) -> Vec<u8> {
         let mut bytes = vec![0; usize::from(total)];
-        bytes[0] = 0x40 | header_len / 4;
+        bytes[0] = 0x40 | (header_len / 4);
         bytes[2..4].copy_from_slice(&total.to_be_bytes());
         bytes[9] = TCP;
         bytes[12..20].copy_from_slice(&[10, 0, 0, 1, 10, 0, 0, 2]);
