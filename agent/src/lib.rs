@@ -2,9 +2,18 @@
 
 #![deny(unsafe_code)]
 
+pub mod app;
+pub mod config;
+pub mod control;
 pub mod dataplane;
+pub mod failure;
+pub mod http;
 pub mod ipc;
 pub mod keys;
+pub mod lifecycle;
+pub mod metrics;
+pub mod netlink;
+pub mod status;
 // The one place that talks to the kernel by raw structures.
 #[allow(unsafe_code)]
 pub mod sys;

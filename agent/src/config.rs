@@ -1,0 +1,347 @@
+//! The agent's configuration: a TOML file, parsed and validated once into one [`Config`], which is
+//! logged at start. It holds paths of secrets, never secrets.
+
+mod file;
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use crate::failure::Failure;
+use crate::ipc::{CipherChoice, OffloadSettings, UnderlaySettings};
+
+/// Where the configuration lies if the command line does not say.
+pub const DEFAULT_PATH: &str = "/etc/skein/agent.toml";
+
+/// The UDP port of Skein, where a record or the configuration names none.
+pub const DEFAULT_PORT: u16 = 51900;
+
+/// The smallest MTU of a link that carries IPv6 (RFC 8200, section 5).
+pub const MIN_IPV6_MTU: u16 = 1280;
+
+/// Everything that the agent was told, validated.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Config {
+    /// Name of this node.
+    pub name: String,
+    /// Nodes of different clusters never join.
+    pub cluster_id: String,
+    /// Key, last good records, lock.
+    pub state_dir: PathBuf,
+    /// The private key's file, where it is not in the state directory.
+    pub private_key_file: Option<PathBuf>,
+    /// File or directory of node records.
+    pub nodes: PathBuf,
+    /// What this node owns; `None`: what its own record says.
+    pub pod_cidrs: Option<Vec<IpNet>>,
+    /// The TUN device.
+    pub interface: Interface,
+    /// The UDP side.
+    pub underlay: UnderlaySettings,
+    /// The data process.
+    pub dataplane: Dataplane,
+    /// Which rungs of the ladder may be used.
+    pub offload: OffloadSettings,
+    /// Prometheus metrics, health, readiness.
+    pub metrics: Metrics,
+    /// The status socket.
+    pub control: Control,
+    /// Logging.
+    pub log: Log,
+}
+
+/// The TUN device and what comes with it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Interface {
+    /// Interface name, at most 15 bytes.
+    pub name: String,
+    /// MTU in bytes; `None`: the underlay's less the overhead.
+    pub mtu: Option<u16>,
+    /// Packets that may wait in each of the TUN's queues.
+    pub txqueuelen: u32,
+    /// Addresses of the node on the interface; `None`: the first of each of its pod CIDRs.
+    pub addresses: Option<Vec<IpAddr>>,
+    /// Whether to switch on forwarding of IPv4 and IPv6 in this network namespace.
+    pub forwarding: bool,
+}
+
+/// The data process.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Dataplane {
+    /// Who starts it.
+    pub mode: Mode,
+    /// The unix socket that it listens on.
+    pub socket: PathBuf,
+    /// Number of lanes, 1 to 64.
+    pub lanes: u8,
+    /// Which AEAD to offer.
+    pub cipher: CipherChoice,
+    /// Whether small packets may share a datagram.
+    pub bundling: bool,
+    /// Whether it goes on when the control process is told to end.
+    pub keep_on_exit: bool,
+}
+
+/// Who starts the data process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// The control process, as its child.
+    #[default]
+    Spawn,
+    /// Somebody else: a second container, a service manager.
+    External,
+}
+
+/// Metrics, health and readiness over HTTP.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Metrics {
+    /// Where to listen; `None`: nowhere.
+    pub listen: Option<SocketAddr>,
+    /// Whether to have series for each peer.
+    pub per_peer: bool,
+}
+
+/// The status socket.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Control {
+    /// Its path.
+    pub socket: PathBuf,
+}
+
+/// Logging to standard error.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Log {
+    /// A filter of `tracing`: `info`, or `skein_agent=debug,info`.
+    pub level: String,
+    /// Its form.
+    pub format: LogFormat,
+}
+
+/// Form of the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogFormat {
+    /// A line for people.
+    #[default]
+    Text,
+    /// A JSON object a line.
+    Json,
+}
+
+impl Config {
+    /// Reads and validates a file.
+    pub fn load(path: &Path) -> Result<Self, Failure> {
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            Failure::Usage(format!(
+                "cannot read the configuration {}: {error}: name the file with --config",
+                path.display()
+            ))
+        })?;
+        Self::parse(&text)
+            .map_err(|error| Failure::Usage(format!("configuration {}: {error}", path.display())))
+    }
+
+    /// Validates the text of a configuration file.
+    pub fn parse(text: &str) -> Result<Self, Invalid> {
+        let file: file::File =
+            toml::from_str(text).map_err(|error| Invalid(error.to_string().trim().to_owned()))?;
+        file.validate()
+    }
+
+    /// Where the private key lies.
+    pub fn key_path(&self) -> PathBuf {
+        self.private_key_file.clone().unwrap_or_else(|| self.state_dir.join("node.key"))
+    }
+
+    /// What the interface is marked with (IFLA_IFALIAS), so that it is told from a stranger's.
+    pub fn alias(&self) -> String {
+        format!("{ALIAS_PREFIX}{}", self.name)
+    }
+}
+
+/// What the alias of every interface of Skein begins with; the node's name follows.
+pub const ALIAS_PREFIX: &str = "skein:";
+
+/// What is wrong with a configuration: the key, the value, the remedy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Invalid(String);
+
+impl fmt::Display for Invalid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Invalid {}
+
+/// Whether `name` can be the name of a node.
+pub fn check_node_name(name: &str) -> Result<(), Invalid> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
+    if name.is_empty() || name.len() > 200 || !name.chars().all(plain) {
+        let text = format!("name = {name:?}: use 1 to 200 letters, digits, '-', '.' and '_'");
+        return Err(Invalid(text));
+    }
+    Ok(())
+}
+
+/// Whether `cidr` can be a pod CIDR: its host bits are zero and pods can have its addresses.
+pub fn check_pod_cidr(cidr: &IpNet) -> Result<(), Invalid> {
+    if cidr.trunc() != *cidr {
+        let text = format!("{cidr} has host bits set: write {}", cidr.trunc());
+        return Err(Invalid(text));
+    }
+    let usable = match cidr.network() {
+        IpAddr::V4(a) => !(a.is_multicast() || a.is_loopback() || a.is_link_local()),
+        IpAddr::V6(a) => !(a.is_multicast() || a.is_loopback() || a.is_unicast_link_local()),
+    };
+    if cidr.prefix_len() == 0 || !usable {
+        return Err(Invalid(format!(
+            "{cidr} cannot be a pod CIDR: use a unicast prefix of its own"
+        )));
+    }
+    Ok(())
+}
+
+/// Names the first two of `cidrs` that overlap.
+pub fn check_disjoint(cidrs: &[IpNet]) -> Result<(), Invalid> {
+    for (index, a) in cidrs.iter().enumerate() {
+        if let Some(b) = cidrs[index + 1..].iter().find(|b| overlap(a, b)) {
+            return Err(Invalid(format!("pod_cidrs: {a} and {b} overlap: keep one of them")));
+        }
+    }
+    Ok(())
+}
+
+/// Whether two prefixes share an address.
+pub fn overlap(a: &IpNet, b: &IpNet) -> bool {
+    a.contains(b) || b.contains(a)
+}
+
+/// The unspecified addresses of the families that this kernel has.
+fn wildcard() -> Vec<IpAddr> {
+    let mut addresses = vec![IpAddr::V4(Ipv4Addr::UNSPECIFIED)];
+    if Path::new("/proc/net/if_inet6").exists() {
+        addresses.push(IpAddr::V6(Ipv6Addr::UNSPECIFIED));
+    }
+    addresses
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn error(text: &str) -> String {
+        Config::parse(text).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn every_key_has_a_default() {
+        let config = Config::parse("").unwrap();
+        assert!(!config.name.is_empty());
+        assert_eq!(config.interface.name, "skein0");
+        assert_eq!(config.underlay.port, 51900);
+        assert_eq!(config.underlay.addresses[0], IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        assert!((1..=4).contains(&config.dataplane.lanes));
+        assert_eq!(config.offload, OffloadSettings::ALL);
+        assert_eq!(config.metrics.listen, Some("127.0.0.1:9464".parse().unwrap()));
+        assert_eq!(config.key_path(), Path::new("/var/lib/skein/node.key"));
+    }
+
+    #[test]
+    fn every_key_is_taken() {
+        let config = Config::parse(
+            r#"
+            name = "node-a"
+            cluster_id = "prod"
+            state_dir = "/tmp/state"
+            private_key_file = "/tmp/key"
+            nodes = "/tmp/nodes"
+            pod_cidrs = ["10.1.0.0/24", "fd00::/64"]
+            [interface]
+            name = "sk1"
+            mtu = 1400
+            txqueuelen = 2000
+            addresses = ["10.1.0.7"]
+            forwarding = false
+            [underlay]
+            addresses = ["192.0.2.1", "2001:db8::1"]
+            port = 4000
+            receive_buffer = 100000
+            send_buffer = 200000
+            [dataplane]
+            mode = "external"
+            socket = "/tmp/d.sock"
+            lanes = 7
+            cipher = "chacha20-poly1305"
+            bundling = false
+            keep_on_exit = true
+            [offload]
+            udp_gso = false
+            [metrics]
+            listen = "off"
+            per_peer = true
+            [control]
+            socket = "/tmp/c.sock"
+            [log]
+            level = "debug"
+            format = "json"
+            "#,
+        )
+        .unwrap();
+        assert_eq!(config.alias(), "skein:node-a");
+        assert_eq!(config.interface.mtu, Some(1400));
+        assert_eq!(config.interface.addresses, Some(vec!["10.1.0.7".parse().unwrap()]));
+        assert_eq!(config.dataplane.mode, Mode::External);
+        assert_eq!(config.dataplane.cipher, CipherChoice::Chacha20Poly1305);
+        assert_eq!(config.offload, OffloadSettings { udp_gso: false, ..OffloadSettings::ALL });
+        assert_eq!(config.metrics.listen, None);
+        assert_eq!(config.log.format, LogFormat::Json);
+    }
+
+    #[test]
+    fn unknown_keys_are_named() {
+        assert!(error("nmae = 'a'").contains("nmae"));
+        assert!(error("[underlay]\nprot = 1").contains("prot"));
+        assert!(error("[offload]\ntun_gso = true").contains("tun_gso"));
+    }
+
+    #[test]
+    fn bad_values_are_named_with_a_remedy() {
+        for (text, key, remedy) in [
+            ("name = 'a b'", "name", "letters"),
+            ("cluster_id = ''", "cluster_id", "1 to"),
+            ("pod_cidrs = ['10.1.0.7/24']", "pod_cidrs", "10.1.0.0/24"),
+            ("pod_cidrs = ['10.1.0.0']", "pod_cidrs", "10.1.0.0/24"),
+            ("pod_cidrs = ['10.1.0.0/16', '10.1.2.0/24']", "pod_cidrs", "overlap"),
+            ("pod_cidrs = ['0.0.0.0/0']", "pod_cidrs", "unicast"),
+            ("[interface]\nname = 'a-very-long-name'", "interface.name", "15"),
+            ("[interface]\nname = 'a/b'", "interface.name", "15"),
+            ("[interface]\nmtu = 100", "interface.mtu", "576"),
+            ("pod_cidrs = ['fd00::/64']\n[interface]\nmtu = 1279", "interface.mtu", "1280"),
+            ("[interface]\naddresses = ['x']", "interface.addresses", "IP address"),
+            ("[interface]\ntxqueuelen = 0", "interface.txqueuelen", "1 to"),
+            ("[underlay]\naddresses = []", "underlay.addresses", "leave it out"),
+            ("[underlay]\naddresses = ['192.0.2.1', '192.0.2.2']", "underlay.addresses", "one"),
+            ("[underlay]\naddresses = ['239.0.0.1']", "underlay.addresses", "unicast"),
+            ("[underlay]\nport = 0", "underlay.port", "1 to 65535"),
+            ("[underlay]\nport = 70000", "port", "70000"),
+            ("[underlay]\nreceive_buffer = 10", "underlay.receive_buffer", "65536"),
+            ("[dataplane]\nlanes = 0", "dataplane.lanes", "1 to 64"),
+            ("[dataplane]\nlanes = 65", "dataplane.lanes", "1 to 64"),
+            ("[dataplane]\nmode = 'thread'", "mode", "spawn"),
+            ("[dataplane]\ncipher = 'none'", "cipher", "aes256-gcm"),
+            ("[dataplane]\nsocket = ''", "dataplane.socket", "path"),
+            ("[metrics]\nlisten = '9464'", "metrics.listen", "127.0.0.1:9464"),
+            ("[log]\nlevel = 'a=b=c'", "log.level", "info"),
+        ] {
+            let error = error(text);
+            assert!(error.contains(key), "{text}: {error}");
+            assert!(error.contains(remedy), "{text}: {error}");
+        }
+    }
+}

@@ -1,0 +1,376 @@
+//! The configuration file as it is written, and its way to a valid [`Config`].
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+
+use ipnet::IpNet;
+use serde::Deserialize;
+
+use super::{
+    Config, Control, DEFAULT_PORT, Dataplane, Interface, Invalid, Log, LogFormat, MIN_IPV6_MTU,
+    Metrics, Mode, check_disjoint, check_node_name, check_pod_cidr, wildcard,
+};
+use crate::ipc::{CipherChoice, OffloadSettings, UnderlaySettings};
+
+/// The smallest MTU that every IPv4 host takes (RFC 791), and the largest whose datagrams fit UDP.
+const MTU: std::ops::RangeInclusive<u16> = 576..=65_000;
+
+const BUFFERS: std::ops::RangeInclusive<usize> = 65_536..=1 << 30;
+
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct File {
+    name: Option<String>,
+    cluster_id: String,
+    state_dir: PathBuf,
+    private_key_file: Option<PathBuf>,
+    nodes: PathBuf,
+    pod_cidrs: Option<Vec<String>>,
+    interface: InterfaceTable,
+    underlay: UnderlayTable,
+    dataplane: DataplaneTable,
+    offload: OffloadTable,
+    metrics: MetricsTable,
+    control: ControlTable,
+    log: LogTable,
+}
+
+impl Default for File {
+    fn default() -> Self {
+        Self {
+            name: None,
+            cluster_id: "default".to_owned(),
+            state_dir: "/var/lib/skein".into(),
+            private_key_file: None,
+            nodes: "/etc/skein/nodes.d".into(),
+            pod_cidrs: None,
+            interface: InterfaceTable::default(),
+            underlay: UnderlayTable::default(),
+            dataplane: DataplaneTable::default(),
+            offload: OffloadTable::default(),
+            metrics: MetricsTable::default(),
+            control: ControlTable::default(),
+            log: LogTable::default(),
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct InterfaceTable {
+    name: String,
+    mtu: Option<u16>,
+    txqueuelen: u32,
+    addresses: Option<Vec<String>>,
+    forwarding: bool,
+}
+
+impl Default for InterfaceTable {
+    fn default() -> Self {
+        Self {
+            name: "skein0".to_owned(),
+            mtu: None,
+            txqueuelen: 1000,
+            addresses: None,
+            forwarding: true,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct UnderlayTable {
+    addresses: Option<Vec<String>>,
+    port: u16,
+    receive_buffer: usize,
+    send_buffer: usize,
+}
+
+impl Default for UnderlayTable {
+    fn default() -> Self {
+        Self { addresses: None, port: DEFAULT_PORT, receive_buffer: 8 << 20, send_buffer: 4 << 20 }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct DataplaneTable {
+    mode: Mode,
+    socket: PathBuf,
+    lanes: Option<u8>,
+    cipher: CipherChoice,
+    bundling: bool,
+    keep_on_exit: bool,
+}
+
+impl Default for DataplaneTable {
+    fn default() -> Self {
+        Self {
+            mode: Mode::default(),
+            socket: "/run/skein/dataplane.sock".into(),
+            lanes: None,
+            cipher: CipherChoice::default(),
+            bundling: true,
+            keep_on_exit: false,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct OffloadTable {
+    tun_uso: bool,
+    tun_tso: bool,
+    tun_checksum: bool,
+    udp_gso: bool,
+    udp_gro: bool,
+}
+
+impl Default for OffloadTable {
+    fn default() -> Self {
+        Self { tun_uso: true, tun_tso: true, tun_checksum: true, udp_gso: true, udp_gro: true }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct MetricsTable {
+    listen: String,
+    per_peer: bool,
+}
+
+impl Default for MetricsTable {
+    fn default() -> Self {
+        Self { listen: "127.0.0.1:9464".to_owned(), per_peer: false }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct ControlTable {
+    socket: PathBuf,
+}
+
+impl Default for ControlTable {
+    fn default() -> Self {
+        Self { socket: "/run/skein/control.sock".into() }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct LogTable {
+    level: String,
+    format: LogFormat,
+}
+
+impl Default for LogTable {
+    fn default() -> Self {
+        Self { level: "info".to_owned(), format: LogFormat::default() }
+    }
+}
+
+impl File {
+    pub(super) fn validate(self) -> Result<Config, Invalid> {
+        let name = match self.name {
+            Some(name) => name,
+            None => host_name()?,
+        };
+        check_node_name(&name)?;
+        if self.cluster_id.is_empty() || self.cluster_id.len() > 200 {
+            return Err(Invalid("cluster_id: use 1 to 200 bytes".to_owned()));
+        }
+        let pod_cidrs = self.pod_cidrs.map(|texts| pod_cidrs(&texts)).transpose()?;
+        let interface = self.interface.validate(pod_cidrs.as_deref())?;
+        for (key, path) in [
+            ("state_dir", Some(&self.state_dir)),
+            ("private_key_file", self.private_key_file.as_ref()),
+            ("nodes", Some(&self.nodes)),
+            ("dataplane.socket", Some(&self.dataplane.socket)),
+            ("control.socket", Some(&self.control.socket)),
+        ] {
+            if path.is_some_and(|path| path.as_os_str().is_empty()) {
+                return Err(Invalid(format!("{key} is empty: give a path or leave it out")));
+            }
+        }
+        Ok(Config {
+            name,
+            cluster_id: self.cluster_id,
+            state_dir: self.state_dir,
+            private_key_file: self.private_key_file,
+            nodes: self.nodes,
+            pod_cidrs,
+            interface,
+            underlay: self.underlay.validate()?,
+            dataplane: self.dataplane.validate()?,
+            offload: OffloadSettings {
+                tun_uso: self.offload.tun_uso,
+                tun_tso: self.offload.tun_tso,
+                tun_checksum: self.offload.tun_checksum,
+                udp_gso: self.offload.udp_gso,
+                udp_gro: self.offload.udp_gro,
+            },
+            metrics: self.metrics.validate()?,
+            control: Control { socket: self.control.socket },
+            log: self.log.validate()?,
+        })
+    }
+}
+
+impl InterfaceTable {
+    fn validate(self, pod_cidrs: Option<&[IpNet]>) -> Result<Interface, Invalid> {
+        let printable = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | ':' | '%');
+        let possible = (1..=15).contains(&self.name.len()) && self.name.chars().all(printable);
+        // The kernel keeps these for its settings of all interfaces.
+        if !possible || matches!(self.name.as_str(), "." | ".." | "all" | "default" | "lo") {
+            return Err(Invalid(format!(
+                "interface.name = {:?}: use 1 to 15 printable characters without '/', ':' and '%'",
+                self.name
+            )));
+        }
+        if let Some(mtu) = self.mtu.filter(|mtu| !MTU.contains(mtu)) {
+            let (least, most) = (MTU.start(), MTU.end());
+            return Err(Invalid(format!("interface.mtu = {mtu}: use {least} to {most}")));
+        }
+        let v6 = pod_cidrs.and_then(|cidrs| cidrs.iter().find(|cidr| cidr.addr().is_ipv6()));
+        if let (Some(mtu), Some(cidr)) = (self.mtu.filter(|&mtu| mtu < MIN_IPV6_MTU), v6) {
+            return Err(Invalid(format!(
+                "interface.mtu = {mtu}: IPv6 ({cidr}) needs {MIN_IPV6_MTU} or more"
+            )));
+        }
+        if !(1..=1_000_000).contains(&self.txqueuelen) {
+            return Err(Invalid("interface.txqueuelen: use 1 to 1000000 packets".to_owned()));
+        }
+        let addresses = self.addresses.map(|texts| addresses("interface.addresses", &texts));
+        Ok(Interface {
+            name: self.name,
+            mtu: self.mtu,
+            txqueuelen: self.txqueuelen,
+            addresses: addresses.transpose()?,
+            forwarding: self.forwarding,
+        })
+    }
+}
+
+impl UnderlayTable {
+    fn validate(self) -> Result<UnderlaySettings, Invalid> {
+        let addresses = match &self.addresses {
+            None => wildcard(),
+            Some(texts) => addresses("underlay.addresses", texts)?,
+        };
+        if addresses.is_empty() {
+            return Err(Invalid(
+                "underlay.addresses is empty: give an address or leave it out to listen on all"
+                    .to_owned(),
+            ));
+        }
+        for (index, address) in addresses.iter().enumerate() {
+            let earlier = &addresses[..index];
+            if earlier.iter().any(|other| other.is_ipv4() == address.is_ipv4()) {
+                return Err(Invalid(format!(
+                    "underlay.addresses: {address} is a second address of its family: give one"
+                )));
+            }
+        }
+        if self.port == 0 {
+            return Err(Invalid("underlay.port = 0: use 1 to 65535".to_owned()));
+        }
+        for (key, bytes) in
+            [("receive_buffer", self.receive_buffer), ("send_buffer", self.send_buffer)]
+        {
+            if !BUFFERS.contains(&bytes) {
+                let (least, most) = (BUFFERS.start(), BUFFERS.end());
+                let text = format!("underlay.{key} = {bytes}: use {least} to {most} bytes");
+                return Err(Invalid(text));
+            }
+        }
+        Ok(UnderlaySettings {
+            addresses,
+            port: self.port,
+            receive_buffer: self.receive_buffer,
+            send_buffer: self.send_buffer,
+        })
+    }
+}
+
+impl DataplaneTable {
+    fn validate(self) -> Result<Dataplane, Invalid> {
+        let lanes = self.lanes.unwrap_or_else(default_lanes);
+        if !(1..=64).contains(&lanes) {
+            return Err(Invalid(format!("dataplane.lanes = {lanes}: use 1 to 64")));
+        }
+        Ok(Dataplane {
+            mode: self.mode,
+            socket: self.socket,
+            lanes,
+            cipher: self.cipher,
+            bundling: self.bundling,
+            keep_on_exit: self.keep_on_exit,
+        })
+    }
+}
+
+impl MetricsTable {
+    fn validate(self) -> Result<Metrics, Invalid> {
+        let listen = match self.listen.as_str() {
+            "off" => None,
+            text => Some(text.parse::<SocketAddr>().map_err(|_| {
+                let example = "an address and a port (127.0.0.1:9464) or \"off\"";
+                Invalid(format!("metrics.listen = {text:?}: use {example}"))
+            })?),
+        };
+        Ok(Metrics { listen, per_peer: self.per_peer })
+    }
+}
+
+impl LogTable {
+    fn validate(self) -> Result<Log, Invalid> {
+        tracing_subscriber::EnvFilter::try_new(&self.level).map_err(|error| {
+            let example = "use error, warn, info, debug or trace";
+            Invalid(format!("log.level = {:?}: {error}: {example}", self.level))
+        })?;
+        Ok(Log { level: self.level, format: self.format })
+    }
+}
+
+fn pod_cidrs(texts: &[String]) -> Result<Vec<IpNet>, Invalid> {
+    let mut cidrs = Vec::with_capacity(texts.len());
+    for text in texts {
+        let cidr = text.parse::<IpNet>().map_err(|_| {
+            let example = "use an address and a length, as 10.1.0.0/24";
+            Invalid(format!("pod_cidrs: {text:?} is not a prefix: {example}"))
+        })?;
+        check_pod_cidr(&cidr).map_err(|error| Invalid(format!("pod_cidrs: {error}")))?;
+        cidrs.push(cidr);
+    }
+    if cidrs.is_empty() {
+        let text = "pod_cidrs is empty: give a prefix, or leave it out to use the node's record";
+        return Err(Invalid(text.to_owned()));
+    }
+    check_disjoint(&cidrs)?;
+    Ok(cidrs)
+}
+
+fn addresses(key: &str, texts: &[String]) -> Result<Vec<IpAddr>, Invalid> {
+    let parse = |text: &String| {
+        let address = text
+            .parse::<IpAddr>()
+            .map_err(|_| Invalid(format!("{key}: {text:?} is not an IP address, as 192.0.2.1")))?;
+        match address.is_multicast() {
+            true => Err(Invalid(format!("{key}: {address}: use a unicast address"))),
+            false => Ok(address),
+        }
+    };
+    texts.iter().map(parse).collect()
+}
+
+fn default_lanes() -> u8 {
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+    cores.clamp(1, 4) as u8
+}
+
+fn host_name() -> Result<String, Invalid> {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .map_err(|error| Invalid(format!("name: no host name ({error}): set name")))?;
+    Ok(name.trim().to_owned())
+}

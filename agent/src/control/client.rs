@@ -1,0 +1,107 @@
+//! The control process's end of the data plane's socket.
+
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+
+use crate::ipc::{
+    ErrorKind, PROTOCOL_VERSION, Report, Request, Response, encode_frame, frame_length,
+};
+
+/// The data process answers quickly; one that takes this long hangs.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Why a request failed.
+#[derive(Debug, Error)]
+pub enum ClientError {
+    /// The socket: nobody listens, or the data process is gone.
+    #[error("data process: {0}")]
+    Io(#[from] io::Error),
+    /// The data process said no.
+    #[error("{message}")]
+    Refused {
+        /// What kind of thing failed.
+        kind: ErrorKind,
+        /// What failed and how to mend it.
+        message: String,
+    },
+    /// An answer to something that was not asked.
+    #[error("the data process gave an answer that does not fit the question")]
+    Protocol,
+    /// No answer.
+    #[error("the data process did not answer within {DEADLINE:?}")]
+    Timeout,
+}
+
+/// A connection that has said hello.
+#[derive(Debug)]
+pub struct Client {
+    stream: UnixStream,
+    pid: Option<u32>,
+}
+
+impl Client {
+    /// Connects and says hello.
+    pub async fn connect(socket: &Path) -> Result<Self, ClientError> {
+        let stream = UnixStream::connect(socket).await?;
+        // The socket's own word for it: the data process may live in another pid namespace.
+        let pid = stream.peer_cred()?.pid().and_then(|pid| u32::try_from(pid).ok());
+        let mut client = Self { stream, pid: pid.filter(|&pid| pid != 0) };
+        match client.request(&Request::Hello { version: PROTOCOL_VERSION }).await? {
+            Response::Hello { version: PROTOCOL_VERSION, .. } => Ok(client),
+            _ => Err(ClientError::Protocol),
+        }
+    }
+
+    /// Process id of the data process, where it can be seen from here.
+    pub fn pid(&self) -> Option<u32> {
+        self.pid
+    }
+
+    /// Asks, and returns the answer; a refusal is an error.
+    pub async fn request(&mut self, request: &Request) -> Result<Response, ClientError> {
+        let answer = tokio::time::timeout(DEADLINE, self.exchange(request)).await;
+        match answer.map_err(|_| ClientError::Timeout)?? {
+            Response::Error { kind, message } => Err(ClientError::Refused { kind, message }),
+            response => Ok(response),
+        }
+    }
+
+    async fn exchange(&mut self, request: &Request) -> io::Result<Response> {
+        // The frame of a snapshot holds the private key: it is wiped when sent.
+        let frame = zeroize::Zeroizing::new(encode_frame(request)?);
+        self.stream.write_all(&frame).await?;
+        let mut prefix = [0; 4];
+        self.stream.read_exact(&mut prefix).await?;
+        let mut body = vec![0; frame_length(prefix)?];
+        self.stream.read_exact(&mut body).await?;
+        Ok(serde_json::from_slice(&body)?)
+    }
+
+    /// Asks for the state in `request`; returns the revision in force.
+    pub async fn apply(&mut self, request: &Request) -> Result<u64, ClientError> {
+        match self.request(request).await? {
+            Response::Applied { revision } => Ok(revision),
+            _ => Err(ClientError::Protocol),
+        }
+    }
+
+    /// Asks for counters and states.
+    pub async fn report(&mut self) -> Result<Report, ClientError> {
+        match self.request(&Request::Report).await? {
+            Response::Report { report } => Ok(*report),
+            _ => Err(ClientError::Protocol),
+        }
+    }
+
+    /// Waits until the data process has closed the connection. Nothing may be under way.
+    pub async fn closed(&mut self) {
+        let mut byte = [0];
+        // Whatever comes unasked ends this connection as well as its end does.
+        let _ = self.stream.read(&mut byte).await;
+    }
+}

@@ -1,0 +1,241 @@
+//! What is wanted, as a pure function of the configuration and the records; and the difference
+//! between two wants.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::records::NodeRecord;
+use super::registry::Registry;
+use crate::config::{Config, MIN_IPV6_MTU};
+use crate::ipc::{NodeSettings, Peer, Request, Snapshot, TunSettings, Update};
+use crate::keys::{PrivateKey, PublicKey};
+use crate::netlink::interface::Wanted;
+
+/// Bytes that Skein puts around an inner packet: outer IP, UDP, header, tag.
+const OVERHEAD_IPV4: u32 = 60;
+/// The same where the outer packet may be IPv6.
+const OVERHEAD_IPV6: u32 = 80;
+
+/// What this node should be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Desired {
+    /// Inner MTU in bytes.
+    pub mtu: u16,
+    /// What this node owns.
+    pub local_cidrs: Vec<IpNet>,
+    /// Every other node, by name.
+    pub peers: Vec<Peer>,
+    /// Addresses of this node on the interface.
+    pub addresses: Vec<IpAddr>,
+}
+
+impl Desired {
+    /// `underlay_mtu` is in bytes.
+    pub fn new(config: &Config, registry: &Registry, underlay_mtu: u32) -> Self {
+        let local_cidrs = registry.local_cidrs().to_vec();
+        let mut peers: Vec<_> = registry.peers().map(peer).collect();
+        peers.sort_by(|a, b| a.name.cmp(&b.name));
+        let addresses = match &config.interface.addresses {
+            Some(addresses) => addresses.clone(),
+            None => local_cidrs.iter().map(first_host).collect(),
+        };
+        let mtu = config.interface.mtu.unwrap_or_else(|| {
+            let overhead = if over_ipv6(config, registry) { OVERHEAD_IPV6 } else { OVERHEAD_IPV4 };
+            underlay_mtu.saturating_sub(overhead).clamp(576, 65_000) as u16
+        });
+        Self { mtu, local_cidrs, peers, addresses }
+    }
+
+    /// What keeps this from working, and the remedy.
+    pub fn problem(&self) -> Option<String> {
+        let cidrs = self.peers.iter().flat_map(|peer| &peer.pod_cidrs).chain(&self.local_cidrs);
+        let v6 = cidrs.into_iter().find(|cidr| cidr.addr().is_ipv6())?;
+        (self.mtu < MIN_IPV6_MTU).then(|| {
+            format!(
+                "the inner MTU of {} bytes is too small for IPv6 pod CIDRs ({v6}), which need \
+                 {MIN_IPV6_MTU}: raise the MTU of the underlay, or interface.mtu if it is set",
+                self.mtu
+            )
+        })
+    }
+
+    /// The interface for this.
+    pub fn interface(&self, config: &Config) -> Wanted {
+        Wanted {
+            name: config.interface.name.clone(),
+            alias: config.alias(),
+            mtu: self.mtu.into(),
+            txqueuelen: config.interface.txqueuelen,
+            addresses: self.addresses.clone(),
+            routes: self.peers.iter().flat_map(|peer| peer.pod_cidrs.clone()).collect(),
+            forwarding: config.interface.forwarding,
+        }
+    }
+
+    /// The data process's view of this.
+    pub fn snapshot(
+        &self,
+        config: &Config,
+        private_key: &PrivateKey,
+        ifindex: u32,
+        revision: u64,
+    ) -> Snapshot {
+        Snapshot {
+            revision,
+            node: NodeSettings {
+                name: config.name.clone(),
+                cluster_id: config.cluster_id.clone(),
+                private_key: private_key.clone(),
+                tun: TunSettings { name: config.interface.name.clone(), ifindex, mtu: self.mtu },
+                underlay: config.underlay.clone(),
+                lanes: config.dataplane.lanes,
+                cipher: config.dataplane.cipher,
+                bundling: config.dataplane.bundling,
+                offload: config.offload,
+            },
+            local_cidrs: self.local_cidrs.clone(),
+            peers: self.peers.clone(),
+        }
+    }
+}
+
+fn peer(record: &NodeRecord) -> Peer {
+    Peer {
+        name: record.name.clone(),
+        public_key: record.public_key,
+        endpoints: record.endpoints.clone(),
+        pod_cidrs: record.pod_cidrs.clone(),
+    }
+}
+
+/// The first address that a host can have: the first after the network's own, where there is one.
+fn first_host(cidr: &IpNet) -> IpAddr {
+    // The first is the network's name in IPv4 and every router's in IPv6, but on the smallest links.
+    match cidr.max_prefix_len() - cidr.prefix_len() {
+        0 | 1 => cidr.network(),
+        _ => match cidr.network() {
+            IpAddr::V4(ip) => IpAddr::V4((u32::from(ip) + 1).into()),
+            IpAddr::V6(ip) => IpAddr::V6((u128::from(ip) + 1).into()),
+        },
+    }
+}
+
+/// Whether datagrams may leave over IPv6.
+fn over_ipv6(config: &Config, registry: &Registry) -> bool {
+    let listens = |v4: bool| config.underlay.addresses.iter().any(|ip| ip.is_ipv4() == v4);
+    let endpoints = registry.peers().chain(registry.own()).flat_map(|record| &record.endpoints);
+    listens(false) && (!listens(true) || endpoints.into_iter().any(|e| e.is_ipv6()))
+}
+
+/// What to tell a data process that is at `old`, so that it comes to `new`; `None` where it is there.
+pub fn difference(old: &Snapshot, new: &Snapshot) -> Option<Request> {
+    if old.node != new.node || old.local_cidrs != new.local_cidrs {
+        return Some(Request::Apply { snapshot: Box::new(new.clone()) });
+    }
+    let index = |snapshot: &Snapshot| -> BTreeMap<PublicKey, Peer> {
+        snapshot.peers.iter().map(|peer| (peer.public_key, peer.clone())).collect()
+    };
+    let (before, after) = (index(old), index(new));
+    let remove: Vec<_> = before.keys().filter(|key| !after.contains_key(key)).copied().collect();
+    let upsert: Vec<_> = after
+        .into_iter()
+        .filter(|(key, peer)| before.get(key) != Some(peer))
+        .map(|(_, p)| p)
+        .collect();
+    if upsert.is_empty() && remove.is_empty() {
+        return None;
+    }
+    Some(Request::Update { update: Update { revision: new.revision, upsert, remove } })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::super::records::tests::text;
+    use super::*;
+
+    fn desired(config: &str, records: &[String], underlay_mtu: u32) -> (Config, Desired) {
+        let directory = tempfile::tempdir().unwrap();
+        let nodes = directory.path().join("nodes");
+        std::fs::create_dir(&nodes).unwrap();
+        for (n, record) in records.iter().enumerate() {
+            std::fs::write(nodes.join(format!("{n}.toml")), record).unwrap();
+        }
+        let head =
+            format!("name = 'node-1'\nnodes = {nodes:?}\nstate_dir = {:?}\n", directory.path());
+        let config = Config::parse(&(head + config)).unwrap();
+        let registry = Registry::open(&config, PublicKey([1; 32])).unwrap();
+        let desired = Desired::new(&config, &registry, underlay_mtu);
+        (config, desired)
+    }
+
+    fn own() -> String {
+        text(1, &["10.1.0.0/24", "fd00:1::/64"])
+    }
+
+    fn snapshot(records: &[String], revision: u64) -> Snapshot {
+        let (config, desired) = desired("", records, 1500);
+        let key = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=".parse().unwrap();
+        desired.snapshot(&config, &key, 7, revision)
+    }
+
+    #[test]
+    fn addresses_are_the_first_of_each_pod_cidr() {
+        let (_, desired) = desired("", &[own()], 1500);
+        let expected: [IpAddr; 2] = ["10.1.0.1".parse().unwrap(), "fd00:1::1".parse().unwrap()];
+        assert_eq!(desired.addresses, expected);
+        for (cidr, first) in
+            [("10.1.0.7/32", "10.1.0.7"), ("10.1.0.6/31", "10.1.0.6"), ("fd00::8/125", "fd00::9")]
+        {
+            assert_eq!(first_host(&cidr.parse().unwrap()), first.parse::<IpAddr>().unwrap());
+        }
+    }
+
+    #[test]
+    fn the_mtu_leaves_room_for_the_overhead() {
+        let v6_peer = text(2, &["10.2.0.0/24"]).replace("192.0.2.2", "[2001:db8::2]");
+        let mtu = |config: &str, records: &[String]| desired(config, records, 1500).1.mtu;
+        let both = "[underlay]\naddresses = ['0.0.0.0', '::']";
+        let v4 = "[underlay]\naddresses = ['192.0.2.1']";
+        let v6 = "[underlay]\naddresses = ['2001:db8::1']";
+        assert_eq!(mtu(both, &[own(), text(2, &["10.2.0.0/24"])]), 1440);
+        assert_eq!(mtu(both, &[own(), v6_peer.clone()]), 1420);
+        assert_eq!(mtu(v4, &[own(), v6_peer.clone()]), 1440, "it cannot be reached");
+        assert_eq!(mtu(v6, &[own()]), 1420);
+        assert_eq!(mtu("[interface]\nmtu = 1300", &[own(), v6_peer]), 1300);
+    }
+
+    #[test]
+    fn ipv6_needs_its_smallest_mtu() {
+        assert_eq!(desired("", &[own()], 1360).1.problem(), None);
+        let problem = desired("", &[own()], 1330).1.problem().unwrap();
+        assert!(problem.contains("1280") && problem.contains("fd00:1::/64"), "{problem}");
+        let v4 = text(1, &["10.1.0.0/24"]);
+        assert_eq!(desired("", std::slice::from_ref(&v4), 1330).1.problem(), None);
+        assert!(desired("", &[v4, text(2, &["fd00:2::/64"])], 1330).1.problem().is_some());
+    }
+
+    #[test]
+    fn small_changes_are_updates() {
+        let a = snapshot(&[own(), text(2, &["10.2.0.0/24"]), text(3, &["10.3.0.0/24"])], 1);
+        let b = snapshot(&[own(), text(2, &["10.22.0.0/24"]), text(4, &["10.4.0.0/24"])], 2);
+        assert!(difference(&a, &Snapshot { revision: 9, ..a.clone() }).is_none());
+        let Some(Request::Update { update }) = difference(&a, &b) else { panic!("no update") };
+        assert_eq!(update.revision, 2);
+        assert_eq!(update.remove, [PublicKey([3; 32])]);
+        let upserted: Vec<_> = update.upsert.iter().map(|peer| peer.name.as_str()).collect();
+        assert_eq!(upserted, ["node-2", "node-4"]);
+    }
+
+    #[test]
+    fn other_changes_need_a_whole_snapshot() {
+        let a = snapshot(&[own()], 1);
+        let b = snapshot(&[text(1, &["10.9.0.0/24"])], 2);
+        assert!(matches!(difference(&a, &b), Some(Request::Apply { .. })));
+        let mut c = a.clone();
+        c.node.tun.ifindex += 1;
+        assert!(matches!(difference(&a, &c), Some(Request::Apply { .. })));
+    }
+}

@@ -1,0 +1,313 @@
+//! The control process: from configuration and node records to an interface, routes and a data
+//! process that does what they say; and back again whenever something changes.
+
+pub mod cleanup;
+pub mod client;
+pub mod desired;
+pub mod identity;
+pub mod lock;
+pub mod records;
+pub mod registry;
+pub mod server;
+pub mod shared;
+pub mod supervisor;
+pub mod watch;
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use anyhow::Context;
+use tokio::sync::oneshot;
+use tokio::time::MissedTickBehavior;
+
+use self::desired::Desired;
+use self::lock::StateLock;
+use self::registry::Registry;
+use self::shared::{InterfaceStatus, Shared};
+use self::supervisor::{End, Handle};
+use self::watch::SourceWatch;
+use crate::config::Config;
+use crate::failure::Failure;
+use crate::http;
+use crate::ipc::Snapshot;
+use crate::keys::PrivateKey;
+use crate::lifecycle::{Asked, NotReady, Signals};
+use crate::netlink::interface::{InterfaceError, Present, Wanted};
+use crate::netlink::monitor::Monitor;
+use crate::netlink::{Netlink, NetlinkError};
+use crate::sys::tun::TunError;
+
+/// The interface is compared with what is wanted this often, whatever was announced.
+const RESYNC: Duration = Duration::from_secs(10);
+/// Announcements of the kernel that come together are taken together.
+const QUIET: Duration = Duration::from_millis(20);
+
+/// Runs until a signal ends it or the start fails.
+pub async fn run(config: Config) -> Result<(), Failure> {
+    let mut signals = Signals::take().context("cannot take signals")?;
+    let lock = StateLock::take(&config.state_dir)?;
+    let key = identity::for_node(&config)?;
+    let public = key.public().context("cannot compute the public key")?;
+    let registry = Registry::open(&config, public)?;
+    let source = SourceWatch::start(&config.nodes);
+    let shared = Shared::new(config.clone(), public);
+    let metrics = http::bind(&config)?;
+    let status = server::bind(&config.control.socket)?;
+    let http = tokio::spawn(http::serve(metrics, shared.clone()));
+    let server = tokio::spawn(server::serve(status, shared.clone()));
+
+    let socket = config.control.socket.clone();
+    let result = match Controller::start(config, key, registry, shared).await {
+        Ok((controller, first)) => controller.run(first, source, &mut signals).await,
+        Err(failure) => Err(failure),
+    };
+    http.abort();
+    server.abort();
+    // A socket file that stays is harmless: the next start takes it over.
+    let _ = std::fs::remove_file(socket);
+    drop(lock);
+    result
+}
+
+struct Controller {
+    config: Config,
+    key: PrivateKey,
+    registry: Registry,
+    shared: Shared,
+    netlink: Netlink,
+    monitor: Monitor,
+    underlay_mtu: u32,
+    desired: Desired,
+    interface: Present,
+    snapshots: tokio::sync::watch::Sender<Arc<Snapshot>>,
+    supervisor: Handle,
+    /// Addresses and routes wait until the data process has taken the first snapshot.
+    started: bool,
+    not_ready: Option<NotReady>,
+    /// Logged already, so as not to be logged every ten seconds.
+    complaints: Vec<String>,
+}
+
+type First = oneshot::Receiver<Result<(), Failure>>;
+
+impl Controller {
+    async fn start(
+        config: Config,
+        key: PrivateKey,
+        registry: Registry,
+        shared: Shared,
+    ) -> Result<(Self, First), Failure> {
+        let netlink = Netlink::connect().map_err(netlink_failure)?;
+        let monitor = Monitor::start(&config.interface.name).map_err(netlink_failure)?;
+        let addresses = &config.underlay.addresses;
+        let underlay_mtu = netlink.underlay_mtu(addresses, &config.interface.name).await;
+        let underlay_mtu = underlay_mtu.map_err(netlink_failure)?;
+        let desired = Desired::new(&config, &registry, underlay_mtu);
+        if let Some(problem) = desired.problem() {
+            return Err(Failure::Usage(problem));
+        }
+        let wanted = desired.interface(&config);
+        let interface = wanted.ensure_device(&netlink).await.map_err(interface_failure)?;
+        monitor.set_index(interface.index);
+        let snapshot = desired.snapshot(&config, &key, interface.index, first_revision());
+        let (snapshots, receiver) = tokio::sync::watch::channel(Arc::new(snapshot));
+        let settings = supervisor::Settings::new(&config);
+        let (supervisor, first) = supervisor::start(
+            settings,
+            receiver,
+            shared.dataplane.clone(),
+            shared.readiness.clone(),
+        );
+        let not_ready = Some(shared.readiness.block("the interface is not configured yet"));
+        let mut controller = Self {
+            config,
+            key,
+            registry,
+            shared,
+            netlink,
+            monitor,
+            underlay_mtu,
+            desired,
+            interface,
+            snapshots,
+            supervisor,
+            started: false,
+            not_ready,
+            complaints: Vec::new(),
+        };
+        controller.show();
+        Ok((controller, first))
+    }
+
+    async fn run(
+        mut self,
+        mut first: First,
+        mut source: SourceWatch,
+        signals: &mut Signals,
+    ) -> Result<(), Failure> {
+        let mut resync = tokio::time::interval(RESYNC);
+        resync.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                asked = signals.next() => match asked {
+                    Asked::End => return self.end().await,
+                    Asked::Reload => self.reload().await,
+                },
+                result = &mut first, if !self.started => {
+                    match result.unwrap_or_else(|_| Err(anyhow::anyhow!("the supervisor has ended").into())) {
+                        Ok(()) => {
+                            self.started = true;
+                            self.reconcile().await;
+                        }
+                        Err(failure) => return Err(self.undo(failure).await),
+                    }
+                }
+                () = source.due() => self.reload().await,
+                () = self.monitor.changed() => {
+                    tokio::time::sleep(QUIET).await;
+                    self.reconcile().await;
+                }
+                _ = resync.tick() => self.reconcile().await,
+            }
+        }
+    }
+
+    /// Reads the node records and follows them.
+    async fn reload(&mut self) {
+        let changed = self.registry.reload();
+        self.shared.set_registry(self.registry.status());
+        if !changed {
+            return;
+        }
+        let mut desired = Desired::new(&self.config, &self.registry, self.underlay_mtu);
+        // Pods that run already were given the old MTU: it may shrink, but does not grow again.
+        desired.mtu = desired.mtu.min(self.desired.mtu);
+        if let Some(problem) = desired.problem() {
+            tracing::error!(problem, "the node records need what this node cannot give");
+        }
+        tracing::info!(peers = desired.peers.len(), "node records have changed");
+        self.desired = desired;
+        // The data process first: a route to a node that it does not know yet loses packets.
+        self.publish();
+        self.reconcile().await;
+        self.show();
+    }
+
+    /// Hands the wanted state to the supervisor.
+    fn publish(&self) {
+        let revision = self.snapshots.borrow().revision + 1;
+        let snapshot =
+            self.desired.snapshot(&self.config, &self.key, self.interface.index, revision);
+        // The supervisor lives as long as this controller.
+        self.snapshots.send_replace(Arc::new(snapshot));
+    }
+
+    /// Brings the interface to what is wanted, making it anew where it is gone.
+    async fn reconcile(&mut self) {
+        if !self.started {
+            return;
+        }
+        let wanted = self.desired.interface(&self.config);
+        let mut complaints = Vec::new();
+        match self.device(&wanted).await {
+            Ok(()) => {
+                let outcome = wanted.configure(&self.netlink, self.interface.index).await;
+                for change in &outcome.changes {
+                    tracing::info!(interface = wanted.name, "{change}");
+                }
+                complaints.extend(outcome.errors);
+            }
+            Err(error) => complaints.push(error.to_string()),
+        }
+        for complaint in complaints.iter().filter(|new| !self.complaints.contains(new)) {
+            tracing::error!(interface = wanted.name, "{complaint}");
+        }
+        self.not_ready = match complaints.is_empty() {
+            true => None,
+            false => {
+                let reason = format!("interface {}: {}", wanted.name, complaints.join("; "));
+                Some(self.shared.readiness.block(reason))
+            }
+        };
+        self.complaints = complaints;
+    }
+
+    async fn device(&mut self, wanted: &Wanted) -> Result<(), InterfaceError> {
+        let present = wanted.ensure_device(&self.netlink).await?;
+        if present.index != self.interface.index {
+            tracing::warn!(interface = wanted.name, "the interface was deleted and is made again");
+            let created = self.interface.created || present.created;
+            self.interface = Present { created, ..present };
+            self.monitor.set_index(present.index);
+            self.publish();
+            self.show();
+        }
+        Ok(())
+    }
+
+    /// Puts what the status shows in its place.
+    fn show(&mut self) {
+        self.shared.set_registry(self.registry.status());
+        let wanted = self.desired.interface(&self.config);
+        self.shared.set_interface(InterfaceStatus {
+            name: wanted.name,
+            index: self.interface.index,
+            mtu: self.desired.mtu,
+            addresses: wanted.addresses,
+            routes: wanted.routes,
+            local_cidrs: self.desired.local_cidrs.clone(),
+        });
+    }
+
+    async fn end(self) -> Result<(), Failure> {
+        let keep = self.config.dataplane.keep_on_exit;
+        tracing::info!(keep_dataplane = keep, "ending");
+        self.supervisor.end(if keep { End::Keep } else { End::Stop }).await;
+        Ok(())
+    }
+
+    /// Takes back what this start has made.
+    async fn undo(self, failure: Failure) -> Failure {
+        self.supervisor.end(End::StopOwn).await;
+        if self.interface.created
+            && let Err(error) = self.netlink.delete_link(self.interface.index).await
+        {
+            tracing::error!(%error, "the interface stays behind: remove it with skein-agent cleanup");
+        }
+        failure
+    }
+}
+
+/// Larger than any that an earlier control process has used, so that reports tell them apart.
+fn first_revision() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(1)
+}
+
+fn netlink_failure(error: NetlinkError) -> Failure {
+    match error.source.kind() {
+        std::io::ErrorKind::PermissionDenied => {
+            Failure::Privilege(format!("{error}: run as root or grant CAP_NET_ADMIN"))
+        }
+        _ => Failure::Runtime(error.into()),
+    }
+}
+
+pub(crate) fn interface_failure(error: InterfaceError) -> Failure {
+    match error {
+        InterfaceError::Foreign { .. } | InterfaceError::OtherNode { .. } => {
+            Failure::Taken(error.to_string())
+        }
+        InterfaceError::Netlink(error) => netlink_failure(error),
+        InterfaceError::Tun(error) => match error {
+            TunError::NotFound | TunError::NoDevice { .. } => Failure::Missing(error.to_string()),
+            TunError::Permission { .. } => Failure::Privilege(error.to_string()),
+            TunError::Exists { .. } | TunError::Busy { .. } | TunError::NotATun { .. } => {
+                Failure::Taken(error.to_string())
+            }
+            TunError::Flags { .. } => Failure::Taken(error.to_string()),
+            TunError::Name { .. } => Failure::Usage(error.to_string()),
+            TunError::Io { .. } => Failure::Runtime(error.into()),
+        },
+    }
+}

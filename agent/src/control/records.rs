@@ -1,0 +1,323 @@
+//! Node records as files: one TOML table, or an array `[[node]]` of them.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use crate::config::{DEFAULT_PORT, check_disjoint, check_node_name, check_pod_cidr, overlap};
+use crate::keys::PublicKey;
+
+/// A file of records is refused beyond this length: 10,000 nodes take about 3 MiB.
+const MAX_FILE: u64 = 16 << 20;
+
+/// One node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeRecord {
+    /// Its name.
+    pub name: String,
+    /// Its identity.
+    pub public_key: PublicKey,
+    /// Where it listens, in the order to try.
+    pub endpoints: Vec<SocketAddr>,
+    /// What it owns.
+    pub pod_cidrs: Vec<IpNet>,
+}
+
+/// What is wrong with a file of records.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RecordError(String);
+
+impl fmt::Display for RecordError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for RecordError {}
+
+/// The records of every file, or what is wrong with it.
+pub type Files = BTreeMap<PathBuf, Result<Vec<NodeRecord>, RecordError>>;
+
+/// Reads a file, or every `*.toml` of a directory that is not hidden.
+pub fn read(source: &Path) -> std::io::Result<Files> {
+    if !std::fs::metadata(source)?.is_dir() {
+        return Ok(BTreeMap::from([(source.to_owned(), read_file(source))]));
+    }
+    let mut files = Files::new();
+    for entry in std::fs::read_dir(source)? {
+        let path = entry?.path();
+        let hidden = path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
+        if !hidden && path.extension().is_some_and(|extension| extension == "toml") {
+            let records = read_file(&path);
+            files.insert(path, records);
+        }
+    }
+    Ok(files)
+}
+
+fn read_file(path: &Path) -> Result<Vec<NodeRecord>, RecordError> {
+    let cannot = |error| RecordError(format!("cannot be read: {error}"));
+    let length = std::fs::metadata(path).map_err(cannot)?.len();
+    if length > MAX_FILE {
+        return Err(RecordError(format!("is longer than {MAX_FILE} bytes: split it")));
+    }
+    parse(&std::fs::read_to_string(path).map_err(cannot)?)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawRecord {
+    name: String,
+    public_key: String,
+    endpoints: Vec<String>,
+    pod_cidrs: Vec<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawArray {
+    node: Vec<RawRecord>,
+}
+
+/// The records of one file's text. No records at all is an error: it is what a file looks like that
+/// somebody is just writing; `node = []` says that there are none.
+pub fn parse(text: &str) -> Result<Vec<NodeRecord>, RecordError> {
+    let wrong = |error: toml::de::Error| RecordError(error.to_string().trim().to_owned());
+    let table: toml::Table = toml::from_str(text).map_err(wrong)?;
+    if table.is_empty() {
+        let text = "holds no node record: write name, public_key, endpoints and pod_cidrs, or \
+                    remove the file";
+        return Err(RecordError(text.to_owned()));
+    }
+    // From the text again, so that errors name lines.
+    let raw = match table.contains_key("node") {
+        true => toml::from_str::<RawArray>(text).map_err(wrong)?.node,
+        false => vec![toml::from_str::<RawRecord>(text).map_err(wrong)?],
+    };
+    let records = raw.into_iter().map(RawRecord::validate).collect::<Result<Vec<_>, _>>()?;
+    match conflict(records.iter().map(|record| ((), record))) {
+        Some(conflict) => Err(RecordError(conflict.message)),
+        None => Ok(records),
+    }
+}
+
+impl RawRecord {
+    fn validate(self) -> Result<NodeRecord, RecordError> {
+        let name = self.name;
+        check_node_name(&name).map_err(|error| RecordError(error.to_string()))?;
+        let wrong =
+            |field: &str, text: String| RecordError(format!("node {name}: {field}: {text}"));
+        let public_key = self.public_key.parse::<PublicKey>().map_err(|error| {
+            let remedy = "use the output of skein-agent pubkey on that node";
+            wrong("public_key", format!("{:?} is {error}: {remedy}", self.public_key))
+        })?;
+        if public_key.0 == [0; 32] {
+            let text = "is all zeros: use the output of skein-agent pubkey on that node";
+            return Err(wrong("public_key", text.to_owned()));
+        }
+        let mut endpoints = Vec::with_capacity(self.endpoints.len());
+        for text in &self.endpoints {
+            let endpoint = endpoint(text).ok_or_else(|| {
+                let example = "192.0.2.1, 192.0.2.1:51900 or [2001:db8::1]:51900";
+                wrong("endpoints", format!("{text:?} is not an address: use {example}"))
+            })?;
+            endpoints.push(endpoint);
+        }
+        if endpoints.is_empty() {
+            let text = "is empty: give at least one address of the node, as 192.0.2.1:51900";
+            return Err(wrong("endpoints", text.to_owned()));
+        }
+        let mut pod_cidrs = Vec::with_capacity(self.pod_cidrs.len());
+        for text in &self.pod_cidrs {
+            let cidr = text.parse::<IpNet>().map_err(|_| {
+                let example = "use an address and a length, as 10.244.1.0/24";
+                wrong("pod_cidrs", format!("{text:?} is not a prefix: {example}"))
+            })?;
+            check_pod_cidr(&cidr).map_err(|error| wrong("pod_cidrs", error.to_string()))?;
+            pod_cidrs.push(cidr);
+        }
+        if pod_cidrs.is_empty() {
+            let text = "is empty: give the prefixes that the node owns, as 10.244.1.0/24";
+            return Err(wrong("pod_cidrs", text.to_owned()));
+        }
+        check_disjoint(&pod_cidrs).map_err(|error| RecordError(format!("node {name}: {error}")))?;
+        Ok(NodeRecord { name, public_key, endpoints, pod_cidrs })
+    }
+}
+
+fn endpoint(text: &str) -> Option<SocketAddr> {
+    let endpoint = text
+        .parse::<SocketAddr>()
+        .or_else(|_| text.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, DEFAULT_PORT)))
+        .ok()?;
+    let ip = endpoint.ip();
+    (endpoint.port() != 0 && !ip.is_multicast() && !ip.is_unspecified()).then_some(endpoint)
+}
+
+/// Two records that contradict each other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Conflict<S> {
+    /// Where the two come from.
+    pub between: (S, S),
+    /// What contradicts, and the remedy.
+    pub message: String,
+}
+
+/// Finds two records of one name, of one key, or with overlapping pod CIDRs. `S` says where a
+/// record comes from.
+pub fn conflict<'a, S: Clone>(
+    records: impl IntoIterator<Item = (S, &'a NodeRecord)>,
+) -> Option<Conflict<S>> {
+    let mut names = BTreeMap::new();
+    let mut keys = BTreeMap::new();
+    let mut cidrs: Vec<(IpNet, S, &str)> = Vec::new();
+    for (source, record) in records {
+        let name = record.name.as_str();
+        if let Some(other) = names.insert(name, source.clone()) {
+            let message = format!("two records of node {name}: keep one");
+            return Some(Conflict { between: (other, source), message });
+        }
+        if let Some((other, twin)) = keys.insert(record.public_key, (source.clone(), name)) {
+            let message = format!(
+                "public_key: nodes {twin} and {name} have the same key {}: every node has a key of \
+                 its own (skein-agent keygen)",
+                record.public_key
+            );
+            return Some(Conflict { between: (other, source), message });
+        }
+        cidrs.extend(record.pod_cidrs.iter().map(|cidr| (*cidr, source.clone(), name)));
+    }
+    // In the order of their first addresses, a prefix that overlaps any other overlaps its
+    // neighbour: prefixes nest or are disjoint.
+    cidrs.sort_by_key(|(cidr, ..)| (cidr.network(), cidr.prefix_len()));
+    cidrs.windows(2).find_map(|pair| {
+        let [(a, from_a, node_a), (b, from_b, node_b)] = pair else { return None };
+        overlap(a, b).then(|| Conflict {
+            between: (from_a.clone(), from_b.clone()),
+            message: format!(
+                "pod_cidrs: {a} of node {node_a} and {b} of node {node_b} overlap: give every node \
+                 prefixes of its own"
+            ),
+        })
+    })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+pub(crate) mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// A record for tests: node `n` with key bytes `n`.
+    pub(crate) fn record(n: u8, cidrs: &[&str]) -> NodeRecord {
+        NodeRecord {
+            name: format!("node-{n}"),
+            public_key: PublicKey([n; 32]),
+            endpoints: vec![SocketAddr::from(([192, 0, 2, n], 51900))],
+            pod_cidrs: cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect(),
+        }
+    }
+
+    /// The text of a record file.
+    pub(crate) fn text(n: u8, cidrs: &[&str]) -> String {
+        let record = record(n, cidrs);
+        format!(
+            "name = {:?}\npublic_key = \"{}\"\nendpoints = [\"{}\"]\npod_cidrs = {cidrs:?}\n",
+            record.name, record.public_key, record.endpoints[0]
+        )
+    }
+
+    fn error(text: &str) -> String {
+        parse(text).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn one_record_and_arrays_are_read() {
+        let one = text(1, &["10.1.0.0/24", "fd00:1::/64"]);
+        assert_eq!(parse(&one).unwrap(), [record(1, &["10.1.0.0/24", "fd00:1::/64"])]);
+        let two = format!("[[node]]\n{one}\n[[node]]\n{}", text(2, &["10.2.0.0/24"]));
+        assert_eq!(parse(&two).unwrap()[1], record(2, &["10.2.0.0/24"]));
+        assert_eq!(parse("node = []").unwrap(), []);
+    }
+
+    #[test]
+    fn an_endpoint_without_a_port_has_the_default_one() {
+        let text = text(1, &["10.1.0.0/24"]).replace("192.0.2.1:51900", "2001:db8::1");
+        assert_eq!(parse(&text).unwrap()[0].endpoints, ["[2001:db8::1]:51900".parse().unwrap()]);
+    }
+
+    #[test]
+    fn errors_name_the_field_and_the_remedy() {
+        let good = text(1, &["10.1.0.0/24"]);
+        let key = record(1, &[]).public_key.to_string();
+        for (bad, field, remedy) in [
+            (String::new(), "no node record", "remove"),
+            ("# being written".to_owned(), "no node record", "remove"),
+            ("name = ".to_owned(), "line 1", ""),
+            (good.clone() + "mtu = 1\n", "mtu", "expected one of"),
+            ("node = 1".to_owned(), "node", "sequence"),
+            (good.replace("node-1", "node 1"), "name", "letters"),
+            (good.replace(&key, "AAAA"), "node-1: public_key", "skein-agent pubkey"),
+            (good.replace(&key, "?"), "node-1: public_key", "skein-agent pubkey"),
+            (text(0, &["10.1.0.0/24"]).replace("node-0", "z"), "z: public_key", "pubkey"),
+            (good.replace("192.0.2.1:51900", "host:1"), "node-1: endpoints", "192.0.2.1"),
+            (good.replace("192.0.2.1:51900", "0.0.0.0"), "node-1: endpoints", "192.0.2.1"),
+            (good.replace("\"192.0.2.1:51900\"", ""), "node-1: endpoints", "at least one"),
+            (good.replace("10.1.0.0/24", "10.1.0.9/24"), "node-1: pod_cidrs", "10.1.0.0/24"),
+            (good.replace("10.1.0.0/24", "10.1.0.0"), "node-1: pod_cidrs", "length"),
+            (good.replace("\"10.1.0.0/24\"", ""), "node-1: pod_cidrs", "prefixes"),
+            (text(1, &["10.1.0.0/24", "10.1.0.0/25"]), "pod_cidrs", "overlap"),
+        ] {
+            let error = error(&bad);
+            assert!(error.contains(field), "{bad}: {error}");
+            assert!(error.contains(remedy), "{bad}: {error}");
+        }
+    }
+
+    #[test]
+    fn contradictions_within_a_file_are_found() {
+        let file = |a: &str, b: &str| format!("[[node]]\n{a}[[node]]\n{b}");
+        let a = text(1, &["10.1.0.0/16"]);
+        assert!(error(&file(&a, &text(2, &["10.1.9.0/24"]))).contains("overlap"));
+        assert!(
+            error(&file(&a, &text(1, &["10.2.0.0/24"]))).contains("two records of node node-1")
+        );
+        let twin = text(1, &["10.2.0.0/24"]).replace("node-1", "twin");
+        assert!(error(&file(&a, &twin)).contains("same key"));
+    }
+
+    #[test]
+    fn only_toml_files_that_are_not_hidden_count() {
+        let directory = tempfile::tempdir().unwrap();
+        for name in ["a.toml", ".b.toml", "c.toml~", "d"] {
+            std::fs::write(directory.path().join(name), text(1, &["10.1.0.0/24"])).unwrap();
+        }
+        let files = read(directory.path()).unwrap();
+        assert_eq!(files.keys().collect::<Vec<_>>(), [&directory.path().join("a.toml")]);
+        let file = directory.path().join("d");
+        assert!(read(&file).unwrap()[&file].is_ok(), "a file that is named counts in any case");
+        assert!(read(&directory.path().join("none")).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn neighbours_suffice_to_find_overlaps(nets in prop::collection::vec((any::<u32>(), 1u8..=32), 1..12)) {
+            let records: Vec<_> = (1..).zip(nets).map(|(n, (address, length))| {
+                let net = IpNet::new(std::net::Ipv4Addr::from(address).into(), length).unwrap();
+                NodeRecord { pod_cidrs: vec![net.trunc()], ..record(n, &[]) }
+            }).collect();
+            let all = |a: &NodeRecord, b: &NodeRecord| overlap(&a.pod_cidrs[0], &b.pod_cidrs[0]);
+            let expected = records.iter().enumerate().any(|(i, a)| records[i + 1..].iter().any(|b| all(a, b)));
+            prop_assert_eq!(conflict(records.iter().map(|r| ((), r))).is_some(), expected);
+        }
+
+        #[test]
+        fn no_text_panics(text in "\\PC{0,200}") {
+            let _ = parse(&text);
+        }
+    }
+}

@@ -1,0 +1,498 @@
+//! The node registry from files: the records in force, what was refused and why, and the last good
+//! records on disk.
+//!
+//! A file that is wrong, or that contradicts what is in force, is refused as a whole, and the last
+//! good version of its records stays in force. So a typing error takes no node out of the network.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use super::records::{self, Files, NodeRecord};
+use crate::config::Config;
+use crate::failure::Failure;
+use crate::keys::PublicKey;
+
+/// Records by the file that they come from.
+type Accepted = BTreeMap<PathBuf, Vec<NodeRecord>>;
+
+/// This node, as the configuration has it.
+#[derive(Debug, Clone)]
+struct Own {
+    name: String,
+    public_key: PublicKey,
+    pod_cidrs: Option<Vec<IpNet>>,
+}
+
+/// The records in force.
+#[derive(Debug)]
+pub struct Registry {
+    own: Own,
+    /// What this node owns.
+    local_cidrs: Vec<IpNet>,
+    source: PathBuf,
+    store: PathBuf,
+    accepted: Accepted,
+    rejected: BTreeMap<PathBuf, String>,
+    source_error: Option<String>,
+}
+
+/// What the status shows of the registry.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegistryStatus {
+    /// File or directory.
+    pub source: PathBuf,
+    /// Records in force, this node's included.
+    pub accepted: usize,
+    /// Files that are refused.
+    pub rejected: Vec<RejectedFile>,
+    /// Why the source cannot be read, where it cannot.
+    pub source_error: Option<String>,
+}
+
+/// A file of records that is refused.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RejectedFile {
+    /// Its path.
+    pub file: PathBuf,
+    /// What is wrong with it.
+    pub error: String,
+}
+
+/// The last good records, as they are kept on disk.
+#[derive(Serialize, Deserialize)]
+struct Stored {
+    source: PathBuf,
+    files: Accepted,
+}
+
+impl Registry {
+    /// Reads the records for the first time. What is wrong with this node's own record is an error,
+    /// and so is a wrong file of which no good version is known.
+    pub fn open(config: &Config, public_key: PublicKey) -> Result<Self, Failure> {
+        let own =
+            Own { name: config.name.clone(), public_key, pod_cidrs: config.pod_cidrs.clone() };
+        let source = config.nodes.clone();
+        let store = config.state_dir.join("registry.json");
+        let last_good = read_store(&store, &source);
+        let shown = source.display();
+        let (files, source_error) = match (records::read(&source), &last_good) {
+            (Ok(files), _) => (files, None),
+            (Err(error), Some(stored)) => {
+                tracing::warn!(source = %shown, %error, "no node records: the last good ones are used");
+                let files = stored.iter().map(|(path, good)| (path.clone(), Ok(good.clone())));
+                (files.collect(), Some(error.to_string()))
+            }
+            (Err(error), None) => {
+                return Err(Failure::Usage(format!(
+                    "cannot read the node records {shown}: {error}: make the directory, or set \
+                     nodes to the file or directory that holds them"
+                )));
+            }
+        };
+        check_own(&own, &files)?;
+        let (accepted, rejected) = settle(&own, &last_good.unwrap_or_default(), files);
+        let fatal: Vec<_> = rejected
+            .iter()
+            .filter(|(path, _)| !accepted.contains_key(*path))
+            .map(|(path, error)| format!("node records {}: {error}", path.display()))
+            .collect();
+        if !fatal.is_empty() {
+            return Err(Failure::Usage(fatal.join("\n")));
+        }
+        let Some(local_cidrs) = local_cidrs(&own, &accepted) else {
+            return Err(Failure::Usage(format!(
+                "this node ({}) has no pod CIDRs: set pod_cidrs in the configuration, or add a \
+                 record with this name to {shown}",
+                own.name
+            )));
+        };
+        let registry = Self { own, local_cidrs, source, store, accepted, rejected, source_error };
+        for (path, error) in &registry.rejected {
+            log_rejected(path, error);
+        }
+        registry.write_store();
+        Ok(registry)
+    }
+
+    /// Reads the records again; says whether what is in force has changed.
+    pub fn reload(&mut self) -> bool {
+        let files = match records::read(&self.source) {
+            Ok(files) => files,
+            Err(error) => {
+                let error = error.to_string();
+                if self.source_error.as_ref() != Some(&error) {
+                    tracing::error!(source = %self.source.display(), %error,
+                        "cannot read the node records: those in force stay");
+                    self.source_error = Some(error);
+                }
+                return false;
+            }
+        };
+        self.source_error = None;
+        let (accepted, rejected) = settle(&self.own, &self.accepted, files);
+        for (path, error) in &rejected {
+            if self.rejected.get(path) != Some(error) {
+                log_rejected(path, error);
+            }
+        }
+        self.rejected = rejected;
+        if accepted == self.accepted {
+            return false;
+        }
+        self.accepted = accepted;
+        match local_cidrs(&self.own, &self.accepted) {
+            Some(cidrs) => self.local_cidrs = cidrs,
+            None => tracing::warn!("this node's own record is gone: its pod CIDRs stay in force"),
+        }
+        self.write_store();
+        true
+    }
+
+    /// What this node owns.
+    pub fn local_cidrs(&self) -> &[IpNet] {
+        &self.local_cidrs
+    }
+
+    /// This node's own record, where there is one.
+    pub fn own(&self) -> Option<&NodeRecord> {
+        self.accepted.values().flatten().find(|record| record.name == self.own.name)
+    }
+
+    /// Every other node.
+    pub fn peers(&self) -> impl Iterator<Item = &NodeRecord> {
+        self.accepted.values().flatten().filter(|record| record.name != self.own.name)
+    }
+
+    /// For the status and the metrics.
+    pub fn status(&self) -> RegistryStatus {
+        let rejected = self.rejected.iter();
+        RegistryStatus {
+            source: self.source.clone(),
+            accepted: self.accepted.values().map(Vec::len).sum(),
+            rejected: rejected
+                .map(|(file, error)| RejectedFile { file: file.clone(), error: error.clone() })
+                .collect(),
+            source_error: self.source_error.clone(),
+        }
+    }
+
+    fn write_store(&self) {
+        let stored = Stored { source: self.source.clone(), files: self.accepted.clone() };
+        let temporary = self.store.with_extension("json.new");
+        let written = serde_json::to_vec(&stored)
+            .map_err(std::io::Error::from)
+            .and_then(|bytes| std::fs::write(&temporary, bytes))
+            .and_then(|()| std::fs::rename(&temporary, &self.store));
+        if let Err(error) = written {
+            tracing::warn!(path = %self.store.display(), %error, "cannot keep the last good records");
+        }
+    }
+}
+
+fn log_rejected(path: &Path, error: &str) {
+    tracing::error!(file = %path.display(), error, "node records refused: the last good ones stay");
+}
+
+fn read_store(store: &Path, source: &Path) -> Option<Accepted> {
+    let bytes = std::fs::read(store).ok()?;
+    let stored = serde_json::from_slice::<Stored>(&bytes)
+        .inspect_err(|error| {
+            tracing::warn!(path = %store.display(), %error, "the kept records are unreadable");
+        })
+        .ok()?;
+    (stored.source == source).then_some(stored.files)
+}
+
+fn local_cidrs(own: &Own, accepted: &Accepted) -> Option<Vec<IpNet>> {
+    let record = || accepted.values().flatten().find(|record| record.name == own.name);
+    own.pod_cidrs.clone().or_else(|| record().map(|record| record.pod_cidrs.clone()))
+}
+
+/// What contradicts the configuration in this node's own record ends a start even where a last good
+/// version is known: the configuration has changed, or the key has.
+fn check_own(own: &Own, files: &Files) -> Result<(), Failure> {
+    for (path, records) in files {
+        if let Ok(records) = records
+            && let Some(error) = own_error(own, records)
+        {
+            return Err(Failure::Usage(format!("node records {}: {error}", path.display())));
+        }
+    }
+    Ok(())
+}
+
+fn own_error(own: &Own, records: &[NodeRecord]) -> Option<String> {
+    let record = records.iter().find(|record| record.name == own.name)?;
+    if record.public_key != own.public_key {
+        return Some(format!(
+            "node {}: public_key: the record says {}, but this node's key is {}: correct the record, \
+             or the name in the configuration",
+            own.name, record.public_key, own.public_key
+        ));
+    }
+    let sorted = |cidrs: &[IpNet]| {
+        let mut cidrs = cidrs.to_vec();
+        cidrs.sort();
+        cidrs
+    };
+    let configured = own.pod_cidrs.as_deref()?;
+    (sorted(configured) != sorted(&record.pod_cidrs)).then(|| {
+        format!(
+            "node {}: pod_cidrs: the record and the configuration differ: correct one, or leave \
+             pod_cidrs out of the configuration",
+            own.name
+        )
+    })
+}
+
+/// A file on its way to being in force.
+struct Candidate {
+    records: Vec<NodeRecord>,
+    /// Whether it differs from the last good version.
+    changed: bool,
+}
+
+/// Chooses the records to be in force: every file's new version, less those that are wrong or that
+/// contradict others. Of two files that contradict each other the changed one goes back to its last
+/// good version; of two changed ones the later by name. So what was in force and has not changed is
+/// never lost, and files that change together (a prefix moves from one to the other) are taken
+/// together.
+fn settle(own: &Own, last_good: &Accepted, files: Files) -> (Accepted, BTreeMap<PathBuf, String>) {
+    let mut rejected = BTreeMap::new();
+    let mut candidates = BTreeMap::new();
+    for (path, result) in files {
+        let good = last_good.get(&path);
+        match result {
+            Ok(records) => {
+                let changed = good != Some(&records);
+                candidates.insert(path, Candidate { records, changed });
+            }
+            Err(error) => {
+                rejected.insert(path.clone(), error.to_string());
+                if let Some(good) = good {
+                    candidates.insert(path, Candidate { records: good.clone(), changed: false });
+                }
+            }
+        }
+    }
+    while let Some((path, error)) = contradiction(own, &candidates) {
+        let changed = candidates.remove(&path).is_some_and(|candidate| candidate.changed);
+        if let Some(good) = last_good.get(&path).filter(|_| changed) {
+            candidates.insert(path.clone(), Candidate { records: good.clone(), changed: false });
+        }
+        rejected.entry(path).or_insert(error);
+    }
+    let accepted = candidates.into_iter().map(|(path, candidate)| (path, candidate.records));
+    (accepted.collect(), rejected)
+}
+
+/// A file that cannot be in force beside the others, and why.
+fn contradiction(
+    own: &Own,
+    candidates: &BTreeMap<PathBuf, Candidate>,
+) -> Option<(PathBuf, String)> {
+    for (path, candidate) in candidates {
+        if let Some(error) = own_error(own, &candidate.records) {
+            return Some((path.clone(), error));
+        }
+    }
+    let configured = own.pod_cidrs.as_ref().map(|pod_cidrs| NodeRecord {
+        name: own.name.clone(),
+        public_key: own.public_key,
+        endpoints: Vec::new(),
+        pod_cidrs: pod_cidrs.clone(),
+    });
+    // The configuration stands for this node's own record, which says the same.
+    let stands = |record: &NodeRecord| configured.is_some() && record.name == own.name;
+    let records = candidates.iter().flat_map(|(path, candidate)| {
+        let records = candidate.records.iter().filter(|record| !stands(record));
+        records.map(move |record| (Some(path), record))
+    });
+    let conflict = records::conflict(configured.iter().map(|c| (None, c)).chain(records))?;
+    let changed = |path: &Option<&PathBuf>| path.is_some_and(|path| candidates[path].changed);
+    let (a, b) = match conflict.between {
+        (a, b) if a <= b => (a, b),
+        (a, b) => (b, a),
+    };
+    let (loser, other) = if changed(&b) || !changed(&a) { (b, a) } else { (a, b) };
+    let other = match other {
+        Some(other) if Some(other) != loser => format!(" (the other is in {})", other.display()),
+        Some(_) => String::new(),
+        None => " (the other is this node, by its configuration)".to_owned(),
+    };
+    Some((loser?.clone(), format!("{}{other}", conflict.message)))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::super::records::tests::{record, text};
+    use super::*;
+
+    struct Lab {
+        directory: tempfile::TempDir,
+    }
+
+    impl Lab {
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            std::fs::create_dir(directory.path().join("nodes")).unwrap();
+            std::fs::create_dir(directory.path().join("state")).unwrap();
+            Self { directory }
+        }
+
+        fn write(&self, name: &str, text: &str) {
+            std::fs::write(self.directory.path().join("nodes").join(name), text).unwrap();
+        }
+
+        fn remove(&self, name: &str) {
+            std::fs::remove_file(self.directory.path().join("nodes").join(name)).unwrap();
+        }
+
+        fn config(&self, more: &str) -> Config {
+            let path = self.directory.path();
+            let text = format!(
+                "name = 'node-1'\n{more}\nnodes = {:?}\nstate_dir = {:?}",
+                path.join("nodes"),
+                path.join("state")
+            );
+            Config::parse(&text).unwrap()
+        }
+
+        fn open(&self) -> Result<Registry, Failure> {
+            Registry::open(&self.config("pod_cidrs = ['10.1.0.0/24']"), PublicKey([1; 32]))
+        }
+    }
+
+    fn peers(registry: &Registry) -> Vec<String> {
+        registry.peers().map(|record| format!("{} {}", record.name, record.pod_cidrs[0])).collect()
+    }
+
+    #[test]
+    fn the_own_record_gives_the_pod_cidrs() {
+        let lab = Lab::new();
+        lab.write("a.toml", &text(1, &["10.1.0.0/24"]));
+        lab.write("b.toml", &text(2, &["10.2.0.0/24"]));
+        let registry = Registry::open(&lab.config(""), PublicKey([1; 32])).unwrap();
+        assert_eq!(registry.local_cidrs(), ["10.1.0.0/24".parse().unwrap()]);
+        assert_eq!(peers(&registry), ["node-2 10.2.0.0/24"]);
+        assert_eq!(registry.own(), Some(&record(1, &["10.1.0.0/24"])));
+        lab.remove("a.toml");
+        assert!(Registry::open(&lab.config(""), PublicKey([1; 32])).is_err(), "no pod CIDRs");
+    }
+
+    #[test]
+    fn a_start_with_wrong_records_fails() {
+        for (file, expected) in [
+            (text(1, &["10.1.0.0/25"]), "configuration differ"),
+            (text(2, &["10.1.0.0/25"]), "overlap"),
+            (text(1, &["10.1.0.0/24"]).replace("node-1", "twin"), "same key"),
+            ("nmae = 1".to_owned(), "nmae"),
+        ] {
+            let lab = Lab::new();
+            lab.write("x.toml", &file);
+            let error = lab.open().unwrap_err();
+            assert!(matches!(error, Failure::Usage(_)), "{error}");
+            assert!(error.to_string().contains(expected), "{error}");
+            assert!(error.to_string().contains("x.toml"), "{error}");
+        }
+        let lab = Lab::new();
+        lab.write("x.toml", &text(1, &["10.1.0.0/24"]));
+        let error = Registry::open(&lab.config(""), PublicKey([9; 32])).unwrap_err().to_string();
+        assert!(error.contains("public_key") && error.contains("correct the record"), "{error}");
+    }
+
+    #[test]
+    fn a_wrong_file_keeps_its_last_good_version_even_over_a_restart() {
+        let lab = Lab::new();
+        lab.write("b.toml", &text(2, &["10.2.0.0/24"]));
+        lab.write("c.toml", &text(3, &["10.3.0.0/24"]));
+        let mut registry = lab.open().unwrap();
+        let before = peers(&registry);
+        lab.write("b.toml", "name = ");
+        assert!(!registry.reload());
+        assert_eq!(peers(&registry), before);
+        assert_eq!(registry.status().rejected.len(), 1);
+        let registry = lab.open().unwrap();
+        assert_eq!(peers(&registry), before);
+        assert_eq!(registry.status().rejected.len(), 1);
+    }
+
+    #[test]
+    fn changes_and_removals_take_effect() {
+        let lab = Lab::new();
+        lab.write("b.toml", &text(2, &["10.2.0.0/24"]));
+        let mut registry = lab.open().unwrap();
+        assert!(!registry.reload(), "nothing has changed");
+        lab.write("b.toml", &text(2, &["10.9.0.0/24"]));
+        lab.write("c.toml", &text(3, &["10.3.0.0/24"]));
+        assert!(registry.reload());
+        assert_eq!(peers(&registry), ["node-2 10.9.0.0/24", "node-3 10.3.0.0/24"]);
+        lab.remove("b.toml");
+        assert!(registry.reload());
+        assert_eq!(peers(&registry), ["node-3 10.3.0.0/24"]);
+    }
+
+    #[test]
+    fn of_two_files_that_contradict_each_other_the_changed_one_loses() {
+        let lab = Lab::new();
+        lab.write("b.toml", &text(2, &["10.2.0.0/24"]));
+        lab.write("c.toml", &text(3, &["10.3.0.0/24"]));
+        let mut registry = lab.open().unwrap();
+        let before = peers(&registry);
+        lab.write("b.toml", &text(2, &["10.3.0.0/25"]));
+        lab.write("a.toml", &text(4, &["10.3.0.128/25"]));
+        assert!(!registry.reload());
+        assert_eq!(peers(&registry), before);
+        let rejected = registry.status().rejected;
+        assert_eq!(rejected.len(), 2);
+        assert!(rejected.iter().all(|file| file.error.contains("c.toml")), "{rejected:?}");
+        lab.write("b.toml", &text(2, &["10.1.0.128/25"]));
+        lab.remove("a.toml");
+        assert!(!registry.reload());
+        assert!(registry.status().rejected[0].error.contains("by its configuration"));
+    }
+
+    #[test]
+    fn a_prefix_may_move_between_files_that_change_together() {
+        let lab = Lab::new();
+        lab.write("b.toml", &text(2, &["10.2.0.0/24"]));
+        lab.write("c.toml", &text(3, &["10.3.0.0/24"]));
+        let mut registry = lab.open().unwrap();
+        lab.write("b.toml", &text(2, &["10.3.0.0/24"]));
+        lab.write("c.toml", &text(3, &["10.2.0.0/24"]));
+        assert!(registry.reload());
+        assert_eq!(peers(&registry), ["node-2 10.3.0.0/24", "node-3 10.2.0.0/24"]);
+        assert_eq!(registry.status().rejected, []);
+    }
+
+    #[test]
+    fn a_start_without_the_source_uses_the_last_good_records() {
+        let lab = Lab::new();
+        lab.write("b.toml", &text(2, &["10.2.0.0/24"]));
+        let before = peers(&lab.open().unwrap());
+        let nodes = lab.directory.path().join("nodes");
+        std::fs::rename(&nodes, lab.directory.path().join("away")).unwrap();
+        let mut registry = lab.open().unwrap();
+        assert_eq!(peers(&registry), before);
+        assert!(registry.status().source_error.is_some());
+        assert!(!registry.reload());
+        assert_eq!(peers(&registry), before);
+        std::fs::remove_file(lab.directory.path().join("state/registry.json")).unwrap();
+        let error = lab.open().unwrap_err().to_string();
+        assert!(error.contains("make the directory"), "{error}");
+    }
+
+    #[test]
+    fn a_lost_own_record_keeps_the_pod_cidrs() {
+        let lab = Lab::new();
+        lab.write("a.toml", &text(1, &["10.1.0.0/24"]));
+        let mut registry = Registry::open(&lab.config(""), PublicKey([1; 32])).unwrap();
+        lab.remove("a.toml");
+        assert!(registry.reload());
+        assert_eq!(registry.local_cidrs(), ["10.1.0.0/24".parse().unwrap()]);
+    }
+}

@@ -1,0 +1,139 @@
+//! What the status socket and the HTTP server know of the control process.
+
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use super::client::{Client, ClientError};
+use super::registry::RegistryStatus;
+use super::supervisor::{DataplaneState, DataplaneStatus};
+use crate::config::Config;
+use crate::ipc::Report;
+use crate::keys::PublicKey;
+use crate::lifecycle::Readiness;
+
+/// How long a scrape or a status waits for the data process.
+const REPORT_DEADLINE: Duration = Duration::from_secs(1);
+
+/// Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Shared {
+    /// The configuration.
+    pub config: Arc<Config>,
+    /// This node's identity.
+    pub public_key: PublicKey,
+    /// Whether the agent is ready.
+    pub readiness: Readiness,
+    /// The data process.
+    pub dataplane: DataplaneState,
+    view: Arc<Mutex<View>>,
+}
+
+#[derive(Debug, Default)]
+struct View {
+    registry: RegistryStatus,
+    interface: InterfaceStatus,
+}
+
+/// The interface as it is wanted.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InterfaceStatus {
+    /// Interface name.
+    pub name: String,
+    /// Interface index.
+    pub index: u32,
+    /// MTU in bytes.
+    pub mtu: u16,
+    /// Addresses of this node.
+    pub addresses: Vec<IpAddr>,
+    /// Prefixes of the other nodes.
+    pub routes: Vec<IpNet>,
+    /// Prefixes of this node.
+    pub local_cidrs: Vec<IpNet>,
+}
+
+/// The answer on the status socket.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Document {
+    /// Name of the node.
+    pub node: String,
+    /// Version of the agent.
+    pub version: String,
+    /// Identity of the node.
+    pub public_key: PublicKey,
+    /// Whether the agent is ready.
+    pub ready: bool,
+    /// Why it is not.
+    pub reasons: Vec<String>,
+    /// The interface.
+    pub interface: InterfaceStatus,
+    /// The node records.
+    pub records: RegistryStatus,
+    /// The data process.
+    pub dataplane: DataplaneStatus,
+    /// Its counters and states; absent while it is away.
+    pub report: Option<Report>,
+    /// The configuration, as it was validated.
+    pub config: serde_json::Value,
+}
+
+impl Shared {
+    /// For a control process that has just started.
+    pub fn new(config: Config, public_key: PublicKey) -> Self {
+        Self {
+            config: Arc::new(config),
+            public_key,
+            readiness: Readiness::default(),
+            dataplane: DataplaneState::default(),
+            view: Arc::default(),
+        }
+    }
+
+    /// Notes the state of the registry.
+    pub fn set_registry(&self, registry: RegistryStatus) {
+        self.lock().registry = registry;
+    }
+
+    /// Notes what the interface is to be.
+    pub fn set_interface(&self, interface: InterfaceStatus) {
+        self.lock().interface = interface;
+    }
+
+    /// The state of the registry.
+    pub fn registry(&self) -> RegistryStatus {
+        self.lock().registry.clone()
+    }
+
+    /// Asks the data process, over a connection of its own so that nobody waits for anybody.
+    pub async fn report(&self) -> Result<Report, ClientError> {
+        let ask = async { Client::connect(&self.config.dataplane.socket).await?.report().await };
+        tokio::time::timeout(REPORT_DEADLINE, ask).await.unwrap_or(Err(ClientError::Timeout))
+    }
+
+    /// The status.
+    pub async fn document(&self) -> Document {
+        let report = self.report().await.ok();
+        let reasons = self.readiness.reasons();
+        let view = self.lock();
+        Document {
+            node: self.config.name.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            public_key: self.public_key,
+            ready: reasons.is_empty(),
+            reasons,
+            interface: view.interface.clone(),
+            records: view.registry.clone(),
+            dataplane: self.dataplane.get(),
+            report,
+            config: serde_json::to_value(&*self.config).unwrap_or_default(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, View> {
+        // Nothing under the lock can panic half way.
+        self.view.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,463 @@
+//! Keeps a data process at work: starts or adopts it, brings it to the wanted state, starts it
+//! again at once when it dies.
+
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde::{Deserialize, Serialize};
+use tokio::process::{Child, Command};
+use tokio::sync::{oneshot, watch};
+use tokio::time::{Instant, sleep};
+
+use super::client::{Client, ClientError};
+use super::desired::difference;
+use crate::config::{Config, Log, LogFormat, Mode};
+use crate::failure::Failure;
+use crate::ipc::{ErrorKind, Request, Snapshot};
+use crate::lifecycle::{NotReady, Readiness};
+
+/// How long a data process may take to listen after its start, and to end when asked.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How often a socket that nobody listens on is tried.
+const RETRY: Duration = Duration::from_millis(20);
+/// So many failed restarts of the first data process end the agent.
+const STARTS: u32 = 2;
+/// A session that has lived this long makes the next restart immediate.
+const STABLE: Duration = Duration::from_secs(5);
+/// Longest pause before a restart.
+const MAX_BACKOFF: Duration = Duration::from_secs(5);
+
+/// What the supervisor needs to know.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The data process's socket.
+    pub socket: PathBuf,
+    /// Who starts it.
+    pub mode: Mode,
+    /// How it logs.
+    pub log: Log,
+}
+
+impl Settings {
+    /// The part of the configuration that matters here.
+    pub fn new(config: &Config) -> Self {
+        let dataplane = &config.dataplane;
+        Self { socket: dataplane.socket.clone(), mode: dataplane.mode, log: config.log.clone() }
+    }
+}
+
+/// The data process as the supervisor sees it; cheap to clone, always current.
+#[derive(Debug, Clone, Default)]
+pub struct DataplaneState(Arc<Mutex<DataplaneStatus>>);
+
+/// What the status shows of the data process.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataplaneStatus {
+    /// Whether one is connected and in the wanted state.
+    pub up: bool,
+    /// Its process id, where it can be seen.
+    pub pid: Option<u32>,
+    /// How often one has come back after another had gone, since the control process started.
+    pub restarts: u64,
+    /// The revision in force.
+    pub revision: u64,
+    /// Why it is not up, or the last change that it refused.
+    pub error: Option<String>,
+}
+
+impl DataplaneState {
+    /// As it is now.
+    pub fn get(&self) -> DataplaneStatus {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, change: impl FnOnce(&mut DataplaneStatus)) {
+        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+/// What becomes of the data process when the supervisor ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// It goes on.
+    Keep,
+    /// It ends, if it is the control process's to end.
+    Stop,
+    /// It ends if this supervisor has started it; one that was there before goes on.
+    StopOwn,
+}
+
+/// A running supervisor.
+#[derive(Debug)]
+pub struct Handle {
+    end: oneshot::Sender<End>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Handle {
+    /// Ends it, and the data process as `end` says.
+    pub async fn end(self, end: End) {
+        // An error means that the task has ended already.
+        let _ = self.end.send(end);
+        let _ = self.task.await;
+    }
+}
+
+/// Starts supervision. The receiver tells how the first snapshot fared; a failure there is final.
+pub fn start(
+    settings: Settings,
+    snapshots: watch::Receiver<Arc<Snapshot>>,
+    state: DataplaneState,
+    readiness: Readiness,
+) -> (Handle, oneshot::Receiver<Result<(), Failure>>) {
+    let (first, first_result) = oneshot::channel();
+    let (end, ended) = oneshot::channel();
+    let not_ready = Some(readiness.block("the data process is not connected yet"));
+    let supervisor = Supervisor {
+        settings,
+        snapshots,
+        state,
+        readiness,
+        not_ready,
+        first: Some(first),
+        child: None,
+        last_pid: None,
+    };
+    let task = tokio::spawn(supervisor.run(ended));
+    (Handle { end, task }, first_result)
+}
+
+struct Supervisor {
+    settings: Settings,
+    snapshots: watch::Receiver<Arc<Snapshot>>,
+    state: DataplaneState,
+    readiness: Readiness,
+    not_ready: Option<NotReady>,
+    /// Taken when the first snapshot has been applied or refused.
+    first: Option<oneshot::Sender<Result<(), Failure>>>,
+    child: Option<Child>,
+    /// Of the data process that was last in the wanted state; to count restarts.
+    last_pid: Option<u32>,
+}
+
+/// Why a session with a data process has ended.
+enum SessionEnd {
+    /// The process has gone or hangs.
+    Gone(String),
+    /// It refused what it was asked.
+    Refused(ErrorKind, String),
+    /// It works with settings that it cannot change: another takes its place.
+    Replaced,
+}
+
+impl From<ClientError> for SessionEnd {
+    fn from(error: ClientError) -> Self {
+        match error {
+            ClientError::Refused { kind, message } => SessionEnd::Refused(kind, message),
+            error => SessionEnd::Gone(error.to_string()),
+        }
+    }
+}
+
+impl Supervisor {
+    async fn run(mut self, mut ended: oneshot::Receiver<End>) {
+        let mut failures = 0u32;
+        loop {
+            let started = Instant::now();
+            let why = tokio::select! {
+                why = self.session() => why,
+                end = &mut ended => return self.end(end.unwrap_or(End::Keep)).await,
+            };
+            if started.elapsed() > STABLE {
+                failures = 0;
+            }
+            if let SessionEnd::Refused(kind, message) = &why
+                && let Some(first) = self.first.take()
+            {
+                // The receiver ends this supervisor then.
+                let _ = first.send(Err(failure(*kind, message.clone())));
+            }
+            if let SessionEnd::Gone(error) = &why
+                && self.settings.mode == Mode::Spawn
+                && failures >= STARTS
+                && let Some(first) = self.first.take()
+            {
+                let _ = first
+                    .send(Err(anyhow::anyhow!("the data process does not start: {error}").into()));
+            }
+            self.note(&why);
+            let pause = match failures {
+                0 => Duration::ZERO,
+                n => (RETRY * 2u32.saturating_pow(n)).min(MAX_BACKOFF),
+            };
+            failures += 1;
+            tokio::select! {
+                () = sleep(pause) => {}
+                end = &mut ended => return self.end(end.unwrap_or(End::Keep)).await,
+            }
+        }
+    }
+
+    fn note(&mut self, why: &SessionEnd) {
+        let reason = match why {
+            SessionEnd::Replaced => "the data process is being replaced".to_owned(),
+            SessionEnd::Gone(error) => format!("the data process is away: {error}"),
+            SessionEnd::Refused(_, error) => {
+                format!("the data process refuses the wanted state: {error}")
+            }
+        };
+        let waiting = self.settings.mode == Mode::External && self.last_pid.is_none();
+        match why {
+            SessionEnd::Replaced => tracing::info!("{reason}"),
+            SessionEnd::Gone(_) if waiting => tracing::debug!("{reason}"),
+            _ => tracing::error!("{reason}"),
+        }
+        match &self.not_ready {
+            Some(guard) => guard.because(&reason),
+            None => self.not_ready = Some(self.readiness.block(&reason)),
+        }
+        self.state.set(|status| {
+            status.up = false;
+            status.error = Some(reason);
+        });
+    }
+
+    /// Connects, brings the data process to the wanted state, keeps it there; returns when that
+    /// has ended.
+    async fn session(&mut self) -> SessionEnd {
+        let (mut client, adopted) = match self.connect().await {
+            Ok(connected) => connected,
+            Err(end) => return end,
+        };
+        let mut applied = Arc::clone(&self.snapshots.borrow_and_update());
+        let request = Request::Apply { snapshot: Box::new(Snapshot::clone(&applied)) };
+        match client.apply(&request).await {
+            Ok(revision) => self.in_force(&client, revision),
+            Err(ClientError::Refused { kind: ErrorKind::Invalid, message }) if adopted => {
+                tracing::info!(message, "the data process that was found cannot go on");
+                self.stop_process(client).await;
+                return SessionEnd::Replaced;
+            }
+            Err(error) => return error.into(),
+        }
+        loop {
+            tokio::select! {
+                changed = self.snapshots.changed() => {
+                    if changed.is_err() {
+                        // The controller has ended; what becomes of us comes over `ended`.
+                        std::future::pending::<()>().await;
+                    }
+                    let wanted = Arc::clone(&self.snapshots.borrow_and_update());
+                    if let Err(end) = self.follow(&mut client, &mut applied, wanted).await {
+                        return end;
+                    }
+                }
+                () = client.closed() => return self.gone().await,
+            }
+        }
+    }
+
+    fn in_force(&mut self, client: &Client, revision: u64) {
+        let pid = client.pid();
+        let restarted = self.last_pid.is_some() && self.last_pid != pid;
+        self.last_pid = pid.or(self.last_pid);
+        self.state.set(|status| {
+            status.up = true;
+            status.pid = pid;
+            status.restarts += u64::from(restarted);
+            status.revision = revision;
+            status.error = None;
+        });
+        tracing::info!(pid, revision, "the data process is in the wanted state");
+        self.not_ready = None;
+        if let Some(first) = self.first.take() {
+            // Nobody waits any more where the agent is ending.
+            let _ = first.send(Ok(()));
+        }
+    }
+
+    /// Brings the data process from `applied` to `wanted`.
+    async fn follow(
+        &mut self,
+        client: &mut Client,
+        applied: &mut Arc<Snapshot>,
+        wanted: Arc<Snapshot>,
+    ) -> Result<(), SessionEnd> {
+        let Some(request) = difference(applied, &wanted) else { return Ok(()) };
+        let revision = match client.apply(&request).await {
+            Err(ClientError::Refused { message, .. })
+                if matches!(request, Request::Update { .. }) =>
+            {
+                tracing::warn!(message, "update refused: sending the whole snapshot");
+                let snapshot = Box::new(Snapshot::clone(&wanted));
+                client.apply(&Request::Apply { snapshot }).await?
+            }
+            other => other?,
+        };
+        tracing::info!(revision, peers = wanted.peers.len(), "change is in force");
+        *applied = wanted;
+        self.state.set(|status| status.revision = revision);
+        Ok(())
+    }
+
+    /// Finds the data process that listens, or starts one. Says whether it was there before.
+    async fn connect(&mut self) -> Result<(Client, bool), SessionEnd> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let error = match Client::connect(&self.settings.socket).await {
+                Ok(client) => {
+                    let own = self.child.as_ref().and_then(Child::id);
+                    return Ok((client, own.is_none()));
+                }
+                Err(ClientError::Refused { message, .. }) => {
+                    return Err(self.foreign_release(message).await);
+                }
+                Err(error) => error.to_string(),
+            };
+            if self.settings.mode == Mode::Spawn {
+                match &mut self.child {
+                    None => self.child = Some(self.spawn()?),
+                    Some(child) => {
+                        if let Ok(Some(status)) = child.try_wait() {
+                            self.child = None;
+                            return Err(SessionEnd::Gone(format!(
+                                "it ended at its start: {status}"
+                            )));
+                        }
+                    }
+                }
+            }
+            if Instant::now() > deadline {
+                if let Some(mut child) = self.child.take() {
+                    // It hangs before it listens; there is nobody to ask.
+                    let _ = child.kill().await;
+                }
+                return Err(SessionEnd::Gone(error));
+            }
+            sleep(match self.settings.mode {
+                Mode::Spawn => RETRY,
+                Mode::External => RETRY * 10,
+            })
+            .await;
+        }
+    }
+
+    /// A data process that does not speak this release's protocol is replaced by ours.
+    async fn foreign_release(&mut self, message: String) -> SessionEnd {
+        if self.settings.mode == Mode::External {
+            return SessionEnd::Refused(ErrorKind::Invalid, message);
+        }
+        let stream = tokio::net::UnixStream::connect(&self.settings.socket).await;
+        let pid = stream.and_then(|stream| stream.peer_cred()).ok().and_then(|peer| peer.pid());
+        if let Some(pid) = pid.and_then(Pid::from_raw) {
+            kill(pid, Signal::TERM);
+            sleep(RETRY * 5).await;
+        }
+        SessionEnd::Replaced
+    }
+
+    fn spawn(&self) -> Result<Child, SessionEnd> {
+        let start = || {
+            let log = &self.settings.log;
+            let format = match log.format {
+                LogFormat::Text => "text",
+                LogFormat::Json => "json",
+            };
+            let program = std::env::current_exe()?;
+            // After an upgrade in place the path holds the next release, or nothing.
+            let program = if program.exists() { program } else { "/proc/self/exe".into() };
+            Command::new(program)
+                .arg0("skein-agent")
+                .args(["dataplane", "--log-level", &log.level, "--log-format", format, "--socket"])
+                .arg(&self.settings.socket)
+                .stdin(Stdio::null())
+                // The terminal's Ctrl-C is for the control process, which decides what ends.
+                .process_group(0)
+                .spawn()
+        };
+        let child = start()
+            .map_err(|error| SessionEnd::Gone(format!("cannot start the data process: {error}")))?;
+        tracing::info!(pid = child.id(), "started a data process");
+        Ok(child)
+    }
+
+    async fn gone(&mut self) -> SessionEnd {
+        let Some(mut child) = self.child.take() else {
+            return SessionEnd::Gone("it closed its socket".to_owned());
+        };
+        match tokio::time::timeout(PATIENCE, child.wait()).await {
+            Ok(Ok(status)) => SessionEnd::Gone(format!("it ended: {status}")),
+            Ok(Err(error)) => SessionEnd::Gone(error.to_string()),
+            Err(_) => {
+                // It has closed its socket but lives: it holds the device and the port.
+                let _ = child.kill().await;
+                SessionEnd::Gone("it closed its socket, and was killed".to_owned())
+            }
+        }
+    }
+
+    async fn end(mut self, end: End) {
+        let own = self.child.is_some();
+        let stop = match end {
+            End::Keep => false,
+            End::Stop => self.settings.mode == Mode::Spawn,
+            End::StopOwn => own,
+        };
+        if !stop {
+            return;
+        }
+        // A connection of its own: the session's may be in the middle of a request.
+        match Client::connect(&self.settings.socket).await {
+            Ok(client) => self.stop_process(client).await,
+            Err(_) => {
+                if let Some(mut child) = self.child.take() {
+                    let _ = child.kill().await;
+                }
+            }
+        }
+    }
+
+    /// Asks the data process to end, waits, and kills it when it does not.
+    async fn stop_process(&mut self, mut client: Client) {
+        let pid = client.pid().and_then(|pid| Pid::from_raw(pid.cast_signed()));
+        let polite = async {
+            // An error is what a process that ends at once looks like.
+            let _ = client.request(&Request::Shutdown).await;
+            client.closed().await;
+            if let Some(child) = &mut self.child {
+                let _ = child.wait().await;
+            }
+        };
+        if tokio::time::timeout(PATIENCE, polite).await.is_err() {
+            tracing::warn!("the data process does not end: killing it");
+            if let Some(child) = &mut self.child {
+                let _ = child.kill().await;
+            } else if let Some(pid) = pid {
+                kill(pid, Signal::KILL);
+            }
+        }
+        self.child = None;
+    }
+}
+
+/// Sends a signal to a process that is not a child, if it is still there.
+fn kill(pid: Pid, signal: Signal) {
+    let result = pidfd_open(pid, PidfdFlags::empty()).and_then(|fd| pidfd_send_signal(fd, signal));
+    if let Err(error) = result {
+        tracing::debug!(?pid, %error, "cannot signal the data process");
+    }
+}
+
+/// The exit that a refusal of the first snapshot leads to.
+fn failure(kind: ErrorKind, message: String) -> Failure {
+    match kind {
+        ErrorKind::Invalid => Failure::Usage(message),
+        ErrorKind::Tun => Failure::Missing(message),
+        ErrorKind::Underlay => Failure::Taken(message),
+        ErrorKind::Privilege => Failure::Privilege(message),
+        ErrorKind::Internal => Failure::Runtime(anyhow::anyhow!(message)),
+    }
+}

@@ -1,0 +1,351 @@
+//! Prometheus metrics, made afresh for each scrape from the data process's report.
+//!
+//! The data process counts in plain memory and knows no metrics library; its counters become
+//! metric families here. Every series that can appear is there from the start, at zero.
+
+mod family;
+
+use std::time::Duration;
+
+use prometheus::proto::MetricFamily;
+use prometheus::{Encoder, TextEncoder};
+
+use self::family::{Family, Kind};
+use crate::control::registry::RegistryStatus;
+use crate::control::supervisor::DataplaneStatus;
+use crate::ipc::{
+    CapabilityState, DirectionReport, HistogramReport, LaneReport, PeerState, Report,
+};
+
+/// What a scrape is made from.
+#[derive(Debug, Clone, Default)]
+pub struct Input {
+    /// The data process's counters; `None` while it is away.
+    pub report: Option<Report>,
+    /// The data process as the supervisor sees it.
+    pub dataplane: DataplaneStatus,
+    /// The node records.
+    pub registry: RegistryStatus,
+    /// Whether the agent is ready.
+    pub ready: bool,
+    /// Whether to have series for each peer.
+    pub per_peer: bool,
+}
+
+/// The text exposition format.
+pub fn render(input: &Input) -> prometheus::Result<String> {
+    let mut families = families(input);
+    families.retain(|family| !family.get_metric().is_empty());
+    families.sort_by(|a, b| a.name().cmp(b.name()));
+    let mut text = Vec::new();
+    TextEncoder::new().encode(&families, &mut text)?;
+    Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
+fn families(input: &Input) -> Vec<MetricFamily> {
+    let mut families = control(input);
+    if let Some(report) = &input.report {
+        families.extend(traffic(report));
+        families.extend(histograms(report));
+        families.extend(lanes(report));
+        families.extend(capabilities(report));
+        families.extend(outcomes(report));
+        families.extend(peers(report));
+        if input.per_peer {
+            families.extend(each_peer(report));
+        }
+    }
+    families
+}
+
+fn control(input: &Input) -> Vec<MetricFamily> {
+    let mut build = Family::new("skein_build_info", "Version of the agent; always 1.", Kind::Gauge);
+    build.add(&[("version", env!("CARGO_PKG_VERSION"))], 1.0);
+    let mut ready =
+        Family::new("skein_ready", "Whether the node is ready to carry traffic.", Kind::Gauge);
+    ready.add(&[], f64::from(u8::from(input.ready)));
+    let mut up =
+        Family::new("skein_dataplane_up", "Whether the data process answers.", Kind::Gauge);
+    up.add(&[], f64::from(u8::from(input.report.is_some())));
+    let mut restarts = Family::new(
+        "skein_dataplane_restarts_total",
+        "Times that a new data process took the place of one that had gone.",
+        Kind::Counter,
+    );
+    restarts.add(&[], input.dataplane.restarts as f64);
+    let mut records = Family::new(
+        "skein_node_records",
+        "Node records in force (accepted) and files of records that are refused (rejected).",
+        Kind::Gauge,
+    );
+    records.add(&[("state", "accepted")], input.registry.accepted as f64);
+    records.add(&[("state", "rejected")], input.registry.rejected.len() as f64);
+    let mut families = vec![build, ready, up, restarts, records];
+    families.extend(processes(input.dataplane.pid));
+    families.into_iter().map(Family::finish).collect()
+}
+
+fn processes(dataplane: Option<u32>) -> [Family; 2] {
+    let mut cpu = Family::new(
+        "skein_process_cpu_seconds_total",
+        "CPU time used by each process of the agent.",
+        Kind::Counter,
+    );
+    let mut memory = Family::new(
+        "skein_process_resident_memory_bytes",
+        "Resident memory of each process of the agent.",
+        Kind::Gauge,
+    );
+    for (process, pid) in [("control", Some(std::process::id())), ("dataplane", dataplane)] {
+        let Some(usage) = pid.and_then(usage) else { continue };
+        cpu.add(&[("process", process)], usage.cpu.as_secs_f64());
+        memory.add(&[("process", process)], usage.resident_bytes as f64);
+    }
+    [cpu, memory]
+}
+
+struct Usage {
+    cpu: Duration,
+    resident_bytes: u64,
+}
+
+/// Reads /proc/PID (proc(5)); `None` where the process is gone.
+fn usage(pid: u32) -> Option<Usage> {
+    // USER_HZ, the unit of the times in stat: 100 on every architecture that Rust and Linux share.
+    const TICK: Duration = Duration::from_millis(10);
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field, the command, may hold anything; the fields after it do not.
+    let fields: Vec<_> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+    let ticks = |field: usize| fields.get(field - 3)?.parse::<u32>().ok();
+    let cpu = TICK * (ticks(14)?.saturating_add(ticks(15)?));
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kib: u64 = resident.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(Usage { cpu, resident_bytes: kib * 1024 })
+}
+
+/// Sums one counter over all lanes, for both directions.
+fn both(
+    report: &Report,
+    name: &str,
+    help: &str,
+    counter: impl Fn(&DirectionReport) -> u64,
+) -> MetricFamily {
+    let mut family = Family::new(name, help, Kind::Counter);
+    for (direction, side) in DIRECTIONS {
+        let sum: u64 = report.lanes.iter().map(|lane| counter(side(lane))).sum();
+        family.add(&[("direction", direction)], sum as f64);
+    }
+    family.finish()
+}
+
+type Side = fn(&LaneReport) -> &DirectionReport;
+const DIRECTIONS: [(&str, Side); 2] =
+    [("egress", |lane| &lane.egress), ("ingress", |lane| &lane.ingress)];
+
+fn traffic(report: &Report) -> Vec<MetricFamily> {
+    vec![
+        both(
+            report,
+            "skein_inner_packets_total",
+            "Pod packets as on a wire (segments), before batching.",
+            |side| side.inner_packets,
+        ),
+        both(report, "skein_inner_bytes_total", "IP bytes of pod packets.", |side| {
+            side.inner_bytes
+        }),
+        both(
+            report,
+            "skein_tun_packets_total",
+            "Packets exchanged with the TUN device; a superpacket counts once.",
+            |side| side.tun_packets,
+        ),
+        both(report, "skein_outer_packets_total", "Datagrams on the underlay.", |side| {
+            side.outer_packets
+        }),
+        both(
+            report,
+            "skein_outer_bytes_total",
+            "UDP payload bytes of datagrams on the underlay.",
+            |side| side.outer_bytes,
+        ),
+        both(
+            report,
+            "skein_underlay_calls_total",
+            "System calls on underlay sockets that moved data.",
+            |side| side.calls,
+        ),
+    ]
+}
+
+fn histograms(report: &Report) -> Vec<MetricFamily> {
+    type Pick = fn(&DirectionReport) -> &HistogramReport;
+    let families: [(&str, &str, Pick); 3] = [
+        ("skein_packets_per_call", "Datagrams moved by one system call.", |side| {
+            &side.packets_per_call
+        }),
+        (
+            "skein_segments_per_message",
+            "Datagrams in one GSO or GRO message; 1 where nothing was batched.",
+            |side| &side.segments_per_message,
+        ),
+        (
+            "skein_inner_packets_per_datagram",
+            "Pod packets in one datagram; above 1 where small packets were bundled.",
+            |side| &side.inner_per_outer,
+        ),
+    ];
+    let family = |(name, help, pick): (&str, &str, Pick)| {
+        let mut family = Family::new(name, help, Kind::Histogram);
+        for (direction, side) in DIRECTIONS {
+            let mut sum = HistogramReport { buckets: vec![0; BUCKETS], sum: 0 };
+            for histogram in report.lanes.iter().map(|lane| pick(side(lane))) {
+                sum.sum += histogram.sum;
+                for (total, count) in sum.buckets.iter_mut().zip(&histogram.buckets) {
+                    *total += count;
+                }
+            }
+            family.add_histogram(&[("direction", direction)], &sum);
+        }
+        family.finish()
+    };
+    families.into_iter().map(family).collect()
+}
+
+const BUCKETS: usize = HistogramReport::BOUNDS.len() + 1;
+
+fn lanes(report: &Report) -> Vec<MetricFamily> {
+    let mut packets = Family::new(
+        "skein_lane_packets_total",
+        "Datagrams on the underlay by lane.",
+        Kind::Counter,
+    );
+    for lane in &report.lanes {
+        let number = lane.lane.to_string();
+        for (direction, side) in DIRECTIONS {
+            let labels = [("lane", number.as_str()), ("direction", direction)];
+            packets.add(&labels, side(lane).outer_packets as f64);
+        }
+    }
+    let total = |name: &str, help: &str, kind: Kind, counter: fn(&LaneReport) -> u64| {
+        let mut family = Family::new(name, help, kind);
+        family.add(&[], report.lanes.iter().map(counter).sum::<u64>() as f64);
+        family.finish()
+    };
+    vec![
+        packets.finish(),
+        total(
+            "skein_receive_queue_overflow_total",
+            "Datagrams that the kernel dropped because a socket's receive queue was full.",
+            Kind::Counter,
+            |lane| lane.receive_queue_overflow,
+        ),
+        total(
+            "skein_gso_fallbacks_total",
+            "Sends that fell back from UDP_SEGMENT to single datagrams.",
+            Kind::Counter,
+            |lane| lane.gso_fallbacks,
+        ),
+        total(
+            "skein_gso_off_destinations",
+            "Destinations for which UDP_SEGMENT is off now, summed over lanes.",
+            Kind::Gauge,
+            |lane| lane.gso_off_destinations,
+        ),
+    ]
+}
+
+/// The states of a capability, with the value of the `state` label.
+const STATES: [(CapabilityState, &str); 4] = [
+    (CapabilityState::On, "on"),
+    (CapabilityState::Degraded, "degraded"),
+    (CapabilityState::Unsupported, "unsupported"),
+    (CapabilityState::ForcedOff, "forced_off"),
+];
+
+fn capabilities(report: &Report) -> Vec<MetricFamily> {
+    let help = "State of each offload: 1 for the current state, 0 for the others.";
+    let mut family = Family::new("skein_capability", help, Kind::Gauge);
+    for capability in &report.capabilities {
+        for (state, label) in STATES {
+            let labels = [("capability", capability.name.as_str()), ("state", label)];
+            family.add(&labels, f64::from(u8::from(capability.state == state)));
+        }
+    }
+    vec![family.finish()]
+}
+
+fn outcomes(report: &Report) -> Vec<MetricFamily> {
+    let mut drops = Family::new(
+        "skein_drops_total",
+        "Packets dropped, by direction and reason.",
+        Kind::Counter,
+    );
+    for drop in &report.drops {
+        let labels = [("direction", drop.direction.as_str()), ("reason", drop.reason.as_str())];
+        drops.add(&labels, drop.packets as f64);
+    }
+    let mut handshakes =
+        Family::new("skein_handshakes_total", "Handshakes by result.", Kind::Counter);
+    for handshake in &report.handshakes {
+        handshakes.add(&[("result", handshake.result.as_str())], handshake.count as f64);
+    }
+    vec![drops.finish(), handshakes.finish()]
+}
+
+/// The states of a peer, with the value of the `state` label.
+const PEER_STATES: [(PeerState, &str); 4] = [
+    (PeerState::Idle, "idle"),
+    (PeerState::Connecting, "connecting"),
+    (PeerState::Established, "established"),
+    (PeerState::Unreachable, "unreachable"),
+];
+
+fn peers(report: &Report) -> Vec<MetricFamily> {
+    let mut states = Family::new("skein_peers", "Peers by state.", Kind::Gauge);
+    for (state, label) in PEER_STATES {
+        let count = report.peers.iter().filter(|peer| peer.state == state).count();
+        states.add(&[("state", label)], count as f64);
+    }
+    let ages = || report.peers.iter().filter_map(|peer| peer.handshake_age_seconds);
+    let mut sessions = Family::new("skein_sessions", "Peers with a session.", Kind::Gauge);
+    sessions.add(&[], ages().count() as f64);
+    let mut oldest = Family::new(
+        "skein_session_age_seconds_max",
+        "Age of the oldest current session; 0 where there is none.",
+        Kind::Gauge,
+    );
+    oldest.add(&[], ages().fold(0.0, f64::max));
+    vec![states.finish(), sessions.finish(), oldest.finish()]
+}
+
+fn each_peer(report: &Report) -> Vec<MetricFamily> {
+    let gauge = |name: &str, help: &str| Family::new(name, help, Kind::Gauge);
+    let counter = |name: &str, help: &str| Family::new(name, help, Kind::Counter);
+    let mut up = gauge("skein_peer_up", "Whether the peer is established.");
+    let mut age = gauge("skein_peer_session_age_seconds", "Age of the current session.");
+    let mut rtt = gauge("skein_peer_rtt_seconds", "Smoothed round-trip time.");
+    let mut packets = counter("skein_peer_packets_total", "Pod packets by peer.");
+    let mut bytes = counter("skein_peer_bytes_total", "IP bytes of pod packets by peer.");
+    for peer in &report.peers {
+        let name = ("peer", peer.name.as_str());
+        up.add(&[name], f64::from(u8::from(peer.state == PeerState::Established)));
+        if let Some(seconds) = peer.handshake_age_seconds {
+            age.add(&[name], seconds);
+        }
+        if let Some(us) = peer.rtt_us {
+            rtt.add(&[name], us as f64 / 1e6);
+        }
+        for (direction, count, length) in [
+            ("egress", peer.tx_packets, peer.tx_bytes),
+            ("ingress", peer.rx_packets, peer.rx_bytes),
+        ] {
+            packets.add(&[name, ("direction", direction)], count as f64);
+            bytes.add(&[name, ("direction", direction)], length as f64);
+        }
+    }
+    [up, age, rtt, packets, bytes].map(Family::finish).into()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,127 @@
+#![allow(clippy::unwrap_used)]
+
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+use skein_core::drop::DropReason;
+
+use super::*;
+use crate::ipc::{Capability, DropReport, HandshakeCount};
+use crate::status::tests::peer;
+
+/// A report with something in everything.
+fn report() -> Report {
+    let mut lane = LaneReport { gso_fallbacks: 3, ..LaneReport::default() };
+    lane.egress.inner_packets = 90;
+    lane.egress.outer_packets = 45;
+    lane.egress.packets_per_call = HistogramReport { buckets: vec![1; 12], sum: 4000 };
+    let other = LaneReport { lane: 1, ..lane.clone() };
+    Report {
+        pid: std::process::id(),
+        lanes: vec![lane, other],
+        capabilities: vec![Capability {
+            name: "udp_gso".to_owned(),
+            state: CapabilityState::ForcedOff,
+            reason: Some("switched off".to_owned()),
+        }],
+        drops: DropReason::ALL
+            .iter()
+            .map(|reason| DropReport {
+                direction: reason.direction().label().to_owned(),
+                reason: reason.label().to_owned(),
+                packets: 0,
+            })
+            .collect(),
+        handshakes: vec![HandshakeCount { result: "initiated".to_owned(), count: 2 }],
+        peers: vec![peer("node-b", PeerState::Established)],
+        ..Report::default()
+    }
+}
+
+fn input() -> Input {
+    let dataplane =
+        DataplaneStatus { pid: Some(std::process::id()), restarts: 4, ..Default::default() };
+    Input { report: Some(report()), dataplane, ready: true, per_peer: true, ..Default::default() }
+}
+
+fn has(text: &str, line: &str) {
+    assert!(text.lines().any(|found| found == line), "no line {line:?} in\n{text}");
+}
+
+#[test]
+fn lanes_are_summed() {
+    let text = render(&input()).unwrap();
+    has(&text, "skein_inner_packets_total{direction=\"egress\"} 180");
+    has(&text, "skein_inner_packets_total{direction=\"ingress\"} 0");
+    has(&text, "skein_lane_packets_total{lane=\"1\",direction=\"egress\"} 45");
+    has(&text, "skein_gso_fallbacks_total 6");
+}
+
+#[test]
+fn histograms_are_cumulative() {
+    let text = render(&input()).unwrap();
+    has(&text, "skein_packets_per_call_bucket{direction=\"egress\",le=\"1\"} 2");
+    has(&text, "skein_packets_per_call_bucket{direction=\"egress\",le=\"1024\"} 22");
+    has(&text, "skein_packets_per_call_bucket{direction=\"egress\",le=\"+Inf\"} 24");
+    has(&text, "skein_packets_per_call_count{direction=\"egress\"} 24");
+    has(&text, "skein_packets_per_call_sum{direction=\"egress\"} 8000");
+    has(&text, "skein_segments_per_message_count{direction=\"ingress\"} 0");
+}
+
+#[test]
+fn states_are_one_of_all() {
+    let text = render(&input()).unwrap();
+    has(&text, "skein_capability{capability=\"udp_gso\",state=\"forced_off\"} 1");
+    has(&text, "skein_capability{capability=\"udp_gso\",state=\"on\"} 0");
+    has(&text, "skein_peers{state=\"established\"} 1");
+    has(&text, "skein_peers{state=\"unreachable\"} 0");
+    has(&text, "skein_dataplane_restarts_total 4");
+    for reason in DropReason::ALL {
+        let (direction, reason) = (reason.direction().label(), reason.label());
+        has(
+            &text,
+            &format!("skein_drops_total{{direction=\"{direction}\",reason=\"{reason}\"}} 0"),
+        );
+    }
+}
+
+#[test]
+fn there_are_no_series_of_peers_unless_asked_for() {
+    let text = render(&Input { per_peer: false, ..input() }).unwrap();
+    assert!(!text.contains("node-b"));
+    has(&render(&input()).unwrap(), "skein_peer_up{peer=\"node-b\"} 1");
+}
+
+#[test]
+fn without_a_data_process_the_rest_is_there() {
+    let text = render(&Input { report: None, ..input() }).unwrap();
+    has(&text, "skein_dataplane_up 0");
+    assert!(text.contains("skein_build_info{version="));
+    assert!(!text.contains("skein_inner_packets_total"));
+}
+
+#[test]
+fn both_processes_are_measured() {
+    let text = render(&input()).unwrap();
+    for process in ["control", "dataplane"] {
+        let name = format!("skein_process_resident_memory_bytes{{process=\"{process}\"}} ");
+        let value = text.lines().find_map(|line| line.strip_prefix(&name)).unwrap();
+        assert!(value.parse::<f64>().unwrap() > 1e5);
+    }
+}
+
+#[test]
+fn promtool_has_no_complaint() {
+    let mut promtool = Command::new("promtool")
+        .args(["check", "metrics"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("promtool is missing: install the Debian package prometheus");
+    let text = render(&input()).unwrap();
+    promtool.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+    let output = promtool.wait_with_output().unwrap();
+    let complaints = [output.stdout, output.stderr].concat();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&complaints));
+}

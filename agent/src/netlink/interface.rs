@@ -1,0 +1,262 @@
+//! The overlay's interface: made, kept as wanted, removed; never somebody else's.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use thiserror::Error;
+
+use super::link::{Link, LinkChange};
+use super::route::Route;
+use super::sysctl::{Sysctl, SysctlError};
+use super::{Netlink, NetlinkError};
+use crate::config::ALIAS_PREFIX;
+use crate::sys::tun::{TunError, create_persistent};
+
+/// What the interface is to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wanted {
+    /// Interface name.
+    pub name: String,
+    /// The mark that makes it this node's.
+    pub alias: String,
+    /// MTU in bytes.
+    pub mtu: u32,
+    /// Packets that may wait in each queue.
+    pub txqueuelen: u32,
+    /// Addresses of the node.
+    pub addresses: Vec<IpAddr>,
+    /// Prefixes of the other nodes.
+    pub routes: Vec<IpNet>,
+    /// Whether to switch on forwarding.
+    pub forwarding: bool,
+}
+
+/// Why the interface cannot be had.
+#[derive(Debug, Error)]
+pub enum InterfaceError {
+    /// The name belongs to another program.
+    #[error(
+        "interface {name} belongs to another program ({found}): set interface.name to another name, \
+         or delete it (ip link delete {name})"
+    )]
+    Foreign {
+        /// The name.
+        name: String,
+        /// What was found there.
+        found: Link,
+    },
+    /// The interface is of Skein, but of another node.
+    #[error(
+        "interface {name} belongs to the Skein node {node:?}: set interface.name to another name, or \
+         remove that node's (skein-agent cleanup with its configuration, or ip link delete {name})"
+    )]
+    OtherNode {
+        /// The name.
+        name: String,
+        /// Whose it is.
+        node: String,
+    },
+    /// The device cannot be made.
+    #[error(transparent)]
+    Tun(#[from] TunError),
+    /// rtnetlink refused.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+}
+
+/// An interface that is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Present {
+    /// Interface index.
+    pub index: u32,
+    /// Whether it was made just now.
+    pub created: bool,
+}
+
+impl Wanted {
+    /// Makes the device where there is none, and marks it; nothing else is set yet.
+    pub async fn ensure_device(&self, netlink: &Netlink) -> Result<Present, InterfaceError> {
+        if let Some(link) = netlink.link(&self.name).await? {
+            self.check_owner(link.clone())?;
+            return Ok(Present { index: link.index, created: false });
+        }
+        create_persistent(&self.name)?;
+        let link = netlink.link(&self.name).await?.ok_or_else(|| NetlinkError {
+            what: format!("find the interface {} just made", self.name),
+            source: std::io::ErrorKind::NotFound.into(),
+        })?;
+        let alias = LinkChange { alias: Some(self.alias.clone()), ..LinkChange::default() };
+        if let Err(error) = netlink.change_link(link.index, &alias).await {
+            // Without the mark the next start would take it for a stranger's.
+            netlink.delete_link(link.index).await?;
+            return Err(error.into());
+        }
+        Ok(Present { index: link.index, created: true })
+    }
+
+    fn check_owner(&self, found: Link) -> Result<(), InterfaceError> {
+        let name = self.name.clone();
+        match found.alias.strip_prefix(ALIAS_PREFIX) {
+            Some(_) if found.kind.as_deref() != Some("tun") => {
+                Err(InterfaceError::Foreign { name, found })
+            }
+            Some(_) if found.alias == self.alias => Ok(()),
+            Some(node) => Err(InterfaceError::OtherNode { name, node: node.to_owned() }),
+            None => Err(InterfaceError::Foreign { name, found }),
+        }
+    }
+
+    /// Brings the interface, its addresses and its routes to what is wanted. Goes on after an error
+    /// and returns all of them beside what it changed.
+    pub async fn configure(&self, netlink: &Netlink, index: u32) -> Outcome {
+        let mut outcome = Outcome::default();
+        self.apply_sysctls(&mut outcome);
+        if let Err(error) = self.apply_link(netlink, index, &mut outcome).await {
+            outcome.errors.push(error.to_string());
+        }
+        if let Err(error) = self.apply_addresses(netlink, index, &mut outcome).await {
+            outcome.errors.push(error.to_string());
+        }
+        if let Err(error) = self.apply_routes(netlink, index, &mut outcome).await {
+            outcome.errors.push(error.to_string());
+        }
+        outcome
+    }
+
+    fn apply_sysctls(&self, outcome: &mut Outcome) {
+        for sysctl in self.sysctls() {
+            match sysctl.ensure() {
+                Ok(true) => outcome.changes.push(format!("{} = {}", sysctl.key, sysctl.value)),
+                Ok(false) => {}
+                // A kernel without IPv6, or older than a setting, does without it.
+                Err(SysctlError { source, .. })
+                    if source.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => outcome.errors.push(error.to_string()),
+            }
+        }
+    }
+
+    fn sysctls(&self) -> Vec<Sysctl> {
+        let name = &self.name;
+        let v6 = self.addresses.iter().any(IpAddr::is_ipv6)
+            || self.routes.iter().any(|route| route.addr().is_ipv6());
+        // The kernel takes the larger of this and conf/all: 2 (loose) holds against a strict default.
+        let mut sysctls = vec![Sysctl::new(format!("ipv4/conf/{name}/rp_filter"), "2")];
+        if v6 {
+            let conf = |key: &str, value| Sysctl::new(format!("ipv6/conf/{name}/{key}"), value);
+            sysctls.extend([
+                conf("disable_ipv6", "0"),
+                // No neighbours, no routers: nothing to be solicited or configured by itself.
+                conf("addr_gen_mode", "1"),
+                conf("accept_dad", "0"),
+                conf("accept_ra", "0"),
+                conf("autoconf", "0"),
+                conf("router_solicitations", "0"),
+            ]);
+        }
+        if self.forwarding {
+            sysctls.push(Sysctl::new("ipv4/ip_forward", "1"));
+            sysctls.push(Sysctl::new(format!("ipv4/conf/{name}/forwarding"), "1"));
+            if v6 {
+                sysctls.push(Sysctl::new("ipv6/conf/all/forwarding", "1"));
+                sysctls.push(Sysctl::new(format!("ipv6/conf/{name}/forwarding"), "1"));
+            }
+        }
+        sysctls
+    }
+
+    async fn apply_link(
+        &self,
+        netlink: &Netlink,
+        index: u32,
+        outcome: &mut Outcome,
+    ) -> Result<(), NetlinkError> {
+        let Some(link) = netlink.link(&self.name).await?.filter(|link| link.index == index) else {
+            return Err(NetlinkError {
+                what: format!("find interface {}", self.name),
+                source: std::io::ErrorKind::NotFound.into(),
+            });
+        };
+        let change = LinkChange {
+            alias: None,
+            mtu: (link.mtu != self.mtu).then_some(self.mtu),
+            txqueuelen: (link.txqueuelen != self.txqueuelen).then_some(self.txqueuelen),
+            up: !link.up,
+        };
+        if change != LinkChange::default() {
+            netlink.change_link(index, &change).await?;
+            outcome.changes.push(format!("{}: {change}", self.name));
+        }
+        Ok(())
+    }
+
+    async fn apply_addresses(
+        &self,
+        netlink: &Netlink,
+        index: u32,
+        outcome: &mut Outcome,
+    ) -> Result<(), NetlinkError> {
+        let present = netlink.addresses(Some(index)).await?;
+        let wanted: Vec<IpNet> = self.addresses.iter().map(|ip| IpNet::from(*ip)).collect();
+        for net in &wanted {
+            if !present.iter().any(|address| address.net == *net) {
+                netlink.add_address(index, *net).await?;
+                outcome.changes.push(format!("address {net} added"));
+            }
+        }
+        for address in present {
+            if !address.link_local && !wanted.contains(&address.net) {
+                netlink.delete_address(&address).await?;
+                outcome.changes.push(format!("address {} removed", address.net));
+            }
+        }
+        Ok(())
+    }
+
+    async fn apply_routes(
+        &self,
+        netlink: &Netlink,
+        index: u32,
+        outcome: &mut Outcome,
+    ) -> Result<(), NetlinkError> {
+        let present = BTreeSet::from_iter(netlink.routes(index).await?);
+        let wanted: BTreeSet<_> = self.routes.iter().map(|net| self.route(*net, index)).collect();
+        for route in present.difference(&wanted) {
+            netlink.delete_route(route).await?;
+            outcome.changes.push(format!("route {} removed", route.destination));
+        }
+        for route in wanted.difference(&present) {
+            // One prefix that another program holds must not keep the others away.
+            match netlink.add_route(route).await {
+                Ok(()) => outcome.changes.push(format!("route {} added", route.destination)),
+                Err(error) => outcome.errors.push(error.to_string()),
+            }
+        }
+        Ok(())
+    }
+
+    fn route(&self, destination: IpNet, interface: u32) -> Route {
+        let family = |ip: &&IpAddr| ip.is_ipv4() == destination.addr().is_ipv4();
+        Route { destination, interface, source: self.addresses.iter().find(family).copied() }
+    }
+}
+
+/// What a pass over the interface did.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Outcome {
+    /// What was changed.
+    pub changes: Vec<String>,
+    /// What could not be done.
+    pub errors: Vec<String>,
+}
+
+impl std::fmt::Display for LinkChange {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut parts = Vec::new();
+        parts.extend(self.mtu.map(|mtu| format!("mtu {mtu}")));
+        parts.extend(self.txqueuelen.map(|length| format!("txqueuelen {length}")));
+        parts.extend(self.up.then(|| "up".to_owned()));
+        f.write_str(&parts.join(", "))
+    }
+}

@@ -1,0 +1,133 @@
+//! Links: look up, set, delete.
+
+use futures_util::TryStreamExt;
+use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
+use rtnetlink::{LinkMessageBuilder, LinkUnspec};
+
+use super::{Netlink, NetlinkError};
+
+/// A link as the kernel describes it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Link {
+    /// Interface index.
+    pub index: u32,
+    /// Name.
+    pub name: String,
+    /// Driver kind (`tun`, `veth` …); `None` for hardware.
+    pub kind: Option<String>,
+    /// Alias, empty where there is none.
+    pub alias: String,
+    /// MTU in bytes.
+    pub mtu: u32,
+    /// Length of the transmit queue in packets.
+    pub txqueuelen: u32,
+    /// Whether it is administratively up.
+    pub up: bool,
+    /// Whether it is a loopback device.
+    pub loopback: bool,
+}
+
+impl From<LinkMessage> for Link {
+    fn from(message: LinkMessage) -> Self {
+        let flags = message.header.flags;
+        let mut link = Link {
+            index: message.header.index,
+            up: flags.contains(LinkFlags::Up),
+            loopback: flags.contains(LinkFlags::Loopback),
+            ..Link::default()
+        };
+        for attribute in message.attributes {
+            match attribute {
+                LinkAttribute::IfName(name) => link.name = name,
+                LinkAttribute::IfAlias(alias) => link.alias = alias,
+                LinkAttribute::Mtu(mtu) => link.mtu = mtu,
+                LinkAttribute::TxQueueLen(length) => link.txqueuelen = length,
+                LinkAttribute::LinkInfo(infos) => {
+                    link.kind = infos.into_iter().find_map(|info| match info {
+                        LinkInfo::Kind(InfoKind::Tun) => Some("tun".to_owned()),
+                        LinkInfo::Kind(kind) => Some(kind.to_string()),
+                        _ => None,
+                    });
+                }
+                _ => {}
+            }
+        }
+        link
+    }
+}
+
+impl std::fmt::Display for Link {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let kind = self.kind.as_deref().unwrap_or("hardware");
+        match self.alias.as_str() {
+            "" => write!(f, "{kind}, no alias"),
+            alias => write!(f, "{kind}, alias {alias:?}"),
+        }
+    }
+}
+
+/// What to set of a link; `None` leaves a property as it is.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct LinkChange {
+    /// Alias.
+    pub alias: Option<String>,
+    /// MTU in bytes.
+    pub mtu: Option<u32>,
+    /// Length of the transmit queue in packets.
+    pub txqueuelen: Option<u32>,
+    /// Whether to bring it up.
+    pub up: bool,
+}
+
+impl Netlink {
+    /// The link of this name, if there is one.
+    pub async fn link(&self, name: &str) -> Result<Option<Link>, NetlinkError> {
+        let request = self.handle.link().get().match_name(name).execute();
+        match request.try_collect::<Vec<_>>().await {
+            Ok(messages) => Ok(messages.into_iter().next().map(Link::from)),
+            Err(error) => {
+                let error = NetlinkError::new(format_args!("look up interface {name}"), error);
+                if error.errno() == Some(libc::ENODEV) { Ok(None) } else { Err(error) }
+            }
+        }
+    }
+
+    /// Every link.
+    pub async fn links(&self) -> Result<Vec<Link>, NetlinkError> {
+        let request = self.handle.link().get().execute();
+        let links = request.map_ok(Link::from).try_collect().await;
+        links.map_err(|error| NetlinkError::new("list interfaces", error))
+    }
+
+    /// Changes a link.
+    pub async fn change_link(&self, index: u32, change: &LinkChange) -> Result<(), NetlinkError> {
+        let mut message = LinkMessageBuilder::<LinkUnspec>::default().index(index);
+        if let Some(alias) = &change.alias {
+            message = message.alias(alias);
+        }
+        if let Some(mtu) = change.mtu {
+            message = message.mtu(mtu);
+        }
+        if let Some(length) = change.txqueuelen {
+            message = message.txqueuelen(length);
+        }
+        if change.up {
+            message = message.up();
+        }
+        let result = self.handle.link().set(message.build()).execute().await;
+        result.map_err(|error| {
+            NetlinkError::new(format_args!("change interface {index} ({change:?})"), error)
+        })
+    }
+
+    /// Deletes a link; one that is gone already is no error.
+    pub async fn delete_link(&self, index: u32) -> Result<(), NetlinkError> {
+        let result = self.handle.link().del(index).execute().await;
+        let result = result
+            .map_err(|error| NetlinkError::new(format_args!("delete interface {index}"), error));
+        match result {
+            Err(error) if error.errno() == Some(libc::ENODEV) => Ok(()),
+            result => result,
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! The interface with its addresses, routes and settings: asked for and set by rtnetlink and /proc/sys.
+//!
+//! Everything here is idempotent: it looks first and changes only what differs. What belongs to
+//! Skein is told by marks that the kernel keeps: the alias of the interface, the protocol number of
+//! the routes.
+
+pub mod address;
+pub mod interface;
+pub mod link;
+pub mod monitor;
+pub mod route;
+pub mod sysctl;
+pub mod underlay;
+
+use std::fmt::Display;
+use std::io;
+
+use thiserror::Error;
+use tokio::task::JoinHandle;
+
+/// The kernel refused a request.
+#[derive(Debug, Error)]
+#[error("cannot {what}: {source}")]
+pub struct NetlinkError {
+    /// What was tried.
+    pub what: String,
+    /// What the kernel said.
+    pub source: io::Error,
+}
+
+impl NetlinkError {
+    fn new(what: impl Display, error: rtnetlink::Error) -> Self {
+        let source = match &error {
+            rtnetlink::Error::NetlinkError(message) => match message.code {
+                Some(code) => io::Error::from_raw_os_error(-code.get()),
+                None => io::Error::other("no error code"),
+            },
+            other => io::Error::other(other.to_string()),
+        };
+        Self { what: what.to_string(), source }
+    }
+
+    fn errno(&self) -> Option<i32> {
+        self.source.raw_os_error()
+    }
+}
+
+/// A connection to rtnetlink in the network namespace of the thread that made it.
+#[derive(Debug)]
+pub struct Netlink {
+    handle: rtnetlink::Handle,
+    task: JoinHandle<()>,
+}
+
+impl Netlink {
+    /// Connects.
+    pub fn connect() -> Result<Self, NetlinkError> {
+        // Strict checking makes the kernel (4.20 and later) apply the filters of dumps.
+        let connection = rtnetlink::new_connection_with_strict_check();
+        let (connection, handle, _) = connection
+            .map_err(|source| NetlinkError { what: "connect to rtnetlink".to_owned(), source })?;
+        Ok(Self { handle, task: tokio::spawn(connection) })
+    }
+}
+
+impl Drop for Netlink {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+#[cfg(test)]
+mod tests;

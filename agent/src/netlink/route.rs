@@ -1,0 +1,133 @@
+//! Routes of Skein, told from everybody else's by their protocol number.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use futures_util::TryStreamExt;
+use ipnet::IpNet;
+use rtnetlink::RouteMessageBuilder;
+use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::route::{
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
+
+use super::{Netlink, NetlinkError};
+
+/// The protocol number (rtm_protocol) of Skein's routes: one that iproute2's rt_protos and the
+/// routing daemons leave free.
+pub const PROTOCOL: u8 = 77;
+
+/// A route through one interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Route {
+    /// The prefix.
+    pub destination: IpNet,
+    /// Index of the interface.
+    pub interface: u32,
+    /// The source that local programs get for it.
+    pub source: Option<IpAddr>,
+}
+
+impl Route {
+    fn message(&self) -> Result<RouteMessage, NetlinkError> {
+        let wrong = |error: String| NetlinkError {
+            what: format!("describe the route to {}", self.destination),
+            source: std::io::Error::other(error),
+        };
+        let mut message = RouteMessageBuilder::<IpAddr>::new()
+            .destination_prefix(self.destination.network(), self.destination.prefix_len())
+            .map_err(|error| wrong(error.to_string()))?
+            .output_interface(self.interface)
+            .protocol(RouteProtocol::Other(PROTOCOL))
+            .scope(match self.destination {
+                // Peers are reached through the device itself; the kernel has no scopes in IPv6.
+                IpNet::V4(_) => RouteScope::Link,
+                IpNet::V6(_) => RouteScope::Universe,
+            });
+        if let Some(source) = self.source {
+            message = message.pref_source(source).map_err(|error| wrong(error.to_string()))?;
+        }
+        Ok(message.build())
+    }
+
+    fn parse(message: &RouteMessage) -> Option<Self> {
+        let header = &message.header;
+        let ours = header.protocol == RouteProtocol::Other(PROTOCOL)
+            && header.table == RouteHeader::RT_TABLE_MAIN
+            && header.kind == RouteType::Unicast;
+        if !ours {
+            return None;
+        }
+        let unspecified = match header.address_family {
+            AddressFamily::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            AddressFamily::Inet6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+            _ => return None,
+        };
+        let ip = |address: &RouteAddress| match address {
+            RouteAddress::Inet(ip) => Some(IpAddr::V4(*ip)),
+            RouteAddress::Inet6(ip) => Some(IpAddr::V6(*ip)),
+            _ => None,
+        };
+        let (mut destination, mut interface, mut source) = (unspecified, None, None);
+        for attribute in &message.attributes {
+            match attribute {
+                RouteAttribute::Destination(address) => destination = ip(address)?,
+                RouteAttribute::Oif(index) => interface = Some(*index),
+                RouteAttribute::PrefSource(address) => source = ip(address),
+                _ => {}
+            }
+        }
+        let destination = IpNet::new(destination, header.destination_prefix_length).ok()?;
+        Some(Self { destination, interface: interface?, source })
+    }
+}
+
+impl Netlink {
+    /// Skein's routes through an interface.
+    pub async fn routes(&self, interface: u32) -> Result<Vec<Route>, NetlinkError> {
+        let mut routes = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut filter = RouteMessage::default();
+            filter.header.address_family = family;
+            filter.header.protocol = RouteProtocol::Other(PROTOCOL);
+            filter.header.table = RouteHeader::RT_TABLE_MAIN;
+            filter.attributes.push(RouteAttribute::Oif(interface));
+            let messages = self.handle.route().get(filter).execute().try_collect::<Vec<_>>().await;
+            let messages = messages.map_err(|error| NetlinkError::new("list routes", error))?;
+            routes.extend(messages.iter().filter_map(Route::parse));
+        }
+        routes.retain(|route| route.interface == interface);
+        Ok(routes)
+    }
+
+    /// Adds a route; another program's route to the same prefix is not replaced, but an error.
+    pub async fn add_route(&self, route: &Route) -> Result<(), NetlinkError> {
+        let result = self.handle.route().add(route.message()?).execute().await;
+        result.map_err(|error| {
+            let error =
+                NetlinkError::new(format_args!("add the route to {}", route.destination), error);
+            match error.errno() {
+                Some(libc::EEXIST) => NetlinkError {
+                    what: format!(
+                        "{}, because another program has one (ip route show {}): remove it or \
+                         change the pod CIDR",
+                        error.what, route.destination
+                    ),
+                    ..error
+                },
+                _ => error,
+            }
+        })
+    }
+
+    /// Removes a route; one that is gone already is no error.
+    pub async fn delete_route(&self, route: &Route) -> Result<(), NetlinkError> {
+        let result = self.handle.route().del(route.message()?).execute().await;
+        let result = result.map_err(|error| {
+            NetlinkError::new(format_args!("remove the route to {}", route.destination), error)
+        });
+        match result {
+            Err(error) if error.errno() == Some(libc::ESRCH) => Ok(()),
+            result => result,
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! Against the real kernel, each in a scratch network namespace. They need root.
+
+#![allow(clippy::unwrap_used)]
+
+use std::process::Command;
+use std::time::Duration;
+
+use super::interface::{InterfaceError, Wanted};
+use super::link::LinkChange;
+use super::monitor::Monitor;
+use super::*;
+
+/// Runs a future in a network namespace of its own.
+pub(crate) fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send) {
+    let run = || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(test());
+    };
+    crate::sys::in_new_network_namespace(run)
+        .expect("this test needs root: CAP_SYS_ADMIN for a network namespace");
+}
+
+/// Runs iproute2 in the calling thread's namespace; returns what it printed.
+pub(crate) fn ip(arguments: &str) -> String {
+    let output = Command::new("ip").args(arguments.split_whitespace()).output();
+    let output = output.expect("ip is missing: install the Debian package iproute2");
+    let complaint = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "ip {arguments}: {complaint}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+pub(crate) fn wanted() -> Wanted {
+    Wanted {
+        name: "sk-test".to_owned(),
+        alias: "skein:node-1".to_owned(),
+        mtu: 1440,
+        txqueuelen: 777,
+        addresses: vec!["10.1.0.1".parse().unwrap(), "fd00:1::1".parse().unwrap()],
+        routes: ["10.2.0.0/24", "10.3.0.0/16", "fd00:2::/64"].map(|r| r.parse().unwrap()).into(),
+        forwarding: true,
+    }
+}
+
+async fn configured(netlink: &Netlink, wanted: &Wanted) -> u32 {
+    let present = wanted.ensure_device(netlink).await.unwrap();
+    let outcome = wanted.configure(netlink, present.index).await;
+    assert_eq!(outcome.errors, [""; 0]);
+    present.index
+}
+
+#[test]
+fn the_interface_becomes_what_is_wanted() {
+    in_namespace(|| async {
+        let netlink = Netlink::connect().unwrap();
+        let wanted = wanted();
+        let index = configured(&netlink, &wanted).await;
+        let link = ip("-details link show sk-test");
+        for expected in ["mtu 1440", "qlen 777", "alias skein:node-1", ",UP", "persist on"] {
+            assert!(link.contains(expected), "no {expected:?} in {link}");
+        }
+        let v4 = ip("route show proto 77");
+        assert!(v4.contains("10.2.0.0/24 dev sk-test scope link src 10.1.0.1"), "{v4}");
+        assert!(v4.contains("10.3.0.0/16"), "{v4}");
+        let v6 = ip("-6 route show proto 77");
+        assert!(v6.contains("fd00:2::/64 dev sk-test src fd00:1::1"), "{v6}");
+        let addresses = ip("address show dev sk-test");
+        assert!(addresses.contains("10.1.0.1/32") && addresses.contains("fd00:1::1/128"));
+        assert!(!addresses.contains("fe80::") && !addresses.contains("tentative"), "{addresses}");
+        let sysctl = |key: &str| std::fs::read_to_string(format!("/proc/sys/net/{key}")).unwrap();
+        assert_eq!(sysctl("ipv4/conf/sk-test/rp_filter").trim(), "2");
+        assert_eq!(sysctl("ipv4/ip_forward").trim(), "1");
+        assert_eq!(sysctl("ipv6/conf/all/forwarding").trim(), "1");
+        let again = wanted.configure(&netlink, index).await;
+        assert_eq!(again, Default::default(), "a second pass has nothing to do");
+    });
+}
+
+#[test]
+fn what_somebody_changes_is_healed() {
+    in_namespace(|| async {
+        let netlink = Netlink::connect().unwrap();
+        let wanted = wanted();
+        let index = configured(&netlink, &wanted).await;
+        for damage in [
+            "route del 10.2.0.0/24",
+            "-6 route del fd00:2::/64",
+            "address del 10.1.0.1/32 dev sk-test",
+            "address del fd00:1::1/128 dev sk-test",
+            "link set sk-test mtu 1300",
+            "link set sk-test down",
+            "address flush dev sk-test",
+            "address add 10.99.0.1/24 dev sk-test",
+            "route add 10.77.0.0/16 dev sk-test proto 77",
+        ] {
+            ip(damage);
+            let outcome = wanted.configure(&netlink, index).await;
+            assert_eq!(outcome.errors, [""; 0], "{damage}");
+            assert!(!outcome.changes.is_empty(), "{damage}");
+            let again = wanted.configure(&netlink, index).await;
+            assert_eq!(again, Default::default(), "{damage}");
+        }
+        assert!(!ip("route show").contains("10.77.0.0"));
+    });
+}
+
+#[test]
+fn changed_wants_are_followed_and_others_routes_stay() {
+    in_namespace(|| async {
+        let netlink = Netlink::connect().unwrap();
+        let mut wanted = wanted();
+        let index = configured(&netlink, &wanted).await;
+        ip("route add 10.50.0.0/16 dev sk-test");
+        wanted.routes = vec!["10.2.0.0/24".parse().unwrap(), "10.4.0.0/24".parse().unwrap()];
+        wanted.addresses = vec!["10.1.0.9".parse().unwrap()];
+        let outcome = wanted.configure(&netlink, index).await;
+        assert_eq!(outcome.errors, [""; 0]);
+        let routes = ip("route show proto 77");
+        assert!(routes.contains("10.2.0.0/24 dev sk-test scope link src 10.1.0.9"), "{routes}");
+        assert!(routes.contains("10.4.0.0/24") && !routes.contains("10.3.0.0"), "{routes}");
+        assert!(ip("route show").contains("10.50.0.0/16"), "not ours, so it stays");
+        assert_eq!(ip("-6 route show proto 77"), "");
+    });
+}
+
+#[test]
+fn another_programs_route_is_an_error_that_leaves_the_rest_working() {
+    in_namespace(|| async {
+        let netlink = Netlink::connect().unwrap();
+        ip("link add dev other type bridge");
+        ip("link set other up");
+        ip("route add 10.2.0.0/24 dev other");
+        let wanted = wanted();
+        let present = wanted.ensure_device(&netlink).await.unwrap();
+        let outcome = wanted.configure(&netlink, present.index).await;
+        assert_eq!(outcome.errors.len(), 1, "{outcome:?}");
+        assert!(outcome.errors[0].contains("another program has one"), "{outcome:?}");
+        assert!(ip("route show 10.2.0.0/24").contains("dev other"));
+        assert!(ip("route show 10.3.0.0/16").contains("dev sk-test"));
+    });
+}
+
+#[test]
+fn interfaces_of_others_are_refused_and_not_touched() {
+    in_namespace(|| async {
+        let netlink = Netlink::connect().unwrap();
+        let wanted = wanted();
+        for (make, alias) in [
+            ("link add dev sk-test type bridge", None),
+            ("link add dev sk-test type bridge", Some("skein:node-1")),
+            ("tuntap add sk-test mode tun", None),
+            ("tuntap add sk-test mode tun", Some("vpn")),
+            ("tuntap add sk-test mode tun", Some("skein:node-2")),
+        ] {
+            ip(make);
+            if let Some(alias) = alias {
+                ip(&format!("link set sk-test alias {alias}"));
+            }
+            let before = ip("-details link show sk-test");
+            let error = wanted.ensure_device(&netlink).await.unwrap_err();
+            let ours = alias == Some("skein:node-2");
+            assert_eq!(matches!(error, InterfaceError::OtherNode { .. }), ours, "{error}");
+            assert_eq!(matches!(error, InterfaceError::Foreign { .. }), !ours, "{error}");
+            assert!(error.to_string().contains("interface.name"), "{error}");
+            assert_eq!(ip("-details link show sk-test"), before);
+            ip("link del sk-test");
+        }
+    });
+}
+
+#[test]
+fn a_deleted_interface_is_announced_and_made_again() {
+    in_namespace(|| async {
+        let netlink = Netlink::connect().unwrap();
+        let monitor = Monitor::start("sk-test").unwrap();
+        let wanted = wanted();
+        let index = configured(&netlink, &wanted).await;
+        monitor.set_index(index);
+        let drained = async {
+            loop {
+                monitor.changed().await
+            }
+        };
+        let _ = tokio::time::timeout(Duration::from_millis(200), drained).await;
+        let within = Duration::from_secs(1);
+        for damage in ["route del 10.2.0.0/24", "address flush dev sk-test", "link del sk-test"] {
+            ip(damage);
+            let told = tokio::time::timeout(within, monitor.changed()).await;
+            assert!(told.is_ok(), "{damage} was not announced");
+        }
+        assert!(netlink.link("sk-test").await.unwrap().is_none());
+        let again = configured(&netlink, &wanted).await;
+        assert_ne!(index, again);
+        ip("link add dev unrelated type bridge");
+        monitor.set_index(again);
+        let drained = async {
+            loop {
+                monitor.changed().await
+            }
+        };
+        let _ = tokio::time::timeout(Duration::from_millis(200), drained).await;
+        ip("link set unrelated up");
+        let told = tokio::time::timeout(Duration::from_millis(200), monitor.changed()).await;
+        assert!(told.is_err(), "what does not concern us is not announced");
+    });
+}
+
+#[test]
+fn the_underlays_mtu_is_that_of_its_interface() {
+    in_namespace(|| async {
+        let netlink = Netlink::connect().unwrap();
+        let mtu = async |address: &str| {
+            netlink.underlay_mtu(&[address.parse().unwrap()], "sk-test").await.unwrap()
+        };
+        assert_eq!(mtu("0.0.0.0").await, 1500, "nothing is known");
+        for (name, mtu, address) in [
+            ("ua", 9000, "192.0.2.1/24"),
+            ("ub", 1400, "198.51.100.1/24"),
+            ("uc", 1500, "203.0.113.1/24"),
+        ] {
+            ip(&format!("link add dev {name} mtu {mtu} type bridge"));
+            ip(&format!("link set {name} up"));
+            ip(&format!("address add {address} dev {name}"));
+        }
+        assert_eq!(mtu("192.0.2.1").await, 9000);
+        assert_eq!(mtu("198.51.100.1").await, 1400);
+        assert_eq!(mtu("0.0.0.0").await, 1400, "the smallest of those that are up");
+        ip("route add default via 203.0.113.254");
+        assert_eq!(mtu("0.0.0.0").await, 1500, "that of the default route");
+        ip("link add dev sk-test mtu 1300 type bridge");
+        ip("link set sk-test up");
+        assert_eq!(mtu("::").await, 1400, "not the overlay's own");
+    });
+}
+
+#[test]
+fn deleting_what_is_gone_is_no_error() {
+    in_namespace(|| async {
+        let netlink = Netlink::connect().unwrap();
+        let present = wanted().ensure_device(&netlink).await.unwrap();
+        netlink.delete_link(present.index).await.unwrap();
+        netlink.delete_link(present.index).await.unwrap();
+        let change = LinkChange { up: true, ..LinkChange::default() };
+        assert!(netlink.change_link(present.index, &change).await.is_err());
+    });
+}

@@ -1,0 +1,226 @@
+//! `skein-agent status`: the agent's state as tables for people.
+
+mod table;
+
+use std::fmt::Write;
+use std::time::Duration;
+
+pub(crate) use self::table::{Align, table};
+use crate::control::shared::Document;
+use crate::ipc::{DirectionReport, LaneReport, PeerReport, PeerState, Report};
+
+/// The tables. `before` is an earlier status and how long ago it was, for rates.
+pub fn render(now: &Document, before: Option<(&Document, Duration)>) -> String {
+    let mut text = header(now);
+    let Some(report) = &now.report else {
+        text.push_str("\nThe data process is away.\n");
+        return text;
+    };
+    let earlier = before.and_then(|(document, ago)| Some((document.report.as_ref()?, ago)));
+    // Another data process counts from zero.
+    let earlier = earlier.filter(|(earlier, _)| earlier.pid == report.pid);
+    section(&mut text, "Offloads", offloads(report));
+    section(&mut text, "Lanes", lanes(report, earlier));
+    section(&mut text, "Peers", peers(report));
+    section(&mut text, "Drops", drops(report));
+    text
+}
+
+fn section(text: &mut String, title: &str, body: String) {
+    // Writing to a String cannot fail.
+    let _ = write!(text, "\n{title}\n{body}\n");
+}
+
+fn header(now: &Document) -> String {
+    let list = |items: Vec<String>| match items.is_empty() {
+        true => "-".to_owned(),
+        false => items.join(" "),
+    };
+    let strings = |items: &[ipnet::IpNet]| items.iter().map(ToString::to_string).collect();
+    let interface = &now.interface;
+    let addresses = interface.addresses.iter().map(ToString::to_string).collect();
+    let mut lines = vec![
+        ("node", format!("{} (skein-agent {})", now.node, now.version)),
+        ("public key", now.public_key.to_string()),
+        ("ready", if now.ready { "yes" } else { "no" }.to_owned()),
+    ];
+    lines.extend(now.reasons.iter().map(|reason| ("  because", reason.clone())));
+    lines.push((
+        "interface",
+        format!("{}, MTU {}, {}", interface.name, interface.mtu, list(addresses)),
+    ));
+    lines.push(("pod CIDRs", list(strings(&interface.local_cidrs))));
+    lines.push(("routes", interface.routes.len().to_string()));
+    let dataplane = &now.dataplane;
+    let process = now.report.as_ref().map_or_else(
+        || "away".to_owned(),
+        |report| {
+            let uptime = age(report.uptime_seconds);
+            format!("process {}, up {uptime}, revision {}", report.pid, report.revision)
+        },
+    );
+    lines.push(("data plane", format!("{process}, {} restarts", dataplane.restarts)));
+    let records = &now.records;
+    lines.push(("node records", format!("{} from {}", records.accepted, records.source.display())));
+    lines.extend(records.source_error.iter().map(|error| ("  unreadable", error.clone())));
+    let rejected = records.rejected.iter();
+    lines.extend(rejected.map(|r| ("  refused", format!("{}: {}", r.file.display(), r.error))));
+    lines.iter().map(|(name, value)| format!("{name:<13} {value}\n")).collect()
+}
+
+fn offloads(report: &Report) -> String {
+    let rows = report.capabilities.iter().map(|capability| {
+        let reason = capability.reason.clone().unwrap_or_default();
+        vec![capability.name.clone(), capability.state.to_string(), reason]
+    });
+    table(&[("OFFLOAD", Align::Left), ("STATE", Align::Left), ("REASON", Align::Left)], rows)
+}
+
+fn lanes(report: &Report, earlier: Option<(&Report, Duration)>) -> String {
+    type Side = fn(&LaneReport) -> &DirectionReport;
+    let directions: [(&str, Side); 2] =
+        [("out", |lane| &lane.egress), ("in", |lane| &lane.ingress)];
+    let mut rows = Vec::new();
+    for lane in &report.lanes {
+        for (name, side) in directions {
+            let now = side(lane);
+            let then = earlier.and_then(|(report, ago)| {
+                let lane = report.lanes.iter().find(|other| other.lane == lane.lane)?;
+                Some((side(lane), ago.as_secs_f64()))
+            });
+            let rate = |counter: fn(&DirectionReport) -> u64| match then {
+                Some((then, seconds)) if seconds > 0.0 => {
+                    count((counter(now).saturating_sub(counter(then)) as f64 / seconds) as u64)
+                }
+                _ => "-".to_owned(),
+            };
+            rows.push(vec![
+                lane.lane.to_string(),
+                name.to_owned(),
+                rate(|side| side.inner_packets),
+                rate(|side| side.outer_packets),
+                rate(|side| side.tun_packets),
+                rate(|side| side.calls),
+                count(now.inner_packets),
+                count(now.outer_packets),
+                bytes(now.inner_bytes),
+                ratio(now.outer_packets, now.calls),
+                ratio(now.inner_packets, now.tun_packets),
+            ]);
+        }
+    }
+    table(
+        &[
+            ("LANE", Align::Right),
+            ("DIR", Align::Left),
+            ("INNER/S", Align::Right),
+            ("OUTER/S", Align::Right),
+            ("TUN/S", Align::Right),
+            ("CALLS/S", Align::Right),
+            ("INNER", Align::Right),
+            ("OUTER", Align::Right),
+            ("BYTES", Align::Right),
+            ("PKTS/CALL", Align::Right),
+            ("SEGS/TUN", Align::Right),
+        ],
+        rows,
+    )
+}
+
+fn peers(report: &Report) -> String {
+    let row = |peer: &PeerReport| {
+        let state = match peer.state {
+            PeerState::Idle => "idle",
+            PeerState::Connecting => "connecting",
+            PeerState::Established => "established",
+            PeerState::Unreachable => "unreachable",
+        };
+        let state = match &peer.reason {
+            Some(reason) => format!("{state}: {reason}"),
+            None => state.to_owned(),
+        };
+        let dash = || "-".to_owned();
+        vec![
+            peer.name.clone(),
+            peer.endpoint.map_or_else(dash, |endpoint| endpoint.to_string()),
+            state,
+            peer.handshake_age_seconds.map_or_else(dash, age),
+            peer.rtt_us.map_or_else(dash, |us| format!("{:.2} ms", us as f64 / 1000.0)),
+            if peer.gso { "yes" } else { "no" }.to_owned(),
+            peer.cipher.clone().unwrap_or_else(dash),
+            bytes(peer.tx_bytes),
+            bytes(peer.rx_bytes),
+        ]
+    };
+    table(
+        &[
+            ("PEER", Align::Left),
+            ("ENDPOINT", Align::Left),
+            ("STATE", Align::Left),
+            ("HANDSHAKE", Align::Right),
+            ("RTT", Align::Right),
+            ("GSO", Align::Left),
+            ("CIPHER", Align::Left),
+            ("TX", Align::Right),
+            ("RX", Align::Right),
+        ],
+        report.peers.iter().map(row),
+    )
+}
+
+fn drops(report: &Report) -> String {
+    let mut rows: Vec<_> = report
+        .drops
+        .iter()
+        .filter(|drop| drop.packets > 0)
+        .map(|drop| vec![drop.direction.clone(), drop.reason.clone(), count(drop.packets)])
+        .collect();
+    let overflow: u64 = report.lanes.iter().map(|lane| lane.receive_queue_overflow).sum();
+    if overflow > 0 {
+        let reason = "receive_queue_overflow (by the kernel)";
+        rows.push(vec!["ingress".to_owned(), reason.to_owned(), count(overflow)]);
+    }
+    let columns = [("DIRECTION", Align::Left), ("REASON", Align::Left), ("PACKETS", Align::Right)];
+    table(&columns, rows)
+}
+
+/// A count with a letter for thousands, at most five characters of digits.
+fn count(value: u64) -> String {
+    scaled(value, 1000.0, &["", "k", "M", "G", "T", "P", "E"])
+}
+
+/// Bytes in binary units.
+fn bytes(value: u64) -> String {
+    scaled(value, 1024.0, &[" B", " KiB", " MiB", " GiB", " TiB", " PiB", " EiB"])
+}
+
+fn scaled(value: u64, base: f64, units: &[&str]) -> String {
+    let mut scaled = value as f64;
+    let mut unit = 0;
+    // Counts stay exact as long as they are short.
+    while scaled >= base * if unit == 0 { 10.0 } else { 1.0 } && unit + 1 < units.len() {
+        scaled /= base;
+        unit += 1;
+    }
+    match unit {
+        0 => format!("{value}{}", units[0]),
+        _ => format!("{scaled:.1}{}", units[unit]),
+    }
+}
+
+fn ratio(a: u64, b: u64) -> String {
+    if b == 0 { "-".to_owned() } else { format!("{:.1}", a as f64 / b as f64) }
+}
+
+fn age(seconds: f64) -> String {
+    let whole = seconds.max(0.0) as u64;
+    match (whole / 86_400, whole / 3600 % 24, whole / 60 % 60, whole % 60) {
+        (0, 0, 0, s) => format!("{s} s"),
+        (0, 0, m, s) => format!("{m} m {s} s"),
+        (0, h, m, _) => format!("{h} h {m} m"),
+        (d, h, ..) => format!("{d} d {h} h"),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;
