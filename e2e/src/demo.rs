@@ -38,6 +38,7 @@ pub fn run(options: &Options) -> Result<()> {
     let lab = Lab::new(&Plan { pod_mtu: POD_MTU, ..Plan::default() })?;
     console.step("starting an agent on each node");
     let mut cluster = Cluster::prepare(lab, Family::V4)?;
+    cluster.verbose = false;
     cluster.start()?;
 
     console.print(&layout(&cluster));

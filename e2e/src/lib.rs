@@ -3,6 +3,7 @@
 
 pub mod bench;
 pub mod cargo;
+pub mod checks;
 pub mod console;
 pub mod demo;
 pub mod lab;

@@ -30,7 +30,7 @@ pub const DEMO: &[Need] = &[
 ];
 
 /// For the tests, beside [`DEMO`].
-pub const TEST: &[Need] = &[need("promtool", "prometheus")];
+pub const TEST: &[Need] = &[need("promtool", "prometheus"), need("strace", "strace")];
 
 /// For the benchmark, beside [`DEMO`].
 pub const BENCH: &[Need] =

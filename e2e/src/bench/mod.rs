@@ -130,9 +130,15 @@ pub fn run(options: &Options) -> Result<()> {
 
 fn measure_all(options: &Options) -> Result<Results> {
     let preparing = Console::new();
-    packages::ensure(&[packages::DEMO, packages::BENCH], &preparing)?;
+    packages::ensure(&[packages::DEMO], &preparing)?;
+    if options.works.contains(&Work::Redis) {
+        packages::ensure(&[packages::BENCH], &preparing)?;
+    }
     let mut notes = vec![];
-    if let Err(error) = packages::ensure(&[packages::RIVALS], &preparing) {
+    let rivals = [Overlay::WireguardGo, Overlay::Nebula];
+    let wanted = options.only.iter().any(|overlay| rivals.contains(overlay));
+    let installed = if wanted { packages::ensure(&[packages::RIVALS], &preparing) } else { Ok(()) };
+    if let Err(error) = installed {
         notes.push(format!("some networks cannot be compared: {error:#}"));
     }
     if options.only.iter().any(|overlay| overlay.is_skein()) {

@@ -228,6 +228,7 @@ fn vxlan(lab: &Lab) -> Result<()> {
 
 fn skein(lab: Lab, variant: Variant) -> Result<Cluster> {
     let mut cluster = Cluster::prepare(lab, Family::V4)?;
+    cluster.verbose = false;
     for agent in &mut cluster.agents {
         match variant {
             Variant::Full => {}

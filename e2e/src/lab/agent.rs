@@ -332,6 +332,9 @@ pub struct Cluster {
     pub agents: Vec<Agent>,
     /// Where they run.
     pub lab: Lab,
+    /// Whether the ends of the logs are printed when this is dropped. Tests leave it on: the test
+    /// runner shows what a test printed if the test failed.
+    pub verbose: bool,
 }
 
 impl Cluster {
@@ -342,7 +345,7 @@ impl Cluster {
         for agent in &agents {
             agents.iter().try_for_each(|other| agent.put_record(&other.record))?;
         }
-        Ok(Self { agents, lab })
+        Ok(Self { agents, lab, verbose: true })
     }
 
     /// Starts all agents and waits until they are ready.
@@ -366,7 +369,7 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        if thread::panicking() {
+        if self.verbose {
             eprintln!("{}", self.logs());
         }
     }

@@ -153,6 +153,20 @@ impl Lab {
         self.switch.as_ref().context("this laboratory has no switch")
     }
 
+    /// A further machine on the switch, with the addresses 192.0.2.`number` and 2001:db8::`number`
+    /// (in hexadecimal) on its `eth0`.
+    pub fn attach(&self, label: &str, number: u8) -> Result<Netns> {
+        let (switch, port) = (self.switch()?, format!("extra{number}"));
+        let machine = Netns::create(label)?;
+        link::veth((&machine, UNDERLAY), (switch, &port), 1500)?;
+        link::enslave(switch, &port, "br0")?;
+        machine.ip_batch(&[
+            format!("address add 192.0.2.{number}/24 dev {UNDERLAY}"),
+            format!("address add 2001:db8::{number:x}/64 dev {UNDERLAY} nodad"),
+        ])?;
+        Ok(machine)
+    }
+
     /// Takes the node's cable out of the switch, or puts it in again. The node sees the loss of
     /// carrier and keeps its addresses.
     pub fn set_cable(&self, node: usize, plugged: bool) -> Result<()> {

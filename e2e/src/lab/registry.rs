@@ -22,6 +22,9 @@ pub(super) const NETNS_DIR: &str = "/run/netns";
 /// Names of this laboratory's namespaces start with this and the owner's process id.
 const PREFIX: &str = "skein-e2e-";
 
+/// End of the name of the file that notes the host's settings.
+const SETTINGS: &str = "host-settings";
+
 #[derive(Default)]
 struct Registry {
     namespaces: Vec<String>,
@@ -102,9 +105,27 @@ pub fn set_host(key: &str, value: &str) -> Result<()> {
     let path = Path::new("/proc/sys").join(key.replace('.', "/"));
     let mut registry = registry();
     let old = fs::read_to_string(&path).with_context(|| format!("reading {key}"))?;
-    fs::write(&path, value).with_context(|| format!("setting {key} to {value}"))?;
-    registry.settings.entry(path).or_insert(old);
-    Ok(())
+    registry.settings.entry(path.clone()).or_insert(old);
+    // Also on disk, for the next run if this process is killed.
+    let list = registry.settings.iter().map(|(p, v)| format!("{}={}\n", p.display(), v.trim()));
+    fs::write(settings_file(std::process::id()), list.collect::<String>())
+        .context("noting the host's settings")?;
+    fs::write(&path, value).with_context(|| format!("setting {key} to {value}"))
+}
+
+fn settings_file(pid: u32) -> PathBuf {
+    std::env::temp_dir().join(format!("{PREFIX}{pid}-{SETTINGS}"))
+}
+
+/// Restores what a dead process noted.
+fn restore_from(file: &Path) {
+    let text = fs::read_to_string(file).unwrap_or_default();
+    for (path, value) in text.lines().filter_map(|line| line.split_once('=')) {
+        if Path::new(path).starts_with("/proc/sys/net/core") {
+            let _ = fs::write(path, value);
+        }
+    }
+    let _ = fs::remove_file(file);
 }
 
 /// Puts back every setting that [`set_host`] changed.
@@ -114,6 +135,7 @@ pub fn restore_settings() {
             eprintln!("cannot restore {}: {error}", path.display());
         }
     }
+    let _ = fs::remove_file(settings_file(std::process::id()));
 }
 
 fn remove_everything() {
@@ -142,6 +164,8 @@ pub fn sweep() -> Vec<String> {
             if pid.parse::<u32>().is_ok() && !Path::new("/proc").join(pid).exists() {
                 if is_namespace {
                     delete_namespace(&name);
+                } else if name.ends_with(SETTINGS) {
+                    restore_from(&entry.path());
                 } else {
                     let _ = fs::remove_dir_all(entry.path());
                 }

@@ -1,0 +1,125 @@
+//! Bytes arrive right while links fail and processes die.
+
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+use skein_e2e::checks;
+use skein_e2e::lab::agent::Cluster;
+use skein_e2e::lab::{Family, Plan};
+
+const RATE: u64 = 25_000_000;
+
+fn sleep_ms(milliseconds: u64) {
+    thread::sleep(Duration::from_millis(milliseconds));
+}
+
+#[test]
+fn files_survive_a_flapping_link() -> Result<()> {
+    let cluster = Cluster::up(&Plan::default(), Family::V4)?;
+    let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
+    checks::all_reach_all(&cluster.lab)?;
+    let files =
+        Family::BOTH.map(|family| checks::start_transfer(a, b, family, 3 * RATE, Some(RATE)));
+    for node in [0, 1, 0, 1] {
+        sleep_ms(400);
+        cluster.lab.set_cable(node, false)?;
+        sleep_ms(200);
+        cluster.lab.set_cable(node, true)?;
+    }
+    for file in files {
+        file?.join()?;
+    }
+    Ok(())
+}
+
+/// The data process outlives the control process, and the next control process takes it over:
+/// nobody loses a packet.
+#[test]
+fn killing_the_control_process_loses_nothing() -> Result<()> {
+    let mut cluster = Cluster::up(&Plan::default(), Family::V4)?;
+    checks::all_reach_all(&cluster.lab)?;
+    let before: Vec<_> = cluster.agents.iter().map(|agent| agent.dataplane_pids()).collect();
+    ensure!(before.iter().all(|pids| pids.len() == 1), "data processes: {before:?}");
+
+    let Cluster { agents, lab, .. } = &mut cluster;
+    let (a, b) = (lab.pod(0), lab.pod(1));
+    let file = checks::start_transfer(b, a, Family::V6, 4 * RATE, Some(RATE))?;
+    let outcome = thread::scope(|scope| -> Result<_> {
+        let duration = Duration::from_secs(4);
+        let datagrams =
+            scope.spawn(move || checks::datagrams(a, b, Family::V4, 200, 2000, duration));
+        sleep_ms(700);
+        for agent in &mut *agents {
+            agent.kill_control();
+        }
+        sleep_ms(1000);
+        for agent in &mut *agents {
+            agent.start()?;
+        }
+        datagrams.join().ok().context("the sender panicked")?
+    })?;
+    file.join()?;
+    ensure!(outcome.sent > 4000 && outcome.received == outcome.sent, "{outcome:?}");
+    let after: Vec<_> = agents.iter().map(|agent| agent.dataplane_pids()).collect();
+    ensure!(before == after, "data processes: {before:?}, then {after:?}");
+    // And it obeys its new master.
+    agents[0].remove_record(&agents[1].record.name)?;
+    let cut = || Ok(checks::does_not_reach(a, b, Family::V4).is_ok());
+    checks::eventually("a removed node is cut off", Duration::from_secs(3), cut)?;
+    Ok(())
+}
+
+#[test]
+fn killing_the_data_process_is_survived() -> Result<()> {
+    let cluster = Cluster::up(&Plan::default(), Family::V4)?;
+    let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
+    checks::all_reach_all(&cluster.lab)?;
+    for victim in [0, 1] {
+        let file = checks::start_transfer(a, b, Family::V4, 3 * RATE, Some(RATE))?;
+        sleep_ms(1000);
+        let before = cluster.agents[victim].dataplane_pids();
+        let pid = before.first().copied().and_then(Pid::from_raw).context("no data process")?;
+        kill_process(pid, Signal::KILL)?;
+        let received = file.join()?;
+        // TCP doubles its retransmission timer while nothing comes back.
+        ensure!(received.longest_pause < 5.0, "paused for {} s", received.longest_pause);
+        let after = cluster.agents[victim].dataplane_pids();
+        ensure!(after.len() == 1 && after != before, "{before:?}, then {after:?}");
+    }
+    checks::mixed_traffic(&cluster.lab, 1 << 20)
+}
+
+#[test]
+fn restarting_an_agent_in_the_middle_of_a_transfer_is_survived() -> Result<()> {
+    let mut cluster = Cluster::up(&Plan::default(), Family::V6)?;
+    checks::all_reach_all(&cluster.lab)?;
+    let Cluster { agents, lab, .. } = &mut cluster;
+    let (a, b) = (lab.pod(0), lab.pod(1));
+    let file = checks::start_transfer(a, b, Family::V4, 4 * RATE, Some(RATE))?;
+    for agent in agents {
+        sleep_ms(800);
+        let code = agent.stop()?;
+        ensure!(code == 0, "the agent ended with code {code}");
+        agent.start()?;
+    }
+    let received = file.join()?;
+    ensure!(received.longest_pause < 8.0, "paused for {} s", received.longest_pause);
+    Ok(())
+}
+
+/// A slow underlay with a short queue loses packets; TCP over the overlay copes.
+#[test]
+fn files_survive_a_congested_underlay() -> Result<()> {
+    let cluster = Cluster::up(&Plan::default(), Family::V4)?;
+    let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
+    checks::all_reach_all(&cluster.lab)?;
+    let shape = "tc qdisc add dev eth0 root tbf rate 200mbit burst 64kb latency 2ms";
+    cluster.lab.nodes[0].ns.sh(shape)?;
+    for family in Family::BOTH {
+        checks::transfer(a, b, family, 20 << 20)?;
+        checks::transfer(b, a, family, 20 << 20)?;
+    }
+    Ok(())
+}

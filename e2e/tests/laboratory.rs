@@ -1,0 +1,123 @@
+//! The laboratory itself: what it builds carries packets, and nothing of it stays.
+
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+use skein_e2e::checks;
+use skein_e2e::lab::{Family, Lab, Netns, Offloads, Plan, UNDERLAY, Underlay, registry};
+use skein_e2e::load::ping::{Ping, ping};
+use skein_e2e::load::rr;
+
+/// Names of what this process has made and not removed.
+fn left() -> Vec<String> {
+    let own = format!("-{}-", std::process::id());
+    registry::existing().into_iter().filter(|name| name.contains(&own)).collect()
+}
+
+#[test]
+fn nodes_pods_and_links_carry_packets_and_are_removed() -> Result<()> {
+    for (underlay, offloads) in
+        [(Underlay::Direct, Offloads::Ideal), (Underlay::Switch, Offloads::Wire)]
+    {
+        let lab = Lab::new(&Plan { underlay, offloads, pod_mtu: 1500, ..Plan::default() })?;
+        for (node, peer) in [(0, 1), (1, 0)].map(|(a, b)| (&lab.nodes[a], &lab.nodes[b])) {
+            node.enable_forwarding()?;
+            for family in Family::BOTH {
+                let (cidr, via) = (peer.pod_cidr(family), peer.underlay(family));
+                node.ns.ip(&format!("route add {cidr} via {via} dev {UNDERLAY}"))?;
+            }
+        }
+        checks::mixed_traffic(&lab, 2 << 20)?;
+        let (a, b) = (lab.pod(0), lab.pod(1));
+        let to = (b.v4, 7001).into();
+        let outcome = rr::run(&a.ns, &b.ns, to, Duration::from_millis(200))?;
+        ensure!(outcome.count > 100 && outcome.latency.p99 >= outcome.latency.p50);
+    }
+    ensure!(left().is_empty(), "left behind: {:?}", left());
+    Ok(())
+}
+
+#[test]
+fn a_pulled_cable_cuts_and_comes_back() -> Result<()> {
+    let lab = Lab::new(&Plan { pods: 0, ..Plan::default() })?;
+    let (node, to) = (&lab.nodes[0].ns, lab.nodes[1].underlay(Family::V6));
+    let once = Ping { count: 1, ..Ping::default() };
+    let answered = || Ok(ping(node, to, once)?.complete());
+    checks::eventually("an answer", Duration::from_secs(3), answered)?;
+    lab.set_cable(1, false)?;
+    ensure!(!ping(node, to, once)?.complete());
+    lab.set_cable(1, true)?;
+    checks::eventually("an answer again", Duration::from_secs(5), answered).map(drop)
+}
+
+#[test]
+fn what_runs_in_a_namespace_ends_with_it() -> Result<()> {
+    let ns = Netns::create("doomed")?;
+    let mut child = ns.command("sleep").arg("1000").spawn()?;
+    checks::eventually("sleep is inside", Duration::from_secs(2), || Ok(!ns.pids().is_empty()))?;
+    drop(ns);
+    let ended = || Ok(child.try_wait()?.is_some());
+    checks::eventually("sleep has ended", Duration::from_secs(2), ended)?;
+    ensure!(left().is_empty(), "left behind: {:?}", left());
+    Ok(())
+}
+
+#[test]
+fn a_failing_test_leaves_nothing() -> Result<()> {
+    let failed = thread::spawn(|| {
+        let _lab = Lab::new(&Plan::default());
+        panic!("as a failing test does");
+    });
+    ensure!(failed.join().is_err());
+    ensure!(left().is_empty(), "left behind: {:?}", left());
+    Ok(())
+}
+
+/// Starts a command that makes a laboratory, ends it with a signal, and looks for the remains.
+fn interrupted_by(signal: Signal) -> Result<()> {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_skein-e2e"))
+        .args(["bench", "--only", "routed", "--works", "tcp1", "--seconds", "20"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let of_child = format!("-{}-", child.id());
+    let remains = || registry::existing().into_iter().filter(|name| name.contains(&of_child));
+    let up = || Ok(remains().count() > 4);
+    let up = checks::eventually("a laboratory", Duration::from_secs(20), up);
+    let pid = Pid::from_raw(child.id().cast_signed()).context("no process id")?;
+    kill_process(pid, signal)?;
+    let start = Instant::now();
+    let status = child.wait()?;
+    up?;
+    ensure!(!status.success(), "it ended with {status}");
+    ensure!(start.elapsed() < Duration::from_secs(5), "it took {:?} to end", start.elapsed());
+    if signal == Signal::KILL {
+        // Nobody can clean up then; the next run does.
+        registry::sweep();
+    }
+    let remains: Vec<String> = remains().collect();
+    ensure!(remains.is_empty(), "left behind: {remains:?}");
+    Ok(())
+}
+
+#[test]
+fn an_interrupt_leaves_nothing() -> Result<()> {
+    interrupted_by(Signal::INT)
+}
+
+#[test]
+fn a_termination_leaves_nothing() -> Result<()> {
+    interrupted_by(Signal::TERM)
+}
+
+#[test]
+fn a_kill_is_cleaned_up_by_the_next_run() -> Result<()> {
+    let buffers = || std::fs::read_to_string("/proc/sys/net/core/rmem_default");
+    let before = buffers()?;
+    interrupted_by(Signal::KILL)?;
+    ensure!(buffers()? == before, "the host's buffers are {} and were {before}", buffers()?);
+    Ok(())
+}

@@ -1,0 +1,190 @@
+//! Every rung of the offload ladder forced off, and one that the kernel takes away at run time.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+use skein_e2e::checks;
+use skein_e2e::lab::agent::{Agent, Cluster};
+use skein_e2e::lab::process::Process;
+use skein_e2e::lab::{Family, Lab, Netns, Offloads, Plan};
+
+const RUNGS: [&str; 5] = ["tun_uso", "tun_tso", "tun_checksum", "udp_gso", "udp_gro"];
+
+/// The state of a rung in an agent's status.
+fn state(agent: &Agent, rung: &str) -> Result<String> {
+    let status = agent.status()?;
+    let rungs = status["capabilities"].as_array().context("no capabilities")?;
+    let found = rungs.iter().find(|capability| capability["name"] == rung);
+    let found = found.with_context(|| format!("no {rung} in {rungs:?}"))?;
+    Ok(found["state"].as_str().context("no state")?.to_owned())
+}
+
+/// The same traffic with some rungs off on some nodes.
+fn without(off: &[&str], nodes: &[usize], plan: &Plan) -> Result<()> {
+    let mut cluster = Cluster::prepare(Lab::new(plan)?, Family::V4)?;
+    for &node in nodes {
+        for rung in off {
+            cluster.agents[node].set(&format!("offload.{rung}"), false);
+        }
+    }
+    cluster.start()?;
+    for (node, agent) in cluster.agents.iter().enumerate() {
+        for rung in RUNGS {
+            let forced = nodes.contains(&node) && off.contains(&rung);
+            let state = state(agent, rung)?;
+            ensure!((state == "forced_off") == forced, "{rung} is {state} with {off:?} off");
+        }
+    }
+    checks::mixed_traffic(&cluster.lab, 6 << 20).with_context(|| format!("{off:?} off"))
+}
+
+#[test]
+fn without_tun_uso() -> Result<()> {
+    without(&["tun_uso"], &[0, 1], &Plan::default())
+}
+
+#[test]
+fn without_tun_uso_and_tso() -> Result<()> {
+    without(&["tun_uso", "tun_tso"], &[0, 1], &Plan::default())
+}
+
+#[test]
+fn without_any_tun_offload() -> Result<()> {
+    without(&["tun_uso", "tun_tso", "tun_checksum"], &[0, 1], &Plan::default())
+}
+
+#[test]
+fn without_udp_gso() -> Result<()> {
+    without(&["udp_gso"], &[0, 1], &Plan::default())
+}
+
+#[test]
+fn without_udp_gro() -> Result<()> {
+    without(&["udp_gro"], &[0, 1], &Plan::default())
+}
+
+#[test]
+fn without_any_offload() -> Result<()> {
+    without(&RUNGS, &[0, 1], &Plan::default())
+}
+
+#[test]
+fn without_any_offload_on_one_side() -> Result<()> {
+    without(&RUNGS, &[1], &Plan::default())
+}
+
+#[test]
+fn without_any_offload_on_a_wire() -> Result<()> {
+    without(&RUNGS, &[0], &Plan { offloads: Offloads::Wire, ..Plan::default() })
+}
+
+#[test]
+fn with_chacha20_one_lane_and_no_bundling() -> Result<()> {
+    let mut cluster = Cluster::prepare(Lab::new(&Plan::default())?, Family::V6)?;
+    cluster.agents[0].set("dataplane.cipher", "chacha20-poly1305");
+    cluster.agents[0].set("dataplane.lanes", 1);
+    cluster.agents[1].set("dataplane.lanes", 4);
+    cluster.agents[1].set("dataplane.bundling", false);
+    cluster.start()?;
+    checks::mixed_traffic(&cluster.lab, 6 << 20)
+}
+
+/// How the kernel is made to refuse UDP_SEGMENT towards one node.
+enum Refusal {
+    /// A route through IPsec: the kernel's own EIO.
+    Ipsec,
+    /// This kernel has no ESP: the system call is made to fail from outside.
+    Injected(#[allow(dead_code, reason = "ends when dropped")] Process),
+}
+
+const STATE: &str = "proto esp spi 0x100 reqid 1 mode transport enc ecb(cipher_null) ";
+
+fn has_esp() -> Result<bool> {
+    let scratch = Netns::create("esp")?;
+    Ok(add_state(&scratch, "192.0.2.1", "192.0.2.2").is_ok())
+}
+
+fn add_state(ns: &Netns, from: &str, to: &str) -> Result<()> {
+    let mut command = ns.command("ip");
+    command.args(["xfrm", "state", "add", "src", from, "dst", to]);
+    command.args(STATE.split_whitespace()).arg("");
+    skein_e2e::lab::process::run(&mut command).map(drop)
+}
+
+impl Refusal {
+    fn start(cluster: &Cluster) -> Result<Self> {
+        let (a, b) = (&cluster.lab.nodes[0], &cluster.lab.nodes[1]);
+        let (from, to) = (a.underlay(Family::V4), b.underlay(Family::V4));
+        if has_esp()? {
+            for node in [a, b] {
+                add_state(&node.ns, &from.to_string(), &to.to_string())?;
+            }
+            let policy = format!("xfrm policy add dir out src {from} dst {to} ");
+            a.ns.ip(&(policy + "tmpl proto esp reqid 1 mode transport"))?;
+            return Ok(Self::Ipsec);
+        }
+        // Now and then a system call fails with EIO before anything of it is sent, as one of a
+        // batch whose first message meets such a route.
+        let pid = *cluster.agents[0].dataplane_pids().first().context("no data process")?;
+        let mut strace = std::process::Command::new("strace");
+        strace.args(["-qq", "-f", "-e", "trace=sendmmsg", "-e", "signal=none"]);
+        strace.args(["-e", "inject=sendmmsg:error=EIO:when=20+40", "-o", "/dev/null"]);
+        strace.args(["-p", &pid.to_string()]);
+        let log = cluster.lab.directory().join("strace.log");
+        let process = Process::start(&mut strace, &log)?;
+        std::thread::sleep(Duration::from_millis(300));
+        Ok(Self::Injected(process))
+    }
+
+    fn stop(self, cluster: &Cluster) -> Result<()> {
+        match self {
+            Refusal::Ipsec => cluster.lab.nodes[0].ns.ip("xfrm policy flush").map(drop),
+            Refusal::Injected(mut process) => process.stop(Duration::from_secs(5)).map(drop),
+        }
+    }
+}
+
+fn gso_towards(agent: &Agent, peer: &str) -> Result<bool> {
+    let status: Value = agent.status()?;
+    let peers = status["peers"].as_array().context("no peers")?;
+    let found = peers.iter().find(|p| p["name"] == peer).context("no such peer")?;
+    found["gso"].as_bool().context("no gso")
+}
+
+#[test]
+fn a_route_that_refuses_gso_costs_no_packet_and_no_other_route() -> Result<()> {
+    // Room for IPsec's own headers beside a full packet of the overlay.
+    let plan = Plan { nodes: 3, mtu: 1600, ..Plan::default() };
+    let mut cluster = Cluster::prepare(Lab::new(&plan)?, Family::V4)?;
+    cluster.agents.iter_mut().for_each(|agent| agent.set("interface.mtu", 1420));
+    cluster.start()?;
+    checks::all_reach_all(&cluster.lab)?;
+    let (a, b, c) = (cluster.lab.pod(0), cluster.lab.pod(1), cluster.lab.pod(2));
+    checks::transfer(a, b, Family::V4, 10 << 20)?;
+    let agent = &cluster.agents[0];
+    let fallbacks = || agent.metrics().map(|metrics| metrics.sum("skein_gso_fallbacks_total", &[]));
+    let before = fallbacks()?;
+    ensure!(gso_towards(agent, "node-b")? && gso_towards(agent, "node-c")?);
+
+    let refusal = Refusal::start(&cluster)?;
+    let file = checks::start_transfer(a, b, Family::V4, 40_000_000, Some(20_000_000))?;
+    checks::eventually("GSO is off towards node-b", Duration::from_secs(5), || {
+        Ok(!gso_towards(agent, "node-b")?)
+    })?;
+    ensure!(gso_towards(agent, "node-c")?, "GSO is off towards node-c too");
+    ensure!(state(agent, "udp_gso")? == "degraded", "udp_gso is {}", state(agent, "udp_gso")?);
+    file.join()?;
+    ensure!(fallbacks()? > before, "no fall-back is counted");
+    let lost = agent.metrics()?.sum("skein_dropped_packets_total", &["reason=\"send_error\""]);
+    ensure!(lost == 0.0, "{lost} packets dropped");
+    refusal.stop(&cluster)?;
+    checks::transfer(a, c, Family::V6, 5 << 20)?;
+
+    checks::eventually("GSO is on again", Duration::from_secs(30), || {
+        checks::transfer(a, b, Family::V4, 1 << 20)?;
+        gso_towards(agent, "node-b")
+    })?;
+    ensure!(state(agent, "udp_gso")? == "on");
+    Ok(())
+}
