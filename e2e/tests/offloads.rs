@@ -176,7 +176,7 @@ fn a_route_that_refuses_gso_costs_no_packet_and_no_other_route() -> Result<()> {
     ensure!(state(agent, "udp_gso")? == "degraded", "udp_gso is {}", state(agent, "udp_gso")?);
     file.join()?;
     ensure!(fallbacks()? > before, "no fall-back is counted");
-    let lost = agent.metrics()?.sum("skein_dropped_packets_total", &["reason=\"send_error\""]);
+    let lost = agent.metrics()?.sum("skein_drops_total", &["reason=\"send_error\""]);
     ensure!(lost == 0.0, "{lost} packets dropped");
     refusal.stop(&cluster)?;
     checks::transfer(a, c, Family::V6, 5 << 20)?;

@@ -13,7 +13,7 @@ use skein_e2e::load::pattern::Pattern;
 use skein_e2e::load::udp;
 
 fn dropped(agent: &Agent, reason: &str) -> Result<f64> {
-    Ok(agent.metrics()?.sum("skein_dropped_packets_total", &[&format!("reason=\"{reason}\"")]))
+    Ok(agent.metrics()?.sum("skein_drops_total", &[&format!("reason=\"{reason}\"")]))
 }
 
 #[test]
@@ -113,7 +113,7 @@ fn garbage_at_the_port_disturbs_nobody() -> Result<()> {
     throw.join()?;
     file.join()?;
     let metrics = cluster.agents[1].metrics()?;
-    let counted = metrics.sum("skein_dropped_packets_total", &["direction=\"ingress\""]);
+    let counted = metrics.sum("skein_drops_total", &["direction=\"ingress\""]);
     ensure!(counted > 10_000.0, "{counted} of 20000 datagrams are counted as dropped");
     checks::mixed_traffic(&cluster.lab, 1 << 20)
 }

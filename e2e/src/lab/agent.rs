@@ -170,7 +170,9 @@ impl Agent {
         let config = self.write_config()?;
         let mut command = std::process::Command::new("ip");
         command.args(["netns", "exec", &self.netns]).arg(binary()?).args(arguments);
-        command.arg("--config").arg(config);
+        if arguments.first() != Some(&"check") {
+            command.arg("--config").arg(config);
+        }
         Ok(command)
     }
 
@@ -255,7 +257,7 @@ impl Agent {
 
     /// What `status -o json` prints.
     pub fn status(&self) -> Result<Value> {
-        let finished = self.run_command(&["status", "-o", "json"])?;
+        let finished = self.run_command(&["status", "-o", "json", "--interval", "0"])?;
         if finished.code != 0 {
             bail!("status ended with code {}: {}", finished.code, finished.stderr);
         }
