@@ -133,11 +133,11 @@ fn throughput(cluster: &Cluster, seconds: u32) -> Result<String> {
 
 fn offloads(cluster: &Cluster) -> Result<String> {
     let mut table = new_table(&["offload", "node-a", "node-b"]);
-    let status = cluster.agents.iter().map(|agent| agent.status()).collect::<Result<Vec<_>>>()?;
-    let rungs = |status: &Value| status["capabilities"].as_array().cloned().unwrap_or_default();
-    let (a, b) = (rungs(&status[0]), rungs(&status[1]));
+    let reports = cluster.agents.iter().map(|agent| agent.report()).collect::<Result<Vec<_>>>()?;
+    let rungs = |report: &Value| report["capabilities"].as_array().cloned().unwrap_or_default();
+    let (a, b) = (rungs(&reports[0]), rungs(&reports[1]));
     if a.is_empty() {
-        bail!("no capabilities in the agent's status: {}", status[0]);
+        bail!("no capabilities in the agent's report: {}", reports[0]);
     }
     let text = |rung: &Value| {
         let state = rung["state"].as_str().unwrap_or("?").replace('_', " ");

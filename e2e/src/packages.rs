@@ -30,7 +30,7 @@ pub const DEMO: &[Need] = &[
 ];
 
 /// For the tests, beside [`DEMO`].
-pub const TEST: &[Need] = &[need("promtool", "prometheus"), need("strace", "strace")];
+pub const TEST: &[Need] = &[need("promtool", "prometheus")];
 
 /// For the benchmark, beside [`DEMO`].
 pub const BENCH: &[Need] =

@@ -1,20 +1,21 @@
 //! Every rung of the offload ladder forced off, and one that the kernel takes away at run time.
 
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use skein_e2e::checks;
 use skein_e2e::lab::agent::{Agent, Cluster};
-use skein_e2e::lab::process::Process;
 use skein_e2e::lab::{Family, Lab, Netns, Offloads, Plan};
 
 const RUNGS: [&str; 5] = ["tun_uso", "tun_tso", "tun_checksum", "udp_gso", "udp_gro"];
 
 /// The state of a rung in an agent's status.
 fn state(agent: &Agent, rung: &str) -> Result<String> {
-    let status = agent.status()?;
-    let rungs = status["capabilities"].as_array().context("no capabilities")?;
+    let report = agent.report()?;
+    let rungs = report["capabilities"].as_array().context("no capabilities")?;
     let found = rungs.iter().find(|capability| capability["name"] == rung);
     let found = found.with_context(|| format!("no {rung} in {rungs:?}"))?;
     Ok(found["state"].as_str().context("no state")?.to_owned())
@@ -90,64 +91,75 @@ fn with_chacha20_one_lane_and_no_bundling() -> Result<()> {
     checks::mixed_traffic(&cluster.lab, 6 << 20)
 }
 
-/// How the kernel is made to refuse UDP_SEGMENT towards one node.
+/// How UDP_SEGMENT is refused towards one node.
 enum Refusal {
     /// A route through IPsec: the kernel's own EIO.
     Ipsec,
-    /// This kernel has no ESP: the system call is made to fail from outside.
-    Injected(#[allow(dead_code, reason = "ends when dropped")] Process),
+    /// This kernel has no ESP: the system call answers as if it had. The file names the address.
+    Preloaded(PathBuf),
 }
 
-const STATE: &str = "proto esp spi 0x100 reqid 1 mode transport enc ecb(cipher_null) ";
-
-fn has_esp() -> Result<bool> {
-    let scratch = Netns::create("esp")?;
-    Ok(add_state(&scratch, "192.0.2.1", "192.0.2.2").is_ok())
-}
+const STATE: &str = "proto esp spi 0x100 reqid 1 mode transport enc ecb(cipher_null)";
 
 fn add_state(ns: &Netns, from: &str, to: &str) -> Result<()> {
     let mut command = ns.command("ip");
     command.args(["xfrm", "state", "add", "src", from, "dst", to]);
-    command.args(STATE.split_whitespace()).arg("");
-    skein_e2e::lab::process::run(&mut command).map(drop)
+    skein_e2e::lab::process::run(command.args(STATE.split(' ')).arg("")).map(drop)
+}
+
+/// Where cargo puts the examples of this crate: beside the directory of its tests.
+fn preload_library() -> Result<String> {
+    let own = std::env::current_exe()?;
+    let path = own.ancestors().nth(2).context("no directory")?.join("examples/librefuse_gso.so");
+    ensure!(path.is_file(), "{} is missing: cargo build --release --examples", path.display());
+    Ok(path.to_string_lossy().into_owned())
 }
 
 impl Refusal {
-    fn start(cluster: &Cluster) -> Result<Self> {
-        let (a, b) = (&cluster.lab.nodes[0], &cluster.lab.nodes[1]);
-        let (from, to) = (a.underlay(Family::V4), b.underlay(Family::V4));
-        if has_esp()? {
-            for node in [a, b] {
-                add_state(&node.ns, &from.to_string(), &to.to_string())?;
-            }
-            let policy = format!("xfrm policy add dir out src {from} dst {to} ");
-            a.ns.ip(&(policy + "tmpl proto esp reqid 1 mode transport"))?;
+    /// To be called before the agent starts.
+    fn prepare(agent: &mut Agent, directory: &Path) -> Result<Self> {
+        let scratch = Netns::create("esp")?;
+        if add_state(&scratch, "192.0.2.1", "192.0.2.2").is_ok() {
             return Ok(Self::Ipsec);
         }
-        // Now and then a system call fails with EIO before anything of it is sent, as one of a
-        // batch whose first message meets such a route.
-        let pid = *cluster.agents[0].dataplane_pids().first().context("no data process")?;
-        let mut strace = std::process::Command::new("strace");
-        strace.args(["-qq", "-f", "-e", "trace=sendmmsg", "-e", "signal=none"]);
-        strace.args(["-e", "inject=sendmmsg:error=EIO:when=20+40", "-o", "/dev/null"]);
-        strace.args(["-p", &pid.to_string()]);
-        let log = cluster.lab.directory().join("strace.log");
-        let process = Process::start(&mut strace, &log)?;
-        std::thread::sleep(Duration::from_millis(300));
-        Ok(Self::Injected(process))
+        let file = directory.join("refuse-gso");
+        let variable = |name: &str, value: String| (name.to_owned(), value);
+        agent.environment.push(variable("LD_PRELOAD", preload_library()?));
+        let name = file.to_string_lossy().into_owned();
+        agent.environment.push(variable("SKEIN_REFUSE_GSO", name));
+        Ok(Self::Preloaded(file))
     }
 
-    fn stop(self, cluster: &Cluster) -> Result<()> {
+    /// Refuses from the first node to the second.
+    fn start(&self, lab: &Lab) -> Result<()> {
+        let (a, b) = (&lab.nodes[0], &lab.nodes[1]);
+        let [from, to] = [a, b].map(|node| node.underlay(Family::V4).to_string());
         match self {
-            Refusal::Ipsec => cluster.lab.nodes[0].ns.ip("xfrm policy flush").map(drop),
-            Refusal::Injected(mut process) => process.stop(Duration::from_secs(5)).map(drop),
+            Refusal::Ipsec => {
+                add_state(&a.ns, &from, &to)?;
+                add_state(&b.ns, &from, &to)?;
+                let policy = format!("xfrm policy add dir out src {from} dst {to} proto udp");
+                a.ns.ip(&(policy + " tmpl proto esp reqid 1 mode transport")).map(drop)
+            }
+            Refusal::Preloaded(file) => {
+                let new = file.with_extension("new");
+                fs::write(&new, to)?;
+                Ok(fs::rename(new, file)?)
+            }
+        }
+    }
+
+    fn stop(&self, lab: &Lab) -> Result<()> {
+        match self {
+            Refusal::Ipsec => lab.nodes[0].ns.ip("xfrm policy flush").map(drop),
+            Refusal::Preloaded(file) => Ok(fs::remove_file(file)?),
         }
     }
 }
 
 fn gso_towards(agent: &Agent, peer: &str) -> Result<bool> {
-    let status: Value = agent.status()?;
-    let peers = status["peers"].as_array().context("no peers")?;
+    let report: Value = agent.report()?;
+    let peers = report["peers"].as_array().context("no peers")?;
     let found = peers.iter().find(|p| p["name"] == peer).context("no such peer")?;
     found["gso"].as_bool().context("no gso")
 }
@@ -158,6 +170,8 @@ fn a_route_that_refuses_gso_costs_no_packet_and_no_other_route() -> Result<()> {
     let plan = Plan { nodes: 3, mtu: 1600, ..Plan::default() };
     let mut cluster = Cluster::prepare(Lab::new(&plan)?, Family::V4)?;
     cluster.agents.iter_mut().for_each(|agent| agent.set("interface.mtu", 1420));
+    let directory = cluster.lab.directory().to_owned();
+    let refusal = Refusal::prepare(&mut cluster.agents[0], &directory)?;
     cluster.start()?;
     checks::all_reach_all(&cluster.lab)?;
     let (a, b, c) = (cluster.lab.pod(0), cluster.lab.pod(1), cluster.lab.pod(2));
@@ -167,7 +181,7 @@ fn a_route_that_refuses_gso_costs_no_packet_and_no_other_route() -> Result<()> {
     let before = fallbacks()?;
     ensure!(gso_towards(agent, "node-b")? && gso_towards(agent, "node-c")?);
 
-    let refusal = Refusal::start(&cluster)?;
+    refusal.start(&cluster.lab)?;
     let file = checks::start_transfer(a, b, Family::V4, 40_000_000, Some(20_000_000))?;
     checks::eventually("GSO is off towards node-b", Duration::from_secs(5), || {
         Ok(!gso_towards(agent, "node-b")?)
@@ -178,7 +192,7 @@ fn a_route_that_refuses_gso_costs_no_packet_and_no_other_route() -> Result<()> {
     ensure!(fallbacks()? > before, "no fall-back is counted");
     let lost = agent.metrics()?.sum("skein_drops_total", &["reason=\"send_error\""]);
     ensure!(lost == 0.0, "{lost} packets dropped");
-    refusal.stop(&cluster)?;
+    refusal.stop(&cluster.lab)?;
     checks::transfer(a, c, Family::V6, 5 << 20)?;
 
     checks::eventually("GSO is on again", Duration::from_secs(30), || {

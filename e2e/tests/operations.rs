@@ -135,6 +135,7 @@ fn a_changed_endpoint_takes_effect_within_a_second() -> Result<()> {
         let sender = scope.spawn(move || checks::datagrams(a, b, Family::V4, 100, 1000, duration));
         thread::sleep(Duration::from_millis(1000));
         let node = &cluster.lab.nodes[1].ns;
+        node.sysctl("net.ipv4.conf.all.promote_secondaries", "1")?;
         node.ip("address add 192.0.2.77/24 dev eth0")?;
         node.ip("address del 192.0.2.2/24 dev eth0")?;
         cluster.agents[0].put_record(&moved)?;
@@ -142,9 +143,9 @@ fn a_changed_endpoint_takes_effect_within_a_second() -> Result<()> {
     })?;
     let lost = outcome.sent - outcome.received;
     ensure!(lost < 1000, "{lost} datagrams lost at 1000 a second: {outcome:?}");
-    let status = cluster.agents[0].status()?;
-    let endpoint = status["peers"][0]["endpoint"].as_str().unwrap_or_default();
-    ensure!(endpoint == "192.0.2.77:51900", "{status}");
+    let report = cluster.agents[0].report()?;
+    let endpoint = report["peers"][0]["endpoint"].as_str().unwrap_or_default();
+    ensure!(endpoint == "192.0.2.77:51900", "{report}");
     Ok(())
 }
 
@@ -197,13 +198,13 @@ fn status_tells_people_and_programs() -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;
     checks::mixed_traffic(&cluster.lab, 1 << 20)?;
     let agent = &cluster.agents[0];
-    let status = agent.status()?;
-    ensure!(status["lanes"].as_array().is_some_and(|lanes| lanes.len() == 2), "{status}");
-    let peer = &status["peers"][0];
-    ensure!(peer["name"] == "node-b" && peer["state"] == "established", "{status}");
-    ensure!(peer["rx_bytes"].as_u64() > Some(1 << 20), "{status}");
-    ensure!(peer["handshake_age_seconds"].as_f64().is_some_and(|age| age < 60.0), "{status}");
-    ensure!(peer["public_key"] == *cluster.agents[1].record.public_key, "{status}");
+    let report = agent.report()?;
+    ensure!(report["lanes"].as_array().is_some_and(|lanes| lanes.len() == 2), "{report}");
+    let peer = &report["peers"][0];
+    ensure!(peer["name"] == "node-b" && peer["state"] == "established", "{report}");
+    ensure!(peer["rx_bytes"].as_u64() > Some(1 << 20), "{report}");
+    ensure!(peer["handshake_age_seconds"].as_f64().is_some_and(|age| age < 60.0), "{report}");
+    ensure!(peer["public_key"] == *cluster.agents[1].record.public_key, "{report}");
     let table = agent.run_command(&["status"])?;
     ensure!(table.code == 0, "{}", table.stderr);
     for word in ["node-b", "192.0.2.2:51900", "established", "tun_uso", "udp_gso"] {
@@ -323,8 +324,8 @@ fn the_data_process_stays_small_with_a_hundred_peers() -> Result<()> {
     }
     cluster.start()?;
     checks::mixed_traffic(&cluster.lab, 20 << 20)?;
-    let status = cluster.agents[0].status()?;
-    ensure!(status["peers"].as_array().is_some_and(|peers| peers.len() == 101), "{status}");
+    let report = cluster.agents[0].report()?;
+    ensure!(report["peers"].as_array().is_some_and(|peers| peers.len() == 101), "{report}");
     let pid = *cluster.agents[0].dataplane_pids().first().context("no data process")?;
     let mebibytes = resident_bytes(pid)? >> 20;
     ensure!(mebibytes < 64, "{mebibytes} MiB resident");

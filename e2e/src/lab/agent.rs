@@ -64,6 +64,8 @@ pub struct Agent {
     pub record: Record,
     /// Its configuration; takes effect with the next start.
     pub config: Table,
+    /// Its environment, beside the inherited one.
+    pub environment: Vec<(String, String)>,
     netns: String,
     directory: PathBuf,
     process: Option<Process>,
@@ -101,6 +103,7 @@ impl Agent {
                 pod_cidrs: Family::BOTH.map(|family| node.pod_cidr(family)).into(),
             },
             config,
+            environment: vec![],
             netns: node.ns.name().to_owned(),
             directory: directory.clone(),
             process: None,
@@ -169,6 +172,7 @@ impl Agent {
     fn command(&self, arguments: &[&str]) -> Result<std::process::Command> {
         let config = self.write_config()?;
         let mut command = std::process::Command::new("ip");
+        command.envs(self.environment.iter().cloned());
         command.args(["netns", "exec", &self.netns]).arg(binary()?).args(arguments);
         if arguments.first() != Some(&"check") {
             command.arg("--config").arg(config);
@@ -262,6 +266,16 @@ impl Agent {
             bail!("status ended with code {}: {}", finished.code, finished.stderr);
         }
         serde_json::from_str(&finished.stdout).context("status is not JSON")
+    }
+
+    /// The data process's report, as a part of the status.
+    pub fn report(&self) -> Result<Value> {
+        let mut status = self.status()?;
+        let report = status["report"].take();
+        if report.is_null() {
+            bail!("no report of the data process in the status: {status}");
+        }
+        Ok(report)
     }
 
     /// GET from its HTTP server.

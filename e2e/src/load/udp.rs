@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 
 use super::pattern::Pattern;
 use crate::lab::{Netns, Task};
@@ -69,6 +70,8 @@ impl Receiver {
     pub fn start(netns: &Netns, at: SocketAddr, payload: usize) -> Result<Self> {
         let socket = netns.run(|| UdpSocket::bind(at))?.with_context(|| format!("bind {at}"))?;
         socket.set_read_timeout(Some(Duration::from_millis(50)))?;
+        // Losses are to be the network's, not this receiver's.
+        set_socket_recv_buffer_size_force(&socket, 8 << 20).context("SO_RCVBUFFORCE")?;
         let stop = Arc::new(AtomicBool::new(false));
         let flag = stop.clone();
         let task = netns.spawn(move || receive(&socket, payload, &flag));

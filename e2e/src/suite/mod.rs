@@ -28,8 +28,7 @@ pub fn run(options: &Options) -> Result<()> {
     packages::ensure(&[packages::DEMO, packages::TEST], &console)?;
     console.step("building everything (release)");
     console.pause(|| {
-        cargo::run(&["build", "--release", "--workspace", "--bins"])?;
-        cargo::run(&["test", "--release", "--workspace", "--no-run", "--quiet"])
+        cargo::run(&["build", "--release", "--workspace", "--bins", "--tests", "--examples"])
     })?;
     drop(console);
     registry::sweep();
