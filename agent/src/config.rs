@@ -148,7 +148,7 @@ impl Config {
     /// Validates the text of a configuration file.
     pub fn parse(text: &str) -> Result<Self, Invalid> {
         let file: file::File =
-            toml::from_str(text).map_err(|error| Invalid(error.to_string().trim().to_owned()))?;
+            toml::from_str(text).map_err(|error| Invalid(toml_error(text, &error)))?;
         file.validate()
     }
 
@@ -177,6 +177,16 @@ impl fmt::Display for Invalid {
 }
 
 impl std::error::Error for Invalid {}
+
+/// A parser's complaint about `text` on one line, with the place.
+pub fn toml_error(text: &str, error: &toml::de::Error) -> String {
+    let before = error.span().and_then(|span| text.get(..span.start));
+    let Some(number) = before.map(|before| before.matches('\n').count()) else {
+        return error.message().to_owned();
+    };
+    let line = text.lines().nth(number).unwrap_or_default().trim();
+    format!("line {} ({line}): {}", number + 1, error.message())
+}
 
 /// Whether `name` can be the name of a node.
 pub fn check_node_name(name: &str) -> Result<(), Invalid> {

@@ -212,8 +212,9 @@ impl Controller {
         match self.device(&wanted).await {
             Ok(()) => {
                 let outcome = wanted.configure(&self.netlink, self.interface.index).await;
-                for change in &outcome.changes {
-                    tracing::info!(interface = wanted.name, "{change}");
+                if !outcome.changes.is_empty() {
+                    let changes = outcome.changes.join("; ");
+                    tracing::info!(interface = wanted.name, "changed: {changes}");
                 }
                 complaints.extend(outcome.errors);
             }

@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{DEFAULT_PORT, check_disjoint, check_node_name, check_pod_cidr, overlap};
+use crate::config::{
+    DEFAULT_PORT, check_disjoint, check_node_name, check_pod_cidr, overlap, toml_error,
+};
 use crate::keys::PublicKey;
 
 /// A file of records is refused beyond this length: 10,000 nodes take about 3 MiB.
@@ -86,7 +88,7 @@ struct RawArray {
 /// The records of one file's text. No records at all is an error: it is what a file looks like that
 /// somebody is just writing; `node = []` says that there are none.
 pub fn parse(text: &str) -> Result<Vec<NodeRecord>, RecordError> {
-    let wrong = |error: toml::de::Error| RecordError(error.to_string().trim().to_owned());
+    let wrong = |error: toml::de::Error| RecordError(toml_error(text, &error));
     let table: toml::Table = toml::from_str(text).map_err(wrong)?;
     if table.is_empty() {
         let text = "holds no node record: write name, public_key, endpoints and pod_cidrs, or \

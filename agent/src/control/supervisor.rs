@@ -461,3 +461,6 @@ fn failure(kind: ErrorKind, message: String) -> Failure {
         ErrorKind::Internal => Failure::Runtime(anyhow::anyhow!(message)),
     }
 }
+
+#[cfg(test)]
+mod tests;

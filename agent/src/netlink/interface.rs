@@ -182,6 +182,8 @@ impl Wanted {
             alias: None,
             mtu: (link.mtu != self.mtu).then_some(self.mtu),
             txqueuelen: (link.txqueuelen != self.txqueuelen).then_some(self.txqueuelen),
+            // The overlay carries none, and the kernel would announce its groups to it.
+            no_multicast: link.multicast,
             up: !link.up,
         };
         if change != LinkChange::default() {
@@ -256,6 +258,7 @@ impl std::fmt::Display for LinkChange {
         let mut parts = Vec::new();
         parts.extend(self.mtu.map(|mtu| format!("mtu {mtu}")));
         parts.extend(self.txqueuelen.map(|length| format!("txqueuelen {length}")));
+        parts.extend(self.no_multicast.then(|| "no multicast".to_owned()));
         parts.extend(self.up.then(|| "up".to_owned()));
         f.write_str(&parts.join(", "))
     }

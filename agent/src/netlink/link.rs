@@ -23,6 +23,8 @@ pub struct Link {
     pub txqueuelen: u32,
     /// Whether it is administratively up.
     pub up: bool,
+    /// Whether it takes multicast.
+    pub multicast: bool,
     /// Whether it is a loopback device.
     pub loopback: bool,
 }
@@ -33,6 +35,7 @@ impl From<LinkMessage> for Link {
         let mut link = Link {
             index: message.header.index,
             up: flags.contains(LinkFlags::Up),
+            multicast: flags.contains(LinkFlags::Multicast),
             loopback: flags.contains(LinkFlags::Loopback),
             ..Link::default()
         };
@@ -75,6 +78,8 @@ pub struct LinkChange {
     pub mtu: Option<u32>,
     /// Length of the transmit queue in packets.
     pub txqueuelen: Option<u32>,
+    /// Whether to switch multicast off.
+    pub no_multicast: bool,
     /// Whether to bring it up.
     pub up: bool,
 }
@@ -110,6 +115,9 @@ impl Netlink {
         }
         if let Some(length) = change.txqueuelen {
             message = message.txqueuelen(length);
+        }
+        if change.no_multicast {
+            message = message.multicast(false);
         }
         if change.up {
             message = message.up();

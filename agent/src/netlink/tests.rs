@@ -65,6 +65,7 @@ fn the_interface_becomes_what_is_wanted() {
         assert!(v6.contains("fd00:2::/64 dev sk-test src fd00:1::1"), "{v6}");
         let addresses = ip("address show dev sk-test");
         assert!(addresses.contains("10.1.0.1/32") && addresses.contains("fd00:1::1/128"));
+        assert!(!link.contains("MULTICAST"), "{link}");
         assert!(!addresses.contains("fe80::") && !addresses.contains("tentative"), "{addresses}");
         let sysctl = |key: &str| std::fs::read_to_string(format!("/proc/sys/net/{key}")).unwrap();
         assert_eq!(sysctl("ipv4/conf/sk-test/rp_filter").trim(), "2");

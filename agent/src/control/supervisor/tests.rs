@@ -1,0 +1,228 @@
+//! Against a data process that is a thread with a script.
+
+#![allow(clippy::unwrap_used)]
+
+use std::io::Write;
+use std::os::unix::net::UnixListener;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+
+use super::*;
+use crate::ipc::{Peer, Response, read_frame, write_frame};
+use crate::keys::PublicKey;
+
+/// Answers requests by a function of the request's number and content; tells what was asked.
+struct Fake {
+    asked: Receiver<String>,
+    _directory: tempfile::TempDir,
+    socket: PathBuf,
+}
+
+type Answer = fn(usize, &Request) -> Option<Response>;
+
+fn hello() -> Response {
+    Response::Hello { version: crate::ipc::PROTOCOL_VERSION, pid: std::process::id() }
+}
+
+/// Says yes to everything.
+fn willing(_: usize, request: &Request) -> Option<Response> {
+    Some(match request {
+        Request::Hello { .. } => hello(),
+        Request::Apply { snapshot } => Response::Applied { revision: snapshot.revision },
+        Request::Update { update } => Response::Applied { revision: update.revision },
+        _ => Response::Applied { revision: 0 },
+    })
+}
+
+impl Fake {
+    fn start(answer: Answer) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("socket");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let (told, asked) = channel();
+        thread::spawn(move || serve(&listener, &told, answer));
+        Self { asked, _directory: directory, socket }
+    }
+
+    fn next(&self) -> String {
+        self.asked.recv_timeout(Duration::from_secs(5)).unwrap()
+    }
+}
+
+/// One connection after the other; an answer of `None` closes the connection.
+fn serve(listener: &UnixListener, told: &Sender<String>, answer: Answer) {
+    let mut count = 0;
+    for stream in listener.incoming() {
+        let mut stream = stream.unwrap();
+        while let Ok(Some(request)) = read_frame::<Request>(&mut stream) {
+            let text = match &request {
+                Request::Hello { .. } => "hello".to_owned(),
+                Request::Apply { snapshot } => format!("apply {}", snapshot.peers.len()),
+                Request::Update { update } => {
+                    format!("update +{} -{}", update.upsert.len(), update.remove.len())
+                }
+                Request::Report => "report".to_owned(),
+                Request::Shutdown => "shutdown".to_owned(),
+            };
+            if told.send(text).is_err() {
+                return;
+            }
+            let Some(response) = answer(count, &request) else { break };
+            count += 1;
+            write_frame(&mut stream, &response).unwrap();
+            stream.flush().unwrap();
+        }
+    }
+}
+
+fn snapshot(peers: u8) -> Arc<Snapshot> {
+    let config = Config::parse("name = 'node-a'\n[underlay]\naddresses = ['192.0.2.1']").unwrap();
+    let peer = |n: u8| Peer {
+        name: format!("node-{n}"),
+        public_key: PublicKey([n; 32]),
+        endpoints: vec![],
+        pod_cidrs: vec![],
+    };
+    let desired = super::super::desired::Desired {
+        mtu: 1440,
+        local_cidrs: vec![],
+        peers: (1..=peers).map(peer).collect(),
+        addresses: vec![],
+    };
+    let key = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=".parse().unwrap();
+    Arc::new(desired.snapshot(&config, &key, 7, u64::from(peers)))
+}
+
+struct Lab {
+    handle: Handle,
+    first: oneshot::Receiver<Result<(), Failure>>,
+    wanted: watch::Sender<Arc<Snapshot>>,
+    state: DataplaneState,
+    readiness: Readiness,
+}
+
+fn supervise(fake: &Fake) -> Lab {
+    let (wanted, snapshots) = watch::channel(snapshot(1));
+    let (state, readiness) = (DataplaneState::default(), Readiness::default());
+    let log = Log { level: "info".to_owned(), format: LogFormat::Text };
+    let settings = Settings { socket: fake.socket.clone(), mode: Mode::External, log };
+    let (handle, first) = start(settings, snapshots, state.clone(), readiness.clone());
+    Lab { handle, first, wanted, state, readiness }
+}
+
+async fn settle(mut condition: impl FnMut() -> bool) {
+    for _ in 0..500 {
+        if condition() {
+            return;
+        }
+        sleep(Duration::from_millis(10)).await;
+    }
+    panic!("it did not come to that within 5 s");
+}
+
+#[tokio::test]
+async fn a_data_process_is_brought_to_the_wanted_state_and_follows_it() {
+    let fake = Fake::start(willing);
+    let lab = supervise(&fake);
+    assert!(!lab.readiness.reasons().is_empty());
+    lab.first.await.unwrap().unwrap();
+    assert_eq!([fake.next(), fake.next()], ["hello", "apply 1"]);
+    assert!(lab.readiness.reasons().is_empty());
+    lab.wanted.send_replace(snapshot(3));
+    settle(|| lab.state.get().revision == 3).await;
+    assert_eq!(fake.next(), "update +2 -0");
+    lab.wanted.send_replace(snapshot(2));
+    settle(|| lab.state.get().revision == 2).await;
+    assert_eq!(fake.next(), "update +0 -1");
+    lab.handle.end(End::Stop).await;
+    assert!(fake.asked.try_recv().is_err(), "an external data process is nobody's to stop");
+}
+
+#[tokio::test]
+async fn a_refused_update_is_followed_by_the_whole_snapshot() {
+    let fake = Fake::start(|count, request| match request {
+        Request::Update { .. } => Some(Response::Error {
+            kind: ErrorKind::Invalid,
+            message: "an update came before any snapshot".to_owned(),
+        }),
+        _ => willing(count, request),
+    });
+    let lab = supervise(&fake);
+    lab.first.await.unwrap().unwrap();
+    lab.wanted.send_replace(snapshot(3));
+    settle(|| lab.state.get().revision == 3).await;
+    let asked: Vec<_> = (0..4).map(|_| fake.next()).collect();
+    assert_eq!(asked, ["hello", "apply 1", "update +2 -0", "apply 3"]);
+    lab.handle.end(End::Keep).await;
+}
+
+#[tokio::test]
+async fn the_first_refusal_is_final_and_says_what_is_missing() {
+    for (answer, code) in [
+        ((|_, r| refuse(r, ErrorKind::Underlay)) as Answer, 5),
+        (|_, r| refuse(r, ErrorKind::Tun), 4),
+        (|_, r| refuse(r, ErrorKind::Privilege), 3),
+        (|_, r| refuse(r, ErrorKind::Internal), 1),
+    ] {
+        let fake = Fake::start(answer);
+        let lab = supervise(&fake);
+        let failure = lab.first.await.unwrap().unwrap_err();
+        let found = match failure {
+            Failure::Taken(_) => 5,
+            Failure::Missing(_) => 4,
+            Failure::Privilege(_) => 3,
+            Failure::Usage(_) => 2,
+            Failure::Runtime(_) => 1,
+        };
+        assert_eq!(found, code);
+        assert!(lab.readiness.reasons()[0].contains("no luck"));
+        lab.handle.end(End::StopOwn).await;
+    }
+}
+
+fn refuse(request: &Request, kind: ErrorKind) -> Option<Response> {
+    match request {
+        Request::Hello { .. } => Some(hello()),
+        _ => Some(Response::Error { kind, message: "no luck".to_owned() }),
+    }
+}
+
+#[tokio::test]
+async fn a_lost_data_process_is_noticed_and_found_again() {
+    // The third request, an update, is answered by closing the connection.
+    let fake = Fake::start(|count, request| match count {
+        2 if matches!(request, Request::Update { .. }) => None,
+        _ => willing(count, request),
+    });
+    let lab = supervise(&fake);
+    lab.first.await.unwrap().unwrap();
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    lab.wanted.send_replace(snapshot(3));
+    settle(|| {
+        seen.lock().unwrap().extend(lab.readiness.reasons());
+        lab.state.get().revision == 3
+    })
+    .await;
+    let asked: Vec<_> = (0..5).map(|_| fake.next()).collect();
+    assert_eq!(asked, ["hello", "apply 1", "update +2 -0", "hello", "apply 3"]);
+    assert!(lab.readiness.reasons().is_empty());
+    assert_eq!(lab.state.get().restarts, 0, "it is the same process as before");
+    lab.handle.end(End::Keep).await;
+}
+
+#[tokio::test]
+async fn a_later_refusal_leaves_the_agent_running_but_not_ready() {
+    let fake = Fake::start(|count, request| match request {
+        Request::Update { .. } => refuse(request, ErrorKind::Invalid),
+        Request::Apply { snapshot } if snapshot.peers.len() == 2 => refuse(request, ErrorKind::Tun),
+        _ => willing(count, request),
+    });
+    let lab = supervise(&fake);
+    lab.first.await.unwrap().unwrap();
+    lab.wanted.send_replace(snapshot(2));
+    settle(|| lab.readiness.reasons().iter().any(|reason| reason.contains("no luck"))).await;
+    lab.wanted.send_replace(snapshot(3));
+    settle(|| lab.readiness.reasons().is_empty()).await;
+    assert_eq!(lab.state.get().revision, 3);
+    lab.handle.end(End::Keep).await;
+}
