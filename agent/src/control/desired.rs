@@ -50,6 +50,13 @@ impl Desired {
 
     /// What keeps this from working, and the remedy.
     pub fn problem(&self) -> Option<String> {
+        let local = |ip: &&IpAddr| self.local_cidrs.iter().any(|cidr| cidr.contains(*ip));
+        if let Some(stray) = self.addresses.iter().find(|ip| !local(ip)) {
+            return Some(format!(
+                "interface.addresses: {stray} is not in this node's pod CIDRs, so that other nodes \
+                 would drop its packets: choose one that is, or leave it out"
+            ));
+        }
         let cidrs = self.peers.iter().flat_map(|peer| &peer.pod_cidrs).chain(&self.local_cidrs);
         let v6 = cidrs.into_iter().find(|cidr| cidr.addr().is_ipv6())?;
         (self.mtu < MIN_IPV6_MTU).then(|| {
@@ -205,6 +212,14 @@ mod tests {
         assert_eq!(mtu(v4, &[own(), v6_peer.clone()]), 1440, "it cannot be reached");
         assert_eq!(mtu(v6, &[own()]), 1420);
         assert_eq!(mtu("[interface]\nmtu = 1300", &[own(), v6_peer]), 1300);
+    }
+
+    #[test]
+    fn addresses_lie_in_the_pod_cidrs() {
+        let addresses = |ip: &str| format!("[interface]\naddresses = ['{ip}']");
+        assert_eq!(desired(&addresses("10.1.0.200"), &[own()], 1500).1.problem(), None);
+        let problem = desired(&addresses("10.2.0.1"), &[own()], 1500).1.problem().unwrap();
+        assert!(problem.contains("interface.addresses") && problem.contains("10.2.0.1"));
     }
 
     #[test]

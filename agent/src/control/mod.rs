@@ -39,6 +39,8 @@ use crate::sys::tun::TunError;
 
 /// The interface is compared with what is wanted this often, whatever was announced.
 const RESYNC: Duration = Duration::from_secs(10);
+/// Routes wait this long for the data process to know the node that they lead to.
+const PATIENCE: Duration = Duration::from_millis(200);
 /// Announcements of the kernel that come together are taken together.
 const QUIET: Duration = Duration::from_millis(20);
 
@@ -188,18 +190,23 @@ impl Controller {
         tracing::info!(peers = desired.peers.len(), "node records have changed");
         self.desired = desired;
         // The data process first: a route to a node that it does not know yet loses packets.
-        self.publish();
+        let revision = self.publish();
+        let reached = self.shared.dataplane.reached(revision);
+        if tokio::time::timeout(PATIENCE, reached).await.is_err() {
+            tracing::warn!(revision, "the data process has not taken the change yet");
+        }
         self.reconcile().await;
         self.show();
     }
 
     /// Hands the wanted state to the supervisor.
-    fn publish(&self) {
+    fn publish(&self) -> u64 {
         let revision = self.snapshots.borrow().revision + 1;
         let snapshot =
             self.desired.snapshot(&self.config, &self.key, self.interface.index, revision);
         // The supervisor lives as long as this controller.
         self.snapshots.send_replace(Arc::new(snapshot));
+        revision
     }
 
     /// Brings the interface to what is wanted, making it anew where it is gone.

@@ -3,14 +3,14 @@
 
 use std::path::PathBuf;
 use std::process::Stdio;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use tokio::process::{Child, Command};
 use tokio::sync::{oneshot, watch};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, MissedTickBehavior, sleep};
 
 use super::client::{Client, ClientError};
 use super::desired::difference;
@@ -23,6 +23,8 @@ use crate::lifecycle::{NotReady, Readiness};
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How often a socket that nobody listens on is tried.
 const RETRY: Duration = Duration::from_millis(20);
+/// A data process is asked for a sign of life this often.
+const HEARTBEAT: Duration = Duration::from_secs(10);
 /// So many failed restarts of the first data process end the agent.
 const STARTS: u32 = 2;
 /// A session that has lived this long makes the next restart immediate.
@@ -51,7 +53,7 @@ impl Settings {
 
 /// The data process as the supervisor sees it; cheap to clone, always current.
 #[derive(Debug, Clone, Default)]
-pub struct DataplaneState(Arc<Mutex<DataplaneStatus>>);
+pub struct DataplaneState(watch::Sender<DataplaneStatus>);
 
 /// What the status shows of the data process.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,11 +73,18 @@ pub struct DataplaneStatus {
 impl DataplaneState {
     /// As it is now.
     pub fn get(&self) -> DataplaneStatus {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0.borrow().clone()
+    }
+
+    /// Waits until this revision, or a later one, is in force.
+    pub async fn reached(&self, revision: u64) {
+        let reached = |status: &DataplaneStatus| status.up && status.revision >= revision;
+        // Fails only where the sender is gone, and that is `self`.
+        let _ = self.0.subscribe().wait_for(reached).await;
     }
 
     fn set(&self, change: impl FnOnce(&mut DataplaneStatus)) {
-        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        self.0.send_modify(change);
     }
 }
 
@@ -243,8 +252,15 @@ impl Supervisor {
             }
             Err(error) => return error.into(),
         }
+        let mut heartbeat = tokio::time::interval(HEARTBEAT);
+        heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
+                _ = heartbeat.tick() => {
+                    if let Err(error) = client.report().await {
+                        return error.into();
+                    }
+                }
                 changed = self.snapshots.changed() => {
                     if changed.is_err() {
                         // The controller has ended; what becomes of us comes over `ended`.
@@ -312,8 +328,9 @@ impl Supervisor {
                     let own = self.child.as_ref().and_then(Child::id);
                     return Ok((client, own.is_none()));
                 }
-                Err(ClientError::Refused { message, .. }) => {
-                    return Err(self.foreign_release(message).await);
+                // Of another release, or it hangs.
+                Err(error @ (ClientError::Refused { .. } | ClientError::Timeout)) => {
+                    return Err(self.oust(error).await);
                 }
                 Err(error) => error.to_string(),
             };
@@ -345,17 +362,24 @@ impl Supervisor {
         }
     }
 
-    /// A data process that does not speak this release's protocol is replaced by ours.
-    async fn foreign_release(&mut self, message: String) -> SessionEnd {
+    /// Ends the data process that listens but cannot be talked to, so that one of ours can start.
+    async fn oust(&mut self, error: ClientError) -> SessionEnd {
         if self.settings.mode == Mode::External {
-            return SessionEnd::Refused(ErrorKind::Invalid, message);
+            return error.into();
         }
+        tracing::warn!(%error, "killing the data process that listens");
         let stream = tokio::net::UnixStream::connect(&self.settings.socket).await;
         let pid = stream.and_then(|stream| stream.peer_cred()).ok().and_then(|peer| peer.pid());
-        if let Some(pid) = pid.and_then(Pid::from_raw) {
-            kill(pid, Signal::TERM);
-            sleep(RETRY * 5).await;
+        match (&mut self.child, pid.and_then(Pid::from_raw)) {
+            (Some(child), _) => {
+                // It fails only where the process has ended already.
+                let _ = child.kill().await;
+            }
+            (None, Some(pid)) => kill(pid, Signal::KILL),
+            (None, None) => return error.into(),
         }
+        self.child = None;
+        sleep(RETRY).await;
         SessionEnd::Replaced
     }
 

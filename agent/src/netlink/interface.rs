@@ -8,7 +8,7 @@ use thiserror::Error;
 
 use super::link::{Link, LinkChange};
 use super::route::Route;
-use super::sysctl::{Sysctl, SysctlError};
+use super::sysctl::{Sysctl, SysctlError, ensure_ipv6_forwarding};
 use super::{Netlink, NetlinkError};
 use crate::config::ALIAS_PREFIX;
 use crate::sys::tun::{TunError, create_persistent};
@@ -125,42 +125,48 @@ impl Wanted {
     }
 
     fn apply_sysctls(&self, outcome: &mut Outcome) {
-        for sysctl in self.sysctls() {
-            match sysctl.ensure() {
-                Ok(true) => outcome.changes.push(format!("{} = {}", sysctl.key, sysctl.value)),
-                Ok(false) => {}
-                // A kernel without IPv6, or older than a setting, does without it.
-                Err(SysctlError { source, .. })
-                    if source.kind() == std::io::ErrorKind::NotFound => {}
-                Err(error) => outcome.errors.push(error.to_string()),
-            }
+        let mut note = |key: &str, value: &str, required: bool, result| match result {
+            Ok(true) => outcome.changes.push(format!("{key} = {value}")),
+            Ok(false) => {}
+            // A kernel without IPv6, or older than a setting, does without it.
+            Err(SysctlError { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) if required => outcome.errors.push(error.to_string()),
+            Err(error) => tracing::debug!(%error, "a setting that is good to have"),
+        };
+        if self.forwarding && self.has_ipv6() {
+            note("ipv6/conf/all/forwarding", "1", true, ensure_ipv6_forwarding());
         }
+        for sysctl in self.sysctls() {
+            note(&sysctl.key, sysctl.value, sysctl.required, sysctl.ensure());
+        }
+    }
+
+    fn has_ipv6(&self) -> bool {
+        self.addresses.iter().any(IpAddr::is_ipv6)
+            || self.routes.iter().any(|route| route.addr().is_ipv6())
     }
 
     fn sysctls(&self) -> Vec<Sysctl> {
         let name = &self.name;
-        let v6 = self.addresses.iter().any(IpAddr::is_ipv6)
-            || self.routes.iter().any(|route| route.addr().is_ipv6());
+        let v4 = |key: &str, value| Sysctl::required(format!("ipv4/conf/{name}/{key}"), value);
+        let v6 = |key: &str| format!("ipv6/conf/{name}/{key}");
         // The kernel takes the larger of this and conf/all: 2 (loose) holds against a strict default.
-        let mut sysctls = vec![Sysctl::new(format!("ipv4/conf/{name}/rp_filter"), "2")];
-        if v6 {
-            let conf = |key: &str, value| Sysctl::new(format!("ipv6/conf/{name}/{key}"), value);
+        let mut sysctls = vec![v4("rp_filter", "2")];
+        if self.has_ipv6() {
             sysctls.extend([
-                conf("disable_ipv6", "0"),
+                Sysctl::required(v6("disable_ipv6"), "0"),
                 // No neighbours, no routers: nothing to be solicited or configured by itself.
-                conf("addr_gen_mode", "1"),
-                conf("accept_dad", "0"),
-                conf("accept_ra", "0"),
-                conf("autoconf", "0"),
-                conf("router_solicitations", "0"),
+                Sysctl::wished(v6("addr_gen_mode"), "1"),
+                Sysctl::wished(v6("accept_dad"), "0"),
+                Sysctl::wished(v6("accept_ra"), "0"),
+                Sysctl::wished(v6("autoconf"), "0"),
+                Sysctl::wished(v6("router_solicitations"), "0"),
             ]);
         }
         if self.forwarding {
-            sysctls.push(Sysctl::new("ipv4/ip_forward", "1"));
-            sysctls.push(Sysctl::new(format!("ipv4/conf/{name}/forwarding"), "1"));
-            if v6 {
-                sysctls.push(Sysctl::new("ipv6/conf/all/forwarding", "1"));
-                sysctls.push(Sysctl::new(format!("ipv6/conf/{name}/forwarding"), "1"));
+            sysctls.extend([Sysctl::required("ipv4/ip_forward", "1"), v4("forwarding", "1")]);
+            if self.has_ipv6() {
+                sysctls.push(Sysctl::required(v6("forwarding"), "1"));
             }
         }
         sysctls

@@ -24,12 +24,19 @@ pub struct Sysctl {
     pub key: String,
     /// The value.
     pub value: &'static str,
+    /// Whether traffic needs it; the others only keep the kernel quiet.
+    pub required: bool,
 }
 
 impl Sysctl {
-    /// A setting.
-    pub fn new(key: impl Into<String>, value: &'static str) -> Self {
-        Self { key: key.into(), value }
+    /// A setting that traffic needs.
+    pub fn required(key: impl Into<String>, value: &'static str) -> Self {
+        Self { key: key.into(), value, required: true }
+    }
+
+    /// A setting that is good to have.
+    pub fn wished(key: impl Into<String>, value: &'static str) -> Self {
+        Self { key: key.into(), value, required: false }
     }
 
     /// Writes the value unless it is there already; says whether it wrote.
@@ -44,4 +51,24 @@ impl Sysctl {
         });
         result.map_err(|source| SysctlError { path, value: self.value.to_owned(), source })
     }
+}
+
+/// Switches IPv6 forwarding on for the whole namespace; says whether it was off.
+///
+/// A forwarding kernel ignores router advertisements where accept_ra is 1: interfaces that live by
+/// them would lose their default route. They get 2, which means the same in a router.
+pub fn ensure_ipv6_forwarding() -> Result<bool, SysctlError> {
+    let forwarding = Sysctl::required("ipv6/conf/all/forwarding", "1");
+    let off = std::fs::read_to_string("/proc/sys/net/ipv6/conf/all/forwarding")
+        .is_ok_and(|now| now.trim() == "0");
+    if off && let Ok(interfaces) = std::fs::read_dir("/proc/sys/net/ipv6/conf") {
+        for path in interfaces.flatten().map(|interface| interface.path().join("accept_ra")) {
+            if std::fs::read_to_string(&path).is_ok_and(|now| now.trim() == "1")
+                && let Err(error) = std::fs::write(&path, "2")
+            {
+                tracing::warn!(path = %path.display(), %error, "router advertisements will be ignored");
+            }
+        }
+    }
+    forwarding.ensure()
 }

@@ -244,3 +244,20 @@ fn deleting_what_is_gone_is_no_error() {
         assert!(netlink.change_link(present.index, &change).await.is_err());
     });
 }
+
+#[test]
+fn interfaces_that_live_by_router_advertisements_go_on() {
+    in_namespace(|| async {
+        let netlink = Netlink::connect().unwrap();
+        ip("link add dev uplink type bridge");
+        ip("link add dev manual type bridge");
+        let accept_ra = |name: &str| format!("/proc/sys/net/ipv6/conf/{name}/accept_ra");
+        std::fs::write(accept_ra("uplink"), "1").unwrap();
+        std::fs::write(accept_ra("manual"), "0").unwrap();
+        configured(&netlink, &wanted()).await;
+        let value = |name| std::fs::read_to_string(accept_ra(name)).unwrap();
+        assert_eq!(value("uplink").trim(), "2");
+        assert_eq!(value("manual").trim(), "0");
+        assert_eq!(value("sk-test").trim(), "0");
+    });
+}
