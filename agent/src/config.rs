@@ -263,6 +263,17 @@ mod tests {
     }
 
     #[test]
+    fn the_reference_shows_the_defaults() {
+        let reference = include_str!("../../docs/configuration.md");
+        let block = reference.split("```toml").nth(1).and_then(|rest| rest.split("```").next());
+        let shown = Config::parse(block.unwrap()).unwrap();
+        let mut defaults = Config::parse("name = 'node-a'").unwrap();
+        defaults.dataplane.lanes = shown.dataplane.lanes;
+        defaults.underlay.addresses = shown.underlay.addresses.clone();
+        assert_eq!(shown, defaults);
+    }
+
+    #[test]
     fn every_key_is_taken() {
         let config = Config::parse(
             r#"

@@ -13,7 +13,9 @@ use crate::ipc::{
 };
 
 /// The data process answers quickly; one that takes this long hangs.
-const DEADLINE: Duration = Duration::from_secs(10);
+const DEADLINE: Duration = Duration::from_secs(5);
+/// Opening sockets and taking thousands of peers may take longer on a busy machine.
+const CHANGE_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Why a request failed.
 #[derive(Debug, Error)]
@@ -33,7 +35,7 @@ pub enum ClientError {
     #[error("the data process gave an answer that does not fit the question")]
     Protocol,
     /// No answer.
-    #[error("the data process did not answer within {DEADLINE:?}")]
+    #[error("the data process does not answer")]
     Timeout,
 }
 
@@ -64,7 +66,11 @@ impl Client {
 
     /// Asks, and returns the answer; a refusal is an error.
     pub async fn request(&mut self, request: &Request) -> Result<Response, ClientError> {
-        let answer = tokio::time::timeout(DEADLINE, self.exchange(request)).await;
+        let deadline = match request {
+            Request::Apply { .. } | Request::Update { .. } => CHANGE_DEADLINE,
+            Request::Hello { .. } | Request::Report | Request::Shutdown => DEADLINE,
+        };
+        let answer = tokio::time::timeout(deadline, self.exchange(request)).await;
         match answer.map_err(|_| ClientError::Timeout)?? {
             Response::Error { kind, message } => Err(ClientError::Refused { kind, message }),
             response => Ok(response),

@@ -220,8 +220,11 @@ impl Controller {
             Ok(()) => {
                 let outcome = wanted.configure(&self.netlink, self.interface.index).await;
                 if !outcome.changes.is_empty() {
-                    let changes = outcome.changes.join("; ");
-                    tracing::info!(interface = wanted.name, "changed: {changes}");
+                    tracing::info!(
+                        interface = wanted.name,
+                        "changed: {}",
+                        abridged(&outcome.changes)
+                    );
                 }
                 complaints.extend(outcome.errors);
             }
@@ -284,6 +287,16 @@ impl Controller {
         }
         failure
     }
+}
+
+/// The first few of many.
+fn abridged(changes: &[String]) -> String {
+    const SHOWN: usize = 20;
+    let more = match changes.len().saturating_sub(SHOWN) {
+        0 => String::new(),
+        more => format!("; and {more} more"),
+    };
+    changes[..changes.len().min(SHOWN)].join("; ") + &more
 }
 
 /// Larger than any that an earlier control process has used, so that reports tell them apart.

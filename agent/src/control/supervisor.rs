@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// How often a socket that nobody listens on is tried.
 const RETRY: Duration = Duration::from_millis(20);
 /// A data process is asked for a sign of life this often.
-const HEARTBEAT: Duration = Duration::from_secs(10);
+const HEARTBEAT: Duration = Duration::from_secs(5);
 /// So many failed restarts of the first data process end the agent.
 const STARTS: u32 = 2;
 /// A session that has lived this long makes the next restart immediate.
