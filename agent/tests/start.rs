@@ -98,9 +98,12 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
+        // A panic in here would end the other tests' clean-up too.
         for agent in &mut self.agents {
-            kill("TERM", agent.id());
-            let _ = agent.wait();
+            if let Ok(None) = agent.try_wait() {
+                let _ = Command::new("kill").arg(agent.id().to_string()).status();
+                let _ = agent.wait();
+            }
         }
         let _ = self.command("cleanup").output();
     }

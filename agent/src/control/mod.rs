@@ -53,6 +53,8 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let registry = Registry::open(&config, public)?;
     let source = SourceWatch::start(&config.nodes);
     let shared = Shared::new(config.clone(), public);
+    // Until the parts have guards of their own.
+    let starting = shared.readiness.block("the agent is starting");
     let metrics = http::bind(&config)?;
     let status = server::bind(&config.control.socket)?;
     let http = tokio::spawn(http::serve(metrics, shared.clone()));
@@ -60,7 +62,10 @@ pub async fn run(config: Config) -> Result<(), Failure> {
 
     let socket = config.control.socket.clone();
     let result = match Controller::start(config, key, registry, shared).await {
-        Ok((controller, first)) => controller.run(first, source, &mut signals).await,
+        Ok((controller, first)) => {
+            drop(starting);
+            controller.run(first, source, &mut signals).await
+        }
         Err(failure) => Err(failure),
     };
     http.abort();
