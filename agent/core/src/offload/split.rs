@@ -11,8 +11,11 @@ use crate::wire::checksum;
 use crate::wire::ip::{IpHeader, TCP, UDP};
 use crate::wire::tcp::{CWR, FIN, PSH};
 
-/// IPv4 60 + TCP 60; IPv6 with extension headers is not split.
+/// Room for IPv4 60 + TCP 60, and for as much of IPv6 with extension headers.
 const MAX_HEADERS: usize = 128;
+/// Most segments of a TCP superpacket. Linux sends no segment below 8 bytes (TCP_MIN_SND_MSS less
+/// all options); smaller ones are those that a receiver merged, and of those there are few.
+const MAX_TCP_SEGMENTS: usize = 65_536 / 8;
 
 const TCP_CSUM: usize = 16;
 const UDP_CSUM: usize = 6;
@@ -23,12 +26,8 @@ pub struct Segments<'a> {
     packet: &'a mut [u8],
     ip: IpHeader,
     checksum: Checksum,
-    /// Whether there is anything to stamp; else the packet is its one segment.
-    gso: bool,
-    /// Both headers as they were before the first stamp.
-    template: [u8; MAX_HEADERS],
-    headers: usize,
-    gso_size: usize,
+    /// What to stamp; without it the packet is its one segment.
+    template: Option<Template>,
     count: usize,
     next: usize,
 }
@@ -43,17 +42,8 @@ pub fn split(vnet: VnetHeader, packet: &mut [u8]) -> Result<Segments<'_>, DropRe
     if ip.total_len != packet.len() {
         return Err(DropReason::EgressMalformed);
     }
-    let mut segments = Segments {
-        ip,
-        checksum: Checksum::Full,
-        gso: false,
-        template: [0; MAX_HEADERS],
-        headers: 0,
-        gso_size: 0,
-        count: 1,
-        next: 0,
-        packet,
-    };
+    let mut segments =
+        Segments { packet, ip, checksum: Checksum::Full, template: None, count: 1, next: 0 };
     match vnet.gso_type & !vnet::GSO_ECN {
         vnet::GSO_NONE => segments.single(vnet)?,
         vnet::GSO_TCPV4 if !ip.is_v6() => segments.superpacket(vnet, TCP)?,
@@ -84,9 +74,9 @@ impl Segments<'_> {
 
     /// IP length of the longest segment in bytes.
     pub fn max_segment_len(&self) -> usize {
-        match self.gso {
-            true => (self.headers + self.gso_size).min(self.packet.len()),
-            false => self.packet.len(),
+        match &self.template {
+            Some(template) => (template.headers + template.gso_size).min(self.packet.len()),
+            None => self.packet.len(),
         }
     }
 
@@ -97,14 +87,11 @@ impl Segments<'_> {
             return None;
         }
         self.next += 1;
-        if !self.gso {
-            return Some(self.packet);
-        }
-        let start = index * self.gso_size;
-        let end = (self.headers + start + self.gso_size).min(self.packet.len());
+        let Some(template) = &self.template else { return Some(self.packet) };
+        let start = index * template.gso_size;
+        let end = (template.headers + start + template.gso_size).min(self.packet.len());
         let segment = &mut self.packet[start..end];
-        segment[..self.headers].copy_from_slice(&self.template[..self.headers]);
-        stamp(segment, &self.ip, index, index + 1 == self.count, self.gso_size);
+        template.stamp(segment, index, index + 1 == self.count);
         Some(segment)
     }
 
@@ -114,30 +101,26 @@ impl Segments<'_> {
         }
         let (start, offset) = (usize::from(vnet.csum_start), usize::from(vnet.csum_offset));
         let at = start + offset;
-        if at + 2 > self.packet.len() {
+        if start < self.ip.header_len || at + 2 > self.packet.len() {
             return Err(DropReason::VnetHeader);
         }
-        let usual = match self.ip.protocol {
-            TCP => Some(TCP_CSUM),
-            UDP => Some(UDP_CSUM),
-            _ => None,
-        };
-        if start == self.ip.header_len && usual == Some(offset) && !self.ip.fragment {
+        if start == self.ip.header_len && self.ip.checksum_field() == Some(at) {
             self.checksum = Checksum::Partial;
             return Ok(());
         }
-        // Somewhere else (SCTP-less tunnels, extension headers): the receiver could not find it.
-        let sum = !checksum::sum(&self.packet[start..], 0);
-        let sum = if sum == 0 { 0xffff } else { sum };
-        self.packet[at..at + 2].copy_from_slice(&sum.to_be_bytes());
+        // Behind extension headers or in a tunnel's payload: the receiver could not find it.
+        let sum = checksum::sum(&self.packet[start..], 0);
+        let field = checksum::finish(sum, self.ip.transport(self.packet).map_or(UDP, |t| t.0));
+        self.packet[at..at + 2].copy_from_slice(&field);
         Ok(())
     }
 
     fn superpacket(&mut self, vnet: VnetHeader, protocol: u8) -> Result<(), DropReason> {
-        let at = self.ip.header_len;
         let offset = if protocol == TCP { TCP_CSUM } else { UDP_CSUM };
-        let sound = self.ip.protocol == protocol
-            && !self.ip.fragment
+        let Some((found, at)) = self.ip.transport(self.packet) else {
+            return Err(DropReason::VnetHeader);
+        };
+        let sound = found == protocol
             && vnet.flags & vnet::NEEDS_CSUM != 0
             && usize::from(vnet.csum_start) == at
             && usize::from(vnet.csum_offset) == offset
@@ -146,60 +129,139 @@ impl Segments<'_> {
             return Err(DropReason::VnetHeader);
         }
         // The header length that the kernel gives is wrong on the forwarding path: look.
-        let transport = match protocol {
+        let (transport, least, most) = match protocol {
             TCP => {
-                usize::from(self.packet.get(at + 12).ok_or(DropReason::EgressMalformed)? >> 4) * 4
+                let offset = self.packet.get(at + 12).ok_or(DropReason::EgressMalformed)? >> 4;
+                (usize::from(offset) * 4, 20, MAX_TCP_SEGMENTS)
             }
-            _ => 8,
+            _ => (8, 8, MAX_SEGMENTS),
         };
-        let least = if protocol == TCP { 20 } else { 8 };
         let headers = at + transport;
         if transport < least || headers > MAX_HEADERS || headers >= self.packet.len() {
             return Err(DropReason::EgressMalformed);
         }
-        self.gso_size = usize::from(vnet.gso_size);
-        self.count = (self.packet.len() - headers).div_ceil(self.gso_size);
-        if protocol == UDP && self.count > MAX_SEGMENTS {
+        self.count = (self.packet.len() - headers).div_ceil(usize::from(vnet.gso_size));
+        if self.count > most {
             return Err(DropReason::VnetHeader);
         }
-        self.template[..headers].copy_from_slice(&self.packet[..headers]);
-        self.headers = headers;
-        self.gso = true;
-        self.checksum = Checksum::Partial;
+        let template = Template::new(self.packet, &self.ip, (at, headers), protocol, vnet.gso_size);
+        // Behind extension headers the receiver could not find a partial checksum.
+        self.checksum = if template.full { Checksum::Full } else { Checksum::Partial };
+        self.template = Some(template);
         Ok(())
     }
 }
 
-/// Makes the headers, which are the superpacket's, those of one segment.
-fn stamp(segment: &mut [u8], ip: &IpHeader, index: usize, last: bool, gso_size: usize) {
-    let length = segment.len();
-    let at = ip.header_len;
-    if ip.is_v6() {
-        segment[4..6].copy_from_slice(&((length - at) as u16).to_be_bytes());
-    } else {
-        let id = u16::from_be_bytes([segment[4], segment[5]]).wrapping_add(index as u16);
-        segment[2..4].copy_from_slice(&(length as u16).to_be_bytes());
-        segment[4..6].copy_from_slice(&id.to_be_bytes());
-        segment[10..12].fill(0);
-        let sum = !checksum::sum(&segment[..at], 0);
-        segment[10..12].copy_from_slice(&sum.to_be_bytes());
+/// What every segment's headers are made from, taken before the first stamp overwrites them.
+#[derive(Debug)]
+struct Template {
+    bytes: [u8; MAX_HEADERS],
+    /// Length of all headers in bytes.
+    headers: usize,
+    /// Where the transport header begins.
+    at: usize,
+    gso_size: usize,
+    v6: bool,
+    tcp: bool,
+    /// Whether checksums must be computed, since no receiver would find them.
+    full: bool,
+    /// IPv4: the header's sum without length, identification and checksum.
+    network_sum: u16,
+    id: u16,
+    /// The pseudo-header's sum without the length.
+    seed: u16,
+    sequence: u32,
+}
+
+impl Template {
+    /// Of a superpacket whose lengths were checked.
+    fn new(
+        packet: &[u8],
+        ip: &IpHeader,
+        (at, headers): (usize, usize),
+        protocol: u8,
+        gso_size: u16,
+    ) -> Self {
+        let mut bytes = [0; MAX_HEADERS];
+        bytes[..headers].copy_from_slice(&packet[..headers]);
+        let v6 = ip.is_v6();
+        let tcp = protocol == TCP;
+        let full = at != ip.header_len;
+        let word = |at: usize| u16::from_be_bytes([packet[at], packet[at + 1]]);
+        let field = at + if tcp { TCP_CSUM } else { UDP_CSUM };
+        let (network_sum, id) = match v6 {
+            true => (0, 0),
+            false => {
+                let mut still = bytes;
+                still[2..6].fill(0);
+                still[10..12].fill(0);
+                (checksum::sum(&still[..at], 0), word(4))
+            }
+        };
+        let seed = match full {
+            // A routing header puts another destination into the pseudo-header: take what the
+            // kernel summed, less the length.
+            true => {
+                checksum::fold(u64::from(word(field)) + u64::from(!((packet.len() - at) as u16)))
+            }
+            false => checksum::pseudo_header(ip.source, ip.destination, protocol, 0),
+        };
+        let sequence = match tcp {
+            true => u32::from(word(at + 4)) << 16 | u32::from(word(at + 6)),
+            false => 0,
+        };
+        Self {
+            bytes,
+            headers,
+            at,
+            gso_size: usize::from(gso_size),
+            v6,
+            tcp,
+            full,
+            network_sum,
+            id,
+            seed,
+            sequence,
+        }
     }
-    let seed = checksum::pseudo_header(ip.source, ip.destination, ip.protocol, length - at);
-    let transport = &mut segment[at..];
-    if ip.protocol == TCP {
-        let first = u32::from_be_bytes([transport[4], transport[5], transport[6], transport[7]]);
-        let sequence = first.wrapping_add((index * gso_size) as u32);
-        transport[4..8].copy_from_slice(&sequence.to_be_bytes());
-        if !last {
-            transport[13] &= !(FIN | PSH);
+
+    /// Writes the headers of the segment of this number over the start of its slice.
+    #[inline]
+    fn stamp(&self, segment: &mut [u8], index: usize, last: bool) {
+        let length = segment.len();
+        let (headers, payload) = segment.split_at_mut(self.headers);
+        headers.copy_from_slice(&self.bytes[..self.headers]);
+        let (network, transport) = headers.split_at_mut(self.at);
+        if self.v6 {
+            network[4..6].copy_from_slice(&((length - 40) as u16).to_be_bytes());
+        } else {
+            let id = self.id.wrapping_add(index as u16);
+            let sum = u64::from(self.network_sum) + length as u64 + u64::from(id);
+            network[2..4].copy_from_slice(&(length as u16).to_be_bytes());
+            network[4..6].copy_from_slice(&id.to_be_bytes());
+            network[10..12].copy_from_slice(&(!checksum::fold(sum)).to_be_bytes());
         }
-        if index > 0 {
-            transport[13] &= !CWR;
+        let transport_len = length - self.at;
+        let seed = checksum::fold(u64::from(self.seed) + transport_len as u64);
+        if self.tcp {
+            let sequence = self.sequence.wrapping_add((index * self.gso_size) as u32);
+            transport[4..8].copy_from_slice(&sequence.to_be_bytes());
+            if !last {
+                transport[13] &= !(FIN | PSH);
+            }
+            if index > 0 {
+                transport[13] &= !CWR;
+            }
+            transport[TCP_CSUM..TCP_CSUM + 2].copy_from_slice(&seed.to_be_bytes());
+        } else {
+            transport[4..6].copy_from_slice(&(transport_len as u16).to_be_bytes());
+            transport[UDP_CSUM..UDP_CSUM + 2].copy_from_slice(&seed.to_be_bytes());
         }
-        transport[TCP_CSUM..TCP_CSUM + 2].copy_from_slice(&seed.to_be_bytes());
-    } else {
-        transport[4..6].copy_from_slice(&((length - at) as u16).to_be_bytes());
-        transport[UDP_CSUM..UDP_CSUM + 2].copy_from_slice(&seed.to_be_bytes());
+        if self.full {
+            let (field, protocol) = if self.tcp { (TCP_CSUM, TCP) } else { (UDP_CSUM, UDP) };
+            let sum = checksum::sum(payload, checksum::sum(transport, 0));
+            transport[field..field + 2].copy_from_slice(&checksum::finish(sum, protocol));
+        }
     }
 }
 

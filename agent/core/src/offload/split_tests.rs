@@ -3,6 +3,7 @@ use proptest::prelude::*;
 use super::super::testing::*;
 use super::super::{Checksum, vnet};
 use super::*;
+use crate::wire::tcp::{ACK, ECE};
 
 fn segments(vnet: VnetHeader, bytes: &[u8]) -> Vec<Vec<u8>> {
     let mut bytes = bytes.to_vec();
@@ -209,6 +210,95 @@ fn other_protocols_pass_through() {
         let mut bytes = Packet::udp(100).bytes();
         bytes[9] = protocol;
         assert_eq!(segments(VnetHeader::default(), &bytes), [bytes]);
+    }
+}
+
+#[test]
+fn a_checksum_inside_the_ip_header_is_refused() {
+    for packet in [Packet::udp(100), Packet::udp(100).with(|p| p.v6 = true)] {
+        let header = packet.headers() as u16 - 8;
+        for start in [0, 10, header - 1] {
+            let vnet = VnetHeader {
+                flags: vnet::NEEDS_CSUM,
+                csum_start: start,
+                csum_offset: 0,
+                ..VnetHeader::default()
+            };
+            assert_eq!(refused(vnet, &packet.bytes()), DropReason::VnetHeader, "start {start}");
+        }
+    }
+}
+
+#[test]
+fn tcp_segments_are_bounded_too() {
+    // No kernel sends less than 8 bytes a segment for long (TCP_MIN_SND_MSS less all options).
+    let long = Packet::tcp(0, 60_000);
+    assert_eq!(refused(long.vnet(7), &long.bytes()), DropReason::VnetHeader);
+    assert_eq!(segments(long.vnet(8), &long.bytes()).len(), 7500);
+}
+
+/// Puts destination options of 8 bytes between the IPv6 header and the transport.
+fn with_extension(packet: &Packet) -> Vec<u8> {
+    let mut bytes = packet.bytes();
+    let extension = [bytes[6], 0, 1, 4, 0, 0, 0, 0];
+    bytes.splice(40..40, extension);
+    let length = u16::from_be_bytes([bytes[4], bytes[5]]) + 8;
+    bytes[4..6].copy_from_slice(&length.to_be_bytes());
+    bytes[6] = 60;
+    bytes
+}
+
+#[test]
+fn behind_extension_headers_checksums_are_computed() {
+    for udp in [false, true] {
+        let whole =
+            Packet::tcp(1000, 2500).with(|p| (p.v6, p.udp, p.flags) = (true, udp, ACK | PSH));
+        let vnet = VnetHeader { csum_start: 48, ..whole.vnet(1000) };
+        let mut bytes = with_extension(&whole);
+        let mut segments = split(vnet, &mut bytes).unwrap();
+        assert_eq!((segments.count(), segments.checksum()), (3, Checksum::Full));
+        assert_eq!(segments.max_segment_len(), whole.headers() + 8 + 1000);
+        for i in 0..3 {
+            let expected = whole.clone().with(|p| {
+                p.sequence += i as u32 * 1000;
+                p.payload = whole.payload[i * 1000..(i * 1000 + 1000).min(2500)].to_vec();
+                p.flags = if i == 2 { ACK | PSH } else { ACK };
+                p.checksum = Checksum::Full;
+            });
+            assert_eq!(segments.next_segment().unwrap(), with_extension(&expected), "{i} {udp}");
+        }
+    }
+}
+
+#[test]
+fn an_extension_header_must_lead_to_the_transport() {
+    let whole = Packet::tcp(0, 300).with(|p| p.v6 = true);
+    let vnet = VnetHeader { csum_start: 48, ..whole.vnet(100) };
+    assert_eq!(refused(whole.vnet(100), &with_extension(&whole)), DropReason::VnetHeader);
+    // a fragment, another protocol, a header that reaches beyond the packet
+    for (at, value) in [(6, 44), (40, 17), (41, 200)] {
+        let mut bytes = with_extension(&whole);
+        bytes[at] = value;
+        assert_eq!(refused(vnet, &bytes), DropReason::VnetHeader, "{value} at {at}");
+    }
+    let mut single = with_extension(&whole);
+    let vnet = VnetHeader { gso_type: vnet::GSO_NONE, gso_size: 0, ..vnet };
+    let mut segments = split(vnet, &mut single).unwrap();
+    assert_eq!(segments.checksum(), Checksum::Full);
+    let full = whole.clone().with(|p| p.checksum = Checksum::Full);
+    assert_eq!(segments.next_segment().unwrap(), with_extension(&full));
+}
+
+#[test]
+fn segments_with_ip_options_keep_them() {
+    let whole = Packet::tcp(0, 250).with(|p| p.ip_options = vec![1; 8]);
+    let split = segments(whole.vnet(100), &whole.bytes());
+    for (i, segment) in split.iter().enumerate() {
+        let expected = whole.clone().with(|p| {
+            (p.id, p.sequence) = (p.id + i as u16, i as u32 * 100);
+            p.payload = whole.payload[i * 100..(i * 100 + 100).min(250)].to_vec();
+        });
+        assert_eq!(*segment, expected.bytes());
     }
 }
 

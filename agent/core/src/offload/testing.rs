@@ -8,7 +8,7 @@ use super::vnet::{self, VnetHeader};
 use crate::wire::checksum;
 use crate::wire::ip::{IpHeader, TCP, UDP};
 
-pub(crate) use crate::wire::tcp::{ACK, CWR, ECE, FIN, RST, SYN, URG};
+use crate::wire::tcp::ACK;
 
 /// A packet in the making. Numbers that a test does not set are those of an ordinary flow.
 #[derive(Debug, Clone)]

@@ -2,6 +2,8 @@
 
 use std::net::IpAddr;
 
+use crate::wire::ip::UDP;
+
 /// Sum of `bytes` as big-endian 16-bit words, folded to 16 bits, on top of `seed`.
 pub fn sum(bytes: &[u8], seed: u16) -> u16 {
     // The sum may be taken in native order and swapped at the end (RFC 1071, section 2B), eight
@@ -24,6 +26,15 @@ pub fn fold(mut sum: u64) -> u16 {
         sum = (sum & 0xffff) + (sum >> 16);
     }
     sum as u16
+}
+
+/// The checksum field for the sum over pseudo-header and transport. UDP sends a zero as all ones,
+/// since its zero means that there is none (RFC 768); TCP's zero is kept.
+pub fn finish(sum: u16, protocol: u8) -> [u8; 2] {
+    match !sum {
+        0 if protocol == UDP => [0xff; 2],
+        field => field.to_be_bytes(),
+    }
 }
 
 /// Sum of the pseudo-header (RFC 9293 section 3.1, RFC 8200 section 8.1); `length` is that of the

@@ -9,6 +9,14 @@ use crate::drop::DropReason;
 pub const TCP: u8 = 6;
 /// IP protocol number of UDP (IANA).
 pub const UDP: u8 = 17;
+/// IPv6 next header of a fragment (RFC 8200, section 4.5).
+const FRAGMENT: u8 = 44;
+
+/// Whether this IPv6 next header is that of an extension header (IANA's registry of them, without
+/// ESP, behind which nothing can be read).
+pub const fn is_extension_header(protocol: u8) -> bool {
+    matches!(protocol, 0 | 43 | FRAGMENT | 51 | 60 | 135 | 139 | 140)
+}
 
 /// What is known of one IP packet after its header was checked (RFC 791, RFC 8200).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +49,34 @@ impl IpHeader {
     /// Whether this is IPv6.
     pub fn is_v6(&self) -> bool {
         self.source.is_ipv6()
+    }
+
+    /// Protocol and offset in bytes of the transport header, behind whatever extension headers lie
+    /// before it (RFC 8200: hop-by-hop options, routing, destination options). `packet` is what
+    /// was parsed. `None` for fragments and where a header reaches beyond the packet.
+    pub fn transport(&self, packet: &[u8]) -> Option<(u8, usize)> {
+        if self.fragment {
+            return None;
+        }
+        let (mut protocol, mut at) = (self.protocol, self.header_len);
+        while self.is_v6() && matches!(protocol, 0 | 43 | 60) {
+            let [next, length] = *packet.get(at..self.total_len)?.first_chunk()?;
+            protocol = next;
+            at += (usize::from(length) + 1) * 8;
+        }
+        (at <= self.total_len && protocol != FRAGMENT).then_some((protocol, at))
+    }
+
+    /// Offset in bytes of the TCP or UDP checksum, where it lies right behind the IP header: only
+    /// there can a checksum cross the tunnel partial.
+    pub fn checksum_field(&self) -> Option<usize> {
+        let (offset, least) = match self.protocol {
+            TCP => (16, 20),
+            UDP => (6, 8),
+            _ => return None,
+        };
+        let whole = !self.fragment && self.total_len >= self.header_len + least;
+        whole.then_some(self.header_len + offset)
     }
 
     fn parse_v4(bytes: &[u8]) -> Option<IpHeader> {
@@ -156,6 +192,34 @@ mod tests {
     }
 
     #[test]
+    fn the_transport_header_is_found_behind_extension_headers() {
+        let plain = v6(8);
+        assert_eq!(IpHeader::parse(&plain).unwrap().transport(&plain), Some((UDP, 40)));
+        let mut packet = v6(8 + 16 + 20);
+        // hop-by-hop options of 8 bytes, destination options of 16, TCP
+        (packet[6], packet[40], packet[48], packet[49]) = (0, 60, TCP, 1);
+        let ip = IpHeader::parse(&packet).unwrap();
+        assert_eq!(ip.transport(&packet), Some((TCP, 64)));
+        assert_eq!(ip.checksum_field(), None);
+        packet[48] = FRAGMENT;
+        assert_eq!(ip.transport(&packet), None);
+        (packet[48], packet[49]) = (60, 200);
+        assert_eq!(ip.transport(&packet), None);
+        let mut fragment = v4(40, 20);
+        fragment[6] = 0x20;
+        assert_eq!(IpHeader::parse(&fragment).unwrap().transport(&fragment), None);
+    }
+
+    #[test]
+    fn the_checksum_lies_behind_the_ip_header() {
+        for (packet, field) in
+            [(v4(40, 20), Some(36)), (v4(44, 24), Some(40)), (v4(39, 20), None), (v6(8), Some(46))]
+        {
+            assert_eq!(IpHeader::parse(&packet).unwrap().checksum_field(), field);
+        }
+    }
+
+    #[test]
     fn a_bundle_is_walked_to_its_end() {
         let bundle = [v4(40, 20), v6(8), v4(21, 20)].concat();
         let ranges: Vec<_> = packets(&bundle).map(|p| p.unwrap().0).collect();
@@ -167,6 +231,23 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn no_extension_header_panics(
+            mut bytes in prop::collection::vec(any::<u8>(), 40..200),
+            headers in prop::collection::vec(prop::sample::select(vec![0u8, 43, 60, 44, 6]), 5),
+        ) {
+            bytes[0] = 0x60;
+            let length = (bytes.len() - 40) as u16;
+            bytes[4..6].copy_from_slice(&length.to_be_bytes());
+            for (at, header) in [6, 40, 48, 56, 64].into_iter().zip(headers) {
+                if at < bytes.len() { bytes[at] = header; }
+            }
+            let ip = IpHeader::parse(&bytes).unwrap();
+            if let Some((_, at)) = ip.transport(&bytes) {
+                prop_assert!((40..=bytes.len()).contains(&at));
+            }
+        }
+
         #[test]
         fn no_bundle_panics_and_ranges_follow_each_other(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             let mut at = 0;

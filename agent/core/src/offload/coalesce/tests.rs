@@ -1,7 +1,9 @@
 use proptest::prelude::*;
 
-use super::super::testing::*;
 use super::*;
+use crate::offload::testing::*;
+use crate::offload::vnet;
+use crate::wire::tcp::{ACK, CWR, ECE, FIN, PSH, RST, SYN, URG};
 
 const S: usize = 100;
 
@@ -48,7 +50,17 @@ fn special_flags_go_verbatim_and_seal_the_flow() {
         let packets = changed(4, 1, |p| p.flags |= flag);
         assert_eq!(shape(&packets), [1, 1, 2], "flag {flag:#x}");
         assert_eq!(coalesce(&packets)[1].bytes, packets[1].bytes());
+        // Without payload the sequence goes on behind it, and only the seal keeps the order.
+        for v6 in [false, true] {
+            let mut packets = train(2);
+            packets.insert(1, Packet::tcp(100, 0).flags(ACK | flag));
+            let packets: Vec<_> = packets.into_iter().map(|p| p.with(|p| p.v6 = v6)).collect();
+            assert_eq!(shape(&packets), [1, 1, 1], "flag {flag:#x}, v6 {v6}");
+        }
     }
+    let mut packets = train(2);
+    packets.insert(1, Packet::tcp(100, 0).flags(0));
+    assert_eq!(shape(&packets), [1, 1, 1], "neither does a segment without ACK let pass");
 }
 
 #[test]
@@ -155,19 +167,34 @@ fn without_df_the_ids_must_follow_each_other() {
 
 #[test]
 fn ip_options_and_fragments_go_verbatim_and_seal() {
-    assert_eq!(shape(&changed(4, 1, |p| p.ip_options = vec![1; 4])), [1, 1, 2]);
-    let fragment = |p: &mut Packet| (p.dont_fragment, p.more_fragments) = (false, true);
-    assert_eq!(shape(&changed(4, 1, fragment)), [1, 1, 2]);
+    // Datagrams, since nothing but the seal keeps their order.
+    let change_second = |change: &dyn Fn(&mut Packet)| {
+        let mut packets = datagrams(4);
+        change(&mut packets[1]);
+        packets
+    };
+    let options = change_second(&|p| p.ip_options = vec![1; 4]);
+    assert_eq!(shape(&options), [1, 1, 2]);
+    assert_eq!(coalesce(&options)[1].bytes, options[1].bytes());
+    let first = change_second(&|p| (p.dont_fragment, p.more_fragments) = (false, true));
+    assert_eq!(shape(&first), [1, 1, 2]);
+    assert_eq!(coalesce(&first)[1].vnet, VnetHeader::default());
+    let mut last: Vec<_> = datagrams(4).iter().map(|p| (p.bytes(), p.checksum)).collect();
+    last[1].0[7] = 9;
+    assert_eq!(coalesce_with(ALL, &last).len(), 3);
 }
 
 #[test]
 fn ipv6_extension_headers_go_verbatim_and_seal() {
-    let packets: Vec<_> = train(4).into_iter().map(|p| p.with(|p| p.v6 = true)).collect();
-    let mut bytes: Vec<_> = packets.iter().map(|p| (p.bytes(), p.checksum)).collect();
-    bytes[1].0[6] = 60;
-    let written = coalesce_with(ALL, &bytes);
-    assert_eq!(written.iter().map(|w| w.segments).collect::<Vec<_>>(), [1, 1, 2]);
-    assert_eq!(written[1].vnet, VnetHeader::default());
+    let packets: Vec<_> = datagrams(4).into_iter().map(|p| p.with(|p| p.v6 = true)).collect();
+    for header in [0, 43, 44, 51, 60, 135, 139, 140] {
+        let mut bytes: Vec<_> = packets.iter().map(|p| (p.bytes(), p.checksum)).collect();
+        bytes[1].0[6] = header;
+        let written = coalesce_with(ALL, &bytes);
+        let shape: Vec<_> = written.iter().map(|w| w.segments).collect();
+        assert_eq!(shape, [1, 1, 2], "next header {header}");
+        assert_eq!((written[1].vnet, &written[1].bytes), (VnetHeader::default(), &bytes[1].0));
+    }
 }
 
 #[test]
@@ -306,6 +333,101 @@ fn what_is_not_tcp_or_udp_passes_through() {
         let written = coalesce_with(ALL, &[(bytes.clone(), Checksum::Full)]);
         assert_eq!((written[0].vnet, &written[0].bytes), (VnetHeader::default(), &bytes));
     }
+}
+
+#[test]
+fn a_wrong_ip_header_checksum_is_neither_merged_nor_repaired() {
+    for checksum in [Checksum::Partial, Checksum::Full] {
+        for wrong in 0..3 {
+            let right = |p: Packet| p.with(|p| p.checksum = checksum);
+            let mut packets: Vec<_> =
+                train(3).into_iter().map(|p| (right(p).bytes(), checksum)).collect();
+            packets[wrong].0[10] ^= 1;
+            let written = coalesce_with(ALL, &packets);
+            assert!(written.iter().any(|w| w.bytes == packets[wrong].0), "packet {wrong}");
+        }
+    }
+}
+
+#[test]
+fn a_length_that_differs_from_the_buffer_is_no_candidate() {
+    let packets = train(3);
+    for (from, to) in [(0, 1), (0, -1), (0, -140), (1, 0)] {
+        let mut arena = packets.iter().flat_map(Packet::bytes).collect::<Vec<u8>>();
+        let mut coalescer = Coalescer::new(ALL);
+        for index in 0..3usize {
+            let whole = index * 152..index * 152 + 152;
+            let ip = IpHeader::parse(&arena[whole.clone()]).unwrap();
+            let at = match index {
+                1 => whole.start + from..whole.end.wrapping_add_signed(to),
+                _ => whole,
+            };
+            coalescer.push(&mut arena, at, &ip, Checksum::Partial);
+        }
+        let mut segments = Vec::new();
+        coalescer.flush(&arena, |packet| segments.push((packet.segments, packet.len)));
+        let middle = (152 - from as isize + to) as usize;
+        assert_eq!(segments, [(1, 152), (1, middle), (1, 152)]);
+    }
+}
+
+#[test]
+fn what_seals_a_flow_leaves_others_alone() {
+    let other = |p: Packet| p.with(|p| p.source_port = 9);
+    for flag in [SYN, FIN, RST, URG, CWR] {
+        let packets =
+            [Packet::tcp(0, S), other(Packet::tcp(0, S)).flags(ACK | flag), Packet::tcp(100, S)];
+        assert_eq!(shape(&packets), [2, 1], "flag {flag:#x}");
+    }
+    let unchecked = Packet::udp(S).with(|p| p.source_port = 9);
+    let mut bytes: Vec<_> = train(2).iter().map(|p| (p.bytes(), Checksum::Partial)).collect();
+    bytes.insert(1, (unchecked.bytes(), Checksum::Full));
+    bytes[1].0[26..28].fill(0);
+    assert_eq!(coalesce_with(ALL, &bytes).len(), 2);
+}
+
+#[test]
+fn a_fragment_seals_every_flow_of_its_addresses() {
+    let fragment = Packet::udp(S).with(|p| {
+        (p.dont_fragment, p.more_fragments, p.source_port) = (false, true, 77);
+    });
+    assert_eq!(shape(&[Packet::tcp(0, S), fragment, Packet::tcp(100, S)]), [1, 1, 1]);
+}
+
+#[test]
+fn a_header_too_short_is_no_candidate() {
+    for (v6, udp, transport) in
+        [(false, false, 19), (false, true, 7), (true, false, 19), (true, true, 7)]
+    {
+        let whole = Packet::tcp(0, S).with(|p| (p.v6, p.udp, p.options) = (v6, udp, Vec::new()));
+        let ip = if v6 { 40 } else { 20 };
+        let mut bytes = whole.bytes()[..ip + transport].to_vec();
+        let (field, length) = if v6 { (4, transport) } else { (2, ip + transport) };
+        bytes[field..field + 2].copy_from_slice(&(length as u16).to_be_bytes());
+        for checksum in [Checksum::Partial, Checksum::Full] {
+            let written =
+                coalesce_with(ALL, &[(bytes.clone(), checksum), (bytes.clone(), checksum)]);
+            assert_eq!(written.len(), 2);
+            assert!(written.iter().all(|w| w.bytes == bytes && w.vnet == VnetHeader::default()));
+        }
+    }
+}
+
+#[test]
+fn a_changed_configuration_does_not_reorder() {
+    let mut coalescer = Coalescer::new(ALL);
+    let packets = datagrams(3);
+    let mut arena = packets.iter().flat_map(Packet::bytes).collect::<Vec<u8>>();
+    for (index, udp) in [true, false, true].into_iter().enumerate() {
+        coalescer.set_config(CoalesceConfig { udp, ..ALL });
+        let at = index * 128..index * 128 + 128;
+        let ip = IpHeader::parse(&arena[at.clone()]).unwrap();
+        coalescer.push(&mut arena, at, &ip, Checksum::Partial);
+    }
+    assert_eq!(coalescer.len(), 3);
+    let mut ids = Vec::new();
+    coalescer.flush(&arena, |packet| ids.push(arena[packet.payload[0].offset + 5]));
+    assert_eq!(ids, [0, 1, 2]);
 }
 
 proptest! {
