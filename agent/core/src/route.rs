@@ -101,6 +101,11 @@ impl RouteTable {
             IpAddr::V6(address) => search(&self.v6, address.into()),
         }
     }
+
+    /// Whether `address` is this node's.
+    pub fn is_local(&self, address: IpAddr) -> bool {
+        self.lookup(address) == Some(Owner::Local)
+    }
 }
 
 fn search<T: Ord + Copy>(ranges: &[(T, T, Owner)], address: T) -> Option<Owner> {
@@ -153,6 +158,8 @@ mod tests {
             ("::", None),
         ] {
             assert_eq!(owner(&table, address), expected, "{address}");
+            let local = table.is_local(address.parse().unwrap());
+            assert_eq!(local, expected == Some(Owner::Local), "{address}");
         }
     }
 
