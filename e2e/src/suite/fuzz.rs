@@ -31,11 +31,17 @@ pub fn run(options: &Options) -> Result<()> {
             all.split_whitespace().collect::<Vec<_>>().join(", ")
         );
     }
+    let workspace = cargo::workspace().canonicalize().context("finding the workspace")?;
     let mut failed = vec![];
     for target in &targets {
         println!("fuzzing {target} for {} s", options.seconds);
+        // What the fuzzer finds out goes to a directory of its own; the kept corpus is read only.
+        let found = workspace.join("out/fuzz").join(target);
+        std::fs::create_dir_all(&found).with_context(|| found.display().to_string())?;
+        let (found, kept) = (found.to_string_lossy(), format!("fuzz/corpus/{target}"));
         let limit = format!("-max_total_time={}", options.seconds);
-        let arguments = ["fuzz", "run", target, "--", &limit, "-max_len=70000", "-verbosity=0"];
+        let mut arguments = vec!["fuzz", "run", target, &found, &kept, "--"];
+        arguments.extend([limit.as_str(), "-max_len=70000", "-verbosity=0"]);
         let status = in_crate(&arguments).status().context("starting cargo fuzz")?;
         if !status.success() {
             failed.push(*target);

@@ -198,6 +198,16 @@ fn a_partial_checksum_elsewhere_is_completed() {
 }
 
 #[test]
+fn a_checksum_in_the_ip_header_is_refused() {
+    let bytes = Packet::udp(100).bytes();
+    for (csum_start, csum_offset) in [(0, 0), (0, 26), (12, 8), (19, 16)] {
+        let flags = vnet::NEEDS_CSUM;
+        let vnet = VnetHeader { flags, csum_start, csum_offset, ..VnetHeader::default() };
+        assert_eq!(refused(vnet, &bytes), DropReason::VnetHeader);
+    }
+}
+
+#[test]
 fn a_full_checksum_is_left_as_it_is_even_if_wrong() {
     let mut bytes = Packet::tcp(0, 100).with(|p| p.checksum = Checksum::Full).bytes();
     bytes[36] ^= 0x55;
