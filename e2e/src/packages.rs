@@ -7,6 +7,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 
 use crate::console::Console;
+use crate::lab::registry;
 
 /// A program and the package that has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,6 +108,8 @@ impl NoServices {
         if policy.exists() {
             return Self(None);
         }
+        // Also on an interrupt: left behind, it would keep every service of this host from starting.
+        registry::register_file(policy);
         let written = fs::write(policy, "#!/bin/sh\nexit 101\n").and_then(|()| {
             fs::set_permissions(policy, std::os::unix::fs::PermissionsExt::from_mode(0o755))
         });
@@ -117,7 +120,7 @@ impl NoServices {
 impl Drop for NoServices {
     fn drop(&mut self) {
         if let Some(policy) = self.0 {
-            let _ = fs::remove_file(policy);
+            registry::remove_file(policy);
         }
     }
 }

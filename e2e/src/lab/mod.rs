@@ -10,6 +10,8 @@ pub mod registry;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use rustix::fs::{FlockOperation, flock};
@@ -190,15 +192,29 @@ impl Drop for Lab {
     }
 }
 
+/// How long another laboratory may take before this one gives up.
+const TURN_LIMIT: Duration = Duration::from_secs(15 * 60);
+
 /// The right to have a laboratory now, held by a lock on a file.
 #[derive(Debug)]
 struct Turn(#[allow(dead_code, reason = "holds the lock until dropped")] File);
 
 impl Turn {
     fn take() -> Result<Self> {
-        let path = std::env::temp_dir().join("skein-e2e.lock");
+        let path = registry::home()?.join("lock");
         let file = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
-        flock(&file, FlockOperation::LockExclusive).context("waiting for another laboratory")?;
+        let start = Instant::now();
+        let mut told = false;
+        while let Err(error) = flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            if error != rustix::io::Errno::WOULDBLOCK || start.elapsed() > TURN_LIMIT {
+                return Err(error).context("another laboratory is at work and does not end");
+            }
+            if !told {
+                eprintln!("waiting for another laboratory to end");
+                told = true;
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
         Ok(Self(file))
     }
 }

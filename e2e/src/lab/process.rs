@@ -6,6 +6,7 @@ use std::io::{Read, Write as _};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -42,27 +43,43 @@ pub fn finish(command: &mut Command, input: &[u8], limit: Duration) -> Result<Fi
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().with_context(|| format!("starting `{what}`"))?;
     let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
-    let (status, stdout, stderr) = thread::scope(|scope| {
-        scope.spawn(move || stdin.map(|mut pipe| pipe.write_all(input)));
-        let stdout = scope.spawn(move || read_all(stdout));
-        let stderr = scope.spawn(move || read_all(stderr));
-        let status = wait(&mut child, limit);
-        if status.is_none() {
-            let _ = child.kill();
-            let _ = child.wait();
+    let input = input.to_vec();
+    thread::spawn(move || stdin.map(|mut pipe| pipe.write_all(&input)));
+    let (stdout, stderr) = (collect(stdout), collect(stderr));
+    let status = wait(&mut child, limit);
+    if status.is_none() {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+    // A grandchild may hold the pipes open for ever: what came until shortly after the end counts.
+    let text = |lines: Receiver<Vec<u8>>| {
+        let end = Instant::now() + Duration::from_secs(1);
+        let mut bytes = vec![];
+        while let Ok(more) = lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
+            bytes.extend(more);
         }
-        (status, stdout.join().unwrap_or_default(), stderr.join().unwrap_or_default())
-    });
+        String::from_utf8_lossy(&bytes).into_owned()
+    };
+    let (stdout, stderr) = (text(stdout), text(stderr));
     let Some(status) = status else {
         bail!("`{what}` did not end within {} s; it said: {stdout}{stderr}", limit.as_secs());
     };
     Ok(Finished { code: code(status), stdout, stderr })
 }
 
-fn read_all(pipe: Option<impl Read>) -> String {
-    let mut bytes = vec![];
-    let _ = pipe.map(|mut pipe| pipe.read_to_end(&mut bytes));
-    String::from_utf8_lossy(&bytes).into_owned()
+/// Reads a pipe to its end on a thread of its own; the channel closes with the pipe.
+fn collect(pipe: Option<impl Read + Send + 'static>) -> Receiver<Vec<u8>> {
+    let (sender, receiver) = channel();
+    thread::spawn(move || {
+        let Some(mut pipe) = pipe else { return };
+        let mut buffer = [0; 8192];
+        while let Ok(n @ 1..) = pipe.read(&mut buffer) {
+            if sender.send(buffer[..n].to_vec()).is_err() {
+                return;
+            }
+        }
+    });
+    receiver
 }
 
 /// Runs a command that must succeed within a minute; returns its standard output.

@@ -3,7 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::MetadataExt as _;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,19 +23,27 @@ pub(super) const NETNS_DIR: &str = "/run/netns";
 /// Names of this laboratory's namespaces start with this and the owner's process id.
 const PREFIX: &str = "skein-e2e-";
 
+/// Where this laboratory keeps its files: root's alone, so that nobody else can plant one.
+const HOME: &str = "/run/skein-e2e";
+
 /// End of the name of the file that notes the host's settings.
 const SETTINGS: &str = "host-settings";
+
+/// Settings of the host that may be changed for a while.
+const HOST_KEYS: [&str; 4] =
+    ["net.core.rmem_default", "net.core.rmem_max", "net.core.wmem_default", "net.core.wmem_max"];
 
 #[derive(Default)]
 struct Registry {
     namespaces: Vec<String>,
-    directories: Vec<PathBuf>,
-    /// Path below /proc/sys and what stood there before.
-    settings: BTreeMap<PathBuf, String>,
+    /// Directories and files.
+    paths: Vec<PathBuf>,
+    /// Key and what stood there before.
+    settings: BTreeMap<&'static str, String>,
 }
 
 static REGISTRY: Mutex<Registry> =
-    Mutex::new(Registry { namespaces: vec![], directories: vec![], settings: BTreeMap::new() });
+    Mutex::new(Registry { namespaces: vec![], paths: vec![], settings: BTreeMap::new() });
 static CLOSING: AtomicBool = AtomicBool::new(false);
 static PREPARE: Once = Once::new();
 
@@ -81,48 +90,80 @@ pub(super) fn remove_namespace(name: &str) {
     registry().namespaces.retain(|n| n != name);
 }
 
+/// The directory that holds the laboratory's files, made if need be.
+pub(super) fn home() -> Result<&'static Path> {
+    let home = Path::new(HOME);
+    if let Err(error) = fs::DirBuilder::new().mode(0o700).create(home)
+        && error.kind() != io::ErrorKind::AlreadyExists
+    {
+        return Err(error).with_context(|| format!("creating {HOME}"));
+    }
+    let found = fs::symlink_metadata(home).with_context(|| format!("looking at {HOME}"))?;
+    if !found.is_dir() || found.uid() != 0 || found.mode() & 0o022 != 0 {
+        bail!("{HOME} is not a directory of root's alone: remove it");
+    }
+    Ok(home)
+}
+
 /// A new empty directory for files of this run, removed at the end.
 pub fn directory(label: &str) -> Result<PathBuf> {
     prepare();
-    let path = std::env::temp_dir().join(format!("{PREFIX}{}-{label}", std::process::id()));
+    let path = home()?.join(format!("{PREFIX}{}-{label}", std::process::id()));
     let path = (1..).map(|n| path.with_extension(n.to_string())).find(|p| !p.exists());
     let path = path.context("out of names")?;
     let mut registry = registry();
-    fs::create_dir_all(&path).with_context(|| format!("creating {}", path.display()))?;
-    registry.directories.push(path.clone());
+    fs::create_dir(&path).with_context(|| format!("creating {}", path.display()))?;
+    registry.paths.push(path.clone());
     Ok(path)
+}
+
+/// Has a file removed when this process is interrupted; [`remove_file`] does it in good order.
+pub fn register_file(path: &Path) {
+    prepare();
+    registry().paths.push(path.to_owned());
+}
+
+/// Removes such a file.
+pub fn remove_file(path: &Path) {
+    let _ = fs::remove_file(path);
+    registry().paths.retain(|p| p != path);
 }
 
 /// Removes such a directory.
 pub fn remove_directory(path: &Path) {
     let _ = fs::remove_dir_all(path);
-    registry().directories.retain(|p| p != path);
+    registry().paths.retain(|p| p != path);
 }
 
-/// Changes a setting of the host (a path below /proc/sys) until [`restore_settings`].
+/// Changes a setting of the host until [`restore_settings`].
 pub fn set_host(key: &str, value: &str) -> Result<()> {
     prepare();
-    let path = Path::new("/proc/sys").join(key.replace('.', "/"));
+    let key = HOST_KEYS.into_iter().find(|known| *known == key);
+    let key = key.context("not a setting that the laboratory may change")?;
     let mut registry = registry();
-    let old = fs::read_to_string(&path).with_context(|| format!("reading {key}"))?;
-    registry.settings.entry(path.clone()).or_insert(old);
+    let old = fs::read_to_string(setting(key)).with_context(|| format!("reading {key}"))?;
+    registry.settings.entry(key).or_insert(old);
     // Also on disk, for the next run if this process is killed.
-    let list = registry.settings.iter().map(|(p, v)| format!("{}={}\n", p.display(), v.trim()));
-    fs::write(settings_file(std::process::id()), list.collect::<String>())
+    let list = registry.settings.iter().map(|(key, value)| format!("{key}={}\n", value.trim()));
+    fs::write(settings_file(std::process::id())?, list.collect::<String>())
         .context("noting the host's settings")?;
-    fs::write(&path, value).with_context(|| format!("setting {key} to {value}"))
+    fs::write(setting(key), value).with_context(|| format!("setting {key} to {value}"))
 }
 
-fn settings_file(pid: u32) -> PathBuf {
-    std::env::temp_dir().join(format!("{PREFIX}{pid}-{SETTINGS}"))
+fn setting(key: &str) -> PathBuf {
+    Path::new("/proc/sys").join(key.replace('.', "/"))
+}
+
+fn settings_file(pid: u32) -> Result<PathBuf> {
+    Ok(home()?.join(format!("{PREFIX}{pid}-{SETTINGS}")))
 }
 
 /// Restores what a dead process noted.
 fn restore_from(file: &Path) {
     let text = fs::read_to_string(file).unwrap_or_default();
-    for (path, value) in text.lines().filter_map(|line| line.split_once('=')) {
-        if Path::new(path).starts_with("/proc/sys/net/core") {
-            let _ = fs::write(path, value);
+    for (key, value) in text.lines().filter_map(|line| line.split_once('=')) {
+        if HOST_KEYS.contains(&key) {
+            let _ = fs::write(setting(key), value);
         }
     }
     let _ = fs::remove_file(file);
@@ -130,12 +171,18 @@ fn restore_from(file: &Path) {
 
 /// Puts back every setting that [`set_host`] changed.
 pub fn restore_settings() {
-    for (path, value) in std::mem::take(&mut registry().settings) {
-        if let Err(error) = fs::write(&path, value.trim()) {
-            eprintln!("cannot restore {}: {error}", path.display());
+    let settings = std::mem::take(&mut registry().settings);
+    if settings.is_empty() {
+        return;
+    }
+    for (key, value) in settings {
+        if let Err(error) = fs::write(setting(key), value.trim()) {
+            eprintln!("cannot restore {key}: {error}");
         }
     }
-    let _ = fs::remove_file(settings_file(std::process::id()));
+    if let Ok(file) = settings_file(std::process::id()) {
+        let _ = fs::remove_file(file);
+    }
 }
 
 fn remove_everything() {
@@ -145,8 +192,8 @@ fn remove_everything() {
     for name in registry.namespaces.iter().rev() {
         delete_namespace(name);
     }
-    for path in &registry.directories {
-        let _ = fs::remove_dir_all(path);
+    for path in &registry.paths {
+        let _ = fs::remove_dir_all(path).or_else(|_| fs::remove_file(path));
     }
     std::mem::forget(registry);
 }
@@ -154,10 +201,12 @@ fn remove_everything() {
 /// Removes what laboratories of processes that live no more left behind; returns its names.
 pub fn sweep() -> Vec<String> {
     let mut removed = vec![];
-    for (directory, is_namespace) in
-        [(PathBuf::from(NETNS_DIR), true), (std::env::temp_dir(), false)]
-    {
-        for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
+    if let Err(error) = home() {
+        eprintln!("{error:#}");
+        return removed;
+    }
+    for (directory, is_namespace) in [(NETNS_DIR, true), (HOME, false)] {
+        for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             let Some(rest) = name.strip_prefix(PREFIX) else { continue };
             let pid = rest.split('-').next().unwrap_or_default();
@@ -183,7 +232,7 @@ pub fn existing() -> Vec<String> {
         entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect::<Vec<_>>()
     };
     let mut all = names(Path::new(NETNS_DIR));
-    all.extend(names(&std::env::temp_dir()));
+    all.extend(names(Path::new(HOME)));
     all.retain(|name| name.starts_with(PREFIX));
     all
 }

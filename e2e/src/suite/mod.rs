@@ -40,13 +40,11 @@ pub fn run(options: &Options) -> Result<()> {
     let totals = watch(&arguments)?;
 
     let left = registry::existing();
-    println!(
-        "\n{} tests passed, {} failed, {} ignored",
-        totals.passed, totals.failed, totals.ignored
-    );
+    println!();
     for name in &totals.failures {
         println!("FAILED {name}");
     }
+    println!("{} passed, {} failed, {} skipped", totals.passed, totals.failed, totals.ignored);
     if !left.is_empty() {
         bail!("left behind: {}", left.join(", "));
     }
