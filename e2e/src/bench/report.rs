@@ -134,12 +134,13 @@ impl Table {
         let mut text = format!("## Underlay {what}\n\n| work | quantity | unit |");
         let mut rule = "|---|---|---|".to_owned();
         // Skein's share of the others, where both are there.
-        let against = [Overlay::WireguardGo, Overlay::Vxlan, Overlay::Nebula];
         let skein = self.column(SKEIN);
-        let against: Vec<(Overlay, usize)> = against
+        let against: Vec<(Overlay, usize)> = self
+            .overlays
             .iter()
-            .filter(|_| skein.is_some())
-            .filter_map(|&overlay| Some((overlay, self.column(overlay)?)))
+            .enumerate()
+            .filter(|(_, overlay)| skein.is_some() && **overlay != SKEIN)
+            .map(|(column, overlay)| (*overlay, column))
             .collect();
         for overlay in &self.overlays {
             let _ = write!(text, " {overlay} |");
