@@ -421,7 +421,8 @@ pub fn read_frame<T: DeserializeOwned>(from: &mut impl Read) -> io::Result<Optio
     }
     let length = frame_length(length)?;
     // Read as it comes rather than reserve what a stranger claims.
-    let mut body = Vec::new();
+    // It may hold a private key.
+    let mut body = zeroize::Zeroizing::new(Vec::with_capacity(length.min(1 << 16)));
     from.take(length as u64).read_to_end(&mut body)?;
     if body.len() < length {
         return Err(io::ErrorKind::UnexpectedEof.into());

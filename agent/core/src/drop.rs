@@ -39,6 +39,8 @@ drop_reasons! {
     /// The virtio_net_hdr or what it says of the packet is impossible (bad offsets, gso_size 0,
     /// legacy UFO, UDP with the ECN bit, an unknown type).
     VnetHeader => Egress, "vnet_header";
+    /// The TUN could not hand the packet out.
+    TunRead => Egress, "tun_read";
     /// Not an IP packet, or its lengths contradict the buffer.
     EgressMalformed => Egress, "malformed";
     /// No node owns the destination.

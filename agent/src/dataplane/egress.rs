@@ -4,7 +4,6 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Instant;
 
 use skein_core::drop::{DropCounts, DropReason};
 use skein_core::offload::batch::{EgressBatch, Target};
@@ -60,9 +59,13 @@ impl Egress {
 
     /// Moves what the TUN queue holds, up to a bound.
     pub(super) fn run(&mut self, lane: &LaneContext, tables: &Tables, tun: &TunQueue) -> TunState {
+        // What waits is older than what is read now.
+        self.release_pending(lane, tables);
         let mut read = 0;
         let mut state = TunState::Alive;
-        while read < READS {
+        // A send may wait for room in the socket's buffer, and the other direction waits with it:
+        // one arena a turn.
+        while read < READS && !self.batch.is_nearly_full() {
             match tun.read(&mut self.read_buffer) {
                 Ok(length) => {
                     read += 1;
@@ -70,10 +73,14 @@ impl Egress {
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // EBADFD, EFAULT, EIO: the device was deleted, and polling would spin.
-                Err(_) => {
+                Err(error) if is_gone(&error) => {
                     state = TunState::Gone;
                     break;
+                }
+                // One packet that the kernel could not hand out: the queue goes on.
+                Err(_) => {
+                    read += 1;
+                    self.drops.add(DropReason::TunRead);
                 }
             }
         }
@@ -85,11 +92,12 @@ impl Egress {
     }
 
     /// Sends what waited for sessions that are there now, and gives up what waited too long.
-    pub(super) fn release_pending(&mut self, lane: &LaneContext, tables: &Tables, now: Instant) {
+    pub(super) fn release_pending(&mut self, lane: &LaneContext, tables: &Tables) {
         if self.pending.is_empty() {
             return;
         }
-        let ready = |peer| tables.peers.get(&peer).is_some_and(|p| p.session.is_some());
+        let now = lane.now();
+        let ready = |peer| tables.peers.get(&peer).is_some_and(|entry| entry.ready().is_some());
         for mut held in self.pending.take_ready(ready) {
             self.route(lane, tables, held.vnet, &mut held.packet);
         }
@@ -148,8 +156,8 @@ impl Egress {
         if !held {
             self.drops.add(DropReason::NoSession);
         }
-        if ask {
-            lane.tell(ToManager::WantSession(peer));
+        if ask && lane.tell(ToManager::WantSession(peer)) {
+            self.pending.asked(lane.now(), peer);
         }
     }
 
@@ -168,6 +176,9 @@ fn flush(
     drops: &mut DropCounts,
 ) {
     if batch.is_empty() {
+        // Targets may have been looked up for packets that came to nothing; they must not be found
+        // by a later batch, which may have other tables.
+        batch.clear();
         return;
     }
     batch.finish(drops);
@@ -203,6 +214,11 @@ fn flush(
     batch.clear();
 }
 
+/// Whether a read failed because the device was deleted: polling would report it for ever.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EBADFD | libc::EBADF | libc::EFAULT | libc::EIO))
+}
+
 /// Where packets for `peer` go in this batch; `None` without a session or endpoint.
 fn target(
     batch: &mut EgressBatch,
@@ -212,7 +228,8 @@ fn target(
 ) -> Option<Target> {
     batch.find_target(peer).or_else(|| {
         let entry = tables.peers.get(&peer)?;
-        let session = Arc::clone(entry.session.as_ref().filter(|s| !s.is_expired())?);
-        Some(batch.add_target(peer, session, lane.index, entry.endpoint?, tables.max_plaintext))
+        let (session, endpoint) = entry.ready()?;
+        let session = Arc::clone(session);
+        Some(batch.add_target(peer, session, lane.index, endpoint, entry.max_plaintext))
     })
 }

@@ -15,7 +15,7 @@ use skein_core::offload::coalesce::{CoalesceConfig, Coalescer};
 use skein_core::route::{Owner, PeerId};
 use skein_core::tunnel::replay::ReplayWindow;
 use skein_core::tunnel::session::Session;
-use skein_core::wire::header::{Flags, HEADER_LEN, Header, MAX_LANES, MessageType, TAG_LEN};
+use skein_core::wire::header::{Flags, HEADER_LEN, Header, MessageType, TAG_LEN};
 use skein_core::wire::ip::IpHeader;
 
 use super::lane::LaneContext;
@@ -26,6 +26,8 @@ use super::write::TunWriter;
 use crate::sys::recv::RecvBatch;
 use crate::sys::tun::TunQueue;
 
+/// The longest handshake or control message in bytes.
+const MAX_MANAGED: usize = 2048;
 /// Messages a system call, each of up to 64 KiB.
 const MESSAGES: usize = 16;
 
@@ -80,7 +82,7 @@ impl Ingress {
     /// Begins anew with another device.
     pub(super) fn set_config(&mut self, config: CoalesceConfig) {
         self.config = config;
-        self.writer = TunWriter::default();
+        self.writer.forgive_all();
         self.coalescer.set_config(config);
     }
 
@@ -154,13 +156,17 @@ impl Ingress {
         self.totals.outer_packets += 1;
         self.totals.outer_bytes += datagram.len() as u64;
         if header.kind != MessageType::Data {
+            // Nothing that the manager reads is longer; a queue of longer ones would be memory lost.
+            if datagram.len() > MAX_MANAGED {
+                return Err(DropReason::HandshakeInvalid);
+            }
             return lane.forward(ToManager::Datagram { source, datagram: datagram.into() });
         }
         let Some(rx) = self.sessions.get_mut(&header.receiver) else {
             lane.unknown_session(source.ip());
             return Err(DropReason::UnknownSession);
         };
-        if header.lane % lane.lanes != lane.index || usize::from(header.lane) >= MAX_LANES {
+        if header.lane % lane.lanes != lane.index {
             return Err(DropReason::WrongLane);
         }
         let receiver = rx.session.receiver(header.lane).ok_or(DropReason::WrongLane)?;
@@ -175,6 +181,9 @@ impl Ingress {
             false => Checksum::Full,
         };
         let (mut at, end) = (range.start + HEADER_LEN, range.end - TAG_LEN);
+        if at == end {
+            return Err(DropReason::InnerMalformed);
+        }
         let first = self.totals.inner_packets;
         while at < end {
             let arena = self.receive.arena_mut();
@@ -206,11 +215,11 @@ impl Ingress {
     fn write(&mut self, lane: &LaneContext, tun: Option<&TunQueue>) {
         let (arena, drops) = (self.receive.arena(), &mut self.drops);
         let before = self.writer.refused();
-        let writer = &mut self.writer;
+        let (writer, now) = (&mut self.writer, lane.now());
         let mut written = 0;
         self.coalescer.flush(arena, |packet| {
             let result = match tun {
-                Some(tun) => writer.write(tun, arena, &packet),
+                Some(tun) => writer.write(tun, arena, &packet, now),
                 None => Err(io::ErrorKind::NotConnected.into()),
             };
             match result {
@@ -219,6 +228,7 @@ impl Ingress {
             }
         });
         add(&lane.stats.ingress.tun_packets, written);
+        self.writer.forgive(lane.now());
         let refused = self.writer.refused();
         if refused != before {
             lane.stats.tun_tcp_refused.store(refused.tcp, Relaxed);

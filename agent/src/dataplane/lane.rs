@@ -30,6 +30,8 @@ use crate::sys::udp::LaneSockets;
 const WAKE: u32 = 0;
 const TUN: u32 = 1;
 const FIRST_SOCKET: u32 = 2;
+/// Full batches received before the other direction gets its turn.
+const RECEIVES: usize = 4;
 /// How often packets that wait for a session are looked at.
 const PENDING_TICK: Duration = Duration::from_millis(250);
 /// How often one lane reports datagrams of unknown sessions.
@@ -115,7 +117,10 @@ impl LaneHandle {
         let lane = Lane::new(parts, Arc::clone(&stats), Arc::clone(&shared))?;
         let thread = std::thread::Builder::new()
             .name(format!("lane-{}", lane.context.index))
-            .spawn(move || lane.run())?;
+            .spawn(move || {
+                let _guard = AbortOnPanic;
+                lane.run();
+            })?;
         Ok(Self { stats, shared, thread: Some(thread) })
     }
 
@@ -137,8 +142,21 @@ impl Drop for LaneHandle {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Release);
         self.shared.waiter.wake();
-        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!("a lane's thread had panicked");
+        if let Some(thread) = self.thread.take() {
+            // A panic has ended the process already.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Ends the process when a lane panics. Its queue and sockets would close one by one, and the
+/// steering of the other lanes would be wrong; a new process is there at once.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
         }
     }
 }
@@ -207,6 +225,7 @@ impl Lane {
             }
             self.context.now = Instant::now();
             self.adopt_newer();
+            self.egress.release_pending(&self.context, &self.tables);
             for &token in &ready {
                 match token {
                     WAKE => self.read_mail(),
@@ -214,7 +233,6 @@ impl Lane {
                     socket => self.receive((socket - FIRST_SOCKET) as usize),
                 }
             }
-            self.egress.release_pending(&self.context, &self.tables, self.context.now);
         }
     }
 
@@ -225,6 +243,7 @@ impl Lane {
                 lane = self.context.index,
                 "the TUN device is gone; waiting for another"
             );
+            self.context.tell(ToManager::TunGone);
             if let Some(tun) = self.tun.take() {
                 // Closing would remove it as well; a failure here changes nothing.
                 let _ = self.poller.remove(tun.as_fd());
@@ -235,7 +254,12 @@ impl Lane {
     fn receive(&mut self, index: usize) {
         let Some(socket) = self.receive_sockets.get(index) else { return };
         let (context, tables) = (&mut self.context, &mut self.tables);
-        self.ingress.run(context, tables, (index, socket.as_fd()), self.tun.as_ref());
+        for _ in 0..RECEIVES {
+            let tun = self.tun.as_ref();
+            if !self.ingress.run(context, tables, (index, socket.as_fd()), tun) {
+                break;
+            }
+        }
     }
 
     fn adopt_newer(&mut self) {
@@ -260,6 +284,8 @@ impl Lane {
                 return;
             }
             self.ingress.set_config(coalesce);
+            self.context.stats.tun_tcp_refused.store(false, Ordering::Relaxed);
+            self.context.stats.tun_udp_refused.store(false, Ordering::Relaxed);
             self.tun = Some(tun);
         }
     }
@@ -281,10 +307,10 @@ impl LaneContext {
         Some(self.published.load())
     }
 
-    /// Tells the manager something that will be told again if it is lost.
-    pub(super) fn tell(&self, message: ToManager) {
-        // Full: it is behind, and the next packet asks again. Disconnected: the process ends.
-        let _ = self.manager.try_send(message);
+    /// Tells the manager something, and returns whether it was taken. It is not while the manager
+    /// is behind, and when the process ends.
+    pub(super) fn tell(&self, message: ToManager) -> bool {
+        self.manager.try_send(message).is_ok()
     }
 
     /// Hands a datagram to the manager.

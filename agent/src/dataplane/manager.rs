@@ -29,6 +29,8 @@ const QUEUE: usize = 1024;
 pub(super) enum ToManager {
     /// A lane has packets for a peer without a session.
     WantSession(PeerId),
+    /// A lane's TUN queue is of no more use.
+    TunGone,
     /// A data packet with an unknown receiver index came from this address.
     UnknownSession(IpAddr),
     /// A handshake or control message.
@@ -86,6 +88,9 @@ struct Active {
 
 impl Manager {
     fn run(mut self) {
+        // The first use of a thread's generator gathers entropy for a fifth of a second: now, rather
+        // than in the first handshake.
+        random(&mut [0; 32]);
         loop {
             let message = match self.timeout() {
                 Some(timeout) => match self.queue.recv_timeout(timeout) {
@@ -108,6 +113,13 @@ impl Manager {
                     return;
                 }
             } else if let (Some(active), Some(message)) = (&mut self.active, message) {
+                if matches!(message, ToManager::TunGone) && active.has_device() {
+                    tracing::error!(
+                        "a queue of the TUN device failed though the device is there: ending, to \
+                         begin anew"
+                    );
+                    return;
+                }
                 active.event(now, message);
             }
             if let Some(active) = &mut self.active {
@@ -197,12 +209,8 @@ impl Active {
             mtu: node.tun.mtu,
             listen_port: node.underlay.port,
         };
-        let random = Box::new(|bytes: &mut [u8]| {
-            // The system's generator fails only where the system is beyond help, and a predictable
-            // key would be worse than none.
-            aws_lc_rs::rand::fill(bytes).expect("the system's random generator failed");
-        });
-        let engine = Engine::new(config, random).map_err(|e| SetupError::Invalid(e.to_string()))?;
+        let engine = Engine::new(config, Box::new(random))
+            .map_err(|e| SetupError::Invalid(e.to_string()))?;
         let mut empty = snapshot.clone();
         empty.peers.clear();
         let published = Arc::new(Published::default());
@@ -231,17 +239,19 @@ impl Active {
                     .to_owned(),
             ));
         }
-        if snapshot.node.tun.ifindex != self.snapshot.node.tun.ifindex {
-            self.running.attach_tun(&snapshot.node)?;
-        }
         let before = std::mem::replace(&mut self.snapshot.local_cidrs, snapshot.local_cidrs);
         if let Err(error) = self.set_peers(now, snapshot.peers) {
             self.snapshot.local_cidrs = before;
             return Err(error);
         }
-        self.snapshot.node.tun = snapshot.node.tun;
+        if snapshot.node.tun.ifindex != self.snapshot.node.tun.ifindex {
+            self.running.attach_tun(&snapshot.node)?;
+        }
+        if snapshot.node.tun != self.snapshot.node.tun {
+            self.snapshot.node.tun = snapshot.node.tun;
+            self.publish();
+        }
         self.snapshot.revision = snapshot.revision;
-        self.publish();
         Ok(())
     }
 
@@ -280,6 +290,8 @@ impl Active {
                 continue;
             }
             let endpoints = peer.endpoints.iter().copied();
+            // An IPv4-mapped address is one of IPv4, whose socket is another.
+            let endpoints = endpoints.map(|e| SocketAddr::new(e.ip().to_canonical(), e.port()));
             let endpoints = endpoints.filter(|e| self.running.can_reach(*e)).collect();
             let config = PeerConfig { public_key: peer.public_key.0, endpoints };
             let id = engine.upsert_peer(now, config);
@@ -294,6 +306,13 @@ impl Active {
         Ok(())
     }
 
+    /// Whether the device that the lanes were attached to is there still.
+    fn has_device(&self) -> bool {
+        let tun = &self.snapshot.node.tun;
+        let found = crate::sys::link::find(&tun.name);
+        found.is_ok_and(|link| link.is_some_and(|link| link.index == tun.ifindex))
+    }
+
     fn event(&mut self, now: Time, message: ToManager) {
         match message {
             ToManager::WantSession(peer) => self.engine.want_session(now, peer),
@@ -301,7 +320,7 @@ impl Active {
             ToManager::Datagram { source, mut datagram } => {
                 self.engine.handle_datagram(now, source, &mut datagram);
             }
-            ToManager::Request { .. } => {}
+            ToManager::Request { .. } | ToManager::TunGone => {}
         }
     }
 
@@ -322,19 +341,26 @@ impl Active {
 
     fn publish(&mut self) {
         self.totals.follow(self.engine.tables());
-        let mut tables = Tables {
-            routes: Arc::clone(&self.routes),
-            max_plaintext: usize::from(self.snapshot.node.tun.mtu),
-            ..Tables::default()
-        };
+        let mut tables = Tables { routes: Arc::clone(&self.routes), ..Tables::default() };
+        let mtu = self.snapshot.node.tun.mtu;
         for (id, view) in self.engine.tables() {
             tables.sessions.extend(view.receive.iter().cloned());
-            let entry = PeerEntry { endpoint: view.endpoint, session: view.current.clone() };
+            let entry = PeerEntry {
+                endpoint: view.endpoint,
+                session: view.current.clone(),
+                max_plaintext: usize::from(view.mtu.map_or(mtu, |theirs| theirs.min(mtu))),
+            };
             tables.peers.insert(id, entry);
         }
         self.published.publish(tables);
         self.running.wake_lanes();
     }
+}
+
+fn random(bytes: &mut [u8]) {
+    // The system's generator fails only where the system is beyond help, and a predictable key would
+    // be worse than none.
+    aws_lc_rs::rand::fill(bytes).expect("the system's random generator failed");
 }
 
 /// Readings of both clocks.

@@ -55,15 +55,19 @@ impl Pending {
     ) -> (bool, bool) {
         let queue = self.queues.entry(peer).or_default();
         let ask = queue.asked.is_none_or(|asked| now - asked >= ASK_INTERVAL);
-        if ask {
-            queue.asked = Some(now);
-        }
         let room = queue.packets.len() < MAX_PACKETS && self.bytes + packet.len() <= MAX_BYTES;
         if room {
             self.bytes += packet.len();
             queue.packets.push(Held { vnet, packet: packet.to_vec(), since: now });
         }
         (room, ask)
+    }
+
+    /// Notes that the manager was asked for a session with `peer`.
+    pub(super) fn asked(&mut self, now: Instant, peer: PeerId) {
+        if let Some(queue) = self.queues.get_mut(&peer) {
+            queue.asked = Some(now);
+        }
     }
 
     /// Takes everything that waits for a peer that `ready` accepts.
@@ -107,7 +111,12 @@ mod tests {
     use super::*;
 
     fn hold(pending: &mut Pending, now: Instant, peer: u32, length: usize) -> (bool, bool) {
-        pending.hold(now, PeerId(peer), VnetHeader::default(), &vec![0; length])
+        let peer = PeerId(peer);
+        let (held, ask) = pending.hold(now, peer, VnetHeader::default(), &vec![0; length]);
+        if ask {
+            pending.asked(now, peer);
+        }
+        (held, ask)
     }
 
     #[test]

@@ -71,6 +71,13 @@ impl Running {
         for address in addresses {
             let socket_address = SocketAddr::new(address, node.underlay.port);
             let (pairs, more) = udp::bind_lanes(socket_address, lanes, &options)?;
+            if let Some((_, why)) = more.iter().find(|(rung, _)| *rung == "reuseport_steering")
+                && lanes > 1
+            {
+                return Err(SetupError::Invalid(format!(
+                    "datagrams cannot be steered to their lanes ({why}): set dataplane.lanes = 1"
+                )));
+            }
             notes.extend(more);
             for (lane, pair) in sockets.iter_mut().zip(pairs) {
                 lane.push(pair);

@@ -17,8 +17,6 @@ pub(super) struct Tables {
     pub(super) routes: Arc<RouteTable>,
     /// How to reach each node.
     pub(super) peers: HashMap<PeerId, PeerEntry>,
-    /// The longest plaintext of a datagram in bytes: the inner MTU.
-    pub(super) max_plaintext: usize,
     /// Every session that may be received with.
     pub(super) sessions: Vec<Arc<Session>>,
 }
@@ -30,6 +28,16 @@ pub(super) struct PeerEntry {
     pub(super) endpoint: Option<SocketAddr>,
     /// The session to send with.
     pub(super) session: Option<Arc<Session>>,
+    /// The longest plaintext of a datagram to it in bytes: the lesser of both nodes' inner MTUs.
+    pub(super) max_plaintext: usize,
+}
+
+impl PeerEntry {
+    /// What it takes to send to it now.
+    pub(super) fn ready(&self) -> Option<(&Arc<Session>, SocketAddr)> {
+        let session = self.session.as_ref().filter(|session| !session.is_expired())?;
+        Some((session, self.endpoint?))
+    }
 }
 
 /// The tables in force.

@@ -1,6 +1,7 @@
 //! Writing to the TUN, and what to do when a kernel refuses a superpacket that it should take.
 
 use std::io::{self, IoSlice};
+use std::time::{Duration, Instant};
 
 use skein_core::offload::coalesce::{CoalesceConfig, TunPacket};
 use skein_core::offload::split::split;
@@ -19,7 +20,11 @@ pub(super) struct TunWriter {
     /// Kinds of superpackets that this kernel refused. Kernels 6.6.44 and 6.10.3 and their like
     /// call superpackets with a short tail invalid.
     refused: Refused,
+    refused_at: Option<Instant>,
 }
+
+/// How long a kind that was refused is not merged.
+const PAUSE: Duration = Duration::from_secs(60);
 
 /// Kinds of superpackets that the TUN refused.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -45,18 +50,33 @@ impl TunWriter {
         tun: &TunQueue,
         arena: &[u8],
         packet: &TunPacket<'_>,
+        now: Instant,
     ) -> io::Result<()> {
         match gather(tun, arena, packet) {
             Err(error) if packet.segments > 1 && error.raw_os_error() == Some(libc::EINVAL) => {
+                self.refused_at = Some(now);
                 self.write_singly(tun, arena, packet)
             }
             other => other,
         }
     }
 
-    /// What was refused since the writer was made.
+    /// What is not to be merged now.
     pub(super) fn refused(&self) -> Refused {
         self.refused
+    }
+
+    /// Forgets refusals that are long ago, so that merging is tried again.
+    pub(super) fn forgive(&mut self, now: Instant) {
+        if self.refused_at.is_some_and(|at| now - at > PAUSE) {
+            self.forgive_all();
+        }
+    }
+
+    /// Forgets every refusal.
+    pub(super) fn forgive_all(&mut self) {
+        self.refused = Refused::default();
+        self.refused_at = None;
     }
 
     fn write_singly(

@@ -132,9 +132,6 @@ pub fn bind_lanes(
         size_buffer(&receive, Buffer::Receive, options.receive_buffer, &mut notes);
 
         let send = bind_sender(address, options, &mut notes)?;
-        // Nobody talks to this port; what strangers send must not fill memory.
-        let nothing = [SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0)];
-        send.attach_filter(&nothing).map_err(failed("attaching a filter"))?;
         sockets.push(LaneSockets { receive: receive.into(), send: send.into(), gro });
     }
     Ok((sockets, notes))
@@ -174,6 +171,11 @@ fn bind_sender(
         .set_write_timeout(Some(SEND_TIMEOUT))
         .map_err(|source| failed("setting SO_SNDTIMEO", address, source))?;
     size_buffer(&socket, Buffer::Send, options.send_buffer, notes);
+    // Nobody talks to this port; what strangers send must not fill memory.
+    let nothing = [SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0)];
+    socket
+        .attach_filter(&nothing)
+        .map_err(|source| failed("attaching a filter", address, source))?;
     Ok(socket)
 }
 

@@ -14,6 +14,9 @@ use crate::route::PeerId;
 use crate::tunnel::session::Session;
 use crate::wire::header::{Flags, OVERHEAD};
 
+/// Room that a 64 KiB superpacket takes, split into segments for an MTU of 1500 and sealed.
+const FULL_SUPERPACKET: usize = 70 << 10;
+
 /// Where the packets of one peer go: an index into the batch, valid until [`EgressBatch::clear`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Target(usize);
@@ -172,6 +175,11 @@ impl EgressBatch {
             .map(|t| t.staged.len() + OVERHEAD)
             .sum::<usize>();
         self.used + open + length + OVERHEAD <= self.arena.len()
+    }
+
+    /// Whether a superpacket of full size may not fit any more.
+    pub fn is_nearly_full(&self) -> bool {
+        !self.has_room(FULL_SUPERPACKET)
     }
 
     /// Whether nothing was pushed.

@@ -12,6 +12,9 @@ pub mod vnet;
 /// superpacket reaches only with tiny segments.
 pub const MAX_SEGMENTS: usize = 128;
 
+/// Datagrams that are merged into one UDP superpacket: what kernels before 6.9 take.
+pub const MAX_MERGED_DATAGRAMS: usize = 64;
+
 /// State of an inner packet's TCP or UDP checksum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Checksum {

@@ -219,7 +219,10 @@ impl Peer {
     }
 
     fn make_current(&mut self, now: Time, slot: Slot, shared: &mut Shared) {
-        if slot.endpoint.is_some() {
+        // The record may have changed while the handshake was under way.
+        let known = self.endpoints.is_empty()
+            || slot.endpoint.is_some_and(|endpoint| self.endpoints.contains(&endpoint));
+        if slot.endpoint.is_some() && known {
             self.move_to(slot.endpoint, shared);
             let there = self.endpoints.iter().position(|e| Some(*e) == slot.endpoint);
             self.attempt = there.unwrap_or(self.attempt);

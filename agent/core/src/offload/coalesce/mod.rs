@@ -15,7 +15,7 @@ use std::ops::Range;
 use self::candidate::{Candidate, Class, Layout};
 use self::flows::OpenFlows;
 use super::vnet::VnetHeader;
-use super::{Checksum, MAX_SEGMENTS};
+use super::{Checksum, MAX_MERGED_DATAGRAMS, MAX_SEGMENTS};
 use crate::wire::checksum;
 use crate::wire::ip::IpHeader;
 
@@ -256,10 +256,14 @@ impl Coalescer {
         let headers = candidate.headers;
         let payload = packet.len() - headers;
         let layout = candidate.layout;
+        let most = match layout {
+            Layout::Tcp4 | Layout::Tcp6 => MAX_SEGMENTS,
+            Layout::Udp4 | Layout::Udp6 => MAX_MERGED_DATAGRAMS,
+        };
         let fits = usize::from(item.headers) == headers
             && item.checksum_at.is_some() == (checksum == Checksum::Partial)
             && payload <= usize::from(item.gso_size)
-            && usize::from(item.segments) < MAX_SEGMENTS
+            && usize::from(item.segments) < most
             && headers + item.payload as usize + payload <= usize::from(u16::MAX);
         if !fits {
             return false;

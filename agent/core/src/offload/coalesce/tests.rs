@@ -314,7 +314,7 @@ fn superpackets_stay_within_the_kernels_bounds() {
     assert!(written.iter().all(|w| w.bytes.len() <= 65_535));
     assert_eq!(written.iter().map(|w| w.segments).sum::<usize>(), 60);
     let many = coalesce(&datagrams(300));
-    assert_eq!(many.iter().map(|w| w.segments).collect::<Vec<_>>(), [128, 128, 44]);
+    assert_eq!(many.iter().map(|w| w.segments).collect::<Vec<_>>(), [64, 64, 64, 64, 44]);
 }
 
 #[test]
