@@ -93,7 +93,7 @@ impl Registry {
             }
         };
         check_own(&own, &files)?;
-        let (accepted, rejected) = settle(&own, &last_good.unwrap_or_default(), files);
+        let (accepted, rejected) = settle(&own, &[], &last_good.unwrap_or_default(), files);
         let fatal: Vec<_> = rejected
             .iter()
             .filter(|(path, _)| !accepted.contains_key(*path))
@@ -132,7 +132,7 @@ impl Registry {
             }
         };
         self.source_error = None;
-        let (accepted, rejected) = settle(&self.own, &self.accepted, files);
+        let (accepted, rejected) = settle(&self.own, &self.local_cidrs, &self.accepted, files);
         for (path, error) in &rejected {
             if self.rejected.get(path) != Some(error) {
                 log_rejected(path, error);
@@ -260,7 +260,15 @@ struct Candidate {
 /// good version; of two changed ones the later by name. So what was in force and has not changed is
 /// never lost, and files that change together (a prefix moves from one to the other) are taken
 /// together.
-fn settle(own: &Own, last_good: &Accepted, files: Files) -> (Accepted, BTreeMap<PathBuf, String>) {
+///
+/// `standing` are the prefixes that this node owns by what is in force; they stay its own while its
+/// record is away, so that nobody else's record can take them.
+fn settle(
+    own: &Own,
+    standing: &[IpNet],
+    last_good: &Accepted,
+    files: Files,
+) -> (Accepted, BTreeMap<PathBuf, String>) {
     let mut rejected = BTreeMap::new();
     let mut candidates = BTreeMap::new();
     for (path, result) in files {
@@ -278,7 +286,7 @@ fn settle(own: &Own, last_good: &Accepted, files: Files) -> (Accepted, BTreeMap<
             }
         }
     }
-    while let Some((path, error)) = contradiction(own, &candidates) {
+    while let Some((path, error)) = contradiction(own, standing, &candidates) {
         let changed = candidates.remove(&path).is_some_and(|candidate| candidate.changed);
         if let Some(good) = last_good.get(&path).filter(|_| changed) {
             candidates.insert(path.clone(), Candidate { records: good.clone(), changed: false });
@@ -292,6 +300,7 @@ fn settle(own: &Own, last_good: &Accepted, files: Files) -> (Accepted, BTreeMap<
 /// A file that cannot be in force beside the others, and why.
 fn contradiction(
     own: &Own,
+    standing: &[IpNet],
     candidates: &BTreeMap<PathBuf, Candidate>,
 ) -> Option<(PathBuf, String)> {
     for (path, candidate) in candidates {
@@ -299,11 +308,14 @@ fn contradiction(
             return Some((path.clone(), error));
         }
     }
-    let configured = own.pod_cidrs.as_ref().map(|pod_cidrs| NodeRecord {
+    let mut records = candidates.values().flat_map(|candidate| &candidate.records);
+    let recorded = records.any(|record| record.name == own.name);
+    let standing = (!recorded && !standing.is_empty()).then_some(standing);
+    let configured = own.pod_cidrs.as_deref().or(standing).map(|pod_cidrs| NodeRecord {
         name: own.name.clone(),
         public_key: own.public_key,
         endpoints: Vec::new(),
-        pod_cidrs: pod_cidrs.clone(),
+        pod_cidrs: pod_cidrs.to_vec(),
     });
     // The configuration stands for this node's own record, which says the same.
     let stands = |record: &NodeRecord| configured.is_some() && record.name == own.name;
@@ -321,7 +333,7 @@ fn contradiction(
     let other = match other {
         Some(other) if Some(other) != loser => format!(" (the other is in {})", other.display()),
         Some(_) => String::new(),
-        None => " (the other is this node, by its configuration)".to_owned(),
+        None => " (the other is this node)".to_owned(),
     };
     Some((loser?.clone(), format!("{}{other}", conflict.message)))
 }
@@ -382,6 +394,27 @@ mod tests {
         assert_eq!(registry.own(), Some(&record(1, &["10.1.0.0/24"])));
         lab.remove("a.toml");
         assert!(Registry::open(&lab.config(""), PublicKey([1; 32])).is_err(), "no pod CIDRs");
+    }
+
+    #[test]
+    fn nobody_takes_what_a_node_owns_whose_record_is_away() {
+        let lab = Lab::new();
+        lab.write("a.toml", &text(1, &["10.1.0.0/24"]));
+        lab.write("b.toml", &text(2, &["10.2.0.0/24"]));
+        let mut registry = Registry::open(&lab.config(""), PublicKey([1; 32])).unwrap();
+        // Renamed: a peer with this node's key and prefixes. The version before stays in force.
+        lab.write("a.toml", &text(1, &["10.1.0.0/24"]).replace("node-1", "node-one"));
+        registry.reload();
+        assert_eq!(peers(&registry), ["node-2 10.2.0.0/24"]);
+        assert_eq!(registry.status().rejected.len(), 1);
+        // Removed, and another node claims the prefix; what else changes takes effect.
+        lab.remove("a.toml");
+        lab.write("c.toml", &text(3, &["10.1.0.0/25"]));
+        lab.remove("b.toml");
+        registry.reload();
+        assert_eq!(peers(&registry), Vec::<String>::new());
+        assert_eq!(registry.local_cidrs(), ["10.1.0.0/24".parse().unwrap()]);
+        assert!(registry.status().rejected[0].error.contains("overlap"));
     }
 
     #[test]
@@ -453,7 +486,7 @@ mod tests {
         lab.write("b.toml", &text(2, &["10.1.0.128/25"]));
         lab.remove("a.toml");
         assert!(!registry.reload());
-        assert!(registry.status().rejected[0].error.contains("by its configuration"));
+        assert!(registry.status().rejected[0].error.contains("the other is this node"));
     }
 
     #[test]
