@@ -74,6 +74,15 @@ impl Drop for Server {
     }
 }
 
+/// 2 MiB, or what this host grants: iperf3 refuses to run with less than it asked for.
+fn udp_window() -> u64 {
+    let limit = |name: &str| {
+        let text = std::fs::read_to_string(format!("/proc/sys/net/core/{name}")).ok()?;
+        text.trim().parse::<u64>().ok()
+    };
+    [limit("rmem_max"), limit("wmem_max")].into_iter().flatten().fold(2 << 20, u64::min)
+}
+
 /// Sends from a pod to a [`Server`] at `to` for some seconds; `reverse` lets the server send.
 pub fn run(from: &Netns, to: IpAddr, flow: Flow, seconds: u32, reverse: bool) -> Result<Outcome> {
     let mut command = from.command("iperf3");
@@ -86,6 +95,9 @@ pub fn run(from: &Netns, to: IpAddr, flow: Flow, seconds: u32, reverse: bool) ->
         Flow::Udp { payload, megabits } => {
             command.args(["--udp", "--length", &payload.to_string()]);
             command.args(["--bitrate", &format!("{megabits}M")]);
+            // The default holds 20 ms of this: a receiver that waits longer for a CPU would lose
+            // datagrams that the network has delivered.
+            command.args(["--window", &udp_window().to_string()]);
         }
     }
     if reverse {
