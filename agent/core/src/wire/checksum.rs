@@ -20,6 +20,19 @@ pub fn sum(bytes: &[u8], seed: u16) -> u16 {
     fold(u64::from(u16::from_ne_bytes(native.to_be_bytes())) + u64::from(seed))
 }
 
+/// Whether the checksum of an IPv4 header without options is right.
+#[inline]
+pub fn header_is_right(header: &[u8; 20]) -> bool {
+    let mut total = 0;
+    for at in [0, 4, 8, 12, 16] {
+        let [a, b, c, d] = [header[at], header[at + 1], header[at + 2], header[at + 3]];
+        total += u64::from(u32::from_ne_bytes([a, b, c, d]));
+    }
+    // A sum with end-around carry is the remainder by 0xffff; all ones stand for zero. That the
+    // total is not zero itself is sure, since a header has a version.
+    total % 0xffff == 0
+}
+
 /// Folds a sum of 16-bit words to 16 bits by end-around carry.
 pub fn fold(mut sum: u64) -> u16 {
     while sum > 0xffff {
@@ -70,6 +83,20 @@ mod tests {
     #[test]
     fn example_of_rfc_1071() {
         assert_eq!(sum(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7], 0), 0xddf2);
+    }
+
+    #[test]
+    fn a_header_is_right_or_not() {
+        let mut header = [0x45, 0, 0, 60, 1, 2, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2];
+        assert!(!header_is_right(&header));
+        let sum = !naive(&header);
+        header[10..12].copy_from_slice(&sum.to_be_bytes());
+        assert!(header_is_right(&header));
+        for at in 0..20 {
+            header[at] ^= 0x10;
+            assert!(!header_is_right(&header), "byte {at}");
+            header[at] ^= 0x10;
+        }
     }
 
     #[test]

@@ -38,6 +38,7 @@ pub struct IpHeader {
 
 impl IpHeader {
     /// Parses the packet at the start of `bytes`, which may go on behind it.
+    #[inline]
     pub fn parse(bytes: &[u8]) -> Option<IpHeader> {
         match bytes.first()? >> 4 {
             4 => Self::parse_v4(bytes),
@@ -47,6 +48,7 @@ impl IpHeader {
     }
 
     /// Whether this is IPv6.
+    #[inline]
     pub fn is_v6(&self) -> bool {
         self.source.is_ipv6()
     }
@@ -69,6 +71,7 @@ impl IpHeader {
 
     /// Offset in bytes of the TCP or UDP checksum, where it lies right behind the IP header: only
     /// there can a checksum cross the tunnel partial.
+    #[inline]
     pub fn checksum_field(&self) -> Option<usize> {
         let (offset, least) = match self.protocol {
             TCP => (16, 20),
@@ -79,6 +82,7 @@ impl IpHeader {
         whole.then_some(self.header_len + offset)
     }
 
+    #[inline]
     fn parse_v4(bytes: &[u8]) -> Option<IpHeader> {
         let head: &[u8; 20] = bytes.first_chunk()?;
         let header_len = usize::from(head[0] & 0xf) * 4;
@@ -103,13 +107,11 @@ impl IpHeader {
         if total_len > bytes.len() {
             return None;
         }
-        let address = |at: usize| {
-            let octets: [u8; 16] = head[at..at + 16].try_into().ok()?;
-            Some(IpAddr::V6(Ipv6Addr::from(octets)))
-        };
+        let (_, addresses) = head.split_last_chunk::<32>()?;
+        let (source, destination) = addresses.split_first_chunk::<16>()?;
         Some(IpHeader {
-            source: address(8)?,
-            destination: address(24)?,
+            source: IpAddr::V6(Ipv6Addr::from(*source)),
+            destination: IpAddr::V6(Ipv6Addr::from(*destination.first_chunk::<16>()?)),
             header_len: 40,
             total_len,
             protocol: head[6],

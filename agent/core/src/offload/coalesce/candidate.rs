@@ -37,6 +37,31 @@ pub(super) struct Candidate {
     pub(super) psh: bool,
 }
 
+impl Candidate {
+    /// What a packet is whose headers are known to be like those of a candidate of this layout and
+    /// header length; `None` where what no comparison of headers tells forbids it.
+    #[inline(always)]
+    pub(super) fn alike(
+        layout: Layout,
+        headers: usize,
+        packet: &[u8],
+        checksum: Checksum,
+    ) -> Option<Self> {
+        let transport = packet.get(layout.network_len()..)?;
+        if layout.is_tcp() {
+            let head = transport.first_chunk::<20>()?;
+            let sequence = u32::from_be_bytes([head[4], head[5], head[6], head[7]]);
+            let whole = packet.len() > headers;
+            whole.then_some(Self { layout, headers, sequence, psh: head[13] & PSH != 0 })
+        } else {
+            match classify_udp(layout, transport, checksum) {
+                Class::Candidate(candidate) => Some(candidate),
+                _ => None,
+            }
+        }
+    }
+}
+
 /// How two packets of one layout differ.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Difference {
@@ -150,8 +175,20 @@ impl Layout {
         (mixed >> 32) as u32
     }
 
+    /// Whether two packets with headers of `headers` bytes have the same TCP options.
+    #[inline(always)]
+    pub(super) fn same_options(self, a: &[u8], b: &[u8], headers: usize) -> bool {
+        let at = self.network_len() + 20;
+        let (Some(a), Some(b)) = (a.get(at..headers), b.get(at..headers)) else { return true };
+        match (<&[u8; 12]>::try_from(a), <&[u8; 12]>::try_from(b)) {
+            // Time stamps with their padding: what nearly every segment has.
+            (Ok(a), Ok(b)) => xor((a, b), 0) | xor((a, b), 4) == 0,
+            _ => a == b,
+        }
+    }
+
     /// Compares two packets of this layout, a few words at a time.
-    #[inline]
+    #[inline(always)]
     pub(super) fn compare(self, a: &[u8], b: &[u8]) -> Difference {
         match self {
             Layout::Tcp4 => compare_tcp4(a, b),
@@ -164,9 +201,9 @@ impl Layout {
 
     /// Whether merging hides nothing: the IPv4 header's checksum is right, and so is the
     /// transport's, where it is whole.
-    #[inline]
+    #[inline(always)]
     pub(super) fn verify(self, packet: &[u8], checksum: Checksum) -> bool {
-        let network = self.is_v6() || checksum::sum(&packet[..20], 0) == 0xffff;
+        let network = self.is_v6() || packet.first_chunk().is_some_and(checksum::header_is_right);
         network && (checksum == Checksum::Partial || self.verify_transport(packet))
     }
 
@@ -194,8 +231,8 @@ const V4_FIRST: u64 = mask([0xff, 0xff, 0, 0, 0, 0, 0xff, 0xff]);
 // IPv4, bytes 8 to 16: TTL; protocol (checksum), source.
 const V4_TTL: u64 = mask([0xff, 0, 0, 0, 0, 0, 0, 0]);
 const V4_SOURCE: u64 = mask([0, 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff]);
-// IPv6, bytes 0 to 8: version, traffic class, flow label (length, next header), hop limit.
-const V6_FIRST: u64 = mask([0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0xff]);
+// IPv6, bytes 0 to 8: version, traffic class, flow label (length); next header, hop limit.
+const V6_FIRST: u64 = mask([0xff, 0xff, 0xff, 0xff, 0, 0, 0xff, 0xff]);
 // Bytes 40 to 48: ports.
 const V6_PORTS: u64 = mask([0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0]);
 // TCP, bytes 4 to 12: (sequence,) acknowledgement.
@@ -238,27 +275,27 @@ fn tcp<const N: usize>(heads: (&[u8; N], &[u8; N]), at: usize) -> u64 {
     xor(heads, at + 4) & TCP_ACK | xor(heads, at + 12) & TCP_LAST
 }
 
-#[inline]
+#[inline(always)]
 fn compare_tcp4(a: &[u8], b: &[u8]) -> Option<Difference> {
     let heads = heads::<40>(a, b)?;
     let (flow, headers) = network4(heads);
     Some(Difference { same_flow: flow == 0, same_headers: headers | tcp(heads, 20) == 0 })
 }
 
-#[inline]
+#[inline(always)]
 fn compare_udp4(a: &[u8], b: &[u8]) -> Option<Difference> {
     let (flow, headers) = network4(heads::<24>(a, b)?);
     Some(Difference { same_flow: flow == 0, same_headers: headers == 0 })
 }
 
-#[inline]
+#[inline(always)]
 fn compare_tcp6(a: &[u8], b: &[u8]) -> Option<Difference> {
     let heads = heads::<60>(a, b)?;
     let (flow, headers) = network6(heads);
     Some(Difference { same_flow: flow == 0, same_headers: headers | tcp(heads, 40) == 0 })
 }
 
-#[inline]
+#[inline(always)]
 fn compare_udp6(a: &[u8], b: &[u8]) -> Option<Difference> {
     let (flow, headers) = network6(heads::<48>(a, b)?);
     Some(Difference { same_flow: flow == 0, same_headers: headers == 0 })

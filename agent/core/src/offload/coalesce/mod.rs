@@ -152,6 +152,9 @@ impl Coalescer {
         let checksum_at = field.map(|field| (ip.header_len as u16, (field - ip.header_len) as u16));
         let packet = &arena[at];
         let checksum = if field.is_some() { Checksum::Partial } else { Checksum::Full };
+        if self.extends_last(arena, packet, slice, checksum) {
+            return;
+        }
         match candidate::classify(packet, ip, checksum) {
             Class::Candidate(candidate) if self.may_merge(candidate.layout) => {
                 if let Some((slot, same_headers)) = self.find(arena, packet, candidate.layout) {
@@ -226,24 +229,47 @@ impl Coalescer {
     }
 
     /// The slot of this packet's flow, and whether the headers there are this packet's.
-    #[inline]
     fn find(&self, arena: &[u8], packet: &[u8], layout: Layout) -> Option<(usize, bool)> {
-        let look = |slot: usize| {
+        self.open.with_hash(layout.hash(packet)).find_map(|slot| {
             let item = &self.items[self.open.item(slot)];
-            if item.layout != Some(layout) {
-                return None;
-            }
-            let difference = layout.compare(item.first.of(arena), packet);
+            let same_layout = item.layout == Some(layout);
+            let difference = same_layout.then(|| layout.compare(item.first.of(arena), packet))?;
             difference.same_flow.then_some((slot, difference.same_headers))
-        };
-        // Segments of one superpacket come one after the other.
-        let found = self.open.last().and_then(look);
-        found.or_else(|| self.open.with_hash(layout.hash(packet)).find_map(look))
+        })
+    }
+
+    /// Appends a packet to the superpacket that grew last, if it is the next of it: segments come
+    /// in runs. Headers equal to those of a candidate are a candidate's, so that nothing else has
+    /// to be found out about them.
+    #[inline]
+    fn extends_last(
+        &mut self,
+        arena: &[u8],
+        packet: &[u8],
+        slice: Slice,
+        checksum: Checksum,
+    ) -> bool {
+        let Some(slot) = self.open.last() else { return false };
+        let index = self.open.item(slot);
+        let item = &self.items[index];
+        let Some(layout) = item.layout else { return false };
+        let difference = layout.compare(item.first.of(arena), packet);
+        if !(difference.same_flow && difference.same_headers) {
+            return false;
+        }
+        let headers = usize::from(item.headers);
+        match Candidate::alike(layout, headers, packet, checksum) {
+            Some(candidate) if self.extends(arena, index, packet, &candidate, checksum) => {
+                self.extend(slot, slice, &candidate);
+                true
+            }
+            _ => false,
+        }
     }
 
     /// Whether `packet` is what splitting would give as the next segment of an item of the same
     /// flow and headers.
-    #[inline]
+    #[inline(always)]
     fn extends(
         &mut self,
         arena: &[u8],
@@ -269,19 +295,9 @@ impl Coalescer {
             return false;
         }
         let first = item.first.of(arena);
-        let follows = match layout {
-            Layout::Tcp4 => {
-                item.next_sequence == candidate.sequence
-                    && id_follows(packet, item.next_id)
-                    && first[40..headers] == packet[40..headers]
-            }
-            Layout::Tcp6 => {
-                item.next_sequence == candidate.sequence
-                    && first[60..headers] == packet[60..headers]
-            }
-            Layout::Udp4 => id_follows(packet, item.next_id),
-            Layout::Udp6 => true,
-        };
+        let follows = (!layout.is_tcp() || item.next_sequence == candidate.sequence)
+            && (layout.is_v6() || id_follows(packet, item.next_id))
+            && layout.same_options(first, packet, headers);
         if !follows {
             return false;
         }
@@ -290,7 +306,7 @@ impl Coalescer {
         item.verified && layout.verify(packet, checksum)
     }
 
-    #[inline]
+    #[inline(always)]
     fn extend(&mut self, slot: usize, packet: Slice, candidate: &Candidate) {
         let item = &mut self.items[self.open.item(slot)];
         let headers = candidate.headers;
