@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::fuzzing::merged::{Likeness, check};
 use crate::offload::testing::*;
 use crate::offload::vnet;
 use crate::wire::tcp::{ACK, CWR, ECE, FIN, PSH, RST, SYN, URG};
@@ -483,5 +484,58 @@ proptest! {
             expected[usize::from(packet.source_port)].extend(&packet.payload);
         }
         prop_assert_eq!(got, expected);
+    }
+
+    /// Several flows of all kinds in any order, most of it in sequence, a little of it strange:
+    /// what is written, split again, is what was pushed.
+    #[test]
+    fn what_is_written_is_what_was_pushed(
+        steps in prop::collection::vec(
+            (0u16..4, prop::sample::select(vec![100usize, 100, 100, 100, 33, 1, 0, 101]), 0u8..40),
+            1..60,
+        ),
+        v6 in any::<bool>(),
+        full in any::<bool>(),
+        tcp in prop::sample::select(vec![true, true, true, false]),
+        udp in prop::sample::select(vec![true, true, true, false]),
+        partial_checksum in prop::sample::select(vec![true, true, true, false]),
+    ) {
+        let mut next = [(0u32, 0u16); 4];
+        let packets: Vec<_> = steps.iter().map(|&(flow, length, strange)| {
+            let (sequence, id) = next[usize::from(flow)];
+            next[usize::from(flow)] = (sequence.wrapping_add(length as u32), id.wrapping_add(1));
+            let packet = Packet::tcp(sequence, length).with(|p| {
+                // Two flows of each protocol, one of each with DF.
+                (p.source_port, p.udp, p.dont_fragment) = (flow, flow > 1, flow % 2 == 0);
+                (p.v6, p.id) = (v6, id);
+                p.checksum = if full && flow % 2 == 0 { Checksum::Full } else { Checksum::Partial };
+                match strange {
+                    0 => p.flags |= PSH,
+                    1 => p.flags |= FIN,
+                    2 => p.flags |= ECE,
+                    3 => p.flags |= CWR,
+                    4 => p.tos ^= 1,
+                    5 => p.ttl -= 1,
+                    6 => p.ip_options = if v6 { Vec::new() } else { vec![1; 4] },
+                    7 => p.more_fragments = true,
+                    8 => p.id ^= 5,
+                    9 => p.window += 1,
+                    10 => p.options[9] ^= 1,
+                    11 => p.sequence ^= 64,
+                    12 => p.acknowledgement += 1,
+                    _ => {}
+                }
+            });
+            let mut bytes = packet.bytes();
+            match strange {
+                13 => if let Some(last) = bytes.last_mut() { *last ^= 1 },
+                14 => bytes[10] ^= 1,
+                15 if v6 => bytes[6] = 60,
+                _ => {}
+            }
+            (bytes, packet.checksum)
+        }).collect();
+        let config = CoalesceConfig { tcp, udp, partial_checksum };
+        check(&packets, config, Likeness::Merged);
     }
 }
