@@ -56,6 +56,9 @@ pub enum Response {
         version: u32,
         /// Its process id.
         pid: u32,
+        /// The node that it works for; `None` before its first snapshot.
+        #[serde(default)]
+        node: Option<NodeIdentity>,
     },
     /// A snapshot or an update is in force in every lane.
     Applied {
@@ -74,6 +77,15 @@ pub enum Response {
         /// What failed and how to mend it.
         message: String,
     },
+}
+
+/// Which node a data process works for, so that an agent does not take another's for its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeIdentity {
+    /// Name of the node.
+    pub name: String,
+    /// Its identity.
+    pub public_key: PublicKey,
 }
 
 /// What kind of thing failed in the data process.
@@ -127,6 +139,8 @@ pub struct NodeSettings {
     pub cipher: CipherChoice,
     /// Whether small packets may share a datagram.
     pub bundling: bool,
+    /// For how many microseconds a lane polls before it sleeps; `None`: the data process decides.
+    pub busy_poll_us: Option<u32>,
     /// What may be used; what is in use after probing is in [`Report::capabilities`].
     pub offload: OffloadSettings,
 }
@@ -277,6 +291,10 @@ pub struct LaneReport {
     pub ingress: DirectionReport,
     /// Datagrams that the kernel dropped because this lane's receive queue was full (SO_RXQ_OVFL).
     pub receive_queue_overflow: u64,
+    /// Waits for packets that busy polling ended.
+    pub waits_polled: u64,
+    /// Waits for packets that the lane slept through.
+    pub waits_slept: u64,
     /// Sends that fell back from UDP_SEGMENT to single datagrams.
     pub gso_fallbacks: u64,
     /// Destinations for which GSO is off now.

@@ -9,7 +9,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
 use crate::ipc::{
-    ErrorKind, PROTOCOL_VERSION, Report, Request, Response, encode_frame, frame_length,
+    ErrorKind, NodeIdentity, PROTOCOL_VERSION, Report, Request, Response, encode_frame,
+    frame_length,
 };
 
 /// The data process answers quickly; one that takes this long hangs.
@@ -44,6 +45,7 @@ pub enum ClientError {
 pub struct Client {
     stream: UnixStream,
     pid: Option<u32>,
+    node: Option<NodeIdentity>,
 }
 
 impl Client {
@@ -52,9 +54,12 @@ impl Client {
         let stream = UnixStream::connect(socket).await?;
         // The socket's own word for it: the data process may live in another pid namespace.
         let pid = stream.peer_cred()?.pid().and_then(|pid| u32::try_from(pid).ok());
-        let mut client = Self { stream, pid: pid.filter(|&pid| pid != 0) };
+        let mut client = Self { stream, pid: pid.filter(|&pid| pid != 0), node: None };
         match client.request(&Request::Hello { version: PROTOCOL_VERSION }).await? {
-            Response::Hello { version: PROTOCOL_VERSION, .. } => Ok(client),
+            Response::Hello { version: PROTOCOL_VERSION, node, .. } => {
+                client.node = node;
+                Ok(client)
+            }
             _ => Err(ClientError::Protocol),
         }
     }
@@ -62,6 +67,11 @@ impl Client {
     /// Process id of the data process, where it can be seen from here.
     pub fn pid(&self) -> Option<u32> {
         self.pid
+    }
+
+    /// The node that the data process works for; `None` before its first snapshot.
+    pub fn node(&self) -> Option<&NodeIdentity> {
+        self.node.as_ref()
     }
 
     /// Asks, and returns the answer; a refusal is an error.

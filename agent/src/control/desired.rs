@@ -100,6 +100,7 @@ impl Desired {
                 lanes: config.dataplane.lanes,
                 cipher: config.dataplane.cipher,
                 bundling: config.dataplane.bundling,
+                busy_poll_us: config.dataplane.busy_poll_us,
                 offload: config.offload,
             },
             local_cidrs: self.local_cidrs.clone(),

@@ -27,7 +27,7 @@ const RETRY: Duration = Duration::from_millis(20);
 const HEARTBEAT: Duration = Duration::from_secs(5);
 /// So many failed restarts of the first data process end the agent.
 const STARTS: u32 = 2;
-/// A session that has lived this long makes the next restart immediate.
+/// A data process that was in the wanted state for this long is started again at once.
 const STABLE: Duration = Duration::from_secs(5);
 /// Longest pause before a restart.
 const MAX_BACKOFF: Duration = Duration::from_secs(5);
@@ -134,6 +134,7 @@ pub fn start(
         first: Some(first),
         child: None,
         last_pid: None,
+        in_force_since: None,
     };
     let task = tokio::spawn(supervisor.run(ended));
     (Handle { end, task }, first_result)
@@ -150,6 +151,8 @@ struct Supervisor {
     child: Option<Child>,
     /// Of the data process that was last in the wanted state; to count restarts.
     last_pid: Option<u32>,
+    /// Since when this session's data process has been in the wanted state.
+    in_force_since: Option<Instant>,
 }
 
 /// Why a session with a data process has ended.
@@ -160,6 +163,8 @@ enum SessionEnd {
     Refused(ErrorKind, String),
     /// It works with settings that it cannot change: another takes its place.
     Replaced,
+    /// It works for another node.
+    Stranger(String),
 }
 
 impl From<ClientError> for SessionEnd {
@@ -175,13 +180,18 @@ impl Supervisor {
     async fn run(mut self, mut ended: oneshot::Receiver<End>) {
         let mut failures = 0u32;
         loop {
-            let started = Instant::now();
+            self.in_force_since = None;
             let why = tokio::select! {
                 why = self.session() => why,
                 end = &mut ended => return self.end(end.unwrap_or(End::Keep)).await,
             };
-            if started.elapsed() > STABLE {
+            if self.in_force_since.is_some_and(|since| since.elapsed() > STABLE) {
                 failures = 0;
+            }
+            if let SessionEnd::Stranger(message) = &why
+                && let Some(first) = self.first.take()
+            {
+                let _ = first.send(Err(Failure::Taken(message.clone())));
             }
             if let SessionEnd::Refused(kind, message) = &why
                 && let Some(first) = self.first.take()
@@ -214,6 +224,7 @@ impl Supervisor {
         let reason = match why {
             SessionEnd::Replaced => "the data process is being replaced".to_owned(),
             SessionEnd::Gone(error) => format!("the data process is away: {error}"),
+            SessionEnd::Stranger(error) => error.clone(),
             SessionEnd::Refused(_, error) => {
                 format!("the data process refuses the wanted state: {error}")
             }
@@ -230,6 +241,7 @@ impl Supervisor {
         }
         self.state.set(|status| {
             status.up = false;
+            status.pid = None;
             status.error = Some(reason);
         });
     }
@@ -245,7 +257,9 @@ impl Supervisor {
         let request = Request::Apply { snapshot: Box::new(Snapshot::clone(&applied)) };
         match client.apply(&request).await {
             Ok(revision) => self.in_force(&client, revision),
-            Err(ClientError::Refused { kind: ErrorKind::Invalid, message }) if adopted => {
+            Err(ClientError::Refused { kind: ErrorKind::Invalid, message })
+                if adopted && self.settings.mode == Mode::Spawn =>
+            {
                 tracing::info!(message, "the data process that was found cannot go on");
                 self.stop_process(client).await;
                 return SessionEnd::Replaced;
@@ -280,6 +294,7 @@ impl Supervisor {
         let pid = client.pid();
         let restarted = self.last_pid.is_some() && self.last_pid != pid;
         self.last_pid = pid.or(self.last_pid);
+        self.in_force_since = Some(Instant::now());
         self.state.set(|status| {
             status.up = true;
             status.pid = pid;
@@ -302,7 +317,12 @@ impl Supervisor {
         applied: &mut Arc<Snapshot>,
         wanted: Arc<Snapshot>,
     ) -> Result<(), SessionEnd> {
-        let Some(request) = difference(applied, &wanted) else { return Ok(()) };
+        let Some(request) = difference(applied, &wanted) else {
+            let revision = wanted.revision;
+            *applied = wanted;
+            self.state.set(|status| status.revision = revision);
+            return Ok(());
+        };
         let revision = match client.apply(&request).await {
             Err(ClientError::Refused { message, .. })
                 if matches!(request, Request::Update { .. }) =>
@@ -325,6 +345,7 @@ impl Supervisor {
         loop {
             let error = match Client::connect(&self.settings.socket).await {
                 Ok(client) => {
+                    self.check_identity(&client)?;
                     let own = self.child.as_ref().and_then(Child::id);
                     return Ok((client, own.is_none()));
                 }
@@ -360,6 +381,24 @@ impl Supervisor {
             })
             .await;
         }
+    }
+
+    /// Refuses a data process that works for another node. One that has this node's name or key is
+    /// this node's: of before its key was changed, or its name.
+    fn check_identity(&self, client: &Client) -> Result<(), SessionEnd> {
+        let Some(found) = client.node() else { return Ok(()) };
+        let snapshot = self.snapshots.borrow();
+        let same_key = || snapshot.node.private_key.public().is_ok_and(|k| k == found.public_key);
+        if found.name == snapshot.node.name || same_key() {
+            return Ok(());
+        }
+        Err(SessionEnd::Stranger(format!(
+            "the data process at {} works for the node {:?} (public key {}): give each agent of a \
+             host its own dataplane.socket",
+            self.settings.socket.display(),
+            found.name,
+            found.public_key
+        )))
     }
 
     /// Ends the data process that listens but cannot be talked to, so that one of ours can start.
@@ -435,7 +474,9 @@ impl Supervisor {
         }
         // A connection of its own: the session's may be in the middle of a request.
         match Client::connect(&self.settings.socket).await {
-            Ok(client) => self.stop_process(client).await,
+            Ok(client) if self.check_identity(&client).is_ok() => self.stop_process(client).await,
+            // Another node's is not ours to end.
+            Ok(_) => {}
             Err(_) => {
                 if let Some(mut child) = self.child.take() {
                     let _ = child.kill().await;

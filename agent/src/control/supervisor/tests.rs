@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
 use super::*;
-use crate::ipc::{Peer, Response, read_frame, write_frame};
+use crate::ipc::{NodeIdentity, Peer, Response, read_frame, write_frame};
 use crate::keys::PublicKey;
 
 /// Answers requests by a function of the request's number and content; tells what was asked.
@@ -22,7 +22,7 @@ struct Fake {
 type Answer = fn(usize, &Request) -> Option<Response>;
 
 fn hello() -> Response {
-    Response::Hello { version: crate::ipc::PROTOCOL_VERSION, pid: std::process::id() }
+    Response::Hello { version: crate::ipc::PROTOCOL_VERSION, pid: std::process::id(), node: None }
 }
 
 /// Says yes to everything.
@@ -105,10 +105,14 @@ struct Lab {
 }
 
 fn supervise(fake: &Fake) -> Lab {
+    supervise_in(fake, Mode::External)
+}
+
+fn supervise_in(fake: &Fake, mode: Mode) -> Lab {
     let (wanted, snapshots) = watch::channel(snapshot(1));
     let (state, readiness) = (DataplaneState::default(), Readiness::default());
     let log = Log { level: "info".to_owned(), format: LogFormat::Text };
-    let settings = Settings { socket: fake.socket.clone(), mode: Mode::External, log };
+    let settings = Settings { socket: fake.socket.clone(), mode, log };
     let (handle, first) = start(settings, snapshots, state.clone(), readiness.clone());
     Lab { handle, first, wanted, state, readiness }
 }
@@ -181,6 +185,53 @@ async fn the_first_refusal_is_final_and_says_what_is_missing() {
         assert!(lab.readiness.reasons()[0].contains("no luck"));
         lab.handle.end(End::StopOwn).await;
     }
+}
+
+fn hello_of(name: &str, key: u8) -> Response {
+    let node = NodeIdentity { name: name.to_owned(), public_key: PublicKey([key; 32]) };
+    Response::Hello {
+        version: crate::ipc::PROTOCOL_VERSION,
+        pid: std::process::id(),
+        node: Some(node),
+    }
+}
+
+#[tokio::test]
+async fn a_data_process_of_another_node_is_left_alone() {
+    for mode in [Mode::External, Mode::Spawn] {
+        let fake = Fake::start(|count, request| match request {
+            Request::Hello { .. } => Some(hello_of("node-b", 9)),
+            _ => willing(count, request),
+        });
+        let lab = supervise_in(&fake, mode);
+        let failure = lab.first.await.unwrap().unwrap_err();
+        assert!(
+            matches!(&failure, Failure::Taken(text) if text.contains("\"node-b\"")),
+            "{failure}"
+        );
+        lab.handle.end(End::Stop).await;
+        assert!(!fake.asked.try_iter().any(|asked| asked != "hello"));
+    }
+}
+
+#[tokio::test]
+async fn a_data_process_of_before_a_key_change_is_ours() {
+    let fake = Fake::start(|count, request| match request {
+        Request::Hello { .. } => Some(hello_of("node-a", 9)),
+        _ => willing(count, request),
+    });
+    let lab = supervise(&fake);
+    lab.first.await.unwrap().unwrap();
+    lab.handle.end(End::Keep).await;
+}
+
+#[tokio::test]
+async fn an_external_data_process_is_never_stopped() {
+    let fake = Fake::start(|_, request| refuse(request, ErrorKind::Invalid));
+    let lab = supervise(&fake);
+    assert!(matches!(lab.first.await.unwrap(), Err(Failure::Usage(_))));
+    lab.handle.end(End::Stop).await;
+    assert!(!fake.asked.try_iter().any(|asked| asked == "shutdown"));
 }
 
 fn refuse(request: &Request, kind: ErrorKind) -> Option<Response> {
