@@ -81,6 +81,9 @@ pub struct Dataplane {
     pub cipher: CipherChoice,
     /// Whether small packets may share a datagram.
     pub bundling: bool,
+    /// For how many microseconds a lane polls before it sleeps, 0 to 1000; `None`: 50, or 0 under a
+    /// CPU quota.
+    pub busy_poll_us: Option<u32>,
     /// Whether it goes on when the control process is told to end.
     pub keep_on_exit: bool,
 }
@@ -354,6 +357,7 @@ mod tests {
             ("[underlay]\nreceive_buffer = 10", "underlay.receive_buffer", "65536"),
             ("[dataplane]\nlanes = 0", "dataplane.lanes", "1 to 64"),
             ("[dataplane]\nlanes = 65", "dataplane.lanes", "1 to 64"),
+            ("[dataplane]\nbusy_poll_us = 1001", "dataplane.busy_poll_us", "0 to 1000"),
             ("[dataplane]\nmode = 'thread'", "mode", "spawn"),
             ("[dataplane]\ncipher = 'none'", "cipher", "aes256-gcm"),
             ("[dataplane]\nsocket = ''", "dataplane.socket", "path"),

@@ -227,6 +227,14 @@ fn lanes(report: &Report) -> Vec<MetricFamily> {
             packets.add(&labels, side(lane).outer_packets as f64);
         }
     }
+    let mut waits = Family::new(
+        "skein_lane_waits_total",
+        "Waits for packets, by how they ended: busy polling found some, or the lane slept.",
+        Kind::Counter,
+    );
+    let sum = |count: fn(&LaneReport) -> u64| report.lanes.iter().map(count).sum::<u64>() as f64;
+    waits.add(&[("result", "polled")], sum(|lane| lane.waits_polled));
+    waits.add(&[("result", "slept")], sum(|lane| lane.waits_slept));
     let total = |name: &str, help: &str, kind: Kind, counter: fn(&LaneReport) -> u64| {
         let mut family = Family::new(name, help, kind);
         family.add(&[], report.lanes.iter().map(counter).sum::<u64>() as f64);
@@ -234,6 +242,7 @@ fn lanes(report: &Report) -> Vec<MetricFamily> {
     };
     vec![
         packets.finish(),
+        waits.finish(),
         total(
             "skein_receive_queue_overflow_total",
             "Datagrams that the kernel dropped because a socket's receive queue was full.",

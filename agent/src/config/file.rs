@@ -100,6 +100,7 @@ struct DataplaneTable {
     lanes: Option<u8>,
     cipher: CipherChoice,
     bundling: bool,
+    busy_poll_us: Option<u32>,
     keep_on_exit: bool,
 }
 
@@ -111,6 +112,7 @@ impl Default for DataplaneTable {
             lanes: None,
             cipher: CipherChoice::default(),
             bundling: true,
+            busy_poll_us: None,
             keep_on_exit: false,
         }
     }
@@ -299,12 +301,16 @@ impl DataplaneTable {
         if !(1..=64).contains(&lanes) {
             return Err(Invalid(format!("dataplane.lanes = {lanes}: use 1 to 64")));
         }
+        if let Some(us @ 1001..) = self.busy_poll_us {
+            return Err(Invalid(format!("dataplane.busy_poll_us = {us}: use 0 to 1000")));
+        }
         Ok(Dataplane {
             mode: self.mode,
             socket: self.socket,
             lanes,
             cipher: self.cipher,
             bundling: self.bundling,
+            busy_poll_us: self.busy_poll_us,
             keep_on_exit: self.keep_on_exit,
         })
     }

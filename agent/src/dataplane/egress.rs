@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use skein_core::drop::{DropCounts, DropReason};
 use skein_core::offload::batch::{EgressBatch, Target};
@@ -17,13 +18,18 @@ use super::manager::ToManager;
 use super::pending::Pending;
 use super::stats::add;
 use super::tables::Tables;
-use crate::sys::send::{GsoState, Sender};
+use crate::sys::send::{GsoState, Position, Run, Sender, ToSend};
 use crate::sys::tun::TunQueue;
 
 /// The send arena's size in bytes: four superpackets, a quarter of a usual L2 cache.
 const ARENA: usize = 256 << 10;
 /// Packets read before the other direction gets its turn.
 const READS: usize = 64;
+/// Runs handed to the sender at a time.
+const RUNS: usize = 64;
+/// How long a batch waits for room in a socket's send buffer before it is dropped. A device that takes
+/// nothing for so long would hold up what goes to others.
+pub(super) const SEND_PATIENCE: Duration = Duration::from_millis(100);
 
 /// The lane's sending half.
 pub(super) struct Egress {
@@ -33,6 +39,21 @@ pub(super) struct Egress {
     gso: GsoState,
     pending: Pending,
     drops: DropCounts,
+    /// What of the batch had no room in the send buffer.
+    unsent: Option<Unsent>,
+}
+
+/// Where sending goes on.
+#[derive(Debug, Clone, Copy)]
+struct Unsent {
+    /// Index of the socket that has no room.
+    socket: usize,
+    /// Runs of its family before that one, all done.
+    runs: usize,
+    /// Datagrams of that run that are done.
+    segment: usize,
+    /// Since when nothing went.
+    since: Instant,
 }
 
 /// What became of the TUN queue.
@@ -54,6 +75,7 @@ impl Egress {
             gso,
             pending: Pending::default(),
             drops: DropCounts::default(),
+            unsent: None,
         }
     }
 
@@ -63,9 +85,7 @@ impl Egress {
         self.release_pending(lane, tables);
         let mut read = 0;
         let mut state = TunState::Alive;
-        // A send may wait for room in the socket's buffer, and the other direction waits with it:
-        // one arena a turn.
-        while read < READS && !self.batch.is_nearly_full() {
+        while self.unsent.is_none() && read < READS && !self.batch.is_nearly_full() {
             match tun.read(&mut self.read_buffer) {
                 Ok(length) => {
                     read += 1;
@@ -93,7 +113,7 @@ impl Egress {
 
     /// Sends what waited for sessions that are there now, and gives up what waited too long.
     pub(super) fn release_pending(&mut self, lane: &LaneContext, tables: &Tables) {
-        if self.pending.is_empty() {
+        if self.pending.is_empty() || self.unsent.is_some() {
             return;
         }
         let now = lane.now();
@@ -104,6 +124,23 @@ impl Egress {
         self.flush(lane);
         let expired = self.pending.expire(now, |peer| tables.peers.contains_key(&peer));
         self.drops.add_many(DropReason::NoSession, expired as u64);
+        lane.stats.drops.collect(&mut self.drops);
+    }
+
+    /// Index of the socket for whose room the batch waits; until then nothing is read from the TUN.
+    pub(super) fn blocked_socket(&self) -> Option<usize> {
+        self.unsent.map(|unsent| unsent.socket)
+    }
+
+    /// Goes on with a batch that had no room; gives it up when that has lasted too long.
+    pub(super) fn resume(&mut self, lane: &LaneContext) {
+        let Some(unsent) = self.unsent.take() else { return };
+        self.transmit(lane, unsent);
+        let late = |unsent: &mut Unsent| lane.now() - unsent.since >= SEND_PATIENCE;
+        if let Some(unsent) = self.unsent.take_if(late) {
+            self.drops.add_many(DropReason::SendNoBuffer, self.count_unsent(lane, unsent));
+            self.finish(lane);
+        }
         lane.stats.drops.collect(&mut self.drops);
     }
 
@@ -141,8 +178,13 @@ impl Egress {
         };
         let checksum = segments.checksum();
         while let Some(segment) = segments.next_segment() {
-            if !self.batch.has_room(segment.len()) {
-                flush(lane, &mut self.batch, &mut self.sender, &mut self.gso, &mut self.drops);
+            if self.unsent.is_none() && !self.batch.has_room(segment.len()) {
+                self.flush(lane);
+            }
+            // The middle of a superpacket cannot wait: there is nowhere to keep the rest.
+            if self.unsent.is_some() {
+                self.drops.add(DropReason::SendNoBuffer);
+                continue;
             }
             match target(&mut self.batch, lane, tables, peer) {
                 Some(target) => self.batch.push(target, checksum, segment, &mut self.drops),
@@ -161,57 +203,84 @@ impl Egress {
         }
     }
 
+    /// Sends what the batch holds and empties it, unless a socket has no room.
     fn flush(&mut self, lane: &LaneContext) {
-        flush(lane, &mut self.batch, &mut self.sender, &mut self.gso, &mut self.drops);
+        if self.unsent.is_some() {
+            return;
+        }
+        if self.batch.is_empty() {
+            // Targets may have been looked up for packets that came to nothing; they must not be
+            // found by a later batch, which may have other tables.
+            self.batch.clear();
+        } else {
+            self.batch.finish(&mut self.drops);
+            let from = Unsent { socket: 0, runs: 0, segment: 0, since: lane.now() };
+            self.transmit(lane, from);
+        }
         lane.stats.drops.collect(&mut self.drops);
+    }
+
+    /// Sends each address family from its own socket, until all is done or a socket has no room.
+    fn transmit(&mut self, lane: &LaneContext, from: Unsent) {
+        let mut at = from;
+        while let Some(socket) = lane.send_sockets.get(at.socket) {
+            let mut runs = [Run::EMPTY; RUNS];
+            let mut count = 0;
+            for run in family(&self.batch, socket.v4).skip(at.runs).take(RUNS) {
+                runs[count] = run;
+                count += 1;
+            }
+            if count == 0 {
+                at = Unsent { socket: at.socket + 1, runs: 0, segment: 0, ..at };
+                continue;
+            }
+            let from = Position { run: 0, segment: at.segment };
+            let what = ToSend { arena: self.batch.arena(), runs: &runs[..count], from };
+            let (gso, now) = (&mut self.gso, lane.now());
+            let outcome = self.sender.send(socket.socket.as_fd(), &what, gso, &mut self.drops, now);
+            lane.stats.count_sent(&outcome, &self.sender);
+            lane.stats.note_gso_off(&self.gso, now, outcome.fallbacks > 0);
+            match outcome.blocked {
+                Some(Position { run, segment }) => {
+                    let since = if outcome.datagrams > 0 { now } else { at.since };
+                    self.unsent = Some(Unsent { runs: at.runs + run, segment, since, ..at });
+                    return;
+                }
+                None => at = Unsent { runs: at.runs + count, segment: 0, ..at },
+            }
+        }
+        self.finish(lane);
+    }
+
+    /// The batch is done with.
+    fn finish(&mut self, lane: &LaneContext) {
+        let stats = &lane.stats.egress;
+        let totals = self.batch.totals();
+        add(&stats.inner_packets, totals.inner_packets);
+        add(&stats.inner_bytes, totals.inner_bytes);
+        for packets in self.batch.fill().chunk_by(|a, b| a == b) {
+            stats.inner_per_outer.observe_many(u64::from(packets[0]), packets.len() as u64);
+        }
+        self.batch.clear();
+    }
+
+    /// How many datagrams were neither sent nor dropped.
+    fn count_unsent(&self, lane: &LaneContext, from: Unsent) -> u64 {
+        let mut left = 0;
+        for (index, socket) in lane.send_sockets.iter().enumerate().skip(from.socket) {
+            let (done, part) =
+                if index == from.socket { (from.runs, from.segment) } else { (0, 0) };
+            let segments: usize =
+                family(&self.batch, socket.v4).skip(done).map(|run| run.segments).sum();
+            left += segments.saturating_sub(part) as u64;
+        }
+        left
     }
 }
 
-/// Sends what the batch holds, each address family from its own socket, and empties it.
-fn flush(
-    lane: &LaneContext,
-    batch: &mut EgressBatch,
-    sender: &mut Sender,
-    gso: &mut GsoState,
-    drops: &mut DropCounts,
-) {
-    if batch.is_empty() {
-        // Targets may have been looked up for packets that came to nothing; they must not be found
-        // by a later batch, which may have other tables.
-        batch.clear();
-        return;
-    }
-    batch.finish(drops);
-    let stats = &lane.stats.egress;
-    for socket in &lane.send_sockets {
-        let runs: Vec<_> =
-            batch.runs().filter(|run| run.destination.is_ipv4() == socket.v4).collect();
-        if runs.is_empty() {
-            continue;
-        }
-        let fd = socket.socket.as_fd();
-        let outcome = sender.send(fd, batch.arena(), &runs, gso, drops, lane.now());
-        add(&stats.outer_packets, outcome.datagrams);
-        add(&stats.outer_bytes, outcome.bytes);
-        add(&stats.calls, outcome.calls);
-        for &datagrams in sender.datagrams_per_call() {
-            stats.packets_per_call.observe(u64::from(datagrams));
-        }
-        for &segments in sender.segments_per_message() {
-            stats.segments_per_message.observe(u64::from(segments));
-        }
-        if outcome.fallbacks > 0 {
-            add(&lane.stats.gso_fallbacks, outcome.fallbacks);
-        }
-        lane.stats.note_gso_off(gso, lane.now(), outcome.fallbacks > 0);
-    }
-    let totals = batch.totals();
-    add(&stats.inner_packets, totals.inner_packets);
-    add(&stats.inner_bytes, totals.inner_bytes);
-    for packets in batch.fill().chunk_by(|a, b| a == b) {
-        stats.inner_per_outer.observe_many(u64::from(packets[0]), packets.len() as u64);
-    }
-    batch.clear();
+/// The runs of one address family.
+fn family(batch: &EgressBatch, v4: bool) -> impl Iterator<Item = Run<'_>> {
+    batch.runs().filter(move |run| run.destination.is_ipv4() == v4)
 }
 
 /// Whether a read failed because the device was deleted: polling would report it for ever.

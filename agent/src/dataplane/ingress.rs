@@ -20,7 +20,7 @@ use skein_core::wire::ip::IpHeader;
 
 use super::lane::LaneContext;
 use super::manager::ToManager;
-use super::stats::add;
+use super::stats::{Values, add};
 use super::tables::Tables;
 use super::write::TunWriter;
 use crate::sys::recv::RecvBatch;
@@ -37,7 +37,11 @@ pub(super) struct Ingress {
     coalescer: Coalescer,
     config: CoalesceConfig,
     writer: TunWriter,
-    sessions: HashMap<u32, RxSession>,
+    sessions: Vec<RxSession>,
+    /// Where in `sessions` each receiver index is.
+    by_index: HashMap<u32, usize>,
+    /// The receiver index of the last datagram, and where that is: most come in trains.
+    last: Option<(u32, usize)>,
     /// The last inner flow that passed the source and destination check.
     checked: Option<(PeerId, IpAddr, IpAddr)>,
     /// The kernel's overflow counter of each socket as last seen.
@@ -61,6 +65,8 @@ struct Totals {
     inner_bytes: u64,
     outer_packets: u64,
     outer_bytes: u64,
+    segments_per_message: Values,
+    inner_per_outer: Values,
 }
 
 impl Ingress {
@@ -71,7 +77,9 @@ impl Ingress {
             coalescer: Coalescer::new(config),
             config,
             writer: TunWriter::default(),
-            sessions: HashMap::new(),
+            sessions: Vec::new(),
+            by_index: HashMap::new(),
+            last: None,
             checked: None,
             overflow: Vec::new(),
             drops: DropCounts::default(),
@@ -89,17 +97,20 @@ impl Ingress {
     /// Takes over the sessions of new tables; replay windows of those that stay are kept.
     pub(super) fn adopt(&mut self, tables: &Tables) {
         self.checked = None;
-        let mut before = std::mem::take(&mut self.sessions);
+        self.last = None;
+        let before = std::mem::take(&mut self.by_index);
+        let mut kept: Vec<_> = self.sessions.drain(..).map(Some).collect();
         for session in &tables.sessions {
-            let kept = before.remove(&session.local_index);
-            let kept = kept.filter(|rx| Arc::ptr_eq(&rx.session, session));
-            let rx = kept.unwrap_or_else(|| RxSession {
+            let rx = before.get(&session.local_index).and_then(|&at| kept[at].take());
+            let rx = rx.filter(|rx| Arc::ptr_eq(&rx.session, session));
+            let rx = rx.unwrap_or_else(|| RxSession {
                 session: Arc::clone(session),
                 windows: (0..session.remote_lanes).map(|_| None).collect(),
                 packets: 0,
                 bytes: 0,
             });
-            self.sessions.insert(session.local_index, rx);
+            self.by_index.insert(session.local_index, self.sessions.len());
+            self.sessions.push(rx);
         }
     }
 
@@ -136,7 +147,7 @@ impl Ingress {
                     self.drops.add(reason);
                 }
             }
-            lane.stats.ingress.segments_per_message.observe(segments);
+            self.totals.segments_per_message.observe(segments);
             datagrams += segments;
         }
         self.write(lane, tun);
@@ -162,7 +173,10 @@ impl Ingress {
             }
             return lane.forward(ToManager::Datagram { source, datagram: datagram.into() });
         }
-        let Some(rx) = self.sessions.get_mut(&header.receiver) else {
+        if self.last.is_none_or(|(receiver, _)| receiver != header.receiver) {
+            self.last = self.by_index.get(&header.receiver).map(|&at| (header.receiver, at));
+        }
+        let Some(rx) = self.last.and_then(|(_, at)| self.sessions.get_mut(at)) else {
             lane.unknown_session(source.ip());
             return Err(DropReason::UnknownSession);
         };
@@ -176,6 +190,7 @@ impl Ingress {
         receiver.open(datagram)?;
         let window = rx.windows.get_mut(usize::from(header.lane)).ok_or(DropReason::WrongLane)?;
         window.get_or_insert_default().check_and_set(header.counter)?;
+        rx.session.confirm();
         let checksum = match header.flags.contains(Flags::PARTIAL_CHECKSUM) {
             true => Checksum::Partial,
             false => Checksum::Full,
@@ -208,7 +223,7 @@ impl Ingress {
             rx.bytes += packet.len() as u64;
             self.coalescer.push(arena, packet, &ip, checksum);
         }
-        lane.stats.ingress.inner_per_outer.observe(self.totals.inner_packets - first);
+        self.totals.inner_per_outer.observe(self.totals.inner_packets - first);
         Ok(())
     }
 
@@ -252,14 +267,16 @@ impl Ingress {
 
     fn account(&mut self, lane: &LaneContext, datagrams: u64) {
         let stats = &lane.stats.ingress;
-        let totals = std::mem::take(&mut self.totals);
+        let mut totals = std::mem::take(&mut self.totals);
+        stats.segments_per_message.collect(&mut totals.segments_per_message);
+        stats.inner_per_outer.collect(&mut totals.inner_per_outer);
         add(&stats.calls, 1);
         stats.packets_per_call.observe(datagrams);
         add(&stats.inner_packets, totals.inner_packets);
         add(&stats.inner_bytes, totals.inner_bytes);
         add(&stats.outer_packets, totals.outer_packets);
         add(&stats.outer_bytes, totals.outer_bytes);
-        for rx in self.sessions.values_mut().filter(|rx| rx.packets > 0) {
+        for rx in self.sessions.iter_mut().filter(|rx| rx.packets > 0) {
             rx.session.traffic().received(rx.packets, rx.bytes);
             (rx.packets, rx.bytes) = (0, 0);
         }

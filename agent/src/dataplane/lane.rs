@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 use skein_core::drop::DropReason;
 use skein_core::offload::coalesce::CoalesceConfig;
 
-use super::egress::{Egress, TunState};
+use super::busy_poll::BusyPoll;
+use super::egress::{Egress, SEND_PATIENCE, TunState};
 use super::ingress::Ingress;
 use super::manager::ToManager;
 use super::stats::LaneStats;
@@ -29,7 +30,8 @@ use crate::sys::udp::LaneSockets;
 
 const WAKE: u32 = 0;
 const TUN: u32 = 1;
-const FIRST_SOCKET: u32 = 2;
+const SEND: u32 = 2;
+const FIRST_SOCKET: u32 = 3;
 /// Full batches received before the other direction gets its turn.
 const RECEIVES: usize = 4;
 /// How often packets that wait for a session are looked at.
@@ -54,6 +56,8 @@ pub(super) struct LaneParts {
     pub(super) gso: GsoState,
     /// Whether small packets may share a datagram.
     pub(super) bundling: bool,
+    /// How long to poll for more before sleeping.
+    pub(super) busy_poll: Duration,
     /// The tables in force.
     pub(super) published: Arc<Published>,
     /// The manager's queue.
@@ -81,7 +85,7 @@ pub(super) struct LaneContext {
 pub(super) struct SendSocket {
     /// Whether it is of IPv4.
     pub v4: bool,
-    /// Itself; it waits for room for a bounded time.
+    /// Itself; nonblocking.
     pub(super) socket: UdpSocket,
 }
 
@@ -165,7 +169,10 @@ struct Lane {
     context: LaneContext,
     shared: Arc<Shared>,
     poller: Poller,
+    busy_poll: Duration,
     tun: Option<TunQueue>,
+    /// The socket for whose room the sending half waits. The TUN is not watched meanwhile.
+    blocked: Option<usize>,
     receive_sockets: Vec<UdpSocket>,
     tables: Arc<Tables>,
     egress: Egress,
@@ -202,7 +209,9 @@ impl Lane {
             },
             shared,
             poller,
+            busy_poll: parts.busy_poll,
             tun: Some(parts.tun),
+            blocked: None,
             receive_sockets,
             tables,
             egress: Egress::new(parts.bundling, parts.gso),
@@ -212,10 +221,14 @@ impl Lane {
 
     fn run(mut self) {
         let mut ready = Vec::with_capacity(8);
+        let mut busy_poll = BusyPoll::new(self.busy_poll);
         while !self.shared.stop.load(Ordering::Acquire) {
-            let timeout = self.egress.has_pending().then_some(PENDING_TICK);
+            let timeout = match self.blocked {
+                Some(_) => Some(SEND_PATIENCE),
+                None => self.egress.has_pending().then_some(PENDING_TICK),
+            };
             ready.clear();
-            match self.poller.wait(timeout) {
+            match busy_poll.wait(&mut self.poller, timeout, &self.context.stats) {
                 Ok(tokens) => ready.extend_from_slice(tokens),
                 Err(error) => {
                     // Nothing that a lane does can make epoll fail; do not spin if it does.
@@ -225,13 +238,23 @@ impl Lane {
             }
             self.context.now = Instant::now();
             self.adopt_newer();
+            if self.blocked.is_some() {
+                self.egress.resume(&self.context);
+            }
             self.egress.release_pending(&self.context, &self.tables);
             for &token in &ready {
                 match token {
                     WAKE => self.read_mail(),
                     TUN => self.send(),
+                    // Done above.
+                    SEND => {}
                     socket => self.receive((socket - FIRST_SOCKET) as usize),
                 }
+            }
+            if self.blocked != self.egress.blocked_socket()
+                && let Err(error) = self.watch_room()
+            {
+                tracing::error!(lane = self.context.index, %error, "epoll failed");
             }
         }
     }
@@ -248,6 +271,24 @@ impl Lane {
                 // Closing would remove it as well; a failure here changes nothing.
                 let _ = self.poller.remove(tun.as_fd());
             }
+        }
+    }
+
+    /// Watches the socket that has no room instead of the TUN, or the TUN again.
+    fn watch_room(&mut self) -> io::Result<()> {
+        let (before, now) = (self.blocked, self.egress.blocked_socket());
+        self.blocked = now;
+        let socket = |index: usize| self.context.send_sockets[index].socket.as_fd();
+        if let Some(before) = before {
+            self.poller.remove(socket(before))?;
+        }
+        if let Some(now) = now {
+            self.poller.add_writable(socket(now), SEND)?;
+        }
+        match &self.tun {
+            Some(tun) if before.is_none() => self.poller.remove(tun.as_fd()),
+            Some(tun) if now.is_none() => self.poller.add(tun.as_fd(), TUN),
+            _ => Ok(()),
         }
     }
 
@@ -279,7 +320,9 @@ impl Lane {
             if let Some(old) = self.tun.take() {
                 let _ = self.poller.remove(old.as_fd());
             }
-            if let Err(error) = self.poller.add(tun.as_fd(), TUN) {
+            if self.blocked.is_none()
+                && let Err(error) = self.poller.add(tun.as_fd(), TUN)
+            {
                 tracing::error!(lane = self.context.index, %error, "cannot watch the new TUN queue");
                 return;
             }

@@ -17,7 +17,7 @@ use super::setup::{Running, SetupError};
 use super::stats::DropStats;
 use super::tables::{PeerEntry, Published, Tables};
 use super::totals::Totals;
-use crate::ipc::{ErrorKind, Peer, Request, Response, Snapshot, Update};
+use crate::ipc::{ErrorKind, NodeIdentity, Peer, Request, Response, Snapshot, Update};
 use crate::keys::PublicKey;
 use crate::sys::tun::TunError;
 
@@ -136,7 +136,8 @@ impl Manager {
     fn request(&mut self, now: Time, request: Request) -> Response {
         let result = match request {
             Request::Hello { version } if version == crate::ipc::PROTOCOL_VERSION => {
-                return Response::Hello { version, pid: std::process::id() };
+                let node = self.active.as_ref().map(Active::identity);
+                return Response::Hello { version, pid: std::process::id(), node };
             }
             Request::Hello { version } => Err(SetupError::Invalid(format!(
                 "protocol version {version} is not {}: agent and data plane must be of one release",
@@ -227,6 +228,11 @@ impl Active {
         };
         active.set_peers(now, snapshot.peers)?;
         Ok(active)
+    }
+
+    fn identity(&self) -> NodeIdentity {
+        let public_key = PublicKey(self.engine.public_key());
+        NodeIdentity { name: self.snapshot.node.name.clone(), public_key }
     }
 
     /// Goes from what is in force to `snapshot`, touching only what differs.
@@ -348,6 +354,7 @@ impl Active {
             let entry = PeerEntry {
                 endpoint: view.endpoint,
                 session: view.current.clone(),
+                next: view.next.clone(),
                 max_plaintext: usize::from(view.mtu.map_or(mtu, |theirs| theirs.min(mtu))),
             };
             tables.peers.insert(id, entry);

@@ -1,6 +1,7 @@
 //! The data process: lanes that move packets and a manager that keeps their sessions. Plain
 //! threads; fed over a unix socket by the control process, and indifferent to its death.
 
+mod busy_poll;
 mod egress;
 mod ingress;
 mod lane;

@@ -5,6 +5,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
+use std::time::Duration;
 
 use skein_core::offload::coalesce::CoalesceConfig;
 use skein_core::tunnel::Ciphers;
@@ -92,6 +93,9 @@ impl Running {
         if let Err(reason) = &gso {
             notes.push(("udp_gso", reason.clone()));
         }
+        let busy_poll = node
+            .busy_poll_us
+            .map_or_else(super::busy_poll::default_limit, |us| Duration::from_micros(us.into()));
         let mut handles = Vec::with_capacity(lanes);
         for ((index, tun), sockets) in (0..).zip(queues).zip(sockets) {
             handles.push(LaneHandle::start(LaneParts {
@@ -102,9 +106,10 @@ impl Running {
                 sockets,
                 gso: match &gso {
                     Ok(()) => GsoState::new(),
-                    Err(reason) => GsoState::disabled(reason),
+                    Err(_) => GsoState::disabled(),
                 },
                 bundling: node.bundling,
+                busy_poll,
                 published: Arc::clone(published),
                 manager: manager.clone(),
             })?);

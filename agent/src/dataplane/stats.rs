@@ -9,7 +9,7 @@ use std::time::Instant;
 use skein_core::drop::{DropCounts, DropReason};
 
 use crate::ipc::{DirectionReport, DropReport, HistogramReport, LaneReport};
-use crate::sys::send::GsoState;
+use crate::sys::send::{GsoState, SendOutcome, Sender};
 
 /// A histogram with the bounds of [`HistogramReport`].
 #[derive(Debug, Default)]
@@ -26,10 +26,22 @@ impl Histogram {
 
     /// Counts `times` equal values.
     pub(super) fn observe_many(&self, value: u64, times: u64) {
-        // 0 and 1 -> 0, 2 -> 1, 3 and 4 -> 2, …, above 1024 -> 11
-        let bucket = (u64::BITS - value.saturating_sub(1).leading_zeros()).min(11) as usize;
-        self.buckets[bucket].fetch_add(times, Relaxed);
-        self.sum.fetch_add(value * times, Relaxed);
+        add(&self.buckets[bucket(value)], times);
+        add(&self.sum, value * times);
+    }
+
+    /// Adds what was counted in plain memory.
+    pub(super) fn collect(&self, values: &mut Values) {
+        if values.sum == 0 {
+            return;
+        }
+        for (bucket, count) in self.buckets.iter().zip(values.buckets) {
+            if count > 0 {
+                add(bucket, count);
+            }
+        }
+        add(&self.sum, values.sum);
+        *values = Values::default();
     }
 
     fn report(&self) -> HistogramReport {
@@ -38,6 +50,26 @@ impl Histogram {
             sum: self.sum.load(Relaxed),
         }
     }
+}
+
+/// Values on their way to a [`Histogram`].
+#[derive(Debug, Default)]
+pub(super) struct Values {
+    buckets: [u64; 12],
+    sum: u64,
+}
+
+impl Values {
+    /// Counts one value.
+    pub(super) fn observe(&mut self, value: u64) {
+        self.buckets[bucket(value)] += 1;
+        self.sum += value;
+    }
+}
+
+/// 0 and 1 -> 0, 2 -> 1, 3 and 4 -> 2, …, above 1024 -> 11
+fn bucket(value: u64) -> usize {
+    (u64::BITS - value.saturating_sub(1).leading_zeros()).min(11) as usize
 }
 
 /// Counters of one direction of a lane; see [`DirectionReport`] for their meaning.
@@ -123,21 +155,44 @@ pub(super) struct LaneStats {
     pub(super) drops: DropStats,
     /// SO_RXQ_OVFL, all sockets of the lane.
     pub(super) receive_queue_overflow: AtomicU64,
+    /// Waits that busy polling ended.
+    pub(super) polled: AtomicU64,
+    /// Waits asleep.
+    pub(super) slept: AtomicU64,
     /// Runs that were sent again datagram by datagram.
     pub(super) gso_fallbacks: AtomicU64,
     /// The TUN refused merged TCP.
     pub(super) tun_tcp_refused: AtomicBool,
     /// The TUN refused merged UDP.
     pub(super) tun_udp_refused: AtomicBool,
-    /// Destinations for which GSO is off; touched only while there are any.
-    gso_off: Mutex<Vec<SocketAddr>>,
+    /// Destinations for which GSO is off, and until when; touched only while there are any.
+    gso_off: Mutex<Vec<(SocketAddr, Instant)>>,
     any_gso_off: AtomicBool,
 }
 
 impl LaneStats {
     /// Destinations for which GSO is off now.
     pub(super) fn gso_off(&self) -> Vec<SocketAddr> {
-        self.gso_off.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        let now = Instant::now();
+        let off = self.gso_off.lock().unwrap_or_else(PoisonError::into_inner);
+        off.iter().filter(|(_, until)| *until > now).map(|(destination, _)| *destination).collect()
+    }
+
+    /// Counts what a send came to.
+    pub(super) fn count_sent(&self, outcome: &SendOutcome, sender: &Sender) {
+        let stats = &self.egress;
+        add(&stats.outer_packets, outcome.datagrams);
+        add(&stats.outer_bytes, outcome.bytes);
+        add(&stats.calls, outcome.calls);
+        for &datagrams in sender.datagrams_per_call() {
+            stats.packets_per_call.observe(u64::from(datagrams));
+        }
+        for &segments in sender.segments_per_message() {
+            stats.segments_per_message.observe(u64::from(segments));
+        }
+        if outcome.fallbacks > 0 {
+            add(&self.gso_fallbacks, outcome.fallbacks);
+        }
     }
 
     /// Notes where GSO is off, if that has changed: `changed`, or a pause has run out.
@@ -145,7 +200,7 @@ impl LaneStats {
         if !changed && !self.any_gso_off.load(Relaxed) {
             return;
         }
-        let off: Vec<_> = gso.off(now).map(|off| off.destination).collect();
+        let off: Vec<_> = gso.off(now).map(|off| (off.destination, off.until)).collect();
         self.any_gso_off.store(!off.is_empty(), Relaxed);
         *self.gso_off.lock().unwrap_or_else(PoisonError::into_inner) = off;
     }
@@ -157,6 +212,8 @@ impl LaneStats {
             egress: self.egress.report(),
             ingress: self.ingress.report(),
             receive_queue_overflow: self.receive_queue_overflow.load(Relaxed),
+            waits_polled: self.polled.load(Relaxed),
+            waits_slept: self.slept.load(Relaxed),
             gso_fallbacks: self.gso_fallbacks.load(Relaxed),
             gso_off_destinations: self.gso_off().len() as u64,
         }

@@ -28,6 +28,8 @@ pub(super) struct PeerEntry {
     pub(super) endpoint: Option<SocketAddr>,
     /// The session to send with.
     pub(super) session: Option<Arc<Session>>,
+    /// The session to send with once the other end has shown that it has it.
+    pub(super) next: Option<Arc<Session>>,
     /// The longest plaintext of a datagram to it in bytes: the lesser of both nodes' inner MTUs.
     pub(super) max_plaintext: usize,
 }
@@ -35,7 +37,8 @@ pub(super) struct PeerEntry {
 impl PeerEntry {
     /// What it takes to send to it now.
     pub(super) fn ready(&self) -> Option<(&Arc<Session>, SocketAddr)> {
-        let session = self.session.as_ref().filter(|session| !session.is_expired())?;
+        let next = self.next.as_ref().filter(|next| next.is_confirmed());
+        let session = next.or(self.session.as_ref()).filter(|session| !session.is_expired())?;
         Some((session, self.endpoint?))
     }
 }

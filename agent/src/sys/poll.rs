@@ -41,7 +41,7 @@ impl AsFd for Waiter {
     }
 }
 
-/// Waits until one of its descriptors is readable (epoll, level-triggered: what was not read to
+/// Waits until one of its descriptors is readable, or writable where that was asked (epoll, level-triggered: what was not read to
 /// the end is reported again).
 pub struct Poller {
     epoll: OwnedFd,
@@ -72,6 +72,12 @@ impl Poller {
         Ok(epoll::add(&self.epoll, fd, data, epoll::EventFlags::IN)?)
     }
 
+    /// Reports `fd` as `token` from now on whenever it is writable (or broken).
+    pub fn add_writable(&mut self, fd: BorrowedFd<'_>, token: u32) -> io::Result<()> {
+        let data = epoll::EventData::new_u64(token.into());
+        Ok(epoll::add(&self.epoll, fd, data, epoll::EventFlags::OUT)?)
+    }
+
     /// Waits for `fd` no longer. Call it before the descriptor is closed.
     pub fn remove(&mut self, fd: BorrowedFd<'_>) -> io::Result<()> {
         Ok(epoll::delete(&self.epoll, fd)?)
@@ -85,19 +91,31 @@ impl Poller {
             tv_sec: timeout.as_secs().min(100_000) as i64,
             tv_nsec: timeout.subsec_nanos().into(),
         });
+        self.look(timeout.as_ref())?;
+        Ok(&self.tokens)
+    }
+
+    /// Whether anything is readable or broken now; [`ready`](Self::ready) says what.
+    pub fn poll(&mut self) -> io::Result<bool> {
+        self.look(Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
+        Ok(!self.tokens.is_empty())
+    }
+
+    /// The tokens that the last look found.
+    pub fn ready(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    fn look(&mut self, timeout: Option<&Timespec>) -> io::Result<()> {
         self.events.clear();
         self.tokens.clear();
-        match epoll::wait(
-            &self.epoll,
-            rustix::buffer::spare_capacity(&mut self.events),
-            timeout.as_ref(),
-        ) {
+        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut self.events), timeout) {
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
         self.tokens.extend(self.events.iter().map(|event| event.data.u64() as u32));
-        Ok(&self.tokens)
+        Ok(())
     }
 }
 

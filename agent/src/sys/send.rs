@@ -19,7 +19,28 @@ pub use skein_core::offload::batch::Run;
 
 use plan::{Message, Plan};
 
-/// What became of the runs. Every datagram is in `datagrams` or in `dropped`, never in both.
+/// Runs, the bytes that they point into, and where to begin.
+#[derive(Debug, Clone, Copy)]
+pub struct ToSend<'a> {
+    /// The bytes.
+    pub arena: &'a [u8],
+    /// The runs, in the order of sending.
+    pub runs: &'a [Run<'a>],
+    /// What comes before this was sent, or dropped, earlier.
+    pub from: Position,
+}
+
+/// A datagram of a list of runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Position {
+    /// Index of the run.
+    pub run: usize,
+    /// Index of the datagram in the run.
+    pub segment: usize,
+}
+
+/// What became of the runs. Every datagram before `blocked` is in `datagrams` or in `dropped`, never
+/// in both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct SendOutcome {
     /// Datagrams that the kernel took.
@@ -34,6 +55,9 @@ pub struct SendOutcome {
     pub fallbacks: u64,
     /// Datagrams dropped, whatever the reason.
     pub dropped: u64,
+    /// The first datagram for which the socket's send buffer has no room; all that follow it are
+    /// neither sent nor dropped.
+    pub blocked: Option<Position>,
 }
 
 /// Sends runs; keeps its buffers from call to call, one a lane.
@@ -49,23 +73,23 @@ impl Sender {
         Self::default()
     }
 
-    /// Sends the datagrams of `runs` in order. Each is sent once, or dropped and counted in
+    /// Sends the datagrams of the runs in order. Each is sent once, or dropped and counted in
     /// `drops`; an error of one never keeps the others from going. A run that does not fit its own
-    /// description or the arena is dropped whole.
+    /// description or the arena is dropped whole. A nonblocking socket whose buffer is full ends it
+    /// ([`SendOutcome::blocked`]): call again from there when there is room.
     ///
     /// `now` decides when UDP_SEGMENT is tried again where it failed.
     pub fn send(
         &mut self,
         socket: BorrowedFd<'_>,
-        arena: &[u8],
-        runs: &[Run<'_>],
+        what: &ToSend<'_>,
         gso: &mut GsoState,
         drops: &mut DropCounts,
         now: Instant,
     ) -> SendOutcome {
         let call = &mut self.call;
-        self.plan.execute(runs, arena.len(), gso, drops, now, |messages| {
-            call.send(socket, arena, runs, messages)
+        self.plan.execute(what, gso, drops, now, |messages| {
+            call.send(socket, what.arena, what.runs, messages)
         })
     }
 

@@ -6,15 +6,11 @@
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 
 use super::sockopt;
 use super::tun::Note;
-
-/// How long a send waits for room in the socket's buffer before it gives up.
-pub const SEND_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// Where the lane number lies in a datagram, counted from the start of the UDP payload.
 const LANE_OFFSET: u32 = 2;
@@ -35,7 +31,7 @@ pub struct UdpOptions {
 pub struct LaneSockets {
     /// Bound to the listening port; nonblocking.
     pub receive: UdpSocket,
-    /// Bound to a port of its own; a send waits [`SEND_TIMEOUT`] at most. Receives nothing.
+    /// Bound to a port of its own; nonblocking. Receives nothing.
     pub send: UdpSocket,
     /// Whether `receive` gives runs of datagrams.
     pub gro: bool,
@@ -138,7 +134,7 @@ pub fn bind_lanes(
 }
 
 /// Binds a socket to a port of its own at the address (whose port is not used), for the few
-/// datagrams that belong to no lane. Sending waits [`SEND_TIMEOUT`] at most.
+/// datagrams that belong to no lane. Nonblocking.
 pub fn bind_manager(address: SocketAddr, options: &UdpOptions) -> Result<UdpSocket, UdpError> {
     Ok(bind_sender(address, options, &mut Vec::new())?.into())
 }
@@ -167,9 +163,7 @@ fn bind_sender(
 ) -> Result<Socket, UdpError> {
     let socket = new_socket(address)?;
     bind(&socket, SocketAddr::new(address.ip(), 0))?;
-    socket
-        .set_write_timeout(Some(SEND_TIMEOUT))
-        .map_err(|source| failed("setting SO_SNDTIMEO", address, source))?;
+    socket.set_nonblocking(true).map_err(|source| failed("setting O_NONBLOCK", address, source))?;
     size_buffer(&socket, Buffer::Send, options.send_buffer, notes);
     // Nobody talks to this port; what strangers send must not fill memory.
     let nothing = [SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0)];

@@ -4,13 +4,14 @@ use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use skein_agent::sys::send::{GsoState, Run, Sender};
+use skein_agent::sys::poll::Poller;
+use skein_agent::sys::send::{GsoState, Run, Sender, ToSend};
 use skein_agent::sys::tun::{TunOffload, create_persistent, open_queues};
 use skein_agent::sys::udp::{LaneSockets, UdpOptions, bind_lanes};
 use skein_core::drop::{DropCounts, DropReason};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::segments::{pattern, receive, send_all};
+use crate::segments::{all, pattern, receive, send_all};
 use crate::{OPTIONS, address, in_namespace, ip, run};
 
 fn lane(host: &str) -> LaneSockets {
@@ -105,7 +106,8 @@ fn what_is_longer_than_the_route_is_dropped_and_the_rest_goes() {
         for _ in 0..5 {
             let mut drops = DropCounts::default();
             let socket = lane.send.as_fd();
-            let outcome = sender.send(socket, &arena, &runs, &mut gso, &mut drops, Instant::now());
+            let outcome =
+                sender.send(socket, &all(&arena, &runs), &mut gso, &mut drops, Instant::now());
             assert_eq!(drops.get(DropReason::SendTooBig), 10);
             assert_eq!((outcome.dropped, outcome.datagrams), (10, 10 + 14 + 20));
             assert_eq!((outcome.fallbacks, outcome.gso_messages), (1, 3));
@@ -142,7 +144,8 @@ fn bad_destinations_in_the_middle_fail_alone() {
             let runs = [run(good), run(destination), run(good), one(destination), run(good)];
             let mut drops = DropCounts::default();
             let (mut gso, now) = (GsoState::new(), Instant::now());
-            let outcome = sender.send(lane.send.as_fd(), &arena, &runs, &mut gso, &mut drops, now);
+            let what = all(&arena, &runs);
+            let outcome = sender.send(lane.send.as_fd(), &what, &mut gso, &mut drops, now);
             assert_eq!(outcome.datagrams, 15, "{destination}");
             let dropped: Vec<_> = drops.drain().collect();
             assert_eq!(dropped, [(reason, 6)], "{destination}");
@@ -167,34 +170,47 @@ fn a_firewall_that_refuses_is_told_from_a_missing_route() {
         let runs = [run(address("127.0.0.9:9")), run(port(&far.receive))];
         let mut drops = DropCounts::default();
         let (mut gso, now) = (GsoState::new(), Instant::now());
-        let outcome =
-            Sender::new().send(lane.send.as_fd(), &arena, &runs, &mut gso, &mut drops, now);
+        let what = all(&arena, &runs);
+        let outcome = Sender::new().send(lane.send.as_fd(), &what, &mut gso, &mut drops, now);
         assert_eq!(drops.drain().collect::<Vec<_>>(), [(DropReason::SendDenied, 3)]);
         assert_eq!((outcome.datagrams, outcome.fallbacks), (3, 0));
     });
 }
 
 #[test]
-fn a_stalled_device_holds_the_sender_up_for_one_timeout_only() {
+fn a_full_buffer_stops_the_sender_and_it_goes_on_when_there_is_room() {
     in_namespace(|| {
         create_persistent("slow0").unwrap();
         let _queues = open_queues("slow0", 1, TunOffload::ALL).unwrap();
         ip("address add 10.5.0.1/24 dev slow0");
         ip("link set slow0 up");
-        run("tc", "qdisc replace dev slow0 root tbf rate 8kbit burst 3000 limit 10000000");
+        run("tc", "qdisc replace dev slow0 root tbf rate 2mbit burst 3000 limit 10000000");
         let options = UdpOptions { send_buffer: 64 << 10, ..OPTIONS };
         let (lanes, _) = bind_lanes(address("0.0.0.0:0"), 1, &options).unwrap();
         let arena = pattern(1_400);
         let parts = [(0, arena.len())];
         let destination = address("10.5.0.2:9");
         let runs = [Run { destination, segment_size: 1_400, segments: 1, parts: &parts }; 300];
-        let mut drops = DropCounts::default();
-        let (mut gso, start) = (GsoState::new(), Instant::now());
         let socket = lanes[0].send.as_fd();
-        let outcome = Sender::new().send(socket, &arena, &runs, &mut gso, &mut drops, start);
-        assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
-        assert!(outcome.datagrams > 10 && outcome.dropped > 100, "{outcome:?}");
-        assert_eq!(drops.get(DropReason::SendNoBuffer), outcome.dropped);
-        assert_eq!(outcome.datagrams + outcome.dropped, 300);
+        let mut poller = Poller::new().unwrap();
+        poller.add_writable(socket, 7).unwrap();
+        let (mut sender, mut gso, mut drops) =
+            (Sender::new(), GsoState::new(), DropCounts::default());
+        let (mut what, mut sent, mut waits) = (all(&arena, &runs), 0, 0);
+        loop {
+            let start = Instant::now();
+            let outcome = sender.send(socket, &what, &mut gso, &mut drops, start);
+            assert!(start.elapsed() < Duration::from_millis(50), "a send never waits");
+            assert_eq!(outcome.dropped, 0);
+            sent += outcome.datagrams;
+            let Some(from) = outcome.blocked else { break };
+            assert_eq!(from.run as u64, sent);
+            what = ToSend { from, ..what };
+            waits += 1;
+            let ready = poller.wait(Some(Duration::from_secs(5))).unwrap();
+            assert_eq!(ready, [7], "room never came");
+        }
+        assert_eq!(sent, 300);
+        assert!(waits > 2, "{waits}");
     });
 }

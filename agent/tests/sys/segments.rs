@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::time::Instant;
 
 use skein_agent::sys::recv::RecvBatch;
-use skein_agent::sys::send::{GsoState, Run, SendOutcome, Sender};
+use skein_agent::sys::send::{GsoState, Position, Run, SendOutcome, Sender, ToSend};
 use skein_agent::sys::udp::{bind_lanes, gro_supported, gso_supported};
 use skein_core::drop::DropCounts;
 
@@ -37,6 +37,11 @@ pub(crate) fn receive(
     (datagrams, runs)
 }
 
+/// These runs, from the first on.
+pub(crate) fn all<'a>(arena: &'a [u8], runs: &'a [Run<'a>]) -> ToSend<'a> {
+    ToSend { arena, runs, from: Position::default() }
+}
+
 /// Sends with a new sender and nothing dropped.
 pub(crate) fn send_all(
     socket: &UdpSocket,
@@ -46,7 +51,8 @@ pub(crate) fn send_all(
     now: Instant,
 ) -> SendOutcome {
     let mut drops = DropCounts::default();
-    let outcome = Sender::new().send(socket.as_fd(), arena, runs, gso, &mut drops, now);
+    let what = all(arena, runs);
+    let outcome = Sender::new().send(socket.as_fd(), &what, gso, &mut drops, now);
     assert_eq!(drops.drain().collect::<Vec<_>>(), []);
     outcome
 }
@@ -101,7 +107,7 @@ fn runs_arrive_as_they_were_sent() {
             assert!(datagrams == expected);
 
             // The same without UDP_SEGMENT.
-            let mut gso = GsoState::disabled("off in the configuration");
+            let mut gso = GsoState::disabled();
             let outcome = send_all(&lanes[0].send, &arena, &runs, &mut gso, Instant::now());
             assert_eq!((outcome.calls, outcome.gso_messages), (3, 0));
             let (datagrams, _) = receive(&lanes[0].receive, expected.len());

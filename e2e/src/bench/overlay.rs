@@ -35,23 +35,32 @@ pub enum Overlay {
 pub enum Variant {
     /// Two lanes, everything on.
     Full,
-    /// One lane.
-    OneLane,
-    /// One switch of the configuration off.
-    Without(&'static str),
+    /// One setting differs: its index in [`SETTINGS`].
+    With(usize),
     /// Every offload and bundling off.
     Bare,
 }
 
-/// Names of the variants and the switches that they turn off.
-const SWITCHES: [(&str, &str); 6] = [
-    ("skein-no-uso", "offload.tun_uso"),
-    ("skein-no-tso", "offload.tun_tso"),
-    ("skein-no-checksum", "offload.tun_checksum"),
-    ("skein-no-gso", "offload.udp_gso"),
-    ("skein-no-gro", "offload.udp_gro"),
-    ("skein-no-bundling", "dataplane.bundling"),
+/// Names of the variants, and the setting that makes each.
+const SETTINGS: [(&str, &str, Setting); 9] = [
+    ("skein-no-uso", "offload.tun_uso", Setting::Off),
+    ("skein-no-tso", "offload.tun_tso", Setting::Off),
+    ("skein-no-checksum", "offload.tun_checksum", Setting::Off),
+    ("skein-no-gso", "offload.udp_gso", Setting::Off),
+    ("skein-no-gro", "offload.udp_gro", Setting::Off),
+    ("skein-no-bundling", "dataplane.bundling", Setting::Off),
+    ("skein-no-busy-poll", "dataplane.busy_poll_us", Setting::Number(0)),
+    ("skein-1-lane", "dataplane.lanes", Setting::Number(1)),
+    ("skein-chacha20", "dataplane.cipher", Setting::Text("chacha20-poly1305")),
 ];
+
+/// A value in the configuration.
+#[derive(Debug, Clone, Copy)]
+enum Setting {
+    Off,
+    Number(i64),
+    Text(&'static str),
+}
 
 impl Overlay {
     /// Whether this is Skein.
@@ -78,10 +87,9 @@ impl fmt::Display for Overlay {
             Overlay::WireguardGo => "wireguard-go",
             Overlay::Nebula => "nebula",
             Overlay::Skein(Variant::Full) => "skein",
-            Overlay::Skein(Variant::OneLane) => "skein-1-lane",
             Overlay::Skein(Variant::Bare) => "skein-no-offload",
-            Overlay::Skein(Variant::Without(switch)) => {
-                SWITCHES.iter().find(|(_, s)| s == switch).map_or("skein-?", |(name, _)| name)
+            Overlay::Skein(Variant::With(setting)) => {
+                SETTINGS.get(*setting).map_or("skein-?", |(name, ..)| name)
             }
         };
         f.pad(name)
@@ -97,10 +105,9 @@ impl FromStr for Overlay {
             "wireguard-go" => Overlay::WireguardGo,
             "nebula" => Overlay::Nebula,
             "skein" => Overlay::Skein(Variant::Full),
-            "skein-1-lane" => Overlay::Skein(Variant::OneLane),
             "skein-no-offload" => Overlay::Skein(Variant::Bare),
-            other => match SWITCHES.iter().find(|(name, _)| *name == other) {
-                Some((_, switch)) => Overlay::Skein(Variant::Without(switch)),
+            other => match SETTINGS.iter().position(|(name, ..)| *name == other) {
+                Some(setting) => Overlay::Skein(Variant::With(setting)),
                 None => return Err(format!("unknown network {other}")),
             },
         })
@@ -232,10 +239,17 @@ fn skein(lab: Lab, variant: Variant) -> Result<Cluster> {
     for agent in &mut cluster.agents {
         match variant {
             Variant::Full => {}
-            Variant::OneLane => agent.set("dataplane.lanes", 1),
-            Variant::Without(switch) => agent.set(switch, false),
+            Variant::With(setting) => {
+                let (_, key, value) = SETTINGS[setting];
+                match value {
+                    Setting::Off => agent.set(key, false),
+                    Setting::Number(number) => agent.set(key, number),
+                    Setting::Text(text) => agent.set(key, text),
+                }
+            }
             Variant::Bare => {
-                SWITCHES.iter().for_each(|(_, switch)| agent.set(switch, false));
+                let switches = SETTINGS.iter().filter(|(.., value)| matches!(value, Setting::Off));
+                switches.for_each(|(_, key, _)| agent.set(key, false));
             }
         }
     }

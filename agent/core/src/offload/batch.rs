@@ -38,6 +38,14 @@ pub struct Run<'a> {
 }
 
 impl Run<'_> {
+    /// No datagram at all.
+    pub const EMPTY: Self = Self {
+        destination: SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0),
+        segment_size: 0,
+        segments: 0,
+        parts: &[],
+    };
+
     /// Bytes of all datagrams.
     pub fn byte_len(&self) -> usize {
         self.parts.iter().fold(0, |len: usize, part| len.saturating_add(part.1))

@@ -48,7 +48,7 @@ impl Packet {
             flags: ACK,
             window: 500,
             options: vec![1, 1, 8, 10, 0, 0, 0, 1, 0, 0, 0, 2],
-            payload: (0..length).map(|i| (i as u32 + sequence) as u8).collect(),
+            payload: (0..length).map(|i| (i as u32).wrapping_add(sequence) as u8).collect(),
             checksum: Checksum::Partial,
         }
     }

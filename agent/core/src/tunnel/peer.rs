@@ -46,6 +46,9 @@ pub struct PeerView {
     pub endpoint: Option<SocketAddr>,
     /// The session to send with; the peer is known to have it too.
     pub current: Option<Arc<Session>>,
+    /// A session that the peer has started: the one to send with as soon as it is confirmed
+    /// ([`Session::is_confirmed`]).
+    pub next: Option<Arc<Session>>,
     /// Every session that data may come in, the current one too.
     pub receive: Vec<Arc<Session>>,
     /// How it is.
@@ -131,6 +134,7 @@ impl Peer {
                 public_key,
                 endpoint: None,
                 current: None,
+                next: None,
                 receive: Vec::new(),
                 state: PeerState::Idle,
                 trouble: None,
@@ -239,6 +243,7 @@ impl Peer {
         let excess = (in_use + self.previous.len()).saturating_sub(MAX_SESSIONS);
         self.previous.drain(..excess).for_each(|slot| slot.end(shared));
         self.view.current = self.current.as_ref().map(|slot| slot.session.clone());
+        self.view.next = self.next.as_ref().map(|slot| slot.session.clone());
         self.view.receive = self.slots().map(|slot| slot.session.clone()).collect();
         shared.changed = true;
     }
@@ -309,7 +314,7 @@ impl Peer {
         if received {
             self.live.on_heard(now.mono);
         }
-        if self.next.as_ref().is_some_and(|next| next.seen_rx > 0) {
+        if self.next.as_ref().is_some_and(|next| next.session.is_confirmed()) {
             self.confirm_next(now, shared);
         }
         let Some(current) = &self.current else {
@@ -375,7 +380,8 @@ impl Peer {
         slot.window.check_and_set(header.counter)?;
 
         self.live.on_heard(now.mono);
-        if self.next.as_ref().is_some_and(|next| next.session.local_index == index) {
+        if let Some(next) = self.next.as_ref().filter(|next| next.session.local_index == index) {
+            next.session.confirm();
             self.confirm_next(now, shared);
         }
         match message {

@@ -84,6 +84,7 @@ pub struct Session {
     control_receiver: Receiver,
     traffic: Traffic,
     expired: AtomicBool,
+    confirmed: AtomicBool,
 }
 
 impl Session {
@@ -119,6 +120,8 @@ impl Session {
             control_receiver: receiver(CONTROL_LANE)?,
             traffic: Traffic::default(),
             expired: AtomicBool::new(false),
+            // The initiator knows from the response that the other end has it.
+            confirmed: AtomicBool::new(params.initiator),
         })
     }
 
@@ -150,6 +153,22 @@ impl Session {
     #[inline]
     pub fn is_expired(&self) -> bool {
         self.expired.load(Ordering::Relaxed)
+    }
+
+    /// Whether the other end is known to have the session: it may be sent with.
+    #[inline]
+    pub fn is_confirmed(&self) -> bool {
+        self.confirmed.load(Ordering::Acquire)
+    }
+
+    /// Notes that something authentic came in it. The lane that opens a responder's first datagram
+    /// says so before it hands the packet on: the answer to that packet may be back before the
+    /// engine has heard of it, and the other end may have no older session to receive it with.
+    #[inline]
+    pub fn confirm(&self) {
+        if !self.is_confirmed() {
+            self.confirmed.store(true, Ordering::Release);
+        }
     }
 
     /// Ends the session for every lane that holds it, tables adopted or not.

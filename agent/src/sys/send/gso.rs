@@ -18,7 +18,7 @@ const MAX_PATHS: usize = 1_024;
 /// destinations where the kernel refuses (a route through IPsec, a device without checksums).
 #[derive(Debug, Default)]
 pub struct GsoState {
-    off: Option<String>,
+    off: bool,
     paths: HashMap<SocketAddr, Path>,
 }
 
@@ -49,29 +49,14 @@ impl GsoState {
         Self::default()
     }
 
-    /// Off everywhere, because of `reason`.
-    pub fn disabled(reason: impl Into<String>) -> Self {
-        Self { off: Some(reason.into()), ..Self::default() }
-    }
-
-    /// Turns it off everywhere, until [`enable`](Self::enable).
-    pub fn disable(&mut self, reason: impl Into<String>) {
-        self.off = Some(reason.into());
-    }
-
-    /// Turns it on, but for the destinations where it fails.
-    pub fn enable(&mut self) {
-        self.off = None;
-    }
-
-    /// Why it is off everywhere, if it is.
-    pub fn off_reason(&self) -> Option<&str> {
-        self.off.as_deref()
+    /// Off everywhere.
+    pub fn disabled() -> Self {
+        Self { off: true, ..Self::default() }
     }
 
     /// Whether a run to `destination` may leave as one message now.
     pub fn allowed(&self, destination: SocketAddr, now: Instant) -> bool {
-        self.off.is_none()
+        !self.off
             && (self.paths.is_empty()
                 || self
                     .paths
@@ -181,11 +166,8 @@ mod tests {
     #[test]
     fn the_switch_holds_everywhere() {
         let (a, now) = (address(A), Instant::now());
-        let mut gso = GsoState::disabled("off in the configuration");
-        assert!(!gso.allowed(a, now));
-        assert_eq!(gso.off_reason(), Some("off in the configuration"));
-        gso.enable();
-        assert!(gso.allowed(a, now));
+        assert!(!GsoState::disabled().allowed(a, now));
+        assert!(GsoState::new().allowed(a, now));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::time::Instant;
 use skein_core::drop::{DropCounts, DropReason};
 
 use super::gso::GsoState;
-use super::{Run, SendOutcome};
+use super::{Position, Run, SendOutcome, ToSend};
 
 /// Messages in one call at most.
 pub(super) const MAX_MESSAGES: usize = 64;
@@ -40,13 +40,6 @@ pub(super) struct Message {
     pub(super) gso: Option<u16>,
 }
 
-/// Where the next call begins.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
-struct Cursor {
-    run: usize,
-    segment: usize,
-}
-
 /// A message that the kernel called invalid, whose datagrams go one by one for now.
 #[derive(Debug, Clone, Copy)]
 struct Refused {
@@ -67,13 +60,11 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Sends all datagrams of `runs`, by as many calls of `send` as it takes. `send` gets the
-    /// messages of one call and returns how many the kernel took, or the error (errno) of the
-    /// first.
+    /// Sends what there is to send, by as many calls of `send` as it takes. `send` gets the messages
+    /// of one call and returns how many the kernel took, or the error (errno) of the first.
     pub(super) fn execute(
         &mut self,
-        runs: &[Run<'_>],
-        arena_len: usize,
+        what: &ToSend<'_>,
         gso: &mut GsoState,
         drops: &mut DropCounts,
         now: Instant,
@@ -83,12 +74,12 @@ impl Plan {
         self.segments_per_message.clear();
         let mut execution = Execution {
             plan: self,
-            runs,
-            arena_len,
+            runs: what.runs,
+            arena_len: what.arena.len(),
             gso,
             drops,
             now,
-            cursor: Cursor::default(),
+            cursor: what.from,
             refused: None,
             outcome: SendOutcome::default(),
         };
@@ -112,7 +103,7 @@ struct Execution<'a> {
     gso: &'a mut GsoState,
     drops: &'a mut DropCounts,
     now: Instant,
-    cursor: Cursor,
+    cursor: Position,
     refused: Option<Refused>,
     outcome: SendOutcome,
 }
@@ -123,8 +114,8 @@ enum Next {
     GoOn,
     /// Something was learnt that changes the plan.
     PlanAgain,
-    /// No more of these runs can go now.
-    GiveUp,
+    /// The socket has no room for it, nor for what follows.
+    Wait,
 }
 
 impl Execution<'_> {
@@ -152,7 +143,11 @@ impl Execution<'_> {
                     Err(errno) => match self.objection(&first, errno) {
                         Next::GoOn => at += 1,
                         Next::PlanAgain => break,
-                        Next::GiveUp => return self.give_up(),
+                        Next::Wait => {
+                            let Message { run, first: segment, .. } = first;
+                            self.outcome.blocked = Some(Position { run, segment });
+                            return;
+                        }
                     },
                 }
             }
@@ -173,12 +168,12 @@ impl Execution<'_> {
                 }
                 self.drops.add_many(DropReason::SendError, run.segments as u64);
                 self.outcome.dropped += run.segments as u64;
-                at = Cursor { run: at.run + 1, segment: 0 };
+                at = Position { run: at.run + 1, segment: 0 };
                 self.cursor = at;
                 continue;
             }
             if at.segment >= run.segments {
-                at = Cursor { run: at.run + 1, segment: 0 };
+                at = Position { run: at.run + 1, segment: 0 };
                 continue;
             }
             let message = self.message(at, run);
@@ -202,7 +197,7 @@ impl Execution<'_> {
     }
 
     /// The longest message from a datagram on.
-    fn message(&self, at: Cursor, run: &Run<'_>) -> Message {
+    fn message(&self, at: Position, run: &Run<'_>) -> Message {
         let left = run.segments - at.segment;
         let singly =
             self.refused.is_some_and(|refused| refused.run == at.run && at.segment < refused.end);
@@ -247,6 +242,9 @@ impl Execution<'_> {
     }
 
     fn objection(&mut self, message: &Message, errno: i32) -> Next {
+        if errno == libc::EAGAIN {
+            return Next::Wait;
+        }
         if message.gso.is_some() {
             let destination = self.destination(message);
             match errno {
@@ -269,9 +267,7 @@ impl Execution<'_> {
             }
         }
         self.drop_datagrams(message, reason(errno));
-        // The socket waited its whole time for room. All destinations share its buffer: waiting
-        // again for each message would hold the lane up for seconds.
-        if errno == libc::EAGAIN { Next::GiveUp } else { Next::GoOn }
+        Next::GoOn
     }
 
     fn drop_datagrams(&mut self, message: &Message, reason: DropReason) {
@@ -283,7 +279,7 @@ impl Execution<'_> {
     /// A message was sent or dropped: the cursor moves behind it.
     fn settled(&mut self, message: &Message, failed: bool) {
         let end = message.first + message.segments;
-        self.cursor = Cursor { run: message.run, segment: end };
+        self.cursor = Position { run: message.run, segment: end };
         let Some(refused) = &mut self.refused else { return };
         if refused.run == message.run && end <= refused.end {
             refused.failed |= failed;
@@ -299,16 +295,6 @@ impl Execution<'_> {
         }
     }
 
-    fn give_up(&mut self) {
-        let mut left = 0;
-        for (i, run) in self.runs.iter().enumerate().skip(self.cursor.run) {
-            let done = if i == self.cursor.run { self.cursor.segment } else { 0 };
-            left += run.segments.saturating_sub(done) as u64;
-        }
-        self.drops.add_many(DropReason::SendNoBuffer, left);
-        self.outcome.dropped += left;
-    }
-
     fn destination(&self, message: &Message) -> SocketAddr {
         self.runs[message.run].destination
     }
@@ -321,7 +307,7 @@ fn reason(errno: i32) -> DropReason {
             DropReason::SendUnreachable
         }
         libc::EPERM | libc::EACCES => DropReason::SendDenied,
-        libc::ENOBUFS | libc::ENOMEM | libc::EAGAIN => DropReason::SendNoBuffer,
+        libc::ENOBUFS | libc::ENOMEM => DropReason::SendNoBuffer,
         _ => DropReason::SendError,
     }
 }

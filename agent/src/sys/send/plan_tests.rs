@@ -63,20 +63,38 @@ fn execute(
     let arena_len = wanted.iter().map(Wanted::len).max().unwrap_or(0);
     let mut drops = DropCounts::default();
     let (mut sent, mut calls) = (Vec::new(), Vec::new());
-    let outcome = plan.execute(&runs, arena_len, gso, &mut drops, now, |messages| {
-        assert!((1..=MAX_MESSAGES).contains(&messages.len()));
-        for message in messages {
-            check(message, &wanted[message.run]);
-        }
-        let result = kernel(messages, wanted);
-        if let Ok(taken) = result {
-            for message in messages.iter().take(taken) {
-                sent.extend((0..message.segments).map(|i| (message.run, message.first + i)));
+    let arena = vec![0; arena_len];
+    let mut what = ToSend { arena: &arena, runs: &runs, from: Position::default() };
+    let mut outcome = SendOutcome::default();
+    let (mut per_call, mut per_message) = (Vec::new(), Vec::new());
+    loop {
+        let part = plan.execute(&what, gso, &mut drops, now, |messages| {
+            assert!((1..=MAX_MESSAGES).contains(&messages.len()));
+            for message in messages {
+                check(message, &wanted[message.run]);
             }
-        }
-        calls.push(messages.to_vec());
-        result
-    });
+            let result = kernel(messages, wanted);
+            if let Ok(taken) = result {
+                for message in messages.iter().take(taken) {
+                    sent.extend((0..message.segments).map(|i| (message.run, message.first + i)));
+                }
+            }
+            calls.push(messages.to_vec());
+            result
+        });
+        per_call.extend_from_slice(plan.datagrams_per_call());
+        per_message.extend_from_slice(plan.segments_per_message());
+        outcome.datagrams += part.datagrams;
+        outcome.bytes += part.bytes;
+        outcome.calls += part.calls;
+        outcome.gso_messages += part.gso_messages;
+        outcome.fallbacks += part.fallbacks;
+        outcome.dropped += part.dropped;
+        let Some(from) = part.blocked else { break };
+        assert!(from >= what.from);
+        outcome.blocked = Some(from);
+        what.from = from;
+    }
 
     // In order, therefore none twice.
     assert!(sent.is_sorted_by(|a, b| a < b), "{sent:?}");
@@ -88,9 +106,9 @@ fn execute(
     assert_eq!(outcome.bytes, bytes as u64);
     assert_eq!(outcome.calls, calls.len() as u64);
     let sum = |counts: &[u32]| counts.iter().copied().map(u64::from).sum::<u64>();
-    assert_eq!(sum(plan.datagrams_per_call()), outcome.datagrams);
-    assert_eq!(sum(plan.segments_per_message()), outcome.datagrams);
-    let trains = plan.segments_per_message().iter().filter(|&&n| n > 1).count();
+    assert_eq!(sum(&per_call), outcome.datagrams);
+    assert_eq!(sum(&per_message), outcome.datagrams);
+    let trains = per_message.iter().filter(|&&n| n > 1).count();
     assert_eq!(outcome.gso_messages, trains as u64);
     Result { sent, outcome, drops, calls }
 }
@@ -151,7 +169,7 @@ fn long_runs_are_cut_at_64_datagrams_and_65000_bytes() {
 
 #[test]
 fn without_the_switch_all_go_one_by_one_in_full_calls() {
-    let mut gso = GsoState::disabled("off");
+    let mut gso = GsoState::disabled();
     let result =
         run_once(&mut gso, &[Wanted::new(1, 1_000, 130)], |messages, _| Ok(messages.len()));
     let sizes: Vec<_> = result.calls.iter().map(Vec::len).collect();
@@ -251,15 +269,17 @@ fn a_signal_repeats_the_call() {
 }
 
 #[test]
-fn a_full_buffer_costs_one_timeout_and_the_rest_is_dropped() {
-    let wanted: Vec<_> = (0..200).map(|_| Wanted::new(1, 900, 1)).collect();
+fn a_full_buffer_interrupts_and_the_next_call_goes_on_from_there() {
+    let wanted = [Wanted::new(1, 1_000, 50), Wanted::new(2, 1_000, 50), Wanted::new(1, 900, 1)];
     let mut calls = 0;
     let result = run_once(&mut GsoState::new(), &wanted, |_, _| {
         calls += 1;
-        if calls == 1 { Ok(10) } else { Err(libc::EAGAIN) }
+        // One message, then three times no room, and so on.
+        if calls % 4 == 1 { Ok(1) } else { Err(libc::EAGAIN) }
     });
-    assert_eq!(result.outcome.calls, 2);
-    assert_eq!(result.drops.get(DropReason::SendNoBuffer), 190);
+    assert_eq!((result.outcome.datagrams, result.outcome.dropped), (101, 0));
+    assert_eq!(result.outcome.gso_messages, 2);
+    assert_eq!(result.outcome.blocked, Some(Position { run: 2, segment: 0 }));
 }
 
 #[test]
@@ -290,8 +310,9 @@ fn runs_that_contradict_themselves_are_dropped_and_counted() {
     let mut drops = DropCounts::default();
     let mut plan = Plan::default();
     let mut sent = Vec::new();
+    let what = ToSend { arena: &[0; 1_000], runs: &runs, from: Position::default() };
     let outcome =
-        plan.execute(&runs, 1_000, &mut GsoState::new(), &mut drops, Instant::now(), |messages| {
+        plan.execute(&what, &mut GsoState::new(), &mut drops, Instant::now(), |messages| {
             sent.extend(messages.iter().map(|message| message.run));
             Ok(messages.len())
         });

@@ -242,11 +242,14 @@ impl Lab {
         }
     }
 
-    /// As a lane does: seals by the current session, or asks for one. Whether it was sent.
+    /// As a lane does: seals by the session that the peer is known to have, or asks for one. Whether
+    /// it was sent.
     fn send(&mut self, from: usize, to: usize, payload: &[u8]) -> bool {
         let (now, id) = (self.now, self.peer_id(from, to));
         let view = self.view(from, to);
-        let (Some(session), Some(destination)) = (view.current.clone(), view.endpoint) else {
+        let next = view.next.clone().filter(|next| next.is_confirmed());
+        let session = next.or_else(|| view.current.clone());
+        let (Some(session), Some(destination)) = (session, view.endpoint) else {
             self.nodes[from].engine.want_session(now, id);
             self.collect(from);
             return false;
@@ -322,6 +325,7 @@ impl Lab {
                 });
                 match result {
                     Ok(plaintext) => {
+                        session.confirm();
                         session.traffic().received(1, plaintext.len() as u64);
                         node.received.push(plaintext);
                     }

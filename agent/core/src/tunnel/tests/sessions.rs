@@ -93,6 +93,28 @@ fn a_session_that_cannot_be_renewed_ends_at_180_seconds() {
 }
 
 #[test]
+fn an_answer_leaves_in_the_session_that_its_question_came_in() {
+    let mut lab = Lab::joined_pair();
+    lab.run(secs(30));
+    let old = lab.current(1, 0).unwrap();
+    lab.restart(0);
+    assert!(!lab.send(0, 1, b"wanted"));
+    lab.run_until(secs(1), |lab| lab.current(0, 1).is_some());
+    // The question overtakes the ping that tells the other engine of the new session…
+    lab.wire.clear();
+    assert!(lab.send(0, 1, b"question"));
+    lab.run(ms(1));
+    assert_eq!(lab.nodes[1].received.last().unwrap(), b"question");
+    assert!(Arc::ptr_eq(&lab.current(1, 0).unwrap(), &old), "the engine does not know yet");
+    // …and the answer is one that the restarted node can open.
+    assert!(lab.send(1, 0, b"answer"));
+    lab.run(ms(1));
+    assert_eq!(lab.nodes[0].received.last().unwrap(), b"answer");
+    lab.run(ms(300));
+    assert!(lab.joined(0, 1));
+}
+
+#[test]
 fn a_restarted_initiator_is_found_within_a_second() {
     restart(0, 0, ms(10));
     restart(0, 1, ms(10));

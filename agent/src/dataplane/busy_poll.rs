@@ -1,0 +1,151 @@
+//! Looking again for a moment before sleeping. What a wake-up costs (the waker's interrupt to an idle
+//! CPU, the way out of idle) is several times what a small packet costs, and a request and its
+//! answer pay it four times in the data plane.
+//!
+//! Between two looks the thread yields: whoever else wants the CPU has it, so that on a busy machine
+//! polling is no more than staying in the run queue. And a lane polls only where that has paid
+//! lately: one that is idle, or whose packets are far apart, sleeps.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use super::stats::{LaneStats, add};
+use crate::sys::poll::Poller;
+
+/// Where nothing is configured. Longer than a pod's answer to a small request takes, and not much
+/// longer than the wake-up that it saves.
+const DEFAULT: Duration = Duration::from_micros(50);
+/// So many polls in vain after one that paid, and the next wait sleeps at once.
+const PATIENCE: u8 = 8;
+
+/// How long to poll where the configuration leaves it open: not at all where a CPU quota (cgroup v2
+/// `cpu.max`) would be used up by it.
+pub(super) fn default_limit() -> Duration {
+    let quota = fs::read_to_string("/proc/self/cgroup")
+        .is_ok_and(|own| has_cpu_quota(Path::new("/sys/fs/cgroup"), &own));
+    if quota { Duration::ZERO } else { DEFAULT }
+}
+
+/// Whether the cgroup that `own` (the contents of `/proc/self/cgroup`, cgroups(7)) names, or one that it
+/// is in, limits CPU time.
+fn has_cpu_quota(root: &Path, own: &str) -> bool {
+    let Some(path) = own.lines().find_map(|line| line.strip_prefix("0::/")) else { return false };
+    let limited = |group: &Path| {
+        fs::read_to_string(group.join("cpu.max")).is_ok_and(|max| !max.starts_with("max"))
+    };
+    let own = root.join(path);
+    own.ancestors().take_while(|group| group.starts_with(root)).any(limited)
+}
+
+/// See the module.
+pub(super) struct BusyPoll {
+    limit: Duration,
+    /// Polls in vain that are left.
+    credit: u8,
+}
+
+impl BusyPoll {
+    /// Polls for up to `limit`; zero for never.
+    pub(super) fn new(limit: Duration) -> Self {
+        Self { limit, credit: 0 }
+    }
+
+    /// [`Poller::wait`], polling first where that has paid.
+    pub(super) fn wait<'a>(
+        &mut self,
+        poller: &'a mut Poller,
+        timeout: Option<Duration>,
+        stats: &LaneStats,
+    ) -> io::Result<&'a [u32]> {
+        if self.limit.is_zero() {
+            add(&stats.slept, 1);
+            return poller.wait(timeout);
+        }
+        let began = Instant::now();
+        if self.credit > 0 {
+            loop {
+                if poller.poll()? {
+                    self.credit = PATIENCE;
+                    add(&stats.polled, 1);
+                    return Ok(poller.ready());
+                }
+                if began.elapsed() >= self.limit {
+                    self.credit -= 1;
+                    break;
+                }
+                std::thread::yield_now();
+            }
+        }
+        let asleep = self.credit == 0;
+        add(&stats.slept, 1);
+        poller.wait(timeout)?;
+        if asleep && began.elapsed() < self.limit {
+            self.credit = PATIENCE;
+        }
+        Ok(poller.ready())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::sys::poll::Waiter;
+    use std::os::fd::AsFd;
+    use std::sync::atomic::Ordering::Relaxed;
+
+    #[test]
+    fn polls_while_it_pays_and_sleeps_when_it_does_not() {
+        let (waiter, mut poller, stats) =
+            (Waiter::new().unwrap(), Poller::new().unwrap(), LaneStats::default());
+        poller.add(waiter.as_fd(), 3).unwrap();
+        let counts = || (stats.polled.load(Relaxed), stats.slept.load(Relaxed));
+        let mut busy = BusyPoll::new(Duration::from_millis(200));
+        // The first sleeps, and finds that what it waited for was near.
+        waiter.wake();
+        assert_eq!(busy.wait(&mut poller, None, &stats).unwrap(), [3]);
+        assert_eq!(counts(), (0, 1));
+        assert_eq!(busy.wait(&mut poller, None, &stats).unwrap(), [3]);
+        assert_eq!(counts(), (1, 1));
+        // Nothing comes: it polls in vain a bounded number of times, then sleeps at once.
+        waiter.drain();
+        busy.limit = Duration::from_micros(10);
+        for _ in 0..PATIENCE {
+            let nothing: [u32; 0] = [];
+            let short = Some(Duration::from_millis(1));
+            assert_eq!(busy.wait(&mut poller, short, &stats).unwrap(), nothing);
+        }
+        assert_eq!(busy.credit, 0);
+        assert_eq!(counts(), (1, 1 + u64::from(PATIENCE)));
+    }
+
+    #[test]
+    fn switched_off_it_never_polls() {
+        let (waiter, mut poller, stats) =
+            (Waiter::new().unwrap(), Poller::new().unwrap(), LaneStats::default());
+        poller.add(waiter.as_fd(), 3).unwrap();
+        waiter.wake();
+        let mut busy = BusyPoll::new(Duration::ZERO);
+        for _ in 0..3 {
+            assert_eq!(busy.wait(&mut poller, None, &stats).unwrap(), [3]);
+        }
+        assert_eq!(stats.polled.load(Relaxed), 0);
+    }
+
+    #[test]
+    fn a_quota_of_any_group_above_counts() {
+        let root = tempfile::tempdir().unwrap();
+        let pod = root.path().join("pods/one");
+        fs::create_dir_all(&pod).unwrap();
+        let own = "1:name=systemd:/x\n0::/pods/one\n";
+        assert!(!has_cpu_quota(root.path(), own));
+        fs::write(pod.join("cpu.max"), "max 100000\n").unwrap();
+        assert!(!has_cpu_quota(root.path(), own));
+        fs::write(root.path().join("pods/cpu.max"), "50000 100000\n").unwrap();
+        assert!(has_cpu_quota(root.path(), own));
+        assert!(!has_cpu_quota(root.path(), "0::/\n"));
+        assert!(!has_cpu_quota(root.path(), "1:cpu:/pods/one\n"));
+    }
+}
