@@ -253,8 +253,6 @@ pub(crate) enum Control {
         /// Of the ping.
         sent: u64,
     },
-    /// Type 3: I am here.
-    Keepalive,
 }
 
 impl Control {
@@ -269,7 +267,6 @@ impl Control {
                 Some(Control::Ping { id: word(0)?, sent: word(8)?, silent })
             }
             2 => Some(Control::Pong { id: word(0)?, sent: word(8)? }),
-            3 => Some(Control::Keepalive),
             _ => None,
         }
     }
@@ -282,7 +279,6 @@ impl Control {
             Control::Pong { id, sent } => {
                 [&[2][..], &id.to_be_bytes(), &sent.to_be_bytes()].concat()
             }
-            Control::Keepalive => vec![3],
         }
     }
 }
@@ -331,7 +327,6 @@ mod tests {
         let messages = [
             Control::Ping { id: 1, sent: u64::MAX, silent: 3 },
             Control::Pong { id: u64::MAX, sent: 2 },
-            Control::Keepalive,
         ];
         for message in messages {
             let mut bytes = message.to_bytes();

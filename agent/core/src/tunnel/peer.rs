@@ -390,7 +390,8 @@ impl Peer {
                 self.send_control(Control::Pong { id, sent }, shared);
             }
             Some(Control::Pong { sent, .. }) => self.live.on_pong(now.mono, sent),
-            Some(Control::Keepalive) | None => {}
+            // Of a later release.
+            None => {}
         }
         self.refresh_state(now);
         Ok(())

@@ -29,8 +29,8 @@ pub struct GsoOff {
     pub destination: SocketAddr,
     /// When it is tried again.
     pub until: Instant,
-    /// The error that turned it off (errno), if the kernel did.
-    pub errno: Option<i32>,
+    /// The error that turned it off (errno).
+    pub errno: i32,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -40,7 +40,7 @@ struct Path {
     /// The last pause; zero if there was none.
     pause: Duration,
     until: Option<Instant>,
-    errno: Option<i32>,
+    errno: i32,
 }
 
 impl GsoState {
@@ -74,8 +74,8 @@ impl GsoState {
     }
 
     /// Turns it off for one destination, 5 s at first, doubling to 60 s while it keeps failing.
-    /// `errno` is the kernel's reason, `None` somebody else's (losses at the peer).
-    pub fn pause(&mut self, destination: SocketAddr, errno: Option<i32>, now: Instant) {
+    /// `errno` is the kernel's reason.
+    pub fn pause(&mut self, destination: SocketAddr, errno: i32, now: Instant) {
         let path = self.path(destination, now);
         path.refusals = 0;
         path.pause = match path.pause {
@@ -84,10 +84,7 @@ impl GsoState {
         };
         path.until = Some(now + path.pause);
         path.errno = errno;
-        let error = errno.map_or_else(
-            || "reported by the peer".into(),
-            |errno| io::Error::from_raw_os_error(errno).to_string(),
-        );
+        let error = io::Error::from_raw_os_error(errno);
         tracing::debug!(%destination, pause = ?path.pause, %error, "UDP_SEGMENT is off");
     }
 
@@ -103,7 +100,7 @@ impl GsoState {
         let path = self.path(destination, now);
         path.refusals += 1;
         if path.refusals >= REFUSALS {
-            self.pause(destination, Some(errno), now);
+            self.pause(destination, errno, now);
         }
     }
 
@@ -131,18 +128,18 @@ mod tests {
         let (a, b, mut now) = (address(A), address(B), Instant::now());
         let mut gso = GsoState::new();
         for seconds in [5, 10, 20, 40, 60, 60] {
-            gso.pause(a, Some(libc::EIO), now);
+            gso.pause(a, libc::EIO, now);
             let until = now + Duration::from_secs(seconds);
             assert!(!gso.allowed(a, until - Duration::from_millis(1)));
             let off: Vec<_> = gso.off(now).collect();
-            assert_eq!(off, [GsoOff { destination: a, until, errno: Some(libc::EIO) }]);
+            assert_eq!(off, [GsoOff { destination: a, until, errno: libc::EIO }]);
             assert!(gso.allowed(b, now));
             now = until;
             assert!(gso.allowed(a, now));
             assert_eq!(gso.off(now).count(), 0);
         }
         gso.worked(a);
-        gso.pause(a, Some(libc::EIO), now);
+        gso.pause(a, libc::EIO, now);
         assert!(gso.allowed(a, now + FIRST_PAUSE));
     }
 
@@ -175,7 +172,7 @@ mod tests {
         let mut now = Instant::now();
         let mut gso = GsoState::new();
         for port in 1..5_000 {
-            gso.pause(SocketAddr::new([192, 0, 2, 1].into(), port), None, now);
+            gso.pause(SocketAddr::new([192, 0, 2, 1].into(), port), libc::EIO, now);
             now += Duration::from_millis(20);
         }
         assert!(gso.paths.len() <= MAX_PATHS);

@@ -251,7 +251,7 @@ impl Execution<'_> {
                 // Of the route: IPsec, no checksum offload before 6.11. Of the kernel: no
                 // UDP_SEGMENT at all.
                 libc::EIO | libc::EOPNOTSUPP | libc::ENOPROTOOPT => {
-                    self.gso.pause(destination, Some(errno), self.now);
+                    self.gso.pause(destination, errno, self.now);
                     self.outcome.fallbacks += 1;
                     return Next::PlanAgain;
                 }
