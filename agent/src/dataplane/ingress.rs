@@ -40,6 +40,8 @@ pub(super) struct Ingress {
     sessions: Vec<RxSession>,
     /// Where in `sessions` each receiver index is.
     by_index: HashMap<u32, usize>,
+    /// The tables that `sessions` follows.
+    adopted: Arc<Tables>,
     /// The receiver index of the last datagram, and where that is: most come in trains.
     last: Option<(u32, usize)>,
     /// The last inner flow that passed the source and destination check.
@@ -79,6 +81,7 @@ impl Ingress {
             writer: TunWriter::default(),
             sessions: Vec::new(),
             by_index: HashMap::new(),
+            adopted: Arc::default(),
             last: None,
             checked: None,
             overflow: Vec::new(),
@@ -94,23 +97,47 @@ impl Ingress {
         self.coalescer.set_config(config);
     }
 
-    /// Takes over the sessions of new tables; replay windows of those that stay are kept.
-    pub(super) fn adopt(&mut self, tables: &Tables) {
+    /// Takes over the sessions of new tables; replay windows of those that stay are kept. Costs a
+    /// walk over both lists, and more only for what differs.
+    pub(super) fn adopt(&mut self, tables: &Arc<Tables>) {
         self.checked = None;
         self.last = None;
-        let before = std::mem::take(&mut self.by_index);
-        let mut kept: Vec<_> = self.sessions.drain(..).map(Some).collect();
-        for session in &tables.sessions {
-            let rx = before.get(&session.local_index).and_then(|&at| kept[at].take());
-            let rx = rx.filter(|rx| Arc::ptr_eq(&rx.session, session));
-            let rx = rx.unwrap_or_else(|| RxSession {
-                session: Arc::clone(session),
-                windows: (0..session.remote_lanes).map(|_| None).collect(),
-                packets: 0,
-                bytes: 0,
-            });
-            self.by_index.insert(session.local_index, self.sessions.len());
-            self.sessions.push(rx);
+        let adopted = std::mem::replace(&mut self.adopted, Arc::clone(tables));
+        let (mut old, mut new) = (adopted.sessions.iter().peekable(), tables.sessions.iter());
+        let mut next = new.next();
+        while let Some((index, session)) = next {
+            match old.next_if(|(before, _)| before <= index) {
+                None => self.add(session),
+                Some((before, _)) if before < index => {
+                    self.remove(*before);
+                    continue;
+                }
+                Some((_, before)) if Arc::ptr_eq(before, session) => {}
+                Some((before, _)) => {
+                    self.remove(*before);
+                    self.add(session);
+                }
+            }
+            next = new.next();
+        }
+        old.for_each(|(index, _)| self.remove(*index));
+    }
+
+    fn add(&mut self, session: &Arc<Session>) {
+        self.by_index.insert(session.local_index, self.sessions.len());
+        self.sessions.push(RxSession {
+            session: Arc::clone(session),
+            windows: (0..session.remote_lanes).map(|_| None).collect(),
+            packets: 0,
+            bytes: 0,
+        });
+    }
+
+    fn remove(&mut self, index: u32) {
+        let Some(at) = self.by_index.remove(&index) else { return };
+        self.sessions.swap_remove(at);
+        if let Some(moved) = self.sessions.get(at) {
+            self.by_index.insert(moved.session.local_index, at);
         }
     }
 
@@ -281,5 +308,63 @@ impl Ingress {
             (rx.packets, rx.bytes) = (0, 0);
         }
         lane.stats.drops.collect(&mut self.drops);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use skein_core::tunnel::session::{Cipher, SessionParams};
+    use std::collections::BTreeMap;
+    use zeroize::Zeroizing;
+
+    fn session(index: u32) -> Arc<Session> {
+        let params = SessionParams {
+            peer: PeerId(1),
+            local_index: index,
+            remote_index: 7,
+            cipher: Cipher::Aes256Gcm,
+            local_lanes: 1,
+            remote_lanes: 1,
+            established: Default::default(),
+            initiator: true,
+            secret: [Zeroizing::new([1; 32]), Zeroizing::new([2; 32])],
+        };
+        Arc::new(Session::new(params).unwrap())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Whatever comes and goes: exactly the sessions of the last tables are known, and those that
+        /// stay keep their windows.
+        #[test]
+        fn sessions_follow_the_tables(
+            steps in prop::collection::vec(prop::collection::btree_map(0u32..12, 0u8..2, 0..10), 1..8),
+        ) {
+            let all: Vec<[_; 2]> = (0..12).map(|index| [session(index), session(index)]).collect();
+            let config = CoalesceConfig { tcp: true, udp: true, partial_checksum: true };
+            let mut ingress = Ingress::new(config);
+            let mut before = BTreeMap::new();
+            for step in steps {
+                let pick = |(&index, &which): (&u32, &u8)| {
+                    (index, Arc::clone(&all[index as usize][usize::from(which)]))
+                };
+                let sessions = step.iter().map(pick).collect();
+                ingress.adopt(&Arc::new(Tables { sessions, ..Tables::default() }));
+                prop_assert_eq!(ingress.sessions.len(), step.len());
+                prop_assert_eq!(ingress.by_index.len(), step.len());
+                for (index, which) in &step {
+                    let rx = &mut ingress.sessions[ingress.by_index[index]];
+                    prop_assert!(Arc::ptr_eq(&rx.session, &all[*index as usize][usize::from(*which)]));
+                    // The packets not yet reported stand for what a session keeps.
+                    prop_assert_eq!(rx.packets > 0, before.get(index) == Some(which));
+                    rx.packets = 1;
+                }
+                before = step;
+            }
+        }
     }
 }

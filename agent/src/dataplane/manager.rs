@@ -3,6 +3,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
@@ -24,6 +25,8 @@ use crate::sys::tun::TunError;
 /// Messages that may wait for the manager. Handshakes beyond are dropped and counted: whoever sent
 /// them tries again.
 const QUEUE: usize = 1024;
+/// Messages dealt with before what they led to is published and sent.
+const BATCH: usize = 32;
 
 /// What the manager is told.
 pub(super) enum ToManager {
@@ -92,7 +95,7 @@ impl Manager {
         // than in the first handshake.
         random(&mut [0; 32]);
         loop {
-            let message = match self.timeout() {
+            let mut message = match self.timeout() {
                 Some(timeout) => match self.queue.recv_timeout(timeout) {
                     Ok(message) => Some(message),
                     Err(RecvTimeoutError::Timeout) => None,
@@ -104,28 +107,43 @@ impl Manager {
                 },
             };
             let now = self.clock.now();
-            if let Some(ToManager::Request { request, answer }) = message {
-                let shutdown = matches!(request, Request::Shutdown);
-                let response = self.request(now, request);
-                // The asker may have gone; what it asked for is done all the same.
-                let _ = answer.send(response);
-                if shutdown {
+            // What came together leads to one publication, however many sessions it makes.
+            for _ in 0..BATCH {
+                let Some(taken) = message else { break };
+                if self.take(now, taken).is_break() {
                     return;
                 }
-            } else if let (Some(active), Some(message)) = (&mut self.active, message) {
-                if matches!(message, ToManager::TunGone) && active.has_device() {
-                    tracing::error!(
-                        "a queue of the TUN device failed though the device is there: ending, to \
-                         begin anew"
-                    );
-                    return;
-                }
-                active.event(now, message);
+                message = self.queue.try_recv().ok();
+            }
+            if let Some(taken) = message
+                && self.take(now, taken).is_break()
+            {
+                return;
             }
             if let Some(active) = &mut self.active {
                 active.drive(now);
             }
         }
+    }
+
+    /// Deals with one message; breaks where the process is to end.
+    fn take(&mut self, now: Time, message: ToManager) -> ControlFlow<()> {
+        if let ToManager::Request { request, answer } = message {
+            let shutdown = matches!(request, Request::Shutdown);
+            let response = self.request(now, request);
+            // The asker may have gone; what it asked for is done all the same.
+            let _ = answer.send(response);
+            return if shutdown { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+        }
+        let Some(active) = &mut self.active else { return ControlFlow::Continue(()) };
+        if matches!(message, ToManager::TunGone) && active.has_device() {
+            tracing::error!(
+                "a queue of the TUN device failed though the device is there: ending, to begin anew"
+            );
+            return ControlFlow::Break(());
+        }
+        active.event(now, message);
+        ControlFlow::Continue(())
     }
 
     fn timeout(&self) -> Option<Duration> {
@@ -350,7 +368,8 @@ impl Active {
         let mut tables = Tables { routes: Arc::clone(&self.routes), ..Tables::default() };
         let mtu = self.snapshot.node.tun.mtu;
         for (id, view) in self.engine.tables() {
-            tables.sessions.extend(view.receive.iter().cloned());
+            let receive = view.receive.iter().map(|session| (session.local_index, session));
+            tables.sessions.extend(receive.map(|(index, session)| (index, Arc::clone(session))));
             let entry = PeerEntry {
                 endpoint: view.endpoint,
                 session: view.current.clone(),
@@ -359,6 +378,7 @@ impl Active {
             };
             tables.peers.insert(id, entry);
         }
+        tables.sessions.sort_unstable_by_key(|(index, _)| *index);
         self.published.publish(tables);
         self.running.wake_lanes();
     }

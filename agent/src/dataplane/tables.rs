@@ -3,8 +3,8 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwap;
 use skein_core::route::{PeerId, RouteTable};
@@ -17,8 +17,9 @@ pub(super) struct Tables {
     pub(super) routes: Arc<RouteTable>,
     /// How to reach each node.
     pub(super) peers: HashMap<PeerId, PeerEntry>,
-    /// Every session that may be received with.
-    pub(super) sessions: Vec<Arc<Session>>,
+    /// Every session that may be received with, by its receiver index, in ascending order: a lane
+    /// finds what is new by walking two of these side by side, without touching a session.
+    pub(super) sessions: Vec<(u32, Arc<Session>)>,
 }
 
 /// How to reach one node.
@@ -49,13 +50,19 @@ pub(super) struct Published {
     /// Grows with each publication, after the tables are in place.
     epoch: AtomicU64,
     tables: ArcSwap<Tables>,
+    /// Tables that lanes may still look at: the last to let go frees thousands of entries, and that is
+    /// not to be a lane.
+    retired: Mutex<Vec<Arc<Tables>>>,
 }
 
 impl Published {
     /// Puts `tables` in force: a lane that is asked to look at anything afterwards sees them.
     pub(super) fn publish(&self, tables: Tables) {
-        self.tables.store(Arc::new(tables));
+        let before = self.tables.swap(Arc::new(tables));
         self.epoch.fetch_add(1, Ordering::Release);
+        let mut retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
+        retired.push(before);
+        retired.retain(|tables| Arc::strong_count(tables) > 1);
     }
 
     /// The number of the tables in force.
