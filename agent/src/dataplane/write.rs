@@ -3,15 +3,13 @@
 use std::io::{self, IoSlice};
 use std::time::{Duration, Instant};
 
+use skein_core::offload::MAX_SEGMENTS;
 use skein_core::offload::coalesce::{CoalesceConfig, TunPacket};
 use skein_core::offload::split::split;
 use skein_core::offload::vnet::{self, VnetHeader};
 use skein_core::wire::ip::UDP;
 
 use crate::sys::tun::TunQueue;
-
-/// Slices of one write that need no allocation: a full-size superpacket has 45.
-const INLINE_SLICES: usize = 64;
 
 /// Writes packets to a TUN queue.
 #[derive(Default)]
@@ -112,16 +110,24 @@ impl TunWriter {
 }
 
 fn gather(tun: &TunQueue, arena: &[u8], packet: &TunPacket<'_>) -> io::Result<()> {
-    let count = packet.payload.len() + 2;
-    if count <= INLINE_SLICES {
-        let mut parts = [IoSlice::new(&[]); INLINE_SLICES];
-        fill(&mut parts[..count], arena, packet);
-        tun.writev(&parts[..count])?;
-    } else {
-        let mut parts = vec![IoSlice::new(&[]); count];
-        fill(&mut parts, arena, packet);
-        tun.writev(&parts)?;
+    // On the stack, and no more of it than must be zeroed: one packet, a usual superpacket, any.
+    match packet.payload.len() + 2 {
+        0..=4 => gather_up_to::<4>(tun, arena, packet),
+        5..=72 => gather_up_to::<72>(tun, arena, packet),
+        _ => gather_up_to::<{ MAX_SEGMENTS + 2 }>(tun, arena, packet),
     }
+}
+
+fn gather_up_to<const N: usize>(
+    tun: &TunQueue,
+    arena: &[u8],
+    packet: &TunPacket<'_>,
+) -> io::Result<()> {
+    let mut parts = [IoSlice::new(&[]); N];
+    let count = packet.payload.len() + 2;
+    let parts = parts.get_mut(..count).ok_or(io::ErrorKind::InvalidInput)?;
+    fill(parts, arena, packet);
+    tun.writev(parts)?;
     Ok(())
 }
 
