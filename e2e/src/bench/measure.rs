@@ -26,6 +26,9 @@ pub struct Values {
     pub retransmits: Option<f64>,
     /// Datagrams lost, as a share.
     pub lost: Option<f64>,
+    /// Share of the first node's datagrams that its busiest lane moved.
+    #[serde(default)]
+    pub busiest_lane: Option<f64>,
 }
 
 /// CPU time from its start on.
@@ -33,6 +36,7 @@ pub struct Meter<'a> {
     network: &'a Network,
     daemon: f64,
     machine: f64,
+    lanes: Vec<f64>,
     start: Instant,
 }
 
@@ -41,6 +45,7 @@ impl<'a> Meter<'a> {
     pub fn start(network: &'a Network) -> Self {
         Self {
             network,
+            lanes: network.lane_packets(),
             daemon: network.daemon_cpu(),
             machine: machine_busy_seconds(),
             start: Instant::now(),
@@ -50,12 +55,13 @@ impl<'a> Meter<'a> {
     /// Ends; `units` of work were done, at `rate` a second.
     pub fn stop(self, units: f64, rate: f64) -> Values {
         let units = units.max(f64::MIN_POSITIVE);
-        Values {
-            rate,
-            total_cpu: (machine_busy_seconds() - self.machine) / units,
-            daemon_cpu: (self.network.daemon_cpu() - self.daemon) / units,
-            ..Values::default()
-        }
+        let total_cpu = (machine_busy_seconds() - self.machine) / units;
+        let daemon_cpu = (self.network.daemon_cpu() - self.daemon) / units;
+        let now = self.network.lane_packets();
+        let moved: Vec<f64> = now.iter().zip(&self.lanes).map(|(now, then)| now - then).collect();
+        let busiest = moved.iter().copied().reduce(f64::max);
+        let busiest_lane = busiest.map(|busiest| busiest / moved.iter().sum::<f64>().max(1.0));
+        Values { rate, total_cpu, daemon_cpu, busiest_lane, ..Values::default() }
     }
 
     /// Seconds since the start.

@@ -34,7 +34,7 @@ pub struct Options {
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=60))]
     seconds: u32,
     /// Networks to compare: routed, vxlan, skein, wireguard-go, nebula and the variants of Skein
-    /// (skein-1-lane, skein-no-busy-poll, skein-chacha20, skein-no-uso, skein-no-tso,
+    /// (skein-1-lane, skein-4-lanes, skein-no-busy-poll, skein-chacha20, skein-no-uso, skein-no-tso,
     /// skein-no-checksum, skein-no-gso, skein-no-gro,
     /// skein-no-bundling, skein-no-offload).
     #[arg(long, value_delimiter = ',', default_value = "routed,vxlan,skein,wireguard-go,nebula")]
@@ -42,7 +42,8 @@ pub struct Options {
     /// Works to do.
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Work::ALL)]
     works: Vec<Work>,
-    /// Underlay: ideal (a veth with all offloads) or wire (no segmentation offload, GRO on).
+    /// Underlay: ideal (a veth with all offloads), wire (no segmentation offload, GRO on) or jumbo
+    /// (all offloads and an MTU of 9000; the pods keep theirs).
     #[arg(long, value_enum, value_delimiter = ',', default_value = "ideal,wire")]
     modes: Vec<Mode>,
     /// Directory for results.json, results.md and the plots.
@@ -72,13 +73,22 @@ pub enum Mode {
     Ideal,
     /// Without segmentation offload, GRO on.
     Wire,
+    /// With an MTU of 9000 and all offloads, between pods whose MTU is as ever.
+    Jumbo,
 }
 
 impl Mode {
     fn offloads(self) -> Offloads {
         match self {
-            Mode::Ideal => Offloads::Ideal,
+            Mode::Ideal | Mode::Jumbo => Offloads::Ideal,
             Mode::Wire => Offloads::Wire,
+        }
+    }
+
+    fn mtu(self) -> u32 {
+        match self {
+            Mode::Ideal | Mode::Wire => 1500,
+            Mode::Jumbo => 9000,
         }
     }
 }
@@ -196,6 +206,7 @@ impl Run<'_> {
         let plan = Plan {
             underlay: Underlay::Direct,
             offloads: mode.offloads(),
+            mtu: mode.mtu(),
             pod_mtu: overlay.pod_mtu(),
             ..Plan::default()
         };

@@ -42,7 +42,7 @@ pub enum Variant {
 }
 
 /// Names of the variants, and the setting that makes each.
-const SETTINGS: [(&str, &str, Setting); 9] = [
+const SETTINGS: [(&str, &str, Setting); 10] = [
     ("skein-no-uso", "offload.tun_uso", Setting::Off),
     ("skein-no-tso", "offload.tun_tso", Setting::Off),
     ("skein-no-checksum", "offload.tun_checksum", Setting::Off),
@@ -51,6 +51,7 @@ const SETTINGS: [(&str, &str, Setting); 9] = [
     ("skein-no-bundling", "dataplane.bundling", Setting::Off),
     ("skein-no-busy-poll", "dataplane.busy_poll_us", Setting::Number(0)),
     ("skein-1-lane", "dataplane.lanes", Setting::Number(1)),
+    ("skein-4-lanes", "dataplane.lanes", Setting::Number(4)),
     ("skein-chacha20", "dataplane.cipher", Setting::Text("chacha20-poly1305")),
 ];
 
@@ -176,6 +177,18 @@ impl Network {
             pids.extend(cluster.agents.iter().flat_map(|agent| agent.pids()));
         }
         cpu_seconds(&pids)
+    }
+
+    /// Datagrams that each lane of the first node has sent and received so far; nothing where there
+    /// are no lanes.
+    pub fn lane_packets(&self) -> Vec<f64> {
+        let agent = self.skein.as_ref().and_then(|cluster| cluster.agents.first());
+        let Some(Ok(report)) = agent.map(|agent| agent.report()) else { return vec![] };
+        let packets = |lane: &serde_json::Value, direction: &str| {
+            lane[direction]["outer_packets"].as_f64().unwrap_or(0.0)
+        };
+        let lanes = report["lanes"].as_array().map_or(&[][..], Vec::as_slice);
+        lanes.iter().map(|lane| packets(lane, "egress") + packets(lane, "ingress")).collect()
     }
 
     /// The ends of the daemons' logs.

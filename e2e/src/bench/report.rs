@@ -96,7 +96,7 @@ impl Table {
         let mut rows = vec![];
         for &work in &works {
             let (rate, rate_factor, cpu, cpu_factor) = work.units();
-            let quantities: [(&str, &str, Quantity<'_>); 7] = [
+            let quantities: [(&str, &str, Quantity<'_>); 8] = [
                 ("throughput", rate, &|v| Some(v.rate * rate_factor)),
                 ("daemon CPU", cpu, &|v| Some(v.daemon_cpu * cpu_factor)),
                 ("total CPU", cpu, &|v| Some(v.total_cpu * cpu_factor)),
@@ -104,6 +104,7 @@ impl Table {
                 ("p99", "µs", &|v| v.p99),
                 ("retransmits", "", &|v| v.retransmits),
                 ("lost", "%", &|v| v.lost.map(|share| share * 100.0)),
+                ("busiest lane", "%", &|v| v.busiest_lane.map(|share| share * 100.0)),
             ];
             for (quantity, unit, value) in quantities {
                 let of = |overlay: &Overlay| {
@@ -130,6 +131,7 @@ impl Table {
         let what = match self.mode {
             Mode::Ideal => "ideal: veth with all offloads",
             Mode::Wire => "wire: no segmentation offload on the underlay, GRO on",
+            Mode::Jumbo => "jumbo: MTU 9000 and all offloads, pods as ever",
         };
         let mut text = format!("## Underlay {what}\n\n| work | quantity | unit |");
         let mut rule = "|---|---|---|".to_owned();
