@@ -1,6 +1,8 @@
-//! Notice that the node records may have changed: by inotify, and by the clock for what inotify
-//! does not see (network file systems, a directory that was away).
+//! Notice that the node records may have changed: by inotify, by a look at the source twice a second
+//! for what inotify does not tell (a directory that was replaced, the target of a symbolic link), and
+//! by the clock for what neither sees (network file systems).
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,6 +17,8 @@ use tokio::time::{Instant, MissedTickBehavior};
 const QUIET: Duration = Duration::from_millis(100);
 /// … or at the latest after this long.
 const PATIENCE: Duration = Duration::from_millis(500);
+/// The source itself is looked at this often.
+const LOOK: Duration = Duration::from_millis(500);
 /// The records are read again this often in any case.
 const RESCAN: Duration = Duration::from_secs(10);
 
@@ -77,14 +81,39 @@ async fn run(
 ) {
     let mut rescan = tokio::time::interval(RESCAN);
     rescan.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut look = tokio::time::interval(LOOK);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut seen = Identity::of(&source);
     loop {
         tokio::select! {
             _ = rescan.tick() => subscribe(&source, watcher.as_mut()),
-            () = changed.notified() => settle(&changed).await,
+            () = changed.notified() => {
+                settle(&changed).await;
+                seen = Identity::of(&source);
+            }
+            _ = look.tick() => {
+                let now = Identity::of(&source);
+                if std::mem::replace(&mut seen, now) == now {
+                    continue;
+                }
+                subscribe(&source, watcher.as_mut());
+            }
         }
         if due.send(()).await.is_err() {
             return;
         }
+    }
+}
+
+/// Which file or directory a path leads to, symbolic links followed, and when it was last changed;
+/// `None` where there is none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Identity(Option<(u64, u64, i64, i64, u64)>);
+
+impl Identity {
+    fn of(path: &Path) -> Self {
+        let found = std::fs::metadata(path).ok();
+        Self(found.map(|m| (m.dev(), m.ino(), m.mtime(), m.mtime_nsec(), m.size())))
     }
 }
 
@@ -150,5 +179,59 @@ mod tests {
             assert!(due(&mut watch).await);
             calm(&mut watch).await;
         }
+    }
+
+    #[tokio::test]
+    async fn a_directory_that_is_replaced_is_noticed_and_watched_from_then_on() {
+        let parent = tempfile::tempdir().unwrap();
+        let source = parent.path().join("nodes.d");
+        std::fs::create_dir(&source).unwrap();
+        let mut watch = SourceWatch::start(&source);
+        calm(&mut watch).await;
+        let new = parent.path().join("new");
+        std::fs::create_dir(&new).unwrap();
+        std::fs::rename(&source, parent.path().join("old")).unwrap();
+        std::fs::rename(&new, &source).unwrap();
+        assert!(due(&mut watch).await);
+        calm(&mut watch).await;
+        let file = source.join("a.toml");
+        std::fs::write(&file, "x").unwrap();
+        assert!(due(&mut watch).await);
+        calm(&mut watch).await;
+        // In place: the directory itself does not change.
+        std::fs::write(&file, "y").unwrap();
+        assert!(due(&mut watch).await);
+    }
+
+    #[tokio::test]
+    async fn a_directory_of_links_that_are_swapped_together_is_noticed() {
+        // As a ConfigMap is mounted: files are links into ..data, which is a link that is renamed.
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        for version in ["v1", "v2"] {
+            std::fs::create_dir(at(version)).unwrap();
+            std::fs::write(at(version).join("a.toml"), version).unwrap();
+        }
+        std::os::unix::fs::symlink("v1", at("..data")).unwrap();
+        std::os::unix::fs::symlink("..data/a.toml", at("a.toml")).unwrap();
+        let mut watch = SourceWatch::start(directory.path());
+        calm(&mut watch).await;
+        std::os::unix::fs::symlink("v2", at("..data_tmp")).unwrap();
+        std::fs::rename(at("..data_tmp"), at("..data")).unwrap();
+        assert!(due(&mut watch).await);
+    }
+
+    #[tokio::test]
+    async fn a_link_whose_target_changes_is_noticed() {
+        let directory = tempfile::tempdir().unwrap();
+        let elsewhere = tempfile::tempdir().unwrap();
+        let target = elsewhere.path().join("nodes.toml");
+        std::fs::write(&target, "x").unwrap();
+        let link = directory.path().join("nodes.toml");
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        let mut watch = SourceWatch::start(&link);
+        calm(&mut watch).await;
+        std::fs::write(&target, "longer").unwrap();
+        assert!(due(&mut watch).await);
     }
 }

@@ -72,6 +72,8 @@ impl std::fmt::Display for Link {
 /// What to set of a link; `None` leaves a property as it is.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct LinkChange {
+    /// Name; the link must be down.
+    pub name: Option<String>,
     /// Alias.
     pub alias: Option<String>,
     /// MTU in bytes.
@@ -107,6 +109,9 @@ impl Netlink {
     /// Changes a link.
     pub async fn change_link(&self, index: u32, change: &LinkChange) -> Result<(), NetlinkError> {
         let mut message = LinkMessageBuilder::<LinkUnspec>::default().index(index);
+        if let Some(name) = &change.name {
+            message = message.name(name.clone());
+        }
         if let Some(alias) = &change.alias {
             message = message.alias(alias);
         }

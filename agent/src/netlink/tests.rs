@@ -77,6 +77,24 @@ fn the_interface_becomes_what_is_wanted() {
 }
 
 #[test]
+fn a_device_that_a_killed_agent_left_unmarked_is_no_obstacle() {
+    in_namespace(|| async {
+        let netlink = Netlink::connect().unwrap();
+        let wanted = wanted();
+        let first = wanted.ensure_device(&netlink).await.unwrap();
+        netlink.delete_link(first.index).await.unwrap();
+        // As after a kill between making and marking.
+        crate::sys::tun::create_persistent(&wanted.provisional_name()).unwrap();
+        let second = wanted.ensure_device(&netlink).await.unwrap();
+        assert!(second.created);
+        let links = netlink.links().await.unwrap();
+        let tuns: Vec<_> = links.iter().filter(|l| l.kind.as_deref() == Some("tun")).collect();
+        assert_eq!(tuns.len(), 1);
+        assert_eq!((tuns[0].name.as_str(), tuns[0].alias.as_str()), ("sk-test", "skein:node-1"));
+    });
+}
+
+#[test]
 fn what_somebody_changes_is_healed() {
     in_namespace(|| async {
         let netlink = Netlink::connect().unwrap();
