@@ -152,6 +152,11 @@ fn show_status(
     let fetch = || async {
         server::fetch(&socket).await.map_err(|error| {
             let shown = socket.display();
+            if error.kind() == std::io::ErrorKind::PermissionDenied {
+                return Failure::Privilege(format!(
+                    "{shown} is for root and the agent's own user: {error}: run as root"
+                ));
+            }
             Failure::Runtime(anyhow::anyhow!(
                 "no agent answers on {shown}: {error}: is it running, and is this its socket \
                  (--config, --socket)?"

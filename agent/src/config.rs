@@ -361,6 +361,8 @@ mod tests {
             ("[dataplane]\nmode = 'thread'", "mode", "spawn"),
             ("[dataplane]\ncipher = 'none'", "cipher", "aes256-gcm"),
             ("[dataplane]\nsocket = ''", "dataplane.socket", "path"),
+            ("[dataplane]\nsocket = '/x'\n[control]\nsocket = '/x'", "control.socket", "its own"),
+            (&format!("[control]\nsocket = '/{}'", "x".repeat(107)), "control.socket", "107"),
             ("[metrics]\nlisten = '9464'", "metrics.listen", "127.0.0.1:9464"),
             ("[log]\nlevel = 'a=b=c'", "log.level", "info"),
         ] {

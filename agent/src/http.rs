@@ -1,12 +1,18 @@
 //! /metrics, /healthz and /readyz.
 
 use std::net::TcpListener;
+use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use hyper::server::conn::http1;
+use hyper_util::rt::TokioIo;
+use hyper_util::service::TowerToHyperService;
+use tokio::sync::Semaphore;
 
 use crate::config::Config;
 use crate::control::shared::Shared;
@@ -31,25 +37,56 @@ pub fn bind(config: &Config) -> Result<Option<TcpListener>, Failure> {
     })
 }
 
+/// Connections at once; whoever comes beyond waits in the listener's queue.
+const CONNECTIONS: usize = 64;
+/// How long a connection may take for its one request and the answer.
+const DEADLINE: Duration = Duration::from_secs(10);
+
 /// Serves until it is aborted.
 pub async fn serve(listener: Option<TcpListener>, shared: Shared) {
     let Some(listener) = listener else { return };
+    match tokio::net::TcpListener::from_std(listener) {
+        Ok(listener) => accept(listener, shared, DEADLINE).await,
+        Err(error) => tracing::error!(%error, "the HTTP server cannot start"),
+    }
+}
+
+async fn accept(listener: tokio::net::TcpListener, shared: Shared, deadline: Duration) {
     let router = Router::new()
         .route("/metrics", get(metrics_page))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(readiness))
         .with_state(shared);
-    let served = match tokio::net::TcpListener::from_std(listener) {
-        Ok(listener) => axum::serve(listener, router).await,
-        Err(error) => Err(error),
-    };
-    if let Err(error) = served {
-        tracing::error!(%error, "the HTTP server has ended");
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        // Fails only where the semaphore is closed, which nobody does.
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept an HTTP connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let service = TowerToHyperService::new(router.clone());
+        tokio::spawn(async move {
+            let _place = place;
+            let connection = http1::Builder::new()
+                // One request a connection: none is held open by somebody who asks once a minute.
+                .keep_alive(false)
+                .serve_connection(TokioIo::new(stream), service);
+            match tokio::time::timeout(deadline, connection).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::debug!(%error, "an HTTP connection failed"),
+                Err(_) => tracing::debug!("an HTTP connection took too long"),
+            }
+        });
     }
 }
 
 async fn metrics_page(State(shared): State<Shared>) -> Response {
-    let report = shared.report().await.ok();
+    let report = shared.recent_report().await;
     let input = metrics::Input {
         report,
         dataplane: shared.dataplane.get(),
@@ -69,4 +106,61 @@ async fn readiness(State(shared): State<Shared>) -> Response {
         return "ready\n".into_response();
     }
     (StatusCode::SERVICE_UNAVAILABLE, reasons.join("\n") + "\n").into_response()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::keys::PublicKey;
+    use std::net::SocketAddr;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
+
+    async fn server(deadline: Duration) -> SocketAddr {
+        let config = Config::parse("name = 'node-a'").unwrap();
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(accept(listener, Shared::new(config, PublicKey([1; 32])), deadline));
+        address
+    }
+
+    async fn get(address: SocketAddr, path: &str) -> String {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream
+            .write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes())
+            .await
+            .unwrap();
+        let mut answer = String::new();
+        let all = tokio::time::timeout(Duration::from_secs(5), stream.read_to_string(&mut answer));
+        all.await.unwrap().unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn pages_answer_and_connections_end() {
+        let address = server(DEADLINE).await;
+        assert!(get(address, "/healthz").await.starts_with("HTTP/1.1 200"));
+        assert!(get(address, "/readyz").await.starts_with("HTTP/1.1 200"));
+        assert!(get(address, "/metrics").await.contains("skein_dataplane_up 0"));
+        assert!(get(address, "/nothing").await.starts_with("HTTP/1.1 404"));
+    }
+
+    #[tokio::test]
+    async fn slow_clients_are_cut_off_and_keep_nobody_out_for_long() {
+        let address = server(Duration::from_millis(300)).await;
+        let mut slow = Vec::new();
+        for _ in 0..CONNECTIONS + 20 {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(b"GET /hea").await.unwrap();
+            slow.push(stream);
+        }
+        assert!(get(address, "/healthz").await.starts_with("HTTP/1.1 200"));
+        for mut stream in slow {
+            let mut rest = Vec::new();
+            let end = tokio::time::timeout(Duration::from_secs(5), stream.read_to_end(&mut rest));
+            // Closed, or reset with what it had not read.
+            let _ = end.await.expect("the connection was not cut off");
+        }
+    }
 }

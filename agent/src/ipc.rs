@@ -12,6 +12,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
 
 use crate::keys::{PrivateKey, PublicKey};
 
@@ -94,10 +95,10 @@ pub struct NodeIdentity {
 pub enum ErrorKind {
     /// The request makes no sense (version, contradicting records, an update before a snapshot).
     Invalid,
-    /// The TUN device cannot be had.
-    Tun,
-    /// The UDP socket cannot be had (port in use, address not on this host).
-    Underlay,
+    /// A device or a feature of the kernel is missing.
+    Missing,
+    /// Something belongs to somebody else: the port, the interface.
+    Taken,
     /// A privilege is missing.
     Privilege,
     /// Anything else.
@@ -421,13 +422,31 @@ pub fn write_frame<T: Serialize>(to: &mut impl Write, value: &T) -> io::Result<(
 }
 
 /// The bytes of one frame.
-pub fn encode_frame<T: Serialize>(value: &T) -> io::Result<Vec<u8>> {
-    let mut frame = vec![0; 4];
-    serde_json::to_writer(&mut frame, value)?;
+pub fn encode_frame<T: Serialize>(value: &T) -> io::Result<Zeroizing<Vec<u8>>> {
+    // It may hold a private key. A vector that grew would leave copies of it in memory.
+    let mut length = Count(0);
+    serde_json::to_writer(&mut length, value)?;
+    let mut frame = Zeroizing::new(Vec::with_capacity(4 + length.0));
+    frame.extend([0; 4]);
+    serde_json::to_writer(&mut *frame, value)?;
     let length = u32::try_from(frame.len() - 4).ok().filter(|&n| n as usize <= MAX_FRAME);
     let length = length.ok_or_else(|| io::Error::other("frame too long"))?;
     frame[..4].copy_from_slice(&length.to_be_bytes());
     Ok(frame)
+}
+
+/// Counts what is written to it.
+struct Count(usize);
+
+impl Write for Count {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0 += bytes.len();
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Reads one frame; `None` where the other side has closed between two frames.
@@ -440,7 +459,7 @@ pub fn read_frame<T: DeserializeOwned>(from: &mut impl Read) -> io::Result<Optio
     let length = frame_length(length)?;
     // Read as it comes rather than reserve what a stranger claims.
     // It may hold a private key.
-    let mut body = zeroize::Zeroizing::new(Vec::with_capacity(length.min(1 << 16)));
+    let mut body = Zeroizing::new(Vec::with_capacity(length.min(1 << 16)));
     from.take(length as u64).read_to_end(&mut body)?;
     if body.len() < length {
         return Err(io::ErrorKind::UnexpectedEof.into());

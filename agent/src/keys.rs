@@ -6,7 +6,7 @@ use std::str::FromStr;
 use aws_lc_rs::agreement;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use thiserror::Error;
 use zeroize::Zeroizing;
 
@@ -30,8 +30,8 @@ pub enum KeyError {
 pub struct PublicKey(pub [u8; 32]);
 
 /// The private half; 32 bytes, wiped when dropped, never printed.
-#[derive(Clone, Serialize, Deserialize)]
-#[serde(try_from = "Zeroizing<String>", into = "String")]
+#[derive(Clone, Deserialize)]
+#[serde(try_from = "Zeroizing<String>")]
 pub struct PrivateKey(Zeroizing<[u8; 32]>);
 
 impl PrivateKey {
@@ -101,9 +101,9 @@ impl From<PublicKey> for String {
     }
 }
 
-impl From<PrivateKey> for String {
-    fn from(key: PrivateKey) -> String {
-        key.to_base64().to_string()
+impl Serialize for PrivateKey {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.to_base64())
     }
 }
 

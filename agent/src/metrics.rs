@@ -73,14 +73,15 @@ fn control(input: &Input) -> Vec<MetricFamily> {
         Kind::Counter,
     );
     restarts.add(&[], input.dataplane.restarts as f64);
-    let mut records = Family::new(
-        "skein_node_records",
-        "Node records in force (accepted) and files of records that are refused (rejected).",
+    let mut records = Family::new("skein_node_records", "Node records in force.", Kind::Gauge);
+    records.add(&[], input.registry.accepted as f64);
+    let mut rejected = Family::new(
+        "skein_node_record_files_rejected",
+        "Files of node records that are refused; their last good versions are in force.",
         Kind::Gauge,
     );
-    records.add(&[("state", "accepted")], input.registry.accepted as f64);
-    records.add(&[("state", "rejected")], input.registry.rejected.len() as f64);
-    let mut families = vec![build, ready, up, restarts, records];
+    rejected.add(&[], input.registry.rejected.len() as f64);
+    let mut families = vec![build, ready, up, restarts, records, rejected];
     families.extend(processes(input.dataplane.pid));
     families.into_iter().map(Family::finish).collect()
 }
@@ -111,13 +112,14 @@ struct Usage {
 
 /// Reads /proc/PID (proc(5)); `None` where the process is gone.
 fn usage(pid: u32) -> Option<Usage> {
-    // USER_HZ, the unit of the times in stat: 100 on every architecture that Rust and Linux share.
-    const TICK: Duration = Duration::from_millis(10);
+    // USER_HZ, the unit of the times in stat, is 100 on every architecture that Rust and Linux share.
+    const TICK_MS: u64 = 10;
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The second field, the command, may hold anything; the fields after it do not.
     let fields: Vec<_> = stat.rsplit_once(')')?.1.split_whitespace().collect();
-    let ticks = |field: usize| fields.get(field - 3)?.parse::<u32>().ok();
-    let cpu = TICK * (ticks(14)?.saturating_add(ticks(15)?));
+    let ticks = |field: usize| fields.get(field - 3)?.parse::<u64>().ok();
+    let cpu =
+        Duration::from_millis((ticks(14)?.saturating_add(ticks(15)?)).saturating_mul(TICK_MS));
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
     let kib: u64 = resident.trim().strip_suffix("kB")?.trim().parse().ok()?;
@@ -320,7 +322,7 @@ fn peers(report: &Report) -> Vec<MetricFamily> {
     let mut sessions = Family::new("skein_sessions", "Peers with a session.", Kind::Gauge);
     sessions.add(&[], ages().count() as f64);
     let mut oldest = Family::new(
-        "skein_session_age_seconds_max",
+        "skein_session_max_age_seconds",
         "Age of the oldest current session; 0 where there is none.",
         Kind::Gauge,
     );

@@ -172,6 +172,9 @@ impl Default for LogTable {
     }
 }
 
+/// The longest path of a unix socket in bytes: sun_path (unix(7)) less its terminator.
+const SOCKET_PATH: usize = 107;
+
 impl File {
     pub(super) fn validate(self) -> Result<Config, Invalid> {
         let name = match self.name {
@@ -194,6 +197,22 @@ impl File {
             if path.is_some_and(|path| path.as_os_str().is_empty()) {
                 return Err(Invalid(format!("{key} is empty: give a path or leave it out")));
             }
+        }
+        for (key, path) in
+            [("dataplane.socket", &self.dataplane.socket), ("control.socket", &self.control.socket)]
+        {
+            let length = path.as_os_str().len();
+            if length > SOCKET_PATH {
+                return Err(Invalid(format!(
+                    "{key} is {length} bytes long: a socket's path has at most {SOCKET_PATH}"
+                )));
+            }
+        }
+        if self.dataplane.socket == self.control.socket {
+            return Err(Invalid(format!(
+                "dataplane.socket and control.socket are both {}: give each its own",
+                self.control.socket.display()
+            )));
         }
         Ok(Config {
             name,

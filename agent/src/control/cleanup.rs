@@ -4,7 +4,7 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use super::client::Client;
+use super::client::{Client, ClientError};
 use super::lock::StateLock;
 use crate::config::{ALIAS_PREFIX, Config};
 use crate::failure::Failure;
@@ -40,11 +40,13 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
         false => None,
     };
     let mut cleaned = Cleaned::default();
-    let stopped = stop_dataplane(&config.dataplane.socket).await;
+    let stopped = stop_dataplane(config).await;
+    // Whoever still listens there keeps the socket.
+    let dataplane_socket = stopped.is_ok().then_some(&config.dataplane.socket);
     cleaned.note("data process", stopped);
     let interface = format!("interface {}", config.interface.name);
     cleaned.note(&interface, remove_interface(config).await);
-    for socket in [&config.dataplane.socket, &config.control.socket] {
+    for socket in dataplane_socket.into_iter().chain([&config.control.socket]) {
         cleaned.note(&format!("socket {}", socket.display()), remove_file(socket));
     }
     if state {
@@ -72,8 +74,25 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
     Ok(cleaned)
 }
 
-async fn stop_dataplane(socket: &Path) -> Result<bool, String> {
-    let Ok(mut client) = Client::connect(socket).await else { return Ok(false) };
+async fn stop_dataplane(config: &Config) -> Result<bool, String> {
+    let socket = &config.dataplane.socket;
+    let mut client = match Client::connect(socket).await {
+        Ok(client) => client,
+        Err(ClientError::Io(error))
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+            ) =>
+        {
+            return Ok(false);
+        }
+        Err(error) => {
+            return Err(format!("{}: {error}: end it, and clean up again", socket.display()));
+        }
+    };
+    if let Some(node) = client.node().filter(|node| node.name != config.name) {
+        return Err(format!("it works for the node {:?} and stays", node.name));
+    }
     let stop = async {
         client.apply(&Request::Shutdown).await.map_err(|error| error.to_string())?;
         client.closed().await;
@@ -105,5 +124,45 @@ fn remove_file(path: &Path) -> Result<bool, String> {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::ipc::{NodeIdentity, PROTOCOL_VERSION, Response, read_frame, write_frame};
+    use crate::keys::PublicKey;
+    use std::os::unix::net::UnixListener;
+
+    fn config(socket: &Path) -> Config {
+        let socket = socket.display();
+        Config::parse(&format!("name = 'node-a'\n[dataplane]\nsocket = '{socket}'")).unwrap()
+    }
+
+    #[tokio::test]
+    async fn nobody_there_is_no_error_and_anything_else_is_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("socket");
+        let config = config(&socket);
+        assert_eq!(stop_dataplane(&config).await, Ok(false));
+        drop(UnixListener::bind(&socket).unwrap());
+        assert_eq!(stop_dataplane(&config).await, Ok(false), "left by a process that is gone");
+        std::fs::remove_file(&socket).unwrap();
+        let listener = UnixListener::bind(&socket).unwrap();
+        let thread = std::thread::spawn(move || {
+            // Closes without an answer, then works for somebody else.
+            drop(listener.accept().unwrap());
+            let (mut stream, _) = listener.accept().unwrap();
+            let hello = read_frame::<Request>(&mut stream).unwrap();
+            assert!(matches!(hello, Some(Request::Hello { .. })));
+            let node = NodeIdentity { name: "node-b".to_owned(), public_key: PublicKey([1; 32]) };
+            let answer = Response::Hello { version: PROTOCOL_VERSION, pid: 1, node: Some(node) };
+            write_frame(&mut stream, &answer).unwrap();
+            assert!(read_frame::<Request>(&mut stream).unwrap().is_none(), "left alone");
+        });
+        assert!(stop_dataplane(&config).await.unwrap_err().contains("clean up again"));
+        assert!(stop_dataplane(&config).await.unwrap_err().contains("node-b"));
+        thread.join().unwrap();
     }
 }

@@ -88,8 +88,7 @@ impl Client {
     }
 
     async fn exchange(&mut self, request: &Request) -> io::Result<Response> {
-        // The frame of a snapshot holds the private key: it is wiped when sent.
-        let frame = zeroize::Zeroizing::new(encode_frame(request)?);
+        let frame = encode_frame(request)?;
         self.stream.write_all(&frame).await?;
         let mut prefix = [0; 4];
         self.stream.read_exact(&mut prefix).await?;

@@ -69,8 +69,8 @@ struct Stored {
 }
 
 impl Registry {
-    /// Reads the records for the first time. What is wrong with this node's own record is an error,
-    /// and so is a wrong file of which no good version is known.
+    /// Reads the records at the start. What is wrong with this node's own record is an error, and so
+    /// is a wrong file where no records were ever good: later it is refused alone, as at run time.
     pub fn open(config: &Config, public_key: PublicKey) -> Result<Self, Failure> {
         let own =
             Own { name: config.name.clone(), public_key, pod_cidrs: config.pod_cidrs.clone() };
@@ -93,10 +93,11 @@ impl Registry {
             }
         };
         check_own(&own, &files)?;
+        let first_start = last_good.is_none();
         let (accepted, rejected) = settle(&own, &[], &last_good.unwrap_or_default(), files);
         let fatal: Vec<_> = rejected
             .iter()
-            .filter(|(path, _)| !accepted.contains_key(*path))
+            .filter(|(path, _)| first_start && !accepted.contains_key(*path))
             .map(|(path, error)| format!("node records {}: {error}", path.display()))
             .collect();
         if !fatal.is_empty() {
@@ -394,6 +395,22 @@ mod tests {
         assert_eq!(registry.own(), Some(&record(1, &["10.1.0.0/24"])));
         lab.remove("a.toml");
         assert!(Registry::open(&lab.config(""), PublicKey([1; 32])).is_err(), "no pod CIDRs");
+    }
+
+    #[test]
+    fn a_new_file_that_is_broken_ends_the_first_start_only() {
+        let lab = Lab::new();
+        lab.write("a.toml", &text(1, &["10.1.0.0/24"]));
+        lab.write("b.toml", "node = [");
+        assert!(Registry::open(&lab.config(""), PublicKey([1; 32])).is_err());
+        lab.remove("b.toml");
+        Registry::open(&lab.config(""), PublicKey([1; 32])).unwrap();
+        lab.write("b.toml", &text(2, &["10.2.0.0/24"]));
+        lab.write("c.toml", "node = [");
+        let registry = Registry::open(&lab.config(""), PublicKey([1; 32])).unwrap();
+        assert_eq!(peers(&registry), ["node-2 10.2.0.0/24"]);
+        assert_eq!(registry.status().rejected.len(), 1);
+        assert!(registry.status().rejected[0].file.ends_with("c.toml"));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -17,6 +17,8 @@ use crate::lifecycle::Readiness;
 
 /// How long a scrape or a status waits for the data process.
 const REPORT_DEADLINE: Duration = Duration::from_secs(1);
+/// How old a report may be for a scrape.
+const RECENT: Duration = Duration::from_secs(1);
 
 /// Cheap to clone.
 #[derive(Debug, Clone)]
@@ -30,7 +32,11 @@ pub struct Shared {
     /// The data process.
     pub dataplane: DataplaneState,
     view: Arc<Mutex<View>>,
+    last_report: Arc<tokio::sync::Mutex<LastReport>>,
 }
+
+/// When the data process was last asked for those who scrape, and its answer.
+type LastReport = Option<(Instant, Option<Report>)>;
 
 #[derive(Debug, Default)]
 struct View {
@@ -89,6 +95,7 @@ impl Shared {
             readiness: Readiness::default(),
             dataplane: DataplaneState::default(),
             view: Arc::default(),
+            last_report: Arc::default(),
         }
     }
 
@@ -111,6 +118,20 @@ impl Shared {
     pub async fn report(&self) -> Result<Report, ClientError> {
         let ask = async { Client::connect(&self.config.dataplane.socket).await?.report().await };
         tokio::time::timeout(REPORT_DEADLINE, ask).await.unwrap_or(Err(ClientError::Timeout))
+    }
+
+    /// What the data process said within the last second, or says now. However many ask at once, it
+    /// is asked once.
+    pub async fn recent_report(&self) -> Option<Report> {
+        let mut last = self.last_report.lock().await;
+        match &*last {
+            Some((at, report)) if at.elapsed() < RECENT => report.clone(),
+            _ => {
+                let report = self.report().await.ok();
+                *last = Some((Instant::now(), report.clone()));
+                report
+            }
+        }
     }
 
     /// The status.

@@ -520,8 +520,8 @@ fn kill(pid: Pid, signal: Signal) {
 fn failure(kind: ErrorKind, message: String) -> Failure {
     match kind {
         ErrorKind::Invalid => Failure::Usage(message),
-        ErrorKind::Tun => Failure::Missing(message),
-        ErrorKind::Underlay => Failure::Taken(message),
+        ErrorKind::Missing => Failure::Missing(message),
+        ErrorKind::Taken => Failure::Taken(message),
         ErrorKind::Privilege => Failure::Privilege(message),
         ErrorKind::Internal => Failure::Runtime(anyhow::anyhow!(message)),
     }

@@ -21,6 +21,7 @@ use super::totals::Totals;
 use crate::ipc::{ErrorKind, NodeIdentity, Peer, Request, Response, Snapshot, Update};
 use crate::keys::PublicKey;
 use crate::sys::tun::TunError;
+use crate::sys::udp::UdpError;
 
 /// Messages that may wait for the manager. Handshakes beyond are dropped and counted: whoever sent
 /// them tries again.
@@ -408,9 +409,22 @@ impl SetupError {
     fn kind(&self) -> ErrorKind {
         match self {
             SetupError::Invalid(_) => ErrorKind::Invalid,
-            SetupError::Tun(TunError::Permission { .. }) => ErrorKind::Privilege,
-            SetupError::Tun(_) => ErrorKind::Tun,
-            SetupError::Underlay(_) => ErrorKind::Underlay,
+            SetupError::Tun(error) => match error {
+                TunError::NotFound | TunError::NoDevice { .. } => ErrorKind::Missing,
+                TunError::Permission { .. } => ErrorKind::Privilege,
+                TunError::Exists { .. }
+                | TunError::Busy { .. }
+                | TunError::NotATun { .. }
+                | TunError::Flags { .. } => ErrorKind::Taken,
+                TunError::Name { .. } => ErrorKind::Invalid,
+                TunError::Io { .. } => ErrorKind::Internal,
+            },
+            SetupError::Underlay(error) => match error {
+                UdpError::AddrInUse { .. } => ErrorKind::Taken,
+                UdpError::AddrNotAvailable { .. } | UdpError::NoFamily { .. } => ErrorKind::Invalid,
+                UdpError::Permission { .. } => ErrorKind::Privilege,
+                UdpError::Io { .. } => ErrorKind::Internal,
+            },
             SetupError::Io(_) => ErrorKind::Internal,
         }
     }

@@ -166,8 +166,8 @@ async fn a_refused_update_is_followed_by_the_whole_snapshot() {
 #[tokio::test]
 async fn the_first_refusal_is_final_and_says_what_is_missing() {
     for (answer, code) in [
-        ((|_, r| refuse(r, ErrorKind::Underlay)) as Answer, 5),
-        (|_, r| refuse(r, ErrorKind::Tun), 4),
+        ((|_, r| refuse(r, ErrorKind::Taken)) as Answer, 5),
+        (|_, r| refuse(r, ErrorKind::Missing), 4),
         (|_, r| refuse(r, ErrorKind::Privilege), 3),
         (|_, r| refuse(r, ErrorKind::Internal), 1),
     ] {
@@ -268,7 +268,9 @@ async fn a_lost_data_process_is_noticed_and_found_again() {
 async fn a_later_refusal_leaves_the_agent_running_but_not_ready() {
     let fake = Fake::start(|count, request| match request {
         Request::Update { .. } => refuse(request, ErrorKind::Invalid),
-        Request::Apply { snapshot } if snapshot.peers.len() == 2 => refuse(request, ErrorKind::Tun),
+        Request::Apply { snapshot } if snapshot.peers.len() == 2 => {
+            refuse(request, ErrorKind::Missing)
+        }
         _ => willing(count, request),
     });
     let lab = supervise(&fake);
