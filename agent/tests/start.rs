@@ -3,20 +3,24 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod support;
+
 use std::net::{TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
 use skein_agent::control::shared::Document;
 use skein_agent::sys::in_new_network_namespace;
+use support::{LIMIT, Process, finish, send};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_skein-agent");
 
 /// A node's files, and the agents that run with them.
 struct Node {
     directory: tempfile::TempDir,
-    agents: Vec<Child>,
+    agents: Vec<Process>,
 }
 
 impl Node {
@@ -54,19 +58,20 @@ impl Node {
     }
 
     fn output(&self, command: &str) -> Output {
-        self.command(command).output().unwrap()
+        finish(&mut self.command(command)).unwrap()
     }
 
     /// Starts the agent and waits until it is ready.
     fn run(&mut self) -> Document {
         let log = std::fs::File::create(self.path("log")).unwrap();
-        let agent = self.command("run").stderr(log).spawn().unwrap();
-        self.agents.push(agent);
+        // Its data process may outlive it, and must not hold the tests' own output open.
+        let agent = Process::start(self.command("run").stdout(Stdio::null()).stderr(log));
+        self.agents.push(agent.unwrap());
         self.until("it is ready", |document| document.ready)
     }
 
     fn until(&mut self, what: &str, condition: impl Fn(&Document) -> bool) -> Document {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + LIMIT;
         loop {
             let output = self.output("status -o json");
             let document = serde_json::from_slice::<Document>(&output.stdout);
@@ -75,7 +80,7 @@ impl Node {
             {
                 return document;
             }
-            let ended = self.agents.last_mut().and_then(|agent| agent.try_wait().unwrap());
+            let ended = self.agents.last_mut().and_then(|agent| agent.exited().unwrap());
             let log = std::fs::read_to_string(self.path("log")).unwrap_or_default();
             let late = Instant::now() > deadline;
             assert!(ended.is_none() && !late, "waited until {what}; {ended:?}; log:\n{log}");
@@ -85,13 +90,13 @@ impl Node {
 
     /// Runs the agent to its end, which must come by itself.
     fn fail(&mut self) -> (i32, String) {
-        let agent = self.command("run").stderr(Stdio::piped()).stdin(Stdio::null()).spawn();
-        wait(agent.unwrap())
+        end(&mut self.command("run"))
     }
 
-    fn signal(&mut self, signal: &str) -> Option<i32> {
+    /// Ends the agent that was started last; its exit code.
+    fn signal(&mut self, signal: Signal) -> Option<i32> {
         let mut agent = self.agents.pop().unwrap();
-        kill(signal, agent.id());
+        agent.signal(signal).unwrap();
         agent.wait().unwrap().code()
     }
 }
@@ -100,35 +105,22 @@ impl Drop for Node {
     fn drop(&mut self) {
         // A panic in here would end the other tests' clean-up too.
         for agent in &mut self.agents {
-            if let Ok(None) = agent.try_wait() {
-                let _ = Command::new("kill").arg(agent.id().to_string()).status();
-                let _ = agent.wait();
-            }
+            let _ = agent.signal(Signal::TERM).and_then(|()| agent.wait());
         }
-        let _ = self.command("cleanup").output();
+        self.agents.clear();
+        // It ends a data process that was left, too.
+        let _ = finish(&mut self.command("cleanup"));
     }
 }
 
-fn kill(signal: &str, pid: u32) {
-    let status = Command::new("kill").arg(format!("-{signal}")).arg(pid.to_string()).status();
-    assert!(status.unwrap().success(), "kill -{signal} {pid}");
-}
-
-fn wait(mut agent: Child) -> (i32, String) {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while agent.try_wait().unwrap().is_none() {
-        if Instant::now() > deadline {
-            agent.kill().unwrap();
-            panic!("it should have ended by itself");
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    let output = agent.wait_with_output().unwrap();
+/// Exit code and message of a command that must end by itself.
+fn end(command: &mut Command) -> (i32, String) {
+    let output = finish(command).unwrap();
     (output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
 fn ip(arguments: &str) -> String {
-    let output = Command::new("ip").args(arguments.split_whitespace()).output();
+    let output = finish(Command::new("ip").args(arguments.split_whitespace()));
     let output = output.expect("ip is missing: install the Debian package iproute2");
     assert!(output.status.success(), "ip {arguments}: {output:?}");
     String::from_utf8_lossy(&output.stdout).into_owned()
@@ -221,8 +213,7 @@ fn missing_privileges_and_devices_end_with_3_and_4() {
         let run = |wrapper: &[&str]| {
             let mut command = Command::new(wrapper[0]);
             command.args(&wrapper[1..]).arg(AGENT).arg("run").arg("--config");
-            command.arg(node.path("agent.toml")).stderr(Stdio::piped());
-            let result = wait(command.spawn().expect("util-linux is missing: install it"));
+            let result = end(command.arg(node.path("agent.toml")));
             assert!(!exists("skein0"));
             result
         };
@@ -241,7 +232,7 @@ fn the_data_process_outlives_a_killed_agent_and_is_taken_over() {
     in_namespace(|| {
         let mut node = Node::new();
         let before = node.run();
-        node.signal("KILL");
+        node.signal(Signal::KILL);
         let after = node.run();
         assert_eq!(after.dataplane.pid, before.dataplane.pid);
         assert!(after.dataplane.revision > before.dataplane.revision);
@@ -254,7 +245,7 @@ fn a_data_process_with_other_settings_is_replaced() {
     in_namespace(|| {
         let mut node = Node::new();
         let before = node.run();
-        node.signal("KILL");
+        node.signal(Signal::KILL);
         node.configure("cluster_id = 'other'", "");
         let after = node.run();
         assert_ne!(after.dataplane.pid, before.dataplane.pid);
@@ -267,7 +258,7 @@ fn a_killed_data_process_is_back_at_once() {
     in_namespace(|| {
         let mut node = Node::new();
         let before = node.run();
-        kill("KILL", before.dataplane.pid.unwrap());
+        send(Signal::KILL, before.dataplane.pid.unwrap()).unwrap();
         let after = node.until("it is back", |now| now.ready && now.dataplane.restarts == 1);
         assert_ne!(after.dataplane.pid, before.dataplane.pid);
         assert_eq!(after.interface.index, before.interface.index, "the device has stayed");
@@ -299,7 +290,7 @@ fn an_orderly_end_and_a_cleanup_leave_nothing() {
         let mut node = Node::new();
         let document = node.run();
         let pid = document.dataplane.pid.unwrap();
-        assert_eq!(node.signal("TERM"), Some(0));
+        assert_eq!(node.signal(Signal::TERM), Some(0));
         assert!(!Path::new(&format!("/proc/{pid}")).exists(), "the data process has ended too");
         assert!(exists("skein0"), "the interface stays for the next start");
         for expected in ["removed interface skein0", "nothing to remove"] {
@@ -319,7 +310,7 @@ fn cleanup_ends_a_data_process_that_was_left() {
     in_namespace(|| {
         let mut node = Node::new();
         let pid = node.run().dataplane.pid.unwrap();
-        node.signal("KILL");
+        node.signal(Signal::KILL);
         let cleanup = node.output("cleanup");
         assert!(cleanup.status.success(), "{cleanup:?}");
         assert!(String::from_utf8_lossy(&cleanup.stdout).contains("removed data process"));
@@ -340,7 +331,7 @@ fn cleanup_ends_a_data_process_that_was_left() {
 fn keys_are_made_and_their_public_half_computed() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("key");
-    let run = |arguments: &[&str]| Command::new(AGENT).args(arguments).arg(&file).output().unwrap();
+    let run = |arguments: &[&str]| finish(Command::new(AGENT).args(arguments).arg(&file)).unwrap();
     let public = run(&["keygen", "--out"]);
     assert!(public.status.success(), "{public:?}");
     assert_eq!(run(&["pubkey"]).stdout, public.stdout);
