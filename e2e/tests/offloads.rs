@@ -21,7 +21,30 @@ fn state(agent: &Agent, rung: &str) -> Result<String> {
     Ok(found["state"].as_str().context("no state")?.to_owned())
 }
 
-/// The same traffic with some rungs off on some nodes.
+/// The rungs that this kernel has, as `skein-agent check` finds them.
+fn possible(agent: &Agent) -> Result<Vec<&'static str>> {
+    let checked = agent.run_command(&["check", "-o", "json"])?;
+    let probes: Vec<Value> = serde_json::from_str(&checked.stdout).context(checked.stderr)?;
+    let works = |rung: &str| {
+        let name = if rung == "udp_gso" { "udp_segment" } else { rung };
+        probes.iter().any(|probe| probe["name"] == name && probe["ok"] == true)
+    };
+    Ok(RUNGS.into_iter().filter(|rung| works(rung)).collect())
+}
+
+/// The state that a rung must have where those in `off` are forced off.
+fn wanted_state(rung: &str, off: &[&str], possible: &[&str]) -> &'static str {
+    let without_checksum = off.contains(&"tun_checksum") && ["tun_uso", "tun_tso"].contains(&rung);
+    if off.contains(&rung) {
+        "forced_off"
+    } else if without_checksum || !possible.contains(&rung) {
+        "unsupported"
+    } else {
+        "on"
+    }
+}
+
+/// The same traffic with some rungs off on some nodes, all others as they are without that.
 fn without(off: &[&str], nodes: &[usize], plan: &Plan) -> Result<()> {
     let mut cluster = Cluster::prepare(Lab::new(plan)?, Family::V4)?;
     for &node in nodes {
@@ -30,11 +53,12 @@ fn without(off: &[&str], nodes: &[usize], plan: &Plan) -> Result<()> {
         }
     }
     cluster.start()?;
+    let possible = possible(&cluster.agents[0])?;
     for (node, agent) in cluster.agents.iter().enumerate() {
         for rung in RUNGS {
-            let forced = nodes.contains(&node) && off.contains(&rung);
-            let state = state(agent, rung)?;
-            ensure!((state == "forced_off") == forced, "{rung} is {state} with {off:?} off");
+            let off = if nodes.contains(&node) { off } else { &[] };
+            let (state, wanted) = (state(agent, rung)?, wanted_state(rung, off, &possible));
+            ensure!(state == wanted, "{rung} is {state}, not {wanted}, with {off:?} off");
         }
     }
     checks::mixed_traffic(&cluster.lab, 6 << 20).with_context(|| format!("{off:?} off"))
@@ -43,6 +67,17 @@ fn without(off: &[&str], nodes: &[usize], plan: &Plan) -> Result<()> {
 #[test]
 fn without_tun_uso() -> Result<()> {
     without(&["tun_uso"], &[0, 1], &Plan::default())
+}
+
+#[test]
+fn without_tun_tso() -> Result<()> {
+    without(&["tun_tso"], &[0, 1], &Plan::default())
+}
+
+/// The two rungs above it need it: they say so.
+#[test]
+fn without_tun_checksum() -> Result<()> {
+    without(&["tun_checksum"], &[0, 1], &Plan::default())
 }
 
 #[test]
