@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use skein_e2e::checks;
-use skein_e2e::lab::agent::{Agent, Cluster, binary};
+use skein_e2e::lab::agent::{Agent, Cluster, Record, binary};
 use skein_e2e::lab::process::{self, Finished, resident_bytes};
 use skein_e2e::lab::{Family, Lab, Plan};
 
@@ -146,6 +146,37 @@ fn a_changed_endpoint_takes_effect_within_a_second() -> Result<()> {
     let report = cluster.agents[0].report()?;
     let endpoint = report["peers"][0]["endpoint"].as_str().unwrap_or_default();
     ensure!(endpoint == "192.0.2.77:51900", "{report}");
+    Ok(())
+}
+
+/// All records in one file instead of a file each, written in place or replaced.
+#[test]
+fn one_file_of_records_is_followed() -> Result<()> {
+    let mut cluster = prepared()?;
+    let records: Vec<Record> = cluster.agents.iter().map(|a| a.record.clone()).collect();
+    let file = cluster.lab.directory().join("nodes.toml");
+    fs::write(&file, Record::all_to_toml(&records))?;
+    for agent in &mut cluster.agents {
+        agent.set("nodes", file.to_string_lossy().into_owned());
+    }
+    cluster.start()?;
+    checks::all_reach_all(&cluster.lab)?;
+    let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
+    let peers = |count: usize| {
+        let agent = &cluster.agents[0];
+        let now = || Ok(agent.report()?["peers"].as_array().map(Vec::len) == Some(count));
+        checks::eventually("the change is in force", Duration::from_millis(1500), now)
+    };
+
+    fs::write(&file, Record::all_to_toml(&records[..1]))?;
+    peers(0)?;
+    checks::does_not_reach(a, b, Family::V4)?;
+
+    let new = file.with_extension("new");
+    fs::write(&new, Record::all_to_toml(&records))?;
+    fs::rename(&new, &file)?;
+    peers(1)?;
+    checks::wait_until_reached(a, b, Family::V4, Duration::from_secs(6))?;
     Ok(())
 }
 
@@ -311,7 +342,7 @@ fn the_data_process_stays_small_with_a_hundred_peers() -> Result<()> {
     let mut cluster = prepared()?;
     for number in 0..100_u16 {
         let key = cluster.lab.directory().join(format!("peer-{number}.key"));
-        let record = skein_e2e::lab::agent::Record {
+        let record = Record {
             name: format!("peer-{number}"),
             public_key: skein_e2e::lab::agent::new_key(&key)?,
             endpoints: vec![format!("192.0.2.{}:51900", 100 + number)],

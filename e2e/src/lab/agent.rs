@@ -48,12 +48,22 @@ pub struct Record {
 impl Record {
     /// As a TOML file.
     pub fn to_toml(&self) -> String {
+        self.to_table().to_string()
+    }
+
+    /// Several as one TOML file.
+    pub fn all_to_toml(records: &[Self]) -> String {
+        let tables: Vec<Table> = records.iter().map(Self::to_table).collect();
+        Table::from_iter([("node".to_owned(), tables.into())]).to_string()
+    }
+
+    fn to_table(&self) -> Table {
         let mut table = Table::new();
         table.insert("name".into(), self.name.clone().into());
         table.insert("public_key".into(), self.public_key.clone().into());
         table.insert("endpoints".into(), self.endpoints.clone().into());
         table.insert("pod_cidrs".into(), self.pod_cidrs.clone().into());
-        table.to_string()
+        table
     }
 }
 
