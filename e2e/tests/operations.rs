@@ -225,6 +225,23 @@ fn metrics_are_well_formed_and_health_is_told() -> Result<()> {
 }
 
 #[test]
+fn series_for_each_peer_are_there_where_they_are_asked_for() -> Result<()> {
+    let mut cluster = prepared()?;
+    cluster.agents[0].set("metrics.per_peer", true);
+    cluster.start()?;
+    checks::transfer(cluster.lab.pod(0), cluster.lab.pod(1), Family::V4, 4 << 20)?;
+    let metrics = cluster.agents[0].metrics()?;
+    let of_peer = |name: &str, label: &str| metrics.sum(name, &["peer=\"node-b\"", label]);
+    ensure!(of_peer("skein_peer_up", "") == 1.0, "{}", metrics.0);
+    let sent = of_peer("skein_peer_bytes_total", "direction=\"egress\"");
+    ensure!(sent > f64::from(4 << 20), "{sent} bytes sent: {}", metrics.0);
+    ensure!(of_peer("skein_peer_packets_total", "direction=\"ingress\"") > 0.0);
+    let without = cluster.agents[1].metrics()?;
+    ensure!(!without.0.contains("skein_peer_") && !without.0.contains("peer="), "{}", without.0);
+    Ok(())
+}
+
+#[test]
 fn status_tells_people_and_programs() -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;
     checks::mixed_traffic(&cluster.lab, 1 << 20)?;
