@@ -203,6 +203,14 @@ impl Agent {
         Ok(())
     }
 
+    /// Starts a data process as somebody else would for `dataplane.mode = "external"`.
+    pub fn start_dataplane(&self) -> Result<Process> {
+        let mut command = std::process::Command::new("ip");
+        command.args(["netns", "exec", &self.netns]).arg(binary()?);
+        command.args(["dataplane", "--socket", self.text("dataplane", "socket")]);
+        Process::start(&mut command, &self.log())
+    }
+
     /// Waits until it says that it is ready.
     pub fn wait_ready(&mut self) -> Result<()> {
         let end = Instant::now() + READY_LIMIT;
