@@ -1,6 +1,6 @@
 //! Strangers, former members and eavesdroppers get nothing.
 
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::thread;
 use std::time::Duration;
 
@@ -90,17 +90,25 @@ fn garbage(number: u64) -> Vec<u8> {
     bytes
 }
 
-#[test]
-fn garbage_at_the_port_disturbs_nobody() -> Result<()> {
-    let cluster = Cluster::up(&Plan::default(), Family::V4)?;
+/// A socket that reaches addresses of this family.
+fn socket(family: Family) -> Result<UdpSocket> {
+    let any: IpAddr = match family {
+        Family::V4 => [0; 4].into(),
+        Family::V6 => [0_u16; 8].into(),
+    };
+    Ok(UdpSocket::bind((any, 0))?)
+}
+
+fn garbage_disturbs_nobody(underlay: Family) -> Result<()> {
+    let cluster = Cluster::up(&Plan::default(), underlay)?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
     checks::all_reach_all(&cluster.lab)?;
     let stranger = cluster.lab.attach("stranger", 200)?;
-    let target = SocketAddr::new(cluster.lab.nodes[1].underlay(Family::V4), PORT);
+    let target = SocketAddr::new(cluster.lab.nodes[1].underlay(underlay), PORT);
 
     let file = checks::start_transfer(a, b, Family::V4, 60_000_000, Some(30_000_000))?;
     let throw = stranger.spawn(move || {
-        let socket = UdpSocket::bind("0.0.0.0:0")?;
+        let socket = socket(underlay)?;
         for number in 0..20_000 {
             // ECONNREFUSED and a full queue are of no interest here.
             let _ = socket.send_to(&garbage(number), target);
@@ -119,10 +127,19 @@ fn garbage_at_the_port_disturbs_nobody() -> Result<()> {
 }
 
 #[test]
-fn replayed_datagrams_are_dropped() -> Result<()> {
+fn garbage_at_the_port_disturbs_nobody() -> Result<()> {
+    garbage_disturbs_nobody(Family::V4)
+}
+
+#[test]
+fn garbage_at_the_port_disturbs_nobody_over_ipv6() -> Result<()> {
+    garbage_disturbs_nobody(Family::V6)
+}
+
+fn replays_are_dropped(underlay: Family) -> Result<()> {
     // On a wire, so that every datagram is captured as one.
     let plan = Plan { offloads: Offloads::Wire, ..Plan::default() };
-    let cluster = Cluster::up(&plan, Family::V4)?;
+    let cluster = Cluster::up(&plan, underlay)?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
     checks::all_reach_all(&cluster.lab)?;
     let capture = Capture::start(cluster.lab.switch()?)?;
@@ -145,10 +162,10 @@ fn replayed_datagrams_are_dropped() -> Result<()> {
     let before = count(&cluster.agents[1])?;
     let file = checks::start_transfer(b, a, Family::V6, 20_000_000, Some(20_000_000))?;
     let stranger = cluster.lab.attach("stranger", 200)?;
-    let target = SocketAddr::new(cluster.lab.nodes[1].underlay(Family::V4), PORT);
+    let target = SocketAddr::new(cluster.lab.nodes[1].underlay(underlay), PORT);
     stranger
         .spawn(move || {
-            let socket = UdpSocket::bind("0.0.0.0:0")?;
+            let socket = socket(underlay)?;
             for (number, datagram) in datagrams.iter().chain(&datagrams).enumerate() {
                 let _ = socket.send_to(datagram, target);
                 if number % 20 == 0 {
@@ -164,6 +181,16 @@ fn replayed_datagrams_are_dropped() -> Result<()> {
     let replays = count(&cluster.agents[1])? - before;
     ensure!(replays >= sent as f64, "{replays} replays counted of at least {sent}");
     checks::all_reach_all(&cluster.lab)
+}
+
+#[test]
+fn replayed_datagrams_are_dropped() -> Result<()> {
+    replays_are_dropped(Family::V4)
+}
+
+#[test]
+fn replayed_datagrams_are_dropped_over_ipv6() -> Result<()> {
+    replays_are_dropped(Family::V6)
 }
 
 #[test]
