@@ -83,6 +83,19 @@ pub fn ensure(needs: &[&[Need]], console: &Console) -> Result<()> {
     }
 }
 
+/// As [`ensure`], package by package: one that cannot be had does not keep the others away. What
+/// went wrong, in words.
+pub fn ensure_each(needs: &[Need], console: &Console) -> Vec<String> {
+    let mut packages: Vec<&str> = needs.iter().map(|need| need.package).collect();
+    packages.dedup();
+    let one = |package: &str| {
+        let of_it = |need: &&Need| need.package == package;
+        let needs: Vec<Need> = needs.iter().filter(of_it).copied().collect();
+        ensure(&[&needs], console).err().map(|error| format!("{package}: {error:#}"))
+    };
+    packages.into_iter().filter_map(one).collect()
+}
+
 fn install(packages: &[&str]) -> Result<()> {
     let arguments = ["install", "--yes", "--no-install-recommends"];
     apt(&[&arguments[..], packages].concat())
