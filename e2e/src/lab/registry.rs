@@ -208,9 +208,7 @@ pub fn sweep() -> Vec<String> {
     for (directory, is_namespace) in [(NETNS_DIR, true), (HOME, false)] {
         for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
-            let Some(rest) = name.strip_prefix(PREFIX) else { continue };
-            let pid = rest.split('-').next().unwrap_or_default();
-            if pid.parse::<u32>().is_ok() && !Path::new("/proc").join(pid).exists() {
+            if is_abandoned(&name) {
                 if is_namespace {
                     delete_namespace(&name);
                 } else if name.ends_with(SETTINGS) {
@@ -223,6 +221,18 @@ pub fn sweep() -> Vec<String> {
         }
     }
     removed
+}
+
+/// Whether this is a name of a laboratory whose process lives no more.
+fn is_abandoned(name: &str) -> bool {
+    let pid = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next());
+    let pid = pid.and_then(|pid| pid.parse::<u32>().ok());
+    pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists())
+}
+
+/// What [`sweep`] would remove: never anything of another run that is still at work.
+pub fn abandoned() -> Vec<String> {
+    existing().into_iter().filter(|name| is_abandoned(name)).collect()
 }
 
 /// Names of all namespaces and directories of laboratories that exist now, dead or alive.
