@@ -1,0 +1,87 @@
+//! `cargo e2e`'s own commands, run as people run them.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use rustix::process::Signal;
+use skein_e2e::checks;
+use skein_e2e::lab::agent::binary;
+use skein_e2e::lab::process::{Process, tail};
+use skein_e2e::lab::registry;
+
+/// Starts a command with the agent that is under test, its output in a file.
+fn start(arguments: &[&str], log: &Path) -> Result<Process> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_skein-e2e"));
+    Process::start(command.args(arguments).env("SKEIN_AGENT_BIN", binary()?), log)
+}
+
+/// Waits for its end; its exit code and all that it said.
+fn end(mut process: Process, limit: Duration) -> Result<(i32, String)> {
+    let mut code = None;
+    checks::eventually("the command has ended", limit, || {
+        code = process.exited();
+        Ok(code.is_some())
+    })
+    .with_context(|| process.log_tail(30))?;
+    Ok((code.context("no exit code")?, tail(process.log(), usize::MAX)))
+}
+
+/// Names of namespaces, directories and processes of a laboratory's process.
+fn remains(pid: i32) -> Vec<String> {
+    let name = format!("skein-e2e-{pid}-");
+    let mut all = registry::existing();
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    all.extend(processes.filter_map(|entry| {
+        let line = fs::read(entry.path().join("cmdline")).ok()?;
+        Some(String::from_utf8_lossy(&line).replace('\0', " "))
+    }));
+    all.retain(|text| text.contains(&name));
+    all
+}
+
+fn host_interfaces() -> Result<BTreeSet<std::ffi::OsString>> {
+    fs::read_dir("/sys/class/net")?.map(|entry| Ok(entry?.file_name())).collect()
+}
+
+#[test]
+fn the_demonstration_runs_to_its_end_and_leaves_nothing() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let demo = start(&["demo", "--seconds", "1"], &directory.path().join("log"))?;
+    let pid = demo.pid();
+    let (code, said) = end(demo, Duration::from_secs(60))?;
+    ensure!(code == 0, "exit code {code}:\n{said}");
+    let rows = ["tun_uso", "tun_tso", "tun_checksum", "udp_gso", "udp_gro", "reuseport_steering"];
+    for rung in rows {
+        let row = said.lines().find(|line| line.contains(rung)).context(rung)?;
+        ensure!(row.contains("on") || row.contains("unsupported"), "{row}");
+    }
+    ensure!(said.contains("All of it worked, and all of it is removed again"), "{said}");
+    ensure!(remains(pid).is_empty(), "left behind: {:?}", remains(pid));
+    Ok(())
+}
+
+#[test]
+fn an_interrupted_demonstration_leaves_nothing() -> Result<()> {
+    let before = host_interfaces()?;
+    let directory = tempfile::tempdir()?;
+    let demo = start(&["demo", "--seconds", "60"], &directory.path().join("log"))?;
+    let pid = demo.pid();
+    let sending = || Ok(demo.log_tail(5).contains("TCP between the pods"));
+    checks::eventually("traffic", Duration::from_secs(30), sending)
+        .with_context(|| demo.log_tail(30))?;
+    thread::sleep(Duration::from_millis(500));
+    ensure!(remains(pid).len() > 8, "it is not at work: {:?}", remains(pid));
+    demo.signal(Signal::INT)?;
+    let (code, said) = end(demo, Duration::from_secs(5))?;
+    ensure!(code == 130, "exit code {code}:\n{said}");
+    let gone = || Ok(remains(pid).is_empty());
+    checks::eventually("nothing is left", Duration::from_secs(1), gone)
+        .with_context(|| format!("left behind: {:?}", remains(pid)))?;
+    ensure!(host_interfaces()? == before, "interfaces of the host have changed");
+    Ok(())
+}
