@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::Signal;
+use skein_e2e::bench::Results;
 use skein_e2e::checks;
 use skein_e2e::lab::agent::binary;
 use skein_e2e::lab::process::{Process, tail};
@@ -83,5 +84,26 @@ fn an_interrupted_demonstration_leaves_nothing() -> Result<()> {
     checks::eventually("nothing is left", Duration::from_secs(1), gone)
         .with_context(|| format!("left behind: {:?}", remains(pid)))?;
     ensure!(host_interfaces()? == before, "interfaces of the host have changed");
+    Ok(())
+}
+
+#[test]
+fn a_short_benchmark_writes_its_results() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let out = directory.path().join("out");
+    let shown = out.to_string_lossy();
+    let what = ["--only", "skein", "--works", "tcp1", "--modes", "ideal", "--out", &shown];
+    let short = ["bench", "--rounds", "1", "--seconds", "1"];
+    let bench = start(&[&short[..], &what].concat(), &directory.path().join("log"))?;
+    let pid = bench.pid();
+    let (code, said) = end(bench, Duration::from_secs(60))?;
+    ensure!(code == 0, "exit code {code}:\n{said}");
+    let results: Results = serde_json::from_slice(&fs::read(out.join("results.json"))?)?;
+    ensure!(results.notes.is_empty() && results.samples.len() == 1, "{results:?}");
+    ensure!(results.samples[0].values.rate > 0.03, "{results:?}");
+    for file in ["results.md", "ideal.svg"] {
+        ensure!(fs::metadata(out.join(file))?.len() > 100, "{file} is too short");
+    }
+    ensure!(remains(pid).is_empty(), "left behind: {:?}", remains(pid));
     Ok(())
 }
