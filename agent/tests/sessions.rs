@@ -1,0 +1,245 @@
+//! The real program with a hundred live sessions. The other ends are engines of this process, with
+//! real sockets, in the same scratch network namespace. Needs root.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::io::ErrorKind;
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant, SystemTime};
+
+use base64::Engine as _;
+use rustix::process::Signal;
+use skein_agent::control::shared::Document;
+use skein_agent::ipc::PeerState;
+use skein_agent::sys::in_new_network_namespace;
+use skein_core::time::Time;
+use skein_core::tunnel::{Ciphers, Engine, EngineConfig, PeerConfig};
+use skein_core::wire::checksum;
+use skein_core::wire::header::{Flags, Header, MessageType, OVERHEAD};
+use support::{LIMIT, Process, finish};
+use zeroize::Zeroizing;
+
+const AGENT: &str = env!("CARGO_BIN_EXE_skein-agent");
+const PEERS: u8 = 100;
+const PORT: u16 = 51900;
+/// What each peer sends and gets back.
+const ROUNDS: usize = 10;
+/// Resident memory of the data process.
+const MOST_MEMORY: u64 = 64 << 20;
+
+/// The agent's own address on the overlay, and a port of this test there.
+const SERVICE: (Ipv4Addr, u16) = (Ipv4Addr::new(10, 244, 1, 1), 7000);
+
+/// Another node: an engine, its socket, and one address behind it.
+struct Peer {
+    engine: Engine,
+    socket: UdpSocket,
+    inner: Ipv4Addr,
+    sent: usize,
+    answers: usize,
+}
+
+impl Peer {
+    fn new(number: u8, agent_key: [u8; 32], now: Time) -> Self {
+        let random = |out: &mut [u8]| aws_lc_rs::rand::fill(out).unwrap();
+        let config = EngineConfig {
+            private_key: Zeroizing::new([number + 1; 32]),
+            cluster_id: "default".to_owned(),
+            listen_port: PORT,
+            lanes: 1,
+            ciphers: Ciphers { aes256_gcm: true, chacha20_poly1305: true, aes_hardware: true },
+            mtu: 1440,
+        };
+        let mut engine = Engine::new(config, Box::new(random)).unwrap();
+        let endpoints = vec![SocketAddr::from((Ipv4Addr::LOCALHOST, PORT))];
+        let id = engine.upsert_peer(now, PeerConfig { public_key: agent_key, endpoints });
+        engine.want_session(now, id);
+        let socket = UdpSocket::bind((Ipv4Addr::new(127, 0, 1, number), PORT)).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let inner = Ipv4Addr::new(10, 245, number, 1);
+        Self { engine, socket, inner, sent: 0, answers: 0 }
+    }
+
+    /// Takes what has come and sends what is due.
+    fn step(&mut self, now: Time) {
+        let mut buffer = [0; 2048];
+        loop {
+            match self.socket.recv_from(&mut buffer) {
+                Ok((length, source)) => self.receive(now, source, &mut buffer[..length]),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => panic!("{error}"),
+            }
+        }
+        self.engine.handle_timeout(now);
+        while let Some(transmit) = self.engine.poll_transmit() {
+            self.socket.send_to(&transmit.payload, transmit.destination).unwrap();
+        }
+        // One at a time, as a request waits for its answer.
+        if self.sent == self.answers && self.sent < ROUNDS {
+            self.send();
+        }
+    }
+
+    fn receive(&mut self, now: Time, source: SocketAddr, datagram: &mut [u8]) {
+        let header = Header::parse(datagram).unwrap();
+        if header.kind != MessageType::Data {
+            return self.engine.handle_datagram(now, source, datagram);
+        }
+        let mut sessions = self.engine.tables().flat_map(|(_, view)| &view.receive);
+        let session = sessions.find(|session| session.local_index == header.receiver).unwrap();
+        let opened = session.receiver(header.lane).unwrap().open(datagram);
+        let (_, packet) = opened.unwrap();
+        assert_eq!(packet[16..20], self.inner.octets(), "somebody else's packet");
+        session.traffic().received(1, packet.len() as u64);
+        self.answers += 1;
+    }
+
+    fn send(&mut self) {
+        let (_, view) = self.engine.tables().next().unwrap();
+        let (Some(session), Some(endpoint)) = (&view.current, view.endpoint) else { return };
+        let packet = packet(self.inner);
+        let mut sealed = vec![0; packet.len() + OVERHEAD];
+        session.sender(0).unwrap().seal(Flags::default(), &packet, &mut sealed).unwrap();
+        session.traffic().sent(1, packet.len() as u64);
+        self.socket.send_to(&sealed, endpoint).unwrap();
+        self.sent += 1;
+    }
+}
+
+/// UDP from a peer's address to [`SERVICE`], without a checksum, which IPv4 allows.
+fn packet(from: Ipv4Addr) -> Vec<u8> {
+    let payload = [7; 100];
+    let udp = 8 + payload.len() as u16;
+    let mut packet = vec![0x45, 0];
+    packet.extend((20 + udp).to_be_bytes());
+    packet.extend([0, 0, 0x40, 0, 64, 17, 0, 0]);
+    packet.extend(from.octets());
+    packet.extend(SERVICE.0.octets());
+    let sum = !checksum::sum(&packet, 0);
+    packet[10..12].copy_from_slice(&sum.to_be_bytes());
+    for field in [9, SERVICE.1, udp, 0] {
+        packet.extend(field.to_be_bytes());
+    }
+    packet.extend(payload);
+    packet
+}
+
+fn now(start: Instant) -> Time {
+    let wall = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+    Time { mono: start.elapsed(), wall }
+}
+
+/// Writes the agent's key, records and configuration.
+fn configure(directory: &Path, peers: &[Peer]) {
+    let shown = directory.display();
+    let record = |peer: &Peer| {
+        let key = base64::engine::general_purpose::STANDARD.encode(peer.engine.public_key());
+        let endpoint = peer.socket.local_addr().unwrap().ip();
+        let name = peer.inner.octets()[2];
+        format!(
+            "[[node]]\nname = 'peer-{name}'\npublic_key = '{key}'\nendpoints = ['{endpoint}']\n\
+             pod_cidrs = ['{}/24']\n",
+            Ipv4Addr::new(10, 245, name, 0)
+        )
+    };
+    let records: String = peers.iter().map(record).collect();
+    std::fs::write(directory.join("nodes.toml"), records).unwrap();
+    let text = format!(
+        "name = 'node-a'\nstate_dir = '{shown}/state'\nnodes = '{shown}/nodes.toml'\n\
+         private_key_file = '{shown}/key'\npod_cidrs = ['10.244.1.0/24']\n\
+         control = {{ socket = '{shown}/control.sock' }}\nmetrics = {{ listen = 'off' }}\n\
+         interface = {{ mtu = 1440 }}\nunderlay = {{ addresses = ['127.0.0.1'] }}\n\
+         [dataplane]\nsocket = '{shown}/dataplane.sock'\nlanes = 4\n"
+    );
+    std::fs::write(directory.join("agent.toml"), text).unwrap();
+}
+
+/// A run of the agent with this configuration.
+fn agent(directory: &Path, command: &str) -> Command {
+    let mut agent = Command::new(AGENT);
+    agent.args(command.split(' ')).arg("--config").arg(directory.join("agent.toml"));
+    agent
+}
+
+/// The agent at work.
+struct Running<'a>(&'a Path, Process);
+
+impl<'a> Running<'a> {
+    fn start(directory: &'a Path) -> Self {
+        let log = std::fs::File::create(directory.join("log")).unwrap();
+        let mut run = agent(directory, "run");
+        Self(directory, Process::start(run.stdout(Stdio::null()).stderr(log)).unwrap())
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        // The agent ends its data process; where it cannot, cleanup does.
+        let _ = self.1.signal(Signal::TERM).and_then(|()| self.1.wait());
+        let _ = finish(&mut agent(self.0, "cleanup"));
+    }
+}
+
+fn status(directory: &Path) -> Option<Document> {
+    let output = finish(&mut agent(directory, "status -o json")).unwrap();
+    serde_json::from_slice(&output.stdout).ok()
+}
+
+fn resident_bytes(pid: u32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() * 1024
+}
+
+#[test]
+fn a_hundred_live_sessions_take_little_memory() {
+    in_new_network_namespace(|| {
+        let up = finish(Command::new("ip").args(["link", "set", "lo", "up"]));
+        assert!(up.unwrap().status.success());
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path();
+        let made = finish(Command::new(AGENT).args(["keygen", "--out"]).arg(path.join("key")));
+        let key = String::from_utf8(made.unwrap().stdout).unwrap();
+        let key = key.trim().parse::<skein_agent::keys::PublicKey>().unwrap();
+        let start = Instant::now();
+        let mut peers: Vec<_> = (1..=PEERS).map(|n| Peer::new(n, key.0, now(start))).collect();
+        configure(path, &peers);
+        let _running = Running::start(path);
+        let document = exchange(path, &mut peers, start);
+
+        let peers = document.report.unwrap().peers;
+        let live = peers.iter().filter(|peer| peer.state == PeerState::Established).count();
+        assert_eq!(live, usize::from(PEERS), "{peers:?}");
+        let memory = resident_bytes(document.dataplane.pid.unwrap());
+        println!("{} MiB resident", memory >> 20);
+        assert!(memory < MOST_MEMORY, "{} MiB resident", memory >> 20);
+    })
+    .expect("this test needs root: CAP_SYS_ADMIN for a network namespace");
+}
+
+/// Lets every peer have its answers; the agent's status after that.
+fn exchange(path: &Path, peers: &mut [Peer], start: Instant) -> Document {
+    let log = || std::fs::read_to_string(path.join("log")).unwrap();
+    while !status(path).is_some_and(|document| document.ready) {
+        assert!(start.elapsed() < LIMIT, "not ready:\n{}", log());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let service = UdpSocket::bind(SERVICE).unwrap();
+    service.set_nonblocking(true).unwrap();
+    let mut request = [0; 2048];
+    while peers.iter().any(|peer| peer.answers < ROUNDS) {
+        assert!(start.elapsed() < LIMIT, "not all are answered:\n{}", log());
+        for peer in &mut *peers {
+            peer.step(now(start));
+        }
+        while let Ok((length, from)) = service.recv_from(&mut request) {
+            service.send_to(&request[..length], from).unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    status(path).unwrap()
+}
