@@ -13,7 +13,10 @@ use skein_e2e::bench::Results;
 use skein_e2e::checks;
 use skein_e2e::lab::agent::binary;
 use skein_e2e::lab::process::{Process, tail};
-use skein_e2e::lab::registry;
+use skein_e2e::lab::{TURN_LIMIT, registry};
+
+/// How long a command may take that does its work in seconds, once no other laboratory is in its way.
+const LIMIT: Duration = TURN_LIMIT.saturating_add(Duration::from_secs(60));
 
 /// Starts a command with the agent that is under test, its output in a file.
 fn start(arguments: &[&str], log: &Path) -> Result<Process> {
@@ -54,7 +57,7 @@ fn the_demonstration_runs_to_its_end_and_leaves_nothing() -> Result<()> {
     let directory = tempfile::tempdir()?;
     let demo = start(&["demo", "--seconds", "1"], &directory.path().join("log"))?;
     let pid = demo.pid();
-    let (code, said) = end(demo, Duration::from_secs(60))?;
+    let (code, said) = end(demo, LIMIT)?;
     ensure!(code == 0, "exit code {code}:\n{said}");
     let rows = ["tun_uso", "tun_tso", "tun_checksum", "udp_gso", "udp_gro", "reuseport_steering"];
     for rung in rows {
@@ -73,8 +76,7 @@ fn an_interrupted_demonstration_leaves_nothing() -> Result<()> {
     let demo = start(&["demo", "--seconds", "60"], &directory.path().join("log"))?;
     let pid = demo.pid();
     let sending = || Ok(demo.log_tail(5).contains("TCP between the pods"));
-    checks::eventually("traffic", Duration::from_secs(30), sending)
-        .with_context(|| demo.log_tail(30))?;
+    checks::eventually("traffic", LIMIT, sending).with_context(|| demo.log_tail(30))?;
     thread::sleep(Duration::from_millis(500));
     ensure!(remains(pid).len() > 8, "it is not at work: {:?}", remains(pid));
     demo.signal(Signal::INT)?;
@@ -96,7 +98,7 @@ fn a_short_benchmark_writes_its_results() -> Result<()> {
     let short = ["bench", "--rounds", "1", "--seconds", "1"];
     let bench = start(&[&short[..], &what].concat(), &directory.path().join("log"))?;
     let pid = bench.pid();
-    let (code, said) = end(bench, Duration::from_secs(60))?;
+    let (code, said) = end(bench, LIMIT)?;
     ensure!(code == 0, "exit code {code}:\n{said}");
     let results: Results = serde_json::from_slice(&fs::read(out.join("results.json"))?)?;
     ensure!(results.notes.is_empty() && results.samples.len() == 1, "{results:?}");

@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use skein_e2e::checks;
-use skein_e2e::lab::{Family, Lab, Netns, Offloads, Plan, UNDERLAY, Underlay, registry};
+use skein_e2e::lab::{
+    Family, Lab, Netns, Offloads, Plan, TURN_LIMIT, UNDERLAY, Underlay, registry,
+};
 use skein_e2e::load::ping::{Ping, ping};
 use skein_e2e::load::rr;
 
@@ -86,7 +88,7 @@ fn interrupted_by(signal: Signal) -> Result<()> {
     let of_child = format!("-{}-", child.id());
     let remains = || registry::existing().into_iter().filter(|name| name.contains(&of_child));
     let up = || Ok(remains().count() > 4);
-    let up = checks::eventually("a laboratory", Duration::from_secs(20), up);
+    let up = checks::eventually("a laboratory", TURN_LIMIT, up);
     let pid = Pid::from_raw(child.id().cast_signed()).context("no process id")?;
     kill_process(pid, signal)?;
     let start = Instant::now();

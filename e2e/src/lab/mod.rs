@@ -194,7 +194,7 @@ impl Drop for Lab {
 
 /// How long another laboratory may take before this one gives up: less than the test that waits
 /// may take ([`crate::suite::watch::LIMIT`]), so that it can say why.
-const TURN_LIMIT: Duration = Duration::from_secs(8 * 60);
+pub const TURN_LIMIT: Duration = Duration::from_secs(8 * 60);
 
 /// The right to have a laboratory now, held by a lock on a file.
 #[derive(Debug)]
