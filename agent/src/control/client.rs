@@ -14,7 +14,7 @@ use crate::ipc::{
 };
 
 /// The data process answers quickly; one that takes this long hangs.
-const DEADLINE: Duration = Duration::from_secs(5);
+const DEADLINE: Duration = Duration::from_secs(3);
 /// Opening sockets and taking thousands of peers may take longer on a busy machine.
 const CHANGE_DEADLINE: Duration = Duration::from_secs(30);
 

@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// How often a socket that nobody listens on is tried.
 const RETRY: Duration = Duration::from_millis(20);
 /// A data process is asked for a sign of life this often.
-const HEARTBEAT: Duration = Duration::from_secs(5);
+const HEARTBEAT: Duration = Duration::from_secs(2);
 /// So many failed restarts of the first data process end the agent.
 const STARTS: u32 = 2;
 /// A data process that was in the wanted state for this long is started again at once.
