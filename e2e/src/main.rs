@@ -22,6 +22,8 @@ enum Command {
     Test(suite::Options),
     /// Compare Skein with other overlays on this host.
     Bench(bench::Options),
+    /// Measure what thousands of node records cost.
+    Scale(bench::scale::Options),
     /// Run the fuzz targets for a bounded time each.
     Fuzz(suite::fuzz::Options),
     /// Remove what an interrupted run left behind.
@@ -33,6 +35,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::run(&options),
         Command::Test(options) => suite::run(&options),
         Command::Bench(options) => bench::run(&options),
+        Command::Scale(options) => bench::scale::run(&options),
         Command::Fuzz(options) => suite::fuzz::run(&options),
         Command::Cleanup => {
             let removed = registry::sweep();

@@ -8,6 +8,7 @@ pub mod overlay;
 pub mod plot;
 pub mod report;
 pub mod rivals;
+pub mod scale;
 pub mod works;
 
 use std::fs;
