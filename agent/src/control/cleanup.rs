@@ -10,6 +10,7 @@ use crate::config::{ALIAS_PREFIX, Config};
 use crate::failure::Failure;
 use crate::ipc::Request;
 use crate::netlink::Netlink;
+use crate::netlink::provisional::Provisional;
 
 /// How long a data process may take to end.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -46,6 +47,9 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
     cleaned.note("data process", stopped);
     let interface = format!("interface {}", config.interface.name);
     cleaned.note(&interface, remove_interface(config).await);
+    let provisional = Provisional::new(&config.interface.name, &config.alias());
+    let unfinished = format!("unfinished interface {}", provisional.name());
+    cleaned.note(&unfinished, remove_provisional(&provisional).await);
     for socket in dataplane_socket.into_iter().chain([&config.control.socket]) {
         cleaned.note(&format!("socket {}", socket.display()), remove_file(socket));
     }
@@ -117,6 +121,11 @@ async fn remove_interface(config: &Config) -> Result<bool, String> {
     }
     netlink.delete_link(link.index).await.map_err(|error| error.to_string())?;
     Ok(true)
+}
+
+async fn remove_provisional(provisional: &Provisional) -> Result<bool, String> {
+    let netlink = Netlink::connect().map_err(|error| error.to_string())?;
+    provisional.remove(&netlink).await.map_err(|error| error.to_string())
 }
 
 fn remove_file(path: &Path) -> Result<bool, String> {

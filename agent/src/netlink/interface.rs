@@ -1,18 +1,18 @@
 //! The overlay's interface: made, kept as wanted, removed; never somebody else's.
 
 use std::collections::BTreeSet;
-use std::hash::{Hash, Hasher};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 use thiserror::Error;
 
 use super::link::{Link, LinkChange};
+use super::provisional::Provisional;
 use super::route::Route;
 use super::sysctl::{Sysctl, SysctlError, ensure_ipv6_forwarding};
 use super::{Netlink, NetlinkError};
 use crate::config::ALIAS_PREFIX;
-use crate::sys::tun::{TunError, create_persistent};
+use crate::sys::tun::TunError;
 
 /// What the interface is to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,33 +82,10 @@ impl Wanted {
             self.check_owner(link.clone())?;
             return Ok(Present { index: link.index, created: false });
         }
-        // A device without the mark would be a stranger's at the next start. So it gets its name last:
-        // one that an agent killed half-way has left is known by its provisional name.
-        let provisional = self.provisional_name();
-        if let Some(left) = netlink.link(&provisional).await? {
-            netlink.delete_link(left.index).await?;
-        }
-        create_persistent(&provisional)?;
-        let link = netlink.link(&provisional).await?.ok_or_else(|| NetlinkError {
-            what: format!("find the interface {provisional} just made"),
-            source: std::io::ErrorKind::NotFound.into(),
-        })?;
-        let mark = LinkChange { alias: Some(self.alias.clone()), ..LinkChange::default() };
-        let rename = LinkChange { name: Some(self.name.clone()), ..LinkChange::default() };
-        for change in [mark, rename] {
-            if let Err(error) = netlink.change_link(link.index, &change).await {
-                netlink.delete_link(link.index).await?;
-                return Err(error.into());
-            }
-        }
-        Ok(Present { index: link.index, created: true })
-    }
-
-    /// What the device is called until it is marked: nobody else's name, the same at every start.
-    pub(super) fn provisional_name(&self) -> String {
-        let mut hasher = std::hash::DefaultHasher::new();
-        (&self.alias, &self.name).hash(&mut hasher);
-        format!("skein-{:08x}", hasher.finish() as u32)
+        let provisional = Provisional::new(&self.name, &self.alias);
+        provisional.remove(netlink).await?;
+        let index = provisional.create(netlink, &self.name).await?;
+        Ok(Present { index, created: true })
     }
 
     fn check_owner(&self, found: Link) -> Result<(), InterfaceError> {

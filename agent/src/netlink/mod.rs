@@ -8,6 +8,7 @@ pub mod address;
 pub mod interface;
 pub mod link;
 pub mod monitor;
+pub mod provisional;
 pub mod route;
 pub mod sysctl;
 pub mod underlay;

@@ -5,10 +5,17 @@
 use std::process::Command;
 use std::time::Duration;
 
+use futures_util::StreamExt;
+use rtnetlink::MulticastGroup;
+use rtnetlink::packet_core::NetlinkPayload;
+use rtnetlink::packet_route::RouteNetlinkMessage;
+
 use super::interface::{InterfaceError, Wanted};
-use super::link::LinkChange;
+use super::link::{Link, LinkChange};
 use super::monitor::Monitor;
+use super::provisional::Provisional;
 use super::*;
+use crate::sys::tun::create_persistent;
 
 /// Runs a future in a network namespace of its own.
 pub(crate) fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send) {
@@ -73,24 +80,6 @@ fn the_interface_becomes_what_is_wanted() {
         assert_eq!(sysctl("ipv6/conf/all/forwarding").trim(), "1");
         let again = wanted.configure(&netlink, index).await;
         assert_eq!(again, Default::default(), "a second pass has nothing to do");
-    });
-}
-
-#[test]
-fn a_device_that_a_killed_agent_left_unmarked_is_no_obstacle() {
-    in_namespace(|| async {
-        let netlink = Netlink::connect().unwrap();
-        let wanted = wanted();
-        let first = wanted.ensure_device(&netlink).await.unwrap();
-        netlink.delete_link(first.index).await.unwrap();
-        // As after a kill between making and marking.
-        crate::sys::tun::create_persistent(&wanted.provisional_name()).unwrap();
-        let second = wanted.ensure_device(&netlink).await.unwrap();
-        assert!(second.created);
-        let links = netlink.links().await.unwrap();
-        let tuns: Vec<_> = links.iter().filter(|l| l.kind.as_deref() == Some("tun")).collect();
-        assert_eq!(tuns.len(), 1);
-        assert_eq!((tuns[0].name.as_str(), tuns[0].alias.as_str()), ("sk-test", "skein:node-1"));
     });
 }
 
@@ -183,6 +172,101 @@ fn interfaces_of_others_are_refused_and_not_touched() {
             assert_eq!(ip("-details link show sk-test"), before);
             ip("link del sk-test");
         }
+    });
+}
+
+#[test]
+fn nobody_ever_sees_the_interface_without_its_mark() {
+    in_namespace(|| async {
+        let (connection, _, mut messages) =
+            rtnetlink::new_multicast_connection(&[MulticastGroup::Link]).unwrap();
+        let connection = tokio::spawn(connection);
+        let netlink = Netlink::connect().unwrap();
+        wanted().ensure_device(&netlink).await.unwrap();
+        let mut seen = Vec::new();
+        // Whatever the kernel has to say it says before the last request is answered.
+        while let Ok(Some((message, _))) =
+            tokio::time::timeout(Duration::from_millis(500), messages.next()).await
+        {
+            if let NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) =
+                message.payload
+            {
+                seen.push(Link::from(link));
+            }
+        }
+        connection.abort();
+        let named: Vec<_> = seen.iter().filter(|link| link.name == "sk-test").collect();
+        assert!(!named.is_empty(), "{seen:?}");
+        assert!(named.iter().all(|link| link.alias == "skein:node-1"), "{named:?}");
+    });
+}
+
+#[test]
+fn what_a_killed_start_has_left_is_removed() {
+    in_namespace(|| async {
+        let netlink = Netlink::connect().unwrap();
+        let wanted = wanted();
+        let provisional = Provisional::new(&wanted.name, &wanted.alias);
+        let name = provisional.name();
+        for alias in [None, Some(&wanted.alias)] {
+            // As far as it got before it was killed.
+            create_persistent(name).unwrap();
+            if let Some(alias) = alias {
+                ip(&format!("link set {name} alias {alias}"));
+            }
+            let present = wanted.ensure_device(&netlink).await.unwrap();
+            assert!(present.created);
+            assert!(netlink.link(name).await.unwrap().is_none(), "it is gone");
+            let link = netlink.link("sk-test").await.unwrap().unwrap();
+            assert_eq!((link.index, &link.alias), (present.index, &wanted.alias));
+            let again = wanted.ensure_device(&netlink).await.unwrap();
+            assert!(!again.created && again.index == present.index);
+            netlink.delete_link(present.index).await.unwrap();
+        }
+    });
+}
+
+#[test]
+fn what_others_have_under_the_provisional_name_stays() {
+    in_namespace(|| async {
+        let netlink = Netlink::connect().unwrap();
+        let wanted = wanted();
+        let provisional = Provisional::new(&wanted.name, &wanted.alias);
+        let name = provisional.name();
+        for make in [
+            format!("link add dev {name} type bridge"),
+            format!("tuntap add {name} mode tun\nlink set {name} alias vpn"),
+            format!("tuntap add {name} mode tun\nlink set {name} up"),
+        ] {
+            make.lines().for_each(|line| drop(ip(line)));
+            let before = ip(&format!("-details link show {name}"));
+            let error = wanted.ensure_device(&netlink).await.unwrap_err();
+            assert!(matches!(error, InterfaceError::Foreign { .. }), "{error}");
+            assert_eq!(ip(&format!("-details link show {name}")), before);
+            assert!(netlink.link("sk-test").await.unwrap().is_none());
+            ip(&format!("link del {name}"));
+        }
+    });
+}
+
+#[test]
+fn provisional_names_are_possible_and_differ() {
+    let names = [("skein0", "skein:a"), ("skein0", "skein:b"), ("skein1", "skein:a")]
+        .map(|(name, alias)| Provisional::new(name, alias).name().to_owned());
+    assert!(names.iter().all(|name| name.len() == 15), "{names:?}");
+    assert!(names[0] != names[1] && names[0] != names[2] && names[1] != names[2], "{names:?}");
+}
+
+#[test]
+fn a_name_that_is_taken_meanwhile_leaves_nothing_behind() {
+    in_namespace(|| async {
+        let netlink = Netlink::connect().unwrap();
+        let wanted = wanted();
+        let provisional = Provisional::new(&wanted.name, &wanted.alias);
+        ip("link add dev sk-test type bridge");
+        let error = provisional.create(&netlink, "sk-test").await.unwrap_err();
+        assert!(matches!(error, InterfaceError::Netlink(_)), "{error}");
+        assert!(netlink.link(provisional.name()).await.unwrap().is_none());
     });
 }
 
