@@ -123,6 +123,13 @@ impl Shared {
     /// What the data process said within the last second, or says now. However many ask at once, it
     /// is asked once.
     pub async fn recent_report(&self) -> Option<Report> {
+        let shared = self.clone();
+        // A task of its own: a client that goes away would take back a question that others wait
+        // for, and many such clients would have the data process asked over and over.
+        tokio::spawn(async move { shared.ask_or_recall().await }).await.ok().flatten()
+    }
+
+    async fn ask_or_recall(&self) -> Option<Report> {
         let mut last = self.last_report.lock().await;
         match &*last {
             Some((at, report)) if at.elapsed() < RECENT => report.clone(),
@@ -156,5 +163,71 @@ impl Shared {
     fn lock(&self) -> MutexGuard<'_, View> {
         // Nothing under the lock can panic half way.
         self.view.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::ipc::{PROTOCOL_VERSION, Request, Response, read_frame, write_frame};
+
+    /// A data process that counts the reports it is asked for, and takes a while for each.
+    fn fake() -> (tempfile::TempDir, Shared, Arc<AtomicUsize>) {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("socket");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let reports = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&reports);
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                while let Ok(Some(request)) = read_frame::<Request>(&mut stream) {
+                    let answer = match request {
+                        Request::Report => {
+                            count.fetch_add(1, Ordering::Relaxed);
+                            std::thread::sleep(Duration::from_millis(300));
+                            Response::Report { report: Box::default() }
+                        }
+                        _ => Response::Hello { version: PROTOCOL_VERSION, pid: 1, node: None },
+                    };
+                    // Whoever asked may have gone.
+                    let _ = write_frame(&mut stream, &answer);
+                }
+            }
+        });
+        let config = format!("name = 'node-a'\n[dataplane]\nsocket = {socket:?}");
+        let shared = Shared::new(Config::parse(&config).unwrap(), PublicKey([1; 32]));
+        (directory, shared, reports)
+    }
+
+    #[tokio::test]
+    async fn those_who_ask_together_share_one_report() {
+        let (_directory, shared, reports) = fake();
+        let ask = || {
+            let shared = shared.clone();
+            tokio::spawn(async move { shared.recent_report().await.is_some() })
+        };
+        for asked in (0..20).map(|_| ask()).collect::<Vec<_>>() {
+            assert!(asked.await.unwrap());
+        }
+        assert_eq!(reports.load(Ordering::Relaxed), 1);
+        tokio::time::sleep(RECENT + Duration::from_millis(100)).await;
+        assert!(ask().await.unwrap());
+        assert_eq!(reports.load(Ordering::Relaxed), 2, "an old report is not given out");
+    }
+
+    #[tokio::test]
+    async fn clients_that_go_away_do_not_have_it_asked_again() {
+        let (_directory, shared, reports) = fake();
+        for _ in 0..5 {
+            let patience = Duration::from_millis(20);
+            assert!(tokio::time::timeout(patience, shared.recent_report()).await.is_err());
+        }
+        assert!(shared.recent_report().await.is_some());
+        assert_eq!(reports.load(Ordering::Relaxed), 1);
     }
 }
