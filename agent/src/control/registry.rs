@@ -95,20 +95,20 @@ impl Registry {
         check_own(&own, &files)?;
         let first_start = last_good.is_none();
         let (accepted, rejected) = settle(&own, &[], &last_good.unwrap_or_default(), files);
-        let fatal: Vec<_> = rejected
+        let mut problems: Vec<_> = rejected
             .iter()
-            .filter(|(path, _)| first_start && !accepted.contains_key(*path))
             .map(|(path, error)| format!("node records {}: {error}", path.display()))
             .collect();
-        if !fatal.is_empty() {
-            return Err(Failure::Usage(fatal.join("\n")));
+        if first_start && !problems.is_empty() {
+            return Err(Failure::Usage(problems.join("\n")));
         }
         let Some(local_cidrs) = local_cidrs(&own, &accepted) else {
-            return Err(Failure::Usage(format!(
+            problems.push(format!(
                 "this node ({}) has no pod CIDRs: set pod_cidrs in the configuration, or add a \
                  record with this name to {shown}",
                 own.name
-            )));
+            ));
+            return Err(Failure::Usage(problems.join("\n")));
         };
         let registry = Self { own, local_cidrs, source, store, accepted, rejected, source_error };
         for (path, error) in &registry.rejected {
@@ -469,6 +469,45 @@ mod tests {
         let registry = lab.open().unwrap();
         assert_eq!(peers(&registry), before);
         assert_eq!(registry.status().rejected.len(), 1);
+    }
+
+    #[test]
+    fn a_restart_refuses_what_a_change_at_run_time_would() {
+        for (new, expected) in [
+            ("name = ".to_owned(), "line 1"),
+            (text(4, &["10.2.0.0/25"]), "overlap"),
+            (text(4, &["10.1.0.0/25"]), "the other is this node"),
+        ] {
+            let lab = Lab::new();
+            lab.write("b.toml", &text(2, &["10.2.0.0/24"]));
+            lab.write("c.toml", &text(3, &["10.3.0.0/24"]));
+            lab.open().unwrap();
+            // While the agent is away: one file is wrong, another is good, a third goes.
+            lab.write("a.toml", &new);
+            lab.write("d.toml", &text(5, &["10.5.0.0/24"]));
+            lab.remove("c.toml");
+            for _ in 0..2 {
+                let mut registry = lab.open().unwrap();
+                assert_eq!(peers(&registry), ["node-2 10.2.0.0/24", "node-5 10.5.0.0/24"]);
+                let rejected = registry.status().rejected;
+                assert_eq!(rejected.len(), 1, "{rejected:?}");
+                assert!(rejected[0].file.ends_with("a.toml"), "{rejected:?}");
+                assert!(rejected[0].error.contains(expected), "{rejected:?}");
+                assert!(!registry.reload());
+                assert_eq!(registry.status().rejected, rejected);
+            }
+            lab.write("a.toml", &text(4, &["10.4.0.0/24"]));
+            assert_eq!(lab.open().unwrap().peers().count(), 3, "mended");
+        }
+    }
+
+    #[test]
+    fn a_wrong_own_record_is_named_where_the_pod_cidrs_are_missing() {
+        let lab = Lab::new();
+        lab.open().unwrap();
+        lab.write("a.toml", "name = 'node-1'");
+        let error = Registry::open(&lab.config(""), PublicKey([1; 32])).unwrap_err().to_string();
+        assert!(error.contains("a.toml") && error.contains("has no pod CIDRs"), "{error}");
     }
 
     #[test]
