@@ -2,6 +2,9 @@
 //! for what inotify does not tell (a directory that was replaced, the target of a symbolic link), and
 //! by the clock for what neither sees (network file systems).
 
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs::DirEntry;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -93,9 +96,10 @@ async fn run(
             }
             _ = look.tick() => {
                 let now = Identity::of(&source);
-                if std::mem::replace(&mut seen, now) == now {
+                if now == seen {
                     continue;
                 }
+                seen = now;
                 subscribe(&source, watcher.as_mut());
             }
         }
@@ -106,15 +110,31 @@ async fn run(
 }
 
 /// Which file or directory a path leads to, symbolic links followed, and when it was last changed;
-/// `None` where there is none.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Identity(Option<(u64, u64, i64, i64, u64)>);
+/// `None` where there is none. Of a directory also what the links in it lead to: inotify tells only
+/// of the links themselves.
+#[derive(Debug, PartialEq, Eq)]
+struct Identity {
+    source: Option<Version>,
+    links: BTreeMap<OsString, Option<Version>>,
+}
+
+type Version = (u64, u64, i64, i64, u64);
 
 impl Identity {
     fn of(path: &Path) -> Self {
-        let found = std::fs::metadata(path).ok();
-        Self(found.map(|m| (m.dev(), m.ino(), m.mtime(), m.mtime_nsec(), m.size())))
+        let link = |entry: &DirEntry| entry.file_type().is_ok_and(|kind| kind.is_symlink());
+        let links = std::fs::read_dir(path).map(|entries| {
+            let links = entries.flatten().filter(link);
+            links.map(|entry| (entry.file_name(), version(&entry.path()))).collect()
+        });
+        // A file has no entries, and neither has what is not there.
+        Self { source: version(path), links: links.unwrap_or_default() }
     }
+}
+
+fn version(path: &Path) -> Option<Version> {
+    let found = std::fs::metadata(path).ok();
+    found.map(|m| (m.dev(), m.ino(), m.mtime(), m.mtime_nsec(), m.size()))
 }
 
 /// Subscribes, again and again: a directory that was replaced is another one to inotify.
@@ -233,5 +253,35 @@ mod tests {
         calm(&mut watch).await;
         std::fs::write(&target, "longer").unwrap();
         assert!(due(&mut watch).await);
+    }
+
+    #[tokio::test]
+    async fn a_linked_file_in_a_directory_whose_target_changes_is_noticed() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        for name in ["nodes", "store", "other"] {
+            std::fs::create_dir(at(name)).unwrap();
+        }
+        std::fs::write(at("store/a"), "1").unwrap();
+        std::fs::write(at("other/a"), "2").unwrap();
+        std::os::unix::fs::symlink(at("store/a"), at("nodes/a.toml")).unwrap();
+        let mut watch = SourceWatch::start(&at("nodes"));
+        calm(&mut watch).await;
+        std::fs::write(at("store/a"), "longer").unwrap();
+        assert!(due(&mut watch).await, "written in place");
+        calm(&mut watch).await;
+        std::fs::write(at("store/new"), "4").unwrap();
+        std::fs::rename(at("store/new"), at("store/a")).unwrap();
+        assert!(due(&mut watch).await, "replaced");
+        calm(&mut watch).await;
+        std::os::unix::fs::symlink(at("other/a"), at("nodes/.new")).unwrap();
+        std::fs::rename(at("nodes/.new"), at("nodes/a.toml")).unwrap();
+        assert!(due(&mut watch).await, "led elsewhere");
+        calm(&mut watch).await;
+        std::fs::write(at("other/a"), "longer").unwrap();
+        assert!(due(&mut watch).await, "written where it leads now");
+        calm(&mut watch).await;
+        std::fs::remove_file(at("other/a")).unwrap();
+        assert!(due(&mut watch).await, "gone");
     }
 }
