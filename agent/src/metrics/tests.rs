@@ -3,9 +3,11 @@
 use std::io::Write;
 use std::process::{Command, Stdio};
 
+use prometheus::proto::MetricType;
 use skein_core::drop::DropReason;
 
 use super::*;
+use crate::control::registry::RejectedFile;
 use crate::ipc::{Capability, DropReport, HandshakeCount};
 use crate::status::tests::peer;
 
@@ -107,6 +109,38 @@ fn both_processes_are_measured() {
         let name = format!("skein_process_resident_memory_bytes{{process=\"{process}\"}} ");
         let value = text.lines().find_map(|line| line.strip_prefix(&name)).unwrap();
         assert!(value.parse::<f64>().unwrap() > 1e5);
+    }
+}
+
+#[test]
+fn records_in_force_and_refused_files_are_counted() {
+    let refused = RejectedFile { file: "b.toml".into(), error: "line 1".to_owned() };
+    let registry = RegistryStatus { accepted: 7, rejected: vec![refused], ..Default::default() };
+    let text = render(&Input { registry, ..input() }).unwrap();
+    has(&text, "skein_node_records 7");
+    has(&text, "skein_node_record_files_rejected 1");
+}
+
+/// Prometheus's conventions, of which promtool checks some: a prefix, a base unit at the end,
+/// `_total` after it on counters and on nothing else.
+#[test]
+fn names_end_in_their_units() {
+    let input = input();
+    for family in families(&input) {
+        let name = family.name();
+        assert!(name.starts_with("skein_"), "{name}");
+        let counter = family.get_field_type() == MetricType::COUNTER;
+        let bare = name.strip_suffix("_total");
+        assert_eq!(bare.is_some(), counter, "{name}");
+        let bare = bare.unwrap_or(name);
+        for unit in ["seconds", "bytes"] {
+            assert!(!bare.contains(unit) || bare.ends_with(&format!("_{unit}")), "{name}");
+        }
+        for scaled in ["_ms", "_us", "milliseconds", "microseconds", "kib", "ticks"] {
+            assert!(!bare.contains(scaled), "{name}");
+        }
+        let clumsy = name.ends_with("_count") || name.ends_with("_sum") || name.ends_with("_max");
+        assert!(!clumsy, "{name}");
     }
 }
 
