@@ -5,14 +5,18 @@
 
 mod support;
 
+use std::fs::Permissions;
 use std::net::{TcpListener, UdpSocket};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use skein_agent::control::shared::Document;
+use skein_agent::netlink::provisional::Provisional;
 use skein_agent::sys::in_new_network_namespace;
+use skein_agent::sys::tun::{TunOffload, create_persistent, open_queues};
 use support::{LIMIT, Process, finish, send};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_skein-agent");
@@ -193,6 +197,50 @@ fn what_is_taken_ends_with_5_and_stays_untouched() {
 }
 
 #[test]
+fn a_device_in_use_is_taken_and_a_foreign_address_is_configuration() {
+    in_namespace(|| {
+        let mut node = Node::new();
+        // This node's own device, which somebody has open already.
+        create_persistent("skein0").unwrap();
+        ip("link set skein0 alias skein:node-a");
+        let (queues, ..) = open_queues("skein0", 1, TunOffload::NONE).unwrap();
+        refused(&mut node, 5, &["skein0", "open in another process"]);
+        drop(queues);
+        let file = node.path("agent.toml");
+        let good = std::fs::read_to_string(&file).unwrap();
+        let elsewhere = "underlay = { addresses = ['192.0.2.200'], port";
+        std::fs::write(&file, good.replace("underlay = { port", elsewhere)).unwrap();
+        refused(&mut node, 2, &["192.0.2.200", "underlay.addresses"]);
+        std::fs::write(&file, good.replace("control.sock", "dataplane.sock")).unwrap();
+        refused(&mut node, 2, &["dataplane.socket", "control.socket", "its own"]);
+        let long = format!("control.sock{}", "x".repeat(100));
+        std::fs::write(&file, good.replace("control.sock", &long)).unwrap();
+        refused(&mut node, 2, &["control.socket", "107"]);
+    });
+}
+
+#[test]
+fn the_status_is_not_for_everybody() {
+    in_namespace(|| {
+        let mut node = Node::new();
+        node.run();
+        // The program and the socket's directory can be reached; the socket is for root.
+        let open = |path: &Path| std::fs::set_permissions(path, Permissions::from_mode(0o755));
+        open(node.directory.path()).unwrap();
+        let program = node.path("agent");
+        // By another program: a copy open for writing in here could not be run yet.
+        assert!(finish(Command::new("cp").arg(AGENT).arg(&program)).unwrap().status.success());
+        open(&program).unwrap();
+        let mut status = Command::new("setpriv");
+        status.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(&program);
+        status.arg("status").arg("--socket").arg(node.path("control.sock"));
+        let (code, message) = end(&mut status);
+        assert_eq!(code, 3, "{message}");
+        assert!(message.contains("control.sock") && message.contains("run as root"), "{message}");
+    });
+}
+
+#[test]
 fn two_agents_cannot_share_a_state_directory() {
     in_namespace(|| {
         let mut node = Node::new();
@@ -302,6 +350,21 @@ fn an_orderly_end_and_a_cleanup_leave_nothing() {
         let status = node.output("status");
         assert_eq!(status.status.code(), Some(1));
         assert!(String::from_utf8_lossy(&status.stderr).contains("no agent answers"));
+    });
+}
+
+#[test]
+fn cleanup_removes_what_a_killed_start_has_left() {
+    in_namespace(|| {
+        let node = Node::new();
+        let provisional = Provisional::new("skein0", "skein:node-a");
+        let name = provisional.name();
+        create_persistent(name).unwrap();
+        let cleanup = node.output("cleanup");
+        assert!(cleanup.status.success(), "{cleanup:?}");
+        let said = String::from_utf8_lossy(&cleanup.stdout);
+        assert!(said.contains(&format!("removed unfinished interface {name}")), "{said}");
+        assert!(!exists(name));
     });
 }
 
