@@ -22,6 +22,9 @@ pub const PROTOCOL_VERSION: u32 = 1;
 /// The longest frame accepted, in bytes: a snapshot of 5,000 nodes takes about 2 MiB.
 pub const MAX_FRAME: usize = 64 << 20;
 
+/// So much of a frame's body is made room for at first.
+const FIRST_READ: usize = 64 << 10;
+
 /// From the control process.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
@@ -457,12 +460,16 @@ pub fn read_frame<T: DeserializeOwned>(from: &mut impl Read) -> io::Result<Optio
         n => from.read_exact(&mut length[n..])?,
     }
     let length = frame_length(length)?;
-    // Read as it comes rather than reserve what a stranger claims.
-    // It may hold a private key.
-    let mut body = Zeroizing::new(Vec::with_capacity(length.min(1 << 16)));
-    from.take(length as u64).read_to_end(&mut body)?;
-    if body.len() < length {
-        return Err(io::ErrorKind::UnexpectedEof.into());
+    // Read as it comes rather than reserve what a stranger claims. It may hold a private key: what
+    // it outgrows is wiped, too.
+    let mut body = Zeroizing::new(Vec::new());
+    while body.len() < length {
+        let start = body.len();
+        let end = length.min((2 * start).max(FIRST_READ));
+        let mut larger = Zeroizing::new(vec![0; end]);
+        larger[..start].copy_from_slice(&body);
+        from.read_exact(&mut larger[start..])?;
+        body = larger;
     }
     Ok(Some(serde_json::from_slice(&body)?))
 }
@@ -510,5 +517,17 @@ mod tests {
         assert!(read_frame::<Request>(&mut &[0, 0][..]).is_err());
         assert!(read_frame::<Request>(&mut &[0, 0, 0, 9, b'{'][..]).is_err());
         assert!(read_frame::<Request>(&mut &[0, 0, 0, 2, b'{', b'}'][..]).is_err());
+    }
+
+    #[test]
+    fn frames_of_every_length_arrive_whole() {
+        for length in [0, 1, FIRST_READ - 2, FIRST_READ, 10 * FIRST_READ + 7] {
+            let sent = "x".repeat(length);
+            let frame = encode_frame(&sent).unwrap();
+            // As a socket gives it: in parts.
+            let (head, tail) = frame.split_at(frame.len().min(100));
+            assert_eq!(read_frame::<String>(&mut head.chain(tail)).unwrap(), Some(sent));
+            assert!(read_frame::<String>(&mut &frame[..frame.len() - 1]).is_err(), "{length}");
+        }
     }
 }

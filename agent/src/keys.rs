@@ -57,14 +57,23 @@ impl PrivateKey {
 
     /// The text form, for the key file.
     pub fn to_base64(&self) -> Zeroizing<String> {
-        Zeroizing::new(BASE64.encode(*self.0))
+        // Room for all of it, and for a line's end: what grows leaves copies behind.
+        let mut text = Zeroizing::new(String::with_capacity(64));
+        BASE64.encode_string(self.as_bytes(), &mut text);
+        text
     }
 }
 
 fn decode(text: &str) -> Result<Zeroizing<[u8; 32]>, KeyError> {
-    let bytes = Zeroizing::new(BASE64.decode(text.trim()).map_err(|_| KeyError::Encoding)?);
-    let array: [u8; 32] = bytes[..].try_into().map_err(|_| KeyError::Length(bytes.len()))?;
-    Ok(Zeroizing::new(array))
+    // Wiped also where only the end turns out to be wrong.
+    let mut bytes = Zeroizing::new(Vec::with_capacity(64));
+    BASE64.decode_vec(text.trim(), &mut bytes).map_err(|_| KeyError::Encoding)?;
+    let mut array = Zeroizing::new([0; 32]);
+    match bytes.len() {
+        32 => array.copy_from_slice(&bytes),
+        length => return Err(KeyError::Length(length)),
+    }
+    Ok(array)
 }
 
 impl FromStr for PublicKey {

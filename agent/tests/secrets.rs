@@ -1,0 +1,151 @@
+//! No memory is given back with the private key in it.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+use skein_agent::ipc::{Request, Snapshot, encode_frame, read_frame};
+use skein_agent::keys::PrivateKey;
+
+/// A private key, as text and as it is.
+const TEXT: &str = "yIBdwOu3mNnUKZPRhiWr6rzEkBwxOpmwLUHzBRbTD2s=";
+const BYTES: [u8; 32] = [
+    200, 128, 93, 192, 235, 183, 152, 217, 212, 41, 147, 209, 134, 37, 171, 234, 188, 196, 144, 28,
+    49, 58, 153, 176, 45, 65, 243, 5, 22, 211, 15, 107,
+];
+
+thread_local! {
+    static LEAKS: Cell<u64> = const { Cell::new(0) };
+    static SEARCHES: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Looks into every block that is given back while a test wants it.
+struct Searching;
+
+/// Counts a block that holds the beginning of the secret: half of it is as bad.
+///
+/// # Safety
+/// `pointer` is that of a live, initialised block of `length` bytes.
+unsafe fn search(pointer: *const u8, length: usize) {
+    // SAFETY: the caller's promise.
+    let block = unsafe { std::slice::from_raw_parts(pointer, length) };
+    let holds = |secret: &[u8]| block.windows(16).any(|window| window == &secret[..16]);
+    if holds(TEXT.as_bytes()) || holds(&BYTES) {
+        LEAKS.with(|leaks| leaks.set(leaks.get() + 1));
+    }
+}
+
+// SAFETY: every call goes to the system's allocator; a search only reads a block that is still the
+// caller's, and touches no other memory than constant-initialised thread-locals.
+unsafe impl GlobalAlloc for Searching {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // Zeroed, so that all of a block may be read, and none is blamed for what was there before.
+        // SAFETY: the caller's promise, passed on.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        if SEARCHES.with(Cell::get) {
+            // SAFETY: the block lives until the next line, and was initialised when it was made.
+            unsafe { search(pointer, layout.size()) };
+        }
+        // SAFETY: the caller's promise, passed on.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+    // `realloc` is the default one: alloc, copy, dealloc.
+}
+
+#[global_allocator]
+static SEARCHING: Searching = Searching;
+
+/// How many blocks with the secret in them were given back.
+fn leaks(work: impl FnOnce()) -> u64 {
+    LEAKS.with(|leaks| leaks.set(0));
+    SEARCHES.with(|searches| searches.set(true));
+    work();
+    SEARCHES.with(|searches| searches.set(false));
+    LEAKS.with(Cell::get)
+}
+
+/// A snapshot as it is sent, with so many peers.
+fn request(peers: u16) -> Request {
+    let peer = |n: u16| {
+        serde_json::json!({
+            "name": format!("node-{n}"),
+            "public_key": "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=",
+            "endpoints": ["192.0.2.2:51900"],
+            "pod_cidrs": ["10.2.0.0/24", "fd00:2::/64"],
+        })
+    };
+    let snapshot = serde_json::json!({
+        "revision": 1,
+        "node": {
+            "name": "node-a",
+            "cluster_id": "default",
+            "private_key": TEXT,
+            "tun": { "name": "skein0", "ifindex": 7, "mtu": 1440 },
+            "underlay": {
+                "addresses": ["0.0.0.0"], "port": 51900,
+                "receive_buffer": 65536, "send_buffer": 65536,
+            },
+            "lanes": 2,
+            "cipher": "auto",
+            "bundling": true,
+            "busy_poll_us": null,
+            "offload": {
+                "tun_uso": true, "tun_tso": true, "tun_checksum": true,
+                "udp_gso": true, "udp_gro": true,
+            },
+        },
+        "local_cidrs": [],
+        "peers": (0..peers).map(peer).collect::<Vec<_>>(),
+    });
+    let snapshot = serde_json::from_value::<Snapshot>(snapshot).unwrap();
+    Request::Apply { snapshot: Box::new(snapshot) }
+}
+
+#[test]
+fn the_search_finds_what_is_not_wiped() {
+    let (text, bytes) = (TEXT.to_owned(), BYTES.to_vec());
+    assert_eq!(leaks(move || drop(text)), 1);
+    assert_eq!(leaks(move || drop(bytes)), 1);
+    assert_eq!(leaks(|| drop(vec![0; 100])), 0);
+    let mut grows = String::with_capacity(TEXT.len());
+    grows.push_str(TEXT);
+    assert_eq!(leaks(move || grows.push('x')), 2, "what it has outgrown, and what it is now");
+}
+
+#[test]
+fn a_key_is_read_and_written_without_a_trace() {
+    let written = leaks(|| {
+        let key: PrivateKey = TEXT.parse().unwrap();
+        let mut line = key.clone().to_base64();
+        line.push('\n');
+    });
+    assert_eq!(written, 0);
+    let mut wrong = TEXT[..TEXT.len() - 1].to_owned();
+    wrong.push('?');
+    let refused = leaks(|| assert!(wrong.parse::<PrivateKey>().is_err()));
+    assert_eq!(refused, 0, "a text that is wrong only at its end");
+}
+
+#[test]
+fn a_snapshot_travels_without_a_trace() {
+    // Few and many peers: the frame fits the first buffer, or outgrows some.
+    for (peers, at_least) in [(0, 0), (1000, 140_000)] {
+        let request = request(peers);
+        let leaked = leaks(|| {
+            let mut frames = Vec::new();
+            for _ in 0..2 {
+                frames.push(encode_frame(&request).unwrap());
+            }
+            assert!(frames[0].len() > at_least);
+            let read = read_frame::<Request>(&mut &frames[0][..]).unwrap();
+            let Some(Request::Apply { snapshot }) = read else { panic!("not what was sent") };
+            assert!(snapshot.node.private_key.as_bytes() == &BYTES);
+        });
+        assert_eq!(leaked, 0, "with {peers} peers");
+        assert_eq!(leaks(move || drop(request)), 0, "the snapshot itself");
+    }
+}
