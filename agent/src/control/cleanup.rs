@@ -98,12 +98,22 @@ async fn stop_dataplane(config: &Config) -> Result<bool, String> {
         return Err(format!("it works for the node {:?} and stays", node.name));
     }
     let stop = async {
-        client.apply(&Request::Shutdown).await.map_err(|error| error.to_string())?;
-        client.closed().await;
+        match client.apply(&Request::Shutdown).await {
+            Ok(_) => client.closed().await,
+            // It may end before its answer is written: what was asked of it is done.
+            Err(ClientError::Io(error)) if hung_up(&error) => {}
+            Err(error) => return Err(error.to_string()),
+        }
         Ok(true)
     };
     let late = || Err(format!("it does not end within {PATIENCE:?}: kill it"));
     tokio::time::timeout(PATIENCE, stop).await.unwrap_or_else(|_| late())
+}
+
+/// Whether the other side closed the connection in the middle of an exchange.
+fn hung_up(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
 }
 
 async fn remove_interface(config: &Config) -> Result<bool, String> {
@@ -173,5 +183,42 @@ mod tests {
         assert!(stop_dataplane(&config).await.unwrap_err().contains("clean up again"));
         assert!(stop_dataplane(&config).await.unwrap_err().contains("node-b"));
         thread.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_data_process_that_ends_without_an_answer_has_ended() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("socket");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let thread = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            read_frame::<Request>(&mut stream).unwrap();
+            let hello = Response::Hello { version: PROTOCOL_VERSION, pid: 1, node: None };
+            write_frame(&mut stream, &hello).unwrap();
+            let asked = read_frame::<Request>(&mut stream).unwrap();
+            assert!(matches!(asked, Some(Request::Shutdown)));
+        });
+        assert_eq!(stop_dataplane(&config(&socket)).await, Ok(true));
+        thread.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn one_that_never_answers_is_not_taken_for_absent() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("dataplane.sock");
+        let _listener = UnixListener::bind(&socket).unwrap();
+        let path = directory.path();
+        let text = format!(
+            "state_dir = {:?}\n[interface]\nname = 'sk-none'\n[control]\nsocket = {:?}\n\
+             [dataplane]\nsocket = {socket:?}",
+            path.join("state"),
+            path.join("control.sock"),
+        );
+        drop(UnixListener::bind(path.join("control.sock")).unwrap());
+        let cleaned = cleanup(&Config::parse(&text).unwrap(), false).await.unwrap();
+        assert_eq!(cleaned.errors.len(), 1, "{cleaned:?}");
+        assert!(cleaned.errors[0].contains("does not answer"), "{cleaned:?}");
+        assert!(!path.join("control.sock").exists(), "the other steps are done");
+        assert!(socket.exists(), "the next clean-up finds the process again");
     }
 }
