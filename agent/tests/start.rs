@@ -328,7 +328,8 @@ fn a_deleted_interface_is_made_again() {
             assert!(Instant::now() < deadline, "no address");
             std::thread::sleep(Duration::from_millis(20));
         }
-        assert!(ip("link show skein0").contains("LOWER_UP"), "the lanes are attached");
+        let link = ip("-details link show skein0");
+        assert!(link.contains("LOWER_UP"), "the lanes are not attached: {link}");
     });
 }
 
