@@ -17,7 +17,7 @@ use zeroize::Zeroizing;
 use crate::keys::{PrivateKey, PublicKey};
 
 /// Raised with every change that an older peer would misread.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// The longest frame accepted, in bytes: a snapshot of 5,000 nodes takes about 2 MiB.
 pub const MAX_FRAME: usize = 64 << 20;

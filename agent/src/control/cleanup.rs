@@ -5,10 +5,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::client::{Client, ClientError};
+use super::identity;
 use super::lock::StateLock;
 use crate::config::{ALIAS_PREFIX, Config};
 use crate::failure::Failure;
-use crate::ipc::Request;
+use crate::ipc::{NodeIdentity, Request};
 use crate::netlink::Netlink;
 use crate::netlink::provisional::Provisional;
 
@@ -94,7 +95,10 @@ async fn stop_dataplane(config: &Config) -> Result<bool, String> {
             return Err(format!("{}: {error}: end it, and clean up again", socket.display()));
         }
     };
-    if let Some(node) = client.node().filter(|node| node.name != config.name) {
+    // This node's by name, or by key where the name was changed.
+    let key = identity::load(&config.key_path()).ok().flatten().and_then(|key| key.public().ok());
+    let ours = |node: &NodeIdentity| node.name == config.name || Some(node.public_key) == key;
+    if let Some(node) = client.node().filter(|node| !ours(node)) {
         return Err(format!("it works for the node {:?} and stays", node.name));
     }
     let stop = async {
@@ -150,7 +154,7 @@ fn remove_file(path: &Path) -> Result<bool, String> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::ipc::{NodeIdentity, PROTOCOL_VERSION, Response, read_frame, write_frame};
+    use crate::ipc::{PROTOCOL_VERSION, Response, read_frame, write_frame};
     use crate::keys::PublicKey;
     use std::os::unix::net::UnixListener;
 

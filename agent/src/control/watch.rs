@@ -93,6 +93,8 @@ async fn run(
             () = changed.notified() => {
                 settle(&changed).await;
                 seen = Identity::of(&source);
+                // What changed may be the directory itself.
+                subscribe(&source, watcher.as_mut());
             }
             _ = look.tick() => {
                 let now = Identity::of(&source);

@@ -56,6 +56,12 @@ struct Unsent {
     since: Instant,
 }
 
+impl Unsent {
+    fn is_at(&self, other: &Self) -> bool {
+        (self.socket, self.runs, self.segment) == (other.socket, other.runs, other.segment)
+    }
+}
+
 /// What became of the TUN queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum TunState {
@@ -132,10 +138,17 @@ impl Egress {
         self.unsent.map(|unsent| unsent.socket)
     }
 
-    /// Goes on with a batch that had no room; gives it up when that has lasted too long.
-    pub(super) fn resume(&mut self, lane: &LaneContext) {
-        let Some(unsent) = self.unsent.take() else { return };
-        self.transmit(lane, unsent);
+    /// Goes on with a batch that had no room; gives it up when that has lasted too long. `writable`:
+    /// the socket has room now.
+    pub(super) fn resume(&mut self, lane: &LaneContext, writable: bool) {
+        let Some(before) = self.unsent.take() else { return };
+        self.transmit(lane, before);
+        // EAGAIN in spite of room is about the destination (an IPsec association that is being
+        // negotiated): the others shall not wait for it.
+        let refused = |now: &mut Unsent| writable && now.is_at(&before);
+        if let Some(refused) = self.unsent.take_if(refused) {
+            self.pass_over(lane, refused);
+        }
         let late = |unsent: &mut Unsent| lane.now() - unsent.since >= SEND_PATIENCE;
         if let Some(unsent) = self.unsent.take_if(late) {
             self.drops.add_many(DropReason::SendNoBuffer, self.count_unsent(lane, unsent));
@@ -169,7 +182,11 @@ impl Egress {
         let Some(Owner::Peer(peer)) = tables.routes.lookup(ip.destination) else {
             return self.drops.add(DropReason::NoRoute);
         };
-        if target(&mut self.batch, lane, tables, peer).is_none() {
+        // What waits for this peer goes first, or it would be overtaken.
+        if self.pending.holds(peer) {
+            self.release_pending(lane, tables);
+        }
+        if self.pending.holds(peer) || target(&mut self.batch, lane, tables, peer).is_none() {
             return self.hold(lane, peer, vnet, packet);
         }
         let mut segments = match split(vnet, packet) {
@@ -231,7 +248,7 @@ impl Egress {
                 count += 1;
             }
             if count == 0 {
-                at = Unsent { socket: at.socket + 1, runs: 0, segment: 0, ..at };
+                at = Unsent { socket: at.socket + 1, runs: 0, segment: 0, since: lane.now() };
                 continue;
             }
             let from = Position { run: 0, segment: at.segment };
@@ -240,16 +257,25 @@ impl Egress {
             let outcome = self.sender.send(socket.socket.as_fd(), &what, gso, &mut self.drops, now);
             lane.stats.count_sent(&outcome, &self.sender);
             lane.stats.note_gso_off(&self.gso, now, outcome.fallbacks > 0);
+            let since = if outcome.datagrams > 0 { now } else { at.since };
             match outcome.blocked {
                 Some(Position { run, segment }) => {
-                    let since = if outcome.datagrams > 0 { now } else { at.since };
                     self.unsent = Some(Unsent { runs: at.runs + run, segment, since, ..at });
                     return;
                 }
-                None => at = Unsent { runs: at.runs + count, segment: 0, ..at },
+                None => at = Unsent { runs: at.runs + count, segment: 0, since, ..at },
             }
         }
         self.finish(lane);
+    }
+
+    /// Drops the rest of the run that has no luck, and goes on behind it.
+    fn pass_over(&mut self, lane: &LaneContext, at: Unsent) {
+        let Some(socket) = lane.send_sockets.get(at.socket) else { return self.finish(lane) };
+        let run = family(&self.batch, socket.v4).nth(at.runs);
+        let left = run.map_or(0, |run| run.segments.saturating_sub(at.segment));
+        self.drops.add_many(DropReason::SendNoBuffer, left as u64);
+        self.transmit(lane, Unsent { runs: at.runs + 1, segment: 0, since: lane.now(), ..at });
     }
 
     /// The batch is done with.

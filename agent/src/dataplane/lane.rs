@@ -92,7 +92,17 @@ pub(super) struct SendSocket {
 /// What the manager asks of a running lane.
 #[derive(Default)]
 struct Mailbox {
-    tun: Option<(TunQueue, CoalesceConfig)>,
+    tun: Option<NewTun>,
+}
+
+/// A queue of a device that was made anew.
+pub(super) struct NewTun {
+    /// The queue.
+    pub(super) tun: TunQueue,
+    /// What may be written to it.
+    pub(super) coalesce: CoalesceConfig,
+    /// Of the device.
+    pub(super) generation: u32,
 }
 
 struct Shared {
@@ -133,10 +143,10 @@ impl LaneHandle {
         self.shared.waiter.wake();
     }
 
-    /// Gives the lane another TUN queue, of a device that was made anew.
-    pub(super) fn replace_tun(&self, tun: TunQueue, coalesce: CoalesceConfig) {
+    /// Gives the lane another TUN queue.
+    pub(super) fn replace_tun(&self, new: NewTun) {
         let mut mailbox = self.shared.mailbox.lock().unwrap_or_else(PoisonError::into_inner);
-        mailbox.tun = Some((tun, coalesce));
+        mailbox.tun = Some(new);
         drop(mailbox);
         self.wake();
     }
@@ -171,6 +181,8 @@ struct Lane {
     poller: Poller,
     busy_poll: Duration,
     tun: Option<TunQueue>,
+    /// Of the device.
+    generation: u32,
     /// The socket for whose room the sending half waits. The TUN is not watched meanwhile.
     blocked: Option<usize>,
     receive_sockets: Vec<UdpSocket>,
@@ -211,6 +223,7 @@ impl Lane {
             poller,
             busy_poll: parts.busy_poll,
             tun: Some(parts.tun),
+            generation: 0,
             blocked: None,
             receive_sockets,
             tables,
@@ -239,7 +252,7 @@ impl Lane {
             self.context.now = Instant::now();
             self.adopt_newer();
             if self.blocked.is_some() {
-                self.egress.resume(&self.context);
+                self.egress.resume(&self.context, ready.contains(&SEND));
             }
             self.egress.release_pending(&self.context, &self.tables);
             for &token in &ready {
@@ -251,10 +264,8 @@ impl Lane {
                     socket => self.receive((socket - FIRST_SOCKET) as usize),
                 }
             }
-            if self.blocked != self.egress.blocked_socket()
-                && let Err(error) = self.watch_room()
-            {
-                tracing::error!(lane = self.context.index, %error, "epoll failed");
+            if self.blocked != self.egress.blocked_socket() {
+                watched(self.context.index, self.watch_room());
             }
         }
     }
@@ -266,7 +277,7 @@ impl Lane {
                 lane = self.context.index,
                 "the TUN device is gone; waiting for another"
             );
-            self.context.tell(ToManager::TunGone);
+            self.context.tell(ToManager::TunGone { generation: self.generation });
             if let Some(tun) = self.tun.take() {
                 // Closing would remove it as well; a failure here changes nothing.
                 let _ = self.poller.remove(tun.as_fd());
@@ -316,21 +327,28 @@ impl Lane {
             let mut mailbox = self.shared.mailbox.lock().unwrap_or_else(PoisonError::into_inner);
             std::mem::take(&mut *mailbox)
         };
-        if let Some((tun, coalesce)) = mail.tun {
+        if let Some(NewTun { tun, coalesce, generation }) = mail.tun {
+            self.generation = generation;
             if let Some(old) = self.tun.take() {
                 let _ = self.poller.remove(old.as_fd());
             }
-            if self.blocked.is_none()
-                && let Err(error) = self.poller.add(tun.as_fd(), TUN)
-            {
-                tracing::error!(lane = self.context.index, %error, "cannot watch the new TUN queue");
-                return;
+            if self.blocked.is_none() {
+                watched(self.context.index, self.poller.add(tun.as_fd(), TUN));
             }
             self.ingress.set_config(coalesce);
             self.context.stats.tun_tcp_refused.store(false, Ordering::Relaxed);
             self.context.stats.tun_udp_refused.store(false, Ordering::Relaxed);
             self.tun = Some(tun);
         }
+    }
+}
+
+/// Ends the process where a descriptor cannot be watched: the lane would be deaf for good, or never
+/// sleep. A new process is there at once.
+fn watched(lane: u8, result: io::Result<()>) {
+    if let Err(error) = result {
+        tracing::error!(lane, %error, "epoll failed: ending, to begin anew");
+        std::process::abort();
     }
 }
 

@@ -26,6 +26,8 @@ use crate::sys::udp::UdpError;
 /// Messages that may wait for the manager. Handshakes beyond are dropped and counted: whoever sent
 /// them tries again.
 const QUEUE: usize = 1024;
+/// How soon to look again whether lanes have let go of old tables.
+const SWEEP: Duration = Duration::from_millis(100);
 /// Messages dealt with before what they led to is published and sent.
 const BATCH: usize = 32;
 
@@ -34,7 +36,10 @@ pub(super) enum ToManager {
     /// A lane has packets for a peer without a session.
     WantSession(PeerId),
     /// A lane's TUN queue is of no more use.
-    TunGone,
+    TunGone {
+        /// The device's generation ([`Running::generation`]).
+        generation: u32,
+    },
     /// A data packet with an unknown receiver index came from this address.
     UnknownSession(IpAddr),
     /// A handshake or control message.
@@ -85,6 +90,8 @@ struct Active {
     peers: HashMap<PublicKey, (PeerId, Peer)>,
     routes: Arc<RouteTable>,
     published: Arc<Published>,
+    /// Whether lanes may still look at tables that are no longer in force.
+    unswept: bool,
     running: Running,
     drops: DropStats,
     totals: Totals,
@@ -137,7 +144,10 @@ impl Manager {
             return if shutdown { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
         }
         let Some(active) = &mut self.active else { return ControlFlow::Continue(()) };
-        if matches!(message, ToManager::TunGone) && active.has_device() {
+        if let ToManager::TunGone { generation } = message
+            && generation == active.running.generation
+            && active.has_device()
+        {
             tracing::error!(
                 "a queue of the TUN device failed though the device is there: ending, to begin anew"
             );
@@ -148,8 +158,11 @@ impl Manager {
     }
 
     fn timeout(&self) -> Option<Duration> {
-        let due = self.active.as_ref()?.engine.poll_timeout()?;
-        Some(due.mono.saturating_sub(self.clock.now().mono))
+        let active = self.active.as_ref()?;
+        let due = active.engine.poll_timeout();
+        let due = due.map(|due| due.mono.saturating_sub(self.clock.now().mono));
+        let sweep = active.unswept.then_some(SWEEP);
+        due.into_iter().chain(sweep).min()
     }
 
     fn request(&mut self, now: Time, request: Request) -> Response {
@@ -241,6 +254,7 @@ impl Active {
             peers: HashMap::new(),
             routes: Arc::default(),
             published,
+            unswept: false,
             running,
             drops: DropStats::default(),
             totals: Totals::default(),
@@ -345,7 +359,7 @@ impl Active {
             ToManager::Datagram { source, mut datagram } => {
                 self.engine.handle_datagram(now, source, &mut datagram);
             }
-            ToManager::Request { .. } | ToManager::TunGone => {}
+            ToManager::Request { .. } | ToManager::TunGone { .. } => {}
         }
     }
 
@@ -362,6 +376,7 @@ impl Active {
             self.running.send(transmit.destination, &transmit.payload);
         }
         self.drops.collect(self.engine.drops());
+        self.unswept = self.published.sweep();
     }
 
     fn publish(&mut self) {

@@ -44,6 +44,12 @@ impl Pending {
         self.queues.is_empty()
     }
 
+    /// Whether packets for `peer` wait.
+    pub(super) fn holds(&self, peer: PeerId) -> bool {
+        !self.queues.is_empty()
+            && self.queues.get(&peer).is_some_and(|queue| !queue.packets.is_empty())
+    }
+
     /// Holds a packet for `peer`. Returns whether it was taken, and whether the manager is to be
     /// asked for a session.
     pub(super) fn hold(

@@ -11,7 +11,7 @@ use skein_core::offload::coalesce::CoalesceConfig;
 use skein_core::tunnel::Ciphers;
 use thiserror::Error;
 
-use super::lane::{LaneHandle, LaneParts};
+use super::lane::{LaneHandle, LaneParts, NewTun};
 use super::manager::ToManager;
 use super::tables::Published;
 use crate::ipc::{Capability, CapabilityState, CipherChoice, NodeSettings, OffloadSettings};
@@ -43,6 +43,9 @@ pub(super) struct Running {
     /// The ladder as probed.
     pub(super) capabilities: Vec<Capability>,
     manager_sockets: Vec<(bool, UdpSocket)>,
+    /// How often the lanes were attached to a device made anew. What a lane says of the one before is
+    /// out of date.
+    pub(super) generation: u32,
 }
 
 impl Running {
@@ -115,15 +118,17 @@ impl Running {
             })?);
         }
         let capabilities = capabilities(node.offload, &notes);
-        Ok(Self { lanes: handles, capabilities, manager_sockets })
+        Ok(Self { lanes: handles, capabilities, manager_sockets, generation: 0 })
     }
 
     /// Attaches every lane to the device of this name again, after it was made anew.
     pub(super) fn attach_tun(&mut self, node: &NodeSettings) -> Result<(), SetupError> {
         let (queues, offload, notes) =
             tun::open_queues(&node.tun.name, self.lanes.len(), allowed(node.offload))?;
-        for (lane, queue) in self.lanes.iter().zip(queues) {
-            lane.replace_tun(queue, coalesce(offload));
+        self.generation += 1;
+        for (lane, tun) in self.lanes.iter().zip(queues) {
+            let (coalesce, generation) = (coalesce(offload), self.generation);
+            lane.replace_tun(NewTun { tun, coalesce, generation });
         }
         let fresh = capabilities(node.offload, &notes);
         for (old, new) in self.capabilities.iter_mut().zip(fresh) {

@@ -32,15 +32,14 @@ impl Histogram {
 
     /// Adds what was counted in plain memory.
     pub(super) fn collect(&self, values: &mut Values) {
-        if values.sum == 0 {
-            return;
-        }
         for (bucket, count) in self.buckets.iter().zip(values.buckets) {
             if count > 0 {
                 add(bucket, count);
             }
         }
-        add(&self.sum, values.sum);
+        if values.sum > 0 {
+            add(&self.sum, values.sum);
+        }
         *values = Values::default();
     }
 

@@ -29,8 +29,8 @@ pub(super) struct PeerEntry {
     pub(super) endpoint: Option<SocketAddr>,
     /// The session to send with.
     pub(super) session: Option<Arc<Session>>,
-    /// The session to send with once the other end has shown that it has it.
-    pub(super) next: Option<Arc<Session>>,
+    /// The session to send with once the other end has shown that it has it, and where to.
+    pub(super) next: Option<(Arc<Session>, Option<SocketAddr>)>,
     /// The longest plaintext of a datagram to it in bytes: the lesser of both nodes' inner MTUs.
     pub(super) max_plaintext: usize,
 }
@@ -38,9 +38,12 @@ pub(super) struct PeerEntry {
 impl PeerEntry {
     /// What it takes to send to it now.
     pub(super) fn ready(&self) -> Option<(&Arc<Session>, SocketAddr)> {
-        let next = self.next.as_ref().filter(|next| next.is_confirmed());
-        let session = next.or(self.session.as_ref()).filter(|session| !session.is_expired())?;
-        Some((session, self.endpoint?))
+        let next = self.next.as_ref().filter(|(next, _)| next.is_confirmed());
+        let (session, endpoint) = match next {
+            Some((session, endpoint)) => (session, *endpoint),
+            None => (self.session.as_ref()?, self.endpoint),
+        };
+        (!session.is_expired()).then_some((session, endpoint?))
     }
 }
 
@@ -60,9 +63,15 @@ impl Published {
     pub(super) fn publish(&self, tables: Tables) {
         let before = self.tables.swap(Arc::new(tables));
         self.epoch.fetch_add(1, Ordering::Release);
+        self.retired.lock().unwrap_or_else(PoisonError::into_inner).push(before);
+    }
+
+    /// Frees the tables that no lane looks at any more, and with them the keys of sessions that have
+    /// ended. Returns whether some are looked at still.
+    pub(super) fn sweep(&self) -> bool {
         let mut retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
-        retired.push(before);
         retired.retain(|tables| Arc::strong_count(tables) > 1);
+        !retired.is_empty()
     }
 
     /// The number of the tables in force.
@@ -73,5 +82,23 @@ impl Published {
     /// The tables in force.
     pub(super) fn load(&self) -> Arc<Tables> {
         self.tables.load_full()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn old_tables_go_as_soon_as_nobody_looks_at_them() {
+        let published = Published::default();
+        let lane = published.load();
+        let held = Arc::downgrade(&lane);
+        published.publish(Tables::default());
+        assert!(published.sweep(), "a lane looks at them");
+        drop(lane);
+        assert!(held.upgrade().is_some(), "it is not the lane that frees them");
+        assert!(!published.sweep());
+        assert!(held.upgrade().is_none());
     }
 }

@@ -217,7 +217,7 @@ impl Peer {
         }
         self.view.mtu = Some(offer.mtu);
         let endpoint = self.known_endpoint(source);
-        self.install_next(Slot::new(session, endpoint), shared);
+        self.install_next(now, Slot::new(session, endpoint), shared);
         self.refresh_state(now);
         shared.transmit(source, message);
         Ok(())

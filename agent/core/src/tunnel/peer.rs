@@ -47,8 +47,8 @@ pub struct PeerView {
     /// The session to send with; the peer is known to have it too.
     pub current: Option<Arc<Session>>,
     /// A session that the peer has started: the one to send with as soon as it is confirmed
-    /// ([`Session::is_confirmed`]).
-    pub next: Option<Arc<Session>>,
+    /// ([`Session::is_confirmed`]), and where to.
+    pub next: Option<(Arc<Session>, Option<SocketAddr>)>,
     /// Every session that data may come in, the current one too.
     pub receive: Vec<Arc<Session>>,
     /// How it is.
@@ -208,7 +208,11 @@ impl Peer {
     }
 
     /// A session that the peer started; it may not have our answer yet.
-    pub(crate) fn install_next(&mut self, slot: Slot, shared: &mut Shared) {
+    pub(crate) fn install_next(&mut self, now: Time, slot: Slot, shared: &mut Shared) {
+        // A lane knows already that the peer has the one before: there is no way back to an older one.
+        if self.next.as_ref().is_some_and(|next| next.session.is_confirmed()) {
+            self.confirm_next(now, shared);
+        }
         self.previous.extend(self.next.take());
         self.next = Some(slot);
         self.sessions_changed(shared);
@@ -223,11 +227,8 @@ impl Peer {
     }
 
     fn make_current(&mut self, now: Time, slot: Slot, shared: &mut Shared) {
-        // The record may have changed while the handshake was under way.
-        let known = self.endpoints.is_empty()
-            || slot.endpoint.is_some_and(|endpoint| self.endpoints.contains(&endpoint));
-        if slot.endpoint.is_some() && known {
-            self.move_to(slot.endpoint, shared);
+        if let Some(endpoint) = self.known_of(&slot) {
+            self.move_to(Some(endpoint), shared);
             let there = self.endpoints.iter().position(|e| Some(*e) == slot.endpoint);
             self.attempt = there.unwrap_or(self.attempt);
         }
@@ -238,12 +239,19 @@ impl Peer {
         self.sessions_changed(shared);
     }
 
+    /// Where a session was made, unless the record has changed while the handshake was under way.
+    fn known_of(&self, slot: &Slot) -> Option<SocketAddr> {
+        slot.endpoint.filter(|there| self.endpoints.is_empty() || self.endpoints.contains(there))
+    }
+
     fn sessions_changed(&mut self, shared: &mut Shared) {
         let in_use = usize::from(self.current.is_some()) + usize::from(self.next.is_some());
         let excess = (in_use + self.previous.len()).saturating_sub(MAX_SESSIONS);
         self.previous.drain(..excess).for_each(|slot| slot.end(shared));
         self.view.current = self.current.as_ref().map(|slot| slot.session.clone());
-        self.view.next = self.next.as_ref().map(|slot| slot.session.clone());
+        let next = self.next.as_ref();
+        self.view.next =
+            next.map(|slot| (slot.session.clone(), self.known_of(slot).or(self.view.endpoint)));
         self.view.receive = self.slots().map(|slot| slot.session.clone()).collect();
         shared.changed = true;
     }

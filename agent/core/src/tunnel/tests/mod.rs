@@ -247,9 +247,10 @@ impl Lab {
     fn send(&mut self, from: usize, to: usize, payload: &[u8]) -> bool {
         let (now, id) = (self.now, self.peer_id(from, to));
         let view = self.view(from, to);
-        let next = view.next.clone().filter(|next| next.is_confirmed());
-        let session = next.or_else(|| view.current.clone());
-        let (Some(session), Some(destination)) = (session, view.endpoint) else {
+        let next = view.next.clone().filter(|(next, _)| next.is_confirmed());
+        let next = next.map(|(session, endpoint)| (Some(session), endpoint));
+        let chosen = next.unwrap_or_else(|| (view.current.clone(), view.endpoint));
+        let (Some(session), Some(destination)) = chosen else {
             self.nodes[from].engine.want_session(now, id);
             self.collect(from);
             return false;
