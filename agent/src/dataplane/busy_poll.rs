@@ -4,7 +4,9 @@
 //!
 //! Between two looks the thread yields: whoever else wants the CPU has it, so that on a busy machine
 //! polling is no more than staying in the run queue. And a lane polls only where that has paid
-//! lately: one that is idle, or whose packets are far apart, sleeps.
+//! lately: one that is idle, or whose packets are far apart, sleeps. So does one that had to wait long
+//! for its turn after a yield: a thread that sleeps is given the CPU when a packet wakes it, one that
+//! has yielded waits until whoever has it has used up its slice.
 
 use std::fs;
 use std::io;
@@ -39,17 +41,24 @@ fn has_cpu_quota(root: &Path, own: &str) -> bool {
     own.ancestors().take_while(|group| group.starts_with(root)).any(limited)
 }
 
+/// A yield that took this long has met somebody who computes.
+const CONTENDED: Duration = Duration::from_micros(200);
+/// For so long nothing is polled after that.
+const REST: Duration = Duration::from_millis(10);
+
 /// See the module.
 pub(super) struct BusyPoll {
     limit: Duration,
     /// Polls in vain that are left.
     credit: u8,
+    /// Until when nothing is polled.
+    rest: Option<Instant>,
 }
 
 impl BusyPoll {
     /// Polls for up to `limit`; zero for never.
     pub(super) fn new(limit: Duration) -> Self {
-        Self { limit, credit: 0 }
+        Self { limit, credit: 0, rest: None }
     }
 
     /// [`Poller::wait`], polling first where that has paid.
@@ -64,17 +73,27 @@ impl BusyPoll {
             return poller.wait(timeout);
         }
         let began = Instant::now();
+        if self.rest.is_some_and(|until| began < until) {
+            add(&stats.slept, 1);
+            return poller.wait(timeout);
+        }
         if self.credit > 0 {
+            let mut before = began;
             loop {
                 if poller.poll()? {
                     self.credit = PATIENCE;
                     add(&stats.polled, 1);
                     return Ok(poller.ready());
                 }
-                if began.elapsed() >= self.limit {
+                let now = Instant::now();
+                if now - before > CONTENDED {
+                    self.rest = Some(now + REST);
+                }
+                if now - began >= self.limit {
                     self.credit -= 1;
                     break;
                 }
+                before = now;
                 std::thread::yield_now();
             }
         }
@@ -119,6 +138,22 @@ mod tests {
         }
         assert_eq!(busy.credit, 0);
         assert_eq!(counts(), (1, 1 + u64::from(PATIENCE)));
+    }
+
+    #[test]
+    fn it_rests_after_a_long_wait_for_its_turn() {
+        let (waiter, mut poller, stats) =
+            (Waiter::new().unwrap(), Poller::new().unwrap(), LaneStats::default());
+        poller.add(waiter.as_fd(), 3).unwrap();
+        waiter.wake();
+        let mut busy = BusyPoll::new(Duration::from_millis(200));
+        busy.credit = PATIENCE;
+        busy.rest = Some(Instant::now() + Duration::from_secs(60));
+        assert_eq!(busy.wait(&mut poller, None, &stats).unwrap(), [3]);
+        assert_eq!((stats.polled.load(Relaxed), stats.slept.load(Relaxed)), (0, 1));
+        busy.rest = Some(Instant::now());
+        assert_eq!(busy.wait(&mut poller, None, &stats).unwrap(), [3]);
+        assert_eq!((stats.polled.load(Relaxed), stats.slept.load(Relaxed)), (1, 1));
     }
 
     #[test]
