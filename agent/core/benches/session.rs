@@ -5,6 +5,7 @@
 use std::hint::black_box;
 use std::time::Duration;
 
+use aws_lc_rs::aead::{AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
 use skein_core::route::PeerId;
@@ -64,6 +65,51 @@ fn open<const SIZE: usize>(bencher: Bencher<'_, '_>, cipher: Cipher) {
             window.check_and_set(header.counter).unwrap();
             plaintext.len()
         });
+}
+
+/// The cipher alone, out of place as [`seal`] uses it: what is beyond this is the header's and ours.
+#[divan::bench(args = CIPHERS, consts = SIZES)]
+fn bare_seal<const SIZE: usize>(bencher: Bencher<'_, '_>, cipher: Cipher) {
+    let key = bare_key(cipher);
+    let (plaintext, mut out, mut tag) = (vec![7; SIZE], vec![0; SIZE], [0; 16]);
+    let mut number = 0u64;
+    bencher.counter(BytesCount::new(SIZE)).bench_local(|| {
+        number += 1;
+        key.seal_out_of_place_scatter(
+            nonce(number),
+            Aad::from([0; 16]),
+            black_box(&plaintext),
+            black_box(&mut out),
+            &[],
+            &mut tag,
+        )
+        .unwrap();
+    });
+}
+
+/// The cipher alone, in place as [`open`] uses it.
+#[divan::bench(args = CIPHERS, consts = SIZES)]
+fn bare_open<const SIZE: usize>(bencher: Bencher<'_, '_>, cipher: Cipher) {
+    let key = bare_key(cipher);
+    let mut sealed = vec![7; SIZE];
+    key.seal_in_place_append_tag(nonce(1), Aad::from([0; 16]), &mut sealed).unwrap();
+    bencher.counter(BytesCount::new(SIZE)).with_inputs(|| sealed.clone()).bench_local_refs(
+        |sealed| key.open_in_place(nonce(1), Aad::from([0; 16]), sealed).unwrap().len(),
+    );
+}
+
+fn bare_key(cipher: Cipher) -> LessSafeKey {
+    let algorithm = match cipher {
+        Cipher::Aes256Gcm => &AES_256_GCM,
+        Cipher::ChaCha20Poly1305 => &CHACHA20_POLY1305,
+    };
+    LessSafeKey::new(UnboundKey::new(algorithm, &[1; 32]).unwrap())
+}
+
+fn nonce(number: u64) -> Nonce {
+    let mut bytes = [0; 12];
+    bytes[4..].copy_from_slice(&number.to_be_bytes());
+    Nonce::assume_unique_for_key(bytes)
 }
 
 #[divan::bench(args = [1, 4, 64])]
