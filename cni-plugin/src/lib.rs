@@ -1,9 +1,18 @@
-//! Skein's CNI types and the protocol between the plugin and the agent.
+//! Skein's CNI plugin as a library: the documents of the CNI specification, the protocol between plugin
+//! and agent, and what the plugin does with both.
 //!
-//! The types are those of the CNI specification 1.1.0, as JSON on the plugin's standard input and
-//! output. The plugin itself is not part of this release.
+//! The plugin decides nothing: it checks what the runtime says, hands it to the agent of its node,
+//! and says the answer in the version that was asked for. A DEL that finds no agent is kept in a
+//! spool for the next one, so that a pod can always be deleted.
 
 #![forbid(unsafe_code)]
 
+pub mod client;
+pub mod config;
+pub mod environment;
+pub mod frame;
+pub mod plugin;
 pub mod protocol;
+pub mod result;
+pub mod spool;
 pub mod types;

@@ -1,0 +1,49 @@
+//! The plugin's side of the socket.
+
+use std::io::{self, IoSlice, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
+    SocketFlags, SocketType, connect, sendmsg, socket_with,
+};
+
+use crate::frame::{self, FrameError};
+use crate::protocol::{Answer, Request};
+
+/// Asks the agent; each step may take `limit`. The descriptor goes with the first byte.
+pub fn ask(
+    socket: &Path,
+    request: &Request,
+    netns: Option<BorrowedFd<'_>>,
+    limit: Duration,
+) -> Result<Answer, FrameError> {
+    let frame = frame::encode(request)?;
+    let mut stream = open(socket, limit)?;
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let rights = netns.as_slice();
+    if !rights.is_empty() && !control.push(SendAncillaryMessage::ScmRights(rights)) {
+        return Err(io::Error::other("no room for a descriptor").into());
+    }
+    let first = [IoSlice::new(&frame)];
+    let sent = sendmsg(&stream, &first, &mut control, SendFlags::NOSIGNAL);
+    let sent = sent.map_err(io::Error::from)?;
+    stream.write_all(&frame[sent..])?;
+    frame::read(&mut stream)
+}
+
+/// Connecting waits where the agent's backlog is full: for as long as sending may.
+fn open(path: &Path, limit: Duration) -> io::Result<UnixStream> {
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    for direction in [Timeout::Send, Timeout::Recv] {
+        set_socket_timeout(socket.as_fd(), direction, Some(limit))?;
+    }
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(UnixStream::from(socket))
+}

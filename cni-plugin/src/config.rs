@@ -1,0 +1,190 @@
+//! The plugin's configuration, as libcni hands it over on standard input (CNI specification 1.1.0,
+//! sections 1 and 3).
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::environment::check_name;
+use crate::protocol::{AttachmentId, DEFAULT_SOCKET, DEFAULT_SPOOL};
+use crate::types::{Dns, ErrorCode, Failure, Version};
+
+/// What the configuration says, checked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// Version of the configuration, and of what is answered.
+    pub version: Version,
+    /// Name of the network.
+    pub name: String,
+    /// Where the agent listens.
+    pub socket: PathBuf,
+    /// Where deletions wait for it.
+    pub spool: PathBuf,
+    /// How long a step of asking it may take.
+    pub timeout: Duration,
+    /// Name resolution that is passed on.
+    pub dns: Dns,
+    /// Addresses that were asked for.
+    pub ips: Vec<IpAddr>,
+    /// The result of the plugins before this one, or of this one's ADD.
+    pub previous: Option<Value>,
+    /// Attachments that the runtime still has; `None` where it does not say.
+    pub valid: Option<Vec<AttachmentId>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Document {
+    #[serde(default)]
+    name: String,
+    #[serde(default)]
+    socket: Option<PathBuf>,
+    #[serde(default)]
+    spool: Option<PathBuf>,
+    #[serde(default)]
+    timeout_seconds: Option<u16>,
+    #[serde(default)]
+    dns: Option<Dns>,
+    #[serde(default)]
+    runtime_config: Option<RuntimeConfig>,
+    #[serde(default)]
+    prev_result: Option<Value>,
+    #[serde(default, rename = "cni.dev/valid-attachments")]
+    valid_attachments: Option<Vec<ValidAttachment>>,
+}
+
+#[derive(Deserialize)]
+struct RuntimeConfig {
+    #[serde(default)]
+    ips: Option<Vec<String>>,
+}
+
+#[derive(Deserialize)]
+struct ValidAttachment {
+    #[serde(rename = "containerID")]
+    container_id: String,
+    ifname: String,
+}
+
+/// The version alone: errors are said in it.
+pub fn version(text: &[u8]) -> Result<Version, Failure> {
+    let value: Value = serde_json::from_slice(text).map_err(|error| {
+        Failure::new(ErrorCode::Decoding, "the network configuration is not JSON").with(error)
+    })?;
+    if !value.is_object() {
+        return Err(Failure::new(ErrorCode::Decoding, "the network configuration is no object"));
+    }
+    match value.get("cniVersion") {
+        None | Some(Value::Null) => Ok(Version::UNSAID),
+        Some(Value::String(text)) if text.is_empty() => Ok(Version::UNSAID),
+        Some(Value::String(text)) => Version::parse(text).ok_or_else(|| {
+            Failure::new(
+                ErrorCode::IncompatibleVersion,
+                format!("cniVersion {text} is not supported: use one of {}", Version::names()),
+            )
+        }),
+        Some(other) => {
+            let msg = format!("cniVersion is {other}: a string is expected");
+            Err(Failure::new(ErrorCode::Decoding, msg))
+        }
+    }
+}
+
+impl Config {
+    /// Reads and checks a document.
+    pub fn parse(text: &[u8]) -> Result<Self, Failure> {
+        let version = version(text)?;
+        let document: Document = serde_json::from_slice(text).map_err(|error| {
+            Failure::new(ErrorCode::Decoding, "the network configuration makes no sense")
+                .with(error)
+        })?;
+        let invalid = |msg: String| Failure::new(ErrorCode::InvalidNetworkConfig, msg);
+        check_name("name", &document.name).map_err(|failure| invalid(failure.msg))?;
+        let asked = document.runtime_config.and_then(|config| config.ips).unwrap_or_default();
+        let ips = asked.iter().map(|text| {
+            let ip = text.parse().or_else(|_| text.parse::<IpNet>().map(|net| net.addr()));
+            ip.map_err(|_| invalid(format!("runtimeConfig.ips: {text:?} is no address")))
+        });
+        let timeout = document.timeout_seconds.unwrap_or(30);
+        if timeout == 0 {
+            return Err(invalid("timeoutSeconds is 0: use 1 or more".to_owned()));
+        }
+        let valid = document.valid_attachments.map(|all| {
+            let id = |a: ValidAttachment| AttachmentId {
+                container_id: a.container_id,
+                ifname: a.ifname,
+            };
+            all.into_iter().map(id).collect()
+        });
+        Ok(Self {
+            version,
+            name: document.name,
+            socket: document.socket.unwrap_or_else(|| DEFAULT_SOCKET.into()),
+            spool: document.spool.unwrap_or_else(|| DEFAULT_SPOOL.into()),
+            timeout: Duration::from_secs(timeout.into()),
+            dns: document.dns.unwrap_or_default(),
+            ips: ips.collect::<Result<_, _>>()?,
+            previous: document.prev_result.filter(|previous| !previous.is_null()),
+            valid,
+        })
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    fn parse(document: Value) -> Result<Config, Failure> {
+        Config::parse(document.to_string().as_bytes())
+    }
+
+    #[test]
+    fn defaults_and_everything() {
+        let config = parse(json!({ "name": "skein", "type": "skein-cni" })).unwrap();
+        assert_eq!(config.version.name(), "0.2.0");
+        assert_eq!(config.socket, PathBuf::from(DEFAULT_SOCKET));
+        assert_eq!((config.valid, config.previous), (None, None));
+        let config = parse(json!({
+            "cniVersion": "1.1.0", "name": "skein", "type": "skein-cni", "ipam": {}, "extra": [1],
+            "socket": "/s", "spool": "/p", "timeoutSeconds": 5, "dns": { "nameservers": ["10.0.0.10"] },
+            "runtimeConfig": { "ips": ["10.1.0.5/24", "fd00::5"], "portMappings": [] },
+            "prevResult": null,
+            "cni.dev/valid-attachments": [{ "containerID": "c", "ifname": "eth0" }],
+        }));
+        let config = config.unwrap();
+        assert_eq!(config.ips, ["10.1.0.5".parse::<IpAddr>().unwrap(), "fd00::5".parse().unwrap()]);
+        assert_eq!(config.timeout, Duration::from_secs(5));
+        assert_eq!(config.valid.unwrap()[0].container_id, "c");
+        assert_eq!(config.previous, None);
+        assert_eq!(config.dns.nameservers, ["10.0.0.10"]);
+    }
+
+    #[test]
+    fn mistakes_have_the_code_of_their_kind() {
+        let code = |document: Value| parse(document).unwrap_err().code;
+        assert_eq!(Config::parse(b"{").unwrap_err().code, 6);
+        assert_eq!(Config::parse(b"[]").unwrap_err().code, 6);
+        assert_eq!(code(json!({ "cniVersion": 1, "name": "a" })), 6);
+        assert_eq!(code(json!({ "cniVersion": "1.2.0", "name": "a" })), 1);
+        assert_eq!(code(json!({ "cniVersion": "1.0.0" })), 7);
+        assert_eq!(code(json!({ "cniVersion": "1.0.0", "name": "-" })), 7);
+        assert_eq!(code(json!({ "name": "a", "socket": 5 })), 6);
+        assert_eq!(code(json!({ "name": "a", "timeoutSeconds": 0 })), 7);
+        assert_eq!(code(json!({ "name": "a", "runtimeConfig": { "ips": ["x"] } })), 7);
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_panics(text in "\\PC*", bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = Config::parse(text.as_bytes());
+            let _ = Config::parse(&bytes);
+        }
+    }
+}

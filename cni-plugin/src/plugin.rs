@@ -1,0 +1,285 @@
+//! One run of the plugin: environment and standard input to a request, the answer to standard output.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use serde_json::{Value, json};
+
+use crate::config::{self, Config};
+use crate::environment::{Environment, Verb};
+use crate::frame::FrameError;
+use crate::protocol::{
+    Add, Answer, AttachmentId, Check, Command, Del, Gc, MAX_FRAME, Refusal, Request, VERSION,
+};
+use crate::types::{ErrorCode, Failure, Version};
+use crate::{client, result, spool};
+
+/// The agent cannot be asked.
+const AWAY: u32 = 101;
+/// How long a DEL waits for the agent before it is kept for later: kubelet has other pods to delete.
+const DEL_PATIENCE: Duration = Duration::from_secs(10);
+/// The magic number of nsfs (linux/magic.h).
+const NSFS: rustix::fs::FsWord = 0x6e73_6673;
+
+/// Does what the environment asks for.
+pub fn main() -> ExitCode {
+    let mut input = Vec::new();
+    let read = |input: &mut Vec<u8>| io::stdin().take(MAX_FRAME as u64 + 1).read_to_end(input);
+    let get = |name: &str| std::env::var(name).ok();
+    let environment = match Environment::read(get) {
+        Ok(Some(environment)) => environment,
+        Ok(None) => {
+            eprintln!(
+                "skein-cni {}: the CNI plugin of Skein, an encrypted overlay network for Kubernetes.\n\
+                 A container runtime starts it; see the CNI specification. Versions: {}.",
+                env!("CARGO_PKG_VERSION"),
+                Version::names()
+            );
+            return ExitCode::SUCCESS;
+        }
+        Err(failure) => {
+            // In the version of the configuration, where that can be told.
+            let _ = read(&mut input);
+            return say(Err(failure), config::version(&input).unwrap_or(Version::NEWEST));
+        }
+    };
+    if environment.verb == Verb::Version {
+        let _ = read(&mut input);
+        return say(Ok(Some(versions())), Version::NEWEST);
+    }
+    let version = match read(&mut input) {
+        Ok(length) if length > MAX_FRAME => {
+            let msg = format!("the network configuration is longer than {MAX_FRAME} bytes");
+            return say(Err(Failure::new(ErrorCode::Io, msg)), Version::NEWEST);
+        }
+        Ok(_) => config::version(&input),
+        Err(error) => {
+            let failure = Failure::new(ErrorCode::Io, "cannot read the network configuration");
+            return say(Err(failure.with(error)), Version::NEWEST);
+        }
+    };
+    let outcome = Config::parse(&input).and_then(|config| run(environment, config));
+    say(outcome, version.unwrap_or(Version::NEWEST))
+}
+
+/// Prints a result or an error document on standard output.
+fn say(outcome: Result<Option<Value>, Failure>, version: Version) -> ExitCode {
+    let (document, code) = match outcome {
+        Ok(None) => return ExitCode::SUCCESS,
+        Ok(Some(document)) => (document, ExitCode::SUCCESS),
+        Err(failure) => {
+            let mut document =
+                json!({ "cniVersion": version.name(), "code": failure.code, "msg": failure.msg });
+            if !failure.details.is_empty() {
+                document["details"] = failure.details.into();
+            }
+            (document, ExitCode::FAILURE)
+        }
+    };
+    match writeln!(io::stdout(), "{document}") {
+        Ok(()) => code,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn versions() -> Value {
+    json!({
+        "cniVersion": Version::NEWEST.name(),
+        "supportedVersions": Version::ALL.map(Version::name),
+    })
+}
+
+fn run(environment: Environment, config: Config) -> Result<Option<Value>, Failure> {
+    let needs = match environment.verb {
+        Verb::Check => Version::V0_4_0,
+        Verb::Gc | Verb::Status => Version::V1_1_0,
+        Verb::Add | Verb::Del | Verb::Version => Version::ALL[0],
+    };
+    if config.version < needs {
+        return Err(Failure::new(
+            ErrorCode::IncompatibleVersion,
+            format!("{:?} needs cniVersion {} or later", environment.verb, needs.name()),
+        ));
+    }
+    match environment.verb {
+        Verb::Add => add(environment, config).map(Some),
+        Verb::Del => del(&environment, &config).map(|()| None),
+        Verb::Check => check(&environment, &config).map(|()| None),
+        Verb::Gc => gc(config).map(|()| None),
+        Verb::Status => status(&config).map(|()| None),
+        Verb::Version => Ok(Some(versions())),
+    }
+}
+
+fn add(environment: Environment, config: Config) -> Result<Value, Failure> {
+    let id = id(&environment);
+    let path = environment.netns.clone().unwrap_or_default();
+    let netns = open_netns(&path, environment.netns_override)?;
+    let sandbox = path.to_string_lossy().into_owned();
+    let command = Command::Add(Add {
+        id,
+        network: config.name.clone(),
+        netns: path,
+        pod: environment.pod,
+        ips: config.ips.clone(),
+    });
+    match ask(&config, command, Some(netns.as_fd()), config.timeout) {
+        Ok(Answer::Attached(attached)) => {
+            result::document(config.version, &attached, &sandbox, &config.dns, config.previous)
+        }
+        Ok(other) => Err(unexpected(other)),
+        Err(error) => Err(away(ErrorCode::TryAgainLater as u32, &config, &error)),
+    }
+}
+
+fn del(environment: &Environment, config: &Config) -> Result<(), Failure> {
+    let id = id(environment);
+    if let Some(path) = &environment.netns {
+        check_own(path, environment.netns_override)?;
+    }
+    let command = Command::Del(Del { id: id.clone() });
+    match ask(config, command, None, config.timeout.min(DEL_PATIENCE)) {
+        Ok(Answer::Done) => Ok(()),
+        Ok(other) => Err(unexpected(other)),
+        Err(error) => spool::put(&config.spool, &id).map_err(|failed| {
+            let spool = config.spool.display();
+            away(AWAY, config, &error)
+                .with(format!("the deletion cannot be kept in {spool} either: {failed}"))
+        }),
+    }
+}
+
+fn check(environment: &Environment, config: &Config) -> Result<(), Failure> {
+    let Some(previous) = &config.previous else {
+        return Err(Failure::new(ErrorCode::InvalidNetworkConfig, "CHECK needs prevResult"));
+    };
+    let ips = own_addresses(previous, &environment.ifname)?;
+    let path = environment.netns.clone().unwrap_or_default();
+    let netns = open_netns(&path, environment.netns_override)?;
+    let command = Command::Check(Check { id: id(environment), ips });
+    match ask(config, command, Some(netns.as_fd()), config.timeout) {
+        Ok(Answer::Done) => Ok(()),
+        Ok(other) => Err(unexpected(other)),
+        Err(error) => Err(away(AWAY, config, &error)),
+    }
+}
+
+/// Addresses of the interface in the container by a previous result. Addresses of other interfaces are
+/// other plugins' business.
+fn own_addresses(previous: &Value, ifname: &str) -> Result<Vec<IpNet>, Failure> {
+    let wrong = |what: &str| Failure::new(ErrorCode::Decoding, format!("prevResult: {what}"));
+    let list = |key: &str| previous[key].as_array().map(Vec::as_slice).unwrap_or_default();
+    let inside = |interface: &&Value| {
+        interface["name"] == ifname && interface["sandbox"].as_str().is_some_and(|s| !s.is_empty())
+    };
+    let Some(index) = list("interfaces").iter().position(|interface| inside(&interface)) else {
+        return Err(Failure::new(
+            ErrorCode::InvalidNetworkConfig,
+            format!("prevResult has no interface {ifname} in the container"),
+        ));
+    };
+    let ours = list("ips").iter().filter(|ip| ip["interface"].as_u64() == Some(index as u64));
+    ours.map(|ip| {
+        let text = ip["address"].as_str().ok_or_else(|| wrong("an ip without an address"))?;
+        text.parse().map_err(|_| wrong(&format!("{text:?} is no address with a prefix length")))
+    })
+    .collect()
+}
+
+fn gc(config: Config) -> Result<(), Failure> {
+    let Some(valid) = config.valid.clone() else {
+        // Not the same as an empty list, which would make everything garbage.
+        return Err(Failure::new(
+            ErrorCode::InvalidNetworkConfig,
+            "GC needs cni.dev/valid-attachments",
+        ));
+    };
+    let command = Command::Gc(Gc { network: config.name.clone(), valid });
+    match ask(&config, command, None, config.timeout) {
+        Ok(Answer::Done) => Ok(()),
+        Ok(other) => Err(unexpected(other)),
+        Err(error) => Err(away(AWAY, &config, &error)),
+    }
+}
+
+fn status(config: &Config) -> Result<(), Failure> {
+    match ask(config, Command::Status, None, config.timeout) {
+        Ok(Answer::Done) => Ok(()),
+        Ok(other) => Err(unexpected(other)),
+        Err(error) => Err(away(ErrorCode::NotAvailable as u32, config, &error)),
+    }
+}
+
+fn id(environment: &Environment) -> AttachmentId {
+    AttachmentId {
+        container_id: environment.container_id.clone(),
+        ifname: environment.ifname.clone(),
+    }
+}
+
+fn ask(
+    config: &Config,
+    command: Command,
+    netns: Option<BorrowedFd<'_>>,
+    limit: Duration,
+) -> Result<Answer, FrameError> {
+    client::ask(&config.socket, &Request { protocol: VERSION, command }, netns, limit)
+}
+
+fn unexpected(answer: Answer) -> Failure {
+    match answer {
+        Answer::Refused(Refusal { code, msg, details }) => Failure { code, msg, details },
+        other => Failure {
+            code: AWAY,
+            msg: "the agent's answer makes no sense: is the plugin of its version?".to_owned(),
+            details: format!("{other:?}"),
+        },
+    }
+}
+
+fn away(code: u32, config: &Config, error: &FrameError) -> Failure {
+    let socket = config.socket.display();
+    Failure {
+        code,
+        msg: format!("the Skein agent does not answer on {socket}: is it running on this node?"),
+        details: error.to_string(),
+    }
+}
+
+fn open_netns(path: &Path, own_is_meant: bool) -> Result<File, Failure> {
+    let shown = path.display();
+    let failed = |error: io::Error| {
+        Failure::new(ErrorCode::UnknownContainer, format!("cannot open CNI_NETNS {shown}"))
+            .with(error)
+    };
+    let file = File::open(path).map_err(failed)?;
+    let kind = rustix::fs::fstatfs(&file).map_err(|error| failed(error.into()))?;
+    if kind.f_type != NSFS {
+        let msg = format!("CNI_NETNS {shown} is no network namespace");
+        return Err(Failure::new(ErrorCode::UnknownContainer, msg));
+    }
+    check_own(path, own_is_meant)?;
+    Ok(file)
+}
+
+/// The plugin's own namespace is the node's: a pod in it would take the node's interfaces with it.
+fn check_own(path: &Path, own_is_meant: bool) -> Result<(), Failure> {
+    let identity = |path: &Path| {
+        let found = std::fs::metadata(path).ok()?;
+        Some((found.dev(), found.ino()))
+    };
+    let own = identity(Path::new("/proc/self/ns/net"));
+    if own_is_meant || own.is_none() || identity(path) != own {
+        return Ok(());
+    }
+    Err(Failure::new(
+        ErrorCode::InvalidNetns,
+        format!("CNI_NETNS {} is the node's own network namespace", path.display()),
+    ))
+}

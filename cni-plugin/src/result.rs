@@ -1,0 +1,98 @@
+//! The result of an ADD, in the version that the configuration asks for.
+
+use serde_json::{Map, Value, json};
+
+use crate::protocol::{Attached, Ip, Route};
+use crate::types::{Dns, ErrorCode, Failure, Version};
+
+/// The document for `attached`, whose namespace the runtime calls `sandbox`. What plugins before this
+/// one have said in `previous` comes first.
+pub fn document(
+    version: Version,
+    attached: &Attached,
+    sandbox: &str,
+    dns: &Dns,
+    previous: Option<Value>,
+) -> Result<Value, Failure> {
+    match version < Version::V0_3_0 {
+        true => Ok(flat(version, attached, dns)),
+        false => nested(version, attached, sandbox, dns, previous),
+    }
+}
+
+/// 0.3.0 and later.
+fn nested(
+    version: Version,
+    attached: &Attached,
+    sandbox: &str,
+    dns: &Dns,
+    previous: Option<Value>,
+) -> Result<Value, Failure> {
+    let mut result = match previous {
+        None => Map::new(),
+        Some(Value::Object(previous)) => previous,
+        Some(_) => return Err(Failure::new(ErrorCode::Decoding, "prevResult is no object")),
+    };
+    result.insert("cniVersion".to_owned(), version.name().into());
+    let interface = |interface: &crate::protocol::Interface, sandbox: Option<&str>| {
+        let mut value = json!({ "name": interface.name, "mac": interface.mac });
+        if let Some(sandbox) = sandbox {
+            value["sandbox"] = sandbox.into();
+        }
+        if version >= Version::V1_1_0 {
+            value["mtu"] = interface.mtu.into();
+        }
+        value
+    };
+    let before = list(&mut result, "interfaces")?.len();
+    list(&mut result, "interfaces")?
+        .extend([interface(&attached.host, None), interface(&attached.container, Some(sandbox))]);
+    let ip = |ip: &Ip| {
+        let mut value = json!({
+            "address": ip.address, "gateway": ip.gateway, "interface": before + 1,
+        });
+        if version < Version::V1_0_0 {
+            value["version"] = if ip.address.addr().is_ipv4() { "4" } else { "6" }.into();
+        }
+        value
+    };
+    list(&mut result, "ips")?.extend(attached.ips.iter().map(ip));
+    list(&mut result, "routes")?.extend(attached.routes.iter().map(route));
+    if !dns.is_empty() && result.get("dns").is_none_or(|present| *present == json!({})) {
+        result.insert("dns".to_owned(), json!(dns));
+    }
+    Ok(Value::Object(result))
+}
+
+fn list<'a>(result: &'a mut Map<String, Value>, key: &str) -> Result<&'a mut Vec<Value>, Failure> {
+    let entry = result.entry(key).or_insert(Value::Null);
+    if entry.is_null() {
+        *entry = Value::Array(Vec::new());
+    }
+    let wrong = || Failure::new(ErrorCode::Decoding, format!("prevResult.{key} is no list"));
+    entry.as_array_mut().ok_or_else(wrong)
+}
+
+/// 0.1.0 and 0.2.0: one address a family, no interfaces.
+fn flat(version: Version, attached: &Attached, dns: &Dns) -> Value {
+    let mut result = json!({ "cniVersion": version.name() });
+    for (key, v4) in [("ip4", true), ("ip6", false)] {
+        let ours = |ip: &&Ip| ip.address.addr().is_ipv4() == v4;
+        let Some(ip) = attached.ips.iter().find(ours) else { continue };
+        let routes = attached.routes.iter().filter(|route| route.dst.addr().is_ipv4() == v4);
+        result[key] = json!({
+            "ip": ip.address, "gateway": ip.gateway, "routes": routes.map(route).collect::<Vec<_>>(),
+        });
+    }
+    if !dns.is_empty() {
+        result["dns"] = json!(dns);
+    }
+    result
+}
+
+fn route(route: &Route) -> Value {
+    match route.gw {
+        Some(gw) => json!({ "dst": route.dst, "gw": gw }),
+        None => json!({ "dst": route.dst }),
+    }
+}
