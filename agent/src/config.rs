@@ -1,6 +1,7 @@
 //! The agent's configuration: a TOML file, parsed and validated once into one [`Config`], which is
 //! logged at start. It holds paths of secrets, never secrets.
 
+mod cni;
 mod file;
 
 use std::fmt;
@@ -49,6 +50,8 @@ pub struct Config {
     pub metrics: Metrics,
     /// The status socket.
     pub control: Control,
+    /// Pods.
+    pub cni: Cni,
     /// Logging.
     pub log: Log,
 }
@@ -113,6 +116,35 @@ pub struct Metrics {
 pub struct Control {
     /// Its path.
     pub socket: PathBuf,
+}
+
+/// Pods: what the agent does for the CNI plugin.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Cni {
+    /// Whether pods are attached at all.
+    pub enabled: bool,
+    /// The unix socket that the plugin asks on.
+    pub socket: PathBuf,
+    /// Where the plugin leaves a DEL that the agent could not take.
+    pub spool: PathBuf,
+    /// Where to install the plugin; `None`: nowhere.
+    pub bin_dir: Option<PathBuf>,
+    /// Where to write the network configuration; `None`: nowhere.
+    pub conf_dir: Option<PathBuf>,
+    /// Name of that file.
+    pub conf_file: String,
+    /// The plugin's binary that is installed; `None`: `skein-cni` beside the agent's own.
+    pub plugin: Option<PathBuf>,
+    /// Name of the network.
+    pub network: String,
+    /// Plugins that come after Skein's in the chain.
+    pub chain: Vec<serde_json::Value>,
+    /// Whether pods reach the outside by the node's address.
+    pub masquerade: bool,
+    /// Destinations beside the cluster's pod CIDRs for which a pod keeps its own address.
+    pub no_masquerade: Vec<IpNet>,
+    /// Name of the nftables table.
+    pub table: String,
 }
 
 /// Logging to standard error.

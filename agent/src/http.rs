@@ -93,6 +93,14 @@ async fn metrics_page(State(shared): State<Shared>) -> Response {
         registry: shared.registry(),
         ready: shared.readiness.reasons().is_empty(),
         per_peer: shared.config.metrics.per_peer,
+        pods: match shared.pods() {
+            Some(pods) => Some(metrics::Pods {
+                requests: pods.requests(),
+                usage: pods.usage().await,
+                forged: pods.forged().await,
+            }),
+            None => None,
+        },
     };
     match metrics::render(&input) {
         Ok(text) => ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),

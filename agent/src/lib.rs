@@ -3,10 +3,12 @@
 #![deny(unsafe_code)]
 
 pub mod app;
+pub mod cni;
 pub mod config;
 pub mod control;
 pub mod dataplane;
 pub mod failure;
+pub mod firewall;
 pub mod http;
 pub mod ipc;
 pub mod keys;

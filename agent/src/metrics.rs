@@ -11,8 +11,10 @@ use prometheus::proto::MetricFamily;
 use prometheus::{Encoder, TextEncoder};
 
 use self::family::{Family, Kind};
+use crate::cni::ipam;
 use crate::control::registry::RegistryStatus;
 use crate::control::supervisor::DataplaneStatus;
+use crate::firewall::Forged;
 use crate::ipc::{
     CapabilityState, DirectionReport, HistogramReport, LaneReport, PeerState, Report,
 };
@@ -30,6 +32,19 @@ pub struct Input {
     pub ready: bool,
     /// Whether to have series for each peer.
     pub per_peer: bool,
+    /// Pods, where they are served.
+    pub pods: Option<Pods>,
+}
+
+/// What is known of pods.
+#[derive(Debug, Clone, Default)]
+pub struct Pods {
+    /// Requests of the CNI plugin.
+    pub requests: Vec<MetricFamily>,
+    /// How full the pools are.
+    pub usage: Vec<ipam::Usage>,
+    /// Packets from forged sources; `None` while the firewall cannot be asked.
+    pub forged: Option<Forged>,
 }
 
 /// The text exposition format.
@@ -44,6 +59,9 @@ pub fn render(input: &Input) -> prometheus::Result<String> {
 
 fn families(input: &Input) -> Vec<MetricFamily> {
     let mut families = control(input);
+    if let Some(pods) = &input.pods {
+        families.extend(of_pods(pods));
+    }
     if let Some(report) = &input.report {
         families.extend(traffic(report));
         families.extend(histograms(report));
@@ -84,6 +102,36 @@ fn control(input: &Input) -> Vec<MetricFamily> {
     let mut families = vec![build, ready, up, restarts, records, rejected];
     families.extend(processes(input.dataplane.pid));
     families.into_iter().map(Family::finish).collect()
+}
+
+fn of_pods(pods: &Pods) -> Vec<MetricFamily> {
+    let mut addresses = Family::new(
+        "skein_ipam_addresses",
+        "Addresses for pods by pool and state; resting ones were given back a moment ago.",
+        Kind::Gauge,
+    );
+    for pool in &pods.usage {
+        let cidr = pool.cidr.to_string();
+        for (state, count) in [
+            ("used", pool.used),
+            ("free", pool.total.saturating_sub(pool.used + pool.resting)),
+            ("resting", pool.resting),
+        ] {
+            addresses.add(&[("cidr", cidr.as_str()), ("state", state)], count as f64);
+        }
+    }
+    let mut forged = Family::new(
+        "skein_pod_source_drops_total",
+        "Packets dropped because a pod sent them from an address that is not its own.",
+        Kind::Counter,
+    );
+    if let Some(counts) = pods.forged {
+        forged.add(&[("family", "ipv4")], counts.ipv4 as f64);
+        forged.add(&[("family", "ipv6")], counts.ipv6 as f64);
+    }
+    let mut families = pods.requests.clone();
+    families.extend([addresses.finish(), forged.finish()]);
+    families
 }
 
 fn processes(dataplane: Option<u32>) -> [Family; 2] {

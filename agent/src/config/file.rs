@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use serde::Deserialize;
 
+use super::cni::CniTable;
 use super::{
     Config, Control, DEFAULT_PORT, Dataplane, Interface, Invalid, Log, LogFormat, MIN_IPV6_MTU,
     Metrics, Mode, check_disjoint, check_node_name, check_pod_cidr, wildcard,
@@ -32,6 +33,7 @@ pub(super) struct File {
     offload: OffloadTable,
     metrics: MetricsTable,
     control: ControlTable,
+    cni: CniTable,
     log: LogTable,
 }
 
@@ -50,6 +52,7 @@ impl Default for File {
             offload: OffloadTable::default(),
             metrics: MetricsTable::default(),
             control: ControlTable::default(),
+            cni: CniTable::default(),
             log: LogTable::default(),
         }
     }
@@ -193,26 +196,31 @@ impl File {
             ("nodes", Some(&self.nodes)),
             ("dataplane.socket", Some(&self.dataplane.socket)),
             ("control.socket", Some(&self.control.socket)),
+            ("cni.socket", Some(&self.cni.socket)),
+            ("cni.spool", Some(&self.cni.spool)),
         ] {
             if path.is_some_and(|path| path.as_os_str().is_empty()) {
                 return Err(Invalid(format!("{key} is empty: give a path or leave it out")));
             }
         }
-        for (key, path) in
-            [("dataplane.socket", &self.dataplane.socket), ("control.socket", &self.control.socket)]
-        {
+        let sockets = [
+            ("dataplane.socket", &self.dataplane.socket),
+            ("control.socket", &self.control.socket),
+            ("cni.socket", &self.cni.socket),
+        ];
+        for (index, (key, path)) in sockets.iter().enumerate() {
             let length = path.as_os_str().len();
             if length > SOCKET_PATH {
                 return Err(Invalid(format!(
                     "{key} is {length} bytes long: a socket's path has at most {SOCKET_PATH}"
                 )));
             }
-        }
-        if self.dataplane.socket == self.control.socket {
-            return Err(Invalid(format!(
-                "dataplane.socket and control.socket are both {}: give each its own",
-                self.control.socket.display()
-            )));
+            if let Some((other, _)) = sockets[..index].iter().find(|(_, taken)| taken == path) {
+                return Err(Invalid(format!(
+                    "{other} and {key} are both {}: give each its own",
+                    path.display()
+                )));
+            }
         }
         Ok(Config {
             name,
@@ -233,6 +241,7 @@ impl File {
             },
             metrics: self.metrics.validate()?,
             control: Control { socket: self.control.socket },
+            cni: self.cni.validate()?,
             log: self.log.validate()?,
         })
     }

@@ -7,8 +7,11 @@ use std::time::Duration;
 use super::client::{Client, ClientError};
 use super::identity;
 use super::lock::StateLock;
+use crate::cni::attach::Attacher;
+use crate::cni::install;
 use crate::config::{ALIAS_PREFIX, Config};
 use crate::failure::Failure;
+use crate::firewall;
 use crate::ipc::{NodeIdentity, Request};
 use crate::netlink::Netlink;
 use crate::netlink::provisional::Provisional;
@@ -46,6 +49,9 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
     // Whoever still listens there keeps the socket.
     let dataplane_socket = stopped.is_ok().then_some(&config.dataplane.socket);
     cleaned.note("data process", stopped);
+    if config.cni.enabled {
+        remove_pods(config, &mut cleaned).await;
+    }
     let interface = format!("interface {}", config.interface.name);
     cleaned.note(&interface, remove_interface(config).await);
     let provisional = Provisional::new(&config.interface.name, &config.alias());
@@ -55,6 +61,9 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
         cleaned.note(&format!("socket {}", socket.display()), remove_file(socket));
     }
     if state {
+        for path in [config.state_dir.join("cni/leases.redb"), config.state_dir.join("cni")] {
+            cleaned.note(&format!("leases {}", path.display()), remove_any(&path));
+        }
         for file in ["node.key", "registry.json", "registry.json.new"] {
             let path = config.state_dir.join(file);
             cleaned.note(&format!("file {}", path.display()), remove_file(&path));
@@ -77,6 +86,42 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
         cleaned.note(&format!("directory {}", directory.display()), removed);
     }
     Ok(cleaned)
+}
+
+/// The network configuration first, so that the runtime starts no more pods; then what pods have.
+async fn remove_pods(config: &Config, cleaned: &mut Cleaned) {
+    let cni = &config.cni;
+    let text = |result: Result<bool, install::InstallError>| result.map_err(|e| e.to_string());
+    cleaned.note("CNI configuration", text(install::remove_configuration(cni)));
+    cleaned.note("CNI plugin", text(install::remove_plugin(cni)));
+    cleaned.note(&format!("socket {}", cni.socket.display()), remove_file(&cni.socket));
+    let attacher = Attacher::new(&config.name);
+    match Netlink::connect() {
+        Err(error) => cleaned.errors.push(error.to_string()),
+        Ok(netlink) => match attacher.found(&netlink).await {
+            Err(error) => cleaned.errors.push(error.to_string()),
+            Ok(pods) => {
+                for pod in pods {
+                    let deleted = attacher.detach(&netlink, &pod.id).await;
+                    let what = format!("interface of container {}", pod.id.container_id);
+                    cleaned.note(&what, deleted.map(|()| true).map_err(|e| e.to_string()));
+                }
+            }
+        },
+    }
+    let table = firewall::remove(&cni.table).await.map_err(|error| error.to_string());
+    cleaned.note(&format!("nftables table inet {}", cni.table), table);
+}
+
+/// A file, or a directory that is empty by now.
+fn remove_any(path: &Path) -> Result<bool, String> {
+    match std::fs::remove_dir(path) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => remove_file(path),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(false),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 async fn stop_dataplane(config: &Config) -> Result<bool, String> {

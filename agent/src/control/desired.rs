@@ -8,6 +8,7 @@ use ipnet::IpNet;
 
 use super::records::NodeRecord;
 use super::registry::Registry;
+use crate::cni::Network;
 use crate::config::{Config, MIN_IPV6_MTU};
 use crate::ipc::{NodeSettings, Peer, Request, Snapshot, TunSettings, Update};
 use crate::keys::{PrivateKey, PublicKey};
@@ -46,6 +47,17 @@ impl Desired {
             underlay_mtu.saturating_sub(overhead).clamp(576, 65_000) as u16
         });
         Self { mtu, local_cidrs, peers, addresses }
+    }
+
+    /// What pods need to know of it.
+    pub fn network(&self) -> Network {
+        let cidrs = |peer: &Peer| peer.pod_cidrs.clone();
+        Network {
+            mtu: self.mtu,
+            local: self.local_cidrs.clone(),
+            reserved: self.addresses.clone(),
+            others: self.peers.iter().flat_map(cidrs).collect(),
+        }
     }
 
     /// What keeps this from working, and the remedy.

@@ -26,6 +26,7 @@ use self::registry::Registry;
 use self::shared::{InterfaceStatus, Shared};
 use self::supervisor::{End, Handle};
 use self::watch::SourceWatch;
+use crate::cni::Pods;
 use crate::config::Config;
 use crate::failure::Failure;
 use crate::http;
@@ -88,6 +89,10 @@ struct Controller {
     interface: Present,
     snapshots: tokio::sync::watch::Sender<Arc<Snapshot>>,
     supervisor: Handle,
+    /// Absent where pods are somebody else's business.
+    pods: Option<Pods>,
+    /// Until they are served, where they are to be.
+    no_pods: Option<NotReady>,
     /// Addresses and routes wait until the data process has taken the first snapshot.
     started: bool,
     not_ready: Option<NotReady>,
@@ -126,6 +131,8 @@ impl Controller {
             shared.readiness.clone(),
         );
         let not_ready = Some(shared.readiness.block("the interface is not configured yet"));
+        let no_pods =
+            config.cni.enabled.then(|| shared.readiness.block("pods cannot be attached yet"));
         let mut controller = Self {
             config,
             key,
@@ -138,6 +145,8 @@ impl Controller {
             interface,
             snapshots,
             supervisor,
+            pods: None,
+            no_pods,
             started: false,
             not_ready,
             complaints: Vec::new(),
@@ -165,6 +174,9 @@ impl Controller {
                         Ok(()) => {
                             self.started = true;
                             self.reconcile().await;
+                            if let Err(failure) = self.serve_pods().await {
+                                return Err(self.undo(failure).await);
+                            }
                         }
                         Err(failure) => return Err(self.undo(failure).await),
                     }
@@ -202,6 +214,19 @@ impl Controller {
         }
         self.reconcile().await;
         self.show();
+    }
+
+    /// Begins to serve the CNI plugin, where that is wanted.
+    async fn serve_pods(&mut self) -> Result<(), Failure> {
+        if !self.config.cni.enabled {
+            return Ok(());
+        }
+        let (network, readiness) = (self.desired.network(), self.shared.readiness.clone());
+        let (pods, view) = Pods::start(&self.config, network, readiness).await?;
+        self.shared.set_pods(view);
+        self.pods = Some(pods);
+        self.no_pods = None;
+        Ok(())
     }
 
     /// Hands the wanted state to the supervisor.
@@ -263,6 +288,9 @@ impl Controller {
 
     /// Puts what the status shows in its place.
     fn show(&mut self) {
+        if let Some(pods) = &self.pods {
+            pods.set_network(self.desired.network());
+        }
         self.shared.set_registry(self.registry.status());
         let wanted = self.desired.interface(&self.config);
         self.shared.set_interface(InterfaceStatus {

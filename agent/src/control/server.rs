@@ -18,11 +18,16 @@ const DEADLINE: Duration = Duration::from_secs(5);
 
 /// Binds the socket for its owner only; takes over a path that nobody listens on.
 pub fn bind(path: &Path) -> Result<UnixListener, Failure> {
+    bind_socket("control.socket", path)
+}
+
+/// The same for the socket that the configuration calls `key`.
+pub fn bind_socket(key: &str, path: &Path) -> Result<UnixListener, Failure> {
     let shown = path.display();
-    let failed = |error| Failure::io(format!("cannot listen on control.socket {shown}"), error);
+    let failed = |error| Failure::io(format!("cannot listen on {key} {shown}"), error);
     if std_net::UnixStream::connect(path).is_ok() {
         return Err(Failure::Taken(format!(
-            "another agent listens on {shown}: stop it, or set control.socket to another path"
+            "another agent listens on {shown}: stop it, or set {key} to another path"
         )));
     }
     if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
@@ -31,7 +36,7 @@ pub fn bind(path: &Path) -> Result<UnixListener, Failure> {
     match std::fs::symlink_metadata(path) {
         Ok(found) if !std::os::unix::fs::FileTypeExt::is_socket(&found.file_type()) => {
             return Err(Failure::Taken(format!(
-                "{shown} is no socket: remove it, or set control.socket to another path"
+                "{shown} is no socket: remove it, or set {key} to another path"
             )));
         }
         Ok(_) => std::fs::remove_file(path).map_err(failed)?,

@@ -1,7 +1,7 @@
 //! What the status socket and the HTTP server know of the control process.
 
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::client::{Client, ClientError};
 use super::registry::RegistryStatus;
 use super::supervisor::{DataplaneState, DataplaneStatus};
+use crate::cni;
 use crate::config::Config;
 use crate::ipc::Report;
 use crate::keys::PublicKey;
@@ -33,6 +34,7 @@ pub struct Shared {
     pub dataplane: DataplaneState,
     view: Arc<Mutex<View>>,
     last_report: Arc<tokio::sync::Mutex<LastReport>>,
+    pods: Arc<OnceLock<cni::View>>,
 }
 
 /// When the data process was last asked for those who scrape, and its answer.
@@ -96,6 +98,7 @@ impl Shared {
             dataplane: DataplaneState::default(),
             view: Arc::default(),
             last_report: Arc::default(),
+            pods: Arc::default(),
         }
     }
 
@@ -107,6 +110,17 @@ impl Shared {
     /// Notes what the interface is to be.
     pub fn set_interface(&self, interface: InterfaceStatus) {
         self.lock().interface = interface;
+    }
+
+    /// Notes that pods are served.
+    pub fn set_pods(&self, pods: cni::View) {
+        // Set once, by the one control process.
+        let _ = self.pods.set(pods);
+    }
+
+    /// Pods, where they are served.
+    pub fn pods(&self) -> Option<&cni::View> {
+        self.pods.get()
     }
 
     /// The state of the registry.

@@ -45,6 +45,7 @@ impl Address {
 impl Netlink {
     /// The addresses of one link, or of all.
     pub async fn addresses(&self, index: Option<u32>) -> Result<Vec<Address>, NetlinkError> {
+        let _dump = self.dump.lock().await;
         let mut request = self.handle.address().get();
         request.message_mut().header.index = index.unwrap_or(0);
         let messages = request.execute().try_collect::<Vec<_>>().await;

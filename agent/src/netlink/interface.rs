@@ -45,7 +45,7 @@ pub enum InterfaceError {
         /// The name.
         name: String,
         /// What was found there.
-        found: Link,
+        found: Box<Link>,
     },
     /// The interface is of Skein, but of another node.
     #[error(
@@ -92,11 +92,11 @@ impl Wanted {
         let name = self.name.clone();
         match found.alias.strip_prefix(ALIAS_PREFIX) {
             Some(_) if found.kind.as_deref() != Some("tun") => {
-                Err(InterfaceError::Foreign { name, found })
+                Err(InterfaceError::Foreign { name, found: Box::new(found) })
             }
             Some(_) if found.alias == self.alias => Ok(()),
             Some(node) => Err(InterfaceError::OtherNode { name, node: node.to_owned() }),
-            None => Err(InterfaceError::Foreign { name, found }),
+            None => Err(InterfaceError::Foreign { name, found: Box::new(found) }),
         }
     }
 

@@ -21,6 +21,8 @@ pub struct Link {
     pub mtu: u32,
     /// Length of the transmit queue in packets.
     pub txqueuelen: u32,
+    /// Hardware address, empty where there is none.
+    pub mac: Vec<u8>,
     /// Whether it is administratively up.
     pub up: bool,
     /// Whether it takes multicast.
@@ -44,6 +46,7 @@ impl From<LinkMessage> for Link {
                 LinkAttribute::IfName(name) => link.name = name,
                 LinkAttribute::IfAlias(alias) => link.alias = alias,
                 LinkAttribute::Mtu(mtu) => link.mtu = mtu,
+                LinkAttribute::Address(mac) => link.mac = mac,
                 LinkAttribute::TxQueueLen(length) => link.txqueuelen = length,
                 LinkAttribute::LinkInfo(infos) => {
                     link.kind = infos.into_iter().find_map(|info| match info {
@@ -101,6 +104,7 @@ impl Netlink {
 
     /// Every link.
     pub async fn links(&self) -> Result<Vec<Link>, NetlinkError> {
+        let _dump = self.dump.lock().await;
         let request = self.handle.link().get().execute();
         let links = request.map_ok(Link::from).try_collect().await;
         links.map_err(|error| NetlinkError::new("list interfaces", error))

@@ -8,6 +8,7 @@ pub mod address;
 pub mod interface;
 pub mod link;
 pub mod monitor;
+pub mod pod;
 pub mod provisional;
 pub mod route;
 pub mod sysctl;
@@ -51,6 +52,8 @@ impl NetlinkError {
 pub struct Netlink {
     handle: rtnetlink::Handle,
     task: JoinHandle<()>,
+    /// Held during a dump: the kernel refuses a second one on the same socket (EBUSY).
+    dump: tokio::sync::Mutex<()>,
 }
 
 impl Netlink {
@@ -60,7 +63,7 @@ impl Netlink {
         let connection = rtnetlink::new_connection_with_strict_check();
         let (connection, handle, _) = connection
             .map_err(|source| NetlinkError { what: "connect to rtnetlink".to_owned(), source })?;
-        Ok(Self { handle, task: tokio::spawn(connection) })
+        Ok(Self { handle, task: tokio::spawn(connection), dump: tokio::sync::Mutex::default() })
     }
 }
 

@@ -61,7 +61,7 @@ impl Provisional {
     pub async fn remove(&self, netlink: &Netlink) -> Result<bool, InterfaceError> {
         let Some(link) = netlink.link(&self.name).await? else { return Ok(false) };
         if !self.is_left(&link) {
-            return Err(InterfaceError::Foreign { name: self.name.clone(), found: link });
+            return Err(InterfaceError::Foreign { name: self.name.clone(), found: Box::new(link) });
         }
         tracing::info!(interface = self.name, "removing what an unfinished start has left");
         netlink.delete_link(link.index).await?;

@@ -84,6 +84,7 @@ impl Route {
 impl Netlink {
     /// Skein's routes through an interface.
     pub async fn routes(&self, interface: u32) -> Result<Vec<Route>, NetlinkError> {
+        let _dump = self.dump.lock().await;
         let mut routes = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut filter = RouteMessage::default();
@@ -97,6 +98,20 @@ impl Netlink {
         }
         routes.retain(|route| route.interface == interface);
         Ok(routes)
+    }
+
+    /// Adds a route that may be there already; says whether it was not.
+    pub async fn ensure_route(&self, route: &Route) -> Result<bool, NetlinkError> {
+        match self.add_route(route).await {
+            Ok(()) => Ok(true),
+            Err(error) if error.errno() == Some(libc::EEXIST) => {
+                match self.routes(route.interface).await?.contains(route) {
+                    true => Ok(false),
+                    false => Err(error),
+                }
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Adds a route; another program's route to the same prefix is not replaced, but an error.

@@ -1,0 +1,390 @@
+//! One pod's interface: made, checked, put right, taken away.
+//!
+//! What belongs to Skein is told by the name of the node's end, which follows from the attachment, and by its
+//! alias, which says whose it is. So the kernel itself knows every attachment, whatever becomes of files.
+
+use std::fmt::Write as _;
+use std::net::IpAddr;
+use std::os::fd::BorrowedFd;
+
+use aws_lc_rs::digest;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use skein_cni::protocol::{Attached, AttachmentId, Interface, Ip, Route as PodRoute};
+use thiserror::Error;
+
+use crate::netlink::link::{Link, LinkChange};
+use crate::netlink::pod::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, HOST_PREFIX};
+use crate::netlink::route::Route;
+use crate::netlink::sysctl::Sysctl;
+use crate::netlink::{Netlink, NetlinkError};
+use crate::sys::netns::in_network_namespace;
+
+/// Why a pod was not attached.
+#[derive(Debug, Error)]
+pub enum AttachError {
+    /// The pod has an interface of that name.
+    #[error("the container has an interface {0} already")]
+    Exists(String),
+    /// The node's name for it belongs to somebody else.
+    #[error(
+        "interface {name} of the node belongs to another ({found}): delete it (ip link delete {name})"
+    )]
+    Foreign {
+        /// The name.
+        name: String,
+        /// What is there.
+        found: String,
+    },
+    /// The kernel refused.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+    /// A setting could not be made.
+    #[error("cannot prepare the pod's interface: {0}")]
+    Settings(String),
+}
+
+/// An attachment that the kernel has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// Whose it is.
+    pub id: AttachmentId,
+    /// Index of the node's end.
+    pub index: u32,
+    /// Addresses, by their host routes.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// What all pods of a node have in common.
+#[derive(Debug, Clone)]
+pub struct Attacher {
+    /// What every alias begins with: whose node it is.
+    mark: String,
+}
+
+impl Attacher {
+    /// For the node of that name.
+    pub fn new(node: &str) -> Self {
+        Self { mark: format!("skein-pod:{node}:") }
+    }
+
+    fn alias(&self, id: &AttachmentId) -> String {
+        format!("{}{}/{}", self.mark, id.container_id, id.ifname)
+    }
+
+    /// Whether the kernel can keep this attachment's mark: IFALIASZ (linux/if.h) is 256 with its terminator.
+    pub fn can_mark(&self, id: &AttachmentId) -> bool {
+        self.alias(id).len() < 256
+    }
+
+    fn owner(&self, link: &Link) -> Option<AttachmentId> {
+        let (container_id, ifname) = link.alias.strip_prefix(&self.mark)?.split_once('/')?;
+        Some(AttachmentId { container_id: container_id.to_owned(), ifname: ifname.to_owned() })
+    }
+
+    /// Attaches a pod: an interface in `namespace` with these addresses, and the way to and from it.
+    /// What is there already is put right. What a failure leaves is for [`Attacher::detach`].
+    ///
+    /// `mtu` is in bytes.
+    pub async fn attach(
+        &self,
+        netlink: &Netlink,
+        namespace: BorrowedFd<'_>,
+        id: &AttachmentId,
+        addresses: &[IpAddr],
+        mtu: u32,
+    ) -> Result<Attached, AttachError> {
+        let pod = Netlink::connect_in(namespace)?;
+        let name = host_name(id);
+        let present = pod.link(&id.ifname).await?;
+        match (netlink.link(&name).await?, &present) {
+            (Some(found), Some(_)) if found.alias == self.alias(id) => {}
+            (Some(found), _) => {
+                // Its other end went to another namespace, or its making was not finished.
+                self.check_owner(&found, id)?;
+                if present.is_some() {
+                    return Err(AttachError::Exists(id.ifname.clone()));
+                }
+                netlink.delete_link(found.index).await?;
+                netlink.add_veth(&name, (&id.ifname, &pod_mac(id)), namespace, mtu).await?;
+            }
+            (None, Some(_)) => return Err(AttachError::Exists(id.ifname.clone())),
+            (None, None) => {
+                netlink.add_veth(&name, (&id.ifname, &pod_mac(id)), namespace, mtu).await?
+            }
+        }
+        let host = missing(netlink.link(&name).await?, &name)?;
+        let inner = missing(pod.link(&id.ifname).await?, &id.ifname)?;
+        if inner.mac != pod_mac(id) {
+            return Err(AttachError::Exists(id.ifname.clone()));
+        }
+        let up = |mtu_now: u32, alias| LinkChange {
+            alias,
+            mtu: (mtu_now != mtu).then_some(mtu),
+            up: true,
+            ..LinkChange::default()
+        };
+        netlink.change_link(host.index, &up(host.mtu, Some(self.alias(id)))).await?;
+        let v6 = addresses.iter().any(IpAddr::is_ipv6);
+        settings(&node_settings(&name, v6))?;
+        if v6 {
+            let inside = pod_settings(&id.ifname);
+            in_network_namespace(namespace, || settings(&inside))
+                .map_err(|error| AttachError::Settings(error.to_string()))??;
+        }
+        pod.change_link(inner.index, &up(inner.mtu, None)).await?;
+        for &ip in addresses {
+            pod.add_address(inner.index, IpNet::from(ip)).await?;
+            netlink.set_neighbour(host.index, ip, &pod_mac(id)).await?;
+            netlink.ensure_route(&host_route(host.index, ip)).await?;
+        }
+        for route in pod_routes(addresses) {
+            pod.set_pod_route(inner.index, route.dst, route.gw).await?;
+            if let Some(gateway) = route.gw {
+                pod.set_neighbour(inner.index, gateway, &GATEWAY_MAC).await?;
+            }
+        }
+        let ip = |&address: &IpAddr| Ip { address: address.into(), gateway: gateway(address) };
+        Ok(Attached {
+            host: Interface { name, mac: mac_text(&GATEWAY_MAC), mtu },
+            container: Interface { name: id.ifname.clone(), mac: mac_text(&pod_mac(id)), mtu },
+            ips: addresses.iter().map(ip).collect(),
+            routes: pod_routes(addresses),
+        })
+    }
+
+    /// Takes a pod's interface away; one that is not there is no error, and another's stays.
+    pub async fn detach(&self, netlink: &Netlink, id: &AttachmentId) -> Result<(), AttachError> {
+        let name = host_name(id);
+        let Some(found) = netlink.link(&name).await? else { return Ok(()) };
+        self.check_owner(&found, id)?;
+        Ok(netlink.delete_link(found.index).await?)
+    }
+
+    /// What of an attachment is not as it was made; nothing where all is well.
+    pub async fn check(
+        &self,
+        netlink: &Netlink,
+        namespace: BorrowedFd<'_>,
+        id: &AttachmentId,
+        addresses: &[IpAddr],
+    ) -> Result<Vec<String>, AttachError> {
+        let mut problems = Vec::new();
+        let name = host_name(id);
+        let pod = Netlink::connect_in(namespace)?;
+        match netlink.link(&name).await? {
+            None => problems.push(format!("the node has no interface {name}")),
+            Some(host) if host.alias != self.alias(id) => {
+                problems.push(format!("interface {name} of the node is another's ({host})"));
+            }
+            Some(host) => {
+                if !host.up {
+                    problems.push(format!("interface {name} of the node is down"));
+                }
+                let routes = netlink.routes(host.index).await?;
+                for ip in addresses {
+                    if !routes.contains(&host_route(host.index, *ip)) {
+                        problems.push(format!("the node has no route to {ip} by {name}"));
+                    }
+                }
+            }
+        }
+        let Some(inner) = pod.link(&id.ifname).await? else {
+            problems.push(format!("the container has no interface {}", id.ifname));
+            return Ok(problems);
+        };
+        if !inner.up {
+            problems.push(format!("interface {} of the container is down", id.ifname));
+        }
+        let present = pod.addresses(Some(inner.index)).await?;
+        for ip in addresses {
+            if !present.iter().any(|address| address.net == IpNet::from(*ip)) {
+                problems.push(format!("interface {} has lost the address {ip}", id.ifname));
+            }
+        }
+        let routes = pod.routes(inner.index).await?;
+        for route in pod_routes(addresses) {
+            if !routes.iter().any(|present| present.destination == route.dst) {
+                problems.push(format!("the container has lost its route to {}", route.dst));
+            }
+        }
+        Ok(problems)
+    }
+
+    /// Every attachment of this node that the kernel has.
+    pub async fn found(&self, netlink: &Netlink) -> Result<Vec<Found>, NetlinkError> {
+        let mut all = Vec::new();
+        for link in netlink.links().await? {
+            let Some(id) = self.owner(&link) else { continue };
+            let routes = netlink.routes(link.index).await?;
+            let mut addresses: Vec<IpAddr> =
+                routes.iter().map(|route| route.destination.addr()).collect();
+            addresses.sort();
+            all.push(Found { id, index: link.index, addresses });
+        }
+        Ok(all)
+    }
+
+    /// Puts back what somebody took from the node's end: up, route, neighbour. The pod's own end is the
+    /// pod's. Says what it did.
+    pub async fn heal(
+        &self,
+        netlink: &Netlink,
+        id: &AttachmentId,
+        addresses: &[IpAddr],
+    ) -> Result<Vec<String>, AttachError> {
+        let name = host_name(id);
+        let Some(link) = netlink.link(&name).await? else { return Ok(Vec::new()) };
+        self.check_owner(&link, id)?;
+        let mut changes = Vec::new();
+        if !link.up {
+            netlink.change_link(link.index, &LinkChange { up: true, ..Default::default() }).await?;
+            changes.push(format!("{name} is up again"));
+        }
+        for &ip in addresses {
+            if netlink.ensure_route(&host_route(link.index, ip)).await? {
+                changes.push(format!("the route to {ip} is back"));
+            }
+        }
+        let neighbours = netlink.neighbours(link.index).await?;
+        for &ip in addresses {
+            if !neighbours.contains(&(ip, pod_mac(id).to_vec())) {
+                netlink.set_neighbour(link.index, ip, &pod_mac(id)).await?;
+                changes.push(format!("the neighbour {ip} is back"));
+            }
+        }
+        Ok(changes)
+    }
+
+    fn check_owner(&self, found: &Link, id: &AttachmentId) -> Result<(), AttachError> {
+        let veth = found.kind.as_deref() == Some("veth");
+        // Without an alias: made by an agent that ended before it could say so.
+        if veth && (found.alias == self.alias(id) || found.alias.is_empty()) {
+            return Ok(());
+        }
+        Err(AttachError::Foreign { name: found.name.clone(), found: found.to_string() })
+    }
+}
+
+/// Name of the node's end: the prefix and 44 bits of a hash of the attachment.
+pub fn host_name(id: &AttachmentId) -> String {
+    let mut name = HOST_PREFIX.to_owned();
+    for byte in &hash(id)[..6] {
+        let _ = write!(name, "{byte:02x}");
+    }
+    name.truncate(14);
+    name
+}
+
+/// Hardware address of the pod's end: locally administered, and known without asking the pod.
+fn pod_mac(id: &AttachmentId) -> [u8; 6] {
+    let hash = hash(id);
+    [0x02, hash[6], hash[7], hash[8], hash[9], hash[10]]
+}
+
+/// SHA-256.
+fn hash(id: &AttachmentId) -> Vec<u8> {
+    let whole = format!("{}/{}", id.container_id, id.ifname);
+    digest::digest(&digest::SHA256, whole.as_bytes()).as_ref().to_vec()
+}
+
+fn host_route(interface: u32, ip: IpAddr) -> Route {
+    Route { destination: ip.into(), interface, source: None }
+}
+
+fn gateway(ip: IpAddr) -> IpAddr {
+    match ip {
+        IpAddr::V4(_) => GATEWAY_V4.into(),
+        IpAddr::V6(_) => GATEWAY_V6.into(),
+    }
+}
+
+/// To the gateway where it is not link-local by itself, then everywhere by it.
+fn pod_routes(addresses: &[IpAddr]) -> Vec<PodRoute> {
+    let mut routes = Vec::new();
+    if addresses.iter().any(IpAddr::is_ipv4) {
+        routes.push(PodRoute { dst: IpNet::from(IpAddr::V4(GATEWAY_V4)), gw: None });
+        routes.push(PodRoute { dst: Ipv4Net::default().into(), gw: Some(GATEWAY_V4.into()) });
+    }
+    if addresses.iter().any(IpAddr::is_ipv6) {
+        routes.push(PodRoute { dst: Ipv6Net::default().into(), gw: Some(GATEWAY_V6.into()) });
+    }
+    routes
+}
+
+/// The node's end: the firewall checks sources, and counts; nothing is configured by itself.
+fn node_settings(name: &str, v6: bool) -> Vec<Sysctl> {
+    let mut settings = vec![
+        Sysctl::required(format!("ipv4/conf/{name}/rp_filter"), "0"),
+        Sysctl::required(format!("ipv4/conf/{name}/forwarding"), "1"),
+        // A pod that asks for the gateway, or for anything else, gets no answer by somebody else's
+        // settings: what it needs to know is in its neighbour table.
+        Sysctl::wished(format!("ipv4/conf/{name}/proxy_arp"), "0"),
+    ];
+    if v6 {
+        settings.extend([
+            Sysctl::required(format!("ipv6/conf/{name}/disable_ipv6"), "0"),
+            Sysctl::required(format!("ipv6/conf/{name}/forwarding"), "1"),
+            Sysctl::wished(format!("ipv6/conf/{name}/accept_ra"), "0"),
+            Sysctl::wished(format!("ipv6/conf/{name}/accept_dad"), "0"),
+        ]);
+    }
+    settings
+}
+
+fn pod_settings(name: &str) -> Vec<Sysctl> {
+    vec![
+        Sysctl::required(format!("ipv6/conf/{name}/disable_ipv6"), "0"),
+        Sysctl::wished(format!("ipv6/conf/{name}/accept_ra"), "0"),
+        Sysctl::wished(format!("ipv6/conf/{name}/accept_dad"), "0"),
+    ]
+}
+
+fn settings(all: &[Sysctl]) -> Result<(), AttachError> {
+    for setting in all {
+        match setting.ensure() {
+            Err(error) if setting.required => return Err(AttachError::Settings(error.to_string())),
+            Err(error) => tracing::debug!(%error, "a setting that is good to have"),
+            Ok(_) => {}
+        }
+    }
+    Ok(())
+}
+
+fn missing(link: Option<Link>, name: &str) -> Result<Link, NetlinkError> {
+    link.ok_or_else(|| NetlinkError {
+        what: format!("find interface {name}"),
+        source: std::io::ErrorKind::NotFound.into(),
+    })
+}
+
+fn mac_text(mac: &[u8]) -> String {
+    let parts: Vec<String> = mac.iter().map(|byte| format!("{byte:02x}")).collect();
+    parts.join(":")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_fit_and_differ() {
+        let name = |container: &str, ifname: &str| {
+            host_name(&AttachmentId { container_id: container.into(), ifname: ifname.into() })
+        };
+        let names = [name("a", "eth0"), name("b", "eth0"), name("a", "eth1")];
+        assert!(names.iter().all(|name| name.len() == 14 && name.starts_with("skp")), "{names:?}");
+        assert!(names[0] != names[1] && names[0] != names[2]);
+        assert_eq!(name("a", "eth0"), names[0]);
+    }
+
+    #[test]
+    fn an_alias_says_whose_it_is() {
+        let id = AttachmentId { container_id: "c-1".into(), ifname: "eth0".into() };
+        let ours = Attacher::new("node-a");
+        let link = Link { alias: ours.alias(&id), ..Link::default() };
+        assert_eq!(ours.owner(&link), Some(id.clone()));
+        assert_eq!(Attacher::new("node-b").owner(&link), None);
+        assert!(ours.can_mark(&id));
+        assert!(!ours.can_mark(&AttachmentId { container_id: "x".repeat(300), ..id }));
+    }
+}

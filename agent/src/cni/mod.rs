@@ -1,0 +1,254 @@
+//! Pods: what the agent does for the CNI plugin.
+//!
+//! [`Pods`] is what the control process sees: told of the node's network, it serves the plugin, tends
+//! leases, interfaces and the firewall in a task of its own, and installs the plugin once the agent
+//! can serve.
+
+pub mod attach;
+pub mod install;
+pub mod ipam;
+mod locks;
+mod metrics;
+mod server;
+mod service;
+mod wire;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use prometheus::proto::MetricFamily;
+use tokio::net::UnixListener;
+use tokio::sync::{Mutex, watch};
+use tokio::task::JoinHandle;
+use tokio::time::MissedTickBehavior;
+
+use self::ipam::{Ipam, Usage};
+pub use self::service::Network;
+use self::service::Service;
+use crate::config::{Cni, Config};
+use crate::failure::Failure;
+use crate::firewall::{self, Firewall, Forged, Rules};
+use crate::lifecycle::{NotReady, Readiness};
+use crate::netlink::Netlink;
+
+/// Leases, interfaces, the firewall and the spool are looked at this often.
+const TEND: Duration = Duration::from_secs(10);
+/// How often the agent looks whether it is ready, until it was once.
+const READY: Duration = Duration::from_millis(100);
+/// How old the firewall's counters may be for a scrape.
+const RECENT: Duration = Duration::from_secs(1);
+
+/// Pods are served until this is dropped.
+#[derive(Debug)]
+pub struct Pods {
+    network: watch::Sender<Network>,
+    tasks: [JoinHandle<()>; 2],
+}
+
+/// What metrics and status show of pods. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct View {
+    service: Arc<Service>,
+    table: String,
+    forged: Arc<Mutex<Option<(Instant, Forged)>>>,
+}
+
+impl Pods {
+    /// Opens the leases, listens, and begins.
+    pub async fn start(
+        config: &Config,
+        network: Network,
+        readiness: Readiness,
+    ) -> Result<(Self, View), Failure> {
+        let cni = config.cni.clone();
+        let path = config.state_dir.join("cni/leases.redb");
+        let opened = tokio::task::spawn_blocking(move || Ipam::open(&path)).await;
+        let opened = opened.context("opening the leases")?.map_err(anyhow::Error::from)?;
+        let netlink = Netlink::connect().map_err(anyhow::Error::from)?;
+        let (sender, receiver) = watch::channel(network);
+        let spool = cni.spool.clone();
+        let service = Service::new(
+            opened.ipam,
+            &config.name,
+            netlink,
+            receiver.clone(),
+            readiness.clone(),
+            spool,
+        )?;
+        let service = Arc::new(service);
+        let listener = crate::control::server::bind_socket("cni.socket", &cni.socket)?;
+        let rules = rules(&cni, &config.interface.name, &receiver.borrow());
+        let mut keeper = Keeper {
+            service: Arc::clone(&service),
+            firewall: Firewall::new(rules),
+            interface: config.interface.name.clone(),
+            network: receiver,
+            readiness,
+            not_ready: None,
+            complaint: None,
+            can_serve: false,
+            installed: false,
+            cni,
+        };
+        // Before anything is served: whoever asks for an address must not get one that is in use.
+        keeper.take_network().await;
+        keeper.tend().await;
+        let view = View {
+            service: Arc::clone(&service),
+            table: keeper.cni.table.clone(),
+            forged: Arc::default(),
+        };
+        let tasks = [tokio::spawn(serve(listener, service)), tokio::spawn(keeper.run())];
+        Ok((Self { network: sender, tasks }, view))
+    }
+
+    /// Tells of another network.
+    pub fn set_network(&self, network: Network) {
+        self.network.send_if_modified(|present| {
+            let differs = *present != network;
+            *present = network;
+            differs
+        });
+    }
+}
+
+impl Drop for Pods {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+impl View {
+    /// How full the pools are.
+    pub async fn usage(&self) -> Vec<Usage> {
+        self.service.ipam.usage().await.unwrap_or_default()
+    }
+
+    /// Requests, for a scrape.
+    pub fn requests(&self) -> Vec<MetricFamily> {
+        self.service.requests.families()
+    }
+
+    /// Packets that the source check has dropped. However many ask, `nft` runs once a second.
+    pub async fn forged(&self) -> Option<Forged> {
+        let mut last = self.forged.lock().await;
+        if let Some((at, forged)) = *last
+            && at.elapsed() < RECENT
+        {
+            return Some(forged);
+        }
+        let forged = firewall::forged(&self.table).await?;
+        *last = Some((Instant::now(), forged));
+        Some(forged)
+    }
+}
+
+async fn serve(listener: UnixListener, service: Arc<Service>) {
+    server::serve(listener, service).await;
+}
+
+/// Keeps everything of pods as it should be.
+struct Keeper {
+    service: Arc<Service>,
+    firewall: Firewall,
+    interface: String,
+    network: watch::Receiver<Network>,
+    readiness: Readiness,
+    not_ready: Option<NotReady>,
+    /// Logged already.
+    complaint: Option<String>,
+    /// Whether the agent was ready once.
+    can_serve: bool,
+    /// Whether the plugin is where the runtime looks for it.
+    installed: bool,
+    cni: Cni,
+}
+
+impl Keeper {
+    async fn run(mut self) {
+        let mut tend = tokio::time::interval(TEND);
+        tend.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut ready = tokio::time::interval(READY);
+        ready.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                changed = self.network.changed() => match changed {
+                    Ok(()) => {
+                        self.take_network().await;
+                        self.tend().await;
+                    }
+                    // The control process ends.
+                    Err(_) => return,
+                },
+                _ = tend.tick() => self.tend().await,
+                _ = ready.tick(), if !self.can_serve => {
+                    if self.readiness.reasons().is_empty() {
+                        self.can_serve = true;
+                        self.tend().await;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn take_network(&mut self) {
+        let network = self.network.borrow_and_update().clone();
+        self.firewall.set_rules(rules(&self.cni, &self.interface, &network));
+        if let Err(error) = self.service.ipam.set_pools(network.local, network.reserved).await {
+            tracing::error!(%error, "the pod CIDRs are not in force");
+        }
+    }
+
+    async fn tend(&mut self) {
+        let mut errors = Vec::new();
+        match self.firewall.ensure().await {
+            Ok(true) => tracing::info!(table = self.cni.table, "the firewall is in place"),
+            Ok(false) => {}
+            Err(error) => errors.push(format!("firewall: {error}")),
+        }
+        // First what the kernel has: only then a deletion that waited finds its address.
+        errors.extend(self.service.tend().await.err());
+        errors.extend(self.service.empty_spool().await.err());
+        if self.can_serve && !self.installed {
+            errors.extend(self.install().err().map(|error| error.to_string()));
+        }
+        let complaint = (!errors.is_empty()).then(|| errors.join("; "));
+        if complaint != self.complaint
+            && let Some(complaint) = &complaint
+        {
+            tracing::error!("pods: {complaint}");
+        }
+        self.not_ready = match &complaint {
+            None => None,
+            Some(text) => Some(self.readiness.block(format!("pods: {text}"))),
+        };
+        self.complaint = complaint;
+    }
+
+    /// The plugin, then the configuration: from now on the runtime starts pods.
+    fn install(&mut self) -> Result<(), install::InstallError> {
+        let binary = install::install_plugin(&self.cni)?;
+        let configuration = install::install_configuration(&self.cni)?;
+        self.installed = true;
+        tracing::info!(binary, configuration, "the CNI plugin is installed");
+        let earlier = install::earlier_configurations(&self.cni);
+        if !earlier.is_empty() {
+            tracing::warn!(?earlier, "the runtime takes another network's configuration first");
+        }
+        Ok(())
+    }
+}
+
+fn rules(cni: &Cni, interface: &str, network: &Network) -> Rules {
+    let all = network.local.iter().chain(&network.others).chain(&cni.no_masquerade);
+    Rules {
+        table: cni.table.clone(),
+        interface: interface.to_owned(),
+        local: network.local.clone(),
+        inside: all.copied().collect(),
+        masquerade: cni.masquerade,
+    }
+}

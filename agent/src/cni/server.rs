@@ -1,0 +1,86 @@
+//! The socket that the plugin asks on: one request a connection, from root only, a bounded number at
+//! once, each with a deadline.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use skein_cni::frame::FrameError;
+use skein_cni::protocol::{Answer, Refusal, Request, VERSION};
+use skein_cni::types::ErrorCode;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+
+use super::wire;
+
+/// Requests that are worked on at once; others wait for their turn. More would only wait for the kernel's
+/// one lock of the network configuration.
+const AT_ONCE: usize = 32;
+/// Connections that are open at once; more wait in the socket's backlog.
+const CONNECTIONS: usize = 512;
+/// How long the plugin may take to say what it wants, or to read the answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Whoever does what is asked.
+pub(super) trait Handler: Send + Sync + 'static {
+    /// Answers one request.
+    fn answer(
+        &self,
+        request: Request,
+        netns: Option<OwnedFd>,
+    ) -> impl Future<Output = Answer> + Send;
+}
+
+/// Serves until it is aborted.
+pub(super) async fn serve<H: Handler>(listener: UnixListener, handler: Arc<H>) {
+    let connections = Arc::new(Semaphore::new(CONNECTIONS));
+    let turns = Arc::new(Semaphore::new(AT_ONCE));
+    loop {
+        // Neither semaphore is ever closed.
+        let Ok(connection) = Arc::clone(&connections).acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let (handler, turns) = (Arc::clone(&handler), Arc::clone(&turns));
+                tokio::spawn(async move {
+                    if let Err(error) = talk(&stream, &*handler, &turns).await {
+                        tracing::debug!(%error, "a request of the CNI plugin got no answer");
+                    }
+                    drop(connection);
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept on cni.socket");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn talk<H: Handler>(stream: &UnixStream, handler: &H, turns: &Semaphore) -> io::Result<()> {
+    if stream.peer_cred()?.uid() != 0 {
+        return Err(io::ErrorKind::PermissionDenied.into());
+    }
+    let request = tokio::time::timeout(PATIENCE, wire::receive::<Request>(stream));
+    let answer = match request.await? {
+        Ok((request, _)) if request.protocol != VERSION => refusal(
+            ErrorCode::IncompatibleVersion as u32,
+            format!(
+                "the plugin speaks protocol {} and the agent {VERSION}: install the plugin of this agent",
+                request.protocol
+            ),
+        ),
+        Ok((request, netns)) => {
+            let _turn = turns.acquire().await.map_err(io::Error::other)?;
+            handler.answer(request, netns).await
+        }
+        Err(FrameError::Io(error)) => return Err(error),
+        Err(error) => refusal(ErrorCode::Decoding as u32, error.to_string()),
+    };
+    tokio::time::timeout(PATIENCE, wire::reply(stream, &answer)).await?
+}
+
+/// An answer that says no.
+pub(super) fn refusal(code: u32, msg: impl Into<String>) -> Answer {
+    Answer::Refused(Refusal { code, msg: msg.into(), details: String::new() })
+}

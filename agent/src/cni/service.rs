@@ -1,0 +1,427 @@
+//! The verbs: leases and interfaces brought together.
+
+use std::fs;
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+use skein_cni::protocol::{Add, Answer, AttachmentId, Check, Command, Gc, Refusal, Request};
+use skein_cni::types::ErrorCode;
+use skein_cni::{protocol, spool};
+use thiserror::Error;
+use tokio::sync::watch;
+
+use super::attach::{AttachError, Attacher};
+use super::ipam::{Ipam, IpamError, Lease, Wanted};
+use super::locks::Locks;
+use super::metrics::{Requests, verb};
+use super::server::{Handler, refusal};
+use crate::lifecycle::Readiness;
+use crate::netlink::{Netlink, NetlinkError};
+use crate::sys::netns::NamespaceId;
+
+/// An attachment is not as it was made (CNI leaves 100 and above to plugins).
+const BROKEN: u32 = 100;
+
+/// What pods need to know of the node.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Network {
+    /// MTU of pods in bytes.
+    pub mtu: u16,
+    /// Prefixes of this node.
+    pub local: Vec<IpNet>,
+    /// Addresses of the node out of these, which no pod gets.
+    pub reserved: Vec<IpAddr>,
+    /// Prefixes of all other nodes.
+    pub others: Vec<IpNet>,
+}
+
+/// Why a request was not done.
+#[derive(Debug, Error)]
+enum Error {
+    #[error(transparent)]
+    Ipam(#[from] IpamError),
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    #[error("{0}")]
+    Namespace(String),
+    #[error("{0}")]
+    Invalid(String),
+    #[error("{0}")]
+    Broken(String),
+}
+
+impl From<NetlinkError> for Error {
+    fn from(error: NetlinkError) -> Self {
+        Self::Attach(error.into())
+    }
+}
+
+impl Error {
+    /// The code of the CNI specification.
+    fn code(&self) -> u32 {
+        match self {
+            Error::Ipam(IpamError::Exhausted { .. } | IpamError::NoPool | IpamError::Taken(_)) => {
+                ErrorCode::TryAgainLater as u32
+            }
+            Error::Ipam(IpamError::NotOurs(_)) | Error::Invalid(_) => {
+                ErrorCode::InvalidNetworkConfig as u32
+            }
+            Error::Ipam(_) => ErrorCode::Io as u32,
+            Error::Attach(AttachError::Exists(_)) => ErrorCode::InvalidEnvironment as u32,
+            Error::Attach(_) => ErrorCode::TryAgainLater as u32,
+            Error::Namespace(_) => ErrorCode::UnknownContainer as u32,
+            Error::Broken(_) => BROKEN,
+        }
+    }
+}
+
+/// What serves the plugin.
+#[derive(Debug)]
+pub(super) struct Service {
+    pub(super) ipam: Ipam,
+    pub(super) attacher: Attacher,
+    pub(super) netlink: Netlink,
+    pub(super) network: watch::Receiver<Network>,
+    pub(super) readiness: Readiness,
+    pub(super) requests: Requests,
+    pub(super) spool: PathBuf,
+    boot: String,
+    own: NamespaceId,
+    locks: Locks,
+}
+
+impl Service {
+    pub(super) fn new(
+        ipam: Ipam,
+        node: &str,
+        netlink: Netlink,
+        network: watch::Receiver<Network>,
+        readiness: Readiness,
+        spool: PathBuf,
+    ) -> anyhow::Result<Self> {
+        Ok(Self {
+            ipam,
+            attacher: Attacher::new(node),
+            netlink,
+            network,
+            readiness,
+            requests: Requests::new()?,
+            spool,
+            boot: fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned(),
+            own: NamespaceId::own()?,
+            locks: Locks::default(),
+        })
+    }
+
+    async fn add(&self, add: Add, netns: Option<OwnedFd>) -> Result<protocol::Attached, Error> {
+        let netns = netns.ok_or_else(|| {
+            Error::Namespace("no descriptor of the network namespace came along".to_owned())
+        })?;
+        let namespace = self.identify(&netns)?;
+        if !self.attacher.can_mark(&add.id) {
+            return Err(Error::Invalid("the container's ID is too long".to_owned()));
+        }
+        let _turn = self.locks.lock(&add.id).await;
+        let visible = NamespaceId::at(&add.netns).is_ok_and(|seen| seen == namespace);
+        let wanted = Wanted {
+            lease: Lease {
+                id: add.id.clone(),
+                network: add.network,
+                addresses: Vec::new(),
+                netns: add.netns,
+                namespace: Some(namespace),
+                path_visible: visible,
+                boot: self.boot.clone(),
+                pod: add.pod,
+            },
+            addresses: add.ips,
+        };
+        let lease = match self.ipam.allocate(wanted.clone()).await {
+            Err(IpamError::OtherNamespace(old)) => {
+                tracing::info!(container = old.id.container_id, "attached anew elsewhere");
+                self.detach(&old.id).await?;
+                self.ipam.allocate(wanted).await?
+            }
+            lease => lease?,
+        };
+        let mtu = u32::from(self.network.borrow().mtu);
+        let (netlink, ips) = (&self.netlink, &lease.addresses);
+        let attached = self.attacher.attach(netlink, netns.as_fd(), &add.id, ips, mtu).await;
+        match attached {
+            Ok(attached) => Ok(attached),
+            Err(error) => {
+                // Whatever was made goes; the address with it, if that worked.
+                if let Err(further) = self.detach(&add.id).await {
+                    tracing::error!(%further, "a failed attachment is not undone");
+                }
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Takes the interface away, then gives the addresses back.
+    async fn detach(&self, id: &AttachmentId) -> Result<(), Error> {
+        match self.attacher.detach(&self.netlink, id).await {
+            // Somebody else's interface is no reason to keep the address.
+            Ok(()) | Err(AttachError::Foreign { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        self.ipam.release(id.clone()).await?;
+        Ok(())
+    }
+
+    /// See [`Command::Del`].
+    pub(super) async fn del(&self, id: &AttachmentId) -> Result<(), Refusal> {
+        let _turn = self.locks.lock(id).await;
+        self.detach(id).await.map_err(|error| refuse(&error))
+    }
+
+    async fn check(&self, check: Check, netns: Option<OwnedFd>) -> Result<(), Error> {
+        let netns = netns.ok_or_else(|| {
+            Error::Namespace("no descriptor of the network namespace came along".to_owned())
+        })?;
+        let namespace = self.identify(&netns)?;
+        let _turn = self.locks.lock(&check.id).await;
+        let lease = self.ipam.get(check.id.clone()).await?;
+        let Some(lease) = lease else {
+            return Err(Error::Broken(format!(
+                "no address is reserved for {} of {}",
+                check.id.ifname, check.id.container_id
+            )));
+        };
+        let mut problems = Vec::new();
+        if lease.namespace.is_some_and(|known| known != namespace) {
+            problems.push("it was attached in another network namespace".to_owned());
+        }
+        let stray = check.ips.iter().filter(|net| !lease.addresses.contains(&net.addr()));
+        problems.extend(stray.map(|net| format!("{} is not reserved for it", net.addr())));
+        let (netlink, ips) = (&self.netlink, &lease.addresses);
+        problems.extend(self.attacher.check(netlink, netns.as_fd(), &check.id, ips).await?);
+        match problems.is_empty() {
+            true => Ok(()),
+            false => Err(Error::Broken(problems.join("; "))),
+        }
+    }
+
+    async fn gc(&self, gc: Gc) -> Result<(), Error> {
+        for lease in self.ipam.list().await? {
+            if lease.network == gc.network && !gc.valid.contains(&lease.id) {
+                self.collect(&lease).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether an ADD could be served now, as STATUS says it.
+    async fn status(&self) -> Result<(), Refusal> {
+        let refuse = |code: ErrorCode, msg: String| {
+            Err(Refusal { code: code as u32, msg, details: String::new() })
+        };
+        let reasons = self.readiness.reasons();
+        if !reasons.is_empty() {
+            return refuse(ErrorCode::NotAvailableLimited, reasons.join("; "));
+        }
+        let usage = match self.ipam.usage().await {
+            Ok(usage) => usage,
+            Err(error) => return refuse(ErrorCode::NotAvailable, error.to_string()),
+        };
+        for v4 in [true, false] {
+            let mut pools = usage.iter().filter(|pool| pool.cidr.addr().is_ipv4() == v4).peekable();
+            let any = pools.peek().is_some();
+            let names: Vec<String> = usage.iter().map(|pool| pool.cidr.to_string()).collect();
+            if any && pools.all(|pool| pool.used >= pool.total) {
+                let msg = format!("no free address in {}", names.join(", "));
+                return refuse(ErrorCode::NotAvailable, msg);
+            }
+        }
+        Ok(())
+    }
+
+    /// Releases a lease if its namespace is provably gone; says whether.
+    async fn collect(&self, lease: &Lease) -> Result<bool, Error> {
+        let _turn = self.locks.lock(&lease.id).await;
+        // It may have changed while we waited.
+        if self.ipam.get(lease.id.clone()).await?.as_ref() != Some(lease) {
+            return Ok(false);
+        }
+        let name = super::attach::host_name(&lease.id);
+        if self.netlink.link(&name).await?.is_some() || !self.is_gone(lease) {
+            return Ok(false);
+        }
+        self.detach(&lease.id).await?;
+        let (container, addresses) = (&lease.id.container_id, &lease.addresses);
+        tracing::info!(container, ?addresses, "its namespace is gone: released");
+        Ok(true)
+    }
+
+    /// Whether a namespace is provably gone: of another boot, or not where it was seen.
+    fn is_gone(&self, lease: &Lease) -> bool {
+        if lease.boot != self.boot {
+            return true;
+        }
+        if !lease.path_visible {
+            return false;
+        }
+        match NamespaceId::at(&lease.netns) {
+            Ok(now) => lease.namespace.is_some_and(|then| then != now),
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
+        }
+    }
+
+    /// Brings leases and kernel together: adopts attachments without a lease, releases the leases of
+    /// namespaces that are gone, puts back what somebody took. Goes on after an error.
+    pub(super) async fn tend(&self) -> Result<(), String> {
+        let found = self.attacher.found(&self.netlink).await.map_err(|e| e.to_string())?;
+        let leases = self.ipam.list().await.map_err(|error| error.to_string())?;
+        let mut errors = Vec::new();
+        for pod in &found {
+            if pod.addresses.is_empty() || leases.iter().any(|lease| lease.id == pod.id) {
+                continue;
+            }
+            if let Err(error) = self.adopt(pod.id.clone(), pod.addresses.clone()).await {
+                errors.push(error.to_string());
+            }
+        }
+        for lease in &leases {
+            let result = match self.collect(lease).await {
+                Ok(false) => self.heal(lease).await,
+                other => other.map(drop),
+            };
+            errors.extend(result.err().map(|error| error.to_string()));
+        }
+        match errors.is_empty() {
+            true => Ok(()),
+            false => Err(errors.join("; ")),
+        }
+    }
+
+    async fn adopt(&self, id: AttachmentId, addresses: Vec<IpAddr>) -> Result<(), Error> {
+        let _turn = self.locks.lock(&id).await;
+        if self.ipam.get(id.clone()).await?.is_some() {
+            return Ok(());
+        }
+        tracing::warn!(container = id.container_id, ?addresses, "found in the kernel: adopted");
+        let lease = Lease {
+            id,
+            network: String::new(),
+            addresses,
+            netns: PathBuf::new(),
+            namespace: None,
+            path_visible: false,
+            boot: self.boot.clone(),
+            pod: None,
+        };
+        Ok(self.ipam.adopt(lease).await?)
+    }
+
+    async fn heal(&self, lease: &Lease) -> Result<(), Error> {
+        let _turn = self.locks.lock(&lease.id).await;
+        if self.ipam.get(lease.id.clone()).await?.as_ref() != Some(lease) {
+            return Ok(());
+        }
+        let changes = self.attacher.heal(&self.netlink, &lease.id, &lease.addresses).await?;
+        if !changes.is_empty() {
+            let container = &lease.id.container_id;
+            tracing::warn!(container, "put back: {}", changes.join("; "));
+        }
+        Ok(())
+    }
+
+    /// Does what the plugin could not say while the agent was away.
+    pub(super) async fn empty_spool(&self) -> Result<(), String> {
+        let listing = spool::list(&self.spool).map_err(|error| error.to_string())?;
+        let mut errors = Vec::new();
+        for entry in listing {
+            match entry.request {
+                Ok(Request { command: Command::Del(del), .. }) => match self.del(&del.id).await {
+                    Ok(()) => {
+                        tracing::info!(
+                            container = del.id.container_id,
+                            "a deletion that had waited"
+                        );
+                    }
+                    Err(refusal) => {
+                        errors.push(refusal.msg);
+                        continue;
+                    }
+                },
+                // Nothing that could be done; whoever wonders finds it in the log.
+                Ok(_) => errors.push(format!("{}: no deletion", entry.path.display())),
+                Err(error) => errors.push(format!("{}: {error}", entry.path.display())),
+            }
+            spool::remove(&entry.path).map_err(|error| error.to_string())?;
+        }
+        match errors.is_empty() {
+            true => Ok(()),
+            false => Err(errors.join("; ")),
+        }
+    }
+
+    /// Which namespace it is; an error where it is none, or the node's own.
+    fn identify(&self, netns: &OwnedFd) -> Result<NamespaceId, Error> {
+        let namespace = NamespaceId::of(netns)
+            .map_err(|error| Error::Namespace(format!("the network namespace: {error}")))?;
+        if namespace == self.own {
+            return Err(Error::Namespace("it is the node's own network namespace".to_owned()));
+        }
+        Ok(namespace)
+    }
+
+    async fn dispatch(&self, command: Command, netns: Option<OwnedFd>) -> Answer {
+        let done = |result: Result<(), Refusal>| match result {
+            Ok(()) => Answer::Done,
+            Err(refusal) => Answer::Refused(refusal),
+        };
+        if let Some(answer) = bad_id(&command) {
+            return answer;
+        }
+        match command {
+            Command::Add(add) => match self.add(add, netns).await {
+                Ok(attached) => Answer::Attached(attached),
+                Err(error) => Answer::Refused(refuse(&error)),
+            },
+            Command::Del(del) => done(self.del(&del.id).await),
+            Command::Check(check) => {
+                done(self.check(check, netns).await.map_err(|error| refuse(&error)))
+            }
+            Command::Gc(gc) => done(self.gc(gc).await.map_err(|error| refuse(&error))),
+            Command::Status => done(self.status().await),
+        }
+    }
+}
+
+impl Handler for Service {
+    async fn answer(&self, request: Request, netns: Option<OwnedFd>) -> Answer {
+        let (verb, began) = (verb(&request.command), Instant::now());
+        let answer = self.dispatch(request.command, netns).await;
+        let took: Duration = began.elapsed();
+        if let Answer::Refused(refusal) = &answer {
+            tracing::warn!(verb, code = refusal.code, "refused: {}", refusal.msg);
+        }
+        self.requests.count(verb, &answer, took);
+        answer
+    }
+}
+
+fn refuse(error: &Error) -> Refusal {
+    Refusal { code: error.code(), msg: error.to_string(), details: String::new() }
+}
+
+/// The plugin checks them; but what becomes a key and an alias is checked where it does.
+fn bad_id(command: &Command) -> Option<Answer> {
+    let id = match command {
+        Command::Add(Add { id, .. }) | Command::Check(Check { id, .. }) => id,
+        Command::Del(del) => &del.id,
+        Command::Gc(_) | Command::Status => return None,
+    };
+    let plain = |text: &str| {
+        !text.is_empty() && text.chars().all(|c| c.is_ascii_graphic() && !matches!(c, '/' | ':'))
+    };
+    let good = plain(&id.container_id) && plain(&id.ifname) && id.ifname.len() <= 15;
+    let code = ErrorCode::InvalidEnvironment as u32;
+    (!good).then(|| refusal(code, "CNI_CONTAINERID or CNI_IFNAME is not valid"))
+}

@@ -1,0 +1,139 @@
+//! Frames of `skein_cni::protocol` on a tokio socket, with the descriptor that comes along.
+
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg, send};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use skein_cni::frame::{self, FrameError};
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+
+/// Reads one frame, and the first descriptor that came with it; others are closed.
+pub(super) async fn receive<T: DeserializeOwned>(
+    stream: &UnixStream,
+) -> Result<(T, Option<OwnedFd>), FrameError> {
+    let mut descriptor = None;
+    let mut header = [0; 4];
+    fill(stream, &mut header, &mut descriptor).await?;
+    let mut document = vec![0; frame::length(header)?];
+    fill(stream, &mut document, &mut descriptor).await?;
+    Ok((serde_json::from_slice(&document)?, descriptor))
+}
+
+/// Writes one frame.
+pub(super) async fn reply<T: Serialize>(stream: &UnixStream, document: &T) -> io::Result<()> {
+    let frame = frame::encode(document).map_err(io::Error::other)?;
+    let mut rest = &frame[..];
+    while !rest.is_empty() {
+        let write = || Ok(send(stream, rest, SendFlags::NOSIGNAL)?);
+        let sent = stream.async_io(Interest::WRITABLE, write).await?;
+        rest = &rest[sent..];
+    }
+    Ok(())
+}
+
+async fn fill(
+    stream: &UnixStream,
+    mut buffer: &mut [u8],
+    descriptor: &mut Option<OwnedFd>,
+) -> io::Result<()> {
+    while !buffer.is_empty() {
+        let read = || {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let mut slices = [IoSliceMut::new(buffer)];
+            let received = recvmsg(stream, &mut slices, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+            for message in control.drain() {
+                if let RecvAncillaryMessage::ScmRights(rights) = message {
+                    // Every one is taken out, and so closed where it is not kept.
+                    for right in rights {
+                        descriptor.get_or_insert(right);
+                    }
+                }
+            }
+            Ok(received.bytes)
+        };
+        match stream.async_io(Interest::READABLE, read).await? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            length => buffer = &mut buffer[length..],
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, sendmsg};
+    use skein_cni::protocol::{Answer, Command, Request, VERSION};
+    use std::io::{IoSlice, Write};
+    use std::os::fd::{AsFd, BorrowedFd};
+    use std::os::unix::net::UnixStream as Blocking;
+
+    fn pair() -> (Blocking, UnixStream) {
+        let (plugin, agent) = Blocking::pair().unwrap();
+        agent.set_nonblocking(true).unwrap();
+        (plugin, UnixStream::from_std(agent).unwrap())
+    }
+
+    fn frame(document: &[u8]) -> Vec<u8> {
+        [&u32::try_from(document.len()).unwrap().to_le_bytes()[..], document].concat()
+    }
+
+    fn send_with(stream: &Blocking, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)));
+        sendmsg(stream, &[IoSlice::new(bytes)], &mut control, SendFlags::empty()).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_request_comes_with_its_descriptor_and_in_pieces() {
+        let (mut plugin, agent) = pair();
+        let request = Request { protocol: VERSION, command: Command::Status };
+        let bytes = frame(&serde_json::to_vec(&request).unwrap());
+        let file = tempfile::tempfile().unwrap();
+        send_with(&plugin, &bytes[..1], &[file.as_fd()]);
+        let thread = std::thread::spawn(move || {
+            for byte in &bytes[1..] {
+                plugin.write_all(&[*byte]).unwrap();
+            }
+            plugin
+        });
+        let (received, descriptor) = receive::<Request>(&agent).await.unwrap();
+        assert_eq!(received, request);
+        let identity = |fd: BorrowedFd<'_>| rustix::fs::fstat(fd).unwrap().st_ino;
+        assert_eq!(identity(descriptor.unwrap().as_fd()), identity(file.as_fd()));
+        let mut plugin = thread.join().unwrap();
+        reply(&agent, &Answer::Done).await.unwrap();
+        let mut answer = [0; 10];
+        io::Read::read_exact(&mut plugin, &mut answer).unwrap();
+        assert_eq!(&answer, b"\x06\0\0\0\"done\"");
+    }
+
+    #[tokio::test]
+    async fn bad_frames_are_errors_and_stray_descriptors_are_closed() {
+        let cases: [(&[u8], &str); 4] = [
+            (b"\x05\0\0\0{}", "end of file"),
+            (b"\xff\xff\xff\x7f", "at most"),
+            (b"\x02\0\0\0{}", "makes no sense"),
+            (b"\x03\0\0\0\xff\xfe{", "makes no sense"),
+        ];
+        for (bytes, expected) in cases {
+            let (plugin, agent) = pair();
+            let (mut reader, writer) = io::pipe().unwrap();
+            send_with(&plugin, bytes, &[writer.as_fd(), writer.as_fd(), writer.as_fd()]);
+            drop((plugin, writer));
+            let error = receive::<Request>(&agent).await.unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+            drop(agent);
+            let mut nothing = Vec::new();
+            // Blocks for ever where a writer is still open.
+            io::Read::read_to_end(&mut reader, &mut nothing).unwrap();
+        }
+    }
+}

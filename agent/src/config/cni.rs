@@ -1,0 +1,110 @@
+//! The table `[cni]` as it is written, and its way to a valid [`Cni`].
+
+use std::path::PathBuf;
+
+use ipnet::IpNet;
+use serde::Deserialize;
+
+use super::{Cni, Invalid};
+
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct CniTable {
+    enabled: bool,
+    pub(super) socket: PathBuf,
+    pub(super) spool: PathBuf,
+    bin_dir: PathBuf,
+    conf_dir: PathBuf,
+    conf_file: String,
+    plugin: Option<PathBuf>,
+    network: String,
+    chain: Vec<serde_json::Value>,
+    masquerade: bool,
+    no_masquerade: Vec<String>,
+    table: String,
+}
+
+impl Default for CniTable {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            socket: skein_cni::protocol::DEFAULT_SOCKET.into(),
+            spool: skein_cni::protocol::DEFAULT_SPOOL.into(),
+            bin_dir: "/opt/cni/bin".into(),
+            conf_dir: "/etc/cni/net.d".into(),
+            conf_file: "10-skein.conflist".to_owned(),
+            plugin: None,
+            network: "skein".to_owned(),
+            chain: vec![serde_json::json!({
+                "type": "portmap",
+                "capabilities": { "portMappings": true },
+            })],
+            masquerade: true,
+            no_masquerade: Vec::new(),
+            table: "skein".to_owned(),
+        }
+    }
+}
+
+impl CniTable {
+    pub(super) fn validate(self) -> Result<Cni, Invalid> {
+        let name = &self.conf_file;
+        let suffix = [".conflist", ".conf", ".json"].iter().any(|suffix| name.ends_with(suffix));
+        if name.contains('/') || name.starts_with('.') || !name.ends_with(".conflist") {
+            let hint = if suffix { "it holds a list of plugins" } else { "others are not read" };
+            return Err(Invalid(format!(
+                "cni.conf_file = {name:?}: use a file name that ends in .conflist; {hint}"
+            )));
+        }
+        // Section 1 of the CNI specification.
+        let mut characters = self.network.chars();
+        let named = characters.next().is_some_and(|c| c.is_ascii_alphanumeric())
+            && characters.all(|c| c.is_ascii_alphanumeric() || "_.-".contains(c));
+        if !named || self.network.len() > 200 {
+            return Err(Invalid(format!(
+                "cni.network = {:?}: use letters and digits, and after the first also '_', '.' and '-'",
+                self.network
+            )));
+        }
+        let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        if !(1..=32).contains(&self.table.len())
+            || !self.table.chars().all(word)
+            || !self.table.starts_with(|c: char| c.is_ascii_alphabetic())
+        {
+            return Err(Invalid(format!(
+                "cni.table = {:?}: use 1 to 32 letters, digits and '_', beginning with a letter",
+                self.table
+            )));
+        }
+        for plugin in &self.chain {
+            if plugin.get("type").and_then(|kind| kind.as_str()).is_none_or(str::is_empty) {
+                return Err(Invalid(format!(
+                    "cni.chain: {plugin} has no \"type\": name the plugin"
+                )));
+            }
+        }
+        let no_masquerade = self.no_masquerade.iter().map(|text| cidr(text));
+        let directory = |path: PathBuf| (!path.as_os_str().is_empty()).then_some(path);
+        Ok(Cni {
+            enabled: self.enabled,
+            socket: self.socket,
+            spool: self.spool,
+            bin_dir: directory(self.bin_dir),
+            conf_dir: directory(self.conf_dir),
+            conf_file: self.conf_file,
+            plugin: self.plugin,
+            network: self.network,
+            chain: self.chain,
+            masquerade: self.masquerade,
+            no_masquerade: no_masquerade.collect::<Result<_, _>>()?,
+            table: self.table,
+        })
+    }
+}
+
+fn cidr(text: &str) -> Result<IpNet, Invalid> {
+    let net: IpNet = text.parse().map_err(|_| {
+        Invalid(format!("cni.no_masquerade: {text:?} is no prefix: write it as 192.0.2.0/24"))
+    })?;
+    Ok(net.trunc())
+}

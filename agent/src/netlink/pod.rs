@@ -1,0 +1,145 @@
+//! A pod's link: a veth pair with one end on the node and the other in the pod's network namespace,
+//! and what leads to it and from it.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use futures_util::TryStreamExt;
+use ipnet::IpNet;
+use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute};
+use rtnetlink::packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
+};
+use rtnetlink::packet_route::route::{RouteProtocol, RouteScope};
+use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
+
+use super::route::PROTOCOL;
+use super::{Netlink, NetlinkError};
+use crate::sys::netns::in_network_namespace;
+
+/// What the name of every pod's interface on the node begins with.
+pub const HOST_PREFIX: &str = "skp";
+
+/// The gateway of every pod, which no pod has to look for: link-local (RFC 3927), so that it takes no
+/// address of the cluster's.
+pub const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+/// The same for IPv6.
+pub const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
+/// Hardware address of the node's end of every pod's link: locally administered, and the same
+/// everywhere, because a veth pair has only two ends.
+pub const GATEWAY_MAC: [u8; 6] = [0xee; 6];
+
+impl Netlink {
+    /// A connection to rtnetlink in another network namespace.
+    pub fn connect_in(namespace: BorrowedFd<'_>) -> Result<Self, NetlinkError> {
+        let runtime = tokio::runtime::Handle::current();
+        let connect = || {
+            // The socket belongs to the namespace; who waits for it is this runtime all the same.
+            let _entered = runtime.enter();
+            Netlink::connect()
+        };
+        in_network_namespace(namespace, connect).map_err(|source| NetlinkError {
+            what: "enter the pod's network namespace".to_owned(),
+            source,
+        })?
+    }
+
+    /// Makes a veth pair, both ends down: `host` here, `container` (name and hardware address) in
+    /// `namespace`. `mtu` is in bytes.
+    pub async fn add_veth(
+        &self,
+        host: &str,
+        (container, mac): (&str, &[u8; 6]),
+        namespace: BorrowedFd<'_>,
+        mtu: u32,
+    ) -> Result<(), NetlinkError> {
+        let mut peer = LinkMessageBuilder::<LinkUnspec>::default()
+            .name(container.to_owned())
+            .mtu(mtu)
+            .address(mac.to_vec())
+            .build();
+        peer.attributes.push(LinkAttribute::NetNsFd(namespace.as_raw_fd()));
+        let message = LinkMessageBuilder::<LinkVeth>::new(host, container)
+            .mtu(mtu)
+            .address(GATEWAY_MAC.to_vec())
+            .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
+            .build();
+        let result = self.handle.link().add(message).execute().await;
+        result.map_err(|error| {
+            NetlinkError::new(format_args!("make the veth pair {host} and {container}"), error)
+        })
+    }
+
+    /// Sets the permanent neighbour `ip` of a link.
+    pub async fn set_neighbour(
+        &self,
+        index: u32,
+        ip: IpAddr,
+        mac: &[u8],
+    ) -> Result<(), NetlinkError> {
+        let request = self
+            .handle
+            .neighbours()
+            .add(index, ip)
+            .link_layer_address(mac)
+            .state(NeighbourState::Permanent)
+            .replace();
+        let result = request.execute().await;
+        result.map_err(|error| NetlinkError::new(format_args!("set the neighbour {ip}"), error))
+    }
+
+    /// Permanent neighbours of a link, with their hardware addresses.
+    pub async fn neighbours(&self, index: u32) -> Result<Vec<(IpAddr, Vec<u8>)>, NetlinkError> {
+        let _dump = self.dump.lock().await;
+        let mut request = self.handle.neighbours().get();
+        request.message_mut().attributes.push(NeighbourAttribute::IfIndex(index));
+        let messages = request.execute().try_collect::<Vec<_>>().await;
+        let messages = messages.map_err(|error| NetlinkError::new("list neighbours", error))?;
+        let permanent = |message: &NeighbourMessage| {
+            message.header.ifindex == index && message.header.state == NeighbourState::Permanent
+        };
+        let parse = |message: NeighbourMessage| {
+            let (mut ip, mut mac) = (None, None);
+            for attribute in message.attributes {
+                match attribute {
+                    NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => {
+                        ip = Some(IpAddr::V4(v4));
+                    }
+                    NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => {
+                        ip = Some(IpAddr::V6(v6));
+                    }
+                    NeighbourAttribute::LinkLayerAddress(address) => mac = Some(address),
+                    _ => {}
+                }
+            }
+            Some((ip?, mac?.to_vec()))
+        };
+        Ok(messages.into_iter().filter(permanent).filter_map(parse).collect())
+    }
+
+    /// Sets a route of a pod: to `destination` on the link itself, or by `gateway`.
+    pub async fn set_pod_route(
+        &self,
+        index: u32,
+        destination: IpNet,
+        gateway: Option<IpAddr>,
+    ) -> Result<(), NetlinkError> {
+        let what = format!("set the pod's route to {destination}");
+        let wrong = |error: String| NetlinkError {
+            what: what.clone(),
+            source: std::io::Error::other(error),
+        };
+        let mut message = RouteMessageBuilder::<IpAddr>::new()
+            .destination_prefix(destination.network(), destination.prefix_len())
+            .map_err(|error| wrong(error.to_string()))?
+            .output_interface(index)
+            .protocol(RouteProtocol::Other(PROTOCOL));
+        if let Some(gateway) = gateway {
+            message = message.gateway(gateway).map_err(|error| wrong(error.to_string()))?;
+        } else if destination.addr().is_ipv4() {
+            message = message.scope(RouteScope::Link);
+        }
+        let result = self.handle.route().add(message.build()).replace().execute().await;
+        result.map_err(|error| NetlinkError::new(&what, error))
+    }
+}
