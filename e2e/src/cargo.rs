@@ -29,10 +29,10 @@ pub fn run(arguments: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Builds the agent in release mode, unless `SKEIN_AGENT_BIN` names one that is to be used.
+/// Builds the agent and the plugin in release mode, unless `SKEIN_AGENT_BIN` names one that is to be used.
 pub fn build_agent() -> Result<()> {
     if std::env::var_os("SKEIN_AGENT_BIN").is_some() {
         return Ok(());
     }
-    run(&["build", "--release", "--package", "skein-agent", "--bin", "skein-agent"])
+    run(&["build", "--release", "--package=skein-agent", "--package=skein-cni", "--bins"])
 }

@@ -31,7 +31,7 @@ pub const DEMO: &[Need] = &[
 ];
 
 /// For the tests, beside [`DEMO`].
-pub const TEST: &[Need] = &[need("promtool", "prometheus")];
+pub const TEST: &[Need] = &[need("promtool", "prometheus"), need("nft", "nftables")];
 
 /// For the benchmark, beside [`DEMO`].
 pub const BENCH: &[Need] =

@@ -146,6 +146,31 @@ impl Agent {
         table.insert(key.into(), value.into());
     }
 
+    /// Has it serve the CNI plugin, with files of its own for everything.
+    pub fn serve_pods(&mut self) {
+        let path = |file: &str| self.directory.join(file).to_string_lossy().into_owned();
+        let paths = ["cni.sock", "spool", "bin", "net.d"].map(path);
+        for (key, path) in ["socket", "spool", "bin_dir", "conf_dir"].into_iter().zip(paths) {
+            self.set(&format!("cni.{key}"), path);
+        }
+        self.set("cni.enabled", true);
+    }
+
+    /// Where it listens for the plugin.
+    pub fn cni_socket(&self) -> &str {
+        self.text("cni", "socket")
+    }
+
+    /// Where the plugin leaves what it could not say.
+    pub fn cni_spool(&self) -> &Path {
+        Path::new(self.text("cni", "spool"))
+    }
+
+    /// Where its state lies.
+    pub fn state_directory(&self) -> PathBuf {
+        self.directory.join("state")
+    }
+
     /// An entry of the configuration.
     fn text(&self, table: &str, key: &str) -> &str {
         self.config[table].get(key).and_then(toml::Value::as_str).unwrap_or_default()

@@ -2,6 +2,7 @@
 //! made in the host's own namespace.
 
 pub mod agent;
+pub mod cni;
 pub mod link;
 pub mod netns;
 pub mod node;

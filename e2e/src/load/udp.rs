@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 
 use super::pattern::Pattern;
@@ -52,6 +52,22 @@ pub fn run(from: &Netns, at: &Netns, to: SocketAddr, load: Load) -> Result<Outco
     let mut outcome = receiver.stop()?;
     (outcome.sent, outcome.seconds) = sent?;
     Ok(outcome)
+}
+
+/// The source address that `at` sees of a datagram from `from` to its address `to`.
+pub fn source_seen(from: &Netns, at: &Netns, to: IpAddr) -> Result<IpAddr> {
+    let receiver = at.run(move || UdpSocket::bind((to, 0)))?.context("binding a UDP socket")?;
+    receiver.set_read_timeout(Some(Duration::from_millis(200)))?;
+    let address = receiver.local_addr()?;
+    let sender = from.run(move || bind_for(address))??;
+    // The first may wait for a handshake or a neighbour.
+    for _ in 0..20 {
+        sender.send_to(b"who am I", address)?;
+        if let Ok((_, source)) = receiver.recv_from(&mut [0; 16]) {
+            return Ok(source.ip());
+        }
+    }
+    bail!("nothing arrives at {to}")
 }
 
 fn bind_for(to: SocketAddr) -> Result<UdpSocket> {

@@ -1,0 +1,199 @@
+//! The CNI plugin, called as a container runtime calls it: environment, standard input, standard output.
+
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::{Value, json};
+
+use super::agent::Agent;
+use super::process::{self, Finished};
+use super::{Netns, Node, Pod, registry};
+
+/// How long one call may take.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// The plugin's program: `SKEIN_CNI_BIN`, or beside the agent's.
+pub fn binary() -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os("SKEIN_CNI_BIN") {
+        return Ok(path.into());
+    }
+    let path = super::agent::binary()?.with_file_name("skein-cni");
+    if !path.is_file() {
+        bail!("no {}: build it first (cargo build --release -p skein-cni)", path.display());
+    }
+    Ok(path)
+}
+
+/// A runtime of one node that knows no other plugin.
+#[derive(Debug, Clone)]
+pub struct Runtime {
+    node: String,
+    program: PathBuf,
+    /// The plugin's configuration, as libcni hands it over.
+    pub configuration: Value,
+}
+
+/// One interface of one container.
+#[derive(Debug, Clone, Copy)]
+pub struct Attachment<'a> {
+    /// `CNI_CONTAINERID`.
+    pub container: &'a str,
+    /// `CNI_IFNAME`.
+    pub interface: &'a str,
+    /// `CNI_NETNS`, where there is one.
+    pub netns: Option<&'a str>,
+}
+
+impl Runtime {
+    /// For an agent that was prepared with [`Agent::serve_pods`].
+    pub fn new(agent: &Agent, node: &Node) -> Result<Self> {
+        let configuration = json!({
+            "cniVersion": "1.1.0",
+            "name": "skein",
+            "type": "skein-cni",
+            "socket": agent.cni_socket(),
+            "spool": agent.cni_spool(),
+        });
+        Ok(Self { node: node.ns.name().to_owned(), program: binary()?, configuration })
+    }
+
+    /// One call; a refusal is no error here.
+    pub fn call(&self, verb: &str, of: Option<Attachment<'_>>, extra: Value) -> Result<Finished> {
+        let mut configuration = self.configuration.clone();
+        if let (Some(all), Value::Object(extra)) = (configuration.as_object_mut(), extra) {
+            all.extend(extra);
+        }
+        let mut command = std::process::Command::new("ip");
+        command.args(["netns", "exec", &self.node]).arg(&self.program);
+        command.env("CNI_COMMAND", verb).env("CNI_PATH", "/opt/cni/bin");
+        if let Some(of) = of {
+            command.env("CNI_CONTAINERID", of.container).env("CNI_IFNAME", of.interface);
+            command.envs(of.netns.map(|netns| ("CNI_NETNS", netns)));
+        }
+        process::finish(&mut command, configuration.to_string().as_bytes(), LIMIT)
+    }
+
+    /// The same; a refusal is an error that shows what the plugin said.
+    pub fn done(&self, verb: &str, of: Option<Attachment<'_>>, extra: Value) -> Result<Value> {
+        let finished = self.call(verb, of, extra)?;
+        if finished.code != 0 {
+            bail!("{verb} ended with {}: {}{}", finished.code, finished.stdout, finished.stderr);
+        }
+        match finished.stdout.trim() {
+            "" => Ok(Value::Null),
+            text => serde_json::from_str(text).with_context(|| format!("{verb} said {text}")),
+        }
+    }
+
+    /// Must be refused; the code and the message.
+    pub fn refused(
+        &self,
+        verb: &str,
+        of: Option<Attachment<'_>>,
+        extra: Value,
+    ) -> Result<(u64, String)> {
+        let finished = self.call(verb, of, extra)?;
+        if finished.code == 0 {
+            bail!("{verb} succeeded: {}", finished.stdout);
+        }
+        let error: Value = serde_json::from_str(&finished.stdout)
+            .with_context(|| format!("{verb} said {}{}", finished.stdout, finished.stderr))?;
+        let code = error["code"].as_u64().context("no code")?;
+        Ok((code, format!("{} {}", error["msg"], error["details"])))
+    }
+
+    /// Attaches `netns` as the container of that name, by `eth0`.
+    pub fn add(&self, container: &str, netns: &Netns) -> Result<Value> {
+        let path = path(netns);
+        self.done("ADD", Some(attachment(container, Some(&path))), Value::Null)
+    }
+
+    /// Detaches it, its namespace being there or not.
+    pub fn del(&self, container: &str, netns: Option<&Netns>) -> Result<()> {
+        let path = netns.map(path);
+        self.done("DEL", Some(attachment(container, path.as_deref())), Value::Null).map(drop)
+    }
+
+    /// A new namespace, attached.
+    pub fn pod(&self, container: &str) -> Result<Pod> {
+        let ns = Netns::create(container)?;
+        let result = self.add(container, &ns)?;
+        pod(ns, &result)
+    }
+}
+
+/// `eth0` of a container.
+pub fn attachment<'a>(container: &'a str, netns: Option<&'a str>) -> Attachment<'a> {
+    Attachment { container, interface: super::node::POD_INTERFACE, netns }
+}
+
+/// Path of a namespace, as a runtime names it.
+pub fn path(netns: &Netns) -> String {
+    Path::new(registry::NETNS_DIR).join(netns.name()).to_string_lossy().into_owned()
+}
+
+/// The addresses of a result.
+pub fn addresses(result: &Value) -> Result<Vec<IpAddr>> {
+    let ips = result["ips"].as_array().context("no ips in the result")?;
+    let address = |ip: &Value| {
+        let text = ip["address"].as_str().context("no address")?;
+        let (address, _) = text.split_once('/').context("no prefix length")?;
+        address.parse().with_context(|| format!("address {address}"))
+    };
+    ips.iter().map(address).collect()
+}
+
+/// A pod from its namespace and the plugin's result.
+pub fn pod(ns: Netns, result: &Value) -> Result<Pod> {
+    let mut pod = Pod {
+        ns,
+        v4: Ipv4Addr::UNSPECIFIED,
+        v6: Ipv6Addr::UNSPECIFIED,
+        host_interface: result["interfaces"][0]["name"].as_str().unwrap_or_default().to_owned(),
+    };
+    for address in addresses(result)? {
+        match address {
+            IpAddr::V4(address) => pod.v4 = address,
+            IpAddr::V6(address) => pod.v6 = address,
+        }
+    }
+    Ok(pod)
+}
+
+/// What pods leave on a node: interfaces, routes, neighbours. To be compared before and after.
+pub fn traces(node: &Netns) -> Result<Vec<String>> {
+    let mut lines = node.interfaces()?;
+    for what in ["-4 route show table all", "-6 route show table all", "neighbour show"] {
+        // Not what comes and goes by itself.
+        let lasting = |line: &&str| {
+            ![
+                "fe80",
+                "REACHABLE",
+                "STALE",
+                "DELAY",
+                "PROBE",
+                "FAILED",
+                "INCOMPLETE",
+                "multicast",
+                "expires",
+            ]
+            .iter()
+            .any(|word| line.contains(word))
+        };
+        lines.extend(node.ip(what)?.lines().filter(lasting).map(str::to_owned));
+    }
+    lines.sort();
+    Ok(lines)
+}
+
+/// The spool's entries.
+pub fn spooled(agent: &Agent) -> Result<Vec<PathBuf>> {
+    match fs::read_dir(agent.cni_spool()) {
+        Ok(entries) => entries.map(|entry| Ok(entry?.path())).collect(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(vec![]),
+        Err(error) => Err(error.into()),
+    }
+}

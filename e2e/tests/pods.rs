@@ -1,0 +1,470 @@
+//! Pods attached by the real plugin, as kubelet's runtime calls it, and real traffic between them.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::IpAddr;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::{Value, json};
+use skein_e2e::checks;
+use skein_e2e::lab::agent::{Agent, Cluster};
+use skein_e2e::lab::cni::{self, Runtime, attachment, traces};
+use skein_e2e::lab::{Family, Lab, Netns, Plan, Pod};
+use skein_e2e::load::ping::{Ping, ping};
+use skein_e2e::load::udp;
+
+/// Agents that serve pods, with records of which `change` has had its say.
+fn prepared(nodes: u8, change: impl Fn(&mut Agent)) -> Result<Cluster> {
+    let lab = Lab::new(&Plan { nodes, pods: 0, ..Plan::default() })?;
+    let mut cluster = Cluster::prepare(lab, Family::V4)?;
+    for agent in &mut cluster.agents {
+        agent.serve_pods();
+        change(agent);
+    }
+    let records: Vec<_> = cluster.agents.iter().map(|agent| agent.record.clone()).collect();
+    for agent in &cluster.agents {
+        records.iter().try_for_each(|record| agent.put_record(record))?;
+    }
+    Ok(cluster)
+}
+
+fn up(nodes: u8, change: impl Fn(&mut Agent)) -> Result<Cluster> {
+    let mut cluster = prepared(nodes, change)?;
+    cluster.start()?;
+    Ok(cluster)
+}
+
+fn runtime(cluster: &Cluster, index: usize) -> Result<Runtime> {
+    Runtime::new(&cluster.agents[index], &cluster.lab.nodes[index])
+}
+
+fn node(cluster: &Cluster, index: usize) -> &Netns {
+    &cluster.lab.nodes[index].ns
+}
+
+fn same(before: &[String], after: &[String]) -> Result<()> {
+    let (before, after) = (BTreeSet::from_iter(before), BTreeSet::from_iter(after));
+    let left: Vec<_> = after.difference(&before).collect();
+    let gone: Vec<_> = before.difference(&after).collect();
+    ensure!(left.is_empty() && gone.is_empty(), "left behind {left:#?}, gone {gone:#?}");
+    Ok(())
+}
+
+fn reach(a: &Pod, b: &Pod) -> Result<()> {
+    for family in Family::BOTH {
+        checks::reaches(a, b, family).with_context(|| format!("{family}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn pods_of_two_nodes_reach_each_other_and_go_without_a_trace() -> Result<()> {
+    let cluster = up(2, |_| ())?;
+    let before = [traces(node(&cluster, 0))?, traces(node(&cluster, 1))?];
+    let (first, second) = (runtime(&cluster, 0)?, runtime(&cluster, 1)?);
+    let (a, a2, b) = (first.pod("a")?, first.pod("a2")?, second.pod("b")?);
+    reach(&a, &b)?;
+    reach(&b, &a2)?;
+    reach(&a, &a2)?;
+    for family in Family::BOTH {
+        for (from, to) in [(&a, &b), (&b, &a), (&a, &a2)] {
+            checks::transfer(from, to, family, 32 << 20)?;
+            for payload in [1, 1000, 9000] {
+                checks::datagrams_arrive(from, to, family, payload)?;
+            }
+        }
+        // The node's own processes (kubelet's probes) reach its pods and those of others.
+        for pod in [&a, &b] {
+            let answers = ping(node(&cluster, 0), pod.address(family), Ping::default())?;
+            ensure!(answers.complete(), "{}", answers.text);
+        }
+    }
+    first.del("a", Some(&a.ns))?;
+    first.del("a", Some(&a.ns))?;
+    first.del("a2", None)?;
+    drop(b);
+    second.del("b", None)?;
+    same(&before[0], &traces(node(&cluster, 0))?)?;
+    same(&before[1], &traces(node(&cluster, 1))?)
+}
+
+#[test]
+fn one_family_alone_works() -> Result<()> {
+    for family in Family::BOTH {
+        let cluster = up(2, |agent| {
+            agent.record.pod_cidrs.retain(|cidr| cidr.contains(':') == (family == Family::V6));
+        })?;
+        let (a, b) = (runtime(&cluster, 0)?.pod("a")?, runtime(&cluster, 1)?.pod("b")?);
+        checks::reaches(&a, &b, family)?;
+        let unset =
+            if family == Family::V4 { a.v6.is_unspecified() } else { a.v4.is_unspecified() };
+        ensure!(unset, "an address of the other family");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_same_again_gets_the_same_answer() -> Result<()> {
+    let cluster = up(1, |_| ())?;
+    let runtime = runtime(&cluster, 0)?;
+    let ns = Netns::create("again")?;
+    let result = runtime.add("again", &ns)?;
+    ensure!(runtime.add("again", &ns)? == result, "another answer");
+    let ours = attachment("again", None);
+    let path = cni::path(&ns);
+    let with = Some(attachment("again", Some(&path)));
+    runtime.done("CHECK", with, json!({ "prevResult": result }))?;
+    // The same name in another namespace: the old attachment goes.
+    let other = Netns::create("again-2")?;
+    let moved = runtime.add("again", &other)?;
+    ensure!(!ns.interfaces()?.contains(&"eth0".to_owned()), "two of them");
+    runtime.done("DEL", Some(ours), json!({ "prevResult": moved }))?;
+    // A name that the pod has already.
+    ns.ip("link add eth0 type veth peer name eth9")?;
+    let before = traces(node(&cluster, 0))?;
+    let (code, text) = runtime.refused("ADD", with, Value::Null)?;
+    ensure!(code >= 4 && text.contains("eth0"), "{code} {text}");
+    same(&before, &traces(node(&cluster, 0))?)
+}
+
+#[test]
+fn a_forged_source_is_dropped_and_counted() -> Result<()> {
+    let cluster = up(2, |_| ())?;
+    let (a, b) = (runtime(&cluster, 0)?.pod("a")?, runtime(&cluster, 1)?.pod("b")?);
+    reach(&a, &b)?;
+    let forged = |family: &str| -> Result<f64> {
+        let label = format!("family=\"{family}\"");
+        Ok(cluster.agents[0].metrics()?.sum("skein_pod_source_drops_total", &[&label]))
+    };
+    ensure!(forged("ipv4")? == 0.0 && forged("ipv6")? == 0.0, "counted without a reason");
+    // Another pod's address, and one of nobody.
+    let stranger: Pod =
+        Pod { ns: Netns::create("none")?, ..pod_at("10.244.1.99", "fd00:10:244:1::99")? };
+    for other in [&b, &stranger] {
+        a.ns.ip(&format!("address add {}/32 dev eth0", other.v4))?;
+        a.ns.ip(&format!("address add {}/128 dev eth0 nodad", other.v6))?;
+        for (family, source, to) in [
+            ("ipv4", other.v4.to_string(), IpAddr::V4(a.v4)),
+            ("ipv6", other.v6.to_string(), IpAddr::V6(a.v6)),
+        ] {
+            let before = forged(family)?;
+            let gateway = match to {
+                IpAddr::V4(_) => IpAddr::from([10, 244, 2, 1]),
+                IpAddr::V6(_) => "fd00:10:244:2::1".parse()?,
+            };
+            let _ = a.ns.sh(&format!("ping -n -c 3 -i 0.05 -W 1 -I {source} {gateway}"));
+            let counted = forged(family)? - before;
+            ensure!(counted >= 3.0, "{counted} of 3 counted for {family} from {source}");
+        }
+        a.ns.ip(&format!("address del {}/32 dev eth0", other.v4))?;
+        a.ns.ip(&format!("address del {}/128 dev eth0", other.v6))?;
+    }
+    reach(&a, &b)
+}
+
+fn pod_at(v4: &str, v6: &str) -> Result<Pod> {
+    Ok(Pod {
+        ns: Netns::create("unused")?,
+        v4: v4.parse()?,
+        v6: v6.parse()?,
+        host_interface: String::new(),
+    })
+}
+
+#[test]
+fn a_superpacket_reaches_the_far_pod_unsplit() -> Result<()> {
+    let cluster = up(2, |_| ())?;
+    let (a, b) = (runtime(&cluster, 0)?.pod("a")?, runtime(&cluster, 1)?.pod("b")?);
+    for family in Family::BOTH {
+        let counters = || -> Result<(u64, u64)> {
+            let text = b.ns.ip("-s -j link show dev eth0")?;
+            let link: Value = serde_json::from_str(&text)?;
+            let rx = &link[0]["stats64"]["rx"];
+            Ok((rx["bytes"].as_u64().context("bytes")?, rx["packets"].as_u64().context("packets")?))
+        };
+        let before = counters()?;
+        checks::transfer(&a, &b, family, 256 << 20)?;
+        let after = counters()?;
+        let mean = (after.0 - before.0) / (after.1 - before.1);
+        ensure!(mean > 10_000, "{mean} bytes a packet at the far pod over {family}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_pod_can_be_deleted_while_the_agent_is_away() -> Result<()> {
+    let mut cluster = up(1, |_| ())?;
+    let before = traces(node(&cluster, 0))?;
+    let runtime = runtime(&cluster, 0)?;
+    let (a, b) = (runtime.pod("a")?, runtime.pod("b")?);
+    cluster.agents[0].stop()?;
+    runtime.del("a", Some(&a.ns))?;
+    runtime.del("a", None)?;
+    ensure!(cni::spooled(&cluster.agents[0])?.len() == 1, "queued once");
+    let path = cni::path(&a.ns);
+    let (code, text) = runtime.refused("ADD", Some(attachment("c", Some(&path))), Value::Null)?;
+    ensure!(code == 11, "{code} {text}");
+    let (code, _) = runtime.refused("STATUS", None, Value::Null)?;
+    ensure!(code == 50, "{code}");
+    cluster.agents[0].start()?;
+    checks::eventually("the deletion is done", Duration::from_secs(5), || {
+        let interfaces = node(&cluster, 0).interfaces()?;
+        Ok(cni::spooled(&cluster.agents[0])?.is_empty() && !interfaces.contains(&a.host_interface))
+    })?;
+    runtime.done("STATUS", None, Value::Null)?;
+    // The other pod lived through it.
+    let answers = ping(node(&cluster, 0), b.address(Family::V4), Ping::default())?;
+    ensure!(answers.complete(), "{}", answers.text);
+    runtime.del("b", Some(&b.ns))?;
+    same(&before, &traces(node(&cluster, 0))?)
+}
+
+#[test]
+fn addresses_run_out_and_come_back() -> Result<()> {
+    let cluster = up(1, |agent| agent.record.pod_cidrs = vec!["10.244.1.0/29".into()])?;
+    let runtime = runtime(&cluster, 0)?;
+    // Six hosts, one of them the node's.
+    let pods: Vec<Pod> = (0..5).map(|n| runtime.pod(&format!("p{n}"))).collect::<Result<_>>()?;
+    let addresses: BTreeSet<_> = pods.iter().map(|pod| pod.v4).collect();
+    ensure!(addresses.len() == 5, "{addresses:?}");
+    let ns = Netns::create("late")?;
+    let path = cni::path(&ns);
+    let late = Some(attachment("late", Some(&path)));
+    let (code, text) = runtime.refused("ADD", late, Value::Null)?;
+    ensure!(code == 11 && text.contains("10.244.1.0/29"), "{code} {text}");
+    let (code, text) = runtime.refused("STATUS", None, Value::Null)?;
+    ensure!(code == 50 && text.contains("10.244.1.0/29"), "{code} {text}");
+    let metrics = cluster.agents[0].metrics()?;
+    ensure!(metrics.sum("skein_ipam_addresses", &["state=\"used\""]) == 5.0, "{}", metrics.0);
+    runtime.del("p2", None)?;
+    let result = runtime.add("late", &ns)?;
+    ensure!(cni::addresses(&result)? == [IpAddr::V4(pods[2].v4)], "{result}");
+    Ok(())
+}
+
+/// A hundred pods at once while the control process is killed again and again: what was answered holds.
+#[test]
+fn killing_the_agent_loses_and_doubles_nothing() -> Result<()> {
+    let mut cluster = up(1, |_| ())?;
+    let before = traces(node(&cluster, 0))?;
+    let runtime = runtime(&cluster, 0)?;
+    let spaces: Vec<Netns> =
+        (0..40).map(|n| Netns::create(&format!("k{n}"))).collect::<Result<_>>()?;
+    let add = |ns: &Netns, name: &str| -> Result<Vec<IpAddr>> {
+        // As kubelet does: again until it works.
+        for _ in 0..60 {
+            match runtime.add(name, ns) {
+                Ok(result) => return cni::addresses(&result),
+                Err(_) => thread::sleep(Duration::from_millis(100)),
+            }
+        }
+        cni::addresses(&runtime.add(name, ns)?)
+    };
+    let results = thread::scope(|scope| -> Result<Vec<Vec<IpAddr>>> {
+        let workers: Vec<_> = (0..4)
+            .map(|worker| {
+                let (spaces, add) = (&spaces, &add);
+                scope.spawn(move || {
+                    let mine = (0..spaces.len()).filter(|index| index % 4 == worker);
+                    mine.map(|index| add(&spaces[index], &format!("k{index}")))
+                        .collect::<Result<Vec<_>>>()
+                })
+            })
+            .collect();
+        for round in 0..6u64 {
+            thread::sleep(Duration::from_millis(70 + round * 53));
+            cluster.agents[0].kill_control();
+            cluster.agents[0].launch()?;
+        }
+        let mut all = vec![];
+        for worker in workers {
+            all.extend(worker.join().map_err(|_| anyhow::anyhow!("a worker panicked"))??);
+        }
+        Ok(all)
+    })?;
+    cluster.agents[0].wait_ready()?;
+    let unique: BTreeSet<_> = results.iter().flatten().collect();
+    ensure!(unique.len() == spaces.len() * 2, "{} addresses for 40 pods", unique.len());
+    for ips in &results {
+        let answers = ping(node(&cluster, 0), ips[0], Ping { count: 1, ..Ping::default() })?;
+        ensure!(answers.complete(), "{}", answers.text);
+    }
+    let used = cluster.agents[0].metrics()?.sum("skein_ipam_addresses", &["state=\"used\""]);
+    ensure!(used == 80.0, "{used} addresses in use");
+    for index in 0..spaces.len() {
+        runtime.del(&format!("k{index}"), None)?;
+    }
+    let used = cluster.agents[0].metrics()?.sum("skein_ipam_addresses", &["state=\"used\""]);
+    ensure!(used == 0.0, "{used} addresses in use");
+    same(&before, &traces(node(&cluster, 0))?)
+}
+
+#[test]
+fn a_lost_state_directory_is_filled_from_the_kernel() -> Result<()> {
+    let mut cluster = up(1, |_| ())?;
+    let runtime = runtime(&cluster, 0)?;
+    let (a, b) = (runtime.pod("a")?, runtime.pod("b")?);
+    cluster.agents[0].stop()?;
+    fs::remove_dir_all(cluster.agents[0].state_directory())?;
+    cluster.agents[0].start()?;
+    let c = runtime.pod("c")?;
+    ensure!(![a.v4, b.v4].contains(&c.v4) && ![a.v6, b.v6].contains(&c.v6), "given out twice");
+    reach(&a, &c)?;
+    let used = || -> Result<f64> {
+        Ok(cluster.agents[0].metrics()?.sum("skein_ipam_addresses", &["state=\"used\""]))
+    };
+    ensure!(used()? == 6.0, "{} in use", used()?);
+    runtime.del("a", Some(&a.ns))?;
+    ensure!(used()? == 4.0, "{} in use", used()?);
+    ensure!(!node(&cluster, 0).interfaces()?.contains(&a.host_interface), "still there");
+    Ok(())
+}
+
+#[test]
+fn namespaces_that_went_without_a_word_are_collected() -> Result<()> {
+    let mut cluster = up(1, |_| ())?;
+    let before = traces(node(&cluster, 0))?;
+    let runtime = runtime(&cluster, 0)?;
+    let (a, b) = (runtime.pod("a")?, runtime.pod("b")?);
+    // As after a reboot: the namespace is gone, the state is kept.
+    cluster.agents[0].stop()?;
+    drop(a);
+    // Its interface was deleted by hand, but the namespace lives: its address stays.
+    node(&cluster, 0).ip(&format!("link delete {}", b.host_interface))?;
+    cluster.agents[0].start()?;
+    let used = || -> Result<f64> {
+        Ok(cluster.agents[0].metrics()?.sum("skein_ipam_addresses", &["state=\"used\""]))
+    };
+    checks::eventually("a is collected", Duration::from_secs(5), || Ok(used()? == 2.0))?;
+    let c = runtime.pod("c")?;
+    ensure!(c.v4 != b.v4, "the address of a living namespace was given out");
+    let path = cni::path(&b.ns);
+    let with = Some(attachment("b", Some(&path)));
+    let previous = json!({ "prevResult": {
+        "cniVersion": "1.1.0",
+        "interfaces": [{ "name": "eth0", "sandbox": path }],
+        "ips": [{ "address": format!("{}/32", b.v4), "interface": 0 }],
+    }});
+    let (code, text) = runtime.refused("CHECK", with, previous)?;
+    ensure!(code >= 3, "{code} {text}");
+    // GC names neither: b lives and stays, c as well.
+    let none = json!({ "cni.dev/valid-attachments": [] });
+    runtime.done("GC", None, none.clone())?;
+    ensure!(used()? == 4.0, "{} in use", used()?);
+    drop(b);
+    runtime.done("GC", None, none)?;
+    checks::eventually("b is collected", Duration::from_secs(5), || Ok(used()? == 2.0))?;
+    runtime.del("c", None)?;
+    same(&before, &traces(node(&cluster, 0))?)
+}
+
+#[test]
+fn what_somebody_deletes_by_hand_is_put_back() -> Result<()> {
+    let cluster = up(2, |_| ())?;
+    let (first, second) = (runtime(&cluster, 0)?, runtime(&cluster, 1)?);
+    let (a, b) = (first.pod("a")?, second.pod("b")?);
+    reach(&a, &b)?;
+    let home = node(&cluster, 0);
+    home.ip(&format!("route delete {}/32", a.v4))?;
+    home.ip(&format!("-6 route delete {}/128", a.v6))?;
+    home.ip(&format!("neighbour delete {} dev {}", a.v4, a.host_interface))?;
+    home.sh("nft delete table inet skein")?;
+    checks::eventually("it is put back", Duration::from_secs(15), || {
+        Ok(ping(&a.ns, b.address(Family::V4), Ping { count: 1, ..Ping::default() })?.complete()
+            && home.sh("nft list table inet skein").is_ok())
+    })?;
+    reach(&a, &b)
+}
+
+#[test]
+fn pods_reach_the_outside_by_the_nodes_address() -> Result<()> {
+    for masquerade in [true, false] {
+        let cluster = up(2, |agent| agent.set("cni.masquerade", masquerade))?;
+        let (a, b) = (runtime(&cluster, 0)?.pod("a")?, runtime(&cluster, 1)?.pod("b")?);
+        let outside = cluster.lab.attach("outside", 77)?;
+        for family in Family::BOTH {
+            let node = &cluster.lab.nodes[0];
+            let target = match family {
+                Family::V4 => IpAddr::from([192, 0, 2, 77]),
+                Family::V6 => "2001:db8::4d".parse()?,
+            };
+            // The way back, where the pod's own address shows.
+            let cidr = node.pod_cidr(family);
+            outside.ip(&format!("route add {cidr} via {}", node.underlay(family)))?;
+            let seen = udp::source_seen(&a.ns, &outside, target)?;
+            let expected = if masquerade { node.underlay(family) } else { a.address(family) };
+            ensure!(seen == expected, "{seen} instead of {expected} over {family}");
+            // Within the cluster every pod keeps its own.
+            let seen = udp::source_seen(&a.ns, &b.ns, b.address(family))?;
+            ensure!(seen == a.address(family), "{seen} within the cluster");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_plugin_is_installed_when_the_agent_can_serve_and_cleaned_up() -> Result<()> {
+    let mut cluster = prepared(1, |_| ())?;
+    let directory = cluster.agents[0].state_directory();
+    let directory = directory.parent().context("no parent")?.to_owned();
+    let (plugin, list) =
+        (directory.join("bin/skein-cni"), directory.join("net.d/10-skein.conflist"));
+    cluster.start()?;
+    checks::eventually(
+        "the configuration is there",
+        Duration::from_secs(5),
+        || Ok(list.is_file()),
+    )?;
+    ensure!(plugin.is_file(), "no binary");
+    let conflist: Value = serde_json::from_slice(&fs::read(&list)?)?;
+    ensure!(conflist["plugins"][0]["type"] == "skein-cni", "{conflist}");
+    let pod = runtime(&cluster, 0)?.pod("a")?;
+    ensure!(node(&cluster, 0).interfaces()?.contains(&pod.host_interface), "no interface");
+    cluster.agents[0].stop()?;
+    ensure!(list.is_file(), "a restart must not make nodes NotReady");
+    let finished = cluster.agents[0].run_command(&["cleanup", "--state"])?;
+    ensure!(finished.code == 0, "{}{}", finished.stdout, finished.stderr);
+    ensure!(!list.exists() && !plugin.exists(), "still installed: {}", finished.stdout);
+    let interfaces = node(&cluster, 0).interfaces()?;
+    ensure!(!interfaces.iter().any(|name| name.starts_with("skp")), "{interfaces:?}");
+    ensure!(node(&cluster, 0).sh("nft list table inet skein").is_err(), "the table is left");
+    Ok(())
+}
+
+#[test]
+fn a_hundred_pods_at_once() -> Result<()> {
+    let cluster = up(1, |_| ())?;
+    let before = traces(node(&cluster, 0))?;
+    let runtime = runtime(&cluster, 0)?;
+    let spaces: Vec<Netns> =
+        (0..100).map(|n| Netns::create(&format!("h{n}"))).collect::<Result<_>>()?;
+    let all = thread::scope(|scope| {
+        let workers: Vec<_> = spaces
+            .iter()
+            .enumerate()
+            .map(|(index, ns)| {
+                let runtime = &runtime;
+                scope.spawn(move || cni::addresses(&runtime.add(&format!("h{index}"), ns)?))
+            })
+            .collect();
+        workers
+            .into_iter()
+            .map(|worker| worker.join().map_err(|_| anyhow::anyhow!("a worker panicked"))?)
+            .collect::<Result<Vec<_>>>()
+    })?;
+    ensure!(all.iter().flatten().collect::<BTreeSet<_>>().len() == 200, "doubled");
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..100)
+            .map(|index| {
+                let runtime = &runtime;
+                scope.spawn(move || runtime.del(&format!("h{index}"), None))
+            })
+            .collect();
+        workers.into_iter().try_for_each(|worker| {
+            worker.join().map_err(|_| anyhow::anyhow!("a worker panicked"))?
+        })
+    })?;
+    same(&before, &traces(node(&cluster, 0))?)
+}
