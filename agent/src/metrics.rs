@@ -42,7 +42,7 @@ pub struct Pods {
     /// Requests of the CNI plugin.
     pub requests: Vec<MetricFamily>,
     /// How full the pools are.
-    pub usage: Vec<ipam::Usage>,
+    pub usage: ipam::Usage,
     /// Packets from forged sources; `None` while the firewall cannot be asked.
     pub forged: Option<Forged>,
 }
@@ -110,14 +110,14 @@ fn of_pods(pods: &Pods) -> Vec<MetricFamily> {
         "Addresses for pods by pool and state; resting ones were given back a moment ago.",
         Kind::Gauge,
     );
-    for pool in &pods.usage {
+    for pool in &pods.usage.pools {
         let cidr = pool.cidr.to_string();
         for (state, count) in [
-            ("used", pool.used),
-            ("free", pool.total.saturating_sub(pool.used + pool.resting)),
-            ("resting", pool.resting),
+            ("used", pool.in_use as f64),
+            ("free", pool.total as f64 - pool.in_use as f64 - pool.resting as f64),
+            ("resting", pool.resting as f64),
         ] {
-            addresses.add(&[("cidr", cidr.as_str()), ("state", state)], count as f64);
+            addresses.add(&[("cidr", cidr.as_str()), ("state", state)], count);
         }
     }
     let mut forged = Family::new(

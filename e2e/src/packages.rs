@@ -31,7 +31,16 @@ pub const DEMO: &[Need] = &[
 ];
 
 /// For the tests, beside [`DEMO`].
-pub const TEST: &[Need] = &[need("promtool", "prometheus"), need("nft", "nftables")];
+pub const TEST: &[Need] = &[
+    need("promtool", "prometheus"),
+    need("nft", "nftables"),
+    need("containerd", "containerd"),
+    need("runc", "runc"),
+    need("busybox", "busybox-static"),
+    // Beside its programs, which are elsewhere.
+    need("/usr/lib/cni/portmap", "containernetworking-plugins"),
+    need("iptables", "iptables"),
+];
 
 /// For the benchmark, beside [`DEMO`].
 pub const BENCH: &[Need] =

@@ -7,6 +7,7 @@
 pub mod attach;
 pub mod install;
 pub mod ipam;
+mod leases;
 mod locks;
 mod metrics;
 mod server;
@@ -24,6 +25,7 @@ use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 
 use self::ipam::{Ipam, Usage};
+use self::leases::Leases;
 pub use self::service::Network;
 use self::service::Service;
 use crate::config::{Cni, Config};
@@ -62,14 +64,19 @@ impl Pods {
         readiness: Readiness,
     ) -> Result<(Self, View), Failure> {
         let cni = config.cni.clone();
-        let path = config.state_dir.join("cni/leases.redb");
+        let path = config.state_dir.join(ipam::FILE);
         let opened = tokio::task::spawn_blocking(move || Ipam::open(&path)).await;
         let opened = opened.context("opening the leases")?.map_err(anyhow::Error::from)?;
+        if let Some(damaged) = opened.damaged {
+            let (path, reason) = (damaged.path.display(), damaged.reason);
+            tracing::error!(%path, reason, "the leases were damaged: put aside, and taken from the kernel");
+        }
+        let leases = Leases::spawn(opened.ipam).context("cannot start the leases' thread")?;
         let netlink = Netlink::connect().map_err(anyhow::Error::from)?;
         let (sender, receiver) = watch::channel(network);
         let spool = cni.spool.clone();
         let service = Service::new(
-            opened.ipam,
+            leases,
             &config.name,
             netlink,
             receiver.clone(),
@@ -92,7 +99,7 @@ impl Pods {
             cni,
         };
         // Before anything is served: whoever asks for an address must not get one that is in use.
-        keeper.take_network().await;
+        keeper.take_network();
         keeper.tend().await;
         let view = View {
             service: Arc::clone(&service),
@@ -123,8 +130,8 @@ impl Drop for Pods {
 
 impl View {
     /// How full the pools are.
-    pub async fn usage(&self) -> Vec<Usage> {
-        self.service.ipam.usage().await.unwrap_or_default()
+    pub async fn usage(&self) -> Usage {
+        self.service.leases.usage().await.unwrap_or_default()
     }
 
     /// Requests, for a scrape.
@@ -177,7 +184,7 @@ impl Keeper {
             tokio::select! {
                 changed = self.network.changed() => match changed {
                     Ok(()) => {
-                        self.take_network().await;
+                        self.take_network();
                         self.tend().await;
                     }
                     // The control process ends.
@@ -194,12 +201,10 @@ impl Keeper {
         }
     }
 
-    async fn take_network(&mut self) {
+    fn take_network(&mut self) {
         let network = self.network.borrow_and_update().clone();
         self.firewall.set_rules(rules(&self.cni, &self.interface, &network));
-        if let Err(error) = self.service.ipam.set_pools(network.local, network.reserved).await {
-            tracing::error!(%error, "the pod CIDRs are not in force");
-        }
+        self.service.leases.set_pools(network.local, network.reserved);
     }
 
     async fn tend(&mut self) {

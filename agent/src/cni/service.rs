@@ -5,7 +5,7 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use ipnet::IpNet;
 use skein_cni::protocol::{Add, Answer, AttachmentId, Check, Command, Gc, Refusal, Request};
@@ -15,7 +15,8 @@ use thiserror::Error;
 use tokio::sync::watch;
 
 use super::attach::{AttachError, Attacher};
-use super::ipam::{Ipam, IpamError, Lease, Wanted};
+use super::ipam::{IpamError, Lease, Netns, Request as Wanted};
+use super::leases::Leases;
 use super::locks::Locks;
 use super::metrics::{Requests, verb};
 use super::server::{Handler, refusal};
@@ -64,13 +65,8 @@ impl Error {
     /// The code of the CNI specification.
     fn code(&self) -> u32 {
         match self {
-            Error::Ipam(IpamError::Exhausted { .. } | IpamError::NoPool | IpamError::Taken(_)) => {
-                ErrorCode::TryAgainLater as u32
-            }
-            Error::Ipam(IpamError::NotOurs(_)) | Error::Invalid(_) => {
-                ErrorCode::InvalidNetworkConfig as u32
-            }
-            Error::Ipam(_) => ErrorCode::Io as u32,
+            Error::Ipam(error) => error.code() as u32,
+            Error::Invalid(_) => ErrorCode::InvalidNetworkConfig as u32,
             Error::Attach(AttachError::Exists(_)) => ErrorCode::InvalidEnvironment as u32,
             Error::Attach(_) => ErrorCode::TryAgainLater as u32,
             Error::Namespace(_) => ErrorCode::UnknownContainer as u32,
@@ -82,7 +78,7 @@ impl Error {
 /// What serves the plugin.
 #[derive(Debug)]
 pub(super) struct Service {
-    pub(super) ipam: Ipam,
+    pub(super) leases: Leases,
     pub(super) attacher: Attacher,
     pub(super) netlink: Netlink,
     pub(super) network: watch::Receiver<Network>,
@@ -96,7 +92,7 @@ pub(super) struct Service {
 
 impl Service {
     pub(super) fn new(
-        ipam: Ipam,
+        leases: Leases,
         node: &str,
         netlink: Netlink,
         network: watch::Receiver<Network>,
@@ -104,7 +100,7 @@ impl Service {
         spool: PathBuf,
     ) -> anyhow::Result<Self> {
         Ok(Self {
-            ipam,
+            leases,
             attacher: Attacher::new(node),
             netlink,
             network,
@@ -128,29 +124,29 @@ impl Service {
         let _turn = self.locks.lock(&add.id).await;
         let visible = NamespaceId::at(&add.netns).is_ok_and(|seen| seen == namespace);
         let wanted = Wanted {
-            lease: Lease {
-                id: add.id.clone(),
-                network: add.network,
-                addresses: Vec::new(),
-                netns: add.netns,
-                namespace: Some(namespace),
+            id: add.id.clone(),
+            network: add.network,
+            netns: Netns {
+                path: add.netns,
+                dev: namespace.device,
+                inode: namespace.inode,
                 path_visible: visible,
-                boot: self.boot.clone(),
-                pod: add.pod,
+                boot_id: self.boot.clone(),
             },
-            addresses: add.ips,
+            pod: add.pod,
+            ips: add.ips,
         };
-        let lease = match self.ipam.allocate(wanted.clone()).await {
+        let lease = match self.leases.allocate(wanted.clone()).await {
             Err(IpamError::OtherNamespace(old)) => {
                 tracing::info!(container = old.id.container_id, "attached anew elsewhere");
                 self.detach(&old.id).await?;
-                self.ipam.allocate(wanted).await?
+                self.leases.allocate(wanted).await?
             }
             lease => lease?,
         };
         let mtu = u32::from(self.network.borrow().mtu);
-        let (netlink, ips) = (&self.netlink, &lease.addresses);
-        let attached = self.attacher.attach(netlink, netns.as_fd(), &add.id, ips, mtu).await;
+        let (netlink, ips) = (&self.netlink, Vec::from_iter(lease.ips()));
+        let attached = self.attacher.attach(netlink, netns.as_fd(), &add.id, &ips, mtu).await;
         match attached {
             Ok(attached) => Ok(attached),
             Err(error) => {
@@ -170,7 +166,7 @@ impl Service {
             Ok(()) | Err(AttachError::Foreign { .. }) => {}
             Err(error) => return Err(error.into()),
         }
-        self.ipam.release(id.clone()).await?;
+        self.leases.release(id.clone()).await?;
         Ok(())
     }
 
@@ -186,7 +182,7 @@ impl Service {
         })?;
         let namespace = self.identify(&netns)?;
         let _turn = self.locks.lock(&check.id).await;
-        let lease = self.ipam.get(check.id.clone()).await?;
+        let lease = self.leases.get(check.id.clone()).await?;
         let Some(lease) = lease else {
             return Err(Error::Broken(format!(
                 "no address is reserved for {} of {}",
@@ -194,13 +190,14 @@ impl Service {
             )));
         };
         let mut problems = Vec::new();
-        if lease.namespace.is_some_and(|known| known != namespace) {
+        let ips = Vec::from_iter(lease.ips());
+        if lease.netns.as_ref().is_some_and(|known| identity(known) != namespace) {
             problems.push("it was attached in another network namespace".to_owned());
         }
-        let stray = check.ips.iter().filter(|net| !lease.addresses.contains(&net.addr()));
+        let stray = check.ips.iter().filter(|net| !ips.contains(&net.addr()));
         problems.extend(stray.map(|net| format!("{} is not reserved for it", net.addr())));
-        let (netlink, ips) = (&self.netlink, &lease.addresses);
-        problems.extend(self.attacher.check(netlink, netns.as_fd(), &check.id, ips).await?);
+        let (netlink, fd) = (&self.netlink, netns.as_fd());
+        problems.extend(self.attacher.check(netlink, fd, &check.id, &ips).await?);
         match problems.is_empty() {
             true => Ok(()),
             false => Err(Error::Broken(problems.join("; "))),
@@ -208,7 +205,7 @@ impl Service {
     }
 
     async fn gc(&self, gc: Gc) -> Result<(), Error> {
-        for lease in self.ipam.list().await? {
+        for lease in self.leases.list().await? {
             if lease.network == gc.network && !gc.valid.contains(&lease.id) {
                 self.collect(&lease).await?;
             }
@@ -225,18 +222,15 @@ impl Service {
         if !reasons.is_empty() {
             return refuse(ErrorCode::NotAvailableLimited, reasons.join("; "));
         }
-        let usage = match self.ipam.usage().await {
+        let usage = match self.leases.usage().await {
             Ok(usage) => usage,
             Err(error) => return refuse(ErrorCode::NotAvailable, error.to_string()),
         };
-        for v4 in [true, false] {
-            let mut pools = usage.iter().filter(|pool| pool.cidr.addr().is_ipv4() == v4).peekable();
-            let any = pools.peek().is_some();
-            let names: Vec<String> = usage.iter().map(|pool| pool.cidr.to_string()).collect();
-            if any && pools.all(|pool| pool.used >= pool.total) {
-                let msg = format!("no free address in {}", names.join(", "));
-                return refuse(ErrorCode::NotAvailable, msg);
-            }
+        if !usage.can_allocate() {
+            let full = usage.pools.iter().filter(|pool| u128::from(pool.in_use) >= pool.total);
+            let names: Vec<String> = full.map(|pool| pool.cidr.to_string()).collect();
+            let msg = format!("no free address in {}", names.join(", "));
+            return refuse(ErrorCode::NotAvailable, msg);
         }
         Ok(())
     }
@@ -245,7 +239,7 @@ impl Service {
     async fn collect(&self, lease: &Lease) -> Result<bool, Error> {
         let _turn = self.locks.lock(&lease.id).await;
         // It may have changed while we waited.
-        if self.ipam.get(lease.id.clone()).await?.as_ref() != Some(lease) {
+        if self.leases.get(lease.id.clone()).await?.as_ref() != Some(lease) {
             return Ok(false);
         }
         let name = super::attach::host_name(&lease.id);
@@ -253,21 +247,22 @@ impl Service {
             return Ok(false);
         }
         self.detach(&lease.id).await?;
-        let (container, addresses) = (&lease.id.container_id, &lease.addresses);
+        let (container, addresses) = (&lease.id.container_id, Vec::from_iter(lease.ips()));
         tracing::info!(container, ?addresses, "its namespace is gone: released");
         Ok(true)
     }
 
     /// Whether a namespace is provably gone: of another boot, or not where it was seen.
     fn is_gone(&self, lease: &Lease) -> bool {
-        if lease.boot != self.boot {
+        let Some(netns) = &lease.netns else { return false };
+        if netns.boot_id != self.boot {
             return true;
         }
-        if !lease.path_visible {
+        if !netns.path_visible {
             return false;
         }
-        match NamespaceId::at(&lease.netns) {
-            Ok(now) => lease.namespace.is_some_and(|then| then != now),
+        match NamespaceId::at(&netns.path) {
+            Ok(now) => identity(netns) != now,
             Err(error) => error.kind() == io::ErrorKind::NotFound,
         }
     }
@@ -276,7 +271,7 @@ impl Service {
     /// namespaces that are gone, puts back what somebody took. Goes on after an error.
     pub(super) async fn tend(&self) -> Result<(), String> {
         let found = self.attacher.found(&self.netlink).await.map_err(|e| e.to_string())?;
-        let leases = self.ipam.list().await.map_err(|error| error.to_string())?;
+        let leases = self.leases.list().await.map_err(|error| error.to_string())?;
         let mut errors = Vec::new();
         for pod in &found {
             if pod.addresses.is_empty() || leases.iter().any(|lease| lease.id == pod.id) {
@@ -301,29 +296,36 @@ impl Service {
 
     async fn adopt(&self, id: AttachmentId, addresses: Vec<IpAddr>) -> Result<(), Error> {
         let _turn = self.locks.lock(&id).await;
-        if self.ipam.get(id.clone()).await?.is_some() {
+        if self.leases.get(id.clone()).await?.is_some() {
             return Ok(());
         }
         tracing::warn!(container = id.container_id, ?addresses, "found in the kernel: adopted");
-        let lease = Lease {
+        let mut lease = Lease {
             id,
             network: String::new(),
-            addresses,
-            netns: PathBuf::new(),
-            namespace: None,
-            path_visible: false,
-            boot: self.boot.clone(),
+            v4: None,
+            v6: None,
+            netns: None,
             pod: None,
+            time: SystemTime::now(),
         };
-        Ok(self.ipam.adopt(lease).await?)
+        for address in addresses {
+            match address {
+                IpAddr::V4(v4) => lease.v4 = Some(v4),
+                IpAddr::V6(v6) => lease.v6 = Some(v6),
+            }
+        }
+        self.leases.adopt(lease).await?;
+        Ok(())
     }
 
     async fn heal(&self, lease: &Lease) -> Result<(), Error> {
         let _turn = self.locks.lock(&lease.id).await;
-        if self.ipam.get(lease.id.clone()).await?.as_ref() != Some(lease) {
+        if self.leases.get(lease.id.clone()).await?.as_ref() != Some(lease) {
             return Ok(());
         }
-        let changes = self.attacher.heal(&self.netlink, &lease.id, &lease.addresses).await?;
+        let ips = Vec::from_iter(lease.ips());
+        let changes = self.attacher.heal(&self.netlink, &lease.id, &ips).await?;
         if !changes.is_empty() {
             let container = &lease.id.container_id;
             tracing::warn!(container, "put back: {}", changes.join("; "));
@@ -405,6 +407,10 @@ impl Handler for Service {
         self.requests.count(verb, &answer, took);
         answer
     }
+}
+
+fn identity(netns: &Netns) -> NamespaceId {
+    NamespaceId { device: netns.dev, inode: netns.inode }
 }
 
 fn refuse(error: &Error) -> Refusal {

@@ -7,14 +7,13 @@ use std::thread;
 
 use rustix::fs::fstatfs;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
-use serde::{Deserialize, Serialize};
 
 /// The magic number of nsfs (linux/magic.h), which namespaces' files are on.
 const NSFS: rustix::fs::FsWord = 0x6e73_6673;
 
 /// Which namespace a file stands for: the same for every path and descriptor of it, as long as it
 /// lives (ioctl_ns(2)).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NamespaceId {
     /// Device of nsfs.
     pub device: u64,

@@ -166,6 +166,11 @@ impl Agent {
         Path::new(self.text("cni", "spool"))
     }
 
+    /// A directory of its `[cni]` table.
+    pub fn cni_directory(&self, key: &str) -> PathBuf {
+        self.text("cni", key).into()
+    }
+
     /// Where its state lies.
     pub fn state_directory(&self) -> PathBuf {
         self.directory.join("state")

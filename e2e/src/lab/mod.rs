@@ -3,6 +3,8 @@
 
 pub mod agent;
 pub mod cni;
+pub mod containerd;
+pub mod cri;
 pub mod link;
 pub mod netns;
 pub mod node;

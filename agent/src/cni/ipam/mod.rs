@@ -1,222 +1,164 @@
-//! Which attachment has which addresses: leases, durable before anybody hears of them.
+//! Which attachment has which addresses: leases, on the disk before anybody hears of them.
 //!
-//! [`Leases`] is the state with its rules, in plain memory; [`store`] keeps it in a redb database; and
-//! [`Ipam`] is the thread that owns both and writes the changes of all requests that wait in one
-//! transaction, so that a hundred pods do not wait for a hundred flushes of the disk.
+//! Blocking code without a clock, without randomness and without a view of the kernel: `now` is an
+//! argument, and what the kernel has is told by [`Ipam::adopt`]. [`IpamHandle`] puts it on a thread
+//! of its own, which writes for all who wait in one transaction.
 
-mod leases;
-mod pool;
+mod error;
+mod free;
+mod journal;
+mod lease;
+mod space;
+mod state;
 mod store;
+#[cfg(test)]
+mod tests;
+mod thread;
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
-use std::thread::JoinHandle;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use ipnet::IpNet;
-use serde::{Deserialize, Serialize};
-use skein_cni::protocol::{AttachmentId, Pod};
-use thiserror::Error;
-use tokio::sync::oneshot;
+use skein_cni::protocol::AttachmentId;
 
-use self::leases::Leases;
-pub use self::pool::Usage;
-use self::store::Store;
-pub use self::store::StoreError;
-use crate::sys::netns::NamespaceId;
+pub use error::{IpamError, OpenError, StoreError};
+pub use lease::{Lease, Netns};
+pub use space::{PoolUsage, REST};
+pub use state::{Request, Usage};
+pub use thread::{IpamHandle, Reply};
 
-/// What an attachment has.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Lease {
-    /// Whose.
-    pub id: AttachmentId,
-    /// Name of the network in the plugin's configuration.
-    #[serde(default)]
-    pub network: String,
-    /// Addresses, IPv4 first.
-    pub addresses: Vec<IpAddr>,
-    /// The namespace as the runtime named it; empty where it was learnt from the kernel.
-    #[serde(default)]
-    pub netns: PathBuf,
-    /// The namespace, where the agent has seen it.
-    #[serde(default)]
-    pub namespace: Option<NamespaceId>,
-    /// Whether the agent saw that namespace at that path: whether it can tell that it is gone.
-    #[serde(default)]
-    pub path_visible: bool,
-    /// The boot (`/proc/sys/kernel/random/boot_id`) in which it was given.
-    #[serde(default)]
-    pub boot: String,
-    /// The pod, where the runtime said so.
-    #[serde(default)]
-    pub pod: Option<Pod>,
-}
+use journal::Journal;
+use state::State;
+use store::Store;
 
-/// A request for addresses.
-#[derive(Debug, Clone)]
-pub struct Wanted {
-    /// All of the lease but its addresses.
-    pub lease: Lease,
-    /// Addresses that were asked for; empty for any.
-    pub addresses: Vec<IpAddr>,
-}
+/// Where the leases lie in the state directory.
+pub const FILE: &str = "cni/leases.redb";
 
-/// Why there is no lease.
-#[derive(Debug, Error)]
-pub enum IpamError {
-    /// Every address is taken.
-    #[error("no free address in {cidr}: {used} are in use")]
-    Exhausted {
-        /// The pool.
-        cidr: IpNet,
-        /// Addresses in use.
-        used: u64,
-    },
-    /// There is nothing to give from.
-    #[error("this node has no pod CIDR")]
-    NoPool,
-    /// The attachment has a lease, but in another namespace.
-    #[error("{} of {} is attached in another namespace", .0.id.ifname, .0.id.container_id)]
-    OtherNamespace(Box<Lease>),
-    /// An address that was asked for belongs to no pool.
-    #[error("{0} is not in a pod CIDR of this node, or cannot be a pod's")]
-    NotOurs(IpAddr),
-    /// An address is taken.
-    #[error("{0} is in use by another container")]
-    Taken(IpAddr),
-    /// The database refused.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// The thread has ended.
-    #[error("the address store has ended")]
-    Ended,
-}
-
-/// A handle of the thread that owns the leases; dropping it ends the thread.
+/// The leases of a node. One process at a time has the file open.
 #[derive(Debug)]
 pub struct Ipam {
-    jobs: Option<mpsc::Sender<Job>>,
-    thread: Option<JoinHandle<()>>,
+    state: State,
+    store: Store,
 }
 
-/// Changes the leases, and returns what to do once that is on the disk.
-type Job = Box<dyn FnOnce(&mut Leases) -> Completion + Send>;
-type Completion = Box<dyn FnOnce(Result<(), StoreError>) + Send>;
-
-/// What opening found.
+/// See [`Ipam::open`].
 #[derive(Debug)]
 pub struct Opened {
-    /// Ready for requests.
+    /// The leases.
     pub ipam: Ipam,
-    /// Where a damaged database was put aside.
-    pub damaged: Option<PathBuf>,
+    /// Where the file was moved that was found damaged. What it held is lost to us: the addresses
+    /// that the kernel routes to pods have to be adopted before any is given.
+    pub damaged: Option<Damaged>,
+}
+
+/// A file that was not what had been written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Damaged {
+    /// Where it lies now.
+    pub path: PathBuf,
+    /// What is wrong with it.
+    pub reason: String,
 }
 
 impl Ipam {
-    /// Opens or makes the database. Blocks.
-    pub fn open(path: &Path) -> Result<Opened, StoreError> {
-        let (store, damaged) = Store::open(path)?;
-        let leases = Leases::new(store.load()?);
-        let (jobs, receiver) = mpsc::channel();
-        let thread = std::thread::Builder::new()
-            .name("ipam".to_owned())
-            .spawn(move || work(store, leases, &receiver))
-            .map_err(|error| StoreError::new("start a thread for", path, error))?;
-        Ok(Opened { ipam: Self { jobs: Some(jobs), thread: Some(thread) }, damaged })
-    }
-
-    /// What addresses may be given from, and which of them never.
-    pub async fn set_pools(
-        &self,
-        cidrs: Vec<IpNet>,
-        reserved: Vec<IpAddr>,
-    ) -> Result<(), IpamError> {
-        self.ask(move |leases| {
-            leases.set_pools(&cidrs, &reserved);
-            Ok(())
-        })
-        .await
-    }
-
-    /// One address a family. The same attachment in the same namespace keeps what it has.
-    pub async fn allocate(&self, wanted: Wanted) -> Result<Lease, IpamError> {
-        self.ask(move |leases| leases.allocate(wanted, SystemTime::now())).await
-    }
-
-    /// Gives the addresses back; `None` where there were none.
-    pub async fn release(&self, id: AttachmentId) -> Result<Option<Lease>, IpamError> {
-        self.ask(move |leases| Ok(leases.release(&id, SystemTime::now()))).await
-    }
-
-    /// Takes over an attachment that was found in the kernel.
-    pub async fn adopt(&self, lease: Lease) -> Result<(), IpamError> {
-        self.ask(move |leases| leases.adopt(lease)).await
-    }
-
-    /// The lease of an attachment.
-    pub async fn get(&self, id: AttachmentId) -> Result<Option<Lease>, IpamError> {
-        self.ask(move |leases| Ok(leases.get(&id).cloned())).await
-    }
-
-    /// All leases.
-    pub async fn list(&self) -> Result<Vec<Lease>, IpamError> {
-        self.ask(|leases| Ok(leases.iter().cloned().collect())).await
-    }
-
-    /// How full the pools are.
-    pub async fn usage(&self) -> Result<Vec<Usage>, IpamError> {
-        self.ask(|leases| Ok(leases.usage(SystemTime::now()))).await
-    }
-
-    async fn ask<T: Send + 'static>(
-        &self,
-        f: impl FnOnce(&mut Leases) -> Result<T, IpamError> + Send + 'static,
-    ) -> Result<T, IpamError> {
-        let (reply, answer) = oneshot::channel();
-        let job: Job = Box::new(move |leases| {
-            let result = f(leases);
-            Box::new(move |written| {
-                // Whoever asked may have gone.
-                let _ = reply.send(written.map_err(IpamError::from).and(result));
-            })
-        });
-        let jobs = self.jobs.as_ref().ok_or(IpamError::Ended)?;
-        jobs.send(job).map_err(|_| IpamError::Ended)?;
-        answer.await.unwrap_or(Err(IpamError::Ended))
-    }
-}
-
-impl Drop for Ipam {
-    fn drop(&mut self) {
-        self.jobs = None;
-        if let Some(thread) = self.thread.take() {
-            // A panic in it was reported by the panic hook.
-            let _ = thread.join();
-        }
-    }
-}
-
-/// Takes all jobs that wait, writes their changes in one transaction, and answers.
-fn work(mut store: Store, mut leases: Leases, jobs: &mpsc::Receiver<Job>) {
-    while let Ok(first) = jobs.recv() {
-        let waiting = std::iter::once(first).chain(jobs.try_iter());
-        let completions: Vec<Completion> = waiting.map(|job| job(&mut leases)).collect();
-        let changes = leases.take_changes();
-        let written = store.write(&changes);
-        if written.is_err() {
-            // Nothing of it happened: memory goes back to what the disk says, as far as that can
-            // be read; otherwise to what it was before.
-            match store.reload() {
-                Ok(found) => leases.reset(found),
-                Err(_) => leases.undo(changes),
+    /// Opens the leases, or makes a file without any. A damaged one is moved aside.
+    pub fn open(path: &Path) -> Result<Opened, OpenError> {
+        let failed = |error| OpenError { path: path.to_owned(), error };
+        let open = || {
+            store::prepare(path)?;
+            Self::with(Store::new(store::opener(path)))
+        };
+        match open() {
+            Ok(ipam) => Ok(Opened { ipam, damaged: None }),
+            Err(StoreError::Damaged(reason)) => {
+                let path = store::move_aside(path).map_err(|error| failed(error.into()))?;
+                let damaged = Some(Damaged { path, reason });
+                Ok(Opened { ipam: open().map_err(failed)?, damaged })
             }
-        }
-        for complete in completions {
-            complete(written.clone());
+            Err(error) => Err(failed(error)),
         }
     }
-}
 
-#[cfg(test)]
-mod tests;
+    fn with(mut store: Store) -> Result<Self, StoreError> {
+        let mut state = State::new();
+        state.load(store.open()?)?;
+        Ok(Self { state, store })
+    }
+
+    /// From now on gives addresses of these CIDRs, but for those that are reserved. Leases outside
+    /// of them stay until they are released.
+    pub fn set_pools(&mut self, cidrs: &[IpNet], reserved: &[IpAddr]) {
+        self.state.set_pools(cidrs, reserved);
+    }
+
+    /// Leases an address of each family that the node has. The same attachment in the same
+    /// namespace gets the lease that it has, whatever it asks for.
+    pub fn allocate(&mut self, request: Request, now: SystemTime) -> Result<Lease, IpamError> {
+        self.write(|state, journal| state.allocate(request, now, journal))?
+    }
+
+    /// Ends a lease, and says which it was.
+    pub fn release(
+        &mut self,
+        id: &AttachmentId,
+        now: SystemTime,
+    ) -> Result<Option<Lease>, IpamError> {
+        self.write(|state, journal| state.release(id, now, journal))
+    }
+
+    /// Takes a lease as the kernel has it, in a pool or not, reserved or not. What it does not say
+    /// (namespace, pod, network) stays as it was known; addresses of which it has others are freed.
+    /// Returns the lease as it is now.
+    pub fn adopt(&mut self, lease: Lease, now: SystemTime) -> Result<Lease, IpamError> {
+        self.write(|state, journal| state.adopt(lease, now, journal))?
+    }
+
+    /// The lease of an attachment. While the store can be neither written nor read, this and what
+    /// follows say what was known before it failed.
+    pub fn get(&self, id: &AttachmentId) -> Option<&Lease> {
+        self.state.get(id)
+    }
+
+    /// All leases, by attachment.
+    pub fn list(&self) -> impl ExactSizeIterator<Item = &Lease> {
+        self.state.list()
+    }
+
+    /// How much is used.
+    pub fn usage(&self, now: SystemTime) -> Usage {
+        self.state.usage(now)
+    }
+
+    /// Does some work on the state in memory and writes what it changed in one transaction. Where
+    /// that fails, memory is as the disk is, or, if the disk cannot be read either, as it was
+    /// before; then nothing is written until it can be.
+    fn write<T>(
+        &mut self,
+        work: impl FnOnce(&mut State, &mut Journal) -> T,
+    ) -> Result<T, IpamError> {
+        let failed = |error| IpamError::Store(Arc::new(error));
+        if !self.store.is_open() {
+            self.reload().map_err(failed)?;
+        }
+        let mut journal = Journal::default();
+        let result = work(&mut self.state, &mut journal);
+        if journal.is_empty() {
+            return Ok(result);
+        }
+        if let Err(error) = self.store.write(&journal) {
+            self.state.undo(journal);
+            // What keeps it from being read now is likely what kept it from being written.
+            let _ = self.reload();
+            return Err(failed(error));
+        }
+        Ok(result)
+    }
+
+    fn reload(&mut self) -> Result<(), StoreError> {
+        let contents = self.store.open()?;
+        // What cannot be taken from the disk must not be added to there.
+        self.state.load(contents).inspect_err(|_| self.store.close())
+    }
+}

@@ -1,193 +1,207 @@
-//! Leases in a redb database: one table from attachment to lease, each a JSON document.
+//! Leases on the disk: a redb database, in which a transaction is there whole or not at all.
 
+mod file;
+
+use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::{self, Permissions};
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::net::IpAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::SystemTime;
 
-use redb::{
-    Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError, TableDefinition,
-};
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use skein_cni::protocol::AttachmentId;
 
-use super::Lease;
-use super::leases::Change;
+use super::error::StoreError;
+use super::journal::Journal;
+use super::lease::{Lease, millis};
+use super::space::Family;
 
-const LEASES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("leases");
-const SCHEMA: TableDefinition<'_, (), u32> = TableDefinition::new("schema");
-/// Raised when an older agent could not make sense of the table.
-const VERSION: u32 = 1;
+pub(super) use file::{move_aside, opener, prepare};
 
-/// The database refused; cheap to clone, because several requests may hear of it.
-#[derive(Debug, Clone)]
-pub struct StoreError(Arc<str>);
+/// Raised when what is stored changes in a way that an older agent would misunderstand.
+const SCHEMA: u64 = 1;
 
-impl StoreError {
-    pub(super) fn new(what: &str, path: &Path, error: impl fmt::Display) -> Self {
-        Self(format!("cannot {what} {}: {error}", path.display()).into())
-    }
+/// Memory for pages of the database, in bytes: all of it for 10,000 leases.
+const CACHE: usize = 8 << 20;
+
+/// `schema`.
+const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
+/// Container id and interface name to a [`Lease`] in JSON.
+const LEASES: TableDefinition<'_, (&str, &str), &[u8]> = TableDefinition::new("leases");
+/// Address (4 or 16 bytes) to when it was freed, in milliseconds since 1970.
+const RESTING: TableDefinition<'_, &[u8], u64> = TableDefinition::new("resting");
+/// Family (4 or 6) to the number of the address that was given last.
+const CURSORS: TableDefinition<'_, u8, u128> = TableDefinition::new("cursors");
+
+/// What is stored.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Contents {
+    pub(super) leases: BTreeMap<AttachmentId, Lease>,
+    pub(super) resting: BTreeMap<IpAddr, SystemTime>,
+    pub(super) cursors: BTreeMap<Family, u128>,
 }
 
-impl fmt::Display for StoreError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
+/// Opens the database once more.
+pub(super) type Opener = Box<dyn FnMut() -> Result<Database, StoreError> + Send>;
 
-impl std::error::Error for StoreError {}
-
-/// The database.
-#[derive(Debug)]
+/// The database, or the lack of one after a failure.
 pub(super) struct Store {
-    path: PathBuf,
-    /// Absent after an error, until it could be opened again: redb answers nothing more then.
+    opener: Opener,
     database: Option<Database>,
 }
 
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Store").field("database", &self.database).finish_non_exhaustive()
+    }
+}
+
 impl Store {
-    /// Opens or makes it. One that is damaged is put aside, and where it is now is returned: the
-    /// kernel knows the pods too.
-    pub(super) fn open(path: &Path) -> Result<(Self, Option<PathBuf>), StoreError> {
-        if let Some(directory) = path.parent() {
-            fs::create_dir_all(directory)
-                .and_then(|()| fs::set_permissions(directory, Permissions::from_mode(0o700)))
-                .map_err(|error| StoreError::new("make", directory, error))?;
-        }
-        match Self::open_sound(path) {
-            Ok(store) => Ok((store, None)),
-            Err(Refusal::Other(error)) => Err(error),
-            Err(Refusal::Damaged(error)) => {
-                let aside = path.with_extension("redb.damaged");
-                tracing::error!(%error, aside = %aside.display(), "the address store is damaged");
-                fs::rename(path, &aside)
-                    .map_err(|error| StoreError::new("put aside", path, error))?;
-                match Self::open_sound(path) {
-                    Ok(store) => Ok((store, Some(aside))),
-                    Err(Refusal::Damaged(error) | Refusal::Other(error)) => Err(error),
-                }
-            }
-        }
+    /// Nothing is opened yet.
+    pub(super) fn new(opener: Opener) -> Self {
+        Self { opener, database: None }
     }
 
-    fn open_sound(path: &Path) -> Result<Self, Refusal> {
-        let failed =
-            |error: &dyn fmt::Display| StoreError::new("open the address store", path, error);
-        let database = Database::create(path).map_err(|error| match &error {
-            DatabaseError::DatabaseAlreadyOpen => {
-                Refusal::Other(failed(&"another process has it open"))
-            }
-            DatabaseError::Storage(StorageError::Io(io))
-                if io.kind() != std::io::ErrorKind::InvalidData
-                    && io.kind() != std::io::ErrorKind::UnexpectedEof =>
-            {
-                Refusal::Other(failed(&error))
-            }
-            _ => Refusal::Damaged(failed(&error)),
-        })?;
-        let store = Self { path: path.to_owned(), database: Some(database) };
-        store.prepare().map_err(Refusal::Other)?;
-        store.load().map_err(Refusal::Damaged)?;
-        Ok(store)
+    /// Whether what was written last is known to be on the disk.
+    pub(super) fn is_open(&self) -> bool {
+        self.database.is_some()
     }
 
-    fn database(&self) -> Result<&Database, redb::Error> {
-        let away = || redb::Error::Io(std::io::Error::other("it failed before"));
-        self.database.as_ref().ok_or_else(away)
-    }
-
-    /// Makes the tables, or checks that they are of this version.
-    fn prepare(&self) -> Result<(), StoreError> {
-        let _ = fs::set_permissions(&self.path, Permissions::from_mode(0o600));
-        let prepare = || -> Result<Option<u32>, redb::Error> {
-            let transaction = self.database()?.begin_write()?;
-            let found = {
-                transaction.open_table(LEASES)?;
-                let mut schema = transaction.open_table(SCHEMA)?;
-                let found = schema.get(())?.map(|version| version.value());
-                if found.is_none() {
-                    schema.insert((), VERSION)?;
-                }
-                found
-            };
-            transaction.commit()?;
-            Ok(found)
-        };
-        match prepare() {
-            Ok(None | Some(VERSION)) => Ok(()),
-            Ok(Some(other)) => {
-                let text = format!("it is of version {other}, and this agent knows {VERSION}");
-                Err(StoreError::new("open the address store", &self.path, text))
-            }
-            Err(error) => Err(StoreError::new("open the address store", &self.path, error)),
-        }
-    }
-
-    /// All leases.
-    pub(super) fn load(&self) -> Result<Vec<Lease>, StoreError> {
-        let load = || -> Result<Vec<Vec<u8>>, redb::Error> {
-            let table = self.database()?.begin_read()?.open_table(LEASES)?;
-            table.iter()?.map(|entry| Ok(entry?.1.value().to_vec())).collect()
-        };
-        let failed =
-            |error: &dyn fmt::Display| StoreError::new("read the address store", &self.path, error);
-        let documents = load().map_err(|error| failed(&error))?;
-        documents
-            .iter()
-            .map(|document| serde_json::from_slice(document).map_err(|error| failed(&error)))
-            .collect()
-    }
-
-    /// All leases as the disk has them, after an error.
-    pub(super) fn reload(&mut self) -> Result<Vec<Lease>, StoreError> {
-        // Closed first: it is locked.
+    /// Lets go of it.
+    pub(super) fn close(&mut self) {
         self.database = None;
-        match Self::open_sound(&self.path) {
-            Ok(store) => self.database = store.database,
-            Err(Refusal::Damaged(error) | Refusal::Other(error)) => return Err(error),
-        }
-        self.load()
     }
 
-    /// Writes changes in one transaction; they are on the disk when this returns.
-    pub(super) fn write(&mut self, changes: &[Change]) -> Result<(), StoreError> {
-        if changes.is_empty() {
-            return Ok(());
-        }
-        if self.database.is_none() {
-            self.reload()?;
-        }
-        let write = || -> Result<(), redb::Error> {
-            // The default durability is the one that is wanted: fsync before commit returns.
-            let transaction = self.database()?.begin_write()?;
-            {
-                let mut table = transaction.open_table(LEASES)?;
-                for change in changes {
-                    let key = key(&change.id);
-                    match &change.after {
-                        Some(lease) => {
-                            let document = serde_json::to_vec(lease).unwrap_or_default();
-                            table.insert(&*key, &*document)?;
-                        }
-                        None => {
-                            table.remove(&*key)?;
-                        }
-                    }
-                }
-            }
-            transaction.commit()?;
-            Ok(())
+    /// Opens it and reads all of it.
+    pub(super) fn open(&mut self) -> Result<Contents, StoreError> {
+        // One at a time: the lock is let go with the last one.
+        self.close();
+        let (database, contents) = unpanicked(|| {
+            let database = (self.opener)()?;
+            let contents = read(&database)?;
+            Ok((database, contents))
+        })?;
+        self.database = Some(database);
+        Ok(contents)
+    }
+
+    /// Writes a journal in one transaction, which is on the disk when this returns. After a
+    /// failure it may be or not: the store is closed, and only reading it again tells.
+    pub(super) fn write(&mut self, journal: &Journal) -> Result<(), StoreError> {
+        let Some(database) = self.database.take() else {
+            return Err(StoreError::Io(std::io::ErrorKind::NotConnected.into()));
         };
-        write().map_err(|error| StoreError::new("write the address store", &self.path, error))
+        let database = unpanicked(|| {
+            write(&database, journal)?;
+            Ok(database)
+        })?;
+        self.database = Some(database);
+        Ok(())
     }
 }
 
-enum Refusal {
-    Damaged(StoreError),
-    Other(StoreError),
+/// The database says of itself that it may panic where a file was altered while it was closed, and
+/// checks on opening against that; the agent outlives what it overlooks.
+fn unpanicked<T>(work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
+    catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|_| Err(StoreError::Damaged("the database gave up".to_owned())))
 }
 
-/// Neither part holds a slash: both are checked by the plugin and by the server.
-fn key(id: &AttachmentId) -> String {
-    format!("{}/{}", id.container_id, id.ifname)
+/// How every database is opened: with the checksum of each page compared first.
+pub(super) fn builder() -> redb::Builder {
+    let mut builder = Database::builder();
+    builder.set_cache_size(CACHE).set_check_integrity_on_open(true);
+    builder
+}
+
+/// Makes the tables of a new database.
+pub(super) fn initialize(database: &Database) -> Result<(), StoreError> {
+    let transaction = database.begin_write()?;
+    transaction.open_table(META)?.insert("schema", SCHEMA)?;
+    transaction.open_table(LEASES)?;
+    transaction.open_table(RESTING)?;
+    transaction.open_table(CURSORS)?;
+    Ok(transaction.commit()?)
+}
+
+fn read(database: &Database) -> Result<Contents, StoreError> {
+    let damaged = |what: &str| StoreError::Damaged(what.to_owned());
+    let mut contents = Contents::default();
+    let transaction = database.begin_read()?;
+    match transaction.open_table(META)?.get("schema")?.map(|schema| schema.value()) {
+        Some(found) if found > SCHEMA => return Err(StoreError::Newer { found, known: SCHEMA }),
+        Some(_) => {}
+        None => return Err(damaged("it has no schema")),
+    }
+    for row in transaction.open_table(LEASES)?.iter()? {
+        let (key, value) = row?;
+        let lease: Lease = serde_json::from_slice(value.value())
+            .map_err(|error| StoreError::Damaged(format!("a lease cannot be read: {error}")))?;
+        if key.value() != (lease.id.container_id.as_str(), lease.id.ifname.as_str()) {
+            return Err(damaged("a lease is another's"));
+        }
+        contents.leases.insert(lease.id.clone(), lease);
+    }
+    for row in transaction.open_table(RESTING)?.iter()? {
+        let (key, value) = row?;
+        let ip = address(key.value()).ok_or_else(|| damaged("an address has a strange length"))?;
+        contents.resting.insert(ip, millis::to_time(value.value()));
+    }
+    for row in transaction.open_table(CURSORS)?.iter()? {
+        let (key, value) = row?;
+        let family = match key.value() {
+            4 => Family::V4,
+            6 => Family::V6,
+            _ => return Err(damaged("a family is neither IPv4 nor IPv6")),
+        };
+        contents.cursors.insert(family, value.value());
+    }
+    Ok(contents)
+}
+
+fn write(database: &Database, journal: &Journal) -> Result<(), StoreError> {
+    // Its commit is durable: that is the default of the database.
+    let transaction = database.begin_write()?;
+    {
+        let mut leases = transaction.open_table(LEASES)?;
+        for (id, step) in &journal.leases {
+            let key = (id.container_id.as_str(), id.ifname.as_str());
+            match &step.after {
+                Some(lease) => {
+                    let value = serde_json::to_vec(lease).map_err(std::io::Error::from)?;
+                    leases.insert(key, value.as_slice())?;
+                }
+                None => drop(leases.remove(key)?),
+            }
+        }
+        let mut resting = transaction.open_table(RESTING)?;
+        for (ip, step) in &journal.resting {
+            let key = octets(*ip);
+            match step.after {
+                Some(time) => drop(resting.insert(key.as_slice(), millis::of(time))?),
+                None => drop(resting.remove(key.as_slice())?),
+            }
+        }
+        let mut cursors = transaction.open_table(CURSORS)?;
+        for (family, step) in &journal.cursors {
+            let key = if *family == Family::V4 { 4 } else { 6 };
+            match step.after {
+                Some(number) => drop(cursors.insert(key, number)?),
+                None => drop(cursors.remove(key)?),
+            }
+        }
+    }
+    Ok(transaction.commit()?)
+}
+
+fn octets(ip: IpAddr) -> Vec<u8> {
+    match ip {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
+    }
+}
+
+fn address(octets: &[u8]) -> Option<IpAddr> {
+    let v4 = <[u8; 4]>::try_from(octets).map(IpAddr::from);
+    v4.or_else(|_| <[u8; 16]>::try_from(octets).map(IpAddr::from)).ok()
 }

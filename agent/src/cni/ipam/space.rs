@@ -1,0 +1,298 @@
+//! The addresses of one family: which are leased, which rest, which are free, and which is next.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::{Duration, SystemTime};
+
+use ipnet::IpNet;
+use skein_cni::protocol::AttachmentId;
+
+use super::error::IpamError;
+use super::free::Ranges;
+use super::journal::{Journal, Step};
+
+/// For how long a freed address is not given again while there is another: for what its last
+/// holder's peers still send, and for what they have cached.
+pub const REST: Duration = Duration::from_secs(30);
+
+/// An address family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    pub(super) fn of(ip: IpAddr) -> Self {
+        if ip.is_ipv4() { Self::V4 } else { Self::V6 }
+    }
+
+    /// The address of this number. A number of IPv4 has come from an address.
+    pub(super) fn ip(self, number: u128) -> IpAddr {
+        match self {
+            Self::V4 => Ipv4Addr::from_bits(number as u32).into(),
+            Self::V6 => Ipv6Addr::from_bits(number).into(),
+        }
+    }
+}
+
+/// The number of an address, whose order is that of the addresses of its family.
+pub(super) fn number(ip: IpAddr) -> u128 {
+    match ip {
+        IpAddr::V4(ip) => ip.to_bits().into(),
+        IpAddr::V6(ip) => ip.to_bits(),
+    }
+}
+
+/// How much of a pool is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PoolUsage {
+    /// Which.
+    pub cidr: IpNet,
+    /// Addresses that pods can have.
+    pub total: u128,
+    /// Leases in it.
+    pub in_use: u64,
+    /// Addresses freed less than [`REST`] ago.
+    pub resting: u64,
+}
+
+/// A CIDR with the first and the last address in it that a pod can have.
+#[derive(Debug)]
+struct Pool {
+    cidr: IpNet,
+    first: u128,
+    last: u128,
+}
+
+impl Pool {
+    fn new(cidr: &IpNet) -> Self {
+        let (first, last) = (number(cidr.network()), number(cidr.broadcast()));
+        // Links of two addresses or of one have no name, broadcast (RFC 3021) or anycast of the
+        // subnet's routers (RFC 6164); IPv6 has no broadcast at all.
+        let (below, above) = match (cidr, cidr.max_prefix_len() - cidr.prefix_len()) {
+            (_, 0 | 1) => (0, 0),
+            (IpNet::V4(_), _) => (1, 1),
+            (IpNet::V6(_), _) => (1, 0),
+        };
+        Self { cidr: *cidr, first: first + below, last: last - above }
+    }
+
+    fn contains(&self, number: u128) -> bool {
+        (self.first..=self.last).contains(&number)
+    }
+}
+
+/// One family. `leased`, `resting` and `cursor` are on the disk too; the rest follows from them.
+#[derive(Debug)]
+pub(super) struct Space {
+    family: Family,
+    pools: Vec<Pool>,
+    reserved: BTreeSet<u128>,
+    leased: BTreeMap<u128, AttachmentId>,
+    resting: BTreeMap<u128, SystemTime>,
+    by_age: BTreeSet<(SystemTime, u128)>,
+    cursor: Option<u128>,
+    /// In a pool, and not reserved, leased or resting.
+    free: Ranges,
+}
+
+impl Space {
+    pub(super) fn new(family: Family) -> Self {
+        Self {
+            family,
+            pools: Vec::new(),
+            reserved: BTreeSet::new(),
+            leased: BTreeMap::new(),
+            resting: BTreeMap::new(),
+            by_age: BTreeSet::new(),
+            cursor: None,
+            free: Ranges::default(),
+        }
+    }
+
+    pub(super) fn family(&self) -> Family {
+        self.family
+    }
+
+    /// Replaces what is on the disk.
+    pub(super) fn load(
+        &mut self,
+        leased: BTreeMap<u128, AttachmentId>,
+        resting: BTreeMap<u128, SystemTime>,
+        cursor: Option<u128>,
+    ) {
+        (self.leased, self.resting, self.cursor) = (leased, resting, cursor);
+        self.index();
+    }
+
+    /// Takes those of this family. Leases outside of the pools stay.
+    pub(super) fn set_pools(&mut self, cidrs: &[IpNet], reserved: &[IpAddr]) {
+        let ours = |ip: IpAddr| Family::of(ip) == self.family;
+        self.pools = cidrs.iter().filter(|cidr| ours(cidr.addr())).map(Pool::new).collect();
+        self.reserved = reserved.iter().filter(|ip| ours(**ip)).map(|ip| number(*ip)).collect();
+        self.pools.sort_by_key(|pool| pool.first);
+        self.index();
+    }
+
+    /// Goes back to what was before a journal's entry; [`Space::index`] has to follow.
+    pub(super) fn undo_resting(&mut self, number: u128, before: Option<SystemTime>) {
+        match before {
+            Some(time) => self.resting.insert(number, time),
+            None => self.resting.remove(&number),
+        };
+    }
+
+    /// As [`Space::undo_resting`].
+    pub(super) fn undo_lease(&mut self, number: u128, before: Option<AttachmentId>) {
+        match before {
+            Some(id) => self.leased.insert(number, id),
+            None => self.leased.remove(&number),
+        };
+    }
+
+    /// As [`Space::undo_resting`].
+    pub(super) fn undo_cursor(&mut self, before: Option<u128>) {
+        self.cursor = before;
+    }
+
+    /// Derives what is not stored.
+    pub(super) fn index(&mut self) {
+        self.by_age = self.resting.iter().map(|(&number, &time)| (time, number)).collect();
+        self.free = Ranges::default();
+        for pool in &self.pools {
+            self.free.insert(pool.first, pool.last);
+        }
+        let held = self.reserved.iter().chain(self.leased.keys()).chain(self.resting.keys());
+        for number in held {
+            self.free.remove(*number);
+        }
+    }
+
+    /// Whether addresses of this family are given at all.
+    pub(super) fn has_pools(&self) -> bool {
+        !self.pools.is_empty()
+    }
+
+    /// Who has an address.
+    pub(super) fn holder(&self, number: u128) -> Option<&AttachmentId> {
+        self.leased.get(&number)
+    }
+
+    /// The address to give next: the first free one after the last given, and where none is free
+    /// the one that has rested longest.
+    pub(super) fn pick(&mut self, now: SystemTime, journal: &mut Journal) -> Option<u128> {
+        self.wake(now, journal);
+        self.free.after(self.cursor).or_else(|| {
+            // Those that are in no pool are few: they stay here for no more than `REST`.
+            let mut oldest = self.by_age.iter().map(|&(_, number)| number);
+            oldest.find(|&number| self.is_usable(number))
+        })
+    }
+
+    /// Whether this address may be given, to who asks for it by name.
+    pub(super) fn check(&self, number: u128) -> Result<(), IpamError> {
+        let ip = self.family.ip(number);
+        if let Some(holder) = self.holder(number) {
+            return Err(IpamError::Taken { ip, holder: Box::new(holder.clone()) });
+        }
+        if self.is_usable(number) {
+            return Ok(());
+        }
+        let inside = self.pools.iter().any(|pool| pool.cidr.contains(&ip));
+        Err(if inside { IpamError::Reserved(ip) } else { IpamError::NotInPool(ip) })
+    }
+
+    /// Leases an address that nobody has.
+    pub(super) fn take(&mut self, number: u128, id: &AttachmentId, journal: &mut Journal) {
+        self.free.remove(number);
+        if let Some(freed) = self.resting.remove(&number) {
+            self.by_age.remove(&(freed, number));
+            let step = Step { before: Some(freed), after: None };
+            journal.resting.push((self.family.ip(number), step));
+        }
+        self.leased.insert(number, id.clone());
+    }
+
+    /// Has the next search begin after an address.
+    pub(super) fn advance(&mut self, number: u128, journal: &mut Journal) {
+        let before = self.cursor.replace(number);
+        journal.cursors.push((self.family, Step { before, after: Some(number) }));
+    }
+
+    /// Ends the lease of an address, which rests from now on.
+    pub(super) fn give_back(&mut self, number: u128, now: SystemTime, journal: &mut Journal) {
+        self.leased.remove(&number);
+        self.resting.insert(number, now);
+        self.by_age.insert((now, number));
+        let step = Step { before: None, after: Some(now) };
+        journal.resting.push((self.family.ip(number), step));
+    }
+
+    /// Every address is leased.
+    pub(super) fn exhausted(&self) -> IpamError {
+        IpamError::Exhausted {
+            cidrs: self.pools.iter().map(|pool| pool.cidr).collect(),
+            in_use: self.pools.iter().map(|pool| self.in_use(pool)).sum(),
+        }
+    }
+
+    /// Of each pool.
+    pub(super) fn usage(&self, now: SystemTime) -> impl Iterator<Item = PoolUsage> {
+        self.pools.iter().map(move |pool| {
+            let inside = pool.first..=pool.last;
+            let reserved = self.reserved.range(inside.clone()).count() as u128;
+            let resting = self
+                .resting
+                .range(inside)
+                .filter(|(number, freed)| rests(**freed, now) && !self.reserved.contains(number));
+            PoolUsage {
+                cidr: pool.cidr,
+                total: (pool.last - pool.first).saturating_add(1) - reserved,
+                in_use: self.in_use(pool),
+                resting: resting.count() as u64,
+            }
+        })
+    }
+
+    /// Leases in a pool, but for those of addresses that were reserved since.
+    fn in_use(&self, pool: &Pool) -> u64 {
+        let inside = pool.first..=pool.last;
+        let reserved = self.reserved.range(inside.clone());
+        let both = reserved.filter(|number| self.leased.contains_key(number)).count();
+        (self.leased.range(inside).count() - both) as u64
+    }
+
+    fn is_usable(&self, number: u128) -> bool {
+        self.pools.iter().any(|pool| pool.contains(number)) && !self.reserved.contains(&number)
+    }
+
+    /// Frees what has rested enough.
+    fn wake(&mut self, now: SystemTime, journal: &mut Journal) {
+        // The clock was set back: nothing rests longer than if it was freed just now.
+        while let Some(&(freed, number)) = self.by_age.last()
+            && freed > now
+        {
+            self.by_age.remove(&(freed, number));
+            self.by_age.insert((now, number));
+            self.resting.insert(number, now);
+            let step = Step { before: Some(freed), after: Some(now) };
+            journal.resting.push((self.family.ip(number), step));
+        }
+        while let Some(&(freed, number)) = self.by_age.first()
+            && !rests(freed, now)
+        {
+            self.by_age.remove(&(freed, number));
+            self.resting.remove(&number);
+            if self.is_usable(number) {
+                self.free.insert(number, number);
+            }
+            let step = Step { before: Some(freed), after: None };
+            journal.resting.push((self.family.ip(number), step));
+        }
+    }
+}
+
+fn rests(freed: SystemTime, now: SystemTime) -> bool {
+    now.duration_since(freed).is_ok_and(|since| since < REST) || freed > now
+}

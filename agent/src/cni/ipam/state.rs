@@ -1,0 +1,291 @@
+//! The leases as memory has them: the rules, without a disk. Every change is noted in a journal.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
+use std::time::SystemTime;
+
+use ipnet::IpNet;
+use skein_cni::protocol::{AttachmentId, Pod};
+
+use super::error::{IpamError, StoreError};
+use super::journal::{Journal, Step};
+use super::lease::{Lease, Netns, millis};
+use super::space::{Family, PoolUsage, Space, number};
+use super::store::Contents;
+
+/// Who asks for addresses, and where they are going to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    /// Whose.
+    pub id: AttachmentId,
+    /// Name of the network in the CNI configuration.
+    pub network: String,
+    /// The namespace, as it is now.
+    pub netns: Netns,
+    /// The Kubernetes pod, where it is known.
+    pub pod: Option<Pod>,
+    /// Addresses that were asked for, at most one of a family; of the others any.
+    pub ips: Vec<IpAddr>,
+}
+
+/// How much is used.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Of each pool, IPv4 first.
+    pub pools: Vec<PoolUsage>,
+    /// All leases.
+    pub leases: u64,
+}
+
+impl Usage {
+    /// Whether a pod could be given an address of each family now.
+    pub fn can_allocate(&self) -> bool {
+        let free = |v4: bool| {
+            let mut family = self.pools.iter().filter(|pool| pool.cidr.addr().is_ipv4() == v4);
+            let has_pools = family.clone().next().is_some();
+            !has_pools || family.any(|pool| u128::from(pool.in_use) < pool.total)
+        };
+        !self.pools.is_empty() && free(true) && free(false)
+    }
+}
+
+/// All leases of a node.
+#[derive(Debug)]
+pub(super) struct State {
+    leases: BTreeMap<AttachmentId, Lease>,
+    v4: Space,
+    v6: Space,
+}
+
+impl State {
+    pub(super) fn new() -> Self {
+        Self { leases: BTreeMap::new(), v4: Space::new(Family::V4), v6: Space::new(Family::V6) }
+    }
+
+    /// Takes what is on the disk for what is; refuses what cannot have been written.
+    pub(super) fn load(&mut self, contents: Contents) -> Result<(), StoreError> {
+        let Contents { leases, resting, cursors } = contents;
+        let (mut v4, mut v6) = (BTreeMap::new(), BTreeMap::new());
+        for lease in leases.values() {
+            for ip in lease.ips() {
+                let leased = if ip.is_ipv4() { &mut v4 } else { &mut v6 };
+                if let Some(other) = leased.insert(number(ip), lease.id.clone()) {
+                    let text = format!("{ip} is leased to {other:?} and to {:?}", lease.id);
+                    return Err(StoreError::Damaged(text));
+                }
+            }
+        }
+        for (space, leased) in [(&mut self.v4, v4), (&mut self.v6, v6)] {
+            let family = space.family();
+            let ours = resting.iter().filter(|(ip, _)| Family::of(**ip) == family);
+            let ours = ours.map(|(ip, time)| (number(*ip), *time));
+            let resting = ours.filter(|(number, _)| !leased.contains_key(number)).collect();
+            space.load(leased, resting, cursors.get(&family).copied());
+        }
+        self.leases = leases;
+        Ok(())
+    }
+
+    /// Makes as if the journal's changes had not been made.
+    pub(super) fn undo(&mut self, journal: Journal) {
+        for (id, step) in journal.leases.into_iter().rev() {
+            for ip in step.after.iter().flat_map(Lease::ips) {
+                self.space(ip).undo_lease(number(ip), None);
+            }
+            for ip in step.before.iter().flat_map(Lease::ips) {
+                self.space(ip).undo_lease(number(ip), Some(id.clone()));
+            }
+            match step.before {
+                Some(lease) => self.leases.insert(id, lease),
+                None => self.leases.remove(&id),
+            };
+        }
+        for (ip, step) in journal.resting.into_iter().rev() {
+            self.space(ip).undo_resting(number(ip), step.before);
+        }
+        for (family, step) in journal.cursors.into_iter().rev() {
+            match family {
+                Family::V4 => self.v4.undo_cursor(step.before),
+                Family::V6 => self.v6.undo_cursor(step.before),
+            }
+        }
+        self.v4.index();
+        self.v6.index();
+    }
+
+    pub(super) fn set_pools(&mut self, cidrs: &[IpNet], reserved: &[IpAddr]) {
+        self.v4.set_pools(cidrs, reserved);
+        self.v6.set_pools(cidrs, reserved);
+    }
+
+    pub(super) fn get(&self, id: &AttachmentId) -> Option<&Lease> {
+        self.leases.get(id)
+    }
+
+    pub(super) fn list(&self) -> impl ExactSizeIterator<Item = &Lease> {
+        self.leases.values()
+    }
+
+    pub(super) fn usage(&self, now: SystemTime) -> Usage {
+        let pools = self.v4.usage(now).chain(self.v6.usage(now)).collect();
+        Usage { pools, leases: self.leases.len() as u64 }
+    }
+
+    pub(super) fn allocate(
+        &mut self,
+        request: Request,
+        now: SystemTime,
+        journal: &mut Journal,
+    ) -> Result<Lease, IpamError> {
+        if let Some(lease) = self.leases.get(&request.id) {
+            let same = lease.netns.as_ref().is_some_and(|netns| netns.is_same(&request.netns));
+            let lease = lease.clone();
+            return if same { Ok(lease) } else { Err(IpamError::OtherNamespace(Box::new(lease))) };
+        }
+        check_path(&request.netns.path)?;
+        let now = millis::rounded(now);
+        let (asked_v4, asked_v6) = split(&request.ips)?;
+        if !self.v4.has_pools() && !self.v6.has_pools() {
+            return Err(IpamError::NoPools);
+        }
+        // Nothing is taken before it is known that all of it can be.
+        let v4 = choose(&mut self.v4, asked_v4, now, journal)?;
+        let v6 = choose(&mut self.v6, asked_v6, now, journal)?;
+        for (space, choice) in [(&mut self.v4, v4), (&mut self.v6, v6)] {
+            let Some(choice) = choice else { continue };
+            space.take(choice.number, &request.id, journal);
+            if !choice.asked {
+                space.advance(choice.number, journal);
+            }
+        }
+        let Request { id, network, netns, pod, .. } = request;
+        let v4 = v4.map(|choice| Ipv4Addr::from_bits(choice.number as u32));
+        let v6 = v6.map(|choice| Ipv6Addr::from_bits(choice.number));
+        let lease = Lease { id, network, v4, v6, netns: Some(netns), pod, time: now };
+        self.put(None, lease.clone(), journal);
+        Ok(lease)
+    }
+
+    pub(super) fn release(
+        &mut self,
+        id: &AttachmentId,
+        now: SystemTime,
+        journal: &mut Journal,
+    ) -> Option<Lease> {
+        let now = millis::rounded(now);
+        let lease = self.leases.remove(id)?;
+        for ip in lease.ips() {
+            self.space(ip).give_back(number(ip), now, journal);
+        }
+        let step = Step { before: Some(lease.clone()), after: None };
+        journal.leases.push((id.clone(), step));
+        Some(lease)
+    }
+
+    /// Takes a lease as the kernel has it. What it does not say stays as it was known; addresses
+    /// of which it has others are freed.
+    pub(super) fn adopt(
+        &mut self,
+        mut learnt: Lease,
+        now: SystemTime,
+        journal: &mut Journal,
+    ) -> Result<Lease, IpamError> {
+        let now = millis::rounded(now);
+        learnt.time = millis::rounded(learnt.time);
+        if let Some(netns) = &learnt.netns {
+            check_path(&netns.path)?;
+        }
+        if learnt.ips().next().is_none() {
+            return Err(IpamError::NoAddress(Box::new(learnt.id)));
+        }
+        let known = self.leases.get(&learnt.id).cloned();
+        if let Some(known) = &known {
+            learnt.time = known.time;
+            learnt.netns = learnt.netns.or_else(|| known.netns.clone());
+            learnt.pod = learnt.pod.or_else(|| known.pod.clone());
+            if learnt.network.is_empty() {
+                learnt.network.clone_from(&known.network);
+            }
+            if *known == learnt {
+                return Ok(learnt);
+            }
+        }
+        for ip in learnt.ips() {
+            if let Some(holder) = self.space(ip).holder(number(ip))
+                && *holder != learnt.id
+            {
+                return Err(IpamError::Taken { ip, holder: Box::new(holder.clone()) });
+            }
+        }
+        let held: Vec<_> = known.iter().flat_map(Lease::ips).collect();
+        for ip in held.iter().filter(|ip| !learnt.ips().any(|other| other == **ip)) {
+            self.space(*ip).give_back(number(*ip), now, journal);
+        }
+        for ip in learnt.ips().filter(|ip| !held.contains(ip)) {
+            let id = learnt.id.clone();
+            self.space(ip).take(number(ip), &id, journal);
+        }
+        self.put(known, learnt.clone(), journal);
+        Ok(learnt)
+    }
+
+    fn put(&mut self, before: Option<Lease>, lease: Lease, journal: &mut Journal) {
+        let id = lease.id.clone();
+        journal.leases.push((id.clone(), Step { before, after: Some(lease.clone()) }));
+        self.leases.insert(id, lease);
+    }
+
+    fn space(&mut self, ip: IpAddr) -> &mut Space {
+        match Family::of(ip) {
+            Family::V4 => &mut self.v4,
+            Family::V6 => &mut self.v6,
+        }
+    }
+}
+
+/// An address that is going to be leased.
+#[derive(Clone, Copy)]
+struct Choice {
+    number: u128,
+    /// Whether it was asked for by name.
+    asked: bool,
+}
+
+/// The address of a family for a new lease; none where the node has no such family.
+fn choose(
+    space: &mut Space,
+    asked: Option<IpAddr>,
+    now: SystemTime,
+    journal: &mut Journal,
+) -> Result<Option<Choice>, IpamError> {
+    if let Some(ip) = asked {
+        space.check(number(ip))?;
+        return Ok(Some(Choice { number: number(ip), asked: true }));
+    }
+    if !space.has_pools() {
+        return Ok(None);
+    }
+    let number = space.pick(now, journal).ok_or_else(|| space.exhausted())?;
+    Ok(Some(Choice { number, asked: false }))
+}
+
+/// The address of each family among those that were asked for.
+fn split(ips: &[IpAddr]) -> Result<(Option<IpAddr>, Option<IpAddr>), IpamError> {
+    let one = |v4: bool| {
+        let mut family = ips.iter().copied().filter(|ip| ip.is_ipv4() == v4);
+        let first = family.next();
+        match family.find(|ip| Some(*ip) != first) {
+            Some(second) => Err(IpamError::TooMany(first.unwrap_or(second), second)),
+            None => Ok(first),
+        }
+    };
+    Ok((one(true)?, one(false)?))
+}
+
+fn check_path(path: &Path) -> Result<(), IpamError> {
+    match path.to_str() {
+        Some(_) => Ok(()),
+        None => Err(IpamError::Path(path.to_owned())),
+    }
+}

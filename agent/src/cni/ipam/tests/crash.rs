@@ -1,0 +1,259 @@
+//! Whatever fails and whenever: what was answered holds, no address is given twice, none is lost.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::disk::{Disk, Fault, Kept};
+use super::*;
+
+const POOLS: [&str; 2] = ["10.1.0.0/28", "fd00::/124"];
+/// Addresses of [`POOLS`] that can be given, of each family.
+const USABLE: [usize; 2] = [14, 15];
+
+fn give_pools(ipam: &mut Ipam) {
+    ipam.set_pools(&cidrs(&POOLS), &[]);
+}
+
+enum Ask {
+    Allocate(&'static str),
+    Release(&'static str),
+    Adopt(&'static str),
+}
+
+/// Given, freed, given again while nothing else is free, learnt.
+fn script() -> Vec<(Ask, u64)> {
+    let names = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n"];
+    let mut script: Vec<_> = names[..5].iter().map(|name| (Ask::Allocate(name), 0)).collect();
+    script.extend([(Ask::Release("b"), 1), (Ask::Release("d"), 2), (Ask::Allocate("b"), 3)]);
+    script.extend([(Ask::Adopt("x"), 4), (Ask::Release("a"), 5), (Ask::Allocate("a"), 40)]);
+    script
+}
+
+/// What an attachment may have: after a failure that which it had, or that which was to be.
+#[derive(Debug, Default)]
+struct Answered {
+    /// Known for certain; `None` where it has no lease.
+    known: BTreeMap<AttachmentId, Option<Lease>>,
+    /// Failed, so that it may have been done or not.
+    unknown: BTreeSet<AttachmentId>,
+}
+
+impl Answered {
+    fn note(&mut self, id: AttachmentId, result: Result<Option<Lease>, IpamError>) {
+        match result {
+            Ok(lease) => {
+                self.unknown.remove(&id);
+                self.known.insert(id, lease);
+            }
+            Err(IpamError::Store(_)) => drop(self.unknown.insert(id)),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn check(&self, ipam: &Ipam) {
+        for (id, lease) in &self.known {
+            if !self.unknown.contains(id) {
+                assert_eq!(ipam.get(id), lease.as_ref(), "{id:?} was answered");
+            }
+        }
+        for lease in ipam.list() {
+            let known = self.known.get(&lease.id).is_some_and(Option::is_some);
+            assert!(known || self.unknown.contains(&lease.id), "{lease:?} from nowhere");
+        }
+        let ips: Vec<_> = ipam.list().flat_map(Lease::ips).collect();
+        assert_eq!(ips.iter().collect::<BTreeSet<_>>().len(), ips.len(), "given twice");
+    }
+}
+
+/// Runs the script, whatever of it fails.
+fn play(ipam: &mut Ipam, answered: &mut Answered, fault: Fault) {
+    for (ask, seconds) in script() {
+        let now = at(seconds);
+        let before: Vec<_> = ipam.list().cloned().collect();
+        let (usage, unknown) = (ipam.usage(now), answered.unknown.clone());
+        match ask {
+            Ask::Allocate(name) => {
+                let result = ipam.allocate(request(name), now).map(Some);
+                // A release before this may have failed, so that this is still there: the same.
+                answered.note(id(name), result);
+            }
+            Ask::Release(name) => {
+                answered.note(id(name), ipam.release(&id(name), now).map(|_| None));
+            }
+            Ask::Adopt(name) => {
+                let v4 = "10.1.0.14".parse().ok();
+                let v6 = "fd00::f".parse().ok();
+                let lease = Lease {
+                    id: id(name),
+                    network: "pods".into(),
+                    v4,
+                    v6,
+                    netns: None,
+                    pod: None,
+                    time: now,
+                };
+                answered.note(id(name), ipam.adopt(lease, now).map(Some));
+            }
+        }
+        let ips: Vec<_> = ipam.list().flat_map(Lease::ips).collect();
+        assert_eq!(ips.iter().collect::<BTreeSet<_>>().len(), ips.len(), "given twice");
+        // What failed, and cannot be looked up either, is as if it had not been asked.
+        if matches!(fault, Fault::From(_) | Fault::Power(_)) && answered.unknown != unknown {
+            assert!(ipam.list().eq(before.iter()), "{fault:?}");
+            assert_eq!(ipam.usage(now), usage);
+        }
+    }
+}
+
+/// Every address that is not leased can still be given, and the caller who was not answered may
+/// ask again.
+fn check_nothing_is_lost(ipam: &mut Ipam, answered: &Answered) {
+    // Where the disk could not even be read, what is unknown is as it was before; now it can be.
+    assert_eq!(ipam.release(&id("nobody"), at(41)).unwrap(), None);
+    for id in &answered.unknown {
+        let before = ipam.get(id).cloned();
+        let request = Request { id: id.clone(), ..request("") };
+        match (ipam.allocate(request, at(41)), before) {
+            (Ok(lease), Some(before)) => assert_eq!(lease, before),
+            (Ok(_), None) => {}
+            // Learnt from the kernel, without a namespace.
+            (Err(IpamError::OtherNamespace(lease)), Some(before)) => assert_eq!(*lease, before),
+            (result, before) => panic!("{result:?} {before:?}"),
+        }
+    }
+    let leases = ipam.list().count();
+    let mut more = 0;
+    let error = loop {
+        match ipam.allocate(request(&format!("more-{more}")), at(42)) {
+            Ok(_) => more += 1,
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, IpamError::Exhausted { .. }), "{error}");
+    assert_eq!(leases + more, USABLE[0]);
+    let ips: BTreeSet<_> = ipam.list().flat_map(Lease::ips).collect();
+    assert_eq!(ips.len(), 2 * USABLE[0]);
+}
+
+/// A disk that has run the script, failing as told; what was answered; how many operations it was.
+fn failed(fault: Fault) -> (Disk, Answered, Option<Ipam>, usize) {
+    let disk = Disk::new();
+    let mut ipam = disk.open().unwrap();
+    give_pools(&mut ipam);
+    disk.fail(fault);
+    let mut answered = Answered::default();
+    play(&mut ipam, &mut answered, fault);
+    let operations = disk.operations();
+    (disk, answered, Some(ipam), operations)
+}
+
+#[test]
+fn one_operation_fails() {
+    let (_, answered, _, operations) = failed(Fault::None);
+    assert!(answered.unknown.is_empty() && operations > 60, "{operations}");
+    for k in 0..operations {
+        let (disk, answered, mut ipam, _) = failed(Fault::Once(k));
+        assert!(answered.unknown.len() <= 1, "{k}: {:?}", answered.unknown);
+        let mut ipam = ipam.take().unwrap();
+        answered.check(&ipam);
+        disk.fail(Fault::None);
+        // Memory is as the disk is.
+        let leases: Vec<_> = ipam.list().cloned().collect();
+        assert!(disk.copy().open().unwrap().list().eq(leases.iter()), "{k}");
+        check_nothing_is_lost(&mut ipam, &answered);
+    }
+}
+
+#[test]
+fn the_disk_is_full_for_a_while() {
+    let (.., operations) = failed(Fault::None);
+    for k in 0..operations {
+        let (disk, answered, mut ipam, _) = failed(Fault::From(k));
+        let mut ipam = ipam.take().unwrap();
+        answered.check(&ipam);
+        let error = ipam.allocate(request("z"), at(40)).unwrap_err();
+        assert!(error.to_string().ends_with("no space left on its file system"), "{error}");
+        assert_eq!(error.code() as u32, 5);
+        assert!(ipam.usage(at(40)).can_allocate(), "what is asked of memory is answered");
+        disk.fail(Fault::None);
+        check_nothing_is_lost(&mut ipam, &answered);
+        let leases: Vec<_> = ipam.list().cloned().collect();
+        drop(ipam);
+        let mut ipam = disk.open().unwrap();
+        give_pools(&mut ipam);
+        assert!(ipam.list().eq(leases.iter()), "{k}");
+    }
+}
+
+/// What may be left of the operations that were not synced.
+fn patterns(seed: usize) -> Vec<Box<dyn Fn(usize, usize) -> Kept>> {
+    let keep = |whole: bool| if whole { Kept::Whole } else { Kept::Lost };
+    let random = move |salt: usize| {
+        move |n: usize, _: usize| {
+            let mut x = ((seed * 31 + salt) * 1009 + n + 1) as u64;
+            for shift in [13, 7, 17, 5] {
+                x ^= x << shift;
+                x ^= x >> 9;
+            }
+            [Kept::Whole, Kept::Lost, Kept::Head, Kept::Tail][(x % 4) as usize]
+        }
+    };
+    vec![
+        // What the kernel had is there: the process was killed, not the machine.
+        Box::new(|_, _| Kept::Whole),
+        Box::new(|_, _| Kept::Lost),
+        Box::new(move |n, _| keep(n % 2 == 0)),
+        Box::new(move |n, _| keep(n % 2 == 1)),
+        Box::new(move |n, all| keep(n + 1 < all)),
+        Box::new(move |n, all| keep(n + 1 == all)),
+        Box::new(move |n, all| keep(n >= all / 2)),
+        Box::new(|n, all| if n + 1 == all { Kept::Head } else { Kept::Whole }),
+        Box::new(|n, all| if n + 1 == all { Kept::Tail } else { Kept::Whole }),
+        Box::new(|_, _| Kept::Head),
+        Box::new(random(1)),
+        Box::new(random(2)),
+        Box::new(random(3)),
+    ]
+}
+
+#[test]
+fn power_is_lost() {
+    let (.., operations) = failed(Fault::None);
+    for k in 0..operations {
+        let (disk, answered, ipam, _) = failed(Fault::Power(k));
+        drop(ipam);
+        for (n, pattern) in patterns(k).into_iter().enumerate() {
+            let after = disk.after_power_loss(pattern);
+            let mut ipam = after.open().unwrap_or_else(|error| panic!("{k}, {n}: {error}"));
+            give_pools(&mut ipam);
+            answered.check(&ipam);
+            check_nothing_is_lost(&mut ipam, &answered);
+        }
+    }
+}
+
+#[test]
+fn power_is_lost_again_while_it_recovers() {
+    let (.., operations) = failed(Fault::None);
+    for k in (0..operations).step_by(3) {
+        let (disk, answered, ipam, _) = failed(Fault::Power(k));
+        drop(ipam);
+        for pattern in [1, 2, 10] {
+            let once = disk.after_power_loss(&patterns(k)[pattern]);
+            for j in 0.. {
+                let twice = once.copy();
+                twice.fail(Fault::Power(j));
+                let opened = twice.open();
+                let done = opened.is_ok() && twice.operations() <= j;
+                drop(opened);
+                for pattern in &patterns(j)[..6] {
+                    let mut ipam = twice.after_power_loss(pattern).open().unwrap();
+                    give_pools(&mut ipam);
+                    answered.check(&ipam);
+                }
+                if done {
+                    break;
+                }
+            }
+        }
+    }
+}

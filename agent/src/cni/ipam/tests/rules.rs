@@ -1,0 +1,307 @@
+//! Which address is given to whom.
+
+use super::disk::Disk;
+use super::*;
+
+fn ipam(pools: &[&str], reserved: &[&str]) -> Ipam {
+    let mut ipam = Disk::new().open().unwrap();
+    let reserved: Vec<_> = reserved.iter().map(|text| ip(text)).collect();
+    ipam.set_pools(&cidrs(pools), &reserved);
+    ipam
+}
+
+fn give(ipam: &mut Ipam, name: &str, seconds: u64) -> String {
+    shown(&ipam.allocate(request(name), at(seconds)).unwrap())
+}
+
+/// All addresses that the pools give.
+fn all(pools: &[&str], reserved: &[&str]) -> Vec<String> {
+    let mut ipam = ipam(pools, reserved);
+    let next = |n: u32| ipam.allocate(request(&n.to_string()), at(0)).ok();
+    (0..1000).map_while(next).map(|lease| shown(&lease)).collect()
+}
+
+#[test]
+fn what_is_never_given() {
+    assert_eq!(all(&["10.1.0.0/29"], &[]).len(), 6, "neither the network nor the broadcast");
+    let given = all(&["10.1.0.0/29"], &["10.1.0.1", "10.9.9.9", "fd00::1"]);
+    assert_eq!(given, ["10.1.0.2", "10.1.0.3", "10.1.0.4", "10.1.0.5", "10.1.0.6"]);
+    assert_eq!(all(&["10.1.0.4/30"], &[]), ["10.1.0.5", "10.1.0.6"]);
+    assert_eq!(all(&["10.1.0.4/31"], &[]), ["10.1.0.4", "10.1.0.5"]);
+    assert_eq!(all(&["10.1.0.4/32"], &[]), ["10.1.0.4"]);
+    assert_eq!(all(&["fd00::/126"], &["fd00::1"]), ["fd00::2", "fd00::3"]);
+    assert_eq!(all(&["fd00::2/127"], &[]), ["fd00::2", "fd00::3"]);
+    assert_eq!(all(&["fd00::2/128"], &[]), ["fd00::2"]);
+    assert_eq!(
+        all(&["10.2.0.0/30", "10.1.0.0/30"], &["10.1.0.1"]),
+        ["10.1.0.2", "10.2.0.1", "10.2.0.2"]
+    );
+    assert_eq!(all(&["255.255.255.254/31"], &[]).len(), 2);
+    assert_eq!(all(&["ffff:ffff:ffff:ffff:ffff:ffff:ffff:fffc/126"], &[]).len(), 3);
+    assert_eq!(all(&["10.1.0.0/30"], &["10.1.0.1", "10.1.0.2"]).len(), 0);
+}
+
+#[test]
+fn an_address_of_each_family() {
+    let mut ipam = ipam(&["10.1.0.0/24", "fd00:1::/64"], &["10.1.0.1", "fd00:1::1"]);
+    assert_eq!(give(&mut ipam, "a", 0), "10.1.0.2 fd00:1::2");
+    assert_eq!(give(&mut ipam, "b", 0), "10.1.0.3 fd00:1::3");
+    let usage = ipam.usage(at(0));
+    assert_eq!(usage.pools[0].total, 253);
+    assert_eq!(usage.pools[1].total, (1 << 64) - 2);
+    assert!(usage.pools.iter().all(|pool| (pool.in_use, pool.resting) == (2, 0)));
+    assert!(usage.can_allocate());
+}
+
+#[test]
+fn the_same_again_is_the_same_and_writes_nothing() {
+    let disk = Disk::new();
+    let mut ipam = disk.open().unwrap();
+    ipam.set_pools(&cidrs(&["10.1.0.0/24"]), &[]);
+    let lease = ipam.allocate(request("a"), at(0)).unwrap();
+    disk.fail(disk::Fault::None);
+    let mut again = asking("a", &["10.1.0.77"]);
+    again.netns.path = "/proc/7/ns/net".into();
+    assert_eq!(ipam.allocate(again, at(9)).unwrap(), lease);
+    assert_eq!(disk.operations(), 0);
+    assert_eq!(ipam.release(&id("nobody"), at(9)).unwrap(), None);
+    assert_eq!(disk.operations(), 0);
+    let other = Request { id: AttachmentId { ifname: "net1".into(), ..id("a") }, ..request("a") };
+    assert_ne!(ipam.allocate(other, at(9)).unwrap().v4, lease.v4, "another interface");
+}
+
+#[test]
+fn another_namespace_has_to_be_left_first() {
+    let mut ipam = ipam(&["10.1.0.0/24"], &[]);
+    let lease = ipam.allocate(request("a"), at(0)).unwrap();
+    let rebooted = Netns { boot_id: "later".to_owned(), ..netns(1) };
+    for netns in [netns(2), Netns { dev: 5, ..netns(1) }, rebooted] {
+        let error = ipam.allocate(Request { netns, ..request("a") }, at(1)).unwrap_err();
+        assert!(matches!(&error, IpamError::OtherNamespace(old) if **old == lease), "{error}");
+    }
+    assert_eq!(ipam.get(&id("a")), Some(&lease));
+    // Of one that was learnt from the kernel the namespace is not known.
+    ipam.adopt(
+        Lease { netns: None, ..Lease { id: id("b"), v4: "10.1.0.9".parse().ok(), ..lease } },
+        at(1),
+    )
+    .unwrap();
+    let error = ipam.allocate(request("b"), at(1)).unwrap_err();
+    assert!(matches!(error, IpamError::OtherNamespace(_)));
+}
+
+#[test]
+fn addresses_that_are_asked_for() {
+    let mut ipam = ipam(&["10.1.0.0/24", "fd00::/64"], &["10.1.0.1"]);
+    assert_eq!(
+        shown(&ipam.allocate(asking("a", &["10.1.0.9"]), at(0)).unwrap()),
+        "10.1.0.9 fd00::1"
+    );
+    assert_eq!(
+        shown(&ipam.allocate(asking("b", &["fd00::9", "10.1.0.8"]), at(0)).unwrap()),
+        "10.1.0.8 fd00::9"
+    );
+    assert_eq!(give(&mut ipam, "c", 0), "10.1.0.2 fd00::2", "the search does not begin there");
+    let mut error = |ips: &[&str]| {
+        let error = ipam.allocate(asking("x", ips), at(0)).unwrap_err();
+        assert_eq!(error.code() as u32, 7, "{error}");
+        error.to_string()
+    };
+    assert_eq!(error(&["10.1.0.9"]), "10.1.0.9 belongs to eth0 of container a");
+    assert_eq!(error(&["10.2.0.9"]), "10.2.0.9 is in none of this node's pod CIDRs");
+    for reserved in ["10.1.0.0", "10.1.0.1", "10.1.0.255", "fd00::"] {
+        assert_eq!(error(&[reserved]), format!("{reserved} is reserved"));
+    }
+    assert!(error(&["10.1.0.20", "10.1.0.21"]).contains("both"));
+    assert!(error(&["10.1.0.20", "fd00::9"]).contains("belongs to"));
+    assert_eq!(ipam.list().len(), 3, "nothing was taken");
+    assert_eq!(
+        shown(&ipam.allocate(asking("x", &["10.1.0.20"]), at(0)).unwrap()),
+        "10.1.0.20 fd00::3"
+    );
+    ipam.release(&id("a"), at(0)).unwrap();
+    let lease = ipam.allocate(asking("y", &["10.1.0.9"]), at(1)).unwrap();
+    assert_eq!(lease.v4, "10.1.0.9".parse().ok(), "one that rests is free for who asks for it");
+}
+
+#[test]
+fn exhaustion_names_the_pool() {
+    let mut ipam = ipam(&["10.1.0.0/30", "fd00::/64"], &[]);
+    assert_eq!(give(&mut ipam, "a", 0), "10.1.0.1 fd00::1");
+    assert_eq!(give(&mut ipam, "b", 0), "10.1.0.2 fd00::2");
+    let error = ipam.allocate(request("c"), at(0)).unwrap_err();
+    assert_eq!(error.to_string(), "no free address in 10.1.0.0/30 (2 in use)");
+    assert_eq!(error.code() as u32, 11);
+    assert!(!ipam.usage(at(0)).can_allocate());
+    assert_eq!(ipam.usage(at(0)).pools[1].in_use, 2, "no address of the other family is taken");
+    ipam.set_pools(&[], &[]);
+    let error = ipam.allocate(request("c"), at(0)).unwrap_err();
+    assert!(matches!(error, IpamError::NoPools));
+    assert_eq!(error.code() as u32, 11);
+}
+
+#[test]
+fn freed_addresses_rest() {
+    let mut ipam = ipam(&["10.1.0.0/29"], &[]);
+    for name in ["a", "b", "c"] {
+        give(&mut ipam, name, 0);
+    }
+    ipam.release(&id("b"), at(1)).unwrap();
+    assert_eq!(ipam.usage(at(1)).pools[0].resting, 1);
+    assert_eq!(give(&mut ipam, "d", 1), "10.1.0.4", "the next, not the lowest");
+    assert_eq!(give(&mut ipam, "e", 1), "10.1.0.5");
+    ipam.release(&id("a"), at(2)).unwrap();
+    assert_eq!(give(&mut ipam, "f", 2), "10.1.0.6");
+    assert_eq!(give(&mut ipam, "g", 3), "10.1.0.2", "nothing else is free: the one freed first");
+    ipam.release(&id("d"), at(4)).unwrap();
+    assert_eq!(ipam.usage(at(31)).pools[0].resting, 2);
+    assert_eq!(ipam.usage(at(32)).pools[0].resting, 1);
+    assert_eq!(give(&mut ipam, "h", 32), "10.1.0.1", "it has rested, which the other has not");
+    assert_eq!(give(&mut ipam, "i", 32), "10.1.0.4");
+}
+
+#[test]
+fn a_clock_that_is_set_back_makes_nothing_rest_longer() {
+    let mut ipam = ipam(&["10.1.0.0/30"], &[]);
+    give(&mut ipam, "a", 100_000);
+    ipam.release(&id("a"), at(100_000)).unwrap();
+    assert_eq!(give(&mut ipam, "b", 10), "10.1.0.2");
+    ipam.release(&id("b"), at(20)).unwrap();
+    assert_eq!(ipam.usage(at(39)).pools[0].resting, 2);
+    assert_eq!(give(&mut ipam, "c", 40), "10.1.0.1", "10 and 30");
+}
+
+#[test]
+fn rest_and_place_outlive_the_process() {
+    let disk = Disk::new();
+    let mut ipam = disk.open().unwrap();
+    let pools = cidrs(&["10.1.0.0/29", "fd00::/64"]);
+    ipam.set_pools(&pools, &[]);
+    for name in ["a", "b", "c"] {
+        give(&mut ipam, name, 0);
+    }
+    ipam.release(&id("c"), at(0)).unwrap();
+    let leases: Vec<_> = ipam.list().cloned().collect();
+    drop(ipam);
+    let mut ipam = disk.open().unwrap();
+    assert!(ipam.list().eq(leases.iter()), "before it knows its pools");
+    ipam.set_pools(&pools, &[]);
+    assert_eq!(give(&mut ipam, "d", 29), "10.1.0.4 fd00::4");
+    assert_eq!(give(&mut ipam, "e", 29), "10.1.0.5 fd00::5");
+    assert_eq!(give(&mut ipam, "f", 29), "10.1.0.6 fd00::6");
+    drop(ipam);
+    let mut ipam = disk.open().unwrap();
+    ipam.set_pools(&pools, &[]);
+    assert_eq!(give(&mut ipam, "g", 30), "10.1.0.3 fd00::7");
+}
+
+#[test]
+fn pools_change_under_leases() {
+    let mut ipam = ipam(&["10.1.0.0/29"], &[]);
+    let (a, b) = (give(&mut ipam, "a", 0), give(&mut ipam, "b", 0));
+    assert_eq!((a.as_str(), b.as_str()), ("10.1.0.1", "10.1.0.2"));
+    ipam.set_pools(&cidrs(&["10.2.0.0/29", "fd00::/64"]), &[]);
+    assert_eq!(give(&mut ipam, "a", 0), a, "as it was");
+    assert_eq!(give(&mut ipam, "c", 0), "10.2.0.1 fd00::1");
+    let usage = ipam.usage(at(0));
+    assert_eq!((usage.leases, usage.pools[0].in_use), (3, 1));
+    ipam.release(&id("a"), at(0)).unwrap();
+    ipam.set_pools(&cidrs(&["10.1.0.0/29"]), &[ip("10.1.0.3"), ip("10.1.0.2")]);
+    assert_eq!(give(&mut ipam, "d", 0), "10.1.0.4", "of 1 to 3: rests, is leased, is reserved");
+    ipam.release(&id("b"), at(0)).unwrap();
+    assert_eq!(give(&mut ipam, "e", 60), "10.1.0.5");
+    assert_eq!(give(&mut ipam, "f", 60), "10.1.0.6");
+    assert_eq!(give(&mut ipam, "g", 60), "10.1.0.1");
+    assert!(ipam.allocate(request("h"), at(60)).is_err(), "the others are reserved");
+    // What cannot come from a valid configuration must not harm either.
+    let both = cidrs(&["10.1.0.0/29", "10.1.0.0/28"]);
+    ipam.set_pools(&both, &[ip("10.1.0.3"), ip("10.1.0.2")]);
+    assert_eq!(give(&mut ipam, "i", 60), "10.1.0.7", "the broadcast of one is in the other");
+}
+
+#[test]
+fn leases_are_learnt_from_the_kernel() {
+    let disk = Disk::new();
+    let mut ipam = disk.open().unwrap();
+    ipam.set_pools(&cidrs(&["10.1.0.0/24"]), &[ip("10.1.0.1")]);
+    let learnt = |name: &str, v4: &str, v6: Option<&str>| Lease {
+        id: id(name),
+        network: String::new(),
+        v4: v4.parse().ok(),
+        v6: v6.map(|v6| v6.parse().unwrap()),
+        netns: None,
+        pod: None,
+        time: at(5),
+    };
+    let a = ipam.adopt(learnt("a", "10.1.0.2", Some("fd00::7")), at(5)).unwrap();
+    assert_eq!(give(&mut ipam, "b", 5), "10.1.0.3", "the other is taken");
+    let error = ipam.adopt(learnt("c", "10.1.0.3", None), at(5)).unwrap_err();
+    assert_eq!(error.to_string(), "10.1.0.3 belongs to eth0 of container b");
+    let error = ipam.adopt(learnt("c", "", None), at(5)).unwrap_err();
+    assert!(matches!(error, IpamError::NoAddress(_)));
+    assert_eq!(ipam.adopt(a.clone(), at(9)).unwrap(), a, "as it is");
+    // The namespace has become known, then an address has changed.
+    let known = Lease { netns: Some(netns(7)), network: "pods".into(), ..a.clone() };
+    assert_eq!(ipam.adopt(known.clone(), at(9)).unwrap(), known);
+    assert_eq!(ipam.adopt(a.clone(), at(9)).unwrap(), known, "what is not said stays");
+    let moved = ipam.adopt(learnt("a", "10.1.0.1", None), at(9)).unwrap();
+    assert_eq!((shown(&moved).as_str(), moved.netns.is_some()), ("10.1.0.1", true));
+    let usage = ipam.usage(at(9));
+    assert_eq!(
+        (usage.pools[0].in_use, usage.pools[0].resting),
+        (1, 1),
+        "the node's is not counted"
+    );
+    let all: Vec<_> = ipam.list().cloned().collect();
+    drop(ipam);
+    assert!(disk.open().unwrap().list().eq(all.iter()));
+}
+
+#[test]
+fn paths_that_cannot_be_stored_are_refused() {
+    use std::os::unix::ffi::OsStringExt;
+    let mut ipam = ipam(&["10.1.0.0/24"], &[]);
+    let mut request = request("a");
+    request.netns.path = std::ffi::OsString::from_vec(vec![b'/', 0xff]).into();
+    assert!(matches!(ipam.allocate(request, at(0)), Err(IpamError::Path(_))));
+    assert_eq!(ipam.list().len(), 0);
+}
+
+#[test]
+fn stored_leases_of_other_versions_are_read() {
+    let lease: Lease = serde_json::from_str(
+        r#"{"id": {"container_id": "c", "ifname": "eth0"}, "v4": "10.1.0.2", "colour": "green",
+            "netns": {"dev": 4, "inode": 5}}"#,
+    )
+    .unwrap();
+    assert_eq!(lease.v4, "10.1.0.2".parse().ok());
+    assert_eq!(lease.netns.unwrap().path, std::path::PathBuf::new());
+    let lease = Lease {
+        netns: Some(netns(3)),
+        time: at(1),
+        ..serde_json::from_str(r#"{"id": {"container_id": "c", "ifname": "eth0"}}"#).unwrap()
+    };
+    let text = serde_json::to_string(&lease).unwrap();
+    assert!(text.contains(r#""time":1700000001000"#), "{text}");
+    assert_eq!(serde_json::from_str::<Lease>(&text).unwrap(), lease);
+}
+
+#[test]
+fn large_and_full_pools_are_as_quick_as_others() {
+    use super::super::journal::Journal;
+    use super::super::state::State;
+    // Without a disk, so that the work in memory shows: 65,533 of 65,534 addresses leased.
+    let mut state = State::new();
+    state.set_pools(&cidrs(&["10.1.0.0/16", "fd00::/64"]), &[]);
+    let mut journal = Journal::default();
+    let started = std::time::Instant::now();
+    for n in 0..65_533 {
+        state.allocate(request(&n.to_string()), at(0), &mut journal).unwrap();
+    }
+    for n in 0..65_000_u64 {
+        state.release(&id(&n.to_string()), at(n), &mut journal).unwrap();
+        state.allocate(request(&n.to_string()), at(n), &mut journal).unwrap();
+    }
+    // About 0.5 s; a scan of the pool for each would take minutes.
+    assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
+}

@@ -1,0 +1,149 @@
+//! Leases on a thread of their own: whoever waits while a transaction is written shares the next.
+
+use std::io;
+use std::net::IpAddr;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::SystemTime;
+
+use ipnet::IpNet;
+use skein_cni::protocol::AttachmentId;
+
+use super::Ipam;
+use super::error::IpamError;
+use super::journal::Journal;
+use super::lease::Lease;
+use super::state::{Request, State, Usage};
+
+/// What is called with the outcome, on the thread of the leases: it must neither block nor panic.
+/// It is dropped without having been called where that thread has ended with the work undone.
+pub type Reply<T> = Box<dyn FnOnce(Result<T, IpamError>) + Send>;
+
+/// Operations in one transaction at most: bounds what a failure takes with it.
+const BATCH: usize = 1024;
+
+/// Asks the thread of the leases. The thread ends when the last handle is gone and everything that
+/// was asked is done.
+#[derive(Debug, Clone)]
+pub struct IpamHandle {
+    jobs: Sender<Job>,
+}
+
+/// Runs a write in memory, or fails it; what it returns answers when the transaction has ended.
+type Write = Box<dyn FnOnce(Result<(&mut State, &mut Journal), IpamError>) -> Answer + Send>;
+type Answer = Box<dyn FnOnce(Result<(), IpamError>)>;
+type Look = Box<dyn FnOnce(&mut Ipam) + Send>;
+
+enum Job {
+    Pools(Look),
+    Write(Write),
+    Read(Look),
+}
+
+impl IpamHandle {
+    /// Starts the thread `ipam`. To join it is to know that the file is closed.
+    pub fn spawn(ipam: Ipam) -> io::Result<(Self, JoinHandle<()>)> {
+        let (jobs, queue) = channel();
+        let thread = std::thread::Builder::new().name("ipam".to_owned());
+        let thread = thread.spawn(move || run(ipam, &queue))?;
+        Ok((Self { jobs }, thread))
+    }
+
+    /// As [`Ipam::set_pools`]; what is asked later gives addresses of these.
+    pub fn set_pools(&self, cidrs: Vec<IpNet>, reserved: Vec<IpAddr>) {
+        let look = move |ipam: &mut Ipam| ipam.set_pools(&cidrs, &reserved);
+        // Where the thread has ended there is nobody left to give an address to.
+        let _ = self.jobs.send(Job::Pools(Box::new(look)));
+    }
+
+    /// As [`Ipam::allocate`].
+    pub fn allocate(&self, request: Request, now: SystemTime, reply: Reply<Lease>) {
+        self.write(move |state, journal| state.allocate(request, now, journal), reply);
+    }
+
+    /// As [`Ipam::release`].
+    pub fn release(&self, id: AttachmentId, now: SystemTime, reply: Reply<Option<Lease>>) {
+        self.write(move |state, journal| Ok(state.release(&id, now, journal)), reply);
+    }
+
+    /// As [`Ipam::adopt`].
+    pub fn adopt(&self, lease: Lease, now: SystemTime, reply: Reply<Lease>) {
+        self.write(move |state, journal| state.adopt(lease, now, journal), reply);
+    }
+
+    /// As [`Ipam::get`].
+    pub fn get(&self, id: AttachmentId, reply: Reply<Option<Lease>>) {
+        self.read(move |ipam| ipam.get(&id).cloned(), reply);
+    }
+
+    /// As [`Ipam::list`].
+    pub fn list(&self, reply: Reply<Vec<Lease>>) {
+        self.read(|ipam| ipam.list().cloned().collect(), reply);
+    }
+
+    /// As [`Ipam::usage`].
+    pub fn usage(&self, now: SystemTime, reply: Reply<Usage>) {
+        self.read(move |ipam| ipam.usage(now), reply);
+    }
+
+    fn write<T: 'static>(
+        &self,
+        work: impl FnOnce(&mut State, &mut Journal) -> Result<T, IpamError> + Send + 'static,
+        reply: Reply<T>,
+    ) {
+        let job: Write = Box::new(move |memory| {
+            let result = memory.and_then(|(state, journal)| work(state, journal));
+            Box::new(move |written| reply(written.and(result)))
+        });
+        if let Err(unsent) = self.jobs.send(Job::Write(job))
+            && let Job::Write(job) = unsent.0
+        {
+            job(Err(IpamError::Stopped))(Err(IpamError::Stopped));
+        }
+    }
+
+    fn read<T>(&self, work: impl FnOnce(&Ipam) -> T + Send + 'static, reply: Reply<T>)
+    where
+        T: 'static,
+    {
+        // A reply that cannot be sent is dropped with its question, which tells who waits.
+        let look = move |ipam: &mut Ipam| reply(Ok(work(ipam)));
+        let _ = self.jobs.send(Job::Read(Box::new(look)));
+    }
+}
+
+fn run(mut ipam: Ipam, queue: &Receiver<Job>) {
+    while let Ok(first) = queue.recv() {
+        let (mut pools, mut writes, mut reads) = (Vec::new(), Vec::new(), Vec::new());
+        for job in std::iter::once(first).chain(queue.try_iter()).take(BATCH) {
+            match job {
+                Job::Pools(look) => pools.push(look),
+                Job::Write(write) => writes.push(write),
+                Job::Read(look) => reads.push(look),
+            }
+        }
+        // All of them came while nobody was answered, so that any order is one that they may
+        // expect: this one has what was asked after a change of pools see the change.
+        pools.into_iter().for_each(|look| look(&mut ipam));
+        write(&mut ipam, writes);
+        reads.into_iter().for_each(|look| look(&mut ipam));
+    }
+}
+
+fn write(ipam: &mut Ipam, writes: Vec<Write>) {
+    if writes.is_empty() {
+        return;
+    }
+    let mut writes = writes.into_iter();
+    let mut answers = Vec::new();
+    let outcome = ipam.write(|state, journal| {
+        answers.extend(writes.by_ref().map(|write| write(Ok((&mut *state, &mut *journal)))));
+    });
+    // Those that were not even tried, as the store could not be opened.
+    if let Err(error) = &outcome {
+        answers.extend(writes.map(|write| write(Err(error.clone()))));
+    }
+    for answer in answers {
+        answer(outcome.clone());
+    }
+}

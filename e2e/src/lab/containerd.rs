@@ -1,0 +1,209 @@
+//! containerd on a node of the laboratory: the one from Debian, with files of its own, in mount and
+//! process namespaces that take everything with them when they go, containers included.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::json;
+
+use super::agent::Agent;
+use super::process::{self, Finished, Process};
+use super::{Netns, registry};
+use crate::checks;
+
+/// The one image: busybox, which sleeps unless it is told otherwise.
+pub const IMAGE: &str = "localhost/skein-test:1";
+/// Programs that the image has.
+const APPLETS: [&str; 7] = ["sh", "sleep", "ip", "ping", "mkdir", "nc", "httpd"];
+/// How long one command may take.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A running containerd.
+#[derive(Debug)]
+pub struct Containerd {
+    process: Process,
+    directory: PathBuf,
+    /// Parent of all containers' cgroups.
+    pub cgroup: String,
+}
+
+impl Containerd {
+    /// Starts it for the node of `agent`, whose plugin and configuration it uses.
+    pub fn start(agent: &Agent, node: &Netns, laboratory: &Path) -> Result<Self> {
+        let directory = laboratory.join(format!("{}-containerd", agent.record.name));
+        fs::create_dir_all(directory.join("cni-bin"))?;
+        fs::create_dir_all(agent.cni_directory("conf_dir"))?;
+        let image = image(&directory)?;
+        // Containerd's own kind of network for the loopback, and what comes behind ours in the chain.
+        for name in ["loopback", "portmap"] {
+            let to = agent.cni_directory("bin_dir").join(name);
+            fs::create_dir_all(agent.cni_directory("bin_dir"))?;
+            fs::copy(Path::new("/usr/lib/cni").join(name), to)
+                .with_context(|| format!("{name} of containernetworking-plugins"))?;
+        }
+        let config = directory.join("config.toml");
+        fs::write(&config, configuration(&directory, agent))?;
+        let script = script(&directory, laboratory, agent);
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net={}/{}", registry::NETNS_DIR, node.name()));
+        command.args(["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]);
+        command.args(["sh", "-ec", &script]);
+        let process = Process::start(&mut command, &directory.join("log"))?;
+        let cgroup = format!("{}{}", CGROUP_PREFIX, process.pid());
+        let containerd = Self { process, directory, cgroup };
+        checks::eventually("containerd answers", Duration::from_secs(20), || {
+            Ok(containerd.ctr(&["version"])?.code == 0)
+        })
+        .with_context(|| containerd.process.log_tail(20))?;
+        let path = image.to_string_lossy();
+        for namespace in ["k8s.io", "default"] {
+            let import = ["-n", namespace, "images", "import", "--snapshotter", "native", &path];
+            let imported = containerd.ctr(&import)?;
+            if imported.code != 0 {
+                bail!("importing the image: {}{}", imported.stdout, imported.stderr);
+            }
+        }
+        Ok(containerd)
+    }
+
+    /// Its socket.
+    pub fn socket(&self) -> PathBuf {
+        self.directory.join("containerd.sock")
+    }
+
+    /// The end of its log.
+    pub fn log_tail(&self) -> String {
+        self.process.log_tail(20)
+    }
+
+    /// Runs `ctr` beside it: it calls the CNI plugin itself, from where it runs.
+    pub fn ctr(&self, arguments: &[&str]) -> Result<Finished> {
+        let children = format!("/proc/{0}/task/{0}/children", self.process.pid());
+        let first = fs::read_to_string(&children).unwrap_or_default();
+        let Some(pid) = first.split_whitespace().next() else {
+            bail!("containerd is not there yet:\n{}", self.process.log_tail(20));
+        };
+        let mut command = Command::new("nsenter");
+        command.args(["-t", pid, "-m", "-p", "-n", "ctr", "-a"]).arg(self.socket()).args(arguments);
+        process::finish(&mut command, &[], LIMIT)
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        // Process 1 of its namespace goes with it, and everything in there with that.
+        self.process.kill();
+        remove_cgroups(&self.cgroup);
+    }
+}
+
+const CGROUP_PREFIX: &str = "skein-e2e-";
+
+/// Empties and removes the cgroups below `/<name>` of every controller. Processes that were just
+/// killed may take a moment to leave them.
+fn remove_cgroups(name: &str) {
+    let gone = || -> Result<bool> {
+        let mut gone = true;
+        for controller in fs::read_dir("/sys/fs/cgroup")?.flatten() {
+            let top = controller.path().join(name);
+            for child in fs::read_dir(&top).into_iter().flatten().flatten() {
+                // Files refuse, and go with their directory.
+                let _ = fs::remove_dir(child.path());
+            }
+            let _ = fs::remove_dir(&top);
+            gone &= !top.exists();
+        }
+        Ok(gone)
+    };
+    let _ = checks::eventually("cgroups are empty", Duration::from_secs(5), gone);
+}
+
+/// What runs before containerd in its mount namespace: `/opt/cni/bin` and `/etc/cni/net.d`, which `ctr`
+/// reads, are the agent's, and `/run` is its own but for the laboratory's files.
+fn script(directory: &Path, laboratory: &Path, agent: &Agent) -> String {
+    let (own, lab) = (directory.display(), laboratory.display());
+    let bin = agent.cni_directory("bin_dir");
+    let conf = agent.cni_directory("conf_dir");
+    format!(
+        "mount --rbind {lab} /mnt
+         mount -t tmpfs tmpfs /run
+         mkdir -p {lab} /run/layers/upper /run/layers/work
+         mount --move /mnt {lab}
+         mount -t tmpfs tmpfs /opt
+         mkdir -p /opt/cni/bin
+         mount --bind {bin} /opt/cni/bin
+         mount -t overlay -o lowerdir=/etc,upperdir=/run/layers/upper,workdir=/run/layers/work overlay /etc
+         mkdir -p /etc/cni/net.d
+         mount --bind {conf} /etc/cni/net.d
+         exec containerd --config {own}/config.toml",
+        bin = bin.display(),
+        conf = conf.display(),
+    )
+}
+
+fn configuration(directory: &Path, agent: &Agent) -> String {
+    let own = directory.display();
+    format!(
+        r#"version = 2
+root = "{own}/root"
+state = "{own}/state"
+disabled_plugins = [
+    "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs",
+    "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.devmapper",
+]
+[grpc]
+address = "{own}/containerd.sock"
+[plugins."io.containerd.grpc.v1.cri"]
+sandbox_image = "{IMAGE}"
+disable_apparmor = true
+restrict_oom_score_adj = true
+tolerate_missing_hugetlb_controller = true
+disable_hugetlb_controller = true
+stream_server_port = "0"
+[plugins."io.containerd.grpc.v1.cri".containerd]
+snapshotter = "native"
+[plugins."io.containerd.grpc.v1.cri".cni]
+bin_dir = "{bin}"
+conf_dir = "{conf}"
+"#,
+        bin = agent.cni_directory("bin_dir").display(),
+        conf = agent.cni_directory("conf_dir").display(),
+    )
+}
+
+/// The image as `docker save` writes one; its path.
+fn image(directory: &Path) -> Result<PathBuf> {
+    let root = directory.join("rootfs");
+    for path in ["bin", "etc", "proc", "sys", "dev", "tmp"] {
+        fs::create_dir_all(root.join(path))?;
+    }
+    fs::copy("/bin/busybox", root.join("bin/busybox")).context("busybox-static's /bin/busybox")?;
+    for applet in APPLETS {
+        symlink("busybox", root.join("bin").join(applet))?;
+    }
+    let tar = |from: &Path, to: &Path, what: &[&str]| {
+        process::run(Command::new("tar").arg("-C").arg(from).arg("-cf").arg(to).args(what))
+    };
+    let (parts, layer) = (directory.join("image"), directory.join("image/layer.tar"));
+    fs::create_dir_all(&parts)?;
+    tar(&root, &layer, &["."])?;
+    let sum = process::run(Command::new("sha256sum").arg(&layer))?;
+    let sum = sum.split_whitespace().next().context("no checksum")?;
+    let machine = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
+    let config = json!({
+        "architecture": machine, "os": "linux",
+        "config": { "Cmd": ["/bin/sleep", "100000"], "Env": ["PATH=/bin"] },
+        "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{sum}")] },
+    });
+    let manifest =
+        json!([{ "Config": "config.json", "RepoTags": [IMAGE], "Layers": ["layer.tar"] }]);
+    fs::write(parts.join("config.json"), config.to_string())?;
+    fs::write(parts.join("manifest.json"), manifest.to_string())?;
+    let path = directory.join("image.tar");
+    tar(&parts, &path, &["manifest.json", "config.json", "layer.tar"])?;
+    Ok(path)
+}
