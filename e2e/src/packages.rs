@@ -40,6 +40,11 @@ pub const TEST: &[Need] = &[
     // Beside its programs, which are elsewhere.
     need("/usr/lib/cni/portmap", "containernetworking-plugins"),
     need("iptables", "iptables"),
+    need("go", "golang-go"),
+    need(
+        "/usr/share/gocode/src/github.com/containernetworking/cni/libcni/api.go",
+        "golang-github-appc-cni-dev",
+    ),
 ];
 
 /// For the benchmark, beside [`DEMO`].

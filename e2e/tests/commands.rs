@@ -12,7 +12,7 @@ use rustix::process::Signal;
 use skein_e2e::bench::Results;
 use skein_e2e::checks;
 use skein_e2e::lab::agent::binary;
-use skein_e2e::lab::process::{Process, tail};
+use skein_e2e::lab::process::{self, Process, tail};
 use skein_e2e::lab::{TURN_LIMIT, registry};
 
 /// How long a command may take that does its work in seconds, once no other laboratory is in its way.
@@ -107,5 +107,41 @@ fn a_short_benchmark_writes_its_results() -> Result<()> {
         ensure!(fs::metadata(out.join(file))?.len() > 100, "{file} is too short");
     }
     ensure!(remains(pid).is_empty(), "left behind: {:?}", remains(pid));
+    Ok(())
+}
+
+/// As it is shipped: kubelet starts it for every pod, on hosts with any C library or none.
+#[test]
+fn the_plugin_is_static_and_small() -> Result<()> {
+    let target = if cfg!(target_arch = "aarch64") { "aarch64" } else { "x86_64" };
+    let target = format!("{target}-unknown-linux-gnu");
+    let mut build = skein_e2e::cargo::command(&[
+        "build",
+        "--quiet",
+        "--profile",
+        "dist",
+        "--package",
+        "skein-cni",
+        "--target",
+        &target,
+        "--message-format",
+        "json-render-diagnostics",
+    ]);
+    build.env("RUSTFLAGS", "-C target-feature=+crt-static");
+    let limit = Duration::from_secs(300);
+    let built = process::finish(&mut build, &[], limit)?;
+    ensure!(built.code == 0, "{}", built.stderr);
+    let artifact = |line: &str| {
+        let message: serde_json::Value = serde_json::from_str(line).ok()?;
+        Some(message["executable"].as_str()?.to_owned())
+    };
+    let path = built.stdout.lines().find_map(artifact).context("no program was built")?;
+    let program = fs::read(&path)?;
+    ensure!(program.len() < 2 << 20, "{} bytes", program.len());
+    let loader = b"/ld-linux";
+    ensure!(!program.windows(loader.len()).any(|part| part == loader), "it needs a dynamic loader");
+    let mut version = Command::new(&path);
+    version.env_clear().env("CNI_COMMAND", "VERSION");
+    ensure!(process::run(&mut version)?.contains("1.1.0"), "it does not run");
     Ok(())
 }

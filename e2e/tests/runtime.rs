@@ -1,16 +1,20 @@
 //! containerd starts containers, and calls the plugin as it does on every node of a cluster.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::net::IpAddr;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+use skein_e2e::cargo::workspace;
 use skein_e2e::checks;
 use skein_e2e::lab::agent::Cluster;
-use skein_e2e::lab::cni::traces;
+use skein_e2e::lab::cni::{self, traces};
 use skein_e2e::lab::containerd::{Containerd, IMAGE};
 use skein_e2e::lab::cri::Cri;
-use skein_e2e::lab::{Family, Lab, Netns, Plan};
+use skein_e2e::lab::{Family, Lab, Netns, Plan, Underlay, process};
 
 /// Two nodes with agents and a containerd each.
 struct Nodes {
@@ -178,6 +182,50 @@ fn the_runtime_interface_starts_pods_as_kubelet_does() -> Result<()> {
             same(before, &traces(nodes.node(index))?)?;
             Ok(nodes.used(index)? == 0.0)
         })?;
+    }
+    Ok(())
+}
+
+/// The library that runtimes use, from Debian's Go sources: every version that it knows, with portmap
+/// behind Skein in the chain.
+#[test]
+fn libcni_adds_checks_and_deletes_in_every_version() -> Result<()> {
+    let lab = Lab::new(&Plan { nodes: 1, pods: 0, underlay: Underlay::Switch, ..Plan::default() })?;
+    let mut cluster = Cluster::prepare(lab, Family::V4)?;
+    cluster.agents[0].serve_pods();
+    cluster.start()?;
+    let (agent, node) = (&cluster.agents[0], &cluster.lab.nodes[0].ns);
+    let directory = cluster.lab.directory().join("libcni");
+    fs::create_dir_all(&directory)?;
+    let program = directory.join("libcni");
+    let mut build = Command::new("go");
+    build.args(["build", "-o"]).arg(&program).arg("main.go");
+    build.current_dir(workspace().join("e2e/libcni"));
+    build.envs([("GO111MODULE", "off"), ("GOPATH", "/usr/share/gocode")]);
+    build.env("GOCACHE", directory.join("cache"));
+    process::run(&mut build)?;
+    let bin = agent.cni_directory("bin_dir");
+    checks::eventually("the plugin is there", Duration::from_secs(5), || {
+        Ok(bin.join("skein-cni").is_file())
+    })?;
+    fs::copy("/usr/lib/cni/portmap", bin.join("portmap"))?;
+    let installed = fs::read(agent.cni_directory("conf_dir").join("10-skein.conflist"))?;
+    let mut list: Value = serde_json::from_slice(&installed)?;
+    let before = traces(node)?;
+    for version in ["0.3.0", "0.3.1", "0.4.0", "1.0.0"] {
+        list["cniVersion"] = version.into();
+        let path = directory.join(format!("{version}.conflist"));
+        fs::write(&path, list.to_string())?;
+        let pod = Netns::create(&format!("libcni-{version}"))?;
+        let mut command = node.command(&program);
+        command.arg(&path).arg(cni::path(&pod)).arg(format!("id-{version}"));
+        command.arg(&bin).arg(directory.join("state"));
+        let said = process::run(&mut command).with_context(|| version)?;
+        let result: Value = serde_json::from_str(&said).with_context(|| said.clone())?;
+        ensure!(result["cniVersion"] == version, "{result}");
+        ensure!(cni::addresses(&result)?.len() == 2, "{result}");
+        ensure!(result["interfaces"][1]["name"] == "eth0", "{result}");
+        same(&before, &traces(node)?)?;
     }
     Ok(())
 }
