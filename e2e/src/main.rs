@@ -22,6 +22,8 @@ enum Command {
     Test(suite::Options),
     /// Compare Skein with other overlays on this host.
     Bench(bench::Options),
+    /// Measure attaching and detaching pods beside the reference plugins.
+    BenchPods(bench::pods::Options),
     /// Measure what thousands of node records cost.
     Scale(bench::scale::Options),
     /// Run the fuzz targets for a bounded time each.
@@ -35,6 +37,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::run(&options),
         Command::Test(options) => suite::run(&options),
         Command::Bench(options) => bench::run(&options),
+        Command::BenchPods(options) => bench::pods::run(&options),
         Command::Scale(options) => bench::scale::run(&options),
         Command::Fuzz(options) => suite::fuzz::run(&options),
         Command::Cleanup => {

@@ -6,6 +6,7 @@
 pub mod measure;
 pub mod overlay;
 pub mod plot;
+pub mod pods;
 pub mod report;
 pub mod rivals;
 pub mod scale;
