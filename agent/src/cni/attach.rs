@@ -157,7 +157,7 @@ impl Attacher {
         let name = host_name(id);
         let Some(found) = netlink.link(&name).await? else { return Ok(()) };
         self.check_owner(&found, id)?;
-        Ok(netlink.delete_link(found.index).await?)
+        Ok(Netlink::delete_link_beside(found.index).await?)
     }
 
     /// What of an attachment is not as it was made; nothing where all is well.

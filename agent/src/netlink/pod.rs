@@ -70,6 +70,26 @@ impl Netlink {
         })
     }
 
+    /// Deletes a link from a thread of its own; one that is gone already is no error.
+    ///
+    /// The kernel answers a deletion only after it has waited for others to let go of the device (RCU),
+    /// 20 ms and more, and nothing else goes on at the socket meanwhile. From many threads those
+    /// waits overlap.
+    pub async fn delete_link_beside(index: u32) -> Result<(), NetlinkError> {
+        let delete = move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
+            let runtime = runtime.map_err(|source| NetlinkError {
+                what: format!("delete interface {index}"),
+                source,
+            })?;
+            runtime.block_on(async { Netlink::connect()?.delete_link(index).await })
+        };
+        tokio::task::spawn_blocking(delete).await.map_err(|error| NetlinkError {
+            what: format!("delete interface {index}"),
+            source: std::io::Error::other(error),
+        })?
+    }
+
     /// Sets the permanent neighbour `ip` of a link.
     pub async fn set_neighbour(
         &self,
