@@ -13,7 +13,7 @@ use skein_cni::protocol::{Attached, AttachmentId, Interface, Ip, Route as PodRou
 use thiserror::Error;
 
 use crate::netlink::link::{Link, LinkChange};
-use crate::netlink::pod::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, HOST_PREFIX};
+use crate::netlink::pod::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, HOST_PREFIX, Neighbour};
 use crate::netlink::route::Route;
 use crate::netlink::sysctl::Sysctl;
 use crate::netlink::{Netlink, NetlinkError};
@@ -52,6 +52,14 @@ pub struct Found {
     pub index: u32,
     /// Addresses, by their host routes.
     pub addresses: Vec<IpAddr>,
+}
+
+/// What the kernel had of all pods at one moment.
+#[derive(Debug, Default)]
+pub struct Kernel {
+    links: Vec<Link>,
+    routes: Vec<Route>,
+    neighbours: Vec<Neighbour>,
 }
 
 /// What all pods of a node have in common.
@@ -180,7 +188,7 @@ impl Attacher {
                 if !host.up {
                     problems.push(format!("interface {name} of the node is down"));
                 }
-                let routes = netlink.routes(host.index).await?;
+                let routes = netlink.routes(Some(host.index)).await?;
                 for ip in addresses {
                     if !routes.contains(&host_route(host.index, *ip)) {
                         problems.push(format!("the node has no route to {ip} by {name}"));
@@ -201,7 +209,7 @@ impl Attacher {
                 problems.push(format!("interface {} has lost the address {ip}", id.ifname));
             }
         }
-        let routes = pod.routes(inner.index).await?;
+        let routes = pod.routes(Some(inner.index)).await?;
         for route in pod_routes(addresses) {
             if !routes.iter().any(|present| present.destination == route.dst) {
                 problems.push(format!("the container has lost its route to {}", route.dst));
@@ -210,44 +218,58 @@ impl Attacher {
         Ok(problems)
     }
 
-    /// Every attachment of this node that the kernel has.
-    pub async fn found(&self, netlink: &Netlink) -> Result<Vec<Found>, NetlinkError> {
-        let mut all = Vec::new();
-        for link in netlink.links().await? {
-            let Some(id) = self.owner(&link) else { continue };
-            let routes = netlink.routes(link.index).await?;
-            let mut addresses: Vec<IpAddr> =
-                routes.iter().map(|route| route.destination.addr()).collect();
-            addresses.sort();
-            all.push(Found { id, index: link.index, addresses });
-        }
-        Ok(all)
+    /// What the kernel has of all pods, by a few dumps however many there are.
+    pub async fn look(&self, netlink: &Netlink) -> Result<Kernel, NetlinkError> {
+        Ok(Kernel {
+            links: netlink.links().await?,
+            routes: netlink.routes(None).await?,
+            neighbours: netlink.permanent_neighbours().await?,
+        })
     }
 
-    /// Puts back what somebody took from the node's end: up, route, neighbour. The pod's own end is the
-    /// pod's. Says what it did.
+    /// Every attachment of this node that the kernel has.
+    pub fn found(&self, kernel: &Kernel) -> Vec<Found> {
+        let found = |link: &Link| {
+            let routes = kernel.routes.iter().filter(|route| route.interface == link.index);
+            let mut addresses: Vec<IpAddr> = routes.map(|route| route.destination.addr()).collect();
+            addresses.sort();
+            Some(Found { id: self.owner(link)?, index: link.index, addresses })
+        };
+        kernel.links.iter().filter_map(found).collect()
+    }
+
+    /// Whether the node's end of an attachment is there.
+    pub fn is_there(&self, kernel: &Kernel, id: &AttachmentId) -> bool {
+        let name = host_name(id);
+        kernel.links.iter().any(|link| link.name == name)
+    }
+
+    /// Puts back what somebody took from the node's end of an attachment that is there: up, routes,
+    /// neighbours. The pod's own end is the pod's. Says what it did.
     pub async fn heal(
         &self,
         netlink: &Netlink,
+        kernel: &Kernel,
         id: &AttachmentId,
         addresses: &[IpAddr],
     ) -> Result<Vec<String>, AttachError> {
         let name = host_name(id);
-        let Some(link) = netlink.link(&name).await? else { return Ok(Vec::new()) };
-        self.check_owner(&link, id)?;
+        let Some(link) = kernel.links.iter().find(|link| link.name == name) else {
+            return Ok(Vec::new());
+        };
+        self.check_owner(link, id)?;
         let mut changes = Vec::new();
         if !link.up {
             netlink.change_link(link.index, &LinkChange { up: true, ..Default::default() }).await?;
             changes.push(format!("{name} is up again"));
         }
         for &ip in addresses {
-            if netlink.ensure_route(&host_route(link.index, ip)).await? {
+            let route = host_route(link.index, ip);
+            if !kernel.routes.contains(&route) && netlink.ensure_route(&route).await? {
                 changes.push(format!("the route to {ip} is back"));
             }
-        }
-        let neighbours = netlink.neighbours(link.index).await?;
-        for &ip in addresses {
-            if !neighbours.contains(&(ip, pod_mac(id).to_vec())) {
+            let wanted = Neighbour { interface: link.index, ip, mac: pod_mac(id).to_vec() };
+            if !kernel.neighbours.contains(&wanted) {
                 netlink.set_neighbour(link.index, ip, &pod_mac(id)).await?;
                 changes.push(format!("the neighbour {ip} is back"));
             }

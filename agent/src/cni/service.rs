@@ -14,7 +14,7 @@ use skein_cni::{protocol, spool};
 use thiserror::Error;
 use tokio::sync::watch;
 
-use super::attach::{AttachError, Attacher};
+use super::attach::{AttachError, Attacher, Kernel, host_name};
 use super::ipam::{IpamError, Lease, Netns, Request as Wanted};
 use super::leases::Leases;
 use super::locks::Locks;
@@ -86,6 +86,7 @@ pub(super) struct Service {
     pub(super) requests: Requests,
     pub(super) spool: PathBuf,
     boot: String,
+    booted: SystemTime,
     own: NamespaceId,
     locks: Locks,
 }
@@ -108,6 +109,7 @@ impl Service {
             requests: Requests::new()?,
             spool,
             boot: fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned(),
+            booted: boot_time()?,
             own: NamespaceId::own()?,
             locks: Locks::default(),
         })
@@ -136,6 +138,7 @@ impl Service {
             pod: add.pod,
             ips: add.ips,
         };
+        let known = self.leases.get(add.id.clone()).await?;
         let lease = match self.leases.allocate(wanted.clone()).await {
             Err(IpamError::OtherNamespace(old)) => {
                 tracing::info!(container = old.id.container_id, "attached anew elsewhere");
@@ -149,6 +152,8 @@ impl Service {
         let attached = self.attacher.attach(netlink, netns.as_fd(), &add.id, &ips, mtu).await;
         match attached {
             Ok(attached) => Ok(attached),
+            // It was attached before, and may be at work: its DEL is the runtime's decision.
+            Err(error) if known.is_some_and(|known| known == lease) => Err(error.into()),
             Err(error) => {
                 // Whatever was made goes; the address with it, if that worked.
                 if let Err(further) = self.detach(&add.id).await {
@@ -205,9 +210,10 @@ impl Service {
     }
 
     async fn gc(&self, gc: Gc) -> Result<(), Error> {
+        let kernel = self.attacher.look(&self.netlink).await?;
         for lease in self.leases.list().await? {
             if lease.network == gc.network && !gc.valid.contains(&lease.id) {
-                self.collect(&lease).await?;
+                self.collect(&kernel, &lease).await?;
             }
         }
         Ok(())
@@ -236,14 +242,17 @@ impl Service {
     }
 
     /// Releases a lease if its namespace is provably gone; says whether.
-    async fn collect(&self, lease: &Lease) -> Result<bool, Error> {
+    async fn collect(&self, kernel: &Kernel, lease: &Lease) -> Result<bool, Error> {
+        if self.attacher.is_there(kernel, &lease.id) || !self.is_gone(lease) {
+            return Ok(false);
+        }
         let _turn = self.locks.lock(&lease.id).await;
         // It may have changed while we waited.
         if self.leases.get(lease.id.clone()).await?.as_ref() != Some(lease) {
             return Ok(false);
         }
-        let name = super::attach::host_name(&lease.id);
-        if self.netlink.link(&name).await?.is_some() || !self.is_gone(lease) {
+        // So may the kernel: an ADD that was at work when it was looked at.
+        if self.netlink.link(&host_name(&lease.id)).await?.is_some() {
             return Ok(false);
         }
         self.detach(&lease.id).await?;
@@ -254,7 +263,8 @@ impl Service {
 
     /// Whether a namespace is provably gone: of another boot, or not where it was seen.
     fn is_gone(&self, lease: &Lease) -> bool {
-        let Some(netns) = &lease.netns else { return false };
+        // Learnt from the kernel, without a namespace: of an earlier boot, or perhaps alive.
+        let Some(netns) = &lease.netns else { return lease.time < self.booted };
         if netns.boot_id != self.boot {
             return true;
         }
@@ -270,10 +280,10 @@ impl Service {
     /// Brings leases and kernel together: adopts attachments without a lease, releases the leases of
     /// namespaces that are gone, puts back what somebody took. Goes on after an error.
     pub(super) async fn tend(&self) -> Result<(), String> {
-        let found = self.attacher.found(&self.netlink).await.map_err(|e| e.to_string())?;
+        let kernel = self.attacher.look(&self.netlink).await.map_err(|e| e.to_string())?;
         let leases = self.leases.list().await.map_err(|error| error.to_string())?;
         let mut errors = Vec::new();
-        for pod in &found {
+        for pod in &self.attacher.found(&kernel) {
             if pod.addresses.is_empty() || leases.iter().any(|lease| lease.id == pod.id) {
                 continue;
             }
@@ -282,8 +292,8 @@ impl Service {
             }
         }
         for lease in &leases {
-            let result = match self.collect(lease).await {
-                Ok(false) => self.heal(lease).await,
+            let result = match self.collect(&kernel, lease).await {
+                Ok(false) => self.heal(&kernel, lease).await,
                 other => other.map(drop),
             };
             errors.extend(result.err().map(|error| error.to_string()));
@@ -296,7 +306,9 @@ impl Service {
 
     async fn adopt(&self, id: AttachmentId, addresses: Vec<IpAddr>) -> Result<(), Error> {
         let _turn = self.locks.lock(&id).await;
-        if self.leases.get(id.clone()).await?.is_some() {
+        // A DEL may have taken both since the kernel was looked at.
+        let gone = self.netlink.link(&host_name(&id)).await?.is_none();
+        if gone || self.leases.get(id.clone()).await?.is_some() {
             return Ok(());
         }
         tracing::warn!(container = id.container_id, ?addresses, "found in the kernel: adopted");
@@ -319,13 +331,13 @@ impl Service {
         Ok(())
     }
 
-    async fn heal(&self, lease: &Lease) -> Result<(), Error> {
+    async fn heal(&self, kernel: &Kernel, lease: &Lease) -> Result<(), Error> {
         let _turn = self.locks.lock(&lease.id).await;
         if self.leases.get(lease.id.clone()).await?.as_ref() != Some(lease) {
             return Ok(());
         }
         let ips = Vec::from_iter(lease.ips());
-        let changes = self.attacher.heal(&self.netlink, &lease.id, &ips).await?;
+        let changes = self.attacher.heal(&self.netlink, kernel, &lease.id, &ips).await?;
         if !changes.is_empty() {
             let container = &lease.id.container_id;
             tracing::warn!(container, "put back: {}", changes.join("; "));
@@ -407,6 +419,14 @@ impl Handler for Service {
         self.requests.count(verb, &answer, took);
         answer
     }
+}
+
+/// When this kernel was started, in whole seconds (`btime` of proc_stat(5)).
+fn boot_time() -> io::Result<SystemTime> {
+    let stat = fs::read_to_string("/proc/stat")?;
+    let seconds = stat.lines().find_map(|line| line.strip_prefix("btime ")?.trim().parse().ok());
+    let seconds = seconds.ok_or_else(|| io::Error::other("no btime in /proc/stat"))?;
+    Ok(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds))
 }
 
 fn identity(netns: &Netns) -> NamespaceId {

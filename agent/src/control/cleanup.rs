@@ -98,10 +98,10 @@ async fn remove_pods(config: &Config, cleaned: &mut Cleaned) {
     let attacher = Attacher::new(&config.name);
     match Netlink::connect() {
         Err(error) => cleaned.errors.push(error.to_string()),
-        Ok(netlink) => match attacher.found(&netlink).await {
+        Ok(netlink) => match attacher.look(&netlink).await {
             Err(error) => cleaned.errors.push(error.to_string()),
-            Ok(pods) => {
-                for pod in pods {
+            Ok(kernel) => {
+                for pod in attacher.found(&kernel) {
                     let deleted = attacher.detach(&netlink, &pod.id).await;
                     let what = format!("interface of container {}", pod.id.container_id);
                     cleaned.note(&what, deleted.map(|()| true).map_err(|e| e.to_string()));

@@ -222,7 +222,7 @@ impl Wanted {
         index: u32,
         outcome: &mut Outcome,
     ) -> Result<(), NetlinkError> {
-        let present = BTreeSet::from_iter(netlink.routes(index).await?);
+        let present = BTreeSet::from_iter(netlink.routes(Some(index)).await?);
         let wanted: BTreeSet<_> = self.routes.iter().map(|net| self.route(*net, index)).collect();
         for route in present.difference(&wanted) {
             netlink.delete_route(route).await?;

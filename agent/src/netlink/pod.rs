@@ -29,6 +29,17 @@ pub const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
 /// everywhere, because a veth pair has only two ends.
 pub const GATEWAY_MAC: [u8; 6] = [0xee; 6];
 
+/// Who is at an address of a link.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Neighbour {
+    /// Index of the link.
+    pub interface: u32,
+    /// The address.
+    pub ip: IpAddr,
+    /// Hardware address.
+    pub mac: Vec<u8>,
+}
+
 impl Netlink {
     /// A connection to rtnetlink in another network namespace.
     pub fn connect_in(namespace: BorrowedFd<'_>) -> Result<Self, NetlinkError> {
@@ -108,17 +119,13 @@ impl Netlink {
         result.map_err(|error| NetlinkError::new(format_args!("set the neighbour {ip}"), error))
     }
 
-    /// Permanent neighbours of a link, with their hardware addresses.
-    pub async fn neighbours(&self, index: u32) -> Result<Vec<(IpAddr, Vec<u8>)>, NetlinkError> {
+    /// Permanent neighbours of all links.
+    pub async fn permanent_neighbours(&self) -> Result<Vec<Neighbour>, NetlinkError> {
         let _dump = self.dump.lock().await;
-        let mut request = self.handle.neighbours().get();
-        request.message_mut().attributes.push(NeighbourAttribute::IfIndex(index));
-        let messages = request.execute().try_collect::<Vec<_>>().await;
+        let messages = self.handle.neighbours().get().execute().try_collect::<Vec<_>>().await;
         let messages = messages.map_err(|error| NetlinkError::new("list neighbours", error))?;
-        let permanent = |message: &NeighbourMessage| {
-            message.header.ifindex == index && message.header.state == NeighbourState::Permanent
-        };
         let parse = |message: NeighbourMessage| {
+            let permanent = message.header.state == NeighbourState::Permanent;
             let (mut ip, mut mac) = (None, None);
             for attribute in message.attributes {
                 match attribute {
@@ -132,9 +139,10 @@ impl Netlink {
                     _ => {}
                 }
             }
-            Some((ip?, mac?.to_vec()))
+            let interface = message.header.ifindex;
+            permanent.then_some(Neighbour { interface, ip: ip?, mac: mac?.to_vec() })
         };
-        Ok(messages.into_iter().filter(permanent).filter_map(parse).collect())
+        Ok(messages.into_iter().filter_map(parse).collect())
     }
 
     /// Sets a route of a pod: to `destination` on the link itself, or by `gateway`.

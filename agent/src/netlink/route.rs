@@ -82,8 +82,8 @@ impl Route {
 }
 
 impl Netlink {
-    /// Skein's routes through an interface.
-    pub async fn routes(&self, interface: u32) -> Result<Vec<Route>, NetlinkError> {
+    /// Skein's routes through an interface, or through all.
+    pub async fn routes(&self, interface: Option<u32>) -> Result<Vec<Route>, NetlinkError> {
         let _dump = self.dump.lock().await;
         let mut routes = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
@@ -91,12 +91,12 @@ impl Netlink {
             filter.header.address_family = family;
             filter.header.protocol = RouteProtocol::Other(PROTOCOL);
             filter.header.table = RouteHeader::RT_TABLE_MAIN;
-            filter.attributes.push(RouteAttribute::Oif(interface));
+            filter.attributes.extend(interface.map(RouteAttribute::Oif));
             let messages = self.handle.route().get(filter).execute().try_collect::<Vec<_>>().await;
             let messages = messages.map_err(|error| NetlinkError::new("list routes", error))?;
             routes.extend(messages.iter().filter_map(Route::parse));
         }
-        routes.retain(|route| route.interface == interface);
+        routes.retain(|route| interface.is_none_or(|index| route.interface == index));
         Ok(routes)
     }
 
@@ -105,7 +105,7 @@ impl Netlink {
         match self.add_route(route).await {
             Ok(()) => Ok(true),
             Err(error) if error.errno() == Some(libc::EEXIST) => {
-                match self.routes(route.interface).await?.contains(route) {
+                match self.routes(Some(route.interface)).await?.contains(route) {
                     true => Ok(false),
                     false => Err(error),
                 }
