@@ -123,7 +123,8 @@ fn remove_cgroups(name: &str) {
 }
 
 /// What runs before containerd in its mount namespace: `/opt/cni/bin` and `/etc/cni/net.d`, which `ctr`
-/// reads, are the agent's, and `/run` is its own but for the laboratory's files.
+/// reads, are the agent's; `/run` is its own but for the laboratory's files, and so is `/var/lib`, where
+/// libcni keeps results.
 fn script(directory: &Path, laboratory: &Path, agent: &Agent) -> String {
     let (own, lab) = (directory.display(), laboratory.display());
     let bin = agent.cni_directory("bin_dir");
@@ -134,6 +135,7 @@ fn script(directory: &Path, laboratory: &Path, agent: &Agent) -> String {
          mkdir -p {lab} /run/layers/upper /run/layers/work
          mount --move /mnt {lab}
          mount -t tmpfs tmpfs /opt
+         mount -t tmpfs tmpfs /var/lib
          mkdir -p /opt/cni/bin
          mount --bind {bin} /opt/cni/bin
          mount -t overlay -o lowerdir=/etc,upperdir=/run/layers/upper,workdir=/run/layers/work overlay /etc
