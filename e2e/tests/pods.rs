@@ -302,6 +302,80 @@ fn killing_the_agent_loses_and_doubles_nothing() -> Result<()> {
 }
 
 #[test]
+fn what_a_killed_agent_has_begun_is_finished() -> Result<()> {
+    let mut cluster = up(1, |_| ())?;
+    let before = traces(node(&cluster, 0))?;
+    let runtime = runtime(&cluster, 0)?;
+    let (a, b) = (runtime.pod("a")?, runtime.pod("b")?);
+    let (a_again, b_again) = (
+        || runtime.add("a", &a.ns).and_then(|result| cni::addresses(&result)),
+        || runtime.add("b", &b.ns).and_then(|result| cni::addresses(&result)),
+    );
+    let (first, second) = (a_again()?, b_again()?);
+    // As if it had been killed right after the pair was made: no mark, no addresses, down.
+    cluster.agents[0].kill_control();
+    let unmark = ["link", "set", a.host_interface.as_str(), "down", "alias", ""];
+    let unmarked = node(&cluster, 0).command("ip").args(unmark).status()?;
+    ensure!(unmarked.success(), "the mark is still there");
+    a.ns.ip("address flush dev eth0")?;
+    a.ns.ip("link set eth0 down")?;
+    // As if before: the address is reserved, and nothing is made.
+    node(&cluster, 0).ip(&format!("link delete {}", b.host_interface))?;
+    cluster.agents[0].start()?;
+    ensure!(a_again()? == first && b_again()? == second, "other addresses");
+    reach(&a, &b)?;
+    for pod in ["a", "b"] {
+        runtime.del(pod, None)?;
+    }
+    same(&before, &traces(node(&cluster, 0))?)
+}
+
+#[test]
+fn a_reboot_frees_every_address() -> Result<()> {
+    let mut cluster = up(1, |_| ())?;
+    let before = traces(node(&cluster, 0))?;
+    let runtime = runtime(&cluster, 0)?;
+    let (a, b) = (runtime.pod("a")?, runtime.pod("b")?);
+    let used = |agent: &Agent| -> Result<f64> {
+        Ok(agent.metrics()?.sum("skein_ipam_addresses", &["state=\"used\""]))
+    };
+    // The kernel has forgotten both; the path of one namespace is there again.
+    cluster.agents[0].stop()?;
+    for pod in [&a, &b] {
+        node(&cluster, 0).ip(&format!("link delete {}", pod.host_interface))?;
+    }
+    drop(b);
+    cluster.agents[0].start()?;
+    ensure!(used(&cluster.agents[0])? == 2.0, "of the same boot, and its namespace lives");
+    cluster.agents[0].stop()?;
+    let boot = cluster.lab.directory().join("boot_id");
+    fs::write(&boot, "00000000-0000-4000-8000-000000000000\n")?;
+    let target = "/proc/sys/kernel/random/boot_id";
+    cluster.agents[0].prelude = Some(format!("mount --bind {} {target}", boot.display()));
+    cluster.agents[0].start()?;
+    ensure!(used(&cluster.agents[0])? == 0.0, "{} in use", used(&cluster.agents[0])?);
+    let again = runtime.add("c", &a.ns)?;
+    ensure!(!cni::addresses(&again)?.contains(&IpAddr::V4(a.v4)), "reused at once");
+    runtime.del("c", None)?;
+    same(&before, &traces(node(&cluster, 0))?)
+}
+
+#[test]
+fn a_container_with_a_network_gets_no_second_one() -> Result<()> {
+    let cluster = up(1, |_| ())?;
+    let runtime = runtime(&cluster, 0)?;
+    let (a, b) = (runtime.pod("a")?, runtime.pod("b")?);
+    let before = traces(node(&cluster, 0))?;
+    let path = cni::path(&a.ns);
+    let second = cni::Attachment { container: "a", interface: "eth1", netns: Some(path.as_str()) };
+    let (code, text) = runtime.refused("ADD", Some(second), Value::Null)?;
+    ensure!(code == 4 && text.contains("default route"), "{code} {text}");
+    runtime.done("DEL", Some(second), Value::Null)?;
+    same(&before, &traces(node(&cluster, 0))?)?;
+    reach(&a, &b)
+}
+
+#[test]
 fn a_lost_state_directory_is_filled_from_the_kernel() -> Result<()> {
     let mut cluster = up(1, |_| ())?;
     let runtime = runtime(&cluster, 0)?;

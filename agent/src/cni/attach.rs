@@ -25,6 +25,11 @@ pub enum AttachError {
     /// The pod has an interface of that name.
     #[error("the container has an interface {0} already")]
     Exists(String),
+    /// The pod has another way out: a default route by somebody else's interface, or by another of Skein's.
+    #[error(
+        "the container has a default route by another interface already: Skein's is to be its first network"
+    )]
+    DefaultRoute,
     /// The node's name for it belongs to somebody else.
     #[error(
         "interface {name} of the node belongs to another ({found}): delete it (ip link delete {name})"
@@ -103,28 +108,29 @@ impl Attacher {
     ) -> Result<Attached, AttachError> {
         let pod = Netlink::connect_in(namespace)?;
         let name = host_name(id);
+        let found = netlink.link(&name).await?;
+        if let Some(found) = &found {
+            self.check_owner(found, id)?;
+        }
         let present = pod.link(&id.ifname).await?;
-        match (netlink.link(&name).await?, &present) {
-            (Some(found), Some(_)) if found.alias == self.alias(id) => {}
-            (Some(found), _) => {
-                // Its other end went to another namespace, or its making was not finished.
-                self.check_owner(&found, id)?;
-                if present.is_some() {
-                    return Err(AttachError::Exists(id.ifname.clone()));
+        let own = present.as_ref().map(|link| link.index);
+        if pod.default_routes().await?.iter().any(|(_, interface)| Some(*interface) != own) {
+            return Err(AttachError::DefaultRoute);
+        }
+        match (found, present) {
+            // Both ends are there, perhaps made by an agent that was killed before it went on.
+            (Some(_), Some(present)) if present.mac == pod_mac(id) => {}
+            (_, Some(_)) => return Err(AttachError::Exists(id.ifname.clone())),
+            (found, None) => {
+                if let Some(found) = found {
+                    // Its other end went to another namespace, or has another name now.
+                    netlink.delete_link(found.index).await?;
                 }
-                netlink.delete_link(found.index).await?;
                 netlink.add_veth(&name, (&id.ifname, &pod_mac(id)), namespace, mtu).await?;
-            }
-            (None, Some(_)) => return Err(AttachError::Exists(id.ifname.clone())),
-            (None, None) => {
-                netlink.add_veth(&name, (&id.ifname, &pod_mac(id)), namespace, mtu).await?
             }
         }
         let host = missing(netlink.link(&name).await?, &name)?;
         let inner = missing(pod.link(&id.ifname).await?, &id.ifname)?;
-        if inner.mac != pod_mac(id) {
-            return Err(AttachError::Exists(id.ifname.clone()));
-        }
         let up = |mtu_now: u32, alias| LinkChange {
             alias,
             mtu: (mtu_now != mtu).then_some(mtu),

@@ -93,7 +93,7 @@ impl Pods {
             network: receiver,
             readiness,
             not_ready: None,
-            complaint: None,
+            complaints: Vec::new(),
             can_serve: false,
             installed: false,
             cni,
@@ -165,8 +165,8 @@ struct Keeper {
     network: watch::Receiver<Network>,
     readiness: Readiness,
     not_ready: Option<NotReady>,
-    /// Logged already.
-    complaint: Option<String>,
+    /// Logged already, so as not to be logged every ten seconds.
+    complaints: Vec<String>,
     /// Whether the agent was ready once.
     can_serve: bool,
     /// Whether the plugin is where the runtime looks for it.
@@ -214,23 +214,27 @@ impl Keeper {
             Ok(false) => {}
             Err(error) => errors.push(format!("firewall: {error}")),
         }
+        let mut single = Vec::new();
         // First what the kernel has: only then a deletion that waited finds its address.
-        errors.extend(self.service.tend().await.err());
-        errors.extend(self.service.empty_spool().await.err());
+        for outcome in [self.service.tend().await, self.service.empty_spool().await] {
+            match outcome {
+                Ok(problems) => single.extend(problems),
+                Err(error) => errors.push(error),
+            }
+        }
         if self.can_serve && !self.installed {
             errors.extend(self.install().err().map(|error| error.to_string()));
         }
-        let complaint = (!errors.is_empty()).then(|| errors.join("; "));
-        if complaint != self.complaint
-            && let Some(complaint) = &complaint
-        {
+        // One pod's trouble is no reason to refuse all others.
+        self.not_ready = match errors.is_empty() {
+            true => None,
+            false => Some(self.readiness.block(format!("pods: {}", errors.join("; ")))),
+        };
+        errors.extend(single);
+        for complaint in errors.iter().filter(|error| !self.complaints.contains(error)) {
             tracing::error!("pods: {complaint}");
         }
-        self.not_ready = match &complaint {
-            None => None,
-            Some(text) => Some(self.readiness.block(format!("pods: {text}"))),
-        };
-        self.complaint = complaint;
+        self.complaints = errors;
     }
 
     /// The plugin, then the configuration: from now on the runtime starts pods.

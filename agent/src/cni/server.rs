@@ -21,6 +21,9 @@ const AT_ONCE: usize = 32;
 const CONNECTIONS: usize = 512;
 /// How long the plugin may take to say what it wants, or to read the answer.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a request may be worked on, its turn included: less than the plugin waits (30 s). What
+/// was begun is finished by the runtime's next ADD, or taken back by its DEL.
+const WORK: Duration = Duration::from_secs(25);
 
 /// Whoever does what is asked.
 pub(super) trait Handler: Send + Sync + 'static {
@@ -71,8 +74,15 @@ async fn talk<H: Handler>(stream: &UnixStream, handler: &H, turns: &Semaphore) -
             ),
         ),
         Ok((request, netns)) => {
-            let _turn = turns.acquire().await.map_err(io::Error::other)?;
-            handler.answer(request, netns).await
+            let work = async {
+                let _turn = turns.acquire().await;
+                handler.answer(request, netns).await
+            };
+            tokio::time::timeout(WORK, work).await.unwrap_or_else(|_| {
+                tracing::warn!("a request of the CNI plugin was not done within {WORK:?}");
+                let late = format!("the agent was not done within {WORK:?}: see its log");
+                refusal(ErrorCode::TryAgainLater as u32, late)
+            })
         }
         Err(FrameError::Io(error)) => return Err(error),
         Err(error) => refusal(ErrorCode::Decoding as u32, error.to_string()),
@@ -83,4 +93,41 @@ async fn talk<H: Handler>(stream: &UnixStream, handler: &H, turns: &Semaphore) -
 /// An answer that says no.
 pub(super) fn refusal(code: u32, msg: impl Into<String>) -> Answer {
     Answer::Refused(Refusal { code, msg: msg.into(), details: String::new() })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use skein_cni::protocol::Command;
+
+    /// Says that it has begun, and never ends.
+    struct Hangs(tokio::sync::Notify);
+
+    impl Handler for Hangs {
+        async fn answer(&self, _request: Request, _netns: Option<OwnedFd>) -> Answer {
+            self.0.notify_one();
+            std::future::pending().await
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_takes_too_long_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("cni.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let handler = Arc::new(Hangs(tokio::sync::Notify::new()));
+        let server = tokio::spawn(serve(listener, Arc::clone(&handler)));
+        let request = Request { protocol: VERSION, command: Command::Status };
+        let ask = move || skein_cni::client::ask(&path, &request, None, Duration::from_secs(5));
+        let asked = tokio::task::spawn_blocking(ask);
+        handler.0.notified().await;
+        tokio::time::advance(WORK).await;
+        let answer = asked.await.unwrap().unwrap();
+        assert!(
+            matches!(&answer, Answer::Refused(refusal) if refusal.code == 11 && refusal.msg.contains("25s")),
+            "{answer:?}"
+        );
+        server.abort();
+    }
 }

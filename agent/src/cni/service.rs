@@ -67,7 +67,9 @@ impl Error {
         match self {
             Error::Ipam(error) => error.code() as u32,
             Error::Invalid(_) => ErrorCode::InvalidNetworkConfig as u32,
-            Error::Attach(AttachError::Exists(_)) => ErrorCode::InvalidEnvironment as u32,
+            Error::Attach(AttachError::Exists(_) | AttachError::DefaultRoute) => {
+                ErrorCode::InvalidEnvironment as u32
+            }
             Error::Attach(_) => ErrorCode::TryAgainLater as u32,
             Error::Namespace(_) => ErrorCode::UnknownContainer as u32,
             Error::Broken(_) => BROKEN,
@@ -278,8 +280,9 @@ impl Service {
     }
 
     /// Brings leases and kernel together: adopts attachments without a lease, releases the leases of
-    /// namespaces that are gone, puts back what somebody took. Goes on after an error.
-    pub(super) async fn tend(&self) -> Result<(), String> {
+    /// namespaces that are gone, puts back what somebody took. What is wrong with one pod is returned,
+    /// and keeps nothing else from being done.
+    pub(super) async fn tend(&self) -> Result<Vec<String>, String> {
         let kernel = self.attacher.look(&self.netlink).await.map_err(|e| e.to_string())?;
         let leases = self.leases.list().await.map_err(|error| error.to_string())?;
         let mut errors = Vec::new();
@@ -298,10 +301,7 @@ impl Service {
             };
             errors.extend(result.err().map(|error| error.to_string()));
         }
-        match errors.is_empty() {
-            true => Ok(()),
-            false => Err(errors.join("; ")),
-        }
+        Ok(errors)
     }
 
     async fn adopt(&self, id: AttachmentId, addresses: Vec<IpAddr>) -> Result<(), Error> {
@@ -345,8 +345,9 @@ impl Service {
         Ok(())
     }
 
-    /// Does what the plugin could not say while the agent was away.
-    pub(super) async fn empty_spool(&self) -> Result<(), String> {
+    /// Does what the plugin could not say while the agent was away. What is wrong with one entry is
+    /// returned.
+    pub(super) async fn empty_spool(&self) -> Result<Vec<String>, String> {
         let listing = spool::list(&self.spool).map_err(|error| error.to_string())?;
         let mut errors = Vec::new();
         for entry in listing {
@@ -369,10 +370,7 @@ impl Service {
             }
             spool::remove(&entry.path).map_err(|error| error.to_string())?;
         }
-        match errors.is_empty() {
-            true => Ok(()),
-            false => Err(errors.join("; ")),
-        }
+        Ok(errors)
     }
 
     /// Which namespace it is; an error where it is none, or the node's own.

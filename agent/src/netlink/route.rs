@@ -50,34 +50,45 @@ impl Route {
     }
 
     fn parse(message: &RouteMessage) -> Option<Self> {
-        let header = &message.header;
-        let ours = header.protocol == RouteProtocol::Other(PROTOCOL)
-            && header.table == RouteHeader::RT_TABLE_MAIN
-            && header.kind == RouteType::Unicast;
-        if !ours {
+        if message.header.protocol != RouteProtocol::Other(PROTOCOL) {
             return None;
         }
-        let unspecified = match header.address_family {
-            AddressFamily::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-            AddressFamily::Inet6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-            _ => return None,
-        };
-        let ip = |address: &RouteAddress| match address {
-            RouteAddress::Inet(ip) => Some(IpAddr::V4(*ip)),
-            RouteAddress::Inet6(ip) => Some(IpAddr::V6(*ip)),
+        let (destination, interface) = parse(message)?;
+        let source = message.attributes.iter().find_map(|attribute| match attribute {
+            RouteAttribute::PrefSource(source) => address(source),
             _ => None,
-        };
-        let (mut destination, mut interface, mut source) = (unspecified, None, None);
-        for attribute in &message.attributes {
-            match attribute {
-                RouteAttribute::Destination(address) => destination = ip(address)?,
-                RouteAttribute::Oif(index) => interface = Some(*index),
-                RouteAttribute::PrefSource(address) => source = ip(address),
-                _ => {}
-            }
+        });
+        Some(Self { destination, interface, source })
+    }
+}
+
+/// Where a unicast route of the main table leads, and by which interface.
+fn parse(message: &RouteMessage) -> Option<(IpNet, u32)> {
+    let header = &message.header;
+    if header.table != RouteHeader::RT_TABLE_MAIN || header.kind != RouteType::Unicast {
+        return None;
+    }
+    let mut destination = match header.address_family {
+        AddressFamily::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        AddressFamily::Inet6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        _ => return None,
+    };
+    let mut interface = None;
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Destination(ip) => destination = address(ip)?,
+            RouteAttribute::Oif(index) => interface = Some(*index),
+            _ => {}
         }
-        let destination = IpNet::new(destination, header.destination_prefix_length).ok()?;
-        Some(Self { destination, interface: interface?, source })
+    }
+    Some((IpNet::new(destination, header.destination_prefix_length).ok()?, interface?))
+}
+
+fn address(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(ip) => Some(IpAddr::V4(*ip)),
+        RouteAddress::Inet6(ip) => Some(IpAddr::V6(*ip)),
+        _ => None,
     }
 }
 
@@ -97,6 +108,23 @@ impl Netlink {
             routes.extend(messages.iter().filter_map(Route::parse));
         }
         routes.retain(|route| interface.is_none_or(|index| route.interface == index));
+        Ok(routes)
+    }
+
+    /// Interfaces by which default routes of the main table lead, whoever made them, with a route's
+    /// destination for each.
+    pub async fn default_routes(&self) -> Result<Vec<(IpNet, u32)>, NetlinkError> {
+        let _dump = self.dump.lock().await;
+        let mut routes = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut filter = RouteMessage::default();
+            filter.header.address_family = family;
+            filter.header.table = RouteHeader::RT_TABLE_MAIN;
+            let messages = self.handle.route().get(filter).execute().try_collect::<Vec<_>>().await;
+            let messages = messages.map_err(|error| NetlinkError::new("list routes", error))?;
+            let default = |message: &&RouteMessage| message.header.destination_prefix_length == 0;
+            routes.extend(messages.iter().filter(default).filter_map(parse));
+        }
         Ok(routes)
     }
 

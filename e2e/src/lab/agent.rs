@@ -76,6 +76,8 @@ pub struct Agent {
     pub config: Table,
     /// Its environment, beside the inherited one.
     pub environment: Vec<(String, String)>,
+    /// A line of shell that comes before each of its commands, in a mount namespace of theirs.
+    pub prelude: Option<String>,
     netns: String,
     directory: PathBuf,
     process: Option<Process>,
@@ -114,6 +116,7 @@ impl Agent {
             },
             config,
             environment: vec![],
+            prelude: None,
             netns: node.ns.name().to_owned(),
             directory: directory.clone(),
             process: None,
@@ -213,7 +216,11 @@ impl Agent {
         let config = self.write_config()?;
         let mut command = std::process::Command::new("ip");
         command.envs(self.environment.iter().cloned());
-        command.args(["netns", "exec", &self.netns]).arg(binary()?).args(arguments);
+        command.args(["netns", "exec", &self.netns]);
+        if let Some(prelude) = &self.prelude {
+            command.args(["sh", "-c", &format!("{prelude} && exec \"$@\""), "sh"]);
+        }
+        command.arg(binary()?).args(arguments);
         if arguments.first() != Some(&"check") {
             command.arg("--config").arg(config);
         }
