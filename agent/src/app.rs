@@ -9,9 +9,11 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use zeroize::Zeroizing;
 
 use crate::config::{Config, DEFAULT_PATH, Log, LogFormat, Mode};
+use crate::control::kubernetes::{resource, uninstall};
 use crate::control::{self, cleanup, identity, server};
 use crate::failure::Failure;
 use crate::keys::PrivateKey;
+use crate::lifecycle::Signals;
 use crate::status::{self, Align, table};
 use crate::sys::probe::{Probe, probe_all};
 use crate::{dataplane, lifecycle};
@@ -72,7 +74,14 @@ enum Command {
         /// Also remove the state: the node's key and the last good node records
         #[arg(long)]
         state: bool,
+        /// Stay until ended, for a DaemonSet that cleans up every node
+        #[arg(long)]
+        hold: bool,
     },
+    /// Print the definition of the SkeinNode resource (kubectl apply -f -)
+    Crd,
+    /// Take Skein from every node of a Kubernetes cluster (what the chart does before it goes)
+    Uninstall(UninstallArgs),
     /// Make a private key
     Keygen {
         /// Write it to this file (mode 0600), and the public key to standard output
@@ -94,6 +103,34 @@ struct ConfigArgs {
     /// The agent's configuration
     #[arg(long, default_value = DEFAULT_PATH, env = "SKEIN_CONFIG")]
     config: PathBuf,
+    /// Name of this node (overrides name)
+    #[arg(long, env = "SKEIN_NODE_NAME")]
+    name: Option<String>,
+}
+
+impl ConfigArgs {
+    fn load(&self) -> Result<Config, Failure> {
+        Config::load(&self.config, self.name.as_deref())
+    }
+}
+
+#[derive(Args)]
+struct UninstallArgs {
+    /// Namespace of the agents
+    #[arg(long)]
+    namespace: String,
+    /// The agents' DaemonSet
+    #[arg(long)]
+    daemonset: String,
+    /// File with the manifest of a DaemonSet that cleans up a node
+    #[arg(long)]
+    cleanup: PathBuf,
+    /// Seconds that it all may take
+    #[arg(long, default_value_t = 300.0)]
+    timeout: f64,
+    /// Which cluster; without it that of this pod
+    #[arg(long)]
+    kubeconfig: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -107,23 +144,25 @@ enum Output {
 /// Runs the command that the command line asks for.
 pub fn main() -> Result<(), Failure> {
     match Cli::parse().command {
-        Command::Run { config, dataplane } => run(&config.config, dataplane),
+        Command::Run { config, dataplane } => run(&config, dataplane),
         Command::Dataplane { socket, log_level, log_format } => {
             lifecycle::start_log(&Log { level: log_level, format: log_format });
             Ok(dataplane::run(dataplane::Options { socket })?)
         }
         Command::Status { config, socket, output, interval } => {
-            show_status(&config.config, socket, output, interval)
+            show_status(&config, socket, output, interval)
         }
         Command::Check { output } => check(output),
-        Command::Cleanup { config, state } => clean(&config.config, state),
+        Command::Cleanup { config, state, hold } => clean(&config, state, hold),
+        Command::Crd => print(&resource::definition()?),
+        Command::Uninstall(options) => uninstall(&options),
         Command::Keygen { out } => keygen(out.as_deref()),
         Command::Pubkey { file, config } => pubkey(file, config),
     }
 }
 
-fn run(path: &Path, mode: Option<Mode>) -> Result<(), Failure> {
-    let mut config = Config::load(path)?;
+fn run(config: &ConfigArgs, mode: Option<Mode>) -> Result<(), Failure> {
+    let mut config = config.load()?;
     if let Some(mode) = mode {
         config.dataplane.mode = mode;
     }
@@ -140,14 +179,14 @@ fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
 }
 
 fn show_status(
-    config: &Path,
+    config: &ConfigArgs,
     socket: Option<PathBuf>,
     output: Output,
     interval: f64,
 ) -> Result<(), Failure> {
     let socket = match socket {
         Some(socket) => socket,
-        None => Config::load(config)?.control.socket,
+        None => config.load()?.control.socket,
     };
     let fetch = || async {
         server::fetch(&socket).await.map_err(|error| {
@@ -239,22 +278,43 @@ fn check(output: Output) -> Result<(), Failure> {
     }
 }
 
-fn clean(path: &Path, state: bool) -> Result<(), Failure> {
-    let config = Config::load(path)?;
+fn clean(config: &ConfigArgs, state: bool, hold: bool) -> Result<(), Failure> {
+    let config = config.load()?;
     lifecycle::start_log(&config.log);
-    let cleaned = runtime()?.block_on(cleanup::cleanup(&config, state))?;
+    let runtime = runtime()?;
+    let cleaned = runtime.block_on(cleanup::cleanup(&config, state))?;
     let mut text: String = cleaned.removed.iter().map(|what| format!("removed {what}\n")).collect();
     if cleaned.removed.is_empty() && cleaned.errors.is_empty() {
         text.push_str("nothing to remove\n");
     }
     print(&text)?;
-    match cleaned.errors.is_empty() {
-        true => Ok(()),
-        false => Err(Failure::Runtime(anyhow::anyhow!(
+    if !cleaned.errors.is_empty() {
+        return Err(Failure::Runtime(anyhow::anyhow!(
             "not everything could be removed:\n{}",
             cleaned.errors.join("\n")
-        ))),
+        )));
     }
+    if hold {
+        runtime.block_on(async {
+            Signals::take().context("cannot take signals")?.end().await;
+            Ok::<_, Failure>(())
+        })?;
+    }
+    Ok(())
+}
+
+fn uninstall(options: &UninstallArgs) -> Result<(), Failure> {
+    let timeout = Duration::try_from_secs_f64(options.timeout)
+        .map_err(|_| Failure::Usage("--timeout: use a number of seconds".to_owned()))?;
+    let options = uninstall::Options {
+        namespace: &options.namespace,
+        daemonset: &options.daemonset,
+        cleanup: &options.cleanup,
+        timeout,
+        kubeconfig: options.kubeconfig.as_deref(),
+    };
+    let say = |text: &str| print(&format!("{text}\n")).unwrap_or_default();
+    Ok(runtime()?.block_on(uninstall::uninstall(&options, say))?)
 }
 
 fn keygen(out: Option<&Path>) -> Result<(), Failure> {
@@ -274,7 +334,7 @@ fn keygen(out: Option<&Path>) -> Result<(), Failure> {
 
 fn pubkey(file: Option<PathBuf>, config: Option<PathBuf>) -> Result<(), Failure> {
     let path = match (file, config) {
-        (None, Some(config)) => Some(Config::load(&config)?.key_path()),
+        (None, Some(config)) => Some(Config::load(&config, None)?.key_path()),
         (file, _) => file,
     };
     let key = match path {

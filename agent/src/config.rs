@@ -3,6 +3,7 @@
 
 mod cni;
 mod file;
+mod kubernetes;
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -52,6 +53,8 @@ pub struct Config {
     pub control: Control,
     /// Pods.
     pub cni: Cni,
+    /// The Kubernetes API.
+    pub kubernetes: Kubernetes,
     /// Logging.
     pub log: Log,
 }
@@ -147,6 +150,19 @@ pub struct Cni {
     pub table: String,
 }
 
+/// The Kubernetes API as the source of node records.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Kubernetes {
+    /// Whether the records are SkeinNodes, and not files.
+    pub enabled: bool,
+    /// Which cluster, and as whom; `None`: that of this pod, by its service account.
+    pub kubeconfig: Option<PathBuf>,
+    /// The interface whose addresses the other nodes send to; `None`: the Node's InternalIPs.
+    pub endpoint_interface: Option<String>,
+    /// Key of a taint that is removed from the Node once pods have a network.
+    pub not_ready_taint: Option<String>,
+}
+
 /// Logging to standard error.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Log {
@@ -168,16 +184,22 @@ pub enum LogFormat {
 }
 
 impl Config {
-    /// Reads and validates a file.
-    pub fn load(path: &Path) -> Result<Self, Failure> {
+    /// Reads and validates a file. `name` overrides the node's.
+    pub fn load(path: &Path, name: Option<&str>) -> Result<Self, Failure> {
         let text = std::fs::read_to_string(path).map_err(|error| {
             Failure::Usage(format!(
                 "cannot read the configuration {}: {error}: name the file with --config",
                 path.display()
             ))
         })?;
-        Self::parse(&text)
-            .map_err(|error| Failure::Usage(format!("configuration {}: {error}", path.display())))
+        let mut config = Self::parse(&text).map_err(|error| {
+            Failure::Usage(format!("configuration {}: {error}", path.display()))
+        })?;
+        if let Some(name) = name {
+            check_node_name(name).map_err(|error| Failure::Usage(format!("--name: {error}")))?;
+            config.name = name.to_owned();
+        }
+        Ok(config)
     }
 
     /// Validates the text of a configuration file.

@@ -93,6 +93,7 @@ async fn metrics_page(State(shared): State<Shared>) -> Response {
         registry: shared.registry(),
         ready: shared.readiness.reasons().is_empty(),
         per_peer: shared.config.metrics.per_peer,
+        requests: shared.requests().map(|requests| requests.families()).unwrap_or_default(),
         pods: match shared.pods() {
             Some(pods) => Some(metrics::Pods {
                 requests: pods.requests(),

@@ -88,6 +88,11 @@ impl Signals {
         })
     }
 
+    /// Waits for one that ends the process.
+    pub async fn end(&mut self) {
+        while self.next().await != Asked::End {}
+    }
+
     /// Waits for the next.
     pub async fn next(&mut self) -> Asked {
         tokio::select! {

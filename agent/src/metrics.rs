@@ -32,6 +32,8 @@ pub struct Input {
     pub ready: bool,
     /// Whether to have series for each peer.
     pub per_peer: bool,
+    /// Requests to the Kubernetes API server.
+    pub requests: Vec<MetricFamily>,
     /// Pods, where they are served.
     pub pods: Option<Pods>,
 }
@@ -59,6 +61,7 @@ pub fn render(input: &Input) -> prometheus::Result<String> {
 
 fn families(input: &Input) -> Vec<MetricFamily> {
     let mut families = control(input);
+    families.extend(input.requests.clone());
     if let Some(pods) = &input.pods {
         families.extend(of_pods(pods));
     }
@@ -99,7 +102,13 @@ fn control(input: &Input) -> Vec<MetricFamily> {
         Kind::Gauge,
     );
     rejected.add(&[], input.registry.rejected.len() as f64);
-    let mut families = vec![build, ready, up, restarts, records, rejected];
+    let mut source = Family::new(
+        "skein_node_records_source_up",
+        "Whether the source of the node records (files, or the API server) can be read.",
+        Kind::Gauge,
+    );
+    source.add(&[], f64::from(u8::from(input.registry.source_error.is_none())));
+    let mut families = vec![build, ready, up, restarts, records, rejected, source];
     families.extend(processes(input.dataplane.pid));
     families.into_iter().map(Family::finish).collect()
 }

@@ -7,6 +7,7 @@ use ipnet::IpNet;
 use serde::Deserialize;
 
 use super::cni::CniTable;
+use super::kubernetes::KubernetesTable;
 use super::{
     Config, Control, DEFAULT_PORT, Dataplane, Interface, Invalid, Log, LogFormat, MIN_IPV6_MTU,
     Metrics, Mode, check_disjoint, check_node_name, check_pod_cidr, wildcard,
@@ -25,7 +26,7 @@ pub(super) struct File {
     cluster_id: String,
     state_dir: PathBuf,
     private_key_file: Option<PathBuf>,
-    nodes: PathBuf,
+    nodes: Option<PathBuf>,
     pod_cidrs: Option<Vec<String>>,
     interface: InterfaceTable,
     underlay: UnderlayTable,
@@ -34,6 +35,7 @@ pub(super) struct File {
     metrics: MetricsTable,
     control: ControlTable,
     cni: CniTable,
+    kubernetes: KubernetesTable,
     log: LogTable,
 }
 
@@ -44,7 +46,7 @@ impl Default for File {
             cluster_id: "default".to_owned(),
             state_dir: "/var/lib/skein".into(),
             private_key_file: None,
-            nodes: "/etc/skein/nodes.d".into(),
+            nodes: None,
             pod_cidrs: None,
             interface: InterfaceTable::default(),
             underlay: UnderlayTable::default(),
@@ -53,6 +55,7 @@ impl Default for File {
             metrics: MetricsTable::default(),
             control: ControlTable::default(),
             cni: CniTable::default(),
+            kubernetes: KubernetesTable::default(),
             log: LogTable::default(),
         }
     }
@@ -193,7 +196,7 @@ impl File {
         for (key, path) in [
             ("state_dir", Some(&self.state_dir)),
             ("private_key_file", self.private_key_file.as_ref()),
-            ("nodes", Some(&self.nodes)),
+            ("nodes", self.nodes.as_ref()),
             ("dataplane.socket", Some(&self.dataplane.socket)),
             ("control.socket", Some(&self.control.socket)),
             ("cni.socket", Some(&self.cni.socket)),
@@ -222,12 +225,19 @@ impl File {
                 )));
             }
         }
+        let kubernetes = self.kubernetes.validate()?;
+        if kubernetes.enabled && self.nodes.is_some() {
+            return Err(Invalid(
+                "nodes: with kubernetes.enabled the records are SkeinNodes: leave nodes out"
+                    .to_owned(),
+            ));
+        }
         Ok(Config {
             name,
             cluster_id: self.cluster_id,
             state_dir: self.state_dir,
             private_key_file: self.private_key_file,
-            nodes: self.nodes,
+            nodes: self.nodes.unwrap_or_else(|| "/etc/skein/nodes.d".into()),
             pod_cidrs,
             interface,
             underlay: self.underlay.validate()?,
@@ -242,6 +252,7 @@ impl File {
             metrics: self.metrics.validate()?,
             control: Control { socket: self.control.socket },
             cni: self.cni.validate()?,
+            kubernetes,
             log: self.log.validate()?,
         })
     }

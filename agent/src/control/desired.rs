@@ -175,6 +175,7 @@ pub fn difference(old: &Snapshot, new: &Snapshot) -> Option<Request> {
 mod tests {
     use super::super::records::tests::text;
     use super::*;
+    use crate::control::source::Reader;
 
     fn desired(config: &str, records: &[String], underlay_mtu: u32) -> (Config, Desired) {
         let directory = tempfile::tempdir().unwrap();
@@ -186,7 +187,9 @@ mod tests {
         let head =
             format!("name = 'node-1'\nnodes = {nodes:?}\nstate_dir = {:?}\n", directory.path());
         let config = Config::parse(&(head + config)).unwrap();
-        let registry = Registry::open(&config, PublicKey([1; 32])).unwrap();
+        let registry =
+            Registry::open(&config, PublicKey([1; 32]), Reader::Path(config.nodes.clone()))
+                .unwrap();
         let desired = Desired::new(&config, &registry, underlay_mtu);
         (config, desired)
     }

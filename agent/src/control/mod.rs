@@ -5,11 +5,13 @@ pub mod cleanup;
 pub mod client;
 pub mod desired;
 pub mod identity;
+pub mod kubernetes;
 pub mod lock;
 pub mod records;
 pub mod registry;
 pub mod server;
 pub mod shared;
+pub mod source;
 pub mod supervisor;
 pub mod watch;
 
@@ -21,9 +23,11 @@ use tokio::sync::oneshot;
 use tokio::time::MissedTickBehavior;
 
 use self::desired::Desired;
+use self::kubernetes::Kubernetes;
 use self::lock::StateLock;
 use self::registry::Registry;
 use self::shared::{InterfaceStatus, Shared};
+use self::source::{Reader, Source};
 use self::supervisor::{End, Handle};
 use self::watch::SourceWatch;
 use crate::cni::Pods;
@@ -51,8 +55,6 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let lock = StateLock::take(&config.state_dir)?;
     let key = identity::for_node(&config)?;
     let public = key.public().context("cannot compute the public key")?;
-    let registry = Registry::open(&config, public)?;
-    let source = SourceWatch::start(&config.nodes);
     let shared = Shared::new(config.clone(), public);
     // Until the parts have guards of their own.
     let starting = shared.readiness.block("the agent is starting");
@@ -62,19 +64,53 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let server = tokio::spawn(server::serve(status, shared.clone()));
 
     let socket = config.control.socket.clone();
-    let result = match Controller::start(config, key, registry, shared).await {
-        Ok((controller, first)) => {
-            drop(starting);
-            controller.run(first, source, &mut signals).await
-        }
-        Err(failure) => Err(failure),
-    };
+    let result = control(config, key, shared, starting, &mut signals).await;
     http.abort();
     server.abort();
     // A socket file that stays is harmless: the next start takes it over.
     let _ = std::fs::remove_file(socket);
     drop(lock);
     result
+}
+
+async fn control(
+    config: Config,
+    key: PrivateKey,
+    shared: Shared,
+    starting: NotReady,
+    signals: &mut Signals,
+) -> Result<(), Failure> {
+    let source = tokio::select! {
+        source = first_records(&config, &shared, &starting) => source?,
+        () = signals.end() => return Ok(()),
+    };
+    let (source, reader) = source;
+    let registry = Registry::open(&config, shared.public_key, reader)?;
+    let (controller, first) = Controller::start(config, key, registry, shared).await?;
+    drop(starting);
+    controller.run(first, source, signals).await
+}
+
+/// The source of the records, once there is something to read.
+async fn first_records(
+    config: &Config,
+    shared: &Shared,
+    starting: &NotReady,
+) -> Result<(Source, Reader), Failure> {
+    if !config.kubernetes.enabled {
+        let watch = SourceWatch::start(&config.nodes);
+        return Ok((Source::Path(watch), Reader::Path(config.nodes.clone())));
+    }
+    let mut kubernetes = Kubernetes::start(shared).await?;
+    shared.set_requests(kubernetes.requests());
+    let reader = Reader::Kubernetes(kubernetes.records());
+    let last_good = registry::has_last_good(config, &reader);
+    let waits = |reason: &str| {
+        tracing::info!(reason, "waiting for the node records");
+        starting.because(format!("the node records are awaited: {reason}"));
+    };
+    kubernetes.first(last_good, waits).await;
+    Ok((Source::Kubernetes(kubernetes), reader))
 }
 
 struct Controller {
@@ -158,7 +194,7 @@ impl Controller {
     async fn run(
         mut self,
         mut first: First,
-        mut source: SourceWatch,
+        mut source: Source,
         signals: &mut Signals,
     ) -> Result<(), Failure> {
         let mut resync = tokio::time::interval(RESYNC);

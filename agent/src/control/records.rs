@@ -107,6 +107,19 @@ pub fn parse(text: &str) -> Result<Vec<NodeRecord>, RecordError> {
     }
 }
 
+impl NodeRecord {
+    /// From what another registry holds as text.
+    pub fn from_text(
+        name: String,
+        public_key: &str,
+        endpoints: &[String],
+        pod_cidrs: &[String],
+    ) -> Result<Self, RecordError> {
+        let (endpoints, pod_cidrs) = (endpoints.to_vec(), pod_cidrs.to_vec());
+        RawRecord { name, public_key: public_key.to_owned(), endpoints, pod_cidrs }.validate()
+    }
+}
+
 impl RawRecord {
     fn validate(self) -> Result<NodeRecord, RecordError> {
         let name = self.name;

@@ -11,12 +11,21 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::records::{self, Files, NodeRecord};
+use super::source::Reader;
 use crate::config::Config;
 use crate::failure::Failure;
 use crate::keys::PublicKey;
 
 /// Records by the file that they come from.
 type Accepted = BTreeMap<PathBuf, Vec<NodeRecord>>;
+
+/// The last good records' file in the state directory.
+const STORE: &str = "registry.json";
+
+/// Whether there are last good records of that source.
+pub fn has_last_good(config: &Config, source: &Reader) -> bool {
+    read_store(&config.state_dir.join(STORE), &source.name()).is_some()
+}
 
 /// This node, as the configuration has it.
 #[derive(Debug, Clone)]
@@ -32,7 +41,7 @@ pub struct Registry {
     own: Own,
     /// What this node owns.
     local_cidrs: Vec<IpNet>,
-    source: PathBuf,
+    source: Reader,
     store: PathBuf,
     accepted: Accepted,
     rejected: BTreeMap<PathBuf, String>,
@@ -42,7 +51,7 @@ pub struct Registry {
 /// What the status shows of the registry.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RegistryStatus {
-    /// File or directory.
+    /// File or directory, or `kubernetes`.
     pub source: PathBuf,
     /// Records in force, this node's included.
     pub accepted: usize,
@@ -71,19 +80,19 @@ struct Stored {
 impl Registry {
     /// Reads the records at the start. What is wrong with this node's own record is an error, and so
     /// is a wrong file where no records were ever good: later it is refused alone, as at run time.
-    pub fn open(config: &Config, public_key: PublicKey) -> Result<Self, Failure> {
+    pub fn open(config: &Config, public_key: PublicKey, source: Reader) -> Result<Self, Failure> {
         let own =
             Own { name: config.name.clone(), public_key, pod_cidrs: config.pod_cidrs.clone() };
-        let source = config.nodes.clone();
-        let store = config.state_dir.join("registry.json");
-        let last_good = read_store(&store, &source);
-        let shown = source.display();
-        let (files, source_error) = match (records::read(&source), &last_good) {
+        let store = config.state_dir.join(STORE);
+        let name = source.name();
+        let shown = name.display();
+        let last_good = read_store(&store, &name);
+        let (files, source_error) = match (source.read(), &last_good) {
             (Ok(files), _) => (files, None),
             (Err(error), Some(stored)) => {
                 tracing::warn!(source = %shown, %error, "no node records: the last good ones are used");
                 let files = stored.iter().map(|(path, good)| (path.clone(), Ok(good.clone())));
-                (files.collect(), Some(error.to_string()))
+                (files.collect(), Some(error))
             }
             (Err(error), None) => {
                 return Err(Failure::Usage(format!(
@@ -99,7 +108,9 @@ impl Registry {
             .iter()
             .map(|(path, error)| format!("node records {}: {error}", path.display()))
             .collect();
-        if first_start && !problems.is_empty() {
+        // Whoever writes files is at hand; another node's record in Kubernetes is not this node's fault.
+        let local = matches!(source, Reader::Path(_));
+        if local && first_start && !problems.is_empty() {
             return Err(Failure::Usage(problems.join("\n")));
         }
         let Some(local_cidrs) = local_cidrs(&own, &accepted) else {
@@ -120,12 +131,11 @@ impl Registry {
 
     /// Reads the records again; says whether what is in force has changed.
     pub fn reload(&mut self) -> bool {
-        let files = match records::read(&self.source) {
+        let files = match self.source.read() {
             Ok(files) => files,
             Err(error) => {
-                let error = error.to_string();
                 if self.source_error.as_ref() != Some(&error) {
-                    tracing::error!(source = %self.source.display(), %error,
+                    tracing::error!(source = %self.source.name().display(), %error,
                         "cannot read the node records: those in force stay");
                     self.source_error = Some(error);
                 }
@@ -171,7 +181,7 @@ impl Registry {
     pub fn status(&self) -> RegistryStatus {
         let rejected = self.rejected.iter();
         RegistryStatus {
-            source: self.source.clone(),
+            source: self.source.name(),
             accepted: self.accepted.values().map(Vec::len).sum(),
             rejected: rejected
                 .map(|(file, error)| RejectedFile { file: file.clone(), error: error.clone() })
@@ -181,7 +191,7 @@ impl Registry {
     }
 
     fn write_store(&self) {
-        let stored = Stored { source: self.source.clone(), files: self.accepted.clone() };
+        let stored = Stored { source: self.source.name(), files: self.accepted.clone() };
         let temporary = self.store.with_extension("json.new");
         let written = serde_json::to_vec(&stored)
             .map_err(std::io::Error::from)
@@ -375,8 +385,21 @@ mod tests {
             Config::parse(&text).unwrap()
         }
 
+        fn open_with(&self, more: &str) -> Result<Registry, Failure> {
+            let config = self.config(more);
+            let source = Reader::Path(config.nodes.clone());
+            Registry::open(&config, PublicKey([1; 32]), source)
+        }
+
+        /// With another key than the records have.
+        fn open_as(&self, key: u8) -> Result<Registry, Failure> {
+            let config = self.config("");
+            let source = Reader::Path(config.nodes.clone());
+            Registry::open(&config, PublicKey([key; 32]), source)
+        }
+
         fn open(&self) -> Result<Registry, Failure> {
-            Registry::open(&self.config("pod_cidrs = ['10.1.0.0/24']"), PublicKey([1; 32]))
+            self.open_with("pod_cidrs = ['10.1.0.0/24']")
         }
     }
 
@@ -389,12 +412,12 @@ mod tests {
         let lab = Lab::new();
         lab.write("a.toml", &text(1, &["10.1.0.0/24"]));
         lab.write("b.toml", &text(2, &["10.2.0.0/24"]));
-        let registry = Registry::open(&lab.config(""), PublicKey([1; 32])).unwrap();
+        let registry = lab.open_with("").unwrap();
         assert_eq!(registry.local_cidrs(), ["10.1.0.0/24".parse().unwrap()]);
         assert_eq!(peers(&registry), ["node-2 10.2.0.0/24"]);
         assert_eq!(registry.own(), Some(&record(1, &["10.1.0.0/24"])));
         lab.remove("a.toml");
-        assert!(Registry::open(&lab.config(""), PublicKey([1; 32])).is_err(), "no pod CIDRs");
+        assert!(lab.open_with("").is_err(), "no pod CIDRs");
     }
 
     #[test]
@@ -402,12 +425,12 @@ mod tests {
         let lab = Lab::new();
         lab.write("a.toml", &text(1, &["10.1.0.0/24"]));
         lab.write("b.toml", "node = [");
-        assert!(Registry::open(&lab.config(""), PublicKey([1; 32])).is_err());
+        assert!(lab.open_with("").is_err());
         lab.remove("b.toml");
-        Registry::open(&lab.config(""), PublicKey([1; 32])).unwrap();
+        lab.open_with("").unwrap();
         lab.write("b.toml", &text(2, &["10.2.0.0/24"]));
         lab.write("c.toml", "node = [");
-        let registry = Registry::open(&lab.config(""), PublicKey([1; 32])).unwrap();
+        let registry = lab.open_with("").unwrap();
         assert_eq!(peers(&registry), ["node-2 10.2.0.0/24"]);
         assert_eq!(registry.status().rejected.len(), 1);
         assert!(registry.status().rejected[0].file.ends_with("c.toml"));
@@ -418,7 +441,7 @@ mod tests {
         let lab = Lab::new();
         lab.write("a.toml", &text(1, &["10.1.0.0/24"]));
         lab.write("b.toml", &text(2, &["10.2.0.0/24"]));
-        let mut registry = Registry::open(&lab.config(""), PublicKey([1; 32])).unwrap();
+        let mut registry = lab.open_with("").unwrap();
         // Renamed: a peer with this node's key and prefixes. The version before stays in force.
         lab.write("a.toml", &text(1, &["10.1.0.0/24"]).replace("node-1", "node-one"));
         registry.reload();
@@ -451,7 +474,7 @@ mod tests {
         }
         let lab = Lab::new();
         lab.write("x.toml", &text(1, &["10.1.0.0/24"]));
-        let error = Registry::open(&lab.config(""), PublicKey([9; 32])).unwrap_err().to_string();
+        let error = lab.open_as(9).unwrap_err().to_string();
         assert!(error.contains("public_key") && error.contains("correct the record"), "{error}");
     }
 
@@ -506,7 +529,7 @@ mod tests {
         let lab = Lab::new();
         lab.open().unwrap();
         lab.write("a.toml", "name = 'node-1'");
-        let error = Registry::open(&lab.config(""), PublicKey([1; 32])).unwrap_err().to_string();
+        let error = lab.open_with("").unwrap_err().to_string();
         assert!(error.contains("a.toml") && error.contains("has no pod CIDRs"), "{error}");
     }
 
@@ -579,7 +602,7 @@ mod tests {
     fn a_lost_own_record_keeps_the_pod_cidrs() {
         let lab = Lab::new();
         lab.write("a.toml", &text(1, &["10.1.0.0/24"]));
-        let mut registry = Registry::open(&lab.config(""), PublicKey([1; 32])).unwrap();
+        let mut registry = lab.open_with("").unwrap();
         lab.remove("a.toml");
         assert!(registry.reload());
         assert_eq!(registry.local_cidrs(), ["10.1.0.0/24".parse().unwrap()]);

@@ -8,6 +8,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::client::{Client, ClientError};
+use super::kubernetes;
 use super::registry::RegistryStatus;
 use super::supervisor::{DataplaneState, DataplaneStatus};
 use crate::cni;
@@ -35,6 +36,7 @@ pub struct Shared {
     view: Arc<Mutex<View>>,
     last_report: Arc<tokio::sync::Mutex<LastReport>>,
     pods: Arc<OnceLock<cni::View>>,
+    requests: Arc<OnceLock<kubernetes::Requests>>,
 }
 
 /// When the data process was last asked for those who scrape, and its answer.
@@ -99,6 +101,7 @@ impl Shared {
             view: Arc::default(),
             last_report: Arc::default(),
             pods: Arc::default(),
+            requests: Arc::default(),
         }
     }
 
@@ -118,9 +121,25 @@ impl Shared {
         let _ = self.pods.set(pods);
     }
 
+    /// Notes what counts the requests to the API server.
+    pub fn set_requests(&self, requests: kubernetes::Requests) {
+        // As above.
+        let _ = self.requests.set(requests);
+    }
+
+    /// Requests to the API server, where there is one.
+    pub fn requests(&self) -> Option<&kubernetes::Requests> {
+        self.requests.get()
+    }
+
     /// Pods, where they are served.
     pub fn pods(&self) -> Option<&cni::View> {
         self.pods.get()
+    }
+
+    /// What the interface is to be.
+    pub fn interface(&self) -> InterfaceStatus {
+        self.lock().interface.clone()
     }
 
     /// The state of the registry.

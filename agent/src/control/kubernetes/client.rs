@@ -1,0 +1,104 @@
+//! The connection to the API server, and what is asked of it, counted.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Context;
+use kube::client::{Body, ClientBuilder};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Client, Config};
+use prometheus::core::Collector;
+use prometheus::proto::MetricFamily;
+use prometheus::{IntCounterVec, Opts};
+use tower::util::MapRequestLayer;
+
+/// How long the API server may take to accept a connection.
+const CONNECT: Duration = Duration::from_secs(10);
+
+const VERBS: [&str; 6] = ["get", "list", "watch", "create", "patch", "delete"];
+
+/// Requests to the API server.
+#[derive(Debug, Clone)]
+pub struct Requests(IntCounterVec);
+
+impl Requests {
+    /// All series at zero.
+    pub fn new() -> prometheus::Result<Self> {
+        let name = "skein_kubernetes_requests_total";
+        let help = "Requests to the Kubernetes API server, by verb.";
+        let total = IntCounterVec::new(Opts::new(name, help), &["verb"])?;
+        for verb in VERBS {
+            total.with_label_values(&[verb]);
+        }
+        Ok(Self(total))
+    }
+
+    /// For a scrape.
+    pub fn families(&self) -> Vec<MetricFamily> {
+        self.0.collect()
+    }
+
+    fn count(&self, request: &http::Request<Body>) {
+        let query = request.uri().query().unwrap_or_default();
+        let verb = match *request.method() {
+            http::Method::GET if query.contains("watch=true") => "watch",
+            http::Method::GET if query.contains("limit=") => "list",
+            http::Method::GET => "get",
+            http::Method::POST => "create",
+            http::Method::DELETE => "delete",
+            _ => "patch",
+        };
+        self.0.with_label_values(&[verb]).inc();
+    }
+}
+
+/// A client of the cluster that this pod runs in, or that a kubeconfig names. Nothing is sent yet.
+pub(super) async fn connect(
+    kubeconfig: Option<&Path>,
+    requests: &Requests,
+) -> anyhow::Result<Client> {
+    let mut config = match kubeconfig {
+        Some(path) => {
+            let shown = path.display();
+            let file = Kubeconfig::read_from(path)
+                .with_context(|| format!("cannot read kubernetes.kubeconfig = {shown}"))?;
+            let read = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await;
+            read.with_context(|| format!("kubernetes.kubeconfig = {shown} names no cluster"))?
+        }
+        None => Config::incluster().context(
+            "this is no pod of a cluster with a service account: set kubernetes.kubeconfig",
+        )?,
+    };
+    config.connect_timeout = Some(CONNECT);
+    let requests = requests.clone();
+    let count = MapRequestLayer::new(move |request: http::Request<Body>| {
+        requests.count(&request);
+        request
+    });
+    let builder = ClientBuilder::try_from(config).context("cannot make a client of the cluster")?;
+    Ok(builder.with_layer(&count).build())
+}
+
+/// What an error of the API server means, in a line.
+pub(super) fn describe(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) if status.code == 404 && status.message.starts_with("404 page") => {
+            "the cluster does not know the resource SkeinNode (skein-agent crd | kubectl apply -f -)"
+                .to_owned()
+        }
+        kube::Error::Api(status) => status.message.clone(),
+        // Its sources say more than itself.
+        other => {
+            let mut text = other.to_string();
+            let mut source = std::error::Error::source(other);
+            while let Some(error) = source {
+                let more = error.to_string();
+                if !text.contains(&more) {
+                    text = format!("{text}: {more}");
+                }
+                source = error.source();
+            }
+            text
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! What the API server tells: this node's Node, and every SkeinNode.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use k8s_openapi::api::core::v1::Node;
+use kube::runtime::watcher::{self, Event, watcher};
+use kube::runtime::{WatchStreamExt, reflector};
+use kube::{Api, Client, ResourceExt};
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use super::backoff::Waits;
+use super::client::describe;
+use super::own;
+use super::resource::{SkeinNode, SkeinNodeSpec};
+use crate::config::Config;
+use crate::control::records::{Files, NodeRecord};
+use crate::keys::PublicKey;
+use crate::netlink::Netlink;
+
+/// Changes that come together are taken together.
+const QUIET: Duration = Duration::from_millis(100);
+/// The addresses of `kubernetes.endpoint_interface` are looked at this often.
+const LOOK: Duration = Duration::from_secs(5);
+
+/// What is known of the cluster.
+#[derive(Debug, Clone, Default)]
+pub(super) struct State {
+    /// This node's Node; `None` before it was seen, and once it is deleted.
+    pub(super) node: Option<Arc<Node>>,
+    /// This node's SkeinNode as the API server has it.
+    pub(super) published: Option<Arc<SkeinNode>>,
+    /// What this node's record is to be; `None` as long as no Node was seen.
+    pub(super) own: Option<Result<SkeinNodeSpec, String>>,
+    /// Every node's record, this node's as it is to be; `None` before all were seen.
+    pub(super) records: Option<Arc<Files>>,
+    /// Why nothing new is known.
+    pub(super) error: Option<String>,
+}
+
+/// Follows the API server, for as long as somebody listens.
+pub(super) async fn follow(
+    config: Arc<Config>,
+    public_key: PublicKey,
+    client: Client,
+    sender: watch::Sender<State>,
+) {
+    let (store, writer) = reflector::store::<SkeinNode>();
+    let all = watcher(Api::<SkeinNode>::all(client.clone()), watcher::Config::default());
+    let all = all.backoff(Waits::default()).modify(|node| {
+        node.managed_fields_mut().clear();
+        node.annotations_mut().clear();
+        if node.name_any() != config.name {
+            node.status = None;
+        }
+    });
+    let mut all = std::pin::pin!(all.reflect(writer));
+    let only = watcher::Config::default().fields(&format!("metadata.name={}", config.name));
+    let node = watcher(Api::<Node>::all(client), only).backoff(Waits::default()).modify(|node| {
+        node.managed_fields_mut().clear();
+        if let Some(status) = &mut node.status {
+            status.images = None;
+        }
+    });
+    let mut node = std::pin::pin!(node);
+    let mut follower = Follower {
+        config: Arc::clone(&config),
+        public_key,
+        store,
+        synced: false,
+        found: false,
+        addresses: None,
+        state: State::default(),
+        errors: [None, None],
+    };
+    let netlink = config.kubernetes.endpoint_interface.as_ref().and(Netlink::connect().ok());
+    let mut look = tokio::time::interval(LOOK);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    // When what has changed is told.
+    let mut due: Option<Instant> = None;
+    loop {
+        let changed = tokio::select! {
+            Some(event) = all.next() => follower.take_record(event),
+            Some(event) = node.next() => follower.take_node(event),
+            _ = look.tick(), if netlink.is_some() => match &netlink {
+                Some(netlink) => follower.take_addresses(netlink).await,
+                None => false,
+            },
+            () = until(due) => {
+                due = None;
+                follower.tell(&sender);
+                false
+            }
+            () = sender.closed() => return,
+        };
+        if changed && due.is_none() {
+            due = Some(Instant::now() + QUIET);
+        }
+    }
+}
+
+async fn until(due: Option<Instant>) {
+    match due {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+struct Follower {
+    config: Arc<Config>,
+    public_key: PublicKey,
+    store: reflector::Store<SkeinNode>,
+    /// Whether every SkeinNode was seen once.
+    synced: bool,
+    /// Whether the list that is coming in has this node's Node.
+    found: bool,
+    addresses: Option<Vec<IpAddr>>,
+    state: State,
+    /// Of the watch of SkeinNodes, and of that of the Node.
+    errors: [Option<String>; 2],
+}
+
+impl Follower {
+    /// The store has taken the event already. Says whether something has changed.
+    fn take_record(&mut self, event: watcher::Result<Event<SkeinNode>>) -> bool {
+        let error = event.as_ref().err().map(|error| format!("SkeinNodes: {}", failure(error)));
+        match event {
+            // Half a list is none.
+            Ok(Event::Init | Event::InitApply(_)) => return false,
+            Ok(Event::InitDone) => self.synced = true,
+            Ok(Event::Apply(_) | Event::Delete(_)) | Err(_) => {}
+        }
+        self.errors[0] = error;
+        true
+    }
+
+    fn take_node(&mut self, event: watcher::Result<Event<Node>>) -> bool {
+        self.errors[1] = event.as_ref().err().map(|error| format!("Node: {}", failure(error)));
+        match event {
+            Ok(Event::Init) => {
+                self.found = false;
+                return false;
+            }
+            Ok(Event::InitApply(node)) => {
+                self.found = true;
+                self.state.node = Some(Arc::new(node));
+            }
+            Ok(Event::Apply(node)) => self.state.node = Some(Arc::new(node)),
+            Ok(Event::InitDone) if self.found => return false,
+            Ok(Event::InitDone | Event::Delete(_)) => {
+                tracing::warn!(
+                    node = self.config.name,
+                    "the cluster has no such Node: its record waits"
+                );
+                self.state.node = None;
+            }
+            Err(_) => {}
+        }
+        true
+    }
+
+    async fn take_addresses(&mut self, netlink: &Netlink) -> bool {
+        let Some(name) = &self.config.kubernetes.endpoint_interface else { return false };
+        let addresses = match netlink.link(name).await {
+            Ok(Some(link)) => netlink.addresses(Some(link.index)).await.unwrap_or_default(),
+            _ => Vec::new(),
+        };
+        let usable = |ip: &IpAddr| match ip {
+            IpAddr::V4(v4) => !v4.is_link_local(),
+            IpAddr::V6(v6) => !v6.is_unicast_link_local(),
+        };
+        let ips = addresses.iter().map(|address| address.net.addr());
+        let addresses = Some(ips.filter(usable).collect());
+        let differs = self.addresses != addresses;
+        self.addresses = addresses;
+        differs
+    }
+
+    fn tell(&mut self, sender: &watch::Sender<State>) {
+        let name = self.config.name.as_str();
+        let interface = self.config.kubernetes.endpoint_interface.is_some();
+        // Of an interface that was not looked at yet nothing is known.
+        if let Some(node) = &self.state.node
+            && interface == self.addresses.is_some()
+        {
+            let addresses = self.addresses.as_deref();
+            let own = own::spec(&self.config, self.public_key, node, addresses);
+            // What was said before stays in force.
+            if own.is_ok() || !matches!(self.state.own, Some(Ok(_))) {
+                self.state.own = Some(own);
+            }
+        }
+        let nodes = self.store.state();
+        self.state.published = nodes.iter().find(|node| node.name_any() == name).cloned();
+        self.state.error = self.errors.iter().flatten().next().cloned();
+        self.state.records = match &self.state.own {
+            Some(Ok(own)) if self.synced => Some(Arc::new(files(name, own, &nodes))),
+            _ => None,
+        };
+        sender.send_replace(self.state.clone());
+    }
+}
+
+fn failure(error: &watcher::Error) -> String {
+    match error {
+        watcher::Error::InitialListFailed(error)
+        | watcher::Error::WatchStartFailed(error)
+        | watcher::Error::WatchFailed(error) => describe(error),
+        watcher::Error::WatchError(status) => status.message.clone(),
+        watcher::Error::NoResourceVersion => error.to_string(),
+    }
+}
+
+/// Every node's record, this node's as it is to be.
+fn files(name: &str, own: &SkeinNodeSpec, nodes: &[Arc<SkeinNode>]) -> Files {
+    let others = nodes.iter().filter(|node| node.name_any() != name);
+    let mut files: Files = others
+        .map(|node| (path(&node.name_any()), node.record().map(|record| vec![record])))
+        .collect();
+    let SkeinNodeSpec { public_key, endpoints, pod_cidrs } = own;
+    let own = NodeRecord::from_text(name.to_owned(), public_key, endpoints, pod_cidrs);
+    files.insert(path(name), own.map(|record| vec![record]));
+    files
+}
+
+/// Under which name a record is shown where others have a file's.
+fn path(name: &str) -> PathBuf {
+    PathBuf::from("skeinnodes").join(name)
+}

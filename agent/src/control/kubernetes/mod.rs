@@ -1,0 +1,128 @@
+//! The node registry from Kubernetes: every node's record is a SkeinNode, which its own agent writes
+//! and all others watch.
+
+mod backoff;
+mod client;
+mod follow;
+mod own;
+mod publish;
+pub mod resource;
+pub mod uninstall;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+pub use self::client::Requests;
+use self::follow::State;
+use super::records::Files;
+use super::shared::Shared;
+use crate::failure::Failure;
+
+/// How long a start waits for the API server where the last good records would do.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Follows the API server, and keeps this node's record there, until it is dropped.
+#[derive(Debug)]
+pub struct Kubernetes {
+    state: watch::Receiver<State>,
+    requests: Requests,
+    tasks: [JoinHandle<()>; 2],
+}
+
+/// The records as the API server has them. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Records(watch::Receiver<State>);
+
+impl Kubernetes {
+    /// Begins; whether the API server answers shows later.
+    pub async fn start(shared: &Shared) -> Result<Self, Failure> {
+        let config = &shared.config;
+        let requests = Requests::new().context("cannot count requests")?;
+        let kubeconfig = config.kubernetes.kubeconfig.as_deref();
+        let client = client::connect(kubeconfig, &requests).await;
+        let client = client.map_err(|error| Failure::Usage(format!("{error:#}")))?;
+        let (sender, state) = watch::channel(State::default());
+        let follow = follow::follow(Arc::clone(config), shared.public_key, client.clone(), sender);
+        let publish = publish::publish(shared.clone(), client, state.clone());
+        let tasks = [tokio::spawn(follow), tokio::spawn(publish)];
+        Ok(Self { state, requests, tasks })
+    }
+
+    /// Waits until all records are known; not for long where there are `last_good` ones.
+    pub async fn first(&mut self, last_good: bool, waits: impl Fn(&str)) {
+        let end = tokio::time::Instant::now() + PATIENCE;
+        let mut told = String::new();
+        loop {
+            let reason = {
+                let state = self.state.borrow_and_update();
+                if state.records.is_some() {
+                    return;
+                }
+                state.waits_for()
+            };
+            if reason != told {
+                waits(&reason);
+                told = reason;
+            }
+            let changed = self.state.changed();
+            if !last_good {
+                // Its task ends with this value only.
+                let _ = changed.await;
+            } else if tokio::time::timeout_at(end, changed).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Waits until the records should be read again.
+    pub async fn due(&mut self) {
+        if self.state.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// What can be read at any time.
+    pub fn records(&self) -> Records {
+        Records(self.state.clone())
+    }
+
+    /// Requests to the API server, for a scrape.
+    pub fn requests(&self) -> Requests {
+        self.requests.clone()
+    }
+}
+
+impl Drop for Kubernetes {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+impl Records {
+    /// All of them; an error where nothing new is known.
+    pub fn read(&self) -> Result<Files, String> {
+        let state = self.0.borrow();
+        match (&state.error, &state.records) {
+            (None, Some(records)) => Ok(Files::clone(records)),
+            _ => Err(state.waits_for()),
+        }
+    }
+}
+
+impl State {
+    /// What keeps all records from being known.
+    fn waits_for(&self) -> String {
+        match (&self.error, &self.own) {
+            (Some(error), _) => error.clone(),
+            (None, Some(Err(error))) => error.clone(),
+            (None, Some(Ok(_))) => "the SkeinNodes have not come in yet".to_owned(),
+            (None, None) => "this node's Node has not been seen yet".to_owned(),
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! What this node says of itself, as a pure function of its Node and its configuration.
+
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+use k8s_openapi::api::core::v1::{Node, NodeSpec};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+
+use super::resource::SkeinNodeSpec;
+use crate::config::Config;
+use crate::keys::PublicKey;
+
+/// This node's record. `addresses` are those of `kubernetes.endpoint_interface`, where one is
+/// configured. An error says what an operator has to do.
+pub(super) fn spec(
+    config: &Config,
+    public_key: PublicKey,
+    node: &Node,
+    addresses: Option<&[IpAddr]>,
+) -> Result<SkeinNodeSpec, String> {
+    let pod_cidrs = match &config.pod_cidrs {
+        Some(cidrs) => cidrs.iter().map(IpNet::to_string).collect(),
+        None => pod_cidrs(node)?,
+    };
+    let listens = |ip: &IpAddr| {
+        let mut listening = config.underlay.addresses.iter();
+        listening.any(|own| own == ip || (own.is_unspecified() && own.is_ipv4() == ip.is_ipv4()))
+    };
+    let candidates = match addresses {
+        Some(addresses) => addresses.to_vec(),
+        None => internal_ips(node),
+    };
+    let endpoint = |ip: &IpAddr| SocketAddr::new(*ip, config.underlay.port).to_string();
+    let endpoints: Vec<_> = candidates.iter().filter(|ip| listens(ip)).map(endpoint).collect();
+    if endpoints.is_empty() {
+        let of = match &config.kubernetes.endpoint_interface {
+            Some(interface) => format!("interface {interface}"),
+            None => "its InternalIPs".to_owned(),
+        };
+        return Err(format!(
+            "no address of this node to listen on: {of} has {candidates:?}, and \
+             underlay.addresses is {:?}",
+            config.underlay.addresses
+        ));
+    }
+    Ok(SkeinNodeSpec { public_key: public_key.to_string(), endpoints, pod_cidrs })
+}
+
+fn pod_cidrs(node: &Node) -> Result<Vec<String>, String> {
+    let NodeSpec { pod_cidrs, pod_cidr, .. } = node.spec.clone().unwrap_or_default();
+    // Until Kubernetes 1.16 there was only the one.
+    let cidrs = pod_cidrs.filter(|cidrs| !cidrs.is_empty());
+    cidrs.or(pod_cidr.map(|cidr| vec![cidr])).ok_or_else(|| {
+        "the Node has no podCIDRs: run kube-controller-manager with --allocate-node-cidrs and \
+         --cluster-cidr, or set pod_cidrs"
+            .to_owned()
+    })
+}
+
+fn internal_ips(node: &Node) -> Vec<IpAddr> {
+    let addresses = node.status.as_ref().and_then(|status| status.addresses.as_deref());
+    let internal = addresses.unwrap_or_default().iter().filter(|a| a.type_ == "InternalIP");
+    internal.filter_map(|address| address.address.parse().ok()).collect()
+}
+
+/// The Node as the owner of its record, which goes with it.
+pub(super) fn owner(node: &Node) -> Option<OwnerReference> {
+    Some(OwnerReference {
+        api_version: "v1".to_owned(),
+        kind: "Node".to_owned(),
+        name: node.metadata.name.clone()?,
+        uid: node.metadata.uid.clone()?,
+        ..OwnerReference::default()
+    })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn node(cidrs: &[&str], ips: &[&str]) -> Node {
+        let addresses =
+            ips.iter().map(|ip| serde_json::json!({"type": "InternalIP", "address": ip}));
+        serde_json::from_value(serde_json::json!({
+            "metadata": { "name": "node-a", "uid": "u" },
+            "spec": { "podCIDRs": cidrs },
+            "status": { "addresses": Vec::from_iter(addresses) },
+        }))
+        .unwrap()
+    }
+
+    fn config(more: &str) -> Config {
+        let text = format!("name = 'node-a'\n{more}\n[kubernetes]\nenabled = true");
+        Config::parse(&text).unwrap()
+    }
+
+    #[test]
+    fn it_follows_from_the_node() {
+        let node = node(&["10.1.0.0/24", "fd00:1::/64"], &["192.0.2.1", "2001:db8::1"]);
+        let both = "[underlay]\naddresses = ['0.0.0.0', '::']\nport = 4000";
+        let all = spec(&config(both), PublicKey([1; 32]), &node, None).unwrap();
+        assert_eq!(all.endpoints, ["192.0.2.1:4000", "[2001:db8::1]:4000"]);
+        assert_eq!(all.pod_cidrs, ["10.1.0.0/24", "fd00:1::/64"]);
+        let v4 = config("[underlay]\naddresses = ['0.0.0.0']");
+        assert_eq!(
+            spec(&v4, PublicKey([1; 32]), &node, None).unwrap().endpoints,
+            ["192.0.2.1:51900"]
+        );
+        let elsewhere: IpAddr = "198.51.100.7".parse().unwrap();
+        let there = spec(&v4, PublicKey([1; 32]), &node, Some(&[elsewhere])).unwrap();
+        assert_eq!(there.endpoints, ["198.51.100.7:51900"]);
+        let configured =
+            spec(&config("pod_cidrs = ['10.9.0.0/16']"), PublicKey([1; 32]), &node, None);
+        assert_eq!(configured.unwrap().pod_cidrs, ["10.9.0.0/16"]);
+        assert_eq!(owner(&node).unwrap().uid, "u");
+    }
+
+    #[test]
+    fn what_is_missing_is_said() {
+        let key = PublicKey([1; 32]);
+        let text = spec(&config(""), key, &node(&[], &["192.0.2.1"]), None).unwrap_err();
+        assert!(text.contains("--allocate-node-cidrs"), "{text}");
+        let text = spec(&config(""), key, &node(&["10.1.0.0/24"], &[]), None).unwrap_err();
+        assert!(text.contains("InternalIPs"), "{text}");
+        let bound = config("[underlay]\naddresses = ['192.0.2.9']");
+        assert!(spec(&bound, key, &node(&["10.1.0.0/24"], &["192.0.2.1"]), None).is_err());
+    }
+}

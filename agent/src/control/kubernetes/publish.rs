@@ -1,0 +1,436 @@
+//! What this node tells the API server: its SkeinNode, that its Node has a network, and what an
+//! operator must know. Nothing is written that is there already.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+use k8s_openapi::api::core::v1::{Node, ObjectReference};
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{Patch, PatchParams};
+use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::{Api, Client, Resource};
+use serde_json::json;
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use super::backoff::Waits;
+use super::client::describe;
+use super::follow::State;
+use super::own;
+use super::resource::{Condition, SkeinNode, SkeinNodeSpec, SkeinNodeStatus, offloads};
+use crate::control::shared::Shared;
+use crate::ipc::{CapabilityState, Report};
+
+/// Whose fields ours are (server-side apply).
+const MANAGER: &str = "skein-agent";
+/// The agent looks at itself this often.
+const LOOK: Duration = Duration::from_secs(2);
+/// A status that differs in anything but readiness is written no more often than this.
+const STATUS: Duration = Duration::from_secs(60);
+/// How long one request may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the agent may be unready before an operator is told.
+const UNREADY: Duration = Duration::from_secs(30);
+
+/// Keeps what this node tells up to date, for as long as somebody follows the API server.
+pub(super) async fn publish(shared: Shared, client: Client, mut state: watch::Receiver<State>) {
+    let reporter = Reporter {
+        controller: "skein.network/agent".to_owned(),
+        instance: Some(shared.config.name.clone()),
+    };
+    let mut publisher = Publisher {
+        nodes: Api::all(client.clone()),
+        skeinnodes: Api::all(client.clone()),
+        recorder: Recorder::new(client, reporter),
+        shared,
+        applied: None,
+        status_written: None,
+        unready_since: None,
+        told: BTreeMap::new(),
+    };
+    let mut look = tokio::time::interval(LOOK);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut waits = Waits::default();
+    let mut complaint = None;
+    loop {
+        let now = state.borrow_and_update().clone();
+        match publisher.catch_up(&now).await {
+            Ok(()) => (waits, complaint) = (Waits::default(), None),
+            Err(error) => {
+                let text = format!("{error:#}");
+                if complaint.as_ref() != Some(&text) {
+                    tracing::warn!("cannot tell the API server: {text}");
+                    complaint = Some(text);
+                }
+                tokio::time::sleep(waits.next().unwrap_or_default()).await;
+                continue;
+            }
+        }
+        tokio::select! {
+            changed = state.changed() => if changed.is_err() { return },
+            _ = look.tick() => {}
+        }
+    }
+}
+
+struct Publisher {
+    shared: Shared,
+    nodes: Api<Node>,
+    skeinnodes: Api<SkeinNode>,
+    recorder: Recorder,
+    /// What was written last, for which Node, and when: the watch tells of it a little later.
+    applied: Option<(SkeinNodeSpec, String, Instant)>,
+    status_written: Option<Instant>,
+    unready_since: Option<Instant>,
+    /// What operators were told of and is still so, by the reason.
+    told: BTreeMap<&'static str, String>,
+}
+
+impl Publisher {
+    async fn catch_up(&mut self, state: &State) -> anyhow::Result<()> {
+        let Some(node) = &state.node else { return Ok(()) };
+        let own = match &state.own {
+            Some(Ok(own)) => own,
+            Some(Err(problem)) => {
+                return self.tell(node, "NoRecord", EventType::Warning, problem).await;
+            }
+            None => return Ok(()),
+        };
+        self.told.remove("NoRecord");
+        self.apply(node, own, state.published.as_deref()).await?;
+        let reasons = self.shared.readiness.reasons();
+        if reasons.is_empty() {
+            self.open(node).await?;
+        }
+        let report = self.shared.recent_report().await;
+        if let Some(published) = &state.published {
+            self.write_status(published, report.as_ref(), &reasons).await?;
+        }
+        self.tell_of_changes(node, report.as_ref(), &reasons).await
+    }
+
+    /// Brings the SkeinNode to what it is to be.
+    async fn apply(
+        &mut self,
+        node: &Node,
+        own: &SkeinNodeSpec,
+        published: Option<&SkeinNode>,
+    ) -> anyhow::Result<()> {
+        let Some(owner) = own::owner(node) else { return Ok(()) };
+        let owned = |found: &SkeinNode| {
+            let owners = found.metadata.owner_references.iter().flatten();
+            Vec::from_iter(owners.map(|owner| &owner.uid)) == [&owner.uid]
+        };
+        if published.is_some_and(|found| found.spec == *own && owned(found)) {
+            return Ok(());
+        }
+        let same = |(spec, uid, at): &(SkeinNodeSpec, String, Instant)| {
+            spec == own && *uid == owner.uid && at.elapsed() < PATIENCE
+        };
+        if self.applied.as_ref().is_some_and(same) {
+            return Ok(());
+        }
+        let name = &self.shared.config.name;
+        let object = json!({
+            "apiVersion": SkeinNode::api_version(&()),
+            "kind": SkeinNode::kind(&()),
+            "metadata": { "name": name, "ownerReferences": [&owner] },
+            "spec": own,
+        });
+        let parameters = PatchParams::apply(MANAGER).force();
+        let patch = Patch::Apply(&object);
+        ask(self.skeinnodes.patch(name, &parameters, &patch)).await.context("SkeinNode")?;
+        tracing::info!(endpoints = ?own.endpoints, pod_cidrs = ?own.pod_cidrs, "the SkeinNode is written");
+        self.applied = Some((own.clone(), owner.uid, Instant::now()));
+        Ok(())
+    }
+
+    async fn write_status(
+        &mut self,
+        published: &SkeinNode,
+        report: Option<&Report>,
+        reasons: &[String],
+    ) -> anyhow::Result<()> {
+        // Nothing is known of the data process for a moment, as when it is restarted.
+        let Some(report) = report else { return Ok(()) };
+        let before = published.status.as_ref();
+        let generation = published.metadata.generation;
+        let mtu = self.shared.interface().mtu;
+        let status = status(before, generation, report, mtu, reasons, Timestamp::now());
+        if before == Some(&status) {
+            return Ok(());
+        }
+        let ready = |status: &SkeinNodeStatus| {
+            status.conditions.first().map(|condition| condition.status.clone())
+        };
+        let urgent = before.and_then(ready) != ready(&status);
+        let recent = self.status_written.is_some_and(|at| {
+            // The watch tells of what was written a little later.
+            at.elapsed() < if urgent { LOOK } else { STATUS }
+        });
+        if recent {
+            return Ok(());
+        }
+        let name = &self.shared.config.name;
+        let object = json!({
+            "apiVersion": SkeinNode::api_version(&()),
+            "kind": SkeinNode::kind(&()),
+            "metadata": { "name": name },
+            "status": status,
+        });
+        let parameters = PatchParams::apply(MANAGER).force();
+        let patch = Patch::Apply(&object);
+        let written = self.skeinnodes.patch_status(name, &parameters, &patch);
+        ask(written).await.context("status of the SkeinNode")?;
+        self.status_written = Some(Instant::now());
+        Ok(())
+    }
+
+    /// Tells the scheduler that pods have a network here.
+    async fn open(&self, node: &Node) -> anyhow::Result<()> {
+        let name = &self.shared.config.name;
+        if let Some(remaining) =
+            untainted(node, self.shared.config.kubernetes.not_ready_taint.as_deref())
+        {
+            // The version makes it a conflict if somebody has added another meanwhile.
+            let version = &node.metadata.resource_version;
+            let change = json!({
+                "metadata": { "resourceVersion": version },
+                "spec": { "taints": remaining },
+            });
+            let patch = Patch::Merge(&change);
+            ask(self.nodes.patch(name, &PatchParams::default(), &patch)).await.context("taint")?;
+            tracing::info!("the Node's taint is removed");
+        }
+        if let Some(condition) = available(node, Timestamp::now()) {
+            let change = json!({ "status": { "conditions": [condition] } });
+            let (parameters, patch) = (PatchParams::default(), Patch::Strategic(&change));
+            ask(self.nodes.patch_status(name, &parameters, &patch))
+                .await
+                .context("condition NetworkUnavailable")?;
+        }
+        Ok(())
+    }
+
+    /// Events, as `kubectl describe node` shows them.
+    async fn tell_of_changes(
+        &mut self,
+        node: &Node,
+        report: Option<&Report>,
+        reasons: &[String],
+    ) -> anyhow::Result<()> {
+        match reasons.is_empty() {
+            true => {
+                self.unready_since = None;
+                if self.told.remove("NetworkNotReady").is_some() {
+                    self.event(node, "NetworkReady", EventType::Normal, "pods have a network")
+                        .await?;
+                }
+            }
+            false => {
+                let since = *self.unready_since.get_or_insert_with(Instant::now);
+                if since.elapsed() > UNREADY && !self.told.contains_key("NetworkNotReady") {
+                    let text = reasons.join("; ");
+                    self.tell(node, "NetworkNotReady", EventType::Warning, &text).await?;
+                }
+            }
+        }
+        let registry = self.shared.registry();
+        match registry.rejected.first() {
+            Some(refused) => {
+                let file = refused.file.display();
+                let more = registry.rejected.len() - 1;
+                let text = format!("{file}: {} (and {more} more)", refused.error);
+                self.tell(node, "RecordsRefused", EventType::Warning, &text).await?;
+            }
+            None => drop(self.told.remove("RecordsRefused")),
+        }
+        let lost: Vec<_> = report
+            .iter()
+            .flat_map(|report| &report.capabilities)
+            .filter(|capability| capability.state == CapabilityState::Degraded)
+            .map(|capability| capability.name.as_str())
+            .collect();
+        match lost.is_empty() {
+            false => {
+                let text = format!("given up at run time: {}", lost.join(", "));
+                self.tell(node, "OffloadLost", EventType::Warning, &text).await
+            }
+            true => {
+                self.told.remove("OffloadLost");
+                Ok(())
+            }
+        }
+    }
+
+    /// Once, until it is over or something else is to be said of it.
+    async fn tell(
+        &mut self,
+        node: &Node,
+        reason: &'static str,
+        kind: EventType,
+        text: &str,
+    ) -> anyhow::Result<()> {
+        if self.told.get(reason).is_some_and(|told| told == text) {
+            return Ok(());
+        }
+        self.event(node, reason, kind, text).await?;
+        self.told.insert(reason, text.to_owned());
+        Ok(())
+    }
+
+    async fn event(
+        &self,
+        node: &Node,
+        reason: &str,
+        type_: EventType,
+        text: &str,
+    ) -> anyhow::Result<()> {
+        // 1024 bytes is what the API takes.
+        let note: String = text.chars().take(250).collect();
+        let event = Event {
+            type_,
+            reason: reason.to_owned(),
+            note: Some(note),
+            action: reason.to_owned(),
+            secondary: None,
+        };
+        // As kubelet does it, so that `kubectl describe node` finds them: the UID is the name.
+        let reference = ObjectReference {
+            api_version: Some("v1".to_owned()),
+            kind: Some("Node".to_owned()),
+            name: node.metadata.name.clone(),
+            uid: node.metadata.name.clone(),
+            ..ObjectReference::default()
+        };
+        ask(self.recorder.publish(&event, &reference)).await.context("event")
+    }
+}
+
+async fn ask<T>(request: impl Future<Output = kube::Result<T>>) -> anyhow::Result<T> {
+    let answer = tokio::time::timeout(PATIENCE, request).await;
+    let answer = answer.with_context(|| format!("no answer within {PATIENCE:?}"))?;
+    answer.map_err(|error| anyhow!(describe(&error)))
+}
+
+/// What the SkeinNode is to say of the node.
+fn status(
+    before: Option<&SkeinNodeStatus>,
+    generation: Option<i64>,
+    report: &Report,
+    mtu: u16,
+    reasons: &[String],
+    now: Timestamp,
+) -> SkeinNodeStatus {
+    let ready = if reasons.is_empty() { "True" } else { "False" };
+    let before = before.and_then(|status| status.conditions.first());
+    let since = before.filter(|condition| condition.status == ready);
+    let condition = Condition {
+        kind: "Ready".to_owned(),
+        status: ready.to_owned(),
+        reason: if reasons.is_empty() { "AgentReady" } else { "AgentNotReady" }.to_owned(),
+        message: if reasons.is_empty() {
+            "pods have a network".to_owned()
+        } else {
+            reasons.join("; ")
+        },
+        last_transition_time: since
+            .map_or_else(|| text(now), |same| same.last_transition_time.clone()),
+        observed_generation: generation,
+    };
+    SkeinNodeStatus {
+        observed_generation: generation,
+        agent_version: Some(env!("CARGO_PKG_VERSION").to_owned()),
+        mtu: Some(mtu.into()),
+        offloads: Some(offloads(&report.capabilities)),
+        capabilities: report.capabilities.iter().map(Into::into).collect(),
+        conditions: vec![condition],
+    }
+}
+
+/// In whole seconds, as the API has times.
+fn text(now: Timestamp) -> String {
+    Timestamp::from_second(now.as_second()).unwrap_or(now).to_string()
+}
+
+/// The Node's taints without that one; `None` where it is not there.
+fn untainted(node: &Node, key: Option<&str>) -> Option<Vec<serde_json::Value>> {
+    let taints = node.spec.as_ref()?.taints.as_ref()?;
+    let stays = |taint: &&k8s_openapi::api::core::v1::Taint| Some(taint.key.as_str()) != key;
+    let remaining: Vec<_> = taints.iter().filter(stays).map(|taint| json!(taint)).collect();
+    (remaining.len() < taints.len()).then_some(remaining)
+}
+
+/// The condition NetworkUnavailable, where somebody (a cloud's controller) has set it and waits for a
+/// network.
+fn available(node: &Node, now: Timestamp) -> Option<serde_json::Value> {
+    let conditions = node.status.as_ref()?.conditions.as_ref()?;
+    let mut unavailable = conditions.iter().filter(|c| c.type_ == "NetworkUnavailable");
+    unavailable.next().filter(|condition| condition.status != "False")?;
+    Some(json!({
+        "type": "NetworkUnavailable",
+        "status": "False",
+        "reason": "SkeinIsUp",
+        "message": "Skein is running on this node",
+        "lastTransitionTime": text(now),
+        "lastHeartbeatTime": text(now),
+    }))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::ipc::Capability;
+
+    fn node(value: serde_json::Value) -> Node {
+        serde_json::from_value(value).unwrap()
+    }
+
+    #[test]
+    fn only_our_taint_is_removed() {
+        let taint = |key: &str| json!({ "key": key, "effect": "NoSchedule" });
+        let with = |keys: &[&str]| {
+            let taints: Vec<_> = keys.iter().map(|key| taint(key)).collect();
+            node(json!({ "spec": { "taints": taints } }))
+        };
+        let remaining = untainted(&with(&["a", "ours", "b"]), Some("ours")).unwrap();
+        assert_eq!(remaining, [taint("a"), taint("b")]);
+        assert_eq!(untainted(&with(&["a"]), Some("ours")), None);
+        assert_eq!(untainted(&with(&["a"]), None), None);
+        assert_eq!(untainted(&Node::default(), Some("ours")), None);
+    }
+
+    #[test]
+    fn the_network_is_said_to_be_there_only_where_somebody_waits() {
+        let with = |status: &str| {
+            let condition = json!({ "type": "NetworkUnavailable", "status": status });
+            node(json!({ "status": { "conditions": [condition] } }))
+        };
+        let now = Timestamp::UNIX_EPOCH;
+        assert_eq!(available(&with("True"), now).unwrap()["status"], "False");
+        assert_eq!(available(&with("False"), now), None);
+        assert_eq!(available(&Node::default(), now), None);
+    }
+
+    #[test]
+    fn a_status_that_says_the_same_is_the_same() {
+        let capability = |state| Capability { name: "udp_gso".into(), state, reason: None };
+        let report = |state| Report { capabilities: vec![capability(state)], ..Report::default() };
+        let at = |seconds| Timestamp::from_second(seconds).unwrap();
+        let on = report(CapabilityState::On);
+        let first = status(None, Some(1), &on, 1440, &[], at(1));
+        assert_eq!(first.conditions[0].last_transition_time, "1970-01-01T00:00:01Z");
+        assert_eq!(status(Some(&first), Some(1), &on, 1440, &[], at(9)), first);
+        let ill = status(Some(&first), Some(1), &on, 1440, &["why".into()], at(9));
+        assert_eq!(ill.conditions[0].last_transition_time, "1970-01-01T00:00:09Z");
+        assert_eq!(
+            (ill.conditions[0].status.as_str(), ill.offloads.as_deref()),
+            ("False", Some("all"))
+        );
+        let off =
+            status(Some(&first), Some(1), &report(CapabilityState::Degraded), 1440, &[], at(9));
+        assert_eq!(off.offloads.as_deref(), Some("none"));
+    }
+}

@@ -1,0 +1,209 @@
+//! The custom resource SkeinNode: a node's record in the Kubernetes API.
+
+use kube::{CustomResource, CustomResourceExt};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::super::records::{NodeRecord, RecordError};
+use crate::ipc::{Capability, CapabilityState};
+
+/// The API group of everything of Skein's.
+pub const GROUP: &str = "skein.network";
+
+/// What the other nodes need to know to reach this one. Written by the node's agent.
+#[derive(
+    CustomResource, Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema,
+)]
+#[kube(
+    group = "skein.network",
+    version = "v1alpha1",
+    kind = "SkeinNode",
+    doc = "A node of Skein's overlay: where it listens, its key, and what it owns.",
+    shortname = "skn",
+    category = "skein",
+    status = "SkeinNodeStatus",
+    derive = "PartialEq",
+    printcolumn(
+        name = "Endpoint",
+        type_ = "string",
+        json_path = ".spec.endpoints[0]",
+        description = "Where the node listens."
+    ),
+    printcolumn(
+        name = "Pod-CIDRs",
+        type_ = "string",
+        json_path = ".spec.podCIDRs",
+        description = "What the node owns."
+    ),
+    printcolumn(
+        name = "Offloads",
+        type_ = "string",
+        json_path = ".status.offloads",
+        description = "What of the kernel's offloads is in use."
+    ),
+    printcolumn(
+        name = "Ready",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].status",
+        description = "Whether pods of the node have a network."
+    ),
+    printcolumn(
+        name = "Version",
+        type_ = "string",
+        json_path = ".status.agentVersion",
+        description = "Version of the agent.",
+        priority = 1
+    ),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+#[serde(rename_all = "camelCase")]
+pub struct SkeinNodeSpec {
+    /// The node's X25519 public key: 32 bytes in base64.
+    #[schemars(regex(pattern = r"^[A-Za-z0-9+/]{43}=$"))]
+    pub public_key: String,
+    /// Where the node listens: addresses with UDP ports, in the order to try. An IPv6 address is in
+    /// brackets.
+    #[schemars(length(min = 1, max = 8))]
+    pub endpoints: Vec<String>,
+    /// Prefixes whose addresses the node's pods have.
+    #[serde(rename = "podCIDRs")]
+    #[schemars(length(min = 1, max = 16))]
+    pub pod_cidrs: Vec<String>,
+}
+
+/// How the node is, as its agent sees it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct SkeinNodeStatus {
+    /// The generation of the spec that the agent has seen.
+    pub observed_generation: Option<i64>,
+    /// Version of the agent.
+    pub agent_version: Option<String>,
+    /// MTU of the node's pods in bytes.
+    pub mtu: Option<i32>,
+    /// The capabilities in one word or a few: all, none, or those that are in use.
+    pub offloads: Option<String>,
+    /// What of the kernel's offloads is in use, and why not.
+    #[serde(default)]
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    pub capabilities: Vec<CapabilityStatus>,
+    /// Ready: whether pods of the node have a network.
+    #[serde(default)]
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
+    pub conditions: Vec<Condition>,
+}
+
+/// One capability of a node.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CapabilityStatus {
+    /// tun_uso, tun_tso, tun_checksum, udp_gso, udp_gro or reuseport_steering.
+    pub name: String,
+    /// on, degraded, unsupported or disabled.
+    pub state: String,
+    /// Why it is not on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// A condition, as metav1.Condition has it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Condition {
+    /// Which.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// True, False or Unknown.
+    pub status: String,
+    /// In one word.
+    pub reason: String,
+    /// For people.
+    pub message: String,
+    /// When the status changed last (RFC 3339).
+    pub last_transition_time: String,
+    /// The generation of the spec that it is about.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+}
+
+/// The definition of the resource, as YAML for `kubectl apply` and the chart.
+pub fn definition() -> anyhow::Result<String> {
+    let text = serde_saphyr::to_string(&SkeinNode::crd())?;
+    Ok(format!("# Printed by skein-agent crd: not written by hand.\n{text}"))
+}
+
+impl SkeinNode {
+    /// The record that it holds.
+    pub fn record(&self) -> Result<NodeRecord, RecordError> {
+        let name = self.metadata.name.clone().unwrap_or_default();
+        let SkeinNodeSpec { public_key, endpoints, pod_cidrs } = self.spec.clone();
+        NodeRecord::from_text(name, &public_key, &endpoints, &pod_cidrs)
+    }
+}
+
+impl From<&Capability> for CapabilityStatus {
+    fn from(capability: &Capability) -> Self {
+        let Capability { name, state, reason } = capability;
+        Self { name: name.clone(), state: state.to_string(), reason: reason.clone() }
+    }
+}
+
+/// The capabilities in one word or a few.
+pub fn offloads(capabilities: &[Capability]) -> String {
+    let on: Vec<&str> = capabilities
+        .iter()
+        .filter(|capability| capability.state == CapabilityState::On)
+        .map(|capability| capability.name.as_str())
+        .collect();
+    match on.len() {
+        0 => "none".to_owned(),
+        all if all == capabilities.len() => "all".to_owned(),
+        _ => on.join(","),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_resource_is_read_as_a_record_or_says_what_is_wrong() {
+        let mut node = SkeinNode::new(
+            "node-a",
+            SkeinNodeSpec {
+                public_key: "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=".into(),
+                endpoints: vec!["192.0.2.1:51900".into(), "[2001:db8::1]:51900".into()],
+                pod_cidrs: vec!["10.1.0.0/24".into(), "fd00::/64".into()],
+            },
+        );
+        let record = node.record().unwrap();
+        assert_eq!((record.name.as_str(), record.endpoints.len()), ("node-a", 2));
+        node.spec.pod_cidrs = vec!["10.1.0.0".into()];
+        assert!(node.record().unwrap_err().to_string().contains("pod_cidrs"));
+    }
+
+    #[test]
+    fn the_definition_says_what_kubectl_shows() {
+        let text = definition().unwrap();
+        for word in ["skeinnodes", "podCIDRs", "Pod-CIDRs", "Offloads", "Cluster", "subresources"] {
+            assert!(text.contains(word), "{word}: {text}");
+        }
+    }
+
+    #[test]
+    fn offloads_are_told_briefly() {
+        let with = |states: &[CapabilityState]| {
+            let named = states.iter().zip(["tun_uso", "udp_gso"]);
+            offloads(&Vec::from_iter(named.map(|(&state, name)| Capability {
+                name: name.into(),
+                state,
+                reason: None,
+            })))
+        };
+        use CapabilityState::{On, Unsupported};
+        assert_eq!(with(&[On, On]), "all");
+        assert_eq!(with(&[On, Unsupported]), "tun_uso");
+        assert_eq!(with(&[Unsupported, Unsupported]), "none");
+    }
+}
