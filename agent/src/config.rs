@@ -140,6 +140,8 @@ pub struct Cni {
     pub plugin: Option<PathBuf>,
     /// Name of the network.
     pub network: String,
+    /// Whether other networks' configurations are set aside.
+    pub exclusive: bool,
     /// Plugins that come after Skein's in the chain.
     pub chain: Vec<serde_json::Value>,
     /// Whether pods reach the outside by the node's address.

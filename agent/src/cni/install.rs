@@ -2,7 +2,7 @@
 //! the binary first, the configuration last and only once the agent can serve. Each is put in place
 //! by a rename within its directory, so that nobody ever reads half a file.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Permissions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -15,6 +15,9 @@ use crate::config::Cni;
 
 /// Name of the plugin's binary, and its `type` in the configuration.
 pub const PLUGIN: &str = "skein-cni";
+
+/// What is added to the names of other networks' configurations that are set aside.
+const ASIDE: &str = ".skein-aside";
 
 /// What a runtime that knows no `cniVersions` takes: containerd 1.6 refuses anything newer.
 const CNI_VERSION: &str = "1.0.0";
@@ -66,18 +69,68 @@ pub fn install_configuration(config: &Cni) -> Result<bool, InstallError> {
 
 /// Configurations that the runtime would take before ours: it takes the first by name.
 pub fn earlier_configurations(config: &Cni) -> Vec<OsString> {
-    let Some(entries) = config.conf_dir.as_ref().and_then(|path| fs::read_dir(path).ok()) else {
-        return Vec::new();
-    };
-    let names = entries.filter_map(|entry| entry.ok().map(|entry| entry.file_name()));
+    let mut names = other_configurations(config);
+    names.retain(|name| name.as_os_str() < config.conf_file.as_str());
+    names
+}
+
+/// Other networks' configurations in the directory, in the order of their names.
+fn other_configurations(config: &Cni) -> Vec<OsString> {
     let counts = |name: &OsString| {
         let extension = Path::new(name).extension().and_then(|extension| extension.to_str());
-        name.as_os_str() < config.conf_file.as_str()
+        name.as_os_str() != config.conf_file.as_str()
             && matches!(extension, Some("conf" | "conflist" | "json"))
     };
-    let mut earlier: Vec<OsString> = names.filter(counts).collect();
-    earlier.sort();
-    earlier
+    names(config).into_iter().filter(counts).collect()
+}
+
+fn names(config: &Cni) -> Vec<OsString> {
+    let entries = config.conf_dir.as_ref().and_then(|path| fs::read_dir(path).ok());
+    let names = entries.into_iter().flatten().filter_map(|entry| Some(entry.ok()?.file_name()));
+    let mut names: Vec<OsString> = names.collect();
+    names.sort();
+    names
+}
+
+/// Gives every other network's configuration a name that no runtime reads; returns which.
+pub fn set_others_aside(config: &Cni) -> Result<Vec<OsString>, InstallError> {
+    let others = other_configurations(config);
+    for name in &others {
+        let mut aside = name.clone();
+        aside.push(ASIDE);
+        rename(config, name, &aside)?;
+    }
+    Ok(others)
+}
+
+/// Gives what was set aside its name back, unless there is one of that name; returns which.
+pub fn take_others_back(config: &Cni) -> Result<Vec<String>, InstallError> {
+    let mut back = Vec::new();
+    for name in names(config) {
+        let Some(original) = name.to_str().and_then(|name| name.strip_suffix(ASIDE)) else {
+            continue;
+        };
+        let directory = config.conf_dir.as_ref().map(|directory| directory.join(original));
+        if directory.is_some_and(|path| path.exists()) {
+            continue;
+        }
+        rename(config, &name, original.as_ref())?;
+        back.push(original.to_owned());
+    }
+    Ok(back)
+}
+
+fn rename(config: &Cni, from: &OsStr, to: &OsStr) -> Result<(), InstallError> {
+    let Some(directory) = &config.conf_dir else { return Ok(()) };
+    let from = directory.join(from);
+    fs::rename(&from, directory.join(to)).map_err(InstallError::new("rename", &from))
+}
+
+/// Plugins of the chain that are not where the runtime looks for them.
+pub fn missing_plugins(config: &Cni) -> Vec<&str> {
+    let Some(directory) = &config.bin_dir else { return Vec::new() };
+    let named = config.chain.iter().filter_map(|plugin| plugin["type"].as_str());
+    named.filter(|name| !directory.join(name).exists()).collect()
 }
 
 /// Takes the configuration away; returns whether it was there.
@@ -212,5 +265,16 @@ mod tests {
             fs::write(directory.path().join("net.d").join(name), "{}").unwrap();
         }
         assert_eq!(earlier_configurations(&config), ["05-other.conf", "10-skein.conf"]);
+
+        let others = ["05-other.conf", "10-skein.conf", "99-late.conflist"];
+        assert_eq!(set_others_aside(&config).unwrap(), others);
+        assert!(
+            set_others_aside(&config).unwrap().is_empty()
+                && earlier_configurations(&config).is_empty()
+        );
+        fs::write(directory.path().join("net.d/05-other.conf"), "new").unwrap();
+        assert_eq!(take_others_back(&config).unwrap(), &others[1..]);
+        let kept = fs::read_to_string(directory.path().join("net.d/05-other.conf")).unwrap();
+        assert_eq!(kept, "new", "nothing is overwritten");
     }
 }

@@ -222,7 +222,7 @@ impl Keeper {
                 Err(error) => errors.push(error),
             }
         }
-        if self.can_serve && !self.installed {
+        if self.can_serve {
             errors.extend(self.install().err().map(|error| error.to_string()));
         }
         // One pod's trouble is no reason to refuse all others.
@@ -237,15 +237,32 @@ impl Keeper {
         self.complaints = errors;
     }
 
-    /// The plugin, then the configuration: from now on the runtime starts pods.
+    /// The plugin, then the configuration: from now on the runtime starts pods. What somebody takes
+    /// away comes back.
     fn install(&mut self) -> Result<(), install::InstallError> {
         let binary = install::install_plugin(&self.cni)?;
         let configuration = install::install_configuration(&self.cni)?;
+        if self.cni.exclusive {
+            let aside = install::set_others_aside(&self.cni)?;
+            if !aside.is_empty() {
+                tracing::warn!(?aside, "other networks' configurations are set aside");
+            }
+        }
+        if self.installed && !binary && !configuration {
+            return Ok(());
+        }
         self.installed = true;
         tracing::info!(binary, configuration, "the CNI plugin is installed");
         let earlier = install::earlier_configurations(&self.cni);
         if !earlier.is_empty() {
             tracing::warn!(?earlier, "the runtime takes another network's configuration first");
+        }
+        let missing = install::missing_plugins(&self.cni);
+        if !missing.is_empty() {
+            tracing::warn!(
+                ?missing,
+                "plugins of cni.chain are not in cni.bin_dir: no pod will start"
+            );
         }
         Ok(())
     }

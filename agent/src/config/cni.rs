@@ -18,6 +18,7 @@ pub(super) struct CniTable {
     conf_file: String,
     plugin: Option<PathBuf>,
     network: String,
+    exclusive: bool,
     chain: Vec<serde_json::Value>,
     masquerade: bool,
     no_masquerade: Vec<String>,
@@ -35,6 +36,7 @@ impl Default for CniTable {
             conf_file: "10-skein.conflist".to_owned(),
             plugin: None,
             network: "skein".to_owned(),
+            exclusive: false,
             chain: vec![serde_json::json!({
                 "type": "portmap",
                 "capabilities": { "portMappings": true },
@@ -94,6 +96,7 @@ impl CniTable {
             conf_file: self.conf_file,
             plugin: self.plugin,
             network: self.network,
+            exclusive: self.exclusive,
             chain: self.chain,
             masquerade: self.masquerade,
             no_masquerade: no_masquerade.collect::<Result<_, _>>()?,

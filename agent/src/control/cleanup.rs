@@ -93,6 +93,14 @@ async fn remove_pods(config: &Config, cleaned: &mut Cleaned) {
     let cni = &config.cni;
     let text = |result: Result<bool, install::InstallError>| result.map_err(|e| e.to_string());
     cleaned.note("CNI configuration", text(install::remove_configuration(cni)));
+    match install::take_others_back(cni) {
+        Err(error) => cleaned.errors.push(error.to_string()),
+        Ok(back) => {
+            for name in back {
+                tracing::info!(name, "another network's configuration has its name back");
+            }
+        }
+    }
     cleaned.note("CNI plugin", text(install::remove_plugin(cni)));
     cleaned.note(&format!("socket {}", cni.socket.display()), remove_file(&cni.socket));
     let attacher = Attacher::new(&config.name);
