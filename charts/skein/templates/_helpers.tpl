@@ -1,0 +1,210 @@
+{{/* What every object has. */}}
+{{- define "skein.labels" -}}
+app.kubernetes.io/name: skein
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- with .Values.labels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* What the agents' pods are found by; never changes, as a DaemonSet's selector cannot. */}}
+{{- define "skein.selector" -}}
+app.kubernetes.io/name: skein
+app.kubernetes.io/component: agent
+{{- end }}
+
+{{/* Labels and annotations of an object that has some labels of its own. */}}
+{{- define "skein.metadata" -}}
+{{- $root := index . 0 -}}
+labels:
+  {{- include "skein.labels" $root | nindent 2 }}
+  {{- with index . 1 }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- with $root.Values.annotations }}
+annotations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{- define "skein.image" -}}
+{{- with .Values.image -}}
+{{- if .digest -}}
+{{ .repository }}@{{ .digest }}
+{{- else -}}
+{{ .repository }}:{{ .tag | default $.Chart.AppVersion }}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/* A value as TOML on one line. Helm holds every number as a float: whole ones are written whole. */}}
+{{- define "skein.toml" -}}
+{{- if kindIs "map" . -}}
+{ {{- $map := . }}{{ $comma := "" }}
+{{- range $key := keys . | sortAlpha }}
+{{- $value := index $map $key }}
+{{- if not (kindIs "invalid" $value) }}{{ $comma }} {{ $key | toJson }} = {{ include "skein.toml" $value }}{{ $comma = "," }}{{ end }}
+{{- end }} }
+{{- else if kindIs "slice" . -}}
+[{{ range $index, $value := . }}{{ if $index }}, {{ end }}{{ include "skein.toml" $value }}{{ end }}]
+{{- else if and (kindIs "float64" .) (eq (floor .) .) -}}
+{{ int64 . }}
+{{- else -}}
+{{ toJson . }}
+{{- end -}}
+{{- end }}
+
+{{/* An address as it stands before a port. */}}
+{{- define "skein.host" -}}
+{{ if contains ":" . }}[{{ . }}]{{ else }}{{ . }}{{ end }}
+{{- end }}
+
+{{/* agent.toml */}}
+{{- define "skein.config" -}}
+{{- $values := .Values -}}
+cluster_id = {{ .Values.clusterId | toJson }}
+
+[kubernetes]
+enabled = true
+{{- with .Values.endpointInterface }}
+endpoint_interface = {{ toJson . }}
+{{- end }}
+{{- with .Values.notReadyTaint }}
+not_ready_taint = {{ toJson . }}
+{{- end }}
+{{- with .Values.mtu }}
+
+[interface]
+mtu = {{ int . }}
+{{- end }}
+
+[underlay]
+port = {{ int .Values.port }}
+
+[dataplane]
+mode = "external"
+socket = "/run/skein/dataplane.sock"
+{{- with .Values.lanes }}
+lanes = {{ int . }}
+{{- end }}
+cipher = {{ .Values.encryption.cipher | toJson }}
+bundling = {{ .Values.bundling }}
+{{- if not (kindIs "invalid" .Values.busyPollMicroseconds) }}
+busy_poll_us = {{ int .Values.busyPollMicroseconds }}
+{{- end }}
+
+[offload]
+{{- with .Values.offload }}
+tun_uso = {{ .tunUso }}
+tun_tso = {{ .tunTso }}
+tun_checksum = {{ .tunChecksum }}
+udp_gso = {{ .udpGso }}
+udp_gro = {{ .udpGro }}
+{{- end }}
+
+[metrics]
+{{- with .Values.metrics }}
+listen = {{ printf "%s:%d" (include "skein.host" .address) (int .port) | toJson }}
+per_peer = {{ .perPeer }}
+{{- end }}
+
+[cni]
+enabled = true
+{{- with .Values.cni }}
+bin_dir = {{ .binDir | toJson }}
+conf_dir = {{ .confDir | toJson }}
+exclusive = {{ .exclusive }}
+no_masquerade = {{ include "skein.toml" (concat (compact (list $values.podCidr $values.podCidrv6)) .noMasquerade) }}
+chain = {{ include "skein.toml" .chain }}
+{{- end }}
+masquerade = {{ .Values.masquerade }}
+
+[log]
+level = {{ .Values.log.level | toJson }}
+format = {{ .Values.log.format | toJson }}
+{{- end }}
+
+{{/* What every pod of ours is like. hostNetwork: these pods make the network that others wait for. */}}
+{{- define "skein.pod" -}}
+hostNetwork: true
+dnsPolicy: ClusterFirstWithHostNet
+priorityClassName: {{ .Values.priorityClassName | quote }}
+terminationGracePeriodSeconds: {{ int .Values.terminationGracePeriodSeconds }}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* Name, environment, rights and mounts of what works as the agent: the agent and the cleanup. */}}
+{{- define "skein.agentContainer" -}}
+image: {{ include "skein.image" . | quote }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+env:
+  - name: SKEIN_NODE_NAME
+    valueFrom:
+      fieldRef:
+        fieldPath: spec.nodeName
+  {{- with .Values.extraEnv }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+securityContext:
+  {{- include "skein.security" (dict "privileged" .Values.privileged "add" .Values.capabilities.agent) | nindent 2 }}
+volumeMounts:
+  - { name: config, mountPath: /etc/skein, readOnly: true }
+  - { name: state, mountPath: /var/lib/skein }
+  - { name: run, mountPath: /run/skein }
+  # Namespaces of pods that come later must be seen, too.
+  - { name: netns, mountPath: /run/netns, mountPropagation: HostToContainer }
+  # The runtime shows /proc/sys read-only, and refuses mounts below /proc.
+  - { name: sysctl, mountPath: /host/proc/sys/net }
+  - { name: cni-bin, mountPath: {{ .Values.cni.binDir | quote }} }
+  - { name: cni-conf, mountPath: {{ .Values.cni.confDir | quote }} }
+{{- end }}
+
+{{- define "skein.security" -}}
+{{- if .privileged -}}
+privileged: true
+{{- else -}}
+privileged: false
+capabilities:
+  drop: [ALL]
+  add: {{ toJson .add }}
+{{- end }}
+readOnlyRootFilesystem: true
+runAsUser: 0
+runAsGroup: 0
+{{- end }}
+
+{{- define "skein.volumes" -}}
+- name: config
+  configMap:
+    name: skein
+- name: state
+  hostPath: { path: /var/lib/skein, type: DirectoryOrCreate }
+- name: run
+  hostPath: { path: /run/skein, type: DirectoryOrCreate }
+- name: netns
+  hostPath: { path: /run/netns, type: DirectoryOrCreate }
+- name: sysctl
+  hostPath: { path: /proc/sys/net, type: Directory }
+- name: cni-bin
+  hostPath: { path: {{ .Values.cni.binDir | quote }}, type: DirectoryOrCreate }
+- name: cni-conf
+  hostPath: { path: {{ .Values.cni.confDir | quote }}, type: DirectoryOrCreate }
+{{- end }}
