@@ -45,6 +45,9 @@ pub const TEST: &[Need] = &[
         "/usr/share/gocode/src/github.com/containernetworking/cni/libcni/api.go",
         "golang-github-appc-cni-dev",
     ),
+    // The image, and the programs that come from Python's packages.
+    need("buildah", "buildah"),
+    need("/usr/share/doc/python3-venv/copyright", "python3-venv"),
 ];
 
 /// For the benchmark, beside [`DEMO`].

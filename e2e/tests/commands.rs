@@ -113,29 +113,7 @@ fn a_short_benchmark_writes_its_results() -> Result<()> {
 /// As it is shipped: kubelet starts it for every pod, on hosts with any C library or none.
 #[test]
 fn the_plugin_is_static_and_small() -> Result<()> {
-    let target = if cfg!(target_arch = "aarch64") { "aarch64" } else { "x86_64" };
-    let target = format!("{target}-unknown-linux-gnu");
-    let mut build = skein_e2e::cargo::command(&[
-        "build",
-        "--quiet",
-        "--profile",
-        "dist",
-        "--package",
-        "skein-cni",
-        "--target",
-        &target,
-        "--message-format",
-        "json-render-diagnostics",
-    ]);
-    build.env("RUSTFLAGS", "-C target-feature=+crt-static");
-    let limit = Duration::from_secs(300);
-    let built = process::finish(&mut build, &[], limit)?;
-    ensure!(built.code == 0, "{}", built.stderr);
-    let artifact = |line: &str| {
-        let message: serde_json::Value = serde_json::from_str(line).ok()?;
-        Some(message["executable"].as_str()?.to_owned())
-    };
-    let path = built.stdout.lines().find_map(artifact).context("no program was built")?;
+    let path = skein_e2e::cargo::build_static(&["skein-cni"])?.remove(0);
     let program = fs::read(&path)?;
     ensure!(program.len() < 2 << 20, "{} bytes", program.len());
     let loader = b"/ld-linux";

@@ -1,9 +1,21 @@
 //! Settings below /proc/sys/net, of the network namespace of the calling thread.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use thiserror::Error;
+
+/// Where the settings are. Container runtimes show a container /proc/sys read-only and refuse every
+/// mount below /proc, so that the host's directory may be mounted beside it. The kernel shows
+/// whoever looks the settings of his own network namespace there as well.
+const PLACES: [&str; 2] = ["/host/proc/sys/net", "/proc/sys/net"];
+
+/// The place of a setting, from its path below /proc/sys/net.
+fn place(key: impl AsRef<Path>) -> PathBuf {
+    let [mounted, usual] = PLACES.map(Path::new);
+    let root = if mounted.join("ipv4").is_dir() { mounted } else { usual };
+    root.join(key)
+}
 
 /// A setting that could not be read or written.
 #[derive(Debug, Error)]
@@ -41,7 +53,7 @@ impl Sysctl {
 
     /// Writes the value unless it is there already; says whether it wrote.
     pub fn ensure(&self) -> Result<bool, SysctlError> {
-        let path = PathBuf::from("/proc/sys/net").join(&self.key);
+        let path = place(&self.key);
         let result = std::fs::read_to_string(&path).and_then(|now| {
             let differs = now.trim() != self.value;
             if differs {
@@ -59,9 +71,8 @@ impl Sysctl {
 /// them would lose their default route. They get 2, which means the same in a router.
 pub fn ensure_ipv6_forwarding() -> Result<bool, SysctlError> {
     let forwarding = Sysctl::required("ipv6/conf/all/forwarding", "1");
-    let off = std::fs::read_to_string("/proc/sys/net/ipv6/conf/all/forwarding")
-        .is_ok_and(|now| now.trim() == "0");
-    if off && let Ok(interfaces) = std::fs::read_dir("/proc/sys/net/ipv6/conf") {
+    let off = std::fs::read_to_string(place(&forwarding.key)).is_ok_and(|now| now.trim() == "0");
+    if off && let Ok(interfaces) = std::fs::read_dir(place("ipv6/conf")) {
         for path in interfaces.flatten().map(|interface| interface.path().join("accept_ra")) {
             if std::fs::read_to_string(&path).is_ok_and(|now| now.trim() == "1")
                 && let Err(error) = std::fs::write(&path, "2")

@@ -173,6 +173,8 @@ volumeMounts:
   - { name: netns, mountPath: /run/netns, mountPropagation: HostToContainer }
   # The runtime shows /proc/sys read-only, and refuses mounts below /proc.
   - { name: sysctl, mountPath: /host/proc/sys/net }
+  # The agent makes the interface, the data process opens its queues.
+  - { name: tun, mountPath: /dev/net/tun }
   - { name: cni-bin, mountPath: {{ .Values.cni.binDir | quote }} }
   - { name: cni-conf, mountPath: {{ .Values.cni.confDir | quote }} }
 {{- end }}
@@ -203,6 +205,8 @@ runAsGroup: 0
   hostPath: { path: /run/netns, type: DirectoryOrCreate }
 - name: sysctl
   hostPath: { path: /proc/sys/net, type: Directory }
+- name: tun
+  hostPath: { path: /dev/net/tun, type: CharDevice }
 - name: cni-bin
   hostPath: { path: {{ .Values.cni.binDir | quote }}, type: DirectoryOrCreate }
 - name: cni-conf
