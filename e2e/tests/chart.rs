@@ -1,0 +1,383 @@
+//! The Helm chart: what it renders is taken by Kubernetes' schemas and by the agent; what it refuses,
+//! it refuses in words; what it says of itself is true.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::{Value, json};
+use skein_e2e::cargo::workspace;
+use skein_e2e::lab::process::{self, Finished};
+use skein_e2e::{image, programs};
+
+/// Every value changed, in a few sets that go together.
+const VARIANTS: [(&str, &[&str]); 6] = [
+    ("defaults", &[]),
+    (
+        "small",
+        &[
+            "podCidr=10.244.0.0/16",
+            "podCidrv6=fd00:10:244::/56",
+            "mtu=1400",
+            "lanes=3",
+            "port=4000",
+            "busyPollMicroseconds=0",
+            "bundling=false",
+            "encryption.cipher=chacha20-poly1305",
+            "masquerade=false",
+            "endpointInterface=eth1",
+            "notReadyTaint=null",
+            "clusterId=a \"quoted\\, one\"",
+            "offload.tunUso=false,offload.tunTso=false,offload.tunChecksum=false",
+            "offload.udpGso=false,offload.udpGro=false",
+            "log.level=skein_agent=debug\\,info,log.format=text",
+            "metrics.address=::,metrics.port=9999,metrics.perPeer=true",
+        ],
+    ),
+    (
+        "plugins",
+        &[
+            "cni.binDir=/var/lib/cni/bin,cni.confDir=/etc/cni/other,cni.exclusive=false",
+            "cni.noMasquerade={192.0.2.0/24,2001:db8::/32}",
+            "cni.chain[0].type=portmap,cni.chain[0].capabilities.portMappings=true",
+            "cni.chain[1].type=bandwidth,cni.chain[1].ingressRate=1000000",
+            "cni.chain[1].shaping.on=true,cni.chain[1].names={a,b}",
+        ],
+    ),
+    (
+        "monitoring",
+        &[
+            "prometheus.podMonitor.enabled=true,prometheus.podMonitor.labels.release=prom",
+            "prometheus.serviceMonitor.enabled=true,prometheus.serviceMonitor.interval=1m",
+            "prometheus.rules.enabled=true,prometheus.rules.labels.release=prom",
+            "prometheus.dashboards.enabled=true",
+            "metrics.address=127.0.0.1",
+        ],
+    ),
+    (
+        "scheduling",
+        &[
+            "image.repository=registry.example/skein,image.tag=edge,image.pullPolicy=Never",
+            "image.pullSecrets[0].name=secret",
+            "privileged=true",
+            "priorityClassName=critical,tolerations=null,nodeSelector.disk=ssd",
+            "affinity.podAffinity.requiredDuringSchedulingIgnoredDuringExecution[0].topologyKey=zone",
+            "updateStrategy.type=OnDelete",
+            "terminationGracePeriodSeconds=5",
+            "labels.team=net,annotations.note=yes,podLabels.a=b,podAnnotations.c=d",
+            "extraEnv[0].name=SKEIN_LOG,extraEnv[0].value=debug",
+            "serviceAccount.create=false,serviceAccount.name=mine",
+            "resources.agent.limits.memory=256Mi,resources.dataplane=null",
+        ],
+    ),
+    (
+        "bare",
+        &[
+            "cleanup.enabled=false,admissionPolicy.enabled=false,updateStrategy.maxUnavailable=10%",
+            "image.digest=sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+        ],
+    ),
+];
+
+/// Versions of Kubernetes whose schemas are asked.
+const VERSIONS: [&str; 4] = ["1.25", "1.28", "1.31", "1.34"];
+
+/// Where the policy that holds agents to their own node is served.
+const POLICIES: &str = "admissionregistration.k8s.io/v1/ValidatingAdmissionPolicy";
+
+/// How long one program may take.
+const LIMIT: Duration = Duration::from_secs(120);
+
+fn chart() -> PathBuf {
+    workspace().join("charts/skein")
+}
+
+fn helm(arguments: &[&str], settings: &[&str]) -> Result<Finished> {
+    let mut helm = Command::new(programs::helm()?);
+    // Nobody's own repositories and plugins.
+    let home = tempfile::tempdir()?;
+    for place in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
+        helm.env(place, home.path());
+    }
+    helm.args(arguments).args(settings.iter().flat_map(|setting| ["--set", setting]));
+    process::finish(&mut helm, &[], LIMIT)
+}
+
+/// Everything that helm would send to the API server, as text.
+fn render(settings: &[&str], version: &str) -> Result<String> {
+    let chart = chart().to_string_lossy().into_owned();
+    let mut arguments = vec!["template", "skein", &chart, "--namespace", "net"];
+    arguments.extend(["--kube-version", version]);
+    if version >= "1.30" {
+        arguments.extend(["--api-versions", POLICIES]);
+    }
+    let finished = helm(&arguments, settings)?;
+    ensure!(finished.code == 0, "helm template {settings:?}: {}", finished.stderr);
+    Ok(finished.stdout)
+}
+
+/// The one object of this kind and name.
+fn object<'a>(objects: &'a [Value], kind: &str, name: &str) -> Result<&'a Value> {
+    let of = |object: &&Value| object["kind"] == kind && object["metadata"]["name"] == name;
+    let found: Vec<_> = objects.iter().filter(of).collect();
+    match found[..] {
+        [one] => Ok(one),
+        _ => bail!("{} objects {kind} {name}", found.len()),
+    }
+}
+
+fn rendered(settings: &[&str]) -> Result<Vec<Value>> {
+    programs::yaml(&render(settings, "1.34")?)
+}
+
+#[test]
+fn lint_finds_nothing() -> Result<()> {
+    for (name, settings) in VARIANTS {
+        let linted = helm(&["lint", "--strict", &chart().to_string_lossy()], settings)?;
+        ensure!(linted.code == 0, "{name}: {}{}", linted.stdout, linted.stderr);
+        ensure!(!linted.stdout.contains("WARNING"), "{name}: {}", linted.stdout);
+    }
+    Ok(())
+}
+
+#[test]
+fn every_version_of_kubernetes_takes_what_is_rendered() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    for version in VERSIONS {
+        let mut files = vec![];
+        for (name, settings) in VARIANTS {
+            let mut text = render(settings, version)?;
+            // What the Job creates is checked as what helm creates.
+            let cleanup = programs::yaml(&text)?
+                .into_iter()
+                .find_map(|object| object["data"]["daemonset.yaml"].as_str().map(str::to_owned));
+            ensure!(cleanup.is_some() == (name != "bare"), "{name}: the cleanup's DaemonSet");
+            text.push_str(&cleanup.map(|text| format!("\n---\n{text}")).unwrap_or_default());
+            let path = directory.path().join(format!("{name}-{version}.yaml"));
+            fs::write(&path, text)?;
+            files.push(path);
+        }
+        files.push(chart().join("crds/skeinnodes.yaml"));
+        let mut validate =
+            Command::new(programs::kubernetes_validate()?.join("kubernetes-validate"));
+        validate.args(["--strict", "--kubernetes-version", version]).args(&files);
+        let said = process::finish(&mut validate, &[], LIMIT)?;
+        let text = format!("{}{}", said.stdout, said.stderr);
+        ensure!(said.code == 0, "{version}: {text}");
+        // Kinds that it does not know pass with a warning: only the Prometheus Operator's may.
+        let warned = text.lines().filter(|line| line.contains("WARN"));
+        let warned: Vec<_> = warned.filter(|w| !w.contains("monitoring.coreos.com")).collect();
+        ensure!(warned.is_empty(), "{version}: {warned:?}");
+        let passed = text.lines().filter(|line| line.contains("passed")).count();
+        ensure!(passed > 50, "{version}: only {passed} objects were looked at: {text}");
+    }
+    Ok(())
+}
+
+#[test]
+fn values_reach_the_configuration() -> Result<()> {
+    let parse = |settings: &[&str]| -> Result<Value> {
+        let objects = rendered(settings)?;
+        let text = object(&objects, "ConfigMap", "skein")?["data"]["agent.toml"].clone();
+        let table: toml::Table = toml::from_str(text.as_str().context("no agent.toml")?)?;
+        Ok(serde_json::to_value(table)?)
+    };
+    let variant = |name| VARIANTS.into_iter().find(|v| v.0 == name).context("no such variant");
+    let small = parse(variant("small")?.1)?;
+    ensure!(small["cluster_id"] == "a \"quoted, one\"", "{small:#}");
+    ensure!(small["kubernetes"] == json!({ "enabled": true, "endpoint_interface": "eth1" }));
+    ensure!(small["interface"]["mtu"] == 1400 && small["underlay"]["port"] == 4000, "{small:#}");
+    let dataplane = json!({
+        "mode": "external", "socket": "/run/skein/dataplane.sock", "lanes": 3,
+        "cipher": "chacha20-poly1305", "bundling": false, "busy_poll_us": 0,
+    });
+    ensure!(small["dataplane"] == dataplane, "{small:#}");
+    let offload = small["offload"].as_object().context("no offload")?;
+    ensure!(offload.len() == 5 && offload.values().all(|rung| rung == false), "{small:#}");
+    ensure!(small["metrics"] == json!({ "listen": "[::]:9999", "per_peer": true }), "{small:#}");
+    ensure!(small["cni"]["no_masquerade"] == json!(["10.244.0.0/16", "fd00:10:244::/56"]));
+    ensure!(small["cni"]["masquerade"] == false, "{small:#}");
+    ensure!(small["log"] == json!({ "level": "skein_agent=debug,info", "format": "text" }));
+    let cni = &parse(variant("plugins")?.1)?["cni"];
+    // Whole numbers stay whole: the bandwidth plugin takes no others.
+    let chain = json!([
+        { "type": "portmap", "capabilities": { "portMappings": true } },
+        { "type": "bandwidth", "ingressRate": 1_000_000, "shaping": { "on": true }, "names": ["a", "b"] },
+    ]);
+    ensure!(cni["chain"] == chain, "{cni:#}");
+    ensure!(cni["exclusive"] == false && cni["conf_dir"] == "/etc/cni/other", "{cni:#}");
+    Ok(())
+}
+
+#[test]
+fn pods_have_the_rights_they_need_and_no_others() -> Result<()> {
+    let objects = rendered(&[])?;
+    let pod = &object(&objects, "DaemonSet", "skein")?["spec"]["template"]["spec"];
+    ensure!(pod["hostNetwork"] == true && pod["tolerations"] == json!([{ "operator": "Exists" }]));
+    let containers = pod["containers"].as_array().context("no containers")?;
+    let rights = |add: Value| {
+        json!({
+            "privileged": false, "capabilities": { "drop": ["ALL"], "add": add },
+            "readOnlyRootFilesystem": true, "runAsUser": 0, "runAsGroup": 0,
+        })
+    };
+    ensure!(containers.len() == 2, "{} containers", containers.len());
+    for (container, name, add) in [
+        (&containers[0], "agent", json!(["NET_ADMIN", "SYS_ADMIN"])),
+        (&containers[1], "dataplane", json!(["NET_ADMIN"])),
+    ] {
+        ensure!(container["name"] == name, "{container:#}");
+        ensure!(container["securityContext"] == rights(add), "{container:#}");
+        ensure!(container["image"] == image::REFERENCE, "{container:#}");
+    }
+    // It runs while there is no network, and needs nothing but the API.
+    let job = &object(&objects, "Job", "skein-cleanup")?["spec"]["template"]["spec"];
+    ensure!(job["hostNetwork"] == true, "{job:#}");
+    let context = &job["containers"][0]["securityContext"];
+    ensure!(
+        context["runAsNonRoot"] == true && context["capabilities"] == json!({ "drop": ["ALL"] })
+    );
+    Ok(())
+}
+
+#[test]
+fn pods_are_replaced_when_the_configuration_changes() -> Result<()> {
+    let sum = |settings: &[&str]| -> Result<Value> {
+        let objects = rendered(settings)?;
+        let template = &object(&objects, "DaemonSet", "skein")?["spec"]["template"];
+        Ok(template["metadata"]["annotations"]["checksum/config"].clone())
+    };
+    let first = sum(&[])?;
+    ensure!(first.as_str().is_some_and(|sum| sum.len() == 64), "{first}");
+    ensure!(sum(&["lanes=2"])? != first, "lanes");
+    ensure!(
+        sum(&["cleanup.timeoutSeconds=9", "prometheus.rules.enabled=true"])? == first,
+        "others"
+    );
+    Ok(())
+}
+
+#[test]
+fn wrong_values_are_refused_in_words() -> Result<()> {
+    for (setting, words) in [
+        ("prot=1", "additional properties 'prot' not allowed"),
+        ("cni.bindir=/x", "at '/cni': additional properties 'bindir' not allowed"),
+        ("port=0", "at '/port': minimum: got 0, want 1"),
+        ("port=four", "at '/port': got string, want integer"),
+        ("lanes=65", "at '/lanes': maximum: got 65, want 64"),
+        ("mtu=100", "at '/mtu': minimum: got 100, want 576"),
+        ("encryption.cipher=none", "must be one of 'auto', 'aes256-gcm', 'chacha20-poly1305'"),
+        ("podCidr=10.0.0.0", "at '/podCidr': '10.0.0.0' does not match"),
+        ("podCidrv6=10.0.0.0/8", "at '/podCidrv6': '10.0.0.0/8' does not match"),
+        ("cni.chain[0].kind=x", "missing property 'type'"),
+        ("cni.binDir=opt", "at '/cni/binDir': 'opt' does not match"),
+        ("updateStrategy.maxSurge=1", "additional properties 'maxSurge' not allowed"),
+        ("capabilities.agent={net-admin}", "at '/capabilities/agent/0'"),
+        ("log.format=xml", "must be one of 'text', 'json'"),
+        ("privileged=1", "at '/privileged': got number, want boolean"),
+    ] {
+        let refused = helm(&["template", "skein", &chart().to_string_lossy()], &[setting])?;
+        ensure!(refused.code != 0, "{setting} was taken");
+        ensure!(refused.stderr.contains(words), "{setting}: {}", refused.stderr);
+    }
+    Ok(())
+}
+
+/// Paths of all values that are no maps, or empty ones.
+fn leaves(path: &str, value: &Value, all: &mut BTreeSet<String>) {
+    match value.as_object().filter(|map| !map.is_empty()) {
+        Some(map) => map.iter().for_each(|(key, value)| {
+            let dot = if path.is_empty() { "" } else { "." };
+            leaves(&format!("{path}{dot}{key}"), value, all);
+        }),
+        None => drop(all.insert(path.to_owned())),
+    }
+}
+
+#[test]
+fn the_readme_has_every_value_once_with_its_default() -> Result<()> {
+    let values = programs::yaml(&fs::read_to_string(chart().join("values.yaml"))?)?.remove(0);
+    let mut missing = BTreeSet::new();
+    leaves("", &values, &mut missing);
+    let readme = fs::read_to_string(chart().join("README.md"))?;
+    let table = readme.split("## Values").nth(1).context("no table of values")?;
+    for row in table.lines().filter(|line| line.starts_with("| `")) {
+        let cells: Vec<_> = row.splitn(4, '|').map(|cell| cell.trim().trim_matches('`')).collect();
+        let (path, default) = (cells[1], cells[2]);
+        let pointer = format!("/{}", path.replace('.', "/"));
+        let value = values.pointer(&pointer).with_context(|| format!("no value {path}"))?;
+        let shown: Value = serde_json::from_str(default).with_context(|| row.to_owned())?;
+        ensure!(*value == shown, "{path} is {value}, not {default}");
+        let before = missing.len();
+        missing.retain(|leaf| leaf != path && !leaf.starts_with(&format!("{path}.")));
+        ensure!(missing.len() < before, "{path} is there twice");
+    }
+    ensure!(missing.is_empty(), "not in the table: {missing:?}");
+    Ok(())
+}
+
+#[test]
+fn versions_agree() -> Result<()> {
+    let about = programs::yaml(&fs::read_to_string(chart().join("Chart.yaml"))?)?.remove(0);
+    ensure!(about["version"] == env!("CARGO_PKG_VERSION"), "{about}");
+    ensure!(about["appVersion"] == env!("CARGO_PKG_VERSION"), "{about}");
+    Ok(())
+}
+
+/// Names of metrics in a text, without what a histogram's series add.
+fn metrics(text: &str) -> BTreeSet<&str> {
+    let word = |c: char| !(c.is_ascii_alphanumeric() || c == '_');
+    let names = text.split(word).filter(|name| name.starts_with("skein_"));
+    let base = |name| {
+        let mut suffixes = ["_bucket", "_sum", "_count"].into_iter();
+        suffixes.find_map(|suffix| str::strip_suffix(name, suffix)).unwrap_or(name)
+    };
+    names.map(base).filter(|name| *name != "skein_agent").collect()
+}
+
+#[test]
+fn alerts_and_dashboards_use_metrics_that_exist() -> Result<()> {
+    let source = |path: &str| fs::read_to_string(workspace().join("agent/src").join(path));
+    let code = source("metrics.rs")? + &source("cni/metrics.rs")?;
+    let rules = chart().join("alerts/skein.yaml");
+    process::run(Command::new("promtool").args(["check", "rules"]).arg(&rules))?;
+    let dashboard = fs::read_to_string(chart().join("dashboards/skein.json"))?;
+    let panels: Value = serde_json::from_str(&dashboard)?;
+    for text in [fs::read_to_string(&rules)?, dashboard] {
+        let used = metrics(&text);
+        ensure!(used.len() > 5, "only {used:?}");
+        let unknown: Vec<_> = used.iter().filter(|m| !code.contains(&format!("\"{m}\""))).collect();
+        ensure!(unknown.is_empty(), "no such metrics: {unknown:?}");
+    }
+    // Its expressions as rules, for the parser.
+    let directory = tempfile::tempdir()?;
+    let panels = panels["panels"].as_array().context("no panels")?.iter();
+    let targets = panels.flat_map(|panel| panel["targets"].as_array().into_iter().flatten());
+    let expressions: Vec<_> = targets.filter_map(|target| target["expr"].as_str()).collect();
+    let rule = |(number, text): (usize, &&str)| {
+        let text = text.replace("$__rate_interval", "5m").replace("$node", ".*");
+        json!({ "record": format!("panel:{number}"), "expr": text })
+    };
+    let all: Vec<_> = expressions.iter().enumerate().map(rule).collect();
+    ensure!(all.len() >= 10, "only {} expressions", all.len());
+    let path = directory.path().join("rules.json");
+    fs::write(&path, json!({ "groups": [{ "name": "panels", "rules": all }] }).to_string())?;
+    process::run(Command::new("promtool").args(["check", "rules"]).arg(&path))?;
+    Ok(())
+}
+
+#[test]
+fn agents_are_held_to_their_node_where_that_is_possible() -> Result<()> {
+    let kind = "kind: ValidatingAdmissionPolicy\n";
+    ensure!(!render(&[], "1.29")?.contains(kind), "the API server of 1.29 has none");
+    ensure!(!render(&["admissionPolicy.enabled=false"], "1.34")?.contains(kind), "switched off");
+    let policies = rendered(&[])?;
+    let policy = object(&policies, "ValidatingAdmissionPolicy", "skein-own-node")?;
+    let condition = policy["spec"]["matchConditions"][0]["expression"].to_string();
+    ensure!(condition.contains("system:serviceaccount:net:skein"), "{condition}");
+    object(&policies, "ValidatingAdmissionPolicyBinding", "skein-own-node")?;
+    Ok(())
+}
