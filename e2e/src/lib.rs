@@ -4,6 +4,7 @@
 pub mod bench;
 pub mod cargo;
 pub mod checks;
+pub mod cluster;
 pub mod console;
 pub mod demo;
 pub mod image;

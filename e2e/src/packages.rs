@@ -50,6 +50,31 @@ pub const TEST: &[Need] = &[
     need("/usr/share/doc/python3-venv/copyright", "python3-venv"),
 ];
 
+/// For a cluster, beside [`DEMO`].
+pub const CLUSTER: &[Need] = &[
+    need("etcd", "etcd-server"),
+    need("containerd", "containerd"),
+    need("runc", "runc"),
+    need("busybox", "busybox-static"),
+    need("/usr/lib/cni/portmap", "containernetworking-plugins"),
+    need("iptables", "iptables"),
+    need("conntrack", "conntrack"),
+    need("nft", "nftables"),
+    need("curl", "curl"),
+    need("openssl", "openssl"),
+];
+
+/// To build a cluster's programs.
+pub const CLUSTER_BUILD: &[Need] = &[
+    need("go", "golang-go"),
+    need(
+        "/usr/share/gocode/src/github.com/modern-go/reflect2/reflect2.go",
+        "golang-github-modern-go-reflect2-dev",
+    ),
+    need("pip3", "python3-pip"),
+    need("unzip", "unzip"),
+];
+
 /// For the benchmark, beside [`DEMO`].
 pub const BENCH: &[Need] =
     &[need("redis-server", "redis-server"), need("redis-benchmark", "redis-tools")];

@@ -2,7 +2,6 @@
 //! process namespaces that take everything with them when they go, containers included.
 
 use std::fs;
-use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -12,13 +11,11 @@ use serde_json::json;
 
 use super::agent::Agent;
 use super::process::{self, Finished, Process};
-use super::{Netns, registry};
+use super::{Netns, cgroup, image, registry};
 use crate::checks;
 
 /// The one image: busybox, which sleeps unless it is told otherwise.
 pub const IMAGE: &str = "localhost/skein-test:1";
-/// Programs that the image has.
-const APPLETS: [&str; 7] = ["sh", "sleep", "ip", "ping", "mkdir", "nc", "httpd"];
 /// How long one command may take.
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -97,30 +94,11 @@ impl Drop for Containerd {
     fn drop(&mut self) {
         // Process 1 of its namespace goes with it, and everything in there with that.
         self.process.kill();
-        remove_cgroups(&self.cgroup);
+        cgroup::remove(&self.cgroup);
     }
 }
 
 const CGROUP_PREFIX: &str = "skein-e2e-";
-
-/// Empties and removes the cgroups below `/<name>` of every controller. Processes that were just
-/// killed may take a moment to leave them.
-fn remove_cgroups(name: &str) {
-    let gone = || -> Result<bool> {
-        let mut gone = true;
-        for controller in fs::read_dir("/sys/fs/cgroup")?.flatten() {
-            let top = controller.path().join(name);
-            for child in fs::read_dir(&top).into_iter().flatten().flatten() {
-                // Files refuse, and go with their directory.
-                let _ = fs::remove_dir(child.path());
-            }
-            let _ = fs::remove_dir(&top);
-            gone &= !top.exists();
-        }
-        Ok(gone)
-    };
-    let _ = checks::eventually("cgroups are empty", Duration::from_secs(5), gone);
-}
 
 /// What runs before containerd in its mount namespace: `/opt/cni/bin` and `/etc/cni/net.d`, which `ctr`
 /// reads, are the agent's; `/run` is its own but for the laboratory's files, and so is `/var/lib`, where
@@ -177,35 +155,15 @@ conf_dir = "{conf}"
     )
 }
 
-/// The image as `docker save` writes one; its path.
+/// The image; its path.
 fn image(directory: &Path) -> Result<PathBuf> {
-    let root = directory.join("rootfs");
-    for path in ["bin", "etc", "proc", "sys", "dev", "tmp"] {
-        fs::create_dir_all(root.join(path))?;
-    }
-    fs::copy("/bin/busybox", root.join("bin/busybox")).context("busybox-static's /bin/busybox")?;
-    for applet in APPLETS {
-        symlink("busybox", root.join("bin").join(applet))?;
-    }
-    let tar = |from: &Path, to: &Path, what: &[&str]| {
-        process::run(Command::new("tar").arg("-C").arg(from).arg("-cf").arg(to).args(what))
-    };
-    let (parts, layer) = (directory.join("image"), directory.join("image/layer.tar"));
-    fs::create_dir_all(&parts)?;
-    tar(&root, &layer, &["."])?;
-    let sum = process::run(Command::new("sha256sum").arg(&layer))?;
-    let sum = sum.split_whitespace().next().context("no checksum")?;
-    let machine = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
-    let config = json!({
-        "architecture": machine, "os": "linux",
-        "config": { "Cmd": ["/bin/sleep", "100000"], "Env": ["PATH=/bin"] },
-        "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{sum}")] },
-    });
-    let manifest =
-        json!([{ "Config": "config.json", "RepoTags": [IMAGE], "Layers": ["layer.tar"] }]);
-    fs::write(parts.join("config.json"), config.to_string())?;
-    fs::write(parts.join("manifest.json"), manifest.to_string())?;
-    let path = directory.join("image.tar");
-    tar(&parts, &path, &["manifest.json", "config.json", "layer.tar"])?;
+    let (root, path) = (directory.join("rootfs"), directory.join("image.tar"));
+    image::busybox(&root)?;
+    image::write(
+        &root,
+        IMAGE,
+        &json!({ "Cmd": ["/bin/sleep", "100000"], "Env": ["PATH=/bin"] }),
+        &path,
+    )?;
     Ok(path)
 }

@@ -2,9 +2,11 @@
 //! made in the host's own namespace.
 
 pub mod agent;
+mod cgroup;
 pub mod cni;
 pub mod containerd;
 pub mod cri;
+pub mod image;
 pub mod link;
 pub mod netns;
 pub mod node;
@@ -201,10 +203,10 @@ pub const TURN_LIMIT: Duration = Duration::from_secs(8 * 60);
 
 /// The right to have a laboratory now, held by a lock on a file.
 #[derive(Debug)]
-struct Turn(#[allow(dead_code, reason = "holds the lock until dropped")] File);
+pub(crate) struct Turn(#[allow(dead_code, reason = "holds the lock until dropped")] File);
 
 impl Turn {
-    fn take() -> Result<Self> {
+    pub(crate) fn take() -> Result<Self> {
         let path = registry::home()?.join("lock");
         let file = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
         let start = Instant::now();

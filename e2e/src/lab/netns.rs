@@ -1,7 +1,7 @@
 //! A named network namespace that is removed with everything in it when its value is dropped.
 
 use std::fs::{self, File};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread::{self, JoinHandle};
 
@@ -32,6 +32,11 @@ impl Netns {
     /// Its name for `ip netns`.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Where it is found in the file system.
+    pub fn path(&self) -> PathBuf {
+        Path::new(registry::NETNS_DIR).join(&self.name)
     }
 
     /// A command that will run inside.

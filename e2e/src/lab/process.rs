@@ -16,6 +16,9 @@ use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal
 /// How long a command of [`run`] may take.
 const RUN_LIMIT: Duration = Duration::from_secs(60);
 
+/// How long it may take to enter namespaces, or to leave them.
+const ENTER_LIMIT: Duration = Duration::from_secs(10);
+
 /// Asks the kernel to kill the child when the thread that starts it ends.
 fn die_with_us(command: &mut Command) {
     // SAFETY: between fork and exec only prctl(2) is called, which is safe there: it takes no
@@ -124,6 +127,8 @@ fn wait(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
 #[derive(Debug)]
 pub struct Process {
     child: Child,
+    /// Where the child only waits for another in other namespaces, that one.
+    inner: Option<Pid>,
     what: String,
     log: PathBuf,
 }
@@ -137,12 +142,37 @@ impl Process {
         die_with_us(command);
         command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
         let child = command.spawn().with_context(|| format!("starting `{what}`"))?;
-        Ok(Self { child, what, log: log.to_owned() })
+        Ok(Self { child, inner: None, what, log: log.to_owned() })
     }
 
-    /// Process id.
+    /// The same for a command of a [`Machine`](crate::cluster::Machine): it is the process inside that is
+    /// meant, not the one that waits outside for its end.
+    pub fn start_inside(command: &mut Command, log: &Path) -> Result<Self> {
+        let mut process = Self::start(command, log)?;
+        let end = Instant::now() + ENTER_LIMIT;
+        let namespace = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+        let outside = namespace(std::process::id().cast_signed());
+        loop {
+            // On its way there it has other children, which stay outside.
+            let inside = |pid: &&i32| namespace(**pid).is_some_and(|of| Some(of) != outside);
+            if let Some(&pid) = children(process.pid()).iter().find(inside) {
+                process.inner = Pid::from_raw(pid);
+                return Ok(process);
+            }
+            process.check_alive()?;
+            if Instant::now() > end {
+                bail!("`{}` does not start:\n{}", process.what, process.log_tail(30));
+            }
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Process id, as the host numbers it.
     pub fn pid(&self) -> i32 {
-        self.child.id().cast_signed()
+        match self.inner {
+            Some(pid) => pid.as_raw_nonzero().get(),
+            None => self.child.id().cast_signed(),
+        }
     }
 
     /// Where its outputs go.
@@ -183,6 +213,10 @@ impl Process {
 
     /// Ends it at once (SIGKILL).
     pub fn kill(&mut self) {
+        if self.inner.is_some() && self.exited().is_none() {
+            let _ = self.signal(Signal::KILL);
+            let _ = wait(&mut self.child, ENTER_LIMIT);
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -204,6 +238,19 @@ pub fn tail(path: &Path, lines: usize) -> String {
     let text = fs::read_to_string(path).unwrap_or_default();
     let all: Vec<&str> = text.lines().collect();
     all[all.len().saturating_sub(lines)..].join("\n")
+}
+
+/// Living children of a process.
+pub fn children(parent: i32) -> Vec<i32> {
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let is_child = |pid: &i32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // The name in parentheses may hold anything, so count from its end: state, then parent.
+        let mut fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+        fields.next() != Some("Z") && fields.next() == Some(&parent.to_string())
+    };
+    pids.filter(is_child).collect()
 }
 
 /// CPU time (user and system) that living processes have used, in seconds.

@@ -17,6 +17,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use super::cgroup;
+
 /// Where iproute2 keeps its named namespaces.
 pub(super) const NETNS_DIR: &str = "/run/netns";
 
@@ -205,6 +207,10 @@ pub fn sweep() -> Vec<String> {
         eprintln!("{error:#}");
         return removed;
     }
+    for name in cgroup::names(PREFIX).into_iter().filter(|name| is_abandoned(name)) {
+        delete_namespace(&name);
+        removed.push(name);
+    }
     for (directory, is_namespace) in [(NETNS_DIR, true), (HOME, false)] {
         for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
@@ -235,7 +241,7 @@ pub fn abandoned() -> Vec<String> {
     existing().into_iter().filter(|name| is_abandoned(name)).collect()
 }
 
-/// Names of all namespaces and directories of laboratories that exist now, dead or alive.
+/// Names of all namespaces, cgroups and directories of laboratories that exist now, dead or alive.
 pub fn existing() -> Vec<String> {
     let names = |directory: &Path| {
         let entries = fs::read_dir(directory).into_iter().flatten().flatten();
@@ -244,13 +250,22 @@ pub fn existing() -> Vec<String> {
     let mut all = names(Path::new(NETNS_DIR));
     all.extend(names(Path::new(HOME)));
     all.retain(|name| name.starts_with(PREFIX));
+    all.extend(cgroup::names(PREFIX));
+    // A machine's cgroups have the name of its namespace.
+    all.sort();
+    all.dedup();
     all
 }
 
+/// Ends what runs in a namespace and removes it, and the cgroups of its name.
 fn delete_namespace(name: &str) {
-    if !Path::new(NETNS_DIR).join(name).exists() {
-        return;
+    if Path::new(NETNS_DIR).join(name).exists() {
+        delete_network(name);
     }
+    cgroup::remove(name);
+}
+
+fn delete_network(name: &str) {
     for _ in 0..50 {
         let pids = pids_in(name);
         if pids.is_empty() {

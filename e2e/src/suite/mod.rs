@@ -6,6 +6,7 @@ pub mod watch;
 use anyhow::{Result, bail};
 use clap::Args;
 
+use crate::cluster::programs;
 use crate::console::Console;
 use crate::lab::registry;
 use crate::{cargo, packages};
@@ -29,11 +30,30 @@ pub fn run(options: &Options) -> Result<()> {
         cargo::run(&["build", "--release", "--workspace", "--bins", "--tests", "--examples"])
     })?;
     drop(console);
+    run_tests(&["--workspace", "--no-fail-fast"], &[], options)?;
+    println!("(The tests that take a real Kubernetes are not among these: cargo e2e cluster test)");
+    Ok(())
+}
+
+/// Runs the tests that need a cluster.
+pub fn run_cluster(options: &Options) -> Result<()> {
+    let console = Console::new();
+    programs::build(&console)?;
+    console.step("building the tests (release)");
+    console.pause(|| {
+        cargo::run(&["build", "--release", "--workspace", "--bins"])?;
+        cargo::run(&["build", "--release", "--package=skein-e2e", "--test=cluster"])
+    })?;
+    drop(console);
+    run_tests(&["--package=skein-e2e", "--test=cluster"], &["--ignored"], options)
+}
+
+/// Has cargo run the tests of `which` and says what came of them.
+fn run_tests(which: &[&str], more: &[&str], options: &Options) -> Result<()> {
     registry::sweep();
 
     // Namespace tests measure times and rates: one at a time.
-    let mut arguments = vec!["test", "--release", "--workspace", "--no-fail-fast", "--"];
-    arguments.push("--test-threads=1");
+    let mut arguments = [&["test", "--release"], which, &["--", "--test-threads=1"], more].concat();
     arguments.extend(options.filter.as_deref());
     let mut tests = cargo::command(&arguments);
     let totals = watch::watch(&mut tests, watch::LIMIT, &mut std::io::stdout())?;

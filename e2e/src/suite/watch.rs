@@ -1,7 +1,6 @@
 //! Cargo's tests under a watch: what they say is passed on and counted, and one that hangs is named
 //! and ended.
 
-use std::fs;
 use std::io::{Read, Write};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -10,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use rustix::process::{Pid, Signal, kill_process};
+
+use crate::lab::process::children;
 
 /// How long one test may take, with its wait for another run's laboratory. All but a few take
 /// seconds.
@@ -150,19 +151,6 @@ fn end_children(cargo: &mut Child) {
             thread::sleep(Duration::from_millis(100));
         }
     }
-}
-
-/// Living children of a process.
-fn children(parent: i32) -> Vec<i32> {
-    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    let is_child = |pid: &i32| {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        // The name in parentheses may hold anything, so count from its end: state, then parent.
-        let mut fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
-        fields.next() != Some("Z") && fields.next() == Some(&parent.to_string())
-    };
-    pids.filter(is_child).collect()
 }
 
 #[cfg(test)]

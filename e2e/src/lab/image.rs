@@ -1,0 +1,82 @@
+//! Container images made here, out of files of this host: there is no registry to pull from.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+use serde_json::{Value, json};
+
+use super::process;
+use crate::packages;
+
+/// Of Debian's package busybox-static: runs in an empty root directory.
+const BUSYBOX: &str = "/bin/busybox";
+
+/// Writes the files below `root` as an image in the form of `docker save`. `config` is what a container
+/// starts with: `Cmd`, `Entrypoint`, `Env`, ….
+pub fn write(root: &Path, name: &str, config: &Value, to: &Path) -> Result<()> {
+    let parts = to.with_extension("parts");
+    fs::create_dir_all(&parts).with_context(|| format!("creating {}", parts.display()))?;
+    let layer = parts.join("layer.tar");
+    tar(root, &layer, &["--owner=0", "--group=0", "."])?;
+    let sum = process::run(Command::new("sha256sum").arg(&layer))?;
+    let sum = sum.split_whitespace().next().context("no checksum")?;
+    let machine = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
+    let config = json!({
+        "architecture": machine, "os": "linux", "config": config,
+        "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{sum}")] },
+    });
+    let manifest =
+        json!([{ "Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"] }]);
+    fs::write(parts.join("config.json"), config.to_string())?;
+    fs::write(parts.join("manifest.json"), manifest.to_string())?;
+    tar(&parts, to, &["manifest.json", "config.json", "layer.tar"])?;
+    fs::remove_dir_all(&parts).context("removing an image's parts")
+}
+
+fn tar(from: &Path, to: &Path, what: &[&str]) -> Result<()> {
+    let mut command = Command::new("tar");
+    process::run(command.arg("-C").arg(from).arg("-cf").arg(to).args(what)).map(drop)
+}
+
+/// Makes a root directory with busybox and all its other names.
+pub fn busybox(root: &Path) -> Result<()> {
+    for path in ["bin", "etc", "proc", "sys", "dev", "tmp"] {
+        fs::create_dir_all(root.join(path))?;
+    }
+    fs::copy(BUSYBOX, root.join("bin/busybox")).context("busybox-static's /bin/busybox")?;
+    let applets = process::run(Command::new(BUSYBOX).arg("--list"))?;
+    for applet in applets.lines().filter(|name| *name != "busybox") {
+        symlink("busybox", root.join("bin").join(applet))?;
+    }
+    Ok(())
+}
+
+/// Puts programs of this host into a root directory, as `/usr/bin/…`, with the libraries they load.
+pub fn add_programs(root: &Path, programs: &[&str]) -> Result<()> {
+    let bin = root.join("usr/bin");
+    fs::create_dir_all(&bin)?;
+    for program in programs {
+        let from = packages::find(program).with_context(|| format!("no {program} on this host"))?;
+        fs::copy(&from, bin.join(program)).with_context(|| format!("copying {program}"))?;
+        for library in libraries(&from)? {
+            let to = root.join(library.strip_prefix("/").unwrap_or(&library));
+            if to.exists() {
+                continue;
+            }
+            fs::create_dir_all(to.parent().context("a library in no directory")?)?;
+            fs::copy(&library, to).with_context(|| format!("copying {}", library.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// The shared libraries of a program, and what loads them.
+fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
+    let text = process::run(Command::new("ldd").arg(program))?;
+    // `libm.so.6 => /lib/x86_64-linux-gnu/libm.so.6 (0x…)`, `/lib64/ld-linux-x86-64.so.2 (0x…)`
+    let path = |line: &str| line.split_whitespace().find(|w| w.starts_with('/')).map(PathBuf::from);
+    Ok(text.lines().filter_map(path).collect())
+}
