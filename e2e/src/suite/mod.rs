@@ -35,6 +35,9 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
+/// What needs a cluster.
+const CLUSTER: [&str; 3] = ["--package=skein-e2e", "--test=cluster", "--test=cluster_skein"];
+
 /// Runs the tests that need a cluster.
 pub fn run_cluster(options: &Options) -> Result<()> {
     let console = Console::new();
@@ -42,10 +45,10 @@ pub fn run_cluster(options: &Options) -> Result<()> {
     console.step("building the tests (release)");
     console.pause(|| {
         cargo::run(&["build", "--release", "--workspace", "--bins"])?;
-        cargo::run(&["build", "--release", "--package=skein-e2e", "--test=cluster"])
+        cargo::run(&[&["build", "--release"][..], &CLUSTER].concat())
     })?;
     drop(console);
-    run_tests(&["--package=skein-e2e", "--test=cluster"], &["--ignored"], options)
+    run_tests(&CLUSTER, &["--ignored"], options)
 }
 
 /// Has cargo run the tests of `which` and says what came of them.

@@ -1,0 +1,295 @@
+//! Skein on a real Kubernetes, installed by its chart. `cargo e2e cluster test` runs these, the usual run
+//! does not.
+
+use std::net::IpAddr;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::{Value, json};
+use skein_e2e::cluster::skein::{self, Pod};
+use skein_e2e::cluster::{Kube, Options};
+
+const READY_LIMIT: Duration = Duration::from_secs(60);
+
+/// A cluster with Skein and a pod on every node, for `work`.
+fn with_skein(
+    options: &Options,
+    settings: &[&str],
+    work: impl FnOnce(&mut Kube, Vec<Pod>) -> Result<()>,
+) -> Result<()> {
+    let mut kube = Kube::up(options)?;
+    let all = || -> Result<()> {
+        skein::install(&kube, settings)?;
+        let nodes: Vec<usize> = (0..kube.nodes.len()).collect();
+        let took = kube.wait_ready(&nodes, true, READY_LIMIT)?;
+        println!("the nodes are Ready {:.1} s after helm has returned", took.as_secs_f64());
+        let pods = skein::pods(&mut kube)?;
+        work(&mut kube, pods)
+    };
+    let outcome = all();
+    outcome.with_context(|| {
+        let select = ["--selector=app.kubernetes.io/name=skein", "--all-containers", "--tail=40"];
+        let get = ["get", "pods", "--all-namespaces", "--output=wide"];
+        let say = |words: &[&str]| kube.kubectl(words).unwrap_or_else(|error| format!("{error:#}"));
+        let logs = [&["logs", "--namespace=kube-system", "--prefix"][..], &select].concat();
+        format!("{}\n{}\n{}", say(&get), say(&logs), kube.logs())
+    })
+}
+
+/// Waits until every pod reaches every other by every address; how long that took.
+fn wait_until_all_reach_all(kube: &mut Kube, pods: &[Pod], limit: Duration) -> Result<Duration> {
+    kube.wait("every pod reaches every other", limit, |kube| {
+        for from in pods {
+            for to in pods {
+                for ip in &to.ips {
+                    if !from.reaches(kube, *ip)? {
+                        return Ok(false);
+                    }
+                }
+            }
+        }
+        Ok(true)
+    })
+}
+
+fn skeinnode(kube: &Kube, name: &str) -> Result<Value> {
+    Ok(serde_json::from_str(&kube.kubectl(&["get", "skeinnode", name, "--output=json"])?)?)
+}
+
+/// Requests that change something.
+fn writes(kube: &Kube, node: usize) -> Result<f64> {
+    let metrics = skein::metrics(&kube.nodes[node])?;
+    let verbs = ["create", "patch", "delete"];
+    let of = |verb| metrics.sum("skein_kubernetes_requests_total", &[&format!("verb=\"{verb}\"")]);
+    Ok(verbs.into_iter().map(of).sum())
+}
+
+#[test]
+#[ignore = "takes a cluster: cargo e2e cluster test"]
+fn the_chart_gives_a_cluster_its_network_and_takes_it_back() -> Result<()> {
+    with_skein(&Options::default(), &[], |kube, pods| {
+        let before: Vec<_> = kube.nodes.iter().map(skein::traces).collect::<Result<_>>()?;
+        ensure!(before.iter().all(|traces| !traces.is_empty()), "nothing is seen of Skein");
+        wait_until_all_reach_all(kube, &pods, Duration::from_secs(10))?;
+        println!("{}", kube.kubectl(&["get", "skeinnodes", "--output=wide"])?);
+        let rate = pods[0].throughput(kube, &pods[1], pods[1].ips[0], 3)?;
+        println!("one TCP connection between pods of two nodes: {rate:.2} Gb/s");
+        ensure!(rate > 0.1, "{rate} Gb/s");
+        let node = skeinnode(kube, "node1")?;
+        ensure!(node["metadata"]["ownerReferences"][0]["kind"] == "Node", "{node}");
+        ensure!(node["status"]["conditions"][0]["status"] == "True", "{node}");
+        service(kube, &pods)?;
+        nothing_is_written_again(kube)?;
+        upgrade(kube, &pods)?;
+
+        skein::uninstall(kube)?;
+        for node in &kube.nodes {
+            let left = skein::traces(node)?;
+            ensure!(left.is_empty(), "left on {}: {left:#?}", node.name());
+        }
+        let left = kube.kubectl(&["get", "skeinnodes", "--output=name"])?;
+        ensure!(left.is_empty(), "left: {left}");
+        kube.wait_ready(&[0, 1], false, READY_LIMIT).map(drop)
+    })
+}
+
+/// A Service whose one endpoint is on the second node, asked from the first.
+fn service(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
+    let server = json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": { "name": "server", "labels": { "app": "server" } },
+        "spec": {
+            "nodeName": kube.nodes[1].name(), "terminationGracePeriodSeconds": 0,
+            "containers": [{
+                "name": "main", "image": skein_e2e::cluster::programs::TOOLS,
+                "imagePullPolicy": "Never",
+                "command": ["sh", "-c", "mkdir /w; echo served >/w/index.html; exec httpd -f -p 80 -h /w"],
+                "ports": [{ "containerPort": 80, "hostPort": 8088 }],
+            }],
+        },
+    });
+    let service = json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": { "name": "server" },
+        "spec": { "selector": { "app": "server" }, "ports": [{ "port": 80 }] },
+    });
+    kube.apply(&server.to_string())?;
+    kube.apply(&service.to_string())?;
+    let ip = kube.kubectl(&["get", "service", "server", "--output=jsonpath={.spec.clusterIP}"])?;
+    let asks = |kube: &mut Kube, url: &str| -> Result<bool> {
+        Ok(pods[0].run(kube, &["curl", "-s", "--max-time", "2", url])? == "served\n")
+    };
+    kube.wait("the Service answers", READY_LIMIT, |kube| asks(kube, &format!("http://{ip}/")))?;
+    let host = skein_e2e::cluster::v4(kube.nodes[1].number());
+    kube.wait("the host port answers", READY_LIMIT, |kube| {
+        asks(kube, &format!("http://{host}:8088/"))
+    })?;
+    kube.kubectl(&["delete", "pod,service", "server"]).map(drop)
+}
+
+/// A cluster in which nothing changes is left alone.
+fn nothing_is_written_again(kube: &mut Kube) -> Result<()> {
+    const WHILE: Duration = Duration::from_secs(70);
+    // What belongs to the start.
+    thread::sleep(Duration::from_secs(5));
+    let before = [writes(kube, 0)?, writes(kube, 1)?];
+    thread::sleep(WHILE);
+    let after = [writes(kube, 0)?, writes(kube, 1)?];
+    println!("writes of each agent in {} s: {before:?} -> {after:?}", WHILE.as_secs());
+    ensure!(before == after, "written without a reason: {before:?} -> {after:?}");
+    Ok(())
+}
+
+/// `helm upgrade` with another value, while a pod pings another.
+fn upgrade(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
+    let interval = Duration::from_millis(100);
+    let pings = pods[0].start_pings(kube, pods[1].ips[0], 600, interval)?;
+    let start = Instant::now();
+    skein::upgrade(kube, &["bundling=false"])?;
+    println!("helm upgrade took {:.1} s", start.elapsed().as_secs_f64());
+    let (sent, received) = pings.end()?;
+    println!("during the upgrade {} of {sent} pings (one each 100 ms) were lost", sent - received);
+    // Each node's data process is a new one; what was being sent comes through in the end.
+    ensure!(received > sent / 2, "{received} of {sent} pings");
+    wait_until_all_reach_all(kube, pods, Duration::from_secs(10))?;
+    for node in &kube.nodes {
+        let status = node.exec(&["curl", "-s", "127.0.0.1:9464/readyz"])?;
+        ensure!(status.trim() == "ready", "{}: {status}", node.name());
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "takes a cluster: cargo e2e cluster test"]
+fn pods_stay_in_touch_whatever_happens_to_the_cluster() -> Result<()> {
+    with_skein(&Options::default(), &[], |kube, pods| {
+        wait_until_all_reach_all(kube, &pods, Duration::from_secs(10))?;
+        the_agent_is_killed(kube, &pods)?;
+        the_data_process_is_killed(kube, &pods)?;
+        the_api_server_is_away(kube, &pods)?;
+        a_node_gets_another_address(kube, &pods)?;
+        a_node_is_deleted_and_comes_back(kube)?;
+        a_node_loses_power(kube)
+    })
+}
+
+fn the_agent_is_killed(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
+    let pings = pods[0].start_pings(kube, pods[1].ips[0], 100, Duration::from_millis(50))?;
+    thread::sleep(Duration::from_millis(500));
+    skein::kill(&kube.nodes[0], "run")?;
+    let (sent, received) = pings.end()?;
+    println!("agent killed: {} of {sent} pings (one each 50 ms) were lost", sent - received);
+    ensure!(sent == received, "{received} of {sent}");
+    wait_for_agent(kube, 0)
+}
+
+fn wait_for_agent(kube: &mut Kube, node: usize) -> Result<()> {
+    let took = kube.wait("the agent is ready again", READY_LIMIT, |kube| {
+        Ok(skein::page(&kube.nodes[node], "/readyz")?.status == 200)
+    })?;
+    println!("the agent is ready again after {:.1} s", took.as_secs_f64());
+    Ok(())
+}
+
+fn the_data_process_is_killed(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
+    skein::kill(&kube.nodes[0], "dataplane")?;
+    thread::sleep(Duration::from_millis(200));
+    let took = wait_until_all_reach_all(kube, pods, READY_LIMIT)?;
+    println!("data process killed: pods reach each other again after {:.1} s", took.as_secs_f64());
+    Ok(())
+}
+
+/// Traffic goes on for a minute, and an agent that is killed meanwhile starts by what it kept.
+fn the_api_server_is_away(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
+    kube.stop_api_server()?;
+    let pings = pods[0].start_pings(kube, pods[1].ips[0], 600, Duration::from_millis(100))?;
+    thread::sleep(Duration::from_secs(10));
+    // Longer each time: kubelet's wait before it starts a container anew.
+    skein::kill(&kube.nodes[0], "run")?;
+    wait_for_agent(kube, 0)?;
+    let up = skein::metrics(&kube.nodes[0])?.sum("skein_node_records_source_up", &[]);
+    ensure!(up == 0.0, "the agent does not say that the API server is away");
+    let (sent, received) = pings.end()?;
+    println!("API server away: {} of {sent} pings were lost", sent - received);
+    ensure!(sent == received, "{received} of {sent}");
+    let before = [writes(kube, 0)?, writes(kube, 1)?];
+    kube.start_api_server()?;
+    let took = kube.wait("the agents follow the API server again", READY_LIMIT, |kube| {
+        let up = |node| {
+            Ok::<_, anyhow::Error>(skein::metrics(node)?.sum("skein_node_records_source_up", &[]))
+        };
+        Ok(up(&kube.nodes[0])? == 1.0 && up(&kube.nodes[1])? == 1.0)
+    })?;
+    let after = [writes(kube, 0)?, writes(kube, 1)?];
+    println!(
+        "API server back: followed after {:.1} s, writes {before:?} -> {after:?}",
+        took.as_secs_f64()
+    );
+    Ok(())
+}
+
+fn a_node_gets_another_address(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
+    kube.nodes[1].readdress(77)?;
+    let expected = format!("{}:51900", skein_e2e::cluster::v4(77));
+    let took = kube.wait("the record has the new address", READY_LIMIT, |kube| {
+        Ok(skeinnode(kube, "node2")?["spec"]["endpoints"][0] == expected.as_str())
+    })?;
+    let again = wait_until_all_reach_all(kube, pods, READY_LIMIT)?;
+    println!(
+        "address changed: in the record after {:.1} s, pods reach each other {:.1} s later",
+        took.as_secs_f64(),
+        again.as_secs_f64()
+    );
+    Ok(())
+}
+
+fn a_node_is_deleted_and_comes_back(kube: &mut Kube) -> Result<()> {
+    kube.kubectl(&["delete", "node", "node2"])?;
+    kube.wait("its record goes with it", READY_LIMIT, |kube| {
+        Ok(kube.kubectl(&["get", "skeinnodes", "--output=name"])?.trim()
+            == "skeinnode.skein.network/node1")
+    })?;
+    kube.wait("it is cut off", Duration::from_secs(5), |kube| {
+        Ok(skein::metrics(&kube.nodes[0])?.sum("skein_node_records", &[]) == 1.0)
+    })?;
+    // It registers itself at its start.
+    kube.nodes[1].restart("kubelet")?;
+    kube.wait_ready(&[0, 1], true, READY_LIMIT)?;
+    kube.wait("its record is back", READY_LIMIT, |kube| skeinnode(kube, "node2").map(|_| true))?;
+    let pods = skein::running(kube)?;
+    let took = wait_until_all_reach_all(kube, &pods, READY_LIMIT)?;
+    println!("node deleted and back: pods reach each other after {:.1} s", took.as_secs_f64());
+    Ok(())
+}
+
+fn a_node_loses_power(kube: &mut Kube) -> Result<()> {
+    kube.nodes[1].power_off();
+    kube.wait_ready(&[1], false, READY_LIMIT)?;
+    kube.nodes[1].power_on()?;
+    let took = kube.wait_ready(&[1], true, READY_LIMIT)?;
+    println!("power is back: Ready after {:.1} s", took.as_secs_f64());
+    // Its pods of before have other namespaces now.
+    let start = Instant::now();
+    kube.wait("pods reach each other again", READY_LIMIT * 2, |kube| {
+        let pods = skein::running(kube)?;
+        let (from, to): (_, IpAddr) = (&pods[0], pods[1].ips[0]);
+        from.reaches(kube, to)
+    })?;
+    println!("pods reach each other {:.1} s later", start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+#[test]
+#[ignore = "takes a cluster: cargo e2e cluster test"]
+fn two_families_work_side_by_side() -> Result<()> {
+    let options = Options { dual_stack: true, ..Options::default() };
+    with_skein(&options, &[], |kube, pods| {
+        ensure!(pods.iter().all(|pod| pod.ips.len() == 2), "{pods:?}");
+        wait_until_all_reach_all(kube, &pods, Duration::from_secs(10))?;
+        for &ip in &pods[1].ips {
+            let rate = pods[0].throughput(kube, &pods[1], ip, 2)?;
+            println!("one TCP connection to {ip}: {rate:.2} Gb/s");
+        }
+        Ok(())
+    })
+}
