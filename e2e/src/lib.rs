@@ -3,6 +3,7 @@
 
 pub mod bench;
 pub mod cargo;
+pub mod chart;
 pub mod checks;
 pub mod cluster;
 pub mod console;

@@ -3,14 +3,15 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use skein_e2e::cargo::workspace;
-use skein_e2e::lab::process::{self, Finished};
+use skein_e2e::chart::{self, helm, object, render, rendered};
+use skein_e2e::lab::agent::binary;
+use skein_e2e::lab::process;
 use skein_e2e::{image, programs};
 
 /// Every value changed, in a few sets that go together.
@@ -85,58 +86,13 @@ const VARIANTS: [(&str, &[&str]); 6] = [
 /// Versions of Kubernetes whose schemas are asked.
 const VERSIONS: [&str; 4] = ["1.25", "1.28", "1.31", "1.34"];
 
-/// Where the policy that holds agents to their own node is served.
-const POLICIES: &str = "admissionregistration.k8s.io/v1/ValidatingAdmissionPolicy";
-
 /// How long one program may take.
 const LIMIT: Duration = Duration::from_secs(120);
-
-fn chart() -> PathBuf {
-    workspace().join("charts/skein")
-}
-
-fn helm(arguments: &[&str], settings: &[&str]) -> Result<Finished> {
-    let mut helm = Command::new(programs::helm()?);
-    // Nobody's own repositories and plugins.
-    let home = tempfile::tempdir()?;
-    for place in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
-        helm.env(place, home.path());
-    }
-    helm.args(arguments).args(settings.iter().flat_map(|setting| ["--set", setting]));
-    process::finish(&mut helm, &[], LIMIT)
-}
-
-/// Everything that helm would send to the API server, as text.
-fn render(settings: &[&str], version: &str) -> Result<String> {
-    let chart = chart().to_string_lossy().into_owned();
-    let mut arguments = vec!["template", "skein", &chart, "--namespace", "net"];
-    arguments.extend(["--kube-version", version]);
-    if version >= "1.30" {
-        arguments.extend(["--api-versions", POLICIES]);
-    }
-    let finished = helm(&arguments, settings)?;
-    ensure!(finished.code == 0, "helm template {settings:?}: {}", finished.stderr);
-    Ok(finished.stdout)
-}
-
-/// The one object of this kind and name.
-fn object<'a>(objects: &'a [Value], kind: &str, name: &str) -> Result<&'a Value> {
-    let of = |object: &&Value| object["kind"] == kind && object["metadata"]["name"] == name;
-    let found: Vec<_> = objects.iter().filter(of).collect();
-    match found[..] {
-        [one] => Ok(one),
-        _ => bail!("{} objects {kind} {name}", found.len()),
-    }
-}
-
-fn rendered(settings: &[&str]) -> Result<Vec<Value>> {
-    programs::yaml(&render(settings, "1.34")?)
-}
 
 #[test]
 fn lint_finds_nothing() -> Result<()> {
     for (name, settings) in VARIANTS {
-        let linted = helm(&["lint", "--strict", &chart().to_string_lossy()], settings)?;
+        let linted = helm(&["lint", "--strict", &chart::path().to_string_lossy()], settings)?;
         ensure!(linted.code == 0, "{name}: {}{}", linted.stdout, linted.stderr);
         ensure!(!linted.stdout.contains("WARNING"), "{name}: {}", linted.stdout);
     }
@@ -160,7 +116,7 @@ fn every_version_of_kubernetes_takes_what_is_rendered() -> Result<()> {
             fs::write(&path, text)?;
             files.push(path);
         }
-        files.push(chart().join("crds/skeinnodes.yaml"));
+        files.push(chart::path().join("crds/skeinnodes.yaml"));
         let mut validate =
             Command::new(programs::kubernetes_validate()?.join("kubernetes-validate"));
         validate.args(["--strict", "--kubernetes-version", version]).args(&files);
@@ -174,6 +130,34 @@ fn every_version_of_kubernetes_takes_what_is_rendered() -> Result<()> {
         let passed = text.lines().filter(|line| line.contains("passed")).count();
         ensure!(passed > 50, "{version}: only {passed} objects were looked at: {text}");
     }
+    Ok(())
+}
+
+#[test]
+fn the_agent_takes_every_rendered_configuration() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    for (name, settings) in VARIANTS {
+        let objects = rendered(settings)?;
+        let text = object(&objects, "ConfigMap", "skein")?["data"]["agent.toml"].clone();
+        let path = directory.path().join(format!("{name}.toml"));
+        fs::write(&path, text.as_str().context("no agent.toml")?)?;
+        // The whole configuration is read before the key of the agent with it is looked for.
+        let mut agent = Command::new(binary()?);
+        agent.args(["pubkey", "--config"]).arg(&path);
+        let said = process::finish(&mut agent, &[], LIMIT)?;
+        let taken = said.code == 0 || said.stderr.contains("there is no private key");
+        ensure!(taken, "{name}: {}\n{text}", said.stderr);
+    }
+    Ok(())
+}
+
+/// The definition is made from the types in the agent's code.
+#[test]
+fn the_definition_is_what_the_agent_prints() -> Result<()> {
+    let printed = process::run(Command::new(binary()?).arg("crd"))?;
+    let path = chart::path().join("crds/skeinnodes.yaml");
+    let how = "write it anew: skein-agent crd > charts/skein/crds/skeinnodes.yaml";
+    ensure!(fs::read_to_string(path)? == printed, "the chart has another definition; {how}");
     Ok(())
 }
 
@@ -221,7 +205,8 @@ fn pods_have_the_rights_they_need_and_no_others() -> Result<()> {
     let rights = |add: Value| {
         json!({
             "privileged": false, "capabilities": { "drop": ["ALL"], "add": add },
-            "readOnlyRootFilesystem": true, "runAsUser": 0, "runAsGroup": 0,
+            "readOnlyRootFilesystem": true,
+            "seccompProfile": { "type": "RuntimeDefault" }, "runAsUser": 0, "runAsGroup": 0,
         })
     };
     ensure!(containers.len() == 2, "{} containers", containers.len());
@@ -279,7 +264,7 @@ fn wrong_values_are_refused_in_words() -> Result<()> {
         ("log.format=xml", "must be one of 'text', 'json'"),
         ("privileged=1", "at '/privileged': got number, want boolean"),
     ] {
-        let refused = helm(&["template", "skein", &chart().to_string_lossy()], &[setting])?;
+        let refused = helm(&["template", "skein", &chart::path().to_string_lossy()], &[setting])?;
         ensure!(refused.code != 0, "{setting} was taken");
         ensure!(refused.stderr.contains(words), "{setting}: {}", refused.stderr);
     }
@@ -299,10 +284,10 @@ fn leaves(path: &str, value: &Value, all: &mut BTreeSet<String>) {
 
 #[test]
 fn the_readme_has_every_value_once_with_its_default() -> Result<()> {
-    let values = programs::yaml(&fs::read_to_string(chart().join("values.yaml"))?)?.remove(0);
+    let values = programs::yaml(&fs::read_to_string(chart::path().join("values.yaml"))?)?.remove(0);
     let mut missing = BTreeSet::new();
     leaves("", &values, &mut missing);
-    let readme = fs::read_to_string(chart().join("README.md"))?;
+    let readme = fs::read_to_string(chart::path().join("README.md"))?;
     let table = readme.split("## Values").nth(1).context("no table of values")?;
     for row in table.lines().filter(|line| line.starts_with("| `")) {
         let cells: Vec<_> = row.splitn(4, '|').map(|cell| cell.trim().trim_matches('`')).collect();
@@ -321,7 +306,7 @@ fn the_readme_has_every_value_once_with_its_default() -> Result<()> {
 
 #[test]
 fn versions_agree() -> Result<()> {
-    let about = programs::yaml(&fs::read_to_string(chart().join("Chart.yaml"))?)?.remove(0);
+    let about = programs::yaml(&fs::read_to_string(chart::path().join("Chart.yaml"))?)?.remove(0);
     ensure!(about["version"] == env!("CARGO_PKG_VERSION"), "{about}");
     ensure!(about["appVersion"] == env!("CARGO_PKG_VERSION"), "{about}");
     Ok(())
@@ -342,9 +327,9 @@ fn metrics(text: &str) -> BTreeSet<&str> {
 fn alerts_and_dashboards_use_metrics_that_exist() -> Result<()> {
     let source = |path: &str| fs::read_to_string(workspace().join("agent/src").join(path));
     let code = source("metrics.rs")? + &source("cni/metrics.rs")?;
-    let rules = chart().join("alerts/skein.yaml");
+    let rules = chart::path().join("alerts/skein.yaml");
     process::run(Command::new("promtool").args(["check", "rules"]).arg(&rules))?;
-    let dashboard = fs::read_to_string(chart().join("dashboards/skein.json"))?;
+    let dashboard = fs::read_to_string(chart::path().join("dashboards/skein.json"))?;
     let panels: Value = serde_json::from_str(&dashboard)?;
     for text in [fs::read_to_string(&rules)?, dashboard] {
         let used = metrics(&text);

@@ -9,7 +9,7 @@ use skein_e2e::cargo::workspace;
 
 fn documents() -> Result<Vec<PathBuf>> {
     let mut all = vec![];
-    for directory in [workspace(), workspace().join("docs")] {
+    for directory in [workspace(), workspace().join("docs"), workspace().join("charts/skein")] {
         for entry in fs::read_dir(directory)? {
             all.push(entry?.path());
         }

@@ -6,11 +6,12 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
-use skein_e2e::image;
-use skein_e2e::lab::process;
+use skein_e2e::lab::{cgroup, process};
+use skein_e2e::{chart, image};
 
 /// What the image may weigh, in bytes: a node pulls it before it has a network.
 const LIMIT: u64 = 24 << 20;
@@ -49,5 +50,125 @@ fn the_image_is_small_and_says_what_it_is() -> Result<()> {
         ensure!(labels.get(&label).map(String::as_str) == Some(value), "{label}: {labels:?}");
     }
     ensure!(config["config"]["Entrypoint"][0] == "/usr/bin/skein-agent", "{config:#}");
+    Ok(())
+}
+
+/// What containerd gives a container that asks for nothing.
+const DEFAULT_CAPABILITIES: [&str; 14] = [
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "FSETID",
+    "FOWNER",
+    "MKNOD",
+    "NET_RAW",
+    "SETGID",
+    "SETUID",
+    "SETFCAP",
+    "SETPCAP",
+    "NET_BIND_SERVICE",
+    "SYS_CHROOT",
+    "KILL",
+    "AUDIT_WRITE",
+];
+
+/// `ctr run` with the rights, the mounts and the command of a container of the chart's DaemonSet, in
+/// the network of the machine.
+fn ctr_run(pod: &Value, name: &str, cgroup: &str) -> Result<String> {
+    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let containers = list(&pod["containers"]);
+    let container = containers.iter().find(|c| c["name"] == name).context("no such container")?;
+    let security = &container["securityContext"];
+    ensure!(security["readOnlyRootFilesystem"] == true && security["privileged"] == false);
+    ensure!(security["seccompProfile"]["type"] == "RuntimeDefault", "{security:#}");
+    let mut words: Vec<String> = ["--snapshotter=native", "--net-host", "--read-only", "--seccomp"]
+        .map(str::to_owned)
+        .to_vec();
+    words.push(format!("--cgroup=/{cgroup}/{name} --env=SKEIN_NODE_NAME=node-a"));
+    words.extend(DEFAULT_CAPABILITIES.map(|name| format!("--cap-drop=CAP_{name}")));
+    let add = list(&security["capabilities"]["add"]);
+    words.extend(add.iter().map(|name| format!("--cap-add=CAP_{}", text(name))));
+    let volumes = list(&pod["volumes"]);
+    for mount in list(&container["volumeMounts"]) {
+        let volume = volumes.iter().find(|volume| volume["name"] == mount["name"]);
+        let volume = volume.with_context(|| format!("no volume for {mount}"))?;
+        let host = volume["hostPath"]["path"].as_str().unwrap_or("/run/config");
+        let slave = if mount["mountPropagation"] == "HostToContainer" { ":rslave" } else { "" };
+        let mode = if mount["readOnly"] == true { "ro" } else { "rw" };
+        let to = text(&mount["mountPath"]);
+        words.push(format!("--mount=type=bind,src={host},dst={to},options=rbind{slave}:{mode}"));
+    }
+    words.extend([format!("localhost/{}", image::REFERENCE), name.to_owned()]);
+    words.extend(list(&container["command"]).iter().map(text));
+    words.extend(list(&container["args"]).iter().map(text));
+    Ok(format!("ctr -a /run/containerd.sock -n k8s.io run {}", words.join(" ")))
+}
+
+/// Both containers as the chart describes them, in a real runtime on a machine of their own; then a
+/// pod whose namespace is made later.
+#[test]
+fn the_agent_runs_with_what_the_chart_gives_it() -> Result<()> {
+    let archive = image::build()?;
+    let directory = tempfile::tempdir()?;
+    let shown = directory.path().display();
+    let settings = ["cni.binDir=/run/cni/bin", "cni.confDir=/run/cni/net.d"];
+    let objects = chart::rendered(&settings)?;
+    let pod = &chart::object(&objects, "DaemonSet", "skein")?["spec"]["template"]["spec"];
+    let cgroup = format!("skein-e2e-{}-image", std::process::id());
+    // The chart's own asks a cluster for records.
+    let config = "name = 'node-a'\nnodes = '/etc/skein/nodes.toml'\n\
+        pod_cidrs = ['10.9.1.0/24', 'fd09::/64']\n\
+        [cni]\nenabled = true\nbin_dir = '/run/cni/bin'\nconf_dir = '/run/cni/net.d'\n";
+    fs::write(directory.path().join("agent.toml"), config)?;
+    fs::write(directory.path().join("nodes.toml"), "node = []\n")?;
+    let containerd = "version = 2\nroot = '/run/root'\nstate = '/run/state'\n\
+        disabled_plugins = ['io.containerd.grpc.v1.cri']\n\
+        [grpc]\naddress = '/run/containerd.sock'\n";
+    fs::write(directory.path().join("containerd.toml"), containerd)?;
+    let request = r#"{"cniVersion":"1.0.0","name":"skein","type":"skein-cni"}"#;
+    let script = format!(
+        "until_is() {{ n=0; until \"$@\"; do n=$((n+1)); [ $n -lt 100 ] || exit 9; sleep 0.1; done; }}
+         mount -t tmpfs tmpfs /run
+         mount -t tmpfs tmpfs /var/lib
+         mount --make-shared /run
+         mkdir -p /run/skein /run/netns /run/cni/bin /run/cni/net.d /var/lib/skein
+         mkdir /run/config; cp {shown}/*.toml /run/config/
+         ip link set lo up
+         containerd --config {shown}/containerd.toml > {shown}/containerd.log 2>&1 &
+         until_is test -S /run/containerd.sock
+         ctr -a /run/containerd.sock -n k8s.io images import --snapshotter native {archive}
+         {dataplane} > {shown}/dataplane.log 2>&1 &
+         {agent} > {shown}/agent.log 2>&1 &
+         until_is test -e /run/cni/net.d/10-skein.conflist
+         ip netns add pod
+         echo '{request}' | CNI_COMMAND=ADD CNI_CONTAINERID=c CNI_NETNS=/var/run/netns/pod \
+             CNI_IFNAME=eth0 CNI_PATH=/run/cni/bin /run/cni/bin/skein-cni
+         ip netns exec pod ping -c 1 -W 2 10.9.1.1
+         ip netns exec pod ping -c 1 -W 2 fd09::1
+         cat /proc/sys/net/ipv4/ip_forward
+         nft list table inet skein",
+        archive = archive.display(),
+        dataplane = ctr_run(pod, "dataplane", &cgroup)?,
+        agent = ctr_run(pod, "agent", &cgroup)?,
+    );
+    let mut machine = Command::new("unshare");
+    machine.args(["--mount", "--pid", "--net", "--fork", "--kill-child", "--mount-proc"]);
+    let ran = process::finish(machine.args(["sh", "-ec", &script]), &[], Duration::from_secs(60));
+    cgroup::remove(&cgroup);
+    let ran = ran?;
+    let log = |name: &str| process::tail(&directory.path().join(name), 20);
+    ensure!(
+        ran.code == 0,
+        "code {}: {}{}\nagent: {}\ndata process: {}",
+        ran.code,
+        ran.stdout,
+        ran.stderr,
+        log("agent.log"),
+        log("dataplane.log")
+    );
+    ensure!(ran.stdout.contains("10.9.1.2/32"), "{}", ran.stdout);
+    for (log, name) in [(log("agent.log"), "agent"), (log("dataplane.log"), "dataplane")] {
+        ensure!(!log.contains("ERROR") && !log.contains("WARN"), "{name}: {log}");
+    }
     Ok(())
 }

@@ -189,6 +189,8 @@ capabilities:
   add: {{ toJson .add }}
 {{- end }}
 readOnlyRootFilesystem: true
+seccompProfile:
+  type: RuntimeDefault
 runAsUser: 0
 runAsGroup: 0
 {{- end }}

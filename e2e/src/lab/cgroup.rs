@@ -36,7 +36,7 @@ pub(super) fn names(prefix: &str) -> BTreeSet<String> {
 }
 
 /// Removes the cgroups of this name with all below them. Their processes have been killed.
-pub(super) fn remove(name: &str) {
+pub fn remove(name: &str) {
     let end = Instant::now() + EMPTY_LIMIT;
     for cgroup in hierarchies().iter().map(|hierarchy| hierarchy.join(name)) {
         while cgroup.exists() && !remove_tree(&cgroup) {

@@ -2,7 +2,7 @@
 //! made in the host's own namespace.
 
 pub mod agent;
-mod cgroup;
+pub mod cgroup;
 pub mod cni;
 pub mod containerd;
 pub mod cri;
