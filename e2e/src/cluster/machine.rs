@@ -287,8 +287,8 @@ impl Machine {
 
     /// Fails with the end of its log if a daemon has ended of itself.
     pub fn check_daemons(&mut self) -> Result<()> {
-        let processes = self.daemons.iter_mut().filter_map(|daemon| daemon.process.as_mut());
-        processes.map(Process::check_alive).collect()
+        let mut processes = self.daemons.iter_mut().filter_map(|daemon| daemon.process.as_mut());
+        processes.try_for_each(Process::check_alive)
     }
 
     /// What a daemon writes.
