@@ -79,6 +79,7 @@ fn the_chart_gives_a_cluster_its_network_and_takes_it_back() -> Result<()> {
         let node = skeinnode(kube, "node1")?;
         ensure!(node["metadata"]["ownerReferences"][0]["kind"] == "Node", "{node}");
         ensure!(node["status"]["conditions"][0]["status"] == "True", "{node}");
+        agents_may_do_what_they_do(kube)?;
         service(kube, &pods)?;
         nothing_is_written_again(kube)?;
         upgrade(kube, &pods)?;
@@ -92,6 +93,31 @@ fn the_chart_gives_a_cluster_its_network_and_takes_it_back() -> Result<()> {
         ensure!(left.is_empty(), "left: {left}");
         kube.wait_ready(&[0, 1], false, READY_LIMIT).map(drop)
     })
+}
+
+/// Events are written in trouble only: a right that the role lacks would show then.
+fn agents_may_do_what_they_do(kube: &Kube) -> Result<()> {
+    let may = |what: &str| {
+        let account = "--as=system:serviceaccount:kube-system:skein";
+        let words = ["auth", "can-i"].into_iter().chain(what.split(' ')).chain([account]);
+        kube.kubectl(&words.collect::<Vec<_>>())
+    };
+    for right in [
+        "watch nodes",
+        "patch nodes",
+        "patch nodes --subresource=status",
+        "patch skeinnodes.skein.network",
+        "patch skeinnodes.skein.network --subresource=status",
+        "create events.events.k8s.io --namespace=default",
+        "patch events.events.k8s.io --namespace=default",
+    ] {
+        may(right).with_context(|| right.to_owned())?;
+    }
+    for right in ["delete nodes", "get secrets", "delete skeinnodes.skein.network", "create pods"] {
+        let refused = may(right).err().with_context(|| format!("agents may {right}"))?;
+        ensure!(format!("{refused:#}").ends_with("no"), "{refused:#}");
+    }
+    Ok(())
 }
 
 /// A Service whose one endpoint is on the second node, asked from the first.
