@@ -103,6 +103,18 @@ impl Firewall {
     }
 }
 
+/// Chains of others at the forward hook that drop what they have no rule for (Docker's, ufw's): an
+/// accept in a table of ours does not save pods' packets from them.
+pub async fn dropping_chains() -> Vec<String> {
+    let Ok(text) = nft(&["-j", "list", "chains"], "").await else { return Vec::new() };
+    let document: Value = serde_json::from_str(&text).unwrap_or_default();
+    let objects = document["nftables"].as_array().into_iter().flatten();
+    let chains = objects.map(|object| &object["chain"]);
+    let drops = chains.filter(|chain| chain["hook"] == "forward" && chain["policy"] == "drop");
+    let word = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    drops.map(|c| ["family", "table", "name"].map(|key| word(&c[key])).join(" ")).collect()
+}
+
 /// What was dropped by the source check; `None` where there is no table.
 pub async fn forged(table: &str) -> Option<Forged> {
     let text = nft(&["-j", "list", "counters", "table", "inet", table], "").await.ok()?;
@@ -163,11 +175,13 @@ impl Rules {
         }
         // Asked with the interface it came in by, the routing table knows a pod's own addresses only.
         // Link-local and unspecified sources are the kernel's neighbour discovery; no node forwards them.
+        // A pod is nobody's router.
         let _ = write!(
             text,
             "table inet {table} {{
     chain sources {{
         iifname != \"{HOST_PREFIX}*\" accept
+        icmpv6 type {{ nd-router-advert, nd-redirect }} drop
         ip6 saddr {{ ::, fe80::/10 }} accept
         meta nfproto ipv4 fib saddr . iif oif missing counter name forged_ipv4 drop
         meta nfproto ipv6 fib saddr . iif oif missing counter name forged_ipv6 drop

@@ -53,7 +53,8 @@ struct Document {
     runtime_config: Option<RuntimeConfig>,
     #[serde(default)]
     prev_result: Option<Value>,
-    #[serde(default, rename = "cni.dev/valid-attachments")]
+    /// Absent is nothing; null is how an empty list of Go's comes.
+    #[serde(default, rename = "cni.dev/valid-attachments", deserialize_with = "given")]
     valid_attachments: Option<Vec<ValidAttachment>>,
 }
 
@@ -68,6 +69,12 @@ struct ValidAttachment {
     #[serde(rename = "containerID")]
     container_id: String,
     ifname: String,
+}
+
+fn given<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<Vec<ValidAttachment>>, D::Error> {
+    Ok(Some(Option::deserialize(deserializer)?.unwrap_or_default()))
 }
 
 /// The version alone: errors are said in it.

@@ -79,7 +79,10 @@ impl Environment {
             container_id,
             ifname,
             netns: given("CNI_NETNS").map(PathBuf::from),
-            netns_override: given("CNI_NETNS_OVERRIDE").is_some(),
+            netns_override: matches!(
+                given("CNI_NETNS_OVERRIDE").as_deref(),
+                Some("1" | "t" | "T" | "true" | "TRUE" | "True")
+            ),
             pod,
         }))
     }

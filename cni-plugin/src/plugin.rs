@@ -118,6 +118,8 @@ fn run(environment: Environment, config: Config) -> Result<Option<Value>, Failur
 }
 
 fn add(environment: Environment, config: Config) -> Result<Value, Failure> {
+    // Before anything is made that would have to be undone.
+    result::check_previous(config.previous.as_ref())?;
     let id = id(&environment);
     let path = environment.netns.clone().unwrap_or_default();
     let netns = open_netns(&path, environment.netns_override)?;
@@ -146,6 +148,11 @@ fn del(environment: &Environment, config: &Config) -> Result<(), Failure> {
     let command = Command::Del(Del { id: id.clone() });
     match ask(config, command, None, config.timeout.min(DEL_PATIENCE)) {
         Ok(Answer::Done) => Ok(()),
+        // An agent of another version will be replaced, or has not replaced this plugin yet.
+        Ok(Answer::Refused(refusal)) if refusal.code == ErrorCode::IncompatibleVersion as u32 => {
+            spool::put(&config.spool, &id)
+                .map_err(|failed| unexpected(Answer::Refused(refusal)).with(failed))
+        }
         Ok(other) => Err(unexpected(other)),
         Err(error) => spool::put(&config.spool, &id).map_err(|failed| {
             let spool = config.spool.display();

@@ -3,8 +3,7 @@
 //! One request a connection of a unix socket (`SOCK_STREAM`). Request and answer are each a frame: the
 //! length of what follows in four bytes, little endian, then a JSON document of at most
 //! [`MAX_FRAME`] bytes. A descriptor of the pod's network namespace comes with the first byte of
-//! an ADD or a CHECK, and of a DEL whose namespace is still there (`SCM_RIGHTS`), so that the
-//! agent needs no view of the runtime's files.
+//! an ADD or a CHECK (`SCM_RIGHTS`), so that the agent needs no view of the runtime's files.
 
 use std::net::IpAddr;
 use std::path::PathBuf;

@@ -20,6 +20,16 @@ pub fn document(
     }
 }
 
+/// Whether [`document`] can add to what plugins before this one have said.
+pub fn check_previous(previous: Option<&Value>) -> Result<(), Failure> {
+    let mut previous = match previous {
+        None => return Ok(()),
+        Some(Value::Object(previous)) => previous.clone(),
+        Some(_) => return Err(Failure::new(ErrorCode::Decoding, "prevResult is no object")),
+    };
+    ["interfaces", "ips", "routes"].iter().try_for_each(|key| list(&mut previous, key).map(drop))
+}
+
 /// 0.3.0 and later.
 fn nested(
     version: Version,

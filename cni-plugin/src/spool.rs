@@ -1,7 +1,7 @@
 //! Deletions that found no agent: a file each, on the disk before the plugin says that it is done.
 //!
-//! Whoever has the agent's place next does them before it serves anything else. A sandbox's id never
-//! comes again, so that a deletion that waited long undoes nothing new.
+//! Whoever has the agent's place next does them, and before an attachment of the same name is made
+//! again.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -38,7 +38,7 @@ pub struct Entry {
 pub fn put(directory: &Path, id: &AttachmentId) -> io::Result<()> {
     fs::create_dir_all(directory)?;
     let request = Request { protocol: VERSION, command: Command::Del(Del { id: id.clone() }) };
-    let name = format!("{}@{}", id.container_id, id.ifname);
+    let name = name(id);
     // Two plugins may do the same at once: each has a file of its own until it is renamed.
     let unfinished = directory.join(format!("{name}.{}", std::process::id()));
     let write = || {
@@ -52,6 +52,15 @@ pub fn put(directory: &Path, id: &AttachmentId) -> io::Result<()> {
         // What is left of a failed try helps nobody.
         let _ = fs::remove_file(&unfinished);
     })
+}
+
+fn name(id: &AttachmentId) -> String {
+    format!("{}@{}", id.container_id, id.ifname)
+}
+
+/// Where the deletion of `id` waits, if it does.
+pub fn path(directory: &Path, id: &AttachmentId) -> PathBuf {
+    directory.join(name(id) + SUFFIX)
 }
 
 /// What waits; nothing where there is no directory.

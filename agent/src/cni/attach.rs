@@ -5,7 +5,7 @@
 
 use std::fmt::Write as _;
 use std::net::IpAddr;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use aws_lc_rs::digest;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -106,7 +106,7 @@ impl Attacher {
         addresses: &[IpAddr],
         mtu: u32,
     ) -> Result<Attached, AttachError> {
-        let pod = Netlink::connect_in(namespace)?;
+        let pod = connect_in(namespace).await?;
         let name = host_name(id);
         let found = netlink.link(&name).await?;
         if let Some(found) = &found {
@@ -137,14 +137,19 @@ impl Attacher {
             up: true,
             ..LinkChange::default()
         };
-        netlink.change_link(host.index, &up(host.mtu, Some(self.alias(id)))).await?;
+        // Before anything comes in: the kernel's own settings would believe a pod's router advertisements.
         let v6 = addresses.iter().any(IpAddr::is_ipv6);
-        settings(&node_settings(&name, v6))?;
-        if v6 {
-            let inside = pod_settings(&id.ifname);
-            in_network_namespace(namespace, || settings(&inside))
-                .map_err(|error| AttachError::Settings(error.to_string()))??;
-        }
+        let (outside, inside) = (node_settings(&name, v6), pod_settings(&id.ifname));
+        beside(namespace, move |namespace| {
+            settings(&outside)?;
+            if v6 {
+                in_network_namespace(namespace, || settings(&inside))
+                    .map_err(|error| AttachError::Settings(error.to_string()))??;
+            }
+            Ok(())
+        })
+        .await?;
+        netlink.change_link(host.index, &up(host.mtu, Some(self.alias(id)))).await?;
         pod.change_link(inner.index, &up(inner.mtu, None)).await?;
         for &ip in addresses {
             pod.add_address(inner.index, IpNet::from(ip)).await?;
@@ -184,7 +189,7 @@ impl Attacher {
     ) -> Result<Vec<String>, AttachError> {
         let mut problems = Vec::new();
         let name = host_name(id);
-        let pod = Netlink::connect_in(namespace)?;
+        let pod = connect_in(namespace).await?;
         match netlink.link(&name).await? {
             None => problems.push(format!("the node has no interface {name}")),
             Some(host) if host.alias != self.alias(id) => {
@@ -215,8 +220,19 @@ impl Attacher {
                 problems.push(format!("interface {} has lost the address {ip}", id.ifname));
             }
         }
+        let neighbours = pod.permanent_neighbours().await?;
         let routes = pod.routes(Some(inner.index)).await?;
         for route in pod_routes(addresses) {
+            let known = |ip: IpAddr| {
+                let wanted = Neighbour { interface: inner.index, ip, mac: GATEWAY_MAC.to_vec() };
+                neighbours.contains(&wanted)
+            };
+            if route.gw.is_some_and(|gateway| !known(gateway)) {
+                problems.push(format!(
+                    "the container has lost the neighbour of its route to {}",
+                    route.dst
+                ));
+            }
             if !routes.iter().any(|present| present.destination == route.dst) {
                 problems.push(format!("the container has lost its route to {}", route.dst));
             }
@@ -348,13 +364,18 @@ fn node_settings(name: &str, v6: bool) -> Vec<Sysctl> {
         // settings: what it needs to know is in its neighbour table.
         Sysctl::wished(format!("ipv4/conf/{name}/proxy_arp"), "0"),
     ];
-    if v6 {
-        settings.extend([
-            Sysctl::required(format!("ipv6/conf/{name}/disable_ipv6"), "0"),
-            Sysctl::required(format!("ipv6/conf/{name}/forwarding"), "1"),
-            Sysctl::wished(format!("ipv6/conf/{name}/accept_ra"), "0"),
-            Sysctl::wished(format!("ipv6/conf/{name}/accept_dad"), "0"),
-        ]);
+    let key = |key: &str| format!("ipv6/conf/{name}/{key}");
+    match v6 {
+        true => settings.extend([
+            Sysctl::required(key("disable_ipv6"), "0"),
+            Sysctl::required(key("forwarding"), "1"),
+            // A pod is nobody's router.
+            Sysctl::required(key("accept_ra"), "0"),
+            Sysctl::required(key("accept_redirects"), "0"),
+            Sysctl::wished(key("accept_dad"), "0"),
+        ]),
+        // A kernel without IPv6 has no such setting.
+        false => settings.push(Sysctl::wished(key("disable_ipv6"), "1")),
     }
     settings
 }
@@ -365,6 +386,21 @@ fn pod_settings(name: &str) -> Vec<Sysctl> {
         Sysctl::wished(format!("ipv6/conf/{name}/accept_ra"), "0"),
         Sysctl::wished(format!("ipv6/conf/{name}/accept_dad"), "0"),
     ]
+}
+
+/// Does what blocks on a thread for such things, with the namespace at hand.
+async fn beside<T: Send + 'static>(
+    namespace: BorrowedFd<'_>,
+    work: impl FnOnce(BorrowedFd<'_>) -> Result<T, AttachError> + Send + 'static,
+) -> Result<T, AttachError> {
+    let failed = |error: String| AttachError::Settings(error);
+    let namespace = namespace.try_clone_to_owned().map_err(|error| failed(error.to_string()))?;
+    let done = tokio::task::spawn_blocking(move || work(namespace.as_fd())).await;
+    done.map_err(|error| failed(error.to_string()))?
+}
+
+async fn connect_in(namespace: BorrowedFd<'_>) -> Result<Netlink, AttachError> {
+    beside(namespace, |namespace| Ok(Netlink::connect_in(namespace)?)).await
 }
 
 fn settings(all: &[Sysctl]) -> Result<(), AttachError> {

@@ -15,11 +15,11 @@ mod service;
 mod wire;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use prometheus::proto::MetricFamily;
-use tokio::net::UnixListener;
 use tokio::sync::{Mutex, watch};
 use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
@@ -106,7 +106,7 @@ impl Pods {
             table: keeper.cni.table.clone(),
             forged: Arc::default(),
         };
-        let tasks = [tokio::spawn(serve(listener, service)), tokio::spawn(keeper.run())];
+        let tasks = [tokio::spawn(server::serve(listener, service)), tokio::spawn(keeper.run())];
         Ok((Self { network: sender, tasks }, view))
     }
 
@@ -151,10 +151,6 @@ impl View {
         *last = Some((Instant::now(), forged));
         Some(forged)
     }
-}
-
-async fn serve(listener: UnixListener, service: Arc<Service>) {
-    server::serve(listener, service).await;
 }
 
 /// Keeps everything of pods as it should be.
@@ -225,12 +221,21 @@ impl Keeper {
         if self.can_serve {
             errors.extend(self.install().err().map(|error| error.to_string()));
         }
+        if errors.is_empty() {
+            self.service.prepared.store(true, Ordering::Release);
+        }
         // One pod's trouble is no reason to refuse all others.
         self.not_ready = match errors.is_empty() {
             true => None,
             false => Some(self.readiness.block(format!("pods: {}", errors.join("; ")))),
         };
         errors.extend(single);
+        for chain in firewall::dropping_chains().await {
+            errors.push(format!(
+                "chain {chain} drops what it has no rule for: let pods' packets pass \
+                 (iptables -I FORWARD -i skp+ -j ACCEPT; iptables -I FORWARD -o skp+ -j ACCEPT)"
+            ));
+        }
         for complaint in errors.iter().filter(|error| !self.complaints.contains(error)) {
             tracing::error!("pods: {complaint}");
         }

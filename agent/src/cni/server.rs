@@ -21,8 +21,8 @@ const AT_ONCE: usize = 32;
 const CONNECTIONS: usize = 512;
 /// How long the plugin may take to say what it wants, or to read the answer.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How long a request may be worked on, its turn included: less than the plugin waits (30 s). What
-/// was begun is finished by the runtime's next ADD, or taken back by its DEL.
+/// How long a request may be worked on, its turn included: less than the plugin waits for an ADD
+/// (30 s); a DEL that it has given up on it keeps for later. What was begun is finished by the runtime's next ADD, or taken back by its DEL.
 const WORK: Duration = Duration::from_secs(25);
 
 /// Whoever does what is asked.

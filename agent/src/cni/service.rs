@@ -1,10 +1,13 @@
 //! The verbs: leases and interfaces brought together.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use ipnet::IpNet;
@@ -53,6 +56,10 @@ enum Error {
     Invalid(String),
     #[error("{0}")]
     Broken(String),
+    #[error("the agent has not looked at this node's pods and firewall yet: {0}")]
+    NotPrepared(String),
+    #[error("a deletion that waited cannot be forgotten: {0}")]
+    Spool(String),
 }
 
 impl From<NetlinkError> for Error {
@@ -70,7 +77,8 @@ impl Error {
             Error::Attach(AttachError::Exists(_) | AttachError::DefaultRoute) => {
                 ErrorCode::InvalidEnvironment as u32
             }
-            Error::Attach(_) => ErrorCode::TryAgainLater as u32,
+            Error::Attach(_) | Error::NotPrepared(_) => ErrorCode::TryAgainLater as u32,
+            Error::Spool(_) => ErrorCode::Io as u32,
             Error::Namespace(_) => ErrorCode::UnknownContainer as u32,
             Error::Broken(_) => BROKEN,
         }
@@ -87,8 +95,12 @@ pub(super) struct Service {
     pub(super) readiness: Readiness,
     pub(super) requests: Requests,
     pub(super) spool: PathBuf,
+    /// Whether leases and kernel were brought together and the firewall was in place once: before, an
+    /// address could be given out twice, or a pod be without its source check.
+    pub(super) prepared: AtomicBool,
+    /// Attachments whose interfaces are gone while their leases could not be written.
+    unreleased: Mutex<BTreeSet<AttachmentId>>,
     boot: String,
-    booted: SystemTime,
     own: NamespaceId,
     locks: Locks,
 }
@@ -110,8 +122,9 @@ impl Service {
             readiness,
             requests: Requests::new()?,
             spool,
+            prepared: AtomicBool::new(false),
+            unreleased: Mutex::default(),
             boot: fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned(),
-            booted: boot_time()?,
             own: NamespaceId::own()?,
             locks: Locks::default(),
         })
@@ -125,7 +138,16 @@ impl Service {
         if !self.attacher.can_mark(&add.id) {
             return Err(Error::Invalid("the container's ID is too long".to_owned()));
         }
+        if !self.prepared.load(Ordering::Acquire) {
+            return Err(Error::NotPrepared(self.readiness.reasons().join("; ")));
+        }
         let _turn = self.locks.lock(&add.id).await;
+        // A name may come again (ctr, nerdctl): its old deletion must not find the new pod.
+        let waiting = spool::path(&self.spool, &add.id);
+        if waiting.exists() {
+            self.detach(&add.id).await?;
+            spool::remove(&waiting).map_err(|error| Error::Spool(error.to_string()))?;
+        }
         let visible = NamespaceId::at(&add.netns).is_ok_and(|seen| seen == namespace);
         let wanted = Wanted {
             id: add.id.clone(),
@@ -174,13 +196,40 @@ impl Service {
             Err(error) => return Err(error.into()),
         }
         self.leases.release(id.clone()).await?;
+        self.unreleased().remove(id);
         Ok(())
+    }
+
+    fn unreleased(&self) -> MutexGuard<'_, BTreeSet<AttachmentId>> {
+        // Nothing under the lock can panic half way.
+        self.unreleased.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// See [`Command::Del`].
     pub(super) async fn del(&self, id: &AttachmentId) -> Result<(), Refusal> {
         let _turn = self.locks.lock(id).await;
-        self.detach(id).await.map_err(|error| refuse(&error))
+        match self.detach(id).await {
+            // A full disk must not keep a pod from going: its interface is gone, the rest is done later.
+            Err(Error::Ipam(error @ IpamError::Store(_))) => {
+                let container = &id.container_id;
+                tracing::error!(container, %error, "detached; its address is freed when that is possible");
+                self.unreleased().insert(id.clone());
+                Ok(())
+            }
+            outcome => outcome.map_err(|error| refuse(&error)),
+        }
+    }
+
+    /// Frees what [`Service::del`] could not.
+    async fn release_the_rest(&self) -> Result<(), Error> {
+        let waiting = self.unreleased().clone();
+        for id in waiting {
+            let _turn = self.locks.lock(&id).await;
+            if self.unreleased().contains(&id) {
+                self.detach(&id).await?;
+            }
+        }
+        Ok(())
     }
 
     async fn check(&self, check: Check, netns: Option<OwnedFd>) -> Result<(), Error> {
@@ -214,7 +263,9 @@ impl Service {
     async fn gc(&self, gc: Gc) -> Result<(), Error> {
         let kernel = self.attacher.look(&self.netlink).await?;
         for lease in self.leases.list().await? {
-            if lease.network == gc.network && !gc.valid.contains(&lease.id) {
+            // What was adopted belongs to a network that nobody remembers.
+            let ours = lease.network.is_empty() || lease.network == gc.network;
+            if ours && !gc.valid.contains(&lease.id) {
                 self.collect(&kernel, &lease).await?;
             }
         }
@@ -237,7 +288,10 @@ impl Service {
         if !usage.can_allocate() {
             let full = usage.pools.iter().filter(|pool| u128::from(pool.in_use) >= pool.total);
             let names: Vec<String> = full.map(|pool| pool.cidr.to_string()).collect();
-            let msg = format!("no free address in {}", names.join(", "));
+            let msg = match names.is_empty() {
+                true => IpamError::NoPools.to_string(),
+                false => format!("no free address in {}", names.join(", ")),
+            };
             return refuse(ErrorCode::NotAvailable, msg);
         }
         Ok(())
@@ -265,8 +319,8 @@ impl Service {
 
     /// Whether a namespace is provably gone: of another boot, or not where it was seen.
     fn is_gone(&self, lease: &Lease) -> bool {
-        // Learnt from the kernel, without a namespace: of an earlier boot, or perhaps alive.
-        let Some(netns) = &lease.netns else { return lease.time < self.booted };
+        // Learnt from an interface of the kernel's; that is gone, so that no pod can use the address.
+        let Some(netns) = &lease.netns else { return true };
         if netns.boot_id != self.boot {
             return true;
         }
@@ -301,6 +355,7 @@ impl Service {
             };
             errors.extend(result.err().map(|error| error.to_string()));
         }
+        self.release_the_rest().await.map_err(|error| error.to_string())?;
         Ok(errors)
     }
 
@@ -364,6 +419,11 @@ impl Service {
                         continue;
                     }
                 },
+                // It may be readable next time.
+                Err(error @ spool::EntryError::Io(_)) => {
+                    errors.push(format!("{}: {error}", entry.path.display()));
+                    continue;
+                }
                 // Nothing that could be done; whoever wonders finds it in the log.
                 Ok(_) => errors.push(format!("{}: no deletion", entry.path.display())),
                 Err(error) => errors.push(format!("{}: {error}", entry.path.display())),
@@ -419,14 +479,6 @@ impl Handler for Service {
     }
 }
 
-/// When this kernel was started, in whole seconds (`btime` of proc_stat(5)).
-fn boot_time() -> io::Result<SystemTime> {
-    let stat = fs::read_to_string("/proc/stat")?;
-    let seconds = stat.lines().find_map(|line| line.strip_prefix("btime ")?.trim().parse().ok());
-    let seconds = seconds.ok_or_else(|| io::Error::other("no btime in /proc/stat"))?;
-    Ok(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds))
-}
-
 fn identity(netns: &Netns) -> NamespaceId {
     NamespaceId { device: netns.dev, inode: netns.inode }
 }
@@ -443,7 +495,8 @@ fn bad_id(command: &Command) -> Option<Answer> {
         Command::Gc(_) | Command::Status => return None,
     };
     let plain = |text: &str| {
-        !text.is_empty() && text.chars().all(|c| c.is_ascii_graphic() && !matches!(c, '/' | ':'))
+        let bad = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
+        !text.is_empty() && !text.contains(bad)
     };
     let good = plain(&id.container_id) && plain(&id.ifname) && id.ifname.len() <= 15;
     let code = ErrorCode::InvalidEnvironment as u32;

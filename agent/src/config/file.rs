@@ -13,6 +13,7 @@ use super::{
     Metrics, Mode, check_disjoint, check_node_name, check_pod_cidr, wildcard,
 };
 use crate::ipc::{CipherChoice, OffloadSettings, UnderlaySettings};
+use crate::netlink::pod::HOST_PREFIX;
 
 /// The smallest MTU that every IPv4 host takes (RFC 791), and the largest whose datagrams fit UDP.
 const MTU: std::ops::RangeInclusive<u16> = 576..=65_000;
@@ -262,6 +263,13 @@ impl InterfaceTable {
     fn validate(self, pod_cidrs: Option<&[IpNet]>) -> Result<Interface, Invalid> {
         let printable = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | ':' | '%');
         let possible = (1..=15).contains(&self.name.len()) && self.name.chars().all(printable);
+        if self.name.starts_with(HOST_PREFIX) || self.name.contains(['"', '*']) {
+            return Err(Invalid(format!(
+                "interface.name = {:?}: names that begin with {HOST_PREFIX} are pods', and '\"' and '*' \
+                 are not allowed",
+                self.name
+            )));
+        }
         // The kernel keeps these for its settings of all interfaces.
         if !possible || matches!(self.name.as_str(), "." | ".." | "all" | "default" | "lo") {
             return Err(Invalid(format!(

@@ -4,6 +4,8 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
+use skein_cni::spool;
+
 use super::client::{Client, ClientError};
 use super::identity;
 use super::lock::StateLock;
@@ -61,9 +63,13 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
         cleaned.note(&format!("socket {}", socket.display()), remove_file(socket));
     }
     if state {
-        for path in [config.state_dir.join("cni/leases.redb"), config.state_dir.join("cni")] {
-            cleaned.note(&format!("leases {}", path.display()), remove_any(&path));
+        let ours = config.state_dir.join("cni");
+        let leases = ["leases.redb", "leases.redb.damaged", "leases.redb.new"];
+        for path in leases.map(|name| ours.join(name)) {
+            cleaned.note(&format!("leases {}", path.display()), remove_file(&path));
         }
+        remove_spool(&config.cni.spool, &mut cleaned);
+        cleaned.note(&format!("directory {}", ours.display()), remove_any(&ours));
         for file in ["node.key", "registry.json", "registry.json.new"] {
             let path = config.state_dir.join(file);
             cleaned.note(&format!("file {}", path.display()), remove_file(&path));
@@ -86,6 +92,14 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
         cleaned.note(&format!("directory {}", directory.display()), removed);
     }
     Ok(cleaned)
+}
+
+/// Deletions that nobody has to do any more.
+fn remove_spool(spool: &Path, cleaned: &mut Cleaned) {
+    for entry in spool::list(spool).unwrap_or_default() {
+        cleaned.note(&format!("file {}", entry.path.display()), remove_file(&entry.path));
+    }
+    cleaned.note(&format!("directory {}", spool.display()), remove_any(spool));
 }
 
 /// The network configuration first, so that the runtime starts no more pods; then what pods have.

@@ -139,7 +139,8 @@ impl State {
         journal: &mut Journal,
     ) -> Result<Lease, IpamError> {
         if let Some(lease) = self.leases.get(&request.id) {
-            let same = lease.netns.as_ref().is_some_and(|netns| netns.is_same(&request.netns));
+            // An adopted lease knows of no namespace: whoever attaches finds out whether it is this one.
+            let same = lease.netns.as_ref().is_none_or(|netns| netns.is_same(&request.netns));
             let lease = lease.clone();
             return if same { Ok(lease) } else { Err(IpamError::OtherNamespace(Box::new(lease))) };
         }
