@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use skein_e2e::checks;
 use skein_e2e::lab::agent::{Agent, Cluster};
 use skein_e2e::lab::cni::{self, Runtime, attachment, traces};
+use skein_e2e::lab::process;
 use skein_e2e::lab::{Family, Lab, Netns, Plan, Pod};
 use skein_e2e::load::ping::{Ping, ping};
 use skein_e2e::load::udp;
@@ -358,6 +359,140 @@ fn a_reboot_frees_every_address() -> Result<()> {
     ensure!(!cni::addresses(&again)?.contains(&IpAddr::V4(a.v4)), "reused at once");
     runtime.del("c", None)?;
     same(&before, &traces(node(&cluster, 0))?)
+}
+
+#[test]
+fn a_waiting_deletion_spares_the_next_of_its_name() -> Result<()> {
+    let mut cluster = up(1, |_| ())?;
+    let before = traces(node(&cluster, 0))?;
+    let runtime = runtime(&cluster, 0)?;
+    let first = runtime.pod("again")?;
+    cluster.agents[0].stop()?;
+    runtime.del("again", None)?;
+    let kept = cni::spooled(&cluster.agents[0])?;
+    ensure!(kept.len() == 1, "{kept:?}");
+    let entry = fs::read(&kept[0])?;
+    cluster.agents[0].start()?;
+    checks::eventually("the deletion is done", Duration::from_secs(5), || {
+        Ok(cni::spooled(&cluster.agents[0])?.is_empty())
+    })?;
+    // As if the plugin had been slower than the agent: it is kept now, and the name comes again.
+    fs::write(&kept[0], entry)?;
+    let second = runtime.pod("again")?;
+    ensure!(cni::spooled(&cluster.agents[0])?.is_empty(), "it still waits for the next look");
+    // Longer than it takes the agent to look again.
+    thread::sleep(Duration::from_secs(11));
+    let answers = ping(node(&cluster, 0), IpAddr::V4(second.v4), Ping::default())?;
+    ensure!(answers.complete(), "the new pod was detached: {}", answers.text);
+    runtime.del("again", None)?;
+    drop(first);
+    same(&before, &traces(node(&cluster, 0))?)
+}
+
+#[test]
+fn a_full_disk_keeps_no_pod_from_going() -> Result<()> {
+    let mut cluster = prepared(1, |_| ())?;
+    let disk = Tmpfs::mount(&cluster.agents[0].state_directory(), "8m")?;
+    cluster.start()?;
+    let before = traces(node(&cluster, 0))?;
+    let runtime = runtime(&cluster, 0)?;
+    let pod = runtime.pod("a")?;
+    disk.fill()?;
+    // The database has room in its own file at first.
+    let mut refused = None;
+    for n in 0..300 {
+        let ns = Netns::create("full")?;
+        let (name, path) = (format!("f{n}"), cni::path(&ns));
+        let finished = runtime.call("ADD", Some(attachment(&name, Some(&path))), Value::Null)?;
+        if finished.code != 0 {
+            refused = Some(finished.stdout);
+            break;
+        }
+    }
+    let refused = refused.context("nothing was refused: the disk is not full")?;
+    let error: Value = serde_json::from_str(&refused)?;
+    ensure!(error["code"] == 5, "{refused}");
+    for name in std::iter::once("a".to_owned()).chain((0..300).map(|n| format!("f{n}"))) {
+        runtime.del(&name, None)?;
+    }
+    same(&before, &traces(node(&cluster, 0))?)?;
+    disk.empty()?;
+    checks::eventually("the addresses are free", Duration::from_secs(25), || {
+        let used = cluster.agents[0].metrics()?.sum("skein_ipam_addresses", &["state=\"used\""]);
+        Ok(used == 0.0)
+    })?;
+    runtime.add("b", &pod.ns)?;
+    runtime.del("b", None)
+}
+
+/// A small file system, unmounted when dropped.
+struct Tmpfs(std::path::PathBuf);
+
+impl Tmpfs {
+    fn mount(at: &std::path::Path, size: &str) -> Result<Self> {
+        fs::create_dir_all(at)?;
+        let options = format!("size={size},mode=700");
+        let mut mount = std::process::Command::new("mount");
+        process::run(mount.args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(at))?;
+        Ok(Self(at.to_owned()))
+    }
+
+    fn fill(&self) -> Result<()> {
+        let mut file = fs::File::create(self.0.join("ballast"))?;
+        while std::io::Write::write_all(&mut file, &[1; 4096]).is_ok() {}
+        Ok(())
+    }
+
+    fn empty(&self) -> Result<()> {
+        Ok(fs::remove_file(self.0.join("ballast"))?)
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        // The agent may still have files of it open.
+        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+/// Sends an advertisement of a router with a prefix (RFC 4861, section 4.2) from a pod to its link.
+fn advertise(pod: &Netns) -> Result<()> {
+    pod.sysctl("net.ipv6.conf.eth0.disable_ipv6", "0")?;
+    pod.ip("address add fe80::bad/64 dev eth0 nodad")?;
+    let links = pod.ip("-o link show eth0")?;
+    let index: u32 = links.split(':').next().context("no index")?.trim().parse()?;
+    pod.run(|| -> Result<()> {
+        use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+        let socket = Socket::new(Domain::IPV6, Type::RAW, Some(Protocol::ICMPV6))?;
+        socket.set_multicast_hops_v6(255)?;
+        socket.set_multicast_if_v6(index)?;
+        let mut message = vec![134, 0, 0, 0, 64, 0, 0x07, 0x08, 0, 0, 0, 0, 0, 0, 0, 0];
+        message.extend([3, 4, 64, 0xc0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0]);
+        message.extend("2001:db8:bad::".parse::<std::net::Ipv6Addr>()?.octets());
+        let all = std::net::SocketAddrV6::new("ff02::1".parse()?, 0, 0, index);
+        for _ in 0..3 {
+            socket.send_to(&message, &SockAddr::from(all))?;
+        }
+        Ok(())
+    })?
+}
+
+#[test]
+fn a_pod_is_nobodys_router() -> Result<()> {
+    for both in [false, true] {
+        let cluster = up(1, |agent| {
+            agent.record.pod_cidrs.retain(|cidr| both || !cidr.contains(':'));
+        })?;
+        let home = node(&cluster, 0);
+        let pod = runtime(&cluster, 0)?.pod("a")?;
+        advertise(&pod.ns)?;
+        thread::sleep(Duration::from_millis(500));
+        let routes = home.ip("-6 route show")?;
+        ensure!(!routes.contains("2001:db8:bad"), "the node believes a pod: {routes}");
+        let default = home.ip("-6 route show default")?;
+        ensure!(!default.contains("skp"), "the node believes a pod: {default}");
+    }
+    Ok(())
 }
 
 #[test]

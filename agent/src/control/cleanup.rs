@@ -85,7 +85,10 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
         let removed = match std::fs::remove_dir(directory) {
             Ok(()) => Ok(true),
             Err(error) => match error.kind() {
-                io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty => Ok(false),
+                // What is mounted there (in a container) is empty, and stays.
+                io::ErrorKind::NotFound
+                | io::ErrorKind::DirectoryNotEmpty
+                | io::ErrorKind::ResourceBusy => Ok(false),
                 _ => Err(error.to_string()),
             },
         };
