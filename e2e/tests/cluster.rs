@@ -3,12 +3,15 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::process::Command;
+use std::io::{BufRead as _, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
-use skein_e2e::cluster::{Kube, Options, programs};
+use skein_e2e::cluster::{Kube, Options, programs, v4, v6};
 use skein_e2e::lab::{process, registry};
 
 const READY_LIMIT: Duration = Duration::from_secs(60);
@@ -61,59 +64,258 @@ fn running(kube: &Kube) -> Result<Vec<(String, String)>> {
     Ok(rows.map(|row| (row[0].to_owned(), row[1].to_owned())).collect())
 }
 
-#[test]
-#[ignore = "takes a cluster: cargo e2e cluster test"]
-fn nodes_become_ready_with_a_network_and_run_pods() -> Result<()> {
-    let before = remains()?;
-    let mut kube = Kube::up(&Options::default())?;
-    let outcome = ready_and_running(&mut kube).with_context(|| kube.logs());
+/// Runs `test` on a cluster, and looks whether the cluster leaves anything on the host.
+fn on_cluster(options: &Options, test: impl FnOnce(&mut Kube) -> Result<()>) -> Result<()> {
+    let before = surroundings()?;
+    let mut kube = Kube::up(options)?;
+    let processes = processes_of(std::process::id());
+    let outcome = test(&mut kube).with_context(|| kube.logs());
+    ensure!(processes.len() > 10, "what runs in the machines was not found: {processes:?}");
     drop(kube);
     outcome?;
-    let after = remains()?;
+    let left = remains_of(std::process::id());
+    ensure!(left.is_empty(), "left behind: {left:?}");
+    let alive = |pid: &i32| Path::new(&format!("/proc/{pid}")).exists();
+    let alive: Vec<_> = processes.into_iter().filter(alive).collect();
+    ensure!(alive.is_empty(), "still alive: {alive:?}");
+    let after = surroundings()?;
     let new: Vec<_> = after.difference(&before).collect();
-    ensure!(new.is_empty(), "left behind: {new:?}");
+    ensure!(new.is_empty(), "new on this host: {new:?}");
     Ok(())
 }
 
-fn ready_and_running(kube: &mut Kube) -> Result<()> {
-    kube.wait_ready(&[0, 1], false, READY_LIMIT)?;
-    kube.apply(&daemon_set())?;
-    // In the nodes' own network they run before there is another.
-    kube.wait("a pod runs on each node", READY_LIMIT, |kube| Ok(running(kube)?.len() == 2))?;
-    install_network(kube)?;
-    kube.wait_ready(&[0, 1], true, READY_LIMIT)?;
-
-    let pods = running(kube)?;
-    let nodes: BTreeSet<&str> = pods.iter().map(|(_, node)| node.as_str()).collect();
-    ensure!(nodes == BTreeSet::from(["node1", "node2"]), "the pods are on {nodes:?}");
-    for (pod, node) in &pods {
-        let name = kube.kubectl(&["exec", pod, "--", "hostname"])?;
-        ensure!(name.trim() == node, "{pod} on {node} says that it is on {name}");
-        let logs = kube.kubectl(&["logs", pod])?;
-        ensure!(logs == "here\n", "the log of {pod} is {logs:?}");
-    }
-    Ok(())
+/// Namespaces, cgroups and directories of the laboratories of a process.
+fn remains_of(pid: u32) -> Vec<String> {
+    let of_process = format!("-{pid}-");
+    registry::existing().into_iter().filter(|name| name.contains(&of_process)).collect()
 }
 
-/// Everything of the host that a cluster could leave.
-fn remains() -> Result<BTreeSet<String>> {
-    let own = format!("-{}-", std::process::id());
-    let mut all: BTreeSet<String> =
-        registry::existing().into_iter().filter(|name| name.contains(&own)).collect();
-    for line in fs::read_to_string("/proc/self/mountinfo")?.lines() {
-        let path = line.split_whitespace().nth(4).context("mountinfo")?;
-        all.insert(format!("mount {path}"));
-    }
+/// All that runs in the machines of the laboratories of a process, also in containers.
+fn processes_of(pid: u32) -> Vec<i32> {
+    let of_process = format!("/skein-e2e-{pid}-");
+    let all = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let all = all.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let inside = |pid: &i32| {
+        let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        cgroups.contains(&of_process)
+    };
+    all.filter(inside).collect()
+}
+
+/// The host's mounts and interfaces, but for other laboratories' namespaces.
+fn surroundings() -> Result<BTreeSet<String>> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    let mounts = mounts.lines().filter_map(|line| line.split_whitespace().nth(4));
+    let mounts = mounts.filter(|path| !path.starts_with("/run/netns/"));
+    let mut all: BTreeSet<String> = mounts.map(|path| format!("mount {path}")).collect();
     for interface in fs::read_dir("/sys/class/net")? {
         all.insert(format!("interface {}", interface?.file_name().display()));
     }
-    let processes = process::run(Command::new("ps").args(["-eo", "args", "--no-headers"]))?;
-    let of_cluster =
-        ["kubelet", "kube-", "etcd", "containerd", "/bin/sleep infinity", "machine.sh"];
-    for line in processes.lines() {
-        if of_cluster.iter().any(|name| line.contains(name)) {
-            all.insert(format!("process {line}"));
-        }
-    }
     Ok(all)
+}
+
+#[test]
+#[ignore = "takes a cluster: cargo e2e cluster test"]
+fn nodes_become_ready_with_a_network_and_run_pods() -> Result<()> {
+    on_cluster(&Options::default(), |kube| {
+        kube.wait_ready(&[0, 1], false, READY_LIMIT)?;
+        kube.apply(&daemon_set())?;
+        // In the nodes' own network they run before there is another.
+        kube.wait("a pod runs on each node", READY_LIMIT, |kube| Ok(running(kube)?.len() == 2))?;
+        install_network(kube)?;
+        kube.wait_ready(&[0, 1], true, READY_LIMIT)?;
+
+        let pods = running(kube)?;
+        let nodes: BTreeSet<&str> = pods.iter().map(|(_, node)| node.as_str()).collect();
+        ensure!(nodes == BTreeSet::from(["node1", "node2"]), "the pods are on {nodes:?}");
+        for (pod, node) in &pods {
+            let name = kube.kubectl(&["exec", pod, "--", "hostname"])?;
+            ensure!(name.trim() == node, "{pod} on {node} says that it is on {name}");
+            let logs = kube.kubectl(&["logs", pod])?;
+            ensure!(logs == "here\n", "the log of {pod} is {logs:?}");
+        }
+        pods_have_addresses_and_services(kube)?;
+        the_api_is_reached_from_elsewhere(kube)?;
+        helm_installs(kube)
+    })
+}
+
+/// A pod in the network of the plugins, and a Service in front of it.
+fn pods_have_addresses_and_services(kube: &mut Kube) -> Result<()> {
+    let pod = json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": { "name": "web", "labels": { "app": "web" } },
+        "spec": { "nodeName": "node1", "terminationGracePeriodSeconds": 0, "containers": [{
+            "name": "main", "image": programs::BUSYBOX, "imagePullPolicy": "Never",
+            "command": ["sh", "-c", "echo hello >/tmp/index.html; exec httpd -f -p 8080 -h /tmp"],
+        }]},
+    });
+    let service = json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": { "name": "web" },
+        "spec": {
+            "selector": { "app": "web" }, "clusterIP": "10.96.1.1",
+            "ports": [{ "port": 80, "targetPort": 8080 }],
+        },
+    });
+    kube.apply(&pod.to_string())?;
+    kube.apply(&service.to_string())?;
+    kube.kubectl(&["wait", "pod/web", "--for=condition=Ready", "--timeout=60s"])?;
+    let address = kube.kubectl(&["get", "pod", "web", "--output=jsonpath={.status.podIP}"])?;
+    ensure!(address.starts_with("10.244.0."), "its address is {address:?}");
+    kube.wait("the Service answers on the node", READY_LIMIT, |kube| {
+        let answer = kube.nodes[0].exec(&["curl", "--silent", "--max-time", "2", "10.96.1.1"])?;
+        Ok(answer == "hello\n")
+    })
+    .map(drop)
+}
+
+/// As an agent would that is no pod.
+fn the_api_is_reached_from_elsewhere(kube: &Kube) -> Result<()> {
+    let elsewhere = kube.attach("elsewhere", 200)?;
+    let mut command = elsewhere.command(kube.program("kubectl"));
+    command.arg("--kubeconfig").arg(kube.kubeconfig()).args(["get", "--raw=/readyz"]);
+    let answer = process::run(&mut command)?;
+    ensure!(answer == "ok", "it says {answer:?}");
+    Ok(())
+}
+
+fn helm_installs(kube: &Kube) -> Result<()> {
+    let chart = kube.directory().join("chart");
+    fs::create_dir_all(chart.join("templates"))?;
+    fs::write(chart.join("Chart.yaml"), "apiVersion: v2\nname: tiny\nversion: 0.1.0\n")?;
+    let map =
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: tiny}\ndata: {key: {{ .Values.key }}}\n";
+    fs::write(chart.join("templates/map.yaml"), map)?;
+    let chart = chart.to_string_lossy();
+    kube.helm(&["install", "tiny", &chart, "--set", "key=value", "--wait"])?;
+    let value = kube.kubectl(&["get", "configmap", "tiny", "--output=jsonpath={.data.key}"])?;
+    ensure!(value == "value", "the chart's object has {value:?}");
+    kube.helm(&["uninstall", "tiny"]).map(drop)
+}
+
+#[test]
+#[ignore = "takes a cluster: cargo e2e cluster test"]
+fn machines_lose_power_daemons_die_and_addresses_change() -> Result<()> {
+    on_cluster(&Options::default(), |kube| {
+        install_network(kube)?;
+        kube.apply(&daemon_set())?;
+        kube.wait_ready(&[0, 1], true, READY_LIMIT)?;
+        kube.wait("a pod runs on each node", READY_LIMIT, |kube| Ok(running(kube)?.len() == 2))?;
+
+        // What is on the disk outlives a loss of power, what runs and what is in memory does not.
+        let node = &mut kube.nodes[1];
+        node.exec(&["touch", "/var/lib/kept", "/etc/kept", "/run/lost"])?;
+        let pid = node.pid("kubelet")?.context("no kubelet")?;
+        node.power_off();
+        ensure!(!Path::new(&format!("/proc/{pid}")).exists(), "the kubelet is still there");
+        ensure!(node.exec(&["true"]).is_err(), "a machine without power runs a command");
+        kube.wait_ready(&[1], false, READY_LIMIT)?;
+        let node = &mut kube.nodes[1];
+        node.power_on()?;
+        node.exec(&["ls", "/var/lib/kept", "/etc/kept"])?;
+        ensure!(node.exec(&["ls", "/run/lost"]).is_err(), "memory outlived a loss of power");
+        kube.wait_ready(&[1], true, READY_LIMIT)?;
+        kube.wait("both pods answer", READY_LIMIT, |kube| {
+            let pods = running(kube)?;
+            let answers =
+                pods.iter().all(|(pod, _)| kube.kubectl(&["exec", pod, "--", "true"]).is_ok());
+            Ok(pods.len() == 2 && answers)
+        })?;
+
+        kube.stop_api_server()?;
+        ensure!(kube.kubectl(&["get", "nodes"]).is_err(), "the API server answers");
+        kube.start_api_server()?;
+        kube.wait_ready(&[0, 1], true, READY_LIMIT)?;
+
+        // A runtime's death does not touch the containers.
+        let before = containers(kube)?;
+        kube.nodes[0].kill("containerd")?;
+        kube.nodes[0].start("containerd")?;
+        kube.nodes[0].restart("kubelet")?;
+        kube.wait_ready(&[0], true, READY_LIMIT)?;
+        let after = containers(kube)?;
+        ensure!(!before.is_empty() && before == after, "containers were {before}, are {after}");
+
+        kube.nodes[0].readdress(50)?;
+        kube.wait("the node's new address", READY_LIMIT, |kube| {
+            let path = "--output=jsonpath={.status.addresses[?(@.type=='InternalIP')].address}";
+            Ok(kube.kubectl(&["get", "node", "node1", path])? == v4(50).to_string())
+        })?;
+        kube.wait("the kubelet answers at its new address", READY_LIMIT, |kube| {
+            let pods = running(kube)?;
+            let (pod, _) = pods.iter().find(|(_, node)| node == "node1").context("no pod")?;
+            Ok(kube.kubectl(&["logs", pod])? == "here\n")
+        })
+        .map(drop)
+    })
+}
+
+/// Ids of the first node's containers.
+fn containers(kube: &Kube) -> Result<String> {
+    process::run(&mut kube.nodes[0].ctr(&["tasks", "list", "--quiet"])?)
+}
+
+#[test]
+#[ignore = "takes a cluster: cargo e2e cluster test"]
+fn dual_stack_gives_nodes_ranges_and_services_addresses_of_both_families() -> Result<()> {
+    on_cluster(&Options { nodes: 1, dual_stack: true, ..Options::default() }, |kube| {
+        let of_node = |kube: &Kube, path: &str| {
+            kube.kubectl(&["get", "node", "node1", &format!("--output=jsonpath={path}")])
+        };
+        kube.wait("two pod ranges", READY_LIMIT, |kube| {
+            let ranges = of_node(kube, "{.spec.podCIDRs[*]}")?;
+            let mut ranges = ranges.split(' ');
+            let starts = |range: Option<&str>, with| range.is_some_and(|r| r.starts_with(with));
+            Ok(starts(ranges.next(), "10.244.") && starts(ranges.next(), "fd00:10:244:"))
+        })?;
+        let addresses = of_node(kube, "{.status.addresses[?(@.type=='InternalIP')].address}")?;
+        let expected = format!("{} {}", v4(11), v6(11));
+        ensure!(addresses == expected, "its addresses are {addresses:?}, not {expected:?}");
+        let service = json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": { "name": "both" },
+            "spec": { "ipFamilyPolicy": "RequireDualStack", "ports": [{ "port": 80 }] },
+        });
+        kube.apply(&service.to_string())?;
+        let path = "--output=jsonpath={.spec.clusterIPs[*]}";
+        let addresses = kube.kubectl(&["get", "service", "both", path])?;
+        let families: Vec<bool> = addresses.split(' ').map(|a| a.contains(':')).collect();
+        ensure!(families == [false, true], "its addresses are {addresses:?}");
+        Ok(())
+    })
+}
+
+/// Ends `cargo e2e cluster up` by a signal, and looks for the remains.
+fn ended_by(signal: Signal) -> Result<()> {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_skein-e2e"))
+        .args(["cluster", "up", "--nodes", "1"])
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let output = BufReader::new(child.stdout.take().context("no output")?);
+    let told = output.lines().map_while(Result::ok).any(|line| line.starts_with("Ctrl-C"));
+    let processes = processes_of(child.id());
+    let pid = Pid::from_raw(child.id().cast_signed()).context("no process id")?;
+    kill_process(pid, signal)?;
+    let status = child.wait()?;
+    ensure!(told && processes.len() > 5, "it was not up: {status}, {processes:?}");
+    if signal == Signal::KILL {
+        // Nobody can clean up then; the next run does.
+        registry::sweep();
+    }
+    let left = remains_of(child.id());
+    ensure!(left.is_empty(), "left behind: {left:?}");
+    let alive = processes_of(child.id());
+    ensure!(alive.is_empty(), "still alive: {alive:?}");
+    Ok(())
+}
+
+#[test]
+#[ignore = "takes a cluster: cargo e2e cluster test"]
+fn an_interrupted_cluster_leaves_nothing() -> Result<()> {
+    ended_by(Signal::INT)
+}
+
+#[test]
+#[ignore = "takes a cluster: cargo e2e cluster test"]
+fn a_killed_cluster_is_cleaned_up_by_the_next_run() -> Result<()> {
+    ended_by(Signal::KILL)
 }

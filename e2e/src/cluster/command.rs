@@ -93,7 +93,7 @@ fn write_commands(kube: &Kube, bin: &Path) -> Result<()> {
             .with_context(|| format!("writing {}", path.display()))
     };
     for program in ["kubectl", "helm"] {
-        let command = kube.command(kube.programs.join(program));
+        let command = kube.command(kube.program(program));
         let (home, config) = (kube.directory().display(), kube.kubeconfig().display());
         let line = crate::lab::process::describe(&command);
         write(program, &format!("env HOME={home} KUBECONFIG={config} {line}"))?;

@@ -226,7 +226,7 @@ impl Kube {
     }
 
     fn run(&self, program: &str, arguments: &[&str], input: &str) -> Result<String> {
-        let mut command = self.command(self.programs.join(program));
+        let mut command = self.command(self.program(program));
         let finished = process::finish(command.args(arguments), input.as_bytes(), COMMAND_LIMIT)?;
         if finished.code != 0 {
             let text = format!("{}{}", finished.stderr, finished.stdout);
@@ -254,9 +254,9 @@ impl Kube {
         std::fs::remove_file(&copy).context("removing a copy of an image")
     }
 
-    /// Stops the API server.
+    /// Takes the API server away, at once: asked to end, it would wait a minute for its watchers.
     pub fn stop_api_server(&mut self) -> Result<()> {
-        self.control.stop("kube-apiserver")
+        self.control.kill("kube-apiserver")
     }
 
     /// Starts it again and waits until it is ready.
@@ -277,6 +277,11 @@ impl Kube {
             format!("address add {}/64 dev {UNDERLAY} nodad", v6(number)),
         ])?;
         Ok(machine)
+    }
+
+    /// The path of one of the cluster's programs: `kubectl`, `helm`, ….
+    pub fn program(&self, name: &str) -> PathBuf {
+        self.programs.join(name)
     }
 
     /// The switch: a bridge `br0` with a port for every machine, where a test can listen, and an
