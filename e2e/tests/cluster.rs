@@ -234,7 +234,7 @@ fn machines_lose_power_daemons_die_and_addresses_change() -> Result<()> {
         kube.nodes[0].restart("kubelet")?;
         kube.wait_ready(&[0], true, READY_LIMIT)?;
         let after = containers(kube)?;
-        ensure!(!before.is_empty() && before == after, "containers were {before}, are {after}");
+        ensure!(!before.is_empty() && before == after, "containers were {before:?}, are {after:?}");
 
         kube.nodes[0].readdress(50)?;
         kube.wait("the node's new address", READY_LIMIT, |kube| {
@@ -251,8 +251,9 @@ fn machines_lose_power_daemons_die_and_addresses_change() -> Result<()> {
 }
 
 /// Ids of the first node's containers.
-fn containers(kube: &Kube) -> Result<String> {
-    process::run(&mut kube.nodes[0].ctr(&["tasks", "list", "--quiet"])?)
+fn containers(kube: &Kube) -> Result<BTreeSet<String>> {
+    let text = process::run(&mut kube.nodes[0].ctr(&["tasks", "list", "--quiet"])?)?;
+    Ok(text.lines().map(str::to_owned).collect())
 }
 
 #[test]
