@@ -222,6 +222,13 @@ fn machines_lose_power_daemons_die_and_addresses_change() -> Result<()> {
             Ok(pods.len() == 2 && answers)
         })?;
 
+        let ping = ["ping", "-c", "1", "-W", "1", &v4(12).to_string()];
+        kube.control.exec(&ping)?;
+        kube.nodes[1].set_cable(false)?;
+        ensure!(kube.control.exec(&ping).is_err(), "an answer without a cable");
+        kube.nodes[1].set_cable(true)?;
+        kube.wait("an answer", READY_LIMIT, |kube| kube.control.exec(&ping).map(|_| true))?;
+
         kube.stop_api_server()?;
         ensure!(kube.kubectl(&["get", "nodes"]).is_err(), "the API server answers");
         kube.start_api_server()?;

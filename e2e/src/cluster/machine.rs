@@ -107,6 +107,11 @@ impl Machine {
         self.number
     }
 
+    /// MTU of the underlay.
+    pub fn mtu(&self) -> u32 {
+        self.mtu
+    }
+
     /// Its network, for what a [`Netns`] can do; an error while it is switched off.
     pub fn net(&self) -> Result<&Netns> {
         Ok(&self.power()?.net)

@@ -270,7 +270,7 @@ impl Kube {
     pub fn attach(&self, label: &str, number: u8) -> Result<Netns> {
         let port = format!("port{number}");
         let machine = Netns::create(label)?;
-        link::veth((&machine, UNDERLAY), (&self.switch, &port), 1500)?;
+        link::veth((&machine, UNDERLAY), (&self.switch, &port), self.control.mtu())?;
         link::enslave(&self.switch, &port, machine::BRIDGE)?;
         machine.ip_batch(&[
             format!("address add {}/24 dev {UNDERLAY}", v4(number)),
