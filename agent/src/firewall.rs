@@ -130,7 +130,8 @@ pub async fn forged(table: &str) -> Option<Forged> {
 /// Takes the table away; says whether it was there.
 pub async fn remove(table: &str) -> Result<bool, FirewallError> {
     match list(table).await {
-        Err(FirewallError::Refused(_) | FirewallError::Missing) => return Ok(false),
+        Err(FirewallError::Refused(why)) if why.contains("No such file") => return Ok(false),
+        Err(FirewallError::Missing) => return Ok(false),
         listed => listed?,
     };
     nft(&["-f", "-"], &delete(table)).await?;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::environment::check_name;
 use crate::protocol::{AttachmentId, DEFAULT_SOCKET, DEFAULT_SPOOL};
@@ -101,14 +101,35 @@ pub fn version(text: &[u8]) -> Result<Version, Failure> {
     }
 }
 
+fn decode<T: serde::de::DeserializeOwned>(text: &[u8]) -> Result<T, Failure> {
+    serde_json::from_slice(text).map_err(senseless)
+}
+
+fn senseless(error: serde_json::Error) -> Failure {
+    Failure::new(ErrorCode::Decoding, "the network configuration makes no sense").with(error)
+}
+
 impl Config {
     /// Reads and checks a document.
     pub fn parse(text: &[u8]) -> Result<Self, Failure> {
         let version = version(text)?;
-        let document: Document = serde_json::from_slice(text).map_err(|error| {
-            Failure::new(ErrorCode::Decoding, "the network configuration makes no sense")
-                .with(error)
-        })?;
+        Self::check(version, decode(text)?)
+    }
+
+    /// For a DEL, which must not fail by what it does not need: that is left out.
+    pub fn parse_for_del(text: &[u8]) -> Result<Self, Failure> {
+        let version = version(text)?;
+        let mut document: Map<String, Value> = decode(text)?;
+        document.retain(|key, value| match key.as_str() {
+            "name" | "socket" | "spool" => true,
+            "timeoutSeconds" => matches!(value.as_u64(), Some(1..=65_535)),
+            _ => false,
+        });
+        let document = serde_json::from_value(Value::Object(document)).map_err(senseless)?;
+        Self::check(version, document)
+    }
+
+    fn check(version: Version, document: Document) -> Result<Self, Failure> {
         let invalid = |msg: String| Failure::new(ErrorCode::InvalidNetworkConfig, msg);
         check_name("name", &document.name).map_err(|failure| invalid(failure.msg))?;
         let asked = document.runtime_config.and_then(|config| config.ips).unwrap_or_default();
@@ -150,6 +171,18 @@ mod tests {
 
     fn parse(document: Value) -> Result<Config, Failure> {
         Config::parse(document.to_string().as_bytes())
+    }
+
+    #[test]
+    fn a_deletion_fails_by_nothing_that_it_does_not_need() {
+        let document = json!({
+            "name": "a", "spool": "/p", "timeoutSeconds": 0, "dns": 7, "prevResult": [],
+            "runtimeConfig": { "ips": ["x"] },
+        });
+        let text = document.to_string();
+        assert!(Config::parse(text.as_bytes()).is_err());
+        let config = Config::parse_for_del(text.as_bytes()).unwrap();
+        assert_eq!((config.spool, config.timeout), ("/p".into(), Duration::from_secs(30)));
     }
 
     #[test]

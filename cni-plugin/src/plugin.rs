@@ -64,7 +64,11 @@ pub fn main() -> ExitCode {
             return say(Err(failure.with(error)), Version::NEWEST);
         }
     };
-    let outcome = Config::parse(&input).and_then(|config| run(environment, config));
+    let parsed = match environment.verb {
+        Verb::Del => Config::parse_for_del(&input),
+        _ => Config::parse(&input),
+    };
+    let outcome = parsed.and_then(|config| run(environment, config));
     say(outcome, version.unwrap_or(Version::NEWEST))
 }
 

@@ -254,9 +254,8 @@ fn what_plugins_before_have_made_stays() {
     assert_eq!(result["routes"][0], previous["routes"][0]);
     assert_eq!(result["dns"], previous["dns"]);
     let broken = json!({ "prevResult": { "interfaces": 5 } });
-    let agent = lab.agent(Answer::Attached(attached()));
+    // Nobody listens, which would be another code: nothing is made that would have to be undone.
     let output = lab.run("ADD", Some(&namespace.path()), &lab.configuration("1.0.0", broken));
-    agent.join().unwrap();
     assert_eq!(code(&output), 6);
 }
 

@@ -214,6 +214,11 @@ impl Attacher {
         if !inner.up {
             problems.push(format!("interface {} of the container is down", id.ifname));
         }
+        if inner.mac != pod_mac(id) {
+            let (name, mac) = (&id.ifname, mac_text(&pod_mac(id)));
+            problems
+                .push(format!("interface {name} of the container has another address than {mac}"));
+        }
         let present = pod.addresses(Some(inner.index)).await?;
         for ip in addresses {
             if !present.iter().any(|address| address.net == IpNet::from(*ip)) {

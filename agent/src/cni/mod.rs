@@ -36,6 +36,8 @@ use crate::netlink::Netlink;
 
 /// Leases, interfaces, the firewall and the spool are looked at this often.
 const TEND: Duration = Duration::from_secs(10);
+/// How long one look may take: a thousand pods take seconds.
+const LIMIT: Duration = Duration::from_secs(120);
 /// How often the agent looks whether it is ready, until it was once.
 const READY: Duration = Duration::from_millis(100);
 /// How old the firewall's counters may be for a scrape.
@@ -212,11 +214,13 @@ impl Keeper {
         }
         let mut single = Vec::new();
         // First what the kernel has: only then a deletion that waited finds its address.
-        for outcome in [self.service.tend().await, self.service.empty_spool().await] {
-            match outcome {
+        let work = async { [self.service.tend().await, self.service.empty_spool().await] };
+        match tokio::time::timeout(LIMIT, work).await {
+            Err(_) => errors.push(format!("leases and kernel were not compared within {LIMIT:?}")),
+            Ok(outcomes) => outcomes.into_iter().for_each(|outcome| match outcome {
                 Ok(problems) => single.extend(problems),
                 Err(error) => errors.push(error),
-            }
+            }),
         }
         if self.can_serve {
             errors.extend(self.install().err().map(|error| error.to_string()));

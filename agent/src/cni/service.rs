@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -52,6 +52,8 @@ enum Error {
     Attach(#[from] AttachError),
     #[error("{0}")]
     Namespace(String),
+    #[error("it is the node's own network namespace")]
+    OwnNamespace,
     #[error("{0}")]
     Invalid(String),
     #[error("{0}")]
@@ -80,6 +82,7 @@ impl Error {
             Error::Attach(_) | Error::NotPrepared(_) => ErrorCode::TryAgainLater as u32,
             Error::Spool(_) => ErrorCode::Io as u32,
             Error::Namespace(_) => ErrorCode::UnknownContainer as u32,
+            Error::OwnNamespace => ErrorCode::InvalidNetns as u32,
             Error::Broken(_) => BROKEN,
         }
     }
@@ -144,7 +147,8 @@ impl Service {
         let _turn = self.locks.lock(&add.id).await;
         // A name may come again (ctr, nerdctl): its old deletion must not find the new pod.
         let waiting = spool::path(&self.spool, &add.id);
-        if waiting.exists() {
+        let unreleased = self.unreleased().contains(&add.id);
+        if unreleased || waiting.exists() {
             self.detach(&add.id).await?;
             spool::remove(&waiting).map_err(|error| Error::Spool(error.to_string()))?;
         }
@@ -162,6 +166,7 @@ impl Service {
             pod: add.pod,
             ips: add.ips,
         };
+        let (netns_record, network) = (wanted.netns.clone(), wanted.network.clone());
         let known = self.leases.get(add.id.clone()).await?;
         let lease = match self.leases.allocate(wanted.clone()).await {
             Err(IpamError::OtherNamespace(old)) => {
@@ -175,9 +180,21 @@ impl Service {
         let (netlink, ips) = (&self.netlink, Vec::from_iter(lease.ips()));
         let attached = self.attacher.attach(netlink, netns.as_fd(), &add.id, &ips, mtu).await;
         match attached {
-            Ok(attached) => Ok(attached),
+            Ok(attached) => {
+                if lease.netns.is_none() {
+                    // Adopted from the kernel: from now on it is known whose it is.
+                    let lease = Lease { netns: Some(netns_record), network, ..lease };
+                    self.leases.adopt(lease).await?;
+                }
+                Ok(attached)
+            }
             // It was attached before, and may be at work: its DEL is the runtime's decision.
             Err(error) if known.is_some_and(|known| known == lease) => Err(error.into()),
+            // Nothing was made; what is there is somebody's, and perhaps at work.
+            Err(error @ (AttachError::Exists(_) | AttachError::DefaultRoute)) => {
+                self.leases.release(add.id.clone()).await?;
+                Err(error.into())
+            }
             Err(error) => {
                 // Whatever was made goes; the address with it, if that worked.
                 if let Err(further) = self.detach(&add.id).await {
@@ -261,15 +278,17 @@ impl Service {
     }
 
     async fn gc(&self, gc: Gc) -> Result<(), Error> {
+        let mut failed = None;
         let kernel = self.attacher.look(&self.netlink).await?;
         for lease in self.leases.list().await? {
             // What was adopted belongs to a network that nobody remembers.
             let ours = lease.network.is_empty() || lease.network == gc.network;
             if ours && !gc.valid.contains(&lease.id) {
-                self.collect(&kernel, &lease).await?;
+                // One that fails keeps no other.
+                failed = self.collect(&kernel, &lease).await.err().or(failed);
             }
         }
-        Ok(())
+        failed.map_or(Ok(()), Err)
     }
 
     /// Whether an ADD could be served now, as STATUS says it.
@@ -406,31 +425,38 @@ impl Service {
         let listing = spool::list(&self.spool).map_err(|error| error.to_string())?;
         let mut errors = Vec::new();
         for entry in listing {
-            match entry.request {
-                Ok(Request { command: Command::Del(del), .. }) => match self.del(&del.id).await {
-                    Ok(()) => {
-                        tracing::info!(
-                            container = del.id.container_id,
-                            "a deletion that had waited"
-                        );
-                    }
-                    Err(refusal) => {
-                        errors.push(refusal.msg);
-                        continue;
-                    }
-                },
-                // It may be readable next time.
-                Err(error @ spool::EntryError::Io(_)) => {
-                    errors.push(format!("{}: {error}", entry.path.display()));
-                    continue;
+            let shown = entry.path.display();
+            let done = match &entry.request {
+                Ok(Request { command: Command::Del(del), .. }) => {
+                    self.waited(&del.id, &entry.path).await.map_err(|error| error.to_string())
                 }
+                // It may be readable next time.
+                Err(error @ spool::EntryError::Io(_)) => Err(format!("{shown}: {error}")),
                 // Nothing that could be done; whoever wonders finds it in the log.
-                Ok(_) => errors.push(format!("{}: no deletion", entry.path.display())),
-                Err(error) => errors.push(format!("{}: {error}", entry.path.display())),
-            }
-            spool::remove(&entry.path).map_err(|error| error.to_string())?;
+                Ok(_) => self.forget(&entry.path, "no deletion"),
+                Err(error) => self.forget(&entry.path, &error.to_string()),
+            };
+            errors.extend(done.err());
         }
         Ok(errors)
+    }
+
+    /// A deletion that has waited; its entry stays until all of it is done.
+    async fn waited(&self, id: &AttachmentId, entry: &Path) -> Result<(), Error> {
+        let _turn = self.locks.lock(id).await;
+        // An ADD of the same name may have done it meanwhile, and what is there now is new.
+        if !entry.exists() {
+            return Ok(());
+        }
+        self.detach(id).await?;
+        tracing::info!(container = id.container_id, "a deletion that had waited");
+        spool::remove(entry).map_err(|error| Error::Spool(error.to_string()))
+    }
+
+    fn forget(&self, entry: &Path, why: &str) -> Result<(), String> {
+        let removed =
+            spool::remove(entry).map_or_else(|e| format!(", and stays: {e}"), |()| String::new());
+        Err(format!("{}: {why}{removed}", entry.display()))
     }
 
     /// Which namespace it is; an error where it is none, or the node's own.
@@ -438,7 +464,7 @@ impl Service {
         let namespace = NamespaceId::of(netns)
             .map_err(|error| Error::Namespace(format!("the network namespace: {error}")))?;
         if namespace == self.own {
-            return Err(Error::Namespace("it is the node's own network namespace".to_owned()));
+            return Err(Error::OwnNamespace);
         }
         Ok(namespace)
     }

@@ -86,6 +86,19 @@ impl CniTable {
             }
         }
         let no_masquerade = self.no_masquerade.iter().map(|text| cidr(text));
+        // The plugin, which is told the same, runs elsewhere.
+        let paths = [
+            ("socket", &self.socket),
+            ("spool", &self.spool),
+            ("bin_dir", &self.bin_dir),
+            ("conf_dir", &self.conf_dir),
+        ];
+        for (key, path) in paths {
+            if !path.as_os_str().is_empty() && !path.is_absolute() {
+                let shown = path.display();
+                return Err(Invalid(format!("cni.{key} = {shown}: use an absolute path")));
+            }
+        }
         let directory = |path: PathBuf| (!path.as_os_str().is_empty()).then_some(path);
         Ok(Cni {
             enabled: self.enabled,

@@ -4,8 +4,6 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use skein_cni::spool;
-
 use super::client::{Client, ClientError};
 use super::identity;
 use super::lock::StateLock;
@@ -99,8 +97,10 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
 
 /// Deletions that nobody has to do any more.
 fn remove_spool(spool: &Path, cleaned: &mut Cleaned) {
-    for entry in spool::list(spool).unwrap_or_default() {
-        cleaned.note(&format!("file {}", entry.path.display()), remove_file(&entry.path));
+    // Unfinished ones, too.
+    for entry in std::fs::read_dir(spool).into_iter().flatten().flatten() {
+        let path = entry.path();
+        cleaned.note(&format!("file {}", path.display()), remove_file(&path));
     }
     cleaned.note(&format!("directory {}", spool.display()), remove_any(spool));
 }

@@ -8,6 +8,7 @@ use std::thread;
 use anyhow::{Context as _, Result};
 use clap::{Args, Subcommand};
 
+use super::scale::{self, Scale};
 use super::{Kube, Options, programs};
 use crate::console::Console;
 use crate::lab::registry;
@@ -20,6 +21,8 @@ pub enum Command {
     Build,
     /// Make a cluster that stays until it is interrupted (Ctrl-C).
     Up(Up),
+    /// Measure what thousands of SkeinNodes cost one agent.
+    Scale(Scale),
     /// Run the tests that need a cluster.
     Test(suite::Options),
 }
@@ -47,6 +50,7 @@ pub fn run(command: &Command) -> Result<()> {
             Ok(())
         }
         Command::Up(options) => up(options),
+        Command::Scale(options) => scale::run(options),
         Command::Test(options) => suite::run_cluster(options),
     }
 }

@@ -8,6 +8,7 @@ mod machine;
 mod node;
 mod pki;
 pub mod programs;
+mod scale;
 pub mod skein;
 
 use std::path::{Path, PathBuf};

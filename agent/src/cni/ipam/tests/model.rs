@@ -153,7 +153,9 @@ fn run(steps: Vec<Step>) {
                 };
                 let result = ipam.allocate(request, at(now));
                 let expected = match (model.leases.get(&who), asked) {
-                    (Some((host, same)), _) if *same == Some(namespace) => Ok(*host),
+                    (Some((host, known)), _) if known.is_none_or(|known| known == namespace) => {
+                        Ok(*host)
+                    }
                     (Some(_), _) => Err("namespace"),
                     (None, _) if model.in_cidr.is_empty() => Err("no pools"),
                     (None, Some(host)) if model.leased().contains(&host) => Err("taken"),
