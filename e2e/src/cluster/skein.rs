@@ -153,8 +153,7 @@ impl Pod {
         Ok(finished.code == 0)
     }
 
-    /// Answers of `count` pings, `interval` apart, so far lost: sequence numbers tell. Started now,
-    /// looked at with [`Pings::lost`].
+    /// Starts `count` pings, `interval` apart; [`Pings::end`] says how many were answered.
     pub fn start_pings(
         &self,
         kube: &Kube,

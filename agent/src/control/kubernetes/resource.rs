@@ -1,5 +1,8 @@
 //! The custom resource SkeinNode: a node's record in the Kubernetes API.
 
+// Every column of the derive has a type.
+#![allow(clippy::duplicated_attributes)]
+
 use kube::{CustomResource, CustomResourceExt};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
