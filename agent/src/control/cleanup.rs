@@ -83,10 +83,11 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
         let removed = match std::fs::remove_dir(directory) {
             Ok(()) => Ok(true),
             Err(error) => match error.kind() {
-                // What is mounted there (in a container) is empty, and stays.
+                // What is mounted there, in a container with a read-only root, is empty and stays.
                 io::ErrorKind::NotFound
                 | io::ErrorKind::DirectoryNotEmpty
-                | io::ErrorKind::ResourceBusy => Ok(false),
+                | io::ErrorKind::ResourceBusy
+                | io::ErrorKind::ReadOnlyFilesystem => Ok(false),
                 _ => Err(error.to_string()),
             },
         };
