@@ -142,7 +142,13 @@ impl Registry {
                 return false;
             }
         };
-        self.source_error = None;
+        let error = self.source.error();
+        if let Some(error) =
+            error.as_ref().filter(|error| self.source_error.as_ref() != Some(error))
+        {
+            tracing::warn!(source = %self.source.name().display(), %error, "nothing new is known of the node records");
+        }
+        self.source_error = error;
         let (accepted, rejected) = settle(&self.own, &self.local_cidrs, &self.accepted, files);
         for (path, error) in &rejected {
             if self.rejected.get(path) != Some(error) {

@@ -33,6 +33,14 @@ impl Reader {
         }
     }
 
+    /// What is wrong with the source although it could be read.
+    pub fn error(&self) -> Option<String> {
+        match self {
+            Reader::Path(_) => None,
+            Reader::Kubernetes(records) => records.error(),
+        }
+    }
+
     /// How the source is shown; the last good records of another one are not used.
     pub fn name(&self) -> PathBuf {
         match self {

@@ -15,6 +15,9 @@ use tower::util::MapRequestLayer;
 /// How long the API server may take to accept a connection.
 const CONNECT: Duration = Duration::from_secs(10);
 
+/// How long a connection on which an answer is due may be silent.
+const SILENCE: Duration = Duration::from_secs(295);
+
 const VERBS: [&str; 6] = ["get", "list", "watch", "create", "patch", "delete"];
 
 /// Requests to the API server.
@@ -70,6 +73,11 @@ pub(super) async fn connect(
         )?,
     };
     config.connect_timeout = Some(CONNECT);
+    // A watch says something at least this often (kube asks for 290 s at most): silence is a dead connection.
+    config.read_timeout = Some(SILENCE);
+    config.reset_reader_on_write = true;
+    // It would try again fifteen times within seconds, unseen and all nodes at once: our waits are longer.
+    config.default_retry = false;
     let requests = requests.clone();
     let count = MapRequestLayer::new(move |request: http::Request<Body>| {
         requests.count(&request);

@@ -24,6 +24,9 @@ use crate::netlink::Netlink;
 
 /// Changes that come together are taken together.
 const QUIET: Duration = Duration::from_millis(100);
+/// A watch that fails is tried again within half a minute, and fails again within ten seconds: after this
+/// long without another error it is well, though it may have nothing to tell.
+const WELL: Duration = Duration::from_secs(45);
 /// The addresses of `kubernetes.endpoint_interface` are looked at this often.
 const LOOK: Duration = Duration::from_secs(5);
 
@@ -50,7 +53,9 @@ pub(super) async fn follow(
     sender: watch::Sender<State>,
 ) {
     let (store, writer) = reflector::store::<SkeinNode>();
-    let all = watcher(Api::<SkeinNode>::all(client.clone()), watcher::Config::default());
+    // From the API server's memory: after its restart thousands of nodes ask at once.
+    let any = watcher::Config::default().any_semantic();
+    let all = watcher(Api::<SkeinNode>::all(client.clone()), any);
     let all = all.backoff(Waits::default()).modify(|node| {
         node.managed_fields_mut().clear();
         node.annotations_mut().clear();
@@ -74,6 +79,7 @@ pub(super) async fn follow(
         synced: false,
         found: false,
         addresses: None,
+        uid: None,
         state: State::default(),
         errors: [None, None],
     };
@@ -86,10 +92,13 @@ pub(super) async fn follow(
         let changed = tokio::select! {
             Some(event) = all.next() => follower.take_record(event),
             Some(event) = node.next() => follower.take_node(event),
-            _ = look.tick(), if netlink.is_some() => match &netlink {
-                Some(netlink) => follower.take_addresses(netlink).await,
-                None => false,
-            },
+            _ = look.tick() => {
+                let well = follower.forget();
+                match &netlink {
+                    Some(netlink) => follower.take_addresses(netlink).await || well,
+                    None => well,
+                }
+            }
             () = until(due) => {
                 due = None;
                 follower.tell(&sender);
@@ -119,9 +128,11 @@ struct Follower {
     /// Whether the list that is coming in has this node's Node.
     found: bool,
     addresses: Option<Vec<IpAddr>>,
+    /// Of the Node that the own record is about.
+    uid: Option<String>,
     state: State,
     /// Of the watch of SkeinNodes, and of that of the Node.
-    errors: [Option<String>; 2],
+    errors: [Option<(String, Instant)>; 2],
 }
 
 impl Follower {
@@ -134,12 +145,13 @@ impl Follower {
             Ok(Event::InitDone) => self.synced = true,
             Ok(Event::Apply(_) | Event::Delete(_)) | Err(_) => {}
         }
-        self.errors[0] = error;
+        self.errors[0] = error.map(|error| (error, Instant::now()));
         true
     }
 
     fn take_node(&mut self, event: watcher::Result<Event<Node>>) -> bool {
-        self.errors[1] = event.as_ref().err().map(|error| format!("Node: {}", failure(error)));
+        let error = event.as_ref().err().map(|error| format!("Node: {}", failure(error)));
+        self.errors[1] = error.map(|error| (error, Instant::now()));
         match event {
             Ok(Event::Init) => {
                 self.found = false;
@@ -161,6 +173,15 @@ impl Follower {
             Err(_) => {}
         }
         true
+    }
+
+    /// Forgets errors that did not come again.
+    fn forget(&mut self) -> bool {
+        let mut forgotten = false;
+        for error in &mut self.errors {
+            forgotten |= error.take_if(|(_, at)| at.elapsed() > WELL).is_some();
+        }
+        forgotten
     }
 
     async fn take_addresses(&mut self, netlink: &Netlink) -> bool {
@@ -189,14 +210,16 @@ impl Follower {
         {
             let addresses = self.addresses.as_deref();
             let own = own::spec(&self.config, self.public_key, node, addresses);
-            // What was said before stays in force.
-            if own.is_ok() || !matches!(self.state.own, Some(Ok(_))) {
+            // What was said before stays in force, as long as it is the same Node.
+            let same = self.uid == node.metadata.uid;
+            if own.is_ok() || !same || !matches!(self.state.own, Some(Ok(_))) {
+                self.uid.clone_from(&node.metadata.uid);
                 self.state.own = Some(own);
             }
         }
         let nodes = self.store.state();
         self.state.published = nodes.iter().find(|node| node.name_any() == name).cloned();
-        self.state.error = self.errors.iter().flatten().next().cloned();
+        self.state.error = self.errors.iter().flatten().next().map(|(error, _)| error.clone());
         self.state.records = match &self.state.own {
             Some(Ok(own)) if self.synced => Some(Arc::new(files(name, own, &nodes))),
             _ => None,

@@ -105,13 +105,15 @@ impl Drop for Kubernetes {
 }
 
 impl Records {
-    /// All of them; an error where nothing new is known.
+    /// All of them; an error where not all are known.
     pub fn read(&self) -> Result<Files, String> {
         let state = self.0.borrow();
-        match (&state.error, &state.records) {
-            (None, Some(records)) => Ok(Files::clone(records)),
-            _ => Err(state.waits_for()),
-        }
+        state.records.as_deref().cloned().ok_or_else(|| state.waits_for())
+    }
+
+    /// Why nothing new is known, where that is so.
+    pub fn error(&self) -> Option<String> {
+        self.0.borrow().error.clone()
     }
 }
 

@@ -28,6 +28,8 @@ const MANAGER: &str = "skein-agent";
 const LOOK: Duration = Duration::from_secs(2);
 /// A status that differs in anything but readiness is written no more often than this.
 const STATUS: Duration = Duration::from_secs(60);
+/// Events of one reason come no more often than this while it lasts.
+const EVENT: Duration = Duration::from_secs(600);
 /// How long one request may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long the agent may be unready before an operator is told.
@@ -46,6 +48,7 @@ pub(super) async fn publish(shared: Shared, client: Client, mut state: watch::Re
         shared,
         applied: None,
         status_written: None,
+        last_status: None,
         unready_since: None,
         told: BTreeMap::new(),
     };
@@ -82,9 +85,11 @@ struct Publisher {
     /// What was written last, for which Node, and when: the watch tells of it a little later.
     applied: Option<(SkeinNodeSpec, String, Instant)>,
     status_written: Option<Instant>,
+    /// What was written then.
+    last_status: Option<SkeinNodeStatus>,
     unready_since: Option<Instant>,
     /// What operators were told of and is still so, by the reason.
-    told: BTreeMap<&'static str, String>,
+    told: BTreeMap<&'static str, (String, Instant)>,
 }
 
 impl Publisher {
@@ -157,18 +162,21 @@ impl Publisher {
         let before = published.status.as_ref();
         let generation = published.metadata.generation;
         let mtu = self.shared.interface().mtu;
+        // What was written last is newer than what the watch has told, for a while.
+        let before = self.last_status.as_ref().or(before);
         let status = status(before, generation, report, mtu, reasons, Timestamp::now());
-        if before == Some(&status) {
+        if before == Some(&status) && published.status.as_ref() == Some(&status) {
             return Ok(());
         }
+        // Written already: the watch will tell, or somebody has changed it.
+        let told_late = before == Some(&status);
         let ready = |status: &SkeinNodeStatus| {
             status.conditions.first().map(|condition| condition.status.clone())
         };
         let urgent = before.and_then(ready) != ready(&status);
-        let recent = self.status_written.is_some_and(|at| {
-            // The watch tells of what was written a little later.
-            at.elapsed() < if urgent { LOOK } else { STATUS }
-        });
+        let recent = self
+            .status_written
+            .is_some_and(|at| at.elapsed() < if urgent && !told_late { LOOK } else { STATUS });
         if recent {
             return Ok(());
         }
@@ -183,7 +191,7 @@ impl Publisher {
         let patch = Patch::Apply(&object);
         let written = self.skeinnodes.patch_status(name, &parameters, &patch);
         ask(written).await.context("status of the SkeinNode")?;
-        self.status_written = Some(Instant::now());
+        (self.status_written, self.last_status) = (Some(Instant::now()), Some(status));
         Ok(())
     }
 
@@ -272,11 +280,13 @@ impl Publisher {
         kind: EventType,
         text: &str,
     ) -> anyhow::Result<()> {
-        if self.told.get(reason).is_some_and(|told| told == text) {
+        // Whatever a record of somebody else's says, it cannot make this node write without end.
+        let known = self.told.get(reason);
+        if known.is_some_and(|(told, at)| told == text || at.elapsed() < EVENT) {
             return Ok(());
         }
         self.event(node, reason, kind, text).await?;
-        self.told.insert(reason, text.to_owned());
+        self.told.insert(reason, (text.to_owned(), Instant::now()));
         Ok(())
     }
 
