@@ -257,7 +257,8 @@ fn the_api_server_is_away(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
 fn a_node_gets_another_address(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
     kube.nodes[1].readdress(77)?;
     let expected = format!("{}:51900", skein_e2e::cluster::v4(77));
-    let took = kube.wait("the record has the new address", READY_LIMIT, |kube| {
+    // The agent's connections are from the old one: it finds them dead after 65 s.
+    let took = kube.wait("the record has the new address", 2 * READY_LIMIT, |kube| {
         Ok(skeinnode(kube, "node2")?["spec"]["endpoints"][0] == expected.as_str())
     })?;
     let again = wait_until_all_reach_all(kube, pods, READY_LIMIT)?;

@@ -132,7 +132,7 @@ mod tests {
         waiter.drain();
         busy.limit = Duration::from_micros(10);
         // More often than it should take: on a busy machine it may lose its turn, which says nothing.
-        for _ in 0..50 * PATIENCE {
+        for _ in 0..50 * u32::from(PATIENCE) {
             let nothing: [u32; 0] = [];
             let short = Some(Duration::from_millis(1));
             busy.rest = None;

@@ -22,6 +22,8 @@ use crate::control::records::{Files, NodeRecord};
 use crate::keys::PublicKey;
 use crate::netlink::Netlink;
 
+/// Seconds after which the watch of this node's Node is renewed.
+const RENEW: u32 = 60;
 /// Changes that come together are taken together.
 const QUIET: Duration = Duration::from_millis(100);
 /// A watch that fails is tried again within half a minute, and fails again within ten seconds: after this
@@ -64,7 +66,9 @@ pub(super) async fn follow(
         }
     });
     let mut all = std::pin::pin!(all.reflect(writer));
-    let only = watcher::Config::default().fields(&format!("metadata.name={}", config.name));
+    // Renewed often: a connection from an address that this node has no more is found dead by that alone.
+    let only =
+        watcher::Config::default().timeout(RENEW).fields(&format!("metadata.name={}", config.name));
     let node = watcher(Api::<Node>::all(client), only).backoff(Waits::default()).modify(|node| {
         node.managed_fields_mut().clear();
         if let Some(status) = &mut node.status {
