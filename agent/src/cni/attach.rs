@@ -114,7 +114,7 @@ impl Attacher {
         }
         let present = pod.link(&id.ifname).await?;
         let own = present.as_ref().map(|link| link.index);
-        if pod.default_routes().await?.iter().any(|(_, interface)| Some(*interface) != own) {
+        if pod.default_interfaces().await?.iter().any(|interface| Some(*interface) != own) {
             return Err(AttachError::DefaultRoute);
         }
         match (found, present) {

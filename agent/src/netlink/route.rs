@@ -95,37 +95,35 @@ fn address(address: &RouteAddress) -> Option<IpAddr> {
 impl Netlink {
     /// Skein's routes through an interface, or through all.
     pub async fn routes(&self, interface: Option<u32>) -> Result<Vec<Route>, NetlinkError> {
-        let _dump = self.dump.lock().await;
-        let mut routes = Vec::new();
-        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-            let mut filter = RouteMessage::default();
-            filter.header.address_family = family;
-            filter.header.protocol = RouteProtocol::Other(PROTOCOL);
-            filter.header.table = RouteHeader::RT_TABLE_MAIN;
-            filter.attributes.extend(interface.map(RouteAttribute::Oif));
-            let messages = self.handle.route().get(filter).execute().try_collect::<Vec<_>>().await;
-            let messages = messages.map_err(|error| NetlinkError::new("list routes", error))?;
-            routes.extend(messages.iter().filter_map(Route::parse));
-        }
+        let mut filter = RouteMessage::default();
+        filter.header.protocol = RouteProtocol::Other(PROTOCOL);
+        filter.attributes.extend(interface.map(RouteAttribute::Oif));
+        let messages = self.dump_routes(&filter).await?;
+        let mut routes: Vec<_> = messages.iter().filter_map(Route::parse).collect();
         routes.retain(|route| interface.is_none_or(|index| route.interface == index));
         Ok(routes)
     }
 
-    /// Interfaces by which default routes of the main table lead, whoever made them, with a route's
-    /// destination for each.
-    pub async fn default_routes(&self) -> Result<Vec<(IpNet, u32)>, NetlinkError> {
+    /// Indices of the interfaces by which default routes of the main table lead, whoever made them.
+    pub async fn default_interfaces(&self) -> Result<Vec<u32>, NetlinkError> {
+        let messages = self.dump_routes(&RouteMessage::default()).await?;
+        let default = |message: &&RouteMessage| message.header.destination_prefix_length == 0;
+        let interface = |message| parse(message).map(|(_, interface)| interface);
+        Ok(messages.iter().filter(default).filter_map(interface).collect())
+    }
+
+    /// Routes of the main table of both families, of those that the kernel takes for `filter`'s.
+    async fn dump_routes(&self, filter: &RouteMessage) -> Result<Vec<RouteMessage>, NetlinkError> {
         let _dump = self.dump.lock().await;
-        let mut routes = Vec::new();
+        let mut all = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-            let mut filter = RouteMessage::default();
+            let mut filter = filter.clone();
             filter.header.address_family = family;
             filter.header.table = RouteHeader::RT_TABLE_MAIN;
             let messages = self.handle.route().get(filter).execute().try_collect::<Vec<_>>().await;
-            let messages = messages.map_err(|error| NetlinkError::new("list routes", error))?;
-            let default = |message: &&RouteMessage| message.header.destination_prefix_length == 0;
-            routes.extend(messages.iter().filter(default).filter_map(parse));
+            all.extend(messages.map_err(|error| NetlinkError::new("list routes", error))?);
         }
-        Ok(routes)
+        Ok(all)
     }
 
     /// Adds a route that may be there already; says whether it was not.

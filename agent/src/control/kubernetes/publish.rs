@@ -168,15 +168,12 @@ impl Publisher {
         if before == Some(&status) && published.status.as_ref() == Some(&status) {
             return Ok(());
         }
-        // Written already: the watch will tell, or somebody has changed it.
-        let told_late = before == Some(&status);
         let ready = |status: &SkeinNodeStatus| {
             status.conditions.first().map(|condition| condition.status.clone())
         };
         let urgent = before.and_then(ready) != ready(&status);
-        let recent = self
-            .status_written
-            .is_some_and(|at| at.elapsed() < if urgent && !told_late { LOOK } else { STATUS });
+        let recent =
+            self.status_written.is_some_and(|at| at.elapsed() < if urgent { LOOK } else { STATUS });
         if recent {
             return Ok(());
         }
