@@ -39,6 +39,8 @@ pub struct Config {
     pub nodes: PathBuf,
     /// What this node owns; `None`: what its own record says.
     pub pod_cidrs: Option<Vec<IpNet>>,
+    /// What the pod CIDRs of every node lie in; empty: anywhere.
+    pub cluster_cidrs: Vec<IpNet>,
     /// The TUN device.
     pub interface: Interface,
     /// The UDP side.
@@ -279,10 +281,22 @@ pub fn check_pod_cidr(cidr: &IpNet) -> Result<(), Invalid> {
 pub fn check_disjoint(cidrs: &[IpNet]) -> Result<(), Invalid> {
     for (index, a) in cidrs.iter().enumerate() {
         if let Some(b) = cidrs[index + 1..].iter().find(|b| overlap(a, b)) {
-            return Err(Invalid(format!("pod_cidrs: {a} and {b} overlap: keep one of them")));
+            return Err(Invalid(format!("{a} and {b} overlap: keep one of them")));
         }
     }
     Ok(())
+}
+
+/// Names the first of `cidrs` that lies outside of the cluster's, where those are known.
+pub fn check_inside(cidrs: &[IpNet], cluster: &[IpNet]) -> Result<(), Invalid> {
+    let inside = |cidr: &&IpNet| cluster.iter().any(|all| all.contains(*cidr));
+    match cidrs.iter().find(|cidr| !cluster.is_empty() && !inside(cidr)) {
+        Some(cidr) => {
+            let all: Vec<_> = cluster.iter().map(IpNet::to_string).collect();
+            Err(Invalid(format!("{cidr} is outside of cluster_cidrs ({})", all.join(", "))))
+        }
+        None => Ok(()),
+    }
 }
 
 /// Whether two prefixes share an address.
@@ -342,6 +356,7 @@ mod tests {
             private_key_file = "/tmp/key"
             nodes = "/tmp/nodes"
             pod_cidrs = ["10.1.0.0/24", "fd00::/64"]
+            cluster_cidrs = ["10.0.0.0/8", "fd00::/16"]
             [interface]
             name = "sk1"
             mtu = 1400
@@ -374,6 +389,7 @@ mod tests {
         )
         .unwrap();
         assert_eq!(config.alias(), "skein:node-a");
+        assert_eq!(config.cluster_cidrs.len(), 2);
         assert_eq!(config.interface.mtu, Some(1400));
         assert_eq!(config.interface.addresses, Some(vec!["10.1.0.7".parse().unwrap()]));
         assert_eq!(config.dataplane.mode, Mode::External);
@@ -399,6 +415,13 @@ mod tests {
             ("pod_cidrs = ['10.1.0.0']", "pod_cidrs", "10.1.0.0/24"),
             ("pod_cidrs = ['10.1.0.0/16', '10.1.2.0/24']", "pod_cidrs", "overlap"),
             ("pod_cidrs = ['0.0.0.0/0']", "pod_cidrs", "unicast"),
+            ("cluster_cidrs = ['10.1.0.7/24']", "cluster_cidrs", "10.1.0.0/24"),
+            ("cluster_cidrs = ['10.1.0.0/16', '10.1.2.0/24']", "cluster_cidrs", "overlap"),
+            (
+                "pod_cidrs = ['10.1.0.0/24']\ncluster_cidrs = ['10.2.0.0/16']",
+                "pod_cidrs",
+                "outside of cluster_cidrs (10.2.0.0/16)",
+            ),
             ("[interface]\nname = 'a-very-long-name'", "interface.name", "15"),
             ("[interface]\nname = 'a/b'", "interface.name", "15"),
             ("[interface]\nmtu = 100", "interface.mtu", "576"),

@@ -182,7 +182,7 @@ fn values_reach_the_configuration() -> Result<()> {
     let offload = small["offload"].as_object().context("no offload")?;
     ensure!(offload.len() == 5 && offload.values().all(|rung| rung == false), "{small:#}");
     ensure!(small["metrics"] == json!({ "listen": "[::]:9999", "per_peer": true }), "{small:#}");
-    ensure!(small["cni"]["no_masquerade"] == json!(["10.244.0.0/16", "fd00:10:244::/56"]));
+    ensure!(small["cluster_cidrs"] == json!(["10.244.0.0/16", "fd00:10:244::/56"]));
     ensure!(small["cni"]["masquerade"] == false, "{small:#}");
     ensure!(small["log"] == json!({ "level": "skein_agent=debug,info", "format": "text" }));
     let cni = &parse(variant("plugins")?.1)?["cni"];
@@ -192,6 +192,7 @@ fn values_reach_the_configuration() -> Result<()> {
         { "type": "bandwidth", "ingressRate": 1_000_000, "shaping": { "on": true }, "names": ["a", "b"] },
     ]);
     ensure!(cni["chain"] == chain, "{cni:#}");
+    ensure!(cni["no_masquerade"] == json!(["192.0.2.0/24", "2001:db8::/32"]), "{cni:#}");
     ensure!(cni["exclusive"] == false && cni["conf_dir"] == "/etc/cni/other", "{cni:#}");
     Ok(())
 }

@@ -39,7 +39,7 @@ pub struct Network {
     pub local: Vec<IpNet>,
     /// Addresses of the node out of these, which no pod gets.
     pub reserved: Vec<IpAddr>,
-    /// Prefixes of all other nodes.
+    /// The cluster's prefixes, or where those are not known those of all other nodes.
     pub others: Vec<IpNet>,
 }
 

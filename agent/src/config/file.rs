@@ -10,7 +10,7 @@ use super::cni::CniTable;
 use super::kubernetes::KubernetesTable;
 use super::{
     Config, Control, DEFAULT_PORT, Dataplane, Interface, Invalid, Log, LogFormat, MIN_IPV6_MTU,
-    Metrics, Mode, check_disjoint, check_node_name, check_pod_cidr, wildcard,
+    Metrics, Mode, check_disjoint, check_inside, check_node_name, check_pod_cidr, wildcard,
 };
 use crate::ipc::{CipherChoice, OffloadSettings, UnderlaySettings};
 use crate::netlink::pod::HOST_PREFIX;
@@ -29,6 +29,7 @@ pub(super) struct File {
     private_key_file: Option<PathBuf>,
     nodes: Option<PathBuf>,
     pod_cidrs: Option<Vec<String>>,
+    cluster_cidrs: Vec<String>,
     interface: InterfaceTable,
     underlay: UnderlayTable,
     dataplane: DataplaneTable,
@@ -49,6 +50,7 @@ impl Default for File {
             private_key_file: None,
             nodes: None,
             pod_cidrs: None,
+            cluster_cidrs: Vec::new(),
             interface: InterfaceTable::default(),
             underlay: UnderlayTable::default(),
             dataplane: DataplaneTable::default(),
@@ -192,7 +194,16 @@ impl File {
         if self.cluster_id.is_empty() || self.cluster_id.len() > 200 {
             return Err(Invalid("cluster_id: use 1 to 200 bytes".to_owned()));
         }
-        let pod_cidrs = self.pod_cidrs.map(|texts| pod_cidrs(&texts)).transpose()?;
+        let pod_cidrs = self.pod_cidrs.map(|texts| cidrs("pod_cidrs", &texts)).transpose()?;
+        if pod_cidrs.as_ref().is_some_and(Vec::is_empty) {
+            return Err(Invalid(
+                "pod_cidrs is empty: give a prefix, or leave it out to use the node's record"
+                    .to_owned(),
+            ));
+        }
+        let cluster_cidrs = cidrs("cluster_cidrs", &self.cluster_cidrs)?;
+        check_inside(pod_cidrs.as_deref().unwrap_or_default(), &cluster_cidrs)
+            .map_err(|error| Invalid(format!("pod_cidrs: {error}")))?;
         let interface = self.interface.validate(pod_cidrs.as_deref())?;
         for (key, path) in [
             ("state_dir", Some(&self.state_dir)),
@@ -240,6 +251,7 @@ impl File {
             private_key_file: self.private_key_file,
             nodes: self.nodes.unwrap_or_else(|| "/etc/skein/nodes.d".into()),
             pod_cidrs,
+            cluster_cidrs,
             interface,
             underlay: self.underlay.validate()?,
             dataplane: self.dataplane.validate()?,
@@ -386,21 +398,18 @@ impl LogTable {
     }
 }
 
-fn pod_cidrs(texts: &[String]) -> Result<Vec<IpNet>, Invalid> {
+fn cidrs(key: &str, texts: &[String]) -> Result<Vec<IpNet>, Invalid> {
+    let wrong = |error: Invalid| Invalid(format!("{key}: {error}"));
     let mut cidrs = Vec::with_capacity(texts.len());
     for text in texts {
         let cidr = text.parse::<IpNet>().map_err(|_| {
             let example = "use an address and a length, as 10.1.0.0/24";
-            Invalid(format!("pod_cidrs: {text:?} is not a prefix: {example}"))
+            Invalid(format!("{key}: {text:?} is not a prefix: {example}"))
         })?;
-        check_pod_cidr(&cidr).map_err(|error| Invalid(format!("pod_cidrs: {error}")))?;
+        check_pod_cidr(&cidr).map_err(wrong)?;
         cidrs.push(cidr);
     }
-    if cidrs.is_empty() {
-        let text = "pod_cidrs is empty: give a prefix, or leave it out to use the node's record";
-        return Err(Invalid(text.to_owned()));
-    }
-    check_disjoint(&cidrs)?;
+    check_disjoint(&cidrs).map_err(wrong)?;
     Ok(cidrs)
 }
 

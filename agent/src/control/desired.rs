@@ -50,13 +50,14 @@ impl Desired {
     }
 
     /// What pods need to know of it.
-    pub fn network(&self) -> Network {
-        let cidrs = |peer: &Peer| peer.pod_cidrs.clone();
+    pub fn network(&self, config: &Config) -> Network {
+        let peers = || self.peers.iter().flat_map(|peer| peer.pod_cidrs.clone()).collect();
+        let cluster = Some(config.cluster_cidrs.clone()).filter(|cidrs| !cidrs.is_empty());
         Network {
             mtu: self.mtu,
             local: self.local_cidrs.clone(),
             reserved: self.addresses.clone(),
-            others: self.peers.iter().flat_map(cidrs).collect(),
+            others: cluster.unwrap_or_else(peers),
         }
     }
 

@@ -257,7 +257,8 @@ impl Controller {
         if !self.config.cni.enabled {
             return Ok(());
         }
-        let (network, readiness) = (self.desired.network(), self.shared.readiness.clone());
+        let (network, readiness) =
+            (self.desired.network(&self.config), self.shared.readiness.clone());
         let (pods, view) = Pods::start(&self.config, network, readiness).await?;
         self.shared.set_pods(view);
         self.pods = Some(pods);
@@ -325,7 +326,7 @@ impl Controller {
     /// Puts what the status shows in its place.
     fn show(&mut self) {
         if let Some(pods) = &self.pods {
-            pods.set_network(self.desired.network());
+            pods.set_network(self.desired.network(&self.config));
         }
         self.shared.set_registry(self.registry.status());
         let wanted = self.desired.interface(&self.config);

@@ -159,7 +159,7 @@ impl RawRecord {
             let text = "is empty: give the prefixes that the node owns, as 10.244.1.0/24";
             return Err(wrong("pod_cidrs", text.to_owned()));
         }
-        check_disjoint(&pod_cidrs).map_err(|error| RecordError(format!("node {name}: {error}")))?;
+        check_disjoint(&pod_cidrs).map_err(|error| wrong("pod_cidrs", error.to_string()))?;
         Ok(NodeRecord { name, public_key, endpoints, pod_cidrs })
     }
 }
@@ -182,14 +182,15 @@ pub struct Conflict<S> {
     pub message: String,
 }
 
-/// Finds two records of one name, of one key, or with overlapping pod CIDRs. `S` says where a
-/// record comes from.
+/// Finds two records of one name, of one key, with overlapping pod CIDRs, or one that owns where
+/// another listens. `S` says where a record comes from.
 pub fn conflict<'a, S: Clone>(
     records: impl IntoIterator<Item = (S, &'a NodeRecord)>,
 ) -> Option<Conflict<S>> {
     let mut names = BTreeMap::new();
     let mut keys = BTreeMap::new();
     let mut cidrs: Vec<(IpNet, S, &str)> = Vec::new();
+    let mut endpoints: Vec<(IpAddr, S, &str)> = Vec::new();
     for (source, record) in records {
         let name = record.name.as_str();
         if let Some(other) = names.insert(name, source.clone()) {
@@ -205,11 +206,12 @@ pub fn conflict<'a, S: Clone>(
             return Some(Conflict { between: (other, source), message });
         }
         cidrs.extend(record.pod_cidrs.iter().map(|cidr| (*cidr, source.clone(), name)));
+        endpoints.extend(record.endpoints.iter().map(|at| (at.ip(), source.clone(), name)));
     }
     // In the order of their first addresses, a prefix that overlaps any other overlaps its
     // neighbour: prefixes nest or are disjoint.
     cidrs.sort_by_key(|(cidr, ..)| (cidr.network(), cidr.prefix_len()));
-    cidrs.windows(2).find_map(|pair| {
+    let overlapping = cidrs.windows(2).find_map(|pair| {
         let [(a, from_a, node_a), (b, from_b, node_b)] = pair else { return None };
         overlap(a, b).then(|| Conflict {
             between: (from_a.clone(), from_b.clone()),
@@ -217,6 +219,20 @@ pub fn conflict<'a, S: Clone>(
                 "pod_cidrs: {a} of node {node_a} and {b} of node {node_b} overlap: give every node \
                  prefixes of its own"
             ),
+        })
+    });
+    // Its datagrams would go into the overlay that they carry.
+    overlapping.or_else(|| {
+        endpoints.into_iter().find_map(|(ip, source, name)| {
+            let before = cidrs.partition_point(|(cidr, ..)| cidr.network() <= ip);
+            let (cidr, owner, node) = cidrs.get(before.checked_sub(1)?)?;
+            cidr.contains(&ip).then(|| Conflict {
+                between: (source, owner.clone()),
+                message: format!(
+                    "pod_cidrs: {cidr} of node {node} has the address {ip}, where node {name} listens: \
+                     give pods prefixes that have no node's address"
+                ),
+            })
         })
     })
 }
@@ -303,6 +319,10 @@ pub(crate) mod tests {
         );
         let twin = text(1, &["10.2.0.0/24"]).replace("node-1", "twin");
         assert!(error(&file(&a, &twin)).contains("same key"));
+        for taken in ["192.0.2.0/24", "192.0.2.1/32", "192.0.0.0/16"] {
+            let taken = error(&file(&a, &text(2, &[taken])));
+            assert!(taken.contains("192.0.2.1, where node node-1 listens"), "{taken}");
+        }
     }
 
     #[test]
@@ -323,7 +343,7 @@ pub(crate) mod tests {
         fn neighbours_suffice_to_find_overlaps(nets in prop::collection::vec((any::<u32>(), 1u8..=32), 1..12)) {
             let records: Vec<_> = (1..).zip(nets).map(|(n, (address, length))| {
                 let net = IpNet::new(std::net::Ipv4Addr::from(address).into(), length).unwrap();
-                NodeRecord { pod_cidrs: vec![net.trunc()], ..record(n, &[]) }
+                NodeRecord { pod_cidrs: vec![net.trunc()], endpoints: Vec::new(), ..record(n, &[]) }
             }).collect();
             let all = |a: &NodeRecord, b: &NodeRecord| overlap(&a.pod_cidrs[0], &b.pod_cidrs[0]);
             let expected = records.iter().enumerate().any(|(i, a)| records[i + 1..].iter().any(|b| all(a, b)));

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::records::{self, Files, NodeRecord};
 use super::source::Reader;
-use crate::config::Config;
+use crate::config::{Config, check_inside};
 use crate::failure::Failure;
 use crate::keys::PublicKey;
 
@@ -33,6 +33,10 @@ struct Own {
     name: String,
     public_key: PublicKey,
     pod_cidrs: Option<Vec<IpNet>>,
+    /// What the pod CIDRs of every node lie in; empty: anywhere.
+    cluster_cidrs: Vec<IpNet>,
+    /// Its record, where that is no file that somebody may have mistaken: it wins over any other.
+    record: Option<PathBuf>,
 }
 
 /// The records in force.
@@ -81,8 +85,13 @@ impl Registry {
     /// Reads the records at the start. What is wrong with this node's own record is an error, and so
     /// is a wrong file where no records were ever good: later it is refused alone, as at run time.
     pub fn open(config: &Config, public_key: PublicKey, source: Reader) -> Result<Self, Failure> {
-        let own =
-            Own { name: config.name.clone(), public_key, pod_cidrs: config.pod_cidrs.clone() };
+        let own = Own {
+            name: config.name.clone(),
+            public_key,
+            pod_cidrs: config.pod_cidrs.clone(),
+            cluster_cidrs: config.cluster_cidrs.clone(),
+            record: source.made_here(&config.name),
+        };
         let store = config.state_dir.join(STORE);
         let name = source.name();
         let shown = name.display();
@@ -255,14 +264,21 @@ fn own_error(own: &Own, records: &[NodeRecord]) -> Option<String> {
         cidrs.sort();
         cidrs
     };
-    let configured = own.pod_cidrs.as_deref()?;
-    (sorted(configured) != sorted(&record.pod_cidrs)).then(|| {
-        format!(
+    let differ = |configured: &Vec<IpNet>| sorted(configured) != sorted(&record.pod_cidrs);
+    if own.pod_cidrs.as_ref().is_some_and(differ) {
+        return Some(format!(
             "node {}: pod_cidrs: the record and the configuration differ: correct one, or leave \
              pod_cidrs out of the configuration",
             own.name
-        )
-    })
+        ));
+    }
+    outside(own, record)
+}
+
+/// Whoever steals a node must not get traffic of the world at large with it.
+fn outside(own: &Own, record: &NodeRecord) -> Option<String> {
+    let error = check_inside(&record.pod_cidrs, &own.cluster_cidrs).err()?;
+    Some(format!("node {}: pod_cidrs: {error}", record.name))
 }
 
 /// A file on its way to being in force.
@@ -276,7 +292,8 @@ struct Candidate {
 /// contradict others. Of two files that contradict each other the changed one goes back to its last
 /// good version; of two changed ones the later by name. So what was in force and has not changed is
 /// never lost, and files that change together (a prefix moves from one to the other) are taken
-/// together.
+/// together. Only what this node says of itself in Kubernetes, which nobody else can change, wins in
+/// any case.
 ///
 /// `standing` are the prefixes that this node owns by what is in force; they stay its own while its
 /// record is away, so that nobody else's record can take them.
@@ -321,7 +338,8 @@ fn contradiction(
     candidates: &BTreeMap<PathBuf, Candidate>,
 ) -> Option<(PathBuf, String)> {
     for (path, candidate) in candidates {
-        if let Some(error) = own_error(own, &candidate.records) {
+        let outside = || candidate.records.iter().find_map(|record| outside(own, record));
+        if let Some(error) = own_error(own, &candidate.records).or_else(outside) {
             return Some((path.clone(), error));
         }
     }
@@ -346,7 +364,12 @@ fn contradiction(
         (a, b) if a <= b => (a, b),
         (a, b) => (b, a),
     };
-    let (loser, other) = if changed(&b) || !changed(&a) { (b, a) } else { (a, b) };
+    let keep_b = match own.record.as_ref() {
+        Some(record) if b == Some(record) => true,
+        Some(record) if a == Some(record) => false,
+        _ => changed(&a) && !changed(&b),
+    };
+    let (loser, other) = if keep_b { (a, b) } else { (b, a) };
     let other = match other {
         Some(other) if Some(other) != loser => format!(" (the other is in {})", other.display()),
         Some(_) => String::new(),
@@ -572,6 +595,60 @@ mod tests {
         lab.remove("a.toml");
         assert!(!registry.reload());
         assert!(registry.status().rejected[0].error.contains("the other is this node"));
+    }
+
+    #[test]
+    fn what_this_node_says_of_itself_in_kubernetes_wins() {
+        let own = Own {
+            name: "node-1".to_owned(),
+            public_key: PublicKey([1; 32]),
+            pod_cidrs: None,
+            cluster_cidrs: Vec::new(),
+            record: Some("z".into()),
+        };
+        let good = Accepted::from([("b".into(), vec![record(2, &["10.2.0.0/24"])])]);
+        let twin = NodeRecord { name: "twin".to_owned(), ..record(1, &["10.8.0.0/24"]) };
+        let files = Files::from([
+            ("a".into(), Ok(vec![twin])),
+            ("b".into(), Ok(vec![record(2, &["10.2.0.0/24"])])),
+            ("c".into(), Ok(vec![record(3, &["10.1.0.128/25"])])),
+            ("d".into(), Ok(vec![record(4, &["192.0.2.1/32"])])),
+            ("z".into(), Ok(vec![record(1, &["10.1.0.0/24"])])),
+        ]);
+        let (accepted, rejected) = settle(&own, &[], &good, files);
+        assert_eq!(accepted.keys().collect::<Vec<_>>(), [Path::new("b"), Path::new("z")]);
+        assert_eq!(rejected.len(), 3, "{rejected:?}");
+        // Also over what was in force before this node was.
+        let files = Files::from([
+            ("b".into(), Ok(vec![record(2, &["10.2.0.0/24"])])),
+            ("z".into(), Ok(vec![record(1, &["10.2.0.0/24"])])),
+        ]);
+        let (accepted, _) = settle(&own, &[], &good, files);
+        assert_eq!(accepted.keys().collect::<Vec<_>>(), [Path::new("z")]);
+    }
+
+    #[test]
+    fn no_record_reaches_out_of_the_cluster() {
+        let lab = Lab::new();
+        let cluster = "cluster_cidrs = ['10.0.0.0/14', 'fd00::/16']";
+        lab.write("a.toml", &text(1, &["10.1.0.0/24"]));
+        lab.write("b.toml", &text(2, &["10.2.0.0/24", "fd00:2::/64"]));
+        let mut registry = lab.open_with(cluster).unwrap();
+        lab.write("c.toml", &text(3, &["10.3.0.0/24", "192.0.2.64/26"]));
+        lab.write("d.toml", &text(4, &["0.0.0.0/1"]));
+        assert!(!registry.reload());
+        let rejected = registry.status().rejected;
+        assert_eq!(rejected.len(), 2, "{rejected:?}");
+        for (refused, outside) in rejected.iter().zip(["192.0.2.64/26", "0.0.0.0/1"]) {
+            let said = format!("{outside} is outside of cluster_cidrs (10.0.0.0/14, fd00::/16)");
+            assert!(refused.error.contains(&said), "{refused:?}");
+        }
+        lab.remove("c.toml");
+        lab.remove("d.toml");
+        let error = lab.open_with("cluster_cidrs = ['10.2.0.0/16']").unwrap_err().to_string();
+        assert!(error.contains("node-1: pod_cidrs: 10.1.0.0/24 is outside"), "{error}");
+        let registry = lab.open_with("cluster_cidrs = ['10.1.0.0/16']").unwrap();
+        assert_eq!(peers(&registry), Vec::<String>::new(), "what was good is outside by now");
     }
 
     #[test]

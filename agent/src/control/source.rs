@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::kubernetes::{Kubernetes, Records};
+use super::kubernetes::{self, Kubernetes, Records};
 use super::records::{self, Files};
 use super::watch::SourceWatch;
 
@@ -38,6 +38,14 @@ impl Reader {
         match self {
             Reader::Path(_) => None,
             Reader::Kubernetes(records) => records.error(),
+        }
+    }
+
+    /// Under which name it has the record of this node that is made here, where it is.
+    pub fn made_here(&self, node: &str) -> Option<PathBuf> {
+        match self {
+            Reader::Path(_) => None,
+            Reader::Kubernetes(_) => Some(kubernetes::path(node)),
         }
     }
 

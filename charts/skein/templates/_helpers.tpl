@@ -64,8 +64,8 @@ annotations:
 
 {{/* agent.toml */}}
 {{- define "skein.config" -}}
-{{- $values := .Values -}}
 cluster_id = {{ .Values.clusterId | toJson }}
+cluster_cidrs = {{ include "skein.toml" (compact (list .Values.podCidr .Values.podCidrv6)) }}
 
 [kubernetes]
 enabled = true
@@ -117,7 +117,7 @@ enabled = true
 bin_dir = {{ .binDir | toJson }}
 conf_dir = {{ .confDir | toJson }}
 exclusive = {{ .exclusive }}
-no_masquerade = {{ include "skein.toml" (concat (compact (list $values.podCidr $values.podCidrv6)) .noMasquerade) }}
+no_masquerade = {{ include "skein.toml" .noMasquerade }}
 chain = {{ include "skein.toml" .chain }}
 {{- end }}
 masquerade = {{ .Values.masquerade }}

@@ -18,6 +18,7 @@ use tokio::task::JoinHandle;
 
 pub use self::client::Requests;
 use self::follow::State;
+pub(super) use self::follow::path;
 use super::records::Files;
 use super::shared::Shared;
 use crate::failure::Failure;

@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1::{Node, NodeSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 
 use super::resource::SkeinNodeSpec;
-use crate::config::Config;
+use crate::config::{Config, check_inside};
 use crate::keys::PublicKey;
 
 /// This node's record. `addresses` are those of `kubernetes.endpoint_interface`, where one is
@@ -22,6 +22,13 @@ pub(super) fn spec(
         Some(cidrs) => cidrs.iter().map(IpNet::to_string).collect(),
         None => pod_cidrs(node)?,
     };
+    let parsed: Vec<IpNet> = pod_cidrs.iter().filter_map(|cidr| cidr.parse().ok()).collect();
+    check_inside(&parsed, &config.cluster_cidrs).map_err(|error| {
+        format!(
+            "the Node's podCIDRs: {error}: correct the chart's podCidr and podCidrv6, or the \
+             controller manager's --cluster-cidr"
+        )
+    })?;
     let listens = |ip: &IpAddr| {
         let mut listening = config.underlay.addresses.iter();
         listening.any(|own| own == ip || (own.is_unspecified() && own.is_ipv4() == ip.is_ipv4()))
@@ -125,5 +132,9 @@ mod tests {
         assert!(text.contains("InternalIPs"), "{text}");
         let bound = config("[underlay]\naddresses = ['192.0.2.9']");
         assert!(spec(&bound, key, &node(&["10.1.0.0/24"], &["192.0.2.1"]), None).is_err());
+        let cluster = config("cluster_cidrs = ['10.0.0.0/8']");
+        let elsewhere = node(&["10.1.0.0/24", "fd00:1::/64"], &["192.0.2.1"]);
+        let text = spec(&cluster, key, &elsewhere, None).unwrap_err();
+        assert!(text.contains("fd00:1::/64 is outside of") && text.contains("podCidrv6"), "{text}");
     }
 }
