@@ -22,8 +22,9 @@ use crate::control::records::{Files, NodeRecord};
 use crate::keys::PublicKey;
 use crate::netlink::Netlink;
 
-/// Seconds after which the watch of this node's Node is renewed.
-const RENEW: u32 = 60;
+/// Seconds after which a watch is renewed: a connection from an address that this node has no more, or to
+/// a server that is gone, says nothing, and is found dead by that alone.
+pub(super) const RENEW: u32 = 60;
 /// Changes that come together are taken together.
 const QUIET: Duration = Duration::from_millis(100);
 /// A watch that fails is tried again within half a minute, and fails again within ten seconds: after this
@@ -56,7 +57,7 @@ pub(super) async fn follow(
 ) {
     let (store, writer) = reflector::store::<SkeinNode>();
     // From the API server's memory: after its restart thousands of nodes ask at once.
-    let any = watcher::Config::default().any_semantic();
+    let any = watcher::Config::default().timeout(RENEW).any_semantic();
     let all = watcher(Api::<SkeinNode>::all(client.clone()), any);
     let all = all.backoff(Waits::default()).modify(|node| {
         node.managed_fields_mut().clear();
@@ -66,7 +67,6 @@ pub(super) async fn follow(
         }
     });
     let mut all = std::pin::pin!(all.reflect(writer));
-    // Renewed often: a connection from an address that this node has no more is found dead by that alone.
     let only =
         watcher::Config::default().timeout(RENEW).fields(&format!("metadata.name={}", config.name));
     let node = watcher(Api::<Node>::all(client), only).backoff(Waits::default()).modify(|node| {
@@ -255,6 +255,6 @@ fn files(name: &str, own: &SkeinNodeSpec, nodes: &[Arc<SkeinNode>]) -> Files {
 }
 
 /// Under which name a record is shown where others have a file's.
-fn path(name: &str) -> PathBuf {
+pub(in crate::control) fn path(name: &str) -> PathBuf {
     PathBuf::from("skeinnodes").join(name)
 }

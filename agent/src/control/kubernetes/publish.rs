@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use k8s_openapi::api::core::v1::{Node, ObjectReference};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Patch, PatchParams};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
@@ -16,7 +17,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use super::backoff::Waits;
 use super::client::describe;
-use super::follow::State;
+use super::follow::{RENEW, State};
 use super::own;
 use super::resource::{Condition, SkeinNode, SkeinNodeSpec, SkeinNodeStatus, offloads};
 use crate::control::shared::Shared;
@@ -24,12 +25,16 @@ use crate::ipc::{CapabilityState, Report};
 
 /// Whose fields ours are (server-side apply).
 const MANAGER: &str = "skein-agent";
+/// The condition of a SkeinNode that is the agent's.
+const READY: &str = "Ready";
 /// The agent looks at itself this often.
 const LOOK: Duration = Duration::from_secs(2);
 /// A status that differs in anything but readiness is written no more often than this.
 const STATUS: Duration = Duration::from_secs(60);
 /// Events of one reason come no more often than this while it lasts.
 const EVENT: Duration = Duration::from_secs(600);
+/// As long as a watch is silent, what was written may wait there to be told.
+const SILENCE: Duration = Duration::from_secs(2 * RENEW as u64);
 /// How long one request may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long the agent may be unready before an operator is told.
@@ -82,8 +87,7 @@ struct Publisher {
     nodes: Api<Node>,
     skeinnodes: Api<SkeinNode>,
     recorder: Recorder,
-    /// What was written last, for which Node, and when: the watch tells of it a little later.
-    applied: Option<(SkeinNodeSpec, String, Instant)>,
+    applied: Option<Applied>,
     status_written: Option<Instant>,
     /// What was written then.
     last_status: Option<SkeinNodeStatus>,
@@ -92,7 +96,17 @@ struct Publisher {
     told: BTreeMap<&'static str, (String, Instant)>,
 }
 
+/// The record that was written last: the watch tells of it a little later.
+struct Applied {
+    spec: SkeinNodeSpec,
+    owner: OwnerReference,
+    /// The version that the watch had told of before.
+    before: Option<String>,
+    at: Instant,
+}
+
 impl Publisher {
+    /// Each of these goes on where another is refused; the first error is told.
     async fn catch_up(&mut self, state: &State) -> anyhow::Result<()> {
         let Some(node) = &state.node else { return Ok(()) };
         let own = match &state.own {
@@ -103,16 +117,19 @@ impl Publisher {
             None => return Ok(()),
         };
         self.told.remove("NoRecord");
-        self.apply(node, own, state.published.as_deref()).await?;
+        let applied = self.apply(node, own, state.published.as_deref()).await;
         let reasons = self.shared.readiness.reasons();
-        if reasons.is_empty() {
-            self.open(node).await?;
-        }
+        let opened = match reasons.is_empty() {
+            true => self.open(node).await,
+            false => Ok(()),
+        };
         let report = self.shared.recent_report().await;
-        if let Some(published) = &state.published {
-            self.write_status(published, report.as_ref(), &reasons).await?;
-        }
-        self.tell_of_changes(node, report.as_ref(), &reasons).await
+        let status = match &state.published {
+            Some(published) => self.write_status(published, report.as_ref(), &reasons).await,
+            None => Ok(()),
+        };
+        let told = self.tell_of_changes(node, report.as_ref(), &reasons).await;
+        applied.and(opened).and(status).and(told)
     }
 
     /// Brings the SkeinNode to what it is to be.
@@ -123,31 +140,30 @@ impl Publisher {
         published: Option<&SkeinNode>,
     ) -> anyhow::Result<()> {
         let Some(owner) = own::owner(node) else { return Ok(()) };
+        // Others may own it, too.
         let owned = |found: &SkeinNode| {
-            let owners = found.metadata.owner_references.iter().flatten();
-            Vec::from_iter(owners.map(|owner| &owner.uid)) == [&owner.uid]
+            let mut owners = found.metadata.owner_references.iter().flatten();
+            owners.any(|found| found.uid == owner.uid)
         };
         if published.is_some_and(|found| found.spec == *own && owned(found)) {
             return Ok(());
         }
-        let same = |(spec, uid, at): &(SkeinNodeSpec, String, Instant)| {
-            spec == own && *uid == owner.uid && at.elapsed() < PATIENCE
+        let before = published.and_then(|found| found.metadata.resource_version.clone());
+        let waits = |applied: &Applied| {
+            let wait = if applied.before == before { SILENCE } else { PATIENCE };
+            applied.spec == *own && applied.owner == owner && applied.at.elapsed() < wait
         };
-        if self.applied.as_ref().is_some_and(same) {
+        if self.applied.as_ref().is_some_and(waits) {
             return Ok(());
         }
         let name = &self.shared.config.name;
-        let object = json!({
-            "apiVersion": SkeinNode::api_version(&()),
-            "kind": SkeinNode::kind(&()),
-            "metadata": { "name": name, "ownerReferences": [&owner] },
-            "spec": own,
-        });
+        let metadata = json!({ "name": name, "ownerReferences": [&owner] });
+        let object = skeinnode(metadata, "spec", json!(own));
         let parameters = PatchParams::apply(MANAGER).force();
         let patch = Patch::Apply(&object);
         ask(self.skeinnodes.patch(name, &parameters, &patch)).await.context("SkeinNode")?;
         tracing::info!(endpoints = ?own.endpoints, pod_cidrs = ?own.pod_cidrs, "the SkeinNode is written");
-        self.applied = Some((own.clone(), owner.uid, Instant::now()));
+        self.applied = Some(Applied { spec: own.clone(), owner, before, at: Instant::now() });
         Ok(())
     }
 
@@ -159,13 +175,13 @@ impl Publisher {
     ) -> anyhow::Result<()> {
         // Nothing is known of the data process for a moment, as when it is restarted.
         let Some(report) = report else { return Ok(()) };
-        let before = published.status.as_ref();
+        let found = published.status.clone().map(ours);
         let generation = published.metadata.generation;
         let mtu = self.shared.interface().mtu;
         // What was written last is newer than what the watch has told, for a while.
-        let before = self.last_status.as_ref().or(before);
+        let before = self.last_status.as_ref().or(found.as_ref());
         let status = status(before, generation, report, mtu, reasons, Timestamp::now());
-        if before == Some(&status) && published.status.as_ref() == Some(&status) {
+        if before == Some(&status) && found.as_ref() == Some(&status) {
             return Ok(());
         }
         let ready = |status: &SkeinNodeStatus| {
@@ -178,12 +194,7 @@ impl Publisher {
             return Ok(());
         }
         let name = &self.shared.config.name;
-        let object = json!({
-            "apiVersion": SkeinNode::api_version(&()),
-            "kind": SkeinNode::kind(&()),
-            "metadata": { "name": name },
-            "status": status,
-        });
+        let object = skeinnode(json!({ "name": name }), "status", json!(status));
         let parameters = PatchParams::apply(MANAGER).force();
         let patch = Patch::Apply(&object);
         let written = self.skeinnodes.patch_status(name, &parameters, &patch);
@@ -321,6 +332,26 @@ async fn ask<T>(request: impl Future<Output = kube::Result<T>>) -> anyhow::Resul
     answer.map_err(|error| anyhow!(describe(&error)))
 }
 
+/// A SkeinNode with one part of it, for a server-side apply.
+fn skeinnode(
+    metadata: serde_json::Value,
+    part: &str,
+    value: serde_json::Value,
+) -> serde_json::Value {
+    json!({
+        "apiVersion": SkeinNode::api_version(&()),
+        "kind": SkeinNode::kind(&()),
+        "metadata": metadata,
+        part: value,
+    })
+}
+
+/// What of a status the agent writes: others may have conditions there, too.
+fn ours(mut status: SkeinNodeStatus) -> SkeinNodeStatus {
+    status.conditions.retain(|condition| condition.kind == READY);
+    status
+}
+
 /// What the SkeinNode is to say of the node.
 fn status(
     before: Option<&SkeinNodeStatus>,
@@ -334,7 +365,7 @@ fn status(
     let before = before.and_then(|status| status.conditions.first());
     let since = before.filter(|condition| condition.status == ready);
     let condition = Condition {
-        kind: "Ready".to_owned(),
+        kind: READY.to_owned(),
         status: ready.to_owned(),
         reason: if reasons.is_empty() { "AgentReady" } else { "AgentNotReady" }.to_owned(),
         message: if reasons.is_empty() {
