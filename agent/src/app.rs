@@ -46,6 +46,9 @@ enum Command {
         /// Form of the log
         #[arg(long, value_enum, default_value = "text")]
         log_format: LogFormat,
+        /// Ask the one that runs there for an answer within seconds, and end
+        #[arg(long)]
+        probe: bool,
     },
     /// Show the state of the running agent
     Status {
@@ -122,11 +125,14 @@ struct UninstallArgs {
     /// The agents' DaemonSet
     #[arg(long)]
     daemonset: String,
+    /// Labels of its pods, as key=value,key=value
+    #[arg(long)]
+    selector: String,
     /// File with the manifest of a DaemonSet that cleans up a node
     #[arg(long)]
     cleanup: PathBuf,
     /// Seconds that it all may take
-    #[arg(long, default_value_t = 300.0)]
+    #[arg(long, default_value_t = 240.0)]
     timeout: f64,
     /// Which cluster; without it that of this pod
     #[arg(long)]
@@ -145,7 +151,8 @@ enum Output {
 pub fn main() -> Result<(), Failure> {
     match Cli::parse().command {
         Command::Run { config, dataplane } => run(&config, dataplane),
-        Command::Dataplane { socket, log_level, log_format } => {
+        Command::Dataplane { socket, probe: true, .. } => Ok(dataplane::probe(&socket)?),
+        Command::Dataplane { socket, log_level, log_format, probe: false } => {
             lifecycle::start_log(&Log { level: log_level, format: log_format });
             Ok(dataplane::run(dataplane::Options { socket })?)
         }
@@ -309,6 +316,7 @@ fn uninstall(options: &UninstallArgs) -> Result<(), Failure> {
     let options = uninstall::Options {
         namespace: &options.namespace,
         daemonset: &options.daemonset,
+        selector: &options.selector,
         cleanup: &options.cleanup,
         timeout,
         kubeconfig: options.kubeconfig.as_deref(),

@@ -289,6 +289,27 @@ fn the_data_process_outlives_a_killed_agent_and_is_taken_over() {
 }
 
 #[test]
+fn a_probe_tells_a_data_process_that_hangs() {
+    in_namespace(|| {
+        let mut node = Node::new();
+        let socket = node.path("dataplane.sock");
+        let probe = || {
+            let mut probe = Command::new(AGENT);
+            end(probe.args(["dataplane", "--probe", "--socket"]).arg(&socket))
+        };
+        let (code, said) = probe();
+        assert!(code != 0 && said.contains("nobody listens"), "{said}");
+        let pid = node.run().dataplane.pid.unwrap();
+        assert_eq!(probe(), (0, String::new()));
+        send(Signal::STOP, pid).unwrap();
+        let (code, said) = probe();
+        send(Signal::CONT, pid).unwrap();
+        assert!(code != 0 && said.contains("does not answer"), "{said}");
+        assert_eq!(probe().0, 0);
+    });
+}
+
+#[test]
 fn a_data_process_with_other_settings_is_replaced() {
     in_namespace(|| {
         let mut node = Node::new();

@@ -1,7 +1,6 @@
 //! Skein on a real Kubernetes, installed by its chart. `cargo e2e cluster test` runs these, the usual run
 //! does not.
 
-use std::net::IpAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -68,7 +67,7 @@ fn writes(kube: &Kube, node: usize) -> Result<f64> {
 #[test]
 #[ignore = "takes a cluster: cargo e2e cluster test"]
 fn the_chart_gives_a_cluster_its_network_and_takes_it_back() -> Result<()> {
-    with_skein(&Options::default(), &[], |kube, pods| {
+    with_skein(&Options::default(), &["podCidr=10.244.0.0/16"], |kube, pods| {
         let before: Vec<_> = kube.nodes.iter().map(skein::traces).collect::<Result<_>>()?;
         ensure!(before.iter().all(|traces| !traces.is_empty()), "nothing is seen of Skein");
         wait_until_all_reach_all(kube, &pods, Duration::from_secs(10))?;
@@ -81,6 +80,7 @@ fn the_chart_gives_a_cluster_its_network_and_takes_it_back() -> Result<()> {
         ensure!(node["status"]["conditions"][0]["status"] == "True", "{node}");
         agents_may_do_what_they_do(kube)?;
         service(kube, &pods)?;
+        nobody_claims_what_is_outside_of_the_cluster(kube, &pods)?;
         nothing_is_written_again(kube)?;
         upgrade(kube, &pods)?;
 
@@ -113,7 +113,13 @@ fn agents_may_do_what_they_do(kube: &Kube) -> Result<()> {
     ] {
         may(right).with_context(|| right.to_owned())?;
     }
-    for right in ["delete nodes", "get secrets", "delete skeinnodes.skein.network", "create pods"] {
+    for right in [
+        "delete nodes",
+        "get secrets",
+        "delete skeinnodes.skein.network",
+        "create pods",
+        "create events.events.k8s.io --namespace=kube-system",
+    ] {
         let refused = may(right).err().with_context(|| format!("agents may {right}"))?;
         ensure!(format!("{refused:#}").ends_with("no"), "{refused:#}");
     }
@@ -153,6 +159,32 @@ fn service(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
     kube.kubectl(&["delete", "pod,service", "server"]).map(drop)
 }
 
+/// Records of an attacker: one has a prefix of the world, one the key of another node.
+fn nobody_claims_what_is_outside_of_the_cluster(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
+    let key = skeinnode(kube, "node1")?["spec"]["publicKey"].clone();
+    let record = |name: &str, key: Value, prefix: &str| {
+        json!({
+            "apiVersion": "skein.network/v1alpha1", "kind": "SkeinNode", "metadata": { "name": name },
+            "spec": { "publicKey": key, "endpoints": ["192.0.2.9:51900"], "podCIDRs": [prefix] },
+        })
+    };
+    let other = "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=";
+    kube.apply(&record("a-thief", json!(other), "198.51.100.0/24").to_string())?;
+    kube.apply(&record("a-twin", key, "10.244.99.0/24").to_string())?;
+    kube.wait("both are refused, and operators told", READY_LIMIT, |kube| {
+        let events = kube.kubectl(&["get", "events", "--output=jsonpath={.items[*].message}"])?;
+        let refused = |node| {
+            let metrics = skein::metrics(node)?;
+            Ok::<_, anyhow::Error>(metrics.sum("skein_node_record_files_rejected", &[]) == 2.0)
+        };
+        Ok(events.contains("198.51.100.0/24 is outside of cluster_cidrs (10.244.0.0/16)")
+            && refused(&kube.nodes[0])?
+            && refused(&kube.nodes[1])?)
+    })?;
+    wait_until_all_reach_all(kube, pods, Duration::from_secs(1))?;
+    kube.kubectl(&["delete", "skeinnodes", "a-thief", "a-twin"]).map(drop)
+}
+
 /// A cluster in which nothing changes is left alone.
 fn nothing_is_written_again(kube: &mut Kube) -> Result<()> {
     const WHILE: Duration = Duration::from_secs(70);
@@ -171,7 +203,7 @@ fn upgrade(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
     let interval = Duration::from_millis(100);
     let pings = pods[0].start_pings(kube, pods[1].ips[0], 600, interval)?;
     let start = Instant::now();
-    skein::upgrade(kube, &["bundling=false"])?;
+    skein::upgrade(kube, &["podCidr=10.244.0.0/16", "bundling=false"])?;
     println!("helm upgrade took {:.1} s", start.elapsed().as_secs_f64());
     let (sent, received) = pings.end()?;
     println!("during the upgrade {} of {sent} pings (one each 100 ms) were lost", sent - received);
@@ -279,14 +311,30 @@ fn a_node_is_deleted_and_comes_back(kube: &mut Kube) -> Result<()> {
     kube.wait("it is cut off", Duration::from_secs(5), |kube| {
         Ok(skein::metrics(&kube.nodes[0])?.sum("skein_node_records", &[]) == 1.0)
     })?;
+    // Its pods are collected after a while; the node gets other pod CIDRs when it comes back.
+    kube.wait("its pods are gone", 3 * READY_LIMIT, |kube| {
+        let on = "--field-selector=spec.nodeName=node2";
+        let left = kube.kubectl(&["get", "pods", "--all-namespaces", "--output=name", on])?;
+        Ok(left.trim().is_empty())
+    })?;
     // It registers itself at its start.
     kube.nodes[1].restart("kubelet")?;
     kube.wait_ready(&[0, 1], true, READY_LIMIT)?;
-    kube.wait("its record is back", READY_LIMIT, |kube| skeinnode(kube, "node2").map(|_| true))?;
-    let pods = skein::running(kube)?;
-    let took = wait_until_all_reach_all(kube, &pods, READY_LIMIT)?;
-    println!("node deleted and back: pods reach each other after {:.1} s", took.as_secs_f64());
+    println!("node deleted and back: {:.1} s until pods reach each other", in_touch(kube)?);
     Ok(())
+}
+
+/// Seconds until the pods that run on the two nodes by then reach each other.
+fn in_touch(kube: &mut Kube) -> Result<f64> {
+    let took = kube.wait("pods reach each other again", READY_LIMIT * 2, |kube| {
+        let pods = skein::running(kube)?;
+        let on = |node| pods.iter().find(|pod| pod.node == node);
+        match (on(0), on(1)) {
+            (Some(a), Some(b)) => Ok(a.reaches(kube, b.ips[0])? && b.reaches(kube, a.ips[0])?),
+            _ => Ok(false),
+        }
+    })?;
+    Ok(took.as_secs_f64())
 }
 
 fn a_node_loses_power(kube: &mut Kube) -> Result<()> {
@@ -296,13 +344,7 @@ fn a_node_loses_power(kube: &mut Kube) -> Result<()> {
     let took = kube.wait_ready(&[1], true, READY_LIMIT)?;
     println!("power is back: Ready after {:.1} s", took.as_secs_f64());
     // Its pods of before have other namespaces now.
-    let start = Instant::now();
-    kube.wait("pods reach each other again", READY_LIMIT * 2, |kube| {
-        let pods = skein::running(kube)?;
-        let (from, to): (_, IpAddr) = (&pods[0], pods[1].ips[0]);
-        from.reaches(kube, to)
-    })?;
-    println!("pods reach each other {:.1} s later", start.elapsed().as_secs_f64());
+    println!("pods reach each other {:.1} s later", in_touch(kube)?);
     Ok(())
 }
 

@@ -3,11 +3,11 @@
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, ensure};
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::Pod;
+use kube::Api;
 use kube::api::{DeleteParams, ListParams, PostParams};
-use kube::{Api, Client};
 use tokio::time::Instant;
 
 use super::client::{self, Requests};
@@ -23,6 +23,8 @@ pub struct Options<'a> {
     pub namespace: &'a str,
     /// Their DaemonSet.
     pub daemonset: &'a str,
+    /// What selects its pods, which may be there without it.
+    pub selector: &'a str,
     /// File with the manifest of the DaemonSet that cleans a node up.
     pub cleanup: &'a Path,
     /// How long it all may take.
@@ -41,15 +43,41 @@ pub async fn uninstall(options: &Options<'_>, say: impl Fn(&str)) -> anyhow::Res
     let end = Instant::now() + options.timeout;
     let daemonsets: Api<DaemonSet> = Api::namespaced(client.clone(), options.namespace);
 
+    let stop = async |name: &str, selector: &str| {
+        let parameters = DeleteParams::background();
+        let deleted = daemonsets.delete(name, &parameters);
+        match within(end, deleted).await? {
+            Err(kube::Error::Api(status)) if status.code == 404 => {}
+            other => drop(other.with_context(|| format!("cannot delete DaemonSet {name}"))?),
+        }
+        let pods: Api<Pod> = Api::namespaced(client.clone(), options.namespace);
+        let ours = ListParams::default().labels(selector);
+        let gone = wait(end, async || {
+            let left = pods.list(&ours).await?.items;
+            let names: Vec<_> =
+                left.iter().filter_map(|pod| pod.metadata.name.as_deref()).collect();
+            let left = names.join(" ");
+            Ok(if left.is_empty() { Ok(()) } else { Err(format!("still there: {left}")) })
+        });
+        gone.await.with_context(|| format!("the pods of DaemonSet {name} do not end"))
+    };
+
     say(&format!("stopping the agents (DaemonSet {})", options.daemonset));
-    stop(&client, &daemonsets, options.namespace, options.daemonset, end).await?;
+    stop(options.daemonset, options.selector).await?;
 
     let name = cleanup.metadata.name.clone().context("the cleanup DaemonSet has no name")?;
     say(&format!("cleaning up every node (DaemonSet {name})"));
+    let labels = cleanup.spec.as_ref().and_then(|spec| spec.selector.match_labels.as_ref());
+    let labels = labels.into_iter().flatten().map(|(key, value)| format!("{key}={value}"));
+    let selector = labels.collect::<Vec<_>>().join(",");
+    // An empty one selects every pod of the namespace.
+    ensure!(!selector.is_empty(), "the cleanup DaemonSet selects no pods by labels");
     // One of an attempt that was interrupted.
-    stop(&client, &daemonsets, options.namespace, &name, end).await?;
-    daemonsets.create(&PostParams::default(), &cleanup).await.context("cannot create it")?;
-    let cleaned = wait(end, || async {
+    stop(&name, &selector).await?;
+    let parameters = PostParams::default();
+    let created = within(end, daemonsets.create(&parameters, &cleanup));
+    created.await?.context("cannot create it")?;
+    let cleaned = wait(end, async || {
         let now = daemonsets.get(&name).await?;
         let generation = now.metadata.generation;
         let status = now.status.unwrap_or_default();
@@ -63,49 +91,32 @@ pub async fn uninstall(options: &Options<'_>, say: impl Fn(&str)) -> anyhow::Res
         }))
     });
     let nodes = cleaned.await.with_context(|| format!("see the pods of DaemonSet {name}"))?;
-    stop(&client, &daemonsets, options.namespace, &name, end).await?;
+    stop(&name, &selector).await?;
 
     let skeinnodes: Api<SkeinNode> = Api::all(client.clone());
-    skeinnodes
-        .delete_collection(&DeleteParams::default(), &ListParams::default())
-        .await
-        .context("cannot remove the SkeinNodes")?;
+    let (parameters, all) = (DeleteParams::default(), ListParams::default());
+    let deleted = within(end, skeinnodes.delete_collection(&parameters, &all));
+    deleted.await?.context("cannot remove the SkeinNodes")?;
     say(&format!("{nodes} nodes are clean"));
     Ok(())
 }
 
-/// Deletes a DaemonSet, which may be gone, and waits for its pods to end.
-async fn stop(
-    client: &Client,
-    daemonsets: &Api<DaemonSet>,
-    namespace: &str,
-    name: &str,
+/// One request: an API server that says nothing is given up at the end.
+async fn within<T>(
     end: Instant,
-) -> anyhow::Result<()> {
-    let Some(found) = daemonsets.get_opt(name).await? else { return Ok(()) };
-    let selector = found.spec.unwrap_or_default().selector.match_labels.unwrap_or_default();
-    let selector: Vec<_> = selector.iter().map(|(key, value)| format!("{key}={value}")).collect();
-    match daemonsets.delete(name, &DeleteParams::background()).await {
-        Err(kube::Error::Api(status)) if status.code == 404 => {}
-        other => drop(other.with_context(|| format!("cannot delete DaemonSet {name}"))?),
-    }
-    let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
-    let ours = ListParams::default().labels(&selector.join(","));
-    let gone = wait(end, || async {
-        let left = pods.list(&ours).await?.items;
-        let names: Vec<_> = left.iter().filter_map(|pod| pod.metadata.name.as_deref()).collect();
-        Ok(if names.is_empty() { Ok(()) } else { Err(format!("still there: {}", names.join(" "))) })
-    });
-    gone.await.with_context(|| format!("the pods of DaemonSet {name} do not end"))
+    request: impl Future<Output = kube::Result<T>>,
+) -> anyhow::Result<kube::Result<T>> {
+    let answer = tokio::time::timeout_at(end, request).await;
+    answer.context("the time is over: the API server does not answer")
 }
 
 /// Looks until `look` has found what it wants; its last word is in the error.
-async fn wait<T, F>(end: Instant, look: impl Fn() -> F) -> anyhow::Result<T>
-where
-    F: Future<Output = kube::Result<Result<T, String>>>,
-{
+async fn wait<T>(
+    end: Instant,
+    look: impl AsyncFn() -> kube::Result<Result<T, String>>,
+) -> anyhow::Result<T> {
     loop {
-        let word = match look().await {
+        let word = match within(end, look()).await? {
             Ok(Ok(found)) => return Ok(found),
             Ok(Err(word)) => word,
             Err(error) => error.to_string(),
