@@ -108,8 +108,7 @@ fn agents_may_do_what_they_do(kube: &Kube) -> Result<()> {
         "patch nodes --subresource=status",
         "patch skeinnodes.skein.network",
         "patch skeinnodes.skein.network --subresource=status",
-        "create events.events.k8s.io --namespace=default",
-        "patch events.events.k8s.io --namespace=default",
+        "create events --namespace=default",
     ] {
         may(right).with_context(|| right.to_owned())?;
     }
@@ -118,7 +117,7 @@ fn agents_may_do_what_they_do(kube: &Kube) -> Result<()> {
         "get secrets",
         "delete skeinnodes.skein.network",
         "create pods",
-        "create events.events.k8s.io --namespace=kube-system",
+        "create events --namespace=kube-system",
     ] {
         let refused = may(right).err().with_context(|| format!("agents may {right}"))?;
         ensure!(format!("{refused:#}").ends_with("no"), "{refused:#}");

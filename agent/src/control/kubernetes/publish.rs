@@ -5,11 +5,10 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use k8s_openapi::api::core::v1::{Node, ObjectReference};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use k8s_openapi::api::core::v1::{Event, EventSource, Node, ObjectReference};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference, Time};
 use k8s_openapi::jiff::Timestamp;
-use kube::api::{Patch, PatchParams};
-use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Api, Client, Resource};
 use serde_json::json;
 use tokio::sync::watch;
@@ -27,6 +26,10 @@ use crate::ipc::{CapabilityState, Report};
 const MANAGER: &str = "skein-agent";
 /// The condition of a SkeinNode that is the agent's.
 const READY: &str = "Ready";
+/// Namespace of the events of what has none.
+const EVENTS: &str = "default";
+/// A type of events.
+const WARNING: &str = "Warning";
 /// The agent looks at itself this often.
 const LOOK: Duration = Duration::from_secs(2);
 /// A status that differs in anything but readiness is written no more often than this.
@@ -42,14 +45,10 @@ const UNREADY: Duration = Duration::from_secs(30);
 
 /// Keeps what this node tells up to date, for as long as somebody follows the API server.
 pub(super) async fn publish(shared: Shared, client: Client, mut state: watch::Receiver<State>) {
-    let reporter = Reporter {
-        controller: "skein.network/agent".to_owned(),
-        instance: Some(shared.config.name.clone()),
-    };
     let mut publisher = Publisher {
         nodes: Api::all(client.clone()),
         skeinnodes: Api::all(client.clone()),
-        recorder: Recorder::new(client, reporter),
+        events: Api::namespaced(client, EVENTS),
         shared,
         applied: None,
         status_written: None,
@@ -86,7 +85,9 @@ struct Publisher {
     shared: Shared,
     nodes: Api<Node>,
     skeinnodes: Api<SkeinNode>,
-    recorder: Recorder,
+    /// The older API of events, as kubelet uses it: of a cluster-scoped object's the newer one wants
+    /// another namespace in every few versions of Kubernetes.
+    events: Api<Event>,
     applied: Option<Applied>,
     status_written: Option<Instant>,
     /// What was written then.
@@ -112,7 +113,7 @@ impl Publisher {
         let own = match &state.own {
             Some(Ok(own)) => own,
             Some(Err(problem)) => {
-                return self.tell(node, "NoRecord", EventType::Warning, problem).await;
+                return self.tell(node, "NoRecord", WARNING, problem).await;
             }
             None => return Ok(()),
         };
@@ -240,15 +241,14 @@ impl Publisher {
             true => {
                 self.unready_since = None;
                 if self.told.remove("NetworkNotReady").is_some() {
-                    self.event(node, "NetworkReady", EventType::Normal, "pods have a network")
-                        .await?;
+                    self.event(node, "NetworkReady", "Normal", "pods have a network").await?;
                 }
             }
             false => {
                 let since = *self.unready_since.get_or_insert_with(Instant::now);
                 if since.elapsed() > UNREADY && !self.told.contains_key("NetworkNotReady") {
                     let text = reasons.join("; ");
-                    self.tell(node, "NetworkNotReady", EventType::Warning, &text).await?;
+                    self.tell(node, "NetworkNotReady", WARNING, &text).await?;
                 }
             }
         }
@@ -258,7 +258,7 @@ impl Publisher {
                 let file = refused.file.display();
                 let more = registry.rejected.len() - 1;
                 let text = format!("{file}: {} (and {more} more)", refused.error);
-                self.tell(node, "RecordsRefused", EventType::Warning, &text).await?;
+                self.tell(node, "RecordsRefused", WARNING, &text).await?;
             }
             None => drop(self.told.remove("RecordsRefused")),
         }
@@ -271,7 +271,7 @@ impl Publisher {
         match lost.is_empty() {
             false => {
                 let text = format!("given up at run time: {}", lost.join(", "));
-                self.tell(node, "OffloadLost", EventType::Warning, &text).await
+                self.tell(node, "OffloadLost", WARNING, &text).await
             }
             true => {
                 self.told.remove("OffloadLost");
@@ -285,7 +285,7 @@ impl Publisher {
         &mut self,
         node: &Node,
         reason: &'static str,
-        kind: EventType,
+        kind: &str,
         text: &str,
     ) -> anyhow::Result<()> {
         // Whatever a record of somebody else's says, it cannot make this node write without end.
@@ -298,31 +298,34 @@ impl Publisher {
         Ok(())
     }
 
-    async fn event(
-        &self,
-        node: &Node,
-        reason: &str,
-        type_: EventType,
-        text: &str,
-    ) -> anyhow::Result<()> {
-        // 1024 bytes is what the API takes.
-        let note: String = text.chars().take(250).collect();
+    async fn event(&self, node: &Node, reason: &str, kind: &str, text: &str) -> anyhow::Result<()> {
+        let name = node.metadata.name.clone();
+        let now = Some(Time(Timestamp::now()));
         let event = Event {
-            type_,
-            reason: reason.to_owned(),
-            note: Some(note),
-            action: reason.to_owned(),
-            secondary: None,
+            metadata: ObjectMeta {
+                generate_name: name.as_ref().map(|name| format!("{name}.skein-")),
+                ..ObjectMeta::default()
+            },
+            // As kubelet does it, so that `kubectl describe node` finds them: the UID is the name.
+            involved_object: ObjectReference {
+                api_version: Some("v1".to_owned()),
+                kind: Some("Node".to_owned()),
+                name: name.clone(),
+                uid: name.clone(),
+                ..ObjectReference::default()
+            },
+            type_: Some(kind.to_owned()),
+            reason: Some(reason.to_owned()),
+            // 1024 bytes is what the API takes.
+            message: Some(text.chars().take(250).collect()),
+            source: Some(EventSource { component: Some(MANAGER.to_owned()), host: name }),
+            first_timestamp: now.clone(),
+            last_timestamp: now,
+            count: Some(1),
+            ..Event::default()
         };
-        // As kubelet does it, so that `kubectl describe node` finds them: the UID is the name.
-        let reference = ObjectReference {
-            api_version: Some("v1".to_owned()),
-            kind: Some("Node".to_owned()),
-            name: node.metadata.name.clone(),
-            uid: node.metadata.name.clone(),
-            ..ObjectReference::default()
-        };
-        ask(self.recorder.publish(&event, &reference)).await.context("event")
+        ask(self.events.create(&PostParams::default(), &event)).await.context("event")?;
+        Ok(())
     }
 }
 
