@@ -67,7 +67,9 @@ fn writes(kube: &Kube, node: usize) -> Result<f64> {
 #[test]
 #[ignore = "takes a cluster: cargo e2e cluster test"]
 fn the_chart_gives_a_cluster_its_network_and_takes_it_back() -> Result<()> {
-    with_skein(&Options::default(), &["podCidr=10.244.0.0/16"], |kube, pods| {
+    let settings =
+        ["podCidr=10.244.0.0/16", r"log.level=skein_agent::control::kubernetes=debug\,info"];
+    with_skein(&Options::default(), &settings, |kube, pods| {
         let before: Vec<_> = kube.nodes.iter().map(skein::traces).collect::<Result<_>>()?;
         ensure!(before.iter().all(|traces| !traces.is_empty()), "nothing is seen of Skein");
         wait_until_all_reach_all(kube, &pods, Duration::from_secs(10))?;

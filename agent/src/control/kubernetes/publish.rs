@@ -200,6 +200,7 @@ impl Publisher {
         let patch = Patch::Apply(&object);
         let written = self.skeinnodes.patch_status(name, &parameters, &patch);
         ask(written).await.context("status of the SkeinNode")?;
+        tracing::debug!(before = ?found, now = ?status, "the SkeinNode's status is written");
         (self.status_written, self.last_status) = (Some(Instant::now()), Some(status));
         Ok(())
     }
@@ -325,6 +326,7 @@ impl Publisher {
             ..Event::default()
         };
         ask(self.events.create(&PostParams::default(), &event)).await.context("event")?;
+        tracing::debug!(reason, text, "an event is written");
         Ok(())
     }
 }
