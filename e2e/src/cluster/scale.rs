@@ -96,7 +96,7 @@ fn measure(count: u32, options: &Scale) -> Result<Vec<String>> {
     let mut took = vec![];
     for number in 0..options.changes {
         let old = agent.changes()?;
-        let endpoint = format!("198.51.100.{}:51900", 1 + number);
+        let endpoint = format!("203.0.113.{}:51900", 1 + number);
         let patch = json!({ "spec": { "endpoints": [endpoint] } }).to_string();
         let start = Instant::now();
         kube.kubectl(&["patch", "skeinnode", "fleet-0", "--type=merge", "--patch", &patch])?;
