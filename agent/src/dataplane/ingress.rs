@@ -330,6 +330,7 @@ mod tests {
             remote_lanes: 1,
             established: Default::default(),
             initiator: true,
+            life: 0,
             secret: [Zeroizing::new([1; 32]), Zeroizing::new([2; 32])],
         };
         Arc::new(Session::new(params).unwrap())

@@ -93,6 +93,7 @@ fn session(cipher: Cipher, initiator: bool) -> Option<Session> {
         remote_lanes: 2,
         established: Time::default(),
         initiator,
+        life: 0,
         secret: [[1; 32].into(), [2; 32].into()],
     })
     .ok()
@@ -266,7 +267,7 @@ impl World {
                 assert!(view.receive.is_empty() || due.is_some(), "sessions never end");
                 for session in &view.receive {
                     assert!(session.peer == id && !session.is_expired());
-                    assert!(session.highest_counter() < COUNTER_LIMIT);
+                    assert!(session.counters_used() < COUNTER_LIMIT);
                 }
                 let known =
                     |current| view.receive.iter().any(|s| std::sync::Arc::ptr_eq(s, current));

@@ -384,6 +384,7 @@ mod tests {
             remote_lanes: 1,
             established: Time::default(),
             initiator,
+            life: 0,
             secret: [Zeroizing::new([1; 32]), Zeroizing::new([2; 32])],
         };
         Arc::new(Session::new(params).unwrap())

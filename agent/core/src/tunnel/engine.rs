@@ -18,8 +18,9 @@ use crate::tunnel::message::{
 };
 use crate::tunnel::noise::{Identity, Responder};
 use crate::tunnel::peer::{Peer, PeerView};
+use crate::tunnel::saved::{Kept, Memory, SavedSession};
 use crate::tunnel::shared::{Random, Shared, Transmit};
-use crate::tunnel::timers::{TICK, UNKNOWN_EVERY, UNKNOWN_UNHEARD};
+use crate::tunnel::timers::{SESSION_LIFE, TICK, UNKNOWN_EVERY, UNKNOWN_UNHEARD};
 use crate::wire::header::{Header, MAX_LANES, MessageType};
 
 /// Initiations without a cookie; more of them mean that this node is under load.
@@ -122,6 +123,44 @@ impl Engine {
             verified: Sources::new(VERIFIED, MAX_SOURCES),
             next_tick: None,
         })
+    }
+
+    /// Keeps every session that is made from now on.
+    pub fn set_memory(&mut self, memory: Box<dyn Memory>) {
+        self.shared.memory = memory;
+    }
+
+    /// Takes up sessions of the process before, once their peers are known; how many it took. Those that
+    /// are over, or of a peer that is none any more, are forgotten. Each must be in a life that nobody
+    /// has sent in ([`SavedSession::life`]), and no other process may have it any more.
+    pub fn resume(
+        &mut self,
+        now: Time,
+        saved: impl IntoIterator<Item = (SavedSession, Box<dyn Kept>)>,
+    ) -> usize {
+        let mut taken = 0;
+        let mut peers = BTreeSet::new();
+        for (session, kept) in saved {
+            let age = now.mono.checked_sub(session.established);
+            let Some(age) = age.filter(|age| *age < SESSION_LIFE) else { continue };
+            let Some(&id) = self.by_key.get(&session.public_key) else { continue };
+            let Some(peer) = self.peers.get_mut(&id) else { continue };
+            let established =
+                Time { mono: session.established, wall: now.wall.saturating_sub(age) };
+            if peer.resume(session, kept, established, &mut self.shared) {
+                taken += 1;
+                peers.insert(id);
+            }
+        }
+        for id in peers {
+            let Some(peer) = self.peers.get_mut(&id) else { continue };
+            peer.settle(now, &mut self.shared);
+            if let Some(deadline) = peer.deadline() {
+                self.shared.arm(deadline);
+            }
+        }
+        self.arm_tick(now);
+        taken
     }
 
     /// This node's public key.

@@ -13,6 +13,7 @@ use crate::tunnel::message::{
 };
 use crate::tunnel::noise::{Initiator, Responder, Split};
 use crate::tunnel::peer::{Peer, Slot};
+use crate::tunnel::saved::SavedSession;
 use crate::tunnel::session::{Cipher, Session, SessionParams};
 use crate::tunnel::shared::Shared;
 use crate::tunnel::timers::{RETRY_FIRST, RETRY_LAST, UNREACHABLE_AFTER};
@@ -169,8 +170,15 @@ impl Peer {
         let accept = accept.ok_or(DropReason::HandshakeInvalid)?;
         let destination = sent.destination;
         let indices = (index, accept.index);
-        let session =
-            self.session(now, indices, accept.cipher, accept.offer, true, split, shared)?;
+        let session = self.session(
+            now,
+            indices,
+            (accept.cipher, true),
+            accept.offer,
+            split,
+            Some(destination),
+            shared,
+        )?;
         // The index is the session's from now on.
         self.pending = None;
         self.view.mtu = Some(accept.offer.mtu);
@@ -198,6 +206,7 @@ impl Peer {
             return Ok(());
         };
         let index = shared.allocate_index(self.id);
+        let endpoint = self.known_endpoint(source);
         let accept = Accept { index, offer: shared.offer, cipher };
         let mut message = header(MessageType::Response, initiation.sender).to_vec();
         let session = responder
@@ -205,7 +214,7 @@ impl Peer {
             .map_err(|_| DropReason::HandshakeInvalid)
             .and_then(|split| {
                 let indices = (index, initiation.sender);
-                self.session(now, indices, cipher, offer, false, split, shared)
+                self.session(now, indices, (cipher, false), offer, split, endpoint, shared)
             });
         let session = session.inspect_err(|_| shared.free_index(index))?;
         message.extend(self.keys.first_check(&message));
@@ -216,7 +225,6 @@ impl Peer {
             self.abandon_handshake(shared);
         }
         self.view.mtu = Some(offer.mtu);
-        let endpoint = self.known_endpoint(source);
         self.install_next(now, Slot::new(session, endpoint), shared);
         self.refresh_state(now);
         shared.transmit(source, message);
@@ -228,13 +236,28 @@ impl Peer {
         &self,
         now: Time,
         (local_index, remote_index): (u32, u32),
-        cipher: Cipher,
+        (cipher, initiator): (Cipher, bool),
         theirs: Offer,
-        initiator: bool,
         secret: Split,
-        shared: &Shared,
+        endpoint: Option<SocketAddr>,
+        shared: &mut Shared,
     ) -> Result<Session, DropReason> {
-        Session::new(SessionParams {
+        let kept = shared.memory.keep(&SavedSession {
+            public_key: self.view.public_key,
+            life: 0,
+            established: now.mono,
+            local_index,
+            remote_index,
+            cipher,
+            local_lanes: shared.offer.lanes,
+            remote_lanes: theirs.lanes,
+            initiator,
+            endpoint,
+            mtu: theirs.mtu,
+            timestamp: self.last_timestamp,
+            secret: secret.clone(),
+        });
+        let session = Session::new(SessionParams {
             peer: self.id,
             local_index,
             remote_index,
@@ -243,9 +266,10 @@ impl Peer {
             remote_lanes: theirs.lanes,
             established: now,
             initiator,
+            life: 0,
             secret,
-        })
-        .map_err(|_| DropReason::HandshakeInvalid)
+        });
+        session.map(|session| session.kept_by(kept)).map_err(|_| DropReason::HandshakeInvalid)
     }
 }
 

@@ -84,6 +84,14 @@ impl Timestamp {
         bytes[8..].copy_from_slice(&wall.subsec_nanos().to_be_bytes());
         Self(bytes)
     }
+
+    pub(crate) fn to_bytes(self) -> [u8; 12] {
+        self.0
+    }
+
+    pub(crate) fn from_bytes(bytes: [u8; 12]) -> Self {
+        Self(bytes)
+    }
 }
 
 /// An initiation's parts, lengths checked and nothing else.

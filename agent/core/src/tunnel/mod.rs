@@ -17,6 +17,7 @@ mod noise;
 mod peer;
 mod primitives;
 pub mod replay;
+pub mod saved;
 pub mod session;
 mod shared;
 pub mod timers;
@@ -26,6 +27,7 @@ pub use engine::{Engine, EngineConfig, EngineError, PeerConfig};
 pub use liveness::Trouble;
 pub use peer::{PeerState, PeerView};
 pub use replay::ReplayWindow;
+pub use saved::{Kept, Memory, SAVED_LEN, SavedSession};
 pub use session::{Cipher, Ciphers, Session, SessionParams};
 pub use shared::{Random, Transmit};
 

@@ -14,7 +14,8 @@ use crate::tunnel::handshake::Pending;
 use crate::tunnel::liveness::{Liveness, Trouble};
 use crate::tunnel::message::{Control, Timestamp};
 use crate::tunnel::replay::ReplayWindow;
-use crate::tunnel::session::{COUNTER_REKEY, Session};
+use crate::tunnel::saved::{Kept, SavedSession};
+use crate::tunnel::session::{COUNTER_REKEY, Session, SessionParams};
 use crate::tunnel::shared::Shared;
 use crate::tunnel::timers::{
     CONFIRM_WITHIN, REKEY_AFTER, RESPONDER_REKEY_AFTER, RETRY_SLACK, SESSION_LIFE, WANTED_FOR,
@@ -75,7 +76,7 @@ pub(crate) struct Slot {
 
 impl Slot {
     pub(crate) fn new(session: Session, endpoint: Option<SocketAddr>) -> Self {
-        let window = ReplayWindow::new();
+        let window = ReplayWindow::after(session.mark(CONTROL_LANE));
         Self { session: Arc::new(session), endpoint, window, seen_tx: 0, seen_rx: 0 }
     }
 
@@ -239,6 +240,57 @@ impl Peer {
         self.sessions_changed(shared);
     }
 
+    /// Takes up a session of the process before; [`Peer::settle`] finds its place.
+    pub(crate) fn resume(
+        &mut self,
+        saved: SavedSession,
+        kept: Box<dyn Kept>,
+        established: Time,
+        shared: &mut Shared,
+    ) -> bool {
+        let (index, endpoint, mtu) = (saved.local_index, saved.endpoint, saved.mtu);
+        let timestamp = saved.timestamp;
+        let session = Session::new(SessionParams {
+            peer: self.id,
+            local_index: index,
+            remote_index: saved.remote_index,
+            cipher: saved.cipher,
+            local_lanes: saved.local_lanes,
+            remote_lanes: saved.remote_lanes,
+            established,
+            initiator: saved.initiator,
+            life: saved.life,
+            secret: saved.secret,
+        });
+        let Ok(session) = session else { return false };
+        if !shared.claim_index(index, self.id) {
+            return false;
+        }
+        self.view.mtu = Some(mtu);
+        self.last_timestamp = self.last_timestamp.max(timestamp);
+        self.previous.push(Slot::new(session.kept_by(Some(kept)), endpoint));
+        true
+    }
+
+    /// Finds out which of the sessions taken up to send with: the newest that the peer is known to have.
+    pub(crate) fn settle(&mut self, now: Time, shared: &mut Shared) {
+        self.previous.sort_by_key(|slot| slot.session.established);
+        let confirmed = self.previous.iter().rposition(|slot| slot.session.is_confirmed());
+        self.next = match self.previous.len() {
+            0 => None,
+            all if confirmed == Some(all - 1) => None,
+            _ => self.previous.pop(),
+        };
+        match confirmed {
+            Some(at) => {
+                let slot = self.previous.remove(at);
+                self.make_current(now, slot, shared);
+            }
+            None => self.sessions_changed(shared),
+        }
+        self.refresh_state(now);
+    }
+
     /// Where a session was made, unless the record has changed while the handshake was under way.
     fn known_of(&self, slot: &Slot) -> Option<SocketAddr> {
         slot.endpoint.filter(|there| self.endpoints.is_empty() || self.endpoints.contains(there))
@@ -335,7 +387,7 @@ impl Peer {
         let session = &current.session;
         let limit = if session.initiator { REKEY_AFTER } else { RESPONDER_REKEY_AFTER };
         let old =
-            now.since(session.established) >= limit || session.highest_counter() >= COUNTER_REKEY;
+            now.since(session.established) >= limit || session.counters_used() >= COUNTER_REKEY;
         if old && (sent || received) || sent && self.live.trouble(now.mono).is_some() {
             self.wanted = Some(now.mono);
             self.begin_handshake(now, shared);
@@ -386,6 +438,7 @@ impl Peer {
         let (header, plaintext) = receiver.open(datagram)?;
         let message = Control::read(plaintext);
         slot.window.check_and_set(header.counter)?;
+        slot.session.set_highest(CONTROL_LANE, slot.window.highest());
 
         self.live.on_heard(now.mono);
         if let Some(next) = self.next.as_ref().filter(|next| next.session.local_index == index) {

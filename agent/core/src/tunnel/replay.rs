@@ -25,6 +25,26 @@ impl ReplayWindow {
         Self { highest: 0, seen: [0; WORDS] }
     }
 
+    /// A window that has seen everything below `mark`.
+    pub const fn after(mark: u64) -> Self {
+        match mark.checked_sub(1) {
+            Some(highest) => Self { highest, seen: [u64::MAX; WORDS] }.without_the_future(),
+            None => Self::new(),
+        }
+    }
+
+    /// The word of the highest counter is filled bit by bit: those above are not seen yet.
+    const fn without_the_future(mut self) -> Self {
+        let bit = self.highest % WORD_BITS;
+        self.seen[slot(self.highest / WORD_BITS)] = u64::MAX >> (WORD_BITS - 1 - bit);
+        self
+    }
+
+    /// The highest counter seen; 0 where none was.
+    pub const fn highest(&self) -> u64 {
+        self.highest
+    }
+
     /// Notes `counter`; call it once the datagram has proved authentic and never before, or a
     /// stranger could move the window.
     ///
@@ -59,7 +79,7 @@ impl Default for ReplayWindow {
     }
 }
 
-fn slot(word: u64) -> usize {
+const fn slot(word: u64) -> usize {
     (word % WORDS as u64) as usize
 }
 
@@ -83,6 +103,21 @@ mod tests {
             assert_eq!(window.check_and_set(counter), REPLAYED, "{counter}");
         }
         assert_eq!(window.check_and_set(6), Ok(()));
+    }
+
+    #[test]
+    fn what_was_seen_in_another_life_is_seen() {
+        for mark in [1, 2, 63, 64, 65, 4_095, 4_096, 1 << 32, (1 << 32) + 77] {
+            let mut window = ReplayWindow::after(mark);
+            for old in [0, mark / 2, mark.saturating_sub(2), mark - 1] {
+                assert!(window.check_and_set(old).is_err(), "{old} of {mark}");
+            }
+            for new in [mark + 2, mark, mark + 1, mark + 300] {
+                assert_eq!(window.check_and_set(new), Ok(()), "{new} of {mark}");
+                assert_eq!(window.check_and_set(new), REPLAYED, "{new} of {mark}");
+            }
+        }
+        assert_eq!(ReplayWindow::after(0).check_and_set(0), Ok(()));
     }
 
     #[test]

@@ -11,14 +11,17 @@ use crate::drop::DropReason;
 use crate::route::PeerId;
 use crate::time::Time;
 pub use crate::tunnel::cipher::{Cipher, Ciphers};
+use crate::tunnel::saved::Kept;
 use crate::wire::header::{
     CONTROL_LANE, Flags, HEADER_LEN, Header, MAX_LANES, MessageType, OVERHEAD, TAG_LEN,
 };
 
-/// A sender refuses from this counter on ([`DropReason::CounterExhausted`]).
-pub const COUNTER_LIMIT: u64 = 1 << 40;
-/// From this counter on the engine asks for new keys: far before [`COUNTER_LIMIT`].
-pub const COUNTER_REKEY: u64 = 1 << 36;
+/// How many counters a sender uses in one life of its process ([`DropReason::CounterExhausted`]): more
+/// than a lane sends in a session's 180 s at 20 million datagrams a second. The next life begins
+/// behind them, however far this one came.
+pub const COUNTER_LIMIT: u64 = 1 << 32;
+/// From so many on the engine asks for new keys: far before [`COUNTER_LIMIT`].
+pub const COUNTER_REKEY: u64 = 1 << 31;
 
 const KEY_LEN: usize = 32;
 const KEY_SALT: &[u8] = b"skein v1 transport";
@@ -42,6 +45,8 @@ pub struct SessionParams {
     pub established: Time,
     /// Whether this end sent the initiation.
     pub initiator: bool,
+    /// Which life of the session this is; 0 in the process that made it.
+    pub life: u32,
     /// The handshake's split: the key of what the initiator sends, then of what the responder sends.
     pub secret: [Zeroizing<[u8; KEY_LEN]>; 2],
 }
@@ -52,6 +57,9 @@ pub enum SessionError {
     /// A number of lanes is not in 1..=64.
     #[error("{0} lanes: must be 1 to 64")]
     Lanes(u8),
+    /// It was taken up more often than there are counters.
+    #[error("its counters are used up")]
+    Lives,
     /// The cryptographic library refused.
     #[error("key derivation failed")]
     Derivation,
@@ -85,6 +93,8 @@ pub struct Session {
     traffic: Traffic,
     expired: AtomicBool,
     confirmed: AtomicBool,
+    /// Where the next process finds it; forgotten with the session.
+    kept: Option<Box<dyn Kept>>,
 }
 
 impl Session {
@@ -103,7 +113,8 @@ impl Session {
         let back = Derivation::new(back, params.cipher, 1);
         let (out, inward) = if params.initiator { (forward, back) } else { (back, forward) };
 
-        let sender = |lane| Sender::new(out.key(lane)?, lane, params.remote_index);
+        let first = u64::from(params.life) * COUNTER_LIMIT;
+        let sender = |lane| Sender::new(out.key(lane)?, lane, params.remote_index, first);
         let receiver = |lane| Ok(Receiver { key: inward.key(lane)?, lane });
         Ok(Session {
             peer: params.peer,
@@ -122,7 +133,32 @@ impl Session {
             expired: AtomicBool::new(false),
             // The initiator knows from the response that the other end has it.
             confirmed: AtomicBool::new(params.initiator),
+            kept: None,
         })
+    }
+
+    /// The same session, kept for the next process. One in which something has come is confirmed.
+    #[must_use]
+    pub fn kept_by(mut self, kept: Option<Box<dyn Kept>>) -> Self {
+        self.kept = kept;
+        if (0..self.remote_lanes).chain([CONTROL_LANE]).any(|lane| self.mark(lane) > 0) {
+            self.confirm();
+        }
+        self
+    }
+
+    /// One more than the highest counter that came on a lane in lives before, or since.
+    pub fn mark(&self, lane: u8) -> u64 {
+        self.kept.as_ref().map_or(0, |kept| kept.mark(lane))
+    }
+
+    /// Notes the highest counter that came on a lane, before what came with it is handed on: a process
+    /// that takes the session up must not take it twice.
+    #[inline]
+    pub fn set_highest(&self, lane: u8, counter: u64) {
+        if let Some(kept) = &self.kept {
+            kept.set_mark(lane, counter + 1);
+        }
     }
 
     /// The sending half of one of this end's lanes; [`CONTROL_LANE`] is the engine's.
@@ -176,9 +212,9 @@ impl Session {
         self.expired.store(true, Ordering::Relaxed);
     }
 
-    /// The highest counter that any lane will use next.
-    pub(crate) fn highest_counter(&self) -> u64 {
-        self.senders.iter().map(Sender::next_counter).max().unwrap_or(0)
+    /// How many counters the lane that sent most has used in this life.
+    pub(crate) fn counters_used(&self) -> u64 {
+        self.senders.iter().map(Sender::used).max().unwrap_or(0)
     }
 }
 
@@ -228,6 +264,9 @@ impl Traffic {
 #[repr(align(128))]
 pub struct Sender {
     counter: AtomicU64,
+    /// Of this life's counters, the first and the one behind the last.
+    first: u64,
+    limit: u64,
     key: LessSafeKey,
     receiver: u32,
     lane: u8,
@@ -235,9 +274,10 @@ pub struct Sender {
 }
 
 impl Sender {
-    fn new(key: LessSafeKey, lane: u8, receiver: u32) -> Result<Self, SessionError> {
+    fn new(key: LessSafeKey, lane: u8, receiver: u32, first: u64) -> Result<Self, SessionError> {
         let kind = if lane == CONTROL_LANE { MessageType::Control } else { MessageType::Data };
-        Ok(Self { counter: AtomicU64::new(0), key, receiver, lane, kind })
+        let limit = first.checked_add(COUNTER_LIMIT).ok_or(SessionError::Lives)?;
+        Ok(Self { counter: AtomicU64::new(first), first, limit, key, receiver, lane, kind })
     }
 
     /// Writes one datagram to the start of `out`: header, sealed `plaintext`, tag. Out of place, so
@@ -257,7 +297,7 @@ impl Sender {
         let Some(out) = out.get_mut(..length) else { return Err(DropReason::SealFailed) };
         // Relaxed: all that matters is that no two datagrams get the same number.
         let counter = self.counter.fetch_add(1, Ordering::Relaxed);
-        if counter >= COUNTER_LIMIT {
+        if counter >= self.limit {
             return Err(DropReason::CounterExhausted);
         }
         let header =
@@ -278,13 +318,13 @@ impl Sender {
         Ok(length)
     }
 
-    fn next_counter(&self) -> u64 {
-        self.counter.load(Ordering::Relaxed)
+    fn used(&self) -> u64 {
+        self.counter.load(Ordering::Relaxed) - self.first
     }
 
     #[cfg(test)]
     pub(crate) fn set_counter(&self, counter: u64) {
-        self.counter.store(counter, Ordering::Relaxed);
+        self.counter.store(self.first + counter, Ordering::Relaxed);
     }
 }
 
@@ -375,6 +415,7 @@ mod tests {
             remote_lanes,
             established: Time::default(),
             initiator,
+            life: 0,
             secret: [Zeroizing::new([1; 32]), Zeroizing::new([2; 32])],
         }
     }
@@ -484,7 +525,7 @@ mod tests {
         let (a, b) = pair(Cipher::Aes256Gcm);
         let sender = a.sender(0).unwrap();
         sender.set_counter(COUNTER_LIMIT - 1);
-        assert_eq!(a.highest_counter(), COUNTER_LIMIT - 1);
+        assert_eq!(a.counters_used(), COUNTER_LIMIT - 1);
         let mut out = [0; 4 + OVERHEAD];
         assert_eq!(sender.seal(Flags::default(), &[0; 4], &mut out), Ok(out.len()));
         assert_eq!(b.receiver(0).unwrap().open(&mut out).unwrap().0.counter, COUNTER_LIMIT - 1);
@@ -501,7 +542,7 @@ mod tests {
         let mut out = [0; 4 + OVERHEAD];
         let result = sender.seal(Flags::default(), &[0; 5], &mut out);
         assert_eq!(result, Err(DropReason::SealFailed));
-        assert_eq!(sender.next_counter(), 0);
+        assert_eq!(sender.used(), 0);
     }
 
     #[test]

@@ -12,6 +12,7 @@ use crate::time::Time;
 use crate::tunnel::counts::HandshakeCounts;
 use crate::tunnel::message::{Offer, Timestamp};
 use crate::tunnel::noise::{Identity, Secret};
+use crate::tunnel::saved::{Forgetful, Memory};
 
 /// Datagrams that wait to be polled; beyond that they are lost, as on a wire.
 const OUTBOX_LIMIT: usize = 8192;
@@ -33,6 +34,7 @@ pub(crate) struct Shared {
     pub(crate) offer: Offer,
     pub(crate) listen_port: u16,
     pub(crate) random: Random,
+    pub(crate) memory: Box<dyn Memory>,
     pub(crate) outbox: VecDeque<Transmit>,
     pub(crate) drops: DropCounts,
     pub(crate) counts: HandshakeCounts,
@@ -52,6 +54,7 @@ impl Shared {
             offer,
             listen_port,
             random,
+            memory: Box::new(Forgetful),
             outbox: VecDeque::new(),
             drops: DropCounts::default(),
             counts: HandshakeCounts::default(),
@@ -79,6 +82,15 @@ impl Shared {
         }
         self.indices.insert(index, peer);
         index
+    }
+
+    /// An index that was allocated in a life before; `false` where it is taken.
+    pub(crate) fn claim_index(&mut self, index: u32, peer: PeerId) -> bool {
+        if index == 0 || self.indices.contains_key(&index) {
+            return false;
+        }
+        self.indices.insert(index, peer);
+        true
     }
 
     pub(crate) fn free_index(&mut self, index: u32) {

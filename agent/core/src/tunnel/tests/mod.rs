@@ -6,6 +6,7 @@
 mod abuse;
 mod handshake;
 mod liveness;
+mod lives;
 mod sessions;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -320,8 +321,11 @@ impl Lab {
                 let result = session.receiver(header.lane).unwrap().open(&mut payload);
                 let result = result.and_then(|(header, plaintext)| {
                     let window = (session.local_index, header.lane);
-                    let window = node.windows.entry(window).or_default();
+                    let mark = session.mark(header.lane);
+                    let window = node.windows.entry(window);
+                    let window = window.or_insert_with(|| ReplayWindow::after(mark));
                     window.check_and_set(header.counter)?;
+                    session.set_highest(header.lane, window.highest());
                     Ok(plaintext.to_vec())
                 });
                 match result {

@@ -1,0 +1,190 @@
+//! Sessions that outlive a process: what the next one must know to go on with them, and where that is
+//! kept.
+//!
+//! A process that is killed has no time to say how far it came. So its successor goes on in counters that
+//! no life before can have used ([`crate::tunnel::session::COUNTER_LIMIT`] of them belong to one life), and
+//! takes nothing that may have been received already: the highest counter of each lane is kept while
+//! datagrams come in ([`Kept::set_mark`]).
+
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use zeroize::Zeroizing;
+
+use crate::tunnel::cipher::Cipher;
+use crate::tunnel::message::Timestamp;
+
+/// Length of a session as bytes.
+pub const SAVED_LEN: usize = 184;
+
+/// Keeps sessions where the next process finds them.
+pub trait Memory: Send {
+    /// Keeps this one until what is returned is dropped. `None`: there is no room, and the session ends
+    /// with this process.
+    fn keep(&mut self, session: &SavedSession) -> Option<Box<dyn Kept>>;
+}
+
+/// The place of one session in a [`Memory`].
+pub trait Kept: Send + Sync {
+    /// One more than the highest counter that came on a lane; 0: nothing came.
+    fn mark(&self, lane: u8) -> u64;
+    /// Notes it. Each lane is received by one thread.
+    fn set_mark(&self, lane: u8, mark: u64);
+}
+
+/// A memory without room.
+pub(crate) struct Forgetful;
+
+impl Memory for Forgetful {
+    fn keep(&mut self, _: &SavedSession) -> Option<Box<dyn Kept>> {
+        None
+    }
+}
+
+/// A session as it is kept.
+pub struct SavedSession {
+    /// The peer's identity.
+    pub public_key: [u8; 32],
+    /// Which life of the session this is: its counters begin at `life << 32`.
+    pub life: u32,
+    /// When the handshake was done, by the monotonic clock.
+    pub established: Duration,
+    pub(crate) local_index: u32,
+    pub(crate) remote_index: u32,
+    pub(crate) cipher: Cipher,
+    pub(crate) local_lanes: u8,
+    pub(crate) remote_lanes: u8,
+    pub(crate) initiator: bool,
+    pub(crate) endpoint: Option<SocketAddr>,
+    pub(crate) mtu: u16,
+    /// Of the last initiation accepted from the peer.
+    pub(crate) timestamp: Timestamp,
+    pub(crate) secret: [Zeroizing<[u8; 32]>; 2],
+}
+
+impl SavedSession {
+    /// All of it, secrets too.
+    pub fn to_bytes(&self) -> Zeroizing<[u8; SAVED_LEN]> {
+        let mut out = Zeroizing::new([0; SAVED_LEN]);
+        let mut at = 0;
+        let mut put = |bytes: &[u8]| {
+            out[at..at + bytes.len()].copy_from_slice(bytes);
+            at += bytes.len();
+        };
+        put(&self.public_key);
+        put(self.secret[0].as_ref());
+        put(self.secret[1].as_ref());
+        put(&self.life.to_le_bytes());
+        put(&self.local_index.to_le_bytes());
+        put(&self.remote_index.to_le_bytes());
+        put(&u64::try_from(self.established.as_nanos()).unwrap_or(u64::MAX).to_le_bytes());
+        put(&self.timestamp.to_bytes());
+        put(&[self.cipher.number(), self.local_lanes, self.remote_lanes, self.initiator.into()]);
+        put(&self.mtu.to_le_bytes());
+        let (family, ip, port) = match self.endpoint {
+            None => (0, Ipv6Addr::UNSPECIFIED, 0),
+            Some(SocketAddr::V4(v4)) => (4, v4.ip().to_ipv6_mapped(), v4.port()),
+            Some(SocketAddr::V6(v6)) => (6, *v6.ip(), v6.port()),
+        };
+        put(&port.to_le_bytes());
+        put(&ip.octets());
+        put(&[family]);
+        out
+    }
+
+    /// Reads them; `None` where they are no session of this release's.
+    pub fn from_bytes(bytes: &[u8; SAVED_LEN]) -> Option<Self> {
+        let mut rest = bytes.as_slice();
+        let public_key = take(&mut rest)?;
+        let secret = [Zeroizing::new(take(&mut rest)?), Zeroizing::new(take(&mut rest)?)];
+        let [life, local_index, remote_index] =
+            [take(&mut rest)?, take(&mut rest)?, take(&mut rest)?].map(u32::from_le_bytes);
+        let established = Duration::from_nanos(u64::from_le_bytes(take(&mut rest)?));
+        let timestamp = Timestamp::from_bytes(take(&mut rest)?);
+        let [cipher, local_lanes, remote_lanes, initiator] = take(&mut rest)?;
+        let [mtu, port] = [take(&mut rest)?, take(&mut rest)?].map(u16::from_le_bytes);
+        let ip = Ipv6Addr::from(take::<16>(&mut rest)?);
+        let endpoint = match take(&mut rest)? {
+            [0] => None,
+            [4] => Some(SocketAddr::new(IpAddr::V4(ip.to_ipv4_mapped()?), port)),
+            [6] => Some(SocketAddr::new(IpAddr::V6(ip), port)),
+            _ => return None,
+        };
+        let ciphers = [Cipher::Aes256Gcm, Cipher::ChaCha20Poly1305];
+        let cipher = ciphers.into_iter().find(|known| known.number() == cipher)?;
+        let initiator = match initiator {
+            0 => false,
+            1 => true,
+            _ => return None,
+        };
+        Some(Self {
+            public_key,
+            life,
+            established,
+            local_index,
+            remote_index,
+            cipher,
+            local_lanes,
+            remote_lanes,
+            initiator,
+            endpoint,
+            mtu,
+            timestamp,
+            secret,
+        })
+    }
+}
+
+fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
+    let (head, tail) = rest.split_first_chunk()?;
+    *rest = tail;
+    Some(*head)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+pub(crate) mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    pub(crate) fn saved(endpoint: Option<&str>) -> SavedSession {
+        SavedSession {
+            public_key: [7; 32],
+            life: 3,
+            established: Duration::from_nanos(u64::MAX / 3),
+            local_index: 0x0102_0304,
+            remote_index: 0x0506_0708,
+            cipher: Cipher::ChaCha20Poly1305,
+            local_lanes: 2,
+            remote_lanes: 64,
+            initiator: true,
+            endpoint: endpoint.map(|text| text.parse().unwrap()),
+            mtu: 8940,
+            timestamp: Timestamp::new(Duration::from_secs(5)),
+            secret: [Zeroizing::new([1; 32]), Zeroizing::new([2; 32])],
+        }
+    }
+
+    #[test]
+    fn what_is_saved_is_read_again() {
+        for endpoint in [None, Some("192.0.2.1:51900"), Some("[2001:db8::1]:4000")] {
+            let bytes = saved(endpoint).to_bytes();
+            let again = SavedSession::from_bytes(&bytes).unwrap();
+            assert_eq!(again.to_bytes(), bytes);
+            assert_eq!((again.life, again.mtu, again.initiator), (3, 8940, true));
+            assert_eq!(again.endpoint, endpoint.map(|text| text.parse().unwrap()));
+            assert_eq!(again.established, saved(None).established);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_panic(bytes in prop::collection::vec(any::<u8>(), SAVED_LEN)) {
+            let bytes: [u8; SAVED_LEN] = bytes.try_into().unwrap();
+            if let Some(read) = SavedSession::from_bytes(&bytes) {
+                prop_assert!(SavedSession::from_bytes(&read.to_bytes()).is_some());
+            }
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! A node's process is killed, and the next one goes on with its sessions.
+
+use std::sync::Mutex;
+
+use super::*;
+use crate::tunnel::saved::{Kept, Memory, SAVED_LEN, SavedSession};
+use crate::wire::header::CONTROL_LANE;
+
+type Record = ([u8; SAVED_LEN], BTreeMap<u8, u64>);
+
+/// Outlives the engine that writes to it.
+#[derive(Clone, Default)]
+struct Shelf(Arc<Mutex<BTreeMap<usize, Record>>>);
+
+struct Place(Shelf, usize);
+
+impl Shelf {
+    fn put(&self, bytes: [u8; SAVED_LEN], marks: BTreeMap<u8, u64>) -> Box<dyn Kept> {
+        let mut records = self.0.lock().unwrap();
+        let place = records.keys().last().map_or(0, |last| last + 1);
+        records.insert(place, (bytes, marks));
+        Box::new(Place(self.clone(), place))
+    }
+
+    /// What a killed process leaves: its places are never dropped.
+    fn left(&self) -> Vec<Record> {
+        self.0.lock().unwrap().values().cloned().collect()
+    }
+}
+
+impl Memory for Shelf {
+    fn keep(&mut self, session: &SavedSession) -> Option<Box<dyn Kept>> {
+        Some(self.put(*session.to_bytes(), BTreeMap::new()))
+    }
+}
+
+impl Kept for Place {
+    fn mark(&self, lane: u8) -> u64 {
+        let records = self.0.0.lock().unwrap();
+        records[&self.1].1.get(&lane).copied().unwrap_or(0)
+    }
+
+    fn set_mark(&self, lane: u8, mark: u64) {
+        self.0.0.lock().unwrap().get_mut(&self.1).unwrap().1.insert(lane, mark);
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.0.lock().unwrap().remove(&self.1);
+    }
+}
+
+impl Lab {
+    fn keep(&mut self, node: usize) -> Shelf {
+        let shelf = Shelf::default();
+        self.nodes[node].engine.set_memory(Box::new(shelf.clone()));
+        shelf
+    }
+
+    /// The process is killed; the next one has what was kept. How many sessions it takes up.
+    fn kill(&mut self, node: usize, shelf: &mut Shelf) -> usize {
+        let left = shelf.left();
+        self.restart(node);
+        *shelf = self.keep(node);
+        let next = left.into_iter().map(|(bytes, marks)| {
+            let mut saved = SavedSession::from_bytes(&bytes).unwrap();
+            saved.life += 1;
+            let kept = shelf.put(*saved.to_bytes(), marks);
+            (saved, kept)
+        });
+        let next = next.collect::<Vec<_>>();
+        let now = self.now;
+        let taken = self.nodes[node].engine.resume(now, next);
+        self.collect(node);
+        taken
+    }
+
+    /// A pair of which the first keeps its sessions, in traffic.
+    fn kept_pair() -> (Lab, Shelf) {
+        let mut lab = Lab::new(2);
+        let shelf = lab.keep(0);
+        lab.flow(0, 1, ms(3));
+        lab.flow(1, 0, ms(5));
+        lab.run(secs(1));
+        assert!(lab.joined(0, 1));
+        (lab, shelf)
+    }
+
+    fn handshakes(&self) -> u64 {
+        (0..2).map(|node| self.count(node, HandshakeResult::Initiated)).sum()
+    }
+}
+
+#[test]
+fn killed_again_and_again_it_goes_on_in_the_same_session() {
+    let (mut lab, mut shelf) = Lab::kept_pair();
+    let before = lab.count(1, HandshakeResult::Initiated);
+    let index = lab.current(0, 1).unwrap().local_index;
+    let mut nonces = BTreeSet::new();
+    for life in 1..5 {
+        assert_eq!(lab.kill(0, &mut shelf), 1);
+        assert_eq!(lab.state(0, 1), PeerState::Established);
+        let (received, sent) = (lab.nodes[0].received.len(), lab.nodes[1].sent);
+        lab.run(secs(1));
+        let session = lab.current(0, 1).unwrap();
+        assert_eq!(session.local_index, index);
+        assert!(lab.nodes[0].received.len() >= received + 198, "{:?}", lab.nodes[0].drops);
+        assert!(lab.nodes[1].sent > sent);
+        assert!(lab.nodes[0].drops.is_empty(), "life {life}: {:?}", lab.nodes[0].drops);
+    }
+    assert!(lab.nodes[1].drops.is_empty(), "{:?}", lab.nodes[1].drops);
+    lab.nodes[0].flow = None;
+    lab.run(ms(10));
+    assert_eq!(lab.nodes[1].received.len() as u64, lab.nodes[0].sent, "nothing was lost");
+    assert_eq!(lab.count(0, HandshakeResult::Initiated), 0, "in this life");
+    assert_eq!(lab.count(1, HandshakeResult::Initiated), before);
+    for datagram in lab.trace.iter().filter(|datagram| datagram.from == 0) {
+        let header = Header::parse(&datagram.payload).unwrap();
+        if matches!(header.kind, MessageType::Data | MessageType::Control) {
+            assert!(nonces.insert((header.receiver, header.lane, header.counter)), "a nonce twice");
+        }
+    }
+}
+
+#[test]
+fn what_was_received_in_a_life_before_is_not_taken_again() {
+    let (mut lab, mut shelf) = Lab::kept_pair();
+    lab.nodes[0].flow = None;
+    lab.nodes[1].flow = None;
+    lab.run(secs(1));
+    lab.kill(0, &mut shelf);
+    let old: Vec<_> = lab.trace.iter().filter(|datagram| datagram.from == 1).cloned().collect();
+    let received = lab.nodes[0].received.len();
+    for datagram in old {
+        lab.deliver(datagram);
+    }
+    assert_eq!(lab.nodes[0].received.len(), received);
+    assert!(lab.nodes[0].drops.len() > 150);
+    let refused = [DropReason::Replayed, DropReason::ReplayWindow];
+    assert!(
+        lab.nodes[0].drops.iter().all(|drop| refused.contains(drop)),
+        "{:?}",
+        lab.nodes[0].drops
+    );
+    // Initiations and control messages too.
+    let after = lab.dropped(0, DropReason::Replayed) + lab.dropped(0, DropReason::ReplayWindow);
+    assert!(after > 0);
+    assert_eq!(lab.view(0, 1).receive.len(), 1, "no initiation is believed twice");
+}
+
+#[test]
+fn a_session_that_its_initiator_has_not_used_stays_in_waiting() {
+    let mut lab = Lab::new(2);
+    let mut shelf = lab.keep(0);
+    // The initiator never hears the answer, so that it never speaks in the session.
+    lab.underlay.mute = Some((0, MessageType::Response));
+    lab.send(1, 0, b"first");
+    lab.run(ms(20));
+    assert!(lab.view(0, 1).next.is_some());
+    assert_eq!(lab.kill(0, &mut shelf), 1);
+    assert!(lab.view(0, 1).current.is_none() && lab.view(0, 1).next.is_some());
+    lab.underlay.mute = None;
+    lab.send(1, 0, b"again");
+    lab.run(secs(2));
+    assert!(lab.joined(0, 1));
+}
+
+#[test]
+fn renewal_and_the_end_come_as_if_nothing_had_happened() {
+    let (mut lab, mut shelf) = Lab::kept_pair();
+    let first = lab.current(0, 1).unwrap();
+    lab.run(secs(110));
+    assert_eq!(lab.kill(0, &mut shelf), 1);
+    lab.run(secs(15));
+    assert_ne!(lab.current(0, 1).unwrap().local_index, first.local_index, "renewed in time");
+    assert_eq!(shelf.left().len(), 2);
+    assert_eq!(lab.kill(0, &mut shelf), 2, "the old one takes what is in flight");
+    assert!(lab.joined(0, 1));
+    lab.run(secs(70));
+    assert_eq!(shelf.left().len(), 1, "what is over is forgotten");
+    assert!(lab.nodes[1].drops.is_empty() && lab.nodes[0].drops.is_empty());
+    // After a long sleep nothing is taken up.
+    let left = shelf.left();
+    assert_eq!(left.len(), 1);
+    lab.nodes[0].flow = None;
+    lab.nodes[1].flow = None;
+    lab.run(secs(300));
+    assert_eq!(shelf.left().len(), 0);
+}
+
+#[test]
+fn what_is_over_or_of_a_stranger_is_not_taken_up() {
+    let (mut lab, shelf) = Lab::kept_pair();
+    let left = shelf.left();
+    let kept = |lab: &mut Lab, change: &dyn Fn(&mut SavedSession)| {
+        lab.restart(0);
+        let mut saved = SavedSession::from_bytes(&left[0].0).unwrap();
+        saved.life += 1;
+        change(&mut saved);
+        let kept = Shelf::default().put(left[0].0, BTreeMap::from([(CONTROL_LANE, 1)]));
+        let now = lab.now;
+        lab.nodes[0].engine.resume(now, [(saved, kept)])
+    };
+    assert_eq!(kept(&mut lab, &|_| {}), 1);
+    assert_eq!(kept(&mut lab, &|saved| saved.public_key = [9; 32]), 0);
+    assert_eq!(kept(&mut lab, &|saved| saved.established = Duration::ZERO), 0);
+    assert_eq!(kept(&mut lab, &|saved| saved.established += secs(100)), 0);
+    assert_eq!(kept(&mut lab, &|saved| saved.local_lanes = 65), 0);
+    assert_eq!(kept(&mut lab, &|saved| saved.life = u32::MAX), 0);
+    assert!(lab.handshakes() > 0);
+}
