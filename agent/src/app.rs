@@ -46,9 +46,15 @@ enum Command {
         /// Form of the log
         #[arg(long, value_enum, default_value = "text")]
         log_format: LogFormat,
-        /// Ask the one that runs there for an answer within seconds, and end
+        /// Take descriptors and sessions over from the one that runs there, if one does
         #[arg(long)]
+        take_over: bool,
+        /// Ask the one that runs there for an answer within seconds, and end
+        #[arg(long, conflicts_with = "take_over")]
         probe: bool,
+        /// For the keeper, which starts the data process: the descriptor of its channel
+        #[arg(long, hide = true)]
+        worker: Option<i32>,
     },
     /// Show the state of the running agent
     Status {
@@ -152,9 +158,13 @@ pub fn main() -> Result<(), Failure> {
     match Cli::parse().command {
         Command::Run { config, dataplane } => run(&config, dataplane),
         Command::Dataplane { socket, probe: true, .. } => Ok(dataplane::probe(&socket)?),
-        Command::Dataplane { socket, log_level, log_format, probe: false } => {
-            lifecycle::start_log(&Log { level: log_level, format: log_format });
-            Ok(dataplane::run(dataplane::Options { socket })?)
+        Command::Dataplane { socket, log_level, log_format, take_over, worker, .. } => {
+            let log = Log { level: log_level, format: log_format };
+            lifecycle::start_log(&log);
+            match worker {
+                Some(channel) => Ok(dataplane::work(channel)?),
+                None => Ok(dataplane::run(&dataplane::Options { socket, take_over, log })?),
+            }
         }
         Command::Status { config, socket, output, interval } => {
             show_status(&config, socket, output, interval)

@@ -13,7 +13,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use skein_agent::dataplane::{self, Options};
+use skein_agent::dataplane;
 use skein_agent::ipc::{
     CipherChoice, NodeSettings, OffloadSettings, PROTOCOL_VERSION, Peer, Request, Response,
     Snapshot, TunSettings, UnderlaySettings, read_frame, write_frame,
@@ -73,8 +73,8 @@ impl Node {
         ip("link set skein0 mtu 1440 up");
         ip(&format!("route add 10.244.{other}.0/24 dev skein0"));
         let socket = directory.join(format!("{n}.sock"));
-        let options = Options { socket: socket.clone() };
-        thread::spawn(move || dataplane::run(options).unwrap());
+        let listening = socket.clone();
+        thread::spawn(move || dataplane::run_alone(&listening).unwrap());
         let start = Instant::now();
         let mut stream = loop {
             match UnixStream::connect(&socket) {

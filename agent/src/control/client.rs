@@ -78,7 +78,10 @@ impl Client {
     pub async fn request(&mut self, request: &Request) -> Result<Response, ClientError> {
         let deadline = match request {
             Request::Apply { .. } | Request::Update { .. } => CHANGE_DEADLINE,
-            Request::Hello { .. } | Request::Report | Request::Shutdown => DEADLINE,
+            Request::Hello { .. }
+            | Request::Report
+            | Request::Shutdown
+            | Request::TakeOver { .. } => DEADLINE,
         };
         let answer = tokio::time::timeout(deadline, self.exchange(request)).await;
         match answer.map_err(|_| ClientError::Timeout)?? {

@@ -285,7 +285,7 @@ impl Supervisor {
                         return end;
                     }
                 }
-                () = client.closed() => return self.gone().await,
+                () = client.closed() => return self.gone(),
             }
         }
     }
@@ -447,18 +447,14 @@ impl Supervisor {
         Ok(child)
     }
 
-    async fn gone(&mut self) -> SessionEnd {
-        let Some(mut child) = self.child.take() else {
-            return SessionEnd::Gone("it closed its socket".to_owned());
-        };
-        match tokio::time::timeout(PATIENCE, child.wait()).await {
-            Ok(Ok(status)) => SessionEnd::Gone(format!("it ended: {status}")),
-            Ok(Err(error)) => SessionEnd::Gone(error.to_string()),
-            Err(_) => {
-                // It has closed its socket but lives: it holds the device and the port.
-                let _ = child.kill().await;
-                SessionEnd::Gone("it closed its socket, and was killed".to_owned())
+    /// What was started is the keeper, which has begun to replace a data process that died.
+    fn gone(&mut self) -> SessionEnd {
+        match self.child.as_mut().map(Child::try_wait) {
+            Some(Ok(Some(status))) => {
+                self.child = None;
+                SessionEnd::Gone(format!("it ended: {status}"))
             }
+            _ => SessionEnd::Gone("it closed its connection".to_owned()),
         }
     }
 
@@ -502,6 +498,17 @@ impl Supervisor {
                 let _ = child.kill().await;
             } else if let Some(pid) = pid {
                 kill(pid, Signal::KILL);
+                // Its keeper starts another one, which can be asked.
+                let again = async {
+                    loop {
+                        if let Ok(mut client) = Client::connect(&self.settings.socket).await {
+                            let _ = client.request(&Request::Shutdown).await;
+                            return client.closed().await;
+                        }
+                        sleep(RETRY).await;
+                    }
+                };
+                let _ = tokio::time::timeout(PATIENCE, again).await;
             }
         }
         self.child = None;

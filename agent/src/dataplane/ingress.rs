@@ -216,7 +216,12 @@ impl Ingress {
         }
         receiver.open(datagram)?;
         let window = rx.windows.get_mut(usize::from(header.lane)).ok_or(DropReason::WrongLane)?;
-        window.get_or_insert_default().check_and_set(header.counter)?;
+        let begin = || Box::new(ReplayWindow::after(rx.session.mark(header.lane)));
+        let window = window.get_or_insert_with(begin);
+        window.check_and_set(header.counter)?;
+        if window.highest() == header.counter {
+            rx.session.set_highest(header.lane, header.counter);
+        }
         rx.session.confirm();
         let checksum = match header.flags.contains(Flags::PARTIAL_CHECKSUM) {
             true => Checksum::Partial,

@@ -4,21 +4,29 @@
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::ops::ControlFlow;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
+use anyhow::Context;
+use rustix::time::{ClockId, clock_gettime};
 use skein_core::route::{PeerId, RouteTable};
 use skein_core::time::Time;
 use skein_core::tunnel::{Engine, EngineConfig, PeerConfig};
 
+use super::handover::{self, Estate, ToKeeper};
+use super::memory::{Resumed, SessionMemory};
 use super::report;
 use super::setup::{Running, SetupError};
 use super::stats::DropStats;
 use super::tables::{PeerEntry, Published, Tables};
 use super::totals::Totals;
-use crate::ipc::{ErrorKind, NodeIdentity, Peer, Request, Response, Snapshot, Update};
+use crate::ipc::{
+    ErrorKind, HandOver, NodeIdentity, NodeSettings, Peer, Request, Response, Snapshot, Update,
+};
 use crate::keys::PublicKey;
 use crate::sys::tun::TunError;
 use crate::sys::udp::UdpError;
@@ -56,18 +64,33 @@ pub(super) enum ToManager {
         /// Where the answer goes.
         answer: SyncSender<Response>,
     },
+    /// Stop, and have the keeper give all to whoever is at the other end.
+    GiveAway {
+        /// [`Request::TakeOver`] came by it.
+        connection: UnixStream,
+        /// Where a refusal goes.
+        answer: SyncSender<Response>,
+    },
 }
 
-/// Starts the manager's thread. It ends when [`Request::Shutdown`] came or every sender is gone.
-pub(super) fn start() -> std::io::Result<(SyncSender<ToManager>, JoinHandle<()>)> {
+/// Starts the manager's thread, with what another process has left. It ends when [`Request::Shutdown`]
+/// came or every sender is gone.
+pub(super) fn start(
+    keeper: Option<UnixStream>,
+    left: Option<(HandOver, Estate)>,
+) -> std::io::Result<(SyncSender<ToManager>, JoinHandle<()>)> {
     let (sender, receiver) = sync_channel(QUEUE);
-    let manager = Manager {
+    let mut manager = Manager {
         started: Instant::now(),
-        clock: Clock::start(),
         queue: receiver,
         to_manager: sender.clone(),
+        keeper,
         active: None,
     };
+    // Before the thread starts, and with it the first handshake.
+    if let Some((left, estate)) = left {
+        manager.inherit(left, estate);
+    }
     let thread =
         std::thread::Builder::new().name("manager".to_owned()).spawn(move || manager.run())?;
     Ok((sender, thread))
@@ -75,9 +98,10 @@ pub(super) fn start() -> std::io::Result<(SyncSender<ToManager>, JoinHandle<()>)
 
 struct Manager {
     started: Instant,
-    clock: Clock,
     queue: Receiver<ToManager>,
     to_manager: SyncSender<ToManager>,
+    /// Absent where nobody is to go on when this process dies.
+    keeper: Option<UnixStream>,
     /// `None` before the first snapshot.
     active: Option<Active>,
 }
@@ -92,6 +116,8 @@ struct Active {
     published: Arc<Published>,
     /// Whether lanes may still look at tables that are no longer in force.
     unswept: bool,
+    /// Where sessions outlive this process; absent where the kernel gives none.
+    memory: Option<SessionMemory>,
     running: Running,
     drops: DropStats,
     totals: Totals,
@@ -114,7 +140,7 @@ impl Manager {
                     Err(_) => return,
                 },
             };
-            let now = self.clock.now();
+            let now = clock();
             // What came together leads to one publication, however many sessions it makes.
             for _ in 0..BATCH {
                 let Some(taken) = message else { break };
@@ -143,6 +169,11 @@ impl Manager {
             let _ = answer.send(response);
             return if shutdown { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
         }
+        if let ToManager::GiveAway { connection, answer } = message {
+            // It works on where it cannot be given away.
+            let _ = answer.send(self.give_away(&connection));
+            return ControlFlow::Continue(());
+        }
         let Some(active) = &mut self.active else { return ControlFlow::Continue(()) };
         if let ToManager::TunGone { generation } = message
             && generation == active.running.generation
@@ -160,7 +191,7 @@ impl Manager {
     fn timeout(&self) -> Option<Duration> {
         let active = self.active.as_ref()?;
         let due = active.engine.poll_timeout();
-        let due = due.map(|due| due.mono.saturating_sub(self.clock.now().mono));
+        let due = due.map(|due| due.mono.saturating_sub(clock().mono));
         let sweep = active.unswept.then_some(SWEEP);
         due.into_iter().chain(sweep).min()
     }
@@ -175,11 +206,17 @@ impl Manager {
                 "protocol version {version} is not {}: agent and data plane must be of one release",
                 crate::ipc::PROTOCOL_VERSION
             ))),
-            Request::Apply { snapshot } => self.apply(now, *snapshot),
+            Request::Apply { snapshot } => {
+                self.apply(now, *snapshot).inspect(|kept| self.keep(*kept)).map(drop)
+            }
             Request::Update { update } => match &mut self.active {
-                Some(active) => active.update(now, update),
+                Some(active) => active.update(now, update).inspect(|()| self.keep(Kept::Snapshot)),
                 None => Err(SetupError::Invalid("an update came before any snapshot".to_owned())),
             },
+            // The server makes another message of it.
+            Request::TakeOver { .. } => {
+                Err(SetupError::Invalid("this data process gives nothing away".to_owned()))
+            }
             Request::Report => {
                 let report = self.report(now);
                 return Response::Report { report: Box::new(report) };
@@ -197,12 +234,95 @@ impl Manager {
         }
     }
 
-    fn apply(&mut self, now: Time, snapshot: Snapshot) -> Result<(), SetupError> {
+    fn apply(&mut self, now: Time, snapshot: Snapshot) -> Result<Kept, SetupError> {
         match &mut self.active {
             Some(active) => active.become_like(now, snapshot),
             None => {
-                self.active = Some(Active::start(now, snapshot, self.to_manager.clone())?);
-                Ok(())
+                let memory = self.keeper.as_ref().and_then(|_| {
+                    let made = SessionMemory::create();
+                    made.inspect_err(
+                        |error| tracing::warn!(%error, "sessions end with this process"),
+                    )
+                    .ok()
+                });
+                let open = |node: &NodeSettings, published: &_| {
+                    Running::open(node, published, &self.to_manager)
+                };
+                self.active = Some(Active::start(now, snapshot, memory, Vec::new(), open)?);
+                Ok(Kept::All)
+            }
+        }
+    }
+
+    /// Goes on where the process before has left off; where that cannot be, begins anew.
+    fn inherit(&mut self, left: HandOver, estate: Estate) {
+        let Estate { snapshot, sessions, queues, sockets } = estate;
+        let begun = Instant::now();
+        let inherit = || -> anyhow::Result<Active> {
+            let snapshot = handover::load(snapshot).context("the snapshot")?;
+            let (memory, sessions) = SessionMemory::open(sessions).context("the sessions")?;
+            let open = |node: &NodeSettings, published: &_| {
+                Running::inherit(node, left, queues, sockets, published, &self.to_manager)
+            };
+            Ok(Active::start(clock(), snapshot, Some(memory), sessions, open)?)
+        };
+        match inherit() {
+            Ok(active) => {
+                let sessions =
+                    active.engine.tables().map(|(_, view)| view.receive.len()).sum::<usize>();
+                let ms = begun.elapsed().as_secs_f64() * 1e3;
+                tracing::info!(sessions, ms, "goes on with what the data process before has left");
+                self.active = Some(active);
+            }
+            Err(error) => {
+                let error = format!("{error:#}");
+                tracing::error!(error, "cannot go on with what the data process before has left");
+            }
+        }
+    }
+
+    /// Gives the keeper what has changed.
+    fn keep(&mut self, what: Kept) {
+        let (Some(keeper), Some(active)) = (&self.keeper, &self.active) else { return };
+        let Some(memory) = &active.memory else { return };
+        let keep = || -> std::io::Result<()> {
+            let snapshot = handover::store(&active.snapshot())?;
+            match what {
+                Kept::Snapshot => handover::send(keeper, &ToKeeper::Snapshot, &[snapshot.as_fd()]),
+                Kept::All => {
+                    let (left, more) = active.running.leave(&active.snapshot.node);
+                    let mut all = vec![snapshot.as_fd(), memory.file()];
+                    all.extend(more);
+                    handover::send(keeper, &ToKeeper::Keep { left }, &all)
+                }
+            }
+        };
+        if let Err(error) = keep() {
+            tracing::error!(%error, "the next data process will begin anew");
+        }
+    }
+
+    /// Stops the lanes and has the keeper give all away: it then ends this process. Returns why not.
+    fn give_away(&mut self, connection: &UnixStream) -> Response {
+        let refused = |message: &str| Response::Error {
+            kind: ErrorKind::Invalid,
+            message: message.to_owned(),
+        };
+        let (Some(keeper), Some(active)) = (&self.keeper, &mut self.active) else {
+            return refused("there is nothing to take over yet");
+        };
+        if active.memory.is_none() {
+            return refused("its sessions end with it");
+        }
+        active.running.stop();
+        match handover::send(keeper, &ToKeeper::GiveAway, &[connection.as_fd()]) {
+            // Whoever kills this process is on the way, also where nobody takes it over.
+            Ok(()) => loop {
+                std::thread::park();
+            },
+            Err(error) => {
+                tracing::error!(%error, "the keeper is gone: ending, to begin anew");
+                std::process::exit(1);
             }
         }
     }
@@ -227,11 +347,21 @@ impl Manager {
     }
 }
 
+/// What of a data plane the keeper has to be told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kept {
+    Snapshot,
+    All,
+}
+
 impl Active {
+    /// Begins, with the sessions of a process before; `open` gives the descriptors.
     fn start(
         now: Time,
         snapshot: Snapshot,
-        to_manager: SyncSender<ToManager>,
+        memory: Option<SessionMemory>,
+        sessions: Vec<Resumed>,
+        open: impl FnOnce(&NodeSettings, &Arc<Published>) -> Result<Running, SetupError>,
     ) -> Result<Self, SetupError> {
         let node = &snapshot.node;
         let config = EngineConfig {
@@ -242,12 +372,15 @@ impl Active {
             mtu: node.tun.mtu,
             listen_port: node.underlay.port,
         };
-        let engine = Engine::new(config, Box::new(random))
+        let mut engine = Engine::new(config, Box::new(random))
             .map_err(|e| SetupError::Invalid(e.to_string()))?;
+        if let Some(memory) = &memory {
+            engine.set_memory(Box::new(memory.clone()));
+        }
         let mut empty = snapshot.clone();
         empty.peers.clear();
         let published = Arc::new(Published::default());
-        let running = Running::start(node, &published, to_manager)?;
+        let running = open(node, &published)?;
         let mut active = Self {
             snapshot: empty,
             engine,
@@ -255,12 +388,22 @@ impl Active {
             routes: Arc::default(),
             published,
             unswept: false,
+            memory,
             running,
             drops: DropStats::default(),
             totals: Totals::default(),
         };
         active.set_peers(now, snapshot.peers)?;
+        active.engine.resume(now, sessions);
+        active.publish();
+        active.running.begin()?;
         Ok(active)
+    }
+
+    /// All that is in force.
+    fn snapshot(&self) -> Snapshot {
+        let peers = self.peers.values().map(|(_, peer)| peer.clone()).collect();
+        Snapshot { peers, ..self.snapshot.clone() }
     }
 
     fn identity(&self) -> NodeIdentity {
@@ -269,7 +412,7 @@ impl Active {
     }
 
     /// Goes from what is in force to `snapshot`, touching only what differs.
-    fn become_like(&mut self, now: Time, snapshot: Snapshot) -> Result<(), SetupError> {
+    fn become_like(&mut self, now: Time, snapshot: Snapshot) -> Result<Kept, SetupError> {
         let mut node = snapshot.node.clone();
         node.tun = self.snapshot.node.tun.clone();
         if node != self.snapshot.node {
@@ -278,6 +421,7 @@ impl Active {
                     .to_owned(),
             ));
         }
+        let mut kept = Kept::Snapshot;
         let before = std::mem::replace(&mut self.snapshot.local_cidrs, snapshot.local_cidrs);
         if let Err(error) = self.set_peers(now, snapshot.peers) {
             self.snapshot.local_cidrs = before;
@@ -285,13 +429,14 @@ impl Active {
         }
         if snapshot.node.tun.ifindex != self.snapshot.node.tun.ifindex {
             self.running.attach_tun(&snapshot.node)?;
+            kept = Kept::All;
         }
         if snapshot.node.tun != self.snapshot.node.tun {
             self.snapshot.node.tun = snapshot.node.tun;
             self.publish();
         }
         self.snapshot.revision = snapshot.revision;
-        Ok(())
+        Ok(kept)
     }
 
     fn update(&mut self, now: Time, update: Update) -> Result<(), SetupError> {
@@ -359,7 +504,7 @@ impl Active {
             ToManager::Datagram { source, mut datagram } => {
                 self.engine.handle_datagram(now, source, &mut datagram);
             }
-            ToManager::Request { .. } | ToManager::TunGone { .. } => {}
+            ToManager::Request { .. } | ToManager::TunGone { .. } | ToManager::GiveAway { .. } => {}
         }
     }
 
@@ -406,18 +551,14 @@ fn random(bytes: &mut [u8]) {
     aws_lc_rs::rand::fill(bytes).expect("the system's random generator failed");
 }
 
-/// Readings of both clocks.
-struct Clock(Instant);
-
-impl Clock {
-    fn start() -> Self {
-        Self(Instant::now())
-    }
-
-    fn now(&self) -> Time {
-        let wall = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        Time { mono: self.0.elapsed(), wall }
-    }
+/// Readings of both clocks. The monotonic one is the same for all processes, goes on while the machine is
+/// suspended, and knows no leaps: by it the next process tells how old a session is.
+fn clock() -> Time {
+    let wall = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let mono = clock_gettime(ClockId::Boottime);
+    let secs = u64::try_from(mono.tv_sec).unwrap_or(0);
+    let nanos = u32::try_from(mono.tv_nsec).unwrap_or(0);
+    Time { mono: Duration::new(secs, nanos), wall }
 }
 
 impl SetupError {

@@ -3,9 +3,12 @@
 
 mod busy_poll;
 mod egress;
+mod handover;
 mod ingress;
+mod keeper;
 mod lane;
 mod manager;
+mod memory;
 mod pending;
 mod report;
 mod server;
@@ -15,36 +18,82 @@ mod tables;
 mod totals;
 mod write;
 
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use rustix::process::Signal;
 
-use crate::ipc::{PROTOCOL_VERSION, Request, Response, read_frame, write_frame};
+use self::handover::{Begin, Estate};
+use crate::config::{Log, LogFormat};
+use crate::ipc::{HandOver, PROTOCOL_VERSION, Request, Response, read_frame, write_frame};
+use crate::sys::descriptors;
 
 /// How long a probe waits for each step.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// What the data process is started with; everything else comes over the socket.
+/// What the data plane is started with; everything else comes over the socket.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// Path of the unix socket to listen on.
     pub socket: PathBuf,
+    /// Whether to take everything over from the data process that listens there.
+    pub take_over: bool,
+    /// How the data process logs.
+    pub log: Log,
 }
 
-/// Runs the data process until it is asked to end over its socket.
-pub fn run(options: Options) -> anyhow::Result<()> {
-    let listener = server::bind(&options.socket)?;
-    tracing::info!(socket = %options.socket.display(), "data process listens");
-    let (manager, thread) = manager::start().context("cannot start the manager")?;
+/// Keeps a data process at work until it is asked to end over its socket.
+pub fn run(options: &Options) -> anyhow::Result<()> {
+    let format = match options.log.format {
+        LogFormat::Text => "text",
+        LogFormat::Json => "json",
+    };
+    let arguments = ["dataplane", "--log-level", &options.log.level, "--log-format", format];
+    let arguments: Vec<_> = arguments.iter().chain(&["--worker"]).map(Into::into).collect();
+    keeper::run(&options.socket, options.take_over, &arguments)
+}
+
+/// The data process: works for the keeper at the other end of a descriptor that it inherited.
+pub fn work(channel: i32) -> anyhow::Result<()> {
+    // Nobody could give its descriptors to another one.
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+        .context("cannot be tied to the keeper")?;
+    let channel = descriptors::inherited(channel).context("--worker is the keeper's to use")?;
+    let begin: Option<Begin> = handover::receive(&channel).context("the keeper says nothing")?;
+    let Begin { left } = begin.context("the keeper is gone")?;
+    let count = 1 + left.as_ref().map_or(0, HandOver::descriptors);
+    let mut all = descriptors::receive(&channel, count).context("the keeper gives nothing")?;
+    let listener = all.remove(0).into();
+    let left = left.and_then(|left| Estate::sort(&left, all).map(|estate| (left, estate)));
+    serve(listener, Some(channel), left)
+}
+
+/// Works in this process, with nobody to go on when it dies.
+pub fn run_alone(socket: &Path) -> anyhow::Result<()> {
+    serve(server::bind(socket)?, None, None)
+}
+
+fn serve(
+    listener: UnixListener,
+    keeper: Option<UnixStream>,
+    left: Option<(HandOver, Estate)>,
+) -> anyhow::Result<()> {
+    let socket = listener.local_addr().ok();
+    let socket = socket.as_ref().and_then(|address| address.as_pathname()).map(Path::to_owned);
+    server::own(&listener).context("cannot listen")?;
+    let (manager, thread) = manager::start(keeper, left).context("cannot start the manager")?;
+    tracing::info!(?socket, "the data process listens");
     std::thread::Builder::new()
         .name("control-listener".to_owned())
         .spawn(move || server::serve(listener, manager))
         .context("cannot start the control socket")?;
     let ended = thread.join();
     // Nobody can connect any more; a failure leaves a stale socket, which the next start removes.
-    let _ = std::fs::remove_file(&options.socket);
+    if let Some(socket) = socket {
+        let _ = std::fs::remove_file(socket);
+    }
     ended.map_err(|_| anyhow::anyhow!("the manager's thread has panicked"))
 }
 

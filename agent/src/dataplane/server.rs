@@ -11,11 +11,13 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use anyhow::{Context, bail};
 
 use super::manager::ToManager;
-use crate::ipc::{ErrorKind, Request, Response, read_frame, write_frame};
+use crate::ipc::{ErrorKind, HANDOVER_VERSION, Request, Response, read_frame, write_frame};
 use crate::sys::socket::peer_credentials;
 
 /// Connections served at once: the control process's, and a few of people who look.
 const CONNECTIONS: usize = 8;
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 16;
 
 /// Binds the socket for root's use only. A path that a dead process left is taken over.
 pub(super) fn bind(path: &Path) -> anyhow::Result<UnixListener> {
@@ -42,6 +44,15 @@ pub(super) fn bind(path: &Path) -> anyhow::Result<UnixListener> {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
         .with_context(|| format!("cannot protect the socket {}", path.display()))?;
     Ok(listener)
+}
+
+/// Makes the socket this process's, whoever has bound it: whoever connects is told its process id. Those
+/// that came meanwhile try again.
+pub(super) fn own(listener: &UnixListener) -> io::Result<()> {
+    rustix::net::listen(listener, BACKLOG)?;
+    listener.set_nonblocking(true)?;
+    while listener.accept().is_ok() {}
+    listener.set_nonblocking(false)
 }
 
 /// Accepts connections until the process ends.
@@ -93,7 +104,13 @@ fn converse(mut stream: UnixStream, manager: &SyncSender<ToManager>) -> anyhow::
             }
         };
         let (answer, response) = sync_channel(1);
-        manager.send(ToManager::Request { request, answer }).context("the manager has ended")?;
+        let message = match request {
+            Request::TakeOver { version: HANDOVER_VERSION } => {
+                ToManager::GiveAway { connection: stream.try_clone()?, answer }
+            }
+            request => ToManager::Request { request, answer },
+        };
+        manager.send(message).context("the manager has ended")?;
         write_frame(&mut stream, &response.recv().context("the manager has ended")?)?;
     }
 }

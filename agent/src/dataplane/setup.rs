@@ -3,6 +3,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 use std::time::Duration;
@@ -11,12 +12,16 @@ use skein_core::offload::coalesce::CoalesceConfig;
 use skein_core::tunnel::Ciphers;
 use thiserror::Error;
 
+use super::handover::{self, FamilySockets};
 use super::lane::{LaneHandle, LaneParts, NewTun};
 use super::manager::ToManager;
 use super::tables::Published;
-use crate::ipc::{Capability, CapabilityState, CipherChoice, NodeSettings, OffloadSettings};
+use crate::ipc::{
+    Capability, CapabilityState, CipherChoice, Family, HANDOVER_VERSION, HandOver, NodeSettings,
+    OffloadSettings,
+};
 use crate::sys::send::GsoState;
-use crate::sys::tun::{self, TunError, TunOffload};
+use crate::sys::tun::{self, TunError, TunOffload, TunQueue};
 use crate::sys::udp::{self, UdpError, UdpOptions};
 
 /// Why a data plane could not be started or changed.
@@ -36,24 +41,41 @@ pub(super) enum SetupError {
     Io(#[from] io::Error),
 }
 
+/// Descriptors that are open, and what the kernel allows on them.
+struct Opened {
+    queues: Vec<TunQueue>,
+    sockets: Vec<FamilySockets>,
+    offload: TunOffload,
+    gso: bool,
+    capabilities: Vec<Capability>,
+    generation: u32,
+}
+
 /// Lanes at work, and the sockets for handshakes.
 pub(super) struct Running {
-    /// In the order of their numbers.
+    /// In the order of their numbers; none before [`Running::begin`].
     pub(super) lanes: Vec<LaneHandle>,
     /// The ladder as probed.
     pub(super) capabilities: Vec<Capability>,
+    /// Lanes that have not begun yet.
+    parts: Vec<LaneParts>,
     manager_sockets: Vec<(bool, UdpSocket)>,
+    /// Copies of the lanes' descriptors and the manager's, for the keeper.
+    copies: Vec<OwnedFd>,
+    families: Vec<Family>,
+    offload: TunOffload,
+    gso: bool,
     /// How often the lanes were attached to a device made anew. What a lane says of the one before is
     /// out of date.
     pub(super) generation: u32,
 }
 
 impl Running {
-    /// Opens everything and starts the lanes.
-    pub(super) fn start(
+    /// Opens everything.
+    pub(super) fn open(
         node: &NodeSettings,
         published: &Arc<Published>,
-        manager: SyncSender<ToManager>,
+        manager: &SyncSender<ToManager>,
     ) -> Result<Self, SetupError> {
         if !(1..=64).contains(&node.lanes) {
             return Err(SetupError::Invalid(format!(
@@ -70,8 +92,7 @@ impl Running {
             send_buffer: node.underlay.send_buffer,
             gro: node.offload.udp_gro,
         };
-        let mut manager_sockets = Vec::new();
-        let mut sockets: Vec<Vec<_>> = (0..lanes).map(|_| Vec::new()).collect();
+        let mut sockets = Vec::new();
         for address in addresses {
             let socket_address = SocketAddr::new(address, node.underlay.port);
             let (pairs, more) = udp::bind_lanes(socket_address, lanes, &options)?;
@@ -83,11 +104,8 @@ impl Running {
                 )));
             }
             notes.extend(more);
-            for (lane, pair) in sockets.iter_mut().zip(pairs) {
-                lane.push(pair);
-            }
-            let socket = udp::bind_manager(socket_address, &options)?;
-            manager_sockets.push((address.is_ipv4(), socket));
+            let manager = udp::bind_manager(socket_address, &options)?;
+            sockets.push(FamilySockets { v4: address.is_ipv4(), lanes: pairs, manager });
         }
         let gso = match node.offload.udp_gso {
             true => udp::gso_supported(),
@@ -96,29 +114,108 @@ impl Running {
         if let Err(reason) = &gso {
             notes.push(("udp_gso", reason.clone()));
         }
+        let opened = Opened {
+            queues,
+            sockets,
+            offload,
+            gso: gso.is_ok(),
+            capabilities: capabilities(node.offload, &notes),
+            generation: 0,
+        };
+        Ok(Self::new(node, opened, published, manager)?)
+    }
+
+    /// Goes on with what another process has left.
+    pub(super) fn inherit(
+        node: &NodeSettings,
+        left: HandOver,
+        queues: Vec<OwnedFd>,
+        sockets: Vec<FamilySockets>,
+        published: &Arc<Published>,
+        manager: &SyncSender<ToManager>,
+    ) -> Result<Self, SetupError> {
+        let inherit = |fd| tun::inherit_queue(fd, &node.tun.name);
+        let opened = Opened {
+            queues: queues.into_iter().map(inherit).collect::<Result<_, _>>()?,
+            sockets,
+            offload: left.offload,
+            gso: left.gso,
+            capabilities: left.capabilities,
+            generation: left.generation,
+        };
+        Ok(Self::new(node, opened, published, manager)?)
+    }
+
+    fn new(
+        node: &NodeSettings,
+        opened: Opened,
+        published: &Arc<Published>,
+        manager: &SyncSender<ToManager>,
+    ) -> io::Result<Self> {
+        let Opened { queues, sockets, offload, gso, capabilities, generation } = opened;
+        let copies = handover::descriptors(&queues, &sockets)?;
         let busy_poll = node
             .busy_poll_us
             .map_or_else(super::busy_poll::default_limit, |us| Duration::from_micros(us.into()));
-        let mut handles = Vec::with_capacity(lanes);
-        for ((index, tun), sockets) in (0..).zip(queues).zip(sockets) {
-            handles.push(LaneHandle::start(LaneParts {
-                index,
-                lanes: node.lanes,
-                tun,
-                coalesce: coalesce(offload),
-                sockets,
-                gso: match &gso {
-                    Ok(()) => GsoState::new(),
-                    Err(_) => GsoState::disabled(),
-                },
-                bundling: node.bundling,
-                busy_poll,
-                published: Arc::clone(published),
-                manager: manager.clone(),
-            })?);
+        let mut families = Vec::new();
+        let mut manager_sockets = Vec::new();
+        let mut of_lanes: Vec<Vec<_>> = queues.iter().map(|_| Vec::new()).collect();
+        for FamilySockets { v4, lanes, manager } in sockets {
+            families.push(Family { v4, gro: lanes.iter().all(|pair| pair.gro) });
+            manager_sockets.push((v4, manager));
+            of_lanes.iter_mut().zip(lanes).for_each(|(lane, pair)| lane.push(pair));
         }
-        let capabilities = capabilities(node.offload, &notes);
-        Ok(Self { lanes: handles, capabilities, manager_sockets, generation: 0 })
+        let parts = (0..).zip(queues).zip(of_lanes).map(|((index, tun), sockets)| LaneParts {
+            index,
+            lanes: node.lanes,
+            tun,
+            coalesce: coalesce(offload),
+            sockets,
+            gso: if gso { GsoState::new() } else { GsoState::disabled() },
+            bundling: node.bundling,
+            busy_poll,
+            published: Arc::clone(published),
+            manager: manager.clone(),
+        });
+        Ok(Self {
+            lanes: Vec::new(),
+            capabilities,
+            parts: parts.collect(),
+            manager_sockets,
+            copies,
+            families,
+            offload,
+            gso,
+            generation,
+        })
+    }
+
+    /// Starts the lanes. What they are to look at has to be published.
+    pub(super) fn begin(&mut self) -> io::Result<()> {
+        for parts in std::mem::take(&mut self.parts) {
+            self.lanes.push(LaneHandle::start(parts)?);
+        }
+        Ok(())
+    }
+
+    /// What the next process needs to know, and the descriptors behind the snapshot and the sessions.
+    pub(super) fn leave(&self, node: &NodeSettings) -> (HandOver, Vec<BorrowedFd<'_>>) {
+        let left = HandOver {
+            version: HANDOVER_VERSION,
+            lanes: node.lanes,
+            families: self.families.clone(),
+            offload: self.offload,
+            gso: self.gso,
+            capabilities: self.capabilities.clone(),
+            generation: self.generation,
+        };
+        (left, self.copies.iter().map(AsFd::as_fd).collect())
+    }
+
+    /// Stops the lanes. What the kernel holds for them stays in its queues while anybody has copies of
+    /// the descriptors.
+    pub(super) fn stop(&mut self) {
+        self.lanes.clear();
     }
 
     /// Attaches every lane to the device of this name again, after it was made anew.
@@ -126,6 +223,9 @@ impl Running {
         let (queues, offload, notes) =
             tun::open_queues(&node.tun.name, self.lanes.len(), allowed(node.offload))?;
         self.generation += 1;
+        self.offload = offload;
+        let copies = handover::descriptors(&queues, &[])?;
+        self.copies.splice(..self.lanes.len(), copies);
         for (lane, tun) in self.lanes.iter().zip(queues) {
             let (coalesce, generation) = (coalesce(offload), self.generation);
             lane.replace_tun(NewTun { tun, coalesce, generation });

@@ -3,7 +3,9 @@
 //! Nothing in here knows of tunnels, sessions or routes. What goes out and comes in are byte
 //! slices, [`std::net::SocketAddr`] and typed errors; no libc structure leaves the module.
 
+pub mod descriptors;
 pub mod link;
+pub mod memory;
 pub mod netns;
 pub mod poll;
 pub mod probe;

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 use tun::AbstractDevice;
 
 use super::link::{self, TunLink};
@@ -27,7 +28,7 @@ pub const MAX_QUEUES: usize = 256;
 const RELEASE_TIME: Duration = Duration::from_millis(500);
 
 /// Which offloads are, or may be, in force on a device. Without `checksum` there is none.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct TunOffload {
     /// Packets may be read and written with a partial checksum (TUN_F_CSUM).
     pub checksum: bool,
@@ -194,6 +195,11 @@ pub fn open_queues(
         descend(allowed, |offload| open.iter().try_for_each(|queue| queue.set_offload(offload)))
             .map_err(|source| failed(format!("setting the offloads of {name}"), source))?;
     Ok((open, offload, notes))
+}
+
+/// A queue that another process has opened and left.
+pub fn inherit_queue(fd: OwnedFd, name: &str) -> Result<TunQueue, TunError> {
+    Ok(TunQueue { device: adopt(fd, name)? })
 }
 
 /// Checks that the device is there, ours and unused, and gives its index. TUNSETIFF would make a

@@ -63,6 +63,11 @@ pub struct SavedSession {
 }
 
 impl SavedSession {
+    /// Lanes that the peer sends on.
+    pub fn remote_lanes(&self) -> u8 {
+        self.remote_lanes
+    }
+
     /// All of it, secrets too.
     pub fn to_bytes(&self) -> Zeroizing<[u8; SAVED_LEN]> {
         let mut out = Zeroizing::new([0; SAVED_LEN]);

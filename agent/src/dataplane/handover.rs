@@ -1,0 +1,160 @@
+//! What one data process leaves to the next: a description, and descriptors beside it.
+//!
+//! The keeper ([`super::keeper`]) has a copy of everything, and gives it to each data process that it
+//! starts, or to another keeper. Messages are frames of [`crate::ipc`]; descriptors follow their frame.
+
+use std::fs::File;
+use std::io::{self, Seek};
+use std::net::UdpSocket;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::ipc::{Family, HandOver, Snapshot, read_frame, write_frame};
+use crate::sys::descriptors;
+use crate::sys::tun::TunQueue;
+use crate::sys::udp::LaneSockets;
+
+/// What the keeper gives to a data process at its start. The listening socket follows, and then what
+/// was left.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Begin {
+    /// What the data process before has left.
+    pub(super) left: Option<HandOver>,
+}
+
+/// What a data process gives to its keeper.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "message", rename_all = "snake_case")]
+pub(super) enum ToKeeper {
+    /// All that the next one needs, instead of what was given before. The descriptors follow.
+    Keep {
+        /// What they are.
+        left: HandOver,
+    },
+    /// A later snapshot, which follows.
+    Snapshot,
+    /// This process has stopped; all is to go to whoever is at the other end of the connection that
+    /// follows.
+    GiveAway,
+}
+
+/// The descriptors of a [`HandOver`].
+pub(super) struct Estate {
+    pub(super) snapshot: OwnedFd,
+    pub(super) sessions: OwnedFd,
+    pub(super) queues: Vec<OwnedFd>,
+    /// In the order of the families.
+    pub(super) sockets: Vec<FamilySockets>,
+}
+
+/// See [`Estate`].
+pub(super) struct FamilySockets {
+    pub(super) v4: bool,
+    pub(super) lanes: Vec<LaneSockets>,
+    pub(super) manager: UdpSocket,
+}
+
+impl Estate {
+    /// Tells descriptors apart. `None` where their number is wrong.
+    pub(super) fn sort(left: &HandOver, descriptors: Vec<OwnedFd>) -> Option<Self> {
+        let mut rest = descriptors.into_iter();
+        let (snapshot, sessions) = (rest.next()?, rest.next()?);
+        let lanes = usize::from(left.lanes);
+        let queues: Vec<_> = rest.by_ref().take(lanes).collect();
+        let mut sockets = Vec::new();
+        for &Family { v4, gro } in &left.families {
+            let mut of_lanes = Vec::with_capacity(lanes);
+            for _ in 0..lanes {
+                let (receive, send) = (rest.next()?.into(), rest.next()?.into());
+                of_lanes.push(LaneSockets { receive, send, gro });
+            }
+            sockets.push(FamilySockets { v4, lanes: of_lanes, manager: rest.next()?.into() });
+        }
+        let all = queues.len() == lanes && rest.next().is_none();
+        all.then_some(Self { snapshot, sessions, queues, sockets })
+    }
+}
+
+/// The descriptors of everything that lanes and the manager have, as [`HandOver`] orders them behind the
+/// snapshot and the sessions.
+pub(super) fn descriptors<'a>(
+    queues: &'a [TunQueue],
+    sockets: &'a [FamilySockets],
+) -> io::Result<Vec<OwnedFd>> {
+    let mut all: Vec<BorrowedFd<'a>> = queues.iter().map(AsFd::as_fd).collect();
+    for family in sockets {
+        all.extend(family.lanes.iter().flat_map(|pair| [pair.receive.as_fd(), pair.send.as_fd()]));
+        all.push(family.manager.as_fd());
+    }
+    all.into_iter().map(|fd| fd.try_clone_to_owned()).collect()
+}
+
+/// Writes a snapshot into memory that nobody can change any more.
+pub(super) fn store(snapshot: &Snapshot) -> io::Result<OwnedFd> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let mut file = File::from(rustix::fs::memfd_create("skein-snapshot", flags)?);
+    write_frame(&mut file, snapshot)?;
+    let all = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+    fcntl_add_seals(&file, all)?;
+    Ok(file.into())
+}
+
+/// Reads it.
+pub(super) fn load(file: OwnedFd) -> io::Result<Snapshot> {
+    let mut file = File::from(file);
+    file.rewind()?;
+    read_frame(&mut file)?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+}
+
+/// Sends a message and the descriptors that belong to it.
+pub(super) fn send<T: Serialize>(
+    stream: &UnixStream,
+    message: &T,
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    write_frame(&mut &*stream, message)?;
+    descriptors::send(stream, descriptors)
+}
+
+/// Receives a message; what belongs to it is received by [`descriptors::receive`]. `None`: the other side
+/// is gone.
+pub(super) fn receive<T: DeserializeOwned>(stream: &UnixStream) -> io::Result<Option<T>> {
+    read_frame(&mut &*stream)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::ipc::HANDOVER_VERSION;
+    use crate::sys::tun::TunOffload;
+
+    fn file() -> OwnedFd {
+        tempfile::tempfile().unwrap().into()
+    }
+
+    #[test]
+    fn descriptors_are_told_apart_and_a_wrong_number_is_refused() {
+        let family = |v4| Family { v4, gro: true };
+        let left = HandOver {
+            version: HANDOVER_VERSION,
+            lanes: 3,
+            families: vec![family(true), family(false)],
+            offload: TunOffload::NONE,
+            gso: true,
+            capabilities: Vec::new(),
+            generation: 0,
+        };
+        assert_eq!(left.descriptors(), 2 + 3 + 2 * 7);
+        let estate = Estate::sort(&left, (0..19).map(|_| file()).collect()).unwrap();
+        assert_eq!((estate.queues.len(), estate.sockets.len()), (3, 2));
+        assert!(estate.sockets.iter().all(|family| family.lanes.len() == 3));
+        for wrong in [0, 1, 4, 18, 20] {
+            assert!(Estate::sort(&left, (0..wrong).map(|_| file()).collect()).is_none(), "{wrong}");
+        }
+    }
+}

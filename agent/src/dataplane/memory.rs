@@ -1,0 +1,176 @@
+//! Sessions in memory that outlives this process, for the next one to go on with.
+//!
+//! Words: a header; one record a session (whether there is one, then the session); and for each lane that
+//! a peer may send on one mark a session ([`Kept`]). Marks lie by lane, so that two lanes, which two
+//! threads receive, share no cache line. Whoever is killed in the middle of a write leaves a record that is
+//! not there yet, or not any more.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use skein_core::tunnel::{Kept, Memory, SAVED_LEN, SavedSession};
+use skein_core::wire::header::{CONTROL_LANE, MAX_LANES};
+
+use crate::sys::memory::SharedWords;
+
+/// Sessions that can be kept: two of each of 8,000 peers. One beyond ends with its process.
+const PLACES: usize = 16_384;
+/// What the first word says; another layout has another number.
+const LAYOUT: u64 = 0x736b_6569_6e00_0001;
+/// Places in the header: the layout, and how many places were ever used.
+const HEADER: usize = 8;
+const USED: usize = 1;
+/// Words of a record.
+const RECORD: usize = 1 + SAVED_LEN / 8;
+const MARKS: usize = HEADER + PLACES * RECORD;
+const WORDS: usize = MARKS + (MAX_LANES + 1) * PLACES;
+
+const _: () = assert!(SAVED_LEN.is_multiple_of(8));
+
+/// See the module. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(super) struct SessionMemory(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    words: SharedWords,
+    /// Places below the header's number that nobody has.
+    free: Mutex<BTreeSet<usize>>,
+}
+
+/// A session of another process, and its place.
+pub(super) type Resumed = (SavedSession, Box<dyn Kept>);
+
+/// The place of one session; given back with it.
+struct Place {
+    memory: SessionMemory,
+    place: usize,
+    lanes: u8,
+}
+
+impl SessionMemory {
+    /// Room for sessions.
+    pub(super) fn create() -> io::Result<Self> {
+        let words = SharedWords::create(WORDS)?;
+        words.words()[0].store(LAYOUT, Ordering::Relaxed);
+        Ok(Self(Arc::new(Inner { words, free: Mutex::default() })))
+    }
+
+    /// What another process has left, which must not run any more. Each session is in its next life.
+    pub(super) fn open(file: OwnedFd) -> io::Result<(Self, Vec<Resumed>)> {
+        let words = SharedWords::open(file, WORDS)?;
+        if words.words()[0].load(Ordering::Relaxed) != LAYOUT {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        let memory = Self(Arc::new(Inner { words, free: Mutex::default() }));
+        let mut found = Vec::new();
+        for place in 0..memory.used() {
+            match memory.read(place) {
+                Some(mut session) => {
+                    session.life += 1;
+                    // Before a datagram is sealed with it.
+                    memory.write(place, &session);
+                    let lanes = MAX_LANES as u8;
+                    let kept = Place { memory: memory.clone(), place, lanes };
+                    found.push((session, Box::new(kept) as Box<dyn Kept>));
+                }
+                None => memory.forget(place, MAX_LANES as u8),
+            }
+        }
+        Ok((memory, found))
+    }
+
+    /// The file, to hand on.
+    pub(super) fn file(&self) -> BorrowedFd<'_> {
+        self.0.words.as_fd()
+    }
+
+    fn used(&self) -> usize {
+        let used = self.0.words.words()[USED].load(Ordering::Relaxed);
+        usize::try_from(used).map_or(PLACES, |used| used.min(PLACES))
+    }
+
+    fn record(&self, place: usize) -> &[AtomicU64] {
+        &self.0.words.words()[HEADER + place * RECORD..][..RECORD]
+    }
+
+    fn mark(&self, place: usize, lane: u8) -> Option<&AtomicU64> {
+        let lane = match lane {
+            CONTROL_LANE => MAX_LANES,
+            lane => Some(usize::from(lane)).filter(|lane| *lane < MAX_LANES)?,
+        };
+        self.0.words.words().get(MARKS + lane * PLACES + place)
+    }
+
+    fn take_place(&self) -> Option<usize> {
+        let mut free = self.0.free.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(place) = free.pop_first() {
+            return Some(place);
+        }
+        let place = Some(self.used()).filter(|place| *place < PLACES)?;
+        self.0.words.words()[USED].store(place as u64 + 1, Ordering::Relaxed);
+        Some(place)
+    }
+
+    fn read(&self, place: usize) -> Option<SavedSession> {
+        let (there, words) = self.record(place).split_first()?;
+        if there.load(Ordering::Acquire) != 1 {
+            return None;
+        }
+        let mut bytes = zeroize::Zeroizing::new([0; SAVED_LEN]);
+        for (out, word) in bytes.chunks_exact_mut(8).zip(words) {
+            out.copy_from_slice(&word.load(Ordering::Relaxed).to_ne_bytes());
+        }
+        SavedSession::from_bytes(&bytes)
+    }
+
+    fn write(&self, place: usize, session: &SavedSession) {
+        let Some((there, words)) = self.record(place).split_first() else { return };
+        for (bytes, word) in session.to_bytes().chunks_exact(8).zip(words) {
+            let bytes = bytes.first_chunk().copied().unwrap_or_default();
+            word.store(u64::from_ne_bytes(bytes), Ordering::Relaxed);
+        }
+        there.store(1, Ordering::Release);
+    }
+
+    fn forget(&self, place: usize, lanes: u8) {
+        let Some((there, words)) = self.record(place).split_first() else { return };
+        there.store(0, Ordering::Relaxed);
+        std::sync::atomic::fence(Ordering::Release);
+        words.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+        let marks = (0..lanes).chain([CONTROL_LANE]).filter_map(|lane| self.mark(place, lane));
+        // What was never written has no room yet, and gets none.
+        let marks = marks.filter(|mark| mark.load(Ordering::Relaxed) != 0);
+        marks.for_each(|mark| mark.store(0, Ordering::Relaxed));
+        self.0.free.lock().unwrap_or_else(PoisonError::into_inner).insert(place);
+    }
+}
+
+impl Memory for SessionMemory {
+    fn keep(&mut self, session: &SavedSession) -> Option<Box<dyn Kept>> {
+        let place = self.take_place()?;
+        self.write(place, session);
+        Some(Box::new(Place { memory: self.clone(), place, lanes: session.remote_lanes() }))
+    }
+}
+
+impl Kept for Place {
+    fn mark(&self, lane: u8) -> u64 {
+        self.memory.mark(self.place, lane).map_or(0, |mark| mark.load(Ordering::Relaxed))
+    }
+
+    fn set_mark(&self, lane: u8, mark: u64) {
+        if let Some(word) = self.memory.mark(self.place, lane) {
+            word.store(mark, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.memory.forget(self.place, self.lanes);
+    }
+}

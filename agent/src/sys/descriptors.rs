@@ -1,0 +1,108 @@
+//! Descriptors that go from one process to another over a unix socket (SCM_RIGHTS, unix(7)).
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use rustix::io::FdFlags;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+
+/// The kernel passes at most 253 (SCM_MAX_FD) with one message.
+const CHUNK: usize = 128;
+
+/// Sends descriptors; the other side knows how many.
+pub fn send(stream: &UnixStream, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    for chunk in descriptors.chunks(CHUNK) {
+        let mut space =
+            vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(CHUNK))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        ancillary.push(SendAncillaryMessage::ScmRights(chunk));
+        // Descriptors travel with a byte.
+        let sent = rustix::io::retry_on_intr(|| {
+            sendmsg(stream, &[IoSlice::new(&[0])], &mut ancillary, SendFlags::NOSIGNAL)
+        })?;
+        if sent != 1 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+    }
+    Ok(())
+}
+
+/// The unix socket that this process has inherited as descriptor `number`. No child inherits it.
+pub fn inherited(number: i32) -> io::Result<UnixStream> {
+    let path = format!("/proc/self/fd/{number}");
+    if number <= 2 || std::fs::read_link(path).is_err() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: it is open, and nothing in this process has opened it: it was there at the start.
+    let fd = unsafe { OwnedFd::from_raw_fd(number) };
+    rustix::io::fcntl_setfd(&fd, FdFlags::CLOEXEC)?;
+    if rustix::net::sockopt::socket_domain(&fd)? != AddressFamily::UNIX {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    Ok(fd.into())
+}
+
+/// Receives `count` descriptors, all closed on exec.
+pub fn receive(stream: &UnixStream, count: usize) -> io::Result<Vec<OwnedFd>> {
+    let mut descriptors = Vec::new();
+    while descriptors.len() < count {
+        let expected = (count - descriptors.len()).min(CHUNK);
+        let mut space =
+            vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(CHUNK))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let mut byte = [0];
+        let received = rustix::io::retry_on_intr(|| {
+            let into = &mut [IoSliceMut::new(&mut byte)];
+            recvmsg(stream.as_fd(), into, &mut ancillary, RecvFlags::CMSG_CLOEXEC)
+        })?;
+        if received.bytes == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let before = descriptors.len();
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(more) = message {
+                descriptors.extend(more);
+            }
+        }
+        if descriptors.len() - before != expected {
+            let text = format!("{} descriptors came, not {expected}", descriptors.len() - before);
+            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+        }
+    }
+    Ok(descriptors)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::io::{Read, Seek, Write};
+
+    use super::*;
+
+    #[test]
+    fn descriptors_arrive_in_their_order() {
+        let (a, b) = UnixStream::pair().unwrap();
+        let files: Vec<_> = (0..300u32)
+            .map(|number| {
+                let mut file = tempfile::tempfile().unwrap();
+                file.write_all(&number.to_le_bytes()).unwrap();
+                file.rewind().unwrap();
+                file
+            })
+            .collect();
+        let all: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        send(&a, &all).unwrap();
+        for (number, fd) in receive(&b, 300).unwrap().into_iter().enumerate() {
+            let mut bytes = [0; 4];
+            std::fs::File::from(fd).read_exact(&mut bytes).unwrap();
+            assert_eq!(u32::from_le_bytes(bytes) as usize, number);
+        }
+        drop(a);
+        assert!(receive(&b, 1).is_err(), "nobody sends any more");
+        assert_eq!(receive(&b, 0).unwrap().len(), 0);
+    }
+}
