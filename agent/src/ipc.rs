@@ -18,7 +18,7 @@ use crate::keys::{PrivateKey, PublicKey};
 use crate::sys::tun::TunOffload;
 
 /// Raised with every change that an older peer would misread.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// The longest frame accepted, in bytes: a snapshot of 5,000 nodes takes about 2 MiB.
 pub const MAX_FRAME: usize = 64 << 20;
@@ -46,7 +46,10 @@ pub enum Request {
         update: Update,
     },
     /// Ask for counters and states.
-    Report,
+    Report {
+        /// Also those of each peer: with thousands of them this takes milliseconds.
+        peers: bool,
+    },
     /// End the data process in an orderly way (the TUN device stays).
     Shutdown,
     /// Stop, and give all descriptors and sessions to whoever asks.
@@ -557,10 +560,10 @@ mod tests {
     fn frames_round_trip_and_end_cleanly() {
         let mut bytes = Vec::new();
         write_frame(&mut bytes, &Request::Hello { version: 7 }).unwrap();
-        write_frame(&mut bytes, &Request::Report).unwrap();
+        write_frame(&mut bytes, &Request::Report { peers: true }).unwrap();
         let mut from = &bytes[..];
         assert!(matches!(read_frame(&mut from).unwrap(), Some(Request::Hello { version: 7 })));
-        assert!(matches!(read_frame(&mut from).unwrap(), Some(Request::Report)));
+        assert!(matches!(read_frame(&mut from).unwrap(), Some(Request::Report { peers: true })));
         assert!(read_frame::<Request>(&mut from).unwrap().is_none());
     }
 

@@ -10,6 +10,7 @@ use skein_e2e::lab::agent::{Agent, Cluster};
 use skein_e2e::lab::process::Process;
 use skein_e2e::lab::{Family, Lab, Plan, Pod};
 use skein_e2e::load::ping::{Answers, Ping, ping};
+use skein_e2e::load::transfer::Transfer;
 
 /// Agents whose data processes somebody else has started.
 fn external() -> Result<(Cluster, Vec<Process>)> {
@@ -48,18 +49,18 @@ fn an_external_data_process_outlives_the_control_process() -> Result<()> {
     let (mut cluster, mut processes) = external()?;
     let Cluster { agents, lab, .. } = &mut cluster;
     for (agent, process) in agents.iter().zip(&processes) {
-        ensure!(only_dataplane(agent)? == process.pid(), "another data process is at work");
+        ensure!(agent.keeper_pids() == [process.pid()], "another data process is at work");
     }
     let (a, b) = (lab.pod(0), lab.pod(1));
     checks::transfer(a, b, Family::V6, 4 << 20)?;
-    let before = revision(&agents[0])?;
+    let (before, pid) = (revision(&agents[0])?, only_dataplane(&agents[0])?);
     let answers = pinged_while(a, b, || {
         agents[0].kill_control();
         thread::sleep(Duration::from_millis(500));
         agents[0].start()
     })?;
     ensure!(answers.complete(), "{} of {} answered", answers.received, answers.sent);
-    ensure!(only_dataplane(&agents[0])? == processes[0].pid());
+    ensure!(only_dataplane(&agents[0])? == pid);
     ensure!(revision(&agents[0])? > before, "the next control process has not taken over");
     agents[0].remove_record(&agents[1].record.name)?;
     let cut = || Ok(checks::does_not_reach(a, b, Family::V4).is_ok());
@@ -119,6 +120,116 @@ fn a_data_process_that_is_to_be_kept_goes_on_without_an_agent() -> Result<()> {
     // The agent that is told otherwise ends it, also one that it has not started.
     agent.stop()?;
     ensure!(agent.dataplane_pids().is_empty(), "{:?} goes on", agent.dataplane_pids());
+    Ok(())
+}
+
+/// Handshakes of one result, as the data process counts them.
+fn handshakes(agent: &Agent, result: &str) -> Result<u64> {
+    let report = agent.report()?;
+    let counts = report["handshakes"].as_array().context("no handshakes")?;
+    let found = counts.iter().find(|count| count["result"] == result);
+    found.and_then(|count| count["count"].as_u64()).with_context(|| format!("no {result}"))
+}
+
+/// Kills the data process; returns once another one answers.
+fn kill_dataplane(agent: &Agent) -> Result<()> {
+    let before = only_dataplane(agent)?;
+    kill_process(Pid::from_raw(before).context("no process")?, Signal::KILL)?;
+    let again =
+        || Ok(only_dataplane(agent).is_ok_and(|pid| pid != before) && agent.report().is_ok());
+    checks::eventually("another is at work", Duration::from_secs(5), again).map(drop)
+}
+
+#[test]
+fn a_killed_data_process_is_replaced_without_an_outage() -> Result<()> {
+    const KILLS: u32 = 3;
+    let cluster = Cluster::up(&Plan::default(), Family::V4)?;
+    checks::all_reach_all(&cluster.lab)?;
+    let (ours, theirs) = (&cluster.agents[0], &cluster.agents[1]);
+    let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
+    let before = handshakes(theirs, "initiated")?;
+    let keeper = ours.keeper_pids();
+    let to = (b.address(Family::V4), 7000).into();
+    let transfer = Transfer::start(&a.ns, &b.ns, to, 160 << 20, Some(40 << 20))?;
+    let answers = pinged_while(a, b, || {
+        (0..KILLS).try_for_each(|_| {
+            kill_dataplane(ours)?;
+            thread::sleep(Duration::from_millis(300));
+            Ok(())
+        })
+    })?;
+    let received = transfer.join()?;
+    let lost = answers.sent - answers.received;
+    println!(
+        "data process killed {KILLS} times: {lost} of {} pings (one each ms) were lost; the transfer \
+         stood for {:.0} ms at most",
+        answers.sent,
+        received.longest_pause * 1e3
+    );
+    ensure!(lost <= 50 * KILLS, "{lost} pings lost: {}", answers.text);
+    ensure!(ours.keeper_pids() == keeper, "the keeper was replaced, too");
+    ensure!(handshakes(ours, "initiated")? == 0, "the last one has made a new session");
+    ensure!(handshakes(theirs, "initiated")? == before, "the other node has made a new session");
+    ensure!(ours.metrics()?.sum("skein_dataplane_restarts_total", &[]) == f64::from(KILLS));
+    Ok(())
+}
+
+/// What dies as soon as it is started is not started for ever: the agent begins anew.
+#[test]
+fn a_data_process_that_dies_again_and_again_is_given_up() -> Result<()> {
+    let cluster = Cluster::up(&Plan::default(), Family::V4)?;
+    checks::all_reach_all(&cluster.lab)?;
+    let agent = &cluster.agents[0];
+    let keeper = agent.keeper_pids();
+    for _ in 0..4 {
+        kill_dataplane(agent)?;
+    }
+    let anew = || Ok(agent.keeper_pids().len() == 1 && agent.keeper_pids() != keeper);
+    checks::eventually("another keeper is at work", Duration::from_secs(10), anew)?;
+    let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
+    checks::wait_until_reached(a, b, Family::V4, Duration::from_secs(10))?;
+    Ok(())
+}
+
+#[test]
+fn a_data_plane_is_taken_over_without_a_loss() -> Result<()> {
+    let (cluster, mut processes) = external()?;
+    let Cluster { agents, lab, .. } = &cluster;
+    let (a, b) = (lab.pod(0), lab.pod(1));
+    let before = handshakes(&agents[1], "initiated")?;
+    let to = (b.address(Family::V4), 7000).into();
+    let transfer = Transfer::start(&a.ns, &b.ns, to, 120 << 20, Some(30 << 20))?;
+    let answers = pinged_while(a, b, || {
+        for _ in 0..2 {
+            let next = agents[0].take_over_dataplane()?;
+            let mut old = std::mem::replace(&mut processes[0], next);
+            let gone = || Ok(old.exited() == Some(0));
+            checks::eventually("the old one has ended well", Duration::from_secs(5), gone)?;
+            thread::sleep(Duration::from_millis(500));
+        }
+        Ok(())
+    })?;
+    let received = transfer.join()?;
+    println!(
+        "taken over twice: {} of {} pings (one each ms) were lost; the transfer stood for {:.0} ms at \
+         most",
+        answers.sent - answers.received,
+        answers.sent,
+        received.longest_pause * 1e3
+    );
+    ensure!(answers.complete(), "{} of {} answered", answers.received, answers.sent);
+    ensure!(agents[0].keeper_pids() == [processes[0].pid()], "somebody else is at work");
+    ensure!(handshakes(&agents[0], "initiated")? == 0, "the last one has made a new session");
+    ensure!(
+        handshakes(&agents[1], "initiated")? == before,
+        "the other node has made a new session"
+    );
+    ensure!(agents[0].metrics()?.sum("skein_dataplane_restarts_total", &[]) == 2.0);
+
+    // Where nobody is to be taken over from, it begins anew.
+    processes[0].kill();
+    processes[0] = agents[0].take_over_dataplane()?;
+    checks::wait_until_reached(a, b, Family::V4, Duration::from_secs(10))?;
     Ok(())
 }
 

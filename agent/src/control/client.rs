@@ -79,7 +79,7 @@ impl Client {
         let deadline = match request {
             Request::Apply { .. } | Request::Update { .. } => CHANGE_DEADLINE,
             Request::Hello { .. }
-            | Request::Report
+            | Request::Report { .. }
             | Request::Shutdown
             | Request::TakeOver { .. } => DEADLINE,
         };
@@ -108,9 +108,9 @@ impl Client {
         }
     }
 
-    /// Asks for counters and states.
-    pub async fn report(&mut self) -> Result<Report, ClientError> {
-        match self.request(&Request::Report).await? {
+    /// Asks for counters and states, also those of each peer where `peers` says so.
+    pub async fn report(&mut self, peers: bool) -> Result<Report, ClientError> {
+        match self.request(&Request::Report { peers }).await? {
             Response::Report { report } => Ok(*report),
             _ => Err(ClientError::Protocol),
         }

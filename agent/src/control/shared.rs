@@ -149,7 +149,8 @@ impl Shared {
 
     /// Asks the data process, over a connection of its own so that nobody waits for anybody.
     pub async fn report(&self) -> Result<Report, ClientError> {
-        let ask = async { Client::connect(&self.config.dataplane.socket).await?.report().await };
+        let ask =
+            async { Client::connect(&self.config.dataplane.socket).await?.report(true).await };
         tokio::time::timeout(REPORT_DEADLINE, ask).await.unwrap_or(Err(ClientError::Timeout))
     }
 
@@ -220,7 +221,7 @@ mod tests {
                 let mut stream = stream.unwrap();
                 while let Ok(Some(request)) = read_frame::<Request>(&mut stream) {
                     let answer = match request {
-                        Request::Report => {
+                        Request::Report { .. } => {
                             count.fetch_add(1, Ordering::Relaxed);
                             std::thread::sleep(Duration::from_millis(300));
                             Response::Report { report: Box::default() }

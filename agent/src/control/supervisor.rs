@@ -16,7 +16,7 @@ use super::client::{Client, ClientError};
 use super::desired::difference;
 use crate::config::{Config, Log, LogFormat, Mode};
 use crate::failure::Failure;
-use crate::ipc::{ErrorKind, Request, Snapshot};
+use crate::ipc::{Capability, ErrorKind, Request, Snapshot};
 use crate::lifecycle::{NotReady, Readiness};
 
 /// How long a data process may take to listen after its start, and to end when asked.
@@ -68,6 +68,9 @@ pub struct DataplaneStatus {
     pub revision: u64,
     /// Why it is not up, or the last change that it refused.
     pub error: Option<String>,
+    /// The ladder, as it was seconds ago; the report has it, too.
+    #[serde(skip)]
+    pub capabilities: Vec<Capability>,
 }
 
 impl DataplaneState {
@@ -81,6 +84,14 @@ impl DataplaneState {
         let reached = |status: &DataplaneStatus| status.up && status.revision >= revision;
         // Fails only where the sender is gone, and that is `self`.
         let _ = self.0.subscribe().wait_for(reached).await;
+    }
+
+    fn found(&self, capabilities: Vec<Capability>) {
+        self.0.send_if_modified(|status| {
+            let differs = status.capabilities != capabilities;
+            status.capabilities = capabilities;
+            differs
+        });
     }
 
     fn set(&self, change: impl FnOnce(&mut DataplaneStatus)) {
@@ -271,8 +282,9 @@ impl Supervisor {
         loop {
             tokio::select! {
                 _ = heartbeat.tick() => {
-                    if let Err(error) = client.report().await {
-                        return error.into();
+                    match client.report(false).await {
+                        Ok(report) => self.state.found(report.capabilities),
+                        Err(error) => return error.into(),
                     }
                 }
                 changed = self.snapshots.changed() => {
@@ -409,15 +421,16 @@ impl Supervisor {
         tracing::warn!(%error, "killing the data process that listens");
         let stream = tokio::net::UnixStream::connect(&self.settings.socket).await;
         let pid = stream.and_then(|stream| stream.peer_cred()).ok().and_then(|peer| peer.pid());
-        match (&mut self.child, pid.and_then(Pid::from_raw)) {
-            (Some(child), _) => {
+        match (pid.and_then(Pid::from_raw), &mut self.child) {
+            // Its keeper, if it has one, gives its work to another.
+            (Some(pid), _) => kill(pid, Signal::KILL),
+            (None, Some(child)) => {
                 // It fails only where the process has ended already.
                 let _ = child.kill().await;
+                self.child = None;
             }
-            (None, Some(pid)) => kill(pid, Signal::KILL),
             (None, None) => return error.into(),
         }
-        self.child = None;
         sleep(RETRY).await;
         SessionEnd::Replaced
     }

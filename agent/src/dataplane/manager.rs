@@ -217,8 +217,8 @@ impl Manager {
             Request::TakeOver { .. } => {
                 Err(SetupError::Invalid("this data process gives nothing away".to_owned()))
             }
-            Request::Report => {
-                let report = self.report(now);
+            Request::Report { peers } => {
+                let report = self.report(now, peers);
                 return Response::Report { report: Box::new(report) };
             }
             Request::Shutdown => Ok(()),
@@ -327,7 +327,7 @@ impl Manager {
         }
     }
 
-    fn report(&self, now: Time) -> crate::ipc::Report {
+    fn report(&self, now: Time, peers: bool) -> crate::ipc::Report {
         let mut report = crate::ipc::Report {
             pid: std::process::id(),
             uptime_seconds: self.started.elapsed().as_secs_f64(),
@@ -341,7 +341,8 @@ impl Manager {
                 drops: &active.drops,
                 totals: &active.totals,
             };
-            report::fill(&mut report, now, &sources, active.peers.values());
+            let peers = active.peers.values().filter(|_| peers);
+            report::fill(&mut report, now, &sources, peers);
         }
         report
     }

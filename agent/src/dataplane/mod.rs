@@ -18,6 +18,7 @@ mod tables;
 mod totals;
 mod write;
 
+use std::ffi::{OsStr, OsString};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -50,8 +51,13 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         LogFormat::Text => "text",
         LogFormat::Json => "json",
     };
-    let arguments = ["dataplane", "--log-level", &options.log.level, "--log-format", format];
-    let arguments: Vec<_> = arguments.iter().chain(&["--worker"]).map(Into::into).collect();
+    let log = ["--log-level", &options.log.level, "--log-format", format];
+    // It has the socket already; its name tells people whose data process this is.
+    let socket = [OsStr::new("--socket"), options.socket.as_os_str()];
+    let mut arguments: Vec<OsString> = vec!["dataplane".into()];
+    arguments.extend(log.map(Into::into));
+    arguments.extend(socket.map(Into::into));
+    arguments.push("--worker".into());
     keeper::run(&options.socket, options.take_over, &arguments)
 }
 

@@ -240,11 +240,20 @@ impl Agent {
         Ok(())
     }
 
-    /// Starts a data process as somebody else would for `dataplane.mode = "external"`.
+    /// Starts a data process as somebody else would for `dataplane.mode = "external"`; gives its keeper.
     pub fn start_dataplane(&self) -> Result<Process> {
+        self.dataplane_command(&[])
+    }
+
+    /// The same, taking over from the one that is there.
+    pub fn take_over_dataplane(&self) -> Result<Process> {
+        self.dataplane_command(&["--take-over"])
+    }
+
+    fn dataplane_command(&self, more: &[&str]) -> Result<Process> {
         let mut command = std::process::Command::new("ip");
         command.args(["netns", "exec", &self.netns]).arg(binary()?);
-        command.args(["dataplane", "--socket", self.text("dataplane", "socket")]);
+        command.args(["dataplane", "--socket", self.text("dataplane", "socket")]).args(more);
         Process::start(&mut command, &self.log())
     }
 
@@ -300,18 +309,29 @@ impl Agent {
 
     /// Process ids of its data processes, found by their arguments.
     pub fn dataplane_pids(&self) -> Vec<i32> {
+        self.dataplane(true)
+    }
+
+    /// Process ids of the keepers of its data processes.
+    pub fn keeper_pids(&self) -> Vec<i32> {
+        self.dataplane(false)
+    }
+
+    fn dataplane(&self, worker: bool) -> Vec<i32> {
         let socket = self.text("dataplane", "socket");
         let is_ours = |pid: &i32| {
             let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             let words: Vec<_> = line.split(|&b| b == 0).collect();
-            words.contains(&&b"dataplane"[..]) && words.contains(&socket.as_bytes())
+            let has = |word: &str| words.contains(&word.as_bytes());
+            has("dataplane") && has(socket) && has("--worker") == worker
         };
         super::registry::pids_in(&self.netns).into_iter().filter(is_ours).collect()
     }
 
     /// All its process ids.
     pub fn pids(&self) -> Vec<i32> {
-        self.control_pid().into_iter().chain(self.dataplane_pids()).collect()
+        let dataplane = self.keeper_pids().into_iter().chain(self.dataplane_pids());
+        self.control_pid().into_iter().chain(dataplane).collect()
     }
 
     /// What `status -o json` prints.

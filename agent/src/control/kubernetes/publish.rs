@@ -20,7 +20,7 @@ use super::follow::{RENEW, State};
 use super::own;
 use super::resource::{Condition, SkeinNode, SkeinNodeSpec, SkeinNodeStatus, offloads};
 use crate::control::shared::Shared;
-use crate::ipc::{CapabilityState, Report};
+use crate::ipc::{Capability, CapabilityState};
 
 /// Whose fields ours are (server-side apply).
 const MANAGER: &str = "skein-agent";
@@ -124,12 +124,15 @@ impl Publisher {
             true => self.open(node).await,
             false => Ok(()),
         };
-        let report = self.shared.recent_report().await;
+        let dataplane = self.shared.dataplane.get();
+        // Nothing is known of the data process for a moment, as when it is restarted.
+        let known = dataplane.up && !dataplane.capabilities.is_empty();
+        let capabilities = known.then_some(dataplane.capabilities.as_slice());
         let status = match &state.published {
-            Some(published) => self.write_status(published, report.as_ref(), &reasons).await,
+            Some(published) => self.write_status(published, capabilities, &reasons).await,
             None => Ok(()),
         };
-        let told = self.tell_of_changes(node, report.as_ref(), &reasons).await;
+        let told = self.tell_of_changes(node, capabilities, &reasons).await;
         applied.and(opened).and(status).and(told)
     }
 
@@ -171,17 +174,16 @@ impl Publisher {
     async fn write_status(
         &mut self,
         published: &SkeinNode,
-        report: Option<&Report>,
+        capabilities: Option<&[Capability]>,
         reasons: &[String],
     ) -> anyhow::Result<()> {
-        // Nothing is known of the data process for a moment, as when it is restarted.
-        let Some(report) = report else { return Ok(()) };
+        let Some(capabilities) = capabilities else { return Ok(()) };
         let found = published.status.clone().map(ours);
         let generation = published.metadata.generation;
         let mtu = self.shared.interface().mtu;
         // What was written last is newer than what the watch has told, for a while.
         let before = self.last_status.as_ref().or(found.as_ref());
-        let status = status(before, generation, report, mtu, reasons, Timestamp::now());
+        let status = status(before, generation, capabilities, mtu, reasons, Timestamp::now());
         if before == Some(&status) && found.as_ref() == Some(&status) {
             return Ok(());
         }
@@ -235,7 +237,7 @@ impl Publisher {
     async fn tell_of_changes(
         &mut self,
         node: &Node,
-        report: Option<&Report>,
+        capabilities: Option<&[Capability]>,
         reasons: &[String],
     ) -> anyhow::Result<()> {
         match reasons.is_empty() {
@@ -263,9 +265,9 @@ impl Publisher {
             }
             None => drop(self.told.remove("RecordsRefused")),
         }
-        let lost: Vec<_> = report
+        let lost: Vec<_> = capabilities
+            .unwrap_or_default()
             .iter()
-            .flat_map(|report| &report.capabilities)
             .filter(|capability| capability.state == CapabilityState::Degraded)
             .map(|capability| capability.name.as_str())
             .collect();
@@ -361,7 +363,7 @@ fn ours(mut status: SkeinNodeStatus) -> SkeinNodeStatus {
 fn status(
     before: Option<&SkeinNodeStatus>,
     generation: Option<i64>,
-    report: &Report,
+    capabilities: &[Capability],
     mtu: u16,
     reasons: &[String],
     now: Timestamp,
@@ -386,8 +388,8 @@ fn status(
         observed_generation: generation,
         agent_version: Some(env!("CARGO_PKG_VERSION").to_owned()),
         mtu: Some(mtu.into()),
-        offloads: Some(offloads(&report.capabilities)),
-        capabilities: report.capabilities.iter().map(Into::into).collect(),
+        offloads: Some(offloads(capabilities)),
+        capabilities: capabilities.iter().map(Into::into).collect(),
         conditions: vec![condition],
     }
 }
@@ -425,7 +427,6 @@ fn available(node: &Node, now: Timestamp) -> Option<serde_json::Value> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::ipc::Capability;
 
     fn node(value: serde_json::Value) -> Node {
         serde_json::from_value(value).unwrap()
@@ -460,9 +461,9 @@ mod tests {
     #[test]
     fn a_status_that_says_the_same_is_the_same() {
         let capability = |state| Capability { name: "udp_gso".into(), state, reason: None };
-        let report = |state| Report { capabilities: vec![capability(state)], ..Report::default() };
+        let (on, off) =
+            ([capability(CapabilityState::On)], [capability(CapabilityState::Degraded)]);
         let at = |seconds| Timestamp::from_second(seconds).unwrap();
-        let on = report(CapabilityState::On);
         let first = status(None, Some(1), &on, 1440, &[], at(1));
         assert_eq!(first.conditions[0].last_transition_time, "1970-01-01T00:00:01Z");
         assert_eq!(status(Some(&first), Some(1), &on, 1440, &[], at(9)), first);
@@ -472,8 +473,7 @@ mod tests {
             (ill.conditions[0].status.as_str(), ill.offloads.as_deref()),
             ("False", Some("all"))
         );
-        let off =
-            status(Some(&first), Some(1), &report(CapabilityState::Degraded), 1440, &[], at(9));
+        let off = status(Some(&first), Some(1), &off, 1440, &[], at(9));
         assert_eq!(off.offloads.as_deref(), Some("none"));
     }
 }

@@ -31,7 +31,7 @@ fn willing(_: usize, request: &Request) -> Option<Response> {
         Request::Hello { .. } => hello(),
         Request::Apply { snapshot } => Response::Applied { revision: snapshot.revision },
         Request::Update { update } => Response::Applied { revision: update.revision },
-        Request::Report => Response::Report { report: Box::default() },
+        Request::Report { .. } => Response::Report { report: Box::default() },
         _ => Response::Applied { revision: 0 },
     })
 }
@@ -63,7 +63,7 @@ fn serve(listener: &UnixListener, told: &Sender<String>, answer: Answer) {
                 Request::Update { update } => {
                     format!("update +{} -{}", update.upsert.len(), update.remove.len())
                 }
-                Request::Report => "report".to_owned(),
+                Request::Report { .. } => "report".to_owned(),
                 Request::Shutdown => "shutdown".to_owned(),
                 Request::TakeOver { .. } => "take over".to_owned(),
             };
@@ -72,7 +72,7 @@ fn serve(listener: &UnixListener, told: &Sender<String>, answer: Answer) {
                 return;
             }
             let Some(response) = answer(count, &request) else { break };
-            count += usize::from(!matches!(request, Request::Report));
+            count += usize::from(!matches!(request, Request::Report { .. }));
             write_frame(&mut stream, &response).unwrap();
             stream.flush().unwrap();
         }
