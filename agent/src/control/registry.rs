@@ -5,6 +5,7 @@
 //! good version of its records stays in force. So a typing error takes no node out of the network.
 
 use std::collections::BTreeMap;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
@@ -208,11 +209,16 @@ impl Registry {
     fn write_store(&self) {
         let stored = Stored { source: self.source.name(), files: self.accepted.clone() };
         let temporary = self.store.with_extension("json.new");
-        let written = serde_json::to_vec(&stored)
-            .map_err(std::io::Error::from)
-            .and_then(|bytes| std::fs::write(&temporary, bytes))
-            .and_then(|()| std::fs::rename(&temporary, &self.store));
-        if let Err(error) = written {
+        // Durable: a node may lose its power, and the API server with it.
+        let write = || {
+            let mut file = std::fs::File::create(&temporary)?;
+            file.write_all(&serde_json::to_vec(&stored)?)?;
+            file.sync_all()?;
+            std::fs::rename(&temporary, &self.store)?;
+            let directory = self.store.parent().unwrap_or(Path::new("."));
+            std::fs::File::open(directory)?.sync_all()
+        };
+        if let Err(error) = write() {
             tracing::warn!(path = %self.store.display(), %error, "cannot keep the last good records");
         }
     }

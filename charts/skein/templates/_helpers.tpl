@@ -195,6 +195,20 @@ runAsUser: 0
 runAsGroup: 0
 {{- end }}
 
+{{/* Of what needs no rights. */}}
+{{- define "skein.harmless" -}}
+securityContext:
+  allowPrivilegeEscalation: false
+  capabilities:
+    drop: [ALL]
+  readOnlyRootFilesystem: true
+  seccompProfile:
+    type: RuntimeDefault
+  runAsNonRoot: true
+  runAsUser: 65532
+  runAsGroup: 65532
+{{- end }}
+
 {{- define "skein.volumes" -}}
 - name: config
   configMap:

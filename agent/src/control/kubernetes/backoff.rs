@@ -41,7 +41,7 @@ impl Backoff for Waits {
 }
 
 /// Evenly between 0 and 1.
-fn fraction() -> f64 {
+pub(super) fn fraction() -> f64 {
     let mut bytes = [0; 4];
     // Without random bytes the waits are merely the same everywhere.
     let _ = aws_lc_rs::rand::fill(&mut bytes);

@@ -10,15 +10,21 @@ use kube::{Client, Config};
 use prometheus::core::Collector;
 use prometheus::proto::MetricFamily;
 use prometheus::{IntCounterVec, Opts};
+use tower::timeout::TimeoutLayer;
 use tower::util::MapRequestLayer;
+
+use super::follow::RENEW;
 
 /// How long the API server may take to accept a connection.
 const CONNECT: Duration = Duration::from_secs(10);
 
-/// How long a connection on which an answer is due may be silent.
-const SILENCE: Duration = Duration::from_secs(295);
+/// How long the API server may take to begin an answer.
+const PATIENCE: Duration = Duration::from_secs(10);
 
-const VERBS: [&str; 6] = ["get", "list", "watch", "create", "patch", "delete"];
+/// How long an answer may pause: a watch says nothing for as long, and then it is renewed.
+const SILENCE: Duration = Duration::from_secs(RENEW as u64 * 2);
+
+const VERBS: [&str; 5] = ["list", "watch", "create", "patch", "delete"];
 
 /// Requests to the API server.
 #[derive(Debug, Clone)]
@@ -45,8 +51,8 @@ impl Requests {
         let query = request.uri().query().unwrap_or_default();
         let verb = match *request.method() {
             http::Method::GET if query.contains("watch=true") => "watch",
-            http::Method::GET if query.contains("limit=") => "list",
-            http::Method::GET => "get",
+            // Nothing else is got.
+            http::Method::GET => "list",
             http::Method::POST => "create",
             http::Method::DELETE => "delete",
             _ => "patch",
@@ -73,7 +79,6 @@ pub(super) async fn connect(
         )?,
     };
     config.connect_timeout = Some(CONNECT);
-    // A watch says something at least this often (kube asks for 290 s at most): silence is a dead connection.
     config.read_timeout = Some(SILENCE);
     config.reset_reader_on_write = true;
     // It would try again fifteen times within seconds, unseen and all nodes at once: our waits are longer.
@@ -84,7 +89,8 @@ pub(super) async fn connect(
         request
     });
     let builder = ClientBuilder::try_from(config).context("cannot make a client of the cluster")?;
-    Ok(builder.with_layer(&count).build())
+    let timeout = TimeoutLayer::new(PATIENCE);
+    Ok(builder.with_layer(&timeout).with_layer(&count).build())
 }
 
 /// What an error of the API server means, in a line.

@@ -13,7 +13,7 @@ use kube::{Api, Client, ResourceExt};
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
-use super::backoff::Waits;
+use super::backoff::{Waits, fraction};
 use super::client::describe;
 use super::own;
 use super::resource::{SkeinNode, SkeinNodeSpec};
@@ -22,7 +22,7 @@ use crate::control::records::{Files, NodeRecord};
 use crate::keys::PublicKey;
 use crate::netlink::Netlink;
 
-/// Seconds after which a watch is renewed: a connection from an address that this node has no more, or to
+/// Seconds after which a watch is renewed, and at most half as many more: a connection from an address that this node has no more, or to
 /// a server that is gone, says nothing, and is found dead by that alone.
 pub(super) const RENEW: u32 = 60;
 /// Changes that come together are taken together.
@@ -42,6 +42,8 @@ pub(super) struct State {
     pub(super) published: Option<Arc<SkeinNode>>,
     /// What this node's record is to be; `None` as long as no Node was seen.
     pub(super) own: Option<Result<SkeinNodeSpec, String>>,
+    /// Why nothing can be said of this node now; what was said before stays in force.
+    pub(super) problem: Option<String>,
     /// Every node's record, this node's as it is to be; `None` before all were seen.
     pub(super) records: Option<Arc<Files>>,
     /// Why nothing new is known.
@@ -56,8 +58,9 @@ pub(super) async fn follow(
     sender: watch::Sender<State>,
 ) {
     let (store, writer) = reflector::store::<SkeinNode>();
-    // From the API server's memory: after its restart thousands of nodes ask at once.
-    let any = watcher::Config::default().timeout(RENEW).any_semantic();
+    // Thousands of nodes are to ask at different times.
+    let renew = RENEW + (f64::from(RENEW / 2) * fraction()) as u32;
+    let any = from_memory(renew);
     let all = watcher(Api::<SkeinNode>::all(client.clone()), any);
     let all = all.backoff(Waits::default()).modify(|node| {
         node.managed_fields_mut().clear();
@@ -68,7 +71,7 @@ pub(super) async fn follow(
     });
     let mut all = std::pin::pin!(all.reflect(writer));
     let only =
-        watcher::Config::default().timeout(RENEW).fields(&format!("metadata.name={}", config.name));
+        watcher::Config::default().timeout(renew).fields(&format!("metadata.name={}", config.name));
     let node = watcher(Api::<Node>::all(client), only).backoff(Waits::default()).modify(|node| {
         node.managed_fields_mut().clear();
         if let Some(status) = &mut node.status {
@@ -114,6 +117,13 @@ pub(super) async fn follow(
             due = Some(Instant::now() + QUIET);
         }
     }
+}
+
+/// From the API server's memory, not its database: after its restart all nodes ask at once. It does so only
+/// for lists that come as a whole.
+fn from_memory(renew: u32) -> watcher::Config {
+    let config = watcher::Config::default().timeout(renew).any_semantic();
+    watcher::Config { page_size: None, ..config }
 }
 
 async fn until(due: Option<Instant>) {
@@ -214,6 +224,7 @@ impl Follower {
         {
             let addresses = self.addresses.as_deref();
             let own = own::spec(&self.config, self.public_key, node, addresses);
+            self.state.problem = own.as_ref().err().cloned();
             // What was said before stays in force, as long as it is the same Node.
             let same = self.uid == node.metadata.uid;
             if own.is_ok() || !same || !matches!(self.state.own, Some(Ok(_))) {
@@ -257,4 +268,23 @@ fn files(name: &str, own: &SkeinNodeSpec, nodes: &[Arc<SkeinNode>]) -> Files {
 /// Under which name a record is shown where others have a file's.
 pub(in crate::control) fn path(name: &str) -> PathBuf {
     PathBuf::from("skeinnodes").join(name)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use kube::api::ListParams;
+    use kube::core::Request;
+
+    use super::*;
+
+    #[test]
+    fn lists_come_from_the_api_servers_memory() {
+        let config = from_memory(RENEW);
+        let mut parameters = ListParams::default().match_any();
+        parameters.limit = config.page_size;
+        let request = Request::new("/apis").list(&parameters).unwrap();
+        assert_eq!(request.uri().query(), Some("&resourceVersion=0"));
+        assert_eq!(config.list_semantic, watcher::ListSemantic::Any);
+    }
 }

@@ -14,7 +14,7 @@ use serde_json::json;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
-use super::backoff::Waits;
+use super::backoff::{Waits, fraction};
 use super::client::describe;
 use super::follow::{RENEW, State};
 use super::own;
@@ -40,6 +40,8 @@ const EVENT: Duration = Duration::from_secs(600);
 const SILENCE: Duration = Duration::from_secs(2 * RENEW as u64);
 /// How long one request may take.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the nodes of a cluster take to tell of what all of them see.
+const SPREAD: Duration = Duration::from_secs(30);
 /// How long the agent may be unready before an operator is told.
 const UNREADY: Duration = Duration::from_secs(30);
 
@@ -54,7 +56,10 @@ pub(super) async fn publish(shared: Shared, client: Client, mut state: watch::Re
         status_written: None,
         last_status: None,
         unready_since: None,
+        refused_since: None,
+        spread: SPREAD.mul_f64(fraction()),
         told: BTreeMap::new(),
+        untold: None,
     };
     let mut look = tokio::time::interval(LOOK);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -70,7 +75,11 @@ pub(super) async fn publish(shared: Shared, client: Client, mut state: watch::Re
                     tracing::warn!("cannot tell the API server: {text}");
                     complaint = Some(text);
                 }
-                tokio::time::sleep(waits.next().unwrap_or_default()).await;
+                // What has changed meanwhile may be taken, though this is not.
+                tokio::select! {
+                    changed = state.changed() => if changed.is_err() { return },
+                    () = tokio::time::sleep(waits.next().unwrap_or_default()) => {}
+                }
                 continue;
             }
         }
@@ -93,8 +102,20 @@ struct Publisher {
     /// What was written then.
     last_status: Option<SkeinNodeStatus>,
     unready_since: Option<Instant>,
-    /// What operators were told of and is still so, by the reason.
-    told: BTreeMap<&'static str, (String, Instant)>,
+    refused_since: Option<Instant>,
+    /// How long records are refused before this node says so: all nodes see the same ones.
+    spread: Duration,
+    /// What operators were told of, by the reason.
+    told: BTreeMap<&'static str, Told>,
+    /// When an event was refused.
+    untold: Option<Instant>,
+}
+
+struct Told {
+    text: String,
+    at: Instant,
+    /// Whether it is so no more.
+    over: bool,
 }
 
 /// The record that was written last: the watch tells of it a little later.
@@ -110,14 +131,11 @@ impl Publisher {
     /// Each of these goes on where another is refused; the first error is told.
     async fn catch_up(&mut self, state: &State) -> anyhow::Result<()> {
         let Some(node) = &state.node else { return Ok(()) };
-        let own = match &state.own {
-            Some(Ok(own)) => own,
-            Some(Err(problem)) => {
-                return self.tell(node, "NoRecord", WARNING, problem).await;
-            }
-            None => return Ok(()),
-        };
-        self.told.remove("NoRecord");
+        match &state.problem {
+            Some(problem) => self.tell(node, "NoRecord", WARNING, problem).await,
+            None => self.over("NoRecord"),
+        }
+        let Some(Ok(own)) = &state.own else { return Ok(()) };
         let applied = self.apply(node, own, state.published.as_deref()).await;
         let reasons = self.shared.readiness.reasons();
         let opened = match reasons.is_empty() {
@@ -132,8 +150,8 @@ impl Publisher {
             Some(published) => self.write_status(published, capabilities, &reasons).await,
             None => Ok(()),
         };
-        let told = self.tell_of_changes(node, capabilities, &reasons).await;
-        applied.and(opened).and(status).and(told)
+        self.tell_of_changes(node, capabilities, &reasons).await;
+        applied.and(opened).and(status)
     }
 
     /// Brings the SkeinNode to what it is to be.
@@ -239,31 +257,39 @@ impl Publisher {
         node: &Node,
         capabilities: Option<&[Capability]>,
         reasons: &[String],
-    ) -> anyhow::Result<()> {
+    ) {
         match reasons.is_empty() {
             true => {
                 self.unready_since = None;
-                if self.told.remove("NetworkNotReady").is_some() {
-                    self.event(node, "NetworkReady", "Normal", "pods have a network").await?;
+                if self.told.get("NetworkNotReady").is_some_and(|told| !told.over) {
+                    self.tell(node, "NetworkReady", "Normal", "pods have a network").await;
+                    self.over("NetworkNotReady");
+                    self.over("NetworkReady");
                 }
             }
             false => {
                 let since = *self.unready_since.get_or_insert_with(Instant::now);
-                if since.elapsed() > UNREADY && !self.told.contains_key("NetworkNotReady") {
+                if since.elapsed() > UNREADY {
                     let text = reasons.join("; ");
-                    self.tell(node, "NetworkNotReady", WARNING, &text).await?;
+                    self.tell(node, "NetworkNotReady", WARNING, &text).await;
                 }
             }
         }
         let registry = self.shared.registry();
         match registry.rejected.first() {
             Some(refused) => {
+                let since = *self.refused_since.get_or_insert_with(Instant::now);
                 let file = refused.file.display();
                 let more = registry.rejected.len() - 1;
                 let text = format!("{file}: {} (and {more} more)", refused.error);
-                self.tell(node, "RecordsRefused", WARNING, &text).await?;
+                if since.elapsed() > self.spread {
+                    self.tell(node, "RecordsRefused", WARNING, &text).await;
+                }
             }
-            None => drop(self.told.remove("RecordsRefused")),
+            None => {
+                self.refused_since = None;
+                self.over("RecordsRefused");
+            }
         }
         let lost: Vec<_> = capabilities
             .unwrap_or_default()
@@ -274,31 +300,34 @@ impl Publisher {
         match lost.is_empty() {
             false => {
                 let text = format!("given up at run time: {}", lost.join(", "));
-                self.tell(node, "OffloadLost", WARNING, &text).await
+                self.tell(node, "OffloadLost", WARNING, &text).await;
             }
-            true => {
-                self.told.remove("OffloadLost");
-                Ok(())
-            }
+            true => self.over("OffloadLost"),
         }
     }
 
-    /// Once, until it is over or something else is to be said of it.
-    async fn tell(
-        &mut self,
-        node: &Node,
-        reason: &'static str,
-        kind: &str,
-        text: &str,
-    ) -> anyhow::Result<()> {
-        // Whatever a record of somebody else's says, it cannot make this node write without end.
+    /// Once while it lasts. An event that is refused holds up nothing else, and is tried again later.
+    async fn tell(&mut self, node: &Node, reason: &'static str, kind: &str, text: &str) {
         let known = self.told.get(reason);
-        if known.is_some_and(|(told, at)| told == text || at.elapsed() < EVENT) {
-            return Ok(());
+        // Whatever a record of somebody else's says, it cannot make this node write without end.
+        if known.is_some_and(|told| (!told.over && told.text == text) || told.at.elapsed() < EVENT)
+            || self.untold.is_some_and(|at| at.elapsed() < STATUS)
+        {
+            return;
         }
-        self.event(node, reason, kind, text).await?;
-        self.told.insert(reason, (text.to_owned(), Instant::now()));
-        Ok(())
+        if let Err(error) = self.event(node, reason, kind, text).await {
+            tracing::warn!(reason, "cannot tell the API server: {error:#}");
+            self.untold = Some(Instant::now());
+            return;
+        }
+        let told = Told { text: text.to_owned(), at: Instant::now(), over: false };
+        self.told.insert(reason, told);
+    }
+
+    fn over(&mut self, reason: &'static str) {
+        if let Some(told) = self.told.get_mut(reason) {
+            told.over = true;
+        }
     }
 
     async fn event(&self, node: &Node, reason: &str, kind: &str, text: &str) -> anyhow::Result<()> {

@@ -15,6 +15,8 @@ use super::resource::SkeinNode;
 
 /// How often the cluster is looked at.
 const LOOK: Duration = Duration::from_secs(1);
+/// What ending the cleanup may take beyond the time that was given.
+const LAST: Duration = Duration::from_secs(20);
 
 /// What to take away.
 #[derive(Debug)]
@@ -43,14 +45,14 @@ pub async fn uninstall(options: &Options<'_>, say: impl Fn(&str)) -> anyhow::Res
     let end = Instant::now() + options.timeout;
     let daemonsets: Api<DaemonSet> = Api::namespaced(client.clone(), options.namespace);
 
-    let stop = async |name: &str, selector: &str| {
+    let pods: Api<Pod> = Api::namespaced(client.clone(), options.namespace);
+    let stop = async |end: Instant, name: &str, selector: &str| {
         let parameters = DeleteParams::background();
         let deleted = daemonsets.delete(name, &parameters);
         match within(end, deleted).await? {
             Err(kube::Error::Api(status)) if status.code == 404 => {}
             other => drop(other.with_context(|| format!("cannot delete DaemonSet {name}"))?),
         }
-        let pods: Api<Pod> = Api::namespaced(client.clone(), options.namespace);
         let ours = ListParams::default().labels(selector);
         let gone = wait(end, async || {
             let left = pods.list(&ours).await?.items;
@@ -63,7 +65,7 @@ pub async fn uninstall(options: &Options<'_>, say: impl Fn(&str)) -> anyhow::Res
     };
 
     say(&format!("stopping the agents (DaemonSet {})", options.daemonset));
-    stop(options.daemonset, options.selector).await?;
+    stop(end, options.daemonset, options.selector).await?;
 
     let name = cleanup.metadata.name.clone().context("the cleanup DaemonSet has no name")?;
     say(&format!("cleaning up every node (DaemonSet {name})"));
@@ -73,7 +75,7 @@ pub async fn uninstall(options: &Options<'_>, say: impl Fn(&str)) -> anyhow::Res
     // An empty one selects every pod of the namespace.
     ensure!(!selector.is_empty(), "the cleanup DaemonSet selects no pods by labels");
     // One of an attempt that was interrupted.
-    stop(&name, &selector).await?;
+    stop(end, &name, &selector).await?;
     let parameters = PostParams::default();
     let created = within(end, daemonsets.create(&parameters, &cleanup));
     created.await?.context("cannot create it")?;
@@ -83,15 +85,20 @@ pub async fn uninstall(options: &Options<'_>, say: impl Fn(&str)) -> anyhow::Res
         let status = now.status.unwrap_or_default();
         let seen = status.observed_generation == generation;
         let done = status.number_ready == status.desired_number_scheduled;
-        Ok((seen && done).then_some(status.desired_number_scheduled).ok_or_else(|| {
-            format!(
-                "{} of {} nodes are clean",
-                status.number_ready, status.desired_number_scheduled
-            )
-        }))
+        if seen && done {
+            return Ok(Ok(status.desired_number_scheduled));
+        }
+        let left = pods.list(&ListParams::default().labels(&selector)).await?.items;
+        let left: Vec<_> = left.iter().filter(|pod| !is_ready(pod)).filter_map(node).collect();
+        Ok(Err(format!("not clean yet: {}", left.join(" "))))
     });
-    let nodes = cleaned.await.with_context(|| format!("see the pods of DaemonSet {name}"))?;
-    stop(&name, &selector).await?;
+    let cleaned = cleaned.await;
+    // Also where it has failed: it would clean a node that comes back much later, when another
+    // installation may be there.
+    let end = end.max(Instant::now() + LAST);
+    let stopped = stop(end, &name, &selector).await;
+    let nodes = cleaned?;
+    stopped?;
 
     let skeinnodes: Api<SkeinNode> = Api::all(client.clone());
     let (parameters, all) = (DeleteParams::default(), ListParams::default());
@@ -99,6 +106,15 @@ pub async fn uninstall(options: &Options<'_>, say: impl Fn(&str)) -> anyhow::Res
     deleted.await?.context("cannot remove the SkeinNodes")?;
     say(&format!("{nodes} nodes are clean"));
     Ok(())
+}
+
+fn node(pod: &Pod) -> Option<&str> {
+    pod.spec.as_ref()?.node_name.as_deref()
+}
+
+fn is_ready(pod: &Pod) -> bool {
+    let conditions = pod.status.iter().flat_map(|status| &status.conditions).flatten();
+    conditions.filter(|condition| condition.type_ == "Ready").any(|ready| ready.status == "True")
 }
 
 /// One request: an API server that says nothing is given up at the end.
