@@ -146,6 +146,8 @@ pub struct Cni {
     pub exclusive: bool,
     /// Plugins that come after Skein's in the chain.
     pub chain: Vec<serde_json::Value>,
+    /// Whether others' chains that drop what they have no rule for get a rule for pods.
+    pub forward_accept: bool,
     /// Whether pods reach the outside by the node's address.
     pub masquerade: bool,
     /// Destinations beside the cluster's pod CIDRs for which a pod keeps its own address.

@@ -5,6 +5,8 @@
 //! `nft list table inet skein` shows at three in the morning. Nothing in it changes when a pod comes
 //! or goes: a pod's host route is what says which address belongs to which interface.
 
+pub mod forward;
+
 use std::fmt::Write as _;
 use std::io;
 use std::process::Stdio;
@@ -101,18 +103,6 @@ impl Firewall {
         self.listed = Some(list(table).await?);
         Ok(true)
     }
-}
-
-/// Chains of others at the forward hook that drop what they have no rule for (Docker's, ufw's): an
-/// accept in a table of ours does not save pods' packets from them.
-pub async fn dropping_chains() -> Vec<String> {
-    let Ok(text) = nft(&["-j", "list", "chains"], "").await else { return Vec::new() };
-    let document: Value = serde_json::from_str(&text).unwrap_or_default();
-    let objects = document["nftables"].as_array().into_iter().flatten();
-    let chains = objects.map(|object| &object["chain"]);
-    let drops = chains.filter(|chain| chain["hook"] == "forward" && chain["policy"] == "drop");
-    let word = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    drops.map(|c| ["family", "table", "name"].map(|key| word(&c[key])).join(" ")).collect()
 }
 
 /// What was dropped by the source check; `None` where there is no table.

@@ -1,14 +1,14 @@
 // What a container runtime does with a network configuration list, by the library that runtimes use
-// (libcni): ADD, CHECK, the cached result, DEL twice. Prints the result of the ADD.
+// (libcni): one verb. Prints the result of an ADD.
 //
-// usage: libcni CONFLIST NETNS CONTAINER-ID BIN-DIR CACHE-DIR
+// usage: libcni ADD|CHECK|DEL CONFLIST NETNS CONTAINER-ID BIN-DIR CACHE-DIR CAPABILITIES
 package main
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"os"
-	"strings"
 
 	"github.com/containernetworking/cni/libcni"
 )
@@ -21,47 +21,43 @@ func main() {
 }
 
 func run(args []string) error {
-	if len(args) != 5 {
-		return fmt.Errorf("five arguments are needed")
+	if len(args) != 7 {
+		return fmt.Errorf("seven arguments are needed")
 	}
-	list, err := libcni.ConfListFromFile(args[0])
+	list, err := libcni.ConfListFromFile(args[1])
 	if err != nil {
 		return fmt.Errorf("reading the list: %w", err)
 	}
-	config := libcni.NewCNIConfigWithCacheDir([]string{args[3]}, args[4], nil)
+	config := libcni.NewCNIConfigWithCacheDir([]string{args[4]}, args[5], nil)
 	runtime := &libcni.RuntimeConf{
-		ContainerID: args[2],
-		NetNS:       args[1],
+		ContainerID: args[3],
+		NetNS:       args[2],
 		IfName:      "eth0",
 		Args:        [][2]string{{"IgnoreUnknown", "1"}, {"K8S_POD_NAME", "web"}, {"K8S_POD_NAMESPACE", "ns"}},
-		// No port mappings: the portmap of containernetworking-plugins 1.1.1 looks for its IPv4 rules
-		// in the IPv6 table when it checks.
+	}
+	if err := json.Unmarshal([]byte(args[6]), &runtime.CapabilityArgs); err != nil {
+		return fmt.Errorf("reading the capabilities: %w", err)
 	}
 	ctx := context.Background()
-	if _, err := config.ValidateNetworkList(ctx, list); err != nil {
-		return fmt.Errorf("validate: %w", err)
-	}
-	result, err := config.AddNetworkList(ctx, list, runtime)
-	if err != nil {
-		return fmt.Errorf("add: %w", err)
-	}
-	// CHECK came with 0.4.0.
-	if !strings.HasPrefix(list.CNIVersion, "0.3.") {
-		if err := config.CheckNetworkList(ctx, list, runtime); err != nil {
-			return fmt.Errorf("check: %w", err)
+	switch args[0] {
+	case "ADD":
+		if _, err := config.ValidateNetworkList(ctx, list); err != nil {
+			return fmt.Errorf("validate: %w", err)
 		}
-	}
-	cached, err := config.GetNetworkListCachedResult(list, runtime)
-	if err != nil || cached == nil {
-		return fmt.Errorf("no cached result: %w", err)
-	}
-	if err := result.Print(); err != nil {
-		return err
-	}
-	for i := 0; i < 2; i++ {
-		if err := config.DelNetworkList(ctx, list, runtime); err != nil {
-			return fmt.Errorf("del %d: %w", i+1, err)
+		result, err := config.AddNetworkList(ctx, list, runtime)
+		if err != nil {
+			return fmt.Errorf("add: %w", err)
 		}
+		cached, err := config.GetNetworkListCachedResult(list, runtime)
+		if err != nil || cached == nil {
+			return fmt.Errorf("no cached result: %w", err)
+		}
+		return result.Print()
+	case "CHECK":
+		return config.CheckNetworkList(ctx, list, runtime)
+	case "DEL":
+		return config.DelNetworkList(ctx, list, runtime)
+	default:
+		return fmt.Errorf("unknown verb %s", args[0])
 	}
-	return nil
 }

@@ -1,20 +1,22 @@
 //! containerd starts containers, and calls the plugin as it does on every node of a cluster.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 use skein_e2e::cargo::workspace;
 use skein_e2e::checks;
 use skein_e2e::lab::agent::Cluster;
-use skein_e2e::lab::cni::{self, traces};
+use skein_e2e::lab::cni::{self, same, traces};
 use skein_e2e::lab::containerd::{Containerd, IMAGE};
 use skein_e2e::lab::cri::Cri;
 use skein_e2e::lab::{Family, Lab, Netns, Plan, Underlay, process};
+use skein_e2e::load::iperf::{self, Flow};
 
 /// Two nodes with agents and a containerd each.
 struct Nodes {
@@ -27,7 +29,7 @@ impl Nodes {
     fn up() -> Result<Self> {
         let lab = Lab::new(&Plan { pods: 0, ..Plan::default() })?;
         let mut cluster = Cluster::prepare(lab, Family::V4)?;
-        cluster.agents.iter_mut().for_each(|agent| agent.serve_pods());
+        cluster.agents.iter_mut().try_for_each(|agent| agent.serve_pods())?;
         let containerd = cluster.agents.iter().zip(&cluster.lab.nodes);
         let containerd = containerd
             .map(|(agent, node)| Containerd::start(agent, &node.ns, cluster.lab.directory()))
@@ -48,13 +50,6 @@ impl Nodes {
         let containerd = &self.containerd[index];
         Cri::connect(&containerd.socket(), &containerd.cgroup)
     }
-}
-
-/// Less the chains that portmap keeps for the next, which are no interface's.
-fn same(before: &[String], after: &[String]) -> Result<()> {
-    let (before, after) = (BTreeSet::from_iter(before), BTreeSet::from_iter(after));
-    ensure!(before == after, "before {before:#?}, after {after:#?}");
-    Ok(())
 }
 
 #[test]
@@ -141,6 +136,10 @@ fn the_runtime_interface_starts_pods_as_kubelet_does() -> Result<()> {
             cri.network_ready()
         })?;
     }
+    // portmap's own chains, which stay for the next: not an interface's.
+    for cri in [&first, &second] {
+        cri.remove(&cri.run("first", &[(8081, 81)])?)?;
+    }
     let before = [traces(nodes.node(0))?, traces(nodes.node(1))?];
     let (a, b) = (first.run("a", &[])?, second.run("b", &[(8080, 80)])?);
     let (a_ips, b_ips) = (first.addresses(&a)?, second.addresses(&b)?);
@@ -190,46 +189,160 @@ fn the_runtime_interface_starts_pods_as_kubelet_does() -> Result<()> {
     Ok(())
 }
 
-/// The library that runtimes use, from Debian's Go sources: every version that it knows, with portmap
-/// behind Skein in the chain.
+/// The library that runtimes use, from Debian's Go sources, on a node with one agent.
+struct Libcni {
+    cluster: Cluster,
+    program: PathBuf,
+    /// Of the pods that it attaches.
+    capabilities: Value,
+}
+
+impl Libcni {
+    /// With these plugins behind Skein's.
+    fn up(chain: Value, capabilities: Value) -> Result<Self> {
+        let lab =
+            Lab::new(&Plan { nodes: 1, pods: 0, underlay: Underlay::Switch, ..Plan::default() })?;
+        let mut cluster = Cluster::prepare(lab, Family::V4)?;
+        cluster.agents[0].serve_pods()?;
+        cluster.agents[0].set("cni.chain", toml::Value::try_from(chain)?);
+        cluster.start()?;
+        let program = cluster.lab.directory().join("libcni");
+        let mut build = Command::new("go");
+        build.args(["build", "-o"]).arg(&program).arg("main.go");
+        build.current_dir(workspace().join("e2e/libcni"));
+        build.envs([("GO111MODULE", "off"), ("GOPATH", "/usr/share/gocode")]);
+        build.env("GOCACHE", Path::new(env!("CARGO_TARGET_TMPDIR")).join("go"));
+        process::run(&mut build)?;
+        Ok(Self { cluster, program, capabilities })
+    }
+
+    fn node(&self) -> &Netns {
+        &self.cluster.lab.nodes[0].ns
+    }
+
+    /// The list that the agent has installed.
+    fn list(&self) -> Result<Value> {
+        let path = self.cluster.agents[0].cni_directory("conf_dir").join("10-skein.conflist");
+        checks::eventually("the configuration is there", Duration::from_secs(5), || {
+            Ok(path.is_file())
+        })?;
+        Ok(serde_json::from_slice(&fs::read(path)?)?)
+    }
+
+    /// One verb for the container of that name; the result of an ADD.
+    fn call(&self, verb: &str, list: &Value, container: &str, pod: &Netns) -> Result<String> {
+        let directory = self.cluster.lab.directory();
+        let path = directory.join("list.conflist");
+        fs::write(&path, list.to_string())?;
+        let mut command = self.node().command(&self.program);
+        command.arg(verb).arg(&path).arg(cni::path(pod)).arg(container);
+        command.arg(self.cluster.agents[0].cni_directory("bin_dir"));
+        command.arg(directory.join("libcni-state")).arg(self.capabilities.to_string());
+        process::run(&mut command).with_context(|| format!("{verb} with {list}"))
+    }
+
+    fn add(&self, list: &Value, container: &str, pod: &Netns) -> Result<Value> {
+        let said = self.call("ADD", list, container, pod)?;
+        serde_json::from_str(&said).with_context(|| said)
+    }
+}
+
+/// With portmap behind Skein in the chain.
 #[test]
 fn libcni_adds_checks_and_deletes_in_every_version() -> Result<()> {
-    let lab = Lab::new(&Plan { nodes: 1, pods: 0, underlay: Underlay::Switch, ..Plan::default() })?;
-    let mut cluster = Cluster::prepare(lab, Family::V4)?;
-    cluster.agents[0].serve_pods();
-    cluster.start()?;
-    let (agent, node) = (&cluster.agents[0], &cluster.lab.nodes[0].ns);
-    let directory = cluster.lab.directory().join("libcni");
-    fs::create_dir_all(&directory)?;
-    let program = directory.join("libcni");
-    let mut build = Command::new("go");
-    build.args(["build", "-o"]).arg(&program).arg("main.go");
-    build.current_dir(workspace().join("e2e/libcni"));
-    build.envs([("GO111MODULE", "off"), ("GOPATH", "/usr/share/gocode")]);
-    build.env("GOCACHE", directory.join("cache"));
-    process::run(&mut build)?;
-    let bin = agent.cni_directory("bin_dir");
-    checks::eventually("the plugin is there", Duration::from_secs(5), || {
-        Ok(bin.join("skein-cni").is_file())
-    })?;
-    fs::copy("/usr/lib/cni/portmap", bin.join("portmap"))?;
-    let installed = fs::read(agent.cni_directory("conf_dir").join("10-skein.conflist"))?;
-    let mut list: Value = serde_json::from_slice(&installed)?;
-    let before = traces(node)?;
-    for version in ["0.3.0", "0.3.1", "0.4.0", "1.0.0"] {
+    let portmap = json!([{ "type": "portmap", "capabilities": { "portMappings": true } }]);
+    // No port mappings: the portmap of containernetworking-plugins 1.1.1 looks for its IPv4 rules in
+    // the IPv6 table when it checks.
+    let libcni = Libcni::up(portmap, json!({}))?;
+    let mut list = libcni.list()?;
+    let before = traces(libcni.node())?;
+    for version in ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0"] {
         list["cniVersion"] = version.into();
-        let path = directory.join(format!("{version}.conflist"));
-        fs::write(&path, list.to_string())?;
-        let pod = Netns::create(&format!("libcni-{version}"))?;
-        let mut command = node.command(&program);
-        command.arg(&path).arg(cni::path(&pod)).arg(format!("id-{version}"));
-        command.arg(&bin).arg(directory.join("state"));
-        let said = process::run(&mut command).with_context(|| version)?;
-        let result: Value = serde_json::from_str(&said).with_context(|| said.clone())?;
+        let (name, pod) = (format!("id-{version}"), Netns::create(&format!("libcni-{version}"))?);
+        let result = libcni.add(&list, &name, &pod)?;
         ensure!(result["cniVersion"] == version, "{result}");
-        ensure!(cni::addresses(&result)?.len() == 2, "{result}");
-        ensure!(result["interfaces"][1]["name"] == "eth0", "{result}");
-        same(&before, &traces(node)?)?;
+        if version < "0.3.0" {
+            for family in ["ip4", "ip6"] {
+                ensure!(result[family]["ip"].is_string(), "{result}");
+            }
+        } else {
+            ensure!(cni::addresses(&result)?.len() == 2, "{result}");
+            ensure!(result["interfaces"][1]["name"] == "eth0", "{result}");
+        }
+        // CHECK came with 0.4.0.
+        if version >= "0.4.0" {
+            libcni.call("CHECK", &list, &name, &pod)?;
+        }
+        for _ in 0..2 {
+            libcni.call("DEL", &list, &name, &pod)?;
+        }
+        same(&before, &traces(libcni.node())?).context(version)?;
     }
     Ok(())
+}
+
+/// Kubernetes' annotations for bandwidth, and settings of the pod's interface, by the reference plugins;
+/// one before Skein, whose result it takes on.
+#[test]
+fn other_plugins_of_the_chain_do_their_part() -> Result<()> {
+    let lab = tempfile::tempdir()?;
+    let chain = json!([
+        { "type": "portmap", "capabilities": { "portMappings": true } },
+        {
+            "type": "tuning",
+            "sysctl": { "net.ipv4.conf.eth0.log_martians": "1", "net.core.somaxconn": "77" },
+            "promisc": true,
+            "mtu": 1300,
+            "dataDir": lab.path(),
+        },
+        { "type": "bandwidth", "capabilities": { "bandwidth": true } },
+    ]);
+    let rates = json!({ "bandwidth": {
+        "ingressRate": 8_000_000, "ingressBurst": 800_000,
+        "egressRate": 4_000_000, "egressBurst": 400_000,
+    } });
+    let libcni = Libcni::up(chain, rates)?;
+    let node = libcni.node();
+    let mut list = libcni.list()?;
+    list["plugins"].as_array_mut().context("plugins")?.insert(0, json!({ "type": "loopback" }));
+    let before = traces(node)?;
+    let ns = Netns::create("chained")?;
+    let result = libcni.add(&list, "chained", &ns)?;
+    ensure!(result["interfaces"][0]["name"] == "lo", "the plugin before is forgotten: {result}");
+    let host = result["interfaces"][1]["name"].as_str().context("interfaces")?.to_owned();
+    ensure!(result["interfaces"][2]["name"] == "eth0", "{result}");
+    let addresses = cni::addresses(&result)?;
+    let own = addresses.iter().filter(|address| !address.is_loopback());
+    ensure!(own.count() == 2, "{result}");
+
+    // tuning, in the pod.
+    let link = ns.ip("-d link show eth0")?;
+    ensure!(link.contains("mtu 1300") && link.contains("promiscuity 1"), "{link}");
+    for (key, value) in [("net.ipv4.conf.eth0.log_martians", "1"), ("net.core.somaxconn", "77")] {
+        let found = ns.sh(&format!("sysctl -n {key}"))?;
+        ensure!(found.trim() == value, "{key} is {found}");
+    }
+    // bandwidth, on the node: what the pod gets on its link, what it sends on an interface beside it.
+    let queues = node.sh("tc qdisc show")?;
+    let queue = |rate: &str| queues.lines().find(|l| l.contains("tbf") && l.contains(rate));
+    let (inward, outward) = (queue("rate 8Mbit"), queue("rate 4Mbit"));
+    ensure!(inward.is_some_and(|line| line.contains(&host)), "{queues}");
+    ensure!(outward.is_some_and(|line| line.contains("dev bwp")), "{queues}");
+    ensure!(queues.contains(&format!("qdisc ingress ffff: dev {host}")), "{queues}");
+
+    libcni.call("CHECK", &list, "chained", &ns)?;
+    // The agent's next look changes nothing of it.
+    thread::sleep(Duration::from_secs(11));
+    libcni.call("CHECK", &list, "chained", &ns)?;
+    let server = iperf::Server::start(&ns)?;
+    let address = addresses.iter().find(|address| !address.is_loopback()).context("none")?;
+    let arrived = iperf::run(node, *address, Flow::Tcp { streams: 1 }, 3, false)?;
+    let rate = arrived.bits_per_second;
+    ensure!((1e6..10e6).contains(&rate), "{rate} bit/s to a pod that may get 8 Mbit/s");
+    drop(server);
+
+    for _ in 0..2 {
+        libcni.call("DEL", &list, "chained", &ns)?;
+    }
+    same(&before, &traces(node)?)
 }

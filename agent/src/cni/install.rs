@@ -5,7 +5,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Permissions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
@@ -39,15 +39,78 @@ impl InstallError {
     }
 }
 
-/// Puts the plugin's binary in place, and returns whether it was another before.
-pub fn install_plugin(config: &Cni) -> Result<bool, InstallError> {
-    let Some(directory) = &config.bin_dir else { return Ok(false) };
-    let source = plugin_source(config);
-    let mut binary = Vec::new();
-    File::open(&source)
-        .and_then(|mut file| file.read_to_end(&mut binary))
-        .map_err(InstallError::new("read the plugin", &source))?;
-    place(directory, PLUGIN.as_ref(), &binary, 0o755)
+/// A file as it was at one moment: any change of it changes this.
+type Seen = (u64, u64, i64, i64);
+
+/// What the runtime needs of us, put in place again and again.
+#[derive(Debug, Default)]
+pub struct Install {
+    /// Source and installed plugin when they were last the same.
+    same: Option<[Seen; 2]>,
+    /// Whether everything was in place once.
+    done: bool,
+}
+
+impl Install {
+    /// The plugin, then the configuration, once the agent can serve: from then on the runtime starts pods.
+    /// While a plugin of the chain is missing the configuration is not written: every pod would fail. One
+    /// that is there stays, because without it no pod could be deleted.
+    pub fn run(&mut self, config: &Cni, can_serve: bool) -> Result<(), String> {
+        let text = |error: InstallError| error.to_string();
+        let binary = can_serve && self.install_plugin(config).map_err(text)?;
+        let missing = missing_plugins(config);
+        if !missing.is_empty() {
+            let (names, directory) = (missing.join(", "), config.bin_dir.as_deref());
+            let directory = directory.unwrap_or(Path::new("")).display();
+            return Err(format!(
+                "{names} of cni.chain not in {directory}: put it there, or take it out of the chain"
+            ));
+        }
+        if !can_serve {
+            return Ok(());
+        }
+        let configuration = install_configuration(config).map_err(text)?;
+        if config.exclusive {
+            let aside = set_others_aside(config).map_err(text)?;
+            if !aside.is_empty() {
+                tracing::warn!(?aside, "other networks' configurations are set aside");
+            }
+        }
+        if !self.done || binary || configuration {
+            self.done = true;
+            tracing::info!(binary, configuration, "the CNI plugin is installed");
+            let earlier = earlier_configurations(config);
+            if !earlier.is_empty() {
+                tracing::warn!(?earlier, "the runtime takes another network's configuration first");
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the plugin's binary in place, and returns whether it was another before. Where neither file
+    /// has changed since the last time, none is read.
+    fn install_plugin(&mut self, config: &Cni) -> Result<bool, InstallError> {
+        let Some(directory) = &config.bin_dir else { return Ok(false) };
+        let (source, installed) = (plugin_source(config), directory.join(PLUGIN));
+        let seen = || Some([seen(&source)?, seen(&installed)?]);
+        let before = seen();
+        if before.is_some() && self.same == before {
+            return Ok(false);
+        }
+        let mut binary = Vec::new();
+        File::open(&source)
+            .and_then(|mut file| file.read_to_end(&mut binary))
+            .map_err(InstallError::new("read the plugin", &source))?;
+        let changed = place(directory, PLUGIN.as_ref(), &binary, 0o755)?;
+        // Only what did not change while it was read has been compared.
+        self.same = before.filter(|before| !changed && seen() == Some(*before));
+        Ok(changed)
+    }
+}
+
+fn seen(path: &Path) -> Option<Seen> {
+    let file = fs::metadata(path).ok()?;
+    Some((file.dev(), file.ino(), file.ctime(), file.ctime_nsec()))
 }
 
 /// Where the plugin's binary comes from.
@@ -60,7 +123,7 @@ fn plugin_source(config: &Cni) -> PathBuf {
 }
 
 /// Puts the network configuration in place, and returns whether it was another before.
-pub fn install_configuration(config: &Cni) -> Result<bool, InstallError> {
+fn install_configuration(config: &Cni) -> Result<bool, InstallError> {
     let Some(directory) = &config.conf_dir else { return Ok(false) };
     let mut text = serde_json::to_vec_pretty(&configuration(config)).unwrap_or_default();
     text.push(b'\n');
@@ -68,7 +131,7 @@ pub fn install_configuration(config: &Cni) -> Result<bool, InstallError> {
 }
 
 /// Configurations that the runtime would take before ours: it takes the first by name.
-pub fn earlier_configurations(config: &Cni) -> Vec<OsString> {
+fn earlier_configurations(config: &Cni) -> Vec<OsString> {
     let mut names = other_configurations(config);
     names.retain(|name| name.as_os_str() < config.conf_file.as_str());
     names
@@ -93,7 +156,7 @@ fn names(config: &Cni) -> Vec<OsString> {
 }
 
 /// Gives every other network's configuration a name that no runtime reads; returns which.
-pub fn set_others_aside(config: &Cni) -> Result<Vec<OsString>, InstallError> {
+fn set_others_aside(config: &Cni) -> Result<Vec<OsString>, InstallError> {
     let others = other_configurations(config);
     for name in &others {
         let mut aside = name.clone();
@@ -126,11 +189,15 @@ fn rename(config: &Cni, from: &OsStr, to: &OsStr) -> Result<(), InstallError> {
     fs::rename(&from, directory.join(to)).map_err(InstallError::new("rename", &from))
 }
 
-/// Plugins of the chain that are not where the runtime looks for them.
-pub fn missing_plugins(config: &Cni) -> Vec<&str> {
-    let Some(directory) = &config.bin_dir else { return Vec::new() };
+/// Plugins of the chain that are not where the runtime looks for them; none where somebody else writes
+/// the configuration.
+fn missing_plugins(config: &Cni) -> Vec<&str> {
+    let (Some(directory), true) = (&config.bin_dir, config.conf_dir.is_some()) else {
+        return Vec::new();
+    };
     let named = config.chain.iter().filter_map(|plugin| plugin["type"].as_str());
-    named.filter(|name| !directory.join(name).exists()).collect()
+    // A link may lead to where only the node itself sees it.
+    named.filter(|name| fs::symlink_metadata(directory.join(name)).is_err()).collect()
 }
 
 /// Takes the configuration away; returns whether it was there.
@@ -220,16 +287,26 @@ mod tests {
     fn files_are_put_in_place_once_and_taken_away() {
         let directory = tempfile::tempdir().unwrap();
         let config = config(directory.path());
-        let error = install_plugin(&config).unwrap_err().to_string();
+        let mut binary = Install::default();
+        let error = binary.install_plugin(&config).unwrap_err().to_string();
         assert!(error.contains("source"), "{error}");
         fs::write(directory.path().join("source"), "one").unwrap();
-        assert!(install_plugin(&config).unwrap());
-        assert!(!install_plugin(&config).unwrap(), "it is there already");
+        assert!(binary.install_plugin(&config).unwrap());
+        for _ in 0..3 {
+            assert!(!binary.install_plugin(&config).unwrap(), "it is there already");
+        }
         fs::write(directory.path().join("source"), "two").unwrap();
-        assert!(install_plugin(&config).unwrap());
+        assert!(binary.install_plugin(&config).unwrap());
         let plugin = directory.path().join("bin/skein-cni");
         assert_eq!(fs::read_to_string(&plugin).unwrap(), "two");
         assert_eq!(fs::metadata(&plugin).unwrap().permissions().mode() & 0o777, 0o755);
+        assert!(!binary.install_plugin(&config).unwrap());
+        // Of the same length, and not executable: put right as well.
+        fs::write(&plugin, "owt").unwrap();
+        assert!(binary.install_plugin(&config).unwrap() && !binary.install_plugin(&config).unwrap());
+        fs::set_permissions(&plugin, Permissions::from_mode(0o644)).unwrap();
+        assert!(binary.install_plugin(&config).unwrap() && !binary.install_plugin(&config).unwrap());
+        assert_eq!(fs::read_to_string(&plugin).unwrap(), "two");
 
         assert!(install_configuration(&config).unwrap());
         assert!(!install_configuration(&config).unwrap());
@@ -253,6 +330,32 @@ mod tests {
         assert_eq!(list["plugins"][0]["socket"], "/run/skein/cni.sock");
         assert_eq!(list["plugins"][1]["type"], "portmap");
         assert_eq!(list["plugins"][1]["capabilities"]["portMappings"], true);
+    }
+
+    #[test]
+    fn plugins_of_the_chain_are_missed_until_they_are_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut config = config(directory.path());
+        let (portmap, list) =
+            (directory.path().join("bin/portmap"), directory.path().join("net.d/10-skein.conflist"));
+        fs::write(directory.path().join("source"), "one").unwrap();
+        let mut install = Install::default();
+        for can_serve in [false, true] {
+            let reason = install.run(&config, can_serve).unwrap_err();
+            let bin = config.bin_dir.as_ref().unwrap().display().to_string();
+            assert!(reason.contains("portmap") && reason.contains(&bin), "{reason}");
+            assert!(!list.exists(), "no pod would start with it");
+        }
+        // It leads to where nothing is from here.
+        std::os::unix::fs::symlink("/nowhere/portmap", &portmap).unwrap();
+        install.run(&config, false).unwrap();
+        assert!(!list.exists(), "nobody serves yet");
+        install.run(&config, true).unwrap();
+        fs::remove_file(&portmap).unwrap();
+        install.run(&config, true).unwrap_err();
+        assert!(list.exists(), "without it no pod could be deleted");
+        config.conf_dir = None;
+        install.run(&config, true).unwrap();
     }
 
     #[test]

@@ -24,13 +24,14 @@ use tokio::sync::{Mutex, watch};
 use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 
+use self::install::Install;
 use self::ipam::{Ipam, Usage};
 use self::leases::Leases;
 pub use self::service::Network;
 use self::service::Service;
 use crate::config::{Cni, Config};
 use crate::failure::Failure;
-use crate::firewall::{self, Firewall, Forged, Rules};
+use crate::firewall::{self, Firewall, Forged, Rules, forward};
 use crate::lifecycle::{NotReady, Readiness};
 use crate::netlink::Netlink;
 
@@ -97,7 +98,7 @@ impl Pods {
             not_ready: None,
             complaints: Vec::new(),
             can_serve: false,
-            installed: false,
+            install: Install::default(),
             cni,
         };
         // Before anything is served: whoever asks for an address must not get one that is in use.
@@ -167,8 +168,7 @@ struct Keeper {
     complaints: Vec<String>,
     /// Whether the agent was ready once.
     can_serve: bool,
-    /// Whether the plugin is where the runtime looks for it.
-    installed: bool,
+    install: Install,
     cni: Cni,
 }
 
@@ -222,24 +222,21 @@ impl Keeper {
                 Err(error) => errors.push(error),
             }),
         }
-        if self.can_serve {
-            errors.extend(self.install().err().map(|error| error.to_string()));
-        }
         if errors.is_empty() {
             self.service.prepared.store(true, Ordering::Release);
         }
+        errors.extend(self.install().await.err());
         // One pod's trouble is no reason to refuse all others.
         self.not_ready = match errors.is_empty() {
             true => None,
             false => Some(self.readiness.block(format!("pods: {}", errors.join("; ")))),
         };
         errors.extend(single);
-        for chain in firewall::dropping_chains().await {
-            errors.push(format!(
-                "chain {chain} drops what it has no rule for: let pods' packets pass \
-                 (iptables -I FORWARD -i skp+ -j ACCEPT; iptables -I FORWARD -o skp+ -j ACCEPT)"
-            ));
+        let forward = forward::ensure(&self.cni.table, self.cni.forward_accept).await;
+        for chain in forward.opened {
+            tracing::warn!(chain, "drops what it has no rule for: it has one for pods now");
         }
+        errors.extend(forward.closed);
         for complaint in errors.iter().filter(|error| !self.complaints.contains(error)) {
             tracing::error!("pods: {complaint}");
         }
@@ -248,32 +245,16 @@ impl Keeper {
 
     /// The plugin, then the configuration: from now on the runtime starts pods. What somebody takes
     /// away comes back.
-    fn install(&mut self) -> Result<(), install::InstallError> {
-        let binary = install::install_plugin(&self.cni)?;
-        let configuration = install::install_configuration(&self.cni)?;
-        if self.cni.exclusive {
-            let aside = install::set_others_aside(&self.cni)?;
-            if !aside.is_empty() {
-                tracing::warn!(?aside, "other networks' configurations are set aside");
-            }
-        }
-        if self.installed && !binary && !configuration {
-            return Ok(());
-        }
-        self.installed = true;
-        tracing::info!(binary, configuration, "the CNI plugin is installed");
-        let earlier = install::earlier_configurations(&self.cni);
-        if !earlier.is_empty() {
-            tracing::warn!(?earlier, "the runtime takes another network's configuration first");
-        }
-        let missing = install::missing_plugins(&self.cni);
-        if !missing.is_empty() {
-            tracing::warn!(
-                ?missing,
-                "plugins of cni.chain are not in cni.bin_dir: no pod will start"
-            );
-        }
-        Ok(())
+    async fn install(&mut self) -> Result<(), String> {
+        let mut install = std::mem::take(&mut self.install);
+        let (cni, can_serve) = (self.cni.clone(), self.can_serve);
+        let work = tokio::task::spawn_blocking(move || {
+            let result = install.run(&cni, can_serve);
+            (install, result)
+        });
+        let (install, result) = work.await.map_err(|error| error.to_string())?;
+        self.install = install;
+        result
     }
 }
 

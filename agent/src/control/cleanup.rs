@@ -11,7 +11,7 @@ use crate::cni::attach::Attacher;
 use crate::cni::install;
 use crate::config::{ALIAS_PREFIX, Config};
 use crate::failure::Failure;
-use crate::firewall;
+use crate::firewall::{self, forward};
 use crate::ipc::{NodeIdentity, Request};
 use crate::netlink::Netlink;
 use crate::netlink::provisional::Provisional;
@@ -137,6 +137,8 @@ async fn remove_pods(config: &Config, cleaned: &mut Cleaned) {
     }
     let table = firewall::remove(&cni.table).await.map_err(|error| error.to_string());
     cleaned.note(&format!("nftables table inet {}", cni.table), table);
+    let rules = forward::remove(&cni.table).await.map_err(|error| error.to_string());
+    cleaned.note("rules for pods in others' chains", rules);
 }
 
 /// A file, or a directory that is empty by now.

@@ -66,7 +66,7 @@ pub fn run(options: &Options) -> Result<()> {
     let mut cluster = Cluster::prepare(lab, Family::V4)?;
     cluster.verbose = false;
     for agent in &mut cluster.agents {
-        agent.serve_pods();
+        agent.serve_pods()?;
         // The reference has one family as well.
         agent.record.pod_cidrs.retain(|cidr| !cidr.contains(':'));
     }

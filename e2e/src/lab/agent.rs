@@ -19,6 +19,9 @@ const READY_LIMIT: Duration = Duration::from_secs(20);
 /// Default port of the overlay.
 pub const PORT: u16 = 51900;
 
+/// What containerd needs for the loopback, what comes behind Skein's plugin by default, and what may.
+const REFERENCE_PLUGINS: [&str; 4] = ["loopback", "portmap", "bandwidth", "tuning"];
+
 /// The agent's program: `SKEIN_AGENT_BIN`, or beside this program where cargo puts both.
 pub fn binary() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("SKEIN_AGENT_BIN") {
@@ -149,14 +152,22 @@ impl Agent {
         table.insert(key.into(), value.into());
     }
 
-    /// Has it serve the CNI plugin, with files of its own for everything.
-    pub fn serve_pods(&mut self) {
+    /// Has it serve the CNI plugin, with files of its own for everything. The reference plugins are where
+    /// it puts its own.
+    pub fn serve_pods(&mut self) -> Result<()> {
         let path = |file: &str| self.directory.join(file).to_string_lossy().into_owned();
         let paths = ["cni.sock", "spool", "bin", "net.d"].map(path);
         for (key, path) in ["socket", "spool", "bin_dir", "conf_dir"].into_iter().zip(paths) {
             self.set(&format!("cni.{key}"), path);
         }
         self.set("cni.enabled", true);
+        let bin = self.cni_directory("bin_dir");
+        fs::create_dir_all(&bin)?;
+        REFERENCE_PLUGINS.iter().try_for_each(|name| {
+            fs::copy(Path::new("/usr/lib/cni").join(name), bin.join(name))
+                .map(drop)
+                .with_context(|| format!("{name} of containernetworking-plugins"))
+        })
     }
 
     /// Where it listens for the plugin.

@@ -1,11 +1,13 @@
 //! The CNI plugin, called as a container runtime calls it: environment, standard input, standard output.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::agent::Agent;
@@ -163,7 +165,8 @@ pub fn pod(ns: Netns, result: &Value) -> Result<Pod> {
     Ok(pod)
 }
 
-/// What pods leave on a node: interfaces, routes, neighbours. To be compared before and after.
+/// What pods leave on a node: interfaces, addresses, routes, neighbours, rules of the firewall, and network
+/// namespaces that the node's processes keep alive. To be compared before and after.
 pub fn traces(node: &Netns) -> Result<Vec<String>> {
     let mut lines = node.interfaces()?;
     for what in ["-4 route show table all", "-6 route show table all", "neighbour show"] {
@@ -185,8 +188,57 @@ pub fn traces(node: &Netns) -> Result<Vec<String>> {
         };
         lines.extend(node.ip(what)?.lines().filter(lasting).map(str::to_owned));
     }
+    lines.extend(rules(node)?);
+    lines.extend(namespaces(node)?);
     lines.sort();
     Ok(lines)
+}
+
+/// Each line of the ruleset with its table and chain, without counters' values.
+fn rules(node: &Netns) -> Result<Vec<String>> {
+    let (mut inside, mut lines) = (Vec::new(), Vec::new());
+    for line in node.sh("nft --stateless list ruleset")?.lines().map(str::trim) {
+        lines.push(format!("nft: {} {line}", inside.join(" ")));
+        match line.strip_suffix('{') {
+            Some(head) => inside.push(head.trim().to_owned()),
+            None if line == "}" => drop(inside.pop()),
+            None => {}
+        }
+    }
+    Ok(lines)
+}
+
+/// Network namespaces that live by a process of the node: it or one that it has started works in it, has it
+/// open, or has it mounted where it alone sees it.
+fn namespaces(node: &Netns) -> Result<BTreeSet<String>> {
+    let own = fs::metadata(node.path())?.ino();
+    let (mut found, mut pids) = (BTreeSet::new(), node.pids());
+    while let Some(pid) = pids.pop() {
+        pids.extend(process::children(pid));
+        let proc = PathBuf::from(format!("/proc/{pid}"));
+        // A process may end while it is looked at.
+        let descriptors = fs::read_dir(proc.join("fd")).into_iter().flatten().flatten();
+        let links = descriptors.map(|entry| entry.path()).chain([proc.join("ns/net")]);
+        found.extend(
+            links.filter_map(|link| Some(fs::read_link(link).ok()?.to_str()?.to_owned())),
+        );
+        // Those of the laboratory are in its sight, too.
+        let mounts = fs::read_to_string(proc.join("mountinfo")).unwrap_or_default();
+        let strange = |line: &&str| !line.contains(registry::NETNS_DIR) || line.contains("/cni-");
+        let root = |line: &str| line.split(' ').nth(3).map(str::to_owned);
+        found.extend(mounts.lines().filter(strange).filter_map(root));
+    }
+    found.retain(|name| name.starts_with("net:[") && *name != format!("net:[{own}]"));
+    Ok(found)
+}
+
+/// Whether a node is as it was.
+pub fn same(before: &[String], after: &[String]) -> Result<()> {
+    let (before, after) = (BTreeSet::from_iter(before), BTreeSet::from_iter(after));
+    let left: Vec<_> = after.difference(&before).collect();
+    let gone: Vec<_> = before.difference(&after).collect();
+    ensure!(left.is_empty() && gone.is_empty(), "left behind {left:#?}, gone {gone:#?}");
+    Ok(())
 }
 
 /// The spool's entries.

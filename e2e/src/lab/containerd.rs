@@ -35,13 +35,6 @@ impl Containerd {
         fs::create_dir_all(directory.join("cni-bin"))?;
         fs::create_dir_all(agent.cni_directory("conf_dir"))?;
         let image = image(&directory)?;
-        // Containerd's own kind of network for the loopback, and what comes behind ours in the chain.
-        for name in ["loopback", "portmap"] {
-            let to = agent.cni_directory("bin_dir").join(name);
-            fs::create_dir_all(agent.cni_directory("bin_dir"))?;
-            fs::copy(Path::new("/usr/lib/cni").join(name), to)
-                .with_context(|| format!("{name} of containernetworking-plugins"))?;
-        }
         let config = directory.join("config.toml");
         fs::write(&config, configuration(&directory, agent))?;
         let script = script(&directory, laboratory, agent);
