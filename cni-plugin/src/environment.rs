@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::protocol::Pod;
+use crate::protocol::{AttachmentId, Pod};
 use crate::types::{ErrorCode, Failure};
 
 /// What is asked for.
@@ -27,10 +27,8 @@ pub enum Verb {
 pub struct Environment {
     /// `CNI_COMMAND`.
     pub verb: Verb,
-    /// `CNI_CONTAINERID`; empty where the verb has none.
-    pub container_id: String,
-    /// `CNI_IFNAME`; empty where the verb has none.
-    pub ifname: String,
+    /// `CNI_CONTAINERID` and `CNI_IFNAME`; empty where the verb has none.
+    pub id: AttachmentId,
     /// `CNI_NETNS`.
     pub netns: Option<PathBuf>,
     /// `CNI_NETNS_OVERRIDE`: the plugin's own namespace is meant.
@@ -62,11 +60,12 @@ impl Environment {
         if !missing.is_empty() {
             return Err(environment(format!("required: {}", missing.join(", "))));
         }
-        let container_id = given("CNI_CONTAINERID").unwrap_or_default();
-        let ifname = given("CNI_IFNAME").unwrap_or_default();
+        let id = AttachmentId {
+            container_id: given("CNI_CONTAINERID").unwrap_or_default(),
+            ifname: given("CNI_IFNAME").unwrap_or_default(),
+        };
         if needed.contains(&"CNI_CONTAINERID") {
-            check_name("CNI_CONTAINERID", &container_id)?;
-            check_interface(&ifname)?;
+            check_id(&id)?;
         }
         let pod = match verb {
             // A deletion does not fail by what it does not need.
@@ -75,8 +74,7 @@ impl Environment {
         };
         Ok(Some(Self {
             verb,
-            container_id,
-            ifname,
+            id,
             netns: given("CNI_NETNS").map(PathBuf::from),
             netns_override: matches!(
                 given("CNI_NETNS_OVERRIDE").as_deref(),
@@ -100,9 +98,12 @@ pub fn check_name(what: &str, name: &str) -> Result<(), Failure> {
     )))
 }
 
-fn check_interface(name: &str) -> Result<(), Failure> {
+/// Whether an attachment can be called that.
+pub fn check_id(id: &AttachmentId) -> Result<(), Failure> {
+    check_name("CNI_CONTAINERID", &id.container_id)?;
+    let name = id.ifname.as_str();
     let bad = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
-    if name.len() > 15 || name == "." || name == ".." || name.contains(bad) {
+    if !(1..=15).contains(&name.len()) || name == "." || name == ".." || name.contains(bad) {
         return Err(environment(format!(
             "CNI_IFNAME is {name:?}: at most 15 bytes without '/', ':' and white space are a name"
         )));

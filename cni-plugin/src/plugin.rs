@@ -14,9 +14,7 @@ use serde_json::{Value, json};
 use crate::config::{self, Config};
 use crate::environment::{Environment, Verb};
 use crate::frame::FrameError;
-use crate::protocol::{
-    Add, Answer, AttachmentId, Check, Command, Del, Gc, MAX_FRAME, Refusal, Request, VERSION,
-};
+use crate::protocol::{Add, Answer, Check, Command, Del, Gc, MAX_FRAME, Refusal, Request, VERSION};
 use crate::types::{ErrorCode, Failure, Version};
 use crate::{client, result, spool};
 
@@ -124,12 +122,11 @@ fn run(environment: Environment, config: Config) -> Result<Option<Value>, Failur
 fn add(environment: Environment, config: Config) -> Result<Value, Failure> {
     // Before anything is made that would have to be undone.
     result::check_previous(config.previous.as_ref())?;
-    let id = id(&environment);
     let path = environment.netns.clone().unwrap_or_default();
     let netns = open_netns(&path, environment.netns_override)?;
     let sandbox = path.to_string_lossy().into_owned();
     let command = Command::Add(Add {
-        id,
+        id: environment.id,
         network: config.name.clone(),
         netns: path,
         pod: environment.pod,
@@ -145,7 +142,7 @@ fn add(environment: Environment, config: Config) -> Result<Value, Failure> {
 }
 
 fn del(environment: &Environment, config: &Config) -> Result<(), Failure> {
-    let id = id(environment);
+    let id = &environment.id;
     if let Some(path) = &environment.netns {
         check_own(path, environment.netns_override)?;
     }
@@ -154,11 +151,11 @@ fn del(environment: &Environment, config: &Config) -> Result<(), Failure> {
         Ok(Answer::Done) => Ok(()),
         // An agent of another version will be replaced, or has not replaced this plugin yet.
         Ok(Answer::Refused(refusal)) if refusal.code == ErrorCode::IncompatibleVersion as u32 => {
-            spool::put(&config.spool, &id)
+            spool::put(&config.spool, id)
                 .map_err(|failed| unexpected(Answer::Refused(refusal)).with(failed))
         }
         Ok(other) => Err(unexpected(other)),
-        Err(error) => spool::put(&config.spool, &id).map_err(|failed| {
+        Err(error) => spool::put(&config.spool, id).map_err(|failed| {
             let spool = config.spool.display();
             away(AWAY, config, &error)
                 .with(format!("the deletion cannot be kept in {spool} either: {failed}"))
@@ -170,10 +167,10 @@ fn check(environment: &Environment, config: &Config) -> Result<(), Failure> {
     let Some(previous) = &config.previous else {
         return Err(Failure::new(ErrorCode::InvalidNetworkConfig, "CHECK needs prevResult"));
     };
-    let ips = own_addresses(previous, &environment.ifname)?;
+    let ips = own_addresses(previous, &environment.id.ifname)?;
     let path = environment.netns.clone().unwrap_or_default();
     let netns = open_netns(&path, environment.netns_override)?;
-    let command = Command::Check(Check { id: id(environment), ips });
+    let command = Command::Check(Check { id: environment.id.clone(), ips });
     match ask(config, command, Some(netns.as_fd()), config.timeout) {
         Ok(Answer::Done) => Ok(()),
         Ok(other) => Err(unexpected(other)),
@@ -224,13 +221,6 @@ fn status(config: &Config) -> Result<(), Failure> {
         Ok(Answer::Done) => Ok(()),
         Ok(other) => Err(unexpected(other)),
         Err(error) => Err(away(ErrorCode::NotAvailable as u32, config, &error)),
-    }
-}
-
-fn id(environment: &Environment) -> AttachmentId {
-    AttachmentId {
-        container_id: environment.container_id.clone(),
-        ifname: environment.ifname.clone(),
     }
 }
 

@@ -49,6 +49,18 @@ pub enum Command {
     Status,
 }
 
+impl Command {
+    /// The attachment that it is about, where it is about one.
+    pub fn id(&self) -> Option<&AttachmentId> {
+        match self {
+            Self::Add(Add { id, .. }) | Self::Check(Check { id, .. }) | Self::Del(Del { id }) => {
+                Some(id)
+            }
+            Self::Gc(_) | Self::Status => None,
+        }
+    }
+}
+
 /// Which attachment is meant: one interface of one container.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct AttachmentId {

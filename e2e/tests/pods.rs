@@ -404,6 +404,8 @@ fn a_full_disk_keeps_no_pod_from_going() -> Result<()> {
     let refused = refused.context("nothing was refused: the disk is not full")?;
     let error: Value = serde_json::from_str(&refused)?;
     ensure!(error["code"] == 5, "{refused}");
+    let (code, text) = runtime.refused("STATUS", None, Value::Null)?;
+    ensure!(code == 50 && text.contains("no space left"), "{code} {text}");
     for name in std::iter::once("a".to_owned()).chain((0..300).map(|n| format!("f{n}"))) {
         runtime.del(&name, None)?;
     }
@@ -413,6 +415,7 @@ fn a_full_disk_keeps_no_pod_from_going() -> Result<()> {
         let used = cluster.agents[0].metrics()?.sum("skein_ipam_addresses", &["state=\"used\""]);
         Ok(used == 0.0)
     })?;
+    runtime.done("STATUS", None, Value::Null)?;
     runtime.add("b", &pod.ns)?;
     runtime.del("b", None)
 }
@@ -708,7 +711,8 @@ fn others_chains_that_drop_let_pods_pass() -> Result<()> {
     let ours = || -> Result<Vec<usize>> {
         let count = |chain: &&str| {
             let text = home.sh(&format!("nft list chain {chain}"))?;
-            let rules: Vec<_> = text.lines().map(str::trim).filter(|l| l.contains("skp*")).collect();
+            let rules: Vec<_> =
+                text.lines().map(str::trim).filter(|l| l.contains("skp*")).collect();
             ensure!(text.rfind("7777") < text.find("skp*"), "before somebody's own: {text}");
             ensure!(rules.iter().all(|rule| rule.contains("skein: pods")), "{text}");
             Ok(rules.len())

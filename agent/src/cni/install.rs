@@ -303,9 +303,13 @@ mod tests {
         assert!(!binary.install_plugin(&config).unwrap());
         // Of the same length, and not executable: put right as well.
         fs::write(&plugin, "owt").unwrap();
-        assert!(binary.install_plugin(&config).unwrap() && !binary.install_plugin(&config).unwrap());
+        assert!(
+            binary.install_plugin(&config).unwrap() && !binary.install_plugin(&config).unwrap()
+        );
         fs::set_permissions(&plugin, Permissions::from_mode(0o644)).unwrap();
-        assert!(binary.install_plugin(&config).unwrap() && !binary.install_plugin(&config).unwrap());
+        assert!(
+            binary.install_plugin(&config).unwrap() && !binary.install_plugin(&config).unwrap()
+        );
         assert_eq!(fs::read_to_string(&plugin).unwrap(), "two");
 
         assert!(install_configuration(&config).unwrap());
@@ -336,8 +340,10 @@ mod tests {
     fn plugins_of_the_chain_are_missed_until_they_are_there() {
         let directory = tempfile::tempdir().unwrap();
         let mut config = config(directory.path());
-        let (portmap, list) =
-            (directory.path().join("bin/portmap"), directory.path().join("net.d/10-skein.conflist"));
+        let (portmap, list) = (
+            directory.path().join("bin/portmap"),
+            directory.path().join("net.d/10-skein.conflist"),
+        );
         fs::write(directory.path().join("source"), "one").unwrap();
         let mut install = Install::default();
         for can_serve in [false, true] {

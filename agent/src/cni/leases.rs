@@ -52,6 +52,11 @@ impl Leases {
         ask(|reply| self.0.list(reply)).await
     }
 
+    /// See [`Ipam::probe`].
+    pub(super) async fn probe(&self) -> Result<(), IpamError> {
+        ask(|reply| self.0.probe(reply)).await
+    }
+
     /// See [`Ipam::usage`].
     pub(super) async fn usage(&self) -> Result<Usage, IpamError> {
         ask(|reply| self.0.usage(SystemTime::now(), reply)).await

@@ -8,9 +8,37 @@ use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, Opts};
 use skein_cni::protocol::{Answer, Command};
 
 const VERBS: [&str; 5] = ["add", "del", "check", "gc", "status"];
-const RESULTS: [&str; 2] = ["done", "refused"];
 /// Upper bounds in seconds: what a kernel alone needs, up to where a runtime gives up.
 const SECONDS: [f64; 10] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.5, 10.0];
+
+/// How a request went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Outcome {
+    Done,
+    Refused,
+    /// The server had no more patience; what becomes of it is for the runtime's next request.
+    Late,
+}
+
+impl Outcome {
+    const ALL: [Self; 3] = [Self::Done, Self::Refused, Self::Late];
+
+    /// Of an answer that was given in time.
+    pub(super) fn of(answer: &Answer) -> Self {
+        match answer {
+            Answer::Refused(_) => Self::Refused,
+            Answer::Attached(_) | Answer::Done => Self::Done,
+        }
+    }
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Done => "done",
+            Self::Refused => "refused",
+            Self::Late => "late",
+        }
+    }
+}
 
 /// Counters of requests.
 #[derive(Debug, Clone)]
@@ -39,20 +67,16 @@ impl Requests {
         )?;
         for verb in VERBS {
             seconds.with_label_values(&[verb]);
-            for result in RESULTS {
-                total.with_label_values(&[verb, result]);
+            for outcome in Outcome::ALL {
+                total.with_label_values(&[verb, outcome.label()]);
             }
         }
         Ok(Self { total, seconds })
     }
 
     /// Counts one request.
-    pub(super) fn count(&self, verb: &str, answer: &Answer, took: Duration) {
-        let result = match answer {
-            Answer::Refused(_) => RESULTS[1],
-            Answer::Attached(_) | Answer::Done => RESULTS[0],
-        };
-        self.total.with_label_values(&[verb, result]).inc();
+    pub(super) fn count(&self, verb: &str, outcome: Outcome, took: Duration) {
+        self.total.with_label_values(&[verb, outcome.label()]).inc();
         self.seconds.with_label_values(&[verb]).observe(took.as_secs_f64());
     }
 

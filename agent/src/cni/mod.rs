@@ -12,6 +12,7 @@ mod locks;
 mod metrics;
 mod server;
 mod service;
+mod waiting;
 mod wire;
 
 use std::sync::Arc;

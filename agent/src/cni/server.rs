@@ -11,7 +11,9 @@ use skein_cni::protocol::{Answer, Refusal, Request, VERSION};
 use skein_cni::types::ErrorCode;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
+use tokio::time::Instant;
 
+use super::metrics::{Outcome, verb};
 use super::wire;
 
 /// Requests that are worked on at once; others wait for their turn. More would only wait for the kernel's
@@ -33,6 +35,9 @@ pub(super) trait Handler: Send + Sync + 'static {
         request: Request,
         netns: Option<OwnedFd>,
     ) -> impl Future<Output = Answer> + Send;
+
+    /// Is told how a request of that verb went.
+    fn note(&self, verb: &'static str, outcome: Outcome, took: Duration);
 }
 
 /// Serves until it is aborted.
@@ -74,12 +79,16 @@ async fn talk<H: Handler>(stream: &UnixStream, handler: &H, turns: &Semaphore) -
             ),
         ),
         Ok((request, netns)) => {
+            let (verb, began) = (verb(&request.command), Instant::now());
             let work = async {
                 let _turn = turns.acquire().await;
                 handler.answer(request, netns).await
             };
-            tokio::time::timeout(WORK, work).await.unwrap_or_else(|_| {
-                tracing::warn!("a request of the CNI plugin was not done within {WORK:?}");
+            let answer = tokio::time::timeout(WORK, work).await;
+            let outcome = answer.as_ref().map_or(Outcome::Late, Outcome::of);
+            handler.note(verb, outcome, began.elapsed());
+            answer.unwrap_or_else(|_| {
+                tracing::warn!(verb, "a request of the CNI plugin was not done within {WORK:?}");
                 let late = format!("the agent was not done within {WORK:?}: see its log");
                 refusal(ErrorCode::TryAgainLater as u32, late)
             })
@@ -101,22 +110,27 @@ mod tests {
     use super::*;
     use skein_cni::protocol::Command;
 
-    /// Says that it has begun, and never ends.
-    struct Hangs(tokio::sync::Notify);
+    /// Says that it has begun, and never ends; what it was told.
+    #[derive(Default)]
+    struct Hangs(tokio::sync::Notify, std::sync::Mutex<Vec<(&'static str, Outcome, Duration)>>);
 
     impl Handler for Hangs {
         async fn answer(&self, _request: Request, _netns: Option<OwnedFd>) -> Answer {
             self.0.notify_one();
             std::future::pending().await
         }
+
+        fn note(&self, verb: &'static str, outcome: Outcome, took: Duration) {
+            self.1.lock().unwrap().push((verb, outcome, took));
+        }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_takes_too_long_is_refused() {
+    async fn what_takes_too_long_is_refused_and_counted() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("cni.sock");
         let listener = UnixListener::bind(&path).unwrap();
-        let handler = Arc::new(Hangs(tokio::sync::Notify::new()));
+        let handler = Arc::new(Hangs::default());
         let server = tokio::spawn(serve(listener, Arc::clone(&handler)));
         let request = Request { protocol: VERSION, command: Command::Status };
         let ask = move || skein_cni::client::ask(&path, &request, None, Duration::from_secs(5));
@@ -128,6 +142,7 @@ mod tests {
             matches!(&answer, Answer::Refused(refusal) if refusal.code == 11 && refusal.msg.contains("25s")),
             "{answer:?}"
         );
+        assert_eq!(*handler.1.lock().unwrap(), [("status", Outcome::Late, WORK)]);
         server.abort();
     }
 }

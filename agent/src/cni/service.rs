@@ -1,19 +1,17 @@
 //! The verbs: leases and interfaces brought together.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
-use skein_cni::protocol::{Add, Answer, AttachmentId, Check, Command, Gc, Refusal, Request};
+use skein_cni::environment::check_id;
+use skein_cni::protocol::{self, Add, Answer, AttachmentId, Check, Command, Gc, Refusal, Request};
 use skein_cni::types::ErrorCode;
-use skein_cni::{protocol, spool};
 use thiserror::Error;
 use tokio::sync::watch;
 
@@ -21,8 +19,9 @@ use super::attach::{AttachError, Attacher, Kernel, host_name};
 use super::ipam::{IpamError, Lease, Netns, Request as Wanted};
 use super::leases::Leases;
 use super::locks::Locks;
-use super::metrics::{Requests, verb};
+use super::metrics::{Outcome, Requests, verb};
 use super::server::{Handler, refusal};
+use super::waiting::Waiting;
 use crate::lifecycle::Readiness;
 use crate::netlink::{Netlink, NetlinkError};
 use crate::sys::netns::NamespaceId;
@@ -45,7 +44,7 @@ pub struct Network {
 
 /// Why a request was not done.
 #[derive(Debug, Error)]
-enum Error {
+pub(super) enum Error {
     #[error(transparent)]
     Ipam(#[from] IpamError),
     #[error(transparent)]
@@ -97,15 +96,13 @@ pub(super) struct Service {
     pub(super) network: watch::Receiver<Network>,
     pub(super) readiness: Readiness,
     pub(super) requests: Requests,
-    pub(super) spool: PathBuf,
+    pub(super) waiting: Waiting,
     /// Whether leases and kernel were brought together and the firewall was in place once: before, an
     /// address could be given out twice, or a pod be without its source check.
     pub(super) prepared: AtomicBool,
-    /// Attachments whose interfaces are gone while their leases could not be written.
-    unreleased: Mutex<BTreeSet<AttachmentId>>,
     boot: String,
     own: NamespaceId,
-    locks: Locks,
+    pub(super) locks: Locks,
 }
 
 impl Service {
@@ -124,9 +121,8 @@ impl Service {
             network,
             readiness,
             requests: Requests::new()?,
-            spool,
+            waiting: Waiting::new(spool),
             prepared: AtomicBool::new(false),
-            unreleased: Mutex::default(),
             boot: fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned(),
             own: NamespaceId::own()?,
             locks: Locks::default(),
@@ -146,11 +142,9 @@ impl Service {
         }
         let _turn = self.locks.lock(&add.id).await;
         // A name may come again (ctr, nerdctl): its old deletion must not find the new pod.
-        let waiting = spool::path(&self.spool, &add.id);
-        let unreleased = self.unreleased().contains(&add.id);
-        if unreleased || waiting.exists() {
+        if self.waiting.contains(&add.id) {
             self.detach(&add.id).await?;
-            spool::remove(&waiting).map_err(|error| Error::Spool(error.to_string()))?;
+            self.waiting.forget(&add.id)?;
         }
         let visible = NamespaceId::at(&add.netns).is_ok_and(|seen| seen == namespace);
         let wanted = Wanted {
@@ -206,46 +200,14 @@ impl Service {
     }
 
     /// Takes the interface away, then gives the addresses back.
-    async fn detach(&self, id: &AttachmentId) -> Result<(), Error> {
+    pub(super) async fn detach(&self, id: &AttachmentId) -> Result<(), Error> {
         match self.attacher.detach(&self.netlink, id).await {
             // Somebody else's interface is no reason to keep the address.
             Ok(()) | Err(AttachError::Foreign { .. }) => {}
             Err(error) => return Err(error.into()),
         }
         self.leases.release(id.clone()).await?;
-        self.unreleased().remove(id);
-        Ok(())
-    }
-
-    fn unreleased(&self) -> MutexGuard<'_, BTreeSet<AttachmentId>> {
-        // Nothing under the lock can panic half way.
-        self.unreleased.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// See [`Command::Del`].
-    pub(super) async fn del(&self, id: &AttachmentId) -> Result<(), Refusal> {
-        let _turn = self.locks.lock(id).await;
-        match self.detach(id).await {
-            // A full disk must not keep a pod from going: its interface is gone, the rest is done later.
-            Err(Error::Ipam(error @ IpamError::Store(_))) => {
-                let container = &id.container_id;
-                tracing::error!(container, %error, "detached; its address is freed when that is possible");
-                self.unreleased().insert(id.clone());
-                Ok(())
-            }
-            outcome => outcome.map_err(|error| refuse(&error)),
-        }
-    }
-
-    /// Frees what [`Service::del`] could not.
-    async fn release_the_rest(&self) -> Result<(), Error> {
-        let waiting = self.unreleased().clone();
-        for id in waiting {
-            let _turn = self.locks.lock(&id).await;
-            if self.unreleased().contains(&id) {
-                self.detach(&id).await?;
-            }
-        }
+        self.waiting.released(id);
         Ok(())
     }
 
@@ -299,6 +261,10 @@ impl Service {
         let reasons = self.readiness.reasons();
         if !reasons.is_empty() {
             return refuse(ErrorCode::NotAvailableLimited, reasons.join("; "));
+        }
+        // What is only asked of memory would say that all is well on a full disk.
+        if let Err(error) = self.leases.probe().await {
+            return refuse(ErrorCode::NotAvailable, error.to_string());
         }
         let usage = match self.leases.usage().await {
             Ok(usage) => usage,
@@ -419,46 +385,6 @@ impl Service {
         Ok(())
     }
 
-    /// Does what the plugin could not say while the agent was away. What is wrong with one entry is
-    /// returned.
-    pub(super) async fn empty_spool(&self) -> Result<Vec<String>, String> {
-        let listing = spool::list(&self.spool).map_err(|error| error.to_string())?;
-        let mut errors = Vec::new();
-        for entry in listing {
-            let shown = entry.path.display();
-            let done = match &entry.request {
-                Ok(Request { command: Command::Del(del), .. }) => {
-                    self.waited(&del.id, &entry.path).await.map_err(|error| error.to_string())
-                }
-                // It may be readable next time.
-                Err(error @ spool::EntryError::Io(_)) => Err(format!("{shown}: {error}")),
-                // Nothing that could be done; whoever wonders finds it in the log.
-                Ok(_) => self.forget(&entry.path, "no deletion"),
-                Err(error) => self.forget(&entry.path, &error.to_string()),
-            };
-            errors.extend(done.err());
-        }
-        Ok(errors)
-    }
-
-    /// A deletion that has waited; its entry stays until all of it is done.
-    async fn waited(&self, id: &AttachmentId, entry: &Path) -> Result<(), Error> {
-        let _turn = self.locks.lock(id).await;
-        // An ADD of the same name may have done it meanwhile, and what is there now is new.
-        if !entry.exists() {
-            return Ok(());
-        }
-        self.detach(id).await?;
-        tracing::info!(container = id.container_id, "a deletion that had waited");
-        spool::remove(entry).map_err(|error| Error::Spool(error.to_string()))
-    }
-
-    fn forget(&self, entry: &Path, why: &str) -> Result<(), String> {
-        let removed =
-            spool::remove(entry).map_or_else(|e| format!(", and stays: {e}"), |()| String::new());
-        Err(format!("{}: {why}{removed}", entry.display()))
-    }
-
     /// Which namespace it is; an error where it is none, or the node's own.
     fn identify(&self, netns: &OwnedFd) -> Result<NamespaceId, Error> {
         let namespace = NamespaceId::of(netns)
@@ -474,8 +400,9 @@ impl Service {
             Ok(()) => Answer::Done,
             Err(refusal) => Answer::Refused(refusal),
         };
-        if let Some(answer) = bad_id(&command) {
-            return answer;
+        // The plugin checks it; but what becomes a key and an alias is checked where it does.
+        if let Some(Err(failure)) = command.id().map(check_id) {
+            return refusal(failure.code, failure.msg);
         }
         match command {
             Command::Add(add) => match self.add(add, netns).await {
@@ -494,14 +421,16 @@ impl Service {
 
 impl Handler for Service {
     async fn answer(&self, request: Request, netns: Option<OwnedFd>) -> Answer {
-        let (verb, began) = (verb(&request.command), Instant::now());
+        let verb = verb(&request.command);
         let answer = self.dispatch(request.command, netns).await;
-        let took: Duration = began.elapsed();
         if let Answer::Refused(refusal) = &answer {
             tracing::warn!(verb, code = refusal.code, "refused: {}", refusal.msg);
         }
-        self.requests.count(verb, &answer, took);
         answer
+    }
+
+    fn note(&self, verb: &'static str, outcome: Outcome, took: Duration) {
+        self.requests.count(verb, outcome, took);
     }
 }
 
@@ -509,22 +438,6 @@ fn identity(netns: &Netns) -> NamespaceId {
     NamespaceId { device: netns.dev, inode: netns.inode }
 }
 
-fn refuse(error: &Error) -> Refusal {
+pub(super) fn refuse(error: &Error) -> Refusal {
     Refusal { code: error.code(), msg: error.to_string(), details: String::new() }
-}
-
-/// The plugin checks them; but what becomes a key and an alias is checked where it does.
-fn bad_id(command: &Command) -> Option<Answer> {
-    let id = match command {
-        Command::Add(Add { id, .. }) | Command::Check(Check { id, .. }) => id,
-        Command::Del(del) => &del.id,
-        Command::Gc(_) | Command::Status => return None,
-    };
-    let plain = |text: &str| {
-        let bad = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
-        !text.is_empty() && !text.contains(bad)
-    };
-    let good = plain(&id.container_id) && plain(&id.ifname) && id.ifname.len() <= 15;
-    let code = ErrorCode::InvalidEnvironment as u32;
-    (!good).then(|| refusal(code, "CNI_CONTAINERID or CNI_IFNAME is not valid"))
 }

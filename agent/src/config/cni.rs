@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use ipnet::IpNet;
 use serde::Deserialize;
+use skein_cni::environment::check_name;
 
 use super::{Cni, Invalid};
 
@@ -60,15 +61,9 @@ impl CniTable {
                 "cni.conf_file = {name:?}: use a file name that ends in .conflist; {hint}"
             )));
         }
-        // Section 1 of the CNI specification.
-        let mut characters = self.network.chars();
-        let named = characters.next().is_some_and(|c| c.is_ascii_alphanumeric())
-            && characters.all(|c| c.is_ascii_alphanumeric() || "_.-".contains(c));
-        if !named || self.network.len() > 200 {
-            return Err(Invalid(format!(
-                "cni.network = {:?}: use letters and digits, and after the first also '_', '.' and '-'",
-                self.network
-            )));
+        check_name("cni.network", &self.network).map_err(|failure| Invalid(failure.msg))?;
+        if self.network.len() > 200 {
+            return Err(Invalid("cni.network: use 1 to 200 bytes".to_owned()));
         }
         let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
         if !(1..=32).contains(&self.table.len())

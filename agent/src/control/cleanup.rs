@@ -67,7 +67,7 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
             cleaned.note(&format!("leases {}", path.display()), remove_file(&path));
         }
         remove_spool(&config.cni.spool, &mut cleaned);
-        cleaned.note(&format!("directory {}", ours.display()), remove_any(&ours));
+        cleaned.note(&format!("directory {}", ours.display()), remove_directory(&ours));
         for file in ["node.key", "registry.json", "registry.json.new"] {
             let path = config.state_dir.join(file);
             cleaned.note(&format!("file {}", path.display()), remove_file(&path));
@@ -78,19 +78,8 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
         cleaned.note("lock", removed);
     }
     if state {
-        // Only what the agent made: a directory that holds anything else stays.
         let directory = &config.state_dir;
-        let removed = match std::fs::remove_dir(directory) {
-            Ok(()) => Ok(true),
-            Err(error) => match error.kind() {
-                // What is mounted there, in a container with a read-only root, is empty and stays.
-                io::ErrorKind::NotFound
-                | io::ErrorKind::DirectoryNotEmpty
-                | io::ErrorKind::ResourceBusy
-                | io::ErrorKind::ReadOnlyFilesystem => Ok(false),
-                _ => Err(error.to_string()),
-            },
-        };
+        let removed = remove_directory(directory);
         cleaned.note(&format!("directory {}", directory.display()), removed);
     }
     Ok(cleaned)
@@ -103,7 +92,7 @@ fn remove_spool(spool: &Path, cleaned: &mut Cleaned) {
         let path = entry.path();
         cleaned.note(&format!("file {}", path.display()), remove_file(&path));
     }
-    cleaned.note(&format!("directory {}", spool.display()), remove_any(spool));
+    cleaned.note(&format!("directory {}", spool.display()), remove_directory(spool));
 }
 
 /// The network configuration first, so that the runtime starts no more pods; then what pods have.
@@ -141,13 +130,20 @@ async fn remove_pods(config: &Config, cleaned: &mut Cleaned) {
     cleaned.note("rules for pods in others' chains", rules);
 }
 
-/// A file, or a directory that is empty by now.
-fn remove_any(path: &Path) -> Result<bool, String> {
+/// Only what the agent made: a directory that holds anything else stays.
+fn remove_directory(path: &Path) -> Result<bool, String> {
+    use io::ErrorKind::{DirectoryNotEmpty, NotFound, ReadOnlyFilesystem, ResourceBusy};
     match std::fs::remove_dir(path) {
         Ok(()) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::NotADirectory => remove_file(path),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(false),
+        // What is mounted there, in a container with a read-only root, is empty and stays.
+        Err(error)
+            if matches!(
+                error.kind(),
+                NotFound | DirectoryNotEmpty | ResourceBusy | ReadOnlyFilesystem
+            ) =>
+        {
+            Ok(false)
+        }
         Err(error) => Err(error.to_string()),
     }
 }

@@ -152,9 +152,7 @@ mod tests {
 
     #[test]
     fn a_rule_that_does_the_same_is_known_whoever_made_it() {
-        let of = |key: &str, name: &str| {
-            json!({ "match": { "op": "==", "left": { "meta": { "key": key } }, "right": name } })
-        };
+        let of = |key: &str, name: &str| json!({ "match": { "op": "==", "left": { "meta": { "key": key } }, "right": name } });
         let counter = json!({ "counter": { "packets": 0, "bytes": 0 } });
         let comment = json!({ "xt": { "type": "match", "name": "comment" } });
         let accept = json!({ "accept": null });

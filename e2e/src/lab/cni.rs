@@ -219,9 +219,7 @@ fn namespaces(node: &Netns) -> Result<BTreeSet<String>> {
         // A process may end while it is looked at.
         let descriptors = fs::read_dir(proc.join("fd")).into_iter().flatten().flatten();
         let links = descriptors.map(|entry| entry.path()).chain([proc.join("ns/net")]);
-        found.extend(
-            links.filter_map(|link| Some(fs::read_link(link).ok()?.to_str()?.to_owned())),
-        );
+        found.extend(links.filter_map(|link| Some(fs::read_link(link).ok()?.to_str()?.to_owned())));
         // Those of the laboratory are in its sight, too.
         let mounts = fs::read_to_string(proc.join("mountinfo")).unwrap_or_default();
         let strange = |line: &&str| !line.contains(registry::NETNS_DIR) || line.contains("/cni-");

@@ -131,6 +131,18 @@ impl Ipam {
         self.state.usage(now)
     }
 
+    /// Whether a lease could be written now: it writes as much, and nothing that lasts.
+    pub fn probe(&mut self) -> Result<(), IpamError> {
+        let failed = |error| IpamError::Store(Arc::new(error));
+        if !self.store.is_open() {
+            self.reload().map_err(failed)?;
+        }
+        self.store.probe().map_err(|error| {
+            let _ = self.reload();
+            failed(error)
+        })
+    }
+
     /// Does some work on the state in memory and writes what it changed in one transaction. Where
     /// that fails, memory is as the disk is, or, if the disk cannot be read either, as it was
     /// before; then nothing is written until it can be.

@@ -88,11 +88,23 @@ impl Store {
     /// Writes a journal in one transaction, which is on the disk when this returns. After a
     /// failure it may be or not: the store is closed, and only reading it again tells.
     pub(super) fn write(&mut self, journal: &Journal) -> Result<(), StoreError> {
+        self.with(|database| write(database, journal))
+    }
+
+    /// Writes what takes as much room as a lease, and takes it out in the same transaction.
+    pub(super) fn probe(&mut self) -> Result<(), StoreError> {
+        self.with(probe)
+    }
+
+    fn with(
+        &mut self,
+        work: impl FnOnce(&Database) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
         let Some(database) = self.database.take() else {
             return Err(StoreError::Io(std::io::ErrorKind::NotConnected.into()));
         };
         let database = unpanicked(|| {
-            write(&database, journal)?;
+            work(&database)?;
             Ok(database)
         })?;
         self.database = Some(database);
@@ -190,6 +202,23 @@ fn write(database: &Database, journal: &Journal) -> Result<(), StoreError> {
                 None => drop(cursors.remove(key)?),
             }
         }
+    }
+    Ok(transaction.commit()?)
+}
+
+fn probe(database: &Database) -> Result<(), StoreError> {
+    let transaction = database.begin_write()?;
+    {
+        // No attachment, address or family is called that.
+        let mut leases = transaction.open_table(LEASES)?;
+        leases.insert(("", ""), &[0; 512][..])?;
+        leases.remove(("", ""))?;
+        let mut resting = transaction.open_table(RESTING)?;
+        resting.insert(&[][..], 0)?;
+        resting.remove(&[][..])?;
+        let mut cursors = transaction.open_table(CURSORS)?;
+        cursors.insert(0, 0)?;
+        cursors.remove(0)?;
     }
     Ok(transaction.commit()?)
 }

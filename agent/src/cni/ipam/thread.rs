@@ -86,6 +86,11 @@ impl IpamHandle {
         self.read(move |ipam| ipam.usage(now), reply);
     }
 
+    /// As [`Ipam::probe`].
+    pub fn probe(&self, reply: Reply<()>) {
+        let _ = self.jobs.send(Job::Read(Box::new(move |ipam| reply(ipam.probe()))));
+    }
+
     fn write<T: 'static>(
         &self,
         work: impl FnOnce(&mut State, &mut Journal) -> Result<T, IpamError> + Send + 'static,

@@ -184,6 +184,29 @@ fn the_disk_is_full_for_a_while() {
     }
 }
 
+#[test]
+fn a_store_that_cannot_be_written_is_known_without_a_lease() {
+    let disk = Disk::new();
+    let mut ipam = disk.open().unwrap();
+    give_pools(&mut ipam);
+    let lease = ipam.allocate(request("a"), at(0)).unwrap();
+    let before = disk.operations();
+    ipam.probe().unwrap();
+    let operations = disk.operations() - before;
+    assert!(operations > 0, "nothing was written");
+    for k in 0..operations {
+        disk.fail(Fault::From(k));
+        let error = ipam.probe().unwrap_err().to_string();
+        assert!(error.ends_with("no space left on its file system"), "{k}: {error}");
+        assert!(ipam.probe().is_err(), "{k}");
+        disk.fail(Fault::None);
+        ipam.probe().unwrap();
+    }
+    // Nothing of it lasts.
+    drop(ipam);
+    assert!(disk.open().unwrap().list().eq([&lease]));
+}
+
 /// What may be left of the operations that were not synced.
 fn patterns(seed: usize) -> Vec<Box<dyn Fn(usize, usize) -> Kept>> {
     let keep = |whole: bool| if whole { Kept::Whole } else { Kept::Lost };

@@ -124,7 +124,7 @@ fn a_damaged_file_is_moved_aside() {
 
 /// Leases and frees for ever, telling each as soon as it is answered.
 #[test]
-#[ignore = "a part of the test below"]
+#[ignore = "part of another test"]
 fn busy() {
     let mut ipam = open(Path::new(&std::env::var_os(FILE_VARIABLE).unwrap()));
     let mut out = std::io::stdout().lock();
@@ -211,7 +211,7 @@ fn killed_at_any_time() {
 
 /// Fills a file system of 1 MiB in a mount namespace of its own.
 #[test]
-#[ignore = "a part of the test below"]
+#[ignore = "part of another test"]
 fn full() {
     use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
     let directory = PathBuf::from(std::env::var_os(FILE_VARIABLE).unwrap());

@@ -5,7 +5,6 @@ mod crash;
 mod disk;
 mod file;
 mod model;
-mod numbers;
 mod rules;
 mod together;
 
