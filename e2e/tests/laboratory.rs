@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use skein_e2e::checks;
+use skein_e2e::lab::cni::{same, traces};
 use skein_e2e::lab::{
-    Family, Lab, Netns, Offloads, Plan, TURN_LIMIT, UNDERLAY, Underlay, registry,
+    Family, Lab, Netns, Offloads, Plan, TURN_LIMIT, UNDERLAY, Underlay, process, registry,
 };
 use skein_e2e::load::ping::{Ping, ping};
 use skein_e2e::load::rr;
@@ -64,6 +65,41 @@ fn what_runs_in_a_namespace_ends_with_it() -> Result<()> {
     let ended = || Ok(child.try_wait()?.is_some());
     checks::eventually("sleep has ended", Duration::from_secs(2), ended)?;
     ensure!(left().is_empty(), "left behind: {:?}", left());
+    Ok(())
+}
+
+#[test]
+fn the_comparison_of_a_node_sees_what_is_left_on_it() -> Result<()> {
+    let (node, other) = (Netns::create("node")?, Netns::create("other")?);
+    let before = traces(&node)?;
+    same(&before, &traces(&node)?)?;
+    let seen = |what: &str| {
+        let is_seen = || Ok(same(&before, &traces(&node)?).is_err());
+        checks::eventually(what, Duration::from_secs(2), is_seen)
+    };
+    for (made, taken_away) in [
+        ("ip link add left type veth peer name left2", "ip link delete left"),
+        ("ip address add 192.0.2.7/32 dev lo", "ip address del 192.0.2.7/32 dev lo"),
+        ("nft add table inet left", "nft delete table inet left"),
+    ] {
+        node.sh(made)?;
+        seen(made)?;
+        node.sh(taken_away)?;
+        same(&before, &traces(&node)?).context(made)?;
+    }
+    let open = format!("exec sleep 1000 <{}", other.path().display());
+    for script in [open.as_str(), "unshare --net sleep 1000; true"] {
+        let mut child = node.command("sh").args(["-c", script]).spawn()?;
+        seen(script)?;
+        for pid in
+            process::children(child.id().cast_signed()).iter().filter_map(|&p| Pid::from_raw(p))
+        {
+            kill_process(pid, Signal::KILL)?;
+        }
+        child.kill()?;
+        child.wait()?;
+        same(&before, &traces(&node)?).context(script.to_owned())?;
+    }
     Ok(())
 }
 

@@ -744,6 +744,14 @@ fn others_chains_that_drop_let_pods_pass() -> Result<()> {
         }
     }
     checks::eventually("they are put back", Duration::from_secs(15), || Ok(ours()? == [2, 2]))?;
+    // Not wanted any more, and wanted again.
+    for accept in [false, true] {
+        cluster.agents[0].stop()?;
+        cluster.agents[0].set("cni.forward_accept", accept);
+        cluster.agents[0].start()?;
+        let rules = node(&cluster, 0).sh("nft list chain ip filter FORWARD")?;
+        ensure!(rules.contains("skp*") == accept, "{rules}");
+    }
     cluster.agents[0].stop()?;
     let finished = cluster.agents[0].run_command(&["cleanup"])?;
     ensure!(finished.code == 0, "{}{}", finished.stdout, finished.stderr);

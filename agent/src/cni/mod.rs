@@ -102,6 +102,11 @@ impl Pods {
             install: Install::default(),
             cni,
         };
+        if !keeper.cni.forward_accept
+            && let Err(error) = forward::remove(&keeper.cni.table).await
+        {
+            tracing::warn!(%error, "rules of an earlier configuration may be left in others' chains");
+        }
         // Before anything is served: whoever asks for an address must not get one that is in use.
         keeper.take_network();
         keeper.tend().await;

@@ -209,7 +209,7 @@ fn rules(node: &Netns) -> Result<Vec<String>> {
 }
 
 /// Network namespaces that live by a process of the node: it or one that it has started works in it, has it
-/// open, or has it mounted where it alone sees it.
+/// open, or has it mounted as container runtimes do (`cni-...`).
 fn namespaces(node: &Netns) -> Result<BTreeSet<String>> {
     let own = fs::metadata(node.path())?.ino();
     let (mut found, mut pids) = (BTreeSet::new(), node.pids());
@@ -220,11 +220,10 @@ fn namespaces(node: &Netns) -> Result<BTreeSet<String>> {
         let descriptors = fs::read_dir(proc.join("fd")).into_iter().flatten().flatten();
         let links = descriptors.map(|entry| entry.path()).chain([proc.join("ns/net")]);
         found.extend(links.filter_map(|link| Some(fs::read_link(link).ok()?.to_str()?.to_owned())));
-        // Those of the laboratory are in its sight, too.
+        // Other mounts are the laboratory's own, which every process sees.
         let mounts = fs::read_to_string(proc.join("mountinfo")).unwrap_or_default();
-        let strange = |line: &&str| !line.contains(registry::NETNS_DIR) || line.contains("/cni-");
-        let root = |line: &str| line.split(' ').nth(3).map(str::to_owned);
-        found.extend(mounts.lines().filter(strange).filter_map(root));
+        let runtimes = mounts.lines().filter(|line| line.contains("/cni-"));
+        found.extend(runtimes.filter_map(|line| Some(line.split(' ').nth(3)?.to_owned())));
     }
     found.retain(|name| name.starts_with("net:[") && *name != format!("net:[{own}]"));
     Ok(found)
