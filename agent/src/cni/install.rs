@@ -40,13 +40,13 @@ impl InstallError {
 }
 
 /// A file as it was at one moment: any change of it changes this.
-type Seen = (u64, u64, i64, i64);
+type Stamp = (u64, u64, i64, i64);
 
 /// What the runtime needs of us, put in place again and again.
 #[derive(Debug, Default)]
 pub struct Install {
     /// Source and installed plugin when they were last the same.
-    same: Option<[Seen; 2]>,
+    same: Option<[Stamp; 2]>,
     /// Whether everything was in place once.
     done: bool,
 }
@@ -92,8 +92,8 @@ impl Install {
     fn install_plugin(&mut self, config: &Cni) -> Result<bool, InstallError> {
         let Some(directory) = &config.bin_dir else { return Ok(false) };
         let (source, installed) = (plugin_source(config), directory.join(PLUGIN));
-        let seen = || Some([seen(&source)?, seen(&installed)?]);
-        let before = seen();
+        let stamps = || Some([stamp(&source)?, stamp(&installed)?]);
+        let before = stamps();
         if before.is_some() && self.same == before {
             return Ok(false);
         }
@@ -103,12 +103,12 @@ impl Install {
             .map_err(InstallError::new("read the plugin", &source))?;
         let changed = place(directory, PLUGIN.as_ref(), &binary, 0o755)?;
         // Only what did not change while it was read has been compared.
-        self.same = before.filter(|before| !changed && seen() == Some(*before));
+        self.same = before.filter(|before| !changed && stamps() == Some(*before));
         Ok(changed)
     }
 }
 
-fn seen(path: &Path) -> Option<Seen> {
+fn stamp(path: &Path) -> Option<Stamp> {
     let file = fs::metadata(path).ok()?;
     Some((file.dev(), file.ino(), file.ctime(), file.ctime_nsec()))
 }

@@ -208,25 +208,30 @@ fn rules(node: &Netns) -> Result<Vec<String>> {
     Ok(lines)
 }
 
-/// Network namespaces that live by a process of the node: it or one that it has started works in it, has it
-/// open, or has it mounted as container runtimes do (`cni-...`).
+/// Namespaces that live by a process of the node: it or one that it has started has its network in it, has
+/// it open, or has it mounted as container runtimes do (`cni-...`).
 fn namespaces(node: &Netns) -> Result<BTreeSet<String>> {
-    let own = fs::metadata(node.path())?.ino();
+    let own = fs::metadata(node.path())?;
     let (mut found, mut pids) = (BTreeSet::new(), node.pids());
     while let Some(pid) = pids.pop() {
         pids.extend(process::children(pid));
         let proc = PathBuf::from(format!("/proc/{pid}"));
-        // A process may end while it is looked at.
+        // A process may end while it is looked at. What a descriptor's link says depends on the path by
+        // which it was opened.
         let descriptors = fs::read_dir(proc.join("fd")).into_iter().flatten().flatten();
-        let links = descriptors.map(|entry| entry.path()).chain([proc.join("ns/net")]);
-        found.extend(links.filter_map(|link| Some(fs::read_link(link).ok()?.to_str()?.to_owned())));
+        let files = descriptors.map(|entry| entry.path()).chain([proc.join("ns/net")]);
+        let files = files.filter_map(|path| fs::metadata(path).ok());
+        found.extend(files.filter(|file| file.dev() == own.dev()).map(|file| file.ino()));
         // Other mounts are the laboratory's own, which every process sees.
         let mounts = fs::read_to_string(proc.join("mountinfo")).unwrap_or_default();
         let runtimes = mounts.lines().filter(|line| line.contains("/cni-"));
-        found.extend(runtimes.filter_map(|line| Some(line.split(' ').nth(3)?.to_owned())));
+        let inode = |line: &str| -> Option<u64> {
+            line.split_once("net:[")?.1.split_once(']')?.0.parse().ok()
+        };
+        found.extend(runtimes.filter_map(inode));
     }
-    found.retain(|name| name.starts_with("net:[") && *name != format!("net:[{own}]"));
-    Ok(found)
+    found.remove(&own.ino());
+    Ok(found.iter().map(|inode| format!("namespace {inode}")).collect())
 }
 
 /// Whether a node is as it was.
