@@ -10,7 +10,7 @@ use zeroize::Zeroizing;
 
 use crate::config::{Config, DEFAULT_PATH, Log, LogFormat, Mode};
 use crate::control::kubernetes::{resource, uninstall};
-use crate::control::{self, cleanup, identity, server};
+use crate::control::{self, Ended, cleanup, identity, server};
 use crate::failure::Failure;
 use crate::keys::PrivateKey;
 use crate::lifecycle::Signals;
@@ -34,6 +34,9 @@ enum Command {
         /// Who starts the data process (overrides dataplane.mode)
         #[arg(long)]
         dataplane: Option<Mode>,
+        /// Take the place of the agent that runs, if one does
+        #[arg(long)]
+        take_over: bool,
     },
     /// Run the data process alone, to be fed over its socket
     Dataplane {
@@ -156,7 +159,7 @@ enum Output {
 /// Runs the command that the command line asks for.
 pub fn main() -> Result<(), Failure> {
     match Cli::parse().command {
-        Command::Run { config, dataplane } => run(&config, dataplane),
+        Command::Run { config, dataplane, take_over } => run(&config, dataplane, take_over),
         Command::Dataplane { socket, probe: true, .. } => Ok(dataplane::probe(&socket)?),
         Command::Dataplane { socket, log_level, log_format, take_over, worker, .. } => {
             let log = Log { level: log_level, format: log_format };
@@ -179,7 +182,7 @@ pub fn main() -> Result<(), Failure> {
     }
 }
 
-fn run(config: &ConfigArgs, mode: Option<Mode>) -> Result<(), Failure> {
+fn run(config: &ConfigArgs, mode: Option<Mode>, take_over: bool) -> Result<(), Failure> {
     let mut config = config.load()?;
     if let Some(mode) = mode {
         config.dataplane.mode = mode;
@@ -188,7 +191,12 @@ fn run(config: &ConfigArgs, mode: Option<Mode>) -> Result<(), Failure> {
     let shown = serde_json::to_string(&config).context("cannot print the configuration")?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %shown, "starting");
     // One thread is enough for what is done here, and keeps the process small.
-    runtime()?.block_on(control::run(config))
+    match runtime()?.block_on(control::run(config, take_over))? {
+        Ended::Asked => Ok(()),
+        // The kernel closes all that this process has, and whoever started it sees no end of it.
+        Ended::GaveWay if take_over => Err(Failure::Runtime(lifecycle::retire().into())),
+        Ended::GaveWay => Ok(()),
+    }
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, Failure> {

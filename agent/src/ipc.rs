@@ -154,6 +154,8 @@ pub struct NodeIdentity {
 pub enum ErrorKind {
     /// The request makes no sense (version, contradicting records, an update before a snapshot).
     Invalid,
+    /// What is wanted differs in what a data process cannot change: another one can.
+    Fixed,
     /// A device or a feature of the kernel is missing.
     Missing,
     /// Something belongs to somebody else: the port, the interface.

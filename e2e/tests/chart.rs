@@ -42,7 +42,7 @@ const VARIANTS: [(&str, &[&str]); 6] = [
         "plugins",
         &[
             "cni.binDir=/var/lib/cni/bin,cni.confDir=/etc/cni/other,cni.exclusive=false",
-            "cni.noMasquerade={192.0.2.0/24,2001:db8::/32}",
+            "cni.noMasquerade={192.0.2.0/24,2001:db8::/32},cni.forwardAccept=false",
             "cni.chain[0].type=portmap,cni.chain[0].capabilities.portMappings=true",
             "cni.chain[1].type=bandwidth,cni.chain[1].ingressRate=1000000",
             "cni.chain[1].shaping.on=true,cni.chain[1].names={a,b}",
@@ -193,6 +193,7 @@ fn values_reach_the_configuration() -> Result<()> {
     ]);
     ensure!(cni["chain"] == chain, "{cni:#}");
     ensure!(cni["no_masquerade"] == json!(["192.0.2.0/24", "2001:db8::/32"]), "{cni:#}");
+    ensure!(cni["forward_accept"] == false, "{cni:#}");
     ensure!(cni["exclusive"] == false && cni["conf_dir"] == "/etc/cni/other", "{cni:#}");
     Ok(())
 }
@@ -230,6 +231,27 @@ fn pods_have_the_rights_they_need_and_no_others() -> Result<()> {
 }
 
 #[test]
+fn a_new_pod_takes_over_where_kubernetes_starts_it_before_the_old_one_ends() -> Result<()> {
+    let strategy = |version: &str, settings: &[&str]| -> Result<Value> {
+        let objects = programs::yaml(&render(settings, version)?)?;
+        Ok(object(&objects, "DaemonSet", "skein")?["spec"]["updateStrategy"]["rollingUpdate"]
+            .clone())
+    };
+    ensure!(strategy("1.34", &[])? == json!({ "maxSurge": 1, "maxUnavailable": 0 }));
+    ensure!(strategy("1.25", &["updateStrategy.maxSurge=10%"])?["maxSurge"] == "10%");
+    ensure!(strategy("1.34", &["updateStrategy.maxSurge=0"])? == json!({ "maxUnavailable": 1 }));
+    ensure!(strategy("1.24", &[])? == json!({ "maxUnavailable": 1 }));
+    let objects = rendered(&[])?;
+    let pod = &object(&objects, "DaemonSet", "skein")?["spec"]["template"]["spec"];
+    for container in pod["containers"].as_array().context("no containers")? {
+        let arguments = container["args"].as_array().context("no arguments")?;
+        ensure!(arguments.contains(&json!("--take-over")), "{container:#}");
+        ensure!(container["ports"].is_null(), "two pods cannot have the same ports of a node");
+    }
+    Ok(())
+}
+
+#[test]
 fn pods_are_replaced_when_the_configuration_changes() -> Result<()> {
     let sum = |settings: &[&str]| -> Result<Value> {
         let objects = rendered(settings)?;
@@ -260,7 +282,8 @@ fn wrong_values_are_refused_in_words() -> Result<()> {
         ("podCidrv6=10.0.0.0/8", "at '/podCidrv6': '10.0.0.0/8' does not match"),
         ("cni.chain[0].kind=x", "missing property 'type'"),
         ("cni.binDir=opt", "at '/cni/binDir': 'opt' does not match"),
-        ("updateStrategy.maxSurge=1", "additional properties 'maxSurge' not allowed"),
+        ("updateStrategy.maxsurge=1", "additional properties 'maxsurge' not allowed"),
+        ("updateStrategy.maxSurge=-1", "at '/updateStrategy/maxSurge': minimum: got -1, want 0"),
         ("capabilities.agent={net-admin}", "at '/capabilities/agent/0'"),
         ("log.format=xml", "must be one of 'text', 'json'"),
         ("privileged=1", "at '/privileged': got number, want boolean"),

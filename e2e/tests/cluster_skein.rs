@@ -225,6 +225,8 @@ fn pods_stay_in_touch_whatever_happens_to_the_cluster() -> Result<()> {
         wait_until_all_reach_all(kube, &pods, Duration::from_secs(10))?;
         the_agent_is_killed(kube, &pods)?;
         the_data_process_is_killed(kube, &pods)?;
+        its_container_is_killed(kube, &pods)?;
+        a_pod_takes_over_from_another(kube, &pods)?;
         the_api_server_is_away(kube, &pods)?;
         a_node_gets_another_address(kube, &pods)?;
         a_node_is_deleted_and_comes_back(kube)?;
@@ -251,11 +253,61 @@ fn wait_for_agent(kube: &mut Kube, node: usize) -> Result<()> {
 }
 
 fn the_data_process_is_killed(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
-    skein::kill(&kube.nodes[0], "dataplane")?;
+    let pings = pods[0].start_pings(kube, pods[1].ips[0], 300, Duration::from_millis(10))?;
+    thread::sleep(Duration::from_millis(500));
+    skein::kill(&kube.nodes[0], "dataplane .*--worker")?;
+    let (sent, received) = pings.end()?;
+    println!("data process killed: {} of {sent} pings (one each 10 ms) were lost", sent - received);
+    ensure!(sent - received <= 5, "{received} of {sent}");
+    Ok(())
+}
+
+fn its_container_is_killed(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
+    skein::kill(&kube.nodes[0], "dataplane .*--take-over")?;
     thread::sleep(Duration::from_millis(200));
     let took = wait_until_all_reach_all(kube, pods, READY_LIMIT)?;
-    println!("data process killed: pods reach each other again after {:.1} s", took.as_secs_f64());
+    println!("its container killed: pods reach each other again after {:.1} s", took.as_secs_f64());
     Ok(())
+}
+
+/// What a DaemonSet with maxSurge does, which this Kubernetes has not: a second pod on a node, and then the
+/// end of the first. And the same again, by the DaemonSet itself.
+fn a_pod_takes_over_from_another(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
+    let get = ["--namespace=kube-system", "get", "daemonset", "skein", "--output=json"];
+    let set: Value = serde_json::from_str(&kube.kubectl(&get)?)?;
+    let mut spec = set["spec"]["template"]["spec"].clone();
+    spec["nodeName"] = json!(kube.nodes[0].name());
+    let next = json!({
+        "apiVersion": "v1", "kind": "Pod", "spec": spec,
+        "metadata": { "name": "skein-next", "namespace": "kube-system", "labels": { "app": "next" } },
+    });
+    let ours = |kube: &Kube| -> Result<String> {
+        let select = "--selector=app.kubernetes.io/component=agent";
+        let on = format!("--field-selector=spec.nodeName={}", kube.nodes[0].name());
+        let get = ["--namespace=kube-system", "get", "pods", select, &on];
+        let name =
+            kube.kubectl(&[&get[..], &["--output=jsonpath={.items[0].metadata.name}"]].concat())?;
+        Ok(name.trim().to_owned())
+    };
+    let wait = ["--namespace=kube-system", "wait", "--for=condition=Ready", "--timeout=60s", "pod"];
+    let delete = ["--namespace=kube-system", "delete", "pod"];
+    let first = ours(kube)?;
+    let pings = pods[0].start_pings(kube, pods[1].ips[0], 3000, Duration::from_millis(10))?;
+    let start = Instant::now();
+    kube.apply(&next.to_string())?;
+    kube.kubectl(&[&wait[..], &["skein-next"]].concat())?;
+    kube.kubectl(&[&delete[..], &[&first]].concat())?;
+    kube.wait("the DaemonSet has a pod there again", READY_LIMIT, |kube| {
+        Ok(ours(kube).is_ok_and(|name| !name.is_empty() && name != first))
+    })?;
+    let last = ours(kube)?;
+    kube.kubectl(&[&wait[..], &[&last]].concat())?;
+    kube.kubectl(&[&delete[..], &["skein-next"]].concat())?;
+    println!("two pods took over in {:.1} s", start.elapsed().as_secs_f64());
+    let (sent, received) = pings.end()?;
+    println!("taken over twice: {} of {sent} pings (one each 10 ms) were lost", sent - received);
+    ensure!(sent == received, "{received} of {sent}");
+    wait_for_agent(kube, 0)
 }
 
 /// Traffic goes on for a minute, and an agent that is killed meanwhile starts by what it kept.

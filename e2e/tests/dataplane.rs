@@ -203,8 +203,9 @@ fn a_data_plane_is_taken_over_without_a_loss() -> Result<()> {
         for _ in 0..2 {
             let next = agents[0].take_over_dataplane()?;
             let mut old = std::mem::replace(&mut processes[0], next);
-            let gone = || Ok(old.exited() == Some(0));
-            checks::eventually("the old one has ended well", Duration::from_secs(5), gone)?;
+            // The first, which has taken nothing over, ends; the second waits to be ended.
+            let gone = || Ok(old.exited() == Some(0) || agents[0].keeper_pids().len() == 1);
+            checks::eventually("the old one is out of work", Duration::from_secs(5), gone)?;
             thread::sleep(Duration::from_millis(500));
         }
         Ok(())
@@ -230,6 +231,52 @@ fn a_data_plane_is_taken_over_without_a_loss() -> Result<()> {
     processes[0].kill();
     processes[0] = agents[0].take_over_dataplane()?;
     checks::wait_until_reached(a, b, Family::V4, Duration::from_secs(10))?;
+    Ok(())
+}
+
+/// As a new pod does on a node beside the old one: the data process first, or the agent.
+#[test]
+fn an_agent_takes_the_place_of_another_and_pods_do_not_notice() -> Result<()> {
+    let (mut cluster, mut processes) = external()?;
+    let Cluster { agents, lab, .. } = &mut cluster;
+    let (a, b) = (lab.pod(0), lab.pod(1));
+    let agent = &mut agents[0];
+    let waits = |process: &Process| -> Result<bool> {
+        let words = std::fs::read(format!("/proc/{}/cmdline", process.pid()))?;
+        Ok(words == b"skein-agent\0hold\0")
+    };
+    let answers = pinged_while(a, b, || {
+        let mut first = agent.take_over()?;
+        let gone = || Ok(first.exited() == Some(0));
+        checks::eventually(
+            "the first, which takes nothing over, ends",
+            Duration::from_secs(5),
+            gone,
+        )?;
+        let next = agent.take_over_dataplane()?;
+        let mut old = std::mem::replace(&mut processes[0], next);
+        let gone = || Ok(old.exited() == Some(0));
+        checks::eventually("so does its data process", Duration::from_secs(5), gone)?;
+        let mut second = agent.take_over()?;
+        checks::eventually("the second waits", Duration::from_secs(5), || waits(&second))?;
+        let next = agent.take_over_dataplane()?;
+        let third = std::mem::replace(&mut processes[0], next);
+        checks::eventually("its data process waits", Duration::from_secs(5), || waits(&third))?;
+        ensure!(second.stop(Duration::from_secs(2))? == 0, "it does not end when it is asked");
+        Ok(())
+    })?;
+    ensure!(answers.complete(), "{} of {} answered", answers.received, answers.sent);
+    ensure!(agent.http("/readyz")?.status == 200);
+    ensure!(agent.keeper_pids() == [processes[0].pid()], "somebody else is at work");
+    // Alone, too, and with settings that the data process that runs cannot take.
+    agent.set("dataplane.bundling", false);
+    let old = agent.take_over()?;
+    drop(old);
+    let gone = || Ok(processes[0].exited() == Some(0));
+    checks::eventually("the data process makes room", Duration::from_secs(5), gone)?;
+    processes[0] = agent.start_dataplane()?;
+    agent.wait_ready()?;
+    checks::wait_until_reached(a, b, Family::V4, Duration::from_secs(5))?;
     Ok(())
 }
 

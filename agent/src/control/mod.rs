@@ -20,7 +20,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use tokio::sync::oneshot;
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Instant, MissedTickBehavior};
 
 use self::desired::Desired;
 use self::kubernetes::Kubernetes;
@@ -46,31 +46,67 @@ use crate::sys::tun::TunError;
 const RESYNC: Duration = Duration::from_secs(10);
 /// Routes wait this long for the data process to know the node that they lead to.
 const PATIENCE: Duration = Duration::from_millis(200);
+/// How long an agent that gives way may take.
+const RELEASE: Duration = Duration::from_secs(5);
 /// Announcements of the kernel that come together are taken together.
 const QUIET: Duration = Duration::from_millis(20);
 
-/// Runs until a signal ends it or the start fails.
-pub async fn run(config: Config) -> Result<(), Failure> {
+/// How the control process came to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// It was asked to end.
+    Asked,
+    /// Another agent has asked it to give way.
+    GaveWay,
+}
+
+/// Runs until a signal ends it, another agent takes its place, or the start fails. `take_over`: takes the
+/// place of the agent that runs, if one does.
+pub async fn run(config: Config, take_over: bool) -> Result<Ended, Failure> {
     let mut signals = Signals::take().context("cannot take signals")?;
-    let lock = StateLock::take(&config.state_dir)?;
+    if take_over && let Err(error) = server::ask_to_give_way(&config.control.socket).await {
+        tracing::warn!(%error, "the agent that runs was not asked to give way");
+    }
+    let lock = free(take_over, || StateLock::take(&config.state_dir)).await?;
     let key = identity::for_node(&config)?;
     let public = key.public().context("cannot compute the public key")?;
     let shared = Shared::new(config.clone(), public);
     // Until the parts have guards of their own.
     let starting = shared.readiness.block("the agent is starting");
-    let metrics = http::bind(&config)?;
-    let status = server::bind(&config.control.socket)?;
+    let metrics = free(take_over, || http::bind(&config)).await?;
+    let status = free(take_over, || server::bind(&config.control.socket)).await?;
+    let (give_way, mut gives_way) = tokio::sync::watch::channel(false);
     let http = tokio::spawn(http::serve(metrics, shared.clone()));
-    let server = tokio::spawn(server::serve(status, shared.clone()));
+    let server = tokio::spawn(server::serve(status, shared.clone(), give_way));
 
     let socket = config.control.socket.clone();
-    let result = control(config, key, shared, starting, &mut signals).await;
+    let result = tokio::select! {
+        result = control(config, key, shared, starting, &mut signals) => result,
+        // Whatever is under way is left as a killed agent leaves it: the next one goes on from there.
+        Ok(_) = gives_way.wait_for(|asked| *asked) => {
+            tracing::info!("another agent takes this one's place");
+            return Ok(Ended::GaveWay);
+        }
+    };
     http.abort();
     server.abort();
     // A socket file that stays is harmless: the next start takes it over.
     let _ = std::fs::remove_file(socket);
     drop(lock);
-    result
+    result.map(|()| Ended::Asked)
+}
+
+/// Tries until what an agent that gives way has is free.
+async fn free<T>(take_over: bool, take: impl Fn() -> Result<T, Failure>) -> Result<T, Failure> {
+    let end = Instant::now() + RELEASE;
+    loop {
+        match take() {
+            Err(Failure::Taken(_)) if take_over && Instant::now() < end => {
+                tokio::time::sleep(QUIET).await;
+            }
+            result => return result,
+        }
+    }
 }
 
 async fn control(

@@ -268,9 +268,8 @@ impl Supervisor {
         let request = Request::Apply { snapshot: Box::new(Snapshot::clone(&applied)) };
         match client.apply(&request).await {
             Ok(revision) => self.in_force(&client, revision),
-            Err(ClientError::Refused { kind: ErrorKind::Invalid, message })
-                if adopted && self.settings.mode == Mode::Spawn =>
-            {
+            // Whoever has started it starts another, which takes any settings.
+            Err(ClientError::Refused { kind: ErrorKind::Fixed, message }) if adopted => {
                 tracing::info!(message, "the data process that was found cannot go on");
                 self.stop_process(client).await;
                 return SessionEnd::Replaced;
@@ -539,7 +538,7 @@ fn kill(pid: Pid, signal: Signal) {
 /// The exit that a refusal of the first snapshot leads to.
 fn failure(kind: ErrorKind, message: String) -> Failure {
     match kind {
-        ErrorKind::Invalid => Failure::Usage(message),
+        ErrorKind::Invalid | ErrorKind::Fixed => Failure::Usage(message),
         ErrorKind::Missing => Failure::Missing(message),
         ErrorKind::Taken => Failure::Taken(message),
         ErrorKind::Privilege => Failure::Privilege(message),

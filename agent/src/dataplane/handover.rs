@@ -37,6 +37,8 @@ pub(super) enum ToKeeper {
     },
     /// A later snapshot, which follows.
     Snapshot,
+    /// What was left is of no use.
+    Forget,
     /// This process has stopped; all is to go to whoever is at the other end of the connection that
     /// follows.
     GiveAway,

@@ -21,6 +21,7 @@ use super::server;
 use crate::ipc::{
     ErrorKind, HANDOVER_VERSION, HandOver, Request, Response, read_frame, write_frame,
 };
+use crate::lifecycle::retire;
 use crate::sys::descriptors;
 
 /// A data process that dies sooner than this after its start has gained nothing …
@@ -55,7 +56,10 @@ pub(super) fn run(socket: &Path, take_over: bool, arguments: &[OsString]) -> any
         let status = match attend(&mut child, &channel, &listener, &mut kept)? {
             End::GivenAway => {
                 tracing::info!("the data plane is given away");
-                return Ok(());
+                return match take_over {
+                    true => Err(retire().into()),
+                    false => Ok(()),
+                };
             }
             End::Ended(status) => status,
         };
@@ -152,6 +156,7 @@ fn take_message(channel: &UnixStream, kept: &mut Option<Kept>) -> io::Result<Opt
                 kept.descriptors[0] = later;
             }
         }
+        ToKeeper::Forget => *kept = None,
         ToKeeper::GiveAway => {
             return Ok(descriptors::receive(channel, 1)?.pop().map(UnixStream::from));
         }

@@ -277,6 +277,12 @@ impl Manager {
             Err(error) => {
                 let error = format!("{error:#}");
                 tracing::error!(error, "cannot go on with what the data process before has left");
+                // Its copies would keep the device and the port in use.
+                let forgotten =
+                    self.keeper.as_ref().map(|k| handover::send(k, &ToKeeper::Forget, &[]));
+                if let Some(Err(error)) = forgotten {
+                    tracing::error!(%error, "the keeper is gone");
+                }
             }
         }
     }
@@ -417,10 +423,7 @@ impl Active {
         let mut node = snapshot.node.clone();
         node.tun = self.snapshot.node.tun.clone();
         if node != self.snapshot.node {
-            return Err(SetupError::Invalid(
-                "settings that are fixed for the life of the data process differ: restart it"
-                    .to_owned(),
-            ));
+            return Err(SetupError::Fixed);
         }
         let mut kept = Kept::Snapshot;
         let before = std::mem::replace(&mut self.snapshot.local_cidrs, snapshot.local_cidrs);
@@ -566,6 +569,7 @@ impl SetupError {
     fn kind(&self) -> ErrorKind {
         match self {
             SetupError::Invalid(_) => ErrorKind::Invalid,
+            SetupError::Fixed => ErrorKind::Fixed,
             SetupError::Tun(error) => match error {
                 TunError::NotFound | TunError::NoDevice { .. } => ErrorKind::Missing,
                 TunError::Permission { .. } => ErrorKind::Privilege,

@@ -30,6 +30,9 @@ pub(super) enum SetupError {
     /// The request contradicts itself or what runs.
     #[error("{0}")]
     Invalid(String),
+    /// What is fixed for the life of a data process is to be another.
+    #[error("settings that are fixed for the life of the data process differ: restart it")]
+    Fixed,
     /// The TUN device.
     #[error(transparent)]
     Tun(#[from] TunError),

@@ -118,6 +118,7 @@ bin_dir = {{ .binDir | toJson }}
 conf_dir = {{ .confDir | toJson }}
 exclusive = {{ .exclusive }}
 no_masquerade = {{ include "skein.toml" .noMasquerade }}
+forward_accept = {{ .forwardAccept }}
 chain = {{ include "skein.toml" .chain }}
 {{- end }}
 masquerade = {{ .Values.masquerade }}

@@ -251,6 +251,15 @@ impl Agent {
         Ok(())
     }
 
+    /// Starts another agent, which takes the place of the one that runs; gives that one's process.
+    pub fn take_over(&mut self) -> Result<Process> {
+        let mut command = self.command(&["run", "--take-over"])?;
+        let next = Process::start(&mut command, &self.log())?;
+        let before = self.process.replace(next).context("agent not started")?;
+        self.wait_ready()?;
+        Ok(before)
+    }
+
     /// Starts a data process as somebody else would for `dataplane.mode = "external"`; gives its keeper.
     pub fn start_dataplane(&self) -> Result<Process> {
         self.dataplane_command(&[])
