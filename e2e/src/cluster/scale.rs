@@ -121,7 +121,7 @@ fn measure(count: u32, options: &Scale) -> Result<Vec<String>> {
         format!("{cpu:.2}"),
         format!("{:.1}", received as f64 / 1_048_576.0),
         (memory[0] >> 20).to_string(),
-        memory.get(1).map_or_else(|| "-".to_owned(), |bytes| (bytes >> 20).to_string()),
+        memory.get(2).map_or_else(|| "-".to_owned(), |bytes| (bytes >> 20).to_string()),
         format!("{:.0}", median(took).unwrap_or_default()),
         format!("{:.1}", changed * 1e3 / f64::from(options.changes.max(1))),
         format!("{:.1}", (after.0 - before.0) * hourly),
@@ -224,10 +224,12 @@ impl Agent {
         Ok(())
     }
 
-    /// The control process, then the data process.
+    /// The control process, the data process's keeper, and the data process.
     fn pids(&self) -> Result<Vec<i32>> {
         let control = self.process.as_ref().context("not started")?.pid();
-        Ok(std::iter::once(control).chain(children(control)).collect())
+        let keepers = children(control);
+        let workers = keepers.iter().flat_map(|&keeper| children(keeper));
+        Ok([control].into_iter().chain(keepers.iter().copied()).chain(workers).collect())
     }
 
     /// Changes of the records that are in force.
