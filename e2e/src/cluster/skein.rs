@@ -220,7 +220,7 @@ pub fn metrics(node: &Node) -> Result<Metrics> {
 
 /// Kills a process of Skein on a node (SIGKILL), found by its first argument.
 pub fn kill(node: &Node, command: &str) -> Result<()> {
-    let words = ["pkill", "-KILL", "-f", &format!("^/usr/bin/skein-agent {command}")];
+    let words = ["pkill", "-KILL", "-f", &format!("^(/usr/bin/)?skein-agent {command}")];
     node.exec(&words).map(drop)
 }
 
