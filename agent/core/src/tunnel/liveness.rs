@@ -108,6 +108,8 @@ impl Liveness {
     /// The peer answered a ping; call [`Liveness::on_heard`] too.
     pub(crate) fn on_pong(&mut self, now: Duration, sent: u64) {
         self.deaf = None;
+        // Whichever ping it answers, the round trip is known.
+        self.pinged = Some(now);
         let Some(sample) = now.checked_sub(Duration::from_nanos(sent)) else { return };
         if sample > ROUND_TRIP_MAX {
             return;
@@ -120,10 +122,10 @@ impl Liveness {
 
     /// Whether it is time for a ping.
     pub(crate) fn ping_due(&self, now: Duration) -> bool {
-        let past = |since: Option<Duration>, by| since.is_none_or(|t| now.saturating_sub(t) >= by);
-        if past(self.sent, PING_WHILE_USED) {
+        if !self.in_use(now) {
             return false;
         }
+        let past = |since: Option<Duration>, by| since.is_none_or(|t| now.saturating_sub(t) >= by);
         let silent = self.unanswered.is_some() && past(self.unanswered, PING_SILENT);
         past(self.pinged, PING_ROUND_TRIP) || (silent && past(self.pinged, PING_SILENT))
     }
@@ -132,6 +134,16 @@ impl Liveness {
     pub(crate) fn ping(&mut self, now: Duration) -> Control {
         self.pinged = Some(now);
         self.unanswered.get_or_insert(now);
+        self.next_ping(now)
+    }
+
+    /// A ping that is not sent for the sake of liveness, and its number: it may be too long to arrive.
+    pub(crate) fn probe(&mut self, now: Duration) -> (u64, Control) {
+        let ping = self.next_ping(now);
+        (self.pings, ping)
+    }
+
+    fn next_ping(&mut self, now: Duration) -> Control {
         self.pings += 1;
         let silent = self.heard.map_or(0, |heard| now.saturating_sub(heard).as_millis());
         Control::Ping {
@@ -139,6 +151,11 @@ impl Liveness {
             sent: u64::try_from(now.as_nanos()).unwrap_or(0),
             silent: u32::try_from(silent).unwrap_or(u32::MAX),
         }
+    }
+
+    /// Whether something was sent lately.
+    pub(crate) fn in_use(&self, now: Duration) -> bool {
+        self.sent.is_some_and(|sent| now.saturating_sub(sent) < PING_WHILE_USED)
     }
 
     /// Why the peer counts as unreachable, if it does.

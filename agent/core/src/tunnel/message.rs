@@ -241,11 +241,10 @@ pub(crate) fn header(kind: MessageType, receiver: u32) -> [u8; HEADER_LEN] {
 }
 
 /// The plaintext of a message between engines: a type, then its fields; what follows is ignored.
-/// Types 4 and 5 are kept for the path MTU's probes and their answers; a type that is not known says
-/// no more than that the peer lives.
+/// A type that is not known says no more than that the peer lives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Control {
-    /// Type 1: answer me.
+    /// Type 1: answer me. Padded with zeros it tells how long a datagram may be.
     Ping {
         /// Grows with every ping of its sender.
         id: u64,

@@ -14,6 +14,7 @@ mod limit;
 mod liveness;
 mod message;
 mod noise;
+mod path;
 mod peer;
 mod primitives;
 pub mod replay;

@@ -13,6 +13,7 @@ use crate::tunnel::counts::HandshakeResult;
 use crate::tunnel::handshake::Pending;
 use crate::tunnel::liveness::{Liveness, Trouble};
 use crate::tunnel::message::{Control, Timestamp};
+use crate::tunnel::path::Path;
 use crate::tunnel::replay::ReplayWindow;
 use crate::tunnel::saved::{Kept, SavedSession};
 use crate::tunnel::session::{COUNTER_REKEY, Session, SessionParams};
@@ -24,6 +25,9 @@ use crate::wire::header::{CONTROL_LANE, Flags, OVERHEAD};
 
 /// Most sessions with one peer at a time; the oldest give way.
 pub(crate) const MAX_SESSIONS: usize = 4;
+
+/// A padded ping is no longer than this, in bytes of plaintext: jumbo frames'.
+const MAX_PROBE: u16 = 9000;
 
 /// How a peer is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -62,6 +66,8 @@ pub struct PeerView {
     pub last_received: Option<Duration>,
     /// The MTU that the peer named in its last handshake, in bytes.
     pub mtu: Option<u16>,
+    /// The longest plaintext that the path carries, in bytes, where that is less than both nodes' MTU.
+    pub path: Option<u16>,
 }
 
 /// A session as the engine keeps it.
@@ -120,6 +126,9 @@ pub(crate) struct Peer {
     pub(crate) unknown: Option<Duration>,
     pub(crate) no_common_cipher: bool,
     pub(crate) live: Liveness,
+    path: Path,
+    /// Where it leads.
+    path_to: Option<SocketAddr>,
     current: Option<Slot>,
     next: Option<Slot>,
     /// Oldest first.
@@ -142,6 +151,7 @@ impl Peer {
                 round_trip: None,
                 last_received: None,
                 mtu: None,
+                path: None,
             },
             endpoints: Vec::new(),
             attempt: 0,
@@ -153,6 +163,8 @@ impl Peer {
             unknown: None,
             no_common_cipher: false,
             live: Liveness::default(),
+            path: Path::new(),
+            path_to: None,
             current: None,
             next: None,
             previous: Vec::new(),
@@ -173,6 +185,9 @@ impl Peer {
         self.attempt = 0;
         if !self.view.endpoint.is_some_and(|now| self.endpoints.contains(&now)) {
             self.move_to(self.endpoints.first().copied(), shared);
+            if self.current.is_some() {
+                self.begin_path(now, shared);
+            }
         }
         if let Some(pending) = &mut self.pending {
             pending.retry_at = now.mono;
@@ -237,7 +252,18 @@ impl Peer {
         self.wanted = None;
         self.no_common_cipher = false;
         self.live.on_session(now.mono);
+        self.begin_path(now, shared);
         self.sessions_changed(shared);
+    }
+
+    /// The path is to be looked at: there are new keys, or the peer is elsewhere.
+    fn begin_path(&mut self, now: Time, shared: &mut Shared) {
+        let theirs = self.view.mtu.unwrap_or(shared.offer.mtu);
+        let most = theirs.min(shared.offer.mtu).min(MAX_PROBE);
+        let elsewhere = self.path_to != self.view.endpoint;
+        self.path_to = self.view.endpoint;
+        self.path.on_session(now.mono, most, elsewhere);
+        self.show_path(shared);
     }
 
     /// Takes up a session of the process before; [`Peer::settle`] finds its place.
@@ -395,6 +421,28 @@ impl Peer {
         if self.live.ping_due(now.mono) {
             self.ping(now, shared);
         }
+        if self.live.in_use(now.mono) {
+            self.probe_path(now, shared);
+        }
+    }
+
+    fn probe_path(&mut self, now: Time, shared: &mut Shared) {
+        let (id, ping) = self.live.probe(now.mono);
+        if let Some(size) = self.path.ping(now.mono, self.live.heard, id) {
+            if self.path.is_waiting() {
+                // So that there is something to be heard where the long one is lost.
+                self.ping(now, shared);
+            }
+            self.send_padded(ping, usize::from(size), shared);
+        }
+        self.show_path(shared);
+    }
+
+    fn show_path(&mut self, shared: &mut Shared) {
+        if self.view.path != self.path.limit() {
+            self.view.path = self.path.limit();
+            shared.changed = true;
+        }
     }
 
     /// Starts a handshake unless one is under way or has just given us a session to be confirmed.
@@ -411,9 +459,15 @@ impl Peer {
     }
 
     fn send_control(&self, message: Control, shared: &mut Shared) {
+        self.send_padded(message, 0, shared);
+    }
+
+    /// Sends a message with zeros behind it, up to that length of the plaintext.
+    fn send_padded(&self, message: Control, length: usize, shared: &mut Shared) {
         let (Some(slot), Some(endpoint)) = (&self.current, self.view.endpoint) else { return };
         let Some(sender) = slot.session.sender(CONTROL_LANE) else { return };
-        let plaintext = message.to_bytes();
+        let mut plaintext = message.to_bytes();
+        plaintext.resize(plaintext.len().max(length), 0);
         let mut out = vec![0; plaintext.len() + OVERHEAD];
         match sender.seal(Flags::default(), &plaintext, &mut out) {
             Ok(_) => shared.transmit(endpoint, out),
@@ -450,7 +504,11 @@ impl Peer {
                 self.live.on_ping(now.mono, silent);
                 self.send_control(Control::Pong { id, sent }, shared);
             }
-            Some(Control::Pong { sent, .. }) => self.live.on_pong(now.mono, sent),
+            Some(Control::Pong { id, sent }) => {
+                self.live.on_pong(now.mono, sent);
+                self.path.on_pong(id);
+                self.show_path(shared);
+            }
             // Of a later release.
             None => {}
         }

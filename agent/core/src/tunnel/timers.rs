@@ -33,6 +33,14 @@ pub(crate) const UNREACHABLE_AFTER: Duration = Duration::from_millis(4500);
 /// A peer that has complained for so long that it hears nothing is unreachable too: three pings,
 /// whose answers it did not hear.
 pub(crate) const DEAF_AFTER: Duration = Duration::from_millis(1900);
+/// The size in use on a path is checked this often, while something is sent…
+pub(crate) const PATH_CHECK: Duration = Duration::from_secs(5);
+/// …and whether more passes than before, this often.
+pub(crate) const PATH_RAISE: Duration = Duration::from_secs(60);
+/// A padded ping without an answer is repeated after this. Ticks are as far apart.
+pub(crate) const PROBE_EVERY: Duration = Duration::from_millis(250);
+/// A peer that says nothing for so long is not asked for more.
+pub(crate) const PATH_GIVE_UP: Duration = Duration::from_secs(5);
 /// Longer round trips than this are nonsense.
 pub(crate) const ROUND_TRIP_MAX: Duration = Duration::from_secs(60);
 

@@ -7,6 +7,7 @@ mod abuse;
 mod handshake;
 mod liveness;
 mod lives;
+mod path;
 mod sessions;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};

@@ -1,0 +1,246 @@
+//! How long a datagram may be to reach a peer (RFC 8899), found out by padded pings: no ICMP is needed,
+//! and none is believed.
+//!
+//! Sizes are plaintext in bytes. A path is taken for wide enough until a padded ping of that size gets no
+//! answer, several times, while the peer is heard: then a size that passes nearly everywhere is used at once,
+//! and the longest that passes is searched. What is in use is checked every few seconds, and now and then
+//! whether more passes again.
+
+use std::time::Duration;
+
+use crate::tunnel::timers::{PATH_CHECK, PATH_GIVE_UP, PATH_RAISE, PROBE_EVERY};
+
+/// Pings without an answer until their size counts as too long: more than chance makes of 10 % loss.
+const TRIES: usize = 4;
+/// Used while the longest size is searched: what every link of IPv6 carries (RFC 8200, section 5).
+const BASE: u16 = 1280;
+/// Used where even that does not pass: what every host of IPv4 takes (RFC 791).
+const LEAST: u16 = 576;
+/// The search ends when it is as close as this.
+const STEP: u16 = 8;
+
+/// What is known of the path to one peer.
+#[derive(Debug)]
+pub(crate) struct Path {
+    /// What both ends would use.
+    most: u16,
+    /// What is used.
+    used: u16,
+    /// The longest that was found to pass since the last check …
+    passes: u16,
+    /// … and the shortest that was not.
+    fails: u32,
+    probe: Option<Probe>,
+    /// When to look again, and when to try more again.
+    check_at: Duration,
+    raise_at: Duration,
+}
+
+#[derive(Debug)]
+struct Probe {
+    size: u16,
+    begun: Duration,
+    last: Duration,
+    /// Of its pings.
+    ids: Vec<u64>,
+}
+
+impl Path {
+    pub(crate) fn new() -> Self {
+        Self {
+            most: 0,
+            used: 0,
+            passes: 0,
+            fails: 0,
+            probe: None,
+            check_at: Duration::ZERO,
+            raise_at: Duration::ZERO,
+        }
+    }
+
+    /// There is a session in which `most` is the longest; `elsewhere`: the peer is at another address.
+    pub(crate) fn on_session(&mut self, now: Duration, most: u16, elsewhere: bool) {
+        if self.most != most || elsewhere {
+            let fails = u32::from(most) + 1;
+            *self = Self { most, used: most, fails, ..Self::new() };
+        }
+        self.check_at = now;
+    }
+
+    /// The longest that may be sent, where that is less than both ends would use.
+    pub(crate) fn limit(&self) -> Option<u16> {
+        (self.used < self.most).then_some(self.used)
+    }
+
+    /// Whether the last ping was not answered.
+    pub(crate) fn is_waiting(&self) -> bool {
+        self.probe.as_ref().is_some_and(|probe| probe.ids.len() > 1)
+    }
+
+    /// Which size to ping with now, if any. `heard`: when anything came from the peer; `id`: of that ping.
+    pub(crate) fn ping(&mut self, now: Duration, heard: Option<Duration>, id: u64) -> Option<u16> {
+        if let Some(probe) = &self.probe {
+            if now.saturating_sub(probe.last) < PROBE_EVERY {
+                return None;
+            }
+            let alive = heard.is_some_and(|heard| heard > probe.begun);
+            match (alive, probe.ids.len() >= TRIES) {
+                (true, true) => {
+                    let size = probe.size;
+                    self.failed(size);
+                }
+                // Of a peer that says nothing at all nothing is learnt.
+                (false, _) if now.saturating_sub(probe.begun) > PATH_GIVE_UP => {
+                    self.probe = None;
+                    self.check_at = now + PATH_CHECK;
+                }
+                _ => {}
+            }
+        }
+        if self.probe.is_none() {
+            let size = self.next(now)?;
+            self.probe = Some(Probe { size, begun: now, last: now, ids: Vec::new() });
+        }
+        let probe = self.probe.as_mut()?;
+        probe.last = now;
+        if probe.ids.len() >= TRIES {
+            probe.ids.remove(0);
+        }
+        probe.ids.push(id);
+        Some(probe.size)
+    }
+
+    /// A ping was answered.
+    pub(crate) fn on_pong(&mut self, id: u64) {
+        if let Some(probe) = self.probe.take_if(|probe| probe.ids.contains(&id)) {
+            self.passes = self.passes.max(probe.size);
+            self.used = self.used.max(probe.size);
+        }
+    }
+
+    fn failed(&mut self, size: u16) {
+        self.probe = None;
+        self.fails = size.into();
+        if self.used >= size {
+            self.used = if size > BASE { BASE } else { LEAST.min(self.most) };
+            self.passes = 0;
+        }
+    }
+
+    /// The size to try next; `None`: all is known for now.
+    fn next(&mut self, now: Duration) -> Option<u16> {
+        if self.check_at > now {
+            return None;
+        }
+        // Nothing less could be used.
+        let bottom = self.used <= LEAST && self.fails <= u32::from(LEAST);
+        if self.passes < self.used && !bottom {
+            return Some(self.used);
+        }
+        let room = self.fails.saturating_sub(u32::from(self.passes));
+        if !bottom && self.passes < self.most && room > u32::from(STEP) {
+            // What was never tried is most likely the whole.
+            return match self.fails > u32::from(self.most) {
+                true => Some(self.most),
+                false => u16::try_from(u32::from(self.passes) + room / 2).ok(),
+            };
+        }
+        // Known: the next look begins anew.
+        self.check_at = now + PATH_CHECK;
+        self.passes = 0;
+        if self.used < self.most {
+            if self.raise_at <= now {
+                // The first time, what has just been found out need not be tried again.
+                let again = self.raise_at > Duration::ZERO;
+                self.raise_at = now + PATH_RAISE;
+                if again {
+                    self.fails = u32::from(self.most) + 1;
+                }
+            }
+        } else {
+            self.raise_at = Duration::ZERO;
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Ticks four times a second for that long, over a path of that width; what was sent.
+    fn run(path: &mut Path, now: &mut Duration, seconds: u64, width: u16) -> Vec<u16> {
+        let mut sent = Vec::new();
+        for _ in 0..seconds * 4 {
+            *now += Duration::from_millis(250);
+            let id = now.as_millis() as u64;
+            if let Some(size) = path.ping(*now, Some(*now), id) {
+                sent.push(size);
+                if size <= width {
+                    path.on_pong(id);
+                }
+            }
+        }
+        sent
+    }
+
+    #[test]
+    fn a_path_that_is_wide_enough_costs_a_ping_every_few_seconds() {
+        let (mut path, mut now) = (Path::new(), Duration::from_secs(9));
+        path.on_session(now, 1440, true);
+        let sent = run(&mut path, &mut now, 60, 1440);
+        assert_eq!(path.limit(), None);
+        assert!((10..=14).contains(&sent.len()) && sent.iter().all(|s| *s == 1440), "{sent:?}");
+    }
+
+    #[test]
+    fn nothing_is_learnt_of_a_peer_that_is_silent() {
+        let (mut path, mut now) = (Path::new(), Duration::from_secs(9));
+        path.on_session(now, 1440, true);
+        for id in 0..200 {
+            now += Duration::from_millis(250);
+            path.ping(now, Some(Duration::from_secs(1)), id);
+        }
+        assert_eq!(path.limit(), None);
+    }
+
+    #[test]
+    fn another_address_is_another_path() {
+        let (mut path, mut now) = (Path::new(), Duration::from_secs(9));
+        path.on_session(now, 1440, true);
+        run(&mut path, &mut now, 20, 1000);
+        let found = path.limit();
+        assert!(found.is_some_and(|found| (992..=1000).contains(&found)), "{found:?}");
+        path.on_session(now, 1440, false);
+        assert_eq!(path.limit(), found, "new keys lead by the same way");
+        path.on_session(now, 1440, true);
+        assert_eq!(path.limit(), None);
+    }
+
+    proptest! {
+        #[test]
+        fn the_width_is_found_within_seconds_and_so_is_more(
+            most in 576u16..9000, narrow in 576u16..9000, wide in 576u16..9000,
+        ) {
+            let (mut path, mut now) = (Path::new(), Duration::from_secs(9));
+            path.on_session(now, most, true);
+            run(&mut path, &mut now, 10, most);
+            prop_assert_eq!(path.limit(), None);
+            // What is too long is not used any more after a check and its pings …
+            run(&mut path, &mut now, 8, narrow);
+            let used = path.limit().unwrap_or(most);
+            prop_assert!(used <= narrow || used == BASE, "{} used of {}", used, narrow);
+            // … and soon all that passes is.
+            run(&mut path, &mut now, 30, narrow);
+            let used = path.limit().unwrap_or(most);
+            prop_assert!(used <= narrow && used + STEP >= narrow.min(most), "{} of {}", used, narrow);
+            // A path that becomes wider is noticed within two minutes.
+            let wide = wide.max(narrow);
+            run(&mut path, &mut now, 150, wide);
+            let used = path.limit().unwrap_or(most);
+            prop_assert!(used <= wide && used + STEP >= wide.min(most), "{} of {}", used, wide);
+        }
+    }
+}

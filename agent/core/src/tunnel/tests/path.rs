@@ -1,0 +1,65 @@
+//! Paths that carry less than both ends think.
+
+use super::*;
+
+/// What of a flow of that size arrives from one node at the other in that time.
+fn arrives(lab: &mut Lab, size: usize, by: Duration) -> usize {
+    let before = lab.nodes[1].received.len();
+    let end = lab.now.mono + by;
+    while lab.now.mono < end {
+        let length = lab.view(0, 1).path.map_or(size, |path| size.min(path.into()));
+        lab.send(0, 1, &vec![7; length]);
+        lab.run(ms(50));
+    }
+    lab.nodes[1].received.len() - before
+}
+
+#[test]
+fn a_path_that_becomes_narrow_is_found_out_without_a_word_from_the_network() {
+    let mut lab = Lab::joined_pair();
+    lab.underlay.mtu = 1440 + OVERHEAD;
+    assert_eq!(arrives(&mut lab, 1440, secs(10)), 200);
+    assert_eq!(lab.view(0, 1).path, None);
+    // Narrower than the nodes' links, and nobody says so.
+    lab.underlay.mtu = 1372;
+    lab.nodes[1].received.clear();
+    arrives(&mut lab, 1440, secs(8));
+    let late = arrives(&mut lab, 1440, secs(5));
+    assert_eq!(late, 100, "after eight seconds everything arrives");
+    let path = usize::from(lab.view(0, 1).path.unwrap());
+    assert!((1332..=1340).contains(&path), "{path}");
+    assert_eq!(lab.state(0, 1), PeerState::Established);
+    // And it becomes wide again.
+    lab.underlay.mtu = 1440 + OVERHEAD;
+    arrives(&mut lab, 1440, secs(130));
+    assert_eq!(lab.view(0, 1).path, None);
+}
+
+#[test]
+fn a_narrow_path_is_known_before_a_bulk_transfer_has_begun() {
+    let mut lab = Lab::new(2);
+    lab.underlay.mtu = 1300;
+    lab.flow(0, 1, ms(20));
+    lab.run(secs(8));
+    let path = usize::from(lab.view(0, 1).path.unwrap());
+    assert!((1260..=1268).contains(&path), "{path}");
+}
+
+#[test]
+fn loss_and_silence_are_not_taken_for_a_narrow_path() {
+    let mut lab = Lab::joined_pair();
+    lab.underlay.loss_percent = 10;
+    lab.underlay.mtu = 1440 + OVERHEAD;
+    lab.flow(0, 1, ms(20));
+    let mut narrow = 0;
+    for _ in 0..600 {
+        lab.run(secs(1));
+        narrow += u32::from(lab.view(0, 1).path.is_some());
+    }
+    assert!(narrow < 60, "{narrow} of 600 seconds");
+    lab.underlay.loss_percent = 0;
+    lab.run(secs(130));
+    lab.underlay.cut.extend([(0, 1), (1, 0)]);
+    lab.run(secs(60));
+    assert_eq!(lab.view(0, 1).path, None, "a peer that is away has no narrow path");
+}
