@@ -311,8 +311,19 @@ pub struct Report {
     pub drops: Vec<DropReport>,
     /// Handshakes by result; every known result is listed.
     pub handshakes: Vec<HandshakeCount>,
+    /// Peers whose path carries less than both nodes' MTU, in no order.
+    pub narrow: Vec<NarrowPath>,
     /// Peers, in the order of their names.
     pub peers: Vec<PeerReport>,
+}
+
+/// A path that carries less than the nodes at its ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct NarrowPath {
+    /// To whom it leads.
+    pub public_key: PublicKey,
+    /// The longest inner packet that it carries, in bytes.
+    pub mtu: u16,
 }
 
 /// One rung of the ladder.
@@ -451,6 +462,8 @@ pub struct PeerReport {
     pub last_received_seconds: Option<f64>,
     /// Smoothed round-trip time in microseconds.
     pub rtt_us: Option<u64>,
+    /// The longest inner packet that its path carries, in bytes, where that is less than both nodes' MTU.
+    pub path_mtu: Option<u16>,
     /// Whether UDP_SEGMENT is in use towards it.
     pub gso: bool,
     /// Inner packets to it.

@@ -384,7 +384,13 @@ fn peers(report: &Report) -> Vec<MetricFamily> {
         Kind::Gauge,
     );
     oldest.add(&[], ages().fold(0.0, f64::max));
-    vec![states.finish(), sessions.finish(), oldest.finish()]
+    let mut narrow = Family::new(
+        "skein_narrow_paths",
+        "Peers whose path carries less than both nodes' MTU.",
+        Kind::Gauge,
+    );
+    narrow.add(&[], report.narrow.len() as f64);
+    vec![states.finish(), sessions.finish(), oldest.finish(), narrow.finish()]
 }
 
 fn each_peer(report: &Report) -> Vec<MetricFamily> {

@@ -337,7 +337,7 @@ fn hash(id: &AttachmentId) -> Vec<u8> {
 }
 
 fn host_route(interface: u32, ip: IpAddr) -> Route {
-    Route { destination: ip.into(), interface, source: None }
+    Route { destination: ip.into(), interface, source: None, mtu: None }
 }
 
 fn gateway(ip: IpAddr) -> IpAddr {

@@ -10,7 +10,7 @@ use super::records::NodeRecord;
 use super::registry::Registry;
 use crate::cni::Network;
 use crate::config::{Config, MIN_IPV6_MTU};
-use crate::ipc::{NodeSettings, Peer, Request, Snapshot, TunSettings, Update};
+use crate::ipc::{NarrowPath, NodeSettings, Peer, Request, Snapshot, TunSettings, Update};
 use crate::keys::{PrivateKey, PublicKey};
 use crate::netlink::interface::Wanted;
 
@@ -81,8 +81,14 @@ impl Desired {
         })
     }
 
-    /// The interface for this.
-    pub fn interface(&self, config: &Config) -> Wanted {
+    /// The interface for this, where some paths carry less than the nodes.
+    pub fn interface(&self, config: &Config, narrow: &[NarrowPath]) -> Wanted {
+        let narrow: BTreeMap<_, _> =
+            narrow.iter().map(|path| (path.public_key, path.mtu)).collect();
+        let mtus = self.peers.iter().filter_map(|peer| {
+            let mtu = *narrow.get(&peer.public_key).filter(|mtu| **mtu < self.mtu)?;
+            Some(peer.pod_cidrs.iter().map(move |cidr| (*cidr, mtu)))
+        });
         Wanted {
             name: config.interface.name.clone(),
             alias: config.alias(),
@@ -90,6 +96,7 @@ impl Desired {
             txqueuelen: config.interface.txqueuelen,
             addresses: self.addresses.clone(),
             routes: self.peers.iter().flat_map(|peer| peer.pod_cidrs.clone()).collect(),
+            mtus: mtus.flatten().collect(),
             forwarding: config.interface.forwarding,
         }
     }

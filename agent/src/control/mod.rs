@@ -34,7 +34,7 @@ use crate::cni::Pods;
 use crate::config::Config;
 use crate::failure::Failure;
 use crate::http;
-use crate::ipc::Snapshot;
+use crate::ipc::{NarrowPath, Snapshot};
 use crate::keys::PrivateKey;
 use crate::lifecycle::{Asked, NotReady, Signals};
 use crate::netlink::interface::{InterfaceError, Present, Wanted};
@@ -168,6 +168,8 @@ struct Controller {
     /// Addresses and routes wait until the data process has taken the first snapshot.
     started: bool,
     not_ready: Option<NotReady>,
+    /// Paths that carry less than the nodes.
+    narrow: Vec<NarrowPath>,
     /// Logged already, so as not to be logged every ten seconds.
     complaints: Vec<String>,
 }
@@ -190,7 +192,7 @@ impl Controller {
         if let Some(problem) = desired.problem() {
             return Err(Failure::Usage(problem));
         }
-        let wanted = desired.interface(&config);
+        let wanted = desired.interface(&config, &[]);
         let interface = wanted.ensure_device(&netlink).await.map_err(interface_failure)?;
         monitor.set_index(interface.index);
         let snapshot = desired.snapshot(&config, &key, interface.index, first_revision());
@@ -221,6 +223,7 @@ impl Controller {
             no_pods,
             started: false,
             not_ready,
+            narrow: Vec::new(),
             complaints: Vec::new(),
         };
         controller.show();
@@ -235,6 +238,7 @@ impl Controller {
     ) -> Result<(), Failure> {
         let mut resync = tokio::time::interval(RESYNC);
         resync.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let dataplane = self.shared.dataplane.clone();
         loop {
             tokio::select! {
                 asked = signals.next() => match asked {
@@ -254,6 +258,11 @@ impl Controller {
                     }
                 }
                 () = source.due() => self.reload().await,
+                narrow = dataplane.narrow_paths(&self.narrow) => {
+                    tracing::info!(paths = ?narrow, "paths that carry less than the nodes have changed");
+                    self.narrow = narrow;
+                    self.reconcile().await;
+                }
                 () = self.monitor.changed() => {
                     tokio::time::sleep(QUIET).await;
                     self.reconcile().await;
@@ -317,7 +326,7 @@ impl Controller {
         if !self.started {
             return;
         }
-        let wanted = self.desired.interface(&self.config);
+        let wanted = self.desired.interface(&self.config, &self.narrow);
         let mut complaints = Vec::new();
         match self.device(&wanted).await {
             Ok(()) => {
@@ -365,7 +374,7 @@ impl Controller {
             pods.set_network(self.desired.network(&self.config));
         }
         self.shared.set_registry(self.registry.status());
-        let wanted = self.desired.interface(&self.config);
+        let wanted = self.desired.interface(&self.config, &self.narrow);
         self.shared.set_interface(InterfaceStatus {
             name: wanted.name,
             index: self.interface.index,

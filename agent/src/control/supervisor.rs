@@ -16,7 +16,7 @@ use super::client::{Client, ClientError};
 use super::desired::difference;
 use crate::config::{Config, Log, LogFormat, Mode};
 use crate::failure::Failure;
-use crate::ipc::{Capability, ErrorKind, Request, Snapshot};
+use crate::ipc::{Capability, ErrorKind, NarrowPath, Report, Request, Snapshot};
 use crate::lifecycle::{NotReady, Readiness};
 
 /// How long a data process may take to listen after its start, and to end when asked.
@@ -71,6 +71,9 @@ pub struct DataplaneStatus {
     /// The ladder, as it was seconds ago; the report has it, too.
     #[serde(skip)]
     pub capabilities: Vec<Capability>,
+    /// Likewise the paths that carry less than the nodes, in the order of the keys.
+    #[serde(skip)]
+    pub narrow: Vec<NarrowPath>,
 }
 
 impl DataplaneState {
@@ -86,10 +89,22 @@ impl DataplaneState {
         let _ = self.0.subscribe().wait_for(reached).await;
     }
 
-    fn found(&self, capabilities: Vec<Capability>) {
+    /// Waits for other paths than these to be narrow, and gives them.
+    pub async fn narrow_paths(&self, known: &[NarrowPath]) -> Vec<NarrowPath> {
+        let mut status = self.0.subscribe();
+        // Fails only where the sender is gone, and that is `self`.
+        match status.wait_for(|status| status.up && status.narrow != known).await {
+            Ok(status) => status.narrow.clone(),
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    fn found(&self, report: Report) {
+        let Report { capabilities, mut narrow, .. } = report;
+        narrow.sort();
         self.0.send_if_modified(|status| {
-            let differs = status.capabilities != capabilities;
-            status.capabilities = capabilities;
+            let differs = status.capabilities != capabilities || status.narrow != narrow;
+            (status.capabilities, status.narrow) = (capabilities, narrow);
             differs
         });
     }
@@ -282,7 +297,7 @@ impl Supervisor {
             tokio::select! {
                 _ = heartbeat.tick() => {
                     match client.report(false).await {
-                        Ok(report) => self.state.found(report.capabilities),
+                        Ok(report) => self.state.found(report),
                         Err(error) => return error.into(),
                     }
                 }

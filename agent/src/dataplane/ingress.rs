@@ -26,8 +26,9 @@ use super::write::TunWriter;
 use crate::sys::recv::RecvBatch;
 use crate::sys::tun::TunQueue;
 
-/// The longest handshake or control message in bytes.
-const MAX_MANAGED: usize = 2048;
+/// The longest handshake in bytes, and the longest control message, which may be a padded ping.
+const MAX_HANDSHAKE: usize = 2048;
+const MAX_CONTROL: usize = 9216;
 /// Messages a system call, each of up to 64 KiB.
 const MESSAGES: usize = 16;
 
@@ -195,7 +196,11 @@ impl Ingress {
         self.totals.outer_bytes += datagram.len() as u64;
         if header.kind != MessageType::Data {
             // Nothing that the manager reads is longer; a queue of longer ones would be memory lost.
-            if datagram.len() > MAX_MANAGED {
+            let longest = match header.kind {
+                MessageType::Control => MAX_CONTROL,
+                _ => MAX_HANDSHAKE,
+            };
+            if datagram.len() > longest {
                 return Err(DropReason::HandshakeInvalid);
             }
             return lane.forward(ToManager::Datagram { source, datagram: datagram.into() });

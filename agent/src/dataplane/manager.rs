@@ -539,7 +539,11 @@ impl Active {
                 endpoint: view.endpoint,
                 session: view.current.clone(),
                 next: view.next.clone(),
-                max_plaintext: usize::from(view.mtu.map_or(mtu, |theirs| theirs.min(mtu))),
+                max_plaintext: [view.mtu, view.path]
+                    .into_iter()
+                    .flatten()
+                    .fold(mtu, u16::min)
+                    .into(),
             };
             tables.peers.insert(id, entry);
         }

@@ -12,8 +12,9 @@ use super::setup::Running;
 use super::stats::{DropStats, drop_report};
 use super::totals::Totals;
 use crate::ipc::{
-    Capability, CapabilityState, HandshakeCount, Peer, PeerReport, PeerState, Report,
+    Capability, CapabilityState, HandshakeCount, NarrowPath, Peer, PeerReport, PeerState, Report,
 };
+use crate::keys::PublicKey;
 
 /// What a report is made of, beside the counters of the lanes.
 pub(super) struct Sources<'a> {
@@ -61,6 +62,10 @@ pub(super) fn fill<'a>(
     report.handshakes = handshakes
         .map(|(result, count)| HandshakeCount { result: result.to_owned(), count })
         .collect();
+    let narrow = |public_key, mtu: Option<u16>| Some(NarrowPath { public_key, mtu: mtu? });
+    let views = sources.engine.tables().map(|(_, view)| view);
+    report.narrow =
+        views.filter_map(|view| narrow(PublicKey(view.public_key), view.path)).collect();
     report.peers = peers
         .filter_map(|(id, peer)| {
             let mut report = peer_report(now, sources, *id, peer)?;
@@ -107,6 +112,7 @@ fn peer_report(now: Time, sources: &Sources<'_>, id: PeerId, peer: &Peer) -> Opt
             .last_received
             .map(|at| now.mono.saturating_sub(at).as_secs_f64()),
         rtt_us: view.round_trip.map(|rtt| rtt.as_micros().try_into().unwrap_or(u64::MAX)),
+        path_mtu: view.path,
         gso: false,
         tx_packets: totals.tx_packets,
         tx_bytes: totals.tx_bytes,

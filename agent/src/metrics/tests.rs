@@ -77,6 +77,7 @@ fn states_are_one_of_all() {
     has(&text, "skein_capability{capability=\"udp_gso\",state=\"on\"} 0");
     has(&text, "skein_peers{state=\"established\"} 1");
     has(&text, "skein_peers{state=\"unreachable\"} 0");
+    has(&text, "skein_narrow_paths 0");
     has(&text, "skein_dataplane_restarts_total 4");
     for reason in DropReason::ALL {
         let (direction, reason) = (reason.direction().label(), reason.label());

@@ -1,6 +1,6 @@
 //! The overlay's interface: made, kept as wanted, removed; never somebody else's.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -11,7 +11,7 @@ use super::provisional::Provisional;
 use super::route::Route;
 use super::sysctl::{Sysctl, SysctlError, ensure_ipv6_forwarding};
 use super::{Netlink, NetlinkError};
-use crate::config::ALIAS_PREFIX;
+use crate::config::{ALIAS_PREFIX, MIN_IPV6_MTU};
 use crate::sys::tun::TunError;
 
 /// What the interface is to be.
@@ -29,6 +29,8 @@ pub struct Wanted {
     pub addresses: Vec<IpAddr>,
     /// Prefixes of the other nodes.
     pub routes: Vec<IpNet>,
+    /// Their MTU in bytes, where it is less than the interface's: whoever sends more is told.
+    pub mtus: BTreeMap<IpNet, u16>,
     /// Whether to switch on forwarding.
     pub forwarding: bool,
 }
@@ -222,13 +224,28 @@ impl Wanted {
         index: u32,
         outcome: &mut Outcome,
     ) -> Result<(), NetlinkError> {
-        let present = BTreeSet::from_iter(netlink.routes(Some(index)).await?);
-        let wanted: BTreeSet<_> = self.routes.iter().map(|net| self.route(*net, index)).collect();
-        for route in present.difference(&wanted) {
-            netlink.delete_route(route).await?;
+        // A route that differs in its MTU is the same one.
+        let by_mtu = |route: Route| (Route { mtu: None, ..route }, route.mtu);
+        let present = netlink.routes(Some(index)).await?.into_iter().map(by_mtu);
+        let present: BTreeMap<_, _> = present.collect();
+        let wanted = self.routes.iter().map(|net| by_mtu(self.route(*net, index)));
+        let wanted: BTreeMap<_, _> = wanted.collect();
+        for (route, &mtu) in present.iter().filter(|(route, _)| !wanted.contains_key(route)) {
+            netlink.delete_route(&Route { mtu, ..*route }).await?;
             outcome.changes.push(format!("route {} removed", route.destination));
         }
-        for route in wanted.difference(&present) {
+        for (route, &mtu) in &wanted {
+            let route = &Route { mtu, ..*route };
+            match present.get(&Route { mtu: None, ..*route }) {
+                Some(found) if *found == mtu => continue,
+                Some(_) => {
+                    netlink.replace_route(route).await?;
+                    let mtu = mtu.map_or("the interface's".to_owned(), |mtu| mtu.to_string());
+                    outcome.changes.push(format!("route {}: mtu {mtu}", route.destination));
+                    continue;
+                }
+                None => {}
+            }
             // One prefix that another program holds must not keep the others away.
             match netlink.add_route(route).await {
                 Ok(()) => outcome.changes.push(format!("route {} added", route.destination)),
@@ -240,7 +257,11 @@ impl Wanted {
 
     fn route(&self, destination: IpNet, interface: u32) -> Route {
         let family = |ip: &&IpAddr| ip.is_ipv4() == destination.addr().is_ipv4();
-        Route { destination, interface, source: self.addresses.iter().find(family).copied() }
+        let source = self.addresses.iter().find(family).copied();
+        // The kernel has no less for IPv6.
+        let least = if destination.addr().is_ipv6() { MIN_IPV6_MTU } else { 0 };
+        let mtu = self.mtus.get(&destination).map(|mtu| u32::from(*mtu.max(&least)));
+        Route { destination, interface, source, mtu }
     }
 }
 

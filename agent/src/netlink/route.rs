@@ -7,7 +7,8 @@ use ipnet::IpNet;
 use rtnetlink::RouteMessageBuilder;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteProtocol,
+    RouteScope, RouteType,
 };
 
 use super::{Netlink, NetlinkError};
@@ -25,6 +26,8 @@ pub struct Route {
     pub interface: u32,
     /// The source that local programs get for it.
     pub source: Option<IpAddr>,
+    /// Its MTU in bytes, where it is not the interface's.
+    pub mtu: Option<u32>,
 }
 
 impl Route {
@@ -46,7 +49,10 @@ impl Route {
         if let Some(source) = self.source {
             message = message.pref_source(source).map_err(|error| wrong(error.to_string()))?;
         }
-        Ok(message.build())
+        let mut message = message.build();
+        let mtu = self.mtu.map(|mtu| RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)]));
+        message.attributes.extend(mtu);
+        Ok(message)
     }
 
     fn parse(message: &RouteMessage) -> Option<Self> {
@@ -58,7 +64,14 @@ impl Route {
             RouteAttribute::PrefSource(source) => address(source),
             _ => None,
         });
-        Some(Self { destination, interface, source })
+        let mtu = message.attributes.iter().find_map(|attribute| match attribute {
+            RouteAttribute::Metrics(metrics) => metrics.iter().find_map(|metric| match metric {
+                RouteMetric::Mtu(mtu) => Some(*mtu),
+                _ => None,
+            }),
+            _ => None,
+        });
+        Some(Self { destination, interface, source, mtu })
     }
 }
 
@@ -157,6 +170,14 @@ impl Netlink {
                 },
                 _ => error,
             }
+        })
+    }
+
+    /// Puts a route in the place of one that differs in its MTU: there is one at any time.
+    pub async fn replace_route(&self, route: &Route) -> Result<(), NetlinkError> {
+        let result = self.handle.route().add(route.message()?).replace().execute().await;
+        result.map_err(|error| {
+            NetlinkError::new(format_args!("change the route to {}", route.destination), error)
         })
     }
 

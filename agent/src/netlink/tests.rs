@@ -44,6 +44,7 @@ pub(crate) fn wanted() -> Wanted {
         txqueuelen: 777,
         addresses: vec!["10.1.0.1".parse().unwrap(), "fd00:1::1".parse().unwrap()],
         routes: ["10.2.0.0/24", "10.3.0.0/16", "fd00:2::/64"].map(|r| r.parse().unwrap()).into(),
+        mtus: Default::default(),
         forwarding: true,
     }
 }
@@ -80,6 +81,29 @@ fn the_interface_becomes_what_is_wanted() {
         assert_eq!(sysctl("ipv6/conf/all/forwarding").trim(), "1");
         let again = wanted.configure(&netlink, index).await;
         assert_eq!(again, Default::default(), "a second pass has nothing to do");
+    });
+}
+
+#[test]
+fn a_route_carries_the_mtu_of_its_path() {
+    in_namespace(|| async {
+        let netlink = Netlink::connect().unwrap();
+        let mut wanted = wanted();
+        let index = configured(&netlink, &wanted).await;
+        let narrow = ["10.2.0.0/24", "fd00:2::/64"].map(|net| (net.parse().unwrap(), 1200));
+        wanted.mtus = narrow.into();
+        let outcome = wanted.configure(&netlink, index).await;
+        assert_eq!(outcome.changes, ["route 10.2.0.0/24: mtu 1200", "route fd00:2::/64: mtu 1280"]);
+        let v4 = ip("route show proto 77");
+        let route = v4.lines().find(|line| line.starts_with("10.2.0.0/24 ")).unwrap_or_default();
+        assert!(route.contains("mtu 1200") && route.contains("src 10.1.0.1"), "{v4}");
+        assert!(ip("-6 route show proto 77").contains("mtu 1280"), "the least of IPv6");
+        assert_eq!(wanted.configure(&netlink, index).await, Default::default());
+        wanted.mtus.clear();
+        let outcome = wanted.configure(&netlink, index).await;
+        assert_eq!(outcome.changes.len(), 2, "{outcome:?}");
+        assert!(!ip("route show proto 77").contains("mtu"), "{}", ip("route show proto 77"));
+        assert_eq!(ip("route show proto 77").lines().count(), 2);
     });
 }
 
