@@ -84,7 +84,7 @@ pub enum Response {
         report: Box<Report>,
     },
     /// Answer to [`Request::TakeOver`]; the descriptors follow, the listening socket first. A byte of the
-    /// receiver's says that it has them.
+    /// receiver's says that it has them, and one of the sender's that they are its own now.
     HandOver {
         /// What they are.
         left: Box<HandOver>,

@@ -42,7 +42,7 @@ const VARIANTS: [(&str, &[&str]); 6] = [
         "plugins",
         &[
             "cni.binDir=/var/lib/cni/bin,cni.confDir=/etc/cni/other,cni.exclusive=false",
-            "cni.noMasquerade={192.0.2.0/24,2001:db8::/32},cni.forwardAccept=false",
+            "cni.noMasquerade={192.0.2.0/24,2001:db8::/32},cni.forwardAccept=true",
             "cni.chain[0].type=portmap,cni.chain[0].capabilities.portMappings=true",
             "cni.chain[1].type=bandwidth,cni.chain[1].ingressRate=1000000",
             "cni.chain[1].shaping.on=true,cni.chain[1].names={a,b}",
@@ -193,7 +193,7 @@ fn values_reach_the_configuration() -> Result<()> {
     ]);
     ensure!(cni["chain"] == chain, "{cni:#}");
     ensure!(cni["no_masquerade"] == json!(["192.0.2.0/24", "2001:db8::/32"]), "{cni:#}");
-    ensure!(cni["forward_accept"] == false, "{cni:#}");
+    ensure!(cni["forward_accept"] == true, "{cni:#}");
     ensure!(cni["exclusive"] == false && cni["conf_dir"] == "/etc/cni/other", "{cni:#}");
     Ok(())
 }

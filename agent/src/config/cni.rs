@@ -43,7 +43,8 @@ impl Default for CniTable {
                 "type": "portmap",
                 "capabilities": { "portMappings": true },
             })],
-            forward_accept: true,
+            // It opens what an allow-list by policy was to keep closed.
+            forward_accept: false,
             masquerade: true,
             no_masquerade: Vec::new(),
             table: "skein".to_owned(),

@@ -131,6 +131,8 @@ fn attend(
                     // It has stopped in either case.
                     let _ = child.kill();
                     let status = child.wait().context("cannot wait for the data process")?;
+                    // The other one begins only now: no two processes may seal in one session.
+                    let given = given && (&connection).write_all(&[0]).is_ok();
                     return Ok(if given { End::GivenAway } else { End::Ended(status) });
                 }
                 Err(_) => listens = false,
@@ -207,6 +209,8 @@ fn take(socket: &Path) -> anyhow::Result<Option<(UnixListener, Kept)>> {
             let listener = all.next().with_context(failed)?.into();
             let kept = Kept { left: *left, descriptors: all.collect() };
             stream.write_all(&[0]).with_context(failed)?;
+            // Without its word it goes on with all that, by itself.
+            stream.read_exact(&mut [0]).with_context(failed)?;
             tracing::info!(socket = %shown, "taken over from the data process before");
             Ok(Some((listener, kept)))
         }

@@ -68,9 +68,12 @@ impl SessionMemory {
         let memory = Self(Arc::new(Inner { words, free: Mutex::default() }));
         let mut found = Vec::new();
         for place in 0..memory.used() {
-            match memory.read(place) {
-                Some(mut session) => {
-                    session.life += 1;
+            let next = |mut session: SavedSession| {
+                session.life = session.life.checked_add(1)?;
+                Some(session)
+            };
+            match memory.read(place).and_then(next) {
+                Some(session) => {
                     // Before a datagram is sealed with it.
                     memory.write(place, &session);
                     let lanes = MAX_LANES as u8;
@@ -172,5 +175,75 @@ impl Kept for Place {
 impl Drop for Place {
     fn drop(&mut self) {
         self.memory.forget(self.place, self.lanes);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// What the engine would keep, as bytes that a session is read from.
+    fn saved(number: u8) -> SavedSession {
+        let mut bytes = [0; SAVED_LEN];
+        bytes[..32].fill(number);
+        // Cipher, lanes at this end, lanes at the other, not the initiator.
+        bytes[128..132].copy_from_slice(&[1, 2, 3, 0]);
+        SavedSession::from_bytes(&bytes).unwrap()
+    }
+
+    fn reopen(memory: &SessionMemory) -> (SessionMemory, Vec<Resumed>) {
+        SessionMemory::open(memory.file().try_clone_to_owned().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_session_outlives_its_process_and_each_life_is_another() {
+        let mut memory = SessionMemory::create().unwrap();
+        let kept: Vec<_> = (0..3).map(|n| memory.keep(&saved(n)).unwrap()).collect();
+        kept[1].set_mark(2, 77);
+        kept[1].set_mark(CONTROL_LANE, 5);
+        // A killed process drops nothing.
+        kept.into_iter().for_each(std::mem::forget);
+        let (memory, found) = reopen(&memory);
+        assert_eq!(found.iter().map(|(s, _)| s.life).collect::<Vec<_>>(), [1, 1, 1]);
+        assert_eq!(found[1].0.public_key, [1; 32]);
+        assert_eq!([0, 2, CONTROL_LANE].map(|lane| found[1].1.mark(lane)), [0, 77, 5]);
+        found.into_iter().for_each(std::mem::forget);
+        let (_, found) = reopen(&memory);
+        assert_eq!(found.iter().map(|(s, _)| s.life).collect::<Vec<_>>(), [2, 2, 2]);
+    }
+
+    #[test]
+    fn what_is_given_back_leaves_no_trace() {
+        let mut memory = SessionMemory::create().unwrap();
+        let kept = memory.keep(&saved(9)).unwrap();
+        kept.set_mark(1, 7);
+        drop(kept);
+        assert_eq!(reopen(&memory).1.len(), 0);
+        let words = memory.0.words.words();
+        assert!(words[HEADER..].iter().take(RECORD).all(|word| word.load(Ordering::Relaxed) == 0));
+        let again = memory.keep(&saved(8)).unwrap();
+        assert_eq!((again.mark(1), memory.used()), (0, 1), "its place is used again");
+    }
+
+    #[test]
+    fn what_was_written_in_part_or_is_of_another_layout_is_nobodys() {
+        let mut memory = SessionMemory::create().unwrap();
+        std::mem::forget(memory.keep(&saved(1)).unwrap());
+        std::mem::forget(memory.keep(&saved(2)).unwrap());
+        memory.record(0)[0].store(0, Ordering::Relaxed);
+        let (_, found) = reopen(&memory);
+        assert_eq!((found.len(), found[0].0.public_key), (1, [2; 32]));
+        memory.0.words.words()[0].store(LAYOUT + 1, Ordering::Relaxed);
+        assert!(SessionMemory::open(memory.file().try_clone_to_owned().unwrap()).is_err());
+    }
+
+    #[test]
+    fn a_full_memory_says_so() {
+        let mut memory = SessionMemory::create().unwrap();
+        let all: Vec<_> = (0..PLACES).map(|_| memory.keep(&saved(1)).unwrap()).collect();
+        assert!(memory.keep(&saved(1)).is_none());
+        drop(all);
+        assert!(memory.keep(&saved(1)).is_some());
     }
 }
