@@ -30,6 +30,8 @@ const STABLE: Duration = Duration::from_secs(10);
 const DEATHS: u32 = 3;
 /// How long the other side of a hand-over may take for each step.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long to wait before one that hung up is asked again.
+const AGAIN: Duration = Duration::from_millis(10);
 
 /// What the data process has given: its description, and the descriptors that belong to it.
 struct Kept {
@@ -187,51 +189,112 @@ fn give(connection: &UnixStream, listener: &UnixListener, kept: &Kept) -> bool {
 /// another version: it has ended then.
 fn take(socket: &Path) -> anyhow::Result<Option<(UnixListener, Kept)>> {
     let shown = socket.display();
-    let connect = || -> io::Result<UnixStream> {
-        let stream = UnixStream::connect(socket)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
-        Ok(stream)
-    };
-    let mut stream = match connect() {
-        Ok(stream) => stream,
-        Err(error) if nobody(&error) => return Ok(None),
-        Err(error) => return Err(error).with_context(|| format!("cannot ask on {shown}")),
-    };
     let failed = || format!("the data process on {shown} does not hand over");
-    write_frame(&mut stream, &Request::TakeOver { version: HANDOVER_VERSION })
-        .with_context(failed)?;
-    match read_frame(&mut stream).with_context(failed)? {
-        Some(Response::HandOver { left }) => {
-            let mut all = descriptors::receive(&stream, 1 + left.descriptors())
-                .with_context(failed)?
-                .into_iter();
-            let listener = all.next().with_context(failed)?.into();
-            let kept = Kept { left: *left, descriptors: all.collect() };
-            stream.write_all(&[0]).with_context(failed)?;
-            // Without its word it goes on with all that, by itself.
-            stream.read_exact(&mut [0]).with_context(failed)?;
-            tracing::info!(socket = %shown, "taken over from the data process before");
-            Ok(Some((listener, kept)))
-        }
-        // Of a release that has other hand-overs, or none.
-        Some(Response::Error { kind: ErrorKind::Invalid, message }) => {
-            tracing::warn!(message, "cannot take over: the data process before is ended instead");
-            end(&connect().with_context(failed)?).with_context(failed)?;
-            Ok(None)
-        }
-        Some(Response::Error { message, .. }) => bail!("{}: {message}", failed()),
-        _ => bail!(failed()),
+    let until = Instant::now() + PATIENCE;
+    loop {
+        let answer = match ask(socket) {
+            Ok(answer) => answer,
+            Err(error) if nobody(&error) => return Ok(None),
+            // It has just died, and its socket with it in a moment; or its keeper starts the next one.
+            Err(error) if hung_up(&error) && Instant::now() < until => {
+                tracing::debug!(%error, "the data process hung up: asking again");
+                std::thread::sleep(AGAIN);
+                continue;
+            }
+            Err(error) => return Err(error).with_context(failed),
+        };
+        return match answer {
+            Answer::Taken(listener, kept) => {
+                tracing::info!(socket = %shown, "taken over from the data process before");
+                Ok(Some((listener, kept)))
+            }
+            // Of a release that has other hand-overs, or none.
+            Answer::Refused(ErrorKind::Invalid, message) => {
+                tracing::warn!(
+                    message,
+                    "cannot take over: the data process before is ended instead"
+                );
+                end(socket).with_context(failed)?;
+                Ok(None)
+            }
+            Answer::Refused(_, message) => bail!("{}: {message}", failed()),
+        };
     }
+}
+
+enum Answer {
+    Taken(UnixListener, Kept),
+    Refused(ErrorKind, String),
+}
+
+/// Asks whoever listens for all that it has.
+fn ask(socket: &Path) -> io::Result<Answer> {
+    let mut stream = connect(socket)?;
+    write_frame(&mut stream, &Request::TakeOver { version: HANDOVER_VERSION })?;
+    let left = match read_frame(&mut stream)?.ok_or(io::ErrorKind::UnexpectedEof)? {
+        Response::HandOver { left } => *left,
+        Response::Error { kind, message } => return Ok(Answer::Refused(kind, message)),
+        _ => {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "an answer to another request"));
+        }
+    };
+    let mut all = descriptors::receive(&stream, 1 + left.descriptors())?;
+    let listener = all.remove(0).into();
+    stream.write_all(&[0])?;
+    // Without its word it goes on with all that, by itself.
+    stream.read_exact(&mut [0])?;
+    Ok(Answer::Taken(listener, Kept { left, descriptors: all }))
+}
+
+fn connect(socket: &Path) -> io::Result<UnixStream> {
+    let stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    Ok(stream)
 }
 
 fn nobody(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
 }
 
+/// The connection was there, and whoever accepted it, or was to, is gone.
+fn hung_up(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), ConnectionReset | BrokenPipe | UnexpectedEof)
+}
+
 /// Asks a data process to end, and waits until it has.
-fn end(mut stream: &UnixStream) -> io::Result<()> {
+fn end(socket: &Path) -> io::Result<()> {
+    let mut stream = connect(socket)?;
     write_frame(&mut stream, &Request::Shutdown)?;
     while read_frame::<Response>(&mut stream)?.is_some() {}
     Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// A data process that was killed, as another one sees it: its socket takes connections until the
+    /// kernel has closed it.
+    #[test]
+    fn whoever_dies_while_it_is_asked_is_nobody() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("dataplane.sock");
+        assert!(take(&socket).unwrap().is_none(), "there is no socket");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let dying = std::thread::spawn(move || {
+            // One is closed with what it asked unread, one that was read, and one never accepted.
+            drop(listener.accept().unwrap());
+            let (stream, _) = listener.accept().unwrap();
+            let asked: Request = read_frame(&mut &stream).unwrap().unwrap();
+            assert!(matches!(asked, Request::TakeOver { version: HANDOVER_VERSION }), "{asked:?}");
+            drop(stream);
+            std::thread::sleep(3 * AGAIN);
+        });
+        assert!(take(&socket).unwrap().is_none());
+        dying.join().unwrap();
+        assert!(take(&socket).unwrap().is_none(), "a stale socket");
+    }
 }
