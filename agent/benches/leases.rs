@@ -72,6 +72,17 @@ fn allocate(handle: &IpamHandle, name: &str, count: usize) {
     assert!(receiver.iter().all(|result| result.is_ok()));
 }
 
+fn release(handle: &IpamHandle, name: &str, count: usize) {
+    let (sender, receiver) = channel();
+    for n in 0..count {
+        let sender = sender.clone();
+        let reply = move |result: Result<_, _>| sender.send(result.map(drop)).unwrap();
+        handle.release(id(&format!("{name}-{n}")), SystemTime::now(), Box::new(reply));
+    }
+    drop(sender);
+    assert!(receiver.iter().all(|result| result.is_ok()));
+}
+
 #[divan::bench(args = OTHERS, sample_size = 1, sample_count = 200)]
 fn allocate_and_release(bencher: Bencher<'_, '_>, others: usize) {
     let node = Node::with(others);
@@ -86,10 +97,10 @@ fn allocate_and_release(bencher: Bencher<'_, '_>, others: usize) {
 fn a_burst_in_shared_transactions(bencher: Bencher<'_, '_>, others: usize) {
     let node = Node::with(others);
     let (handle, thread) = IpamHandle::spawn(node.open()).unwrap();
-    let mut round = 0;
-    bencher.counter(ItemsCount::new(BURST)).bench_local(|| {
-        round += 1;
-        allocate(&handle, &format!("round-{round}"), BURST);
+    // Each finds as many leases as the one before.
+    let empty = || release(&handle, "burst", BURST);
+    bencher.counter(ItemsCount::new(BURST)).with_inputs(empty).bench_local_values(|()| {
+        allocate(&handle, "burst", BURST);
     });
     drop(handle);
     thread.join().unwrap();

@@ -134,6 +134,8 @@ pub struct Cni {
     pub spool: PathBuf,
     /// Where to install the plugin; `None`: nowhere.
     pub bin_dir: Option<PathBuf>,
+    /// Where else the runtime looks for plugins.
+    pub plugin_dirs: Vec<PathBuf>,
     /// Where to write the network configuration; `None`: nowhere.
     pub conf_dir: Option<PathBuf>,
     /// Name of that file.

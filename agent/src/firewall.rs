@@ -36,6 +36,8 @@ pub struct Rules {
     pub inside: Vec<IpNet>,
     /// Whether pods reach everything else by the node's address.
     pub masquerade: bool,
+    /// Whether pods' packets are to pass others' chains ([`forward`]).
+    pub forward_accept: bool,
 }
 
 /// Why the table is not as it should be.
@@ -50,6 +52,9 @@ pub enum FirewallError {
     /// It refused.
     #[error("nft refused: {0}")]
     Refused(String),
+    /// It says what nobody understands.
+    #[error("cannot read what nft says: {0}")]
+    Unreadable(String),
     /// It hung.
     #[error("nft did not end within {LIMIT:?}")]
     Late,
@@ -135,7 +140,7 @@ fn delete(table: &str) -> String {
 impl Rules {
     /// Declares what is missing, empties what is there, fills it: one transaction that keeps the counters.
     fn text(&self) -> String {
-        let Self { table, interface, masquerade, .. } = self;
+        let Self { table, interface, masquerade, forward_accept, .. } = self;
         let mut text = format!(
             "table inet {table} {{
     counter forged_ipv4 {{ }}
@@ -146,10 +151,11 @@ impl Rules {
     set inside6 {{ type ipv6_addr; flags interval; auto-merge; }}
     chain sources {{ type filter hook prerouting priority raw; policy accept; }}
     chain outward {{ type nat hook postrouting priority srcnat; policy accept; }}
+    chain passing {{ type filter hook forward priority raw; policy accept; }}
 }}
 "
         );
-        for chain in ["sources", "outward"] {
+        for chain in ["sources", "outward", "passing"] {
             let _ = writeln!(text, "flush chain inet {table} {chain}");
         }
         for (set, nets, v4) in [
@@ -191,7 +197,22 @@ impl Rules {
 "
             );
         }
+        if *forward_accept {
+            let mark = forward::MARK;
+            let _ = write!(
+                text,
+                "    chain passing {{
+        oifname != \"{HOST_PREFIX}*\" accept
+        ct state established,related meta mark set meta mark | {mark}
+        ct status dnat meta mark set meta mark | {mark}
+    }}
+"
+            );
+        }
         text.push_str("}\n");
+        if !*forward_accept {
+            let _ = writeln!(text, "delete chain inet {table} passing");
+        }
         text
     }
 }

@@ -80,7 +80,13 @@ fn the_comparison_of_a_node_sees_what_is_left_on_it() -> Result<()> {
     for (made, taken_away) in [
         ("ip link add left type veth peer name left2", "ip link delete left"),
         ("ip address add 192.0.2.7/32 dev lo", "ip address del 192.0.2.7/32 dev lo"),
+        ("ip address add 192.0.2.7/31 dev lo", "ip address del 192.0.2.7/31 dev lo"),
         ("nft add table inet left", "nft delete table inet left"),
+        (
+            "nft add table inet left && nft add chain inet left c && \
+             nft add rule inet left c counter accept && nft add rule inet left c counter accept",
+            "nft delete table inet left",
+        ),
     ] {
         node.sh(made)?;
         seen(made)?;
@@ -88,7 +94,19 @@ fn the_comparison_of_a_node_sees_what_is_left_on_it() -> Result<()> {
         same(&before, &traces(&node)?).context(made)?;
     }
     let open = format!("exec sleep 1000 <{}", other.path().display());
-    for script in [open.as_str(), "unshare --net sleep 1000; true"] {
+    // A thread, and a socket, of a process that has its own network on the node.
+    let path = other.path().display().to_string();
+    let python = |then: &str| {
+        format!(
+            "exec python3 -c 'import ctypes, os, socket, threading, time\n\
+             def enter():\n  fd = os.open(\"{path}\", os.O_RDONLY)\n  \
+             assert ctypes.CDLL(None).setns(fd, 0x40000000) == 0\n  os.close(fd)\n  {then}\n\
+             s = []\nt = threading.Thread(target=enter)\nt.start(); time.sleep(1000)'"
+        )
+    };
+    let thread = python("time.sleep(1000)");
+    let socket = python("s.append(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW))");
+    for script in [open.as_str(), "unshare --net sleep 1000; true", &thread, &socket] {
         let mut child = node.command("sh").args(["-c", script]).spawn()?;
         seen(script)?;
         for pid in

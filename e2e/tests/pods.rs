@@ -410,6 +410,11 @@ fn a_full_disk_keeps_no_pod_from_going() -> Result<()> {
         runtime.del(&name, None)?;
     }
     same(&before, &traces(node(&cluster, 0))?)?;
+    // The agent looks again and again, and says so.
+    let (code, text) = runtime.refused("STATUS", None, Value::Null)?;
+    ensure!(code == 50 && text.contains("no space left"), "{code} {text}");
+    thread::sleep(Duration::from_secs(11));
+    ensure!(fs::read_to_string(cluster.agents[0].log())?.contains("container a: "), "not said");
     disk.empty()?;
     checks::eventually("the addresses are free", Duration::from_secs(25), || {
         let used = cluster.agents[0].metrics()?.sum("skein_ipam_addresses", &["state=\"used\""]);
@@ -582,6 +587,14 @@ fn what_somebody_deletes_by_hand_is_put_back() -> Result<()> {
     reach(&a, &b)
 }
 
+/// Of a machine that [`Lab::attach`] made with the number 77.
+fn outside_address(family: Family) -> Result<IpAddr> {
+    Ok(match family {
+        Family::V4 => IpAddr::from([192, 0, 2, 77]),
+        Family::V6 => "2001:db8::4d".parse()?,
+    })
+}
+
 #[test]
 fn pods_reach_the_outside_by_the_nodes_address() -> Result<()> {
     for masquerade in [true, false] {
@@ -590,10 +603,7 @@ fn pods_reach_the_outside_by_the_nodes_address() -> Result<()> {
         let outside = cluster.lab.attach("outside", 77)?;
         for family in Family::BOTH {
             let node = &cluster.lab.nodes[0];
-            let target = match family {
-                Family::V4 => IpAddr::from([192, 0, 2, 77]),
-                Family::V6 => "2001:db8::4d".parse()?,
-            };
+            let target = outside_address(family)?;
             // The way back, where the pod's own address shows.
             let cidr = node.pod_cidr(family);
             outside.ip(&format!("route add {cidr} via {}", node.underlay(family)))?;
@@ -684,15 +694,49 @@ fn others_chains_that_drop_let_pods_pass() -> Result<()> {
     let a2 = runtime(&cluster, 0)?.pod("a2")?;
     reach(&a, &b)?;
     let chains = ["ip filter FORWARD", "ip6 filter FORWARD"];
+    // As a service that is started anew does: at no moment is the chain without its policy.
     let close = |home: &Netns| -> Result<()> {
-        for chain in chains {
+        chains.iter().try_for_each(|chain| {
             let table = chain.trim_end_matches(" FORWARD");
-            home.sh(&format!("nft add table {table}"))?;
             let hook = "{ type filter hook forward priority 0 ; policy drop ; }";
-            home.sh(&format!("nft add chain {chain} {hook}"))?;
             // Somebody's own rule, which stays in force.
-            home.sh(&format!("nft add rule {chain} udp dport 7777 drop"))?;
+            let text = format!(
+                "add table {table}\nadd chain {chain} {hook}\nflush chain {chain}\n\
+                 add rule {chain} udp dport 7777 drop\n"
+            );
+            home.sh(&format!("nft -f - <<'END'\n{text}END")).map(drop)
+        })
+    };
+    // What is no pod's and comes beside the overlay.
+    let outside = cluster.lab.attach("outside", 77)?;
+    for family in Family::BOTH {
+        let home = &cluster.lab.nodes[0];
+        outside.ip(&format!(
+            "route add {} via {}",
+            home.pod_cidr(family),
+            home.underlay(family)
+        ))?;
+    }
+    // The outside's way to a pod by a hostPort.
+    node(&cluster, 0).sh(&format!(
+        "nft 'add table ip ports; add chain ip ports pre {{ type nat hook prerouting priority dstnat ; }}; \
+         add rule ip ports pre udp dport 8080 dnat to {}:8080'",
+        a.v4
+    ))?;
+    let filtered = |open: bool| -> Result<()> {
+        let udp = |from: &Netns, at: &Pod, to: IpAddr, port: u16| {
+            udp::arrives(from, &at.ns, (to, port).into())
+        };
+        let underlay = cluster.lab.nodes[0].underlay(Family::V4);
+        for family in Family::BOTH {
+            let (inside, target) = (a.address(family), b.address(family));
+            ensure!(udp(&a.ns, &b, target, 7778)? == open, "among pods");
+            ensure!(!udp(&a.ns, &b, target, 7777)?, "somebody's drop");
+            ensure!(!udp(&outside, &a, inside, 7778)?, "from anybody");
+            let asks = ping(&a.ns, outside_address(family)?, Ping { count: 2, ..Ping::default() })?;
+            ensure!(asks.complete() == open, "a pod asks the outside: {}", asks.text);
         }
+        ensure!(udp(&outside, &a, underlay, 8080)? == open, "a hostPort");
         Ok(())
     };
     let other = node(&cluster, 1);
@@ -713,16 +757,16 @@ fn others_chains_that_drop_let_pods_pass() -> Result<()> {
             let text = home.sh(&format!("nft list chain {chain}"))?;
             let rules: Vec<_> =
                 text.lines().map(str::trim).filter(|l| l.contains("skp*")).collect();
-            ensure!(text.rfind("7777") < text.find("skp*"), "before somebody's own: {text}");
-            ensure!(rules.iter().all(|rule| rule.contains("skein: pods")), "{text}");
+            ensure!(text.rfind("drop") < text.find("skp*"), "before somebody's own: {text}");
             Ok(rules.len())
         };
         chains.iter().map(count).collect()
     };
     close(home)?;
+    filtered(false)?;
     for _ in 0..2 {
         checks::eventually("the rules are there", Duration::from_secs(15), || {
-            Ok(ours()? == [2, 2])
+            Ok(ours()? == [3, 3])
         })?;
         for pod in [&b, &a2] {
             reach(&a, pod)?;
@@ -731,19 +775,29 @@ fn others_chains_that_drop_let_pods_pass() -> Result<()> {
         // They are readable by iptables, too, and those that are there are not made again.
         for iptables in ["iptables-nft", "ip6tables-nft"] {
             let said = home.sh(&format!("{iptables} -S FORWARD"))?;
-            for rule in ["-P FORWARD DROP", "-A FORWARD -i skp+", "-A FORWARD -o skp+"] {
+            for rule in [
+                "-P FORWARD DROP",
+                "-A FORWARD -i skp+ ",
+                "-A FORWARD -i skein0 -o skp+ ",
+                "-A FORWARD -o skp+ -m mark --mark 0x100000/0x100000 ",
+            ] {
                 ensure!(said.contains(rule), "{said}");
             }
+            home.sh(&format!("{iptables}-save >/tmp/$$.rules && {iptables}-restore </tmp/$$.rules; rm /tmp/$$.rules"))?;
         }
         thread::sleep(Duration::from_secs(11));
-        ensure!(ours()? == [2, 2], "{:?}", ours()?);
+        ensure!(ours()? == [3, 3], "{:?}", ours()?);
+        filtered(true)?;
         // Whoever reloads his firewall takes them away.
-        for chain in chains {
-            home.sh(&format!("nft flush chain {chain}"))?;
-            home.sh(&format!("nft add rule {chain} udp dport 7777 drop"))?;
-        }
+        close(home)?;
     }
-    checks::eventually("they are put back", Duration::from_secs(15), || Ok(ours()? == [2, 2]))?;
+    checks::eventually("they are put back", Duration::from_secs(15), || Ok(ours()? == [3, 3]))?;
+    // They stay behind what is added later.
+    for chain in chains {
+        home.sh(&format!("nft add rule {chain} udp dport 7778 drop"))?;
+    }
+    checks::eventually("they go behind it", Duration::from_secs(15), || Ok(ours().is_ok()))?;
+    ensure!(ours()? == [3, 3] && !udp::arrives(&a.ns, &b.ns, (b.v4, 7778).into())?);
     // Not wanted any more, and wanted again.
     for accept in [false, true] {
         cluster.agents[0].stop()?;

@@ -60,10 +60,12 @@ impl Install {
         let binary = can_serve && self.install_plugin(config).map_err(text)?;
         let missing = missing_plugins(config);
         if !missing.is_empty() {
-            let (names, directory) = (missing.join(", "), config.bin_dir.as_deref());
-            let directory = directory.unwrap_or(Path::new("")).display();
+            let directories = plugin_directories(config).map(|path| path.display().to_string());
             return Err(format!(
-                "{names} of cni.chain not in {directory}: put it there, or take it out of the chain"
+                "{} of cni.chain not in {}: put it there, name its directory in cni.plugin_dirs, or \
+                 take it out of the chain",
+                missing.join(", "),
+                Vec::from_iter(directories).join(" or ")
             ));
         }
         if !can_serve {
@@ -192,12 +194,20 @@ fn rename(config: &Cni, from: &OsStr, to: &OsStr) -> Result<(), InstallError> {
 /// Plugins of the chain that are not where the runtime looks for them; none where somebody else writes
 /// the configuration.
 fn missing_plugins(config: &Cni) -> Vec<&str> {
-    let (Some(directory), true) = (&config.bin_dir, config.conf_dir.is_some()) else {
+    if config.bin_dir.is_none() || config.conf_dir.is_none() {
         return Vec::new();
-    };
+    }
     let named = config.chain.iter().filter_map(|plugin| plugin["type"].as_str());
     // A link may lead to where only the node itself sees it.
-    named.filter(|name| fs::symlink_metadata(directory.join(name)).is_err()).collect()
+    let is_in = |directory: &Path, name: &str| fs::symlink_metadata(directory.join(name)).is_ok();
+    named
+        .filter(|name| !plugin_directories(config).any(|directory| is_in(directory, name)))
+        .collect()
+}
+
+/// Where the runtime looks for plugins.
+fn plugin_directories(config: &Cni) -> impl Iterator<Item = &Path> {
+    config.bin_dir.iter().chain(&config.plugin_dirs).map(PathBuf::as_path)
 }
 
 /// Takes the configuration away; returns whether it was there.
@@ -358,6 +368,11 @@ mod tests {
         assert!(!list.exists(), "nobody serves yet");
         install.run(&config, true).unwrap();
         fs::remove_file(&portmap).unwrap();
+        // The runtime looks there, too.
+        let elsewhere = tempfile::tempdir().unwrap();
+        fs::write(elsewhere.path().join("portmap"), "").unwrap();
+        let two = Cni { plugin_dirs: vec![elsewhere.path().to_owned()], ..config.clone() };
+        Install::default().run(&two, true).unwrap();
         install.run(&config, true).unwrap_err();
         assert!(list.exists(), "without it no pod could be deleted");
         config.conf_dir = None;

@@ -100,13 +100,9 @@ impl Pods {
             complaints: Vec::new(),
             can_serve: false,
             install: Install::default(),
+            forward_unknown: !cni.forward_accept,
             cni,
         };
-        if !keeper.cni.forward_accept
-            && let Err(error) = forward::remove(&keeper.cni.table).await
-        {
-            tracing::warn!(%error, "rules of an earlier configuration may be left in others' chains");
-        }
         // Before anything is served: whoever asks for an address must not get one that is in use.
         keeper.take_network();
         keeper.tend().await;
@@ -175,6 +171,8 @@ struct Keeper {
     /// Whether the agent was ready once.
     can_serve: bool,
     install: Install,
+    /// Whether rules of an earlier configuration may be left in others' chains.
+    forward_unknown: bool,
     cni: Cni,
 }
 
@@ -238,11 +236,17 @@ impl Keeper {
             false => Some(self.readiness.block(format!("pods: {}", errors.join("; ")))),
         };
         errors.extend(single);
-        let forward = forward::ensure(&self.cni.table, self.cni.forward_accept).await;
+        if self.forward_unknown {
+            match forward::remove().await {
+                Ok(_) => self.forward_unknown = false,
+                Err(error) => errors.push(format!("rules of before in others' chains: {error}")),
+            }
+        }
+        let forward = forward::ensure(&self.interface, self.cni.forward_accept).await;
         for chain in forward.opened {
             tracing::warn!(chain, "drops what it has no rule for: it has one for pods now");
         }
-        errors.extend(forward.closed);
+        errors.extend(forward.errors);
         for complaint in errors.iter().filter(|error| !self.complaints.contains(error)) {
             tracing::error!("pods: {complaint}");
         }
@@ -272,5 +276,6 @@ fn rules(cni: &Cni, interface: &str, network: &Network) -> Rules {
         local: network.local.clone(),
         inside: all.copied().collect(),
         masquerade: cni.masquerade,
+        forward_accept: cni.forward_accept,
     }
 }

@@ -340,7 +340,7 @@ impl Service {
             };
             errors.extend(result.err().map(|error| error.to_string()));
         }
-        self.release_the_rest().await.map_err(|error| error.to_string())?;
+        errors.extend(self.release_the_rest().await);
         Ok(errors)
     }
 

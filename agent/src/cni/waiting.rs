@@ -15,7 +15,8 @@ use super::service::{Error, Service, refuse};
 #[derive(Debug)]
 pub(super) struct Waiting {
     spool: PathBuf,
-    /// Attachments whose interfaces are gone while their leases could not be written.
+    /// Attachments whose interfaces are gone while their leases could not be written. In memory only: the next
+    /// agent frees them when it sees that their namespaces are gone.
     unreleased: Mutex<BTreeSet<AttachmentId>>,
 }
 
@@ -61,22 +62,28 @@ impl Service {
         }
     }
 
-    /// Frees what [`Service::del`] could not.
-    pub(super) async fn release_the_rest(&self) -> Result<(), Error> {
+    /// Frees what [`Service::del`] could not; what still cannot be is returned.
+    pub(super) async fn release_the_rest(&self) -> Vec<String> {
         let waiting = self.waiting.unreleased().clone();
+        let mut errors = Vec::new();
         for id in waiting {
             let _turn = self.locks.lock(&id).await;
             if self.waiting.unreleased().contains(&id) {
-                self.detach(&id).await?;
+                let container = &id.container_id;
+                let failed = self.detach(&id).await.err();
+                errors.extend(failed.map(|error| format!("container {container}: {error}")));
             }
         }
-        Ok(())
+        errors
     }
 
     /// Does what the plugin could not say while the agent was away. What is wrong with one entry is
     /// returned.
     pub(super) async fn empty_spool(&self) -> Result<Vec<String>, String> {
-        let listing = spool::list(&self.waiting.spool).map_err(|error| error.to_string())?;
+        let directory = self.waiting.spool.clone();
+        let listing = tokio::task::spawn_blocking(move || spool::list(&directory)).await;
+        let listing =
+            listing.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
         let mut errors = Vec::new();
         for entry in listing {
             let shown = entry.path.display();

@@ -15,6 +15,7 @@ pub(super) struct CniTable {
     pub(super) socket: PathBuf,
     pub(super) spool: PathBuf,
     bin_dir: PathBuf,
+    plugin_dirs: Vec<PathBuf>,
     conf_dir: PathBuf,
     conf_file: String,
     plugin: Option<PathBuf>,
@@ -34,6 +35,7 @@ impl Default for CniTable {
             socket: skein_cni::protocol::DEFAULT_SOCKET.into(),
             spool: skein_cni::protocol::DEFAULT_SPOOL.into(),
             bin_dir: "/opt/cni/bin".into(),
+            plugin_dirs: Vec::new(),
             conf_dir: "/etc/cni/net.d".into(),
             conf_file: "10-skein.conflist".to_owned(),
             plugin: None,
@@ -91,7 +93,8 @@ impl CniTable {
             ("bin_dir", &self.bin_dir),
             ("conf_dir", &self.conf_dir),
         ];
-        for (key, path) in paths {
+        let directories = self.plugin_dirs.iter().map(|path| ("plugin_dirs", path));
+        for (key, path) in paths.into_iter().chain(directories) {
             if !path.as_os_str().is_empty() && !path.is_absolute() {
                 let shown = path.display();
                 return Err(Invalid(format!("cni.{key} = {shown}: use an absolute path")));
@@ -103,6 +106,7 @@ impl CniTable {
             socket: self.socket,
             spool: self.spool,
             bin_dir: directory(self.bin_dir),
+            plugin_dirs: self.plugin_dirs.into_iter().filter_map(directory).collect(),
             conf_dir: directory(self.conf_dir),
             conf_file: self.conf_file,
             plugin: self.plugin,

@@ -8,7 +8,7 @@ use super::client::{Client, ClientError};
 use super::identity;
 use super::lock::StateLock;
 use crate::cni::attach::Attacher;
-use crate::cni::install;
+use crate::cni::{install, ipam};
 use crate::config::{ALIAS_PREFIX, Config};
 use crate::failure::Failure;
 use crate::firewall::{self, forward};
@@ -49,7 +49,8 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
     // Whoever still listens there keeps the socket.
     let dataplane_socket = stopped.is_ok().then_some(&config.dataplane.socket);
     cleaned.note("data process", stopped);
-    if config.cni.enabled {
+    // Switched off since it has served pods: they have their interfaces still.
+    if config.cni.enabled || config.state_dir.join(ipam::FILE).exists() {
         remove_pods(config, &mut cleaned).await;
     }
     let interface = format!("interface {}", config.interface.name);
@@ -126,8 +127,7 @@ async fn remove_pods(config: &Config, cleaned: &mut Cleaned) {
     }
     let table = firewall::remove(&cni.table).await.map_err(|error| error.to_string());
     cleaned.note(&format!("nftables table inet {}", cni.table), table);
-    let rules = forward::remove(&cni.table).await.map_err(|error| error.to_string());
-    cleaned.note("rules for pods in others' chains", rules);
+    cleaned.note("rules for pods in others' chains", forward::remove().await);
 }
 
 /// Only what the agent made: a directory that holds anything else stays.

@@ -1,17 +1,25 @@
 //! Chains of others that drop what they have no rule for (Docker's and ufw's FORWARD): an accept in a
-//! table of ours saves nothing from them. So two rules that let pods' packets pass stand in each, at
-//! its end: what a rule of somebody's drops stays dropped, only the chain's policy does not count.
+//! table of ours saves nothing from them. So rules that let pods' packets pass stand in each, at its
+//! end: what a rule of somebody's drops stays dropped, only the chain's policy does not count.
+//!
+//! They are of kinds that `iptables` can read: with one that it cannot (`ct state`) it refuses to show or to
+//! change the whole table. What has to be known of a connection is therefore told by a mark
+//! ([`MARK`]) that a chain of our own table sets.
 
 use std::fmt;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{FirewallError, nft};
 use crate::netlink::pod::HOST_PREFIX;
 
-/// By which of its interfaces a packet is a pod's. The overlay's own needs no rule: all that comes and goes
-/// there is for a pod or from one.
-const MATCHES: [&str; 2] = ["iifname", "oifname"];
+/// Set, by our own table, on packets to a pod that belong to a connection which the pod began or whose
+/// destination was translated to the pod (a hostPort, a Service). Nothing sees it but the forward and
+/// the postrouting hook: it is set after routing, and lost on the way into the pod.
+pub(super) const MARK: u32 = 0x0010_0000;
+
+/// What the rules say of themselves, in `nft list` and in `iptables -S`.
+const COMMENT: &str = "skein: pods";
 
 /// A chain at the forward hook.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,86 +39,169 @@ impl fmt::Display for Chain {
 /// What came of a look at others' chains.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Forward {
-    /// Chains that have got a rule now.
+    /// Chains that have got rules now.
     pub opened: Vec<String>,
-    /// Chains that still drop pods' packets, and why.
-    pub closed: Vec<String>,
+    /// What is wrong: chains that still drop pods' packets, and why.
+    pub errors: Vec<String>,
 }
 
-/// Puts the rules of the agent that has the table of this name where they are missing; with `accept` unset it
-/// says where they would be needed.
-pub async fn ensure(table: &str, accept: bool) -> Forward {
+/// A rule that accepts: its conditions as `nft -j` lists them, and as `nft` reads them.
+struct Wanted {
+    text: String,
+    conditions: Vec<Value>,
+}
+
+/// What is to pass: all that a pod sends, what comes to it over the overlay's `interface`, and what bears
+/// [`MARK`].
+fn wanted(interface: &str) -> [Wanted; 3] {
+    let pods = format!("{HOST_PREFIX}*");
+    let name = |key: &str, name: &str| {
+        (format!("{key} \"{name}\""), equals(json!({ "meta": { "key": key } }), json!(name)))
+    };
+    let bit = json!({ "&": [{ "meta": { "key": "mark" } }, MARK] });
+    let mark = (format!("meta mark & {MARK} == {MARK}"), equals(bit, json!(MARK)));
+    [
+        vec![name("iifname", &pods)],
+        vec![name("iifname", interface), name("oifname", &pods)],
+        vec![name("oifname", &pods), mark],
+    ]
+    .map(|parts| {
+        let (texts, conditions): (Vec<String>, _) = parts.into_iter().unzip();
+        Wanted { text: texts.join(" "), conditions }
+    })
+}
+
+fn equals(left: Value, right: Value) -> Value {
+    json!({ "match": { "op": "==", "left": left, "right": right } })
+}
+
+/// Puts the rules where they are missing; with `accept` unset it says where they would be needed.
+pub async fn ensure(interface: &str, accept: bool) -> Forward {
     let mut forward = Forward::default();
-    let chains = chains().await.unwrap_or_default();
+    let chains = match chains().await {
+        Ok(chains) => chains,
+        Err(error) => {
+            forward.errors.push(format!("others' chains: {error}"));
+            return forward;
+        }
+    };
+    let wanted = wanted(interface);
     for chain in chains.iter().filter(|chain| chain.drops) {
-        match open(chain, table, accept).await {
+        match open(chain, &wanted, accept).await {
             Ok(false) => {}
             Ok(true) => forward.opened.push(chain.to_string()),
-            Err(why) => forward.closed.push(format!(
-                "chain {chain} drops what it has no rule for{why}: let pods' packets pass \
-                 (iptables -I FORWARD -i {HOST_PREFIX}+ -j ACCEPT; \
-                 iptables -I FORWARD -o {HOST_PREFIX}+ -j ACCEPT)"
+            Err(why) => forward.errors.push(format!(
+                "chain {chain} drops what it has no rule for{why}: set cni.forward_accept, or let \
+                 pods' packets pass (iptables -A FORWARD -i {HOST_PREFIX}+ -j ACCEPT; \
+                 iptables -A FORWARD -o {HOST_PREFIX}+ -j ACCEPT)"
             )),
         }
     }
     forward
 }
 
-/// Takes the rules away that [`ensure`] has made for that table; says whether there were any.
-pub async fn remove(table: &str) -> Result<bool, FirewallError> {
-    let mark = mark(table);
+/// Takes the rules away that [`ensure`] has made; says whether there were any. Goes on after an error.
+pub async fn remove() -> Result<bool, String> {
     let chains = match chains().await {
         Err(FirewallError::Missing) => return Ok(false),
-        chains => chains?,
+        chains => chains.map_err(|error| error.to_string())?,
     };
-    let mut text = String::new();
-    for chain in chains {
-        let ours = rules(&chain).await?.into_iter().filter(|rule| rule["comment"] == *mark);
-        let handles = ours.filter_map(|rule| rule["handle"].as_u64());
-        handles.for_each(|handle| text += &format!("delete rule {chain} handle {handle}\n"));
+    let (mut removed, mut errors) = (false, Vec::new());
+    for chain in &chains {
+        match close(chain).await {
+            Ok(some) => removed |= some,
+            Err(error) => errors.push(format!("chain {chain}: {error}")),
+        }
     }
-    if text.is_empty() {
-        return Ok(false);
+    match errors.is_empty() {
+        true => Ok(removed),
+        false => Err(errors.join("; ")),
     }
-    nft(&["-f", "-"], &text).await?;
-    Ok(true)
 }
 
-/// What the rules say of themselves, in `nft list` and in `iptables -S`.
-fn mark(table: &str) -> String {
-    format!("{table}: pods")
+async fn close(chain: &Chain) -> Result<bool, FirewallError> {
+    let text = deletions(chain, &rules(chain).await?);
+    match text.is_empty() {
+        true => Ok(false),
+        false => nft(&["-f", "-"], &text).await.map(|_| true),
+    }
 }
 
 /// Whether something was missing that is there now; an error says why it is still missing.
-async fn open(chain: &Chain, table: &str, accept: bool) -> Result<bool, String> {
+async fn open(chain: &Chain, wanted: &[Wanted], accept: bool) -> Result<bool, String> {
     let because = |error: FirewallError| format!(", and cannot be changed ({error})");
     let present = rules(chain).await.map_err(because)?;
-    let missing = MATCHES.iter().filter(|key| !present.iter().any(|rule| accepts(rule, key)));
-    let mark = mark(table);
-    let text: String = missing
-        .map(|key| {
-            format!("add rule {chain} {key} \"{HOST_PREFIX}*\" counter accept comment \"{mark}\"\n")
-        })
-        .collect();
-    match (text.is_empty(), accept) {
-        (true, _) => Ok(false),
-        (false, false) => Err(String::new()),
-        (false, true) => nft(&["-f", "-"], &text).await.map(|_| true).map_err(because),
+    match (changes(chain, &present, wanted), accept) {
+        (None, _) => Ok(false),
+        (Some(_), false) => Err(String::new()),
+        (Some(text), true) => nft(&["-f", "-"], &text).await.map(|_| true).map_err(because),
     }
 }
 
-/// Whether a rule accepts all that has a pod's interface there, whoever made it: an administrator by hand,
-/// or `iptables-restore` from what `iptables-save` saw of ours, which only nft's comment tells apart.
-fn accepts(rule: &Value, key: &str) -> bool {
-    let parts = rule["expr"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let counts = |part: &&Value| part.get("counter").is_none() && part["xt"]["name"] != "comment";
-    let parts: Vec<&Value> = parts.iter().filter(counts).collect();
-    let [condition, verdict] = parts[..] else { return false };
-    let condition = &condition["match"];
-    verdict.get("accept").is_some()
-        && condition["op"] == "=="
-        && condition["left"]["meta"]["key"] == key
-        && condition["right"] == format!("{HOST_PREFIX}*")
+/// What brings the rules to the chain's end, in one transaction; `None` where all is well: whatever is to pass
+/// does, by whose rule ever, and none of ours passes what a later rule drops.
+fn changes(chain: &Chain, present: &[Value], wanted: &[Wanted]) -> Option<String> {
+    let (ours, others) = divided(present);
+    let missing: Vec<_> =
+        wanted.iter().filter(|wanted| !others.iter().any(|rule| accepts(rule, wanted))).collect();
+    let same = ours.len() == missing.len()
+        && missing.iter().all(|wanted| ours.iter().any(|rule| accepts(rule, wanted)));
+    let before_others = present
+        .iter()
+        .skip_while(|rule| !ours.contains(rule))
+        .any(|rule| !ours.contains(&rule) && conditions(rule).is_none());
+    if same && !before_others {
+        return None;
+    }
+    let mut text = deletions(chain, present);
+    for Wanted { text: condition, .. } in missing {
+        text += &format!("add rule {chain} {condition} counter accept comment \"{COMMENT}\"\n");
+    }
+    Some(text)
+}
+
+fn deletions(chain: &Chain, present: &[Value]) -> String {
+    let (ours, _) = divided(present);
+    let handles = ours.iter().filter_map(|rule| rule["handle"].as_u64());
+    handles.map(|handle| format!("delete rule {chain} handle {handle}\n")).collect()
+}
+
+/// The rules that the agent has made, and the others. What `iptables-restore` has put back bears a comment that
+/// `nft` does not show: such rules about pods are the agent's where the one with the mark, which nobody
+/// else writes, is among them.
+fn divided(present: &[Value]) -> (Vec<&Value>, Vec<&Value>) {
+    let pods = Value::from(format!("{HOST_PREFIX}*"));
+    let restored = |rule: &Value, right: &Value| {
+        parts(rule).iter().any(is_comment)
+            && conditions(rule)
+                .is_some_and(|parts| parts.iter().any(|part| part["match"]["right"] == *right))
+    };
+    let all_restored = present.iter().any(|rule| restored(rule, &json!(MARK)));
+    present
+        .iter()
+        .partition(|rule| rule["comment"] == COMMENT || all_restored && restored(rule, &pods))
+}
+
+/// Whether a rule accepts all of what is wanted, or more.
+fn accepts(rule: &Value, wanted: &Wanted) -> bool {
+    conditions(rule)
+        .is_some_and(|conditions| conditions.iter().all(|part| wanted.conditions.contains(part)))
+}
+
+/// On what condition a rule accepts; `None` where that is not what it does.
+fn conditions(rule: &Value) -> Option<Vec<&Value>> {
+    let counts = |part: &&Value| part.get("counter").is_none() && !is_comment(part);
+    let mut parts: Vec<&Value> = parts(rule).iter().filter(counts).collect();
+    parts.pop().filter(|verdict| verdict.get("accept").is_some())?;
+    Some(parts)
+}
+
+fn parts(rule: &Value) -> &[Value] {
+    rule["expr"].as_array().map(Vec::as_slice).unwrap_or_default()
+}
+
+fn is_comment(part: &Value) -> bool {
+    part["xt"]["name"] == "comment"
 }
 
 /// Every chain at the forward hook that sees packets of pods.
@@ -135,8 +226,9 @@ async fn rules(chain: &Chain) -> Result<Vec<Value>, FirewallError> {
 
 async fn objects(arguments: &[&str], kind: &str) -> Result<Vec<Value>, FirewallError> {
     let text = nft(arguments, "").await?;
-    let mut document: Value = serde_json::from_str(&text).unwrap_or_default();
-    let all = document["nftables"].as_array_mut().map(std::mem::take).unwrap_or_default();
+    let unreadable = || FirewallError::Unreadable(text.chars().take(80).collect());
+    let mut document: Value = serde_json::from_str(&text).map_err(|_| unreadable())?;
+    let all = document["nftables"].as_array_mut().map(std::mem::take).ok_or_else(unreadable)?;
     Ok(all.into_iter().filter_map(|mut object| Some(object.get_mut(kind)?.take())).collect())
 }
 
@@ -144,35 +236,94 @@ async fn objects(arguments: &[&str], kind: &str) -> Result<Vec<Value>, FirewallE
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
-    fn rule(exprs: &[Value]) -> Value {
-        json!({ "handle": 3, "expr": exprs })
+    fn chain() -> Chain {
+        let [family, table, name] = ["ip", "filter", "FORWARD"].map(str::to_owned);
+        Chain { family, table, name, drops: true }
+    }
+
+    fn name(key: &str, name: &str) -> Value {
+        equals(json!({ "meta": { "key": key } }), json!(name))
+    }
+
+    fn rule(handle: u64, conditions: &[Value], verdict: &str) -> Value {
+        let mut parts = conditions.to_vec();
+        parts.push(json!({ "counter": { "packets": 0, "bytes": 0 } }));
+        parts.push(json!({ verdict: null }));
+        json!({ "handle": handle, "expr": parts })
+    }
+
+    fn ours() -> Vec<Value> {
+        let all = wanted("skein0").into_iter().zip(10..);
+        let rule = |(wanted, handle): (Wanted, u64)| {
+            let mut rule = rule(handle, &wanted.conditions, "accept");
+            rule["comment"] = COMMENT.into();
+            rule
+        };
+        all.map(rule).collect()
     }
 
     #[test]
-    fn a_rule_that_does_the_same_is_known_whoever_made_it() {
-        let of = |key: &str, name: &str| json!({ "match": { "op": "==", "left": { "meta": { "key": key } }, "right": name } });
-        let counter = json!({ "counter": { "packets": 0, "bytes": 0 } });
+    fn what_is_missing_is_added_and_what_is_there_stays() {
+        let changes = |present: &[Value]| changes(&chain(), present, &wanted("skein0"));
+        let added =
+            |text: Option<String>| text.unwrap().matches("add rule ip filter FORWARD").count();
+        let drop = rule(1, &[name("iifname", "skp*")], "drop");
+        assert_eq!(added(changes(&[])), 3);
+        assert_eq!(added(changes(std::slice::from_ref(&drop))), 3, "a drop accepts nothing");
+        assert_eq!(changes(&ours()), None);
+        let mut later = ours();
+        later.insert(0, drop.clone());
+        assert_eq!(changes(&later), None, "at the end");
+        later.push(rule(2, &[name("oifname", "docker0")], "accept"));
+        assert_eq!(changes(&later), None, "behind an accept it makes no difference");
+        later.push(drop);
+        let text = changes(&later).unwrap();
+        assert_eq!(text.matches("delete rule ip filter FORWARD handle 1").count(), 3, "{text}");
+        assert_eq!(added(Some(text)), 3, "to the end again");
+        let two = &ours()[..2];
+        let text = changes(two).unwrap();
+        assert!(text.contains("delete") && added(Some(text.clone())) == 3, "{text}");
+    }
+
+    #[test]
+    fn the_rules_of_an_administrator_count_and_stay() {
+        let wanted = wanted("skein0");
+        let wide = |handle, key| rule(handle, &[name(key, "skp*")], "accept");
+        let by_hand = [wide(1, "iifname"), wide(2, "oifname")];
+        assert_eq!(changes(&chain(), &by_hand, &wanted), None);
+        assert_eq!(changes(&chain(), &[rule(1, &[], "accept")], &wanted), None, "all passes");
+        let text = changes(&chain(), &by_hand[1..], &wanted).unwrap();
+        assert!(text.contains("iifname \"skp*\" counter") && text.lines().count() == 1, "{text}");
+        let mut both = by_hand.to_vec();
+        both.extend(ours());
+        let text = changes(&chain(), &both, &wanted).unwrap();
+        assert!(text.lines().count() == 3 && !text.contains("add"), "ours are too many: {text}");
+        let other = rule(1, &[name("oifname", "docker0"), name("iifname", "skp*")], "accept");
+        assert!(!accepts(&other, &wanted[0]));
+    }
+
+    #[test]
+    fn ours_are_known_by_their_comment_whoever_wrote_it() {
         let comment = json!({ "xt": { "type": "match", "name": "comment" } });
-        let accept = json!({ "accept": null });
-        let pods = of("iifname", "skp*");
-        for same in [
-            rule(&[pods.clone(), accept.clone()]),
-            rule(&[pods.clone(), counter.clone(), accept.clone()]),
-            rule(&[pods.clone(), comment, counter.clone(), accept.clone()]),
-        ] {
-            assert!(accepts(&same, "iifname"), "{same}");
-            assert!(!accepts(&same, "oifname"), "{same}");
-        }
-        for other in [
-            rule(&[pods.clone(), json!({ "drop": null })]),
-            rule(&[of("iifname", "skp0"), accept.clone()]),
-            rule(&[of("oifname", "docker0"), pods.clone(), accept.clone()]),
-            rule(&[pods, counter]),
-            rule(&[]),
-        ] {
-            assert!(!accepts(&other, "iifname"), "{other}");
-        }
+        let ours_of = |present: &[Value]| divided(present).0.len();
+        let restored: Vec<Value> = ours()
+            .into_iter()
+            .map(|mut rule| {
+                rule.as_object_mut().unwrap().remove("comment");
+                rule["expr"].as_array_mut().unwrap().insert(0, comment.clone());
+                rule
+            })
+            .collect();
+        assert_eq!(ours_of(&restored), 3);
+        assert_eq!(changes(&chain(), &restored, &wanted("skein0")), None);
+        // An administrator's, with a comment or without, is not.
+        assert_eq!(ours_of(&restored[..2]), 0);
+        assert_eq!(ours_of(&[rule(1, &[name("iifname", "skp*")], "accept")]), 0);
+        let docker = rule(1, &[name("iifname", "docker0"), comment], "accept");
+        assert_eq!(ours_of(&[restored, vec![docker]].concat()), 3);
+        // The overlay's interface has another name now.
+        let text = changes(&chain(), &ours(), &wanted("wan0")).unwrap();
+        assert!(text.contains("handle 11") && text.contains("\"wan0\""), "{text}");
     }
 }

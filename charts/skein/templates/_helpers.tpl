@@ -115,6 +115,7 @@ per_peer = {{ .perPeer }}
 enabled = true
 {{- with .Values.cni }}
 bin_dir = {{ .binDir | toJson }}
+plugin_dirs = {{ include "skein.toml" .pluginDirs }}
 conf_dir = {{ .confDir | toJson }}
 exclusive = {{ .exclusive }}
 no_masquerade = {{ include "skein.toml" .noMasquerade }}
@@ -178,6 +179,9 @@ volumeMounts:
   - { name: tun, mountPath: /dev/net/tun }
   - { name: cni-bin, mountPath: {{ .Values.cni.binDir | quote }} }
   - { name: cni-conf, mountPath: {{ .Values.cni.confDir | quote }} }
+  {{- range $index, $path := .Values.cni.pluginDirs }}
+  - { name: cni-plugins-{{ $index }}, mountPath: {{ $path | quote }}, readOnly: true }
+  {{- end }}
 {{- end }}
 
 {{- define "skein.security" -}}
@@ -228,4 +232,8 @@ securityContext:
   hostPath: { path: {{ .Values.cni.binDir | quote }}, type: DirectoryOrCreate }
 - name: cni-conf
   hostPath: { path: {{ .Values.cni.confDir | quote }}, type: DirectoryOrCreate }
+{{- range $index, $path := .Values.cni.pluginDirs }}
+- name: cni-plugins-{{ $index }}
+  hostPath: { path: {{ $path | quote }} }
+{{- end }}
 {{- end }}

@@ -1,13 +1,17 @@
 //! The CNI plugin, called as a container runtime calls it: environment, standard input, standard output.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use serde_json::{Value, json};
 
 use super::agent::Agent;
@@ -16,6 +20,8 @@ use super::{Netns, Node, Pod, registry};
 
 /// How long one call may take.
 const LIMIT: Duration = Duration::from_secs(30);
+/// Of linux/sockios.h.
+const SIOCGSKNS: libc::c_ulong = 0x894c;
 
 /// The plugin's program: `SKEIN_CNI_BIN`, or beside the agent's.
 pub fn binary() -> Result<PathBuf> {
@@ -169,7 +175,9 @@ pub fn pod(ns: Netns, result: &Value) -> Result<Pod> {
 /// namespaces that the node's processes keep alive. To be compared before and after.
 pub fn traces(node: &Netns) -> Result<Vec<String>> {
     let mut lines = node.interfaces()?;
-    for what in ["-4 route show table all", "-6 route show table all", "neighbour show"] {
+    for what in
+        ["-o address show", "-4 route show table all", "-6 route show table all", "neighbour show"]
+    {
         // Not what comes and goes by itself.
         let lasting = |line: &&str| {
             ![
@@ -208,8 +216,8 @@ fn rules(node: &Netns) -> Result<Vec<String>> {
     Ok(lines)
 }
 
-/// Namespaces that live by a process of the node: it or one that it has started has its network in it, has
-/// it open, or has it mounted as container runtimes do (`cni-...`).
+/// Namespaces that live by a process of the node: it or one that it has started has a thread or a socket in it,
+/// has it open, or has it mounted as container runtimes do (`cni-...`).
 fn namespaces(node: &Netns) -> Result<BTreeSet<String>> {
     let own = fs::metadata(node.path())?;
     let (mut found, mut pids) = (BTreeSet::new(), node.pids());
@@ -219,8 +227,12 @@ fn namespaces(node: &Netns) -> Result<BTreeSet<String>> {
         // A process may end while it is looked at. What a descriptor's link says depends on the path by
         // which it was opened.
         let descriptors = fs::read_dir(proc.join("fd")).into_iter().flatten().flatten();
-        let files = descriptors.map(|entry| entry.path()).chain([proc.join("ns/net")]);
-        let files = files.filter_map(|path| fs::metadata(path).ok());
+        let mut files: Vec<PathBuf> = descriptors.map(|entry| entry.path()).collect();
+        let sockets = files.iter().filter_map(|path| socket_namespace(pid, path).ok());
+        found.extend(sockets);
+        let threads = fs::read_dir(proc.join("task")).into_iter().flatten().flatten();
+        files.extend(threads.map(|entry| entry.path().join("ns/net")));
+        let files = files.iter().filter_map(|path| fs::metadata(path).ok());
         found.extend(files.filter(|file| file.dev() == own.dev()).map(|file| file.ino()));
         // Other mounts are the laboratory's own, which every process sees.
         let mounts = fs::read_to_string(proc.join("mountinfo")).unwrap_or_default();
@@ -234,11 +246,34 @@ fn namespaces(node: &Netns) -> Result<BTreeSet<String>> {
     Ok(found.iter().map(|inode| format!("namespace {inode}")).collect())
 }
 
+/// In which namespace a socket of another process is (SIOCGSKNS, socket(7)).
+fn socket_namespace(pid: i32, descriptor: &Path) -> Result<u64> {
+    ensure!(fs::read_link(descriptor)?.to_string_lossy().starts_with("socket:"), "no socket");
+    let number = descriptor.file_name().and_then(OsStr::to_str).context("no number")?.parse()?;
+    let process = Pid::from_raw(pid).context("no process")?;
+    let process = pidfd_open(process, PidfdFlags::empty())?;
+    let socket = pidfd_getfd(process, number, PidfdGetfdFlags::empty())?;
+    // SAFETY: without an argument, and what comes back is checked.
+    let namespace = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCGSKNS) };
+    ensure!(namespace >= 0, "{}", io::Error::last_os_error());
+    // SAFETY: it is new, and nobody else has it.
+    let namespace = File::from(unsafe { OwnedFd::from_raw_fd(namespace) });
+    Ok(namespace.metadata()?.ino())
+}
+
 /// Whether a node is as it was.
 pub fn same(before: &[String], after: &[String]) -> Result<()> {
-    let (before, after) = (BTreeSet::from_iter(before), BTreeSet::from_iter(after));
-    let left: Vec<_> = after.difference(&before).collect();
-    let gone: Vec<_> = before.difference(&after).collect();
+    // What is there twice counts twice.
+    let without = |all: &[String], others: &[String]| {
+        let mut rest = all.to_vec();
+        for other in others {
+            if let Some(index) = rest.iter().position(|line| line == other) {
+                rest.swap_remove(index);
+            }
+        }
+        rest
+    };
+    let (left, gone) = (without(after, before), without(before, after));
     ensure!(left.is_empty() && gone.is_empty(), "left behind {left:#?}, gone {gone:#?}");
     Ok(())
 }

@@ -70,9 +70,27 @@ pub fn source_seen(from: &Netns, at: &Netns, to: IpAddr) -> Result<IpAddr> {
     bail!("nothing arrives at {to}")
 }
 
+/// Whether datagrams from one namespace to that address arrive in another, at any of its addresses.
+pub fn arrives(from: &Netns, at: &Netns, to: SocketAddr) -> Result<bool> {
+    let any = unspecified(to);
+    let receiver = at.run(move || UdpSocket::bind((any, to.port())))?.context("binding")?;
+    receiver.set_read_timeout(Some(Duration::from_millis(200)))?;
+    let sender = from.run(move || bind_for(to))??;
+    for _ in 0..5 {
+        sender.send_to(b"hello", to)?;
+        if receiver.recv(&mut [0; 16]).is_ok() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 fn bind_for(to: SocketAddr) -> Result<UdpSocket> {
-    let any: IpAddr = if to.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
-    UdpSocket::bind((any, 0)).context("binding a UDP socket")
+    UdpSocket::bind((unspecified(to), 0)).context("binding a UDP socket")
+}
+
+fn unspecified(to: SocketAddr) -> IpAddr {
+    if to.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() }
 }
 
 /// A receiver on a thread of its own.
