@@ -42,6 +42,7 @@ const VARIANTS: [(&str, &[&str]); 6] = [
         "plugins",
         &[
             "cni.binDir=/var/lib/cni/bin,cni.confDir=/etc/cni/other,cni.exclusive=false",
+            "cni.pluginDirs={/usr/lib/cni,/opt/other}",
             "cni.noMasquerade={192.0.2.0/24,2001:db8::/32},cni.forwardAccept=true",
             "cni.chain[0].type=portmap,cni.chain[0].capabilities.portMappings=true",
             "cni.chain[1].type=bandwidth,cni.chain[1].ingressRate=1000000",
@@ -194,6 +195,7 @@ fn values_reach_the_configuration() -> Result<()> {
     ensure!(cni["chain"] == chain, "{cni:#}");
     ensure!(cni["no_masquerade"] == json!(["192.0.2.0/24", "2001:db8::/32"]), "{cni:#}");
     ensure!(cni["forward_accept"] == true, "{cni:#}");
+    ensure!(cni["plugin_dirs"] == json!(["/usr/lib/cni", "/opt/other"]), "{cni:#}");
     ensure!(cni["exclusive"] == false && cni["conf_dir"] == "/etc/cni/other", "{cni:#}");
     Ok(())
 }

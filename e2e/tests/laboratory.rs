@@ -77,16 +77,19 @@ fn the_comparison_of_a_node_sees_what_is_left_on_it() -> Result<()> {
         let is_seen = || Ok(same(&before, &traces(&node)?).is_err());
         checks::eventually(what, Duration::from_secs(2), is_seen)
     };
+    node.nft(
+        "add table inet twice\nadd chain inet twice c\nadd rule inet twice c counter accept\n",
+    )?;
+    let once = traces(&node)?;
+    node.sh("nft add rule inet twice c counter accept")?;
+    ensure!(same(&once, &traces(&node)?).is_err(), "what is there twice counts twice");
+    node.sh("nft delete table inet twice")?;
+    same(&before, &traces(&node)?)?;
     for (made, taken_away) in [
         ("ip link add left type veth peer name left2", "ip link delete left"),
         ("ip address add 192.0.2.7/32 dev lo", "ip address del 192.0.2.7/32 dev lo"),
         ("ip address add 192.0.2.7/31 dev lo", "ip address del 192.0.2.7/31 dev lo"),
         ("nft add table inet left", "nft delete table inet left"),
-        (
-            "nft add table inet left && nft add chain inet left c && \
-             nft add rule inet left c counter accept && nft add rule inet left c counter accept",
-            "nft delete table inet left",
-        ),
     ] {
         node.sh(made)?;
         seen(made)?;

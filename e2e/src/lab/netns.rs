@@ -60,6 +60,12 @@ impl Netns {
         process::run(Command::new("ip").args(["-n", &self.name]).args(words))
     }
 
+    /// Changes the firewall inside, in one transaction of `nft` commands, one a line.
+    pub fn nft(&self, text: &str) -> Result<()> {
+        let mut command = self.command("nft");
+        process::run_with_input(command.args(["-f", "-"]), text.as_bytes()).map(drop)
+    }
+
     /// Runs several `ip` commands, one a line, in one process.
     pub fn ip_batch(&self, lines: &[String]) -> Result<()> {
         let input = lines.join("\n") + "\n";
