@@ -8,7 +8,7 @@ use std::time::SystemTime;
 
 use divan::Bencher;
 use divan::counter::ItemsCount;
-use skein_agent::cni::ipam::{Ipam, IpamHandle, Netns, Request};
+use skein_agent::cni::ipam::{Ipam, IpamHandle, Netns, Reply, Request};
 use skein_cni::protocol::AttachmentId;
 use tempfile::TempDir;
 
@@ -32,7 +32,9 @@ impl Node {
         let directory = tempfile::tempdir().unwrap();
         let node = Self { path: directory.path().join("leases.redb"), _directory: directory };
         let (handle, thread) = IpamHandle::spawn(node.open()).unwrap();
-        allocate(&handle, "other", leases);
+        burst("other", leases, |name, reply| {
+            handle.allocate(request(name), SystemTime::now(), reply);
+        });
         drop(handle);
         thread.join().unwrap();
         node
@@ -60,24 +62,13 @@ fn request(name: &str) -> Request {
     Request { id: id(name), network: "pods".to_owned(), netns, pod: None, ips: Vec::new() }
 }
 
-/// All at once by the thread of the leases; returns when the last is answered.
-fn allocate(handle: &IpamHandle, name: &str, count: usize) {
+/// A burst of requests to the thread of the leases; returns when the last is answered.
+fn burst<T: 'static>(prefix: &str, count: usize, ask: impl Fn(&str, Reply<T>)) {
     let (sender, receiver) = channel();
     for n in 0..count {
         let sender = sender.clone();
         let reply = move |result: Result<_, _>| sender.send(result.map(drop)).unwrap();
-        handle.allocate(request(&format!("{name}-{n}")), SystemTime::now(), Box::new(reply));
-    }
-    drop(sender);
-    assert!(receiver.iter().all(|result| result.is_ok()));
-}
-
-fn release(handle: &IpamHandle, name: &str, count: usize) {
-    let (sender, receiver) = channel();
-    for n in 0..count {
-        let sender = sender.clone();
-        let reply = move |result: Result<_, _>| sender.send(result.map(drop)).unwrap();
-        handle.release(id(&format!("{name}-{n}")), SystemTime::now(), Box::new(reply));
+        ask(&format!("{prefix}-{n}"), Box::new(reply));
     }
     drop(sender);
     assert!(receiver.iter().all(|result| result.is_ok()));
@@ -98,9 +89,12 @@ fn a_burst_in_shared_transactions(bencher: Bencher<'_, '_>, others: usize) {
     let node = Node::with(others);
     let (handle, thread) = IpamHandle::spawn(node.open()).unwrap();
     // Each finds as many leases as the one before.
-    let empty = || release(&handle, "burst", BURST);
+    let empty =
+        || burst("burst", BURST, |name, reply| handle.release(id(name), SystemTime::now(), reply));
     bencher.counter(ItemsCount::new(BURST)).with_inputs(empty).bench_local_values(|()| {
-        allocate(&handle, "burst", BURST);
+        burst("burst", BURST, |name, reply| {
+            handle.allocate(request(name), SystemTime::now(), reply)
+        });
     });
     drop(handle);
     thread.join().unwrap();

@@ -1,6 +1,5 @@
 //! What an underlay, a host and its other programs do to a network, and what comes of it: with figures.
 
-use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -10,6 +9,7 @@ use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, pr
 use skein_e2e::checks;
 use skein_e2e::lab::agent::{Agent, Cluster};
 use skein_e2e::lab::link::Offloads;
+use skein_e2e::lab::process::Process;
 use skein_e2e::lab::{Family, Plan};
 use skein_e2e::load::ping::{Ping, ping};
 use skein_e2e::load::transfer::Transfer;
@@ -134,12 +134,9 @@ fn a_path_that_is_dead_in_one_direction_is_told_within_seconds() -> Result<()> {
          add rule ip deaf in ip saddr {from} udp dport 1-65535 drop\n"
     ))?;
     // Whatever there is to send: an idle path is nobody's trouble.
-    let sends =
-        a.ns.command("ping")
-            .args(["-i", "0.2", "-w", "20", &b.v4.to_string()])
-            .stdout(Stdio::null())
-            .spawn()?;
-    let mut sends = Ended(sends);
+    let mut sends = a.ns.command("ping");
+    sends.args(["-i", "0.2", "-w", "20", &b.v4.to_string()]);
+    let mut sends = Process::start(&mut sends, &cluster.lab.directory().join("ping.log"))?;
     for agent in &cluster.agents {
         let noticed = seconds_until(|| not_well(agent))?;
         let report = agent.report()?;
@@ -153,7 +150,7 @@ fn a_path_that_is_dead_in_one_direction_is_told_within_seconds() -> Result<()> {
         let told = agent.metrics()?.sum("skein_peers", &["state=\"unreachable\""]);
         ensure!(told == 1.0, "{told} in the metrics");
     }
-    sends.0.kill()?;
+    sends.kill();
     deaf.sh("nft delete table ip deaf")?;
     let back = seconds_until(|| Ok(checks::reaches(a, b, Family::V4).is_ok()))?;
     println!("back {back:.1} s after it could be heard again");
@@ -230,14 +227,4 @@ fn not_well(agent: &Agent) -> Result<bool> {
 /// How long it takes, up to a minute.
 fn seconds_until(is_so: impl Fn() -> Result<bool>) -> Result<f64> {
     Ok(checks::eventually("the change", Duration::from_secs(60), is_so)?.as_secs_f64())
-}
-
-/// A process that ends with the test.
-struct Ended(Child);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }

@@ -587,7 +587,17 @@ fn what_somebody_deletes_by_hand_is_put_back() -> Result<()> {
     reach(&a, &b)
 }
 
-/// Of a machine that [`Lab::attach`] made with the number 77.
+/// A machine that is no node and knows the way to the pods of the first one; [`outside_address`] has its own.
+fn outside(cluster: &Cluster) -> Result<Netns> {
+    let machine = cluster.lab.attach("outside", 77)?;
+    let node = &cluster.lab.nodes[0];
+    for family in Family::BOTH {
+        let (cidr, by) = (node.pod_cidr(family), node.underlay(family));
+        machine.ip(&format!("route add {cidr} via {by}"))?;
+    }
+    Ok(machine)
+}
+
 fn outside_address(family: Family) -> Result<IpAddr> {
     Ok(match family {
         Family::V4 => IpAddr::from([192, 0, 2, 77]),
@@ -600,13 +610,11 @@ fn pods_reach_the_outside_by_the_nodes_address() -> Result<()> {
     for masquerade in [true, false] {
         let cluster = up(2, |agent| agent.set("cni.masquerade", masquerade))?;
         let (a, b) = (runtime(&cluster, 0)?.pod("a")?, runtime(&cluster, 1)?.pod("b")?);
-        let outside = cluster.lab.attach("outside", 77)?;
+        // The way back, too, where the pod's own address shows.
+        let outside = outside(&cluster)?;
         for family in Family::BOTH {
             let node = &cluster.lab.nodes[0];
             let target = outside_address(family)?;
-            // The way back, where the pod's own address shows.
-            let cidr = node.pod_cidr(family);
-            outside.ip(&format!("route add {cidr} via {}", node.underlay(family)))?;
             let seen = udp::source_seen(&a.ns, &outside, target)?;
             let expected = if masquerade { node.underlay(family) } else { a.address(family) };
             ensure!(seen == expected, "{seen} instead of {expected} over {family}");
@@ -708,15 +716,7 @@ fn others_chains_that_drop_let_pods_pass() -> Result<()> {
         })
     };
     // What is no pod's and comes beside the overlay.
-    let outside = cluster.lab.attach("outside", 77)?;
-    for family in Family::BOTH {
-        let home = &cluster.lab.nodes[0];
-        outside.ip(&format!(
-            "route add {} via {}",
-            home.pod_cidr(family),
-            home.underlay(family)
-        ))?;
-    }
+    let outside = outside(&cluster)?;
     // The outside's way to a pod by a hostPort.
     node(&cluster, 0).nft(&format!(
         "add table ip ports\nadd chain ip ports pre {{ type nat hook prerouting priority dstnat ; }}\n\
@@ -782,6 +782,8 @@ fn others_chains_that_drop_let_pods_pass() -> Result<()> {
             ] {
                 ensure!(said.contains(rule), "{said}");
             }
+            let mut rules = said.lines().filter(|line| line.contains("skp+"));
+            ensure!(rules.all(|rule| rule.contains("--comment \"skein: pods\"")), "{said}");
             // As a service does that keeps rules over a restart.
             let saved = home.sh(&format!("{iptables}-save"))?;
             let mut restore = home.command(format!("{iptables}-restore"));

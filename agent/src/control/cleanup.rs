@@ -15,6 +15,7 @@ use crate::firewall::{self, forward};
 use crate::ipc::{NodeIdentity, Request};
 use crate::netlink::Netlink;
 use crate::netlink::provisional::Provisional;
+use crate::sys::socket::{hung_up, is_absent};
 
 /// How long a data process may take to end.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -152,14 +153,7 @@ async fn stop_dataplane(config: &Config) -> Result<bool, String> {
     let socket = &config.dataplane.socket;
     let mut client = match Client::connect(socket).await {
         Ok(client) => client,
-        Err(ClientError::Io(error))
-            if matches!(
-                error.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-            ) =>
-        {
-            return Ok(false);
-        }
+        Err(ClientError::Io(error)) if is_absent(&error) => return Ok(false),
         Err(error) => {
             return Err(format!("{}: {error}: end it, and clean up again", socket.display()));
         }
@@ -181,12 +175,6 @@ async fn stop_dataplane(config: &Config) -> Result<bool, String> {
     };
     let late = || Err(format!("it does not end within {PATIENCE:?}: kill it"));
     tokio::time::timeout(PATIENCE, stop).await.unwrap_or_else(|_| late())
-}
-
-/// Whether the other side closed the connection in the middle of an exchange.
-fn hung_up(error: &io::Error) -> bool {
-    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
-    matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
 }
 
 async fn remove_interface(config: &Config) -> Result<bool, String> {

@@ -13,6 +13,7 @@ use tokio::sync::watch;
 
 use super::shared::{Document, Shared};
 use crate::failure::Failure;
+use crate::sys::socket::is_absent;
 
 /// How long a reader may take.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -98,14 +99,7 @@ pub async fn ask_to_give_way(path: &Path) -> io::Result<()> {
     let ask = async {
         let mut stream = match UnixStream::connect(path).await {
             Ok(stream) => stream,
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-                ) =>
-            {
-                return Ok(());
-            }
+            Err(error) if is_absent(&error) => return Ok(()),
             Err(error) => return Err(error),
         };
         stream.write_all(GIVE_WAY).await?;

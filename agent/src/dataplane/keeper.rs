@@ -23,6 +23,7 @@ use crate::ipc::{
 };
 use crate::lifecycle::retire;
 use crate::sys::descriptors;
+use crate::sys::socket::{hung_up, is_absent};
 
 /// A data process that dies sooner than this after its start has gained nothing …
 const STABLE: Duration = Duration::from_secs(10);
@@ -194,7 +195,7 @@ fn take(socket: &Path) -> anyhow::Result<Option<(UnixListener, Kept)>> {
     loop {
         let answer = match ask(socket) {
             Ok(answer) => answer,
-            Err(error) if nobody(&error) => return Ok(None),
+            Err(error) if is_absent(&error) => return Ok(None),
             // It has just died, and its socket with it in a moment; or its keeper starts the next one.
             Err(error) if hung_up(&error) && Instant::now() < until => {
                 tracing::debug!(%error, "the data process hung up: asking again");
@@ -251,16 +252,6 @@ fn connect(socket: &Path) -> io::Result<UnixStream> {
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     Ok(stream)
-}
-
-fn nobody(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
-}
-
-/// The connection was there, and whoever accepted it, or was to, is gone.
-fn hung_up(error: &io::Error) -> bool {
-    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
-    matches!(error.kind(), ConnectionReset | BrokenPipe | UnexpectedEof)
 }
 
 /// Asks a data process to end, and waits until it has.

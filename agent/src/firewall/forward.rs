@@ -120,7 +120,8 @@ pub async fn remove() -> Result<bool, String> {
 }
 
 async fn close(chain: &Chain) -> Result<bool, FirewallError> {
-    let text = deletions(chain, &rules(chain).await?);
+    let present = rules(chain).await?;
+    let text = deletions(chain, &divided(&present).0);
     match text.is_empty() {
         true => Ok(false),
         false => nft(&["-f", "-"], &text).await.map(|_| true),
@@ -153,16 +154,15 @@ fn changes(chain: &Chain, present: &[Value], wanted: &[Wanted]) -> Option<String
     if same && !before_others {
         return None;
     }
-    let mut text = deletions(chain, present);
+    let mut text = deletions(chain, &ours);
     for Wanted { text: condition, .. } in missing {
         text += &format!("add rule {chain} {condition} counter accept comment \"{COMMENT}\"\n");
     }
     Some(text)
 }
 
-fn deletions(chain: &Chain, present: &[Value]) -> String {
-    let (ours, _) = divided(present);
-    let handles = ours.iter().filter_map(|rule| rule["handle"].as_u64());
+fn deletions(chain: &Chain, rules: &[&Value]) -> String {
+    let handles = rules.iter().filter_map(|rule| rule["handle"].as_u64());
     handles.map(|handle| format!("delete rule {chain} handle {handle}\n")).collect()
 }
 

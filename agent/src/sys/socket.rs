@@ -1,4 +1,4 @@
-//! What a unix socket's peer is.
+//! Who is at the other end of a unix socket, and whether anybody is.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -36,6 +36,17 @@ pub fn peer_credentials(stream: &UnixStream) -> io::Result<PeerCredentials> {
     // rustix's type cannot hold the 0 that a peer in a foreign pid namespace has.
     let pid = u32::try_from(credentials.pid).ok().filter(|&pid| pid != 0);
     Ok(PeerCredentials { pid, uid: credentials.uid, gid: credentials.gid })
+}
+
+/// Whether a connection failed because nobody listens: there is no socket, or a dead process left it.
+pub fn is_absent(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
+}
+
+/// Whether the other side closed the connection in the middle of an exchange.
+pub fn hung_up(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
 }
 
 #[cfg(test)]
