@@ -422,4 +422,6 @@ fn each_peer(report: &Report) -> Vec<MetricFamily> {
 }
 
 #[cfg(test)]
+mod reference;
+#[cfg(test)]
 mod tests;

@@ -12,11 +12,11 @@ pub enum Direction {
 }
 
 macro_rules! drop_reasons {
-    ($($(#[$doc:meta])* $variant:ident => $direction:ident, $label:literal;)*) => {
+    ($($(#[doc = $doc:literal])* $variant:ident => $direction:ident, $label:literal;)*) => {
         /// The reason of a drop; [`DropReason::label`] is the metric's label and never changes.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         #[repr(u8)]
-        pub enum DropReason { $($(#[$doc])* $variant,)* }
+        pub enum DropReason { $($(#[doc = $doc])* $variant,)* }
 
         impl DropReason {
             /// Every reason, in the order of their discriminants.
@@ -30,6 +30,11 @@ macro_rules! drop_reasons {
             /// The way that packets dropped for this reason were going.
             pub const fn direction(self) -> Direction {
                 match self { $(DropReason::$variant => Direction::$direction,)* }
+            }
+
+            /// What it means, in a sentence for people.
+            pub const fn meaning(self) -> &'static str {
+                match self { $(DropReason::$variant => concat!($($doc),*).trim_ascii(),)* }
             }
         }
     };

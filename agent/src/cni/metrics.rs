@@ -42,14 +42,14 @@ impl Outcome {
 
 /// Counters of requests.
 #[derive(Debug, Clone)]
-pub(super) struct Requests {
+pub(crate) struct Requests {
     total: IntCounterVec,
     seconds: HistogramVec,
 }
 
 impl Requests {
     /// All series at zero.
-    pub(super) fn new() -> prometheus::Result<Self> {
+    pub(crate) fn new() -> prometheus::Result<Self> {
         let total = IntCounterVec::new(
             Opts::new(
                 "skein_cni_requests_total",
@@ -81,7 +81,7 @@ impl Requests {
     }
 
     /// For a scrape.
-    pub(super) fn families(&self) -> Vec<MetricFamily> {
+    pub(crate) fn families(&self) -> Vec<MetricFamily> {
         let mut families = self.total.collect();
         families.extend(self.seconds.collect());
         families

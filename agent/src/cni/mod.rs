@@ -9,7 +9,7 @@ pub mod install;
 pub mod ipam;
 mod leases;
 mod locks;
-mod metrics;
+pub(crate) mod metrics;
 mod server;
 mod service;
 mod waiting;

@@ -5,8 +5,11 @@ use std::process::{Command, Stdio};
 
 use prometheus::proto::MetricType;
 use skein_core::drop::DropReason;
+use skein_core::tunnel::HandshakeResult;
 
 use super::*;
+use crate::cni;
+use crate::control::kubernetes;
 use crate::control::registry::RejectedFile;
 use crate::ipc::{Capability, DropReport, HandshakeCount};
 use crate::status::tests::peer;
@@ -44,6 +47,31 @@ fn input() -> Input {
     let dataplane =
         DataplaneStatus { pid: Some(std::process::id()), restarts: 4, ..Default::default() };
     Input { report: Some(report()), dataplane, ready: true, per_peer: true, ..Default::default() }
+}
+
+/// As much as there can be: pods, Kubernetes, and every label's values.
+pub(super) fn everything() -> Input {
+    let mut report = report();
+    let rungs = ["tun_uso", "tun_tso", "tun_checksum", "udp_gso", "udp_gro", "reuseport_steering"];
+    let on =
+        |name: &str| Capability { name: name.to_owned(), state: CapabilityState::On, reason: None };
+    report.capabilities = rungs.map(on).into();
+    let count =
+        |result: &HandshakeResult| HandshakeCount { result: result.label().to_owned(), count: 0 };
+    report.handshakes = HandshakeResult::ALL.iter().map(count).collect();
+    let pool = ipam::PoolUsage {
+        cidr: "10.244.1.0/24".parse().unwrap(),
+        total: 253,
+        in_use: 3,
+        resting: 1,
+    };
+    let pods = Pods {
+        requests: cni::metrics::Requests::new().unwrap().families(),
+        usage: ipam::Usage { pools: vec![pool], leases: 3 },
+        forged: Some(Forged::default()),
+    };
+    let requests = kubernetes::Requests::new().unwrap().families();
+    Input { report: Some(report), pods: Some(pods), requests, ..input() }
 }
 
 fn has(text: &str, line: &str) {
@@ -126,8 +154,7 @@ fn records_in_force_and_refused_files_are_counted() {
 /// `_total` after it on counters and on nothing else.
 #[test]
 fn names_end_in_their_units() {
-    let input = input();
-    for family in families(&input) {
+    for family in families(&everything()) {
         let name = family.name();
         assert!(name.starts_with("skein_"), "{name}");
         let counter = family.get_field_type() == MetricType::COUNTER;
@@ -154,7 +181,7 @@ fn promtool_has_no_complaint() {
         .stderr(Stdio::piped())
         .spawn()
         .expect("promtool is missing: install the Debian package prometheus");
-    let text = render(&input()).unwrap();
+    let text = render(&everything()).unwrap();
     promtool.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
     let output = promtool.wait_with_output().unwrap();
     let complaints = [output.stdout, output.stderr].concat();

@@ -1,0 +1,134 @@
+//! docs/metrics.md, made from the families themselves.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+
+use prometheus::proto::{MetricFamily, MetricType};
+use skein_core::drop::DropReason;
+
+const PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md");
+
+const HEAD: &str = "\
+# Metrics
+
+Made from the code by `SKEIN_UPDATE=1 cargo test --release -p skein-agent --lib reference`; a test fails where
+the two differ. Names and labels of metrics are kept: a new release adds some, and says in the changelog
+what it takes away.
+
+Counters of the data process begin at zero with it, those of the agent with the agent; `rate()` and
+`increase()` know that. Every series is there from the start, at zero, as long as its process is. Packets
+are *inner* where they are pods', as on a wire (the segments of a superpacket), and *outer* where they
+are datagrams between nodes.
+";
+
+/// The whole document.
+fn reference(families: &[MetricFamily]) -> String {
+    let mut text = HEAD.to_owned();
+    for (title, note, chosen) in [
+        ("The data plane", "Absent while the data process is.", of_dataplane as fn(&str) -> bool),
+        ("Each peer", "With `metrics.per_peer` only: series grow with the nodes.", of_peer),
+        ("The agent", "", of_agent),
+        ("Pods", "With `cni.enabled`.", of_pods),
+        ("Kubernetes", "With `kubernetes.enabled`.", of_kubernetes),
+    ] {
+        let note = if note.is_empty() { String::new() } else { format!("{note}\n\n") };
+        let rows = families.iter().filter(|family| chosen(family.name()));
+        let rows: String = rows.map(row).collect();
+        // Writing to a String cannot fail.
+        let _ = write!(text, "\n## {title}\n\n{note}{TITLES}{rows}");
+    }
+    text + &reasons()
+}
+
+const TITLES: &str = "| metric | type | labels | |\n|---|---|---|---|\n";
+
+fn of_pods(name: &str) -> bool {
+    ["skein_cni_", "skein_ipam_", "skein_pod_"].iter().any(|start| name.starts_with(start))
+}
+
+fn of_kubernetes(name: &str) -> bool {
+    name.starts_with("skein_kubernetes_")
+}
+
+fn of_peer(name: &str) -> bool {
+    name.starts_with("skein_peer_")
+}
+
+fn of_agent(name: &str) -> bool {
+    let starts =
+        ["skein_build_", "skein_dataplane_", "skein_node_", "skein_process_", "skein_ready"];
+    starts.iter().any(|start| name.starts_with(start))
+}
+
+fn of_dataplane(name: &str) -> bool {
+    ![of_pods, of_kubernetes, of_peer, of_agent].iter().any(|others| others(name))
+}
+
+fn row(family: &MetricFamily) -> String {
+    let kind = match family.get_field_type() {
+        MetricType::COUNTER => "counter",
+        MetricType::HISTOGRAM => "histogram",
+        _ => "gauge",
+    };
+    let labels = labels(family).join(", ");
+    format!("| `{}` | {kind} | {labels} | {} |\n", family.name(), family.help())
+}
+
+/// The names of the labels, with their values where those are the same everywhere.
+fn labels(family: &MetricFamily) -> Vec<String> {
+    let mut names = Vec::new();
+    for pair in family.get_metric().iter().flat_map(|metric| metric.get_label()) {
+        if !names.contains(&pair.name()) {
+            names.push(pair.name());
+        }
+    }
+    let shown = |name: &str| match name {
+        "version" | "lane" | "peer" | "cidr" => format!("`{name}`"),
+        "reason" => "`reason`: [below](#reasons-of-drops)".to_owned(),
+        _ => {
+            let pairs = family.get_metric().iter().flat_map(|metric| metric.get_label());
+            let values = pairs.filter(|pair| pair.name() == name).map(|pair| pair.value());
+            let values: BTreeSet<_> = values.map(|value| format!("`{value}`")).collect();
+            format!("`{name}`: {}", Vec::from_iter(values).join(" "))
+        }
+    };
+    names.into_iter().map(shown).collect()
+}
+
+fn reasons() -> String {
+    let mut text = "\n## Reasons of drops\n\n| direction | reason | |\n|---|---|---|\n".to_owned();
+    for reason in DropReason::ALL {
+        let (direction, meaning) = (reason.direction().label(), reason.meaning());
+        let _ = writeln!(text, "| {direction} | `{}` | {meaning} |", reason.label());
+    }
+    text
+}
+
+/// Names of metrics that stand in sources.
+fn named(source: &str) -> BTreeSet<&str> {
+    source.split('"').filter(|part| part.starts_with("skein_") && !part.contains(' ')).collect()
+}
+
+#[test]
+fn the_reference_is_what_the_code_has() {
+    let families = super::families(&super::tests::everything());
+    let made = reference(&families);
+    if std::env::var_os("SKEIN_UPDATE").is_some() {
+        std::fs::write(PATH, &made).expect("docs/metrics.md cannot be written");
+    }
+    let present = std::fs::read_to_string(PATH).expect("docs/metrics.md cannot be read");
+    assert!(
+        present == made,
+        "docs/metrics.md is not what the code has: SKEIN_UPDATE=1 cargo test --release \
+         -p skein-agent --lib reference"
+    );
+    let code = [
+        include_str!("../metrics.rs"),
+        include_str!("../cni/metrics.rs"),
+        include_str!("../control/kubernetes/client.rs"),
+    ];
+    let all: BTreeSet<_> = code.iter().flat_map(|source| named(source)).collect();
+    assert!(all.len() > 30, "only {all:?}: is this test still reading them?");
+    let shown: BTreeSet<_> = families.iter().map(MetricFamily::name).collect();
+    assert_eq!(shown, all, "what is in the reference, and what the code names");
+}
