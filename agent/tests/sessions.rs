@@ -66,7 +66,8 @@ impl Peer {
         };
         let mut engine = Engine::new(config, Box::new(random)).unwrap();
         let endpoints = vec![SocketAddr::from((Ipv4Addr::LOCALHOST, PORT))];
-        let id = engine.upsert_peer(now, PeerConfig { public_key: agent_key, endpoints });
+        let id = engine
+            .upsert_peer(now, PeerConfig { public_key: agent_key, second_key: None, endpoints });
         engine.want_session(now, id);
         engine
     }

@@ -163,6 +163,7 @@ fn handshake(bencher: Bencher<'_, '_>) {
             let (mut a, mut b) = (engine(1), engine(2));
             let peer = |engine: &Engine, at| PeerConfig {
                 public_key: engine.public_key(),
+                second_key: None,
                 endpoints: vec![at],
             };
             let id = a.upsert_peer(now, peer(&b, addresses[1]));

@@ -146,6 +146,7 @@ impl World {
     fn introduce(&mut self, node: usize, hosts: &[u8]) {
         let config = PeerConfig {
             public_key: self.engines[1 - node].public_key(),
+            second_key: None,
             endpoints: hosts.iter().map(|&host| address(host)).collect(),
         };
         self.engines[node].upsert_peer(self.now, config);
@@ -224,7 +225,11 @@ impl World {
                 }
             }
             12 => self.introduce(node, input.bytes()),
-            _ => self.engines[node].remove_peer(&other_key),
+            _ => {
+                if let Some(id) = self.engines[node].peer_id(&other_key) {
+                    self.engines[node].remove_peer(id);
+                }
+            }
         }
         self.collect();
     }

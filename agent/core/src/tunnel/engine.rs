@@ -10,16 +10,16 @@ use crate::drop::{DropCounts, DropReason};
 use crate::route::PeerId;
 use crate::time::Time;
 use crate::tunnel::cipher::Ciphers;
-use crate::tunnel::cookie::{CookieSecret, ReceiverKeys};
+use crate::tunnel::cookie::CookieSecret;
 use crate::tunnel::counts::HandshakeResult;
 use crate::tunnel::limit::{Bucket, Rate, Sources};
 use crate::tunnel::message::{
-    CookieReply, Initiation, MAX_HANDSHAKE, Offer, Response, read_initiation_payload,
+    Checked, CookieReply, Initiation, MAX_HANDSHAKE, Offer, Response, read_initiation_payload,
 };
 use crate::tunnel::noise::{Identity, Responder};
 use crate::tunnel::peer::{Peer, PeerView};
 use crate::tunnel::saved::{Kept, Memory, SavedSession};
-use crate::tunnel::shared::{Random, Shared, Transmit};
+use crate::tunnel::shared::{Own, Random, Shared, Transmit};
 use crate::tunnel::timers::{SESSION_LIFE, TICK, UNKNOWN_EVERY, UNKNOWN_UNHEARD};
 use crate::wire::header::{Header, MAX_LANES, MessageType};
 
@@ -69,6 +69,8 @@ pub enum EngineError {
 pub struct PeerConfig {
     /// Its identity.
     pub public_key: [u8; 32],
+    /// Another one, while its key changes: the next, or the one before.
+    pub second_key: Option<[u8; 32]>,
     /// Where it listens; tried in this order.
     pub endpoints: Vec<SocketAddr>,
 }
@@ -83,7 +85,8 @@ pub struct Engine {
     by_key: BTreeMap<[u8; 32], PeerId>,
     by_address: BTreeMap<IpAddr, BTreeSet<PeerId>>,
     next_id: u32,
-    own_keys: ReceiverKeys,
+    /// What all nodes of the cluster mix into their handshakes.
+    prologue: Vec<u8>,
     cookies: CookieSecret,
     unverified: Bucket,
     verified: Sources,
@@ -108,16 +111,15 @@ impl Engine {
             return Err(EngineError::NoCipher);
         }
         let prologue = [b"skein v1", cluster_id.as_bytes()].concat();
-        let identity = Identity::new(private_key, prologue).ok_or(EngineError::PrivateKey)?;
-        let own_keys = ReceiverKeys::new(identity.public());
+        let own = identity(private_key, &prologue)?;
         let offer = Offer { lanes, ciphers, mtu };
         Ok(Engine {
-            shared: Shared::new(identity, offer, listen_port, random),
+            shared: Shared::new(own, offer, listen_port, random),
             peers: BTreeMap::new(),
             by_key: BTreeMap::new(),
             by_address: BTreeMap::new(),
             next_id: 0,
-            own_keys,
+            prologue,
             cookies: CookieSecret::default(),
             unverified: Bucket::new(UNVERIFIED, Duration::ZERO),
             verified: Sources::new(VERIFIED, MAX_SOURCES),
@@ -165,21 +167,51 @@ impl Engine {
 
     /// This node's public key.
     pub fn public_key(&self) -> [u8; 32] {
-        *self.shared.identity.public()
+        *self.shared.own.public()
     }
 
-    /// Adds a peer or changes its endpoints: at once, for live sessions too. The same key keeps its
-    /// number for as long as it is not removed.
+    /// Changes this node's identity. Handshakes begin with `private_key` from now on, and those that begin
+    /// with `second`'s public half are answered as well. Sessions live on; those in use that another key
+    /// made are renewed within seconds.
+    ///
+    /// # Errors
+    /// [`EngineError::PrivateKey`]; nothing has changed then.
+    pub fn set_identity(
+        &mut self,
+        private_key: Zeroizing<[u8; 32]>,
+        second: Option<Zeroizing<[u8; 32]>>,
+    ) -> Result<(), EngineError> {
+        let own = identity(private_key, &self.prologue)?;
+        let second = second.map(|key| identity(key, &self.prologue)).transpose()?;
+        (self.shared.own, self.shared.second) = (own, second);
+        Ok(())
+    }
+
+    /// Adds a peer, or changes its keys and endpoints: at once, for live sessions too. Whoever keeps one of
+    /// its keys keeps its number, and the sessions that were made with that key; those of a key that is
+    /// its no more end.
     pub fn upsert_peer(&mut self, now: Time, peer: PeerConfig) -> PeerId {
-        let PeerConfig { public_key, endpoints } = peer;
-        let id = *self.by_key.entry(public_key).or_insert_with(|| {
+        let PeerConfig { public_key, second_key, endpoints } = peer;
+        let second_key = second_key.filter(|key| *key != public_key);
+        let keys: Vec<_> = std::iter::once(public_key).chain(second_key).collect();
+        let known = keys.iter().find_map(|key| self.by_key.get(key).copied());
+        let id = known.unwrap_or_else(|| {
             let id = PeerId(self.next_id);
             self.next_id += 1;
             self.shared.changed = true;
             self.peers.insert(id, Peer::new(id, public_key));
             id
         });
+        for key in &keys {
+            if let Some(other) = self.by_key.insert(*key, id).filter(|other| *other != id) {
+                self.take_key(other, key);
+            }
+        }
         if let Some(peer) = self.peers.get_mut(&id) {
+            for given_up in peer.keys().filter(|key| !keys.contains(key)) {
+                self.by_key.remove(given_up);
+            }
+            peer.set_keys(&keys, &mut self.shared);
             forget_addresses(&mut self.by_address, peer);
             peer.set_endpoints(now, endpoints, &mut self.shared);
             peer.refresh_state(now);
@@ -190,11 +222,24 @@ impl Engine {
         id
     }
 
+    /// A key of this peer's has become another's.
+    fn take_key(&mut self, id: PeerId, key: &[u8; 32]) {
+        let Some(peer) = self.peers.get_mut(&id) else { return };
+        let rest: Vec<_> = peer.keys().filter(|other| *other != key).copied().collect();
+        match rest.is_empty() {
+            true => self.remove_peer(id),
+            false => peer.set_keys(&rest, &mut self.shared),
+        }
+    }
+
     /// Removes a peer; its sessions end at once.
-    pub fn remove_peer(&mut self, key: &[u8; 32]) {
-        let Some(mut peer) = self.by_key.remove(key).and_then(|id| self.peers.remove(&id)) else {
-            return;
-        };
+    pub fn remove_peer(&mut self, id: PeerId) {
+        let Some(mut peer) = self.peers.remove(&id) else { return };
+        for key in peer.keys() {
+            if self.by_key.get(key) == Some(&id) {
+                self.by_key.remove(key);
+            }
+        }
         forget_addresses(&mut self.by_address, &peer);
         peer.end(&mut self.shared);
         self.shared.changed = true;
@@ -276,9 +321,9 @@ impl Engine {
         datagram: &[u8],
     ) -> Result<(), DropReason> {
         let message = Initiation::parse(header, datagram)?;
-        if !self.own_keys.verify_first_check(message.checked.message, &message.checked.first) {
-            return Err(DropReason::HandshakeInvalid);
-        }
+        // To whom it is.
+        let own = self.shared.identities().position(|own| is_to(own, &message.checked));
+        let own = own.ok_or(DropReason::HandshakeInvalid)?;
         let answer_to = SocketAddr::new(source.ip(), message.listen_port);
         let random = &mut self.shared.random;
         let (before, second) = (message.before_second, &message.second);
@@ -287,15 +332,16 @@ impl Engine {
                 return Err(DropReason::HandshakeRateLimited);
             }
         } else if !self.unverified.take(UNVERIFIED, now.mono) {
-            self.send_cookie(now, source, answer_to, &message);
+            self.send_cookie(now, source, answer_to, own, &message);
             return Err(DropReason::HandshakeCookieRequired);
         }
 
         let ephemeral = self.shared.secret();
         let mut payload = [0; MAX_HANDSHAKE];
-        let identity = &self.shared.identity;
+        let own = self.shared.identities().nth(own).ok_or(DropReason::HandshakeInvalid)?;
+        let to = *own.public();
         let (responder, length) =
-            Responder::read(identity, ephemeral, message.clear, message.noise, &mut payload)
+            Responder::read(&own.identity, ephemeral, message.clear, message.noise, &mut payload)
                 .map_err(|_| DropReason::HandshakeInvalid)?;
         let id = self.by_key.get(&responder.initiator);
         let peer = id.and_then(|id| self.peers.get_mut(id));
@@ -308,7 +354,7 @@ impl Engine {
             return Err(DropReason::HandshakeReplayed);
         }
         peer.last_timestamp = timestamp;
-        peer.on_initiation(now, answer_to, &message, responder, offer, &mut self.shared)
+        peer.on_initiation(now, answer_to, &message, (responder, to), offer, &mut self.shared)
     }
 
     fn send_cookie(
@@ -316,13 +362,17 @@ impl Engine {
         now: Time,
         source: SocketAddr,
         answer_to: SocketAddr,
+        own: usize,
         message: &Initiation<'_>,
     ) {
         let random = &mut self.shared.random;
         let cookie = self.cookies.cookie(source, now.mono, random);
         let mut salt = [0; _];
         random(&mut salt);
-        if let Some(sealed) = self.own_keys.seal_cookie(&cookie, &salt, &message.checked.first) {
+        let own = self.shared.identities().nth(own);
+        let sealed =
+            own.and_then(|own| own.keys.seal_cookie(&cookie, &salt, &message.checked.first));
+        if let Some(sealed) = sealed {
             let reply = CookieReply { salt, sealed }.to_bytes(message.sender);
             self.shared.counts.add(HandshakeResult::CookieSent);
             self.shared.transmit(answer_to, reply);
@@ -336,7 +386,7 @@ impl Engine {
         datagram: &[u8],
     ) -> Result<(), DropReason> {
         let message = Response::parse(header, datagram)?;
-        if !self.own_keys.verify_first_check(message.checked.message, &message.checked.first) {
+        if !self.shared.identities().any(|own| is_to(own, &message.checked)) {
             return Err(DropReason::HandshakeInvalid);
         }
         let peer = self.owner(header.receiver).ok_or(DropReason::HandshakeInvalid)?;
@@ -443,6 +493,16 @@ impl Engine {
     pub fn handshake_count(&self, result: HandshakeResult) -> u64 {
         self.shared.counts.get(result)
     }
+}
+
+fn identity(private: Zeroizing<[u8; 32]>, prologue: &[u8]) -> Result<Own, EngineError> {
+    let identity = Identity::new(private, prologue.to_vec()).ok_or(EngineError::PrivateKey)?;
+    Ok(Own::new(identity))
+}
+
+/// Whether a message's first check says that it is to this identity.
+fn is_to(own: &Own, checked: &Checked<'_>) -> bool {
+    own.keys.verify_first_check(checked.message, &checked.first)
 }
 
 fn forget_addresses(by_address: &mut BTreeMap<IpAddr, BTreeSet<PeerId>>, peer: &Peer) {

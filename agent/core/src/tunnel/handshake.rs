@@ -11,7 +11,7 @@ use crate::tunnel::message::{
     Accept, CookieReply, Initiation, MAX_HANDSHAKE, Offer, Response, header, initiation_clear,
     initiation_payload,
 };
-use crate::tunnel::noise::{Initiator, Responder, Split};
+use crate::tunnel::noise::{Initiator, KEY_LEN, Responder, Split};
 use crate::tunnel::peer::{Peer, Slot};
 use crate::tunnel::saved::SavedSession;
 use crate::tunnel::session::{Cipher, Session, SessionParams};
@@ -26,12 +26,18 @@ pub(crate) struct Pending {
     interval: Duration,
     /// When the first initiation went out.
     first_sent: Option<Duration>,
+    /// How many were sent.
+    tries: usize,
     sent: Option<Sent>,
 }
 
 /// An initiation that waits for its answer.
 struct Sent {
     index: u32,
+    /// The key of this node that it begins with.
+    own: [u8; KEY_LEN],
+    /// The key of the peer that it is to.
+    remote: [u8; KEY_LEN],
     noise: Initiator,
     destination: SocketAddr,
     /// The message up to its second check, and the first check at the end of that.
@@ -54,7 +60,7 @@ impl Peer {
         let allowed = self.last_initiation.map_or(now.mono, |last| last + RETRY_FIRST);
         let interval = RETRY_FIRST;
         let retry_at = allowed.max(now.mono);
-        self.pending = Some(Pending { retry_at, interval, first_sent: None, sent: None });
+        self.pending = Some(Pending { retry_at, interval, first_sent: None, tries: 0, sent: None });
         if retry_at == now.mono {
             self.send_initiation(now, shared);
         } else {
@@ -87,6 +93,23 @@ impl Peer {
         }
     }
 
+    /// The peer's key that the initiation under way is to.
+    pub(crate) fn pending_key(&self) -> Option<&[u8; KEY_LEN]> {
+        Some(&self.pending.as_ref()?.sent.as_ref()?.remote)
+    }
+
+    /// With which of this node's keys to begin, and to which of the peer's: numbers of them. A peer that
+    /// does not answer may have an old record of this node, or this node one of the peer, while keys
+    /// change: then each pair has its turn at every endpoint.
+    fn next_keys(&self, now: Time, tries: usize, shared: &Shared) -> (usize, usize) {
+        if self.has_current() && self.live.trouble(now.mono).is_none() {
+            return (0, 0);
+        }
+        let own = shared.identities().count();
+        let turn = tries / self.endpoints.len().max(1);
+        (turn % own, turn / own % self.keys.len().max(1))
+    }
+
     fn next_destination(&self) -> Option<SocketAddr> {
         match self.endpoints.len() {
             0 => self.view.endpoint,
@@ -96,10 +119,16 @@ impl Peer {
 
     fn send_initiation(&mut self, now: Time, shared: &mut Shared) {
         let destination = self.next_destination();
-        let (Some(pending), Some(destination)) = (&mut self.pending, destination) else {
+        let tries = self.pending.as_ref().map_or(0, |pending| pending.tries);
+        let (own, remote) = self.next_keys(now, tries, shared);
+        let remote = self.keys.get(remote);
+        let (Some(pending), Some(destination), Some((remote, checks))) =
+            (&mut self.pending, destination, remote)
+        else {
             self.pending = None;
             return;
         };
+        pending.tries += 1;
         let interval = (pending.interval + shared.jitter(pending.interval)).min(RETRY_LAST);
         pending.retry_at = now.mono + interval;
         pending.interval = (pending.interval * 3 / 2).min(RETRY_LAST);
@@ -110,20 +139,24 @@ impl Peer {
         let index = shared.allocate_index(self.id);
         let clear = initiation_clear(index, shared.listen_port);
         let payload = initiation_payload(shared.timestamp(now), shared.offer);
-        let (ephemeral, to) = (shared.secret(), &self.view.public_key);
+        let ephemeral = shared.secret();
         let mut message = clear.to_vec();
-        let identity = &shared.identity;
-        let noise = Initiator::start(identity, to, ephemeral, &clear, &payload, &mut message);
+        let own = shared.identities().nth(own).unwrap_or(&shared.own);
+        let begun =
+            Initiator::start(&own.identity, remote, ephemeral, &clear, &payload, &mut message);
+        let own = *own.public();
         // Fails on a public key of low order, which no handshake can ever reach.
-        let Ok(noise) = noise else {
+        let Ok(noise) = begun else {
             shared.free_index(index);
             shared.counts.add(HandshakeResult::Invalid);
             self.pending = None;
             return;
         };
-        let first_check = self.keys.first_check(&message);
+        let first_check = checks.first_check(&message);
         message.extend(first_check);
-        let sent = Sent { index, noise, destination, message, first_check, repeated: false };
+        let remote = *remote;
+        let sent =
+            Sent { index, own, remote, noise, destination, message, first_check, repeated: false };
         shared.counts.add(HandshakeResult::Initiated);
         shared.transmit(destination, with_second_check(&self.cookie, &sent.message, now));
         pending.sent = Some(sent);
@@ -139,7 +172,10 @@ impl Peer {
     ) -> Result<(), DropReason> {
         let sent = self.pending.as_mut().and_then(|pending| pending.sent.as_mut());
         let sent = sent.filter(|sent| sent.index == index).ok_or(DropReason::HandshakeInvalid)?;
-        let cookie = self.keys.open_cookie(&reply.salt, &reply.sealed, &sent.first_check);
+        let checks = self.keys.iter().find(|(key, _)| *key == sent.remote);
+        let cookie = checks.and_then(|(_, checks)| {
+            checks.open_cookie(&reply.salt, &reply.sealed, &sent.first_check)
+        });
         self.cookie = Some((cookie.ok_or(DropReason::HandshakeInvalid)?, now.mono));
         shared.counts.add(HandshakeResult::CookieReceived);
         // Once: a peer that sends cookies on end would have us send on end.
@@ -169,6 +205,7 @@ impl Peer {
         let accept = accept.filter(|accept| shared.offer.ciphers.contains(accept.cipher));
         let accept = accept.ok_or(DropReason::HandshakeInvalid)?;
         let destination = sent.destination;
+        let (own, remote) = (sent.own, sent.remote);
         let indices = (index, accept.index);
         let session = self.session(
             now,
@@ -176,25 +213,26 @@ impl Peer {
             (accept.cipher, true),
             accept.offer,
             split,
-            Some(destination),
+            (remote, Some(destination)),
             shared,
         )?;
         // The index is the session's from now on.
         self.pending = None;
         self.view.mtu = Some(accept.offer.mtu);
         shared.counts.add(HandshakeResult::CompletedInitiator);
-        self.install_current(now, Slot::new(session, Some(destination)), shared);
+        self.install_current(now, Slot::new(session, Some(destination), remote, Some(own)), shared);
         self.refresh_state(now);
         Ok(())
     }
 
-    /// The peer has started a handshake, authentic and new. `source` is where it listens.
+    /// The peer has started a handshake to the identity `own`, authentic and new. `source` is where it
+    /// listens.
     pub(crate) fn on_initiation(
         &mut self,
         now: Time,
         source: SocketAddr,
         initiation: &Initiation<'_>,
-        responder: Responder,
+        (responder, own): (Responder, [u8; KEY_LEN]),
         offer: Offer,
         shared: &mut Shared,
     ) -> Result<(), DropReason> {
@@ -206,6 +244,7 @@ impl Peer {
             return Ok(());
         };
         let index = shared.allocate_index(self.id);
+        let remote = responder.initiator;
         let endpoint = self.known_endpoint(source);
         let accept = Accept { index, offer: shared.offer, cipher };
         let mut message = header(MessageType::Response, initiation.sender).to_vec();
@@ -214,18 +253,29 @@ impl Peer {
             .map_err(|_| DropReason::HandshakeInvalid)
             .and_then(|split| {
                 let indices = (index, initiation.sender);
-                self.session(now, indices, (cipher, false), offer, split, endpoint, shared)
+                self.session(
+                    now,
+                    indices,
+                    (cipher, false),
+                    offer,
+                    split,
+                    (remote, endpoint),
+                    shared,
+                )
             });
         let session = session.inspect_err(|_| shared.free_index(index))?;
-        message.extend(self.keys.first_check(&message));
+        if let Some(checks) = self.checks(&remote) {
+            message.extend(checks.first_check(&message));
+        }
 
         // Both have started at once: the greater key goes on as initiator, the other yields. It
         // still answers, so nothing is lost where the yielding one's messages are those that arrive.
-        if shared.identity.public() < &self.view.public_key {
+        let sent = self.pending.as_ref().and_then(|pending| pending.sent.as_ref());
+        if sent.map_or(shared.own.public(), |sent| &sent.own) < &remote {
             self.abandon_handshake(shared);
         }
         self.view.mtu = Some(offer.mtu);
-        self.install_next(now, Slot::new(session, endpoint), shared);
+        self.install_next(now, Slot::new(session, endpoint, remote, Some(own)), shared);
         self.refresh_state(now);
         shared.transmit(source, message);
         Ok(())
@@ -239,11 +289,11 @@ impl Peer {
         (cipher, initiator): (Cipher, bool),
         theirs: Offer,
         secret: Split,
-        endpoint: Option<SocketAddr>,
+        (remote, endpoint): ([u8; KEY_LEN], Option<SocketAddr>),
         shared: &mut Shared,
     ) -> Result<Session, DropReason> {
         let kept = shared.memory.keep(&SavedSession {
-            public_key: self.view.public_key,
+            public_key: remote,
             life: 0,
             established: now.mono,
             local_index,

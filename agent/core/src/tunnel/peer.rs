@@ -13,13 +13,15 @@ use crate::tunnel::counts::HandshakeResult;
 use crate::tunnel::handshake::Pending;
 use crate::tunnel::liveness::{Liveness, Trouble};
 use crate::tunnel::message::{Control, Timestamp};
+use crate::tunnel::noise::KEY_LEN;
 use crate::tunnel::path::Path;
 use crate::tunnel::replay::ReplayWindow;
 use crate::tunnel::saved::{Kept, SavedSession};
 use crate::tunnel::session::{COUNTER_REKEY, Session, SessionParams};
 use crate::tunnel::shared::Shared;
 use crate::tunnel::timers::{
-    CONFIRM_WITHIN, REKEY_AFTER, RESPONDER_REKEY_AFTER, RETRY_SLACK, SESSION_LIFE, WANTED_FOR,
+    CONFIRM_WITHIN, REKEY_AFTER, RENEWED_AT_ONCE, RESPONDER_REKEY_AFTER, RETRY_SLACK, SESSION_LIFE,
+    WANTED_FOR,
 };
 use crate::wire::header::{CONTROL_LANE, Flags, OVERHEAD};
 
@@ -75,15 +77,24 @@ pub(crate) struct Slot {
     pub(crate) session: Arc<Session>,
     /// Where the other end was when it was made.
     pub(crate) endpoint: Option<SocketAddr>,
+    /// The peer's key that it was made with.
+    remote: [u8; KEY_LEN],
+    /// This node's; unknown of a session that was taken up.
+    own: Option<[u8; KEY_LEN]>,
     window: ReplayWindow,
     seen_tx: u64,
     seen_rx: u64,
 }
 
 impl Slot {
-    pub(crate) fn new(session: Session, endpoint: Option<SocketAddr>) -> Self {
+    pub(crate) fn new(
+        session: Session,
+        endpoint: Option<SocketAddr>,
+        remote: [u8; KEY_LEN],
+        own: Option<[u8; KEY_LEN]>,
+    ) -> Self {
         let window = ReplayWindow::after(session.mark(CONTROL_LANE));
-        Self { session: Arc::new(session), endpoint, window, seen_tx: 0, seen_rx: 0 }
+        Self { session: Arc::new(session), endpoint, remote, own, window, seen_tx: 0, seen_rx: 0 }
     }
 
     fn ends(&self) -> Duration {
@@ -111,7 +122,8 @@ impl Slot {
 /// initiator's begin as `current`. Data is received by all of them.
 pub(crate) struct Peer {
     pub(crate) id: PeerId,
-    pub(crate) keys: ReceiverKeys,
+    /// Its key and what messages to it are checked by; a second one while it changes its key.
+    pub(crate) keys: Vec<([u8; KEY_LEN], ReceiverKeys)>,
     pub(crate) view: PeerView,
     pub(crate) endpoints: Vec<SocketAddr>,
     /// Which endpoint the next handshake goes to.
@@ -139,7 +151,7 @@ impl Peer {
     pub(crate) fn new(id: PeerId, public_key: [u8; 32]) -> Self {
         Self {
             id,
-            keys: ReceiverKeys::new(&public_key),
+            keys: vec![(public_key, ReceiverKeys::new(&public_key))],
             view: PeerView {
                 public_key,
                 endpoint: None,
@@ -169,6 +181,32 @@ impl Peer {
             next: None,
             previous: Vec::new(),
         }
+    }
+
+    /// Its keys, the first one first.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &[u8; KEY_LEN]> {
+        self.keys.iter().map(|(key, _)| key)
+    }
+
+    /// What messages to it are checked by, with this key of its.
+    pub(crate) fn checks(&self, key: &[u8; KEY_LEN]) -> Option<&ReceiverKeys> {
+        self.keys.iter().find(|(own, _)| own == key).map(|(_, checks)| checks)
+    }
+
+    /// Takes the keys of its record, the first one first. What was made with others ends.
+    pub(crate) fn set_keys(&mut self, keys: &[[u8; KEY_LEN]], shared: &mut Shared) {
+        if self.keys().eq(keys) {
+            return;
+        }
+        self.keys = keys.iter().map(|key| (*key, ReceiverKeys::new(key))).collect();
+        if let Some(first) = keys.first() {
+            self.view.public_key = *first;
+        }
+        if self.pending_key().is_some_and(|key| !keys.contains(key)) {
+            self.abandon_handshake(shared);
+        }
+        self.end_where(|slot| !keys.contains(&slot.remote), shared);
+        shared.changed = true;
     }
 
     /// Takes the endpoints of its record. The one in use stays in use if it is among them.
@@ -294,7 +332,12 @@ impl Peer {
         }
         self.view.mtu = Some(mtu);
         self.last_timestamp = self.last_timestamp.max(timestamp);
-        self.previous.push(Slot::new(session.kept_by(Some(kept)), endpoint));
+        self.previous.push(Slot::new(
+            session.kept_by(Some(kept)),
+            endpoint,
+            saved.public_key,
+            None,
+        ));
         true
     }
 
@@ -342,6 +385,10 @@ impl Peer {
         self.current.iter_mut().chain(&mut self.next).chain(&mut self.previous)
     }
 
+    pub(crate) fn has_current(&self) -> bool {
+        self.current.is_some()
+    }
+
     pub(crate) fn has_sessions(&self) -> bool {
         self.slots().next().is_some()
     }
@@ -355,7 +402,11 @@ impl Peer {
     }
 
     fn end_what_is_over(&mut self, now: Time, shared: &mut Shared) {
-        let over = |slot: &mut Slot| slot.ends() <= now.mono;
+        self.end_where(|slot| slot.ends() <= now.mono, shared);
+    }
+
+    fn end_where(&mut self, over: impl Fn(&Slot) -> bool, shared: &mut Shared) {
+        let over = |slot: &mut Slot| over(slot);
         let ended: Vec<Slot> = self
             .previous
             .extract_if(.., over)
@@ -414,6 +465,10 @@ impl Peer {
         let limit = if session.initiator { REKEY_AFTER } else { RESPONDER_REKEY_AFTER };
         let old =
             now.since(session.established) >= limit || session.counters_used() >= COUNTER_REKEY;
+        // Few at a time, where this node has changed its key and has a thousand peers.
+        let old = old
+            || current.own.is_some_and(|own| own != *shared.own.public())
+                && shared.chance(RENEWED_AT_ONCE);
         if old && (sent || received) || sent && self.live.trouble(now.mono).is_some() {
             self.wanted = Some(now.mono);
             self.begin_handshake(now, shared);

@@ -9,9 +9,10 @@ use zeroize::Zeroizing;
 use crate::drop::DropCounts;
 use crate::route::PeerId;
 use crate::time::Time;
+use crate::tunnel::cookie::ReceiverKeys;
 use crate::tunnel::counts::HandshakeCounts;
 use crate::tunnel::message::{Offer, Timestamp};
-use crate::tunnel::noise::{Identity, Secret};
+use crate::tunnel::noise::{Identity, KEY_LEN, Secret};
 use crate::tunnel::saved::{Forgetful, Memory};
 
 /// Datagrams that wait to be polled; beyond that they are lost, as on a wire.
@@ -29,8 +30,28 @@ pub struct Transmit {
 /// A source of random bytes that nobody can guess.
 pub type Random = Box<dyn FnMut(&mut [u8]) + Send>;
 
-pub(crate) struct Shared {
+/// An identity of this node, and what messages to it are checked by.
+pub(crate) struct Own {
     pub(crate) identity: Identity,
+    pub(crate) keys: ReceiverKeys,
+}
+
+impl Own {
+    pub(crate) fn new(identity: Identity) -> Self {
+        let keys = ReceiverKeys::new(identity.public());
+        Self { identity, keys }
+    }
+
+    pub(crate) fn public(&self) -> &[u8; KEY_LEN] {
+        self.identity.public()
+    }
+}
+
+pub(crate) struct Shared {
+    /// What this node's handshakes begin with.
+    pub(crate) own: Own,
+    /// The next identity or the one before, while the key changes: answered to as well.
+    pub(crate) second: Option<Own>,
     pub(crate) offer: Offer,
     pub(crate) listen_port: u16,
     pub(crate) random: Random,
@@ -48,9 +69,10 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(identity: Identity, offer: Offer, listen_port: u16, random: Random) -> Self {
+    pub(crate) fn new(own: Own, offer: Offer, listen_port: u16, random: Random) -> Self {
         Self {
-            identity,
+            own,
+            second: None,
             offer,
             listen_port,
             random,
@@ -63,6 +85,11 @@ impl Shared {
             last_timestamp: Duration::ZERO,
             timeout: None,
         }
+    }
+
+    /// Every identity of this node, the first one first.
+    pub(crate) fn identities(&self) -> impl Iterator<Item = &Own> {
+        std::iter::once(&self.own).chain(&self.second)
     }
 
     pub(crate) fn transmit(&mut self, destination: SocketAddr, payload: Vec<u8>) {
@@ -112,6 +139,13 @@ impl Shared {
         let mut bytes = [0; 2];
         (self.random)(&mut bytes);
         base / 4 * u32::from(u16::from_ne_bytes(bytes)) / u32::from(u16::MAX)
+    }
+
+    /// True once in `n` calls, in the mean.
+    pub(crate) fn chance(&mut self, n: u8) -> bool {
+        let mut byte = [0];
+        (self.random)(&mut byte);
+        byte[0] % n == 0
     }
 
     /// The wall clock, or later: a peer takes no timestamp twice and none that goes back.

@@ -6,6 +6,9 @@ use std::time::Duration;
 pub const REKEY_AFTER: Duration = Duration::from_secs(120);
 /// The responder does, where the initiator has not.
 pub(crate) const RESPONDER_REKEY_AFTER: Duration = Duration::from_secs(135);
+/// Of the sessions that were made with a key that this node has changed, one in so many is renewed at each
+/// tick.
+pub(crate) const RENEWED_AT_ONCE: u8 = 8;
 /// A session of this age is over at both ends.
 pub const SESSION_LIFE: Duration = Duration::from_secs(180);
 

@@ -223,7 +223,7 @@ fn endpoints_take_turns() {
         ["192.0.2.98:51900", "[2001:db8::99]:51900"].map(|a| a.parse().unwrap()).to_vec();
     let live = lab.nodes[1].config.addresses[0];
     let endpoints = vec![dead[0], dead[1], live];
-    let config = PeerConfig { public_key: lab.key(1), endpoints };
+    let config = PeerConfig { public_key: lab.key(1), second_key: None, endpoints };
     lab.nodes[0].engine.upsert_peer(lab.now, config);
     lab.introduce(1, 0);
     lab.flow(0, 1, ms(500));
@@ -255,7 +255,7 @@ fn a_record_that_changes_takes_effect_at_once() {
 fn a_record_that_changes_redirects_a_handshake_under_way() {
     let mut lab = Lab::unacquainted(2);
     let dead = vec!["192.0.2.98:51900".parse().unwrap()];
-    let config = PeerConfig { public_key: lab.key(1), endpoints: dead };
+    let config = PeerConfig { public_key: lab.key(1), second_key: None, endpoints: dead };
     lab.nodes[0].engine.upsert_peer(lab.now, config);
     lab.introduce(1, 0);
     lab.send(0, 1, b"first");
@@ -271,7 +271,7 @@ fn a_record_that_changes_redirects_a_handshake_under_way() {
 #[test]
 fn a_peer_without_endpoints_can_still_come_to_us() {
     let mut lab = Lab::unacquainted(2);
-    let config = PeerConfig { public_key: lab.key(1), endpoints: Vec::new() };
+    let config = PeerConfig { public_key: lab.key(1), second_key: None, endpoints: Vec::new() };
     let id = lab.nodes[0].engine.upsert_peer(lab.now, config);
     lab.introduce(1, 0);
     lab.nodes[0].engine.want_session(lab.now, id);

@@ -8,6 +8,7 @@ mod handshake;
 mod liveness;
 mod lives;
 mod path;
+mod rotation;
 mod sessions;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -174,6 +175,7 @@ impl Lab {
     fn introduce(&mut self, node: usize, peer: usize) -> PeerId {
         let config = PeerConfig {
             public_key: self.key(peer),
+            second_key: None,
             endpoints: self.nodes[peer].config.addresses.clone(),
         };
         self.nodes[node].engine.upsert_peer(self.now, config)
@@ -194,6 +196,7 @@ impl Lab {
             .filter_map(|key| (0..self.nodes.len()).find(|&i| self.key(i) == key))
             .map(|i| PeerConfig {
                 public_key: self.key(i),
+                second_key: None,
                 endpoints: self.nodes[i].config.addresses.clone(),
             })
             .collect();

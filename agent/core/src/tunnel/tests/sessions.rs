@@ -158,9 +158,9 @@ fn a_removed_peer_is_gone_at_once() {
     let mut lab = Lab::joined_pair();
     let session = lab.current(0, 1).unwrap();
     lab.flow(1, 0, ms(10));
-    let (id, key) = (lab.peer_id(0, 1), lab.key(1));
+    let id = lab.peer_id(0, 1);
     lab.nodes[0].engine.take_changed();
-    lab.nodes[0].engine.remove_peer(&key);
+    lab.nodes[0].engine.remove_peer(id);
     assert!(session.is_expired() && lab.nodes[0].engine.take_changed());
     assert_eq!(lab.nodes[0].engine.tables().count(), 0);
     lab.nodes[0].engine.want_session(lab.now, id);
@@ -173,7 +173,7 @@ fn a_removed_peer_is_gone_at_once() {
     assert_ne!(lab.introduce(0, 1), id);
     lab.run_until(secs(6), |lab| lab.joined(0, 1));
     // Removing what is not there does nothing.
-    lab.nodes[0].engine.remove_peer(&[0; 32]);
+    lab.nodes[0].engine.remove_peer(id);
     assert!(lab.joined(0, 1));
 }
 

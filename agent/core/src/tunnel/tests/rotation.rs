@@ -1,0 +1,135 @@
+//! A node changes its key while traffic goes on.
+
+use super::*;
+
+/// Private keys of node 0: the one it begins with, and the next.
+const OLD: u8 = 1;
+const NEW: u8 = 77;
+
+fn public(private: u8) -> [u8; 32] {
+    engine(&NodeConfig { key: private, ..Lab::new(1).nodes[0].config.clone() }, 1).public_key()
+}
+
+impl Lab {
+    /// Node 0 has these private keys.
+    fn hold(&mut self, first: u8, second: Option<u8>) {
+        let key = |byte| Zeroizing::new([byte; 32]);
+        self.nodes[0].engine.set_identity(key(first), second.map(key)).unwrap();
+    }
+
+    /// `node` has a record of node 0 with the public halves of these.
+    fn record(&mut self, node: usize, first: u8, second: Option<u8>) -> PeerId {
+        let config = PeerConfig {
+            public_key: public(first),
+            second_key: second.map(public),
+            endpoints: self.nodes[0].config.addresses.clone(),
+        };
+        self.nodes[node].engine.upsert_peer(self.now, config)
+    }
+}
+
+#[test]
+fn a_key_changes_under_traffic_without_a_lost_packet() {
+    let mut lab = Lab::joined_pair();
+    lab.underlay.delay = ms(20);
+    lab.underlay.jitter = ms(10);
+    lab.flow(0, 1, ms(5));
+    lab.flow(1, 0, ms(7));
+    let id = lab.peer_id(1, 0);
+    // Announced, changed, the old one given up: records and keys in every order that may be.
+    lab.hold(OLD, Some(NEW));
+    lab.run(secs(5));
+    assert_eq!(lab.record(1, OLD, Some(NEW)), id);
+    lab.run(secs(5));
+    let first = lab.current(0, 1).unwrap();
+    lab.hold(NEW, Some(OLD));
+    lab.run(secs(10));
+    let second = lab.current(0, 1).unwrap();
+    assert!(!Arc::ptr_eq(&first, &second), "what the old key made is renewed at once");
+    assert_eq!(lab.record(1, NEW, Some(OLD)), id);
+    lab.run(secs(10));
+    assert_eq!(lab.record(1, NEW, None), id);
+    assert!(!second.is_expired() && lab.joined(0, 1));
+    lab.run(secs(1));
+    lab.hold(NEW, None);
+    lab.run(secs(300));
+    for node in [0, 1] {
+        lab.nodes[node].flow = None;
+    }
+    lab.run(secs(1));
+    for node in [0, 1] {
+        assert_eq!(lab.nodes[1 - node].received.len() as u64, lab.nodes[node].sent);
+        assert!(lab.nodes[node].drops.is_empty(), "{:?}", lab.nodes[node].drops);
+        assert_eq!(lab.count(node, HandshakeResult::Timeout), 0);
+    }
+    assert_eq!(lab.view(1, 0).public_key, public(NEW));
+}
+
+#[test]
+fn many_sessions_are_not_renewed_at_one_time() {
+    let mut lab = Lab::new(33);
+    for peer in 1..33 {
+        lab.send(0, peer, b"first");
+    }
+    lab.run(ms(100));
+    for peer in 1..33 {
+        lab.record(peer, OLD, Some(NEW));
+        lab.flow(peer, 0, ms(50));
+    }
+    lab.run(secs(1));
+    let begun = lab.count(0, HandshakeResult::Initiated);
+    lab.hold(NEW, Some(OLD));
+    lab.run(ms(300));
+    let soon = lab.count(0, HandshakeResult::Initiated) - begun;
+    assert!(soon < 16, "{soon} of 32 in the first ticks");
+    lab.run(secs(15));
+    assert_eq!(lab.count(0, HandshakeResult::Initiated) - begun, 32);
+}
+
+#[test]
+fn who_missed_the_change_gets_a_session_by_the_other_key() {
+    // The peer knows the next key, and that it has become the only one it has not heard.
+    let mut lab = Lab::new(2);
+    lab.record(1, OLD, Some(NEW));
+    lab.hold(NEW, None);
+    lab.flow(1, 0, ms(100));
+    let took = lab.run_until(secs(5), |lab| lab.joined(0, 1));
+    assert!(took >= secs(1), "the first key has its turn first");
+    // The peer knows nothing of the next key: the node is still known by its old one.
+    let mut lab = Lab::new(2);
+    lab.hold(NEW, Some(OLD));
+    lab.flow(0, 1, ms(100));
+    let id = lab.nodes[1].engine.peer_id(&public(OLD)).unwrap();
+    lab.run_until(secs(5), |lab| lab.nodes[1].engine.peer(id).unwrap().current.is_some());
+    assert!(lab.dropped(1, DropReason::HandshakeUnknownPeer) > 0);
+}
+
+#[test]
+fn sessions_of_a_key_that_is_given_up_end_at_once() {
+    let mut lab = Lab::joined_pair();
+    let session = lab.current(1, 0).unwrap();
+    let id = lab.peer_id(1, 0);
+    assert_eq!(lab.record(1, OLD, Some(NEW)), id);
+    assert!(!session.is_expired());
+    lab.nodes[1].engine.take_changed();
+    assert_eq!(lab.record(1, NEW, None), id);
+    assert!(session.is_expired() && lab.nodes[1].engine.take_changed());
+    assert!(lab.nodes[1].engine.peer_id(&public(OLD)).is_none());
+    // Whoever has the old key, a thief for instance, is a stranger.
+    lab.flow(0, 1, ms(100));
+    lab.run(secs(10));
+    assert!(lab.dropped(1, DropReason::HandshakeUnknownPeer) > 0);
+    assert!(lab.nodes[1].received.is_empty());
+}
+
+#[test]
+fn a_key_belongs_to_one_peer() {
+    let mut lab = Lab::new(3);
+    let (one, two) = (lab.peer_id(2, 0), lab.peer_id(2, 1));
+    // The second peer's only key becomes the first one's second: the second peer is no more.
+    let config =
+        PeerConfig { public_key: lab.key(0), second_key: Some(lab.key(1)), endpoints: Vec::new() };
+    assert_eq!(lab.nodes[2].engine.upsert_peer(lab.now, config), one);
+    assert!(lab.nodes[2].engine.peer(two).is_none());
+    assert_eq!(lab.nodes[2].engine.peer_id(&lab.key(1)), Some(one));
+}
