@@ -100,6 +100,20 @@ enum Command {
         #[arg(long)]
         out: Option<PathBuf>,
     },
+    /// Change the key of the running agent's node, without a lost packet
+    RotateKey {
+        #[command(flatten)]
+        config: ConfigArgs,
+        /// The agent's socket (overrides control.socket)
+        #[arg(long)]
+        socket: Option<PathBuf>,
+        /// The old key is known to others: give it up at once, at the cost of packets
+        #[arg(long)]
+        at_once: bool,
+        /// Form of the output
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: Output,
+    },
     /// Compute the public key of a private key
     Pubkey {
         /// The private key's file; without it or --config, standard input
@@ -178,6 +192,9 @@ pub fn main() -> Result<(), Failure> {
         Command::Crd => print(&resource::definition()?),
         Command::Uninstall(options) => uninstall(&options),
         Command::Keygen { out } => keygen(out.as_deref()),
+        Command::RotateKey { config, socket, at_once, output } => {
+            rotate_key(&config, socket, at_once, output)
+        }
         Command::Pubkey { file, config } => pubkey(file, config),
     }
 }
@@ -210,24 +227,9 @@ fn show_status(
     output: Output,
     interval: f64,
 ) -> Result<(), Failure> {
-    let socket = match socket {
-        Some(socket) => socket,
-        None => config.load()?.control.socket,
-    };
-    let fetch = || async {
-        server::fetch(&socket).await.map_err(|error| {
-            let shown = socket.display();
-            if error.kind() == std::io::ErrorKind::PermissionDenied {
-                return Failure::Privilege(format!(
-                    "{shown} is for root and the agent's own user: {error}: run as root"
-                ));
-            }
-            Failure::Runtime(anyhow::anyhow!(
-                "no agent answers on {shown}: {error}: is it running, and is this its socket \
-                 (--config, --socket)?"
-            ))
-        })
-    };
+    let socket = control_socket(config, socket)?;
+    let fetch =
+        || async { server::fetch(&socket).await.map_err(|error| no_answer(&socket, &error)) };
     let interval = Duration::try_from_secs_f64(interval)
         .map_err(|_| Failure::Usage("--interval: use a number of seconds, 0 or more".to_owned()))?;
     let text = runtime()?.block_on(async {
@@ -246,6 +248,45 @@ fn show_status(
         }
     })?;
     print(&text)
+}
+
+fn control_socket(config: &ConfigArgs, socket: Option<PathBuf>) -> Result<PathBuf, Failure> {
+    match socket {
+        Some(socket) => Ok(socket),
+        None => Ok(config.load()?.control.socket),
+    }
+}
+
+fn no_answer(socket: &Path, error: &std::io::Error) -> Failure {
+    let shown = socket.display();
+    if error.kind() == std::io::ErrorKind::PermissionDenied {
+        return Failure::Privilege(format!(
+            "{shown} is for root and the agent's own user: {error}: run as root"
+        ));
+    }
+    Failure::Runtime(anyhow::anyhow!(
+        "no agent answers on {shown}: {error}: is it running, and is this its socket (--config, \
+         --socket)?"
+    ))
+}
+
+fn rotate_key(
+    config: &ConfigArgs,
+    socket: Option<PathBuf>,
+    at_once: bool,
+    output: Output,
+) -> Result<(), Failure> {
+    let socket = control_socket(config, socket)?;
+    let answer = runtime()?.block_on(server::ask_to_rotate(&socket, at_once));
+    let answer = answer.map_err(|error| no_answer(&socket, &error))?;
+    let status = answer.map_err(|error| Failure::Runtime(anyhow::anyhow!(error)))?;
+    print(&match (output, status.keys.second, &status.waits_for) {
+        (Output::Json, ..) => json(&status)?,
+        (Output::Table, Some(next), Some(waits_for)) => {
+            format!("next public key: {next}\nwaits for {waits_for}\n")
+        }
+        (Output::Table, ..) => format!("public key: {}\n", status.keys.first),
+    })
 }
 
 fn json(value: &impl serde::Serialize) -> Result<String, Failure> {

@@ -8,6 +8,7 @@ mod kubernetes;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -35,6 +36,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// The private key's file, where it is not in the state directory.
     pub private_key_file: Option<PathBuf>,
+    /// When and how the key is changed.
+    pub key_rotation: KeyRotation,
     /// File or directory of node records.
     pub nodes: PathBuf,
     /// What this node owns; `None`: what its own record says.
@@ -59,6 +62,15 @@ pub struct Config {
     pub kubernetes: Kubernetes,
     /// Logging.
     pub log: Log,
+}
+
+/// When and how this node's key is changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct KeyRotation {
+    /// The age at which it is changed; `None`: when somebody asks for it.
+    pub every: Option<Duration>,
+    /// How long the other nodes are given to read this node's record before the next step.
+    pub settle: Duration,
 }
 
 /// The TUN device and what comes with it.

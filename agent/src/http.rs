@@ -92,6 +92,7 @@ async fn metrics_page(State(shared): State<Shared>) -> Response {
         dataplane: shared.dataplane.get(),
         registry: shared.registry(),
         ready: shared.readiness.reasons().is_empty(),
+        key: Some(shared.key()),
         per_peer: shared.config.metrics.per_peer,
         requests: shared.requests().map(|requests| requests.families()).unwrap_or_default(),
         pods: match shared.pods() {
@@ -121,6 +122,7 @@ async fn readiness(State(shared): State<Shared>) -> Response {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::control::rotation::RotationStatus;
     use crate::keys::PublicKey;
     use std::net::SocketAddr;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -130,7 +132,11 @@ mod tests {
         let config = Config::parse("name = 'node-a'").unwrap();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        tokio::spawn(accept(listener, Shared::new(config, PublicKey([1; 32])), deadline));
+        tokio::spawn(accept(
+            listener,
+            Shared::new(config, RotationStatus::of(PublicKey([1; 32]))),
+            deadline,
+        ));
         address
     }
 

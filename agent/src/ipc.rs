@@ -18,7 +18,7 @@ use crate::keys::{PrivateKey, PublicKey};
 use crate::sys::tun::TunOffload;
 
 /// Raised with every change that an older peer would misread.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// The longest frame accepted, in bytes: a snapshot of 5,000 nodes takes about 2 MiB.
 pub const MAX_FRAME: usize = 64 << 20;
@@ -181,7 +181,8 @@ pub struct Snapshot {
 }
 
 /// Settings that are fixed for the life of a data process. A snapshot with others is refused as
-/// [`ErrorKind::Invalid`], but for `tun.ifindex`, whose change makes the lanes attach anew.
+/// [`ErrorKind::Fixed`], but for the node's keys, and `tun.ifindex`, whose change makes the lanes attach
+/// anew.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NodeSettings {
@@ -191,6 +192,9 @@ pub struct NodeSettings {
     pub cluster_id: String,
     /// This node's identity.
     pub private_key: PrivateKey,
+    /// Another one that is answered to, while the key changes: the next, or the one before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub second_private_key: Option<PrivateKey>,
     /// The device, which the control process has made already.
     pub tun: TunSettings,
     /// Where to listen.
@@ -276,6 +280,9 @@ pub struct Peer {
     pub name: String,
     /// Identity.
     pub public_key: PublicKey,
+    /// Another one, while its key changes: the next, or the one before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub second_public_key: Option<PublicKey>,
     /// Where it listens; tried in this order.
     pub endpoints: Vec<SocketAddr>,
     /// What it owns.

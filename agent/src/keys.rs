@@ -34,6 +34,29 @@ pub struct PublicKey(pub [u8; 32]);
 #[serde(try_from = "Zeroizing<String>")]
 pub struct PrivateKey(Zeroizing<[u8; 32]>);
 
+/// The public halves of a node's keys: the one in force, and another while it changes, which is accepted as
+/// well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PublicKeys {
+    /// The key in force.
+    pub first: PublicKey,
+    /// The next, or the one before.
+    pub second: Option<PublicKey>,
+}
+
+impl PublicKeys {
+    /// Both.
+    pub fn iter(self) -> impl Iterator<Item = PublicKey> {
+        std::iter::once(self.first).chain(self.second)
+    }
+}
+
+impl From<PublicKey> for PublicKeys {
+    fn from(first: PublicKey) -> Self {
+        Self { first, second: None }
+    }
+}
+
 impl PrivateKey {
     /// A new random key.
     pub fn generate() -> Result<Self, KeyError> {

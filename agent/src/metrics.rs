@@ -13,6 +13,7 @@ use prometheus::{Encoder, TextEncoder};
 use self::family::{Family, Kind};
 use crate::cni::ipam;
 use crate::control::registry::RegistryStatus;
+use crate::control::rotation::{RotationStatus, Stage};
 use crate::control::supervisor::DataplaneStatus;
 use crate::firewall::Forged;
 use crate::ipc::{
@@ -30,6 +31,8 @@ pub struct Input {
     pub registry: RegistryStatus,
     /// Whether the agent is ready.
     pub ready: bool,
+    /// This node's key; `None` before it is known.
+    pub key: Option<RotationStatus>,
     /// Whether to have series for each peer.
     pub per_peer: bool,
     /// Requests to the Kubernetes API server.
@@ -109,8 +112,24 @@ fn control(input: &Input) -> Vec<MetricFamily> {
     );
     source.add(&[], f64::from(u8::from(input.registry.source_error.is_none())));
     let mut families = vec![build, ready, up, restarts, records, rejected, source];
+    families.extend(input.key.iter().flat_map(key));
     families.extend(processes(input.dataplane.pid));
     families.into_iter().map(Family::finish).collect()
+}
+
+fn key(status: &RotationStatus) -> [Family; 2] {
+    let mut age =
+        Family::new("skein_key_age_seconds", "Age of this node's key, by its file.", Kind::Gauge);
+    age.add(&[], status.age_seconds as f64);
+    let mut rotation = Family::new(
+        "skein_key_rotation",
+        "How far a change of this node's key has come: 1 for the stage that it is in.",
+        Kind::Gauge,
+    );
+    for stage in Stage::ALL {
+        rotation.add(&[("stage", stage.label())], f64::from(u8::from(stage == status.stage)));
+    }
+    [age, rotation]
 }
 
 fn of_pods(pods: &Pods) -> Vec<MetricFamily> {

@@ -6,6 +6,7 @@ use std::fmt::Write;
 use std::time::Duration;
 
 pub(crate) use self::table::{Align, table};
+use crate::control::rotation::RotationStatus;
 use crate::control::shared::Document;
 use crate::ipc::{DirectionReport, LaneReport, PeerReport, PeerState, Report};
 
@@ -42,6 +43,7 @@ fn header(now: &Document) -> String {
     let mut lines = vec![
         ("node", format!("{} (skein-agent {})", now.node, now.version)),
         ("public key", now.public_key.to_string()),
+        ("key", key(&now.key)),
         ("ready", if now.ready { "yes" } else { "no" }.to_owned()),
     ];
     lines.extend(now.reasons.iter().map(|reason| ("  because", reason.clone())));
@@ -66,6 +68,22 @@ fn header(now: &Document) -> String {
     let rejected = records.rejected.iter();
     lines.extend(rejected.map(|r| ("  refused", format!("{}: {}", r.file.display(), r.error))));
     lines.iter().map(|(name, value)| format!("{name:<13} {value}\n")).collect()
+}
+
+/// How old the key is, and how far a change of it has come.
+fn key(key: &RotationStatus) -> String {
+    let age = age(key.age_seconds as f64);
+    match (&key.waits_for, key.keys.second) {
+        (Some(waits_for), Some(second)) => {
+            format!("{age} old; {} beside {second}; waits for {waits_for}", key.stage.label())
+        }
+        (waits_for, _) => {
+            format!(
+                "{age} old{}",
+                waits_for.iter().map(|why| format!("; {why}")).collect::<String>()
+            )
+        }
+    }
 }
 
 fn offloads(report: &Report) -> String {

@@ -95,6 +95,7 @@ impl Node {
                 name: format!("node-{}", self.number),
                 cluster_id: "test".to_owned(),
                 private_key: self.key.clone(),
+                second_private_key: None,
                 tun: TunSettings {
                     name: "skein0".to_owned(),
                     ifindex: link::find("skein0").unwrap().unwrap().index,
@@ -116,6 +117,7 @@ impl Node {
             peers: vec![Peer {
                 name: format!("node-{other}"),
                 public_key: self.other.public().unwrap(),
+                second_public_key: None,
                 endpoints: vec![format!("192.0.2.{other}:51900").parse().unwrap()],
                 pod_cidrs: vec![format!("10.244.{other}.0/24").parse().unwrap()],
             }],

@@ -362,6 +362,7 @@ fn the_data_process_stays_small_with_a_hundred_peers() -> Result<()> {
         let record = Record {
             name: format!("peer-{number}"),
             public_key: skein_e2e::lab::agent::new_key(&key)?,
+            second_public_key: None,
             endpoints: vec![format!("192.0.2.{}:51900", 100 + number)],
             pod_cidrs: vec![
                 format!("10.245.{number}.0/24"),

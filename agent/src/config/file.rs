@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use ipnet::IpNet;
 use serde::Deserialize;
@@ -9,14 +10,18 @@ use serde::Deserialize;
 use super::cni::CniTable;
 use super::kubernetes::KubernetesTable;
 use super::{
-    Config, Control, DEFAULT_PORT, Dataplane, Interface, Invalid, Log, LogFormat, MIN_IPV6_MTU,
-    Metrics, Mode, check_disjoint, check_inside, check_node_name, check_pod_cidr, wildcard,
+    Config, Control, DEFAULT_PORT, Dataplane, Interface, Invalid, KeyRotation, Log, LogFormat,
+    MIN_IPV6_MTU, Metrics, Mode, check_disjoint, check_inside, check_node_name, check_pod_cidr,
+    wildcard,
 };
 use crate::ipc::{CipherChoice, OffloadSettings, UnderlaySettings};
 use crate::netlink::pod::HOST_PREFIX;
 
 /// The smallest MTU that every IPv4 host takes (RFC 791), and the largest whose datagrams fit UDP.
 const MTU: std::ops::RangeInclusive<u16> = 576..=65_000;
+
+/// Sessions that the old key made are renewed within seconds, and a record is read within a minute.
+const SETTLE: std::ops::RangeInclusive<u32> = 10..=86_400;
 
 const BUFFERS: std::ops::RangeInclusive<usize> = 65_536..=1 << 30;
 
@@ -27,6 +32,7 @@ pub(super) struct File {
     cluster_id: String,
     state_dir: PathBuf,
     private_key_file: Option<PathBuf>,
+    key_rotation: KeyRotationTable,
     nodes: Option<PathBuf>,
     pod_cidrs: Option<Vec<String>>,
     cluster_cidrs: Vec<String>,
@@ -48,6 +54,7 @@ impl Default for File {
             cluster_id: "default".to_owned(),
             state_dir: "/var/lib/skein".into(),
             private_key_file: None,
+            key_rotation: KeyRotationTable::default(),
             nodes: None,
             pod_cidrs: None,
             cluster_cidrs: Vec::new(),
@@ -61,6 +68,19 @@ impl Default for File {
             kubernetes: KubernetesTable::default(),
             log: LogTable::default(),
         }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct KeyRotationTable {
+    every_days: u32,
+    settle_seconds: u32,
+}
+
+impl Default for KeyRotationTable {
+    fn default() -> Self {
+        Self { every_days: 0, settle_seconds: 300 }
     }
 }
 
@@ -249,6 +269,7 @@ impl File {
             cluster_id: self.cluster_id,
             state_dir: self.state_dir,
             private_key_file: self.private_key_file,
+            key_rotation: self.key_rotation.validate(kubernetes.enabled)?,
             nodes: self.nodes.unwrap_or_else(|| "/etc/skein/nodes.d".into()),
             pod_cidrs,
             cluster_cidrs,
@@ -267,6 +288,29 @@ impl File {
             cni: self.cni.validate()?,
             kubernetes,
             log: self.log.validate()?,
+        })
+    }
+}
+
+impl KeyRotationTable {
+    fn validate(self, writes_record: bool) -> Result<KeyRotation, Invalid> {
+        let Self { every_days, settle_seconds } = self;
+        if every_days > 0 && !writes_record {
+            return Err(Invalid(format!(
+                "key_rotation.every_days = {every_days}: an agent changes its key on its own only where \
+                 it writes the node records (kubernetes.enabled): use skein-agent rotate-key"
+            )));
+        }
+        if !SETTLE.contains(&settle_seconds) {
+            let (least, most) = (SETTLE.start(), SETTLE.end());
+            return Err(Invalid(format!(
+                "key_rotation.settle_seconds = {settle_seconds}: use {least} to {most}"
+            )));
+        }
+        let every = Duration::from_secs(u64::from(every_days) * 86_400);
+        Ok(KeyRotation {
+            every: (every_days > 0).then_some(every),
+            settle: Duration::from_secs(settle_seconds.into()),
         })
     }
 }

@@ -105,7 +105,7 @@ impl Desired {
     pub fn snapshot(
         &self,
         config: &Config,
-        private_key: &PrivateKey,
+        (private_key, second): (&PrivateKey, Option<&PrivateKey>),
         ifindex: u32,
         revision: u64,
     ) -> Snapshot {
@@ -115,6 +115,7 @@ impl Desired {
                 name: config.name.clone(),
                 cluster_id: config.cluster_id.clone(),
                 private_key: private_key.clone(),
+                second_private_key: second.cloned(),
                 tun: TunSettings { name: config.interface.name.clone(), ifindex, mtu: self.mtu },
                 underlay: config.underlay.clone(),
                 lanes: config.dataplane.lanes,
@@ -133,6 +134,7 @@ fn peer(record: &NodeRecord) -> Peer {
     Peer {
         name: record.name.clone(),
         public_key: record.public_key,
+        second_public_key: record.second_public_key,
         endpoints: record.endpoints.clone(),
         pod_cidrs: record.pod_cidrs.clone(),
     }
@@ -196,7 +198,7 @@ mod tests {
             format!("name = 'node-1'\nnodes = {nodes:?}\nstate_dir = {:?}\n", directory.path());
         let config = Config::parse(&(head + config)).unwrap();
         let registry =
-            Registry::open(&config, PublicKey([1; 32]), Reader::Path(config.nodes.clone()))
+            Registry::open(&config, PublicKey([1; 32]).into(), Reader::Path(config.nodes.clone()))
                 .unwrap();
         let desired = Desired::new(&config, &registry, underlay_mtu);
         (config, desired)
@@ -209,7 +211,7 @@ mod tests {
     fn snapshot(records: &[String], revision: u64) -> Snapshot {
         let (config, desired) = desired("", records, 1500);
         let key = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=".parse().unwrap();
-        desired.snapshot(&config, &key, 7, revision)
+        desired.snapshot(&config, (&key, None), 7, revision)
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub mod kubernetes;
 pub mod lock;
 pub mod records;
 pub mod registry;
+pub mod rotation;
 pub mod server;
 pub mod shared;
 pub mod source;
@@ -19,13 +20,14 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior};
 
 use self::desired::Desired;
 use self::kubernetes::Kubernetes;
 use self::lock::StateLock;
 use self::registry::Registry;
+use self::rotation::{Rotation, RotationRequest, RotationStatus};
 use self::shared::{InterfaceStatus, Shared};
 use self::source::{Reader, Source};
 use self::supervisor::{End, Handle};
@@ -35,7 +37,6 @@ use crate::config::Config;
 use crate::failure::Failure;
 use crate::http;
 use crate::ipc::{NarrowPath, Snapshot};
-use crate::keys::PrivateKey;
 use crate::lifecycle::{Asked, NotReady, Signals};
 use crate::netlink::interface::{InterfaceError, Present, Wanted};
 use crate::netlink::monitor::Monitor;
@@ -68,20 +69,21 @@ pub async fn run(config: Config, take_over: bool) -> Result<Ended, Failure> {
         tracing::warn!(%error, "the agent that runs was not asked to give way");
     }
     let lock = free(take_over, || StateLock::take(&config.state_dir)).await?;
-    let key = identity::for_node(&config)?;
-    let public = key.public().context("cannot compute the public key")?;
-    let shared = Shared::new(config.clone(), public);
+    let rotation = Rotation::load(&config)?;
+    let shared = Shared::new(config.clone(), rotation.status());
     // Until the parts have guards of their own.
     let starting = shared.readiness.block("the agent is starting");
     let metrics = free(take_over, || http::bind(&config)).await?;
     let status = free(take_over, || server::bind(&config.control.socket)).await?;
     let (give_way, mut gives_way) = tokio::sync::watch::channel(false);
     let http = tokio::spawn(http::serve(metrics, shared.clone()));
-    let server = tokio::spawn(server::serve(status, shared.clone(), give_way));
+    let (rotate, asked) = mpsc::channel(1);
+    let asks = server::Asks { give_way, rotate };
+    let server = tokio::spawn(server::serve(status, shared.clone(), asks));
 
     let socket = config.control.socket.clone();
     let result = tokio::select! {
-        result = control(config, key, shared, starting, &mut signals) => result,
+        result = control(config, (rotation, asked), shared, starting, &mut signals) => result,
         // Whatever is under way is left as a killed agent leaves it: the next one goes on from there.
         Ok(_) = gives_way.wait_for(|asked| *asked) => {
             tracing::info!("another agent takes this one's place");
@@ -111,7 +113,7 @@ async fn free<T>(take_over: bool, take: impl Fn() -> Result<T, Failure>) -> Resu
 
 async fn control(
     config: Config,
-    key: PrivateKey,
+    (rotation, asked): (Rotation, mpsc::Receiver<RotationRequest>),
     shared: Shared,
     starting: NotReady,
     signals: &mut Signals,
@@ -121,10 +123,10 @@ async fn control(
         () = signals.end() => return Ok(()),
     };
     let (source, reader) = source;
-    let registry = Registry::open(&config, shared.public_key, reader)?;
-    let (controller, first) = Controller::start(config, key, registry, shared).await?;
+    let registry = Registry::open(&config, rotation.public(), reader)?;
+    let (controller, first) = Controller::start(config, rotation, registry, shared).await?;
     drop(starting);
-    controller.run(first, source, signals).await
+    controller.run(first, source, asked, signals).await
 }
 
 /// The source of the records, once there is something to read.
@@ -151,7 +153,7 @@ async fn first_records(
 
 struct Controller {
     config: Config,
-    key: PrivateKey,
+    rotation: Rotation,
     registry: Registry,
     shared: Shared,
     netlink: Netlink,
@@ -179,7 +181,7 @@ type First = oneshot::Receiver<Result<(), Failure>>;
 impl Controller {
     async fn start(
         config: Config,
-        key: PrivateKey,
+        rotation: Rotation,
         registry: Registry,
         shared: Shared,
     ) -> Result<(Self, First), Failure> {
@@ -195,7 +197,8 @@ impl Controller {
         let wanted = desired.interface(&config, &[]);
         let interface = wanted.ensure_device(&netlink).await.map_err(interface_failure)?;
         monitor.set_index(interface.index);
-        let snapshot = desired.snapshot(&config, &key, interface.index, first_revision());
+        let snapshot =
+            desired.snapshot(&config, rotation.keys(), interface.index, first_revision());
         let (snapshots, receiver) = tokio::sync::watch::channel(Arc::new(snapshot));
         let settings = supervisor::Settings::new(&config);
         let (supervisor, first) = supervisor::start(
@@ -209,7 +212,7 @@ impl Controller {
             config.cni.enabled.then(|| shared.readiness.block("pods cannot be attached yet"));
         let mut controller = Self {
             config,
-            key,
+            rotation,
             registry,
             shared,
             netlink,
@@ -234,6 +237,7 @@ impl Controller {
         mut self,
         mut first: First,
         mut source: Source,
+        mut asked: mpsc::Receiver<RotationRequest>,
         signals: &mut Signals,
     ) -> Result<(), Failure> {
         let mut resync = tokio::time::interval(RESYNC);
@@ -257,7 +261,12 @@ impl Controller {
                         Err(failure) => return Err(self.undo(failure).await),
                     }
                 }
-                () = source.due() => self.reload().await,
+                () = source.due() => {
+                    self.reload().await;
+                    self.rotate().await;
+                }
+                Some(asked) = asked.recv() => self.begin_rotation(asked).await,
+                () = until(self.rotation.deadline()) => self.rotate().await,
                 narrow = dataplane.narrow_paths(&self.narrow) => {
                     tracing::info!(paths = ?narrow, "paths that carry less than the nodes have changed");
                     self.narrow = narrow;
@@ -267,7 +276,10 @@ impl Controller {
                     tokio::time::sleep(QUIET).await;
                     self.reconcile().await;
                 }
-                _ = resync.tick() => self.reconcile().await,
+                _ = resync.tick() => {
+                    self.reconcile().await;
+                    self.rotate().await;
+                }
             }
         }
     }
@@ -288,13 +300,56 @@ impl Controller {
         tracing::info!(peers = desired.peers.len(), "node records have changed");
         self.desired = desired;
         // The data process first: a route to a node that it does not know yet loses packets.
+        self.publish_and_wait().await;
+        self.reconcile().await;
+        self.show();
+    }
+
+    async fn publish_and_wait(&self) {
         let revision = self.publish();
         let reached = self.shared.dataplane.reached(revision);
         if tokio::time::timeout(PATIENCE, reached).await.is_err() {
             tracing::warn!(revision, "the data process has not taken the change yet");
         }
-        self.reconcile().await;
-        self.show();
+    }
+
+    /// Somebody wants another key.
+    async fn begin_rotation(&mut self, asked: RotationRequest) {
+        let begun = match self.started {
+            true => self.rotation.begin(asked.at_once).map_err(|failure| failure.to_string()),
+            false => Err("the agent is still starting".to_owned()),
+        };
+        if begun.is_ok() {
+            self.take_keys().await;
+        }
+        // Whoever asked may have gone.
+        let _ = asked.answer.send(begun.map(|()| self.rotation.status()));
+    }
+
+    /// Goes on with a change of the key, where it is time.
+    async fn rotate(&mut self) {
+        if !self.started {
+            return;
+        }
+        match self.rotation.step(self.registry.told_keys()) {
+            Ok(true) => self.take_keys().await,
+            Ok(false) => self.shared.set_key(self.rotation.status()),
+            Err(failure) => {
+                let complaint = format!("the key cannot be changed: {failure}");
+                if self.shared.key().waits_for.as_ref() != Some(&complaint) {
+                    tracing::error!("{complaint}");
+                }
+                let waits_for = Some(complaint);
+                self.shared.set_key(RotationStatus { waits_for, ..self.rotation.status() });
+            }
+        }
+    }
+
+    /// This node has other keys: they must be answered to before anybody is told of them.
+    async fn take_keys(&mut self) {
+        self.registry.set_keys(self.rotation.public());
+        self.publish_and_wait().await;
+        self.shared.set_key(self.rotation.status());
     }
 
     /// Begins to serve the CNI plugin, where that is wanted.
@@ -314,8 +369,12 @@ impl Controller {
     /// Hands the wanted state to the supervisor.
     fn publish(&self) -> u64 {
         let revision = self.snapshots.borrow().revision + 1;
-        let snapshot =
-            self.desired.snapshot(&self.config, &self.key, self.interface.index, revision);
+        let snapshot = self.desired.snapshot(
+            &self.config,
+            self.rotation.keys(),
+            self.interface.index,
+            revision,
+        );
         // The supervisor lives as long as this controller.
         self.snapshots.send_replace(Arc::new(snapshot));
         revision
@@ -401,6 +460,13 @@ impl Controller {
             tracing::error!(%error, "the interface stays behind: remove it with skein-agent cleanup");
         }
         failure
+    }
+}
+
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
     }
 }
 

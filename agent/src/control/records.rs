@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::{
     DEFAULT_PORT, check_disjoint, check_node_name, check_pod_cidr, overlap, toml_error,
 };
-use crate::keys::PublicKey;
+use crate::keys::{PublicKey, PublicKeys};
 
 /// A file of records is refused beyond this length: 10,000 nodes take about 3 MiB.
 const MAX_FILE: u64 = 16 << 20;
@@ -23,6 +23,9 @@ pub struct NodeRecord {
     pub name: String,
     /// Its identity.
     pub public_key: PublicKey,
+    /// Another one that is accepted, while its key changes: the next, or the one before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub second_public_key: Option<PublicKey>,
     /// Where it listens, in the order to try.
     pub endpoints: Vec<SocketAddr>,
     /// What it owns.
@@ -75,6 +78,7 @@ fn read_file(path: &Path) -> Result<Vec<NodeRecord>, RecordError> {
 struct RawRecord {
     name: String,
     public_key: String,
+    second_public_key: Option<String>,
     endpoints: Vec<String>,
     pod_cidrs: Vec<String>,
 }
@@ -111,12 +115,17 @@ impl NodeRecord {
     /// From what another registry holds as text.
     pub fn from_text(
         name: String,
-        public_key: &str,
-        endpoints: &[String],
-        pod_cidrs: &[String],
+        public_key: String,
+        second_public_key: Option<String>,
+        endpoints: Vec<String>,
+        pod_cidrs: Vec<String>,
     ) -> Result<Self, RecordError> {
-        let (endpoints, pod_cidrs) = (endpoints.to_vec(), pod_cidrs.to_vec());
-        RawRecord { name, public_key: public_key.to_owned(), endpoints, pod_cidrs }.validate()
+        RawRecord { name, public_key, second_public_key, endpoints, pod_cidrs }.validate()
+    }
+
+    /// Its keys.
+    pub fn keys(&self) -> PublicKeys {
+        PublicKeys { first: self.public_key, second: self.second_public_key }
     }
 }
 
@@ -126,13 +135,22 @@ impl RawRecord {
         check_node_name(&name).map_err(|error| RecordError(error.to_string()))?;
         let wrong =
             |field: &str, text: String| RecordError(format!("node {name}: {field}: {text}"));
-        let public_key = self.public_key.parse::<PublicKey>().map_err(|error| {
+        let key = |field, text: &String| {
             let remedy = "use the output of skein-agent pubkey on that node";
-            wrong("public_key", format!("{:?} is {error}: {remedy}", self.public_key))
-        })?;
-        if public_key.0 == [0; 32] {
-            let text = "is all zeros: use the output of skein-agent pubkey on that node";
-            return Err(wrong("public_key", text.to_owned()));
+            let key = text
+                .parse::<PublicKey>()
+                .map_err(|error| wrong(field, format!("{text:?} is {error}: {remedy}")))?;
+            match key.0 == [0; 32] {
+                true => Err(wrong(field, format!("is all zeros: {remedy}"))),
+                false => Ok(key),
+            }
+        };
+        let public_key = key("public_key", &self.public_key)?;
+        let second = self.second_public_key.as_ref();
+        let second_public_key = second.map(|text| key("second_public_key", text)).transpose()?;
+        if second_public_key == Some(public_key) {
+            let text = "is public_key once more: leave it out";
+            return Err(wrong("second_public_key", text.to_owned()));
         }
         let mut endpoints = Vec::with_capacity(self.endpoints.len());
         for text in &self.endpoints {
@@ -160,7 +178,7 @@ impl RawRecord {
             return Err(wrong("pod_cidrs", text.to_owned()));
         }
         check_disjoint(&pod_cidrs).map_err(|error| wrong("pod_cidrs", error.to_string()))?;
-        Ok(NodeRecord { name, public_key, endpoints, pod_cidrs })
+        Ok(NodeRecord { name, public_key, second_public_key, endpoints, pod_cidrs })
     }
 }
 
@@ -197,13 +215,14 @@ pub fn conflict<'a, S: Clone>(
             let message = format!("two records of node {name}: keep one");
             return Some(Conflict { between: (other, source), message });
         }
-        if let Some((other, twin)) = keys.insert(record.public_key, (source.clone(), name)) {
-            let message = format!(
-                "public_key: nodes {twin} and {name} have the same key {}: every node has a key of \
-                 its own (skein-agent keygen)",
-                record.public_key
-            );
-            return Some(Conflict { between: (other, source), message });
+        for key in record.keys().iter() {
+            if let Some((other, twin)) = keys.insert(key, (source.clone(), name)) {
+                let message = format!(
+                    "public_key: nodes {twin} and {name} have the same key {key}: every node has a \
+                     key of its own (skein-agent keygen)"
+                );
+                return Some(Conflict { between: (other, source), message });
+            }
         }
         cidrs.extend(record.pod_cidrs.iter().map(|cidr| (*cidr, source.clone(), name)));
         endpoints.extend(record.endpoints.iter().map(|at| (at.ip(), source.clone(), name)));
@@ -248,6 +267,7 @@ pub(crate) mod tests {
         NodeRecord {
             name: format!("node-{n}"),
             public_key: PublicKey([n; 32]),
+            second_public_key: None,
             endpoints: vec![SocketAddr::from(([192, 0, 2, n], 51900))],
             pod_cidrs: cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect(),
         }
@@ -294,6 +314,8 @@ pub(crate) mod tests {
             (good.replace("node-1", "node 1"), "name", "letters"),
             (good.replace(&key, "AAAA"), "node-1: public_key", "skein-agent pubkey"),
             (good.replace(&key, "?"), "node-1: public_key", "skein-agent pubkey"),
+            (good.clone() + "second_public_key = '?'", "second_public_key", "skein-agent pubkey"),
+            (good.clone() + &format!("second_public_key = '{key}'"), "second", "leave it out"),
             (text(0, &["10.1.0.0/24"]).replace("node-0", "z"), "z: public_key", "pubkey"),
             (good.replace("192.0.2.1:51900", "host:1"), "node-1: endpoints", "192.0.2.1"),
             (good.replace("192.0.2.1:51900", "0.0.0.0"), "node-1: endpoints", "192.0.2.1"),
@@ -319,6 +341,9 @@ pub(crate) mod tests {
         );
         let twin = text(1, &["10.2.0.0/24"]).replace("node-1", "twin");
         assert!(error(&file(&a, &twin)).contains("same key"));
+        let key = record(1, &[]).public_key;
+        let second = text(2, &["10.2.0.0/24"]) + &format!("second_public_key = '{key}'\n");
+        assert!(error(&file(&text(1, &["10.1.0.0/24"]), &second)).contains("same key"));
         for taken in ["192.0.2.0/24", "192.0.2.1/32", "192.0.0.0/16"] {
             let taken = error(&file(&a, &text(2, &[taken])));
             assert!(taken.contains("192.0.2.1, where node node-1 listens"), "{taken}");

@@ -15,7 +15,7 @@ use super::records::{self, Files, NodeRecord};
 use super::source::Reader;
 use crate::config::{Config, check_inside};
 use crate::failure::Failure;
-use crate::keys::PublicKey;
+use crate::keys::PublicKeys;
 
 /// Records by the file that they come from.
 type Accepted = BTreeMap<PathBuf, Vec<NodeRecord>>;
@@ -32,7 +32,7 @@ pub fn has_last_good(config: &Config, source: &Reader) -> bool {
 #[derive(Debug, Clone)]
 struct Own {
     name: String,
-    public_key: PublicKey,
+    keys: PublicKeys,
     pod_cidrs: Option<Vec<IpNet>>,
     /// What the pod CIDRs of every node lie in; empty: anywhere.
     cluster_cidrs: Vec<IpNet>,
@@ -85,10 +85,10 @@ struct Stored {
 impl Registry {
     /// Reads the records at the start. What is wrong with this node's own record is an error, and so
     /// is a wrong file where no records were ever good: later it is refused alone, as at run time.
-    pub fn open(config: &Config, public_key: PublicKey, source: Reader) -> Result<Self, Failure> {
+    pub fn open(config: &Config, keys: PublicKeys, source: Reader) -> Result<Self, Failure> {
         let own = Own {
             name: config.name.clone(),
-            public_key,
+            keys,
             pod_cidrs: config.pod_cidrs.clone(),
             cluster_cidrs: config.cluster_cidrs.clone(),
             record: source.made_here(&config.name),
@@ -193,6 +193,19 @@ impl Registry {
         self.accepted.values().flatten().filter(|record| record.name != self.own.name)
     }
 
+    /// This node has other keys from now on.
+    pub fn set_keys(&mut self, keys: PublicKeys) {
+        self.own.keys = keys;
+    }
+
+    /// The keys of this node's record as the other nodes can read it, where there is one.
+    pub fn told_keys(&self) -> Option<PublicKeys> {
+        match &self.source {
+            Reader::Path(_) => self.own().map(NodeRecord::keys),
+            Reader::Kubernetes(records) => records.published_keys(),
+        }
+    }
+
     /// For the status and the metrics.
     pub fn status(&self) -> RegistryStatus {
         let rejected = self.rejected.iter();
@@ -258,11 +271,12 @@ fn check_own(own: &Own, files: &Files) -> Result<(), Failure> {
 
 fn own_error(own: &Own, records: &[NodeRecord]) -> Option<String> {
     let record = records.iter().find(|record| record.name == own.name)?;
-    if record.public_key != own.public_key {
+    let ours: Vec<_> = own.keys.iter().collect();
+    if let Some(key) = record.keys().iter().find(|key| !ours.contains(key)) {
         return Some(format!(
-            "node {}: public_key: the record says {}, but this node's key is {}: correct the record, \
+            "node {}: public_key: the record says {key}, but this node's key is {}: correct the record, \
              or the name in the configuration",
-            own.name, record.public_key, own.public_key
+            own.name, own.keys.first
         ));
     }
     let sorted = |cidrs: &[IpNet]| {
@@ -354,7 +368,8 @@ fn contradiction(
     let standing = (!recorded && !standing.is_empty()).then_some(standing);
     let configured = own.pod_cidrs.as_deref().or(standing).map(|pod_cidrs| NodeRecord {
         name: own.name.clone(),
-        public_key: own.public_key,
+        public_key: own.keys.first,
+        second_public_key: own.keys.second,
         endpoints: Vec::new(),
         pod_cidrs: pod_cidrs.to_vec(),
     });
@@ -389,6 +404,7 @@ fn contradiction(
 mod tests {
     use super::super::records::tests::{record, text};
     use super::*;
+    use crate::keys::PublicKey;
 
     struct Lab {
         directory: tempfile::TempDir,
@@ -423,14 +439,14 @@ mod tests {
         fn open_with(&self, more: &str) -> Result<Registry, Failure> {
             let config = self.config(more);
             let source = Reader::Path(config.nodes.clone());
-            Registry::open(&config, PublicKey([1; 32]), source)
+            Registry::open(&config, PublicKey([1; 32]).into(), source)
         }
 
         /// With another key than the records have.
         fn open_as(&self, key: u8) -> Result<Registry, Failure> {
             let config = self.config("");
             let source = Reader::Path(config.nodes.clone());
-            Registry::open(&config, PublicKey([key; 32]), source)
+            Registry::open(&config, PublicKey([key; 32]).into(), source)
         }
 
         fn open(&self) -> Result<Registry, Failure> {
@@ -607,7 +623,7 @@ mod tests {
     fn what_this_node_says_of_itself_in_kubernetes_wins() {
         let own = Own {
             name: "node-1".to_owned(),
-            public_key: PublicKey([1; 32]),
+            keys: PublicKey([1; 32]).into(),
             pod_cidrs: None,
             cluster_cidrs: Vec::new(),
             record: Some("z".into()),

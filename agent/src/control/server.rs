@@ -7,10 +7,12 @@ use std::os::unix::net as std_net;
 use std::path::Path;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use serde::de::DeserializeOwned;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
+use super::rotation::{Ask, RotationRequest, RotationStatus};
 use super::shared::{Document, Shared};
 use crate::failure::Failure;
 use crate::sys::socket::is_absent;
@@ -20,7 +22,13 @@ const DEADLINE: Duration = Duration::from_secs(5);
 /// How long a reader that says nothing may mean to say something.
 const SILENCE: Duration = Duration::from_millis(100);
 /// What another agent says that is to take this one's place.
-const GIVE_WAY: &[u8] = b"give way\n";
+const GIVE_WAY: &str = "give way";
+/// What asks for another key of this node …
+const ROTATE_KEY: &str = "rotate key";
+/// … and for an end of the old one at once.
+const ROTATE_KEY_AT_ONCE: &str = "rotate key at once";
+/// The longest line of a request, in bytes.
+const LINE: u64 = 64;
 
 /// Binds the socket for its owner only; takes over a path that nobody listens on.
 pub fn bind(path: &Path) -> Result<UnixListener, Failure> {
@@ -53,14 +61,23 @@ pub fn bind_socket(key: &str, path: &Path) -> Result<UnixListener, Failure> {
     Ok(listener)
 }
 
-/// Answers until it is aborted. `give_way` is told when another agent is to take this one's place.
-pub async fn serve(listener: UnixListener, shared: Shared, give_way: watch::Sender<bool>) {
+/// Who is told what is asked for.
+#[derive(Debug, Clone)]
+pub struct Asks {
+    /// Another agent is to take this one's place.
+    pub give_way: watch::Sender<bool>,
+    /// Somebody wants another key for this node.
+    pub rotate: Ask,
+}
+
+/// Answers until it is aborted.
+pub async fn serve(listener: UnixListener, shared: Shared, asks: Asks) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                let (shared, give_way) = (shared.clone(), give_way.clone());
+                let (shared, asks) = (shared.clone(), asks.clone());
                 tokio::spawn(async move {
-                    let answer = answer(stream, &shared, &give_way);
+                    let answer = answer(stream, &shared, &asks);
                     if let Ok(Err(error)) = tokio::time::timeout(DEADLINE, answer).await {
                         tracing::debug!(%error, "status not delivered");
                     }
@@ -74,24 +91,34 @@ pub async fn serve(listener: UnixListener, shared: Shared, give_way: watch::Send
     }
 }
 
-async fn answer(
-    mut stream: UnixStream,
-    shared: &Shared,
-    give_way: &watch::Sender<bool>,
-) -> io::Result<()> {
+async fn answer(mut stream: UnixStream, shared: &Shared, asks: &Asks) -> io::Result<()> {
     let uid = stream.peer_cred()?.uid();
     if uid != 0 && uid != rustix::process::geteuid().as_raw() {
         return Err(io::ErrorKind::PermissionDenied.into());
     }
-    let mut said = [0; GIVE_WAY.len()];
-    let listened = tokio::time::timeout(SILENCE, stream.read_exact(&mut said)).await;
-    if matches!(listened, Ok(Ok(_))) && said == GIVE_WAY {
-        give_way.send_replace(true);
-        return Ok(());
-    }
-    let document = serde_json::to_vec(&shared.document().await)?;
-    stream.write_all(&document).await?;
+    let mut said = String::new();
+    let mut lines = BufReader::new((&mut stream).take(LINE));
+    // Whoever says nothing wants the status.
+    let _ = tokio::time::timeout(SILENCE, lines.read_line(&mut said)).await;
+    let answer = match said.strip_suffix('\n') {
+        Some(GIVE_WAY) => {
+            asks.give_way.send_replace(true);
+            return Ok(());
+        }
+        Some(ROTATE_KEY) => serde_json::to_vec(&rotate(asks, false).await)?,
+        Some(ROTATE_KEY_AT_ONCE) => serde_json::to_vec(&rotate(asks, true).await)?,
+        _ => serde_json::to_vec(&shared.document().await)?,
+    };
+    stream.write_all(&answer).await?;
     stream.shutdown().await
+}
+
+async fn rotate(asks: &Asks, at_once: bool) -> Result<RotationStatus, String> {
+    let (answer, answered) = oneshot::channel();
+    let asked = asks.rotate.send(RotationRequest { at_once, answer }).await;
+    let gone = || "the agent is ending".to_owned();
+    asked.map_err(|_| gone())?;
+    answered.await.unwrap_or_else(|_| Err(gone()))
 }
 
 /// Asks the agent that listens on `path`, if one does, to give way.
@@ -102,7 +129,7 @@ pub async fn ask_to_give_way(path: &Path) -> io::Result<()> {
             Err(error) if is_absent(&error) => return Ok(()),
             Err(error) => return Err(error),
         };
-        stream.write_all(GIVE_WAY).await?;
+        stream.write_all(format!("{GIVE_WAY}\n").as_bytes()).await?;
         // It closes the connection when it has read that.
         stream.read_to_end(&mut Vec::new()).await.map(drop)
     };
@@ -111,9 +138,22 @@ pub async fn ask_to_give_way(path: &Path) -> io::Result<()> {
 
 /// Fetches the status of the agent that listens on `path`.
 pub async fn fetch(path: &Path) -> io::Result<Document> {
+    ask(path, "").await
+}
+
+/// Asks the agent that listens on `path` for another key of its node; the inner error is the agent's.
+pub async fn ask_to_rotate(
+    path: &Path,
+    at_once: bool,
+) -> io::Result<Result<RotationStatus, String>> {
+    let request = if at_once { ROTATE_KEY_AT_ONCE } else { ROTATE_KEY };
+    ask(path, &format!("{request}\n")).await
+}
+
+async fn ask<T: DeserializeOwned>(path: &Path, request: &str) -> io::Result<T> {
     let ask = async {
         let mut stream = UnixStream::connect(path).await?;
-        // Nothing is asked.
+        stream.write_all(request.as_bytes()).await?;
         stream.shutdown().await?;
         let mut text = Vec::new();
         stream.read_to_end(&mut text).await?;

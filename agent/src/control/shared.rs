@@ -6,10 +6,12 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
 use super::client::{Client, ClientError};
 use super::kubernetes;
 use super::registry::RegistryStatus;
+use super::rotation::RotationStatus;
 use super::supervisor::{DataplaneState, DataplaneStatus};
 use crate::cni;
 use crate::config::Config;
@@ -27,12 +29,11 @@ const RECENT: Duration = Duration::from_secs(1);
 pub struct Shared {
     /// The configuration.
     pub config: Arc<Config>,
-    /// This node's identity.
-    pub public_key: PublicKey,
     /// Whether the agent is ready.
     pub readiness: Readiness,
     /// The data process.
     pub dataplane: DataplaneState,
+    key: Arc<watch::Sender<RotationStatus>>,
     view: Arc<Mutex<View>>,
     last_report: Arc<tokio::sync::Mutex<LastReport>>,
     pods: Arc<OnceLock<cni::View>>,
@@ -74,6 +75,8 @@ pub struct Document {
     pub version: String,
     /// Identity of the node.
     pub public_key: PublicKey,
+    /// How old it is, and how far a change of it has come.
+    pub key: RotationStatus,
     /// Whether the agent is ready.
     pub ready: bool,
     /// Why it is not.
@@ -92,10 +95,10 @@ pub struct Document {
 
 impl Shared {
     /// For a control process that has just started.
-    pub fn new(config: Config, public_key: PublicKey) -> Self {
+    pub fn new(config: Config, key: RotationStatus) -> Self {
         Self {
             config: Arc::new(config),
-            public_key,
+            key: Arc::new(watch::Sender::new(key)),
             readiness: Readiness::default(),
             dataplane: DataplaneState::default(),
             view: Arc::default(),
@@ -103,6 +106,25 @@ impl Shared {
             pods: Arc::default(),
             requests: Arc::default(),
         }
+    }
+
+    /// Notes the state of this node's key.
+    pub fn set_key(&self, key: RotationStatus) {
+        self.key.send_if_modified(|known| {
+            let changed = known.keys != key.keys;
+            *known = key;
+            changed
+        });
+    }
+
+    /// The state of this node's key.
+    pub fn key(&self) -> RotationStatus {
+        self.key.borrow().clone()
+    }
+
+    /// The same, for whoever waits for other keys.
+    pub fn follow_key(&self) -> watch::Receiver<RotationStatus> {
+        self.key.subscribe()
     }
 
     /// Notes the state of the registry.
@@ -179,11 +201,13 @@ impl Shared {
     pub async fn document(&self) -> Document {
         let report = self.report().await.ok();
         let reasons = self.readiness.reasons();
+        let key = self.key();
         let view = self.lock();
         Document {
             node: self.config.name.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            public_key: self.public_key,
+            public_key: key.keys.first,
+            key,
             ready: reasons.is_empty(),
             reasons,
             interface: view.interface.clone(),
@@ -234,7 +258,8 @@ mod tests {
             }
         });
         let config = format!("name = 'node-a'\n[dataplane]\nsocket = {socket:?}");
-        let shared = Shared::new(Config::parse(&config).unwrap(), PublicKey([1; 32]));
+        let shared =
+            Shared::new(Config::parse(&config).unwrap(), RotationStatus::of(PublicKey([1; 32])));
         (directory, shared, reports)
     }
 

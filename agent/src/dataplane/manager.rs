@@ -15,7 +15,8 @@ use anyhow::Context;
 use rustix::time::{ClockId, clock_gettime};
 use skein_core::route::{PeerId, RouteTable};
 use skein_core::time::Time;
-use skein_core::tunnel::{Engine, EngineConfig, PeerConfig};
+use skein_core::tunnel::{Engine, EngineConfig, EngineError, PeerConfig};
+use zeroize::Zeroizing;
 
 use super::handover::{self, Estate, ToKeeper};
 use super::memory::{Resumed, SessionMemory};
@@ -27,7 +28,7 @@ use super::totals::Totals;
 use crate::ipc::{
     ErrorKind, HandOver, NodeIdentity, NodeSettings, Peer, Request, Response, Snapshot, Update,
 };
-use crate::keys::PublicKey;
+use crate::keys::{PrivateKey, PublicKey};
 use crate::sys::tun::TunError;
 use crate::sys::udp::UdpError;
 
@@ -372,15 +373,16 @@ impl Active {
     ) -> Result<Self, SetupError> {
         let node = &snapshot.node;
         let config = EngineConfig {
-            private_key: zeroize::Zeroizing::new(*node.private_key.as_bytes()),
+            private_key: Zeroizing::new(*node.private_key.as_bytes()),
             cluster_id: node.cluster_id.clone(),
             lanes: node.lanes,
             ciphers: super::setup::ciphers(node.cipher),
             mtu: node.tun.mtu,
             listen_port: node.underlay.port,
         };
-        let mut engine = Engine::new(config, Box::new(random))
-            .map_err(|e| SetupError::Invalid(e.to_string()))?;
+        let invalid = |error: EngineError| SetupError::Invalid(error.to_string());
+        let mut engine = Engine::new(config, Box::new(random)).map_err(invalid)?;
+        set_identity(&mut engine, node)?;
         if let Some(memory) = &memory {
             engine.set_memory(Box::new(memory.clone()));
         }
@@ -422,21 +424,29 @@ impl Active {
     fn become_like(&mut self, now: Time, snapshot: Snapshot) -> Result<Kept, SetupError> {
         let mut node = snapshot.node.clone();
         node.tun = self.snapshot.node.tun.clone();
+        node.private_key = self.snapshot.node.private_key.clone();
+        node.second_private_key = self.snapshot.node.second_private_key.clone();
         if node != self.snapshot.node {
             return Err(SetupError::Fixed);
         }
+        set_identity(&mut self.engine, &snapshot.node)?;
+        self.snapshot.node.private_key = snapshot.node.private_key;
+        self.snapshot.node.second_private_key = snapshot.node.second_private_key;
         let mut kept = Kept::Snapshot;
         let before = std::mem::replace(&mut self.snapshot.local_cidrs, snapshot.local_cidrs);
         if let Err(error) = self.set_peers(now, snapshot.peers) {
             self.snapshot.local_cidrs = before;
             return Err(error);
         }
-        if snapshot.node.tun.ifindex != self.snapshot.node.tun.ifindex {
-            self.running.attach_tun(&snapshot.node)?;
+        let before = std::mem::replace(&mut self.snapshot.node.tun, snapshot.node.tun);
+        if before.ifindex != self.snapshot.node.tun.ifindex {
+            if let Err(error) = self.running.attach_tun(&self.snapshot.node) {
+                self.snapshot.node.tun = before;
+                return Err(error);
+            }
             kept = Kept::All;
         }
-        if snapshot.node.tun != self.snapshot.node.tun {
-            self.snapshot.node.tun = snapshot.node.tun;
+        if before != self.snapshot.node.tun {
             self.publish();
         }
         self.snapshot.revision = snapshot.revision;
@@ -461,29 +471,34 @@ impl Active {
         RouteTable::build(&self.snapshot.local_cidrs, numbered).map_err(|conflict| {
             SetupError::Invalid(format!("contradicting pod CIDRs: {conflict}"))
         })?;
-        let wanted: HashSet<PublicKey> = peers.iter().map(|peer| peer.public_key).collect();
-        if wanted.len() != peers.len() {
+        let keys = || peers.iter().flat_map(|peer| [Some(peer.public_key), peer.second_public_key]);
+        if keys().flatten().collect::<HashSet<_>>().len() != keys().flatten().count() {
             return Err(SetupError::Invalid("two nodes have the same public key".to_owned()));
         }
         let engine = &mut self.engine;
-        self.peers.retain(|key, _| {
-            let keep = wanted.contains(key);
-            if !keep {
-                engine.remove_peer(&key.0);
-            }
-            keep
-        });
+        let before = std::mem::take(&mut self.peers);
         for peer in peers {
-            if self.peers.get(&peer.public_key).is_some_and(|(_, known)| *known == peer) {
+            if let Some((id, known)) = before.get(&peer.public_key)
+                && *known == peer
+            {
+                self.peers.insert(peer.public_key, (*id, peer));
                 continue;
             }
             let endpoints = peer.endpoints.iter().copied();
             // An IPv4-mapped address is one of IPv4, whose socket is another.
             let endpoints = endpoints.map(|e| SocketAddr::new(e.ip().to_canonical(), e.port()));
             let endpoints = endpoints.filter(|e| self.running.can_reach(*e)).collect();
-            let config = PeerConfig { public_key: peer.public_key.0, endpoints };
+            let config = PeerConfig {
+                public_key: peer.public_key.0,
+                second_key: peer.second_public_key.map(|key| key.0),
+                endpoints,
+            };
             let id = engine.upsert_peer(now, config);
             self.peers.insert(peer.public_key, (id, peer));
+        }
+        let wanted: HashSet<PeerId> = self.peers.values().map(|(id, _)| *id).collect();
+        for (id, _) in before.into_values().filter(|(id, _)| !wanted.contains(id)) {
+            engine.remove_peer(id);
         }
         let owners = self.peers.values().map(|(id, peer)| (*id, peer.pod_cidrs.as_slice()));
         let routes = RouteTable::build(&self.snapshot.local_cidrs, owners)
@@ -551,6 +566,13 @@ impl Active {
         self.published.publish(tables);
         self.running.wake_lanes();
     }
+}
+
+fn set_identity(engine: &mut Engine, node: &NodeSettings) -> Result<(), SetupError> {
+    let bytes = |key: &PrivateKey| Zeroizing::new(*key.as_bytes());
+    engine
+        .set_identity(bytes(&node.private_key), node.second_private_key.as_ref().map(bytes))
+        .map_err(|error| SetupError::Invalid(error.to_string()))
 }
 
 fn random(bytes: &mut [u8]) {

@@ -55,6 +55,7 @@ fn document(inner: u64) -> Document {
         node: "node-a".to_owned(),
         version: "1.2.3".to_owned(),
         public_key: PublicKey([1; 32]),
+        key: RotationStatus::of(PublicKey([1; 32])),
         ready: false,
         reasons: vec!["interface skein0: cannot add".to_owned()],
         interface: Default::default(),

@@ -67,6 +67,12 @@ annotations:
 cluster_id = {{ .Values.clusterId | toJson }}
 cluster_cidrs = {{ include "skein.toml" (compact (list .Values.podCidr .Values.podCidrv6)) }}
 
+[key_rotation]
+{{- with .Values.keyRotation }}
+every_days = {{ int .everyDays }}
+settle_seconds = {{ int .settleSeconds }}
+{{- end }}
+
 [kubernetes]
 enabled = true
 {{- with .Values.endpointInterface }}

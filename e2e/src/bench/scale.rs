@@ -160,6 +160,7 @@ fn record(number: u32) -> Result<Record> {
     Ok(Record {
         name: format!("fleet-{number}"),
         public_key: BASE64.encode(key),
+        second_public_key: None,
         endpoints: vec![format!("198.18.{high}.{low}:51900")],
         pod_cidrs: vec![
             format!("100.{}.{low}.0/24", 64 + u32::from(high) % 64),

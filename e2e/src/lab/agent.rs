@@ -42,6 +42,8 @@ pub struct Record {
     pub name: String,
     /// Base64.
     pub public_key: String,
+    /// Another one, while the key changes.
+    pub second_public_key: Option<String>,
     /// `address:port`.
     pub endpoints: Vec<String>,
     /// What it owns.
@@ -64,6 +66,9 @@ impl Record {
         let mut table = Table::new();
         table.insert("name".into(), self.name.clone().into());
         table.insert("public_key".into(), self.public_key.clone().into());
+        if let Some(second) = &self.second_public_key {
+            table.insert("second_public_key".into(), second.clone().into());
+        }
         table.insert("endpoints".into(), self.endpoints.clone().into());
         table.insert("pod_cidrs".into(), self.pod_cidrs.clone().into());
         table
@@ -114,6 +119,7 @@ impl Agent {
             record: Record {
                 name: name.clone(),
                 public_key: new_key(Path::new(&key))?,
+                second_public_key: None,
                 endpoints: vec![std::net::SocketAddr::new(address, port).to_string()],
                 pod_cidrs: Family::BOTH.map(|family| node.pod_cidr(family)).into(),
             },

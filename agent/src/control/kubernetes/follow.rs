@@ -18,8 +18,9 @@ use super::client::describe;
 use super::own;
 use super::resource::{SkeinNode, SkeinNodeSpec};
 use crate::config::Config;
-use crate::control::records::{Files, NodeRecord};
-use crate::keys::PublicKey;
+use crate::control::records::Files;
+use crate::control::rotation::RotationStatus;
+use crate::keys::PublicKeys;
 use crate::netlink::Netlink;
 
 /// Seconds after which a watch is renewed, and at most half as many more: a connection from an address that this node has no more, or to
@@ -53,7 +54,7 @@ pub(super) struct State {
 /// Follows the API server, for as long as somebody listens.
 pub(super) async fn follow(
     config: Arc<Config>,
-    public_key: PublicKey,
+    mut key: watch::Receiver<RotationStatus>,
     client: Client,
     sender: watch::Sender<State>,
 ) {
@@ -81,7 +82,7 @@ pub(super) async fn follow(
     let mut node = std::pin::pin!(node);
     let mut follower = Follower {
         config: Arc::clone(&config),
-        public_key,
+        keys: key.borrow_and_update().keys,
         store,
         synced: false,
         found: false,
@@ -99,6 +100,11 @@ pub(super) async fn follow(
         let changed = tokio::select! {
             Some(event) = all.next() => follower.take_record(event),
             Some(event) = node.next() => follower.take_node(event),
+            // It fails only where nobody listens any more.
+            Ok(()) = key.changed() => {
+                follower.keys = key.borrow_and_update().keys;
+                true
+            }
             _ = look.tick() => {
                 let well = follower.forget();
                 match &netlink {
@@ -135,7 +141,7 @@ async fn until(due: Option<Instant>) {
 
 struct Follower {
     config: Arc<Config>,
-    public_key: PublicKey,
+    keys: PublicKeys,
     store: reflector::Store<SkeinNode>,
     /// Whether every SkeinNode was seen once.
     synced: bool,
@@ -223,7 +229,7 @@ impl Follower {
             && interface == self.addresses.is_some()
         {
             let addresses = self.addresses.as_deref();
-            let own = own::spec(&self.config, self.public_key, node, addresses);
+            let own = own::spec(&self.config, self.keys, node, addresses);
             self.state.problem = own.as_ref().err().cloned();
             // What was said before stays in force, as long as it is the same Node.
             let same = self.uid == node.metadata.uid;
@@ -259,9 +265,7 @@ fn files(name: &str, own: &SkeinNodeSpec, nodes: &[Arc<SkeinNode>]) -> Files {
     let mut files: Files = others
         .map(|node| (path(&node.name_any()), node.record().map(|record| vec![record])))
         .collect();
-    let SkeinNodeSpec { public_key, endpoints, pod_cidrs } = own;
-    let own = NodeRecord::from_text(name.to_owned(), public_key, endpoints, pod_cidrs);
-    files.insert(path(name), own.map(|record| vec![record]));
+    files.insert(path(name), own.record(name.to_owned()).map(|record| vec![record]));
     files
 }
 

@@ -22,6 +22,7 @@ pub(super) use self::follow::path;
 use super::records::Files;
 use super::shared::Shared;
 use crate::failure::Failure;
+use crate::keys::PublicKeys;
 
 /// How long a start waits for the API server where the last good records would do.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -47,7 +48,8 @@ impl Kubernetes {
         let client = client::connect(kubeconfig, &requests).await;
         let client = client.map_err(|error| Failure::Usage(format!("{error:#}")))?;
         let (sender, state) = watch::channel(State::default());
-        let follow = follow::follow(Arc::clone(config), shared.public_key, client.clone(), sender);
+        let follow =
+            follow::follow(Arc::clone(config), shared.follow_key(), client.clone(), sender);
         let publish = publish::publish(shared.clone(), client, state.clone());
         let tasks = [tokio::spawn(follow), tokio::spawn(publish)];
         Ok(Self { state, requests, tasks })
@@ -110,6 +112,12 @@ impl Records {
     pub fn read(&self) -> Result<Files, String> {
         let state = self.0.borrow();
         state.records.as_deref().cloned().ok_or_else(|| state.waits_for())
+    }
+
+    /// The keys of this node as the API server has them; `None` where it has none.
+    pub fn published_keys(&self) -> Option<PublicKeys> {
+        let published = self.0.borrow().published.clone()?;
+        published.record().ok().map(|record| record.keys())
     }
 
     /// Why nothing new is known, where that is so.

@@ -8,13 +8,13 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 
 use super::resource::SkeinNodeSpec;
 use crate::config::{Config, check_inside};
-use crate::keys::PublicKey;
+use crate::keys::PublicKeys;
 
 /// This node's record. `addresses` are those of `kubernetes.endpoint_interface`, where one is
 /// configured. An error says what an operator has to do.
 pub(super) fn spec(
     config: &Config,
-    public_key: PublicKey,
+    keys: PublicKeys,
     node: &Node,
     addresses: Option<&[IpAddr]>,
 ) -> Result<SkeinNodeSpec, String> {
@@ -50,7 +50,12 @@ pub(super) fn spec(
             config.underlay.addresses
         ));
     }
-    Ok(SkeinNodeSpec { public_key: public_key.to_string(), endpoints, pod_cidrs })
+    Ok(SkeinNodeSpec {
+        public_key: keys.first.to_string(),
+        second_public_key: keys.second.map(|key| key.to_string()),
+        endpoints,
+        pod_cidrs,
+    })
 }
 
 fn pod_cidrs(node: &Node) -> Result<Vec<String>, String> {
@@ -85,6 +90,7 @@ pub(super) fn owner(node: &Node) -> Option<OwnerReference> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::keys::PublicKey;
 
     fn node(cidrs: &[&str], ips: &[&str]) -> Node {
         let addresses =
@@ -106,26 +112,26 @@ mod tests {
     fn it_follows_from_the_node() {
         let node = node(&["10.1.0.0/24", "fd00:1::/64"], &["192.0.2.1", "2001:db8::1"]);
         let both = "[underlay]\naddresses = ['0.0.0.0', '::']\nport = 4000";
-        let all = spec(&config(both), PublicKey([1; 32]), &node, None).unwrap();
+        let all = spec(&config(both), PublicKey([1; 32]).into(), &node, None).unwrap();
         assert_eq!(all.endpoints, ["192.0.2.1:4000", "[2001:db8::1]:4000"]);
         assert_eq!(all.pod_cidrs, ["10.1.0.0/24", "fd00:1::/64"]);
         let v4 = config("[underlay]\naddresses = ['0.0.0.0']");
         assert_eq!(
-            spec(&v4, PublicKey([1; 32]), &node, None).unwrap().endpoints,
+            spec(&v4, PublicKey([1; 32]).into(), &node, None).unwrap().endpoints,
             ["192.0.2.1:51900"]
         );
         let elsewhere: IpAddr = "198.51.100.7".parse().unwrap();
-        let there = spec(&v4, PublicKey([1; 32]), &node, Some(&[elsewhere])).unwrap();
+        let there = spec(&v4, PublicKey([1; 32]).into(), &node, Some(&[elsewhere])).unwrap();
         assert_eq!(there.endpoints, ["198.51.100.7:51900"]);
         let configured =
-            spec(&config("pod_cidrs = ['10.9.0.0/16']"), PublicKey([1; 32]), &node, None);
+            spec(&config("pod_cidrs = ['10.9.0.0/16']"), PublicKey([1; 32]).into(), &node, None);
         assert_eq!(configured.unwrap().pod_cidrs, ["10.9.0.0/16"]);
         assert_eq!(owner(&node).unwrap().uid, "u");
     }
 
     #[test]
     fn what_is_missing_is_said() {
-        let key = PublicKey([1; 32]);
+        let key = PublicKeys::from(PublicKey([1; 32]));
         let text = spec(&config(""), key, &node(&[], &["192.0.2.1"]), None).unwrap_err();
         assert!(text.contains("--allocate-node-cidrs"), "{text}");
         let text = spec(&config(""), key, &node(&["10.1.0.0/24"], &[]), None).unwrap_err();

@@ -64,6 +64,10 @@ pub struct SkeinNodeSpec {
     /// The node's X25519 public key: 32 bytes in base64.
     #[schemars(regex(pattern = r"^[A-Za-z0-9+/]{43}=$"))]
     pub public_key: String,
+    /// Another key that is accepted while the node changes its key: the next, or the one before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = r"^[A-Za-z0-9+/]{43}=$"))]
+    pub second_public_key: Option<String>,
     /// Where the node listens: addresses with UDP ports, in the order to try. An IPv6 address is in
     /// brackets.
     #[schemars(length(min = 1, max = 8))]
@@ -139,8 +143,15 @@ impl SkeinNode {
     /// The record that it holds.
     pub fn record(&self) -> Result<NodeRecord, RecordError> {
         let name = self.metadata.name.clone().unwrap_or_default();
-        let SkeinNodeSpec { public_key, endpoints, pod_cidrs } = self.spec.clone();
-        NodeRecord::from_text(name, &public_key, &endpoints, &pod_cidrs)
+        self.spec.record(name)
+    }
+}
+
+impl SkeinNodeSpec {
+    /// The record of the node with this name.
+    pub fn record(&self, name: String) -> Result<NodeRecord, RecordError> {
+        let SkeinNodeSpec { public_key, second_public_key, endpoints, pod_cidrs } = self.clone();
+        NodeRecord::from_text(name, public_key, second_public_key, endpoints, pod_cidrs)
     }
 }
 
@@ -176,6 +187,7 @@ mod tests {
             "node-a",
             SkeinNodeSpec {
                 public_key: "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=".into(),
+                second_public_key: None,
                 endpoints: vec!["192.0.2.1:51900".into(), "[2001:db8::1]:51900".into()],
                 pod_cidrs: vec!["10.1.0.0/24".into(), "fd00::/64".into()],
             },

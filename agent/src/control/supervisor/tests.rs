@@ -84,6 +84,7 @@ fn snapshot(peers: u8) -> Arc<Snapshot> {
     let peer = |n: u8| Peer {
         name: format!("node-{n}"),
         public_key: PublicKey([n; 32]),
+        second_public_key: None,
         endpoints: vec![],
         pod_cidrs: vec![],
     };
@@ -94,7 +95,7 @@ fn snapshot(peers: u8) -> Arc<Snapshot> {
         addresses: vec![],
     };
     let key = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=".parse().unwrap();
-    Arc::new(desired.snapshot(&config, &key, 7, u64::from(peers)))
+    Arc::new(desired.snapshot(&config, (&key, None), 7, u64::from(peers)))
 }
 
 struct Lab {

@@ -1,0 +1,99 @@
+//! A node's key is changed while traffic goes on.
+
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+use skein_e2e::checks;
+use skein_e2e::lab::agent::{Agent, Cluster, Record};
+use skein_e2e::lab::{Family, Plan};
+
+/// What becomes of sessions that the old key made, until the others give it up.
+const SETTLE: Duration = Duration::from_secs(8);
+
+fn stage(agent: &Agent) -> Result<String> {
+    let status = agent.status()?;
+    Ok(status["key"]["stage"].as_str().context("no stage")?.to_owned())
+}
+
+fn reaches_stage(agent: &Agent, wanted: &str) -> Result<()> {
+    checks::eventually(wanted, Duration::from_secs(5), || Ok(stage(agent)? == wanted)).map(drop)
+}
+
+/// The first node's key is changed, step by step, as an operator does it.
+fn change_key(agents: &mut [Agent]) -> Result<Record> {
+    let asked = agents[0].run_command(&["rotate-key", "-o", "json"])?;
+    ensure!(asked.code == 0, "{}", asked.stderr);
+    let answer: Value = serde_json::from_str(&asked.stdout)?;
+    let next = answer["keys"]["second"].as_str().context("no next key")?.to_owned();
+    let again = agents[0].run_command(&["rotate-key"])?;
+    ensure!(again.code == 1 && again.stderr.contains("changed already"), "{}", again.stderr);
+
+    let old = agents[0].record.public_key.clone();
+    let announced = Record { second_public_key: Some(next.clone()), ..agents[0].record.clone() };
+    let changed =
+        Record { public_key: next, second_public_key: Some(old), ..agents[0].record.clone() };
+    let done = Record { second_public_key: None, ..changed.clone() };
+    // The others first, this node last.
+    for record in [announced, changed, done.clone()] {
+        for agent in agents.iter().rev() {
+            agent.put_record(&record)?;
+            thread::sleep(Duration::from_millis(700));
+        }
+        // Whatever the control process knows is on the disk.
+        agents[0].kill_control();
+        agents[0].start()?;
+        thread::sleep(SETTLE);
+    }
+    reaches_stage(&agents[0], "steady")?;
+    Ok(done)
+}
+
+#[test]
+fn a_key_is_changed_without_a_lost_packet() -> Result<()> {
+    let mut cluster = Cluster::prepare(
+        skein_e2e::lab::Lab::new(&Plan { nodes: 3, ..Plan::default() })?,
+        Family::V4,
+    )?;
+    for agent in &mut cluster.agents {
+        agent.set("dataplane.mode", "external");
+    }
+    let mut dataplanes = Vec::new();
+    for agent in &cluster.agents {
+        dataplanes.push(agent.start_dataplane()?);
+    }
+    cluster.start()?;
+    checks::all_reach_all(&cluster.lab)?;
+    let Cluster { agents, lab, .. } = &mut cluster;
+    let pods = [0, 1, 2].map(|index| lab.pod(index));
+    let file = checks::start_transfer(pods[0], pods[1], Family::V6, 60_000_000, Some(1_500_000))?;
+    let duration = Duration::from_secs(36);
+    let (record, outcomes) = thread::scope(|scope| -> Result<_> {
+        let pairs = [(0, 1), (1, 0), (2, 0)];
+        let flows = pairs.map(|(from, to)| {
+            let (from, to) = (pods[from], pods[to]);
+            scope.spawn(move || checks::datagrams(from, to, Family::V4, 100, 500, duration))
+        });
+        let record = change_key(agents)?;
+        let outcomes = flows.map(|flow| flow.join().ok().context("a sender panicked")?);
+        Ok((record, outcomes))
+    })?;
+    for outcome in outcomes {
+        let outcome = outcome?;
+        ensure!(outcome.sent > 17_000, "{outcome:?}");
+        ensure!(outcome.received == outcome.sent && outcome.corrupt == 0, "{outcome:?}");
+    }
+    let received = file.join()?;
+    println!("the transfer's longest stall: {received:?}");
+
+    // The old key is good for nothing: neither here nor there.
+    let files = std::fs::read_dir(agents[0].records_directory().parent().context("none")?)?;
+    let names: Vec<_> = files.flatten().map(|entry| entry.file_name()).collect();
+    ensure!(!names.iter().any(|name| name.to_string_lossy().contains(".key.")), "{names:?}");
+    let status = cluster.agents[0].status()?;
+    ensure!(status["public_key"] == record.public_key.as_str(), "{status}");
+    let metrics = cluster.agents[0].metrics()?;
+    ensure!(metrics.sum("skein_key_rotation", &["stage=\"steady\""]) == 1.0, "{}", metrics.0);
+    checks::all_reach_all(&cluster.lab)
+}
