@@ -16,7 +16,7 @@ use crate::keys::PrivateKey;
 use crate::lifecycle::Signals;
 use crate::status::{self, Align, table};
 use crate::sys::probe::{Probe, probe_all};
-use crate::{dataplane, lifecycle};
+use crate::{dataplane, lifecycle, logging};
 
 #[derive(Parser)]
 #[command(name = "skein-agent", version, about = "The Skein node agent", long_about = None)]
@@ -114,6 +114,16 @@ enum Command {
         #[arg(short, long, value_enum, default_value = "table")]
         output: Output,
     },
+    /// Set what the running agent and its data process log, until they start anew
+    LogLevel {
+        #[command(flatten)]
+        config: ConfigArgs,
+        /// The agent's socket (overrides control.socket)
+        #[arg(long)]
+        socket: Option<PathBuf>,
+        /// error, warn, info, debug, trace, or a filter of these; without it as configured
+        level: Option<String>,
+    },
     /// Compute the public key of a private key
     Pubkey {
         /// The private key's file; without it or --config, standard input
@@ -177,7 +187,7 @@ pub fn main() -> Result<(), Failure> {
         Command::Dataplane { socket, probe: true, .. } => Ok(dataplane::probe(&socket)?),
         Command::Dataplane { socket, log_level, log_format, take_over, worker, .. } => {
             let log = Log { level: log_level, format: log_format };
-            lifecycle::start_log(&log);
+            logging::start(&log);
             match worker {
                 Some(channel) => Ok(dataplane::work(channel)?),
                 None => Ok(dataplane::run(&dataplane::Options { socket, take_over, log })?),
@@ -195,6 +205,7 @@ pub fn main() -> Result<(), Failure> {
         Command::RotateKey { config, socket, at_once, output } => {
             rotate_key(&config, socket, at_once, output)
         }
+        Command::LogLevel { config, socket, level } => log_level(&config, socket, level.as_deref()),
         Command::Pubkey { file, config } => pubkey(file, config),
     }
 }
@@ -204,7 +215,7 @@ fn run(config: &ConfigArgs, mode: Option<Mode>, take_over: bool) -> Result<(), F
     if let Some(mode) = mode {
         config.dataplane.mode = mode;
     }
-    lifecycle::start_log(&config.log);
+    logging::start(&config.log);
     let shown = serde_json::to_string(&config).context("cannot print the configuration")?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %shown, "starting");
     // One thread is enough for what is done here, and keeps the process small.
@@ -289,6 +300,20 @@ fn rotate_key(
     })
 }
 
+fn log_level(
+    config: &ConfigArgs,
+    socket: Option<PathBuf>,
+    level: Option<&str>,
+) -> Result<(), Failure> {
+    if let Some(level) = level {
+        logging::parse(level).map_err(Failure::Usage)?;
+    }
+    let socket = control_socket(config, socket)?;
+    let answer = runtime()?.block_on(server::ask_for_level(&socket, level));
+    let answer = answer.map_err(|error| no_answer(&socket, &error))?;
+    answer.map_err(|error| Failure::Runtime(anyhow::anyhow!(error)))
+}
+
 fn json(value: &impl serde::Serialize) -> Result<String, Failure> {
     Ok(serde_json::to_string_pretty(value).context("cannot print the answer")? + "\n")
 }
@@ -347,7 +372,7 @@ fn check(output: Output) -> Result<(), Failure> {
 
 fn clean(config: &ConfigArgs, state: bool) -> Result<(), Failure> {
     let config = config.load()?;
-    lifecycle::start_log(&config.log);
+    logging::start(&config.log);
     let cleaned = runtime()?.block_on(cleanup::cleanup(&config, state))?;
     let mut text: String = cleaned.removed.iter().map(|what| format!("removed {what}\n")).collect();
     if cleaned.removed.is_empty() && cleaned.errors.is_empty() {

@@ -50,6 +50,11 @@ pub enum Request {
         /// Also those of each peer: with thousands of them this takes milliseconds.
         peers: bool,
     },
+    /// Log other things from now on.
+    LogLevel {
+        /// A filter of `tracing`; `None`: what it was started with.
+        level: Option<String>,
+    },
     /// End the data process in an orderly way (the TUN device stays).
     Shutdown,
     /// Stop, and give all descriptors and sessions to whoever asks.

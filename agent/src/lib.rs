@@ -13,6 +13,7 @@ pub mod http;
 pub mod ipc;
 pub mod keys;
 pub mod lifecycle;
+pub mod logging;
 pub mod metrics;
 pub mod netlink;
 pub mod status;

@@ -1,4 +1,4 @@
-//! What a long-running process needs: readiness, the signals that end it, and its log.
+//! What a long-running process needs: readiness, and the signals that end it.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -6,8 +6,6 @@ use std::os::unix::process::CommandExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
-
-use crate::config::{Log, LogFormat};
 
 /// Whether the agent is ready: it is while nobody holds a guard.
 #[derive(Debug, Clone, Default)]
@@ -108,28 +106,6 @@ impl Signals {
             _ = self.hangup.recv() => Asked::Reload,
         }
     }
-}
-
-/// Starts logging to standard error. `SKEIN_LOG` overrides the level.
-pub fn start_log(log: &Log) {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("SKEIN_LOG")
-        .or_else(|_| tracing_subscriber::EnvFilter::try_new(&log.level))
-        .unwrap_or_default();
-    // Whoever read standard error may be gone: that must not end the process, so a line that cannot
-    // be written is lost in silence.
-    let builder = tracing_subscriber::fmt()
-        .with_writer(io::stderr)
-        .with_env_filter(filter)
-        .log_internal_errors(false);
-    let started = match log.format {
-        LogFormat::Text => {
-            let colours = io::IsTerminal::is_terminal(&io::stderr());
-            builder.with_ansi(colours).with_target(false).try_init()
-        }
-        LogFormat::Json => builder.json().flatten_event(true).try_init(),
-    };
-    // Fails only where a log was started before, which then goes on.
-    let _ = started;
 }
 
 #[cfg(test)]

@@ -380,3 +380,44 @@ fn the_data_process_stays_small_with_a_hundred_peers() -> Result<()> {
     ensure!(mebibytes < 64, "{mebibytes} MiB resident");
     Ok(())
 }
+
+#[test]
+fn what_is_logged_is_changed_at_run_time() -> Result<()> {
+    let cluster = Cluster::up(&Plan::default(), Family::V4)?;
+    let agent = &cluster.agents[0];
+    let set = |level: &[&str]| {
+        let finished = agent.run_command(&[&["log-level"], level].concat())?;
+        ensure!(finished.code == 0, "{}", finished.stderr);
+        Ok(())
+    };
+    let said = |text: &str| -> Result<usize> {
+        Ok(fs::read_to_string(agent.log())?.lines().filter(|line| line.contains(text)).count())
+    };
+    // A record that comes and goes: the agent says so where it may.
+    let change = || -> Result<()> {
+        let number = |wanted| {
+            let status = agent.status()?;
+            Ok(status["records"]["accepted"].as_u64() == Some(wanted))
+        };
+        agent.remove_record(&cluster.agents[1].record.name)?;
+        checks::eventually("one record", Duration::from_secs(5), || number(1))?;
+        agent.put_record(&cluster.agents[1].record)?;
+        checks::eventually("two records", Duration::from_secs(5), || number(2)).map(drop)
+    };
+    let (level, records) = ("the level of the log is set", "node records have changed");
+    set(&["debug"])?;
+    ensure!(said(level)? == 2, "not by both processes\n{}", cluster.logs());
+    change()?;
+    let before = said(records)?;
+    ensure!(before >= 2, "{}", cluster.logs());
+    set(&["error"])?;
+    change()?;
+    ensure!((said(level)?, said(records)?) == (2, before), "{}", cluster.logs());
+    set(&[])?;
+    change()?;
+    ensure!((said(level)?, said(records)?) == (4, before + 2), "{}", cluster.logs());
+
+    let refused = agent.run_command(&["log-level", "skein_agent=loud"])?;
+    ensure!(refused.code == 2 && refused.stderr.contains("use error, warn"), "{}", refused.stderr);
+    Ok(())
+}

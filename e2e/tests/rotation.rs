@@ -70,10 +70,10 @@ fn a_key_is_changed_without_a_lost_packet() -> Result<()> {
     let file = checks::start_transfer(pods[0], pods[1], Family::V6, 60_000_000, Some(1_500_000))?;
     let duration = Duration::from_secs(36);
     let (record, outcomes) = thread::scope(|scope| -> Result<_> {
-        let pairs = [(0, 1), (1, 0), (2, 0)];
-        let flows = pairs.map(|(from, to)| {
+        let pairs = [(0, 1, Family::V4), (1, 0, Family::V4), (2, 0, Family::V6)];
+        let flows = pairs.map(|(from, to, family)| {
             let (from, to) = (pods[from], pods[to]);
-            scope.spawn(move || checks::datagrams(from, to, Family::V4, 100, 500, duration))
+            scope.spawn(move || checks::datagrams(from, to, family, 100, 500, duration))
         });
         let record = change_key(agents)?;
         let outcomes = flows.map(|flow| flow.join().ok().context("a sender panicked")?);

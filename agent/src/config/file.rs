@@ -434,10 +434,8 @@ impl MetricsTable {
 
 impl LogTable {
     fn validate(self) -> Result<Log, Invalid> {
-        tracing_subscriber::EnvFilter::try_new(&self.level).map_err(|error| {
-            let example = "use error, warn, info, debug or trace";
-            Invalid(format!("log.level = {:?}: {error}: {example}", self.level))
-        })?;
+        crate::logging::parse(&self.level)
+            .map_err(|error| Invalid(format!("log.level = {error}")))?;
         Ok(Log { level: self.level, format: self.format })
     }
 }

@@ -80,6 +80,7 @@ impl Client {
             Request::Apply { .. } | Request::Update { .. } => CHANGE_DEADLINE,
             Request::Hello { .. }
             | Request::Report { .. }
+            | Request::LogLevel { .. }
             | Request::Shutdown
             | Request::TakeOver { .. } => DEADLINE,
         };

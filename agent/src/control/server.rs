@@ -27,8 +27,10 @@ const GIVE_WAY: &str = "give way";
 const ROTATE_KEY: &str = "rotate key";
 /// … and for an end of the old one at once.
 const ROTATE_KEY_AT_ONCE: &str = "rotate key at once";
+/// What sets the level of the log; the level follows, or nothing for the configured one.
+const LOG_LEVEL: &str = "log level ";
 /// The longest line of a request, in bytes.
-const LINE: u64 = 64;
+const LINE: u64 = 1024;
 
 /// Binds the socket for its owner only; takes over a path that nobody listens on.
 pub fn bind(path: &Path) -> Result<UnixListener, Failure> {
@@ -107,6 +109,10 @@ async fn answer(mut stream: UnixStream, shared: &Shared, asks: &Asks) -> io::Res
         }
         Some(ROTATE_KEY) => serde_json::to_vec(&rotate(asks, false).await)?,
         Some(ROTATE_KEY_AT_ONCE) => serde_json::to_vec(&rotate(asks, true).await)?,
+        Some(line) if line.starts_with(LOG_LEVEL) => {
+            let level = Some(&line[LOG_LEVEL.len()..]).filter(|level| !level.is_empty());
+            serde_json::to_vec(&shared.set_log_level(level).await)?
+        }
         _ => serde_json::to_vec(&shared.document().await)?,
     };
     stream.write_all(&answer).await?;
@@ -148,6 +154,11 @@ pub async fn ask_to_rotate(
 ) -> io::Result<Result<RotationStatus, String>> {
     let request = if at_once { ROTATE_KEY_AT_ONCE } else { ROTATE_KEY };
     ask(path, &format!("{request}\n")).await
+}
+
+/// Sets what the agent that listens on `path` logs; the inner error is the agent's.
+pub async fn ask_for_level(path: &Path, level: Option<&str>) -> io::Result<Result<(), String>> {
+    ask(path, &format!("{LOG_LEVEL}{}\n", level.unwrap_or_default())).await
 }
 
 async fn ask<T: DeserializeOwned>(path: &Path, request: &str) -> io::Result<T> {

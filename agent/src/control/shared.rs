@@ -15,9 +15,10 @@ use super::rotation::RotationStatus;
 use super::supervisor::{DataplaneState, DataplaneStatus};
 use crate::cni;
 use crate::config::Config;
-use crate::ipc::Report;
+use crate::ipc::{Report, Request};
 use crate::keys::PublicKey;
 use crate::lifecycle::Readiness;
+use crate::logging;
 
 /// How long a scrape or a status waits for the data process.
 const REPORT_DEADLINE: Duration = Duration::from_secs(1);
@@ -169,6 +170,16 @@ impl Shared {
         self.lock().registry.clone()
     }
 
+    /// Sets what this process and the data process log; `None`: as configured.
+    pub async fn set_log_level(&self, level: Option<&str>) -> Result<(), String> {
+        logging::set_level(level)?;
+        let request = Request::LogLevel { level: level.map(str::to_owned) };
+        let ask = async {
+            Client::connect(&self.config.dataplane.socket).await?.request(&request).await.map(drop)
+        };
+        ask.await.map_err(|error| format!("set for the agent alone: {error}"))
+    }
+
     /// Asks the data process, over a connection of its own so that nobody waits for anybody.
     pub async fn report(&self) -> Result<Report, ClientError> {
         let ask =
@@ -231,7 +242,7 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
-    use crate::ipc::{PROTOCOL_VERSION, Request, Response, read_frame, write_frame};
+    use crate::ipc::{PROTOCOL_VERSION, Response, read_frame, write_frame};
 
     /// A data process that counts the reports it is asked for, and takes a while for each.
     fn fake() -> (tempfile::TempDir, Shared, Arc<AtomicUsize>) {

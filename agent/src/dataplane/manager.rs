@@ -214,6 +214,9 @@ impl Manager {
                 Some(active) => active.update(now, update).inspect(|()| self.keep(Kept::Snapshot)),
                 None => Err(SetupError::Invalid("an update came before any snapshot".to_owned())),
             },
+            Request::LogLevel { level } => {
+                crate::logging::set_level(level.as_deref()).map_err(SetupError::Invalid)
+            }
             // The server makes another message of it.
             Request::TakeOver { .. } => {
                 Err(SetupError::Invalid("this data process gives nothing away".to_owned()))

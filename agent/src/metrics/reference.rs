@@ -55,8 +55,14 @@ fn of_peer(name: &str) -> bool {
 }
 
 fn of_agent(name: &str) -> bool {
-    let starts =
-        ["skein_build_", "skein_dataplane_", "skein_node_", "skein_process_", "skein_ready"];
+    let starts = [
+        "skein_build_",
+        "skein_dataplane_",
+        "skein_key_",
+        "skein_node_",
+        "skein_process_",
+        "skein_ready",
+    ];
     starts.iter().any(|start| name.starts_with(start))
 }
 

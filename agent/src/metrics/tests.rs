@@ -12,6 +12,7 @@ use crate::cni;
 use crate::control::kubernetes;
 use crate::control::registry::RejectedFile;
 use crate::ipc::{Capability, DropReport, HandshakeCount};
+use crate::keys::PublicKey;
 use crate::status::tests::peer;
 
 /// A report with something in everything.
@@ -71,7 +72,8 @@ pub(super) fn everything() -> Input {
         forged: Some(Forged::default()),
     };
     let requests = kubernetes::Requests::new().unwrap().families();
-    Input { report: Some(report), pods: Some(pods), requests, ..input() }
+    let key = Some(RotationStatus::of(PublicKey([1; 32])));
+    Input { report: Some(report), pods: Some(pods), requests, key, ..input() }
 }
 
 fn has(text: &str, line: &str) {

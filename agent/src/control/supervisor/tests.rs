@@ -64,6 +64,7 @@ fn serve(listener: &UnixListener, told: &Sender<String>, answer: Answer) {
                     format!("update +{} -{}", update.upsert.len(), update.remove.len())
                 }
                 Request::Report { .. } => "report".to_owned(),
+                Request::LogLevel { .. } => "log level".to_owned(),
                 Request::Shutdown => "shutdown".to_owned(),
                 Request::TakeOver { .. } => "take over".to_owned(),
             };

@@ -1,0 +1,177 @@
+//! The log: text or JSON lines on standard error, a level that can be changed while the process runs, and
+//! a bound on how often one place of the code may speak.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::Thread;
+use std::time::{Duration, Instant};
+
+use tracing::{Event, Metadata};
+use tracing_subscriber::layer::{Context, Filter, SubscriberExt as _};
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
+
+use crate::config::{Log, LogFormat};
+
+/// Lines that one place of the code may write at once, …
+const BURST: u32 = 50;
+/// … and one more each time so long has passed.
+const EVERY: Duration = Duration::from_millis(200);
+/// How often is told what was left out.
+const TELL: Duration = Duration::from_secs(10);
+
+static LOG: OnceLock<State> = OnceLock::new();
+
+struct State {
+    level: reload::Handle<EnvFilter, Registry>,
+    /// What the process was started with.
+    configured: String,
+    bounds: Mutex<Bounds>,
+    /// Tells what was left out; asleep while nothing is.
+    teller: Option<Thread>,
+}
+
+/// Starts it. `SKEIN_LOG` overrides the level.
+pub fn start(log: &Log) {
+    let configured =
+        std::env::var("SKEIN_LOG").ok().filter(|text| EnvFilter::try_new(text).is_ok());
+    let configured = configured.unwrap_or_else(|| log.level.clone());
+    let filter = EnvFilter::try_new(&configured).unwrap_or_default();
+    let (filter, level) = reload::Layer::new(filter);
+    // Whoever read standard error may be gone: that must not end the process, so a line that cannot
+    // be written is lost in silence.
+    let lines = fmt::layer().with_writer(io::stderr).log_internal_errors(false);
+    let lines = match log.format {
+        LogFormat::Text => {
+            let colours = io::IsTerminal::is_terminal(&io::stderr());
+            lines.with_ansi(colours).with_target(false).boxed()
+        }
+        LogFormat::Json => lines.json().flatten_event(true).boxed(),
+    };
+    let started =
+        tracing_subscriber::registry().with(filter).with(lines.with_filter(Bound)).try_init();
+    // Fails only where a log was started before, which then goes on.
+    if started.is_ok() {
+        let teller = std::thread::Builder::new().name("log".to_owned()).spawn(tell);
+        let teller = teller.ok().map(|thread| thread.thread().clone());
+        let bounds = Mutex::default();
+        // As above.
+        let _ = LOG.set(State { level, configured, bounds, teller });
+    }
+}
+
+/// Sets what is logged from now on, as `log.level` does; `None`: what the process was started with.
+pub fn set_level(level: Option<&str>) -> Result<(), String> {
+    let log = LOG.get().ok_or("there is no log")?;
+    let level = level.unwrap_or(&log.configured);
+    let filter = parse(level)?;
+    log.level.reload(filter).map_err(|error| error.to_string())?;
+    tracing::info!(level, "the level of the log is set");
+    Ok(())
+}
+
+/// Whether this is a level, or a filter.
+pub fn parse(level: &str) -> Result<EnvFilter, String> {
+    EnvFilter::try_new(level).map_err(|error| {
+        format!("{level:?}: {error}: use error, warn, info, debug or trace, or a filter of these")
+    })
+}
+
+/// How often each place has spoken, by its name: `event agent/src/http.rs:70`.
+#[derive(Default)]
+struct Bounds(HashMap<&'static str, Place>);
+
+struct Place {
+    left: u32,
+    refilled: Instant,
+    left_out: u64,
+}
+
+impl Bounds {
+    /// Whether the place may speak; else it is counted.
+    fn take(&mut self, place: &'static str, now: Instant) -> bool {
+        let full = || Place { left: BURST, refilled: now, left_out: 0 };
+        let place = self.0.entry(place).or_insert_with(full);
+        let earned = now.saturating_duration_since(place.refilled).div_duration_f64(EVERY) as u32;
+        if earned > 0 {
+            place.left = place.left.saturating_add(earned).min(BURST);
+            place.refilled = now;
+        }
+        let Some(left) = place.left.checked_sub(1) else {
+            place.left_out += 1;
+            return false;
+        };
+        place.left = left;
+        true
+    }
+
+    /// What was left out since the last call: where, and how often.
+    fn left_out(&mut self) -> Vec<(&'static str, u64)> {
+        let places = self.0.iter_mut().filter(|(_, place)| place.left_out > 0);
+        places.map(|(name, place)| (*name, std::mem::take(&mut place.left_out))).collect()
+    }
+}
+
+/// The bound as a filter.
+struct Bound;
+
+impl<S> Filter<S> for Bound {
+    fn enabled(&self, _: &Metadata<'_>, _: &Context<'_, S>) -> bool {
+        true
+    }
+
+    fn event_enabled(&self, event: &Event<'_>, _: &Context<'_, S>) -> bool {
+        let Some(log) = LOG.get() else { return true };
+        let may = lock(&log.bounds).take(event.metadata().name(), Instant::now());
+        if !may && let Some(teller) = &log.teller {
+            teller.unpark();
+        }
+        may
+    }
+}
+
+/// Writes what was left out. Its own lines come from one place, too, but not often enough to be bounded.
+fn tell() {
+    loop {
+        std::thread::park();
+        std::thread::sleep(TELL);
+        let Some(log) = LOG.get() else { continue };
+        let left_out = lock(&log.bounds).left_out();
+        for (place, lines) in left_out {
+            tracing::warn!(place, lines, "lines of the log were left out");
+        }
+    }
+}
+
+fn lock(bounds: &Mutex<Bounds>) -> MutexGuard<'_, Bounds> {
+    // Nothing under the lock can panic half way.
+    bounds.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_that_speaks_without_end_is_bounded_and_counted() {
+        let (mut bounds, now) = (Bounds::default(), Instant::now());
+        let (loud, quiet) = ("event a.rs:1", "event a.rs:2");
+        let said = (0..1000).filter(|_| bounds.take(loud, now)).count();
+        assert_eq!(said, BURST as usize);
+        assert!(bounds.take(quiet, now), "another place is not held to it");
+        assert_eq!(bounds.left_out(), [(loud, 1000 - u64::from(BURST))]);
+        assert!(bounds.left_out().is_empty());
+        let later = now + EVERY * 3;
+        assert_eq!((0..10).filter(|_| bounds.take(loud, later)).count(), 3);
+        let rested = later + EVERY * 1000;
+        assert_eq!((0..1000).filter(|_| bounds.take(loud, rested)).count(), BURST as usize);
+    }
+
+    #[test]
+    fn what_is_no_level_is_said() {
+        assert!(parse("skein_agent=debug,info").is_ok());
+        assert!(parse("skein_agent=loud").unwrap_err().contains("use error, warn, info"));
+    }
+}
