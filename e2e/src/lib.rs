@@ -13,4 +13,5 @@ pub mod lab;
 pub mod load;
 pub mod packages;
 pub mod programs;
+pub mod soak;
 pub mod suite;

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use skein_e2e::lab::registry;
-use skein_e2e::{bench, cluster, demo, suite};
+use skein_e2e::{bench, cluster, demo, soak, suite};
 
 /// Skein on one host: machines and pods as network namespaces, real agents, real packets.
 #[derive(Debug, Parser)]
@@ -26,6 +26,8 @@ enum Command {
     BenchPods(bench::pods::Options),
     /// Measure what thousands of node records cost.
     Scale(bench::scale::Options),
+    /// Run mixed traffic for an hour while faults befall the nodes: no wrong byte, nothing that grows.
+    Soak(soak::Options),
     /// Make a real Kubernetes, or test on one.
     #[command(subcommand)]
     Cluster(cluster::command::Command),
@@ -42,6 +44,7 @@ fn main() -> ExitCode {
         Command::Bench(options) => bench::run(&options),
         Command::BenchPods(options) => bench::pods::run(&options),
         Command::Scale(options) => bench::scale::run(&options),
+        Command::Soak(options) => soak::run(&options),
         Command::Cluster(command) => cluster::command::run(&command),
         Command::Fuzz(options) => suite::fuzz::run(&options),
         Command::Cleanup => {

@@ -79,6 +79,9 @@ pub const CLUSTER_BUILD: &[Need] = &[
 pub const BENCH: &[Need] =
     &[need("redis-server", "redis-server"), need("redis-benchmark", "redis-tools")];
 
+/// For the soak, beside [`DEMO`].
+pub const SOAK: &[Need] = &[need("nft", "nftables")];
+
 /// Other overlays to compare with: the benchmark says so and goes on where one cannot be had.
 pub const RIVALS: &[Need] = &[
     need("wireguard-go", "wireguard-go"),

@@ -16,7 +16,7 @@ use skein_e2e::lab::process::{self, Process, tail};
 use skein_e2e::lab::{TURN_LIMIT, registry};
 
 /// How long a command may take that does its work in seconds, once no other laboratory is in its way.
-const LIMIT: Duration = TURN_LIMIT.saturating_add(Duration::from_secs(60));
+const LIMIT: Duration = TURN_LIMIT.saturating_add(Duration::from_secs(90));
 
 /// Starts a command with the agent that is under test, its output in a file.
 fn start(arguments: &[&str], log: &Path) -> Result<Process> {
@@ -105,6 +105,21 @@ fn a_short_benchmark_writes_its_results() -> Result<()> {
     ensure!(results.samples[0].values.rate > 0.03, "{results:?}");
     for file in ["results.md", "ideal.svg"] {
         ensure!(fs::metadata(out.join(file))?.len() > 100, "{file} is too short");
+    }
+    ensure!(remains(pid).is_empty(), "left behind: {:?}", remains(pid));
+    Ok(())
+}
+
+/// An hour of it is `cargo e2e soak`; this has a handful of its faults.
+#[test]
+fn a_minute_of_the_soak_finds_nothing_wrong() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let soak = start(&["soak", "--minutes", "1"], &directory.path().join("log"))?;
+    let pid = soak.pid();
+    let (code, said) = end(soak, LIMIT)?;
+    ensure!(code == 0, "exit code {code}:\n{said}");
+    for word in ["Bulk node-c to node-a", "node-b Data", "All was right, and nothing grew."] {
+        ensure!(said.contains(word), "{word:?} is not in: {said}");
     }
     ensure!(remains(pid).is_empty(), "left behind: {:?}", remains(pid));
     Ok(())

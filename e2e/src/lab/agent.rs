@@ -80,6 +80,8 @@ impl Record {
 pub struct Agent {
     /// Its own record.
     pub record: Record,
+    /// What is started: [`binary`], unless a test sets another.
+    pub program: PathBuf,
     /// Its configuration; takes effect with the next start.
     pub config: Table,
     /// Its environment, beside the inherited one.
@@ -123,6 +125,7 @@ impl Agent {
                 endpoints: vec![std::net::SocketAddr::new(address, port).to_string()],
                 pod_cidrs: Family::BOTH.map(|family| node.pod_cidr(family)).into(),
             },
+            program: binary()?,
             config,
             environment: vec![],
             prelude: None,
@@ -237,7 +240,7 @@ impl Agent {
         if let Some(prelude) = &self.prelude {
             command.args(["sh", "-c", &format!("{prelude} && exec \"$@\""), "sh"]);
         }
-        command.arg(binary()?).args(arguments);
+        command.arg(&self.program).args(arguments);
         if arguments.first() != Some(&"check") {
             command.arg("--config").arg(config);
         }
@@ -278,7 +281,7 @@ impl Agent {
 
     fn dataplane_command(&self, more: &[&str]) -> Result<Process> {
         let mut command = std::process::Command::new("ip");
-        command.args(["netns", "exec", &self.netns]).arg(binary()?);
+        command.args(["netns", "exec", &self.netns]).arg(&self.program);
         command.args(["dataplane", "--socket", self.text("dataplane", "socket")]).args(more);
         Process::start(&mut command, &self.log())
     }

@@ -96,16 +96,25 @@ pub struct Lab {
     /// The switch, unless the underlay is [`Underlay::Direct`].
     pub switch: Option<Netns>,
     directory: PathBuf,
-    _turn: Turn,
+    _turn: Option<Turn>,
 }
 
 impl Lab {
     /// Builds it; waits for its turn first.
     pub fn new(plan: &Plan) -> Result<Self> {
+        Self::build(plan, true)
+    }
+
+    /// Builds one that does without a turn: for what takes long and does not mind who else is at work.
+    pub fn beside_others(plan: &Plan) -> Result<Self> {
+        Self::build(plan, false)
+    }
+
+    fn build(plan: &Plan, takes_turn: bool) -> Result<Self> {
         if !rustix::process::geteuid().is_root() {
             bail!("making network namespaces needs root: run this as root, for example with sudo");
         }
-        let turn = Turn::take()?;
+        let turn = takes_turn.then(Turn::take).transpose()?;
         let directory = registry::directory("lab")?;
         let mut lab = Self { nodes: vec![], switch: None, directory, _turn: turn };
         for index in 0..plan.nodes {

@@ -1,6 +1,7 @@
 //! Traffic for pods: what sends and receives it, and what was measured.
 
 pub mod capture;
+pub mod gauge;
 pub mod http;
 pub mod iperf;
 pub mod pattern;

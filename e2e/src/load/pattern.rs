@@ -1,5 +1,17 @@
 //! Reproducible bytes, so that a receiver can tell every wrong one without a copy of what was sent.
 
+/// A byte at this place of a stream that is not what was sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WrongByte(pub u64);
+
+impl std::fmt::Display for WrongByte {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "byte {} is wrong", self.0)
+    }
+}
+
+impl std::error::Error for WrongByte {}
+
 /// An endless stream of bytes that depends on its seed only (xorshift64*).
 #[derive(Debug, Clone)]
 pub struct Pattern {

@@ -2,11 +2,13 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 
-use super::pattern::Pattern;
+use super::gauge::Gauge;
+use super::pattern::{Pattern, WrongByte};
 use crate::lab::{Netns, Task};
 
 /// A chunk of writing, in bytes.
@@ -17,7 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A transfer under way.
 pub struct Transfer {
-    sender: Task<()>,
+    sender: Task<u64>,
     receiver: Task<Received>,
 }
 
@@ -41,11 +43,24 @@ impl Transfer {
         bytes: u64,
         per_second: Option<u64>,
     ) -> Result<Self> {
+        Self::start_watched(client, server, to, bytes, per_second, &Arc::default())
+    }
+
+    /// The same, told to `gauge` as it goes on; ends early where the gauge says so.
+    pub fn start_watched(
+        client: &Netns,
+        server: &Netns,
+        to: SocketAddr,
+        bytes: u64,
+        per_second: Option<u64>,
+        gauge: &Arc<Gauge>,
+    ) -> Result<Self> {
         let seed = bytes ^ u64::from(to.port());
         let listener = server.run(|| TcpListener::bind(to))?;
         let listener = listener.with_context(|| format!("binding {to}"))?;
-        let receiver = server.spawn(move || receive(&listener, seed, bytes));
-        let sender = client.spawn(move || send(to, seed, bytes, per_second));
+        let (told, stops) = (gauge.clone(), gauge.clone());
+        let receiver = server.spawn(move || receive(&listener, seed, &told));
+        let sender = client.spawn(move || send(to, seed, bytes, per_second, &stops));
         Ok(Self { sender, receiver })
     }
 
@@ -57,21 +72,28 @@ impl Transfer {
     /// Waits for both sides; an error where a byte was lost, added or changed.
     pub fn join(self) -> Result<Received> {
         let sent = self.sender.join().context("sending");
-        let received = self.receiver.join().context("receiving");
-        sent.and(received)
+        let received = self.receiver.join().context("receiving")?;
+        let sent = sent?;
+        ensure!(received.bytes == sent, "{} bytes came instead of {sent}", received.bytes);
+        Ok(received)
     }
 }
 
-fn send(to: SocketAddr, seed: u64, bytes: u64, per_second: Option<u64>) -> Result<()> {
-    let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(10))
-        .with_context(|| format!("connecting to {to}"))?;
+fn send(
+    to: SocketAddr,
+    seed: u64,
+    bytes: u64,
+    per_second: Option<u64>,
+    gauge: &Gauge,
+) -> Result<u64> {
+    let mut stream = connect(to).with_context(|| format!("connecting to {to}"))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     stream.set_read_timeout(Some(PATIENCE))?;
     let mut pattern = Pattern::new(seed);
     let mut chunk = vec![0; CHUNK];
     let start = Instant::now();
     let mut sent = 0;
-    while sent < bytes {
+    while sent < bytes && !gauge.is_stopped() {
         let part = &mut chunk[..CHUNK.min((bytes - sent) as usize)];
         pattern.fill(part);
         stream.write_all(part).with_context(|| format!("after {sent} bytes"))?;
@@ -88,11 +110,22 @@ fn send(to: SocketAddr, seed: u64, bytes: u64, per_second: Option<u64>) -> Resul
     if &answer != b"ok" {
         bail!("the receiver is not content");
     }
-    Ok(())
+    Ok(sent)
 }
 
-fn receive(listener: &TcpListener, seed: u64, bytes: u64) -> Result<Received> {
-    let mut stream = accept(listener)?;
+/// Tries again: there may be no way at the moment.
+fn connect(to: SocketAddr) -> std::io::Result<TcpStream> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match TcpStream::connect_timeout(&to, Duration::from_secs(10)) {
+            Err(_) if Instant::now() < end => std::thread::sleep(Duration::from_millis(50)),
+            done => return done,
+        }
+    }
+}
+
+fn receive(listener: &TcpListener, seed: u64, gauge: &Gauge) -> Result<Received> {
+    let mut stream = accept(listener, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     let mut pattern = Pattern::new(seed);
     let mut buffer = vec![0; 4 * CHUNK];
@@ -107,20 +140,19 @@ fn receive(listener: &TcpListener, seed: u64, bytes: u64) -> Result<Received> {
         longest_pause = longest_pause.max(last.elapsed().as_secs_f64());
         last = Instant::now();
         if let Some(at) = pattern.mismatch(&buffer[..n]) {
-            bail!("byte {} is wrong", got + at as u64);
+            bail!(WrongByte(got + at as u64));
         }
         got += n as u64;
-    }
-    if got != bytes {
-        bail!("{got} bytes came instead of {bytes}");
+        gauge.moved(n as u64);
     }
     stream.write_all(b"ok")?;
-    Ok(Received { bytes, seconds: (last - start).as_secs_f64(), longest_pause })
+    Ok(Received { bytes: got, seconds: (last - start).as_secs_f64(), longest_pause })
 }
 
-fn accept(listener: &TcpListener) -> Result<TcpStream> {
+/// The next connection within `limit`.
+pub fn accept(listener: &TcpListener, limit: Duration) -> Result<TcpStream> {
     listener.set_nonblocking(true)?;
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + limit;
     loop {
         match listener.accept() {
             Ok((stream, _)) => {
