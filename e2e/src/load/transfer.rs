@@ -56,8 +56,7 @@ impl Transfer {
         gauge: &Arc<Gauge>,
     ) -> Result<Self> {
         let seed = bytes ^ u64::from(to.port());
-        let listener = server.run(|| TcpListener::bind(to))?;
-        let listener = listener.with_context(|| format!("binding {to}"))?;
+        let listener = server.run(|| bind(to))?.with_context(|| format!("binding {to}"))?;
         let (told, stops) = (gauge.clone(), gauge.clone());
         let receiver = server.spawn(move || receive(&listener, seed, &told));
         let sender = client.spawn(move || send(to, seed, bytes, per_second, &stops));
@@ -111,6 +110,20 @@ fn send(
         bail!("the receiver is not content");
     }
     Ok(sent)
+}
+
+/// Tries again where the address is taken: a process that is just being started by another thread has a copy
+/// of the listener before for a moment, until its program begins.
+pub fn bind(at: SocketAddr) -> std::io::Result<TcpListener> {
+    let end = Instant::now() + Duration::from_secs(5);
+    loop {
+        match TcpListener::bind(at) {
+            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse && Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            done => return done,
+        }
+    }
 }
 
 /// Tries again: there may be no way at the moment.

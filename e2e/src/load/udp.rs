@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 
+use super::gauge::Gauge;
 use super::pattern::Pattern;
 use crate::lab::{Netns, Task};
 
@@ -40,6 +41,8 @@ pub struct Outcome {
     pub reordered: u64,
     /// Of these: content or length differ from what was sent.
     pub corrupt: u64,
+    /// Of these: had come before.
+    pub doubled: u64,
     /// How long the sender sent, in seconds.
     pub seconds: f64,
 }
@@ -85,7 +88,8 @@ pub fn arrives(from: &Netns, at: &Netns, to: SocketAddr) -> Result<bool> {
     Ok(false)
 }
 
-fn bind_for(to: SocketAddr) -> Result<UdpSocket> {
+/// A socket to send from to that address.
+pub fn bind_for(to: SocketAddr) -> Result<UdpSocket> {
     UdpSocket::bind((unspecified(to), 0)).context("binding a UDP socket")
 }
 
@@ -102,13 +106,23 @@ pub struct Receiver {
 impl Receiver {
     /// Binds `at` inside a namespace and starts to receive datagrams of `payload` bytes.
     pub fn start(netns: &Netns, at: SocketAddr, payload: usize) -> Result<Self> {
+        Self::start_watched(netns, at, payload, &Arc::default())
+    }
+
+    /// The same, told to `gauge` as it goes on.
+    pub fn start_watched(
+        netns: &Netns,
+        at: SocketAddr,
+        payload: usize,
+        gauge: &Arc<Gauge>,
+    ) -> Result<Self> {
         let socket = netns.run(|| UdpSocket::bind(at))?.with_context(|| format!("bind {at}"))?;
         socket.set_read_timeout(Some(Duration::from_millis(50)))?;
         // Losses are to be the network's, not this receiver's.
         set_socket_recv_buffer_size_force(&socket, 8 << 20).context("SO_RCVBUFFORCE")?;
         let stop = Arc::new(AtomicBool::new(false));
-        let flag = stop.clone();
-        let task = netns.spawn(move || receive(&socket, payload, &flag));
+        let (flag, gauge) = (stop.clone(), gauge.clone());
+        let task = netns.spawn(move || receive(&socket, payload, &flag, &gauge));
         Ok(Self { stop, task })
     }
 
@@ -120,19 +134,28 @@ impl Receiver {
     }
 }
 
-fn receive(socket: &UdpSocket, payload: usize, stop: &AtomicBool) -> Result<Outcome> {
+fn receive(
+    socket: &UdpSocket,
+    payload: usize,
+    stop: &AtomicBool,
+    gauge: &Gauge,
+) -> Result<Outcome> {
     let mut outcome = Outcome::default();
+    let mut seen = Seen::default();
     let mut buffer = vec![0; 65536];
     let mut next = 0;
     loop {
         match socket.recv(&mut buffer) {
             Ok(n) => {
                 outcome.received += 1;
+                gauge.moved(n as u64);
                 if n != payload {
                     outcome.corrupt += 1;
                 } else if let Some((number, rest)) = buffer[..n].split_first_chunk() {
                     let number = u64::from_be_bytes(*number);
-                    outcome.corrupt += u64::from(Pattern::new(number).mismatch(rest).is_some());
+                    let wrong = Pattern::new(number).mismatch(rest).is_some();
+                    outcome.corrupt += u64::from(wrong);
+                    outcome.doubled += u64::from(!wrong && seen.insert(number));
                     outcome.reordered += u64::from(number < next);
                     next = next.max(number + 1);
                 }
@@ -147,14 +170,42 @@ fn receive(socket: &UdpSocket, payload: usize, stop: &AtomicBool) -> Result<Outc
     }
 }
 
+/// The numbers that have come, a bit each.
+#[derive(Default)]
+struct Seen(Vec<u64>);
+
+impl Seen {
+    /// Whether it was there before.
+    fn insert(&mut self, number: u64) -> bool {
+        let (word, bit) = ((number / 64) as usize, 1 << (number % 64));
+        if self.0.len() <= word {
+            self.0.resize(word + 1, 0);
+        }
+        let before = self.0[word] & bit != 0;
+        self.0[word] |= bit;
+        before
+    }
+}
+
 /// Sends; returns how many datagrams and seconds.
 pub fn send(socket: &UdpSocket, to: SocketAddr, load: Load) -> Result<(u64, f64)> {
+    send_from(socket, to, load, &mut 0)
+}
+
+/// The same, with datagrams that are numbered from `first` on, which is left behind the last.
+pub fn send_from(
+    socket: &UdpSocket,
+    to: SocketAddr,
+    load: Load,
+    first: &mut u64,
+) -> Result<(u64, f64)> {
     let mut datagram = vec![0; load.payload];
     let start = Instant::now();
     let (mut number, mut sent) = (0_u64, 0);
     loop {
         let elapsed = start.elapsed();
         if elapsed >= load.duration {
+            *first += number;
             return Ok((sent, elapsed.as_secs_f64()));
         }
         // Never more than what is due by now, never more than a tick's worth of flood.
@@ -164,6 +215,7 @@ pub fn send(socket: &UdpSocket, to: SocketAddr, load: Load) -> Result<(u64, f64)
         };
         while number < due {
             if let Some((head, rest)) = datagram.split_first_chunk_mut() {
+                let number = *first + number;
                 *head = number.to_be_bytes();
                 Pattern::new(number).fill(rest);
             }

@@ -10,14 +10,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use super::Random;
 use crate::lab::{Family, Lab, Pod};
 use crate::load::gauge::Gauge;
 use crate::load::pattern::{Pattern, WrongByte};
-use crate::load::transfer::{Transfer, accept};
-use crate::load::udp::{self, Load};
+use crate::load::transfer::{self, Transfer};
+use crate::load::udp::{self, Load, Receiver};
 
 /// Of each long connection and of each flow of files, in bytes a second.
 const RATE: u64 = 4 << 20;
@@ -123,7 +123,7 @@ impl<'scope> Flows<'scope> {
         let sum =
             |of: fn(&Tally) -> u64| self.tallies.iter().map(|(_, tally)| of(tally)).sum::<u64>();
         format!(
-            "{:>5} s: {} MiB moved, {} files, datagrams and answers compared, {} wrong, {} failures, {faults} \
+            "{:>5} s: {} MiB moved, {} files and answers compared, {} wrong, {} failures, {faults} \
              faults",
             elapsed.as_secs(),
             sum(|tally| tally.gauge.bytes()) >> 20,
@@ -190,23 +190,28 @@ impl Flow<'_> {
         Ok(())
     }
 
-    /// A few seconds of them.
     fn datagrams(&self, payload: usize, rate: u64) -> Result<()> {
-        let load = Load { payload, rate: Some(rate), duration: Duration::from_secs(3) };
-        let outcome = udp::run(&self.from.ns, &self.to.ns, self.address, load)?;
-        let tally = &self.tally;
-        tally.gauge.moved(outcome.received * payload as u64);
-        tally.done.fetch_add(outcome.received - outcome.corrupt, Ordering::Relaxed);
-        tally.lost.fetch_add(outcome.sent.saturating_sub(outcome.received), Ordering::Relaxed);
-        tally.wrong.fetch_add(outcome.corrupt, Ordering::Relaxed);
-        if outcome.received > outcome.sent {
-            bail!("{} datagrams arrived of {} that were sent", outcome.received, outcome.sent);
+        let (tally, to) = (&self.tally, self.address);
+        let receiver = Receiver::start_watched(&self.to.ns, to, payload, &tally.gauge)?;
+        let source = self.from.ns.run(move || udp::bind_for(to))??;
+        let load = Load { payload, rate: Some(rate), duration: Duration::from_secs(1) };
+        let (mut sent, mut next) = (0, 0);
+        while !tally.gauge.is_stopped() {
+            sent += self.from.ns.run(|| udp::send_from(&source, to, load, &mut next))??.0;
         }
+        // Some may have waited somewhere.
+        thread::sleep(Duration::from_secs(1));
+        let outcome = receiver.stop()?;
+        let load = Ordering::Relaxed;
+        tally.done.fetch_add(outcome.received - outcome.corrupt, load);
+        tally.lost.fetch_add(sent.saturating_sub(outcome.received), load);
+        tally.wrong.fetch_add(outcome.corrupt, load);
+        ensure!(outcome.doubled == 0, "{} datagrams came twice", outcome.doubled);
         Ok(())
     }
 
     fn requests(&self) -> Result<()> {
-        let listener = self.to.ns.run(|| TcpListener::bind(self.address))?.context("binding")?;
+        let listener = self.to.ns.run(|| transfer::bind(self.address))?.context("binding")?;
         let server = self.to.ns.spawn(move || answer(&listener));
         let tally = self.tally.clone();
         let address = self.address;
@@ -241,7 +246,7 @@ fn ask(to: SocketAddr, tally: &Tally) -> Result<()> {
 }
 
 fn answer(listener: &TcpListener) -> Result<()> {
-    let mut stream = accept(listener, PATIENCE)?;
+    let mut stream = transfer::accept(listener, PATIENCE)?;
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     let mut request = [0; 16];
