@@ -50,7 +50,12 @@ struct Sent {
 impl Pending {
     /// Whether so long went without an answer that the peer counts as unreachable.
     pub(crate) fn unanswered(&self, now: Duration) -> bool {
-        self.first_sent.is_some_and(|at| now.saturating_sub(at) >= UNREACHABLE_AFTER)
+        self.hopeless_at().is_some_and(|at| at <= now)
+    }
+
+    /// When it will be so.
+    pub(crate) fn hopeless_at(&self) -> Option<Duration> {
+        Some(self.first_sent? + UNREACHABLE_AFTER)
     }
 }
 

@@ -1,14 +1,18 @@
 //! Whether a peer hears us and we hear it, and how long a round trip takes.
 //!
 //! Traffic in both directions says enough by itself. Where it is one-sided, the side that sends and
-//! hears nothing pings once a second. A ping says for how long its sender has heard nothing, so that
-//! the other side, which hears very well, learns that its own direction is dead.
+//! hears nothing for a second pings; so does the side that has heard data and then, for a second,
+//! nothing: either the conversation is over, which one answer shows, or the direction is dead. Pings
+//! without an answer follow each other fast, so that a few that are lost are not taken for a dead peer.
+//! A ping says for how long its sender has heard nothing, so that the other side, which hears very
+//! well, learns that its own direction is dead.
 
 use std::time::Duration;
 
 use crate::tunnel::message::Control;
 use crate::tunnel::timers::{
-    DEAF_AFTER, PING_ROUND_TRIP, PING_SILENT, PING_WHILE_USED, ROUND_TRIP_MAX, UNREACHABLE_AFTER,
+    DEAF_AFTER, PING_DOUBT, PING_ROUND_TRIP, PING_SILENT, PING_WHILE_USED, ROUND_TRIP_MAX,
+    UNREACHABLE_AFTER,
 };
 
 /// What is wrong with a peer.
@@ -55,6 +59,8 @@ pub(crate) struct Liveness {
     sent: Option<Duration>,
     /// The first thing sent since something was heard.
     unanswered: Option<Duration>,
+    /// When data last came, until it is known why no more comes.
+    data: Option<Duration>,
     pinged: Option<Duration>,
     pings: u64,
     deaf: Option<Deafness>,
@@ -73,15 +79,23 @@ impl Liveness {
     /// A new session: what was sent by the old one needs no answer any more.
     pub(crate) fn on_session(&mut self, now: Duration) {
         self.unanswered = None;
+        self.data = None;
         self.deaf = None;
         self.heard = Some(now);
         self.sent = Some(now);
     }
 
-    /// Something authentic came.
+    /// A control message came. Some time after the last data it says that the peer is still there.
     pub(crate) fn on_heard(&mut self, now: Duration) {
         self.heard = Some(now);
         self.unanswered = None;
+        self.data = self.data.filter(|data| now.saturating_sub(*data) < PING_SILENT / 2);
+    }
+
+    /// Data came.
+    pub(crate) fn on_data(&mut self, now: Duration) {
+        self.on_heard(now);
+        self.data = Some(now);
     }
 
     /// Data was sent.
@@ -122,18 +136,33 @@ impl Liveness {
 
     /// Whether it is time for a ping.
     pub(crate) fn ping_due(&self, now: Duration) -> bool {
-        if !self.in_use(now) {
+        let past = |since: Option<Duration>, by| since.is_some_and(|t| now.saturating_sub(t) >= by);
+        let used = self.in_use(now);
+        if !used && !self.data.is_some_and(|data| now.saturating_sub(data) < PING_WHILE_USED) {
             return false;
         }
-        let past = |since: Option<Duration>, by| since.is_none_or(|t| now.saturating_sub(t) >= by);
-        let silent = self.unanswered.is_some() && past(self.unanswered, PING_SILENT);
-        past(self.pinged, PING_ROUND_TRIP) || (silent && past(self.pinged, PING_SILENT))
+        let interval = if self.trouble(now).is_some() {
+            PING_SILENT
+        } else if past(self.silent_since(), PING_SILENT) {
+            // An answer may take its time.
+            PING_DOUBT.max(self.round_trip.unwrap_or_default() * 2).min(PING_SILENT)
+        } else if used {
+            PING_ROUND_TRIP
+        } else {
+            return false;
+        };
+        self.pinged.is_none() || past(self.pinged, interval)
+    }
+
+    /// Since when there should have been something to hear.
+    fn silent_since(&self) -> Option<Duration> {
+        self.unanswered.or(self.data)
     }
 
     /// The ping to send now.
     pub(crate) fn ping(&mut self, now: Duration) -> Control {
         self.pinged = Some(now);
-        self.unanswered.get_or_insert(now);
+        self.unanswered = self.silent_since().or(Some(now));
         self.next_ping(now)
     }
 

@@ -422,7 +422,10 @@ impl Peer {
     /// The next moment at which something is due, but for ticks.
     pub(crate) fn deadline(&self) -> Option<Duration> {
         let retry = self.pending.as_ref().map(|pending| pending.retry_at);
-        self.slots().map(Slot::ends).chain(retry).min()
+        // Where there is no session there are no ticks to notice it.
+        let connecting = self.view.state == PeerState::Connecting;
+        let hopeless = self.pending.as_ref().filter(|_| connecting).and_then(Pending::hopeless_at);
+        self.slots().map(Slot::ends).chain(retry).chain(hopeless).min()
     }
 
     /// Does what is due. `tick`: it is also time to look at the lanes' counters.
@@ -449,7 +452,7 @@ impl Peer {
             self.live.on_sent(now.mono);
         }
         if received {
-            self.live.on_heard(now.mono);
+            self.live.on_data(now.mono);
         }
         if self.next.as_ref().is_some_and(|next| next.session.is_confirmed()) {
             self.confirm_next(now, shared);

@@ -93,6 +93,8 @@ struct Node {
     drops: Vec<DropReason>,
     /// Sends data to this node at this interval.
     flow: Option<(usize, Duration, Duration)>,
+    /// Answers the data of flows.
+    answers: bool,
     sent: u64,
 }
 
@@ -165,6 +167,7 @@ impl Lab {
                 received: Vec::new(),
                 drops: Vec::new(),
                 flow: None,
+                answers: false,
                 sent: 0,
             });
         }
@@ -306,7 +309,7 @@ impl Lab {
 
     fn deliver(&mut self, datagram: Datagram) {
         let Some(to) = self.host(datagram.destination) else { return };
-        let Datagram { source, mut payload, .. } = datagram;
+        let Datagram { from, source, mut payload, .. } = datagram;
         let now = self.now;
         let node = &mut self.nodes[to];
         match Header::parse(&payload) {
@@ -336,7 +339,11 @@ impl Lab {
                     Ok(plaintext) => {
                         session.confirm();
                         session.traffic().received(1, plaintext.len() as u64);
+                        let asked = node.answers && plaintext == b"flow";
                         node.received.push(plaintext);
+                        if asked {
+                            self.send(to, from, b"answer");
+                        }
                     }
                     Err(reason) => node.drops.push(reason),
                 }
