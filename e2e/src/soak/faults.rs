@@ -105,10 +105,15 @@ impl<'a> World<'a> {
         reached.into_iter().chain(ready).collect()
     }
 
-    pub(super) fn befall(&mut self, kind: Kind, node: usize, random: &mut Random) -> Result<()> {
+    /// Starts the external data process again where it has ended, as kubelet does.
+    pub(super) fn supervise(&mut self) -> Result<()> {
         if self.external.exited().is_some() {
             self.external = self.agents[EXTERNAL].start_dataplane()?;
         }
+        Ok(())
+    }
+
+    pub(super) fn befall(&mut self, kind: Kind, node: usize, random: &mut Random) -> Result<()> {
         let agent = &mut self.agents[node];
         let mut seconds = |from: u64, to: u64| {
             let more = random.below(((to - from) * 1000) as usize) as u64;
@@ -129,6 +134,9 @@ impl<'a> World<'a> {
                 let before = agent.keeper_pids();
                 signal(&before, Signal::KILL)?;
                 if node == EXTERNAL {
+                    // What it has started ends with it, in a moment: the next one finds the socket taken.
+                    let ended = || Ok(agent.dataplane_pids().is_empty());
+                    checks::eventually("the data process ends with its keeper", LIMIT, ended)?;
                     self.external = agent.start_dataplane()?;
                 }
                 comes_back(agent, || agent.keeper_pids() != before)

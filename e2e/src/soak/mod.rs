@@ -135,16 +135,20 @@ fn befall(
         flows.longest_pause();
         let done = world.befall(kind, node, random);
         let ended = Instant::now();
-        let at = start.elapsed().as_secs();
+        let what = format!("after {} s: {kind} on node {node}", start.elapsed().as_secs());
+        let mut complain = |text: String| {
+            eprintln!("{what}: {text}");
+            complaints.push(format!("{what}: {text}"));
+        };
         if let Err(error) = done {
-            complaints.push(format!("after {at} s: {kind} on node {node}: {error:#}"));
+            complain(format!("{error:#}"));
         }
         while let Some(name) = flows.behind(ended) {
+            if let Err(error) = world.supervise() {
+                complain(format!("{error:#}"));
+            }
             if ended.elapsed() > RECOVERY_LIMIT {
-                let limit = RECOVERY_LIMIT.as_secs();
-                complaints.push(format!(
-                    "after {at} s: {kind} on node {node}: {name} has not gone on {limit} s later"
-                ));
+                complain(format!("{name} has not gone on {} s later", RECOVERY_LIMIT.as_secs()));
                 break;
             }
             thread::sleep(Duration::from_millis(20));
