@@ -138,7 +138,8 @@ impl Liveness {
     pub(crate) fn ping_due(&self, now: Duration) -> bool {
         let past = |since: Option<Duration>, by| since.is_some_and(|t| now.saturating_sub(t) >= by);
         let used = self.in_use(now);
-        if !used && !self.data.is_some_and(|data| now.saturating_sub(data) < PING_WHILE_USED) {
+        let heard_lately = |data| now.saturating_sub(data) < PING_WHILE_USED;
+        if !(used || self.data.is_some_and(heard_lately)) {
             return false;
         }
         let interval = if self.trouble(now).is_some() {

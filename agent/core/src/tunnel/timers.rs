@@ -27,19 +27,19 @@ pub(crate) const CONFIRM_WITHIN: Duration = Duration::from_secs(1);
 pub(crate) const TICK: Duration = Duration::from_millis(250);
 /// A peer that has not answered for so long is pinged…
 pub(crate) const PING_SILENT: Duration = Duration::from_secs(1);
-/// …again and again after this, until it answers or counts as unreachable: a dozen times, so that where
-/// 10 % is lost in each direction none is taken for dead…
+/// …again and again after this, until it answers or counts as unreachable: eight times, so that where
+/// 10 % is lost in each direction none is taken for dead (one in 600,000 seconds of silence)…
 pub(crate) const PING_DOUBT: Duration = Duration::from_millis(250);
 /// …and one that answers is, for the round trip, while it is sent to.
 pub(crate) const PING_ROUND_TRIP: Duration = Duration::from_secs(10);
 /// Pings stop when nothing was sent for so long.
 pub(crate) const PING_WHILE_USED: Duration = Duration::from_secs(15);
-/// A peer that has not answered for so long is unreachable. With two ticks, and what a report takes,
+/// A peer that has not answered for so long is unreachable. With two ticks, and until an operator is told,
 /// within 5 seconds.
-pub(crate) const UNREACHABLE_AFTER: Duration = Duration::from_millis(4250);
-/// A peer that has complained for so long that it hears nothing is unreachable too: a dozen pings,
-/// whose answers it did not hear. With the second before the first of them, within 5 seconds.
-pub(crate) const DEAF_AFTER: Duration = Duration::from_millis(2900);
+pub(crate) const UNREACHABLE_AFTER: Duration = Duration::from_millis(3000);
+/// A peer that has complained for so long that it hears nothing is unreachable too: eight pings, whose
+/// answers it did not hear. With the second before the first of them, as fast.
+pub(crate) const DEAF_AFTER: Duration = Duration::from_millis(1900);
 /// The size in use on a path is checked this often, while something is sent…
 pub(crate) const PATH_CHECK: Duration = Duration::from_secs(5);
 /// …and whether more passes than before, this often.
