@@ -31,8 +31,23 @@ pub enum Trouble {
 }
 
 impl Trouble {
-    /// For people.
+    /// What makes a peer [unreachable](crate::tunnel::PeerState::Unreachable).
+    pub const OF_UNREACHABLE: [Self; 4] =
+        [Self::NoAnswer, Self::Silent, Self::Deaf, Self::NoCommonCipher];
+
+    /// As metrics have it.
     pub const fn label(self) -> &'static str {
+        match self {
+            Trouble::NoEndpoint => "no_endpoint",
+            Trouble::NoAnswer => "no_answer",
+            Trouble::Silent => "silent",
+            Trouble::Deaf => "deaf",
+            Trouble::NoCommonCipher => "no_common_cipher",
+        }
+    }
+
+    /// For people.
+    pub const fn text(self) -> &'static str {
         match self {
             Trouble::NoEndpoint => "no endpoint in its record",
             Trouble::NoAnswer => "handshakes get no answer",
@@ -45,7 +60,7 @@ impl Trouble {
 
 impl std::fmt::Display for Trouble {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.label())
+        f.write_str(self.text())
     }
 }
 
@@ -160,27 +175,23 @@ impl Liveness {
         self.unanswered.or(self.data)
     }
 
-    /// The ping to send now.
-    pub(crate) fn ping(&mut self, now: Duration) -> Control {
+    /// The ping to send now, and its number.
+    pub(crate) fn ping(&mut self, now: Duration) -> (u64, Control) {
         self.pinged = Some(now);
         self.unanswered = self.silent_since().or(Some(now));
-        self.next_ping(now)
+        self.probe(now)
     }
 
-    /// A ping that is not sent for the sake of liveness, and its number: it may be too long to arrive.
+    /// The same, but not for the sake of liveness: it may be too long to arrive.
     pub(crate) fn probe(&mut self, now: Duration) -> (u64, Control) {
-        let ping = self.next_ping(now);
-        (self.pings, ping)
-    }
-
-    fn next_ping(&mut self, now: Duration) -> Control {
         self.pings += 1;
         let silent = self.heard.map_or(0, |heard| now.saturating_sub(heard).as_millis());
-        Control::Ping {
+        let ping = Control::Ping {
             id: self.pings,
             sent: u64::try_from(now.as_nanos()).unwrap_or(0),
             silent: u32::try_from(silent).unwrap_or(u32::MAX),
-        }
+        };
+        (self.pings, ping)
     }
 
     /// Whether something was sent lately.

@@ -2,16 +2,18 @@
 //! and none is believed.
 //!
 //! Sizes are plaintext in bytes. A path is taken for wide enough until a padded ping of that size gets no
-//! answer, several times, while the peer is heard: then a size that passes nearly everywhere is used at once,
-//! and the longest that passes is searched. What is in use is checked every few seconds, and now and then
-//! whether more passes again.
+//! answer, several times, while a short one that was sent with it does: what loses both, as a link that
+//! flaps, says nothing of sizes. Then a size that passes nearly everywhere is used at once, and the longest
+//! that passes is searched. What is in use is checked every few seconds, and now and then whether more
+//! passes again.
 
 use std::time::Duration;
 
 use crate::tunnel::timers::{PATH_CHECK, PATH_GIVE_UP, PATH_RAISE, PROBE_EVERY};
 
-/// Pings without an answer until their size counts as too long: more than chance makes of 10 % loss.
-const TRIES: usize = 4;
+/// Long pings without an answer, each beside a short one with an answer, until their size counts as too long:
+/// more than chance makes of 10 % loss.
+const TRIES: usize = 5;
 /// Used while the longest size is searched: what every link of IPv6 carries (RFC 8200, section 5).
 const BASE: u16 = 1280;
 /// Used where even that does not pass: what every host of IPv4 takes (RFC 791).
@@ -43,6 +45,9 @@ struct Probe {
     last: Duration,
     /// Of its pings.
     ids: Vec<u64>,
+    /// Of the short pings beside them that were not answered yet, and how many were.
+    beside: Vec<u64>,
+    answered: usize,
 }
 
 impl Path {
@@ -77,37 +82,37 @@ impl Path {
         self.probe.as_ref().is_some_and(|probe| probe.ids.len() > 1)
     }
 
-    /// Which size to ping with now, if any. `heard`: when anything came from the peer; `id`: of that ping.
-    pub(crate) fn ping(&mut self, now: Duration, heard: Option<Duration>, id: u64) -> Option<u16> {
+    /// Which size to ping with now, if any; `id`: of that ping.
+    pub(crate) fn ping(&mut self, now: Duration, id: u64) -> Option<u16> {
         if let Some(probe) = &self.probe {
             if now.saturating_sub(probe.last) < PROBE_EVERY {
                 return None;
             }
-            let alive = heard.is_some_and(|heard| heard > probe.begun);
-            match (alive, probe.ids.len() >= TRIES) {
-                (true, true) => {
-                    let size = probe.size;
-                    self.failed(size);
-                }
-                // Of a peer that says nothing at all nothing is learnt.
-                (false, _) if now.saturating_sub(probe.begun) > PATH_GIVE_UP => {
-                    self.probe = None;
-                    self.check_at = now + PATH_CHECK;
-                }
-                _ => {}
+            if probe.answered >= TRIES {
+                let size = probe.size;
+                self.failed(size);
+            } else if now.saturating_sub(probe.begun) > PATH_GIVE_UP {
+                // Of a peer that says next to nothing nothing is learnt.
+                self.probe = None;
+                self.check_at = now + PATH_CHECK;
             }
         }
         if self.probe.is_none() {
             let size = self.next(now)?;
-            self.probe = Some(Probe { size, begun: now, last: now, ids: Vec::new() });
+            let (ids, beside) = (Vec::new(), Vec::new());
+            self.probe = Some(Probe { size, begun: now, last: now, ids, beside, answered: 0 });
         }
         let probe = self.probe.as_mut()?;
         probe.last = now;
-        if probe.ids.len() >= TRIES {
-            probe.ids.remove(0);
-        }
         probe.ids.push(id);
         Some(probe.size)
+    }
+
+    /// A short ping goes out with the long one.
+    pub(crate) fn beside(&mut self, id: u64) {
+        if let Some(probe) = &mut self.probe {
+            probe.beside.push(id);
+        }
     }
 
     /// A ping was answered.
@@ -115,6 +120,11 @@ impl Path {
         if let Some(probe) = self.probe.take_if(|probe| probe.ids.contains(&id)) {
             self.passes = self.passes.max(probe.size);
             self.used = self.used.max(probe.size);
+        } else if let Some(probe) = &mut self.probe
+            && let Some(at) = probe.beside.iter().position(|beside| *beside == id)
+        {
+            probe.beside.swap_remove(at);
+            probe.answered += 1;
         }
     }
 
@@ -176,8 +186,12 @@ mod tests {
         for _ in 0..seconds * 4 {
             *now += Duration::from_millis(250);
             let id = now.as_millis() as u64;
-            if let Some(size) = path.ping(*now, Some(*now), id) {
+            if let Some(size) = path.ping(*now, id) {
                 sent.push(size);
+                if path.is_waiting() {
+                    path.beside(id + 1);
+                    path.on_pong(id + 1);
+                }
                 if size <= width {
                     path.on_pong(id);
                 }
@@ -201,7 +215,8 @@ mod tests {
         path.on_session(now, 1440, true);
         for id in 0..200 {
             now += Duration::from_millis(250);
-            path.ping(now, Some(Duration::from_secs(1)), id);
+            path.ping(now, 2 * id);
+            path.beside(2 * id + 1);
         }
         assert_eq!(path.limit(), None);
     }

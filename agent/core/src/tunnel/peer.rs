@@ -68,7 +68,8 @@ pub struct PeerView {
     pub last_received: Option<Duration>,
     /// The MTU that the peer named in its last handshake, in bytes.
     pub mtu: Option<u16>,
-    /// The longest plaintext that the path carries, in bytes, where that is less than both nodes' MTU.
+    /// The longest plaintext that the path and the peer take, in bytes, where that is less than this node's
+    /// MTU.
     pub path: Option<u16>,
 }
 
@@ -486,10 +487,12 @@ impl Peer {
 
     fn probe_path(&mut self, now: Time, shared: &mut Shared) {
         let (id, ping) = self.live.probe(now.mono);
-        if let Some(size) = self.path.ping(now.mono, self.live.heard, id) {
+        if let Some(size) = self.path.ping(now.mono, id) {
             if self.path.is_waiting() {
-                // So that there is something to be heard where the long one is lost.
-                self.ping(now, shared);
+                // So that what is lost by its size is told from what is lost by chance.
+                let (id, short) = self.live.ping(now.mono);
+                self.path.beside(id);
+                self.send_control(short, shared);
             }
             self.send_padded(ping, usize::from(size), shared);
         }
@@ -497,8 +500,11 @@ impl Peer {
     }
 
     fn show_path(&mut self, shared: &mut Shared) {
-        if self.view.path != self.path.limit() {
-            self.view.path = self.path.limit();
+        // A peer whose own MTU is less takes no more, whatever the path carries.
+        let theirs = self.view.mtu.filter(|mtu| *mtu < shared.offer.mtu);
+        let found = self.path.limit().or(theirs);
+        if self.view.path != found {
+            self.view.path = found;
             shared.changed = true;
         }
     }
@@ -512,7 +518,7 @@ impl Peer {
     }
 
     fn ping(&mut self, now: Time, shared: &mut Shared) {
-        let ping = self.live.ping(now.mono);
+        let (_, ping) = self.live.ping(now.mono);
         self.send_control(ping, shared);
     }
 

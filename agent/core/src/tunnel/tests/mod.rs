@@ -104,6 +104,7 @@ struct NodeConfig {
     cluster: &'static str,
     ciphers: Ciphers,
     lanes: u8,
+    mtu: u16,
     addresses: Vec<SocketAddr>,
 }
 
@@ -158,6 +159,7 @@ impl Lab {
                 cluster: "test",
                 ciphers: ALL_CIPHERS,
                 lanes: 2,
+                mtu: 1440,
                 addresses,
             };
             lab.nodes.push(Node {
@@ -434,7 +436,7 @@ fn engine(config: &NodeConfig, seed: u64) -> Engine {
         listen_port: PORT,
         lanes: config.lanes,
         ciphers: config.ciphers,
-        mtu: 1440,
+        mtu: config.mtu,
     };
     Engine::new(config, Box::new(random)).unwrap()
 }

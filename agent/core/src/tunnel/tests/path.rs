@@ -63,3 +63,41 @@ fn loss_and_silence_are_not_taken_for_a_narrow_path() {
     lab.run(secs(60));
     assert_eq!(lab.view(0, 1).path, None, "a peer that is away has no narrow path");
 }
+
+/// What it does not take is a narrow path to the node that would send it, and its pods must know.
+#[test]
+fn a_peer_whose_own_mtu_is_less_counts_as_a_narrow_path() {
+    let mut lab = Lab::new(2);
+    lab.underlay.mtu = 1440 + OVERHEAD;
+    lab.reconfigure(1, |config| config.mtu = 1360);
+    lab.flow(0, 1, ms(20));
+    lab.run(secs(1));
+    assert_eq!(lab.view(0, 1).path, Some(1360));
+    assert_eq!(lab.view(1, 0).path, None, "it sends no more itself");
+    lab.underlay.mtu = 1300 + OVERHEAD;
+    lab.run(secs(15));
+    assert!(lab.view(0, 1).path.is_some_and(|path| (1292..=1300).contains(&path)));
+    lab.underlay.mtu = 1440 + OVERHEAD;
+    lab.run(secs(130));
+    assert_eq!(lab.view(0, 1).path, Some(1360));
+}
+
+/// Much is lost, and now and then something comes: what is short is lost like what is long.
+#[test]
+fn a_link_that_flaps_is_not_taken_for_a_narrow_path() {
+    for most in [200, 400, 800] {
+        let mut lab = Lab::joined_pair();
+        lab.underlay.mtu = 1440 + OVERHEAD;
+        lab.flow(0, 1, ms(20));
+        lab.flow(1, 0, ms(20));
+        for _ in 0..2000 {
+            let [away, there] = [0; 2].map(|_| 1 + lab.rng.next() % most);
+            lab.underlay.cut.extend([(0, 1), (1, 0)]);
+            lab.run(ms(away));
+            lab.underlay.cut.clear();
+            lab.run(ms(there));
+            let found = [lab.view(0, 1).path, lab.view(1, 0).path];
+            assert_eq!(found, [None, None], "away and there for up to {most} ms");
+        }
+    }
+}
