@@ -2,7 +2,7 @@
 
 use std::net::TcpListener;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::State;
@@ -42,6 +42,30 @@ const CONNECTIONS: usize = 64;
 /// How long a connection may take for its one request and the answer.
 const DEADLINE: Duration = Duration::from_secs(10);
 
+/// How long to wait where a connection cannot be accepted: descriptors do not come back at once.
+const AGAIN: Duration = Duration::from_millis(100);
+/// How often that is said while it lasts.
+const SAY_AGAIN: Duration = Duration::from_secs(60);
+
+/// Connections that could not be accepted: said at once, then rarely.
+#[derive(Debug, Default)]
+struct Refusals {
+    said: Option<Instant>,
+    unsaid: u64,
+}
+
+impl Refusals {
+    /// Counts one; whether it is to be said, and how many were not since the last time.
+    fn count(&mut self, now: Instant) -> Option<u64> {
+        if self.said.is_some_and(|said| now.saturating_duration_since(said) < SAY_AGAIN) {
+            self.unsaid += 1;
+            return None;
+        }
+        self.said = Some(now);
+        Some(std::mem::take(&mut self.unsaid))
+    }
+}
+
 /// Serves until it is aborted.
 pub async fn serve(listener: Option<TcpListener>, shared: Shared) {
     let Some(listener) = listener else { return };
@@ -58,14 +82,17 @@ async fn accept(listener: tokio::net::TcpListener, shared: Shared, deadline: Dur
         .route("/readyz", get(readiness))
         .with_state(shared);
     let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut refusals = Refusals::default();
     loop {
         // Fails only where the semaphore is closed, which nobody does.
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
-                tracing::warn!(%error, "cannot accept an HTTP connection");
-                tokio::time::sleep(Duration::from_millis(100)).await;
+                if let Some(unsaid) = refusals.count(Instant::now()) {
+                    tracing::warn!(%error, unsaid, "cannot accept an HTTP connection");
+                }
+                tokio::time::sleep(AGAIN).await;
                 continue;
             }
         };
@@ -150,6 +177,16 @@ mod tests {
         let all = tokio::time::timeout(Duration::from_secs(5), stream.read_to_string(&mut answer));
         all.await.unwrap().unwrap();
         answer
+    }
+
+    #[test]
+    fn refusals_are_said_once_a_minute_with_their_number() {
+        let start = Instant::now();
+        let mut refusals = Refusals::default();
+        let said: Vec<_> = (0..1500_u32).map(|n| refusals.count(start + n * AGAIN)).collect();
+        assert_eq!((said[0], said[1], said[599]), (Some(0), None, None));
+        assert_eq!((said[600], said[1200]), (Some(599), Some(599)));
+        assert_eq!(said.iter().flatten().count(), 3);
     }
 
     #[tokio::test]
