@@ -179,6 +179,9 @@ pub struct Snapshot {
     pub revision: u64,
     /// What cannot change while the process lives.
     pub node: NodeSettings,
+    /// Handshakes carry later times than this, in seconds since 1970; 0 where the clock is right.
+    #[serde(default)]
+    pub not_before: u64,
     /// Destinations of this node: packets from peers to anything else are dropped.
     pub local_cidrs: Vec<IpNet>,
     /// Every other node.
@@ -323,8 +326,11 @@ pub struct Report {
     pub drops: Vec<DropReport>,
     /// Handshakes by result; every known result is listed.
     pub handshakes: Vec<HandshakeCount>,
-    /// Peers whose path carries less than both nodes' MTU, in no order.
+    /// Peers whose path carries less than this node's MTU, in no order.
     pub narrow: Vec<NarrowPath>,
+    /// Peers that are unreachable, by name: also in a report without peers.
+    #[serde(default)]
+    pub unreachable: Vec<UnreachablePeer>,
     /// Peers, in the order of their names.
     pub peers: Vec<PeerReport>,
 }
@@ -474,7 +480,7 @@ pub struct PeerReport {
     pub last_received_seconds: Option<f64>,
     /// Smoothed round-trip time in microseconds.
     pub rtt_us: Option<u64>,
-    /// The longest inner packet that its path carries, in bytes, where that is less than both nodes' MTU.
+    /// The longest inner packet that its path carries, in bytes, where that is less than this node's.
     pub path_mtu: Option<u16>,
     /// Whether UDP_SEGMENT is in use towards it.
     pub gso: bool,
@@ -486,6 +492,15 @@ pub struct PeerReport {
     pub rx_packets: u64,
     /// Inner bytes from it.
     pub rx_bytes: u64,
+}
+
+/// A peer that packets go to and nothing authentic comes back from, or the other way round.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct UnreachablePeer {
+    /// Name of the node.
+    pub name: String,
+    /// What is wrong.
+    pub reason: String,
 }
 
 /// How a peer is.

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use prometheus::proto::MetricFamily;
 use prometheus::{Encoder, TextEncoder};
+use skein_core::tunnel::Trouble;
 
 use self::family::{Family, Kind};
 use crate::cni::ipam;
@@ -394,6 +395,15 @@ fn peers(report: &Report) -> Vec<MetricFamily> {
         let count = report.peers.iter().filter(|peer| peer.state == state).count();
         states.add(&[("state", label)], count as f64);
     }
+    let mut unreachable = Family::new(
+        "skein_peers_unreachable",
+        "Unreachable peers by what is wrong with them.",
+        Kind::Gauge,
+    );
+    for trouble in Trouble::OF_UNREACHABLE {
+        let count = report.unreachable.iter().filter(|peer| peer.reason == trouble.text()).count();
+        unreachable.add(&[("reason", trouble.label())], count as f64);
+    }
     let ages = || report.peers.iter().filter_map(|peer| peer.handshake_age_seconds);
     let mut sessions = Family::new("skein_sessions", "Peers with a session.", Kind::Gauge);
     sessions.add(&[], ages().count() as f64);
@@ -405,11 +415,11 @@ fn peers(report: &Report) -> Vec<MetricFamily> {
     oldest.add(&[], ages().fold(0.0, f64::max));
     let mut narrow = Family::new(
         "skein_narrow_paths",
-        "Peers whose path carries less than both nodes' MTU.",
+        "Peers whose path carries less than this node's MTU.",
         Kind::Gauge,
     );
     narrow.add(&[], report.narrow.len() as f64);
-    vec![states.finish(), sessions.finish(), oldest.finish(), narrow.finish()]
+    [states, unreachable, sessions, oldest, narrow].map(Family::finish).into()
 }
 
 fn each_peer(report: &Report) -> Vec<MetricFamily> {

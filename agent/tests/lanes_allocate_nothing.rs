@@ -91,6 +91,7 @@ impl Node {
         let other = 3 - self.number;
         Snapshot {
             revision: 1,
+            not_before: 0,
             node: NodeSettings {
                 name: format!("node-{}", self.number),
                 cluster_id: "test".to_owned(),

@@ -70,9 +70,16 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
         }
         remove_spool(&config.cni.spool, &mut cleaned);
         cleaned.note(&format!("directory {}", ours.display()), remove_directory(&ours));
-        for file in
-            ["node.key", "node.key.next", "node.key.previous", "registry.json", "registry.json.new"]
-        {
+        let files = [
+            "node.key",
+            "node.key.next",
+            "node.key.previous",
+            "registry.json",
+            "registry.json.new",
+            "clock",
+            "clock.new",
+        ];
+        for file in files {
             let path = config.state_dir.join(file);
             cleaned.note(&format!("file {}", path.display()), remove_file(&path));
         }

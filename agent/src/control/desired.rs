@@ -111,6 +111,7 @@ impl Desired {
     ) -> Snapshot {
         Snapshot {
             revision,
+            not_before: 0,
             node: NodeSettings {
                 name: config.name.clone(),
                 cluster_id: config.cluster_id.clone(),

@@ -3,6 +3,7 @@
 
 pub mod cleanup;
 pub mod client;
+mod clock;
 pub mod desired;
 pub mod identity;
 pub mod kubernetes;

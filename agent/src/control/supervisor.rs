@@ -13,10 +13,11 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, sleep};
 
 use super::client::{Client, ClientError};
+use super::clock::{Clock, wall};
 use super::desired::difference;
 use crate::config::{Config, Log, LogFormat, Mode};
 use crate::failure::Failure;
-use crate::ipc::{Capability, ErrorKind, NarrowPath, Report, Request, Snapshot};
+use crate::ipc::{Capability, ErrorKind, NarrowPath, Report, Request, Snapshot, UnreachablePeer};
 use crate::lifecycle::{NotReady, Readiness};
 
 /// How long a data process may take to listen after its start, and to end when asked.
@@ -24,7 +25,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// How often a socket that nobody listens on is tried.
 const RETRY: Duration = Duration::from_millis(20);
 /// A data process is asked for a sign of life this often.
-const HEARTBEAT: Duration = Duration::from_secs(2);
+const HEARTBEAT: Duration = Duration::from_secs(1);
 /// So many failed restarts of the first data process end the agent.
 const STARTS: u32 = 2;
 /// A data process that was in the wanted state for this long is started again at once.
@@ -41,13 +42,20 @@ pub struct Settings {
     pub mode: Mode,
     /// How it logs.
     pub log: Log,
+    /// Where the time is kept.
+    pub clock: PathBuf,
 }
 
 impl Settings {
     /// The part of the configuration that matters here.
     pub fn new(config: &Config) -> Self {
         let dataplane = &config.dataplane;
-        Self { socket: dataplane.socket.clone(), mode: dataplane.mode, log: config.log.clone() }
+        Self {
+            socket: dataplane.socket.clone(),
+            mode: dataplane.mode,
+            log: config.log.clone(),
+            clock: config.state_dir.join(super::clock::FILE),
+        }
     }
 }
 
@@ -74,6 +82,9 @@ pub struct DataplaneStatus {
     /// Likewise the paths that carry less than the nodes, in the order of the keys.
     #[serde(skip)]
     pub narrow: Vec<NarrowPath>,
+    /// Likewise the peers that are unreachable, by name.
+    #[serde(skip)]
+    pub unreachable: Vec<UnreachablePeer>,
 }
 
 impl DataplaneState {
@@ -99,12 +110,22 @@ impl DataplaneState {
         }
     }
 
+    /// Waits for other peers than these to be unreachable, or for another reason.
+    pub async fn other_unreachable_peers(&self, known: &[UnreachablePeer]) {
+        let differ = |status: &DataplaneStatus| status.up && status.unreachable != known;
+        // Fails only where the sender is gone, and that is `self`.
+        let _ = self.0.subscribe().wait_for(differ).await;
+    }
+
     fn found(&self, report: Report) {
-        let Report { capabilities, mut narrow, .. } = report;
+        let Report { capabilities, mut narrow, unreachable, .. } = report;
         narrow.sort();
         self.0.send_if_modified(|status| {
-            let differs = status.capabilities != capabilities || status.narrow != narrow;
+            let differs = status.capabilities != capabilities
+                || status.narrow != narrow
+                || status.unreachable != unreachable;
             (status.capabilities, status.narrow) = (capabilities, narrow);
+            status.unreachable = unreachable;
             differs
         });
     }
@@ -151,6 +172,7 @@ pub fn start(
     let (first, first_result) = oneshot::channel();
     let (end, ended) = oneshot::channel();
     let not_ready = Some(readiness.block("the data process is not connected yet"));
+    let clock = Clock::load(settings.clock.clone());
     let supervisor = Supervisor {
         settings,
         snapshots,
@@ -161,6 +183,7 @@ pub fn start(
         child: None,
         last_pid: None,
         in_force_since: None,
+        clock,
     };
     let task = tokio::spawn(supervisor.run(ended));
     (Handle { end, task }, first_result)
@@ -179,6 +202,7 @@ struct Supervisor {
     last_pid: Option<u32>,
     /// Since when this session's data process has been in the wanted state.
     in_force_since: Option<Instant>,
+    clock: Clock,
 }
 
 /// Why a session with a data process has ended.
@@ -280,7 +304,7 @@ impl Supervisor {
             Err(end) => return end,
         };
         let mut applied = Arc::clone(&self.snapshots.borrow_and_update());
-        let request = Request::Apply { snapshot: Box::new(Snapshot::clone(&applied)) };
+        let request = self.apply(&applied);
         match client.apply(&request).await {
             Ok(revision) => self.in_force(&client, revision),
             // Whoever has started it starts another, which takes any settings.
@@ -296,6 +320,7 @@ impl Supervisor {
         loop {
             tokio::select! {
                 _ = heartbeat.tick() => {
+                    self.clock.look(wall());
                     match client.report(false).await {
                         Ok(report) => self.state.found(report),
                         Err(error) => return error.into(),
@@ -336,6 +361,13 @@ impl Supervisor {
         }
     }
 
+    /// Asks for the whole of a snapshot. A data process that begins anew with a clock set back must not
+    /// repeat times that its peers have seen.
+    fn apply(&mut self, snapshot: &Snapshot) -> Request {
+        let not_before = self.clock.floor(wall());
+        Request::Apply { snapshot: Box::new(Snapshot { not_before, ..snapshot.clone() }) }
+    }
+
     /// Brings the data process from `applied` to `wanted`.
     async fn follow(
         &mut self,
@@ -354,8 +386,8 @@ impl Supervisor {
                 if matches!(request, Request::Update { .. }) =>
             {
                 tracing::warn!(message, "update refused: sending the whole snapshot");
-                let snapshot = Box::new(Snapshot::clone(&wanted));
-                client.apply(&Request::Apply { snapshot }).await?
+                let request = self.apply(&wanted);
+                client.apply(&request).await?
             }
             other => other?,
         };

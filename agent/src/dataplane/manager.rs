@@ -351,8 +351,7 @@ impl Manager {
                 drops: &active.drops,
                 totals: &active.totals,
             };
-            let peers = active.peers.values().filter(|_| peers);
-            report::fill(&mut report, now, &sources, peers);
+            report::fill(&mut report, now, &sources, active.peers.values(), peers);
         }
         report
     }
@@ -386,6 +385,7 @@ impl Active {
         let invalid = |error: EngineError| SetupError::Invalid(error.to_string());
         let mut engine = Engine::new(config, Box::new(random)).map_err(invalid)?;
         set_identity(&mut engine, node)?;
+        engine.raise_timestamps(Duration::from_secs(snapshot.not_before));
         if let Some(memory) = &memory {
             engine.set_memory(Box::new(memory.clone()));
         }
@@ -436,6 +436,8 @@ impl Active {
         self.snapshot.node.private_key = snapshot.node.private_key;
         self.snapshot.node.second_private_key = snapshot.node.second_private_key;
         let mut kept = Kept::Snapshot;
+        self.engine.raise_timestamps(Duration::from_secs(snapshot.not_before));
+        self.snapshot.not_before = snapshot.not_before;
         let before = std::mem::replace(&mut self.snapshot.local_cidrs, snapshot.local_cidrs);
         if let Err(error) = self.set_peers(now, snapshot.peers) {
             self.snapshot.local_cidrs = before;

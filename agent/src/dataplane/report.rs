@@ -1,18 +1,19 @@
 //! The data process's answer to "how are you".
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering::Relaxed;
 
 use skein_core::route::PeerId;
 use skein_core::time::Time;
-use skein_core::tunnel::{self, Engine};
+use skein_core::tunnel::{self, Engine, PeerView, Trouble};
 
 use super::setup::Running;
 use super::stats::{DropStats, drop_report};
 use super::totals::Totals;
 use crate::ipc::{
     Capability, CapabilityState, HandshakeCount, NarrowPath, Peer, PeerReport, PeerState, Report,
+    UnreachablePeer,
 };
 use crate::keys::PublicKey;
 
@@ -28,12 +29,13 @@ pub(super) struct Sources<'a> {
     pub(super) totals: &'a Totals,
 }
 
-/// Fills in all that only an active data plane knows.
+/// Fills in all that only an active data plane knows; each peer's state only where that is wanted.
 pub(super) fn fill<'a>(
     report: &mut Report,
     now: Time,
     sources: &Sources<'_>,
-    peers: impl Iterator<Item = &'a (PeerId, Peer)>,
+    peers: impl Iterator<Item = &'a (PeerId, Peer)> + Clone,
+    each_peer: bool,
 ) {
     let lanes = &sources.running.lanes;
     report.lanes = (0..).zip(lanes).map(|(index, lane)| lane.stats.report(index)).collect();
@@ -66,7 +68,19 @@ pub(super) fn fill<'a>(
     let views = sources.engine.tables().map(|(_, view)| view);
     report.narrow =
         views.filter_map(|view| narrow(PublicKey(view.public_key), view.path)).collect();
+    let views = sources.engine.tables();
+    let unreachable: BTreeMap<PeerId, &PeerView> =
+        views.filter(|(_, view)| view.state == tunnel::PeerState::Unreachable).collect();
+    if !unreachable.is_empty() {
+        let named = peers.clone().filter_map(|(id, peer)| {
+            let reason = unreachable.get(id)?.trouble.map(Trouble::text).unwrap_or_default();
+            Some(UnreachablePeer { name: peer.name.clone(), reason: reason.to_owned() })
+        });
+        report.unreachable = named.collect();
+        report.unreachable.sort();
+    }
     report.peers = peers
+        .filter(|_| each_peer)
         .filter_map(|(id, peer)| {
             let mut report = peer_report(now, sources, *id, peer)?;
             report.gso = gso_on && !report.endpoint.is_some_and(|e| gso_off.contains(&e));

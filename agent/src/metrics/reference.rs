@@ -90,7 +90,9 @@ fn labels(family: &MetricFamily) -> Vec<String> {
     }
     let shown = |name: &str| match name {
         "version" | "lane" | "peer" | "cidr" => format!("`{name}`"),
-        "reason" => "`reason`: [below](#reasons-of-drops)".to_owned(),
+        "reason" if family.name() == "skein_drops_total" => {
+            "`reason`: [below](#reasons-of-drops)".to_owned()
+        }
         _ => {
             let pairs = family.get_metric().iter().flat_map(|metric| metric.get_label());
             let values = pairs.filter(|pair| pair.name() == name).map(|pair| pair.value());

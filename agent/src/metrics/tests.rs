@@ -11,7 +11,7 @@ use super::*;
 use crate::cni;
 use crate::control::kubernetes;
 use crate::control::registry::RejectedFile;
-use crate::ipc::{Capability, DropReport, HandshakeCount};
+use crate::ipc::{Capability, DropReport, HandshakeCount, UnreachablePeer};
 use crate::keys::PublicKey;
 use crate::status::tests::peer;
 
@@ -40,6 +40,10 @@ fn report() -> Report {
             .collect(),
         handshakes: vec![HandshakeCount { result: "initiated".to_owned(), count: 2 }],
         peers: vec![peer("node-b", PeerState::Established)],
+        unreachable: vec![UnreachablePeer {
+            name: "node-c".to_owned(),
+            reason: Trouble::Deaf.to_string(),
+        }],
         ..Report::default()
     }
 }
@@ -107,6 +111,8 @@ fn states_are_one_of_all() {
     has(&text, "skein_capability{capability=\"udp_gso\",state=\"on\"} 0");
     has(&text, "skein_peers{state=\"established\"} 1");
     has(&text, "skein_peers{state=\"unreachable\"} 0");
+    has(&text, "skein_peers_unreachable{reason=\"deaf\"} 1");
+    has(&text, "skein_peers_unreachable{reason=\"silent\"} 0");
     has(&text, "skein_narrow_paths 0");
     has(&text, "skein_dataplane_restarts_total 4");
     for reason in DropReason::ALL {

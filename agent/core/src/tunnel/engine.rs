@@ -132,6 +132,12 @@ impl Engine {
         self.shared.memory = memory;
     }
 
+    /// Has handshakes carry later times than this wall-clock time, for a node whose clock was set back: its
+    /// peers take no time that is before one that they have seen.
+    pub fn raise_timestamps(&mut self, floor: Duration) {
+        self.shared.raise_timestamps(floor);
+    }
+
     /// Takes up sessions of the process before, once their peers are known; how many it took. Those that
     /// are over, or of a peer that is none any more, are forgotten. Each must be in a life that nobody
     /// has sent in ([`SavedSession::life`]), and no other process may have it any more.

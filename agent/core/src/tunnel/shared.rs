@@ -154,6 +154,11 @@ impl Shared {
         Timestamp::new(self.last_timestamp)
     }
 
+    /// Timestamps are later than this from now on.
+    pub(crate) fn raise_timestamps(&mut self, floor: Duration) {
+        self.last_timestamp = self.last_timestamp.max(floor);
+    }
+
     /// Makes sure that the engine is called at `at`.
     pub(crate) fn arm(&mut self, at: Duration) {
         self.timeout = Some(self.timeout.map_or(at, |earlier| earlier.min(at)));

@@ -7,6 +7,7 @@ mod follow;
 mod own;
 mod publish;
 pub mod resource;
+mod status;
 pub mod uninstall;
 
 use std::sync::Arc;

@@ -18,22 +18,25 @@ use super::backoff::{Waits, fraction};
 use super::client::describe;
 use super::follow::{RENEW, State};
 use super::own;
-use super::resource::{Condition, SkeinNode, SkeinNodeSpec, SkeinNodeStatus, offloads};
+use super::resource::{SkeinNode, SkeinNodeSpec, SkeinNodeStatus};
+use super::status::{Known, falls_silent, ours, readiness_differs, status, text};
 use crate::control::shared::Shared;
+use crate::control::supervisor::DataplaneStatus;
 use crate::ipc::{Capability, CapabilityState};
 
 /// Whose fields ours are (server-side apply).
 const MANAGER: &str = "skein-agent";
-/// The condition of a SkeinNode that is the agent's.
-const READY: &str = "Ready";
 /// Namespace of the events of what has none.
 const EVENTS: &str = "default";
 /// A type of events.
 const WARNING: &str = "Warning";
 /// The agent looks at itself this often.
 const LOOK: Duration = Duration::from_secs(2);
-/// A status that differs in anything but readiness is written no more often than this.
+/// A status that differs in anything but readiness is written no more often than this, but for the news that
+/// peers have fallen silent, which comes no more often either.
 const STATUS: Duration = Duration::from_secs(60);
+/// Where a node dies all others see it: their news is spread over a second for so many of them.
+const PEERS_A_SECOND: f64 = 100.0;
 /// Events of one reason come no more often than this while it lasts.
 const EVENT: Duration = Duration::from_secs(600);
 /// As long as a watch is silent, what was written may wait there to be told.
@@ -55,6 +58,10 @@ pub(super) async fn publish(shared: Shared, client: Client, mut state: watch::Re
         applied: None,
         status_written: None,
         last_status: None,
+        silent_since: None,
+        silence_told: None,
+        due: None,
+        share: fraction(),
         unready_since: None,
         refused_since: None,
         spread: SPREAD.mul_f64(fraction()),
@@ -67,6 +74,7 @@ pub(super) async fn publish(shared: Shared, client: Client, mut state: watch::Re
     let mut complaint = None;
     loop {
         let now = state.borrow_and_update().clone();
+        let silent = publisher.shared.dataplane.get().unreachable;
         match publisher.catch_up(&now).await {
             Ok(()) => (waits, complaint) = (Waits::default(), None),
             Err(error) => {
@@ -83,8 +91,12 @@ pub(super) async fn publish(shared: Shared, client: Client, mut state: watch::Re
                 continue;
             }
         }
+        let dataplane = publisher.shared.dataplane.clone();
+        let due = publisher.due.unwrap_or_else(|| Instant::now() + LOOK);
         tokio::select! {
             changed = state.changed() => if changed.is_err() { return },
+            () = dataplane.other_unreachable_peers(&silent) => {}
+            () = tokio::time::sleep_until(due) => {}
             _ = look.tick() => {}
         }
     }
@@ -101,6 +113,14 @@ struct Publisher {
     status_written: Option<Instant>,
     /// What was written then.
     last_status: Option<SkeinNodeStatus>,
+    /// Since when there are unreachable peers.
+    silent_since: Option<Instant>,
+    /// When it was last written that there are where none was.
+    silence_told: Option<Instant>,
+    /// When a status that waits may be written.
+    due: Option<Instant>,
+    /// This node's place among those that tell of what all see, from 0 to 1.
+    share: f64,
     unready_since: Option<Instant>,
     refused_since: Option<Instant>,
     /// How long records are refused before this node says so: all nodes see the same ones.
@@ -109,6 +129,31 @@ struct Publisher {
     told: BTreeMap<&'static str, Told>,
     /// When an event was refused.
     untold: Option<Instant>,
+}
+
+/// When a status may be written that says something else than the one before.
+struct Due {
+    /// When that one was.
+    written: Option<Instant>,
+    /// Whether it is the node's readiness that differs.
+    readiness: bool,
+    /// Where it is news that peers are silent: when this node has its turn to tell.
+    silence: Option<Instant>,
+    /// When there was such news before.
+    silence_told: Option<Instant>,
+}
+
+impl Due {
+    /// `None`: at once.
+    fn at(&self) -> Option<Instant> {
+        let written = self.written?;
+        if self.readiness {
+            return Some(written + LOOK);
+        }
+        let ordinary = written + STATUS;
+        let news = |turn: Instant| turn.max(self.silence_told.map_or(turn, |told| told + STATUS));
+        Some(self.silence.map_or(ordinary, |turn| news(turn).min(ordinary)))
+    }
 }
 
 struct Told {
@@ -146,9 +191,15 @@ impl Publisher {
         // Nothing is known of the data process for a moment, as when it is restarted.
         let known = dataplane.up && !dataplane.capabilities.is_empty();
         let capabilities = known.then_some(dataplane.capabilities.as_slice());
+        if known {
+            self.silent_since = match dataplane.unreachable.is_empty() {
+                true => None,
+                false => self.silent_since.or(Some(Instant::now())),
+            };
+        }
         let status = match &state.published {
-            Some(published) => self.write_status(published, capabilities, &reasons).await,
-            None => Ok(()),
+            Some(published) if known => self.write_status(published, &dataplane, &reasons).await,
+            _ => Ok(()),
         };
         self.tell_of_changes(node, capabilities, &reasons).await;
         applied.and(opened).and(status)
@@ -192,26 +243,35 @@ impl Publisher {
     async fn write_status(
         &mut self,
         published: &SkeinNode,
-        capabilities: Option<&[Capability]>,
+        dataplane: &DataplaneStatus,
         reasons: &[String],
     ) -> anyhow::Result<()> {
-        let Some(capabilities) = capabilities else { return Ok(()) };
+        self.due = None;
         let found = published.status.clone().map(ours);
-        let generation = published.metadata.generation;
-        let mtu = self.shared.interface().mtu;
+        let known = Known {
+            generation: published.metadata.generation,
+            capabilities: &dataplane.capabilities,
+            mtu: self.shared.interface().mtu,
+            reasons,
+            unreachable: &dataplane.unreachable,
+        };
         // What was written last is newer than what the watch has told, for a while.
         let before = self.last_status.as_ref().or(found.as_ref());
-        let status = status(before, generation, capabilities, mtu, reasons, Timestamp::now());
+        let status = status(before, &known, Timestamp::now());
         if before == Some(&status) && found.as_ref() == Some(&status) {
             return Ok(());
         }
-        let ready = |status: &SkeinNodeStatus| {
-            status.conditions.first().map(|condition| condition.status.clone())
+        let silence = falls_silent(before, &status);
+        let peers = self.shared.registry().accepted;
+        let spread = Duration::from_secs_f64(self.share * peers as f64 / PEERS_A_SECOND);
+        let due = Due {
+            written: self.status_written,
+            readiness: readiness_differs(before, &status),
+            silence: silence.then_some(self.silent_since).flatten().map(|since| since + spread),
+            silence_told: self.silence_told,
         };
-        let urgent = before.and_then(ready) != ready(&status);
-        let recent =
-            self.status_written.is_some_and(|at| at.elapsed() < if urgent { LOOK } else { STATUS });
-        if recent {
+        if let Some(at) = due.at().filter(|at| *at > Instant::now()) {
+            self.due = Some(at);
             return Ok(());
         }
         let name = &self.shared.config.name;
@@ -221,7 +281,11 @@ impl Publisher {
         let written = self.skeinnodes.patch_status(name, &parameters, &patch);
         ask(written).await.context("status of the SkeinNode")?;
         tracing::debug!(before = ?found, now = ?status, "the SkeinNode's status is written");
-        (self.status_written, self.last_status) = (Some(Instant::now()), Some(status));
+        let now = Instant::now();
+        (self.status_written, self.last_status) = (Some(now), Some(status));
+        if silence {
+            self.silence_told = Some(now);
+        }
         Ok(())
     }
 
@@ -382,52 +446,6 @@ fn skeinnode(
     })
 }
 
-/// What of a status the agent writes: others may have conditions there, too.
-fn ours(mut status: SkeinNodeStatus) -> SkeinNodeStatus {
-    status.conditions.retain(|condition| condition.kind == READY);
-    status
-}
-
-/// What the SkeinNode is to say of the node.
-fn status(
-    before: Option<&SkeinNodeStatus>,
-    generation: Option<i64>,
-    capabilities: &[Capability],
-    mtu: u16,
-    reasons: &[String],
-    now: Timestamp,
-) -> SkeinNodeStatus {
-    let ready = if reasons.is_empty() { "True" } else { "False" };
-    let before = before.and_then(|status| status.conditions.first());
-    let since = before.filter(|condition| condition.status == ready);
-    let condition = Condition {
-        kind: READY.to_owned(),
-        status: ready.to_owned(),
-        reason: if reasons.is_empty() { "AgentReady" } else { "AgentNotReady" }.to_owned(),
-        message: if reasons.is_empty() {
-            "pods have a network".to_owned()
-        } else {
-            reasons.join("; ")
-        },
-        last_transition_time: since
-            .map_or_else(|| text(now), |same| same.last_transition_time.clone()),
-        observed_generation: generation,
-    };
-    SkeinNodeStatus {
-        observed_generation: generation,
-        agent_version: Some(env!("CARGO_PKG_VERSION").to_owned()),
-        mtu: Some(mtu.into()),
-        offloads: Some(offloads(capabilities)),
-        capabilities: capabilities.iter().map(Into::into).collect(),
-        conditions: vec![condition],
-    }
-}
-
-/// In whole seconds, as the API has times.
-fn text(now: Timestamp) -> String {
-    Timestamp::from_second(now.as_second()).unwrap_or(now).to_string()
-}
-
 /// The Node's taints without that one; `None` where it is not there.
 fn untainted(node: &Node, key: Option<&str>) -> Option<Vec<serde_json::Value>> {
     let taints = node.spec.as_ref()?.taints.as_ref()?;
@@ -488,21 +506,22 @@ mod tests {
     }
 
     #[test]
-    fn a_status_that_says_the_same_is_the_same() {
-        let capability = |state| Capability { name: "udp_gso".into(), state, reason: None };
-        let (on, off) =
-            ([capability(CapabilityState::On)], [capability(CapabilityState::Degraded)]);
-        let at = |seconds| Timestamp::from_second(seconds).unwrap();
-        let first = status(None, Some(1), &on, 1440, &[], at(1));
-        assert_eq!(first.conditions[0].last_transition_time, "1970-01-01T00:00:01Z");
-        assert_eq!(status(Some(&first), Some(1), &on, 1440, &[], at(9)), first);
-        let ill = status(Some(&first), Some(1), &on, 1440, &["why".into()], at(9));
-        assert_eq!(ill.conditions[0].last_transition_time, "1970-01-01T00:00:09Z");
-        assert_eq!(
-            (ill.conditions[0].status.as_str(), ill.offloads.as_deref()),
-            ("False", Some("all"))
-        );
-        let off = status(Some(&first), Some(1), &off, 1440, &[], at(9));
-        assert_eq!(off.offloads.as_deref(), Some("none"));
+    fn silence_is_told_at_once_and_then_once_a_minute_at_most() {
+        let start = Instant::now();
+        let after = |seconds| start + Duration::from_secs(seconds);
+        let due = |written, silence, silence_told| {
+            let due = Due { written, readiness: false, silence, silence_told };
+            due.at()
+        };
+        assert_eq!(due(None, Some(after(5)), None), None, "nothing was written yet");
+        // What else changes waits; peers that fall silent do not.
+        assert_eq!(due(Some(start), None, None), Some(after(60)));
+        assert_eq!(due(Some(start), Some(after(5)), None), Some(after(5)));
+        // One that flaps is told of a minute after the last time.
+        assert_eq!(due(Some(after(70)), Some(after(75)), Some(after(10))), Some(after(75)));
+        assert_eq!(due(Some(after(30)), Some(after(35)), Some(after(10))), Some(after(70)));
+        let ready =
+            Due { written: Some(start), readiness: true, silence: None, silence_told: None };
+        assert_eq!(ready.at(), Some(start + LOOK));
     }
 }

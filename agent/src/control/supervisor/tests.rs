@@ -115,7 +115,8 @@ fn supervise_in(fake: &Fake, mode: Mode) -> Lab {
     let (wanted, snapshots) = watch::channel(snapshot(1));
     let (state, readiness) = (DataplaneState::default(), Readiness::default());
     let log = Log { level: "info".to_owned(), format: LogFormat::Text };
-    let settings = Settings { socket: fake.socket.clone(), mode, log };
+    let clock = fake.socket.with_file_name("clock");
+    let settings = Settings { socket: fake.socket.clone(), mode, log, clock };
     let (handle, first) = start(settings, snapshots, state.clone(), readiness.clone());
     Lab { handle, first, wanted, state, readiness }
 }

@@ -128,6 +128,24 @@ fn a_wall_clock_that_stands_still_or_goes_back_does_not_stop_handshakes() {
     assert_eq!(lab.count(1, HandshakeResult::Replayed), 0);
 }
 
+/// It has forgotten what it said before; where its clock was then is all that helps.
+#[test]
+fn a_node_that_restarts_with_its_clock_set_back_is_heard_where_it_knows_the_time_before() {
+    let mut lab = Lab::joined_pair();
+    let before = lab.now.wall;
+    lab.now.wall -= secs(5 * 3600);
+    lab.restart(0);
+    lab.send(0, 1, b"wanted");
+    lab.run(secs(3));
+    assert!(!lab.joined(0, 1), "without it, it is taken for a replay");
+    assert!(lab.count(1, HandshakeResult::Replayed) > 0);
+    lab.restart(0);
+    lab.nodes[0].engine.raise_timestamps(before + secs(60));
+    lab.send(0, 1, b"wanted");
+    lab.run(secs(3));
+    assert!(lab.joined(0, 1));
+}
+
 #[test]
 fn replayed_control_messages_are_refused() {
     let mut lab = Lab::joined_pair();

@@ -1,0 +1,182 @@
+//! What a SkeinNode's status says of its node: made here, written by `publish`.
+
+use k8s_openapi::jiff::Timestamp;
+
+use super::resource::{Condition, SkeinNodeStatus, offloads};
+use crate::ipc::{Capability, UnreachablePeer};
+
+/// Whether pods of the node have a network.
+const READY: &str = "Ready";
+/// Whether the node reaches all the others that it has something to send to.
+const PEERS: &str = "PeersReachable";
+
+/// Peers that a condition names, and characters that it has at most: it is for people.
+const NAMED: usize = 5;
+const MESSAGE: usize = 400;
+
+/// What is known of the node.
+pub(super) struct Known<'a> {
+    /// Of the spec that the watch has told of.
+    pub(super) generation: Option<i64>,
+    pub(super) capabilities: &'a [Capability],
+    /// Of pods, in bytes.
+    pub(super) mtu: u16,
+    /// Why the agent is not ready.
+    pub(super) reasons: &'a [String],
+    pub(super) unreachable: &'a [UnreachablePeer],
+}
+
+/// What the SkeinNode is to say of the node; `before` is what it says.
+pub(super) fn status(
+    before: Option<&SkeinNodeStatus>,
+    known: &Known<'_>,
+    now: Timestamp,
+) -> SkeinNodeStatus {
+    let condition = |kind: &str, is: bool, reason: &str, message: String| {
+        let status = if is { "True" } else { "False" };
+        let since = before.and_then(|before| find(before, kind));
+        let since = since.filter(|condition| condition.status == status);
+        Condition {
+            kind: kind.to_owned(),
+            status: status.to_owned(),
+            reason: reason.to_owned(),
+            message,
+            last_transition_time: since
+                .map_or_else(|| text(now), |same| same.last_transition_time.clone()),
+            observed_generation: known.generation,
+        }
+    };
+    let ready = match known.reasons {
+        [] => condition(READY, true, "AgentReady", "pods have a network".to_owned()),
+        reasons => condition(READY, false, "AgentNotReady", reasons.join("; ")),
+    };
+    let peers = match known.unreachable {
+        [] => condition(PEERS, true, "NoneSilent", "no peer is silent".to_owned()),
+        silent => condition(PEERS, false, "PeersUnreachable", names(silent)),
+    };
+    SkeinNodeStatus {
+        observed_generation: known.generation,
+        agent_version: Some(env!("CARGO_PKG_VERSION").to_owned()),
+        mtu: Some(known.mtu.into()),
+        offloads: Some(offloads(known.capabilities)),
+        capabilities: known.capabilities.iter().map(Into::into).collect(),
+        conditions: vec![ready, peers],
+    }
+}
+
+/// The first few by name, each with what is wrong, and how many more.
+fn names(silent: &[UnreachablePeer]) -> String {
+    let each = silent.iter().take(NAMED).map(|peer| format!("{} ({})", peer.name, peer.reason));
+    let mut text: String = each.collect::<Vec<_>>().join(", ");
+    if text.chars().count() > MESSAGE {
+        text = text.chars().take(MESSAGE).chain(['…']).collect();
+    }
+    match silent.len().saturating_sub(NAMED) {
+        0 => text,
+        more => format!("{text} and {more} more"),
+    }
+}
+
+fn find<'a>(status: &'a SkeinNodeStatus, kind: &str) -> Option<&'a Condition> {
+    status.conditions.iter().find(|condition| condition.kind == kind)
+}
+
+/// What of a status the agent writes: others may have conditions there, too.
+pub(super) fn ours(mut status: SkeinNodeStatus) -> SkeinNodeStatus {
+    status.conditions.retain(|condition| [READY, PEERS].contains(&condition.kind.as_str()));
+    status
+}
+
+/// Whether it says something else of the node's readiness.
+pub(super) fn readiness_differs(before: Option<&SkeinNodeStatus>, now: &SkeinNodeStatus) -> bool {
+    let ready = |status| find(status, READY).map(|condition| condition.status.as_str());
+    before.and_then(ready) != ready(now)
+}
+
+/// Whether it says that peers are silent where none was.
+pub(super) fn falls_silent(before: Option<&SkeinNodeStatus>, now: &SkeinNodeStatus) -> bool {
+    let is_false =
+        |status| find(status, PEERS).is_some_and(|condition| condition.status == "False");
+    is_false(now) && !before.is_some_and(is_false)
+}
+
+/// In whole seconds, as the API has times.
+pub(super) fn text(now: Timestamp) -> String {
+    Timestamp::from_second(now.as_second()).unwrap_or(now).to_string()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::ipc::CapabilityState;
+
+    fn at(seconds: i64) -> Timestamp {
+        Timestamp::from_second(seconds).unwrap()
+    }
+
+    fn known<'a>(
+        capabilities: &'a [Capability],
+        reasons: &'a [String],
+        unreachable: &'a [UnreachablePeer],
+    ) -> Known<'a> {
+        Known { generation: Some(1), capabilities, mtu: 1440, reasons, unreachable }
+    }
+
+    fn silent(name: &str) -> UnreachablePeer {
+        UnreachablePeer { name: name.into(), reason: "nothing comes back".into() }
+    }
+
+    #[test]
+    fn a_status_that_says_the_same_is_the_same() {
+        let capability = |state| Capability { name: "udp_gso".into(), state, reason: None };
+        let (on, off) =
+            ([capability(CapabilityState::On)], [capability(CapabilityState::Degraded)]);
+        let first = status(None, &known(&on, &[], &[]), at(1));
+        assert_eq!(first.conditions[0].last_transition_time, "1970-01-01T00:00:01Z");
+        assert_eq!(status(Some(&first), &known(&on, &[], &[]), at(9)), first);
+        let ill = status(Some(&first), &known(&on, &["why".into()], &[]), at(9));
+        assert_eq!(ill.conditions[0].last_transition_time, "1970-01-01T00:00:09Z");
+        assert_eq!(ill.conditions[1], first.conditions[1], "its peers are as they were");
+        assert_eq!(
+            (ill.conditions[0].status.as_str(), ill.offloads.as_deref()),
+            ("False", Some("all"))
+        );
+        assert!(readiness_differs(Some(&first), &ill) && !falls_silent(Some(&first), &ill));
+        let off = status(Some(&first), &known(&off, &[], &[]), at(9));
+        assert_eq!(off.offloads.as_deref(), Some("none"));
+    }
+
+    #[test]
+    fn silent_peers_are_named_with_the_reason() {
+        let well = status(None, &known(&[], &[], &[]), at(1));
+        assert_eq!(
+            (well.conditions[1].kind.as_str(), well.conditions[1].status.as_str()),
+            ("PeersReachable", "True")
+        );
+        let one = [silent("node-b")];
+        let ill = status(Some(&well), &known(&[], &[], &one), at(5));
+        let condition = &ill.conditions[1];
+        assert_eq!((condition.status.as_str(), &*condition.reason), ("False", "PeersUnreachable"));
+        assert_eq!(condition.message, "node-b (nothing comes back)");
+        assert_eq!(condition.last_transition_time, "1970-01-01T00:00:05Z");
+        assert!(falls_silent(Some(&well), &ill) && falls_silent(None, &ill));
+        assert!(!readiness_differs(Some(&well), &ill));
+        // Another peer is no new transition, nor is what it says urgent.
+        let two = [silent("node-b"), silent("node-c")];
+        let more = status(Some(&ill), &known(&[], &[], &two), at(9));
+        assert_eq!(more.conditions[1].last_transition_time, "1970-01-01T00:00:05Z");
+        assert!(!falls_silent(Some(&ill), &more));
+        assert!(!falls_silent(Some(&ill), &well), "to be well is not urgent");
+    }
+
+    #[test]
+    fn a_thousand_silent_peers_make_one_short_line() {
+        let all: Vec<_> = (0..1000).map(|n| silent(&format!("node-{n}"))).collect();
+        let text = names(&all);
+        assert!(text.ends_with("node-4 (nothing comes back) and 995 more"), "{text}");
+        let long = vec![silent(&"é".repeat(253)); 7];
+        let text = names(&long);
+        assert!(text.chars().count() < MESSAGE + 20 && text.ends_with("… and 2 more"), "{text}");
+    }
+}
