@@ -1,10 +1,12 @@
-//! The cgroups of the laboratory's machines: their names, and how they go.
+//! The cgroups of the laboratory's machines: their names, how they go, and a limit of memory.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
 
 /// Where the hierarchies are mounted.
 const ROOT: &str = "/sys/fs/cgroup";
@@ -46,6 +48,41 @@ pub fn remove(name: &str) {
             }
             thread::sleep(Duration::from_millis(10));
         }
+    }
+}
+
+/// A process that may not use more memory than it has, and a little. Gone with the namespace of its name.
+#[derive(Debug)]
+pub struct MemoryLimit {
+    directory: PathBuf,
+}
+
+impl MemoryLimit {
+    /// Lets a process have so many bytes beside those that it has touched already.
+    pub fn new(name: &str, pid: i32, bytes: u64) -> Result<Self> {
+        let unified = Path::new(ROOT).join("cgroup.controllers").exists();
+        let (directory, limit) = match unified {
+            true => {
+                fs::write(Path::new(ROOT).join("cgroup.subtree_control"), "+memory")
+                    .context("giving cgroups the controller of memory")?;
+                (Path::new(ROOT).join(name), "memory.max")
+            }
+            false => (Path::new(ROOT).join("memory").join(name), "memory.limit_in_bytes"),
+        };
+        fs::create_dir_all(&directory)
+            .with_context(|| format!("making {} (this needs root)", directory.display()))?;
+        fs::write(directory.join(limit), bytes.to_string())?;
+        fs::write(directory.join("cgroup.procs"), pid.to_string())?;
+        Ok(Self { directory })
+    }
+
+    /// How often the kernel has killed somebody for it.
+    pub fn kills(&self) -> Result<u64> {
+        let files = ["memory.events", "memory.oom_control"].map(|name| self.directory.join(name));
+        let file = files.iter().find(|file| file.exists()).context("no count of kills")?;
+        let text = fs::read_to_string(file)?;
+        let kills = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
+        kills.context("no count of kills")?.trim().parse().context("no number")
     }
 }
 

@@ -12,6 +12,7 @@ pub mod netns;
 pub mod node;
 pub mod process;
 pub mod registry;
+pub mod relay;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};

@@ -133,13 +133,16 @@ impl<'a> World<'a> {
             Kind::KillKeeper => {
                 let before = agent.keeper_pids();
                 signal(&before, Signal::KILL)?;
-                if node == EXTERNAL {
-                    // What it has started ends with it, in a moment: the next one finds the socket taken.
-                    let ended = || Ok(agent.dataplane_pids().is_empty());
-                    checks::eventually("the data process ends with its keeper", LIMIT, ended)?;
-                    self.external = agent.start_dataplane()?;
-                }
-                comes_back(agent, || agent.keeper_pids() != before)
+                // An external one is started again as kubelet does it: until it stays. What the one before
+                // has started ends a moment after it, and holds the socket meanwhile.
+                let external = &mut self.external;
+                let back = || {
+                    if node == EXTERNAL && external.exited().is_some() {
+                        *external = agent.start_dataplane()?;
+                    }
+                    Ok(agent.keeper_pids() != before && agent.report().is_ok())
+                };
+                checks::eventually("another data process is at work", LIMIT, back).map(drop)
             }
             Kind::RestartAgent => {
                 let code = agent.stop()?;

@@ -1,0 +1,110 @@
+//! Wall clocks that jump. Handshakes carry the time, so that an old one is not taken twice.
+
+use std::fs;
+use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+use skein_e2e::checks;
+use skein_e2e::lab::agent::{Agent, Cluster};
+use skein_e2e::lab::{Family, Lab, Plan};
+use skein_e2e::load::transfer::Transfer;
+
+const HOURS: i64 = 3600;
+
+/// An agent's wall clock, wrong by what the file says.
+struct Clock(PathBuf);
+
+impl Clock {
+    /// To be called before the agent starts.
+    fn of(agent: &mut Agent, lab: &Lab) -> Result<Self> {
+        let own = std::env::current_exe()?;
+        let examples = own.ancestors().nth(2).context("no directory")?.join("examples");
+        let library = examples.join("libother_clock.so");
+        ensure!(
+            library.is_file(),
+            "{} is missing: cargo build --release --examples",
+            library.display()
+        );
+        let file = lab.directory().join(format!("{}.clock", agent.record.name));
+        for (name, value) in [("LD_PRELOAD", &library), ("SKEIN_CLOCK", &file)] {
+            agent.environment.push((name.to_owned(), value.to_string_lossy().into_owned()));
+        }
+        let clock = Self(file);
+        clock.set(0)?;
+        Ok(clock)
+    }
+
+    /// Seconds ahead of the truth, or behind it.
+    fn set(&self, seconds: i64) -> Result<()> {
+        let new = self.0.with_extension("new");
+        fs::write(&new, seconds.to_string())?;
+        fs::rename(&new, &self.0).context("setting the clock")
+    }
+}
+
+/// Two nodes, the first of which has a clock of its own.
+fn with_a_clock() -> Result<(Cluster, Clock)> {
+    let mut cluster = Cluster::prepare(Lab::new(&Plan::default())?, Family::V4)?;
+    let Cluster { agents, lab, .. } = &mut cluster;
+    let clock = Clock::of(&mut agents[0], lab)?;
+    cluster.start()?;
+    checks::all_reach_all(&cluster.lab)?;
+    Ok((cluster, clock))
+}
+
+fn replayed(agent: &Agent) -> Result<f64> {
+    Ok(agent.metrics()?.sum("skein_handshakes_total", &["result=\"replayed\""]))
+}
+
+#[test]
+fn a_clock_that_jumps_disturbs_nothing() -> Result<()> {
+    let (cluster, clock) = with_a_clock()?;
+    let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
+    let to = (b.address(Family::V4), 7000).into();
+    let transfer = Transfer::start(&a.ns, &b.ns, to, 80 << 20, Some(10 << 20))?;
+    for hours in [5, -7, 24 * 365, 0] {
+        thread::sleep(Duration::from_millis(1500));
+        clock.set(hours * HOURS)?;
+    }
+    let received = transfer.join()?;
+    println!(
+        "the clock set by hours and a year, four times: the transfer stood for {:.0} ms at most",
+        received.longest_pause * 1e3
+    );
+    ensure!(received.longest_pause < 1.0, "{} s", received.longest_pause);
+    checks::all_reach_all(&cluster.lab)
+}
+
+/// All that the node knows of its time before is on its disk. It has to begin by itself: the other has
+/// nothing to say to it.
+#[test]
+fn a_node_that_starts_with_a_clock_set_back_is_heard() -> Result<()> {
+    let (mut cluster, clock) = with_a_clock()?;
+    for (what, hours) in [("the same", 0), ("5 hours back", -5), ("48 hours back", -48)] {
+        let code = cluster.agents[0].stop()?;
+        ensure!(code == 0, "the agent ended with code {code}");
+        ensure!(cluster.agents[0].keeper_pids().is_empty(), "its data process goes on");
+        clock.set(hours * HOURS)?;
+        cluster.agents[0].start()?;
+        let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
+        let took = checks::wait_until_reached(a, b, Family::V4, Duration::from_secs(5))?;
+        println!("started anew, its clock {what}: heard after {:.2} s", took.as_secs_f64());
+        ensure!(replayed(&cluster.agents[1])? == 0.0, "its handshakes were taken for replays");
+    }
+    // A data process that is lost altogether begins anew, too, while the agent goes on.
+    clock.set(-96 * HOURS)?;
+    let keepers = cluster.agents[0].keeper_pids();
+    let keeper = keepers.first().and_then(|pid| Pid::from_raw(*pid)).context("no keeper")?;
+    kill_process(keeper, Signal::KILL)?;
+    let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
+    let took = checks::wait_until_reached(a, b, Family::V4, Duration::from_secs(8))?;
+    println!(
+        "its data process lost, its clock 96 hours back: heard after {:.2} s",
+        took.as_secs_f64()
+    );
+    ensure!(replayed(&cluster.agents[1])? == 0.0, "its handshakes were taken for replays");
+    Ok(())
+}

@@ -1,0 +1,106 @@
+//! Datagrams of the underlay that are lost, come twice or come late.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use skein_e2e::checks;
+use skein_e2e::lab::agent::Cluster;
+use skein_e2e::lab::relay::{Relay, Weather};
+use skein_e2e::lab::{Family, Offloads, Plan};
+use skein_e2e::load::ping::{Ping, ping};
+
+/// What is lost or doubled below must not show as anything but loss above: of pings about what the underlay
+/// loses, of TCP nothing.
+fn goes_on_in(weather: Weather, bytes: u64) -> Result<()> {
+    let plan = Plan { offloads: Offloads::Wire, ..Plan::default() };
+    let cluster = Cluster::up(&plan, Family::V4)?;
+    let relay = Relay::start(&cluster.lab, 1)?;
+    checks::all_reach_all(&cluster.lab)?;
+    let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
+    relay.set(weather);
+    let expected = {
+        let passes = 1.0 - weather.loss as f64 / 100.0;
+        (1.0 - passes * passes) * 100.0
+    };
+    let (mut sent, mut received) = (0, 0);
+    for family in Family::BOTH {
+        let many = Ping { count: 400, interval_ms: 5, ..Ping::default() };
+        let answers = ping(&a.ns, b.address(family), many)?;
+        ensure!(!answers.text.contains("duplicate"), "doubled inside: {}", answers.text);
+        (sent, received) = (sent + answers.sent, received + answers.received);
+    }
+    let lost = f64::from(sent - received) / f64::from(sent) * 100.0;
+    // So long that the path's width is asked for several times.
+    let long = Duration::from_secs(if weather.loss < 10 { 2 } else { 16 });
+    let datagrams = checks::datagrams(a, b, Family::V6, 1000, 1000, long)?;
+    let mut seconds = vec![];
+    for (from, to, family) in [(a, b, Family::V4), (b, a, Family::V6)] {
+        let received = checks::transfer(from, to, family, bytes);
+        let received = received.with_context(|| format!("TCP over {family}"))?;
+        seconds.push(format!("{:.1}", received.seconds));
+    }
+    let counts = relay.counts();
+    let [seen, gone, doubled, late] = [&counts.seen, &counts.lost, &counts.doubled, &counts.late]
+        .map(|c| c.load(Ordering::Relaxed));
+    let metrics = cluster.agents[1].metrics()?;
+    let replayed = metrics.sum("skein_drops_total", &["reason=\"replay"]);
+    println!(
+        "{weather:?}: of {seen} datagrams {gone} lost, {doubled} doubled, {late} late; pings lost \
+         {lost:.1} % (expected {expected:.1}), UDP {} of {}, {} out of order; {} MiB of TCP in {} s; \
+         {replayed} replays dropped",
+        datagrams.received,
+        datagrams.sent,
+        datagrams.reordered,
+        bytes >> 20,
+        seconds.join(" and "),
+    );
+    ensure!((lost - expected).abs() <= 2.0 + expected * 0.5, "{lost} % of the pings lost");
+    ensure!(datagrams.corrupt == 0 && datagrams.doubled == 0, "{datagrams:?}");
+    ensure!(weather.doubles == 0 || replayed > 0.0, "no replay was dropped");
+    for (kind, percent, count) in [
+        ("lost", weather.loss, gone),
+        ("doubled", weather.doubles, doubled),
+        ("late", weather.late, late),
+    ] {
+        ensure!((percent > 0) == (count > 0), "{count} {kind}");
+    }
+    for agent in &cluster.agents {
+        let metrics = agent.metrics()?;
+        let narrow = metrics.sum("skein_narrow_paths", &[]);
+        ensure!(narrow == 0.0, "loss was taken for a narrow path");
+        let away = metrics.sum("skein_peers", &["state=\"unreachable\""]);
+        ensure!(away == 0.0, "loss was taken for a dead peer");
+    }
+    relay.set(Weather::default());
+    checks::transfer(a, b, Family::V4, 8 << 20)?;
+    checks::all_reach_all(&cluster.lab)?;
+    relay.stop()
+}
+
+#[test]
+fn loss_of_one_per_cent() -> Result<()> {
+    goes_on_in(Weather { loss: 1, ..Weather::default() }, 32 << 20)
+}
+
+#[test]
+fn loss_of_ten_per_cent() -> Result<()> {
+    goes_on_in(Weather { loss: 10, ..Weather::default() }, 8 << 20)
+}
+
+#[test]
+fn datagrams_that_overtake_each_other() -> Result<()> {
+    let late_by = Duration::from_millis(5);
+    goes_on_in(Weather { late: 20, late_by, ..Weather::default() }, 32 << 20)
+}
+
+#[test]
+fn datagrams_that_come_twice() -> Result<()> {
+    goes_on_in(Weather { doubles: 10, ..Weather::default() }, 32 << 20)
+}
+
+#[test]
+fn all_of_that_at_once() -> Result<()> {
+    let late_by = Duration::from_millis(5);
+    goes_on_in(Weather { loss: 10, doubles: 10, late: 20, late_by }, 8 << 20)
+}
