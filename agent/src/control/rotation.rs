@@ -309,12 +309,18 @@ fn public_keys(
 
 /// Where the next key lies, beside the one in force.
 fn next(path: &Path) -> PathBuf {
-    path.with_added_extension("next")
+    added(path, ".next")
 }
 
 /// Where the key before lies.
 fn previous(path: &Path) -> PathBuf {
-    path.with_added_extension("previous")
+    added(path, ".previous")
+}
+
+fn added(path: &Path, ending: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(ending);
+    name.into()
 }
 
 /// The files beside a key's that a change of it may leave.
