@@ -28,8 +28,9 @@ struct State {
     /// What the process was started with.
     configured: String,
     bounds: Mutex<Bounds>,
-    /// Tells what was left out; asleep while nothing is.
-    teller: Option<Thread>,
+    /// Tells what was left out; asleep while nothing is. Not started before it is needed: what a process
+    /// gives up at its start it gives up for one thread.
+    teller: OnceLock<Option<Thread>>,
 }
 
 /// Starts it. `SKEIN_LOG` overrides the level.
@@ -53,11 +54,9 @@ pub fn start(log: &Log) {
         tracing_subscriber::registry().with(filter).with(lines.with_filter(Bound)).try_init();
     // Fails only where a log was started before, which then goes on.
     if started.is_ok() {
-        let teller = std::thread::Builder::new().name("log".to_owned()).spawn(tell);
-        let teller = teller.ok().map(|thread| thread.thread().clone());
-        let bounds = Mutex::default();
         // As above.
-        let _ = LOG.set(State { level, configured, bounds, teller });
+        let _ =
+            LOG.set(State { level, configured, bounds: Mutex::default(), teller: OnceLock::new() });
     }
 }
 
@@ -124,11 +123,16 @@ impl<S> Filter<S> for Bound {
     fn event_enabled(&self, event: &Event<'_>, _: &Context<'_, S>) -> bool {
         let Some(log) = LOG.get() else { return true };
         let may = lock(&log.bounds).take(event.metadata().name(), Instant::now());
-        if !may && let Some(teller) = &log.teller {
+        if !may && let Some(teller) = log.teller.get_or_init(start_teller) {
             teller.unpark();
         }
         may
     }
+}
+
+fn start_teller() -> Option<Thread> {
+    let teller = std::thread::Builder::new().name("log".to_owned()).spawn(tell);
+    teller.ok().map(|thread| thread.thread().clone())
 }
 
 /// Writes what was left out. Its own lines come from one place, too, but not often enough to be bounded.
