@@ -326,6 +326,10 @@ pub struct Report {
     pub drops: Vec<DropReport>,
     /// Handshakes by result; every known result is listed.
     pub handshakes: Vec<HandshakeCount>,
+    /// Peers that are sent to in a session which [`NodeSettings::second_private_key`] made: while the key
+    /// changes, those that may not know the new one.
+    #[serde(default)]
+    pub second_key_peers: usize,
     /// Peers whose path carries less than this node's MTU, in no order.
     pub narrow: Vec<NarrowPath>,
     /// Peers that are unreachable, by name: also in a report without peers.

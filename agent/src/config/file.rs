@@ -20,8 +20,8 @@ use crate::netlink::pod::HOST_PREFIX;
 /// The smallest MTU that every IPv4 host takes (RFC 791), and the largest whose datagrams fit UDP.
 const MTU: std::ops::RangeInclusive<u16> = 576..=65_000;
 
-/// Sessions that the old key made are renewed within seconds, and a record is read within a minute.
-const SETTLE: std::ops::RangeInclusive<u32> = 10..=86_400;
+/// A dead watch is noticed within 95 seconds, and a session of the old key lives for 180.
+const SETTLE: std::ops::RangeInclusive<u32> = 300..=86_400;
 
 const BUFFERS: std::ops::RangeInclusive<usize> = 65_536..=1 << 30;
 

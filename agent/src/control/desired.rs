@@ -86,7 +86,10 @@ impl Desired {
         let narrow: BTreeMap<_, _> =
             narrow.iter().map(|path| (path.public_key, path.mtu)).collect();
         let mtus = self.peers.iter().filter_map(|peer| {
-            let mtu = *narrow.get(&peer.public_key).filter(|mtu| **mtu < self.mtu)?;
+            // While its key changes, what was found out may still be under the other one.
+            let keys = [Some(peer.public_key), peer.second_public_key];
+            let found = keys.into_iter().flatten().find_map(|key| narrow.get(&key));
+            let mtu = *found.filter(|mtu| **mtu < self.mtu)?;
             Some(peer.pod_cidrs.iter().map(move |cidr| (*cidr, mtu)))
         });
         Wanted {

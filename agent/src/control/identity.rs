@@ -98,7 +98,7 @@ fn create(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let written = write_new(&temporary, bytes).and_then(|()| {
         // Unlike a rename, a link does not replace what another process made meanwhile.
         std::fs::hard_link(&temporary, path)?;
-        sync_dir(directory)
+        sync_beside(path)
     });
     let removed = std::fs::remove_file(&temporary);
     written.and(removed)
@@ -111,8 +111,28 @@ fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
     file.sync_all()
 }
 
-fn sync_dir(directory: Option<&Path>) -> io::Result<()> {
+/// Makes what was done to a file's name durable.
+pub(super) fn sync_beside(path: &Path) -> io::Result<()> {
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     File::open(directory.unwrap_or(Path::new(".")))?.sync_all()
+}
+
+/// Removes what killed agents have left beside a key while they wrote it, or one of its change.
+pub(super) fn sweep(path: &Path) {
+    let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else { return };
+    let Ok(entries) = std::fs::read_dir(directory) else { return };
+    for entry in entries.flatten() {
+        let found = entry.file_name();
+        let rest = found.as_encoded_bytes().strip_prefix(name.as_encoded_bytes());
+        let rest = rest.and_then(|rest| std::str::from_utf8(rest).ok()).unwrap_or_default();
+        if ["", ".next", ".previous"]
+            .iter()
+            .any(|of| rest.strip_prefix(of).is_some_and(|rest| rest.starts_with(".new-")))
+        {
+            tracing::warn!(path = %entry.path().display(), "removing a key that was not written to its end");
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
 }
 
 /// Makes a directory that only its owner can enter; one that exists stays as it is.

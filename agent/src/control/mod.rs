@@ -28,7 +28,7 @@ use self::desired::Desired;
 use self::kubernetes::Kubernetes;
 use self::lock::StateLock;
 use self::registry::Registry;
-use self::rotation::{Rotation, RotationRequest, RotationStatus};
+use self::rotation::{Rotation, RotationRequest};
 use self::shared::{InterfaceStatus, Shared};
 use self::source::{Reader, Source};
 use self::supervisor::{End, Handle};
@@ -316,11 +316,19 @@ impl Controller {
 
     /// Somebody wants another key.
     async fn begin_rotation(&mut self, asked: RotationRequest) {
-        let begun = match self.started {
-            true => self.rotation.begin(asked.at_once).map_err(|failure| failure.to_string()),
-            false => Err("the agent is still starting".to_owned()),
+        if asked.answer.is_closed() {
+            // Whoever asked was told that nobody answers, and may have asked again.
+            return;
+        }
+        let away = self.registry.status().source_error;
+        let before = self.rotation.public();
+        let begun = match (self.started, away) {
+            (false, _) => Err("the agent is still starting".to_owned()),
+            // Nobody could be told of the new key, and nobody would take the old one.
+            (true, Some(error)) if asked.at_once => Err(format!("not at once now: {error}")),
+            (true, _) => self.rotation.begin(asked.at_once).map_err(|failure| failure.to_string()),
         };
-        if begun.is_ok() {
+        if self.rotation.public() != before {
             self.take_keys().await;
         }
         // Whoever asked may have gone.
@@ -332,18 +340,19 @@ impl Controller {
         if !self.started {
             return;
         }
-        match self.rotation.step(self.registry.told_keys()) {
-            Ok(true) => self.take_keys().await,
-            Ok(false) => self.shared.set_key(self.rotation.status()),
-            Err(failure) => {
-                let complaint = format!("the key cannot be changed: {failure}");
-                if self.shared.key().waits_for.as_ref() != Some(&complaint) {
-                    tracing::error!("{complaint}");
-                }
-                let waits_for = Some(complaint);
-                self.shared.set_key(RotationStatus { waits_for, ..self.rotation.status() });
-            }
+        let before = self.rotation.public();
+        let held = self.shared.dataplane.get().second_key_peers;
+        let result = self.rotation.step(self.registry.told_keys(), held);
+        if self.rotation.public() != before {
+            self.take_keys().await;
         }
+        let mut status = self.rotation.status();
+        if let Err(failure) = result {
+            let complaint = format!("the key cannot be changed: {failure}");
+            tracing::error!("{complaint}");
+            status.waits_for = Some(complaint);
+        }
+        self.shared.set_key(status);
     }
 
     /// This node has other keys: they must be answered to before anybody is told of them.

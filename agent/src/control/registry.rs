@@ -272,7 +272,9 @@ fn check_own(own: &Own, files: &Files) -> Result<(), Failure> {
 fn own_error(own: &Own, records: &[NodeRecord]) -> Option<String> {
     let record = records.iter().find(|record| record.name == own.name)?;
     let ours: Vec<_> = own.keys.iter().collect();
-    if let Some(key) = record.keys().iter().find(|key| !ours.contains(key)) {
+    // What is made here follows from the keys, if a moment later.
+    let wrong = own.record.is_none().then(|| record.keys().iter().find(|key| !ours.contains(key)));
+    if let Some(key) = wrong.flatten() {
         return Some(format!(
             "node {}: public_key: the record says {key}, but this node's key is {}: correct the record, \
              or the name in the configuration",

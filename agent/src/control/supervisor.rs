@@ -82,6 +82,9 @@ pub struct DataplaneStatus {
     /// Likewise the paths that carry less than the nodes, in the order of the keys.
     #[serde(skip)]
     pub narrow: Vec<NarrowPath>,
+    /// Likewise how many peers may not know this node's new key ([`Report::second_key_peers`]).
+    #[serde(skip)]
+    pub second_key_peers: usize,
     /// Likewise the peers that are unreachable, by name.
     #[serde(skip)]
     pub unreachable: Vec<UnreachablePeer>,
@@ -118,7 +121,7 @@ impl DataplaneState {
     }
 
     fn found(&self, report: Report) {
-        let Report { capabilities, mut narrow, unreachable, .. } = report;
+        let Report { capabilities, mut narrow, unreachable, second_key_peers, .. } = report;
         narrow.sort();
         self.0.send_if_modified(|status| {
             let differs = status.capabilities != capabilities
@@ -126,6 +129,7 @@ impl DataplaneState {
                 || status.unreachable != unreachable;
             (status.capabilities, status.narrow) = (capabilities, narrow);
             status.unreachable = unreachable;
+            status.second_key_peers = second_key_peers;
             differs
         });
     }

@@ -251,6 +251,12 @@ impl Engine {
         self.shared.changed = true;
     }
 
+    /// Peers that are sent to in a session which the second identity made: those that may not know the first.
+    pub fn second_identity_in_use(&self) -> usize {
+        let Some(second) = &self.shared.second else { return 0 };
+        self.peers.values().filter(|peer| peer.uses(second.public())).count()
+    }
+
     /// The number of the peer with this key.
     pub fn peer_id(&self, key: &[u8; 32]) -> Option<PeerId> {
         self.by_key.get(key).copied()
@@ -356,10 +362,11 @@ impl Engine {
             .get(..length)
             .and_then(read_initiation_payload)
             .ok_or(DropReason::HandshakeInvalid)?;
-        if timestamp <= peer.last_timestamp {
+        let key = peer.key(&responder.initiator).ok_or(DropReason::HandshakeUnknownPeer)?;
+        if timestamp <= key.last_timestamp {
             return Err(DropReason::HandshakeReplayed);
         }
-        peer.last_timestamp = timestamp;
+        key.last_timestamp = timestamp;
         peer.on_initiation(now, answer_to, &message, (responder, to), offer, &mut self.shared)
     }
 

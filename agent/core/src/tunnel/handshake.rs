@@ -127,7 +127,7 @@ impl Peer {
         let tries = self.pending.as_ref().map_or(0, |pending| pending.tries);
         let (own, remote) = self.next_keys(now, tries, shared);
         let remote = self.keys.get(remote);
-        let (Some(pending), Some(destination), Some((remote, checks))) =
+        let (Some(pending), Some(destination), Some(remote)) =
             (&mut self.pending, destination, remote)
         else {
             self.pending = None;
@@ -147,8 +147,14 @@ impl Peer {
         let ephemeral = shared.secret();
         let mut message = clear.to_vec();
         let own = shared.identities().nth(own).unwrap_or(&shared.own);
-        let begun =
-            Initiator::start(&own.identity, remote, ephemeral, &clear, &payload, &mut message);
+        let begun = Initiator::start(
+            &own.identity,
+            &remote.public,
+            ephemeral,
+            &clear,
+            &payload,
+            &mut message,
+        );
         let own = *own.public();
         // Fails on a public key of low order, which no handshake can ever reach.
         let Ok(noise) = begun else {
@@ -157,9 +163,9 @@ impl Peer {
             self.pending = None;
             return;
         };
-        let first_check = checks.first_check(&message);
+        let first_check = remote.checks.first_check(&message);
         message.extend(first_check);
-        let remote = *remote;
+        let remote = remote.public;
         let sent =
             Sent { index, own, remote, noise, destination, message, first_check, repeated: false };
         shared.counts.add(HandshakeResult::Initiated);
@@ -177,10 +183,9 @@ impl Peer {
     ) -> Result<(), DropReason> {
         let sent = self.pending.as_mut().and_then(|pending| pending.sent.as_mut());
         let sent = sent.filter(|sent| sent.index == index).ok_or(DropReason::HandshakeInvalid)?;
-        let checks = self.keys.iter().find(|(key, _)| *key == sent.remote);
-        let cookie = checks.and_then(|(_, checks)| {
-            checks.open_cookie(&reply.salt, &reply.sealed, &sent.first_check)
-        });
+        let key = self.keys.iter().find(|key| key.public == sent.remote);
+        let cookie = key
+            .and_then(|key| key.checks.open_cookie(&reply.salt, &reply.sealed, &sent.first_check));
         self.cookie = Some((cookie.ok_or(DropReason::HandshakeInvalid)?, now.mono));
         shared.counts.add(HandshakeResult::CookieReceived);
         // Once: a peer that sends cookies on end would have us send on end.
@@ -269,8 +274,8 @@ impl Peer {
                 )
             });
         let session = session.inspect_err(|_| shared.free_index(index))?;
-        if let Some(checks) = self.checks(&remote) {
-            message.extend(checks.first_check(&message));
+        if let Some(key) = self.key(&remote) {
+            message.extend(key.checks.first_check(&message));
         }
 
         // Both have started at once: the greater key goes on as initiator, the other yields. It
@@ -297,6 +302,8 @@ impl Peer {
         (remote, endpoint): ([u8; KEY_LEN], Option<SocketAddr>),
         shared: &mut Shared,
     ) -> Result<Session, DropReason> {
+        let key = self.keys.iter().find(|key| key.public == remote);
+        let timestamp = key.map(|key| key.last_timestamp).unwrap_or_default();
         let kept = shared.memory.keep(&SavedSession {
             public_key: remote,
             life: 0,
@@ -309,7 +316,7 @@ impl Peer {
             initiator,
             endpoint,
             mtu: theirs.mtu,
-            timestamp: self.last_timestamp,
+            timestamp,
             secret: secret.clone(),
         });
         let session = Session::new(SessionParams {

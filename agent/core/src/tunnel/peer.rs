@@ -119,20 +119,34 @@ impl Slot {
     }
 }
 
+/// A key of a peer's.
+pub(crate) struct PeerKey {
+    pub(crate) public: [u8; KEY_LEN],
+    /// What messages to it are checked by.
+    pub(crate) checks: ReceiverKeys,
+    /// Of the last initiation accepted from it. With the key goes what whoever stole it has said.
+    pub(crate) last_timestamp: Timestamp,
+}
+
+impl PeerKey {
+    fn new(public: &[u8; KEY_LEN]) -> Self {
+        let checks = ReceiverKeys::new(public);
+        Self { public: *public, checks, last_timestamp: Timestamp::default() }
+    }
+}
+
 /// One peer. Sessions move `next` (a responder's, unconfirmed) → `current` → `previous`; an
 /// initiator's begin as `current`. Data is received by all of them.
 pub(crate) struct Peer {
     pub(crate) id: PeerId,
-    /// Its key and what messages to it are checked by; a second one while it changes its key.
-    pub(crate) keys: Vec<([u8; KEY_LEN], ReceiverKeys)>,
+    /// Its key, and a second one while it changes its key.
+    pub(crate) keys: Vec<PeerKey>,
     pub(crate) view: PeerView,
     pub(crate) endpoints: Vec<SocketAddr>,
     /// Which endpoint the next handshake goes to.
     pub(crate) attempt: usize,
     pub(crate) pending: Option<Pending>,
     pub(crate) cookie: Option<(Mac, Duration)>,
-    /// Of the last initiation accepted from it.
-    pub(crate) last_timestamp: Timestamp,
     pub(crate) last_initiation: Option<Duration>,
     /// When a handshake was last asked for.
     pub(crate) wanted: Option<Duration>,
@@ -152,7 +166,7 @@ impl Peer {
     pub(crate) fn new(id: PeerId, public_key: [u8; 32]) -> Self {
         Self {
             id,
-            keys: vec![(public_key, ReceiverKeys::new(&public_key))],
+            keys: vec![PeerKey::new(&public_key)],
             view: PeerView {
                 public_key,
                 endpoint: None,
@@ -170,7 +184,6 @@ impl Peer {
             attempt: 0,
             pending: None,
             cookie: None,
-            last_timestamp: Timestamp::default(),
             last_initiation: None,
             wanted: None,
             unknown: None,
@@ -186,12 +199,16 @@ impl Peer {
 
     /// Its keys, the first one first.
     pub(crate) fn keys(&self) -> impl Iterator<Item = &[u8; KEY_LEN]> {
-        self.keys.iter().map(|(key, _)| key)
+        self.keys.iter().map(|key| &key.public)
     }
 
-    /// What messages to it are checked by, with this key of its.
-    pub(crate) fn checks(&self, key: &[u8; KEY_LEN]) -> Option<&ReceiverKeys> {
-        self.keys.iter().find(|(own, _)| own == key).map(|(_, checks)| checks)
+    pub(crate) fn key(&mut self, public: &[u8; KEY_LEN]) -> Option<&mut PeerKey> {
+        self.keys.iter_mut().find(|key| key.public == *public)
+    }
+
+    /// Whether it is sent to in a session that this key of this node made.
+    pub(crate) fn uses(&self, own: &[u8; KEY_LEN]) -> bool {
+        self.current.as_ref().is_some_and(|slot| slot.own.as_ref() == Some(own))
     }
 
     /// Takes the keys of its record, the first one first. What was made with others ends.
@@ -199,7 +216,12 @@ impl Peer {
         if self.keys().eq(keys) {
             return;
         }
-        self.keys = keys.iter().map(|key| (*key, ReceiverKeys::new(key))).collect();
+        let mut before = std::mem::take(&mut self.keys);
+        let taken = keys.iter().map(|key| {
+            let known = before.iter().position(|known| known.public == *key);
+            known.map_or_else(|| PeerKey::new(key), |at| before.swap_remove(at))
+        });
+        self.keys = taken.collect();
         if let Some(first) = keys.first() {
             self.view.public_key = *first;
         }
@@ -332,7 +354,9 @@ impl Peer {
             return false;
         }
         self.view.mtu = Some(mtu);
-        self.last_timestamp = self.last_timestamp.max(timestamp);
+        if let Some(key) = self.key(&saved.public_key) {
+            key.last_timestamp = key.last_timestamp.max(timestamp);
+        }
         self.previous.push(Slot::new(
             session.kept_by(Some(kept)),
             endpoint,
@@ -470,9 +494,11 @@ impl Peer {
         let old =
             now.since(session.established) >= limit || session.counters_used() >= COUNTER_REKEY;
         // Few at a time, where this node has changed its key and has a thousand peers.
-        let old = old
-            || current.own.is_some_and(|own| own != *shared.own.public())
-                && shared.chance(RENEWED_AT_ONCE);
+        let other_key = match current.own {
+            Some(own) => own != *shared.own.public(),
+            None => shared.second.is_some(),
+        };
+        let old = old || other_key && shared.chance(RENEWED_AT_ONCE);
         if old && (sent || received) || sent && self.live.trouble(now.mono).is_some() {
             self.wanted = Some(now.mono);
             self.begin_handshake(now, shared);

@@ -65,7 +65,7 @@ pub struct SkeinNodeSpec {
     #[schemars(regex(pattern = r"^[A-Za-z0-9+/]{43}=$"))]
     pub public_key: String,
     /// Another key that is accepted while the node changes its key: the next, or the one before.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    // Said also where there is none, so that nobody else's word for it stays.
     #[schemars(regex(pattern = r"^[A-Za-z0-9+/]{43}=$"))]
     pub second_public_key: Option<String>,
     /// Where the node listens: addresses with UDP ports, in the order to try. An IPv6 address is in

@@ -122,6 +122,38 @@ fn sessions_of_a_key_that_is_given_up_end_at_once() {
     assert!(lab.nodes[1].received.is_empty());
 }
 
+/// Whoever stole a key can make its owner's handshakes look old, but not those of the next key.
+#[test]
+fn with_a_key_goes_the_time_that_was_seen_of_it() {
+    let mut lab = Lab::joined_pair();
+    let wall = lab.now.wall;
+    lab.now.wall += secs(10_000_000);
+    lab.restart(0);
+    lab.send(0, 1, b"from the future");
+    lab.run(secs(1));
+    lab.now.wall = wall + secs(60);
+    lab.restart(0);
+    lab.flow(0, 1, ms(100));
+    lab.run(secs(5));
+    assert!(lab.dropped(1, DropReason::HandshakeReplayed) > 0);
+    lab.hold(NEW, None);
+    lab.record(1, NEW, None);
+    lab.run_until(secs(6), |lab| lab.joined(0, 1));
+}
+
+#[test]
+fn who_may_not_know_the_new_key_is_counted() {
+    let mut lab = Lab::new(2);
+    lab.hold(NEW, Some(OLD));
+    lab.flow(1, 0, ms(100));
+    lab.flow(0, 1, ms(100));
+    lab.run(secs(5));
+    assert_eq!(lab.nodes[0].engine.second_identity_in_use(), 1, "its record has the old key alone");
+    lab.record(1, NEW, Some(OLD));
+    lab.run(secs(8));
+    assert_eq!(lab.nodes[0].engine.second_identity_in_use(), 0);
+}
+
 #[test]
 fn a_key_belongs_to_one_peer() {
     let mut lab = Lab::new(3);
