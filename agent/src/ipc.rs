@@ -180,7 +180,8 @@ pub struct Snapshot {
     /// What cannot change while the process lives.
     pub node: NodeSettings,
     /// Handshakes carry later times than this, in seconds since 1970; 0 where the clock is right.
-    #[serde(default)]
+    // Left out where it says nothing, so that a data process of before takes the rest.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub not_before: u64,
     /// Destinations of this node: packets from peers to anything else are dropped.
     pub local_cidrs: Vec<IpNet>,
@@ -538,6 +539,10 @@ pub fn encode_frame<T: Serialize>(value: &T) -> io::Result<Zeroizing<Vec<u8>>> {
     let length = length.ok_or_else(|| io::Error::other("frame too long"))?;
     frame[..4].copy_from_slice(&length.to_be_bytes());
     Ok(frame)
+}
+
+fn is_zero(value: &u64) -> bool {
+    *value == 0
 }
 
 /// Counts what is written to it.

@@ -1,7 +1,9 @@
 //! The latest wall-clock time that this node has known, kept on its disk. Handshakes carry the time and no
-//! peer takes one twice, so a node whose clock was set back would be heard by none that remembers it. A clock set back by
-//! less than the minute between two writings is let catch up.
+//! peer takes one twice, so a node whose clock was set back would be heard by none that remembers it. A clock
+//! set back by less than the minute between two writings is let catch up.
 
+use std::fs::File;
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
@@ -60,12 +62,16 @@ impl Clock {
         self.latest
     }
 
-    /// Without a wait for the disk: what a power cut loses is no more than the margin.
     fn write(&mut self) {
         let new = self.file.with_extension("new");
-        let written = std::fs::write(&new, format!("{}\n", self.latest))
-            .and_then(|()| std::fs::rename(&new, &self.file));
-        match written {
+        let write = || {
+            let mut file = File::create(&new)?;
+            file.write_all(format!("{}\n", self.latest).as_bytes())?;
+            // Without this a power cut may leave an empty file in the place of the one before.
+            file.sync_all()?;
+            std::fs::rename(&new, &self.file)
+        };
+        match write() {
             Ok(()) => (self.written, self.complained) = (self.latest, false),
             Err(error) if !self.complained => {
                 let file = self.file.display();

@@ -52,6 +52,9 @@ const COOKIE_REPLY: usize = HEADER_LEN + SALT_LEN + SEALED_LEN;
 
 const _: () = assert!(MIN_RESPONSE <= MIN_INITIATION && COOKIE_REPLY <= MIN_INITIATION);
 
+/// The least MTU that a node is believed to have, in bytes.
+const LEAST_MTU: u16 = 576;
+
 const INVALID: DropReason = DropReason::HandshakeInvalid;
 
 /// What an end says of itself in a handshake.
@@ -68,7 +71,8 @@ impl Offer {
         valid.then(|| Self {
             lanes,
             ciphers: Ciphers::from_byte(ciphers),
-            mtu: u16::from_be_bytes(mtu),
+            // What every IPv4 host takes (RFC 791): one who says less wants pods' packets in crumbs.
+            mtu: u16::from_be_bytes(mtu).max(LEAST_MTU),
         })
     }
 }

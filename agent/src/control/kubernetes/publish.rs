@@ -35,8 +35,10 @@ const LOOK: Duration = Duration::from_secs(2);
 /// A status that differs in anything but readiness is written no more often than this, but for the news that
 /// peers have fallen silent, which comes no more often either.
 const STATUS: Duration = Duration::from_secs(60);
-/// Where a node dies all others see it: their news is spread over a second for so many of them.
+/// Where a node dies all others see it: so many of them a second write that …
 const PEERS_A_SECOND: f64 = 100.0;
+/// … or fewer, since every agent's watch is told of every one: no more than so many events a second.
+const EVENTS_A_SECOND: f64 = 20_000.0;
 /// Events of one reason come no more often than this while it lasts.
 const EVENT: Duration = Duration::from_secs(600);
 /// As long as a watch is silent, what was written may wait there to be told.
@@ -175,6 +177,8 @@ struct Applied {
 impl Publisher {
     /// Each of these goes on where another is refused; the first error is told.
     async fn catch_up(&mut self, state: &State) -> anyhow::Result<()> {
+        // Also where nothing can be written now: what is past must not be waited for.
+        self.due = None;
         let Some(node) = &state.node else { return Ok(()) };
         match &state.problem {
             Some(problem) => self.tell(node, "NoRecord", WARNING, problem).await,
@@ -246,7 +250,6 @@ impl Publisher {
         dataplane: &DataplaneStatus,
         reasons: &[String],
     ) -> anyhow::Result<()> {
-        self.due = None;
         let found = published.status.clone().map(ours);
         let known = Known {
             generation: published.metadata.generation,
@@ -262,8 +265,7 @@ impl Publisher {
             return Ok(());
         }
         let silence = falls_silent(before, &status);
-        let peers = self.shared.registry().accepted;
-        let spread = Duration::from_secs_f64(self.share * peers as f64 / PEERS_A_SECOND);
+        let spread = spread(self.share, self.shared.registry().accepted);
         let due = Due {
             written: self.status_written,
             readiness: readiness_differs(before, &status),
@@ -454,6 +456,13 @@ fn untainted(node: &Node, key: Option<&str>) -> Option<Vec<serde_json::Value>> {
     (remaining.len() < taints.len()).then_some(remaining)
 }
 
+/// How long a node waits to tell of what all nodes of the cluster see, by its place among them (0 to 1).
+fn spread(share: f64, nodes: usize) -> Duration {
+    let nodes = nodes as f64;
+    let rate = PEERS_A_SECOND.min(EVENTS_A_SECOND / nodes.max(1.0));
+    Duration::from_secs_f64(share * nodes / rate)
+}
+
 /// The condition NetworkUnavailable, where somebody (a cloud's controller) has set it and waits for a
 /// network.
 fn available(node: &Node, now: Timestamp) -> Option<serde_json::Value> {
@@ -477,6 +486,17 @@ mod tests {
 
     fn node(value: serde_json::Value) -> Node {
         serde_json::from_value(value).unwrap()
+    }
+
+    #[test]
+    fn news_of_all_nodes_are_spread_so_that_the_api_server_can_tell_them() {
+        assert_eq!(spread(0.0, 5000), Duration::ZERO);
+        assert_eq!(spread(1.0, 100), Duration::from_secs(1));
+        for nodes in [200, 1000, 5000] {
+            let events = (nodes * nodes) as f64 / spread(1.0, nodes).as_secs_f64();
+            assert!(events < 20_001.0, "{nodes} nodes: {events} events a second");
+        }
+        assert_eq!(spread(0.5, 0), Duration::ZERO);
     }
 
     #[test]

@@ -145,7 +145,6 @@ fn with_a_key_goes_the_time_that_was_seen_of_it() {
 fn who_may_not_know_the_new_key_is_counted() {
     let mut lab = Lab::new(2);
     lab.hold(NEW, Some(OLD));
-    lab.flow(1, 0, ms(100));
     lab.flow(0, 1, ms(100));
     lab.run(secs(5));
     assert_eq!(lab.nodes[0].engine.second_identity_in_use(), 1, "its record has the old key alone");
