@@ -54,6 +54,8 @@ pub struct Config {
     pub offload: OffloadSettings,
     /// Prometheus metrics, health, readiness.
     pub metrics: Metrics,
+    /// The status page.
+    pub status_page: StatusPage,
     /// The status socket.
     pub control: Control,
     /// Pods.
@@ -126,6 +128,13 @@ pub struct Metrics {
     pub listen: Option<SocketAddr>,
     /// Whether to have series for each peer.
     pub per_peer: bool,
+}
+
+/// The status page over HTTP.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StatusPage {
+    /// Where to listen; `None`: nowhere.
+    pub listen: Option<SocketAddr>,
 }
 
 /// The status socket.
@@ -348,6 +357,7 @@ mod tests {
         assert!((1..=4).contains(&config.dataplane.lanes));
         assert_eq!(config.offload, OffloadSettings::ALL);
         assert_eq!(config.metrics.listen, Some("127.0.0.1:9464".parse().unwrap()));
+        assert_eq!(config.status_page.listen, None, "what it shows is for root, unless configured");
         assert_eq!(config.key_path(), Path::new("/var/lib/skein/node.key"));
     }
 
@@ -396,6 +406,8 @@ mod tests {
             [metrics]
             listen = "off"
             per_peer = true
+            [status_page]
+            listen = "[::1]:9465"
             [control]
             socket = "/tmp/c.sock"
             [log]
@@ -412,6 +424,7 @@ mod tests {
         assert_eq!(config.dataplane.cipher, CipherChoice::Chacha20Poly1305);
         assert_eq!(config.offload, OffloadSettings { udp_gso: false, ..OffloadSettings::ALL });
         assert_eq!(config.metrics.listen, None);
+        assert_eq!(config.status_page.listen, Some("[::1]:9465".parse().unwrap()));
         assert_eq!(config.log.format, LogFormat::Json);
     }
 
@@ -459,6 +472,7 @@ mod tests {
             ("[dataplane]\nsocket = '/x'\n[control]\nsocket = '/x'", "control.socket", "its own"),
             (&format!("[control]\nsocket = '/{}'", "x".repeat(107)), "control.socket", "107"),
             ("[metrics]\nlisten = '9464'", "metrics.listen", "127.0.0.1:9464"),
+            ("[status_page]\nlisten = ':9465'", "status_page.listen", "127.0.0.1:9465"),
             ("[log]\nlevel = 'a=b=c'", "log.level", "info"),
         ] {
             let error = error(text);

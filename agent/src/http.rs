@@ -1,6 +1,8 @@
-//! /metrics, /healthz and /readyz.
+//! HTTP: /metrics, /healthz and /readyz on one listener, the status page on another.
 
-use std::net::TcpListener;
+mod page;
+
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,26 +16,25 @@ use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
 use tokio::sync::Semaphore;
 
-use crate::config::Config;
 use crate::control::shared::Shared;
 use crate::failure::Failure;
 use crate::metrics;
 
-/// Binds the address of the configuration, if there is one.
-pub fn bind(config: &Config) -> Result<Option<TcpListener>, Failure> {
-    let Some(address) = config.metrics.listen else { return Ok(None) };
+/// Binds the address that the configuration has under `key`, if there is one.
+pub fn bind(key: &str, address: Option<SocketAddr>) -> Result<Option<TcpListener>, Failure> {
+    let Some(address) = address else { return Ok(None) };
     let listener = TcpListener::bind(address).and_then(|listener| {
         listener.set_nonblocking(true)?;
         Ok(listener)
     });
     listener.map(Some).map_err(|error| match error.kind() {
         std::io::ErrorKind::AddrInUse => Failure::Taken(format!(
-            "metrics.listen = {address}: the port is in use: set another, or \"off\""
+            "{key} = {address}: the port is in use: set another, or \"off\""
         )),
         std::io::ErrorKind::AddrNotAvailable => Failure::Usage(format!(
-            "metrics.listen = {address}: not an address of this host: set another, or \"off\""
+            "{key} = {address}: not an address of this host: set another, or \"off\""
         )),
-        _ => Failure::io(format!("cannot listen on metrics.listen = {address}"), error),
+        _ => Failure::io(format!("cannot listen on {key} = {address}"), error),
     })
 }
 
@@ -66,21 +67,33 @@ impl Refusals {
     }
 }
 
-/// Serves until it is aborted.
-pub async fn serve(listener: Option<TcpListener>, shared: Shared) {
+/// Serves metrics, liveness and readiness until it is aborted.
+pub async fn serve_metrics(listener: Option<TcpListener>, shared: Shared) {
+    serve(listener, metrics_router(shared)).await;
+}
+
+/// Serves the status page until it is aborted.
+pub async fn serve_page(listener: Option<TcpListener>, shared: Shared) {
+    serve(listener, page::router(shared)).await;
+}
+
+async fn serve(listener: Option<TcpListener>, router: Router) {
     let Some(listener) = listener else { return };
     match tokio::net::TcpListener::from_std(listener) {
-        Ok(listener) => accept(listener, shared, DEADLINE).await,
+        Ok(listener) => accept(listener, router, DEADLINE).await,
         Err(error) => tracing::error!(%error, "the HTTP server cannot start"),
     }
 }
 
-async fn accept(listener: tokio::net::TcpListener, shared: Shared, deadline: Duration) {
-    let router = Router::new()
+fn metrics_router(shared: Shared) -> Router {
+    Router::new()
         .route("/metrics", get(metrics_page))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(readiness))
-        .with_state(shared);
+        .with_state(shared)
+}
+
+async fn accept(listener: tokio::net::TcpListener, router: Router, deadline: Duration) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     let mut refusals = Refusals::default();
     loop {
@@ -147,32 +160,40 @@ async fn readiness(State(shared): State<Shared>) -> Response {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+    use crate::config::Config;
     use crate::control::rotation::RotationStatus;
     use crate::keys::PublicKey;
-    use std::net::SocketAddr;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpStream;
 
-    async fn server(deadline: Duration) -> SocketAddr {
+    /// An agent's state without a data process.
+    pub(crate) fn shared() -> Shared {
         let config = Config::parse("name = 'node-a'").unwrap();
+        Shared::new(config, RotationStatus::of(PublicKey([1; 32])))
+    }
+
+    /// Serves on a port of the loopback.
+    pub(crate) async fn start(router: Router, deadline: Duration) -> SocketAddr {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        tokio::spawn(accept(
-            listener,
-            Shared::new(config, RotationStatus::of(PublicKey([1; 32]))),
-            deadline,
-        ));
+        tokio::spawn(accept(listener, router, deadline));
         address
     }
 
+    async fn server(deadline: Duration) -> SocketAddr {
+        start(metrics_router(shared()), deadline).await
+    }
+
     async fn get(address: SocketAddr, path: &str) -> String {
+        ask(address, &format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n")).await
+    }
+
+    /// Sends a request; the whole answer.
+    pub(crate) async fn ask(address: SocketAddr, request: &str) -> String {
         let mut stream = TcpStream::connect(address).await.unwrap();
-        stream
-            .write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes())
-            .await
-            .unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
         let all = tokio::time::timeout(Duration::from_secs(5), stream.read_to_string(&mut answer));
         all.await.unwrap().unwrap();

@@ -11,8 +11,8 @@ use super::cni::CniTable;
 use super::kubernetes::KubernetesTable;
 use super::{
     Config, Control, DEFAULT_PORT, Dataplane, Interface, Invalid, KeyRotation, Log, LogFormat,
-    MIN_IPV6_MTU, Metrics, Mode, check_disjoint, check_inside, check_node_name, check_pod_cidr,
-    wildcard,
+    MIN_IPV6_MTU, Metrics, Mode, StatusPage, check_disjoint, check_inside, check_node_name,
+    check_pod_cidr, wildcard,
 };
 use crate::ipc::{CipherChoice, OffloadSettings, UnderlaySettings};
 use crate::netlink::pod::HOST_PREFIX;
@@ -41,6 +41,7 @@ pub(super) struct File {
     dataplane: DataplaneTable,
     offload: OffloadTable,
     metrics: MetricsTable,
+    status_page: StatusPageTable,
     control: ControlTable,
     cni: CniTable,
     kubernetes: KubernetesTable,
@@ -63,6 +64,7 @@ impl Default for File {
             dataplane: DataplaneTable::default(),
             offload: OffloadTable::default(),
             metrics: MetricsTable::default(),
+            status_page: StatusPageTable::default(),
             control: ControlTable::default(),
             cni: CniTable::default(),
             kubernetes: KubernetesTable::default(),
@@ -178,6 +180,18 @@ impl Default for MetricsTable {
 
 #[derive(Deserialize)]
 #[serde(default, deny_unknown_fields)]
+struct StatusPageTable {
+    listen: String,
+}
+
+impl Default for StatusPageTable {
+    fn default() -> Self {
+        Self { listen: "off".to_owned() }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
 struct ControlTable {
     socket: PathBuf,
 }
@@ -284,6 +298,9 @@ impl File {
                 udp_gro: self.offload.udp_gro,
             },
             metrics: self.metrics.validate()?,
+            status_page: StatusPage {
+                listen: listen("status_page.listen", &self.status_page.listen, 9465)?,
+            },
             control: Control { socket: self.control.socket },
             cni: self.cni.validate()?,
             kubernetes,
@@ -421,14 +438,10 @@ impl DataplaneTable {
 
 impl MetricsTable {
     fn validate(self) -> Result<Metrics, Invalid> {
-        let listen = match self.listen.as_str() {
-            "off" => None,
-            text => Some(text.parse::<SocketAddr>().map_err(|_| {
-                let example = "an address and a port (127.0.0.1:9464) or \"off\"";
-                Invalid(format!("metrics.listen = {text:?}: use {example}"))
-            })?),
-        };
-        Ok(Metrics { listen, per_peer: self.per_peer })
+        Ok(Metrics {
+            listen: listen("metrics.listen", &self.listen, 9464)?,
+            per_peer: self.per_peer,
+        })
     }
 }
 
@@ -438,6 +451,17 @@ impl LogTable {
             .map_err(|error| Invalid(format!("log.level = {error}")))?;
         Ok(Log { level: self.level, format: self.format })
     }
+}
+
+/// An address and a port, or `off`; `port` is for the example.
+fn listen(key: &str, text: &str, port: u16) -> Result<Option<SocketAddr>, Invalid> {
+    if text == "off" {
+        return Ok(None);
+    }
+    text.parse().map(Some).map_err(|_| {
+        let example = format!("an address and a port (127.0.0.1:{port}) or \"off\"");
+        Invalid(format!("{key} = {text:?}: use {example}"))
+    })
 }
 
 fn cidrs(key: &str, texts: &[String]) -> Result<Vec<IpNet>, Invalid> {

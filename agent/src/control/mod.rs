@@ -5,6 +5,7 @@ pub mod cleanup;
 pub mod client;
 mod clock;
 pub mod desired;
+pub mod history;
 pub mod identity;
 pub mod kubernetes;
 pub mod lock;
@@ -74,10 +75,13 @@ pub async fn run(config: Config, take_over: bool) -> Result<Ended, Failure> {
     let shared = Shared::new(config.clone(), rotation.status());
     // Until the parts have guards of their own.
     let starting = shared.readiness.block("the agent is starting");
-    let metrics = free(take_over, || http::bind(&config)).await?;
+    let (metrics, page) = (config.metrics.listen, config.status_page.listen);
+    let metrics = free(take_over, || http::bind("metrics.listen", metrics)).await?;
+    let page = free(take_over, || http::bind("status_page.listen", page)).await?;
     let status = free(take_over, || server::bind(&config.control.socket)).await?;
     let (give_way, mut gives_way) = tokio::sync::watch::channel(false);
-    let http = tokio::spawn(http::serve(metrics, shared.clone()));
+    let metrics = tokio::spawn(http::serve_metrics(metrics, shared.clone()));
+    let page = tokio::spawn(http::serve_page(page, shared.clone()));
     let (rotate, asked) = mpsc::channel(1);
     let asks = server::Asks { give_way, rotate };
     let server = tokio::spawn(server::serve(status, shared.clone(), asks));
@@ -91,7 +95,8 @@ pub async fn run(config: Config, take_over: bool) -> Result<Ended, Failure> {
             return Ok(Ended::GaveWay);
         }
     };
-    http.abort();
+    metrics.abort();
+    page.abort();
     server.abort();
     // A socket file that stays is harmless: the next start takes it over.
     let _ = std::fs::remove_file(socket);

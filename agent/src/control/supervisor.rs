@@ -15,6 +15,7 @@ use tokio::time::{Instant, MissedTickBehavior, sleep};
 use super::client::{Client, ClientError};
 use super::clock::{Clock, wall};
 use super::desired::difference;
+use super::history::History;
 use crate::config::{Config, Log, LogFormat, Mode};
 use crate::failure::Failure;
 use crate::ipc::{Capability, ErrorKind, NarrowPath, Report, Request, Snapshot, UnreachablePeer};
@@ -61,7 +62,10 @@ impl Settings {
 
 /// The data process as the supervisor sees it; cheap to clone, always current.
 #[derive(Debug, Clone, Default)]
-pub struct DataplaneState(watch::Sender<DataplaneStatus>);
+pub struct DataplaneState {
+    status: watch::Sender<DataplaneStatus>,
+    history: History,
+}
 
 /// What the status shows of the data process.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,19 +97,24 @@ pub struct DataplaneStatus {
 impl DataplaneState {
     /// As it is now.
     pub fn get(&self) -> DataplaneStatus {
-        self.0.borrow().clone()
+        self.status.borrow().clone()
+    }
+
+    /// Its counters in the last minutes.
+    pub fn history(&self) -> &History {
+        &self.history
     }
 
     /// Waits until this revision, or a later one, is in force.
     pub async fn reached(&self, revision: u64) {
         let reached = |status: &DataplaneStatus| status.up && status.revision >= revision;
         // Fails only where the sender is gone, and that is `self`.
-        let _ = self.0.subscribe().wait_for(reached).await;
+        let _ = self.status.subscribe().wait_for(reached).await;
     }
 
     /// Waits for other paths than these to be narrow, and gives them.
     pub async fn narrow_paths(&self, known: &[NarrowPath]) -> Vec<NarrowPath> {
-        let mut status = self.0.subscribe();
+        let mut status = self.status.subscribe();
         // Fails only where the sender is gone, and that is `self`.
         match status.wait_for(|status| status.up && status.narrow != known).await {
             Ok(status) => status.narrow.clone(),
@@ -117,13 +126,14 @@ impl DataplaneState {
     pub async fn other_unreachable_peers(&self, known: &[UnreachablePeer]) {
         let differ = |status: &DataplaneStatus| status.up && status.unreachable != known;
         // Fails only where the sender is gone, and that is `self`.
-        let _ = self.0.subscribe().wait_for(differ).await;
+        let _ = self.status.subscribe().wait_for(differ).await;
     }
 
     fn found(&self, report: Report) {
+        self.history.note(&report);
         let Report { capabilities, mut narrow, unreachable, second_key_peers, .. } = report;
         narrow.sort();
-        self.0.send_if_modified(|status| {
+        self.status.send_if_modified(|status| {
             let differs = status.capabilities != capabilities
                 || status.narrow != narrow
                 || status.unreachable != unreachable;
@@ -135,7 +145,7 @@ impl DataplaneState {
     }
 
     fn set(&self, change: impl FnOnce(&mut DataplaneStatus)) {
-        self.0.send_modify(change);
+        self.status.send_modify(change);
     }
 }
 

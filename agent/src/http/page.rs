@@ -1,0 +1,428 @@
+//! The status page: what `skein-agent status` shows, for a browser. It only reads, and holds no secret.
+//!
+//! Nobody logs in, so whoever reaches the listener may read. Other sites' scripts in a reader's browser may
+//! not: no header lets them (CORS), and a name of theirs that points to this address (DNS rebinding) is
+//! refused, as only addresses, `localhost` and the node's own name are answered to.
+
+mod peers;
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use axum::extract::{Query, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use skein_core::drop::DropReason;
+
+use crate::control::history::{COLUMNS, Sample};
+use crate::control::registry::RejectedFile;
+use crate::control::shared::Shared;
+use crate::ipc::{Capability, PeerState, Report};
+use crate::keys::PublicKey;
+
+/// Refused records that are shown; beyond, they are only counted.
+const REJECTED: usize = 20;
+/// Longest reason of an offload in characters: GSO's names every destination that refuses it.
+const REASON: usize = 300;
+
+/// On every answer. Nothing is loaded from elsewhere, framed, stored, or run from within the document.
+const HEADERS: [(HeaderName, &str); 7] = [
+    (
+        header::CONTENT_SECURITY_POLICY,
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; \
+         connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; \
+         require-trusted-types-for 'script'",
+    ),
+    (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    (header::X_FRAME_OPTIONS, "DENY"),
+    (header::REFERRER_POLICY, "no-referrer"),
+    (header::CACHE_CONTROL, "no-store"),
+    (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
+    (HeaderName::from_static("cross-origin-opener-policy"), "same-origin"),
+];
+
+/// Everything that it serves.
+pub(super) fn router(shared: Shared) -> Router {
+    let file = |kind: &'static str, text: &'static str| {
+        get(move || async move { ([(header::CONTENT_TYPE, kind)], text) })
+    };
+    Router::new()
+        .route("/", file("text/html; charset=utf-8", include_str!("page/index.html")))
+        .route("/app.js", file("text/javascript; charset=utf-8", include_str!("page/app.js")))
+        .route("/style.css", file("text/css; charset=utf-8", include_str!("page/style.css")))
+        .route("/icon.svg", file("image/svg+xml", include_str!("page/icon.svg")))
+        .route("/api/status", get(status))
+        .route("/api/peers", get(peers))
+        .layer(from_fn_with_state(shared.clone(), guard))
+        .with_state(shared)
+}
+
+async fn guard(State(shared): State<Shared>, request: Request, next: Next) -> Response {
+    let mut response = if is_ours(request.headers(), &shared.config.name) {
+        next.run(request).await
+    } else {
+        let text = "this page answers to an address, to localhost and to the node's name only\n";
+        (StatusCode::MISDIRECTED_REQUEST, text).into_response()
+    };
+    for (name, value) in HEADERS {
+        response.headers_mut().insert(name, HeaderValue::from_static(value));
+    }
+    response
+}
+
+/// Whether the Host header names what nobody else can make point here.
+fn is_ours(headers: &HeaderMap, node: &str) -> bool {
+    let mut hosts = headers.get_all(header::HOST).iter();
+    let (Some(host), None) = (hosts.next(), hosts.next()) else { return false };
+    let Ok(host) = host.to_str() else { return false };
+    if let Some(v6) = host.strip_prefix('[') {
+        return v6.split(']').next().is_some_and(|v6| v6.parse::<Ipv6Addr>().is_ok());
+    }
+    let name = host.split(':').next().unwrap_or_default();
+    name.parse::<Ipv4Addr>().is_ok() || ["localhost", node].contains(&name)
+}
+
+/// What a look at the status asks for.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Since {
+    /// Time of the last sample that is known.
+    since: u64,
+}
+
+/// The status, without the peers.
+#[derive(Debug, Serialize)]
+struct Status {
+    node: String,
+    version: &'static str,
+    /// Id of the control process: another one after a restart.
+    process: u32,
+    public_key: PublicKey,
+    ready: bool,
+    reasons: Vec<String>,
+    interface: Interface,
+    records: Records,
+    dataplane: Dataplane,
+    lanes: usize,
+    /// Of the sessions, where they all have the same.
+    cipher: Option<String>,
+    offloads: Vec<Capability>,
+    /// Those of which there were any.
+    drops: Vec<Drops>,
+    peers: Peers,
+    /// `None`: no pods are served.
+    pools: Option<Vec<Pool>>,
+    history: History,
+}
+
+#[derive(Debug, Serialize)]
+struct Interface {
+    name: String,
+    mtu: u16,
+    addresses: Vec<std::net::IpAddr>,
+    local_cidrs: Vec<IpNet>,
+    routes: usize,
+}
+
+#[derive(Debug, Serialize)]
+struct Records {
+    source: String,
+    accepted: usize,
+    rejected_count: usize,
+    rejected: Vec<RejectedFile>,
+    source_error: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Dataplane {
+    /// `None`: it is away.
+    process: Option<u32>,
+    uptime_seconds: f64,
+    restarts: u64,
+    revision: u64,
+    error: Option<String>,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Drops {
+    direction: String,
+    reason: String,
+    meaning: &'static str,
+    packets: u64,
+}
+
+#[derive(Debug, Default, PartialEq, Eq, Serialize)]
+struct Peers {
+    total: usize,
+    established: usize,
+    connecting: usize,
+    idle: usize,
+    unreachable: usize,
+    narrow: usize,
+}
+
+#[derive(Debug, Serialize)]
+struct Pool {
+    cidr: IpNet,
+    // As floating point: a program that reads JSON cannot be expected to hold 128 bits.
+    total: f64,
+    used: u64,
+    free: f64,
+    resting: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct History {
+    columns: [&'static str; COLUMNS.len()],
+    rows: Vec<Sample>,
+}
+
+async fn status(State(shared): State<Shared>, Query(since): Query<Since>) -> Json<Status> {
+    let (present, report) = match shared.recent_report().await {
+        Some(report) => (true, report),
+        None => (false, Report::default()),
+    };
+    let reasons = shared.readiness.reasons();
+    let (interface, registry) = (shared.interface(), shared.registry());
+    let dataplane = shared.dataplane.get();
+    let rows = shared.dataplane.history().since(since.since);
+    let pools = match shared.pods() {
+        Some(pods) => Some(pods.usage().await.pools.iter().map(pool).collect()),
+        None => None,
+    };
+    Json(Status {
+        node: shared.config.name.clone(),
+        version: env!("CARGO_PKG_VERSION"),
+        process: std::process::id(),
+        public_key: shared.public_key,
+        ready: reasons.is_empty(),
+        reasons,
+        interface: Interface {
+            name: interface.name,
+            mtu: interface.mtu,
+            addresses: interface.addresses,
+            local_cidrs: interface.local_cidrs,
+            routes: interface.routes.len(),
+        },
+        records: Records {
+            source: registry.source.display().to_string(),
+            accepted: registry.accepted,
+            rejected_count: registry.rejected.len(),
+            rejected: registry.rejected.into_iter().take(REJECTED).collect(),
+            source_error: registry.source_error,
+        },
+        dataplane: Dataplane {
+            process: present.then_some(report.pid),
+            uptime_seconds: report.uptime_seconds,
+            restarts: dataplane.restarts,
+            revision: dataplane.revision,
+            error: dataplane.error,
+        },
+        lanes: report.lanes.len(),
+        cipher: cipher(&report),
+        offloads: report.capabilities.iter().map(offload).collect(),
+        drops: drops(&report),
+        peers: count(&report),
+        pools,
+        history: History { columns: COLUMNS, rows },
+    })
+}
+
+async fn peers(State(shared): State<Shared>, Query(ask): Query<peers::Ask>) -> Response {
+    let report = shared.recent_report().await.unwrap_or_default();
+    Json(peers::choose(&report.peers, &ask)).into_response()
+}
+
+fn cipher(report: &Report) -> Option<String> {
+    let mut ciphers = report.peers.iter().filter_map(|peer| peer.cipher.as_ref());
+    let first = ciphers.next()?;
+    ciphers.all(|other| other == first).then(|| first.clone())
+}
+
+fn offload(capability: &Capability) -> Capability {
+    let mut shown = capability.clone();
+    if let Some(reason) = &mut shown.reason
+        && let Some((end, _)) = reason.char_indices().nth(REASON)
+    {
+        reason.truncate(end);
+        reason.push('…');
+    }
+    shown
+}
+
+fn drops(report: &Report) -> Vec<Drops> {
+    let meaning = |direction: &str, reason: &str| {
+        let named =
+            |known: &&DropReason| known.direction().label() == direction && known.label() == reason;
+        DropReason::ALL.iter().find(named).map_or("", |known| known.meaning())
+    };
+    let some = report.drops.iter().filter(|drop| drop.packets > 0);
+    let mut drops: Vec<_> = some
+        .map(|drop| Drops {
+            meaning: meaning(&drop.direction, &drop.reason),
+            direction: drop.direction.clone(),
+            reason: drop.reason.clone(),
+            packets: drop.packets,
+        })
+        .collect();
+    let overflow = report.lanes.iter().map(|lane| lane.receive_queue_overflow).sum();
+    if overflow > 0 {
+        drops.push(Drops {
+            direction: "ingress".to_owned(),
+            reason: "receive_queue_overflow".to_owned(),
+            meaning: "A socket's receive queue was full: dropped by the kernel.",
+            packets: overflow,
+        });
+    }
+    drops
+}
+
+fn count(report: &Report) -> Peers {
+    let of = |state| report.peers.iter().filter(|peer| peer.state == state).count();
+    Peers {
+        total: report.peers.len(),
+        established: of(PeerState::Established),
+        connecting: of(PeerState::Connecting),
+        idle: of(PeerState::Idle),
+        unreachable: of(PeerState::Unreachable),
+        narrow: report.narrow.len(),
+    }
+}
+
+fn pool(pool: &crate::cni::ipam::PoolUsage) -> Pool {
+    let total = pool.total as f64;
+    Pool {
+        cidr: pool.cidr,
+        total,
+        used: pool.in_use,
+        free: total - pool.in_use as f64 - pool.resting as f64,
+        resting: pool.resting,
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use super::*;
+    use crate::http::DEADLINE;
+    use crate::http::tests::{ask, shared, start};
+    use crate::ipc::{DropReport, LaneReport};
+    use crate::status::tests::peer;
+
+    async fn server() -> SocketAddr {
+        start(router(shared()), DEADLINE).await
+    }
+
+    async fn get(address: SocketAddr, path: &str, host: &str) -> String {
+        ask(address, &format!("GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n")).await
+    }
+
+    #[tokio::test]
+    async fn every_answer_is_guarded() {
+        let address = server().await;
+        for (path, code, kind) in [
+            ("/", "200", "text/html"),
+            ("/app.js", "200", "text/javascript"),
+            ("/style.css", "200", "text/css"),
+            ("/icon.svg", "200", "image/svg+xml"),
+            ("/api/status", "200", "application/json"),
+            ("/api/peers?limit=5&state=idle", "200", "application/json"),
+            ("/api/peers?limit=many", "400", "text/plain"),
+            ("/api/peers?colour=red", "400", "text/plain"),
+            ("/metrics", "404", ""),
+        ] {
+            let answer = get(address, path, "127.0.0.1:9465").await;
+            assert!(answer.starts_with(&format!("HTTP/1.1 {code}")), "{path}: {answer}");
+            assert!(answer.contains(kind), "{path}: {answer}");
+            for (name, value) in HEADERS {
+                assert!(answer.contains(&format!("{name}: {value}\r\n")), "{path}: {name}");
+            }
+            let lower = answer.to_lowercase();
+            assert!(!lower.contains("set-cookie") && !lower.contains("access-control"), "{path}");
+        }
+    }
+
+    #[tokio::test]
+    async fn nothing_can_be_changed() {
+        let address = server().await;
+        for method in ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"] {
+            let request = format!("{method} /api/status HTTP/1.1\r\nHost: localhost\r\n\r\n");
+            let answer = ask(address, &request).await;
+            assert!(answer.starts_with("HTTP/1.1 405"), "{method}: {answer}");
+        }
+    }
+
+    #[tokio::test]
+    async fn names_of_others_are_refused() {
+        let address = server().await;
+        for host in ["127.0.0.1", "192.0.2.7:80", "[::1]:9465", "localhost:9465", "node-a"] {
+            assert!(get(address, "/", host).await.starts_with("HTTP/1.1 200"), "{host}");
+        }
+        for host in ["evil.example", "evil.example:9465", "127.0.0.1.evil.example", "[x]", ""] {
+            assert!(get(address, "/api/status", host).await.starts_with("HTTP/1.1 421"), "{host}");
+        }
+        let two = "GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n";
+        assert!(!ask(address, two).await.starts_with("HTTP/1.1 200"));
+        assert!(ask(address, "GET / HTTP/1.0\r\n\r\n").await.starts_with("HTTP/1.0 421"));
+    }
+
+    #[test]
+    fn what_is_loaded_is_served_and_nothing_is_inline() {
+        let html = include_str!("page/index.html");
+        for (attribute, known) in [("src=\"", 1), ("href=\"", 2)] {
+            let targets: Vec<_> = html.split(attribute).skip(1).collect();
+            assert_eq!(targets.len(), known, "{attribute}");
+            for target in targets {
+                let target = target.split('"').next().unwrap();
+                assert!(["app.js", "style.css", "icon.svg"].contains(&target), "{target}");
+            }
+        }
+        assert!(!html.contains("<style") && !html.contains(" style=") && !html.contains(" on"));
+        let script = include_str!("page/app.js");
+        for unsafe_way in ["innerHTML", "outerHTML", "insertAdjacent", "eval(", "document.write"] {
+            assert!(!script.contains(unsafe_way), "{unsafe_way}");
+        }
+        // The one address in it is a namespace's name.
+        assert_eq!(script.matches("http://").count(), 1);
+        assert_eq!(script.matches("https://").count(), 0);
+    }
+
+    #[test]
+    fn drops_that_happened_are_shown_with_their_meaning() {
+        let drop = |reason: &str, packets| DropReport {
+            direction: "ingress".to_owned(),
+            reason: reason.to_owned(),
+            packets,
+        };
+        let lane = LaneReport { receive_queue_overflow: 4, ..LaneReport::default() };
+        let drops = drops(&Report {
+            drops: vec![drop("replayed", 3), drop("inner_source", 0)],
+            lanes: vec![lane],
+            ..Report::default()
+        });
+        let shown: Vec<_> = drops.iter().map(|drop| (&*drop.reason, drop.packets)).collect();
+        assert_eq!(shown, [("replayed", 3), ("receive_queue_overflow", 4)]);
+        assert_eq!(drops[0].meaning, "The counter was seen already.");
+    }
+
+    #[test]
+    fn peers_are_counted_and_long_reasons_cut() {
+        let peers = vec![peer("b", PeerState::Established), peer("c", PeerState::Unreachable)];
+        let report = Report { peers, ..Report::default() };
+        let expected = Peers { total: 2, established: 1, unreachable: 1, ..Peers::default() };
+        assert_eq!(count(&report), expected);
+        assert_eq!(cipher(&report).as_deref(), Some("aes256-gcm"));
+        let long = Capability {
+            name: "udp_gso".to_owned(),
+            state: crate::ipc::CapabilityState::Degraded,
+            reason: Some("ä".repeat(5000)),
+        };
+        assert_eq!(offload(&long).reason.unwrap().chars().count(), REASON + 1);
+    }
+}
