@@ -1,10 +1,11 @@
 //! The Helm chart as it is rendered.
 
+use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::cargo::workspace;
@@ -60,4 +61,41 @@ pub fn object<'a>(objects: &'a [Value], kind: &str, name: &str) -> Result<&'a Va
 /// The same as objects, for a current Kubernetes.
 pub fn rendered(settings: &[&str]) -> Result<Vec<Value>> {
     programs::yaml(&render(settings, "1.34")?)
+}
+
+/// A dashboard of Grafana.
+#[derive(Debug, Clone)]
+pub struct Dashboard(pub Value);
+
+impl Dashboard {
+    /// Every query: the title of its panel, and the expression.
+    pub fn expressions(&self) -> impl Iterator<Item = (&str, String)> {
+        let panels = self.0["panels"].as_array().into_iter().flatten();
+        panels.flat_map(|panel| {
+            let title = panel["title"].as_str().unwrap_or_default();
+            let targets = panel["targets"].as_array().into_iter().flatten();
+            targets.filter_map(move |target| Some((title, target["expr"].as_str()?.to_owned())))
+        })
+    }
+}
+
+/// The chart's dashboards, in the order of their files' names.
+pub fn dashboards() -> Result<Vec<Dashboard>> {
+    let entries = fs::read_dir(path().join("dashboards"))?;
+    let mut files = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+    files.sort();
+    let parse = |file: &PathBuf| {
+        let board = serde_json::from_slice(&fs::read(file)?);
+        Ok(Dashboard(board.with_context(|| file.display().to_string())?))
+    };
+    files.iter().map(parse).collect()
+}
+
+/// The chart's alerts.
+pub fn alerts() -> Result<Vec<Value>> {
+    let rules = fs::read_to_string(path().join("alerts/skein.yaml"))?;
+    let mut rules = programs::yaml(&rules)?.remove(0);
+    let groups = rules["groups"].as_array_mut().context("no groups")?;
+    let rules = groups.iter_mut().map(|group| group["rules"].take());
+    Ok(rules.filter_map(|rules| rules.as_array().cloned()).flatten().collect())
 }

@@ -32,7 +32,10 @@ pub const DEMO: &[Need] = &[
 
 /// For the tests, beside [`DEMO`].
 pub const TEST: &[Need] = &[
+    need("prometheus", "prometheus"),
     need("promtool", "prometheus"),
+    need("chromium", "chromium"),
+    need("chromedriver", "chromium-driver"),
     need("nft", "nftables"),
     need("containerd", "containerd"),
     need("runc", "runc"),

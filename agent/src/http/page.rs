@@ -198,7 +198,7 @@ async fn status(State(shared): State<Shared>, Query(since): Query<Since>) -> Jso
         node: shared.config.name.clone(),
         version: env!("CARGO_PKG_VERSION"),
         process: std::process::id(),
-        public_key: shared.public_key,
+        public_key: shared.key().keys.first,
         ready: reasons.is_empty(),
         reasons,
         interface: Interface {

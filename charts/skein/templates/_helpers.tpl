@@ -116,6 +116,13 @@ udp_gro = {{ .udpGro }}
 listen = {{ printf "%s:%d" (include "skein.host" .address) (int .port) | toJson }}
 per_peer = {{ .perPeer }}
 {{- end }}
+{{- with .Values.statusPage }}
+{{- if .enabled }}
+
+[status_page]
+listen = {{ printf "%s:%d" (include "skein.host" .address) (int .port) | toJson }}
+{{- end }}
+{{- end }}
 
 [cni]
 enabled = true

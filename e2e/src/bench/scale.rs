@@ -5,8 +5,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD as BASE64;
 use clap::Args;
 use comfy_table::Table;
 use comfy_table::presets::UTF8_BORDERS_ONLY;
@@ -88,7 +86,7 @@ fn measure(count: u32, changes: u32) -> Result<Outcome> {
     let lab = Lab::new(&Plan::default())?;
     let mut cluster = Cluster::prepare(lab, Family::V4)?;
     cluster.verbose = false;
-    let fleet = (0..count).map(record).collect::<Result<Vec<_>>>()?;
+    let fleet = (0..count).map(Record::of_fleet).collect::<Result<Vec<_>>>()?;
     if !fleet.is_empty() {
         let path = cluster.agents[0].records_directory().join("fleet.toml");
         fs::write(path, Record::all_to_toml(&fleet))?;
@@ -133,7 +131,7 @@ fn measure(count: u32, changes: u32) -> Result<Outcome> {
 fn change(agent: &Agent, changes: u32) -> Result<(Vec<f64>, f64)> {
     // The status would cost more than the change: the log says it too.
     let in_force = || anyhow::Ok(fs::read_to_string(agent.log())?.matches("in force").count());
-    let mut changing = record(60_000)?;
+    let mut changing = Record::of_fleet(60_000)?;
     let before = crate::lab::process::cpu_seconds(&agent.pids());
     let mut took = vec![];
     for number in 0..changes {
@@ -150,23 +148,6 @@ fn change(agent: &Agent, changes: u32) -> Result<(Vec<f64>, f64)> {
         took.push(start.elapsed().as_secs_f64() * 1e3);
     }
     Ok((took, crate::lab::process::cpu_seconds(&agent.pids()) - before))
-}
-
-/// A node that is nowhere.
-fn record(number: u32) -> Result<Record> {
-    let mut key = [0; 32];
-    rustix::rand::getrandom(&mut key, rustix::rand::GetRandomFlags::empty())?;
-    let [_, _, high, low] = number.to_be_bytes();
-    Ok(Record {
-        name: format!("fleet-{number}"),
-        public_key: BASE64.encode(key),
-        second_public_key: None,
-        endpoints: vec![format!("198.18.{high}.{low}:51900")],
-        pod_cidrs: vec![
-            format!("100.{}.{low}.0/24", 64 + u32::from(high) % 64),
-            format!("fd00:99:{number:x}::/64"),
-        ],
-    })
 }
 
 fn resident_bytes(pid: i32) -> Result<u64> {

@@ -7,6 +7,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::Value;
 use toml::Table;
 
@@ -51,6 +53,23 @@ pub struct Record {
 }
 
 impl Record {
+    /// Of a node that is not there, with a key of nobody's: one of thousands.
+    pub fn of_fleet(number: u32) -> Result<Self> {
+        let mut key = [0; 32];
+        rustix::rand::getrandom(&mut key, rustix::rand::GetRandomFlags::empty())?;
+        let [_, _, high, low] = number.to_be_bytes();
+        Ok(Self {
+            name: format!("fleet-{number}"),
+            public_key: BASE64.encode(key),
+            second_public_key: None,
+            endpoints: vec![format!("198.18.{high}.{low}:51900")],
+            pod_cidrs: vec![
+                format!("100.{}.{low}.0/24", 64 + u32::from(high) % 64),
+                format!("fd00:99:{number:x}::/64"),
+            ],
+        })
+    }
+
     /// As a TOML file.
     pub fn to_toml(&self) -> String {
         self.to_table().to_string()

@@ -2,6 +2,7 @@
 //! made in the host's own namespace.
 
 pub mod agent;
+pub mod browser;
 pub mod cgroup;
 pub mod cni;
 pub mod containerd;

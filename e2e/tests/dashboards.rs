@@ -1,0 +1,256 @@
+//! The chart's dashboards and alerts on a real Prometheus that has scraped real agents under traffic: every
+//! query is answered with data.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::{Value, json};
+use skein_e2e::chart;
+use skein_e2e::checks;
+use skein_e2e::lab::agent::Cluster;
+use skein_e2e::lab::cni::Runtime;
+use skein_e2e::lab::process::{self, Process};
+use skein_e2e::lab::{Family, Lab, Netns, Plan, Pod};
+use skein_e2e::load::http;
+
+const ADDRESS: &str = "127.0.0.1:9090";
+
+/// How long Prometheus may take to start, and to scrape.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// What Grafana puts in the place of its variables; scrapes are a second apart.
+const VARIABLES: [(&str, &str); 1] = [("$__rate_interval", "8s")];
+
+/// A Prometheus on the underlay, with the chart's alerts.
+struct Prometheus {
+    ns: Netns,
+    _process: Process,
+}
+
+impl Prometheus {
+    fn start(cluster: &Cluster) -> Result<Self> {
+        let ns = cluster.lab.attach("prometheus", 99)?;
+        let directory = cluster.lab.directory().join("prometheus");
+        fs::create_dir_all(&directory)?;
+        let target = |agent: &skein_e2e::lab::agent::Agent| {
+            let address = format!("{}:9464", agent.underlay_address()?);
+            Ok(json!({ "targets": [address], "labels": { "node": agent.record.name } }))
+        };
+        let targets = cluster.agents.iter().map(target).collect::<Result<Vec<_>>>()?;
+        let config = json!({
+            "global": { "scrape_interval": "1s", "evaluation_interval": "1s" },
+            "rule_files": [chart::path().canonicalize()?.join("alerts/skein.yaml")],
+            "scrape_configs": [{ "job_name": "skein", "static_configs": targets }],
+        });
+        let file = directory.join("prometheus.json");
+        fs::write(&file, config.to_string())?;
+        let option = |name: &str, value: PathBuf| format!("--{name}={}", value.display());
+        let mut command = ns.command("prometheus");
+        command.arg(option("config.file", file));
+        command.arg(option("storage.tsdb.path", directory.join("data")));
+        command.arg(format!("--web.listen-address={ADDRESS}"));
+        let mut process = Process::start(&mut command, &directory.join("log"))?;
+        let ready = || {
+            process.check_alive()?;
+            let ask = || http::get(ADDRESS.parse()?, "/-/ready");
+            Ok(ns.run(ask)?.is_ok_and(|answer| answer.status == 200))
+        };
+        checks::eventually("Prometheus is ready", LIMIT, ready)?;
+        Ok(Self { ns, _process: process })
+    }
+
+    /// A question to its API; the `data` of the answer.
+    fn ask(&self, path: &str, parameters: &[(&str, &str)]) -> Result<Value> {
+        let encode = |text: &str| {
+            let byte = |byte: u8| match byte {
+                b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' => char::from(byte).to_string(),
+                _ => format!("%{byte:02X}"),
+            };
+            text.bytes().map(byte).collect::<String>()
+        };
+        let pairs = parameters.iter().map(|(key, value)| format!("{key}={}", encode(value)));
+        let path = format!("/api/v1/{path}?{}", pairs.collect::<Vec<_>>().join("&"));
+        let answer = self.ns.run(|| http::get(ADDRESS.parse()?, &path))??;
+        let mut value: Value = serde_json::from_str(&answer.body)?;
+        ensure!(value["status"] == "success", "{}", answer.body);
+        Ok(value["data"].take())
+    }
+
+    /// How many series an expression has in which a number is found, in the last minute and a half.
+    fn series(&self, expression: &str) -> Result<usize> {
+        let now = self.ask("query", &[("query", "time()")])?;
+        let now = now["result"][0].as_f64().context("no time")?;
+        let (start, end) = ((now - 90.0).to_string(), now.to_string());
+        let range = [("query", expression), ("start", &start), ("end", &end), ("step", "1")];
+        let data = self.ask("query_range", &range)?;
+        let number = |value: &Value| {
+            let text = value[1].as_str().unwrap_or("NaN");
+            text.parse::<f64>().is_ok_and(f64::is_finite)
+        };
+        let has =
+            |series: &&Value| series["values"].as_array().is_some_and(|all| all.iter().any(number));
+        Ok(data["result"].as_array().context("no result")?.iter().filter(has).count())
+    }
+}
+
+/// Two nodes that serve pods, and count everything that can be counted.
+fn cluster() -> Result<Cluster> {
+    let plan = Plan { pods: 0, ..Plan::default() };
+    let mut cluster = Cluster::prepare(Lab::new(&plan)?, Family::V4)?;
+    for agent in &mut cluster.agents {
+        agent.set("metrics.listen", "0.0.0.0:9464");
+        agent.set("metrics.per_peer", true);
+        agent.serve_pods()?;
+    }
+    cluster.start()?;
+    Ok(cluster)
+}
+
+/// A pod on each node, by the plugin; they reach each other.
+fn pods(cluster: &Cluster) -> Result<[Pod; 2]> {
+    let pod = |index: usize| {
+        Runtime::new(&cluster.agents[index], &cluster.lab.nodes[index])?
+            .pod(&format!("first-{index}"))
+    };
+    let pods = [pod(0)?, pod(1)?];
+    checks::wait_until_reached(&pods[0], &pods[1], Family::V4, LIMIT)?;
+    Ok(pods)
+}
+
+#[test]
+fn every_query_is_answered_with_data() -> Result<()> {
+    let cluster = cluster()?;
+    let prometheus = Prometheus::start(&cluster)?;
+    let [a, b] = &pods(&cluster)?;
+    // Bulk and small packets for as long as a rate looks back; pods come and go meanwhile.
+    let work = || -> Result<()> {
+        let time = Duration::from_secs(12);
+        let transfer = checks::start_transfer(a, b, Family::V4, 60 << 20, Some(6 << 20))?;
+        thread::scope(|scope| {
+            let sender = scope.spawn(move || checks::datagrams(b, a, Family::V6, 200, 500, time));
+            let nodes = cluster.agents.iter().zip(&cluster.lab.nodes);
+            let runtimes = nodes.map(|(agent, node)| Runtime::new(agent, node));
+            let runtimes = runtimes.collect::<Result<Vec<_>>>()?;
+            for number in 0..8 {
+                let (runtime, name) = (&runtimes[number % 2], format!("pod-{number}"));
+                let pod = runtime.pod(&name)?;
+                thread::sleep(Duration::from_millis(500));
+                runtime.del(&name, Some(&pod.ns))?;
+            }
+            sender.join().map_err(|_| anyhow::anyhow!("the sender panicked"))??;
+            transfer.join().map(drop)
+        })
+    };
+    work()?;
+
+    let nodes = prometheus.ask("label/node/values", &[("match[]", "skein_build_info")])?;
+    ensure!(nodes == json!(["node-a", "node-b"]), "the variable has {nodes}");
+    let (mut asked, mut empty) = (0, vec![]);
+    for dashboard in chart::dashboards()? {
+        let title = dashboard.0["title"].as_str().unwrap_or_default();
+        for (panel, expression) in dashboard.expressions() {
+            let node = if expression.contains("=~\"$node\"") { ".*" } else { "node-a" };
+            let mut text = expression.replace("$node", node);
+            for (variable, value) in VARIABLES {
+                text = text.replace(variable, value);
+            }
+            ensure!(!text.contains('$'), "{title}, {panel}: a variable is left: {text}");
+            let series = prometheus.series(&text).with_context(|| text.clone())?;
+            asked += 1;
+            if series == 0 {
+                empty.push(format!("{title}, {panel}: {text}"));
+            }
+        }
+    }
+    ensure!(asked > 50, "only {asked} queries: is this test still reading them?");
+    ensure!(empty.is_empty(), "no data from:\n{}", empty.join("\n"));
+    alerts_have_data(&prometheus)?;
+    eprintln!("{asked} queries, each with data");
+    Ok(())
+}
+
+/// Nothing is wrong here but what the alerts compare is there; and none fires.
+fn alerts_have_data(prometheus: &Prometheus) -> Result<()> {
+    for alert in chart::alerts()? {
+        let (name, expression) = (&alert["alert"], alert["expr"].as_str().context("no expr")?);
+        // What is compared, without the bound; of a set operation, what is there in health.
+        let compared = [" == ", " > ", " < ", " unless "]
+            .iter()
+            .find_map(|operator| expression.rsplit_once(operator).map(|(left, _)| left));
+        let compared = compared.with_context(|| format!("{name} compares nothing"))?;
+        prometheus.series(expression).with_context(|| expression.to_owned())?;
+        // What looks back minutes has seconds to look at.
+        let series = prometheus.series(compared).with_context(|| compared.to_owned())?;
+        ensure!(series > 0, "{name}: no data from {compared}");
+    }
+    let rules = prometheus.ask("rules", &[("type", "alert")])?;
+    let rules = rules["groups"][0]["rules"].as_array().context("no rules")?.clone();
+    ensure!(rules.len() == chart::alerts()?.len(), "{} rules", rules.len());
+    for rule in rules {
+        ensure!(rule["health"] == "ok", "{}: {}", rule["name"], rule["lastError"]);
+        ensure!(rule["state"] == "inactive", "{} fires: {rule}", rule["name"]);
+    }
+    Ok(())
+}
+
+/// By the agents' real numbers: what an alert watches for makes it pending.
+#[test]
+fn alerts_begin_when_nodes_are_in_trouble() -> Result<()> {
+    let mut cluster = cluster()?;
+    let [a, b] = &pods(&cluster)?;
+    let prometheus = Prometheus::start(&cluster)?;
+    let state = |name: &str, node: &str| -> Result<Value> {
+        let rules = prometheus.ask("alerts", &[])?;
+        let of_it = |alert: &&Value| {
+            alert["labels"]["alertname"] == name && alert["labels"]["node"] == node
+        };
+        let found = rules["alerts"].as_array().context("no alerts")?.iter().find(of_it);
+        Ok(found.map(|alert| alert["state"].clone()).unwrap_or_default())
+    };
+    let begins = |name: &str, node: &str| {
+        let begun = || Ok(!state(name, node)?.is_null());
+        checks::eventually(&format!("{name} of {node}"), LIMIT, begun)
+    };
+    // The other node's record is damaged and mended, and then its agent ends.
+    let damaged = cluster.agents[0].records_directory().join("node-b.toml");
+    let record = fs::read_to_string(&damaged)?;
+    fs::write(&damaged, "name = 7\n")?;
+    begins("SkeinRecordsRefused", "node-a")?;
+    fs::write(&damaged, record)?;
+    cluster.agents[1].stop()?;
+    checks::does_not_reach(a, b, Family::V4)?;
+    let mut ping = a.ns.command("ping");
+    ping.args(["-n", "-q", "-i", "0.2", "-w", "40", &b.v4.to_string()]);
+    let _ping = Process::start(&mut ping, &cluster.lab.directory().join("ping.log"))?;
+    begins("SkeinPeersUnreachable", "node-a")?;
+    begins("SkeinAgentSilent", "node-b")?;
+    Ok(())
+}
+
+/// What the agent serves is what promtool takes.
+#[test]
+fn a_scrape_under_traffic_has_no_complaint() -> Result<()> {
+    let cluster = cluster()?;
+    let [a, b] = &pods(&cluster)?;
+    checks::transfer(a, b, Family::V4, 1 << 20)?;
+    let reference = fs::read_to_string(skein_e2e::cargo::workspace().join("docs/metrics.md"))?;
+    let text = cluster.agents[0].metrics()?.0;
+    let mut promtool = Command::new("promtool");
+    let said = process::finish(promtool.args(["check", "metrics"]), text.as_bytes(), LIMIT)?;
+    ensure!(said.code == 0, "promtool: {}{}", said.stdout, said.stderr);
+    let mut families = 0;
+    for line in text.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
+        let (name, kind) = line.split_once(' ').context("no type")?;
+        ensure!(
+            reference.contains(&format!("| `{name}` | {kind} |")),
+            "{name} is no {kind}, or not in docs/metrics.md"
+        );
+        families += 1;
+    }
+    ensure!(families > 30, "only {families} families");
+    Ok(())
+}
