@@ -5,6 +5,8 @@
 //! process compares it with what it does already and changes only what differs, so a new control
 //! process sends its whole view and disturbs nothing.
 
+pub mod watch;
+
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr};
@@ -14,6 +16,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
+use self::watch::{Seen, Watch};
 use crate::keys::{PrivateKey, PublicKey};
 use crate::sys::tun::TunOffload;
 
@@ -55,6 +58,11 @@ pub enum Request {
         /// A filter of `tracing`; `None`: what it was started with.
         level: Option<String>,
     },
+    /// Look at packets: the answers, [`Response::Seen`], go on until the asker closes the connection.
+    Watch {
+        /// At which.
+        watch: Watch,
+    },
     /// End the data process in an orderly way (the TUN device stays).
     Shutdown,
     /// Stop, and give all descriptors and sessions to whoever asks.
@@ -87,6 +95,13 @@ pub enum Response {
     Report {
         /// Counters and states.
         report: Box<Report>,
+    },
+    /// Answers to [`Request::Watch`], at least one a second.
+    Seen {
+        /// What was seen, lane by lane in order.
+        seen: Vec<Seen>,
+        /// Packets that were to be told and were too many, since the last answer.
+        missed: u64,
     },
     /// Answer to [`Request::TakeOver`]; the descriptors follow, the listening socket first. A byte of the
     /// receiver's says that it has them, and one of the sender's that they are its own now.
@@ -598,6 +613,17 @@ impl fmt::Display for CapabilityState {
             CapabilityState::Degraded => "degraded",
             CapabilityState::Unsupported => "unsupported",
             CapabilityState::ForcedOff => "forced off",
+        })
+    }
+}
+
+impl fmt::Display for PeerState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            PeerState::Idle => "idle",
+            PeerState::Connecting => "connecting",
+            PeerState::Established => "established",
+            PeerState::Unreachable => "unreachable",
         })
     }
 }

@@ -4,6 +4,7 @@
 
 pub mod app;
 pub mod cni;
+mod commands;
 pub mod config;
 pub mod control;
 pub mod dataplane;

@@ -5,10 +5,10 @@ mod table;
 use std::fmt::Write;
 use std::time::Duration;
 
-pub(crate) use self::table::{Align, table};
+pub(crate) use self::table::{Align, Field, Tone, paint, table};
 use crate::control::rotation::RotationStatus;
 use crate::control::shared::Document;
-use crate::ipc::{DirectionReport, LaneReport, PeerReport, PeerState, Report};
+use crate::ipc::{CapabilityState, DirectionReport, LaneReport, PeerReport, PeerState, Report};
 
 /// The tables. `before` is an earlier status and how long ago it was, for rates.
 pub fn render(now: &Document, before: Option<(&Document, Duration)>) -> String {
@@ -89,7 +89,13 @@ fn key(key: &RotationStatus) -> String {
 fn offloads(report: &Report) -> String {
     let rows = report.capabilities.iter().map(|capability| {
         let reason = capability.reason.clone().unwrap_or_default();
-        vec![capability.name.clone(), capability.state.to_string(), reason]
+        let tone = match capability.state {
+            CapabilityState::On => Tone::Good,
+            CapabilityState::Degraded | CapabilityState::Unsupported => Tone::Warn,
+            CapabilityState::ForcedOff => Tone::Plain,
+        };
+        let state = Field::toned(capability.state.to_string(), tone);
+        vec![capability.name.clone().into(), state, reason.into()]
     });
     table(&[("OFFLOAD", Align::Left), ("STATE", Align::Left), ("REASON", Align::Left)], rows)
 }
@@ -146,29 +152,23 @@ fn lanes(report: &Report, earlier: Option<(&Report, Duration)>) -> String {
 }
 
 fn peers(report: &Report) -> String {
-    let row = |peer: &PeerReport| {
-        let state = match peer.state {
-            PeerState::Idle => "idle",
-            PeerState::Connecting => "connecting",
-            PeerState::Established => "established",
-            PeerState::Unreachable => "unreachable",
-        };
+    let row = |peer: &PeerReport| -> Vec<Field> {
         let state = match &peer.reason {
-            Some(reason) => format!("{state}: {reason}"),
-            None => state.to_owned(),
+            Some(reason) => format!("{}: {reason}", peer.state),
+            None => peer.state.to_string(),
         };
         let dash = || "-".to_owned();
         vec![
-            peer.name.clone(),
-            peer.endpoint.map_or_else(dash, |endpoint| endpoint.to_string()),
-            state,
-            peer.handshake_age_seconds.map_or_else(dash, age),
-            peer.rtt_us.map_or_else(dash, |us| format!("{:.2} ms", us as f64 / 1000.0)),
-            peer.path_mtu.map_or_else(dash, |mtu| mtu.to_string()),
-            if peer.gso { "yes" } else { "no" }.to_owned(),
-            peer.cipher.clone().unwrap_or_else(dash),
-            bytes(peer.tx_bytes),
-            bytes(peer.rx_bytes),
+            peer.name.as_str().into(),
+            peer.endpoint.map_or_else(dash, |endpoint| endpoint.to_string()).into(),
+            Field::toned(state, peer_tone(peer.state)),
+            peer.handshake_age_seconds.map_or_else(dash, age).into(),
+            peer.rtt_us.map_or_else(dash, milliseconds).into(),
+            peer.path_mtu.map_or_else(dash, |mtu| mtu.to_string()).into(),
+            if peer.gso { "yes" } else { "no" }.into(),
+            peer.cipher.clone().unwrap_or_else(dash).into(),
+            bytes(peer.tx_bytes).into(),
+            bytes(peer.rx_bytes).into(),
         ]
     };
     table(
@@ -188,6 +188,16 @@ fn peers(report: &Report) -> String {
     )
 }
 
+/// What a peer's state means.
+pub(crate) fn peer_tone(state: PeerState) -> Tone {
+    match state {
+        PeerState::Established => Tone::Good,
+        PeerState::Unreachable => Tone::Bad,
+        PeerState::Connecting => Tone::Warn,
+        PeerState::Idle => Tone::Plain,
+    }
+}
+
 fn drops(report: &Report) -> String {
     let mut rows: Vec<_> = report
         .drops
@@ -205,12 +215,17 @@ fn drops(report: &Report) -> String {
 }
 
 /// A count with a letter for thousands, at most five characters of digits.
-fn count(value: u64) -> String {
+pub(crate) fn count(value: u64) -> String {
     scaled(value, 1000.0, &["", "k", "M", "G", "T", "P", "E"])
 }
 
+/// Microseconds as milliseconds.
+pub(crate) fn milliseconds(us: u64) -> String {
+    format!("{:.2} ms", us as f64 / 1000.0)
+}
+
 /// Bytes in binary units.
-fn bytes(value: u64) -> String {
+pub(crate) fn bytes(value: u64) -> String {
     scaled(value, 1024.0, &[" B", " KiB", " MiB", " GiB", " TiB", " PiB", " EiB"])
 }
 
@@ -232,7 +247,7 @@ fn ratio(a: u64, b: u64) -> String {
     if b == 0 { "-".to_owned() } else { format!("{:.1}", a as f64 / b as f64) }
 }
 
-fn age(seconds: f64) -> String {
+pub(crate) fn age(seconds: f64) -> String {
     let whole = seconds.max(0.0) as u64;
     match (whole / 86_400, whole / 3600 % 24, whole / 60 % 60, whole % 60) {
         (0, 0, 0, s) => format!("{s} s"),

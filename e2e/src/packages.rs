@@ -40,6 +40,9 @@ pub const TEST: &[Need] = &[
     need("containerd", "containerd"),
     need("runc", "runc"),
     need("busybox", "busybox-static"),
+    need("tcpdump", "tcpdump"),
+    need("mandoc", "mandoc"),
+    need("tmux", "tmux"),
     // Beside its programs, which are elsewhere.
     need("/usr/lib/cni/portmap", "containernetworking-plugins"),
     need("iptables", "iptables"),

@@ -148,6 +148,11 @@ impl DropCounts {
         self.0[reason as usize]
     }
 
+    /// Every count that is not zero.
+    pub fn iter(&self) -> impl Iterator<Item = (DropReason, u64)> + '_ {
+        DropReason::ALL.iter().map(|&r| (r, self.get(r))).filter(|(_, n)| *n > 0)
+    }
+
     /// Hands over every count that is not zero and starts again at zero.
     pub fn drain(&mut self) -> impl Iterator<Item = (DropReason, u64)> + '_ {
         DropReason::ALL.iter().filter_map(|&r| {
@@ -176,6 +181,7 @@ mod tests {
         let mut counts = DropCounts::default();
         counts.add(DropReason::Replayed);
         counts.add_many(DropReason::NoRoute, 2);
+        assert_eq!(counts.iter().count(), 2);
         let drained: Vec<_> = counts.drain().collect();
         assert_eq!(drained, [(DropReason::NoRoute, 2), (DropReason::Replayed, 1)]);
         assert_eq!(counts.drain().count(), 0);

@@ -8,6 +8,7 @@ use thiserror::Error;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
+use crate::ipc::watch::{Seen, Watch};
 use crate::ipc::{
     ErrorKind, NodeIdentity, PROTOCOL_VERSION, Report, Request, Response, encode_frame,
     frame_length,
@@ -81,6 +82,7 @@ impl Client {
             Request::Hello { .. }
             | Request::Report { .. }
             | Request::LogLevel { .. }
+            | Request::Watch { .. }
             | Request::Shutdown
             | Request::TakeOver { .. } => DEADLINE,
         };
@@ -94,6 +96,10 @@ impl Client {
     async fn exchange(&mut self, request: &Request) -> io::Result<Response> {
         let frame = encode_frame(request)?;
         self.stream.write_all(&frame).await?;
+        self.answer().await
+    }
+
+    async fn answer(&mut self) -> io::Result<Response> {
         let mut prefix = [0; 4];
         self.stream.read_exact(&mut prefix).await?;
         let mut body = vec![0; frame_length(prefix)?];
@@ -113,6 +119,22 @@ impl Client {
     pub async fn report(&mut self, peers: bool) -> Result<Report, ClientError> {
         match self.request(&Request::Report { peers }).await? {
             Response::Report { report } => Ok(*report),
+            _ => Err(ClientError::Protocol),
+        }
+    }
+
+    /// Begins to watch; [`Client::seen`] tells what.
+    pub async fn watch(&mut self, watch: Watch) -> Result<(), ClientError> {
+        let frame = encode_frame(&Request::Watch { watch })?;
+        Ok(self.stream.write_all(&frame).await?)
+    }
+
+    /// The next that was seen, and how much was missed. It may not be abandoned half way.
+    pub async fn seen(&mut self) -> Result<(Vec<Seen>, u64), ClientError> {
+        let answer = tokio::time::timeout(DEADLINE, self.answer()).await;
+        match answer.map_err(|_| ClientError::Timeout)?? {
+            Response::Seen { seen, missed } => Ok((seen, missed)),
+            Response::Error { kind, message } => Err(ClientError::Refused { kind, message }),
             _ => Err(ClientError::Protocol),
         }
     }

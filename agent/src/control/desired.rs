@@ -145,7 +145,7 @@ fn peer(record: &NodeRecord) -> Peer {
 }
 
 /// The first address that a host can have: the first after the network's own, where there is one.
-fn first_host(cidr: &IpNet) -> IpAddr {
+pub fn first_host(cidr: &IpNet) -> IpAddr {
     // The first is the network's name in IPv4 and every router's in IPv6, but on the smallest links.
     match cidr.max_prefix_len() - cidr.prefix_len() {
         0 | 1 => cidr.network(),

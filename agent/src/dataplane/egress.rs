@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use skein_core::drop::{DropCounts, DropReason};
+use skein_core::drop::{Direction, DropCounts, DropReason};
 use skein_core::offload::batch::{EgressBatch, Target};
 use skein_core::offload::split::split;
 use skein_core::offload::vnet::VnetHeader;
@@ -18,6 +18,7 @@ use super::manager::ToManager;
 use super::pending::Pending;
 use super::stats::add;
 use super::tables::Tables;
+use super::tap::{Bytes, Sight};
 use crate::sys::send::{GsoState, Position, Run, Sender, ToSend};
 use crate::sys::tun::TunQueue;
 
@@ -30,6 +31,9 @@ const RUNS: usize = 64;
 /// How long a batch waits for room in a socket's send buffer before it is dropped. A device that takes
 /// nothing for so long would hold up what goes to others.
 pub(super) const SEND_PATIENCE: Duration = Duration::from_millis(100);
+/// Why a packet can be dropped while it is put into the batch.
+const BATCH_DROPS: [DropReason; 3] =
+    [DropReason::TooBig, DropReason::CounterExhausted, DropReason::SealFailed];
 
 /// The lane's sending half.
 pub(super) struct Egress {
@@ -168,19 +172,19 @@ impl Egress {
         match buffer[..length].split_at_mut_checked(VnetHeader::LEN) {
             Some((header, packet)) => match VnetHeader::parse(header) {
                 Some(vnet) => self.route(lane, tables, vnet, packet),
-                None => self.drops.add(DropReason::VnetHeader),
+                None => self.drop(lane, DropReason::VnetHeader, packet),
             },
-            None => self.drops.add(DropReason::VnetHeader),
+            None => self.drop(lane, DropReason::VnetHeader, &[]),
         }
         self.read_buffer = buffer;
     }
 
     fn route(&mut self, lane: &LaneContext, tables: &Tables, vnet: VnetHeader, packet: &mut [u8]) {
         let Some(ip) = IpHeader::parse(packet) else {
-            return self.drops.add(DropReason::EgressMalformed);
+            return self.drop(lane, DropReason::EgressMalformed, packet);
         };
         let Some(Owner::Peer(peer)) = tables.routes.lookup(ip.destination) else {
-            return self.drops.add(DropReason::NoRoute);
+            return self.drop(lane, DropReason::NoRoute, packet);
         };
         // What waits for this peer goes first, or it would be overtaken.
         if self.pending.holds(peer) {
@@ -189,11 +193,22 @@ impl Egress {
         if self.pending.holds(peer) || target(&mut self.batch, lane, tables, peer).is_none() {
             return self.hold(lane, peer, vnet, packet);
         }
-        let mut segments = match split(vnet, packet) {
-            Ok(segments) => segments,
-            Err(reason) => return self.drops.add(reason),
-        };
-        let checksum = segments.checksum();
+        if let Err(reason) = self.push(lane, tables, peer, vnet, packet) {
+            self.drop(lane, reason, packet);
+        }
+    }
+
+    /// Puts the packets that one packet of the TUN stands for into the batch.
+    fn push(
+        &mut self,
+        lane: &LaneContext,
+        tables: &Tables,
+        peer: PeerId,
+        vnet: VnetHeader,
+        packet: &mut [u8],
+    ) -> Result<(), DropReason> {
+        let mut segments = split(vnet, packet)?;
+        let (checksum, told) = (segments.checksum(), lane.tap.wants_drops());
         while let Some(segment) = segments.next_segment() {
             if self.unsent.is_none() && !self.batch.has_room(segment.len()) {
                 self.flush(lane);
@@ -203,17 +218,35 @@ impl Egress {
                 self.drops.add(DropReason::SendNoBuffer);
                 continue;
             }
-            match target(&mut self.batch, lane, tables, peer) {
-                Some(target) => self.batch.push(target, checksum, segment, &mut self.drops),
-                None => self.drops.add(DropReason::NoSession),
+            if lane.captured {
+                lane.tap.passed(Direction::Egress, lane.index, segment);
+            }
+            let Some(target) = target(&mut self.batch, lane, tables, peer) else {
+                self.drops.add(DropReason::NoSession);
+                lane.dropped(DropReason::NoSession, None, Bytes::Inner(segment));
+                continue;
+            };
+            let before = told.then(|| BATCH_DROPS.map(|reason| self.drops.get(reason)));
+            self.batch.push(target, checksum, segment, &mut self.drops);
+            for (reason, before) in BATCH_DROPS.into_iter().zip(before.into_iter().flatten()) {
+                if self.drops.get(reason) > before {
+                    lane.dropped(reason, None, Bytes::Inner(segment));
+                }
             }
         }
+        Ok(())
+    }
+
+    /// Counts a packet of the TUN that goes nowhere.
+    fn drop(&mut self, lane: &LaneContext, reason: DropReason, packet: &[u8]) {
+        self.drops.add(reason);
+        lane.dropped(reason, None, Bytes::Inner(packet));
     }
 
     fn hold(&mut self, lane: &LaneContext, peer: PeerId, vnet: VnetHeader, packet: &[u8]) {
         let (held, ask) = self.pending.hold(lane.now(), peer, vnet, packet);
         if !held {
-            self.drops.add(DropReason::NoSession);
+            self.drop(lane, DropReason::NoSession, packet);
         }
         if ask && lane.tell(ToManager::WantSession(peer)) {
             self.pending.asked(lane.now(), peer);
@@ -254,7 +287,11 @@ impl Egress {
             let from = Position { run: 0, segment: at.segment };
             let what = ToSend { arena: self.batch.arena(), runs: &runs[..count], from };
             let (gso, now) = (&mut self.gso, lane.now());
+            let before = lane.tap.wants_drops().then(|| self.drops.clone());
             let outcome = self.sender.send(socket.socket.as_fd(), &what, gso, &mut self.drops, now);
+            if let Some(before) = before {
+                unsent(lane, &before, &self.drops, &runs[..count]);
+            }
             lane.stats.count_sent(&outcome, &self.sender);
             lane.stats.note_gso_off(&self.gso, now, outcome.fallbacks > 0);
             let since = if outcome.datagrams > 0 { now } else { at.since };
@@ -307,6 +344,21 @@ impl Egress {
 /// The runs of one address family.
 fn family(batch: &EgressBatch, v4: bool) -> impl Iterator<Item = Run<'_>> {
     batch.runs().filter(move |run| run.destination.is_ipv4() == v4)
+}
+
+/// Tells whoever looks what the kernel did not send. Which runs they were of it does not say, so that a
+/// destination is named only where all have the same.
+#[cold]
+fn unsent(lane: &LaneContext, before: &DropCounts, now: &DropCounts, runs: &[Run<'_>]) {
+    let destination = runs.first().map(|run| run.destination);
+    let outer = destination.filter(|one| runs.iter().all(|run| run.destination == *one));
+    for (reason, packets) in now.iter() {
+        let packets = packets - before.get(reason);
+        if packets > 0 {
+            let sight = Sight { lane: Some(lane.index), outer, bytes: Bytes::Outer(&[]), packets };
+            lane.tap.dropped(reason, sight);
+        }
+    }
 }
 
 /// Whether a read failed because the device was deleted: polling would report it for ever.

@@ -9,9 +9,9 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use skein_core::drop::{DropCounts, DropReason};
+use skein_core::drop::{Direction, DropCounts, DropReason};
 use skein_core::offload::Checksum;
-use skein_core::offload::coalesce::{CoalesceConfig, Coalescer};
+use skein_core::offload::coalesce::{CoalesceConfig, Coalescer, TunPacket};
 use skein_core::route::{Owner, PeerId};
 use skein_core::tunnel::replay::ReplayWindow;
 use skein_core::tunnel::session::Session;
@@ -22,6 +22,7 @@ use super::lane::LaneContext;
 use super::manager::ToManager;
 use super::stats::{Values, add};
 use super::tables::Tables;
+use super::tap::{Bytes, Sight};
 use super::write::TunWriter;
 use crate::sys::recv::RecvBatch;
 use crate::sys::tun::TunQueue;
@@ -166,13 +167,16 @@ impl Ingress {
             let message = self.receive.message(message);
             if message.truncated {
                 self.drops.add(DropReason::Truncated);
+                lane.dropped(DropReason::Truncated, Some(message.source), Bytes::Outer(&[]));
                 continue;
             }
             let mut segments = 0;
             for range in message.segments() {
                 segments += 1;
-                if let Err(reason) = self.datagram(lane, tables, message.source, range) {
+                if let Err(reason) = self.datagram(lane, tables, message.source, range.clone()) {
                     self.drops.add(reason);
+                    let bytes = Bytes::Outer(&self.receive.arena()[range]);
+                    lane.dropped(reason, Some(message.source), bytes);
                 }
             }
             self.totals.segments_per_message.observe(segments);
@@ -244,12 +248,17 @@ impl Ingress {
             at = packet.end;
             let flow = (rx.session.peer, ip.source, ip.destination);
             if self.checked != Some(flow) {
-                if tables.routes.lookup(ip.source) != Some(Owner::Peer(rx.session.peer)) {
-                    self.drops.add(DropReason::InnerSource);
-                    continue;
-                }
-                if tables.routes.lookup(ip.destination) != Some(Owner::Local) {
-                    self.drops.add(DropReason::InnerDestination);
+                let foreign =
+                    if tables.routes.lookup(ip.source) != Some(Owner::Peer(rx.session.peer)) {
+                        Some(DropReason::InnerSource)
+                    } else if tables.routes.lookup(ip.destination) != Some(Owner::Local) {
+                        Some(DropReason::InnerDestination)
+                    } else {
+                        None
+                    };
+                if let Some(reason) = foreign {
+                    self.drops.add(reason);
+                    lane.dropped(reason, Some(source), Bytes::Inner(&arena[packet]));
                     continue;
                 }
                 self.checked = Some(flow);
@@ -258,6 +267,9 @@ impl Ingress {
             self.totals.inner_bytes += packet.len() as u64;
             rx.packets += 1;
             rx.bytes += packet.len() as u64;
+            if lane.captured {
+                lane.tap.passed(Direction::Ingress, lane.index, &arena[packet.clone()]);
+            }
             self.coalescer.push(arena, packet, &ip, checksum);
         }
         self.totals.inner_per_outer.observe(self.totals.inner_packets - first);
@@ -276,7 +288,10 @@ impl Ingress {
             };
             match result {
                 Ok(()) => written += 1,
-                Err(_) => drops.add_many(DropReason::TunWrite, packet.segments as u64),
+                Err(_) => {
+                    drops.add_many(DropReason::TunWrite, packet.segments as u64);
+                    refuse(lane, arena, &packet);
+                }
             }
         });
         add(&lane.stats.ingress.tun_packets, written);
@@ -319,6 +334,15 @@ impl Ingress {
         }
         lane.stats.drops.collect(&mut self.drops);
     }
+}
+
+/// Tells whoever looks what the TUN did not take.
+fn refuse(lane: &LaneContext, arena: &[u8], packet: &TunPacket<'_>) {
+    let whole = packet.payload.first().map_or(&[][..], |slice| slice.of(arena));
+    let bytes = Bytes::Inner(if packet.header.is_empty() { whole } else { packet.header });
+    let sight =
+        Sight { lane: Some(lane.index), outer: None, bytes, packets: packet.segments as u64 };
+    lane.tap.dropped(DropReason::TunWrite, sight);
 }
 
 #[cfg(test)]

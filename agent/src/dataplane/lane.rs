@@ -6,7 +6,7 @@
 //! throughput and better in latency, and a node that wants more parallelism raises the lanes.
 
 use std::io;
-use std::net::{IpAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError};
@@ -23,6 +23,7 @@ use super::ingress::Ingress;
 use super::manager::ToManager;
 use super::stats::LaneStats;
 use super::tables::{Published, Tables};
+use super::tap::{Bytes, Sight, Tap};
 use crate::sys::poll::{Poller, Waiter};
 use crate::sys::send::GsoState;
 use crate::sys::tun::TunQueue;
@@ -62,6 +63,8 @@ pub(super) struct LaneParts {
     pub(super) published: Arc<Published>,
     /// The manager's queue.
     pub(super) manager: SyncSender<ToManager>,
+    /// For whoever looks.
+    pub(super) tap: Arc<Tap>,
 }
 
 /// What the packet path of a lane needs beside its two halves.
@@ -74,6 +77,10 @@ pub(super) struct LaneContext {
     pub(super) stats: Arc<LaneStats>,
     /// Sockets to send from, one a family.
     pub(super) send_sockets: Vec<SendSocket>,
+    /// For whoever looks.
+    pub(super) tap: Arc<Tap>,
+    /// Whether somebody looked at packets when this round began.
+    pub(super) captured: bool,
     published: Arc<Published>,
     epoch: u64,
     manager: SyncSender<ToManager>,
@@ -213,6 +220,8 @@ impl Lane {
                 lanes: parts.lanes,
                 stats,
                 send_sockets,
+                tap: parts.tap,
+                captured: false,
                 published: parts.published,
                 epoch: 0,
                 manager: parts.manager,
@@ -250,6 +259,7 @@ impl Lane {
                 }
             }
             self.context.now = Instant::now();
+            self.context.captured = self.context.tap.wants_packets();
             self.adopt_newer();
             if self.blocked.is_some() {
                 self.egress.resume(&self.context, ready.contains(&SEND));
@@ -356,6 +366,12 @@ impl LaneContext {
     /// The time at which this round began.
     pub(super) fn now(&self) -> Instant {
         self.now
+    }
+
+    /// Tells whoever looks of a drop.
+    #[inline]
+    pub(super) fn dropped(&self, reason: DropReason, outer: Option<SocketAddr>, bytes: Bytes<'_>) {
+        self.tap.dropped(reason, Sight { lane: Some(self.index), outer, bytes, packets: 1 });
     }
 
     /// The tables in force, if they are not those that this lane has.

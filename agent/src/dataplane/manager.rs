@@ -24,6 +24,7 @@ use super::report;
 use super::setup::{Running, SetupError};
 use super::stats::DropStats;
 use super::tables::{PeerEntry, Published, Tables};
+use super::tap::{Bytes, Sight, Tap};
 use super::totals::Totals;
 use crate::ipc::{
     ErrorKind, HandOver, NodeIdentity, NodeSettings, Peer, Request, Response, Snapshot, Update,
@@ -79,6 +80,7 @@ pub(super) enum ToManager {
 pub(super) fn start(
     keeper: Option<UnixStream>,
     left: Option<(HandOver, Estate)>,
+    tap: Arc<Tap>,
 ) -> std::io::Result<(SyncSender<ToManager>, JoinHandle<()>)> {
     let (sender, receiver) = sync_channel(QUEUE);
     let mut manager = Manager {
@@ -86,6 +88,7 @@ pub(super) fn start(
         queue: receiver,
         to_manager: sender.clone(),
         keeper,
+        tap,
         active: None,
     };
     // Before the thread starts, and with it the first handshake.
@@ -103,6 +106,7 @@ struct Manager {
     to_manager: SyncSender<ToManager>,
     /// Absent where nobody is to go on when this process dies.
     keeper: Option<UnixStream>,
+    tap: Arc<Tap>,
     /// `None` before the first snapshot.
     active: Option<Active>,
 }
@@ -185,7 +189,7 @@ impl Manager {
             );
             return ControlFlow::Break(());
         }
-        active.event(now, message);
+        active.event(now, message, &self.tap);
         ControlFlow::Continue(())
     }
 
@@ -225,6 +229,8 @@ impl Manager {
                 let report = self.report(now, peers);
                 return Response::Report { report: Box::new(report) };
             }
+            // The connection's thread has it: whoever watches does not burden the manager.
+            Request::Watch { .. } => Err(SetupError::Invalid("not the manager's".to_owned())),
             Request::Shutdown => Ok(()),
         };
         match result {
@@ -250,7 +256,7 @@ impl Manager {
                     .ok()
                 });
                 let open = |node: &NodeSettings, published: &_| {
-                    Running::open(node, published, &self.to_manager)
+                    Running::open(node, published, &self.to_manager, &self.tap)
                 };
                 self.active = Some(Active::start(now, snapshot, memory, Vec::new(), open)?);
                 Ok(Kept::All)
@@ -266,7 +272,15 @@ impl Manager {
             let snapshot = handover::load(snapshot).context("the snapshot")?;
             let (memory, sessions) = SessionMemory::open(sessions).context("the sessions")?;
             let open = |node: &NodeSettings, published: &_| {
-                Running::inherit(node, left, queues, sockets, published, &self.to_manager)
+                Running::inherit(
+                    node,
+                    left,
+                    queues,
+                    sockets,
+                    published,
+                    &self.to_manager,
+                    &self.tap,
+                )
             };
             Ok(Active::start(clock(), snapshot, Some(memory), sessions, open)?)
         };
@@ -521,12 +535,18 @@ impl Active {
         found.is_ok_and(|link| link.is_some_and(|link| link.index == tun.ifindex))
     }
 
-    fn event(&mut self, now: Time, message: ToManager) {
+    fn event(&mut self, now: Time, message: ToManager, tap: &Tap) {
         match message {
             ToManager::WantSession(peer) => self.engine.want_session(now, peer),
             ToManager::UnknownSession(source) => self.engine.unknown_session(now, source),
             ToManager::Datagram { source, mut datagram } => {
+                // What was dropped before this one is not its.
+                self.drops.collect(self.engine.drops());
                 self.engine.handle_datagram(now, source, &mut datagram);
+                for (reason, packets) in self.engine.drops().iter() {
+                    let (outer, bytes) = (Some(source), Bytes::Outer(&datagram));
+                    tap.dropped(reason, Sight { lane: None, outer, bytes, packets });
+                }
             }
             ToManager::Request { .. } | ToManager::TunGone { .. } | ToManager::GiveAway { .. } => {}
         }

@@ -15,18 +15,21 @@ mod server;
 mod setup;
 mod stats;
 mod tables;
+mod tap;
 mod totals;
 mod write;
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use rustix::process::Signal;
 
 use self::handover::{Begin, Estate};
+use self::tap::Tap;
 use crate::config::{Log, LogFormat};
 use crate::ipc::{HandOver, PROTOCOL_VERSION, Request, Response, read_frame, write_frame};
 use crate::sys::descriptors;
@@ -89,11 +92,13 @@ fn serve(
     let socket = listener.local_addr().ok();
     let socket = socket.as_ref().and_then(|address| address.as_pathname()).map(Path::to_owned);
     server::own(&listener).context("cannot listen")?;
-    let (manager, thread) = manager::start(keeper, left).context("cannot start the manager")?;
+    let tap = Arc::new(Tap::default());
+    let (manager, thread) =
+        manager::start(keeper, left, Arc::clone(&tap)).context("cannot start the manager")?;
     tracing::info!(?socket, "the data process listens");
     std::thread::Builder::new()
         .name("control-listener".to_owned())
-        .spawn(move || server::serve(listener, manager))
+        .spawn(move || server::serve(listener, manager, tap))
         .context("cannot start the control socket")?;
     let ended = thread.join();
     // Nobody can connect any more; a failure leaves a stale socket, which the next start removes.

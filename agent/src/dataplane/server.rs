@@ -7,17 +7,24 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 
 use super::manager::ToManager;
+use super::tap::Tap;
+use crate::ipc::watch::Watch;
 use crate::ipc::{ErrorKind, HANDOVER_VERSION, Request, Response, read_frame, write_frame};
-use crate::sys::socket::peer_credentials;
+use crate::sys::socket::{hung_up, peer_credentials};
 
 /// Connections served at once: the control process's, and a few of people who look.
 const CONNECTIONS: usize = 8;
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 16;
+/// A watcher is told something this often, so that one that is gone is noticed.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
+/// How long a watcher may leave what it is told unread.
+const UNREAD: Duration = Duration::from_secs(5);
 
 /// Binds the socket for root's use only. A path that a dead process left is taken over.
 pub(super) fn bind(path: &Path) -> anyhow::Result<UnixListener> {
@@ -56,14 +63,14 @@ pub(super) fn own(listener: &UnixListener) -> io::Result<()> {
 }
 
 /// Accepts connections until the process ends.
-pub(super) fn serve(listener: UnixListener, manager: SyncSender<ToManager>) {
+pub(super) fn serve(listener: UnixListener, manager: SyncSender<ToManager>, tap: Arc<Tap>) {
     let open = Arc::new(AtomicUsize::new(0));
     for stream in listener.incoming() {
         let stream = match stream {
             Ok(stream) => stream,
             Err(error) => {
                 tracing::warn!(%error, "cannot accept on the control socket");
-                std::thread::sleep(std::time::Duration::from_millis(100));
+                std::thread::sleep(Duration::from_millis(100));
                 continue;
             }
         };
@@ -71,9 +78,9 @@ pub(super) fn serve(listener: UnixListener, manager: SyncSender<ToManager>) {
             open.fetch_sub(1, Ordering::Relaxed);
             continue;
         }
-        let (manager, counted) = (manager.clone(), Arc::clone(&open));
+        let (manager, counted, tap) = (manager.clone(), Arc::clone(&open), Arc::clone(&tap));
         let connection = move || {
-            if let Err(error) = converse(stream, &manager) {
+            if let Err(error) = converse(stream, &manager, &tap) {
                 tracing::warn!(%error, "control connection ended");
             }
             counted.fetch_sub(1, Ordering::Relaxed);
@@ -86,7 +93,11 @@ pub(super) fn serve(listener: UnixListener, manager: SyncSender<ToManager>) {
     }
 }
 
-fn converse(mut stream: UnixStream, manager: &SyncSender<ToManager>) -> anyhow::Result<()> {
+fn converse(
+    mut stream: UnixStream,
+    manager: &SyncSender<ToManager>,
+    tap: &Arc<Tap>,
+) -> anyhow::Result<()> {
     let uid = peer_credentials(&stream)?.uid;
     if uid != 0 && uid != rustix::process::geteuid().as_raw() {
         bail!("user {uid} may not use the data plane");
@@ -105,6 +116,7 @@ fn converse(mut stream: UnixStream, manager: &SyncSender<ToManager>) -> anyhow::
         };
         let (answer, response) = sync_channel(1);
         let message = match request {
+            Request::Watch { watch } => return tell(stream, tap, watch),
             Request::TakeOver { version: HANDOVER_VERSION } => {
                 ToManager::GiveAway { connection: stream.try_clone()?, answer }
             }
@@ -112,5 +124,22 @@ fn converse(mut stream: UnixStream, manager: &SyncSender<ToManager>) -> anyhow::
         };
         manager.send(message).context("the manager has ended")?;
         write_frame(&mut stream, &response.recv().context("the manager has ended")?)?;
+    }
+}
+
+/// Tells a watcher what is seen until it closes the connection.
+fn tell(mut stream: UnixStream, tap: &Arc<Tap>, watch: Watch) -> anyhow::Result<()> {
+    stream.set_write_timeout(Some(UNREAD))?;
+    let Some(mut watching) = tap.watch(watch) else {
+        let message = "too many watch already: end another trace --drops or capture".to_owned();
+        let response = Response::Error { kind: ErrorKind::Taken, message };
+        return Ok(write_frame(&mut stream, &response)?);
+    };
+    loop {
+        let (seen, missed) = watching.next(SIGN_OF_LIFE);
+        match write_frame(&mut stream, &Response::Seen { seen, missed }) {
+            Err(error) if hung_up(&error) => return Ok(()),
+            written => written.context("a watcher does not read")?,
+        }
     }
 }

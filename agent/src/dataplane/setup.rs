@@ -16,6 +16,7 @@ use super::handover::{self, FamilySockets};
 use super::lane::{LaneHandle, LaneParts, NewTun};
 use super::manager::ToManager;
 use super::tables::Published;
+use super::tap::Tap;
 use crate::ipc::{
     Capability, CapabilityState, CipherChoice, Family, HANDOVER_VERSION, HandOver, NodeSettings,
     OffloadSettings,
@@ -79,6 +80,7 @@ impl Running {
         node: &NodeSettings,
         published: &Arc<Published>,
         manager: &SyncSender<ToManager>,
+        tap: &Arc<Tap>,
     ) -> Result<Self, SetupError> {
         if !(1..=64).contains(&node.lanes) {
             return Err(SetupError::Invalid(format!(
@@ -125,7 +127,7 @@ impl Running {
             capabilities: capabilities(node.offload, &notes),
             generation: 0,
         };
-        Ok(Self::new(node, opened, published, manager)?)
+        Ok(Self::new(node, opened, published, manager, tap)?)
     }
 
     /// Goes on with what another process has left.
@@ -136,6 +138,7 @@ impl Running {
         sockets: Vec<FamilySockets>,
         published: &Arc<Published>,
         manager: &SyncSender<ToManager>,
+        tap: &Arc<Tap>,
     ) -> Result<Self, SetupError> {
         let inherit = |fd| tun::inherit_queue(fd, &node.tun.name);
         let opened = Opened {
@@ -146,7 +149,7 @@ impl Running {
             capabilities: left.capabilities,
             generation: left.generation,
         };
-        Ok(Self::new(node, opened, published, manager)?)
+        Ok(Self::new(node, opened, published, manager, tap)?)
     }
 
     fn new(
@@ -154,6 +157,7 @@ impl Running {
         opened: Opened,
         published: &Arc<Published>,
         manager: &SyncSender<ToManager>,
+        tap: &Arc<Tap>,
     ) -> io::Result<Self> {
         let Opened { queues, sockets, offload, gso, capabilities, generation } = opened;
         let copies = handover::descriptors(&queues, &sockets)?;
@@ -179,6 +183,7 @@ impl Running {
             busy_poll,
             published: Arc::clone(published),
             manager: manager.clone(),
+            tap: Arc::clone(tap),
         });
         Ok(Self {
             lanes: Vec::new(),

@@ -7,6 +7,7 @@
 pub mod address;
 pub mod interface;
 pub mod link;
+pub mod lookup;
 pub mod monitor;
 pub mod pod;
 pub mod provisional;

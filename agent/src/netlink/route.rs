@@ -97,7 +97,7 @@ fn parse(message: &RouteMessage) -> Option<(IpNet, u32)> {
     Some((IpNet::new(destination, header.destination_prefix_length).ok()?, interface?))
 }
 
-fn address(address: &RouteAddress) -> Option<IpAddr> {
+pub(super) fn address(address: &RouteAddress) -> Option<IpAddr> {
     match address {
         RouteAddress::Inet(ip) => Some(IpAddr::V4(*ip)),
         RouteAddress::Inet6(ip) => Some(IpAddr::V6(*ip)),

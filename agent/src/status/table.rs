@@ -1,6 +1,6 @@
 //! Plain tables.
 
-use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use comfy_table::{Cell, CellAlignment, Color, ContentArrangement, Table, presets};
 
 /// Which side of its column a value stands at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -9,17 +9,67 @@ pub(crate) enum Align {
     Right,
 }
 
+/// What a value means for whoever looks; a colour on a terminal, unless NO_COLOR is set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Tone {
+    Plain,
+    Good,
+    Warn,
+    Bad,
+}
+
+impl Tone {
+    fn colour(self) -> Option<Color> {
+        match self {
+            Tone::Plain => None,
+            Tone::Good => Some(Color::Green),
+            Tone::Warn => Some(Color::Yellow),
+            Tone::Bad => Some(Color::Red),
+        }
+    }
+}
+
+/// A value of a table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Field {
+    text: String,
+    tone: Tone,
+}
+
+impl Field {
+    /// One that stands out.
+    pub(crate) fn toned(text: impl Into<String>, tone: Tone) -> Self {
+        Self { text: text.into(), tone }
+    }
+}
+
+impl<T: Into<String>> From<T> for Field {
+    fn from(text: T) -> Self {
+        Self::toned(text, Tone::Plain)
+    }
+}
+
 /// Rows below a line of titles; a dash where there are no rows.
-pub(crate) fn table(
+pub(crate) fn table<F: Into<Field>>(
     columns: &[(&str, Align)],
-    rows: impl IntoIterator<Item = Vec<String>>,
+    rows: impl IntoIterator<Item = Vec<F>>,
 ) -> String {
     let mut table = Table::new();
+    if !colours() {
+        table.force_no_tty();
+    }
     // Lines are never broken: they are also read by programs, and terminals can scroll.
     table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     table.set_header(columns.iter().map(|(title, _)| *title));
     for row in rows {
-        table.add_row(row);
+        table.add_row(row.into_iter().map(|field| {
+            let Field { text, tone } = field.into();
+            let cell = Cell::new(text);
+            match tone.colour() {
+                Some(colour) => cell.fg(colour),
+                None => cell,
+            }
+        }));
     }
     for (column, (_, align)) in table.column_iter_mut().zip(columns) {
         column.set_padding((0, 2));
@@ -32,4 +82,23 @@ pub(crate) fn table(
         return "-".to_owned();
     }
     table.trim_fmt()
+}
+
+/// Whether standard output shows colours: a terminal that nobody has asked for none (no-color.org).
+pub(crate) fn colours() -> bool {
+    let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    std::io::IsTerminal::is_terminal(&std::io::stdout()) && !refused
+}
+
+/// A text that stands out, where colours are shown.
+pub(crate) fn paint(text: &str, tone: Tone) -> String {
+    use crossterm::style::Stylize;
+    let colour = match tone {
+        _ if !colours() => return text.to_owned(),
+        Tone::Plain => return text.to_owned(),
+        Tone::Good => crossterm::style::Color::Green,
+        Tone::Warn => crossterm::style::Color::Yellow,
+        Tone::Bad => crossterm::style::Color::Red,
+    };
+    text.with(colour).to_string()
 }

@@ -27,7 +27,8 @@ pub(crate) fn peer(name: &str, state: PeerState) -> PeerReport {
     }
 }
 
-fn document(inner: u64) -> Document {
+/// A status for tests.
+pub(crate) fn document(inner: u64) -> Document {
     let mut lane = LaneReport::default();
     lane.egress.inner_packets = inner;
     lane.egress.outer_packets = 40_000;

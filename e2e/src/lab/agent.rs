@@ -251,7 +251,7 @@ impl Agent {
     }
 
     /// A run of `skein-agent` with these arguments and `--config`, inside the node.
-    fn command(&self, arguments: &[&str]) -> Result<std::process::Command> {
+    pub fn command(&self, arguments: &[&str]) -> Result<std::process::Command> {
         let config = self.write_config()?;
         let mut command = std::process::Command::new("ip");
         command.envs(self.environment.iter().cloned());

@@ -67,6 +67,7 @@ fn serve(listener: &UnixListener, told: &Sender<String>, answer: Answer) {
                 Request::LogLevel { .. } => "log level".to_owned(),
                 Request::Shutdown => "shutdown".to_owned(),
                 Request::TakeOver { .. } => "take over".to_owned(),
+                Request::Watch { .. } => "watch".to_owned(),
             };
             // Signs of life come when they come.
             if text != "report" && told.send(text).is_err() {

@@ -94,7 +94,8 @@ struct Item {
 }
 
 impl Slice {
-    fn of<'a>(&self, arena: &'a [u8]) -> &'a [u8] {
+    /// Its bytes.
+    pub fn of<'a>(&self, arena: &'a [u8]) -> &'a [u8] {
         &arena[self.offset..self.offset + self.len]
     }
 }

@@ -1,0 +1,120 @@
+//! `skein-agent connectivity-test`: who reaches whom, as a matrix.
+
+mod kubernetes;
+mod matrix;
+mod probe;
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use anyhow::{Context, anyhow};
+use clap::Args;
+
+use self::matrix::{Matrix, Target};
+use super::{AgentArgs, Output, OutputArgs, json, print, report, runtime, seconds};
+use crate::control::desired::first_host;
+use crate::control::shared::Document;
+use crate::failure::Failure;
+
+#[derive(Args)]
+pub(crate) struct ConnectivityArgs {
+    /// Test all nodes and pods of the Kubernetes cluster that this file leads to [default: what kubectl
+    /// uses, where the agent's records come from Kubernetes; else from this node to its peers]
+    #[arg(long)]
+    kubeconfig: Option<PathBuf>,
+    /// Kubernetes: test from this pod's own service account, or what kubectl uses, whatever the agent's
+    /// configuration says
+    #[arg(long)]
+    kubernetes: bool,
+    /// Kubernetes: where to run the pods of the test, which are removed again
+    #[arg(long, default_value = "default")]
+    namespace: String,
+    /// Kubernetes: where the agents run
+    #[arg(long, default_value = "kube-system")]
+    agents_namespace: String,
+    /// Kubernetes: the agents' DaemonSet, whose image the test uses
+    #[arg(long, default_value = "skein")]
+    daemonset: String,
+    /// Seconds that it all may take
+    #[arg(long, default_value_t = 180.0)]
+    timeout: f64,
+    #[command(flatten)]
+    agent: AgentArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// Run in the test's own pods.
+#[derive(Args)]
+pub(crate) struct ProbeArgs {
+    /// Answer probes on this TCP and UDP port
+    #[arg(long)]
+    answer: Option<u16>,
+    /// Probe these, a JSON list, and print what came of it
+    #[arg(long)]
+    targets: Option<String>,
+    /// Whose probes these are
+    #[arg(long, default_value = "-")]
+    from: String,
+}
+
+pub(crate) fn connectivity(arguments: &ConnectivityArgs) -> Result<(), Failure> {
+    let timeout = seconds("--timeout", arguments.timeout)?;
+    let in_cluster = arguments.kubernetes
+        || arguments.kubeconfig.is_some()
+        || arguments.agent.config.load().is_ok_and(|config| config.kubernetes.enabled);
+    let matrix = if in_cluster {
+        let options = kubernetes::Options {
+            kubeconfig: arguments.kubeconfig.as_deref(),
+            namespace: &arguments.namespace,
+            agents_namespace: &arguments.agents_namespace,
+            daemonset: &arguments.daemonset,
+            timeout,
+        };
+        // Standard output is the matrix's.
+        let say = |text: &str| eprintln!("{text}");
+        runtime()?.block_on(kubernetes::test(&options, say))?
+    } else {
+        let agent = arguments.agent.agent()?;
+        let status = runtime()?.block_on(agent.status())?;
+        let results = probe::all(&status.node, &targets(&status)?, mtu(&status))?;
+        Matrix::new(results)
+    };
+    print(&match arguments.output.output {
+        Output::Json => json(&matrix)?,
+        Output::Table => matrix.render(),
+    })?;
+    match (matrix.failed(), matrix.total()) {
+        (_, 0) => Err(Failure::Runtime(anyhow!("nothing was probed: are there any peers?"))),
+        (0, _) => Ok(()),
+        (failed, all) => Err(Failure::Runtime(anyhow!(
+            "{failed} of {all} pairs fail: skein-agent trace FROM TO on the sender's node says why"
+        ))),
+    }
+}
+
+/// Every peer's node, by its addresses on the overlay.
+fn targets(status: &Document) -> Result<Vec<Target>, Failure> {
+    let target =
+        |name: &str, address: IpAddr| Target { name: name.to_owned(), address, port: None };
+    let peers = report(status)?.peers.iter();
+    Ok(peers
+        .flat_map(|peer| peer.pod_cidrs.iter().map(|cidr| target(&peer.name, first_host(cidr))))
+        .collect())
+}
+
+fn mtu(status: &Document) -> usize {
+    status.interface.mtu.into()
+}
+
+pub(crate) fn probe(arguments: &ProbeArgs) -> Result<(), Failure> {
+    if let Some(port) = arguments.answer {
+        return Ok(probe::answer(port)?);
+    }
+    let text = arguments.targets.as_deref().unwrap_or("[]");
+    let targets: Vec<Target> =
+        serde_json::from_str(text).context("--targets is no list of targets")?;
+    let results = probe::all(&arguments.from, &targets, probe::own_mtu())?;
+    let text = serde_json::to_string(&results).context("cannot print the results")?;
+    print(&(text + "\n"))
+}

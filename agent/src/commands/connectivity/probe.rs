@@ -1,0 +1,235 @@
+//! Probes by ICMP, TCP and UDP, and what answers them.
+
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
+use skein_core::wire::checksum;
+use socket2::{Domain, Protocol as Number, Socket, Type};
+
+use super::matrix::{Outcome, Protocol, Target};
+use crate::failure::Failure;
+
+/// How long an answer may take: a handshake may come before it.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How often a probe is tried.
+const TRIES: usize = 3;
+/// Probes at once.
+const TOGETHER: usize = 16;
+/// Payload of a small probe, and of one by TCP that fills several packets.
+const SMALL: usize = 56;
+const STREAM: usize = 32 << 10;
+/// ICMP and UDP have headers of the same length.
+const HEADER: usize = 8;
+/// The MTU of this network namespace's first interface, where it is not known better.
+const LEAST_MTU: usize = 1280;
+
+/// Probes every target; `mtu` is the longest packet in bytes that should pass.
+pub(super) fn all(from: &str, targets: &[Target], mtu: usize) -> Result<Vec<Outcome>, Failure> {
+    // Better here than in every cell of the matrix.
+    icmp_socket(Ipv4Addr::LOCALHOST.into()).map_err(|error| match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            Failure::Privilege(format!("ICMP needs CAP_NET_RAW: {error}: run as root"))
+        }
+        _ => Failure::io("cannot open an ICMP socket", error),
+    })?;
+    let works = targets.iter().flat_map(|target| {
+        let ip = if target.address.is_ipv4() { 20 } else { 40 };
+        let full = mtu.saturating_sub(ip + HEADER);
+        let icmp = [SMALL, full].map(|payload| (target, Protocol::Icmp, payload, ip + HEADER));
+        let more = [
+            (target, Protocol::Udp, SMALL, ip + HEADER),
+            (target, Protocol::Udp, full, ip + HEADER),
+            (target, Protocol::Tcp, STREAM, 0),
+        ];
+        icmp.into_iter().chain(more.into_iter().filter(|_| target.port.is_some()))
+    });
+    let (works, outcomes) = (Mutex::new(works), Mutex::new(Vec::new()));
+    let take = || works.lock().unwrap_or_else(PoisonError::into_inner).next();
+    std::thread::scope(|scope| {
+        for _ in 0..TOGETHER {
+            scope.spawn(|| {
+                while let Some((target, protocol, payload, headers)) = take() {
+                    let result = tries(target, protocol, payload);
+                    let outcome = Outcome {
+                        from: from.to_owned(),
+                        to: target.name.clone(),
+                        address: target.address,
+                        protocol,
+                        bytes: payload + headers,
+                        round_trip_us: result.as_ref().ok().map(|time| time.as_micros() as u64),
+                        error: result.err().map(|error| shown(&error)),
+                    };
+                    outcomes.lock().unwrap_or_else(PoisonError::into_inner).push(outcome);
+                }
+            });
+        }
+    });
+    Ok(outcomes.into_inner().unwrap_or_else(PoisonError::into_inner))
+}
+
+fn shown(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+            format!("no answer within {} s, {TRIES} times", PATIENCE.as_secs())
+        }
+        _ => error.to_string(),
+    }
+}
+
+/// The time of the first that is answered; the last error where none is.
+fn tries(target: &Target, protocol: Protocol, payload: usize) -> io::Result<Duration> {
+    let mut last = io::Error::from(io::ErrorKind::TimedOut);
+    for _ in 0..TRIES {
+        let address = SocketAddr::new(target.address, target.port.unwrap_or_default());
+        let start = Instant::now();
+        match match protocol {
+            Protocol::Icmp => icmp(target.address, payload),
+            Protocol::Udp => udp(address, payload),
+            Protocol::Tcp => tcp(address, payload),
+        } {
+            Ok(()) => return Ok(start.elapsed()),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+fn icmp_socket(address: IpAddr) -> io::Result<Socket> {
+    let (domain, protocol) = match address {
+        IpAddr::V4(_) => (Domain::IPV4, Number::ICMPV4),
+        IpAddr::V6(_) => (Domain::IPV6, Number::ICMPV6),
+    };
+    Socket::new(domain, Type::RAW, Some(protocol))
+}
+
+/// An echo, which the kernel sends with DF set while it knows of no lesser path MTU.
+fn icmp(address: IpAddr, payload: usize) -> io::Result<()> {
+    let mut socket = icmp_socket(address)?;
+    socket.connect(&SocketAddr::new(address, 0).into())?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    let mut mark = [0; 4];
+    aws_lc_rs::rand::fill(&mut mark).map_err(|_| io::Error::other("no random numbers"))?;
+    let (request, reply) = if address.is_ipv4() { (8, 0) } else { (128, 129) };
+    // Type, code, checksum, identifier and number; the kernel computes ICMPv6's checksum.
+    let mut message = vec![request, 0, 0, 0, mark[0], mark[1], mark[2], mark[3]];
+    message.resize(HEADER + payload, 0x5a);
+    if address.is_ipv4() {
+        let sum = !checksum::sum(&message, 0);
+        message[2..4].copy_from_slice(&sum.to_be_bytes());
+    }
+    socket.write_all(&message)?;
+    let (mut buffer, end) = (vec![0; 65_536], Instant::now() + PATIENCE);
+    while Instant::now() < end {
+        let length = socket.read(&mut buffer)?;
+        // Of IPv4 a raw socket gives the IP header, too.
+        let header = if address.is_ipv4() { usize::from(buffer[0] & 15) * 4 } else { 0 };
+        let answer = buffer.get(header..length).unwrap_or_default();
+        let same = answer.first() == Some(&reply) && answer.get(4..8) == Some(&mark);
+        if same && answer.get(8..) == message.get(8..) {
+            return Ok(());
+        }
+    }
+    Err(io::ErrorKind::TimedOut.into())
+}
+
+fn udp(address: SocketAddr, payload: usize) -> io::Result<()> {
+    let socket = UdpSocket::bind((unspecified(address.ip()), 0))?;
+    socket.connect(address)?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    let message = vec![0x5a; payload];
+    socket.send(&message)?;
+    let mut buffer = vec![0; 65_536];
+    match socket.recv(&mut buffer)? {
+        length if buffer[..length] == message => Ok(()),
+        length => Err(io::Error::other(format!("{length} other bytes came back"))),
+    }
+}
+
+fn tcp(address: SocketAddr, payload: usize) -> io::Result<()> {
+    let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let message = vec![0x5a; payload];
+    stream.write_all(&message)?;
+    let mut answer = vec![0; payload];
+    stream.read_exact(&mut answer)?;
+    match answer == message {
+        true => Ok(()),
+        false => Err(io::Error::other("other bytes came back")),
+    }
+}
+
+fn unspecified(address: IpAddr) -> IpAddr {
+    match address {
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    }
+}
+
+/// Answers probes until this process is ended.
+pub(super) fn answer(port: u16) -> anyhow::Result<()> {
+    let any: [IpAddr; 2] = [Ipv6Addr::UNSPECIFIED.into(), Ipv4Addr::UNSPECIFIED.into()];
+    let bind = |any: &IpAddr| {
+        Ok::<_, io::Error>((TcpListener::bind((*any, port))?, UdpSocket::bind((*any, port))?))
+    };
+    let bound = any.iter().find_map(|any| bind(any).ok());
+    let (tcp, udp) =
+        bound.ok_or_else(|| anyhow::anyhow!("cannot listen on port {port} by TCP and UDP"))?;
+    std::thread::spawn(move || {
+        let mut buffer = vec![0; 65_536];
+        loop {
+            // An error is one of an earlier answer that did not get through.
+            if let Ok((length, from)) = udp.recv_from(&mut buffer) {
+                let _ = udp.send_to(&buffer[..length], from);
+            }
+        }
+    });
+    for stream in tcp.incoming().flatten() {
+        std::thread::spawn(move || echo(stream));
+    }
+    Ok(())
+}
+
+fn echo(mut stream: TcpStream) -> io::Result<()> {
+    stream.set_read_timeout(Some(2 * PATIENCE))?;
+    stream.set_write_timeout(Some(2 * PATIENCE))?;
+    let mut buffer = vec![0; STREAM];
+    loop {
+        match stream.read(&mut buffer)? {
+            0 => return Ok(()),
+            length => stream.write_all(&buffer[..length])?,
+        }
+    }
+}
+
+/// The least MTU of this network namespace's interfaces, but the loopback.
+pub(super) fn own_mtu() -> usize {
+    let links = std::fs::read_dir("/sys/class/net").into_iter().flatten().flatten();
+    let links = links.filter(|link| link.file_name() != "lo");
+    let mtu = |link: std::fs::DirEntry| {
+        std::fs::read_to_string(link.path().join("mtu")).ok()?.trim().parse().ok()
+    };
+    links.filter_map(mtu).min().unwrap_or(LEAST_MTU)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_answers_is_reached_by_tcp_and_udp_and_what_does_not_is_not() {
+        let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        assert!(tcp(free, 10).is_err(), "nobody answers yet");
+        std::thread::spawn(move || answer(free.port()));
+        let end = Instant::now() + Duration::from_secs(5);
+        while tcp(free, STREAM).is_err() {
+            assert!(Instant::now() < end, "nobody answers");
+        }
+        udp(free, 1000).unwrap();
+        tcp(free, 0).unwrap();
+    }
+}

@@ -1,0 +1,32 @@
+//! `skein-agent completions` and `man`: made from the command line's own description.
+
+use std::fs;
+use std::path::Path;
+
+use clap::Command;
+use clap_complete::Shell;
+use clap_mangen::Man;
+
+use super::print;
+use crate::failure::Failure;
+
+pub(crate) fn completions(mut command: Command, shell: Shell) -> Result<(), Failure> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut command, "skein-agent", &mut script);
+    print(&String::from_utf8_lossy(&script))
+}
+
+/// The main page to standard output, or every page into a directory.
+pub(crate) fn man(command: Command, directory: Option<&Path>) -> Result<(), Failure> {
+    let Some(directory) = directory else {
+        let mut page = Vec::new();
+        let rendered = Man::new(command).render(&mut page);
+        rendered.map_err(|error| Failure::io("cannot make the manual page", error))?;
+        return print(&String::from_utf8_lossy(&page));
+    };
+    let shown = directory.display();
+    let written =
+        fs::create_dir_all(directory).and_then(|()| clap_mangen::generate_to(command, directory));
+    written.map_err(|error| Failure::io(format!("cannot write manual pages to {shown}"), error))?;
+    print(&format!("manual pages are in {shown} (man -l {shown}/skein-agent.1)\n"))
+}

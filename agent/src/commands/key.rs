@@ -1,0 +1,80 @@
+//! `skein-agent keygen`, `pubkey` and `rotate-key`.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use clap::Args;
+use zeroize::Zeroizing;
+
+use super::{AgentArgs, Output, OutputArgs, json, print, runtime};
+use crate::config::Config;
+use crate::control::{identity, server};
+use crate::failure::Failure;
+use crate::keys::PrivateKey;
+
+pub(crate) fn keygen(out: Option<&Path>) -> Result<(), Failure> {
+    let key = PrivateKey::generate().context("cannot make a private key")?;
+    match out {
+        Some(path) => {
+            identity::store(path, &key)?;
+            print(&format!("{}\n", key.public().context("cannot compute the public key")?))
+        }
+        None => {
+            let mut text = key.to_base64();
+            text.push('\n');
+            print(&text)
+        }
+    }
+}
+
+pub(crate) fn pubkey(file: Option<PathBuf>, config: Option<PathBuf>) -> Result<(), Failure> {
+    let path = match (file, config) {
+        (None, Some(config)) => Some(Config::load(&config, None)?.key_path()),
+        (file, _) => file,
+    };
+    let key = match path {
+        Some(path) => identity::load(&path)?.ok_or_else(|| {
+            let shown = path.display();
+            Failure::Usage(format!(
+                "there is no private key {shown}: make it with skein-agent keygen --out {shown}"
+            ))
+        })?,
+        None => {
+            let mut text = Zeroizing::new(String::with_capacity(1024));
+            std::io::stdin()
+                .take(1024)
+                .read_to_string(&mut text)
+                .context("cannot read the private key from standard input")?;
+            text.parse::<PrivateKey>().map_err(|error| {
+                Failure::Usage(format!("standard input holds no private key: it is {error}"))
+            })?
+        }
+    };
+    print(&format!("{}\n", key.public().context("cannot compute the public key")?))
+}
+
+#[derive(Args)]
+pub(crate) struct RotateArgs {
+    #[command(flatten)]
+    agent: AgentArgs,
+    /// The old key is known to others: give it up at once, at the cost of packets
+    #[arg(long)]
+    at_once: bool,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+pub(crate) fn rotate(arguments: &RotateArgs) -> Result<(), Failure> {
+    let agent = arguments.agent.agent()?;
+    let answer = runtime()?.block_on(server::ask_to_rotate(agent.socket(), arguments.at_once));
+    let answer = answer.map_err(|error| agent.no_answer(&error))?;
+    let status = answer.map_err(|error| Failure::Runtime(anyhow::anyhow!(error)))?;
+    print(&match (arguments.output.output, status.keys.second, &status.waits_for) {
+        (Output::Json, ..) => json(&status)?,
+        (Output::Table, Some(next), Some(waits_for)) => {
+            format!("next public key: {next}\nwaits for {waits_for}\n")
+        }
+        (Output::Table, ..) => format!("public key: {}\n", status.keys.first),
+    })
+}

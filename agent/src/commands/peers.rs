@@ -1,0 +1,230 @@
+//! `skein-agent peers`: the other nodes, and how they are.
+
+use std::time::{Duration, Instant};
+
+use anyhow::anyhow;
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+
+use super::{AgentArgs, Output, OutputArgs, json, print, report, runtime, seconds};
+use crate::failure::Failure;
+use crate::ipc::{PeerReport, PeerState, Report};
+use crate::status::{Align, Field, age, bytes, count, milliseconds, peer_tone, table};
+
+#[derive(Args)]
+pub(crate) struct PeersArgs {
+    /// Only peers whose name contains one of these
+    names: Vec<String>,
+    /// Only peers in one of these states
+    #[arg(long, value_enum, value_delimiter = ',')]
+    state: Vec<State>,
+    #[command(flatten)]
+    agent: AgentArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+    /// Seconds between the two looks that rates are computed from; 0: one look, no rates
+    #[arg(long, default_value_t = 1.0)]
+    interval: f64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum State {
+    Idle,
+    Connecting,
+    Established,
+    Unreachable,
+}
+
+impl State {
+    fn is(self, state: PeerState) -> bool {
+        let own = match self {
+            State::Idle => PeerState::Idle,
+            State::Connecting => PeerState::Connecting,
+            State::Established => PeerState::Established,
+            State::Unreachable => PeerState::Unreachable,
+        };
+        own == state
+    }
+}
+
+/// A peer with its rates.
+#[derive(Serialize)]
+struct Peer {
+    #[serde(flatten)]
+    report: PeerReport,
+    rates: Option<Rates>,
+}
+
+/// Of the inner packets.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub(crate) struct Rates {
+    pub(crate) tx_bits_per_second: f64,
+    pub(crate) rx_bits_per_second: f64,
+    pub(crate) tx_packets_per_second: f64,
+    pub(crate) rx_packets_per_second: f64,
+}
+
+impl Rates {
+    /// What went to and came from a peer between two reports; `None` where the earlier has not seen it.
+    pub(crate) fn between(before: &Report, now: &PeerReport, time: Duration) -> Option<Self> {
+        let then = before.peers.iter().find(|peer| peer.public_key == now.public_key)?;
+        let seconds = time.as_secs_f64();
+        let rate = |then: u64, now: u64| now.saturating_sub(then) as f64 / seconds;
+        (seconds > 0.0).then(|| Self {
+            tx_bits_per_second: 8.0 * rate(then.tx_bytes, now.tx_bytes),
+            rx_bits_per_second: 8.0 * rate(then.rx_bytes, now.rx_bytes),
+            tx_packets_per_second: rate(then.tx_packets, now.tx_packets),
+            rx_packets_per_second: rate(then.rx_packets, now.rx_packets),
+        })
+    }
+}
+
+pub(crate) fn peers(arguments: &PeersArgs) -> Result<(), Failure> {
+    let agent = arguments.agent.agent()?;
+    let interval = seconds("--interval", arguments.interval)?;
+    let (first, second, time) = runtime()?.block_on(async {
+        let first = agent.status().await?;
+        report(&first)?;
+        let started = Instant::now();
+        if interval.is_zero() {
+            return Ok::<_, Failure>((None, first, Duration::ZERO));
+        }
+        tokio::time::sleep(interval).await;
+        Ok((Some(first), agent.status().await?, started.elapsed()))
+    })?;
+    let now = report(&second)?;
+    // Another data process counts from zero.
+    let before = first.as_ref().and_then(|first| first.report.as_ref());
+    let before = before.filter(|before| before.pid == now.pid);
+    let peers: Vec<Peer> = select(&now.peers, &arguments.names, &arguments.state)?
+        .map(|peer| Peer {
+            report: peer.clone(),
+            rates: before.and_then(|before| Rates::between(before, peer, time)),
+        })
+        .collect();
+    print(&match arguments.output.output {
+        Output::Json => json(&peers)?,
+        Output::Table => render(&peers) + "\n",
+    })?;
+    let lost = peers.iter().filter(|peer| peer.report.state == PeerState::Unreachable).count();
+    match lost {
+        0 => Ok(()),
+        _ => Err(Failure::Runtime(anyhow!(
+            "{lost} of {} peers are unreachable: see REASON, the peer's log, and the firewall between",
+            peers.len()
+        ))),
+    }
+}
+
+/// Those that the command line asks for; a name that fits nobody is an error.
+fn select<'a>(
+    all: &'a [PeerReport],
+    names: &'a [String],
+    states: &'a [State],
+) -> Result<impl Iterator<Item = &'a PeerReport>, Failure> {
+    if let Some(name) = names.iter().find(|name| !all.iter().any(|peer| peer.name.contains(*name)))
+    {
+        let known: Vec<_> = all.iter().take(10).map(|peer| peer.name.as_str()).collect();
+        let more = if all.len() > known.len() { ", …" } else { "" };
+        return Err(Failure::Usage(format!(
+            "no peer's name contains {name:?}: there are {} ({}{more})",
+            all.len(),
+            known.join(", ")
+        )));
+    }
+    Ok(all.iter().filter(move |peer| {
+        (names.is_empty() || names.iter().any(|name| peer.name.contains(name)))
+            && (states.is_empty() || states.iter().any(|state| state.is(peer.state)))
+    }))
+}
+
+fn render(peers: &[Peer]) -> String {
+    let dash = || "-".to_owned();
+    let row = |peer: &Peer| -> Vec<Field> {
+        let Peer { report: peer, rates } = peer;
+        let rate = |of: fn(&Rates) -> f64| {
+            Field::from(rates.as_ref().map_or_else(dash, |rates| count(of(rates) as u64)))
+        };
+        vec![
+            peer.name.as_str().into(),
+            Field::toned(peer.state.to_string(), peer_tone(peer.state)),
+            peer.endpoint.map_or_else(dash, |endpoint| endpoint.to_string()).into(),
+            peer.rtt_us.map_or_else(dash, milliseconds).into(),
+            rate(|rates| rates.tx_bits_per_second),
+            rate(|rates| rates.rx_bits_per_second),
+            rate(|rates| rates.tx_packets_per_second),
+            rate(|rates| rates.rx_packets_per_second),
+            bytes(peer.tx_bytes).into(),
+            bytes(peer.rx_bytes).into(),
+            peer.path_mtu.map_or_else(|| "full".to_owned(), |mtu| mtu.to_string()).into(),
+            if peer.gso { "yes" } else { "no" }.into(),
+            peer.last_received_seconds.map_or_else(dash, age).into(),
+            peer.reason.clone().unwrap_or_default().into(),
+        ]
+    };
+    let columns = [
+        ("PEER", Align::Left),
+        ("STATE", Align::Left),
+        ("ENDPOINT", Align::Left),
+        ("RTT", Align::Right),
+        ("TX BIT/S", Align::Right),
+        ("RX BIT/S", Align::Right),
+        ("TX PKT/S", Align::Right),
+        ("RX PKT/S", Align::Right),
+        ("TX", Align::Right),
+        ("RX", Align::Right),
+        ("PATH MTU", Align::Right),
+        ("GSO", Align::Left),
+        ("HEARD", Align::Right),
+        ("REASON", Align::Left),
+    ];
+    table(&columns, peers.iter().map(row))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::status::tests::peer;
+
+    #[test]
+    fn peers_are_chosen_by_name_and_state() {
+        let all = [
+            peer("node-a", PeerState::Established),
+            peer("node-b", PeerState::Unreachable),
+            peer("edge-1", PeerState::Idle),
+        ];
+        let chosen = |names: &[&str], states: &[State]| -> Vec<String> {
+            let names: Vec<String> = names.iter().map(ToString::to_string).collect();
+            select(&all, &names, states).unwrap().map(|peer| peer.name.clone()).collect()
+        };
+        assert_eq!(chosen(&[], &[]).len(), 3);
+        assert_eq!(chosen(&["node"], &[]), ["node-a", "node-b"]);
+        assert_eq!(chosen(&["node"], &[State::Unreachable]), ["node-b"]);
+        assert_eq!(chosen(&[], &[State::Idle, State::Established]), ["node-a", "edge-1"]);
+        let error = select(&all, &["nobody".to_owned()], &[]).err().unwrap().to_string();
+        assert!(error.contains("nobody") && error.contains("node-a"), "{error}");
+    }
+
+    #[test]
+    fn rates_are_of_the_same_peer() {
+        let now = peer("node-b", PeerState::Established);
+        let mut before = now.clone();
+        before.tx_bytes -= 1000;
+        before.rx_packets -= 10;
+        let report = Report { peers: vec![before], ..Report::default() };
+        let rates = Rates::between(&report, &now, Duration::from_secs(2)).unwrap();
+        assert_eq!(rates.tx_bits_per_second, 4000.0);
+        assert_eq!(rates.rx_packets_per_second, 5.0);
+        let none = Report::default();
+        assert_eq!(Rates::between(&none, &now, Duration::from_secs(2)), None);
+    }
+
+    #[test]
+    fn a_row_shows_why_a_peer_is_lost() {
+        let peer = Peer { report: peer("node-b", PeerState::Unreachable), rates: None };
+        let text = render(&[peer]);
+        let line = text.lines().nth(1).unwrap();
+        assert!(line.contains("unreachable") && line.ends_with("no answer for 7 s"), "{text}");
+    }
+}

@@ -1,0 +1,89 @@
+//! `skein-agent sysdump`: one archive of all that somebody who helps will ask for. Secrets are left out.
+
+mod archive;
+mod collect;
+
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use clap::Args;
+
+use self::archive::Archive;
+use super::{AgentArgs, Output, OutputArgs, json, print, runtime};
+use crate::config::Config;
+use crate::failure::Failure;
+use crate::status::{Align, bytes, table};
+
+#[derive(Args)]
+pub(crate) struct SysdumpArgs {
+    /// Where to write it; - is standard output [default: skein-sysdump-NODE-TIME.tar.gz]
+    file: Option<PathBuf>,
+    #[command(flatten)]
+    agent: AgentArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+pub(crate) fn sysdump(arguments: &SysdumpArgs) -> Result<(), Failure> {
+    let config = arguments.agent.config.load()?;
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let name = format!("skein-sysdump-{}-{}", config.name, now.as_secs());
+    let file = arguments.file.clone().unwrap_or_else(|| format!("{name}.tar.gz").into());
+    let mut archive = Archive::new(&name, now.as_secs(), &keys(&config));
+    runtime()?.block_on(collect::collect(&mut archive, &config, &arguments.agent.agent()?));
+    let entries = archive.entries();
+    let packed = archive.finish().map_err(|error| Failure::io("cannot pack the archive", error))?;
+    if file == Path::new("-") {
+        let written = std::io::stdout().write_all(&packed);
+        return written.map_err(|error| Failure::io("cannot write the archive", error));
+    }
+    write(&file, &packed)?;
+    let shown = file.display();
+    print(&match arguments.output.output {
+        Output::Json => json(&serde_json::json!({
+            "file": shown.to_string(), "bytes": packed.len(), "entries": entries,
+        }))?,
+        Output::Table => {
+            let row = |entry: &archive::Entry| {
+                let size = bytes(entry.bytes as u64);
+                vec![entry.name.clone(), size, entry.note.clone().unwrap_or_default()]
+            };
+            let columns = [("WHAT", Align::Left), ("SIZE", Align::Right), ("NOTE", Align::Left)];
+            let size = bytes(packed.len() as u64);
+            format!("{}\n\n{shown} ({size})\n", table(&columns, entries.iter().map(row)))
+        }
+    })
+}
+
+/// The node's private key, and beside it those that it had or will have.
+fn keys(config: &Config) -> Vec<PathBuf> {
+    let key = config.key_path();
+    let name = key.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let beside = key.parent().map(std::fs::read_dir).into_iter().flatten().flatten().flatten();
+    let keys = beside.map(|entry| entry.path()).filter(|path| {
+        path.file_name().is_some_and(|other| other.to_string_lossy().starts_with(&name))
+    });
+    keys.chain([key.clone()]).collect()
+}
+
+/// For its owner only: addresses and logs are nobody else's business.
+fn write(file: &Path, packed: &[u8]) -> Result<(), Failure> {
+    let mut options = std::fs::File::options();
+    let written = options
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(file)
+        .and_then(|mut file| file.write_all(packed));
+    written.map_err(|error| {
+        let shown = file.display();
+        match error.kind() {
+            std::io::ErrorKind::AlreadyExists => {
+                Failure::Usage(format!("{shown} is there already: name another file"))
+            }
+            _ => Failure::io(format!("cannot write {shown}: name a file that can be"), error),
+        }
+    })
+}

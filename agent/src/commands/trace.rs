@@ -1,0 +1,102 @@
+//! `skein-agent trace`: why a packet goes where it goes, and which are dropped.
+
+mod drops;
+mod facts;
+mod judge;
+
+use std::net::IpAddr;
+
+use anyhow::anyhow;
+use clap::Args;
+
+use self::facts::Facts;
+use self::judge::{Grade, Trace};
+use super::{AgentArgs, Output, OutputArgs, json, print, runtime};
+use crate::control::shared::Document;
+use crate::failure::Failure;
+use crate::status::{Align, Field, Tone, table};
+
+#[derive(Args)]
+pub(crate) struct TraceArgs {
+    /// Who sends: an IP address, or the name of a node
+    #[arg(required_unless_present = "drops")]
+    from: Option<String>,
+    /// Who is to receive it: an IP address, or the name of a node
+    #[arg(required_unless_present = "drops")]
+    to: Option<String>,
+    /// Show packets that are dropped, as it happens, until Ctrl-C
+    #[arg(long, conflicts_with_all = ["from", "to"])]
+    drops: bool,
+    /// End after so many dropped packets
+    #[arg(long, requires = "drops")]
+    count: Option<u64>,
+    /// End after so many seconds
+    #[arg(long, requires = "drops")]
+    seconds: Option<f64>,
+    #[command(flatten)]
+    agent: AgentArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+pub(crate) fn trace(arguments: &TraceArgs) -> Result<(), Failure> {
+    let output = arguments.output.output;
+    let agent = arguments.agent.agent()?;
+    let (Some(from), Some(to)) = (&arguments.from, &arguments.to) else {
+        let seconds = arguments.seconds.map(|s| super::seconds("--seconds", s)).transpose()?;
+        let limits = drops::Limits { count: arguments.count, seconds };
+        return runtime()?.block_on(drops::follow(&agent, &limits, output));
+    };
+    let trace = runtime()?.block_on(async {
+        let status = agent.status().await?;
+        let (from, to) = (resolve(from, &status)?, resolve(to, &status)?);
+        if from.is_ipv4() != to.is_ipv4() {
+            return Err(Failure::Usage(format!(
+                "{from} and {to} are of two families: name addresses of one"
+            )));
+        }
+        Ok(judge::judge(&Facts::gather(from, to, status).await?))
+    })?;
+    print(&match output {
+        Output::Json => json(&trace)?,
+        Output::Table => render(&trace),
+    })?;
+    match trace.passes {
+        true => Ok(()),
+        false => Err(Failure::Runtime(anyhow!("it does not get there: {}", trace.verdict))),
+    }
+}
+
+/// An address, or that of a node on the overlay: the first of its first pod CIDR.
+fn resolve(what: &str, status: &Document) -> Result<IpAddr, Failure> {
+    if let Ok(address) = what.parse() {
+        return Ok(address);
+    }
+    if what == status.node
+        && let Some(address) = status.interface.addresses.first()
+    {
+        return Ok(*address);
+    }
+    let peers = status.report.iter().flat_map(|report| &report.peers);
+    let cidr = peers.filter(|peer| peer.name == what).find_map(|peer| peer.pod_cidrs.first());
+    let address = cidr.map(crate::control::desired::first_host);
+    address.ok_or_else(|| {
+        Failure::Usage(format!(
+            "{what:?} is neither an IP address nor a node that this one knows: see skein-agent peers"
+        ))
+    })
+}
+
+fn render(trace: &Trace) -> String {
+    let row = |step: &judge::Step| -> Vec<Field> {
+        let (state, tone) = match step.grade {
+            Grade::Good => ("ok", Tone::Good),
+            Grade::Note => ("note", Tone::Warn),
+            Grade::Bad => ("STOP", Tone::Bad),
+        };
+        vec![step.name.into(), Field::toned(state, tone), step.says.as_str().into()]
+    };
+    let columns = [("STEP", Align::Left), ("STATE", Align::Left), ("WHAT", Align::Left)];
+    let steps = table(&columns, trace.steps.iter().map(row));
+    format!("{} to {}\n\n{steps}\n\n{}\n", trace.from, trace.to, trace.verdict)
+}

@@ -1,0 +1,137 @@
+//! Dropped packets as they are dropped, with the counters' word on those that nobody has looked at.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde_json::json;
+use tokio::time::Instant;
+
+use crate::commands::packet::describe;
+use crate::commands::{Agent, Output, print, show, watching};
+use crate::failure::Failure;
+use crate::ipc::Report;
+use crate::ipc::watch::{Seen, Watch, Watched};
+use crate::lifecycle::Signals;
+use crate::status::{Tone, paint};
+
+/// Enough of a packet for all that is shown of it.
+const SNAP: u32 = 96;
+/// How often the counters are looked at.
+const LOOK: Duration = Duration::from_secs(1);
+
+pub(super) struct Limits {
+    pub(super) count: Option<u64>,
+    pub(super) seconds: Option<Duration>,
+}
+
+/// Direction and reason.
+type Kind = (String, String);
+
+pub(super) async fn follow(agent: &Agent, limits: &Limits, output: Output) -> Result<(), Failure> {
+    let mut signals = Signals::take().map_err(|e| Failure::io("cannot take signals", e))?;
+    let status = agent.status().await?;
+    let mut counters = watching::connect(&status).await?;
+    let watch = Watch { what: Watched::Drops, nets: Vec::new(), snap: SNAP };
+    let mut client = watching::begin(&status, watch).await?;
+    let end = limits.seconds.map(|seconds| Instant::now() + seconds);
+    // Counted when the watch began, and a second ago; and of that, what was told.
+    let start = totals(&counters.report(false).await.map_err(watching::failure)?);
+    let (mut before, mut told) = (start.clone(), BTreeMap::<Kind, u64>::new());
+    let (mut looked, mut left) = (Instant::now(), limits.count.unwrap_or(u64::MAX));
+    if output == Output::Table {
+        print(
+            "TIME          DIRECTION  REASON                LANE  NODE                   PACKET\n",
+        )?;
+    }
+    while left > 0 {
+        let seen = tokio::select! {
+            seen = client.seen() => seen.map_err(watching::failure)?.0,
+            () = signals.end() => break,
+            () = sleep_until(end) => break,
+        };
+        for seen in seen {
+            let kind = (seen.direction.clone(), seen.reason.clone().unwrap_or_default());
+            *told.entry(kind).or_default() += seen.packets;
+            left = left.saturating_sub(seen.packets);
+            if !show(&shown(&seen, output)?)? || left == 0 {
+                return Ok(());
+            }
+        }
+        if looked.elapsed() >= LOOK {
+            looked = Instant::now();
+            for (kind, &counted) in &before {
+                let counted = counted.saturating_sub(start.get(kind).copied().unwrap_or(0));
+                let told = told.entry(kind.clone()).or_default();
+                let more = counted.saturating_sub(*told);
+                if more > 0 {
+                    *told += more;
+                    left = left.saturating_sub(more);
+                    if !show(&untold(kind, more, output)?)? {
+                        return Ok(());
+                    }
+                }
+            }
+            before = totals(&counters.report(false).await.map_err(watching::failure)?);
+        }
+    }
+    Ok(())
+}
+
+async fn sleep_until(end: Option<Instant>) {
+    match end {
+        Some(end) => tokio::time::sleep_until(end).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn totals(report: &Report) -> BTreeMap<Kind, u64> {
+    let total = |d: &crate::ipc::DropReport| ((d.direction.clone(), d.reason.clone()), d.packets);
+    report.drops.iter().map(total).collect()
+}
+
+fn shown(seen: &Seen, output: Output) -> Result<String, Failure> {
+    let packet = describe(seen);
+    let reason = seen.reason.as_deref().unwrap_or_default();
+    let lane = seen.lane.map_or_else(|| "-".to_owned(), |lane| lane.to_string());
+    let node = seen.outer.map_or_else(|| "-".to_owned(), |outer| outer.to_string());
+    match output {
+        Output::Json => line(&json!({
+            "time_ns": seen.time_ns, "direction": seen.direction, "reason": reason,
+            "packets": seen.packets, "lane": seen.lane, "node": seen.outer,
+            "inner": seen.inner, "packet": packet,
+        })),
+        Output::Table => Ok(format!(
+            "{}  {:<9}  {}  {lane:>4}  {node:<21}  {packet}\n",
+            time(seen.time_ns),
+            seen.direction,
+            paint(&format!("{reason:<20}"), Tone::Bad),
+        )),
+    }
+}
+
+/// What was counted and not shown: too many at once, or nothing was known of them but their number.
+fn untold((direction, reason): &Kind, packets: u64, output: Output) -> Result<String, Failure> {
+    match output {
+        Output::Json => line(&json!({
+            "direction": direction, "reason": reason, "packets": packets,
+        })),
+        Output::Table => Ok(format!(
+            "{:12}  {direction:<9}  {}  {:>4}  {:<21}  and {packets} more\n",
+            "",
+            paint(&format!("{reason:<20}"), Tone::Bad),
+            "",
+            "",
+        )),
+    }
+}
+
+fn line(value: &serde_json::Value) -> Result<String, Failure> {
+    Ok(format!("{value}\n"))
+}
+
+/// The time of the day, in UTC.
+fn time(ns: u64) -> String {
+    let (seconds, ms) = (ns / 1_000_000_000, ns / 1_000_000 % 1000);
+    let (h, m, s) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    format!("{h:02}:{m:02}:{s:02}.{ms:03}")
+}

@@ -1,0 +1,100 @@
+//! Which way the kernel would send a packet.
+
+use std::net::IpAddr;
+
+use futures_util::TryStreamExt;
+use rtnetlink::RouteMessageBuilder;
+use rtnetlink::packet_route::route::{
+    RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteProtocol, RouteType,
+};
+
+use super::route::{PROTOCOL, address};
+use super::{Netlink, NetlinkError};
+
+/// The kernel's answer for one destination.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Lookup {
+    /// Whether the destination is an address of this machine.
+    pub local: bool,
+    /// Why it goes nowhere (`unreachable`, `blackhole`, `prohibit`), where it does not.
+    pub refused: Option<String>,
+    /// Index of the interface by which it leaves.
+    pub interface: Option<u32>,
+    /// The next hop, where it is not the destination itself.
+    pub gateway: Option<IpAddr>,
+    /// The source that a program of this machine would get.
+    pub source: Option<IpAddr>,
+    /// MTU of the route in bytes, where it has one of its own.
+    pub mtu: Option<u32>,
+    /// Whether it is one of Skein's.
+    pub skein: bool,
+}
+
+impl Lookup {
+    fn parse(message: &RouteMessage) -> Self {
+        let header = &message.header;
+        let mut lookup = Self {
+            local: header.kind == RouteType::Local,
+            skein: header.protocol == RouteProtocol::Other(PROTOCOL),
+            refused: match header.kind {
+                RouteType::Unreachable => Some("unreachable".to_owned()),
+                RouteType::BlackHole => Some("blackhole".to_owned()),
+                RouteType::Prohibit => Some("prohibit".to_owned()),
+                RouteType::Throw => Some("throw".to_owned()),
+                _ => None,
+            },
+            ..Self::default()
+        };
+        for attribute in &message.attributes {
+            match attribute {
+                RouteAttribute::Oif(index) => lookup.interface = Some(*index),
+                RouteAttribute::Gateway(gateway) => lookup.gateway = address(gateway),
+                RouteAttribute::PrefSource(source) => lookup.source = address(source),
+                RouteAttribute::Metrics(metrics) => {
+                    lookup.mtu = metrics.iter().find_map(|metric| match metric {
+                        RouteMetric::Mtu(mtu) => Some(*mtu),
+                        _ => None,
+                    });
+                }
+                _ => {}
+            }
+        }
+        lookup
+    }
+}
+
+impl Netlink {
+    /// Asks the kernel where a packet to `to` goes: one of this machine's own, or one from another's address
+    /// that comes in by an interface.
+    pub async fn look_up(
+        &self,
+        to: IpAddr,
+        incoming: Option<(IpAddr, u32)>,
+    ) -> Result<Lookup, NetlinkError> {
+        let what = format!("look up the route to {to}");
+        let wrong = |error: String| NetlinkError {
+            what: what.clone(),
+            source: std::io::Error::other(error),
+        };
+        let bits = if to.is_ipv4() { 32 } else { 128 };
+        let builder = RouteMessageBuilder::<IpAddr>::new().destination_prefix(to, bits);
+        let mut message = builder.map_err(|error| wrong(error.to_string()))?.build();
+        // The answer's business; strict checking refuses them in a question.
+        message.header.table = 0;
+        message.header.protocol = RouteProtocol::Unspec;
+        message.header.scope = 0.into();
+        message.header.kind = RouteType::Unspec;
+        if let Some((from, interface)) = incoming {
+            message.header.source_prefix_length = bits;
+            message.attributes.push(RouteAttribute::Source(match from {
+                IpAddr::V4(ip) => RouteAddress::Inet(ip),
+                IpAddr::V6(ip) => RouteAddress::Inet6(ip),
+            }));
+            message.attributes.push(RouteAttribute::Iif(interface));
+        }
+        let answers = self.handle.route().get(message).execute().try_collect::<Vec<_>>().await;
+        let answers = answers.map_err(|error| NetlinkError::new(&what, error))?;
+        let first = answers.first().ok_or_else(|| wrong("no answer".to_owned()))?;
+        Ok(Lookup::parse(first))
+    }
+}
