@@ -67,6 +67,9 @@ enum Command {
         /// Ask the one that runs there for an answer within seconds, and end
         #[arg(long, conflicts_with = "take_over")]
         probe: bool,
+        /// Let the data process make any system call (dataplane.seccomp = false)
+        #[arg(long)]
+        no_seccomp: bool,
         /// For the keeper, which starts the data process: the descriptor of its channel
         #[arg(long, hide = true)]
         worker: Option<i32>,
@@ -144,12 +147,18 @@ pub fn main() -> Result<(), Failure> {
             service::run(&config, dataplane, take_over)
         }
         Command::Dataplane { socket, probe: true, .. } => Ok(dataplane::probe(&socket)?),
-        Command::Dataplane { socket, log_level, log_format, take_over, worker, .. } => {
+        Command::Dataplane {
+            socket, log_level, log_format, take_over, no_seccomp, worker, ..
+        } => {
             let log = Log { level: log_level, format: log_format };
             logging::start(&log);
+            let seccomp = !no_seccomp;
             match worker {
-                Some(channel) => Ok(dataplane::work(channel)?),
-                None => Ok(dataplane::run(&dataplane::Options { socket, take_over, log })?),
+                Some(channel) => Ok(dataplane::work(channel, seccomp)?),
+                None => {
+                    let options = dataplane::Options { socket, take_over, log, seccomp };
+                    Ok(dataplane::run(&options)?)
+                }
             }
         }
         Command::Status(arguments) => status::status(&arguments),

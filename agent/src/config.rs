@@ -108,6 +108,8 @@ pub struct Dataplane {
     pub busy_poll_us: Option<u32>,
     /// Whether it goes on when the control process is told to end.
     pub keep_on_exit: bool,
+    /// Whether it is confined to the system calls that it needs, where the control process starts it.
+    pub seccomp: bool,
 }
 
 /// Who starts the data process.

@@ -112,8 +112,17 @@ impl Firewall {
 
 /// What was dropped by the source check; `None` where there is no table.
 pub async fn forged(table: &str) -> Option<Forged> {
-    let text = nft(&["-j", "list", "counters", "table", "inet", table], "").await.ok()?;
-    let document: Value = serde_json::from_str(&text).ok()?;
+    read_forged(&nft(&["-j", "list", "counters", "table", "inet", table], "").await.ok()?)
+}
+
+/// For the fuzzer: all that is read of what `nft -j` prints.
+pub(crate) fn fuzz_printed(text: &str) {
+    let _ = read_forged(text);
+    forward::fuzz_printed(text);
+}
+
+fn read_forged(text: &str) -> Option<Forged> {
+    let document: Value = serde_json::from_str(text).ok()?;
     let packets = |name: &str| {
         let objects = document["nftables"].as_array()?.iter();
         let mut counters = objects.filter_map(|object| object.get("counter"));

@@ -10,6 +10,8 @@ pub mod control;
 pub mod dataplane;
 pub mod failure;
 pub mod firewall;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod http;
 pub mod ipc;
 pub mod keys;

@@ -7,6 +7,7 @@ use std::cell::Cell;
 
 use skein_agent::ipc::{Request, Snapshot, encode_frame, read_frame};
 use skein_agent::keys::PrivateKey;
+use skein_core::tunnel::{Ciphers, EngineConfig};
 
 /// A private key, as text and as it is.
 const TEXT: &str = "yIBdwOu3mNnUKZPRhiWr6rzEkBwxOpmwLUHzBRbTD2s=";
@@ -128,6 +129,27 @@ fn a_key_is_read_and_written_without_a_trace() {
     wrong.push('?');
     let refused = leaks(|| assert!(wrong.parse::<PrivateKey>().is_err()));
     assert_eq!(refused, 0, "a text that is wrong only at its end");
+}
+
+#[test]
+fn nothing_with_a_secret_has_a_form_that_shows_it() {
+    let key: PrivateKey = TEXT.parse().unwrap();
+    let config = EngineConfig {
+        private_key: (*key.as_bytes()).into(),
+        cluster_id: "default".to_owned(),
+        listen_port: 51900,
+        lanes: 1,
+        ciphers: Ciphers { aes256_gcm: true, chacha20_poly1305: true, aes_hardware: true },
+        mtu: 1440,
+    };
+    let shown = format!("{key:?} {config:?} {:?} {:#?}", request(1), request(1));
+    let hex: String = BYTES.iter().map(|byte| format!("{byte:02x}")).collect();
+    let list = BYTES.map(|byte| byte.to_string())[..8].join(", ");
+    let lines = BYTES.map(|byte| byte.to_string())[..8].join(",\n");
+    let shown = shown.replace(' ', "").to_lowercase();
+    for secret in [&TEXT[..16], &hex[..16], &list, &lines] {
+        assert!(!shown.contains(&secret.replace(' ', "").to_lowercase()), "{shown}");
+    }
 }
 
 #[test]

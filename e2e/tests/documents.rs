@@ -72,6 +72,94 @@ fn relative_links_lead_somewhere() -> Result<()> {
     Ok(())
 }
 
+/// What is between backquotes.
+fn quoted(text: &str) -> impl Iterator<Item = &str> {
+    text.split('`').skip(1).step_by(2)
+}
+
+/// Each row names files, and behind each the tests in it.
+#[test]
+fn every_promise_has_tests_that_are_there() -> Result<()> {
+    let text = fs::read_to_string(workspace().join("docs/security.md"))?;
+    let (_, section) = text.split_once("## Promises and their tests").context("no such section")?;
+    let section = section.split("\n## ").next().unwrap_or_default();
+    let rows = section.lines().filter(|line| line.starts_with("| ")).skip(1);
+    let mut promises = 0;
+    for row in rows {
+        let [_, promise, tests, _] = row.split('|').collect::<Vec<_>>()[..] else {
+            anyhow::bail!("a row with other columns: {row}");
+        };
+        let (mut source, mut found) = (None, 0);
+        for name in quoted(tests) {
+            if name.contains('/') {
+                let path = workspace().join(name);
+                source = Some((name, fs::read_to_string(&path).with_context(|| name.to_owned())?));
+                continue;
+            }
+            let (file, source) =
+                source.as_ref().with_context(|| format!("{name}: of which file?"))?;
+            let at =
+                source.find(&format!("fn {name}(")).with_context(|| format!("{file}: {name}"))?;
+            // What stands above it without a blank line.
+            let above = source[..at].rsplit("\n\n").next().unwrap_or_default();
+            ensure!(above.contains("test]"), "{file}: {name} is no test");
+            found += 1;
+        }
+        ensure!(found > 0, "no test for: {promise}");
+        promises += 1;
+    }
+    ensure!(promises > 10, "only {promises} promises found: is this test still reading them?");
+    Ok(())
+}
+
+/// Lines of source, tests left out, in which something that sounds like a secret meets `==` or `!=`.
+fn comparisons(source: &str) -> Vec<&str> {
+    let code = source.split("#[cfg(test)]").next().unwrap_or_default().lines();
+    let secret = |word: &str| {
+        if word.contains(".len()") {
+            return false;
+        }
+        let word = word.trim_start_matches(['*', '&', '(', '!']).trim_start_matches("self.");
+        let word = word.split(['.', '(', '[', ')', ',']).next().unwrap_or_default();
+        ["check", "mac", "cookie", "secret", "private", "tag", "second", "first_check", "key"]
+            .contains(&word)
+    };
+    let compares = |line: &&str| {
+        let words: Vec<_> = line.split_whitespace().collect();
+        let around = |at: usize| words.get(at.wrapping_sub(1)).into_iter().chain(words.get(at + 1));
+        let operators = words.iter().enumerate().filter(|(_, word)| ["==", "!="].contains(word));
+        operators.into_iter().any(|(at, _)| around(at).any(|word| secret(word)))
+    };
+    code.filter(|line| !line.trim_start().starts_with("//"))
+        .filter(compares)
+        .map(str::trim)
+        .collect()
+}
+
+#[test]
+fn secrets_are_compared_in_constant_time() -> Result<()> {
+    let mut read = 0;
+    let tunnel = workspace().join("agent/core/src/tunnel");
+    let mut sources: Vec<_> =
+        fs::read_dir(tunnel)?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
+    sources.extend(
+        ["agent/src/keys.rs", "agent/src/dataplane/memory.rs"].map(|p| workspace().join(p)),
+    );
+    for path in sources.iter().filter(|path| path.extension().is_some_and(|e| e == "rs")) {
+        let source = fs::read_to_string(path)?;
+        for line in comparisons(&source) {
+            // With what every message has that was made without a cookie.
+            ensure!(line.starts_with("*check != [0; MAC_LEN]"), "{}: {line}", path.display());
+        }
+        read += 1;
+    }
+    ensure!(read > 15, "only {read} files: is this test still reading them?");
+    let cookie = fs::read_to_string(workspace().join("agent/core/src/tunnel/cookie.rs"))?;
+    ensure!(cookie.contains("constant_time::verify_slices_are_equal"));
+    ensure!(comparisons("if mac == other {\n").len() == 1 && comparisons("a == b\n").is_empty());
+    Ok(())
+}
+
 #[test]
 fn links_and_headings_are_found() {
     let text =

@@ -477,6 +477,65 @@ fn advertise(pod: &Netns) -> Result<()> {
     })?
 }
 
+/// Says from a pod that an address of another is at the pod's: by asking with it for a neighbour (RFC 826 has
+/// everybody learn who asks), or by a neighbour advertisement that overrides (RFC 4861, section 4.4).
+fn claim(pod: &Netns, address: IpAddr) -> Result<()> {
+    use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+    let IpAddr::V6(v6) = address else {
+        pod.ip(&format!("address add {address}/32 dev eth0"))?;
+        pod.ip("route replace 169.254.1.99/32 dev eth0")?;
+        // Nobody is there to answer.
+        let _ = pod.sh(&format!("ping -n -c 3 -i 0.1 -W 1 -I {address} 169.254.1.99"));
+        pod.ip(&format!("address del {address}/32 dev eth0"))?;
+        return pod.ip("route del 169.254.1.99/32 dev eth0").map(drop);
+    };
+    let mac = skein_e2e::lab::link::mac(pod, "eth0")?;
+    let links = pod.ip("-o link show eth0")?;
+    let index: u32 = links.split(':').next().context("no index")?.trim().parse()?;
+    let mut message = vec![136, 0, 0, 0, 0x20, 0, 0, 0];
+    message.extend(v6.octets());
+    message.extend([2, 1]);
+    for byte in mac.split(':') {
+        message.push(u8::from_str_radix(byte, 16)?);
+    }
+    pod.run(|| -> Result<()> {
+        let socket = Socket::new(Domain::IPV6, Type::RAW, Some(Protocol::ICMPV6))?;
+        socket.set_multicast_hops_v6(255)?;
+        socket.set_multicast_if_v6(index)?;
+        let all = std::net::SocketAddrV6::new("ff02::1".parse()?, 0, 0, index);
+        for _ in 0..4 {
+            socket.send_to(&message, &SockAddr::from(all))?;
+        }
+        Ok(())
+    })?
+}
+
+#[test]
+fn no_pod_takes_anothers_address_by_arp_or_neighbour_discovery() -> Result<()> {
+    let cluster = up(2, |_| ())?;
+    let (first, second) = (runtime(&cluster, 0)?, runtime(&cluster, 1)?);
+    let (thief, victim, b) = (first.pod("a")?, first.pod("a2")?, second.pod("b")?);
+    reach(&b, &victim)?;
+    let neighbours = || node(&cluster, 0).ip("neighbour show nud permanent");
+    let before = neighbours()?;
+    for address in [IpAddr::V4(victim.v4), IpAddr::V6(victim.v6), IpAddr::V4(b.v4)] {
+        claim(&thief.ns, address)?;
+    }
+    let lines = |text: &str| text.lines().map(str::to_owned).collect::<BTreeSet<_>>();
+    let after = neighbours()?;
+    ensure!(lines(&before) == lines(&after), "{before}\nis now\n{after}");
+    let learnt = node(&cluster, 0).ip("neighbour show")?;
+    let theirs = skein_e2e::lab::link::mac(&thief.ns, "eth0")?;
+    for line in learnt.lines().filter(|line| line.contains(&theirs)) {
+        let own = [thief.v4.to_string(), thief.v6.to_string()];
+        let address = line.split(' ').next().unwrap_or_default();
+        let own = own.iter().any(|own| own == address) || address.starts_with("fe80:");
+        ensure!(own, "the node believes the thief: {line}");
+    }
+    reach(&b, &victim)?;
+    reach(&thief, &victim)
+}
+
 #[test]
 fn a_pod_is_nobodys_router() -> Result<()> {
     for both in [false, true] {

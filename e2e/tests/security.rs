@@ -1,13 +1,15 @@
 //! Strangers, former members and eavesdroppers get nothing.
 
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use skein_e2e::checks;
 use skein_e2e::lab::agent::{Agent, Cluster, PORT, new_key};
-use skein_e2e::lab::{Family, Offloads, Plan};
+use skein_e2e::lab::{Family, Offloads, Plan, Pod, Task};
 use skein_e2e::load::capture::Capture;
 use skein_e2e::load::pattern::Pattern;
 use skein_e2e::load::udp;
@@ -74,6 +76,112 @@ fn a_removed_node_is_cut_off_within_a_second() -> Result<()> {
     judge.put_record(&member.record)?;
     checks::wait_until_reached(a, b, Family::V4, Duration::from_secs(6))?;
     Ok(())
+}
+
+/// A connection that sends all the time; when its last byte came.
+fn connection(from: &Pod, to: &Pod, port: u16) -> Result<Task<Instant>> {
+    let at = SocketAddr::new(to.address(Family::V4), port);
+    let listener = to.ns.run(|| TcpListener::bind(at))??;
+    let mut sender = from.ns.run(|| TcpStream::connect_timeout(&at, Duration::from_secs(5)))??;
+    let (mut receiver, _) = listener.accept()?;
+    thread::spawn(move || {
+        // Until the receiver is gone.
+        while sender.write_all(&[7; 100]).is_ok() {
+            thread::sleep(Duration::from_millis(1));
+        }
+    });
+    receiver.set_read_timeout(Some(Duration::from_secs(3)))?;
+    Ok(to.ns.spawn(move || {
+        let mut last = Instant::now();
+        while receiver.read(&mut [0; 4096]).is_ok_and(|n| n > 0) {
+            last = Instant::now();
+        }
+        Ok(last)
+    }))
+}
+
+#[test]
+fn connections_with_a_removed_nodes_pods_are_cut_in_both_directions() -> Result<()> {
+    let cluster = Cluster::up(&Plan { nodes: 3, ..Plan::default() }, Family::V4)?;
+    let (a, b, c) = (cluster.lab.pod(0), cluster.lab.pod(1), cluster.lab.pod(2));
+    let (member, judge) = (&cluster.agents[0], &cluster.agents[1]);
+    checks::wait_until_reached(a, b, Family::V4, Duration::from_secs(5))?;
+    let others = checks::start_transfer(c, b, Family::V6, 8 << 20, Some(2 << 20))?;
+    let ends = [connection(a, b, 7001)?, connection(b, a, 7002)?];
+    thread::sleep(Duration::from_secs(1));
+    let removed = Instant::now();
+    judge.remove_record(&member.record.name)?;
+    for (end, way) in ends.into_iter().zip(["from it", "to it"]) {
+        let last = end.join()?;
+        let after = last.saturating_duration_since(removed);
+        println!(
+            "the last byte {way} came {:.0} ms after the record went",
+            after.as_secs_f64() * 1e3
+        );
+        ensure!(last + Duration::from_millis(500) > removed, "{way}: nothing came before, either");
+        ensure!(after < Duration::from_secs(1), "{way}: {after:?}");
+    }
+    others.join().context("another node's connection")?;
+    Ok(())
+}
+
+/// The key of node a at another machine, which says what it likes: it is node a at most.
+#[test]
+fn a_stolen_key_is_its_node_and_no_other() -> Result<()> {
+    let mut cluster = Cluster::prepare(
+        skein_e2e::lab::Lab::new(&Plan { nodes: 4, ..Plan::default() })?,
+        Family::V4,
+    )?;
+    let stolen = fs::read(cluster.lab.directory().join("node-a/node.key"))?;
+    let others: Vec<_> = cluster.agents[..3].iter().map(|agent| agent.record.clone()).collect();
+    for agent in &cluster.agents[..3] {
+        agent.remove_record("node-d")?;
+    }
+    let thief = &mut cluster.agents[3];
+    fs::write(cluster.lab.directory().join("node-d/node.key"), stolen)?;
+    // It says that it is a node of its own, with the prefixes of node a, and of node c.
+    thief.remove_record("node-a")?;
+    thief.remove_record("node-c")?;
+    thief.record.public_key = others[0].public_key.clone();
+    thief.record.pod_cidrs = [&others[0].pod_cidrs[..], &others[2].pod_cidrs[..]].concat();
+    thief.put_record(&thief.record)?;
+    cluster.start()?;
+    let (b, c, d) = (cluster.lab.pod(1), cluster.lab.pod(2), cluster.lab.pod(3));
+    checks::reaches(b, c, Family::V4)?;
+    let victim = &cluster.agents[1];
+
+    // Others' traffic goes on beside it, whole.
+    let beside = checks::start_transfer(b, c, Family::V4, 16 << 20, Some(8 << 20))?;
+    let node = &cluster.lab.nodes[3].ns;
+    node.sysctl("net.ipv4.conf.all.rp_filter", "0")?;
+    node.sysctl(&format!("net.ipv4.conf.{}.rp_filter", d.host_interface), "0")?;
+    let theirs = Ipv4Addr::new(10, 244, 1, 77);
+    for source in [theirs, c.v4] {
+        d.ns.ip(&format!("address add {source}/32 dev eth0"))?;
+    }
+    let at = SocketAddr::new(b.v4.into(), 7003);
+    let receiver = udp::Receiver::start(&b.ns, at, 100)?;
+    let before = dropped(victim, "inner_source")?;
+    let load = udp::Load { payload: 100, rate: Some(100), duration: Duration::from_secs(1) };
+    let send =
+        |source: Ipv4Addr| d.ns.run(|| udp::send(&UdpSocket::bind((source, 0))?, at, load))?;
+    let as_another = send(c.v4)?.0;
+    // The metrics may be a second old.
+    thread::sleep(Duration::from_millis(1200));
+    let after = dropped(victim, "inner_source")?;
+    ensure!(after > before, "nothing from node c's pods was dropped: had it a session at all?");
+    let as_itself = send(theirs)?.0;
+    let outcome = receiver.stop()?;
+    println!(
+        "{as_another} sent as node c's pod, {} dropped; {as_itself} as node a's, {} arrived",
+        after - before,
+        outcome.received
+    );
+    ensure!(outcome.received > 0, "the key is not that of node a: {outcome:?}");
+    ensure!(outcome.received <= as_itself, "it speaks for another node: {outcome:?}");
+    beside.join().context("traffic between two others")?;
+    // What is meant for node a goes where its record says.
+    checks::does_not_reach(b, d, Family::V4)
 }
 
 /// Datagrams that look like every type of message, of every length, with random content.
@@ -235,5 +343,34 @@ fn packets_with_a_foreign_source_are_dropped() -> Result<()> {
     ensure!(!spoof.status.success(), "a spoofed ping was answered");
     let after = dropped(&cluster.agents[1], "inner_source")?;
     ensure!(after >= before + 3.0, "{before} drops before, {after} after");
+    Ok(())
+}
+
+/// A node takes what is for its own pods, and carries nothing on to others.
+#[test]
+fn packets_for_elsewhere_are_dropped() -> Result<()> {
+    let cluster = Cluster::up(&Plan { nodes: 3, ..Plan::default() }, Family::V4)?;
+    let (first, second) = (cluster.lab.pod(0), cluster.lab.pod(1));
+    checks::wait_until_reached(first, second, Family::V4, Duration::from_secs(5))?;
+    let (sender, taker) = (&cluster.agents[0], &cluster.agents[1]);
+    // The sender is made to believe that node b has node c's pods, and a network besides.
+    let mut record = taker.record.clone();
+    record.pod_cidrs.push("10.99.0.0/24".to_owned());
+    let of_c = &cluster.agents[2].record;
+    record.pod_cidrs.extend(of_c.pod_cidrs.iter().cloned());
+    sender.remove_record(&of_c.name)?;
+    sender.put_record(&record)?;
+    let (a, c) = (cluster.lab.pod(0), cluster.lab.pod(2));
+    let routed = || Ok(cluster.lab.nodes[0].ns.ip("route show proto 77")?.contains("10.99.0.0/24"));
+    checks::eventually("the route", Duration::from_secs(5), routed)?;
+    for to in ["10.99.0.5".to_owned(), c.v4.to_string()] {
+        let before = dropped(taker, "inner_destination")?;
+        let pings =
+            a.ns.command("ping").args(["-n", "-c", "3", "-i", "0.05", "-W", "1", &to]).output()?;
+        ensure!(!pings.status.success(), "{to} answers by way of a node that has it not");
+        // The metrics may be a second old.
+        let counted = || Ok(dropped(taker, "inner_destination")? - before >= 3.0);
+        checks::eventually("3 drops are counted", Duration::from_secs(3), counted)?;
+    }
     Ok(())
 }

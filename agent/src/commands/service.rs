@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
+use rustix::thread::CapabilitySet;
 
 use super::{AgentArgs, ConfigArgs, print, runtime, seconds};
 use crate::config::Mode;
@@ -12,6 +13,7 @@ use crate::control::{self, Ended, cleanup, server};
 use crate::failure::Failure;
 use crate::lifecycle::{self, Signals};
 use crate::logging;
+use crate::sys::confine;
 
 pub(crate) fn run(config: &ConfigArgs, mode: Option<Mode>, take_over: bool) -> Result<(), Failure> {
     let mut config = config.load()?;
@@ -21,6 +23,10 @@ pub(crate) fn run(config: &ConfigArgs, mode: Option<Mode>, take_over: bool) -> R
     logging::start(&config.log);
     let shown = serde_json::to_string(&config).context("cannot print the configuration")?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %shown, "starting");
+    let pods = if config.cni.enabled { confine::PODS } else { CapabilitySet::empty() };
+    let rights = confine::give_up(confine::CONTROL.union(pods));
+    let rights = rights.context("cannot give up capabilities")?;
+    tracing::info!(capabilities = ?rights, "capabilities given up but for these");
     match runtime()?.block_on(control::run(config, take_over))? {
         Ended::Asked => Ok(()),
         // The kernel closes all that this process has, and whoever started it sees no end of it.

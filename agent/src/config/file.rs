@@ -133,6 +133,7 @@ struct DataplaneTable {
     bundling: bool,
     busy_poll_us: Option<u32>,
     keep_on_exit: bool,
+    seccomp: bool,
 }
 
 impl Default for DataplaneTable {
@@ -145,6 +146,7 @@ impl Default for DataplaneTable {
             bundling: true,
             busy_poll_us: None,
             keep_on_exit: false,
+            seccomp: true,
         }
     }
 }
@@ -432,6 +434,7 @@ impl DataplaneTable {
             bundling: self.bundling,
             busy_poll_us: self.busy_poll_us,
             keep_on_exit: self.keep_on_exit,
+            seccomp: self.seccomp,
         })
     }
 }

@@ -13,6 +13,7 @@ use crate::ipc::{
     ErrorKind, NodeIdentity, PROTOCOL_VERSION, Report, Request, Response, encode_frame,
     frame_length,
 };
+use crate::sys::socket::is_trusted;
 
 /// The data process answers quickly; one that takes this long hangs.
 const DEADLINE: Duration = Duration::from_secs(3);
@@ -53,8 +54,14 @@ impl Client {
     /// Connects and says hello.
     pub async fn connect(socket: &Path) -> Result<Self, ClientError> {
         let stream = UnixStream::connect(socket).await?;
+        let peer = stream.peer_cred()?;
+        // It will be told the node's private key.
+        if !is_trusted(peer.uid()) {
+            let text = format!("what listens there belongs to user {}", peer.uid());
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, text).into());
+        }
         // The socket's own word for it: the data process may live in another pid namespace.
-        let pid = stream.peer_cred()?.pid().and_then(|pid| u32::try_from(pid).ok());
+        let pid = peer.pid().and_then(|pid| u32::try_from(pid).ok());
         let mut client = Self { stream, pid: pid.filter(|&pid| pid != 0), node: None };
         match client.request(&Request::Hello { version: PROTOCOL_VERSION }).await? {
             Response::Hello { version: PROTOCOL_VERSION, node, .. } => {
@@ -144,5 +151,37 @@ impl Client {
         let mut byte = [0];
         // Whatever comes unasked ends this connection as well as its end does.
         let _ = self.stream.read(&mut byte).await;
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixListener;
+
+    use rustix::process::Uid;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn nobody_elses_listener_is_told_anything() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("dataplane.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        // Whoever connects is told who has called listen(2). Rights are each thread's own.
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let nobody = Uid::from_raw(65_534);
+                let set = rustix::thread::set_thread_res_uid(nobody, nobody, nobody);
+                set.expect("this test needs root");
+                rustix::net::listen(&listener, 4).unwrap();
+            });
+        });
+        let error = Client::connect(&path).await.unwrap_err();
+        let refused = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
+        assert!(matches!(&error, ClientError::Io(error) if refused(error)), "{error}");
+        let (mut stream, _) = listener.accept().unwrap();
+        assert_eq!(stream.read_to_end(&mut Vec::new()).unwrap(), 0, "it was told something");
     }
 }

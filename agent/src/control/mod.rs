@@ -35,7 +35,7 @@ use self::source::{Reader, Source};
 use self::supervisor::{End, Handle};
 use self::watch::SourceWatch;
 use crate::cni::Pods;
-use crate::config::Config;
+use crate::config::{Config, Mode};
 use crate::failure::Failure;
 use crate::http;
 use crate::ipc::{NarrowPath, Snapshot};
@@ -43,6 +43,7 @@ use crate::lifecycle::{Asked, NotReady, Signals};
 use crate::netlink::interface::{InterfaceError, Present, Wanted};
 use crate::netlink::monitor::Monitor;
 use crate::netlink::{Netlink, NetlinkError};
+use crate::sys::socket::make_directory;
 use crate::sys::tun::TunError;
 
 /// The interface is compared with what is wanted this often, whatever was announced.
@@ -69,6 +70,11 @@ pub async fn run(config: Config, take_over: bool) -> Result<Ended, Failure> {
     let mut signals = Signals::take().context("cannot take signals")?;
     if take_over && let Err(error) = server::ask_to_give_way(&config.control.socket).await {
         tracing::warn!(%error, "the agent that runs was not asked to give way");
+    }
+    // Where somebody else starts it, the directory is theirs to make.
+    if config.dataplane.mode == Mode::Spawn {
+        make_directory(&config.dataplane.socket)
+            .map_err(|error| Failure::io("cannot use dataplane.socket", error))?;
     }
     let lock = free(take_over, || StateLock::take(&config.state_dir)).await?;
     let rotation = Rotation::load(&config)?;

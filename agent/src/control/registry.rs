@@ -251,6 +251,13 @@ fn read_store(store: &Path, source: &Path) -> Option<Accepted> {
     (stored.source == source).then_some(stored.files)
 }
 
+/// For the fuzzer: what was kept can be kept again.
+pub(crate) fn fuzz_stored(bytes: &[u8]) {
+    let Ok(stored) = serde_json::from_slice::<Stored>(bytes) else { return };
+    let again = serde_json::to_vec(&stored).map(|bytes| serde_json::from_slice::<Stored>(&bytes));
+    assert!(again.is_ok_and(|again| again.is_ok_and(|again| again.files == stored.files)));
+}
+
 fn local_cidrs(own: &Own, accepted: &Accepted) -> Option<Vec<IpNet>> {
     let record = || accepted.values().flatten().find(|record| record.name == own.name);
     own.pod_cidrs.clone().or_else(|| record().map(|record| record.pod_cidrs.clone()))

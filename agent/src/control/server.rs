@@ -15,7 +15,7 @@ use tokio::sync::{oneshot, watch};
 use super::rotation::{Ask, RotationRequest, RotationStatus};
 use super::shared::{Document, Shared};
 use crate::failure::Failure;
-use crate::sys::socket::is_absent;
+use crate::sys::socket::{is_absent, is_trusted, make_directory};
 
 /// How long a reader may take.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -46,9 +46,7 @@ pub fn bind_socket(key: &str, path: &Path) -> Result<UnixListener, Failure> {
             "another agent listens on {shown}: stop it, or set {key} to another path"
         )));
     }
-    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-        std::fs::create_dir_all(parent).map_err(failed)?;
-    }
+    make_directory(path).map_err(failed)?;
     match std::fs::symlink_metadata(path) {
         Ok(found) if !std::os::unix::fs::FileTypeExt::is_socket(&found.file_type()) => {
             return Err(Failure::Taken(format!(
@@ -94,8 +92,7 @@ pub async fn serve(listener: UnixListener, shared: Shared, asks: Asks) {
 }
 
 async fn answer(mut stream: UnixStream, shared: &Shared, asks: &Asks) -> io::Result<()> {
-    let uid = stream.peer_cred()?.uid();
-    if uid != 0 && uid != rustix::process::geteuid().as_raw() {
+    if !is_trusted(stream.peer_cred()?.uid()) {
         return Err(io::ErrorKind::PermissionDenied.into());
     }
     let mut said = String::new();

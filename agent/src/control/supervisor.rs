@@ -45,6 +45,8 @@ pub struct Settings {
     pub log: Log,
     /// Where the time is kept.
     pub clock: PathBuf,
+    /// Whether it is confined to the system calls that it needs.
+    pub seccomp: bool,
 }
 
 impl Settings {
@@ -56,6 +58,7 @@ impl Settings {
             mode: dataplane.mode,
             log: config.log.clone(),
             clock: config.state_dir.join(super::clock::FILE),
+            seccomp: dataplane.seccomp,
         }
     }
 }
@@ -509,6 +512,7 @@ impl Supervisor {
                 .arg0("skein-agent")
                 .args(["dataplane", "--log-level", &log.level, "--log-format", format, "--socket"])
                 .arg(&self.settings.socket)
+                .args((!self.settings.seccomp).then_some("--no-seccomp"))
                 .stdin(Stdio::null())
                 // The terminal's Ctrl-C is for the control process, which decides what ends.
                 .process_group(0)

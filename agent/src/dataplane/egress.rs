@@ -248,7 +248,7 @@ impl Egress {
         if !held {
             self.drop(lane, DropReason::NoSession, packet);
         }
-        if ask && lane.tell(ToManager::WantSession(peer)) {
+        if ask && lane.manager.tell(ToManager::WantSession(peer)) {
             self.pending.asked(lane.now(), peer);
         }
     }

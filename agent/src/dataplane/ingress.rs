@@ -19,7 +19,6 @@ use skein_core::wire::header::{Flags, HEADER_LEN, Header, MessageType, TAG_LEN};
 use skein_core::wire::ip::IpHeader;
 
 use super::lane::LaneContext;
-use super::manager::ToManager;
 use super::stats::{Values, add};
 use super::tables::Tables;
 use super::tap::{Bytes, Sight};
@@ -207,7 +206,13 @@ impl Ingress {
             if datagram.len() > longest {
                 return Err(DropReason::HandshakeInvalid);
             }
-            return lane.forward(ToManager::Datagram { source, datagram: datagram.into() });
+            // Nobody but a peer, or who sees its datagrams, can name a session.
+            if header.kind == MessageType::Control && !self.by_index.contains_key(&header.receiver)
+            {
+                lane.unknown_session(source.ip());
+                return Err(DropReason::UnknownSession);
+            }
+            return lane.manager.hand_on(header.kind, source, datagram);
         }
         if self.last.is_none_or(|(receiver, _)| receiver != header.receiver) {
             self.last = self.by_index.get(&header.receiver).map(|&at| (header.receiver, at));

@@ -23,7 +23,7 @@ use crate::ipc::{
 };
 use crate::lifecycle::retire;
 use crate::sys::descriptors;
-use crate::sys::socket::{hung_up, is_absent};
+use crate::sys::socket::{hung_up, is_absent, is_trusted, peer_credentials};
 
 /// A data process that dies sooner than this after its start has gained nothing …
 const STABLE: Duration = Duration::from_secs(10);
@@ -249,6 +249,10 @@ fn ask(socket: &Path) -> io::Result<Answer> {
 
 fn connect(socket: &Path) -> io::Result<UnixStream> {
     let stream = UnixStream::connect(socket)?;
+    if !is_trusted(peer_credentials(&stream)?.uid) {
+        let text = "what listens there is another user's";
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+    }
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     Ok(stream)

@@ -9,18 +9,17 @@ use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{SyncSender, TrySendError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use skein_core::drop::DropReason;
 use skein_core::offload::coalesce::CoalesceConfig;
 
 use super::busy_poll::BusyPoll;
 use super::egress::{Egress, SEND_PATIENCE, TunState};
 use super::ingress::Ingress;
 use super::manager::ToManager;
+use super::queue::ToManagerQueue;
 use super::stats::LaneStats;
 use super::tables::{Published, Tables};
 use super::tap::{Bytes, Sight, Tap};
@@ -62,7 +61,7 @@ pub(super) struct LaneParts {
     /// The tables in force.
     pub(super) published: Arc<Published>,
     /// The manager's queue.
-    pub(super) manager: SyncSender<ToManager>,
+    pub(super) manager: ToManagerQueue,
     /// For whoever looks.
     pub(super) tap: Arc<Tap>,
 }
@@ -83,7 +82,8 @@ pub(super) struct LaneContext {
     pub(super) captured: bool,
     published: Arc<Published>,
     epoch: u64,
-    manager: SyncSender<ToManager>,
+    /// The manager's queue.
+    pub(super) manager: ToManagerQueue,
     now: Instant,
     unknown_session_told: Option<Instant>,
 }
@@ -287,7 +287,7 @@ impl Lane {
                 lane = self.context.index,
                 "the TUN device is gone; waiting for another"
             );
-            self.context.tell(ToManager::TunGone { generation: self.generation });
+            self.context.manager.tell(ToManager::TunGone { generation: self.generation });
             if let Some(tun) = self.tun.take() {
                 // Closing would remove it as well; a failure here changes nothing.
                 let _ = self.poller.remove(tun.as_fd());
@@ -384,25 +384,11 @@ impl LaneContext {
         Some(self.published.load())
     }
 
-    /// Tells the manager something, and returns whether it was taken. It is not while the manager
-    /// is behind, and when the process ends.
-    pub(super) fn tell(&self, message: ToManager) -> bool {
-        self.manager.try_send(message).is_ok()
-    }
-
-    /// Hands a datagram to the manager.
-    pub(super) fn forward(&self, message: ToManager) -> Result<(), DropReason> {
-        match self.manager.try_send(message) {
-            Ok(()) | Err(TrySendError::Disconnected(_)) => Ok(()),
-            Err(TrySendError::Full(_)) => Err(DropReason::ManagerQueue),
-        }
-    }
-
     /// Notes that `source` sent a datagram of a session that is not known here.
     pub(super) fn unknown_session(&mut self, source: IpAddr) {
         if self.unknown_session_told.is_none_or(|t| self.now - t >= UNKNOWN_SESSION_INTERVAL) {
             self.unknown_session_told = Some(self.now);
-            self.tell(ToManager::UnknownSession(source));
+            self.manager.tell(ToManager::UnknownSession(source));
         }
     }
 }

@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -20,6 +20,7 @@ use zeroize::Zeroizing;
 
 use super::handover::{self, Estate, ToKeeper};
 use super::memory::{Resumed, SessionMemory};
+use super::queue::{self, Place, ToManagerQueue};
 use super::report;
 use super::setup::{Running, SetupError};
 use super::stats::DropStats;
@@ -33,9 +34,6 @@ use crate::keys::{PrivateKey, PublicKey};
 use crate::sys::tun::TunError;
 use crate::sys::udp::UdpError;
 
-/// Messages that may wait for the manager. Handshakes beyond are dropped and counted: whoever sent
-/// them tries again.
-const QUEUE: usize = 1024;
 /// How soon to look again whether lanes have let go of old tables.
 const SWEEP: Duration = Duration::from_millis(100);
 /// Messages dealt with before what they led to is published and sent.
@@ -58,6 +56,9 @@ pub(super) enum ToManager {
         source: SocketAddr,
         /// UDP payload.
         datagram: Box<[u8]>,
+        /// Of a handshake message.
+        #[allow(dead_code, reason = "given back when it is dropped")]
+        place: Option<Place>,
     },
     /// From the control socket.
     Request {
@@ -81,8 +82,8 @@ pub(super) fn start(
     keeper: Option<UnixStream>,
     left: Option<(HandOver, Estate)>,
     tap: Arc<Tap>,
-) -> std::io::Result<(SyncSender<ToManager>, JoinHandle<()>)> {
-    let (sender, receiver) = sync_channel(QUEUE);
+) -> std::io::Result<(ToManagerQueue, JoinHandle<()>)> {
+    let (sender, receiver) = queue::new();
     let mut manager = Manager {
         started: Instant::now(),
         queue: receiver,
@@ -103,7 +104,7 @@ pub(super) fn start(
 struct Manager {
     started: Instant,
     queue: Receiver<ToManager>,
-    to_manager: SyncSender<ToManager>,
+    to_manager: ToManagerQueue,
     /// Absent where nobody is to go on when this process dies.
     keeper: Option<UnixStream>,
     tap: Arc<Tap>,
@@ -539,7 +540,7 @@ impl Active {
         match message {
             ToManager::WantSession(peer) => self.engine.want_session(now, peer),
             ToManager::UnknownSession(source) => self.engine.unknown_session(now, source),
-            ToManager::Datagram { source, mut datagram } => {
+            ToManager::Datagram { source, mut datagram, .. } => {
                 // What was dropped before this one is not its.
                 self.drops.collect(self.engine.drops());
                 self.engine.handle_datagram(now, source, &mut datagram);

@@ -10,6 +10,7 @@ mod lane;
 mod manager;
 mod memory;
 mod pending;
+mod queue;
 mod report;
 mod server;
 mod setup;
@@ -32,7 +33,7 @@ use self::handover::{Begin, Estate};
 use self::tap::Tap;
 use crate::config::{Log, LogFormat};
 use crate::ipc::{HandOver, PROTOCOL_VERSION, Request, Response, read_frame, write_frame};
-use crate::sys::descriptors;
+use crate::sys::{confine, descriptors, seccomp};
 
 /// How long a probe waits for each step.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -46,6 +47,8 @@ pub struct Options {
     pub take_over: bool,
     /// How the data process logs.
     pub log: Log,
+    /// Whether the data process is confined to the system calls that it needs.
+    pub seccomp: bool,
 }
 
 /// Keeps a data process at work until it is asked to end over its socket.
@@ -60,16 +63,29 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let mut arguments: Vec<OsString> = vec!["dataplane".into()];
     arguments.extend(log.map(Into::into));
     arguments.extend(socket.map(Into::into));
+    arguments.extend((!options.seccomp).then(|| "--no-seccomp".into()));
     arguments.push("--worker".into());
+    let rights = confine::give_up(confine::DATAPLANE).context("cannot give up capabilities")?;
+    tracing::info!(capabilities = ?rights, "capabilities given up but for these");
     keeper::run(&options.socket, options.take_over, &arguments)
 }
 
 /// The data process: works for the keeper at the other end of a descriptor that it inherited.
-pub fn work(channel: i32) -> anyhow::Result<()> {
+pub fn work(channel: i32, confined: bool) -> anyhow::Result<()> {
+    // Nothing of this may come back with a program that the keeper starts.
+    confine::give_up(confine::DATAPLANE).context("cannot give up capabilities")?;
     // Nobody could give its descriptors to another one.
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
         .context("cannot be tied to the keeper")?;
     let channel = descriptors::inherited(channel).context("--worker is the keeper's to use")?;
+    // Before anything of a stranger's can be read, and before there are other threads.
+    match confined {
+        true => match seccomp::confine() {
+            Ok(()) => tracing::info!("confined to the system calls that a data process needs"),
+            Err(error) => tracing::warn!(%error, "not confined: this kernel has no seccomp"),
+        },
+        false => tracing::warn!("not confined: seccomp is switched off"),
+    }
     let begin: Option<Begin> = handover::receive(&channel).context("the keeper says nothing")?;
     let Begin { left } = begin.context("the keeper is gone")?;
     let count = 1 + left.as_ref().map_or(0, HandOver::descriptors);
@@ -106,6 +122,12 @@ fn serve(
         let _ = std::fs::remove_file(socket);
     }
     ended.map_err(|_| anyhow::anyhow!("the manager's thread has panicked"))
+}
+
+/// For the fuzzer: what a keeper and its data process say to each other.
+pub(crate) fn fuzz_frames(bytes: &[u8]) {
+    crate::fuzzing::frames::<Begin>(bytes);
+    crate::fuzzing::frames::<handover::ToKeeper>(bytes);
 }
 
 /// Whether the data process at `socket` answers: its manager's thread, which the lanes obey.

@@ -6,16 +6,17 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 
 use super::manager::ToManager;
+use super::queue::ToManagerQueue;
 use super::tap::Tap;
 use crate::ipc::watch::Watch;
 use crate::ipc::{ErrorKind, HANDOVER_VERSION, Request, Response, read_frame, write_frame};
-use crate::sys::socket::{hung_up, peer_credentials};
+use crate::sys::socket::{hung_up, is_trusted, make_directory, peer_credentials};
 
 /// Connections served at once: the control process's, and a few of people who look.
 const CONNECTIONS: usize = 8;
@@ -42,10 +43,7 @@ pub(super) fn bind(path: &Path) -> anyhow::Result<UnixListener> {
             return Err(error).with_context(|| format!("cannot use the socket {}", path.display()));
         }
     }
-    if let Some(parent) = path.parent() {
-        std::fs::create_dir_all(parent)
-            .with_context(|| format!("cannot make the directory {}", parent.display()))?;
-    }
+    make_directory(path).with_context(|| format!("cannot listen on {}", path.display()))?;
     let listener = UnixListener::bind(path)
         .with_context(|| format!("cannot listen on the socket {}", path.display()))?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
@@ -63,7 +61,7 @@ pub(super) fn own(listener: &UnixListener) -> io::Result<()> {
 }
 
 /// Accepts connections until the process ends.
-pub(super) fn serve(listener: UnixListener, manager: SyncSender<ToManager>, tap: Arc<Tap>) {
+pub(super) fn serve(listener: UnixListener, manager: ToManagerQueue, tap: Arc<Tap>) {
     let open = Arc::new(AtomicUsize::new(0));
     for stream in listener.incoming() {
         let stream = match stream {
@@ -95,11 +93,11 @@ pub(super) fn serve(listener: UnixListener, manager: SyncSender<ToManager>, tap:
 
 fn converse(
     mut stream: UnixStream,
-    manager: &SyncSender<ToManager>,
+    manager: &ToManagerQueue,
     tap: &Arc<Tap>,
 ) -> anyhow::Result<()> {
     let uid = peer_credentials(&stream)?.uid;
-    if uid != 0 && uid != rustix::process::geteuid().as_raw() {
+    if !is_trusted(uid) {
         bail!("user {uid} may not use the data plane");
     }
     loop {

@@ -5,7 +5,6 @@ use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::mpsc::SyncSender;
 use std::time::Duration;
 
 use skein_core::offload::coalesce::CoalesceConfig;
@@ -14,7 +13,7 @@ use thiserror::Error;
 
 use super::handover::{self, FamilySockets};
 use super::lane::{LaneHandle, LaneParts, NewTun};
-use super::manager::ToManager;
+use super::queue::ToManagerQueue;
 use super::tables::Published;
 use super::tap::Tap;
 use crate::ipc::{
@@ -79,7 +78,7 @@ impl Running {
     pub(super) fn open(
         node: &NodeSettings,
         published: &Arc<Published>,
-        manager: &SyncSender<ToManager>,
+        manager: &ToManagerQueue,
         tap: &Arc<Tap>,
     ) -> Result<Self, SetupError> {
         if !(1..=64).contains(&node.lanes) {
@@ -137,7 +136,7 @@ impl Running {
         queues: Vec<OwnedFd>,
         sockets: Vec<FamilySockets>,
         published: &Arc<Published>,
-        manager: &SyncSender<ToManager>,
+        manager: &ToManagerQueue,
         tap: &Arc<Tap>,
     ) -> Result<Self, SetupError> {
         let inherit = |fd| tun::inherit_queue(fd, &node.tun.name);
@@ -156,7 +155,7 @@ impl Running {
         node: &NodeSettings,
         opened: Opened,
         published: &Arc<Published>,
-        manager: &SyncSender<ToManager>,
+        manager: &ToManagerQueue,
         tap: &Arc<Tap>,
     ) -> io::Result<Self> {
         let Opened { queues, sockets, offload, gso, capabilities, generation } = opened;

@@ -206,7 +206,10 @@ fn is_comment(part: &Value) -> bool {
 
 /// Every chain at the forward hook that sees packets of pods.
 async fn chains() -> Result<Vec<Chain>, FirewallError> {
-    let objects = objects(&["-j", "list", "chains"], "chain").await?;
+    Ok(read_chains(objects(&["-j", "list", "chains"], "chain").await?))
+}
+
+fn read_chains(objects: Vec<Value>) -> Vec<Chain> {
     let word = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let ip = |chain: &Value| ["ip", "ip6", "inet"].contains(&word(&chain["family"]).as_str());
     let forward = objects.into_iter().filter(|chain| chain["hook"] == "forward" && ip(chain));
@@ -216,7 +219,20 @@ async fn chains() -> Result<Vec<Chain>, FirewallError> {
         name: word(&chain["name"]),
         drops: chain["policy"] == "drop",
     };
-    Ok(forward.map(chain).collect())
+    forward.map(chain).collect()
+}
+
+/// For the fuzzer: whatever rules there are, ours are found among them or put right.
+pub(crate) fn fuzz_printed(text: &str) {
+    let (Ok(chains), Ok(rules)) = (read_objects(text, "chain"), read_objects(text, "rule")) else {
+        return;
+    };
+    for chain in read_chains(chains) {
+        let wanted = wanted("skein0");
+        let text = changes(&chain, &rules, &wanted).unwrap_or_default();
+        let added = text.lines().filter(|line| line.starts_with("add rule ")).count();
+        assert!(added <= wanted.len());
+    }
 }
 
 async fn rules(chain: &Chain) -> Result<Vec<Value>, FirewallError> {
@@ -225,9 +241,12 @@ async fn rules(chain: &Chain) -> Result<Vec<Value>, FirewallError> {
 }
 
 async fn objects(arguments: &[&str], kind: &str) -> Result<Vec<Value>, FirewallError> {
-    let text = nft(arguments, "").await?;
+    read_objects(&nft(arguments, "").await?, kind)
+}
+
+fn read_objects(text: &str, kind: &str) -> Result<Vec<Value>, FirewallError> {
     let unreadable = || FirewallError::Unreadable(text.chars().take(80).collect());
-    let mut document: Value = serde_json::from_str(&text).map_err(|_| unreadable())?;
+    let mut document: Value = serde_json::from_str(text).map_err(|_| unreadable())?;
     let all = document["nftables"].as_array_mut().map(std::mem::take).ok_or_else(unreadable)?;
     Ok(all.into_iter().filter_map(|mut object| Some(object.get_mut(kind)?.take())).collect())
 }

@@ -70,6 +70,11 @@ fn request(name: &str) -> Vec<u8> {
     bytes
 }
 
+/// For the fuzzer.
+pub(crate) fn fuzz_answer(answer: &[u8]) {
+    let _ = parse(answer);
+}
+
 fn parse(answer: &[u8]) -> io::Result<Option<Link>> {
     let short = || io::Error::new(io::ErrorKind::InvalidData, "short answer from rtnetlink");
     let kind = answer.get(4..6).map(u16_at).ok_or_else(short)?;

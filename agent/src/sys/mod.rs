@@ -3,6 +3,7 @@
 //! Nothing in here knows of tunnels, sessions or routes. What goes out and comes in are byte
 //! slices, [`std::net::SocketAddr`] and typed errors; no libc structure leaves the module.
 
+pub mod confine;
 pub mod descriptors;
 pub mod link;
 pub mod memory;
@@ -10,6 +11,7 @@ pub mod netns;
 pub mod poll;
 pub mod probe;
 pub mod recv;
+pub mod seccomp;
 pub mod send;
 pub mod socket;
 mod sockopt;

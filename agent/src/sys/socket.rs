@@ -2,7 +2,9 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 
 /// The process at the other end of a unix socket, as it was when it connected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +40,36 @@ pub fn peer_credentials(stream: &UnixStream) -> io::Result<PeerCredentials> {
     Ok(PeerCredentials { pid, uid: credentials.uid, gid: credentials.gid })
 }
 
+/// Whether a user may be trusted as this process is: root, or its own user.
+pub fn is_trusted(uid: u32) -> bool {
+    uid == 0 || uid == rustix::process::geteuid().as_raw()
+}
+
+/// Makes the directory of a socket where there is none. Refuses one in which other users could put a socket of
+/// theirs in its place: a snapshot with the node's key goes to whoever listens.
+pub fn make_directory(socket: &Path) -> io::Result<()> {
+    let Some(directory) = socket.parent().filter(|parent| !parent.as_os_str().is_empty()) else {
+        return Ok(());
+    };
+    std::fs::create_dir_all(directory)?;
+    let refused = |why: &str| {
+        let text = format!(
+            "the directory {} {why}: use one that only root may change, as /run/skein",
+            directory.display()
+        );
+        Err(io::Error::other(text))
+    };
+    let itself = std::fs::symlink_metadata(directory)?;
+    let found = std::fs::metadata(directory)?;
+    if !is_trusted(itself.uid()) || !is_trusted(found.uid()) {
+        return refused("belongs to another user");
+    }
+    if found.mode() & 0o022 != 0 {
+        return refused("can be changed by other users");
+    }
+    Ok(())
+}
+
 /// Whether a connection failed because nobody listens: there is no socket, or a dead process left it.
 pub fn is_absent(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
@@ -53,6 +85,22 @@ pub fn hung_up(error: &io::Error) -> bool {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn directories_are_made_and_those_of_others_refused() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("a/b/s.sock");
+        make_directory(&socket).unwrap();
+        make_directory(&socket).unwrap();
+        make_directory(Path::new("s.sock")).unwrap();
+        for mode in [0o777, 0o1777, 0o775, 0o757] {
+            let parent = socket.parent().unwrap();
+            std::fs::set_permissions(parent, std::fs::Permissions::from_mode(mode)).unwrap();
+            let error = make_directory(&socket).unwrap_err().to_string();
+            assert!(error.contains("a/b"), "{error}");
+        }
+    }
 
     #[test]
     fn the_peer_of_a_pair_is_this_process() {

@@ -42,7 +42,7 @@ pub enum Variant {
 }
 
 /// Names of the variants, and the setting that makes each.
-const SETTINGS: [(&str, &str, Setting); 10] = [
+const SETTINGS: [(&str, &str, Setting); 11] = [
     ("skein-no-uso", "offload.tun_uso", Setting::Off),
     ("skein-no-tso", "offload.tun_tso", Setting::Off),
     ("skein-no-checksum", "offload.tun_checksum", Setting::Off),
@@ -50,6 +50,7 @@ const SETTINGS: [(&str, &str, Setting); 10] = [
     ("skein-no-gro", "offload.udp_gro", Setting::Off),
     ("skein-no-bundling", "dataplane.bundling", Setting::Off),
     ("skein-no-busy-poll", "dataplane.busy_poll_us", Setting::Number(0)),
+    ("skein-no-seccomp", "dataplane.seccomp", Setting::Off),
     ("skein-1-lane", "dataplane.lanes", Setting::Number(1)),
     ("skein-4-lanes", "dataplane.lanes", Setting::Number(4)),
     ("skein-chacha20", "dataplane.cipher", Setting::Text("chacha20-poly1305")),

@@ -1,6 +1,7 @@
 //! Child processes that never outlive us: killed with the thread that started them, reaped when
 //! dropped, addressed by process id only.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{Read, Write as _};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
@@ -265,6 +266,20 @@ pub fn cpu_seconds(pids: &[i32]) -> f64 {
         Some((user + system) / ticks)
     };
     pids.iter().filter_map(one).sum()
+}
+
+/// CPU time (user and system) that each thread of a process has used, in seconds, by their names.
+pub fn thread_cpu_seconds(pid: i32) -> Result<BTreeMap<String, f64>> {
+    let mut threads = BTreeMap::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let path = entry?.path();
+        let name = fs::read_to_string(path.join("comm"))?.trim().to_owned();
+        // Finer than the ticks of `stat`: nanoseconds, in the first field.
+        let times = fs::read_to_string(path.join("schedstat"))?;
+        let nanos: f64 = times.split_whitespace().next().context("schedstat")?.parse()?;
+        *threads.entry(name).or_default() += nanos / 1e9;
+    }
+    Ok(threads)
 }
 
 /// Busy CPU time of the whole machine since it started, in seconds.

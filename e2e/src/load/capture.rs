@@ -1,6 +1,7 @@
 //! Listening on the switch, as somebody between the nodes can.
 
 use std::io::ErrorKind;
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -87,6 +88,14 @@ impl Frame {
         Some((u16::from_be_bytes([header[2], header[3]]), segment.get(8..length)?))
     }
 
+    /// Where it goes, if this is IPv4.
+    pub fn destination(&self) -> Option<Ipv4Addr> {
+        let (ethernet, packet) = self.bytes.split_at_checked(14)?;
+        let ip = u16::from_be_bytes([ethernet[12], ethernet[13]]) == ETH_P_IP;
+        let octets: [u8; 4] = packet.get(16..20).filter(|_| ip)?.try_into().ok()?;
+        Some(octets.into())
+    }
+
     /// Whether these bytes are anywhere in it.
     pub fn contains(&self, wanted: &[u8]) -> bool {
         self.bytes.windows(wanted.len()).any(|window| window == wanted)
@@ -105,6 +114,7 @@ mod tests {
         bytes.extend([192, 0, 2, 1, 192, 0, 2, 2, 0, 9, 0xca, 0xbc, 0, 10, 0, 0, 7, 8]);
         let frame = Frame { bytes };
         assert_eq!(frame.udp().unwrap(), (51900, &[7, 8][..]));
+        assert_eq!(frame.destination().unwrap(), Ipv4Addr::new(192, 0, 2, 2));
         assert!(frame.contains(&[7, 8]) && !frame.contains(&[8, 7]));
         for n in 0..frame.bytes.len() {
             assert!(Frame { bytes: frame.bytes[..n].to_vec() }.udp().is_none());

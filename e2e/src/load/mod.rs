@@ -1,5 +1,6 @@
 //! Traffic for pods: what sends and receives it, and what was measured.
 
+pub mod blast;
 pub mod capture;
 pub mod gauge;
 pub mod http;

@@ -1,5 +1,7 @@
 //! `cargo e2e fuzz`: every fuzz target for a bounded time.
 
+use std::process::Stdio;
+
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 
@@ -11,9 +13,15 @@ pub struct Options {
     /// Seconds for each target.
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=3600))]
     seconds: u32,
+    /// Executions of each target; it ends with whichever of the two comes first.
+    #[arg(long)]
+    runs: Option<u64>,
     /// Only targets whose name contains this.
     filter: Option<String>,
 }
+
+/// The crates whose `fuzz` directories have targets.
+const CRATES: [&str; 2] = ["agent/core", "agent"];
 
 /// Runs the command.
 pub fn run(options: &Options) -> Result<()> {
@@ -21,30 +29,24 @@ pub fn run(options: &Options) -> Result<()> {
         println!("installing cargo-fuzz (cargo install cargo-fuzz)");
         cargo::run(&["install", "--locked", "cargo-fuzz"])?;
     }
-    let all = output(&["fuzz", "list"])?;
-    let wanted = |name: &&str| options.filter.as_deref().is_none_or(|f| name.contains(f));
-    let targets: Vec<&str> = all.lines().map(str::trim).filter(|t| !t.is_empty()).collect();
-    let targets: Vec<&str> = targets.into_iter().filter(wanted).collect();
-    if targets.is_empty() {
-        bail!(
-            "no such fuzz target; there are: {}",
-            all.split_whitespace().collect::<Vec<_>>().join(", ")
-        );
+    let mut all = vec![];
+    for from in CRATES {
+        let names = output(from, &["fuzz", "list"])?;
+        let names = names.lines().map(str::trim).filter(|name| !name.is_empty());
+        all.extend(names.map(|name| (from, name.to_owned())));
     }
-    let workspace = cargo::workspace().canonicalize().context("finding the workspace")?;
+    let wanted = |(_, name): &&(&str, String)| {
+        options.filter.as_deref().is_none_or(|filter| name.contains(filter))
+    };
+    let targets: Vec<_> = all.iter().filter(wanted).collect();
+    if targets.is_empty() {
+        let names: Vec<_> = all.iter().map(|(_, name)| name.as_str()).collect();
+        bail!("no such fuzz target; there are: {}", names.join(", "));
+    }
     let mut failed = vec![];
-    for target in &targets {
-        println!("fuzzing {target} for {} s", options.seconds);
-        // What the fuzzer finds out goes to a directory of its own; the kept corpus is read only.
-        let found = workspace.join("out/fuzz").join(target);
-        std::fs::create_dir_all(&found).with_context(|| found.display().to_string())?;
-        let (found, kept) = (found.to_string_lossy(), format!("fuzz/corpus/{target}"));
-        let limit = format!("-max_total_time={}", options.seconds);
-        let mut arguments = vec!["fuzz", "run", target, &found, &kept, "--"];
-        arguments.extend([limit.as_str(), "-max_len=70000", "-verbosity=0"]);
-        let status = in_crate(&arguments).status().context("starting cargo fuzz")?;
-        if !status.success() {
-            failed.push(*target);
+    for (from, target) in &targets {
+        if !fuzz(options, from, target)? {
+            failed.push(target.as_str());
         }
     }
     if !failed.is_empty() {
@@ -54,10 +56,50 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
+/// Runs one target; whether it found nothing.
+fn fuzz(options: &Options, from: &str, target: &str) -> Result<bool> {
+    // What the fuzzer finds out goes to a directory of its own; the kept corpus is read only.
+    let workspace = cargo::workspace().canonicalize().context("finding the workspace")?;
+    let found = workspace.join("out/fuzz").join(target);
+    std::fs::create_dir_all(&found).with_context(|| found.display().to_string())?;
+    let (found, kept) = (found.to_string_lossy(), format!("fuzz/corpus/{target}"));
+    let time = format!("-max_total_time={}", options.seconds);
+    // -1: without end.
+    let runs = format!("-runs={}", options.runs.map_or(-1, u64::cast_signed));
+    // What is fuzzed has no unsafe code: there is nothing for a sanitizer to find, and without one there are
+    // more executions. Overflows and failed assertions panic.
+    let mut arguments = vec!["fuzz", "run", "--sanitizer", "none", target, &found, &kept, "--"];
+    arguments.extend([time.as_str(), &runs, "-max_len=70000", "-print_final_stats=1"]);
+    let output = in_crate(from, &arguments).stdin(Stdio::null()).output();
+    let output = output.context("starting cargo fuzz")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    match output.status.success() {
+        true => println!("{target}: {}", figures(&said)),
+        false => {
+            let lines: Vec<_> = said.lines().collect();
+            println!("{target}:\n{}", lines[lines.len().saturating_sub(60)..].join("\n"));
+        }
+    }
+    Ok(output.status.success())
+}
+
+/// Executions, and how much of the code they have reached: edges (`cov`), and edges by how often (`ft`).
+fn figures(said: &str) -> String {
+    let word_after = |line: &str, name: &str| {
+        let mut words = line.split_whitespace();
+        words.by_ref().find(|word| *word == name)?;
+        words.next().map(str::to_owned)
+    };
+    let last = |name: &str| said.lines().rev().find_map(|line| word_after(line, name));
+    let [runs, edges, features] = ["stat::number_of_executed_units:", "cov:", "ft:"]
+        .map(|name| last(name).unwrap_or_default());
+    format!("{runs} executions, {edges} edges, {features} features")
+}
+
 /// Cargo with the nightly toolchain, which the fuzzer's instrumentation needs.
-fn in_crate(arguments: &[&str]) -> std::process::Command {
+fn in_crate(from: &str, arguments: &[&str]) -> std::process::Command {
     let mut command = std::process::Command::new("cargo");
-    command.arg("+nightly").args(arguments).current_dir(cargo::workspace().join("agent/core"));
+    command.arg("+nightly").args(arguments).current_dir(cargo::workspace().join(from));
     // Set by the cargo that started us, and in the way of another toolchain.
     for variable in ["CARGO", "RUSTUP_TOOLCHAIN", "RUSTC", "RUSTDOC"] {
         command.env_remove(variable);
@@ -66,12 +108,12 @@ fn in_crate(arguments: &[&str]) -> std::process::Command {
 }
 
 fn installed() -> Result<bool> {
-    let output = in_crate(&["fuzz", "--version"]).output();
+    let output = in_crate(CRATES[0], &["fuzz", "--version"]).output();
     Ok(output.context("starting cargo (is rustup installed?)")?.status.success())
 }
 
-fn output(arguments: &[&str]) -> Result<String> {
-    let output = in_crate(arguments).output().context("starting cargo fuzz")?;
+fn output(from: &str, arguments: &[&str]) -> Result<String> {
+    let output = in_crate(from, arguments).output().context("starting cargo fuzz")?;
     if !output.status.success() {
         bail!(
             "cargo {} failed (it needs the nightly toolchain: rustup toolchain install nightly): {}",
@@ -80,4 +122,16 @@ fn output(arguments: &[&str]) -> Result<String> {
         );
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_of_what_the_fuzzer_says() {
+        let said = "#2\tINITED cov: 5 ft: 6 corp: 1/1b\n#900\tDONE   cov: 48 ft: 77 corp: 9/61b\n\
+                    Done 900 runs in 1 second(s)\nstat::number_of_executed_units: 900\n";
+        assert_eq!(figures(said), "900 executions, 48 edges, 77 features");
+    }
 }

@@ -10,7 +10,8 @@ use crate::time::Time;
 use crate::tunnel::fuzz_access::{check_payloads, repair_first_check};
 use crate::tunnel::session::COUNTER_LIMIT;
 use crate::tunnel::{
-    Cipher, Ciphers, Engine, EngineConfig, PeerConfig, ReplayWindow, Session, SessionParams,
+    Cipher, Ciphers, Engine, EngineConfig, Kept, PeerConfig, ReplayWindow, SAVED_LEN, SavedSession,
+    Session, SessionParams,
 };
 use crate::wire::header::{
     CONTROL_LANE, Flags, HEADER_LEN, Header, MAX_LANES, MessageType, OVERHEAD,
@@ -59,6 +60,38 @@ pub fn open_datagram(data: &[u8]) {
 /// Payloads of handshake and control messages: what is read is written again the same.
 pub fn handshake_payloads(data: &[u8]) {
     check_payloads(data);
+}
+
+/// A session that another process has left, in memory that this one cannot trust: one that is taken is written
+/// again the same, but for what means nothing, and makes a session or an error.
+pub fn saved_session(data: &[u8]) {
+    let Some(bytes) = data.first_chunk::<SAVED_LEN>() else { return };
+    let Some(saved) = SavedSession::from_bytes(bytes) else { return };
+    let written = saved.to_bytes();
+    let again = SavedSession::from_bytes(&written).expect("it was written");
+    assert_eq!(again.to_bytes(), written);
+    let mut engine = engine(0);
+    engine.upsert_peer(
+        Time::default(),
+        PeerConfig { public_key: saved.public_key, endpoints: vec![address(1)] },
+    );
+    let now = Time { mono: saved.established, wall: Duration::ZERO };
+    let taken = engine.resume(now, [(saved, Box::new(Nowhere) as Box<dyn Kept>)]);
+    let sessions: usize = engine.tables().map(|(_, view)| view.receive.len()).sum();
+    assert_eq!(sessions, taken);
+    engine.handle_timeout(now);
+    while engine.poll_transmit().is_some() {}
+}
+
+/// Keeps nothing.
+struct Nowhere;
+
+impl Kept for Nowhere {
+    fn mark(&self, _: u8) -> u64 {
+        u64::MAX
+    }
+
+    fn set_mark(&self, _: u8, _: u64) {}
 }
 
 /// The replay window against a set that forgets nothing. Each 3 bytes are a step, back or ahead.
@@ -343,6 +376,11 @@ mod tests {
     #[test]
     fn corpus_of_handshake_payloads() {
         run_corpus("handshake_payloads", handshake_payloads);
+    }
+
+    #[test]
+    fn corpus_of_saved_session() {
+        run_corpus("saved_session", saved_session);
     }
 
     #[test]

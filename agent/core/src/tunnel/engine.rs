@@ -1,6 +1,7 @@
 //! The engine: every peer's handshakes, sessions and liveness, without a socket or a clock.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -27,11 +28,13 @@ use crate::wire::header::{Header, MAX_LANES, MessageType};
 const UNVERIFIED: Rate = Rate { per_second: 64, burst: 64 };
 /// Initiations with a cookie, of one source.
 const VERIFIED: Rate = Rate { per_second: 8, burst: 16 };
+/// Initiations with a cookie from addresses at which no peer is known, of all of these together: somebody may
+/// have very many, and receive at each.
+const ELSEWHERE: Rate = Rate { per_second: 64, burst: 64 };
 /// Sources with a cookie that are told apart.
 const MAX_SOURCES: usize = 4096;
 
 /// What an engine needs to know.
-#[derive(Debug)]
 pub struct EngineConfig {
     /// This node's identity.
     pub private_key: Zeroizing<[u8; 32]>,
@@ -45,6 +48,12 @@ pub struct EngineConfig {
     pub ciphers: Ciphers,
     /// This node's MTU in bytes, for its peers to know.
     pub mtu: u16,
+}
+
+impl fmt::Debug for EngineConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("EngineConfig(hidden: it has the private key)")
+    }
 }
 
 /// Why there is no engine.
@@ -89,7 +98,10 @@ pub struct Engine {
     prologue: Vec<u8>,
     cookies: CookieSecret,
     unverified: Bucket,
+    /// At addresses of peers: at most as many as these have.
+    verified_peers: Sources,
     verified: Sources,
+    elsewhere: Bucket,
     next_tick: Option<Duration>,
 }
 
@@ -122,7 +134,9 @@ impl Engine {
             prologue,
             cookies: CookieSecret::default(),
             unverified: Bucket::new(UNVERIFIED, Duration::ZERO),
+            verified_peers: Sources::new(VERIFIED, usize::MAX),
             verified: Sources::new(VERIFIED, MAX_SOURCES),
+            elsewhere: Bucket::new(ELSEWHERE, Duration::ZERO),
             next_tick: None,
         })
     }
@@ -340,7 +354,7 @@ impl Engine {
         let random = &mut self.shared.random;
         let (before, second) = (message.before_second, &message.second);
         if self.cookies.verify(source, before, second, now.mono, random) {
-            if !self.verified.take(source.ip(), now.mono) {
+            if !self.has_its_turn(source.ip(), now.mono) {
                 return Err(DropReason::HandshakeRateLimited);
             }
         } else if !self.unverified.take(UNVERIFIED, now.mono) {
@@ -368,6 +382,15 @@ impl Engine {
         }
         key.last_timestamp = timestamp;
         peer.on_initiation(now, answer_to, &message, (responder, to), offer, &mut self.shared)
+    }
+
+    /// Whether somebody with a cookie may cause a public-key operation. Nobody without a node's address can
+    /// use up what nodes have.
+    fn has_its_turn(&mut self, source: IpAddr, now: Duration) -> bool {
+        match self.by_address.contains_key(&source.to_canonical()) {
+            true => self.verified_peers.take(source, now),
+            false => self.verified.take(source, now) && self.elsewhere.take(ELSEWHERE, now),
+        }
     }
 
     fn send_cookie(

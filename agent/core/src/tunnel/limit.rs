@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
+/// How often a full table is looked through.
+const SWEEP: Duration = Duration::from_millis(100);
+
 /// How fast something may happen.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Rate {
@@ -60,18 +63,24 @@ pub(crate) struct Sources {
     rate: Rate,
     capacity: usize,
     buckets: BTreeMap<u128, Bucket>,
+    swept: Option<Duration>,
 }
 
 impl Sources {
     /// At most `capacity` sources are remembered; beyond that, new ones are refused.
     pub(crate) const fn new(rate: Rate, capacity: usize) -> Self {
-        Self { rate, capacity, buckets: BTreeMap::new() }
+        Self { rate, capacity, buckets: BTreeMap::new(), swept: None }
     }
 
     /// Takes one token of `source`'s bucket, if there is one.
     pub(crate) fn take(&mut self, source: IpAddr, now: Duration) -> bool {
         let (rate, key) = (self.rate, key(source));
         if self.buckets.len() >= self.capacity && !self.buckets.contains_key(&key) {
+            // Not for each that is refused: it takes time.
+            if self.swept.is_some_and(|at| now.saturating_sub(at) < SWEEP) {
+                return false;
+            }
+            self.swept = Some(now);
             // A bucket that is full again says no more than one that is not there.
             self.buckets.retain(|_, bucket| bucket.level_at(rate, now) < rate.full());
             if self.buckets.len() >= self.capacity {

@@ -117,7 +117,7 @@ fn supervise_in(fake: &Fake, mode: Mode) -> Lab {
     let (state, readiness) = (DataplaneState::default(), Readiness::default());
     let log = Log { level: "info".to_owned(), format: LogFormat::Text };
     let clock = fake.socket.with_file_name("clock");
-    let settings = Settings { socket: fake.socket.clone(), mode, log, clock };
+    let settings = Settings { socket: fake.socket.clone(), mode, log, clock, seccomp: true };
     let (handle, first) = start(settings, snapshots, state.clone(), readiness.clone());
     Lab { handle, first, wanted, state, readiness }
 }

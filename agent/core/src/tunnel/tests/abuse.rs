@@ -1,7 +1,7 @@
 //! Strangers, floods, forgeries.
 
 use super::*;
-use crate::tunnel::cookie::ReceiverKeys;
+use crate::tunnel::cookie::{ReceiverKeys, second_check};
 use crate::tunnel::message::CLEAR_LEN;
 
 /// The first datagram of this type in the trace.
@@ -218,6 +218,40 @@ fn a_source_with_a_cookie_is_still_limited() {
     let before = lab.count(1, HandshakeResult::CookieSent);
     inject(&mut lab, 1, elsewhere, with_cookie.payload);
     assert_eq!(lab.count(1, HandshakeResult::CookieSent), before + 1);
+}
+
+/// A /16, say, whose owner answers every cookie.
+#[test]
+fn whoever_has_many_addresses_keeps_no_node_out() {
+    let mut lab = Lab::new(2);
+    flood(&mut lab, 100);
+    let initiation = caught(MessageType::Initiation).2.payload;
+    let keys = ReceiverKeys::new(&lab.key(1));
+    let end = initiation.len() - 32;
+    for i in 0..6000_u32 {
+        let mut payload = initiation.clone();
+        payload[CLEAR_LEN..CLEAR_LEN + 4].copy_from_slice(&i.to_be_bytes());
+        let check = keys.first_check(&payload[..end]);
+        payload[end..end + 16].copy_from_slice(&check);
+        let [_, _, a, b] = i.to_be_bytes();
+        let source = SocketAddr::new([198, 18, a, b].into(), 9);
+        inject(&mut lab, 1, source, payload.clone());
+        let reply = lab.trace.last().unwrap().payload.clone();
+        assert_eq!(reply[0], MessageType::CookieReply as u8);
+        let (salt, sealed) = reply[16..].split_first_chunk().unwrap();
+        let cookie = keys.open_cookie(salt, sealed.try_into().unwrap(), &check).unwrap();
+        let second = second_check(&cookie, &payload[..end + 16]);
+        payload[end + 16..].copy_from_slice(&second);
+        inject(&mut lab, 1, source, payload);
+    }
+    let invalid = lab.count(1, HandshakeResult::Invalid);
+    assert!(invalid <= 64 + 64, "{invalid} public-key operations");
+    assert!(lab.count(1, HandshakeResult::RateLimited) > 5800);
+    lab.wire.clear();
+    lab.send(0, 1, b"first");
+    lab.run(ms(20));
+    assert_eq!(lab.count(0, HandshakeResult::CookieReceived), 1);
+    assert!(lab.joined(0, 1), "a node at its own address");
 }
 
 #[test]

@@ -10,6 +10,7 @@ mod lives;
 mod path;
 mod rotation;
 mod sessions;
+mod stolen;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;

@@ -1,0 +1,17 @@
+#![no_main]
+
+use skein_cni::frame;
+use skein_cni::protocol::{Answer, AttachmentId, Request};
+
+// What comes over the socket between plugin and agent, and what waits in the spool.
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    if let Ok(request) = frame::read::<Request>(&mut &data[..]) {
+        let again = frame::encode(&request).expect("it came in a frame");
+        assert!(frame::read::<Request>(&mut &again[..]).is_ok());
+    }
+    if let Ok(answer) = frame::read::<Answer>(&mut &data[..]) {
+        let again = frame::encode(&answer).expect("it came in a frame");
+        assert!(frame::read::<Answer>(&mut &again[..]).is_ok_and(|again| again == answer));
+    }
+    let _ = serde_json::from_slice::<AttachmentId>(data);
+});

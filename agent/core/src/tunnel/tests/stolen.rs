@@ -1,0 +1,136 @@
+//! Static keys that were stolen: what they open of what was recorded before, and of others' traffic.
+
+use super::*;
+use crate::tunnel::message::{CLEAR_LEN, initiation_clear};
+use crate::tunnel::noise::{Identity, Initiator, Responder, Split};
+use crate::tunnel::session::{Cipher, SessionParams};
+
+fn identity(key: u8) -> Identity {
+    Identity::new([key; 32].into(), b"skein v1test".to_vec()).unwrap()
+}
+
+/// A handshake as somebody on the path sees it.
+struct Recorded {
+    clear: [u8; CLEAR_LEN],
+    first: Vec<u8>,
+    second: Vec<u8>,
+}
+
+/// The handshake of nodes 1 and 2 with these ephemeral keys, and what the two share.
+fn shake(ephemeral: [u8; 2]) -> (Recorded, Split) {
+    let (a, b) = (identity(1), identity(2));
+    let clear = initiation_clear(7, PORT);
+    let (mut first, mut second, mut payload) = (vec![], vec![], [0; 1200]);
+    let secret = |key: u8| Zeroizing::new([key; 32]);
+    let (to, with) = (b.public(), secret(ephemeral[0]));
+    let mut initiator = Initiator::start(&a, to, with, &clear, b"hello", &mut first).unwrap();
+    let with = secret(ephemeral[1]);
+    let (responder, _) = Responder::read(&b, with, &clear, &first, &mut payload).unwrap();
+    let split = responder.reply(b"welcome", &mut second).unwrap();
+    let (_, same) = initiator.finish(&second, &mut payload).unwrap();
+    assert_eq!(split, same);
+    (Recorded { clear, first, second }, split)
+}
+
+fn session(secret: Split, initiator: bool, cipher: Cipher) -> Session {
+    let params = SessionParams {
+        peer: PeerId(1),
+        local_index: 7,
+        remote_index: 7,
+        cipher,
+        local_lanes: 1,
+        remote_lanes: 1,
+        established: Time::default(),
+        initiator,
+        life: 0,
+        secret,
+    };
+    Session::new(params).unwrap()
+}
+
+/// Datagrams both ways.
+fn traffic(split: &Split, cipher: Cipher) -> Vec<Vec<u8>> {
+    let seal = |initiator| {
+        let mut datagram = vec![0; 4 + OVERHEAD];
+        let session = session(split.clone(), initiator, cipher);
+        session.sender(0).unwrap().seal(Flags::default(), b"past", &mut datagram).unwrap();
+        datagram
+    };
+    vec![seal(true), seal(false)]
+}
+
+/// How many of these datagrams these secrets open, at either end.
+fn opened(secrets: &[Split], datagrams: &[Vec<u8>], cipher: Cipher) -> usize {
+    let tries = secrets.iter().flat_map(|secret| [true, false].map(|end| (secret, end)));
+    let opens = |(secret, end): (&Split, bool)| {
+        let session = session(secret.clone(), end, cipher);
+        let opens =
+            |datagram: &&Vec<u8>| session.receiver(0).unwrap().open(&mut datagram.to_vec()).is_ok();
+        datagrams.iter().filter(opens).count()
+    };
+    tries.map(opens).sum()
+}
+
+/// All that somebody can make of a recording with the static keys of both nodes and these ephemeral keys.
+fn secrets_of(recorded: &Recorded, ephemeral: impl Iterator<Item = u8>) -> Vec<Split> {
+    let (a, b) = (identity(1), identity(2));
+    let Recorded { clear, first, second } = recorded;
+    let mut found = vec![];
+    for key in ephemeral {
+        let secret = || Zeroizing::new([key; 32]);
+        let mut payload = [0; 1200];
+        // As the responder. Its static key opens who the initiator is, which is no secret.
+        let (responder, length) =
+            Responder::read(&b, secret(), clear, first, &mut payload).unwrap();
+        assert_eq!((&responder.initiator, &payload[..length]), (a.public(), &b"hello"[..]));
+        found.push(responder.reply(b"welcome", &mut vec![]).unwrap());
+        // As the initiator.
+        let mut again = vec![];
+        let start = Initiator::start(&a, b.public(), secret(), clear, b"hello", &mut again);
+        found.extend(start.unwrap().finish(second, &mut payload).map(|(_, split)| split));
+    }
+    found
+}
+
+#[test]
+fn both_static_keys_open_nothing_that_was_recorded() {
+    let (recorded, split) = shake([100, 200]);
+    for cipher in [Cipher::Aes256Gcm, Cipher::ChaCha20Poly1305] {
+        let past = traffic(&split, cipher);
+        let secrets = secrets_of(&recorded, 1..96);
+        assert!(secrets.len() > 50, "the responder's part can be played");
+        assert_eq!(opened(&secrets, &past, cipher), 0);
+        // It is the ephemeral keys, wiped after the handshake, that are missing: each would do.
+        for lost in [100, 200] {
+            let secrets = secrets_of(&recorded, [lost].into_iter());
+            assert_eq!(opened(&secrets, &past, cipher), 2, "this test would find it");
+        }
+    }
+}
+
+#[test]
+fn one_nodes_key_and_sessions_open_nothing_of_two_others() {
+    let mut lab = Lab::new(3);
+    for (from, to) in [(0, 1), (0, 2), (1, 2)] {
+        lab.send(from, to, b"first");
+        lab.run(ms(20));
+        assert!(lab.joined(from, to));
+    }
+    let start = lab.trace.len();
+    lab.send(1, 2, b"between two");
+    lab.send(2, 1, b"others");
+    let overheard: Vec<_> = lab.trace[start..].to_vec();
+    assert_eq!(overheard.len(), 2);
+    let thief = &lab.nodes[0].engine;
+    let sessions: Vec<_> = thief.tables().flat_map(|(_, view)| view.receive.clone()).collect();
+    assert!(sessions.len() >= 2);
+    for datagram in overheard {
+        for session in &sessions {
+            for lane in 0..session.remote_lanes {
+                // Whatever session the header names.
+                let mut payload = datagram.payload.clone();
+                assert!(session.receiver(lane).unwrap().open(&mut payload).is_err());
+            }
+        }
+    }
+}

@@ -1,0 +1,407 @@
+//! Attacks as fast as a core can send them, while established traffic goes on: with figures.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use skein_core::time::Time;
+use skein_core::tunnel::{Ciphers, Engine, EngineConfig, PeerConfig};
+use skein_e2e::checks;
+use skein_e2e::lab::agent::{Agent, Cluster, Metrics, PORT};
+use skein_e2e::lab::process::{resident_bytes, thread_cpu_seconds};
+use skein_e2e::lab::{Family, Lab, Netns, Offloads, Plan};
+use skein_e2e::load::blast::{Blasted, Blaster, of_many};
+use skein_e2e::load::capture::Capture;
+use skein_e2e::load::pattern::Pattern;
+use skein_e2e::load::udp;
+
+/// What a transfer beside an attack carries.
+const TRANSFER: u64 = 200 << 20;
+/// So many datagrams of each class are sent, or as many as can be in that time.
+const OF_EACH: u64 = 50_000;
+const AT_MOST: Duration = Duration::from_secs(8);
+/// The type of messages that carry packets.
+const DATA: u8 = 4;
+/// What memory may differ by without anything having grown.
+const NOISE: u64 = 8 << 20;
+
+fn v4(address: IpAddr) -> Result<Ipv4Addr> {
+    match address {
+        IpAddr::V4(v4) => Ok(v4),
+        IpAddr::V6(v6) => bail!("{v6} is not of IPv4"),
+    }
+}
+
+/// A node's listening address.
+fn listens(lab: &Lab, node: usize) -> Result<SocketAddrV4> {
+    Ok(SocketAddrV4::new(v4(lab.nodes[node].underlay(Family::V4))?, PORT))
+}
+
+/// Every datagram of the overlay that goes to an address while `work` is done, each once.
+fn overheard(lab: &Lab, to: Ipv4Addr, work: impl FnOnce() -> Result<()>) -> Result<Vec<Vec<u8>>> {
+    let capture = Capture::start(lab.switch()?)?;
+    work()?;
+    let frames = capture.stop()?;
+    let mut seen = BTreeSet::new();
+    let ours = frames.iter().filter(|frame| frame.destination() == Some(to));
+    let payloads = ours.filter_map(|frame| frame.udp()).filter(|(port, _)| *port == PORT);
+    Ok(payloads
+        .map(|(_, payload)| payload.to_vec())
+        .filter(|payload| seen.insert(payload.clone()))
+        .collect())
+}
+
+/// `count` datagrams of 1000 bytes from the first pod to the second, as the switch sees them; all that
+/// arrived is checked. The receiver goes on.
+fn recorded(lab: &Lab, count: u64) -> Result<(udp::Receiver, u64, Vec<Vec<u8>>)> {
+    let (a, b) = (lab.pod(0), lab.pod(1));
+    let at = SocketAddr::new(b.address(Family::V4), 7001);
+    let receiver = udp::Receiver::start(&b.ns, at, 1000)?;
+    let mut sent = 0;
+    let datagrams = overheard(lab, *listens(lab, 1)?.ip(), || {
+        let duration = Duration::from_millis(count);
+        let load = udp::Load { payload: 1000, rate: Some(1000), duration };
+        sent = a.ns.run(|| udp::send(&UdpSocket::bind("0.0.0.0:0")?, at, load))??.0;
+        Ok(())
+    })?;
+    // A busy host may capture a few less.
+    ensure!(datagrams.len() as u64 >= sent * 9 / 10, "{} captured of {sent}", datagrams.len());
+    Ok((receiver, sent, datagrams))
+}
+
+/// What a stranger makes of real datagrams, and the reasons for which it may be dropped.
+struct Class {
+    name: &'static str,
+    reasons: &'static [&'static str],
+    datagrams: Vec<Vec<u8>>,
+}
+
+fn classes(real: &[Vec<u8>]) -> Vec<Class> {
+    let mut random = Pattern::new(77);
+    let mut number = |below: usize| {
+        let mut bytes = [0; 8];
+        random.fill(&mut bytes);
+        (u64::from_be_bytes(bytes) % below.max(1) as u64) as usize
+    };
+    // A header that is right, with everything behind it invented.
+    let forged = real.iter().map(|real| {
+        let mut forged = real.clone();
+        Pattern::new(number(usize::MAX) as u64).fill(&mut forged[16..]);
+        forged
+    });
+    let forged = forged.collect();
+    let truncated = real.iter().map(|real| real[..number(real.len())].to_vec()).collect();
+    let flipped = real.iter().map(|real| {
+        let mut flipped = real.clone();
+        flipped[number(real.len())] ^= 1 << number(8);
+        flipped
+    });
+    let flipped = flipped.collect();
+    let mut shuffled = real.to_vec();
+    for at in (1..shuffled.len()).rev() {
+        shuffled.swap(at, number(at + 1));
+    }
+    let class = |name, reasons, datagrams| Class { name, reasons, datagrams };
+    vec![
+        class("forged", &["auth_failed"], forged),
+        class("replayed", &["replayed", "replay_window"], real.to_vec()),
+        class("truncated", &["auth_failed", "outer_header"], truncated),
+        class(
+            "bit-flipped",
+            // A bit of the header may make another type, lane or session of it.
+            &[
+                "auth_failed",
+                "outer_header",
+                "wrong_lane",
+                "unknown_session",
+                "handshake_invalid",
+                "manager_queue",
+            ],
+            flipped,
+        ),
+        class("replayed and reordered", &["replayed", "replay_window"], shuffled),
+    ]
+}
+
+/// Its metrics, with all that has happened until now: they are no older than a second.
+fn fresh(agent: &Agent) -> Result<Metrics> {
+    thread::sleep(Duration::from_millis(1200));
+    agent.metrics()
+}
+
+fn drops(metrics: &Metrics, reasons: &[&str]) -> f64 {
+    let of = |reason: &&str| metrics.sum("skein_drops_total", &[&format!("reason=\"{reason}\"")]);
+    reasons.iter().map(of).sum()
+}
+
+fn all_drops(metrics: &Metrics) -> f64 {
+    metrics.sum("skein_drops_total", &["direction=\"ingress\""])
+}
+
+/// How fast a transfer is, in megabytes a second.
+fn speed(lab: &Lab) -> Result<f64> {
+    let received = checks::transfer(lab.pod(0), lab.pod(1), Family::V4, TRANSFER)?;
+    Ok(TRANSFER as f64 / received.seconds / 1e6)
+}
+
+/// The speed of a transfer during which `attack` goes on; that is told by the flag when to end.
+fn speed_beside<T: Send>(
+    lab: &Lab,
+    attack: impl FnOnce(&AtomicBool) -> Result<T> + Send,
+) -> Result<(f64, T)> {
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let attacker = scope.spawn(|| attack(&stop));
+        let speed = speed(lab);
+        stop.store(true, Ordering::Relaxed);
+        let done = attacker.join().ok().context("the attacker panicked")?;
+        Ok((speed?, done?))
+    })
+}
+
+fn memory(agent: &Agent) -> Result<u64> {
+    agent.dataplane_pids().into_iter().map(resident_bytes).sum()
+}
+
+#[test]
+fn mutated_datagrams_at_line_rate_change_nothing_and_are_counted() -> Result<()> {
+    let plan = Plan { offloads: Offloads::Wire, ..Plan::default() };
+    let cluster = Cluster::up(&plan, Family::V4)?;
+    let (lab, victim) = (&cluster.lab, &cluster.agents[1]);
+    checks::all_reach_all(lab)?;
+    let (receiver, sent, mut real) = recorded(lab, 1000)?;
+    // Pings and answers are the manager's: the next test's.
+    real.retain(|datagram| datagram[0] == DATA);
+    let alone = speed(lab)?;
+
+    let stranger = lab.attach("stranger", 200)?;
+    let blaster = Blaster::new(&stranger, listens(lab, 1)?)?;
+    // As if it came from the node whose session it is.
+    let from = listens(lab, 0)?;
+    let before_all = memory(victim)?;
+    let (beside, total) = speed_beside(lab, |stop| {
+        let mut total = Blasted::default();
+        for class in classes(&real) {
+            let before = fresh(victim)?;
+            let sent = blaster.blast(&class.datagrams, OF_EACH, AT_MOST, |_| from)?;
+            let after = fresh(victim)?;
+            let counted = drops(&after, class.reasons) - drops(&before, class.reasons);
+            let all = all_drops(&after) - all_drops(&before);
+            let overflow = |m: &Metrics| m.sum("skein_receive_queue_overflow_total", &[]);
+            println!(
+                "{}: {} sent, {:.0} a second; {counted} counted, {} overflowed the sockets",
+                class.name,
+                sent.datagrams,
+                sent.rate(),
+                overflow(&after) - overflow(&before),
+            );
+            ensure!(sent.datagrams > 10_000, "{}: {} sent", class.name, sent.datagrams);
+            ensure!(counted > sent.datagrams as f64 / 2.0, "{}: {counted} counted", class.name);
+            ensure!(all == counted, "{}: {all} drops, {counted} of them expected", class.name);
+            total.add(sent);
+        }
+        let again = classes(&real);
+        while !stop.load(Ordering::Relaxed) && total.seconds < 40.0 {
+            for class in &again {
+                let burst = Duration::from_millis(50);
+                total.add(blaster.blast(&class.datagrams, OF_EACH, burst, |_| from)?);
+            }
+        }
+        Ok(total)
+    })?;
+    println!(
+        "withstood {:.0} datagrams a second for {:.1} s; the transfer: {alone:.0} MB/s alone, \
+         {beside:.0} beside it, ratio {:.2}",
+        total.rate(),
+        total.seconds,
+        beside / alone
+    );
+    let grown = memory(victim)?.saturating_sub(before_all);
+    ensure!(grown < NOISE, "memory has grown by {grown} bytes");
+    let outcome = receiver.stop()?;
+    let right = outcome.received == sent && outcome.corrupt == 0;
+    ensure!(right, "{sent} sent, {outcome:?}");
+    checks::mixed_traffic(lab, 1 << 20)
+}
+
+/// Somebody on the path holds datagrams back and lets them go in another order.
+#[test]
+fn datagrams_held_back_and_reordered_arrive_once() -> Result<()> {
+    let plan = Plan { offloads: Offloads::Wire, ..Plan::default() };
+    let cluster = Cluster::up(&plan, Family::V4)?;
+    let lab = &cluster.lab;
+    checks::all_reach_all(lab)?;
+    let switch = lab.switch()?;
+    let to = listens(lab, 1)?;
+    switch.nft(&format!(
+        "add table bridge held\nadd chain bridge held f {{ type filter hook forward priority 0 ; }}\n\
+         add rule bridge held f ip daddr {} udp dport {PORT} drop\n",
+        to.ip()
+    ))?;
+    let (receiver, _, mut held) = recorded(lab, 500)?;
+    switch.sh("nft delete table bridge held")?;
+    // With 28 bytes of headers inside, and 32 of the overlay's.
+    held.retain(|datagram| datagram[0] == DATA && datagram.len() == 1060);
+    held.reverse();
+    let stranger = lab.attach("stranger", 200)?;
+    let blaster = Blaster::new(&stranger, to)?;
+    let from = listens(lab, 0)?;
+    let count = held.len() as u64;
+    let replays = ["replayed", "replay_window"];
+    for round in 0..3 {
+        let before = drops(&fresh(&cluster.agents[1])?, &replays);
+        // Slowly: none of them may be lost.
+        for part in held.chunks(50) {
+            let all = part.len() as u64;
+            blaster.blast(part, all, Duration::from_secs(1), |_| from)?;
+            thread::sleep(Duration::from_millis(10));
+        }
+        let after = drops(&fresh(&cluster.agents[1])?, &replays);
+        let expected = if round == 0 { 0 } else { count };
+        ensure!(after - before == expected as f64, "{round}: {} of {count}", after - before);
+    }
+    let outcome = receiver.stop()?;
+    let right = outcome.received == count && outcome.corrupt == 0;
+    ensure!(right, "{count} let go, {outcome:?}");
+    ensure!(outcome.reordered + 1 == count, "they came in order: {outcome:?}");
+    checks::all_reach_all(lab)
+}
+
+/// Initiations to the owner of a public key by nodes that no record knows: their first check is right.
+fn initiations(to: &str, count: u16) -> Result<Vec<Vec<u8>>> {
+    use base64::Engine as _;
+    let key = base64::engine::general_purpose::STANDARD.decode(to)?;
+    let public_key = key.try_into().ok().context("no public key")?;
+    let one = |number: u16| {
+        let mut random = Pattern::new(number.into());
+        let mut private_key = [0; 32];
+        random.fill(&mut private_key);
+        let config = EngineConfig {
+            private_key: private_key.into(),
+            cluster_id: "laboratory".to_owned(),
+            listen_port: PORT,
+            lanes: 2,
+            ciphers: Ciphers { aes256_gcm: true, chacha20_poly1305: true, aes_hardware: true },
+            mtu: 1440,
+        };
+        let mut engine = Engine::new(config, Box::new(move |bytes| random.fill(bytes)))?;
+        let now = Time { mono: Duration::from_secs(1), wall: Duration::from_secs(1 << 31) };
+        let endpoints = vec![SocketAddr::from(([192, 0, 2, 2], PORT))];
+        let peer = engine.upsert_peer(now, PeerConfig { public_key, endpoints });
+        engine.want_session(now, peer);
+        Ok(engine.poll_transmit().context("no initiation")?.payload)
+    };
+    (0..count).map(one).collect()
+}
+
+/// Bytes that a machine has sent and received on its interface.
+fn traffic(machine: &Netns) -> Result<(f64, f64)> {
+    let text = machine.ip("-s -j link show eth0")?;
+    let links: serde_json::Value = serde_json::from_str(&text)?;
+    let bytes = |way: &str| links[0]["stats64"][way]["bytes"].as_f64().context("no statistics");
+    Ok((bytes("tx")?, bytes("rx")?))
+}
+
+/// From 65536 addresses, each time another port; answers to all of them come to the stranger.
+#[test]
+fn handshake_floods_leave_established_traffic_and_newcomers_alone() -> Result<()> {
+    let cluster = Cluster::up(&Plan { nodes: 3, ..Plan::default() }, Family::V4)?;
+    let (lab, victim) = (&cluster.lab, &cluster.agents[1]);
+    let (a, b, c) = (lab.pod(0), lab.pod(1), lab.pod(2));
+    checks::reaches(a, b, Family::V4)?;
+    checks::reaches(a, c, Family::V4)?;
+    let stranger = lab.attach("stranger", 200)?;
+    stranger.ip("route add local 198.18.0.0/16 dev lo")?;
+    lab.nodes[1].ns.ip("route add 198.18.0.0/16 via 192.0.2.200")?;
+    // Answers go to the port that an initiation names; nobody complains of them.
+    let sink = stranger.run(|| UdpSocket::bind(("0.0.0.0", PORT)))??;
+    let blaster = Blaster::new(&stranger, listens(lab, 1)?)?;
+    let known = initiations(&victim.record.public_key, 2000)?;
+    let unknown = known.iter().map(|real| {
+        let mut changed = real.clone();
+        changed[40] ^= 1;
+        changed
+    });
+    let unknown: Vec<_> = unknown.collect();
+    let pid = victim.dataplane_pids()[0];
+    let alone = speed(lab)?;
+    let before_all = memory(victim)?;
+    for (what, datagrams) in [("without the node's key", &unknown), ("with it", &known)] {
+        let before = (traffic(&stranger)?, thread_cpu_seconds(pid)?, fresh(victim)?);
+        let (beside, flood) = speed_beside(lab, |stop| {
+            let mut flood = Blasted::default();
+            while (!stop.load(Ordering::Relaxed) || flood.seconds < 3.0) && flood.seconds < 20.0 {
+                let part = Duration::from_millis(200);
+                let source = |number| of_many([198, 18], flood.datagrams + number);
+                let more = blaster.blast(datagrams, u64::MAX, part, source)?;
+                flood.add(more);
+            }
+            Ok(flood)
+        })?;
+        let after = (traffic(&stranger)?, thread_cpu_seconds(pid)?, fresh(victim)?);
+        let (asked, answered) = (after.0.0 - before.0.0, after.0.1 - before.0.1);
+        let cpu = |name: &str| {
+            let of = |threads: &std::collections::BTreeMap<String, f64>| {
+                threads.iter().filter(|(n, _)| n.starts_with(name)).map(|(_, s)| s).sum::<f64>()
+            };
+            of(&after.1) - of(&before.1)
+        };
+        let counted = |reason: &str| drops(&after.2, &[reason]) - drops(&before.2, &[reason]);
+        println!(
+            "a flood {what}: {:.0} initiations a second for {:.1} s; CPU of the manager {:.2} s, of the \
+             lanes {:.2} s; {} invalid, {} unknown, {} cookies, {} beyond the queue; {:.0} MB asked, \
+             {:.0} answered; the transfer: {alone:.0} MB/s alone, {beside:.0} beside it, ratio {:.2}",
+            flood.rate(),
+            flood.seconds,
+            cpu("manager"),
+            cpu("lane-"),
+            counted("handshake_invalid"),
+            counted("handshake_unknown_peer"),
+            counted("handshake_cookie_required"),
+            counted("manager_queue"),
+            asked / 1e6,
+            answered / 1e6,
+            beside / alone
+        );
+        ensure!(answered < asked, "{answered} bytes in answer to {asked}");
+        if what == "with it" {
+            ensure!(counted("handshake_cookie_required") > 1000.0, "no cookies");
+            // 64 a second, and those that had gathered.
+            let most = 64.0 * (flood.seconds + 3.0);
+            ensure!(counted("handshake_unknown_peer") < most, "more public-key operations");
+        } else {
+            ensure!(counted("handshake_invalid") > 1000.0, "not counted");
+            ensure!(counted("handshake_cookie_required") == 0.0, "cookies for the ignorant");
+        }
+    }
+
+    // Two nodes that have never met.
+    let stop = AtomicBool::new(false);
+    let joined = thread::scope(|scope| -> Result<_> {
+        let flood = scope.spawn(|| -> Result<_> {
+            let mut flood = Blasted::default();
+            while !stop.load(Ordering::Relaxed) && flood.seconds < 40.0 {
+                let source = |number| of_many([198, 18], flood.datagrams + number);
+                let more = blaster.blast(&known, u64::MAX, Duration::from_millis(100), source)?;
+                flood.add(more);
+            }
+            Ok(flood)
+        });
+        thread::sleep(Duration::from_millis(500));
+        let joined = checks::wait_until_reached(c, b, Family::V4, Duration::from_secs(30));
+        stop.store(true, Ordering::Relaxed);
+        flood.join().ok().context("the flood panicked")??;
+        joined
+    })?;
+    let cookies = fresh(&cluster.agents[2])?;
+    let cookies = cookies.sum("skein_handshakes_total", &["result=\"cookie_received\""]);
+    println!("a new node joined {:.1} s into it, with {cookies} cookies", joined.as_secs_f64());
+    ensure!(cookies > 0.0, "it joined without a cookie: was there a flood?");
+    drop(sink);
+    let grown = memory(victim)?.saturating_sub(before_all);
+    ensure!(grown < NOISE, "memory has grown by {grown} bytes");
+    checks::all_reach_all(lab)
+}
