@@ -151,10 +151,13 @@ pub fn main() -> Result<(), Failure> {
             socket, log_level, log_format, take_over, no_seccomp, worker, ..
         } => {
             let log = Log { level: log_level, format: log_format };
-            logging::start(&log);
             let seccomp = !no_seccomp;
+            // Before there is a second thread: the kernel keeps rights for each.
+            let confined = dataplane::confine(worker.is_some(), seccomp)?;
+            logging::start(&log);
+            confined.tell();
             match worker {
-                Some(channel) => Ok(dataplane::work(channel, seccomp)?),
+                Some(channel) => Ok(dataplane::work(channel)?),
                 None => {
                     let options = dataplane::Options { socket, take_over, log, seccomp };
                     Ok(dataplane::run(&options)?)

@@ -20,12 +20,13 @@ pub(crate) fn run(config: &ConfigArgs, mode: Option<Mode>, take_over: bool) -> R
     if let Some(mode) = mode {
         config.dataplane.mode = mode;
     }
-    logging::start(&config.log);
-    let shown = serde_json::to_string(&config).context("cannot print the configuration")?;
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %shown, "starting");
+    // Before there is a second thread: the kernel keeps rights for each.
     let pods = if config.cni.enabled { confine::PODS } else { CapabilitySet::empty() };
     let rights = confine::give_up(confine::CONTROL.union(pods));
     let rights = rights.context("cannot give up capabilities")?;
+    logging::start(&config.log);
+    let shown = serde_json::to_string(&config).context("cannot print the configuration")?;
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %shown, "starting");
     tracing::info!(capabilities = ?rights, "capabilities given up but for these");
     match runtime()?.block_on(control::run(config, take_over))? {
         Ended::Asked => Ok(()),

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use skein_core::drop::DropReason;
 use skein_core::offload::coalesce::CoalesceConfig;
 
 use super::busy_poll::BusyPoll;

@@ -28,6 +28,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use rustix::process::Signal;
+use rustix::thread::CapabilitySet;
 
 use self::handover::{Begin, Estate};
 use self::tap::Tap;
@@ -65,27 +66,47 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     arguments.extend(socket.map(Into::into));
     arguments.extend((!options.seccomp).then(|| "--no-seccomp".into()));
     arguments.push("--worker".into());
-    let rights = confine::give_up(confine::DATAPLANE).context("cannot give up capabilities")?;
-    tracing::info!(capabilities = ?rights, "capabilities given up but for these");
     keeper::run(&options.socket, options.take_over, &arguments)
 }
 
-/// The data process: works for the keeper at the other end of a descriptor that it inherited.
-pub fn work(channel: i32, confined: bool) -> anyhow::Result<()> {
-    // Nothing of this may come back with a program that the keeper starts.
-    confine::give_up(confine::DATAPLANE).context("cannot give up capabilities")?;
-    // Nobody could give its descriptors to another one.
-    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
-        .context("cannot be tied to the keeper")?;
-    let channel = descriptors::inherited(channel).context("--worker is the keeper's to use")?;
-    // Before anything of a stranger's can be read, and before there are other threads.
-    match confined {
-        true => match seccomp::confine() {
-            Ok(()) => tracing::info!("confined to the system calls that a data process needs"),
-            Err(error) => tracing::warn!(%error, "not confined: this kernel has no seccomp"),
-        },
-        false => tracing::warn!("not confined: seccomp is switched off"),
+/// What a process of the data plane has given up.
+#[must_use]
+pub struct Confined {
+    rights: CapabilitySet,
+    /// Whether it is a data process, and no keeper.
+    worker: bool,
+    /// `None` where its system calls are left alone.
+    calls: Option<std::io::Result<()>>,
+}
+
+/// Gives up capabilities; a data process (`worker`) also all system calls that it does not need, where `calls`
+/// says so. Before anything of a stranger's is read, and before there is a second thread.
+pub fn confine(worker: bool, calls: bool) -> anyhow::Result<Confined> {
+    let rights = confine::give_up(confine::DATAPLANE).context("cannot give up capabilities")?;
+    if worker {
+        // Nobody could give its descriptors to another one.
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+            .context("cannot be tied to the keeper")?;
     }
+    Ok(Confined { rights, worker, calls: (worker && calls).then(seccomp::confine) })
+}
+
+impl Confined {
+    /// Says so in the log, once there is one.
+    pub fn tell(&self) {
+        let rights = self.rights;
+        match &self.calls {
+            Some(Ok(())) => tracing::info!(capabilities = ?rights, "confined to what it needs"),
+            Some(Err(error)) => tracing::warn!(%error, "not confined: this kernel has no seccomp"),
+            None if self.worker => tracing::warn!("not confined: seccomp is switched off"),
+            None => tracing::info!(capabilities = ?rights, "capabilities given up but for these"),
+        }
+    }
+}
+
+/// The data process: works for the keeper at the other end of a descriptor that it inherited.
+pub fn work(channel: i32) -> anyhow::Result<()> {
+    let channel = descriptors::inherited(channel).context("--worker is the keeper's to use")?;
     let begin: Option<Begin> = handover::receive(&channel).context("the keeper says nothing")?;
     let Begin { left } = begin.context("the keeper is gone")?;
     let count = 1 + left.as_ref().map_or(0, HandOver::descriptors);

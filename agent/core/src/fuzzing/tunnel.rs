@@ -73,7 +73,7 @@ pub fn saved_session(data: &[u8]) {
     let mut engine = engine(0);
     engine.upsert_peer(
         Time::default(),
-        PeerConfig { public_key: saved.public_key, endpoints: vec![address(1)] },
+        PeerConfig { public_key: saved.public_key, second_key: None, endpoints: vec![address(1)] },
     );
     let now = Time { mono: saved.established, wall: Duration::ZERO };
     let taken = engine.resume(now, [(saved, Box::new(Nowhere) as Box<dyn Kept>)]);
