@@ -2,14 +2,16 @@
 
 mod pcap;
 
+use std::fs::Permissions;
 use std::io::{IsTerminal, Write};
 use std::net::IpAddr;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
 use ipnet::IpNet;
+use rustix::fs::OFlags;
 use serde::Serialize;
 use tokio::time::Instant;
 
@@ -117,6 +119,10 @@ async fn run(arguments: &CaptureArgs, agent: &Agent, time: Duration) -> Result<O
             flushed => flushed.map_err(failed)?,
         }
     }
+    match pcap.flush() {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}
+        flushed => flushed.map_err(failed)?,
+    }
     Ok(Outcome { file: arguments.write.clone(), packets, bytes: pcap.len(), missed })
 }
 
@@ -141,8 +147,12 @@ fn open(path: &Path) -> Result<Box<dyn Write>, Failure> {
         return Ok(Box::new(std::io::stdout()));
     }
     let mut options = std::fs::File::options();
-    let file = options.write(true).create(true).truncate(true).mode(0o600).open(path);
-    match file {
+    options.write(true).create(true).truncate(true).mode(0o600);
+    // Nor where somebody else has put a link, nor for those who could read a file that was there.
+    let file = options.custom_flags(OFlags::NOFOLLOW.bits().cast_signed()).open(path);
+    let own =
+        |file: std::fs::File| file.set_permissions(Permissions::from_mode(0o600)).map(|()| file);
+    match file.and_then(own) {
         Ok(file) => Ok(Box::new(file)),
         Err(error) => Err(Failure::io(format!("cannot write {}", path.display()), error)),
     }

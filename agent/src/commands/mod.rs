@@ -138,10 +138,18 @@ pub(crate) fn show(text: &str) -> Result<bool, Failure> {
     }
 }
 
+/// The longest time that can be asked for: a year.
+const LONGEST: Duration = Duration::from_secs(365 * 86_400);
+
 /// A number of seconds from the command line.
 pub(crate) fn seconds(option: &str, value: f64) -> Result<Duration, Failure> {
-    Duration::try_from_secs_f64(value)
-        .map_err(|_| Failure::Usage(format!("{option}: use a number of seconds, 0 or more")))
+    let time = Duration::try_from_secs_f64(value).ok().filter(|time| *time <= LONGEST);
+    time.ok_or_else(|| {
+        Failure::Usage(format!(
+            "{option}: use a number of seconds, from 0 to {}",
+            LONGEST.as_secs()
+        ))
+    })
 }
 
 pub(crate) fn runtime() -> Result<tokio::runtime::Runtime, Failure> {

@@ -49,6 +49,8 @@ pub(crate) fn trace(arguments: &TraceArgs) -> Result<(), Failure> {
     };
     let trace = runtime()?.block_on(async {
         let status = agent.status().await?;
+        // Nobody but the data process knows whose an address is.
+        super::report(&status)?;
         let (from, to) = (resolve(from, &status)?, resolve(to, &status)?);
         if from.is_ipv4() != to.is_ipv4() {
             return Err(Failure::Usage(format!(

@@ -18,8 +18,8 @@ use crate::ipc::watch::Watch;
 use crate::ipc::{ErrorKind, HANDOVER_VERSION, Request, Response, read_frame, write_frame};
 use crate::sys::socket::{hung_up, is_trusted, make_directory, peer_credentials};
 
-/// Connections served at once: the control process's, and a few of people who look.
-const CONNECTIONS: usize = 8;
+/// Connections served at once: the control process's, and those of people who look, two for each watch.
+const CONNECTIONS: usize = 16;
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 16;
 /// A watcher is told something this often, so that one that is gone is noticed.

@@ -5,9 +5,9 @@
 //! as missed: no lane ever waits.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
@@ -37,6 +37,8 @@ const MAX_SNAP: usize = 65_535;
 pub(super) struct Tap {
     wanted: AtomicU8,
     watchers: ArcSwap<Vec<Arc<Watcher>>>,
+    /// Held while the two above change together; never on the packet path.
+    changing: Mutex<()>,
 }
 
 struct Watcher {
@@ -138,6 +140,7 @@ impl Tap {
     }
 
     fn change(&self, change: impl Fn(&mut Vec<Arc<Watcher>>)) {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         self.watchers.rcu(|watchers| {
             let mut watchers = Vec::clone(watchers);
             change(&mut watchers);

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -51,7 +51,8 @@ pub fn make_directory(socket: &Path) -> io::Result<()> {
     let Some(directory) = socket.parent().filter(|parent| !parent.as_os_str().is_empty()) else {
         return Ok(());
     };
-    std::fs::create_dir_all(directory)?;
+    // Whatever the umask of whoever started this.
+    std::fs::DirBuilder::new().recursive(true).mode(0o755).create(directory)?;
     let refused = |why: &str| {
         let text = format!(
             "the directory {} {why}: use one that only root may change, as /run/skein",
@@ -64,7 +65,8 @@ pub fn make_directory(socket: &Path) -> io::Result<()> {
     if !is_trusted(itself.uid()) || !is_trusted(found.uid()) {
         return refused("belongs to another user");
     }
-    if found.mode() & 0o022 != 0 {
+    let others = if found.gid() == 0 { 0o002 } else { 0o022 };
+    if found.mode() & others != 0 {
         return refused("can be changed by other users");
     }
     Ok(())

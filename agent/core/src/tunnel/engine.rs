@@ -31,6 +31,8 @@ const VERIFIED: Rate = Rate { per_second: 8, burst: 16 };
 /// Initiations with a cookie from addresses at which no peer is known, of all of these together: somebody may
 /// have very many, and receive at each.
 const ELSEWHERE: Rate = Rate { per_second: 64, burst: 64 };
+/// Addresses of peers that are told apart.
+const MAX_PEERS: usize = 65_536;
 /// Sources with a cookie that are told apart.
 const MAX_SOURCES: usize = 4096;
 
@@ -98,7 +100,7 @@ pub struct Engine {
     prologue: Vec<u8>,
     cookies: CookieSecret,
     unverified: Bucket,
-    /// At addresses of peers: at most as many as these have.
+    /// At addresses of peers.
     verified_peers: Sources,
     verified: Sources,
     elsewhere: Bucket,
@@ -134,7 +136,7 @@ impl Engine {
             prologue,
             cookies: CookieSecret::default(),
             unverified: Bucket::new(UNVERIFIED, Duration::ZERO),
-            verified_peers: Sources::new(VERIFIED, usize::MAX),
+            verified_peers: Sources::of_hosts(VERIFIED, MAX_PEERS),
             verified: Sources::new(VERIFIED, MAX_SOURCES),
             elsewhere: Bucket::new(ELSEWHERE, Duration::ZERO),
             next_tick: None,

@@ -57,10 +57,12 @@ impl Bucket {
     }
 }
 
-/// One bucket a source address; IPv6 sources count by their /64.
+/// One bucket a source address; IPv6 sources count by their /64, where they are not known.
 #[derive(Debug)]
 pub(crate) struct Sources {
     rate: Rate,
+    /// Whether each address is a host of its own.
+    hosts: bool,
     capacity: usize,
     buckets: BTreeMap<u128, Bucket>,
     swept: Option<Duration>,
@@ -69,12 +71,17 @@ pub(crate) struct Sources {
 impl Sources {
     /// At most `capacity` sources are remembered; beyond that, new ones are refused.
     pub(crate) const fn new(rate: Rate, capacity: usize) -> Self {
-        Self { rate, capacity, buckets: BTreeMap::new(), swept: None }
+        Self { rate, hosts: false, capacity, buckets: BTreeMap::new(), swept: None }
+    }
+
+    /// The same for addresses that are known to be hosts': those of one /64 are apart.
+    pub(crate) const fn of_hosts(rate: Rate, capacity: usize) -> Self {
+        Self { hosts: true, ..Self::new(rate, capacity) }
     }
 
     /// Takes one token of `source`'s bucket, if there is one.
     pub(crate) fn take(&mut self, source: IpAddr, now: Duration) -> bool {
-        let (rate, key) = (self.rate, key(source));
+        let (rate, key) = (self.rate, key(source, self.hosts));
         if self.buckets.len() >= self.capacity && !self.buckets.contains_key(&key) {
             // Not for each that is refused: it takes time.
             if self.swept.is_some_and(|at| now.saturating_sub(at) < SWEEP) {
@@ -91,9 +98,10 @@ impl Sources {
     }
 }
 
-fn key(source: IpAddr) -> u128 {
+fn key(source: IpAddr, host: bool) -> u128 {
     match source.to_canonical() {
         IpAddr::V4(v4) => v4.to_ipv6_mapped().to_bits(),
+        IpAddr::V6(v6) if host => v6.to_bits(),
         IpAddr::V6(v6) => v6.to_bits() >> 64 << 64,
     }
 }
@@ -135,5 +143,8 @@ mod tests {
         assert!(!sources.take(c, ms(0)), "the table is full");
         assert!(sources.take(c, ms(300)), "and empties");
         assert_eq!(sources.buckets.len(), 1);
+        let mut hosts = Sources::of_hosts(RATE, 2);
+        assert!((0..3).all(|_| hosts.take(b, ms(0))) && !hosts.take(b, ms(0)));
+        assert!(hosts.take(same_net, ms(0)), "a host of its own");
     }
 }

@@ -236,7 +236,7 @@ fn sysctls(archive: &mut Archive, config: &Config) {
 fn container_logs(archive: &mut Archive) {
     let Ok(pods) = std::fs::read_dir("/var/log/pods") else { return };
     let ours = |path: &std::path::PathBuf| {
-        path.file_name().is_some_and(|name| name.to_string_lossy().contains("_skein"))
+        path.file_name().is_some_and(|name| name.to_string_lossy().contains("_skein-"))
     };
     for pod in pods.flatten().map(|entry| entry.path()).filter(ours) {
         let containers = std::fs::read_dir(&pod).into_iter().flatten().flatten();

@@ -165,9 +165,6 @@ fn overlay(facts: &Facts, peer: &PeerReport, outer: Option<&Way>, steps: &mut St
     let cidr = peer.pod_cidrs.iter().find(|cidr| cidr.contains(&facts.to));
     let cidr = cidr.map(ToString::to_string).unwrap_or_default();
     steps.add("owner", Good, format!("{} owns {cidr}", peer.name));
-    if facts.status.report.is_none() {
-        steps.add("session", Bad, "the data process is away");
-    }
     session(peer, steps);
     match (peer.endpoint, outer) {
         (Some(endpoint), Some(outer)) => underlay(facts, endpoint, outer, steps),
