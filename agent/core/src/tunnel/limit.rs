@@ -75,7 +75,7 @@ impl Sources {
     }
 
     /// The same for addresses that are known to be hosts': those of one /64 are apart.
-    pub(crate) const fn of_hosts(rate: Rate, capacity: usize) -> Self {
+    pub(crate) fn of_hosts(rate: Rate, capacity: usize) -> Self {
         Self { hosts: true, ..Self::new(rate, capacity) }
     }
 
