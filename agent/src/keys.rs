@@ -29,10 +29,24 @@ pub enum KeyError {
 #[serde(try_from = "String", into = "String")]
 pub struct PublicKey(pub [u8; 32]);
 
-/// The private half; 32 bytes, wiped when dropped, never printed.
-#[derive(Clone, Deserialize)]
+/// The private half; 32 bytes, wiped when dropped, never printed. They stay where they are when it is moved: a
+/// copy left on the stack would get into whatever is made there next.
+#[derive(Deserialize)]
 #[serde(try_from = "Zeroizing<String>")]
-pub struct PrivateKey(Zeroizing<[u8; 32]>);
+pub struct PrivateKey(Box<Zeroizing<[u8; 32]>>);
+
+impl Clone for PrivateKey {
+    fn clone(&self) -> Self {
+        let mut bytes = nothing();
+        bytes.copy_from_slice(self.as_bytes());
+        Self(bytes)
+    }
+}
+
+/// Room for a key.
+fn nothing() -> Box<Zeroizing<[u8; 32]>> {
+    Box::new(Zeroizing::new([0; 32]))
+}
 
 /// The public halves of a node's keys: the one in force, and another while it changes, which is accepted as
 /// well.
@@ -60,8 +74,8 @@ impl From<PublicKey> for PublicKeys {
 impl PrivateKey {
     /// A new random key.
     pub fn generate() -> Result<Self, KeyError> {
-        let mut bytes = Zeroizing::new([0; 32]);
-        aws_lc_rs::rand::fill(&mut *bytes).map_err(|_| KeyError::Value)?;
+        let mut bytes = nothing();
+        aws_lc_rs::rand::fill(&mut **bytes).map_err(|_| KeyError::Value)?;
         Ok(Self(bytes))
     }
 
@@ -72,7 +86,7 @@ impl PrivateKey {
 
     /// The public half.
     pub fn public(&self) -> Result<PublicKey, KeyError> {
-        let key = agreement::PrivateKey::from_private_key(&agreement::X25519, &*self.0)
+        let key = agreement::PrivateKey::from_private_key(&agreement::X25519, self.as_bytes())
             .map_err(|_| KeyError::Value)?;
         let public = key.compute_public_key().map_err(|_| KeyError::Value)?;
         Ok(PublicKey(public.as_ref().try_into().map_err(|_| KeyError::Value)?))
@@ -82,16 +96,20 @@ impl PrivateKey {
     pub fn to_base64(&self) -> Zeroizing<String> {
         // Room for all of it, and for a line's end: what grows leaves copies behind.
         let mut text = Zeroizing::new(String::with_capacity(64));
-        BASE64.encode_string(self.as_bytes(), &mut text);
+        // Into a place that is wiped: the encoder's own would stay behind on the stack.
+        let mut encoded = Box::new(Zeroizing::new([0; 44]));
+        if BASE64.encode_slice(self.as_bytes(), &mut **encoded).is_ok() {
+            text.push_str(std::str::from_utf8(&**encoded).unwrap_or_default());
+        }
         text
     }
 }
 
-fn decode(text: &str) -> Result<Zeroizing<[u8; 32]>, KeyError> {
+fn decode(text: &str) -> Result<Box<Zeroizing<[u8; 32]>>, KeyError> {
     // Wiped also where only the end turns out to be wrong.
     let mut bytes = Zeroizing::new(Vec::with_capacity(64));
     BASE64.decode_vec(text.trim(), &mut bytes).map_err(|_| KeyError::Encoding)?;
-    let mut array = Zeroizing::new([0; 32]);
+    let mut array = nothing();
     match bytes.len() {
         32 => array.copy_from_slice(&bytes),
         length => return Err(KeyError::Length(length)),
@@ -102,7 +120,7 @@ fn decode(text: &str) -> Result<Zeroizing<[u8; 32]>, KeyError> {
 impl FromStr for PublicKey {
     type Err = KeyError;
     fn from_str(text: &str) -> Result<Self, KeyError> {
-        decode(text).map(|bytes| Self(*bytes))
+        decode(text).map(|bytes| Self(**bytes))
     }
 }
 
@@ -141,7 +159,7 @@ impl Serialize for PrivateKey {
 
 impl PartialEq for PrivateKey {
     fn eq(&self, other: &Self) -> bool {
-        aws_lc_rs::constant_time::verify_slices_are_equal(&*self.0, &*other.0).is_ok()
+        aws_lc_rs::constant_time::verify_slices_are_equal(self.as_bytes(), other.as_bytes()).is_ok()
     }
 }
 
@@ -171,11 +189,11 @@ mod tests {
     #[test]
     fn public_half_is_that_of_rfc_7748() {
         // RFC 7748, section 6.1: Alice.
-        let private = PrivateKey(Zeroizing::new([
+        let private = PrivateKey(Box::new(Zeroizing::new([
             0x77, 0x07, 0x6d, 0x0a, 0x73, 0x18, 0xa5, 0x7d, 0x3c, 0x16, 0xc1, 0x72, 0x51, 0xb2,
             0x66, 0x45, 0xdf, 0x4c, 0x2f, 0x87, 0xeb, 0xc0, 0x99, 0x2a, 0xb1, 0x77, 0xfb, 0xa5,
             0x1d, 0xb9, 0x2c, 0x2a,
-        ]));
+        ])));
         let public = private.public().unwrap();
         assert_eq!(public.0[..4], [0x85, 0x20, 0xf0, 0x09]);
         assert_eq!(public.0[28..], [0xaa, 0x9b, 0x4e, 0x6a]);

@@ -247,7 +247,8 @@ async fn objects(arguments: &[&str], kind: &str) -> Result<Vec<Value>, FirewallE
 fn read_objects(text: &str, kind: &str) -> Result<Vec<Value>, FirewallError> {
     let unreadable = || FirewallError::Unreadable(text.chars().take(80).collect());
     let mut document: Value = serde_json::from_str(text).map_err(|_| unreadable())?;
-    let all = document["nftables"].as_array_mut().map(std::mem::take).ok_or_else(unreadable)?;
+    let all = document.get_mut("nftables").and_then(Value::as_array_mut);
+    let all = all.map(std::mem::take).ok_or_else(unreadable)?;
     Ok(all.into_iter().filter_map(|mut object| Some(object.get_mut(kind)?.take())).collect())
 }
 
@@ -255,6 +256,14 @@ fn read_objects(text: &str, kind: &str) -> Result<Vec<Value>, FirewallError> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    /// Found by its fuzzer: a document that is no object.
+    #[test]
+    fn what_is_no_list_of_rules_is_an_error() {
+        for text in ["7", "[]", "null", "{}", r#"{"nftables": 7}"#] {
+            assert!(read_objects(text, "rule").is_err(), "{text}");
+        }
+    }
 
     fn chain() -> Chain {
         let [family, table, name] = ["ip", "filter", "FORWARD"].map(str::to_owned);
