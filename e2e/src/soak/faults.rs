@@ -5,6 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use clap::ValueEnum;
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::Random;
@@ -19,7 +20,8 @@ const LIMIT: Duration = Duration::from_secs(20);
 /// The node whose data process somebody else has started, as in the chart: only such a one is taken over.
 const EXTERNAL: usize = 0;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+/// A kind of fault.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub(super) enum Kind {
     KillAgent,
     KillDataProcess,

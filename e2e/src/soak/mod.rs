@@ -8,6 +8,7 @@ mod report;
 mod sampler;
 
 use std::fs;
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -34,6 +35,12 @@ pub struct Options {
     /// The faults' order, nodes and times come from it; a new one each time unless given.
     #[arg(long)]
     seed: Option<u64>,
+    /// Only these faults, to find out about one.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Kind::ALL)]
+    faults: Vec<Kind>,
+    /// Keep the agents' logs in this directory.
+    #[arg(long)]
+    logs: Option<PathBuf>,
 }
 
 /// How long every connection may take to go on after a fault has ended.
@@ -68,8 +75,15 @@ pub fn run(options: &Options) -> Result<()> {
         agent.set("underlay.addresses", vec!["0.0.0.0".to_owned()]);
     }
     let duration = Duration::from_secs(60) * options.minutes;
-    let report = soak(&mut cluster, &mut Random::new(seed), duration)
-        .with_context(|| format!("seed {seed}\n{}", cluster.logs()))?;
+    let report = soak(&mut cluster, &mut Random::new(seed), options, duration);
+    if let Some(directory) = &options.logs {
+        fs::create_dir_all(directory)?;
+        for agent in &cluster.agents {
+            let kept = directory.join(format!("{}.log", agent.record.name));
+            fs::copy(agent.log(), &kept).with_context(|| kept.display().to_string())?;
+        }
+    }
+    let report = report.with_context(|| format!("seed {seed}\n{}", cluster.logs()))?;
     println!("{report}");
     if !report.complaints.is_empty() {
         println!("{}", cluster.logs());
@@ -79,14 +93,20 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn soak(cluster: &mut Cluster, random: &mut Random, duration: Duration) -> Result<report::Report> {
+fn soak(
+    cluster: &mut Cluster,
+    random: &mut Random,
+    options: &Options,
+    duration: Duration,
+) -> Result<report::Report> {
     let Cluster { agents, lab, .. } = cluster;
     let mut world = World::start(agents, lab)?;
     checks::all_reach_all(lab)?;
     thread::scope(|scope| {
         let sampler = Sampler::start(scope, lab);
         let flows = Flows::start(scope, lab);
-        let (events, mut complaints) = befall(&mut world, &flows, random, duration);
+        let (events, mut complaints) =
+            befall(&mut world, &flows, random, &options.faults, duration);
         let ended = flows.stop();
         let samples = sampler.stop();
         complaints.extend(world.wellness());
@@ -106,6 +126,7 @@ fn befall(
     world: &mut World<'_>,
     flows: &Flows<'_>,
     random: &mut Random,
+    kinds: &[Kind],
     duration: Duration,
 ) -> (Vec<Event>, Vec<String>) {
     let start = Instant::now();
@@ -128,7 +149,7 @@ fn befall(
             return (events, complaints);
         }
         if deck.is_empty() {
-            deck = random.shuffled(Kind::ALL.to_vec());
+            deck = random.shuffled(kinds.to_vec());
         }
         let Some(kind) = deck.pop() else { continue };
         let node = random.below(world.lab.nodes.len());

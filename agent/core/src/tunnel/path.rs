@@ -14,6 +14,9 @@ use crate::tunnel::timers::{PATH_CHECK, PATH_GIVE_UP, PATH_RAISE, PROBE_EVERY};
 /// Long pings without an answer, each beside a short one with an answer, until their size counts as too long:
 /// more than chance makes of 10 % loss.
 const TRIES: usize = 5;
+/// The same where less than [`BASE`] would follow, over which IPv6 has no way: a receive buffer that is full
+/// for a second or two, and has room for what is short, must not do that.
+const TRIES_AT_BASE: usize = 20;
 /// Used while the longest size is searched: what every link of IPv6 carries (RFC 8200, section 5).
 const BASE: u16 = 1280;
 /// Used where even that does not pass: what every host of IPv4 takes (RFC 791).
@@ -88,10 +91,15 @@ impl Path {
             if now.saturating_sub(probe.last) < PROBE_EVERY {
                 return None;
             }
-            if probe.answered >= TRIES {
+            let grave = probe.size <= self.used && probe.size <= BASE;
+            let (tries, patience) = match grave {
+                true => (TRIES_AT_BASE, 2 * PATH_GIVE_UP),
+                false => (TRIES, PATH_GIVE_UP),
+            };
+            if probe.answered >= tries {
                 let size = probe.size;
                 self.failed(size);
-            } else if now.saturating_sub(probe.begun) > PATH_GIVE_UP {
+            } else if now.saturating_sub(probe.begun) > patience {
                 // Of a peer that says next to nothing nothing is learnt.
                 self.probe = None;
                 self.check_at = now + PATH_CHECK;
@@ -232,6 +240,21 @@ mod tests {
         assert_eq!(path.limit(), found, "new keys lead by the same way");
         path.on_session(now, 1440, true);
         assert_eq!(path.limit(), None);
+    }
+
+    #[test]
+    fn less_than_ipv6_needs_takes_more_than_a_buffer_that_is_full_for_seconds() {
+        let (mut path, mut now) = (Path::new(), Duration::from_secs(9));
+        path.on_session(now, 1440, true);
+        run(&mut path, &mut now, 30, 1300);
+        assert!(path.limit().is_some_and(|limit| (1292..=1300).contains(&limit)));
+        // It is seconds until the base itself is asked for.
+        run(&mut path, &mut now, 8, 200);
+        assert_eq!(path.limit(), Some(BASE));
+        run(&mut path, &mut now, 30, 1300);
+        assert!(path.limit().is_some_and(|limit| limit >= BASE), "{:?}", path.limit());
+        run(&mut path, &mut now, 20, 1000);
+        assert!(path.limit().is_some_and(|limit| limit <= 1000), "{:?}", path.limit());
     }
 
     proptest! {

@@ -40,7 +40,8 @@ fn a_narrow_path_is_known_before_a_bulk_transfer_has_begun() {
     let mut lab = Lab::new(2);
     lab.underlay.mtu = 1300;
     lab.flow(0, 1, ms(20));
-    lab.run(secs(8));
+    // Less than IPv6 needs: that is asked for longer.
+    lab.run(secs(14));
     let path = usize::from(lab.view(0, 1).path.unwrap());
     assert!((1260..=1268).contains(&path), "{path}");
 }
