@@ -193,7 +193,7 @@ fn a_link_that_flaps_costs_what_it_is_away() -> Result<()> {
         received.longest_pause
     );
     // TCP waits ever longer before it tries again.
-    ensure!(received.longest_pause < 8.0, "{} s", received.longest_pause);
+    ensure!(received.longest_pause < 15.0, "{} s", received.longest_pause);
     checks::all_reach_all(&cluster.lab)
 }
 
