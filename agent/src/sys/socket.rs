@@ -96,12 +96,18 @@ mod tests {
         make_directory(&socket).unwrap();
         make_directory(&socket).unwrap();
         make_directory(Path::new("s.sock")).unwrap();
-        for mode in [0o777, 0o1777, 0o775, 0o757] {
-            let parent = socket.parent().unwrap();
+        let parent = socket.parent().unwrap();
+        let set = |mode, gid| {
+            std::os::unix::fs::chown(parent, None, Some(gid)).expect("this test needs root");
             std::fs::set_permissions(parent, std::fs::Permissions::from_mode(mode)).unwrap();
-            let error = make_directory(&socket).unwrap_err().to_string();
+            make_directory(&socket)
+        };
+        for (mode, gid) in [(0o777, 0), (0o1777, 0), (0o757, 0), (0o775, 65_534)] {
+            let error = set(mode, gid).unwrap_err().to_string();
             assert!(error.contains("a/b"), "{error}");
         }
+        // Root's own group.
+        set(0o775, 0).unwrap();
     }
 
     #[test]
