@@ -10,6 +10,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use skein_core::tunnel::{Kept, Memory, SAVED_LEN, SavedSession};
 use skein_core::wire::header::{CONTROL_LANE, MAX_LANES};
@@ -20,9 +21,11 @@ use crate::sys::memory::SharedWords;
 const PLACES: usize = 16_384;
 /// What the first word says; another layout has another number.
 const LAYOUT: u64 = 0x736b_6569_6e00_0001;
-/// Places in the header: the layout, and how many places were ever used.
+/// Places in the header: the layout, how many places were ever used, and the latest time that a handshake
+/// carried, in nanoseconds since 1970.
 const HEADER: usize = 8;
 const USED: usize = 1;
+const TIMESTAMP: usize = 2;
 /// Words of a record.
 const RECORD: usize = 1 + SAVED_LEN / 8;
 const MARKS: usize = HEADER + PLACES * RECORD;
@@ -158,6 +161,16 @@ impl Memory for SessionMemory {
         self.write(place, session);
         Some(Box::new(Place { memory: self.clone(), place, lanes: session.remote_lanes() }))
     }
+
+    fn latest_timestamp(&self) -> Duration {
+        Duration::from_nanos(self.0.words.words()[TIMESTAMP].load(Ordering::Relaxed))
+    }
+
+    fn set_latest_timestamp(&mut self, timestamp: Duration) {
+        // Until 2554.
+        let nanos = u64::try_from(timestamp.as_nanos()).unwrap_or(u64::MAX);
+        self.0.words.words()[TIMESTAMP].store(nanos, Ordering::Relaxed);
+    }
 }
 
 impl Kept for Place {
@@ -202,9 +215,11 @@ mod tests {
         let kept: Vec<_> = (0..3).map(|n| memory.keep(&saved(n)).unwrap()).collect();
         kept[1].set_mark(2, 77);
         kept[1].set_mark(CONTROL_LANE, 5);
+        memory.set_latest_timestamp(Duration::new(9, 1));
         // A killed process drops nothing.
         kept.into_iter().for_each(std::mem::forget);
         let (memory, found) = reopen(&memory);
+        assert_eq!(memory.latest_timestamp(), Duration::new(9, 1));
         assert_eq!(found.iter().map(|(s, _)| s.life).collect::<Vec<_>>(), [1, 1, 1]);
         assert_eq!(found[1].0.public_key, [1; 32]);
         assert_eq!([0, 2, CONTROL_LANE].map(|lane| found[1].1.mark(lane)), [0, 77, 5]);

@@ -143,8 +143,10 @@ impl Engine {
         })
     }
 
-    /// Keeps every session that is made from now on.
+    /// Keeps every session that is made from now on, and has handshakes carry later times than those that
+    /// the memory knows of.
     pub fn set_memory(&mut self, memory: Box<dyn Memory>) {
+        self.shared.raise_timestamps(memory.latest_timestamp());
         self.shared.memory = memory;
     }
 

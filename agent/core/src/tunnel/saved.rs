@@ -22,6 +22,10 @@ pub trait Memory: Send {
     /// Keeps this one until what is returned is dropped. `None`: there is no room, and the session ends
     /// with this process.
     fn keep(&mut self, session: &SavedSession) -> Option<Box<dyn Kept>>;
+    /// The latest wall-clock time that a handshake of this or an earlier process carried; 0: none did.
+    fn latest_timestamp(&self) -> Duration;
+    /// Notes it, before the handshake is sent.
+    fn set_latest_timestamp(&mut self, timestamp: Duration);
 }
 
 /// The place of one session in a [`Memory`].
@@ -39,6 +43,12 @@ impl Memory for Forgetful {
     fn keep(&mut self, _: &SavedSession) -> Option<Box<dyn Kept>> {
         None
     }
+
+    fn latest_timestamp(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    fn set_latest_timestamp(&mut self, _: Duration) {}
 }
 
 /// A session as it is kept.

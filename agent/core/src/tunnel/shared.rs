@@ -151,6 +151,7 @@ impl Shared {
     /// The wall clock, or later: a peer takes no timestamp twice and none that goes back.
     pub(crate) fn timestamp(&mut self, now: Time) -> Timestamp {
         self.last_timestamp = now.wall.max(self.last_timestamp + Duration::from_nanos(1));
+        self.memory.set_latest_timestamp(self.last_timestamp);
         Timestamp::new(self.last_timestamp)
     }
 

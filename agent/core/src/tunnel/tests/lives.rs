@@ -10,7 +10,7 @@ type Record = ([u8; SAVED_LEN], BTreeMap<u8, u64>);
 
 /// Outlives the engine that writes to it.
 #[derive(Clone, Default)]
-struct Shelf(Arc<Mutex<BTreeMap<usize, Record>>>);
+struct Shelf(Arc<Mutex<BTreeMap<usize, Record>>>, Arc<Mutex<Duration>>);
 
 struct Place(Shelf, usize);
 
@@ -31,6 +31,14 @@ impl Shelf {
 impl Memory for Shelf {
     fn keep(&mut self, session: &SavedSession) -> Option<Box<dyn Kept>> {
         Some(self.put(*session.to_bytes(), BTreeMap::new()))
+    }
+
+    fn latest_timestamp(&self) -> Duration {
+        *self.1.lock().unwrap()
+    }
+
+    fn set_latest_timestamp(&mut self, timestamp: Duration) {
+        *self.1.lock().unwrap() = timestamp;
     }
 }
 
@@ -53,7 +61,10 @@ impl Drop for Place {
 
 impl Lab {
     fn keep(&mut self, node: usize) -> Shelf {
-        let shelf = Shelf::default();
+        self.keep_on(node, Shelf::default())
+    }
+
+    fn keep_on(&mut self, node: usize, shelf: Shelf) -> Shelf {
         self.nodes[node].engine.set_memory(Box::new(shelf.clone()));
         shelf
     }
@@ -62,7 +73,7 @@ impl Lab {
     fn kill(&mut self, node: usize, shelf: &mut Shelf) -> usize {
         let left = shelf.left();
         self.restart(node);
-        *shelf = self.keep(node);
+        *shelf = self.keep_on(node, Shelf(Arc::default(), shelf.1.clone()));
         let next = left.into_iter().map(|(bytes, marks)| {
             let mut saved = SavedSession::from_bytes(&bytes).unwrap();
             saved.life += 1;
@@ -147,6 +158,21 @@ fn what_was_received_in_a_life_before_is_not_taken_again() {
     let after = lab.dropped(0, DropReason::Replayed) + lab.dropped(0, DropReason::ReplayWindow);
     assert!(after > 0);
     assert_eq!(lab.view(0, 1).receive.len(), 1, "no initiation is believed twice");
+}
+
+/// Also while no control process is there to know the time before.
+#[test]
+fn a_life_that_begins_with_the_clock_set_back_says_no_time_of_one_before() {
+    let mut lab = Lab::new(2);
+    let mut shelf = lab.keep(0);
+    lab.flow(0, 1, ms(3));
+    lab.run(secs(1));
+    lab.now.wall -= secs(3600);
+    assert_eq!(lab.kill(0, &mut shelf), 1);
+    let sessions = lab.count(1, HandshakeResult::CompletedResponder);
+    lab.run(secs(130));
+    assert!(lab.count(1, HandshakeResult::CompletedResponder) > sessions, "it has renewed");
+    assert_eq!(lab.count(1, HandshakeResult::Replayed), 0);
 }
 
 #[test]
