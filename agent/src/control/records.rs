@@ -196,6 +196,8 @@ fn endpoint(text: &str) -> Option<SocketAddr> {
 pub struct Conflict<S> {
     /// Where the two come from.
     pub between: (S, S),
+    /// The key that both name, where that is what contradicts.
+    pub key: Option<PublicKey>,
     /// What contradicts, and the remedy.
     pub message: String,
 }
@@ -213,7 +215,7 @@ pub fn conflict<'a, S: Clone>(
         let name = record.name.as_str();
         if let Some(other) = names.insert(name, source.clone()) {
             let message = format!("two records of node {name}: keep one");
-            return Some(Conflict { between: (other, source), message });
+            return Some(Conflict { between: (other, source), key: None, message });
         }
         for key in record.keys().iter() {
             if let Some((other, twin)) = keys.insert(key, (source.clone(), name)) {
@@ -221,7 +223,7 @@ pub fn conflict<'a, S: Clone>(
                     "public_key: nodes {twin} and {name} have the same key {key}: every node has a \
                      key of its own (skein-agent keygen)"
                 );
-                return Some(Conflict { between: (other, source), message });
+                return Some(Conflict { between: (other, source), key: Some(key), message });
             }
         }
         cidrs.extend(record.pod_cidrs.iter().map(|cidr| (*cidr, source.clone(), name)));
@@ -234,6 +236,7 @@ pub fn conflict<'a, S: Clone>(
         let [(a, from_a, node_a), (b, from_b, node_b)] = pair else { return None };
         overlap(a, b).then(|| Conflict {
             between: (from_a.clone(), from_b.clone()),
+            key: None,
             message: format!(
                 "pod_cidrs: {a} of node {node_a} and {b} of node {node_b} overlap: give every node \
                  prefixes of its own"
@@ -247,6 +250,7 @@ pub fn conflict<'a, S: Clone>(
             let (cidr, owner, node) = cidrs.get(before.checked_sub(1)?)?;
             cidr.contains(&ip).then(|| Conflict {
                 between: (source, owner.clone()),
+                key: None,
                 message: format!(
                     "pod_cidrs: {cidr} of node {node} has the address {ip}, where node {name} listens: \
                      give pods prefixes that have no node's address"

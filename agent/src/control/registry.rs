@@ -319,10 +319,11 @@ struct Candidate {
 
 /// Chooses the records to be in force: every file's new version, less those that are wrong or that
 /// contradict others. Of two files that contradict each other the changed one goes back to its last
-/// good version; of two changed ones the later by name. So what was in force and has not changed is
-/// never lost, and files that change together (a prefix moves from one to the other) are taken
-/// together. Only what this node says of itself in Kubernetes, which nobody else can change, wins in
-/// any case.
+/// good version; of two changed ones the later by name, but that a key stays with the file whose last
+/// good version names it. So what was in force and has not changed is never lost, files that change
+/// together (a prefix moves from one to the other) are taken together, and nobody stops another node's
+/// change from one key to the next by claiming that one. Only what this node says of itself in
+/// Kubernetes, which nobody else can change, wins in any case.
 ///
 /// `standing` are the prefixes that this node owns by what is in force; they stay its own while its
 /// record is away, so that nobody else's record can take them.
@@ -349,7 +350,7 @@ fn settle(
             }
         }
     }
-    while let Some((path, error)) = contradiction(own, standing, &candidates) {
+    while let Some((path, error)) = contradiction(own, standing, last_good, &candidates) {
         let changed = candidates.remove(&path).is_some_and(|candidate| candidate.changed);
         if let Some(good) = last_good.get(&path).filter(|_| changed) {
             candidates.insert(path.clone(), Candidate { records: good.clone(), changed: false });
@@ -364,6 +365,7 @@ fn settle(
 fn contradiction(
     own: &Own,
     standing: &[IpNet],
+    last_good: &Accepted,
     candidates: &BTreeMap<PathBuf, Candidate>,
 ) -> Option<(PathBuf, String)> {
     for (path, candidate) in candidates {
@@ -390,6 +392,13 @@ fn contradiction(
     });
     let conflict = records::conflict(configured.iter().map(|c| (None, c)).chain(records))?;
     let changed = |path: &Option<&PathBuf>| path.is_some_and(|path| candidates[path].changed);
+    // This node's configuration, which is no file, never loses.
+    let had_key = |path: &Option<&PathBuf>| {
+        path.is_none_or(|path| {
+            let mut good = last_good.get(path).into_iter().flatten();
+            good.any(|record| record.keys().iter().any(|key| Some(key) == conflict.key))
+        })
+    };
     let (a, b) = match conflict.between {
         (a, b) if a <= b => (a, b),
         (a, b) => (b, a),
@@ -397,7 +406,7 @@ fn contradiction(
     let keep_b = match own.record.as_ref() {
         Some(record) if b == Some(record) => true,
         Some(record) if a == Some(record) => false,
-        _ => changed(&a) && !changed(&b),
+        _ => (changed(&a), !had_key(&a)) > (changed(&b), !had_key(&b)),
     };
     let (loser, other) = if keep_b { (a, b) } else { (b, a) };
     let other = match other {
@@ -626,6 +635,34 @@ mod tests {
         lab.remove("a.toml");
         assert!(!registry.reload());
         assert!(registry.status().rejected[0].error.contains("the other is this node"));
+    }
+
+    /// A node that is somebody else's claims the next key of another as soon as that is announced.
+    #[test]
+    fn a_key_stays_with_whom_it_was() {
+        let lab = Lab::new();
+        let (mine, old, next) = (PublicKey([2; 32]), PublicKey([3; 32]), PublicKey([9; 32]));
+        let text = |n: u8, public_key, second_public_key| {
+            let record = record(n, &[&format!("10.{n}.0.0/24")]);
+            toml::to_string(&NodeRecord { public_key, second_public_key, ..record }).unwrap()
+        };
+        lab.write("b.toml", &text(2, mine, None));
+        lab.write("c.toml", &text(3, old, Some(next)));
+        let mut registry = lab.open().unwrap();
+        for claim in [text(2, next, None), text(2, mine, Some(next))] {
+            lab.write("b.toml", &claim);
+            for record in
+                [text(3, old, Some(next)), text(3, next, Some(old)), text(3, old, Some(next))]
+            {
+                lab.write("c.toml", &record);
+                registry.reload();
+                let node = registry.peers().find(|node| node.name == "node-3").unwrap();
+                assert_eq!(toml::to_string(node).unwrap(), record);
+                let rejected = registry.status().rejected;
+                assert_eq!(rejected.len(), 1, "{rejected:?}");
+                assert!(rejected[0].error.contains("same key"), "{rejected:?}");
+            }
+        }
     }
 
     #[test]
