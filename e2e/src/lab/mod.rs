@@ -133,10 +133,6 @@ impl Lab {
                 node.add_pod(plan.pod_mtu)?;
             }
         }
-        for pod in lab.nodes.iter().flat_map(|node| &node.pods) {
-            // Whatever the host prefers: what most machines run, and the same everywhere.
-            let _ = pod.ns.sysctl("net.ipv4.tcp_congestion_control", "cubic");
-        }
         Ok(lab)
     }
 

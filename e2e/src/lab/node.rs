@@ -18,6 +18,11 @@ const GATEWAY_V4: &str = "169.254.1.1";
 const GATEWAY_V6: &str = "fe80::1";
 const GATEWAY_MAC: &str = "ee:ee:ee:ee:ee:ee";
 
+/// Whatever the host prefers: what most machines run, and the same everywhere. A route may say so also where
+/// the host allows no namespace's settings to. (BBR takes a path of which nothing came for seconds for one of
+/// some hundred bits a second, and goes on accordingly.)
+const CONGESTION: &str = "congctl cubic";
+
 /// A machine of the laboratory.
 #[derive(Debug)]
 pub struct Node {
@@ -102,8 +107,8 @@ impl Node {
             format!("address add {v6}/128 dev {POD_INTERFACE} nodad"),
             format!("neighbour replace {GATEWAY_V4} lladdr {GATEWAY_MAC} dev {POD_INTERFACE}"),
             format!("neighbour replace {GATEWAY_V6} lladdr {GATEWAY_MAC} dev {POD_INTERFACE}"),
-            format!("route add default via {GATEWAY_V4} dev {POD_INTERFACE} onlink"),
-            format!("route add default via {GATEWAY_V6} dev {POD_INTERFACE} onlink"),
+            format!("route add default via {GATEWAY_V4} dev {POD_INTERFACE} onlink {CONGESTION}"),
+            format!("route add default via {GATEWAY_V6} dev {POD_INTERFACE} onlink {CONGESTION}"),
         ])?;
         self.ns.ip_batch(&[
             format!("link set {host_interface} address {GATEWAY_MAC}"),

@@ -152,7 +152,7 @@ impl Tally {
         let wrong = error.downcast_ref::<WrongByte>().is_some();
         self.wrong.fetch_add(wrong.into(), Ordering::Relaxed);
         let text = format!("{}: {error:#}", self.name);
-        eprintln!("{text}");
+        eprintln!("{} {text}", super::wall());
         self.failures.lock().unwrap_or_else(PoisonError::into_inner).push(text);
     }
 }

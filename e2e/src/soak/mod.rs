@@ -158,7 +158,7 @@ fn befall(
         let ended = Instant::now();
         let what = format!("after {} s: {kind} on node {node}", start.elapsed().as_secs());
         let mut complain = |text: String| {
-            eprintln!("{what}: {text}");
+            eprintln!("{} {what}: {text}", wall());
             complaints.push(format!("{what}: {text}"));
         };
         if let Err(error) = done {
@@ -174,9 +174,18 @@ fn befall(
             }
             thread::sleep(Duration::from_millis(20));
         }
-        events.push(Event { kind, stall: flows.longest_pause() });
+        let stall = flows.longest_pause();
+        println!("{} {what}: a connection stood for {:.1} s", wall(), stall.as_secs_f64());
+        events.push(Event { kind, stall });
         pause = Duration::from_millis(3000 + random.below(5000) as u64);
     }
+}
+
+/// The time of day in UTC, as the agents' logs have it.
+fn wall() -> String {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let seconds = now.unwrap_or_default().as_secs();
+    format!("{:02}:{:02}:{:02}", seconds / 3600 % 24, seconds / 60 % 60, seconds % 60)
 }
 
 fn new_seed() -> Result<u64> {
