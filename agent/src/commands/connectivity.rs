@@ -77,7 +77,7 @@ pub(crate) fn connectivity(arguments: &ConnectivityArgs) -> Result<(), Failure> 
     } else {
         let agent = arguments.agent.agent()?;
         let status = runtime()?.block_on(agent.status())?;
-        let results = probe::all(&status.node, &targets(&status)?, mtu(&status))?;
+        let results = probe::all(&status.node, &targets(&status)?)?;
         Matrix::new(results)
     };
     print(&match arguments.output.output {
@@ -103,10 +103,6 @@ fn targets(status: &Document) -> Result<Vec<Target>, Failure> {
         .collect())
 }
 
-fn mtu(status: &Document) -> usize {
-    status.interface.mtu.into()
-}
-
 pub(crate) fn probe(arguments: &ProbeArgs) -> Result<(), Failure> {
     if let Some(port) = arguments.answer {
         return Ok(probe::answer(port)?);
@@ -114,7 +110,7 @@ pub(crate) fn probe(arguments: &ProbeArgs) -> Result<(), Failure> {
     let text = arguments.targets.as_deref().unwrap_or("[]");
     let targets: Vec<Target> =
         serde_json::from_str(text).context("--targets is no list of targets")?;
-    let results = probe::all(&arguments.from, &targets, probe::own_mtu())?;
+    let results = probe::all(&arguments.from, &targets)?;
     let text = serde_json::to_string(&results).context("cannot print the results")?;
     print(&(text + "\n"))
 }

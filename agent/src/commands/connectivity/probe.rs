@@ -6,6 +6,7 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
+use rustix::net::sockopt;
 use skein_core::wire::checksum;
 use socket2::{Domain, Protocol as Number, Socket, Type};
 
@@ -23,11 +24,11 @@ const SMALL: usize = 56;
 const STREAM: usize = 32 << 10;
 /// ICMP and UDP have headers of the same length.
 const HEADER: usize = 8;
-/// The MTU of this network namespace's first interface, where it is not known better.
+/// The MTU on the way to where no route leads.
 const LEAST_MTU: usize = 1280;
 
-/// Probes every target; `mtu` is the longest packet in bytes that should pass.
-pub(super) fn all(from: &str, targets: &[Target], mtu: usize) -> Result<Vec<Outcome>, Failure> {
+/// Probes every target.
+pub(super) fn all(from: &str, targets: &[Target]) -> Result<Vec<Outcome>, Failure> {
     // Better here than in every cell of the matrix.
     icmp_socket(Ipv4Addr::LOCALHOST.into()).map_err(|error| match error.kind() {
         io::ErrorKind::PermissionDenied => {
@@ -37,7 +38,7 @@ pub(super) fn all(from: &str, targets: &[Target], mtu: usize) -> Result<Vec<Outc
     })?;
     let works = targets.iter().flat_map(|target| {
         let ip = if target.address.is_ipv4() { 20 } else { 40 };
-        let full = mtu.saturating_sub(ip + HEADER);
+        let full = mtu(target.address).unwrap_or(LEAST_MTU).saturating_sub(ip + HEADER);
         let icmp = [SMALL, full].map(|payload| (target, Protocol::Icmp, payload, ip + HEADER));
         let more = [
             (target, Protocol::Udp, SMALL, ip + HEADER),
@@ -169,6 +170,19 @@ fn unspecified(address: IpAddr) -> IpAddr {
     }
 }
 
+/// The longest packet in bytes that the kernel sends that way: the MTU of the route, or of its interface.
+fn mtu(address: IpAddr) -> io::Result<usize> {
+    let socket = UdpSocket::bind((unspecified(address), 0))?;
+    // Nothing is sent; any port will do.
+    socket.connect((address, 9))?;
+    let mtu = match address {
+        IpAddr::V4(_) => sockopt::ip_mtu(&socket)?,
+        IpAddr::V6(_) => sockopt::ipv6_mtu(&socket)?,
+    };
+    // The loopback's is more than a packet can have.
+    Ok(u16::try_from(mtu).unwrap_or(u16::MAX).into())
+}
+
 /// Answers probes until this process is ended.
 pub(super) fn answer(port: u16) -> anyhow::Result<()> {
     let any: [IpAddr; 2] = [Ipv6Addr::UNSPECIFIED.into(), Ipv4Addr::UNSPECIFIED.into()];
@@ -205,16 +219,6 @@ fn echo(mut stream: TcpStream) -> io::Result<()> {
     }
 }
 
-/// The least MTU of this network namespace's interfaces, but the loopback.
-pub(super) fn own_mtu() -> usize {
-    let links = std::fs::read_dir("/sys/class/net").into_iter().flatten().flatten();
-    let links = links.filter(|link| link.file_name() != "lo");
-    let mtu = |link: std::fs::DirEntry| {
-        std::fs::read_to_string(link.path().join("mtu")).ok()?.trim().parse().ok()
-    };
-    links.filter_map(mtu).min().unwrap_or(LEAST_MTU)
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -231,5 +235,20 @@ mod tests {
         }
         udp(free, 1000).unwrap();
         tcp(free, 0).unwrap();
+    }
+
+    #[test]
+    fn full_packets_are_as_long_as_the_way_to_the_target_lets_them_be() {
+        assert_eq!(mtu(Ipv4Addr::LOCALHOST.into()).unwrap(), usize::from(u16::MAX));
+        let any = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let free = any.local_addr().unwrap();
+        any.set_read_timeout(Some(PATIENCE)).unwrap();
+        let echo = std::thread::spawn(move || {
+            let mut buffer = vec![0; 65_536];
+            let (length, from) = any.recv_from(&mut buffer).unwrap();
+            any.send_to(&buffer[..length], from).unwrap();
+        });
+        udp(free, usize::from(u16::MAX) - 20 - HEADER).unwrap();
+        echo.join().unwrap();
     }
 }
