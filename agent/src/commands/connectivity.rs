@@ -6,6 +6,7 @@ mod probe;
 
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use anyhow::{Context, anyhow};
 use clap::Args;
@@ -53,6 +54,9 @@ pub(crate) struct ProbeArgs {
     /// Probe these, a JSON list, and print what came of it
     #[arg(long)]
     targets: Option<String>,
+    /// Seconds that the probes may take
+    #[arg(long, default_value_t = 60.0)]
+    timeout: f64,
     /// Whose probes these are
     #[arg(long, default_value = "-")]
     from: String,
@@ -75,9 +79,10 @@ pub(crate) fn connectivity(arguments: &ConnectivityArgs) -> Result<(), Failure> 
         let say = |text: &str| eprintln!("{text}");
         runtime()?.block_on(kubernetes::test(&options, say))?
     } else {
+        let end = Instant::now() + timeout;
         let agent = arguments.agent.agent()?;
         let status = runtime()?.block_on(agent.status())?;
-        let results = probe::all(&status.node, &targets(&status)?)?;
+        let results = probe::all(&status.node, &targets(&status)?, end)?;
         Matrix::new(results)
     };
     print(&match arguments.output.output {
@@ -104,13 +109,14 @@ fn targets(status: &Document) -> Result<Vec<Target>, Failure> {
 }
 
 pub(crate) fn probe(arguments: &ProbeArgs) -> Result<(), Failure> {
+    let end = Instant::now() + seconds("--timeout", arguments.timeout)?;
     if let Some(port) = arguments.answer {
         return Ok(probe::answer(port)?);
     }
     let text = arguments.targets.as_deref().unwrap_or("[]");
     let targets: Vec<Target> =
         serde_json::from_str(text).context("--targets is no list of targets")?;
-    let results = probe::all(&arguments.from, &targets)?;
+    let results = probe::all(&arguments.from, &targets, end)?;
     let text = serde_json::to_string(&results).context("cannot print the results")?;
     print(&(text + "\n"))
 }

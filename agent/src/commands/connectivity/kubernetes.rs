@@ -132,7 +132,11 @@ impl Run<'_> {
         for (index, node) in names.iter().enumerate() {
             for (kind, host) in [("pod", false), ("node", true)] {
                 let row = format!("{kind}@{node}");
-                let arguments = json!(["probe", "--from", row, "--targets", list]);
+                // The rest is for its start and for its log.
+                let time = self.end.duration_since(Instant::now()) * 3 / 4;
+                let time = time.as_secs_f64().to_string();
+                let arguments =
+                    json!(["probe", "--from", row, "--targets", list, "--timeout", time]);
                 let pod = format!("{kind}-{index}");
                 let pod = self.create(&pod, node, &image, arguments, host).await?;
                 probers.push(Prober { pod, row });

@@ -27,8 +27,8 @@ const HEADER: usize = 8;
 /// The MTU on the way to where no route leads.
 const LEAST_MTU: usize = 1280;
 
-/// Probes every target.
-pub(super) fn all(from: &str, targets: &[Target]) -> Result<Vec<Outcome>, Failure> {
+/// Probes every target, with what time there is until `end`.
+pub(super) fn all(from: &str, targets: &[Target], end: Instant) -> Result<Vec<Outcome>, Failure> {
     // Better here than in every cell of the matrix.
     icmp_socket(Ipv4Addr::LOCALHOST.into()).map_err(|error| match error.kind() {
         io::ErrorKind::PermissionDenied => {
@@ -53,7 +53,7 @@ pub(super) fn all(from: &str, targets: &[Target]) -> Result<Vec<Outcome>, Failur
         for _ in 0..TOGETHER {
             scope.spawn(|| {
                 while let Some((target, protocol, payload, headers)) = take() {
-                    let result = tries(target, protocol, payload);
+                    let result = tries(target, protocol, payload, end);
                     let outcome = Outcome {
                         from: from.to_owned(),
                         to: target.name.clone(),
@@ -81,15 +81,24 @@ fn shown(error: &io::Error) -> String {
 }
 
 /// The time of the first that is answered; the last error where none is.
-fn tries(target: &Target, protocol: Protocol, payload: usize) -> io::Result<Duration> {
+fn tries(
+    target: &Target,
+    protocol: Protocol,
+    payload: usize,
+    end: Instant,
+) -> io::Result<Duration> {
     let mut last = io::Error::from(io::ErrorKind::TimedOut);
     for _ in 0..TRIES {
         let address = SocketAddr::new(target.address, target.port.unwrap_or_default());
         let start = Instant::now();
+        let patience = PATIENCE.min(end.saturating_duration_since(start));
+        if patience.is_zero() {
+            return Err(io::Error::other("the time for the test is over"));
+        }
         match match protocol {
-            Protocol::Icmp => icmp(target.address, payload),
-            Protocol::Udp => udp(address, payload),
-            Protocol::Tcp => tcp(address, payload),
+            Protocol::Icmp => icmp(target.address, payload, patience),
+            Protocol::Udp => udp(address, payload, patience),
+            Protocol::Tcp => tcp(address, payload, patience),
         } {
             Ok(()) => return Ok(start.elapsed()),
             Err(error) => last = error,
@@ -107,10 +116,10 @@ fn icmp_socket(address: IpAddr) -> io::Result<Socket> {
 }
 
 /// An echo, which the kernel sends with DF set while it knows of no lesser path MTU.
-fn icmp(address: IpAddr, payload: usize) -> io::Result<()> {
+fn icmp(address: IpAddr, payload: usize, patience: Duration) -> io::Result<()> {
     let mut socket = icmp_socket(address)?;
     socket.connect(&SocketAddr::new(address, 0).into())?;
-    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(patience))?;
     let mut mark = [0; 4];
     aws_lc_rs::rand::fill(&mut mark).map_err(|_| io::Error::other("no random numbers"))?;
     let (request, reply) = if address.is_ipv4() { (8, 0) } else { (128, 129) };
@@ -122,7 +131,7 @@ fn icmp(address: IpAddr, payload: usize) -> io::Result<()> {
         message[2..4].copy_from_slice(&sum.to_be_bytes());
     }
     socket.write_all(&message)?;
-    let (mut buffer, end) = (vec![0; 65_536], Instant::now() + PATIENCE);
+    let (mut buffer, end) = (vec![0; 65_536], Instant::now() + patience);
     while Instant::now() < end {
         let length = socket.read(&mut buffer)?;
         // Of IPv4 a raw socket gives the IP header, too.
@@ -136,10 +145,10 @@ fn icmp(address: IpAddr, payload: usize) -> io::Result<()> {
     Err(io::ErrorKind::TimedOut.into())
 }
 
-fn udp(address: SocketAddr, payload: usize) -> io::Result<()> {
+fn udp(address: SocketAddr, payload: usize, patience: Duration) -> io::Result<()> {
     let socket = UdpSocket::bind((unspecified(address.ip()), 0))?;
     socket.connect(address)?;
-    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(patience))?;
     let message = vec![0x5a; payload];
     socket.send(&message)?;
     let mut buffer = vec![0; 65_536];
@@ -149,10 +158,10 @@ fn udp(address: SocketAddr, payload: usize) -> io::Result<()> {
     }
 }
 
-fn tcp(address: SocketAddr, payload: usize) -> io::Result<()> {
-    let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+fn tcp(address: SocketAddr, payload: usize, patience: Duration) -> io::Result<()> {
+    let mut stream = TcpStream::connect_timeout(&address, patience)?;
+    stream.set_read_timeout(Some(patience))?;
+    stream.set_write_timeout(Some(patience))?;
     let message = vec![0x5a; payload];
     stream.write_all(&message)?;
     let mut answer = vec![0; payload];
@@ -227,14 +236,14 @@ mod tests {
     #[test]
     fn what_answers_is_reached_by_tcp_and_udp_and_what_does_not_is_not() {
         let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        assert!(tcp(free, 10).is_err(), "nobody answers yet");
+        assert!(tcp(free, 10, PATIENCE).is_err(), "nobody answers yet");
         std::thread::spawn(move || answer(free.port()));
         let end = Instant::now() + Duration::from_secs(5);
-        while tcp(free, STREAM).is_err() {
+        while tcp(free, STREAM, PATIENCE).is_err() {
             assert!(Instant::now() < end, "nobody answers");
         }
-        udp(free, 1000).unwrap();
-        tcp(free, 0).unwrap();
+        udp(free, 1000, PATIENCE).unwrap();
+        tcp(free, 0, PATIENCE).unwrap();
     }
 
     #[test]
@@ -248,7 +257,20 @@ mod tests {
             let (length, from) = any.recv_from(&mut buffer).unwrap();
             any.send_to(&buffer[..length], from).unwrap();
         });
-        udp(free, usize::from(u16::MAX) - 20 - HEADER).unwrap();
+        udp(free, usize::from(u16::MAX) - 20 - HEADER, PATIENCE).unwrap();
         echo.join().unwrap();
+    }
+
+    #[test]
+    fn nothing_is_probed_when_the_time_is_over() {
+        let silent = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let address = silent.local_addr().unwrap();
+        let target =
+            Target { name: "b".to_owned(), address: address.ip(), port: Some(address.port()) };
+        let error = tries(&target, Protocol::Udp, SMALL, Instant::now()).unwrap_err();
+        assert!(error.to_string().contains("time for the test is over"), "{error}");
+        let start = Instant::now();
+        tries(&target, Protocol::Udp, SMALL, start + Duration::from_millis(50)).unwrap_err();
+        assert!(start.elapsed() < PATIENCE);
     }
 }
