@@ -2,8 +2,10 @@
 
 mod kubernetes;
 mod matrix;
+mod pods;
 mod probe;
 
+use std::fs::File;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -51,9 +53,9 @@ pub(crate) struct ProbeArgs {
     /// Answer probes on this TCP and UDP port
     #[arg(long)]
     answer: Option<u16>,
-    /// Probe these, a JSON list, and print what came of it
+    /// Probe what this file lists, and print what came of it
     #[arg(long)]
-    targets: Option<String>,
+    targets: Option<PathBuf>,
     /// Seconds that the probes may take
     #[arg(long, default_value_t = 60.0)]
     timeout: f64,
@@ -89,13 +91,7 @@ pub(crate) fn connectivity(arguments: &ConnectivityArgs) -> Result<(), Failure> 
         Output::Json => json(&matrix)?,
         Output::Table => matrix.render(),
     })?;
-    match (matrix.failed(), matrix.total()) {
-        (_, 0) => Err(Failure::Runtime(anyhow!("nothing was probed: are there any peers?"))),
-        (0, _) => Ok(()),
-        (failed, all) => Err(Failure::Runtime(anyhow!(
-            "{failed} of {all} pairs fail: skein-agent trace FROM TO on the sender's node says why"
-        ))),
-    }
+    matrix.trouble().map_or(Ok(()), |trouble| Err(Failure::Runtime(anyhow!(trouble))))
 }
 
 /// Every peer's node, by its addresses on the overlay.
@@ -113,9 +109,10 @@ pub(crate) fn probe(arguments: &ProbeArgs) -> Result<(), Failure> {
     if let Some(port) = arguments.answer {
         return Ok(probe::answer(port)?);
     }
-    let text = arguments.targets.as_deref().unwrap_or("[]");
-    let targets: Vec<Target> =
-        serde_json::from_str(text).context("--targets is no list of targets")?;
+    let file = arguments.targets.as_deref().context("use --answer or --targets")?;
+    let targets = File::open(file).and_then(pods::unpack);
+    let targets =
+        targets.with_context(|| format!("cannot read the targets in {}", file.display()))?;
     let results = probe::all(&arguments.from, &targets, end)?;
     let text = serde_json::to_string(&results).context("cannot print the results")?;
     print(&(text + "\n"))

@@ -1,21 +1,24 @@
 //! `skein-agent connectivity-test` in a cluster: a pod on every node that answers, then one in the pod
 //! network and one in the node's of every node that probe all of them. What they found is in their logs.
 
-use std::collections::BTreeMap;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use k8s_openapi::api::apps::v1::DaemonSet;
-use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod};
 use kube::api::{DeleteParams, ListParams, LogParams, PostParams};
 use kube::{Api, Client, Config};
-use serde_json::json;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::matrix::{Matrix, Outcome, Target};
-use crate::control::desired::first_host;
+use super::pods::{self, LABEL, Template, phase, trouble};
 use crate::control::kubernetes::resource::SkeinNode;
 use crate::lifecycle::Signals;
 
@@ -25,8 +28,6 @@ const LOOK: Duration = Duration::from_millis(500);
 const LAST: Duration = Duration::from_secs(10);
 /// Where the pods answer.
 const PORT: u16 = 8080;
-/// The label of all that this makes.
-const LABEL: &str = "skein.network/connectivity-test";
 
 /// What to test.
 #[derive(Debug)]
@@ -69,9 +70,7 @@ async fn test_with(
     say: impl Fn(&str),
 ) -> anyhow::Result<Matrix> {
     let mut signals = Signals::take().context("cannot take signals")?;
-    let pods: Api<Pod> = Api::namespaced(client.clone(), options.namespace);
-    let run = format!("{:08x}", rand());
-    let run = Run { client, options, pods, name: run, end: Instant::now() + options.timeout };
+    let run = Run::new(client, options);
     let result = tokio::select! {
         result = run.test(&say) => result,
         () = signals.end() => Err(anyhow!("interrupted")),
@@ -79,8 +78,8 @@ async fn test_with(
     say("removing the test's pods");
     let ours = ListParams::default().labels(&run.selector());
     let parameters = DeleteParams { grace_period_seconds: Some(0), ..DeleteParams::default() };
-    let removed = tokio::time::timeout(LAST, run.pods.delete_collection(&parameters, &ours)).await;
-    let removed = removed.map_err(|_| anyhow!("the API server does not answer"));
+    let removed = timeout_at(Instant::now() + LAST, run.pods.delete_collection(&parameters, &ours));
+    let removed = removed.await.map_err(|_| anyhow!("the API server does not answer"));
     if let Err(error) = removed.and_then(|removed| Ok(removed?)) {
         say(&format!(
             "the test's pods stay behind: {error}: kubectl delete pods -n {} -l {}",
@@ -106,225 +105,221 @@ struct Prober {
     row: String,
 }
 
-impl Run<'_> {
+/// Whom to probe, and who is left out and why.
+#[derive(Default)]
+struct Found {
+    targets: Vec<Target>,
+    absent: BTreeMap<String, String>,
+}
+
+impl<'a> Run<'a> {
+    fn new(client: Client, options: &'a Options<'a>) -> Self {
+        let pods = Api::namespaced(client.clone(), options.namespace);
+        let name = format!("{:08x}", rand());
+        Self { client, options, pods, name, end: Instant::now() + options.timeout }
+    }
+
     fn selector(&self) -> String {
         format!("{LABEL}={}", self.name)
     }
 
+    /// What a request brings, where it does before the run has to end.
+    async fn within<T>(
+        &self,
+        cannot: String,
+        request: impl Future<Output = kube::Result<T>>,
+    ) -> anyhow::Result<T> {
+        match timeout_at(self.end, request).await {
+            Ok(result) => result.context(cannot),
+            Err(_) => bail!("{cannot}: {}", self.over()),
+        }
+    }
+
+    fn over(&self) -> String {
+        format!("the {} s of --timeout are over", self.options.timeout.as_secs_f64())
+    }
+
+    async fn look_again(&self) {
+        sleep_until(self.end.min(Instant::now() + LOOK)).await;
+    }
+
     async fn test(&self, say: &impl Fn(&str)) -> anyhow::Result<Matrix> {
-        let image = self.image().await?;
+        let template = self.template().await?;
         let nodes: Api<Node> = Api::all(self.client.clone());
-        let nodes = nodes.list(&ListParams::default()).await.context("cannot list the nodes")?;
-        let names: Vec<String> = nodes.items.into_iter().filter_map(|n| n.metadata.name).collect();
-        if names.is_empty() {
-            bail!("the cluster has no nodes");
+        let all = ListParams::default();
+        let nodes = self.within("cannot list the nodes".to_owned(), nodes.list(&all)).await?;
+        let nodes: Vec<String> = nodes.items.into_iter().filter_map(|n| n.metadata.name).collect();
+        say(&format!("starting a pod that answers on each of {} nodes", nodes.len()));
+        let mut owner = None;
+        for (index, node) in nodes.iter().enumerate() {
+            let pod = self.create(&template.answers(index, node, PORT)?).await?;
+            owner.get_or_insert(pod);
         }
-        say(&format!("starting a pod that answers on each of {} nodes", names.len()));
-        for (index, node) in names.iter().enumerate() {
-            let arguments = json!(["probe", "--answer", PORT.to_string()]);
-            self.create(&format!("answer-{index}"), node, &image, arguments, false).await?;
-        }
-        let mut targets = self.answering(&names).await?;
-        targets.extend(self.nodes().await);
-        say(&format!("probing {} addresses from every node and a pod on it", targets.len()));
-        let list = serde_json::to_string(&targets)?;
+        let owner = owner.context("the cluster has no nodes")?;
+        let pods = self.answering(nodes.len()).await?;
+        let found = self.targets(&template, &nodes, &pods).await;
+        say(&format!("probing {} addresses from every node and a pod on it", found.targets.len()));
+        let maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), self.options.namespace);
+        let map = template.targets(&found.targets, &owner)?;
+        let cannot = format!("cannot create ConfigMaps in namespace {}", self.options.namespace);
+        self.within(cannot, maps.create(&PostParams::default(), &map)).await?;
         let mut probers = Vec::new();
-        for (index, node) in names.iter().enumerate() {
+        for (index, node) in nodes.iter().enumerate() {
             for (kind, host) in [("pod", false), ("node", true)] {
-                let row = format!("{kind}@{node}");
+                let (pod, row) = (template.name(kind, index), format!("{kind}@{node}"));
                 // The rest is for its start and for its log.
                 let time = self.end.duration_since(Instant::now()) * 3 / 4;
-                let time = time.as_secs_f64().to_string();
-                let arguments =
-                    json!(["probe", "--from", row, "--targets", list, "--timeout", time]);
-                let pod = format!("{kind}-{index}");
-                let pod = self.create(&pod, node, &image, arguments, host).await?;
+                self.create(&template.probes(&pod, node, host, &row, time)?).await?;
                 probers.push(Prober { pod, row });
             }
         }
-        self.results(probers).await
+        let (outcomes, silent) = self.results(probers).await;
+        Ok(Matrix::new(outcomes).missing(silent, found.absent))
     }
 
-    /// The agents' image, and whether it may be pulled.
-    async fn image(&self) -> anyhow::Result<(String, Option<String>)> {
-        let Options { agents_namespace, daemonset, .. } = self.options;
+    /// Pods of the agents' image, which may be pulled as theirs may.
+    async fn template(&self) -> anyhow::Result<Template> {
+        let Options { agents_namespace, daemonset, timeout, .. } = self.options;
         let sets: Api<DaemonSet> = Api::namespaced(self.client.clone(), agents_namespace);
-        let set = sets.get(daemonset).await.with_context(|| {
-            format!(
-                "cannot get DaemonSet {daemonset} in {agents_namespace}, whose image the test uses: \
-                 name it with --daemonset and --agents-namespace"
-            )
-        })?;
-        let template = set.spec.and_then(|spec| spec.template.spec);
-        let container = template.and_then(|spec| spec.containers.into_iter().next());
+        let cannot = format!(
+            "cannot get DaemonSet {daemonset} in {agents_namespace}, whose image the test uses: \
+             name it with --daemonset and --agents-namespace"
+        );
+        let set = self.within(cannot, sets.get(daemonset)).await?;
+        let spec = set.spec.and_then(|spec| spec.template.spec);
+        let container = spec.and_then(|spec| spec.containers.into_iter().next());
         let container = container.context("the agents' DaemonSet has no container")?;
-        let image = container.image.context("the agents' container has no image")?;
-        Ok((image, container.image_pull_policy))
+        Ok(Template {
+            run: self.name.clone(),
+            image: container.image.context("the agents' container has no image")?,
+            pull: container.image_pull_policy,
+            lifetime: *timeout + Duration::from_secs(60),
+        })
     }
 
-    async fn create(
-        &self,
-        name: &str,
-        node: &str,
-        (image, pull): &(String, Option<String>),
-        arguments: serde_json::Value,
-        host: bool,
-    ) -> anyhow::Result<String> {
-        let name = format!("skein-connectivity-{}-{name}", self.name);
-        let pod = json!({
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": { "name": name, "labels": { LABEL: self.name } },
-            "spec": {
-                "nodeName": node,
-                "hostNetwork": host,
-                "restartPolicy": "Never",
-                "terminationGracePeriodSeconds": 0,
-                "automountServiceAccountToken": false,
-                // Should nobody be there to remove it.
-                "activeDeadlineSeconds": self.options.timeout.as_secs() + 60,
-                "tolerations": [{ "operator": "Exists" }],
-                "containers": [{
-                    "name": "probe",
-                    "image": image,
-                    "imagePullPolicy": pull,
-                    "command": ["/usr/bin/skein-agent"],
-                    "args": arguments,
-                    "securityContext": {
-                        "allowPrivilegeEscalation": false,
-                        "readOnlyRootFilesystem": true,
-                        "capabilities": { "drop": ["ALL"], "add": ["NET_RAW"] },
-                    },
-                }],
-            },
-        });
-        let pod: Pod = serde_json::from_value(pod)?;
-        let created = self.pods.create(&PostParams::default(), &pod).await;
-        created.with_context(|| {
-            format!("cannot create pods in namespace {}", self.options.namespace)
-        })?;
-        Ok(name)
+    async fn create(&self, pod: &Pod) -> anyhow::Result<Pod> {
+        let cannot = format!("cannot create pods in namespace {}", self.options.namespace);
+        self.within(cannot, self.pods.create(&PostParams::default(), pod)).await
     }
 
     async fn ours(&self) -> anyhow::Result<BTreeMap<String, Pod>> {
         let ours = ListParams::default().labels(&self.selector());
-        let list = self.pods.list(&ours).await.context("cannot list the test's pods")?;
-        Ok(list
-            .items
-            .into_iter()
-            .filter_map(|pod| Some((pod.metadata.name.clone()?, pod)))
-            .collect())
+        let list = self.within("cannot list the test's pods".to_owned(), self.pods.list(&ours));
+        let named = |pod: Pod| Some((pod.metadata.name.clone()?, pod));
+        Ok(list.await?.items.into_iter().filter_map(named).collect())
     }
 
-    /// The addresses of the pods that answer, as far as they run when half of the time is over.
-    async fn answering(&self, nodes: &[String]) -> anyhow::Result<Vec<Target>> {
-        let end = Instant::now() + self.end.duration_since(Instant::now()) / 2;
+    /// The pods, when as many run as there are nodes, or when half of the time is over.
+    async fn answering(&self, nodes: usize) -> anyhow::Result<BTreeMap<String, Pod>> {
+        let now = Instant::now();
+        let half = now + self.end.duration_since(now) / 2;
         loop {
             let pods = self.ours().await?;
-            let running: Vec<_> =
-                pods.values().filter(|pod| phase(pod) == "Running").flat_map(targets).collect();
-            let found = pods.values().filter(|pod| phase(pod) == "Running").count();
-            if found == nodes.len() || (Instant::now() > end && !running.is_empty()) {
-                return Ok(running);
+            let running = pods.values().filter(|pod| phase(pod) == "Running").count();
+            if running == nodes || Instant::now() >= half {
+                return Ok(pods);
             }
-            if Instant::now() > end {
-                let why: Vec<_> = pods.values().map(trouble).collect();
-                bail!("no pod runs within the time: {}", why.join("; "));
-            }
-            tokio::time::sleep(LOOK).await;
+            self.look_again().await;
         }
     }
 
-    /// The nodes' own addresses on the overlay.
-    async fn nodes(&self) -> Vec<Target> {
-        let all: Api<SkeinNode> = Api::all(self.client.clone());
-        // Without them pods are tested still.
-        let list =
-            all.list(&ListParams::default()).await.map(|list| list.items).unwrap_or_default();
-        list.iter()
-            .flat_map(|node| {
-                let name = node.metadata.name.clone().unwrap_or_default();
-                let cidrs = node.spec.pod_cidrs.iter().filter_map(|cidr| cidr.parse().ok());
-                let name = format!("node@{name}");
-                cidrs
-                    .map(move |cidr| Target {
-                        name: name.clone(),
-                        address: first_host(&cidr),
-                        port: None,
-                    })
-                    .collect::<Vec<_>>()
-            })
-            .collect()
+    /// The pods that answer, and the nodes' own addresses on the overlay.
+    async fn targets(
+        &self,
+        template: &Template,
+        nodes: &[String],
+        pods: &BTreeMap<String, Pod>,
+    ) -> Found {
+        let mut found = Found::default();
+        for (index, node) in nodes.iter().enumerate() {
+            let pod = pods.get(&template.name("answer", index));
+            found.note(format!("pod@{node}"), pods::addresses(pod), Some(PORT));
+        }
+        let (all, cannot) = (Api::all(self.client.clone()), "cannot list SkeinNodes".to_owned());
+        match self.within(cannot, all.list(&ListParams::default())).await {
+            Ok(records) => {
+                let named = |record: SkeinNode| Some((record.metadata.name.clone()?, record));
+                let records: BTreeMap<_, _> = records.items.into_iter().filter_map(named).collect();
+                for node in nodes.iter().chain(records.keys()).collect::<BTreeSet<_>>() {
+                    let own = pods::own_addresses(records.get(node));
+                    found.note(format!("node@{node}"), own, None);
+                }
+            }
+            // Pods are tested still.
+            Err(error) => found.note("node@*".to_owned(), Err(format!("{error:#}")), None),
+        }
+        found
     }
 
-    /// What the probing pods found, as each of them ends.
-    async fn results(&self, mut probers: Vec<Prober>) -> anyhow::Result<Matrix> {
-        let mut outcomes: Vec<Outcome> = Vec::new();
-        let mut silent = Vec::new();
+    /// What the probing pods found, as each of them ends, and who found nothing and why.
+    async fn results(&self, mut probers: Vec<Prober>) -> (Vec<Outcome>, BTreeMap<String, String>) {
+        let (mut outcomes, mut silent) = (Vec::new(), BTreeMap::new());
+        let mut pods = BTreeMap::new();
         while !probers.is_empty() {
-            let pods = self.ours().await?;
-            let late = Instant::now() > self.end;
+            let listed = self.ours().await.map(|ours| pods = ours);
+            let late = Instant::now() >= self.end;
             let mut left = Vec::new();
             for prober in probers {
                 let pod = pods.get(&prober.pod);
-                match pod.map(phase).unwrap_or("Unknown") {
-                    "Succeeded" => {
-                        let log = self.pods.logs(&prober.pod, &LogParams::default()).await;
-                        let log = log.with_context(|| format!("the log of {}", prober.pod))?;
-                        let last = log.lines().last().unwrap_or_default();
-                        match serde_json::from_str::<Vec<Outcome>>(last) {
-                            Ok(found) => outcomes.extend(found),
-                            Err(error) => silent.push((prober.row, error.to_string())),
-                        }
+                let result = match (pod.map(phase), &listed) {
+                    (Some("Succeeded"), _) => self.outcomes(&prober.pod).await,
+                    (Some("Failed"), _) => Err(self.last_words(&prober.pod).await),
+                    _ if !late => {
+                        left.push(prober);
+                        continue;
                     }
-                    "Failed" => {
-                        let log = self.pods.logs(&prober.pod, &LogParams::default()).await;
-                        let log = log.unwrap_or_default();
-                        let last = log.lines().last().unwrap_or("it says nothing");
-                        silent.push((prober.row, last.to_owned()));
+                    (None, Err(error)) => Err(format!("{error:#}")),
+                    _ => {
+                        let why = pod.map_or_else(|| "its pod is gone".to_owned(), trouble);
+                        Err(format!("{}: {why}", self.over()))
                     }
-                    _ if late => {
-                        let why = pod.map_or_else(|| "it is gone".to_owned(), trouble);
-                        silent.push((prober.row, why));
-                    }
-                    _ => left.push(prober),
+                };
+                match result {
+                    Ok(found) => outcomes.extend(found),
+                    Err(why) => drop(silent.insert(prober.row, why)),
                 }
             }
             probers = left;
             if !probers.is_empty() {
-                tokio::time::sleep(LOOK).await;
+                self.look_again().await;
             }
         }
-        let mut matrix = Matrix::new(outcomes);
-        silent.into_iter().for_each(|(row, why)| matrix.silent(&row, why));
-        Ok(matrix)
+        (outcomes, silent)
+    }
+
+    async fn outcomes(&self, pod: &str) -> Result<Vec<Outcome>, String> {
+        let log = self.log(pod).await?;
+        let last = log.lines().last().unwrap_or_default();
+        serde_json::from_str(last).map_err(|error| format!("the log of {pod}: {error}"))
+    }
+
+    /// Why a pod failed, as it says itself.
+    async fn last_words(&self, pod: &str) -> String {
+        match self.log(pod).await {
+            Ok(log) => log.lines().last().unwrap_or("its pod failed and says nothing").to_owned(),
+            Err(why) => format!("its pod failed; {why}"),
+        }
+    }
+
+    async fn log(&self, pod: &str) -> Result<String, String> {
+        let parameters = LogParams::default();
+        let cannot = format!("cannot read the log of {pod}");
+        let log = self.within(cannot, self.pods.logs(pod, &parameters)).await;
+        log.map_err(|error| format!("{error:#}"))
     }
 }
 
-fn phase(pod: &Pod) -> &str {
-    pod.status.as_ref().and_then(|status| status.phase.as_deref()).unwrap_or("Unknown")
-}
-
-/// Why a pod does not run.
-fn trouble(pod: &Pod) -> String {
-    let name = pod.metadata.name.as_deref().unwrap_or_default();
-    let status = pod.status.as_ref();
-    let containers = status.and_then(|status| status.container_statuses.as_ref());
-    let waiting = containers.into_iter().flatten().find_map(|container| {
-        let waiting = container.state.as_ref()?.waiting.as_ref()?;
-        Some(waiting.message.clone().or_else(|| waiting.reason.clone()).unwrap_or_default())
-    });
-    let message = status.and_then(|status| status.message.clone());
-    format!("{name} is {}: {}", phase(pod), waiting.or(message).unwrap_or_default())
-}
-
-fn targets(pod: &Pod) -> Vec<Target> {
-    let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()).unwrap_or_default();
-    let status = pod.status.as_ref();
-    let ips = status.and_then(|status| status.pod_ips.as_ref()).into_iter().flatten();
-    let target =
-        |address: IpAddr| Target { name: format!("pod@{node}"), address, port: Some(PORT) };
-    ips.filter_map(|ip| ip.ip.parse().ok()).map(target).collect()
+impl Found {
+    fn note(&mut self, name: String, addresses: Result<Vec<IpAddr>, String>, port: Option<u16>) {
+        match addresses {
+            Ok(addresses) => self.targets.extend(addresses.into_iter().map(|address| Target {
+                name: name.clone(),
+                address,
+                port,
+            })),
+            Err(why) => drop(self.absent.insert(name, why)),
+        }
+    }
 }
 
 fn rand() -> u32 {
@@ -332,148 +327,4 @@ fn rand() -> u32 {
     // Only a name: two tests at once are to be told apart.
     let _ = aws_lc_rs::rand::fill(&mut bytes);
     u32::from_be_bytes(bytes)
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use std::sync::{Arc, Mutex};
-
-    use http::{Method, Request, Response};
-    use kube::client::Body;
-    use serde_json::Value;
-
-    use super::*;
-
-    /// As much of an API server as the test needs: pods run as soon as they are made.
-    #[derive(Default)]
-    struct Fake {
-        pods: Vec<Value>,
-        removed: usize,
-        /// Whether probing pods fail.
-        broken: bool,
-    }
-
-    impl Fake {
-        fn answer(&mut self, method: &Method, path: &str, body: &[u8]) -> Vec<u8> {
-            let list = |kind: &str, items: Vec<Value>| json!({ "kind": kind, "apiVersion": "v1", "metadata": {}, "items": items });
-            let node = |name: &str| json!({ "metadata": { "name": name } });
-            let value = match (method, path) {
-                (&Method::GET, path) if path.contains("/daemonsets/") => json!({
-                    "metadata": { "name": "skein" },
-                    "spec": { "selector": {}, "template": { "spec": { "containers": [{
-                        "name": "agent", "image": "skein:test", "imagePullPolicy": "Never",
-                    }] } } },
-                }),
-                (&Method::GET, "/api/v1/nodes") => {
-                    list("NodeList", vec![node("node1"), node("node2")])
-                }
-                (&Method::GET, path) if path.ends_with("/skeinnodes") => {
-                    let spec = json!({
-                        "publicKey": "x", "endpoints": [], "podCIDRs": ["10.244.1.0/24"],
-                    });
-                    list(
-                        "SkeinNodeList",
-                        vec![json!({
-                            "apiVersion": "skein.network/v1alpha1", "kind": "SkeinNode",
-                            "metadata": { "name": "node1" }, "spec": spec,
-                        })],
-                    )
-                }
-                (&Method::POST, _) => {
-                    let mut pod: Value = serde_json::from_slice(body).unwrap();
-                    let answers = pod["spec"]["containers"][0]["args"][1] == "--answer";
-                    let phase = match (answers, self.broken) {
-                        (true, _) => "Running",
-                        (false, true) => "Failed",
-                        (false, false) => "Succeeded",
-                    };
-                    let ip = format!("10.244.{}.9", self.pods.len() + 1);
-                    pod["status"] = json!({ "phase": phase, "podIPs": [{ "ip": ip }] });
-                    self.pods.push(pod.clone());
-                    pod
-                }
-                (&Method::GET, path) if path.ends_with("/log") => return self.log(path),
-                (&Method::DELETE, _) => {
-                    self.removed += self.pods.len();
-                    self.pods.clear();
-                    list("PodList", vec![])
-                }
-                (&Method::GET, _) => list("PodList", self.pods.clone()),
-                other => panic!("nobody asks that: {other:?}"),
-            };
-            value.to_string().into_bytes()
-        }
-
-        /// What a pod says that probes as it was told.
-        fn log(&self, path: &str) -> Vec<u8> {
-            let name = path.split('/').nth_back(1).unwrap();
-            let pod = self.pods.iter().find(|pod| pod["metadata"]["name"] == name).unwrap();
-            if self.broken {
-                return b"no such option\n".to_vec();
-            }
-            let arguments = &pod["spec"]["containers"][0]["args"];
-            let from = arguments[2].as_str().unwrap();
-            let targets: Vec<Target> =
-                serde_json::from_str(arguments[4].as_str().unwrap()).unwrap();
-            let outcomes = targets.iter().map(|target| Outcome {
-                from: from.to_owned(),
-                to: target.name.clone(),
-                address: target.address,
-                protocol: crate::commands::connectivity::matrix::Protocol::Icmp,
-                bytes: 84,
-                round_trip_us: Some(7),
-                error: (from == "pod@node2" && target.name == "node@node1")
-                    .then(|| "no answer".to_owned()),
-            });
-            let outcomes: Vec<_> = outcomes.collect();
-            format!("a line before\n{}\n", serde_json::to_string(&outcomes).unwrap()).into_bytes()
-        }
-    }
-
-    async fn run(broken: bool) -> (anyhow::Result<Matrix>, Arc<Mutex<Fake>>) {
-        let fake = Arc::new(Mutex::new(Fake { broken, ..Fake::default() }));
-        let shared = Arc::clone(&fake);
-        let service = tower::service_fn(move |request: Request<Body>| {
-            let fake = Arc::clone(&shared);
-            async move {
-                let (parts, body) = request.into_parts();
-                let body = body.collect_bytes().await?;
-                let path = parts.uri.path().to_owned();
-                let text = fake.lock().unwrap().answer(&parts.method, &path, &body);
-                Ok::<_, kube::Error>(Response::new(Body::from(text)))
-            }
-        });
-        let options = Options {
-            kubeconfig: None,
-            namespace: "default",
-            agents_namespace: "kube-system",
-            daemonset: "skein",
-            timeout: Duration::from_secs(20),
-        };
-        let matrix = test_with(Client::new(service, "default"), &options, |_| {}).await;
-        (matrix, fake)
-    }
-
-    #[tokio::test]
-    async fn every_node_and_a_pod_on_it_probe_all_and_nothing_is_left() {
-        let (matrix, fake) = run(false).await;
-        let matrix = matrix.unwrap();
-        // Two nodes and two pods, each to two pods and the one node whose record is there.
-        assert_eq!((matrix.total(), matrix.failed()), (12, 1));
-        let text = matrix.render();
-        assert!(text.contains("pod@node2") && text.contains("FAIL"), "{text}");
-        let fake = fake.lock().unwrap();
-        assert!(fake.pods.is_empty());
-        assert_eq!(fake.removed, 6);
-    }
-
-    #[tokio::test]
-    async fn pods_that_fail_are_rows_that_fail() {
-        let (matrix, fake) = run(true).await;
-        let matrix = matrix.unwrap();
-        assert_eq!((matrix.total(), matrix.failed()), (4, 4));
-        assert!(matrix.render().contains("no such option"));
-        assert!(fake.lock().unwrap().pods.is_empty());
-    }
 }

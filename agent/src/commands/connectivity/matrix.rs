@@ -47,8 +47,10 @@ pub(crate) enum Protocol {
 #[derive(Debug, Serialize)]
 pub(crate) struct Matrix {
     pairs: Vec<Pair>,
-    /// Who could not even probe, and why.
+    /// Who could not probe, and why: rows without a result.
     silent: BTreeMap<String, String>,
+    /// Who could not be probed, and why: columns without a result.
+    absent: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -75,31 +77,54 @@ impl Matrix {
             round_trip_us: probes.iter().filter_map(|probe| probe.round_trip_us).min(),
             probes,
         };
-        Self { pairs: pairs.into_iter().map(pair).collect(), silent: BTreeMap::new() }
+        let pairs = pairs.into_iter().map(pair).collect();
+        Self { pairs, silent: BTreeMap::new(), absent: BTreeMap::new() }
     }
 
-    /// Notes who gave no results.
-    pub(crate) fn silent(&mut self, from: &str, why: String) {
-        self.silent.insert(from.to_owned(), why);
+    /// The same with those who could not probe and those who could not be probed, and why.
+    pub(crate) fn missing(
+        self,
+        silent: BTreeMap<String, String>,
+        absent: BTreeMap<String, String>,
+    ) -> Self {
+        Self { silent, absent, ..self }
     }
 
-    pub(crate) fn total(&self) -> usize {
-        self.pairs.len() + self.silent.len()
+    fn failed(&self) -> usize {
+        self.pairs.iter().filter(|pair| !pair.ok).count()
     }
 
-    pub(crate) fn failed(&self) -> usize {
-        self.pairs.iter().filter(|pair| !pair.ok).count() + self.silent.len()
+    /// What is not well, in a line; `None` where all is.
+    pub(crate) fn trouble(&self) -> Option<String> {
+        let (pairs, failed) = (self.pairs.len(), self.failed());
+        let nothing = self.silent.is_empty() && self.absent.is_empty() && pairs == 0;
+        let said = [
+            (self.silent.len(), format!("{} could not probe", self.silent.len())),
+            (self.absent.len(), format!("{} could not be probed", self.absent.len())),
+            (nothing.into(), "nothing was probed: are there any peers?".to_owned()),
+            (
+                failed,
+                format!(
+                    "{failed} of {pairs} pairs fail: skein-agent trace FROM TO on the sender's node \
+                     says why"
+                ),
+            ),
+        ];
+        let said: Vec<_> = said.into_iter().filter(|(n, _)| *n > 0).map(|(_, text)| text).collect();
+        (!said.is_empty()).then(|| said.join("; "))
     }
 
     /// For people: the matrix, and what fails.
     pub(crate) fn render(&self) -> String {
-        let columns: BTreeSet<&str> = self.pairs.iter().map(|pair| pair.to.as_str()).collect();
-        let rows: BTreeSet<&str> = self.pairs.iter().map(|pair| pair.from.as_str()).collect();
+        let columns = self.pairs.iter().map(|pair| &pair.to).chain(self.absent.keys());
+        let columns: BTreeSet<&String> = columns.collect();
+        let rows = self.pairs.iter().map(|pair| &pair.from).chain(self.silent.keys());
+        let rows: BTreeSet<&String> = rows.collect();
         let mut text = String::new();
         if columns.len() <= COLUMNS {
             let cell = |from: &str, to: &str| -> Field {
                 match self.pairs.iter().find(|pair| pair.from == from && pair.to == to) {
-                    None => "".into(),
+                    None => Field::toned("-", Tone::Bad),
                     Some(pair) if pair.ok => {
                         let time = pair.round_trip_us.map(milliseconds).unwrap_or_default();
                         Field::toned(format!("ok {time}"), Tone::Good)
@@ -107,12 +132,12 @@ impl Matrix {
                     Some(_) => Field::toned("FAIL", Tone::Bad),
                 }
             };
-            let row = |from: &&str| -> Vec<Field> {
+            let row = |from: &&String| -> Vec<Field> {
                 let cells = columns.iter().map(|to| cell(from, to));
-                std::iter::once((*from).into()).chain(cells).collect()
+                std::iter::once(from.as_str().into()).chain(cells).collect()
             };
             let mut titles = vec![("FROM \\ TO", Align::Left)];
-            titles.extend(columns.iter().map(|name| (*name, Align::Left)));
+            titles.extend(columns.iter().map(|name| (name.as_str(), Align::Left)));
             text += &(table(&titles, rows.iter().map(row)) + "\n\n");
         }
         let failed = self.pairs.iter().flat_map(|pair| &pair.probes);
@@ -133,10 +158,13 @@ impl Matrix {
             text += &(table(&titles, failed) + "\n\n");
         }
         for (from, why) in &self.silent {
-            text += &format!("{from} gave no results: {why}\n");
+            text += &format!("{from} could not probe: {why}\n");
         }
-        let well = self.total() - self.failed();
-        text + &format!("{well} of {} pairs are well\n", self.total())
+        for (to, why) in &self.absent {
+            text += &format!("{to} could not be probed: {why}\n");
+        }
+        let all = self.pairs.len();
+        text + &format!("{} of {all} pairs are well\n", all - self.failed())
     }
 }
 
@@ -159,18 +187,34 @@ mod tests {
 
     #[test]
     fn a_pair_fails_where_one_of_its_probes_does() {
-        let mut matrix = Matrix::new(vec![
+        let matrix = Matrix::new(vec![
             outcome("a", "b", Protocol::Icmp, None),
             outcome("a", "b", Protocol::Udp, Some("no answer within 2 s")),
             outcome("b", "a", Protocol::Icmp, None),
         ]);
-        assert_eq!((matrix.failed(), matrix.total()), (1, 2));
+        assert!(matrix.trouble().unwrap().contains("1 of 2 pairs fail"));
         let text = matrix.render();
         assert!(text.contains("FAIL") && text.contains("ok 0.42 ms"), "{text}");
         assert!(text.contains("udp, 84 bytes") && text.contains("1 of 2 pairs"), "{text}");
-        matrix.silent("c", "its pod does not run".to_owned());
-        assert_eq!((matrix.failed(), matrix.total()), (2, 3));
-        assert!(matrix.render().contains("c gave no results"));
+    }
+
+    #[test]
+    fn who_is_missing_is_shown_and_is_no_success() {
+        let good = || Matrix::new(vec![outcome("a", "b", Protocol::Icmp, None)]);
+        let missing = |name: &str| BTreeMap::from([(name.to_owned(), "it is down".to_owned())]);
+        assert_eq!(good().trouble(), None);
+        let matrix = good().missing(missing("c"), BTreeMap::new());
+        assert_eq!(matrix.trouble().unwrap(), "1 could not probe");
+        let matrix = good().missing(missing("c"), missing("d"));
+        assert_eq!(matrix.trouble().unwrap(), "1 could not probe; 1 could not be probed");
+        let text = matrix.render();
+        let lines: Vec<Vec<&str>> = text.lines().map(|l| l.split_whitespace().collect()).collect();
+        assert_eq!(lines[0], ["FROM", "\\", "TO", "b", "d"]);
+        assert_eq!(lines[2], ["c", "-", "-"]);
+        assert!(text.contains("d could not be probed: it is down"), "{text}");
+        let json = serde_json::to_value(&matrix).unwrap();
+        assert_eq!(json["absent"]["d"], "it is down");
+        assert!(Matrix::new(vec![]).trouble().unwrap().contains("nothing was probed"));
     }
 
     #[test]

@@ -1,0 +1,243 @@
+//! What the test makes in a cluster, and what it reads there: objects and their meaning, no requests.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read};
+use std::net::IpAddr;
+use std::time::Duration;
+
+use flate2::Compression;
+use flate2::read::{GzDecoder, GzEncoder};
+use k8s_openapi::ByteString;
+use k8s_openapi::api::core::v1::{ConfigMap, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use kube::api::ObjectMeta;
+use serde_json::{Value, json};
+
+use super::matrix::Target;
+use crate::control::desired::first_host;
+use crate::control::kubernetes::resource::SkeinNode;
+
+/// The label of all pods of the test; its value is the run.
+pub(super) const LABEL: &str = "skein.network/connectivity-test";
+/// Where the pods that probe have the list of targets, and what it is called there.
+const DIRECTORY: &str = "/targets";
+const FILE: &str = "targets.gz";
+
+/// What all pods of one run have in common.
+#[derive(Debug)]
+pub(super) struct Template {
+    pub(super) run: String,
+    pub(super) image: String,
+    pub(super) pull: Option<String>,
+    /// When they end by themselves, should nobody be there to remove them.
+    pub(super) lifetime: Duration,
+}
+
+impl Template {
+    pub(super) fn name(&self, kind: &str, index: usize) -> String {
+        format!("skein-connectivity-{}-{kind}-{index}", self.run)
+    }
+
+    /// A pod that answers.
+    pub(super) fn answers(&self, index: usize, node: &str, port: u16) -> serde_json::Result<Pod> {
+        let arguments = json!(["probe", "--answer", port.to_string()]);
+        self.pod(&self.name("answer", index), node, false, arguments, None)
+    }
+
+    /// A pod that probes all targets within that time, in the pod network or that of the node.
+    pub(super) fn probes(
+        &self,
+        name: &str,
+        node: &str,
+        host: bool,
+        row: &str,
+        time: Duration,
+    ) -> serde_json::Result<Pod> {
+        let time = time.as_secs_f64().to_string();
+        let file = format!("{DIRECTORY}/{FILE}");
+        let arguments = json!(["probe", "--from", row, "--timeout", time, "--targets", file]);
+        self.pod(name, node, host, arguments, Some(&self.run))
+    }
+
+    fn pod(
+        &self,
+        name: &str,
+        node: &str,
+        host: bool,
+        arguments: Value,
+        targets: Option<&str>,
+    ) -> serde_json::Result<Pod> {
+        let volume = targets
+            .map(|run| json!({ "name": "targets", "configMap": { "name": targets_name(run) } }));
+        let mount = volume.as_ref().map(|_| json!({ "name": "targets", "mountPath": DIRECTORY }));
+        serde_json::from_value(json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": { "name": name, "labels": { LABEL: self.run } },
+            "spec": {
+                "nodeName": node,
+                "hostNetwork": host,
+                "restartPolicy": "Never",
+                "terminationGracePeriodSeconds": 0,
+                "automountServiceAccountToken": false,
+                "activeDeadlineSeconds": self.lifetime.as_secs(),
+                "tolerations": [{ "operator": "Exists" }],
+                "volumes": Vec::from_iter(volume),
+                "containers": [{
+                    "name": "probe",
+                    "image": self.image,
+                    "imagePullPolicy": self.pull,
+                    "command": ["/usr/bin/skein-agent"],
+                    "args": arguments,
+                    "volumeMounts": Vec::from_iter(mount),
+                    "securityContext": {
+                        "allowPrivilegeEscalation": false,
+                        "readOnlyRootFilesystem": true,
+                        "capabilities": { "drop": ["ALL"], "add": ["NET_RAW"] },
+                    },
+                }],
+            },
+        }))
+    }
+
+    /// The list of targets, which no command line of a large cluster holds: every pod would have it again. It
+    /// goes with its owner, which is one of the run's pods.
+    pub(super) fn targets(&self, targets: &[Target], owner: &Pod) -> io::Result<ConfigMap> {
+        let owner = OwnerReference {
+            api_version: "v1".to_owned(),
+            kind: "Pod".to_owned(),
+            name: owner.metadata.name.clone().unwrap_or_default(),
+            uid: owner.metadata.uid.clone().unwrap_or_default(),
+            ..OwnerReference::default()
+        };
+        Ok(ConfigMap {
+            metadata: ObjectMeta {
+                name: Some(targets_name(&self.run)),
+                owner_references: Some(vec![owner]),
+                ..ObjectMeta::default()
+            },
+            binary_data: Some(BTreeMap::from([(FILE.to_owned(), ByteString(pack(targets)?))])),
+            ..ConfigMap::default()
+        })
+    }
+}
+
+fn targets_name(run: &str) -> String {
+    format!("skein-connectivity-{run}")
+}
+
+fn pack(targets: &[Target]) -> io::Result<Vec<u8>> {
+    let text = serde_json::to_vec(targets)?;
+    let mut packed = Vec::new();
+    GzEncoder::new(&text[..], Compression::default()).read_to_end(&mut packed)?;
+    Ok(packed)
+}
+
+/// The list of targets, as a pod that probes has it.
+pub(super) fn unpack(packed: impl Read) -> io::Result<Vec<Target>> {
+    let mut text = Vec::new();
+    GzDecoder::new(packed).read_to_end(&mut text)?;
+    Ok(serde_json::from_slice(&text)?)
+}
+
+pub(super) fn phase(pod: &Pod) -> &str {
+    pod.status.as_ref().and_then(|status| status.phase.as_deref()).unwrap_or("Unknown")
+}
+
+/// Why a pod does not run.
+pub(super) fn trouble(pod: &Pod) -> String {
+    let name = pod.metadata.name.as_deref().unwrap_or_default();
+    let status = pod.status.as_ref();
+    let containers = status.and_then(|status| status.container_statuses.as_ref());
+    let waiting = containers.into_iter().flatten().find_map(|container| {
+        let waiting = container.state.as_ref()?.waiting.as_ref()?;
+        waiting.message.clone().or_else(|| waiting.reason.clone())
+    });
+    let conditions = status.and_then(|status| status.conditions.as_ref());
+    let message = status.and_then(|status| status.message.clone());
+    let reason = conditions.into_iter().flatten().find_map(|condition| condition.message.clone());
+    match waiting.or(message).or(reason) {
+        Some(why) => format!("{name} is {}: {why}", phase(pod)),
+        None => format!("{name} is {}", phase(pod)),
+    }
+}
+
+/// Where a pod answers, or why it does not.
+pub(super) fn addresses(pod: Option<&Pod>) -> Result<Vec<IpAddr>, String> {
+    let pod = pod.ok_or("no answering pod: it is gone")?;
+    if phase(pod) != "Running" {
+        return Err(format!("no answering pod: {}", trouble(pod)));
+    }
+    let ips = pod.status.as_ref().and_then(|status| status.pod_ips.as_ref());
+    let ips = ips.into_iter().flatten().filter_map(|ip| ip.ip.parse().ok());
+    match Vec::from_iter(ips) {
+        none if none.is_empty() => Err("no answering pod: it has no address".to_owned()),
+        ips => Ok(ips),
+    }
+}
+
+/// A node's own addresses on the overlay, or why it has none.
+pub(super) fn own_addresses(node: Option<&SkeinNode>) -> Result<Vec<IpAddr>, String> {
+    let node = node.ok_or("it has no SkeinNode: does an agent run there?")?;
+    let cidrs = node.spec.pod_cidrs.iter().map(|cidr| match cidr.parse() {
+        Ok(cidr) => Ok(first_host(&cidr)),
+        Err(error) => Err(format!("podCIDRs of its SkeinNode: {cidr}: {error}")),
+    });
+    cidrs.collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// What the API server lets a ConfigMap hold.
+    const CONFIG_MAP: usize = 1 << 20;
+
+    #[test]
+    fn the_targets_of_five_thousand_nodes_of_both_families_fit() {
+        let node = |n: u32| {
+            let name = format!("ip-10-{}-{}.eu-central-1.compute.internal", n >> 8, n & 255);
+            let v4 = |host: u32| IpAddr::from(((10 << 24) | (n << 8) | host).to_be_bytes());
+            let v6 = |host| IpAddr::from([0xfd00, 0x10, 0x244, n as u16, 0, 0, 0, host]);
+            // Pods have any address of their node's.
+            let (a, b) = (n.wrapping_mul(2_654_435_761), n.wrapping_mul(40_503));
+            let target = move |kind: &str, address, port| Target {
+                name: format!("{kind}@{name}"),
+                address,
+                port,
+            };
+            [
+                target("pod", v4(a >> 24), Some(8080)),
+                target("pod", v6(b as u16), Some(8080)),
+                target("node", v4(1), None),
+                target("node", v6(1), None),
+            ]
+        };
+        let targets: Vec<Target> = (0..5_000).flat_map(node).collect();
+        let packed = pack(&targets).unwrap();
+        assert!(packed.len() < CONFIG_MAP / 2, "{} bytes", packed.len());
+        assert_eq!(unpack(&packed[..]).unwrap(), targets);
+    }
+
+    #[test]
+    fn a_pod_that_does_not_answer_says_why() {
+        let pod = |status: Value| {
+            let pod = json!({ "metadata": { "name": "p" }, "spec": null, "status": status });
+            addresses(Some(&serde_json::from_value(pod).unwrap()))
+        };
+        let waiting = json!([{
+            "name": "probe", "ready": false, "restartCount": 0, "image": "", "imageID": "",
+            "state": { "waiting": { "reason": "ImagePullBackOff" } },
+        }]);
+        assert_eq!(
+            pod(json!({ "phase": "Pending", "containerStatuses": waiting })).unwrap_err(),
+            "no answering pod: p is Pending: ImagePullBackOff"
+        );
+        assert_eq!(pod(json!({})).unwrap_err(), "no answering pod: p is Unknown");
+        assert!(pod(json!({ "phase": "Running" })).unwrap_err().contains("no address"));
+        let ips = json!([{ "ip": "10.1.0.2" }, { "ip": "fd00::2" }]);
+        assert_eq!(pod(json!({ "phase": "Running", "podIPs": ips })).unwrap().len(), 2);
+        assert!(addresses(None).unwrap_err().contains("gone"));
+    }
+}
