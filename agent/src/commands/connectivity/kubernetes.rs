@@ -15,7 +15,7 @@ use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod};
 use kube::api::{DeleteParams, ListParams, LogParams, PostParams};
 use kube::{Api, Client, Config};
-use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use super::matrix::{Matrix, Outcome, Target};
 use super::pods::{self, LABEL, Template, phase, trouble};
@@ -25,7 +25,7 @@ use crate::lifecycle::Signals;
 /// How often the pods are looked at.
 const LOOK: Duration = Duration::from_millis(500);
 /// What cleaning up may take, whatever the time that was given.
-const LAST: Duration = Duration::from_secs(10);
+const LAST: Duration = Duration::from_secs(30);
 /// Where the pods answer.
 const PORT: u16 = 8080;
 
@@ -76,15 +76,14 @@ async fn test_with(
         () = signals.end() => Err(anyhow!("interrupted")),
     };
     say("removing the test's pods");
-    let ours = ListParams::default().labels(&run.selector());
-    let parameters = DeleteParams { grace_period_seconds: Some(0), ..DeleteParams::default() };
-    let removed = timeout_at(Instant::now() + LAST, run.pods.delete_collection(&parameters, &ours));
-    let removed = removed.await.map_err(|_| anyhow!("the API server does not answer"));
-    if let Err(error) = removed.and_then(|removed| Ok(removed?)) {
+    let removed = tokio::select! {
+        removed = run.remove() => removed,
+        () = signals.end() => Err("interrupted".to_owned()),
+    };
+    if let Err(why) = removed {
+        let (namespace, ours) = (options.namespace, run.selector());
         say(&format!(
-            "the test's pods stay behind: {error}: kubectl delete pods -n {} -l {}",
-            options.namespace,
-            run.selector()
+            "the test's pods may be left behind: {why}: kubectl delete pods -n {namespace} -l {ours}"
         ));
     }
     result
@@ -306,6 +305,41 @@ impl<'a> Run<'a> {
         let cannot = format!("cannot read the log of {pod}");
         let log = self.within(cannot, self.pods.logs(pod, &parameters)).await;
         log.map_err(|error| format!("{error:#}"))
+    }
+
+    /// Removes the pods, also one that a request made which was under way when the test ended: until there is none
+    /// twice in a row. What else there is belongs to them.
+    async fn remove(&self) -> Result<(), String> {
+        let end = Instant::now() + LAST;
+        let mut why = "the API server does not answer".to_owned();
+        let mut none = 0;
+        loop {
+            match timeout_at(end, self.sweep()).await {
+                Err(_) => return Err(why),
+                Ok(Err(error)) => (none, why) = (0, error.to_string()),
+                Ok(Ok(left)) => match left.first() {
+                    None if none == 1 => return Ok(()),
+                    None => none = 1,
+                    Some(pod) => {
+                        (none, why) =
+                            (0, format!("still there: {pod} and {} more", left.len() - 1));
+                    }
+                },
+            }
+            if Instant::now() >= end {
+                return Err(why);
+            }
+            sleep(LOOK).await;
+        }
+    }
+
+    /// Deletes the pods, and says which are there still.
+    async fn sweep(&self) -> kube::Result<Vec<String>> {
+        let ours = ListParams::default().labels(&self.selector());
+        let now = DeleteParams { grace_period_seconds: Some(0), ..DeleteParams::default() };
+        self.pods.delete_collection(&now, &ours).await?;
+        let left = self.pods.list(&ours).await?.items;
+        Ok(left.into_iter().filter_map(|pod| pod.metadata.name).collect())
     }
 }
 

@@ -18,8 +18,10 @@ enum Fault {
     Absent,
     /// The log of one pod cannot be read.
     Log,
-    /// The second pod's creation is not answered.
+    /// The second pod's creation is not answered, and the pod comes when the others are removed.
     Late,
+    /// Pods are not removed.
+    Stay,
 }
 
 /// As much of an API server as the test needs: pods run as soon as they are made.
@@ -27,6 +29,8 @@ enum Fault {
 struct Fake {
     fault: Fault,
     pods: Vec<Value>,
+    /// Comes into being when nobody waits for it any more.
+    late: Option<Value>,
     targets: Vec<Target>,
     removed: usize,
 }
@@ -73,6 +77,7 @@ impl Fake {
             (&Method::POST, _) => {
                 let pod = self.pod(serde_json::from_slice(body).unwrap());
                 if self.fault == Fault::Late && self.pods.len() == 1 {
+                    self.late = Some(pod);
                     return None;
                 }
                 self.pods.push(pod.clone());
@@ -80,11 +85,19 @@ impl Fake {
             }
             (&Method::GET, path) if path.ends_with("/log") => return Some(self.log(path)),
             (&Method::DELETE, _) => {
-                self.removed += self.pods.len();
-                self.pods.clear();
+                if self.fault != Fault::Stay {
+                    self.removed += self.pods.len();
+                    self.pods.clear();
+                }
                 list("PodList", &[])
             }
-            (&Method::GET, _) => list("PodList", &self.pods),
+            (&Method::GET, _) => {
+                let seen = list("PodList", &self.pods);
+                if self.removed > 0 {
+                    self.pods.extend(self.late.take());
+                }
+                seen
+            }
             other => panic!("nobody asks that: {other:?}"),
         };
         Some((200, value.to_string().into_bytes()))
@@ -135,6 +148,7 @@ impl Fake {
 struct Ran {
     matrix: anyhow::Result<Matrix>,
     fake: Arc<Mutex<Fake>>,
+    said: String,
     took: Duration,
 }
 
@@ -161,9 +175,11 @@ async fn run(fault: Fault) -> Ran {
         daemonset: "skein",
         timeout: Duration::from_secs(20),
     };
+    let said = Mutex::new(String::new());
+    let say = |text: &str| *said.lock().unwrap() += text;
     let start = Instant::now();
-    let matrix = test_with(Client::new(service, "default"), &options, |_| {}).await;
-    Ran { matrix, fake, took: start.elapsed() }
+    let matrix = test_with(Client::new(service, "default"), &options, say).await;
+    Ran { matrix, fake, said: said.into_inner().unwrap(), took: start.elapsed() }
 }
 
 #[tokio::test(start_paused = true)]
@@ -211,10 +227,23 @@ async fn a_log_that_cannot_be_read_is_one_row() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_time_is_kept_where_the_api_server_does_not_answer() {
+async fn a_pod_that_comes_late_is_removed_and_the_time_is_kept() {
     let ran = run(Fault::Late).await;
     let error = format!("{:#}", ran.matrix.unwrap_err());
     assert!(error.contains("cannot create pods"), "{error}");
     assert!(error.contains("the 20 s of --timeout are over"), "{error}");
     assert!(ran.took < Duration::from_secs(23), "{:?}", ran.took);
+    let fake = ran.fake.lock().unwrap();
+    assert_eq!((fake.pods.len(), fake.removed), (0, 2));
+    assert!(!ran.said.contains("left behind"), "{}", ran.said);
+}
+
+#[tokio::test(start_paused = true)]
+async fn pods_that_cannot_be_removed_are_told() {
+    let ran = run(Fault::Stay).await;
+    assert!(ran.matrix.is_ok());
+    let said = ran.said;
+    assert!(said.contains("left behind: still there: skein-connectivity-"), "{said}");
+    assert!(said.contains("and 5 more: kubectl delete pods -n default -l "), "{said}");
+    assert!(ran.took < Duration::from_secs(20) + LAST, "{:?}", ran.took);
 }
