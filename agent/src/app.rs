@@ -6,8 +6,8 @@ use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::commands::{
-    ConfigArgs, OutputArgs, bench, capture, check, connectivity, generate, key, peers, print,
-    service, status, sysdump, top, trace,
+    ConfigArgs, LookArgs, OutputArgs, bench, capture, check, connectivity, generate, key, peers,
+    print, service, status, sysdump, top, trace,
 };
 use crate::config::{Log, LogFormat, Mode};
 use crate::control::kubernetes::resource;
@@ -75,7 +75,7 @@ enum Command {
         worker: Option<i32>,
     },
     /// Show the state of the running agent
-    Status(status::StatusArgs),
+    Status(LookArgs),
     /// Show the other nodes and how they are; exit code 1 where one is unreachable
     Peers(peers::PeersArgs),
     /// Show what this kernel and machine support, before anything is started

@@ -65,6 +65,18 @@ impl AgentArgs {
     }
 }
 
+/// How to look at it, once or twice.
+#[derive(Args)]
+pub(crate) struct LookArgs {
+    #[command(flatten)]
+    agent: AgentArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+    /// Seconds between the two looks that rates are computed from; 0: one look, no rates
+    #[arg(long, default_value_t = 1.0)]
+    interval: f64,
+}
+
 /// The agent that runs on this node.
 pub(crate) struct Agent {
     socket: PathBuf,
@@ -156,4 +168,17 @@ pub(crate) fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
     // One thread is enough for what is done here, and keeps the process small.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     Ok(runtime.context("cannot start the runtime")?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seconds_are_those_that_a_clock_can_hold() {
+        assert_eq!(seconds("--limit", 0.5).ok(), Some(Duration::from_millis(500)));
+        for wrong in [-1.0, f64::NAN, f64::INFINITY, u64::MAX as f64] {
+            assert!(matches!(seconds("--limit", wrong), Err(Failure::Usage(_))), "{wrong}");
+        }
+    }
 }

@@ -6,7 +6,7 @@ use anyhow::anyhow;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
-use super::{AgentArgs, Output, OutputArgs, json, print, report, runtime, seconds};
+use super::{LookArgs, Output, json, print, report, runtime, seconds};
 use crate::failure::Failure;
 use crate::ipc::{PeerReport, PeerState, Report};
 use crate::status::{Align, Field, age, bytes, count, milliseconds, peer_tone, table};
@@ -19,12 +19,7 @@ pub(crate) struct PeersArgs {
     #[arg(long, value_enum, value_delimiter = ',')]
     state: Vec<State>,
     #[command(flatten)]
-    agent: AgentArgs,
-    #[command(flatten)]
-    output: OutputArgs,
-    /// Seconds between the two looks that rates are computed from; 0: one look, no rates
-    #[arg(long, default_value_t = 1.0)]
-    interval: f64,
+    look: LookArgs,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -80,8 +75,9 @@ impl Rates {
 }
 
 pub(crate) fn peers(arguments: &PeersArgs) -> Result<(), Failure> {
-    let agent = arguments.agent.agent()?;
-    let interval = seconds("--interval", arguments.interval)?;
+    let look = &arguments.look;
+    let agent = look.agent.agent()?;
+    let interval = seconds("--interval", look.interval)?;
     let (first, second, time) = runtime()?.block_on(async {
         let first = agent.status().await?;
         report(&first)?;
@@ -102,7 +98,7 @@ pub(crate) fn peers(arguments: &PeersArgs) -> Result<(), Failure> {
             rates: before.and_then(|before| Rates::between(before, peer, time)),
         })
         .collect();
-    print(&match arguments.output.output {
+    print(&match look.output.output {
         Output::Json => json(&peers)?,
         Output::Table => render(&peers) + "\n",
     })?;
