@@ -321,10 +321,20 @@ fn bench_measures_over_the_overlay_and_beside_it() -> Result<()> {
         ensure!(outcome[way]["round_trip_p50_us"].as_f64() > Some(1.0), "{way}: {outcome}");
         ensure!(outcome[way]["udp_received_per_second"].as_f64() > Some(100.0), "{way}: {outcome}");
     }
+    let huge = agent.run_command(&["bench", "--serve", "--limit", "18446744073709551615"])?;
+    ran(&huge, 2)?;
+    says(&huge.stderr, &["--limit"])?;
     let wrong = ["bench", "node-b", "--token", "guessed", "--seconds", "0.3"];
     let refused = agent.run_command(&wrong)?;
     ran(&refused, 2)?;
     says(&refused.stderr, &["token"])?;
+
+    // EACCES of the kernel is no word on the token.
+    cluster.lab.nodes[0].ns.ip("route add prohibit 10.244.2.77")?;
+    let there = [&words[..], &["--address", "10.244.2.77", "--overlay-only"]].concat();
+    let prohibited = agent.run_command(&there)?;
+    ran(&prohibited, 1)?;
+    says(&prohibited.stderr, &["Permission denied"])?;
 
     // A firewall that lets through what the overlay needs only.
     cluster.lab.nodes[1].ns.nft(

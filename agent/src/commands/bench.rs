@@ -12,7 +12,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use self::measure::{Measured, Other};
-use super::{AgentArgs, Output, OutputArgs, json, print, report, runtime};
+use self::protocol::AskError;
+use super::{AgentArgs, Output, OutputArgs, json, print, report, runtime, seconds};
 use crate::control::desired::first_host;
 use crate::control::shared::Document;
 use crate::failure::Failure;
@@ -36,8 +37,8 @@ pub(crate) struct BenchArgs {
     #[arg(long, default_value_t = 51901)]
     port: u16,
     /// With --serve: seconds until it ends
-    #[arg(long, default_value_t = 600)]
-    limit: u64,
+    #[arg(long, default_value_t = 600.0)]
+    limit: f64,
     /// Nothing beside the overlay: with --serve only who comes over the overlay is answered
     #[arg(long)]
     overlay_only: bool,
@@ -72,10 +73,10 @@ struct Way {
 
 pub(crate) fn bench(arguments: &BenchArgs) -> Result<(), Failure> {
     let agent = arguments.agent.agent()?;
+    let limit = seconds("--limit", arguments.limit)?;
     let status = runtime()?.block_on(agent.status())?;
     if arguments.serve {
         let overlay = arguments.overlay_only.then(|| status.interface.addresses.clone());
-        let limit = Duration::from_secs(arguments.limit);
         return serve::serve(&status.node, arguments.port, overlay, limit);
     }
     if !(0.1..=LONGEST).contains(&arguments.seconds) {
@@ -96,10 +97,8 @@ pub(crate) fn bench(arguments: &BenchArgs) -> Result<(), Failure> {
         };
         let (measured, error) = match measure::measure(&other, step) {
             Ok(measured) => (Some(measured), None),
-            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
-                return Err(Failure::Usage(format!("--token: {error}")));
-            }
-            Err(error) => (None, Some(error.to_string())),
+            Err(AskError::Refused(why)) => return Err(Failure::Usage(format!("--token: {why}"))),
+            Err(AskError::Io(error)) => (None, Some(error.to_string())),
         };
         Ok(Way { address, measured, error })
     };

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::protocol::{Counted, Line, PATIENCE, SMALL, Work};
+use super::protocol::{AskError, Counted, Line, PATIENCE, SMALL, Work};
 
 /// How long a connection may take.
 const CONNECT: Duration = Duration::from_secs(3);
@@ -36,7 +36,7 @@ impl Measured {
 }
 
 /// One after the other; `step` is told of each.
-pub(super) fn measure(other: &Other<'_>, step: impl Fn(&str)) -> io::Result<Measured> {
+pub(super) fn measure(other: &Other<'_>, step: impl Fn(&str)) -> Result<Measured, AskError> {
     step("round trip");
     let mut round_trips = other.round_trips()?;
     round_trips.sort();
@@ -64,7 +64,7 @@ pub(super) fn measure(other: &Other<'_>, step: impl Fn(&str)) -> io::Result<Meas
 }
 
 impl Other<'_> {
-    fn ask(&self, work: Work) -> io::Result<Line> {
+    fn ask(&self, work: Work) -> Result<Line, AskError> {
         let address = SocketAddr::new(self.address, self.port);
         let stream = TcpStream::connect_timeout(&address, CONNECT)
             .map_err(|error| io::Error::new(error.kind(), format!("{address}: {error}")))?;
@@ -73,7 +73,7 @@ impl Other<'_> {
         Ok(line)
     }
 
-    fn round_trips(&self) -> io::Result<Vec<Duration>> {
+    fn round_trips(&self) -> Result<Vec<Duration>, AskError> {
         let mut line = self.ask(Work::Echo)?;
         let (mut message, mut times) = ([0; SMALL], Vec::new());
         let end = Instant::now() + self.time;
@@ -86,7 +86,7 @@ impl Other<'_> {
         Ok(times)
     }
 
-    fn upload(&self) -> io::Result<f64> {
+    fn upload(&self) -> Result<f64, AskError> {
         let mut line = self.ask(Work::Upload)?;
         let buffer = vec![0; 256 << 10];
         let end = Instant::now() + self.time;
@@ -98,7 +98,7 @@ impl Other<'_> {
         Ok(8.0 * counted.bytes as f64 / counted.seconds.max(0.001))
     }
 
-    fn download(&self) -> io::Result<f64> {
+    fn download(&self) -> Result<f64, AskError> {
         let ms = u64::try_from(self.time.as_millis()).unwrap_or(u64::MAX);
         let mut line = self.ask(Work::Download { ms })?;
         let (mut buffer, mut bytes, mut first) = (vec![0; 256 << 10], 0, None);
@@ -113,7 +113,7 @@ impl Other<'_> {
     }
 
     /// What was sent, and what has arrived.
-    fn datagrams(&self) -> io::Result<(Counted, Counted)> {
+    fn datagrams(&self) -> Result<(Counted, Counted), AskError> {
         let mut line = self.ask(Work::Datagrams)?;
         let _send: String = line.hear()?;
         let any: IpAddr = match self.address {
@@ -129,7 +129,7 @@ impl Other<'_> {
                 // A full queue of this machine: that one was not sent.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
-                Err(error) => return Err(error),
+                Err(error) => return Err(error.into()),
             }
         }
         sent.seconds = start.elapsed().as_secs_f64();
@@ -160,7 +160,7 @@ mod tests {
             other.ask(Work::Echo).map(drop)
         };
         assert!(ask("right").is_ok());
-        assert!(ask("wrong").unwrap_err().to_string().contains("token"));
+        assert!(matches!(ask("wrong"), Err(AskError::Refused(why)) if why.contains("token")));
         assert_eq!(server.join().unwrap(), [Some(Work::Echo), None]);
     }
 }

@@ -2,7 +2,9 @@
 //! token without saying it, since beside the overlay anybody may listen.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::thread;
 use std::time::Duration;
 
 use aws_lc_rs::hmac;
@@ -10,6 +12,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use thiserror::Error;
 
 /// The longest line in bytes.
 const LINE: u64 = 1024;
@@ -47,6 +50,16 @@ pub(super) struct Counted {
     pub(super) seconds: f64,
 }
 
+/// Why nothing was measured.
+#[derive(Debug, Error)]
+pub(super) enum AskError {
+    /// The other end says no, in its own words.
+    #[error("{0}")]
+    Refused(String),
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
 /// A connection between the two.
 pub(super) struct Line(pub(super) BufReader<TcpStream>);
 
@@ -62,6 +75,36 @@ impl Line {
         self.0.get_ref()
     }
 
+    /// Does something with the connection, which is cut off after `time`: with every byte that trickles in, a
+    /// read's own timeout begins anew.
+    pub(super) fn within<T>(
+        &mut self,
+        time: Duration,
+        work: impl FnOnce(&mut Self) -> io::Result<T>,
+    ) -> io::Result<T> {
+        let stream = self.stream().try_clone()?;
+        let (done, ended) = channel::<()>();
+        let watch = move || {
+            let late = ended.recv_timeout(time) == Err(RecvTimeoutError::Timeout);
+            if late {
+                let _ = stream.shutdown(Shutdown::Both);
+            }
+            late
+        };
+        thread::scope(|scope| {
+            let name = "bench-deadline".to_owned();
+            let watch = thread::Builder::new().name(name).spawn_scoped(scope, watch)?;
+            let result = work(self);
+            drop(done);
+            match watch.join() {
+                Ok(true) => {
+                    Err(io::Error::new(io::ErrorKind::TimedOut, "cut off: its time is over"))
+                }
+                _ => result,
+            }
+        })
+    }
+
     pub(super) fn say(&mut self, value: &impl Serialize) -> io::Result<()> {
         let mut text = serde_json::to_vec(value)?;
         text.push(b'\n');
@@ -75,13 +118,13 @@ impl Line {
     }
 
     /// Asks for a measurement.
-    pub(super) fn ask(&mut self, token: &str, work: Work) -> io::Result<()> {
+    pub(super) fn ask(&mut self, token: &str, work: Work) -> Result<(), AskError> {
         let challenge: String = self.hear()?;
         self.say(&Request { work, proof: BASE64.encode(sign(token, &challenge, work)?) })?;
         let answer: String = self.hear()?;
         match answer.as_str() {
             "ok" => Ok(()),
-            other => Err(io::Error::new(io::ErrorKind::PermissionDenied, other.to_owned())),
+            other => Err(AskError::Refused(other.to_owned())),
         }
     }
 
@@ -110,4 +153,31 @@ pub(super) fn random() -> io::Result<String> {
     let mut bytes = [0; 16];
     aws_lc_rs::rand::fill(&mut bytes).map_err(|_| io::Error::other("no random numbers"))?;
     Ok(BASE64.encode(bytes))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::net::TcpListener;
+    use std::time::Instant;
+
+    use super::*;
+
+    #[test]
+    fn whoever_trickles_is_cut_off() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut stranger = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut line = Line::new(listener.accept().unwrap().0).unwrap();
+        let trickle = thread::spawn(move || {
+            while stranger.write_all(b"x").is_ok() {
+                thread::sleep(Duration::from_millis(20));
+            }
+        });
+        let start = Instant::now();
+        let asked = line.within(Duration::from_millis(200), |line| line.asked("token"));
+        assert_eq!(asked.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert!(start.elapsed() < PATIENCE, "{:?}", start.elapsed());
+        drop(line);
+        trickle.join().unwrap();
+    }
 }
