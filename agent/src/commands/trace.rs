@@ -57,7 +57,13 @@ pub(crate) fn trace(arguments: &TraceArgs) -> Result<(), Failure> {
                 "{from} and {to} are of two families: name addresses of one"
             )));
         }
-        Ok(judge::judge(&Facts::gather(from, to, status).await?))
+        let facts = Facts::gather(from, to, status).await?;
+        match facts.foreign() {
+            Some(node) => {
+                Err(Failure::Usage(format!("{from} is {0}'s: run this on {0}", node.name)))
+            }
+            None => Ok(judge::judge(&facts)),
+        }
     })?;
     print(&match output {
         Output::Json => json(&trace)?,

@@ -102,6 +102,17 @@ impl Facts {
         longest(peers.flat_map(|p| p.pod_cidrs.iter().map(move |c| (c, p))), address)
     }
 
+    /// The other node that sends, where it is one that does: what it does with its packets is known there.
+    pub(super) fn foreign(&self) -> Option<&PeerReport> {
+        let local = self.sender.lookup.as_ref().is_ok_and(|found| found.local);
+        if local || self.is_here(self.from) {
+            return None;
+        }
+        let mut peers = self.status.report.iter().flat_map(|report| &report.peers);
+        let outer = |peer: &&PeerReport| peer.endpoint.is_some_and(|at| at.ip() == self.from);
+        self.owner(self.from).or_else(|| peers.find(outer))
+    }
+
     /// An entry of the agent's configuration.
     pub(super) fn setting(&self, pointer: &str) -> &Value {
         setting(&self.status, pointer)
