@@ -40,6 +40,25 @@ macro_rules! drop_reasons {
     };
 }
 
+impl DropReason {
+    /// The reason behind two labels.
+    pub fn named(direction: &str, label: &str) -> Option<Self> {
+        let mut all = Self::ALL.iter().copied();
+        all.find(|known| known.direction().label() == direction && known.label() == label)
+    }
+
+    /// Whether anybody on the underlay can bring this about, without a key: it tells nothing of pods' packets.
+    /// The alert SkeinPacketsDropped counts none of these.
+    pub const fn by_strangers(self) -> bool {
+        // Those are found behind the tag and the replay window.
+        let authentic = matches!(
+            self,
+            Self::InnerMalformed | Self::InnerSource | Self::InnerDestination | Self::TunWrite
+        );
+        matches!(self.direction(), Direction::Ingress) && !authentic
+    }
+}
+
 drop_reasons! {
     /// The virtio_net_hdr or what it says of the packet is impossible (bad offsets, gso_size 0,
     /// legacy UFO, UDP with the ECN bit, an unknown type).
@@ -173,6 +192,7 @@ mod tests {
             for b in &DropReason::ALL[i + 1..] {
                 assert!(a.label() != b.label() || a.direction() != b.direction(), "{a} twice");
             }
+            assert_eq!(DropReason::named(a.direction().label(), a.label()), Some(*a));
         }
     }
 

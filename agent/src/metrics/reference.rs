@@ -109,7 +109,30 @@ fn reasons() -> String {
         let (direction, meaning) = (reason.direction().label(), reason.meaning());
         let _ = writeln!(text, "| {direction} | `{}` | {meaning} |", reason.label());
     }
+    let of_strangers = DropReason::ALL.iter().filter(|reason| reason.by_strangers());
+    let of_strangers: Vec<_> = of_strangers.map(|reason| format!("`{reason}`")).collect();
+    let _ = writeln!(
+        text,
+        "\nAnybody on the underlay can cause these, without a key, so that the alert SkeinPacketsDropped and the\n\
+         status page's verdict leave them out: {}.",
+        of_strangers.join(", ")
+    );
     text
+}
+
+/// The alert tells reasons apart as the code does.
+#[test]
+fn the_alert_of_drops_leaves_out_what_strangers_can_cause() {
+    let rules = include_str!("../../../charts/skein/alerts/skein.yaml");
+    let left_out = rules.split("reason!~\"").nth(1).and_then(|rest| rest.split('"').next());
+    let left_out: Vec<_> = left_out.unwrap_or_default().split('|').collect();
+    for reason in DropReason::ALL {
+        let named = left_out.iter().any(|part| match part.strip_suffix(".+") {
+            Some(start) => reason.label().starts_with(start),
+            None => reason.label() == *part,
+        });
+        assert_eq!(named, reason.by_strangers(), "{reason}");
+    }
 }
 
 /// Names of metrics that stand in sources.
