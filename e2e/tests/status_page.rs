@@ -114,6 +114,14 @@ fn it_shows_what_the_status_says() -> Result<()> {
     ensure!(rungs == json!(wanted), "{rungs} instead of {wanted:?}");
 
     shows_the_drops(&cluster, &browser)?;
+    // A few lost packets are no worry, a hundredth of them is.
+    let _ = node.ns.sh("ping -n -q -c 1000 -i 0.002 -W 1 10.250.0.1");
+    waits(
+        &browser,
+        "the drops are noted",
+        "return document.getElementById('verdict').dataset.level === 'warn'",
+    )?;
+    ensure!(text("#verdict")?.contains("were dropped"), "{}", text("#verdict")?);
 
     let row = text("#peer-rows tr[data-name='node-b']")?;
     let peer = &report["peers"][0];

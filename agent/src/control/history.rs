@@ -5,13 +5,15 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::ipc::{DirectionReport, LaneReport, Report};
+use skein_core::drop::{Direction, DropReason};
+
+use crate::ipc::{DirectionReport, DropReport, LaneReport, Report};
 
 /// Samples that are kept: five minutes and a little more, at one every two seconds.
 const SAMPLES: usize = 160;
 
 /// What the numbers of a [`Sample`] are. All but the first two are totals since the data process's start.
-pub const COLUMNS: [&str; 13] = [
+pub const COLUMNS: [&str; 15] = [
     "time_ms", // since 1970
     "process",
     "out_inner_packets",
@@ -25,6 +27,9 @@ pub const COLUMNS: [&str; 13] = [
     "in_outer_packets",
     "in_calls",
     "drops",
+    // Of these, those that no stranger can cause.
+    "out_lost",
+    "in_lost",
 ];
 
 /// One look at the counters, summed over lanes.
@@ -37,9 +42,7 @@ pub struct History(Arc<Mutex<VecDeque<Sample>>>);
 impl History {
     /// Keeps what a report counts; the oldest goes.
     pub(super) fn note(&self, report: &Report) {
-        // A clock before 1970 is a clock that nobody has set.
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        self.note_at(now.as_millis().try_into().unwrap_or(u64::MAX), report);
+        self.note_at(now_ms(), report);
     }
 
     fn note_at(&self, time_ms: u64, report: &Report) {
@@ -54,11 +57,20 @@ impl History {
         }
     }
 
-    /// Those taken after a time, in their order.
+    /// Those taken after a time, in their order; all, where that time is still to come: the clock was set back
+    /// since.
     pub fn since(&self, time_ms: u64) -> Vec<Sample> {
         let samples = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        samples.iter().filter(|sample| sample[0] > time_ms).copied().collect()
+        let anew = samples.back().is_some_and(|last| last[0] < time_ms);
+        samples.iter().filter(|sample| anew || sample[0] > time_ms).copied().collect()
     }
+}
+
+/// The time that samples are marked with.
+pub fn now_ms() -> u64 {
+    // A clock before 1970 is a clock that nobody has set.
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    now.as_millis().try_into().unwrap_or(u64::MAX)
 }
 
 fn sample(time_ms: u64, report: &Report) -> Sample {
@@ -73,24 +85,43 @@ fn sample(time_ms: u64, report: &Report) -> Sample {
         ];
         counters.map(|counter| report.lanes.iter().map(|lane| counter(side(lane))).sum())
     };
-    let drops: u64 = report.drops.iter().map(|drop| drop.packets).sum();
+    let drops = |which: &dyn Fn(&DropReport) -> bool| -> u64 {
+        report.drops.iter().filter(|drop| which(drop)).map(|drop| drop.packets).sum()
+    };
+    let lost = |direction: Direction| {
+        drops(&|drop| {
+            // A reason that only a newer data process knows counts, as in the alert.
+            let known = DropReason::named(&drop.direction, &drop.reason);
+            drop.direction == direction.label() && !known.is_some_and(DropReason::by_strangers)
+        })
+    };
     let [a, b, c, d, e] = direction(|lane| &lane.egress);
     let [f, g, h, i, j] = direction(|lane| &lane.ingress);
-    let drops = drops + sum(|lane| lane.receive_queue_overflow);
-    [time_ms, u64::from(report.pid), a, b, c, d, e, f, g, h, i, j, drops]
+    let all = drops(&|_| true) + sum(|lane| lane.receive_queue_overflow);
+    let lost = [lost(Direction::Egress), lost(Direction::Ingress)];
+    [time_ms, u64::from(report.pid), a, b, c, d, e, f, g, h, i, j, all, lost[0], lost[1]]
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ipc::DropReport;
 
     fn report(packets: u64) -> Report {
         let mut lane = LaneReport { receive_queue_overflow: 2, ..LaneReport::default() };
         lane.egress.inner_packets = packets;
         lane.ingress.calls = 7;
-        let drop = DropReport { direction: "egress".into(), reason: "no_route".into(), packets: 3 };
-        Report { pid: 42, lanes: vec![lane.clone(), lane], drops: vec![drop], ..Report::default() }
+        let drop = |direction: &str, reason: &str, packets| DropReport {
+            direction: direction.to_owned(),
+            reason: reason.to_owned(),
+            packets,
+        };
+        let drops = vec![
+            drop("egress", "no_route", 3),
+            drop("ingress", "handshake_invalid", 100),
+            drop("ingress", "tun_write", 4),
+            drop("ingress", "unheard_of", 5),
+        ];
+        Report { pid: 42, lanes: vec![lane.clone(), lane], drops, ..Report::default() }
     }
 
     #[test]
@@ -101,7 +132,8 @@ mod tests {
         let value = |name| sample[COLUMNS.iter().position(|column| *column == name).unwrap_or(99)];
         assert_eq!((value("time_ms"), value("process")), (1000, 42));
         assert_eq!((value("out_inner_packets"), value("in_inner_packets")), (10, 0));
-        assert_eq!((value("in_calls"), value("drops")), (14, 7));
+        assert_eq!((value("in_calls"), value("drops")), (14, 116));
+        assert_eq!((value("out_lost"), value("in_lost")), (3, 9));
     }
 
     #[test]
@@ -110,7 +142,7 @@ mod tests {
         (1..=500).for_each(|n| history.note_at(n * 2000, &report(n)));
         assert_eq!(history.since(0).len(), SAMPLES);
         assert_eq!(history.since(499 * 2000).len(), 1);
-        assert_eq!(history.since(u64::MAX).len(), 0);
+        assert_eq!(history.since(500 * 2000).len(), 0);
     }
 
     #[test]
@@ -119,5 +151,6 @@ mod tests {
         history.note_at(10_000, &report(1));
         history.note_at(4_000, &report(2));
         assert_eq!(history.since(0).len(), 1);
+        assert_eq!(history.since(10_000).len(), 1, "who knows later ones begins anew, too");
     }
 }

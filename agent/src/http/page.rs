@@ -18,7 +18,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use skein_core::drop::DropReason;
 
-use crate::control::history::{COLUMNS, Sample};
+use crate::control::history::{self, COLUMNS, Sample};
 use crate::control::registry::RejectedFile;
 use crate::control::shared::Shared;
 use crate::ipc::{Capability, PeerState, Report};
@@ -177,6 +177,8 @@ struct Pool {
 
 #[derive(Debug, Serialize)]
 struct History {
+    /// Now, by the clock of the rows.
+    now_ms: u64,
     columns: [&'static str; COLUMNS.len()],
     rows: Vec<Sample>,
 }
@@ -228,7 +230,7 @@ async fn status(State(shared): State<Shared>, Query(since): Query<Since>) -> Jso
         drops: drops(&report),
         peers: count(&report),
         pools,
-        history: History { columns: COLUMNS, rows },
+        history: History { now_ms: history::now_ms(), columns: COLUMNS, rows },
     })
 }
 
@@ -255,15 +257,11 @@ fn offload(capability: &Capability) -> Capability {
 }
 
 fn drops(report: &Report) -> Vec<Drops> {
-    let meaning = |direction: &str, reason: &str| {
-        let named =
-            |known: &&DropReason| known.direction().label() == direction && known.label() == reason;
-        DropReason::ALL.iter().find(named).map_or("", |known| known.meaning())
-    };
     let some = report.drops.iter().filter(|drop| drop.packets > 0);
     let mut drops: Vec<_> = some
         .map(|drop| Drops {
-            meaning: meaning(&drop.direction, &drop.reason),
+            meaning: DropReason::named(&drop.direction, &drop.reason)
+                .map_or("", DropReason::meaning),
             direction: drop.direction.clone(),
             reason: drop.reason.clone(),
             packets: drop.packets,

@@ -54,19 +54,17 @@ const plural = (n, one, many) => `${n} ${n === 1 ? one : many}`;
 
 const samples = []; // objects, in the order of their time
 
-let grewAt = 0;
+let end = 0; // of the charts: the last sample's time, or now where there have been none for a while
 
 function remember(history) {
-  if (history.rows.length > 0) grewAt = performance.now();
-  // The node's clock was set back: ask for all that there is, and begin anew.
-  if (performance.now() - grewAt > 10 * PERIOD) samples.length = 0;
-  for (const row of history.rows) {
-    const sample = Object.fromEntries(history.columns.map((name, index) => [name, row[index]]));
-    const last = samples.at(-1);
-    if (!last || sample.time_ms > last.time_ms) samples.push(sample);
-  }
-  const newest = samples.at(-1)?.time_ms ?? 0;
-  while (samples.length > 0 && samples[0].time_ms < newest - WINDOW) samples.shift();
+  const rows = history.rows.map((row) => Object.fromEntries(history.columns.map((name, index) => [name, row[index]])));
+  // The node's clock was set back: these are all that there are.
+  if (rows.length > 0 && rows[0].time_ms <= samples.at(-1)?.time_ms) samples.length = 0;
+  samples.push(...rows);
+  const newest = samples.at(-1)?.time_ms ?? history.now_ms;
+  end = history.now_ms - newest > GAP ? history.now_ms : newest;
+  // The last one says from when on to ask.
+  while (samples.length > 1 && samples[0].time_ms < end - WINDOW) samples.shift();
 }
 
 // Points {time, out, in} of what `of` makes of the differences of two neighbours; null where there is none.
@@ -84,6 +82,16 @@ function points(of) {
     all.push({ time: now.time_ms, values: of(difference, ms / 1000) });
   }
   return all;
+}
+
+// The share of packets that were lost in the last minute, where it is notable: as in the alert SkeinPacketsDropped, more
+// than one a second and more than a hundredth.
+function lost(direction) {
+  const of = (d) => [d(`${direction}_lost`), d(`${direction}_inner_packets`)];
+  const recent = points(of).filter((point) => point !== null && point.time > end - 60_000);
+  const sum = (index) => recent.reduce((total, point) => total + point.values[index], 0);
+  const [dropped, passed] = [sum(0), sum(1)];
+  return dropped > 60 && dropped > 0.01 * (dropped + passed) ? dropped / (dropped + passed) : 0;
 }
 
 const share = (a, b) => (b > 0 ? a / b : 0);
@@ -134,7 +142,6 @@ function drawChart(chart) {
   const all = points(chart.of);
   const known = all.filter((point) => point !== null);
   const width = Math.max(200, chart.svg.clientWidth);
-  const end = samples.at(-1)?.time_ms ?? Date.now();
   const most = ceiling(Math.max(chart.least, ...known.flatMap((point) => point.values)));
   const x = (time) => LEFT + ((time - end + WINDOW) / WINDOW) * (width - LEFT - RIGHT);
   const y = (value) => HEIGHT - BOTTOM - (value / most) * (HEIGHT - TOP - BOTTOM);
@@ -162,7 +169,7 @@ function drawChart(chart) {
     }
     if (path !== '') parts.push(make('path', { class: index > 0 ? 'line second' : 'line', d: path }));
   });
-  let shown = known.at(-1);
+  let shown = all.at(-1)?.time === end ? all.at(-1) : undefined;
   if (chart.pointer !== undefined && known.length > 0) {
     const far = (point) => Math.abs(x(point.time) - chart.pointer);
     shown = known.reduce((best, point) => (far(point) < far(best) ? point : best));
@@ -204,6 +211,10 @@ function verdict(status) {
   if (status.records.rejected_count > 0) worries.push(`${plural(status.records.rejected_count, 'record is', 'records are')} refused: see Details`);
   const low = status.offloads.filter((offload) => offload.state === 'degraded');
   if (low.length > 0) worries.push(`given up in part: ${low.map((offload) => offload.name).join(', ')}`);
+  for (const direction of ['out', 'in']) {
+    const part = lost(direction);
+    if (part > 0) worries.push(`${(part * 100).toFixed(0)} % of the packets of pods (${direction}) were dropped in the last minute: see Dropped packets`);
+  }
   if (peers.narrow > 0) worries.push(`${plural(peers.narrow, 'path carries', 'paths carry')} less than the nodes at their ends`);
   for (const pool of status.pools ?? []) {
     if (pool.free < pool.total * 0.05) worries.push(`few addresses are left for pods in ${pool.cidr}`);
@@ -380,6 +391,7 @@ let restartedAt;
 
 function showStatus(status) {
   setText($('node'), status.node);
+  remember(status.history);
   const [level, text, reasons] = verdict(status);
   if (agentProcess !== undefined && agentProcess !== status.process) restartedAt = new Date();
   agentProcess = status.process;
@@ -396,7 +408,6 @@ function showStatus(status) {
   showDrops(status);
   showPools(status);
   showDetails(status);
-  remember(status.history);
   CHARTS.forEach(drawChart);
 }
 
