@@ -19,6 +19,9 @@ use crate::ipc::{CipherChoice, OffloadSettings, UnderlaySettings};
 /// Where the configuration lies if the command line does not say.
 pub const DEFAULT_PATH: &str = "/etc/skein/agent.toml";
 
+/// The node's private key in its state directory.
+pub const KEY: &str = "node.key";
+
 /// The UDP port of Skein, where a record or the configuration names none.
 pub const DEFAULT_PORT: u16 = 51900;
 
@@ -242,7 +245,7 @@ impl Config {
 
     /// Where the private key lies.
     pub fn key_path(&self) -> PathBuf {
-        self.private_key_file.clone().unwrap_or_else(|| self.state_dir.join("node.key"))
+        self.private_key_file.clone().unwrap_or_else(|| self.state_dir.join(KEY))
     }
 
     /// What the interface is marked with (IFLA_IFALIAS), so that it is told from a stranger's.

@@ -12,7 +12,7 @@ use clap::Args;
 
 use self::archive::Archive;
 use super::{AgentArgs, Output, OutputArgs, json, print, runtime};
-use crate::config::Config;
+use crate::control::rotation;
 use crate::failure::Failure;
 use crate::status::{Align, bytes, table};
 
@@ -31,7 +31,7 @@ pub(crate) fn sysdump(arguments: &SysdumpArgs) -> Result<(), Failure> {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let name = format!("skein-sysdump-{}-{}", config.name, now.as_secs());
     let file = arguments.file.clone().unwrap_or_else(|| format!("{name}.tar.gz").into());
-    let mut archive = Archive::new(&name, now.as_secs(), &keys(&config));
+    let mut archive = Archive::new(&name, now.as_secs(), &rotation::files(&config.key_path()));
     runtime()?.block_on(collect::collect(&mut archive, &config, &arguments.agent.agent()?));
     let entries = archive.entries();
     let packed = archive.finish().map_err(|error| Failure::io("cannot pack the archive", error))?;
@@ -55,17 +55,6 @@ pub(crate) fn sysdump(arguments: &SysdumpArgs) -> Result<(), Failure> {
             format!("{}\n\n{shown} ({size})\n", table(&columns, entries.iter().map(row)))
         }
     })
-}
-
-/// The node's private key, and beside it those that it had or will have.
-fn keys(config: &Config) -> Vec<PathBuf> {
-    let key = config.key_path();
-    let name = key.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let beside = key.parent().map(std::fs::read_dir).into_iter().flatten().flatten().flatten();
-    let keys = beside.map(|entry| entry.path()).filter(|path| {
-        path.file_name().is_some_and(|other| other.to_string_lossy().starts_with(&name))
-    });
-    keys.chain([key.clone()]).collect()
 }
 
 /// For its owner only: addresses and logs are nobody else's business.

@@ -7,9 +7,10 @@ use std::time::Duration;
 use super::client::{Client, ClientError};
 use super::identity;
 use super::lock::StateLock;
+use super::rotation;
 use crate::cni::attach::Attacher;
 use crate::cni::{install, ipam};
-use crate::config::{ALIAS_PREFIX, Config};
+use crate::config::{ALIAS_PREFIX, Config, KEY};
 use crate::failure::Failure;
 use crate::firewall::{self, forward};
 use crate::ipc::{NodeIdentity, Request};
@@ -70,17 +71,10 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
         }
         remove_spool(&config.cni.spool, &mut cleaned);
         cleaned.note(&format!("directory {}", ours.display()), remove_directory(&ours));
-        let files = [
-            "node.key",
-            "node.key.next",
-            "node.key.previous",
-            "registry.json",
-            "registry.json.new",
-            "clock",
-            "clock.new",
-        ];
-        for file in files {
-            let path = config.state_dir.join(file);
+        // A key that lies elsewhere is its owner's.
+        let keys = rotation::files(&config.state_dir.join(KEY));
+        let others = ["registry.json", "registry.json.new", "clock", "clock.new"];
+        for path in keys.into_iter().chain(others.map(|name| config.state_dir.join(name))) {
             cleaned.note(&format!("file {}", path.display()), remove_file(&path));
         }
     }

@@ -378,8 +378,13 @@ fn added(path: &Path, ending: &str) -> PathBuf {
 }
 
 /// The files beside a key's that a change of it may leave.
-pub fn beside(path: &Path) -> [PathBuf; 2] {
+fn beside(path: &Path) -> [PathBuf; 2] {
     [next(path), previous(path)]
+}
+
+/// All files that hold a private key of the node whose key lies at `path`.
+pub fn files(path: &Path) -> [PathBuf; 3] {
+    [path.to_owned(), next(path), previous(path)]
 }
 
 /// Removes a file, if it is there.

@@ -14,6 +14,8 @@ use crate::control::identity;
 pub(super) const ENTRY: usize = 4 << 20;
 /// All entries in bytes, before compression.
 const TOTAL: usize = 48 << 20;
+/// Of these for the list of what is in it, which has to be there when it is full.
+const LIST: usize = 1 << 20;
 /// Stands where a secret was.
 const REMOVED: &[u8] = b"[private key removed]";
 
@@ -54,8 +56,15 @@ impl Archive {
         self.entries.clone()
     }
 
-    /// Adds an entry.
+    /// Adds an entry, as much of it as there is room for.
     pub(super) fn add(&mut self, name: &str, content: &[u8]) {
+        match ENTRY.min(TOTAL - LIST - self.total) {
+            0 => self.missing(name, "the archive is full"),
+            room => self.put(name, content, room),
+        }
+    }
+
+    fn put(&mut self, name: &str, content: &[u8], room: usize) {
         let mut notes = Vec::new();
         let mut kept = Zeroizing::new(content.to_vec());
         for secret in &self.secrets {
@@ -63,7 +72,6 @@ impl Archive {
                 notes.push("a private key was removed");
             }
         }
-        let room = ENTRY.min(TOTAL - self.total);
         if kept.len() > room {
             notes.push("only the end");
             let excess = kept.len() - room;
@@ -97,7 +105,7 @@ impl Archive {
             format!("{:>9} {} {note}\n", entry.bytes, entry.name)
         };
         let list: String = self.entries.iter().map(line).collect();
-        self.add("contents.txt", list.as_bytes());
+        self.put("contents.txt", list.as_bytes(), LIST);
         self.tar.into_inner()?.finish()
     }
 }
@@ -192,8 +200,12 @@ mod tests {
         let entries = archive.entries();
         assert_eq!(entries[0].bytes, ENTRY);
         assert_eq!(entries[0].note.as_deref(), Some("only the end"));
-        assert_eq!(entries.iter().map(|entry| entry.bytes).sum::<usize>(), TOTAL);
+        assert_eq!(entries.last().unwrap().note.as_deref(), Some("the archive is full"));
+        assert_eq!(entries.iter().map(|entry| entry.bytes).sum::<usize>(), TOTAL - LIST);
         let all = unpack(&archive.finish().unwrap());
         assert!(all[0].1.ends_with(b"the end"));
+        let (name, list) = all.last().unwrap();
+        assert_eq!(name, "dump/contents.txt");
+        assert_eq!(String::from_utf8_lossy(list).lines().count(), entries.len());
     }
 }

@@ -1,7 +1,7 @@
 //! What goes into the archive. Whatever cannot be had is noted, and the rest goes on.
 
 use std::io::{Read, Seek, SeekFrom};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -19,6 +19,9 @@ const LIMIT: Duration = Duration::from_secs(10);
 const SCRAPE: Duration = Duration::from_secs(5);
 /// Node record files, at most.
 const RECORDS: usize = 1000;
+
+/// The containers of the chart's DaemonSet.
+const CONTAINERS: [&str; 2] = ["agent", "dataplane"];
 
 /// Programs whose output is kept, each under the name of its file.
 const PROGRAMS: &[(&str, &[&str])] = &[
@@ -232,18 +235,64 @@ fn sysctls(archive: &mut Archive, config: &Config) {
     archive.add("machine/sysctls.txt", names.iter().map(line).collect::<String>().as_bytes());
 }
 
-/// What kubelet keeps of the agent's containers, where it can be reached.
+/// What kubelet keeps of the chart's containers, where it can be reached: a directory a pod, with one a container.
 fn container_logs(archive: &mut Archive) {
-    let Ok(pods) = std::fs::read_dir("/var/log/pods") else { return };
-    let ours = |path: &std::path::PathBuf| {
-        path.file_name().is_some_and(|name| name.to_string_lossy().contains("_skein-"))
+    let inside = |path: &Path| {
+        let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
+        let mut paths: Vec<_> = entries.map(|entry| entry.path()).collect();
+        paths.sort();
+        paths
     };
-    for pod in pods.flatten().map(|entry| entry.path()).filter(ours) {
-        let containers = std::fs::read_dir(&pod).into_iter().flatten().flatten();
-        let logs = containers.flat_map(|c| std::fs::read_dir(c.path()).into_iter().flatten());
-        for log in logs.flatten().map(|entry| entry.path()) {
-            let name = log.strip_prefix("/var/log/pods").unwrap_or(&log).display().to_string();
-            file(archive, &format!("logs/pods/{name}"), &log);
+    let named = |path: &PathBuf, ours: fn(&str) -> bool| {
+        path.file_name().and_then(|name| name.to_str()).is_some_and(ours)
+    };
+    let root = Path::new("/var/log/pods");
+    for pod in inside(root).iter().filter(|pod| named(pod, is_ours)) {
+        for container in inside(pod).iter().filter(|c| named(c, |name| CONTAINERS.contains(&name)))
+        {
+            for log in inside(container) {
+                let name = log.strip_prefix(root).unwrap_or(&log).display();
+                file(archive, &format!("logs/pods/{name}"), &log);
+            }
+        }
+    }
+}
+
+/// Whether a directory of logs, NAMESPACE_POD_UID, is of a pod of the chart's DaemonSet. Which namespace that
+/// is in is not known here.
+fn is_ours(directory: &str) -> bool {
+    let mut parts = directory.split('_');
+    let pod = parts.nth(1).filter(|_| parts.next().is_some());
+    pod.and_then(|pod| pod.strip_prefix("skein-")).is_some_and(|end| {
+        end.len() == 5 && end.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn containers_are_called_as_in_the_chart() {
+        let chart = include_str!("../../../../charts/skein/templates/daemonset.yaml");
+        let (_, containers) = chart.split_once("containers:").unwrap_or_default();
+        let names = containers.lines().filter_map(|line| line.strip_prefix("        - name: "));
+        assert!(names.eq(CONTAINERS));
+    }
+
+    #[test]
+    fn logs_are_those_of_the_daemon_set() {
+        assert!(is_ours("kube-system_skein-x7k2p_0a1b2c3d-0000-4000-8000-000000000000"));
+        for others in [
+            "default_skein-demo-7d9c5b6f4-x7k2p_0a1b",
+            "default_skein-demo_0a1b",
+            "skein-x7k2p_web-x7k2p_0a1b",
+            "kube-system_my-skein-x7k2p_0a1b",
+            "kube-system_skein-x7k2p",
+            "kube-system_skein-cleanup-x7k2p_0a1b",
+            "skein-x7k2p",
+        ] {
+            assert!(!is_ours(others), "{others}");
         }
     }
 }
