@@ -7,11 +7,12 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_peercred};
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
     SocketFlags, SocketType, connect, sendmsg, socket_with,
 };
+use rustix::process::geteuid;
 
 use crate::frame::{self, FrameError};
 use crate::protocol::{Answer, Request};
@@ -38,12 +39,18 @@ pub fn ask(
     frame::read(&mut stream)
 }
 
-/// Connecting waits where the agent's backlog is full: for as long as sending may.
+/// Connecting waits where the agent's backlog is full: for as long as sending may. A pod's namespace and
+/// whatever its addresses are come from nobody but root or this process's own user.
 fn open(path: &Path, limit: Duration) -> io::Result<UnixStream> {
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     for direction in [Timeout::Send, Timeout::Recv] {
         set_socket_timeout(socket.as_fd(), direction, Some(limit))?;
     }
     connect(&socket, &SocketAddrUnix::new(path)?)?;
+    let listener = socket_peercred(&socket)?.uid;
+    if !listener.is_root() && listener != geteuid() {
+        let text = "what listens there is another user's";
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+    }
     Ok(UnixStream::from(socket))
 }

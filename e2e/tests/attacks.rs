@@ -1,5 +1,6 @@
 //! Attacks as fast as a core can send them, while established traffic goes on: with figures.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,8 +19,10 @@ use skein_e2e::load::capture::Capture;
 use skein_e2e::load::pattern::Pattern;
 use skein_e2e::load::udp;
 
-/// What a transfer beside an attack carries.
-const TRANSFER: u64 = 200 << 20;
+/// What one transfer beside an attack carries.
+const TRANSFER: u64 = 64 << 20;
+/// What is left of a transfer's speed beside an attack, at the least: more than a core's share is an outage.
+const LEFT: f64 = 0.02;
 /// So many datagrams of each class are sent, or as many as can be in that time.
 const OF_EACH: u64 = 50_000;
 const AT_MOST: Duration = Duration::from_secs(8);
@@ -141,22 +144,30 @@ fn all_drops(metrics: &Metrics) -> f64 {
     metrics.sum("skein_drops_total", &["direction=\"ingress\""])
 }
 
-/// How fast a transfer is, in megabytes a second.
-fn speed(lab: &Lab) -> Result<f64> {
-    let received = checks::transfer(lab.pod(0), lab.pod(1), Family::V4, TRANSFER)?;
-    Ok(TRANSFER as f64 / received.seconds / 1e6)
+/// How fast transfers are, one after the other until it is `enough`, in megabytes a second.
+fn speed(lab: &Lab, enough: impl Fn() -> bool) -> Result<f64> {
+    let (mut bytes, mut seconds) = (0, 0.0);
+    loop {
+        let received = checks::transfer(lab.pod(0), lab.pod(1), Family::V4, TRANSFER)?;
+        bytes += TRANSFER;
+        seconds += received.seconds;
+        if enough() {
+            return Ok(bytes as f64 / seconds / 1e6);
+        }
+    }
 }
 
-/// The speed of a transfer during which `attack` goes on; that is told by the flag when to end.
-fn speed_beside<T: Send>(
-    lab: &Lab,
-    attack: impl FnOnce(&AtomicBool) -> Result<T> + Send,
-) -> Result<(f64, T)> {
-    let stop = AtomicBool::new(false);
+/// The speed of transfers without an attack, for as long as three of them take.
+fn speed_alone(lab: &Lab) -> Result<f64> {
+    let count = Cell::new(0);
+    speed(lab, || count.replace(count.get() + 1) == 2)
+}
+
+/// The speed of transfers all the time that `attack` goes on.
+fn speed_beside<T: Send>(lab: &Lab, attack: impl FnOnce() -> Result<T> + Send) -> Result<(f64, T)> {
     thread::scope(|scope| {
-        let attacker = scope.spawn(|| attack(&stop));
-        let speed = speed(lab);
-        stop.store(true, Ordering::Relaxed);
+        let attacker = scope.spawn(attack);
+        let speed = speed(lab, || attacker.is_finished());
         let done = attacker.join().ok().context("the attacker panicked")?;
         Ok((speed?, done?))
     })
@@ -175,14 +186,14 @@ fn mutated_datagrams_at_line_rate_change_nothing_and_are_counted() -> Result<()>
     let (receiver, sent, mut real) = recorded(lab, 1000)?;
     // Pings and answers are the manager's: the next test's.
     real.retain(|datagram| datagram[0] == DATA);
-    let alone = speed(lab)?;
+    let alone = speed_alone(lab)?;
 
     let stranger = lab.attach("stranger", 200)?;
     let blaster = Blaster::new(&stranger, listens(lab, 1)?)?;
     // As if it came from the node whose session it is.
     let from = listens(lab, 0)?;
     let before_all = memory(victim)?;
-    let (beside, total) = speed_beside(lab, |stop| {
+    let (beside, total) = speed_beside(lab, || {
         let mut total = Blasted::default();
         for class in classes(&real) {
             let before = fresh(victim)?;
@@ -203,13 +214,6 @@ fn mutated_datagrams_at_line_rate_change_nothing_and_are_counted() -> Result<()>
             ensure!(all == counted, "{}: {all} drops, {counted} of them expected", class.name);
             total.add(sent);
         }
-        let again = classes(&real);
-        while !stop.load(Ordering::Relaxed) && total.seconds < 40.0 {
-            for class in &again {
-                let burst = Duration::from_millis(50);
-                total.add(blaster.blast(&class.datagrams, OF_EACH, burst, |_| from)?);
-            }
-        }
         Ok(total)
     })?;
     println!(
@@ -219,6 +223,7 @@ fn mutated_datagrams_at_line_rate_change_nothing_and_are_counted() -> Result<()>
         total.seconds,
         beside / alone
     );
+    ensure!(beside > LEFT * alone, "{beside:.1} MB/s of {alone:.1}");
     let grown = memory(victim)?.saturating_sub(before_all);
     ensure!(grown < NOISE, "memory has grown by {grown} bytes");
     let outcome = receiver.stop()?;
@@ -327,13 +332,13 @@ fn handshake_floods_leave_established_traffic_and_newcomers_alone() -> Result<()
     });
     let unknown: Vec<_> = unknown.collect();
     let pid = victim.dataplane_pids()[0];
-    let alone = speed(lab)?;
+    let alone = speed_alone(lab)?;
     let before_all = memory(victim)?;
     for (what, datagrams) in [("without the node's key", &unknown), ("with it", &known)] {
         let before = (traffic(&stranger)?, thread_cpu_seconds(pid)?, fresh(victim)?);
-        let (beside, flood) = speed_beside(lab, |stop| {
+        let (beside, flood) = speed_beside(lab, || {
             let mut flood = Blasted::default();
-            while (!stop.load(Ordering::Relaxed) || flood.seconds < 3.0) && flood.seconds < 20.0 {
+            while flood.seconds < 6.0 {
                 let part = Duration::from_millis(200);
                 let source = |number| of_many([198, 18], flood.datagrams + number);
                 let more = blaster.blast(datagrams, u64::MAX, part, source)?;
@@ -366,6 +371,7 @@ fn handshake_floods_leave_established_traffic_and_newcomers_alone() -> Result<()
             answered / 1e6,
             beside / alone
         );
+        ensure!(beside > LEFT * alone, "{what}: {beside:.1} MB/s of {alone:.1}");
         ensure!(answered < asked, "{answered} bytes in answer to {asked}");
         if what == "with it" {
             ensure!(counted("handshake_cookie_required") > 1000.0, "no cookies");

@@ -397,7 +397,6 @@ impl Active {
             mtu: node.tun.mtu,
             listen_port: node.underlay.port,
         };
-        let invalid = |error: EngineError| SetupError::Invalid(error.to_string());
         let mut engine = Engine::new(config, Box::new(random)).map_err(invalid)?;
         set_identity(&mut engine, node)?;
         engine.raise_timestamps(Duration::from_secs(snapshot.not_before));
@@ -598,7 +597,11 @@ fn set_identity(engine: &mut Engine, node: &NodeSettings) -> Result<(), SetupErr
     let bytes = |key: &PrivateKey| Zeroizing::new(*key.as_bytes());
     engine
         .set_identity(bytes(&node.private_key), node.second_private_key.as_ref().map(bytes))
-        .map_err(|error| SetupError::Invalid(error.to_string()))
+        .map_err(invalid)
+}
+
+fn invalid(error: EngineError) -> SetupError {
+    SetupError::Invalid(error.to_string())
 }
 
 fn random(bytes: &mut [u8]) {
