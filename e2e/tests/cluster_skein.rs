@@ -1,6 +1,7 @@
 //! Skein on a real Kubernetes, installed by its chart. `cargo e2e cluster test` runs these, the usual run
 //! does not.
 
+use std::collections::BTreeSet;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -8,6 +9,8 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use skein_e2e::cluster::skein::{self, Pod};
 use skein_e2e::cluster::{Kube, Options};
+use skein_e2e::lab::agent::binary;
+use skein_e2e::lab::process;
 
 const READY_LIMIT: Duration = Duration::from_secs(60);
 
@@ -418,4 +421,127 @@ fn two_families_work_side_by_side() -> Result<()> {
         }
         Ok(())
     })
+}
+
+/// What operators do: they look who reaches whom, see a node fall silent, and change a node's key.
+#[test]
+#[ignore = "takes a cluster: cargo e2e cluster test"]
+fn operators_see_who_reaches_whom_and_change_a_key() -> Result<()> {
+    with_skein(&Options::default(), &[], |kube, pods| {
+        wait_until_all_reach_all(kube, &pods, Duration::from_secs(10))?;
+        all_pairs_are_well(kube)?;
+        a_node_falls_silent(kube, &pods)?;
+        a_key_is_changed(kube, &pods)
+    })
+}
+
+/// Runs connectivity-test from outside of the cluster; its exit code and its result.
+fn connectivity(kube: &Kube) -> Result<(i32, Value)> {
+    let mut command = kube.command(binary()?);
+    command.args(["connectivity-test", "--kubernetes", "--output=json"]);
+    let done = process::finish(&mut command, b"", Duration::from_secs(240))?;
+    let matrix = serde_json::from_str(&done.stdout);
+    Ok((done.code, matrix.with_context(|| format!("{}{}", done.stdout, done.stderr))?))
+}
+
+/// Whether each pair of the matrix is well, by who probes and who is probed.
+fn pairs(matrix: &Value) -> Vec<(String, String, bool)> {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let pairs = matrix["pairs"].as_array().into_iter().flatten();
+    pairs.map(|pair| (text(&pair["from"]), text(&pair["to"]), pair["ok"] == true)).collect()
+}
+
+fn all_pairs_are_well(kube: &mut Kube) -> Result<()> {
+    let start = Instant::now();
+    let (code, matrix) = connectivity(kube)?;
+    let all = pairs(&matrix);
+    println!("connectivity-test: {} pairs in {:.1} s", all.len(), start.elapsed().as_secs_f64());
+    ensure!(code == 0 && all.len() == 16 && all.iter().all(|pair| pair.2), "{code}: {matrix}");
+    let probes = matrix["pairs"].as_array().into_iter().flatten();
+    let protocols = probes.flat_map(|pair| pair["probes"].as_array().into_iter().flatten());
+    let protocols: BTreeSet<_> = protocols.filter_map(|probe| probe["protocol"].as_str()).collect();
+    ensure!(protocols == BTreeSet::from(["icmp", "tcp", "udp"]), "{protocols:?}");
+    kube.wait("nothing of the test is left", READY_LIMIT, |kube| {
+        let left = kube.kubectl(&["get", "pods,configmaps", "--output=name"])?;
+        Ok(!left.contains("skein-connectivity"))
+    })?;
+    Ok(())
+}
+
+/// What comes to the second node over the underlay is lost, what it sends is not.
+fn a_node_falls_silent(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
+    let reachable = |kube: &Kube, name: &str| -> Result<Value> {
+        let node = skeinnode(kube, name)?;
+        let conditions = node["status"]["conditions"].as_array().cloned().unwrap_or_default();
+        let ours = conditions.into_iter().find(|condition| condition["type"] == "PeersReachable");
+        ours.with_context(|| format!("no condition PeersReachable: {node}"))
+    };
+    let both = |kube: &Kube, status: &str| -> Result<bool> {
+        let is = |name| Ok::<_, anyhow::Error>(reachable(kube, name)?["status"] == status);
+        Ok(is("node1")? && is("node2")?)
+    };
+    // Whoever has nothing to send misses nobody.
+    let pings = pods[0].start_pings(kube, pods[1].ips[0], 1200, Duration::from_millis(50))?;
+    kube.wait("both nodes reach each other", READY_LIMIT, |kube| both(kube, "True"))?;
+    let rules = "table inet silent { chain input { type filter hook input priority 0; \
+                 udp dport 51900 drop; }; }";
+    kube.nodes[1].exec(&["nft", rules])?;
+    let took = kube.wait("both nodes say so", READY_LIMIT, |kube| both(kube, "False"))?;
+    println!("PeersReachable is False on both nodes after {:.1} s", took.as_secs_f64());
+    ensure!(took < Duration::from_secs(8), "{took:?}");
+    for (name, other) in [("node1", "node2"), ("node2", "node1")] {
+        let condition = reachable(kube, name)?;
+        println!("{name}: {condition}");
+        let message = condition["message"].as_str().unwrap_or_default();
+        ensure!(message.starts_with(&format!("{other} (")), "{condition}");
+    }
+    let (code, matrix) = connectivity(kube)?;
+    for (from, to, ok) in pairs(&matrix) {
+        let node = |name: &str| name.split('@').next_back().map(str::to_owned);
+        ensure!(ok == (node(&from) == node(&to)), "{from} to {to}: {matrix}");
+    }
+    ensure!(code == 1, "code {code}: {matrix}");
+    kube.nodes[1].exec(&["nft", "delete table inet silent"])?;
+    let took = kube.wait("all is well again", READY_LIMIT * 2, |kube| both(kube, "True"))?;
+    println!("and True again {:.1} s after it is over", took.as_secs_f64());
+    pings.end()?;
+    wait_until_all_reach_all(kube, pods, Duration::from_secs(10)).map(drop)
+}
+
+/// The agent waits five minutes before each of the two steps, until all nodes must have read the record.
+fn a_key_is_changed(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
+    let spec = |kube: &Kube| Ok::<_, anyhow::Error>(skeinnode(kube, "node1")?["spec"].clone());
+    let old = spec(kube)?["publicKey"].clone();
+    let agent = kube.kubectl(&[
+        "--namespace=kube-system",
+        "get",
+        "pods",
+        "--selector=app.kubernetes.io/component=agent",
+        "--field-selector=spec.nodeName=node1",
+        "--output=jsonpath={.items[0].metadata.name}",
+    ])?;
+    let pings = pods[0].start_pings(kube, pods[1].ips[0], 6300, Duration::from_millis(100))?;
+    let exec = ["--namespace=kube-system", "exec", &agent, "--container=agent", "--"];
+    println!("{}", kube.kubectl(&[&exec[..], &["skein-agent", "rotate-key"]].concat())?);
+    let start = Instant::now();
+    kube.wait("the next key is in the record", READY_LIMIT, |kube| {
+        let spec = spec(kube)?;
+        Ok(spec["publicKey"] == old && spec["secondPublicKey"].is_string())
+    })?;
+    let next = spec(kube)?["secondPublicKey"].clone();
+    let limit = Duration::from_secs(330);
+    kube.wait("the next key is in force", limit, |kube| {
+        let spec = spec(kube)?;
+        Ok(spec["publicKey"] == next && spec["secondPublicKey"] == old)
+    })?;
+    println!("the new key is in force after {:.0} s", start.elapsed().as_secs_f64());
+    kube.wait("the old key is given up", limit, |kube| {
+        let spec = spec(kube)?;
+        Ok(spec["publicKey"] == next && spec["secondPublicKey"].is_null())
+    })?;
+    println!("the old key is given up after {:.0} s", start.elapsed().as_secs_f64());
+    let (sent, received) = pings.end()?;
+    println!("meanwhile {} of {sent} pings (one each 100 ms) were lost", sent - received);
+    ensure!(sent == received, "{received} of {sent}");
+    wait_until_all_reach_all(kube, pods, Duration::from_secs(10)).map(drop)
 }
