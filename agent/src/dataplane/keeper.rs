@@ -292,4 +292,28 @@ mod tests {
         dying.join().unwrap();
         assert!(take(&socket).unwrap().is_none(), "a stale socket");
     }
+
+    /// Of a release with another format: nothing of it is taken, and it has ended before anything begins.
+    #[test]
+    fn whoever_hands_over_in_another_format_is_ended() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("dataplane.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let other = std::thread::spawn(move || {
+            let (stream, _) = listener.accept().unwrap();
+            let asked: Request = read_frame(&mut &stream).unwrap().unwrap();
+            assert!(matches!(asked, Request::TakeOver { .. }), "{asked:?}");
+            let message = "version 7 is wanted".to_owned();
+            let answer = Response::Error { kind: ErrorKind::Invalid, message };
+            write_frame(&mut &stream, &answer).unwrap();
+            let (stream, _) = listener.accept().unwrap();
+            let asked: Request = read_frame(&mut &stream).unwrap().unwrap();
+            assert!(matches!(asked, Request::Shutdown), "{asked:?}");
+            std::thread::sleep(AGAIN);
+            Instant::now()
+        });
+        assert!(take(&socket).unwrap().is_none());
+        let taken = Instant::now();
+        assert!(other.join().unwrap() <= taken, "it has ended first");
+    }
 }

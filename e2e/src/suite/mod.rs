@@ -3,6 +3,8 @@
 pub mod fuzz;
 pub mod watch;
 
+use std::time::Duration;
+
 use anyhow::{Result, bail};
 use clap::Args;
 
@@ -35,7 +37,7 @@ pub fn run(options: &Options) -> Result<()> {
         cargo::build_static(&["skein-agent", "skein-cni"])?;
     }
     drop(console);
-    run_tests(&["--workspace", "--no-fail-fast"], &[], options)
+    run_tests(&["--workspace", "--no-fail-fast"], &[], watch::LIMIT, options)
 }
 
 /// What needs a cluster.
@@ -51,18 +53,19 @@ pub fn run_cluster(options: &Options) -> Result<()> {
         cargo::run(&[&["build", "--release"][..], &CLUSTER].concat())
     })?;
     drop(console);
-    run_tests(&CLUSTER, &["--ignored"], options)
+    // The change of a key waits for five minutes twice.
+    run_tests(&CLUSTER, &["--ignored"], 2 * watch::LIMIT, options)
 }
 
-/// Has cargo run the tests of `which` and says what came of them.
-fn run_tests(which: &[&str], more: &[&str], options: &Options) -> Result<()> {
+/// Has cargo run the tests of `which`, each for `limit` at most, and says what came of them.
+fn run_tests(which: &[&str], more: &[&str], limit: Duration, options: &Options) -> Result<()> {
     registry::sweep();
 
     // Namespace tests measure times and rates: one at a time.
     let mut arguments = [&["test", "--release"], which, &["--", "--test-threads=1"], more].concat();
     arguments.extend(options.filter.as_deref());
     let mut tests = cargo::command(&arguments);
-    let totals = watch::watch(&mut tests, watch::LIMIT, &mut std::io::stdout())?;
+    let totals = watch::watch(&mut tests, limit, &mut std::io::stdout())?;
 
     let left = registry::abandoned();
     println!();
