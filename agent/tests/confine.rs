@@ -166,4 +166,6 @@ fn what_is_given_up_does_not_come_back() {
         assert_eq!(field(set) & !most, 0, "{after}");
     }
     assert_eq!(field("NoNewPrivs:"), 1);
+    let dumps = rustix::process::dumpable_behavior().unwrap();
+    assert_eq!(dumps, rustix::process::DumpableBehavior::NotDumpable, "of the whole process");
 }

@@ -54,3 +54,36 @@ fn open(path: &Path, limit: Duration) -> io::Result<UnixStream> {
     }
     Ok(UnixStream::from(socket))
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixListener;
+
+    use rustix::process::Uid;
+
+    use super::*;
+
+    #[test]
+    fn nobody_elses_listener_is_told_anything() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("cni.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        open(&path, Duration::from_secs(1)).unwrap();
+        drop(listener.accept().unwrap());
+        // Whoever connects is told who has called listen(2). Rights are each thread's own.
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let nobody = Uid::from_raw(65_534);
+                let set = rustix::thread::set_thread_res_uid(nobody, nobody, nobody);
+                set.expect("this test needs root");
+                rustix::net::listen(&listener, 4).unwrap();
+            });
+        });
+        let error = open(&path, Duration::from_secs(1)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{error}");
+        let (mut stream, _) = listener.accept().unwrap();
+        assert_eq!(stream.read_to_end(&mut Vec::new()).unwrap(), 0, "it was told something");
+    }
+}

@@ -1,6 +1,7 @@
 //! The operator's commands of `skein-agent`, run on real nodes.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -139,6 +140,11 @@ fn drops_are_shown_as_they_happen() -> Result<()> {
     let _ = a.ns.sh(&format!("{ping} -I 10.77.0.1 10.244.2.10"));
     let garbage = || std::net::UdpSocket::bind("0.0.0.0:0")?.send_to(b"garbage", "192.0.2.2:51900");
     a.ns.run(garbage)??;
+    checks::eventually("the drops are shown", Duration::from_secs(2), || {
+        let shown = trace.log_tail(100);
+        Ok(["no_route", "inner_source", "outer_header"].iter().all(|reason| shown.contains(reason)))
+    })?;
+    ensure!(trace.exited().is_none(), "they were shown when it had ended");
     ensure!(end(&mut trace)? == 0);
     let shown = trace.log_tail(100);
     says(&shown, &["no_route", "10.244.2.10 > 10.99.1.2 ICMP echo request", "inner_source"])?;
@@ -203,6 +209,9 @@ fn a_capture_holds_the_inner_packets_of_a_peer() -> Result<()> {
     let longest: Option<u32> = tcp.lines().filter_map(longest).max();
     ensure!(longest.is_some_and(|bytes| (1000..1440).contains(&bytes)), "{longest:?}");
 
+    let mode = fs::metadata(&file)?.permissions().mode();
+    ensure!(mode & 0o777 == 0o600, "others may read what pods say: {mode:o}");
+
     // Bounded, and to standard output.
     let address = cluster.lab.pod(1).v4.to_string();
     let more = ["capture", &address, "--count", "3", "--snaplen", "28", "-o", "json"];
@@ -218,6 +227,19 @@ fn a_capture_holds_the_inner_packets_of_a_peer() -> Result<()> {
     ensure!(finished.stdout.len() == 24 + 3 * (16 + 28), "{} bytes", finished.stdout.len());
     let outcome: Value = serde_json::from_slice(&finished.stderr)?;
     ensure!(outcome["packets"] == 3, "{outcome}");
+    let small = cluster.lab.directory().join("small.pcap");
+    let to = small.to_string_lossy();
+    let at_most = ["capture", &address, "--write", &to, "--bytes", "500"];
+    std::thread::scope(|scope| -> Result<_> {
+        let captured = scope.spawn(|| Ok::<_, anyhow::Error>(agent.command(&at_most)?.output()?));
+        checks::eventually("it has seen enough", Duration::from_secs(30), || {
+            ping(&a.ns, cluster.lab.pod(1).v4.into(), Ping::default())?;
+            Ok(captured.is_finished())
+        })?;
+        captured.join().ok().context("it panicked")?
+    })?;
+    let length = fs::metadata(&small)?.len();
+    ensure!((100..=500).contains(&length), "{length} bytes");
     let nobody = agent.run_command(&["capture", "node-z"])?;
     ran(&nobody, 2)
 }
@@ -291,6 +313,19 @@ fn top_refreshes_and_leaves_the_terminal_as_it_was() -> Result<()> {
         let cursor = terminal.tmux(&["display-message", "-p", "#{cursor_flag}"])?;
         ensure!(cursor.trim() == "1", "the cursor is hidden");
     }
+
+    // Colours are for terminals, and for those who want them.
+    for (setting, coloured) in [("COLOURS=any", true), ("NO_COLOR=1", false)] {
+        let peers = process::describe(&agent.command(&["peers"])?);
+        let script = format!("export {setting}; {peers}; echo ended $?; sleep 60");
+        let terminal = Terminal::open(cluster.lab.directory(), &script)?;
+        terminal.shows("ended 0")?;
+        let screen = terminal.tmux(&["capture-pane", "-p", "-e"])?;
+        ensure!(screen.contains("established"), "{screen}");
+        ensure!(screen.contains('\x1b') == coloured, "{setting}: {screen:?}");
+    }
+    let piped = agent.run_command(&["peers"])?;
+    ensure!(!piped.stdout.contains('\x1b'), "{piped:?}");
     Ok(())
 }
 
@@ -321,6 +356,15 @@ fn bench_measures_over_the_overlay_and_beside_it() -> Result<()> {
         ensure!(outcome[way]["round_trip_p50_us"].as_f64() > Some(1.0), "{way}: {outcome}");
         ensure!(outcome[way]["udp_received_per_second"].as_f64() > Some(100.0), "{way}: {outcome}");
     }
+    // A terminal shows how far it is, and the result alone in the end.
+    let shown = process::describe(&agent.command(&[&words[..], &["--seconds", "0.7"]].concat())?);
+    let script = format!("{shown}; echo ended $?; sleep 60");
+    let terminal = Terminal::open(cluster.lab.directory(), &script)?;
+    terminal.shows("beside: ")?;
+    terminal.shows("ended 0")?;
+    let screen = terminal.tmux(&["capture-pane", "-p"])?;
+    ensure!(!screen.contains("beside: ") && screen.contains("round trip"), "{screen}");
+
     let huge = agent.run_command(&["bench", "--serve", "--limit", "18446744073709551615"])?;
     ran(&huge, 2)?;
     says(&huge.stderr, &["--limit"])?;

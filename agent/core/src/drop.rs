@@ -47,8 +47,8 @@ impl DropReason {
         all.find(|known| known.direction().label() == direction && known.label() == label)
     }
 
-    /// Whether anybody on the underlay can bring this about, without a key: it tells nothing of pods' packets.
-    /// The alert SkeinPacketsDropped counts none of these.
+    /// Whether anybody on the underlay can bring this about, without a key: packets of pods cannot be told from
+    /// strangers' noise there. The alert SkeinPacketsDropped counts none of these.
     pub const fn by_strangers(self) -> bool {
         // Those are found behind the tag and the replay window.
         let authentic = matches!(

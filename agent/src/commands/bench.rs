@@ -19,6 +19,8 @@ use crate::control::shared::Document;
 use crate::failure::Failure;
 use crate::status::{Align, count, table};
 
+const OVERLAY: &str = "overlay";
+
 /// The longest that one measurement may take, in seconds.
 const LONGEST: f64 = 60.0;
 
@@ -97,14 +99,18 @@ pub(crate) fn bench(arguments: &BenchArgs) -> Result<(), Failure> {
         };
         let (measured, error) = match measure::measure(&other, step) {
             Ok(measured) => (Some(measured), None),
-            Err(AskError::Refused(why)) => return Err(Failure::Usage(format!("--token: {why}"))),
+            // Beside the overlay anybody may listen there, and say anything.
+            Err(AskError::Refused(why)) if label == OVERLAY => {
+                return Err(Failure::Usage(format!("--token: {}", why.escape_debug())));
+            }
+            Err(AskError::Refused(why)) => (None, Some(why.escape_debug().to_string())),
             Err(AskError::Io(error)) => (None, Some(error.to_string())),
         };
         Ok(Way { address, measured, error })
     };
     let outcome = Outcome {
         peer: name.to_owned(),
-        overlay: measure("overlay", overlay)?,
+        overlay: measure(OVERLAY, overlay)?,
         beside: match beside {
             Some(beside) if !arguments.overlay_only => Some(measure("beside", beside)?),
             _ => None,

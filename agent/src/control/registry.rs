@@ -321,9 +321,10 @@ struct Candidate {
 /// contradict others. Of two files that contradict each other the changed one goes back to its last
 /// good version; of two changed ones the later by name, but that a key stays with the file whose last
 /// good version names it. So what was in force and has not changed is never lost, files that change
-/// together (a prefix moves from one to the other) are taken together, and nobody stops another node's
-/// change from one key to the next by claiming that one. Only what this node says of itself in
-/// Kubernetes, which nobody else can change, wins in any case.
+/// together (a prefix moves from one to the other) are taken together, and whoever claims the next key of
+/// another node after that has announced it does not stop the change. (Where both come at once, as after a
+/// time without the API server, nothing tells which of the two is right.) Only what this node says of
+/// itself in Kubernetes, which nobody else can change, wins in any case.
 ///
 /// `standing` are the prefixes that this node owns by what is in force; they stay its own while its
 /// record is away, so that nobody else's record can take them.

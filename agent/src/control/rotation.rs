@@ -382,7 +382,8 @@ fn beside(path: &Path) -> [PathBuf; 2] {
     [next(path), previous(path)]
 }
 
-/// All files that hold a private key of the node whose key lies at `path`.
+/// All files that hold a private key of the node whose key lies at `path`, but for what a killed agent has begun
+/// to write: the next agent removes that ([`identity::sweep`]).
 pub fn files(path: &Path) -> [PathBuf; 3] {
     [path.to_owned(), next(path), previous(path)]
 }

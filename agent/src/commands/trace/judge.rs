@@ -63,7 +63,11 @@ pub(super) fn judge(facts: &Facts) -> Trace {
         from: facts.from,
         to: facts.to,
         passes: stop.is_none(),
-        verdict: stop.map_or(end, |step| format!("{}: {}", step.name, step.says)),
+        verdict: match stop {
+            Some(step) => format!("{}: {}", step.name, step.says),
+            None if others_may_drop(facts) => format!("{end}, unless rules of others drop it"),
+            None => end,
+        },
         steps: steps.0,
     }
 }
@@ -226,6 +230,11 @@ fn underlay(facts: &Facts, endpoint: std::net::SocketAddr, outer: &Way, steps: &
     }
 }
 
+/// Whether the packet is forwarded through chains of others that drop what none of their rules lets pass.
+fn others_may_drop(facts: &Facts) -> bool {
+    !facts.closed.is_empty() && !facts.sender.lookup.as_ref().is_ok_and(|found| found.local)
+}
+
 /// What the firewall makes of it on this node.
 fn firewall(facts: &Facts, steps: &mut Steps) {
     let mut add = |grade, says: String| steps.add("firewall", grade, says);
@@ -253,7 +262,7 @@ fn firewall(facts: &Facts, steps: &mut Steps) {
             }
         }
     }
-    for closed in facts.closed.iter().filter(|_| !own) {
+    for closed in facts.closed.iter().filter(|_| others_may_drop(facts)) {
         add(
             Note,
             format!("whether a rule there lets this packet pass is not known here: {closed}"),
@@ -355,6 +364,7 @@ mod tests {
         let trace = judge(&facts);
         let noted = |step: &Step| step.grade == Note && step.says.contains("not known here: chain");
         assert!(trace.passes && trace.steps.iter().any(noted), "{trace:?}");
+        assert!(trace.verdict.ends_with("unless rules of others drop it"), "{trace:?}");
     }
 
     #[test]
