@@ -4,6 +4,7 @@
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::commands;
 use crate::config::Config;
 use crate::control::kubernetes::resource::SkeinNode;
 use crate::control::{records, registry};
@@ -57,6 +58,11 @@ pub(crate) fn frames<T: Serialize + DeserializeOwned>(mut data: &[u8]) {
     }
 }
 
+/// What comes to `bench` from whoever is at the other end.
+pub fn bench_lines(data: &[u8]) {
+    commands::bench::protocol::fuzz_line(data);
+}
+
 /// What `nft -j` prints, of whatever rules others have made.
 pub fn firewall_rules(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
@@ -92,12 +98,13 @@ mod tests {
 
     type Target = (&'static str, fn(&[u8]));
 
-    const TARGETS: [Target; 8] = [
+    const TARGETS: [Target; 9] = [
         ("node_records", node_records),
         ("configuration", configuration),
         ("kept_records", kept_records),
         ("skein_node", skein_node),
         ("ipc_frames", ipc_frames),
+        ("bench_lines", bench_lines),
         ("firewall_rules", firewall_rules),
         ("link_answers", link_answers),
         ("keys", keys),

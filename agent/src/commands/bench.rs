@@ -1,7 +1,7 @@
 //! `skein-agent bench`: what a pair of nodes can do, over the overlay and beside it.
 
 mod measure;
-mod protocol;
+pub(crate) mod protocol;
 mod serve;
 
 use std::net::IpAddr;

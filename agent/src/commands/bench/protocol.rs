@@ -112,9 +112,7 @@ impl Line {
     }
 
     pub(super) fn hear<T: DeserializeOwned>(&mut self) -> io::Result<T> {
-        let mut text = String::new();
-        (&mut self.0).take(LINE).read_line(&mut text)?;
-        Ok(serde_json::from_str(&text)?)
+        heard(&mut self.0)
     }
 
     /// Asks for a measurement.
@@ -139,6 +137,21 @@ impl Line {
             Ok(()) => self.say(&"ok").map(|()| Some(request.work)),
             Err(_) => self.say(&"the token is not that of --serve").map(|()| None),
         }
+    }
+}
+
+fn heard<T: DeserializeOwned>(from: &mut impl BufRead) -> io::Result<T> {
+    let mut text = String::new();
+    from.take(LINE).read_line(&mut text)?;
+    Ok(serde_json::from_str(&text)?)
+}
+
+/// For the fuzzer: everything that a line may be.
+pub(crate) fn fuzz_line(data: &[u8]) {
+    let _ = heard::<String>(&mut &data[..]);
+    let _ = heard::<Counted>(&mut &data[..]);
+    if let Ok(request) = heard::<Request>(&mut &data[..]) {
+        assert!(sign("token", &request.proof, request.work).is_ok());
     }
 }
 
