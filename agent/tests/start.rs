@@ -8,12 +8,14 @@ mod support;
 use std::fs::Permissions;
 use std::net::{TcpListener, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use skein_agent::control::shared::Document;
+use skein_agent::ipc::{ErrorKind, HANDOVER_VERSION, Request, Response, read_frame, write_frame};
 use skein_agent::netlink::provisional::Provisional;
 use skein_agent::sys::in_new_network_namespace;
 use skein_agent::sys::tun::{TunOffload, create_persistent, open_queues};
@@ -409,6 +411,24 @@ fn cleanup_ends_a_data_process_that_was_left() {
             assert!(Instant::now() < deadline, "it still runs");
             std::thread::sleep(Duration::from_millis(20));
         }
+    });
+}
+
+/// Whoever asks so is of another release. It ends this one then, or leaves it alone.
+#[test]
+fn a_hand_over_in_another_format_is_refused_and_nothing_ends() {
+    in_namespace(|| {
+        let mut node = Node::new();
+        let before = node.run().dataplane.pid.unwrap();
+        for version in [0, HANDOVER_VERSION + 1] {
+            let mut stream = UnixStream::connect(node.path("dataplane.sock")).unwrap();
+            write_frame(&mut stream, &Request::TakeOver { version }).unwrap();
+            let answer = read_frame::<Response>(&mut stream).unwrap().unwrap();
+            let invalid = matches!(&answer, Response::Error { kind: ErrorKind::Invalid, .. });
+            assert!(invalid, "{answer:?}");
+        }
+        let after = node.until("it is as it was", |document| document.ready);
+        assert_eq!(after.dataplane.pid, Some(before));
     });
 }
 
