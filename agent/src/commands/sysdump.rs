@@ -31,7 +31,7 @@ pub(crate) fn sysdump(arguments: &SysdumpArgs) -> Result<(), Failure> {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let name = format!("skein-sysdump-{}-{}", config.name, now.as_secs());
     let file = arguments.file.clone().unwrap_or_else(|| format!("{name}.tar.gz").into());
-    let mut archive = Archive::new(&name, now.as_secs(), &rotation::files(&config.key_path()));
+    let mut archive = Archive::new(&name, now.as_secs(), &rotation::files::all(&config.key_path()));
     runtime()?.block_on(collect::collect(&mut archive, &config, &arguments.agent.agent()?));
     let entries = archive.entries();
     let packed = archive.finish().map_err(|error| Failure::io("cannot pack the archive", error))?;

@@ -117,24 +117,6 @@ pub(super) fn sync_beside(path: &Path) -> io::Result<()> {
     File::open(directory.unwrap_or(Path::new(".")))?.sync_all()
 }
 
-/// Removes what killed agents have left beside a key while they wrote it, or one of its change.
-pub(super) fn sweep(path: &Path) {
-    let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else { return };
-    let Ok(entries) = std::fs::read_dir(directory) else { return };
-    for entry in entries.flatten() {
-        let found = entry.file_name();
-        let rest = found.as_encoded_bytes().strip_prefix(name.as_encoded_bytes());
-        let rest = rest.and_then(|rest| std::str::from_utf8(rest).ok()).unwrap_or_default();
-        if ["", ".next", ".previous"]
-            .iter()
-            .any(|of| rest.strip_prefix(of).is_some_and(|rest| rest.starts_with(".new-")))
-        {
-            tracing::warn!(path = %entry.path().display(), "removing a key that was not written to its end");
-            let _ = std::fs::remove_file(entry.path());
-        }
-    }
-}
-
 /// Makes a directory that only its owner can enter; one that exists stays as it is.
 pub fn create_private_dir(path: &Path) -> io::Result<()> {
     if path.is_dir() {

@@ -6,8 +6,9 @@
 //! record and here. In Kubernetes the agent writes the record and waits between the steps; elsewhere an
 //! operator writes it, and the agent follows.
 
-use std::io;
-use std::path::{Path, PathBuf};
+pub mod files;
+
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
+use self::files::{beside, next, previous, read_second, remove};
 use super::identity;
 use crate::config::{Config, KeyRotation};
 use crate::failure::Failure;
@@ -104,7 +106,7 @@ impl Rotation {
     pub fn load(config: &Config) -> Result<Self, Failure> {
         let path = config.key_path();
         let current = identity::for_node(config)?;
-        identity::sweep(&path);
+        files::sweep(&path);
         let second = read_second(&path, &current)?;
         Ok(Self {
             path,
@@ -330,28 +332,6 @@ impl Rotation {
     }
 }
 
-/// The key beside the one in force, and the stage that this means.
-fn read_second(path: &Path, current: &PrivateKey) -> Result<Option<(Stage, PrivateKey)>, Failure> {
-    let [at_next, at_previous] = beside(path);
-    let next = identity::load(&at_next)?;
-    let mut previous = identity::load(&at_previous)?;
-    if previous.as_ref() == Some(current) {
-        // The agent ended before the next key took the place of this one.
-        remove(&at_previous)?;
-        previous = None;
-    }
-    match (next, previous) {
-        (Some(_), Some(_)) => Err(Failure::Usage(format!(
-            "there are both {} and {}: remove the one that no node record names",
-            at_next.display(),
-            at_previous.display()
-        ))),
-        (Some(next), None) => Ok(Some((Stage::Announced, next))),
-        (None, Some(previous)) => Ok(Some((Stage::Changed, previous))),
-        (None, None) => Ok(None),
-    }
-}
-
 fn public_keys(
     current: &PrivateKey,
     second: Option<&(Stage, PrivateKey)>,
@@ -361,45 +341,11 @@ fn public_keys(
     Ok(PublicKeys { first: public(current)?, second })
 }
 
-/// Where the next key lies, beside the one in force.
-fn next(path: &Path) -> PathBuf {
-    added(path, ".next")
-}
-
-/// Where the key before lies.
-fn previous(path: &Path) -> PathBuf {
-    added(path, ".previous")
-}
-
-fn added(path: &Path, ending: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(ending);
-    name.into()
-}
-
-/// The files beside a key's that a change of it may leave.
-fn beside(path: &Path) -> [PathBuf; 2] {
-    [next(path), previous(path)]
-}
-
-/// All files that hold a private key of the node whose key lies at `path`, but for what a killed agent has begun
-/// to write: the next agent removes that ([`identity::sweep`]).
-pub fn files(path: &Path) -> [PathBuf; 3] {
-    [path.to_owned(), next(path), previous(path)]
-}
-
-/// Removes a file, if it is there.
-fn remove(path: &Path) -> Result<(), Failure> {
-    let removed = match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => identity::sync_beside(path),
-    };
-    removed.map_err(|error| Failure::io(format!("cannot remove {}", path.display()), error))
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     const SETTLE: Duration = Duration::from_secs(300);

@@ -1,0 +1,88 @@
+//! The files beside that of the key in force which a change of it needs, and what they say of how far it has
+//! come.
+
+use std::ffi::OsString;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::{Stage, identity};
+use crate::failure::Failure;
+use crate::keys::PrivateKey;
+
+/// The key beside the one in force, and the stage that this means.
+pub(super) fn read_second(
+    path: &Path,
+    current: &PrivateKey,
+) -> Result<Option<(Stage, PrivateKey)>, Failure> {
+    let [at_next, at_previous] = beside(path);
+    let next = identity::load(&at_next)?;
+    let mut previous = identity::load(&at_previous)?;
+    if previous.as_ref() == Some(current) {
+        // The agent ended before the next key took the place of this one.
+        remove(&at_previous)?;
+        previous = None;
+    }
+    match (next, previous) {
+        (Some(_), Some(_)) => Err(Failure::Usage(format!(
+            "there are both {} and {}: remove the one that no node record names",
+            at_next.display(),
+            at_previous.display()
+        ))),
+        (Some(next), None) => Ok(Some((Stage::Announced, next))),
+        (None, Some(previous)) => Ok(Some((Stage::Changed, previous))),
+        (None, None) => Ok(None),
+    }
+}
+
+/// Where the next key lies, beside the one in force.
+pub(super) fn next(path: &Path) -> PathBuf {
+    added(path, ".next")
+}
+
+/// Where the key before lies.
+pub(super) fn previous(path: &Path) -> PathBuf {
+    added(path, ".previous")
+}
+
+fn added(path: &Path, ending: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(ending);
+    name.into()
+}
+
+/// The files beside a key's that a change of it may leave.
+pub(super) fn beside(path: &Path) -> [PathBuf; 2] {
+    [next(path), previous(path)]
+}
+
+/// All files that hold a private key of the node whose key lies at `path`, but for what a killed agent has begun
+/// to write: the next agent removes that ([`sweep`]).
+pub fn all(path: &Path) -> [PathBuf; 3] {
+    [path.to_owned(), next(path), previous(path)]
+}
+
+/// Removes a file, if it is there.
+pub(super) fn remove(path: &Path) -> Result<(), Failure> {
+    let removed = match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => identity::sync_beside(path),
+    };
+    removed.map_err(|error| Failure::io(format!("cannot remove {}", path.display()), error))
+}
+
+/// Removes what killed agents have left of the files that they were writing.
+pub(super) fn sweep(path: &Path) {
+    let names = all(path).map(|path| path.file_name().unwrap_or_default().to_owned());
+    let Some(Ok(entries)) = path.parent().map(std::fs::read_dir) else { return };
+    for entry in entries.flatten() {
+        let found = entry.file_name();
+        let begun = |name: &OsString| {
+            let rest = found.as_encoded_bytes().strip_prefix(name.as_encoded_bytes());
+            rest.is_some_and(|rest| rest.starts_with(b".new-"))
+        };
+        if names.iter().any(begun) {
+            tracing::warn!(path = %entry.path().display(), "removing a key that was not written to its end");
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
