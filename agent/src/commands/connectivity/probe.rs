@@ -61,7 +61,7 @@ pub(super) fn all(from: &str, targets: &[Target], end: Instant) -> Result<Vec<Ou
                         protocol,
                         bytes: payload + headers,
                         round_trip_us: result.as_ref().ok().map(|time| time.as_micros() as u64),
-                        error: result.err().map(|error| shown(&error)),
+                        error: result.err(),
                     };
                     outcomes.lock().unwrap_or_else(PoisonError::into_inner).push(outcome);
                 }
@@ -71,29 +71,20 @@ pub(super) fn all(from: &str, targets: &[Target], end: Instant) -> Result<Vec<Ou
     Ok(outcomes.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
-fn shown(error: &io::Error) -> String {
-    match error.kind() {
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-            format!("no answer within {} s, {TRIES} times", PATIENCE.as_secs())
-        }
-        _ => error.to_string(),
-    }
-}
-
-/// The time of the first that is answered; the last error where none is.
+/// The time of the first that is answered; where none is, why the last was not.
 fn tries(
     target: &Target,
     protocol: Protocol,
     payload: usize,
     end: Instant,
-) -> io::Result<Duration> {
-    let mut last = io::Error::from(io::ErrorKind::TimedOut);
-    for _ in 0..TRIES {
-        let address = SocketAddr::new(target.address, target.port.unwrap_or_default());
+) -> Result<Duration, String> {
+    let address = SocketAddr::new(target.address, target.port.unwrap_or_default());
+    let (begin, mut last) = (Instant::now(), None);
+    for tries in 1..=TRIES {
         let start = Instant::now();
         let patience = PATIENCE.min(end.saturating_duration_since(start));
         if patience.is_zero() {
-            return Err(io::Error::other("the time for the test is over"));
+            break;
         }
         match match protocol {
             Protocol::Icmp => icmp(target.address, payload, patience),
@@ -101,10 +92,23 @@ fn tries(
             Protocol::Tcp => tcp(address, payload, patience),
         } {
             Ok(()) => return Ok(start.elapsed()),
-            Err(error) => last = error,
+            Err(error) => last = Some((error, tries)),
         }
     }
-    Err(last)
+    Err(shown(last, begin.elapsed(), Instant::now() >= end))
+}
+
+/// What came of so many tries in that time, which may have been all there was.
+fn shown(last: Option<(io::Error, usize)>, took: Duration, over: bool) -> String {
+    const OVER: &str = "the time for the test is over";
+    let Some((error, tries)) = last else { return OVER.to_owned() };
+    let text = match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => "no answer".to_owned(),
+        _ => error.to_string(),
+    };
+    let end = if over { format!("; {OVER}") } else { String::new() };
+    let word = if tries == 1 { "try" } else { "tries" };
+    format!("{text}, {tries} {word} in {:.1} s{end}", took.as_secs_f64())
 }
 
 fn icmp_socket(address: IpAddr) -> io::Result<Socket> {
@@ -268,9 +272,21 @@ mod tests {
         let target =
             Target { name: "b".to_owned(), address: address.ip(), port: Some(address.port()) };
         let error = tries(&target, Protocol::Udp, SMALL, Instant::now()).unwrap_err();
-        assert!(error.to_string().contains("time for the test is over"), "{error}");
+        assert_eq!(error, "the time for the test is over");
         let start = Instant::now();
         tries(&target, Protocol::Udp, SMALL, start + Duration::from_millis(50)).unwrap_err();
         assert!(start.elapsed() < PATIENCE);
+    }
+
+    #[test]
+    fn what_was_tried_is_told() {
+        let silent = || io::Error::from(io::ErrorKind::WouldBlock);
+        let shown =
+            |error, tries, ms, over| shown(Some((error, tries)), Duration::from_millis(ms), over);
+        assert_eq!(shown(silent(), 3, 6_020, false), "no answer, 3 tries in 6.0 s");
+        let cut = "no answer, 1 try in 0.3 s; the time for the test is over";
+        assert_eq!(shown(silent(), 1, 300, true), cut);
+        let refused = shown(io::Error::other("refused"), 3, 1, false);
+        assert_eq!(refused, "refused, 3 tries in 0.0 s");
     }
 }
