@@ -232,7 +232,9 @@ impl<'a> Run<'a> {
         let mut found = Found::default();
         for (index, node) in nodes.iter().enumerate() {
             let pod = pods.get(&template.name("answer", index));
-            found.note(format!("pod@{node}"), pods::addresses(pod), Some(PORT));
+            let addresses = pod.ok_or_else(|| "it is gone".to_owned()).and_then(pods::addresses);
+            let addresses = addresses.map_err(|why| format!("no answering pod: {why}"));
+            found.note(format!("pod@{node}"), addresses, Some(PORT));
         }
         let (all, cannot) = (Api::all(self.client.clone()), "cannot list SkeinNodes".to_owned());
         match self.within(cannot, all.list(&ListParams::default())).await {
@@ -260,9 +262,11 @@ impl<'a> Run<'a> {
             let mut left = Vec::new();
             for prober in probers {
                 let pod = pods.get(&prober.pod);
-                let result = match (pod.map(phase), &listed) {
-                    (Some("Succeeded"), _) => self.outcomes(&prober.pod).await,
-                    (Some("Failed"), _) => Err(self.last_words(&prober.pod).await),
+                let result = match (pod, &listed) {
+                    (Some(pod), _) if phase(pod) == "Succeeded" => self.outcomes(&prober.pod).await,
+                    (Some(pod), _) if phase(pod) == "Failed" => {
+                        Err(pods::last_words(pod, self.log(&prober.pod).await))
+                    }
                     _ if !late => {
                         left.push(prober);
                         continue;
@@ -290,14 +294,6 @@ impl<'a> Run<'a> {
         let log = self.log(pod).await?;
         let last = log.lines().last().unwrap_or_default();
         serde_json::from_str(last).map_err(|error| format!("the log of {pod}: {error}"))
-    }
-
-    /// Why a pod failed, as it says itself.
-    async fn last_words(&self, pod: &str) -> String {
-        match self.log(pod).await {
-            Ok(log) => log.lines().last().unwrap_or("its pod failed and says nothing").to_owned(),
-            Err(why) => format!("its pod failed; {why}"),
-        }
     }
 
     async fn log(&self, pod: &str) -> Result<String, String> {

@@ -67,6 +67,8 @@ impl Template {
         arguments: Value,
         targets: Option<&str>,
     ) -> serde_json::Result<Pod> {
+        // Probes by ICMP need it.
+        let capabilities = Vec::from_iter(targets.map(|_| "NET_RAW"));
         let volume = targets
             .map(|run| json!({ "name": "targets", "configMap": { "name": targets_name(run) } }));
         let mount = volume.as_ref().map(|_| json!({ "name": "targets", "mountPath": DIRECTORY }));
@@ -93,7 +95,7 @@ impl Template {
                     "securityContext": {
                         "allowPrivilegeEscalation": false,
                         "readOnlyRootFilesystem": true,
-                        "capabilities": { "drop": ["ALL"], "add": ["NET_RAW"] },
+                        "capabilities": { "drop": ["ALL"], "add": capabilities },
                     },
                 }],
             },
@@ -144,34 +146,59 @@ pub(super) fn phase(pod: &Pod) -> &str {
     pod.status.as_ref().and_then(|status| status.phase.as_deref()).unwrap_or("Unknown")
 }
 
-/// Why a pod does not run.
+/// Why a pod does not run, or has failed.
 pub(super) fn trouble(pod: &Pod) -> String {
     let name = pod.metadata.name.as_deref().unwrap_or_default();
     let status = pod.status.as_ref();
     let containers = status.and_then(|status| status.container_statuses.as_ref());
-    let waiting = containers.into_iter().flatten().find_map(|container| {
-        let waiting = container.state.as_ref()?.waiting.as_ref()?;
-        waiting.message.clone().or_else(|| waiting.reason.clone())
-    });
+    let states = || containers.into_iter().flatten().filter_map(|one| one.state.as_ref());
+    let waiting = || {
+        let waiting = states().find_map(|state| state.waiting.as_ref())?;
+        joined(&waiting.reason, &waiting.message)
+    };
+    let terminated = || {
+        let terminated = states().find_map(|state| state.terminated.as_ref())?;
+        let code = format!("exit code {}", terminated.exit_code);
+        joined(&terminated.reason, &terminated.message)
+            .map(|why| format!("{why}, {code}"))
+            .or(Some(code))
+    };
+    let whole = || status.and_then(|status| joined(&status.reason, &status.message));
     let conditions = status.and_then(|status| status.conditions.as_ref());
-    let message = status.and_then(|status| status.message.clone());
-    let reason = conditions.into_iter().flatten().find_map(|condition| condition.message.clone());
-    match waiting.or(message).or(reason) {
+    let condition = || conditions.into_iter().flatten().find_map(|one| one.message.clone());
+    match waiting().or_else(whole).or_else(terminated).or_else(condition) {
         Some(why) => format!("{name} is {}: {why}", phase(pod)),
         None => format!("{name} is {}", phase(pod)),
     }
 }
 
+fn joined(reason: &Option<String>, message: &Option<String>) -> Option<String> {
+    let said = [reason, message].into_iter().flatten().filter(|text| !text.is_empty());
+    let said: Vec<&str> = said.map(String::as_str).collect();
+    (!said.is_empty()).then(|| said.join(": "))
+}
+
+/// Why a pod failed, by its own last words, where it had any, and by what Kubernetes knows.
+pub(super) fn last_words(pod: &Pod, log: Result<String, String>) -> String {
+    let trouble = trouble(pod);
+    match log {
+        Ok(log) => match log.lines().last() {
+            Some(line) => format!("{line} ({trouble})"),
+            None => format!("{trouble}; it says nothing"),
+        },
+        Err(why) => format!("{trouble}; {why}"),
+    }
+}
+
 /// Where a pod answers, or why it does not.
-pub(super) fn addresses(pod: Option<&Pod>) -> Result<Vec<IpAddr>, String> {
-    let pod = pod.ok_or("no answering pod: it is gone")?;
+pub(super) fn addresses(pod: &Pod) -> Result<Vec<IpAddr>, String> {
     if phase(pod) != "Running" {
-        return Err(format!("no answering pod: {}", trouble(pod)));
+        return Err(trouble(pod));
     }
     let ips = pod.status.as_ref().and_then(|status| status.pod_ips.as_ref());
     let ips = ips.into_iter().flatten().filter_map(|ip| ip.ip.parse().ok());
     match Vec::from_iter(ips) {
-        none if none.is_empty() => Err("no answering pod: it has no address".to_owned()),
+        none if none.is_empty() => Err("it has no address".to_owned()),
         ips => Ok(ips),
     }
 }
@@ -220,24 +247,66 @@ mod tests {
         assert_eq!(unpack(&packed[..]).unwrap(), targets);
     }
 
+    fn pod(status: Value) -> Pod {
+        let pod = json!({ "metadata": { "name": "p" }, "spec": null, "status": status });
+        serde_json::from_value(pod).unwrap()
+    }
+
+    fn container(state: Value) -> Value {
+        json!([{
+            "name": "probe", "ready": false, "restartCount": 0, "image": "", "imageID": "",
+            "state": state,
+        }])
+    }
+
     #[test]
     fn a_pod_that_does_not_answer_says_why() {
-        let pod = |status: Value| {
-            let pod = json!({ "metadata": { "name": "p" }, "spec": null, "status": status });
-            addresses(Some(&serde_json::from_value(pod).unwrap()))
-        };
-        let waiting = json!([{
-            "name": "probe", "ready": false, "restartCount": 0, "image": "", "imageID": "",
-            "state": { "waiting": { "reason": "ImagePullBackOff" } },
-        }]);
+        let why = |status: Value| addresses(&pod(status)).unwrap_err();
+        let waiting = container(json!({ "waiting": { "reason": "ImagePullBackOff" } }));
         assert_eq!(
-            pod(json!({ "phase": "Pending", "containerStatuses": waiting })).unwrap_err(),
-            "no answering pod: p is Pending: ImagePullBackOff"
+            why(json!({ "phase": "Pending", "containerStatuses": waiting })),
+            "p is Pending: ImagePullBackOff"
         );
-        assert_eq!(pod(json!({})).unwrap_err(), "no answering pod: p is Unknown");
-        assert!(pod(json!({ "phase": "Running" })).unwrap_err().contains("no address"));
+        assert_eq!(why(json!({})), "p is Unknown");
+        assert_eq!(why(json!({ "phase": "Running" })), "it has no address");
         let ips = json!([{ "ip": "10.1.0.2" }, { "ip": "fd00::2" }]);
-        assert_eq!(pod(json!({ "phase": "Running", "podIPs": ips })).unwrap().len(), 2);
-        assert!(addresses(None).unwrap_err().contains("gone"));
+        let pod = pod(json!({ "phase": "Running", "podIPs": ips }));
+        assert_eq!(addresses(&pod).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn a_pod_that_failed_says_why_also_without_a_log() {
+        let evicted = pod(json!({
+            "phase": "Failed", "reason": "Evicted", "message": "the node was low on memory",
+            "containerStatuses": container(json!({ "terminated": { "exitCode": 137 } })),
+        }));
+        assert_eq!(
+            last_words(&evicted, Err("no log".to_owned())),
+            "p is Failed: Evicted: the node was low on memory; no log"
+        );
+        let failed = pod(json!({
+            "phase": "Failed",
+            "containerStatuses": container(json!({ "terminated": { "reason": "Error", "exitCode": 2 } })),
+            "conditions": [{ "type": "Ready", "status": "False", "message": "not ready" }],
+        }));
+        let why = "p is Failed: Error, exit code 2";
+        assert_eq!(last_words(&failed, Ok(String::new())), format!("{why}; it says nothing"));
+        assert_eq!(last_words(&failed, Ok("a\nb\n".to_owned())), format!("b ({why})"));
+    }
+
+    #[test]
+    fn only_pods_that_probe_may_send_raw_packets() {
+        let template = Template {
+            run: "r".to_owned(),
+            image: "i".to_owned(),
+            pull: None,
+            lifetime: Duration::from_secs(1),
+        };
+        let added = |pod: Pod| {
+            json!(pod)["spec"]["containers"][0]["securityContext"]["capabilities"]["add"].clone()
+        };
+        assert_eq!(added(template.answers(0, "n", 1).unwrap()), json!([]));
+        let probes = template.probes("p", "n", true, "r", Duration::from_secs(1)).unwrap();
+        assert_eq!(added(probes), json!(["NET_RAW"]));
     }
 }
