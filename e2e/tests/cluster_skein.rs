@@ -442,23 +442,31 @@ fn connectivity(kube: &Kube) -> Result<(i32, Value)> {
     Ok((done.code, matrix.with_context(|| format!("{}{}", done.stdout, done.stderr))?))
 }
 
-/// Whether each pair of the matrix is well, by who probes and who is probed.
-fn pairs(matrix: &Value) -> Vec<(String, String, bool)> {
+/// Whether each pair of the matrix is well, by who probes and who is probed: all of two nodes and two pods.
+fn pairs(matrix: &Value) -> Result<Vec<(String, String, bool)>> {
+    for missing in ["silent", "absent"] {
+        ensure!(matrix[missing].as_object().is_some_and(|all| all.is_empty()), "{matrix}");
+    }
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let pairs = matrix["pairs"].as_array().into_iter().flatten();
-    pairs.map(|pair| (text(&pair["from"]), text(&pair["to"]), pair["ok"] == true)).collect()
+    let pairs = pairs.map(|pair| (text(&pair["from"]), text(&pair["to"]), pair["ok"] == true));
+    let pairs = Vec::from_iter(pairs);
+    ensure!(pairs.len() == 16, "{} pairs: {matrix}", pairs.len());
+    Ok(pairs)
 }
 
 fn all_pairs_are_well(kube: &mut Kube) -> Result<()> {
     let start = Instant::now();
     let (code, matrix) = connectivity(kube)?;
-    let all = pairs(&matrix);
+    let all = pairs(&matrix)?;
     println!("connectivity-test: {} pairs in {:.1} s", all.len(), start.elapsed().as_secs_f64());
-    ensure!(code == 0 && all.len() == 16 && all.iter().all(|pair| pair.2), "{code}: {matrix}");
-    let probes = matrix["pairs"].as_array().into_iter().flatten();
-    let protocols = probes.flat_map(|pair| pair["probes"].as_array().into_iter().flatten());
-    let protocols: BTreeSet<_> = protocols.filter_map(|probe| probe["protocol"].as_str()).collect();
-    ensure!(protocols == BTreeSet::from(["icmp", "tcp", "udp"]), "{protocols:?}");
+    ensure!(code == 0 && all.iter().all(|pair| pair.2), "{code}: {matrix}");
+    for pair in matrix["pairs"].as_array().into_iter().flatten() {
+        // ICMP and UDP, small and full, and TCP; nodes are asked by ICMP only.
+        let probes =
+            if pair["to"].as_str().is_some_and(|to| to.starts_with("pod@")) { 5 } else { 2 };
+        ensure!(pair["probed"] == probes, "{pair}");
+    }
     kube.wait("nothing of the test is left", READY_LIMIT, |kube| {
         let left = kube.kubectl(&["get", "pods,configmaps", "--output=name"])?;
         Ok(!left.contains("skein-connectivity"))
@@ -494,10 +502,14 @@ fn a_node_falls_silent(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
         ensure!(message.starts_with(&format!("{other} (")), "{condition}");
     }
     let (code, matrix) = connectivity(kube)?;
-    for (from, to, ok) in pairs(&matrix) {
+    for (from, to, ok) in pairs(&matrix)? {
         let node = |name: &str| name.split('@').next_back().map(str::to_owned);
         ensure!(ok == (node(&from) == node(&to)), "{from} to {to}: {matrix}");
     }
+    let probes = matrix["pairs"].as_array().into_iter().flatten();
+    let protocols = probes.flat_map(|pair| pair["probes"].as_array().into_iter().flatten());
+    let protocols: BTreeSet<_> = protocols.filter_map(|probe| probe["protocol"].as_str()).collect();
+    ensure!(protocols == BTreeSet::from(["icmp", "tcp", "udp"]), "{protocols:?}");
     ensure!(code == 1, "code {code}: {matrix}");
     kube.nodes[1].exec(&["nft", "delete table inet silent"])?;
     let took = kube.wait("all is well again", READY_LIMIT * 2, |kube| both(kube, "True"))?;

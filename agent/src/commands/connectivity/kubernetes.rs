@@ -17,8 +17,9 @@ use kube::api::{DeleteParams, ListParams, LogParams, PostParams};
 use kube::{Api, Client, Config};
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
-use super::matrix::{Matrix, Outcome, Target};
+use super::matrix::{Cell, Matrix, Target};
 use super::pods::{self, LABEL, Template, phase, trouble};
+use super::rand;
 use crate::control::kubernetes::resource::SkeinNode;
 use crate::lifecycle::Signals;
 
@@ -168,12 +169,13 @@ impl<'a> Run<'a> {
                 let (pod, row) = (template.name(kind, index), format!("{kind}@{node}"));
                 // The rest is for its start and for its log.
                 let time = self.end.duration_since(Instant::now()) * 3 / 4;
-                self.create(&template.probes(&pod, node, host, &row, time)?).await?;
+                self.create(&template.probes(&pod, node, host, time)?).await?;
                 probers.push(Prober { pod, row });
             }
         }
-        let (outcomes, silent) = self.results(probers).await;
-        Ok(Matrix::new(outcomes).missing(silent, found.absent))
+        let mut matrix = Matrix::new(&found.targets, found.absent);
+        self.results(probers, &mut matrix).await;
+        Ok(matrix)
     }
 
     /// Pods of the agents' image, which may be pulled as theirs may.
@@ -252,9 +254,8 @@ impl<'a> Run<'a> {
         found
     }
 
-    /// What the probing pods found, as each of them ends, and who found nothing and why.
-    async fn results(&self, mut probers: Vec<Prober>) -> (Vec<Outcome>, BTreeMap<String, String>) {
-        let (mut outcomes, mut silent) = (Vec::new(), BTreeMap::new());
+    /// What the probing pods found, as each of them ends, or why they found nothing.
+    async fn results(&self, mut probers: Vec<Prober>, matrix: &mut Matrix) {
         let mut pods = BTreeMap::new();
         while !probers.is_empty() {
             let listed = self.ours().await.map(|ours| pods = ours);
@@ -277,20 +278,16 @@ impl<'a> Run<'a> {
                         Err(format!("{}: {why}", self.over()))
                     }
                 };
-                match result {
-                    Ok(found) => outcomes.extend(found),
-                    Err(why) => drop(silent.insert(prober.row, why)),
-                }
+                matrix.note(prober.row, result);
             }
             probers = left;
             if !probers.is_empty() {
                 self.look_again().await;
             }
         }
-        (outcomes, silent)
     }
 
-    async fn outcomes(&self, pod: &str) -> Result<Vec<Outcome>, String> {
+    async fn outcomes(&self, pod: &str) -> Result<Vec<Cell>, String> {
         let log = self.log(pod).await?;
         let last = log.lines().last().unwrap_or_default();
         serde_json::from_str(last).map_err(|error| format!("the log of {pod}: {error}"))
@@ -350,11 +347,4 @@ impl Found {
             Err(why) => drop(self.absent.insert(name, why)),
         }
     }
-}
-
-fn rand() -> u32 {
-    let mut bytes = [0; 4];
-    // Only a name: two tests at once are to be told apart.
-    let _ = aws_lc_rs::rand::fill(&mut bytes);
-    u32::from_be_bytes(bytes)
 }

@@ -3,12 +3,17 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::status::{Align, Field, Tone, milliseconds, table};
 
 /// Columns that a table shows; of larger clusters it shows who fails.
 const COLUMNS: usize = 16;
+/// Failing pairs whose probes a table shows.
+const SHOWN: usize = 200;
+/// Failing pairs of a row whose probes are kept: where all fail, as a large cluster's do at once, more of them say
+/// nothing more, and have no room in a pod's log.
+const IN_FULL: usize = 100;
 
 /// Who is to be reached.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,8 +28,6 @@ pub(crate) struct Target {
 /// What came of one probe.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Outcome {
-    pub(crate) from: String,
-    pub(crate) to: String,
     pub(crate) address: IpAddr,
     pub(crate) protocol: Protocol,
     /// IP length in bytes of what was sent, or of all of it by TCP.
@@ -43,60 +46,117 @@ pub(crate) enum Protocol {
     Udp,
 }
 
-/// All pairs.
+/// What came of all probes of a pair. There is one for every two of a cluster: it is small.
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Cell {
+    /// The quickest answer in microseconds.
+    round_trip_us: Option<u64>,
+    /// How many probes there were, and how many of them failed.
+    probed: u32,
+    failed: u32,
+    /// All of them where one failed, unless the row has too many such pairs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    probes: Vec<Outcome>,
+}
+
+impl Cell {
+    fn ok(&self) -> bool {
+        self.failed == 0
+    }
+
+    fn note(&mut self, probe: Outcome) {
+        self.round_trip_us = self.round_trip_us.into_iter().chain(probe.round_trip_us).min();
+        self.probed += 1;
+        self.failed += u32::from(probe.error.is_some());
+        self.probes.push(probe);
+    }
+}
+
+/// A prober's row, in the order of the columns' names.
+pub(crate) fn row<'a>(probes: impl IntoIterator<Item = (&'a str, Outcome)>) -> Vec<Cell> {
+    let mut cells: BTreeMap<&str, Cell> = BTreeMap::new();
+    for (to, probe) in probes {
+        cells.entry(to).or_default().note(probe);
+    }
+    let mut failing = 0;
+    for cell in cells.values_mut() {
+        failing += usize::from(!cell.ok());
+        if cell.ok() || failing > IN_FULL {
+            cell.probes = Vec::new();
+        }
+    }
+    cells.into_values().collect()
+}
+
+/// Who reaches whom.
 #[derive(Debug, Serialize)]
 pub(crate) struct Matrix {
-    pairs: Vec<Pair>,
+    pairs: Pairs,
     /// Who could not probe, and why: rows without a result.
     silent: BTreeMap<String, String>,
     /// Who could not be probed, and why: columns without a result.
     absent: BTreeMap<String, String>,
 }
 
-#[derive(Debug, Serialize)]
-struct Pair {
-    from: String,
-    to: String,
+/// The rows that have a result. Names stand here once, not once a pair.
+#[derive(Debug)]
+struct Pairs {
+    columns: BTreeSet<String>,
+    rows: BTreeMap<String, Vec<Cell>>,
+}
+
+#[derive(Serialize)]
+struct Pair<'a> {
+    from: &'a str,
+    to: &'a str,
     ok: bool,
-    /// The quickest answer in microseconds.
-    round_trip_us: Option<u64>,
-    probes: Vec<Outcome>,
+    #[serde(flatten)]
+    cell: &'a Cell,
+}
+
+impl Pairs {
+    fn iter(&self) -> impl Iterator<Item = Pair<'_>> {
+        self.rows.iter().flat_map(|(from, cells)| {
+            let cells = self.columns.iter().zip(cells);
+            cells.map(move |(to, cell)| Pair { from, to, ok: cell.ok(), cell })
+        })
+    }
+
+    fn failing(&self) -> impl Iterator<Item = Pair<'_>> {
+        self.iter().filter(|pair| !pair.ok)
+    }
+}
+
+impl Serialize for Pairs {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.iter())
+    }
 }
 
 impl Matrix {
-    pub(crate) fn new(outcomes: Vec<Outcome>) -> Self {
-        let mut pairs: BTreeMap<(String, String), Vec<Outcome>> = BTreeMap::new();
-        for outcome in outcomes {
-            let pair = (outcome.from.clone(), outcome.to.clone());
-            pairs.entry(pair).or_default().push(outcome);
+    /// Without any row, with those who could not be probed, and why.
+    pub(crate) fn new(targets: &[Target], absent: BTreeMap<String, String>) -> Self {
+        let columns = targets.iter().map(|target| target.name.clone()).collect();
+        let pairs = Pairs { columns, rows: BTreeMap::new() };
+        Self { pairs, silent: BTreeMap::new(), absent }
+    }
+
+    /// A prober's row, or why it has none.
+    pub(crate) fn note(&mut self, from: String, row: Result<Vec<Cell>, String>) {
+        let columns = self.pairs.columns.len();
+        match row {
+            Ok(row) if row.len() == columns => drop(self.pairs.rows.insert(from, row)),
+            Ok(row) => {
+                let why = format!("it has probed {} of {columns} columns", row.len());
+                self.silent.insert(from, why);
+            }
+            Err(why) => drop(self.silent.insert(from, why)),
         }
-        let pair = |((from, to), probes): (_, Vec<Outcome>)| Pair {
-            from,
-            to,
-            ok: probes.iter().all(|probe| probe.error.is_none()),
-            round_trip_us: probes.iter().filter_map(|probe| probe.round_trip_us).min(),
-            probes,
-        };
-        let pairs = pairs.into_iter().map(pair).collect();
-        Self { pairs, silent: BTreeMap::new(), absent: BTreeMap::new() }
-    }
-
-    /// The same with those who could not probe and those who could not be probed, and why.
-    pub(crate) fn missing(
-        self,
-        silent: BTreeMap<String, String>,
-        absent: BTreeMap<String, String>,
-    ) -> Self {
-        Self { silent, absent, ..self }
-    }
-
-    fn failed(&self) -> usize {
-        self.pairs.iter().filter(|pair| !pair.ok).count()
     }
 
     /// What is not well, in a line; `None` where all is.
     pub(crate) fn trouble(&self) -> Option<String> {
-        let (pairs, failed) = (self.pairs.len(), self.failed());
+        let (pairs, failed) = (self.pairs.iter().count(), self.pairs.failing().count());
         let nothing = self.silent.is_empty() && self.absent.is_empty() && pairs == 0;
         let said = [
             (self.silent.len(), format!("{} could not probe", self.silent.len())),
@@ -116,67 +176,78 @@ impl Matrix {
 
     /// For people: the matrix, and what fails.
     pub(crate) fn render(&self) -> String {
-        let columns = self.pairs.iter().map(|pair| &pair.to).chain(self.absent.keys());
-        let columns: BTreeSet<&String> = columns.collect();
-        let rows = self.pairs.iter().map(|pair| &pair.from).chain(self.silent.keys());
-        let rows: BTreeSet<&String> = rows.collect();
+        let Self { pairs, silent, absent } = self;
+        let columns = pairs.columns.iter().enumerate().map(|(index, to)| (to, Some(index)));
+        let columns: BTreeMap<&String, Option<usize>> =
+            absent.keys().map(|to| (to, None)).chain(columns).collect();
+        let rows = pairs.rows.iter().map(|(from, cells)| (from, &cells[..]));
+        let rows: BTreeMap<&String, &[Cell]> =
+            silent.keys().map(|from| (from, &[][..])).chain(rows).collect();
         let mut text = String::new();
         if columns.len() <= COLUMNS {
-            let cell = |from: &str, to: &str| -> Field {
-                match self.pairs.iter().find(|pair| pair.from == from && pair.to == to) {
+            let field = |cell: Option<&Cell>| -> Field {
+                match cell {
                     None => Field::toned("-", Tone::Bad),
-                    Some(pair) if pair.ok => {
-                        let time = pair.round_trip_us.map(milliseconds).unwrap_or_default();
+                    Some(cell) if cell.ok() => {
+                        let time = cell.round_trip_us.map(milliseconds).unwrap_or_default();
                         Field::toned(format!("ok {time}"), Tone::Good)
                     }
                     Some(_) => Field::toned("FAIL", Tone::Bad),
                 }
             };
-            let row = |from: &&String| -> Vec<Field> {
-                let cells = columns.iter().map(|to| cell(from, to));
+            let row = |(from, cells): (&&String, &&[Cell])| -> Vec<Field> {
+                let cells =
+                    columns.values().map(|index| field(index.and_then(|index| cells.get(index))));
                 std::iter::once(from.as_str().into()).chain(cells).collect()
             };
             let mut titles = vec![("FROM \\ TO", Align::Left)];
-            titles.extend(columns.iter().map(|name| (name.as_str(), Align::Left)));
+            titles.extend(columns.keys().map(|name| (name.as_str(), Align::Left)));
             text += &(table(&titles, rows.iter().map(row)) + "\n\n");
         }
-        let failed = self.pairs.iter().flat_map(|pair| &pair.probes);
-        let failed: Vec<Vec<String>> = failed
-            .filter_map(|probe| {
-                let protocol = format!("{:?}", probe.protocol).to_lowercase();
-                Some(vec![
-                    probe.from.clone(),
-                    probe.to.clone(),
-                    probe.address.to_string(),
-                    format!("{protocol}, {} bytes", probe.bytes),
-                    probe.error.clone()?,
-                ])
-            })
-            .collect();
-        if !failed.is_empty() {
+        let failed = pairs.failing().count();
+        let shown = pairs.failing().filter(|pair| !pair.cell.probes.is_empty()).take(SHOWN);
+        let shown = Vec::from_iter(shown);
+        let line = |pair: &Pair<'_>, probe: &Outcome| {
+            let protocol = format!("{:?}", probe.protocol).to_lowercase();
+            Some(vec![
+                pair.from.to_owned(),
+                pair.to.to_owned(),
+                probe.address.to_string(),
+                format!("{protocol}, {} bytes", probe.bytes),
+                probe.error.clone()?,
+            ])
+        };
+        let lines = |pair| -> Vec<_> {
+            let pair: &Pair<'_> = pair;
+            pair.cell.probes.iter().filter_map(|probe| line(pair, probe)).collect()
+        };
+        if failed > 0 {
             let titles = ["FROM", "TO", "ADDRESS", "PROBE", "ERROR"].map(|t| (t, Align::Left));
-            text += &(table(&titles, failed) + "\n\n");
+            text += &(table(&titles, shown.iter().flat_map(lines)) + "\n\n");
         }
-        for (from, why) in &self.silent {
+        if failed > shown.len() {
+            text += &format!("and {} more pairs: -o json names them\n", failed - shown.len());
+        }
+        for (from, why) in silent {
             text += &format!("{from} could not probe: {why}\n");
         }
-        for (to, why) in &self.absent {
+        for (to, why) in absent {
             text += &format!("{to} could not be probed: {why}\n");
         }
-        let all = self.pairs.len();
-        text + &format!("{} of {all} pairs are well\n", all - self.failed())
+        let all = pairs.iter().count();
+        text + &format!("{} of {all} pairs are well\n", all - failed)
     }
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
-    fn outcome(from: &str, to: &str, protocol: Protocol, error: Option<&str>) -> Outcome {
+    fn outcome(protocol: Protocol, error: Option<&str>) -> Outcome {
         Outcome {
-            from: from.to_owned(),
-            to: to.to_owned(),
             address: "10.2.0.1".parse().unwrap(),
             protocol,
             bytes: 84,
@@ -185,45 +256,88 @@ mod tests {
         }
     }
 
+    fn good(to: &str) -> (&str, Outcome) {
+        (to, outcome(Protocol::Icmp, None))
+    }
+
+    fn matrix(columns: &[&str], absent: BTreeMap<String, String>) -> Matrix {
+        let address = "10.2.0.1".parse().unwrap();
+        let target = |name: &&str| Target { name: (*name).to_owned(), address, port: None };
+        Matrix::new(&columns.iter().map(target).collect::<Vec<_>>(), absent)
+    }
+
     #[test]
-    fn a_pair_fails_where_one_of_its_probes_does() {
-        let matrix = Matrix::new(vec![
-            outcome("a", "b", Protocol::Icmp, None),
-            outcome("a", "b", Protocol::Udp, Some("no answer within 2 s")),
-            outcome("b", "a", Protocol::Icmp, None),
-        ]);
+    fn a_pair_fails_where_one_of_its_probes_does_and_has_them_in_full() {
+        let mut matrix = matrix(&["b", "a"], BTreeMap::new());
+        let refused = ("b", outcome(Protocol::Udp, Some("refused")));
+        let cells = row([good("b"), refused, good("a"), good("a")]);
+        // As a pod's log has it.
+        let text = serde_json::to_string(&cells).unwrap();
+        matrix.note("c".to_owned(), Ok(serde_json::from_str(&text).unwrap()));
         assert!(matrix.trouble().unwrap().contains("1 of 2 pairs fail"));
         let text = matrix.render();
         assert!(text.contains("FAIL") && text.contains("ok 0.42 ms"), "{text}");
         assert!(text.contains("udp, 84 bytes") && text.contains("1 of 2 pairs"), "{text}");
+        let pairs = &serde_json::to_value(&matrix).unwrap()["pairs"];
+        let well = json!({
+            "from": "c", "to": "a", "ok": true, "round_trip_us": 420, "probed": 2, "failed": 0,
+        });
+        assert_eq!(pairs[0], well);
+        assert_eq!((&pairs[1]["to"], &pairs[1]["ok"]), (&json!("b"), &json!(false)));
+        assert_eq!((&pairs[1]["probed"], &pairs[1]["failed"]), (&json!(2), &json!(1)));
+        assert_eq!(pairs[1]["probes"].as_array().unwrap().len(), 2);
     }
 
     #[test]
     fn who_is_missing_is_shown_and_is_no_success() {
-        let good = || Matrix::new(vec![outcome("a", "b", Protocol::Icmp, None)]);
         let missing = |name: &str| BTreeMap::from([(name.to_owned(), "it is down".to_owned())]);
-        assert_eq!(good().trouble(), None);
-        let matrix = good().missing(missing("c"), BTreeMap::new());
-        assert_eq!(matrix.trouble().unwrap(), "1 could not probe");
-        let matrix = good().missing(missing("c"), missing("d"));
+        let with = |absent| {
+            let mut matrix = matrix(&["b"], absent);
+            matrix.note("a".to_owned(), Ok(row([good("b")])));
+            matrix
+        };
+        assert_eq!(with(BTreeMap::new()).trouble(), None);
+        let mut matrix = with(missing("d"));
+        matrix.note("c".to_owned(), Err("it is down".to_owned()));
         assert_eq!(matrix.trouble().unwrap(), "1 could not probe; 1 could not be probed");
         let text = matrix.render();
         let lines: Vec<Vec<&str>> = text.lines().map(|l| l.split_whitespace().collect()).collect();
         assert_eq!(lines[0], ["FROM", "\\", "TO", "b", "d"]);
+        assert_eq!(lines[1], ["a", "ok", "0.42", "ms", "-"]);
         assert_eq!(lines[2], ["c", "-", "-"]);
         assert!(text.contains("d could not be probed: it is down"), "{text}");
         let json = serde_json::to_value(&matrix).unwrap();
         assert_eq!(json["absent"]["d"], "it is down");
-        assert!(Matrix::new(vec![]).trouble().unwrap().contains("nothing was probed"));
+        // Whoever has probed others than it should.
+        matrix.note("e".to_owned(), Ok(row([good("b"), good("d")])));
+        assert!(matrix.render().contains("e could not probe: it has probed 2 of 1 columns"));
+        assert!(
+            Matrix::new(&[], BTreeMap::new()).trouble().unwrap().contains("nothing was probed")
+        );
     }
 
     #[test]
     fn of_a_large_cluster_only_failures_are_shown() {
-        let all = (0..100).map(|n| {
-            let error = (n == 7).then_some("refused");
-            outcome("a", &format!("node-{n}"), Protocol::Tcp, error)
-        });
-        let text = Matrix::new(all.collect()).render();
+        let names = Vec::from_iter((0..100).map(|n| format!("node-{n}")));
+        let mut matrix = matrix(&Vec::from_iter(names.iter().map(String::as_str)), BTreeMap::new());
+        let error = |name: &str| (name == "node-7").then_some("refused");
+        let probe = |name: &'_ String| outcome(Protocol::Tcp, error(name));
+        matrix.note("a".to_owned(), Ok(row(names.iter().map(|name| (name.as_str(), probe(name))))));
+        let text = matrix.render();
         assert!(text.lines().count() < 8 && text.contains("node-7 "), "{text}");
+    }
+
+    #[test]
+    fn where_everything_fails_not_every_probe_is_kept() {
+        let names = Vec::from_iter((0..2 * IN_FULL).map(|n| format!("node-{n}")));
+        let mut matrix = matrix(&Vec::from_iter(names.iter().map(String::as_str)), BTreeMap::new());
+        let probe = || outcome(Protocol::Tcp, Some("refused"));
+        for from in ["a", "b", "c"] {
+            let cells = row(names.iter().map(|name| (name.as_str(), probe())));
+            assert_eq!(cells.iter().filter(|cell| !cell.probes.is_empty()).count(), IN_FULL);
+            matrix.note(from.to_owned(), Ok(cells));
+        }
+        let text = matrix.render();
+        assert!(text.contains("and 400 more pairs") && text.contains("0 of 600 pairs"), "{text}");
     }
 }

@@ -50,12 +50,11 @@ impl Template {
         name: &str,
         node: &str,
         host: bool,
-        row: &str,
         time: Duration,
     ) -> serde_json::Result<Pod> {
         let time = time.as_secs_f64().to_string();
         let file = format!("{DIRECTORY}/{FILE}");
-        let arguments = json!(["probe", "--from", row, "--timeout", time, "--targets", file]);
+        let arguments = json!(["probe", "--timeout", time, "--targets", file]);
         self.pod(name, node, host, arguments, Some(&self.run))
     }
 
@@ -306,7 +305,7 @@ mod tests {
             json!(pod)["spec"]["containers"][0]["securityContext"]["capabilities"]["add"].clone()
         };
         assert_eq!(added(template.answers(0, "n", 1).unwrap()), json!([]));
-        let probes = template.probes("p", "n", true, "r", Duration::from_secs(1)).unwrap();
+        let probes = template.probes("p", "n", true, Duration::from_secs(1)).unwrap();
         assert_eq!(added(probes), json!(["NET_RAW"]));
     }
 }

@@ -10,7 +10,7 @@ use rustix::net::sockopt;
 use skein_core::wire::checksum;
 use socket2::{Domain, Protocol as Number, Socket, Type};
 
-use super::matrix::{Outcome, Protocol, Target};
+use super::matrix::{Cell, Outcome, Protocol, Target, row};
 use crate::failure::Failure;
 
 /// How long an answer may take: a handshake may come before it.
@@ -27,8 +27,8 @@ const HEADER: usize = 8;
 /// The MTU on the way to where no route leads.
 const LEAST_MTU: usize = 1280;
 
-/// Probes every target, with what time there is until `end`.
-pub(super) fn all(from: &str, targets: &[Target], end: Instant) -> Result<Vec<Outcome>, Failure> {
+/// Probes every target, with what time there is until `end`: a row of the matrix.
+pub(super) fn all(targets: &[Target], end: Instant) -> Result<Vec<Cell>, Failure> {
     // Better here than in every cell of the matrix.
     icmp_socket(Ipv4Addr::LOCALHOST.into()).map_err(|error| match error.kind() {
         io::ErrorKind::PermissionDenied => {
@@ -36,7 +36,9 @@ pub(super) fn all(from: &str, targets: &[Target], end: Instant) -> Result<Vec<Ou
         }
         _ => Failure::io("cannot open an ICMP socket", error),
     })?;
-    let works = targets.iter().flat_map(|target| {
+    // Where all probe all, not everybody is to begin with the same one.
+    let first = super::rand() as usize % targets.len().max(1);
+    let works = targets[first..].iter().chain(&targets[..first]).flat_map(|target| {
         let ip = if target.address.is_ipv4() { 20 } else { 40 };
         let full = mtu(target.address).unwrap_or(LEAST_MTU).saturating_sub(ip + HEADER);
         let icmp = [SMALL, full].map(|payload| (target, Protocol::Icmp, payload, ip + HEADER));
@@ -55,20 +57,19 @@ pub(super) fn all(from: &str, targets: &[Target], end: Instant) -> Result<Vec<Ou
                 while let Some((target, protocol, payload, headers)) = take() {
                     let result = tries(target, protocol, payload, end);
                     let outcome = Outcome {
-                        from: from.to_owned(),
-                        to: target.name.clone(),
                         address: target.address,
                         protocol,
                         bytes: payload + headers,
                         round_trip_us: result.as_ref().ok().map(|time| time.as_micros() as u64),
                         error: result.err(),
                     };
-                    outcomes.lock().unwrap_or_else(PoisonError::into_inner).push(outcome);
+                    let mut outcomes = outcomes.lock().unwrap_or_else(PoisonError::into_inner);
+                    outcomes.push((target.name.as_str(), outcome));
                 }
             });
         }
     });
-    Ok(outcomes.into_inner().unwrap_or_else(PoisonError::into_inner))
+    Ok(row(outcomes.into_inner().unwrap_or_else(PoisonError::into_inner)))
 }
 
 /// The time of the first that is answered; where none is, why the last was not.

@@ -6,6 +6,7 @@ use http::{Method, Request, Response};
 use kube::client::Body;
 use serde_json::{Value, json};
 
+use super::super::matrix::{Outcome, Protocol, row};
 use super::*;
 
 #[derive(Debug, Default, Clone, Copy, PartialEq)]
@@ -123,25 +124,25 @@ impl Fake {
     fn log(&self, path: &str) -> (u16, Vec<u8>) {
         let name = path.split('/').nth_back(1).unwrap();
         let pod = self.pods.iter().find(|pod| pod["metadata"]["name"] == name).unwrap();
-        let arguments = &pod["spec"]["containers"][0]["args"];
-        let from = arguments[2].as_str().unwrap();
+        let (node, host) = (&pod["spec"]["nodeName"], pod["spec"]["hostNetwork"] == true);
         match self.fault {
             Fault::Probers => return (200, b"no such option\n".to_vec()),
-            Fault::Log if from == "node@node1" => return (500, b"{}".to_vec()),
+            Fault::Log if node == "node1" && host => return (500, b"{}".to_vec()),
             _ => {}
         }
-        let outcomes = self.targets.iter().map(|target| Outcome {
-            from: from.to_owned(),
-            to: target.name.clone(),
-            address: target.address,
-            protocol: crate::commands::connectivity::matrix::Protocol::Icmp,
-            bytes: 84,
-            round_trip_us: Some(7),
-            error: (from == "pod@node2" && target.name == "node@node1")
-                .then(|| "no answer".to_owned()),
-        });
-        let outcomes = serde_json::to_string(&Vec::from_iter(outcomes)).unwrap();
-        (200, format!("a line before\n{outcomes}\n").into_bytes())
+        let bad = |target: &Target| node == "node2" && !host && target.name == "node@node1";
+        let row = row(self.targets.iter().map(|target| {
+            let outcome = Outcome {
+                address: target.address,
+                protocol: Protocol::Icmp,
+                bytes: 84,
+                round_trip_us: Some(7),
+                error: bad(target).then(|| "no answer".to_owned()),
+            };
+            (target.name.as_str(), outcome)
+        }));
+        let row = serde_json::to_string(&row).unwrap();
+        (200, format!("a line before\n{row}\n").into_bytes())
     }
 }
 
