@@ -6,27 +6,40 @@
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::future::ready;
 use std::net::IpAddr;
 use std::path::Path;
+use std::pin::pin;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
+use futures_util::StreamExt;
+use futures_util::stream;
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod};
 use kube::api::{DeleteParams, ListParams, LogParams, PostParams};
-use kube::{Api, Client, Config};
+use kube::core::Status;
+use kube::{Api, Client, Config, ResourceExt};
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use super::matrix::{Cell, Matrix, Target};
-use super::pods::{self, LABEL, Template, phase, trouble};
+use super::pods::{self, LABEL, Template, ended, phase, trouble};
 use super::rand;
 use crate::control::kubernetes::resource::SkeinNode;
 use crate::lifecycle::Signals;
 
-/// How often the pods are looked at.
+/// From one look at the pods to the next: at least that, and so much for each pod, as they are much to list.
 const LOOK: Duration = Duration::from_millis(500);
-/// What cleaning up may take, whatever the time that was given.
+const LOOK_EACH: Duration = Duration::from_millis(1);
+/// What a request may take, and one for a log, which hangs where the API server does not get through to a kubelet.
+const REQUEST: Duration = Duration::from_secs(30);
+const LOG: Duration = Duration::from_secs(10);
+/// Requests at once.
+const TOGETHER: usize = 16;
+/// What cleaning up may take, whatever the time that was given, and so much more for each pod.
 const LAST: Duration = Duration::from_secs(30);
+const LAST_EACH: Duration = Duration::from_millis(20);
 /// Where the pods answer.
 const PORT: u16 = 8080;
 
@@ -76,6 +89,9 @@ async fn test_with(
         result = run.test(&say) => result,
         () = signals.end() => Err(anyhow!("interrupted")),
     };
+    if run.pods_made.get() == 0 {
+        return result;
+    }
     say("removing the test's pods");
     let removed = tokio::select! {
         removed = run.remove() => removed,
@@ -96,13 +112,16 @@ struct Run<'a> {
     pods: Api<Pod>,
     name: String,
     end: Instant,
+    /// Pods that there may be: none that the API server has refused.
+    pods_made: std::cell::Cell<u32>,
 }
 
-/// A pod that probes.
-struct Prober {
-    pod: String,
-    /// Its row of the matrix.
-    row: String,
+/// The test's pods, as they were seen last.
+#[derive(Default)]
+struct Seen {
+    pods: BTreeMap<String, Pod>,
+    /// Why they could not be seen since.
+    trouble: Option<String>,
 }
 
 /// Whom to probe, and who is left out and why.
@@ -116,22 +135,25 @@ impl<'a> Run<'a> {
     fn new(client: Client, options: &'a Options<'a>) -> Self {
         let pods = Api::namespaced(client.clone(), options.namespace);
         let name = format!("{:08x}", rand());
-        Self { client, options, pods, name, end: Instant::now() + options.timeout }
+        let end = Instant::now() + options.timeout;
+        Self { client, options, pods, name, end, pods_made: Default::default() }
     }
 
     fn selector(&self) -> String {
         format!("{LABEL}={}", self.name)
     }
 
-    /// What a request brings, where it does before the run has to end.
+    /// What a request brings, where it does in that time and before the run has to end.
     async fn within<T>(
         &self,
+        limit: Duration,
         cannot: String,
         request: impl Future<Output = kube::Result<T>>,
     ) -> anyhow::Result<T> {
-        match timeout_at(self.end, request).await {
-            Ok(result) => result.context(cannot),
-            Err(_) => bail!("{cannot}: {}", self.over()),
+        match timeout_at(self.end.min(Instant::now() + limit), request).await {
+            Ok(result) => result.map_err(plain).context(cannot),
+            Err(_) if Instant::now() >= self.end => bail!("{cannot}: {}", self.over()),
+            Err(_) => bail!("{cannot}: no answer within {} s", limit.as_secs()),
         }
     }
 
@@ -139,41 +161,48 @@ impl<'a> Run<'a> {
         format!("the {} s of --timeout are over", self.options.timeout.as_secs_f64())
     }
 
-    async fn look_again(&self) {
-        sleep_until(self.end.min(Instant::now() + LOOK)).await;
-    }
-
     async fn test(&self, say: &impl Fn(&str)) -> anyhow::Result<Matrix> {
         let template = self.template().await?;
         let nodes: Api<Node> = Api::all(self.client.clone());
         let all = ListParams::default();
-        let nodes = self.within("cannot list the nodes".to_owned(), nodes.list(&all)).await?;
-        let nodes: Vec<String> = nodes.items.into_iter().filter_map(|n| n.metadata.name).collect();
+        let nodes = self.within(REQUEST, "cannot list the nodes".to_owned(), nodes.list(&all));
+        let nodes = nodes.await?.items.into_iter().filter_map(|node| node.metadata.name);
+        let nodes: Vec<String> = nodes.collect();
         say(&format!("starting a pod that answers on each of {} nodes", nodes.len()));
-        let mut owner = None;
-        for (index, node) in nodes.iter().enumerate() {
-            let pod = self.create(&template.answers(index, node, PORT)?).await?;
-            owner.get_or_insert(pod);
+        let pods = nodes
+            .iter()
+            .enumerate()
+            .map(|(index, node)| (format!("pod@{node}"), template.answers(index, node, PORT)));
+        let (answerers, absent) = self.create(pods).await;
+        let Some((_, owner)) = answerers.first() else {
+            let why = absent.into_values().next();
+            bail!(why.unwrap_or_else(|| "the cluster has no nodes".to_owned()));
+        };
+        let seen = self.answering().await;
+        let mut found = Found { absent, ..Found::default() };
+        for (column, pod) in &answerers {
+            let addresses = seen.pod(&pod.name_any()).and_then(pods::addresses);
+            let addresses = addresses.map_err(|why| format!("no answering pod: {why}"));
+            found.note(column.clone(), addresses, Some(PORT));
         }
-        let owner = owner.context("the cluster has no nodes")?;
-        let pods = self.answering(nodes.len()).await?;
-        let found = self.targets(&template, &nodes, &pods).await;
+        self.own_addresses(&nodes, &mut found).await;
         say(&format!("probing {} addresses from every node and a pod on it", found.targets.len()));
         let maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), self.options.namespace);
-        let map = template.targets(&found.targets, &owner)?;
+        let map = template.targets(&found.targets, owner)?;
         let cannot = format!("cannot create ConfigMaps in namespace {}", self.options.namespace);
-        self.within(cannot, maps.create(&PostParams::default(), &map)).await?;
-        let mut probers = Vec::new();
-        for (index, node) in nodes.iter().enumerate() {
-            for (kind, host) in [("pod", false), ("node", true)] {
-                let (pod, row) = (template.name(kind, index), format!("{kind}@{node}"));
-                // The rest is for its start and for its log.
-                let time = self.end.duration_since(Instant::now()) * 3 / 4;
-                self.create(&template.probes(&pod, node, host, time)?).await?;
-                probers.push(Prober { pod, row });
-            }
-        }
+        self.within(REQUEST, cannot, maps.create(&PostParams::default(), &map)).await?;
+        let kinds = nodes.iter().enumerate().flat_map(|node| [("pod", node), ("node", node)]);
+        let pods = kinds.map(|(kind, (index, node))| {
+            // The rest is for its start and for its log.
+            let time = self.end.saturating_duration_since(Instant::now()) * 3 / 4;
+            let name = template.name(kind, index);
+            (format!("{kind}@{node}"), template.probes(&name, node, kind == "node", time))
+        });
+        let (probers, silent) = self.create(pods).await;
         let mut matrix = Matrix::new(&found.targets, found.absent);
+        for (row, why) in silent {
+            matrix.note(row, Err(why));
+        }
         self.results(probers, &mut matrix).await;
         Ok(matrix)
     }
@@ -186,7 +215,7 @@ impl<'a> Run<'a> {
             "cannot get DaemonSet {daemonset} in {agents_namespace}, whose image the test uses: \
              name it with --daemonset and --agents-namespace"
         );
-        let set = self.within(cannot, sets.get(daemonset)).await?;
+        let set = self.within(REQUEST, cannot, sets.get(daemonset)).await?;
         let spec = set.spec.and_then(|spec| spec.template.spec);
         let container = spec.and_then(|spec| spec.containers.into_iter().next());
         let container = container.context("the agents' DaemonSet has no container")?;
@@ -198,48 +227,82 @@ impl<'a> Run<'a> {
         })
     }
 
-    async fn create(&self, pod: &Pod) -> anyhow::Result<Pod> {
-        let cannot = format!("cannot create pods in namespace {}", self.options.namespace);
-        self.within(cannot, self.pods.create(&PostParams::default(), pod)).await
-    }
-
-    async fn ours(&self) -> anyhow::Result<BTreeMap<String, Pod>> {
-        let ours = ListParams::default().labels(&self.selector());
-        let list = self.within("cannot list the test's pods".to_owned(), self.pods.list(&ours));
-        let named = |pod: Pod| Some((pod.metadata.name.clone()?, pod));
-        Ok(list.await?.items.into_iter().filter_map(named).collect())
-    }
-
-    /// The pods, when as many run as there are nodes, or when half of the time is over.
-    async fn answering(&self, nodes: usize) -> anyhow::Result<BTreeMap<String, Pod>> {
-        let now = Instant::now();
-        let half = now + self.end.duration_since(now) / 2;
-        loop {
-            let pods = self.ours().await?;
-            let running = pods.values().filter(|pod| phase(pod) == "Running").count();
-            if running == nodes || Instant::now() >= half {
-                return Ok(pods);
-            }
-            self.look_again().await;
-        }
-    }
-
-    /// The pods that answer, and the nodes' own addresses on the overlay.
-    async fn targets(
+    /// Creates pods, several at once. Those that were, and why the others were not, by their rows or columns.
+    async fn create(
         &self,
-        template: &Template,
-        nodes: &[String],
-        pods: &BTreeMap<String, Pod>,
-    ) -> Found {
-        let mut found = Found::default();
-        for (index, node) in nodes.iter().enumerate() {
-            let pod = pods.get(&template.name("answer", index));
-            let addresses = pod.ok_or_else(|| "it is gone".to_owned()).and_then(pods::addresses);
-            let addresses = addresses.map_err(|why| format!("no answering pod: {why}"));
-            found.note(format!("pod@{node}"), addresses, Some(PORT));
+        pods: impl Iterator<Item = (String, serde_json::Result<Pod>)>,
+    ) -> (Vec<(String, Pod)>, BTreeMap<String, String>) {
+        let create = async |(of, pod)| (of, self.create_one(pod).await);
+        let mut results = pin!(stream::iter(pods).map(create).buffer_unordered(TOGETHER));
+        let (mut made, mut not) = (Vec::new(), BTreeMap::new());
+        while let Some((of, result)) = results.next().await {
+            match result {
+                Ok(pod) => made.push((of, pod)),
+                Err(error) => drop(not.insert(of, format!("{error:#}"))),
+            }
         }
+        (made, not)
+    }
+
+    async fn create_one(&self, pod: serde_json::Result<Pod>) -> anyhow::Result<Pod> {
+        let pod = pod?;
+        let cannot = format!("cannot create pods in namespace {}", self.options.namespace);
+        self.pods_made.update(|pods| pods + 1);
+        let parameters = PostParams::default();
+        let made = self.within(REQUEST, cannot, self.pods.create(&parameters, &pod)).await;
+        if let Err(error) = &made
+            && let Some(status) = error.downcast_ref::<Status>()
+            && (400..500).contains(&status.code)
+            // It exists: an earlier try has made it.
+            && status.code != 409
+        {
+            self.pods_made.update(|pods| pods - 1);
+        }
+        made
+    }
+
+    fn ours(&self) -> ListParams {
+        ListParams::default().labels(&self.selector())
+    }
+
+    async fn look(&self, seen: &mut Seen) {
+        let ours = self.ours();
+        let pods =
+            self.within(REQUEST, "cannot list the test's pods".to_owned(), self.pods.list(&ours));
+        match pods.await {
+            Ok(list) => {
+                let pods = list.items.into_iter().map(|pod| (pod.name_any(), pod)).collect();
+                *seen = Seen { pods, trouble: None };
+            }
+            Err(error) => seen.trouble = Some(format!("{error:#}")),
+        }
+    }
+
+    /// When to look at that many pods again.
+    fn next_look(&self, pods: usize) -> Instant {
+        self.end.min(Instant::now() + interval(pods))
+    }
+
+    /// The pods, when each of them runs or never will, or when half of the time is over.
+    async fn answering(&self) -> Seen {
+        let now = Instant::now();
+        let half = now + self.end.saturating_duration_since(now) / 2;
+        let mut seen = Seen::default();
+        loop {
+            self.look(&mut seen).await;
+            let settled = |pod: &Pod| phase(pod) == "Running" || ended(pod);
+            let all = seen.trouble.is_none() && seen.pods.values().all(settled);
+            if all || Instant::now() >= half {
+                return seen;
+            }
+            sleep_until(self.next_look(seen.pods.len())).await;
+        }
+    }
+
+    /// The nodes' own addresses on the overlay.
+    async fn own_addresses(&self, nodes: &[String], found: &mut Found) {
         let (all, cannot) = (Api::all(self.client.clone()), "cannot list SkeinNodes".to_owned());
-        match self.within(cannot, all.list(&ListParams::default())).await {
+        match self.within(REQUEST, cannot, all.list(&ListParams::default())).await {
             Ok(records) => {
                 let named = |record: SkeinNode| Some((record.metadata.name.clone()?, record));
                 let records: BTreeMap<_, _> = records.items.into_iter().filter_map(named).collect();
@@ -251,88 +314,110 @@ impl<'a> Run<'a> {
             // Pods are tested still.
             Err(error) => found.note("node@*".to_owned(), Err(format!("{error:#}")), None),
         }
-        found
     }
 
-    /// What the probing pods found, as each of them ends, or why they found nothing.
-    async fn results(&self, mut probers: Vec<Prober>, matrix: &mut Matrix) {
-        let mut pods = BTreeMap::new();
-        while !probers.is_empty() {
-            let listed = self.ours().await.map(|ours| pods = ours);
+    /// What the probing pods found, as each of them ends, or why they found nothing. Logs are read while others are
+    /// waited for: one that hangs takes nobody's time.
+    async fn results(&self, probers: Vec<(String, Pod)>, matrix: &mut Matrix) {
+        let (tell, mut told) = unbounded_channel();
+        let read = async |(row, pod): (String, Result<Pod, String>)| match pod {
+            Ok(pod) => (row, self.outcome(&pod).await),
+            Err(why) => (row, Err(why)),
+        };
+        let ended = stream::poll_fn(|context| told.poll_recv(context));
+        let noted = ended.map(read).buffer_unordered(TOGETHER).for_each(|(row, result)| {
+            matrix.note(row, result);
+            ready(())
+        });
+        tokio::join!(self.watch(probers, tell), noted);
+    }
+
+    /// Tells of each of those pods when it has ended, or why it does not.
+    async fn watch(
+        &self,
+        mut probers: Vec<(String, Pod)>,
+        tell: UnboundedSender<(String, Result<Pod, String>)>,
+    ) {
+        let mut seen = Seen::default();
+        loop {
+            self.look(&mut seen).await;
             let late = Instant::now() >= self.end;
-            let mut left = Vec::new();
-            for prober in probers {
-                let pod = pods.get(&prober.pod);
-                let result = match (pod, &listed) {
-                    (Some(pod), _) if phase(pod) == "Succeeded" => self.outcomes(&prober.pod).await,
-                    (Some(pod), _) if phase(pod) == "Failed" => {
-                        Err(pods::last_words(pod, self.log(&prober.pod).await))
-                    }
-                    _ if !late => {
-                        left.push(prober);
-                        continue;
-                    }
-                    (None, Err(error)) => Err(format!("{error:#}")),
-                    _ => {
-                        let why = pod.map_or_else(|| "its pod is gone".to_owned(), trouble);
-                        Err(format!("{}: {why}", self.over()))
-                    }
+            probers.retain(|(row, pod)| {
+                let result = match seen.pod(&pod.name_any()) {
+                    Ok(pod) if ended(pod) => Ok(pod.clone()),
+                    Ok(pod) if late => Err(format!("{}: {}", self.over(), trouble(pod))),
+                    Err(why) if late || seen.trouble.is_none() => Err(why),
+                    _ => return true,
                 };
-                matrix.note(prober.row, result);
+                // Whoever is told is there as long as this is.
+                let _ = tell.send((row.clone(), result));
+                false
+            });
+            if probers.is_empty() {
+                return;
             }
-            probers = left;
-            if !probers.is_empty() {
-                self.look_again().await;
-            }
+            sleep_until(self.next_look(seen.pods.len())).await;
         }
     }
 
-    async fn outcomes(&self, pod: &str) -> Result<Vec<Cell>, String> {
-        let log = self.log(pod).await?;
-        let last = log.lines().last().unwrap_or_default();
-        serde_json::from_str(last).map_err(|error| format!("the log of {pod}: {error}"))
-    }
-
-    async fn log(&self, pod: &str) -> Result<String, String> {
+    /// What a pod that has ended found, by its log.
+    async fn outcome(&self, pod: &Pod) -> Result<Vec<Cell>, String> {
+        let name = pod.name_any();
         let parameters = LogParams::default();
-        let cannot = format!("cannot read the log of {pod}");
-        let log = self.within(cannot, self.pods.logs(pod, &parameters)).await;
-        log.map_err(|error| format!("{error:#}"))
+        let request = self.pods.logs(&name, &parameters);
+        let log = self.within(LOG, format!("cannot read the log of {name}"), request).await;
+        let log = log.map_err(|error| format!("{error:#}"));
+        if phase(pod) != "Succeeded" {
+            return Err(pods::last_words(pod, log));
+        }
+        let log = log?;
+        let last = log.lines().last().unwrap_or_default();
+        serde_json::from_str(last).map_err(|error| format!("the log of {name}: {error}"))
     }
 
     /// Removes the pods, also one that a request made which was under way when the test ended: until there is none
     /// twice in a row. What else there is belongs to them.
     async fn remove(&self) -> Result<(), String> {
-        let end = Instant::now() + LAST;
+        let end = Instant::now() + LAST + LAST_EACH * self.pods_made.get();
         let mut why = "the API server does not answer".to_owned();
-        let mut none = 0;
+        let (mut none, mut pods) = (0, 0);
         loop {
             match timeout_at(end, self.sweep()).await {
                 Err(_) => return Err(why),
-                Ok(Err(error)) => (none, why) = (0, error.to_string()),
+                Ok(Err(kube::Error::Api(status))) if matches!(status.code, 401 | 403) => {
+                    return Err(status.to_string());
+                }
+                Ok(Err(error)) => why = format!("{:#}", plain(error)),
                 Ok(Ok(left)) => match left.first() {
                     None if none == 1 => return Ok(()),
-                    None => none = 1,
+                    None => (none, pods) = (1, 0),
                     Some(pod) => {
-                        (none, why) =
-                            (0, format!("still there: {pod} and {} more", left.len() - 1));
+                        (none, pods) = (0, left.len());
+                        why = format!("still there: {pod} and {} more", pods - 1);
                     }
                 },
             }
             if Instant::now() >= end {
                 return Err(why);
             }
-            sleep(LOOK).await;
+            sleep(interval(pods)).await;
         }
     }
 
     /// Deletes the pods, and says which are there still.
     async fn sweep(&self) -> kube::Result<Vec<String>> {
-        let ours = ListParams::default().labels(&self.selector());
+        let ours = self.ours();
         let now = DeleteParams { grace_period_seconds: Some(0), ..DeleteParams::default() };
         self.pods.delete_collection(&now, &ours).await?;
-        let left = self.pods.list(&ours).await?.items;
+        let left = self.pods.list_metadata(&ours).await?.items;
         Ok(left.into_iter().filter_map(|pod| pod.metadata.name).collect())
+    }
+}
+
+impl Seen {
+    fn pod(&self, name: &str) -> Result<&Pod, String> {
+        let why = || self.trouble.clone().unwrap_or_else(|| "its pod is gone".to_owned());
+        self.pods.get(name).ok_or_else(why)
     }
 }
 
@@ -347,4 +432,16 @@ impl Found {
             Err(why) => drop(self.absent.insert(name, why)),
         }
     }
+}
+
+/// An error of the API server's says it once, without all that else is in its answer.
+fn plain(error: kube::Error) -> anyhow::Error {
+    match error {
+        kube::Error::Api(status) => (*status).into(),
+        other => other.into(),
+    }
+}
+
+fn interval(pods: usize) -> Duration {
+    LOOK.max(LOOK_EACH * u32::try_from(pods).unwrap_or(u32::MAX))
 }

@@ -145,6 +145,11 @@ pub(super) fn phase(pod: &Pod) -> &str {
     pod.status.as_ref().and_then(|status| status.phase.as_deref()).unwrap_or("Unknown")
 }
 
+/// Whether a pod has come to its end.
+pub(super) fn ended(pod: &Pod) -> bool {
+    matches!(phase(pod), "Succeeded" | "Failed")
+}
+
 /// Why a pod does not run, or has failed.
 pub(super) fn trouble(pod: &Pod) -> String {
     let name = pod.metadata.name.as_deref().unwrap_or_default();

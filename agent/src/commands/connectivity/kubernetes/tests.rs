@@ -13,16 +13,32 @@ use super::*;
 enum Fault {
     #[default]
     None,
+    /// Nobody may get the DaemonSet.
+    NoDaemonSet,
+    /// No pod may be created.
+    NoPods,
+    /// Pods in the node's network may not be created.
+    NoHostPods,
+    /// The first pod's creation fails.
+    First,
     /// Pods that probe fail.
     Probers,
     /// The pod of node2 that answers has no image, and nobody may list SkeinNodes.
     Absent,
+    /// The pod of node2 that answers is refused by its kubelet.
+    OutOfPods,
+    /// Every other list of pods fails.
+    Lists,
     /// The log of one pod cannot be read.
     Log,
+    /// Nor is there an answer when it is asked for.
+    LogHangs,
     /// The second pod's creation is not answered, and the pod comes when the others are removed.
     Late,
     /// Pods are not removed.
     Stay,
+    /// Pods may not be removed.
+    NoRemoval,
 }
 
 /// As much of an API server as the test needs: pods run as soon as they are made.
@@ -33,7 +49,17 @@ struct Fake {
     /// Comes into being when nobody waits for it any more.
     late: Option<Value>,
     targets: Vec<Target>,
+    looks: usize,
+    removals: usize,
     removed: usize,
+}
+
+type Answer = (u16, Vec<u8>);
+
+/// As the API server fails.
+fn failed(code: u16, message: &str) -> Option<Answer> {
+    let status = json!({ "kind": "Status", "status": "Failure", "code": code, "message": message, "reason": "Test" });
+    Some((code, status.to_string().into_bytes()))
 }
 
 fn list(kind: &str, items: &[Value]) -> Value {
@@ -42,18 +68,24 @@ fn list(kind: &str, items: &[Value]) -> Value {
 
 impl Fake {
     /// `None` is no answer.
-    fn answer(&mut self, method: &Method, path: &str, body: &[u8]) -> Option<(u16, Vec<u8>)> {
+    fn answer(&mut self, method: &Method, path: &str, body: &[u8]) -> Option<Answer> {
+        let fault = self.fault;
         let node = |name: &str| json!({ "metadata": { "name": name } });
         let value = match (method, path) {
-            (&Method::GET, path) if path.contains("/daemonsets/") => json!({
-                "metadata": { "name": "skein" },
-                "spec": { "selector": {}, "template": { "spec": { "containers": [{
-                    "name": "agent", "image": "skein:test", "imagePullPolicy": "Never",
-                }] } } },
-            }),
+            (&Method::GET, path) if path.contains("/daemonsets/") => {
+                if fault == Fault::NoDaemonSet {
+                    return failed(403, "not yours");
+                }
+                json!({
+                    "metadata": { "name": "skein" },
+                    "spec": { "selector": {}, "template": { "spec": { "containers": [{
+                        "name": "agent", "image": "skein:test", "imagePullPolicy": "Never",
+                    }] } } },
+                })
+            }
             (&Method::GET, "/api/v1/nodes") => list("NodeList", &[node("node1"), node("node2")]),
             (&Method::GET, path) if path.ends_with("/skeinnodes") => match self.fault {
-                Fault::Absent => return Some((403, b"{}".to_vec())),
+                Fault::Absent => return failed(403, "not yours"),
                 _ => list(
                     "SkeinNodeList",
                     &["1", "2"].map(|n| {
@@ -77,22 +109,40 @@ impl Fake {
             }
             (&Method::POST, _) => {
                 let pod = self.pod(serde_json::from_slice(body).unwrap());
-                if self.fault == Fault::Late && self.pods.len() == 1 {
-                    self.late = Some(pod);
-                    return None;
+                match fault {
+                    Fault::NoPods => return failed(403, "no pods of yours"),
+                    Fault::NoHostPods if pod["spec"]["hostNetwork"] == true => {
+                        return failed(403, "violates PodSecurity");
+                    }
+                    Fault::First if std::mem::take(&mut self.fault) == Fault::First => {
+                        return failed(500, "etcd is busy");
+                    }
+                    Fault::Late if self.pods.len() == 1 && self.late.is_none() => {
+                        self.late = Some(pod);
+                        return None;
+                    }
+                    _ => self.pods.push(pod.clone()),
                 }
-                self.pods.push(pod.clone());
                 pod
             }
-            (&Method::GET, path) if path.ends_with("/log") => return Some(self.log(path)),
+            (&Method::GET, path) if path.ends_with("/log") => return self.log(path),
             (&Method::DELETE, _) => {
-                if self.fault != Fault::Stay {
-                    self.removed += self.pods.len();
-                    self.pods.clear();
+                self.removals += 1;
+                match fault {
+                    Fault::NoRemoval => return failed(403, "hands off"),
+                    Fault::Stay => {}
+                    _ => {
+                        self.removed += self.pods.len();
+                        self.pods.clear();
+                    }
                 }
                 list("PodList", &[])
             }
             (&Method::GET, _) => {
+                self.looks += 1;
+                if fault == Fault::Lists && self.looks.is_multiple_of(2) {
+                    return failed(429, "too many requests");
+                }
                 let seen = list("PodList", &self.pods);
                 if self.removed > 0 {
                     self.pods.extend(self.late.take());
@@ -106,28 +156,30 @@ impl Fake {
 
     fn pod(&self, mut pod: Value) -> Value {
         let answers = pod["spec"]["containers"][0]["args"][1] == "--answer";
-        let absent = self.fault == Fault::Absent && pod["spec"]["nodeName"] == "node2";
-        let phase = match answers {
-            true if absent => "Pending",
-            true => "Running",
-            false if self.fault == Fault::Probers => "Failed",
-            false => "Succeeded",
+        let second = pod["spec"]["nodeName"] == "node2";
+        let (phase, reason) = match (answers, self.fault) {
+            (true, Fault::Absent) if second => ("Pending", None),
+            (true, Fault::OutOfPods) if second => ("Failed", Some("OutOfpods")),
+            (true, _) => ("Running", None),
+            (false, Fault::Probers) => ("Failed", None),
+            (false, _) => ("Succeeded", None),
         };
         let n = self.pods.len();
         pod["metadata"]["uid"] = json!(format!("uid-{n}"));
         let ip = format!("10.244.{}.9", n + 1);
-        pod["status"] = json!({ "phase": phase, "podIPs": [{ "ip": ip }] });
+        pod["status"] = json!({ "phase": phase, "reason": reason, "podIPs": [{ "ip": ip }] });
         pod
     }
 
     /// What a pod says that probes as it was told.
-    fn log(&self, path: &str) -> (u16, Vec<u8>) {
+    fn log(&self, path: &str) -> Option<Answer> {
         let name = path.split('/').nth_back(1).unwrap();
         let pod = self.pods.iter().find(|pod| pod["metadata"]["name"] == name).unwrap();
         let (node, host) = (&pod["spec"]["nodeName"], pod["spec"]["hostNetwork"] == true);
         match self.fault {
-            Fault::Probers => return (200, b"no such option\n".to_vec()),
-            Fault::Log if node == "node1" && host => return (500, b"{}".to_vec()),
+            Fault::Probers => return Some((200, b"no such option\n".to_vec())),
+            Fault::Log if node == "node1" && host => return failed(500, "no such file"),
+            Fault::LogHangs if node == "node1" && host => return None,
             _ => {}
         }
         let bad = |target: &Target| node == "node2" && !host && target.name == "node@node1";
@@ -142,7 +194,7 @@ impl Fake {
             (target.name.as_str(), outcome)
         }));
         let row = serde_json::to_string(&row).unwrap();
-        (200, format!("a line before\n{row}\n").into_bytes())
+        Some((200, format!("a line before\n{row}\n").into_bytes()))
     }
 }
 
@@ -152,6 +204,8 @@ struct Ran {
     said: String,
     took: Duration,
 }
+
+const TIMEOUT: Duration = Duration::from_secs(120);
 
 async fn run(fault: Fault) -> Ran {
     let fake = Arc::new(Mutex::new(Fake { fault, ..Fake::default() }));
@@ -174,7 +228,7 @@ async fn run(fault: Fault) -> Ran {
         namespace: "default",
         agents_namespace: "kube-system",
         daemonset: "skein",
-        timeout: Duration::from_secs(20),
+        timeout: TIMEOUT,
     };
     let said = Mutex::new(String::new());
     let say = |text: &str| *said.lock().unwrap() += text;
@@ -206,6 +260,44 @@ async fn pods_that_fail_are_rows_that_fail() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn where_no_pod_was_made_none_is_removed() {
+    for (fault, why) in [(Fault::NoDaemonSet, "not yours"), (Fault::NoPods, "no pods of yours")] {
+        let ran = run(fault).await;
+        let error = format!("{:#}", ran.matrix.unwrap_err());
+        assert!(error.contains(why), "{error}");
+        assert_eq!(ran.fake.lock().unwrap().removals, 0);
+        assert!(!ran.said.contains("remov"), "{}", ran.said);
+        assert!(ran.took < Duration::from_secs(1), "{:?}", ran.took);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_probes_and_cannot_be_made_is_a_row() {
+    let matrix = run(Fault::NoHostPods).await.matrix.unwrap();
+    let trouble = matrix.trouble().unwrap();
+    assert!(trouble.contains("2 could not probe; 1 of 8 pairs fail"), "{trouble}");
+    let text = matrix.render();
+    assert!(text.contains("node@node2 could not probe: cannot create pods in"), "{text}");
+    assert!(text.contains("violates PodSecurity"), "{text}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_answers_and_cannot_be_made_is_a_column() {
+    let matrix = run(Fault::First).await.matrix.unwrap();
+    let trouble = matrix.trouble().unwrap();
+    assert!(trouble.contains("1 could not be probed; 1 of 12 pairs fail"), "{trouble}");
+    let text = matrix.render();
+    assert!(text.contains("pod@node1 could not be probed: cannot create pods in"), "{text}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_list_that_fails_loses_nothing() {
+    let ran = run(Fault::Lists).await;
+    assert!(ran.matrix.unwrap().trouble().unwrap().contains("1 of 16 pairs"));
+    assert!(!ran.said.contains("left behind"), "{}", ran.said);
+}
+
+#[tokio::test(start_paused = true)]
 async fn who_does_not_answer_is_a_column_that_fails() {
     let matrix = run(Fault::Absent).await.matrix.unwrap();
     assert_eq!(matrix.trouble().unwrap(), "2 could not be probed");
@@ -219,23 +311,37 @@ async fn who_does_not_answer_is_a_column_that_fails() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_log_that_cannot_be_read_is_one_row() {
-    let matrix = run(Fault::Log).await.matrix.unwrap();
-    let trouble = matrix.trouble().unwrap();
-    assert!(trouble.contains("1 could not probe; 1 of 12 pairs fail"), "{trouble}");
-    let text = matrix.render();
-    assert!(text.contains("node@node1 could not probe: cannot read the log of "), "{text}");
+async fn a_pod_that_will_never_answer_is_not_waited_for() {
+    let ran = run(Fault::OutOfPods).await;
+    let text = ran.matrix.unwrap().render();
+    assert!(text.contains("pod@node2 could not be probed: no answering pod: "), "{text}");
+    assert!(text.contains("is Failed: OutOfpods"), "{text}");
+    assert!(ran.took < TIMEOUT / 4, "{:?}", ran.took);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_pod_that_comes_late_is_removed_and_the_time_is_kept() {
+async fn a_log_that_cannot_be_read_is_one_row() {
+    for (fault, why) in [(Fault::Log, "no such file"), (Fault::LogHangs, "no answer within 10 s")] {
+        let ran = run(fault).await;
+        let matrix = ran.matrix.unwrap();
+        let trouble = matrix.trouble().unwrap();
+        assert!(trouble.contains("1 could not probe; 1 of 12 pairs fail"), "{trouble}");
+        let text = matrix.render();
+        assert!(text.contains("node@node1 could not probe: cannot read the log of "), "{text}");
+        assert!(text.contains(why), "{text}");
+        assert!(ran.took < LOG + Duration::from_secs(5), "{:?}", ran.took);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_comes_late_is_removed_and_a_column_that_fails() {
     let ran = run(Fault::Late).await;
-    let error = format!("{:#}", ran.matrix.unwrap_err());
-    assert!(error.contains("cannot create pods"), "{error}");
-    assert!(error.contains("the 20 s of --timeout are over"), "{error}");
-    assert!(ran.took < Duration::from_secs(23), "{:?}", ran.took);
+    let text = ran.matrix.unwrap().render();
+    assert!(text.contains("pod@node2 could not be probed: cannot create pods"), "{text}");
+    assert!(text.contains("no answer within 30 s"), "{text}");
+    assert!(ran.took < REQUEST + Duration::from_secs(5), "{:?}", ran.took);
     let fake = ran.fake.lock().unwrap();
-    assert_eq!((fake.pods.len(), fake.removed), (0, 2));
+    assert_eq!((fake.pods.len(), fake.removed), (0, 6));
     assert!(!ran.said.contains("left behind"), "{}", ran.said);
 }
 
@@ -246,5 +352,10 @@ async fn pods_that_cannot_be_removed_are_told() {
     let said = ran.said;
     assert!(said.contains("left behind: still there: skein-connectivity-"), "{said}");
     assert!(said.contains("and 5 more: kubectl delete pods -n default -l "), "{said}");
-    assert!(ran.took < Duration::from_secs(20) + LAST, "{:?}", ran.took);
+    let most = LAST + 6 * LAST_EACH;
+    assert!(ran.took >= most && ran.took < most + Duration::from_secs(5), "{:?}", ran.took);
+    let ran = run(Fault::NoRemoval).await;
+    assert!(ran.said.contains("left behind: "), "{}", ran.said);
+    assert!(ran.said.contains("hands off"), "{}", ran.said);
+    assert!(ran.took < Duration::from_secs(5), "{:?}", ran.took);
 }
