@@ -124,7 +124,7 @@ fn parse_tun(data: &[u8]) -> TunLink {
             5 => tun.vnet_header = flag,
             6 => tun.persistent = flag,
             7 => tun.multi_queue = flag,
-            8 | 9 => tun.queues += count,
+            8 | 9 => tun.queues = tun.queues.saturating_add(count),
             _ => {}
         }
     }
