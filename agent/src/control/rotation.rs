@@ -179,8 +179,8 @@ impl Rotation {
             });
         }
         let Some(told) = self.told else {
-            let text = "the API server to show the record (does it know this version's definition of \
-                        SkeinNode? kubectl apply -f charts/skein/crds)";
+            let text = "the API server to show the record, a few seconds (or longer? it may not know this \
+                        version's definition of SkeinNode: kubectl apply -f charts/skein/crds)";
             return Some(text.to_owned());
         };
         let left = self.settings.settle.saturating_sub(told.elapsed());
