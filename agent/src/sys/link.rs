@@ -81,7 +81,7 @@ fn parse(answer: &[u8]) -> io::Result<Option<Link>> {
     let body = answer.get(NLMSG_HEADER..).ok_or_else(short)?;
     if i32::from(kind) == libc::NLMSG_ERROR {
         let code = body.get(..4).map(u32_at).ok_or_else(short)? as i32;
-        return match -code {
+        return match code.wrapping_neg() {
             libc::ENODEV => Ok(None),
             code => Err(io::Error::from_raw_os_error(code)),
         };
