@@ -5,7 +5,7 @@ mod table;
 use std::fmt::Write;
 use std::time::Duration;
 
-pub(crate) use self::table::{Align, Field, Tone, paint, table};
+pub(crate) use self::table::{Align, Field, Tone, paint, printable, table};
 use crate::control::rotation::RotationStatus;
 use crate::control::shared::Document;
 use crate::ipc::{CapabilityState, DirectionReport, LaneReport, PeerReport, PeerState, Report};

@@ -426,6 +426,9 @@ fn a_hand_over_in_another_format_is_refused_and_nothing_ends() {
             let answer = read_frame::<Response>(&mut stream).unwrap().unwrap();
             let invalid = matches!(&answer, Response::Error { kind: ErrorKind::Invalid, .. });
             assert!(invalid, "{answer:?}");
+            write_frame(&mut stream, &Request::Report { peers: false }).unwrap();
+            let answer = read_frame::<Response>(&mut stream).unwrap().unwrap();
+            assert!(matches!(&answer, Response::Report { .. }), "it goes on: {answer:?}");
         }
         let after = node.until("it is as it was", |document| document.ready);
         assert_eq!(after.dataplane.pid, Some(before));

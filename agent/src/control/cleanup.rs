@@ -285,4 +285,19 @@ mod tests {
         assert!(!path.join("control.sock").exists(), "the other steps are done");
         assert!(socket.exists(), "the next clean-up finds the process again");
     }
+
+    #[test]
+    fn no_name_of_a_key_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let key = directory.path().join(KEY);
+        for ending in ["", ".next", ".previous", ".new-7", ".next.new-8"] {
+            std::fs::write(directory.path().join(format!("{KEY}{ending}")), "key").unwrap();
+        }
+        std::fs::write(directory.path().join("other"), "not ours").unwrap();
+        for file in rotation::files::all(&key) {
+            assert_eq!(remove_file(&file), Ok(true), "{}", file.display());
+        }
+        let left = std::fs::read_dir(directory.path()).unwrap();
+        assert_eq!(left.map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>(), ["other"]);
+    }
 }

@@ -28,7 +28,8 @@ use super::tables::{PeerEntry, Published, Tables};
 use super::tap::{Bytes, Sight, Tap};
 use super::totals::Totals;
 use crate::ipc::{
-    ErrorKind, HandOver, NodeIdentity, NodeSettings, Peer, Request, Response, Snapshot, Update,
+    ErrorKind, HANDOVER_VERSION, HandOver, NodeIdentity, NodeSettings, Peer, Request, Response,
+    Snapshot, Update,
 };
 use crate::keys::{PrivateKey, PublicKey};
 use crate::sys::tun::TunError;
@@ -224,7 +225,8 @@ impl Manager {
             }
             // The server makes another message of it.
             Request::TakeOver { .. } => {
-                Err(SetupError::Invalid("this data process gives nothing away".to_owned()))
+                let text = format!("what is handed over here has format {HANDOVER_VERSION}");
+                Err(SetupError::Invalid(text))
             }
             Request::Report { peers } => {
                 let report = self.report(now, peers);

@@ -49,6 +49,15 @@ impl<T: Into<String>> From<T> for Field {
     }
 }
 
+/// Without what a terminal would act on: some of it comes from other machines.
+pub(crate) fn printable(text: &str) -> String {
+    let shown = |c: char| match c.is_control() {
+        true => c.escape_default().to_string(),
+        false => c.to_string(),
+    };
+    text.chars().map(shown).collect()
+}
+
 /// Rows below a line of titles; a dash where there are no rows.
 pub(crate) fn table<F: Into<Field>>(
     columns: &[(&str, Align)],
@@ -64,7 +73,7 @@ pub(crate) fn table<F: Into<Field>>(
     for row in rows {
         table.add_row(row.into_iter().map(|field| {
             let Field { text, tone } = field.into();
-            let cell = Cell::new(text);
+            let cell = Cell::new(printable(&text));
             match tone.colour() {
                 Some(colour) => cell.fg(colour),
                 None => cell,

@@ -13,8 +13,7 @@ use std::pin::pin;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
-use futures_util::StreamExt;
-use futures_util::stream;
+use futures_util::{AsyncReadExt, StreamExt, stream};
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod};
 use kube::api::{DeleteParams, ListParams, LogParams, PostParams};
@@ -35,6 +34,8 @@ const LOOK_EACH: Duration = Duration::from_millis(1);
 /// What a request may take, and one for a log, which hangs where the API server does not get through to a kubelet.
 const REQUEST: Duration = Duration::from_secs(30);
 const LOG: Duration = Duration::from_secs(10);
+/// What is read of a log in bytes: what kubelet keeps of one.
+const LONGEST_LOG: u64 = 10 << 20;
 /// Requests at once.
 const TOGETHER: usize = 16;
 /// What cleaning up may take, whatever the time that was given, and so much more for each pod.
@@ -249,12 +250,21 @@ impl<'a> Run<'a> {
         let cannot = format!("cannot create pods in namespace {}", self.options.namespace);
         self.pods_made.update(|pods| pods + 1);
         let parameters = PostParams::default();
-        let made = self.within(REQUEST, cannot, self.pods.create(&parameters, &pod)).await;
+        let create = async {
+            match self.pods.create(&parameters, &pod).await {
+                // A try before, whose answer was lost, has made it: nobody else has this name.
+                Err(kube::Error::Api(status)) if status.code == 409 => {
+                    let (ours, name) = (self.pods.list(&self.ours()).await?.items, pod.name_any());
+                    let made = ours.into_iter().find(|pod| pod.name_any() == name);
+                    made.ok_or(kube::Error::Api(status))
+                }
+                made => made,
+            }
+        };
+        let made = self.within(REQUEST, cannot, create).await;
         if let Err(error) = &made
             && let Some(status) = error.downcast_ref::<Status>()
             && (400..500).contains(&status.code)
-            // It exists: an earlier try has made it.
-            && status.code != 409
         {
             self.pods_made.update(|pods| pods - 1);
         }
@@ -363,8 +373,7 @@ impl<'a> Run<'a> {
     /// What a pod that has ended found, by its log.
     async fn outcome(&self, pod: &Pod) -> Result<Vec<Cell>, String> {
         let name = pod.name_any();
-        let parameters = LogParams::default();
-        let request = self.pods.logs(&name, &parameters);
+        let request = self.log(&name);
         let log = self.within(LOG, format!("cannot read the log of {name}"), request).await;
         let log = log.map_err(|error| format!("{error:#}"));
         if phase(pod) != "Succeeded" {
@@ -373,6 +382,14 @@ impl<'a> Run<'a> {
         let log = log?;
         let last = log.lines().last().unwrap_or_default();
         serde_json::from_str(last).map_err(|error| format!("the log of {name}: {error}"))
+    }
+
+    /// Of a node that is somebody else's a log may have no end.
+    async fn log(&self, pod: &str) -> kube::Result<String> {
+        let log = self.pods.log_stream(pod, &LogParams::default()).await?;
+        let mut text = Vec::new();
+        log.take(LONGEST_LOG).read_to_end(&mut text).await.map_err(kube::Error::ReadEvents)?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
     }
 
     /// Removes the pods, also one that a request made which was under way when the test ended: until there is none

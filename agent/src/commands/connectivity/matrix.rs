@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize, Serializer};
 
-use crate::status::{Align, Field, Tone, milliseconds, table};
+use crate::status::{Align, Field, Tone, milliseconds, printable, table};
 
 /// Columns that a table shows; of larger clusters it shows who fails.
 const COLUMNS: usize = 16;
@@ -229,10 +229,10 @@ impl Matrix {
             text += &format!("and {} more pairs: -o json names them\n", failed - shown.len());
         }
         for (from, why) in silent {
-            text += &format!("{from} could not probe: {why}\n");
+            text += &format!("{from} could not probe: {}\n", printable(why));
         }
         for (to, why) in absent {
-            text += &format!("{to} could not be probed: {why}\n");
+            text += &format!("{to} could not be probed: {}\n", printable(why));
         }
         let all = pairs.iter().count();
         text + &format!("{} of {all} pairs are well\n", all - failed)

@@ -55,10 +55,26 @@ pub(super) fn beside(path: &Path) -> [PathBuf; 2] {
     [next(path), previous(path)]
 }
 
-/// All files that hold a private key of the node whose key lies at `path`, but for what a killed agent has begun
-/// to write: the next agent removes that ([`sweep`]).
-pub fn all(path: &Path) -> [PathBuf; 3] {
+fn names(path: &Path) -> [PathBuf; 3] {
     [path.to_owned(), next(path), previous(path)]
+}
+
+/// All files that may hold a private key of the node whose key lies at `path`.
+pub fn all(path: &Path) -> Vec<PathBuf> {
+    names(path).into_iter().chain(begun(path)).collect()
+}
+
+/// What killed agents have left of those that they were writing: whole ones, too, of which a link was made already.
+fn begun(path: &Path) -> Vec<PathBuf> {
+    let names = names(path).map(|path| path.file_name().unwrap_or_default().to_owned());
+    let ours = |found: &OsString| {
+        names.iter().any(|name| {
+            let rest = found.as_encoded_bytes().strip_prefix(name.as_encoded_bytes());
+            rest.is_some_and(|rest| rest.starts_with(b".new-"))
+        })
+    };
+    let entries = path.parent().map(std::fs::read_dir).into_iter().flatten().flatten().flatten();
+    entries.filter(|entry| ours(&entry.file_name())).map(|entry| entry.path()).collect()
 }
 
 /// Removes a file, if it is there.
@@ -72,17 +88,8 @@ pub(super) fn remove(path: &Path) -> Result<(), Failure> {
 
 /// Removes what killed agents have left of the files that they were writing.
 pub(super) fn sweep(path: &Path) {
-    let names = all(path).map(|path| path.file_name().unwrap_or_default().to_owned());
-    let Some(Ok(entries)) = path.parent().map(std::fs::read_dir) else { return };
-    for entry in entries.flatten() {
-        let found = entry.file_name();
-        let begun = |name: &OsString| {
-            let rest = found.as_encoded_bytes().strip_prefix(name.as_encoded_bytes());
-            rest.is_some_and(|rest| rest.starts_with(b".new-"))
-        };
-        if names.iter().any(begun) {
-            tracing::warn!(path = %entry.path().display(), "removing a key that was not written to its end");
-            let _ = std::fs::remove_file(entry.path());
-        }
+    for path in begun(path) {
+        tracing::warn!(path = %path.display(), "removing a key that was not written to its end");
+        let _ = std::fs::remove_file(path);
     }
 }

@@ -21,6 +21,8 @@ enum Fault {
     NoHostPods,
     /// The first pod's creation fails.
     First,
+    /// The first pod is there already when its creation is answered, as that was tried twice.
+    Twice,
     /// Pods that probe fail.
     Probers,
     /// The pod of node2 that answers has no image, and nobody may list SkeinNodes.
@@ -117,6 +119,10 @@ impl Fake {
                     Fault::First if std::mem::take(&mut self.fault) == Fault::First => {
                         return failed(500, "etcd is busy");
                     }
+                    Fault::Twice if self.pods.is_empty() => {
+                        self.pods.push(pod);
+                        return failed(409, "it exists");
+                    }
                     Fault::Late if self.pods.len() == 1 && self.late.is_none() => {
                         self.late = Some(pod);
                         return None;
@@ -177,7 +183,7 @@ impl Fake {
         let pod = self.pods.iter().find(|pod| pod["metadata"]["name"] == name).unwrap();
         let (node, host) = (&pod["spec"]["nodeName"], pod["spec"]["hostNetwork"] == true);
         match self.fault {
-            Fault::Probers => return Some((200, b"no such option\n".to_vec())),
+            Fault::Probers => return Some((200, b"no such option\x1b[2J\n".to_vec())),
             Fault::Log if node == "node1" && host => return failed(500, "no such file"),
             Fault::LogHangs if node == "node1" && host => return None,
             _ => {}
@@ -255,7 +261,9 @@ async fn pods_that_fail_are_rows_that_fail() {
     let Ran { matrix, fake, .. } = run(Fault::Probers).await;
     let matrix = matrix.unwrap();
     assert_eq!(matrix.trouble().unwrap(), "4 could not probe");
-    assert!(matrix.render().contains("no such option"));
+    let text = matrix.render();
+    assert!(text.contains("no such option\\u{1b}[2J"), "{text:?}");
+    assert!(!text.contains('\x1b'), "a pod's words act on the terminal: {text:?}");
     assert!(fake.lock().unwrap().pods.is_empty());
 }
 
@@ -291,10 +299,12 @@ async fn a_pod_that_answers_and_cannot_be_made_is_a_column() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_list_that_fails_loses_nothing() {
-    let ran = run(Fault::Lists).await;
-    assert!(ran.matrix.unwrap().trouble().unwrap().contains("1 of 16 pairs"));
-    assert!(!ran.said.contains("left behind"), "{}", ran.said);
+async fn a_list_that_fails_and_a_creation_that_is_repeated_lose_nothing() {
+    for fault in [Fault::Lists, Fault::Twice] {
+        let ran = run(fault).await;
+        assert!(ran.matrix.unwrap().trouble().unwrap().contains("1 of 16 pairs"), "{fault:?}");
+        assert!(!ran.said.contains("left behind"), "{}", ran.said);
+    }
 }
 
 #[tokio::test(start_paused = true)]
