@@ -486,9 +486,6 @@ fn a_node_falls_silent(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
         let is = |name| Ok::<_, anyhow::Error>(reachable(kube, name)?["status"] == status);
         Ok(is("node1")? && is("node2")?)
     };
-    let silent = |node| {
-        Ok::<_, anyhow::Error>(skein::metrics(node)?.sum("skein_peers_unreachable", &[]) == 1.0)
-    };
     kube.wait("both nodes reach each other", READY_LIMIT, |kube| both(kube, "True"))?;
     // Whoever has nothing to send misses nobody.
     let pings = pods[0].start_pings(kube, pods[1].ips[0], 1800, Duration::from_millis(50))?;
@@ -496,8 +493,12 @@ fn a_node_falls_silent(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
                  udp dport 51900 drop; }; }";
     kube.nodes[1].exec(&["nft", rules])?;
     let start = Instant::now();
-    let told = |kube: &mut Kube| Ok(silent(&kube.nodes[0])? && silent(&kube.nodes[1])?);
-    let took = kube.wait("both nodes' metrics say so", READY_LIMIT, told)?;
+    let took = kube.wait("both nodes' metrics say so", READY_LIMIT, |kube| {
+        kube.nodes.iter().try_fold(true, |all, node| {
+            let silent = skein::metrics(node)?.sum("skein_peers_unreachable", &[]);
+            Ok(all && silent == 1.0)
+        })
+    })?;
     println!("both nodes' metrics say so after {:.1} s", took.as_secs_f64());
     ensure!(took < Duration::from_secs(5), "{took:?}");
     kube.wait("both nodes' records say so", READY_LIMIT, |kube| both(kube, "False"))?;
