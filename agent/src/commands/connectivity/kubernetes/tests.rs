@@ -104,7 +104,8 @@ impl Fake {
             },
             (&Method::POST, path) if path.ends_with("/configmaps") => {
                 let map: ConfigMap = serde_json::from_slice(body).unwrap();
-                assert_eq!(map.metadata.owner_references.as_ref().unwrap()[0].uid, "uid-0");
+                let owner = &map.metadata.owner_references.as_ref().unwrap()[0].uid;
+                assert!(self.pods.iter().any(|pod| pod["metadata"]["uid"] == **owner), "{owner}");
                 let packed = map.binary_data.as_ref().unwrap().values().next().unwrap();
                 self.targets = pods::unpack(&packed.0[..]).unwrap();
                 json!(map)
