@@ -22,7 +22,7 @@ use skein_e2e::load::transfer::Transfer;
 use skein_e2e::load::udp;
 
 /// What is left of a transfer's speed beside an attack that takes a core of two, at the least.
-const LEFT: f64 = 0.2;
+const LEFT: f64 = 0.1;
 /// So many datagrams of each class are sent, or as many as can be in that time.
 const OF_EACH: u64 = 50_000;
 const AT_MOST: Duration = Duration::from_secs(8);
