@@ -40,8 +40,8 @@ pub fn ask(
     frame::read(&mut stream)
 }
 
-/// Connecting waits where the agent's backlog is full: for as long as sending may. A pod's namespace and
-/// whatever its addresses are come from nobody but root or this process's own user.
+/// Connecting waits where the agent's backlog is full: for as long as sending may. The socket has to be root's or
+/// this process's own user's: nobody else gets a pod's namespace, or says what its addresses are.
 fn open(path: &Path, limit: Duration) -> io::Result<UnixStream> {
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     for direction in [Timeout::Send, Timeout::Recv] {

@@ -273,6 +273,16 @@ fn its_container_is_killed(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
     Ok(())
 }
 
+/// The name of the DaemonSet's pod on a node.
+fn agent_pod(kube: &Kube, node: usize) -> Result<String> {
+    let select = "--selector=app.kubernetes.io/component=agent";
+    let on = format!("--field-selector=spec.nodeName={}", kube.nodes[node].name());
+    let get = ["--namespace=kube-system", "get", "pods", select, &on];
+    let name =
+        kube.kubectl(&[&get[..], &["--output=jsonpath={.items[0].metadata.name}"]].concat())?;
+    Ok(name.trim().to_owned())
+}
+
 /// What a DaemonSet with maxSurge does, which this Kubernetes has not: a second pod on a node, and then the
 /// end of the first. And the same again, by the DaemonSet itself.
 fn a_pod_takes_over_from_another(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
@@ -284,14 +294,7 @@ fn a_pod_takes_over_from_another(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
         "apiVersion": "v1", "kind": "Pod", "spec": spec,
         "metadata": { "name": "skein-next", "namespace": "kube-system", "labels": { "app": "next" } },
     });
-    let ours = |kube: &Kube| -> Result<String> {
-        let select = "--selector=app.kubernetes.io/component=agent";
-        let on = format!("--field-selector=spec.nodeName={}", kube.nodes[0].name());
-        let get = ["--namespace=kube-system", "get", "pods", select, &on];
-        let name =
-            kube.kubectl(&[&get[..], &["--output=jsonpath={.items[0].metadata.name}"]].concat())?;
-        Ok(name.trim().to_owned())
-    };
+    let ours = |kube: &Kube| agent_pod(kube, 0);
     let wait = ["--namespace=kube-system", "wait", "--for=condition=Ready", "--timeout=60s", "pod"];
     let delete = ["--namespace=kube-system", "delete", "pod"];
     let first = ours(kube)?;
@@ -542,14 +545,7 @@ fn keys_change_without_a_loss() -> Result<()> {
             .collect::<Result<_>>()?;
         let pings = pods[0].start_pings(kube, pods[1].ips[0], 7400, Duration::from_millis(100))?;
         let start = Instant::now();
-        let agent = kube.kubectl(&[
-            "--namespace=kube-system",
-            "get",
-            "pods",
-            "--selector=app.kubernetes.io/component=agent",
-            "--field-selector=spec.nodeName=node1",
-            "--output=jsonpath={.items[0].metadata.name}",
-        ])?;
+        let agent = agent_pod(kube, 0)?;
         let exec = ["--namespace=kube-system", "exec", &agent, "--container=agent", "--"];
         println!("{}", kube.kubectl(&[&exec[..], &["skein-agent", "rotate-key"]].concat())?);
         kube.nodes[1].exec(&["touch", "--date=2 days ago", "/var/lib/skein/node.key"])?;

@@ -215,14 +215,18 @@ fn a_capture_holds_the_inner_packets_of_a_peer() -> Result<()> {
     // Bounded, and to standard output.
     let address = cluster.lab.pod(1).v4.to_string();
     let more = ["capture", &address, "--count", "3", "--snaplen", "28", "-o", "json"];
-    let finished = std::thread::scope(|scope| -> Result<_> {
-        let captured = scope.spawn(|| Ok::<_, anyhow::Error>(agent.command(&more)?.output()?));
-        checks::eventually("it has seen enough", Duration::from_secs(30), || {
-            ping(&a.ns, cluster.lab.pod(1).v4.into(), Ping::default())?;
-            Ok(captured.is_finished())
-        })?;
-        captured.join().ok().context("it panicked")?
-    })?;
+    let pinged_while_it_runs = |arguments: &[&str]| {
+        std::thread::scope(|scope| -> Result<_> {
+            let captured =
+                scope.spawn(|| Ok::<_, anyhow::Error>(agent.command(arguments)?.output()?));
+            checks::eventually("it has seen enough", Duration::from_secs(30), || {
+                ping(&a.ns, cluster.lab.pod(1).v4.into(), Ping::default())?;
+                Ok(captured.is_finished())
+            })?;
+            captured.join().ok().context("it panicked")?
+        })
+    };
+    let finished = pinged_while_it_runs(&more)?;
     ensure!(finished.status.success(), "{finished:?}");
     ensure!(finished.stdout.len() == 24 + 3 * (16 + 28), "{} bytes", finished.stdout.len());
     let outcome: Value = serde_json::from_slice(&finished.stderr)?;
@@ -230,14 +234,7 @@ fn a_capture_holds_the_inner_packets_of_a_peer() -> Result<()> {
     let small = cluster.lab.directory().join("small.pcap");
     let to = small.to_string_lossy();
     let at_most = ["capture", &address, "--write", &to, "--bytes", "500"];
-    std::thread::scope(|scope| -> Result<_> {
-        let captured = scope.spawn(|| Ok::<_, anyhow::Error>(agent.command(&at_most)?.output()?));
-        checks::eventually("it has seen enough", Duration::from_secs(30), || {
-            ping(&a.ns, cluster.lab.pod(1).v4.into(), Ping::default())?;
-            Ok(captured.is_finished())
-        })?;
-        captured.join().ok().context("it panicked")?
-    })?;
+    pinged_while_it_runs(&at_most)?;
     let length = fs::metadata(&small)?.len();
     ensure!((100..=500).contains(&length), "{length} bytes");
     let nobody = agent.run_command(&["capture", "node-z"])?;

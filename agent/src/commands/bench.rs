@@ -17,7 +17,7 @@ use super::{AgentArgs, Output, OutputArgs, json, print, report, runtime, seconds
 use crate::control::desired::first_host;
 use crate::control::shared::Document;
 use crate::failure::Failure;
-use crate::status::{Align, count, table};
+use crate::status::{Align, count, printable, table};
 
 const OVERLAY: &str = "overlay";
 
@@ -101,10 +101,9 @@ pub(crate) fn bench(arguments: &BenchArgs) -> Result<(), Failure> {
             Ok(measured) => (Some(measured), None),
             // Beside the overlay anybody may listen there, and say anything.
             Err(AskError::Refused(why)) if label == OVERLAY => {
-                return Err(Failure::Usage(format!("--token: {}", why.escape_debug())));
+                return Err(Failure::Usage(format!("--token: {}", printable(&why))));
             }
-            Err(AskError::Refused(why)) => (None, Some(why.escape_debug().to_string())),
-            Err(AskError::Io(error)) => (None, Some(error.to_string())),
+            Err(error) => (None, Some(error.to_string())),
         };
         Ok(Way { address, measured, error })
     };
@@ -192,6 +191,7 @@ fn render(outcome: &Outcome) -> String {
     let mut text = table(&columns, rows.iter().map(row)) + "\n";
     let beside = outcome.beside.iter().filter_map(|way| Some((way.address, way.error.as_ref()?)));
     for (address, error) in beside {
+        let error = printable(error);
         text += &format!(
             "\nnothing was measured beside the overlay, at {address}: {error}: the firewall lets \
              nothing through to that port, or --serve was given --overlay-only\n"

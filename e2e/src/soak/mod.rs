@@ -75,7 +75,7 @@ pub fn run(options: &Options) -> Result<()> {
         agent.set("underlay.addresses", vec!["0.0.0.0".to_owned()]);
     }
     let duration = Duration::from_secs(60) * options.minutes;
-    let report = soak(&mut cluster, &mut Random::new(seed), options, duration);
+    let report = soak(&mut cluster, &mut Random::new(seed), &options.faults, duration);
     if let Some(directory) = &options.logs {
         fs::create_dir_all(directory)?;
         for agent in &cluster.agents {
@@ -96,7 +96,7 @@ pub fn run(options: &Options) -> Result<()> {
 fn soak(
     cluster: &mut Cluster,
     random: &mut Random,
-    options: &Options,
+    kinds: &[Kind],
     duration: Duration,
 ) -> Result<report::Report> {
     let Cluster { agents, lab, .. } = cluster;
@@ -105,8 +105,7 @@ fn soak(
     thread::scope(|scope| {
         let sampler = Sampler::start(scope, lab);
         let flows = Flows::start(scope, lab);
-        let (events, mut complaints) =
-            befall(&mut world, &flows, random, &options.faults, duration);
+        let (events, mut complaints) = befall(&mut world, &flows, random, kinds, duration);
         let ended = flows.stop();
         let samples = sampler.stop();
         complaints.extend(world.wellness());
