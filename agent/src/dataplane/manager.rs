@@ -468,6 +468,7 @@ impl Active {
             kept = Kept::All;
         }
         if before != self.snapshot.node.tun {
+            self.engine.set_mtu(now, self.snapshot.node.tun.mtu);
             self.publish();
         }
         self.snapshot.revision = snapshot.revision;

@@ -211,6 +211,19 @@ impl Engine {
         Ok(())
     }
 
+    /// Changes this node's MTU, inner bytes. Sessions live on; peers with a session learn the MTU from a new
+    /// handshake within seconds, the others from their next one.
+    pub fn set_mtu(&mut self, now: Time, mtu: u16) {
+        if self.shared.offer.mtu == mtu {
+            return;
+        }
+        self.shared.offer.mtu = mtu;
+        self.shared.changed = true;
+        for peer in self.peers.values_mut() {
+            peer.on_own_mtu(now, &mut self.shared);
+        }
+    }
+
     /// Adds a peer, or changes its keys and endpoints: at once, for live sessions too. Whoever keeps one of
     /// its keys keeps its number, and the sessions that were made with that key; those of a key that is
     /// its no more end.

@@ -38,6 +38,8 @@ struct Sent {
     own: [u8; KEY_LEN],
     /// The key of the peer that it is to.
     remote: [u8; KEY_LEN],
+    /// MTU of this node that it tells, inner bytes.
+    mtu: u16,
     noise: Initiator,
     destination: SocketAddr,
     /// The message up to its second check, and the first check at the end of that.
@@ -165,9 +167,9 @@ impl Peer {
         };
         let first_check = remote.checks.first_check(&message);
         message.extend(first_check);
-        let remote = remote.public;
+        let (remote, mtu, repeated) = (remote.public, shared.offer.mtu, false);
         let sent =
-            Sent { index, own, remote, noise, destination, message, first_check, repeated: false };
+            Sent { index, own, remote, mtu, noise, destination, message, first_check, repeated };
         shared.counts.add(HandshakeResult::Initiated);
         shared.transmit(destination, with_second_check(&self.cookie, &sent.message, now));
         pending.sent = Some(sent);
@@ -215,7 +217,7 @@ impl Peer {
         let accept = accept.filter(|accept| shared.offer.ciphers.contains(accept.cipher));
         let accept = accept.ok_or(DropReason::HandshakeInvalid)?;
         let destination = sent.destination;
-        let (own, remote) = (sent.own, sent.remote);
+        let (own, remote, told_mtu) = (sent.own, sent.remote, sent.mtu);
         let indices = (index, accept.index);
         let session = self.session(
             now,
@@ -230,7 +232,8 @@ impl Peer {
         self.pending = None;
         self.view.mtu = Some(accept.offer.mtu);
         shared.counts.add(HandshakeResult::CompletedInitiator);
-        self.install_current(now, Slot::new(session, Some(destination), remote, Some(own)), shared);
+        let slot = Slot::new(session, Some(destination), remote, Some(own), told_mtu);
+        self.install_current(now, slot, shared);
         self.refresh_state(now);
         Ok(())
     }
@@ -285,7 +288,8 @@ impl Peer {
             self.abandon_handshake(shared);
         }
         self.view.mtu = Some(offer.mtu);
-        self.install_next(now, Slot::new(session, endpoint, remote, Some(own)), shared);
+        let slot = Slot::new(session, endpoint, remote, Some(own), shared.offer.mtu);
+        self.install_next(now, slot, shared);
         self.refresh_state(now);
         shared.transmit(source, message);
         Ok(())

@@ -82,6 +82,8 @@ pub(crate) struct Slot {
     remote: [u8; KEY_LEN],
     /// This node's; unknown of a session that was taken up.
     own: Option<[u8; KEY_LEN]>,
+    /// MTU that this node told the peer when the session was made, inner bytes.
+    told_mtu: u16,
     window: ReplayWindow,
     seen_tx: u64,
     seen_rx: u64,
@@ -93,9 +95,11 @@ impl Slot {
         endpoint: Option<SocketAddr>,
         remote: [u8; KEY_LEN],
         own: Option<[u8; KEY_LEN]>,
+        told_mtu: u16,
     ) -> Self {
         let window = ReplayWindow::after(session.mark(CONTROL_LANE));
-        Self { session: Arc::new(session), endpoint, remote, own, window, seen_tx: 0, seen_rx: 0 }
+        let session = Arc::new(session);
+        Self { session, endpoint, remote, own, told_mtu, window, seen_tx: 0, seen_rx: 0 }
     }
 
     fn ends(&self) -> Duration {
@@ -317,6 +321,13 @@ impl Peer {
         self.sessions_changed(shared);
     }
 
+    /// This node's MTU has changed. The peer is told in a new handshake, by [`Self::tick`].
+    pub(crate) fn on_own_mtu(&mut self, now: Time, shared: &mut Shared) {
+        if self.current.is_some() {
+            self.begin_path(now, shared);
+        }
+    }
+
     /// The path is to be looked at: there are new keys, or the peer is elsewhere.
     fn begin_path(&mut self, now: Time, shared: &mut Shared) {
         let theirs = self.view.mtu.unwrap_or(shared.offer.mtu);
@@ -362,6 +373,7 @@ impl Peer {
             endpoint,
             saved.public_key,
             None,
+            shared.offer.mtu,
         ));
         true
     }
@@ -493,13 +505,16 @@ impl Peer {
         let limit = if session.initiator { REKEY_AFTER } else { RESPONDER_REKEY_AFTER };
         let old =
             now.since(session.established) >= limit || session.counters_used() >= COUNTER_REKEY;
-        // Few at a time, where this node has changed its key and has a thousand peers.
+        // Few at a time, where this node has changed its key or its MTU and has a thousand peers.
         let other_key = match current.own {
             Some(own) => own != *shared.own.public(),
             None => shared.second.is_some(),
         };
         let old = old || other_key && shared.chance(RENEWED_AT_ONCE);
-        if old && (sent || received) || sent && self.live.trouble(now.mono).is_some() {
+        // Without traffic, too: longer packets than the peer is known to take are refused before they
+        // get here.
+        let other_mtu = current.told_mtu != shared.offer.mtu && shared.chance(RENEWED_AT_ONCE);
+        if other_mtu || old && (sent || received) || sent && self.live.trouble(now.mono).is_some() {
             self.wanted = Some(now.mono);
             self.begin_handshake(now, shared);
         }

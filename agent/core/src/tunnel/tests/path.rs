@@ -102,3 +102,22 @@ fn a_link_that_flaps_is_not_taken_for_a_narrow_path() {
         }
     }
 }
+
+/// Both nodes' links become wider and narrower again while sessions live on, without a packet.
+#[test]
+fn own_mtu_changes_and_peer_follows_within_seconds() {
+    let mut lab = Lab::joined_pair();
+    lab.underlay.mtu = 9000;
+    for (first, second) in [(8940, 8940), (1360, 1360), (1440, 1300), (1440, 1440)] {
+        let before = lab.current(0, 1).unwrap();
+        let now = lab.now;
+        lab.nodes[0].engine.set_mtu(now, first);
+        lab.nodes[1].engine.set_mtu(now, second);
+        assert!(Arc::ptr_eq(&before, &lab.current(0, 1).unwrap()), "the session lives on");
+        lab.run(secs(10));
+        assert_eq!(lab.view(0, 1).mtu, Some(second), "node 0 knows the other's MTU");
+        assert_eq!(lab.view(1, 0).mtu, Some(first), "node 1 knows the other's MTU");
+        assert_eq!(lab.view(0, 1).path, Some(second).filter(|mtu| *mtu < first));
+        assert!(lab.joined(0, 1), "both use the same session");
+    }
+}
