@@ -19,6 +19,11 @@ const OVERHEAD_IPV4: u32 = 60;
 /// The same where the outer packet may be IPv6.
 const OVERHEAD_IPV6: u32 = 80;
 
+/// The least inner MTU in bytes: that of every IPv4 host (RFC 791).
+const MIN_MTU: u16 = 576;
+/// The largest inner MTU in bytes whose datagrams fit UDP.
+const MAX_MTU: u32 = 65_000;
+
 /// What this node should be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Desired {
@@ -44,7 +49,7 @@ impl Desired {
         };
         let mtu = config.interface.mtu.unwrap_or_else(|| {
             let overhead = if over_ipv6(config, registry) { OVERHEAD_IPV6 } else { OVERHEAD_IPV4 };
-            underlay_mtu.saturating_sub(overhead).clamp(576, 65_000) as u16
+            underlay_mtu.saturating_sub(overhead).min(MAX_MTU) as u16
         });
         Self { mtu, local_cidrs, peers, addresses }
     }
@@ -68,6 +73,18 @@ impl Desired {
             return Some(format!(
                 "interface.addresses: {stray} is not in this node's pod CIDRs, so that other nodes \
                  would drop its packets: choose one that is, or leave it out"
+            ));
+        }
+        self.mtu_problem()
+    }
+
+    /// The fault of an MTU that is too small, and the remedy.
+    pub fn mtu_problem(&self) -> Option<String> {
+        if self.mtu < MIN_MTU {
+            return Some(format!(
+                "the inner MTU of {} bytes is too small, {MIN_MTU} is the least: raise the MTU of the \
+                 underlay",
+                self.mtu
             ));
         }
         let cidrs = self.peers.iter().flat_map(|peer| &peer.pod_cidrs).chain(&self.local_cidrs);
@@ -260,6 +277,15 @@ mod tests {
         let v4 = text(1, &["10.1.0.0/24"]);
         assert_eq!(desired("", std::slice::from_ref(&v4), 1330).1.problem(), None);
         assert!(desired("", &[v4, text(2, &["fd00:2::/64"])], 1330).1.problem().is_some());
+    }
+
+    #[test]
+    fn underlay_mtu_too_small_for_ipv4_is_a_problem() {
+        let v4 = text(1, &["10.1.0.0/24"]);
+        let problem = |mtu| desired("", std::slice::from_ref(&v4), mtu).1.problem();
+        assert_eq!(problem(636), None, "576 bytes are left");
+        let problem = problem(635).unwrap();
+        assert!(problem.contains("575") && problem.contains("576"), "{problem}");
     }
 
     #[test]

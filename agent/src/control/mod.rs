@@ -16,6 +16,7 @@ pub mod server;
 pub mod shared;
 pub mod source;
 pub mod supervisor;
+mod underlay;
 pub mod watch;
 
 use std::sync::Arc;
@@ -33,6 +34,7 @@ use self::rotation::{Rotation, RotationRequest};
 use self::shared::{InterfaceStatus, Shared};
 use self::source::{Reader, Source};
 use self::supervisor::{End, Handle};
+use self::underlay::UnderlayWatch;
 use self::watch::SourceWatch;
 use crate::cni::Pods;
 use crate::config::{Config, Mode};
@@ -170,7 +172,7 @@ struct Controller {
     shared: Shared,
     netlink: Netlink,
     monitor: Monitor,
-    underlay_mtu: u32,
+    underlay: UnderlayWatch,
     desired: Desired,
     interface: Present,
     snapshots: tokio::sync::watch::Sender<Arc<Snapshot>>,
@@ -199,12 +201,11 @@ impl Controller {
     ) -> Result<(Self, First), Failure> {
         let netlink = Netlink::connect().map_err(netlink_failure)?;
         let monitor = Monitor::start(&config.interface.name).map_err(netlink_failure)?;
-        let addresses = &config.underlay.addresses;
-        let underlay_mtu = netlink.underlay_mtu(addresses, &config.interface.name).await;
-        let underlay_mtu = underlay_mtu.map_err(netlink_failure)?;
-        let desired = Desired::new(&config, &registry, underlay_mtu);
+        let mut underlay = UnderlayWatch::default();
+        underlay.check(&netlink, &config, &registry).await.map_err(netlink_failure)?;
+        let desired = Desired::new(&config, &registry, underlay.mtu());
         if let Some(problem) = desired.problem() {
-            return Err(Failure::Usage(problem));
+            return Err(Failure::Usage(underlay.explain(problem, &desired)));
         }
         let wanted = desired.interface(&config, &[]);
         let interface = wanted.ensure_device(&netlink).await.map_err(interface_failure)?;
@@ -229,7 +230,7 @@ impl Controller {
             shared,
             netlink,
             monitor,
-            underlay_mtu,
+            underlay,
             desired,
             interface,
             snapshots,
@@ -288,6 +289,10 @@ impl Controller {
                     tokio::time::sleep(QUIET).await;
                     self.reconcile().await;
                 }
+                () = self.monitor.underlay_changed(), if !self.underlay.is_due() => {
+                    self.underlay.changed();
+                }
+                () = until(self.underlay.deadline()) => self.check_underlay().await,
                 _ = resync.tick() => {
                     self.reconcile().await;
                     self.rotate().await;
@@ -303,13 +308,30 @@ impl Controller {
         if !changed {
             return;
         }
-        let mut desired = Desired::new(&self.config, &self.registry, self.underlay_mtu);
-        // Pods that run already were given the old MTU: it may shrink, but does not grow again.
-        desired.mtu = desired.mtu.min(self.desired.mtu);
+        let checked = self.underlay.check(&self.netlink, &self.config, &self.registry).await;
+        if let Err(error) = checked {
+            tracing::warn!(%error, "the MTU of the underlay is not known");
+        }
+        let desired = Desired::new(&self.config, &self.registry, self.underlay.mtu());
+        tracing::info!(peers = desired.peers.len(), "node records have changed");
+        self.follow(desired).await;
+    }
+
+    /// Makes `desired` the state of this node.
+    async fn follow(&mut self, mut desired: Desired) {
         if let Some(problem) = desired.problem() {
+            let problem = self.underlay.explain(problem, &desired);
             tracing::error!(problem, "the node records need what this node cannot give");
         }
-        tracing::info!(peers = desired.peers.len(), "node records have changed");
+        // The kernel takes IPv6 from an interface of less than 1280 bytes. Path MTU discovery finds out
+        // what passes.
+        if desired.mtu_problem().is_some() {
+            desired.mtu = desired.mtu.max(self.desired.mtu);
+        }
+        if desired.mtu != self.desired.mtu {
+            let (from, to) = (self.desired.mtu, desired.mtu);
+            tracing::info!(from, to, underlay = %self.underlay, "mtu of the overlay changes");
+        }
         self.desired = desired;
         // The data process first: a route to a node that it does not know yet loses packets.
         self.publish_and_wait().await;

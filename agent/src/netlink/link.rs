@@ -1,7 +1,9 @@
 //! Links: look up, set, delete.
 
 use futures_util::TryStreamExt;
-use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
+use rtnetlink::packet_route::link::{
+    AfSpecInet6, AfSpecUnspec, InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+};
 use rtnetlink::{LinkMessageBuilder, LinkUnspec};
 
 use super::{Netlink, NetlinkError};
@@ -19,6 +21,9 @@ pub struct Link {
     pub alias: String,
     /// MTU in bytes.
     pub mtu: u32,
+    /// MTU of IPv6 packets in bytes (`net.ipv6.conf.<name>.mtu`), which router advertisements lower;
+    /// `None` if the link has no IPv6.
+    pub ipv6_mtu: Option<u32>,
     /// Length of the transmit queue in packets.
     pub txqueuelen: u32,
     /// Hardware address, empty where there is none.
@@ -47,6 +52,7 @@ impl From<LinkMessage> for Link {
                 LinkAttribute::IfAlias(alias) => link.alias = alias,
                 LinkAttribute::Mtu(mtu) => link.mtu = mtu,
                 LinkAttribute::Address(mac) => link.mac = mac,
+                LinkAttribute::AfSpecUnspec(families) => link.ipv6_mtu = ipv6_mtu(&families),
                 LinkAttribute::TxQueueLen(length) => link.txqueuelen = length,
                 LinkAttribute::LinkInfo(infos) => {
                     link.kind = infos.into_iter().find_map(|info| match info {
@@ -60,6 +66,18 @@ impl From<LinkMessage> for Link {
         }
         link
     }
+}
+
+/// The IPv6 MTU among the settings of a link's address families.
+fn ipv6_mtu(families: &[AfSpecUnspec]) -> Option<u32> {
+    let settings = families.iter().filter_map(|family| match family {
+        AfSpecUnspec::Inet6(settings) => Some(settings),
+        _ => None,
+    });
+    settings.flatten().find_map(|setting| match setting {
+        AfSpecInet6::DevConf(config) => u32::try_from(config.mtu6).ok(),
+        _ => None,
+    })
 }
 
 impl std::fmt::Display for Link {

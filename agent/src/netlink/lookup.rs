@@ -5,10 +5,10 @@ use std::net::IpAddr;
 use futures_util::TryStreamExt;
 use rtnetlink::RouteMessageBuilder;
 use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteProtocol, RouteType,
+    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteType,
 };
 
-use super::route::{PROTOCOL, address};
+use super::route::{PROTOCOL, address, mtu};
 use super::{Netlink, NetlinkError};
 
 /// The kernel's answer for one destination.
@@ -36,6 +36,7 @@ impl Lookup {
         let mut lookup = Self {
             local: header.kind == RouteType::Local,
             skein: header.protocol == RouteProtocol::Other(PROTOCOL),
+            mtu: mtu(message),
             refused: match header.kind {
                 RouteType::Unreachable => Some("unreachable".to_owned()),
                 RouteType::BlackHole => Some("blackhole".to_owned()),
@@ -50,12 +51,6 @@ impl Lookup {
                 RouteAttribute::Oif(index) => lookup.interface = Some(*index),
                 RouteAttribute::Gateway(gateway) => lookup.gateway = address(gateway),
                 RouteAttribute::PrefSource(source) => lookup.source = address(source),
-                RouteAttribute::Metrics(metrics) => {
-                    lookup.mtu = metrics.iter().find_map(|metric| match metric {
-                        RouteMetric::Mtu(mtu) => Some(*mtu),
-                        _ => None,
-                    });
-                }
                 _ => {}
             }
         }
@@ -71,30 +66,68 @@ impl Netlink {
         to: IpAddr,
         incoming: Option<(IpAddr, u32)>,
     ) -> Result<Lookup, NetlinkError> {
-        let what = format!("look up the route to {to}");
-        let wrong = |error: String| NetlinkError {
-            what: what.clone(),
-            source: std::io::Error::other(error),
-        };
-        let bits = if to.is_ipv4() { 32 } else { 128 };
-        let builder = RouteMessageBuilder::<IpAddr>::new().destination_prefix(to, bits);
-        let mut message = builder.map_err(|error| wrong(error.to_string()))?.build();
-        // The answer's business; strict checking refuses them in a question.
-        message.header.table = 0;
-        message.header.protocol = RouteProtocol::Unspec;
-        message.header.scope = 0.into();
-        message.header.kind = RouteType::Unspec;
-        if let Some((from, interface)) = incoming {
-            message.header.source_prefix_length = bits;
-            message.attributes.push(RouteAttribute::Source(match from {
-                IpAddr::V4(ip) => RouteAddress::Inet(ip),
-                IpAddr::V6(ip) => RouteAddress::Inet6(ip),
-            }));
-            message.attributes.push(RouteAttribute::Iif(interface));
+        let mut message = request(to, incoming.map(|(from, _)| from))?;
+        message.attributes.extend(incoming.map(|(_, interface)| RouteAttribute::Iif(interface)));
+        let answer = self.answer(to, message).await?;
+        Ok(Lookup::parse(&answer))
+    }
+
+    /// The route of the routing tables (policy rules included) for packets of this machine to `to`, with
+    /// all its next hops and without what was learnt from ICMP; `from`: their source. `None` if there is
+    /// no route.
+    ///
+    /// # Errors
+    /// The request cannot be sent, or its answer cannot be read.
+    pub(super) async fn table_route(
+        &self,
+        to: IpAddr,
+        from: Option<IpAddr>,
+    ) -> Result<Option<RouteMessage>, NetlinkError> {
+        let mut message = request(to, from)?;
+        message.header.flags = RouteFlags::FibMatch;
+        match self.answer(to, message).await {
+            Ok(answer) => Ok(Some(answer)),
+            // Each kind of route that leads nowhere has an error of its own.
+            Err(error) if error.errno().is_some() => Ok(None),
+            Err(error) => Err(error),
         }
+    }
+
+    async fn answer(
+        &self,
+        to: IpAddr,
+        message: RouteMessage,
+    ) -> Result<RouteMessage, NetlinkError> {
         let answers = self.handle.route().get(message).execute().try_collect::<Vec<_>>().await;
-        let answers = answers.map_err(|error| NetlinkError::new(&what, error))?;
-        let first = answers.first().ok_or_else(|| wrong("no answer".to_owned()))?;
-        Ok(Lookup::parse(first))
+        let answers = answers
+            .map_err(|error| NetlinkError::new(format_args!("look up the route to {to}"), error))?;
+        answers.into_iter().next().ok_or_else(|| wrong(to, "no answer".to_owned()))
+    }
+}
+
+/// A request for the route to `to`; `from`: source of the packets.
+fn request(to: IpAddr, from: Option<IpAddr>) -> Result<RouteMessage, NetlinkError> {
+    let bits = if to.is_ipv4() { 32 } else { 128 };
+    let builder = RouteMessageBuilder::<IpAddr>::new().destination_prefix(to, bits);
+    let mut message = builder.map_err(|error| wrong(to, error.to_string()))?.build();
+    // The answer's business; strict checking refuses them in a question.
+    message.header.table = 0;
+    message.header.protocol = RouteProtocol::Unspec;
+    message.header.scope = 0.into();
+    message.header.kind = RouteType::Unspec;
+    if let Some(from) = from {
+        message.header.source_prefix_length = bits;
+        message.attributes.push(RouteAttribute::Source(match from {
+            IpAddr::V4(ip) => RouteAddress::Inet(ip),
+            IpAddr::V6(ip) => RouteAddress::Inet6(ip),
+        }));
+    }
+    Ok(message)
+}
+
+fn wrong(to: IpAddr, error: String) -> NetlinkError {
+    NetlinkError {
+        what: format!("look up the route to {to}"),
+        source: std::io::Error::other(error),
     }
 }

@@ -9,6 +9,7 @@ pub mod interface;
 pub mod link;
 pub mod lookup;
 pub mod monitor;
+mod next_hop;
 pub mod pod;
 pub mod provisional;
 pub mod route;

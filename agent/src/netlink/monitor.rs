@@ -1,4 +1,4 @@
-//! Notice when somebody changes the interface, its addresses or its routes.
+//! Notice when somebody changes the interface, its addresses or its routes; and when the underlay changes.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -13,13 +13,15 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
 use super::NetlinkError;
+use super::pod::HOST_PREFIX;
 use super::route::PROTOCOL;
 
-/// Listens to the kernel's announcements about one interface.
+/// Listens to the kernel's announcements about one interface, and about the underlay.
 #[derive(Debug)]
 pub struct Monitor {
     index: Arc<AtomicU32>,
     changed: Arc<Notify>,
+    underlay: Arc<Notify>,
     tasks: [JoinHandle<()>; 2],
 }
 
@@ -32,21 +34,31 @@ impl Monitor {
             MulticastGroup::Ipv6Ifaddr,
             MulticastGroup::Ipv4Route,
             MulticastGroup::Ipv6Route,
+            // Router advertisements change the IPv6 MTU of a link.
+            MulticastGroup::Ipv6Ifinfo,
+            MulticastGroup::Ipv4Rule,
+            MulticastGroup::Ipv6Rule,
         ])
         .map_err(|source| NetlinkError { what: "subscribe to rtnetlink".to_owned(), source })?;
         let index = Arc::new(AtomicU32::new(0));
         let changed = Arc::new(Notify::new());
-        let (seen, notify, name) = (Arc::clone(&index), Arc::clone(&changed), name.to_owned());
+        let underlay = Arc::new(Notify::new());
+        let (seen, name) = (Arc::clone(&index), name.to_owned());
+        let (notify, notify_underlay) = (Arc::clone(&changed), Arc::clone(&underlay));
         let filter = async move {
             while let Some((message, _)) = messages.next().await {
-                if let NetlinkPayload::InnerMessage(message) = message.payload
-                    && concerns(&message, &name, seen.load(Ordering::Relaxed))
-                {
+                let NetlinkPayload::InnerMessage(message) = message.payload else { continue };
+                let index = seen.load(Ordering::Relaxed);
+                if concerns(&message, &name, index) {
                     notify.notify_one();
+                }
+                if concerns_underlay(&message, &name, index) {
+                    notify_underlay.notify_one();
                 }
             }
         };
-        Ok(Self { index, changed, tasks: [tokio::spawn(connection), tokio::spawn(filter)] })
+        let tasks = [tokio::spawn(connection), tokio::spawn(filter)];
+        Ok(Self { index, changed, underlay, tasks })
     }
 
     /// Tells which interface is meant now.
@@ -57,6 +69,12 @@ impl Monitor {
     /// Waits until something has been announced since the last call.
     pub async fn changed(&self) {
         self.changed.notified().await;
+    }
+
+    /// Waits until a link, an address, a route or a policy rule that may be of the underlay has been
+    /// announced since the last call.
+    pub async fn underlay_changed(&self) {
+        self.underlay.notified().await;
     }
 }
 
@@ -80,6 +98,27 @@ fn concerns(message: &RouteNetlinkMessage, name: &str, index: u32) -> bool {
         RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route) => {
             ours(route, index)
         }
+        _ => false,
+    }
+}
+
+/// True unless the message is about the overlay's own interface, a pod's, or a route of Skein.
+fn concerns_underlay(message: &RouteNetlinkMessage, overlay: &str, index: u32) -> bool {
+    match message {
+        RouteNetlinkMessage::NewLink(link) | RouteNetlinkMessage::DelLink(link) => {
+            let ours = |attribute: &LinkAttribute| match attribute {
+                LinkAttribute::IfName(name) => name == overlay || name.starts_with(HOST_PREFIX),
+                _ => false,
+            };
+            link.header.index != index && !link.attributes.iter().any(ours)
+        }
+        RouteNetlinkMessage::NewAddress(address) | RouteNetlinkMessage::DelAddress(address) => {
+            address.header.index != index
+        }
+        RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route) => {
+            route.header.protocol != RouteProtocol::Other(PROTOCOL)
+        }
+        RouteNetlinkMessage::NewRule(_) | RouteNetlinkMessage::DelRule(_) => true,
         _ => false,
     }
 }

@@ -64,14 +64,7 @@ impl Route {
             RouteAttribute::PrefSource(source) => address(source),
             _ => None,
         });
-        let mtu = message.attributes.iter().find_map(|attribute| match attribute {
-            RouteAttribute::Metrics(metrics) => metrics.iter().find_map(|metric| match metric {
-                RouteMetric::Mtu(mtu) => Some(*mtu),
-                _ => None,
-            }),
-            _ => None,
-        });
-        Some(Self { destination, interface, source, mtu })
+        Some(Self { destination, interface, source, mtu: mtu(message) })
     }
 }
 
@@ -97,6 +90,17 @@ fn parse(message: &RouteMessage) -> Option<(IpNet, u32)> {
     Some((IpNet::new(destination, header.destination_prefix_length).ok()?, interface?))
 }
 
+/// MTU of a route in bytes; `None` if the route has none of its own.
+pub(super) fn mtu(message: &RouteMessage) -> Option<u32> {
+    message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Metrics(metrics) => metrics.iter().find_map(|metric| match metric {
+            RouteMetric::Mtu(mtu) => Some(*mtu),
+            _ => None,
+        }),
+        _ => None,
+    })
+}
+
 pub(super) fn address(address: &RouteAddress) -> Option<IpAddr> {
     match address {
         RouteAddress::Inet(ip) => Some(IpAddr::V4(*ip)),
@@ -117,12 +121,16 @@ impl Netlink {
         Ok(routes)
     }
 
-    /// Indices of the interfaces by which default routes of the main table lead, whoever made them.
-    pub async fn default_interfaces(&self) -> Result<Vec<u32>, NetlinkError> {
-        let messages = self.dump_routes(&RouteMessage::default()).await?;
-        let default = |message: &&RouteMessage| message.header.destination_prefix_length == 0;
-        let interface = |message| parse(message).map(|(_, interface)| interface);
-        Ok(messages.iter().filter(default).filter_map(interface).collect())
+    /// Unicast default routes of the main table, of both families.
+    pub(super) async fn default_routes(&self) -> Result<Vec<RouteMessage>, NetlinkError> {
+        let mut messages = self.dump_routes(&RouteMessage::default()).await?;
+        // Kernels without strict checking answer with the routes of all tables.
+        messages.retain(|RouteMessage { header, .. }| {
+            header.destination_prefix_length == 0
+                && header.table == RouteHeader::RT_TABLE_MAIN
+                && header.kind == RouteType::Unicast
+        });
+        Ok(messages)
     }
 
     /// Routes of the main table of both families, of those that the kernel takes for `filter`'s.

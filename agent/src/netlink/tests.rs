@@ -332,34 +332,6 @@ fn a_deleted_interface_is_announced_and_made_again() {
 }
 
 #[test]
-fn the_underlays_mtu_is_that_of_its_interface() {
-    in_namespace(|| async {
-        let netlink = Netlink::connect().unwrap();
-        let mtu = async |address: &str| {
-            netlink.underlay_mtu(&[address.parse().unwrap()], "sk-test").await.unwrap()
-        };
-        assert_eq!(mtu("0.0.0.0").await, 1500, "nothing is known");
-        for (name, mtu, address) in [
-            ("ua", 9000, "192.0.2.1/24"),
-            ("ub", 1400, "198.51.100.1/24"),
-            ("uc", 1500, "203.0.113.1/24"),
-        ] {
-            ip(&format!("link add dev {name} mtu {mtu} type bridge"));
-            ip(&format!("link set {name} up"));
-            ip(&format!("address add {address} dev {name}"));
-        }
-        assert_eq!(mtu("192.0.2.1").await, 9000);
-        assert_eq!(mtu("198.51.100.1").await, 1400);
-        assert_eq!(mtu("0.0.0.0").await, 1400, "the smallest of those that are up");
-        ip("route add default via 203.0.113.254");
-        assert_eq!(mtu("0.0.0.0").await, 1500, "that of the default route");
-        ip("link add dev sk-test mtu 1300 type bridge");
-        ip("link set sk-test up");
-        assert_eq!(mtu("::").await, 1400, "not the overlay's own");
-    });
-}
-
-#[test]
 fn deleting_what_is_gone_is_no_error() {
     in_namespace(|| async {
         let netlink = Netlink::connect().unwrap();

@@ -1,62 +1,179 @@
-//! The MTU of the underlay.
+//! The MTU of the underlay: that of the narrowest device by which datagrams for the peers leave.
 
-use std::net::IpAddr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 
-use futures_util::TryStreamExt;
 use rtnetlink::packet_route::AddressFamily;
-use rtnetlink::packet_route::route::{RouteAttribute, RouteHeader, RouteMessage};
+use rtnetlink::packet_route::route::{RouteMessage, RouteType};
 
 use super::link::Link;
+use super::pod::HOST_PREFIX;
+use super::route::mtu;
 use super::{Netlink, NetlinkError};
 
-/// What Ethernet carries, where nothing better is known.
-const ETHERNET_MTU: u32 = 1500;
+/// Bytes that Ethernet carries, assumed while no device leads to a peer.
+pub const ETHERNET_MTU: u32 = 1500;
 
-impl Netlink {
-    /// The smallest MTU, in bytes, of the interfaces that hold `addresses`; for an unspecified
-    /// address, of those with a default route, or else of every interface that is up. `except` is
-    /// the overlay's own interface.
-    pub async fn underlay_mtu(
-        &self,
-        addresses: &[IpAddr],
-        except: &str,
-    ) -> Result<u32, NetlinkError> {
-        let links: Vec<_> =
-            self.links().await?.into_iter().filter(|link| link.name != except).collect();
-        let held = self.addresses(None).await?;
-        let mut indices = Vec::new();
-        for address in addresses {
-            if address.is_unspecified() {
-                indices.extend(self.default_route_interfaces(*address).await?);
-            } else {
-                let holders = held.iter().filter(|held| held.net.addr() == *address);
-                indices.extend(holders.map(|held| held.index));
-            }
-        }
-        let smallest = |wanted: &dyn Fn(&Link) -> bool| {
-            links.iter().filter(|link| wanted(link)).map(|link| link.mtu).min()
-        };
-        Ok(smallest(&|link| indices.contains(&link.index))
-            .or_else(|| smallest(&|link| link.up && !link.loopback))
-            .unwrap_or(ETHERNET_MTU))
+/// The nodes that an underlay joins.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Underlay {
+    /// Listening addresses of this node; unspecified ones stand for all of their family.
+    pub addresses: Vec<IpAddr>,
+    /// Endpoints of the peers.
+    pub peers: BTreeSet<SocketAddr>,
+    /// Endpoints of this node.
+    pub own: BTreeSet<SocketAddr>,
+    /// Name of the overlay's interface, which is never a device of the underlay.
+    pub overlay: String,
+}
+
+/// MTU of an underlay, and the device that decides it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnderlayMtu {
+    /// Bytes.
+    pub mtu: u32,
+    /// Name of the device.
+    pub interface: String,
+}
+
+/// A device by which datagrams may leave.
+#[derive(Debug, Clone, Copy)]
+struct Way {
+    /// Index of the device.
+    device: u32,
+    /// MTU of the route in bytes, if it has one of its own.
+    mtu: Option<u32>,
+    /// Whether the datagrams are of IPv6.
+    ipv6: bool,
+}
+
+impl Underlay {
+    fn listens(&self, ip: IpAddr) -> bool {
+        self.addresses.iter().any(|address| address.is_ipv4() == ip.is_ipv4())
     }
 
-    async fn default_route_interfaces(&self, family: IpAddr) -> Result<Vec<u32>, NetlinkError> {
-        let mut filter = RouteMessage::default();
-        filter.header.address_family = match family {
-            IpAddr::V4(_) => AddressFamily::Inet,
-            IpAddr::V6(_) => AddressFamily::Inet6,
-        };
-        filter.header.table = RouteHeader::RT_TABLE_MAIN;
-        let routes = self.handle.route().get(filter).execute().try_collect::<Vec<_>>().await;
-        let routes = routes.map_err(|error| NetlinkError::new("list routes", error))?;
-        let default = routes.iter().filter(|route| route.header.destination_prefix_length == 0);
-        let attributes = default.flat_map(|route| &route.attributes);
-        Ok(attributes
-            .filter_map(|attribute| match attribute {
-                RouteAttribute::Oif(index) => Some(*index),
-                _ => None,
-            })
-            .collect())
+    /// The source of datagrams to `ip`, if the configuration sets one.
+    fn source(&self, ip: IpAddr) -> Option<IpAddr> {
+        let mut addresses = self.addresses.iter().copied();
+        addresses.find(|own| own.is_ipv4() == ip.is_ipv4() && !own.is_unspecified())
     }
 }
+
+impl Netlink {
+    /// The MTU of the underlay: the smallest of the devices, and of the routes, that lead to the peers'
+    /// endpoints. If none leads to a peer: that of the devices with the listening addresses and with
+    /// default routes, or else of those with this node's own endpoints. Every next hop of a multipath route
+    /// counts. The overlay's interface and pods' interfaces never count. `None` if no device is left.
+    ///
+    /// # Errors
+    /// The kernel does not list its links, addresses or routes.
+    pub async fn underlay_mtu(
+        &self,
+        underlay: &Underlay,
+    ) -> Result<Option<UnderlayMtu>, NetlinkError> {
+        let links = self.links().await?.into_iter();
+        let links = links
+            .filter(|link| link.name != underlay.overlay && !link.name.starts_with(HOST_PREFIX));
+        let links: BTreeMap<_, _> = links.map(|link| (link.index, link)).collect();
+        if let found @ Some(_) = narrowest(&links, &self.ways_to_peers(underlay).await?) {
+            return Ok(found);
+        }
+        let mut ways = self.default_ways(underlay).await?;
+        let specified = underlay.addresses.iter().filter(|ip| !ip.is_unspecified()).copied();
+        ways.extend(self.holders(&specified.collect()).await?);
+        if let found @ Some(_) = narrowest(&links, &ways) {
+            return Ok(found);
+        }
+        let own = underlay.own.iter().map(|endpoint| endpoint.ip().to_canonical());
+        let ways = self.holders(&own.filter(|ip| underlay.listens(*ip)).collect()).await?;
+        Ok(narrowest(&links, &ways))
+    }
+
+    async fn ways_to_peers(&self, underlay: &Underlay) -> Result<Vec<Way>, NetlinkError> {
+        let mut ways = Vec::new();
+        let mut asked = BTreeSet::new();
+        for endpoint in &underlay.peers {
+            let ip = endpoint.ip().to_canonical();
+            if !underlay.listens(ip) {
+                continue;
+            }
+            match endpoint {
+                // The scope of a link-local address is its device.
+                SocketAddr::V6(v6) if v6.scope_id() != 0 => {
+                    ways.push(Way { device: v6.scope_id(), mtu: None, ipv6: true });
+                }
+                _ if asked.insert(ip) => {
+                    if let Some(route) = self.table_route(ip, underlay.source(ip)).await? {
+                        ways.extend(self.ways(&route)?);
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(ways)
+    }
+
+    async fn default_ways(&self, underlay: &Underlay) -> Result<Vec<Way>, NetlinkError> {
+        let unspecified = |ipv4| {
+            let mut addresses = underlay.addresses.iter();
+            addresses.any(|ip| ip.is_unspecified() && ip.is_ipv4() == ipv4)
+        };
+        let mut ways = Vec::new();
+        for route in self.default_routes().await? {
+            if unspecified(route.header.address_family == AddressFamily::Inet) {
+                ways.extend(self.ways(&route)?);
+            }
+        }
+        Ok(ways)
+    }
+
+    fn ways(&self, route: &RouteMessage) -> Result<Vec<Way>, NetlinkError> {
+        if route.header.kind != RouteType::Unicast {
+            return Ok(Vec::new());
+        }
+        let ipv6 = route.header.address_family == AddressFamily::Inet6;
+        let way = |device| Way { device, mtu: mtu(route), ipv6 };
+        Ok(self.devices(route)?.into_iter().map(way).collect())
+    }
+
+    /// Devices that hold these addresses.
+    async fn holders(&self, addresses: &BTreeSet<IpAddr>) -> Result<Vec<Way>, NetlinkError> {
+        let held = self.addresses(None).await?.into_iter();
+        let holders = held.filter(|held| addresses.contains(&held.net.addr()));
+        let way = |held: super::address::Address| Way {
+            device: held.index,
+            mtu: None,
+            ipv6: held.net.addr().is_ipv6(),
+        };
+        Ok(holders.map(way).collect())
+    }
+
+    /// Indices of the interfaces by which default routes of the main table lead, whoever made them. An
+    /// interface that cannot be told is 0.
+    ///
+    /// # Errors
+    /// The kernel does not list its routes.
+    pub async fn default_interfaces(&self) -> Result<Vec<u32>, NetlinkError> {
+        let mut interfaces = Vec::new();
+        for route in self.default_routes().await? {
+            // This namespace may not be the one of the thread, in which nexthop objects are looked up.
+            let devices = super::next_hop::named_devices(&route);
+            interfaces.extend(if devices.is_empty() { vec![0] } else { devices });
+        }
+        Ok(interfaces)
+    }
+}
+
+/// The way with the smallest MTU, among those by `links`.
+fn narrowest(links: &BTreeMap<u32, Link>, ways: &[Way]) -> Option<UnderlayMtu> {
+    let found = ways.iter().filter_map(|way| {
+        let link = links.get(&way.device)?;
+        let limits = [way.mtu, link.ipv6_mtu.filter(|_| way.ipv6)];
+        let mtu = limits.into_iter().flatten().fold(link.mtu, u32::min);
+        Some(UnderlayMtu { mtu, interface: link.name.clone() })
+    });
+    found.min_by(|a, b| (a.mtu, &a.interface).cmp(&(b.mtu, &b.interface)))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,125 @@
+//! The MTU of the underlay over time: checked at start, when the node records change, after
+//! announcements of the kernel, and from time to time.
+
+use std::fmt;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::Controller;
+use super::desired::Desired;
+use super::registry::Registry;
+use crate::config::Config;
+use crate::netlink::underlay::{ETHERNET_MTU, Underlay, UnderlayMtu};
+use crate::netlink::{Netlink, NetlinkError};
+
+/// Delay between an announcement of the kernel and the check, so that one check follows several.
+const CHECK_DELAY: Duration = Duration::from_millis(100);
+/// Least time between two checks: a routing daemon may change thousands of routes.
+const MIN_CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// Most time between two checks: the kernel loses announcements when it has many.
+const MAX_CHECK_INTERVAL: Duration = Duration::from_secs(60);
+
+/// The MTU of the underlay, and the time of the next check.
+#[derive(Debug, Default)]
+pub(super) struct UnderlayWatch {
+    found: Option<UnderlayMtu>,
+    checked: Option<Instant>,
+    due: Option<Instant>,
+    /// Whether the log has the warning that no device was found.
+    warned: bool,
+}
+
+impl UnderlayWatch {
+    /// The MTU in bytes that was found last; that of Ethernet if none was found yet.
+    pub(super) fn mtu(&self) -> u32 {
+        self.found.as_ref().map_or(ETHERNET_MTU, |found| found.mtu)
+    }
+
+    /// A problem of `desired`, with the device that decides the MTU if the MTU is too small.
+    pub(super) fn explain(&self, problem: String, desired: &Desired) -> String {
+        match self.checked.is_some() && desired.mtu_problem().is_some() {
+            true => format!("{problem} (underlay: {self})"),
+            false => problem,
+        }
+    }
+
+    /// Notes an announcement of the kernel: a check becomes due.
+    pub(super) fn changed(&mut self) {
+        let earliest = self.checked.map(|checked| checked + MIN_CHECK_INTERVAL);
+        self.due = earliest.max(Some(Instant::now() + CHECK_DELAY));
+    }
+
+    /// True while a check is due because of an announcement.
+    pub(super) fn is_due(&self) -> bool {
+        self.due.is_some()
+    }
+
+    /// Time of the next check; `None` if the configuration sets the overlay's MTU.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.due.or(self.checked.map(|checked| checked + MAX_CHECK_INTERVAL))
+    }
+
+    /// Asks the kernel; returns true if the MTU is another. Keeps the MTU that was found before if no
+    /// device leads to the peers now. Does nothing if the configuration sets the overlay's MTU.
+    ///
+    /// # Errors
+    /// The kernel does not list its links, addresses or routes. The MTU stays the one before.
+    pub(super) async fn check(
+        &mut self,
+        netlink: &Netlink,
+        config: &Config,
+        registry: &Registry,
+    ) -> Result<bool, NetlinkError> {
+        self.due = None;
+        if config.interface.mtu.is_some() {
+            return Ok(false);
+        }
+        self.checked = Some(Instant::now());
+        let endpoints = registry.peers().flat_map(|record| &record.endpoints);
+        let own = registry.own().into_iter().flat_map(|record| &record.endpoints);
+        let underlay = Underlay {
+            addresses: config.underlay.addresses.clone(),
+            peers: endpoints.copied().collect(),
+            own: own.copied().collect(),
+            overlay: config.interface.name.clone(),
+        };
+        let found = netlink.underlay_mtu(&underlay).await?;
+        if found.is_none() && !self.warned {
+            tracing::warn!(
+                mtu = self.mtu(),
+                "no device leads to a peer and there is no default route: this MTU of the underlay is \
+                 used until there is one, unless interface.mtu is set"
+            );
+        }
+        self.warned = found.is_none();
+        let before = self.mtu();
+        self.found = found.or(self.found.take());
+        Ok(self.mtu() != before)
+    }
+}
+
+impl Controller {
+    /// Follows the MTU of the underlay.
+    pub(super) async fn check_underlay(&mut self) {
+        match self.underlay.check(&self.netlink, &self.config, &self.registry).await {
+            Ok(true) => {
+                let desired = Desired::new(&self.config, &self.registry, self.underlay.mtu());
+                if desired != self.desired {
+                    self.follow(desired).await;
+                }
+            }
+            Ok(false) => {}
+            Err(error) => tracing::warn!(%error, "the MTU of the underlay is not known"),
+        }
+    }
+}
+
+impl fmt::Display for UnderlayWatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.found {
+            Some(UnderlayMtu { mtu, interface }) => write!(f, "{interface}, {mtu} bytes"),
+            None => write!(f, "assumed, {ETHERNET_MTU} bytes"),
+        }
+    }
+}
