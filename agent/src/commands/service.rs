@@ -27,6 +27,9 @@ pub(crate) fn run(config: &ConfigArgs, mode: Option<Mode>, take_over: bool) -> R
     logging::start(&config.log);
     let shown = serde_json::to_string(&config).context("cannot print the configuration")?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %shown, "starting");
+    for note in &config.notes {
+        tracing::warn!("{note}");
+    }
     tracing::info!(capabilities = ?rights, "capabilities given up but for these");
     match runtime()?.block_on(control::run(config, take_over))? {
         Ended::Asked => Ok(()),
@@ -88,6 +91,12 @@ pub(crate) struct UninstallArgs {
     /// The agents' DaemonSet
     #[arg(long)]
     daemonset: String,
+    /// A ConfigMap of the agents' Helm release, read if the DaemonSet is gone
+    #[arg(long)]
+    configmap: Option<String>,
+    /// Uninstall also if no Helm release owns the DaemonSet
+    #[arg(long)]
+    without_helm: bool,
     /// Labels of its pods, as key=value,key=value
     #[arg(long)]
     selector: String,
@@ -106,11 +115,13 @@ pub(crate) fn uninstall(options: &UninstallArgs) -> Result<(), Failure> {
     let options = uninstall::Options {
         namespace: &options.namespace,
         daemonset: &options.daemonset,
+        configmap: options.configmap.as_deref(),
+        without_helm: options.without_helm,
         selector: &options.selector,
         cleanup: &options.cleanup,
         timeout: seconds("--timeout", options.timeout)?,
         kubeconfig: options.kubeconfig.as_deref(),
     };
     let say = |text: &str| print(&format!("{text}\n")).unwrap_or_default();
-    Ok(runtime()?.block_on(uninstall::uninstall(&options, say))?)
+    runtime()?.block_on(uninstall::uninstall(&options, say))
 }

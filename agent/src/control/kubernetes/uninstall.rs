@@ -5,13 +5,22 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, ensure};
 use k8s_openapi::api::apps::v1::DaemonSet;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{ConfigMap, Pod};
 use kube::Api;
-use kube::api::{DeleteParams, ListParams, PostParams};
+use kube::api::{DeleteParams, ListParams, ObjectMeta, PostParams};
 use tokio::time::Instant;
 
 use super::client::{self, Requests};
 use super::resource::SkeinNode;
+use crate::failure::Failure;
+
+/// Annotation that Helm 3.2 and later sets on every object of a release, hooks excepted.
+const HELM_RELEASE: &str = "meta.helm.sh/release-name";
+/// Annotation that `kubectl apply` sets on every object that it writes.
+const KUBECTL_APPLY: &str = "kubectl.kubernetes.io/last-applied-configuration";
+/// Effect on the pods that are still running, for the log of the Job.
+const PODS_WARNING: &str = "warning: pods that still run lose their network and stay Terminating when \
+    deleted, until another network's CNI configuration is on their node";
 
 /// How often the cluster is looked at.
 const LOOK: Duration = Duration::from_secs(1);
@@ -25,6 +34,11 @@ pub struct Options<'a> {
     pub namespace: &'a str,
     /// Their DaemonSet.
     pub daemonset: &'a str,
+    /// ConfigMap of the same release. Its annotations name the release after an earlier attempt has
+    /// deleted the DaemonSet.
+    pub configmap: Option<&'a str>,
+    /// Uninstalls also if no Helm release owns the DaemonSet.
+    pub without_helm: bool,
     /// What selects its pods, which may be there without it.
     pub selector: &'a str,
     /// File with the manifest of the DaemonSet that cleans a node up.
@@ -36,13 +50,71 @@ pub struct Options<'a> {
 }
 
 /// Stops the agents, cleans up every node, and removes the SkeinNodes. `say` is told each step.
-pub async fn uninstall(options: &Options<'_>, say: impl Fn(&str)) -> anyhow::Result<()> {
+///
+/// # Errors
+///
+/// [`Failure::Usage`] if no Helm release owns the DaemonSet and `without_helm` is not set; nothing is
+/// changed then. [`Failure::Runtime`] if a request is refused, or if a node is not clean when `timeout`
+/// ends.
+pub async fn uninstall(options: &Options<'_>, say: impl Fn(&str)) -> Result<(), Failure> {
+    let client = client::connect(options.kubeconfig, &Requests::new().context("metrics")?).await?;
+    let end = Instant::now() + options.timeout;
+    if !options.without_helm {
+        check_release(options, &client, end).await?;
+    }
+    Ok(remove(options, &client, end, say).await?)
+}
+
+/// Refuses to uninstall what no Helm release owns: a rendered pre-delete hook that is applied like any
+/// other object starts this command right after the installation.
+async fn check_release(
+    options: &Options<'_>,
+    client: &kube::Client,
+    end: Instant,
+) -> Result<(), Failure> {
+    let (namespace, name) = (options.namespace, options.daemonset);
+    let daemonsets: Api<DaemonSet> = Api::namespaced(client.clone(), namespace);
+    let found = within(end, daemonsets.get_opt(name)).await?;
+    let found = found.with_context(|| format!("cannot read DaemonSet {name}"))?;
+    let mut metadata = found.map(|daemonset| daemonset.metadata);
+    if let (None, Some(name)) = (&metadata, options.configmap) {
+        let configmaps: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
+        let found = within(end, configmaps.get_opt(name)).await?;
+        let found = found.with_context(|| format!("cannot read ConfigMap {name}"))?;
+        metadata = found.map(|configmap| configmap.metadata);
+    }
+    let reason = match metadata {
+        None => "does not exist".to_owned(),
+        Some(metadata) if !annotated(&metadata, HELM_RELEASE) => {
+            format!("belongs to no Helm release (annotation {HELM_RELEASE})")
+        }
+        Some(metadata) if annotated(&metadata, KUBECTL_APPLY) => {
+            "was last written by kubectl apply, not by Helm".to_owned()
+        }
+        Some(_) => return Ok(()),
+    };
+    Err(Failure::Usage(format!(
+        "refused to uninstall: DaemonSet {namespace}/{name} {reason}. If the chart was rendered and \
+         applied without Helm, delete this Job and render with `helm template --no-hooks \
+         --include-crds`. To remove Skein from every node all the same, pass --without-helm (chart \
+         value cleanup.withoutHelm=true)."
+    )))
+}
+
+fn annotated(metadata: &ObjectMeta, annotation: &str) -> bool {
+    metadata.annotations.as_ref().is_some_and(|all| all.contains_key(annotation))
+}
+
+async fn remove(
+    options: &Options<'_>,
+    client: &kube::Client,
+    end: Instant,
+    say: impl Fn(&str),
+) -> anyhow::Result<()> {
     let text = std::fs::read_to_string(options.cleanup)
         .with_context(|| format!("cannot read {}", options.cleanup.display()))?;
     let cleanup: DaemonSet = serde_saphyr::from_str(&text)
         .with_context(|| format!("{} is no DaemonSet", options.cleanup.display()))?;
-    let client = client::connect(options.kubeconfig, &Requests::new()?).await?;
-    let end = Instant::now() + options.timeout;
     let daemonsets: Api<DaemonSet> = Api::namespaced(client.clone(), options.namespace);
 
     let pods: Api<Pod> = Api::namespaced(client.clone(), options.namespace);
@@ -56,14 +128,13 @@ pub async fn uninstall(options: &Options<'_>, say: impl Fn(&str)) -> anyhow::Res
         let ours = ListParams::default().labels(selector);
         let gone = wait(end, async || {
             let left = pods.list(&ours).await?.items;
-            let names: Vec<_> =
-                left.iter().filter_map(|pod| pod.metadata.name.as_deref()).collect();
-            let left = names.join(" ");
+            let left = left.iter().map(pod_on_node).collect::<Vec<_>>().join(", ");
             Ok(if left.is_empty() { Ok(()) } else { Err(format!("still there: {left}")) })
         });
         gone.await.with_context(|| format!("the pods of DaemonSet {name} do not end"))
     };
 
+    say(PODS_WARNING);
     say(&format!("stopping the agents (DaemonSet {})", options.daemonset));
     stop(end, options.daemonset, options.selector).await?;
 
@@ -90,7 +161,7 @@ pub async fn uninstall(options: &Options<'_>, say: impl Fn(&str)) -> anyhow::Res
         }
         let left = pods.list(&ListParams::default().labels(&selector)).await?.items;
         let left: Vec<_> = left.iter().filter(|pod| !is_ready(pod)).filter_map(node).collect();
-        Ok(Err(format!("not clean yet: {}", left.join(" "))))
+        Ok(Err(format!("nodes not clean yet: {}", left.join(", "))))
     });
     let cleaned = cleaned.await;
     // Also where it has failed: it would clean a node that comes back much later, when another
@@ -110,6 +181,12 @@ pub async fn uninstall(options: &Options<'_>, say: impl Fn(&str)) -> anyhow::Res
 
 fn node(pod: &Pod) -> Option<&str> {
     pod.spec.as_ref()?.node_name.as_deref()
+}
+
+/// The pod's name and its node, for error messages.
+fn pod_on_node(pod: &Pod) -> String {
+    let name = pod.metadata.name.as_deref().unwrap_or_default();
+    node(pod).map_or_else(|| name.to_owned(), |node| format!("{name} on node {node}"))
 }
 
 fn is_ready(pod: &Pod) -> bool {
@@ -141,5 +218,162 @@ async fn wait<T>(
             return Err(anyhow!("the time is over: {word}"));
         }
         tokio::time::sleep(LOOK).await;
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use axum::Router;
+    use axum::extract::{Request, State};
+    use axum::http::StatusCode;
+    use axum::response::{IntoResponse, Response};
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// An API server that holds one DaemonSet and one ConfigMap, each by its annotations, and a pod
+    /// that does not end.
+    #[derive(Default)]
+    struct FakeApi {
+        daemonset: Option<Value>,
+        configmap: Option<Value>,
+        pod: Option<Value>,
+        /// Method and path of every request that changes something.
+        writes: Mutex<Vec<String>>,
+    }
+
+    impl FakeApi {
+        fn answer(&self, request: &Request) -> Response {
+            let (method, path) = (request.method().as_str(), request.uri().path());
+            if method != "GET" {
+                self.writes.lock().unwrap().push(format!("{method} {path}"));
+            }
+            let object = |annotations: &Option<Value>| {
+                let metadata = annotations.as_ref()?;
+                Some(json!({ "metadata": { "name": "skein", "annotations": metadata } }))
+            };
+            let cleaned = json!({
+                "metadata": { "name": "skein-cleanup", "generation": 1 },
+                "status": {
+                    "observedGeneration": 1, "desiredNumberScheduled": 2, "numberReady": 2,
+                    "currentNumberScheduled": 2, "numberMisscheduled": 0,
+                },
+            });
+            let pods = json!({ "metadata": {}, "items": Vec::from_iter(&self.pod) });
+            let success = json!({ "kind": "Status", "metadata": {}, "status": "Success" });
+            let body = match (method, path.rsplit('/').next().unwrap_or_default()) {
+                ("GET", "skein") if path.contains("/daemonsets/") => object(&self.daemonset),
+                ("GET", "skein") => object(&self.configmap),
+                ("GET", "skein-cleanup") | ("POST", _) => Some(cleaned),
+                ("GET", "pods") => Some(pods),
+                _ => Some(success),
+            };
+            match body {
+                Some(body) => axum::Json(body).into_response(),
+                None => {
+                    let status = json!({
+                        "kind": "Status", "status": "Failure", "code": 404, "reason": "NotFound",
+                        "message": "not found", "metadata": {},
+                    });
+                    (StatusCode::NOT_FOUND, axum::Json(status)).into_response()
+                }
+            }
+        }
+    }
+
+    /// Uninstalls from the cluster of this API server; the result, the writes and the log.
+    async fn run(api: FakeApi, without_helm: bool) -> (Result<(), Failure>, Vec<String>, String) {
+        let api = Arc::new(api);
+        let handle =
+            |State(api): State<Arc<FakeApi>>, request: Request| async move { api.answer(&request) };
+        let router = Router::new().fallback(handle).with_state(Arc::clone(&api));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let server = listener.local_addr().unwrap();
+        let serving = tokio::spawn(async move { axum::serve(listener, router).await });
+        let directory = tempfile::tempdir().unwrap();
+        let (kubeconfig, cleanup) =
+            (directory.path().join("kubeconfig"), directory.path().join("cleanup.yaml"));
+        let cluster = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "a", "users": [],
+            "contexts": [{ "name": "a", "context": { "cluster": "a" } }],
+            "clusters": [{ "name": "a", "cluster": { "server": format!("http://{server}") } }],
+        });
+        std::fs::write(&kubeconfig, cluster.to_string()).unwrap();
+        let manifest = json!({
+            "apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": { "name": "skein-cleanup" },
+            "spec": {
+                "selector": { "matchLabels": { "a": "b" } },
+                "template": { "metadata": {}, "spec": { "containers": [] } },
+            },
+        });
+        std::fs::write(&cleanup, manifest.to_string()).unwrap();
+        let options = Options {
+            namespace: "net",
+            daemonset: "skein",
+            configmap: Some("skein"),
+            without_helm,
+            selector: "a=b",
+            cleanup: &cleanup,
+            timeout: Duration::from_secs(3),
+            kubeconfig: Some(&kubeconfig),
+        };
+        let log = Mutex::new(String::new());
+        let say = |line: &str| *log.lock().unwrap() += &format!("{line}\n");
+        let result = uninstall(&options, say).await;
+        serving.abort();
+        let writes = api.writes.lock().unwrap().clone();
+        (result, writes, log.into_inner().unwrap())
+    }
+
+    const AGENTS: &str = "DELETE /apis/apps/v1/namespaces/net/daemonsets/skein";
+
+    #[tokio::test]
+    async fn uninstall_without_helm_release_changes_nothing() {
+        let helm = json!({ HELM_RELEASE: "skein" });
+        let applied = json!({ HELM_RELEASE: "skein", KUBECTL_APPLY: "{}" });
+        for (daemonset, configmap, reason) in [
+            (Some(json!({ KUBECTL_APPLY: "{}" })), Some(helm), "belongs to no Helm release"),
+            (Some(applied), None, "was last written by kubectl apply"),
+            (None, Some(json!({})), "belongs to no Helm release"),
+            (None, None, "does not exist"),
+        ] {
+            let api = FakeApi { daemonset, configmap, ..FakeApi::default() };
+            let (result, writes, _) = run(api, false).await;
+            let Err(Failure::Usage(error)) = result else { panic!("{result:?}") };
+            assert!(error.contains(reason), "the error must say {reason:?}: {error}");
+            assert!(error.contains("--no-hooks"), "the error must name the remedy: {error}");
+            assert!(writes.is_empty(), "a refused uninstall must change nothing: {writes:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn uninstall_of_helm_release_or_with_flag_proceeds() {
+        let helm = || Some(json!({ HELM_RELEASE: "skein" }));
+        for (daemonset, configmap, without_helm) in
+            [(helm(), None, false), (None, helm(), false), (Some(json!({})), None, true)]
+        {
+            let api = FakeApi { daemonset, configmap, ..FakeApi::default() };
+            let (result, writes, log) = run(api, without_helm).await;
+            result.unwrap();
+            assert_eq!(writes.first().map(String::as_str), Some(AGENTS));
+            let last = "DELETE /apis/skein.network/v1alpha1/skeinnodes";
+            assert_eq!(writes.last().map(String::as_str), Some(last));
+            assert!(log.contains("stay Terminating"), "the log must warn about pods: {log}");
+        }
+    }
+
+    #[tokio::test]
+    async fn uninstall_with_node_down_names_the_node() {
+        let pod = json!({ "metadata": { "name": "skein-x" }, "spec": {
+            "nodeName": "node3", "containers": [],
+        } });
+        let daemonset = Some(json!({ HELM_RELEASE: "skein" }));
+        let api = FakeApi { daemonset, pod: Some(pod), ..FakeApi::default() };
+        let (result, _, _) = run(api, false).await;
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains("skein-x on node node3"), "{error}");
     }
 }
