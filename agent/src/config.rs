@@ -67,6 +67,8 @@ pub struct Config {
     pub kubernetes: Kubernetes,
     /// Logging.
     pub log: Log,
+    /// Defaults that this host cannot have, one sentence each, for the log and the status.
+    pub notes: Vec<String>,
 }
 
 /// When and how this node's key is changed.
@@ -133,6 +135,8 @@ pub struct Metrics {
     pub listen: Option<SocketAddr>,
     /// Whether to have series for each peer.
     pub per_peer: bool,
+    /// Host names that clients may ask `/metrics` by, beside addresses, `localhost` and the node's name.
+    pub hosts: Vec<String>,
 }
 
 /// The status page over HTTP.
@@ -334,13 +338,20 @@ pub fn overlap(a: &IpNet, b: &IpNet) -> bool {
     a.contains(b) || b.contains(a)
 }
 
-/// The unspecified addresses of the families that this kernel has.
-fn wildcard() -> Vec<IpAddr> {
-    let mut addresses = vec![IpAddr::V4(Ipv4Addr::UNSPECIFIED)];
-    if Path::new("/proc/net/if_inet6").exists() {
-        addresses.push(IpAddr::V6(Ipv6Addr::UNSPECIFIED));
+/// The unspecified addresses of the families for which `supported` answers true, and a note for each
+/// family that is left out.
+fn wildcard(supported: impl Fn(IpAddr) -> bool) -> (Vec<IpAddr>, Vec<String>) {
+    let all = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
+    let (addresses, absent): (Vec<_>, Vec<_>) = all.into_iter().partition(|ip| supported(*ip));
+    if addresses.is_empty() {
+        // Binding one of them says what is wrong.
+        return (all.to_vec(), Vec::new());
     }
-    addresses
+    let note = |ip: IpAddr| {
+        let family = if ip.is_ipv4() { "IPv4" } else { "IPv6" };
+        format!("underlay.addresses: this host has no {family}: {ip} is left out of the default")
+    };
+    (addresses, absent.into_iter().map(note).collect())
 }
 
 #[cfg(test)]
@@ -367,6 +378,21 @@ mod tests {
     }
 
     #[test]
+    fn default_underlay_leaves_absent_families_out() {
+        let (addresses, notes) = wildcard(|ip| ip.is_ipv4());
+        assert_eq!(addresses, [IpAddr::V4(Ipv4Addr::UNSPECIFIED)]);
+        assert_eq!(notes.len(), 1, "one family is absent: {notes:?}");
+        assert!(notes[0].contains("no IPv6") && notes[0].contains("::"), "{notes:?}");
+        let (addresses, notes) = wildcard(|_| true);
+        assert_eq!((addresses.len(), notes.len()), (2, 0));
+        let (addresses, _) = wildcard(|_| false);
+        assert_eq!(addresses.len(), 2, "binding must report a host without any family");
+        let explicit = Config::parse("[underlay]\naddresses = ['0.0.0.0', '::']").unwrap();
+        assert_eq!(explicit.underlay.addresses.len(), 2, "explicit addresses must be kept");
+        assert!(explicit.notes.is_empty());
+    }
+
+    #[test]
     fn the_reference_shows_the_defaults() {
         let reference = include_str!("../../docs/configuration.md");
         let block = reference.split("```toml").nth(1).and_then(|rest| rest.split("```").next());
@@ -374,6 +400,7 @@ mod tests {
         let mut defaults = Config::parse("name = 'node-a'").unwrap();
         defaults.dataplane.lanes = shown.dataplane.lanes;
         defaults.underlay.addresses = shown.underlay.addresses.clone();
+        defaults.notes = shown.notes.clone();
         assert_eq!(shown, defaults);
     }
 
@@ -411,6 +438,7 @@ mod tests {
             [metrics]
             listen = "off"
             per_peer = true
+            hosts = ["node-a.example"]
             [status_page]
             listen = "[::1]:9465"
             [control]
@@ -429,6 +457,7 @@ mod tests {
         assert_eq!(config.dataplane.cipher, CipherChoice::Chacha20Poly1305);
         assert_eq!(config.offload, OffloadSettings { udp_gso: false, ..OffloadSettings::ALL });
         assert_eq!(config.metrics.listen, None);
+        assert_eq!(config.metrics.hosts, ["node-a.example"]);
         assert_eq!(config.status_page.listen, Some("[::1]:9465".parse().unwrap()));
         assert_eq!(config.log.format, LogFormat::Json);
     }
@@ -477,6 +506,7 @@ mod tests {
             ("[dataplane]\nsocket = '/x'\n[control]\nsocket = '/x'", "control.socket", "its own"),
             (&format!("[control]\nsocket = '/{}'", "x".repeat(107)), "control.socket", "107"),
             ("[metrics]\nlisten = '9464'", "metrics.listen", "127.0.0.1:9464"),
+            ("[metrics]\nhosts = ['a b']", "metrics.hosts", "host name"),
             ("[status_page]\nlisten = ':9465'", "status_page.listen", "127.0.0.1:9465"),
             ("[log]\nlevel = 'a=b=c'", "log.level", "info"),
         ] {

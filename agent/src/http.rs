@@ -1,71 +1,65 @@
 //! HTTP: /metrics, /healthz and /readyz on one listener, the status page on another.
 
+mod connections;
 mod page;
 
-use std::net::{SocketAddr, TcpListener};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 
 use axum::Router;
 use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use hyper::server::conn::http1;
-use hyper_util::rt::TokioIo;
-use hyper_util::service::TowerToHyperService;
-use tokio::sync::Semaphore;
+use socket2::{Domain, Protocol, Socket, Type};
 
+use self::connections::{ConnectionLimits, accept};
 use crate::control::shared::Shared;
 use crate::failure::Failure;
 use crate::metrics;
 
-/// Binds the address that the configuration has under `key`, if there is one.
+/// Binds the address that the configuration has under `key`, if there is one. `[::]` stands for all
+/// addresses of both families, or of IPv4 on a host without IPv6.
+///
+/// # Errors
+///
+/// [`Failure::Taken`] if the port is in use, [`Failure::Usage`] if the address is not one of this
+/// host's, [`Failure::Runtime`] for any other error.
 pub fn bind(key: &str, address: Option<SocketAddr>) -> Result<Option<TcpListener>, Failure> {
     let Some(address) = address else { return Ok(None) };
-    let listener = TcpListener::bind(address).and_then(|listener| {
-        listener.set_nonblocking(true)?;
-        Ok(listener)
-    });
+    let any = address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+    let listener = match listen(address) {
+        Err(error) if any && error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
+            listen(SocketAddr::from((Ipv4Addr::UNSPECIFIED, address.port())))
+        }
+        result => result,
+    };
     listener.map(Some).map_err(|error| match error.kind() {
-        std::io::ErrorKind::AddrInUse => Failure::Taken(format!(
+        io::ErrorKind::AddrInUse => Failure::Taken(format!(
             "{key} = {address}: the port is in use: set another, or \"off\""
         )),
-        std::io::ErrorKind::AddrNotAvailable => Failure::Usage(format!(
+        io::ErrorKind::AddrNotAvailable => Failure::Usage(format!(
             "{key} = {address}: not an address of this host: set another, or \"off\""
         )),
         _ => Failure::io(format!("cannot listen on {key} = {address}"), error),
     })
 }
 
-/// Connections at once; whoever comes beyond waits in the listener's queue.
-const CONNECTIONS: usize = 64;
-/// How long a connection may take for its one request and the answer.
-const DEADLINE: Duration = Duration::from_secs(10);
-
-/// How long to wait where a connection cannot be accepted: descriptors do not come back at once.
-const AGAIN: Duration = Duration::from_millis(100);
-/// How often that is said while it lasts.
-const SAY_AGAIN: Duration = Duration::from_secs(60);
-
-/// Connections that could not be accepted: said at once, then rarely.
-#[derive(Debug, Default)]
-struct Refusals {
-    said: Option<Instant>,
-    unsaid: u64,
-}
-
-impl Refusals {
-    /// Counts one; whether it is to be said, and how many were not since the last time.
-    fn count(&mut self, now: Instant) -> Option<u64> {
-        if self.said.is_some_and(|said| now.saturating_duration_since(said) < SAY_AGAIN) {
-            self.unsaid += 1;
-            return None;
-        }
-        self.said = Some(now);
-        Some(std::mem::take(&mut self.unsaid))
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        // The default is a sysctl (net.ipv6.bindv6only). A single address is never of both families.
+        socket.set_only_v6(!address.ip().is_unspecified())?;
     }
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    socket.set_nonblocking(true)?;
+    Ok(socket.into())
 }
+
+/// Connections that wait to be accepted; the kernel's limit (net.core.somaxconn) applies, too.
+const BACKLOG: i32 = 4096;
 
 /// Serves metrics, liveness and readiness until it is aborted.
 pub async fn serve_metrics(listener: Option<TcpListener>, shared: Shared) {
@@ -80,7 +74,7 @@ pub async fn serve_page(listener: Option<TcpListener>, shared: Shared) {
 async fn serve(listener: Option<TcpListener>, router: Router) {
     let Some(listener) = listener else { return };
     match tokio::net::TcpListener::from_std(listener) {
-        Ok(listener) => accept(listener, router, DEADLINE).await,
+        Ok(listener) => accept(listener, router, ConnectionLimits::default()).await,
         Err(error) => tracing::error!(%error, "the HTTP server cannot start"),
     }
 }
@@ -93,39 +87,12 @@ fn metrics_router(shared: Shared) -> Router {
         .with_state(shared)
 }
 
-async fn accept(listener: tokio::net::TcpListener, router: Router, deadline: Duration) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
-    let mut refusals = Refusals::default();
-    loop {
-        // Fails only where the semaphore is closed, which nobody does.
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                if let Some(unsaid) = refusals.count(Instant::now()) {
-                    tracing::warn!(%error, unsaid, "cannot accept an HTTP connection");
-                }
-                tokio::time::sleep(AGAIN).await;
-                continue;
-            }
-        };
-        let service = TowerToHyperService::new(router.clone());
-        tokio::spawn(async move {
-            let _place = place;
-            let connection = http1::Builder::new()
-                // One request a connection: none is held open by somebody who asks once a minute.
-                .keep_alive(false)
-                .serve_connection(TokioIo::new(stream), service);
-            match tokio::time::timeout(deadline, connection).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::debug!(%error, "an HTTP connection failed"),
-                Err(_) => tracing::debug!("an HTTP connection took too long"),
-            }
-        });
+async fn metrics_page(State(shared): State<Shared>, headers: HeaderMap) -> Response {
+    let metrics = &shared.config.metrics;
+    if !is_own_host(&headers, &shared.config.name, &metrics.hosts) {
+        let text = "the metrics answer to an address, to localhost, to the node's name and to metrics.hosts only\n";
+        return (StatusCode::MISDIRECTED_REQUEST, text).into_response();
     }
-}
-
-async fn metrics_page(State(shared): State<Shared>) -> Response {
     let report = shared.recent_report().await;
     let input = metrics::Input {
         report,
@@ -133,7 +100,7 @@ async fn metrics_page(State(shared): State<Shared>) -> Response {
         registry: shared.registry(),
         ready: shared.readiness.reasons().is_empty(),
         key: Some(shared.key()),
-        per_peer: shared.config.metrics.per_peer,
+        per_peer: metrics.per_peer,
         requests: shared.requests().map(|requests| requests.families()).unwrap_or_default(),
         pods: match shared.pods() {
             Some(pods) => Some(metrics::Pods {
@@ -158,9 +125,25 @@ async fn readiness(State(shared): State<Shared>) -> Response {
     (StatusCode::SERVICE_UNAVAILABLE, reasons.join("\n") + "\n").into_response()
 }
 
+/// Whether the one Host header is an IP address, `localhost`, the node's name or one of `hosts`. A name
+/// that a foreign DNS server resolves to this node (DNS rebinding) is none of them.
+fn is_own_host(headers: &HeaderMap, node: &str, hosts: &[String]) -> bool {
+    let mut found = headers.get_all(header::HOST).iter();
+    let (Some(host), None) = (found.next(), found.next()) else { return false };
+    let Ok(host) = host.to_str() else { return false };
+    if let Some(v6) = host.strip_prefix('[') {
+        return v6.split(']').next().is_some_and(|v6| v6.parse::<Ipv6Addr>().is_ok());
+    }
+    let name = host.split(':').next().unwrap_or_default();
+    let mut names = ["localhost", node].into_iter().chain(hosts.iter().map(String::as_str));
+    name.parse::<Ipv4Addr>().is_ok() || names.any(|own| own.eq_ignore_ascii_case(name))
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 pub(super) mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::config::Config;
     use crate::control::rotation::RotationStatus;
@@ -170,24 +153,26 @@ pub(super) mod tests {
 
     /// An agent's state without a data process.
     pub(crate) fn shared() -> Shared {
-        let config = Config::parse("name = 'node-a'").unwrap();
+        let config = "name = 'node-a'\n[metrics]\nhosts = ['node-a.example']";
+        let config = Config::parse(config).unwrap();
         Shared::new(config, RotationStatus::of(PublicKey([1; 32])))
     }
 
     /// Serves on a port of the loopback.
-    pub(crate) async fn start(router: Router, deadline: Duration) -> SocketAddr {
+    pub(crate) async fn start(router: Router, limits: ConnectionLimits) -> SocketAddr {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        tokio::spawn(accept(listener, router, deadline));
+        tokio::spawn(accept(listener, router, limits));
         address
     }
 
-    async fn server(deadline: Duration) -> SocketAddr {
-        start(metrics_router(shared()), deadline).await
+    /// Serves the metrics' pages with these limits.
+    pub(crate) async fn server(limits: ConnectionLimits) -> SocketAddr {
+        start(metrics_router(shared()), limits).await
     }
 
-    async fn get(address: SocketAddr, path: &str) -> String {
-        ask(address, &format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n")).await
+    pub(crate) async fn get(address: SocketAddr, path: &str) -> String {
+        ask(address, &format!("GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")).await
     }
 
     /// Sends a request; the whole answer.
@@ -201,18 +186,21 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn refusals_are_said_once_a_minute_with_their_number() {
-        let start = Instant::now();
-        let mut refusals = Refusals::default();
-        let said: Vec<_> = (0..1500_u32).map(|n| refusals.count(start + n * AGAIN)).collect();
-        assert_eq!((said[0], said[1], said[599]), (Some(0), None, None));
-        assert_eq!((said[600], said[1200]), (Some(599), Some(599)));
-        assert_eq!(said.iter().flatten().count(), 3);
+    fn unspecified_ipv6_listener_takes_both_families() {
+        let listener = bind("metrics.listen", Some("[::]:0".parse().unwrap())).unwrap().unwrap();
+        let port = listener.local_addr().unwrap().port();
+        for address in ["127.0.0.1", "::1"] {
+            let address: IpAddr = address.parse().unwrap();
+            std::net::TcpStream::connect((address, port)).unwrap();
+        }
+        // An old agent on 0.0.0.0 keeps a new one on [::] out until it gives way.
+        let second = bind("metrics.listen", Some(SocketAddr::from(([0, 0, 0, 0], port))));
+        assert!(matches!(second, Err(Failure::Taken(_))), "{second:?}");
     }
 
     #[tokio::test]
     async fn pages_answer_and_connections_end() {
-        let address = server(DEADLINE).await;
+        let address = server(ConnectionLimits::default()).await;
         assert!(get(address, "/healthz").await.starts_with("HTTP/1.1 200"));
         assert!(get(address, "/readyz").await.starts_with("HTTP/1.1 200"));
         assert!(get(address, "/metrics").await.contains("skein_dataplane_up 0"));
@@ -220,20 +208,22 @@ pub(super) mod tests {
     }
 
     #[tokio::test]
-    async fn slow_clients_are_cut_off_and_keep_nobody_out_for_long() {
-        let address = server(Duration::from_millis(300)).await;
-        let mut slow = Vec::new();
-        for _ in 0..CONNECTIONS + 20 {
-            let mut stream = TcpStream::connect(address).await.unwrap();
-            stream.write_all(b"GET /hea").await.unwrap();
-            slow.push(stream);
+    async fn metrics_for_foreign_host_names_are_refused() {
+        let address = server(ConnectionLimits::default()).await;
+        let request = async |path: &str, host: &str| {
+            ask(address, &format!("GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n")).await
+        };
+        let own = ["192.0.2.1:9464", "[2001:db8::1]:9464", "localhost", "node-a:9464", "NODE-A"];
+        for host in own.into_iter().chain(["node-a.example:9464"]) {
+            let answer = request("/metrics", host).await;
+            assert!(answer.starts_with("HTTP/1.1 200"), "{host}: {answer}");
         }
-        assert!(get(address, "/healthz").await.starts_with("HTTP/1.1 200"));
-        for mut stream in slow {
-            let mut rest = Vec::new();
-            let end = tokio::time::timeout(Duration::from_secs(5), stream.read_to_end(&mut rest));
-            // Closed, or reset with what it had not read.
-            let _ = end.await.expect("the connection was not cut off");
+        for host in ["evil.example", "node-a.evil.example:9464", "192.0.2.1.evil.example"] {
+            let answer = request("/metrics", host).await;
+            assert!(answer.starts_with("HTTP/1.1 421"), "{host}: {answer}");
+            assert!(!answer.contains("skein_"), "{host}: a refused request must get no metrics");
+            let health = request("/healthz", host).await;
+            assert!(health.starts_with("HTTP/1.1 200"), "health holds no information: {health}");
         }
     }
 }

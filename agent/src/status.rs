@@ -38,6 +38,7 @@ fn header(now: &Document) -> String {
         false => items.join(" "),
     };
     let strings = |items: &[ipnet::IpNet]| items.iter().map(ToString::to_string).collect();
+    let notes = now.notes.iter().map(|note| ("note", note.clone()));
     let interface = &now.interface;
     let addresses = interface.addresses.iter().map(ToString::to_string).collect();
     let mut lines = vec![
@@ -47,6 +48,7 @@ fn header(now: &Document) -> String {
         ("ready", if now.ready { "yes" } else { "no" }.to_owned()),
     ];
     lines.extend(now.reasons.iter().map(|reason| ("  because", reason.clone())));
+    lines.extend(notes);
     lines.push((
         "interface",
         format!("{}, MTU {}, {}", interface.name, interface.mtu, list(addresses)),

@@ -16,6 +16,7 @@ use super::{
 };
 use crate::ipc::{CipherChoice, OffloadSettings, UnderlaySettings};
 use crate::netlink::pod::HOST_PREFIX;
+use crate::sys::udp::family_supported;
 
 /// The smallest MTU that every IPv4 host takes (RFC 791), and the largest whose datagrams fit UDP.
 const MTU: std::ops::RangeInclusive<u16> = 576..=65_000;
@@ -172,11 +173,12 @@ impl Default for OffloadTable {
 struct MetricsTable {
     listen: String,
     per_peer: bool,
+    hosts: Vec<String>,
 }
 
 impl Default for MetricsTable {
     fn default() -> Self {
-        Self { listen: "127.0.0.1:9464".to_owned(), per_peer: false }
+        Self { listen: "127.0.0.1:9464".to_owned(), per_peer: false, hosts: Vec::new() }
     }
 }
 
@@ -274,6 +276,7 @@ impl File {
             }
         }
         let kubernetes = self.kubernetes.validate()?;
+        let (underlay, notes) = self.underlay.validate()?;
         if kubernetes.enabled && self.nodes.is_some() {
             return Err(Invalid(
                 "nodes: with kubernetes.enabled the records are SkeinNodes: leave nodes out"
@@ -290,7 +293,7 @@ impl File {
             pod_cidrs,
             cluster_cidrs,
             interface,
-            underlay: self.underlay.validate()?,
+            underlay,
             dataplane: self.dataplane.validate()?,
             offload: OffloadSettings {
                 tun_uso: self.offload.tun_uso,
@@ -307,6 +310,7 @@ impl File {
             cni: self.cni.validate()?,
             kubernetes,
             log: self.log.validate()?,
+            notes,
         })
     }
 }
@@ -377,10 +381,10 @@ impl InterfaceTable {
 }
 
 impl UnderlayTable {
-    fn validate(self) -> Result<UnderlaySettings, Invalid> {
-        let addresses = match &self.addresses {
-            None => wildcard(),
-            Some(texts) => addresses("underlay.addresses", texts)?,
+    fn validate(self) -> Result<(UnderlaySettings, Vec<String>), Invalid> {
+        let (addresses, notes) = match &self.addresses {
+            None => wildcard(family_supported),
+            Some(texts) => (addresses("underlay.addresses", texts)?, Vec::new()),
         };
         if addresses.is_empty() {
             return Err(Invalid(
@@ -408,12 +412,13 @@ impl UnderlayTable {
                 return Err(Invalid(text));
             }
         }
-        Ok(UnderlaySettings {
+        let settings = UnderlaySettings {
             addresses,
             port: self.port,
             receive_buffer: self.receive_buffer,
             send_buffer: self.send_buffer,
-        })
+        };
+        Ok((settings, notes))
     }
 }
 
@@ -441,9 +446,17 @@ impl DataplaneTable {
 
 impl MetricsTable {
     fn validate(self) -> Result<Metrics, Invalid> {
+        let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
+        let wrong = |host: &&String| host.is_empty() || !host.chars().all(allowed);
+        if let Some(host) = self.hosts.iter().find(wrong) {
+            return Err(Invalid(format!(
+                "metrics.hosts: {host:?} is not a host name: use letters, digits, '-', '.' and '_'"
+            )));
+        }
         Ok(Metrics {
             listen: listen("metrics.listen", &self.listen, 9464)?,
             per_peer: self.per_peer,
+            hosts: self.hosts,
         })
     }
 }

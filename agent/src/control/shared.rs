@@ -82,6 +82,9 @@ pub struct Document {
     pub ready: bool,
     /// Why it is not.
     pub reasons: Vec<String>,
+    /// Defaults of the configuration that this host cannot have.
+    #[serde(default)]
+    pub notes: Vec<String>,
     /// The interface.
     pub interface: InterfaceStatus,
     /// The node records.
@@ -221,6 +224,7 @@ impl Shared {
             key,
             ready: reasons.is_empty(),
             reasons,
+            notes: self.config.notes.clone(),
             interface: view.interface.clone(),
             records: view.registry.clone(),
             dataplane: self.dataplane.get(),

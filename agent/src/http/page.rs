@@ -6,10 +6,8 @@
 
 mod peers;
 
-use std::net::{Ipv4Addr, Ipv6Addr};
-
 use axum::extract::{Query, Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -18,6 +16,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use skein_core::drop::DropReason;
 
+use super::is_own_host;
 use crate::control::history::{self, COLUMNS, Sample};
 use crate::control::registry::RejectedFile;
 use crate::control::shared::Shared;
@@ -62,7 +61,7 @@ pub(super) fn router(shared: Shared) -> Router {
 }
 
 async fn guard(State(shared): State<Shared>, request: Request, next: Next) -> Response {
-    let mut response = if is_ours(request.headers(), &shared.config.name) {
+    let mut response = if is_own_host(request.headers(), &shared.config.name, &[]) {
         next.run(request).await
     } else {
         let text = "this page answers to an address, to localhost and to the node's name only\n";
@@ -72,18 +71,6 @@ async fn guard(State(shared): State<Shared>, request: Request, next: Next) -> Re
         response.headers_mut().insert(name, HeaderValue::from_static(value));
     }
     response
-}
-
-/// Whether the Host header names what nobody else can make point here.
-fn is_ours(headers: &HeaderMap, node: &str) -> bool {
-    let mut hosts = headers.get_all(header::HOST).iter();
-    let (Some(host), None) = (hosts.next(), hosts.next()) else { return false };
-    let Ok(host) = host.to_str() else { return false };
-    if let Some(v6) = host.strip_prefix('[') {
-        return v6.split(']').next().is_some_and(|v6| v6.parse::<Ipv6Addr>().is_ok());
-    }
-    let name = host.split(':').next().unwrap_or_default();
-    name.parse::<Ipv4Addr>().is_ok() || ["localhost", node].contains(&name)
 }
 
 /// What a look at the status asks for.
@@ -308,13 +295,13 @@ mod tests {
     use std::net::SocketAddr;
 
     use super::*;
-    use crate::http::DEADLINE;
+    use crate::http::connections::ConnectionLimits;
     use crate::http::tests::{ask, shared, start};
     use crate::ipc::{DropReport, LaneReport};
     use crate::status::tests::peer;
 
     async fn server() -> SocketAddr {
-        start(router(shared()), DEADLINE).await
+        start(router(shared()), ConnectionLimits::default()).await
     }
 
     async fn get(address: SocketAddr, path: &str, host: &str) -> String {

@@ -59,6 +59,7 @@ pub(crate) fn document(inner: u64) -> Document {
         key: RotationStatus::of(PublicKey([1; 32])),
         ready: false,
         reasons: vec!["interface skein0: cannot add".to_owned()],
+        notes: vec!["underlay.addresses: no IPv6".to_owned()],
         interface: Default::default(),
         records: Default::default(),
         dataplane: Default::default(),
@@ -78,6 +79,7 @@ fn everything_is_shown() {
     assert_eq!(line(&text, "node "), ["node", "node-a", "(skein-agent", "1.2.3)"]);
     assert_eq!(line(&text, "ready"), ["ready", "no"]);
     assert_eq!(line(&text, "because")[1], "interface");
+    assert_eq!(line(&text, "note")[1..], ["underlay.addresses:", "no", "IPv6"]);
     assert_eq!(line(&text, "udp_gso")[1..3], ["degraded", "refused"]);
     assert_eq!(
         line(&text, "node-b"),

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::in_new_network_namespace;
 use super::tun::{self, TunOffload};
@@ -35,6 +35,7 @@ pub fn probe_all() -> Vec<Probe> {
         kernel(),
         capability("cap_net_admin", CAP_NET_ADMIN, true, "to make the TUN device and its routes"),
         capability("cap_sys_admin", CAP_SYS_ADMIN, false, "to enter network namespaces"),
+        ipv6(),
         result("udp_segment", false, udp::gso_supported().map(|()| "UDP_SEGMENT works".into())),
         result("udp_gro", false, udp::gro_supported().map(|()| "UDP_GRO works".into())),
         aes(),
@@ -92,6 +93,14 @@ fn capability(name: &'static str, bit: u32, required: bool, purpose: &str) -> Pr
             Err(error) => Err(format!("cannot read this process's capabilities: {error}")),
         },
     )
+}
+
+fn ipv6() -> Probe {
+    let found = match udp::family_supported(Ipv6Addr::UNSPECIFIED.into()) {
+        true => Ok("sockets can be made".into()),
+        false => Err("this host has no IPv6: the agent listens on IPv4 only".into()),
+    };
+    result("ipv6", false, found)
 }
 
 fn aes() -> Probe {

@@ -4,7 +4,7 @@
 //! own, whose ephemeral port makes its traffic a flow of its own to NICs and routers on the way.
 
 use std::io;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
 
 use socket2::{Domain, Protocol, SockFilter, Socket, Type};
@@ -147,6 +147,15 @@ pub fn gso_supported() -> Result<(), String> {
 /// Whether sockets of this host have UDP_GRO; the error says why not.
 pub fn gro_supported() -> Result<(), String> {
     probe_option(libc::UDP_GRO, 1)
+}
+
+/// Whether this host has the address family of `ip`: the kernel may be built or started without one
+/// (`ipv6.disable=1`).
+pub fn family_supported(ip: IpAddr) -> bool {
+    let domain = Domain::for_address(SocketAddr::new(ip, 0));
+    let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP));
+    // Any other error is not about the family.
+    !matches!(socket, Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT))
 }
 
 fn probe_option(option: i32, value: i32) -> Result<(), String> {

@@ -403,7 +403,11 @@ impl Agent {
 
     /// GET from its HTTP server.
     pub fn http(&self, path: &str) -> Result<crate::load::http::Answer> {
-        let address = self.text("metrics", "listen").parse().context("metrics.listen")?;
+        let mut address: std::net::SocketAddr =
+            self.text("metrics", "listen").parse().context("metrics.listen")?;
+        if address.ip().is_unspecified() {
+            address.set_ip(std::net::Ipv4Addr::LOCALHOST.into());
+        }
         let path = path.to_owned();
         Netns::run_in(&self.netns, move || crate::load::http::get(address, &path))?
     }

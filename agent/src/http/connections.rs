@@ -1,0 +1,260 @@
+//! Connections of the HTTP listeners: limits in number and time, so that a client that holds or repeats
+//! connections keeps no other client out.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::sync::Semaphore;
+
+/// Limits of one listener.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ConnectionLimits {
+    /// Connections at once. Further ones wait in the listener's queue.
+    pub(crate) connections: usize,
+    /// Connections at once from one address. Further ones are closed.
+    pub(crate) per_source: usize,
+    /// Time for the whole request header.
+    pub(crate) header_timeout: Duration,
+    /// Time for the one request and its answer.
+    pub(crate) timeout: Duration,
+}
+
+impl Default for ConnectionLimits {
+    fn default() -> Self {
+        Self {
+            connections: 64,
+            // A browser opens 6 connections for the status page.
+            per_source: 8,
+            header_timeout: Duration::from_secs(1),
+            timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+/// Delay after a connection could not be accepted: descriptors do not come back at once.
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
+/// Minimum interval of log lines about one kind of refusal.
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Refused connections of one kind, for the log: the first at once, then one line per interval.
+#[derive(Debug, Default)]
+struct Refusals {
+    said: Option<Instant>,
+    unsaid: u64,
+}
+
+impl Refusals {
+    /// Counts one refusal. Returns the number of refusals since the last log line if it is time for
+    /// another one.
+    fn count(&mut self, now: Instant) -> Option<u64> {
+        if self.said.is_some_and(|said| now.saturating_duration_since(said) < LOG_INTERVAL) {
+            self.unsaid += 1;
+            return None;
+        }
+        self.said = Some(now);
+        Some(std::mem::take(&mut self.unsaid))
+    }
+}
+
+/// Number of open connections by client address.
+#[derive(Debug, Clone, Default)]
+struct Sources(Arc<Mutex<HashMap<IpAddr, usize>>>);
+
+/// A counted connection of one client address; the count ends when this is dropped.
+#[derive(Debug)]
+struct SourcePlace {
+    sources: Sources,
+    address: IpAddr,
+}
+
+impl Sources {
+    /// Counts a connection from `address`, unless `limit` connections from there are open.
+    fn take(&self, address: IpAddr, limit: usize) -> Option<SourcePlace> {
+        let mut open = self.lock();
+        let count = open.entry(address).or_default();
+        if *count >= limit {
+            return None;
+        }
+        *count += 1;
+        drop(open);
+        Some(SourcePlace { sources: self.clone(), address })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
+        // Nothing under the lock can panic half way.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for SourcePlace {
+    fn drop(&mut self) {
+        let mut open = self.sources.lock();
+        if let Some(count) = open.get_mut(&self.address) {
+            *count -= 1;
+            if *count == 0 {
+                open.remove(&self.address);
+            }
+        }
+    }
+}
+
+/// Serves one request per connection until the task is aborted.
+pub(crate) async fn accept(
+    listener: tokio::net::TcpListener,
+    router: Router,
+    limits: ConnectionLimits,
+) {
+    let places = Arc::new(Semaphore::new(limits.connections));
+    let sources = Sources::default();
+    let (mut failed, mut refused) = (Refusals::default(), Refusals::default());
+    loop {
+        // Fails only if the semaphore is closed, which no code does.
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let (stream, client) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                if let Some(unsaid) = failed.count(Instant::now()) {
+                    tracing::warn!(%error, unsaid, "cannot accept an HTTP connection");
+                }
+                tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
+                continue;
+            }
+        };
+        // A listener of both families shows IPv4 clients by their mapped addresses.
+        let source = client.ip().to_canonical();
+        let Some(source_place) = sources.take(source, limits.per_source) else {
+            if let Some(unsaid) = refused.count(Instant::now()) {
+                let open = limits.per_source;
+                tracing::warn!(%source, open, unsaid, "HTTP connection refused: too many from one address");
+            }
+            continue;
+        };
+        let service = TowerToHyperService::new(router.clone());
+        tokio::spawn(async move {
+            let _places = (place, source_place);
+            let connection = http1::Builder::new()
+                // One request per connection: an idle client holds no connection.
+                .keep_alive(false)
+                .timer(TokioTimer::new())
+                .header_read_timeout(limits.header_timeout)
+                .serve_connection(TokioIo::new(stream), service);
+            match tokio::time::timeout(limits.timeout, connection).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::debug!(%error, "HTTP connection failed"),
+                Err(_) => tracing::debug!("HTTP connection timed out"),
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::net::SocketAddr;
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::{TcpSocket, TcpStream};
+
+    use super::super::tests::{get, server};
+    use super::*;
+
+    #[test]
+    fn refusals_are_said_once_a_minute_with_their_number() {
+        let start = Instant::now();
+        let mut refusals = Refusals::default();
+        let said: Vec<_> =
+            (0..1500_u32).map(|n| refusals.count(start + n * ACCEPT_RETRY_DELAY)).collect();
+        assert_eq!((said[0], said[1], said[599]), (Some(0), None, None));
+        assert_eq!((said[600], said[1200]), (Some(599), Some(599)));
+        assert_eq!(said.iter().flatten().count(), 3);
+    }
+
+    /// A connection from another address of the loopback.
+    async fn connect_from(source: [u8; 4], to: SocketAddr) -> std::io::Result<TcpStream> {
+        let socket = TcpSocket::new_v4()?;
+        socket.bind((source, 0).into())?;
+        socket.connect(to).await
+    }
+
+    /// Writes a part of a request, and waits until the server closes the connection.
+    async fn hold(source: [u8; 4], to: SocketAddr) -> std::io::Result<()> {
+        let mut stream = connect_from(source, to).await?;
+        stream.write_all(b"GET /hea").await?;
+        stream.read_to_end(&mut Vec::new()).await.map(drop)
+    }
+
+    #[tokio::test]
+    async fn unfinished_header_ends_after_header_timeout() {
+        let address = server(ConnectionLimits::default()).await;
+        for first in [&b""[..], b"GET /hea", b"GET /healthz HTTP/1.1\r\nHost: x\r\n"] {
+            let start = Instant::now();
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(first).await.unwrap();
+            let mut rest = Vec::new();
+            let end = tokio::time::timeout(Duration::from_secs(5), stream.read_to_end(&mut rest));
+            // Closed, or reset with unread bytes.
+            let _ = end.await.expect("the server must close the connection");
+            let took = start.elapsed();
+            assert!(took > Duration::from_millis(900), "closed too early, after {took:?}");
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn clients_that_come_back_keep_no_other_source_out() {
+        let address = server(ConnectionLimits::default()).await;
+        let ended = Arc::new(AtomicBool::new(false));
+        let held = Arc::new(AtomicUsize::new(0));
+        let attackers: Vec<_> = (0..400)
+            .map(|_| {
+                let (ended, held) = (Arc::clone(&ended), Arc::clone(&held));
+                tokio::spawn(async move {
+                    while !ended.load(Ordering::Relaxed) {
+                        let _ = hold([127, 0, 0, 2], address).await;
+                        held.fetch_add(1, Ordering::Relaxed);
+                        tokio::time::sleep(Duration::from_millis(5)).await;
+                    }
+                })
+            })
+            .collect();
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        for _ in 0..6 {
+            // The time limit of a liveness probe of the chart.
+            let answer = tokio::time::timeout(Duration::from_secs(5), get(address, "/healthz"));
+            let answer = answer.await.expect("another source must be answered within 5 s");
+            assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        ended.store(true, Ordering::Relaxed);
+        for attacker in attackers {
+            attacker.await.unwrap();
+        }
+        let held = held.load(Ordering::Relaxed);
+        assert!(held > 800, "the attackers must have come back, {held} connections");
+    }
+
+    #[tokio::test]
+    async fn connections_over_the_source_limit_are_closed() {
+        let limits = ConnectionLimits { per_source: 2, ..ConnectionLimits::default() };
+        let address = server(limits).await;
+        let mut first = connect_from([127, 0, 0, 2], address).await.unwrap();
+        let _second = connect_from([127, 0, 0, 2], address).await.unwrap();
+        let mut third = connect_from([127, 0, 0, 2], address).await.unwrap();
+        let end = tokio::time::timeout(Duration::from_millis(500), third.read_u8()).await;
+        assert!(end.expect("the third connection must be closed at once").is_err());
+        assert!(get(address, "/healthz").await.starts_with("HTTP/1.1 200"));
+        first.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        first.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200"), "the first connection is served: {answer}");
+        let mut next = connect_from([127, 0, 0, 2], address).await.unwrap();
+        let end = tokio::time::timeout(Duration::from_millis(300), next.read_u8()).await;
+        assert!(end.is_err(), "a connection that ends makes room for another one");
+    }
+}
