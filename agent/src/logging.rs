@@ -8,6 +8,7 @@ use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use tracing::{Event, Metadata};
+use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::{Context, Filter, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
@@ -70,11 +71,22 @@ pub fn set_level(level: Option<&str>) -> Result<(), String> {
     Ok(())
 }
 
-/// Whether this is a level, or a filter.
+/// Parses a level, or a filter such as `skein_agent=debug,info`.
+///
+/// # Errors
+///
+/// A sentence with the remedy if the text is not a filter, or if a part of it is a single word that is
+/// not a level.
 pub fn parse(level: &str) -> Result<EnvFilter, String> {
-    EnvFilter::try_new(level).map_err(|error| {
+    let refused = |error: String| {
         format!("{level:?}: {error}: use error, warn, info, debug or trace, or a filter of these")
-    })
+    };
+    // EnvFilter takes a misspelled level for the name of a module.
+    let mut words = level.split(',').filter(|word| !word.contains(['=', '[']));
+    if let Some(word) = words.find(|word| word.parse::<LevelFilter>().is_err()) {
+        return Err(refused(format!("{word:?} is not a level")));
+    }
+    EnvFilter::try_new(level).map_err(|error| refused(error.to_string()))
 }
 
 /// How often each place has spoken, by its name: `event agent/src/http.rs:70`.
@@ -177,5 +189,12 @@ mod tests {
     fn what_is_no_level_is_said() {
         assert!(parse("skein_agent=debug,info").is_ok());
         assert!(parse("skein_agent=loud").unwrap_err().contains("use error, warn, info"));
+        for filter in ["INFO", "off", "[span{a}]=debug,info", "skein_agent[span]=trace"] {
+            assert!(parse(filter).is_ok(), "{filter} is a filter");
+        }
+        for wrong in ["loud", "skein_agent", "info,loud", ""] {
+            let error = parse(wrong).unwrap_err();
+            assert!(error.contains("is not a level"), "{wrong}: {error}");
+        }
     }
 }

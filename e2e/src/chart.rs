@@ -9,11 +9,9 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::cargo::workspace;
+use crate::lab::agent::binary;
 use crate::lab::process::{self, Finished};
 use crate::programs;
-
-/// Where the policy that holds agents to their own node is served.
-const POLICIES: &str = "admissionregistration.k8s.io/v1/ValidatingAdmissionPolicy";
 
 /// How long one program may take.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -40,9 +38,6 @@ pub fn render(settings: &[&str], version: &str) -> Result<String> {
     let chart = path().to_string_lossy().into_owned();
     let mut arguments = vec!["template", "skein", &chart, "--namespace", "net"];
     arguments.extend(["--kube-version", version]);
-    if version >= "1.30" {
-        arguments.extend(["--api-versions", POLICIES]);
-    }
     let finished = helm(&arguments, settings)?;
     ensure!(finished.code == 0, "helm template {settings:?}: {}", finished.stderr);
     Ok(finished.stdout)
@@ -61,6 +56,25 @@ pub fn object<'a>(objects: &'a [Value], kind: &str, name: &str) -> Result<&'a Va
 /// The same as objects, for a current Kubernetes.
 pub fn rendered(settings: &[&str]) -> Result<Vec<Value>> {
     programs::yaml(&render(settings, "1.34")?)
+}
+
+/// Has the agent read the rendered `agent.toml`.
+///
+/// # Errors
+///
+/// The agent's message if it refuses the configuration; an error if there is none, or no agent.
+pub fn agent_takes(objects: &[Value]) -> Result<()> {
+    let text = object(objects, "ConfigMap", "skein")?["data"]["agent.toml"].clone();
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("agent.toml");
+    fs::write(&path, text.as_str().context("no agent.toml")?)?;
+    // The whole configuration is read before the key of the agent with it is looked for.
+    let mut agent = Command::new(binary()?);
+    agent.args(["pubkey", "--config"]).arg(&path);
+    let said = process::finish(&mut agent, &[], LIMIT)?;
+    let taken = said.code == 0 || said.stderr.contains("there is no private key");
+    ensure!(taken, "{}\n{text}", said.stderr);
+    Ok(())
 }
 
 /// A dashboard of Grafana.

@@ -112,11 +112,12 @@ pub fn evaluate(
 import json, sys, celpy
 expressions, variables = json.load(sys.stdin)
 known = {name: celpy.json_to_cel(value) for name, value in variables.items()}
-found = {}
+values, found = celpy.celtypes.MapType(), {}
 for name, text in expressions:
     environment = celpy.Environment()
-    known['variables'] = celpy.json_to_cel(found)
+    known['variables'] = values
     value = environment.program(environment.compile(text)).evaluate(known)
+    values[celpy.celtypes.StringType(name)] = value
     found[name] = bool(value) if isinstance(value, celpy.celtypes.BoolType) else str(value)
 print(json.dumps(found))
 ";

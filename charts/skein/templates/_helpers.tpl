@@ -62,8 +62,61 @@ annotations:
 {{ if contains ":" . }}[{{ . }}]{{ else }}{{ . }}{{ end }}
 {{- end }}
 
+{{/* Refuses a prefix (name of the value, text) with host bits, and names the prefix to write. Renders
+nothing. The schema has checked the syntax. */}}
+{{- define "skein.checkHostBits" -}}
+{{- $name := index . 0 }}{{ $cidr := index . 1 }}
+{{- $address := index (splitList "/" $cidr) 0 }}{{ $length := index (splitList "/" $cidr) 1 | int }}
+{{- $groups := list }}{{ $width := 8 }}{{ $verb := "%d" }}{{ $separator := "." }}
+{{- if contains ":" $address }}
+{{- $width = 16 }}{{ $verb = "%x" }}{{ $separator = ":" }}
+{{- $halves := splitList "::" (lower $address) }}
+{{- $texts := compact (splitList ":" (index $halves 0)) }}
+{{- if gt (len $halves) 1 }}
+{{- $last := compact (splitList ":" (index $halves 1)) }}
+{{- range until (sub 8 (add (len $texts) (len $last)) | int) }}{{ $texts = append $texts "0" }}{{ end }}
+{{- $texts = concat $texts $last }}
+{{- end }}
+{{- range $texts }}
+{{- $group := 0 }}
+{{- range splitList "" . }}
+{{- /* A digit's value is the number of digits before it. */}}
+{{- $group = add (mul $group 16) (len (index (splitList . "0123456789abcdef") 0)) }}
+{{- end }}
+{{- $groups = append $groups $group }}
+{{- end }}
+{{- else }}
+{{- range splitList "." $address }}{{ $groups = append $groups (int64 .) }}{{ end }}
+{{- end }}
+{{- $network := list }}
+{{- range $index, $group := $groups }}
+{{- $size := 1 }}
+{{- range until (min $width (max 0 (sub (mul $width (add $index 1)) $length)) | int) }}{{ $size = mul $size 2 }}{{ end }}
+{{- $network = append $network (printf $verb (sub $group (mod $group $size))) }}
+{{- if mod $group $size }}{{ $address = "" }}{{ end }}
+{{- end }}
+{{- if not $address }}
+{{- $right := regexReplaceAll "(:0){2,}$" (join $separator $network) "::" }}
+{{- fail (printf "%s=%s has host bits set: write %s/%d" $name $cidr $right $length) }}
+{{- end }}
+{{- end }}
+
+{{/* Refuses a prefix (name of the value, text) that pods cannot have. Renders nothing. */}}
+{{- define "skein.checkPodCidr" -}}
+{{- $name := index . 0 }}{{ $cidr := index . 1 }}
+{{- if regexMatch "^(127|22[4-9]|23[0-9])[.]|^169[.]254[.]|^::1/|^[fF][fF]..:|^[fF][eE][89abAB].:" $cidr }}
+{{- fail (printf "%s=%s cannot hold pods: use a unicast prefix that is neither loopback nor link-local" $name $cidr) }}
+{{- end }}
+{{- include "skein.checkHostBits" . }}
+{{- end }}
+
 {{/* agent.toml */}}
 {{- define "skein.config" -}}
+{{- with .Values.podCidr }}{{ include "skein.checkPodCidr" (list "podCidr" .) }}{{ end }}
+{{- with .Values.podCidrv6 }}{{ include "skein.checkPodCidr" (list "podCidrv6" .) }}{{ end }}
+{{- range $index, $cidr := .Values.cni.noMasquerade }}
+{{- include "skein.checkHostBits" (list (printf "cni.noMasquerade[%d]" $index) $cidr) }}
+{{- end -}}
 cluster_id = {{ .Values.clusterId | toJson }}
 cluster_cidrs = {{ include "skein.toml" (compact (list .Values.podCidr .Values.podCidrv6)) }}
 
@@ -115,6 +168,7 @@ udp_gro = {{ .udpGro }}
 {{- with .Values.metrics }}
 listen = {{ printf "%s:%d" (include "skein.host" .address) (int .port) | toJson }}
 per_peer = {{ .perPeer }}
+hosts = {{ include "skein.toml" .hosts }}
 {{- end }}
 {{- with .Values.statusPage }}
 {{- if .enabled }}
@@ -142,10 +196,18 @@ level = {{ .Values.log.level | toJson }}
 format = {{ .Values.log.format | toJson }}
 {{- end }}
 
+{{/* "true" if the API server has ValidatingAdmissionPolicy. Offline, as in `helm template`, only the
+version is known. */}}
+{{- define "skein.hasAdmissionPolicy" -}}
+{{- $api := "admissionregistration.k8s.io/v1/ValidatingAdmissionPolicy" -}}
+{{- if or (.Capabilities.APIVersions.Has $api) (semverCompare ">=1.30-0" .Capabilities.KubeVersion.Version) }}true{{ end }}
+{{- end }}
+
 {{/* What every pod of ours is like. hostNetwork: these pods make the network that others wait for. */}}
 {{- define "skein.pod" -}}
 hostNetwork: true
-dnsPolicy: ClusterFirstWithHostNet
+{{- /* The node's resolver: the cluster's DNS needs the network that these pods make. */}}
+dnsPolicy: Default
 priorityClassName: {{ .Values.priorityClassName | quote }}
 terminationGracePeriodSeconds: {{ int .Values.terminationGracePeriodSeconds }}
 {{- with .Values.image.pullSecrets }}

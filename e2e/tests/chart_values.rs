@@ -1,0 +1,121 @@
+//! Values of the chart: documented, and refused with their names if they are wrong.
+
+use std::collections::BTreeSet;
+use std::fs;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+use skein_e2e::chart::{self, agent_takes, helm};
+use skein_e2e::programs;
+
+#[test]
+fn wrong_values_are_refused_in_words() -> Result<()> {
+    for (setting, words) in [
+        ("prot=1", "additional properties 'prot' not allowed"),
+        ("cni.bindir=/x", "at '/cni': additional properties 'bindir' not allowed"),
+        ("port=0", "at '/port': minimum: got 0, want 1"),
+        ("port=four", "at '/port': got string, want integer"),
+        ("lanes=65", "at '/lanes': maximum: got 65, want 64"),
+        ("mtu=100", "at '/mtu': minimum: got 100, want 576"),
+        ("encryption.cipher=none", "must be one of 'auto', 'aes256-gcm', 'chacha20-poly1305'"),
+        ("podCidr=10.0.0.0", "at '/podCidr': '10.0.0.0' does not match"),
+        ("podCidrv6=10.0.0.0/8", "at '/podCidrv6': '10.0.0.0/8' does not match"),
+        ("cni.chain[0].kind=x", "missing property 'type'"),
+        ("cni.binDir=opt", "at '/cni/binDir': 'opt' does not match"),
+        ("updateStrategy.maxsurge=1", "additional properties 'maxsurge' not allowed"),
+        ("updateStrategy.maxSurge=-1", "at '/updateStrategy/maxSurge': minimum: got -1, want 0"),
+        ("capabilities.agent={net-admin}", "at '/capabilities/agent/0'"),
+        ("log.format=xml", "must be one of 'text', 'json'"),
+        ("privileged=1", "at '/privileged': got number, want boolean"),
+        ("podCidr=10.999.0.0/16", "at '/podCidr': '10.999.0.0/16' does not match"),
+        ("podCidr=0.0.0.0/0", "at '/podCidr': '0.0.0.0/0' does not match"),
+        ("podCidrv6=fd00::1::/64", "at '/podCidrv6': 'fd00::1::/64' does not match"),
+        ("podCidrv6=fd00::/129", "at '/podCidrv6': 'fd00::/129' does not match"),
+        ("cni.noMasquerade={192.0.2.256/32}", "at '/cni/noMasquerade/0'"),
+        ("metrics.address=10.0.0", "at '/metrics/address': '10.0.0' does not match"),
+        ("statusPage.address=fd00::g", "at '/statusPage/address': 'fd00::g' does not match"),
+        ("log.level=loud", "one of 'off', 'error', 'warn', 'info', 'debug', 'trace'"),
+        ("log.level=skein_agent=loud", "at '/log/level': 'skein_agent=loud' does not match"),
+        ("cni.chain[0].type=a,cni.chain[0].list={b,null}", "at '/cni/chain/0/list/1': got null"),
+        ("podCidr=10.244.0.1/16", "podCidr=10.244.0.1/16 has host bits set: write 10.244.0.0/16"),
+        ("podCidr=10.245.255.0/15", "write 10.244.0.0/15"),
+        ("podCidrv6=fd00:10:244:ff::/56", "write fd00:10:244::/56"),
+        ("podCidrv6=fd00::8:0:0:1/80", "write fd00:0:0:0:8::/80"),
+        (
+            "cni.noMasquerade={192.0.2.0/24,2001:db8::1/32}",
+            "cni.noMasquerade[1]=2001:db8::1/32 has host bits set: write 2001:db8::/32",
+        ),
+        ("podCidr=127.0.0.0/8", "podCidr=127.0.0.0/8 cannot hold pods"),
+        ("podCidrv6=fe80::/64", "podCidrv6=fe80::/64 cannot hold pods"),
+    ] {
+        let refused = helm(&["template", "skein", &chart::path().to_string_lossy()], &[setting])?;
+        ensure!(refused.code != 0, "{setting} was taken");
+        ensure!(refused.stderr.contains(words), "{setting}: {}", refused.stderr);
+    }
+    Ok(())
+}
+
+/// Helm removes a value that is set to null, so that a template would render nothing in its place.
+#[test]
+fn null_value_is_refused_by_name_or_renders() -> Result<()> {
+    let values = programs::yaml(&fs::read_to_string(chart::path().join("values.yaml"))?)?.remove(0);
+    let mut paths = BTreeSet::new();
+    leaves("", &values, &mut paths);
+    for leaf in paths.clone() {
+        let parents = leaf.match_indices('.').map(|(at, _)| leaf[..at].to_owned());
+        paths.extend(parents.filter(|path| values.pointer(&pointer(path)).is_some()));
+    }
+    let (mut refused, chart) = (0, chart::path().to_string_lossy().into_owned());
+    for path in &paths {
+        let setting = format!("{}=null", path.replace("kubernetes.io", r"kubernetes\.io"));
+        let finished = helm(&["template", "skein", &chart, "--namespace", "net"], &[&setting])?;
+        let (table, name) = path.rsplit_once('.').unwrap_or(("", path));
+        let words = format!("at '{}': missing property '{name}'", pointer(table));
+        match finished.code {
+            0 => agent_takes(&programs::yaml(&finished.stdout)?)
+                .with_context(|| format!("{path} = null renders"))?,
+            _ => ensure!(finished.stderr.contains(&words), "{path}: {}", finished.stderr),
+        }
+        refused += i32::from(finished.code != 0);
+    }
+    ensure!(refused >= 45, "only {refused} of {} values were refused", paths.len());
+    Ok(())
+}
+
+/// The JSON pointer of a value's path.
+fn pointer(path: &str) -> String {
+    path.split('.').filter(|part| !part.is_empty()).map(|part| format!("/{part}")).collect()
+}
+
+/// Paths of all values that are no maps, or empty ones.
+fn leaves(path: &str, value: &Value, all: &mut BTreeSet<String>) {
+    match value.as_object().filter(|map| !map.is_empty()) {
+        Some(map) => map.iter().for_each(|(key, value)| {
+            let dot = if path.is_empty() { "" } else { "." };
+            leaves(&format!("{path}{dot}{key}"), value, all);
+        }),
+        None => drop(all.insert(path.to_owned())),
+    }
+}
+
+#[test]
+fn the_readme_has_every_value_once_with_its_default() -> Result<()> {
+    let values = programs::yaml(&fs::read_to_string(chart::path().join("values.yaml"))?)?.remove(0);
+    let mut missing = BTreeSet::new();
+    leaves("", &values, &mut missing);
+    let readme = fs::read_to_string(chart::path().join("README.md"))?;
+    let table = readme.split("## Values").nth(1).context("no table of values")?;
+    for row in table.lines().filter(|line| line.starts_with("| `")) {
+        let cells: Vec<_> = row.splitn(4, '|').map(|cell| cell.trim().trim_matches('`')).collect();
+        let (path, default) = (cells[1], cells[2]);
+        let pointer = format!("/{}", path.replace('.', "/"));
+        let value = values.pointer(&pointer).with_context(|| format!("no value {path}"))?;
+        let shown: Value = serde_json::from_str(default).with_context(|| row.to_owned())?;
+        ensure!(*value == shown, "{path} is {value}, not {default}");
+        let before = missing.len();
+        missing.retain(|leaf| leaf != path && !leaf.starts_with(&format!("{path}.")));
+        ensure!(missing.len() < before, "{path} is there twice");
+    }
+    ensure!(missing.is_empty(), "not in the table: {missing:?}");
+    Ok(())
+}
