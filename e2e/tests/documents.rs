@@ -102,7 +102,9 @@ fn every_promise_has_tests_that_are_there() -> Result<()> {
                 source.find(&format!("fn {name}(")).with_context(|| format!("{file}: {name}"))?;
             // What stands above it without a blank line.
             let above = source[..at].rsplit("\n\n").next().unwrap_or_default();
-            ensure!(above.contains("test]"), "{file}: {name} is no test");
+            // With options: #[tokio::test(flavor = "multi_thread")].
+            let test = above.contains("test]") || above.contains("test(");
+            ensure!(test, "{file}: {name} is no test");
             found += 1;
         }
         ensure!(found > 0, "no test for: {promise}");
