@@ -43,11 +43,12 @@ impl Environment {
         let given = |name: &str| get(name).filter(|value| !value.is_empty());
         let Some(command) = given("CNI_COMMAND") else { return Ok(None) };
         let (verb, needed): (_, &[&str]) = match command.as_str() {
-            "ADD" => (Verb::Add, &["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_PATH"]),
-            "CHECK" => (Verb::Check, &["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_PATH"]),
-            "DEL" => (Verb::Del, &["CNI_CONTAINERID", "CNI_IFNAME", "CNI_PATH"]),
+            // The specification requires CNI_PATH for GC only.
+            "ADD" => (Verb::Add, &["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"]),
+            "CHECK" => (Verb::Check, &["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"]),
+            "DEL" => (Verb::Del, &["CNI_CONTAINERID", "CNI_IFNAME"]),
             "GC" => (Verb::Gc, &["CNI_PATH"]),
-            "STATUS" => (Verb::Status, &["CNI_PATH"]),
+            "STATUS" => (Verb::Status, &[]),
             "VERSION" => (Verb::Version, &[]),
             other => {
                 return Err(environment(format!(
@@ -185,15 +186,23 @@ mod tests {
         let all =
             [("CNI_CONTAINERID", ""), ("CNI_NETNS", ""), ("CNI_IFNAME", ""), ("CNI_PATH", "")];
         let add = refused(&all);
-        assert_eq!(add, "required: CNI_CONTAINERID, CNI_NETNS, CNI_IFNAME, CNI_PATH");
+        assert_eq!(add, "required: CNI_CONTAINERID, CNI_NETNS, CNI_IFNAME");
         let with = |verb| [&all[..], &[("CNI_COMMAND", verb)]].concat();
-        assert_eq!(refused(&with("DEL")), "required: CNI_CONTAINERID, CNI_IFNAME, CNI_PATH");
+        assert_eq!(refused(&with("DEL")), "required: CNI_CONTAINERID, CNI_IFNAME");
         assert_eq!(refused(&with("GC")), "required: CNI_PATH");
-        assert_eq!(refused(&with("STATUS")), "required: CNI_PATH");
         assert_eq!(read(&with("VERSION")).unwrap().unwrap().verb, Verb::Version);
         assert!(refused(&[("CNI_COMMAND", "FROB")]).contains("FROB"));
         let without = read(&[("CNI_COMMAND", "DEL"), ("CNI_NETNS", "")]).unwrap().unwrap();
         assert_eq!(without.netns, None);
+    }
+
+    #[test]
+    fn cni_path_is_required_for_gc_only() {
+        for verb in ["ADD", "DEL", "CHECK", "STATUS", "VERSION"] {
+            let environment = read(&[("CNI_COMMAND", verb), ("CNI_PATH", "")]);
+            assert!(environment.is_ok(), "{verb} fails without CNI_PATH: {environment:?}");
+        }
+        assert_eq!(refused(&[("CNI_COMMAND", "GC"), ("CNI_PATH", "")]), "required: CNI_PATH");
     }
 
     #[test]

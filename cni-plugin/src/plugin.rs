@@ -22,6 +22,9 @@ use crate::{client, result, spool};
 const AWAY: u32 = 101;
 /// How long a DEL waits for the agent before it is kept for later: kubelet has other pods to delete.
 const DEL_PATIENCE: Duration = Duration::from_secs(10);
+/// Maximum time that STATUS waits for the agent. Runtimes call STATUS while kubelet waits for their state, and
+/// kubelet stops to synchronise pods if it gets none for 30 s.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
 /// The magic number of nsfs (linux/magic.h).
 const NSFS: rustix::fs::FsWord = 0x6e73_6673;
 
@@ -132,12 +135,13 @@ fn add(environment: Environment, config: Config) -> Result<Value, Failure> {
         pod: environment.pod,
         ips: config.ips.clone(),
     });
-    match ask(&config, command, Some(netns.as_fd()), config.timeout) {
+    let limit = config.timeout;
+    match ask(&config, command, Some(netns.as_fd()), limit) {
         Ok(Answer::Attached(attached)) => {
             result::document(config.version, &attached, &sandbox, &config.dns, config.previous)
         }
         Ok(other) => Err(unexpected(other)),
-        Err(error) => Err(away(ErrorCode::TryAgainLater as u32, &config, &error)),
+        Err(error) => Err(away(ErrorCode::TryAgainLater as u32, &config, &error, limit)),
     }
 }
 
@@ -147,7 +151,8 @@ fn del(environment: &Environment, config: &Config) -> Result<(), Failure> {
         check_own(path, environment.netns_override)?;
     }
     let command = Command::Del(Del { id: id.clone() });
-    match ask(config, command, None, config.timeout.min(DEL_PATIENCE)) {
+    let limit = config.timeout.min(DEL_PATIENCE);
+    match ask(config, command, None, limit) {
         Ok(Answer::Done) => Ok(()),
         // An agent of another version will be replaced, or has not replaced this plugin yet.
         Ok(Answer::Refused(refusal)) if refusal.code == ErrorCode::IncompatibleVersion as u32 => {
@@ -157,7 +162,7 @@ fn del(environment: &Environment, config: &Config) -> Result<(), Failure> {
         Ok(other) => Err(unexpected(other)),
         Err(error) => spool::put(&config.spool, id).map_err(|failed| {
             let spool = config.spool.display();
-            away(AWAY, config, &error)
+            away(AWAY, config, &error, limit)
                 .with(format!("the deletion cannot be kept in {spool} either: {failed}"))
         }),
     }
@@ -174,7 +179,7 @@ fn check(environment: &Environment, config: &Config) -> Result<(), Failure> {
     match ask(config, command, Some(netns.as_fd()), config.timeout) {
         Ok(Answer::Done) => Ok(()),
         Ok(other) => Err(unexpected(other)),
-        Err(error) => Err(away(AWAY, config, &error)),
+        Err(error) => Err(away(AWAY, config, &error, config.timeout)),
     }
 }
 
@@ -212,15 +217,16 @@ fn gc(config: Config) -> Result<(), Failure> {
     match ask(&config, command, None, config.timeout) {
         Ok(Answer::Done) => Ok(()),
         Ok(other) => Err(unexpected(other)),
-        Err(error) => Err(away(AWAY, &config, &error)),
+        Err(error) => Err(away(AWAY, &config, &error, config.timeout)),
     }
 }
 
 fn status(config: &Config) -> Result<(), Failure> {
-    match ask(config, Command::Status, None, config.timeout) {
+    let limit = config.timeout.min(STATUS_TIMEOUT);
+    match ask(config, Command::Status, None, limit) {
         Ok(Answer::Done) => Ok(()),
         Ok(other) => Err(unexpected(other)),
-        Err(error) => Err(away(ErrorCode::NotAvailable as u32, config, &error)),
+        Err(error) => Err(away(ErrorCode::NotAvailable as u32, config, &error, limit)),
     }
 }
 
@@ -244,13 +250,20 @@ fn unexpected(answer: Answer) -> Failure {
     }
 }
 
-fn away(code: u32, config: &Config, error: &FrameError) -> Failure {
-    let socket = config.socket.display();
-    Failure {
-        code,
-        msg: format!("the Skein agent does not answer on {socket}: is it running on this node?"),
-        details: error.to_string(),
-    }
+/// The failure of a request that got no answer within `limit`.
+fn away(code: u32, config: &Config, error: &FrameError, limit: Duration) -> Failure {
+    let (socket, seconds) = (config.socket.display(), limit.as_secs());
+    // A socket's timeout (SO_RCVTIMEO, SO_SNDTIMEO) is EAGAIN, which is WouldBlock.
+    let late = matches!(error, FrameError::Io(error) if error.kind() == io::ErrorKind::WouldBlock);
+    let msg = match late {
+        true => format!(
+            "the Skein agent did not answer within {seconds} s on {socket}: see its log on this node"
+        ),
+        false => {
+            format!("the Skein agent does not answer on {socket}: is it running on this node?")
+        }
+    };
+    Failure { code, msg, details: error.to_string() }
 }
 
 fn open_netns(path: &Path, own_is_meant: bool) -> Result<File, Failure> {

@@ -323,6 +323,23 @@ fn with_the_agent_away() {
 }
 
 #[test]
+fn status_waits_no_longer_than_5_s() {
+    let lab = Lab::new();
+    // Accepts nobody: as an agent that is stopped.
+    let _listener = UnixListener::bind(lab.socket()).unwrap();
+    for (seconds, expected) in [(30, 5), (1, 1)] {
+        let input = lab.configuration("1.1.0", json!({ "timeoutSeconds": seconds }));
+        let began = std::time::Instant::now();
+        let output = lab.run("STATUS", None, &input);
+        assert_eq!(code(&output), 50);
+        let msg = document(&output)["msg"].to_string();
+        assert!(msg.contains(&format!("did not answer within {expected} s")), "{msg}");
+        let took = began.elapsed().as_secs();
+        assert!((expected..expected + 3).contains(&took), "{took} s instead of {expected} s");
+    }
+}
+
+#[test]
 fn the_nodes_own_namespace_and_things_that_are_none() {
     let (lab, own) = (Lab::new(), Path::new("/proc/self/ns/net"));
     let configuration = lab.configuration("1.0.0", json!({}));
@@ -381,7 +398,7 @@ fn version_about_and_bad_calls() {
     let output = feed(command, b"{\"cniVersion\":\"0.4.0\"}");
     assert_eq!(code(&output), 4);
     assert_eq!(document(&output)["cniVersion"], "0.4.0");
-    for name in ["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_PATH"] {
+    for name in ["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"] {
         assert!(document(&output)["msg"].as_str().unwrap().contains(name), "{name}");
     }
     let lab = Lab::new();
