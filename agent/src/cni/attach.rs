@@ -131,8 +131,7 @@ impl Attacher {
         }
         let host = missing(netlink.link(&name).await?, &name)?;
         let inner = missing(pod.link(&id.ifname).await?, &id.ifname)?;
-        let up = |mtu_now: u32, alias| LinkChange {
-            alias,
+        let up = |mtu_now: u32| LinkChange {
             mtu: (mtu_now != mtu).then_some(mtu),
             up: true,
             ..LinkChange::default()
@@ -149,8 +148,13 @@ impl Attacher {
             Ok(())
         })
         .await?;
-        netlink.change_link(host.index, &up(host.mtu, Some(self.alias(id)))).await?;
-        pod.change_link(inner.index, &up(inner.mtu, None)).await?;
+        let marked = LinkChange {
+            alias: Some(self.alias(id)),
+            mac: (host.mac != GATEWAY_MAC).then_some(GATEWAY_MAC),
+            ..up(host.mtu)
+        };
+        netlink.change_link(host.index, &marked).await?;
+        pod.change_link(inner.index, &up(inner.mtu)).await?;
         for &ip in addresses {
             pod.add_address(inner.index, IpNet::from(ip)).await?;
             netlink.set_neighbour(host.index, ip, &pod_mac(id)).await?;
@@ -198,6 +202,13 @@ impl Attacher {
             Some(host) => {
                 if !host.up {
                     problems.push(format!("interface {name} of the node is down"));
+                }
+                if host.mac != GATEWAY_MAC {
+                    problems.push(format!(
+                        "interface {name} of the node has the hardware address {}: {} is expected",
+                        mac_text(&host.mac),
+                        mac_text(&GATEWAY_MAC)
+                    ));
                 }
                 let routes = netlink.routes(Some(host.index)).await?;
                 for ip in addresses {
@@ -265,14 +276,14 @@ impl Attacher {
         kernel.links.iter().filter_map(found).collect()
     }
 
-    /// Whether the node's end of an attachment is there.
+    /// Whether the node's end of an attachment exists, under its name or under another one that a program gave it.
     pub fn is_there(&self, kernel: &Kernel, id: &AttachmentId) -> bool {
         let name = host_name(id);
-        kernel.links.iter().any(|link| link.name == name)
+        kernel.links.iter().any(|link| link.name == name || self.owner(link).as_ref() == Some(id))
     }
 
-    /// Puts back what somebody took from the node's end of an attachment that is there: up, routes,
-    /// neighbours. The pod's own end is the pod's. Says what it did.
+    /// Repairs the node's end of an attachment that is there: hardware address, up, routes, neighbours. The
+    /// pod's own end is the pod's. Returns the changes, for people.
     pub async fn heal(
         &self,
         netlink: &Netlink,
@@ -286,6 +297,12 @@ impl Attacher {
         };
         self.check_owner(link, id)?;
         let mut changes = Vec::new();
+        // The pod sends to this address by a permanent neighbour entry, and the node drops all other frames.
+        if link.mac != GATEWAY_MAC {
+            let change = LinkChange { mac: Some(GATEWAY_MAC), ..Default::default() };
+            netlink.change_link(link.index, &change).await?;
+            changes.push(format!("{name} has its hardware address again"));
+        }
         if !link.up {
             netlink.change_link(link.index, &LinkChange { up: true, ..Default::default() }).await?;
             changes.push(format!("{name} is up again"));

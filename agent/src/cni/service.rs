@@ -247,7 +247,7 @@ impl Service {
             let ours = lease.network.is_empty() || lease.network == gc.network;
             if ours && !gc.valid.contains(&lease.id) {
                 // One that fails keeps no other.
-                failed = self.collect(&kernel, &lease).await.err().or(failed);
+                failed = self.collect(&kernel, &lease, true).await.err().or(failed);
             }
         }
         failed.map_or(Ok(()), Err)
@@ -282,9 +282,15 @@ impl Service {
         Ok(())
     }
 
-    /// Releases a lease if its namespace is provably gone; says whether.
-    async fn collect(&self, kernel: &Kernel, lease: &Lease) -> Result<bool, Error> {
-        if self.attacher.is_there(kernel, &lease.id) || !self.is_gone(lease) {
+    /// Releases a lease if no pod can use its addresses, and returns whether it did.
+    ///
+    /// The addresses of an attachment whose node's end exists stay: a veth pair goes with its namespace. Without that
+    /// end, the namespace must be gone. A namespace whose path the agent never saw counts as gone if the runtime
+    /// disowns the attachment (`disowned`).
+    async fn collect(&self, kernel: &Kernel, lease: &Lease, disowned: bool) -> Result<bool, Error> {
+        let invisible = lease.netns.as_ref().is_some_and(|netns| !netns.path_visible);
+        let gone = self.is_gone(lease) || (disowned && invisible);
+        if self.attacher.is_there(kernel, &lease.id) || !gone {
             return Ok(false);
         }
         let _turn = self.locks.lock(&lease.id).await;
@@ -298,7 +304,7 @@ impl Service {
         }
         self.detach(&lease.id).await?;
         let (container, addresses) = (&lease.id.container_id, Vec::from_iter(lease.ips()));
-        tracing::info!(container, ?addresses, "its namespace is gone: released");
+        tracing::info!(container, ?addresses, disowned, "addresses of a lost pod released");
         Ok(true)
     }
 
@@ -334,7 +340,7 @@ impl Service {
             }
         }
         for lease in &leases {
-            let result = match self.collect(&kernel, lease).await {
+            let result = match self.collect(&kernel, lease, false).await {
                 Ok(false) => self.heal(&kernel, lease).await,
                 other => other.map(drop),
             };

@@ -184,6 +184,7 @@ impl Wanted {
             alias: None,
             mtu: (link.mtu != self.mtu).then_some(self.mtu),
             txqueuelen: (link.txqueuelen != self.txqueuelen).then_some(self.txqueuelen),
+            mac: None,
             // The overlay carries none, and the kernel would announce its groups to it.
             no_multicast: link.multicast,
             up: !link.up,
@@ -279,6 +280,7 @@ impl std::fmt::Display for LinkChange {
         let mut parts = Vec::new();
         parts.extend(self.mtu.map(|mtu| format!("mtu {mtu}")));
         parts.extend(self.txqueuelen.map(|length| format!("txqueuelen {length}")));
+        parts.extend(self.mac.map(|mac| format!("mac {mac:02x?}")));
         parts.extend(self.no_multicast.then(|| "no multicast".to_owned()));
         parts.extend(self.up.then(|| "up".to_owned()));
         f.write_str(&parts.join(", "))

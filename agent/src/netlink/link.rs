@@ -101,6 +101,8 @@ pub struct LinkChange {
     pub mtu: Option<u32>,
     /// Length of the transmit queue in packets.
     pub txqueuelen: Option<u32>,
+    /// Hardware address.
+    pub mac: Option<[u8; 6]>,
     /// Whether to switch multicast off.
     pub no_multicast: bool,
     /// Whether to bring it up.
@@ -142,6 +144,9 @@ impl Netlink {
         }
         if let Some(length) = change.txqueuelen {
             message = message.txqueuelen(length);
+        }
+        if let Some(mac) = change.mac {
+            message = message.address(mac.to_vec());
         }
         if change.no_multicast {
             message = message.multicast(false);
