@@ -31,6 +31,7 @@ use self::leases::Leases;
 pub use self::service::Network;
 use self::service::Service;
 use crate::config::{Cni, Config};
+use crate::control::listener::Listener;
 use crate::failure::Failure;
 use crate::firewall::{self, Firewall, Forged, Rules, forward};
 use crate::lifecycle::{NotReady, Readiness};
@@ -88,7 +89,7 @@ impl Pods {
             spool,
         )?;
         let service = Arc::new(service);
-        let listener = crate::control::server::bind_socket("cni.socket", &cni.socket)?;
+        let listener = Listener::bind("cni.socket", &cni.socket, Some(readiness.clone()))?;
         let rules = rules(&cni, &config.interface.name, &receiver.borrow());
         let mut keeper = Keeper {
             service: Arc::clone(&service),

@@ -9,12 +9,13 @@ use std::time::Duration;
 use skein_cni::frame::FrameError;
 use skein_cni::protocol::{Answer, Refusal, Request, VERSION};
 use skein_cni::types::ErrorCode;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::metrics::{Outcome, verb};
 use super::wire;
+use crate::control::listener::Listener;
 
 /// Requests that are worked on at once; others wait for their turn. More would only wait for the kernel's
 /// one lock of the network configuration.
@@ -41,14 +42,14 @@ pub(super) trait Handler: Send + Sync + 'static {
 }
 
 /// Serves until it is aborted.
-pub(super) async fn serve<H: Handler>(listener: UnixListener, handler: Arc<H>) {
+pub(super) async fn serve<H: Handler>(mut listener: Listener, handler: Arc<H>) {
     let connections = Arc::new(Semaphore::new(CONNECTIONS));
     let turns = Arc::new(Semaphore::new(AT_ONCE));
     loop {
         // Neither semaphore is ever closed.
         let Ok(connection) = Arc::clone(&connections).acquire_owned().await else { return };
         match listener.accept().await {
-            Ok((stream, _)) => {
+            Ok(stream) => {
                 let (handler, turns) = (Arc::clone(&handler), Arc::clone(&turns));
                 tokio::spawn(async move {
                     if let Err(error) = talk(&stream, &*handler, &turns).await {
@@ -129,7 +130,7 @@ mod tests {
     async fn what_takes_too_long_is_refused_and_counted() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("cni.sock");
-        let listener = UnixListener::bind(&path).unwrap();
+        let listener = Listener::bind("cni.socket", &path, None).unwrap();
         let handler = Arc::new(Hangs::default());
         let server = tokio::spawn(serve(listener, Arc::clone(&handler)));
         let request = Request { protocol: VERSION, command: Command::Status };

@@ -8,6 +8,7 @@ pub mod desired;
 pub mod history;
 pub mod identity;
 pub mod kubernetes;
+pub mod listener;
 pub mod lock;
 pub mod records;
 pub mod registry;

@@ -12,6 +12,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{oneshot, watch};
 
+use super::listener::Listener;
 use super::rotation::{Ask, RotationRequest, RotationStatus};
 use super::shared::{Document, Shared};
 use crate::failure::Failure;
@@ -32,13 +33,17 @@ const LOG_LEVEL: &str = "log level ";
 /// The longest line of a request, in bytes.
 const LINE: u64 = 1024;
 
-/// Binds the socket for its owner only; takes over a path that nobody listens on.
-pub fn bind(path: &Path) -> Result<UnixListener, Failure> {
-    bind_socket("control.socket", path)
+/// Listens at the path of the status socket; see [`Listener::bind`].
+///
+/// # Errors
+/// As [`Listener::bind`].
+pub fn bind(path: &Path) -> Result<Listener, Failure> {
+    Listener::bind("control.socket", path, None)
 }
 
-/// The same for the socket that the configuration calls `key`.
-pub fn bind_socket(key: &str, path: &Path) -> Result<UnixListener, Failure> {
+/// Binds the socket that the configuration calls `key`, for its owner only; takes over a path that no process
+/// listens on.
+pub(super) fn bind_socket(key: &str, path: &Path) -> Result<UnixListener, Failure> {
     let shown = path.display();
     let failed = |error| Failure::io(format!("cannot listen on {key} {shown}"), error);
     if std_net::UnixStream::connect(path).is_ok() {
@@ -71,10 +76,10 @@ pub struct Asks {
 }
 
 /// Answers until it is aborted.
-pub async fn serve(listener: UnixListener, shared: Shared, asks: Asks) {
+pub async fn serve(mut listener: Listener, shared: Shared, asks: Asks) {
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => {
+            Ok(stream) => {
                 let (shared, asks) = (shared.clone(), asks.clone());
                 tokio::spawn(async move {
                     let answer = answer(stream, &shared, &asks);
