@@ -55,6 +55,10 @@ fn header(now: &Document) -> String {
     ));
     lines.push(("pod CIDRs", list(strings(&interface.local_cidrs))));
     lines.push(("routes", interface.routes.len().to_string()));
+    if let Some(cni) = &now.cni {
+        lines.push(("CNI versions", list(cni.versions.clone())));
+        lines.extend(cni.limits.iter().map(|limit| ("  limited", limit.clone())));
+    }
     let dataplane = &now.dataplane;
     let process = now.report.as_ref().map_or_else(
         || "away".to_owned(),

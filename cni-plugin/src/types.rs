@@ -39,6 +39,8 @@ impl Version {
     pub const UNSAID: Self = Self(1);
     /// Results have interfaces.
     pub const V0_3_0: Self = Self(2);
+    /// The oldest version that the agent's network configuration offers.
+    pub const V0_3_1: Self = Self(3);
     /// CHECK.
     pub const V0_4_0: Self = Self(4);
     /// Addresses without a version.

@@ -2,31 +2,23 @@
 //! the binary first, the configuration last and only once the agent can serve. Each is put in place
 //! by a rename within its directory, so that nobody ever reads half a file.
 
-use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Permissions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use serde_json::{Value, json};
 use thiserror::Error;
 
+pub use super::conflist::PLUGIN;
+use super::conflist::{foreign_types, repaired, wanted};
+use super::others;
+pub use super::others::give_back_all;
+use super::versions::{Offer, Plugin, Stamp, VersionCache, stamp};
 use crate::config::Cni;
-
-/// Name of the plugin's binary, and its `type` in the configuration.
-pub const PLUGIN: &str = "skein-cni";
-
-/// What is added to the names of other networks' configurations that are set aside.
-const ASIDE: &str = ".skein-aside";
-
-/// What a runtime that knows no `cniVersions` takes: containerd 1.6 refuses anything newer.
-const CNI_VERSION: &str = "1.0.0";
-/// What the plugin serves; a runtime that knows this key takes the newest that it has too.
-const CNI_VERSIONS: [&str; 4] = ["0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 
 /// Something could not be put in place or taken away.
 #[derive(Debug, Error)]
-#[error("cannot {what} {}: {source}", path.display())]
+#[error("cannot {what} {}: {source}{}", path.display(), remedy(source))]
 pub struct InstallError {
     what: &'static str,
     path: PathBuf,
@@ -34,13 +26,46 @@ pub struct InstallError {
 }
 
 impl InstallError {
-    fn new(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+    pub(super) fn new(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| Self { what, path: path.to_owned(), source }
     }
 }
 
-/// A file as it was at one moment: any change of it changes this.
-type Stamp = (u64, u64, i64, i64);
+/// Remedy of an error in a directory of the runtime, with the punctuation before it; empty if there is no general one.
+fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        // EACCES, EPERM: root without CAP_DAC_OVERRIDE in a directory of another user, or an immutable file.
+        io::ErrorKind::PermissionDenied => {
+            ". Give the directory to root (chown root), or the agent the capability DAC_OVERRIDE \
+             (the chart's capabilities.agent)"
+        }
+        io::ErrorKind::ReadOnlyFilesystem => {
+            ". Set cni.bin_dir and cni.conf_dir (the chart's cni.binDir and cni.confDir) to directories of the \
+             runtime that can be written"
+        }
+        _ => "",
+    }
+}
+
+/// Permission bits of an installed file. A stricter mode that an administrator set stays.
+#[derive(Debug, Clone, Copy)]
+struct Mode {
+    /// Bits of a new file, and the most that a file may have.
+    most: u32,
+    /// Bits without which the runtime cannot use the file.
+    least: u32,
+}
+
+impl Mode {
+    const PROGRAM: Self = Self { most: 0o755, least: 0o500 };
+    const CONFIGURATION: Self = Self { most: 0o644, least: 0o400 };
+
+    /// Mode that a file should have if it has `present` now (`None`: there is no file).
+    fn wanted(self, present: Option<u32>) -> u32 {
+        let good = |mode: &u32| mode & !self.most == 0 && mode & self.least == self.least;
+        present.filter(good).unwrap_or(self.most)
+    }
+}
 
 /// What the runtime needs of us, put in place again and again.
 #[derive(Debug, Default)]
@@ -49,12 +74,14 @@ pub struct Install {
     same: Option<[Stamp; 2]>,
     /// Whether everything was in place once.
     done: bool,
+    versions: VersionCache,
+    offer: Offer,
 }
 
 impl Install {
     /// The plugin, then the configuration, once the agent can serve: from then on the runtime starts pods.
-    /// While a plugin of the chain is missing the configuration is not written: every pod would fail. One
-    /// that is there stays, because without it no pod could be deleted.
+    /// While a plugin of the chain is missing, or the plugins have no CNI version in common, the configuration is
+    /// not written: every pod would fail. One that is there stays, because without it no pod could be deleted.
     pub fn run(&mut self, config: &Cni, can_serve: bool) -> Result<(), String> {
         let text = |error: InstallError| error.to_string();
         let binary = can_serve && self.install_plugin(config).map_err(text)?;
@@ -71,22 +98,62 @@ impl Install {
         if !can_serve {
             return Ok(());
         }
-        let configuration = install_configuration(config).map_err(text)?;
+        let configuration = self.install_configuration(config)?;
         if config.exclusive {
-            let aside = set_others_aside(config).map_err(text)?;
+            let aside = others::set_aside(config).map_err(text)?;
             if !aside.is_empty() {
                 tracing::warn!(?aside, "other networks' configurations are set aside");
+            }
+            let back = others::give_back_spared(config).map_err(text)?;
+            if !back.is_empty() {
+                tracing::info!(
+                    ?back,
+                    "configurations set aside by an earlier version are restored"
+                );
             }
         }
         if !self.done || binary || configuration {
             self.done = true;
             tracing::info!(binary, configuration, "the CNI plugin is installed");
-            let earlier = earlier_configurations(config);
+            let earlier = others::networks_before(config);
             if !earlier.is_empty() {
                 tracing::warn!(?earlier, "the runtime takes another network's configuration first");
             }
         }
         Ok(())
+    }
+
+    /// CNI versions of the network configuration, as of the last [`Install::run`].
+    pub fn offer(&self) -> &Offer {
+        &self.offer
+    }
+
+    /// Puts the network configuration in place, and returns whether it was another before.
+    fn install_configuration(&mut self, config: &Cni) -> Result<bool, String> {
+        let Some(directory) = &config.conf_dir else { return Ok(false) };
+        let path = directory.join(&config.conf_file);
+        let present = match fs::read(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+            read => read.map_err(|e| InstallError::new("read", &path)(e).to_string())?,
+        };
+        let offer = self.versions.offer(&list_plugins(config, &present))?;
+        if offer != self.offer {
+            for limit in &offer.limits {
+                tracing::warn!(newest = offer.newest(), "CNI versions are limited: {limit}");
+            }
+            self.offer = offer;
+        }
+        let list = repaired(wanted(config, &self.offer), &present);
+        let text = match list {
+            None => present,
+            Some(list) => {
+                let mut text = serde_json::to_vec_pretty(&list).unwrap_or_default();
+                text.push(b'\n');
+                text
+            }
+        };
+        let placed = place(directory, config.conf_file.as_ref(), &text, Mode::CONFIGURATION);
+        placed.map_err(|error| error.to_string())
     }
 
     /// Puts the plugin's binary in place, and returns whether it was another before. Where neither file
@@ -103,16 +170,11 @@ impl Install {
         File::open(&source)
             .and_then(|mut file| file.read_to_end(&mut binary))
             .map_err(InstallError::new("read the plugin", &source))?;
-        let changed = place(directory, PLUGIN.as_ref(), &binary, 0o755)?;
+        let changed = place(directory, PLUGIN.as_ref(), &binary, Mode::PROGRAM)?;
         // Only what did not change while it was read has been compared.
         self.same = before.filter(|before| !changed && stamps() == Some(*before));
         Ok(changed)
     }
-}
-
-fn stamp(path: &Path) -> Option<Stamp> {
-    let file = fs::metadata(path).ok()?;
-    Some((file.dev(), file.ino(), file.ctime(), file.ctime_nsec()))
 }
 
 /// Where the plugin's binary comes from.
@@ -124,73 +186,6 @@ fn plugin_source(config: &Cni) -> PathBuf {
     config.plugin.clone().unwrap_or_else(beside)
 }
 
-/// Puts the network configuration in place, and returns whether it was another before.
-fn install_configuration(config: &Cni) -> Result<bool, InstallError> {
-    let Some(directory) = &config.conf_dir else { return Ok(false) };
-    let mut text = serde_json::to_vec_pretty(&configuration(config)).unwrap_or_default();
-    text.push(b'\n');
-    place(directory, config.conf_file.as_ref(), &text, 0o644)
-}
-
-/// Configurations that the runtime would take before ours: it takes the first by name.
-fn earlier_configurations(config: &Cni) -> Vec<OsString> {
-    let mut names = other_configurations(config);
-    names.retain(|name| name.as_os_str() < config.conf_file.as_str());
-    names
-}
-
-/// Other networks' configurations in the directory, in the order of their names.
-fn other_configurations(config: &Cni) -> Vec<OsString> {
-    let counts = |name: &OsString| {
-        let extension = Path::new(name).extension().and_then(|extension| extension.to_str());
-        name.as_os_str() != config.conf_file.as_str()
-            && matches!(extension, Some("conf" | "conflist" | "json"))
-    };
-    names(config).into_iter().filter(counts).collect()
-}
-
-fn names(config: &Cni) -> Vec<OsString> {
-    let entries = config.conf_dir.as_ref().and_then(|path| fs::read_dir(path).ok());
-    let names = entries.into_iter().flatten().filter_map(|entry| Some(entry.ok()?.file_name()));
-    let mut names: Vec<OsString> = names.collect();
-    names.sort();
-    names
-}
-
-/// Gives every other network's configuration a name that no runtime reads; returns which.
-fn set_others_aside(config: &Cni) -> Result<Vec<OsString>, InstallError> {
-    let others = other_configurations(config);
-    for name in &others {
-        let mut aside = name.clone();
-        aside.push(ASIDE);
-        rename(config, name, &aside)?;
-    }
-    Ok(others)
-}
-
-/// Gives what was set aside its name back, unless there is one of that name; returns which.
-pub fn take_others_back(config: &Cni) -> Result<Vec<String>, InstallError> {
-    let mut back = Vec::new();
-    for name in names(config) {
-        let Some(original) = name.to_str().and_then(|name| name.strip_suffix(ASIDE)) else {
-            continue;
-        };
-        let directory = config.conf_dir.as_ref().map(|directory| directory.join(original));
-        if directory.is_some_and(|path| path.exists()) {
-            continue;
-        }
-        rename(config, &name, original.as_ref())?;
-        back.push(original.to_owned());
-    }
-    Ok(back)
-}
-
-fn rename(config: &Cni, from: &OsStr, to: &OsStr) -> Result<(), InstallError> {
-    let Some(directory) = &config.conf_dir else { return Ok(()) };
-    let from = directory.join(from);
-    fs::rename(&from, directory.join(to)).map_err(InstallError::new("rename", &from))
-}
-
 /// Plugins of the chain that are not where the runtime looks for them; none where somebody else writes
 /// the configuration.
 fn missing_plugins(config: &Cni) -> Vec<&str> {
@@ -198,11 +193,24 @@ fn missing_plugins(config: &Cni) -> Vec<&str> {
         return Vec::new();
     }
     let named = config.chain.iter().filter_map(|plugin| plugin["type"].as_str());
+    named.filter(|name| plugin_files(config, name).is_empty()).collect()
+}
+
+/// Plugins behind Skein's in the list `present`, as it is or as it will be written.
+fn list_plugins(config: &Cni, present: &[u8]) -> Vec<Plugin> {
+    let own = config.chain.iter().filter_map(|plugin| plugin["type"].as_str());
+    let own = own.map(|name| Plugin { paths: plugin_files(config, name), own: true });
+    let foreign = foreign_types(config, present);
+    let foreign =
+        foreign.iter().map(|name| Plugin { paths: plugin_files(config, name), own: false });
+    own.chain(foreign).collect()
+}
+
+/// Files of the plugin `name` in all directories of the runtime.
+fn plugin_files(config: &Cni, name: &str) -> Vec<PathBuf> {
+    let paths = plugin_directories(config).map(|directory| directory.join(name));
     // A link may lead to where only the node itself sees it.
-    let is_in = |directory: &Path, name: &str| fs::symlink_metadata(directory.join(name)).is_ok();
-    named
-        .filter(|name| !plugin_directories(config).any(|directory| is_in(directory, name)))
-        .collect()
+    paths.filter(|path| fs::symlink_metadata(path).is_ok()).collect()
 }
 
 /// Where the runtime looks for plugins.
@@ -220,33 +228,13 @@ pub fn remove_plugin(config: &Cni) -> Result<bool, InstallError> {
     remove(config.bin_dir.as_ref().map(|directory| directory.join(PLUGIN)))
 }
 
-/// The network configuration list (CNI specification 1.1.0, section 1).
-fn configuration(config: &Cni) -> Value {
-    let ours = json!({
-        "type": PLUGIN,
-        "capabilities": { "ips": true },
-        "socket": config.socket,
-        "spool": config.spool,
-    });
-    let plugins: Vec<Value> = std::iter::once(ours).chain(config.chain.iter().cloned()).collect();
-    json!({
-        "cniVersion": CNI_VERSION,
-        "cniVersions": CNI_VERSIONS,
-        "name": config.network,
-        "plugins": plugins,
-    })
-}
-
 /// Writes a file beside its place and renames it there, unless it is there already. The runtime
 /// watches the directory for renames within it.
-fn place(directory: &Path, name: &Path, contents: &[u8], mode: u32) -> Result<bool, InstallError> {
+fn place(directory: &Path, name: &Path, contents: &[u8], mode: Mode) -> Result<bool, InstallError> {
     let path = directory.join(name);
-    let executable =
-        |file: &File| file.metadata().is_ok_and(|m| m.permissions().mode() & 0o777 == mode);
-    if let Ok(file) = File::open(&path)
-        && executable(&file)
-        && fs::read(&path).is_ok_and(|present| present == contents)
-    {
+    let present = fs::metadata(&path).ok().map(|file| file.permissions().mode() & 0o7777);
+    let mode = mode.wanted(present);
+    if present == Some(mode) && fs::read(&path).is_ok_and(|present| present == contents) {
         return Ok(false);
     }
     fs::create_dir_all(directory).map_err(InstallError::new("make the directory", directory))?;
@@ -322,8 +310,8 @@ mod tests {
         );
         assert_eq!(fs::read_to_string(&plugin).unwrap(), "two");
 
-        assert!(install_configuration(&config).unwrap());
-        assert!(!install_configuration(&config).unwrap());
+        assert!(binary.install_configuration(&config).unwrap());
+        assert!(!binary.install_configuration(&config).unwrap());
         let names = |path| {
             let entries = fs::read_dir(directory.path().join(path)).unwrap();
             entries.map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>()
@@ -332,18 +320,6 @@ mod tests {
         assert_eq!(names("bin"), ["skein-cni"]);
         assert!(remove_configuration(&config).unwrap() && remove_plugin(&config).unwrap());
         assert!(!remove_configuration(&config).unwrap() && !remove_plugin(&config).unwrap());
-    }
-
-    #[test]
-    fn the_configuration_names_plugin_socket_and_chain() {
-        let directory = tempfile::tempdir().unwrap();
-        let list = configuration(&config(directory.path()));
-        assert_eq!(list["cniVersion"], "1.0.0");
-        assert_eq!(list["cniVersions"].as_array().unwrap().last().unwrap(), "1.1.0");
-        assert_eq!(list["plugins"][0]["type"], "skein-cni");
-        assert_eq!(list["plugins"][0]["socket"], "/run/skein/cni.sock");
-        assert_eq!(list["plugins"][1]["type"], "portmap");
-        assert_eq!(list["plugins"][1]["capabilities"]["portMappings"], true);
     }
 
     #[test]
@@ -380,25 +356,50 @@ mod tests {
     }
 
     #[test]
-    fn configurations_that_come_first_are_seen() {
+    fn stricter_file_mode_stays_and_looser_one_goes() {
         let directory = tempfile::tempdir().unwrap();
         let config = config(directory.path());
-        assert!(earlier_configurations(&config).is_empty(), "no directory yet");
-        install_configuration(&config).unwrap();
-        for name in ["05-other.conf", "10-skein.conf", "09-notes.txt", "99-late.conflist"] {
-            fs::write(directory.path().join("net.d").join(name), "{}").unwrap();
+        fs::write(directory.path().join("source"), "one").unwrap();
+        let mut install = Install::default();
+        let plugin = directory.path().join("bin/skein-cni");
+        let list = directory.path().join("net.d/10-skein.conflist");
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+        let set =
+            |path: &Path, mode| fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+        install.install_plugin(&config).unwrap();
+        install.install_configuration(&config).unwrap();
+        assert_eq!((mode(&plugin), mode(&list)), (0o755, 0o644));
+        for (program, configuration) in [(0o700, 0o600), (0o750, 0o640), (0o500, 0o400)] {
+            set(&plugin, program);
+            set(&list, configuration);
+            assert!(!install.install_plugin(&config).unwrap(), "{program:o} is undone");
+            assert!(
+                !install.install_configuration(&config).unwrap(),
+                "{configuration:o} is undone"
+            );
+            // New contents keep the mode.
+            fs::write(&plugin, "two").unwrap();
+            fs::write(&list, "two").unwrap();
+            assert!(install.install_plugin(&config).unwrap());
+            assert!(install.install_configuration(&config).unwrap());
+            assert_eq!((mode(&plugin), mode(&list)), (program, configuration));
         }
-        assert_eq!(earlier_configurations(&config), ["05-other.conf", "10-skein.conf"]);
+        for (program, configuration) in [(0o777, 0o666), (0o644, 0o244), (0o4755, 0o755)] {
+            set(&plugin, program);
+            set(&list, configuration);
+            assert!(install.install_plugin(&config).unwrap(), "{program:o} stays");
+            assert!(install.install_configuration(&config).unwrap(), "{configuration:o} stays");
+            assert_eq!((mode(&plugin), mode(&list)), (0o755, 0o644));
+        }
+    }
 
-        let others = ["05-other.conf", "10-skein.conf", "99-late.conflist"];
-        assert_eq!(set_others_aside(&config).unwrap(), others);
-        assert!(
-            set_others_aside(&config).unwrap().is_empty()
-                && earlier_configurations(&config).is_empty()
-        );
-        fs::write(directory.path().join("net.d/05-other.conf"), "new").unwrap();
-        assert_eq!(take_others_back(&config).unwrap(), &others[1..]);
-        let kept = fs::read_to_string(directory.path().join("net.d/05-other.conf")).unwrap();
-        assert_eq!(kept, "new", "nothing is overwritten");
+    #[test]
+    fn denied_access_names_the_remedy() {
+        let error = |kind| InstallError::new("write", Path::new("/x"))(io::Error::from(kind));
+        let denied = error(io::ErrorKind::PermissionDenied).to_string();
+        assert!(denied.contains("DAC_OVERRIDE") && denied.contains("chown root"), "{denied}");
+        let read_only = error(io::ErrorKind::ReadOnlyFilesystem).to_string();
+        assert!(read_only.contains("cni.bin_dir"), "{read_only}");
+        assert_eq!(error(io::ErrorKind::StorageFull).to_string().matches(". ").count(), 0);
     }
 }

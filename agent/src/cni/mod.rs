@@ -5,13 +5,16 @@
 //! can serve.
 
 pub mod attach;
+mod conflist;
 pub mod install;
 pub mod ipam;
 mod leases;
 mod locks;
 pub(crate) mod metrics;
+mod others;
 mod server;
 mod service;
+pub mod versions;
 mod waiting;
 mod wire;
 
@@ -30,6 +33,7 @@ use self::ipam::{Ipam, Usage};
 use self::leases::Leases;
 pub use self::service::Network;
 use self::service::Service;
+use self::versions::Offer;
 use crate::config::{Cni, Config};
 use crate::control::listener::Listener;
 use crate::failure::Failure;
@@ -58,6 +62,7 @@ pub struct Pods {
 pub struct View {
     service: Arc<Service>,
     table: String,
+    offer: watch::Receiver<Offer>,
     forged: Arc<Mutex<Option<(Instant, Forged)>>>,
 }
 
@@ -91,6 +96,7 @@ impl Pods {
         let service = Arc::new(service);
         let listener = Listener::bind("cni.socket", &cni.socket, Some(readiness.clone()))?;
         let rules = rules(&cni, &config.interface.name, &receiver.borrow());
+        let (offers, offer) = watch::channel(Offer::default());
         let mut keeper = Keeper {
             service: Arc::clone(&service),
             firewall: Firewall::new(rules),
@@ -101,6 +107,7 @@ impl Pods {
             complaints: Vec::new(),
             can_serve: false,
             install: Install::default(),
+            offers,
             forward_unknown: !cni.forward_accept,
             cni,
         };
@@ -110,6 +117,7 @@ impl Pods {
         let view = View {
             service: Arc::clone(&service),
             table: keeper.cni.table.clone(),
+            offer,
             forged: Arc::default(),
         };
         let tasks = [tokio::spawn(server::serve(listener, service)), tokio::spawn(keeper.run())];
@@ -138,6 +146,11 @@ impl View {
     /// How full the pools are.
     pub async fn usage(&self) -> Usage {
         self.service.leases.usage().await.unwrap_or_default()
+    }
+
+    /// CNI versions of the network configuration.
+    pub fn offer(&self) -> Offer {
+        self.offer.borrow().clone()
     }
 
     /// Requests, for a scrape.
@@ -172,6 +185,7 @@ struct Keeper {
     /// Whether the agent was ready once.
     can_serve: bool,
     install: Install,
+    offers: watch::Sender<Offer>,
     /// Whether rules of an earlier configuration may be left in others' chains.
     forward_unknown: bool,
     cni: Cni,
@@ -265,6 +279,7 @@ impl Keeper {
         });
         let (install, result) = work.await.map_err(|error| error.to_string())?;
         self.install = install;
+        self.offers.send_replace(self.install.offer().clone());
         result
     }
 }

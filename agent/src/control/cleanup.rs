@@ -105,7 +105,7 @@ async fn remove_pods(config: &Config, cleaned: &mut Cleaned) {
     let cni = &config.cni;
     let text = |result: Result<bool, install::InstallError>| result.map_err(|e| e.to_string());
     cleaned.note("CNI configuration", text(install::remove_configuration(cni)));
-    match install::take_others_back(cni) {
+    match install::give_back_all(cni) {
         Err(error) => cleaned.errors.push(error.to_string()),
         Ok(back) => {
             for name in back {

@@ -14,6 +14,7 @@ use super::registry::RegistryStatus;
 use super::rotation::RotationStatus;
 use super::supervisor::{DataplaneState, DataplaneStatus};
 use crate::cni;
+use crate::cni::versions::Offer;
 use crate::config::Config;
 use crate::ipc::{Report, Request};
 use crate::keys::PublicKey;
@@ -93,6 +94,9 @@ pub struct Document {
     pub dataplane: DataplaneStatus,
     /// Its counters and states; absent while it is away.
     pub report: Option<Report>,
+    /// CNI versions of the network configuration; absent if the agent serves no pods.
+    #[serde(default)]
+    pub cni: Option<Offer>,
     /// The configuration, as it was validated.
     pub config: serde_json::Value,
 }
@@ -229,6 +233,7 @@ impl Shared {
             records: view.registry.clone(),
             dataplane: self.dataplane.get(),
             report,
+            cni: self.pods().map(cni::View::offer),
             config: serde_json::to_value(&*self.config).unwrap_or_default(),
         }
     }

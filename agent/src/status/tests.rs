@@ -64,6 +64,7 @@ pub(crate) fn document(inner: u64) -> Document {
         records: Default::default(),
         dataplane: Default::default(),
         report: Some(report),
+        cni: None,
         config: serde_json::Value::Null,
     }
 }
