@@ -11,6 +11,7 @@ pub mod demo;
 pub mod image;
 pub mod lab;
 pub mod load;
+pub mod newer;
 pub mod packages;
 pub mod programs;
 pub mod soak;

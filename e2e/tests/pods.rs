@@ -10,40 +10,12 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use skein_e2e::checks;
 use skein_e2e::lab::agent::{Agent, Cluster};
-use skein_e2e::lab::cni::{self, Runtime, attachment, same, traces};
+use skein_e2e::lab::cni::{self, attachment, same, traces};
+use skein_e2e::lab::pods::{node, prepared, runtime, up};
 use skein_e2e::lab::process;
-use skein_e2e::lab::{Family, Lab, Netns, Plan, Pod};
+use skein_e2e::lab::{Family, Netns, Pod};
 use skein_e2e::load::ping::{Ping, ping};
 use skein_e2e::load::udp;
-
-/// Agents that serve pods, with records of which `change` has had its say.
-fn prepared(nodes: u8, change: impl Fn(&mut Agent)) -> Result<Cluster> {
-    let lab = Lab::new(&Plan { nodes, pods: 0, ..Plan::default() })?;
-    let mut cluster = Cluster::prepare(lab, Family::V4)?;
-    for agent in &mut cluster.agents {
-        agent.serve_pods()?;
-        change(agent);
-    }
-    let records: Vec<_> = cluster.agents.iter().map(|agent| agent.record.clone()).collect();
-    for agent in &cluster.agents {
-        records.iter().try_for_each(|record| agent.put_record(record))?;
-    }
-    Ok(cluster)
-}
-
-fn up(nodes: u8, change: impl Fn(&mut Agent)) -> Result<Cluster> {
-    let mut cluster = prepared(nodes, change)?;
-    cluster.start()?;
-    Ok(cluster)
-}
-
-fn runtime(cluster: &Cluster, index: usize) -> Result<Runtime> {
-    Runtime::new(&cluster.agents[index], &cluster.lab.nodes[index])
-}
-
-fn node(cluster: &Cluster, index: usize) -> &Netns {
-    &cluster.lab.nodes[index].ns
-}
 
 fn reach(a: &Pod, b: &Pod) -> Result<()> {
     for family in Family::BOTH {

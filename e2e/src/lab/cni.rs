@@ -76,7 +76,11 @@ impl Runtime {
         }
         let mut command = std::process::Command::new("ip");
         command.args(["netns", "exec", &self.node]).arg(&self.program);
-        command.env("CNI_COMMAND", verb).env("CNI_PATH", "/opt/cni/bin");
+        command.env("CNI_COMMAND", verb);
+        // The specification requires it for GC only.
+        if verb == "GC" {
+            command.env("CNI_PATH", "/opt/cni/bin");
+        }
         if let Some(of) = of {
             command.env("CNI_CONTAINERID", of.container).env("CNI_IFNAME", of.interface);
             command.envs(of.netns.map(|netns| ("CNI_NETNS", netns)));

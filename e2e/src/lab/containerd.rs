@@ -1,5 +1,5 @@
-//! containerd on a node of the laboratory: the one from Debian, with files of its own, in mount and
-//! process namespaces that take everything with them when they go, containers included.
+//! containerd on a node of the laboratory: the one from Debian, or from its newer suite, with files of its own, in
+//! mount and process namespaces that take everything with them when they go, containers included.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use serde_json::json;
 use super::agent::Agent;
 use super::process::{self, Finished, Process};
 use super::{Netns, cgroup, image, registry};
-use crate::checks;
+use crate::{checks, newer};
 
 /// The one image: busybox, which sleeps unless it is told otherwise.
 pub const IMAGE: &str = "localhost/skein-test:1";
@@ -31,13 +31,27 @@ pub struct Containerd {
 impl Containerd {
     /// Starts it for the node of `agent`, whose plugin and configuration it uses.
     pub fn start(agent: &Agent, node: &Netns, laboratory: &Path) -> Result<Self> {
+        Self::start_from(None, agent, node, laboratory)
+    }
+
+    /// As [`Containerd::start`], with containerd and runc of a newer suite ([`crate::newer::root`]).
+    pub fn start_newer(agent: &Agent, node: &Netns, laboratory: &Path) -> Result<Self> {
+        Self::start_from(Some(&newer::root()?), agent, node, laboratory)
+    }
+
+    fn start_from(
+        newer: Option<&Path>,
+        agent: &Agent,
+        node: &Netns,
+        laboratory: &Path,
+    ) -> Result<Self> {
         let directory = laboratory.join(format!("{}-containerd", agent.record.name));
         fs::create_dir_all(directory.join("cni-bin"))?;
         fs::create_dir_all(agent.cni_directory("conf_dir"))?;
         let image = image(&directory)?;
         let config = directory.join("config.toml");
         fs::write(&config, configuration(&directory, agent))?;
-        let script = script(&directory, laboratory, agent);
+        let script = script(&directory, laboratory, agent, newer);
         let mut command = Command::new("nsenter");
         command.arg(format!("--net={}/{}", registry::NETNS_DIR, node.name()));
         command.args(["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]);
@@ -51,7 +65,10 @@ impl Containerd {
         .with_context(|| containerd.process.log_tail(20))?;
         let path = image.to_string_lossy();
         for namespace in ["k8s.io", "default"] {
-            let import = ["-n", namespace, "images", "import", "--snapshotter", "native", &path];
+            let mut import = vec!["-n", namespace, "images", "import", "--snapshotter", "native"];
+            // containerd 2 would unpack by its transfer service, which has no snapshotter configured.
+            import.extend(newer.map(|_| "--local"));
+            import.push(&path);
             let imported = containerd.ctr(&import)?;
             if imported.code != 0 {
                 bail!("importing the image: {}{}", imported.stdout, imported.stderr);
@@ -95,8 +112,11 @@ const CGROUP_PREFIX: &str = "skein-e2e-";
 
 /// What runs before containerd in its mount namespace: `/opt/cni/bin` and `/etc/cni/net.d`, which `ctr`
 /// reads, are the agent's; `/run` is its own but for the laboratory's files, and so is `/var/lib`, where
-/// libcni keeps results.
-fn script(directory: &Path, laboratory: &Path, agent: &Agent) -> String {
+/// libcni keeps results. `newer` is a root directory whose `usr` lies over `/usr`.
+fn script(directory: &Path, laboratory: &Path, agent: &Agent, newer: Option<&Path>) -> String {
+    let layer = newer.map_or_else(String::new, |root| {
+        format!("mount -t overlay -o lowerdir={}/usr:/usr overlay /usr", root.display())
+    });
     let (own, lab) = (directory.display(), laboratory.display());
     let bin = agent.cni_directory("bin_dir");
     let conf = agent.cni_directory("conf_dir");
@@ -112,6 +132,7 @@ fn script(directory: &Path, laboratory: &Path, agent: &Agent) -> String {
          mount -t overlay -o lowerdir=/etc,upperdir=/run/layers/upper,workdir=/run/layers/work overlay /etc
          mkdir -p /etc/cni/net.d
          mount --bind {conf} /etc/cni/net.d
+         {layer}
          exec containerd --config {own}/config.toml",
         bin = bin.display(),
         conf = conf.display(),

@@ -163,6 +163,8 @@ struct Condition {
     kind: String,
     #[prost(bool, tag = "2")]
     status: bool,
+    #[prost(string, tag = "4")]
+    message: String,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -225,9 +227,16 @@ impl Cri {
 
     /// Whether the runtime says that pods can have a network: what kubelet asks every five seconds.
     pub fn network_ready(&self) -> Result<bool> {
+        Ok(self.network_problem()?.is_none())
+    }
+
+    /// Message of the runtime's condition NetworkReady while it is false; `None` while it is true.
+    pub fn network_problem(&self) -> Result<Option<String>> {
         let answer: StatusAnswer = self.call("Status", Nothing {})?;
         let conditions = answer.status.unwrap_or_default().conditions;
-        Ok(conditions.iter().any(|c| c.kind == "NetworkReady" && c.status))
+        let network = conditions.into_iter().find(|c| c.kind == "NetworkReady");
+        let network = network.context("the runtime reports no condition NetworkReady")?;
+        Ok((!network.status).then_some(network.message))
     }
 
     /// Starts a pod; `ports` of the node lead to its own (host, container).

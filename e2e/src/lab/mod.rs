@@ -11,6 +11,7 @@ pub mod image;
 pub mod link;
 pub mod netns;
 pub mod node;
+pub mod pods;
 pub mod process;
 pub mod registry;
 pub mod relay;

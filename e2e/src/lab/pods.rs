@@ -1,0 +1,48 @@
+//! Agents that serve pods, for tests that call the CNI plugin.
+
+use anyhow::Result;
+
+use super::agent::{Agent, Cluster};
+use super::cni::Runtime;
+use super::{Family, Lab, Netns, Plan};
+
+/// Prepares agents that serve pods on `nodes` nodes. `change` may change each agent and its record.
+///
+/// # Errors
+/// If the laboratory cannot be made, or the reference plugins are missing.
+pub fn prepared(nodes: u8, change: impl Fn(&mut Agent)) -> Result<Cluster> {
+    let lab = Lab::new(&Plan { nodes, pods: 0, ..Plan::default() })?;
+    let mut cluster = Cluster::prepare(lab, Family::V4)?;
+    for agent in &mut cluster.agents {
+        agent.serve_pods()?;
+        change(agent);
+    }
+    let records: Vec<_> = cluster.agents.iter().map(|agent| agent.record.clone()).collect();
+    for agent in &cluster.agents {
+        records.iter().try_for_each(|record| agent.put_record(record))?;
+    }
+    Ok(cluster)
+}
+
+/// As [`prepared`], and starts the agents.
+///
+/// # Errors
+/// As [`prepared`], and if an agent does not become ready.
+pub fn up(nodes: u8, change: impl Fn(&mut Agent)) -> Result<Cluster> {
+    let mut cluster = prepared(nodes, change)?;
+    cluster.start()?;
+    Ok(cluster)
+}
+
+/// A runtime that calls the plugin on the node with this index.
+///
+/// # Errors
+/// If the plugin's binary is missing.
+pub fn runtime(cluster: &Cluster, index: usize) -> Result<Runtime> {
+    Runtime::new(&cluster.agents[index], &cluster.lab.nodes[index])
+}
+
+/// Network namespace of the node with this index.
+pub fn node(cluster: &Cluster, index: usize) -> &Netns {
+    &cluster.lab.nodes[index].ns
+}

@@ -1,0 +1,160 @@
+//! A current container runtime (containerd 2, runc 1.3 of a newer Debian suite) with the plugin.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use skein_e2e::lab::agent::{Agent, Cluster};
+use skein_e2e::lab::cni::{same, traces};
+use skein_e2e::lab::containerd::Containerd;
+use skein_e2e::lab::cri::Cri;
+use skein_e2e::lab::pods::{node, prepared};
+use skein_e2e::{checks, newer};
+
+/// Maximum time of a repair by the agent, which comes every 10 s.
+const REPAIR_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A node with an agent and containerd 2.
+struct Node {
+    // Before the cluster: it goes first.
+    containerd: Containerd,
+    cluster: Cluster,
+}
+
+impl Node {
+    fn up(change: impl Fn(&mut Agent)) -> Result<Self> {
+        let mut cluster = prepared(1, change)?;
+        let agent = &cluster.agents[0];
+        let ns = &cluster.lab.nodes[0].ns;
+        let containerd = Containerd::start_newer(agent, ns, cluster.lab.directory())?;
+        let version = containerd.ctr(&["version"])?.stdout;
+        ensure!(version.contains("Version:  2."), "not containerd 2: {version}");
+        cluster.start()?;
+        Ok(Self { containerd, cluster })
+    }
+
+    fn agent(&self) -> &Agent {
+        &self.cluster.agents[0]
+    }
+
+    fn cri(&self) -> Result<Cri> {
+        let cri = Cri::connect(&self.containerd.socket(), &self.containerd.cgroup)?;
+        checks::eventually("the network is ready", REPAIR_TIMEOUT, || cri.network_ready())
+            .with_context(|| self.containerd.log_tail())?;
+        Ok(cri)
+    }
+
+    fn list(&self) -> Result<Value> {
+        let path = self.agent().cni_directory("conf_dir").join("10-skein.conflist");
+        Ok(serde_json::from_slice(&fs::read(path)?)?)
+    }
+
+    fn offers(&self, newest: &str) -> Result<()> {
+        checks::eventually(newest, REPAIR_TIMEOUT, || {
+            let list = self.list()?;
+            Ok(list["cniVersions"].as_array().and_then(|all| all.last()) == Some(&newest.into()))
+        })
+        .map(drop)
+    }
+}
+
+/// Replaces the reference plugins by those of the newer suite.
+fn use_newer_plugins(agent: &Agent) -> Result<()> {
+    let (from, bin) = (newer::root()?.join("usr/lib/cni"), agent.cni_directory("bin_dir"));
+    for name in ["portmap", "loopback"] {
+        let new = bin.join("new");
+        fs::copy(from.join(name), &new)?;
+        fs::rename(new, bin.join(name))?;
+    }
+    Ok(())
+}
+
+/// Debian 12's portmap 1.1.1 refuses CNI 1.1.0, which containerd 2 would take.
+#[test]
+fn pods_start_and_end_behind_an_old_plugin() -> Result<()> {
+    let machine = Node::up(|_| ())?;
+    let cri = machine.cri()?;
+    machine.offers("1.0.0").context("this test needs portmap before 1.6, as Debian 12 has")?;
+    // portmap's own chains, which stay for the next.
+    cri.remove(&cri.run("first", &[(8081, 81)])?)?;
+    let before = traces(node(&machine.cluster, 0))?;
+    let a = cri.run("a", &[(8080, 80)])?;
+    ensure!(cri.addresses(&a)?.len() == 2, "{:?}", cri.addresses(&a)?);
+    cri.container(&a, "main", &["sleep", "1000"])?;
+    // The plugins are updated under a running pod.
+    use_newer_plugins(machine.agent())?;
+    machine.offers("1.1.0")?;
+    checks::eventually("containerd has read the list", Duration::from_secs(5), || {
+        cri.network_ready()
+    })?;
+    let b = cri.run("b", &[])?;
+    ensure!(cri.addresses(&b)?.len() == 2, "{:?}", cri.addresses(&b)?);
+    cri.remove(&b)?;
+    cri.remove(&a)?;
+    same(&before, &traces(node(&machine.cluster, 0))?)
+}
+
+/// As istio-cni and linkerd-cni do.
+#[test]
+fn plugin_that_another_program_appends_is_called() -> Result<()> {
+    let machine = Node::up(|_| ())?;
+    let cri = machine.cri()?;
+    let (agent, calls) = (machine.agent(), machine.cluster.lab.directory().join("calls"));
+    let plugin = agent.cni_directory("bin_dir").join("istio-cni");
+    let versions =
+        json!({ "cniVersion": "1.0.0", "supportedVersions": ["0.3.1", "0.4.0", "1.0.0"] });
+    // The result of the plugins before is its own.
+    let script = format!(
+        "#!/bin/sh
+         input=$(cat)
+         [ \"$CNI_COMMAND\" = VERSION ] && echo '{versions}' && exit
+         echo \"$CNI_COMMAND\" >> {calls}
+         [ \"$CNI_COMMAND\" != ADD ] || echo \"$input\" | sed 's/.*\"prevResult\":\\({{.*}}\\),\"type\".*/\\1/'
+        ",
+        calls = calls.display()
+    );
+    fs::write(&plugin, script)?;
+    fs::set_permissions(&plugin, Permissions::from_mode(0o755))?;
+    let mut list = machine.list()?;
+    let plugins = list["plugins"].as_array_mut().context("plugins")?;
+    plugins.push(json!({ "type": "istio-cni" }));
+    let path = agent.cni_directory("conf_dir").join("10-skein.conflist");
+    let new = path.with_extension("tmp");
+    fs::write(&new, list.to_string())?;
+    fs::rename(new, &path)?;
+    // Longer than it took until the agent removed it.
+    std::thread::sleep(Duration::from_secs(11));
+    let pod = cri.run("a", &[])?;
+    ensure!(cri.addresses(&pod)?.len() == 2, "{:?}", cri.addresses(&pod)?);
+    cri.remove(&pod)?;
+    let called = fs::read_to_string(&calls)?;
+    ensure!(called.contains("ADD") && called.contains("DEL"), "{called}");
+    ensure!(machine.list()?["plugins"][2]["type"] == "istio-cni", "{}", machine.list()?);
+    Ok(())
+}
+
+#[test]
+fn hung_agent_keeps_the_runtime_status_short() -> Result<()> {
+    let machine = Node::up(|agent| {
+        // STATUS needs CNI 1.1.0 of all plugins.
+        use_newer_plugins(agent).expect("the plugins of the newer suite are needed");
+    })?;
+    let cri = machine.cri()?;
+    machine.offers("1.1.0")?;
+    let pod = cri.run("a", &[])?;
+    let pid = machine.agent().control_pid().and_then(Pid::from_raw).context("no agent")?;
+    kill_process(pid, Signal::STOP)?;
+    let began = Instant::now();
+    let problem = cri.network_problem();
+    let took = began.elapsed();
+    kill_process(pid, Signal::CONT)?;
+    let problem = problem?.context("the runtime reports a network while the agent hangs")?;
+    ensure!(problem.contains("did not answer within 5 s"), "{problem}");
+    // kubelet stops to synchronise pods after 30 s without an answer.
+    ensure!(took < Duration::from_secs(10), "the runtime's status took {took:?}");
+    checks::eventually("the network is ready again", REPAIR_TIMEOUT, || cri.network_ready())?;
+    cri.remove(&pod)
+}
