@@ -93,6 +93,8 @@ pub struct Interface {
     pub addresses: Option<Vec<IpAddr>>,
     /// Whether to switch on forwarding of IPv4 and IPv6 in this network namespace.
     pub forwarding: bool,
+    /// Whether pod prefixes get unreachable routes, so that a packet without a better route is refused.
+    pub unreachable_routes: bool,
 }
 
 /// The data process.
@@ -333,6 +335,27 @@ pub fn check_inside(cidrs: &[IpNet], cluster: &[IpNet]) -> Result<(), Invalid> {
     }
 }
 
+/// Refuses cluster prefixes that contain an address which is not a pod's. The unreachable route of such
+/// a prefix would cut this node off from the address.
+///
+/// # Errors
+///
+/// One of `addresses` lies in one of `cluster`; the text names both.
+pub fn check_outside(
+    addresses: impl IntoIterator<Item = IpAddr>,
+    cluster: &[IpNet],
+) -> Result<(), Invalid> {
+    for address in addresses {
+        if let Some(net) = cluster.iter().find(|net| net.contains(&address)) {
+            return Err(Invalid(format!(
+                "{address} lies in cluster_cidrs ({net}), which would cut this node off from it: give \
+                 cluster_cidrs prefixes that only pods have"
+            )));
+        }
+    }
+    Ok(())
+}
+
 /// Whether two prefixes share an address.
 pub fn overlap(a: &IpNet, b: &IpNet) -> bool {
     a.contains(b) || b.contains(a)
@@ -421,6 +444,7 @@ mod tests {
             txqueuelen = 2000
             addresses = ["10.1.0.7"]
             forwarding = false
+            unreachable_routes = false
             [underlay]
             addresses = ["192.0.2.1", "2001:db8::1"]
             port = 4000
@@ -453,6 +477,7 @@ mod tests {
         assert_eq!(config.cluster_cidrs.len(), 2);
         assert_eq!(config.interface.mtu, Some(1400));
         assert_eq!(config.interface.addresses, Some(vec!["10.1.0.7".parse().unwrap()]));
+        assert!(!config.interface.unreachable_routes);
         assert_eq!(config.dataplane.mode, Mode::External);
         assert_eq!(config.dataplane.cipher, CipherChoice::Chacha20Poly1305);
         assert_eq!(config.offload, OffloadSettings { udp_gso: false, ..OffloadSettings::ALL });
@@ -484,6 +509,11 @@ mod tests {
                 "pod_cidrs = ['10.1.0.0/24']\ncluster_cidrs = ['10.2.0.0/16']",
                 "pod_cidrs",
                 "outside of cluster_cidrs (10.2.0.0/16)",
+            ),
+            (
+                "cluster_cidrs = ['192.0.2.0/24']\n[underlay]\naddresses = ['192.0.2.1']",
+                "underlay.addresses",
+                "192.0.2.1 lies in cluster_cidrs (192.0.2.0/24)",
             ),
             ("[interface]\nname = 'a-very-long-name'", "interface.name", "15"),
             ("[interface]\nname = 'a/b'", "interface.name", "15"),

@@ -12,7 +12,7 @@ use super::kubernetes::KubernetesTable;
 use super::{
     Config, Control, DEFAULT_PORT, Dataplane, Interface, Invalid, KeyRotation, Log, LogFormat,
     MIN_IPV6_MTU, Metrics, Mode, StatusPage, check_disjoint, check_inside, check_node_name,
-    check_pod_cidr, wildcard,
+    check_outside, check_pod_cidr, wildcard,
 };
 use crate::ipc::{CipherChoice, OffloadSettings, UnderlaySettings};
 use crate::netlink::pod::HOST_PREFIX;
@@ -95,6 +95,7 @@ struct InterfaceTable {
     txqueuelen: u32,
     addresses: Option<Vec<String>>,
     forwarding: bool,
+    unreachable_routes: bool,
 }
 
 impl Default for InterfaceTable {
@@ -105,6 +106,7 @@ impl Default for InterfaceTable {
             txqueuelen: 1000,
             addresses: None,
             forwarding: true,
+            unreachable_routes: true,
         }
     }
 }
@@ -283,6 +285,9 @@ impl File {
                     .to_owned(),
             ));
         }
+        let underlay = self.underlay.validate()?;
+        check_outside(underlay.addresses.iter().copied(), &cluster_cidrs)
+            .map_err(|error| Invalid(format!("underlay.addresses: {error}")))?;
         Ok(Config {
             name,
             cluster_id: self.cluster_id,
@@ -376,6 +381,7 @@ impl InterfaceTable {
             txqueuelen: self.txqueuelen,
             addresses: addresses.transpose()?,
             forwarding: self.forwarding,
+            unreachable_routes: self.unreachable_routes,
         })
     }
 }

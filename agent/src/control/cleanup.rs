@@ -14,7 +14,7 @@ use crate::config::{ALIAS_PREFIX, Config, KEY};
 use crate::failure::Failure;
 use crate::firewall::{self, forward};
 use crate::ipc::{NodeIdentity, Request};
-use crate::netlink::Netlink;
+use crate::netlink::{Netlink, NetlinkError};
 use crate::netlink::provisional::Provisional;
 use crate::sys::socket::{hung_up, is_absent};
 
@@ -60,6 +60,7 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
     let provisional = Provisional::new(&config.interface.name, &config.alias());
     let unfinished = format!("unfinished interface {}", provisional.name());
     cleaned.note(&unfinished, remove_provisional(&provisional).await);
+    remove_unreachable_routes(config, &mut cleaned).await;
     for socket in dataplane_socket.into_iter().chain([&config.control.socket]) {
         cleaned.note(&format!("socket {}", socket.display()), remove_file(socket));
     }
@@ -195,6 +196,28 @@ async fn remove_interface(config: &Config) -> Result<bool, String> {
     }
     netlink.delete_link(link.index).await.map_err(|error| error.to_string())?;
     Ok(true)
+}
+
+/// Removes every unreachable route of Skein, unless another agent has its interface here: which of
+/// the routes are whose cannot be told, and that agent's next start removes what it does not want.
+async fn remove_unreachable_routes(config: &Config, cleaned: &mut Cleaned) {
+    let removed = async {
+        let netlink = Netlink::connect()?;
+        if netlink.has_interface_of_another_agent(&config.alias()).await? {
+            return Ok(0);
+        }
+        let routes = netlink.unreachable_routes().await?;
+        for net in &routes {
+            netlink.delete_unreachable_route(net).await?;
+        }
+        Ok::<_, NetlinkError>(routes.len())
+    };
+    match removed.await {
+        Ok(0) => {}
+        Ok(1) => cleaned.removed.push("1 unreachable route".to_owned()),
+        Ok(count) => cleaned.removed.push(format!("{count} unreachable routes")),
+        Err(error) => cleaned.errors.push(format!("unreachable routes: {error}")),
+    }
 }
 
 async fn remove_provisional(provisional: &Provisional) -> Result<bool, String> {

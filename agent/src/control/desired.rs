@@ -1,13 +1,13 @@
 //! What is wanted, as a pure function of the configuration and the records; and the difference
 //! between two wants.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 
 use super::records::NodeRecord;
-use super::registry::Registry;
+use super::registry::{Registry, unreachable_prefixes};
 use crate::cni::Network;
 use crate::config::{Config, MIN_IPV6_MTU};
 use crate::ipc::{NarrowPath, NodeSettings, Peer, Request, Snapshot, TunSettings, Update};
@@ -35,6 +35,8 @@ pub struct Desired {
     pub peers: Vec<Peer>,
     /// Addresses of this node on the interface.
     pub addresses: Vec<IpAddr>,
+    /// Prefixes that packets without a better route are refused for.
+    pub unreachable: BTreeSet<IpNet>,
 }
 
 impl Desired {
@@ -51,7 +53,9 @@ impl Desired {
             let overhead = if over_ipv6(config, registry) { OVERHEAD_IPV6 } else { OVERHEAD_IPV4 };
             underlay_mtu.saturating_sub(overhead).min(MAX_MTU) as u16
         });
-        Self { mtu, local_cidrs, peers, addresses }
+        let unreachable =
+            unreachable_prefixes(config, &local_cidrs, &registry.prefixes(), registry.former());
+        Self { mtu, local_cidrs, peers, addresses, unreachable }
     }
 
     /// What pods need to know of it.

@@ -20,10 +20,12 @@ pub mod supervisor;
 mod underlay;
 pub mod watch;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
+use ipnet::IpNet;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior};
 
@@ -43,7 +45,7 @@ use crate::failure::Failure;
 use crate::http;
 use crate::ipc::{NarrowPath, Snapshot};
 use crate::lifecycle::{Asked, NotReady, Signals};
-use crate::netlink::interface::{InterfaceError, Present, Wanted};
+use crate::netlink::interface::{InterfaceError, Outcome, Present, Wanted};
 use crate::netlink::monitor::Monitor;
 use crate::netlink::{Netlink, NetlinkError};
 use crate::sys::socket::make_directory;
@@ -133,6 +135,7 @@ async fn control(
     starting: NotReady,
     signals: &mut Signals,
 ) -> Result<(), Failure> {
+    refuse_kept_prefixes(&config).await?;
     let source = tokio::select! {
         source = first_records(&config, &shared, &starting) => source?,
         () = signals.end() => return Ok(()),
@@ -142,6 +145,25 @@ async fn control(
     let (controller, first) = Controller::start(config, rotation, registry, shared).await?;
     drop(starting);
     controller.run(first, source, asked, signals).await
+}
+
+/// Puts the unreachable routes of an earlier process in place. After a boot, nothing else keeps traffic
+/// to pods inside the overlay while the records are awaited. The first start ever adds nothing here, so
+/// that a configuration that is refused leaves no route behind.
+async fn refuse_kept_prefixes(config: &Config) -> Result<(), Failure> {
+    let Some(kept) = registry::kept_unreachable_prefixes(config) else { return Ok(()) };
+    let netlink = Netlink::connect().map_err(netlink_failure)?;
+    // What is there already may belong to the records that are read next.
+    let outcome = netlink.add_unreachable_routes(&kept).await;
+    outcome.errors.iter().for_each(|error| tracing::error!("{error}"));
+    log_changes(&outcome);
+    Ok(())
+}
+
+fn log_changes(outcome: &Outcome) {
+    if !outcome.changes.is_empty() {
+        tracing::info!("changed: {}", abridged(&outcome.changes));
+    }
 }
 
 /// The source of the records, once there is something to read.
@@ -162,7 +184,7 @@ async fn first_records(
         tracing::info!(reason, "waiting for the node records");
         starting.because(format!("the node records are awaited: {reason}"));
     };
-    kubernetes.first(last_good, waits).await;
+    kubernetes.start_with(config, last_good, waits).await?;
     Ok((Source::Kubernetes(kubernetes), reader))
 }
 
@@ -175,6 +197,8 @@ struct Controller {
     monitor: Monitor,
     underlay: UnderlayWatch,
     desired: Desired,
+    /// Unreachable routes that this process asked for last.
+    unreachable: BTreeSet<IpNet>,
     interface: Present,
     snapshots: tokio::sync::watch::Sender<Arc<Snapshot>>,
     supervisor: Handle,
@@ -208,6 +232,10 @@ impl Controller {
         if let Some(problem) = desired.problem() {
             return Err(Failure::Usage(underlay.explain(problem, &desired)));
         }
+        // Before there is anything that a packet could pass by.
+        let outcome = netlink.add_unreachable_routes(&desired.unreachable).await;
+        outcome.errors.iter().for_each(|error| tracing::error!("{error}"));
+        log_changes(&outcome);
         let wanted = desired.interface(&config, &[]);
         let interface = wanted.ensure_device(&netlink).await.map_err(interface_failure)?;
         monitor.set_index(interface.index);
@@ -232,6 +260,7 @@ impl Controller {
             netlink,
             monitor,
             underlay,
+            unreachable: desired.unreachable.clone(),
             desired,
             interface,
             snapshots,
@@ -287,6 +316,9 @@ impl Controller {
                     self.reconcile().await;
                 }
                 () = self.monitor.changed() => {
+                    // At once: as long as they are missing, pods' packets may leave in clear. What could
+                    // not be done is tried again, and reported, a moment later.
+                    self.ensure_unreachable_routes().await;
                     tokio::time::sleep(QUIET).await;
                     self.reconcile().await;
                 }
@@ -430,7 +462,8 @@ impl Controller {
             return;
         }
         let wanted = self.desired.interface(&self.config, &self.narrow);
-        let mut complaints = Vec::new();
+        // A prefix is refused before the first route to it exists, and when that is gone.
+        let mut complaints = self.ensure_unreachable_routes().await;
         match self.device(&wanted).await {
             Ok(()) => {
                 let outcome = wanted.configure(&self.netlink, self.interface.index).await;
@@ -456,6 +489,15 @@ impl Controller {
             }
         };
         self.complaints = complaints;
+    }
+
+    /// Brings the unreachable routes to what is wanted; returns what could not be done.
+    async fn ensure_unreachable_routes(&mut self) -> Vec<String> {
+        let before = std::mem::replace(&mut self.unreachable, self.desired.unreachable.clone());
+        let (wanted, alias) = (&self.unreachable, self.config.alias());
+        let outcome = self.netlink.ensure_unreachable_routes(wanted, &before, &alias).await;
+        log_changes(&outcome);
+        outcome.errors
     }
 
     async fn device(&mut self, wanted: &Wanted) -> Result<(), InterfaceError> {
@@ -502,6 +544,15 @@ impl Controller {
             && let Err(error) = self.netlink.delete_link(self.interface.index).await
         {
             tracing::error!(%error, "the interface stays behind: remove it with skein-agent cleanup");
+        }
+        // A node that was part of the network before may have pods: their traffic stays refused.
+        if self.registry.is_first_start() {
+            let (before, alias) = (&self.unreachable, self.config.alias());
+            let none = BTreeSet::new();
+            let outcome = self.netlink.ensure_unreachable_routes(&none, before, &alias).await;
+            for error in outcome.errors {
+                tracing::error!("{error}: remove the route with skein-agent cleanup");
+            }
         }
         failure
     }

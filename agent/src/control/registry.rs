@@ -4,15 +4,18 @@
 //! A file that is wrong, or that contradicts what is in force, is refused as a whole, and the last
 //! good version of its records stays in force. So a typing error takes no node out of the network.
 
+mod former;
 mod settle;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+pub use self::former::unreachable_prefixes;
+use self::former::{FormerPrefixes, prefixes};
 use self::settle::{Accepted, Own, check_own, local_cidrs, settle};
 use super::records::NodeRecord;
 use super::source::Reader;
@@ -25,7 +28,20 @@ const STORE: &str = "registry.json";
 
 /// Whether there are last good records of that source.
 pub fn has_last_good(config: &Config, source: &Reader) -> bool {
-    read_store(&config.state_dir.join(STORE), &source.name()).is_some()
+    read_store(&config.state_dir.join(STORE)).is_some_and(|stored| stored.source == source.name())
+}
+
+/// Prefixes for unreachable routes by what an earlier process kept in the state directory; `None`
+/// before the first successful start.
+pub fn kept_unreachable_prefixes(config: &Config) -> Option<BTreeSet<IpNet>> {
+    let stored = read_store(&config.state_dir.join(STORE))?;
+    // The others may contain the API server, which is compared with them a little later.
+    let mut config = config.clone();
+    config.cluster_cidrs.retain(|net| stored.cluster_cidrs.contains(net));
+    let local = config.pod_cidrs.as_ref().unwrap_or(&stored.local_cidrs);
+    let mut all = prefixes(&stored.files, local);
+    all.extend(&stored.local_cidrs);
+    Some(unreachable_prefixes(&config, local, &all, &stored.former))
 }
 
 /// The records in force.
@@ -37,6 +53,10 @@ pub struct Registry {
     source: Reader,
     store: PathBuf,
     accepted: Accepted,
+    /// Prefixes that no node owns any more.
+    former: FormerPrefixes,
+    /// Whether no earlier process has kept records.
+    never_started: bool,
     rejected: BTreeMap<PathBuf, String>,
     source_error: Option<String>,
 }
@@ -68,6 +88,16 @@ pub struct RejectedFile {
 struct Stored {
     source: PathBuf,
     files: Accepted,
+    /// Pod CIDRs of this node. This field and those below are absent in files of versions that had no
+    /// unreachable routes.
+    #[serde(default)]
+    local_cidrs: Vec<IpNet>,
+    /// The configured `cluster_cidrs`, which the cluster has not contradicted.
+    #[serde(default)]
+    cluster_cidrs: Vec<IpNet>,
+    /// Prefixes that no node owns any more, the oldest first.
+    #[serde(default)]
+    former: FormerPrefixes,
 }
 
 impl Registry {
@@ -84,7 +114,12 @@ impl Registry {
         let store = config.state_dir.join(STORE);
         let name = source.name();
         let shown = name.display();
-        let last_good = read_store(&store, &name);
+        let kept = read_store(&store);
+        let owned = kept.as_ref().map(|kept| prefixes(&kept.files, &kept.local_cidrs));
+        let (last_good, mut former) = match kept {
+            Some(kept) => ((kept.source == name).then_some(kept.files), kept.former),
+            None => (None, FormerPrefixes::default()),
+        };
         let (files, source_error) = match (source.read(), &last_good) {
             (Ok(files), _) => (files, None),
             (Err(error), Some(stored)) => {
@@ -119,7 +154,20 @@ impl Registry {
             ));
             return Err(Failure::Usage(problems.join("\n")));
         };
-        let registry = Self { own, local_cidrs, source, store, accepted, rejected, source_error };
+        let never_started = owned.is_none();
+        let now = prefixes(&accepted, &local_cidrs);
+        former.update(&owned.unwrap_or_default(), &now, &own.cluster_cidrs);
+        let registry = Self {
+            own,
+            local_cidrs,
+            source,
+            store,
+            accepted,
+            former,
+            never_started,
+            rejected,
+            source_error,
+        };
         for (path, error) in &registry.rejected {
             log_rejected(path, error);
         }
@@ -157,13 +205,34 @@ impl Registry {
         if accepted == self.accepted {
             return false;
         }
+        let owned = self.prefixes();
         self.accepted = accepted;
         match local_cidrs(&self.own, &self.accepted) {
             Some(cidrs) => self.local_cidrs = cidrs,
             None => tracing::warn!("this node's own record is gone: its pod CIDRs stay in force"),
         }
+        self.former.update(
+            &owned,
+            &prefixes(&self.accepted, &self.local_cidrs),
+            &self.own.cluster_cidrs,
+        );
         self.write_store();
         true
+    }
+
+    /// Pod CIDRs of all nodes, this node's included.
+    pub fn prefixes(&self) -> BTreeSet<IpNet> {
+        prefixes(&self.accepted, &self.local_cidrs)
+    }
+
+    /// Whether no earlier process has read its records successfully with this state directory.
+    pub fn is_first_start(&self) -> bool {
+        self.never_started
+    }
+
+    /// Prefixes that no node owns any more.
+    pub fn former(&self) -> &FormerPrefixes {
+        &self.former
     }
 
     /// What this node owns.
@@ -208,7 +277,13 @@ impl Registry {
     }
 
     fn write_store(&self) {
-        let stored = Stored { source: self.source.name(), files: self.accepted.clone() };
+        let stored = Stored {
+            source: self.source.name(),
+            files: self.accepted.clone(),
+            local_cidrs: self.local_cidrs.clone(),
+            cluster_cidrs: self.own.cluster_cidrs.clone(),
+            former: self.former.clone(),
+        };
         let temporary = self.store.with_extension("json.new");
         // Durable: a node may lose its power, and the API server with it.
         let write = || {
@@ -229,14 +304,13 @@ fn log_rejected(path: &Path, error: &str) {
     tracing::error!(file = %path.display(), error, "node records refused: the last good ones stay");
 }
 
-fn read_store(store: &Path, source: &Path) -> Option<Accepted> {
+fn read_store(store: &Path) -> Option<Stored> {
     let bytes = std::fs::read(store).ok()?;
-    let stored = serde_json::from_slice::<Stored>(&bytes)
+    serde_json::from_slice(&bytes)
         .inspect_err(|error| {
             tracing::warn!(path = %store.display(), %error, "the kept records are unreadable");
         })
-        .ok()?;
-    (stored.source == source).then_some(stored.files)
+        .ok()
 }
 
 /// For the fuzzer: what was kept can be kept again.

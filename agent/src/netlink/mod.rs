@@ -15,6 +15,7 @@ pub mod provisional;
 pub mod route;
 pub mod sysctl;
 pub mod underlay;
+pub mod unreachable;
 
 use std::fmt::Display;
 use std::io;

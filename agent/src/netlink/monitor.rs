@@ -15,6 +15,7 @@ use tokio::task::JoinHandle;
 use super::NetlinkError;
 use super::pod::HOST_PREFIX;
 use super::route::PROTOCOL;
+use super::unreachable::is_unreachable;
 
 /// Listens to the kernel's announcements about one interface, and about the underlay.
 #[derive(Debug)]
@@ -125,5 +126,5 @@ fn concerns_underlay(message: &RouteNetlinkMessage, overlay: &str, index: u32) -
 
 fn ours(route: &RouteMessage, index: u32) -> bool {
     route.header.protocol == RouteProtocol::Other(PROTOCOL)
-        && route.attributes.contains(&RouteAttribute::Oif(index))
+        && (route.attributes.contains(&RouteAttribute::Oif(index)) || is_unreachable(route))
 }

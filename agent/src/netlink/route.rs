@@ -74,20 +74,26 @@ fn parse(message: &RouteMessage) -> Option<(IpNet, u32)> {
     if header.table != RouteHeader::RT_TABLE_MAIN || header.kind != RouteType::Unicast {
         return None;
     }
-    let mut destination = match header.address_family {
+    let interface = message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Oif(index) => Some(*index),
+        _ => None,
+    });
+    Some((destination(message)?, interface?))
+}
+
+/// Destination prefix of a route; a default route has no attribute for it.
+pub(super) fn destination(message: &RouteMessage) -> Option<IpNet> {
+    let mut ip = match message.header.address_family {
         AddressFamily::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         AddressFamily::Inet6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
         _ => return None,
     };
-    let mut interface = None;
     for attribute in &message.attributes {
-        match attribute {
-            RouteAttribute::Destination(ip) => destination = address(ip)?,
-            RouteAttribute::Oif(index) => interface = Some(*index),
-            _ => {}
+        if let RouteAttribute::Destination(found) = attribute {
+            ip = address(found)?;
         }
     }
-    Some((IpNet::new(destination, header.destination_prefix_length).ok()?, interface?))
+    IpNet::new(ip, message.header.destination_prefix_length).ok()
 }
 
 /// MTU of a route in bytes; `None` if the route has none of its own.
@@ -134,7 +140,7 @@ impl Netlink {
     }
 
     /// Routes of the main table of both families, of those that the kernel takes for `filter`'s.
-    async fn dump_routes(&self, filter: &RouteMessage) -> Result<Vec<RouteMessage>, NetlinkError> {
+    pub(super) async fn dump_routes(&self, filter: &RouteMessage) -> Result<Vec<RouteMessage>, NetlinkError> {
         let _dump = self.dump.lock().await;
         let mut all = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {

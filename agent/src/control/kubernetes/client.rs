@@ -61,11 +61,17 @@ impl Requests {
     }
 }
 
-/// A client of the cluster that this pod runs in, or that a kubeconfig names. Nothing is sent yet.
+/// A client of the cluster that this pod runs in, or that a kubeconfig names, and the host of its API
+/// server. Nothing is sent yet.
+///
+/// # Errors
+///
+/// The kubeconfig cannot be read or names no cluster, this is no pod with a service account, or TLS
+/// cannot be set up.
 pub(super) async fn connect(
     kubeconfig: Option<&Path>,
     requests: &Requests,
-) -> anyhow::Result<Client> {
+) -> anyhow::Result<(Client, String)> {
     let mut config = match kubeconfig {
         Some(path) => {
             let shown = path.display();
@@ -83,6 +89,7 @@ pub(super) async fn connect(
     config.reset_reader_on_write = true;
     // It would try again fifteen times within seconds, unseen and all nodes at once: our waits are longer.
     config.default_retry = false;
+    let server = config.cluster_url.host().unwrap_or_default().to_owned();
     let requests = requests.clone();
     let count = MapRequestLayer::new(move |request: http::Request<Body>| {
         requests.count(&request);
@@ -90,7 +97,7 @@ pub(super) async fn connect(
     });
     let builder = ClientBuilder::try_from(config).context("cannot make a client of the cluster")?;
     let timeout = TimeoutLayer::new(PATIENCE);
-    Ok(builder.with_layer(&timeout).with_layer(&count).build())
+    Ok((builder.with_layer(&timeout).with_layer(&count).build(), server))
 }
 
 /// What an error of the API server means, in a line.

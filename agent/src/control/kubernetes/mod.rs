@@ -6,6 +6,7 @@ mod client;
 mod follow;
 mod own;
 mod publish;
+mod ranges;
 pub mod resource;
 mod status;
 pub mod uninstall;
@@ -19,9 +20,11 @@ use tokio::task::JoinHandle;
 
 pub use self::client::Requests;
 use self::follow::State;
+use self::ranges::Ranges;
 pub(super) use self::follow::path;
 use super::records::Files;
 use super::shared::Shared;
+use crate::config::Config;
 use crate::failure::Failure;
 use crate::keys::PublicKeys;
 
@@ -33,6 +36,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub struct Kubernetes {
     state: watch::Receiver<State>,
     requests: Requests,
+    ranges: Ranges,
     tasks: [JoinHandle<()>; 2],
 }
 
@@ -47,17 +51,18 @@ impl Kubernetes {
         let requests = Requests::new().context("cannot count requests")?;
         let kubeconfig = config.kubernetes.kubeconfig.as_deref();
         let client = client::connect(kubeconfig, &requests).await;
-        let client = client.map_err(|error| Failure::Usage(format!("{error:#}")))?;
+        let (client, server) = client.map_err(|error| Failure::Usage(format!("{error:#}")))?;
+        let ranges = Ranges::new(client.clone(), server);
         let (sender, state) = watch::channel(State::default());
         let follow =
             follow::follow(Arc::clone(config), shared.follow_key(), client.clone(), sender);
         let publish = publish::publish(shared.clone(), client, state.clone());
         let tasks = [tokio::spawn(follow), tokio::spawn(publish)];
-        Ok(Self { state, requests, tasks })
+        Ok(Self { state, requests, ranges, tasks })
     }
 
     /// Waits until all records are known; not for long where there are `last_good` ones.
-    pub async fn first(&mut self, last_good: bool, waits: impl Fn(&str)) {
+    async fn first(&mut self, last_good: bool, waits: impl Fn(&str)) {
         let end = tokio::time::Instant::now() + PATIENCE;
         let mut told = String::new();
         loop {
@@ -80,6 +85,25 @@ impl Kubernetes {
                 return;
             }
         }
+    }
+
+    /// Waits until all records are known, not for long where there are `last_good` ones, and compares `cluster_cidrs` with the cluster meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// [`Failure::Usage`] if `cluster_cidrs` contain the API server or Services.
+    pub async fn start_with(
+        &mut self,
+        config: &Config,
+        last_good: bool,
+        waits: impl Fn(&str),
+    ) -> Result<(), Failure> {
+        let ranges = self.ranges.clone();
+        let first = async {
+            self.first(last_good, waits).await;
+            Ok(())
+        };
+        tokio::try_join!(first, ranges.check(config)).map(drop)
     }
 
     /// Waits until the records should be read again.

@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1::{Node, NodeSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 
 use super::resource::SkeinNodeSpec;
-use crate::config::{Config, check_inside};
+use crate::config::{Config, check_inside, check_outside};
 use crate::keys::PublicKeys;
 
 /// This node's record. `addresses` are those of `kubernetes.endpoint_interface`, where one is
@@ -37,6 +37,11 @@ pub(super) fn spec(
         Some(addresses) => addresses.to_vec(),
         None => internal_ips(node),
     };
+    // Also those that nothing listens on: other programs of the cluster use them.
+    let all = candidates.iter().copied().chain(internal_ips(node));
+    check_outside(all, &config.cluster_cidrs).map_err(|error| {
+        format!("an address of the Node: {error} (the chart's podCidr and podCidrv6)")
+    })?;
     let endpoint = |ip: &IpAddr| SocketAddr::new(*ip, config.underlay.port).to_string();
     let endpoints: Vec<_> = candidates.iter().filter(|ip| listens(ip)).map(endpoint).collect();
     if endpoints.is_empty() {
@@ -142,5 +147,17 @@ mod tests {
         let elsewhere = node(&["10.1.0.0/24", "fd00:1::/64"], &["192.0.2.1"]);
         let text = spec(&cluster, key, &elsewhere, None).unwrap_err();
         assert!(text.contains("fd00:1::/64 is outside of") && text.contains("podCidrv6"), "{text}");
+    }
+
+    #[test]
+    fn node_address_inside_cluster_cidrs_is_refused() {
+        let key = PublicKeys::from(PublicKey([1; 32]));
+        let cluster = config("cluster_cidrs = ['10.0.0.0/8']");
+        let node = node(&["10.1.0.0/24"], &["10.200.0.1"]);
+        let text = spec(&cluster, key, &node, None).unwrap_err();
+        assert!(text.contains("10.200.0.1 lies in cluster_cidrs (10.0.0.0/8)"), "{text}");
+        let endpoint: IpAddr = "192.0.2.1".parse().unwrap();
+        let text = spec(&cluster, key, &node, Some(&[endpoint])).unwrap_err();
+        assert!(text.contains("10.200.0.1 lies in"), "The InternalIP counts as well: {text}");
     }
 }

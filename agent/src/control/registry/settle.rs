@@ -1,11 +1,12 @@
 //! Which of the records that files have are in force: pure.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use ipnet::IpNet;
 
-use crate::config::check_inside;
+use crate::config::{check_inside, check_outside};
 use crate::control::records::{self, Files, NodeRecord};
 use crate::failure::Failure;
 use crate::keys::PublicKeys;
@@ -75,10 +76,15 @@ fn own_error(own: &Own, records: &[NodeRecord]) -> Option<String> {
     outside(own, record)
 }
 
-/// Whoever steals a node must not get traffic of the world at large with it.
+/// Whoever steals a node must not get traffic of the world at large with it. Nor must an endpoint lie
+/// where only pods are: the node would be cut off from it.
 fn outside(own: &Own, record: &NodeRecord) -> Option<String> {
-    let error = check_inside(&record.pod_cidrs, &own.cluster_cidrs).err()?;
-    Some(format!("node {}: pod_cidrs: {error}", record.name))
+    let NodeRecord { name, pod_cidrs, endpoints, .. } = record;
+    if let Err(error) = check_inside(pod_cidrs, &own.cluster_cidrs) {
+        return Some(format!("node {name}: pod_cidrs: {error}"));
+    }
+    let error = check_outside(endpoints.iter().map(SocketAddr::ip), &own.cluster_cidrs).err()?;
+    Some(format!("node {name}: endpoints: {error}"))
 }
 
 /// A file on its way to being in force.

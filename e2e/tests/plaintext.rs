@@ -1,0 +1,492 @@
+//! Pod traffic never crosses the underlay in clear, whatever route, interface or record is missing.
+//!
+//! Every node has a default route by a gateway on the underlay, as most machines have, so that a
+//! packet without a better route would leave in clear. The tests listen on the switch.
+
+use std::fs;
+use std::io;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use skein_e2e::checks;
+use skein_e2e::lab::agent::{Agent, Cluster};
+use skein_e2e::lab::{Family, Lab, Netns, Plan, Task};
+use skein_e2e::load::capture::Capture;
+
+/// Payload of the probes; encryption leaves nothing of it.
+const MARK: &[u8] = b"probe of the plaintext tests";
+const PORT: u16 = 7009;
+const GATEWAY: u8 = 254;
+/// Maximum time to the first refusal on a busy machine.
+const MAX_REFUSAL_DELAY: Duration = Duration::from_millis(500);
+/// Traffic before and after a change, long enough for the repair of it.
+const BEFORE: Duration = Duration::from_millis(200);
+const AFTER: Duration = Duration::from_millis(800);
+
+/// Interval of ICMP errors to one sender (net.ipv4.route.error_cost), with some room.
+const ICMP_INTERVAL: Duration = Duration::from_millis(1500);
+
+/// Address blocks of the laboratory's pods.
+const CLUSTER: [&str; 2] = ["10.244.0.0/16", "fd00:10:244::/48"];
+
+struct Scene {
+    cluster: Cluster,
+    _gateway: Netns,
+}
+
+impl Scene {
+    /// Three nodes with two pods each and a default route; `cluster_cidrs` are configured or not.
+    fn prepare(cluster_cidrs: bool) -> Result<Self> {
+        let lab = Lab::new(&Plan { nodes: 3, pods: 2, ..Plan::default() })?;
+        let gateway = lab.attach("gateway", GATEWAY)?;
+        for node in &lab.nodes {
+            node.ns.ip(&format!("route add default via 192.0.2.{GATEWAY}"))?;
+            node.ns.ip(&format!("route add default via 2001:db8::{GATEWAY:x}"))?;
+        }
+        let mut cluster = Cluster::prepare(lab, Family::V4)?;
+        if cluster_cidrs {
+            let cidrs = CLUSTER.map(|cidr| toml::Value::from(cidr.to_owned()));
+            cluster.agents.iter_mut().for_each(|agent| agent.set("cluster_cidrs", cidrs.to_vec()));
+        }
+        Ok(Self { cluster, _gateway: gateway })
+    }
+
+    fn up(cluster_cidrs: bool) -> Result<Self> {
+        let mut scene = Self::prepare(cluster_cidrs)?;
+        scene.cluster.start()?;
+        checks::all_reach_all(&scene.cluster.lab)?;
+        // The gateway's hardware address is known, so that not even the first packet would wait.
+        for node in &scene.cluster.lab.nodes {
+            node.ns.sh(&format!("ping -c 1 -W 2 192.0.2.{GATEWAY}"))?;
+            node.ns.sh(&format!("ping -c 1 -W 2 2001:db8::{GATEWAY:x}"))?;
+        }
+        Ok(scene)
+    }
+
+    fn ns(&self, node: usize) -> &Netns {
+        &self.cluster.lab.nodes[node].ns
+    }
+
+    /// Probes from node a and from its first pod to `to`, while `change` happens. Nothing of them may
+    /// be on the underlay. Returns what the senders were told.
+    fn nothing_in_clear(
+        &mut self,
+        what: &str,
+        to: &[IpAddr],
+        change: impl FnOnce(&mut Self) -> Result<()>,
+    ) -> Result<Vec<Sent>> {
+        let capture = Capture::start(self.cluster.lab.switch()?)?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut tasks = Vec::new();
+        for &to in to {
+            for (sender, ns) in [("pod", &self.cluster.lab.pod(0).ns), ("node", self.ns(0))] {
+                let name = format!("{what}: {sender} to {to}");
+                tasks.push(probe(ns, name, to, Arc::clone(&stop)));
+            }
+        }
+        thread::sleep(BEFORE);
+        let changed = change(self).with_context(|| what.to_owned());
+        thread::sleep(AFTER);
+        stop.store(true, Ordering::Relaxed);
+        let sent = tasks.into_iter().map(Task::join).collect::<Result<Vec<_>>>()?;
+        let frames = capture.stop()?;
+        changed?;
+        let clear: Vec<_> = frames.iter().filter(|frame| frame.contains(MARK)).collect();
+        println!("{what}: {} packets in clear; {sent:?}", clear.len());
+        ensure!(frames.len() > 10 || clear.is_empty(), "{what}: the capture saw nothing at all");
+        ensure!(sent.iter().all(|sent| sent.probes > 50), "{what}: too few probes: {sent:?}");
+        ensure!(
+            clear.is_empty(),
+            "{what}: {} packets in clear, the first to {:?}: {sent:?}",
+            clear.len(),
+            clear[0].destination()
+        );
+        Ok(sent)
+    }
+
+    /// The same without a change, to addresses that nobody has: every sender must be told at once.
+    fn refused(&mut self, what: &str, to: &[IpAddr]) -> Result<()> {
+        // The kernel tells each sender once a second; earlier probes may have used that up.
+        thread::sleep(ICMP_INTERVAL);
+        for sent in self.nothing_in_clear(what, to, |_| Ok(()))? {
+            let first = sent.refusal.with_context(|| format!("nobody was told: {sent:?}"))?;
+            ensure!(first < MAX_REFUSAL_DELAY, "told late: {sent:?}");
+        }
+        Ok(())
+    }
+
+    /// The first pod of a node, in both families.
+    fn pod(&self, node: usize) -> Vec<IpAddr> {
+        Family::BOTH.map(|family| self.cluster.lab.pod(node).address(family)).into()
+    }
+}
+
+/// An address of a node's pod CIDRs that no pod has, in both families.
+fn unused(node: u8) -> [IpAddr; 2] {
+    let number = node + 1;
+    [
+        format!("10.244.{number}.200").parse().expect("an address"),
+        format!("fd00:10:244:{number:x}::200").parse().expect("an address"),
+    ]
+}
+
+#[derive(Debug)]
+#[allow(dead_code, reason = "the name is for the messages of failures")]
+struct Sent {
+    name: String,
+    probes: u32,
+    /// Time from the first probe to the first refusal.
+    refusal: Option<Duration>,
+}
+
+fn probe(ns: &Netns, name: String, to: IpAddr, stop: Arc<AtomicBool>) -> Task<Sent> {
+    let any: SocketAddr = match to {
+        IpAddr::V4(_) => ([0; 4], 0).into(),
+        IpAddr::V6(_) => ([0_u16; 8], 0).into(),
+    };
+    ns.spawn(move || {
+        let socket = UdpSocket::bind(any)?;
+        report_refusals(&socket, to)?;
+        let start = Instant::now();
+        let mut sent = Sent { name, probes: 0, refusal: None };
+        while !stop.load(Ordering::Relaxed) {
+            // The route is looked up with every connect; a refusal by ICMP comes with the next send.
+            let result = socket.connect((to, PORT)).and_then(|()| socket.send(MARK));
+            sent.probes += 1;
+            if result.is_err_and(|error| is_refusal(&error)) && sent.refusal.is_none() {
+                sent.refusal = Some(start.elapsed());
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(sent)
+    })
+}
+
+/// Has every ICMP error reported, and not only those that the kernel takes for final (IP_RECVERR, ip(7)).
+fn report_refusals(socket: &UdpSocket, to: IpAddr) -> Result<()> {
+    let (level, option) = match to {
+        IpAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_RECVERR),
+        IpAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_RECVERR),
+    };
+    let on: libc::c_int = 1;
+    // SAFETY: the pointer is to an int that lives until the call returns, and its length is given.
+    let code = unsafe {
+        let length = size_of_val(&on) as libc::socklen_t;
+        libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const on).cast(), length)
+    };
+    ensure!(code == 0, "setting IP_RECVERR: {}", io::Error::last_os_error());
+    Ok(())
+}
+
+fn is_refusal(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable)
+}
+
+/// Waits until the first pods of nodes a and b reach each other again.
+fn repaired(cluster: &Cluster) -> Result<()> {
+    let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
+    for family in Family::BOTH {
+        checks::wait_until_reached(a, b, family, Duration::from_secs(10))?;
+    }
+    Ok(())
+}
+
+fn remove_record(cluster: &Cluster, name: &str) -> Result<()> {
+    cluster.agents.iter().try_for_each(|agent| agent.remove_record(name))
+}
+
+#[test]
+fn packets_for_deleted_and_unused_pods_are_refused() -> Result<()> {
+    let mut scene = Scene::up(false)?;
+    for node in [0, 1] {
+        let pod = &scene.cluster.lab.nodes[node].pods[1];
+        let gone: Vec<_> = Family::BOTH.map(|family| pod.address(family)).into();
+        scene.ns(node).ip(&format!("link del {}", pod.host_interface))?;
+        scene.refused(&format!("deleted pod of node {node}"), &gone)?;
+    }
+    for node in 0..3 {
+        scene.refused(&format!("unused address of node {node}"), &unused(node))?;
+    }
+    checks::all_reach_all(&scene.cluster.lab)
+}
+
+/// With and without `cluster_cidrs`, at run time, over a restart, and while no agent runs.
+fn packets_for_a_removed_node_are_refused(cluster_cidrs: bool) -> Result<()> {
+    let mut scene = Scene::up(cluster_cidrs)?;
+    let gone = scene.pod(2);
+    scene.nothing_in_clear("record removed", &gone, |scene| {
+        remove_record(&scene.cluster, "node-c")
+    })?;
+    scene.refused("record gone", &gone)?;
+    scene.nothing_in_clear("agent restarted", &gone, |scene| {
+        let agent = &mut scene.cluster.agents[0];
+        agent.stop()?;
+        agent.start()
+    })?;
+    scene.refused("record gone before the start", &gone)?;
+    scene.nothing_in_clear("agent stopped", &gone, |scene| {
+        scene.cluster.agents[0].stop().map(drop)
+    })?;
+    scene.refused("no agent", &gone)?;
+    if cluster_cidrs {
+        let nobodys = ["10.244.77.7".parse()?, "fd00:10:244:77::7".parse()?];
+        scene.refused("prefix that no node ever had", &nobodys)?;
+    }
+    // The node comes back.
+    for agent in &scene.cluster.agents {
+        agent.put_record(&scene.cluster.agents[2].record)?;
+    }
+    scene.cluster.agents[0].start()?;
+    let lab = &scene.cluster.lab;
+    for family in Family::BOTH {
+        checks::wait_until_reached(lab.pod(0), lab.pod(2), family, Duration::from_secs(10))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn packets_for_removed_nodes_are_refused() -> Result<()> {
+    packets_for_a_removed_node_are_refused(false)
+}
+
+#[test]
+fn packets_for_removed_nodes_in_cluster_cidrs_are_refused() -> Result<()> {
+    packets_for_a_removed_node_are_refused(true)
+}
+
+/// Ways to take the overlay's interface or its routes away from node a.
+fn damages(elsewhere: &Netns) -> Vec<(&'static str, Vec<String>)> {
+    let one = |line: &str| vec![line.to_owned()];
+    vec![
+        ("interface down", one("link set skein0 down")),
+        ("interface deleted", one("link del skein0")),
+        (
+            "routes flushed",
+            ["route flush dev skein0", "-6 route flush dev skein0"].map(str::to_owned).into(),
+        ),
+        ("addresses flushed", one("address flush dev skein0")),
+        ("interface renamed", one("link set skein0 name skein9")),
+        ("interface moved", one(&format!("link set skein0 netns {}", elsewhere.name()))),
+        ("loopback down", one("link set lo down")),
+    ]
+}
+
+#[test]
+fn damaged_interface_leaks_nothing() -> Result<()> {
+    let mut scene = Scene::up(false)?;
+    let elsewhere = Netns::create("elsewhere")?;
+    for (what, lines) in damages(&elsewhere) {
+        let to = scene.pod(1);
+        scene.nothing_in_clear(what, &to, |scene| {
+            lines.iter().try_for_each(|line| scene.ns(0).ip(line).map(drop))
+        })?;
+        scene.ns(0).ip("link set lo up")?;
+        repaired(&scene.cluster).with_context(|| what.to_owned())?;
+    }
+    Ok(())
+}
+
+/// The agent is down: whatever happens to the interface meanwhile, nobody repairs it.
+#[test]
+fn damaged_interface_without_agent_leaks_nothing() -> Result<()> {
+    let mut scene = Scene::up(false)?;
+    let elsewhere = Netns::create("elsewhere")?;
+    for (what, lines) in damages(&elsewhere) {
+        if what == "loopback down" {
+            // The kernel takes the unreachable routes of IPv6 away; only an agent puts them back.
+            continue;
+        }
+        let to = [scene.pod(1), unused(0).into()].concat();
+        scene.cluster.agents[0].stop()?;
+        scene.nothing_in_clear(&format!("{what} without agent"), &to, |scene| {
+            lines.iter().try_for_each(|line| scene.ns(0).ip(line).map(drop))
+        })?;
+        scene.cluster.agents[0].start()?;
+        repaired(&scene.cluster).with_context(|| what.to_owned())?;
+    }
+    Ok(())
+}
+
+/// A kernel that passes over routes by interfaces without carrier takes the next best one.
+#[test]
+fn stopped_data_process_leaks_nothing_on_linkdown() -> Result<()> {
+    let mut scene = Scene::up(false)?;
+    for key in ["ipv4.conf.all", "ipv4.conf.skein0", "ipv6.conf.all", "ipv6.conf.skein0"] {
+        scene.ns(0).sysctl(&format!("net.{key}.ignore_routes_with_linkdown"), "1")?;
+    }
+    let to = scene.pod(1);
+    scene.nothing_in_clear("data process stopped", &to, |scene| {
+        scene.cluster.agents[0].stop().map(drop)
+    })?;
+    scene.cluster.agents[0].start()?;
+    repaired(&scene.cluster)
+}
+
+/// Records and configuration change under traffic.
+#[test]
+fn changed_records_leak_nothing() -> Result<()> {
+    let mut scene = Scene::up(false)?;
+    let to = [scene.pod(1), scene.pod(2)].concat();
+    let record = scene.cluster.agents[2].record.clone();
+    let mut moved = record.clone();
+    moved.pod_cidrs = vec!["10.245.3.0/24".to_owned(), "fd00:10:245:3::/64".to_owned()];
+    scene.nothing_in_clear("record moved to another prefix", &to, |scene| {
+        scene.cluster.agents[..2].iter().try_for_each(|agent| agent.put_record(&moved))
+    })?;
+    let gone = scene.pod(2);
+    scene.refused("prefix that its node gave up", &gone)?;
+    scene.nothing_in_clear("record moved back", &to, |scene| {
+        scene.cluster.agents[..2].iter().try_for_each(|agent| agent.put_record(&record))
+    })?;
+    scene.nothing_in_clear("another agent takes over", &to, |scene| {
+        scene.cluster.agents[0].take_over().map(drop)
+    })?;
+    scene.nothing_in_clear("broken record", &to, |scene| {
+        let path = scene.cluster.agents[0].records_directory().join("node-b.toml");
+        Ok(fs::write(path, "name = ")?)
+    })?;
+    scene.nothing_in_clear("records unreadable", &to, |scene| {
+        let path = scene.cluster.agents[0].records_directory();
+        fs::rename(&path, path.with_extension("away"))?;
+        scene.cluster.agents[0].stop()?;
+        scene.cluster.agents[0].start()
+    })?;
+    repaired(&scene.cluster)
+}
+
+/// A node gets other pod CIDRs: its old pods keep their routes, and nobody else has their addresses.
+#[test]
+fn former_own_pod_cidr_is_refused() -> Result<()> {
+    let mut scene = Scene::up(false)?;
+    let mut record = scene.cluster.agents[0].record.clone();
+    record.pod_cidrs = vec!["10.245.1.0/24".to_owned(), "fd00:10:245:1::/64".to_owned()];
+    scene.nothing_in_clear("own pod CIDR changed", &unused(0), |scene| {
+        scene.cluster.agents.iter().try_for_each(|agent| agent.put_record(&record))
+    })?;
+    scene.refused("former pod CIDR of this node", &unused(0))?;
+    scene.cluster.agents[0].stop()?;
+    scene.cluster.agents[0].start()?;
+    scene.refused("former pod CIDR of this node after a restart", &unused(0))
+}
+
+fn unreachable(ns: &Netns) -> Result<Vec<String>> {
+    let mut lines = Vec::new();
+    for family in ["", "-6 "] {
+        let text = ns.ip(&format!("{family}route show type unreachable proto 77"))?;
+        let routes = text.lines().filter_map(|line| line.split_whitespace().nth(1));
+        lines.extend(routes.map(str::to_owned));
+    }
+    lines.sort();
+    Ok(lines)
+}
+
+/// Flushes every route of the protocol number, the unreachable ones included.
+fn flush(ns: &Netns) -> Result<()> {
+    ns.ip("route flush proto 77")?;
+    ns.ip("-6 route flush proto 77").map(drop)
+}
+
+#[test]
+fn flushed_unreachable_routes_come_back_at_once() -> Result<()> {
+    let scene = Scene::up(true)?;
+    let ns = scene.ns(0);
+    let before = unreachable(ns)?;
+    for expected in [CLUSTER[0], CLUSTER[1], "10.244.1.0/24", "fd00:10:244:1::/64"] {
+        ensure!(before.iter().any(|route| route == expected), "no {expected} in {before:?}");
+    }
+    // Five times, so that the repair every ten seconds cannot be the cause.
+    for _ in 0..5 {
+        flush(ns)?;
+        let limit = Duration::from_secs(1);
+        let time = checks::eventually("routes are back", limit, || Ok(unreachable(ns)? == before))?;
+        println!("back after {} ms", time.as_millis());
+        repaired(&scene.cluster)?;
+    }
+    Ok(())
+}
+
+/// After a boot nothing is there; the agent waits for its records for as long as it must.
+#[test]
+fn waiting_agent_refuses_kept_prefixes() -> Result<()> {
+    let mut scene = Scene::up(false)?;
+    remove_record(&scene.cluster, "node-c")?;
+    checks::eventually("the record is gone", Duration::from_secs(5), || {
+        Ok(scene.cluster.agents[0].status()?["records"]["accepted"] == 2)
+    })?;
+    let before = unreachable(scene.ns(0))?;
+    scene.cluster.agents[0].stop()?;
+    scene.ns(0).ip("link del skein0")?;
+    flush(scene.ns(0))?;
+    let agent = &mut scene.cluster.agents[0];
+    await_records_of_nobody(agent)?;
+    agent.launch()?;
+    let limit = Duration::from_secs(5);
+    let ns = scene.ns(0);
+    checks::eventually("kept prefixes are refused", limit, || Ok(unreachable(ns)? == before))?;
+    ensure!(!ns.interfaces()?.contains(&"skein0".to_owned()), "the agent did not wait");
+    let to = [scene.pod(1), scene.pod(2)].concat();
+    scene.refused("agent that waits", &to)
+}
+
+/// Has the agent take its records from an API server that is not there.
+fn await_records_of_nobody(agent: &mut Agent) -> Result<()> {
+    let path = agent.records_directory().with_file_name("kubeconfig");
+    let text = r#"{ "apiVersion": "v1", "kind": "Config", "current-context": "x",
+        "clusters": [{ "name": "x", "cluster": { "server": "http://192.0.2.99:6443" } }],
+        "users": [{ "name": "x", "user": {} }],
+        "contexts": [{ "name": "x", "context": { "cluster": "x", "user": "x" } }] }"#;
+    fs::write(&path, text)?;
+    agent.config.remove("nodes");
+    agent.set("kubernetes.enabled", true);
+    agent.set("kubernetes.kubeconfig", path.to_string_lossy().into_owned());
+    Ok(())
+}
+
+#[test]
+fn cleanup_removes_unreachable_routes() -> Result<()> {
+    let mut scene = Scene::up(true)?;
+    remove_record(&scene.cluster, "node-c")?;
+    ensure!(!unreachable(scene.ns(0))?.is_empty(), "there are none");
+    scene.cluster.agents[0].stop()?;
+    let left = unreachable(scene.ns(0))?;
+    ensure!(!left.is_empty(), "an agent that ends leaves its pods' traffic refused");
+    let cleaned = scene.cluster.agents[0].run_command(&["cleanup", "--state"])?;
+    ensure!(cleaned.code == 0, "{cleaned:?}");
+    ensure!(unreachable(scene.ns(0))?.is_empty(), "left: {:?}", unreachable(scene.ns(0))?);
+    Ok(())
+}
+
+#[test]
+fn unreachable_routes_can_be_switched_off() -> Result<()> {
+    let mut scene = Scene::up(true)?;
+    let agent = &mut scene.cluster.agents[0];
+    agent.stop()?;
+    agent.set("interface.unreachable_routes", false);
+    agent.start()?;
+    let left = unreachable(scene.ns(0))?;
+    ensure!(left.is_empty(), "the agent keeps {left:?}");
+    repaired(&scene.cluster)
+}
+
+#[test]
+fn cluster_cidrs_with_an_endpoint_end_the_start() -> Result<()> {
+    let mut scene = Scene::prepare(false)?;
+    let wide = ["10.244.0.0/16", "fd00:10:244::/48", "192.0.2.0/24"];
+    let agent = &mut scene.cluster.agents[0];
+    agent.set("cluster_cidrs", wide.map(|cidr| toml::Value::from(cidr.to_owned())).to_vec());
+    // Whether the agent listens on the address or on all.
+    for addresses in [vec!["192.0.2.1".to_owned()], vec!["0.0.0.0".to_owned()]] {
+        agent.set("underlay.addresses", addresses);
+        let finished = agent.run_to_end(Duration::from_secs(10))?;
+        ensure!(finished.code == 2, "{finished:?}");
+        let text = &finished.stderr;
+        ensure!(text.contains("lies in cluster_cidrs (192.0.2.0/24)"), "{text}");
+    }
+    ensure!(unreachable(scene.ns(0))?.is_empty(), "a refused start leaves routes");
+    Ok(())
+}
