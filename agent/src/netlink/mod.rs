@@ -9,6 +9,7 @@ pub mod interface;
 pub mod link;
 pub mod lookup;
 pub mod monitor;
+mod netconf;
 mod next_hop;
 pub mod pod;
 pub mod provisional;
@@ -43,6 +44,11 @@ impl NetlinkError {
             other => io::Error::other(other.to_string()),
         };
         Self { what: what.to_string(), source }
+    }
+
+    /// Whether the kernel found the request invalid (EINVAL), as a source address that nobody here has.
+    pub fn is_invalid(&self) -> bool {
+        self.errno() == Some(libc::EINVAL)
     }
 
     fn errno(&self) -> Option<i32> {

@@ -1,7 +1,9 @@
-//! Notice when somebody changes the interface, its addresses or its routes; and when the underlay changes.
+//! Notifications of the kernel that somebody changed the interface, its addresses, its routes, the
+//! unreachable routes, the forwarding settings, or the underlay.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use futures_util::StreamExt;
 use rtnetlink::MulticastGroup;
@@ -13,9 +15,13 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
 use super::NetlinkError;
+use super::netconf::Subscription;
 use super::pod::HOST_PREFIX;
 use super::route::PROTOCOL;
 use super::unreachable::is_unreachable;
+
+/// Delay after a failure of the socket for changed settings.
+const SETTINGS_RETRY_DELAY: Duration = Duration::from_secs(1);
 
 /// Listens to the kernel's announcements about one interface, and about the underlay.
 #[derive(Debug)]
@@ -23,7 +29,7 @@ pub struct Monitor {
     index: Arc<AtomicU32>,
     changed: Arc<Notify>,
     underlay: Arc<Notify>,
-    tasks: [JoinHandle<()>; 2],
+    tasks: [JoinHandle<()>; 3],
 }
 
 impl Monitor {
@@ -44,6 +50,8 @@ impl Monitor {
         let index = Arc::new(AtomicU32::new(0));
         let changed = Arc::new(Notify::new());
         let underlay = Arc::new(Notify::new());
+        let (seen, notify) = (Arc::clone(&index), Arc::clone(&changed));
+        let settings = settings(Subscription::new()?, seen, notify);
         let (seen, name) = (Arc::clone(&index), name.to_owned());
         let (notify, notify_underlay) = (Arc::clone(&changed), Arc::clone(&underlay));
         let filter = async move {
@@ -58,7 +66,7 @@ impl Monitor {
                 }
             }
         };
-        let tasks = [tokio::spawn(connection), tokio::spawn(filter)];
+        let tasks = [tokio::spawn(connection), tokio::spawn(filter), tokio::spawn(settings)];
         Ok(Self { index, changed, underlay, tasks })
     }
 
@@ -83,6 +91,20 @@ impl Drop for Monitor {
     fn drop(&mut self) {
         for task in &self.tasks {
             task.abort();
+        }
+    }
+}
+
+/// Reports changed settings for as long as the monitor exists.
+async fn settings(mut changes: Subscription, index: Arc<AtomicU32>, notify: Arc<Notify>) {
+    loop {
+        match changes.concerns(|| index.load(Ordering::Relaxed)).await {
+            Ok(true) => notify.notify_one(),
+            Ok(false) => {}
+            Err(error) => {
+                tracing::warn!(%error, "notifications of changed settings failed");
+                tokio::time::sleep(SETTINGS_RETRY_DELAY).await;
+            }
         }
     }
 }
