@@ -95,6 +95,7 @@ async fn metrics_page(State(shared): State<Shared>, headers: HeaderMap) -> Respo
     }
     let report = shared.recent_report().await;
     let input = metrics::Input {
+        conflicts: shared.interface().conflicts.len(),
         report,
         dataplane: shared.dataplane.get(),
         registry: shared.registry(),

@@ -32,6 +32,8 @@ pub struct Input {
     pub registry: RegistryStatus,
     /// Whether the agent is ready.
     pub ready: bool,
+    /// Prefixes of peers that another program has a route to.
+    pub conflicts: usize,
     /// This node's key; `None` before it is known.
     pub key: Option<RotationStatus>,
     /// Whether to have series for each peer.
@@ -112,7 +114,13 @@ fn control(input: &Input) -> Vec<MetricFamily> {
         Kind::Gauge,
     );
     source.add(&[], f64::from(u8::from(input.registry.source_error.is_none())));
-    let mut families = vec![build, ready, up, restarts, records, rejected, source];
+    let mut conflicts = Family::new(
+        "skein_route_conflicts",
+        "Prefixes of peers that another program has a route to, so that the overlay does not carry them.",
+        Kind::Gauge,
+    );
+    conflicts.add(&[], input.conflicts as f64);
+    let mut families = vec![build, ready, up, restarts, records, rejected, source, conflicts];
     families.extend(input.key.iter().flat_map(key));
     families.extend(processes(input.dataplane.pid));
     families.into_iter().map(Family::finish).collect()

@@ -59,6 +59,8 @@ fn header(now: &Document) -> String {
         lines.push(("CNI versions", list(cni.versions.clone())));
         lines.extend(cni.limits.iter().map(|limit| ("  limited", limit.clone())));
     }
+    let conflicts = interface.conflicts.iter();
+    lines.extend(conflicts.map(|c| ("  conflict", format!("{}: {}", c.peer, c.problem))));
     let dataplane = &now.dataplane;
     let process = now.report.as_ref().map_or_else(
         || "away".to_owned(),

@@ -19,6 +19,9 @@ use crate::netlink::sysctl::Sysctl;
 use crate::netlink::{Netlink, NetlinkError};
 use crate::sys::netns::in_network_namespace;
 
+/// Metric of the routes to pods that have no source address: worse than the default of both families.
+const FALLBACK_METRIC: u32 = 2048;
+
 /// Why a pod was not attached.
 #[derive(Debug, Error)]
 pub enum AttachError {
@@ -59,6 +62,15 @@ pub struct Found {
     pub addresses: Vec<IpAddr>,
 }
 
+/// The node, as its pods' interfaces need it.
+#[derive(Debug, Clone, Copy)]
+pub struct NodeSide<'a> {
+    /// MTU of pods in bytes.
+    pub mtu: u32,
+    /// Addresses of the node in its pod CIDRs.
+    pub addresses: &'a [IpAddr],
+}
+
 /// What the kernel had of all pods at one moment.
 #[derive(Debug, Default)]
 pub struct Kernel {
@@ -97,15 +109,19 @@ impl Attacher {
     /// Attaches a pod: an interface in `namespace` with these addresses, and the way to and from it.
     /// What is there already is put right. What a failure leaves is for [`Attacher::detach`].
     ///
-    /// `mtu` is in bytes.
+    /// # Errors
+    ///
+    /// The pod has such an interface or another default route, the node's name for it is taken, or the
+    /// kernel refuses a request.
     pub async fn attach(
         &self,
         netlink: &Netlink,
         namespace: BorrowedFd<'_>,
         id: &AttachmentId,
         addresses: &[IpAddr],
-        mtu: u32,
+        node: &NodeSide<'_>,
     ) -> Result<Attached, AttachError> {
+        let mtu = node.mtu;
         let pod = connect_in(namespace).await?;
         let name = host_name(id);
         let found = netlink.link(&name).await?;
@@ -158,7 +174,9 @@ impl Attacher {
         for &ip in addresses {
             pod.add_address(inner.index, IpNet::from(ip)).await?;
             netlink.set_neighbour(host.index, ip, &pod_mac(id)).await?;
-            netlink.ensure_route(&host_route(host.index, ip)).await?;
+            for route in host_routes(host.index, ip, node.addresses) {
+                ensure_host_route(netlink, &route).await?;
+            }
         }
         for route in pod_routes(addresses) {
             pod.set_pod_route(inner.index, route.dst, route.gw).await?;
@@ -212,7 +230,7 @@ impl Attacher {
                 }
                 let routes = netlink.routes(Some(host.index)).await?;
                 for ip in addresses {
-                    if !routes.contains(&host_route(host.index, *ip)) {
+                    if !routes.iter().any(|route| route.destination == IpNet::from(*ip)) {
                         problems.push(format!("the node has no route to {ip} by {name}"));
                     }
                 }
@@ -271,6 +289,8 @@ impl Attacher {
             let routes = kernel.routes.iter().filter(|route| route.interface == link.index);
             let mut addresses: Vec<IpAddr> = routes.map(|route| route.destination.addr()).collect();
             addresses.sort();
+            // A pod's address may have two routes.
+            addresses.dedup();
             Some(Found { id: self.owner(link)?, index: link.index, addresses })
         };
         kernel.links.iter().filter_map(found).collect()
@@ -290,6 +310,7 @@ impl Attacher {
         kernel: &Kernel,
         id: &AttachmentId,
         addresses: &[IpAddr],
+        node_addresses: &[IpAddr],
     ) -> Result<Vec<String>, AttachError> {
         let name = host_name(id);
         let Some(link) = kernel.links.iter().find(|link| link.name == name) else {
@@ -308,9 +329,10 @@ impl Attacher {
             changes.push(format!("{name} is up again"));
         }
         for &ip in addresses {
-            let route = host_route(link.index, ip);
-            if !kernel.routes.contains(&route) && netlink.ensure_route(&route).await? {
-                changes.push(format!("the route to {ip} is back"));
+            for route in host_routes(link.index, ip, node_addresses) {
+                if !kernel.routes.contains(&route) && ensure_host_route(netlink, &route).await? {
+                    changes.push(format!("the route to {ip} is back"));
+                }
             }
             let wanted = Neighbour { interface: link.index, ip, mac: pod_mac(id).to_vec() };
             if !kernel.neighbours.contains(&wanted) {
@@ -353,8 +375,31 @@ fn hash(id: &AttachmentId) -> Vec<u8> {
     digest::digest(&digest::SHA256, whole.as_bytes()).as_ref().to_vec()
 }
 
-fn host_route(interface: u32, ip: IpAddr) -> Route {
-    Route { destination: ip.into(), interface, source: None, mtu: None }
+/// Routes to a pod's address by its interface. The node's programs send from the node's address in
+/// its pod CIDRs, and not from an address that somebody gave to the loopback. The kernel removes that
+/// IPv4 route with the source address; the second one, with a worse metric, keeps the pod reachable.
+fn host_routes(interface: u32, ip: IpAddr, node_addresses: &[IpAddr]) -> Vec<Route> {
+    let plain = Route { destination: ip.into(), interface, source: None, mtu: None, metric: None };
+    let source = node_addresses.iter().find(|address| address.is_ipv4() == ip.is_ipv4());
+    match source {
+        Some(source) => vec![
+            Route { metric: Some(FALLBACK_METRIC), ..plain },
+            Route { source: Some(*source), ..plain },
+        ],
+        None => vec![plain],
+    }
+}
+
+/// Adds one of the routes to a pod; returns whether it changed anything. The kernel refuses a source
+/// address that the node has lost: the next round adds that route, the other one is enough until then.
+async fn ensure_host_route(netlink: &Netlink, route: &Route) -> Result<bool, NetlinkError> {
+    match netlink.ensure_route(route).await {
+        Err(error) if route.source.is_some() && error.is_invalid() => {
+            tracing::debug!(%error, "a route to a pod without its source address");
+            Ok(false)
+        }
+        result => result,
+    }
 }
 
 fn gateway(ip: IpAddr) -> IpAddr {
@@ -449,6 +494,7 @@ fn mac_text(mac: &[u8]) -> String {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
@@ -461,6 +507,17 @@ mod tests {
         assert!(names.iter().all(|name| name.len() == 14 && name.starts_with("skp")), "{names:?}");
         assert!(names[0] != names[1] && names[0] != names[2]);
         assert_eq!(name("a", "eth0"), names[0]);
+    }
+
+    #[test]
+    fn host_routes_have_a_source_and_a_fallback() {
+        let (ip, v6) = ("10.1.0.7".parse().unwrap(), "fd00::1".parse().unwrap());
+        let node: [IpAddr; 2] = [v6, "10.1.0.1".parse().unwrap()];
+        let routes = host_routes(7, ip, &node);
+        let found: Vec<_> = routes.iter().map(|route| (route.source, route.metric)).collect();
+        assert_eq!(found, [(None, Some(FALLBACK_METRIC)), (Some(node[1]), None)]);
+        let routes = host_routes(7, ip, &[v6]);
+        assert_eq!(routes.len(), 1, "The node has no address of the family.");
     }
 
     #[test]

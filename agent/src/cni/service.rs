@@ -15,7 +15,7 @@ use skein_cni::types::ErrorCode;
 use thiserror::Error;
 use tokio::sync::watch;
 
-use super::attach::{AttachError, Attacher, Kernel, host_name};
+use super::attach::{AttachError, Attacher, Kernel, NodeSide, host_name};
 use super::ipam::{IpamError, Lease, Netns, Request as Wanted};
 use super::leases::Leases;
 use super::locks::Locks;
@@ -170,9 +170,13 @@ impl Service {
             }
             lease => lease?,
         };
-        let mtu = u32::from(self.network.borrow().mtu);
+        let (mtu, addresses) = {
+            let network = self.network.borrow();
+            (u32::from(network.mtu), network.reserved.clone())
+        };
+        let node = NodeSide { mtu, addresses: &addresses };
         let (netlink, ips) = (&self.netlink, Vec::from_iter(lease.ips()));
-        let attached = self.attacher.attach(netlink, netns.as_fd(), &add.id, &ips, mtu).await;
+        let attached = self.attacher.attach(netlink, netns.as_fd(), &add.id, &ips, &node).await;
         match attached {
             Ok(attached) => {
                 if lease.netns.is_none() {
@@ -383,7 +387,8 @@ impl Service {
             return Ok(());
         }
         let ips = Vec::from_iter(lease.ips());
-        let changes = self.attacher.heal(&self.netlink, kernel, &lease.id, &ips).await?;
+        let node = self.network.borrow().reserved.clone();
+        let changes = self.attacher.heal(&self.netlink, kernel, &lease.id, &ips, &node).await?;
         if !changes.is_empty() {
             let container = &lease.id.container_id;
             tracing::warn!(container, "put back: {}", changes.join("; "));

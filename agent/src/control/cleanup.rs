@@ -14,8 +14,8 @@ use crate::config::{ALIAS_PREFIX, Config, KEY};
 use crate::failure::Failure;
 use crate::firewall::{self, forward};
 use crate::ipc::{NodeIdentity, Request};
-use crate::netlink::{Netlink, NetlinkError};
 use crate::netlink::provisional::Provisional;
+use crate::netlink::{Netlink, NetlinkError};
 use crate::sys::socket::{hung_up, is_absent};
 
 /// How long a data process may take to end.
@@ -56,8 +56,8 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
         remove_pods(config, &mut cleaned).await;
     }
     let interface = format!("interface {}", config.interface.name);
-    cleaned.note(&interface, remove_interface(config).await);
     let provisional = Provisional::new(&config.interface.name, &config.alias());
+    cleaned.note(&interface, remove_interface(config, &provisional).await);
     let unfinished = format!("unfinished interface {}", provisional.name());
     cleaned.note(&unfinished, remove_provisional(&provisional).await);
     remove_unreachable_routes(config, &mut cleaned).await;
@@ -181,11 +181,19 @@ async fn stop_dataplane(config: &Config) -> Result<bool, String> {
     tokio::time::timeout(PATIENCE, stop).await.unwrap_or_else(|_| late())
 }
 
-async fn remove_interface(config: &Config) -> Result<bool, String> {
+async fn remove_interface(config: &Config, provisional: &Provisional) -> Result<bool, String> {
     let name = &config.interface.name;
     let netlink = Netlink::connect().map_err(|error| error.to_string())?;
+    let mut links = netlink.links().await.map_err(|error| error.to_string())?;
+    links.retain(|link| link.is_tun_of(&config.alias()) && link.name != provisional.name());
+    let mut removed = false;
+    // Whatever name somebody gave the interface.
+    for link in links {
+        netlink.delete_link(link.index).await.map_err(|error| error.to_string())?;
+        removed = true;
+    }
     let Some(link) = netlink.link(name).await.map_err(|error| error.to_string())? else {
-        return Ok(false);
+        return Ok(removed);
     };
     if link.alias != config.alias() {
         let owner = match link.alias.strip_prefix(ALIAS_PREFIX) {

@@ -8,11 +8,12 @@ use ipnet::IpNet;
 
 use super::records::NodeRecord;
 use super::registry::{Registry, unreachable_prefixes};
+use super::shared::PeerConflict;
 use crate::cni::Network;
 use crate::config::{Config, MIN_IPV6_MTU};
 use crate::ipc::{NarrowPath, NodeSettings, Peer, Request, Snapshot, TunSettings, Update};
 use crate::keys::{PrivateKey, PublicKey};
-use crate::netlink::interface::Wanted;
+use crate::netlink::interface::{RouteConflict, Wanted};
 
 /// Bytes that Skein puts around an inner packet: outer IP, UDP, header, tag.
 const OVERHEAD_IPV4: u32 = 60;
@@ -123,6 +124,15 @@ impl Desired {
             mtus: mtus.flatten().collect(),
             forwarding: config.interface.forwarding,
         }
+    }
+
+    /// Names the peers whose prefixes another program has a route to.
+    pub fn conflicts(&self, found: Vec<RouteConflict>) -> Vec<PeerConflict> {
+        let named = |RouteConflict { prefix, problem }| {
+            let owner = self.peers.iter().find(|peer| peer.pod_cidrs.contains(&prefix))?;
+            Some(PeerConflict { peer: owner.name.clone(), prefix, problem })
+        };
+        found.into_iter().filter_map(named).collect()
     }
 
     /// The data process's view of this.
@@ -290,6 +300,18 @@ mod tests {
         assert_eq!(problem(636), None, "576 bytes are left");
         let problem = problem(635).unwrap();
         assert!(problem.contains("575") && problem.contains("576"), "{problem}");
+    }
+
+    #[test]
+    fn route_conflict_names_the_peer() {
+        let (_, desired) = desired("", &[own(), text(2, &["10.2.0.0/24", "fd00:2::/64"])], 1500);
+        let conflict = |prefix: &str| RouteConflict {
+            prefix: prefix.parse().unwrap(),
+            problem: "taken".to_owned(),
+        };
+        let named = desired.conflicts(vec![conflict("fd00:2::/64"), conflict("10.9.0.0/24")]);
+        assert_eq!(named.len(), 1, "Nobody owns the other prefix: {named:?}");
+        assert_eq!((named[0].peer.as_str(), &*named[0].problem), ("node-2", "taken"));
     }
 
     #[test]

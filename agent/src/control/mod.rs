@@ -34,7 +34,7 @@ use self::kubernetes::Kubernetes;
 use self::lock::StateLock;
 use self::registry::Registry;
 use self::rotation::{Rotation, RotationRequest};
-use self::shared::{InterfaceStatus, Shared};
+use self::shared::{InterfaceStatus, PeerConflict, Shared};
 use self::source::{Reader, Source};
 use self::supervisor::{End, Handle};
 use self::underlay::UnderlayWatch;
@@ -45,7 +45,7 @@ use crate::failure::Failure;
 use crate::http;
 use crate::ipc::{NarrowPath, Snapshot};
 use crate::lifecycle::{Asked, NotReady, Signals};
-use crate::netlink::interface::{InterfaceError, Outcome, Present, Wanted};
+use crate::netlink::interface::{InterfaceError, Outcome, Present, RouteConflict, Wanted};
 use crate::netlink::monitor::Monitor;
 use crate::netlink::{Netlink, NetlinkError};
 use crate::sys::socket::make_directory;
@@ -213,6 +213,8 @@ struct Controller {
     narrow: Vec<NarrowPath>,
     /// Logged already, so as not to be logged every ten seconds.
     complaints: Vec<String>,
+    /// Prefixes of peers that another program has a route to.
+    conflicts: Vec<PeerConflict>,
 }
 
 type First = oneshot::Receiver<Result<(), Failure>>;
@@ -271,6 +273,7 @@ impl Controller {
             not_ready,
             narrow: Vec::new(),
             complaints: Vec::new(),
+            conflicts: Vec::new(),
         };
         controller.show();
         Ok((controller, first))
@@ -475,6 +478,7 @@ impl Controller {
                     );
                 }
                 complaints.extend(outcome.errors);
+                self.take_conflicts(outcome.conflicts);
             }
             Err(error) => complaints.push(error.to_string()),
         }
@@ -489,6 +493,19 @@ impl Controller {
             }
         };
         self.complaints = complaints;
+    }
+
+    /// Notes which peers' prefixes another program has a route to. That is a fault of those peers'
+    /// paths: this node stays ready for all others.
+    fn take_conflicts(&mut self, found: Vec<RouteConflict>) {
+        let conflicts = self.desired.conflicts(found);
+        for new in conflicts.iter().filter(|new| !self.conflicts.contains(new)) {
+            tracing::error!(peer = new.peer, prefix = %new.prefix, "{}", new.problem);
+        }
+        if self.conflicts != conflicts {
+            self.conflicts = conflicts;
+            self.show();
+        }
     }
 
     /// Brings the unreachable routes to what is wanted; returns what could not be done.
@@ -527,6 +544,7 @@ impl Controller {
             addresses: wanted.addresses,
             routes: wanted.routes,
             local_cidrs: self.desired.local_cidrs.clone(),
+            conflicts: self.conflicts.clone(),
         });
     }
 

@@ -66,6 +66,21 @@ pub struct InterfaceStatus {
     pub routes: Vec<IpNet>,
     /// Prefixes of this node.
     pub local_cidrs: Vec<IpNet>,
+    /// Prefixes of peers that another program has a route to.
+    #[serde(default)]
+    pub conflicts: Vec<PeerConflict>,
+}
+
+/// A peer's prefix that another program of this node has a route to, so that the overlay does not
+/// carry it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerConflict {
+    /// Name of the peer.
+    pub peer: String,
+    /// The prefix.
+    pub prefix: IpNet,
+    /// The failure and its remedy.
+    pub problem: String,
 }
 
 /// The answer on the status socket.

@@ -62,6 +62,7 @@ fn of_agent(name: &str) -> bool {
         "skein_node_",
         "skein_process_",
         "skein_ready",
+        "skein_route_",
     ];
     starts.iter().any(|start| name.starts_with(start))
 }

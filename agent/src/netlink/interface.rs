@@ -78,16 +78,67 @@ pub struct Present {
 }
 
 impl Wanted {
-    /// Makes the device where there is none, and marks it; nothing else is set yet.
+    /// Makes the device where there is none, and marks it; nothing else is set yet. A device of this
+    /// node under another name gets its name back, or is removed if the name is taken by a second one.
+    ///
+    /// # Errors
+    ///
+    /// The name belongs to somebody else, the device cannot be made, or the kernel refuses a request.
     pub async fn ensure_device(&self, netlink: &Netlink) -> Result<Present, InterfaceError> {
-        if let Some(link) = netlink.link(&self.name).await? {
-            self.check_owner(link.clone())?;
-            return Ok(Present { index: link.index, created: false });
-        }
         let provisional = Provisional::new(&self.name, &self.alias);
+        let found = netlink.link(&self.name).await?;
+        if let Some(link) = &found {
+            self.check_owner(link.clone())?;
+        }
+        let mut index = found.map(|link| link.index);
+        for link in self.renamed(netlink, &provisional).await? {
+            let was = &link.name;
+            if index.is_some() {
+                netlink.delete_link(link.index).await?;
+                tracing::warn!(
+                    interface = self.name,
+                    was,
+                    "a second interface of this node is removed"
+                );
+                continue;
+            }
+            self.rename_back(netlink, &link).await?;
+            tracing::warn!(interface = self.name, was, "the renamed interface has its name again");
+            index = Some(link.index);
+        }
+        if let Some(index) = index {
+            return Ok(Present { index, created: false });
+        }
         provisional.remove(netlink).await?;
         let index = provisional.create(netlink, &self.name).await?;
         Ok(Present { index, created: true })
+    }
+
+    /// TUN devices of this node under a name that is neither the interface's nor the provisional one.
+    async fn renamed(
+        &self,
+        netlink: &Netlink,
+        provisional: &Provisional,
+    ) -> Result<Vec<Link>, NetlinkError> {
+        let mut links = netlink.links().await?;
+        links.retain(|link| {
+            let named = link.name == self.name || link.name == provisional.name();
+            link.is_tun_of(&self.alias) && !named
+        });
+        Ok(links)
+    }
+
+    async fn rename_back(&self, netlink: &Netlink, link: &Link) -> Result<(), NetlinkError> {
+        let rename = LinkChange { name: Some(self.name.clone()), ..LinkChange::default() };
+        match netlink.change_link(link.index, &rename).await {
+            // Before Linux 6.2 only a device that is down takes a name.
+            Err(error) if error.errno() == Some(libc::EBUSY) => {
+                let down = LinkChange { down: true, ..LinkChange::default() };
+                netlink.change_link(link.index, &down).await?;
+                netlink.change_link(link.index, &rename).await
+            }
+            result => result,
+        }
     }
 
     fn check_owner(&self, found: Link) -> Result<(), InterfaceError> {
@@ -188,6 +239,7 @@ impl Wanted {
             // The overlay carries none, and the kernel would announce its groups to it.
             no_multicast: link.multicast,
             up: !link.up,
+            down: false,
         };
         if change != LinkChange::default() {
             netlink.change_link(index, &change).await?;
@@ -250,6 +302,11 @@ impl Wanted {
             // One prefix that another program holds must not keep the others away.
             match netlink.add_route(route).await {
                 Ok(()) => outcome.changes.push(format!("route {} added", route.destination)),
+                Err(error) if error.errno() == Some(libc::EEXIST) => {
+                    let conflict =
+                        RouteConflict { prefix: route.destination, problem: error.to_string() };
+                    outcome.conflicts.push(conflict);
+                }
                 Err(error) => outcome.errors.push(error.to_string()),
             }
         }
@@ -262,7 +319,7 @@ impl Wanted {
         // The kernel has no less for IPv6.
         let least = if destination.addr().is_ipv6() { MIN_IPV6_MTU } else { 0 };
         let mtu = self.mtus.get(&destination).map(|mtu| u32::from(*mtu.max(&least)));
-        Route { destination, interface, source, mtu }
+        Route { destination, interface, source, mtu, metric: None }
     }
 }
 
@@ -273,6 +330,17 @@ pub struct Outcome {
     pub changes: Vec<String>,
     /// What could not be done.
     pub errors: Vec<String>,
+    /// Prefixes that another program has a route to.
+    pub conflicts: Vec<RouteConflict>,
+}
+
+/// A prefix of a peer that another program has a route to, so that the overlay does not carry it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RouteConflict {
+    /// The prefix.
+    pub prefix: IpNet,
+    /// The failure and its remedy.
+    pub problem: String,
 }
 
 impl std::fmt::Display for LinkChange {
@@ -283,6 +351,7 @@ impl std::fmt::Display for LinkChange {
         parts.extend(self.mac.map(|mac| format!("mac {mac:02x?}")));
         parts.extend(self.no_multicast.then(|| "no multicast".to_owned()));
         parts.extend(self.up.then(|| "up".to_owned()));
+        parts.extend(self.down.then(|| "down".to_owned()));
         f.write_str(&parts.join(", "))
     }
 }

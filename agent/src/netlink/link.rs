@@ -80,6 +80,13 @@ fn ipv6_mtu(families: &[AfSpecUnspec]) -> Option<u32> {
     })
 }
 
+impl Link {
+    /// Whether the link is a TUN device with this alias.
+    pub fn is_tun_of(&self, alias: &str) -> bool {
+        self.kind.as_deref() == Some("tun") && self.alias == alias
+    }
+}
+
 impl std::fmt::Display for Link {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let kind = self.kind.as_deref().unwrap_or("hardware");
@@ -107,6 +114,8 @@ pub struct LinkChange {
     pub no_multicast: bool,
     /// Whether to bring it up.
     pub up: bool,
+    /// Whether to take it down.
+    pub down: bool,
 }
 
 impl Netlink {
@@ -153,6 +162,9 @@ impl Netlink {
         }
         if change.up {
             message = message.up();
+        }
+        if change.down {
+            message = message.down();
         }
         let result = self.handle.link().set(message.build()).execute().await;
         result.map_err(|error| {

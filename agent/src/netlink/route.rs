@@ -28,7 +28,12 @@ pub struct Route {
     pub source: Option<IpAddr>,
     /// Its MTU in bytes, where it is not the interface's.
     pub mtu: Option<u32>,
+    /// Its metric; `None` is the kernel's default (0 for IPv4, 1024 for IPv6).
+    pub metric: Option<u32>,
 }
+
+/// Metric that the kernel gives to an IPv6 route without one (IP6_RT_PRIO_USER, linux/ipv6_route.h).
+const DEFAULT_IPV6_METRIC: u32 = 1024;
 
 impl Route {
     fn message(&self) -> Result<RouteMessage, NetlinkError> {
@@ -49,6 +54,9 @@ impl Route {
         if let Some(source) = self.source {
             message = message.pref_source(source).map_err(|error| wrong(error.to_string()))?;
         }
+        if let Some(metric) = self.metric {
+            message = message.priority(metric);
+        }
         let mut message = message.build();
         let mtu = self.mtu.map(|mtu| RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)]));
         message.attributes.extend(mtu);
@@ -64,7 +72,13 @@ impl Route {
             RouteAttribute::PrefSource(source) => address(source),
             _ => None,
         });
-        Some(Self { destination, interface, source, mtu: mtu(message) })
+        let metric = message.attributes.iter().find_map(|attribute| match attribute {
+            RouteAttribute::Priority(metric) => Some(*metric),
+            _ => None,
+        });
+        let default = if destination.addr().is_ipv6() { DEFAULT_IPV6_METRIC } else { 0 };
+        let metric = metric.filter(|metric| *metric != default);
+        Some(Self { destination, interface, source, mtu: mtu(message), metric })
     }
 }
 
@@ -140,7 +154,10 @@ impl Netlink {
     }
 
     /// Routes of the main table of both families, of those that the kernel takes for `filter`'s.
-    pub(super) async fn dump_routes(&self, filter: &RouteMessage) -> Result<Vec<RouteMessage>, NetlinkError> {
+    pub(super) async fn dump_routes(
+        &self,
+        filter: &RouteMessage,
+    ) -> Result<Vec<RouteMessage>, NetlinkError> {
         let _dump = self.dump.lock().await;
         let mut all = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
@@ -153,17 +170,25 @@ impl Netlink {
         Ok(all)
     }
 
-    /// Adds a route that may be there already; says whether it was not.
+    /// Adds a route that may be there already; returns whether it changed anything. A route of Skein
+    /// by the same interface that differs is replaced.
+    ///
+    /// # Errors
+    ///
+    /// Another program has a route to the prefix, or the kernel refuses the route.
     pub async fn ensure_route(&self, route: &Route) -> Result<bool, NetlinkError> {
-        match self.add_route(route).await {
-            Ok(()) => Ok(true),
-            Err(error) if error.errno() == Some(libc::EEXIST) => {
-                match self.routes(Some(route.interface)).await?.contains(route) {
-                    true => Ok(false),
-                    false => Err(error),
-                }
-            }
-            Err(error) => Err(error),
+        let error = match self.add_route(route).await {
+            Err(error) if error.errno() == Some(libc::EEXIST) => error,
+            result => return result.map(|()| true),
+        };
+        let present = self.routes(Some(route.interface)).await?;
+        if present.contains(route) {
+            return Ok(false);
+        }
+        let key = |route: &Route| (route.destination, route.metric);
+        match present.iter().any(|other| key(other) == key(route)) {
+            true => self.replace_route(route).await.map(|()| true),
+            false => Err(error),
         }
     }
 
@@ -187,7 +212,7 @@ impl Netlink {
         })
     }
 
-    /// Puts a route in the place of one that differs in its MTU: there is one at any time.
+    /// Puts a route in the place of one that differs in its MTU or source: there is one at any time.
     pub async fn replace_route(&self, route: &Route) -> Result<(), NetlinkError> {
         let result = self.handle.route().add(route.message()?).replace().execute().await;
         result.map_err(|error| {

@@ -155,7 +155,7 @@ fn changed_wants_are_followed_and_others_routes_stay() {
 }
 
 #[test]
-fn another_programs_route_is_an_error_that_leaves_the_rest_working() {
+fn another_programs_route_is_a_conflict_that_leaves_the_rest_working() {
     in_namespace(|| async {
         let netlink = Netlink::connect().unwrap();
         ip("link add dev other type bridge");
@@ -164,8 +164,10 @@ fn another_programs_route_is_an_error_that_leaves_the_rest_working() {
         let wanted = wanted();
         let present = wanted.ensure_device(&netlink).await.unwrap();
         let outcome = wanted.configure(&netlink, present.index).await;
-        assert_eq!(outcome.errors.len(), 1, "{outcome:?}");
-        assert!(outcome.errors[0].contains("another program has one"), "{outcome:?}");
+        assert_eq!(outcome.errors, [""; 0], "The node itself is well.");
+        let [conflict] = &outcome.conflicts[..] else { panic!("{outcome:?}") };
+        assert_eq!(conflict.prefix, "10.2.0.0/24".parse().unwrap());
+        assert!(conflict.problem.contains("another program has one"), "{outcome:?}");
         assert!(ip("route show 10.2.0.0/24").contains("dev other"));
         assert!(ip("route show 10.3.0.0/16").contains("dev sk-test"));
     });
@@ -196,6 +198,39 @@ fn interfaces_of_others_are_refused_and_not_touched() {
             assert_eq!(ip("-details link show sk-test"), before);
             ip("link del sk-test");
         }
+    });
+}
+
+#[test]
+fn renamed_interface_gets_its_name_back() {
+    in_namespace(|| async {
+        let netlink = Netlink::connect().unwrap();
+        let wanted = wanted();
+        let index = configured(&netlink, &wanted).await;
+        ip("link set sk-test name elsewhere");
+        let present = wanted.ensure_device(&netlink).await.unwrap();
+        assert_eq!((present.index, present.created), (index, false), "The device is the same.");
+        assert!(netlink.link("elsewhere").await.unwrap().is_none(), "No orphan is left.");
+        let outcome = wanted.configure(&netlink, index).await;
+        assert_eq!(outcome.errors, [""; 0]);
+        assert!(ip("route show proto 77").contains("10.2.0.0/24 dev sk-test"));
+    });
+}
+
+#[test]
+fn second_interface_of_the_same_node_is_removed() {
+    in_namespace(|| async {
+        let netlink = Netlink::connect().unwrap();
+        let wanted = wanted();
+        let index = configured(&netlink, &wanted).await;
+        for (name, alias) in [("orphan", "skein:node-1"), ("other", "skein:node-2")] {
+            create_persistent(name).unwrap();
+            ip(&format!("link set {name} alias {alias}"));
+        }
+        let present = wanted.ensure_device(&netlink).await.unwrap();
+        assert_eq!((present.index, present.created), (index, false));
+        assert!(netlink.link("orphan").await.unwrap().is_none(), "The orphan is removed.");
+        assert!(netlink.link("other").await.unwrap().is_some(), "Another node's device stays.");
     });
 }
 
@@ -328,6 +363,38 @@ fn a_deleted_interface_is_announced_and_made_again() {
         ip("link set unrelated up");
         let told = tokio::time::timeout(Duration::from_millis(200), monitor.changed()).await;
         assert!(told.is_err(), "what does not concern us is not announced");
+    });
+}
+
+/// The loop of the agent without its timer: only a notification can cause the repair.
+#[test]
+fn forwarding_switched_off_is_repaired_by_notification() {
+    in_namespace(|| async {
+        let netlink = Netlink::connect().unwrap();
+        let monitor = Monitor::start("sk-test").unwrap();
+        let wanted = wanted();
+        let index = configured(&netlink, &wanted).await;
+        monitor.set_index(index);
+        let path = |key: &str| format!("/proc/sys/net/{key}");
+        let is_on = |key: &str| std::fs::read_to_string(path(key)).unwrap().trim() == "1";
+        for key in [
+            "ipv4/ip_forward",
+            "ipv4/conf/all/forwarding",
+            "ipv4/conf/sk-test/forwarding",
+            "ipv6/conf/all/forwarding",
+            "ipv6/conf/sk-test/forwarding",
+        ] {
+            let repair = async {
+                while !is_on(key) {
+                    monitor.changed().await;
+                    wanted.configure(&netlink, index).await;
+                }
+            };
+            std::fs::write(path(key), "0").unwrap();
+            let repaired = tokio::time::timeout(Duration::from_secs(1), repair).await;
+            assert!(repaired.is_ok(), "{key} stays off.");
+            assert!(is_on(key), "{key}");
+        }
     });
 }
 

@@ -221,7 +221,10 @@ mod tests {
                     let found = interface(&netlink, to).await;
                     assert_eq!(found, None, "{to} must be refused after {damage}.");
                 }
-                assert!(interface(&netlink, "198.51.100.1").await.is_some(), "Not a pod's address.");
+                assert!(
+                    interface(&netlink, "198.51.100.1").await.is_some(),
+                    "Not a pod's address."
+                );
                 assert_eq!(ensure(&netlink, &prefixes).await, Outcome::default(), "{damage}");
             }
         });

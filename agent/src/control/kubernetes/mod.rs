@@ -20,8 +20,8 @@ use tokio::task::JoinHandle;
 
 pub use self::client::Requests;
 use self::follow::State;
-use self::ranges::Ranges;
 pub(super) use self::follow::path;
+use self::ranges::Ranges;
 use super::records::Files;
 use super::shared::Shared;
 use crate::config::Config;

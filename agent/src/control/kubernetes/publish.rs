@@ -22,7 +22,7 @@ use super::resource::{SkeinNode, SkeinNodeSpec, SkeinNodeStatus};
 use super::status::{Known, falls_silent, ours, readiness_differs, status, text};
 use crate::control::shared::Shared;
 use crate::control::supervisor::DataplaneStatus;
-use crate::ipc::{Capability, CapabilityState};
+use crate::ipc::{Capability, CapabilityState, UnreachablePeer};
 
 /// Whose fields ours are (server-side apply).
 const MANAGER: &str = "skein-agent";
@@ -251,12 +251,20 @@ impl Publisher {
         reasons: &[String],
     ) -> anyhow::Result<()> {
         let found = published.status.clone().map(ours);
+        // A peer that another program has a route to is not reached, either.
+        let conflicts = self
+            .shared
+            .interface()
+            .conflicts
+            .into_iter()
+            .map(|conflict| UnreachablePeer { name: conflict.peer, reason: conflict.problem });
+        let unreachable: Vec<_> = dataplane.unreachable.iter().cloned().chain(conflicts).collect();
         let known = Known {
             generation: published.metadata.generation,
             capabilities: &dataplane.capabilities,
             mtu: self.shared.interface().mtu,
             reasons,
-            unreachable: &dataplane.unreachable,
+            unreachable: &unreachable,
         };
         // What was written last is newer than what the watch has told, for a while.
         let before = self.last_status.as_ref().or(found.as_ref());
@@ -357,6 +365,7 @@ impl Publisher {
                 self.over("RecordsRefused");
             }
         }
+        self.tell_of_conflicts(node).await;
         let lost: Vec<_> = capabilities
             .unwrap_or_default()
             .iter()
@@ -370,6 +379,17 @@ impl Publisher {
             }
             true => self.over("OffloadLost"),
         }
+    }
+
+    /// Reports the peers that another program of this node has a route to.
+    async fn tell_of_conflicts(&mut self, node: &Node) {
+        let conflicts = self.shared.interface().conflicts;
+        let Some(first) = conflicts.first() else { return self.over("PeerRouteConflict") };
+        let text = match conflicts.len() - 1 {
+            0 => format!("{}: {}", first.peer, first.problem),
+            more => format!("{}: {} (and {more} more)", first.peer, first.problem),
+        };
+        self.tell(node, "PeerRouteConflict", WARNING, &text).await;
     }
 
     /// Once while it lasts. An event that is refused holds up nothing else, and is tried again later.

@@ -57,7 +57,8 @@ pub struct Options<'a> {
 /// changed then. [`Failure::Runtime`] if a request is refused, or if a node is not clean when `timeout`
 /// ends.
 pub async fn uninstall(options: &Options<'_>, say: impl Fn(&str)) -> Result<(), Failure> {
-    let (client, _) = client::connect(options.kubeconfig, &Requests::new().context("metrics")?).await?;
+    let (client, _) =
+        client::connect(options.kubeconfig, &Requests::new().context("metrics")?).await?;
     let end = Instant::now() + options.timeout;
     if !options.without_helm {
         check_release(options, &client, end).await?;
