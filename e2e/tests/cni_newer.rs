@@ -61,6 +61,14 @@ impl Node {
     }
 }
 
+/// Replaces the list as a careful program does: by a rename.
+fn put_list(agent: &Agent, list: &Value) -> Result<()> {
+    let path = agent.cni_directory("conf_dir").join("10-skein.conflist");
+    let new = path.with_extension("tmp");
+    fs::write(&new, list.to_string())?;
+    Ok(fs::rename(new, path)?)
+}
+
 /// Replaces the reference plugins by those of the newer suite.
 fn use_newer_plugins(agent: &Agent) -> Result<()> {
     let (from, bin) = (newer::root()?.join("usr/lib/cni"), agent.cni_directory("bin_dir"));
@@ -97,6 +105,28 @@ fn pods_start_and_end_behind_an_old_plugin() -> Result<()> {
     same(&before, &traces(node(&machine.cluster, 0))?)
 }
 
+/// The fault that common versions prevent: with a list of CNI 1.1.0, the old plugin keeps a pod from ending.
+#[test]
+fn list_newer_than_a_plugin_fails_deletions() -> Result<()> {
+    let mut machine = Node::up(|_| ())?;
+    let cri = machine.cri()?;
+    machine.offers("1.0.0").context("this test needs portmap before 1.6, as Debian 12 has")?;
+    let pod = cri.run("a", &[])?;
+    // Without the agent, the list is not repaired.
+    machine.cluster.agents[0].stop()?;
+    let mut list = machine.list()?;
+    list["cniVersions"] = json!(["0.3.1", "0.4.0", "1.0.0", "1.1.0"]);
+    put_list(machine.agent(), &list)?;
+    // containerd reads the list by inotify.
+    std::thread::sleep(Duration::from_secs(3));
+    let error = cri.remove(&pod).err().context("the pod ends with a list that portmap refuses")?;
+    let text = format!("{error:#}");
+    ensure!(text.contains("portmap") && text.contains("incompatible CNI versions"), "{text}");
+    machine.cluster.agents[0].start()?;
+    machine.offers("1.0.0")?;
+    checks::eventually("the pod ends", REPAIR_TIMEOUT, || Ok(cri.remove(&pod).is_ok())).map(drop)
+}
+
 /// As istio-cni and linkerd-cni do.
 #[test]
 fn plugin_that_another_program_appends_is_called() -> Result<()> {
@@ -121,10 +151,7 @@ fn plugin_that_another_program_appends_is_called() -> Result<()> {
     let mut list = machine.list()?;
     let plugins = list["plugins"].as_array_mut().context("plugins")?;
     plugins.push(json!({ "type": "istio-cni" }));
-    let path = agent.cni_directory("conf_dir").join("10-skein.conflist");
-    let new = path.with_extension("tmp");
-    fs::write(&new, list.to_string())?;
-    fs::rename(new, &path)?;
+    put_list(agent, &list)?;
     // Longer than it took until the agent removed it.
     std::thread::sleep(Duration::from_secs(11));
     let pod = cri.run("a", &[])?;
