@@ -55,12 +55,12 @@ fn header(now: &Document) -> String {
     ));
     lines.push(("pod CIDRs", list(strings(&interface.local_cidrs))));
     lines.push(("routes", interface.routes.len().to_string()));
+    let conflicts = interface.conflicts.iter();
+    lines.extend(conflicts.map(|c| ("  conflict", format!("{}: {}", c.peer, c.problem))));
     if let Some(cni) = &now.cni {
         lines.push(("CNI versions", list(cni.versions.clone())));
         lines.extend(cni.limits.iter().map(|limit| ("  limited", limit.clone())));
     }
-    let conflicts = interface.conflicts.iter();
-    lines.extend(conflicts.map(|c| ("  conflict", format!("{}: {}", c.peer, c.problem))));
     let dataplane = &now.dataplane;
     let process = now.report.as_ref().map_or_else(
         || "away".to_owned(),

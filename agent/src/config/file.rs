@@ -285,7 +285,6 @@ impl File {
                     .to_owned(),
             ));
         }
-        let underlay = self.underlay.validate()?;
         check_outside(underlay.addresses.iter().copied(), &cluster_cidrs)
             .map_err(|error| Invalid(format!("underlay.addresses: {error}")))?;
         Ok(Config {
