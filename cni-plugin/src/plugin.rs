@@ -22,8 +22,8 @@ use crate::{client, result, spool};
 const AWAY: u32 = 101;
 /// How long a DEL waits for the agent before it is kept for later: kubelet has other pods to delete.
 const DEL_PATIENCE: Duration = Duration::from_secs(10);
-/// Maximum time that STATUS waits for the agent. Runtimes call STATUS while kubelet waits for their state, and
-/// kubelet stops to synchronise pods if it gets none for 30 s.
+/// Maximum time that STATUS waits for the agent. Runtimes call STATUS while kubelet waits for their
+/// state, and kubelet stops to synchronise pods if it gets none for 30 s.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
 /// The magic number of nsfs (linux/magic.h).
 const NSFS: rustix::fs::FsWord = 0x6e73_6673;

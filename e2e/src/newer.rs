@@ -1,5 +1,6 @@
-//! containerd (with its libcni), runc and reference plugins of a Debian suite that is newer than the system, unpacked
-//! beside the system. apt fetches the packages from the system's own mirror; nothing of the system changes.
+//! containerd (with its libcni), runc and reference plugins of a Debian suite that is newer than
+//! the system, unpacked beside the system. apt fetches the packages from the system's own mirror;
+//! nothing of the system changes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,12 +22,12 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(300);
 /// Directories of apt's sources.
 const APT: &str = "/etc/apt";
 
-/// Root directory of the unpacked packages, which are fetched at the first call. Programs run with its `usr` as a layer
-/// over `/usr`, because they need its C library.
+/// Root directory of the unpacked packages, which are fetched at the first call. Programs run with
+/// its `usr` as a layer over `/usr`, because they need its C library.
 ///
 /// # Errors
-/// If no source of the system's Debian release is configured (its mirror has the newer suite, too), or if apt cannot
-/// fetch the packages. The message names the suite and the packages.
+/// If no source of the system's Debian release is configured (its mirror has the newer suite, too),
+/// or if apt cannot fetch the packages. The message names the suite and the packages.
 pub fn root() -> Result<PathBuf> {
     let root = programs::cache()?.join(format!("debian-{SUITE}"));
     if root.exists() {
@@ -84,7 +85,8 @@ fn fetch(work: &Path) -> Result<()> {
     apt(&arguments)
 }
 
-/// A source of [`SUITE`] from the mirror that `apt` has for the release `codename`, in the format of deb822.
+/// A source of [`SUITE`] from the mirror that `apt` has for the release `codename`, in the format
+/// of deb822.
 fn source(apt: &Path, codename: &str) -> Result<String> {
     let parts = fs::read_dir(apt.join("sources.list.d")).into_iter().flatten().flatten();
     let mut files: Vec<PathBuf> = parts.map(|entry| entry.path()).collect();

@@ -1,4 +1,5 @@
-//! The network configuration list: CNI versions, entries and files of other programs, modes and owners.
+//! The network configuration list: CNI versions, entries and files of other programs, modes and
+//! owners.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;

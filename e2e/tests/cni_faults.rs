@@ -1,4 +1,5 @@
-//! Faults between runtime, plugin and agent: a hung agent, deleted sockets, lost pods, changed interfaces.
+//! Faults between runtime, plugin and agent: a hung agent, deleted sockets, lost pods, changed
+//! interfaces.
 
 use std::fs;
 use std::path::Path;

@@ -105,7 +105,8 @@ fn pods_start_and_end_behind_an_old_plugin() -> Result<()> {
     same(&before, &traces(node(&machine.cluster, 0))?)
 }
 
-/// The fault that common versions prevent: with a list of CNI 1.1.0, the old plugin keeps a pod from ending.
+/// The fault that common versions prevent: with a list of CNI 1.1.0, the old plugin keeps a pod
+/// from ending.
 #[test]
 fn list_newer_than_a_plugin_fails_deletions() -> Result<()> {
     let mut machine = Node::up(|_| ())?;

@@ -296,14 +296,15 @@ impl Attacher {
         kernel.links.iter().filter_map(found).collect()
     }
 
-    /// Whether the node's end of an attachment exists, under its name or under another one that a program gave it.
+    /// Whether the node's end of an attachment exists, under its name or under another one that a
+    /// program gave it.
     pub fn is_there(&self, kernel: &Kernel, id: &AttachmentId) -> bool {
         let name = host_name(id);
         kernel.links.iter().any(|link| link.name == name || self.owner(link).as_ref() == Some(id))
     }
 
-    /// Repairs the node's end of an attachment that is there: hardware address, up, routes, neighbours. The
-    /// pod's own end is the pod's. Returns the changes, for people.
+    /// Repairs the node's end of an attachment that is there: hardware address, up, routes,
+    /// neighbours. The pod's own end is the pod's. Returns the changes, for people.
     pub async fn heal(
         &self,
         netlink: &Netlink,
@@ -318,7 +319,8 @@ impl Attacher {
         };
         self.check_owner(link, id)?;
         let mut changes = Vec::new();
-        // The pod sends to this address by a permanent neighbour entry, and the node drops all other frames.
+        // The pod sends to this address by a permanent neighbour entry, and the node drops all
+        // other frames.
         if link.mac != GATEWAY_MAC {
             let change = LinkChange { mac: Some(GATEWAY_MAC), ..Default::default() };
             netlink.change_link(link.index, &change).await?;

@@ -1,7 +1,7 @@
 //! The network configuration list (CNI specification 1.1.0, section 1).
 //!
-//! Other programs add entries to the list: istio-cni and linkerd-cni append a plugin to the file that the runtime
-//! reads. Skein compares and repairs its own entries and keys only.
+//! Other programs add entries to the list: istio-cni and linkerd-cni append a plugin to the file
+//! that the runtime reads. Skein compares and repairs its own entries and keys only.
 
 use serde_json::{Map, Value, json};
 
@@ -11,8 +11,8 @@ use crate::config::Cni;
 /// Name of the plugin's binary, and its `type` in the configuration.
 pub const PLUGIN: &str = "skein-cni";
 
-/// Key of the list with the types of the entries that Skein wrote after its own. An entry that a later configuration
-/// does not have is told from an entry of another program by it.
+/// Key of the list with the types of the entries that Skein wrote after its own. The key tells an
+/// entry that a later configuration does not have from an entry of another program.
 const CHAIN_KEY: &str = "skein.network/chain";
 
 /// A configuration list.
@@ -48,7 +48,8 @@ pub(super) fn foreign_types(config: &Cni, present: &[u8]) -> Vec<String> {
 
 /// The list that should replace `present`; `None` if Skein's part of it is right.
 ///
-/// Entries of other programs keep their order, before or after Skein's. A file that is not a list is replaced.
+/// Entries of other programs keep their order, before or after Skein's. A file that is not a list
+/// is replaced.
 pub(super) fn repaired(wanted: List, present: &[u8]) -> Option<List> {
     let Some(mut list) = parse(present) else { return Some(wanted) };
     let ours = plugins(&wanted).to_vec();

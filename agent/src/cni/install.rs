@@ -31,10 +31,12 @@ impl InstallError {
     }
 }
 
-/// Remedy of an error in a directory of the runtime, with the punctuation before it; empty if there is no general one.
+/// Remedy of an error in a directory of the runtime, with the punctuation before it; empty if there
+/// is no general one.
 fn remedy(error: &io::Error) -> &'static str {
     match error.kind() {
-        // EACCES, EPERM: root without CAP_DAC_OVERRIDE in a directory of another user, or an immutable file.
+        // EACCES, EPERM: root without CAP_DAC_OVERRIDE in a directory of another user, or an
+        // immutable file.
         io::ErrorKind::PermissionDenied => {
             ". Give the directory to root (chown root), or the agent the capability DAC_OVERRIDE \
              (the chart's capabilities.agent)"
@@ -67,7 +69,7 @@ impl Mode {
     }
 }
 
-/// What the runtime needs of us, put in place again and again.
+/// Installer of the plugin's binary and the network configuration, run again for each repair.
 #[derive(Debug, Default)]
 pub struct Install {
     /// Source and installed plugin when they were last the same.
@@ -79,9 +81,13 @@ pub struct Install {
 }
 
 impl Install {
-    /// The plugin, then the configuration, once the agent can serve: from then on the runtime starts pods.
-    /// While a plugin of the chain is missing, or the plugins have no CNI version in common, the configuration is
-    /// not written: every pod would fail. One that is there stays, because without it no pod could be deleted.
+    /// Installs the plugin and then the configuration, once the agent can serve: from then on the
+    /// runtime starts pods. Files that are right are not written. An existing configuration stays in
+    /// every case, because without it no pod could be deleted.
+    ///
+    /// # Errors
+    /// The reason, for people, if a plugin of the chain is missing, if the plugins have no CNI
+    /// version in common, or if a file cannot be read or written.
     pub fn run(&mut self, config: &Cni, can_serve: bool) -> Result<(), String> {
         let text = |error: InstallError| error.to_string();
         let binary = can_serve && self.install_plugin(config).map_err(text)?;
@@ -156,8 +162,8 @@ impl Install {
         placed.map_err(|error| error.to_string())
     }
 
-    /// Puts the plugin's binary in place, and returns whether it was another before. Where neither file
-    /// has changed since the last time, none is read.
+    /// Puts the plugin's binary in place, and returns whether it was another before. Where neither
+    /// file has changed since the last time, none is read.
     fn install_plugin(&mut self, config: &Cni) -> Result<bool, InstallError> {
         let Some(directory) = &config.bin_dir else { return Ok(false) };
         let (source, installed) = (plugin_source(config), directory.join(PLUGIN));

@@ -1,7 +1,9 @@
-//! Other networks' configuration files in the directory of the runtime, which takes the first file by name.
+//! Other networks' configuration files in the directory of the runtime, which takes the first file
+//! by name.
 //!
-//! With `cni.exclusive`, files that sort before Skein's get a name that no runtime reads. Files behind Skein's have no
-//! effect on the runtime (podman's and CRI-O's defaults), and meta-plugins delegate to Skein: both stay.
+//! With `cni.exclusive`, files that sort before Skein's get a name that no runtime reads. Files
+//! behind Skein's have no effect on the runtime (podman's and CRI-O's defaults), and meta-plugins
+//! delegate to Skein: both stay.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -15,8 +17,8 @@ use crate::config::Cni;
 /// Suffix of a file that is set aside.
 const ASIDE: &str = ".skein-aside";
 
-/// Plugins that call the network of another configuration, or that extend it. A file with one of them is not another
-/// network.
+/// Plugins that call the network of another configuration, or that extend it. A file with one of
+/// them is not another network.
 const META_PLUGINS: [&str; 6] =
     ["multus", "multus-shim", "istio-cni", "linkerd-cni", "genie", "danm"];
 
@@ -49,7 +51,8 @@ pub(super) fn give_back_spared(config: &Cni) -> Result<Vec<String>, InstallError
     give_back(config, |aside, original| !is_network_before(config, aside, original.as_ref()))
 }
 
-/// Restores all files that are set aside, except those whose name is in use again; returns the names.
+/// Restores all files that are set aside, except those whose name is in use again; returns the
+/// names.
 ///
 /// # Errors
 /// [`InstallError`] if the directory cannot be read or a file cannot be renamed.
@@ -76,7 +79,8 @@ fn give_back(
     Ok(back)
 }
 
-/// Whether the runtime would take the file `file` instead of Skein's under the name `name`, as another network.
+/// Whether the runtime would take the file `file` instead of Skein's under the name `name`, as
+/// another network.
 fn is_network_before(config: &Cni, file: &OsStr, name: &OsStr) -> bool {
     let extension = Path::new(name).extension().and_then(OsStr::to_str);
     if name >= OsStr::new(&config.conf_file)

@@ -288,9 +288,9 @@ impl Service {
 
     /// Releases a lease if no pod can use its addresses, and returns whether it did.
     ///
-    /// The addresses of an attachment whose node's end exists stay: a veth pair goes with its namespace. Without that
-    /// end, the namespace must be gone. A namespace whose path the agent never saw counts as gone if the runtime
-    /// disowns the attachment (`disowned`).
+    /// The addresses of an attachment whose node's end exists stay: a veth pair goes with its
+    /// namespace. Without that end, the namespace must be gone. A namespace whose path the agent
+    /// never saw counts as gone if the runtime disowns the attachment (`disowned`).
     async fn collect(&self, kernel: &Kernel, lease: &Lease, disowned: bool) -> Result<bool, Error> {
         let invisible = lease.netns.as_ref().is_some_and(|netns| !netns.path_visible);
         let gone = self.is_gone(lease) || (disowned && invisible);

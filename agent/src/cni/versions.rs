@@ -1,8 +1,9 @@
 //! CNI versions that the network configuration may offer.
 //!
-//! A runtime takes the newest version of the configuration that its libcni has, and calls every plugin of the list
-//! with that version (libcni: `NetworkConfFromBytes`). A plugin that does not support it fails every ADD and DEL.
-//! The configuration therefore offers only what each plugin of the list answers to `VERSION`.
+//! A runtime takes the newest version of the configuration that its libcni has, and calls every
+//! plugin of the list with that version (libcni: `NetworkConfFromBytes`). A plugin that does not
+//! support it fails every ADD and DEL. The configuration therefore offers only what each plugin of
+//! the list answers to `VERSION`.
 
 use std::collections::HashMap;
 use std::fs;
@@ -19,8 +20,8 @@ use skein_cni::types::Version;
 
 /// Maximum time of one plugin's answer to `VERSION`.
 const VERSION_TIMEOUT: Duration = Duration::from_secs(5);
-/// Interval at which a plugin that gave no answer is called again. A plugin that answered is called again when
-/// its file changes.
+/// Interval at which a plugin that gave no answer is called again. A plugin that answered is called
+/// again when its file changes.
 const RETRY_INTERVAL: Duration = Duration::from_secs(60);
 /// Delay before a plugin whose file is open for writing (ETXTBSY) is started again.
 const BUSY_DELAY: Duration = Duration::from_millis(50);
@@ -30,8 +31,8 @@ const MAX_STARTS: u32 = 10;
 const MAX_ANSWER: u64 = 64 << 10;
 /// Versions that Skein offers, oldest first.
 const OFFERED: [Version; 4] = [Version::V0_3_1, Version::V0_4_0, Version::V1_0_0, Version::V1_1_0];
-/// Newest version that a plugin without an answer is expected to support: the reference plugins have it since 1.0
-/// (2021).
+/// Newest version that a plugin without an answer is expected to support: the reference plugins
+/// have it since 1.0 (2021).
 const ASSUMED_NEWEST: Version = Version::V1_0_0;
 
 /// Identity and change time of a file (device, inode, ctime): any change of the file changes it.
@@ -46,7 +47,8 @@ pub(super) fn stamp(path: &Path) -> Option<Stamp> {
 /// CNI versions of the network configuration, and the plugins that limit them.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Offer {
-    /// Versions that every plugin supports, oldest first; empty before the configuration is written.
+    /// Versions that every plugin supports, oldest first; empty before the configuration is
+    /// written.
     pub versions: Vec<String>,
     /// One sentence for each plugin that keeps a newer version out.
     pub limits: Vec<String>,
@@ -58,8 +60,8 @@ impl Offer {
         self.versions.last().map_or("", String::as_str)
     }
 
-    /// Newest version that a libcni before 1.2 accepts. Such a libcni takes `cniVersion` only, and refuses a version
-    /// that it does not know.
+    /// Newest version that a libcni before 1.2 accepts. Such a libcni takes `cniVersion` only, and
+    /// refuses a version that it does not know.
     pub(super) fn conservative(&self) -> &str {
         let old = self.versions.iter().rev().find(|version| version.as_str() <= "1.0.0");
         old.map_or(self.newest(), String::as_str)
@@ -89,11 +91,12 @@ struct Known {
 impl VersionCache {
     /// Computes the versions that all `plugins` support.
     ///
-    /// A plugin that gives no answer counts as one that supports up to [`ASSUMED_NEWEST`]. An entry of another
-    /// program counts only if it answers and leaves a common version.
+    /// A plugin that gives no answer counts as one that supports up to [`ASSUMED_NEWEST`]. An entry
+    /// of another program counts only if it answers and leaves a common version.
     ///
     /// # Errors
-    /// A message that names each plugin with its versions if Skein's own entries have no version in common.
+    /// A message that names each plugin with its versions if Skein's own entries have no version in
+    /// common.
     pub(super) fn offer(&mut self, plugins: &[Plugin]) -> Result<Offer, String> {
         self.0.retain(|path, _| plugins.iter().any(|plugin| plugin.paths.contains(path)));
         let (mut common, mut limits, mut all) = (OFFERED.to_vec(), Vec::new(), Vec::new());

@@ -13,13 +13,15 @@ use super::server::bind_socket;
 use crate::failure::Failure;
 use crate::lifecycle::{NotReady, Readiness};
 
-/// Interval at which the path is compared with the socket: one `lstat`. A watch by inotify would not see a directory
-/// that is replaced, and instances of inotify are scarce (`fs.inotify.max_user_instances`).
+/// Interval at which the path is compared with the socket: one `lstat`. A watch by inotify would
+/// not see a directory that is replaced, and instances of inotify are scarce
+/// (`fs.inotify.max_user_instances`).
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A listening unix socket whose file is created again when another program deletes or replaces it.
 ///
-/// The check runs in [`Listener::accept`], so the caller accepts in a loop. Connections that exist are not disturbed.
+/// The check runs in [`Listener::accept`], so the caller accepts in a loop. Connections that exist
+/// are not disturbed.
 #[derive(Debug)]
 pub struct Listener {
     key: &'static str,
@@ -42,12 +44,12 @@ struct Lost {
 }
 
 impl Listener {
-    /// Listens at `path`, which the configuration calls `key`, for its owner only. `readiness`: the agent is not ready
-    /// while the socket cannot be created again.
+    /// Listens at `path`, which the configuration calls `key`, for its owner only. `readiness`: the
+    /// agent is not ready while the socket cannot be created again.
     ///
     /// # Errors
-    /// [`Failure::Taken`] if another process listens at `path` or if the file is not a socket, [`Failure::Io`] if the
-    /// socket cannot be created.
+    /// [`Failure::Taken`] if another process listens at `path` or if the file is not a socket,
+    /// [`Failure::Io`] if the socket cannot be created.
     pub fn bind(
         key: &'static str,
         path: &Path,

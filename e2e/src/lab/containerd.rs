@@ -1,5 +1,6 @@
-//! containerd on a node of the laboratory: the one from Debian, or from its newer suite, with files of its own, in
-//! mount and process namespaces that take everything with them when they go, containers included.
+//! containerd on a node of the laboratory: the one from Debian, or from its newer suite, with files
+//! of its own, in mount and process namespaces that take everything with them when they go,
+//! containers included.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -34,7 +35,8 @@ impl Containerd {
         Self::start_from(None, agent, node, laboratory)
     }
 
-    /// As [`Containerd::start`], with containerd and runc of a newer suite ([`crate::newer::root`]).
+    /// As [`Containerd::start`], with containerd and runc of a newer suite
+    /// ([`crate::newer::root`]).
     pub fn start_newer(agent: &Agent, node: &Netns, laboratory: &Path) -> Result<Self> {
         Self::start_from(Some(&newer::root()?), agent, node, laboratory)
     }
@@ -66,7 +68,8 @@ impl Containerd {
         let path = image.to_string_lossy();
         for namespace in ["k8s.io", "default"] {
             let mut import = vec!["-n", namespace, "images", "import", "--snapshotter", "native"];
-            // containerd 2 would unpack by its transfer service, which has no snapshotter configured.
+            // containerd 2 would unpack by its transfer service, which has no snapshotter
+            // configured.
             import.extend(newer.map(|_| "--local"));
             import.push(&path);
             let imported = containerd.ctr(&import)?;
@@ -110,9 +113,10 @@ impl Drop for Containerd {
 
 const CGROUP_PREFIX: &str = "skein-e2e-";
 
-/// What runs before containerd in its mount namespace: `/opt/cni/bin` and `/etc/cni/net.d`, which `ctr`
-/// reads, are the agent's; `/run` is its own but for the laboratory's files, and so is `/var/lib`, where
-/// libcni keeps results. `newer` is a root directory whose `usr` lies over `/usr`.
+/// What runs before containerd in its mount namespace: `/opt/cni/bin` and `/etc/cni/net.d`, which
+/// `ctr` reads, are the agent's; `/run` is its own but for the laboratory's files, and so is
+/// `/var/lib`, where libcni keeps results. `newer` is a root directory whose `usr` lies over
+/// `/usr`.
 fn script(directory: &Path, laboratory: &Path, agent: &Agent, newer: Option<&Path>) -> String {
     let layer = newer.map_or_else(String::new, |root| {
         format!("mount -t overlay -o lowerdir={}/usr:/usr overlay /usr", root.display())
