@@ -488,6 +488,39 @@ mod tests {
     }
 
     #[test]
+    fn mapped_addresses_are_taken_as_ipv4() {
+        let config = Config::parse(
+            r#"
+            name = "node-a"
+            pod_cidrs = ["::ffff:10.1.0.0/120"]
+            cluster_cidrs = ["::ffff:10.0.0.0/104"]
+            [interface]
+            addresses = ["::ffff:10.1.0.7"]
+            [underlay]
+            addresses = ["::ffff:192.0.2.1"]
+            [metrics]
+            listen = "[::ffff:127.0.0.1]:9464"
+            [status_page]
+            listen = "[::ffff:127.0.0.1]:9465"
+            [cni]
+            no_masquerade = ["::ffff:198.51.100.0/120"]
+            "#,
+        )
+        .unwrap();
+        assert_eq!(config.pod_cidrs, Some(vec!["10.1.0.0/24".parse().unwrap()]));
+        assert_eq!(config.cluster_cidrs, ["10.0.0.0/8".parse().unwrap()]);
+        assert_eq!(config.interface.addresses, Some(vec!["10.1.0.7".parse().unwrap()]));
+        assert_eq!(config.underlay.addresses, ["192.0.2.1".parse::<IpAddr>().unwrap()]);
+        assert_eq!(config.metrics.listen, Some("127.0.0.1:9464".parse().unwrap()));
+        assert_eq!(config.status_page.listen, Some("127.0.0.1:9465".parse().unwrap()));
+        assert_eq!(config.cni.no_masquerade, ["198.51.100.0/24".parse().unwrap()]);
+        let twice = error("[underlay]\naddresses = ['192.0.2.2', '::ffff:192.0.2.1']");
+        assert!(twice.contains("second address of its family"), "{twice}");
+        let multicast = error("[underlay]\naddresses = ['::ffff:224.0.0.1']");
+        assert!(multicast.contains("unicast"), "{multicast}");
+    }
+
+    #[test]
     fn unknown_keys_are_named() {
         assert!(error("nmae = 'a'").contains("nmae"));
         assert!(error("[underlay]\nprot = 1").contains("prot"));

@@ -2,6 +2,7 @@
 
 #![deny(unsafe_code)]
 
+mod address;
 pub mod app;
 pub mod cni;
 mod commands;

@@ -135,7 +135,8 @@ impl Config {
         let asked = document.runtime_config.and_then(|config| config.ips).unwrap_or_default();
         let ips = asked.iter().map(|text| {
             let ip = text.parse().or_else(|_| text.parse::<IpNet>().map(|net| net.addr()));
-            ip.map_err(|_| invalid(format!("runtimeConfig.ips: {text:?} is no address")))
+            ip.map(|ip: IpAddr| ip.to_canonical())
+                .map_err(|_| invalid(format!("runtimeConfig.ips: {text:?} is no address")))
         });
         let timeout = document.timeout_seconds.unwrap_or(30);
         if timeout == 0 {
@@ -204,6 +205,14 @@ mod tests {
         assert_eq!(config.valid.unwrap()[0].container_id, "c");
         assert_eq!(config.previous, None);
         assert_eq!(config.dns.nameservers, ["10.0.0.10"]);
+    }
+
+    #[test]
+    fn mapped_addresses_that_are_asked_for_are_ipv4() {
+        let ips = ["::ffff:10.1.0.5", "::ffff:10.1.0.6/120", "fd00::5"];
+        let config = parse(json!({ "name": "a", "runtimeConfig": { "ips": ips } })).unwrap();
+        let canonical = ["10.1.0.5", "10.1.0.6", "fd00::5"].map(|ip| ip.parse::<IpAddr>().unwrap());
+        assert_eq!(config.ips, canonical);
     }
 
     #[test]

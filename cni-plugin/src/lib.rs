@@ -7,6 +7,7 @@
 
 #![forbid(unsafe_code)]
 
+mod address;
 pub mod client;
 pub mod config;
 pub mod environment;

@@ -11,6 +11,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde_json::{Value, json};
 
+use crate::address::canonical_net;
 use crate::config::{self, Config};
 use crate::environment::{Environment, Verb};
 use crate::frame::FrameError;
@@ -200,7 +201,9 @@ fn own_addresses(previous: &Value, ifname: &str) -> Result<Vec<IpNet>, Failure> 
     let ours = list("ips").iter().filter(|ip| ip["interface"].as_u64() == Some(index as u64));
     ours.map(|ip| {
         let text = ip["address"].as_str().ok_or_else(|| wrong("an ip without an address"))?;
-        text.parse().map_err(|_| wrong(&format!("{text:?} is no address with a prefix length")))
+        text.parse()
+            .map(canonical_net)
+            .map_err(|_| wrong(&format!("{text:?} is no address with a prefix length")))
     })
     .collect()
 }

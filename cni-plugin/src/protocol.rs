@@ -84,7 +84,11 @@ pub struct Add {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod: Option<Pod>,
     /// Addresses that were asked for (`runtimeConfig.ips`); empty for any.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(
+        default,
+        skip_serializing_if = "Vec::is_empty",
+        deserialize_with = "crate::address::ips"
+    )]
     pub ips: Vec<IpAddr>,
 }
 
@@ -103,6 +107,7 @@ pub struct Check {
     #[serde(flatten)]
     pub id: AttachmentId,
     /// Addresses of the interface by the previous result.
+    #[serde(deserialize_with = "crate::address::nets")]
     pub ips: Vec<IpNet>,
 }
 

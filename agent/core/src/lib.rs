@@ -7,6 +7,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod address;
 pub mod drop;
 #[doc(hidden)]
 pub mod fuzzing;

@@ -10,6 +10,7 @@ use std::time::Duration;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
+use skein_core::address;
 
 use self::measure::{Measured, Other};
 use self::protocol::AskError;
@@ -48,7 +49,7 @@ pub(crate) struct BenchArgs {
     #[arg(long, default_value_t = 3.0)]
     seconds: f64,
     /// The peer's address on the overlay [default: the first of its first pod CIDR]
-    #[arg(long)]
+    #[arg(long, value_parser = address::parse::<IpAddr>)]
     address: Option<IpAddr>,
     #[command(flatten)]
     agent: AgentArgs,

@@ -13,6 +13,7 @@ use clap::Args;
 use ipnet::IpNet;
 use rustix::fs::OFlags;
 use serde::Serialize;
+use skein_core::address;
 use tokio::time::Instant;
 
 use self::pcap::Pcap;
@@ -128,10 +129,10 @@ async fn run(arguments: &CaptureArgs, agent: &Agent, time: Duration) -> Result<O
 
 /// A peer's pods, a pod, or a prefix.
 fn nets(what: &str, status: &Document) -> Result<Vec<IpNet>, Failure> {
-    if let Ok(net) = what.parse::<IpNet>() {
+    if let Ok(net) = address::parse::<IpNet>(what) {
         return Ok(vec![net]);
     }
-    if let Ok(address) = what.parse::<IpAddr>() {
+    if let Ok(address) = address::parse::<IpAddr>(what) {
         return Ok(vec![address.into()]);
     }
     let peers = super::report(status)?.peers.iter();

@@ -8,6 +8,7 @@ use std::net::IpAddr;
 
 use anyhow::anyhow;
 use clap::Args;
+use skein_core::address;
 
 use self::facts::Facts;
 use self::judge::{Grade, Trace};
@@ -77,7 +78,7 @@ pub(crate) fn trace(arguments: &TraceArgs) -> Result<(), Failure> {
 
 /// An address, or that of a node on the overlay: the first of its first pod CIDR.
 fn resolve(what: &str, status: &Document) -> Result<IpAddr, Failure> {
-    if let Ok(address) = what.parse() {
+    if let Ok(address) = address::parse(what) {
         return Ok(address);
     }
     if what == status.node

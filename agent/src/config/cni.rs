@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use serde::Deserialize;
 use skein_cni::environment::check_name;
+use skein_core::address;
 
 use super::{Cni, Invalid};
 
@@ -122,7 +123,7 @@ impl CniTable {
 }
 
 fn cidr(text: &str) -> Result<IpNet, Invalid> {
-    let net: IpNet = text.parse().map_err(|_| {
+    let net: IpNet = address::parse(text).map_err(|_| {
         Invalid(format!("cni.no_masquerade: {text:?} is no prefix: write it as 192.0.2.0/24"))
     })?;
     Ok(net.trunc())

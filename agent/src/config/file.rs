@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use serde::Deserialize;
+use skein_core::address;
 
 use super::cni::CniTable;
 use super::kubernetes::KubernetesTable;
@@ -479,7 +480,7 @@ fn listen(key: &str, text: &str, port: u16) -> Result<Option<SocketAddr>, Invali
     if text == "off" {
         return Ok(None);
     }
-    text.parse().map(Some).map_err(|_| {
+    address::parse(text).map(Some).map_err(|_| {
         let example = format!("an address and a port (127.0.0.1:{port}) or \"off\"");
         Invalid(format!("{key} = {text:?}: use {example}"))
     })
@@ -489,7 +490,7 @@ fn cidrs(key: &str, texts: &[String]) -> Result<Vec<IpNet>, Invalid> {
     let wrong = |error: Invalid| Invalid(format!("{key}: {error}"));
     let mut cidrs = Vec::with_capacity(texts.len());
     for text in texts {
-        let cidr = text.parse::<IpNet>().map_err(|_| {
+        let cidr: IpNet = address::parse(text).map_err(|_| {
             let example = "use an address and a length, as 10.1.0.0/24";
             Invalid(format!("{key}: {text:?} is not a prefix: {example}"))
         })?;
@@ -502,8 +503,7 @@ fn cidrs(key: &str, texts: &[String]) -> Result<Vec<IpNet>, Invalid> {
 
 fn addresses(key: &str, texts: &[String]) -> Result<Vec<IpAddr>, Invalid> {
     let parse = |text: &String| {
-        let address = text
-            .parse::<IpAddr>()
+        let address: IpAddr = address::parse(text)
             .map_err(|_| Invalid(format!("{key}: {text:?} is not an IP address, as 192.0.2.1")))?;
         match address.is_multicast() {
             true => Err(Invalid(format!("{key}: {address}: use a unicast address"))),

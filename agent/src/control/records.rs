@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+use skein_core::address;
 
 use crate::config::{
     DEFAULT_PORT, check_disjoint, check_node_name, check_pod_cidr, overlap, toml_error,
@@ -27,8 +28,10 @@ pub struct NodeRecord {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub second_public_key: Option<PublicKey>,
     /// Where it listens, in the order to try.
+    #[serde(deserialize_with = "crate::address::canonical")]
     pub endpoints: Vec<SocketAddr>,
     /// What it owns.
+    #[serde(deserialize_with = "crate::address::canonical")]
     pub pod_cidrs: Vec<IpNet>,
 }
 
@@ -166,7 +169,7 @@ impl RawRecord {
         }
         let mut pod_cidrs = Vec::with_capacity(self.pod_cidrs.len());
         for text in &self.pod_cidrs {
-            let cidr = text.parse::<IpNet>().map_err(|_| {
+            let cidr: IpNet = address::parse(text).map_err(|_| {
                 let example = "use an address and a length, as 10.244.1.0/24";
                 wrong("pod_cidrs", format!("{text:?} is not a prefix: {example}"))
             })?;
@@ -183,12 +186,10 @@ impl RawRecord {
 }
 
 fn endpoint(text: &str) -> Option<SocketAddr> {
-    let endpoint = text
-        .parse::<SocketAddr>()
-        .or_else(|_| text.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, DEFAULT_PORT)))
+    let endpoint = address::parse(text)
+        .or_else(|_| address::parse(text).map(|ip| SocketAddr::new(ip, DEFAULT_PORT)))
         .ok()?;
-    let ip = endpoint.ip();
-    (endpoint.port() != 0 && !ip.is_multicast() && !ip.is_unspecified()).then_some(endpoint)
+    address::is_endpoint(endpoint).then_some(endpoint)
 }
 
 /// Two records that contradict each other.
@@ -333,6 +334,36 @@ pub(crate) mod tests {
             assert!(error.contains(field), "{bad}: {error}");
             assert!(error.contains(remedy), "{bad}: {error}");
         }
+    }
+
+    #[test]
+    fn mapped_addresses_of_a_record_are_ipv4() {
+        let good = text(1, &["10.1.0.0/24"]);
+        let mapped = good.replace("192.0.2.1:51900", "[::ffff:192.0.2.1]:51900");
+        assert_eq!(parse(&mapped).unwrap(), parse(&good).unwrap());
+        let mapped = good.replace("192.0.2.1:51900", "::ffff:192.0.2.1");
+        assert_eq!(parse(&mapped).unwrap(), parse(&good).unwrap());
+        let mapped = good.replace("10.1.0.0/24", "::ffff:10.1.0.0/120");
+        assert_eq!(parse(&mapped).unwrap(), parse(&good).unwrap());
+        for bad in ["[::ffff:224.0.0.1]:51900", "[::ffff:0.0.0.0]:51900", "255.255.255.255:51900"] {
+            let error = error(&good.replace("192.0.2.1:51900", bad));
+            assert!(error.contains("is not an address"), "{bad}: {error}");
+        }
+        // An endpoint in another node's prefix would send the overlay's packets round and round in it.
+        let inside = text(2, &["10.2.0.0/24"]).replace("192.0.2.2", "[::ffff:10.1.0.9]");
+        let error = error(&format!("[[node]]\n{good}[[node]]\n{inside}"));
+        assert!(error.contains("10.1.0.9, where node node-2 listens"), "{error}");
+    }
+
+    #[test]
+    fn mapped_addresses_of_a_kept_record_are_ipv4() {
+        let good = record(1, &["10.1.0.0/24"]);
+        let kept = serde_json::to_string(&good).unwrap();
+        let mapped = kept
+            .replace("192.0.2.1:51900", "[::ffff:192.0.2.1]:51900")
+            .replace("10.1.0.0/24", "::ffff:10.1.0.0/120");
+        assert_ne!(mapped, kept);
+        assert_eq!(serde_json::from_str::<NodeRecord>(&mapped).unwrap(), good);
     }
 
     #[test]

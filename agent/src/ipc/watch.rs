@@ -14,6 +14,7 @@ pub struct Watch {
     /// Drops, or packets that pass.
     pub what: Watched,
     /// Only inner packets from or to one of these; empty: all.
+    #[serde(deserialize_with = "crate::address::canonical")]
     pub nets: Vec<IpNet>,
     /// How much of each packet to copy, in bytes.
     pub snap: u32,

@@ -12,6 +12,7 @@ use k8s_openapi::api::core::v1::{ConfigMap, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::ObjectMeta;
 use serde_json::{Value, json};
+use skein_core::address;
 
 use super::matrix::Target;
 use crate::control::desired::first_host;
@@ -200,7 +201,7 @@ pub(super) fn addresses(pod: &Pod) -> Result<Vec<IpAddr>, String> {
         return Err(trouble(pod));
     }
     let ips = pod.status.as_ref().and_then(|status| status.pod_ips.as_ref());
-    let ips = ips.into_iter().flatten().filter_map(|ip| ip.ip.parse().ok());
+    let ips = ips.into_iter().flatten().filter_map(|ip| address::parse(&ip.ip).ok());
     match Vec::from_iter(ips) {
         none if none.is_empty() => Err("it has no address".to_owned()),
         ips => Ok(ips),
@@ -210,7 +211,7 @@ pub(super) fn addresses(pod: &Pod) -> Result<Vec<IpAddr>, String> {
 /// A node's own addresses on the overlay, or why it has none.
 pub(super) fn own_addresses(node: Option<&SkeinNode>) -> Result<Vec<IpAddr>, String> {
     let node = node.ok_or("it has no SkeinNode: does an agent run there?")?;
-    let cidrs = node.spec.pod_cidrs.iter().map(|cidr| match cidr.parse() {
+    let cidrs = node.spec.pod_cidrs.iter().map(|cidr| match address::parse(cidr) {
         Ok(cidr) => Ok(first_host(&cidr)),
         Err(error) => Err(format!("podCIDRs of its SkeinNode: {cidr}: {error}")),
     });

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use serde_json::Value;
+use skein_core::address;
 
 use crate::control::shared::Document;
 use crate::failure::Failure;
@@ -121,7 +122,7 @@ impl Facts {
     /// A list of prefixes of the agent's configuration.
     pub(super) fn nets(&self, pointer: &str) -> Vec<IpNet> {
         let list = self.setting(pointer).as_array().map(Vec::as_slice).unwrap_or_default();
-        list.iter().filter_map(|net| net.as_str()?.parse().ok()).collect()
+        list.iter().filter_map(|net| address::parse(net.as_str()?).ok()).collect()
     }
 }
 

@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Node, NodeSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use skein_core::address;
 
 use super::resource::SkeinNodeSpec;
 use crate::config::{Config, check_inside, check_outside};
@@ -22,7 +23,8 @@ pub(super) fn spec(
         Some(cidrs) => cidrs.iter().map(IpNet::to_string).collect(),
         None => pod_cidrs(node)?,
     };
-    let parsed: Vec<IpNet> = pod_cidrs.iter().filter_map(|cidr| cidr.parse().ok()).collect();
+    let parsed: Vec<IpNet> =
+        pod_cidrs.iter().filter_map(|cidr| address::parse(cidr).ok()).collect();
     check_inside(&parsed, &config.cluster_cidrs).map_err(|error| {
         format!(
             "the Node's podCIDRs: {error}: correct the chart's podCidr and podCidrv6, or the \
@@ -77,7 +79,7 @@ fn pod_cidrs(node: &Node) -> Result<Vec<String>, String> {
 fn internal_ips(node: &Node) -> Vec<IpAddr> {
     let addresses = node.status.as_ref().and_then(|status| status.addresses.as_deref());
     let internal = addresses.unwrap_or_default().iter().filter(|a| a.type_ == "InternalIP");
-    internal.filter_map(|address| address.address.parse().ok()).collect()
+    internal.filter_map(|address| address::parse(&address.address).ok()).collect()
 }
 
 /// The Node as the owner of its record, which goes with it.
@@ -132,6 +134,14 @@ mod tests {
             spec(&config("pod_cidrs = ['10.9.0.0/16']"), PublicKey([1; 32]).into(), &node, None);
         assert_eq!(configured.unwrap().pod_cidrs, ["10.9.0.0/16"]);
         assert_eq!(owner(&node).unwrap().uid, "u");
+    }
+
+    #[test]
+    fn mapped_addresses_of_a_node_are_ipv4() {
+        let v4 = config("[underlay]\naddresses = ['0.0.0.0']");
+        let key = PublicKey([1; 32]).into();
+        let mapped = spec(&v4, key, &node(&["10.1.0.0/24"], &["::ffff:192.0.2.1"]), None).unwrap();
+        assert_eq!(mapped.endpoints, ["192.0.2.1:51900"]);
     }
 
     #[test]

@@ -200,6 +200,20 @@ mod tests {
     }
 
     #[test]
+    fn mapped_addresses_of_a_resource_are_ipv4() {
+        let spec = |endpoint: &str, cidr: &str| SkeinNodeSpec {
+            public_key: "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=".into(),
+            second_public_key: None,
+            endpoints: vec![endpoint.into()],
+            pod_cidrs: vec![cidr.into()],
+        };
+        let record = |endpoint, cidr| spec(endpoint, cidr).record("node-a".into());
+        let mapped = record("[::ffff:192.0.2.1]:51900", "::ffff:10.1.0.0/120").unwrap();
+        assert_eq!(mapped, record("192.0.2.1:51900", "10.1.0.0/24").unwrap());
+        assert!(record("[::ffff:239.1.1.1]:51900", "10.1.0.0/24").is_err());
+    }
+
+    #[test]
     fn the_definition_says_what_kubectl_shows() {
         let text = definition().unwrap();
         for word in ["skeinnodes", "podCIDRs", "Pod-CIDRs", "Offloads", "Cluster", "subresources"] {

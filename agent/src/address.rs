@@ -1,0 +1,14 @@
+//! Addresses in messages and kept files, in their canonical form.
+
+use serde::{Deserialize, Deserializer};
+use skein_core::address::Canonical;
+
+/// Deserializes addresses in their canonical form, for `#[serde(deserialize_with)]`.
+///
+/// # Errors
+/// The error of `T` if the value is no such thing.
+pub(crate) fn canonical<'de, D: Deserializer<'de>, T: Deserialize<'de> + Canonical>(
+    deserializer: D,
+) -> Result<T, D::Error> {
+    T::deserialize(deserializer).map(T::canonical)
+}
