@@ -127,7 +127,9 @@ impl Egress {
             return;
         }
         let now = lane.now();
-        let ready = |peer| tables.peers.get(&peer).is_some_and(|entry| entry.ready().is_some());
+        let ready = |peer| {
+            tables.peers.get(&peer).is_some_and(|entry| entry.ready(lane.age_clock()).is_some())
+        };
         for mut held in self.pending.take_ready(ready) {
             self.route(lane, tables, held.vnet, &mut held.packet);
         }
@@ -375,7 +377,7 @@ fn target(
 ) -> Option<Target> {
     batch.find_target(peer).or_else(|| {
         let entry = tables.peers.get(&peer)?;
-        let (session, endpoint) = entry.ready()?;
+        let (session, endpoint) = entry.ready(lane.age_clock())?;
         let session = Arc::clone(session);
         Some(batch.add_target(peer, session, lane.index, endpoint, entry.max_plaintext))
     })

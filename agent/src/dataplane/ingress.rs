@@ -8,13 +8,14 @@ use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use skein_core::drop::{Direction, DropCounts, DropReason};
 use skein_core::offload::Checksum;
 use skein_core::offload::coalesce::{CoalesceConfig, Coalescer, TunPacket};
 use skein_core::route::{Owner, PeerId};
 use skein_core::tunnel::replay::ReplayWindow;
-use skein_core::tunnel::session::Session;
+use skein_core::tunnel::session::{Receiver, Session};
 use skein_core::wire::header::{Flags, HEADER_LEN, Header, MessageType, TAG_LEN};
 use skein_core::wire::ip::IpHeader;
 
@@ -224,11 +225,7 @@ impl Ingress {
         if header.lane % lane.lanes != lane.index {
             return Err(DropReason::WrongLane);
         }
-        let receiver = rx.session.receiver(header.lane).ok_or(DropReason::WrongLane)?;
-        if rx.session.is_expired() {
-            return Err(DropReason::SessionExpired);
-        }
-        receiver.open(datagram)?;
+        receiver(&rx.session, header.lane, lane.age_clock())?.open(datagram)?;
         let window = rx.windows.get_mut(usize::from(header.lane)).ok_or(DropReason::WrongLane)?;
         let begin = || Box::new(ReplayWindow::after(rx.session.mark(header.lane)));
         let window = window.get_or_insert_with(begin);
@@ -341,6 +338,16 @@ impl Ingress {
     }
 }
 
+/// The receiving half of a lane of the session, at this time since boot.
+fn receiver(session: &Session, lane: u8, now: Duration) -> Result<&Receiver, DropReason> {
+    let receiver = session.receiver(lane).ok_or(DropReason::WrongLane)?;
+    // By age, too: the manager, which ends sessions, may hang.
+    match session.is_expired_at(now) {
+        true => Err(DropReason::SessionExpired),
+        false => Ok(receiver),
+    }
+}
+
 /// Tells whoever looks what the TUN did not take.
 fn refuse(lane: &LaneContext, arena: &[u8], packet: &TunPacket<'_>) {
     let whole = packet.payload.first().map_or(&[][..], |slice| slice.of(arena));
@@ -373,6 +380,23 @@ mod tests {
             secret: [Zeroizing::new([1; 32]), Zeroizing::new([2; 32])],
         };
         Arc::new(Session::new(params).unwrap())
+    }
+
+    #[test]
+    fn data_of_a_session_past_its_life_is_refused() {
+        // Dated at boot; nobody has ended it.
+        let session = session(1);
+        for (age, expected) in [
+            (0, None),
+            (179, None),
+            (180, Some(DropReason::SessionExpired)),
+            (205, Some(DropReason::SessionExpired)),
+        ] {
+            let found = receiver(&session, 0, Duration::from_secs(age)).err();
+            assert_eq!(found, expected, "{age} s");
+        }
+        assert_eq!(receiver(&session, 1, Duration::ZERO).err(), Some(DropReason::WrongLane));
+        assert!(!session.is_expired());
     }
 
     proptest! {

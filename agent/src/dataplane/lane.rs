@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use skein_core::drop::DropReason;
 use skein_core::offload::coalesce::CoalesceConfig;
 
+use super::boot_time;
 use super::busy_poll::BusyPoll;
 use super::egress::{Egress, SEND_PATIENCE, TunState};
 use super::ingress::Ingress;
@@ -86,6 +87,7 @@ pub(super) struct LaneContext {
     /// The manager's queue.
     pub(super) manager: ToManagerQueue,
     now: Instant,
+    age_clock: Duration,
     unknown_session_told: Option<Instant>,
 }
 
@@ -227,6 +229,7 @@ impl Lane {
                 epoch: 0,
                 manager: parts.manager,
                 now: Instant::now(),
+                age_clock: boot_time(),
                 unknown_session_told: None,
             },
             shared,
@@ -260,6 +263,7 @@ impl Lane {
                 }
             }
             self.context.now = Instant::now();
+            self.context.age_clock = boot_time();
             self.context.captured = self.context.tap.wants_packets();
             self.adopt_newer();
             if self.blocked.is_some() {
@@ -367,6 +371,11 @@ impl LaneContext {
     /// The time at which this round began.
     pub(super) fn now(&self) -> Instant {
         self.now
+    }
+
+    /// Time since boot at which this round began: the clock that sessions are dated by.
+    pub(super) fn age_clock(&self) -> Duration {
+        self.age_clock
     }
 
     /// Tells whoever looks of a drop.

@@ -29,6 +29,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use rustix::process::Signal;
 use rustix::thread::CapabilitySet;
+use rustix::time::{ClockId, clock_gettime};
 
 use self::handover::{Begin, Estate};
 use self::tap::Tap;
@@ -50,6 +51,14 @@ pub struct Options {
     pub log: Log,
     /// Whether the data process is confined to the system calls that it needs.
     pub seccomp: bool,
+}
+
+/// Time since boot, which all processes share, which goes on while the machine is suspended, and knows no leaps.
+/// Sessions are dated by it, so that the next process can tell how old one is.
+fn boot_time() -> Duration {
+    let now = clock_gettime(ClockId::Boottime);
+    let secs = u64::try_from(now.tv_sec).unwrap_or(0);
+    Duration::new(secs, u32::try_from(now.tv_nsec).unwrap_or(0))
 }
 
 /// Keeps a data process at work until it is asked to end over its socket.

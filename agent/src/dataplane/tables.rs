@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use skein_core::route::{PeerId, RouteTable};
@@ -36,14 +37,14 @@ pub(super) struct PeerEntry {
 }
 
 impl PeerEntry {
-    /// What it takes to send to it now.
-    pub(super) fn ready(&self) -> Option<(&Arc<Session>, SocketAddr)> {
+    /// What it takes to send to it now, by the clock of the sessions.
+    pub(super) fn ready(&self, now: Duration) -> Option<(&Arc<Session>, SocketAddr)> {
         let next = self.next.as_ref().filter(|(next, _)| next.is_confirmed());
         let (session, endpoint) = match next {
             Some((session, endpoint)) => (session, *endpoint),
             None => (self.session.as_ref()?, self.endpoint),
         };
-        (!session.is_expired()).then_some((session, endpoint?))
+        (!session.is_expired_at(now)).then_some((session, endpoint?))
     }
 }
 
@@ -86,8 +87,44 @@ impl Published {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
+    use skein_core::time::Time;
+    use skein_core::tunnel::session::{Cipher, SessionParams};
+    use zeroize::Zeroizing;
+
     use super::*;
+
+    #[test]
+    fn session_past_its_life_is_not_sent_with() {
+        let at = Duration::from_secs;
+        let session = Session::new(SessionParams {
+            peer: PeerId(1),
+            local_index: 1,
+            remote_index: 2,
+            cipher: Cipher::Aes256Gcm,
+            local_lanes: 1,
+            remote_lanes: 1,
+            established: Time { mono: at(100), wall: at(0) },
+            initiator: true,
+            life: 0,
+            secret: [Zeroizing::new([1; 32]), Zeroizing::new([2; 32])],
+        });
+        let session = Arc::new(session.unwrap());
+        let endpoint = Some("192.0.2.1:51900".parse().unwrap());
+        let current = PeerEntry {
+            endpoint,
+            session: Some(Arc::clone(&session)),
+            next: None,
+            max_plaintext: 1440,
+        };
+        let next = PeerEntry { session: None, next: Some((session, endpoint)), ..current.clone() };
+        for entry in [current, next] {
+            assert!(entry.ready(at(279)).is_some());
+            assert!(entry.ready(at(280)).is_none());
+            assert!(entry.ready(at(305)).is_none());
+        }
+    }
 
     #[test]
     fn old_tables_go_as_soon_as_nobody_looks_at_them() {

@@ -25,9 +25,11 @@ impl ReplayWindow {
         Self { highest: 0, seen: [0; WORDS] }
     }
 
-    /// A window that has seen everything below `mark`.
+    /// A window that has seen everything below `mark`; every counter where `mark` is the highest value, which
+    /// cannot say more than the highest counter.
     pub const fn after(mark: u64) -> Self {
         match mark.checked_sub(1) {
+            Some(_) if mark == u64::MAX => Self { highest: mark, seen: [u64::MAX; WORDS] },
             Some(highest) => Self { highest, seen: [u64::MAX; WORDS] }.without_the_future(),
             None => Self::new(),
         }
@@ -165,6 +167,15 @@ mod tests {
         assert_eq!(window.check_and_set(u64::MAX), REPLAYED);
         assert_eq!(window.check_and_set(u64::MAX - 1), Ok(()));
         assert_eq!(window.check_and_set(u64::MAX - WIDTH), TOO_OLD);
+        assert_eq!(window.check_and_set(0), TOO_OLD);
+    }
+
+    #[test]
+    fn window_after_the_highest_mark_takes_nothing() {
+        let mut window = ReplayWindow::after(u64::MAX);
+        for counter in [u64::MAX, u64::MAX - 1, u64::MAX - WIDTH + 1] {
+            assert_eq!(window.check_and_set(counter), REPLAYED, "{counter}");
+        }
         assert_eq!(window.check_and_set(0), TOO_OLD);
     }
 

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use aws_lc_rs::aead::{Aad, LessSafeKey, Nonce, UnboundKey};
 use aws_lc_rs::hkdf::{HKDF_SHA256, Prk, Salt};
@@ -12,6 +13,7 @@ use crate::route::PeerId;
 use crate::time::Time;
 pub use crate::tunnel::cipher::{Cipher, Ciphers};
 use crate::tunnel::saved::Kept;
+use crate::tunnel::timers::SESSION_LIFE;
 use crate::wire::header::{
     CONTROL_LANE, Flags, HEADER_LEN, Header, MAX_LANES, MessageType, OVERHEAD, TAG_LEN,
 };
@@ -157,7 +159,7 @@ impl Session {
     #[inline]
     pub fn set_highest(&self, lane: u8, counter: u64) {
         if let Some(kept) = &self.kept {
-            kept.set_mark(lane, counter + 1);
+            kept.set_mark(lane, counter.saturating_add(1));
         }
     }
 
@@ -189,6 +191,13 @@ impl Session {
     #[inline]
     pub fn is_expired(&self) -> bool {
         self.expired.load(Ordering::Relaxed)
+    }
+
+    /// Returns true if the session was ended, or has reached its greatest age by the clock of
+    /// [`Time::mono`]. Lanes use this one, so that keys end in time even if the engine's thread hangs.
+    #[inline]
+    pub fn is_expired_at(&self, now: Duration) -> bool {
+        self.is_expired() || now >= self.established.mono + SESSION_LIFE
     }
 
     /// Whether the other end is known to have the session: it may be sent with.
@@ -401,6 +410,7 @@ impl Derivation {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::tunnel::replay::ReplayWindow;
 
     const CIPHERS: [Cipher; 2] = [Cipher::Aes256Gcm, Cipher::ChaCha20Poly1305];
 
@@ -533,6 +543,45 @@ mod tests {
             let result = sender.seal(Flags::default(), &[0; 4], &mut out);
             assert_eq!(result, Err(DropReason::CounterExhausted));
         }
+    }
+
+    #[test]
+    fn session_ends_by_age_without_its_engine() {
+        let second = Duration::from_secs(1);
+        let established = Time { mono: 100 * second, wall: Duration::ZERO };
+        let params = SessionParams { established, ..params(Cipher::Aes256Gcm, true) };
+        let session = Session::new(params).unwrap();
+        for age in [Duration::ZERO, SESSION_LIFE - Duration::from_nanos(1)] {
+            assert!(!session.is_expired_at(established.mono + age), "{age:?}");
+        }
+        assert!(session.is_expired_at(established.mono + SESSION_LIFE));
+        assert!(session.is_expired_at(established.mono + 205 * second));
+        assert!(!session.is_expired(), "The engine has not ended the session.");
+        session.expire();
+        assert!(session.is_expired_at(established.mono), "A session that was ended is over.");
+    }
+
+    /// A slot that keeps marks in memory.
+    struct Marks(AtomicU64);
+
+    impl Kept for Marks {
+        fn mark(&self, _: u8) -> u64 {
+            self.0.load(Ordering::Relaxed)
+        }
+
+        fn set_mark(&self, _: u8, mark: u64) {
+            self.0.store(mark, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn mark_of_the_highest_counter_does_not_wrap() {
+        let (_, session) = pair(Cipher::Aes256Gcm);
+        let session = session.kept_by(Some(Box::new(Marks(AtomicU64::new(0)))));
+        session.set_highest(0, u64::MAX);
+        assert_eq!(session.mark(0), u64::MAX);
+        let mut next = ReplayWindow::after(session.mark(0));
+        assert_eq!(next.check_and_set(u64::MAX), Err(DropReason::Replayed));
     }
 
     #[test]
