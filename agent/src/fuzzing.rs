@@ -33,6 +33,11 @@ pub fn kept_records(data: &[u8]) {
     registry::fuzz_stored(data);
 }
 
+/// The file of the times of peers' handshakes.
+pub fn handshake_times(data: &[u8]) {
+    crate::control::handshakes::fuzz_kept(data);
+}
+
 /// What the API server says of another node.
 pub fn skein_node(data: &[u8]) {
     let Ok(node) = serde_json::from_slice::<SkeinNode>(data) else { return };
@@ -98,10 +103,11 @@ mod tests {
 
     type Target = (&'static str, fn(&[u8]));
 
-    const TARGETS: [Target; 9] = [
+    const TARGETS: [Target; 10] = [
         ("node_records", node_records),
         ("configuration", configuration),
         ("kept_records", kept_records),
+        ("handshake_times", handshake_times),
         ("skein_node", skein_node),
         ("ipc_frames", ipc_frames),
         ("bench_lines", bench_lines),

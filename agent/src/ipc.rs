@@ -7,6 +7,7 @@
 
 pub mod watch;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr};
@@ -53,6 +54,8 @@ pub enum Request {
         /// Also those of each peer: with thousands of them this takes milliseconds.
         peers: bool,
     },
+    /// Ask for [`SeenHandshakes`], to hand them to the data process after this one.
+    SeenHandshakes,
     /// Log other things from now on.
     LogLevel {
         /// A filter of `tracing`; `None`: what it was started with.
@@ -85,6 +88,9 @@ pub enum Response {
         /// The node that it works for; `None` before its first snapshot.
         #[serde(default)]
         node: Option<NodeIdentity>,
+        /// Whether it takes [`Snapshot::seen_handshakes`]; older releases refuse a snapshot that has any.
+        #[serde(default)]
+        takes_seen_handshakes: bool,
     },
     /// A snapshot or an update is in force in every lane.
     Applied {
@@ -95,6 +101,11 @@ pub enum Response {
     Report {
         /// Counters and states.
         report: Box<Report>,
+    },
+    /// Answer to [`Request::SeenHandshakes`].
+    SeenHandshakes {
+        /// Those of every peer.
+        seen: SeenHandshakes,
     },
     /// Answers to [`Request::Watch`], at least one a second.
     Seen {
@@ -186,6 +197,10 @@ pub enum ErrorKind {
     Internal,
 }
 
+/// The latest time that an accepted handshake initiation by each public key carried, in nanoseconds since 1970: a
+/// recorded initiation is told by it.
+pub type SeenHandshakes = BTreeMap<PublicKey, u64>;
+
 /// The whole wanted state of a data process.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -199,9 +214,14 @@ pub struct Snapshot {
     #[serde(default, skip_serializing_if = "is_zero")]
     pub not_before: u64,
     /// Destinations of this node: packets from peers to anything else are dropped.
+    #[serde(deserialize_with = "crate::address::canonical")]
     pub local_cidrs: Vec<IpNet>,
     /// Every other node.
     pub peers: Vec<Peer>,
+    /// Initiations by these keys must carry later times.
+    // Left out where it says nothing, as above.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub seen_handshakes: SeenHandshakes,
 }
 
 /// Settings that are fixed for the life of a data process. A snapshot with others is refused as
@@ -252,6 +272,7 @@ pub struct TunSettings {
 #[serde(deny_unknown_fields)]
 pub struct UnderlaySettings {
     /// Addresses to bind; the unspecified ones where it does not matter. At most one a family.
+    #[serde(deserialize_with = "crate::address::canonical")]
     pub addresses: Vec<IpAddr>,
     /// The listening port.
     pub port: u16,
@@ -308,8 +329,10 @@ pub struct Peer {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub second_public_key: Option<PublicKey>,
     /// Where it listens; tried in this order.
+    #[serde(deserialize_with = "crate::address::canonical")]
     pub endpoints: Vec<SocketAddr>,
     /// What it owns.
+    #[serde(deserialize_with = "crate::address::canonical")]
     pub pod_cidrs: Vec<IpNet>,
 }
 
@@ -642,6 +665,29 @@ mod tests {
         assert!(matches!(read_frame(&mut from).unwrap(), Some(Request::Hello { version: 7 })));
         assert!(matches!(read_frame(&mut from).unwrap(), Some(Request::Report { peers: true })));
         assert!(read_frame::<Request>(&mut from).unwrap().is_none());
+    }
+
+    #[test]
+    fn mapped_addresses_in_messages_are_ipv4() {
+        let peer = |endpoint: &str, cidr: &str| -> Peer {
+            let key = "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=";
+            serde_json::from_value(serde_json::json!({
+                "name": "node-a", "public_key": key, "endpoints": [endpoint], "pod_cidrs": [cidr],
+            }))
+            .unwrap()
+        };
+        let mapped = peer("[::ffff:192.0.2.1]:51900", "::ffff:10.1.0.0/120");
+        assert_eq!(mapped, peer("192.0.2.1:51900", "10.1.0.0/24"));
+        let underlay = |address: &str| -> UnderlaySettings {
+            serde_json::from_value(serde_json::json!({
+                "addresses": [address], "port": 1, "receive_buffer": 2, "send_buffer": 3,
+            }))
+            .unwrap()
+        };
+        assert_eq!(underlay("::ffff:192.0.2.1"), underlay("192.0.2.1"));
+        let watch = r#"{"what": "drops", "nets": ["::ffff:10.1.0.0/120"], "snap": 0}"#;
+        let watch: Watch = serde_json::from_str(watch).unwrap();
+        assert_eq!(watch.nets, ["10.1.0.0/24".parse().unwrap()]);
     }
 
     #[test]

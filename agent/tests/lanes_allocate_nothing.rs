@@ -90,6 +90,7 @@ impl Node {
     fn snapshot(&self) -> Snapshot {
         let other = 3 - self.number;
         Snapshot {
+            seen_handshakes: Default::default(),
             revision: 1,
             not_before: 0,
             node: NodeSettings {

@@ -119,7 +119,7 @@ drop_reasons! {
     HandshakeUnknownPeer => Ingress, "handshake_unknown_peer";
     /// A handshake initiation that is not newer than the last.
     HandshakeReplayed => Ingress, "handshake_replayed";
-    /// Too many handshakes from one source.
+    /// Too many handshakes from one source, or too many responses to one handshake.
     HandshakeRateLimited => Ingress, "handshake_rate_limited";
     /// Under load, a handshake without a valid cookie; one was sent.
     HandshakeCookieRequired => Ingress, "handshake_cookie_required";

@@ -271,7 +271,12 @@ mod tests {
             let hello = read_frame::<Request>(&mut stream).unwrap();
             assert!(matches!(hello, Some(Request::Hello { .. })));
             let node = NodeIdentity { name: "node-b".to_owned(), public_key: PublicKey([1; 32]) };
-            let answer = Response::Hello { version: PROTOCOL_VERSION, pid: 1, node: Some(node) };
+            let answer = Response::Hello {
+                version: PROTOCOL_VERSION,
+                pid: 1,
+                node: Some(node),
+                takes_seen_handshakes: false,
+            };
             write_frame(&mut stream, &answer).unwrap();
             assert!(read_frame::<Request>(&mut stream).unwrap().is_none(), "left alone");
         });
@@ -288,7 +293,12 @@ mod tests {
         let thread = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
             read_frame::<Request>(&mut stream).unwrap();
-            let hello = Response::Hello { version: PROTOCOL_VERSION, pid: 1, node: None };
+            let hello = Response::Hello {
+                version: PROTOCOL_VERSION,
+                pid: 1,
+                node: None,
+                takes_seen_handshakes: false,
+            };
             write_frame(&mut stream, &hello).unwrap();
             let asked = read_frame::<Request>(&mut stream).unwrap();
             assert!(matches!(asked, Some(Request::Shutdown)));

@@ -10,8 +10,8 @@ use tokio::net::UnixStream;
 
 use crate::ipc::watch::{Seen, Watch};
 use crate::ipc::{
-    ErrorKind, NodeIdentity, PROTOCOL_VERSION, Report, Request, Response, encode_frame,
-    frame_length,
+    ErrorKind, NodeIdentity, PROTOCOL_VERSION, Report, Request, Response, SeenHandshakes,
+    encode_frame, frame_length,
 };
 use crate::sys::socket::is_trusted;
 
@@ -48,6 +48,7 @@ pub struct Client {
     stream: UnixStream,
     pid: Option<u32>,
     node: Option<NodeIdentity>,
+    takes_seen_handshakes: bool,
 }
 
 impl Client {
@@ -62,10 +63,16 @@ impl Client {
         }
         // The socket's own word for it: the data process may live in another pid namespace.
         let pid = peer.pid().and_then(|pid| u32::try_from(pid).ok());
-        let mut client = Self { stream, pid: pid.filter(|&pid| pid != 0), node: None };
+        let mut client = Self {
+            stream,
+            pid: pid.filter(|&pid| pid != 0),
+            node: None,
+            takes_seen_handshakes: false,
+        };
         match client.request(&Request::Hello { version: PROTOCOL_VERSION }).await? {
-            Response::Hello { version: PROTOCOL_VERSION, node, .. } => {
+            Response::Hello { version: PROTOCOL_VERSION, node, takes_seen_handshakes, .. } => {
                 client.node = node;
+                client.takes_seen_handshakes = takes_seen_handshakes;
                 Ok(client)
             }
             _ => Err(ClientError::Protocol),
@@ -82,12 +89,18 @@ impl Client {
         self.node.as_ref()
     }
 
+    /// Whether the data process takes and reports the times of handshakes.
+    pub fn takes_seen_handshakes(&self) -> bool {
+        self.takes_seen_handshakes
+    }
+
     /// Asks, and returns the answer; a refusal is an error.
     pub async fn request(&mut self, request: &Request) -> Result<Response, ClientError> {
         let deadline = match request {
             Request::Apply { .. } | Request::Update { .. } => CHANGE_DEADLINE,
             Request::Hello { .. }
             | Request::Report { .. }
+            | Request::SeenHandshakes
             | Request::LogLevel { .. }
             | Request::Watch { .. }
             | Request::Shutdown
@@ -126,6 +139,17 @@ impl Client {
     pub async fn report(&mut self, peers: bool) -> Result<Report, ClientError> {
         match self.request(&Request::Report { peers }).await? {
             Response::Report { report } => Ok(*report),
+            _ => Err(ClientError::Protocol),
+        }
+    }
+
+    /// Requests the latest times of the peers' handshakes.
+    ///
+    /// # Errors
+    /// [`ClientError`] if the data process is gone, hangs, or is of a release that does not know the request.
+    pub async fn seen_handshakes(&mut self) -> Result<SeenHandshakes, ClientError> {
+        match self.request(&Request::SeenHandshakes).await? {
+            Response::SeenHandshakes { seen } => Ok(seen),
             _ => Err(ClientError::Protocol),
         }
     }

@@ -146,6 +146,7 @@ impl Desired {
         Snapshot {
             revision,
             not_before: 0,
+            seen_handshakes: Default::default(),
             node: NodeSettings {
                 name: config.name.clone(),
                 cluster_id: config.cluster_id.clone(),

@@ -5,6 +5,7 @@ pub mod cleanup;
 pub mod client;
 mod clock;
 pub mod desired;
+pub(crate) mod handshakes;
 pub mod history;
 pub mod identity;
 pub mod kubernetes;

@@ -285,7 +285,12 @@ mod tests {
                             std::thread::sleep(Duration::from_millis(300));
                             Response::Report { report: Box::default() }
                         }
-                        _ => Response::Hello { version: PROTOCOL_VERSION, pid: 1, node: None },
+                        _ => Response::Hello {
+                            version: PROTOCOL_VERSION,
+                            pid: 1,
+                            node: None,
+                            takes_seen_handshakes: false,
+                        },
                     };
                     // Whoever asked may have gone.
                     let _ = write_frame(&mut stream, &answer);

@@ -15,6 +15,7 @@ use tokio::time::{Instant, MissedTickBehavior, sleep};
 use super::client::{Client, ClientError};
 use super::clock::{Clock, wall};
 use super::desired::difference;
+use super::handshakes::HandshakeTimes;
 use super::history::History;
 use crate::config::{Config, Log, LogFormat, Mode};
 use crate::failure::Failure;
@@ -27,6 +28,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const RETRY: Duration = Duration::from_millis(20);
 /// A data process is asked for a sign of life this often.
 const HEARTBEAT: Duration = Duration::from_secs(1);
+/// Interval between readings of the handshakes' times, which are then written to the disk.
+const HANDSHAKES_INTERVAL: Duration = Duration::from_secs(60);
 /// So many failed restarts of the first data process end the agent.
 const STARTS: u32 = 2;
 /// A data process that was in the wanted state for this long is started again at once.
@@ -45,6 +48,8 @@ pub struct Settings {
     pub log: Log,
     /// Where the time is kept.
     pub clock: PathBuf,
+    /// File of the times of the peers' handshakes.
+    pub handshakes: PathBuf,
     /// Whether it is confined to the system calls that it needs.
     pub seccomp: bool,
 }
@@ -58,6 +63,7 @@ impl Settings {
             mode: dataplane.mode,
             log: config.log.clone(),
             clock: config.state_dir.join(super::clock::FILE),
+            handshakes: config.state_dir.join(super::handshakes::FILE),
             seccomp: dataplane.seccomp,
         }
     }
@@ -190,6 +196,7 @@ pub fn start(
     let (end, ended) = oneshot::channel();
     let not_ready = Some(readiness.block("the data process is not connected yet"));
     let clock = Clock::load(settings.clock.clone());
+    let handshakes = HandshakeTimes::load(settings.handshakes.clone());
     let supervisor = Supervisor {
         settings,
         snapshots,
@@ -201,6 +208,7 @@ pub fn start(
         last_pid: None,
         in_force_since: None,
         clock,
+        handshakes,
     };
     let task = tokio::spawn(supervisor.run(ended));
     (Handle { end, task }, first_result)
@@ -220,6 +228,7 @@ struct Supervisor {
     /// Since when this session's data process has been in the wanted state.
     in_force_since: Option<Instant>,
     clock: Clock,
+    handshakes: HandshakeTimes,
 }
 
 /// Why a session with a data process has ended.
@@ -321,7 +330,7 @@ impl Supervisor {
             Err(end) => return end,
         };
         let mut applied = Arc::clone(&self.snapshots.borrow_and_update());
-        let request = self.apply(&applied);
+        let request = self.apply(&client, &applied);
         match client.apply(&request).await {
             Ok(revision) => self.in_force(&client, revision),
             // Whoever has started it starts another, which takes any settings.
@@ -332,6 +341,8 @@ impl Supervisor {
             }
             Err(error) => return error.into(),
         }
+        let mut handshakes = tokio::time::interval(HANDSHAKES_INTERVAL);
+        handshakes.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -340,6 +351,12 @@ impl Supervisor {
                     self.clock.look(wall());
                     match client.report(false).await {
                         Ok(report) => self.state.found(report),
+                        Err(error) => return error.into(),
+                    }
+                }
+                _ = handshakes.tick(), if client.takes_seen_handshakes() => {
+                    match client.seen_handshakes().await {
+                        Ok(seen) => self.handshakes.update(seen),
                         Err(error) => return error.into(),
                     }
                 }
@@ -379,10 +396,15 @@ impl Supervisor {
     }
 
     /// Asks for the whole of a snapshot. A data process that begins anew with a clock set back must not
-    /// repeat times that its peers have seen.
-    fn apply(&mut self, snapshot: &Snapshot) -> Request {
+    /// repeat times that its peers have seen, and must know those that it has seen itself.
+    fn apply(&mut self, client: &Client, snapshot: &Snapshot) -> Request {
         let not_before = self.clock.floor(wall());
-        Request::Apply { snapshot: Box::new(Snapshot { not_before, ..snapshot.clone() }) }
+        let seen_handshakes = match client.takes_seen_handshakes() {
+            true => self.handshakes.seen().clone(),
+            false => Default::default(),
+        };
+        let snapshot = Snapshot { not_before, seen_handshakes, ..snapshot.clone() };
+        Request::Apply { snapshot: Box::new(snapshot) }
     }
 
     /// Brings the data process from `applied` to `wanted`.
@@ -403,7 +425,7 @@ impl Supervisor {
                 if matches!(request, Request::Update { .. }) =>
             {
                 tracing::warn!(message, "update refused: sending the whole snapshot");
-                let request = self.apply(&wanted);
+                let request = self.apply(client, &wanted);
                 client.apply(&request).await?
             }
             other => other?,
@@ -562,6 +584,11 @@ impl Supervisor {
     async fn stop_process(&mut self, mut client: Client) {
         let pid = client.pid().and_then(|pid| Pid::from_raw(pid.cast_signed()));
         let polite = async {
+            if client.takes_seen_handshakes()
+                && let Ok(seen) = client.seen_handshakes().await
+            {
+                self.handshakes.update(seen);
+            }
             // An error is what a process that ends at once looks like.
             let _ = client.request(&Request::Shutdown).await;
             client.closed().await;

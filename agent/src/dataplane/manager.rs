@@ -12,12 +12,13 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context;
-use rustix::time::{ClockId, clock_gettime};
+use skein_core::address;
 use skein_core::route::{PeerId, RouteTable};
 use skein_core::time::Time;
 use skein_core::tunnel::{Engine, EngineConfig, EngineError, PeerConfig};
 use zeroize::Zeroizing;
 
+use super::boot_time;
 use super::handover::{self, Estate, ToKeeper};
 use super::memory::{Resumed, SessionMemory};
 use super::queue::{self, Place, ToManagerQueue};
@@ -29,7 +30,7 @@ use super::tap::{Bytes, Sight, Tap};
 use super::totals::Totals;
 use crate::ipc::{
     ErrorKind, HANDOVER_VERSION, HandOver, NodeIdentity, NodeSettings, Peer, Request, Response,
-    Snapshot, Update,
+    SeenHandshakes, Snapshot, Update,
 };
 use crate::keys::{PrivateKey, PublicKey};
 use crate::sys::tun::TunError;
@@ -207,7 +208,8 @@ impl Manager {
         let result = match request {
             Request::Hello { version } if version == crate::ipc::PROTOCOL_VERSION => {
                 let node = self.active.as_ref().map(Active::identity);
-                return Response::Hello { version, pid: std::process::id(), node };
+                let pid = std::process::id();
+                return Response::Hello { version, pid, node, takes_seen_handshakes: true };
             }
             Request::Hello { version } => Err(SetupError::Invalid(format!(
                 "protocol version {version} is not {}: agent and data plane must be of one release",
@@ -231,6 +233,10 @@ impl Manager {
             Request::Report { peers } => {
                 let report = self.report(now, peers);
                 return Response::Report { report: Box::new(report) };
+            }
+            Request::SeenHandshakes => {
+                let seen = self.active.as_ref().map(Active::seen_handshakes).unwrap_or_default();
+                return Response::SeenHandshakes { seen };
             }
             // The connection's thread has it: whoever watches does not burden the manager.
             Request::Watch { .. } => Err(SetupError::Invalid("not the manager's".to_owned())),
@@ -407,6 +413,8 @@ impl Active {
         }
         let mut empty = snapshot.clone();
         empty.peers.clear();
+        // The engine knows them from now on, and the memory of its sessions.
+        empty.seen_handshakes.clear();
         let published = Arc::new(Published::default());
         let running = open(node, &published)?;
         let mut active = Self {
@@ -422,6 +430,7 @@ impl Active {
             totals: Totals::default(),
         };
         active.set_peers(now, snapshot.peers)?;
+        active.raise_seen(&snapshot.seen_handshakes);
         active.engine.resume(now, sessions);
         active.publish();
         active.running.begin()?;
@@ -459,6 +468,7 @@ impl Active {
             self.snapshot.local_cidrs = before;
             return Err(error);
         }
+        self.raise_seen(&snapshot.seen_handshakes);
         let before = std::mem::replace(&mut self.snapshot.node.tun, snapshot.node.tun);
         if before.ifindex != self.snapshot.node.tun.ifindex {
             if let Err(error) = self.running.attach_tun(&self.snapshot.node) {
@@ -473,6 +483,17 @@ impl Active {
         }
         self.snapshot.revision = snapshot.revision;
         Ok(kept)
+    }
+
+    fn raise_seen(&mut self, seen: &SeenHandshakes) {
+        for (key, nanos) in seen {
+            self.engine.raise_seen_timestamp(&key.0, Duration::from_nanos(*nanos));
+        }
+    }
+
+    fn seen_handshakes(&self) -> SeenHandshakes {
+        let nanos = |at: Duration| u64::try_from(at.as_nanos()).unwrap_or(u64::MAX);
+        self.engine.seen_timestamps().map(|(key, at)| (PublicKey(key), nanos(at))).collect()
     }
 
     fn update(&mut self, now: Time, update: Update) -> Result<(), SetupError> {
@@ -506,10 +527,9 @@ impl Active {
                 self.peers.insert(peer.public_key, (*id, peer));
                 continue;
             }
-            let endpoints = peer.endpoints.iter().copied();
-            // An IPv4-mapped address is one of IPv4, whose socket is another.
-            let endpoints = endpoints.map(|e| SocketAddr::new(e.ip().to_canonical(), e.port()));
-            let endpoints = endpoints.filter(|e| self.running.can_reach(*e)).collect();
+            // Older releases let multicast addresses through, and kept them.
+            let usable = |e: &SocketAddr| address::is_endpoint(*e) && self.running.can_reach(*e);
+            let endpoints = peer.endpoints.iter().copied().filter(usable).collect();
             let config = PeerConfig {
                 public_key: peer.public_key.0,
                 second_key: peer.second_public_key.map(|key| key.0),
@@ -613,14 +633,10 @@ fn random(bytes: &mut [u8]) {
     aws_lc_rs::rand::fill(bytes).expect("the system's random generator failed");
 }
 
-/// Readings of both clocks. The monotonic one is the same for all processes, goes on while the machine is
-/// suspended, and knows no leaps: by it the next process tells how old a session is.
+/// Readings of both clocks.
 fn clock() -> Time {
     let wall = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let mono = clock_gettime(ClockId::Boottime);
-    let secs = u64::try_from(mono.tv_sec).unwrap_or(0);
-    let nanos = u32::try_from(mono.tv_nsec).unwrap_or(0);
-    Time { mono: Duration::new(secs, nanos), wall }
+    Time { mono: boot_time(), wall }
 }
 
 impl SetupError {

@@ -1,15 +1,15 @@
 //! Sessions in memory that outlives this process, for the next one to go on with.
 //!
-//! Words: a header; one record a session (whether there is one, then the session); and for each lane that
-//! a peer may send on one mark a session ([`Kept`]). Marks lie by lane, so that two lanes, which two
+//! Words: a header; records (a word that says what is in it, then a session, or the time of a peer's last
+//! handshake); and for each lane that a peer may send on one mark a session ([`Kept`]). Marks lie by lane, so that two lanes, which two
 //! threads receive, share no cache line. Whoever is killed in the middle of a write leaves a record that is
 //! not there yet, or not any more.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use skein_core::tunnel::{Kept, Memory, SAVED_LEN, SavedSession};
@@ -17,7 +17,8 @@ use skein_core::wire::header::{CONTROL_LANE, MAX_LANES};
 
 use crate::sys::memory::SharedWords;
 
-/// Sessions that can be kept: two of each of 8,000 peers. One beyond ends with its process.
+/// Records that can be kept: two sessions of each of 5,000 peers, and the time of each one's last handshake.
+/// Sessions take the places of times where there is no other; a session beyond ends with its process.
 const PLACES: usize = 16_384;
 /// What the first word says; another layout has another number.
 const LAYOUT: u64 = 0x736b_6569_6e00_0001;
@@ -28,6 +29,11 @@ const USED: usize = 1;
 const TIMESTAMP: usize = 2;
 /// Words of a record.
 const RECORD: usize = 1 + SAVED_LEN / 8;
+/// First word of a record that holds a session.
+const SESSION: u64 = 1;
+/// First word of a record that holds a public key, 4 words, and the latest time that an accepted initiation by it
+/// carried, in nanoseconds since 1970. A release that knows no such records takes them for free places.
+const TIME: u64 = 2;
 const MARKS: usize = HEADER + PLACES * RECORD;
 const WORDS: usize = MARKS + (MAX_LANES + 1) * PLACES;
 
@@ -42,6 +48,8 @@ struct Inner {
     words: SharedWords,
     /// Places below the header's number that nobody has.
     free: Mutex<BTreeSet<usize>>,
+    /// Places of the handshakes' times, by public key.
+    times: Mutex<HashMap<[u8; 32], usize>>,
 }
 
 /// A session of another process, and its place.
@@ -59,7 +67,7 @@ impl SessionMemory {
     pub(super) fn create() -> io::Result<Self> {
         let words = SharedWords::create(WORDS)?;
         words.words()[0].store(LAYOUT, Ordering::Relaxed);
-        Ok(Self(Arc::new(Inner { words, free: Mutex::default() })))
+        Ok(Self::of(words))
     }
 
     /// What another process has left, which must not run any more. Each session is in its next life.
@@ -68,9 +76,14 @@ impl SessionMemory {
         if words.words()[0].load(Ordering::Relaxed) != LAYOUT {
             return Err(io::ErrorKind::InvalidData.into());
         }
-        let memory = Self(Arc::new(Inner { words, free: Mutex::default() }));
+        let memory = Self::of(words);
         let mut found = Vec::new();
         for place in 0..memory.used() {
+            if let Some(key) = memory.key_of_time(place) {
+                // The last one counts where two name the same key: the one before was being given back.
+                memory.times().insert(key, place);
+                continue;
+            }
             let next = |mut session: SavedSession| {
                 session.life = session.life.checked_add(1)?;
                 Some(session)
@@ -87,6 +100,42 @@ impl SessionMemory {
             }
         }
         Ok((memory, found))
+    }
+
+    fn of(words: SharedWords) -> Self {
+        Self(Arc::new(Inner { words, free: Mutex::default(), times: Mutex::default() }))
+    }
+
+    fn times(&self) -> MutexGuard<'_, HashMap<[u8; 32], usize>> {
+        self.0.times.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The public key of a record that holds a handshake's time.
+    fn key_of_time(&self, place: usize) -> Option<[u8; 32]> {
+        let (kind, words) = self.record(place).split_first()?;
+        if kind.load(Ordering::Acquire) != TIME {
+            return None;
+        }
+        let mut key = [0; 32];
+        for (out, word) in key.chunks_exact_mut(8).zip(words) {
+            out.copy_from_slice(&word.load(Ordering::Relaxed).to_ne_bytes());
+        }
+        Some(key)
+    }
+
+    /// The word of a record that holds the handshake's time itself.
+    fn time(&self, place: usize) -> &AtomicU64 {
+        &self.record(place)[1 + 32 / 8]
+    }
+
+    fn write_time(&self, place: usize, key: &[u8; 32], nanos: u64) {
+        let Some((kind, words)) = self.record(place).split_first() else { return };
+        for (bytes, word) in key.chunks_exact(8).zip(words) {
+            let bytes = bytes.first_chunk().copied().unwrap_or_default();
+            word.store(u64::from_ne_bytes(bytes), Ordering::Relaxed);
+        }
+        self.time(place).store(nanos, Ordering::Relaxed);
+        kind.store(TIME, Ordering::Release);
     }
 
     /// The file, to hand on.
@@ -121,9 +170,17 @@ impl SessionMemory {
         Some(place)
     }
 
+    fn take_place_of_a_time(&self) -> Option<usize> {
+        let mut times = self.times();
+        let key = *times.keys().next()?;
+        let place = times.remove(&key)?;
+        self.forget(place, 0);
+        self.take_place()
+    }
+
     fn read(&self, place: usize) -> Option<SavedSession> {
         let (there, words) = self.record(place).split_first()?;
-        if there.load(Ordering::Acquire) != 1 {
+        if there.load(Ordering::Acquire) != SESSION {
             return None;
         }
         let mut bytes = zeroize::Zeroizing::new([0; SAVED_LEN]);
@@ -139,7 +196,7 @@ impl SessionMemory {
             let bytes = bytes.first_chunk().copied().unwrap_or_default();
             word.store(u64::from_ne_bytes(bytes), Ordering::Relaxed);
         }
-        there.store(1, Ordering::Release);
+        there.store(SESSION, Ordering::Release);
     }
 
     fn forget(&self, place: usize, lanes: u8) {
@@ -157,7 +214,7 @@ impl SessionMemory {
 
 impl Memory for SessionMemory {
     fn keep(&mut self, session: &SavedSession) -> Option<Box<dyn Kept>> {
-        let place = self.take_place()?;
+        let place = self.take_place().or_else(|| self.take_place_of_a_time())?;
         self.write(place, session);
         Some(Box::new(Place { memory: self.clone(), place, lanes: session.remote_lanes() }))
     }
@@ -170,6 +227,40 @@ impl Memory for SessionMemory {
         // Until 2554.
         let nanos = u64::try_from(timestamp.as_nanos()).unwrap_or(u64::MAX);
         self.0.words.words()[TIMESTAMP].store(nanos, Ordering::Relaxed);
+    }
+
+    fn seen_timestamp(&self, key: &[u8; 32]) -> Duration {
+        let nanos = |place: &usize| self.time(*place).load(Ordering::Relaxed);
+        Duration::from_nanos(self.times().get(key).map_or(0, nanos))
+    }
+
+    fn set_seen_timestamp(&mut self, key: &[u8; 32], timestamp: Duration) {
+        let nanos = u64::try_from(timestamp.as_nanos()).unwrap_or(u64::MAX);
+        let mut times = self.times();
+        match (times.get(key), nanos) {
+            (Some(&place), 0) => {
+                times.remove(key);
+                self.forget(place, 0);
+            }
+            (Some(&place), nanos) => self.time(place).store(nanos, Ordering::Relaxed),
+            (None, 0) => {}
+            (None, nanos) => {
+                // Without a place, the control process remembers it, if not up to the last minute.
+                let Some(place) = self.take_place() else { return };
+                self.write_time(place, key, nanos);
+                times.insert(*key, place);
+            }
+        }
+    }
+
+    fn retain_seen_timestamps(&mut self, is_known: &dyn Fn(&[u8; 32]) -> bool) {
+        self.times().retain(|key, place| {
+            let known = is_known(key);
+            if !known {
+                self.forget(*place, 0);
+            }
+            known
+        });
     }
 }
 
@@ -239,6 +330,44 @@ mod tests {
         assert!(words[HEADER..].iter().take(RECORD).all(|word| word.load(Ordering::Relaxed) == 0));
         let again = memory.keep(&saved(8)).unwrap();
         assert_eq!((again.mark(1), memory.used()), (0, 1), "its place is used again");
+    }
+
+    #[test]
+    fn handshake_times_outlive_the_process_beside_sessions() {
+        let at = Duration::from_secs;
+        let mut memory = SessionMemory::create().unwrap();
+        assert_eq!(memory.seen_timestamp(&[1; 32]), Duration::ZERO);
+        memory.set_seen_timestamp(&[1; 32], at(10));
+        std::mem::forget(memory.keep(&saved(7)).unwrap());
+        memory.set_seen_timestamp(&[2; 32], Duration::MAX);
+        memory.set_seen_timestamp(&[3; 32], at(30));
+        memory.set_seen_timestamp(&[1; 32], at(11));
+        memory.set_seen_timestamp(&[3; 32], Duration::ZERO);
+        let (mut memory, found) = reopen(&memory);
+        assert_eq!((found.len(), found[0].0.public_key), (1, [7; 32]));
+        found.into_iter().for_each(std::mem::forget);
+        let seen = [1, 2, 3].map(|n| memory.seen_timestamp(&[n; 32]));
+        assert_eq!(seen, [at(11), Duration::from_nanos(u64::MAX), Duration::ZERO]);
+        memory.retain_seen_timestamps(&|key| *key == [1; 32]);
+        let (memory, found) = reopen(&memory);
+        found.into_iter().for_each(std::mem::forget);
+        let seen = [1, 2].map(|n| memory.seen_timestamp(&[n; 32]));
+        assert_eq!(seen, [at(11), Duration::ZERO]);
+        assert_eq!(memory.used(), 4, "A place that was given back is used again.");
+    }
+
+    #[test]
+    fn handshake_times_leave_room_for_sessions() {
+        let mut memory = SessionMemory::create().unwrap();
+        for number in 0..PLACES as u32 {
+            let mut key = [0; 32];
+            key[..4].copy_from_slice(&number.to_be_bytes());
+            memory.set_seen_timestamp(&key, Duration::from_secs(1));
+        }
+        assert_eq!(memory.times().len(), PLACES);
+        let sessions: Vec<_> = (0..PLACES).map(|_| memory.keep(&saved(1))).collect();
+        assert!(sessions.iter().all(Option::is_some));
+        assert_eq!(memory.times().len(), 0);
     }
 
     #[test]

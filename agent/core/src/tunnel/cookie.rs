@@ -102,10 +102,13 @@ pub(crate) struct CookieSecret {
 }
 
 impl CookieSecret {
-    /// The cookie of a source address. Draws a new secret where there is none or it is too old.
+    /// Returns the cookie of a source that receives at `answer_to`. Draws a new secret if there is none or the
+    /// present one is too old. Because the port that the source claims to receive at is part of the cookie,
+    /// nobody who merely shares a node's address gets a cookie for that node's port.
     pub(crate) fn cookie(
         &mut self,
         source: SocketAddr,
+        answer_to: SocketAddr,
         now: Duration,
         random: &mut dyn FnMut(&mut [u8]),
     ) -> Mac {
@@ -118,25 +121,27 @@ impl CookieSecret {
                 self.current.insert((hmac::Key::new(hmac::HMAC_SHA256, secret.as_ref()), now))
             }
         };
-        let address = match source.ip().to_canonical() {
+        let octets = |address: SocketAddr| match address.ip().to_canonical() {
             IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
             IpAddr::V6(v6) => v6.octets(),
         };
-        mac(key, &[&address, &source.port().to_be_bytes()])
+        let (from, to) = (octets(source), octets(answer_to));
+        let ports = [source.port().to_be_bytes(), answer_to.port().to_be_bytes()].concat();
+        mac(key, &[&from, &to, &ports])
     }
 
     /// Whether `check` is the second check of `message` by the cookie of its source.
     pub(crate) fn verify(
         &mut self,
         source: SocketAddr,
-        message: &[u8],
-        check: &Mac,
+        answer_to: SocketAddr,
+        (message, check): (&[u8], &Mac),
         now: Duration,
         random: &mut dyn FnMut(&mut [u8]),
     ) -> bool {
         // All zeros is how a message without the second check looks.
         *check != [0; MAC_LEN]
-            && equal(&second_check(&self.cookie(source, now, random), message), check)
+            && equal(&second_check(&self.cookie(source, answer_to, now, random), message), check)
     }
 }
 
@@ -203,16 +208,25 @@ mod tests {
         let other_host: SocketAddr = "192.0.2.2:5".parse().unwrap();
         let mapped: SocketAddr = "[::ffff:192.0.2.1]:5".parse().unwrap();
         let at = Duration::from_secs;
-        let cookie = secret.cookie(source, at(1), &mut random);
-        assert_eq!(secret.cookie(mapped, at(120), &mut random), cookie);
-        assert_ne!(secret.cookie(other_port, at(120), &mut random), cookie);
-        assert_ne!(secret.cookie(other_host, at(120), &mut random), cookie);
+        let cookie = secret.cookie(source, source, at(1), &mut random);
+        assert_eq!(secret.cookie(mapped, mapped, at(120), &mut random), cookie);
+        for (from, to) in [
+            (other_port, source),
+            (source, other_port),
+            (other_host, other_host),
+            (other_host, source),
+        ] {
+            assert_ne!(secret.cookie(from, to, at(120), &mut random), cookie, "{from} {to}");
+        }
         let check = second_check(&cookie, b"message");
-        assert!(secret.verify(source, b"message", &check, at(120), &mut random));
-        assert!(!secret.verify(source, b"massage", &check, at(120), &mut random));
-        assert!(!secret.verify(other_host, b"message", &check, at(120), &mut random));
-        assert!(!secret.verify(source, b"message", &[0; MAC_LEN], at(120), &mut random));
-        assert!(!secret.verify(source, b"message", &check, at(121), &mut random), "rotated");
+        let mut verify = |source, message: &[u8], check, seconds| {
+            secret.verify(source, source, (message, check), at(seconds), &mut random)
+        };
+        assert!(verify(source, b"message", &check, 120));
+        assert!(!verify(source, b"massage", &check, 120));
+        assert!(!verify(other_host, b"message", &check, 120));
+        assert!(!verify(source, b"message", &[0; MAC_LEN], 120));
+        assert!(!verify(source, b"message", &check, 121), "rotated");
         assert_eq!(drawn, 2);
     }
 }

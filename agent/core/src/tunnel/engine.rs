@@ -15,23 +15,27 @@ use crate::tunnel::cookie::CookieSecret;
 use crate::tunnel::counts::HandshakeResult;
 use crate::tunnel::limit::{Bucket, Rate, Sources};
 use crate::tunnel::message::{
-    Checked, CookieReply, Initiation, MAX_HANDSHAKE, Offer, Response, read_initiation_payload,
+    Checked, CookieReply, Initiation, MAX_HANDSHAKE, Offer, Response, Timestamp,
+    read_initiation_payload,
 };
 use crate::tunnel::noise::{Identity, Responder};
-use crate::tunnel::peer::{Peer, PeerView};
+use crate::tunnel::peer::{Peer, PeerKey, PeerView};
 use crate::tunnel::saved::{Kept, Memory, SavedSession};
 use crate::tunnel::shared::{Own, Random, Shared, Transmit};
 use crate::tunnel::timers::{SESSION_LIFE, TICK, UNKNOWN_EVERY, UNKNOWN_UNHEARD};
 use crate::wire::header::{Header, MAX_LANES, MessageType};
 
-/// Initiations without a cookie; more of them mean that this node is under load.
+/// Initiations without a cookie, and responses beyond [`MAX_RESPONSE_TRIES`]; more of them mean that this node is under
+/// load.
 const UNVERIFIED: Rate = Rate { per_second: 64, burst: 64 };
-/// Initiations with a cookie, of one source.
+/// Initiations with a cookie, of one source or of one endpoint of a peer.
 const VERIFIED: Rate = Rate { per_second: 8, burst: 16 };
-/// Initiations with a cookie from addresses at which no peer is known, of all of these together: somebody may
+/// Initiations with a cookie from endpoints at which no peer is known, of all of these together: somebody may
 /// have very many, and receive at each.
 const ELSEWHERE: Rate = Rate { per_second: 64, burst: 64 };
-/// Addresses of peers that are told apart.
+/// Responses to one initiation that are read in any case.
+const MAX_RESPONSE_TRIES: u32 = 4;
+/// Endpoints of peers that are told apart.
 const MAX_PEERS: usize = 65_536;
 /// Sources with a cookie that are told apart.
 const MAX_SOURCES: usize = 4096;
@@ -100,7 +104,7 @@ pub struct Engine {
     prologue: Vec<u8>,
     cookies: CookieSecret,
     unverified: Bucket,
-    /// At addresses of peers.
+    /// At endpoints of peers.
     verified_peers: Sources,
     verified: Sources,
     elsewhere: Bucket,
@@ -136,7 +140,7 @@ impl Engine {
             prologue,
             cookies: CookieSecret::default(),
             unverified: Bucket::new(UNVERIFIED, Duration::ZERO),
-            verified_peers: Sources::of_hosts(VERIFIED, MAX_PEERS),
+            verified_peers: Sources::of_endpoints(VERIFIED, MAX_PEERS),
             verified: Sources::new(VERIFIED, MAX_SOURCES),
             elsewhere: Bucket::new(ELSEWHERE, Duration::ZERO),
             next_tick: None,
@@ -156,6 +160,26 @@ impl Engine {
         self.shared.raise_timestamps(floor);
     }
 
+    /// Refuses initiations by a peer's key that carry this time since 1970 or an earlier one, in addition to those
+    /// that this engine has seen or its memory knows of. Keys of no peer are passed over.
+    pub fn raise_seen_timestamp(&mut self, key: &[u8; 32], timestamp: Duration) {
+        let peer = self.by_key.get(key).and_then(|id| self.peers.get_mut(id));
+        let Some(known) = peer.and_then(|peer| peer.key(key)) else { return };
+        let timestamp = Timestamp::new(timestamp);
+        if timestamp > known.last_timestamp {
+            known.last_timestamp = timestamp;
+            self.shared.memory.set_seen_timestamp(key, timestamp.wall());
+        }
+    }
+
+    /// The latest time since 1970 that an accepted initiation by each peer's key carried, if there was one: what
+    /// the engine after this one should know ([`Engine::raise_seen_timestamp`]).
+    pub fn seen_timestamps(&self) -> impl Iterator<Item = ([u8; 32], Duration)> {
+        let keys = self.peers.values().flat_map(|peer| &peer.keys);
+        let seen = |key: &PeerKey| (key.public, key.last_timestamp.wall());
+        keys.map(seen).filter(|(_, timestamp)| !timestamp.is_zero())
+    }
+
     /// Takes up sessions of the process before, once their peers are known; how many it took. Those that
     /// are over, or of a peer that is none any more, are forgotten. Each must be in a life that nobody
     /// has sent in ([`SavedSession::life`]), and no other process may have it any more.
@@ -166,6 +190,8 @@ impl Engine {
     ) -> usize {
         let mut taken = 0;
         let mut peers = BTreeSet::new();
+        let by_key = &self.by_key;
+        self.shared.memory.retain_seen_timestamps(&|key| by_key.contains_key(key));
         for (session, kept) in saved {
             let age = now.mono.checked_sub(session.established);
             let Some(age) = age.filter(|age| *age < SESSION_LIFE) else { continue };
@@ -247,8 +273,13 @@ impl Engine {
         if let Some(peer) = self.peers.get_mut(&id) {
             for given_up in peer.keys().filter(|key| !keys.contains(key)) {
                 self.by_key.remove(given_up);
+                self.shared.memory.set_seen_timestamp(given_up, Duration::ZERO);
             }
             peer.set_keys(&keys, &mut self.shared);
+            for key in &mut peer.keys {
+                let seen = Timestamp::new(self.shared.memory.seen_timestamp(&key.public));
+                key.last_timestamp = key.last_timestamp.max(seen);
+            }
             forget_addresses(&mut self.by_address, peer);
             peer.set_endpoints(now, endpoints, &mut self.shared);
             peer.refresh_state(now);
@@ -275,6 +306,7 @@ impl Engine {
         for key in peer.keys() {
             if self.by_key.get(key) == Some(&id) {
                 self.by_key.remove(key);
+                self.shared.memory.set_seen_timestamp(key, Duration::ZERO);
             }
         }
         forget_addresses(&mut self.by_address, &peer);
@@ -297,7 +329,7 @@ impl Engine {
     /// long as it is wanted: as this is called at least every 15 seconds.
     pub fn want_session(&mut self, now: Time, peer: PeerId) {
         let Some(peer) = self.peers.get_mut(&peer) else { return };
-        if peer.view.current.is_none() {
+        if !peer.can_send() {
             peer.wanted = Some(now.mono);
             peer.begin_handshake(now, &mut self.shared);
             peer.refresh_state(now);
@@ -369,9 +401,9 @@ impl Engine {
         let own = own.ok_or(DropReason::HandshakeInvalid)?;
         let answer_to = SocketAddr::new(source.ip(), message.listen_port);
         let random = &mut self.shared.random;
-        let (before, second) = (message.before_second, &message.second);
-        if self.cookies.verify(source, before, second, now.mono, random) {
-            if !self.has_its_turn(source.ip(), now.mono) {
+        let checked = (message.before_second, &message.second);
+        if self.cookies.verify(source, answer_to, checked, now.mono, random) {
+            if !self.has_its_turn(answer_to, now.mono) {
                 return Err(DropReason::HandshakeRateLimited);
             }
         } else if !self.unverified.take(UNVERIFIED, now.mono) {
@@ -398,16 +430,24 @@ impl Engine {
             return Err(DropReason::HandshakeReplayed);
         }
         key.last_timestamp = timestamp;
+        self.shared.memory.set_seen_timestamp(&responder.initiator, timestamp.wall());
         peer.on_initiation(now, answer_to, &message, (responder, to), offer, &mut self.shared)
     }
 
-    /// Whether somebody with a cookie may cause a public-key operation. Nobody without a node's address can
-    /// use up what nodes have.
-    fn has_its_turn(&mut self, source: IpAddr, now: Duration) -> bool {
-        match self.by_address.contains_key(&source.to_canonical()) {
-            true => self.verified_peers.take(source, now),
-            false => self.verified.take(source, now) && self.elsewhere.take(ELSEWHERE, now),
+    /// Returns true if the sender of a valid cookie, who receives at `answer_to`, may cause a public-key
+    /// operation. Nobody who does not receive at a node's endpoint can use up what that node has.
+    fn has_its_turn(&mut self, answer_to: SocketAddr, now: Duration) -> bool {
+        match self.is_endpoint(answer_to) {
+            true => self.verified_peers.take(answer_to, now),
+            false => self.verified.take(answer_to, now) && self.elsewhere.take(ELSEWHERE, now),
         }
+    }
+
+    /// Returns true if a record names this address and port.
+    fn is_endpoint(&self, address: SocketAddr) -> bool {
+        let peers = self.by_address.get(&address.ip().to_canonical()).into_iter().flatten();
+        let mut peers = peers.filter_map(|id| self.peers.get(id));
+        peers.any(|peer| peer.recorded_endpoint(address).is_some())
     }
 
     fn send_cookie(
@@ -419,7 +459,7 @@ impl Engine {
         message: &Initiation<'_>,
     ) {
         let random = &mut self.shared.random;
-        let cookie = self.cookies.cookie(source, now.mono, random);
+        let cookie = self.cookies.cookie(source, answer_to, now.mono, random);
         let mut salt = [0; _];
         random(&mut salt);
         let own = self.shared.identities().nth(own);
@@ -442,8 +482,18 @@ impl Engine {
         if !self.shared.identities().any(|own| is_to(own, &message.checked)) {
             return Err(DropReason::HandshakeInvalid);
         }
-        let peer = self.owner(header.receiver).ok_or(DropReason::HandshakeInvalid)?;
-        peer.0.on_response(now, header.receiver, &message, peer.1)
+        let owner = self.shared.owner(header.receiver);
+        let peer = owner.and_then(|id| self.peers.get_mut(&id));
+        let peer = peer.ok_or(DropReason::HandshakeInvalid)?;
+        // Responses carry no second check: an initiation has a few of its own, and those beyond share what
+        // initiations without a cookie have.
+        if peer.response_tries(header.receiver).ok_or(DropReason::HandshakeInvalid)?
+            > MAX_RESPONSE_TRIES
+            && !self.unverified.take(UNVERIFIED, now.mono)
+        {
+            return Err(DropReason::HandshakeRateLimited);
+        }
+        peer.on_response(now, header.receiver, &message, &mut self.shared)
     }
 
     fn on_cookie_reply(

@@ -47,6 +47,8 @@ struct Sent {
     first_check: Mac,
     /// Whether a cookie has made it go out once more.
     repeated: bool,
+    /// Responses that were read, each at the cost of public-key operations.
+    tries: u32,
 }
 
 impl Pending {
@@ -83,7 +85,7 @@ impl Peer {
             shared.free_index(sent.index);
             shared.counts.add(HandshakeResult::Timeout);
             // Unless the record has changed meanwhile: then its first endpoint has its turn.
-            if self.next_destination() == Some(sent.destination) {
+            if self.handshake_endpoint() == Some(sent.destination) {
                 self.attempt = self.attempt.wrapping_add(1);
             }
         }
@@ -117,15 +119,8 @@ impl Peer {
         (turn % own, turn / own % self.keys.len().max(1))
     }
 
-    fn next_destination(&self) -> Option<SocketAddr> {
-        match self.endpoints.len() {
-            0 => self.view.endpoint,
-            n => self.endpoints.get(self.attempt % n).copied(),
-        }
-    }
-
     fn send_initiation(&mut self, now: Time, shared: &mut Shared) {
-        let destination = self.next_destination();
+        let destination = self.handshake_endpoint();
         let tries = self.pending.as_ref().map_or(0, |pending| pending.tries);
         let (own, remote) = self.next_keys(now, tries, shared);
         let remote = self.keys.get(remote);
@@ -167,9 +162,19 @@ impl Peer {
         };
         let first_check = remote.checks.first_check(&message);
         message.extend(first_check);
-        let (remote, mtu, repeated) = (remote.public, shared.offer.mtu, false);
-        let sent =
-            Sent { index, own, remote, mtu, noise, destination, message, first_check, repeated };
+        let (remote, mtu) = (remote.public, shared.offer.mtu);
+        let sent = Sent {
+            index,
+            own,
+            remote,
+            mtu,
+            noise,
+            destination,
+            message,
+            first_check,
+            repeated: false,
+            tries: 0,
+        };
         shared.counts.add(HandshakeResult::Initiated);
         shared.transmit(destination, with_second_check(&self.cookie, &sent.message, now));
         pending.sent = Some(sent);
@@ -196,6 +201,14 @@ impl Peer {
             shared.transmit(destination, with_second_check(&self.cookie, &message, now));
         }
         Ok(())
+    }
+
+    /// Counts a response to the initiation with this index, and returns how many came; `None` if no such
+    /// initiation is under way.
+    pub(crate) fn response_tries(&mut self, index: u32) -> Option<u32> {
+        let sent = self.pending.as_mut()?.sent.as_mut().filter(|sent| sent.index == index)?;
+        sent.tries = sent.tries.saturating_add(1);
+        Some(sent.tries)
     }
 
     /// The peer has answered this node's handshake.
@@ -232,8 +245,10 @@ impl Peer {
         self.pending = None;
         self.view.mtu = Some(accept.offer.mtu);
         shared.counts.add(HandshakeResult::CompletedInitiator);
+        // Both have started at once: the greater key's session wins, so that one of the two will renew it.
+        let yields = own < remote;
         let slot = Slot::new(session, Some(destination), remote, Some(own), told_mtu);
-        self.install_current(now, slot, shared);
+        self.install_current(now, slot, yields, shared);
         self.refresh_state(now);
         Ok(())
     }
@@ -284,7 +299,8 @@ impl Peer {
         // Both have started at once: the greater key goes on as initiator, the other yields. It
         // still answers, so nothing is lost where the yielding one's messages are those that arrive.
         let sent = self.pending.as_ref().and_then(|pending| pending.sent.as_ref());
-        if sent.map_or(shared.own.public(), |sent| &sent.own) < &remote {
+        let yields = sent.is_some_and(|sent| sent.own < remote);
+        if yields && self.defers(now) {
             self.abandon_handshake(shared);
         }
         self.view.mtu = Some(offer.mtu);

@@ -1,7 +1,7 @@
 //! Token buckets, and a bounded table of them by source.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 /// How often a full table is looked through.
@@ -57,31 +57,32 @@ impl Bucket {
     }
 }
 
-/// One bucket a source address; IPv6 sources count by their /64, where they are not known.
+/// Token buckets of sources: one for each IPv4 address and IPv6 /64, or one for each endpoint.
 #[derive(Debug)]
 pub(crate) struct Sources {
     rate: Rate,
-    /// Whether each address is a host of its own.
-    hosts: bool,
+    /// Whether each address and port is a source of its own.
+    endpoints: bool,
     capacity: usize,
-    buckets: BTreeMap<u128, Bucket>,
+    buckets: BTreeMap<(u128, u16), Bucket>,
     swept: Option<Duration>,
 }
 
 impl Sources {
     /// At most `capacity` sources are remembered; beyond that, new ones are refused.
     pub(crate) const fn new(rate: Rate, capacity: usize) -> Self {
-        Self { rate, hosts: false, capacity, buckets: BTreeMap::new(), swept: None }
+        Self { rate, endpoints: false, capacity, buckets: BTreeMap::new(), swept: None }
     }
 
-    /// The same for addresses that are known to be hosts': those of one /64 are apart.
-    pub(crate) fn of_hosts(rate: Rate, capacity: usize) -> Self {
-        Self { hosts: true, ..Self::new(rate, capacity) }
+    /// A table of endpoints that are known to be nodes': neither the addresses of one /64 nor the ports of one
+    /// address share a bucket.
+    pub(crate) fn of_endpoints(rate: Rate, capacity: usize) -> Self {
+        Self { endpoints: true, ..Self::new(rate, capacity) }
     }
 
     /// Takes one token of `source`'s bucket, if there is one.
-    pub(crate) fn take(&mut self, source: IpAddr, now: Duration) -> bool {
-        let (rate, key) = (self.rate, key(source, self.hosts));
+    pub(crate) fn take(&mut self, source: SocketAddr, now: Duration) -> bool {
+        let (rate, key) = (self.rate, key(source, self.endpoints));
         if self.buckets.len() >= self.capacity && !self.buckets.contains_key(&key) {
             // Not for each that is refused: it takes time.
             if self.swept.is_some_and(|at| now.saturating_sub(at) < SWEEP) {
@@ -98,12 +99,13 @@ impl Sources {
     }
 }
 
-fn key(source: IpAddr, host: bool) -> u128 {
-    match source.to_canonical() {
+fn key(source: SocketAddr, endpoint: bool) -> (u128, u16) {
+    let address = match source.ip().to_canonical() {
         IpAddr::V4(v4) => v4.to_ipv6_mapped().to_bits(),
-        IpAddr::V6(v6) if host => v6.to_bits(),
+        IpAddr::V6(v6) if endpoint => v6.to_bits(),
         IpAddr::V6(v6) => v6.to_bits() >> 64 << 64,
-    }
+    };
+    (address, if endpoint { source.port() } else { 0 })
 }
 
 #[cfg(test)]
@@ -131,20 +133,22 @@ mod tests {
     #[test]
     fn sources_are_apart_and_bounded() {
         let mut sources = Sources::new(RATE, 2);
-        let a: IpAddr = "192.0.2.1".parse().unwrap();
-        let mapped: IpAddr = "::ffff:192.0.2.1".parse().unwrap();
-        let b: IpAddr = "2001:db8::1".parse().unwrap();
-        let same_net: IpAddr = "2001:db8::2".parse().unwrap();
-        let c: IpAddr = "192.0.2.3".parse().unwrap();
-        assert!(sources.take(a, ms(0)) && sources.take(mapped, ms(0)) && sources.take(a, ms(0)));
+        let at = |ip: &str| SocketAddr::new(ip.parse().unwrap(), 51900);
+        let (a, mapped, c) = (at("192.0.2.1"), at("::ffff:192.0.2.1"), at("192.0.2.3"));
+        let (b, same_net) = (at("2001:db8::1"), at("2001:db8::2"));
+        let same_host = SocketAddr::new(a.ip(), 7);
+        assert!(sources.take(a, ms(0)) && sources.take(mapped, ms(0)));
+        assert!(sources.take(same_host, ms(0)), "Ports of one address share a bucket.");
         assert!(!sources.take(mapped, ms(0)));
         assert!(sources.take(b, ms(0)) && sources.take(b, ms(0)) && sources.take(same_net, ms(0)));
         assert!(!sources.take(same_net, ms(0)));
         assert!(!sources.take(c, ms(0)), "the table is full");
         assert!(sources.take(c, ms(300)), "and empties");
         assert_eq!(sources.buckets.len(), 1);
-        let mut hosts = Sources::of_hosts(RATE, 2);
-        assert!((0..3).all(|_| hosts.take(b, ms(0))) && !hosts.take(b, ms(0)));
-        assert!(hosts.take(same_net, ms(0)), "a host of its own");
+        let mut endpoints = Sources::of_endpoints(RATE, 3);
+        assert!((0..3).all(|_| endpoints.take(b, ms(0))) && !endpoints.take(b, ms(0)));
+        assert!(endpoints.take(same_net, ms(0)), "An address is a source of its own.");
+        let other_port = SocketAddr::new(b.ip(), 7);
+        assert!(endpoints.take(other_port, ms(0)), "A port is a source of its own.");
     }
 }

@@ -89,6 +89,15 @@ impl Timestamp {
         Self(bytes)
     }
 
+    /// The time since 1970, never less than what the bytes say; the longest duration for bytes beyond it.
+    pub(crate) fn wall(self) -> Duration {
+        let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3] = self.0;
+        let secs = u64::from_be_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+        // A peer may write any number of nanoseconds.
+        let nanos = Duration::from_nanos(u32::from_be_bytes([n0, n1, n2, n3]).into());
+        Duration::from_secs(secs).saturating_add(nanos)
+    }
+
     pub(crate) fn to_bytes(self) -> [u8; 12] {
         self.0
     }
@@ -331,6 +340,12 @@ mod tests {
         let stamp = |secs, nanos| Timestamp::new(Duration::new(secs, nanos));
         let ordered = [stamp(0, 0), stamp(0, 1), stamp(0, 256), stamp(1, 0), stamp(256, 3)];
         assert!(ordered.is_sorted_by(|a, b| a < b));
+        for stamp in ordered {
+            assert_eq!(Timestamp::new(stamp.wall()), stamp);
+        }
+        for odd in [[0xff; 12], [0, 0, 0, 0, 0, 0, 0, 1, 0xff, 0xff, 0xff, 0xff]].map(Timestamp) {
+            assert!(Timestamp::new(odd.wall()) >= odd || odd.wall() == Duration::MAX, "{odd:?}");
+        }
     }
 
     #[test]

@@ -49,7 +49,8 @@ pub enum PeerState {
 pub struct PeerView {
     /// Its identity.
     pub public_key: [u8; 32],
-    /// Where data to it goes now.
+    /// Address that data is sent to: in a session, one at which the peer has answered a handshake; without a
+    /// session, the first one of the record.
     pub endpoint: Option<SocketAddr>,
     /// The session to send with; the peer is known to have it too.
     pub current: Option<Arc<Session>>,
@@ -152,11 +153,16 @@ pub(crate) struct Peer {
     pub(crate) pending: Option<Pending>,
     pub(crate) cookie: Option<(Mac, Duration)>,
     pub(crate) last_initiation: Option<Duration>,
+    /// When a handshake of this node first gave way to one of the peer's since an endpoint was last proved.
+    deferred: Option<Duration>,
     /// When a handshake was last asked for.
     pub(crate) wanted: Option<Duration>,
     pub(crate) unknown: Option<Duration>,
     pub(crate) no_common_cipher: bool,
     pub(crate) live: Liveness,
+    /// The last address at which the peer has answered a handshake, and when that was: proof that it wants to be
+    /// sent to there.
+    proven: Option<(SocketAddr, Duration)>,
     path: Path,
     /// Where it leads.
     path_to: Option<SocketAddr>,
@@ -189,10 +195,12 @@ impl Peer {
             pending: None,
             cookie: None,
             last_initiation: None,
+            deferred: None,
             wanted: None,
             unknown: None,
             no_common_cipher: false,
             live: Liveness::default(),
+            proven: None,
             path: Path::new(),
             path_to: None,
             current: None,
@@ -236,7 +244,8 @@ impl Peer {
         shared.changed = true;
     }
 
-    /// Takes the endpoints of its record. The one in use stays in use if it is among them.
+    /// Takes the endpoints of its record. The address in use stays in use until the peer has answered a
+    /// handshake at one of the new ones: a record alone proves nothing.
     pub(crate) fn set_endpoints(
         &mut self,
         now: Time,
@@ -248,41 +257,81 @@ impl Peer {
         }
         self.endpoints = endpoints;
         self.attempt = 0;
-        if !self.view.endpoint.is_some_and(|now| self.endpoints.contains(&now)) {
-            self.move_to(self.endpoints.first().copied(), shared);
-            if self.current.is_some() {
-                self.begin_path(now, shared);
-            }
+        if self.endpoints.is_empty() {
+            self.proven = None;
         }
+        self.show_endpoint(now.mono, shared);
+        // What was sent to the addresses before says nothing of the new ones.
+        self.last_initiation = None;
         if let Some(pending) = &mut self.pending {
             pending.retry_at = now.mono;
             shared.arm(now.mono);
         }
+        self.prove_endpoint(now, shared);
     }
 
-    fn move_to(&mut self, endpoint: Option<SocketAddr>, shared: &mut Shared) {
+    /// Brings the address that data is sent to up to date.
+    fn show_endpoint(&mut self, now: Duration, shared: &mut Shared) {
+        let age = |at| now.saturating_sub(at);
+        let endpoint = match self.current {
+            Some(_) => self.proven.filter(|(_, at)| age(*at) < SESSION_LIFE).map(|(to, _)| to),
+            None => self.handshake_endpoint(),
+        };
         if self.view.endpoint != endpoint {
             self.view.endpoint = endpoint;
             shared.changed = true;
         }
     }
 
-    /// The endpoint of its record that a handshake came from; the address it came from where the
-    /// record names none.
-    pub(crate) fn known_endpoint(&self, source: SocketAddr) -> Option<SocketAddr> {
-        let ip = source.ip().to_canonical();
-        let same_host = |known: &&SocketAddr| known.ip().to_canonical() == ip;
-        if self.endpoints.is_empty() {
-            return Some(source);
+    /// The address that the next handshake goes to.
+    pub(crate) fn handshake_endpoint(&self) -> Option<SocketAddr> {
+        match self.endpoints.len() {
+            0 => self.proven.map(|(endpoint, _)| endpoint),
+            n => self.endpoints.get(self.attempt % n).copied(),
         }
-        let exact = |known: &&SocketAddr| same_host(known) && known.port() == source.port();
-        self.endpoints.iter().find(exact).or_else(|| self.endpoints.iter().find(same_host)).copied()
     }
 
-    /// A session that this node started, and that the peer has therefore.
-    pub(crate) fn install_current(&mut self, now: Time, slot: Slot, shared: &mut Shared) {
-        let older = [self.current.take(), self.next.take()];
-        self.previous.extend(older.into_iter().flatten());
+    /// Starts a handshake if data is sent to no address, to one that the record does not name, or to one whose
+    /// proof is about to end.
+    fn prove_endpoint(&mut self, now: Time, shared: &mut Shared) {
+        let renewed = |at| now.mono.saturating_sub(at) < RESPONDER_REKEY_AFTER;
+        let (proven, endpoints) = (self.proven, &self.endpoints);
+        let is_good = proven.is_some_and(|(to, at)| renewed(at) && endpoints.contains(&to));
+        if self.current.is_some() && !endpoints.is_empty() && !is_good {
+            self.wanted = Some(now.mono);
+            self.begin_handshake(now, shared);
+        }
+    }
+
+    /// The endpoint of its record with this address and port.
+    pub(crate) fn recorded_endpoint(&self, address: SocketAddr) -> Option<SocketAddr> {
+        let ip = address.ip().to_canonical();
+        let is_same =
+            |known: &&SocketAddr| known.ip().to_canonical() == ip && known.port() == address.port();
+        self.endpoints.iter().find(is_same).copied()
+    }
+
+    /// The same for an address that a response is sent to; that address itself if the record names none.
+    pub(crate) fn known_endpoint(&self, address: SocketAddr) -> Option<SocketAddr> {
+        match self.endpoints.is_empty() {
+            true => Some(address),
+            false => self.recorded_endpoint(address),
+        }
+    }
+
+    /// A session that this node started, and that the peer has therefore. `yields`: both ends have started at
+    /// once and the peer's session wins, if the peer confirms it.
+    pub(crate) fn install_current(
+        &mut self,
+        now: Time,
+        slot: Slot,
+        yields: bool,
+        shared: &mut Shared,
+    ) {
+        self.previous.extend(self.current.take());
+        if !yields {
+            self.previous.extend(self.next.take());
+        }
         self.make_current(now, slot, shared);
         // The peer waits for it: nothing is sent to us in this session before.
         self.ping(now, shared);
@@ -303,13 +352,17 @@ impl Peer {
         let Some(slot) = self.next.take() else { return };
         self.previous.extend(self.current.take());
         shared.counts.add(HandshakeResult::CompletedResponder);
-        self.abandon_handshake(shared);
+        // Where the session proves no endpoint of the record, one of this node's own is to do that.
+        if self.known_of(&slot).is_some() {
+            self.abandon_handshake(shared);
+        }
         self.make_current(now, slot, shared);
     }
 
     fn make_current(&mut self, now: Time, slot: Slot, shared: &mut Shared) {
         if let Some(endpoint) = self.known_of(&slot) {
-            self.move_to(Some(endpoint), shared);
+            self.proven = Some((endpoint, slot.session.established.mono));
+            self.deferred = None;
             let there = self.endpoints.iter().position(|e| Some(*e) == slot.endpoint);
             self.attempt = there.unwrap_or(self.attempt);
         }
@@ -317,8 +370,12 @@ impl Peer {
         self.wanted = None;
         self.no_common_cipher = false;
         self.live.on_session(now.mono);
+        self.show_endpoint(now.mono, shared);
         self.begin_path(now, shared);
         self.sessions_changed(shared);
+        if self.view.endpoint.is_none_or(|to| !self.endpoints.contains(&to)) {
+            self.prove_endpoint(now, shared);
+        }
     }
 
     /// This node's MTU has changed. The peer is told in a new handshake, by [`Self::tick`].
@@ -408,8 +465,8 @@ impl Peer {
         self.previous.drain(..excess).for_each(|slot| slot.end(shared));
         self.view.current = self.current.as_ref().map(|slot| slot.session.clone());
         let next = self.next.as_ref();
-        self.view.next =
-            next.map(|slot| (slot.session.clone(), self.known_of(slot).or(self.view.endpoint)));
+        let present = self.view.endpoint.filter(|_| self.current.is_some());
+        self.view.next = next.map(|slot| (slot.session.clone(), self.known_of(slot).or(present)));
         self.view.receive = self.slots().map(|slot| slot.session.clone()).collect();
         shared.changed = true;
     }
@@ -428,6 +485,11 @@ impl Peer {
 
     pub(crate) fn has_sessions(&self) -> bool {
         self.slots().next().is_some()
+    }
+
+    /// Returns true if there is a session to send with, and an address to send to.
+    pub(crate) fn can_send(&self) -> bool {
+        self.view.current.is_some() && self.view.endpoint.is_some()
     }
 
     /// Ends everything at once.
@@ -462,12 +524,14 @@ impl Peer {
         // Where there is no session there are no ticks to notice it.
         let connecting = self.view.state == PeerState::Connecting;
         let hopeless = self.pending.as_ref().filter(|_| connecting).and_then(Pending::hopeless_at);
-        self.slots().map(Slot::ends).chain(retry).chain(hopeless).min()
+        let proof = self.proven.filter(|_| self.can_send()).map(|(_, at)| at + SESSION_LIFE);
+        self.slots().map(Slot::ends).chain(retry).chain(hopeless).chain(proof).min()
     }
 
     /// Does what is due. `tick`: it is also time to look at the lanes' counters.
     pub(crate) fn on_time(&mut self, now: Time, tick: bool, shared: &mut Shared) {
         self.end_what_is_over(now, shared);
+        self.show_endpoint(now.mono, shared);
         if tick && self.has_sessions() {
             self.tick(now, shared);
         }
@@ -518,6 +582,9 @@ impl Peer {
             self.wanted = Some(now.mono);
             self.begin_handshake(now, shared);
         }
+        if sent || received {
+            self.prove_endpoint(now, shared);
+        }
         if self.live.ping_due(now.mono) {
             self.ping(now, shared);
         }
@@ -550,12 +617,20 @@ impl Peer {
         }
     }
 
-    /// Starts a handshake unless one is under way or has just given us a session to be confirmed.
+    /// Starts a handshake unless one is under way, or the peer has just given us a session to be confirmed.
     pub(crate) fn begin_handshake(&mut self, now: Time, shared: &mut Shared) {
         let fresh = |slot: &Slot| now.since(slot.session.established) < CONFIRM_WITHIN;
-        if self.pending.is_none() && !self.next.as_ref().is_some_and(fresh) {
+        let gives_way = self.next.as_ref().is_some_and(fresh) && self.defers(now);
+        if self.pending.is_none() && !gives_way {
             self.start_handshake(now, shared);
         }
+    }
+
+    /// Returns true while a handshake of this node may give way to one of the peer's: for [`CONFIRM_WITHIN`], and once
+    /// until a session has proved an endpoint. A recorded initiation may look like the peer's, and more of them may follow.
+    pub(crate) fn defers(&mut self, now: Time) -> bool {
+        let since = *self.deferred.get_or_insert(now.mono);
+        now.mono.saturating_sub(since) < CONFIRM_WITHIN
     }
 
     fn ping(&mut self, now: Time, shared: &mut Shared) {
@@ -624,7 +699,8 @@ impl Peer {
     /// Brings the view's state up to date.
     pub(crate) fn refresh_state(&mut self, now: Time) {
         let unanswered = self.pending.as_ref().is_some_and(|p| p.unanswered(now.mono));
-        let (state, trouble) = match (&self.current, &self.pending) {
+        let sends_with = self.current.as_ref().filter(|_| self.view.endpoint.is_some());
+        let (state, trouble) = match (sends_with, &self.pending) {
             (Some(_), _) => match self.live.trouble(now.mono) {
                 Some(trouble) => (PeerState::Unreachable, Some(trouble)),
                 None => (PeerState::Established, None),

@@ -26,6 +26,13 @@ pub trait Memory: Send {
     fn latest_timestamp(&self) -> Duration;
     /// Notes it, before the handshake is sent.
     fn set_latest_timestamp(&mut self, timestamp: Duration);
+    /// Returns the latest time, since 1970, that an accepted initiation by this public key carried, in this or an
+    /// earlier process; zero if there was none.
+    fn seen_timestamp(&self, key: &[u8; 32]) -> Duration;
+    /// Notes the time of an initiation by this public key, before the initiation is answered. Zero forgets it.
+    fn set_seen_timestamp(&mut self, key: &[u8; 32], timestamp: Duration);
+    /// Forgets the times of all public keys but the known ones.
+    fn retain_seen_timestamps(&mut self, is_known: &dyn Fn(&[u8; 32]) -> bool);
 }
 
 /// The place of one session in a [`Memory`].
@@ -49,6 +56,14 @@ impl Memory for Forgetful {
     }
 
     fn set_latest_timestamp(&mut self, _: Duration) {}
+
+    fn seen_timestamp(&self, _: &[u8; 32]) -> Duration {
+        Duration::ZERO
+    }
+
+    fn set_seen_timestamp(&mut self, _: &[u8; 32], _: Duration) {}
+
+    fn retain_seen_timestamps(&mut self, _: &dyn Fn(&[u8; 32]) -> bool) {}
 }
 
 /// A session as it is kept.

@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
 use super::*;
-use crate::ipc::{NodeIdentity, Peer, Response, read_frame, write_frame};
+use crate::ipc::{NodeIdentity, Peer, Response, SeenHandshakes, read_frame, write_frame};
 use crate::keys::PublicKey;
 
 /// Answers requests by a function of the request's number and content; tells what was asked.
@@ -22,7 +22,17 @@ struct Fake {
 type Answer = fn(usize, &Request) -> Option<Response>;
 
 fn hello() -> Response {
-    Response::Hello { version: crate::ipc::PROTOCOL_VERSION, pid: std::process::id(), node: None }
+    hello_that_takes(false)
+}
+
+fn hello_that_takes(takes_seen_handshakes: bool) -> Response {
+    let pid = std::process::id();
+    Response::Hello {
+        version: crate::ipc::PROTOCOL_VERSION,
+        pid,
+        node: None,
+        takes_seen_handshakes,
+    }
 }
 
 /// Says yes to everything.
@@ -32,8 +42,13 @@ fn willing(_: usize, request: &Request) -> Option<Response> {
         Request::Apply { snapshot } => Response::Applied { revision: snapshot.revision },
         Request::Update { update } => Response::Applied { revision: update.revision },
         Request::Report { .. } => Response::Report { report: Box::default() },
+        Request::SeenHandshakes => Response::SeenHandshakes { seen: seen_of_one() },
         _ => Response::Applied { revision: 0 },
     })
+}
+
+fn seen_of_one() -> SeenHandshakes {
+    SeenHandshakes::from([(PublicKey([1; 32]), 42)])
 }
 
 impl Fake {
@@ -59,7 +74,11 @@ fn serve(listener: &UnixListener, told: &Sender<String>, answer: Answer) {
         while let Ok(Some(request)) = read_frame::<Request>(&mut stream) {
             let text = match &request {
                 Request::Hello { .. } => "hello".to_owned(),
+                Request::Apply { snapshot } if !snapshot.seen_handshakes.is_empty() => {
+                    format!("apply {} seen {:?}", snapshot.peers.len(), snapshot.seen_handshakes)
+                }
                 Request::Apply { snapshot } => format!("apply {}", snapshot.peers.len()),
+                Request::SeenHandshakes => "seen handshakes".to_owned(),
                 Request::Update { update } => {
                     format!("update +{} -{}", update.upsert.len(), update.remove.len())
                 }
@@ -118,7 +137,9 @@ fn supervise_in(fake: &Fake, mode: Mode) -> Lab {
     let (state, readiness) = (DataplaneState::default(), Readiness::default());
     let log = Log { level: "info".to_owned(), format: LogFormat::Text };
     let clock = fake.socket.with_file_name("clock");
-    let settings = Settings { socket: fake.socket.clone(), mode, log, clock, seccomp: true };
+    let handshakes = fake.socket.with_file_name("handshakes.json");
+    let socket = fake.socket.clone();
+    let settings = Settings { socket, mode, log, clock, handshakes, seccomp: true };
     let (handle, first) = start(settings, snapshots, state.clone(), readiness.clone());
     Lab { handle, first, wanted, state, readiness }
 }
@@ -199,6 +220,7 @@ fn hello_of(name: &str, key: u8) -> Response {
         version: crate::ipc::PROTOCOL_VERSION,
         pid: std::process::id(),
         node: Some(node),
+        takes_seen_handshakes: false,
     }
 }
 
@@ -286,5 +308,34 @@ async fn a_later_refusal_leaves_the_agent_running_but_not_ready() {
     lab.wanted.send_replace(snapshot(3));
     settle(|| lab.readiness.reasons().is_empty()).await;
     assert_eq!(lab.state.get().revision, 3);
+    lab.handle.end(End::Keep).await;
+}
+
+#[tokio::test]
+async fn handshake_times_go_to_the_next_data_process() {
+    let takes: Answer = |count, request| match request {
+        Request::Hello { .. } => Some(hello_that_takes(true)),
+        _ => willing(count, request),
+    };
+    let fake = Fake::start(takes);
+    let lab = supervise(&fake);
+    lab.first.await.unwrap().unwrap();
+    let file = fake.socket.with_file_name("handshakes.json");
+    settle(|| file.exists()).await;
+    let asked: Vec<_> = (0..3).map(|_| fake.next()).collect();
+    assert_eq!(asked, ["hello", "apply 1", "seen handshakes"]);
+    lab.handle.end(End::Keep).await;
+    // Another agent and another data process, with the same state directory.
+    let lab = supervise(&fake);
+    lab.first.await.unwrap().unwrap();
+    let asked = [fake.next(), fake.next()];
+    assert_eq!(asked, ["hello".to_owned(), format!("apply 1 seen {:?}", seen_of_one())]);
+    lab.handle.end(End::Keep).await;
+    // One of a release that refuses what it does not know.
+    let older = Fake::start(willing);
+    std::fs::copy(&file, older.socket.with_file_name("handshakes.json")).unwrap();
+    let lab = supervise(&older);
+    lab.first.await.unwrap().unwrap();
+    assert_eq!([older.next(), older.next()], ["hello", "apply 1"]);
     lab.handle.end(End::Keep).await;
 }

@@ -254,6 +254,94 @@ fn whoever_has_many_addresses_keeps_no_node_out() {
     assert!(lab.joined(0, 1), "a node at its own address");
 }
 
+/// Answers to `initiation` as somebody makes them who knows the public key of its sender, and sees its index.
+fn forged_responses(lab: &Lab, initiation: &Datagram) -> impl Iterator<Item = Vec<u8>> + use<> {
+    let keys = ReceiverKeys::new(&lab.key(initiation.from));
+    let index: [u8; 4] = initiation.payload[16..20].try_into().unwrap();
+    (0..5000_u32).map(move |number| {
+        let mut payload = vec![0; 16 + 48 + 10];
+        payload[..4].copy_from_slice(&[MessageType::Response as u8, 0, 0xff, 0]);
+        payload[4..8].copy_from_slice(&index);
+        payload[16..20].copy_from_slice(&number.to_be_bytes());
+        payload.extend(keys.first_check(&payload));
+        payload
+    })
+}
+
+#[test]
+fn forged_responses_cost_few_public_key_operations() {
+    let mut lab = Lab::new(2);
+    lab.underlay.cut.insert((0, 1));
+    lab.send(0, 1, b"first");
+    let initiation = first_of(&lab, MessageType::Initiation);
+    let source = initiation.destination;
+    for payload in forged_responses(&lab, &initiation) {
+        inject(&mut lab, 0, source, payload);
+    }
+    let read = lab.count(0, HandshakeResult::Invalid);
+    assert_eq!(read, 4 + 64, "An initiation has 4 answers of its own; 64 a second are for all.");
+    assert_eq!(lab.count(0, HandshakeResult::RateLimited), 5000 - read);
+    assert_eq!(lab.dropped(0, DropReason::HandshakeRateLimited), 5000 - read);
+    lab.underlay.cut.clear();
+    lab.run_until(secs(2), |lab| lab.joined(0, 1));
+}
+
+#[test]
+fn response_is_read_while_initiations_flood() {
+    let mut lab = Lab::new(2);
+    let initiation = caught(MessageType::Initiation).2;
+    lab.send(1, 0, b"first");
+    let pending = lab.trace.last().unwrap().clone();
+    assert!(flood(&mut lab, 200) > 0, "Initiations have used up what is for all.");
+    for payload in forged_responses(&lab, &pending).take(3) {
+        inject(&mut lab, 1, initiation.destination, payload);
+    }
+    lab.run(ms(20));
+    assert!(lab.joined(0, 1), "The first few answers are read in any case.");
+}
+
+/// A pod on the host's network, or any user of the node: it receives at ports of its own.
+#[test]
+fn sharing_a_nodes_address_keeps_it_not_out() {
+    let mut lab = Lab::new(2);
+    flood(&mut lab, 100);
+    let initiation = caught(MessageType::Initiation).2.payload;
+    let keys = ReceiverKeys::new(&lab.key(1));
+    let end = initiation.len() - 32;
+    let node = lab.nodes[0].config.addresses[0];
+    for i in 0..3000_u16 {
+        // Every other one claims the node's port, with a cookie that was sent to its own.
+        let claims = |payload: &mut [u8], port: u16| {
+            payload[CLEAR_LEN - 4..CLEAR_LEN - 2].copy_from_slice(&port.to_be_bytes());
+            let check = keys.first_check(&payload[..end]);
+            payload[end..end + 16].copy_from_slice(&check);
+            check
+        };
+        let source = SocketAddr::new(node.ip(), 1000 + i);
+        let mut payload = initiation.clone();
+        payload[CLEAR_LEN..CLEAR_LEN + 2].copy_from_slice(&i.to_be_bytes());
+        let check = claims(&mut payload, source.port());
+        inject(&mut lab, 1, source, payload.clone());
+        let reply = lab.trace.last().unwrap();
+        assert_eq!((reply.payload[0], reply.destination), (MessageType::CookieReply as u8, source));
+        let (salt, sealed) = reply.payload[16..].split_first_chunk().unwrap();
+        let cookie = keys.open_cookie(salt, sealed.try_into().unwrap(), &check).unwrap();
+        if i % 2 == 0 {
+            claims(&mut payload, node.port());
+        }
+        let second = second_check(&cookie, &payload[..end + 16]);
+        payload[end + 16..].copy_from_slice(&second);
+        inject(&mut lab, 1, source, payload);
+    }
+    let invalid = lab.count(1, HandshakeResult::Invalid);
+    assert!(invalid <= 64 + 64, "{invalid} public-key operations");
+    lab.wire.clear();
+    lab.send(0, 1, b"first");
+    lab.run(ms(20));
+    assert_eq!(lab.count(0, HandshakeResult::CookieReceived), 1);
+    assert!(lab.joined(0, 1), "The node receives at its own port.");
+}
+
 #[test]
 fn forged_and_repeated_cookies_do_not_make_a_node_send() {
     let mut lab = Lab::new(2);

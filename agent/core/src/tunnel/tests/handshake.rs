@@ -240,13 +240,17 @@ fn a_record_that_changes_takes_effect_at_once() {
     lab.nodes[1].config.addresses = vec![new];
     lab.nodes[0].engine.take_changed();
     lab.introduce(0, 1);
+    lab.collect(0);
+    assert!(lab.current(0, 1).is_some(), "the session stays");
+    lab.run(ms(2));
     assert!(lab.nodes[0].engine.take_changed());
-    assert_eq!(lab.view(0, 1).endpoint, Some(new));
-    assert!(lab.joined(0, 1), "the session stays");
+    assert_eq!(lab.view(0, 1).endpoint, Some(new), "after one round trip");
     assert!(lab.send(0, 1, b"there"));
     lab.run(ms(20));
+    assert!(lab.joined(0, 1));
     assert_eq!(lab.nodes[1].received, [b"there"]);
     // The same again changes nothing.
+    lab.nodes[0].engine.take_changed();
     lab.introduce(0, 1);
     assert!(!lab.nodes[0].engine.take_changed());
 }

@@ -10,7 +10,13 @@ type Record = ([u8; SAVED_LEN], BTreeMap<u8, u64>);
 
 /// Outlives the engine that writes to it.
 #[derive(Clone, Default)]
-struct Shelf(Arc<Mutex<BTreeMap<usize, Record>>>, Arc<Mutex<Duration>>);
+struct Shelf(Arc<Mutex<BTreeMap<usize, Record>>>, Arc<Mutex<Times>>);
+
+#[derive(Default)]
+struct Times {
+    latest: Duration,
+    seen: BTreeMap<[u8; 32], Duration>,
+}
 
 struct Place(Shelf, usize);
 
@@ -34,11 +40,23 @@ impl Memory for Shelf {
     }
 
     fn latest_timestamp(&self) -> Duration {
-        *self.1.lock().unwrap()
+        self.1.lock().unwrap().latest
     }
 
     fn set_latest_timestamp(&mut self, timestamp: Duration) {
-        *self.1.lock().unwrap() = timestamp;
+        self.1.lock().unwrap().latest = timestamp;
+    }
+
+    fn seen_timestamp(&self, key: &[u8; 32]) -> Duration {
+        self.1.lock().unwrap().seen.get(key).copied().unwrap_or_default()
+    }
+
+    fn set_seen_timestamp(&mut self, key: &[u8; 32], timestamp: Duration) {
+        self.1.lock().unwrap().seen.insert(*key, timestamp);
+    }
+
+    fn retain_seen_timestamps(&mut self, is_known: &dyn Fn(&[u8; 32]) -> bool) {
+        self.1.lock().unwrap().seen.retain(|key, _| is_known(key));
     }
 }
 
@@ -72,8 +90,9 @@ impl Lab {
     /// The process is killed; the next one has what was kept. How many sessions it takes up.
     fn kill(&mut self, node: usize, shelf: &mut Shelf) -> usize {
         let left = shelf.left();
-        self.restart(node);
-        *shelf = self.keep_on(node, Shelf(Arc::default(), shelf.1.clone()));
+        let memory = Shelf(Arc::default(), shelf.1.clone());
+        self.restart_on(node, Some(memory.clone()));
+        *shelf = memory;
         let next = left.into_iter().map(|(bytes, marks)| {
             let mut saved = SavedSession::from_bytes(&bytes).unwrap();
             saved.life += 1;
@@ -85,6 +104,23 @@ impl Lab {
         let taken = self.nodes[node].engine.resume(now, next);
         self.collect(node);
         taken
+    }
+
+    /// A new engine that has the memory before it has its peers.
+    fn restart_on(&mut self, node: usize, memory: Option<Shelf>) {
+        let known: Vec<_> = (0..self.nodes.len())
+            .filter(|&peer| self.nodes[node].engine.peer_id(&self.key(peer)).is_some())
+            .collect();
+        let seed = self.rng.next();
+        let restarted = &mut self.nodes[node];
+        restarted.engine = engine(&restarted.config, seed);
+        restarted.windows.clear();
+        if let Some(memory) = memory {
+            restarted.engine.set_memory(Box::new(memory));
+        }
+        for peer in known {
+            self.introduce(node, peer);
+        }
     }
 
     /// A pair of which the first keeps its sessions, in traffic.
@@ -235,4 +271,101 @@ fn what_is_over_or_of_a_stranger_is_not_taken_up() {
     assert_eq!(kept(&mut lab, &|saved| saved.local_lanes = 65), 0);
     assert_eq!(kept(&mut lab, &|saved| saved.life = u32::MAX), 0);
     assert!(lab.handshakes() > 0);
+}
+
+/// Hands every initiation of node 0 that is in the trace to node 1 once more.
+fn replay_initiations(lab: &mut Lab) {
+    let recorded: Vec<_> =
+        lab.trace.iter().filter(|d| d.from == 0 && d.payload[0] == 1).cloned().collect();
+    assert!(!recorded.is_empty());
+    for datagram in recorded {
+        lab.deliver(datagram);
+    }
+}
+
+#[test]
+fn recorded_initiations_are_refused_in_the_next_process() {
+    let mut lab = Lab::new(2);
+    let mut shelf = lab.keep(1);
+    lab.send(0, 1, b"first");
+    lab.run(secs(1));
+    assert!(lab.joined(0, 1));
+    // No session is left to say what was seen of the peer.
+    lab.run(secs(300));
+    assert_eq!(shelf.left().len(), 0);
+    assert_eq!(lab.kill(1, &mut shelf), 0);
+    replay_initiations(&mut lab);
+    assert_eq!(lab.count(1, HandshakeResult::Replayed), 1);
+    assert!(lab.view(1, 0).receive.is_empty(), "A recorded initiation makes no session.");
+    lab.send(0, 1, b"wanted");
+    lab.run(secs(1));
+    assert!(lab.joined(0, 1), "A new initiation is answered.");
+}
+
+#[test]
+fn recorded_initiations_are_refused_after_a_restart() {
+    let mut lab = Lab::joined_pair();
+    let seen: Vec<_> = lab.nodes[1].engine.seen_timestamps().collect();
+    assert_eq!(seen.len(), 1);
+    assert_eq!(seen[0].0, lab.key(0));
+    lab.restart(1);
+    assert_eq!(lab.nodes[1].engine.seen_timestamps().count(), 0);
+    for (key, timestamp) in seen.iter().chain(&[([9; 32], secs(7))]) {
+        lab.nodes[1].engine.raise_seen_timestamp(key, *timestamp);
+    }
+    assert_eq!(lab.nodes[1].engine.seen_timestamps().collect::<Vec<_>>(), seen);
+    // An earlier time lowers nothing.
+    lab.nodes[1].engine.raise_seen_timestamp(&seen[0].0, secs(1));
+    replay_initiations(&mut lab);
+    assert_eq!(lab.count(1, HandshakeResult::Replayed), 1);
+    assert!(lab.view(1, 0).receive.is_empty());
+}
+
+#[test]
+fn times_of_a_key_go_with_its_record() {
+    let mut lab = Lab::new(2);
+    let shelf = lab.keep(1);
+    lab.send(0, 1, b"first");
+    lab.run(secs(1));
+    let key = lab.key(0);
+    assert!(shelf.seen_timestamp(&key) > Duration::ZERO);
+    let id = lab.peer_id(1, 0);
+    lab.nodes[1].engine.remove_peer(id);
+    assert_eq!(shelf.seen_timestamp(&key), Duration::ZERO);
+    // A record that went while no process was there is found out by the next one.
+    shelf.clone().set_seen_timestamp(&key, secs(5));
+    let now = lab.now;
+    lab.nodes[1].engine.resume(now, []);
+    assert_eq!(shelf.seen_timestamp(&key), Duration::ZERO);
+}
+
+#[test]
+fn replays_do_not_stop_an_own_handshake() {
+    // The node that is flooded has the greater key, and the lesser one.
+    for (sender, victim) in [(0, 1), (1, 0)] {
+        let mut lab = Lab::new(2);
+        let mut recorded = Vec::new();
+        for _ in 0..30 {
+            lab.restart(sender);
+            lab.send(sender, victim, b"first");
+            lab.run(secs(2));
+            let initiation = lab.trace.iter().rfind(|d| d.from == sender && d.payload[0] == 1);
+            recorded.push(initiation.unwrap().clone());
+        }
+        lab.restart(sender);
+        // It has forgotten what it saw.
+        lab.restart(victim);
+        let begun = lab.now.mono;
+        lab.flow(victim, sender, ms(20));
+        // Each arrives just before the answer to an own initiation would.
+        for datagram in recorded {
+            lab.deliver(datagram);
+            let next = lab.now.mono + ms(990);
+            while lab.now.mono < next && !lab.joined(0, 1) {
+                lab.run(ms(1));
+            }
+        }
+        let took = lab.now.mono - begun;
+        assert!(lab.joined(0, 1) && took <= ms(2500), "The session took {took:?}.");
+    }
 }

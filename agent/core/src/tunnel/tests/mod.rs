@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod abuse;
+mod endpoints;
 mod handshake;
 mod liveness;
 mod lives;
