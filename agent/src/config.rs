@@ -63,6 +63,8 @@ pub struct Config {
     pub control: Control,
     /// Pods.
     pub cni: Cni,
+    /// Protections of the pod network by nftables.
+    pub firewall: Firewall,
     /// The Kubernetes API.
     pub kubernetes: Kubernetes,
     /// Logging.
@@ -188,6 +190,26 @@ pub struct Cni {
     pub no_masquerade: Vec<IpNet>,
     /// Name of the nftables table.
     pub table: String,
+}
+
+/// Protections of the pod network by nftables, with or without the CNI plugin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Firewall {
+    /// Drop packets that have a pod's source and arrive by an interface that is not the pod's.
+    pub drop_spoofed: bool,
+    /// Drop packets to pods that would leave the node outside the tunnel.
+    pub drop_cleartext: bool,
+    /// Masquerade packets that enter the overlay with a source outside the node's pod CIDRs.
+    pub masquerade_foreign: bool,
+    /// Exempt the overlay's datagrams from connection tracking.
+    pub notrack: bool,
+}
+
+impl Default for Firewall {
+    fn default() -> Self {
+        Self { drop_spoofed: true, drop_cleartext: true, masquerade_foreign: true, notrack: true }
+    }
 }
 
 /// The Kubernetes API as the source of node records.

@@ -104,10 +104,15 @@ async fn metrics_page(State(shared): State<Shared>, headers: HeaderMap) -> Respo
         per_peer: metrics.per_peer,
         requests: shared.requests().map(|requests| requests.families()).unwrap_or_default(),
         pods: match shared.pods() {
-            Some(pods) => Some(metrics::Pods {
-                requests: pods.requests(),
-                usage: pods.usage().await,
-                forged: pods.forged().await,
+            Some(pods) => {
+                Some(metrics::Pods { requests: pods.requests(), usage: pods.usage().await })
+            }
+            None => None,
+        },
+        firewall: match shared.firewall() {
+            Some(firewall) => Some(metrics::Firewall {
+                status: firewall.status(),
+                counters: firewall.counters().await,
             }),
             None => None,
         },

@@ -4,6 +4,7 @@
 //! metric families here. Every series that can appear is there from the start, at zero.
 
 mod family;
+mod firewall;
 
 use std::time::Duration;
 
@@ -12,11 +13,11 @@ use prometheus::{Encoder, TextEncoder};
 use skein_core::tunnel::Trouble;
 
 use self::family::{Family, Kind};
+pub use self::firewall::Firewall;
 use crate::cni::ipam;
 use crate::control::registry::RegistryStatus;
 use crate::control::rotation::{RotationStatus, Stage};
 use crate::control::supervisor::DataplaneStatus;
-use crate::firewall::Forged;
 use crate::ipc::{
     CapabilityState, DirectionReport, HistogramReport, LaneReport, PeerState, Report,
 };
@@ -42,6 +43,8 @@ pub struct Input {
     pub requests: Vec<MetricFamily>,
     /// Pods, where they are served.
     pub pods: Option<Pods>,
+    /// The nftables table; `None` until it was tried.
+    pub firewall: Option<Firewall>,
 }
 
 /// What is known of pods.
@@ -51,8 +54,6 @@ pub struct Pods {
     pub requests: Vec<MetricFamily>,
     /// How full the pools are.
     pub usage: ipam::Usage,
-    /// Packets from forged sources; `None` while the firewall cannot be asked.
-    pub forged: Option<Forged>,
 }
 
 /// The text exposition format.
@@ -70,6 +71,9 @@ fn families(input: &Input) -> Vec<MetricFamily> {
     families.extend(input.requests.clone());
     if let Some(pods) = &input.pods {
         families.extend(of_pods(pods));
+    }
+    if let Some(firewall) = &input.firewall {
+        families.extend(firewall::families(firewall, input.pods.is_some()));
     }
     if let Some(report) = &input.report {
         families.extend(traffic(report));
@@ -157,17 +161,8 @@ fn of_pods(pods: &Pods) -> Vec<MetricFamily> {
             addresses.add(&[("cidr", cidr.as_str()), ("state", state)], count);
         }
     }
-    let mut forged = Family::new(
-        "skein_pod_source_drops_total",
-        "Packets dropped because a pod sent them from an address that is not its own.",
-        Kind::Counter,
-    );
-    if let Some(counts) = pods.forged {
-        forged.add(&[("family", "ipv4")], counts.ipv4 as f64);
-        forged.add(&[("family", "ipv6")], counts.ipv6 as f64);
-    }
     let mut families = pods.requests.clone();
-    families.extend([addresses.finish(), forged.finish()]);
+    families.push(addresses.finish());
     families
 }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 pub(crate) use self::table::{Align, Field, Tone, paint, printable, table};
 use crate::control::rotation::RotationStatus;
 use crate::control::shared::Document;
+use crate::firewall::reconciler::FirewallStatus;
 use crate::ipc::{CapabilityState, DirectionReport, LaneReport, PeerReport, PeerState, Report};
 
 /// The tables. `before` is an earlier status and how long ago it was, for rates.
@@ -70,12 +71,26 @@ fn header(now: &Document) -> String {
         },
     );
     lines.push(("data plane", format!("{process}, {} restarts", dataplane.restarts)));
+    lines.extend(firewall(&now.firewall));
     let records = &now.records;
     lines.push(("node records", format!("{} from {}", records.accepted, records.source.display())));
     lines.extend(records.source_error.iter().map(|error| ("  unreadable", error.clone())));
     let rejected = records.rejected.iter();
     lines.extend(rejected.map(|r| ("  refused", format!("{}: {}", r.file.display(), r.error))));
     lines.iter().map(|(name, value)| format!("{name:<13} {value}\n")).collect()
+}
+
+/// The nftables table, and others' chains that drop pods' packets.
+fn firewall(firewall: &FirewallStatus) -> Vec<(&'static str, String)> {
+    let state = match (&firewall.error, firewall.active) {
+        (Some(error), _) => format!("not in place: {error}"),
+        (None, true) => format!("nftables table inet {}", firewall.table),
+        (None, false) => "off".to_owned(),
+    };
+    let mut lines = vec![("firewall", state)];
+    lines.extend(firewall.closed.iter().map(|chain| ("  closed", chain.clone())));
+    lines.extend(firewall.unknown.iter().map(|chain| ("  unknown", chain.clone())));
+    lines
 }
 
 /// How old the key is, and how far a change of it has come.

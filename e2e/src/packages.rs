@@ -46,6 +46,7 @@ pub const TEST: &[Need] = &[
     // Beside its programs, which are elsewhere.
     need("/usr/lib/cni/portmap", "containernetworking-plugins"),
     need("iptables", "iptables"),
+    need("conntrack", "conntrack"),
     need("go", "golang-go"),
     need(
         "/usr/share/gocode/src/github.com/containernetworking/cni/libcni/api.go",

@@ -29,6 +29,8 @@ const VARIANTS: [(&str, &[&str]); 6] = [
             "bundling=false",
             "encryption.cipher=chacha20-poly1305",
             "masquerade=false",
+            "firewall.dropSpoofed=false,firewall.dropCleartext=false",
+            "firewall.masqueradeForeign=false,firewall.notrack=false",
             "endpointInterface=eth1",
             "notReadyTaint=null",
             "clusterId=a \"quoted\\, one\"",
@@ -256,6 +258,8 @@ fn values_reach_the_configuration() -> Result<()> {
     ensure!(parse(&[])?["status_page"].is_null(), "the page is served without being asked for");
     ensure!(small["cluster_cidrs"] == json!(["10.244.0.0/16", "fd00:10:244::/56"]));
     ensure!(small["cni"]["masquerade"] == false, "{small:#}");
+    let firewall = small["firewall"].as_object().context("no firewall")?;
+    ensure!(firewall.len() == 4 && firewall.values().all(|on| on == false), "{small:#}");
     ensure!(small["log"] == json!({ "level": "skein_agent=debug,info", "format": "text" }));
     let cni = &parse(variant("plugins")?.1)?["cni"];
     // Whole numbers stay whole: the bandwidth plugin takes no others.

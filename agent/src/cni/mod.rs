@@ -20,11 +20,11 @@ mod wire;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context;
 use prometheus::proto::MetricFamily;
-use tokio::sync::{Mutex, watch};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 
@@ -37,7 +37,7 @@ use self::versions::Offer;
 use crate::config::{Cni, Config};
 use crate::control::listener::Listener;
 use crate::failure::Failure;
-use crate::firewall::{self, Firewall, Forged, Rules, forward};
+use crate::firewall::Firewall;
 use crate::lifecycle::{NotReady, Readiness};
 use crate::netlink::Netlink;
 
@@ -47,8 +47,6 @@ const TEND: Duration = Duration::from_secs(10);
 const LIMIT: Duration = Duration::from_secs(120);
 /// How often the agent looks whether it is ready, until it was once.
 const READY: Duration = Duration::from_millis(100);
-/// How old the firewall's counters may be for a scrape.
-const RECENT: Duration = Duration::from_secs(1);
 
 /// Pods are served until this is dropped.
 #[derive(Debug)]
@@ -61,9 +59,7 @@ pub struct Pods {
 #[derive(Debug, Clone)]
 pub struct View {
     service: Arc<Service>,
-    table: String,
     offer: watch::Receiver<Offer>,
-    forged: Arc<Mutex<Option<(Instant, Forged)>>>,
 }
 
 impl Pods {
@@ -71,6 +67,7 @@ impl Pods {
     pub async fn start(
         config: &Config,
         network: Network,
+        firewall: Firewall,
         readiness: Readiness,
     ) -> Result<(Self, View), Failure> {
         let cni = config.cni.clone();
@@ -91,16 +88,15 @@ impl Pods {
             netlink,
             receiver.clone(),
             readiness.clone(),
+            firewall.clone(),
             spool,
         )?;
         let service = Arc::new(service);
         let listener = Listener::bind("cni.socket", &cni.socket, Some(readiness.clone()))?;
-        let rules = rules(&cni, &config.interface.name, &receiver.borrow());
         let (offers, offer) = watch::channel(Offer::default());
         let mut keeper = Keeper {
             service: Arc::clone(&service),
-            firewall: Firewall::new(rules),
-            interface: config.interface.name.clone(),
+            firewall,
             network: receiver,
             readiness,
             not_ready: None,
@@ -108,18 +104,12 @@ impl Pods {
             can_serve: false,
             install: Install::default(),
             offers,
-            forward_unknown: !cni.forward_accept,
             cni,
         };
         // Before anything is served: whoever asks for an address must not get one that is in use.
         keeper.take_network();
         keeper.tend().await;
-        let view = View {
-            service: Arc::clone(&service),
-            table: keeper.cni.table.clone(),
-            offer,
-            forged: Arc::default(),
-        };
+        let view = View { service: Arc::clone(&service), offer };
         let tasks = [tokio::spawn(server::serve(listener, service)), tokio::spawn(keeper.run())];
         Ok((Self { network: sender, tasks }, view))
     }
@@ -157,26 +147,12 @@ impl View {
     pub fn requests(&self) -> Vec<MetricFamily> {
         self.service.requests.families()
     }
-
-    /// Packets that the source check has dropped. However many ask, `nft` runs once a second.
-    pub async fn forged(&self) -> Option<Forged> {
-        let mut last = self.forged.lock().await;
-        if let Some((at, forged)) = *last
-            && at.elapsed() < RECENT
-        {
-            return Some(forged);
-        }
-        let forged = firewall::forged(&self.table).await?;
-        *last = Some((Instant::now(), forged));
-        Some(forged)
-    }
 }
 
 /// Keeps everything of pods as it should be.
 struct Keeper {
     service: Arc<Service>,
     firewall: Firewall,
-    interface: String,
     network: watch::Receiver<Network>,
     readiness: Readiness,
     not_ready: Option<NotReady>,
@@ -186,8 +162,6 @@ struct Keeper {
     can_serve: bool,
     install: Install,
     offers: watch::Sender<Offer>,
-    /// Whether rules of an earlier configuration may be left in others' chains.
-    forward_unknown: bool,
     cni: Cni,
 }
 
@@ -220,16 +194,13 @@ impl Keeper {
 
     fn take_network(&mut self) {
         let network = self.network.borrow_and_update().clone();
-        self.firewall.set_rules(rules(&self.cni, &self.interface, &network));
         self.service.leases.set_pools(network.local, network.reserved);
     }
 
     async fn tend(&mut self) {
         let mut errors = Vec::new();
-        match self.firewall.ensure().await {
-            Ok(true) => tracing::info!(table = self.cni.table, "the firewall is in place"),
-            Ok(false) => {}
-            Err(error) => errors.push(format!("firewall: {error}")),
+        if let Err(error) = self.firewall.settled().await {
+            errors.push(format!("firewall: {error}"));
         }
         let mut single = Vec::new();
         // First what the kernel has: only then a deletion that waited finds its address.
@@ -251,17 +222,6 @@ impl Keeper {
             false => Some(self.readiness.block(format!("pods: {}", errors.join("; ")))),
         };
         errors.extend(single);
-        if self.forward_unknown {
-            match forward::remove().await {
-                Ok(_) => self.forward_unknown = false,
-                Err(error) => errors.push(format!("rules of before in others' chains: {error}")),
-            }
-        }
-        let forward = forward::ensure(&self.interface, self.cni.forward_accept).await;
-        for chain in forward.opened {
-            tracing::warn!(chain, "drops what it has no rule for: it has one for pods now");
-        }
-        errors.extend(forward.errors);
         for complaint in errors.iter().filter(|error| !self.complaints.contains(error)) {
             tracing::error!("pods: {complaint}");
         }
@@ -281,17 +241,5 @@ impl Keeper {
         self.install = install;
         self.offers.send_replace(self.install.offer().clone());
         result
-    }
-}
-
-fn rules(cni: &Cni, interface: &str, network: &Network) -> Rules {
-    let all = network.local.iter().chain(&network.others).chain(&cni.no_masquerade);
-    Rules {
-        table: cni.table.clone(),
-        interface: interface.to_owned(),
-        local: network.local.clone(),
-        inside: all.copied().collect(),
-        masquerade: cni.masquerade,
-        forward_accept: cni.forward_accept,
     }
 }

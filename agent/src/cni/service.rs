@@ -22,6 +22,7 @@ use super::locks::Locks;
 use super::metrics::{Outcome, Requests, verb};
 use super::server::{Handler, refusal};
 use super::waiting::Waiting;
+use crate::firewall::Firewall;
 use crate::lifecycle::Readiness;
 use crate::netlink::{Netlink, NetlinkError};
 use crate::sys::netns::NamespaceId;
@@ -95,6 +96,7 @@ pub(super) struct Service {
     pub(super) netlink: Netlink,
     pub(super) network: watch::Receiver<Network>,
     pub(super) readiness: Readiness,
+    firewall: Firewall,
     pub(super) requests: Requests,
     pub(super) waiting: Waiting,
     /// Whether leases and kernel were brought together and the firewall was in place once: before, an
@@ -112,6 +114,7 @@ impl Service {
         netlink: Netlink,
         network: watch::Receiver<Network>,
         readiness: Readiness,
+        firewall: Firewall,
         spool: PathBuf,
     ) -> anyhow::Result<Self> {
         Ok(Self {
@@ -120,6 +123,7 @@ impl Service {
             netlink,
             network,
             readiness,
+            firewall,
             requests: Requests::new()?,
             waiting: Waiting::new(spool),
             prepared: AtomicBool::new(false),
@@ -237,6 +241,7 @@ impl Service {
         problems.extend(stray.map(|net| format!("{} is not reserved for it", net.addr())));
         let (netlink, fd) = (&self.netlink, netns.as_fd());
         problems.extend(self.attacher.check(netlink, fd, &check.id, &ips).await?);
+        problems.extend(self.firewall.verify().await.err());
         match problems.is_empty() {
             true => Ok(()),
             false => Err(Error::Broken(problems.join("; "))),

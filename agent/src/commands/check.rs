@@ -1,12 +1,13 @@
 //! `skein-agent check`: what this kernel and machine support.
 
-use super::{Output, json, print};
+use super::{Output, json, print, runtime};
 use crate::failure::Failure;
+use crate::firewall;
 use crate::status::{Align, Field, Tone, table};
 use crate::sys::probe::{Probe, probe_all};
 
 pub(crate) fn check(output: Output) -> Result<(), Failure> {
-    let probes = probe_all();
+    let probes = runtime()?.block_on(probes());
     print(&match output {
         Output::Json => json(&document(&probes))?,
         Output::Table => render(&probes),
@@ -24,6 +25,13 @@ pub(crate) fn check(output: Output) -> Result<(), Failure> {
         none if none.is_empty() => Ok(()),
         some => Err(Failure::Missing(list(some))),
     }
+}
+
+/// Answers about kernel, machine and firewall.
+pub(crate) async fn probes() -> Vec<Probe> {
+    let mut probes = probe_all();
+    probes.extend(firewall::probe::probe().await);
+    probes
 }
 
 /// For programs.

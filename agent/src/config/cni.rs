@@ -9,6 +9,12 @@ use skein_core::address;
 
 use super::{Cni, Invalid};
 
+/// Name of the overlay's interface, unless the configuration has another.
+pub(super) const DEFAULT_INTERFACE: &str = "skein0";
+
+/// Name of the nftables table of an agent with pods, or with the default interface.
+const DEFAULT_TABLE: &str = "skein";
+
 #[derive(Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(super) struct CniTable {
@@ -26,7 +32,7 @@ pub(super) struct CniTable {
     forward_accept: bool,
     masquerade: bool,
     no_masquerade: Vec<String>,
-    table: String,
+    table: Option<String>,
 }
 
 impl Default for CniTable {
@@ -50,13 +56,15 @@ impl Default for CniTable {
             forward_accept: false,
             masquerade: true,
             no_masquerade: Vec::new(),
-            table: "skein".to_owned(),
+            table: None,
         }
     }
 }
 
 impl CniTable {
-    pub(super) fn validate(self) -> Result<Cni, Invalid> {
+    /// `interface` is the name of the overlay's interface.
+    pub(super) fn validate(self, interface: &str) -> Result<Cni, Invalid> {
+        let table = self.table.clone().unwrap_or_else(|| self.default_table(interface));
         let name = &self.conf_file;
         let suffix = [".conflist", ".conf", ".json"].iter().any(|suffix| name.ends_with(suffix));
         if name.contains('/') || name.starts_with('.') || !name.ends_with(".conflist") {
@@ -70,13 +78,12 @@ impl CniTable {
             return Err(Invalid("cni.network: use 1 to 200 bytes".to_owned()));
         }
         let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
-        if !(1..=32).contains(&self.table.len())
-            || !self.table.chars().all(word)
-            || !self.table.starts_with(|c: char| c.is_ascii_alphabetic())
+        if !(1..=32).contains(&table.len())
+            || !table.chars().all(word)
+            || !table.starts_with(|c: char| c.is_ascii_alphabetic())
         {
             return Err(Invalid(format!(
-                "cni.table = {:?}: use 1 to 32 letters, digits and '_', beginning with a letter",
-                self.table
+                "cni.table = {table:?}: use 1 to 32 letters, digits and '_', beginning with a letter"
             )));
         }
         for plugin in &self.chain {
@@ -117,8 +124,18 @@ impl CniTable {
             forward_accept: self.forward_accept,
             masquerade: self.masquerade,
             no_masquerade: no_masquerade.collect::<Result<_, _>>()?,
-            table: self.table,
+            table,
         })
+    }
+
+    /// Name of the table if none is configured. Agents without pods can share a network namespace,
+    /// each with an interface and so with a table of its own.
+    fn default_table(&self, interface: &str) -> String {
+        if self.enabled || interface == DEFAULT_INTERFACE {
+            return DEFAULT_TABLE.to_owned();
+        }
+        let word = |c: char| if c.is_ascii_alphanumeric() { c } else { '_' };
+        format!("{DEFAULT_TABLE}_{}", interface.chars().map(word).collect::<String>())
     }
 }
 

@@ -8,12 +8,12 @@ use ipnet::IpNet;
 use serde::Deserialize;
 use skein_core::address;
 
-use super::cni::CniTable;
+use super::cni::{CniTable, DEFAULT_INTERFACE};
 use super::kubernetes::KubernetesTable;
 use super::{
-    Config, Control, DEFAULT_PORT, Dataplane, Interface, Invalid, KeyRotation, Log, LogFormat,
-    MIN_IPV6_MTU, Metrics, Mode, StatusPage, check_disjoint, check_inside, check_node_name,
-    check_outside, check_pod_cidr, wildcard,
+    Config, Control, DEFAULT_PORT, Dataplane, Firewall, Interface, Invalid, KeyRotation, Log,
+    LogFormat, MIN_IPV6_MTU, Metrics, Mode, StatusPage, check_disjoint, check_inside,
+    check_node_name, check_outside, check_pod_cidr, wildcard,
 };
 use crate::ipc::{CipherChoice, OffloadSettings, UnderlaySettings};
 use crate::netlink::pod::HOST_PREFIX;
@@ -46,6 +46,7 @@ pub(super) struct File {
     status_page: StatusPageTable,
     control: ControlTable,
     cni: CniTable,
+    firewall: Firewall,
     kubernetes: KubernetesTable,
     log: LogTable,
 }
@@ -69,6 +70,7 @@ impl Default for File {
             status_page: StatusPageTable::default(),
             control: ControlTable::default(),
             cni: CniTable::default(),
+            firewall: Firewall::default(),
             kubernetes: KubernetesTable::default(),
             log: LogTable::default(),
         }
@@ -102,7 +104,7 @@ struct InterfaceTable {
 impl Default for InterfaceTable {
     fn default() -> Self {
         Self {
-            name: "skein0".to_owned(),
+            name: DEFAULT_INTERFACE.to_owned(),
             mtu: None,
             txqueuelen: 1000,
             addresses: None,
@@ -297,7 +299,6 @@ impl File {
             nodes: self.nodes.unwrap_or_else(|| "/etc/skein/nodes.d".into()),
             pod_cidrs,
             cluster_cidrs,
-            interface,
             underlay,
             dataplane: self.dataplane.validate()?,
             offload: OffloadSettings {
@@ -312,7 +313,9 @@ impl File {
                 listen: listen("status_page.listen", &self.status_page.listen, 9465)?,
             },
             control: Control { socket: self.control.socket },
-            cni: self.cni.validate()?,
+            cni: self.cni.validate(&interface.name)?,
+            firewall: self.firewall,
+            interface,
             kubernetes,
             log: self.log.validate()?,
             notes,

@@ -55,6 +55,8 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
     if config.cni.enabled || config.state_dir.join(ipam::FILE).exists() {
         remove_pods(config, &mut cleaned).await;
     }
+    let table = firewall::remove(&config.cni.table).await.map_err(|error| error.to_string());
+    cleaned.note(&format!("nftables table inet {}", config.cni.table), table);
     let interface = format!("interface {}", config.interface.name);
     let provisional = Provisional::new(&config.interface.name, &config.alias());
     cleaned.note(&interface, remove_interface(config, &provisional).await);
@@ -130,8 +132,6 @@ async fn remove_pods(config: &Config, cleaned: &mut Cleaned) {
             }
         },
     }
-    let table = firewall::remove(&cni.table).await.map_err(|error| error.to_string());
-    cleaned.note(&format!("nftables table inet {}", cni.table), table);
     cleaned.note("rules for pods in others' chains", forward::remove().await);
 }
 

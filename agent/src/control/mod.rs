@@ -43,6 +43,7 @@ use self::watch::SourceWatch;
 use crate::cni::Pods;
 use crate::config::{Config, Mode};
 use crate::failure::Failure;
+use crate::firewall::{Firewall, PodRules, Rules};
 use crate::http;
 use crate::ipc::{NarrowPath, Snapshot};
 use crate::lifecycle::{Asked, NotReady, Signals};
@@ -203,6 +204,7 @@ struct Controller {
     interface: Present,
     snapshots: tokio::sync::watch::Sender<Arc<Snapshot>>,
     supervisor: Handle,
+    firewall: Firewall,
     /// Absent where pods are somebody else's business.
     pods: Option<Pods>,
     /// Until they are served, where they are to be.
@@ -239,6 +241,9 @@ impl Controller {
         let outcome = netlink.add_unreachable_routes(&desired.unreachable).await;
         outcome.errors.iter().for_each(|error| tracing::error!("{error}"));
         log_changes(&outcome);
+        // Before the interface: no packet of a pod passes before the rules are there.
+        let firewall = Firewall::start(firewall_rules(&config, &desired)).await;
+        shared.set_firewall(firewall.clone());
         let wanted = desired.interface(&config, &[]);
         let interface = wanted.ensure_device(&netlink).await.map_err(interface_failure)?;
         monitor.set_index(interface.index);
@@ -268,6 +273,7 @@ impl Controller {
             interface,
             snapshots,
             supervisor,
+            firewall,
             pods: None,
             no_pods,
             started: false,
@@ -439,7 +445,8 @@ impl Controller {
         }
         let (network, readiness) =
             (self.desired.network(&self.config), self.shared.readiness.clone());
-        let (pods, view) = Pods::start(&self.config, network, readiness).await?;
+        let firewall = self.firewall.clone();
+        let (pods, view) = Pods::start(&self.config, network, firewall, readiness).await?;
         self.shared.set_pods(view);
         self.pods = Some(pods);
         self.no_pods = None;
@@ -533,6 +540,7 @@ impl Controller {
 
     /// Puts what the status shows in its place.
     fn show(&mut self) {
+        self.firewall.set_rules(firewall_rules(&self.config, &self.desired));
         if let Some(pods) = &self.pods {
             pods.set_network(self.desired.network(&self.config));
         }
@@ -574,6 +582,33 @@ impl Controller {
             }
         }
         failure
+    }
+}
+
+fn firewall_rules(config: &Config, desired: &Desired) -> Rules {
+    let peers = || desired.peers.iter();
+    let cluster = config.cluster_cidrs.iter().chain(&desired.local_cidrs).copied();
+    let settings = config.firewall;
+    Rules {
+        table: config.cni.table.clone(),
+        interface: config.interface.name.clone(),
+        port: config.underlay.port,
+        pods: config.cni.enabled.then(|| PodRules {
+            masquerade: config.cni.masquerade,
+            no_masquerade: config.cni.no_masquerade.clone(),
+            forward_accept: config.cni.forward_accept,
+        }),
+        local: desired.local_cidrs.clone(),
+        // The unreachable prefixes include those of former peers.
+        cluster: cluster
+            .chain(desired.unreachable.iter().copied())
+            .chain(peers().flat_map(|peer| peer.pod_cidrs.clone()))
+            .collect(),
+        peers: peers().flat_map(|peer| peer.endpoints.clone()).collect(),
+        drop_spoofed: settings.drop_spoofed,
+        drop_cleartext: settings.drop_cleartext,
+        masquerade_foreign: settings.masquerade_foreign,
+        notrack: settings.notrack,
     }
 }
 

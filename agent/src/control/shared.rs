@@ -16,6 +16,8 @@ use super::supervisor::{DataplaneState, DataplaneStatus};
 use crate::cni;
 use crate::cni::versions::Offer;
 use crate::config::Config;
+use crate::firewall::Firewall;
+use crate::firewall::reconciler::FirewallStatus;
 use crate::ipc::{Report, Request};
 use crate::keys::PublicKey;
 use crate::lifecycle::Readiness;
@@ -39,6 +41,7 @@ pub struct Shared {
     view: Arc<Mutex<View>>,
     last_report: Arc<tokio::sync::Mutex<LastReport>>,
     pods: Arc<OnceLock<cni::View>>,
+    firewall: Arc<OnceLock<Firewall>>,
     requests: Arc<OnceLock<kubernetes::Requests>>,
 }
 
@@ -105,6 +108,9 @@ pub struct Document {
     pub interface: InterfaceStatus,
     /// The node records.
     pub records: RegistryStatus,
+    /// The nftables table; absent from agents of before.
+    #[serde(default)]
+    pub firewall: FirewallStatus,
     /// The data process.
     pub dataplane: DataplaneStatus,
     /// Its counters and states; absent while it is away.
@@ -127,6 +133,7 @@ impl Shared {
             view: Arc::default(),
             last_report: Arc::default(),
             pods: Arc::default(),
+            firewall: Arc::default(),
             requests: Arc::default(),
         }
     }
@@ -164,6 +171,17 @@ impl Shared {
     pub fn set_pods(&self, pods: cni::View) {
         // Set once, by the one control process.
         let _ = self.pods.set(pods);
+    }
+
+    /// Stores the firewall's handle.
+    pub fn set_firewall(&self, firewall: Firewall) {
+        // As above.
+        let _ = self.firewall.set(firewall);
+    }
+
+    /// Handle of the firewall; `None` until it was started.
+    pub fn firewall(&self) -> Option<&Firewall> {
+        self.firewall.get()
     }
 
     /// Notes what counts the requests to the API server.
@@ -246,6 +264,7 @@ impl Shared {
             notes: self.config.notes.clone(),
             interface: view.interface.clone(),
             records: view.registry.clone(),
+            firewall: self.firewall().map(Firewall::status).unwrap_or_default(),
             dataplane: self.dataplane.get(),
             report,
             cni: self.pods().map(cni::View::offer),

@@ -10,7 +10,7 @@ use std::fmt;
 
 use serde_json::{Value, json};
 
-use super::{FirewallError, nft};
+use super::{FirewallError, legacy, nft};
 use crate::netlink::pod::HOST_PREFIX;
 
 /// Set, by our own table, on packets to a pod that belong to a connection which the pod began or whose
@@ -43,6 +43,8 @@ pub struct Forward {
     pub opened: Vec<String>,
     /// What is wrong: chains that still drop pods' packets, and why.
     pub errors: Vec<String>,
+    /// Chains whose policy is not known, each with the reason.
+    pub unknown: Vec<String>,
 }
 
 /// A rule that accepts: its conditions as `nft -j` lists them, and as `nft` reads them.
@@ -51,52 +53,67 @@ struct Wanted {
     conditions: Vec<Value>,
 }
 
-/// What is to pass: all that a pod sends, what comes to it over the overlay's `interface`, and what bears
-/// [`MARK`].
-fn wanted(interface: &str) -> [Wanted; 3] {
+/// Packets that must pass: all that a pod sends, packets to pods from the overlay's `interface`,
+/// and packets with [`MARK`]. Without the CNI plugin (`with_pods` unset), pods' interfaces can have
+/// any name: all that enters or leaves the overlay.
+fn wanted(interface: &str, with_pods: bool) -> Vec<Wanted> {
     let pods = format!("{HOST_PREFIX}*");
     let name = |key: &str, name: &str| {
         (format!("{key} \"{name}\""), equals(json!({ "meta": { "key": key } }), json!(name)))
     };
     let bit = json!({ "&": [{ "meta": { "key": "mark" } }, MARK] });
     let mark = (format!("meta mark & {MARK} == {MARK}"), equals(bit, json!(MARK)));
-    [
-        vec![name("iifname", &pods)],
-        vec![name("iifname", interface), name("oifname", &pods)],
-        vec![name("oifname", &pods), mark],
-    ]
-    .map(|parts| {
+    let conditions = match with_pods {
+        true => vec![
+            vec![name("iifname", &pods)],
+            vec![name("iifname", interface), name("oifname", &pods)],
+            vec![name("oifname", &pods), mark],
+        ],
+        false => vec![vec![name("iifname", interface)], vec![name("oifname", interface)]],
+    };
+    let wanted = |parts: Vec<(String, Value)>| {
         let (texts, conditions): (Vec<String>, _) = parts.into_iter().unzip();
         Wanted { text: texts.join(" "), conditions }
-    })
+    };
+    conditions.into_iter().map(wanted).collect()
 }
 
 fn equals(left: Value, right: Value) -> Value {
     json!({ "match": { "op": "==", "left": left, "right": right } })
 }
 
-/// Puts the rules where they are missing; with `accept` unset it says where they would be needed.
-pub async fn ensure(interface: &str, accept: bool) -> Forward {
+/// Adds the missing rules; with `accept` unset, it reports the chains that need them. `pods` tells
+/// whether pods' interfaces are those of the CNI plugin.
+pub async fn ensure(interface: &str, pods: bool, accept: bool) -> Forward {
     let mut forward = Forward::default();
     let chains = match chains().await {
         Ok(chains) => chains,
+        // The table's own error says so.
+        Err(FirewallError::Missing) => return forward,
         Err(error) => {
-            forward.errors.push(format!("others' chains: {error}"));
+            forward.unknown.push(format!("others' chains: {error}"));
             return forward;
         }
     };
-    let wanted = wanted(interface);
+    let wanted = wanted(interface, pods);
+    let name = if pods { format!("{HOST_PREFIX}+") } else { interface.to_owned() };
+    let remedy = format!(
+        "let pods' packets pass (iptables -A FORWARD -i {name} -j ACCEPT; \
+         iptables -A FORWARD -o {name} -j ACCEPT)"
+    );
+    let remedy = if pods { format!("set cni.forward_accept, or {remedy}") } else { remedy };
     for chain in chains.iter().filter(|chain| chain.drops) {
         match open(chain, &wanted, accept).await {
             Ok(false) => {}
             Ok(true) => forward.opened.push(chain.to_string()),
-            Err(why) => forward.errors.push(format!(
-                "chain {chain} drops what it has no rule for{why}: set cni.forward_accept, or let \
-                 pods' packets pass (iptables -A FORWARD -i {HOST_PREFIX}+ -j ACCEPT; \
-                 iptables -A FORWARD -o {HOST_PREFIX}+ -j ACCEPT)"
-            )),
+            Err(why) => forward
+                .errors
+                .push(format!("chain {chain} drops what it has no rule for{why}: {remedy}")),
         }
     }
+    let legacy = legacy::look(&name).await;
+    forward.errors.extend(legacy.closed);
+    forward.unknown.extend(legacy.unknown);
     forward
 }
 
@@ -228,7 +245,7 @@ pub(crate) fn fuzz_printed(text: &str) {
         return;
     };
     for chain in read_chains(chains) {
-        let wanted = wanted("skein0");
+        let wanted = wanted("skein0", true);
         let text = changes(&chain, &rules, &wanted).unwrap_or_default();
         let added = text.lines().filter(|line| line.starts_with("add rule ")).count();
         assert!(added <= wanted.len());
@@ -282,7 +299,7 @@ mod tests {
     }
 
     fn ours() -> Vec<Value> {
-        let all = wanted("skein0").into_iter().zip(10..);
+        let all = wanted("skein0", true).into_iter().zip(10..);
         let rule = |(wanted, handle): (Wanted, u64)| {
             let mut rule = rule(handle, &wanted.conditions, "accept");
             rule["comment"] = COMMENT.into();
@@ -293,7 +310,7 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_added_and_what_is_there_stays() {
-        let changes = |present: &[Value]| changes(&chain(), present, &wanted("skein0"));
+        let changes = |present: &[Value]| changes(&chain(), present, &wanted("skein0", true));
         let added =
             |text: Option<String>| text.unwrap().matches("add rule ip filter FORWARD").count();
         let drop = rule(1, &[name("iifname", "skp*")], "drop");
@@ -316,7 +333,7 @@ mod tests {
 
     #[test]
     fn the_rules_of_an_administrator_count_and_stay() {
-        let wanted = wanted("skein0");
+        let wanted = wanted("skein0", true);
         let wide = |handle, key| rule(handle, &[name(key, "skp*")], "accept");
         let by_hand = [wide(1, "iifname"), wide(2, "oifname")];
         assert_eq!(changes(&chain(), &by_hand, &wanted), None);
@@ -344,14 +361,14 @@ mod tests {
             })
             .collect();
         assert_eq!(ours_of(&restored), 3);
-        assert_eq!(changes(&chain(), &restored, &wanted("skein0")), None);
+        assert_eq!(changes(&chain(), &restored, &wanted("skein0", true)), None);
         // An administrator's, with a comment or without, is not.
         assert_eq!(ours_of(&restored[..2]), 0);
         assert_eq!(ours_of(&[rule(1, &[name("iifname", "skp*")], "accept")]), 0);
         let docker = rule(1, &[name("iifname", "docker0"), comment], "accept");
         assert_eq!(ours_of(&[restored, vec![docker]].concat()), 3);
         // The overlay's interface has another name now.
-        let text = changes(&chain(), &ours(), &wanted("wan0")).unwrap();
+        let text = changes(&chain(), &ours(), &wanted("wan0", true)).unwrap();
         assert!(text.contains("handle 11") && text.contains("\"wan0\""), "{text}");
     }
 }

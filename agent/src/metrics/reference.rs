@@ -29,6 +29,7 @@ fn reference(families: &[MetricFamily]) -> String {
         ("Each peer", "With `metrics.per_peer` only: series grow with the nodes.", of_peer),
         ("The agent", "", of_agent),
         ("Pods", "With `cni.enabled`.", of_pods),
+        ("Firewall", "Counters of drops are absent while there is no nftables table.", of_firewall),
         ("Kubernetes", "With `kubernetes.enabled`.", of_kubernetes),
     ] {
         let note = if note.is_empty() { String::new() } else { format!("{note}\n\n") };
@@ -44,6 +45,11 @@ const TITLES: &str = "| metric | type | labels | |\n|---|---|---|---|\n";
 
 fn of_pods(name: &str) -> bool {
     ["skein_cni_", "skein_ipam_", "skein_pod_"].iter().any(|start| name.starts_with(start))
+}
+
+fn of_firewall(name: &str) -> bool {
+    let starts = ["skein_firewall_", "skein_forward_", "skein_spoofed_", "skein_cleartext_"];
+    starts.iter().any(|start| name.starts_with(start))
 }
 
 fn of_kubernetes(name: &str) -> bool {
@@ -68,7 +74,7 @@ fn of_agent(name: &str) -> bool {
 }
 
 fn of_dataplane(name: &str) -> bool {
-    ![of_pods, of_kubernetes, of_peer, of_agent].iter().any(|others| others(name))
+    ![of_pods, of_firewall, of_kubernetes, of_peer, of_agent].iter().any(|others| others(name))
 }
 
 fn row(family: &MetricFamily) -> String {
@@ -156,6 +162,7 @@ fn the_reference_is_what_the_code_has() {
     );
     let code = [
         include_str!("../metrics.rs"),
+        include_str!("firewall.rs"),
         include_str!("../cni/metrics.rs"),
         include_str!("../control/kubernetes/client.rs"),
     ];

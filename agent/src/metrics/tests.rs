@@ -11,6 +11,8 @@ use super::*;
 use crate::cni;
 use crate::control::kubernetes;
 use crate::control::registry::RejectedFile;
+use crate::firewall::counters::Counters;
+use crate::firewall::reconciler::FirewallStatus;
 use crate::ipc::{Capability, DropReport, HandshakeCount, UnreachablePeer};
 use crate::keys::PublicKey;
 use crate::status::tests::peer;
@@ -73,11 +75,12 @@ pub(super) fn everything() -> Input {
     let pods = Pods {
         requests: cni::metrics::Requests::new().unwrap().families(),
         usage: ipam::Usage { pools: vec![pool], leases: 3 },
-        forged: Some(Forged::default()),
     };
     let requests = kubernetes::Requests::new().unwrap().families();
     let key = Some(RotationStatus::of(PublicKey([1; 32])));
-    Input { report: Some(report), pods: Some(pods), requests, key, ..input() }
+    let status = FirewallStatus { active: true, ..FirewallStatus::default() };
+    let firewall = Some(Firewall { status, counters: Some(Counters::default()) });
+    Input { report: Some(report), pods: Some(pods), requests, key, firewall, ..input() }
 }
 
 fn has(text: &str, line: &str) {

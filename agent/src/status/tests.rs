@@ -62,6 +62,7 @@ pub(crate) fn document(inner: u64) -> Document {
         notes: vec!["underlay.addresses: no IPv6".to_owned()],
         interface: Default::default(),
         records: Default::default(),
+        firewall: Default::default(),
         dataplane: Default::default(),
         report: Some(report),
         cni: None,

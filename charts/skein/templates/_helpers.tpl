@@ -191,6 +191,14 @@ chain = {{ include "skein.toml" .chain }}
 {{- end }}
 masquerade = {{ .Values.masquerade }}
 
+[firewall]
+{{- with .Values.firewall }}
+drop_spoofed = {{ .dropSpoofed }}
+drop_cleartext = {{ .dropCleartext }}
+masquerade_foreign = {{ .masqueradeForeign }}
+notrack = {{ .notrack }}
+{{- end }}
+
 [log]
 level = {{ .Values.log.level | toJson }}
 format = {{ .Values.log.format | toJson }}

@@ -11,7 +11,6 @@ use super::archive::{Archive, ENTRY};
 use crate::commands::{Agent, check};
 use crate::config::Config;
 use crate::netlink::Netlink;
-use crate::sys::probe::probe_all;
 
 /// How long a program may take.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -90,7 +89,7 @@ pub(super) async fn collect(archive: &mut Archive, config: &Config, agent: &Agen
         Ok(text) => archive.add("config.json", &text),
         Err(error) => archive.missing("config.json", &error.to_string()),
     }
-    match serde_json::to_vec_pretty(&check::document(&probe_all())) {
+    match serde_json::to_vec_pretty(&check::document(&check::probes().await)) {
         Ok(text) => archive.add("check.json", &text),
         Err(error) => archive.missing("check.json", &error.to_string()),
     }

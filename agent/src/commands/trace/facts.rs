@@ -8,7 +8,7 @@ use skein_core::address;
 
 use crate::control::shared::Document;
 use crate::failure::Failure;
-use crate::firewall::{self, forward};
+use crate::firewall::forward;
 use crate::ipc::PeerReport;
 use crate::netlink::link::Link;
 use crate::netlink::lookup::Lookup;
@@ -26,7 +26,7 @@ pub(super) struct Facts {
     pub(super) peer: Option<(PeerReport, Option<Way>)>,
     /// Whether the kernel forwards packets of this family.
     pub(super) forwarding: bool,
-    /// Whether Skein's own table is there; `None` where pods are not served.
+    /// Whether Skein's own table is in place; `None` if no setting asks for one.
     pub(super) table: Option<bool>,
     /// Others' chains that drop pods' packets, or why they are not known.
     pub(super) closed: Vec<String>,
@@ -69,14 +69,10 @@ impl Facts {
             }
             None => None,
         };
-        let table = match setting(&status, "/cni/enabled").as_bool() {
-            Some(true) => {
-                let name = setting(&status, "/cni/table").as_str().unwrap_or("skein");
-                Some(firewall::forged(name).await.is_some())
-            }
-            _ => None,
-        };
-        let closed = forward::ensure(&status.interface.name, false).await.errors;
+        let firewall = &status.firewall;
+        let table = (firewall.active || firewall.error.is_some()).then_some(firewall.active);
+        let pods = setting(&status, "/cni/enabled").as_bool() == Some(true);
+        let closed = forward::ensure(&status.interface.name, pods, false).await.errors;
         let family = if to.is_ipv4() { "ipv4/ip_forward" } else { "ipv6/conf/all/forwarding" };
         let forwarding = std::fs::read_to_string(format!("/proc/sys/net/{family}"));
         Ok(Self {

@@ -245,8 +245,9 @@ fn firewall(facts: &Facts, steps: &mut Steps) {
     let pods = facts.setting("/cni/enabled").as_bool() == Some(true);
     match facts.table {
         Some(false) => add(
-            Bad,
-            "the table of Skein is missing, or nft is: it comes back within ten seconds".to_owned(),
+            if pods { Bad } else { Note },
+            "the nftables table of Skein is not in place: skein-agent status shows the reason"
+                .to_owned(),
         ),
         _ if !pods => add(Note, "pods are not served (cni.enabled): no rules of Skein".to_owned()),
         _ if own => add(Good, "this node's own packets are not forwarded".to_owned()),

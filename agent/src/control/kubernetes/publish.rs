@@ -259,12 +259,14 @@ impl Publisher {
             .into_iter()
             .map(|conflict| UnreachablePeer { name: conflict.peer, reason: conflict.problem });
         let unreachable: Vec<_> = dataplane.unreachable.iter().cloned().chain(conflicts).collect();
+        let closed = self.closed_chains();
         let known = Known {
             generation: published.metadata.generation,
             capabilities: &dataplane.capabilities,
             mtu: self.shared.interface().mtu,
             reasons,
             unreachable: &unreachable,
+            closed: &closed,
         };
         // What was written last is newer than what the watch has told, for a while.
         let before = self.last_status.as_ref().or(found.as_ref());
@@ -366,6 +368,10 @@ impl Publisher {
             }
         }
         self.tell_of_conflicts(node).await;
+        match self.closed_chains().first() {
+            Some(chain) => self.tell(node, "ForwardDropped", WARNING, chain).await,
+            None => self.over("ForwardDropped"),
+        }
         let lost: Vec<_> = capabilities
             .unwrap_or_default()
             .iter()
@@ -390,6 +396,11 @@ impl Publisher {
             more => format!("{}: {} (and {more} more)", first.peer, first.problem),
         };
         self.tell(node, "PeerRouteConflict", WARNING, &text).await;
+    }
+
+    /// Others' chains that drop forwarded packets of pods.
+    fn closed_chains(&self) -> Vec<String> {
+        self.shared.firewall().map(|firewall| firewall.status().closed).unwrap_or_default()
     }
 
     /// Once while it lasts. An event that is refused holds up nothing else, and is tried again later.

@@ -95,7 +95,8 @@ pub struct SkeinNodeStatus {
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub capabilities: Vec<CapabilityStatus>,
     /// Ready: whether pods of the node have a network. PeersReachable: whether answers come from all other
-    /// nodes that it sends to, and which are silent.
+    /// nodes that it sends to, and which are silent. ForwardingAllowed: whether no chain of another program
+    /// drops forwarded packets of pods.
     #[serde(default)]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,

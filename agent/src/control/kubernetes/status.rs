@@ -10,6 +10,9 @@ const READY: &str = "Ready";
 /// Whether the node reaches all the others that it has something to send to.
 const PEERS: &str = "PeersReachable";
 
+/// Whether no chain of another program drops forwarded packets of pods.
+const FORWARDING: &str = "ForwardingAllowed";
+
 /// Peers that a condition names, and characters that it has at most: it is for people.
 const NAMED: usize = 5;
 const MESSAGE: usize = 400;
@@ -24,6 +27,8 @@ pub(super) struct Known<'a> {
     /// Why the agent is not ready.
     pub(super) reasons: &'a [String],
     pub(super) unreachable: &'a [UnreachablePeer],
+    /// Others' chains that drop forwarded packets of pods, each with the remedy.
+    pub(super) closed: &'a [String],
 }
 
 /// What the SkeinNode is to say of the node; `before` is what it says.
@@ -54,26 +59,35 @@ pub(super) fn status(
         [] => condition(PEERS, true, "NoneSilent", "no peer is silent".to_owned()),
         silent => condition(PEERS, false, "PeersUnreachable", names(silent)),
     };
+    let forwarding = match known.closed {
+        [] => condition(FORWARDING, true, "NoChainDrops", "pods' packets pass".to_owned()),
+        closed => condition(FORWARDING, false, "ForwardDropped", shortened(&closed.join("; "))),
+    };
     SkeinNodeStatus {
         observed_generation: known.generation,
         agent_version: Some(env!("CARGO_PKG_VERSION").to_owned()),
         mtu: Some(known.mtu.into()),
         offloads: Some(offloads(known.capabilities)),
         capabilities: known.capabilities.iter().map(Into::into).collect(),
-        conditions: vec![ready, peers],
+        conditions: vec![ready, peers, forwarding],
     }
 }
 
 /// The first few by name, each with what is wrong, and how many more.
 fn names(silent: &[UnreachablePeer]) -> String {
     let each = silent.iter().take(NAMED).map(|peer| format!("{} ({})", peer.name, peer.reason));
-    let mut text: String = each.collect::<Vec<_>>().join(", ");
-    if text.chars().count() > MESSAGE {
-        text = text.chars().take(MESSAGE).chain(['…']).collect();
-    }
+    let text = shortened(&each.collect::<Vec<_>>().join(", "));
     match silent.len().saturating_sub(NAMED) {
         0 => text,
         more => format!("{text} and {more} more"),
+    }
+}
+
+/// The first [`MESSAGE`] characters.
+fn shortened(text: &str) -> String {
+    match text.chars().count() > MESSAGE {
+        true => text.chars().take(MESSAGE).chain(['…']).collect(),
+        false => text.to_owned(),
     }
 }
 
@@ -83,7 +97,9 @@ fn find<'a>(status: &'a SkeinNodeStatus, kind: &str) -> Option<&'a Condition> {
 
 /// What of a status the agent writes: others may have conditions there, too.
 pub(super) fn ours(mut status: SkeinNodeStatus) -> SkeinNodeStatus {
-    status.conditions.retain(|condition| [READY, PEERS].contains(&condition.kind.as_str()));
+    status
+        .conditions
+        .retain(|condition| [READY, PEERS, FORWARDING].contains(&condition.kind.as_str()));
     status
 }
 
@@ -120,7 +136,7 @@ mod tests {
         reasons: &'a [String],
         unreachable: &'a [UnreachablePeer],
     ) -> Known<'a> {
-        Known { generation: Some(1), capabilities, mtu: 1440, reasons, unreachable }
+        Known { generation: Some(1), capabilities, mtu: 1440, reasons, unreachable, closed: &[] }
     }
 
     fn silent(name: &str) -> UnreachablePeer {
@@ -145,6 +161,19 @@ mod tests {
         assert!(readiness_differs(Some(&first), &ill) && !falls_silent(Some(&first), &ill));
         let off = status(Some(&first), &known(&off, &[], &[]), at(9));
         assert_eq!(off.offloads.as_deref(), Some("none"));
+    }
+
+    #[test]
+    fn closed_forward_chain_is_a_condition_with_the_remedy() {
+        let forwarding = |closed: &[String]| {
+            let status = status(None, &Known { closed, ..known(&[], &[], &[]) }, at(1));
+            find(&status, "ForwardingAllowed").cloned().unwrap()
+        };
+        assert_eq!(forwarding(&[]).status, "True");
+        let closed = forwarding(&["chain ip filter FORWARD drops: set it".to_owned()]);
+        assert_eq!((&*closed.status, &*closed.reason), ("False", "ForwardDropped"));
+        assert!(closed.message.ends_with("set it"), "{closed:?}");
+        assert!(forwarding(&["x".repeat(900)]).message.chars().count() <= MESSAGE + 1);
     }
 
     #[test]

@@ -1,0 +1,50 @@
+//! Counters of the table's drops.
+
+use serde_json::Value;
+
+use super::nft;
+
+/// Packets of each address family.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct FamilyCount {
+    /// IPv4 packets.
+    pub ipv4: u64,
+    /// IPv6 packets.
+    pub ipv6: u64,
+}
+
+/// Packets that the table has dropped since it was made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Packets that a pod sent from an address that is not its own.
+    pub forged: FamilyCount,
+    /// Packets with a pod's source that arrived by an interface that is not the pod's.
+    pub spoofed: FamilyCount,
+    /// Packets to a pod that would have left outside the tunnel.
+    pub cleartext: FamilyCount,
+}
+
+/// Reads the counters; `None` if there is no table or no `nft`.
+pub async fn read(table: &str) -> Option<Counters> {
+    parse(&nft(&["-j", "list", "counters", "table", "inet", table], "").await.ok()?)
+}
+
+pub(super) fn parse(text: &str) -> Option<Counters> {
+    let document: Value = serde_json::from_str(text).ok()?;
+    let packets = |name: String| {
+        let objects = document["nftables"].as_array()?.iter();
+        let mut counters = objects.filter_map(|object| object.get("counter"));
+        counters.find(|counter| counter["name"] == name)?["packets"].as_u64()
+    };
+    let family = |name: &str| {
+        Some(FamilyCount {
+            ipv4: packets(format!("{name}_ipv4"))?,
+            ipv6: packets(format!("{name}_ipv6"))?,
+        })
+    };
+    Some(Counters {
+        forged: family("forged")?,
+        spoofed: family("spoofed")?,
+        cleartext: family("cleartext")?,
+    })
+}

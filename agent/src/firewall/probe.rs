@@ -1,0 +1,78 @@
+//! Probes of `skein-agent check` that concern the firewall.
+
+use std::io::Write as _;
+use std::process::{Command, Stdio};
+
+use super::{FirewallError, PodRules, Rules, forward};
+use crate::sys::in_new_network_namespace;
+use crate::sys::probe::Probe;
+
+/// Consequence of a missing table, for people.
+const OPEN_BORDER: &str = "without it, frames with a pod's source are accepted from the underlay, and packets \
+                           to unknown pods can leave the node in clear";
+
+/// Loads the table in a scratch network namespace, and reads others' forward chains.
+pub(crate) async fn probe() -> Vec<Probe> {
+    let table = in_new_network_namespace(load)
+        .map_err(|error| format!("not tried, for want of a scratch network namespace: {error}"))
+        .and_then(|loaded| loaded)
+        .map_err(|why| format!("{why}; {OPEN_BORDER}"));
+    let table = table.map(|()| "the table of the node's border can be loaded".to_owned());
+    let forward = forward::ensure("skein0", true, false).await;
+    let closed = [forward.errors, forward.unknown].concat();
+    let closed = match closed.is_empty() {
+        true => Ok("no chain of another program drops forwarded packets".to_owned()),
+        false => Err(closed.join("; ")),
+    };
+    [("nftables", table), ("forward_chains", closed)]
+        .map(|(name, result)| Probe {
+            name,
+            ok: result.is_ok(),
+            detail: result.unwrap_or_else(|why| why),
+            required: false,
+        })
+        .into()
+}
+
+/// Loads a table with every kind of rule in the network namespace of this thread.
+fn load() -> Result<(), String> {
+    let prefixes = |texts: [&str; 2]| texts.iter().filter_map(|text| text.parse().ok()).collect();
+    let rules = Rules {
+        table: "skein".to_owned(),
+        interface: "skein0".to_owned(),
+        port: 51900,
+        pods: Some(PodRules { masquerade: true, no_masquerade: Vec::new(), forward_accept: true }),
+        local: prefixes(["10.244.1.0/24", "fd00:1::/64"]),
+        cluster: prefixes(["10.244.0.0/16", "fd00::/16"]),
+        peers: ["192.0.2.2:51900", "[2001:db8::2]:51900"]
+            .iter()
+            .filter_map(|text| text.parse().ok())
+            .collect(),
+        drop_spoofed: true,
+        drop_cleartext: true,
+        masquerade_foreign: true,
+        notrack: true,
+    };
+    let mut child = Command::new("nft")
+        .args(["-f", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => FirewallError::Missing.to_string(),
+            _ => FirewallError::Io(error).to_string(),
+        })?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // A program that ends without reading gives the reason by its exit code.
+        let _ = stdin.write_all(rules.text().as_bytes());
+    }
+    let output = child.wait_with_output().map_err(|error| error.to_string())?;
+    match output.status.success() {
+        true => Ok(()),
+        false => {
+            let text = String::from_utf8_lossy(&output.stderr);
+            Err(FirewallError::Refused(text.lines().next().unwrap_or_default().into()).to_string())
+        }
+    }
+}

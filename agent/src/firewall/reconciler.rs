@@ -1,0 +1,266 @@
+//! Task that keeps the table in place: it reacts to new rules, to nftables notifications and, for
+//! lost notifications and for others' chains, to a timer.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::{Mutex, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use super::counters::{self, Counters};
+use super::{Rules, Table, forward, list};
+
+/// Interval between comparisons without a notification.
+const RESYNC_INTERVAL: Duration = Duration::from_secs(10);
+/// Comparisons that notifications cause within [`PACE_WINDOW`], so that a program that keeps
+/// changing the table does not keep a CPU busy.
+const MAX_COMPARISONS: usize = 20;
+/// Window of [`MAX_COMPARISONS`].
+const PACE_WINDOW: Duration = Duration::from_secs(1);
+/// Age up to which counters that were read serve another scrape.
+const COUNTERS_MAX_AGE: Duration = Duration::from_secs(1);
+
+/// State of the firewall, for the status.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FirewallStatus {
+    /// Name of the table, of the family inet.
+    pub table: String,
+    /// Whether the table is in place.
+    pub active: bool,
+    /// Reason why the table is not in place although it is configured.
+    pub error: Option<String>,
+    /// Others' chains that drop forwarded packets of pods, each with the remedy.
+    pub closed: Vec<String>,
+    /// Others' chains whose policy is not known, each with the reason.
+    #[serde(default)]
+    pub unknown: Vec<String>,
+}
+
+/// Result of the last comparison.
+#[derive(Debug, Clone, Default)]
+struct State {
+    /// Revision of the rules that were compared.
+    revision: u64,
+    /// Text that `nft` lists while the table is as installed.
+    listed: Option<String>,
+    status: FirewallStatus,
+}
+
+/// Handle of the task. Cheap to clone; the task ends with the last handle.
+#[derive(Debug, Clone)]
+pub struct Firewall {
+    rules: Arc<watch::Sender<(u64, Rules)>>,
+    state: watch::Receiver<State>,
+    counters: Arc<Mutex<Option<(Instant, Option<Counters>)>>>,
+    _task: Arc<Task>,
+}
+
+#[derive(Debug)]
+struct Task(JoinHandle<()>);
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Firewall {
+    /// Installs the table and starts the task. An error of the installation is part of the status.
+    pub async fn start(rules: Rules) -> Self {
+        let table = Table::new(rules.clone());
+        let forward_unknown = !accepts(&rules);
+        let (rules_sender, rules) = watch::channel((1, rules));
+        let (state_sender, state) = watch::channel(State::default());
+        let mut reconciler = Reconciler {
+            forward_unknown,
+            table,
+            rules,
+            state: state_sender,
+            complaints: Vec::new(),
+            comparisons: VecDeque::new(),
+        };
+        reconciler.take_rules().await;
+        Self {
+            rules: Arc::new(rules_sender),
+            state,
+            counters: Arc::default(),
+            _task: Arc::new(Task(tokio::spawn(reconciler.run()))),
+        }
+    }
+
+    /// Replaces the rules.
+    pub fn set_rules(&self, rules: Rules) {
+        self.rules.send_if_modified(|(revision, present)| {
+            let differs = *present != rules;
+            if differs {
+                (*revision, *present) = (*revision + 1, rules);
+            }
+            differs
+        });
+    }
+
+    /// Waits until the latest rules were tried.
+    ///
+    /// # Errors
+    /// The reason why the table is not in place.
+    pub async fn settled(&self) -> Result<(), String> {
+        let revision = self.rules.borrow().0;
+        let mut state = self.state.clone();
+        let settled = state.wait_for(|state| state.revision >= revision).await;
+        let state = settled.map_err(|_| "the firewall's task has ended".to_owned())?;
+        state.status.error.clone().map_or(Ok(()), Err)
+    }
+
+    /// Compares the table in the kernel with the installed version.
+    ///
+    /// # Errors
+    /// A sentence that says how the table differs.
+    pub async fn verify(&self) -> Result<(), String> {
+        self.settled().await?;
+        let (table, listed) = {
+            let state = self.state.borrow();
+            (state.status.table.clone(), state.listed.clone())
+        };
+        let Some(listed) = listed else { return Ok(()) };
+        match list(&table).await {
+            Ok(now) if now == listed => Ok(()),
+            Ok(_) => Err(format!("the nftables table inet {table} was changed")),
+            Err(error) => Err(format!("the nftables table inet {table} cannot be read: {error}")),
+        }
+    }
+
+    /// Status of the last comparison.
+    pub fn status(&self) -> FirewallStatus {
+        self.state.borrow().status.clone()
+    }
+
+    /// Counters of the drops; `None` if there is no table. However many callers ask, `nft` runs
+    /// once a second.
+    pub async fn counters(&self) -> Option<Counters> {
+        let mut last = self.counters.lock().await;
+        if let Some((at, counters)) = *last
+            && at.elapsed() < COUNTERS_MAX_AGE
+        {
+            return counters;
+        }
+        let table = self.rules.borrow().1.table.clone();
+        let counters = counters::read(&table).await;
+        *last = Some((Instant::now(), counters));
+        counters
+    }
+}
+
+struct Reconciler {
+    table: Table,
+    rules: watch::Receiver<(u64, Rules)>,
+    state: watch::Sender<State>,
+    /// Whether rules of an earlier configuration may be left in others' chains.
+    forward_unknown: bool,
+    /// Complaints that were logged already.
+    complaints: Vec<String>,
+    /// Times of the last comparisons that notifications caused, at most [`MAX_COMPARISONS`].
+    comparisons: VecDeque<Instant>,
+}
+
+impl Reconciler {
+    async fn run(mut self) {
+        let mut resync = tokio::time::interval(RESYNC_INTERVAL);
+        resync.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                changed = self.rules.changed() => match changed {
+                    Ok(()) => self.take_rules().await,
+                    // The last handle is gone.
+                    Err(_) => return,
+                },
+                () = self.table.changed() => {
+                    self.pace().await;
+                    self.compare().await;
+                }
+                _ = resync.tick() => {
+                    self.compare().await;
+                    self.open_others().await;
+                }
+            }
+        }
+    }
+
+    /// Waits as long as notifications have caused too many comparisons.
+    async fn pace(&mut self) {
+        if self.comparisons.len() == MAX_COMPARISONS
+            && let Some(first) = self.comparisons.pop_front()
+        {
+            tokio::time::sleep_until(first + PACE_WINDOW).await;
+        }
+        self.comparisons.push_back(Instant::now());
+    }
+
+    async fn take_rules(&mut self) {
+        let (revision, rules) = self.rules.borrow_and_update().clone();
+        self.table.set_rules(rules);
+        self.state.send_modify(|state| state.status.table.clone_from(&self.table.rules.table));
+        self.compare().await;
+        self.state.send_modify(|state| state.revision = revision);
+    }
+
+    async fn compare(&mut self) {
+        let start = Instant::now();
+        let known = self.table.listed.is_some();
+        let result = self.table.ensure().await;
+        let table = &self.table.rules.table;
+        match &result {
+            Ok(true) if known => {
+                let took = start.elapsed();
+                tracing::warn!(table, ?took, "nftables table was changed or deleted: restored");
+            }
+            Ok(true) => tracing::info!(table, "nftables table is in place"),
+            Ok(false) => {}
+            Err(error) => {
+                let before = self.state.borrow().status.error.clone();
+                if before.as_deref() != Some(&*error.to_string()) {
+                    tracing::error!(table, %error, "nftables table is not in place");
+                }
+            }
+        }
+        self.state.send_modify(|state| {
+            state.listed.clone_from(&self.table.listed);
+            state.status.active = state.listed.is_some();
+            state.status.error = result.err().map(|error| error.to_string());
+        });
+    }
+
+    /// Lets pods' packets pass others' chains, or finds out which ones drop them.
+    async fn open_others(&mut self) {
+        let rules = &self.table.rules;
+        let mut complaints = Vec::new();
+        if self.forward_unknown {
+            match forward::remove().await {
+                Ok(_) => self.forward_unknown = false,
+                Err(error) => {
+                    complaints.push(format!("rules of before in others' chains: {error}"))
+                }
+            }
+        }
+        let pods = rules.pods.is_some();
+        let forward = forward::ensure(&rules.interface, pods, accepts(rules)).await;
+        for chain in forward.opened {
+            tracing::warn!(chain, "added accept rules for pods to a chain whose policy is drop");
+        }
+        complaints.extend(forward.errors.iter().chain(&forward.unknown).cloned());
+        for complaint in complaints.iter().filter(|new| !self.complaints.contains(new)) {
+            tracing::error!("pods: {complaint}");
+        }
+        self.complaints = complaints;
+        self.state.send_modify(|state| {
+            state.status.closed = forward.errors;
+            state.status.unknown = forward.unknown;
+        });
+    }
+}
+
+fn accepts(rules: &Rules) -> bool {
+    rules.pods.as_ref().is_some_and(|pods| pods.forward_accept)
+}

@@ -1,0 +1,364 @@
+//! Content of the nftables table, as text for `nft -f`.
+
+use std::fmt::Write as _;
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+
+use super::forward;
+use crate::netlink::pod::HOST_PREFIX;
+
+/// Input of the table's rules.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rules {
+    /// Name of the table, of the family inet.
+    pub table: String,
+    /// Name of the overlay's interface.
+    pub interface: String,
+    /// UDP port of the overlay on this node.
+    pub port: u16,
+    /// Rules for pods whose host interfaces are Skein's; `None` without the CNI plugin.
+    pub pods: Option<PodRules>,
+    /// Pod CIDRs of this node.
+    pub local: Vec<IpNet>,
+    /// Prefixes of all pods of the cluster, this node's included.
+    pub cluster: Vec<IpNet>,
+    /// Underlay endpoints of the other nodes.
+    pub peers: Vec<SocketAddr>,
+    /// Drop packets that have a pod's source and arrive by an interface that is not the pod's.
+    pub drop_spoofed: bool,
+    /// Drop packets to pods that would leave outside the tunnel.
+    pub drop_cleartext: bool,
+    /// Masquerade packets that enter the overlay with a source outside the node's pod CIDRs.
+    pub masquerade_foreign: bool,
+    /// Exempt the overlay's datagrams from connection tracking.
+    pub notrack: bool,
+}
+
+/// Rules for pods that the CNI plugin attached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodRules {
+    /// Masquerade what pods send outside the cluster.
+    pub masquerade: bool,
+    /// Prefixes outside the cluster for which a pod keeps its own address.
+    pub no_masquerade: Vec<IpNet>,
+    /// Mark packets that are to pass others' chains ([`forward`]).
+    pub forward_accept: bool,
+}
+
+/// Chains that exist only if a setting asks for them.
+const OPTIONAL_CHAINS: [&str; 5] = ["from_pods", "leaving", "outward", "passing", "untracked"];
+
+impl Rules {
+    /// Whether no rule is wanted, and so no table.
+    pub fn is_empty(&self) -> bool {
+        let any = self.drop_spoofed
+            || self.drop_cleartext
+            || self.masquerade_foreign
+            || self.notrack
+            || self.pods.is_some();
+        !any
+    }
+
+    /// One transaction that declares missing objects, empties the present ones and fills them. The
+    /// counters keep their values.
+    pub(super) fn text(&self) -> String {
+        let table = &self.table;
+        let chains = [
+            ("sources", Some("type filter hook prerouting priority raw"), self.sources()),
+            ("from_pods", None, self.from_pods()),
+            ("untracked", Some("type filter hook output priority raw"), self.untracked()),
+            ("leaving", Some("type filter hook postrouting priority raw"), self.leaving()),
+            ("outward", Some("type nat hook postrouting priority srcnat"), self.outward()),
+            ("passing", Some("type filter hook forward priority raw"), self.passing()),
+        ];
+        let mut text = self.declarations();
+        for (chain, hook, _) in &chains {
+            let hook = hook.map_or(String::new(), |hook| format!("{hook}; policy accept;"));
+            let _ = writeln!(text, "add chain inet {table} {chain} {{ {hook} }}");
+            let _ = writeln!(text, "flush chain inet {table} {chain}");
+        }
+        for (chain, _, rules) in &chains {
+            for rule in rules {
+                let _ = writeln!(text, "add rule inet {table} {chain} {rule}");
+            }
+        }
+        let unused = chains
+            .iter()
+            .filter(|(chain, _, rules)| rules.is_empty() && OPTIONAL_CHAINS.contains(chain));
+        for (chain, ..) in unused {
+            let _ = writeln!(text, "delete chain inet {table} {chain}");
+        }
+        text
+    }
+
+    /// Table, counters and sets.
+    fn declarations(&self) -> String {
+        let table = &self.table;
+        let mut text = format!("add table inet {table}\n");
+        for counter in ["forged", "spoofed", "cleartext"] {
+            for family in ["ipv4", "ipv6"] {
+                let _ = writeln!(text, "add counter inet {table} {counter}_{family}");
+            }
+        }
+        let mut inside = self.cluster.clone();
+        inside.extend(self.pods.iter().flat_map(|pods| &pods.no_masquerade));
+        for (name, nets) in
+            [("local", &self.local), ("cluster", &self.cluster), ("inside", &inside)]
+        {
+            for v4 in [true, false] {
+                let nets = nets.iter().filter(|net| net.addr().is_ipv4() == v4);
+                let kind = if v4 { "type ipv4_addr" } else { "type ipv6_addr" };
+                let kind = format!("{kind}; flags interval; auto-merge;");
+                self.set(&mut text, name, v4, &kind, nets.map(ToString::to_string).collect());
+            }
+        }
+        for v4 in [true, false] {
+            let peers = || self.peers.iter().filter(|peer| peer.is_ipv4() == v4);
+            let kind = if v4 { "type ipv4_addr" } else { "type ipv6_addr" };
+            let mut nodes: Vec<IpAddr> = peers().map(SocketAddr::ip).collect();
+            nodes.sort_unstable();
+            nodes.dedup();
+            let nodes = nodes.iter().map(ToString::to_string).collect();
+            self.set(&mut text, "nodes", v4, &format!("{kind};"), nodes);
+            let endpoint = |peer: &SocketAddr| format!("{} . {}", peer.ip(), peer.port());
+            let endpoints = peers().map(endpoint).collect();
+            self.set(&mut text, "peers", v4, &format!("{kind} . inet_service;"), endpoints);
+        }
+        text
+    }
+
+    fn set(&self, text: &mut String, name: &str, v4: bool, kind: &str, elements: Vec<String>) {
+        let set = format!("inet {} {name}{}", self.table, if v4 { 4 } else { 6 });
+        let _ = writeln!(text, "add set {set} {{ {kind} }}\nflush set {set}");
+        if !elements.is_empty() {
+            let _ = writeln!(text, "add element {set} {{ {} }}", elements.join(", "));
+        }
+    }
+
+    /// Prerouting: each source by the interfaces that its packets may arrive by.
+    fn sources(&self) -> Vec<String> {
+        let mut rules = Vec::new();
+        if self.notrack {
+            rules.push(format!("udp dport {} fib daddr type local notrack", self.port));
+        }
+        if self.pods.is_some() {
+            rules.push(format!("iifname \"{HOST_PREFIX}*\" goto from_pods"));
+        }
+        if !self.drop_spoofed {
+            return rules;
+        }
+        rules.push("iifname \"lo\" accept".to_owned());
+        // The data process has checked that the source belongs to the peer.
+        rules.push(format!("iifname \"{}\" accept", self.interface));
+        if self.pods.is_none() {
+            // The pods' interfaces can have any name. The routing table knows them: a source is
+            // missing in it if the route to the source does not lead to the input interface.
+            for (family, number) in [("ip", 4), ("ip6", 6)] {
+                let check = format!("{family} saddr @local{number}");
+                rules.push(format!(
+                    "{check} fib saddr . iif oif missing counter name spoofed_ipv{number} drop"
+                ));
+                rules.push(format!("{check} accept"));
+            }
+        }
+        for (family, number) in [("ip", 4), ("ip6", 6)] {
+            rules.push(format!(
+                "{family} saddr @cluster{number} counter name spoofed_ipv{number} drop"
+            ));
+        }
+        rules
+    }
+
+    /// Packets from pods' host interfaces: a pod sends from its own addresses only.
+    fn from_pods(&self) -> Vec<String> {
+        if self.pods.is_none() {
+            return Vec::new();
+        }
+        // The routing table, asked with the input interface, knows a pod's own addresses only.
+        // Link-local and unspecified sources are the kernel's neighbour discovery; no node forwards
+        // them. A pod is not a router.
+        [
+            "icmpv6 type { nd-router-advert, nd-redirect } drop",
+            "ip6 saddr { ::, fe80::/10 } accept",
+            "meta nfproto ipv4 fib saddr . iif oif missing counter name forged_ipv4 drop",
+            "meta nfproto ipv6 fib saddr . iif oif missing counter name forged_ipv6 drop",
+        ]
+        .map(str::to_owned)
+        .into()
+    }
+
+    /// Output: the overlay's datagrams are not tracked. Each lane sends from a port of its own, so
+    /// the destination tells them apart.
+    fn untracked(&self) -> Vec<String> {
+        if !self.notrack {
+            return Vec::new();
+        }
+        ["ip daddr . udp dport @peers4 notrack", "ip6 daddr . udp dport @peers6 notrack"]
+            .map(str::to_owned)
+            .into()
+    }
+
+    /// Postrouting: packets to pods leave by the tunnel or by a pod's interface only.
+    fn leaving(&self) -> Vec<String> {
+        if !self.drop_cleartext {
+            return Vec::new();
+        }
+        let mut rules = vec!["oifname \"lo\" accept".to_owned()];
+        rules.push(format!("oifname \"{}\" accept", self.interface));
+        match self.pods {
+            Some(_) => rules.push(format!("oifname \"{HOST_PREFIX}*\" accept")),
+            // The interfaces of this node's pods can have any name.
+            None => rules
+                .extend(["ip daddr @local4 accept", "ip6 daddr @local6 accept"].map(Into::into)),
+        }
+        for (family, number) in [("ip", 4), ("ip6", 6)] {
+            rules.push(format!(
+                "{family} daddr @cluster{number} counter name cleartext_ipv{number} drop"
+            ));
+        }
+        rules
+    }
+
+    /// Source NAT.
+    fn outward(&self) -> Vec<String> {
+        let mut rules = Vec::new();
+        let families = [("ip", 4, true), ("ip6", 6, false)];
+        if self.masquerade_foreign {
+            for (family, number, v4) in families {
+                // Without an overlay address of the family there is no source to give.
+                if self.local.iter().any(|net| net.addr().is_ipv4() == v4) {
+                    rules.push(format!(
+                        "oifname \"{}\" {family} saddr != @local{number} masquerade fully-random",
+                        self.interface
+                    ));
+                }
+            }
+        }
+        let masquerade = self.pods.as_ref().is_some_and(|pods| pods.masquerade);
+        // Outside the tunnel, the receiving node drops a pod's source.
+        let to_nodes = self.drop_spoofed;
+        if !masquerade && !to_nodes {
+            return rules;
+        }
+        rules.push(format!("oifname \"{}\" accept", self.interface));
+        if self.pods.is_some() {
+            rules.push(format!("oifname \"{HOST_PREFIX}*\" accept"));
+        }
+        for (family, number, _) in families {
+            let from_pods = format!("{family} saddr @local{number}");
+            if to_nodes {
+                rules.push(format!(
+                    "{from_pods} {family} daddr @nodes{number} masquerade fully-random"
+                ));
+            }
+            if masquerade {
+                rules.push(format!(
+                    "{from_pods} {family} daddr != @inside{number} masquerade fully-random"
+                ));
+            }
+        }
+        rules
+    }
+
+    /// Forward: marks for the rules in others' chains.
+    fn passing(&self) -> Vec<String> {
+        if !self.pods.as_ref().is_some_and(|pods| pods.forward_accept) {
+            return Vec::new();
+        }
+        let mark = format!("meta mark set meta mark | {}", forward::MARK);
+        vec![
+            format!("oifname != \"{HOST_PREFIX}*\" accept"),
+            format!("ct state established,related {mark}"),
+            format!("ct status dnat {mark}"),
+        ]
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// Rules of a node with pods and one peer, every setting on.
+    pub(crate) fn rules() -> Rules {
+        let nets = |texts: &[&str]| texts.iter().filter_map(|text| text.parse().ok()).collect();
+        Rules {
+            table: "skein".to_owned(),
+            interface: "skein0".to_owned(),
+            port: 51900,
+            pods: Some(PodRules {
+                masquerade: true,
+                no_masquerade: Vec::new(),
+                forward_accept: true,
+            }),
+            local: nets(&["10.244.1.0/24", "fd00:1::/64"]),
+            cluster: nets(&["10.244.0.0/16", "fd00::/16"]),
+            peers: ["192.0.2.2:51900", "[2001:db8::2]:51900", "192.0.2.2:4000"]
+                .iter()
+                .filter_map(|text| text.parse().ok())
+                .collect(),
+            drop_spoofed: true,
+            drop_cleartext: true,
+            masquerade_foreign: true,
+            notrack: true,
+        }
+    }
+
+    #[test]
+    fn each_switch_removes_its_rules_and_no_others() {
+        let all = rules().text();
+        let count = |text: &str, word: &str| text.matches(word).count();
+        for (rules, gone, chain) in [
+            (Rules { drop_spoofed: false, ..rules() }, "counter name spoofed", None),
+            (Rules { drop_cleartext: false, ..rules() }, "counter name cleartext", Some("leaving")),
+            (Rules { masquerade_foreign: false, ..rules() }, "saddr != @local", None),
+            (Rules { notrack: false, ..rules() }, "notrack", Some("untracked")),
+            (Rules { pods: None, ..rules() }, "counter name forged", Some("from_pods")),
+        ] {
+            let text = rules.text();
+            assert!(count(&all, gone) > 0 && count(&text, gone) == 0, "{gone}: {text}");
+            let others = ["counter name spoofed", "counter name cleartext", "notrack"];
+            for other in others.into_iter().filter(|other| *other != gone) {
+                assert!(count(&text, other) >= 2, "{other} is gone with {gone}: {text}");
+            }
+            if let Some(chain) = chain {
+                assert!(text.contains(&format!("delete chain inet skein {chain}\n")), "{text}");
+            }
+        }
+        assert_eq!(count(&all, "delete chain"), 0, "{all}");
+    }
+
+    #[test]
+    fn overlay_masquerade_needs_a_local_prefix_of_the_family() {
+        let local = vec!["10.244.1.0/24".parse().unwrap_or_default()];
+        let text = Rules { local, ..rules() }.text();
+        assert!(text.contains("ip saddr != @local4") && !text.contains("ip6 saddr != @local6"));
+    }
+
+    #[test]
+    fn pods_are_masqueraded_to_nodes_whatever_cni_masquerade_says() {
+        let mut rules = rules();
+        if let Some(pods) = &mut rules.pods {
+            pods.masquerade = false;
+        }
+        let text = rules.text();
+        assert!(text.contains("ip daddr @nodes4 masquerade"), "{text}");
+        assert!(!text.contains("@inside4 masquerade"), "{text}");
+        rules.drop_spoofed = false;
+        assert!(!rules.text().contains("@nodes4 masquerade"), "nobody drops the pods' sources");
+    }
+
+    #[test]
+    fn no_setting_means_no_table() {
+        let off = Rules {
+            pods: None,
+            drop_spoofed: false,
+            drop_cleartext: false,
+            masquerade_foreign: false,
+            notrack: false,
+            ..rules()
+        };
+        assert!(off.is_empty() && !rules().is_empty());
+        assert!(!Rules { notrack: true, ..off }.is_empty());
+    }
+}

@@ -1,0 +1,68 @@
+//! Metric families of the nftables table and of others' chains.
+
+use prometheus::proto::MetricFamily;
+
+use super::family::{Family, Kind};
+use crate::firewall::counters::{Counters, FamilyCount};
+use crate::firewall::reconciler::FirewallStatus;
+
+/// State of the firewall, for a scrape.
+#[derive(Debug, Clone, Default)]
+pub struct Firewall {
+    /// Status of the last comparison.
+    pub status: FirewallStatus,
+    /// Counters of the drops; `None` while there is no table.
+    pub counters: Option<Counters>,
+}
+
+pub(super) fn families(firewall: &Firewall, pods: bool) -> Vec<MetricFamily> {
+    let status = &firewall.status;
+    let mut active = Family::new(
+        "skein_firewall_active",
+        "Whether the nftables table of Skein is in place; absent if every protection is switched off.",
+        Kind::Gauge,
+    );
+    if status.active || status.error.is_some() {
+        active.add(&[], f64::from(u8::from(status.active)));
+    }
+    let mut chains = Family::new(
+        "skein_forward_chains",
+        "FORWARD chains of other programs: closed ones drop pods' packets, the policy of unknown ones cannot \
+         be read.",
+        Kind::Gauge,
+    );
+    chains.add(&[("state", "closed")], status.closed.len() as f64);
+    chains.add(&[("state", "unknown")], status.unknown.len() as f64);
+    let drops = |name, help, wanted: bool, count: fn(&Counters) -> FamilyCount| {
+        let mut family = Family::new(name, help, Kind::Counter);
+        if let Some(counters) = firewall.counters.as_ref().filter(|_| wanted) {
+            let FamilyCount { ipv4, ipv6 } = count(counters);
+            family.add(&[("family", "ipv4")], ipv4 as f64);
+            family.add(&[("family", "ipv6")], ipv6 as f64);
+        }
+        family.finish()
+    };
+    vec![
+        active.finish(),
+        chains.finish(),
+        drops(
+            "skein_pod_source_drops_total",
+            "Packets dropped because a pod sent them from an address that is not its own.",
+            pods,
+            |counters| counters.forged,
+        ),
+        drops(
+            "skein_spoofed_source_drops_total",
+            "Packets dropped because they had a pod's source and arrived by an interface that is not the \
+             pod's.",
+            true,
+            |counters| counters.spoofed,
+        ),
+        drops(
+            "skein_cleartext_drops_total",
+            "Packets to pods dropped because they would have left the node outside the tunnel.",
+            true,
+            |counters| counters.cleartext,
+        ),
+    ]
+}
