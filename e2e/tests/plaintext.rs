@@ -28,8 +28,9 @@ const MAX_REFUSAL_DELAY: Duration = Duration::from_millis(500);
 const BEFORE: Duration = Duration::from_millis(200);
 const AFTER: Duration = Duration::from_millis(800);
 
-/// Interval of ICMP errors to one sender (net.ipv4.route.error_cost), with some room.
-const ICMP_INTERVAL: Duration = Duration::from_millis(1500);
+/// Time without packets after which a sender is told of the next one, with some room: an ICMP error costs a
+/// second by net.ipv4.route.error_cost, and another one by net.ipv4.icmp_ratelimit.
+const ICMP_INTERVAL: Duration = Duration::from_millis(2500);
 
 /// Address blocks of the laboratory's pods.
 const CLUSTER: [&str; 2] = ["10.244.0.0/16", "fd00:10:244::/48"];
@@ -111,7 +112,7 @@ impl Scene {
 
     /// The same without a change, to addresses that nobody has: every sender must be told at once.
     fn refused(&mut self, what: &str, to: &[IpAddr]) -> Result<()> {
-        // The kernel tells each sender once a second; earlier probes may have used that up.
+        // The kernel limits ICMP errors by sender; earlier probes may have used the limit up.
         thread::sleep(ICMP_INTERVAL);
         for sent in self.nothing_in_clear(what, to, |_| Ok(()))? {
             let first = sent.refusal.with_context(|| format!("nobody was told: {sent:?}"))?;
