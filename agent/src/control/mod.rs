@@ -351,10 +351,7 @@ impl Controller {
         if !changed {
             return;
         }
-        let checked = self.underlay.check(&self.netlink, &self.config, &self.registry).await;
-        if let Err(error) = checked {
-            tracing::warn!(%error, "the MTU of the underlay is not known");
-        }
+        self.underlay.records_changed(&self.config, &self.registry);
         let desired = Desired::new(&self.config, &self.registry, self.underlay.mtu());
         tracing::info!(peers = desired.peers.len(), "node records have changed");
         self.follow(desired).await;

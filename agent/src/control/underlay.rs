@@ -1,4 +1,4 @@
-//! The MTU of the underlay over time: checked at start, when the node records change, after
+//! The MTU of the underlay over time: checked at start, when endpoints of nodes change, after
 //! announcements of the kernel, and from time to time.
 
 use std::fmt;
@@ -23,6 +23,8 @@ const MAX_CHECK_INTERVAL: Duration = Duration::from_secs(60);
 /// The MTU of the underlay, and the time of the next check.
 #[derive(Debug, Default)]
 pub(super) struct UnderlayWatch {
+    /// The nodes at the last check.
+    asked: Option<Underlay>,
     found: Option<UnderlayMtu>,
     checked: Option<Instant>,
     due: Option<Instant>,
@@ -48,6 +50,13 @@ impl UnderlayWatch {
     pub(super) fn changed(&mut self) {
         let earliest = self.checked.map(|checked| checked + MIN_CHECK_INTERVAL);
         self.due = earliest.max(Some(Instant::now() + CHECK_DELAY));
+    }
+
+    /// Notes a change of the node records: a check becomes due if endpoints differ.
+    pub(super) fn records_changed(&mut self, config: &Config, registry: &Registry) {
+        if self.asked.as_ref().is_some_and(|asked| *asked != underlay(config, registry)) {
+            self.changed();
+        }
     }
 
     /// True while a check is due because of an announcement.
@@ -76,15 +85,8 @@ impl UnderlayWatch {
             return Ok(false);
         }
         self.checked = Some(Instant::now());
-        let endpoints = registry.peers().flat_map(|record| &record.endpoints);
-        let own = registry.own().into_iter().flat_map(|record| &record.endpoints);
-        let underlay = Underlay {
-            addresses: config.underlay.addresses.clone(),
-            peers: endpoints.copied().collect(),
-            own: own.copied().collect(),
-            overlay: config.interface.name.clone(),
-        };
-        let found = netlink.underlay_mtu(&underlay).await?;
+        let asked = self.asked.insert(underlay(config, registry));
+        let found = netlink.underlay_mtu(asked).await?;
         if found.is_none() && !self.warned {
             tracing::warn!(
                 mtu = self.mtu(),
@@ -96,6 +98,18 @@ impl UnderlayWatch {
         let before = self.mtu();
         self.found = found.or(self.found.take());
         Ok(self.mtu() != before)
+    }
+}
+
+/// The nodes that the underlay joins.
+fn underlay(config: &Config, registry: &Registry) -> Underlay {
+    let peers = registry.peers().flat_map(|record| &record.endpoints);
+    let own = registry.own().into_iter().flat_map(|record| &record.endpoints);
+    Underlay {
+        addresses: config.underlay.addresses.clone(),
+        peers: peers.copied().collect(),
+        own: own.copied().collect(),
+        overlay: config.interface.name.clone(),
     }
 }
 
