@@ -88,7 +88,8 @@ pub enum Response {
         /// The node that it works for; `None` before its first snapshot.
         #[serde(default)]
         node: Option<NodeIdentity>,
-        /// Whether it takes [`Snapshot::seen_handshakes`]; older releases refuse a snapshot that has any.
+        /// Whether it takes [`Snapshot::seen_handshakes`]; older releases refuse a snapshot that
+        /// has any.
         #[serde(default)]
         takes_seen_handshakes: bool,
     },
@@ -197,8 +198,8 @@ pub enum ErrorKind {
     Internal,
 }
 
-/// The latest time that an accepted handshake initiation by each public key carried, in nanoseconds since 1970: a
-/// recorded initiation is told by it.
+/// The latest time that an accepted handshake initiation by each public key carried, in nanoseconds
+/// since 1970: a recorded initiation is told by it.
 pub type SeenHandshakes = BTreeMap<PublicKey, u64>;
 
 /// The whole wanted state of a data process.

@@ -1,6 +1,7 @@
-//! Canonical forms of addresses. An IPv4-mapped IPv6 address (`::ffff:192.0.2.1`, RFC 4291, section 2.5.5.2) means the
-//! IPv4 address to the kernel, but is another value to every comparison: it passes checks that the IPv4 address does
-//! not. All addresses that come from outside are therefore brought to one form as they are parsed.
+//! Canonical forms of addresses. An IPv4-mapped IPv6 address (`::ffff:192.0.2.1`, RFC 4291, section
+//! 2.5.5.2) means the IPv4 address to the kernel, but is another value to every comparison: it
+//! passes checks that the IPv4 address does not. All addresses that come from outside are therefore
+//! brought to one form as they are parsed.
 
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
@@ -54,8 +55,8 @@ pub fn parse<T: FromStr + Canonical>(text: &str) -> Result<T, T::Err> {
     text.parse().map(T::canonical)
 }
 
-/// Returns true if a node can be reached at this address and port: neither unspecified, nor multicast or the broadcast
-/// address, nor port 0.
+/// Returns true if a node can be reached at this address and port: neither unspecified, nor
+/// multicast or the broadcast address, nor port 0.
 pub fn is_endpoint(address: SocketAddr) -> bool {
     let ip = address.ip().to_canonical();
     let is_broadcast = matches!(ip, IpAddr::V4(v4) if v4.is_broadcast());

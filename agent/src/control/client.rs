@@ -146,7 +146,8 @@ impl Client {
     /// Requests the latest times of the peers' handshakes.
     ///
     /// # Errors
-    /// [`ClientError`] if the data process is gone, hangs, or is of a release that does not know the request.
+    /// [`ClientError`] if the data process is gone, hangs, or is of a release that does not know
+    /// the request.
     pub async fn seen_handshakes(&mut self) -> Result<SeenHandshakes, ClientError> {
         match self.request(&Request::SeenHandshakes).await? {
             Response::SeenHandshakes { seen } => Ok(seen),

@@ -1,5 +1,6 @@
-//! The latest times of the peers' handshakes, kept on this node's disk. A recorded initiation is told by its time,
-//! so a data process that starts without them would answer each recorded initiation once more.
+//! The latest times of the peers' handshakes, kept on this node's disk. A recorded initiation is
+//! told by its time, so a data process that starts without them would answer each recorded
+//! initiation once more.
 
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
@@ -22,7 +23,8 @@ pub(super) struct HandshakeTimes {
 }
 
 impl HandshakeTimes {
-    /// Reads what an earlier process has kept. A file that cannot be used counts as empty and is logged.
+    /// Reads what an earlier process has kept. A file that cannot be used counts as empty and is
+    /// logged.
     pub(super) fn load(file: PathBuf) -> Self {
         let seen = read(&file).unwrap_or_else(|error| {
             let file = file.display();

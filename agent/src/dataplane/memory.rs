@@ -1,9 +1,9 @@
 //! Sessions in memory that outlives this process, for the next one to go on with.
 //!
-//! Words: a header; records (a word that says what is in it, then a session, or the time of a peer's last
-//! handshake); and for each lane that a peer may send on one mark a session ([`Kept`]). Marks lie by lane, so that two lanes, which two
-//! threads receive, share no cache line. Whoever is killed in the middle of a write leaves a record that is
-//! not there yet, or not any more.
+//! Words: a header; records (a word that says what is in it, then a session, or the time of a
+//! peer's last handshake); and for each lane that a peer may send on one mark a session ([`Kept`]).
+//! Marks lie by lane, so that two lanes, which two threads receive, share no cache line. Whoever is
+//! killed in the middle of a write leaves a record that is not there yet, or not any more.
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
@@ -17,8 +17,9 @@ use skein_core::wire::header::{CONTROL_LANE, MAX_LANES};
 
 use crate::sys::memory::SharedWords;
 
-/// Records that can be kept: two sessions of each of 5,000 peers, and the time of each one's last handshake.
-/// Sessions take the places of times where there is no other; a session beyond ends with its process.
+/// Records that can be kept: two sessions of each of 5,000 peers, and the time of each one's last
+/// handshake. Sessions take the places of times where there is no other; a session beyond ends with
+/// its process.
 const PLACES: usize = 16_384;
 /// What the first word says; another layout has another number.
 const LAYOUT: u64 = 0x736b_6569_6e00_0001;
@@ -31,8 +32,9 @@ const TIMESTAMP: usize = 2;
 const RECORD: usize = 1 + SAVED_LEN / 8;
 /// First word of a record that holds a session.
 const SESSION: u64 = 1;
-/// First word of a record that holds a public key, 4 words, and the latest time that an accepted initiation by it
-/// carried, in nanoseconds since 1970. A release that knows no such records takes them for free places.
+/// First word of a record that holds a public key, 4 words, and the latest time that an accepted
+/// initiation by it carried, in nanoseconds since 1970. A release that knows no such records takes
+/// them for free places.
 const TIME: u64 = 2;
 const MARKS: usize = HEADER + PLACES * RECORD;
 const WORDS: usize = MARKS + (MAX_LANES + 1) * PLACES;
@@ -80,7 +82,8 @@ impl SessionMemory {
         let mut found = Vec::new();
         for place in 0..memory.used() {
             if let Some(key) = memory.key_of_time(place) {
-                // The last one counts where two name the same key: the one before was being given back.
+                // The last one counts where two name the same key: the one before was being given
+                // back.
                 memory.times().insert(key, place);
                 continue;
             }

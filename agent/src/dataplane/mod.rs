@@ -53,8 +53,8 @@ pub struct Options {
     pub seccomp: bool,
 }
 
-/// Time since boot, which all processes share, which goes on while the machine is suspended, and knows no leaps.
-/// Sessions are dated by it, so that the next process can tell how old one is.
+/// Time since boot, which all processes share, which goes on while the machine is suspended, and
+/// knows no leaps. Sessions are dated by it, so that the next process can tell how old one is.
 fn boot_time() -> Duration {
     let now = clock_gettime(ClockId::Boottime);
     let secs = u64::try_from(now.tv_sec).unwrap_or(0);

@@ -102,9 +102,10 @@ pub(crate) struct CookieSecret {
 }
 
 impl CookieSecret {
-    /// Returns the cookie of a source that receives at `answer_to`. Draws a new secret if there is none or the
-    /// present one is too old. Because the port that the source claims to receive at is part of the cookie,
-    /// nobody who merely shares a node's address gets a cookie for that node's port.
+    /// Returns the cookie of a source that receives at `answer_to`. Draws a new secret if there is
+    /// none or the present one is too old. Because the port that the source claims to receive at is
+    /// part of the cookie, nobody who merely shares a node's address gets a cookie for that node's
+    /// port.
     pub(crate) fn cookie(
         &mut self,
         source: SocketAddr,

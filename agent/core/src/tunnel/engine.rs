@@ -25,13 +25,13 @@ use crate::tunnel::shared::{Own, Random, Shared, Transmit};
 use crate::tunnel::timers::{SESSION_LIFE, TICK, UNKNOWN_EVERY, UNKNOWN_UNHEARD};
 use crate::wire::header::{Header, MAX_LANES, MessageType};
 
-/// Initiations without a cookie, and responses beyond [`MAX_RESPONSE_TRIES`]; more of them mean that this node is under
-/// load.
+/// Initiations without a cookie, and responses beyond [`MAX_RESPONSE_TRIES`]; more of them mean
+/// that this node is under load.
 const UNVERIFIED: Rate = Rate { per_second: 64, burst: 64 };
 /// Initiations with a cookie, of one source or of one endpoint of a peer.
 const VERIFIED: Rate = Rate { per_second: 8, burst: 16 };
-/// Initiations with a cookie from endpoints at which no peer is known, of all of these together: somebody may
-/// have very many, and receive at each.
+/// Initiations with a cookie from endpoints at which no peer is known, of all of these together:
+/// somebody may have very many, and receive at each.
 const ELSEWHERE: Rate = Rate { per_second: 64, burst: 64 };
 /// Responses to one initiation that are read in any case.
 const MAX_RESPONSE_TRIES: u32 = 4;
@@ -160,8 +160,9 @@ impl Engine {
         self.shared.raise_timestamps(floor);
     }
 
-    /// Refuses initiations by a peer's key that carry this time since 1970 or an earlier one, in addition to those
-    /// that this engine has seen or its memory knows of. Keys of no peer are passed over.
+    /// Refuses initiations by a peer's key that carry this time since 1970 or an earlier one, in
+    /// addition to those that this engine has seen or its memory knows of. Keys of no peer are
+    /// passed over.
     pub fn raise_seen_timestamp(&mut self, key: &[u8; 32], timestamp: Duration) {
         let peer = self.by_key.get(key).and_then(|id| self.peers.get_mut(id));
         let Some(known) = peer.and_then(|peer| peer.key(key)) else { return };
@@ -172,8 +173,8 @@ impl Engine {
         }
     }
 
-    /// The latest time since 1970 that an accepted initiation by each peer's key carried, if there was one: what
-    /// the engine after this one should know ([`Engine::raise_seen_timestamp`]).
+    /// The latest time since 1970 that an accepted initiation by each peer's key carried, if there
+    /// was one: what the engine after this one should know ([`Engine::raise_seen_timestamp`]).
     pub fn seen_timestamps(&self) -> impl Iterator<Item = ([u8; 32], Duration)> {
         let keys = self.peers.values().flat_map(|peer| &peer.keys);
         let seen = |key: &PeerKey| (key.public, key.last_timestamp.wall());
@@ -434,8 +435,9 @@ impl Engine {
         peer.on_initiation(now, answer_to, &message, (responder, to), offer, &mut self.shared)
     }
 
-    /// Returns true if the sender of a valid cookie, who receives at `answer_to`, may cause a public-key
-    /// operation. Nobody who does not receive at a node's endpoint can use up what that node has.
+    /// Returns true if the sender of a valid cookie, who receives at `answer_to`, may cause a
+    /// public-key operation. Nobody who does not receive at a node's endpoint can use up what that
+    /// node has.
     fn has_its_turn(&mut self, answer_to: SocketAddr, now: Duration) -> bool {
         match self.is_endpoint(answer_to) {
             true => self.verified_peers.take(answer_to, now),
@@ -485,8 +487,8 @@ impl Engine {
         let owner = self.shared.owner(header.receiver);
         let peer = owner.and_then(|id| self.peers.get_mut(&id));
         let peer = peer.ok_or(DropReason::HandshakeInvalid)?;
-        // Responses carry no second check: an initiation has a few of its own, and those beyond share what
-        // initiations without a cookie have.
+        // Responses carry no second check: an initiation has a few of its own, and those beyond
+        // share what initiations without a cookie have.
         if peer.response_tries(header.receiver).ok_or(DropReason::HandshakeInvalid)?
             > MAX_RESPONSE_TRIES
             && !self.unverified.take(UNVERIFIED, now.mono)

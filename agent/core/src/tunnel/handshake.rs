@@ -203,8 +203,8 @@ impl Peer {
         Ok(())
     }
 
-    /// Counts a response to the initiation with this index, and returns how many came; `None` if no such
-    /// initiation is under way.
+    /// Counts a response to the initiation with this index, and returns how many came; `None` if no
+    /// such initiation is under way.
     pub(crate) fn response_tries(&mut self, index: u32) -> Option<u32> {
         let sent = self.pending.as_mut()?.sent.as_mut().filter(|sent| sent.index == index)?;
         sent.tries = sent.tries.saturating_add(1);
@@ -245,7 +245,8 @@ impl Peer {
         self.pending = None;
         self.view.mtu = Some(accept.offer.mtu);
         shared.counts.add(HandshakeResult::CompletedInitiator);
-        // Both have started at once: the greater key's session wins, so that one of the two will renew it.
+        // Both have started at once: the greater key's session wins, so that one of the two will
+        // renew it.
         let yields = own < remote;
         let slot = Slot::new(session, Some(destination), remote, Some(own), told_mtu);
         self.install_current(now, slot, yields, shared);

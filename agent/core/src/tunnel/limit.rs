@@ -74,8 +74,8 @@ impl Sources {
         Self { rate, endpoints: false, capacity, buckets: BTreeMap::new(), swept: None }
     }
 
-    /// A table of endpoints that are known to be nodes': neither the addresses of one /64 nor the ports of one
-    /// address share a bucket.
+    /// A table of endpoints that are known to be nodes': neither the addresses of one /64 nor the
+    /// ports of one address share a bucket.
     pub(crate) fn of_endpoints(rate: Rate, capacity: usize) -> Self {
         Self { endpoints: true, ..Self::new(rate, capacity) }
     }

@@ -89,7 +89,8 @@ impl Timestamp {
         Self(bytes)
     }
 
-    /// The time since 1970, never less than what the bytes say; the longest duration for bytes beyond it.
+    /// The time since 1970, never less than what the bytes say; the longest duration for bytes
+    /// beyond it.
     pub(crate) fn wall(self) -> Duration {
         let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3] = self.0;
         let secs = u64::from_be_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);

@@ -49,8 +49,8 @@ pub enum PeerState {
 pub struct PeerView {
     /// Its identity.
     pub public_key: [u8; 32],
-    /// Address that data is sent to: in a session, one at which the peer has answered a handshake; without a
-    /// session, the first one of the record.
+    /// Address that data is sent to: in a session, one at which the peer has answered a handshake;
+    /// without a session, the first one of the record.
     pub endpoint: Option<SocketAddr>,
     /// The session to send with; the peer is known to have it too.
     pub current: Option<Arc<Session>>,
@@ -153,15 +153,16 @@ pub(crate) struct Peer {
     pub(crate) pending: Option<Pending>,
     pub(crate) cookie: Option<(Mac, Duration)>,
     pub(crate) last_initiation: Option<Duration>,
-    /// When a handshake of this node first gave way to one of the peer's since an endpoint was last proved.
+    /// When a handshake of this node first gave way to one of the peer's since an endpoint was last
+    /// proved.
     deferred: Option<Duration>,
     /// When a handshake was last asked for.
     pub(crate) wanted: Option<Duration>,
     pub(crate) unknown: Option<Duration>,
     pub(crate) no_common_cipher: bool,
     pub(crate) live: Liveness,
-    /// The last address at which the peer has answered a handshake, and when that was: proof that it wants to be
-    /// sent to there.
+    /// The last address at which the peer has answered a handshake, and when that was: proof that
+    /// it wants to be sent to there.
     proven: Option<(SocketAddr, Duration)>,
     path: Path,
     /// Where it leads.
@@ -244,8 +245,8 @@ impl Peer {
         shared.changed = true;
     }
 
-    /// Takes the endpoints of its record. The address in use stays in use until the peer has answered a
-    /// handshake at one of the new ones: a record alone proves nothing.
+    /// Takes the endpoints of its record. The address in use stays in use until the peer has
+    /// answered a handshake at one of the new ones: a record alone proves nothing.
     pub(crate) fn set_endpoints(
         &mut self,
         now: Time,
@@ -291,8 +292,8 @@ impl Peer {
         }
     }
 
-    /// Starts a handshake if data is sent to no address, to one that the record does not name, or to one whose
-    /// proof is about to end.
+    /// Starts a handshake if data is sent to no address, to one that the record does not name, or
+    /// to one whose proof is about to end.
     fn prove_endpoint(&mut self, now: Time, shared: &mut Shared) {
         let renewed = |at| now.mono.saturating_sub(at) < RESPONDER_REKEY_AFTER;
         let (proven, endpoints) = (self.proven, &self.endpoints);
@@ -311,7 +312,8 @@ impl Peer {
         self.endpoints.iter().find(is_same).copied()
     }
 
-    /// The same for an address that a response is sent to; that address itself if the record names none.
+    /// The same for an address that a response is sent to; that address itself if the record names
+    /// none.
     pub(crate) fn known_endpoint(&self, address: SocketAddr) -> Option<SocketAddr> {
         match self.endpoints.is_empty() {
             true => Some(address),
@@ -319,8 +321,8 @@ impl Peer {
         }
     }
 
-    /// A session that this node started, and that the peer has therefore. `yields`: both ends have started at
-    /// once and the peer's session wins, if the peer confirms it.
+    /// A session that this node started, and that the peer has therefore. `yields`: both ends have
+    /// started at once and the peer's session wins, if the peer confirms it.
     pub(crate) fn install_current(
         &mut self,
         now: Time,
@@ -617,7 +619,8 @@ impl Peer {
         }
     }
 
-    /// Starts a handshake unless one is under way, or the peer has just given us a session to be confirmed.
+    /// Starts a handshake unless one is under way, or the peer has just given us a session to be
+    /// confirmed.
     pub(crate) fn begin_handshake(&mut self, now: Time, shared: &mut Shared) {
         let fresh = |slot: &Slot| now.since(slot.session.established) < CONFIRM_WITHIN;
         let gives_way = self.next.as_ref().is_some_and(fresh) && self.defers(now);
@@ -626,8 +629,9 @@ impl Peer {
         }
     }
 
-    /// Returns true while a handshake of this node may give way to one of the peer's: for [`CONFIRM_WITHIN`], and once
-    /// until a session has proved an endpoint. A recorded initiation may look like the peer's, and more of them may follow.
+    /// Returns true while a handshake of this node may give way to one of the peer's: for
+    /// [`CONFIRM_WITHIN`], and once until a session has proved an endpoint. A recorded initiation
+    /// may look like the peer's, and more of them may follow.
     pub(crate) fn defers(&mut self, now: Time) -> bool {
         let since = *self.deferred.get_or_insert(now.mono);
         now.mono.saturating_sub(since) < CONFIRM_WITHIN

@@ -26,10 +26,11 @@ pub trait Memory: Send {
     fn latest_timestamp(&self) -> Duration;
     /// Notes it, before the handshake is sent.
     fn set_latest_timestamp(&mut self, timestamp: Duration);
-    /// Returns the latest time, since 1970, that an accepted initiation by this public key carried, in this or an
-    /// earlier process; zero if there was none.
+    /// Returns the latest time, since 1970, that an accepted initiation by this public key carried,
+    /// in this or an earlier process; zero if there was none.
     fn seen_timestamp(&self, key: &[u8; 32]) -> Duration;
-    /// Notes the time of an initiation by this public key, before the initiation is answered. Zero forgets it.
+    /// Notes the time of an initiation by this public key, before the initiation is answered. Zero
+    /// forgets it.
     fn set_seen_timestamp(&mut self, key: &[u8; 32], timestamp: Duration);
     /// Forgets the times of all public keys but the known ones.
     fn retain_seen_timestamps(&mut self, is_known: &dyn Fn(&[u8; 32]) -> bool);

@@ -194,7 +194,8 @@ impl Session {
     }
 
     /// Returns true if the session was ended, or has reached its greatest age by the clock of
-    /// [`Time::mono`]. Lanes use this one, so that keys end in time even if the engine's thread hangs.
+    /// [`Time::mono`]. Lanes use this one, so that keys end in time even if the engine's thread
+    /// hangs.
     #[inline]
     pub fn is_expired_at(&self, now: Duration) -> bool {
         self.is_expired() || now >= self.established.mono + SESSION_LIFE

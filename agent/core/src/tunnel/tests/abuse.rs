@@ -254,7 +254,8 @@ fn whoever_has_many_addresses_keeps_no_node_out() {
     assert!(lab.joined(0, 1), "a node at its own address");
 }
 
-/// Answers to `initiation` as somebody makes them who knows the public key of its sender, and sees its index.
+/// Answers to `initiation` as somebody makes them who knows the public key of its sender, and sees
+/// its index.
 fn forged_responses(lab: &Lab, initiation: &Datagram) -> impl Iterator<Item = Vec<u8>> + use<> {
     let keys = ReceiverKeys::new(&lab.key(initiation.from));
     let index: [u8; 4] = initiation.payload[16..20].try_into().unwrap();

@@ -33,7 +33,8 @@ fn data_goes_to_no_address_that_answered_no_handshake() {
     let victim = address("203.0.113.7:51900");
     lab.record_at(0, 1, vec![victim]);
     lab.introduce(1, 0);
-    // The owner of a stolen node starts a session from where it is, so that others send to its record's address.
+    // The owner of a stolen node starts a session from where it is, so that others send to its
+    // record's address.
     lab.flow(1, 0, ms(20));
     lab.flow(0, 1, ms(5));
     lab.run(secs(200));
@@ -50,7 +51,8 @@ fn address_of_a_stolen_node_is_left_within_180_seconds() {
     let mut lab = Lab::joined_pair();
     lab.flow(0, 1, ms(20));
     lab.run(secs(5));
-    // The address goes to somebody else; the stolen node starts sessions from an address that its record lacks.
+    // The address goes to somebody else; the stolen node starts sessions from an address that its
+    // record lacks.
     let before = lab.nodes[1].config.addresses[0];
     lab.nodes[1].config.addresses = vec![address("198.51.100.1:51900"), before];
     lab.underlay.dead.insert(before);
