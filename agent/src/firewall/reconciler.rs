@@ -49,12 +49,15 @@ struct State {
     status: FirewallStatus,
 }
 
+/// Time of the last reading of the counters, and its result.
+type LastCounters = (Instant, Option<Counters>);
+
 /// Handle of the task. Cheap to clone; the task ends with the last handle.
 #[derive(Debug, Clone)]
 pub struct Firewall {
     rules: Arc<watch::Sender<(u64, Rules)>>,
     state: watch::Receiver<State>,
-    counters: Arc<Mutex<Option<(Instant, Option<Counters>)>>>,
+    counters: Arc<Mutex<Option<LastCounters>>>,
     _task: Arc<Task>,
 }
 

@@ -66,7 +66,7 @@ impl Rules {
         let table = &self.table;
         let chains = [
             ("sources", Some("type filter hook prerouting priority raw"), self.sources()),
-            ("from_pods", None, self.from_pods()),
+            ("from_pods", None, self.pod_sources()),
             ("untracked", Some("type filter hook output priority raw"), self.untracked()),
             ("leaving", Some("type filter hook postrouting priority raw"), self.leaving()),
             ("outward", Some("type nat hook postrouting priority srcnat"), self.outward()),
@@ -171,7 +171,7 @@ impl Rules {
     }
 
     /// Packets from pods' host interfaces: a pod sends from its own addresses only.
-    fn from_pods(&self) -> Vec<String> {
+    fn pod_sources(&self) -> Vec<String> {
         if self.pods.is_none() {
             return Vec::new();
         }
