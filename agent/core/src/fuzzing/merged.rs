@@ -7,7 +7,6 @@ use crate::offload::split::split;
 use crate::offload::vnet::{self, VnetHeader};
 use crate::wire::checksum;
 use crate::wire::ip::{IpHeader, TCP, UDP, is_extension_header};
-use crate::wire::tcp::{ACK, ECE, PSH};
 
 /// A whole packet and the state of its checksum.
 pub(crate) type Packet = (Vec<u8>, Checksum);
@@ -149,8 +148,6 @@ struct Traits {
     addresses: Vec<u8>,
     /// Protocol and ports; none where they cannot be told, so that every flow may be meant.
     flow: Option<(u8, [u8; 4])>,
-    /// An acknowledgement without data: data may overtake it, and it data.
-    pure: bool,
 }
 
 impl Traits {
@@ -173,17 +170,13 @@ impl Traits {
             }
             (ip.protocol, ports)
         });
-        let pure = flow.is_some()
-            && ip.protocol == TCP
-            && usize::from(transport[12] >> 4) * 4 == transport.len()
-            && transport[13] & !(PSH | ECE) == ACK;
-        Self { addresses, flow, pure }
+        Self { addresses, flow }
     }
 
     /// Whether the order of the two must be kept.
     fn binds(&self, other: &Self) -> bool {
         let related = match (self.flow, other.flow) {
-            (Some(a), Some(b)) => a == b && !self.pure && !other.pure,
+            (Some(a), Some(b)) => a == b,
             _ => true,
         };
         related && self.addresses == other.addresses

@@ -19,9 +19,10 @@ pub(super) enum Layout {
 pub(super) enum Class {
     /// May start or extend a superpacket.
     Candidate(Candidate),
-    /// Goes as it is and concerns no superpacket.
-    Pure,
-    /// Goes as it is; nothing later of its flow may join what came before it.
+    /// Packet of a protocol that has no superpackets; written verbatim.
+    OtherProtocol,
+    /// Packet written verbatim that closes its flow's superpacket, so that no later packet of the
+    /// flow overtakes it. TCP segments without payload are among these, as in the kernel's GRO.
     Seals(Layout),
     /// As [`Class::Seals`], for every flow between its addresses: the ports are not there, or not
     /// where they usually are.
@@ -82,8 +83,7 @@ pub(super) fn classify(packet: &[u8], ip: &IpHeader, checksum: Checksum) -> Clas
         (UDP, false) => Layout::Udp4,
         (UDP, true) => Layout::Udp6,
         (protocol, true) if ip::is_extension_header(protocol) => return Class::SealsAddresses,
-        // No superpacket is of another protocol.
-        _ => return Class::Pure,
+        _ => return Class::OtherProtocol,
     };
     let Some(transport) = packet.get(layout.network_len()..) else { return Class::SealsAddresses };
     match layout {
@@ -100,11 +100,10 @@ fn classify_tcp(layout: Layout, transport: &[u8]) -> Class {
         return Class::SealsAddresses;
     };
     let length = usize::from(offset >> 4) * 4;
-    if length < 20 || length > transport.len() || flags & !(PSH | ECE) != ACK {
+    // A segment without payload (`length == transport.len()`) may carry SACK blocks or a window
+    // update, which data that was sent later must not overtake.
+    if length < 20 || length >= transport.len() || flags & !(PSH | ECE) != ACK {
         return Class::Seals(layout);
-    }
-    if length == transport.len() {
-        return Class::Pure;
     }
     Class::Candidate(Candidate {
         layout,

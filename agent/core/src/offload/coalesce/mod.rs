@@ -167,7 +167,7 @@ impl Coalescer {
                 }
                 self.start(packet, slice, &candidate, checksum_at);
             }
-            Class::Candidate(_) | Class::Pure => self.verbatim(slice, checksum_at),
+            Class::Candidate(_) | Class::OtherProtocol => self.verbatim(slice, checksum_at),
             Class::Seals(layout) => {
                 if let Some((slot, _)) = self.find(arena, packet, layout) {
                     self.open.remove(slot);

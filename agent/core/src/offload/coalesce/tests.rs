@@ -72,11 +72,30 @@ fn a_zero_length_datagram_goes_verbatim_and_seals() {
 }
 
 #[test]
-fn a_pure_acknowledgement_does_not_seal() {
-    let mut packets = train(4);
-    packets.insert(2, Packet::tcp(200, 0));
-    assert_eq!(shape(&packets), [4, 1]);
+fn empty_segment_goes_verbatim_and_seals_its_flow() {
+    for (v6, flags) in [(false, ACK), (true, ACK), (false, ACK | ECE), (true, ACK | PSH)] {
+        let mut packets = train(4);
+        packets.insert(2, Packet::tcp(200, 0).flags(flags));
+        let packets: Vec<_> = packets.into_iter().map(|p| p.with(|p| p.v6 = v6)).collect();
+        assert_eq!(shape(&packets), [2, 1, 2], "flags {flags:#x}, v6 {v6}");
+        assert_eq!(coalesce(&packets)[1].bytes, packets[2].bytes());
+    }
     assert_eq!(shape(&[Packet::tcp(0, 0), Packet::tcp(0, 0)]), [1, 1]);
+}
+
+#[test]
+fn sack_blocks_are_written_before_later_data() {
+    // SACK of 8 bytes (RFC 2018) behind two NOPs, between data of the same flow.
+    let sack = Packet::tcp(100, 0).with(|p| {
+        p.options = vec![1, 1, 5, 10, 0, 0, 3, 232, 0, 0, 7, 208];
+    });
+    let packets = [Packet::tcp(0, S), sack.clone(), Packet::tcp(100, S), Packet::tcp(200, S)];
+    let written = coalesce(&packets);
+    assert_eq!(written.iter().map(|w| w.segments).collect::<Vec<_>>(), [1, 1, 2]);
+    assert_eq!(written[1].bytes, sack.bytes(), "the SACK blocks arrive unchanged");
+    let others = |p: Packet| p.with(|p| p.source_port = 9);
+    let packets = [Packet::tcp(0, S), others(sack), Packet::tcp(100, S)];
+    assert_eq!(shape(&packets), [2, 1], "an empty segment of another flow closes nothing");
 }
 
 #[test]
