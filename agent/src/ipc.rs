@@ -362,6 +362,10 @@ pub struct Report {
     pub capabilities: Vec<Capability>,
     /// Counters of each lane.
     pub lanes: Vec<LaneReport>,
+    /// Packets that the kernel dropped because a queue of the TUN device was full, since the device was
+    /// made: it outlives data processes.
+    #[serde(default)]
+    pub tun_queue_drops: u64,
     /// Drops by direction and reason, all lanes and the manager; every known reason is listed.
     pub drops: Vec<DropReport>,
     /// Handshakes by result; every known result is listed.
@@ -377,6 +381,9 @@ pub struct Report {
     pub unreachable: Vec<UnreachablePeer>,
     /// Peers, in the order of their names.
     pub peers: Vec<PeerReport>,
+    /// Name of the TUN device, for the connection's thread, which adds the device's own counters.
+    #[serde(skip)]
+    pub tun: Option<String>,
 }
 
 /// A path that carries less than the nodes at its ends.

@@ -317,6 +317,12 @@ fn lanes(report: &Report) -> Vec<MetricFamily> {
     let sum = |count: fn(&LaneReport) -> u64| report.lanes.iter().map(count).sum::<u64>() as f64;
     waits.add(&[("result", "polled")], sum(|lane| lane.waits_polled));
     waits.add(&[("result", "slept")], sum(|lane| lane.waits_slept));
+    let mut tun_queue = Family::new(
+        "skein_tun_queue_drops_total",
+        "Packets that the kernel dropped because a queue of the TUN device was full.",
+        Kind::Counter,
+    );
+    tun_queue.add(&[], report.tun_queue_drops as f64);
     let total = |name: &str, help: &str, kind: Kind, counter: fn(&LaneReport) -> u64| {
         let mut family = Family::new(name, help, kind);
         family.add(&[], report.lanes.iter().map(counter).sum::<u64>() as f64);
@@ -331,6 +337,7 @@ fn lanes(report: &Report) -> Vec<MetricFamily> {
             Kind::Counter,
             |lane| lane.receive_queue_overflow,
         ),
+        tun_queue.finish(),
         total(
             "skein_gso_fallbacks_total",
             "Sends that fell back from UDP_SEGMENT to single datagrams.",

@@ -233,6 +233,10 @@ fn drops(report: &Report) -> String {
         let reason = "receive_queue_overflow (by the kernel)";
         rows.push(vec!["ingress".to_owned(), reason.to_owned(), count(overflow)]);
     }
+    if report.tun_queue_drops > 0 {
+        let reason = "tun_queue_full (by the kernel)";
+        rows.push(vec!["egress".to_owned(), reason.to_owned(), count(report.tun_queue_drops)]);
+    }
     let columns = [("DIRECTION", Align::Left), ("REASON", Align::Left), ("PACKETS", Align::Right)];
     table(&columns, rows)
 }

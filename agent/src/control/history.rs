@@ -97,8 +97,8 @@ fn sample(time_ms: u64, report: &Report) -> Sample {
     };
     let [a, b, c, d, e] = direction(|lane| &lane.egress);
     let [f, g, h, i, j] = direction(|lane| &lane.ingress);
-    let all = drops(&|_| true) + sum(|lane| lane.receive_queue_overflow);
-    let lost = [lost(Direction::Egress), lost(Direction::Ingress)];
+    let all = drops(&|_| true) + sum(|lane| lane.receive_queue_overflow) + report.tun_queue_drops;
+    let lost = [lost(Direction::Egress) + report.tun_queue_drops, lost(Direction::Ingress)];
     [time_ms, u64::from(report.pid), a, b, c, d, e, f, g, h, i, j, all, lost[0], lost[1]]
 }
 
@@ -121,7 +121,8 @@ mod tests {
             drop("ingress", "tun_write", 4),
             drop("ingress", "unheard_of", 5),
         ];
-        Report { pid: 42, lanes: vec![lane.clone(), lane], drops, ..Report::default() }
+        let lanes = vec![lane.clone(), lane];
+        Report { pid: 42, lanes, drops, tun_queue_drops: 6, ..Report::default() }
     }
 
     #[test]
@@ -132,8 +133,8 @@ mod tests {
         let value = |name| sample[COLUMNS.iter().position(|column| *column == name).unwrap_or(99)];
         assert_eq!((value("time_ms"), value("process")), (1000, 42));
         assert_eq!((value("out_inner_packets"), value("in_inner_packets")), (10, 0));
-        assert_eq!((value("in_calls"), value("drops")), (14, 116));
-        assert_eq!((value("out_lost"), value("in_lost")), (3, 9));
+        assert_eq!((value("in_calls"), value("drops")), (14, 122));
+        assert_eq!((value("out_lost"), value("in_lost")), (9, 9));
     }
 
     #[test]

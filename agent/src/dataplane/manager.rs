@@ -368,6 +368,7 @@ impl Manager {
         };
         if let Some(active) = &self.active {
             report.revision = active.snapshot.revision;
+            report.tun = Some(active.snapshot.node.tun.name.clone());
             let sources = report::Sources {
                 engine: &active.engine,
                 running: &active.running,

@@ -15,7 +15,8 @@ use super::manager::ToManager;
 use super::queue::ToManagerQueue;
 use super::tap::Tap;
 use crate::ipc::watch::Watch;
-use crate::ipc::{ErrorKind, HANDOVER_VERSION, Request, Response, read_frame, write_frame};
+use crate::ipc::{ErrorKind, HANDOVER_VERSION, Report, Request, Response, read_frame, write_frame};
+use crate::sys::link;
 use crate::sys::socket::{hung_up, is_trusted, make_directory, peer_credentials};
 
 /// Connections served at once: the control process's, and those of people who look, two for each watch.
@@ -121,7 +122,20 @@ fn converse(
             request => ToManager::Request { request, answer },
         };
         manager.send(message).context("the manager has ended")?;
-        write_frame(&mut stream, &response.recv().context("the manager has ended")?)?;
+        let mut response = response.recv().context("the manager has ended")?;
+        if let Response::Report { report } = &mut response {
+            // Not by the manager: the kernel's lock of all links may be held for long.
+            add_device_counters(report);
+        }
+        write_frame(&mut stream, &response)?;
+    }
+}
+
+fn add_device_counters(report: &mut Report) {
+    let link = report.tun.as_deref().map(link::find).transpose();
+    match link {
+        Ok(link) => report.tun_queue_drops = link.flatten().map_or(0, |link| link.tx_dropped),
+        Err(error) => tracing::warn!(%error, "the counters of the TUN device cannot be read"),
     }
 }
 

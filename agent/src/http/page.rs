@@ -263,6 +263,14 @@ fn drops(report: &Report) -> Vec<Drops> {
             packets: overflow,
         });
     }
+    if report.tun_queue_drops > 0 {
+        drops.push(Drops {
+            direction: "egress".to_owned(),
+            reason: "tun_queue_full".to_owned(),
+            meaning: "A queue of the TUN device was full: dropped by the kernel.",
+            packets: report.tun_queue_drops,
+        });
+    }
     drops
 }
 

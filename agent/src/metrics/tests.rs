@@ -25,6 +25,7 @@ fn report() -> Report {
     lane.egress.packets_per_call = HistogramReport { buckets: vec![1; 12], sum: 4000 };
     let other = LaneReport { lane: 1, ..lane.clone() };
     Report {
+        tun_queue_drops: 5,
         pid: std::process::id(),
         lanes: vec![lane, other],
         capabilities: vec![Capability {
@@ -94,6 +95,7 @@ fn lanes_are_summed() {
     has(&text, "skein_inner_packets_total{direction=\"ingress\"} 0");
     has(&text, "skein_lane_packets_total{lane=\"1\",direction=\"egress\"} 45");
     has(&text, "skein_gso_fallbacks_total 6");
+    has(&text, "skein_tun_queue_drops_total 5");
 }
 
 #[test]

@@ -17,6 +17,9 @@ pub struct Link {
     pub kind: Option<String>,
     /// Details of a TUN or TAP device.
     pub tun: Option<TunLink>,
+    /// Packets that the device dropped instead of transmitting them (`tx_dropped`), since it was made.
+    /// A TUN device does so while the queue that a process reads is full.
+    pub tx_dropped: u64,
 }
 
 /// What the kernel says of a TUN or TAP device (IFLA_TUN_* of linux/if_link.h).
@@ -38,6 +41,8 @@ pub struct TunLink {
 
 const NLMSG_HEADER: usize = 16;
 const IFINFO: usize = 16;
+/// Offset in bytes of `tx_dropped` in struct rtnl_link_stats64 (linux/if_link.h).
+const TX_DROPPED: usize = 7 * 8;
 
 /// Looks an interface up in this thread's network namespace; `None` where there is none.
 pub fn find(name: &str) -> io::Result<Option<Link>> {
@@ -89,8 +94,13 @@ fn parse(answer: &[u8]) -> io::Result<Option<Link>> {
     let index = body.get(4..8).map(u32_at).ok_or_else(short)?;
     let mut link = Link { index, ..Link::default() };
     for (kind, value) in attributes(body.get(IFINFO..).ok_or_else(short)?) {
-        if kind == libc::IFLA_LINKINFO {
-            parse_info(value, &mut link);
+        match kind {
+            libc::IFLA_LINKINFO => parse_info(value, &mut link),
+            libc::IFLA_STATS64 => {
+                let dropped = value.get(TX_DROPPED..).and_then(<[u8]>::first_chunk);
+                link.tx_dropped = dropped.map_or(0, |bytes| u64::from_ne_bytes(*bytes));
+            }
+            _ => {}
         }
     }
     Ok(Some(link))

@@ -65,9 +65,10 @@ pub(super) struct Peer {
 
 impl Sample {
     pub(super) fn between(before: &Document, now: &Document, time: Duration) -> Self {
-        let nothing = Report::default();
+        // Another data process counts from zero; the device's counter outlives both.
+        let tun_queue_drops = now.report.as_ref().map_or(0, |report| report.tun_queue_drops);
+        let nothing = Report { tun_queue_drops, ..Report::default() };
         let report = now.report.as_ref().unwrap_or(&nothing);
-        // Another data process counts from zero.
         let before = before.report.as_ref().filter(|before| before.pid == report.pid);
         let before = before.unwrap_or(&nothing);
         let seconds = time.as_secs_f64();
@@ -142,10 +143,14 @@ fn drops(before: &Report, now: &Report, seconds: f64) -> Vec<Drop> {
             let then = before.drops.iter().find(same).map_or(0, |drop| drop.packets);
             (drop.direction.clone(), drop.reason.clone(), then, drop.packets)
         })
+        // By the kernel, before Skein has seen them.
         .chain([{
             let sum = |report: &Report| report.lanes.iter().map(|l| l.receive_queue_overflow).sum();
-            // By the kernel, before Skein has seen them.
             ("ingress".to_owned(), "receive_queue_overflow".to_owned(), sum(before), sum(now))
+        }])
+        .chain([{
+            let counts = (before.tun_queue_drops, now.tun_queue_drops);
+            ("egress".to_owned(), "tun_queue_full".to_owned(), counts.0, counts.1)
         }])
         .filter(|(.., packets)| *packets > 0)
         .map(|(direction, reason, then, packets)| Drop {
