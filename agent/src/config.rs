@@ -579,6 +579,7 @@ mod tests {
             ("[underlay]\naddresses = []", "underlay.addresses", "leave it out"),
             ("[underlay]\naddresses = ['192.0.2.1', '192.0.2.2']", "underlay.addresses", "one"),
             ("[underlay]\naddresses = ['239.0.0.1']", "underlay.addresses", "unicast"),
+            ("[underlay]\naddresses = ['fe80::1']", "underlay.addresses", "link-local"),
             ("[underlay]\nport = 0", "underlay.port", "1 to 65535"),
             ("[underlay]\nport = 70000", "port", "70000"),
             ("[underlay]\nreceive_buffer = 10", "underlay.receive_buffer", "65536"),

@@ -408,6 +408,12 @@ impl UnderlayTable {
                     "underlay.addresses: {address} is a second address of its family: give one"
                 )));
             }
+            if matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local()) {
+                return Err(Invalid(format!(
+                    "underlay.addresses: {address} is a link-local address, which cannot be bound: \
+                     use \"::\""
+                )));
+            }
         }
         if self.port == 0 {
             return Err(Invalid("underlay.port = 0: use 1 to 65535".to_owned()));

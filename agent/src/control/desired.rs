@@ -6,6 +6,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
+use super::endpoint::Endpoint;
 use super::records::NodeRecord;
 use super::registry::{Registry, unreachable_prefixes};
 use super::shared::PeerConflict;
@@ -38,14 +39,15 @@ pub struct Desired {
     pub addresses: Vec<IpAddr>,
     /// Prefixes that packets without a better route are refused for.
     pub unreachable: BTreeSet<IpNet>,
+    /// Endpoints of peers that are left out because their interface is not there, as messages.
+    pub unresolved: Vec<String>,
 }
 
 impl Desired {
     /// `underlay_mtu` is in bytes.
     pub fn new(config: &Config, registry: &Registry, underlay_mtu: u32) -> Self {
         let local_cidrs = registry.local_cidrs().to_vec();
-        let mut peers: Vec<_> = registry.peers().map(peer).collect();
-        peers.sort_by(|a, b| a.name.cmp(&b.name));
+        let (peers, unresolved) = peers(registry);
         let addresses = match &config.interface.addresses {
             Some(addresses) => addresses.clone(),
             None => local_cidrs.iter().map(first_host).collect(),
@@ -56,7 +58,19 @@ impl Desired {
         });
         let unreachable =
             unreachable_prefixes(config, &local_cidrs, &registry.prefixes(), registry.former());
-        Self { mtu, local_cidrs, peers, addresses, unreachable }
+        Self { mtu, local_cidrs, peers, addresses, unreachable, unresolved }
+    }
+
+    /// Looks the interfaces of link-local endpoints up again. Returns whether the peers have changed.
+    pub fn resolve_endpoints(&mut self, registry: &Registry) -> bool {
+        let mut endpoints = registry.peers().flat_map(|record| &record.endpoints);
+        if !endpoints.any(Endpoint::has_interface) {
+            return false;
+        }
+        let (peers, unresolved) = peers(registry);
+        self.unresolved = unresolved;
+        let before = std::mem::replace(&mut self.peers, peers);
+        before != self.peers
     }
 
     /// What pods need to know of it.
@@ -166,12 +180,27 @@ impl Desired {
     }
 }
 
-fn peer(record: &NodeRecord) -> Peer {
+/// Every other node, by name, and messages on the endpoints that are left out.
+fn peers(registry: &Registry) -> (Vec<Peer>, Vec<String>) {
+    let mut unresolved = Vec::new();
+    let mut peers: Vec<_> = registry.peers().map(|record| peer(record, &mut unresolved)).collect();
+    peers.sort_by(|a, b| a.name.cmp(&b.name));
+    (peers, unresolved)
+}
+
+fn peer(record: &NodeRecord, unresolved: &mut Vec<String>) -> Peer {
+    let mut endpoints = Vec::with_capacity(record.endpoints.len());
+    for endpoint in &record.endpoints {
+        match endpoint.on_this_host() {
+            Ok(address) => endpoints.push(address),
+            Err(error) => unresolved.push(format!("node {}: {error}", record.name)),
+        }
+    }
     Peer {
         name: record.name.clone(),
         public_key: record.public_key,
         second_public_key: record.second_public_key,
-        endpoints: record.endpoints.clone(),
+        endpoints,
         pod_cidrs: record.pod_cidrs.clone(),
     }
 }

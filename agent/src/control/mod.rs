@@ -5,6 +5,7 @@ pub mod cleanup;
 pub mod client;
 mod clock;
 pub mod desired;
+pub mod endpoint;
 pub(crate) mod handshakes;
 pub mod history;
 pub mod identity;
@@ -237,6 +238,7 @@ impl Controller {
         if let Some(problem) = desired.problem() {
             return Err(Failure::Usage(underlay.explain(problem, &desired)));
         }
+        log_unresolved(&[], &desired.unresolved);
         // Before there is anything that a packet could pass by.
         let outcome = netlink.add_unreachable_routes(&desired.unreachable).await;
         outcome.errors.iter().for_each(|error| tracing::error!("{error}"));
@@ -337,6 +339,7 @@ impl Controller {
                 }
                 () = until(self.underlay.deadline()) => self.check_underlay().await,
                 _ = resync.tick() => {
+                    self.resolve_endpoints().await;
                     self.reconcile().await;
                     self.rotate().await;
                 }
@@ -363,6 +366,7 @@ impl Controller {
             let problem = self.underlay.explain(problem, &desired);
             tracing::error!(problem, "the node records need what this node cannot give");
         }
+        log_unresolved(&self.desired.unresolved, &desired.unresolved);
         // The kernel takes IPv6 from an interface of less than 1280 bytes. Path MTU discovery finds out
         // what passes.
         if desired.mtu_problem().is_some() {
@@ -377,6 +381,15 @@ impl Controller {
         self.publish_and_wait().await;
         self.reconcile().await;
         self.show();
+    }
+
+    /// Follows interfaces of link-local endpoints that were made, deleted or made again.
+    async fn resolve_endpoints(&mut self) {
+        let before = self.desired.unresolved.clone();
+        if self.started && self.desired.resolve_endpoints(&self.registry) {
+            self.publish_and_wait().await;
+        }
+        log_unresolved(&before, &self.desired.unresolved);
     }
 
     async fn publish_and_wait(&self) {
@@ -606,6 +619,13 @@ fn firewall_rules(config: &Config, desired: &Desired) -> Rules {
         drop_cleartext: settings.drop_cleartext,
         masquerade_foreign: settings.masquerade_foreign,
         notrack: settings.notrack,
+    }
+}
+
+/// Logs endpoints that became unusable, each once.
+fn log_unresolved(before: &[String], now: &[String]) {
+    for complaint in now.iter().filter(|complaint| !before.contains(complaint)) {
+        tracing::error!("{complaint}");
     }
 }
 

@@ -2,16 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use skein_core::address;
 
-use crate::config::{
-    DEFAULT_PORT, check_disjoint, check_node_name, check_pod_cidr, overlap, toml_error,
-};
+use super::endpoint::Endpoint;
+use crate::config::{check_disjoint, check_node_name, check_pod_cidr, overlap, toml_error};
 use crate::keys::{PublicKey, PublicKeys};
 
 /// A file of records is refused beyond this length: 10,000 nodes take about 3 MiB.
@@ -28,8 +27,7 @@ pub struct NodeRecord {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub second_public_key: Option<PublicKey>,
     /// Where it listens, in the order to try.
-    #[serde(deserialize_with = "crate::address::canonical")]
-    pub endpoints: Vec<SocketAddr>,
+    pub endpoints: Vec<Endpoint>,
     /// What it owns.
     #[serde(deserialize_with = "crate::address::canonical")]
     pub pod_cidrs: Vec<IpNet>,
@@ -157,11 +155,9 @@ impl RawRecord {
         }
         let mut endpoints = Vec::with_capacity(self.endpoints.len());
         for text in &self.endpoints {
-            let endpoint = endpoint(text).ok_or_else(|| {
-                let example = "192.0.2.1, 192.0.2.1:51900 or [2001:db8::1]:51900";
-                wrong("endpoints", format!("{text:?} is not an address: use {example}"))
-            })?;
-            endpoints.push(endpoint);
+            let endpoint = text.parse::<Endpoint>();
+            endpoints
+                .push(endpoint.map_err(|error| wrong("endpoints", format!("{text:?} {error}")))?);
         }
         if endpoints.is_empty() {
             let text = "is empty: give at least one address of the node, as 192.0.2.1:51900";
@@ -183,13 +179,6 @@ impl RawRecord {
         check_disjoint(&pod_cidrs).map_err(|error| wrong("pod_cidrs", error.to_string()))?;
         Ok(NodeRecord { name, public_key, second_public_key, endpoints, pod_cidrs })
     }
-}
-
-fn endpoint(text: &str) -> Option<SocketAddr> {
-    let endpoint = address::parse(text)
-        .or_else(|_| address::parse(text).map(|ip| SocketAddr::new(ip, DEFAULT_PORT)))
-        .ok()?;
-    address::is_endpoint(endpoint).then_some(endpoint)
 }
 
 /// Two records that contradict each other.
@@ -264,6 +253,8 @@ pub fn conflict<'a, S: Clone>(
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 pub(crate) mod tests {
+    use std::net::SocketAddr;
+
     use super::*;
     use proptest::prelude::*;
 
@@ -273,7 +264,7 @@ pub(crate) mod tests {
             name: format!("node-{n}"),
             public_key: PublicKey([n; 32]),
             second_public_key: None,
-            endpoints: vec![SocketAddr::from(([192, 0, 2, n], 51900))],
+            endpoints: vec![SocketAddr::from(([192, 0, 2, n], 51900)).into()],
             pod_cidrs: cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect(),
         }
     }

@@ -107,8 +107,9 @@ fn underlay(config: &Config, registry: &Registry) -> Underlay {
     let own = registry.own().into_iter().flat_map(|record| &record.endpoints);
     Underlay {
         addresses: config.underlay.addresses.clone(),
-        peers: peers.copied().collect(),
-        own: own.copied().collect(),
+        // An endpoint whose interface is absent is not used, either.
+        peers: peers.filter_map(|endpoint| endpoint.on_this_host().ok()).collect(),
+        own: own.filter_map(|endpoint| endpoint.on_this_host().ok()).collect(),
         overlay: config.interface.name.clone(),
     }
 }

@@ -400,7 +400,9 @@ impl Engine {
         // To whom it is.
         let own = self.shared.identities().position(|own| is_to(own, &message.checked));
         let own = own.ok_or(DropReason::HandshakeInvalid)?;
-        let answer_to = SocketAddr::new(source.ip(), message.listen_port);
+        // With its scope, which a link-local address needs.
+        let mut answer_to = source;
+        answer_to.set_port(message.listen_port);
         let random = &mut self.shared.random;
         let checked = (message.before_second, &message.second);
         if self.cookies.verify(source, answer_to, checked, now.mono, random) {

@@ -18,7 +18,7 @@ use crate::tunnel::timers::{
 /// What is wrong with a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Trouble {
-    /// Its record names no endpoint.
+    /// Its record names no endpoint that this node can use.
     NoEndpoint,
     /// Handshakes get no answer.
     NoAnswer,
@@ -49,7 +49,7 @@ impl Trouble {
     /// For people.
     pub const fn text(self) -> &'static str {
         match self {
-            Trouble::NoEndpoint => "no endpoint in its record",
+            Trouble::NoEndpoint => "no usable endpoint in its record",
             Trouble::NoAnswer => "handshakes get no answer",
             Trouble::Silent => "nothing comes back",
             Trouble::Deaf => "it hears nothing from this node",

@@ -307,8 +307,15 @@ impl Peer {
     /// The endpoint of its record with this address and port.
     pub(crate) fn recorded_endpoint(&self, address: SocketAddr) -> Option<SocketAddr> {
         let ip = address.ip().to_canonical();
-        let is_same =
-            |known: &&SocketAddr| known.ip().to_canonical() == ip && known.port() == address.port();
+        let scope = |address: &SocketAddr| match address {
+            SocketAddr::V4(_) => 0,
+            SocketAddr::V6(v6) => v6.scope_id(),
+        };
+        let is_same = |known: &&SocketAddr| {
+            known.ip().to_canonical() == ip
+                && known.port() == address.port()
+                && scope(known) == scope(&address)
+        };
         self.endpoints.iter().find(is_same).copied()
     }
 

@@ -45,7 +45,10 @@ pub(super) fn spec(
         format!("an address of the Node: {error} (the chart's podCidr and podCidrv6)")
     })?;
     let endpoint = |ip: &IpAddr| SocketAddr::new(*ip, config.underlay.port).to_string();
-    let endpoints: Vec<_> = candidates.iter().filter(|ip| listens(ip)).map(endpoint).collect();
+    // An interface's name, without which a link-local address is of no use, differs on other nodes.
+    let usable =
+        |ip: &&IpAddr| !matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local()) && listens(ip);
+    let endpoints: Vec<_> = candidates.iter().filter(usable).map(endpoint).collect();
     if endpoints.is_empty() {
         let of = match &config.kubernetes.endpoint_interface {
             Some(interface) => format!("interface {interface}"),

@@ -83,7 +83,7 @@ fn outside(own: &Own, record: &NodeRecord) -> Option<String> {
     if let Err(error) = check_inside(pod_cidrs, &own.cluster_cidrs) {
         return Some(format!("node {name}: pod_cidrs: {error}"));
     }
-    let error = check_outside(endpoints.iter().map(SocketAddr::ip), &own.cluster_cidrs).err()?;
+    let error = check_outside(endpoints.iter().map(Endpoint::ip), &own.cluster_cidrs).err()?;
     Some(format!("node {name}: endpoints: {error}"))
 }
 

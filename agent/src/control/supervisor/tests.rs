@@ -115,6 +115,7 @@ fn snapshot(peers: u8) -> Arc<Snapshot> {
         peers: (1..=peers).map(peer).collect(),
         addresses: vec![],
         unreachable: Default::default(),
+        unresolved: vec![],
     };
     let key = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=".parse().unwrap();
     Arc::new(desired.snapshot(&config, (&key, None), 7, u64::from(peers)))

@@ -271,7 +271,7 @@ impl Lab {
         session.sender(0).unwrap().seal(Flags::default(), payload, &mut out).unwrap();
         session.traffic().sent(1, payload.len() as u64);
         self.nodes[from].sent += 1;
-        let source = SocketAddr::new(self.nodes[from].config.addresses[0].ip(), LANE_PORT);
+        let source = self.source(from, LANE_PORT, destination);
         self.put(Datagram { from, source, destination, payload: out });
         true
     }
@@ -281,8 +281,19 @@ impl Lab {
         while let Some(transmit) = self.nodes[node].engine.poll_transmit() {
             let source = SocketAddr::new(self.nodes[node].config.addresses[0].ip(), MANAGER_PORT);
             let destination = transmit.destination;
+            let source = self.source(node, MANAGER_PORT, destination);
             self.put(Datagram { from: node, source, destination, payload: transmit.payload });
         }
+    }
+
+    /// The address that a datagram comes from, with the scope of the link that it crosses.
+    fn source(&self, node: usize, port: u16, destination: SocketAddr) -> SocketAddr {
+        let mut source = self.nodes[node].config.addresses[0];
+        source.set_port(port);
+        if let (SocketAddr::V6(source), SocketAddr::V6(destination)) = (&mut source, destination) {
+            source.set_scope_id(destination.scope_id());
+        }
+        source
     }
 
     fn put(&mut self, datagram: Datagram) {
