@@ -66,6 +66,11 @@ pub enum Request {
         /// At which.
         watch: Watch,
     },
+    /// Wait for a change that the control process acts on at once, at most a second.
+    Changes {
+        /// Version of the last answer; 0 at first.
+        known: u64,
+    },
     /// End the data process in an orderly way (the TUN device stays).
     Shutdown,
     /// Stop, and give all descriptors and sessions to whoever asks.
@@ -107,6 +112,11 @@ pub enum Response {
     SeenHandshakes {
         /// Those of every peer.
         seen: SeenHandshakes,
+    },
+    /// Answer to [`Request::Changes`].
+    Changes {
+        /// Number that differs from the last one after a change.
+        version: u64,
     },
     /// Answers to [`Request::Watch`], at least one a second.
     Seen {

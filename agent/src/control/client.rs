@@ -102,6 +102,7 @@ impl Client {
             | Request::Report { .. }
             | Request::SeenHandshakes
             | Request::LogLevel { .. }
+            | Request::Changes { .. }
             | Request::Watch { .. }
             | Request::Shutdown
             | Request::TakeOver { .. } => DEADLINE,
@@ -151,6 +152,17 @@ impl Client {
     pub async fn seen_handshakes(&mut self) -> Result<SeenHandshakes, ClientError> {
         match self.request(&Request::SeenHandshakes).await? {
             Response::SeenHandshakes { seen } => Ok(seen),
+            _ => Err(ClientError::Protocol),
+        }
+    }
+
+    /// Waits for a change since the version `known`, at most about a second; returns the version.
+    ///
+    /// # Errors
+    /// The data process is gone, or of a release without this request.
+    pub async fn changes(&mut self, known: u64) -> Result<u64, ClientError> {
+        match self.request(&Request::Changes { known }).await? {
+            Response::Changes { version } => Ok(version),
             _ => Err(ClientError::Protocol),
         }
     }

@@ -1,6 +1,7 @@
 //! The control process: from configuration and node records to an interface, routes and a data
 //! process that does what they say; and back again whenever something changes.
 
+mod changes;
 pub mod cleanup;
 pub mod client;
 mod clock;
@@ -206,6 +207,7 @@ struct Controller {
     snapshots: tokio::sync::watch::Sender<Arc<Snapshot>>,
     supervisor: Handle,
     firewall: Firewall,
+    _changes: changes::Subscription,
     /// Absent where pods are somebody else's business.
     pods: Option<Pods>,
     /// Until they are served, where they are to be.
@@ -259,6 +261,8 @@ impl Controller {
             shared.dataplane.clone(),
             shared.readiness.clone(),
         );
+        let socket = config.dataplane.socket.clone();
+        let changes = changes::Subscription::start(socket, shared.dataplane.clone());
         let not_ready = Some(shared.readiness.block("the interface is not configured yet"));
         let no_pods =
             config.cni.enabled.then(|| shared.readiness.block("pods cannot be attached yet"));
@@ -276,6 +280,7 @@ impl Controller {
             snapshots,
             supervisor,
             firewall,
+            _changes: changes,
             pods: None,
             no_pods,
             started: false,

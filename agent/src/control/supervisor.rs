@@ -9,7 +9,7 @@ use std::time::Duration;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use tokio::process::{Child, Command};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Notify, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, sleep};
 
 use super::client::{Client, ClientError};
@@ -74,6 +74,7 @@ impl Settings {
 pub struct DataplaneState {
     status: watch::Sender<DataplaneStatus>,
     history: History,
+    report_wanted: Arc<Notify>,
 }
 
 /// What the status shows of the data process.
@@ -112,6 +113,11 @@ impl DataplaneState {
     /// Its counters in the last minutes.
     pub fn history(&self) -> &History {
         &self.history
+    }
+
+    /// Has the supervisor ask for a report now.
+    pub fn request_report(&self) {
+        self.report_wanted.notify_one();
     }
 
     /// Waits until this revision, or a later one, is in force.
@@ -345,6 +351,7 @@ impl Supervisor {
         handshakes.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let report_wanted = Arc::clone(&self.state.report_wanted);
         loop {
             tokio::select! {
                 _ = heartbeat.tick() => {
@@ -360,6 +367,10 @@ impl Supervisor {
                         Err(error) => return error.into(),
                     }
                 }
+                () = report_wanted.notified() => match client.report(false).await {
+                    Ok(report) => self.state.found(report),
+                    Err(error) => return error.into(),
+                },
                 changed = self.snapshots.changed() => {
                     if changed.is_err() {
                         // The controller has ended; what becomes of us comes over `ended`.

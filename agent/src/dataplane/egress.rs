@@ -295,6 +295,9 @@ impl Egress {
                 unsent(lane, &before, &self.drops, &runs[..count]);
             }
             lane.stats.count_sent(&outcome, &self.sender);
+            if let Some(datagram) = outcome.too_long {
+                lane.too_long(datagram);
+            }
             lane.stats.note_gso_off(&self.gso, now, outcome.fallbacks > 0);
             let since = if outcome.datagrams > 0 { now } else { at.since };
             match outcome.blocked {

@@ -5,6 +5,7 @@
 //! One thread serves both directions. On few cores that is level with a thread a direction in
 //! throughput and better in latency, and a node that wants more parallelism raises the lanes.
 
+use std::cell::Cell;
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
@@ -26,7 +27,7 @@ use super::stats::LaneStats;
 use super::tables::{Published, Tables};
 use super::tap::{Bytes, Sight, Tap};
 use crate::sys::poll::{Poller, Waiter};
-use crate::sys::send::GsoState;
+use crate::sys::send::{GsoState, TooLong};
 use crate::sys::tun::TunQueue;
 use crate::sys::udp::LaneSockets;
 
@@ -38,6 +39,8 @@ const FIRST_SOCKET: u32 = 3;
 const RECEIVES: usize = 4;
 /// How often packets that wait for a session are looked at.
 const PENDING_TICK: Duration = Duration::from_millis(250);
+/// Interval between two reports of one lane of a datagram that was too long for its route.
+const TOO_LONG_INTERVAL: Duration = Duration::from_millis(20);
 /// How often one lane reports datagrams of unknown sessions.
 const UNKNOWN_SESSION_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -89,6 +92,7 @@ pub(super) struct LaneContext {
     now: Instant,
     age_clock: Duration,
     unknown_session_told: Option<Instant>,
+    too_long_reported: Cell<Option<Instant>>,
 }
 
 /// A socket to send from.
@@ -231,6 +235,7 @@ impl Lane {
                 now: Instant::now(),
                 age_clock: boot_time(),
                 unknown_session_told: None,
+                too_long_reported: Cell::new(None),
             },
             shared,
             poller,
@@ -392,6 +397,16 @@ impl LaneContext {
         }
         self.epoch = epoch;
         Some(self.published.load())
+    }
+
+    /// Reports a datagram that was too long for its route to the manager, which narrows the peer's path.
+    pub(super) fn too_long(&self, datagram: TooLong) {
+        let due = |at: Instant| self.now - at >= TOO_LONG_INTERVAL;
+        if self.too_long_reported.get().is_none_or(due)
+            && self.manager.tell(ToManager::TooLong(datagram))
+        {
+            self.too_long_reported.set(Some(self.now));
+        }
     }
 
     /// Notes that `source` sent a datagram of a session that is not known here.

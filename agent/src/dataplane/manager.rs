@@ -16,9 +16,11 @@ use skein_core::address;
 use skein_core::route::{PeerId, RouteTable};
 use skein_core::time::Time;
 use skein_core::tunnel::{Engine, EngineConfig, EngineError, PeerConfig};
+use skein_core::wire::header::OVERHEAD;
 use zeroize::Zeroizing;
 
 use super::boot_time;
+use super::changes::Changes;
 use super::handover::{self, Estate, ToKeeper};
 use super::memory::{Resumed, SessionMemory};
 use super::queue::{self, Place, ToManagerQueue};
@@ -33,6 +35,7 @@ use crate::ipc::{
     SeenHandshakes, Snapshot, Update,
 };
 use crate::keys::{PrivateKey, PublicKey};
+use crate::sys::send::TooLong;
 use crate::sys::tun::TunError;
 use crate::sys::udp::UdpError;
 
@@ -52,6 +55,8 @@ pub(super) enum ToManager {
     },
     /// A data packet with an unknown receiver index came from this address.
     UnknownSession(IpAddr),
+    /// A datagram was longer than this host's route to its destination carries.
+    TooLong(TooLong),
     /// A handshake or control message.
     Datagram {
         /// Outer source.
@@ -84,6 +89,7 @@ pub(super) fn start(
     keeper: Option<UnixStream>,
     left: Option<(HandOver, Estate)>,
     tap: Arc<Tap>,
+    changes: Arc<Changes>,
 ) -> std::io::Result<(ToManagerQueue, JoinHandle<()>)> {
     let (sender, receiver) = queue::new();
     let mut manager = Manager {
@@ -92,6 +98,7 @@ pub(super) fn start(
         to_manager: sender.clone(),
         keeper,
         tap,
+        changes,
         active: None,
     };
     // Before the thread starts, and with it the first handshake.
@@ -110,6 +117,7 @@ struct Manager {
     /// Absent where nobody is to go on when this process dies.
     keeper: Option<UnixStream>,
     tap: Arc<Tap>,
+    changes: Arc<Changes>,
     /// `None` before the first snapshot.
     active: Option<Active>,
 }
@@ -129,6 +137,10 @@ struct Active {
     running: Running,
     drops: DropStats,
     totals: Totals,
+    /// Longest plaintext in bytes of each peer whose path carries less than this node's MTU.
+    narrow: Vec<(PeerId, u16)>,
+    /// `narrow` has changed since the connections that wait were notified.
+    narrow_changed: bool,
 }
 
 impl Manager {
@@ -164,6 +176,9 @@ impl Manager {
             }
             if let Some(active) = &mut self.active {
                 active.drive(now);
+                if std::mem::take(&mut active.narrow_changed) {
+                    self.changes.raise();
+                }
             }
         }
     }
@@ -239,7 +254,9 @@ impl Manager {
                 return Response::SeenHandshakes { seen };
             }
             // The connection's thread has it: whoever watches does not burden the manager.
-            Request::Watch { .. } => Err(SetupError::Invalid("not the manager's".to_owned())),
+            Request::Watch { .. } | Request::Changes { .. } => {
+                Err(SetupError::Invalid("not the manager's".to_owned()))
+            }
             Request::Shutdown => Ok(()),
         };
         match result {
@@ -429,6 +446,8 @@ impl Active {
             running,
             drops: DropStats::default(),
             totals: Totals::default(),
+            narrow: Vec::new(),
+            narrow_changed: false,
         };
         active.set_peers(now, snapshot.peers)?;
         active.raise_seen(&snapshot.seen_handshakes);
@@ -563,6 +582,7 @@ impl Active {
         match message {
             ToManager::WantSession(peer) => self.engine.want_session(now, peer),
             ToManager::UnknownSession(source) => self.engine.unknown_session(now, source),
+            ToManager::TooLong(datagram) => self.too_long(now, datagram),
             ToManager::Datagram { source, mut datagram, .. } => {
                 // What was dropped before this one is not its.
                 self.drops.collect(self.engine.drops());
@@ -576,6 +596,17 @@ impl Active {
         }
     }
 
+    /// Has the engine use no longer datagrams than this host's route to the destination carries.
+    fn too_long(&mut self, now: Time, TooLong { destination, len }: TooLong) {
+        let plaintext = |len: usize| u16::try_from(len.saturating_sub(OVERHEAD)).ok();
+        let fits = self.running.longest_payload(destination, len).and_then(plaintext);
+        let size = plaintext(len).unwrap_or(u16::MAX);
+        // A probe for more is refused time and again, which changes nothing.
+        if self.engine.refused(now, destination, size, fits) {
+            tracing::info!(%destination, size, fits, "datagram longer than the route carries");
+        }
+    }
+
     /// Carries out what the engine decided.
     fn drive(&mut self, now: Time) {
         if self.engine.poll_timeout().is_some_and(|due| due.mono <= now.mono) {
@@ -586,7 +617,14 @@ impl Active {
             self.publish();
         }
         while let Some(transmit) = self.engine.poll_transmit() {
-            self.running.send(transmit.destination, &transmit.payload);
+            let sent = self.running.send(transmit.destination, &transmit.payload);
+            if let Err(datagram) = sent {
+                self.too_long(now, datagram);
+            }
+        }
+        // Of what was too long.
+        if self.engine.take_changed() {
+            self.publish();
         }
         self.drops.collect(self.engine.drops());
         self.unswept = self.published.sweep();
@@ -611,6 +649,10 @@ impl Active {
             };
             tables.peers.insert(id, entry);
         }
+        let paths = self.engine.tables().filter_map(|(id, view)| Some((id, view.path?)));
+        let narrow: Vec<_> = paths.collect();
+        self.narrow_changed |= narrow != self.narrow;
+        self.narrow = narrow;
         tables.sessions.sort_unstable_by_key(|(index, _)| *index);
         self.published.publish(tables);
         self.running.wake_lanes();

@@ -2,6 +2,7 @@
 //! threads; fed over a unix socket by the control process, and indifferent to its death.
 
 mod busy_poll;
+mod changes;
 mod egress;
 mod handover;
 mod ingress;
@@ -31,6 +32,7 @@ use rustix::process::Signal;
 use rustix::thread::CapabilitySet;
 use rustix::time::{ClockId, clock_gettime};
 
+use self::changes::Changes;
 use self::handover::{Begin, Estate};
 use self::tap::Tap;
 use crate::config::{Log, LogFormat};
@@ -138,13 +140,13 @@ fn serve(
     let socket = listener.local_addr().ok();
     let socket = socket.as_ref().and_then(|address| address.as_pathname()).map(Path::to_owned);
     server::own(&listener).context("cannot listen")?;
-    let tap = Arc::new(Tap::default());
-    let (manager, thread) =
-        manager::start(keeper, left, Arc::clone(&tap)).context("cannot start the manager")?;
+    let (tap, changes) = (Arc::new(Tap::default()), Arc::new(Changes::default()));
+    let (manager, thread) = manager::start(keeper, left, Arc::clone(&tap), Arc::clone(&changes))
+        .context("cannot start the manager")?;
     tracing::info!(?socket, "the data process listens");
     std::thread::Builder::new()
         .name("control-listener".to_owned())
-        .spawn(move || server::serve(listener, manager, tap))
+        .spawn(move || server::serve(listener, manager, tap, changes))
         .context("cannot start the control socket")?;
     let ended = thread.join();
     // Nobody can connect any more; a failure leaves a stale socket, which the next start removes.

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 
+use super::changes::Changes;
 use super::manager::ToManager;
 use super::queue::ToManagerQueue;
 use super::tap::Tap;
@@ -62,7 +63,12 @@ pub(super) fn own(listener: &UnixListener) -> io::Result<()> {
 }
 
 /// Accepts connections until the process ends.
-pub(super) fn serve(listener: UnixListener, manager: ToManagerQueue, tap: Arc<Tap>) {
+pub(super) fn serve(
+    listener: UnixListener,
+    manager: ToManagerQueue,
+    tap: Arc<Tap>,
+    changes: Arc<Changes>,
+) {
     let open = Arc::new(AtomicUsize::new(0));
     for stream in listener.incoming() {
         let stream = match stream {
@@ -78,8 +84,9 @@ pub(super) fn serve(listener: UnixListener, manager: ToManagerQueue, tap: Arc<Ta
             continue;
         }
         let (manager, counted, tap) = (manager.clone(), Arc::clone(&open), Arc::clone(&tap));
+        let changes = Arc::clone(&changes);
         let connection = move || {
-            if let Err(error) = converse(stream, &manager, &tap) {
+            if let Err(error) = converse(stream, &manager, &tap, &changes) {
                 tracing::warn!(%error, "control connection ended");
             }
             counted.fetch_sub(1, Ordering::Relaxed);
@@ -96,6 +103,7 @@ fn converse(
     mut stream: UnixStream,
     manager: &ToManagerQueue,
     tap: &Arc<Tap>,
+    changes: &Changes,
 ) -> anyhow::Result<()> {
     let uid = peer_credentials(&stream)?.uid;
     if !is_trusted(uid) {
@@ -116,6 +124,11 @@ fn converse(
         let (answer, response) = sync_channel(1);
         let message = match request {
             Request::Watch { watch } => return tell(stream, tap, watch),
+            Request::Changes { known } => {
+                let version = changes.wait(known, SIGN_OF_LIFE);
+                write_frame(&mut stream, &Response::Changes { version })?;
+                continue;
+            }
             Request::TakeOver { version: HANDOVER_VERSION } => {
                 ToManager::GiveAway { connection: stream.try_clone()?, answer }
             }

@@ -20,7 +20,7 @@ use crate::ipc::{
     Capability, CapabilityState, CipherChoice, Family, HANDOVER_VERSION, HandOver, NodeSettings,
     OffloadSettings,
 };
-use crate::sys::send::GsoState;
+use crate::sys::send::{GsoState, TooLong};
 use crate::sys::tun::{self, TunError, TunOffload, TunQueue};
 use crate::sys::udp::{self, UdpError, UdpOptions};
 
@@ -259,11 +259,34 @@ impl Running {
     }
 
     /// Sends a handshake or control message. One that is lost is sent again by its timer.
-    pub(super) fn send(&self, destination: SocketAddr, payload: &[u8]) {
-        let socket = self.manager_sockets.iter().find(|(v4, _)| *v4 == destination.is_ipv4());
-        if let Some(Err(error)) = socket.map(|(_, socket)| socket.send_to(payload, destination)) {
-            tracing::debug!(%destination, %error, "handshake or control message not sent");
+    ///
+    /// # Errors
+    /// The message is longer than this host's route to the destination carries.
+    pub(super) fn send(&self, destination: SocketAddr, payload: &[u8]) -> Result<(), TooLong> {
+        let sent =
+            self.manager_socket(destination).map(|socket| socket.send_to(payload, destination));
+        let Some(Err(error)) = sent else { return Ok(()) };
+        tracing::debug!(%destination, %error, "handshake or control message not sent");
+        match error.raw_os_error() {
+            Some(libc::EMSGSIZE) => Err(TooLong { destination, len: payload.len() }),
+            _ => Ok(()),
         }
+    }
+
+    /// Longest UDP payload in bytes that this host's route to the destination carries; `None` if the
+    /// kernel does not say, or carries a payload of `refused` bytes by now.
+    pub(super) fn longest_payload(&self, destination: SocketAddr, refused: usize) -> Option<usize> {
+        let from = self.manager_socket(destination)?.local_addr().ok()?;
+        let found = udp::longest_payload(from.ip(), destination, refused);
+        found.unwrap_or_else(|error| {
+            tracing::debug!(%destination, %error, "the MTU of the route cannot be read");
+            None
+        })
+    }
+
+    fn manager_socket(&self, destination: SocketAddr) -> Option<&UdpSocket> {
+        let found = self.manager_sockets.iter().find(|(v4, _)| *v4 == destination.is_ipv4());
+        found.map(|(_, socket)| socket)
     }
 }
 

@@ -23,6 +23,9 @@ const _: () = {
     assert!(size_of::<Control>() >= 2 * unsafe { libc::CMSG_SPACE(4) } as usize);
 };
 
+/// Room for one sock_extended_err with the address of its sender.
+type ErrorControl = [u64; 16];
+
 /// Buffers for one recvmmsg, made once.
 pub struct RecvBatch {
     arena: Vec<u8>,
@@ -213,6 +216,55 @@ fn control_ints(header: &libc::msghdr) -> ControlInts {
         cmsg = unsafe { libc::CMSG_NXTHDR(header, cmsg) };
     }
     found
+}
+
+/// Takes a message from a socket's error queue: the MTU in bytes that a local EMSGSIZE reports
+/// (ip(7), IP_RECVERR); `None` if the queue is empty or reports another error.
+///
+/// # Errors
+/// The system call failed.
+pub(super) fn reported_mtu(socket: BorrowedFd<'_>) -> io::Result<Option<u32>> {
+    let mut payload = [0u8; 1];
+    let mut control: ErrorControl = [0; 16];
+    let mut iovec = libc::iovec { iov_base: payload.as_mut_ptr().cast(), iov_len: 1 };
+    // SAFETY: msghdr is integers and pointers, for which zero is valid.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_iov = &raw mut iovec;
+    header.msg_iovlen = 1;
+    header.msg_control = control.as_mut_ptr().cast();
+    header.msg_controllen = size_of_val(&control) as _;
+    // SAFETY: the header points at an iovec and a control buffer that live until the end of this
+    // function, and gives their true lengths.
+    let received = unsafe {
+        libc::recvmsg(socket.as_raw_fd(), &raw mut header, libc::MSG_ERRQUEUE | libc::MSG_DONTWAIT)
+    };
+    if received < 0 {
+        let error = io::Error::last_os_error();
+        return if error.kind() == io::ErrorKind::WouldBlock { Ok(None) } else { Err(error) };
+    }
+    // SAFETY: `header` was filled by recvmsg, so that the CMSG macros stay within the control buffer.
+    let mut cmsg = unsafe { libc::CMSG_FIRSTHDR(&raw const header) };
+    // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR give null or a whole, aligned cmsghdr.
+    while let Some(head) = unsafe { cmsg.as_ref() } {
+        // SAFETY: CMSG_LEN only computes.
+        let whole = unsafe { libc::CMSG_LEN(size_of::<libc::sock_extended_err>() as _) } as usize;
+        let kind = (head.cmsg_level, head.cmsg_type);
+        let of_error = kind == (libc::IPPROTO_IP, libc::IP_RECVERR)
+            || kind == (libc::IPPROTO_IPV6, libc::IPV6_RECVERR);
+        // The length's type differs between C libraries.
+        #[allow(clippy::unnecessary_cast)]
+        if of_error && head.cmsg_len as usize >= whole {
+            // SAFETY: the message holds a whole sock_extended_err, of plain integers.
+            let error =
+                unsafe { libc::CMSG_DATA(cmsg).cast::<libc::sock_extended_err>().read_unaligned() };
+            let local = error.ee_origin == libc::SO_EE_ORIGIN_LOCAL;
+            let too_long = error.ee_errno == libc::EMSGSIZE as u32;
+            return Ok((local && too_long).then_some(error.ee_info));
+        }
+        // SAFETY: as at CMSG_FIRSTHDR; `cmsg` came from it.
+        cmsg = unsafe { libc::CMSG_NXTHDR(&raw const header, cmsg) };
+    }
+    Ok(None)
 }
 
 fn socket_address(storage: &libc::sockaddr_storage) -> SocketAddr {

@@ -7,6 +7,7 @@ mod gso;
 mod plan;
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Instant;
 
@@ -55,9 +56,20 @@ pub struct SendOutcome {
     pub fallbacks: u64,
     /// Datagrams dropped, whatever the reason.
     pub dropped: u64,
+    /// The last datagram that was longer than its route carries (EMSGSIZE).
+    pub too_long: Option<TooLong>,
     /// The first datagram for which the socket's send buffer has no room; all that follow it are
     /// neither sent nor dropped.
     pub blocked: Option<Position>,
+}
+
+/// A datagram that was longer than this host's route to its destination carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TooLong {
+    /// Outer destination.
+    pub destination: SocketAddr,
+    /// UDP payload in bytes.
+    pub len: usize,
 }
 
 /// Sends runs; keeps its buffers from call to call, one a lane.

@@ -158,6 +158,34 @@ pub fn family_supported(ip: IpAddr) -> bool {
     !matches!(socket, Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT))
 }
 
+/// Longest UDP payload in bytes that this host's route to `destination` carries; `from` is the address
+/// to send from. The kernel is asked by a datagram of `refused` bytes, which a socket with the lanes'
+/// options has refused to send (EMSGSIZE): it reports the MTU that it went by. ICMP messages are no
+/// part of it. `None` if the kernel sends such a datagram by now, or does not report the MTU.
+///
+/// # Errors
+/// A system call failed, also if the destination is unreachable.
+pub fn longest_payload(
+    from: IpAddr,
+    destination: SocketAddr,
+    refused: usize,
+) -> io::Result<Option<usize>> {
+    let socket = new_socket(destination).map_err(io::Error::other)?;
+    let (level, option, headers) = match destination {
+        SocketAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_RECVERR, 20 + 8),
+        SocketAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_RECVERR, 40 + 8),
+    };
+    sockopt::set_int(socket.as_fd(), level, option, 1)?;
+    socket.bind(&SocketAddr::new(from, 0).into())?;
+    match UdpSocket::from(socket.try_clone()?).send_to(&vec![0; refused], destination) {
+        Ok(_) => return Ok(None),
+        Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {}
+        Err(error) => return Err(error),
+    }
+    let mtu = super::recv::reported_mtu(socket.as_fd())?;
+    Ok(mtu.and_then(|mtu| (mtu as usize).checked_sub(headers)))
+}
+
 fn probe_option(option: i32, value: i32) -> Result<(), String> {
     Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDP))
         .or_else(|_| Socket::new(Domain::IPV6, Type::DGRAM, Some(Protocol::UDP)))

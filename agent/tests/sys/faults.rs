@@ -5,9 +5,9 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use skein_agent::sys::poll::Poller;
-use skein_agent::sys::send::{GsoState, Run, Sender, ToSend};
+use skein_agent::sys::send::{GsoState, Run, Sender, ToSend, TooLong};
 use skein_agent::sys::tun::{TunOffload, create_persistent, open_queues};
-use skein_agent::sys::udp::{LaneSockets, UdpOptions, bind_lanes};
+use skein_agent::sys::udp::{LaneSockets, UdpOptions, bind_lanes, longest_payload};
 use skein_core::drop::{DropCounts, DropReason};
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -109,12 +109,33 @@ fn what_is_longer_than_the_route_is_dropped_and_the_rest_goes() {
             let outcome =
                 sender.send(socket, &all(&arena, &runs), &mut gso, &mut drops, Instant::now());
             assert_eq!(drops.get(DropReason::SendTooBig), 10);
+            let too_long = TooLong { destination: narrow, len: 1_400 };
+            assert_eq!(outcome.too_long, Some(too_long));
             assert_eq!((outcome.dropped, outcome.datagrams), (10, 10 + 14 + 20));
             assert_eq!((outcome.fallbacks, outcome.gso_messages), (1, 3));
             assert_eq!(sender.segments_per_message(), [10, 14, 20]);
             receive(&far.receive, 30);
             assert!(gso.allowed(narrow, Instant::now()));
         }
+    });
+}
+
+#[test]
+fn route_reports_the_longest_payload_that_it_carries() {
+    in_namespace(|| {
+        create_persistent("narrow1").unwrap();
+        let _queues = open_queues("narrow1", 1, TunOffload::ALL).unwrap();
+        ip("address add 10.6.0.1/24 dev narrow1");
+        ip("address add fd00:6::1/64 dev narrow1 nodad");
+        ip("link set narrow1 mtu 1300 up");
+        for (from, to, headers) in [("0.0.0.0", "10.6.0.2:9", 28), ("::", "[fd00:6::2]:9", 48)] {
+            let (from, to) = (from.parse().unwrap(), address(to));
+            let found = longest_payload(from, to, 1_400).unwrap();
+            assert_eq!(found, Some(1_300 - headers), "{to}");
+            assert_eq!(longest_payload(from, to, 1_000).unwrap(), None, "{to} carries it");
+        }
+        let nowhere = longest_payload("0.0.0.0".parse().unwrap(), address("198.51.100.1:9"), 1_400);
+        assert!(nowhere.is_err(), "a destination without a route is an error");
     });
 }
 

@@ -360,6 +360,24 @@ impl Engine {
         }
     }
 
+    /// This host's route to `destination` refused a datagram as too long. `size` is the length of its
+    /// plaintext in bytes, `fits` the longest plaintext that the route carries, if that is known.
+    /// Shorter datagrams are used towards the peers there at once ([`PeerView::path`]). Returns whether
+    /// the path to one of them has become narrower.
+    pub fn refused(
+        &mut self,
+        now: Time,
+        destination: SocketAddr,
+        size: u16,
+        fits: Option<u16>,
+    ) -> bool {
+        let mut narrower = false;
+        for peer in self.peers.values_mut() {
+            narrower |= peer.on_refused(now, destination, size, fits, &mut self.shared);
+        }
+        narrower
+    }
+
     /// A handshake or control datagram (types 1, 2, 3 and 5) that came from `source`. What is wrong
     /// with it is counted. Its bytes are of no use afterwards.
     pub fn handle_datagram(&mut self, now: Time, source: SocketAddr, datagram: &mut [u8]) {

@@ -136,6 +136,29 @@ impl Path {
         }
     }
 
+    /// This host's own route refused a datagram with a plaintext of `size` bytes, which needs no probe
+    /// to be believed. `fits` is the longest plaintext that the route carries, if that is known;
+    /// without it the size in use falls to [`BASE`], and to [`LEAST`] if that is refused, too. The
+    /// search goes on from there. Returns whether a shorter size is used than before.
+    pub(crate) fn refused(&mut self, now: Duration, size: u16, fits: Option<u16>) -> bool {
+        let fits = fits.filter(|fits| *fits < size);
+        let least = LEAST.min(self.most);
+        self.fails = self.fails.min(fits.map_or(size.into(), |fits| u32::from(fits) + 1));
+        self.probe.take_if(|probe| u32::from(probe.size) >= self.fails);
+        if u32::from(self.used) < self.fails {
+            return false;
+        }
+        let before = self.used;
+        self.used = match fits {
+            Some(fits) => fits.max(least),
+            None if size > BASE => BASE,
+            None => least,
+        };
+        self.passes = 0;
+        self.check_at = now;
+        self.used < before
+    }
+
     fn failed(&mut self, size: u16) {
         self.probe = None;
         self.fails = size.into();
@@ -240,6 +263,45 @@ mod tests {
         assert_eq!(path.limit(), found, "new keys lead by the same way");
         path.on_session(now, 1440, true);
         assert_eq!(path.limit(), None);
+    }
+
+    #[test]
+    fn refusal_by_the_own_route_narrows_at_once() {
+        let (mut path, mut now) = (Path::new(), Duration::from_secs(9));
+        path.on_session(now, 1440, true);
+        run(&mut path, &mut now, 10, 1440);
+        assert!(path.refused(now, 1440, Some(1340)), "the path becomes narrower");
+        assert!(!path.refused(now, 1440, Some(1340)), "that is known");
+        assert_eq!(path.limit(), Some(1340), "the route's own size is used without a search");
+        let sent = run(&mut path, &mut now, 20, 1340);
+        assert_eq!(path.limit(), Some(1340));
+        assert!(sent.iter().all(|size| *size <= 1340), "nothing longer is tried: {sent:?}");
+        run(&mut path, &mut now, 150, 1440);
+        assert_eq!(path.limit(), None, "a route that is wider again is noticed");
+    }
+
+    #[test]
+    fn refusal_without_a_size_falls_to_the_base_and_searches() {
+        let (mut path, mut now) = (Path::new(), Duration::from_secs(9));
+        path.on_session(now, 1440, true);
+        path.refused(now, 1440, None);
+        assert_eq!(path.limit(), Some(BASE));
+        run(&mut path, &mut now, 20, 1400);
+        assert!(path.limit().is_some_and(|limit| (1392..=1400).contains(&limit)));
+        path.refused(now, 1280, None);
+        assert_eq!(path.limit(), Some(LEAST), "less than the base is used at once, too");
+    }
+
+    #[test]
+    fn refused_probe_leaves_the_size_in_use() {
+        let (mut path, mut now) = (Path::new(), Duration::from_secs(9));
+        path.on_session(now, 1440, true);
+        path.refused(now, 1440, Some(1300));
+        run(&mut path, &mut now, 10, 1300);
+        // A route that is said to carry more than was refused is not believed.
+        path.refused(now, 1440, Some(1440));
+        path.refused(now, 1320, Some(1300));
+        assert_eq!(path.limit(), Some(1300));
     }
 
     #[test]

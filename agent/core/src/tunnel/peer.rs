@@ -616,6 +616,21 @@ impl Peer {
         self.show_path(shared);
     }
 
+    /// This host's route to `destination` refused a datagram with a plaintext of `size` bytes; see
+    /// [`Path::refused`].
+    pub(crate) fn on_refused(
+        &mut self,
+        now: Time,
+        destination: SocketAddr,
+        size: u16,
+        fits: Option<u16>,
+        shared: &mut Shared,
+    ) -> bool {
+        let narrower = self.path_to == Some(destination) && self.path.refused(now.mono, size, fits);
+        self.show_path(shared);
+        narrower
+    }
+
     fn show_path(&mut self, shared: &mut Shared) {
         // A peer whose own MTU is less takes no more, whatever the path carries.
         let theirs = self.view.mtu.filter(|mtu| *mtu < shared.offer.mtu);

@@ -87,6 +87,7 @@ fn serve(listener: &UnixListener, told: &Sender<String>, answer: Answer) {
                 Request::Shutdown => "shutdown".to_owned(),
                 Request::TakeOver { .. } => "take over".to_owned(),
                 Request::Watch { .. } => "watch".to_owned(),
+                Request::Changes { .. } => "changes".to_owned(),
             };
             // Signs of life come when they come.
             if text != "report" && told.send(text).is_err() {

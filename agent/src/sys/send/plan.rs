@@ -10,7 +10,7 @@ use std::time::Instant;
 use skein_core::drop::{DropCounts, DropReason};
 
 use super::gso::GsoState;
-use super::{Position, Run, SendOutcome, ToSend};
+use super::{Position, Run, SendOutcome, ToSend, TooLong};
 
 /// Messages in one call at most.
 pub(super) const MAX_MESSAGES: usize = 64;
@@ -265,6 +265,19 @@ impl Execution<'_> {
                 }
                 _ => {}
             }
+        }
+        if errno == libc::EMSGSIZE {
+            let destination = self.destination(message);
+            self.outcome.too_long = Some(TooLong { destination, len: message.len });
+        }
+        if errno == libc::EINVAL && message.ecn != Ecn::NotEct {
+            self.plan.ecn = EcnUse::Trial;
+            return Next::PlanAgain;
+        }
+        if self.plan.ecn == EcnUse::Trial {
+            self.plan.ecn = EcnUse::On;
+            self.drop_datagrams(message, reason(errno));
+            return Next::PlanAgain;
         }
         self.drop_datagrams(message, reason(errno));
         Next::GoOn
