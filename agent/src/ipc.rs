@@ -320,12 +320,26 @@ pub struct OffloadSettings {
     pub udp_gso: bool,
     /// UDP_GRO on receive (Linux 5.0).
     pub udp_gro: bool,
+    /// Copies of the ECN field between inner and outer headers (RFC 6040).
+    // Left out if it is on, so that a data process of an earlier release accepts the rest.
+    #[serde(default = "on", skip_serializing_if = "Clone::clone")]
+    pub udp_ecn: bool,
+}
+
+fn on() -> bool {
+    true
 }
 
 impl OffloadSettings {
     /// Everything allowed.
-    pub const ALL: Self =
-        Self { tun_uso: true, tun_tso: true, tun_checksum: true, udp_gso: true, udp_gro: true };
+    pub const ALL: Self = Self {
+        tun_uso: true,
+        tun_tso: true,
+        tun_checksum: true,
+        udp_gso: true,
+        udp_gro: true,
+        udp_ecn: true,
+    };
 }
 
 /// Another node, as its record has it.
@@ -408,7 +422,7 @@ pub struct NarrowPath {
 /// One rung of the ladder.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Capability {
-    /// `tun_uso`, `tun_tso`, `tun_checksum`, `udp_gso`, `udp_gro`, `reuseport_steering`.
+    /// `tun_uso`, `tun_tso`, `tun_checksum`, `udp_gso`, `udp_gro`, `udp_ecn`, `reuseport_steering`.
     pub name: String,
     /// What it is now.
     pub state: CapabilityState,

@@ -14,6 +14,7 @@ use skein_agent::sys::recv::RecvBatch;
 use skein_agent::sys::send::{GsoState, Position, Run, Sender, ToSend};
 use skein_agent::sys::udp::{UdpOptions, bind_lanes};
 use skein_core::drop::DropCounts;
+use skein_core::wire::ecn::Ecn;
 
 thread_local! {
     static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
@@ -44,13 +45,15 @@ fn a_warm_lane_allocates_nothing() {
     let allocated = in_new_network_namespace(|| {
         let up = std::process::Command::new("ip").args(["link", "set", "lo", "up"]).status();
         assert!(up.unwrap().success());
-        let options = UdpOptions { receive_buffer: 4 << 20, send_buffer: 4 << 20, gro: true };
+        let options =
+            UdpOptions { receive_buffer: 4 << 20, send_buffer: 4 << 20, gro: true, ecn: true };
         let listen = SocketAddr::from(([127, 0, 0, 1], 0));
         let (lanes, _) = bind_lanes(listen, 1, &options).unwrap();
         let destination = lanes[0].receive.local_addr().unwrap();
         let arena = vec![7; 40 * 1_400];
         let whole = [(0, arena.len())];
-        let run = Run { destination, segment_size: 1_400, segments: 40, parts: &whole };
+        let run =
+            Run { destination, ecn: Ecn::NotEct, segment_size: 1_400, segments: 40, parts: &whole };
         let nowhere = Run { destination: ([198, 51, 100, 1], 9).into(), ..run };
         let runs = [run, nowhere, run, Run { segments: 1, ..run }, run];
 

@@ -141,6 +141,7 @@ fn nothing_with_a_secret_has_a_form_that_shows_it() {
         lanes: 1,
         ciphers: Ciphers { aes256_gcm: true, chacha20_poly1305: true, aes_hardware: true },
         mtu: 1440,
+        ecn: false,
     };
     let shown = format!("{key:?} {config:?} {:?} {:#?}", request(1), request(1));
     let hex: String = BYTES.iter().map(|byte| format!("{byte:02x}")).collect();

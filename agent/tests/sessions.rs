@@ -63,6 +63,7 @@ impl Peer {
             lanes: 1,
             ciphers: Ciphers { aes256_gcm: true, chacha20_poly1305: true, aes_hardware: true },
             mtu: 1440,
+            ecn: false,
         };
         let mut engine = Engine::new(config, Box::new(random)).unwrap();
         let endpoints = vec![SocketAddr::from((Ipv4Addr::LOCALHOST, PORT))];

@@ -326,6 +326,7 @@ fn initiations(to: &str, count: u16) -> Result<Vec<Vec<u8>>> {
             lanes: 2,
             ciphers: Ciphers { aes256_gcm: true, chacha20_poly1305: true, aes_hardware: true },
             mtu: 1440,
+            ecn: false,
         };
         let mut engine = Engine::new(config, Box::new(move |bytes| random.fill(bytes)))?;
         let now = Time { mono: Duration::from_secs(1), wall: Duration::from_secs(1 << 31) };

@@ -35,7 +35,7 @@ const VARIANTS: [(&str, &[&str]); 6] = [
             "notReadyTaint=null",
             "clusterId=a \"quoted\\, one\"",
             "offload.tunUso=false,offload.tunTso=false,offload.tunChecksum=false",
-            "offload.udpGso=false,offload.udpGro=false",
+            "offload.udpGso=false,offload.udpGro=false,offload.udpEcn=false",
             "log.level=skein_agent=debug\\,info,log.format=text",
             "metrics.address=::1,metrics.port=9999,metrics.perPeer=true,metrics.hosts={a.example}",
             "statusPage.enabled=true,statusPage.address=::1,statusPage.port=9998",

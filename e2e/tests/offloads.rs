@@ -11,7 +11,7 @@ use skein_e2e::checks;
 use skein_e2e::lab::agent::{Agent, Cluster};
 use skein_e2e::lab::{Family, Lab, Netns, Offloads, Plan};
 
-const RUNGS: [&str; 5] = ["tun_uso", "tun_tso", "tun_checksum", "udp_gso", "udp_gro"];
+const RUNGS: [&str; 6] = ["tun_uso", "tun_tso", "tun_checksum", "udp_gso", "udp_gro", "udp_ecn"];
 
 /// The state of a rung in an agent's status.
 fn state(agent: &Agent, rung: &str) -> Result<String> {

@@ -33,6 +33,7 @@ fn session(cipher: Cipher, initiator: bool) -> Session {
         established: Time::default(),
         initiator,
         life: 0,
+        ecn: false,
         secret: [[1; 32].into(), [2; 32].into()],
     })
     .unwrap()
@@ -126,6 +127,7 @@ fn derive_keys(bencher: Bencher<'_, '_>, lanes: u8) {
             established: Time::default(),
             initiator: true,
             life: 0,
+            ecn: false,
             secret: [[1; 32].into(), [2; 32].into()],
         })
         .unwrap()
@@ -148,6 +150,7 @@ fn engine(key: u8) -> Engine {
         lanes: 4,
         ciphers: Ciphers { aes256_gcm: true, chacha20_poly1305: true, aes_hardware: true },
         mtu: 1440,
+        ecn: false,
     };
     Engine::new(config, Box::new(random)).unwrap()
 }

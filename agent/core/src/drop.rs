@@ -53,7 +53,11 @@ impl DropReason {
         // Those are found behind the tag and the replay window.
         let authentic = matches!(
             self,
-            Self::InnerMalformed | Self::InnerSource | Self::InnerDestination | Self::TunWrite
+            Self::InnerMalformed
+                | Self::InnerSource
+                | Self::InnerDestination
+                | Self::InnerNotEct
+                | Self::TunWrite
         );
         matches!(self.direction(), Direction::Ingress) && !authentic
     }
@@ -109,6 +113,8 @@ drop_reasons! {
     InnerSource => Ingress, "inner_source";
     /// The inner destination is not this node's.
     InnerDestination => Ingress, "inner_destination";
+    /// The underlay marked congestion on a packet whose transport does not react to marks (RFC 6040).
+    InnerNotEct => Ingress, "inner_not_ect";
     /// The TUN refused the packet.
     TunWrite => Ingress, "tun_write";
     /// The queue to the session manager was full.

@@ -165,11 +165,14 @@ struct OffloadTable {
     tun_checksum: bool,
     udp_gso: bool,
     udp_gro: bool,
+    udp_ecn: bool,
 }
 
 impl Default for OffloadTable {
     fn default() -> Self {
-        Self { tun_uso: true, tun_tso: true, tun_checksum: true, udp_gso: true, udp_gro: true }
+        let OffloadSettings { tun_uso, tun_tso, tun_checksum, udp_gso, udp_gro, udp_ecn } =
+            OffloadSettings::ALL;
+        Self { tun_uso, tun_tso, tun_checksum, udp_gso, udp_gro, udp_ecn }
     }
 }
 
@@ -307,6 +310,7 @@ impl File {
                 tun_checksum: self.offload.tun_checksum,
                 udp_gso: self.offload.udp_gso,
                 udp_gro: self.offload.udp_gro,
+                udp_ecn: self.offload.udp_ecn,
             },
             metrics: self.metrics.validate()?,
             status_page: StatusPage {

@@ -16,6 +16,7 @@ use skein_core::offload::coalesce::{CoalesceConfig, Coalescer, TunPacket};
 use skein_core::route::{Owner, PeerId};
 use skein_core::tunnel::replay::ReplayWindow;
 use skein_core::tunnel::session::{Receiver, Session};
+use skein_core::wire::ecn::Ecn;
 use skein_core::wire::header::{Flags, HEADER_LEN, Header, MessageType, TAG_LEN};
 use skein_core::wire::ip::IpHeader;
 
@@ -173,7 +174,8 @@ impl Ingress {
             let mut segments = 0;
             for range in message.segments() {
                 segments += 1;
-                if let Err(reason) = self.datagram(lane, tables, message.source, range.clone()) {
+                let outer = (message.source, message.ecn);
+                if let Err(reason) = self.datagram(lane, tables, outer, range.clone()) {
                     self.drops.add(reason);
                     let bytes = Bytes::Outer(&self.receive.arena()[range]);
                     lane.dropped(reason, Some(message.source), bytes);
@@ -191,7 +193,7 @@ impl Ingress {
         &mut self,
         lane: &mut LaneContext,
         tables: &Tables,
-        source: SocketAddr,
+        (source, outer_ecn): (SocketAddr, Ecn),
         range: Range<usize>,
     ) -> Result<(), DropReason> {
         let datagram = &mut self.receive.arena_mut()[range.clone()];
@@ -238,6 +240,8 @@ impl Ingress {
             true => Checksum::Partial,
             false => Checksum::Full,
         };
+        // A peer that does not propagate the field has sent Not-ECT.
+        let outer_ecn = if rx.session.ecn { outer_ecn } else { Ecn::NotEct };
         let (mut at, end) = (range.start + HEADER_LEN, range.end - TAG_LEN);
         if at == end {
             return Err(DropReason::InnerMalformed);
@@ -264,6 +268,18 @@ impl Ingress {
                     continue;
                 }
                 self.checked = Some(flow);
+            }
+            if outer_ecn != Ecn::NotEct {
+                match ip.ecn.decapsulate(outer_ecn) {
+                    Some(ecn) if ecn == ip.ecn => {}
+                    Some(ecn) => ecn.write(&mut arena[packet.clone()]),
+                    None => {
+                        let reason = DropReason::InnerNotEct;
+                        self.drops.add(reason);
+                        lane.dropped(reason, Some(source), Bytes::Inner(&arena[packet]));
+                        continue;
+                    }
+                }
             }
             self.totals.inner_packets += 1;
             self.totals.inner_bytes += packet.len() as u64;
@@ -377,6 +393,7 @@ mod tests {
             established: Default::default(),
             initiator: true,
             life: 0,
+            ecn: false,
             secret: [Zeroizing::new([1; 32]), Zeroizing::new([2; 32])],
         };
         Arc::new(Session::new(params).unwrap())

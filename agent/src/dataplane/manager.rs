@@ -365,6 +365,7 @@ impl Manager {
             return refused("its sessions end with it");
         }
         active.running.stop();
+        active.running.stop_ecn_reports();
         match handover::send(keeper, &ToKeeper::GiveAway, &[connection.as_fd()]) {
             // Whoever kills this process is on the way, also where nobody takes it over.
             Ok(()) => loop {
@@ -415,12 +416,15 @@ impl Active {
         open: impl FnOnce(&NodeSettings, &Arc<Published>) -> Result<Running, SetupError>,
     ) -> Result<Self, SetupError> {
         let node = &snapshot.node;
+        let published = Arc::new(Published::default());
+        let running = open(node, &published)?;
         let config = EngineConfig {
             private_key: Zeroizing::new(*node.private_key.as_bytes()),
             cluster_id: node.cluster_id.clone(),
             lanes: node.lanes,
             ciphers: super::setup::ciphers(node.cipher),
             mtu: node.tun.mtu,
+            ecn: running.has_ecn(),
             listen_port: node.underlay.port,
         };
         let mut engine = Engine::new(config, Box::new(random)).map_err(invalid)?;
@@ -433,8 +437,6 @@ impl Active {
         empty.peers.clear();
         // The engine knows them from now on, and the memory of its sessions.
         empty.seen_handshakes.clear();
-        let published = Arc::new(Published::default());
-        let running = open(node, &published)?;
         let mut active = Self {
             snapshot: empty,
             engine,

@@ -8,7 +8,7 @@ use skein_core::route::PeerId;
 use skein_core::time::Time;
 use skein_core::tunnel::{self, Engine, PeerView, Trouble};
 
-use super::setup::Running;
+use super::setup::{ECN_RUNG, Running};
 use super::stats::{DropStats, drop_report};
 use super::totals::Totals;
 use crate::ipc::{
@@ -53,6 +53,14 @@ pub(super) fn fill<'a>(
         if let Some(rung) = rung.filter(|rung| rung.state == CapabilityState::On) {
             rung.state = CapabilityState::Degraded;
             rung.reason = Some("the kernel refused a merged packet: writing singly".to_owned());
+        }
+    }
+    if lanes.iter().any(|lane| lane.stats.ecn_refused.load(Relaxed)) {
+        let on = |c: &&mut Capability| c.name == ECN_RUNG && c.state == CapabilityState::On;
+        if let Some(ecn) = report.capabilities.iter_mut().find(on) {
+            ecn.state = CapabilityState::Degraded;
+            ecn.reason =
+                Some("the kernel refused to set it: datagrams leave as Not-ECT".to_owned());
         }
     }
     let gso = report.capabilities.iter_mut().find(|c| c.name == "udp_gso");

@@ -24,6 +24,9 @@ use crate::sys::send::{GsoState, TooLong};
 use crate::sys::tun::{self, TunError, TunOffload, TunQueue};
 use crate::sys::udp::{self, UdpError, UdpOptions};
 
+/// Name of the capability that carries the ECN field between inner and outer headers.
+pub(super) const ECN_RUNG: &str = "udp_ecn";
+
 /// Why a data plane could not be started or changed.
 #[derive(Debug, Error)]
 pub(super) enum SetupError {
@@ -66,6 +69,8 @@ pub(super) struct Running {
     /// Copies of the lanes' descriptors and the manager's, for the keeper.
     copies: Vec<OwnedFd>,
     families: Vec<Family>,
+    /// Number of lanes, also before they begin and after they have stopped.
+    lane_count: usize,
     offload: TunOffload,
     gso: bool,
     /// How often the lanes were attached to a device made anew. What a lane says of the one before is
@@ -95,6 +100,7 @@ impl Running {
             receive_buffer: node.underlay.receive_buffer,
             send_buffer: node.underlay.send_buffer,
             gro: node.offload.udp_gro,
+            ecn: node.offload.udp_ecn,
         };
         let mut sockets = Vec::new();
         for address in addresses {
@@ -140,12 +146,14 @@ impl Running {
         tap: &Arc<Tap>,
     ) -> Result<Self, SetupError> {
         let inherit = |fd| tun::inherit_queue(fd, &node.tun.name);
+        let ecn = report_ecn(&sockets, node.offload.udp_ecn);
+        let capabilities = with_ecn(left.capabilities, node.offload, ecn);
         let opened = Opened {
             queues: queues.into_iter().map(inherit).collect::<Result<_, _>>()?,
             sockets,
             offload: left.offload,
             gso: left.gso,
-            capabilities: left.capabilities,
+            capabilities,
             generation: left.generation,
         };
         Ok(Self::new(node, opened, published, manager, tap)?)
@@ -160,6 +168,7 @@ impl Running {
     ) -> io::Result<Self> {
         let Opened { queues, sockets, offload, gso, capabilities, generation } = opened;
         let copies = handover::descriptors(&queues, &sockets)?;
+        let lane_count = queues.len();
         let busy_poll = node
             .busy_poll_us
             .map_or_else(super::busy_poll::default_limit, |us| Duration::from_micros(us.into()));
@@ -191,6 +200,7 @@ impl Running {
             manager_sockets,
             copies,
             families,
+            lane_count,
             offload,
             gso,
             generation,
@@ -223,6 +233,26 @@ impl Running {
     /// the descriptors.
     pub(super) fn stop(&mut self) {
         self.lanes.clear();
+    }
+
+    /// Switches reports of the ECN field off. The room for control messages of earlier releases is too
+    /// small for them, and the next process may be of one; a later one switches them on again.
+    pub(super) fn stop_ecn_reports(&self) {
+        let sockets = self.copies.get(self.lane_count..).unwrap_or_default();
+        let per_family = 2 * self.lane_count + 1;
+        for (family, sockets) in self.families.iter().zip(sockets.chunks(per_family)) {
+            for receive in sockets.iter().step_by(2).take(self.lane_count) {
+                if let Err(error) = udp::report_ecn(receive.as_fd(), family.v4, false) {
+                    tracing::warn!(%error, "reports of the ECN field cannot be switched off");
+                }
+            }
+        }
+    }
+
+    /// Whether the ECN field of received datagrams is reported, so that peers may set it.
+    pub(super) fn has_ecn(&self) -> bool {
+        let mut rungs = self.capabilities.iter();
+        rungs.any(|rung| rung.name == ECN_RUNG && rung.state == CapabilityState::On)
     }
 
     /// Attaches every lane to the device of this name again, after it was made anew.
@@ -347,6 +377,7 @@ fn capabilities(settings: OffloadSettings, notes: &[(&'static str, String)]) -> 
         ("tun_checksum", settings.tun_checksum),
         ("udp_gso", settings.udp_gso),
         ("udp_gro", settings.udp_gro),
+        (ECN_RUNG, settings.udp_ecn),
         ("reuseport_steering", true),
     ];
     rungs
@@ -364,6 +395,30 @@ fn capabilities(settings: OffloadSettings, notes: &[(&'static str, String)]) -> 
             Capability { name: name.to_owned(), state, reason }
         })
         .collect()
+}
+
+/// Switches reports of the ECN field on or off for every receiving socket.
+fn report_ecn(sockets: &[FamilySockets], on: bool) -> io::Result<()> {
+    for family in sockets {
+        for lane in &family.lanes {
+            udp::report_ecn(lane.receive.as_fd(), family.v4, on)?;
+        }
+    }
+    Ok(())
+}
+
+/// The capabilities of inherited sockets, with the present state of the ECN field: a process of an
+/// earlier release does not know it, and switches nothing on.
+fn with_ecn(
+    mut inherited: Vec<Capability>,
+    settings: OffloadSettings,
+    enabled: io::Result<()>,
+) -> Vec<Capability> {
+    let refused = enabled.err().map(|error| (ECN_RUNG, format!("the kernel refused it: {error}")));
+    let notes: Vec<_> = refused.into_iter().collect();
+    inherited.retain(|rung| rung.name != ECN_RUNG);
+    inherited.extend(capabilities(settings, &notes).into_iter().filter(|c| c.name == ECN_RUNG));
+    inherited
 }
 
 #[cfg(test)]

@@ -164,6 +164,8 @@ pub(super) struct LaneStats {
     pub(super) tun_tcp_refused: AtomicBool,
     /// The TUN refused merged UDP.
     pub(super) tun_udp_refused: AtomicBool,
+    /// The kernel refused the control message of the outer ECN field.
+    pub(super) ecn_refused: AtomicBool,
     /// Destinations for which GSO is off, and until when; touched only while there are any.
     gso_off: Mutex<Vec<(SocketAddr, Instant)>>,
     any_gso_off: AtomicBool,
@@ -188,6 +190,9 @@ impl LaneStats {
         }
         for &segments in sender.segments_per_message() {
             stats.segments_per_message.observe(u64::from(segments));
+        }
+        if sender.ecn_refused() {
+            self.ecn_refused.store(true, Relaxed);
         }
         if outcome.fallbacks > 0 {
             add(&self.gso_fallbacks, outcome.fallbacks);

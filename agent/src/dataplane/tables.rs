@@ -108,6 +108,7 @@ mod tests {
             established: Time { mono: at(100), wall: at(0) },
             initiator: true,
             life: 0,
+            ecn: false,
             secret: [Zeroizing::new([1; 32]), Zeroizing::new([2; 32])],
         });
         let session = Arc::new(session.unwrap());

@@ -60,10 +60,11 @@ fn input() -> Input {
 /// As much as there can be: pods, Kubernetes, and every label's values.
 pub(super) fn everything() -> Input {
     let mut report = report();
-    let rungs = ["tun_uso", "tun_tso", "tun_checksum", "udp_gso", "udp_gro", "reuseport_steering"];
+    let rungs = ["tun_uso", "tun_tso", "tun_checksum", "udp_gso", "udp_gro", "udp_ecn"];
+    let rungs = rungs.into_iter().chain(["reuseport_steering"]);
     let on =
         |name: &str| Capability { name: name.to_owned(), state: CapabilityState::On, reason: None };
-    report.capabilities = rungs.map(on).into();
+    report.capabilities = rungs.map(on).collect();
     let count =
         |result: &HandshakeResult| HandshakeCount { result: result.label().to_owned(), count: 0 };
     report.handshakes = HandshakeResult::ALL.iter().map(count).collect();

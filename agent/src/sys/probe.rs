@@ -152,7 +152,7 @@ fn tun_device() -> Vec<Probe> {
 fn lanes() -> Vec<Probe> {
     const BUFFER: usize = 8 << 20;
     let address = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-    let options = UdpOptions { receive_buffer: BUFFER, send_buffer: BUFFER, gro: true };
+    let options = UdpOptions { receive_buffer: BUFFER, send_buffer: BUFFER, gro: true, ecn: true };
     let notes = match udp::bind_lanes(address, 2, &options) {
         Ok((_, notes)) => notes,
         Err(error) => return vec![result("udp", true, Err(error.to_string()))],
@@ -163,6 +163,7 @@ fn lanes() -> Vec<Probe> {
     };
     vec![
         result("udp", true, Ok("sockets can be bound".into())),
+        probe("udp_ecn", "congestion marks of the underlay are received"),
         probe("reuseport_steering", "datagrams are steered by their lane"),
         probe("receive_buffer", "8 MiB can be had"),
         probe("send_buffer", "8 MiB can be had"),

@@ -6,6 +6,8 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 
+use skein_core::wire::ecn::Ecn;
+
 /// Room for one message in bytes: whatever a socket with UDP_GRO can deliver. A shorter buffer
 /// would lose a run's tail in silence.
 pub const BUFFER_LEN: usize = 65_536;
@@ -13,14 +15,14 @@ pub const BUFFER_LEN: usize = 65_536;
 /// How many messages one call takes by default.
 pub const DEFAULT_MESSAGES: usize = 16;
 
-/// Room for the control messages: UDP_GRO and SO_RXQ_OVFL are one int each, 24 bytes with their
-/// headers. As u64, for the alignment of cmsghdr.
-type Control = [u64; 8];
+/// Room for the control messages: UDP_GRO, SO_RXQ_OVFL and IP_TOS or IPV6_TCLASS have one int each
+/// at most, 24 bytes with their headers. As u64, for the alignment of cmsghdr.
+type Control = [u64; 12];
 
 const _: () = {
     assert!(align_of::<Control>() >= align_of::<libc::cmsghdr>());
     // SAFETY: CMSG_SPACE only computes.
-    assert!(size_of::<Control>() >= 2 * unsafe { libc::CMSG_SPACE(4) } as usize);
+    assert!(size_of::<Control>() >= 3 * unsafe { libc::CMSG_SPACE(4) } as usize);
 };
 
 /// Room for one sock_extended_err with the address of its sender.
@@ -51,6 +53,9 @@ pub struct Message {
     /// Length of every datagram but the last in bytes: the message's length where it is a single
     /// datagram, never 0, never more than the message.
     pub segment_size: usize,
+    /// ECN field of the outer header, the same for all its datagrams: the kernel's GRO merges none
+    /// that differ. `NotEct` if the socket does not report it.
+    pub ecn: Ecn,
     /// The kernel cut the message or what it says of it; its contents are not to be used.
     pub truncated: bool,
 }
@@ -72,7 +77,7 @@ impl RecvBatch {
         Self {
             arena: vec![0; messages * BUFFER_LEN],
             addresses: vec![address; messages],
-            control: vec![[0; 8]; messages],
+            control: vec![[0; 12]; messages],
             iovecs: Vec::with_capacity(messages),
             headers: Vec::with_capacity(messages),
             received: 0,
@@ -126,11 +131,13 @@ impl RecvBatch {
         let header = &self.headers[..self.received][i];
         let len = (header.msg_len as usize).min(BUFFER_LEN);
         let start = i * BUFFER_LEN;
+        let control = control_ints(&header.msg_hdr);
         let cut = libc::MSG_TRUNC | libc::MSG_CTRUNC;
         Message {
             source: socket_address(&self.addresses[i]),
             range: start..start + len,
-            segment_size: segment_size(control_ints(&header.msg_hdr).segment, len),
+            segment_size: segment_size(control.segment, len),
+            ecn: Ecn::from_tos(control.tos),
             truncated: header.msg_hdr.msg_flags & cut != 0,
         }
     }
@@ -187,6 +194,8 @@ fn segment_size(reported: Option<i32>, len: usize) -> usize {
 struct ControlInts {
     segment: Option<i32>,
     overflow: Option<u32>,
+    /// Type of service or traffic class of the outer header.
+    tos: u8,
 }
 
 /// Reads the control messages that recvmmsg left.
@@ -200,7 +209,8 @@ fn control_ints(header: &libc::msghdr) -> ControlInts {
     // is aligned for it.
     while let Some(head) = unsafe { cmsg.as_ref() } {
         // SAFETY: CMSG_LEN only computes.
-        let int_len = unsafe { libc::CMSG_LEN(4) } as usize;
+        let (byte_len, int_len) =
+            unsafe { (libc::CMSG_LEN(1) as usize, libc::CMSG_LEN(4) as usize) };
         // The length's type differs between C libraries.
         #[allow(clippy::unnecessary_cast)]
         if head.cmsg_len as usize >= int_len {
@@ -209,8 +219,14 @@ fn control_ints(header: &libc::msghdr) -> ControlInts {
             match (head.cmsg_level, head.cmsg_type) {
                 (libc::SOL_UDP, libc::UDP_GRO) => found.segment = Some(value),
                 (libc::SOL_SOCKET, libc::SO_RXQ_OVFL) => found.overflow = Some(value as u32),
+                (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) => found.tos = value as u8,
                 _ => {}
             }
+        } else if head.cmsg_len as usize >= byte_len
+            && (head.cmsg_level, head.cmsg_type) == (libc::IPPROTO_IP, libc::IP_TOS)
+        {
+            // SAFETY: the message has at least one byte of data.
+            found.tos = unsafe { *libc::CMSG_DATA(cmsg) };
         }
         // SAFETY: as at CMSG_FIRSTHDR; `cmsg` came from it.
         cmsg = unsafe { libc::CMSG_NXTHDR(header, cmsg) };

@@ -12,6 +12,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Instant;
 
 use skein_core::drop::DropCounts;
+use skein_core::wire::ecn::Ecn;
 use socket2::SockAddr;
 
 pub use gso::{GsoOff, GsoState};
@@ -110,19 +111,26 @@ impl Sender {
         self.plan.datagrams_per_call()
     }
 
+    /// The kernel refuses the control message that sets the outer ECN field, so that every datagram
+    /// leaves as Not-ECT.
+    pub fn ecn_refused(&self) -> bool {
+        self.plan.ecn_refused()
+    }
+
     /// Datagrams in each message that the last [`send`](Self::send) sent.
     pub fn segments_per_message(&self) -> &[u32] {
         self.plan.segments_per_message()
     }
 }
 
-/// Control message of one u16 (the segment size), 24 bytes with its header, aligned for cmsghdr.
-type Control = [u64; 3];
+/// Room for two control messages, the segment size (u16) and the ECN field (int), of 24 bytes each
+/// with their headers, aligned for cmsghdr.
+type Control = [u64; 6];
 
 const _: () = {
     assert!(align_of::<Control>() >= align_of::<libc::cmsghdr>());
     // SAFETY: CMSG_SPACE only computes.
-    assert!(size_of::<Control>() >= unsafe { libc::CMSG_SPACE(2) } as usize);
+    assert!(size_of::<Control>() >= unsafe { libc::CMSG_SPACE(2) + libc::CMSG_SPACE(4) } as usize);
 };
 
 /// The kernel structures of one sendmmsg.
@@ -206,7 +214,7 @@ impl Call {
     fn point(&mut self, messages: &[Message]) {
         self.headers.clear();
         self.control.clear();
-        self.control.resize(messages.len(), [0; 3]);
+        self.control.resize(messages.len(), [0; 6]);
         let mut first = 0;
         for ((message, &(address, end)), control) in
             messages.iter().zip(&self.layout).zip(&mut self.control)
@@ -222,24 +230,45 @@ impl Call {
             head.msg_iov = iovecs.as_mut_ptr();
             head.msg_iovlen = iovecs.len() as _;
             first = end;
-            if let Some(segment_size) = message.gso {
-                // SAFETY: CMSG_SPACE only computes.
-                head.msg_controllen = unsafe { libc::CMSG_SPACE(2) } as _;
-                head.msg_control = control.as_mut_ptr().cast();
-                // SAFETY: msg_control points at msg_controllen writable bytes, which hold one
-                // cmsghdr with two bytes of data and are aligned for it (asserted above), so
-                // CMSG_FIRSTHDR is not null and CMSG_DATA lies within.
-                unsafe {
-                    let cmsg = libc::CMSG_FIRSTHDR(head);
-                    (*cmsg).cmsg_level = libc::SOL_UDP;
-                    (*cmsg).cmsg_type = libc::UDP_SEGMENT;
-                    (*cmsg).cmsg_len = libc::CMSG_LEN(2) as _;
-                    libc::CMSG_DATA(cmsg).cast::<u16>().write_unaligned(segment_size);
-                }
+            if message.gso.is_some() || message.ecn != Ecn::NotEct {
+                let v4 = self.addresses[address].is_ipv4();
+                write_control(head, control, message, v4);
             }
             self.headers.push(header);
         }
     }
+}
+
+/// Writes the control messages of a message into `control` and points `head` at them.
+fn write_control(head: &mut libc::msghdr, control: &mut Control, message: &Message, v4: bool) {
+    head.msg_control = control.as_mut_ptr().cast();
+    let start: *mut u8 = control.as_mut_ptr().cast();
+    let mut used = 0;
+    let mut put = |level, kind, value: &[u8]| {
+        let len = value.len() as libc::c_uint;
+        // SAFETY: `control` has room for both messages (asserted above) and is aligned for cmsghdr;
+        // CMSG_SPACE is a multiple of that alignment, so the second one is aligned, too, and within.
+        // CMSG_DATA lies `value.len()` bytes or more before the end of the message.
+        unsafe {
+            let cmsg: *mut libc::cmsghdr = start.add(used).cast();
+            (*cmsg).cmsg_level = level;
+            (*cmsg).cmsg_type = kind;
+            (*cmsg).cmsg_len = libc::CMSG_LEN(len) as _;
+            libc::CMSG_DATA(cmsg).copy_from_nonoverlapping(value.as_ptr(), value.len());
+            used += libc::CMSG_SPACE(len) as usize;
+        }
+    };
+    if let Some(segment_size) = message.gso {
+        put(libc::SOL_UDP, libc::UDP_SEGMENT, &segment_size.to_ne_bytes());
+    }
+    if message.ecn != Ecn::NotEct {
+        let field = libc::c_int::from(message.ecn as u8).to_ne_bytes();
+        match v4 {
+            true => put(libc::IPPROTO_IP, libc::IP_TOS, &field),
+            false => put(libc::IPPROTO_IPV6, libc::IPV6_TCLASS, &field),
+        }
+    }
+    head.msg_controllen = used as _;
 }
 
 /// Walks a run's parts: successive messages of a run lie one behind the other, so nothing is

@@ -24,6 +24,8 @@ pub struct UdpOptions {
     pub send_buffer: usize,
     /// Receive runs of datagrams as one (UDP_GRO).
     pub gro: bool,
+    /// Report the ECN field of received datagrams (IP_RECVTOS, IPV6_RECVTCLASS).
+    pub ecn: bool,
 }
 
 /// The sockets of one lane at one address.
@@ -83,7 +85,7 @@ pub enum UdpError {
 
 /// Binds the sockets of `lanes` lanes to one address: datagrams come to the lane that their third
 /// byte names, modulo `lanes`. Returns what the kernel would not do as notes (`udp_gro`,
-/// `reuseport_steering`, `receive_buffer`, `send_buffer`).
+/// `udp_ecn`, `reuseport_steering`, `receive_buffer`, `send_buffer`).
 ///
 /// A port that any other socket has, in this process or another, is [`UdpError::AddrInUse`].
 pub fn bind_lanes(
@@ -125,6 +127,14 @@ pub fn bind_lanes(
         // Only counts what was lost; older kernels than any with UDP_GRO have it.
         let _ = sockopt::set_int(receive.as_fd(), libc::SOL_SOCKET, libc::SO_RXQ_OVFL, 1);
         let gro = enable_gro(receive.as_fd(), options.gro, &mut notes);
+        match options.ecn {
+            true => {
+                if let Err(error) = report_ecn(receive.as_fd(), address.is_ipv4(), true) {
+                    note(&mut notes, "udp_ecn", format!("the kernel refused it: {error}"));
+                }
+            }
+            false => note(&mut notes, "udp_ecn", "off in the configuration".into()),
+        }
         size_buffer(&receive, Buffer::Receive, options.receive_buffer, &mut notes);
 
         let send = bind_sender(address, options, &mut notes)?;
@@ -270,6 +280,19 @@ fn enable_gro(socket: BorrowedFd<'_>, allowed: bool, notes: &mut Vec<Note>) -> b
             false
         }
     }
+}
+
+/// Makes a socket report the ECN field of what it receives, or stops that. The kernel reads the
+/// field from each datagram at the time of the receive, so that waiting datagrams are reported, too.
+///
+/// # Errors
+/// The kernel's refusal of the socket option.
+pub fn report_ecn(socket: BorrowedFd<'_>, v4: bool, on: bool) -> io::Result<()> {
+    let (level, option) = match v4 {
+        true => (libc::IPPROTO_IP, libc::IP_RECVTOS),
+        false => (libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS),
+    };
+    sockopt::set_int(socket, level, option, on.into())
 }
 
 #[derive(Clone, Copy)]

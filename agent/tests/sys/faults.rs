@@ -9,6 +9,7 @@ use skein_agent::sys::send::{GsoState, Run, Sender, ToSend, TooLong};
 use skein_agent::sys::tun::{TunOffload, create_persistent, open_queues};
 use skein_agent::sys::udp::{LaneSockets, UdpOptions, bind_lanes, longest_payload};
 use skein_core::drop::{DropCounts, DropReason};
+use skein_core::wire::ecn::Ecn;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::segments::{all, pattern, receive, send_all};
@@ -42,8 +43,13 @@ fn eio_turns_one_destination_off_for_a_while_and_loses_nothing() {
         let far_lite = udp_lite(&port(&far.receive).to_string());
         let arena = pattern(40 * 1_000);
         let parts = [(0, arena.len())];
-        let run =
-            |destination| Run { destination, segment_size: 1_000, segments: 40, parts: &parts };
+        let run = |destination| Run {
+            destination,
+            ecn: Ecn::NotEct,
+            segment_size: 1_000,
+            segments: 40,
+            parts: &parts,
+        };
         let to_far = [run(port(&far.receive))];
         let to_near = [run(port(&near.receive))];
         let arrived = |socket: &UdpSocket| {
@@ -98,7 +104,7 @@ fn what_is_longer_than_the_route_is_dropped_and_the_rest_goes() {
         let parts = [(0, arena.len())];
         let run = |destination, segment_size: usize| {
             let segments = arena.len().div_ceil(segment_size);
-            Run { destination, segment_size, segments, parts: &parts }
+            Run { destination, ecn: Ecn::NotEct, segment_size, segments, parts: &parts }
         };
         let runs = [run(good, 1_400), run(narrow, 1_400), run(narrow, 1_000), run(good, 700)];
         let mut gso = GsoState::new();
@@ -149,8 +155,13 @@ fn bad_destinations_in_the_middle_fail_alone() {
         let good = port(&far.receive);
         let arena = pattern(5_000);
         let parts = [(0, arena.len())];
-        let run =
-            |destination| Run { destination, segment_size: 1_000, segments: 5, parts: &parts };
+        let run = |destination| Run {
+            destination,
+            ecn: Ecn::NotEct,
+            segment_size: 1_000,
+            segments: 5,
+            parts: &parts,
+        };
         let one = |destination| Run { segments: 1, ..run(destination) };
         let bad = [
             (address("10.2.0.1:1"), DropReason::SendUnreachable),
@@ -186,8 +197,13 @@ fn a_firewall_that_refuses_is_told_from_a_missing_route() {
         let (lane, far) = (lane("0.0.0.0:0"), lane("127.0.0.1:0"));
         let arena = pattern(3_000);
         let parts = [(0, arena.len())];
-        let run =
-            |destination| Run { destination, segment_size: 1_000, segments: 3, parts: &parts };
+        let run = |destination| Run {
+            destination,
+            ecn: Ecn::NotEct,
+            segment_size: 1_000,
+            segments: 3,
+            parts: &parts,
+        };
         let runs = [run(address("127.0.0.9:9")), run(port(&far.receive))];
         let mut drops = DropCounts::default();
         let (mut gso, now) = (GsoState::new(), Instant::now());
@@ -211,7 +227,13 @@ fn a_full_buffer_stops_the_sender_and_it_goes_on_when_there_is_room() {
         let arena = pattern(1_400);
         let parts = [(0, arena.len())];
         let destination = address("10.5.0.2:9");
-        let runs = [Run { destination, segment_size: 1_400, segments: 1, parts: &parts }; 300];
+        let runs = [Run {
+            destination,
+            ecn: Ecn::NotEct,
+            segment_size: 1_400,
+            segments: 1,
+            parts: &parts,
+        }; 300];
         let socket = lanes[0].send.as_fd();
         let mut poller = Poller::new().unwrap();
         poller.add_writable(socket, 7).unwrap();

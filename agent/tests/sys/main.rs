@@ -17,7 +17,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use skein_agent::sys::in_new_network_namespace;
 use skein_agent::sys::udp::UdpOptions;
 
-const OPTIONS: UdpOptions = UdpOptions { receive_buffer: 8 << 20, send_buffer: 4 << 20, gro: true };
+const OPTIONS: UdpOptions =
+    UdpOptions { receive_buffer: 8 << 20, send_buffer: 4 << 20, gro: true, ecn: true };
 
 /// Runs a test in a new network namespace whose loopback device is up.
 fn in_namespace(test: impl FnOnce() + Send) {

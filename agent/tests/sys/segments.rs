@@ -6,8 +6,9 @@ use std::time::Instant;
 
 use skein_agent::sys::recv::RecvBatch;
 use skein_agent::sys::send::{GsoState, Position, Run, SendOutcome, Sender, ToSend};
-use skein_agent::sys::udp::{bind_lanes, gro_supported, gso_supported};
+use skein_agent::sys::udp::{bind_lanes, gro_supported, gso_supported, report_ecn};
 use skein_core::drop::DropCounts;
+use skein_core::wire::ecn::Ecn;
 
 use crate::{OPTIONS, address, in_namespace, wait_readable};
 
@@ -75,8 +76,13 @@ fn runs_arrive_as_they_were_sent() {
             let short_tail = [(0, 20 * 1_400), (20 * 1_400, 700)];
             let scattered = [(300_000, 333), (200_000, 900), (100_000, 1), (333_333, 1_166)];
             let long = [(0, 130 * 900)];
-            let run =
-                |segment_size, segments, parts| Run { destination, segment_size, segments, parts };
+            let run = |segment_size, segments, parts| Run {
+                destination,
+                ecn: Ecn::NotEct,
+                segment_size,
+                segments,
+                parts,
+            };
             let runs = [
                 run(1_400, 21, &short_tail[..]),
                 run(600, 4, &scattered),
@@ -116,6 +122,77 @@ fn runs_arrive_as_they_were_sent() {
     });
 }
 
+#[test]
+fn ecn_field_is_sent_and_received_in_runs_and_singly() {
+    in_namespace(|| {
+        for host in ["127.0.0.1:0", "[::1]:0"] {
+            let (lanes, notes) = bind_lanes(address(host), 1, &OPTIONS).unwrap();
+            assert_eq!(notes, []);
+            let destination = lanes[0].receive.local_addr().unwrap();
+            let fields = [Ecn::NotEct, Ecn::Ect0, Ecn::Ect1, Ecn::Ce];
+            let arena: Vec<u8> = fields.iter().flat_map(|&ecn| vec![ecn as u8; 2_500]).collect();
+            let parts: Vec<_> = (0..4).map(|i| [(i * 2_500, 2_500)]).collect();
+            let run = |ecn, parts, segments| Run {
+                destination,
+                ecn,
+                segment_size: 2_500 / segments,
+                segments,
+                parts,
+            };
+            let runs: Vec<_> = fields
+                .iter()
+                .zip(&parts)
+                .flat_map(|(&ecn, parts)| [run(ecn, &parts[..], 5), run(ecn, &parts[..], 1)])
+                .collect();
+            for mut gso in [GsoState::new(), GsoState::disabled()] {
+                let outcome = send_all(&lanes[0].send, &arena, &runs, &mut gso, Instant::now());
+                assert_eq!((outcome.datagrams, outcome.fallbacks), (24, 0));
+                let (mut batch, mut seen) = (RecvBatch::new(16), 0);
+                while seen < 24 {
+                    wait_readable(&lanes[0].receive);
+                    for i in 0..batch.recv(lanes[0].receive.as_fd()).unwrap() {
+                        let message = batch.message(i);
+                        assert!(!message.truncated);
+                        for range in message.segments() {
+                            let sent = batch.arena()[range.start];
+                            assert_eq!(message.ecn as u8, sent, "{host}: field of its own");
+                            seen += 1;
+                        }
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn ecn_field_is_not_reported_unless_asked_for() {
+    in_namespace(|| {
+        for host in ["127.0.0.1:0", "[::1]:0"] {
+            let options = skein_agent::sys::udp::UdpOptions { ecn: false, ..OPTIONS };
+            let (lanes, notes) = bind_lanes(address(host), 1, &options).unwrap();
+            assert_eq!(notes, [("udp_ecn", "off in the configuration".to_owned())]);
+            let destination = lanes[0].receive.local_addr().unwrap();
+            let arena = pattern(1_000);
+            let parts = [(0, 1_000)];
+            let marked =
+                Run { destination, ecn: Ecn::Ce, segment_size: 1_000, segments: 1, parts: &parts };
+            for expected in [Ecn::NotEct, Ecn::Ce] {
+                let (runs, mut gso) = ([marked], GsoState::new());
+                send_all(&lanes[0].send, &arena, &runs, &mut gso, Instant::now());
+                // Also of what waits already: a takeover switches it on under traffic.
+                if expected == Ecn::Ce {
+                    report_ecn(lanes[0].receive.as_fd(), destination.is_ipv4(), true).unwrap();
+                }
+                let mut batch = RecvBatch::new(1);
+                wait_readable(&lanes[0].receive);
+                assert_eq!(batch.recv(lanes[0].receive.as_fd()).unwrap(), 1);
+                assert_eq!(batch.message(0).ecn, expected, "{host}");
+            }
+        }
+    });
+}
+
 /// Loopback and veth deliver a run whole, and other senders' may have 128 datagrams.
 #[test]
 fn a_run_of_128_is_received_whole() {
@@ -150,7 +227,8 @@ fn a_socket_without_gro_receives_datagram_by_datagram() {
         let destination = lanes[0].receive.local_addr().unwrap();
         let arena = pattern(30 * 1_000);
         let parts = [(0, arena.len())];
-        let run = Run { destination, segment_size: 1_000, segments: 30, parts: &parts };
+        let run =
+            Run { destination, ecn: Ecn::NotEct, segment_size: 1_000, segments: 30, parts: &parts };
         send_all(&lanes[0].send, &arena, &[run], &mut GsoState::new(), Instant::now());
         let (datagrams, runs) = receive(&lanes[0].receive, 30);
         assert_eq!(runs, [1; 30]);

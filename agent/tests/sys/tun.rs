@@ -14,6 +14,7 @@ use skein_agent::sys::tun::{
     TunError, TunOffload, TunQueue, VNET_HEADER_LEN, create_persistent, open_queues,
 };
 use skein_agent::sys::udp::bind_lanes;
+use skein_core::wire::ecn::Ecn;
 
 use crate::segments::{pattern, send_all};
 use crate::{OPTIONS, address, eventually, in_namespace, ip, wait_readable};
@@ -58,7 +59,8 @@ fn a_udp_run_crosses_the_device_whole_in_both_directions() {
         let destination = std::net::SocketAddr::from(([10, 9, 0, 2], port));
         let sent = pattern(20 * 1_300);
         let parts = [(0, sent.len())];
-        let run = Run { destination, segment_size: 1_300, segments: 20, parts: &parts };
+        let run =
+            Run { destination, ecn: Ecn::NotEct, segment_size: 1_300, segments: 20, parts: &parts };
         let outcome = send_all(socket, &sent, &[run], &mut GsoState::new(), Instant::now());
         assert_eq!(outcome.gso_messages, 1);
 

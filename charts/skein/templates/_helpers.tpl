@@ -162,6 +162,10 @@ tun_tso = {{ .tunTso }}
 tun_checksum = {{ .tunChecksum }}
 udp_gso = {{ .udpGso }}
 udp_gro = {{ .udpGro }}
+{{- /* Left out if it is on: agents of earlier releases, which read the same file, do not know it. */}}
+{{- if and (hasKey . "udpEcn") (not .udpEcn) }}
+udp_ecn = false
+{{- end }}
 {{- end }}
 
 [metrics]

@@ -129,6 +129,7 @@ fn session(cipher: Cipher, initiator: bool) -> Option<Session> {
         established: Time::default(),
         initiator,
         life: 0,
+        ecn: false,
         secret: [[1; 32].into(), [2; 32].into()],
     })
     .ok()
@@ -351,6 +352,7 @@ fn engine(node: u8) -> Engine {
         lanes: 2,
         ciphers: Ciphers { aes256_gcm: true, chacha20_poly1305: true, aes_hardware: true },
         mtu: 1440,
+        ecn: false,
     };
     match Engine::new(config, Box::new(random)) {
         Ok(engine) => engine,

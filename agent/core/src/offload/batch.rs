@@ -12,6 +12,7 @@ use crate::drop::{DropCounts, DropReason};
 use crate::offload::Checksum;
 use crate::route::PeerId;
 use crate::tunnel::session::Session;
+use crate::wire::ecn::Ecn;
 use crate::wire::header::{Flags, OVERHEAD};
 
 /// Room that a 64 KiB superpacket takes, split into segments for an MTU of 1500 and sealed.
@@ -27,6 +28,8 @@ pub struct Target(usize);
 pub struct Run<'a> {
     /// Outer destination.
     pub destination: SocketAddr,
+    /// ECN field of the outer header, one for all datagrams.
+    pub ecn: Ecn,
     /// UDP payload length in bytes of every datagram but the last, which is not empty and not
     /// longer.
     pub segment_size: usize,
@@ -41,6 +44,7 @@ impl Run<'_> {
     /// No datagram at all.
     pub const EMPTY: Self = Self {
         destination: SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0),
+        ecn: Ecn::NotEct,
         segment_size: 0,
         segments: 0,
         parts: &[],
@@ -85,11 +89,15 @@ struct TargetState {
     lane: u8,
     destination: SocketAddr,
     max_plaintext: usize,
+    /// The session propagates the ECN field.
+    ecn: bool,
     open_run: Option<usize>,
     /// Plaintext of the open bundle.
     staged: Vec<u8>,
     staged_packets: u16,
     staged_flags: Flags,
+    /// ECN field of every packet in the open bundle.
+    staged_ecn: Ecn,
     sealed_packets: u64,
     sealed_bytes: u64,
 }
@@ -102,6 +110,7 @@ struct Datagram {
 
 struct RunState {
     destination: SocketAddr,
+    ecn: Ecn,
     segment_size: usize,
     segments: usize,
     /// Range of `parts`, set by `finish`.
@@ -155,16 +164,19 @@ impl EgressBatch {
                 lane,
                 destination,
                 max_plaintext,
+                ecn: false,
                 open_run: None,
                 staged: Vec::new(),
                 staged_packets: 0,
                 staged_flags: Flags::default(),
+                staged_ecn: Ecn::NotEct,
                 sealed_packets: 0,
                 sealed_bytes: 0,
             });
         }
         let target = &mut self.targets[index];
         target.peer = peer;
+        target.ecn = session.ecn;
         target.session = Some(session);
         target.lane = lane;
         target.destination = destination;
@@ -216,8 +228,12 @@ impl EgressBatch {
         let state = &mut self.targets[target.0];
         state.sealed_packets += 1;
         state.sealed_bytes += packet.len() as u64;
+        // RFC 6040 section 4.1: the normal mode, and the compatibility mode towards a peer that
+        // would lose the marks.
+        let ecn = if state.ecn { Ecn::of(packet) } else { Ecn::NotEct };
+        let differs = state.staged_flags != flags || state.staged_ecn != ecn;
         if state.staged_packets > 0
-            && (state.staged_flags != flags || state.staged.len() + packet.len() > max_plaintext)
+            && (differs || state.staged.len() + packet.len() > max_plaintext)
         {
             self.close_bundle(target, drops);
         }
@@ -225,9 +241,9 @@ impl EgressBatch {
         if state.staged_packets > 0 || (self.bundling && packet.len() <= max_plaintext / 2) {
             state.staged.extend_from_slice(packet);
             state.staged_packets += 1;
-            state.staged_flags = flags;
+            (state.staged_flags, state.staged_ecn) = (flags, ecn);
         } else {
-            self.seal(target, flags, Plaintext::Packet(packet), 1, drops);
+            self.seal(target, (flags, ecn), Plaintext::Packet(packet), 1, drops);
         }
     }
 
@@ -269,6 +285,7 @@ impl EgressBatch {
     pub fn runs(&self) -> impl Iterator<Item = Run<'_>> {
         self.runs.iter().map(|run| Run {
             destination: run.destination,
+            ecn: run.ecn,
             segment_size: run.segment_size,
             segments: run.segments,
             parts: &self.parts[run.first_part..run.first_part + run.part_count],
@@ -307,8 +324,8 @@ impl EgressBatch {
         let state = &mut self.targets[target.0];
         let packets = std::mem::take(&mut state.staged_packets);
         if packets > 0 {
-            let flags = state.staged_flags;
-            self.seal(target, flags, Plaintext::Staged, packets, drops);
+            let common = (state.staged_flags, state.staged_ecn);
+            self.seal(target, common, Plaintext::Staged, packets, drops);
             self.targets[target.0].staged.clear();
         }
     }
@@ -316,7 +333,7 @@ impl EgressBatch {
     fn seal(
         &mut self,
         target: Target,
-        flags: Flags,
+        (flags, ecn): (Flags, Ecn),
         plaintext: Plaintext<'_>,
         packets: u16,
         drops: &mut DropCounts,
@@ -340,10 +357,13 @@ impl EgressBatch {
         self.used += length;
         self.fill.push(packets);
         let run = match state.open_run {
-            Some(open) if self.runs[open].segment_size >= length => open,
+            Some(open) if self.runs[open].segment_size >= length && self.runs[open].ecn == ecn => {
+                open
+            }
             _ => {
                 self.runs.push(RunState {
                     destination: state.destination,
+                    ecn,
                     segment_size: length,
                     segments: 0,
                     first_part: 0,
@@ -375,6 +395,10 @@ mod tests {
     const MTU: usize = 1440;
 
     fn session(initiator: bool) -> Arc<Session> {
+        session_with(initiator, false)
+    }
+
+    fn session_with(initiator: bool, ecn: bool) -> Arc<Session> {
         let params = SessionParams {
             peer: PeerId(1),
             local_index: 7,
@@ -385,6 +409,7 @@ mod tests {
             established: Time::default(),
             initiator,
             life: 0,
+            ecn,
             secret: [Zeroizing::new([1; 32]), Zeroizing::new([2; 32])],
         };
         Arc::new(Session::new(params).unwrap())
@@ -487,6 +512,52 @@ mod tests {
     fn packets_of_different_checksum_states_do_not_share() {
         let (batch, _) = batch_with(true, &[(1, Full, 100), (1, Partial, 100), (1, Partial, 100)]);
         assert_eq!(batch.fill(), [1, 2]);
+    }
+
+    /// An IPv4 packet (or one of IPv6) with this ECN field.
+    fn marked(v6: bool, ecn: Ecn, length: usize) -> Vec<u8> {
+        let mut packet = vec![0; length];
+        packet[0] = if v6 { 0x60 } else { 0x45 };
+        ecn.write(&mut packet);
+        packet
+    }
+
+    fn batch_of(ecn: bool, packets: &[Vec<u8>]) -> EgressBatch {
+        let (mut batch, mut drops) = (EgressBatch::new(64 << 10, true), DropCounts::default());
+        let target = batch.add_target(PeerId(1), session_with(true, ecn), 0, endpoint(1001), MTU);
+        for packet in packets {
+            batch.push(target, Full, packet, &mut drops);
+        }
+        batch.finish(&mut drops);
+        assert_eq!(drops.iter().count(), 0);
+        batch
+    }
+
+    #[test]
+    fn ecn_fields_never_share_a_bundle_or_a_run() {
+        for v6 in [false, true] {
+            for length in [100, 1400] {
+                let fields = [Ecn::Ect0, Ecn::Ect0, Ecn::Ce, Ecn::Ect1, Ecn::NotEct, Ecn::Ect0];
+                let packets: Vec<_> = fields.map(|ecn| marked(v6, ecn, length)).into();
+                let batch = batch_of(true, &packets);
+                let bundled = length == 100;
+                let sizes = batch.runs().map(|run| (run.ecn, run.segments)).collect::<Vec<_>>();
+                let first = if bundled { 1 } else { 2 };
+                let singles = [Ecn::Ce, Ecn::Ect1, Ecn::NotEct, Ecn::Ect0].map(|ecn| (ecn, 1));
+                let expected = [&[(Ecn::Ect0, first)][..], &singles].concat();
+                assert_eq!(sizes, expected, "v6 {v6}, packets of {length} bytes");
+                assert_eq!(opened(&batch).concat(), packets.concat(), "the order is kept");
+            }
+        }
+    }
+
+    #[test]
+    fn outer_field_is_not_ect_for_a_peer_that_ignores_it() {
+        let packets = [Ecn::Ect0, Ecn::Ce, Ecn::NotEct].map(|ecn| marked(false, ecn, 100));
+        let batch = batch_of(false, &packets);
+        assert_eq!(batch.fill(), [3], "they share a bundle");
+        assert!(batch.runs().all(|run| run.ecn == Ecn::NotEct));
+        assert_eq!(opened(&batch).concat(), packets.concat(), "the inner fields are kept");
     }
 
     #[test]

@@ -54,6 +54,9 @@ pub struct EngineConfig {
     pub ciphers: Ciphers,
     /// This node's MTU in bytes, for its peers to know.
     pub mtu: u16,
+    /// Propagation of the ECN field between inner and outer headers (RFC 6040). A session uses it if
+    /// both ends do ([`Session::ecn`](crate::tunnel::session::Session::ecn)).
+    pub ecn: bool,
 }
 
 impl fmt::Debug for EngineConfig {
@@ -118,7 +121,8 @@ impl Engine {
     /// # Errors
     /// See [`EngineError`].
     pub fn new(config: EngineConfig, random: Random) -> Result<Engine, EngineError> {
-        let EngineConfig { private_key, cluster_id, listen_port, lanes, ciphers, mtu } = config;
+        let EngineConfig { private_key, cluster_id, listen_port, lanes, ciphers, mtu, ecn } =
+            config;
         if lanes == 0 || usize::from(lanes) > MAX_LANES {
             return Err(EngineError::Lanes(lanes));
         }
@@ -130,7 +134,7 @@ impl Engine {
         }
         let prologue = [b"skein v1", cluster_id.as_bytes()].concat();
         let own = identity(private_key, &prologue)?;
-        let offer = Offer { lanes, ciphers, mtu };
+        let offer = Offer { lanes, ciphers, mtu, ecn };
         Ok(Engine {
             shared: Shared::new(own, offer, listen_port, random),
             peers: BTreeMap::new(),

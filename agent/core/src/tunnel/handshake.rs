@@ -325,6 +325,7 @@ impl Peer {
     ) -> Result<Session, DropReason> {
         let key = self.keys.iter().find(|key| key.public == remote);
         let timestamp = key.map(|key| key.last_timestamp).unwrap_or_default();
+        let ecn = shared.offer.ecn && theirs.ecn;
         let kept = shared.memory.keep(&SavedSession {
             public_key: remote,
             life: 0,
@@ -337,6 +338,7 @@ impl Peer {
             initiator,
             endpoint,
             mtu: theirs.mtu,
+            ecn,
             timestamp,
             secret: secret.clone(),
         });
@@ -350,6 +352,7 @@ impl Peer {
             established: now,
             initiator,
             life: 0,
+            ecn,
             secret,
         });
         session.map(|session| session.kept_by(kept)).map_err(|_| DropReason::HandshakeInvalid)

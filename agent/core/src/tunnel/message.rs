@@ -11,8 +11,8 @@
 //! | first check | 16 |
 //! | second check, or zeros | 16 |
 //!
-//! Its payload: timestamp (seconds, 8; nanoseconds, 4), lanes (1), ciphers (1), MTU (2). The 24 clear
-//! bytes join the handshake's prologue, so that they are authentic once the handshake is.
+//! Its payload: timestamp (seconds, 8; nanoseconds, 4), lanes (1), ciphers (1), MTU (2), features
+//! (1; absent from earlier versions). The 24 clear bytes join the handshake's prologue, so that they are authentic once the handshake is.
 //!
 //! | response | bytes |
 //! |---|---|
@@ -20,7 +20,10 @@
 //! | Noise IK message 2: e, ee, se, payload | 48 + payload |
 //! | first check | 16 |
 //!
-//! Its payload: index (4), lanes (1), ciphers (1), the chosen cipher (1), reserved (1), MTU (2).
+//! Its payload: index (4), lanes (1), ciphers (1), the chosen cipher (1), features (1), MTU (2).
+//!
+//! Features are bits: 1, the sender propagates the outer ECN field on decapsulation (RFC 6040). Other
+//! bits are ignored.
 //!
 //! | cookie reply | bytes |
 //! |---|---|
@@ -44,9 +47,15 @@ pub(crate) const CLEAR_LEN: usize = HEADER_LEN + 8;
 /// No handshake message is longer, in bytes: it must cross every underlay, IPv6's least included.
 pub(crate) const MAX_HANDSHAKE: usize = 1200;
 
-const INITIATION_PAYLOAD: usize = 16;
+/// Bit of the features: the sender propagates the outer ECN field on decapsulation.
+const FEATURE_ECN: u8 = 1;
+
+const INITIATION_PAYLOAD: usize = 17;
+/// Length of an initiation's payload without what later versions added, in bytes.
+const MIN_INITIATION_PAYLOAD: usize = 16;
 const RESPONSE_PAYLOAD: usize = 10;
-const MIN_INITIATION: usize = CLEAR_LEN + INITIATION_OVERHEAD + INITIATION_PAYLOAD + 2 * MAC_LEN;
+const MIN_INITIATION: usize =
+    CLEAR_LEN + INITIATION_OVERHEAD + MIN_INITIATION_PAYLOAD + 2 * MAC_LEN;
 const MIN_RESPONSE: usize = HEADER_LEN + RESPONSE_OVERHEAD + RESPONSE_PAYLOAD + MAC_LEN;
 const COOKIE_REPLY: usize = HEADER_LEN + SALT_LEN + SEALED_LEN;
 
@@ -63,16 +72,23 @@ pub(crate) struct Offer {
     pub(crate) lanes: u8,
     pub(crate) ciphers: Ciphers,
     pub(crate) mtu: u16,
+    /// The sender propagates the outer ECN field on decapsulation (RFC 6040).
+    pub(crate) ecn: bool,
 }
 
 impl Offer {
-    fn read(lanes: u8, ciphers: u8, mtu: [u8; 2]) -> Option<Self> {
+    fn features(self) -> u8 {
+        if self.ecn { FEATURE_ECN } else { 0 }
+    }
+
+    fn read(lanes: u8, ciphers: u8, mtu: [u8; 2], features: u8) -> Option<Self> {
         let valid = lanes != 0 && usize::from(lanes) <= MAX_LANES;
         valid.then(|| Self {
             lanes,
             ciphers: Ciphers::from_byte(ciphers),
             // What every IPv4 host takes (RFC 791): one who says less wants pods' packets in crumbs.
             mtu: u16::from_be_bytes(mtu).max(LEAST_MTU),
+            ecn: features & FEATURE_ECN != 0,
         })
     }
 }
@@ -170,14 +186,16 @@ pub(crate) fn initiation_payload(at: Timestamp, offer: Offer) -> [u8; INITIATION
     out[..12].copy_from_slice(&at.0);
     out[12] = offer.lanes;
     out[13] = offer.ciphers.to_byte();
-    out[14..].copy_from_slice(&offer.mtu.to_be_bytes());
+    out[14..16].copy_from_slice(&offer.mtu.to_be_bytes());
+    out[16] = offer.features();
     out
 }
 
 /// Reads an initiation's payload.
 pub(crate) fn read_initiation_payload(payload: &[u8]) -> Option<(Timestamp, Offer)> {
-    let [at @ .., lanes, ciphers, m0, m1] = payload.first_chunk::<INITIATION_PAYLOAD>()?;
-    Some((Timestamp(*at), Offer::read(*lanes, *ciphers, [*m0, *m1])?))
+    let [at @ .., lanes, ciphers, m0, m1] = payload.first_chunk::<MIN_INITIATION_PAYLOAD>()?;
+    let features = payload.get(MIN_INITIATION_PAYLOAD).copied().unwrap_or(0);
+    Some((Timestamp(*at), Offer::read(*lanes, *ciphers, [*m0, *m1], features)?))
 }
 
 /// A response's parts, lengths checked and nothing else.
@@ -212,17 +230,18 @@ impl Accept {
         out[4] = self.offer.lanes;
         out[5] = self.offer.ciphers.to_byte();
         out[6] = self.cipher.number();
+        out[7] = self.offer.features();
         out[8..].copy_from_slice(&self.offer.mtu.to_be_bytes());
         out
     }
 
     pub(crate) fn read(payload: &[u8]) -> Option<Self> {
-        let [i0, i1, i2, i3, lanes, ciphers, cipher, _, m0, m1] =
+        let [i0, i1, i2, i3, lanes, ciphers, cipher, features, m0, m1] =
             *payload.first_chunk::<RESPONSE_PAYLOAD>()?;
         let cipher = [Cipher::Aes256Gcm, Cipher::ChaCha20Poly1305]
             .into_iter()
             .find(|known| known.number() == cipher)?;
-        let offer = Offer::read(lanes, ciphers, [m0, m1])?;
+        let offer = Offer::read(lanes, ciphers, [m0, m1], features)?;
         Some(Self { index: u32::from_be_bytes([i0, i1, i2, i3]), offer, cipher })
     }
 }
@@ -314,12 +333,15 @@ mod tests {
 
     #[test]
     fn payloads_are_read_as_written_and_may_grow() {
-        let offer = Offer { lanes: 64, ciphers: HARDWARE, mtu: 1440 };
+        let offer = Offer { lanes: 64, ciphers: HARDWARE, mtu: 1440, ecn: true };
         let at = Timestamp::new(Duration::new(1_700_000_000, 5));
         let mut payload = initiation_payload(at, offer).to_vec();
-        for len in 0..payload.len() {
+        for len in 0..payload.len() - 1 {
             assert_eq!(read_initiation_payload(&payload[..len]), None);
         }
+        // Without the features of later versions.
+        let earlier = Offer { ecn: false, ..offer };
+        assert_eq!(read_initiation_payload(&payload[..16]), Some((at, earlier)));
         payload.extend([0xff; 40]);
         assert_eq!(read_initiation_payload(&payload), Some((at, offer)));
         for lanes in [0, 65, 255] {

@@ -424,6 +424,7 @@ impl Peer {
             established,
             initiator: saved.initiator,
             life: saved.life,
+            ecn: saved.ecn && shared.offer.ecn,
             secret: saved.secret,
         });
         let Ok(session) = session else { return false };

@@ -6,7 +6,7 @@
 //! takes nothing that may have been received already: the highest counter of each lane is kept while
 //! datagrams come in ([`Kept::set_mark`]).
 
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::time::Duration;
 
 use zeroize::Zeroizing;
@@ -83,6 +83,7 @@ pub struct SavedSession {
     pub(crate) initiator: bool,
     pub(crate) endpoint: Option<SocketAddr>,
     pub(crate) mtu: u16,
+    pub(crate) ecn: bool,
     /// Of the last initiation accepted from the peer.
     pub(crate) timestamp: Timestamp,
     pub(crate) secret: [Zeroizing<[u8; 32]>; 2],
@@ -112,14 +113,17 @@ impl SavedSession {
         put(&self.timestamp.to_bytes());
         put(&[self.cipher.number(), self.local_lanes, self.remote_lanes, self.initiator.into()]);
         put(&self.mtu.to_le_bytes());
-        let (family, ip, port) = match self.endpoint {
-            None => (0, Ipv6Addr::UNSPECIFIED, 0),
-            Some(SocketAddr::V4(v4)) => (4, v4.ip().to_ipv6_mapped(), v4.port()),
-            Some(SocketAddr::V6(v6)) => (6, *v6.ip(), v6.port()),
+        let (family, ip, port, scope) = match self.endpoint {
+            None => (0, Ipv6Addr::UNSPECIFIED, 0, 0),
+            Some(SocketAddr::V4(v4)) => (4, v4.ip().to_ipv6_mapped(), v4.port(), 0),
+            Some(SocketAddr::V6(v6)) => (6, *v6.ip(), v6.port(), v6.scope_id()),
         };
         put(&port.to_le_bytes());
         put(&ip.octets());
         put(&[family]);
+        // Zero in what earlier releases kept, and ignored by them.
+        put(&scope.to_le_bytes());
+        put(&[self.ecn.into()]);
         out
     }
 
@@ -135,12 +139,15 @@ impl SavedSession {
         let [cipher, local_lanes, remote_lanes, initiator] = take(&mut rest)?;
         let [mtu, port] = [take(&mut rest)?, take(&mut rest)?].map(u16::from_le_bytes);
         let ip = Ipv6Addr::from(take::<16>(&mut rest)?);
-        let endpoint = match take(&mut rest)? {
+        let family = take(&mut rest)?;
+        let scope = u32::from_le_bytes(take(&mut rest)?);
+        let endpoint = match family {
             [0] => None,
             [4] => Some(SocketAddr::new(IpAddr::V4(ip.to_ipv4_mapped()?), port)),
-            [6] => Some(SocketAddr::new(IpAddr::V6(ip), port)),
+            [6] => Some(SocketAddrV6::new(ip, port, 0, scope).into()),
             _ => return None,
         };
+        let [ecn] = take(&mut rest)?;
         let ciphers = [Cipher::Aes256Gcm, Cipher::ChaCha20Poly1305];
         let cipher = ciphers.into_iter().find(|known| known.number() == cipher)?;
         let initiator = match initiator {
@@ -160,6 +167,7 @@ impl SavedSession {
             initiator,
             endpoint,
             mtu,
+            ecn: ecn == 1,
             timestamp,
             secret,
         })
@@ -192,6 +200,7 @@ pub(crate) mod tests {
             initiator: true,
             endpoint: endpoint.map(|text| text.parse().unwrap()),
             mtu: 8940,
+            ecn: true,
             timestamp: Timestamp::new(Duration::from_secs(5)),
             secret: [Zeroizing::new([1; 32]), Zeroizing::new([2; 32])],
         }
@@ -199,11 +208,12 @@ pub(crate) mod tests {
 
     #[test]
     fn what_is_saved_is_read_again() {
-        for endpoint in [None, Some("192.0.2.1:51900"), Some("[2001:db8::1]:4000")] {
+        let addresses = ["192.0.2.1:51900", "[2001:db8::1]:4000", "[fe80::1%7]:51900"];
+        for endpoint in addresses.into_iter().map(Some).chain([None]) {
             let bytes = saved(endpoint).to_bytes();
             let again = SavedSession::from_bytes(&bytes).unwrap();
             assert_eq!(again.to_bytes(), bytes);
-            assert_eq!((again.life, again.mtu, again.initiator), (3, 8940, true));
+            assert_eq!((again.life, again.mtu, again.initiator, again.ecn), (3, 8940, true, true));
             assert_eq!(again.endpoint, endpoint.map(|text| text.parse().unwrap()));
             assert_eq!(again.established, saved(None).established);
         }

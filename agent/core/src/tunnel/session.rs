@@ -49,6 +49,8 @@ pub struct SessionParams {
     pub initiator: bool,
     /// Which life of the session this is; 0 in the process that made it.
     pub life: u32,
+    /// Both ends propagate the outer ECN field (RFC 6040).
+    pub ecn: bool,
     /// The handshake's split: the key of what the initiator sends, then of what the responder sends.
     pub secret: [Zeroizing<[u8; KEY_LEN]>; 2],
 }
@@ -88,6 +90,9 @@ pub struct Session {
     pub established: Time,
     /// Whether this end sent the initiation.
     pub initiator: bool,
+    /// Both ends propagate the outer ECN field (RFC 6040). Otherwise the outer field is Not-ECT, and
+    /// is ignored on receipt.
+    pub ecn: bool,
     senders: Box<[Sender]>,
     receivers: Box<[Receiver]>,
     control_sender: Sender,
@@ -127,6 +132,7 @@ impl Session {
             remote_lanes: params.remote_lanes,
             established: params.established,
             initiator: params.initiator,
+            ecn: params.ecn,
             senders: (0..params.local_lanes).map(sender).collect::<Result<_, _>>()?,
             receivers: (0..params.remote_lanes).map(receiver).collect::<Result<_, _>>()?,
             control_sender: sender(CONTROL_LANE)?,
@@ -427,6 +433,7 @@ mod tests {
             established: Time::default(),
             initiator,
             life: 0,
+            ecn: false,
             secret: [Zeroizing::new([1; 32]), Zeroizing::new([2; 32])],
         }
     }

@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::Range;
 
 use crate::drop::DropReason;
+use crate::wire::ecn::Ecn;
 
 /// IP protocol number of TCP (IANA).
 pub const TCP: u8 = 6;
@@ -34,6 +35,8 @@ pub struct IpHeader {
     pub protocol: u8,
     /// Whether it is a fragment (IPv4 only; an IPv6 fragment has `protocol` 44).
     pub fragment: bool,
+    /// ECN field of the type of service or traffic class.
+    pub ecn: Ecn,
 }
 
 impl IpHeader {
@@ -98,6 +101,7 @@ impl IpHeader {
             protocol: head[9],
             // MF, or an offset
             fragment: u16::from_be_bytes([head[6], head[7]]) & 0x3fff != 0,
+            ecn: Ecn::from_tos(head[1]),
         })
     }
 
@@ -116,6 +120,7 @@ impl IpHeader {
             total_len,
             protocol: head[6],
             fragment: false,
+            ecn: Ecn::from_tos(head[1] >> 4),
         })
     }
 }

@@ -106,7 +106,7 @@ pub struct SkeinNodeStatus {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct CapabilityStatus {
-    /// tun_uso, tun_tso, tun_checksum, udp_gso, udp_gro or reuseport_steering.
+    /// tun_uso, tun_tso, tun_checksum, udp_gso, udp_gro, udp_ecn or reuseport_steering.
     pub name: String,
     /// on, degraded, unsupported or disabled.
     pub state: String,

@@ -1,12 +1,12 @@
 //! Which of the records that files have are in force: pure.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use ipnet::IpNet;
 
 use crate::config::{check_inside, check_outside};
+use crate::control::endpoint::Endpoint;
 use crate::control::records::{self, Files, NodeRecord};
 use crate::failure::Failure;
 use crate::keys::PublicKeys;

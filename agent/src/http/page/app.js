@@ -194,6 +194,7 @@ const OFFLOADS = {
   tun_checksum: 'Checksums left to whoever needs them',
   udp_gso: 'Many datagrams in one send',
   udp_gro: 'Many datagrams in one receive',
+  udp_ecn: 'Congestion marks cross the tunnel',
   reuseport_steering: 'Datagrams steered to their lane',
 };
 const LEVELS = {

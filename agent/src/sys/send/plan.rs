@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use skein_core::drop::{DropCounts, DropReason};
+use skein_core::wire::ecn::Ecn;
 
 use super::gso::GsoState;
 use super::{Position, Run, SendOutcome, ToSend, TooLong};
@@ -38,6 +39,8 @@ pub(super) struct Message {
     pub(super) len: usize,
     /// The segment size, if the kernel is to split it.
     pub(super) gso: Option<u16>,
+    /// ECN field of the outer header; `NotEct` needs no control message.
+    pub(super) ecn: Ecn,
 }
 
 /// A message that the kernel called invalid, whose datagrams go one by one for now.
@@ -51,12 +54,25 @@ struct Refused {
     failed: bool,
 }
 
+/// Use of the control messages that set the outer ECN field (IP_TOS, IPV6_TCLASS).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum EcnUse {
+    #[default]
+    On,
+    /// A datagram with the control message was refused and is sent again without it. Its result
+    /// tells whether the control message was the cause.
+    Trial,
+    /// The kernel refuses the control message.
+    Refused,
+}
+
 /// Buffers of the decisions, kept from call to call.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
     messages: Vec<Message>,
     datagrams_per_call: Vec<u32>,
     segments_per_message: Vec<u32>,
+    ecn: EcnUse,
 }
 
 impl Plan {
@@ -89,6 +105,11 @@ impl Plan {
 
     pub(super) fn datagrams_per_call(&self) -> &[u32] {
         &self.datagrams_per_call
+    }
+
+    /// The kernel refuses the control message of the ECN field: every datagram is Not-ECT.
+    pub(super) fn ecn_refused(&self) -> bool {
+        self.ecn == EcnUse::Refused
     }
 
     pub(super) fn segments_per_message(&self) -> &[u32] {
@@ -220,6 +241,7 @@ impl Execution<'_> {
             start,
             len: end - start,
             gso: u16::try_from(run.segment_size).ok().filter(|_| segments > 1),
+            ecn: if self.plan.ecn == EcnUse::On { run.ecn } else { Ecn::NotEct },
         }
     }
 
@@ -236,6 +258,9 @@ impl Execution<'_> {
                 self.gso.worked(self.destination(&message));
             }
             self.settled(&message, false);
+        }
+        if self.plan.ecn == EcnUse::Trial {
+            self.plan.ecn = EcnUse::Refused;
         }
         self.outcome.datagrams += u64::from(datagrams);
         self.plan.datagrams_per_call.push(datagrams);

@@ -14,6 +14,7 @@ fn destination(i: u8) -> SocketAddr {
 #[derive(Debug, Clone)]
 struct Wanted {
     destination: u8,
+    ecn: Ecn,
     segment_size: usize,
     segments: usize,
     last: usize,
@@ -21,7 +22,7 @@ struct Wanted {
 
 impl Wanted {
     fn new(destination: u8, segment_size: usize, segments: usize) -> Self {
-        Self { destination, segment_size, segments, last: segment_size }
+        Self { destination, ecn: Ecn::NotEct, segment_size, segments, last: segment_size }
     }
 
     fn len_of(&self, segment: usize) -> usize {
@@ -55,6 +56,7 @@ fn execute(
         .zip(&parts)
         .map(|(run, parts)| Run {
             destination: destination(run.destination),
+            ecn: run.ecn,
             segment_size: run.segment_size,
             segments: run.segments,
             parts,
@@ -157,6 +159,33 @@ fn many_runs_leave_in_one_call_each_as_one_message() {
     let result = run_once(&mut GsoState::new(), &wanted, |messages, _| Ok(messages.len()));
     assert_eq!(result.outcome.calls, 1);
     assert_eq!(result.outcome.gso_messages, 10);
+}
+
+#[test]
+fn ecn_control_message_is_left_out_once_the_kernel_refuses_it() {
+    let marked = |segments| Wanted { ecn: Ecn::Ect0, ..Wanted::new(1, 1_000, segments) };
+    let wanted = [Wanted::new(2, 1_000, 3), marked(1), marked(4), Wanted::new(2, 900, 2)];
+    let mut plan = Plan::default();
+    let refusing = || by_message(|m, _| (m.ecn != Ecn::NotEct).then_some(libc::EINVAL));
+    let (mut gso, now) = (GsoState::new(), Instant::now());
+    let first = execute(&mut plan, &mut gso, now, &wanted, refusing());
+    assert_eq!((first.outcome.datagrams, first.outcome.dropped), (10, 0));
+    assert!(plan.ecn_refused());
+    let second = execute(&mut plan, &mut gso, now, &wanted, refusing());
+    assert_eq!((second.outcome.calls, second.outcome.gso_messages), (1, 3), "all is known");
+}
+
+#[test]
+fn ecn_control_message_is_not_blamed_for_a_bad_destination() {
+    let marked = |host| Wanted { ecn: Ecn::Ce, ..Wanted::new(host, 1_000, 1) };
+    let mut plan = Plan::default();
+    let wanted = [marked(1), marked(2), marked(3)];
+    let judge = by_message(|_, run| (run.destination == 2).then_some(libc::EINVAL));
+    let result = execute(&mut plan, &mut GsoState::new(), Instant::now(), &wanted, judge);
+    assert_eq!((result.outcome.datagrams, result.outcome.dropped), (2, 1));
+    assert!(!plan.ecn_refused());
+    let last = result.calls.last().and_then(|call| call.last());
+    assert_eq!(last.map(|message| message.ecn), Some(Ecn::Ce));
 }
 
 #[test]
@@ -292,6 +321,7 @@ fn a_kernel_that_takes_nothing_does_not_hang_the_lane() {
 fn runs_that_contradict_themselves_are_dropped_and_counted() {
     let run = |segment_size, segments, parts| Run {
         destination: destination(1),
+        ecn: Ecn::NotEct,
         segment_size,
         segments,
         parts,
@@ -322,8 +352,9 @@ fn runs_that_contradict_themselves_are_dropped_and_counted() {
 }
 
 fn wanted() -> impl Strategy<Value = Vec<Wanted>> {
-    let run = (1u8..5, 1usize..3_000, 1usize..150, any::<prop::sample::Index>());
-    let run = run.prop_map(|(destination, segment_size, segments, last)| Wanted {
+    let run = (1u8..5, 1usize..3_000, 1usize..150, any::<prop::sample::Index>(), any::<bool>());
+    let run = run.prop_map(|(destination, segment_size, segments, last, marked)| Wanted {
+        ecn: if marked { Ecn::Ect0 } else { Ecn::NotEct },
         last: 1 + last.index(segment_size),
         ..Wanted::new(destination, segment_size, segments)
     });

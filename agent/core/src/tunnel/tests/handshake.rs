@@ -1,5 +1,7 @@
 //! Two nodes meet.
 
+use std::net::SocketAddrV6;
+
 use super::*;
 use crate::tunnel::session::Cipher;
 use crate::tunnel::{EngineError, Trouble};
@@ -333,6 +335,7 @@ fn impossible_settings_are_refused() {
         lanes,
         ciphers: Ciphers { aes256_gcm, chacha20_poly1305: false, aes_hardware: true },
         mtu: 1440,
+        ecn: false,
     };
     let error = |config| Engine::new(config, Box::new(|_| {})).err();
     assert_eq!(error(config(0, 1, true)), Some(EngineError::Lanes(0)));
@@ -340,4 +343,41 @@ fn impossible_settings_are_refused() {
     assert_eq!(error(config(64, 0, true)), Some(EngineError::ListenPort));
     assert_eq!(error(config(64, 1, false)), Some(EngineError::NoCipher));
     assert_eq!(error(config(64, 1, true)), None);
+}
+
+#[test]
+fn sessions_propagate_ecn_only_where_both_ends_do() {
+    for (here, there) in [(true, true), (true, false), (false, true), (false, false)] {
+        let mut lab = Lab::new(2);
+        lab.reconfigure(0, |config| config.ecn = here);
+        lab.reconfigure(1, |config| config.ecn = there);
+        lab.send(0, 1, b"first");
+        lab.run(ms(500));
+        assert!(lab.joined(0, 1));
+        for (node, peer) in [(0, 1), (1, 0)] {
+            let session = lab.current(node, peer).unwrap();
+            assert_eq!(session.ecn, here && there, "node {node}: {here} here, {there} there");
+        }
+    }
+}
+
+#[test]
+fn link_local_endpoints_keep_their_scope() {
+    let mut lab = Lab::unacquainted(2);
+    // One address on two links, as two hosts may have it.
+    let at = |scope, host| {
+        let address = [0xfe80, 0, 0, 0, 0, 0, 0, host].into();
+        SocketAddr::from(SocketAddrV6::new(address, PORT, 0, scope))
+    };
+    for (node, host) in [(0, 1), (1, 2)] {
+        lab.reconfigure(node, |config| config.addresses = vec![at(3, host), at(4, host)]);
+    }
+    lab.introduce(0, 1);
+    lab.introduce(1, 0);
+    lab.underlay.dead.extend([at(3, 1), at(3, 2)]);
+    lab.flow(0, 1, ms(100));
+    lab.run(secs(8));
+    assert!(lab.joined(0, 1), "the second endpoint is tried, too");
+    assert_eq!(lab.view(0, 1).endpoint, Some(at(4, 2)));
+    assert_eq!(lab.view(1, 0).endpoint, Some(at(4, 1)), "the answer goes back by the same link");
 }

@@ -107,6 +107,8 @@ struct NodeConfig {
     ciphers: Ciphers,
     lanes: u8,
     mtu: u16,
+    /// Propagates the ECN field.
+    ecn: bool,
     addresses: Vec<SocketAddr>,
 }
 
@@ -162,6 +164,7 @@ impl Lab {
                 ciphers: ALL_CIPHERS,
                 lanes: 2,
                 mtu: 1440,
+                ecn: true,
                 addresses,
             };
             lab.nodes.push(Node {
@@ -279,7 +282,6 @@ impl Lab {
     /// Takes what the engine wants sent.
     fn collect(&mut self, node: usize) {
         while let Some(transmit) = self.nodes[node].engine.poll_transmit() {
-            let source = SocketAddr::new(self.nodes[node].config.addresses[0].ip(), MANAGER_PORT);
             let destination = transmit.destination;
             let source = self.source(node, MANAGER_PORT, destination);
             self.put(Datagram { from: node, source, destination, payload: transmit.payload });
@@ -450,6 +452,7 @@ fn engine(config: &NodeConfig, seed: u64) -> Engine {
         lanes: config.lanes,
         ciphers: config.ciphers,
         mtu: config.mtu,
+        ecn: config.ecn,
     };
     Engine::new(config, Box::new(random)).unwrap()
 }

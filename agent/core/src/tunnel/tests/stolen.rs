@@ -43,6 +43,7 @@ fn session(secret: Split, initiator: bool, cipher: Cipher) -> Session {
         established: Time::default(),
         initiator,
         life: 0,
+        ecn: false,
         secret,
     };
     Session::new(params).unwrap()
