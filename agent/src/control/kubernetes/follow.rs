@@ -41,6 +41,8 @@ pub(super) struct State {
     pub(super) node: Option<Arc<Node>>,
     /// This node's SkeinNode as the API server has it.
     pub(super) published: Option<Arc<SkeinNode>>,
+    /// The UID of this node's SkeinNode that was seen deleted last.
+    pub(super) deleted: Option<String>,
     /// What this node's record is to be; `None` as long as no Node was seen.
     pub(super) own: Option<Result<SkeinNodeSpec, String>>,
     /// Why nothing can be said of this node now; what was said before stays in force.
@@ -159,6 +161,11 @@ impl Follower {
     /// The store has taken the event already. Says whether something has changed.
     fn take_record(&mut self, event: watcher::Result<Event<SkeinNode>>) -> bool {
         let error = event.as_ref().err().map(|error| format!("SkeinNodes: {}", failure(error)));
+        if let Ok(Event::Delete(node)) = &event
+            && node.name_any() == self.config.name
+        {
+            self.state.deleted = node.uid();
+        }
         match event {
             // Half a list is none.
             Ok(Event::Init | Event::InitApply(_)) => return false,

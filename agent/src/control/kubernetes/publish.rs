@@ -19,7 +19,7 @@ use super::client::describe;
 use super::follow::{RENEW, State};
 use super::own;
 use super::resource::{SkeinNode, SkeinNodeSpec, SkeinNodeStatus};
-use super::status::{Known, falls_silent, ours, readiness_differs, status, text};
+use super::status::{Known, falls_silent, ours, readiness_differs, status, text, unready};
 use crate::control::shared::Shared;
 use crate::control::supervisor::DataplaneStatus;
 use crate::ipc::{Capability, CapabilityState, UnreachablePeer};
@@ -49,6 +49,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const SPREAD: Duration = Duration::from_secs(30);
 /// How long the agent may be unready before an operator is told.
 const UNREADY: Duration = Duration::from_secs(30);
+/// How long the agent may be unready and know nothing of the data process before its record says so: an agent
+/// that is restarted is ready sooner.
+const UNKNOWN_DELAY: Duration = Duration::from_secs(5);
 
 /// Keeps what this node tells up to date, for as long as somebody follows the API server.
 pub(super) async fn publish(shared: Shared, client: Client, mut state: watch::Receiver<State>) {
@@ -171,7 +174,26 @@ struct Applied {
     owner: OwnerReference,
     /// The version that the watch had told of before.
     before: Option<String>,
+    /// The UID of the record in the API server's answer.
+    uid: Option<String>,
     at: Instant,
+}
+
+impl Applied {
+    /// Whether the record need not be written again, because the watch will tell of it. `published` is the
+    /// record as the watch has told of it, `deleted` the UID of the last one that it saw deleted.
+    fn is_awaited(
+        &self,
+        spec: &SkeinNodeSpec,
+        owner: &OwnerReference,
+        published: Option<&SkeinNode>,
+        deleted: Option<&str>,
+    ) -> bool {
+        let version = published.and_then(|found| found.metadata.resource_version.as_ref());
+        let wait = if self.before.as_ref() == version { SILENCE } else { PATIENCE };
+        let is_deleted = self.uid.is_some() && self.uid.as_deref() == deleted;
+        self.spec == *spec && self.owner == *owner && !is_deleted && self.at.elapsed() < wait
+    }
 }
 
 impl Publisher {
@@ -184,8 +206,15 @@ impl Publisher {
             Some(problem) => self.tell(node, "NoRecord", WARNING, problem).await,
             None => self.over("NoRecord"),
         }
-        let Some(Ok(own)) = &state.own else { return Ok(()) };
-        let applied = self.apply(node, own, state.published.as_deref()).await;
+        let applied = match &state.own {
+            Some(Ok(own)) => {
+                let (published, deleted) = (state.published.as_deref(), state.deleted.as_deref());
+                self.apply(node, own, published, deleted).await
+            }
+            // The record of before stays, and its status must not: the agent is not ready.
+            Some(Err(_)) => Ok(()),
+            None => return Ok(()),
+        };
         let reasons = self.shared.readiness.reasons();
         let opened = match reasons.is_empty() {
             true => self.open(node).await,
@@ -201,8 +230,14 @@ impl Publisher {
                 false => self.silent_since.or(Some(Instant::now())),
             };
         }
+        let unready = self.unready_since.is_some_and(|since| since.elapsed() >= UNKNOWN_DELAY);
         let status = match &state.published {
-            Some(published) if known => self.write_status(published, &dataplane, &reasons).await,
+            Some(published) if known => {
+                self.write_status(published, Some(&dataplane), &reasons).await
+            }
+            Some(published) if unready && !reasons.is_empty() => {
+                self.write_status(published, None, &reasons).await
+            }
             _ => Ok(()),
         };
         self.tell_of_changes(node, capabilities, &reasons).await;
@@ -215,6 +250,7 @@ impl Publisher {
         node: &Node,
         own: &SkeinNodeSpec,
         published: Option<&SkeinNode>,
+        deleted: Option<&str>,
     ) -> anyhow::Result<()> {
         let Some(owner) = own::owner(node) else { return Ok(()) };
         // Others may own it, too.
@@ -223,54 +259,60 @@ impl Publisher {
             owners.any(|found| found.uid == owner.uid)
         };
         if published.is_some_and(|found| found.spec == *own && owned(found)) {
+            // The watch has told of it: whatever comes later is another change.
+            self.applied = None;
             return Ok(());
         }
-        let before = published.and_then(|found| found.metadata.resource_version.clone());
-        let waits = |applied: &Applied| {
-            let wait = if applied.before == before { SILENCE } else { PATIENCE };
-            applied.spec == *own && applied.owner == owner && applied.at.elapsed() < wait
-        };
+        let waits = |applied: &Applied| applied.is_awaited(own, &owner, published, deleted);
         if self.applied.as_ref().is_some_and(waits) {
             return Ok(());
         }
+        let before = published.and_then(|found| found.metadata.resource_version.clone());
         let name = &self.shared.config.name;
         let metadata = json!({ "name": name, "ownerReferences": [&owner] });
         let object = skeinnode(metadata, "spec", json!(own));
         let parameters = PatchParams::apply(MANAGER).force();
         let patch = Patch::Apply(&object);
-        ask(self.skeinnodes.patch(name, &parameters, &patch)).await.context("SkeinNode")?;
+        let written = self.skeinnodes.patch(name, &parameters, &patch);
+        let uid = ask(written).await.context("SkeinNode")?.metadata.uid;
         tracing::info!(endpoints = ?own.endpoints, pod_cidrs = ?own.pod_cidrs, "the SkeinNode is written");
-        self.applied = Some(Applied { spec: own.clone(), owner, before, at: Instant::now() });
+        let at = Instant::now();
+        self.applied = Some(Applied { spec: own.clone(), owner, before, uid, at });
         Ok(())
     }
 
+    /// `dataplane` is `None` while nothing is known of the data process.
     async fn write_status(
         &mut self,
         published: &SkeinNode,
-        dataplane: &DataplaneStatus,
+        dataplane: Option<&DataplaneStatus>,
         reasons: &[String],
     ) -> anyhow::Result<()> {
         let found = published.status.clone().map(ours);
-        // A peer that another program has a route to is not reached, either.
-        let conflicts = self
-            .shared
-            .interface()
-            .conflicts
-            .into_iter()
-            .map(|conflict| UnreachablePeer { name: conflict.peer, reason: conflict.problem });
-        let unreachable: Vec<_> = dataplane.unreachable.iter().cloned().chain(conflicts).collect();
-        let closed = self.closed_chains();
-        let known = Known {
-            generation: published.metadata.generation,
-            capabilities: &dataplane.capabilities,
-            mtu: self.shared.interface().mtu,
-            reasons,
-            unreachable: &unreachable,
-            closed: &closed,
-        };
+        let generation = published.metadata.generation;
         // What was written last is newer than what the watch has told, for a while.
         let before = self.last_status.as_ref().or(found.as_ref());
-        let status = status(before, &known, Timestamp::now());
+        let status = match dataplane {
+            Some(dataplane) => {
+                // A peer that another program has a route to is not reached, either.
+                let conflicts = self.shared.interface().conflicts.into_iter().map(|conflict| {
+                    UnreachablePeer { name: conflict.peer, reason: conflict.problem }
+                });
+                let unreachable: Vec<_> =
+                    dataplane.unreachable.iter().cloned().chain(conflicts).collect();
+                let closed = self.closed_chains();
+                let known = Known {
+                    generation,
+                    capabilities: &dataplane.capabilities,
+                    mtu: self.shared.interface().mtu,
+                    reasons,
+                    unreachable: &unreachable,
+                    closed: &closed,
+                };
+                status(before, &known, Timestamp::now())
+            }
+            None => unready(before, generation, reasons, Timestamp::now()),
+        };
         if before == Some(&status) && found.as_ref() == Some(&status) {
             return Ok(());
         }
@@ -528,6 +570,39 @@ mod tests {
             assert!(events < 20_001.0, "{nodes} nodes: {events} events a second");
         }
         assert_eq!(spread(0.5, 0), Duration::ZERO);
+    }
+
+    #[test]
+    fn deleted_record_is_written_again_at_once() {
+        let record = |uid: &str, version: &str| -> SkeinNode {
+            serde_json::from_value(json!({
+                "metadata": { "name": "a", "uid": uid, "resourceVersion": version },
+                "spec": { "publicKey": "k", "endpoints": [], "podCIDRs": [] },
+            }))
+            .unwrap()
+        };
+        let found = record("first", "1");
+        let node = node(json!({ "metadata": { "name": "a", "uid": "n" } }));
+        let owner = own::owner(&node).unwrap();
+        let applied = |before: Option<&str>, seconds| Applied {
+            spec: found.spec.clone(),
+            owner: owner.clone(),
+            before: before.map(str::to_owned),
+            uid: Some("first".to_owned()),
+            at: Instant::now() - Duration::from_secs(seconds),
+        };
+        let awaited = |applied: &Applied, published: Option<&SkeinNode>, deleted| {
+            applied.is_awaited(&found.spec, &owner, published, deleted)
+        };
+        let created = applied(None, 0);
+        assert!(awaited(&created, None, None), "The watch has not told of it yet.");
+        assert!(awaited(&created, None, Some("another")), "Another record was deleted.");
+        assert!(!awaited(&created, None, Some("first")), "The record was deleted.");
+        let changed = applied(Some("1"), 11);
+        assert!(awaited(&changed, Some(&found), None), "The watch may be silent.");
+        let edited = record("first", "2");
+        assert!(!awaited(&changed, Some(&edited), None), "The watch tells something else.");
+        assert!(!awaited(&applied(Some("1"), 121), Some(&found), None), "The watch is late.");
     }
 
     #[test]

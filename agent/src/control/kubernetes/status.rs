@@ -73,6 +73,25 @@ pub(super) fn status(
     }
 }
 
+/// What the SkeinNode is to say while the agent is not ready and knows nothing of the data process; the rest
+/// of `before` stays.
+pub(super) fn unready(
+    before: Option<&SkeinNodeStatus>,
+    generation: Option<i64>,
+    reasons: &[String],
+    now: Timestamp,
+) -> SkeinNodeStatus {
+    let (capabilities, unreachable, closed) = (&[], &[], &[]);
+    let known = Known { generation, capabilities, mtu: 0, reasons, unreachable, closed };
+    let SkeinNodeStatus { observed_generation, agent_version, mut conditions, .. } =
+        status(before, &known, now);
+    conditions.retain(|condition| condition.kind == READY);
+    let others = before.into_iter().flat_map(|before| &before.conditions);
+    conditions.extend(others.filter(|condition| condition.kind != READY).cloned());
+    let before = before.cloned().unwrap_or_default();
+    SkeinNodeStatus { observed_generation, agent_version, conditions, ..before }
+}
+
 /// The first few by name, each with what is wrong, and how many more.
 fn names(silent: &[UnreachablePeer]) -> String {
     let each = silent.iter().take(NAMED).map(|peer| format!("{} ({})", peer.name, peer.reason));
@@ -174,6 +193,21 @@ mod tests {
         assert_eq!((&*closed.status, &*closed.reason), ("False", "ForwardDropped"));
         assert!(closed.message.ends_with("set it"), "{closed:?}");
         assert!(forwarding(&["x".repeat(900)]).message.chars().count() <= MESSAGE + 1);
+    }
+
+    #[test]
+    fn unready_agent_changes_its_readiness_only() {
+        let on = [Capability { name: "udp_gso".into(), state: CapabilityState::On, reason: None }];
+        let well = status(None, &known(&on, &[], &[silent("node-b")]), at(1));
+        let ill = unready(Some(&well), Some(2), &["why".into()], at(9));
+        let (ready, peers) = (&ill.conditions[0], &ill.conditions[1]);
+        assert_eq!((ready.status.as_str(), ready.message.as_str()), ("False", "why"));
+        assert_eq!(ready.last_transition_time, "1970-01-01T00:00:09Z");
+        assert_eq!(*peers, well.conditions[1]);
+        assert_eq!((ill.mtu, &ill.capabilities), (well.mtu, &well.capabilities));
+        assert_eq!(unready(Some(&ill), Some(2), &["why".into()], at(20)), ill);
+        let first = unready(None, Some(1), &["why".into()], at(1));
+        assert_eq!((first.conditions.len(), first.mtu), (1, None));
     }
 
     #[test]
