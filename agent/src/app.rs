@@ -6,12 +6,13 @@ use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::commands::{
-    ConfigArgs, LookArgs, OutputArgs, bench, capture, check, connectivity, generate, key, peers,
-    print, service, status, sysdump, top, trace,
+    ConfigArgs, LookArgs, OutputArgs, bench, capture, check, connectivity, generate, hold, key,
+    peers, print, service, status, sysdump, top, trace,
 };
 use crate::config::{Log, LogFormat, Mode};
 use crate::control::kubernetes::resource;
 use crate::failure::Failure;
+use crate::instance::Instance;
 use crate::{dataplane, logging};
 
 /// Shown by --help and in the manual page; explained in docs/operations.md.
@@ -46,9 +47,8 @@ enum Command {
         /// Who starts the data process (overrides dataplane.mode)
         #[arg(long)]
         dataplane: Option<Mode>,
-        /// Take the place of the agent that runs, if one does
-        #[arg(long)]
-        take_over: bool,
+        #[command(flatten)]
+        start: service::StartArgs,
     },
     /// Run the data process alone, to be fed over its socket
     Dataplane {
@@ -67,6 +67,9 @@ enum Command {
         /// Ask the one that runs there for an answer within seconds, and end
         #[arg(long, conflicts_with = "take_over")]
         probe: bool,
+        /// Directory of this pod's own sockets; the data process takes over when the pod's agent does
+        #[arg(long)]
+        instance: Option<PathBuf>,
         /// Let the data process make any system call (dataplane.seccomp = false)
         #[arg(long)]
         no_seccomp: bool,
@@ -103,9 +106,12 @@ enum Command {
         #[arg(long)]
         state: bool,
     },
-    /// Do nothing until ended: for a DaemonSet whose pods have done their work
+    /// Ask the agent of this pod whether it is alive, for a probe of kubelet's
     #[command(hide = true)]
-    Hold,
+    Health(service::HealthArgs),
+    /// Wait until ended; with --lock, until the agent's role is free: then run the command
+    #[command(hide = true)]
+    Hold(hold::HoldArgs),
     /// Print the definition of the SkeinNode resource (kubectl apply -f -)
     Crd,
     /// Take Skein from every node of a Kubernetes cluster (what the chart does before it goes)
@@ -143,13 +149,21 @@ enum Command {
 /// Runs the command that the command line asks for.
 pub fn main() -> Result<(), Failure> {
     match Cli::parse().command {
-        Command::Run { config, dataplane, take_over } => {
-            service::run(&config, dataplane, take_over)
+        Command::Run { config, dataplane, start } => service::run(&config, dataplane, start),
+        Command::Dataplane { socket, probe: true, instance, .. } => {
+            Ok(dataplane::probe(&socket, instance.map(Instance::new).as_ref())?)
         }
-        Command::Dataplane { socket, probe: true, .. } => Ok(dataplane::probe(&socket)?),
         Command::Dataplane {
-            socket, log_level, log_format, take_over, no_seccomp, worker, ..
+            socket,
+            log_level,
+            log_format,
+            take_over,
+            no_seccomp,
+            worker,
+            instance,
+            ..
         } => {
+            let instance = instance.map(Instance::new);
             let log = Log { level: log_level, format: log_format };
             let seccomp = !no_seccomp;
             // Before there is a second thread: the kernel keeps rights for each.
@@ -159,7 +173,7 @@ pub fn main() -> Result<(), Failure> {
             match worker {
                 Some(channel) => Ok(dataplane::work(channel)?),
                 None => {
-                    let options = dataplane::Options { socket, take_over, log, seccomp };
+                    let options = dataplane::Options { socket, take_over, instance, log, seccomp };
                     Ok(dataplane::run(&options)?)
                 }
             }
@@ -175,7 +189,8 @@ pub fn main() -> Result<(), Failure> {
         Command::Probe(arguments) => connectivity::probe(&arguments),
         Command::Sysdump(arguments) => sysdump::sysdump(&arguments),
         Command::Cleanup { config, state } => service::clean(&config, state),
-        Command::Hold => service::hold(),
+        Command::Health(arguments) => service::health(&arguments),
+        Command::Hold(arguments) => hold::hold(&arguments),
         Command::Crd => print(&resource::definition()?),
         Command::Uninstall(options) => service::uninstall(&options),
         Command::Keygen { out } => key::keygen(out.as_deref()),

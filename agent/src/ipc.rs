@@ -125,12 +125,9 @@ pub enum Response {
         /// Packets that were to be told and were too many, since the last answer.
         missed: u64,
     },
-    /// Answer to [`Request::TakeOver`]; the descriptors follow, the listening socket first. A byte of the
-    /// receiver's says that it has them, and one of the sender's that they are its own now.
-    HandOver {
-        /// What they are.
-        left: Box<HandOver>,
-    },
+    /// Answer to [`Request::TakeOver`]. The descriptors of the data plane's lock and of the store follow. A
+    /// byte of the receiver's says that it has them, and one of the sender's that they are its own now.
+    HandOver,
     /// The request could not be carried out; what was in force before still is.
     Error {
         /// What kind of thing failed, for the exit code.
@@ -141,7 +138,7 @@ pub enum Response {
 }
 
 /// What is of another version cannot be taken up: the next data process begins anew.
-pub const HANDOVER_VERSION: u32 = 1;
+pub const HANDOVER_VERSION: u32 = 2;
 
 /// Describes the descriptors, and what the kernel allows on them. They are, in this order: the snapshot,
 /// the sessions, a queue of the TUN device for each lane, and for each family the receiving and the

@@ -14,6 +14,7 @@ pub mod firewall;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod http;
+pub mod instance;
 pub mod ipc;
 pub mod keys;
 pub mod lifecycle;

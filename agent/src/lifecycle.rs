@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::unix::process::CommandExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -58,12 +57,6 @@ impl Drop for NotReady {
     fn drop(&mut self) {
         self.readiness.lock().reasons.remove(&self.id);
     }
-}
-
-/// Becomes a program that does nothing until it is ended: one that has given its place to another and ends
-/// would be started again by whoever started it, to take the place back. Returns only where that fails.
-pub fn retire() -> io::Error {
-    std::process::Command::new("/proc/self/exe").arg0("skein-agent").arg("hold").exec()
 }
 
 /// The signals of a service.

@@ -345,6 +345,37 @@ fn pods_are_replaced_when_the_configuration_changes() -> Result<()> {
     Ok(())
 }
 
+/// Two pods of a node share its ports and /run/skein.
+#[test]
+fn probes_ask_the_processes_of_their_own_pod() -> Result<()> {
+    let objects = rendered(&["podCidr=10.244.0.0/16"])?;
+    let spec = &object(&objects, "DaemonSet", "skein")?["spec"]["template"]["spec"];
+    let volumes = spec["volumes"].as_array().context("no volumes")?;
+    let own = volumes.iter().find(|volume| volume["name"] == "instance").context("no volume")?;
+    ensure!(own["emptyDir"].is_object(), "{own}");
+    let containers = spec["containers"].as_array().context("no containers")?;
+    ensure!(containers.len() == 2, "{containers:?}");
+    for container in containers {
+        let name = &container["name"];
+        let text = |value: &Value| value.to_string();
+        let mounts = container["volumeMounts"].as_array().context("no mounts")?;
+        let mount = mounts.iter().find(|mount| mount["name"] == "instance");
+        let path = mount.and_then(|mount| mount["mountPath"].as_str()).context("no mount")?;
+        let option = format!("--instance={path}/skein");
+        ensure!(text(&container["args"]).contains(&option), "{name}: {}", container["args"]);
+        ensure!(container["terminationMessagePolicy"] == "FallbackToLogsOnError", "{container}");
+        for probe in ["startupProbe", "livenessProbe", "readinessProbe"] {
+            let Some(probe) = container.get(probe) else { continue };
+            ensure!(text(&probe["exec"]["command"]).contains(&option), "{name}: {probe}");
+            ensure!(probe.get("httpGet").is_none(), "{name}: {probe}");
+        }
+        ensure!(container["livenessProbe"].is_object(), "{name} has no probe");
+    }
+    let ready = containers[0]["readinessProbe"]["exec"]["command"].to_string();
+    ensure!(ready.contains("--ready"), "{ready}");
+    Ok(())
+}
+
 #[test]
 fn versions_agree() -> Result<()> {
     let about = programs::yaml(&fs::read_to_string(chart::path().join("Chart.yaml"))?)?.remove(0);

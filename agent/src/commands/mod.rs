@@ -5,6 +5,7 @@ pub(crate) mod capture;
 pub(crate) mod check;
 pub(crate) mod connectivity;
 pub(crate) mod generate;
+pub(crate) mod hold;
 pub(crate) mod key;
 pub(crate) mod packet;
 pub(crate) mod peers;

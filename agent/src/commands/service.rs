@@ -1,24 +1,55 @@
-//! What runs for long, and what it is told: `run`, `log-level`, `hold`, `cleanup`, `uninstall`.
+//! What runs for long, and what it is told: `run`, `log-level`, `health`, `cleanup`, `uninstall`.
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
 use rustix::thread::CapabilitySet;
 
-use super::{AgentArgs, ConfigArgs, print, runtime, seconds};
+use super::{AgentArgs, ConfigArgs, hold, print, runtime, seconds};
 use crate::config::Mode;
 use crate::control::kubernetes::uninstall;
+use crate::control::takeover::Start;
 use crate::control::{self, Ended, cleanup, server};
 use crate::failure::Failure;
-use crate::lifecycle::{self, Signals};
+use crate::instance::Instance;
 use crate::logging;
-use crate::sys::confine;
+use crate::sys::lock::FileLock;
+use crate::sys::{confine, descriptors};
 
-pub(crate) fn run(config: &ConfigArgs, mode: Option<Mode>, take_over: bool) -> Result<(), Failure> {
+/// How long tasks of an agent that hands over may take to end.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How an agent gets its role on the node.
+#[derive(Args)]
+pub(crate) struct StartArgs {
+    /// Take the place of the agent that runs, if one does, as soon as this one would be ready
+    #[arg(long)]
+    take_over: bool,
+    /// Directory of this pod's own sockets; takes over, together with the pod's data process
+    #[arg(long)]
+    instance: Option<PathBuf>,
+    /// For hold: the descriptor of the role's lock
+    #[arg(long, hide = true)]
+    lock_fd: Option<i32>,
+}
+
+pub(crate) fn run(
+    config: &ConfigArgs,
+    mode: Option<Mode>,
+    start: StartArgs,
+) -> Result<(), Failure> {
     let mut config = config.load()?;
     if let Some(mode) = mode {
         config.dataplane.mode = mode;
+    }
+    if start.instance.is_some() && config.dataplane.mode == Mode::Spawn {
+        return Err(Failure::Usage(
+            "--instance: the data process is another container's: set dataplane.mode = \"external\""
+                .to_owned(),
+        ));
     }
     // Before there is a second thread: the kernel keeps rights for each.
     let pods = if config.cni.enabled { confine::PODS } else { CapabilitySet::empty() };
@@ -31,19 +62,39 @@ pub(crate) fn run(config: &ConfigArgs, mode: Option<Mode>, take_over: bool) -> R
         tracing::warn!("{note}");
     }
     tracing::info!(capabilities = ?rights, "capabilities given up but for these");
-    match runtime()?.block_on(control::run(config, take_over))? {
+    let StartArgs { take_over, instance, lock_fd } = start;
+    let lock = lock_fd.map(|fd| FileLock::received(descriptors::inherited(fd)?)).transpose();
+    let lock = lock.context("--lock-fd is for hold to use")?;
+    let start = Start { take_over, instance: instance.map(Instance::new), lock };
+    let (takes_over, instance) = (start.takes_over(), start.instance.clone());
+    let state_dir = config.state_dir.clone();
+    let runtime = runtime()?;
+    match runtime.block_on(control::run(config, start))? {
         Ended::Asked => Ok(()),
-        // The kernel closes all that this process has, and whoever started it sees no end of it.
-        Ended::GaveWay if take_over => Err(Failure::Runtime(lifecycle::retire().into())),
-        Ended::GaveWay => Ok(()),
+        Ended::HandedOver(role) if takes_over => {
+            let error = hold::become_holder(role, &state_dir, instance.as_ref());
+            Err(Failure::Runtime(anyhow::Error::new(error).context("cannot hold the role")))
+        }
+        Ended::HandedOver(role) => {
+            runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
+            let sent = descriptors::send(&role.connection, &[OwnedFd::from(role.lock).as_fd()]);
+            Ok(sent.context("the other agent does not take this one's place")?)
+        }
     }
 }
 
-pub(crate) fn hold() -> Result<(), Failure> {
-    runtime()?.block_on(async {
-        Signals::take().context("cannot take signals")?.end().await;
-        Ok(())
-    })
+#[derive(Args)]
+pub(crate) struct HealthArgs {
+    /// Directory of the pod's own sockets
+    #[arg(long)]
+    instance: PathBuf,
+    /// Fail, too, if the agent is not ready
+    #[arg(long)]
+    ready: bool,
+}
+
+pub(crate) fn health(arguments: &HealthArgs) -> Result<(), Failure> {
+    Ok(Instance::new(&arguments.instance).probe(arguments.ready)?)
 }
 
 pub(crate) fn clean(config: &ConfigArgs, state: bool) -> Result<(), Failure> {

@@ -11,6 +11,7 @@ use super::rotation;
 use crate::cni::attach::Attacher;
 use crate::cni::{install, ipam};
 use crate::config::{ALIAS_PREFIX, Config, KEY};
+use crate::dataplane;
 use crate::failure::Failure;
 use crate::firewall::{self, forward};
 use crate::ipc::{NodeIdentity, Request};
@@ -65,6 +66,10 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
     remove_unreachable_routes(config, &mut cleaned).await;
     for socket in dataplane_socket.into_iter().chain([&config.control.socket]) {
         cleaned.note(&format!("socket {}", socket.display()), remove_file(socket));
+    }
+    if let Some(socket) = dataplane_socket {
+        let lock = dataplane::lock_path(socket);
+        cleaned.note("lock of the data plane", remove_file(&lock).map(|_| false));
     }
     if state {
         let ours = config.state_dir.join("cni");

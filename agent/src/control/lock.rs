@@ -1,19 +1,21 @@
 //! The lock on the state directory, so that no two agents share one.
 
-use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-
-use rustix::fs::{FlockOperation, flock};
 
 use super::identity::create_private_dir;
 use crate::failure::Failure;
+use crate::sys::lock::FileLock;
 
-/// Held as long as the process lives; the kernel takes it back however the process ends.
+/// The lock's name in the state directory.
+pub const FILE: &str = "lock";
+
+/// Held as long as the process lives; the kernel takes it back however the process ends. Whoever has it has
+/// the agent's role on this node.
 #[derive(Debug)]
 pub struct StateLock {
-    file: File,
+    lock: FileLock,
     path: PathBuf,
 }
 
@@ -23,38 +25,45 @@ impl StateLock {
         let shown = state_dir.display();
         let failed = |error| Failure::io(format!("cannot use the state directory {shown}"), error);
         create_private_dir(state_dir).map_err(failed)?;
-        let path = state_dir.join("lock");
-        loop {
-            let mut options = OpenOptions::new();
-            let options = options.read(true).write(true).create(true).truncate(false).mode(0o600);
-            let mut file = options.open(&path).map_err(failed)?;
-            if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-                let mut holder = String::new();
-                // Only for the message: an agent that has just started may not have written it.
-                let _ = (&file).take(32).read_to_string(&mut holder);
-                return Err(Failure::Taken(format!(
-                    "another agent (process {}) uses the state directory {shown}: stop it, or give \
-                     each agent a state_dir of its own",
-                    holder.trim()
-                )));
-            }
-            // Somebody may have removed the file between opening and locking.
-            let same = std::fs::metadata(&path)
-                .is_ok_and(|now| file.metadata().is_ok_and(|then| then.ino() == now.ino()));
-            if !same {
-                continue;
-            }
-            file.set_len(0).and_then(|()| file.rewind()).map_err(failed)?;
-            writeln!(file, "{}", std::process::id()).map_err(failed)?;
-            return Ok(Self { file, path });
-        }
+        let path = state_dir.join(FILE);
+        let Some(lock) = FileLock::try_take(&path).map_err(failed)? else {
+            let mut holder = String::new();
+            // Only for the message: an agent that has just started may not have written it.
+            let _ = std::fs::File::open(&path)
+                .and_then(|file| file.take(32).read_to_string(&mut holder));
+            return Err(Failure::Taken(format!(
+                "another agent (process {}) uses the state directory {shown}: stop it, or give \
+                 each agent a state_dir of its own",
+                holder.trim()
+            )));
+        };
+        Self::of(lock, state_dir)
+    }
+
+    /// The lock of a state directory that another process has taken and passed on to this one.
+    ///
+    /// # Errors
+    /// The lock's file cannot be written.
+    pub fn of(mut lock: FileLock, state_dir: &Path) -> Result<Self, Failure> {
+        let shown = state_dir.display();
+        let failed = |error| Failure::io(format!("cannot use the state directory {shown}"), error);
+        let file = lock.file();
+        file.set_len(0).and_then(|()| file.rewind()).map_err(failed)?;
+        writeln!(file, "{}", std::process::id()).map_err(failed)?;
+        Ok(Self { lock, path: state_dir.join(FILE) })
     }
 
     /// Removes the lock file and lets go.
     pub fn remove(self) -> std::io::Result<()> {
         std::fs::remove_file(&self.path)?;
-        drop(self.file);
+        drop(self.lock);
         Ok(())
+    }
+}
+
+impl From<StateLock> for OwnedFd {
+    fn from(lock: StateLock) -> Self {
+        lock.lock.into()
     }
 }
 

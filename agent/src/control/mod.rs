@@ -10,6 +10,7 @@ pub mod endpoint;
 pub(crate) mod handshakes;
 pub mod history;
 pub mod identity;
+pub mod instance;
 pub mod kubernetes;
 pub mod listener;
 pub mod lock;
@@ -20,10 +21,13 @@ pub mod server;
 pub mod shared;
 pub mod source;
 pub mod supervisor;
+pub mod takeover;
 mod underlay;
 pub mod watch;
 
 use std::collections::BTreeSet;
+use std::net::TcpListener;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -33,6 +37,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior};
 
 use self::desired::Desired;
+use self::instance::DataplaneRequest;
 use self::kubernetes::Kubernetes;
 use self::lock::StateLock;
 use self::registry::Registry;
@@ -40,6 +45,7 @@ use self::rotation::{Rotation, RotationRequest};
 use self::shared::{InterfaceStatus, PeerConflict, Shared};
 use self::source::{Reader, Source};
 use self::supervisor::{End, Handle};
+use self::takeover::{Role, Start};
 use self::underlay::UnderlayWatch;
 use self::watch::SourceWatch;
 use crate::cni::Pods;
@@ -48,7 +54,7 @@ use crate::failure::Failure;
 use crate::firewall::{Firewall, PodRules, Rules};
 use crate::http;
 use crate::ipc::{NarrowPath, Snapshot};
-use crate::lifecycle::{Asked, NotReady, Signals};
+use crate::lifecycle::{Asked, NotReady, Readiness, Signals};
 use crate::netlink::interface::{InterfaceError, Outcome, Present, RouteConflict, Wanted};
 use crate::netlink::monitor::Monitor;
 use crate::netlink::{Netlink, NetlinkError};
@@ -65,54 +71,84 @@ const RELEASE: Duration = Duration::from_secs(5);
 const QUIET: Duration = Duration::from_millis(20);
 
 /// How the control process came to its end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Ended {
     /// It was asked to end.
     Asked,
-    /// Another agent has asked it to give way.
-    GaveWay,
+    /// Another agent takes its place.
+    HandedOver(HandOver),
 }
 
-/// Runs until a signal ends it, another agent takes its place, or the start fails. `take_over`: takes the
-/// place of the agent that runs, if one does.
-pub async fn run(config: Config, take_over: bool) -> Result<Ended, Failure> {
+/// The role of an agent on its way to another agent.
+#[derive(Debug)]
+pub struct HandOver {
+    /// The role.
+    pub lock: StateLock,
+    /// The agent at the other end is to have it, when everything else of this process is closed.
+    pub connection: UnixStream,
+    /// Whether this agent was ready.
+    pub ready: bool,
+}
+
+/// Runs until a signal ends it, another agent takes its place, or the start fails.
+pub async fn run(config: Config, mut start: Start) -> Result<Ended, Failure> {
     let mut signals = Signals::take().context("cannot take signals")?;
-    if take_over && let Err(error) = server::ask_to_give_way(&config.control.socket).await {
-        tracing::warn!(%error, "the agent that runs was not asked to give way");
-    }
+    let takes_over = start.takes_over();
+    let readiness = Readiness::default();
+    // Until the parts have guards of their own.
+    let starting = readiness.block("the agent is starting");
+    let probes = start.instance.as_ref();
+    let probes = probes.map(|own| instance::answer_probes(own, readiness.clone())).transpose()?;
     // Where somebody else starts it, the directory is theirs to make.
     if config.dataplane.mode == Mode::Spawn {
         make_directory(&config.dataplane.socket)
             .map_err(|error| Failure::io("cannot use dataplane.socket", error))?;
     }
-    let lock = free(take_over, || StateLock::take(&config.state_dir)).await?;
+    let role = tokio::select! {
+        role = takeover::take_role(&config, &mut start, &starting) => role?,
+        () = signals.end() => return Ok(Ended::Asked),
+    };
+    let Role { lock, listeners, taken_over } = role;
     let rotation = Rotation::load(&config)?;
-    let shared = Shared::new(config.clone(), rotation.status());
-    // Until the parts have guards of their own.
-    let starting = shared.readiness.block("the agent is starting");
-    let (metrics, page) = (config.metrics.listen, config.status_page.listen);
-    let metrics = free(take_over, || http::bind("metrics.listen", metrics)).await?;
-    let page = free(take_over, || http::bind("status_page.listen", page)).await?;
-    let status = free(take_over, || server::bind(&config.control.socket)).await?;
-    let (give_way, mut gives_way) = tokio::sync::watch::channel(false);
+    let mut shared = Shared::new(config.clone(), rotation.status());
+    shared.readiness = readiness.clone();
+    let bind = async |key: &str, bound: Option<TcpListener>, address| match bound {
+        Some(bound) => Ok(Some(bound)),
+        None => free(takes_over, || http::bind(key, address)).await,
+    };
+    let metrics = bind("metrics.listen", listeners.metrics, config.metrics.listen).await?;
+    let page = bind("status_page.listen", listeners.page, config.status_page.listen).await?;
+    let status = free(takes_over, || server::bind(&config.control.socket)).await?;
+    let (hand_over, mut asked_to_hand_over) = mpsc::channel(1);
     let metrics = tokio::spawn(http::serve_metrics(metrics, shared.clone()));
     let page = tokio::spawn(http::serve_page(page, shared.clone()));
     let (rotate, asked) = mpsc::channel(1);
-    let asks = server::Asks { give_way, rotate };
+    let asks = server::Asks { hand_over, rotate };
     let server = tokio::spawn(server::serve(status, shared.clone(), asks));
+    let dataplane = start.instance.as_ref();
+    let mut dataplane = dataplane.map(|own| DataplaneRequest::start(own, readiness.clone()));
 
     let socket = config.control.socket.clone();
+    let work = async {
+        // The other instance's data plane need not take this agent's settings.
+        if let Some(dataplane) = dataplane.as_mut().filter(|_| taken_over) {
+            dataplane.granted().await;
+        }
+        control(config, (rotation, asked), shared, starting, &mut signals).await
+    };
     let result = tokio::select! {
-        result = control(config, (rotation, asked), shared, starting, &mut signals) => result,
+        result = work => result,
         // Whatever is under way is left as a killed agent leaves it: the next one goes on from there.
-        Ok(_) = gives_way.wait_for(|asked| *asked) => {
+        Some(connection) = asked_to_hand_over.recv() => {
             tracing::info!("another agent takes this one's place");
-            return Ok(Ended::GaveWay);
+            let ready = readiness.reasons().is_empty();
+            return Ok(Ended::HandedOver(HandOver { lock, connection, ready }));
         }
     };
     metrics.abort();
     page.abort();
     server.abort();
+    drop((dataplane, probes));
     // A socket file that stays is harmless: the next start takes it over.
     let _ = std::fs::remove_file(socket);
     drop(lock);

@@ -104,6 +104,19 @@ impl Registry {
     /// Reads the records at the start. What is wrong with this node's own record is an error, and so
     /// is a wrong file where no records were ever good: later it is refused alone, as at run time.
     pub fn open(config: &Config, keys: PublicKeys, source: Reader) -> Result<Self, Failure> {
+        let registry = Self::read(config, keys, source)?;
+        for (path, error) in &registry.rejected {
+            log_rejected(path, error);
+        }
+        registry.write_store();
+        Ok(registry)
+    }
+
+    /// Reads the records and writes nothing.
+    ///
+    /// # Errors
+    /// The same as those of [`Registry::open`].
+    pub fn read(config: &Config, keys: PublicKeys, source: Reader) -> Result<Self, Failure> {
         let own = Own {
             name: config.name.clone(),
             keys,
@@ -157,7 +170,7 @@ impl Registry {
         let never_started = owned.is_none();
         let now = prefixes(&accepted, &local_cidrs);
         former.update(&owned.unwrap_or_default(), &now, &own.cluster_cidrs);
-        let registry = Self {
+        Ok(Self {
             own,
             local_cidrs,
             source,
@@ -167,12 +180,7 @@ impl Registry {
             never_started,
             rejected,
             source_error,
-        };
-        for (path, error) in &registry.rejected {
-            log_rejected(path, error);
-        }
-        registry.write_store();
-        Ok(registry)
+        })
     }
 
     /// Reads the records again; says whether what is in force has changed.

@@ -10,20 +10,23 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot};
 
 use super::listener::Listener;
 use super::rotation::{Ask, RotationRequest, RotationStatus};
-use super::shared::{Document, Shared};
+use super::shared::Shared;
 use crate::failure::Failure;
-use crate::sys::socket::{is_absent, is_trusted, make_directory};
+use crate::sys::descriptors;
+use crate::sys::lock::FileLock;
+use crate::sys::socket::{hung_up, is_absent, is_trusted, make_directory};
 
 /// How long a reader may take.
 const DEADLINE: Duration = Duration::from_secs(5);
 /// How long a reader that says nothing may mean to say something.
 const SILENCE: Duration = Duration::from_millis(100);
-/// What another agent says that is to take this one's place.
-const GIVE_WAY: &str = "give way";
+/// What another agent says that is to take this one's place. The lock of the state directory follows, when
+/// everything else is closed.
+const HAND_OVER: &str = "hand over";
 /// What asks for another key of this node …
 const ROTATE_KEY: &str = "rotate key";
 /// … and for an end of the old one at once.
@@ -69,8 +72,8 @@ pub(super) fn bind_socket(key: &str, path: &Path) -> Result<UnixListener, Failur
 /// Who is told what is asked for.
 #[derive(Debug, Clone)]
 pub struct Asks {
-    /// Another agent is to take this one's place.
-    pub give_way: watch::Sender<bool>,
+    /// Another agent, at the other end, is to take this one's place.
+    pub hand_over: mpsc::Sender<std_net::UnixStream>,
     /// Somebody wants another key for this node.
     pub rotate: Ask,
 }
@@ -105,9 +108,11 @@ async fn answer(mut stream: UnixStream, shared: &Shared, asks: &Asks) -> io::Res
     // Whoever says nothing wants the status.
     let _ = tokio::time::timeout(SILENCE, lines.read_line(&mut said)).await;
     let answer = match said.strip_suffix('\n') {
-        Some(GIVE_WAY) => {
-            asks.give_way.send_replace(true);
-            return Ok(());
+        Some(HAND_OVER) => {
+            let connection = stream.into_std()?;
+            connection.set_nonblocking(false)?;
+            let gone = |_| io::Error::from(io::ErrorKind::ConnectionAborted);
+            return asks.hand_over.try_send(connection).map_err(gone);
         }
         Some(ROTATE_KEY) => serde_json::to_vec(&rotate(asks, false).await)?,
         Some(ROTATE_KEY_AT_ONCE) => serde_json::to_vec(&rotate(asks, true).await)?,
@@ -129,23 +134,29 @@ async fn rotate(asks: &Asks, at_once: bool) -> Result<RotationStatus, String> {
     answered.await.unwrap_or_else(|_| Err(gone()))
 }
 
-/// Asks the agent that listens on `path`, if one does, to give way.
-pub async fn ask_to_give_way(path: &Path) -> io::Result<()> {
-    let ask = async {
-        let mut stream = match UnixStream::connect(path).await {
-            Ok(stream) => stream,
-            Err(error) if is_absent(&error) => return Ok(()),
-            Err(error) => return Err(error),
-        };
-        stream.write_all(format!("{GIVE_WAY}\n").as_bytes()).await?;
-        // It closes the connection when it has read that.
-        stream.read_to_end(&mut Vec::new()).await.map(drop)
+/// Asks the agent that listens on `path` to hand over; the lock of the state directory. `None`: no agent
+/// listens, or it ended meanwhile.
+///
+/// # Errors
+/// The agent does not answer within five seconds, or is of a release that hands over in another way.
+pub fn ask_to_hand_over(path: &Path) -> io::Result<Option<FileLock>> {
+    let ask = || -> io::Result<FileLock> {
+        let mut stream = std_net::UnixStream::connect(path)?;
+        stream.set_read_timeout(Some(DEADLINE))?;
+        stream.set_write_timeout(Some(DEADLINE))?;
+        io::Write::write_all(&mut stream, format!("{HAND_OVER}\n").as_bytes())?;
+        let mut received = descriptors::receive(&stream, 1)?;
+        FileLock::received(received.remove(0))
     };
-    tokio::time::timeout(DEADLINE, ask).await.unwrap_or(Err(io::ErrorKind::TimedOut.into()))
+    match ask() {
+        Ok(lock) => Ok(Some(lock)),
+        Err(error) if is_absent(&error) || hung_up(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Fetches the status of the agent that listens on `path`.
-pub async fn fetch(path: &Path) -> io::Result<Document> {
+pub async fn fetch<T: DeserializeOwned>(path: &Path) -> io::Result<T> {
     ask(path, "").await
 }
 

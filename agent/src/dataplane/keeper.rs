@@ -1,13 +1,16 @@
 //! The keeper: a small process that starts the data process and holds a copy of all its descriptors, so
 //! that the kernel goes on queueing packets while there is none. When the data process dies, the next one
 //! gets them, and its sessions, within milliseconds.
+//!
+//! A node's data plane belongs to the keeper that has its lock. Keepers pass the lock and the store of the
+//! descriptors ([`super::fd_store`]) on to each other.
 
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -16,14 +19,14 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::io::FdFlags;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
+use super::activation::{Activation, Activity};
+use super::fd_store::{FdStore, Kept};
 use super::handover::{Begin, ToKeeper, receive, send};
-use super::server;
-use crate::ipc::{
-    ErrorKind, HANDOVER_VERSION, HandOver, Request, Response, read_frame, write_frame,
-};
-use crate::lifecycle::retire;
+use super::{Options, lock_path, server};
+use crate::ipc::{ErrorKind, HANDOVER_VERSION, Request, Response, read_frame, write_frame};
 use crate::sys::descriptors;
-use crate::sys::socket::{hung_up, is_absent, is_trusted, peer_credentials};
+use crate::sys::lock::FileLock;
+use crate::sys::socket::{hung_up, is_absent, is_trusted, make_directory, peer_credentials};
 
 /// A data process that dies sooner than this after its start has gained nothing …
 const STABLE: Duration = Duration::from_secs(10);
@@ -31,55 +34,254 @@ const STABLE: Duration = Duration::from_secs(10);
 const DEATHS: u32 = 3;
 /// How long the other side of a hand-over may take for each step.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How long to wait before one that hung up is asked again.
-const AGAIN: Duration = Duration::from_millis(10);
+/// Interval at which a keeper that waits for the data plane tries to take its lock.
+const LOCK_INTERVAL: Duration = Duration::from_millis(10);
+/// How long the lock must have been free before a keeper without descriptors takes it: several intervals of
+/// those that have them.
+const HOLDER_DELAY: Duration = Duration::from_millis(50);
+/// Delay before a request for the data plane that was refused is repeated.
+const REQUEST_DELAY: Duration = Duration::from_secs(1);
 
-/// What the data process has given: its description, and the descriptors that belong to it.
-struct Kept {
-    left: HandOver,
-    descriptors: Vec<OwnedFd>,
+/// A data plane that belongs to this keeper.
+struct Plane {
+    /// Copies are in the data process, so that the lock is free when both processes have ended.
+    lock: FileLock,
+    store: FdStore,
+    listener: UnixListener,
+    kept: Option<Kept>,
 }
 
-/// Keeps a data process at work until it ends in an orderly way, or is given away. `arguments` start one,
-/// the number of its channel's descriptor added. `take_over`: from the one that is there, if one is.
-pub(super) fn run(socket: &Path, take_over: bool, arguments: &[OsString]) -> anyhow::Result<()> {
-    let taken = match take_over {
-        true => take(socket)?,
-        false => None,
-    };
-    let (listener, mut kept) = match taken {
-        Some((listener, kept)) => (listener, Some(kept)),
-        None => (server::bind(socket)?, None),
-    };
+impl Plane {
+    /// The data plane of whoever has the lock: with the descriptors in the store, or a new one.
+    fn open(lock: FileLock, store: Option<FdStore>, options: &Options) -> anyhow::Result<Self> {
+        let mut store = match store {
+            Some(store) => store,
+            None => FdStore::create().context("cannot make a store for descriptors")?,
+        };
+        let (listener, kept) = match store.take() {
+            Some((listener, kept)) => (listener, Some(kept)),
+            None => {
+                if options.takes_over() {
+                    end_unlocked(&options.socket)?;
+                }
+                (server::bind(&options.socket)?, None)
+            }
+        };
+        let mut plane = Self { lock, store, listener, kept };
+        plane.save();
+        Ok(plane)
+    }
+
+    /// Puts what the data process has left into the store.
+    fn save(&mut self) {
+        let Some(kept) = &self.kept else { return self.store.clear() };
+        if let Err(error) = self.store.put(&self.listener, kept) {
+            tracing::error!(%error, "cannot store descriptors: another keeper would begin anew");
+        }
+    }
+
+    /// Takes what the data process says; the connection to give all to, where it wants that.
+    fn take_message(&mut self, channel: &UnixStream) -> io::Result<Option<UnixStream>> {
+        let message = receive(channel)?.ok_or(io::ErrorKind::UnexpectedEof)?;
+        match message {
+            ToKeeper::Keep { left } => {
+                let descriptors = descriptors::receive(channel, left.descriptors())?;
+                self.kept = Some(Kept { left, descriptors });
+            }
+            ToKeeper::Snapshot => {
+                let later = descriptors::receive(channel, 1)?.pop();
+                if let (Some(kept), Some(later)) = (&mut self.kept, later) {
+                    kept.descriptors[0] = later;
+                }
+            }
+            ToKeeper::Forget => self.kept = None,
+            ToKeeper::GiveAway => {
+                return Ok(descriptors::receive(channel, 1)?.pop().map(UnixStream::from));
+            }
+        }
+        self.save();
+        Ok(None)
+    }
+
+    /// Gives the lock and the store to the keeper at the other end; whether it says that it has them.
+    fn give(&self, connection: &UnixStream) -> bool {
+        let give = || -> io::Result<()> {
+            connection.set_read_timeout(Some(PATIENCE))?;
+            connection.set_write_timeout(Some(PATIENCE))?;
+            let all: Vec<_> =
+                [self.lock.as_fd()].into_iter().chain(self.store.descriptors()).collect();
+            send(connection, &Response::HandOver, &all)?;
+            (&*connection).read_exact(&mut [0])
+        };
+        let given = give();
+        if let Err(error) = &given {
+            tracing::error!(%error, "whoever wanted the data plane does not take it");
+        }
+        given.is_ok()
+    }
+}
+
+/// Keeps a data process at work whenever the data plane is this keeper's, until the data process ends in an
+/// orderly way. `arguments` start one, the number of its channel's descriptor added.
+///
+/// A keeper that takes over from others ([`Options::takes_over`]) and gives the data plane away holds the
+/// descriptors of the store, and takes the data plane back when the other keeper ends without having given
+/// it away. The keeper of an instance has the data plane only while the instance's agent wants it.
+pub(super) fn run(options: &Options, arguments: &[OsString]) -> anyhow::Result<()> {
+    let mut activation = options.instance.as_ref().map(Activation::bind).transpose()?;
+    let mut held = None;
+    loop {
+        let plane = match &mut activation {
+            None => acquire(options, &mut held)?,
+            Some(activation) => acquire_on_request(options, activation, &mut held)?,
+        };
+        let end = keep(plane, options, arguments, activation.as_mut());
+        set(activation.as_mut(), Activity::Idle);
+        match end? {
+            End::GivenAway(store) => {
+                tracing::info!("the data plane is given away");
+                if !options.takes_over() {
+                    return Ok(());
+                }
+                held = Some(store);
+            }
+            End::Ended if activation.is_none() => return Ok(()),
+            End::Ended => {}
+        }
+    }
+}
+
+/// How a data plane was left.
+enum End {
+    /// The data process has ended in an orderly way.
+    Ended,
+    /// Another keeper has it, with this store.
+    GivenAway(FdStore),
+}
+
+/// Keeps a data process at work.
+fn keep(
+    mut plane: Plane,
+    options: &Options,
+    arguments: &[OsString],
+    mut activation: Option<&mut Activation>,
+) -> anyhow::Result<End> {
     let mut deaths = 0;
     loop {
         let started = Instant::now();
         let (mut child, channel) = spawn(arguments)?;
-        tracing::info!(pid = child.id(), takes_up = kept.is_some(), "started a data process");
-        let status = match attend(&mut child, &channel, &listener, &mut kept)? {
-            End::GivenAway => {
-                tracing::info!("the data plane is given away");
-                return match take_over {
-                    true => Err(retire().into()),
-                    false => Ok(()),
-                };
-            }
-            End::Ended(status) => status,
-        };
-        if status.success() {
-            return Ok(());
-        }
+        tracing::info!(pid = child.id(), takes_up = plane.kept.is_some(), "started a data process");
+        let ended = attend(&mut child, &channel, &mut plane, activation.as_deref_mut())?;
+        let Some(status) = ended else { return Ok(End::GivenAway(plane.store)) };
         deaths = if started.elapsed() < STABLE { deaths + 1 } else { 1 };
-        if kept.is_none() || deaths > DEATHS {
+        if !status.success() && plane.kept.is_some() && deaths <= DEATHS {
+            tracing::error!(%status, "the data process ended: the next one goes on with what it left");
+            continue;
+        }
+        // Copies would keep the device and the port in use.
+        plane.kept = None;
+        plane.save();
+        if !status.success() {
             bail!("the data process ended: {status}");
         }
-        tracing::error!(%status, "the data process ended: the next one goes on with what it left");
+        if !activation.as_deref_mut().is_some_and(Activation::is_requested) {
+            return Ok(End::Ended);
+        }
+        // The agent has ended it, to begin anew with other settings.
+        plane.listener = server::bind(&options.socket)?;
+        deaths = 0;
     }
 }
 
-enum End {
-    Ended(ExitStatus),
-    GivenAway,
+fn set(activation: Option<&mut Activation>, activity: Activity) {
+    if let Some(Err(error)) = activation.map(|activation| activation.set(activity)) {
+        tracing::error!(%error, "cannot note in the instance's directory who has the data plane");
+    }
+}
+
+/// Gets the data plane: at once, or, where this keeper has given it away, when it is free.
+fn acquire(options: &Options, held: &mut Option<FdStore>) -> anyhow::Result<Plane> {
+    let mut attempt = Attempt::new(options);
+    let until = Instant::now() + PATIENCE;
+    let holds = held.is_some();
+    loop {
+        if let Some(lock) = attempt.lock(held.is_some())? {
+            return Plane::open(lock, held.take(), options);
+        }
+        if !holds && options.take_over {
+            match request(&options.socket, held) {
+                Ok(lock) => return Plane::open(lock, held.take(), options),
+                Err(error) if !error.is_passing() || Instant::now() > until => {
+                    return Err(error.into_error(&options.socket));
+                }
+                Err(error) => tracing::debug!(?error, "the data process hung up: asking again"),
+            }
+        } else if !holds && Instant::now() > until {
+            bail!(
+                "another keeper has the data plane of {}: stop it, or set dataplane.socket to \
+                 another path",
+                options.socket.display()
+            );
+        }
+        std::thread::sleep(LOCK_INTERVAL);
+    }
+}
+
+/// Gets the data plane when the agent wants it, or, where this keeper has given it away, when it is free.
+fn acquire_on_request(
+    options: &Options,
+    activation: &mut Activation,
+    held: &mut Option<FdStore>,
+) -> anyhow::Result<Plane> {
+    let mut attempt = Attempt::new(options);
+    let mut next_request = Instant::now();
+    loop {
+        let requested = activation.is_requested();
+        if (requested || held.is_some())
+            && let Some(lock) = attempt.lock(held.is_some())?
+        {
+            return Plane::open(lock, held.take(), options);
+        }
+        if requested && Instant::now() >= next_request {
+            match request(&options.socket, held) {
+                Ok(lock) => return Plane::open(lock, held.take(), options),
+                Err(error) if error.is_passing() => {}
+                Err(error) => {
+                    tracing::error!("{:#}", error.into_error(&options.socket));
+                    next_request = Instant::now() + REQUEST_DELAY;
+                }
+            }
+        }
+        activation.wait((requested || held.is_some()).then_some(LOCK_INTERVAL))?;
+    }
+}
+
+/// Attempts to take the lock of the data plane.
+struct Attempt {
+    path: PathBuf,
+    takes_over: bool,
+    /// Since when the lock was free at every attempt.
+    free_since: Option<Instant>,
+}
+
+impl Attempt {
+    fn new(options: &Options) -> Self {
+        let path = lock_path(&options.socket);
+        Self { path, takes_over: options.takes_over(), free_since: None }
+    }
+
+    /// Takes the lock if it is free; a keeper that `holds` descriptors comes first.
+    fn lock(&mut self, holds: bool) -> anyhow::Result<Option<FileLock>> {
+        let failed = || format!("cannot lock {}", self.path.display());
+        make_directory(&self.path).with_context(failed)?;
+        let lock = FileLock::try_take(&self.path).with_context(failed)?;
+        if lock.is_none() {
+            self.free_since = None;
+            return Ok(None);
+        }
+        let since = *self.free_since.get_or_insert_with(Instant::now);
+        Ok(lock.filter(|_| holds || !self.takes_over || since.elapsed() >= HOLDER_DELAY))
+    }
 }
 
 fn spawn(arguments: &[OsString]) -> anyhow::Result<(Child, UnixStream)> {
@@ -96,155 +298,126 @@ fn spawn(arguments: &[OsString]) -> anyhow::Result<(Child, UnixStream)> {
     Ok((child, ours))
 }
 
-/// Serves one data process until it has ended.
+/// Serves one data process until it has ended; `None`: all is given away.
 fn attend(
     child: &mut Child,
     channel: &UnixStream,
-    listener: &UnixListener,
-    kept: &mut Option<Kept>,
-) -> anyhow::Result<End> {
-    let mut all = vec![listener.as_fd()];
-    let left = kept.as_ref().map(|kept| {
+    plane: &mut Plane,
+    mut activation: Option<&mut Activation>,
+) -> anyhow::Result<Option<ExitStatus>> {
+    let mut all = vec![plane.listener.as_fd(), plane.lock.as_fd()];
+    let left = plane.kept.as_ref().map(|kept| {
         all.extend(kept.descriptors.iter().map(AsFd::as_fd));
         kept.left.clone()
     });
     // One that dies before it has read this is seen below.
     let begun = send(channel, &Begin { left }, &all);
+    set(activation.as_deref_mut(), Activity::Active);
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
     let pid = pid.context("the data process has no process id")?;
     let pidfd = pidfd_open(pid, PidfdFlags::empty()).context("cannot watch the data process")?;
     let mut listens = begun.is_ok();
     loop {
+        let agents = activation.as_deref().map(Activation::listener);
         let mut fds = vec![PollFd::new(&pidfd, PollFlags::IN)];
-        if listens {
-            fds.push(PollFd::new(channel, PollFlags::IN));
-        }
+        fds.extend(listens.then(|| PollFd::new(channel, PollFlags::IN)));
+        fds.extend(agents.iter().map(|listener| PollFd::new(listener, PollFlags::IN)));
         match rustix::event::poll(&mut fds, None) {
             Err(rustix::io::Errno::INTR) => continue,
             other => other.context("cannot wait for the data process")?,
         };
-        let (ended, told) =
-            (!fds[0].revents().is_empty(), fds.get(1).is_some_and(|fd| !fd.revents().is_empty()));
+        let ended = !fds[0].revents().is_empty();
+        let told = listens && fds.get(1).is_some_and(|fd| !fd.revents().is_empty());
+        if let Some(activation) = activation.as_deref_mut() {
+            activation.accept();
+        }
         // What it said last counts, too.
         if told {
-            match take_message(channel, kept) {
+            match plane.take_message(channel) {
                 Ok(None) => {}
                 Ok(Some(connection)) => {
-                    let given = kept.as_ref().is_some_and(|kept| give(&connection, listener, kept));
+                    let given = plane.kept.is_some() && plane.give(&connection);
                     // It has stopped in either case.
                     let _ = child.kill();
                     let status = child.wait().context("cannot wait for the data process")?;
                     // The other one begins only now: no two processes may seal in one session.
                     let given = given && (&connection).write_all(&[0]).is_ok();
-                    return Ok(if given { End::GivenAway } else { End::Ended(status) });
+                    return Ok(if given { None } else { Some(status) });
                 }
                 Err(_) => listens = false,
             }
         } else if ended {
             let status = child.wait().context("cannot wait for the data process")?;
-            return Ok(End::Ended(status));
+            return Ok(Some(status));
         }
     }
 }
 
-/// Takes what the data process says; the connection to give all to, where it wants that.
-fn take_message(channel: &UnixStream, kept: &mut Option<Kept>) -> io::Result<Option<UnixStream>> {
-    let message = receive(channel)?.ok_or(io::ErrorKind::UnexpectedEof)?;
-    match message {
-        ToKeeper::Keep { left } => {
-            let descriptors = descriptors::receive(channel, left.descriptors())?;
-            *kept = Some(Kept { left, descriptors });
-        }
-        ToKeeper::Snapshot => {
-            let later = descriptors::receive(channel, 1)?.pop();
-            if let (Some(kept), Some(later)) = (kept, later) {
-                kept.descriptors[0] = later;
-            }
-        }
-        ToKeeper::Forget => *kept = None,
-        ToKeeper::GiveAway => {
-            return Ok(descriptors::receive(channel, 1)?.pop().map(UnixStream::from));
-        }
-    }
-    Ok(None)
-}
-
-/// Gives all to the keeper at the other end; whether it says that it has it.
-fn give(connection: &UnixStream, listener: &UnixListener, kept: &Kept) -> bool {
-    let give = || -> io::Result<()> {
-        connection.set_read_timeout(Some(PATIENCE))?;
-        connection.set_write_timeout(Some(PATIENCE))?;
-        let mut all = vec![listener.as_fd()];
-        all.extend(kept.descriptors.iter().map(AsFd::as_fd));
-        send(connection, &Response::HandOver { left: Box::new(kept.left.clone()) }, &all)?;
-        (&*connection).read_exact(&mut [0])
-    };
-    let given = give();
-    if let Err(error) = &given {
-        tracing::error!(%error, "whoever wanted the data plane does not take it");
-    }
-    given.is_ok()
-}
-
-/// Takes all from the data process that listens; `None` where none does, or where what it has is of
-/// another version: it has ended then.
-fn take(socket: &Path) -> anyhow::Result<Option<(UnixListener, Kept)>> {
-    let shown = socket.display();
-    let failed = || format!("the data process on {shown} does not hand over");
-    let until = Instant::now() + PATIENCE;
-    loop {
-        let answer = match ask(socket) {
-            Ok(answer) => answer,
-            Err(error) if is_absent(&error) => return Ok(None),
-            // It has just died, and its socket with it in a moment; or its keeper starts the next one.
-            Err(error) if hung_up(&error) && Instant::now() < until => {
-                tracing::debug!(%error, "the data process hung up: asking again");
-                std::thread::sleep(AGAIN);
-                continue;
-            }
-            Err(error) => return Err(error).with_context(failed),
-        };
-        return match answer {
-            Answer::Taken(listener, kept) => {
-                tracing::info!(socket = %shown, "taken over from the data process before");
-                Ok(Some((listener, kept)))
-            }
-            // Of a release that has other hand-overs, or none.
-            Answer::Refused(ErrorKind::Invalid, message) => {
-                tracing::warn!(
-                    message,
-                    "cannot take over: the data process before is ended instead"
-                );
-                end(socket).with_context(failed)?;
-                Ok(None)
-            }
-            Answer::Refused(_, message) => bail!("{}: {message}", failed()),
-        };
-    }
-}
-
-enum Answer {
-    Taken(UnixListener, Kept),
+/// Why the data plane was not got.
+#[derive(Debug)]
+enum Refusal {
+    /// The connection failed.
+    Io(io::Error),
+    /// The data process refuses, or is of a release with another hand-over.
     Refused(ErrorKind, String),
 }
 
-/// Asks whoever listens for all that it has.
-fn ask(socket: &Path) -> io::Result<Answer> {
+impl From<io::Error> for Refusal {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+impl Refusal {
+    /// Whether it is worth asking again at once: the data process has just died, and its socket with it in a
+    /// moment; or its keeper starts the next one.
+    fn is_passing(&self) -> bool {
+        match self {
+            Self::Io(error) => hung_up(error) || is_absent(error),
+            // It was ended.
+            Self::Refused(kind, _) => *kind == ErrorKind::Invalid,
+        }
+    }
+
+    fn into_error(self, socket: &Path) -> anyhow::Error {
+        let failed = format!("the data process on {} does not hand over", socket.display());
+        match self {
+            Self::Io(error) => anyhow::Error::new(error).context(failed),
+            Self::Refused(_, message) => anyhow::anyhow!("{failed}: {message}"),
+        }
+    }
+}
+
+/// Requests the data plane from whoever listens. Its store is put to what this keeper holds, also where the
+/// other keeper dies before it has given the data plane away. A data process that cannot hand over ends.
+fn request(socket: &Path, held: &mut Option<FdStore>) -> Result<FileLock, Refusal> {
     let mut stream = connect(socket)?;
     write_frame(&mut stream, &Request::TakeOver { version: HANDOVER_VERSION })?;
-    let left = match read_frame(&mut stream)?.ok_or(io::ErrorKind::UnexpectedEof)? {
-        Response::HandOver { left } => *left,
-        Response::Error { kind, message } => return Ok(Answer::Refused(kind, message)),
-        _ => {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "an answer to another request"));
+    let answer = read_frame(&mut stream)?;
+    match answer.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))? {
+        Response::HandOver => {}
+        // Of a release that has other hand-overs, or without a snapshot.
+        Response::Error { kind: kind @ ErrorKind::Invalid, message } => {
+            tracing::warn!(message, "cannot take over: the data process before is ended instead");
+            end(socket)?;
+            return Err(Refusal::Refused(kind, message));
         }
-    };
-    let mut all = descriptors::receive(&stream, 1 + left.descriptors())?;
-    let listener = all.remove(0).into();
+        Response::Error { kind, message } => return Err(Refusal::Refused(kind, message)),
+        _ => return Err(invalid("an answer to another request").into()),
+    }
+    let mut all = descriptors::receive(&stream, 1 + FdStore::DESCRIPTORS)?;
+    let lock = FileLock::received(all.remove(0))?;
+    let store = FdStore::received(all).ok_or_else(|| invalid("descriptors are missing"))?;
+    *held = Some(store);
     stream.write_all(&[0])?;
-    // Without its word it goes on with all that, by itself.
+    // Without its word it goes on with all that, by itself; or it is dead, and the lock will be free.
     stream.read_exact(&mut [0])?;
-    Ok(Answer::Taken(listener, Kept { left, descriptors: all }))
+    tracing::info!(socket = %socket.display(), "taken over from the data process before");
+    Ok(lock)
+}
+
+fn invalid(text: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, text)
 }
 
 fn connect(socket: &Path) -> io::Result<UnixStream> {
@@ -266,19 +439,47 @@ fn end(socket: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Ends a data process of a release without locks, which listens though the lock is free.
+fn end_unlocked(socket: &Path) -> anyhow::Result<()> {
+    match end(socket) {
+        Err(error) if !hung_up(&error) && !is_absent(&error) => Err(error)
+            .with_context(|| format!("cannot end the data process on {}", socket.display())),
+        _ => Ok(()),
+    }
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::config::{Log, LogFormat};
+    use crate::ipc::HandOver;
+    use crate::sys::tun::TunOffload;
+
+    fn options(directory: &Path) -> Options {
+        Options {
+            socket: directory.join("dataplane.sock"),
+            take_over: true,
+            instance: None,
+            log: Log { level: "info".to_owned(), format: LogFormat::Text },
+            seccomp: true,
+        }
+    }
+
+    fn acquire_alone(options: &Options) -> Plane {
+        acquire(options, &mut None).unwrap()
+    }
 
     /// A data process that was killed, as another one sees it: its socket takes connections until the
     /// kernel has closed it.
     #[test]
     fn whoever_dies_while_it_is_asked_is_nobody() {
         let directory = tempfile::tempdir().unwrap();
-        let socket = directory.path().join("dataplane.sock");
-        assert!(take(&socket).unwrap().is_none(), "there is no socket");
-        let listener = UnixListener::bind(&socket).unwrap();
+        let options = options(directory.path());
+        drop(acquire_alone(&options));
+        std::fs::remove_file(&options.socket).unwrap();
+        let lock = FileLock::try_take(&lock_path(&options.socket)).unwrap().unwrap();
+        let listener = UnixListener::bind(&options.socket).unwrap();
         let dying = std::thread::spawn(move || {
             // One is closed with what it asked unread, one that was read, and one never accepted.
             drop(listener.accept().unwrap());
@@ -286,19 +487,21 @@ mod tests {
             let asked: Request = read_frame(&mut &stream).unwrap().unwrap();
             assert!(matches!(asked, Request::TakeOver { version: HANDOVER_VERSION }), "{asked:?}");
             drop(stream);
-            std::thread::sleep(3 * AGAIN);
+            std::thread::sleep(3 * LOCK_INTERVAL);
+            drop(listener);
+            drop(lock);
         });
-        assert!(take(&socket).unwrap().is_none());
+        assert!(acquire_alone(&options).kept.is_none());
         dying.join().unwrap();
-        assert!(take(&socket).unwrap().is_none(), "a stale socket");
     }
 
     /// Of a release with another format: nothing of it is taken, and it has ended before anything begins.
     #[test]
     fn whoever_hands_over_in_another_format_is_ended() {
         let directory = tempfile::tempdir().unwrap();
-        let socket = directory.path().join("dataplane.sock");
-        let listener = UnixListener::bind(&socket).unwrap();
+        let options = options(directory.path());
+        let lock = FileLock::try_take(&lock_path(&options.socket)).unwrap().unwrap();
+        let listener = UnixListener::bind(&options.socket).unwrap();
         let other = std::thread::spawn(move || {
             let (stream, _) = listener.accept().unwrap();
             let asked: Request = read_frame(&mut &stream).unwrap().unwrap();
@@ -309,11 +512,86 @@ mod tests {
             let (stream, _) = listener.accept().unwrap();
             let asked: Request = read_frame(&mut &stream).unwrap().unwrap();
             assert!(matches!(asked, Request::Shutdown), "{asked:?}");
-            std::thread::sleep(AGAIN);
+            std::thread::sleep(LOCK_INTERVAL);
+            drop(lock);
             Instant::now()
         });
-        assert!(take(&socket).unwrap().is_none());
+        assert!(acquire_alone(&options).kept.is_none());
         let taken = Instant::now();
         assert!(other.join().unwrap() <= taken, "it has ended first");
+    }
+
+    /// A release without locks leaves the lock free while it listens.
+    #[test]
+    fn data_process_without_lock_is_ended() {
+        let directory = tempfile::tempdir().unwrap();
+        let options = options(directory.path());
+        let listener = UnixListener::bind(&options.socket).unwrap();
+        let other = std::thread::spawn(move || {
+            loop {
+                let (stream, _) = listener.accept().unwrap();
+                let asked: Request = read_frame(&mut &stream).unwrap().unwrap();
+                if matches!(asked, Request::Shutdown) {
+                    return;
+                }
+                let message = "version 1 is wanted".to_owned();
+                let answer = Response::Error { kind: ErrorKind::Invalid, message };
+                write_frame(&mut &stream, &answer).unwrap();
+            }
+        });
+        assert!(acquire_alone(&options).kept.is_none());
+        other.join().unwrap();
+    }
+
+    fn kept() -> Kept {
+        let left = HandOver {
+            version: HANDOVER_VERSION,
+            lanes: 1,
+            families: Vec::new(),
+            offload: TunOffload::NONE,
+            gso: true,
+            capabilities: Vec::new(),
+            generation: 7,
+        };
+        let files = (0..left.descriptors()).map(|_| tempfile::tempfile().unwrap().into());
+        Kept { descriptors: files.collect(), left }
+    }
+
+    /// A keeper that dies between its hand-over and its word leaves everything to the next one.
+    #[test]
+    fn keeper_that_dies_in_a_hand_over_loses_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let options = options(directory.path());
+        let mut plane = acquire_alone(&options);
+        let socket = options.socket.clone();
+        let dying = std::thread::spawn(move || {
+            let (connection, _) = plane.listener.accept().unwrap();
+            let asked: Request = read_frame(&mut &connection).unwrap().unwrap();
+            assert!(matches!(asked, Request::TakeOver { .. }), "{asked:?}");
+            plane.kept = Some(kept());
+            plane.save();
+            assert!(plane.give(&connection));
+        });
+        let taken = acquire_alone(&options);
+        assert_eq!(taken.kept.unwrap().left.generation, 7);
+        assert_eq!(taken.listener.local_addr().unwrap().as_pathname(), Some(&*socket));
+        dying.join().unwrap();
+    }
+
+    /// A keeper that has given its data plane away gets it back when the other one ends.
+    #[test]
+    fn holder_takes_back_what_the_dead_keeper_had() {
+        let directory = tempfile::tempdir().unwrap();
+        let options = options(directory.path());
+        let mut plane = acquire_alone(&options);
+        let copies = plane.store.descriptors().map(|fd| fd.try_clone_to_owned().unwrap());
+        let mut held = FdStore::received(copies.into());
+        let waiting = std::thread::spawn(move || acquire(&options, &mut held).unwrap());
+        std::thread::sleep(10 * LOCK_INTERVAL);
+        assert!(!waiting.is_finished(), "The other keeper has the data plane.");
+        plane.kept = Some(kept());
+        plane.save();
+        drop(plane);
+        assert_eq!(waiting.join().unwrap().kept.unwrap().left.generation, 7);
     }
 }

@@ -1,9 +1,11 @@
 //! The data process: lanes that move packets and a manager that keeps their sessions. Plain
 //! threads; fed over a unix socket by the control process, and indifferent to its death.
 
+pub mod activation;
 mod busy_poll;
 mod changes;
 mod egress;
+mod fd_store;
 mod handover;
 mod ingress;
 mod keeper;
@@ -36,6 +38,7 @@ use self::changes::Changes;
 use self::handover::{Begin, Estate};
 use self::tap::Tap;
 use crate::config::{Log, LogFormat};
+use crate::instance::Instance;
 use crate::ipc::{HandOver, PROTOCOL_VERSION, Request, Response, read_frame, write_frame};
 use crate::sys::{confine, descriptors, seccomp};
 
@@ -49,6 +52,8 @@ pub struct Options {
     pub socket: PathBuf,
     /// Whether to take everything over from the data process that listens there.
     pub take_over: bool,
+    /// The instance whose agent says when to take everything over.
+    pub instance: Option<Instance>,
     /// How the data process logs.
     pub log: Log,
     /// Whether the data process is confined to the system calls that it needs.
@@ -61,6 +66,18 @@ fn boot_time() -> Duration {
     let now = clock_gettime(ClockId::Boottime);
     let secs = u64::try_from(now.tv_sec).unwrap_or(0);
     Duration::new(secs, u32::try_from(now.tv_nsec).unwrap_or(0))
+}
+
+/// The file of the data plane's lock, for the data plane at `socket`.
+pub fn lock_path(socket: &Path) -> PathBuf {
+    socket.with_extension("lock")
+}
+
+impl Options {
+    /// Whether this keeper takes the data plane over from others, at once or on request.
+    fn takes_over(&self) -> bool {
+        self.take_over || self.instance.is_some()
+    }
 }
 
 /// Keeps a data process at work until it is asked to end over its socket.
@@ -77,7 +94,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     arguments.extend(socket.map(Into::into));
     arguments.extend((!options.seccomp).then(|| "--no-seccomp".into()));
     arguments.push("--worker".into());
-    keeper::run(&options.socket, options.take_over, &arguments)
+    keeper::run(options, &arguments)
 }
 
 /// What a process of the data plane has given up.
@@ -117,12 +134,15 @@ impl Confined {
 
 /// The data process: works for the keeper at the other end of a descriptor that it inherited.
 pub fn work(channel: i32) -> anyhow::Result<()> {
-    let channel = descriptors::inherited(channel).context("--worker is the keeper's to use")?;
+    let channel =
+        descriptors::inherited_socket(channel).context("--worker is the keeper's to use")?;
     let begin: Option<Begin> = handover::receive(&channel).context("the keeper says nothing")?;
     let Begin { left } = begin.context("the keeper is gone")?;
-    let count = 1 + left.as_ref().map_or(0, HandOver::descriptors);
+    let count = 2 + left.as_ref().map_or(0, HandOver::descriptors);
     let mut all = descriptors::receive(&channel, count).context("the keeper gives nothing")?;
     let listener = all.remove(0).into();
+    // As long as this process runs, no other may seal in its sessions.
+    let _lock = all.remove(0);
     let left = left.and_then(|left| Estate::sort(&left, all).map(|estate| (left, estate)));
     serve(listener, Some(channel), left)
 }
@@ -162,8 +182,12 @@ pub(crate) fn fuzz_frames(bytes: &[u8]) {
     crate::fuzzing::frames::<handover::ToKeeper>(bytes);
 }
 
-/// Whether the data process at `socket` answers: its manager's thread, which the lanes obey.
-pub fn probe(socket: &Path) -> anyhow::Result<()> {
+/// Whether the data process at `socket` answers: its manager's thread, which the lanes obey. Where `instance`
+/// does not have the data plane, there is nothing of it that could hang.
+pub fn probe(socket: &Path, instance: Option<&Instance>) -> anyhow::Result<()> {
+    if instance.is_some_and(|instance| !instance.dataplane_marker().exists()) {
+        return Ok(());
+    }
     let shown = socket.display();
     let mut stream =
         UnixStream::connect(socket).with_context(|| format!("nobody listens on {shown}"))?;

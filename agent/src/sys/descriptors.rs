@@ -31,8 +31,11 @@ pub fn send(stream: &UnixStream, descriptors: &[BorrowedFd<'_>]) -> io::Result<(
     Ok(())
 }
 
-/// The unix socket that this process has inherited as descriptor `number`. No child inherits it.
-pub fn inherited(number: i32) -> io::Result<UnixStream> {
+/// The descriptor `number` that this process has inherited. No child inherits it.
+///
+/// # Errors
+/// The descriptor is not open, or is one of the standard streams.
+pub fn inherited(number: i32) -> io::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{number}");
     if number <= 2 || std::fs::read_link(path).is_err() {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -40,6 +43,15 @@ pub fn inherited(number: i32) -> io::Result<UnixStream> {
     // SAFETY: it is open, and nothing in this process has opened it: it was there at the start.
     let fd = unsafe { OwnedFd::from_raw_fd(number) };
     rustix::io::fcntl_setfd(&fd, FdFlags::CLOEXEC)?;
+    Ok(fd)
+}
+
+/// The unix socket that this process has inherited as descriptor `number`. No child inherits it.
+///
+/// # Errors
+/// The descriptor is not open, is one of the standard streams, or is not a unix socket.
+pub fn inherited_socket(number: i32) -> io::Result<UnixStream> {
+    let fd = inherited(number)?;
     if rustix::net::sockopt::socket_domain(&fd)? != AddressFamily::UNIX {
         return Err(io::ErrorKind::InvalidInput.into());
     }

@@ -6,6 +6,7 @@
 pub mod confine;
 pub mod descriptors;
 pub mod link;
+pub mod lock;
 pub mod memory;
 pub mod netns;
 pub mod poll;

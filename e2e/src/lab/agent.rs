@@ -213,6 +213,21 @@ impl Agent {
         self.text("cni", key).into()
     }
 
+    /// The directory of everything that is its own.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Name of the network namespace that it runs in.
+    pub fn netns(&self) -> &str {
+        &self.netns
+    }
+
+    /// The socket of its data process.
+    pub fn dataplane_socket(&self) -> &str {
+        self.text("dataplane", "socket")
+    }
+
     /// Where its state lies.
     pub fn state_directory(&self) -> PathBuf {
         self.directory.join("state")
@@ -360,9 +375,11 @@ impl Agent {
         self.dataplane(true)
     }
 
-    /// Process ids of the keepers of its data processes.
+    /// Process ids of the keepers of its data processes; not of those that have given theirs away.
     pub fn keeper_pids(&self) -> Vec<i32> {
-        self.dataplane(false)
+        let mut keepers = self.dataplane(false);
+        keepers.retain(|keeper| !process::children(*keeper).is_empty());
+        keepers
     }
 
     fn dataplane(&self, worker: bool) -> Vec<i32> {

@@ -8,6 +8,7 @@ pub mod cni;
 pub mod containerd;
 pub mod cri;
 pub mod image;
+pub mod instance;
 pub mod link;
 pub mod netns;
 pub mod node;

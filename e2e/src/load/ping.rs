@@ -1,12 +1,15 @@
 //! `ping` between two pods.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail, ensure};
+use rustix::process::Signal;
 
 use crate::lab::Netns;
-use crate::lab::process;
+use crate::lab::process::{self, Process};
 
 /// How to ping.
 #[derive(Debug, Clone, Copy)]
@@ -55,19 +58,100 @@ pub fn ping(from: &Netns, to: IpAddr, ping: Ping) -> Result<Answers> {
     command.args(["-M", if ping.whole { "do" } else { "dont" }]).arg(to.to_string());
     let limit = Duration::from_millis(u64::from(ping.count * ping.interval_ms)) * 2;
     let finished = process::finish(&mut command, &[], limit + Duration::from_secs(20))?;
-    let text = finished.stdout + &finished.stderr;
-    let summary = text.lines().find(|line| line.contains("packets transmitted"));
-    let summary = summary.with_context(|| format!("ping {to}: {text}"))?;
-    let number = |word: &str| -> Option<u32> {
-        let before = summary.split(word).next()?.trim().rsplit([' ', ',']).next()?;
-        before.parse().ok()
-    };
-    let mean = text.lines().find(|line| line.starts_with("rtt"));
-    let mean = mean.and_then(|line| line.split('=').nth(1)?.trim().split('/').nth(1)?.parse().ok());
-    Ok(Answers {
-        sent: number(" packets transmitted").unwrap_or(0),
-        received: number(" received").unwrap_or(0),
-        mean_ms: mean,
-        text,
-    })
+    Answers::parse(finished.stdout + &finished.stderr).with_context(|| format!("ping {to}"))
+}
+
+/// Pings under way.
+#[derive(Debug)]
+pub struct Pings {
+    process: Process,
+    interval: Duration,
+}
+
+impl Pings {
+    /// Starts to ping `to` from inside a namespace every `interval`; the output goes to the file `log`.
+    ///
+    /// # Errors
+    /// `ping` cannot be started.
+    pub fn start(from: &Netns, to: IpAddr, interval: Duration, log: &Path) -> Result<Self> {
+        let mut command = from.command("ping");
+        command.args(["-n", "-i", &format!("{:.3}", interval.as_secs_f64())]).arg(to.to_string());
+        Ok(Self { process: Process::start(&mut command, log)?, interval })
+    }
+
+    /// Ends the pings: the number that was lost, and the longest time without an answer.
+    ///
+    /// # Errors
+    /// `ping` does not end within five seconds, or no request was answered.
+    pub fn end(mut self) -> Result<Loss> {
+        // Answers that are on their way count.
+        std::thread::sleep(Duration::from_millis(200));
+        self.process.signal(Signal::INT)?;
+        let end = Instant::now() + Duration::from_secs(5);
+        while self.process.exited().is_none() {
+            ensure!(Instant::now() < end, "ping does not end");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Loss::parse(&std::fs::read_to_string(self.process.log())?, self.interval)
+    }
+}
+
+/// Pings that were lost between the first and the last that was answered.
+#[derive(Debug, Clone, Copy)]
+pub struct Loss {
+    /// Echo requests.
+    pub sent: u32,
+    /// Requests without an answer.
+    pub lost: u32,
+    /// Time of the longest run of lost ones.
+    pub longest: Duration,
+}
+
+impl Loss {
+    /// Reads what `ping` has printed, which sent one request per `interval`.
+    ///
+    /// # Errors
+    /// No request was answered.
+    pub fn parse(text: &str, interval: Duration) -> Result<Self> {
+        let number = |line: &str| line.split("icmp_seq=").nth(1)?.split(' ').next()?.parse().ok();
+        let answered: BTreeSet<u32> =
+            text.lines().filter(|line| line.contains("time=")).filter_map(number).collect();
+        let (Some(first), Some(last)) = (answered.first(), answered.last()) else {
+            bail!("no answer: {text}");
+        };
+        let gaps = answered.iter().zip(answered.iter().skip(1)).map(|(a, b)| b - a - 1);
+        Ok(Self {
+            sent: last - first + 1,
+            lost: gaps.clone().sum(),
+            longest: interval * gaps.max().unwrap_or(0),
+        })
+    }
+}
+
+impl std::fmt::Display for Loss {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { sent, lost, longest } = self;
+        write!(f, "{lost} of {sent} pings lost, {} ms in a row", longest.as_millis())
+    }
+}
+
+impl Answers {
+    /// What `ping` has printed.
+    fn parse(text: String) -> Result<Self> {
+        let summary = text.lines().find(|line| line.contains("packets transmitted"));
+        let summary = summary.with_context(|| text.clone())?;
+        let number = |word: &str| -> Option<u32> {
+            let before = summary.split(word).next()?.trim().rsplit([' ', ',']).next()?;
+            before.parse().ok()
+        };
+        let mean = text.lines().find(|line| line.starts_with("rtt"));
+        let mean =
+            mean.and_then(|line| line.split('=').nth(1)?.trim().split('/').nth(1)?.parse().ok());
+        Ok(Self {
+            sent: number(" packets transmitted").unwrap_or(0),
+            received: number(" received").unwrap_or(0),
+            mean_ms: mean,
+            text,
+        })
+    }
 }

@@ -37,7 +37,7 @@ pub struct Kubernetes {
     state: watch::Receiver<State>,
     requests: Requests,
     ranges: Ranges,
-    tasks: [JoinHandle<()>; 2],
+    tasks: Vec<JoinHandle<()>>,
 }
 
 /// The records as the API server has them. Cheap to clone.
@@ -47,6 +47,21 @@ pub struct Records(watch::Receiver<State>);
 impl Kubernetes {
     /// Begins; whether the API server answers shows later.
     pub async fn start(shared: &Shared) -> Result<Self, Failure> {
+        let (mut kubernetes, client) = Self::connect(shared).await?;
+        let publish = publish::publish(shared.clone(), client, kubernetes.state.clone());
+        kubernetes.tasks.push(tokio::spawn(publish));
+        Ok(kubernetes)
+    }
+
+    /// Follows the API server and writes nothing there.
+    ///
+    /// # Errors
+    /// The way to the API server is configured wrongly.
+    pub async fn follow(shared: &Shared) -> Result<Self, Failure> {
+        Ok(Self::connect(shared).await?.0)
+    }
+
+    async fn connect(shared: &Shared) -> Result<(Self, kube::Client), Failure> {
         let config = &shared.config;
         let requests = Requests::new().context("cannot count requests")?;
         let kubeconfig = config.kubernetes.kubeconfig.as_deref();
@@ -56,9 +71,7 @@ impl Kubernetes {
         let (sender, state) = watch::channel(State::default());
         let follow =
             follow::follow(Arc::clone(config), shared.follow_key(), client.clone(), sender);
-        let publish = publish::publish(shared.clone(), client, state.clone());
-        let tasks = [tokio::spawn(follow), tokio::spawn(publish)];
-        Ok(Self { state, requests, ranges, tasks })
+        Ok((Self { state, requests, ranges, tasks: vec![tokio::spawn(follow)] }, client))
     }
 
     /// Waits until all records are known; not for long where there are `last_good` ones.

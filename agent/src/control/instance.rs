@@ -1,0 +1,109 @@
+//! What an agent does for its instance: it answers probes, and requests the data plane.
+
+use std::io;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::server::bind_socket;
+use crate::dataplane::activation::Activity;
+use crate::failure::Failure;
+use crate::instance::{Instance, READY};
+use crate::lifecycle::Readiness;
+
+/// Delay before a keeper that is away is tried again.
+const RETRY_DELAY: Duration = Duration::from_millis(50);
+/// How long a start waits for the instance's data plane.
+const ACTIVATION_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// A task that ends when this is dropped.
+#[derive(Debug)]
+pub struct Task(JoinHandle<()>);
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Answers the instance's probes with what `readiness` says.
+///
+/// # Errors
+/// The socket cannot be bound, or another agent of this instance listens on it.
+pub fn answer_probes(instance: &Instance, readiness: Readiness) -> Result<Task, Failure> {
+    let listener = bind_socket("the socket of --instance", &instance.agent_socket())?;
+    Ok(Task(tokio::spawn(answer(listener, readiness))))
+}
+
+async fn answer(listener: UnixListener, readiness: Readiness) {
+    loop {
+        let answered: io::Result<()> = async {
+            let (mut stream, _) = listener.accept().await?;
+            let reasons = readiness.reasons();
+            let text = if reasons.is_empty() { READY.into() } else { reasons.join("\n") + "\n" };
+            // A few hundred bytes fit into the socket's buffer.
+            stream.write_all(text.as_bytes()).await?;
+            stream.shutdown().await
+        }
+        .await;
+        if let Err(error) = answered {
+            tracing::debug!(%error, "a probe was not answered");
+            tokio::time::sleep(RETRY_DELAY).await;
+        }
+    }
+}
+
+/// The request for the data plane, which lasts until it is dropped. The agent is not ready while another
+/// instance has the data plane: that one may end at any time.
+#[derive(Debug)]
+pub struct DataplaneRequest {
+    active: watch::Receiver<bool>,
+    _task: Task,
+}
+
+impl DataplaneRequest {
+    /// Requests the data plane for the instance.
+    pub fn start(instance: &Instance, readiness: Readiness) -> Self {
+        let (sender, active) = watch::channel(false);
+        let task = Task(tokio::spawn(request(instance.clone(), readiness, sender)));
+        Self { active, _task: task }
+    }
+
+    /// Waits until the instance has the data plane, a few seconds at most.
+    pub async fn granted(&mut self) {
+        let granted = self.active.wait_for(|active| *active);
+        if tokio::time::timeout(ACTIVATION_TIMEOUT, granted).await.is_err() {
+            tracing::warn!("this instance's data plane is not active yet");
+        }
+    }
+}
+
+async fn request(instance: Instance, readiness: Readiness, active: watch::Sender<bool>) {
+    const REASON: &str = "the data plane of this agent's instance is not active";
+    let mut blocked = Some(readiness.block(REASON));
+    loop {
+        let asked: io::Result<()> = async {
+            let mut stream = UnixStream::connect(instance.dataplane_socket()).await?;
+            loop {
+                let is_active = stream.read_u8().await? == Activity::Active as u8;
+                match is_active {
+                    true => blocked = None,
+                    false => {
+                        blocked.get_or_insert_with(|| readiness.block(REASON));
+                    }
+                }
+                active.send_replace(is_active);
+            }
+        }
+        .await;
+        if let Err(error) = asked {
+            tracing::debug!(%error, "the keeper of this instance is away");
+        }
+        active.send_replace(false);
+        blocked.get_or_insert_with(|| readiness.block(REASON));
+        tokio::time::sleep(RETRY_DELAY).await;
+    }
+}

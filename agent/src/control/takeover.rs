@@ -1,0 +1,294 @@
+//! The agent's role on a node, which one agent at a time has: whoever holds the lock of the state directory.
+//!
+//! An agent that takes over changes nothing until it knows that it would be ready in the place of the agent
+//! that runs: it has read its configuration, agrees with the node records, finds its ports free, and its
+//! instance has a data plane that waits. Then it requests the lock. The agent that runs closes everything
+//! that it has, passes the lock on, and waits for it: the kernel gives it the lock when the other agent
+//! ends without having passed it on.
+
+use std::net::{SocketAddr, UdpSocket};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::Value;
+use tokio::time::Instant;
+
+use super::desired::Desired;
+use super::kubernetes::Kubernetes;
+use super::lock::StateLock;
+use super::registry::{Registry, RegistryStatus};
+use super::rotation::RotationStatus;
+use super::shared::Shared;
+use super::source::{Reader, Source};
+use super::underlay::UnderlayWatch;
+use super::{netlink_failure, server};
+use crate::config::Config;
+use crate::failure::Failure;
+use crate::http;
+use crate::instance::Instance;
+use crate::lifecycle::NotReady;
+use crate::netlink::Netlink;
+use crate::sys::lock::FileLock;
+
+/// Interval at which an agent that is not ready to take over checks again.
+const CHECK_INTERVAL: Duration = Duration::from_millis(200);
+/// How long an agent waits for the one that runs to be ready, so that nodes are not handed on in the middle
+/// of a hand-over.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How an agent gets its role.
+#[derive(Debug, Default)]
+pub struct Start {
+    /// Whether to take the place of the agent that runs, if one does.
+    pub take_over: bool,
+    /// The instance of this agent, which takes over, too.
+    pub instance: Option<Instance>,
+    /// The role, if a process before this one has it already.
+    pub lock: Option<FileLock>,
+}
+
+impl Start {
+    /// Whether the agent takes the place of others, and takes its own back.
+    pub fn takes_over(&self) -> bool {
+        self.take_over || self.instance.is_some()
+    }
+}
+
+/// The role of the node's agent.
+#[derive(Debug)]
+pub struct Role {
+    /// The role lasts as long as this.
+    pub lock: StateLock,
+    /// Listeners that were bound before the role was taken.
+    pub listeners: Listeners,
+    /// Whether another agent of this node had the role just before.
+    pub taken_over: bool,
+}
+
+/// Listeners for HTTP; `None` for those that were not bound yet.
+#[derive(Debug, Default)]
+pub struct Listeners {
+    /// For `metrics.listen`.
+    pub metrics: Option<std::net::TcpListener>,
+    /// For `status_page.listen`.
+    pub page: Option<std::net::TcpListener>,
+}
+
+/// The agent that runs, as far as its successor must know it. Agents of other releases say more, or less.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Running {
+    key: Option<RotationStatus>,
+    ready: bool,
+    records: RegistryStatus,
+    config: Value,
+}
+
+/// Takes the role: at once if no agent runs, otherwise when this agent would be ready. `starting` says what
+/// is waited for.
+///
+/// # Errors
+/// The configuration or the environment is wrong; nothing is taken then.
+pub async fn take_role(
+    config: &Config,
+    start: &mut Start,
+    starting: &NotReady,
+) -> Result<Role, Failure> {
+    let state_dir = &config.state_dir;
+    let role = |lock, listeners, taken_over| Role { lock, listeners, taken_over };
+    if let Some(lock) = start.lock.take() {
+        return Ok(role(StateLock::of(lock, state_dir)?, Listeners::default(), true));
+    }
+    match StateLock::take(state_dir) {
+        Err(Failure::Taken(_)) if start.takes_over() => {}
+        lock => return Ok(role(lock?, Listeners::default(), false)),
+    }
+    let mut candidate = Candidate::new(config, start.instance.as_ref());
+    loop {
+        let listeners = candidate.wait(starting).await?;
+        starting.because("the agent that runs hands over");
+        tracing::info!("taking the place of the agent that runs");
+        let socket = config.control.socket.clone();
+        let asked = tokio::task::spawn_blocking(move || server::ask_to_hand_over(&socket)).await;
+        match asked.map_err(std::io::Error::from).flatten() {
+            Ok(Some(lock)) => {
+                return Ok(role(StateLock::of(lock, state_dir)?, listeners, true));
+            }
+            Ok(None) => {}
+            Err(error) => tracing::warn!(%error, "the agent that runs does not hand over"),
+        }
+        match StateLock::take(state_dir) {
+            Err(Failure::Taken(_)) => tokio::time::sleep(CHECK_INTERVAL).await,
+            lock => return Ok(role(lock?, listeners, true)),
+        }
+    }
+}
+
+/// An agent that is to take over.
+struct Candidate<'a> {
+    config: &'a Config,
+    instance: Option<&'a Instance>,
+    /// The agent that ran when it was last asked.
+    running: Option<Running>,
+    records: Option<Records>,
+    /// Until when the agent that runs may be unready.
+    settled: Option<Instant>,
+}
+
+/// The node records as this agent reads them.
+struct Records {
+    shared: Shared,
+    reader: Reader,
+    underlay: UnderlayWatch,
+    /// Follows the API server.
+    _source: Option<Source>,
+}
+
+impl<'a> Candidate<'a> {
+    fn new(config: &'a Config, instance: Option<&'a Instance>) -> Self {
+        Self { config, instance, running: None, records: None, settled: None }
+    }
+
+    /// Waits until this agent would be ready in the place of the one that runs.
+    async fn wait(&mut self, starting: &NotReady) -> Result<Listeners, Failure> {
+        let mut told = String::new();
+        loop {
+            let reason = match self.obstacle().await? {
+                None => match self.bind() {
+                    Ok(listeners) => return Ok(listeners),
+                    Err(failure) => return Err(failure),
+                },
+                Some(reason) => reason,
+            };
+            if reason != told {
+                tracing::info!(reason, "waiting to take the place of the agent that runs");
+                starting.because(&reason);
+                told = reason;
+            }
+            tokio::time::sleep(CHECK_INTERVAL).await;
+        }
+    }
+
+    /// Why this agent would not be ready now. An error is final.
+    async fn obstacle(&mut self) -> Result<Option<String>, Failure> {
+        match server::fetch::<Running>(&self.config.control.socket).await {
+            Ok(running) => self.running = Some(running),
+            // It has just ended: what it said last counts until this agent has the role.
+            Err(_) if self.running.is_some() => {}
+            Err(error) => return Ok(Some(format!("the agent that runs does not answer: {error}"))),
+        }
+        if let Some(instance) = self.instance
+            && let Err(error) = tokio::net::UnixStream::connect(instance.dataplane_socket()).await
+        {
+            return Ok(Some(format!("this instance's data plane does not listen yet: {error}")));
+        }
+        if let Some(reason) = self.disagreement().await? {
+            return Ok(Some(reason));
+        }
+        let settled = *self.settled.get_or_insert_with(|| Instant::now() + SETTLE_TIMEOUT);
+        let ready = self.running.as_ref().is_none_or(|running| running.ready);
+        Ok((!ready && Instant::now() < settled)
+            .then(|| "the agent that runs is not ready: it may be taking over itself".to_owned()))
+    }
+
+    /// Why the node records do not fit this agent's configuration.
+    async fn disagreement(&mut self) -> Result<Option<String>, Failure> {
+        let Some(running) = &self.running else { return Ok(None) };
+        let Some(key) = running.key.clone() else {
+            return Ok(Some("the agent that runs does not say its keys".to_owned()));
+        };
+        let records = match &mut self.records {
+            Some(records) => records,
+            none => none.insert(Records::open(self.config, key.clone()).await?),
+        };
+        records.shared.set_key(key.clone());
+        if let Err(error) = records.reader.read() {
+            return Ok(Some(format!("the node records are awaited: {error}")));
+        }
+        let registry = match Registry::read(self.config, key.keys, records.reader.clone()) {
+            Ok(registry) => registry,
+            Err(failure) if self.config.kubernetes.enabled => return Ok(Some(failure.to_string())),
+            Err(failure) => return Err(failure),
+        };
+        let refused =
+            |file: &PathBuf| running.records.rejected.iter().any(|known| known.file == *file);
+        let rejected = registry.status().rejected;
+        if let Some(record) = rejected.iter().find(|record| !refused(&record.file)) {
+            return Ok(Some(format!(
+                "this agent would refuse the node record {}, which the agent that runs uses: {}",
+                record.file.display(),
+                record.error
+            )));
+        }
+        let netlink = Netlink::connect().map_err(netlink_failure)?;
+        let underlay = &mut records.underlay;
+        underlay.check(&netlink, self.config, &registry).await.map_err(netlink_failure)?;
+        let desired = Desired::new(self.config, &registry, underlay.mtu());
+        match desired.problem().map(|problem| underlay.explain(problem, &desired)) {
+            Some(problem) if !self.config.kubernetes.enabled => Err(Failure::Usage(problem)),
+            problem => Ok(problem),
+        }
+    }
+
+    /// Binds the ports that the agent that runs does not have. One that is in use is another program's.
+    fn bind(&self) -> Result<Listeners, Failure> {
+        let config = self.config;
+        let bind = |key: &str, address: Option<SocketAddr>| match address {
+            Some(address) if self.has(address.port()) => Ok(None),
+            address => http::bind(key, address),
+        };
+        let listeners = Listeners {
+            metrics: bind("metrics.listen", config.metrics.listen)?,
+            page: bind("status_page.listen", config.status_page.listen)?,
+        };
+        let port = config.underlay.port;
+        let running = self.running.as_ref().map(|running| &running.config["underlay"]["port"]);
+        if running.is_some_and(|running| *running != port) {
+            for address in &config.underlay.addresses {
+                check_port(SocketAddr::new(*address, port))?;
+            }
+        }
+        Ok(listeners)
+    }
+
+    /// Whether the agent that runs listens on a TCP port.
+    fn has(&self, port: u16) -> bool {
+        let tables = ["metrics", "status_page"];
+        self.running
+            .iter()
+            .flat_map(|running| tables.map(|table| &running.config[table]["listen"]))
+            .any(|listen| {
+                let address = listen.as_str().and_then(|text| text.parse::<SocketAddr>().ok());
+                address.is_some_and(|address| address.port() == port)
+            })
+    }
+}
+
+impl Records {
+    async fn open(config: &Config, key: RotationStatus) -> Result<Self, Failure> {
+        let (shared, underlay) = (Shared::new(config.clone(), key), UnderlayWatch::default());
+        if !config.kubernetes.enabled {
+            let reader = Reader::Path(config.nodes.clone());
+            return Ok(Self { shared, reader, underlay, _source: None });
+        }
+        let mut kubernetes = Kubernetes::follow(&shared).await?;
+        // Whether it knows all records is asked for again and again later.
+        kubernetes.start_with(config, true, |_| {}).await?;
+        let reader = Reader::Kubernetes(kubernetes.records());
+        Ok(Self { shared, reader, underlay, _source: Some(Source::Kubernetes(kubernetes)) })
+    }
+}
+
+/// Refuses an underlay port that another program has.
+fn check_port(address: SocketAddr) -> Result<(), Failure> {
+    match UdpSocket::bind(address) {
+        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
+            Err(Failure::Taken(format!(
+                "underlay.port: {address} is in use by another program: set another port on every node"
+            )))
+        }
+        // An address that this host lacks, or a missing right, is told when the data plane opens it.
+        _ => Ok(()),
+    }
+}

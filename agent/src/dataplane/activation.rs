@@ -1,0 +1,143 @@
+//! Requests of an instance's agent for the data plane: the agent is connected to the keeper's socket for as
+//! long as it has the agent's role.
+
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Duration;
+
+use anyhow::Context;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::server;
+use crate::instance::Instance;
+use crate::sys::socket::{is_trusted, peer_credentials};
+
+/// What the keeper tells its agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Activity {
+    /// Another keeper has the data plane, or none.
+    Idle = 0,
+    /// This keeper has the data plane.
+    Active = 1,
+}
+
+/// The keeper's end of an instance.
+#[derive(Debug)]
+pub(super) struct Activation {
+    instance: Instance,
+    listener: UnixListener,
+    agent: Option<UnixStream>,
+    activity: Activity,
+}
+
+impl Activation {
+    /// Listens for the agent of the instance.
+    pub(super) fn bind(instance: &Instance) -> anyhow::Result<Self> {
+        let listener = server::bind(&instance.dataplane_socket())?;
+        listener.set_nonblocking(true).context("cannot listen for the agent")?;
+        let mut activation =
+            Self { instance: instance.clone(), listener, agent: None, activity: Activity::Idle };
+        // A keeper that was killed has left the marker.
+        activation.set(Activity::Idle).context("cannot use the instance's directory")?;
+        Ok(activation)
+    }
+
+    /// The descriptor that is readable when an agent connects.
+    pub(super) fn listener(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+
+    /// Waits until an agent connects, or the connected one is gone; `timeout` at most.
+    pub(super) fn wait(&mut self, timeout: Option<Duration>) -> anyhow::Result<()> {
+        let timeout = timeout.map(Timespec::try_from).transpose().context("a timeout")?;
+        let mut fds = vec![PollFd::new(&self.listener, PollFlags::IN)];
+        fds.extend(self.agent.as_ref().map(|agent| PollFd::new(agent, PollFlags::IN)));
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error).context("cannot wait for the agent"),
+        }
+        self.accept();
+        Ok(())
+    }
+
+    /// Whether the agent wants the data plane for this instance.
+    pub(super) fn is_requested(&mut self) -> bool {
+        // The agent writes nothing: a readable connection is one that is closed.
+        self.agent.take_if(|agent| {
+            let mut fds = [PollFd::new(agent, PollFlags::IN)];
+            !matches!(poll(&mut fds, Some(&Timespec::default())), Ok(0))
+        });
+        self.agent.is_some()
+    }
+
+    /// Takes agents that have connected; the last one counts.
+    pub(super) fn accept(&mut self) {
+        while let Ok((agent, _)) = self.listener.accept() {
+            if peer_credentials(&agent).is_ok_and(|peer| is_trusted(peer.uid)) {
+                self.agent = Some(agent);
+                self.tell();
+            }
+        }
+    }
+
+    /// Notes whether this keeper has the data plane, and tells the agent.
+    pub(super) fn set(&mut self, activity: Activity) -> io::Result<()> {
+        let marker = self.instance.dataplane_marker();
+        match activity {
+            Activity::Active => std::fs::write(marker, [])?,
+            Activity::Idle => match std::fs::remove_file(marker) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            },
+        }
+        if std::mem::replace(&mut self.activity, activity) != activity {
+            self.tell();
+        }
+        Ok(())
+    }
+
+    fn tell(&mut self) {
+        // An agent that is gone is noticed when it is looked at.
+        let _ = self.agent.as_mut().map(|agent| agent.write_all(&[self.activity as u8]));
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+
+    #[test]
+    fn request_lasts_as_long_as_the_connection() {
+        let directory = tempfile::tempdir().unwrap();
+        let instance = Instance::new(directory.path());
+        std::fs::write(instance.dataplane_marker(), []).unwrap();
+        let mut activation = Activation::bind(&instance).unwrap();
+        assert!(!instance.dataplane_marker().exists(), "The marker of a killed keeper is removed.");
+        activation.wait(Some(Duration::ZERO)).unwrap();
+        assert!(!activation.is_requested());
+        // An agent that was killed before it was accepted.
+        drop(UnixStream::connect(instance.dataplane_socket()).unwrap());
+        activation.wait(None).unwrap();
+        assert!(!activation.is_requested());
+        let mut agent = UnixStream::connect(instance.dataplane_socket()).unwrap();
+        activation.wait(None).unwrap();
+        assert!(activation.is_requested());
+        activation.set(Activity::Active).unwrap();
+        assert!(instance.dataplane_marker().exists());
+        let mut told = [9; 2];
+        agent.read_exact(&mut told).unwrap();
+        assert_eq!(told, [Activity::Idle as u8, Activity::Active as u8]);
+        // The next agent of the instance is told at once.
+        drop(agent);
+        let mut agent = UnixStream::connect(instance.dataplane_socket()).unwrap();
+        activation.accept();
+        agent.read_exact(&mut told[..1]).unwrap();
+        assert_eq!(told[0], Activity::Active as u8);
+        assert!(activation.is_requested());
+    }
+}

@@ -1,0 +1,169 @@
+//! Descriptors and sessions of the data plane, stored in the kernel for all keepers of a node.
+//!
+//! The store is a pair of connected sockets. One set of descriptors lies in it as a message that is not
+//! received yet: a description, then the listening socket, then the descriptors of the [`HandOver`]. Every
+//! keeper that has had the data plane keeps both sockets. Only the keeper that has the data plane's lock
+//! ([`crate::sys::lock`]) reads or writes them. So a set is never out of date: the keeper that gets the
+//! lock continues with it, and a set that is removed leaves no copy that would occupy the device or the
+//! port.
+
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use super::handover::{receive, send};
+use crate::ipc::HandOver;
+use crate::sys::descriptors;
+
+/// What a data process has given to its keeper: a description, and the descriptors that it describes.
+#[derive(Debug)]
+pub(super) struct Kept {
+    pub(super) left: HandOver,
+    pub(super) descriptors: Vec<OwnedFd>,
+}
+
+/// A store of one set of descriptors.
+#[derive(Debug)]
+pub(super) struct FdStore {
+    write: UnixStream,
+    read: UnixStream,
+    /// Whether this keeper has put a set that is still in the store.
+    filled: bool,
+}
+
+impl FdStore {
+    /// Number of descriptors in [`FdStore::descriptors`].
+    pub(super) const DESCRIPTORS: usize = 2;
+
+    /// An empty store.
+    pub(super) fn create() -> io::Result<Self> {
+        let (write, read) = UnixStream::pair()?;
+        // The flag belongs to the open file descriptions, and holds in every process.
+        write.set_nonblocking(true)?;
+        read.set_nonblocking(true)?;
+        Ok(Self { write, read, filled: false })
+    }
+
+    /// The store behind descriptors that another keeper has sent.
+    pub(super) fn received(descriptors: Vec<OwnedFd>) -> Option<Self> {
+        let mut sockets = descriptors.into_iter().map(UnixStream::from);
+        Some(Self { write: sockets.next()?, read: sockets.next()?, filled: false })
+    }
+
+    /// The descriptors that give another keeper access to the store.
+    pub(super) fn descriptors(&self) -> [BorrowedFd<'_>; Self::DESCRIPTORS] {
+        [self.write.as_fd(), self.read.as_fd()]
+    }
+
+    /// Replaces the set. A keeper that is killed in between leaves a whole set.
+    pub(super) fn put(&mut self, listener: &UnixListener, kept: &Kept) -> io::Result<()> {
+        let mut all = vec![listener.as_fd()];
+        all.extend(kept.descriptors.iter().map(AsFd::as_fd));
+        let put = send(&self.write, &kept.left, &all);
+        match put {
+            Ok(()) if !std::mem::replace(&mut self.filled, true) => {}
+            // The set of before lies in front of the new one.
+            Ok(()) => drop(self.receive()),
+            Err(_) => self.clear(),
+        }
+        put
+    }
+
+    /// Takes the set out. `None` if the store is empty or cannot be read.
+    pub(super) fn take(&mut self) -> Option<(UnixListener, Kept)> {
+        let mut last = None;
+        while let Some(set) = self.receive() {
+            last = Some(set);
+        }
+        // A part of a set would be taken for the beginning of the next one.
+        self.clear();
+        last
+    }
+
+    /// Removes the set.
+    pub(super) fn clear(&mut self) {
+        self.filled = false;
+        while matches!((&self.read).read(&mut [0; 4096]), Ok(1..)) {}
+    }
+
+    /// The oldest set in the store.
+    fn receive(&self) -> Option<(UnixListener, Kept)> {
+        let left: HandOver = receive(&self.read).ok()??;
+        let mut all = descriptors::receive(&self.read, 1 + left.descriptors()).ok()?;
+        let listener = all.remove(0).into();
+        Some((listener, Kept { left, descriptors: all }))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::ipc::{Family, HANDOVER_VERSION};
+    use crate::sys::tun::TunOffload;
+
+    fn kept(lanes: u8) -> Kept {
+        let left = HandOver {
+            version: HANDOVER_VERSION,
+            lanes,
+            families: vec![Family { v4: true, gro: true }],
+            offload: TunOffload::NONE,
+            gso: true,
+            capabilities: Vec::new(),
+            generation: 0,
+        };
+        let descriptors = (0..left.descriptors()).map(|_| tempfile::tempfile().unwrap().into());
+        Kept { descriptors: descriptors.collect(), left }
+    }
+
+    fn listener() -> UnixListener {
+        UnixListener::bind(tempfile::tempdir().unwrap().path().join("s")).unwrap()
+    }
+
+    /// The same store in another keeper.
+    fn other(store: &FdStore) -> FdStore {
+        let copies = store.descriptors().map(|fd| fd.try_clone_to_owned().unwrap());
+        FdStore::received(copies.into()).unwrap()
+    }
+
+    #[test]
+    fn last_set_is_found_by_another_keeper() {
+        let mut store = FdStore::create().unwrap();
+        let mut another = other(&store);
+        assert!(another.take().is_none(), "An empty store has no set.");
+        for lanes in [1, 64, 2, 3] {
+            store.put(&listener(), &kept(lanes)).unwrap();
+        }
+        drop(store);
+        let (_, found) = another.take().unwrap();
+        assert_eq!((found.left.lanes, found.descriptors.len()), (3, 2 + 3 + 7));
+        assert!(another.take().is_none(), "A set that was taken out is not in the store.");
+        another.put(&listener(), &found).unwrap();
+        assert_eq!(another.take().unwrap().1.left.lanes, 3);
+    }
+
+    #[test]
+    fn removed_set_leaves_no_copy() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut store = FdStore::create().unwrap();
+        let mut kept = kept(1);
+        kept.descriptors[0] = theirs.into();
+        store.put(&listener(), &kept).unwrap();
+        drop(kept);
+        ours.set_nonblocking(true).unwrap();
+        assert!((&ours).read(&mut [0]).is_err(), "The store keeps the other end open.");
+        store.clear();
+        assert_eq!((&ours).read(&mut [0]).unwrap(), 0, "The other end is closed.");
+    }
+
+    #[test]
+    fn set_written_in_part_is_ignored() {
+        let mut store = FdStore::create().unwrap();
+        store.put(&listener(), &kept(2)).unwrap();
+        let third = kept(3);
+        send(&store.write, &third.left, &[listener().as_fd()]).unwrap();
+        let mut another = other(&store);
+        assert_eq!(another.take().unwrap().1.left.lanes, 2);
+        assert!(another.take().is_none(), "The part is gone.");
+    }
+}

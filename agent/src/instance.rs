@@ -1,0 +1,96 @@
+//! The directory of an instance: one agent and one data plane of possibly several on a node.
+//!
+//! Two pods of one node share the node's network and `/run/skein`. What belongs to one of them only lies in
+//! a directory of its own: the socket at which its agent says how it is, and the socket at which its agent
+//! requests the data plane for it.
+
+use std::io::{self, Read};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+
+/// How long a probe waits for the agent's answer.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// What the agent answers while it is ready.
+pub const READY: &str = "ready\n";
+
+/// The directory of an instance.
+#[derive(Debug, Clone)]
+pub struct Instance(PathBuf);
+
+impl Instance {
+    /// The instance whose directory is `path`.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self(path.into())
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// The socket at which the agent answers [`READY`], or the reasons why it is not ready, a line each.
+    pub fn agent_socket(&self) -> PathBuf {
+        self.0.join("agent.sock")
+    }
+
+    /// The socket of the keeper: as long as an agent is connected, the keeper wants the data plane.
+    pub fn dataplane_socket(&self) -> PathBuf {
+        self.0.join("dataplane.sock")
+    }
+
+    /// The file that exists while the keeper has the data plane.
+    pub fn dataplane_marker(&self) -> PathBuf {
+        self.0.join("dataplane.active")
+    }
+
+    /// Asks the agent how it is; fails if it does not answer, or, with `ready`, if it is not ready.
+    ///
+    /// # Errors
+    /// The agent does not answer within three seconds, or gives reasons why it is not ready.
+    pub fn probe(&self, ready: bool) -> anyhow::Result<()> {
+        let socket = self.agent_socket();
+        let ask = || -> io::Result<String> {
+            let mut stream = UnixStream::connect(&socket)?;
+            stream.set_read_timeout(Some(PROBE_TIMEOUT))?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok(answer)
+        };
+        let answer = ask().with_context(|| format!("no agent answers on {}", socket.display()))?;
+        if ready && answer != READY {
+            bail!("not ready: {}", answer.trim_end().replace('\n', "; "));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn probe_tells_alive_from_ready() {
+        let directory = tempfile::tempdir().unwrap();
+        let instance = Instance::new(directory.path());
+        assert!(instance.probe(false).is_err(), "Nobody listens.");
+        let listener = UnixListener::bind(instance.agent_socket()).unwrap();
+        let answering = std::thread::spawn(move || {
+            for answer in [READY, READY, "one\ntwo\n", "one\ntwo\n"] {
+                listener.accept().unwrap().0.write_all(answer.as_bytes()).unwrap();
+            }
+        });
+        instance.probe(false).unwrap();
+        instance.probe(true).unwrap();
+        instance.probe(false).unwrap();
+        assert_eq!(instance.probe(true).unwrap_err().to_string(), "not ready: one; two");
+        answering.join().unwrap();
+    }
+}

@@ -1,0 +1,169 @@
+//! Two processes of one node as a pod of the chart has them: an agent and a data plane that take over from
+//! those of another pod.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use rustix::process::Signal;
+
+use super::agent::Agent;
+use super::process::{self, Finished, Process};
+
+/// How long an instance may take to be ready on a busy machine.
+const READY_LIMIT: Duration = Duration::from_secs(20);
+
+/// A container of a pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Container {
+    /// `skein-agent run`.
+    Agent,
+    /// `skein-agent dataplane`.
+    Dataplane,
+}
+
+/// The two processes of a pod; killed when dropped.
+#[derive(Debug)]
+pub struct Instance {
+    directory: PathBuf,
+    config: PathBuf,
+    socket: String,
+    netns: String,
+    program: PathBuf,
+    log: PathBuf,
+    agent: Option<Process>,
+    dataplane: Option<Process>,
+}
+
+impl Instance {
+    /// Prepares a pod on the agent's node with the agent's configuration of now; starts nothing.
+    pub fn prepare(agent: &Agent, name: &str) -> Result<Self> {
+        let directory = agent.directory().join(name);
+        fs::create_dir_all(&directory)?;
+        let config = directory.join("agent.toml");
+        fs::write(&config, agent.config.to_string())?;
+        Ok(Self {
+            log: directory.join("log"),
+            socket: agent.dataplane_socket().to_owned(),
+            netns: agent.netns().to_owned(),
+            program: agent.program.clone(),
+            directory,
+            config,
+            agent: None,
+            dataplane: None,
+        })
+    }
+
+    /// Prepares a pod and starts both its containers.
+    pub fn start(agent: &Agent, name: &str) -> Result<Self> {
+        let mut instance = Self::prepare(agent, name)?;
+        instance.run(Container::Dataplane)?;
+        instance.run(Container::Agent)?;
+        Ok(instance)
+    }
+
+    /// Starts a container, in the place of one that has ended.
+    pub fn run(&mut self, container: Container) -> Result<()> {
+        let instance = format!("--instance={}", self.directory.display());
+        let mut command = self.command();
+        match container {
+            Container::Agent => command.args(["run", "--dataplane=external", "--config"]),
+            Container::Dataplane => command.args(["dataplane", "--socket"]),
+        };
+        match container {
+            Container::Agent => command.arg(&self.config),
+            Container::Dataplane => command.arg(&self.socket),
+        };
+        let process = Process::start(command.arg(instance), &self.log)?;
+        *self.container(container) = Some(process);
+        Ok(())
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.netns]).arg(&self.program);
+        command
+    }
+
+    fn container(&mut self, container: Container) -> &mut Option<Process> {
+        match container {
+            Container::Agent => &mut self.agent,
+            Container::Dataplane => &mut self.dataplane,
+        }
+    }
+
+    /// Kills a container (SIGKILL).
+    pub fn kill(&mut self, container: Container) {
+        *self.container(container) = None;
+    }
+
+    /// Ends both containers as kubelet ends a pod: SIGTERM, and SIGKILL for one that does not end.
+    pub fn delete(&mut self) {
+        for process in [&self.agent, &self.dataplane].into_iter().flatten() {
+            let _ = process.signal(Signal::TERM);
+        }
+        for container in [Container::Agent, Container::Dataplane] {
+            if let Some(mut process) = self.container(container).take() {
+                let _ = process.stop(Duration::from_secs(5));
+            }
+        }
+    }
+
+    /// The exit code of a container that has ended.
+    pub fn exited(&mut self, container: Container) -> Option<i32> {
+        self.container(container).as_mut().and_then(Process::exited)
+    }
+
+    /// What a probe of kubelet's says.
+    pub fn probe(&self, ready: bool) -> Result<Finished> {
+        let mut command = self.command();
+        command.arg("health").arg(format!("--instance={}", self.directory.display()));
+        command.args(ready.then_some("--ready"));
+        process::finish(&mut command, &[], Duration::from_secs(10))
+    }
+
+    /// What the probe of the data plane's container says.
+    pub fn probe_dataplane(&self) -> Result<Finished> {
+        let mut command = self.command();
+        command.args(["dataplane", "--probe", "--socket", &self.socket]);
+        command.arg(format!("--instance={}", self.directory.display()));
+        process::finish(&mut command, &[], Duration::from_secs(10))
+    }
+
+    /// Waits until the readiness probe passes.
+    pub fn wait_ready(&self) -> Result<()> {
+        let end = Instant::now() + READY_LIMIT;
+        loop {
+            let said = self.probe(true)?;
+            if said.code == 0 {
+                return Ok(());
+            }
+            if Instant::now() > end {
+                bail!(
+                    "{} is not ready: {}\n{}",
+                    self.directory.display(),
+                    said.stderr,
+                    self.log_tail()
+                );
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Whether the data plane is this pod's.
+    pub fn has_dataplane(&self) -> bool {
+        self.directory.join("dataplane.active").exists()
+    }
+
+    /// The whole log of both containers.
+    pub fn log(&self) -> Result<String> {
+        fs::read_to_string(&self.log).context("no log")
+    }
+
+    /// The end of the log.
+    pub fn log_tail(&self) -> String {
+        process::tail(&self.log, 40)
+    }
+}

@@ -1,0 +1,293 @@
+//! Upgrades and rollbacks as pods of the chart do them, under traffic: a second pod takes over on a node,
+//! and processes of both end in every order and at every moment.
+
+use std::net::{SocketAddr, TcpListener};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use skein_e2e::checks;
+use skein_e2e::lab::agent::Cluster;
+use skein_e2e::lab::instance::{Container, Instance};
+use skein_e2e::lab::{Family, Lab, Plan};
+use skein_e2e::load::ping::{Loss, Pings};
+use skein_e2e::load::transfer::Transfer;
+
+/// Interval of the pings.
+const INTERVAL: Duration = Duration::from_millis(5);
+/// The longest time without packets that the death of any process may cost.
+const MAX_SILENCE: Duration = Duration::from_secs(1);
+
+/// A node whose agent and data plane are a pod's, beside an ordinary one.
+fn cluster() -> Result<(Instance, Cluster)> {
+    let mut cluster = Cluster::prepare(Lab::new(&Plan::default())?, Family::V4)?;
+    cluster.agents[0].set("dataplane.mode", "external");
+    cluster.agents[1].launch()?;
+    let pod = Instance::start(&cluster.agents[0], "pod-0")?;
+    pod.wait_ready()?;
+    cluster.agents[1].wait_ready()?;
+    checks::all_reach_all(&cluster.lab)?;
+    Ok((pod, cluster))
+}
+
+/// Pings from one pod to the other while something is done.
+fn pinged_while(cluster: &Cluster, work: impl FnOnce() -> Result<()>) -> Result<Loss> {
+    let (from, to) = (cluster.lab.pod(0), cluster.lab.pod(1));
+    let log = tempfile::NamedTempFile::new()?;
+    let pings = Pings::start(&from.ns, to.address(Family::V4), INTERVAL, log.path())?;
+    thread::sleep(Duration::from_millis(200));
+    work()?;
+    pings.end()
+}
+
+/// Handshakes that a node has begun.
+fn handshakes(cluster: &Cluster, agent: usize) -> Result<f64> {
+    let metrics = cluster.agents[agent].metrics()?;
+    Ok(metrics.sum("skein_handshakes_total", &["result=\"initiated\""]))
+}
+
+#[test]
+fn upgrade_by_a_second_pod_loses_no_packet() -> Result<()> {
+    let (mut old, cluster) = cluster()?;
+    let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
+    let before = handshakes(&cluster, 1)?;
+    let to = (b.address(Family::V4), 7000).into();
+    let transfer = Transfer::start(&a.ns, &b.ns, to, 120 << 20, Some(30 << 20))?;
+    let mut new = None;
+    let loss = pinged_while(&cluster, || {
+        let next = new.insert(Instance::start(&cluster.agents[0], "pod-1")?);
+        next.wait_ready()?;
+        ensure!(next.has_dataplane() && !old.has_dataplane(), "the data plane was not taken over");
+        let held = old.probe(true)?;
+        ensure!(held.code == 0, "a pod that holds is not ready: {}", held.stderr);
+        ensure!(old.probe_dataplane()?.code == 0, "an idle data plane is not well");
+        ensure!(next.probe_dataplane()?.code == 0, "an active data plane is not well");
+        old.delete();
+        thread::sleep(Duration::from_millis(500));
+        Ok(())
+    })?;
+    let received = transfer.join()?;
+    println!("upgrade: {loss}; the transfer paused for {:.0} ms", received.longest_pause * 1e3);
+    ensure!(loss.lost == 0, "{loss}");
+    ensure!(received.longest_pause < 1.0, "{received:?}");
+    ensure!(handshakes(&cluster, 1)? == before, "the sessions were not taken over");
+    let new = new.context("no pod")?;
+    ensure!(new.probe(true)?.code == 0, "{}", new.log_tail());
+    Ok(())
+}
+
+/// The time from the start of the new pod to its end, in milliseconds.
+const MOMENTS: [u64; 14] = [0, 20, 40, 60, 80, 100, 130, 170, 220, 300, 450, 700, 1500, 3000];
+
+#[test]
+fn pod_deleted_at_any_moment_leaves_the_old_one() -> Result<()> {
+    let (old, cluster) = cluster()?;
+    for moment in MOMENTS {
+        let loss = pinged_while(&cluster, || {
+            let mut new = Instance::start(&cluster.agents[0], &format!("new-{moment}"))?;
+            thread::sleep(Duration::from_millis(moment));
+            let took_over = new.has_dataplane();
+            new.delete();
+            old.wait_ready()?;
+            ensure!(old.has_dataplane(), "{}", old.log_tail());
+            println!("deleted after {moment} ms, took over: {took_over}");
+            thread::sleep(Duration::from_millis(300));
+            Ok(())
+        })?;
+        println!("deleted after {moment} ms: {loss}");
+        // What a killed data process had in hand is lost with it.
+        ensure!(loss.lost <= 2, "deleted after {moment} ms: {loss}\n{}", old.log_tail());
+    }
+    Ok(())
+}
+
+/// What a DaemonSet does when it is changed twice: the second pod goes, a third one comes.
+#[test]
+fn upgrades_in_quick_succession_lose_no_packet() -> Result<()> {
+    let (mut old, cluster) = cluster()?;
+    for (number, delay) in [0, 1, 3, 10].into_iter().enumerate() {
+        let loss = pinged_while(&cluster, || {
+            let mut second = Instance::start(&cluster.agents[0], &format!("second-{number}"))?;
+            thread::sleep(Duration::from_secs(delay));
+            let third = Instance::start(&cluster.agents[0], &format!("third-{number}"))?;
+            second.delete();
+            third.wait_ready()?;
+            ensure!(third.has_dataplane(), "{}", third.log_tail());
+            std::mem::replace(&mut old, third).delete();
+            thread::sleep(Duration::from_millis(300));
+            Ok(())
+        })?;
+        println!("two upgrades {delay} s apart: {loss}");
+        ensure!(loss.lost <= 2, "{delay} s apart: {loss}");
+    }
+    old.wait_ready()
+}
+
+/// A process of two pods, of which the second has taken over.
+type Victim = (usize, Container);
+
+const VICTIMS: [Victim; 4] = [
+    (0, Container::Agent),
+    (0, Container::Dataplane),
+    (1, Container::Agent),
+    (1, Container::Dataplane),
+];
+
+/// All orders of the victims.
+fn orders() -> Vec<[Victim; 4]> {
+    let mut orders = Vec::new();
+    let all = 0..VICTIMS.len();
+    for a in all.clone() {
+        for b in all.clone().filter(|b| *b != a) {
+            for c in all.clone().filter(|c| ![a, b].contains(c)) {
+                let last = 6 - a - b - c;
+                orders.push([a, b, c, last].map(|victim| VICTIMS[victim]));
+            }
+        }
+    }
+    orders
+}
+
+/// kubelet starts each container again that has ended.
+#[test]
+fn deaths_in_every_order_cost_less_than_a_second() -> Result<()> {
+    let (mut old, cluster) = cluster()?;
+    let mut worst = Duration::ZERO;
+    for (number, order) in orders().into_iter().enumerate() {
+        let mut pods = [old, Instance::start(&cluster.agents[0], &format!("pod-{}", number + 1))?];
+        pods[1].wait_ready()?;
+        let loss = pinged_while(&cluster, || {
+            for (pod, container) in order {
+                pods[pod].kill(container);
+                thread::sleep(Duration::from_millis(100));
+                pods[pod].run(container)?;
+                thread::sleep(Duration::from_millis(100));
+            }
+            thread::sleep(Duration::from_millis(800));
+            Ok(())
+        })?;
+        println!("{order:?}: {loss}");
+        let logs = || format!("{}\n---\n{}", pods[0].log_tail(), pods[1].log_tail());
+        ensure!(loss.longest <= MAX_SILENCE, "{order:?}: {loss}\n{}", logs());
+        worst = worst.max(loss.longest);
+        // The pod that has the data plane is the next old one.
+        let ready = |pods: &[Instance; 2]| -> Result<Option<usize>> {
+            for (index, pod) in pods.iter().enumerate() {
+                if pod.has_dataplane() && pod.probe(true)?.code == 0 {
+                    return Ok(Some(index));
+                }
+            }
+            Ok(None)
+        };
+        let is_ready = || Ok(ready(&pods)?.is_some());
+        checks::eventually("one pod has everything", Duration::from_secs(20), is_ready)
+            .with_context(logs)?;
+        let [first, second] = pods;
+        let (mut gone, kept) =
+            if first.has_dataplane() { (second, first) } else { (first, second) };
+        gone.delete();
+        old = kept;
+        old.wait_ready()?;
+    }
+    println!("the longest time without packets: {} ms", worst.as_millis());
+    Ok(())
+}
+
+/// Both containers of a pod, both agents, both data planes.
+#[test]
+fn deaths_at_once_cost_less_than_a_second() -> Result<()> {
+    let (mut old, cluster) = cluster()?;
+    let pairs: [[usize; 2]; 6] = [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]];
+    for (number, pair) in pairs.into_iter().enumerate() {
+        let mut pods = [old, Instance::start(&cluster.agents[0], &format!("pod-{}", number + 1))?];
+        pods[1].wait_ready()?;
+        let victims = pair.map(|index| VICTIMS[index]);
+        let loss = pinged_while(&cluster, || {
+            victims.iter().for_each(|(pod, container)| pods[*pod].kill(*container));
+            thread::sleep(Duration::from_millis(100));
+            victims.iter().try_for_each(|(pod, container)| pods[*pod].run(*container))?;
+            thread::sleep(Duration::from_secs(1));
+            Ok(())
+        })?;
+        println!("{victims:?}: {loss}");
+        ensure!(loss.longest <= MAX_SILENCE, "{victims:?}: {loss}");
+        let [mut first, second] = pods;
+        first.delete();
+        old = second;
+        old.wait_ready()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn wrong_configuration_takes_nothing_over() -> Result<()> {
+    let (mut old, mut cluster) = cluster()?;
+    // Another program's port.
+    let port: SocketAddr = "127.0.0.1:10250".parse()?;
+    let _other = cluster.lab.nodes[0].ns.run(move || TcpListener::bind(port))??;
+    let right = cluster.agents[0].config.clone();
+    let record = cluster.agents[0].record.pod_cidrs[0].clone();
+    let wrong: [(&str, &str, toml::Value, Option<i32>, &str); 5] = [
+        ("malformed", "cluster_cidrs", vec!["10.999.0.0/16"].into(), Some(2), "10.999.0.0/16"),
+        ("foreign", "cluster_cidrs", vec!["172.20.0.0/16"].into(), Some(2), "outside of"),
+        // Its own prefix, and not those of the other nodes.
+        ("narrow", "cluster_cidrs", vec![record, "fd00::/8".into()].into(), None, "would refuse"),
+        ("port", "metrics.listen", "127.0.0.1:10250".into(), Some(5), "10250"),
+        ("udp", "underlay.port", 10251.into(), Some(5), "10251"),
+    ];
+    let udp: SocketAddr = "0.0.0.0:10251".parse()?;
+    let _datagrams = cluster.lab.nodes[0].ns.run(move || std::net::UdpSocket::bind(udp))??;
+    for (name, key, value, code, reason) in wrong {
+        cluster.agents[0].config = right.clone();
+        cluster.agents[0].set(key, value);
+        let loss = pinged_while(&cluster, || {
+            let mut new = Instance::start(&cluster.agents[0], name)?;
+            let tells = || -> Result<bool> {
+                let said = new.probe(true)?.stderr;
+                Ok(said.contains(reason) || new.log()?.contains(reason))
+            };
+            checks::eventually(name, Duration::from_secs(10), tells)
+                .with_context(|| new.log_tail())?;
+            thread::sleep(Duration::from_secs(1));
+            ensure!(new.exited(Container::Agent) == code, "{name}: {}", new.log_tail());
+            ensure!(new.exited(Container::Dataplane).is_none(), "{name}: {}", new.log_tail());
+            ensure!(new.probe(true)?.code != 0, "{name}: it is ready");
+            if code.is_none() {
+                let said = new.probe(true)?.stderr;
+                ensure!(said.contains(reason), "{name}: the probe says {said}");
+                ensure!(new.probe(false)?.code == 0, "{name}: it is not alive");
+            }
+            ensure!(!new.has_dataplane() && old.has_dataplane(), "{name}: took the data plane");
+            let well = old.probe(true)?;
+            ensure!(well.code == 0, "{name}: the old pod is not ready: {}", well.stderr);
+            new.delete();
+            thread::sleep(Duration::from_millis(300));
+            Ok(())
+        })?;
+        println!("{name}: {loss}");
+        ensure!(loss.lost == 0, "{name}: {loss}");
+        let log = old.log()?;
+        ensure!(!log.contains("takes this one's place"), "{name}: the old agent gave way: {log}");
+    }
+    ensure!(old.exited(Container::Agent).is_none() && old.exited(Container::Dataplane).is_none());
+    Ok(())
+}
+
+/// A pod that waits with a wrong value takes over when the records change.
+#[test]
+fn waiting_pod_takes_over_when_records_fit() -> Result<()> {
+    let (mut old, mut cluster) = cluster()?;
+    let record = cluster.agents[0].record.pod_cidrs[0].clone();
+    let other = cluster.agents[1].record.name.clone();
+    cluster.agents[0].set("cluster_cidrs", vec![record, "fd00::/8".into()]);
+    let new = Instance::start(&cluster.agents[0], "pod-1")?;
+    let waits = || Ok(new.probe(true)?.stderr.contains("would refuse"));
+    checks::eventually("it waits", Duration::from_secs(10), waits)?;
+    cluster.agents[0].remove_record(&other)?;
+    new.wait_ready()?;
+    old.delete();
+    let start = Instant::now();
+    new.wait_ready()?;
+    ensure!(new.has_dataplane(), "{:?}: {}", start.elapsed(), new.log_tail());
+    Ok(())
+}
