@@ -7,53 +7,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use skein_e2e::cluster::skein::{self, Pod};
+use skein_e2e::cluster::skein::{self, Pod, agent_pod, wait_until_all_reach_all};
 use skein_e2e::cluster::{Kube, Options};
 use skein_e2e::lab::agent::binary;
 use skein_e2e::lab::process;
 
 const READY_LIMIT: Duration = Duration::from_secs(60);
-
-/// A cluster with Skein and a pod on every node, for `work`.
-fn with_skein(
-    options: &Options,
-    settings: &[&str],
-    work: impl FnOnce(&mut Kube, Vec<Pod>) -> Result<()>,
-) -> Result<()> {
-    let mut kube = Kube::up(options)?;
-    let all = || -> Result<()> {
-        skein::install(&kube, settings)?;
-        let nodes: Vec<usize> = (0..kube.nodes.len()).collect();
-        let took = kube.wait_ready(&nodes, true, READY_LIMIT)?;
-        println!("the nodes are Ready {:.1} s after helm has returned", took.as_secs_f64());
-        let pods = skein::pods(&mut kube)?;
-        work(&mut kube, pods)
-    };
-    let outcome = all();
-    outcome.with_context(|| {
-        let select = ["--selector=app.kubernetes.io/name=skein", "--all-containers", "--tail=40"];
-        let get = ["get", "pods", "--all-namespaces", "--output=wide"];
-        let say = |words: &[&str]| kube.kubectl(words).unwrap_or_else(|error| format!("{error:#}"));
-        let logs = [&["logs", "--namespace=kube-system", "--prefix"][..], &select].concat();
-        format!("{}\n{}\n{}", say(&get), say(&logs), kube.logs())
-    })
-}
-
-/// Waits until every pod reaches every other by every address; how long that took.
-fn wait_until_all_reach_all(kube: &mut Kube, pods: &[Pod], limit: Duration) -> Result<Duration> {
-    kube.wait("every pod reaches every other", limit, |kube| {
-        for from in pods {
-            for to in pods {
-                for ip in &to.ips {
-                    if !from.reaches(kube, *ip)? {
-                        return Ok(false);
-                    }
-                }
-            }
-        }
-        Ok(true)
-    })
-}
 
 fn skeinnode(kube: &Kube, name: &str) -> Result<Value> {
     Ok(serde_json::from_str(&kube.kubectl(&["get", "skeinnode", name, "--output=json"])?)?)
@@ -72,7 +31,7 @@ fn writes(kube: &Kube, node: usize) -> Result<f64> {
 fn the_chart_gives_a_cluster_its_network_and_takes_it_back() -> Result<()> {
     let settings =
         ["podCidr=10.244.0.0/16", r"log.level=skein_agent::control::kubernetes=debug\,info"];
-    with_skein(&Options::default(), &settings, |kube, pods| {
+    skein::with(&Options::default(), &settings, |kube, pods| {
         let before: Vec<_> = kube.nodes.iter().map(skein::traces).collect::<Result<_>>()?;
         ensure!(before.iter().all(|traces| !traces.is_empty()), "nothing is seen of Skein");
         wait_until_all_reach_all(kube, &pods, Duration::from_secs(10))?;
@@ -224,7 +183,7 @@ fn upgrade(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
 #[test]
 #[ignore = "takes a cluster: cargo e2e cluster test"]
 fn pods_stay_in_touch_whatever_happens_to_the_cluster() -> Result<()> {
-    with_skein(&Options::default(), &[], |kube, pods| {
+    skein::with(&Options::default(), &[], |kube, pods| {
         wait_until_all_reach_all(kube, &pods, Duration::from_secs(10))?;
         the_agent_is_killed(kube, &pods)?;
         the_data_process_is_killed(kube, &pods)?;
@@ -266,21 +225,11 @@ fn the_data_process_is_killed(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
 }
 
 fn its_container_is_killed(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
-    skein::kill(&kube.nodes[0], "dataplane .*--take-over")?;
+    skein::kill(&kube.nodes[0], "dataplane .*--instance")?;
     thread::sleep(Duration::from_millis(200));
     let took = wait_until_all_reach_all(kube, pods, READY_LIMIT)?;
     println!("its container killed: pods reach each other again after {:.1} s", took.as_secs_f64());
     Ok(())
-}
-
-/// The name of the DaemonSet's pod on a node.
-fn agent_pod(kube: &Kube, node: usize) -> Result<String> {
-    let select = "--selector=app.kubernetes.io/component=agent";
-    let on = format!("--field-selector=spec.nodeName={}", kube.nodes[node].name());
-    let get = ["--namespace=kube-system", "get", "pods", select, &on];
-    let name =
-        kube.kubectl(&[&get[..], &["--output=jsonpath={.items[0].metadata.name}"]].concat())?;
-    Ok(name.trim().to_owned())
 }
 
 /// What a DaemonSet with maxSurge does, which this Kubernetes has not: a second pod on a node, and then the
@@ -415,7 +364,7 @@ fn a_node_loses_power(kube: &mut Kube) -> Result<()> {
 #[ignore = "takes a cluster: cargo e2e cluster test"]
 fn two_families_work_side_by_side() -> Result<()> {
     let options = Options { dual_stack: true, ..Options::default() };
-    with_skein(&options, &[], |kube, pods| {
+    skein::with(&options, &[], |kube, pods| {
         ensure!(pods.iter().all(|pod| pod.ips.len() == 2), "{pods:?}");
         wait_until_all_reach_all(kube, &pods, Duration::from_secs(10))?;
         for &ip in &pods[1].ips {
@@ -429,7 +378,7 @@ fn two_families_work_side_by_side() -> Result<()> {
 #[test]
 #[ignore = "takes a cluster: cargo e2e cluster test"]
 fn operators_see_who_reaches_whom_and_who_is_silent() -> Result<()> {
-    with_skein(&Options::default(), &[], |kube, pods| {
+    skein::with(&Options::default(), &[], |kube, pods| {
         wait_until_all_reach_all(kube, &pods, Duration::from_secs(10))?;
         all_pairs_are_well(kube)?;
         a_node_falls_silent(kube, &pods)
@@ -534,7 +483,7 @@ fn a_node_falls_silent(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
 #[test]
 #[ignore = "takes a cluster: cargo e2e cluster test"]
 fn keys_change_without_a_loss() -> Result<()> {
-    with_skein(&Options::default(), &["keyRotation.everyDays=1"], |kube, pods| {
+    skein::with(&Options::default(), &["keyRotation.everyDays=1"], |kube, pods| {
         wait_until_all_reach_all(kube, &pods, Duration::from_secs(10))?;
         let spec =
             |kube: &Kube, name| Ok::<_, anyhow::Error>(skeinnode(kube, name)?["spec"].clone());

@@ -6,13 +6,15 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use super::{Kube, Node, programs};
+use super::{Kube, Node, Options, programs};
 use crate::lab::Netns;
 use crate::lab::agent::Metrics;
 use crate::lab::process::{self, Process};
 use crate::load::http;
+use crate::load::ping::Loss;
 use crate::{cargo, image};
 
 /// Where it is installed.
@@ -20,6 +22,9 @@ pub const NAMESPACE: &str = "kube-system";
 
 /// How long helm may wait for every agent.
 const INSTALL_LIMIT: &str = "--timeout=3m";
+
+/// How long nodes may take to be Ready.
+const READY_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long a pod may take to run.
 const POD_LIMIT: Duration = Duration::from_secs(60);
@@ -161,12 +166,13 @@ impl Pod {
         count: u32,
         interval: Duration,
     ) -> Result<Pings> {
-        let interval = format!("{:.3}", interval.as_secs_f64());
+        let seconds = format!("{:.3}", interval.as_secs_f64());
         let (to, text) = (to.to_string(), count.to_string());
-        let words = ["ping", "-n", "-c", &text, "-i", &interval, "-W", "1", &to];
+        let words = ["ping", "-n", "-c", &text, "-i", &seconds, "-W", "1", &to];
         let log = kube.directory().join(format!("{}.pings.log", self.name));
         let _ = std::fs::remove_file(&log);
-        Ok(Pings { process: Process::start_inside(&mut self.command(kube, &words)?, &log)? })
+        let process = Process::start_inside(&mut self.command(kube, &words)?, &log)?;
+        Ok(Pings { process, interval })
     }
 
     /// Gigabits a second of one TCP connection to another pod.
@@ -189,9 +195,22 @@ impl Pod {
 #[derive(Debug)]
 pub struct Pings {
     process: Process,
+    interval: Duration,
 }
 
 impl Pings {
+    /// Ends them now.
+    ///
+    /// # Errors
+    /// No ping was answered.
+    pub fn stop(mut self) -> Result<Loss> {
+        self.process.signal(Signal::INT)?;
+        while self.process.exited().is_none() {
+            thread::sleep(Duration::from_millis(50));
+        }
+        Loss::parse(&std::fs::read_to_string(self.process.log())?, self.interval)
+    }
+
     /// Waits for the end; sent and received.
     pub fn end(mut self) -> Result<(u32, u32)> {
         while self.process.exited().is_none() {
@@ -203,6 +222,70 @@ impl Pings {
         let mut numbers = summary.split(' ').filter_map(|word| word.parse().ok());
         Ok((numbers.next().context("no count")?, numbers.next().context("no count")?))
     }
+}
+
+/// A cluster with Skein and a pod on every node, for `work`.
+///
+/// # Errors
+/// The cluster cannot be made, or `work` fails; with the state of all pods and the logs.
+pub fn with(
+    options: &Options,
+    settings: &[&str],
+    work: impl FnOnce(&mut Kube, Vec<Pod>) -> Result<()>,
+) -> Result<()> {
+    let mut kube = Kube::up(options)?;
+    let all = || -> Result<()> {
+        install(&kube, settings)?;
+        let nodes: Vec<usize> = (0..kube.nodes.len()).collect();
+        let took = kube.wait_ready(&nodes, true, READY_LIMIT)?;
+        println!("the nodes are Ready {:.1} s after helm has returned", took.as_secs_f64());
+        let pods = pods(&mut kube)?;
+        work(&mut kube, pods)
+    };
+    let outcome = all();
+    outcome.with_context(|| {
+        let select = ["--selector=app.kubernetes.io/name=skein", "--all-containers", "--tail=40"];
+        let get = ["get", "pods", "--all-namespaces", "--output=wide"];
+        let say = |words: &[&str]| kube.kubectl(words).unwrap_or_else(|error| format!("{error:#}"));
+        let logs = [&["logs", "--namespace=kube-system", "--prefix"][..], &select].concat();
+        format!("{}\n{}\n{}", say(&get), say(&logs), kube.logs())
+    })
+}
+
+/// Waits until every pod reaches every other by every address; the time that it took.
+///
+/// # Errors
+/// A pod does not reach another within `limit`.
+pub fn wait_until_all_reach_all(
+    kube: &mut Kube,
+    pods: &[Pod],
+    limit: Duration,
+) -> Result<Duration> {
+    kube.wait("every pod reaches every other", limit, |kube| {
+        for from in pods {
+            for to in pods {
+                for ip in &to.ips {
+                    if !from.reaches(kube, *ip)? {
+                        return Ok(false);
+                    }
+                }
+            }
+        }
+        Ok(true)
+    })
+}
+
+/// The name of the DaemonSet's pod on a node.
+///
+/// # Errors
+/// The node has none.
+pub fn agent_pod(kube: &Kube, node: usize) -> Result<String> {
+    let select = "--selector=app.kubernetes.io/component=agent";
+    let on = format!("--field-selector=spec.nodeName={}", kube.nodes[node].name());
+    let get = ["--namespace=kube-system", "get", "pods", select, &on];
+    let name =
+        kube.kubectl(&[&get[..], &["--output=jsonpath={.items[0].metadata.name}"]].concat())?;
+    Ok(name.trim().to_owned())
 }
 
 /// A page of the agent of a node.

@@ -41,7 +41,8 @@ pub fn run(options: &Options) -> Result<()> {
 }
 
 /// What needs a cluster.
-const CLUSTER: [&str; 3] = ["--package=skein-e2e", "--test=cluster", "--test=cluster_skein"];
+const CLUSTER: [&str; 4] =
+    ["--package=skein-e2e", "--test=cluster", "--test=cluster_skein", "--test=cluster_upgrade"];
 
 /// Runs the tests that need a cluster.
 pub fn run_cluster(options: &Options) -> Result<()> {
