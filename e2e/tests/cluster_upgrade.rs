@@ -95,7 +95,7 @@ fn start_next(kube: &Kube, change: impl FnOnce(String) -> String) -> Result<()> 
         "apiVersion": "v1", "kind": "Pod", "spec": spec,
         "metadata": { "name": NEXT, "namespace": NAMESPACE, "labels": { "app": "next" } },
     });
-    kube.apply(&pod.to_string())
+    kube.apply(&pod.to_string()).map(drop)
 }
 
 fn delete_next(kube: &Kube) -> Result<()> {

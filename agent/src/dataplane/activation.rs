@@ -1,5 +1,5 @@
 //! Requests of an instance's agent for the data plane: the agent is connected to the keeper's socket for as
-//! long as it has the agent's role.
+//! long as it has the agent's role. And the request of kubelet that the keeper ends (SIGTERM).
 
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -30,6 +30,8 @@ pub(super) struct Activation {
     listener: UnixListener,
     agent: Option<UnixStream>,
     activity: Activity,
+    /// Readable once SIGTERM has come.
+    terminated: UnixStream,
 }
 
 impl Activation {
@@ -37,22 +39,38 @@ impl Activation {
     pub(super) fn bind(instance: &Instance) -> anyhow::Result<Self> {
         let listener = server::bind(&instance.dataplane_socket())?;
         listener.set_nonblocking(true).context("cannot listen for the agent")?;
-        let mut activation =
-            Self { instance: instance.clone(), listener, agent: None, activity: Activity::Idle };
+        let (terminated, write) = UnixStream::pair().context("cannot make a channel")?;
+        signal_hook::low_level::pipe::register(signal_hook::consts::SIGTERM, write)
+            .context("cannot take SIGTERM")?;
+        let mut activation = Self {
+            instance: instance.clone(),
+            listener,
+            agent: None,
+            activity: Activity::Idle,
+            terminated,
+        };
         // A keeper that was killed has left the marker.
         activation.set(Activity::Idle).context("cannot use the instance's directory")?;
         Ok(activation)
     }
 
-    /// The descriptor that is readable when an agent connects.
-    pub(super) fn listener(&self) -> BorrowedFd<'_> {
-        self.listener.as_fd()
+    /// The descriptor that is readable when an agent connects, and the one that is readable when this process
+    /// is to end.
+    pub(super) fn descriptors(&self) -> [BorrowedFd<'_>; 2] {
+        [self.listener.as_fd(), self.terminated.as_fd()]
     }
 
-    /// Waits until an agent connects, or the connected one is gone; `timeout` at most.
+    /// Whether this process is to end.
+    pub(super) fn is_terminated(&self) -> bool {
+        let mut fds = [PollFd::new(&self.terminated, PollFlags::IN)];
+        matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1))
+    }
+
+    /// Waits until an agent connects, the connected one is gone, or this process is to end; `timeout` at most.
     pub(super) fn wait(&mut self, timeout: Option<Duration>) -> anyhow::Result<()> {
         let timeout = timeout.map(Timespec::try_from).transpose().context("a timeout")?;
-        let mut fds = vec![PollFd::new(&self.listener, PollFlags::IN)];
+        let own = self.descriptors();
+        let mut fds: Vec<_> = own.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
         fds.extend(self.agent.as_ref().map(|agent| PollFd::new(agent, PollFlags::IN)));
         match poll(&mut fds, timeout.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}

@@ -15,7 +15,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::FdFlags;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
@@ -39,6 +39,8 @@ const LOCK_INTERVAL: Duration = Duration::from_millis(10);
 /// How long the lock must have been free before a keeper without descriptors takes it: several intervals of
 /// those that have them.
 const HOLDER_DELAY: Duration = Duration::from_millis(50);
+/// How long a data process may take to stop before its keeper ends.
+const STOP_TIMEOUT: Duration = Duration::from_millis(500);
 /// Delay before a request for the data plane that was refused is repeated.
 const REQUEST_DELAY: Duration = Duration::from_secs(1);
 
@@ -133,7 +135,10 @@ pub(super) fn run(options: &Options, arguments: &[OsString]) -> anyhow::Result<(
     loop {
         let plane = match &mut activation {
             None => acquire(options, &mut held)?,
-            Some(activation) => acquire_on_request(options, activation, &mut held)?,
+            Some(activation) => match acquire_on_request(options, activation, &mut held)? {
+                Some(plane) => plane,
+                None => return Ok(()),
+            },
         };
         let end = keep(plane, options, arguments, activation.as_mut());
         set(activation.as_mut(), Activity::Idle);
@@ -146,6 +151,8 @@ pub(super) fn run(options: &Options, arguments: &[OsString]) -> anyhow::Result<(
                 held = Some(store);
             }
             End::Ended if activation.is_none() => return Ok(()),
+            // Others may hold what is in the store; the kernel queues packets until they have it.
+            End::Terminated => return Ok(()),
             End::Ended => {}
         }
     }
@@ -157,6 +164,8 @@ enum End {
     Ended,
     /// Another keeper has it, with this store.
     GivenAway(FdStore),
+    /// This process is to end, and the data process has stopped.
+    Terminated,
 }
 
 /// Keeps a data process at work.
@@ -172,7 +181,15 @@ fn keep(
         let (mut child, channel) = spawn(arguments)?;
         tracing::info!(pid = child.id(), takes_up = plane.kept.is_some(), "started a data process");
         let ended = attend(&mut child, &channel, &mut plane, activation.as_deref_mut())?;
-        let Some(status) = ended else { return Ok(End::GivenAway(plane.store)) };
+        let status = match ended {
+            Ended::Process(status) => status,
+            Ended::GivenAway => return Ok(End::GivenAway(plane.store)),
+            Ended::Terminated => {
+                // The lock is free as soon as it has ended.
+                let _ = child.kill().and_then(|()| child.wait());
+                return Ok(End::Terminated);
+            }
+        };
         deaths = if started.elapsed() < STABLE { deaths + 1 } else { 1 };
         if !status.success() && plane.kept.is_some() && deaths <= DEATHS {
             tracing::error!(%status, "the data process ended: the next one goes on with what it left");
@@ -228,23 +245,24 @@ fn acquire(options: &Options, held: &mut Option<FdStore>) -> anyhow::Result<Plan
 }
 
 /// Gets the data plane when the agent wants it, or, where this keeper has given it away, when it is free.
+/// `None`: this process is to end.
 fn acquire_on_request(
     options: &Options,
     activation: &mut Activation,
     held: &mut Option<FdStore>,
-) -> anyhow::Result<Plane> {
+) -> anyhow::Result<Option<Plane>> {
     let mut attempt = Attempt::new(options);
     let mut next_request = Instant::now();
-    loop {
+    while !activation.is_terminated() {
         let requested = activation.is_requested();
         if (requested || held.is_some())
             && let Some(lock) = attempt.lock(held.is_some())?
         {
-            return Plane::open(lock, held.take(), options);
+            return Plane::open(lock, held.take(), options).map(Some);
         }
         if requested && Instant::now() >= next_request {
             match request(&options.socket, held) {
-                Ok(lock) => return Plane::open(lock, held.take(), options),
+                Ok(lock) => return Plane::open(lock, held.take(), options).map(Some),
                 Err(error) if error.is_passing() => {}
                 Err(error) => {
                     tracing::error!("{:#}", error.into_error(&options.socket));
@@ -254,6 +272,7 @@ fn acquire_on_request(
         }
         activation.wait((requested || held.is_some()).then_some(LOCK_INTERVAL))?;
     }
+    Ok(None)
 }
 
 /// Attempts to take the lock of the data plane.
@@ -298,13 +317,23 @@ fn spawn(arguments: &[OsString]) -> anyhow::Result<(Child, UnixStream)> {
     Ok((child, ours))
 }
 
-/// Serves one data process until it has ended; `None`: all is given away.
+/// How the work of one data process came to its end.
+enum Ended {
+    /// The process has ended.
+    Process(ExitStatus),
+    /// Another keeper has the data plane.
+    GivenAway,
+    /// This process is to end.
+    Terminated,
+}
+
+/// Serves one data process until it has ended.
 fn attend(
     child: &mut Child,
     channel: &UnixStream,
     plane: &mut Plane,
     mut activation: Option<&mut Activation>,
-) -> anyhow::Result<Option<ExitStatus>> {
+) -> anyhow::Result<Ended> {
     let mut all = vec![plane.listener.as_fd(), plane.lock.as_fd()];
     let left = plane.kept.as_ref().map(|kept| {
         all.extend(kept.descriptors.iter().map(AsFd::as_fd));
@@ -317,12 +346,20 @@ fn attend(
     let pid = pid.context("the data process has no process id")?;
     let pidfd = pidfd_open(pid, PidfdFlags::empty()).context("cannot watch the data process")?;
     let mut listens = begun.is_ok();
+    // The connection by which this keeper has asked its own data process to stop.
+    let mut stop: Option<UnixStream> = None;
     loop {
-        let agents = activation.as_deref().map(Activation::listener);
+        // What has come does not wake this process again and again.
+        let requests = activation.as_deref().filter(|_| stop.is_none());
+        let requests = requests.map(Activation::descriptors).into_iter().flatten();
+        let requests: Vec<_> = requests.collect();
         let mut fds = vec![PollFd::new(&pidfd, PollFlags::IN)];
         fds.extend(listens.then(|| PollFd::new(channel, PollFlags::IN)));
-        fds.extend(agents.iter().map(|listener| PollFd::new(listener, PollFlags::IN)));
-        match rustix::event::poll(&mut fds, None) {
+        fds.extend(requests.iter().map(|fd| PollFd::new(fd, PollFlags::IN)));
+        let timeout = stop.is_some().then_some(STOP_TIMEOUT);
+        let timeout = timeout.map(Timespec::try_from).transpose().context("a timeout")?;
+        match rustix::event::poll(&mut fds, timeout.as_ref()) {
+            Ok(0) => return Ok(Ended::Terminated),
             Err(rustix::io::Errno::INTR) => continue,
             other => other.context("cannot wait for the data process")?,
         };
@@ -330,11 +367,19 @@ fn attend(
         let told = listens && fds.get(1).is_some_and(|fd| !fd.revents().is_empty());
         if let Some(activation) = activation.as_deref_mut() {
             activation.accept();
+            if stop.is_none() && activation.is_terminated() {
+                match request_stop(plane) {
+                    Ok(connection) => stop = Some(connection),
+                    Err(_) => return Ok(Ended::Terminated),
+                }
+            }
         }
         // What it said last counts, too.
         if told {
             match plane.take_message(channel) {
                 Ok(None) => {}
+                // Its lanes have stopped: it has no packet that would be lost with it.
+                Ok(Some(connection)) if is_own(&connection) => return Ok(Ended::Terminated),
                 Ok(Some(connection)) => {
                     let given = plane.kept.is_some() && plane.give(&connection);
                     // It has stopped in either case.
@@ -342,15 +387,28 @@ fn attend(
                     let status = child.wait().context("cannot wait for the data process")?;
                     // The other one begins only now: no two processes may seal in one session.
                     let given = given && (&connection).write_all(&[0]).is_ok();
-                    return Ok(if given { None } else { Some(status) });
+                    return Ok(if given { Ended::GivenAway } else { Ended::Process(status) });
                 }
                 Err(_) => listens = false,
             }
         } else if ended {
             let status = child.wait().context("cannot wait for the data process")?;
-            return Ok(Some(status));
+            return Ok(Ended::Process(status));
         }
     }
+}
+
+/// Whether this process has made the connection.
+fn is_own(connection: &UnixStream) -> bool {
+    peer_credentials(connection).is_ok_and(|peer| peer.pid == Some(std::process::id()))
+}
+
+/// Has the data process stop its lanes, as for another keeper.
+fn request_stop(plane: &Plane) -> io::Result<UnixStream> {
+    let address = plane.listener.local_addr()?;
+    let mut connection = connect(address.as_pathname().ok_or(io::ErrorKind::NotFound)?)?;
+    write_frame(&mut connection, &Request::TakeOver { version: HANDOVER_VERSION })?;
+    Ok(connection)
 }
 
 /// Why the data plane was not got.
