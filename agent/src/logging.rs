@@ -83,7 +83,9 @@ pub fn parse(level: &str) -> Result<EnvFilter, String> {
     };
     // EnvFilter takes a misspelled level for the name of a module.
     let mut words = level.split(',').filter(|word| !word.contains(['=', '[']));
-    if let Some(word) = words.find(|word| word.parse::<LevelFilter>().is_err()) {
+    // LevelFilter takes the empty string for `error`.
+    let is_wrong = |word: &&str| level.is_empty() || word.parse::<LevelFilter>().is_err();
+    if let Some(word) = words.find(is_wrong) {
         return Err(refused(format!("{word:?} is not a level")));
     }
     EnvFilter::try_new(level).map_err(|error| refused(error.to_string()))
