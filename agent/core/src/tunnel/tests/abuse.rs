@@ -303,7 +303,7 @@ fn response_is_read_while_initiations_flood() {
 
 /// A pod on the host's network, or any user of the node: it receives at ports of its own.
 #[test]
-fn sharing_a_nodes_address_keeps_it_not_out() {
+fn shared_address_does_not_lock_out_the_node() {
     let mut lab = Lab::new(2);
     flood(&mut lab, 100);
     let initiation = caught(MessageType::Initiation).2.payload;
