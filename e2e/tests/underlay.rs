@@ -123,7 +123,10 @@ fn node_without_ecn_is_sent_not_ect_and_ignores_marks() -> Result<()> {
 #[test]
 fn underlay_mtu_that_falls_narrows_the_path_at_once() -> Result<()> {
     let plan = Plan { offloads: Offloads::Wire, ..Plan::default() };
-    let cluster = Cluster::up(&plan, Family::V4)?;
+    let mut cluster = Cluster::prepare(Lab::new(&plan)?, Family::V4)?;
+    // Set, so that the overlay's own MTU does not follow the underlay's.
+    cluster.agents.iter_mut().for_each(|agent| agent.set("interface.mtu", 1440));
+    cluster.start()?;
     checks::all_reach_all(&cluster.lab)?;
     let (lab, agents) = (&cluster.lab, &cluster.agents);
     let (a, b) = (lab.pod(0), lab.pod(1));
