@@ -1,7 +1,7 @@
 //! Canonical forms of addresses. An IPv4-mapped IPv6 address (`::ffff:192.0.2.1`, RFC 4291, section
-//! 2.5.5.2) means the IPv4 address to the kernel, but is another value to every comparison: it
-//! passes checks that the IPv4 address does not. All addresses that come from outside are therefore
-//! brought to one form as they are parsed.
+//! 2.5.5.2) means the IPv4 address to the kernel, but differs from it in every comparison, so that
+//! it could pass checks that the IPv4 address does not. All external addresses are therefore
+//! converted to the canonical form when they are parsed.
 
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
@@ -26,7 +26,7 @@ impl Canonical for IpAddr {
 
 impl Canonical for SocketAddr {
     fn canonical(mut self) -> Self {
-        // Not made anew: the scope of a link-local address stays.
+        // Changes the address in place, to keep the scope of a link-local address.
         self.set_ip(self.ip().to_canonical());
         self
     }
@@ -50,7 +50,7 @@ impl<T: Canonical> Canonical for Vec<T> {
 /// Parses an address, an address with a port, or a prefix, and returns its canonical form.
 ///
 /// # Errors
-/// The error of `T`'s own parser if the text is no such thing.
+/// The error of `T`'s parser if the text is not a valid `T`.
 pub fn parse<T: FromStr + Canonical>(text: &str) -> Result<T, T::Err> {
     text.parse().map(T::canonical)
 }

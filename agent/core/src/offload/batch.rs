@@ -228,8 +228,8 @@ impl EgressBatch {
         let state = &mut self.targets[target.0];
         state.sealed_packets += 1;
         state.sealed_bytes += packet.len() as u64;
-        // RFC 6040 section 4.1: the normal mode, and the compatibility mode towards a peer that
-        // would lose the marks.
+        // RFC 6040 section 4.1: normal mode, or compatibility mode towards a peer that would lose
+        // the marks.
         let ecn = if state.ecn { Ecn::of(packet) } else { Ecn::NotEct };
         let differs = state.staged_flags != flags || state.staged_ecn != ecn;
         if state.staged_packets > 0
@@ -514,7 +514,7 @@ mod tests {
         assert_eq!(batch.fill(), [1, 2]);
     }
 
-    /// An IPv4 packet (or one of IPv6) with this ECN field.
+    /// An IPv4 or IPv6 packet with this ECN field.
     fn marked(v6: bool, ecn: Ecn, length: usize) -> Vec<u8> {
         let mut packet = vec![0; length];
         packet[0] = if v6 { 0x60 } else { 0x45 };

@@ -103,9 +103,8 @@ pub(crate) struct CookieSecret {
 
 impl CookieSecret {
     /// Returns the cookie of a source that receives at `answer_to`. Draws a new secret if there is
-    /// none or the present one is too old. Because the port that the source claims to receive at is
-    /// part of the cookie, nobody who merely shares a node's address gets a cookie for that node's
-    /// port.
+    /// none or the current one is too old. The cookie covers the port at which the source claims to
+    /// receive, so a sender that only shares a node's address gets no cookie for that node's port.
     pub(crate) fn cookie(
         &mut self,
         source: SocketAddr,

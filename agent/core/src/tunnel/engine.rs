@@ -30,12 +30,12 @@ use crate::wire::header::{Header, MAX_LANES, MessageType};
 const UNVERIFIED: Rate = Rate { per_second: 64, burst: 64 };
 /// Initiations with a cookie, of one source or of one endpoint of a peer.
 const VERIFIED: Rate = Rate { per_second: 8, burst: 16 };
-/// Initiations with a cookie from endpoints at which no peer is known, of all of these together:
-/// somebody may have very many, and receive at each.
+/// Initiations with a cookie from endpoints that belong to no peer, in total: one sender may
+/// receive at very many addresses.
 const ELSEWHERE: Rate = Rate { per_second: 64, burst: 64 };
-/// Responses to one initiation that are read in any case.
+/// Responses to one initiation that are read without a rate limit.
 const MAX_RESPONSE_TRIES: u32 = 4;
-/// Endpoints of peers that are told apart.
+/// Maximum number of peer endpoints with a token bucket of their own.
 const MAX_PEERS: usize = 65_536;
 /// Sources with a cookie that are told apart.
 const MAX_SOURCES: usize = 4096;
@@ -54,8 +54,8 @@ pub struct EngineConfig {
     pub ciphers: Ciphers,
     /// This node's MTU in bytes, for its peers to know.
     pub mtu: u16,
-    /// Propagation of the ECN field between inner and outer headers (RFC 6040). A session uses it if
-    /// both ends do ([`Session::ecn`](crate::tunnel::session::Session::ecn)).
+    /// Propagation of the ECN field between inner and outer headers (RFC 6040). A session uses it
+    /// if both ends do ([`Session::ecn`](crate::tunnel::session::Session::ecn)).
     pub ecn: bool,
 }
 
@@ -107,7 +107,7 @@ pub struct Engine {
     prologue: Vec<u8>,
     cookies: CookieSecret,
     unverified: Bucket,
-    /// At endpoints of peers.
+    /// Initiations with a cookie, by endpoint of a peer.
     verified_peers: Sources,
     verified: Sources,
     elsewhere: Bucket,
@@ -164,9 +164,9 @@ impl Engine {
         self.shared.raise_timestamps(floor);
     }
 
-    /// Refuses initiations by a peer's key that carry this time since 1970 or an earlier one, in
-    /// addition to those that this engine has seen or its memory knows of. Keys of no peer are
-    /// passed over.
+    /// Refuses initiations by a peer's key whose timestamp (time since 1970) is `timestamp` or
+    /// earlier. A later timestamp that this engine or its memory knows stays in effect. Keys that
+    /// belong to no peer are ignored.
     pub fn raise_seen_timestamp(&mut self, key: &[u8; 32], timestamp: Duration) {
         let peer = self.by_key.get(key).and_then(|id| self.peers.get_mut(id));
         let Some(known) = peer.and_then(|peer| peer.key(key)) else { return };
@@ -177,8 +177,8 @@ impl Engine {
         }
     }
 
-    /// The latest time since 1970 that an accepted initiation by each peer's key carried, if there
-    /// was one: what the engine after this one should know ([`Engine::raise_seen_timestamp`]).
+    /// Returns the latest timestamp (time since 1970) of an accepted initiation for each peer's key
+    /// that has one. The next engine needs them ([`Engine::raise_seen_timestamp`]).
     pub fn seen_timestamps(&self) -> impl Iterator<Item = ([u8; 32], Duration)> {
         let keys = self.peers.values().flat_map(|peer| &peer.keys);
         let seen = |key: &PeerKey| (key.public, key.last_timestamp.wall());
@@ -242,8 +242,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Changes this node's MTU, inner bytes. Sessions live on; peers with a session learn the MTU from a new
-    /// handshake within seconds, the others from their next one.
+    /// Changes this node's MTU, inner bytes. Sessions stay; peers with a session learn the MTU from
+    /// a new handshake within seconds, the others from their next handshake.
     pub fn set_mtu(&mut self, now: Time, mtu: u16) {
         if self.shared.offer.mtu == mtu {
             return;
@@ -364,10 +364,10 @@ impl Engine {
         }
     }
 
-    /// This host's route to `destination` refused a datagram as too long. `size` is the length of its
-    /// plaintext in bytes, `fits` the longest plaintext that the route carries, if that is known.
-    /// Shorter datagrams are used towards the peers there at once ([`PeerView::path`]). Returns whether
-    /// the path to one of them has become narrower.
+    /// Handles a datagram that this host's route to `destination` refused as too long. `size` is
+    /// the length of its plaintext in bytes, `fits` the longest plaintext that the route carries,
+    /// if known. Reduces the path MTU of the peers at `destination` at once ([`PeerView::path`]).
+    /// Returns whether a path MTU was reduced.
     pub fn refused(
         &mut self,
         now: Time,
@@ -422,13 +422,13 @@ impl Engine {
         // To whom it is.
         let own = self.shared.identities().position(|own| is_to(own, &message.checked));
         let own = own.ok_or(DropReason::HandshakeInvalid)?;
-        // With its scope, which a link-local address needs.
+        // The scope stays, because a link-local address needs it.
         let mut answer_to = source;
         answer_to.set_port(message.listen_port);
         let random = &mut self.shared.random;
         let checked = (message.before_second, &message.second);
         if self.cookies.verify(source, answer_to, checked, now.mono, random) {
-            if !self.has_its_turn(answer_to, now.mono) {
+            if !self.may_cost_public_key_operation(answer_to, now.mono) {
                 return Err(DropReason::HandshakeRateLimited);
             }
         } else if !self.unverified.take(UNVERIFIED, now.mono) {
@@ -460,9 +460,9 @@ impl Engine {
     }
 
     /// Returns true if the sender of a valid cookie, who receives at `answer_to`, may cause a
-    /// public-key operation. Nobody who does not receive at a node's endpoint can use up what that
-    /// node has.
-    fn has_its_turn(&mut self, answer_to: SocketAddr, now: Duration) -> bool {
+    /// public-key operation. Only a sender that receives at a peer's endpoint can use up the limit
+    /// of that endpoint.
+    fn may_cost_public_key_operation(&mut self, answer_to: SocketAddr, now: Duration) -> bool {
         match self.is_endpoint(answer_to) {
             true => self.verified_peers.take(answer_to, now),
             false => self.verified.take(answer_to, now) && self.elsewhere.take(ELSEWHERE, now),
@@ -511,8 +511,8 @@ impl Engine {
         let owner = self.shared.owner(header.receiver);
         let peer = owner.and_then(|id| self.peers.get_mut(&id));
         let peer = peer.ok_or(DropReason::HandshakeInvalid)?;
-        // Responses carry no second check: an initiation has a few of its own, and those beyond
-        // share what initiations without a cookie have.
+        // Responses carry no second check (mac2). A few responses to each initiation are read;
+        // further ones share the limit of initiations without a cookie.
         if peer.response_tries(header.receiver).ok_or(DropReason::HandshakeInvalid)?
             > MAX_RESPONSE_TRIES
             && !self.unverified.take(UNVERIFIED, now.mono)

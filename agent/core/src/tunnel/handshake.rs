@@ -38,7 +38,7 @@ struct Sent {
     own: [u8; KEY_LEN],
     /// The key of the peer that it is to.
     remote: [u8; KEY_LEN],
-    /// MTU of this node that it tells, inner bytes.
+    /// MTU of this node that the handshake carries, inner bytes.
     mtu: u16,
     noise: Initiator,
     destination: SocketAddr,
@@ -47,7 +47,7 @@ struct Sent {
     first_check: Mac,
     /// Whether a cookie has made it go out once more.
     repeated: bool,
-    /// Responses that were read, each at the cost of public-key operations.
+    /// Number of responses that were read. Each costs public-key operations.
     tries: u32,
 }
 
@@ -203,8 +203,8 @@ impl Peer {
         Ok(())
     }
 
-    /// Counts a response to the initiation with this index, and returns how many came; `None` if no
-    /// such initiation is under way.
+    /// Counts a response to the initiation with this index, and returns the number of responses so
+    /// far; `None` if no such initiation is pending.
     pub(crate) fn response_tries(&mut self, index: u32) -> Option<u32> {
         let sent = self.pending.as_mut()?.sent.as_mut().filter(|sent| sent.index == index)?;
         sent.tries = sent.tries.saturating_add(1);
@@ -245,8 +245,8 @@ impl Peer {
         self.pending = None;
         self.view.mtu = Some(accept.offer.mtu);
         shared.counts.add(HandshakeResult::CompletedInitiator);
-        // Both have started at once: the greater key's session wins, so that one of the two will
-        // renew it.
+        // Both nodes have started at once. The session of the node with the greater key wins, so
+        // that exactly one of the two renews it.
         let yields = own < remote;
         let slot = Slot::new(session, Some(destination), remote, Some(own), told_mtu);
         self.install_current(now, slot, yields, shared);

@@ -61,7 +61,7 @@ impl Bucket {
 #[derive(Debug)]
 pub(crate) struct Sources {
     rate: Rate,
-    /// Whether each address and port is a source of its own.
+    /// True if each address and port is a source of its own.
     endpoints: bool,
     capacity: usize,
     buckets: BTreeMap<(u128, u16), Bucket>,
@@ -74,8 +74,8 @@ impl Sources {
         Self { rate, endpoints: false, capacity, buckets: BTreeMap::new(), swept: None }
     }
 
-    /// A table of endpoints that are known to be nodes': neither the addresses of one /64 nor the
-    /// ports of one address share a bucket.
+    /// Creates a limiter with one bucket per address and port, for endpoints that are known to
+    /// belong to nodes.
     pub(crate) fn of_endpoints(rate: Rate, capacity: usize) -> Self {
         Self { endpoints: true, ..Self::new(rate, capacity) }
     }

@@ -18,7 +18,7 @@ use crate::tunnel::timers::{
 /// What is wrong with a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Trouble {
-    /// Its record names no endpoint that this node can use.
+    /// The peer's record names no endpoint that this node can use.
     NoEndpoint,
     /// Handshakes get no answer.
     NoAnswer,

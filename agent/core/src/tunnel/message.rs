@@ -12,7 +12,8 @@
 //! | second check, or zeros | 16 |
 //!
 //! Its payload: timestamp (seconds, 8; nanoseconds, 4), lanes (1), ciphers (1), MTU (2), features
-//! (1; absent from earlier versions). The 24 clear bytes join the handshake's prologue, so that they are authentic once the handshake is.
+//! (1; absent from earlier versions). The 24 clear bytes join the handshake's prologue, so that
+//! they are authentic once the handshake is.
 //!
 //! | response | bytes |
 //! |---|---|
@@ -22,8 +23,8 @@
 //!
 //! Its payload: index (4), lanes (1), ciphers (1), the chosen cipher (1), features (1), MTU (2).
 //!
-//! Features are bits: 1, the sender propagates the outer ECN field on decapsulation (RFC 6040). Other
-//! bits are ignored.
+//! Features are bits: 1, the sender propagates the outer ECN field on decapsulation (RFC 6040).
+//! Other bits are ignored.
 //!
 //! | cookie reply | bytes |
 //! |---|---|
@@ -105,12 +106,12 @@ impl Timestamp {
         Self(bytes)
     }
 
-    /// The time since 1970, never less than what the bytes say; the longest duration for bytes
-    /// beyond it.
+    /// Returns the time since 1970; the longest duration if the sum of seconds and nanoseconds
+    /// exceeds it.
     pub(crate) fn wall(self) -> Duration {
         let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3] = self.0;
         let secs = u64::from_be_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
-        // A peer may write any number of nanoseconds.
+        // The nanoseconds come from a peer and may exceed one second.
         let nanos = Duration::from_nanos(u32::from_be_bytes([n0, n1, n2, n3]).into());
         Duration::from_secs(secs).saturating_add(nanos)
     }
@@ -339,7 +340,7 @@ mod tests {
         for len in 0..payload.len() - 1 {
             assert_eq!(read_initiation_payload(&payload[..len]), None);
         }
-        // Without the features of later versions.
+        // An initiation of an earlier version has no features.
         let earlier = Offer { ecn: false, ..offer };
         assert_eq!(read_initiation_payload(&payload[..16]), Some((at, earlier)));
         payload.extend([0xff; 40]);

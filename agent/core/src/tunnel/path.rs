@@ -136,10 +136,11 @@ impl Path {
         }
     }
 
-    /// This host's own route refused a datagram with a plaintext of `size` bytes, which needs no probe
-    /// to be believed. `fits` is the longest plaintext that the route carries, if that is known;
-    /// without it the size in use falls to [`BASE`], and to [`LEAST`] if that is refused, too. The
-    /// search goes on from there. Returns whether a shorter size is used than before.
+    /// Handles a datagram with a plaintext of `size` bytes that this host's own route refused; no
+    /// probe needs to confirm the refusal. `fits` is the longest plaintext that the route carries,
+    /// if known. Without `fits` the size in use falls to [`BASE`], and to [`LEAST`] if [`BASE`] is
+    /// refused, too. The search continues from there. Returns whether the size in use became
+    /// shorter.
     pub(crate) fn refused(&mut self, now: Duration, size: u16, fits: Option<u16>) -> bool {
         let fits = fits.filter(|fits| *fits < size);
         let least = LEAST.min(self.most);
@@ -298,7 +299,7 @@ mod tests {
         path.on_session(now, 1440, true);
         path.refused(now, 1440, Some(1300));
         run(&mut path, &mut now, 10, 1300);
-        // A route that is said to carry more than was refused is not believed.
+        // A reported size above the refused size is ignored.
         path.refused(now, 1440, Some(1440));
         path.refused(now, 1320, Some(1300));
         assert_eq!(path.limit(), Some(1300));

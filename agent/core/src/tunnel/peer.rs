@@ -153,16 +153,16 @@ pub(crate) struct Peer {
     pub(crate) pending: Option<Pending>,
     pub(crate) cookie: Option<(Mac, Duration)>,
     pub(crate) last_initiation: Option<Duration>,
-    /// When a handshake of this node first gave way to one of the peer's since an endpoint was last
-    /// proved.
+    /// Time at which a handshake of this node first yielded to one of the peer's since an endpoint
+    /// was last proved.
     deferred: Option<Duration>,
     /// When a handshake was last asked for.
     pub(crate) wanted: Option<Duration>,
     pub(crate) unknown: Option<Duration>,
     pub(crate) no_common_cipher: bool,
     pub(crate) live: Liveness,
-    /// The last address at which the peer has answered a handshake, and when that was: proof that
-    /// it wants to be sent to there.
+    /// Last address at which the peer answered a handshake, and the time of that answer: the proof
+    /// that the peer receives there.
     proven: Option<(SocketAddr, Duration)>,
     path: Path,
     /// Where it leads.
@@ -245,8 +245,9 @@ impl Peer {
         shared.changed = true;
     }
 
-    /// Takes the endpoints of its record. The address in use stays in use until the peer has
-    /// answered a handshake at one of the new ones: a record alone proves nothing.
+    /// Replaces the endpoints of the peer's record. The current address stays in use until the peer
+    /// has answered a handshake at a new endpoint, because a record does not prove that the peer
+    /// receives there.
     pub(crate) fn set_endpoints(
         &mut self,
         now: Time,
@@ -261,8 +262,8 @@ impl Peer {
         if self.endpoints.is_empty() {
             self.proven = None;
         }
-        self.show_endpoint(now.mono, shared);
-        // What was sent to the addresses before says nothing of the new ones.
+        self.update_endpoint(now.mono, shared);
+        // The time of the last initiation concerns the previous addresses only.
         self.last_initiation = None;
         if let Some(pending) = &mut self.pending {
             pending.retry_at = now.mono;
@@ -271,8 +272,8 @@ impl Peer {
         self.prove_endpoint(now, shared);
     }
 
-    /// Brings the address that data is sent to up to date.
-    fn show_endpoint(&mut self, now: Duration, shared: &mut Shared) {
+    /// Updates the address that data is sent to.
+    fn update_endpoint(&mut self, now: Duration, shared: &mut Shared) {
         let age = |at| now.saturating_sub(at);
         let endpoint = match self.current {
             Some(_) => self.proven.filter(|(_, at)| age(*at) < SESSION_LIFE).map(|(to, _)| to),
@@ -284,7 +285,7 @@ impl Peer {
         }
     }
 
-    /// The address that the next handshake goes to.
+    /// Returns the address that the next handshake is sent to.
     pub(crate) fn handshake_endpoint(&self) -> Option<SocketAddr> {
         match self.endpoints.len() {
             0 => self.proven.map(|(endpoint, _)| endpoint),
@@ -304,7 +305,7 @@ impl Peer {
         }
     }
 
-    /// The endpoint of its record with this address and port.
+    /// Returns the endpoint of the peer's record with this address and port.
     pub(crate) fn recorded_endpoint(&self, address: SocketAddr) -> Option<SocketAddr> {
         let ip = address.ip().to_canonical();
         let scope = |address: &SocketAddr| match address {
@@ -319,8 +320,8 @@ impl Peer {
         self.endpoints.iter().find(is_same).copied()
     }
 
-    /// The same for an address that a response is sent to; that address itself if the record names
-    /// none.
+    /// Returns the recorded endpoint for an address that a response is sent to; the address itself
+    /// if the record names no endpoints.
     pub(crate) fn known_endpoint(&self, address: SocketAddr) -> Option<SocketAddr> {
         match self.endpoints.is_empty() {
             true => Some(address),
@@ -328,8 +329,8 @@ impl Peer {
         }
     }
 
-    /// A session that this node started, and that the peer has therefore. `yields`: both ends have
-    /// started at once and the peer's session wins, if the peer confirms it.
+    /// Installs a session that this node initiated; the peer already has it. `yields`: both nodes
+    /// have started at once, and the peer's session wins if the peer confirms it.
     pub(crate) fn install_current(
         &mut self,
         now: Time,
@@ -361,7 +362,7 @@ impl Peer {
         let Some(slot) = self.next.take() else { return };
         self.previous.extend(self.current.take());
         shared.counts.add(HandshakeResult::CompletedResponder);
-        // Where the session proves no endpoint of the record, one of this node's own is to do that.
+        // If the session proves no endpoint of the record, a handshake of this node must prove one.
         if self.known_of(&slot).is_some() {
             self.abandon_handshake(shared);
         }
@@ -379,7 +380,7 @@ impl Peer {
         self.wanted = None;
         self.no_common_cipher = false;
         self.live.on_session(now.mono);
-        self.show_endpoint(now.mono, shared);
+        self.update_endpoint(now.mono, shared);
         self.begin_path(now, shared);
         self.sessions_changed(shared);
         if self.view.endpoint.is_none_or(|to| !self.endpoints.contains(&to)) {
@@ -387,7 +388,8 @@ impl Peer {
         }
     }
 
-    /// This node's MTU has changed. The peer is told in a new handshake, by [`Self::tick`].
+    /// Handles a change of this node's MTU. [`Self::tick`] starts a handshake that notifies the
+    /// peer.
     pub(crate) fn on_own_mtu(&mut self, now: Time, shared: &mut Shared) {
         if self.current.is_some() {
             self.begin_path(now, shared);
@@ -541,7 +543,7 @@ impl Peer {
     /// Does what is due. `tick`: it is also time to look at the lanes' counters.
     pub(crate) fn on_time(&mut self, now: Time, tick: bool, shared: &mut Shared) {
         self.end_what_is_over(now, shared);
-        self.show_endpoint(now.mono, shared);
+        self.update_endpoint(now.mono, shared);
         if tick && self.has_sessions() {
             self.tick(now, shared);
         }
@@ -579,14 +581,15 @@ impl Peer {
         let limit = if session.initiator { REKEY_AFTER } else { RESPONDER_REKEY_AFTER };
         let old =
             now.since(session.established) >= limit || session.counters_used() >= COUNTER_REKEY;
-        // Few at a time, where this node has changed its key or its MTU and has a thousand peers.
+        // Only a few sessions are renewed at a time, because a changed key or MTU may concern a
+        // thousand peers.
         let other_key = match current.own {
             Some(own) => own != *shared.own.public(),
             None => shared.second.is_some(),
         };
         let old = old || other_key && shared.chance(RENEWED_AT_ONCE);
-        // Without traffic, too: longer packets than the peer is known to take are refused before they
-        // get here.
+        // Renews sessions without traffic, too: packets longer than the peer's known MTU are
+        // refused before they reach the engine.
         let other_mtu = current.told_mtu != shared.offer.mtu && shared.chance(RENEWED_AT_ONCE);
         if other_mtu || old && (sent || received) || sent && self.live.trouble(now.mono).is_some() {
             self.wanted = Some(now.mono);
@@ -617,8 +620,8 @@ impl Peer {
         self.show_path(shared);
     }
 
-    /// This host's route to `destination` refused a datagram with a plaintext of `size` bytes; see
-    /// [`Path::refused`].
+    /// Handles a datagram with a plaintext of `size` bytes that this host's route to `destination`
+    /// refused; see [`Path::refused`].
     pub(crate) fn on_refused(
         &mut self,
         now: Time,
@@ -642,8 +645,8 @@ impl Peer {
         }
     }
 
-    /// Starts a handshake unless one is under way, or the peer has just given us a session to be
-    /// confirmed.
+    /// Starts a handshake unless one is pending, or the peer has just started a session that it has
+    /// to confirm.
     pub(crate) fn begin_handshake(&mut self, now: Time, shared: &mut Shared) {
         let fresh = |slot: &Slot| now.since(slot.session.established) < CONFIRM_WITHIN;
         let gives_way = self.next.as_ref().is_some_and(fresh) && self.defers(now);
@@ -652,9 +655,9 @@ impl Peer {
         }
     }
 
-    /// Returns true while a handshake of this node may give way to one of the peer's: for
-    /// [`CONFIRM_WITHIN`], and once until a session has proved an endpoint. A recorded initiation
-    /// may look like the peer's, and more of them may follow.
+    /// Returns true while a handshake of this node yields to one of the peer's: for
+    /// [`CONFIRM_WITHIN`], and only once until a session has proved an endpoint. A recorded
+    /// initiation is indistinguishable from one of the peer's, and may be repeated.
     pub(crate) fn defers(&mut self, now: Time) -> bool {
         let since = *self.deferred.get_or_insert(now.mono);
         now.mono.saturating_sub(since) < CONFIRM_WITHIN

@@ -25,8 +25,8 @@ impl ReplayWindow {
         Self { highest: 0, seen: [0; WORDS] }
     }
 
-    /// A window that has seen everything below `mark`; every counter where `mark` is the highest
-    /// value, which cannot say more than the highest counter.
+    /// Returns a window that has seen every counter below `mark`. The highest value of `mark`
+    /// stands for all counters, because a mark above the highest counter cannot be represented.
     pub const fn after(mark: u64) -> Self {
         match mark.checked_sub(1) {
             Some(_) if mark == u64::MAX => Self { highest: mark, seen: [u64::MAX; WORDS] },

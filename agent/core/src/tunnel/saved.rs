@@ -29,10 +29,10 @@ pub trait Memory: Send {
     /// Returns the latest time, since 1970, that an accepted initiation by this public key carried,
     /// in this or an earlier process; zero if there was none.
     fn seen_timestamp(&self, key: &[u8; 32]) -> Duration;
-    /// Notes the time of an initiation by this public key, before the initiation is answered. Zero
-    /// forgets it.
+    /// Stores the time of an initiation by this public key, before the initiation is answered. Zero
+    /// deletes the entry.
     fn set_seen_timestamp(&mut self, key: &[u8; 32], timestamp: Duration);
-    /// Forgets the times of all public keys but the known ones.
+    /// Deletes the times of all public keys except the known ones.
     fn retain_seen_timestamps(&mut self, is_known: &dyn Fn(&[u8; 32]) -> bool);
 }
 
@@ -121,7 +121,7 @@ impl SavedSession {
         put(&port.to_le_bytes());
         put(&ip.octets());
         put(&[family]);
-        // Zero in what earlier releases kept, and ignored by them.
+        // Earlier releases write zero here and ignore the value.
         put(&scope.to_le_bytes());
         put(&[self.ecn.into()]);
         out

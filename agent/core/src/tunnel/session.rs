@@ -90,8 +90,8 @@ pub struct Session {
     pub established: Time,
     /// Whether this end sent the initiation.
     pub initiator: bool,
-    /// Both ends propagate the outer ECN field (RFC 6040). Otherwise the outer field is Not-ECT, and
-    /// is ignored on receipt.
+    /// Both ends propagate the outer ECN field (RFC 6040). Otherwise the outer field is Not-ECT,
+    /// and is ignored on receipt.
     pub ecn: bool,
     senders: Box<[Sender]>,
     receivers: Box<[Receiver]>,

@@ -86,7 +86,8 @@ mod tests {
 
     const ALL: [Ecn; 4] = [Ecn::NotEct, Ecn::Ect0, Ecn::Ect1, Ecn::Ce];
 
-    /// RFC 6040 section 4.2, figure 4: a row for each inner field, outer fields in the order of `ALL`.
+    /// RFC 6040 section 4.2, figure 4: a row for each inner field, outer fields in the order of
+    /// `ALL`.
     #[test]
     fn decapsulation_follows_the_table_of_rfc_6040() {
         let table = [

@@ -254,8 +254,8 @@ fn whoever_has_many_addresses_keeps_no_node_out() {
     assert!(lab.joined(0, 1), "a node at its own address");
 }
 
-/// Answers to `initiation` as somebody makes them who knows the public key of its sender, and sees
-/// its index.
+/// Forged responses to `initiation` by an attacker that knows the initiator's public key and sees
+/// the index.
 fn forged_responses(lab: &Lab, initiation: &Datagram) -> impl Iterator<Item = Vec<u8>> + use<> {
     let keys = ReceiverKeys::new(&lab.key(initiation.from));
     let index: [u8; 4] = initiation.payload[16..20].try_into().unwrap();
@@ -301,7 +301,8 @@ fn response_is_read_while_initiations_flood() {
     assert!(lab.joined(0, 1), "The first few answers are read in any case.");
 }
 
-/// A pod on the host's network, or any user of the node: it receives at ports of its own.
+/// The attacker is a pod on the host's network or a user of the node, and receives at ports of its
+/// own.
 #[test]
 fn shared_address_does_not_lock_out_the_node() {
     let mut lab = Lab::new(2);

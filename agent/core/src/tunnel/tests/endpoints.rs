@@ -33,8 +33,8 @@ fn data_goes_to_no_address_that_answered_no_handshake() {
     let victim = address("203.0.113.7:51900");
     lab.record_at(0, 1, vec![victim]);
     lab.introduce(1, 0);
-    // The owner of a stolen node starts a session from where it is, so that others send to its
-    // record's address.
+    // The owner of a stolen node starts a session from the node's own address, so that other nodes
+    // send to the address in its record.
     lab.flow(1, 0, ms(20));
     lab.flow(0, 1, ms(5));
     lab.run(secs(200));
@@ -51,8 +51,8 @@ fn address_of_a_stolen_node_is_left_within_180_seconds() {
     let mut lab = Lab::joined_pair();
     lab.flow(0, 1, ms(20));
     lab.run(secs(5));
-    // The address goes to somebody else; the stolen node starts sessions from an address that its
-    // record lacks.
+    // The address now belongs to another host; the stolen node starts sessions from an address that
+    // its record lacks.
     let before = lab.nodes[1].config.addresses[0];
     lab.nodes[1].config.addresses = vec![address("198.51.100.1:51900"), before];
     lab.underlay.dead.insert(before);
@@ -137,7 +137,7 @@ fn present_address_stays_until_the_session_ends() {
     let later = &lab.sent_to(0, old)[sent..];
     assert!(later.iter().all(|kind| *kind <= 3), "Only handshakes are answered there: {later:?}");
     assert!(lab.only_initiations(0, nowhere) > 30, "The new address is asked again and again.");
-    // It comes to life.
+    // A node now answers at the new address.
     lab.nodes[1].config.addresses.push(nowhere);
     lab.run_until(secs(6), |lab| lab.view(0, 1).endpoint == Some(nowhere));
     lab.run(secs(1));

@@ -290,7 +290,7 @@ fn recorded_initiations_are_refused_in_the_next_process() {
     lab.send(0, 1, b"first");
     lab.run(secs(1));
     assert!(lab.joined(0, 1));
-    // No session is left to say what was seen of the peer.
+    // No session is left from which the last time could be derived.
     lab.run(secs(300));
     assert_eq!(shelf.left().len(), 0);
     assert_eq!(lab.kill(1, &mut shelf), 0);
@@ -332,7 +332,7 @@ fn times_of_a_key_go_with_its_record() {
     let id = lab.peer_id(1, 0);
     lab.nodes[1].engine.remove_peer(id);
     assert_eq!(shelf.seen_timestamp(&key), Duration::ZERO);
-    // A record that went while no process was there is found out by the next one.
+    // The next process notices a record that was removed while no process ran.
     shelf.clone().set_seen_timestamp(&key, secs(5));
     let now = lab.now;
     lab.nodes[1].engine.resume(now, []);
@@ -353,7 +353,7 @@ fn replays_do_not_stop_an_own_handshake() {
             recorded.push(initiation.unwrap().clone());
         }
         lab.restart(sender);
-        // It has forgotten what it saw.
+        // The node has lost the times that it has seen.
         lab.restart(victim);
         let begun = lab.now.mono;
         lab.flow(victim, sender, ms(20));

@@ -103,7 +103,7 @@ fn a_link_that_flaps_is_not_taken_for_a_narrow_path() {
     }
 }
 
-/// Both nodes' links become wider and narrower again while sessions live on, without a packet.
+/// Both nodes' MTUs grow and shrink again while sessions stay, without data traffic.
 #[test]
 fn own_mtu_changes_and_peer_follows_within_seconds() {
     let mut lab = Lab::joined_pair();
