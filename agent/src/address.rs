@@ -6,7 +6,7 @@ use skein_core::address::Canonical;
 /// Deserializes addresses in their canonical form, for `#[serde(deserialize_with)]`.
 ///
 /// # Errors
-/// The error of `T` if the value is no such thing.
+/// The error of `T` if the value is not a valid `T`.
 pub(crate) fn canonical<'de, D: Deserializer<'de>, T: Deserialize<'de> + Canonical>(
     deserializer: D,
 ) -> Result<T, D::Error> {

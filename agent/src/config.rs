@@ -95,7 +95,8 @@ pub struct Interface {
     pub addresses: Option<Vec<IpAddr>>,
     /// Whether to switch on forwarding of IPv4 and IPv6 in this network namespace.
     pub forwarding: bool,
-    /// Whether pod prefixes get unreachable routes, so that a packet without a better route is refused.
+    /// True if pod prefixes get unreachable routes, so that packets without a better route are
+    /// refused.
     pub unreachable_routes: bool,
 }
 
@@ -139,7 +140,8 @@ pub struct Metrics {
     pub listen: Option<SocketAddr>,
     /// Whether to have series for each peer.
     pub per_peer: bool,
-    /// Host names that clients may ask `/metrics` by, beside addresses, `localhost` and the node's name.
+    /// Host names that `/metrics` accepts, in addition to IP addresses, `localhost` and the node's
+    /// name.
     pub hosts: Vec<String>,
 }
 
@@ -357,12 +359,12 @@ pub fn check_inside(cidrs: &[IpNet], cluster: &[IpNet]) -> Result<(), Invalid> {
     }
 }
 
-/// Refuses cluster prefixes that contain an address which is not a pod's. The unreachable route of such
-/// a prefix would cut this node off from the address.
+/// Refuses cluster prefixes that contain an address outside the pod network. The unreachable route
+/// of such a prefix would cut this node off from the address.
 ///
 /// # Errors
 ///
-/// One of `addresses` lies in one of `cluster`; the text names both.
+/// A message that names both if one of `addresses` lies in one of `cluster`.
 pub fn check_outside(
     addresses: impl IntoIterator<Item = IpAddr>,
     cluster: &[IpNet],
@@ -383,13 +385,13 @@ pub fn overlap(a: &IpNet, b: &IpNet) -> bool {
     a.contains(b) || b.contains(a)
 }
 
-/// The unspecified addresses of the families for which `supported` answers true, and a note for each
-/// family that is left out.
+/// Returns the unspecified addresses of the families for which `supported` returns true, and a note
+/// for each family that is left out.
 fn wildcard(supported: impl Fn(IpAddr) -> bool) -> (Vec<IpAddr>, Vec<String>) {
     let all = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
     let (addresses, absent): (Vec<_>, Vec<_>) = all.into_iter().partition(|ip| supported(*ip));
     if addresses.is_empty() {
-        // Binding one of them says what is wrong.
+        // The error of binding these addresses names the cause.
         return (all.to_vec(), Vec::new());
     }
     let note = |ip: IpAddr| {

@@ -19,7 +19,8 @@ use crate::netlink::sysctl::Sysctl;
 use crate::netlink::{Netlink, NetlinkError};
 use crate::sys::netns::in_network_namespace;
 
-/// Metric of the routes to pods that have no source address: worse than the default of both families.
+/// Metric of the routes to pods that have no source address, worse than the defaults of both
+/// address families.
 const FALLBACK_METRIC: u32 = 2048;
 
 /// Why a pod was not attached.
@@ -62,7 +63,7 @@ pub struct Found {
     pub addresses: Vec<IpAddr>,
 }
 
-/// The node, as its pods' interfaces need it.
+/// Properties of the node that its pods' interfaces depend on.
 #[derive(Debug, Clone, Copy)]
 pub struct NodeSide<'a> {
     /// MTU of pods in bytes.
@@ -111,8 +112,8 @@ impl Attacher {
     ///
     /// # Errors
     ///
-    /// The pod has such an interface or another default route, the node's name for it is taken, or the
-    /// kernel refuses a request.
+    /// The pod has such an interface or another default route, the name of the node's end is in
+    /// use, or the kernel refuses a request.
     pub async fn attach(
         &self,
         netlink: &Netlink,
@@ -296,15 +297,15 @@ impl Attacher {
         kernel.links.iter().filter_map(found).collect()
     }
 
-    /// Whether the node's end of an attachment exists, under its name or under another one that a
-    /// program gave it.
+    /// Returns whether the node's end of an attachment exists, under its name or under one that
+    /// another program gave it.
     pub fn is_there(&self, kernel: &Kernel, id: &AttachmentId) -> bool {
         let name = host_name(id);
         kernel.links.iter().any(|link| link.name == name || self.owner(link).as_ref() == Some(id))
     }
 
-    /// Repairs the node's end of an attachment that is there: hardware address, up, routes,
-    /// neighbours. The pod's own end is the pod's. Returns the changes, for people.
+    /// Repairs the node's end of an existing attachment: hardware address, link state, routes,
+    /// neighbours. The pod's end is left unchanged. Returns the changes, for messages.
     pub async fn heal(
         &self,
         netlink: &Netlink,
@@ -324,7 +325,7 @@ impl Attacher {
         if link.mac != GATEWAY_MAC {
             let change = LinkChange { mac: Some(GATEWAY_MAC), ..Default::default() };
             netlink.change_link(link.index, &change).await?;
-            changes.push(format!("{name} has its hardware address again"));
+            changes.push(format!("{name}: hardware address restored"));
         }
         if !link.up {
             netlink.change_link(link.index, &LinkChange { up: true, ..Default::default() }).await?;
@@ -377,9 +378,10 @@ fn hash(id: &AttachmentId) -> Vec<u8> {
     digest::digest(&digest::SHA256, whole.as_bytes()).as_ref().to_vec()
 }
 
-/// Routes to a pod's address by its interface. The node's programs send from the node's address in
-/// its pod CIDRs, and not from an address that somebody gave to the loopback. The kernel removes that
-/// IPv4 route with the source address; the second one, with a worse metric, keeps the pod reachable.
+/// Returns the routes to a pod's address through its interface. The first route makes the node's
+/// programs send from the node's address in its pod CIDRs, and not from an address of the loopback
+/// interface. The kernel removes an IPv4 route together with its source address; the second route,
+/// with a worse metric, keeps the pod reachable.
 fn host_routes(interface: u32, ip: IpAddr, node_addresses: &[IpAddr]) -> Vec<Route> {
     let plain = Route { destination: ip.into(), interface, source: None, mtu: None, metric: None };
     let source = node_addresses.iter().find(|address| address.is_ipv4() == ip.is_ipv4());
@@ -392,12 +394,13 @@ fn host_routes(interface: u32, ip: IpAddr, node_addresses: &[IpAddr]) -> Vec<Rou
     }
 }
 
-/// Adds one of the routes to a pod; returns whether it changed anything. The kernel refuses a source
-/// address that the node has lost: the next round adds that route, the other one is enough until then.
+/// Adds one of the routes to a pod; returns whether a change was made. The kernel refuses a source
+/// address that the node has lost. The next repair adds that route; until then the other route is
+/// sufficient.
 async fn ensure_host_route(netlink: &Netlink, route: &Route) -> Result<bool, NetlinkError> {
     match netlink.ensure_route(route).await {
         Err(error) if route.source.is_some() && error.is_invalid() => {
-            tracing::debug!(%error, "a route to a pod without its source address");
+            tracing::debug!(%error, "route to pod not added: its source address is missing");
             Ok(false)
         }
         result => result,

@@ -11,14 +11,15 @@ use crate::config::Cni;
 /// Name of the plugin's binary, and its `type` in the configuration.
 pub const PLUGIN: &str = "skein-cni";
 
-/// Key of the list with the types of the entries that Skein wrote after its own. The key tells an
-/// entry that a later configuration does not have from an entry of another program.
+/// Key of the list with the types of the entries that Skein wrote after its own. The key
+/// distinguishes an entry that a later configuration no longer has from an entry of another
+/// program.
 const CHAIN_KEY: &str = "skein.network/chain";
 
 /// A configuration list.
 pub(super) type List = Map<String, Value>;
 
-/// The list that Skein writes where there is none.
+/// Returns the list that Skein writes if there is no list.
 pub(super) fn wanted(config: &Cni, offer: &Offer) -> List {
     let ours = json!({
         "type": PLUGIN,
@@ -38,7 +39,7 @@ pub(super) fn wanted(config: &Cni, offer: &Offer) -> List {
     list.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
 }
 
-/// Types of the entries that other programs added to the list `present`, in its order.
+/// Returns the types of the entries that other programs added to the list `present`, in its order.
 pub(super) fn foreign_types(config: &Cni, present: &[u8]) -> Vec<String> {
     let Some(list) = parse(present) else { return Vec::new() };
     let own = OwnTypes::new(&config.chain, &list);
@@ -46,7 +47,7 @@ pub(super) fn foreign_types(config: &Cni, present: &[u8]) -> Vec<String> {
     types.map(str::to_owned).collect()
 }
 
-/// The list that should replace `present`; `None` if Skein's part of it is right.
+/// Returns the list that should replace `present`; `None` if Skein's part of `present` is correct.
 ///
 /// Entries of other programs keep their order, before or after Skein's. A file that is not a list
 /// is replaced.
@@ -56,7 +57,7 @@ pub(super) fn repaired(wanted: List, present: &[u8]) -> Option<List> {
     let own = OwnTypes::new(&ours, &list);
     let is_own = |plugin: &Value| plugin_type(plugin).is_some_and(|name| own.contains(name));
     let present = plugins(&list);
-    // An entry without a type has every runtime refuse the list.
+    // Every runtime refuses a list with an entry that has no type.
     let valid = present.iter().all(|plugin| plugin_type(plugin).is_some());
     let mut changed = !valid || !present.iter().filter(|plugin| is_own(plugin)).eq(&ours);
     if changed {
@@ -78,7 +79,7 @@ pub(super) fn repaired(wanted: List, present: &[u8]) -> Option<List> {
     changed.then_some(list)
 }
 
-/// Types of all plugins of a configuration file: of a list, or of a single plugin.
+/// Returns the types of all plugins of a configuration file, which holds a list or a single plugin.
 pub(super) fn types(text: &[u8]) -> Vec<String> {
     let Ok(document) = serde_json::from_slice::<Value>(text) else { return Vec::new() };
     let listed = document["plugins"].as_array().map(Vec::as_slice).unwrap_or_default();
@@ -165,7 +166,7 @@ mod tests {
             insert(&mut present, istio_at, istio.clone());
             insert(&mut present, linkerd_at, linkerd.clone());
             assert_eq!(repaired(list(), &text(&present)), None, "{istio_at} {linkerd_at}");
-            // A damaged entry of Skein's is repaired around them.
+            // A damaged entry of Skein is repaired; the other entries stay.
             let own = plugins(&present).iter().position(|p| p["type"] == "skein-cni").unwrap();
             present["plugins"][own]["socket"] = "/elsewhere".into();
             let repaired = repaired(list(), &text(&present)).unwrap();

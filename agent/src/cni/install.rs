@@ -31,8 +31,8 @@ impl InstallError {
     }
 }
 
-/// Remedy of an error in a directory of the runtime, with the punctuation before it; empty if there
-/// is no general one.
+/// Returns the remedy of an error in a directory of the runtime, with the punctuation before it;
+/// empty if no general remedy exists.
 fn remedy(error: &io::Error) -> &'static str {
     match error.kind() {
         // EACCES, EPERM: root without CAP_DAC_OVERRIDE in a directory of another user, or an
@@ -62,7 +62,8 @@ impl Mode {
     const PROGRAM: Self = Self { most: 0o755, least: 0o500 };
     const CONFIGURATION: Self = Self { most: 0o644, least: 0o400 };
 
-    /// Mode that a file should have if it has `present` now (`None`: there is no file).
+    /// Returns the mode that a file with the mode `present` should have; `None`: the file does not
+    /// exist.
     fn wanted(self, present: Option<u32>) -> u32 {
         let good = |mode: &u32| mode & !self.most == 0 && mode & self.least == self.least;
         present.filter(good).unwrap_or(self.most)
@@ -82,11 +83,11 @@ pub struct Install {
 
 impl Install {
     /// Installs the plugin and then the configuration, once the agent can serve: from then on the
-    /// runtime starts pods. Files that are right are not written. An existing configuration stays in
-    /// every case, because without it no pod could be deleted.
+    /// runtime starts pods. Correct files are not written. An existing configuration always stays,
+    /// because pods cannot be deleted without it.
     ///
     /// # Errors
-    /// The reason, for people, if a plugin of the chain is missing, if the plugins have no CNI
+    /// A message with the reason if a plugin of the chain is missing, if the plugins have no CNI
     /// version in common, or if a file cannot be read or written.
     pub fn run(&mut self, config: &Cni, can_serve: bool) -> Result<(), String> {
         let text = |error: InstallError| error.to_string();
@@ -134,7 +135,7 @@ impl Install {
         &self.offer
     }
 
-    /// Puts the network configuration in place, and returns whether it was another before.
+    /// Writes the network configuration, and returns whether it has changed.
     fn install_configuration(&mut self, config: &Cni) -> Result<bool, String> {
         let Some(directory) = &config.conf_dir else { return Ok(false) };
         let path = directory.join(&config.conf_file);
@@ -162,8 +163,8 @@ impl Install {
         placed.map_err(|error| error.to_string())
     }
 
-    /// Puts the plugin's binary in place, and returns whether it was another before. Where neither
-    /// file has changed since the last time, none is read.
+    /// Installs the plugin's binary, and returns whether it has changed. If neither file has
+    /// changed since the last call, no file is read.
     fn install_plugin(&mut self, config: &Cni) -> Result<bool, InstallError> {
         let Some(directory) = &config.bin_dir else { return Ok(false) };
         let (source, installed) = (plugin_source(config), directory.join(PLUGIN));
@@ -202,7 +203,7 @@ fn missing_plugins(config: &Cni) -> Vec<&str> {
     named.filter(|name| plugin_files(config, name).is_empty()).collect()
 }
 
-/// Plugins behind Skein's in the list `present`, as it is or as it will be written.
+/// Plugins after Skein's in the list `present`, as it is or as it will be written.
 fn list_plugins(config: &Cni, present: &[u8]) -> Vec<Plugin> {
     let own = config.chain.iter().filter_map(|plugin| plugin["type"].as_str());
     let own = own.map(|name| Plugin { paths: plugin_files(config, name), own: true });

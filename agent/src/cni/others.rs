@@ -1,9 +1,9 @@
-//! Other networks' configuration files in the directory of the runtime, which takes the first file
-//! by name.
+//! Configuration files of other networks in the directory of the runtime. The runtime takes the
+//! first file by name.
 //!
 //! With `cni.exclusive`, files that sort before Skein's get a name that no runtime reads. Files
-//! behind Skein's have no effect on the runtime (podman's and CRI-O's defaults), and meta-plugins
-//! delegate to Skein: both stay.
+//! that sort after Skein's have no effect on the runtime (podman's and CRI-O's defaults), and
+//! meta-plugins delegate to Skein. Both stay.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -17,12 +17,12 @@ use crate::config::Cni;
 /// Suffix of a file that is set aside.
 const ASIDE: &str = ".skein-aside";
 
-/// Plugins that call the network of another configuration, or that extend it. A file with one of
-/// them is not another network.
+/// Plugins that call or extend the network of another configuration. A file with such a plugin is
+/// not a network of its own.
 const META_PLUGINS: [&str; 6] =
     ["multus", "multus-shim", "istio-cni", "linkerd-cni", "genie", "danm"];
 
-/// Names of the networks that the runtime takes instead of Skein, in its order.
+/// Returns the file names of the networks that the runtime would take instead of Skein, sorted.
 pub(super) fn networks_before(config: &Cni) -> Vec<OsString> {
     let names = names(config).unwrap_or_default();
     names.into_iter().filter(|name| is_network_before(config, name, name)).collect()
@@ -43,10 +43,11 @@ pub(super) fn set_aside(config: &Cni) -> Result<Vec<OsString>, InstallError> {
     Ok(names)
 }
 
-/// Restores the files that are set aside and that [`set_aside`] would spare; returns the names.
+/// Restores the files that are set aside but that [`set_aside`] would leave in place; returns the
+/// names.
 ///
 /// # Errors
-/// As [`set_aside`].
+/// [`InstallError`] if the directory cannot be read or a file cannot be renamed.
 pub(super) fn give_back_spared(config: &Cni) -> Result<Vec<String>, InstallError> {
     give_back(config, |aside, original| !is_network_before(config, aside, original.as_ref()))
 }
@@ -79,8 +80,8 @@ fn give_back(
     Ok(back)
 }
 
-/// Whether the runtime would take the file `file` instead of Skein's under the name `name`, as
-/// another network.
+/// Returns whether the runtime would take the file `file`, if named `name`, as another network
+/// instead of Skein's.
 fn is_network_before(config: &Cni, file: &OsStr, name: &OsStr) -> bool {
     let extension = Path::new(name).extension().and_then(OsStr::to_str);
     if name >= OsStr::new(&config.conf_file)
@@ -97,7 +98,7 @@ fn path(config: &Cni, name: &OsStr) -> Option<PathBuf> {
     config.conf_dir.as_ref().map(|directory| directory.join(name))
 }
 
-/// Names of all files of the directory, sorted; none if there is no directory.
+/// Returns the names of all files of the directory, sorted; empty if the directory does not exist.
 fn names(config: &Cni) -> Result<Vec<OsString>, InstallError> {
     let Some(directory) = &config.conf_dir else { return Ok(Vec::new()) };
     let failed = |error| InstallError::new("read the directory", directory)(error);

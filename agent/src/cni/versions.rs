@@ -50,7 +50,7 @@ pub struct Offer {
     /// Versions that every plugin supports, oldest first; empty before the configuration is
     /// written.
     pub versions: Vec<String>,
-    /// One sentence for each plugin that keeps a newer version out.
+    /// Sentences about the plugins that exclude a newer version, one for each.
     pub limits: Vec<String>,
 }
 
@@ -89,7 +89,7 @@ struct Known {
 }
 
 impl VersionCache {
-    /// Computes the versions that all `plugins` support.
+    /// Returns the versions that all `plugins` support.
     ///
     /// A plugin that gives no answer counts as one that supports up to [`ASSUMED_NEWEST`]. An entry
     /// of another program counts only if it answers and leaves a common version.
@@ -100,7 +100,8 @@ impl VersionCache {
     pub(super) fn offer(&mut self, plugins: &[Plugin]) -> Result<Offer, String> {
         self.0.retain(|path, _| plugins.iter().any(|plugin| plugin.paths.contains(path)));
         let (mut common, mut limits, mut all) = (OFFERED.to_vec(), Vec::new(), Vec::new());
-        // Own entries first: others' may not keep these from a common version.
+        // Skein's own entries come first: entries of other programs must not exclude the version
+        // that these have in common.
         for own in [true, false] {
             for path in plugins.iter().filter(|p| p.own == own).flat_map(|plugin| &plugin.paths) {
                 let (shown, answer) = (path.display(), self.answer(path).clone());
@@ -156,7 +157,7 @@ impl VersionCache {
     }
 }
 
-/// Names of versions, for people.
+/// Returns the names of versions, for messages.
 fn names(versions: &[Version]) -> String {
     match versions {
         [] => "no version that Skein knows".to_owned(),
@@ -174,7 +175,7 @@ fn ask(path: &Path) -> Result<Vec<Version>, String> {
     }
     let (sender, answer) = mpsc::channel();
     if let Some(output) = child.stdout.take() {
-        // Ends with the plugin, which is killed below.
+        // The thread ends with the plugin, which is killed below.
         thread::spawn(move || {
             let mut text = Vec::new();
             let _ = sender.send(output.take(MAX_ANSWER).read_to_end(&mut text).map(|_| text));
@@ -229,7 +230,7 @@ mod tests {
     fn plugin(directory: &Path, name: &str, body: &str) -> PathBuf {
         let (path, calls) = (directory.join(name), directory.join("calls"));
         let script = format!("#!/bin/sh\necho {name} >> {}\n{body}\n", calls.display());
-        // By a rename, as package managers install: another inode.
+        // Renames the file into place, as package managers do: the inode changes.
         let new = directory.join("unfinished");
         fs::write(&new, script).unwrap();
         fs::set_permissions(&new, fs::Permissions::from_mode(0o755)).unwrap();

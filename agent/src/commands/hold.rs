@@ -1,5 +1,5 @@
-//! `hold`: the process that an agent becomes when another one takes its place. The kernel has closed
-//! everything that the agent had; it is back at once when the other agent ends.
+//! `hold`: the process that an agent becomes when another one takes its place. The kernel has
+//! closed everything that the agent had; it is back at once when the other agent ends.
 
 use std::ffi::OsString;
 use std::io;

@@ -128,8 +128,8 @@ impl CniTable {
         })
     }
 
-    /// Name of the table if none is configured. Agents without pods can share a network namespace,
-    /// each with an interface and so with a table of its own.
+    /// Returns the name of the table if none is configured. Agents without pods can share a network
+    /// namespace; each has its own interface, and therefore its own table.
     fn default_table(&self, interface: &str) -> String {
         if self.enabled || interface == DEFAULT_INTERFACE {
             return DEFAULT_TABLE.to_owned();

@@ -1,4 +1,4 @@
-//! Subscription to the data process's changes, so that none waits for the supervisor's next report.
+//! Subscription to changes in the data process, so that the supervisor requests a report at once.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,10 +9,12 @@ use tokio::time::sleep;
 use super::client::{Client, ClientError};
 use super::supervisor::DataplaneState;
 
-/// Delay before a data process that is away, or of a release without this request, is asked again.
+/// Delay before the next request to a data process that is absent or of a release without this
+/// request.
 const RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// A task that has the supervisor ask for a report after each change; it ends when this is dropped.
+/// A task that makes the supervisor request a report after each change. The task ends when the
+/// value is dropped.
 #[derive(Debug)]
 pub(super) struct Subscription(JoinHandle<()>);
 
@@ -21,7 +23,7 @@ impl Subscription {
     pub(super) fn start(socket: PathBuf, dataplane: DataplaneState) -> Self {
         Self(tokio::spawn(async move {
             loop {
-                // Reports still come every second without it.
+                // Without notifications, reports still come every second.
                 if let Err(error) = follow(&socket, &dataplane).await {
                     tracing::debug!(%error, "no notifications from the data process");
                 }

@@ -192,7 +192,7 @@ async fn remove_interface(config: &Config, provisional: &Provisional) -> Result<
     let mut links = netlink.links().await.map_err(|error| error.to_string())?;
     links.retain(|link| link.is_tun_of(&config.alias()) && link.name != provisional.name());
     let mut removed = false;
-    // Whatever name somebody gave the interface.
+    // Interfaces of this node that another program renamed.
     for link in links {
         netlink.delete_link(link.index).await.map_err(|error| error.to_string())?;
         removed = true;
@@ -211,8 +211,9 @@ async fn remove_interface(config: &Config, provisional: &Provisional) -> Result<
     Ok(true)
 }
 
-/// Removes every unreachable route of Skein, unless another agent has its interface here: which of
-/// the routes are whose cannot be told, and that agent's next start removes what it does not want.
+/// Removes every unreachable route of Skein, unless another agent has an interface in this network
+/// namespace. In that case the owner of a route cannot be determined, and the next start of that
+/// agent removes stale routes.
 async fn remove_unreachable_routes(config: &Config, cleaned: &mut Cleaned) {
     let removed = async {
         let netlink = Netlink::connect()?;

@@ -89,7 +89,7 @@ impl Client {
         self.node.as_ref()
     }
 
-    /// Whether the data process takes and reports the times of handshakes.
+    /// Returns whether the data process accepts and reports the times of handshakes.
     pub fn takes_seen_handshakes(&self) -> bool {
         self.takes_seen_handshakes
     }
@@ -159,7 +159,7 @@ impl Client {
     /// Waits for a change since the version `known`, at most about a second; returns the version.
     ///
     /// # Errors
-    /// The data process is gone, or of a release without this request.
+    /// [`ClientError`] if the data process is gone, or of a release without this request.
     pub async fn changes(&mut self, known: u64) -> Result<u64, ClientError> {
         match self.request(&Request::Changes { known }).await? {
             Response::Changes { version } => Ok(version),

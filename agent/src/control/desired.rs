@@ -21,9 +21,9 @@ const OVERHEAD_IPV4: u32 = 60;
 /// The same where the outer packet may be IPv6.
 const OVERHEAD_IPV6: u32 = 80;
 
-/// The least inner MTU in bytes: that of every IPv4 host (RFC 791).
+/// Minimum inner MTU in bytes, which every IPv4 host must accept (RFC 791).
 const MIN_MTU: u16 = 576;
-/// The largest inner MTU in bytes whose datagrams fit UDP.
+/// Maximum inner MTU in bytes whose datagrams fit UDP.
 const MAX_MTU: u32 = 65_000;
 
 /// What this node should be.
@@ -37,9 +37,9 @@ pub struct Desired {
     pub peers: Vec<Peer>,
     /// Addresses of this node on the interface.
     pub addresses: Vec<IpAddr>,
-    /// Prefixes that packets without a better route are refused for.
+    /// Prefixes of unreachable routes.
     pub unreachable: BTreeSet<IpNet>,
-    /// Endpoints of peers that are left out because their interface is not there, as messages.
+    /// Messages about endpoints of peers that are left out because their interface does not exist.
     pub unresolved: Vec<String>,
 }
 
@@ -61,7 +61,8 @@ impl Desired {
         Self { mtu, local_cidrs, peers, addresses, unreachable, unresolved }
     }
 
-    /// Looks the interfaces of link-local endpoints up again. Returns whether the peers have changed.
+    /// Resolves the interfaces of link-local endpoints again. Returns whether the peers have
+    /// changed.
     pub fn resolve_endpoints(&mut self, registry: &Registry) -> bool {
         let mut endpoints = registry.peers().flat_map(|record| &record.endpoints);
         if !endpoints.any(Endpoint::has_interface) {
@@ -97,7 +98,7 @@ impl Desired {
         self.mtu_problem()
     }
 
-    /// The fault of an MTU that is too small, and the remedy.
+    /// Returns the problem and the remedy if the MTU is too small.
     pub fn mtu_problem(&self) -> Option<String> {
         if self.mtu < MIN_MTU {
             return Some(format!(
@@ -140,7 +141,7 @@ impl Desired {
         }
     }
 
-    /// Names the peers whose prefixes another program has a route to.
+    /// Returns the conflicts in `found` with the name of the peer that owns the prefix.
     pub fn conflicts(&self, found: Vec<RouteConflict>) -> Vec<PeerConflict> {
         let named = |RouteConflict { prefix, problem }| {
             let owner = self.peers.iter().find(|peer| peer.pod_cidrs.contains(&prefix))?;
@@ -180,7 +181,7 @@ impl Desired {
     }
 }
 
-/// Every other node, by name, and messages on the endpoints that are left out.
+/// Returns every other node, by name, and messages about the endpoints that are left out.
 fn peers(registry: &Registry) -> (Vec<Peer>, Vec<String>) {
     let mut unresolved = Vec::new();
     let mut peers: Vec<_> = registry.peers().map(|record| peer(record, &mut unresolved)).collect();

@@ -1,5 +1,5 @@
-//! Endpoints of node records as text: an address and a UDP port, and for a link-local IPv6 address the
-//! interface that it belongs to (RFC 4007 section 11, RFC 6874 without the escapes of URIs).
+//! Endpoints of node records as text: an address and a UDP port, and for a link-local IPv6 address
+//! its interface (RFC 4007 section 11, RFC 6874 without the escapes of URIs).
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
@@ -24,21 +24,21 @@ pub struct Endpoint {
     interface: Option<String>,
 }
 
-/// Why a text is not an endpoint.
+/// Errors of parsing an endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum EndpointError {
-    /// The text has another form, or names an address that no node can listen on.
+    /// The text is malformed, or the address is one that no node can listen on.
     #[error("is not an address: use 192.0.2.1, 192.0.2.1:51900 or [2001:db8::1]:51900")]
     Address,
-    /// The address is link-local, and no interface is named.
+    /// The address is link-local and has no interface.
     #[error("is a link-local address: name its interface, as [fe80::1%eth1]:51900")]
     NoInterface,
-    /// An interface is named, and the address is not link-local.
+    /// The address has an interface but is not link-local.
     #[error("names an interface: only link-local IPv6 addresses have one")]
     Interface,
 }
 
-/// The interface of a link-local endpoint is not there.
+/// The interface of a link-local endpoint does not exist.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "endpoint {endpoint}: this node has no interface {interface}: correct the record, or make the \
@@ -55,30 +55,30 @@ impl Endpoint {
         self.address.ip()
     }
 
-    /// Whether the address is one of IPv6.
+    /// Returns whether the address is an IPv6 address.
     pub fn is_ipv6(&self) -> bool {
         self.address.is_ipv6()
     }
 
-    /// Whether the endpoint names an interface.
+    /// Returns whether the endpoint names an interface.
     pub fn has_interface(&self) -> bool {
         self.interface.is_some()
     }
 
-    /// The socket address on this host; see [`Endpoint::resolve`]. An interface that cannot be looked up
-    /// counts as absent.
+    /// Returns the socket address on this host; see [`Endpoint::resolve`]. An interface that cannot
+    /// be looked up counts as absent.
     ///
     /// # Errors
-    /// The interface is not there.
+    /// [`UnknownInterface`] if the interface does not exist.
     pub fn on_this_host(&self) -> Result<SocketAddr, UnknownInterface> {
         self.resolve(|name| link::find(name).ok().flatten().map(|link| link.index))
     }
 
-    /// The socket address on this host, with the index of the interface as its scope id. `index_of`
-    /// gives the index of an interface.
+    /// Returns the socket address on this host, with the index of the interface as its scope id.
+    /// `index_of` returns the index of an interface.
     ///
     /// # Errors
-    /// The interface is not there.
+    /// [`UnknownInterface`] if the interface does not exist.
     pub fn resolve(
         &self,
         index_of: impl FnOnce(&str) -> Option<u32>,
@@ -127,8 +127,8 @@ impl FromStr for Endpoint {
     }
 }
 
-/// Cuts `%interface` out of an IPv6 address, with or without brackets; `None` if the name is not one
-/// that an interface can have.
+/// Removes `%interface` from an IPv6 address, with or without brackets; `None` if the name is not a
+/// valid interface name.
 fn without_interface(text: &str) -> Option<(String, Option<String>)> {
     let Some((before, rest)) = text.split_once('%') else { return Some((text.to_owned(), None)) };
     let (interface, after) = match rest.split_once(']') {

@@ -1,6 +1,6 @@
-//! The latest times of the peers' handshakes, kept on this node's disk. A recorded initiation is
-//! told by its time, so a data process that starts without them would answer each recorded
-//! initiation once more.
+//! Latest timestamps of the peers' handshakes, kept on this node's disk. A recorded initiation is
+//! recognised by its timestamp. A data process that starts without these timestamps would answer
+//! each recorded initiation once more.
 
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
@@ -10,21 +10,20 @@ use crate::ipc::SeenHandshakes;
 
 /// Name of the file in the state directory.
 pub(super) const FILE: &str = "handshakes.json";
-/// Greatest length of the file in bytes: 10,000 keys take about 700 KiB.
+/// Maximum length of the file in bytes; 10,000 keys take about 700 KiB.
 const MAX_FILE: u64 = 16 << 20;
 
-/// The times, and where they are kept.
+/// The timestamps and the file that holds them.
 #[derive(Debug)]
 pub(super) struct HandshakeTimes {
     file: PathBuf,
     seen: SeenHandshakes,
-    /// Whether a failure to write was logged.
+    /// True after a failure to write was logged.
     complained: bool,
 }
 
 impl HandshakeTimes {
-    /// Reads what an earlier process has kept. A file that cannot be used counts as empty and is
-    /// logged.
+    /// Reads the file of an earlier process. An unusable file is logged and counts as empty.
     pub(super) fn load(file: PathBuf) -> Self {
         let seen = read(&file).unwrap_or_else(|error| {
             let file = file.display();
@@ -34,12 +33,12 @@ impl HandshakeTimes {
         Self { file, seen, complained: false }
     }
 
-    /// The times to give to a data process that starts.
+    /// Returns the timestamps for a data process that starts.
     pub(super) fn seen(&self) -> &SeenHandshakes {
         &self.seen
     }
 
-    /// Keeps the times that the data process reports, if there are new ones.
+    /// Stores the timestamps that the data process reports, if they have changed.
     pub(super) fn update(&mut self, seen: SeenHandshakes) {
         if seen == self.seen {
             return;
@@ -60,7 +59,7 @@ impl HandshakeTimes {
         let new = self.file.with_extension("new");
         let mut file = File::create(&new)?;
         file.write_all(&serde_json::to_vec_pretty(&self.seen)?)?;
-        // Without this a power cut may leave an empty file in the place of the one before.
+        // Without the sync, a power failure may replace the previous file by an empty one.
         file.sync_all()?;
         std::fs::rename(&new, &self.file)
     }
@@ -84,7 +83,7 @@ fn parse(bytes: &[u8]) -> io::Result<SeenHandshakes> {
     Ok(serde_json::from_slice(bytes)?)
 }
 
-/// Reads `data` as a file of times. What is read can be written and read again.
+/// Parses `data` as a file of timestamps. A file that is accepted can be written and read again.
 pub(crate) fn fuzz_kept(data: &[u8]) {
     let Ok(seen) = parse(data) else { return };
     let written = serde_json::to_vec(&seen).expect("plain values");
@@ -106,7 +105,7 @@ mod tests {
         let seen = SeenHandshakes::from([(PublicKey([1; 32]), 7), (PublicKey([2; 32]), u64::MAX)]);
         times.update(seen.clone());
         assert_eq!(HandshakeTimes::load(file.clone()).seen(), &seen);
-        // A key that no record holds any more is reported no more.
+        // A key that no record holds is no longer reported.
         let fewer = SeenHandshakes::from([(PublicKey([1; 32]), 9)]);
         times.update(fewer.clone());
         assert_eq!(HandshakeTimes::load(file).seen(), &fewer);

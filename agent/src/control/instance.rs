@@ -56,8 +56,8 @@ async fn answer(listener: UnixListener, readiness: Readiness) {
     }
 }
 
-/// The request for the data plane, which lasts until it is dropped. The agent is not ready while another
-/// instance has the data plane: that one may end at any time.
+/// The request for the data plane, which lasts until it is dropped. The agent is not ready while
+/// another instance has the data plane: that one may end at any time.
 #[derive(Debug)]
 pub struct DataplaneRequest {
     active: watch::Receiver<bool>,

@@ -65,11 +65,11 @@ impl Listener {
     /// Waits for a connection.
     ///
     /// # Errors
-    /// The error of accept(2), as EMFILE. The socket can be used further.
+    /// The error of accept(2), for example EMFILE. The socket remains usable.
     pub async fn accept(&mut self) -> io::Result<UnixStream> {
         loop {
             tokio::select! {
-                // Connections of a socket that is about to be replaced are taken first.
+                // Connections of a socket that is about to be replaced are accepted first.
                 biased;
                 accepted = self.socket.accept() => return accepted.map(|(stream, _)| stream),
                 _ = self.checks.tick() => self.check(),
@@ -116,7 +116,7 @@ mod tests {
 
     use super::*;
 
-    /// Accepts until the test ends; the readiness of the listener.
+    /// Accepts connections until the test ends; returns the readiness of the listener.
     fn listen(path: &Path) -> Readiness {
         let readiness = Readiness::default();
         let mut listener = Listener::bind("cni.socket", path, Some(readiness.clone())).unwrap();
@@ -149,10 +149,10 @@ mod tests {
         let renamed = directory.path().join("renamed");
         let damages: [&dyn Fn(); 4] = [
             &|| fs::remove_file(&**path).unwrap(),
-            // The whole directory, as a careless cleanup of /run does.
+            // Deletes the whole directory, as a careless cleanup of /run does.
             &|| fs::remove_dir_all(path.parent().unwrap()).unwrap(),
             &|| fs::rename(&**path, &renamed).unwrap(),
-            // The stale socket of a process that has ended.
+            // Leaves the stale socket of a process that has ended.
             &|| {
                 fs::remove_file(&**path).unwrap();
                 drop(std::os::unix::net::UnixListener::bind(&**path).unwrap());
@@ -176,7 +176,7 @@ mod tests {
             let reasons = readiness.reasons();
             reasons.len() == 1 && reasons[0].contains(part)
         };
-        // Another process listens there: its socket stays.
+        // Another process listens at the path: its socket stays.
         fs::remove_file(&path).unwrap();
         let other = std::os::unix::net::UnixListener::bind(&path).unwrap();
         eventually("another listener is reported", || not_ready("another agent listens")).await;

@@ -11,8 +11,8 @@ use crate::sys::lock::FileLock;
 /// The lock's name in the state directory.
 pub const FILE: &str = "lock";
 
-/// Held as long as the process lives; the kernel takes it back however the process ends. Whoever has it has
-/// the agent's role on this node.
+/// Held as long as the process lives; the kernel takes it back however the process ends. Whoever
+/// has it has the agent's role on this node.
 #[derive(Debug)]
 pub struct StateLock {
     lock: FileLock,

@@ -187,9 +187,9 @@ async fn control(
     controller.run(first, source, asked, signals).await
 }
 
-/// Puts the unreachable routes of an earlier process in place. After a boot, nothing else keeps traffic
-/// to pods inside the overlay while the records are awaited. The first start ever adds nothing here, so
-/// that a configuration that is refused leaves no route behind.
+/// Puts the unreachable routes of an earlier process in place. After a boot, nothing else keeps
+/// traffic to pods inside the overlay while the records are awaited. The first start ever adds
+/// nothing here, so that a configuration that is refused leaves no route behind.
 async fn refuse_kept_prefixes(config: &Config) -> Result<(), Failure> {
     let Some(kept) = registry::kept_unreachable_prefixes(config) else { return Ok(()) };
     let netlink = Netlink::connect().map_err(netlink_failure)?;
@@ -369,8 +369,8 @@ impl Controller {
                     self.reconcile().await;
                 }
                 () = self.monitor.changed() => {
-                    // At once: as long as they are missing, pods' packets may leave in clear. What could
-                    // not be done is tried again, and reported, a moment later.
+                    // At once: as long as they are missing, pods' packets may leave in clear. What
+                    // could not be done is tried again, and reported, a moment later.
                     self.ensure_unreachable_routes().await;
                     tokio::time::sleep(QUIET).await;
                     self.reconcile().await;
@@ -408,8 +408,8 @@ impl Controller {
             tracing::error!(problem, "the node records need what this node cannot give");
         }
         log_unresolved(&self.desired.unresolved, &desired.unresolved);
-        // The kernel takes IPv6 from an interface of less than 1280 bytes. Path MTU discovery finds out
-        // what passes.
+        // The kernel takes IPv6 from an interface of less than 1280 bytes. Path MTU discovery finds
+        // out what passes.
         if desired.mtu_problem().is_some() {
             desired.mtu = desired.mtu.max(self.desired.mtu);
         }

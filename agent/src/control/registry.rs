@@ -88,8 +88,8 @@ pub struct RejectedFile {
 struct Stored {
     source: PathBuf,
     files: Accepted,
-    /// Pod CIDRs of this node. This field and those below are absent in files of versions that had no
-    /// unreachable routes.
+    /// Pod CIDRs of this node. This field and those below are absent in files of versions that had
+    /// no unreachable routes.
     #[serde(default)]
     local_cidrs: Vec<IpNet>,
     /// The configured `cluster_cidrs`, which the cluster has not contradicted.

@@ -24,8 +24,8 @@ use crate::sys::socket::{hung_up, is_absent, is_trusted, make_directory};
 const DEADLINE: Duration = Duration::from_secs(5);
 /// How long a reader that says nothing may mean to say something.
 const SILENCE: Duration = Duration::from_millis(100);
-/// What another agent says that is to take this one's place. The lock of the state directory follows, when
-/// everything else is closed.
+/// What another agent says that is to take this one's place. The lock of the state directory
+/// follows, when everything else is closed.
 const HAND_OVER: &str = "hand over";
 /// What asks for another key of this node …
 const ROTATE_KEY: &str = "rotate key";
@@ -44,8 +44,8 @@ pub fn bind(path: &Path) -> Result<Listener, Failure> {
     Listener::bind("control.socket", path, None)
 }
 
-/// Binds the socket that the configuration calls `key`, for its owner only; takes over a path that no process
-/// listens on.
+/// Binds the socket that the configuration calls `key`, for its owner only; takes over a path that
+/// no process listens on.
 pub(super) fn bind_socket(key: &str, path: &Path) -> Result<UnixListener, Failure> {
     let shown = path.display();
     let failed = |error| Failure::io(format!("cannot listen on {key} {shown}"), error);
@@ -134,11 +134,12 @@ async fn rotate(asks: &Asks, at_once: bool) -> Result<RotationStatus, String> {
     answered.await.unwrap_or_else(|_| Err(gone()))
 }
 
-/// Asks the agent that listens on `path` to hand over; the lock of the state directory. `None`: no agent
-/// listens, or it ended meanwhile.
+/// Asks the agent that listens on `path` to hand over; the lock of the state directory. `None`: no
+/// agent listens, or it ended meanwhile.
 ///
 /// # Errors
-/// The agent does not answer within five seconds, or is of a release that hands over in another way.
+/// The agent does not answer within five seconds, or is of a release that hands over in another
+/// way.
 pub fn ask_to_hand_over(path: &Path) -> io::Result<Option<FileLock>> {
     let ask = || -> io::Result<FileLock> {
         let mut stream = std_net::UnixStream::connect(path)?;

@@ -1,10 +1,11 @@
-//! The agent's role on a node, which one agent at a time has: whoever holds the lock of the state directory.
+//! The agent's role on a node, which one agent at a time has: whoever holds the lock of the state
+//! directory.
 //!
-//! An agent that takes over changes nothing until it knows that it would be ready in the place of the agent
-//! that runs: it has read its configuration, agrees with the node records, finds its ports free, and its
-//! instance has a data plane that waits. Then it requests the lock. The agent that runs closes everything
-//! that it has, passes the lock on, and waits for it: the kernel gives it the lock when the other agent
-//! ends without having passed it on.
+//! An agent that takes over changes nothing until it knows that it would be ready in the place of
+//! the agent that runs: it has read its configuration, agrees with the node records, finds its
+//! ports free, and its instance has a data plane that waits. Then it requests the lock. The agent
+//! that runs closes everything that it has, passes the lock on, and waits for it: the kernel gives
+//! it the lock when the other agent ends without having passed it on.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::path::PathBuf;
@@ -33,8 +34,8 @@ use crate::sys::lock::FileLock;
 
 /// Interval at which an agent that is not ready to take over checks again.
 const CHECK_INTERVAL: Duration = Duration::from_millis(200);
-/// How long an agent waits for the one that runs to be ready, so that nodes are not handed on in the middle
-/// of a hand-over.
+/// How long an agent waits for the one that runs to be ready, so that nodes are not handed on in
+/// the middle of a hand-over.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How an agent gets its role.
@@ -75,7 +76,8 @@ pub struct Listeners {
     pub page: Option<std::net::TcpListener>,
 }
 
-/// The agent that runs, as far as its successor must know it. Agents of other releases say more, or less.
+/// The agent that runs, as far as its successor must know it. Agents of other releases say more, or
+/// less.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Running {
@@ -85,8 +87,8 @@ struct Running {
     config: Value,
 }
 
-/// Takes the role: at once if no agent runs, otherwise when this agent would be ready. `starting` says what
-/// is waited for.
+/// Takes the role: at once if no agent runs, otherwise when this agent would be ready. `starting`
+/// says what is waited for.
 ///
 /// # Errors
 /// The configuration or the environment is wrong; nothing is taken then.
@@ -231,7 +233,8 @@ impl<'a> Candidate<'a> {
         }
     }
 
-    /// Binds the ports that the agent that runs does not have. One that is in use is another program's.
+    /// Binds the ports that the agent that runs does not have. One that is in use is another
+    /// program's.
     fn bind(&self) -> Result<Listeners, Failure> {
         let config = self.config;
         let bind = |key: &str, address: Option<SocketAddr>| match address {
@@ -288,7 +291,8 @@ fn check_port(address: SocketAddr) -> Result<(), Failure> {
                 "underlay.port: {address} is in use by another program: set another port on every node"
             )))
         }
-        // An address that this host lacks, or a missing right, is told when the data plane opens it.
+        // An address that this host lacks, or a missing right, is told when the data plane opens
+        // it.
         _ => Ok(()),
     }
 }

@@ -69,8 +69,8 @@ impl UnderlayWatch {
         self.due.or(self.checked.map(|checked| checked + MAX_CHECK_INTERVAL))
     }
 
-    /// Asks the kernel; returns true if the MTU is another. Keeps the MTU that was found before if no
-    /// device leads to the peers now. Does nothing if the configuration sets the overlay's MTU.
+    /// Asks the kernel; returns true if the MTU is another. Keeps the MTU that was found before if
+    /// no device leads to the peers now. Does nothing if the configuration sets the overlay's MTU.
     ///
     /// # Errors
     /// The kernel does not list its links, addresses or routes. The MTU stays the one before.

@@ -65,7 +65,7 @@ pub(super) struct Peer {
 
 impl Sample {
     pub(super) fn between(before: &Document, now: &Document, time: Duration) -> Self {
-        // Another data process counts from zero; the device's counter outlives both.
+        // A new data process counts from zero; the device's counter continues.
         let tun_queue_drops = now.report.as_ref().map_or(0, |report| report.tun_queue_drops);
         let nothing = Report { tun_queue_drops, ..Report::default() };
         let report = now.report.as_ref().unwrap_or(&nothing);
@@ -143,7 +143,7 @@ fn drops(before: &Report, now: &Report, seconds: f64) -> Vec<Drop> {
             let then = before.drops.iter().find(same).map_or(0, |drop| drop.packets);
             (drop.direction.clone(), drop.reason.clone(), then, drop.packets)
         })
-        // By the kernel, before Skein has seen them.
+        // The kernel drops these packets before Skein receives them.
         .chain([{
             let sum = |report: &Report| report.lanes.iter().map(|l| l.receive_queue_overflow).sum();
             ("ingress".to_owned(), "receive_queue_overflow".to_owned(), sum(before), sum(now))

@@ -26,7 +26,8 @@ pub(super) struct Facts {
     pub(super) peer: Option<(PeerReport, Option<Way>)>,
     /// Whether the kernel forwards packets of this family.
     pub(super) forwarding: bool,
-    /// Whether Skein's own table is in place; `None` if no setting asks for one.
+    /// State of Skein's own nftables table, true if it is in place; `None` if no setting requires
+    /// it.
     pub(super) table: Option<bool>,
     /// Others' chains that drop pods' packets, or why they are not known.
     pub(super) closed: Vec<String>,

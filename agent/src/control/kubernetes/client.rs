@@ -61,13 +61,13 @@ impl Requests {
     }
 }
 
-/// A client of the cluster that this pod runs in, or that a kubeconfig names, and the host of its API
-/// server. Nothing is sent yet.
+/// Creates a client of the cluster that this pod runs in, or that a kubeconfig names, and returns
+/// it with the host of the API server. No request is sent yet.
 ///
 /// # Errors
 ///
-/// The kubeconfig cannot be read or names no cluster, this is no pod with a service account, or TLS
-/// cannot be set up.
+/// The kubeconfig cannot be read or names no cluster, the process does not run in a pod with a
+/// service account, or TLS cannot be set up.
 pub(super) async fn connect(
     kubeconfig: Option<&Path>,
     requests: &Requests,

@@ -100,7 +100,8 @@ impl Kubernetes {
         }
     }
 
-    /// Waits until all records are known, not for long where there are `last_good` ones, and compares `cluster_cidrs` with the cluster meanwhile.
+    /// Waits until all records are known, only for a short time if `last_good` records exist.
+    /// Meanwhile, compares `cluster_cidrs` with the cluster's addresses.
     ///
     /// # Errors
     ///

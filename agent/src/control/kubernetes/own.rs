@@ -39,13 +39,13 @@ pub(super) fn spec(
         Some(addresses) => addresses.to_vec(),
         None => internal_ips(node),
     };
-    // Also those that nothing listens on: other programs of the cluster use them.
+    // Includes addresses without a listener of Skein: other programs of the cluster use them.
     let all = candidates.iter().copied().chain(internal_ips(node));
     check_outside(all, &config.cluster_cidrs).map_err(|error| {
         format!("an address of the Node: {error} (the chart's podCidr and podCidrv6)")
     })?;
     let endpoint = |ip: &IpAddr| SocketAddr::new(*ip, config.underlay.port).to_string();
-    // An interface's name, without which a link-local address is of no use, differs on other nodes.
+    // A link-local address needs the name of an interface, which differs between nodes.
     let usable =
         |ip: &&IpAddr| !matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local()) && listens(ip);
     let endpoints: Vec<_> = candidates.iter().filter(usable).map(endpoint).collect();

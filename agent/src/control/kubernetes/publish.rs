@@ -49,8 +49,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const SPREAD: Duration = Duration::from_secs(30);
 /// How long the agent may be unready before an operator is told.
 const UNREADY: Duration = Duration::from_secs(30);
-/// How long the agent may be unready and know nothing of the data process before its record says so: an agent
-/// that is restarted is ready sooner.
+/// How long the agent may be unready and know nothing of the data process before its record says
+/// so: an agent that is restarted is ready sooner.
 const UNKNOWN_DELAY: Duration = Duration::from_secs(5);
 
 /// Keeps what this node tells up to date, for as long as somebody follows the API server.
@@ -180,8 +180,9 @@ struct Applied {
 }
 
 impl Applied {
-    /// Whether the record need not be written again, because the watch will tell of it. `published` is the
-    /// record as the watch has told of it, `deleted` the UID of the last one that it saw deleted.
+    /// Whether the record need not be written again, because the watch will tell of it. `published`
+    /// is the record as the watch has told of it, `deleted` the UID of the last one that it saw
+    /// deleted.
     fn is_awaited(
         &self,
         spec: &SkeinNodeSpec,
@@ -294,7 +295,8 @@ impl Publisher {
         let before = self.last_status.as_ref().or(found.as_ref());
         let status = match dataplane {
             Some(dataplane) => {
-                // A peer that another program has a route to is not reached, either.
+                // A peer whose pod CIDR has another program's route is not reachable over the
+                // overlay either.
                 let conflicts = self.shared.interface().conflicts.into_iter().map(|conflict| {
                     UnreachablePeer { name: conflict.peer, reason: conflict.problem }
                 });
@@ -429,7 +431,8 @@ impl Publisher {
         }
     }
 
-    /// Reports the peers that another program of this node has a route to.
+    /// Publishes an Event about the peers whose pod CIDRs another program of this node has a route
+    /// to.
     async fn tell_of_conflicts(&mut self, node: &Node) {
         let conflicts = self.shared.interface().conflicts;
         let Some(first) = conflicts.first() else { return self.over("PeerRouteConflict") };
@@ -440,7 +443,7 @@ impl Publisher {
         self.tell(node, "PeerRouteConflict", WARNING, &text).await;
     }
 
-    /// Others' chains that drop forwarded packets of pods.
+    /// Returns the chains of other programs that drop forwarded packets of pods.
     fn closed_chains(&self) -> Vec<String> {
         self.shared.firewall().map(|firewall| firewall.status().closed).unwrap_or_default()
     }

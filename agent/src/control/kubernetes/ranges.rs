@@ -1,5 +1,5 @@
-//! Refusal of `cluster_cidrs` that contain the API server or Services. The unreachable routes for such
-//! prefixes would cut the node off from them.
+//! Refusal of `cluster_cidrs` that contain the API server or Services. The unreachable routes for
+//! such prefixes would cut the node off from them.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -14,10 +14,10 @@ use super::client::describe;
 use crate::config::{Config, check_outside, overlap};
 use crate::failure::Failure;
 
-/// Time limit of the name resolution of the API server, and of the request for the Service ranges.
+/// Timeout of the name resolution of the API server, and of the request for the Service ranges.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// Addresses and prefixes of the cluster that are not pods'.
+/// Addresses and prefixes of the cluster outside the pod network.
 #[derive(Clone)]
 pub(super) struct Ranges {
     client: Client,
@@ -36,14 +36,15 @@ impl Ranges {
         Self { client, server }
     }
 
-    /// Compares `cluster_cidrs` with the addresses of the API server and with the Service ranges, as
-    /// far as they are known: a name that does not resolve, and a cluster without ServiceCIDRs (before
-    /// Kubernetes 1.33) or without the right to list them, are not checked.
+    /// Compares `cluster_cidrs` with the addresses of the API server and with the Service ranges,
+    /// as far as they are known. A name that does not resolve is not checked, nor are the Service
+    /// ranges of a cluster without ServiceCIDRs (before Kubernetes 1.33) or without the right to
+    /// list them.
     ///
     /// # Errors
     ///
-    /// [`Failure::Usage`] if `cluster_cidrs` contain an address of the API server, or overlap with a
-    /// Service range.
+    /// [`Failure::Usage`] if `cluster_cidrs` contain an address of the API server, or overlap with
+    /// a Service range.
     pub(super) async fn check(&self, config: &Config) -> Result<(), Failure> {
         let cluster = &config.cluster_cidrs;
         if cluster.is_empty() {
@@ -125,7 +126,7 @@ mod tests {
 
     #[tokio::test]
     async fn cluster_cidrs_over_the_api_server_are_refused() {
-        // Nothing listens there: the Service ranges stay unknown.
+        // No server listens at the address, so the Service ranges stay unknown.
         let url: http::Uri = "http://127.0.0.1:9".parse().unwrap();
         let client = Client::try_from(kube::Config::new(url)).unwrap();
         let ranges = |server: &str| Ranges::new(client.clone(), server.to_owned());

@@ -10,7 +10,7 @@ const READY: &str = "Ready";
 /// Whether the node reaches all the others that it has something to send to.
 const PEERS: &str = "PeersReachable";
 
-/// Whether no chain of another program drops forwarded packets of pods.
+/// Condition type: no chain of another program drops forwarded packets of pods.
 const FORWARDING: &str = "ForwardingAllowed";
 
 /// Peers that a condition names, and characters that it has at most: it is for people.
@@ -27,7 +27,7 @@ pub(super) struct Known<'a> {
     /// Why the agent is not ready.
     pub(super) reasons: &'a [String],
     pub(super) unreachable: &'a [UnreachablePeer],
-    /// Others' chains that drop forwarded packets of pods, each with the remedy.
+    /// Chains of other programs that drop forwarded packets of pods, each with the remedy.
     pub(super) closed: &'a [String],
 }
 
@@ -73,8 +73,8 @@ pub(super) fn status(
     }
 }
 
-/// What the SkeinNode is to say while the agent is not ready and knows nothing of the data process; the rest
-/// of `before` stays.
+/// What the SkeinNode is to say while the agent is not ready and knows nothing of the data process;
+/// the rest of `before` stays.
 pub(super) fn unready(
     before: Option<&SkeinNodeStatus>,
     generation: Option<i64>,
@@ -102,7 +102,7 @@ fn names(silent: &[UnreachablePeer]) -> String {
     }
 }
 
-/// The first [`MESSAGE`] characters.
+/// Returns the first [`MESSAGE`] characters.
 fn shortened(text: &str) -> String {
     match text.chars().count() > MESSAGE {
         true => text.chars().take(MESSAGE).chain(['…']).collect(),

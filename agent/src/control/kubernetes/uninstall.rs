@@ -53,9 +53,9 @@ pub struct Options<'a> {
 ///
 /// # Errors
 ///
-/// [`Failure::Usage`] if no Helm release owns the DaemonSet and `without_helm` is not set; nothing is
-/// changed then. [`Failure::Runtime`] if a request is refused, or if a node is not clean when `timeout`
-/// ends.
+/// [`Failure::Usage`] if no Helm release owns the DaemonSet and `without_helm` is not set; in that
+/// case nothing is changed. [`Failure::Runtime`] if a request is refused, or if a node is not clean
+/// when `timeout` expires.
 pub async fn uninstall(options: &Options<'_>, say: impl Fn(&str)) -> Result<(), Failure> {
     let (client, _) =
         client::connect(options.kubeconfig, &Requests::new().context("metrics")?).await?;
@@ -66,8 +66,8 @@ pub async fn uninstall(options: &Options<'_>, say: impl Fn(&str)) -> Result<(), 
     Ok(remove(options, &client, end, say).await?)
 }
 
-/// Refuses to uninstall what no Helm release owns: a rendered pre-delete hook that is applied like any
-/// other object starts this command right after the installation.
+/// Refuses to uninstall a DaemonSet that no Helm release owns: a rendered pre-delete hook that is
+/// applied like any other object would start this command right after the installation.
 async fn check_release(
     options: &Options<'_>,
     client: &kube::Client,
@@ -285,7 +285,7 @@ mod tests {
         }
     }
 
-    /// Uninstalls from the cluster of this API server; the result, the writes and the log.
+    /// Uninstalls from the cluster of this API server; returns the result, the writes and the log.
     async fn run(api: FakeApi, without_helm: bool) -> (Result<(), Failure>, Vec<String>, String) {
         let api = Arc::new(api);
         let handle =

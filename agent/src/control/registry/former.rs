@@ -1,6 +1,6 @@
-//! Prefixes that need an unreachable route: those of the cluster and of every node, and those that a
-//! node owned once. Pods of a node that is gone may still be addressed, by a name that was resolved
-//! earlier or by an established connection.
+//! Prefixes that need an unreachable route: those of the cluster and of every node, and those that
+//! a node owned once. Pods of a node that is gone may still be addressed, by a name that was
+//! resolved earlier or by an established connection.
 
 use std::collections::{BTreeSet, VecDeque};
 
@@ -19,8 +19,8 @@ const MAX_FORMER: usize = 4096;
 pub struct FormerPrefixes(VecDeque<IpNet>);
 
 impl FormerPrefixes {
-    /// Follows a change of the owned prefixes from `before` to `now`. A prefix inside `cluster` is not
-    /// kept, because the cluster's unreachable route covers it.
+    /// Follows a change of the owned prefixes from `before` to `now`. A prefix inside `cluster` is
+    /// not kept, because the cluster's unreachable route covers it.
     pub(super) fn update(
         &mut self,
         before: &BTreeSet<IpNet>,
@@ -48,9 +48,9 @@ pub(super) fn prefixes(accepted: &Accepted, local: &[IpNet]) -> BTreeSet<IpNet> 
     recorded.chain(local).copied().collect()
 }
 
-/// Prefixes for unreachable routes: the cluster's, this node's (`local`), and of the owned and former
-/// ones those that the cluster's do not cover. A former prefix inside an owned one is left out, because
-/// its route would win over the route to the owner.
+/// Prefixes for unreachable routes: the cluster's, this node's (`local`), and of the owned and
+/// former ones those that the cluster's do not cover. A former prefix inside an owned one is left
+/// out, because its route would win over the route to the owner.
 pub fn unreachable_prefixes(
     config: &Config,
     local: &[IpNet],

@@ -76,8 +76,8 @@ fn own_error(own: &Own, records: &[NodeRecord]) -> Option<String> {
     outside(own, record)
 }
 
-/// Whoever steals a node must not get traffic of the world at large with it. Nor must an endpoint lie
-/// where only pods are: the node would be cut off from it.
+/// Whoever steals a node must not get traffic of the world at large with it. Nor must an endpoint
+/// lie where only pods are: the node would be cut off from it.
 fn outside(own: &Own, record: &NodeRecord) -> Option<String> {
     let NodeRecord { name, pod_cidrs, endpoints, .. } = record;
     if let Err(error) = check_inside(pod_cidrs, &own.cluster_cidrs) {
