@@ -67,7 +67,8 @@ enum Command {
         /// Ask the one that runs there for an answer within seconds, and end
         #[arg(long, conflicts_with = "take_over")]
         probe: bool,
-        /// Directory of this pod's own sockets; the data process takes over when the pod's agent does
+        /// Directory of this pod's own sockets; the data process takes over when the pod's agent
+        /// does
         #[arg(long)]
         instance: Option<PathBuf>,
         /// Let the data process make any system call (dataplane.seccomp = false)

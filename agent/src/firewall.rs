@@ -2,9 +2,9 @@
 //! from the overlay and from their own interfaces only, packets to pods never leave outside the
 //! tunnel, and sources that the overlay does not carry are masqueraded.
 //!
-//! The rules are handed to the `nft` program as text, in one transaction: what is written in
-//! [`rules`] is what `nft list table inet skein` shows. Nothing in the table changes when a pod
-//! comes or goes: a pod's host route says which address belongs to which interface.
+//! The rules are passed to the `nft` program as text, in one transaction. `nft list table inet
+//! skein` shows the same rules as [`rules`]. The table does not change when a pod is created or
+//! deleted, because a pod's host route assigns its address to its interface.
 
 pub mod counters;
 pub mod forward;
@@ -26,16 +26,16 @@ use self::monitor::Monitor;
 pub use self::reconciler::Firewall;
 pub use self::rules::{PodRules, Rules};
 
-/// Time that one run of `nft` may take.
+/// Timeout of one run of `nft`.
 const NFT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Attempts to install the table while another program changes it.
 const MAX_ATTEMPTS: usize = 3;
 
-/// Reason why the table is not in place.
+/// Reasons why the table is not installed.
 #[derive(Debug, Error)]
 pub enum FirewallError {
-    /// There is no `nft` program.
+    /// The host has no `nft` program.
     #[error("no program nft: install nftables")]
     Missing,
     /// `nft` could not be run.
@@ -50,7 +50,7 @@ pub enum FirewallError {
     /// `nft` did not end in time.
     #[error("nft did not end within {NFT_TIMEOUT:?}")]
     Late,
-    /// Another program changes the table.
+    /// The table was changed by another program during every attempt to install it.
     #[error("another program changes the table while it is installed: stop that program")]
     Contended,
 }
@@ -60,7 +60,7 @@ struct Table {
     rules: Rules,
     /// Notifications about the table; `None` if the kernel offers none.
     monitor: Option<Monitor>,
-    /// Text that `nft` listed right after the installation.
+    /// Output of `nft list` right after the installation.
     listed: Option<String>,
 }
 
@@ -93,8 +93,9 @@ impl Table {
     /// whether a change was made.
     ///
     /// # Errors
-    /// `Missing` if there is no `nft` program, `Refused` with the first line of its error, `Late` after
-    /// 10 s, `Contended` if other programs changed the table during three attempts, `Io` otherwise.
+    /// `Missing` if the host has no `nft` program, `Refused` with the first line of its error,
+    /// `Late` after 10 s, `Contended` if other programs changed the table during three attempts,
+    /// `Io` otherwise.
     async fn ensure(&mut self) -> Result<bool, FirewallError> {
         self.drain();
         if self.rules.is_empty() {
@@ -109,7 +110,7 @@ impl Table {
         for _ in 0..MAX_ATTEMPTS {
             self.install().await?;
             let listed = list(&self.rules.table).await?;
-            // A change of another program between the two would be taken for ours.
+            // A change by another program between the two runs of `nft` would go unnoticed.
             if self.drain() <= 1 {
                 self.listed = Some(listed);
                 return Ok(true);
@@ -122,7 +123,8 @@ impl Table {
         self.drain();
         let text = self.rules.text();
         if nft(&["-f", "-"], &text).await.is_err() {
-            // An older agent's table can have chains or sets of another type by the same name.
+            // The table of an older agent may have chains or sets with the same name but another
+            // type.
             let replacement = format!("{}{text}", delete(&self.rules.table));
             nft(&["-f", "-"], &replacement).await?;
         }
@@ -145,7 +147,7 @@ pub(crate) fn fuzz_printed(text: &str) {
 /// Removes the table. Returns whether it existed.
 ///
 /// # Errors
-/// As [`FirewallError`] says; a missing `nft` program is no error.
+/// [`FirewallError`] if `nft` fails; a missing `nft` program is not an error.
 pub async fn remove(table: &str) -> Result<bool, FirewallError> {
     match list(table).await {
         Err(FirewallError::Refused(why)) if why.contains("No such file") => return Ok(false),

@@ -18,7 +18,7 @@ use crate::control::shared::Shared;
 use crate::failure::Failure;
 use crate::metrics;
 
-/// Binds the address that the configuration has under `key`, if there is one. `[::]` stands for all
+/// Binds the address that the configuration has under `key`, if it is set. `[::]` stands for all
 /// addresses of both families, or of IPv4 on a host without IPv6.
 ///
 /// # Errors
@@ -49,7 +49,7 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
     if address.is_ipv6() {
-        // The default is a sysctl (net.ipv6.bindv6only). A single address is never of both families.
+        // The default is a sysctl (net.ipv6.bindv6only). A single address accepts one family only.
         socket.set_only_v6(!address.ip().is_unspecified())?;
     }
     socket.bind(&address.into())?;
@@ -131,8 +131,8 @@ async fn readiness(State(shared): State<Shared>) -> Response {
     (StatusCode::SERVICE_UNAVAILABLE, reasons.join("\n") + "\n").into_response()
 }
 
-/// Whether the one Host header is an IP address, `localhost`, the node's name or one of `hosts`. A name
-/// that a foreign DNS server resolves to this node (DNS rebinding) is none of them.
+/// Returns whether the only Host header is an IP address, `localhost`, the node's name or one of
+/// `hosts`. A name that a foreign DNS server resolves to this node (DNS rebinding) is refused.
 fn is_own_host(headers: &HeaderMap, node: &str, hosts: &[String]) -> bool {
     let mut found = headers.get_all(header::HOST).iter();
     let (Some(host), None) = (found.next(), found.next()) else { return false };
@@ -199,7 +199,7 @@ pub(super) mod tests {
             let address: IpAddr = address.parse().unwrap();
             std::net::TcpStream::connect((address, port)).unwrap();
         }
-        // An old agent on 0.0.0.0 keeps a new one on [::] out until it gives way.
+        // An old agent on 0.0.0.0 blocks a new one on [::] until the old one releases the port.
         let second = bind("metrics.listen", Some(SocketAddr::from(([0, 0, 0, 0], port))));
         assert!(matches!(second, Err(Failure::Taken(_))), "{second:?}");
     }

@@ -1,8 +1,8 @@
 //! The directory of an instance: one agent and one data plane of possibly several on a node.
 //!
-//! Two pods of one node share the node's network and `/run/skein`. What belongs to one of them only lies in
-//! a directory of its own: the socket at which its agent says how it is, and the socket at which its agent
-//! requests the data plane for it.
+//! Two pods of one node share the node's network and `/run/skein`. What belongs to one of them only
+//! lies in a directory of its own: the socket at which its agent says how it is, and the socket at
+//! which its agent requests the data plane for it.
 
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
@@ -32,7 +32,8 @@ impl Instance {
         &self.0
     }
 
-    /// The socket at which the agent answers [`READY`], or the reasons why it is not ready, a line each.
+    /// The socket at which the agent answers [`READY`], or the reasons why it is not ready, a line
+    /// each.
     pub fn agent_socket(&self) -> PathBuf {
         self.0.join("agent.sock")
     }

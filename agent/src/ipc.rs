@@ -54,7 +54,7 @@ pub enum Request {
         /// Also those of each peer: with thousands of them this takes milliseconds.
         peers: bool,
     },
-    /// Ask for [`SeenHandshakes`], to hand them to the data process after this one.
+    /// Ask for [`SeenHandshakes`], to pass them to the next data process.
     SeenHandshakes,
     /// Log other things from now on.
     LogLevel {
@@ -66,7 +66,7 @@ pub enum Request {
         /// At which.
         watch: Watch,
     },
-    /// Wait for a change that the control process acts on at once, at most a second.
+    /// Wait at most a second for a change to which the control process reacts at once.
     Changes {
         /// Version of the last answer; 0 at first.
         known: u64,
@@ -93,8 +93,8 @@ pub enum Response {
         /// The node that it works for; `None` before its first snapshot.
         #[serde(default)]
         node: Option<NodeIdentity>,
-        /// Whether it takes [`Snapshot::seen_handshakes`]; older releases refuse a snapshot that
-        /// has any.
+        /// True if the data process accepts [`Snapshot::seen_handshakes`]; older releases refuse a
+        /// snapshot with this field.
         #[serde(default)]
         takes_seen_handshakes: bool,
     },
@@ -110,12 +110,12 @@ pub enum Response {
     },
     /// Answer to [`Request::SeenHandshakes`].
     SeenHandshakes {
-        /// Those of every peer.
+        /// Timestamps of every peer.
         seen: SeenHandshakes,
     },
     /// Answer to [`Request::Changes`].
     Changes {
-        /// Number that differs from the last one after a change.
+        /// Version of the state; differs from the previous answer after a change.
         version: u64,
     },
     /// Answers to [`Request::Watch`], at least one a second.
@@ -125,8 +125,9 @@ pub enum Response {
         /// Packets that were to be told and were too many, since the last answer.
         missed: u64,
     },
-    /// Answer to [`Request::TakeOver`]. The descriptors of the data plane's lock and of the store follow. A
-    /// byte of the receiver's says that it has them, and one of the sender's that they are its own now.
+    /// Answer to [`Request::TakeOver`]. The descriptors of the data plane's lock and of the store
+    /// follow. A byte of the receiver's says that it has them, and one of the sender's that they
+    /// are its own now.
     HandOver,
     /// The request could not be carried out; what was in force before still is.
     Error {
@@ -205,8 +206,8 @@ pub enum ErrorKind {
     Internal,
 }
 
-/// The latest time that an accepted handshake initiation by each public key carried, in nanoseconds
-/// since 1970: a recorded initiation is told by it.
+/// Latest timestamp of an accepted handshake initiation by each public key, in nanoseconds since
+/// 1970. A recorded initiation is recognised by its timestamp.
 pub type SeenHandshakes = BTreeMap<PublicKey, u64>;
 
 /// The whole wanted state of a data process.
@@ -227,7 +228,7 @@ pub struct Snapshot {
     /// Every other node.
     pub peers: Vec<Peer>,
     /// Initiations by these keys must carry later times.
-    // Left out where it says nothing, as above.
+    // Left out if empty, as above.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub seen_handshakes: SeenHandshakes,
 }
@@ -383,8 +384,8 @@ pub struct Report {
     pub capabilities: Vec<Capability>,
     /// Counters of each lane.
     pub lanes: Vec<LaneReport>,
-    /// Packets that the kernel dropped because a queue of the TUN device was full, since the device was
-    /// made: it outlives data processes.
+    /// Packets that the kernel dropped because a queue of the TUN device was full, since the
+    /// creation of the device, which outlives data processes.
     #[serde(default)]
     pub tun_queue_drops: u64,
     /// Drops by direction and reason, all lanes and the manager; every known reason is listed.

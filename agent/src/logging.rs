@@ -75,13 +75,13 @@ pub fn set_level(level: Option<&str>) -> Result<(), String> {
 ///
 /// # Errors
 ///
-/// A sentence with the remedy if the text is not a filter, or if a part of it is a single word that is
-/// not a level.
+/// A sentence with the remedy if the text is not a filter, or if a part of it is a single word that
+/// is not a level.
 pub fn parse(level: &str) -> Result<EnvFilter, String> {
     let refused = |error: String| {
         format!("{level:?}: {error}: use error, warn, info, debug or trace, or a filter of these")
     };
-    // EnvFilter takes a misspelled level for the name of a module.
+    // EnvFilter parses a misspelled level as the name of a module.
     let mut words = level.split(',').filter(|word| !word.contains(['=', '[']));
     // LevelFilter takes the empty string for `error`.
     let is_wrong = |word: &&str| level.is_empty() || word.parse::<LevelFilter>().is_err();

@@ -33,7 +33,7 @@ pub struct Input {
     pub registry: RegistryStatus,
     /// Whether the agent is ready.
     pub ready: bool,
-    /// Prefixes of peers that another program has a route to.
+    /// Prefixes of peers to which another program has a route.
     pub conflicts: usize,
     /// This node's key; `None` before it is known.
     pub key: Option<RotationStatus>,
@@ -43,7 +43,7 @@ pub struct Input {
     pub requests: Vec<MetricFamily>,
     /// Pods, where they are served.
     pub pods: Option<Pods>,
-    /// The nftables table; `None` until it was tried.
+    /// State of the nftables table; `None` before the first attempt to install it.
     pub firewall: Option<Firewall>,
 }
 

@@ -187,13 +187,13 @@ async fn control(
     controller.run(first, source, asked, signals).await
 }
 
-/// Puts the unreachable routes of an earlier process in place. After a boot, nothing else keeps
-/// traffic to pods inside the overlay while the records are awaited. The first start ever adds
-/// nothing here, so that a configuration that is refused leaves no route behind.
+/// Adds the unreachable routes of an earlier process. After a boot, only these routes keep traffic
+/// to pods off the underlay while the agent waits for the records. The first start with a state
+/// directory adds no routes here, so that a refused configuration leaves no route.
 async fn refuse_kept_prefixes(config: &Config) -> Result<(), Failure> {
     let Some(kept) = registry::kept_unreachable_prefixes(config) else { return Ok(()) };
     let netlink = Netlink::connect().map_err(netlink_failure)?;
-    // What is there already may belong to the records that are read next.
+    // Existing routes stay: they may belong to the records that are read next.
     let outcome = netlink.add_unreachable_routes(&kept).await;
     outcome.errors.iter().for_each(|error| tracing::error!("{error}"));
     log_changes(&outcome);
@@ -237,7 +237,7 @@ struct Controller {
     monitor: Monitor,
     underlay: UnderlayWatch,
     desired: Desired,
-    /// Unreachable routes that this process asked for last.
+    /// Unreachable routes that this process requested last.
     unreachable: BTreeSet<IpNet>,
     interface: Present,
     snapshots: tokio::sync::watch::Sender<Arc<Snapshot>>,
@@ -255,7 +255,7 @@ struct Controller {
     narrow: Vec<NarrowPath>,
     /// Logged already, so as not to be logged every ten seconds.
     complaints: Vec<String>,
-    /// Prefixes of peers that another program has a route to.
+    /// Prefixes of peers to which another program has a route.
     conflicts: Vec<PeerConflict>,
 }
 
@@ -277,11 +277,12 @@ impl Controller {
             return Err(Failure::Usage(underlay.explain(problem, &desired)));
         }
         log_unresolved(&[], &desired.unresolved);
-        // Before there is anything that a packet could pass by.
+        // Added before any packet could take a route to the underlay.
         let outcome = netlink.add_unreachable_routes(&desired.unreachable).await;
         outcome.errors.iter().for_each(|error| tracing::error!("{error}"));
         log_changes(&outcome);
-        // Before the interface: no packet of a pod passes before the rules are there.
+        // Started before the interface exists: no packet of a pod passes before the rules are
+        // installed.
         let firewall = Firewall::start(firewall_rules(&config, &desired)).await;
         shared.set_firewall(firewall.clone());
         let wanted = desired.interface(&config, &[]);
@@ -369,8 +370,9 @@ impl Controller {
                     self.reconcile().await;
                 }
                 () = self.monitor.changed() => {
-                    // At once: as long as they are missing, pods' packets may leave in clear. What
-                    // could not be done is tried again, and reported, a moment later.
+                    // Missing unreachable routes are added at once, because pods' packets may leave
+                    // in clear meanwhile. The reconciliation below retries failures and reports
+                    // them.
                     self.ensure_unreachable_routes().await;
                     tokio::time::sleep(QUIET).await;
                     self.reconcile().await;
@@ -408,8 +410,8 @@ impl Controller {
             tracing::error!(problem, "the node records need what this node cannot give");
         }
         log_unresolved(&self.desired.unresolved, &desired.unresolved);
-        // The kernel takes IPv6 from an interface of less than 1280 bytes. Path MTU discovery finds
-        // out what passes.
+        // The kernel removes IPv6 from an interface with an MTU below 1280 bytes. Path MTU
+        // discovery finds the size that passes.
         if desired.mtu_problem().is_some() {
             desired.mtu = desired.mtu.max(self.desired.mtu);
         }
@@ -424,7 +426,7 @@ impl Controller {
         self.show();
     }
 
-    /// Follows interfaces of link-local endpoints that were made, deleted or made again.
+    /// Follows interfaces of link-local endpoints that are created or deleted.
     async fn resolve_endpoints(&mut self) {
         let before = self.desired.unresolved.clone();
         if self.started && self.desired.resolve_endpoints(&self.registry) {
@@ -524,7 +526,8 @@ impl Controller {
             return;
         }
         let wanted = self.desired.interface(&self.config, &self.narrow);
-        // A prefix is refused before the first route to it exists, and when that is gone.
+        // The unreachable route to a prefix is added before the first route to it, and stays when
+        // that route is gone.
         let mut complaints = self.ensure_unreachable_routes().await;
         match self.device(&wanted).await {
             Ok(()) => {
@@ -554,8 +557,8 @@ impl Controller {
         self.complaints = complaints;
     }
 
-    /// Notes which peers' prefixes another program has a route to. That is a fault of those peers'
-    /// paths: this node stays ready for all others.
+    /// Stores the peers' prefixes to which another program has a route. The conflict concerns only
+    /// these peers: this node stays ready.
     fn take_conflicts(&mut self, found: Vec<RouteConflict>) {
         let conflicts = self.desired.conflicts(found);
         for new in conflicts.iter().filter(|new| !self.conflicts.contains(new)) {
@@ -567,7 +570,7 @@ impl Controller {
         }
     }
 
-    /// Brings the unreachable routes to what is wanted; returns what could not be done.
+    /// Adds and removes unreachable routes until they match `self.desired`; returns the errors.
     async fn ensure_unreachable_routes(&mut self) -> Vec<String> {
         let before = std::mem::replace(&mut self.unreachable, self.desired.unreachable.clone());
         let (wanted, alias) = (&self.unreachable, self.config.alias());
@@ -623,7 +626,8 @@ impl Controller {
         {
             tracing::error!(%error, "the interface stays behind: remove it with skein-agent cleanup");
         }
-        // A node that was part of the network before may have pods: their traffic stays refused.
+        // A node that was part of the network before may still have pods. Their traffic stays
+        // refused.
         if self.registry.is_first_start() {
             let (before, alias) = (&self.unreachable, self.config.alias());
             let none = BTreeSet::new();
@@ -663,7 +667,7 @@ fn firewall_rules(config: &Config, desired: &Desired) -> Rules {
     }
 }
 
-/// Logs endpoints that became unusable, each once.
+/// Logs endpoints that have become unusable, each once.
 fn log_unresolved(before: &[String], now: &[String]) {
     for complaint in now.iter().filter(|complaint| !before.contains(complaint)) {
         tracing::error!("{complaint}");

@@ -340,8 +340,7 @@ pub(crate) mod tests {
             let error = error(&good.replace("192.0.2.1:51900", bad));
             assert!(error.contains("is not an address"), "{bad}: {error}");
         }
-        // An endpoint in another node's prefix would send the overlay's packets round and round in
-        // it.
+        // An endpoint in another node's prefix would cause a routing loop of the overlay's packets.
         let inside = text(2, &["10.2.0.0/24"]).replace("192.0.2.2", "[::ffff:10.1.0.9]");
         let error = error(&format!("[[node]]\n{good}[[node]]\n{inside}"));
         assert!(error.contains("10.1.0.9, where node node-2 listens"), "{error}");

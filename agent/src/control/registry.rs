@@ -31,11 +31,11 @@ pub fn has_last_good(config: &Config, source: &Reader) -> bool {
     read_store(&config.state_dir.join(STORE)).is_some_and(|stored| stored.source == source.name())
 }
 
-/// Prefixes for unreachable routes by what an earlier process kept in the state directory; `None`
-/// before the first successful start.
+/// Returns the prefixes for unreachable routes that follow from the state directory of an earlier
+/// process; `None` before the first successful start.
 pub fn kept_unreachable_prefixes(config: &Config) -> Option<BTreeSet<IpNet>> {
     let stored = read_store(&config.state_dir.join(STORE))?;
-    // The others may contain the API server, which is compared with them a little later.
+    // The remaining prefixes may contain the API server, whose address is compared with them later.
     let mut config = config.clone();
     config.cluster_cidrs.retain(|net| stored.cluster_cidrs.contains(net));
     let local = config.pod_cidrs.as_ref().unwrap_or(&stored.local_cidrs);
@@ -53,9 +53,9 @@ pub struct Registry {
     source: Reader,
     store: PathBuf,
     accepted: Accepted,
-    /// Prefixes that no node owns any more.
+    /// Prefixes that a node owned and that no node owns now.
     former: FormerPrefixes,
-    /// Whether no earlier process has kept records.
+    /// True if no earlier process has stored records.
     never_started: bool,
     rejected: BTreeMap<PathBuf, String>,
     source_error: Option<String>,
@@ -233,12 +233,13 @@ impl Registry {
         prefixes(&self.accepted, &self.local_cidrs)
     }
 
-    /// Whether no earlier process has read its records successfully with this state directory.
+    /// Returns whether no earlier process has read its records successfully with this state
+    /// directory.
     pub fn is_first_start(&self) -> bool {
         self.never_started
     }
 
-    /// Prefixes that no node owns any more.
+    /// Prefixes that a node owned and that no node owns now.
     pub fn former(&self) -> &FormerPrefixes {
         &self.former
     }

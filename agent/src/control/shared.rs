@@ -69,12 +69,12 @@ pub struct InterfaceStatus {
     pub routes: Vec<IpNet>,
     /// Prefixes of this node.
     pub local_cidrs: Vec<IpNet>,
-    /// Prefixes of peers that another program has a route to.
+    /// Prefixes of peers to which another program has a route.
     #[serde(default)]
     pub conflicts: Vec<PeerConflict>,
 }
 
-/// A peer's prefix that another program of this node has a route to, so that the overlay does not
+/// A peer's prefix to which another program of this node has a route, so that the overlay does not
 /// carry it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PeerConflict {
@@ -108,7 +108,7 @@ pub struct Document {
     pub interface: InterfaceStatus,
     /// The node records.
     pub records: RegistryStatus,
-    /// The nftables table; absent from agents of before.
+    /// State of the nftables table; absent from agents of earlier releases.
     #[serde(default)]
     pub firewall: FirewallStatus,
     /// The data process.

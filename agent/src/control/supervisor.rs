@@ -28,7 +28,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const RETRY: Duration = Duration::from_millis(20);
 /// A data process is asked for a sign of life this often.
 const HEARTBEAT: Duration = Duration::from_secs(1);
-/// Interval between readings of the handshakes' times, which are then written to the disk.
+/// Interval between requests for the handshakes' timestamps, which are then written to the disk.
 const HANDSHAKES_INTERVAL: Duration = Duration::from_secs(60);
 /// So many failed restarts of the first data process end the agent.
 const STARTS: u32 = 2;
@@ -115,7 +115,7 @@ impl DataplaneState {
         &self.history
     }
 
-    /// Has the supervisor ask for a report now.
+    /// Makes the supervisor request a report now.
     pub fn request_report(&self) {
         self.report_wanted.notify_one();
     }

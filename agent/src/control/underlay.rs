@@ -1,5 +1,5 @@
-//! The MTU of the underlay over time: checked at start, when endpoints of nodes change, after
-//! announcements of the kernel, and from time to time.
+//! Monitor of the underlay's MTU. Checks the MTU at start, when endpoints of nodes change, after
+//! notifications of the kernel, and at least every 60 s.
 
 use std::fmt;
 use std::time::Duration;
@@ -13,32 +13,34 @@ use crate::config::Config;
 use crate::netlink::underlay::{ETHERNET_MTU, Underlay, UnderlayMtu};
 use crate::netlink::{Netlink, NetlinkError};
 
-/// Delay between an announcement of the kernel and the check, so that one check follows several.
+/// Delay between a notification of the kernel and the check, so that one check covers several
+/// notifications.
 const CHECK_DELAY: Duration = Duration::from_millis(100);
-/// Least time between two checks: a routing daemon may change thousands of routes.
+/// Minimum interval between two checks: a routing daemon may change thousands of routes.
 const MIN_CHECK_INTERVAL: Duration = Duration::from_secs(1);
-/// Most time between two checks: the kernel loses announcements when it has many.
+/// Maximum interval between two checks: the kernel drops notifications under load.
 const MAX_CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The MTU of the underlay, and the time of the next check.
 #[derive(Debug, Default)]
 pub(super) struct UnderlayWatch {
-    /// The nodes at the last check.
+    /// Input of the last check.
     asked: Option<Underlay>,
     found: Option<UnderlayMtu>,
     checked: Option<Instant>,
     due: Option<Instant>,
-    /// Whether the log has the warning that no device was found.
+    /// True after the warning that no device was found was logged.
     warned: bool,
 }
 
 impl UnderlayWatch {
-    /// The MTU in bytes that was found last; that of Ethernet if none was found yet.
+    /// Returns the MTU in bytes that was found last; that of Ethernet before the first result.
     pub(super) fn mtu(&self) -> u32 {
         self.found.as_ref().map_or(ETHERNET_MTU, |found| found.mtu)
     }
 
-    /// A problem of `desired`, with the device that decides the MTU if the MTU is too small.
+    /// Returns `problem` with the device that decides the MTU, if the MTU of `desired` is too
+    /// small.
     pub(super) fn explain(&self, problem: String, desired: &Desired) -> String {
         match self.checked.is_some() && desired.mtu_problem().is_some() {
             true => format!("{problem} (underlay: {self})"),
@@ -46,34 +48,35 @@ impl UnderlayWatch {
         }
     }
 
-    /// Notes an announcement of the kernel: a check becomes due.
+    /// Handles a notification of the kernel: a check becomes due.
     pub(super) fn changed(&mut self) {
         let earliest = self.checked.map(|checked| checked + MIN_CHECK_INTERVAL);
         self.due = earliest.max(Some(Instant::now() + CHECK_DELAY));
     }
 
-    /// Notes a change of the node records: a check becomes due if endpoints differ.
+    /// Handles a change of the node records: a check becomes due if endpoints differ.
     pub(super) fn records_changed(&mut self, config: &Config, registry: &Registry) {
         if self.asked.as_ref().is_some_and(|asked| *asked != underlay(config, registry)) {
             self.changed();
         }
     }
 
-    /// True while a check is due because of an announcement.
+    /// Returns true while a check is due because of a notification.
     pub(super) fn is_due(&self) -> bool {
         self.due.is_some()
     }
 
-    /// Time of the next check; `None` if the configuration sets the overlay's MTU.
+    /// Returns the time of the next check; `None` if the configuration sets the overlay's MTU.
     pub(super) fn deadline(&self) -> Option<Instant> {
         self.due.or(self.checked.map(|checked| checked + MAX_CHECK_INTERVAL))
     }
 
-    /// Asks the kernel; returns true if the MTU is another. Keeps the MTU that was found before if
-    /// no device leads to the peers now. Does nothing if the configuration sets the overlay's MTU.
+    /// Reads the MTU from the kernel; returns true if it has changed. Keeps the previous MTU if no
+    /// device leads to the peers now. Does nothing if the configuration sets the overlay's MTU.
     ///
     /// # Errors
-    /// The kernel does not list its links, addresses or routes. The MTU stays the one before.
+    /// An error if the kernel does not list its links, addresses or routes. The MTU stays
+    /// unchanged.
     pub(super) async fn check(
         &mut self,
         netlink: &Netlink,
@@ -101,13 +104,13 @@ impl UnderlayWatch {
     }
 }
 
-/// The nodes that the underlay joins.
+/// Returns the nodes that the underlay joins.
 fn underlay(config: &Config, registry: &Registry) -> Underlay {
     let peers = registry.peers().flat_map(|record| &record.endpoints);
     let own = registry.own().into_iter().flat_map(|record| &record.endpoints);
     Underlay {
         addresses: config.underlay.addresses.clone(),
-        // An endpoint whose interface is absent is not used, either.
+        // An endpoint whose interface is absent carries no datagrams.
         peers: peers.filter_map(|endpoint| endpoint.on_this_host().ok()).collect(),
         own: own.filter_map(|endpoint| endpoint.on_this_host().ok()).collect(),
         overlay: config.interface.name.clone(),

@@ -1,5 +1,6 @@
-//! Requests of an instance's agent for the data plane: the agent is connected to the keeper's socket for as
-//! long as it has the agent's role. And the request of kubelet that the keeper ends (SIGTERM).
+//! Requests of an instance's agent for the data plane: the agent is connected to the keeper's
+//! socket for as long as it has the agent's role. And the request of kubelet that the keeper ends
+//! (SIGTERM).
 
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -54,8 +55,8 @@ impl Activation {
         Ok(activation)
     }
 
-    /// The descriptor that is readable when an agent connects, and the one that is readable when this process
-    /// is to end.
+    /// The descriptor that is readable when an agent connects, and the one that is readable when
+    /// this process is to end.
     pub(super) fn descriptors(&self) -> [BorrowedFd<'_>; 2] {
         [self.listener.as_fd(), self.terminated.as_fd()]
     }
@@ -66,7 +67,8 @@ impl Activation {
         matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1))
     }
 
-    /// Waits until an agent connects, the connected one is gone, or this process is to end; `timeout` at most.
+    /// Waits until an agent connects, the connected one is gone, or this process is to end;
+    /// `timeout` at most.
     pub(super) fn wait(&mut self, timeout: Option<Duration>) -> anyhow::Result<()> {
         let timeout = timeout.map(Timespec::try_from).transpose().context("a timeout")?;
         let own = self.descriptors();

@@ -3,7 +3,7 @@
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-/// Version of what the control process acts on at once: the paths that carry less than the nodes.
+/// Version of the state to which the control process reacts at once: the reduced path MTUs.
 #[derive(Debug, Default)]
 pub(super) struct Changes {
     version: Mutex<u64>,

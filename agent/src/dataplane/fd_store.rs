@@ -1,11 +1,11 @@
 //! Descriptors and sessions of the data plane, stored in the kernel for all keepers of a node.
 //!
-//! The store is a pair of connected sockets. One set of descriptors lies in it as a message that is not
-//! received yet: a description, then the listening socket, then the descriptors of the [`HandOver`]. Every
-//! keeper that has had the data plane keeps both sockets. Only the keeper that has the data plane's lock
-//! ([`crate::sys::lock`]) reads or writes them. So a set is never out of date: the keeper that gets the
-//! lock continues with it, and a set that is removed leaves no copy that would occupy the device or the
-//! port.
+//! The store is a pair of connected sockets. One set of descriptors lies in it as a message that is
+//! not received yet: a description, then the listening socket, then the descriptors of the
+//! [`HandOver`]. Every keeper that has had the data plane keeps both sockets. Only the keeper that
+//! has the data plane's lock ([`crate::sys::lock`]) reads or writes them. So a set is never out of
+//! date: the keeper that gets the lock continues with it, and a set that is removed leaves no copy
+//! that would occupy the device or the port.
 
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -15,7 +15,8 @@ use super::handover::{receive, send};
 use crate::ipc::HandOver;
 use crate::sys::descriptors;
 
-/// What a data process has given to its keeper: a description, and the descriptors that it describes.
+/// What a data process has given to its keeper: a description, and the descriptors that it
+/// describes.
 #[derive(Debug)]
 pub(super) struct Kept {
     pub(super) left: HandOver,

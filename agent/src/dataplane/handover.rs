@@ -18,8 +18,8 @@ use crate::sys::descriptors;
 use crate::sys::tun::TunQueue;
 use crate::sys::udp::LaneSockets;
 
-/// What the keeper gives to a data process at its start. The listening socket and the lock follow, and then
-/// what was left.
+/// What the keeper gives to a data process at its start. The listening socket and the lock follow,
+/// and then what was left.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Begin {
     /// What the data process before has left.

@@ -354,10 +354,10 @@ impl Ingress {
     }
 }
 
-/// The receiving half of a lane of the session, at this time since boot.
+/// Returns the receiving half of a lane of the session. `now` is the time since boot.
 fn receiver(session: &Session, lane: u8, now: Duration) -> Result<&Receiver, DropReason> {
     let receiver = session.receiver(lane).ok_or(DropReason::WrongLane)?;
-    // By age, too: the manager, which ends sessions, may hang.
+    // The age is checked here as well, because the manager, which ends sessions, may hang.
     match session.is_expired_at(now) {
         true => Err(DropReason::SessionExpired),
         false => Ok(receiver),
@@ -401,7 +401,7 @@ mod tests {
 
     #[test]
     fn data_of_a_session_past_its_life_is_refused() {
-        // Dated at boot; nobody has ended it.
+        // The session was established at boot, and the manager has not ended it.
         let session = session(1);
         for (age, expected) in [
             (0, None),

@@ -2,8 +2,8 @@
 //! that the kernel goes on queueing packets while there is none. When the data process dies, the next one
 //! gets them, and its sessions, within milliseconds.
 //!
-//! A node's data plane belongs to the keeper that has its lock. Keepers pass the lock and the store of the
-//! descriptors ([`super::fd_store`]) on to each other.
+//! A node's data plane belongs to the keeper that has its lock. Keepers pass the lock and the store
+//! of the descriptors ([`super::fd_store`]) on to each other.
 
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
@@ -36,8 +36,8 @@ const DEATHS: u32 = 3;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Interval at which a keeper that waits for the data plane tries to take its lock.
 const LOCK_INTERVAL: Duration = Duration::from_millis(10);
-/// How long the lock must have been free before a keeper without descriptors takes it: several intervals of
-/// those that have them.
+/// How long the lock must have been free before a keeper without descriptors takes it: several
+/// intervals of those that have them.
 const HOLDER_DELAY: Duration = Duration::from_millis(50);
 /// How long a data process may take to stop before its keeper ends.
 const STOP_TIMEOUT: Duration = Duration::from_millis(500);
@@ -105,7 +105,8 @@ impl Plane {
         Ok(None)
     }
 
-    /// Gives the lock and the store to the keeper at the other end; whether it says that it has them.
+    /// Gives the lock and the store to the keeper at the other end; whether it says that it has
+    /// them.
     fn give(&self, connection: &UnixStream) -> bool {
         let give = || -> io::Result<()> {
             connection.set_read_timeout(Some(PATIENCE))?;
@@ -123,12 +124,13 @@ impl Plane {
     }
 }
 
-/// Keeps a data process at work whenever the data plane is this keeper's, until the data process ends in an
-/// orderly way. `arguments` start one, the number of its channel's descriptor added.
+/// Keeps a data process at work whenever the data plane is this keeper's, until the data process
+/// ends in an orderly way. `arguments` start one, the number of its channel's descriptor added.
 ///
-/// A keeper that takes over from others ([`Options::takes_over`]) and gives the data plane away holds the
-/// descriptors of the store, and takes the data plane back when the other keeper ends without having given
-/// it away. The keeper of an instance has the data plane only while the instance's agent wants it.
+/// A keeper that takes over from others ([`Options::takes_over`]) and gives the data plane away
+/// holds the descriptors of the store, and takes the data plane back when the other keeper ends
+/// without having given it away. The keeper of an instance has the data plane only while the
+/// instance's agent wants it.
 pub(super) fn run(options: &Options, arguments: &[OsString]) -> anyhow::Result<()> {
     let mut activation = options.instance.as_ref().map(Activation::bind).transpose()?;
     let mut held = None;
@@ -244,8 +246,8 @@ fn acquire(options: &Options, held: &mut Option<FdStore>) -> anyhow::Result<Plan
     }
 }
 
-/// Gets the data plane when the agent wants it, or, where this keeper has given it away, when it is free.
-/// `None`: this process is to end.
+/// Gets the data plane when the agent wants it, or, where this keeper has given it away, when it is
+/// free. `None`: this process is to end.
 fn acquire_on_request(
     options: &Options,
     activation: &mut Activation,
@@ -427,8 +429,8 @@ impl From<io::Error> for Refusal {
 }
 
 impl Refusal {
-    /// Whether it is worth asking again at once: the data process has just died, and its socket with it in a
-    /// moment; or its keeper starts the next one.
+    /// Whether it is worth asking again at once: the data process has just died, and its socket
+    /// with it in a moment; or its keeper starts the next one.
     fn is_passing(&self) -> bool {
         match self {
             Self::Io(error) => hung_up(error) || is_absent(error),
@@ -446,8 +448,9 @@ impl Refusal {
     }
 }
 
-/// Requests the data plane from whoever listens. Its store is put to what this keeper holds, also where the
-/// other keeper dies before it has given the data plane away. A data process that cannot hand over ends.
+/// Requests the data plane from whoever listens. Its store is put to what this keeper holds, also
+/// where the other keeper dies before it has given the data plane away. A data process that cannot
+/// hand over ends.
 fn request(socket: &Path, held: &mut Option<FdStore>) -> Result<FileLock, Refusal> {
     let mut stream = connect(socket)?;
     write_frame(&mut stream, &Request::TakeOver { version: HANDOVER_VERSION })?;
@@ -468,7 +471,8 @@ fn request(socket: &Path, held: &mut Option<FdStore>) -> Result<FileLock, Refusa
     let store = FdStore::received(all).ok_or_else(|| invalid("descriptors are missing"))?;
     *held = Some(store);
     stream.write_all(&[0])?;
-    // Without its word it goes on with all that, by itself; or it is dead, and the lock will be free.
+    // Without its word it goes on with all that, by itself; or it is dead, and the lock will be
+    // free.
     stream.read_exact(&mut [0])?;
     tracing::info!(socket = %socket.display(), "taken over from the data process before");
     Ok(lock)

@@ -39,7 +39,8 @@ const FIRST_SOCKET: u32 = 3;
 const RECEIVES: usize = 4;
 /// How often packets that wait for a session are looked at.
 const PENDING_TICK: Duration = Duration::from_millis(250);
-/// Interval between two reports of one lane of a datagram that was too long for its route.
+/// Minimum interval between two reports of a lane about datagrams that were too long for their
+/// route.
 const TOO_LONG_INTERVAL: Duration = Duration::from_millis(20);
 /// How often one lane reports datagrams of unknown sessions.
 const UNKNOWN_SESSION_INTERVAL: Duration = Duration::from_millis(100);
@@ -378,7 +379,7 @@ impl LaneContext {
         self.now
     }
 
-    /// Time since boot at which this round began: the clock that sessions are dated by.
+    /// Returns the time since boot at which this round began, the clock of the sessions' ages.
     pub(super) fn age_clock(&self) -> Duration {
         self.age_clock
     }
@@ -399,7 +400,8 @@ impl LaneContext {
         Some(self.published.load())
     }
 
-    /// Reports a datagram that was too long for its route to the manager, which narrows the peer's path.
+    /// Reports a datagram that was too long for its route to the manager, which reduces the peer's
+    /// path MTU.
     pub(super) fn too_long(&self, datagram: TooLong) {
         let due = |at: Instant| self.now - at >= TOO_LONG_INTERVAL;
         if self.too_long_reported.get().is_none_or(due)

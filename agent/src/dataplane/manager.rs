@@ -139,7 +139,7 @@ struct Active {
     totals: Totals,
     /// Longest plaintext in bytes of each peer whose path carries less than this node's MTU.
     narrow: Vec<(PeerId, u16)>,
-    /// `narrow` has changed since the connections that wait were notified.
+    /// True if `narrow` has changed since the waiting connections were notified.
     narrow_changed: bool,
 }
 
@@ -435,7 +435,7 @@ impl Active {
         }
         let mut empty = snapshot.clone();
         empty.peers.clear();
-        // The engine knows them from now on, and the memory of its sessions.
+        // The engine and the memory of its sessions hold these timestamps from now on.
         empty.seen_handshakes.clear();
         let mut active = Self {
             snapshot: empty,
@@ -549,7 +549,7 @@ impl Active {
                 self.peers.insert(peer.public_key, (*id, peer));
                 continue;
             }
-            // Older releases let multicast addresses through, and kept them.
+            // Older releases accepted multicast addresses and stored them.
             let usable = |e: &SocketAddr| address::is_endpoint(*e) && self.running.can_reach(*e);
             let endpoints = peer.endpoints.iter().copied().filter(usable).collect();
             let config = PeerConfig {
@@ -598,12 +598,13 @@ impl Active {
         }
     }
 
-    /// Has the engine use no longer datagrams than this host's route to the destination carries.
+    /// Makes the engine limit datagrams to the size that this host's route to the destination
+    /// carries.
     fn too_long(&mut self, now: Time, TooLong { destination, len }: TooLong) {
         let plaintext = |len: usize| u16::try_from(len.saturating_sub(OVERHEAD)).ok();
         let fits = self.running.longest_payload(destination, len).and_then(plaintext);
         let size = plaintext(len).unwrap_or(u16::MAX);
-        // A probe for more is refused time and again, which changes nothing.
+        // A refused probe for a larger size does not change the size in use.
         if self.engine.refused(now, destination, size, fits) {
             tracing::info!(%destination, size, fits, "datagram longer than the route carries");
         }

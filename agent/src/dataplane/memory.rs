@@ -2,8 +2,8 @@
 //!
 //! Words: a header; records (a word that says what is in it, then a session, or the time of a
 //! peer's last handshake); and for each lane that a peer may send on one mark a session ([`Kept`]).
-//! Marks lie by lane, so that two lanes, which two threads receive, share no cache line. Whoever is
-//! killed in the middle of a write leaves a record that is not there yet, or not any more.
+//! Marks lie by lane, so that two lanes, which two threads receive, share no cache line. A process
+//! that is killed in the middle of a write leaves a record that counts as absent.
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
@@ -17,9 +17,9 @@ use skein_core::wire::header::{CONTROL_LANE, MAX_LANES};
 
 use crate::sys::memory::SharedWords;
 
-/// Records that can be kept: two sessions of each of 5,000 peers, and the time of each one's last
-/// handshake. Sessions take the places of times where there is no other; a session beyond ends with
-/// its process.
+/// Maximum number of records: two sessions for each of 5,000 peers, and the time of each peer's
+/// last handshake. If no record is free, a session replaces a time. A session without a record ends
+/// with its process.
 const PLACES: usize = 16_384;
 /// What the first word says; another layout has another number.
 const LAYOUT: u64 = 0x736b_6569_6e00_0001;
@@ -33,8 +33,8 @@ const RECORD: usize = 1 + SAVED_LEN / 8;
 /// First word of a record that holds a session.
 const SESSION: u64 = 1;
 /// First word of a record that holds a public key, 4 words, and the latest time that an accepted
-/// initiation by it carried, in nanoseconds since 1970. A release that knows no such records takes
-/// them for free places.
+/// initiation by it carried, in nanoseconds since 1970. A release without such records treats them
+/// as free.
 const TIME: u64 = 2;
 const MARKS: usize = HEADER + PLACES * RECORD;
 const WORDS: usize = MARKS + (MAX_LANES + 1) * PLACES;
@@ -82,8 +82,8 @@ impl SessionMemory {
         let mut found = Vec::new();
         for place in 0..memory.used() {
             if let Some(key) = memory.key_of_time(place) {
-                // The last one counts where two name the same key: the one before was being given
-                // back.
+                // If two records name the same key, the last one counts: the other was being
+                // released.
                 memory.times().insert(key, place);
                 continue;
             }
@@ -113,7 +113,7 @@ impl SessionMemory {
         self.0.times.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The public key of a record that holds a handshake's time.
+    /// Returns the public key of a record that holds a handshake's time.
     fn key_of_time(&self, place: usize) -> Option<[u8; 32]> {
         let (kind, words) = self.record(place).split_first()?;
         if kind.load(Ordering::Acquire) != TIME {
@@ -126,7 +126,7 @@ impl SessionMemory {
         Some(key)
     }
 
-    /// The word of a record that holds the handshake's time itself.
+    /// Returns the word of a record that holds the handshake's time.
     fn time(&self, place: usize) -> &AtomicU64 {
         &self.record(place)[1 + 32 / 8]
     }
@@ -173,7 +173,7 @@ impl SessionMemory {
         Some(place)
     }
 
-    fn take_place_of_a_time(&self) -> Option<usize> {
+    fn reclaim_place_of_time(&self) -> Option<usize> {
         let mut times = self.times();
         let key = *times.keys().next()?;
         let place = times.remove(&key)?;
@@ -217,7 +217,7 @@ impl SessionMemory {
 
 impl Memory for SessionMemory {
     fn keep(&mut self, session: &SavedSession) -> Option<Box<dyn Kept>> {
-        let place = self.take_place().or_else(|| self.take_place_of_a_time())?;
+        let place = self.take_place().or_else(|| self.reclaim_place_of_time())?;
         self.write(place, session);
         Some(Box::new(Place { memory: self.clone(), place, lanes: session.remote_lanes() }))
     }
@@ -248,7 +248,8 @@ impl Memory for SessionMemory {
             (Some(&place), nanos) => self.time(place).store(nanos, Ordering::Relaxed),
             (None, 0) => {}
             (None, nanos) => {
-                // Without a place, the control process remembers it, if not up to the last minute.
+                // Without a free record, only the control process keeps the time, at most a minute
+                // late.
                 let Some(place) = self.take_place() else { return };
                 self.write_time(place, key, nanos);
                 times.insert(*key, place);

@@ -60,8 +60,9 @@ pub struct Options {
     pub seccomp: bool,
 }
 
-/// Time since boot, which all processes share, which goes on while the machine is suspended, and
-/// knows no leaps. Sessions are dated by it, so that the next process can tell how old one is.
+/// Returns the time since boot (CLOCK_BOOTTIME), which is the same for all processes, advances
+/// while the machine is suspended, and is never set. Sessions carry such times, so that the next
+/// process can compute their age.
 fn boot_time() -> Duration {
     let now = clock_gettime(ClockId::Boottime);
     let secs = u64::try_from(now.tv_sec).unwrap_or(0);
@@ -182,8 +183,8 @@ pub(crate) fn fuzz_frames(bytes: &[u8]) {
     crate::fuzzing::frames::<handover::ToKeeper>(bytes);
 }
 
-/// Whether the data process at `socket` answers: its manager's thread, which the lanes obey. Where `instance`
-/// does not have the data plane, there is nothing of it that could hang.
+/// Whether the data process at `socket` answers: its manager's thread, which the lanes obey. Where
+/// `instance` does not have the data plane, there is nothing of it that could hang.
 pub fn probe(socket: &Path, instance: Option<&Instance>) -> anyhow::Result<()> {
     if instance.is_some_and(|instance| !instance.dataplane_marker().exists()) {
         return Ok(());

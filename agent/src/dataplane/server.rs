@@ -137,7 +137,8 @@ fn converse(
         manager.send(message).context("the manager has ended")?;
         let mut response = response.recv().context("the manager has ended")?;
         if let Response::Report { report } = &mut response {
-            // Not by the manager: the kernel's lock of all links may be held for long.
+            // This thread reads the counters, not the manager: the kernel's lock of all links may
+            // be held for long.
             add_device_counters(report);
         }
         write_frame(&mut stream, &response)?;

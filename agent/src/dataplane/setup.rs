@@ -69,7 +69,7 @@ pub(super) struct Running {
     /// Copies of the lanes' descriptors and the manager's, for the keeper.
     copies: Vec<OwnedFd>,
     families: Vec<Family>,
-    /// Number of lanes, also before they begin and after they have stopped.
+    /// Number of lanes, also before they start and after they have stopped.
     lane_count: usize,
     offload: TunOffload,
     gso: bool,
@@ -235,8 +235,9 @@ impl Running {
         self.lanes.clear();
     }
 
-    /// Switches reports of the ECN field off. The room for control messages of earlier releases is too
-    /// small for them, and the next process may be of one; a later one switches them on again.
+    /// Switches reports of the ECN field off. The next process may be of an earlier release, whose
+    /// buffer for control messages is too small for them. A process of this release switches them
+    /// on again.
     pub(super) fn stop_ecn_reports(&self) {
         let sockets = self.copies.get(self.lane_count..).unwrap_or_default();
         let per_family = 2 * self.lane_count + 1;
@@ -249,7 +250,8 @@ impl Running {
         }
     }
 
-    /// Whether the ECN field of received datagrams is reported, so that peers may set it.
+    /// Returns whether the kernel reports the ECN field of received datagrams, so that peers may
+    /// set it.
     pub(super) fn has_ecn(&self) -> bool {
         let mut rungs = self.capabilities.iter();
         rungs.any(|rung| rung.name == ECN_RUNG && rung.state == CapabilityState::On)
@@ -291,7 +293,7 @@ impl Running {
     /// Sends a handshake or control message. One that is lost is sent again by its timer.
     ///
     /// # Errors
-    /// The message is longer than this host's route to the destination carries.
+    /// [`TooLong`] if the message is longer than this host's route to the destination carries.
     pub(super) fn send(&self, destination: SocketAddr, payload: &[u8]) -> Result<(), TooLong> {
         let sent =
             self.manager_socket(destination).map(|socket| socket.send_to(payload, destination));
@@ -303,8 +305,9 @@ impl Running {
         }
     }
 
-    /// Longest UDP payload in bytes that this host's route to the destination carries; `None` if the
-    /// kernel does not say, or carries a payload of `refused` bytes by now.
+    /// Returns the longest UDP payload in bytes that this host's route to the destination carries;
+    /// `None` if the kernel does not report it, or if the route carries a payload of `refused`
+    /// bytes by now.
     pub(super) fn longest_payload(&self, destination: SocketAddr, refused: usize) -> Option<usize> {
         let from = self.manager_socket(destination)?.local_addr().ok()?;
         let found = udp::longest_payload(from.ip(), destination, refused);
@@ -407,8 +410,8 @@ fn report_ecn(sockets: &[FamilySockets], on: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// The capabilities of inherited sockets, with the present state of the ECN field: a process of an
-/// earlier release does not know it, and switches nothing on.
+/// Returns the capabilities of inherited sockets, with the current state of the ECN field: a
+/// process of an earlier release does not know the field, and does not enable its reports.
 fn with_ecn(
     mut inherited: Vec<Capability>,
     settings: OffloadSettings,

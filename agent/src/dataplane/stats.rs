@@ -164,7 +164,7 @@ pub(super) struct LaneStats {
     pub(super) tun_tcp_refused: AtomicBool,
     /// The TUN refused merged UDP.
     pub(super) tun_udp_refused: AtomicBool,
-    /// The kernel refused the control message of the outer ECN field.
+    /// True if the kernel refused the control message of the outer ECN field.
     pub(super) ecn_refused: AtomicBool,
     /// Destinations for which GSO is off, and until when; touched only while there are any.
     gso_off: Mutex<Vec<(SocketAddr, Instant)>>,

@@ -37,7 +37,8 @@ pub(super) struct PeerEntry {
 }
 
 impl PeerEntry {
-    /// What it takes to send to it now, by the clock of the sessions.
+    /// Returns the session and the address to send to at `now` (time since boot); `None` if no
+    /// session can be used.
     pub(super) fn ready(&self, now: Duration) -> Option<(&Arc<Session>, SocketAddr)> {
         let next = self.next.as_ref().filter(|(next, _)| next.is_confirmed());
         let (session, endpoint) = match next {

@@ -13,7 +13,7 @@ pub struct FamilyCount {
     pub ipv6: u64,
 }
 
-/// Packets that the table has dropped since it was made.
+/// Packets that the table has dropped since its creation.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counters {
     /// Packets that a pod sent from an address that is not its own.
@@ -24,7 +24,7 @@ pub struct Counters {
     pub cleartext: FamilyCount,
 }
 
-/// Reads the counters; `None` if there is no table or no `nft`.
+/// Reads the counters; `None` without a table or without `nft`.
 pub async fn read(table: &str) -> Option<Counters> {
     parse(&nft(&["-j", "list", "counters", "table", "inet", table], "").await.ok()?)
 }

@@ -53,9 +53,10 @@ struct Wanted {
     conditions: Vec<Value>,
 }
 
-/// Packets that must pass: all that a pod sends, packets to pods from the overlay's `interface`,
-/// and packets with [`MARK`]. Without the CNI plugin (`with_pods` unset), pods' interfaces can have
-/// any name: all that enters or leaves the overlay.
+/// Returns the rules for packets that must pass: packets from pods, packets to pods from the
+/// overlay's `interface`, and packets with [`MARK`]. Without the CNI plugin (`with_pods` unset)
+/// pods' interfaces can have any name, so the rules accept all packets that enter or leave the
+/// overlay.
 fn wanted(interface: &str, with_pods: bool) -> Vec<Wanted> {
     let pods = format!("{HOST_PREFIX}*");
     let name = |key: &str, name: &str| {
@@ -82,13 +83,13 @@ fn equals(left: Value, right: Value) -> Value {
     json!({ "match": { "op": "==", "left": left, "right": right } })
 }
 
-/// Adds the missing rules; with `accept` unset, it reports the chains that need them. `pods` tells
-/// whether pods' interfaces are those of the CNI plugin.
+/// Adds the missing rules; with `accept` unset, only reports the chains that need them. `pods` is
+/// true if the CNI plugin creates the pods' interfaces.
 pub async fn ensure(interface: &str, pods: bool, accept: bool) -> Forward {
     let mut forward = Forward::default();
     let chains = match chains().await {
         Ok(chains) => chains,
-        // The table's own error says so.
+        // The table reports the same error.
         Err(FirewallError::Missing) => return forward,
         Err(error) => {
             forward.unknown.push(format!("others' chains: {error}"));

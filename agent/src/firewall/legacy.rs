@@ -6,7 +6,7 @@ use tokio::process::Command;
 
 use super::NFT_TIMEOUT;
 
-/// The two families: list of the tables in use, and the program that shows them.
+/// For each family: the list of the tables in use, and the program that shows them.
 const FAMILIES: [(&str, &str); 2] = [
     ("/proc/net/ip_tables_names", "iptables-legacy"),
     ("/proc/net/ip6_tables_names", "ip6tables-legacy"),
@@ -24,12 +24,13 @@ pub(super) struct Legacy {
 /// Reads the FORWARD chains of the families whose table filter is in use. `interface` is the name
 /// of the interfaces that must pass, in the notation of iptables (`skp+`).
 ///
-/// The program needs CAP_NET_RAW, which the agent does not keep: only `skein-agent check` learns
+/// The program needs CAP_NET_RAW, which the agent drops at start. Only `skein-agent check` can read
 /// the policy.
 pub(super) async fn look(interface: &str) -> Legacy {
     let mut legacy = Legacy::default();
     for (names, program) in FAMILIES {
-        // Absent in a kernel without ip_tables. The program would load the module.
+        // The file does not exist in a kernel without ip_tables. The program is not run then,
+        // because it would load the module.
         let in_use = std::fs::read_to_string(names).unwrap_or_default();
         if !in_use.lines().any(|table| table == "filter") {
             continue;
@@ -50,7 +51,7 @@ pub(super) async fn look(interface: &str) -> Legacy {
     legacy
 }
 
-/// The chain FORWARD, as the program prints it; `None` if it cannot.
+/// Returns the chain FORWARD as the program prints it; `None` if the program fails.
 async fn rules(program: &str) -> Option<String> {
     let mut command = Command::new(program);
     command.args(["-w", "5", "-S", "FORWARD"]).stdin(Stdio::null()).kill_on_drop(true);
@@ -58,7 +59,7 @@ async fn rules(program: &str) -> Option<String> {
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Whether a FORWARD chain, as `-S` prints it, drops packets from or to the interfaces.
+/// Returns whether a FORWARD chain, as `-S` prints it, drops packets from or to the interfaces.
 fn drops(text: &str, interface: &str) -> bool {
     let has = |rule: &str| text.lines().any(|line| line.trim() == rule);
     let accepted = has("-A FORWARD -j ACCEPT")

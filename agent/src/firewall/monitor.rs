@@ -1,4 +1,4 @@
-//! nftables notifications: transactions that touch one table, whoever made them.
+//! nftables notifications: transactions of any program that touch one table.
 
 use std::io;
 use std::mem;
@@ -24,27 +24,27 @@ const NFGENMSG_LENGTH: usize = 4;
 const ALIGNMENT: usize = 4;
 /// Bytes of the largest message that the kernel sends: NLMSG_GOODSIZE is a page or 8 KiB.
 const MAX_MESSAGE: usize = 64 << 10;
-/// Bytes of the receive buffer: other programs' large transactions come here, too.
+/// Receive buffer in bytes: the socket also receives large transactions of other programs.
 const RECEIVE_BUFFER: usize = 1 << 20;
 
 /// A subscription to nftables notifications in the network namespace of the thread that made it.
 pub(super) struct Monitor {
     socket: TokioSocket,
     buffer: Vec<u8>,
-    /// Whether the transaction that is being read has touched the table.
+    /// True if the transaction that is being read has touched the table.
     touched: bool,
 }
 
 impl Monitor {
-    /// Subscribes.
+    /// Subscribes to nftables notifications.
     ///
     /// # Errors
-    /// The kernel has no nfnetlink, or CAP_NET_ADMIN is missing.
+    /// An I/O error if the kernel has no nfnetlink, or if CAP_NET_ADMIN is missing.
     pub(super) fn start() -> io::Result<Self> {
         let mut socket = TokioSocket::new(protocols::NETLINK_NETFILTER)?;
         socket.socket_mut().bind(&SocketAddr::new(0, 0))?;
         socket.socket_mut().add_membership(NFNLGRP_NFTABLES)?;
-        // The default size works as well: what is lost is reported as ENOBUFS.
+        // The default size works as well: the kernel reports lost notifications as ENOBUFS.
         let _ = socket.socket_mut().set_rx_buf_sz(RECEIVE_BUFFER);
         Ok(Self { socket, buffer: Vec::with_capacity(MAX_MESSAGE), touched: false })
     }
@@ -55,7 +55,7 @@ impl Monitor {
     }
 
     /// Discards the notifications that have arrived. Returns the number of transactions that
-    /// touched `table`; lost notifications count as two, because nothing is known of them.
+    /// touched `table`; lost notifications count as two, because their number is unknown.
     pub(super) fn drain(&mut self, table: &str) -> usize {
         let mut transactions = 0;
         while let Some(count) = self.receive(table).now_or_never() {
@@ -76,8 +76,8 @@ impl Monitor {
     }
 }
 
-/// Transactions that end in `datagram` and have touched `table`. `touched` carries over to the next
-/// datagram.
+/// Returns the number of transactions that end in `datagram` and have touched `table`. `touched`
+/// carries over to the next datagram.
 fn transactions(datagram: &[u8], table: &str, touched: &mut bool) -> usize {
     let (mut rest, mut ended) = (datagram, 0);
     while let Ok(message) = NetlinkBuffer::new_checked(rest) {
@@ -93,7 +93,7 @@ fn transactions(datagram: &[u8], table: &str, touched: &mut bool) -> usize {
     ended
 }
 
-/// Whether a message about a table or its content is about `table`.
+/// Returns whether a message about a table or its content concerns `table`.
 fn concerns(payload: &[u8], table: &str) -> bool {
     let Some((header, attributes)) = payload.split_at_checked(NFGENMSG_LENGTH) else {
         return false;

@@ -20,7 +20,7 @@ const RESYNC_INTERVAL: Duration = Duration::from_secs(10);
 const MAX_COMPARISONS: usize = 20;
 /// Window of [`MAX_COMPARISONS`].
 const PACE_WINDOW: Duration = Duration::from_secs(1);
-/// Age up to which counters that were read serve another scrape.
+/// Maximum age of counters that are served to another scrape.
 const COUNTERS_MAX_AGE: Duration = Duration::from_secs(1);
 
 /// State of the firewall, for the status.
@@ -28,13 +28,13 @@ const COUNTERS_MAX_AGE: Duration = Duration::from_secs(1);
 pub struct FirewallStatus {
     /// Name of the table, of the family inet.
     pub table: String,
-    /// Whether the table is in place.
+    /// True if the table is installed.
     pub active: bool,
-    /// Reason why the table is not in place although it is configured.
+    /// Reason why the configured table is not installed.
     pub error: Option<String>,
-    /// Others' chains that drop forwarded packets of pods, each with the remedy.
+    /// Chains of other programs that drop forwarded packets of pods, each with the remedy.
     pub closed: Vec<String>,
-    /// Others' chains whose policy is not known, each with the reason.
+    /// Chains of other programs whose policy is not known, each with the reason.
     #[serde(default)]
     pub unknown: Vec<String>,
 }
@@ -108,7 +108,7 @@ impl Firewall {
     /// Waits until the latest rules were tried.
     ///
     /// # Errors
-    /// The reason why the table is not in place.
+    /// The reason why the table is not installed.
     pub async fn settled(&self) -> Result<(), String> {
         let revision = self.rules.borrow().0;
         let mut state = self.state.clone();
@@ -140,8 +140,8 @@ impl Firewall {
         self.state.borrow().status.clone()
     }
 
-    /// Counters of the drops; `None` if there is no table. However many callers ask, `nft` runs
-    /// once a second.
+    /// Returns the counters of the drops; `None` without a table. `nft` runs at most once per
+    /// second, independent of the number of callers.
     pub async fn counters(&self) -> Option<Counters> {
         let mut last = self.counters.lock().await;
         if let Some((at, counters)) = *last
@@ -160,9 +160,9 @@ struct Reconciler {
     table: Table,
     rules: watch::Receiver<(u64, Rules)>,
     state: watch::Sender<State>,
-    /// Whether rules of an earlier configuration may be left in others' chains.
+    /// True if rules of an earlier configuration may remain in chains of other programs.
     forward_unknown: bool,
-    /// Complaints that were logged already.
+    /// Messages that were logged already.
     complaints: Vec<String>,
     /// Times of the last comparisons that notifications caused, at most [`MAX_COMPARISONS`].
     comparisons: VecDeque<Instant>,
@@ -176,7 +176,7 @@ impl Reconciler {
             tokio::select! {
                 changed = self.rules.changed() => match changed {
                     Ok(()) => self.take_rules().await,
-                    // The last handle is gone.
+                    // The last handle was dropped.
                     Err(_) => return,
                 },
                 () = self.table.changed() => {
@@ -191,7 +191,7 @@ impl Reconciler {
         }
     }
 
-    /// Waits as long as notifications have caused too many comparisons.
+    /// Waits while notifications have caused [`MAX_COMPARISONS`] within [`PACE_WINDOW`].
     async fn pace(&mut self) {
         if self.comparisons.len() == MAX_COMPARISONS
             && let Some(first) = self.comparisons.pop_front()
@@ -235,16 +235,17 @@ impl Reconciler {
         });
     }
 
-    /// Lets pods' packets pass others' chains, or finds out which ones drop them.
+    /// Adds accept rules for pods' packets to chains of other programs, or reports the chains that
+    /// drop them.
     async fn open_others(&mut self) {
         let rules = &self.table.rules;
         let mut complaints = Vec::new();
         if self.forward_unknown {
             match forward::remove().await {
                 Ok(_) => self.forward_unknown = false,
-                Err(error) => {
-                    complaints.push(format!("rules of before in others' chains: {error}"))
-                }
+                Err(error) => complaints.push(format!(
+                    "rules of an earlier configuration in chains of other programs: {error}"
+                )),
             }
         }
         let pods = rules.pods.is_some();

@@ -50,7 +50,7 @@ pub struct PodRules {
 const OPTIONAL_CHAINS: [&str; 5] = ["from_pods", "leaving", "outward", "passing", "untracked"];
 
 impl Rules {
-    /// Whether no rule is wanted, and so no table.
+    /// Returns whether no rule is wanted, and therefore no table.
     pub fn is_empty(&self) -> bool {
         let any = self.drop_spoofed
             || self.drop_cleartext
@@ -60,8 +60,8 @@ impl Rules {
         !any
     }
 
-    /// One transaction that declares missing objects, empties the present ones and fills them. The
-    /// counters keep their values.
+    /// Returns the transaction that declares missing objects, empties existing ones and fills them.
+    /// The counters keep their values.
     pub(super) fn text(&self) -> String {
         let table = &self.table;
         let chains = [
@@ -136,7 +136,7 @@ impl Rules {
         }
     }
 
-    /// Prerouting: each source by the interfaces that its packets may arrive by.
+    /// Prerouting: the interfaces by which packets of each source may arrive.
     fn sources(&self) -> Vec<String> {
         let mut rules = Vec::new();
         if self.notrack {
@@ -176,8 +176,8 @@ impl Rules {
             return Vec::new();
         }
         // The routing table, asked with the input interface, knows a pod's own addresses only.
-        // Link-local and unspecified sources are the kernel's neighbour discovery; no node forwards
-        // them. A pod is not a router.
+        // Packets with link-local and unspecified sources belong to neighbour discovery; no node
+        // forwards them. Router messages are dropped, because a pod is not a router.
         [
             "icmpv6 type { nd-router-advert, nd-redirect } drop",
             "ip6 saddr { ::, fe80::/10 } accept",
@@ -188,8 +188,8 @@ impl Rules {
         .into()
     }
 
-    /// Output: the overlay's datagrams are not tracked. Each lane sends from a port of its own, so
-    /// the destination tells them apart.
+    /// Output: the overlay's datagrams are not tracked. The rules match the destination, because
+    /// each lane sends from a port of its own.
     fn untracked(&self) -> Vec<String> {
         if !self.notrack {
             return Vec::new();
@@ -226,7 +226,7 @@ impl Rules {
         let families = [("ip", 4, true), ("ip6", 6, false)];
         if self.masquerade_foreign {
             for (family, number, v4) in families {
-                // Without an overlay address of the family there is no source to give.
+                // Without an overlay address of the family, masquerading has no source address.
                 if self.local.iter().any(|net| net.addr().is_ipv4() == v4) {
                     rules.push(format!(
                         "oifname \"{}\" {family} saddr != @local{number} masquerade fully-random",

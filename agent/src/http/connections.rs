@@ -1,5 +1,5 @@
-//! Connections of the HTTP listeners: limits in number and time, so that a client that holds or repeats
-//! connections keeps no other client out.
+//! Connections of the HTTP listeners: limits in number and time, so that a client that holds or
+//! repeats connections cannot block other clients.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -15,13 +15,13 @@ use tokio::sync::Semaphore;
 /// Limits of one listener.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ConnectionLimits {
-    /// Connections at once. Further ones wait in the listener's queue.
+    /// Maximum number of open connections. Further connections wait in the listener's queue.
     pub(crate) connections: usize,
-    /// Connections at once from one address. Further ones are closed.
+    /// Maximum number of open connections from one address. Further connections are closed.
     pub(crate) per_source: usize,
-    /// Time for the whole request header.
+    /// Timeout of the whole request header.
     pub(crate) header_timeout: Duration,
-    /// Time for the one request and its answer.
+    /// Timeout of the request and its answer.
     pub(crate) timeout: Duration,
 }
 
@@ -37,7 +37,7 @@ impl Default for ConnectionLimits {
     }
 }
 
-/// Delay after a connection could not be accepted: descriptors do not come back at once.
+/// Delay after a failed accept, because descriptors are not released at once.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 /// Minimum interval of log lines about one kind of refusal.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
@@ -68,14 +68,14 @@ struct Sources(Arc<Mutex<HashMap<IpAddr, usize>>>);
 
 /// A counted connection of one client address; the count ends when this is dropped.
 #[derive(Debug)]
-struct SourcePlace {
+struct SourcePermit {
     sources: Sources,
     address: IpAddr,
 }
 
 impl Sources {
     /// Counts a connection from `address`, unless `limit` connections from there are open.
-    fn take(&self, address: IpAddr, limit: usize) -> Option<SourcePlace> {
+    fn take(&self, address: IpAddr, limit: usize) -> Option<SourcePermit> {
         let mut open = self.lock();
         let count = open.entry(address).or_default();
         if *count >= limit {
@@ -83,16 +83,16 @@ impl Sources {
         }
         *count += 1;
         drop(open);
-        Some(SourcePlace { sources: self.clone(), address })
+        Some(SourcePermit { sources: self.clone(), address })
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
-        // Nothing under the lock can panic half way.
+        // No code under the lock can panic in the middle of a change.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Drop for SourcePlace {
+impl Drop for SourcePermit {
     fn drop(&mut self) {
         let mut open = self.sources.lock();
         if let Some(count) = open.get_mut(&self.address) {
@@ -114,7 +114,7 @@ pub(crate) async fn accept(
     let sources = Sources::default();
     let (mut failed, mut refused) = (Refusals::default(), Refusals::default());
     loop {
-        // Fails only if the semaphore is closed, which no code does.
+        // The call fails only if the semaphore is closed, which no code does.
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         let (stream, client) = match listener.accept().await {
             Ok(accepted) => accepted,

@@ -1,4 +1,4 @@
-//! Metric families of the nftables table and of others' chains.
+//! Metric families of the nftables table and of the chains of other programs.
 
 use prometheus::proto::MetricFamily;
 
@@ -11,7 +11,7 @@ use crate::firewall::reconciler::FirewallStatus;
 pub struct Firewall {
     /// Status of the last comparison.
     pub status: FirewallStatus,
-    /// Counters of the drops; `None` while there is no table.
+    /// Counters of the drops; `None` without a table.
     pub counters: Option<Counters>,
 }
 

@@ -78,12 +78,14 @@ pub struct Present {
 }
 
 impl Wanted {
-    /// Makes the device where there is none, and marks it; nothing else is set yet. A device of this
-    /// node under another name gets its name back, or is removed if the name is taken by a second one.
+    /// Makes the device where there is none, and marks it; nothing else is set yet. A device of
+    /// this node under another name gets its name back, or is removed if the name is taken by a
+    /// second one.
     ///
     /// # Errors
     ///
-    /// The name belongs to somebody else, the device cannot be made, or the kernel refuses a request.
+    /// The name belongs to somebody else, the device cannot be made, or the kernel refuses a
+    /// request.
     pub async fn ensure_device(&self, netlink: &Netlink) -> Result<Present, InterfaceError> {
         let provisional = Provisional::new(&self.name, &self.alias);
         let found = netlink.link(&self.name).await?;
@@ -114,7 +116,8 @@ impl Wanted {
         Ok(Present { index, created: true })
     }
 
-    /// TUN devices of this node under a name that is neither the interface's nor the provisional one.
+    /// TUN devices of this node under a name that is neither the interface's nor the provisional
+    /// one.
     async fn renamed(
         &self,
         netlink: &Netlink,

@@ -21,8 +21,8 @@ pub struct Link {
     pub alias: String,
     /// MTU in bytes.
     pub mtu: u32,
-    /// MTU of IPv6 packets in bytes (`net.ipv6.conf.<name>.mtu`), which router advertisements lower;
-    /// `None` if the link has no IPv6.
+    /// MTU of IPv6 packets in bytes (`net.ipv6.conf.<name>.mtu`), which router advertisements
+    /// lower; `None` if the link has no IPv6.
     pub ipv6_mtu: Option<u32>,
     /// Length of the transmit queue in packets.
     pub txqueuelen: u32,

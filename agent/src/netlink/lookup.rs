@@ -72,9 +72,9 @@ impl Netlink {
         Ok(Lookup::parse(&answer))
     }
 
-    /// The route of the routing tables (policy rules included) for packets of this machine to `to`, with
-    /// all its next hops and without what was learnt from ICMP; `from`: their source. `None` if there is
-    /// no route.
+    /// The route of the routing tables (policy rules included) for packets of this machine to `to`,
+    /// with all its next hops and without what was learnt from ICMP; `from`: their source. `None`
+    /// if there is no route.
     ///
     /// # Errors
     /// The request cannot be sent, or its answer cannot be read.

@@ -46,7 +46,8 @@ impl NetlinkError {
         Self { what: what.to_string(), source }
     }
 
-    /// Whether the kernel found the request invalid (EINVAL), as a source address that nobody here has.
+    /// Whether the kernel found the request invalid (EINVAL), as a source address that nobody here
+    /// has.
     pub fn is_invalid(&self) -> bool {
         self.errno() == Some(libc::EINVAL)
     }

@@ -80,8 +80,8 @@ impl Monitor {
         self.changed.notified().await;
     }
 
-    /// Waits until a link, an address, a route or a policy rule that may be of the underlay has been
-    /// announced since the last call.
+    /// Waits until a link, an address, a route or a policy rule that may be of the underlay has
+    /// been announced since the last call.
     pub async fn underlay_changed(&self) {
         self.underlay.notified().await;
     }

@@ -1,5 +1,5 @@
-//! Notifications of changed interface settings (RTNLGRP_IPV4_NETCONF, RTNLGRP_IPV6_NETCONF), such as
-//! forwarding. The rtnetlink crate has no type for these messages.
+//! Notifications of changed interface settings (RTNLGRP_IPV4_NETCONF, RTNLGRP_IPV6_NETCONF), such
+//! as forwarding. The rtnetlink crate has no type for these messages.
 
 use std::io;
 

@@ -32,7 +32,8 @@ pub struct Route {
     pub metric: Option<u32>,
 }
 
-/// Metric that the kernel gives to an IPv6 route without one (IP6_RT_PRIO_USER, linux/ipv6_route.h).
+/// Metric that the kernel gives to an IPv6 route without one (IP6_RT_PRIO_USER,
+/// linux/ipv6_route.h).
 const DEFAULT_IPV6_METRIC: u32 = 1024;
 
 impl Route {
@@ -170,8 +171,8 @@ impl Netlink {
         Ok(all)
     }
 
-    /// Adds a route that may be there already; returns whether it changed anything. A route of Skein
-    /// by the same interface that differs is replaced.
+    /// Adds a route that may be there already; returns whether it changed anything. A route of
+    /// Skein by the same interface that differs is replaced.
     ///
     /// # Errors
     ///
@@ -212,7 +213,8 @@ impl Netlink {
         })
     }
 
-    /// Puts a route in the place of one that differs in its MTU or source: there is one at any time.
+    /// Puts a route in the place of one that differs in its MTU or source: there is one at any
+    /// time.
     pub async fn replace_route(&self, route: &Route) -> Result<(), NetlinkError> {
         let result = self.handle.route().add(route.message()?).replace().execute().await;
         result.map_err(|error| {

@@ -60,10 +60,11 @@ impl Underlay {
 }
 
 impl Netlink {
-    /// The MTU of the underlay: the smallest of the devices, and of the routes, that lead to the peers'
-    /// endpoints. If none leads to a peer: that of the devices with the listening addresses and with
-    /// default routes, or else of those with this node's own endpoints. Every next hop of a multipath route
-    /// counts. The overlay's interface and pods' interfaces never count. `None` if no device is left.
+    /// The MTU of the underlay: the smallest of the devices, and of the routes, that lead to the
+    /// peers' endpoints. If none leads to a peer: that of the devices with the listening addresses
+    /// and with default routes, or else of those with this node's own endpoints. Every next hop of
+    /// a multipath route counts. The overlay's interface and pods' interfaces never count. `None`
+    /// if no device is left.
     ///
     /// # Errors
     /// The kernel does not list its links, addresses or routes.
@@ -148,15 +149,16 @@ impl Netlink {
         Ok(holders.map(way).collect())
     }
 
-    /// Indices of the interfaces by which default routes of the main table lead, whoever made them. An
-    /// interface that cannot be told is 0.
+    /// Indices of the interfaces by which default routes of the main table lead, whoever made them.
+    /// An interface that cannot be told is 0.
     ///
     /// # Errors
     /// The kernel does not list its routes.
     pub async fn default_interfaces(&self) -> Result<Vec<u32>, NetlinkError> {
         let mut interfaces = Vec::new();
         for route in self.default_routes().await? {
-            // This namespace may not be the one of the thread, in which nexthop objects are looked up.
+            // This namespace may not be the one of the thread, in which nexthop objects are looked
+            // up.
             let devices = super::next_hop::named_devices(&route);
             interfaces.extend(if devices.is_empty() { vec![0] } else { devices });
         }

@@ -1,5 +1,6 @@
-//! Unreachable routes for pod prefixes: the kernel refuses a packet that no better route covers, and
-//! tells its sender, instead of forwarding the packet to the underlay in clear (RFC 4632, section 5.1).
+//! Unreachable routes for pod prefixes: the kernel refuses a packet that no better route covers,
+//! and tells its sender, instead of forwarding the packet to the underlay in clear (RFC 4632,
+//! section 5.1).
 //!
 //! The routes have Skein's protocol number, the worst metric and no interface of their own, so that
 //! they stay when the overlay's interface goes down or is deleted.
@@ -18,8 +19,9 @@ use super::route::{PROTOCOL, destination};
 use super::{Netlink, NetlinkError};
 use crate::config::ALIAS_PREFIX;
 
-/// Metric of the unreachable routes: the worst that the kernel has, so that every other route to the
-/// same prefix wins. (0 would mean 1024 for IPv6, as good as the metric of the overlay's routes.)
+/// Metric of the unreachable routes: the worst that the kernel has, so that every other route to
+/// the same prefix wins. (0 would mean 1024 for IPv6, as good as the metric of the overlay's
+/// routes.)
 pub const METRIC: u32 = u32::MAX;
 
 /// Whether a route is one of the unreachable routes of Skein.
@@ -58,8 +60,8 @@ impl Netlink {
         Ok(messages.iter().filter(|route| is_unreachable(route)).filter_map(destination).collect())
     }
 
-    /// Adds an unreachable route; returns whether it was added. One that exists is no error. A kernel
-    /// without the address family forwards no packet of it, and needs no route.
+    /// Adds an unreachable route; returns whether it was added. One that exists is no error. A
+    /// kernel without the address family forwards no packet of it, and needs no route.
     ///
     /// # Errors
     ///
@@ -119,8 +121,9 @@ impl Netlink {
     }
 
     /// Brings the unreachable routes to `wanted`, the new ones first. A failure does not stop the
-    /// rest. A route that is not wanted is removed if it is in `before` (this process wanted it), or if
-    /// no Skein agent but the one of `alias` has an interface here that the route may belong to.
+    /// rest. A route that is not wanted is removed if it is in `before` (this process wanted it),
+    /// or if no Skein agent but the one of `alias` has an interface here that the route may belong
+    /// to.
     pub async fn ensure_unreachable_routes(
         &self,
         wanted: &BTreeSet<IpNet>,

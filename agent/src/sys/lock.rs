@@ -1,7 +1,7 @@
 //! Exclusive locks on files (flock(2)), which tell which process has a role.
 //!
-//! The lock belongs to the open file description: a copy of the descriptor in another process keeps it, and
-//! the kernel releases it when the last copy is closed, however those processes end.
+//! The lock belongs to the open file description: a copy of the descriptor in another process keeps
+//! it, and the kernel releases it when the last copy is closed, however those processes end.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -16,8 +16,8 @@ use rustix::fs::{FlockOperation, flock};
 pub struct FileLock(File);
 
 impl FileLock {
-    /// Takes the lock on the file at `path`, which is created with mode 0600. Returns `None` while another
-    /// process has the lock.
+    /// Takes the lock on the file at `path`, which is created with mode 0600. Returns `None` while
+    /// another process has the lock.
     ///
     /// # Errors
     /// The file cannot be opened, created or locked.

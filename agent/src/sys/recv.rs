@@ -258,7 +258,8 @@ pub(super) fn reported_mtu(socket: BorrowedFd<'_>) -> io::Result<Option<u32>> {
         let error = io::Error::last_os_error();
         return if error.kind() == io::ErrorKind::WouldBlock { Ok(None) } else { Err(error) };
     }
-    // SAFETY: `header` was filled by recvmsg, so that the CMSG macros stay within the control buffer.
+    // SAFETY: `header` was filled by recvmsg, so that the CMSG macros stay within the control
+    // buffer.
     let mut cmsg = unsafe { libc::CMSG_FIRSTHDR(&raw const header) };
     // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR give null or a whole, aligned cmsghdr.
     while let Some(head) = unsafe { cmsg.as_ref() } {

@@ -247,8 +247,8 @@ fn write_control(head: &mut libc::msghdr, control: &mut Control, message: &Messa
     let mut put = |level, kind, value: &[u8]| {
         let len = value.len() as libc::c_uint;
         // SAFETY: `control` has room for both messages (asserted above) and is aligned for cmsghdr;
-        // CMSG_SPACE is a multiple of that alignment, so the second one is aligned, too, and within.
-        // CMSG_DATA lies `value.len()` bytes or more before the end of the message.
+        // CMSG_SPACE is a multiple of that alignment, so the second one is aligned, too, and
+        // within. CMSG_DATA lies `value.len()` bytes or more before the end of the message.
         unsafe {
             let cmsg: *mut libc::cmsghdr = start.add(used).cast();
             (*cmsg).cmsg_level = level;

@@ -168,10 +168,11 @@ pub fn family_supported(ip: IpAddr) -> bool {
     !matches!(socket, Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT))
 }
 
-/// Longest UDP payload in bytes that this host's route to `destination` carries; `from` is the address
-/// to send from. The kernel is asked by a datagram of `refused` bytes, which a socket with the lanes'
-/// options has refused to send (EMSGSIZE): it reports the MTU that it went by. ICMP messages are no
-/// part of it. `None` if the kernel sends such a datagram by now, or does not report the MTU.
+/// Longest UDP payload in bytes that this host's route to `destination` carries; `from` is the
+/// address to send from. The kernel is asked by a datagram of `refused` bytes, which a socket with
+/// the lanes' options has refused to send (EMSGSIZE): it reports the MTU that it went by. ICMP
+/// messages are no part of it. `None` if the kernel sends such a datagram by now, or does not
+/// report the MTU.
 ///
 /// # Errors
 /// A system call failed, also if the destination is unreachable.
@@ -283,7 +284,8 @@ fn enable_gro(socket: BorrowedFd<'_>, allowed: bool, notes: &mut Vec<Note>) -> b
 }
 
 /// Makes a socket report the ECN field of what it receives, or stops that. The kernel reads the
-/// field from each datagram at the time of the receive, so that waiting datagrams are reported, too.
+/// field from each datagram at the time of the receive, so that waiting datagrams are reported,
+/// too.
 ///
 /// # Errors
 /// The kernel's refusal of the socket option.

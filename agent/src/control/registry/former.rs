@@ -1,6 +1,6 @@
-//! Prefixes that need an unreachable route: those of the cluster and of every node, and those that
-//! a node owned once. Pods of a node that is gone may still be addressed, by a name that was
-//! resolved earlier or by an established connection.
+//! Prefixes that need an unreachable route: those of the cluster, those of every node, and former
+//! ones. Clients may still send to pods of a removed node, because of an earlier name resolution or
+//! an established connection.
 
 use std::collections::{BTreeSet, VecDeque};
 
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::settle::Accepted;
 use crate::config::Config;
 
-/// Former prefixes that are kept; beyond that the oldest are forgotten.
+/// Maximum number of former prefixes that are kept; beyond it the oldest are dropped.
 const MAX_FORMER: usize = 4096;
 
 /// Prefixes that a node owned and that no node owns any more, the oldest first.
@@ -42,14 +42,14 @@ impl FormerPrefixes {
     }
 }
 
-/// Pod CIDRs of all nodes: those of the records, and `local` for this node.
+/// Returns the pod CIDRs of all nodes: those of the records, and `local` for this node.
 pub(super) fn prefixes(accepted: &Accepted, local: &[IpNet]) -> BTreeSet<IpNet> {
     let recorded = accepted.values().flatten().flat_map(|record| &record.pod_cidrs);
     recorded.chain(local).copied().collect()
 }
 
-/// Prefixes for unreachable routes: the cluster's, this node's (`local`), and of the owned and
-/// former ones those that the cluster's do not cover. A former prefix inside an owned one is left
+/// Returns the prefixes for unreachable routes: the cluster's, this node's (`local`), and the owned
+/// and former ones that the cluster's do not cover. A former prefix inside an owned one is left
 /// out, because its route would win over the route to the owner.
 pub fn unreachable_prefixes(
     config: &Config,
@@ -66,7 +66,7 @@ pub fn unreachable_prefixes(
     outside.chain(local).chain(cluster).copied().collect()
 }
 
-/// Whether `net` or a prefix that contains it is in `set`.
+/// Returns whether `net` or a prefix that contains it is in `set`.
 fn is_covered(net: &IpNet, set: &BTreeSet<IpNet>) -> bool {
     std::iter::successors(Some(*net), IpNet::supernet).any(|net| set.contains(&net))
 }

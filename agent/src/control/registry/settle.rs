@@ -76,8 +76,9 @@ fn own_error(own: &Own, records: &[NodeRecord]) -> Option<String> {
     outside(own, record)
 }
 
-/// Whoever steals a node must not get traffic of the world at large with it. Nor must an endpoint
-/// lie where only pods are: the node would be cut off from it.
+/// Returns the reason to refuse a record with addresses outside the node's bounds. A stolen node
+/// must not attract traffic to addresses outside the cluster. An endpoint must not lie in a pod
+/// prefix, because an unreachable route would cut the node off from it.
 fn outside(own: &Own, record: &NodeRecord) -> Option<String> {
     let NodeRecord { name, pod_cidrs, endpoints, .. } = record;
     if let Err(error) = check_inside(pod_cidrs, &own.cluster_cidrs) {

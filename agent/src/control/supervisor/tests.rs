@@ -327,13 +327,13 @@ async fn handshake_times_go_to_the_next_data_process() {
     let asked: Vec<_> = (0..3).map(|_| fake.next()).collect();
     assert_eq!(asked, ["hello", "apply 1", "seen handshakes"]);
     lab.handle.end(End::Keep).await;
-    // Another agent and another data process, with the same state directory.
+    // A second agent and a second data process, with the same state directory.
     let lab = supervise(&fake);
     lab.first.await.unwrap().unwrap();
     let asked = [fake.next(), fake.next()];
     assert_eq!(asked, ["hello".to_owned(), format!("apply 1 seen {:?}", seen_of_one())]);
     lab.handle.end(End::Keep).await;
-    // One of a release that refuses what it does not know.
+    // A data process of a release that refuses unknown fields.
     let older = Fake::start(willing);
     std::fs::copy(&file, older.socket.with_file_name("handshakes.json")).unwrap();
     let lab = supervise(&older);

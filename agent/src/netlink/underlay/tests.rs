@@ -1,4 +1,5 @@
-//! Underlays of several devices, each in a scratch network namespace of the real kernel. They need root.
+//! Underlays of several devices, each in a scratch network namespace of the real kernel. They need
+//! root.
 
 #![allow(clippy::unwrap_used)]
 
