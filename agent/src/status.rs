@@ -80,7 +80,8 @@ fn header(now: &Document) -> String {
     lines.iter().map(|(name, value)| format!("{name:<13} {value}\n")).collect()
 }
 
-/// The nftables table, and others' chains that drop pods' packets.
+/// Returns the lines about the nftables table and about chains of other programs that drop pods'
+/// packets.
 fn firewall(firewall: &FirewallStatus) -> Vec<(&'static str, String)> {
     let state = match (&firewall.error, firewall.active) {
         (Some(error), _) => format!("not in place: {error}"),

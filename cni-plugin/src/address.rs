@@ -1,5 +1,5 @@
-//! Canonical forms of addresses: an IPv4-mapped IPv6 address (`::ffff:192.0.2.1`) is taken for the
-//! IPv4 address that it stands for, so that no check sees another address than the kernel does.
+//! Canonical forms of addresses: an IPv4-mapped IPv6 address (`::ffff:192.0.2.1`) is converted to
+//! the IPv4 address that it stands for, so that every check sees the same address as the kernel.
 
 use std::net::IpAddr;
 

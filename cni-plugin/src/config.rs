@@ -136,7 +136,7 @@ impl Config {
         let ips = asked.iter().map(|text| {
             let ip = text.parse().or_else(|_| text.parse::<IpNet>().map(|net| net.addr()));
             ip.map(|ip: IpAddr| ip.to_canonical())
-                .map_err(|_| invalid(format!("runtimeConfig.ips: {text:?} is no address")))
+                .map_err(|_| invalid(format!("runtimeConfig.ips: {text:?} is not an address")))
         });
         let timeout = document.timeout_seconds.unwrap_or(30);
         if timeout == 0 {

@@ -24,7 +24,7 @@ const AWAY: u32 = 101;
 /// How long a DEL waits for the agent before it is kept for later: kubelet has other pods to delete.
 const DEL_PATIENCE: Duration = Duration::from_secs(10);
 /// Maximum time that STATUS waits for the agent. Runtimes call STATUS while kubelet waits for their
-/// state, and kubelet stops to synchronise pods if it gets none for 30 s.
+/// state, and kubelet stops synchronising pods if it gets no state for 30 s.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
 /// The magic number of nsfs (linux/magic.h).
 const NSFS: rustix::fs::FsWord = 0x6e73_6673;
@@ -203,7 +203,7 @@ fn own_addresses(previous: &Value, ifname: &str) -> Result<Vec<IpNet>, Failure> 
         let text = ip["address"].as_str().ok_or_else(|| wrong("an ip without an address"))?;
         text.parse()
             .map(canonical_net)
-            .map_err(|_| wrong(&format!("{text:?} is no address with a prefix length")))
+            .map_err(|_| wrong(&format!("{text:?} is not an address with a prefix length")))
     })
     .collect()
 }
@@ -253,7 +253,7 @@ fn unexpected(answer: Answer) -> Failure {
     }
 }
 
-/// The failure of a request that got no answer within `limit`.
+/// Returns the failure of a request without an answer within `limit`.
 fn away(code: u32, config: &Config, error: &FrameError, limit: Duration) -> Failure {
     let (socket, seconds) = (config.socket.display(), limit.as_secs());
     // A socket's timeout (SO_RCVTIMEO, SO_SNDTIMEO) is EAGAIN, which is WouldBlock.

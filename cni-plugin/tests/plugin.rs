@@ -325,7 +325,7 @@ fn with_the_agent_away() {
 #[test]
 fn status_waits_no_longer_than_5_s() {
     let lab = Lab::new();
-    // Accepts nobody: as an agent that is stopped.
+    // The listener accepts no connection, like a stopped agent.
     let _listener = UnixListener::bind(lab.socket()).unwrap();
     for (seconds, expected) in [(30, 5), (1, 1)] {
         let input = lab.configuration("1.1.0", json!({ "timeoutSeconds": seconds }));

@@ -78,14 +78,14 @@ pub struct Present {
 }
 
 impl Wanted {
-    /// Makes the device where there is none, and marks it; nothing else is set yet. A device of
-    /// this node under another name gets its name back, or is removed if the name is taken by a
-    /// second one.
+    /// Creates the device if it does not exist, and marks it with its alias; sets nothing else. A
+    /// device of this node under another name gets its name back, or is removed if a second device
+    /// of this node has the name.
     ///
     /// # Errors
     ///
-    /// The name belongs to somebody else, the device cannot be made, or the kernel refuses a
-    /// request.
+    /// [`InterfaceError`] if the name belongs to another owner, if the device cannot be created, or
+    /// if the kernel refuses a request.
     pub async fn ensure_device(&self, netlink: &Netlink) -> Result<Present, InterfaceError> {
         let provisional = Provisional::new(&self.name, &self.alias);
         let found = netlink.link(&self.name).await?;
@@ -97,15 +97,11 @@ impl Wanted {
             let was = &link.name;
             if index.is_some() {
                 netlink.delete_link(link.index).await?;
-                tracing::warn!(
-                    interface = self.name,
-                    was,
-                    "a second interface of this node is removed"
-                );
+                tracing::warn!(interface = self.name, was, "second interface of this node removed");
                 continue;
             }
             self.rename_back(netlink, &link).await?;
-            tracing::warn!(interface = self.name, was, "the renamed interface has its name again");
+            tracing::warn!(interface = self.name, was, "renamed interface has its name back");
             index = Some(link.index);
         }
         if let Some(index) = index {
@@ -116,8 +112,8 @@ impl Wanted {
         Ok(Present { index, created: true })
     }
 
-    /// TUN devices of this node under a name that is neither the interface's nor the provisional
-    /// one.
+    /// Returns the TUN devices of this node whose name is neither the interface's nor the
+    /// provisional one.
     async fn renamed(
         &self,
         netlink: &Netlink,
@@ -134,7 +130,7 @@ impl Wanted {
     async fn rename_back(&self, netlink: &Netlink, link: &Link) -> Result<(), NetlinkError> {
         let rename = LinkChange { name: Some(self.name.clone()), ..LinkChange::default() };
         match netlink.change_link(link.index, &rename).await {
-            // Before Linux 6.2 only a device that is down takes a name.
+            // Before Linux 6.2 only a device that is down can be renamed.
             Err(error) if error.errno() == Some(libc::EBUSY) => {
                 let down = LinkChange { down: true, ..LinkChange::default() };
                 netlink.change_link(link.index, &down).await?;
@@ -333,11 +329,11 @@ pub struct Outcome {
     pub changes: Vec<String>,
     /// What could not be done.
     pub errors: Vec<String>,
-    /// Prefixes that another program has a route to.
+    /// Prefixes to which another program has a route.
     pub conflicts: Vec<RouteConflict>,
 }
 
-/// A prefix of a peer that another program has a route to, so that the overlay does not carry it.
+/// A prefix of a peer to which another program has a route, so that the overlay does not carry it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RouteConflict {
     /// The prefix.

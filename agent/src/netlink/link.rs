@@ -68,7 +68,7 @@ impl From<LinkMessage> for Link {
     }
 }
 
-/// The IPv6 MTU among the settings of a link's address families.
+/// Returns the IPv6 MTU from the settings of a link's address families.
 fn ipv6_mtu(families: &[AfSpecUnspec]) -> Option<u32> {
     let settings = families.iter().filter_map(|family| match family {
         AfSpecUnspec::Inet6(settings) => Some(settings),
@@ -81,7 +81,7 @@ fn ipv6_mtu(families: &[AfSpecUnspec]) -> Option<u32> {
 }
 
 impl Link {
-    /// Whether the link is a TUN device with this alias.
+    /// Returns whether the link is a TUN device with this alias.
     pub fn is_tun_of(&self, alias: &str) -> bool {
         self.kind.as_deref() == Some("tun") && self.alias == alias
     }
@@ -114,7 +114,7 @@ pub struct LinkChange {
     pub no_multicast: bool,
     /// Whether to bring it up.
     pub up: bool,
-    /// Whether to take it down.
+    /// True to set the link down.
     pub down: bool,
 }
 

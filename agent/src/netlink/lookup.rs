@@ -72,12 +72,12 @@ impl Netlink {
         Ok(Lookup::parse(&answer))
     }
 
-    /// The route of the routing tables (policy rules included) for packets of this machine to `to`,
-    /// with all its next hops and without what was learnt from ICMP; `from`: their source. `None`
-    /// if there is no route.
+    /// Returns the route of the routing tables (policy rules included) for packets of this machine
+    /// to `to`, with all its next hops and without exceptions learnt from ICMP. `from` is the
+    /// source of the packets. `None` if no route exists.
     ///
     /// # Errors
-    /// The request cannot be sent, or its answer cannot be read.
+    /// [`NetlinkError`] if the request cannot be sent, or if its answer cannot be read.
     pub(super) async fn table_route(
         &self,
         to: IpAddr,
@@ -87,7 +87,8 @@ impl Netlink {
         message.header.flags = RouteFlags::FibMatch;
         match self.answer(to, message).await {
             Ok(answer) => Ok(Some(answer)),
-            // Each kind of route that leads nowhere has an error of its own.
+            // Each type of route without a next hop (unreachable, blackhole, prohibit) has its own
+            // error.
             Err(error) if error.errno().is_some() => Ok(None),
             Err(error) => Err(error),
         }
@@ -110,7 +111,7 @@ fn request(to: IpAddr, from: Option<IpAddr>) -> Result<RouteMessage, NetlinkErro
     let bits = if to.is_ipv4() { 32 } else { 128 };
     let builder = RouteMessageBuilder::<IpAddr>::new().destination_prefix(to, bits);
     let mut message = builder.map_err(|error| wrong(to, error.to_string()))?.build();
-    // The answer's business; strict checking refuses them in a question.
+    // These fields belong to the answer; strict checking refuses them in a request.
     message.header.table = 0;
     message.header.protocol = RouteProtocol::Unspec;
     message.header.scope = 0.into();

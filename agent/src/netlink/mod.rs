@@ -46,8 +46,8 @@ impl NetlinkError {
         Self { what: what.to_string(), source }
     }
 
-    /// Whether the kernel found the request invalid (EINVAL), as a source address that nobody here
-    /// has.
+    /// Returns whether the kernel refused the request as invalid (EINVAL), for example because no
+    /// interface has the source address.
     pub fn is_invalid(&self) -> bool {
         self.errno() == Some(libc::EINVAL)
     }

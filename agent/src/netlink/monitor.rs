@@ -1,5 +1,5 @@
-//! Notifications of the kernel that somebody changed the interface, its addresses, its routes, the
-//! unreachable routes, the forwarding settings, or the underlay.
+//! Notifications of the kernel about changes of the interface, its addresses, its routes, the
+//! unreachable routes, the forwarding settings, and the underlay.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -20,10 +20,10 @@ use super::pod::HOST_PREFIX;
 use super::route::PROTOCOL;
 use super::unreachable::is_unreachable;
 
-/// Delay after a failure of the socket for changed settings.
+/// Delay after an error of the socket for changed settings.
 const SETTINGS_RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// Listens to the kernel's announcements about one interface, and about the underlay.
+/// A subscription to the kernel's notifications about one interface and about the underlay.
 #[derive(Debug)]
 pub struct Monitor {
     index: Arc<AtomicU32>,
@@ -80,8 +80,8 @@ impl Monitor {
         self.changed.notified().await;
     }
 
-    /// Waits until a link, an address, a route or a policy rule that may be of the underlay has
-    /// been announced since the last call.
+    /// Waits until the kernel has reported, since the last call, a change of a link, an address, a
+    /// route or a policy rule that may belong to the underlay.
     pub async fn underlay_changed(&self) {
         self.underlay.notified().await;
     }
@@ -125,7 +125,8 @@ fn concerns(message: &RouteNetlinkMessage, name: &str, index: u32) -> bool {
     }
 }
 
-/// True unless the message is about the overlay's own interface, a pod's, or a route of Skein.
+/// Returns true unless the message concerns the overlay's interface, a pod's interface, or a route
+/// of Skein.
 fn concerns_underlay(message: &RouteNetlinkMessage, overlay: &str, index: u32) -> bool {
     match message {
         RouteNetlinkMessage::NewLink(link) | RouteNetlinkMessage::DelLink(link) => {

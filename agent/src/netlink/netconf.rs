@@ -32,7 +32,7 @@ impl Subscription {
     ///
     /// # Errors
     ///
-    /// The kernel refuses the socket or its groups.
+    /// [`NetlinkError`] if the kernel refuses the socket or its multicast groups.
     pub(super) fn new() -> Result<Self, NetlinkError> {
         let open = || {
             let mut socket = TokioSocket::new(NETLINK_ROUTE)?;
@@ -49,12 +49,12 @@ impl Subscription {
         Ok(Self { socket, buffer: Vec::with_capacity(1 << 15) })
     }
 
-    /// Waits for notifications; returns whether one is about all interfaces or the one of `index`.
-    /// Notifications that the kernel lost count as such.
+    /// Waits for notifications; returns whether one concerns all interfaces or the one with
+    /// `index`. Lost notifications count as such.
     ///
     /// # Errors
     ///
-    /// The socket fails for another reason than lost notifications.
+    /// An I/O error of the socket, except for lost notifications (ENOBUFS).
     pub(super) async fn concerns(&mut self, index: impl Fn() -> u32) -> io::Result<bool> {
         self.buffer.clear();
         match self.socket.recv(&mut self.buffer).await {
@@ -65,7 +65,7 @@ impl Subscription {
     }
 }
 
-/// Whether one of the messages is about all interfaces or the one of `index`.
+/// Returns whether one of the messages concerns all interfaces or the one with `index`.
 fn concerns(mut messages: &[u8], index: u32) -> bool {
     while let Some((length, kind)) = number32(messages).zip(number16(messages.get(4..))) {
         let Some(message) = usize::try_from(length).ok().and_then(|end| messages.get(..end)) else {
@@ -78,7 +78,7 @@ fn concerns(mut messages: &[u8], index: u32) -> bool {
         {
             return true;
         }
-        // A length of zero would never end.
+        // A length of zero would cause an endless loop.
         let next = message.len().next_multiple_of(4).max(HEADER);
         messages = messages.get(next..).unwrap_or_default();
     }
@@ -143,7 +143,7 @@ mod tests {
             for value in [0, 1, 3, 0xff] {
                 let mut bytes = whole.clone();
                 bytes[at] = value;
-                // It ends, whatever it says.
+                // The parser terminates for every input.
                 let _ = concerns(&bytes, 9);
             }
         }

@@ -1,5 +1,5 @@
-//! Devices of a route's next hops: of a single one, of a multipath route (RTA_MULTIPATH), and of
-//! nexthop objects (RTA_NH_ID).
+//! Devices of a route's next hops: a single next hop, a multipath route (RTA_MULTIPATH), or nexthop
+//! objects (RTA_NH_ID).
 
 use std::collections::BTreeMap;
 use std::io;
@@ -30,17 +30,19 @@ const HEADER_LEN: usize = 16;
 const NHMSG_LEN: usize = 8;
 
 impl Netlink {
-    /// Indices of the devices by which packets of a route leave. Empty if the route names none.
+    /// Returns the indices of the devices by which packets of a route leave. Empty if the route
+    /// names none.
     ///
     /// # Errors
-    /// The kernel does not list its nexthop objects, where the route has nothing else.
+    /// [`NetlinkError`] if the route names only a nexthop object and the kernel does not list these
+    /// objects.
     pub(super) fn devices(&self, route: &RouteMessage) -> Result<Vec<u32>, NetlinkError> {
         let devices = named_devices(route);
         let object = route.attributes.iter().find_map(|attribute| match attribute {
             RouteAttribute::NhId(id) => Some(*id),
             _ => None,
         });
-        // With net.ipv4.nexthop_compat_mode = 0 the object is all that the kernel tells.
+        // With net.ipv4.nexthop_compat_mode = 0 the kernel reports only the object.
         match object.filter(|_| devices.is_empty()) {
             None => Ok(devices),
             Some(id) => Objects::list().map(|objects| objects.devices(id)).map_err(|source| {
@@ -50,7 +52,7 @@ impl Netlink {
     }
 }
 
-/// Indices of the devices that the route itself names.
+/// Returns the indices of the devices that the route itself names.
 pub(super) fn named_devices(route: &RouteMessage) -> Vec<u32> {
     let mut devices = Vec::new();
     for attribute in &route.attributes {
@@ -126,7 +128,8 @@ impl Objects {
         self.groups.extend(members.map(|members| (id, members)));
     }
 
-    /// Devices of an object, or of the members of a group. Groups have no groups as members.
+    /// Returns the devices of an object, or of the members of a group. Members of a group are never
+    /// groups.
     fn devices(&self, id: u32) -> Vec<u32> {
         let members = self.groups.get(&id).into_iter().flatten();
         members.chain([&id]).filter_map(|id| self.devices.get(id)).copied().collect()

@@ -28,12 +28,11 @@ pub struct Route {
     pub source: Option<IpAddr>,
     /// Its MTU in bytes, where it is not the interface's.
     pub mtu: Option<u32>,
-    /// Its metric; `None` is the kernel's default (0 for IPv4, 1024 for IPv6).
+    /// Metric; `None` is the kernel's default (0 for IPv4, 1024 for IPv6).
     pub metric: Option<u32>,
 }
 
-/// Metric that the kernel gives to an IPv6 route without one (IP6_RT_PRIO_USER,
-/// linux/ipv6_route.h).
+/// Default metric of IPv6 routes (IP6_RT_PRIO_USER, linux/ipv6_route.h).
 const DEFAULT_IPV6_METRIC: u32 = 1024;
 
 impl Route {
@@ -96,7 +95,7 @@ fn parse(message: &RouteMessage) -> Option<(IpNet, u32)> {
     Some((destination(message)?, interface?))
 }
 
-/// Destination prefix of a route; a default route has no attribute for it.
+/// Returns the destination prefix of a route; a default route has no such attribute.
 pub(super) fn destination(message: &RouteMessage) -> Option<IpNet> {
     let mut ip = match message.header.address_family {
         AddressFamily::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
@@ -111,7 +110,7 @@ pub(super) fn destination(message: &RouteMessage) -> Option<IpNet> {
     IpNet::new(ip, message.header.destination_prefix_length).ok()
 }
 
-/// MTU of a route in bytes; `None` if the route has none of its own.
+/// Returns the MTU of a route in bytes; `None` if the route has none of its own.
 pub(super) fn mtu(message: &RouteMessage) -> Option<u32> {
     message.attributes.iter().find_map(|attribute| match attribute {
         RouteAttribute::Metrics(metrics) => metrics.iter().find_map(|metric| match metric {
@@ -142,7 +141,7 @@ impl Netlink {
         Ok(routes)
     }
 
-    /// Unicast default routes of the main table, of both families.
+    /// Returns the unicast default routes of the main table, of both families.
     pub(super) async fn default_routes(&self) -> Result<Vec<RouteMessage>, NetlinkError> {
         let mut messages = self.dump_routes(&RouteMessage::default()).await?;
         // Kernels without strict checking answer with the routes of all tables.
@@ -171,8 +170,8 @@ impl Netlink {
         Ok(all)
     }
 
-    /// Adds a route that may be there already; returns whether it changed anything. A route of
-    /// Skein by the same interface that differs is replaced.
+    /// Adds a route that may exist already; returns whether a change was made. A different route of
+    /// Skein by the same interface is replaced.
     ///
     /// # Errors
     ///
@@ -213,8 +212,7 @@ impl Netlink {
         })
     }
 
-    /// Puts a route in the place of one that differs in its MTU or source: there is one at any
-    /// time.
+    /// Replaces a route that differs in its MTU or source, so that a route exists at any time.
     pub async fn replace_route(&self, route: &Route) -> Result<(), NetlinkError> {
         let result = self.handle.route().add(route.message()?).replace().execute().await;
         result.map_err(|error| {

@@ -155,7 +155,7 @@ fn changed_wants_are_followed_and_others_routes_stay() {
 }
 
 #[test]
-fn another_programs_route_is_a_conflict_that_leaves_the_rest_working() {
+fn route_of_another_program_is_a_conflict_of_one_prefix() {
     in_namespace(|| async {
         let netlink = Netlink::connect().unwrap();
         ip("link add dev other type bridge");
@@ -366,7 +366,7 @@ fn a_deleted_interface_is_announced_and_made_again() {
     });
 }
 
-/// The loop of the agent without its timer: only a notification can cause the repair.
+/// Runs the loop of the agent without its timer, so that only a notification can cause the repair.
 #[test]
 fn forwarding_switched_off_is_repaired_by_notification() {
     in_namespace(|| async {

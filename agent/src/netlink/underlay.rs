@@ -1,4 +1,4 @@
-//! The MTU of the underlay: that of the narrowest device by which datagrams for the peers leave.
+//! MTU of the underlay: the smallest MTU of the devices by which datagrams to the peers leave.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -11,13 +11,14 @@ use super::pod::HOST_PREFIX;
 use super::route::mtu;
 use super::{Netlink, NetlinkError};
 
-/// Bytes that Ethernet carries, assumed while no device leads to a peer.
+/// MTU of Ethernet in bytes, assumed while no device leads to a peer.
 pub const ETHERNET_MTU: u32 = 1500;
 
 /// The nodes that an underlay joins.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Underlay {
-    /// Listening addresses of this node; unspecified ones stand for all of their family.
+    /// Listening addresses of this node; an unspecified address stands for all addresses of its
+    /// family.
     pub addresses: Vec<IpAddr>,
     /// Endpoints of the peers.
     pub peers: BTreeSet<SocketAddr>,
@@ -43,7 +44,7 @@ struct Way {
     device: u32,
     /// MTU of the route in bytes, if it has one of its own.
     mtu: Option<u32>,
-    /// Whether the datagrams are of IPv6.
+    /// True for IPv6 datagrams.
     ipv6: bool,
 }
 
@@ -52,7 +53,7 @@ impl Underlay {
         self.addresses.iter().any(|address| address.is_ipv4() == ip.is_ipv4())
     }
 
-    /// The source of datagrams to `ip`, if the configuration sets one.
+    /// Returns the source of datagrams to `ip`, if the configuration sets one.
     fn source(&self, ip: IpAddr) -> Option<IpAddr> {
         let mut addresses = self.addresses.iter().copied();
         addresses.find(|own| own.is_ipv4() == ip.is_ipv4() && !own.is_unspecified())
@@ -60,11 +61,11 @@ impl Underlay {
 }
 
 impl Netlink {
-    /// The MTU of the underlay: the smallest of the devices, and of the routes, that lead to the
-    /// peers' endpoints. If none leads to a peer: that of the devices with the listening addresses
-    /// and with default routes, or else of those with this node's own endpoints. Every next hop of
-    /// a multipath route counts. The overlay's interface and pods' interfaces never count. `None`
-    /// if no device is left.
+    /// Returns the MTU of the underlay: the smallest MTU of the devices and routes that lead to the
+    /// peers' endpoints. If no device leads to a peer, the devices with the listening addresses and
+    /// with default routes count, or else those with this node's own endpoints. Every next hop of a
+    /// multipath route counts. The overlay's interface and pods' interfaces never count. `None` if
+    /// no device is left.
     ///
     /// # Errors
     /// The kernel does not list its links, addresses or routes.
@@ -99,7 +100,7 @@ impl Netlink {
                 continue;
             }
             match endpoint {
-                // The scope of a link-local address is its device.
+                // The scope of a link-local address is the index of its device.
                 SocketAddr::V6(v6) if v6.scope_id() != 0 => {
                     ways.push(Way { device: v6.scope_id(), mtu: None, ipv6: true });
                 }
@@ -137,7 +138,7 @@ impl Netlink {
         Ok(self.devices(route)?.into_iter().map(way).collect())
     }
 
-    /// Devices that hold these addresses.
+    /// Returns the devices that hold these addresses.
     async fn holders(&self, addresses: &BTreeSet<IpAddr>) -> Result<Vec<Way>, NetlinkError> {
         let held = self.addresses(None).await?.into_iter();
         let holders = held.filter(|held| addresses.contains(&held.net.addr()));
@@ -149,16 +150,16 @@ impl Netlink {
         Ok(holders.map(way).collect())
     }
 
-    /// Indices of the interfaces by which default routes of the main table lead, whoever made them.
-    /// An interface that cannot be told is 0.
+    /// Returns the indices of the interfaces of all default routes in the main table, including
+    /// routes of other programs. An interface that cannot be determined is 0.
     ///
     /// # Errors
     /// The kernel does not list its routes.
     pub async fn default_interfaces(&self) -> Result<Vec<u32>, NetlinkError> {
         let mut interfaces = Vec::new();
         for route in self.default_routes().await? {
-            // This namespace may not be the one of the thread, in which nexthop objects are looked
-            // up.
+            // Nexthop objects are looked up in the namespace of the thread, which may differ from
+            // that of the netlink socket.
             let devices = super::next_hop::named_devices(&route);
             interfaces.extend(if devices.is_empty() { vec![0] } else { devices });
         }
@@ -166,7 +167,7 @@ impl Netlink {
     }
 }
 
-/// The way with the smallest MTU, among those by `links`.
+/// Returns the smallest MTU of `ways` whose device is in `links`, with the device.
 fn narrowest(links: &BTreeMap<u32, Link>, ways: &[Way]) -> Option<UnderlayMtu> {
     let found = ways.iter().filter_map(|way| {
         let link = links.get(&way.device)?;

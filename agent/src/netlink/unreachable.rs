@@ -1,5 +1,5 @@
-//! Unreachable routes for pod prefixes: the kernel refuses a packet that no better route covers,
-//! and tells its sender, instead of forwarding the packet to the underlay in clear (RFC 4632,
+//! Unreachable routes for pod prefixes: the kernel refuses a packet without a better route and
+//! notifies the sender, instead of forwarding the packet to the underlay in clear (RFC 4632,
 //! section 5.1).
 //!
 //! The routes have Skein's protocol number, the worst metric and no interface of their own, so that
@@ -19,12 +19,11 @@ use super::route::{PROTOCOL, destination};
 use super::{Netlink, NetlinkError};
 use crate::config::ALIAS_PREFIX;
 
-/// Metric of the unreachable routes: the worst that the kernel has, so that every other route to
-/// the same prefix wins. (0 would mean 1024 for IPv6, as good as the metric of the overlay's
-/// routes.)
+/// Metric of the unreachable routes: the maximum, so that every other route to the same prefix
+/// wins. (0 would mean 1024 for IPv6, the same metric as that of the overlay's routes.)
 pub const METRIC: u32 = u32::MAX;
 
-/// Whether a route is one of the unreachable routes of Skein.
+/// Returns whether a route is one of the unreachable routes of Skein.
 pub(super) fn is_unreachable(route: &RouteMessage) -> bool {
     route.header.kind == RouteType::Unreachable
         && route.header.protocol == RouteProtocol::Other(PROTOCOL)
@@ -47,11 +46,11 @@ fn message(net: &IpNet) -> Result<RouteMessage, NetlinkError> {
 }
 
 impl Netlink {
-    /// Prefixes of the unreachable routes of Skein in the main table, of both families.
+    /// Returns the prefixes of Skein's unreachable routes in the main table, of both families.
     ///
     /// # Errors
     ///
-    /// The kernel refuses the dump.
+    /// [`NetlinkError`] if the kernel refuses the dump.
     pub async fn unreachable_routes(&self) -> Result<BTreeSet<IpNet>, NetlinkError> {
         let mut filter = RouteMessage::default();
         filter.header.protocol = RouteProtocol::Other(PROTOCOL);
@@ -60,12 +59,12 @@ impl Netlink {
         Ok(messages.iter().filter(|route| is_unreachable(route)).filter_map(destination).collect())
     }
 
-    /// Adds an unreachable route; returns whether it was added. One that exists is no error. A
-    /// kernel without the address family forwards no packet of it, and needs no route.
+    /// Adds an unreachable route; returns whether it was added. An existing route is not an error.
+    /// A kernel without the address family forwards none of its packets, and needs no route.
     ///
     /// # Errors
     ///
-    /// The kernel refuses the route for another reason.
+    /// [`NetlinkError`] if the kernel refuses the route for another reason.
     async fn add_unreachable_route(&self, net: &IpNet) -> Result<bool, NetlinkError> {
         let result = self.handle.route().add(message(net)?).execute().await;
         let result = result.map_err(|error| {
@@ -84,11 +83,11 @@ impl Netlink {
         }
     }
 
-    /// Removes an unreachable route; one that is gone is no error.
+    /// Removes an unreachable route. A missing route is not an error.
     ///
     /// # Errors
     ///
-    /// The kernel refuses for another reason.
+    /// [`NetlinkError`] if the kernel refuses for another reason.
     pub async fn delete_unreachable_route(&self, net: &IpNet) -> Result<(), NetlinkError> {
         let result = self.handle.route().del(message(net)?).execute().await;
         let result = result.map_err(|error| {
@@ -120,10 +119,10 @@ impl Netlink {
         outcome
     }
 
-    /// Brings the unreachable routes to `wanted`, the new ones first. A failure does not stop the
-    /// rest. A route that is not wanted is removed if it is in `before` (this process wanted it),
-    /// or if no Skein agent but the one of `alias` has an interface here that the route may belong
-    /// to.
+    /// Changes the unreachable routes to `wanted`; adds routes before it removes others. A failure
+    /// does not stop the rest. A route outside `wanted` is removed if it is in `before` (this
+    /// process wanted it), or if only the agent with `alias` has an interface here, so that the
+    /// route belongs to no other agent.
     pub async fn ensure_unreachable_routes(
         &self,
         wanted: &BTreeSet<IpNet>,
@@ -155,11 +154,12 @@ impl Netlink {
         outcome
     }
 
-    /// Whether a Skein agent of another node name has its interface in this network namespace.
+    /// Returns whether a Skein agent with another node name has its interface in this network
+    /// namespace.
     ///
     /// # Errors
     ///
-    /// The kernel refuses the dump.
+    /// [`NetlinkError`] if the kernel refuses the dump.
     pub async fn has_interface_of_another_agent(&self, alias: &str) -> Result<bool, NetlinkError> {
         let links = self.links().await?;
         Ok(links.iter().any(|link| link.alias.starts_with(ALIAS_PREFIX) && link.alias != alias))
@@ -181,7 +181,8 @@ mod tests {
         texts.iter().map(|text| text.parse().unwrap()).collect()
     }
 
-    /// Interface index of the route to an address; `None` if the kernel refuses packets to it.
+    /// Returns the interface index of the route to an address; `None` if the kernel refuses packets
+    /// to it.
     async fn interface(netlink: &Netlink, to: &str) -> Option<u32> {
         // IPv4 answers with an error, IPv6 with the route.
         let found = netlink.look_up(to.parse().unwrap(), None).await.ok()?;

@@ -17,8 +17,8 @@ pub struct Link {
     pub kind: Option<String>,
     /// Details of a TUN or TAP device.
     pub tun: Option<TunLink>,
-    /// Packets that the device dropped instead of transmitting them (`tx_dropped`), since it was
-    /// made. A TUN device does so while the queue that a process reads is full.
+    /// Packets that the device dropped instead of transmitting them (`tx_dropped`), since its
+    /// creation. A TUN device drops packets while the queue that a process reads is full.
     pub tx_dropped: u64,
 }
 

@@ -234,11 +234,11 @@ fn control_ints(header: &libc::msghdr) -> ControlInts {
     found
 }
 
-/// Takes a message from a socket's error queue: the MTU in bytes that a local EMSGSIZE reports
-/// (ip(7), IP_RECVERR); `None` if the queue is empty or reports another error.
+/// Receives a message from a socket's error queue and returns the MTU in bytes that a local
+/// EMSGSIZE reports (ip(7), IP_RECVERR); `None` if the queue is empty or reports another error.
 ///
 /// # Errors
-/// The system call failed.
+/// The error of recvmsg(2), except for an empty queue.
 pub(super) fn reported_mtu(socket: BorrowedFd<'_>) -> io::Result<Option<u32>> {
     let mut payload = [0u8; 1];
     let mut control: ErrorControl = [0; 16];

@@ -111,8 +111,8 @@ impl Sender {
         self.plan.datagrams_per_call()
     }
 
-    /// The kernel refuses the control message that sets the outer ECN field, so that every datagram
-    /// leaves as Not-ECT.
+    /// Returns whether the kernel refuses the control message that sets the outer ECN field, so
+    /// that every datagram leaves as Not-ECT.
     pub fn ecn_refused(&self) -> bool {
         self.plan.ecn_refused()
     }

@@ -24,7 +24,7 @@ pub struct UdpOptions {
     pub send_buffer: usize,
     /// Receive runs of datagrams as one (UDP_GRO).
     pub gro: bool,
-    /// Report the ECN field of received datagrams (IP_RECVTOS, IPV6_RECVTCLASS).
+    /// True to report the ECN field of received datagrams (IP_RECVTOS, IPV6_RECVTCLASS).
     pub ecn: bool,
 }
 
@@ -159,23 +159,22 @@ pub fn gro_supported() -> Result<(), String> {
     probe_option(libc::UDP_GRO, 1)
 }
 
-/// Whether this host has the address family of `ip`: the kernel may be built or started without one
-/// (`ipv6.disable=1`).
+/// Returns whether this host has the address family of `ip`. A kernel may be built or started
+/// without one (`ipv6.disable=1`).
 pub fn family_supported(ip: IpAddr) -> bool {
     let domain = Domain::for_address(SocketAddr::new(ip, 0));
     let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP));
-    // Any other error is not about the family.
+    // Any other error does not concern the address family.
     !matches!(socket, Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT))
 }
 
-/// Longest UDP payload in bytes that this host's route to `destination` carries; `from` is the
-/// address to send from. The kernel is asked by a datagram of `refused` bytes, which a socket with
-/// the lanes' options has refused to send (EMSGSIZE): it reports the MTU that it went by. ICMP
-/// messages are no part of it. `None` if the kernel sends such a datagram by now, or does not
-/// report the MTU.
+/// Returns the longest UDP payload in bytes that this host's route to `destination` carries. `from`
+/// is the source address. The function sends a datagram of `refused` bytes, which a socket with the
+/// lanes' options has refused (EMSGSIZE), and reads the MTU that the kernel reports. ICMP messages
+/// have no influence. `None` if the kernel now sends such a datagram, or does not report the MTU.
 ///
 /// # Errors
-/// A system call failed, also if the destination is unreachable.
+/// The error of the failed system call, also if the destination is unreachable.
 pub fn longest_payload(
     from: IpAddr,
     destination: SocketAddr,
@@ -283,9 +282,9 @@ fn enable_gro(socket: BorrowedFd<'_>, allowed: bool, notes: &mut Vec<Note>) -> b
     }
 }
 
-/// Makes a socket report the ECN field of what it receives, or stops that. The kernel reads the
-/// field from each datagram at the time of the receive, so that waiting datagrams are reported,
-/// too.
+/// Switches reports of the ECN field of received datagrams on or off. The kernel reads the field
+/// from each datagram when the process receives it, so that the reports cover datagrams that
+/// already wait in the socket.
 ///
 /// # Errors
 /// The kernel's refusal of the socket option.

@@ -9,7 +9,7 @@ use super::super::monitor::Monitor;
 use super::super::tests::{in_namespace, ip};
 use super::*;
 
-/// An underlay that listens on `addresses` and has peers at these addresses.
+/// Creates an underlay that listens on `addresses` and has peers at `peers`.
 fn underlay(addresses: &[&str], peers: &[&str]) -> Underlay {
     let endpoint = |text: &&str| SocketAddr::new(text.parse().unwrap(), 51900);
     Underlay {
@@ -20,7 +20,7 @@ fn underlay(addresses: &[&str], peers: &[&str]) -> Underlay {
     }
 }
 
-/// The MTU of the underlay with its device.
+/// Returns the MTU of the underlay and its device.
 async fn mtu(netlink: &Netlink, underlay: &Underlay) -> Option<(u32, String)> {
     let found = netlink.underlay_mtu(underlay).await.unwrap();
     found.map(|found| (found.mtu, found.interface))

@@ -59,8 +59,8 @@ struct Refused {
 pub(super) enum EcnUse {
     #[default]
     On,
-    /// A datagram with the control message was refused and is sent again without it. Its result
-    /// tells whether the control message was the cause.
+    /// A datagram with the control message was refused and is sent again without it. The result
+    /// shows whether the control message was the cause.
     Trial,
     /// The kernel refuses the control message.
     Refused,
@@ -107,7 +107,8 @@ impl Plan {
         &self.datagrams_per_call
     }
 
-    /// The kernel refuses the control message of the ECN field: every datagram is Not-ECT.
+    /// Returns whether the kernel refuses the control message of the ECN field, so that every
+    /// datagram is Not-ECT.
     pub(super) fn ecn_refused(&self) -> bool {
         self.ecn == EcnUse::Refused
     }
