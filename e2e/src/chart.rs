@@ -58,17 +58,18 @@ pub fn rendered(settings: &[&str]) -> Result<Vec<Value>> {
     programs::yaml(&render(settings, "1.34")?)
 }
 
-/// Has the agent read the rendered `agent.toml`.
+/// Runs the agent's configuration parser on the rendered `agent.toml`.
 ///
 /// # Errors
 ///
-/// The agent's message if it refuses the configuration; an error if there is none, or no agent.
+/// The agent's message if it refuses the configuration; another error if the chart renders no
+/// configuration, or if the agent cannot be run.
 pub fn agent_takes(objects: &[Value]) -> Result<()> {
     let text = object(objects, "ConfigMap", "skein")?["data"]["agent.toml"].clone();
     let directory = tempfile::tempdir()?;
     let path = directory.path().join("agent.toml");
     fs::write(&path, text.as_str().context("no agent.toml")?)?;
-    // The whole configuration is read before the key of the agent with it is looked for.
+    // The agent parses the whole configuration before it looks for the key.
     let mut agent = Command::new(binary()?);
     agent.args(["pubkey", "--config"]).arg(&path);
     let said = process::finish(&mut agent, &[], LIMIT)?;

@@ -1,6 +1,6 @@
 //! containerd (with its libcni), runc and reference plugins of a Debian suite that is newer than
-//! the system, unpacked beside the system. apt fetches the packages from the system's own mirror;
-//! nothing of the system changes.
+//! the system, unpacked outside the system's directories. apt fetches the packages from the
+//! system's own mirror; the system does not change.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,8 +22,8 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(300);
 /// Directories of apt's sources.
 const APT: &str = "/etc/apt";
 
-/// Root directory of the unpacked packages, which are fetched at the first call. Programs run with
-/// its `usr` as a layer over `/usr`, because they need its C library.
+/// Returns the root directory of the unpacked packages, which are fetched at the first call.
+/// Programs run with its `usr` as a layer over `/usr`, because they need its C library.
 ///
 /// # Errors
 /// If no source of the system's Debian release is configured (its mirror has the newer suite, too),
@@ -43,7 +43,8 @@ pub fn root() -> Result<PathBuf> {
             run(Command::new("dpkg").arg("-x").arg(&path).arg(&unpacked)).with_context(needed)?;
         }
     }
-    // In one step: another run may look for it at this moment, or may have been faster.
+    // The rename is atomic: another run may look for the directory at this moment, or may have
+    // created it first.
     match fs::rename(&unpacked, &root) {
         Err(_) if root.exists() => {}
         renamed => renamed.with_context(|| root.display().to_string())?,
@@ -51,7 +52,7 @@ pub fn root() -> Result<PathBuf> {
     Ok(root)
 }
 
-/// Downloads the packages into `work`, with lists and a cache of its own.
+/// Downloads the packages into `work`, with package lists and a cache of its own.
 fn fetch(work: &Path) -> Result<()> {
     let release = fs::read_to_string("/etc/os-release").context("/etc/os-release")?;
     let codename = release.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
@@ -71,7 +72,7 @@ fn fetch(work: &Path) -> Result<()> {
             ("Dir::State::Lists", &work.join("lists")),
             ("Dir::Cache", &work.join("cache")),
             ("Acquire::Languages", Path::new("none")),
-            // The user _apt may not enter the directory.
+            // The user _apt has no access to the directory.
             ("APT::Sandbox::User", Path::new("root")),
         ] {
             command.arg("-o").arg(format!("{key}={}", value.display()));
@@ -85,8 +86,8 @@ fn fetch(work: &Path) -> Result<()> {
     apt(&arguments)
 }
 
-/// A source of [`SUITE`] from the mirror that `apt` has for the release `codename`, in the format
-/// of deb822.
+/// Returns a source of [`SUITE`] in deb822 format, with the mirror that `apt` has for the release
+/// `codename`.
 fn source(apt: &Path, codename: &str) -> Result<String> {
     let parts = fs::read_dir(apt.join("sources.list.d")).into_iter().flatten().flatten();
     let mut files: Vec<PathBuf> = parts.map(|entry| entry.path()).collect();
@@ -113,7 +114,8 @@ fn source(apt: &Path, codename: &str) -> Result<String> {
     )
 }
 
-/// Address of the mirror and keyring of a stanza (sources.list(5), deb822) that has the release.
+/// Returns the mirror's address and the keyring of a stanza (sources.list(5), deb822) that has the
+/// release.
 fn from_stanza(stanza: &str, codename: &str) -> Option<(String, Option<String>)> {
     let field = |name: &str| {
         let mut lines = stanza.lines().filter_map(|line| line.split_once(':'));
@@ -129,7 +131,8 @@ fn from_stanza(stanza: &str, codename: &str) -> Option<(String, Option<String>)>
     Some((uri.to_owned(), field("Signed-By").filter(|key| !key.is_empty()).map(str::to_owned)))
 }
 
-/// The same of a line (`deb [options] URI suite components`).
+/// Returns the mirror's address and the keyring of a line (`deb [options] URI suite components`)
+/// that has the release.
 fn from_line(line: &str, codename: &str) -> Option<(String, Option<String>)> {
     let rest = line.trim().strip_prefix("deb ")?.trim();
     let (options, rest) = match rest.strip_prefix('[') {

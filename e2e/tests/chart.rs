@@ -187,7 +187,8 @@ fn pods_resolve_names_without_the_cluster_dns() -> Result<()> {
     Ok(())
 }
 
-/// `skein-agent uninstall` itself refuses to remove what no release owns.
+/// The removal Job refuses to remove a DaemonSet that no release owns, because `skein-agent
+/// uninstall` does.
 #[test]
 fn removal_job_needs_a_release_unless_told_otherwise() -> Result<()> {
     let job = |settings: &[&str]| -> Result<Value> {
@@ -210,7 +211,7 @@ fn removal_job_needs_a_release_unless_told_otherwise() -> Result<()> {
         "verbs": ["get"],
     });
     ensure!(rules.as_array().is_some_and(|rules| rules.contains(&right)), "{rules:#}");
-    // Rendered for another tool, the hook is left out, and nothing else.
+    // Rendered for another tool, the chart lacks only the hook.
     let chart = chart::path().to_string_lossy().into_owned();
     let plain = helm(&["template", "skein", &chart, "--no-hooks", "--include-crds"], &[])?;
     ensure!(plain.code == 0, "{}", plain.stderr);

@@ -1,4 +1,5 @@
-//! Rights of the chart's pods towards the API server: the admission policy and the service account's token.
+//! Rights of the chart's pods towards the API server: the admission policy and the service
+//! account's token.
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
@@ -170,7 +171,7 @@ fn decisions_about_records() -> Vec<Decision> {
     ]
 }
 
-/// The policy's own expressions, evaluated as an API server does.
+/// Evaluates the policy's own expressions as an API server does.
 fn the_policy_decides(policy: &Value) -> Result<()> {
     let spec = &policy["spec"];
     let list = |value: &Value| value.as_array().cloned().context("no list");
@@ -207,7 +208,7 @@ fn the_policy_decides(policy: &Value) -> Result<()> {
     };
     for decision in decisions_about_nodes().into_iter().chain(decisions_about_records()) {
         let found = evaluate(&decision, agent, &on_node)?;
-        // What is deleted has no new metadata: one reason is enough.
+        // A deleted object has no new metadata, so one reason is sufficient.
         let refuses = |name: &&&str| {
             found[format!("may {name}")] == false
                 && (decision.operation != "DELETE" || **name == "operation")

@@ -1,4 +1,4 @@
-//! Values of the chart: documented, and refused with their names if they are wrong.
+//! Values of the chart: each is documented, and a wrong one is refused by name.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -87,7 +87,7 @@ fn pointer(path: &str) -> String {
     path.split('.').filter(|part| !part.is_empty()).map(|part| format!("/{part}")).collect()
 }
 
-/// Paths of all values that are no maps, or empty ones.
+/// Collects the paths of all values that are not maps, and of empty maps.
 fn leaves(path: &str, value: &Value, all: &mut BTreeSet<String>) {
     match value.as_object().filter(|map| !map.is_empty()) {
         Some(map) => map.iter().for_each(|(key, value)| {

@@ -1,8 +1,8 @@
-//! Upgrades on a real Kubernetes, good and bad ones, while pods ping each other. `cargo e2e cluster test` runs
-//! these, the usual run does not.
+//! Upgrades on a real Kubernetes, good and bad ones, while pods ping each other. `cargo e2e cluster
+//! test` runs these, the usual run does not.
 //!
-//! A DaemonSet of Kubernetes before 1.25 has no surge: the second pod on a node is made by the test, from the
-//! DaemonSet's own template.
+//! A DaemonSet of Kubernetes before 1.25 has no surge: the second pod on a node is made by the
+//! test, from the DaemonSet's own template.
 
 use std::thread;
 use std::time::Duration;

@@ -14,7 +14,7 @@ use skein_e2e::lab::agent::Agent;
 use skein_e2e::lab::pods::{prepared, runtime, up};
 use skein_e2e::{checks, newer};
 
-/// More than the interval of the agent's repairs.
+/// Time longer than the interval of the agent's repairs.
 const REPAIR_TIME: Duration = Duration::from_secs(11);
 /// Maximum time of a repair.
 const REPAIR_TIMEOUT: Duration = Duration::from_secs(20);
@@ -29,7 +29,7 @@ fn list(agent: &Agent) -> Result<Value> {
     Ok(serde_json::from_slice(&text)?)
 }
 
-/// Replaces the list as a careful program does: by a rename.
+/// Replaces the list atomically, by a rename.
 fn put_list(agent: &Agent, list: &Value) -> Result<()> {
     let path = list_path(agent);
     let new = path.with_extension("tmp");
@@ -49,7 +49,7 @@ fn edit(agent: &Agent, change: impl FnOnce(&mut Vec<Value>)) -> Result<()> {
     put_list(agent, &list)
 }
 
-/// Puts a plugin in place that answers VERSION with `versions` and nothing else.
+/// Installs a plugin that answers only VERSION, with `versions`.
 fn put_plugin(path: &Path, versions: &[&str]) -> Result<()> {
     let answer = json!({ "cniVersion": "0.4.0", "supportedVersions": versions });
     let new = path.with_extension("new");
@@ -71,7 +71,7 @@ fn old_plugin_limits_the_offered_versions() -> Result<()> {
     let agent = &mut cluster.agents[0];
     let portmap = agent.cni_directory("bin_dir").join("portmap");
     let new = newer::root()?.join("usr/lib/cni/portmap");
-    // What Debian 12's portmap 1.1.1 answers.
+    // Answer of portmap 1.1.1 in Debian 12.
     let old = ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0"];
     put_plugin(&portmap, &old)?;
     agent.start()?;
@@ -81,7 +81,7 @@ fn old_plugin_limits_the_offered_versions() -> Result<()> {
             let list = list(agent)?;
             let versions = list["cniVersions"].as_array().context("no cniVersions")?;
             ensure!(versions.last().is_some_and(|last| last == newest), "{list}");
-            // A runtime with a libcni before 1.2 takes this one.
+            // A runtime with a libcni before 1.2 uses `cniVersion`.
             ensure!(list["cniVersion"] == "1.0.0", "{list}");
             Ok(true)
         })
@@ -94,7 +94,7 @@ fn old_plugin_limits_the_offered_versions() -> Result<()> {
     ensure!(limits.contains("bin/portmap supports 0.3.1, 0.4.0, 1.0.0"), "{}", status["cni"]);
     let shown = agent.run_command(&["status", "--interval", "0"])?.stdout;
     ensure!(shown.contains("CNI versions  0.3.1 0.4.0 1.0.0\n"), "{shown}");
-    // An update of the plugins is noticed by itself, in both directions.
+    // The agent notices updates and downgrades of a plugin without a restart.
     let beside = portmap.with_extension("new");
     fs::copy(&new, &beside)?;
     fs::rename(&beside, &portmap)?;
@@ -147,7 +147,7 @@ fn entries_of_other_programs_survive_repairs() -> Result<()> {
     let whole = list(agent)?;
     thread::sleep(REPAIR_TIME);
     ensure!(list(agent)? == whole, "an unchanged list was rewritten: {}", list(agent)?);
-    // Skein's part is repaired around the entries of others.
+    // Skein's entries are repaired; the entries of other programs stay.
     for damage in [
         |plugins: &mut Vec<Value>| drop(plugins.remove(1)),
         |plugins: &mut Vec<Value>| plugins[1]["socket"] = "/elsewhere".into(),
@@ -170,7 +170,7 @@ fn entries_of_other_programs_survive_repairs() -> Result<()> {
         ensure!(types(&now) == ["linkerd-cni", "skein-cni", "tuning", "istio-cni"], "{now}");
         Ok(true)
     })?;
-    // As istio-cni does when it ends.
+    // istio-cni removes its entry when it ends.
     edit(agent, |plugins| drop(plugins.pop()))?;
     thread::sleep(REPAIR_TIME);
     ensure!(types(&list(agent)?) == ["linkerd-cni", "skein-cni", "tuning"], "{}", list(agent)?);
@@ -204,14 +204,14 @@ fn exclusive_mode_spares_meta_plugins_and_files_behind() -> Result<()> {
     for (name, text) in spared.into_iter().chain(networks.map(|name| (name, bridge))) {
         fs::write(directory.join(name), text)?;
     }
-    // An earlier version has set this one aside.
+    // An earlier version of Skein has set this file aside.
     fs::write(directory.join("99-late.conf.skein-aside"), bridge)?;
     agent.start()?;
     let aside = |name: &str| directory.join(format!("{name}.skein-aside"));
     checks::eventually("other networks are set aside", REPAIR_TIMEOUT, || {
         Ok(networks.iter().all(|name| aside(name).exists() && !directory.join(name).exists()))
     })?;
-    // One that comes later, too.
+    // A file that is added later is set aside, too.
     fs::write(directory.join(networks[0]), bridge)?;
     checks::eventually("it is set aside again", REPAIR_TIMEOUT, || {
         Ok(!directory.join(networks[0]).exists())
@@ -261,7 +261,7 @@ fn directory_of_another_user_names_the_remedy() -> Result<()> {
     let directory = agent.cni_directory("conf_dir");
     fs::create_dir_all(&directory)?;
     std::os::unix::fs::chown(&directory, Some(65_534), Some(65_534))?;
-    // As in a pod: root without CAP_DAC_OVERRIDE.
+    // Runs as root without CAP_DAC_OVERRIDE, as in a pod.
     let wrapper = cluster.lab.directory().join("confined-agent");
     let agent = &mut cluster.agents[0];
     let program = agent.program.display();

@@ -65,7 +65,7 @@ fn deleted_sockets_are_created_again() -> Result<()> {
 #[test]
 fn verbs_other_than_gc_work_without_cni_path() -> Result<()> {
     let cluster = up(1, |_| ())?;
-    // It sets CNI_PATH for GC only.
+    // The runtime sets CNI_PATH for GC only.
     let runtime = runtime(&cluster, 0)?;
     let ns = Netns::create("pathless")?;
     let path = cni::path(&ns);
@@ -100,7 +100,7 @@ fn gc_judges_invisible_namespaces_by_the_host_interface() -> Result<()> {
         Ok(node(&cluster, 0).interfaces()?.len() > 1
             && !node(&cluster, 0).ip("route show")?.contains(&lost_address.to_string()))
     })?;
-    // Longer than the interval of the agent's own collection.
+    // The wait is longer than the interval of the agent's own collection.
     thread::sleep(Duration::from_secs(11));
     ensure!(used()? == 6.0, "{} in use: a path that is not visible proves nothing", used()?);
     let valid = |names: &[&str]| {
@@ -111,7 +111,7 @@ fn gc_judges_invisible_namespaces_by_the_host_interface() -> Result<()> {
     ensure!(used()? == 6.0, "{} in use: the runtime still has it", used()?);
     runtime.done("GC", None, valid(&[]))?;
     ensure!(used()? == 4.0, "{} in use: the lost pod's addresses are not released", used()?);
-    // Both others live, and so do their addresses.
+    // The other two attachments exist, and keep their addresses.
     let answers = ping(node(&cluster, 0), lives.address(Family::V4), Ping::default())?;
     ensure!(answers.complete(), "{}", answers.text);
     let next = runtime.pod("next")?;

@@ -19,7 +19,7 @@ const REPAIR_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A node with an agent and containerd 2.
 struct Node {
-    // Before the cluster: it goes first.
+    // Declared before the cluster, so that containerd is dropped first.
     containerd: Containerd,
     cluster: Cluster,
 }
@@ -61,7 +61,7 @@ impl Node {
     }
 }
 
-/// Replaces the list as a careful program does: by a rename.
+/// Replaces the list atomically, by a rename.
 fn put_list(agent: &Agent, list: &Value) -> Result<()> {
     let path = agent.cni_directory("conf_dir").join("10-skein.conflist");
     let new = path.with_extension("tmp");
@@ -86,7 +86,7 @@ fn pods_start_and_end_behind_an_old_plugin() -> Result<()> {
     let machine = Node::up(|_| ())?;
     let cri = machine.cri()?;
     machine.offers("1.0.0").context("this test needs portmap before 1.6, as Debian 12 has")?;
-    // portmap's own chains, which stay for the next.
+    // portmap's own chains stay for the next pod.
     cri.remove(&cri.run("first", &[(8081, 81)])?)?;
     let before = traces(node(&machine.cluster, 0))?;
     let a = cri.run("a", &[(8080, 80)])?;
@@ -105,8 +105,8 @@ fn pods_start_and_end_behind_an_old_plugin() -> Result<()> {
     same(&before, &traces(node(&machine.cluster, 0))?)
 }
 
-/// The fault that common versions prevent: with a list of CNI 1.1.0, the old plugin keeps a pod
-/// from ending.
+/// Shows the fault that common versions prevent: with a list of CNI 1.1.0, the old plugin prevents
+/// the deletion of a pod.
 #[test]
 fn list_newer_than_a_plugin_fails_deletions() -> Result<()> {
     let mut machine = Node::up(|_| ())?;
@@ -128,7 +128,7 @@ fn list_newer_than_a_plugin_fails_deletions() -> Result<()> {
     checks::eventually("the pod ends", REPAIR_TIMEOUT, || Ok(cri.remove(&pod).is_ok())).map(drop)
 }
 
-/// As istio-cni and linkerd-cni do.
+/// Appends a plugin to the list, like istio-cni and linkerd-cni.
 #[test]
 fn plugin_that_another_program_appends_is_called() -> Result<()> {
     let machine = Node::up(|_| ())?;
@@ -137,7 +137,7 @@ fn plugin_that_another_program_appends_is_called() -> Result<()> {
     let plugin = agent.cni_directory("bin_dir").join("istio-cni");
     let versions =
         json!({ "cniVersion": "1.0.0", "supportedVersions": ["0.3.1", "0.4.0", "1.0.0"] });
-    // The result of the plugins before is its own.
+    // The plugin returns the result of the previous plugins unchanged.
     let script = format!(
         "#!/bin/sh
          input=$(cat)
@@ -153,7 +153,7 @@ fn plugin_that_another_program_appends_is_called() -> Result<()> {
     let plugins = list["plugins"].as_array_mut().context("plugins")?;
     plugins.push(json!({ "type": "istio-cni" }));
     put_list(agent, &list)?;
-    // Longer than it took until the agent removed it.
+    // The wait is longer than the time after which earlier versions removed the entry.
     std::thread::sleep(Duration::from_secs(11));
     let pod = cri.run("a", &[])?;
     ensure!(cri.addresses(&pod)?.len() == 2, "{:?}", cri.addresses(&pod)?);
@@ -181,7 +181,7 @@ fn hung_agent_keeps_the_runtime_status_short() -> Result<()> {
     kill_process(pid, Signal::CONT)?;
     let problem = problem?.context("the runtime reports a network while the agent hangs")?;
     ensure!(problem.contains("did not answer within 5 s"), "{problem}");
-    // kubelet stops to synchronise pods after 30 s without an answer.
+    // kubelet stops synchronising pods after 30 s without an answer.
     ensure!(took < Duration::from_secs(10), "the runtime's status took {took:?}");
     checks::eventually("the network is ready again", REPAIR_TIMEOUT, || cri.network_ready())?;
     cri.remove(&pod)

@@ -102,7 +102,7 @@ fn every_promise_has_tests_that_are_there() -> Result<()> {
                 source.find(&format!("fn {name}(")).with_context(|| format!("{file}: {name}"))?;
             // What stands above it without a blank line.
             let above = source[..at].rsplit("\n\n").next().unwrap_or_default();
-            // With options: #[tokio::test(flavor = "multi_thread")].
+            // Test attributes may have options: #[tokio::test(flavor = "multi_thread")].
             let test = above.contains("test]") || above.contains("test(");
             ensure!(test, "{file}: {name} is no test");
             found += 1;

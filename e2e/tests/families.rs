@@ -12,7 +12,7 @@ use skein_e2e::load::http;
 /// Makes every socket(2) call of this agent's processes fail for IPv6.
 fn without_ipv6(agent: &mut Agent) -> Result<()> {
     let own = std::env::current_exe()?;
-    // Cargo puts the examples of this crate beside the directory of its tests.
+    // Cargo builds examples into a sibling of the tests' directory.
     let path = own.ancestors().nth(2).context("no directory")?.join("examples/libno_ipv6.so");
     ensure!(path.is_file(), "{} is missing: cargo build --release --examples", path.display());
     agent.environment.push(("LD_PRELOAD".to_owned(), path.to_string_lossy().into_owned()));

@@ -1,4 +1,4 @@
-//! The nftables table of a node: which packets pass the node's borders, with and without the CNI
+//! The nftables table of a node: packets that pass the node's border, with and without the CNI
 //! plugin.
 
 use std::net::{IpAddr, UdpSocket};
@@ -73,7 +73,8 @@ impl Border {
         Ok(machine)
     }
 
-    /// Whether datagrams of `from`, with the source `source`, reach the first node's pod.
+    /// Sends datagrams with the source `source` from `from`; returns whether they reach the first
+    /// node's pod.
     fn spoof(&self, from: &Netns, source: IpAddr, target: IpAddr, by: IpAddr) -> Result<bool> {
         let bits = if source.is_ipv4() { 32 } else { 128 };
         let nodad = if source.is_ipv4() { "" } else { " nodad" };
@@ -128,7 +129,7 @@ fn pod_source_from_the_underlay_is_dropped_and_counted() -> Result<()> {
     Ok(())
 }
 
-/// The opposite of the test above: its frames do reach the pod if nobody drops them.
+/// Counter-check of the test above: without the rule, its frames do reach the pod.
 #[test]
 fn pod_source_from_the_underlay_passes_if_switched_off() -> Result<()> {
     for cni in [true, false] {
@@ -148,8 +149,8 @@ fn pod_source_from_the_underlay_passes_if_switched_off() -> Result<()> {
     Ok(())
 }
 
-/// Another program's route leads a pod's address to the underlay: the packets end at the node's
-/// border.
+/// A route of another program leads a pod's address to the underlay; the packets are dropped at the
+/// node's border.
 #[test]
 fn packet_to_a_pod_by_the_underlay_is_dropped_and_counted() -> Result<()> {
     for (cni, drop) in [(true, true), (false, true), (true, false)] {
@@ -165,7 +166,7 @@ fn packet_to_a_pod_by_the_underlay_is_dropped_and_counted() -> Result<()> {
             border.node(0).ip(&format!("route add {target}/{bits} via {by} proto static"))?;
             let capture = Capture::start(border.cluster.lab.switch()?)?;
             for from in [&border.pod(0).ns, border.node(0)] {
-                // Nobody answers; the node refuses its own process's datagrams.
+                // No host answers, and the node refuses its own process's datagrams.
                 let _ = udp::arrives(from, &border.pod(1).ns, (target, PORT).into());
             }
             let frames = capture.stop()?;
@@ -188,8 +189,8 @@ fn packet_to_a_pod_by_the_underlay_is_dropped_and_counted() -> Result<()> {
     Ok(())
 }
 
-/// `nft flush ruleset`, as Debian's nftables.service does on a reload, opens the border for an
-/// instant.
+/// `nft flush ruleset`, which Debian's nftables.service runs on a reload, opens the border until
+/// the repair.
 #[test]
 fn table_is_restored_within_100_ms_after_a_flush() -> Result<()> {
     const ROUNDS: usize = 20;
@@ -229,9 +230,9 @@ fn table_is_restored_within_100_ms_after_a_flush() -> Result<()> {
     Ok(())
 }
 
-/// Without `nft` the overlay works, and the status says what is missing.
+/// Without `nft` the overlay works, and the status names the missing program.
 #[test]
-fn agent_without_nft_runs_and_tells_it() -> Result<()> {
+fn agent_without_nft_runs_and_reports_it() -> Result<()> {
     let lab = Lab::new(&Plan::default())?;
     let programs = lab.directory().join("programs");
     std::fs::create_dir_all(&programs)?;
@@ -305,14 +306,14 @@ fn foreign_sources_reach_a_remote_pod() -> Result<()> {
     Ok(())
 }
 
-/// The source that `at` sees of datagrams to its address `to`; `None` if nothing arrives.
+/// Returns the source of datagrams to the address `to` as `at` receives them; `None` if no datagram
+/// arrives.
 fn source_of(from: &Netns, source: IpAddr, at: &Netns, to: IpAddr) -> Result<Option<IpAddr>> {
     request(from, source, to, at, to)
 }
 
 /// Sends datagrams from `source` to `to`, which arrive at `target` in `at`, and awaits the answer
-/// to one. Returns the source that the receiver saw; `None` if nothing arrives or no answer comes
-/// back.
+/// to one. Returns the source that the receiver saw; `None` if no datagram or no answer arrives.
 fn request(
     from: &Netns,
     source: IpAddr,
@@ -359,8 +360,8 @@ fn overlay_flows_have_no_conntrack_entries() -> Result<()> {
     Ok(())
 }
 
-/// What other programs can do to the table; each time, spoofed frames are dropped again within a
-/// second.
+/// Damage to the table by other programs: after each change, spoofed frames are dropped again
+/// within a second.
 #[test]
 fn border_is_closed_after_every_damage_to_the_table() -> Result<()> {
     for cni in [true, false] {
@@ -417,7 +418,7 @@ fn border_is_closed_after_every_damage_to_the_table() -> Result<()> {
     Ok(())
 }
 
-/// Ways around the plain case: a second network, fragments, and pods behind a bridge with
+/// Variants of spoofed sources: a second network, fragments, and pods behind a bridge with
 /// `bridge-nf-call-iptables`.
 #[test]
 fn spoofed_source_in_disguise_is_dropped() -> Result<()> {
@@ -470,7 +471,7 @@ fn check_reports_a_missing_table() -> Result<()> {
     let programs = lab.directory().join("programs");
     let (nft, broken) = (programs.join("nft"), lab.directory().join("broken"));
     std::fs::create_dir_all(&programs)?;
-    // Fails at every change while the file is there, as with a kernel module that went away.
+    // The program fails at every change while the file exists, as with a missing kernel module.
     let script = format!(
         "#!/bin/sh\n[ -e {} ] && [ \"$1\" = -f ] && {{ echo broken >&2; exit 1; }}\n\
          exec /usr/sbin/nft \"$@\"\n",
@@ -500,10 +501,10 @@ fn check_reports_a_missing_table() -> Result<()> {
     runtime.del("checked", Some(&ns))
 }
 
-/// A FORWARD policy of drop is told in status, metrics and `check`, with the remedy. The policy of
-/// legacy iptables is known to `check` only.
+/// Status, metrics and `check` report a FORWARD policy of drop, with the remedy. Only `check` can
+/// read the policy of legacy iptables.
 #[test]
-fn closed_forward_chain_is_told_with_the_remedy() -> Result<()> {
+fn closed_forward_chain_is_reported_with_the_remedy() -> Result<()> {
     for cni in [true, false] {
         let border = Border::up(cni, |_| ())?;
         let (node, agent) = (border.node(0), &border.cluster.agents[0]);
@@ -518,7 +519,7 @@ fn closed_forward_chain_is_told_with_the_remedy() -> Result<()> {
         let check = |expected: &str| -> Result<()> {
             let text = agent.run_command(&["check"])?.stdout;
             let line = text.lines().find(|line| line.contains("forward_chains"));
-            // It reads no configuration, and judges for pods of the CNI plugin.
+            // `check` reads no configuration, and assumes pods of the CNI plugin.
             ensure!(!cni || line.is_some_and(|line| line.contains(expected)), "{expected}: {text}");
             Ok(())
         };
@@ -553,7 +554,7 @@ fn closed_forward_chain_is_told_with_the_remedy() -> Result<()> {
 }
 
 /// Rules are replaced in one transaction: no spoofed frame passes while records change. After a
-/// flush by another program, the number of frames that pass shows for how long the border was open.
+/// flush by another program, the number of frames that pass shows how long the border was open.
 #[test]
 fn spoofed_frames_pass_only_between_flush_and_repair() -> Result<()> {
     const PER_SECOND: u64 = 1000;

@@ -1,4 +1,4 @@
-//! The files of `agent/packaging` for other managers of network interfaces, as these programs read them.
+//! The files of `agent/packaging` for managers of network interfaces, tested with these managers.
 
 use std::path::Path;
 use std::process::Command;
@@ -11,9 +11,9 @@ use skein_e2e::lab::process;
 /// Time limit of one run of the managers.
 const RUN_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Makes one interface of each kind and a foreign one, and runs udev's link setup and systemd-networkd for 4 s
-/// in network and mount namespaces of their own. `$1`: `agent/packaging`. A catch-all file would configure
-/// every interface.
+/// Makes one interface of each kind and a foreign one, and runs udev's link setup and
+/// systemd-networkd for 4 s in network and mount namespaces of their own. `$1`: `agent/packaging`.
+/// A catch-all file would configure every interface.
 const SCRIPT: &str = r#"
 set -e
 ip link set lo up

@@ -18,7 +18,7 @@ use skein_e2e::lab::agent::{Agent, Cluster};
 use skein_e2e::lab::{Family, Lab, Netns, Plan, Task};
 use skein_e2e::load::capture::Capture;
 
-/// Payload of the probes; encryption leaves nothing of it.
+/// Payload of the probes, which is absent from encrypted datagrams.
 const MARK: &[u8] = b"probe of the plaintext tests";
 const PORT: u16 = 7009;
 const GATEWAY: u8 = 254;
@@ -28,8 +28,8 @@ const MAX_REFUSAL_DELAY: Duration = Duration::from_millis(500);
 const BEFORE: Duration = Duration::from_millis(200);
 const AFTER: Duration = Duration::from_millis(800);
 
-/// Time without packets after which a sender is told of the next one, with some room: an ICMP error costs a
-/// second by net.ipv4.route.error_cost, and another one by net.ipv4.icmp_ratelimit.
+/// Pause after which the kernel reports the next refusal to a sender, with a margin. An ICMP error
+/// costs one second in the limit net.ipv4.route.error_cost, and one in net.ipv4.icmp_ratelimit.
 const ICMP_INTERVAL: Duration = Duration::from_millis(2500);
 
 /// Address blocks of the laboratory's pods.
@@ -61,7 +61,8 @@ impl Scene {
         let mut scene = Self::prepare(cluster_cidrs)?;
         scene.cluster.start()?;
         checks::all_reach_all(&scene.cluster.lab)?;
-        // The gateway's hardware address is known, so that not even the first packet would wait.
+        // The gateway's hardware address is configured, so that even the first packet would leave
+        // at once.
         for node in &scene.cluster.lab.nodes {
             node.ns.sh(&format!("ping -c 1 -W 2 192.0.2.{GATEWAY}"))?;
             node.ns.sh(&format!("ping -c 1 -W 2 2001:db8::{GATEWAY:x}"))?;
@@ -73,8 +74,8 @@ impl Scene {
         &self.cluster.lab.nodes[node].ns
     }
 
-    /// Probes from node a and from its first pod to `to`, while `change` happens. Nothing of them may
-    /// be on the underlay. Returns what the senders were told.
+    /// Sends probes from node a and from its first pod to `to`, while `change` runs. Fails if a
+    /// probe appears on the underlay. Returns the refusals that the senders received.
     fn nothing_in_clear(
         &mut self,
         what: &str,
@@ -110,13 +111,14 @@ impl Scene {
         Ok(sent)
     }
 
-    /// The same without a change, to addresses that nobody has: every sender must be told at once.
+    /// Sends probes to addresses without an owner and without a change: every sender must receive a
+    /// refusal at once.
     fn refused(&mut self, what: &str, to: &[IpAddr]) -> Result<()> {
         // The kernel limits ICMP errors by sender; earlier probes may have used the limit up.
         thread::sleep(ICMP_INTERVAL);
         for sent in self.nothing_in_clear(what, to, |_| Ok(()))? {
-            let first = sent.refusal.with_context(|| format!("nobody was told: {sent:?}"))?;
-            ensure!(first < MAX_REFUSAL_DELAY, "told late: {sent:?}");
+            let first = sent.refusal.with_context(|| format!("no refusal arrived: {sent:?}"))?;
+            ensure!(first < MAX_REFUSAL_DELAY, "the refusal arrived late: {sent:?}");
         }
         Ok(())
     }
@@ -156,7 +158,8 @@ fn probe(ns: &Netns, name: String, to: IpAddr, stop: Arc<AtomicBool>) -> Task<Se
         let start = Instant::now();
         let mut sent = Sent { name, probes: 0, refusal: None };
         while !stop.load(Ordering::Relaxed) {
-            // The route is looked up with every connect; a refusal by ICMP comes with the next send.
+            // The route is looked up with every connect; a refusal by ICMP comes with the next
+            // send.
             let result = socket.connect((to, PORT)).and_then(|()| socket.send(MARK));
             sent.probes += 1;
             if result.is_err_and(|error| is_refusal(&error)) && sent.refusal.is_none() {
@@ -168,7 +171,8 @@ fn probe(ns: &Netns, name: String, to: IpAddr, stop: Arc<AtomicBool>) -> Task<Se
     })
 }
 
-/// Has every ICMP error reported, and not only those that the kernel takes for final (IP_RECVERR, ip(7)).
+/// Makes the kernel report every ICMP error, not only those that it considers final (IP_RECVERR,
+/// ip(7)).
 fn report_refusals(socket: &UdpSocket, to: IpAddr) -> Result<()> {
     let (level, option) = match to {
         IpAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_RECVERR),
@@ -292,14 +296,14 @@ fn damaged_interface_leaks_nothing() -> Result<()> {
     Ok(())
 }
 
-/// The agent is down: whatever happens to the interface meanwhile, nobody repairs it.
+/// The agent is stopped, so that no damage to the interface is repaired.
 #[test]
 fn damaged_interface_without_agent_leaks_nothing() -> Result<()> {
     let mut scene = Scene::up(false)?;
     let elsewhere = Netns::create("elsewhere")?;
     for (what, lines) in damages(&elsewhere) {
         if what == "loopback down" {
-            // The kernel takes the unreachable routes of IPv6 away; only an agent puts them back.
+            // The kernel removes the unreachable routes of IPv6; only an agent restores them.
             continue;
         }
         let to = [scene.pod(1), unused(0).into()].concat();
@@ -313,7 +317,7 @@ fn damaged_interface_without_agent_leaks_nothing() -> Result<()> {
     Ok(())
 }
 
-/// A kernel that passes over routes by interfaces without carrier takes the next best one.
+/// A kernel that ignores routes by interfaces without carrier takes the next best route.
 #[test]
 fn stopped_data_process_leaks_nothing_on_linkdown() -> Result<()> {
     let mut scene = Scene::up(false)?;
@@ -360,7 +364,8 @@ fn changed_records_leak_nothing() -> Result<()> {
     repaired(&scene.cluster)
 }
 
-/// A node gets other pod CIDRs: its old pods keep their routes, and nobody else has their addresses.
+/// A node gets other pod CIDRs. Its old pods keep their routes, and their addresses have no other
+/// owner.
 #[test]
 fn former_own_pod_cidr_is_refused() -> Result<()> {
     let mut scene = Scene::up(false)?;
@@ -403,7 +408,8 @@ fn flushed_unreachable_routes_come_back_at_once() -> Result<()> {
     for expected in [CLUSTER[0], CLUSTER[1], "10.244.1.0/24", "fd00:10:244:1::/64"] {
         ensure!(before.iter().any(|route| route == expected), "no {expected} in {before:?}");
     }
-    // Five times, so that the repair every ten seconds cannot be the cause.
+    // The test repeats the flush five times, so that the repair every ten seconds cannot be the
+    // cause.
     for _ in 0..5 {
         flush(ns)?;
         let limit = Duration::from_secs(1);
@@ -414,7 +420,7 @@ fn flushed_unreachable_routes_come_back_at_once() -> Result<()> {
     Ok(())
 }
 
-/// After a boot nothing is there; the agent waits for its records for as long as it must.
+/// After a boot no route exists, and the agent waits for its records.
 #[test]
 fn waiting_agent_refuses_kept_prefixes() -> Result<()> {
     let mut scene = Scene::up(false)?;
@@ -437,7 +443,7 @@ fn waiting_agent_refuses_kept_prefixes() -> Result<()> {
     scene.refused("agent that waits", &to)
 }
 
-/// Has the agent take its records from an API server that is not there.
+/// Makes the agent read its records from an API server that does not exist.
 fn await_records_of_nobody(agent: &mut Agent) -> Result<()> {
     let path = agent.records_directory().with_file_name("kubeconfig");
     let text = r#"{ "apiVersion": "v1", "kind": "Config", "current-context": "x",
@@ -483,7 +489,7 @@ fn cluster_cidrs_with_an_endpoint_end_the_start() -> Result<()> {
     let wide = ["10.244.0.0/16", "fd00:10:244::/48", "192.0.2.0/24"];
     let agent = &mut scene.cluster.agents[0];
     agent.set("cluster_cidrs", wide.map(|cidr| toml::Value::from(cidr.to_owned())).to_vec());
-    // Whether the agent listens on the address or on all.
+    // The start ends whether the agent listens on the address or on all addresses.
     for addresses in [vec!["192.0.2.1".to_owned()], vec!["0.0.0.0".to_owned()]] {
         agent.set("underlay.addresses", addresses);
         let finished = agent.run_to_end(Duration::from_secs(10))?;

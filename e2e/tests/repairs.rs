@@ -1,4 +1,4 @@
-//! Changes by other programs to what the agent set, and what the agent does about them.
+//! Repairs by the agent after other programs have changed its interface, routes or settings.
 
 use std::time::Duration;
 
@@ -9,7 +9,8 @@ use skein_e2e::lab::cni::Runtime;
 use skein_e2e::lab::{Family, Lab, Netns, Plan};
 use skein_e2e::load::ping::{Ping, ping};
 
-/// Time limit of a repair that a notification of the kernel causes; the agent's timer has ten seconds.
+/// Timeout of a repair that a notification of the kernel causes; the interval of the agent's timer
+/// is ten seconds.
 const NOTIFIED: Duration = Duration::from_secs(1);
 /// Time limit of a repair by the agent's timer.
 const TIMED: Duration = Duration::from_secs(15);
@@ -26,7 +27,7 @@ fn reached(cluster: &Cluster, from: usize, to: usize) -> Result<()> {
     Ok(())
 }
 
-/// Five times each, so that the agent's timer cannot be the cause.
+/// Each setting is switched off five times, so that the agent's timer cannot be the cause.
 #[test]
 fn forwarding_switched_off_is_repaired_at_once() -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;
@@ -43,7 +44,7 @@ fn forwarding_switched_off_is_repaired_at_once() -> Result<()> {
 }
 
 #[test]
-fn foreign_route_is_a_complaint_about_one_peer() -> Result<()> {
+fn foreign_route_is_a_conflict_of_one_peer() -> Result<()> {
     let plan = Plan { nodes: 3, ..Plan::default() };
     let mut cluster = Cluster::prepare(Lab::new(&plan)?, Family::V4)?;
     let foreign = "route add 10.244.2.0/24 dev eth0";
@@ -90,14 +91,14 @@ fn renamed_interface_leaves_no_orphan() -> Result<()> {
     checks::eventually("the name is back", NOTIFIED, || only(&cluster, "skein0"))?;
     reached(&cluster, 0, 1)?;
 
-    // While no agent runs.
+    // Renames the interface while no agent runs.
     cluster.agents[0].stop()?;
     rename(&cluster, "skein0", "elsewhere")?;
     cluster.agents[0].start()?;
     ensure!(only(&cluster, "skein0")?, "left: {:?}", devices(&cluster, &cluster.agents[0])?);
     reached(&cluster, 0, 1)?;
 
-    // By the configuration.
+    // Renames the interface by the configuration.
     cluster.agents[0].stop()?;
     cluster.agents[0].set("interface.name", "skein7");
     cluster.agents[0].start()?;
@@ -113,7 +114,7 @@ fn renamed_interface_leaves_no_orphan() -> Result<()> {
     Ok(())
 }
 
-/// The source that a program of the node gets for a packet to a pod.
+/// Returns the source that a program of the node gets for a packet to a pod.
 fn source(ns: &Netns, to: std::net::IpAddr) -> Result<String> {
     let text = ns.ip(&format!("route get {to}"))?;
     let mut words = text.split_whitespace().skip_while(|word| *word != "src");
@@ -141,7 +142,7 @@ fn address_on_loopback_is_no_source_for_own_pods() -> Result<()> {
         let answers = ping(ns, a.address(family), Ping::default())?;
         ensure!(answers.complete(), "{}", answers.text);
     }
-    // The kernel takes routes away with their source address: pods stay reachable all the same.
+    // The kernel removes routes together with their source address: pods must stay reachable.
     ns.ip("link del skein0")?;
     for family in Family::BOTH {
         let answers = ping(&a.ns, b.address(family), Ping { count: 20, ..Ping::default() })?;

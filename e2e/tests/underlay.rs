@@ -1,5 +1,5 @@
-//! What the underlay says, and where it lies: congestion marks, an MTU that falls, queues that overflow,
-//! link-local addresses.
+//! Effects of the underlay: congestion marks, a falling MTU, overflowing queues, link-local
+//! addresses.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::thread;
@@ -76,7 +76,7 @@ fn marks_reach_pods(underlay: Family) -> Result<()> {
     let (lab, agents) = (&cluster.lab, &cluster.agents);
     let (a, b, node) = (lab.pod(0), lab.pod(1), &lab.nodes[1].ns);
     let ip = if underlay == Family::V4 { "ip" } else { "ip6" };
-    // Marks nothing: no datagram has this source port.
+    // The rule marks no datagram, because no datagram has this source port.
     mark(node, underlay, "udp sport 1")?;
     transfer_with_ecn(lab)?;
     ensure!(ect0_datagrams(node)? > 0, "the inner field is copied to the outer header");
@@ -92,7 +92,7 @@ fn marks_reach_pods(underlay: Family) -> Result<()> {
     ensure!(echoed > 0, "the sender has seen no ECE");
     ensure!(not_ect_drops(&agents[1])? == 0.0, "only packets with ECT were marked");
 
-    // A device that marks all: pings are not ECN-capable.
+    // The device marks all datagrams; pings are not ECN-capable.
     mark(node, underlay, "")?;
     let answers = ping(&a.ns, b.address(Family::V4), Ping { count: 3, ..Ping::default() })?;
     ensure!(answers.received == 0, "a marked Not-ECT packet arrived: {}", answers.text);
@@ -119,7 +119,8 @@ fn node_without_ecn_is_sent_not_ect_and_ignores_marks() -> Result<()> {
     checks::all_reach_all(lab)
 }
 
-/// The sending host's own interface: the kernel refuses what is longer, and nothing needs to be probed.
+/// The MTU of the sending host's own interface falls: the kernel refuses longer datagrams, and no
+/// probe is needed.
 #[test]
 fn underlay_mtu_that_falls_narrows_the_path_at_once() -> Result<()> {
     let plan = Plan { offloads: Offloads::Wire, ..Plan::default() };
@@ -143,7 +144,7 @@ fn underlay_mtu_that_falls_narrows_the_path_at_once() -> Result<()> {
     ensure!(received.longest_pause < 4.0, "{} s", received.longest_pause);
     let log = std::fs::read_to_string(agents[0].log())?;
     ensure!(log.contains("datagram longer than the route carries"), "nothing was refused");
-    // By the kernel's word, not by a search, which ends up to 8 bytes below.
+    // The size comes from the kernel, not from a search, which ends up to 8 bytes below.
     let found = agents[0].report()?["peers"][0]["path_mtu"].as_u64();
     ensure!(found == Some(1340), "{found:?} is not the size that the kernel reports");
     let refused = agents[0].metrics()?.sum("skein_drops_total", &["reason=\"send_too_big\""]);
@@ -179,7 +180,7 @@ fn drops_in_the_queue_of_the_tun_device_are_counted() -> Result<()> {
     let link: serde_json::Value = serde_json::from_str(&link)?;
     let by_the_kernel = link[0]["stats64"]["tx"]["dropped"].as_f64().context("no counter")?;
     ensure!(by_the_kernel >= 800.0, "the queue takes 50 packets: {by_the_kernel} drops");
-    // A scrape may show a report of the last second.
+    // A scrape may show a report that is up to a second old.
     let same = || Ok(drops()? == by_the_kernel);
     checks::eventually("the metric has the device's counter", Duration::from_secs(5), same)?;
     let status = agent.run_command(&["status", "--interval", "0"])?;
@@ -219,7 +220,7 @@ fn nodes_join_over_link_local_addresses() -> Result<()> {
         let endpoint = endpoint(agent)?;
         ensure!(endpoint.starts_with("[fe80::aaaa:") && endpoint.contains('%'), "{endpoint}");
     }
-    // The sessions, and with them the scope, are in memory that outlives the process.
+    // The sessions and their scope are in memory that outlives the process.
     let handshakes =
         || agents[0].metrics().map(|m| m.sum("skein_handshakes_total", &["completed"]));
     let before = endpoint(&agents[0])?;

@@ -1,4 +1,5 @@
-//! The overlay's MTU follows the underlay's: the devices that lead to the peers, at start and at run time.
+//! The overlay's MTU follows the underlay's: the devices that lead to the peers, at start and at
+//! run time.
 
 use std::time::Duration;
 
@@ -8,11 +9,11 @@ use skein_e2e::lab::agent::{Agent, Cluster};
 use skein_e2e::lab::{Family, Lab, Netns, Plan};
 use skein_e2e::load::ping::{Ping, ping};
 
-/// Time in which the agent follows a change of the underlay.
+/// Timeout for the agent to follow a change of the underlay.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// Two nodes whose agents listen on all addresses, over a switch that carries 9000 bytes; the nodes' own
-/// devices carry 1500.
+/// Two nodes whose agents listen on all addresses, over a switch that carries 9000 bytes; the
+/// nodes' own devices carry 1500.
 fn prepare(underlay: Family) -> Result<Cluster> {
     let lab = Lab::new(&Plan { mtu: 9000, ..Plan::default() })?;
     for node in &lab.nodes {
@@ -45,7 +46,8 @@ fn becomes(cluster: &Cluster, index: usize, expected: u64) -> Result<()> {
         .map(drop)
 }
 
-/// Checks that a packet of `bytes` passes whole from the first node's own overlay address to the second's.
+/// Checks that a packet of `bytes` passes whole from the first node's own overlay address to the
+/// second's.
 fn passes(cluster: &Cluster, bytes: u16) -> Result<()> {
     let node = &cluster.lab.nodes[0].ns;
     let payload = u32::from(bytes) - 28;
@@ -125,7 +127,7 @@ fn mtu_is_of_path_to_peers_not_of_management_network() -> Result<()> {
 fn mtu_follows_addresses_and_routes_that_come_late() -> Result<()> {
     let mut cluster = prepare(Family::V4)?;
     let ns = &cluster.lab.nodes[0].ns;
-    // As before an answer of DHCP.
+    // State before an answer of DHCP.
     ns.ip_batch(&["address flush dev eth0".to_owned(), "link set eth0 mtu 9000".to_owned()])?;
     cluster.lab.nodes[1].ns.ip("link set eth0 mtu 9000")?;
     cluster.start()?;
@@ -165,7 +167,7 @@ fn raised_and_lowered(underlay: Family, overhead: u16) -> Result<()> {
         becomes(&cluster, 1, expected.into())?;
         passes(&cluster, expected)?;
         checks::all_reach_all(&cluster.lab)?;
-        // Each has told the other: no path counts as narrower than the nodes.
+        // Each node knows the other's MTU: no path counts as narrower than the nodes.
         for agent in &cluster.agents {
             let wide = || Ok(agent.report()?["peers"][0]["path_mtu"].is_null());
             checks::eventually("the path is as wide as the nodes", CHANGE_TIMEOUT, wide)?;

@@ -1,5 +1,5 @@
-//! Upgrades and rollbacks as pods of the chart do them, under traffic: a second pod takes over on a node,
-//! and processes of both end in every order and at every moment.
+//! Upgrades and rollbacks as pods of the chart do them, under traffic: a second pod takes over on a
+//! node, and processes of both end in every order and at every moment.
 
 use std::net::{SocketAddr, TcpListener};
 use std::thread;

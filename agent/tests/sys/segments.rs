@@ -180,7 +180,8 @@ fn ecn_field_is_not_reported_unless_asked_for() {
             for expected in [Ecn::NotEct, Ecn::Ce] {
                 let (runs, mut gso) = ([marked], GsoState::new());
                 send_all(&lanes[0].send, &arena, &runs, &mut gso, Instant::now());
-                // Also of what waits already: a takeover switches it on under traffic.
+                // Waiting datagrams are reported, too: a take-over switches the reports on under
+                // traffic.
                 if expected == Ecn::Ce {
                     report_ecn(lanes[0].receive.as_fd(), destination.is_ipv4(), true).unwrap();
                 }

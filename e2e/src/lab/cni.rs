@@ -77,7 +77,7 @@ impl Runtime {
         let mut command = std::process::Command::new("ip");
         command.args(["netns", "exec", &self.node]).arg(&self.program);
         command.env("CNI_COMMAND", verb);
-        // The specification requires it for GC only.
+        // The specification requires CNI_PATH for GC only.
         if verb == "GC" {
             command.env("CNI_PATH", "/opt/cni/bin");
         }

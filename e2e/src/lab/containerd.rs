@@ -35,7 +35,7 @@ impl Containerd {
         Self::start_from(None, agent, node, laboratory)
     }
 
-    /// As [`Containerd::start`], with containerd and runc of a newer suite
+    /// Starts containerd as [`Containerd::start`] does, with containerd and runc of a newer suite
     /// ([`crate::newer::root`]).
     pub fn start_newer(agent: &Agent, node: &Netns, laboratory: &Path) -> Result<Self> {
         Self::start_from(Some(&newer::root()?), agent, node, laboratory)
@@ -113,10 +113,10 @@ impl Drop for Containerd {
 
 const CGROUP_PREFIX: &str = "skein-e2e-";
 
-/// What runs before containerd in its mount namespace: `/opt/cni/bin` and `/etc/cni/net.d`, which
-/// `ctr` reads, are the agent's; `/run` is its own but for the laboratory's files, and so is
-/// `/var/lib`, where libcni keeps results. `newer` is a root directory whose `usr` lies over
-/// `/usr`.
+/// Returns the script that runs before containerd in its mount namespace. `/opt/cni/bin` and
+/// `/etc/cni/net.d`, which `ctr` reads, are the agent's. `/run`, except for the laboratory's files,
+/// and `/var/lib`, where libcni keeps results, are containerd's own. `newer` is a root directory
+/// whose `usr` is mounted over `/usr`.
 fn script(directory: &Path, laboratory: &Path, agent: &Agent, newer: Option<&Path>) -> String {
     let layer = newer.map_or_else(String::new, |root| {
         format!("mount -t overlay -o lowerdir={}/usr:/usr overlay /usr", root.display())

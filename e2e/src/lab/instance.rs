@@ -1,5 +1,5 @@
-//! Two processes of one node as a pod of the chart has them: an agent and a data plane that take over from
-//! those of another pod.
+//! Two processes of one node as a pod of the chart has them: an agent and a data plane that take
+//! over from those of another pod.
 
 use std::fs;
 use std::path::PathBuf;

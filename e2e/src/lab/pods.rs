@@ -24,17 +24,18 @@ pub fn prepared(nodes: u8, change: impl Fn(&mut Agent)) -> Result<Cluster> {
     Ok(cluster)
 }
 
-/// As [`prepared`], and starts the agents.
+/// Prepares agents like [`prepared`], and starts them.
 ///
 /// # Errors
-/// As [`prepared`], and if an agent does not become ready.
+/// If the laboratory cannot be made, the reference plugins are missing, or an agent does not become
+/// ready.
 pub fn up(nodes: u8, change: impl Fn(&mut Agent)) -> Result<Cluster> {
     let mut cluster = prepared(nodes, change)?;
     cluster.start()?;
     Ok(cluster)
 }
 
-/// A runtime that calls the plugin on the node with this index.
+/// Returns a runtime that calls the plugin on the node with this index.
 ///
 /// # Errors
 /// If the plugin's binary is missing.
@@ -42,7 +43,7 @@ pub fn runtime(cluster: &Cluster, index: usize) -> Result<Runtime> {
     Runtime::new(&cluster.agents[index], &cluster.lab.nodes[index])
 }
 
-/// Network namespace of the node with this index.
+/// Returns the network namespace of the node with this index.
 pub fn node(cluster: &Cluster, index: usize) -> &Netns {
     &cluster.lab.nodes[index].ns
 }

@@ -69,7 +69,8 @@ pub struct Pings {
 }
 
 impl Pings {
-    /// Starts to ping `to` from inside a namespace every `interval`; the output goes to the file `log`.
+    /// Starts to ping `to` from inside a namespace every `interval`; the output goes to the file
+    /// `log`.
     ///
     /// # Errors
     /// `ping` cannot be started.
