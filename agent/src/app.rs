@@ -107,10 +107,10 @@ enum Command {
         #[arg(long)]
         state: bool,
     },
-    /// Ask the agent of this pod whether it is alive, for a probe of kubelet's
+    /// Check that the agent of this pod is alive; for a kubelet probe
     #[command(hide = true)]
     Health(service::HealthArgs),
-    /// Wait until ended; with --lock, until the agent's role is free: then run the command
+    /// Wait for a signal; with --lock, wait until the agent's role is free, then run the command
     #[command(hide = true)]
     Hold(hold::HoldArgs),
     /// Print the definition of the SkeinNode resource (kubectl apply -f -)

@@ -1,8 +1,8 @@
 //! The directory of an instance: one agent and one data plane of possibly several on a node.
 //!
-//! Two pods of one node share the node's network and `/run/skein`. What belongs to one of them only
-//! lies in a directory of its own: the socket at which its agent says how it is, and the socket at
-//! which its agent requests the data plane for it.
+//! Two pods of one node share the node's network and `/run/skein`. Each pod has a directory of its
+//! own for two sockets: the agent answers probes at one, and requests the data plane from its
+//! keeper at the other.
 
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
@@ -11,10 +11,10 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 
-/// How long a probe waits for the agent's answer.
+/// Timeout of a probe for the agent's answer.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// What the agent answers while it is ready.
+/// Answer of the agent while it is ready.
 pub const READY: &str = "ready\n";
 
 /// The directory of an instance.
@@ -22,36 +22,38 @@ pub const READY: &str = "ready\n";
 pub struct Instance(PathBuf);
 
 impl Instance {
-    /// The instance whose directory is `path`.
+    /// Returns the instance whose directory is `path`.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self(path.into())
     }
 
-    /// The directory.
+    /// Returns the directory.
     pub fn path(&self) -> &Path {
         &self.0
     }
 
-    /// The socket at which the agent answers [`READY`], or the reasons why it is not ready, a line
-    /// each.
+    /// Returns the path of the socket at which the agent answers [`READY`], or the reasons why it
+    /// is not ready, one per line.
     pub fn agent_socket(&self) -> PathBuf {
         self.0.join("agent.sock")
     }
 
-    /// The socket of the keeper: as long as an agent is connected, the keeper wants the data plane.
+    /// Returns the path of the keeper's socket. The keeper requests the data plane while an agent
+    /// is connected.
     pub fn dataplane_socket(&self) -> PathBuf {
         self.0.join("dataplane.sock")
     }
 
-    /// The file that exists while the keeper has the data plane.
+    /// Returns the path of the file that exists while the keeper has the data plane.
     pub fn dataplane_marker(&self) -> PathBuf {
         self.0.join("dataplane.active")
     }
 
-    /// Asks the agent how it is; fails if it does not answer, or, with `ready`, if it is not ready.
+    /// Checks that the agent answers and, with `ready`, that it is ready.
     ///
     /// # Errors
-    /// The agent does not answer within three seconds, or gives reasons why it is not ready.
+    /// An error if the agent does not answer within three seconds, or, with `ready`, if it reports
+    /// reasons why it is not ready.
     pub fn probe(&self, ready: bool) -> anyhow::Result<()> {
         let socket = self.agent_socket();
         let ask = || -> io::Result<String> {

@@ -126,8 +126,8 @@ pub enum Response {
         missed: u64,
     },
     /// Answer to [`Request::TakeOver`]. The descriptors of the data plane's lock and of the store
-    /// follow. A byte of the receiver's says that it has them, and one of the sender's that they
-    /// are its own now.
+    /// follow. The receiver confirms their receipt with one byte; the sender then passes the
+    /// ownership on with one byte.
     HandOver,
     /// The request could not be carried out; what was in force before still is.
     Error {

@@ -83,7 +83,7 @@ pub fn parse(level: &str) -> Result<EnvFilter, String> {
     };
     // EnvFilter parses a misspelled level as the name of a module.
     let mut words = level.split(',').filter(|word| !word.contains(['=', '[']));
-    // LevelFilter takes the empty string for `error`.
+    // LevelFilter parses the empty string as `error`.
     let is_wrong = |word: &&str| level.is_empty() || word.parse::<LevelFilter>().is_err();
     if let Some(word) = words.find(is_wrong) {
         return Err(refused(format!("{word:?} is not a level")));

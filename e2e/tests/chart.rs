@@ -346,7 +346,7 @@ fn pods_are_replaced_when_the_configuration_changes() -> Result<()> {
     Ok(())
 }
 
-/// Two pods of a node share its ports and /run/skein.
+/// Probes must not depend on ports or on /run/skein, which two pods of a node share.
 #[test]
 fn probes_ask_the_processes_of_their_own_pod() -> Result<()> {
     let objects = rendered(&["podCidr=10.244.0.0/16"])?;

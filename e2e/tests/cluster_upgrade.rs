@@ -1,5 +1,5 @@
-//! Upgrades on a real Kubernetes, good and bad ones, while pods ping each other. `cargo e2e cluster
-//! test` runs these, the usual run does not.
+//! Successful and failing upgrades on a real Kubernetes while pods ping each other. Only `cargo e2e
+//! cluster test` runs these tests.
 //!
 //! A DaemonSet of Kubernetes before 1.25 has no surge: the second pod on a node is made by the
 //! test, from the DaemonSet's own template.
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use skein_e2e::cluster::skein::{self, NAMESPACE, Pod, agent_pod, wait_until_all_reach_all};
 use skein_e2e::cluster::{Kube, Options};
 
-/// How long anything may take that kubelet does.
+/// Time limit of an operation of kubelet.
 const LIMIT: Duration = Duration::from_secs(90);
 /// Interval of the pings.
 const INTERVAL: Duration = Duration::from_millis(10);
@@ -39,12 +39,12 @@ fn second_pod_takes_over_only_where_it_fits() -> Result<()> {
 
 /// A wrong value.
 struct Wrong {
-    /// A line of agent.toml, and what is in its place.
+    /// Line of agent.toml, and its replacement.
     line: &'static str,
     instead: &'static str,
-    /// What the agent's exit code is; `None`: it waits.
+    /// Exit code of the agent; `None` if the agent waits.
     code: Option<i64>,
-    /// What is said of it.
+    /// Reason that the pod reports.
     reason: &'static str,
 }
 
@@ -108,7 +108,7 @@ fn is_ready(kube: &Kube, pod: &str) -> Result<bool> {
     Ok(conditions.iter().any(|of| of["type"] == "Ready" && of["status"] == "True"))
 }
 
-/// The state of the second pod's agent, and what its events say.
+/// Returns the state of the second pod's agent, and the text of its events.
 fn told(kube: &Kube) -> Result<(Value, String)> {
     let pod = get(kube, &["pod", NEXT])?;
     let statuses = pod["status"]["containerStatuses"].as_array().cloned().unwrap_or_default();
@@ -164,7 +164,7 @@ fn deleted_pod_gives_the_node_back(kube: &mut Kube, pods: &[Pod], moment: Durati
     Ok(())
 }
 
-/// The old pod's successor takes over from a pod that is just being deleted.
+/// The old pod's successor takes over from a pod that is being deleted.
 fn upgrade_and_rollback(kube: &mut Kube, pods: &[Pod], delay: Duration) -> Result<()> {
     let pings = pods[0].start_pings(kube, pods[1].ips[0], 60_000, INTERVAL)?;
     start_next(kube, |text| text)?;

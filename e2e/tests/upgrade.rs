@@ -1,5 +1,5 @@
-//! Upgrades and rollbacks as pods of the chart do them, under traffic: a second pod takes over on a
-//! node, and processes of both end in every order and at every moment.
+//! Upgrades and rollbacks of the chart's pods under traffic: a second pod takes over on a node, and
+//! processes of both pods end in every order and at every moment.
 
 use std::net::{SocketAddr, TcpListener};
 use std::thread;
@@ -15,10 +15,10 @@ use skein_e2e::load::transfer::Transfer;
 
 /// Interval of the pings.
 const INTERVAL: Duration = Duration::from_millis(5);
-/// The longest time without packets that the death of any process may cost.
+/// Maximum time without packets after the death of any process.
 const MAX_SILENCE: Duration = Duration::from_secs(1);
 
-/// A node whose agent and data plane are a pod's, beside an ordinary one.
+/// Creates a node whose agent and data plane belong to a pod, and an ordinary node.
 fn cluster() -> Result<(Instance, Cluster)> {
     let mut cluster = Cluster::prepare(Lab::new(&Plan::default())?, Family::V4)?;
     cluster.agents[0].set("dataplane.mode", "external");
@@ -30,7 +30,7 @@ fn cluster() -> Result<(Instance, Cluster)> {
     Ok((pod, cluster))
 }
 
-/// Pings from one pod to the other while something is done.
+/// Pings from one pod to the other while `work` runs.
 fn pinged_while(cluster: &Cluster, work: impl FnOnce() -> Result<()>) -> Result<Loss> {
     let (from, to) = (cluster.lab.pod(0), cluster.lab.pod(1));
     let log = tempfile::NamedTempFile::new()?;
@@ -40,7 +40,7 @@ fn pinged_while(cluster: &Cluster, work: impl FnOnce() -> Result<()>) -> Result<
     pings.end()
 }
 
-/// Handshakes that a node has begun.
+/// Returns the number of handshakes that a node has begun.
 fn handshakes(cluster: &Cluster, agent: usize) -> Result<f64> {
     let metrics = cluster.agents[agent].metrics()?;
     Ok(metrics.sum("skein_handshakes_total", &["result=\"initiated\""]))
@@ -76,7 +76,7 @@ fn upgrade_by_a_second_pod_loses_no_packet() -> Result<()> {
     Ok(())
 }
 
-/// The time from the start of the new pod to its end, in milliseconds.
+/// Times from the start of the new pod to its end, milliseconds.
 const MOMENTS: [u64; 14] = [0, 20, 40, 60, 80, 100, 130, 170, 220, 300, 450, 700, 1500, 3000];
 
 #[test]
@@ -95,13 +95,13 @@ fn pod_deleted_at_any_moment_leaves_the_old_one() -> Result<()> {
             Ok(())
         })?;
         println!("deleted after {moment} ms: {loss}");
-        // What a killed data process had in hand is lost with it.
+        // Packets that a killed data process has received are lost with it.
         ensure!(loss.lost <= 2, "deleted after {moment} ms: {loss}\n{}", old.log_tail());
     }
     Ok(())
 }
 
-/// What a DaemonSet does when it is changed twice: the second pod goes, a third one comes.
+/// A DaemonSet that is changed twice deletes the second pod and creates a third one.
 #[test]
 fn upgrades_in_quick_succession_lose_no_packet() -> Result<()> {
     let (mut old, cluster) = cluster()?;
@@ -133,7 +133,7 @@ const VICTIMS: [Victim; 4] = [
     (1, Container::Dataplane),
 ];
 
-/// All orders of the victims.
+/// Returns all orders of the victims.
 fn orders() -> Vec<[Victim; 4]> {
     let mut orders = Vec::new();
     let all = 0..VICTIMS.len();
@@ -148,7 +148,7 @@ fn orders() -> Vec<[Victim; 4]> {
     orders
 }
 
-/// kubelet starts each container again that has ended.
+/// Restarts each container that has ended, as kubelet does.
 #[test]
 fn deaths_in_every_order_cost_less_than_a_second() -> Result<()> {
     let (mut old, cluster) = cluster()?;
@@ -230,7 +230,7 @@ fn wrong_configuration_takes_nothing_over() -> Result<()> {
     let wrong: [(&str, &str, toml::Value, Option<i32>, &str); 5] = [
         ("malformed", "cluster_cidrs", vec!["10.999.0.0/16"].into(), Some(2), "10.999.0.0/16"),
         ("foreign", "cluster_cidrs", vec!["172.20.0.0/16"].into(), Some(2), "outside of"),
-        // Its own prefix, and not those of the other nodes.
+        // The value contains the node's own prefix, but not those of the other nodes.
         ("narrow", "cluster_cidrs", vec![record, "fd00::/8".into()].into(), None, "would refuse"),
         ("port", "metrics.listen", "127.0.0.1:10250".into(), Some(5), "10250"),
         ("udp", "underlay.port", 10251.into(), Some(5), "10251"),

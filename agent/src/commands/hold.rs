@@ -1,5 +1,6 @@
-//! `hold`: the process that an agent becomes when another one takes its place. The kernel has
-//! closed everything that the agent had; it is back at once when the other agent ends.
+//! `hold`: the process that an agent becomes when another agent takes its place. The kernel has
+//! closed all descriptors of the agent. When the other agent ends, the process runs the agent again
+//! at once.
 
 use std::ffi::OsString;
 use std::io;
@@ -21,7 +22,7 @@ use crate::lifecycle::{Readiness, Signals};
 use crate::sys::descriptors;
 use crate::sys::lock::FileLock;
 
-/// Interval at which the role's lock is tried.
+/// Interval between attempts to take the role's lock.
 const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 /// The option of `run` that names the role's lock.
 const LOCK_FD: &str = "--lock-fd=";
@@ -48,7 +49,8 @@ pub(crate) struct HoldArgs {
     agent: Vec<OsString>,
 }
 
-/// Becomes the process that passes the role on and waits for it. Returns only if that fails.
+/// Replaces this process by one that passes the role on and waits for it. Returns only if the exec
+/// fails.
 pub(crate) fn become_holder(
     role: HandOver,
     state_dir: &Path,
@@ -86,7 +88,7 @@ pub(crate) fn hold(arguments: &HoldArgs) -> Result<(), Failure> {
             descriptors::send(&descriptors::inherited_socket(to)?, &[lock.as_fd()])
         };
         if let Err(error) = pass() {
-            // Then this process gets the role back below.
+            // This process gets the role back below.
             eprintln!("skein-agent: the other agent has not taken over: {error}");
         }
     }
@@ -102,7 +104,7 @@ pub(crate) fn hold(arguments: &HoldArgs) -> Result<(), Failure> {
     Err(Failure::Runtime(anyhow::Error::new(again()).context("cannot take the role back")))
 }
 
-/// Waits for the role's lock; `None`: this process is to end.
+/// Waits for the role's lock; `None` if this process is to end.
 async fn wait(arguments: &HoldArgs) -> Result<Option<FileLock>, Failure> {
     let mut signals = Signals::take().context("cannot take signals")?;
     let Some(path) = &arguments.lock else {
@@ -115,7 +117,7 @@ async fn wait(arguments: &HoldArgs) -> Result<Option<FileLock>, Failure> {
     let instance = arguments.instance.as_ref().map(Instance::new);
     let _probes = instance.map(|own| instance::answer_probes(&own, readiness)).transpose()?;
     loop {
-        // A lock that cannot be opened is not free: the state directory may be removed.
+        // A lock that cannot be opened counts as taken: the state directory may have been removed.
         if let Ok(Some(lock)) = FileLock::try_take(path) {
             return Ok(Some(lock));
         }

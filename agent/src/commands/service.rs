@@ -1,4 +1,4 @@
-//! What runs for long, and what it is told: `run`, `log-level`, `health`, `cleanup`, `uninstall`.
+//! Commands of the running agent: `run`, `log-level`, `health`, `cleanup`, `uninstall`.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -19,10 +19,10 @@ use crate::logging;
 use crate::sys::lock::FileLock;
 use crate::sys::{confine, descriptors};
 
-/// How long tasks of an agent that hands over may take to end.
+/// Timeout for the tasks of an agent that hands over.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How an agent gets its role on the node.
+/// Options for the start of an agent.
 #[derive(Args)]
 pub(crate) struct StartArgs {
     /// Take the place of the agent that runs, if one does, as soon as this one would be ready

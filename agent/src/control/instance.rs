@@ -1,4 +1,4 @@
-//! What an agent does for its instance: it answers probes, and requests the data plane.
+//! Tasks of an agent for its instance: answers to probes, and the request for the data plane.
 
 use std::io;
 use std::time::Duration;
@@ -14,12 +14,12 @@ use crate::failure::Failure;
 use crate::instance::{Instance, READY};
 use crate::lifecycle::Readiness;
 
-/// Delay before a keeper that is away is tried again.
+/// Delay before the next connection attempt to an absent keeper.
 const RETRY_DELAY: Duration = Duration::from_millis(50);
-/// How long a start waits for the instance's data plane.
+/// Timeout of a start for the instance's data plane.
 const ACTIVATION_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// A task that ends when this is dropped.
+/// A task that ends when the value is dropped.
 #[derive(Debug)]
 pub struct Task(JoinHandle<()>);
 
@@ -29,10 +29,10 @@ impl Drop for Task {
     }
 }
 
-/// Answers the instance's probes with what `readiness` says.
+/// Answers the instance's probes with the state in `readiness`.
 ///
 /// # Errors
-/// The socket cannot be bound, or another agent of this instance listens on it.
+/// [`Failure`] if the socket cannot be bound, or if another agent of this instance listens on it.
 pub fn answer_probes(instance: &Instance, readiness: Readiness) -> Result<Task, Failure> {
     let listener = bind_socket("the socket of --instance", &instance.agent_socket())?;
     Ok(Task(tokio::spawn(answer(listener, readiness))))
@@ -44,7 +44,7 @@ async fn answer(listener: UnixListener, readiness: Readiness) {
             let (mut stream, _) = listener.accept().await?;
             let reasons = readiness.reasons();
             let text = if reasons.is_empty() { READY.into() } else { reasons.join("\n") + "\n" };
-            // A few hundred bytes fit into the socket's buffer.
+            // The answer of a few hundred bytes fits into the socket's buffer.
             stream.write_all(text.as_bytes()).await?;
             stream.shutdown().await
         }
@@ -56,8 +56,8 @@ async fn answer(listener: UnixListener, readiness: Readiness) {
     }
 }
 
-/// The request for the data plane, which lasts until it is dropped. The agent is not ready while
-/// another instance has the data plane: that one may end at any time.
+/// A request for the data plane, in effect until the value is dropped. The agent is not ready while
+/// another instance has the data plane, because that instance may end at any time.
 #[derive(Debug)]
 pub struct DataplaneRequest {
     active: watch::Receiver<bool>,
@@ -72,7 +72,7 @@ impl DataplaneRequest {
         Self { active, _task: task }
     }
 
-    /// Waits until the instance has the data plane, a few seconds at most.
+    /// Waits until the instance has the data plane, at most [`ACTIVATION_TIMEOUT`].
     pub async fn granted(&mut self) {
         let granted = self.active.wait_for(|active| *active);
         if tokio::time::timeout(ACTIVATION_TIMEOUT, granted).await.is_err() {
@@ -100,7 +100,7 @@ async fn request(instance: Instance, readiness: Readiness, active: watch::Sender
         }
         .await;
         if let Err(error) = asked {
-            tracing::debug!(%error, "the keeper of this instance is away");
+            tracing::debug!(%error, "the keeper of this instance is not reachable");
         }
         active.send_replace(false);
         blocked.get_or_insert_with(|| readiness.block(REASON));

@@ -11,8 +11,8 @@ use crate::sys::lock::FileLock;
 /// The lock's name in the state directory.
 pub const FILE: &str = "lock";
 
-/// Held as long as the process lives; the kernel takes it back however the process ends. Whoever
-/// has it has the agent's role on this node.
+/// Lock of a state directory. The process that holds it has the agent's role on this node. The
+/// kernel releases the lock however the process ends.
 #[derive(Debug)]
 pub struct StateLock {
     lock: FileLock,
@@ -28,7 +28,8 @@ impl StateLock {
         let path = state_dir.join(FILE);
         let Some(lock) = FileLock::try_take(&path).map_err(failed)? else {
             let mut holder = String::new();
-            // Only for the message: an agent that has just started may not have written it.
+            // The process id is only for the message: an agent that has just started may not have
+            // written it.
             let _ = std::fs::File::open(&path)
                 .and_then(|file| file.take(32).read_to_string(&mut holder));
             return Err(Failure::Taken(format!(
@@ -40,10 +41,11 @@ impl StateLock {
         Self::of(lock, state_dir)
     }
 
-    /// The lock of a state directory that another process has taken and passed on to this one.
+    /// Returns the lock of a state directory that another process has taken and passed on to this
+    /// one.
     ///
     /// # Errors
-    /// The lock's file cannot be written.
+    /// [`Failure::Io`] if the lock's file cannot be written.
     pub fn of(mut lock: FileLock, state_dir: &Path) -> Result<Self, Failure> {
         let shown = state_dir.display();
         let failed = |error| Failure::io(format!("cannot use the state directory {shown}"), error);

@@ -79,14 +79,15 @@ pub enum Ended {
     HandedOver(HandOver),
 }
 
-/// The role of an agent on its way to another agent.
+/// The role of an agent during its hand-over to another agent.
 #[derive(Debug)]
 pub struct HandOver {
     /// The role.
     pub lock: StateLock,
-    /// The agent at the other end is to have it, when everything else of this process is closed.
+    /// Connection to the agent that receives the role after this process has closed all other
+    /// descriptors.
     pub connection: UnixStream,
-    /// Whether this agent was ready.
+    /// True if this agent was ready.
     pub ready: bool,
 }
 
@@ -95,7 +96,7 @@ pub async fn run(config: Config, mut start: Start) -> Result<Ended, Failure> {
     let mut signals = Signals::take().context("cannot take signals")?;
     let takes_over = start.takes_over();
     let readiness = Readiness::default();
-    // Until the parts have guards of their own.
+    // This guard is held until the parts have guards of their own.
     let starting = readiness.block("the agent is starting");
     let probes = start.instance.as_ref();
     let probes = probes.map(|own| instance::answer_probes(own, readiness.clone())).transpose()?;
@@ -130,7 +131,7 @@ pub async fn run(config: Config, mut start: Start) -> Result<Ended, Failure> {
 
     let socket = config.control.socket.clone();
     let work = async {
-        // The other instance's data plane need not take this agent's settings.
+        // The data plane of the other instance may refuse this agent's settings.
         if let Some(dataplane) = dataplane.as_mut().filter(|_| taken_over) {
             dataplane.granted().await;
         }

@@ -112,7 +112,7 @@ impl Registry {
         Ok(registry)
     }
 
-    /// Reads the records and writes nothing.
+    /// Reads the records without writing to the state directory.
     ///
     /// # Errors
     /// The same as those of [`Registry::open`].

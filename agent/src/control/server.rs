@@ -24,8 +24,8 @@ use crate::sys::socket::{hung_up, is_absent, is_trusted, make_directory};
 const DEADLINE: Duration = Duration::from_secs(5);
 /// How long a reader that says nothing may mean to say something.
 const SILENCE: Duration = Duration::from_millis(100);
-/// What another agent says that is to take this one's place. The lock of the state directory
-/// follows, when everything else is closed.
+/// Request of an agent that takes this one's place. The answer is the lock of the state directory,
+/// sent after all other descriptors are closed.
 const HAND_OVER: &str = "hand over";
 /// What asks for another key of this node …
 const ROTATE_KEY: &str = "rotate key";
@@ -72,7 +72,7 @@ pub(super) fn bind_socket(key: &str, path: &Path) -> Result<UnixListener, Failur
 /// Who is told what is asked for.
 #[derive(Debug, Clone)]
 pub struct Asks {
-    /// Another agent, at the other end, is to take this one's place.
+    /// Another agent, at the other end of the connection, takes this one's place.
     pub hand_over: mpsc::Sender<std_net::UnixStream>,
     /// Somebody wants another key for this node.
     pub rotate: Ask,
@@ -134,12 +134,12 @@ async fn rotate(asks: &Asks, at_once: bool) -> Result<RotationStatus, String> {
     answered.await.unwrap_or_else(|_| Err(gone()))
 }
 
-/// Asks the agent that listens on `path` to hand over; the lock of the state directory. `None`: no
-/// agent listens, or it ended meanwhile.
+/// Requests the hand-over from the agent that listens on `path`; returns the lock of the state
+/// directory. `None` if no agent listens, or if it ended meanwhile.
 ///
 /// # Errors
-/// The agent does not answer within five seconds, or is of a release that hands over in another
-/// way.
+/// An I/O error if the agent does not answer within five seconds, or if it is of a release with
+/// another hand-over.
 pub fn ask_to_hand_over(path: &Path) -> io::Result<Option<FileLock>> {
     let ask = || -> io::Result<FileLock> {
         let mut stream = std_net::UnixStream::connect(path)?;

@@ -1,5 +1,5 @@
-//! The agent's role on a node, which one agent at a time has: whoever holds the lock of the state
-//! directory.
+//! Take-over of the agent's role on a node. One agent at a time has the role: the process that
+//! holds the lock of the state directory.
 //!
 //! An agent that takes over changes nothing until it knows that it would be ready in the place of
 //! the agent that runs: it has read its configuration, agrees with the node records, finds its
@@ -34,23 +34,23 @@ use crate::sys::lock::FileLock;
 
 /// Interval at which an agent that is not ready to take over checks again.
 const CHECK_INTERVAL: Duration = Duration::from_millis(200);
-/// How long an agent waits for the one that runs to be ready, so that nodes are not handed on in
-/// the middle of a hand-over.
+/// Maximum time for which an agent waits until the running agent is ready, so that a take-over does
+/// not begin in the middle of another one.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How an agent gets its role.
+/// Parameters of an agent's start.
 #[derive(Debug, Default)]
 pub struct Start {
-    /// Whether to take the place of the agent that runs, if one does.
+    /// True to take the place of the running agent, if there is one.
     pub take_over: bool,
-    /// The instance of this agent, which takes over, too.
+    /// Instance of this agent, which takes over as well.
     pub instance: Option<Instance>,
-    /// The role, if a process before this one has it already.
+    /// Lock of the role, if an earlier process has passed it on.
     pub lock: Option<FileLock>,
 }
 
 impl Start {
-    /// Whether the agent takes the place of others, and takes its own back.
+    /// Returns whether the agent takes the place of other agents, and takes its own back.
     pub fn takes_over(&self) -> bool {
         self.take_over || self.instance.is_some()
     }
@@ -59,11 +59,11 @@ impl Start {
 /// The role of the node's agent.
 #[derive(Debug)]
 pub struct Role {
-    /// The role lasts as long as this.
+    /// Lock of the role; the role ends when the lock is dropped.
     pub lock: StateLock,
     /// Listeners that were bound before the role was taken.
     pub listeners: Listeners,
-    /// Whether another agent of this node had the role just before.
+    /// True if another agent of this node had the role immediately before.
     pub taken_over: bool,
 }
 
@@ -76,8 +76,8 @@ pub struct Listeners {
     pub page: Option<std::net::TcpListener>,
 }
 
-/// The agent that runs, as far as its successor must know it. Agents of other releases say more, or
-/// less.
+/// State of the running agent that its successor needs. Agents of other releases may report more or
+/// fewer fields.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Running {
@@ -87,11 +87,12 @@ struct Running {
     config: Value,
 }
 
-/// Takes the role: at once if no agent runs, otherwise when this agent would be ready. `starting`
-/// says what is waited for.
+/// Takes the role: at once if no agent runs, otherwise as soon as this agent would be ready.
+/// `starting` shows the reason for the wait.
 ///
 /// # Errors
-/// The configuration or the environment is wrong; nothing is taken then.
+/// [`Failure`] if the configuration or the environment is wrong; the role stays with the running
+/// agent.
 pub async fn take_role(
     config: &Config,
     start: &mut Start,
@@ -127,14 +128,14 @@ pub async fn take_role(
     }
 }
 
-/// An agent that is to take over.
+/// An agent that waits to take over.
 struct Candidate<'a> {
     config: &'a Config,
     instance: Option<&'a Instance>,
-    /// The agent that ran when it was last asked.
+    /// State of the running agent at the last request.
     running: Option<Running>,
     records: Option<Records>,
-    /// Until when the agent that runs may be unready.
+    /// Deadline until which the running agent may be unready.
     settled: Option<Instant>,
 }
 
@@ -172,11 +173,12 @@ impl<'a> Candidate<'a> {
         }
     }
 
-    /// Why this agent would not be ready now. An error is final.
+    /// Returns the reason why this agent would not be ready now. An error is final.
     async fn obstacle(&mut self) -> Result<Option<String>, Failure> {
         match server::fetch::<Running>(&self.config.control.socket).await {
             Ok(running) => self.running = Some(running),
-            // It has just ended: what it said last counts until this agent has the role.
+            // The running agent has just ended: its last state counts until this agent has the
+            // role.
             Err(_) if self.running.is_some() => {}
             Err(error) => return Ok(Some(format!("the agent that runs does not answer: {error}"))),
         }
@@ -194,11 +196,11 @@ impl<'a> Candidate<'a> {
             .then(|| "the agent that runs is not ready: it may be taking over itself".to_owned()))
     }
 
-    /// Why the node records do not fit this agent's configuration.
+    /// Returns the reason why the node records do not fit this agent's configuration.
     async fn disagreement(&mut self) -> Result<Option<String>, Failure> {
         let Some(running) = &self.running else { return Ok(None) };
         let Some(key) = running.key.clone() else {
-            return Ok(Some("the agent that runs does not say its keys".to_owned()));
+            return Ok(Some("the running agent does not report its keys".to_owned()));
         };
         let records = match &mut self.records {
             Some(records) => records,
@@ -206,7 +208,7 @@ impl<'a> Candidate<'a> {
         };
         records.shared.set_key(key.clone());
         if let Err(error) = records.reader.read() {
-            return Ok(Some(format!("the node records are awaited: {error}")));
+            return Ok(Some(format!("waiting for the node records: {error}")));
         }
         let registry = match Registry::read(self.config, key.keys, records.reader.clone()) {
             Ok(registry) => registry,
@@ -233,8 +235,8 @@ impl<'a> Candidate<'a> {
         }
     }
 
-    /// Binds the ports that the agent that runs does not have. One that is in use is another
-    /// program's.
+    /// Binds the ports that the running agent does not have. A port in use belongs to another
+    /// program.
     fn bind(&self) -> Result<Listeners, Failure> {
         let config = self.config;
         let bind = |key: &str, address: Option<SocketAddr>| match address {
@@ -255,7 +257,7 @@ impl<'a> Candidate<'a> {
         Ok(listeners)
     }
 
-    /// Whether the agent that runs listens on a TCP port.
+    /// Returns whether the running agent listens on a TCP port.
     fn has(&self, port: u16) -> bool {
         let tables = ["metrics", "status_page"];
         self.running
@@ -276,14 +278,14 @@ impl Records {
             return Ok(Self { shared, reader, underlay, _source: None });
         }
         let mut kubernetes = Kubernetes::follow(&shared).await?;
-        // Whether it knows all records is asked for again and again later.
+        // The caller checks repeatedly whether all records are known.
         kubernetes.start_with(config, true, |_| {}).await?;
         let reader = Reader::Kubernetes(kubernetes.records());
         Ok(Self { shared, reader, underlay, _source: Some(Source::Kubernetes(kubernetes)) })
     }
 }
 
-/// Refuses an underlay port that another program has.
+/// Refuses an underlay port that another program uses.
 fn check_port(address: SocketAddr) -> Result<(), Failure> {
     match UdpSocket::bind(address) {
         Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
@@ -291,8 +293,7 @@ fn check_port(address: SocketAddr) -> Result<(), Failure> {
                 "underlay.port: {address} is in use by another program: set another port on every node"
             )))
         }
-        // An address that this host lacks, or a missing right, is told when the data plane opens
-        // it.
+        // The data plane reports a missing address or a missing right when it opens the port.
         _ => Ok(()),
     }
 }

@@ -1,6 +1,6 @@
-//! Requests of an instance's agent for the data plane: the agent is connected to the keeper's
-//! socket for as long as it has the agent's role. And the request of kubelet that the keeper ends
-//! (SIGTERM).
+//! Events that a keeper of an instance waits for: requests of the instance's agent for the data
+//! plane, and SIGTERM from kubelet. The agent stays connected to the keeper's socket while it has
+//! the agent's role.
 
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -14,7 +14,7 @@ use super::server;
 use crate::instance::Instance;
 use crate::sys::socket::{is_trusted, peer_credentials};
 
-/// What the keeper tells its agent.
+/// State of the data plane, as the keeper reports it to its agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Activity {
@@ -55,13 +55,13 @@ impl Activation {
         Ok(activation)
     }
 
-    /// The descriptor that is readable when an agent connects, and the one that is readable when
-    /// this process is to end.
+    /// Returns the descriptor that is readable when an agent connects, and the descriptor that is
+    /// readable when this process is to end.
     pub(super) fn descriptors(&self) -> [BorrowedFd<'_>; 2] {
         [self.listener.as_fd(), self.terminated.as_fd()]
     }
 
-    /// Whether this process is to end.
+    /// Returns whether this process is to end.
     pub(super) fn is_terminated(&self) -> bool {
         let mut fds = [PollFd::new(&self.terminated, PollFlags::IN)];
         matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1))
@@ -82,7 +82,7 @@ impl Activation {
         Ok(())
     }
 
-    /// Whether the agent wants the data plane for this instance.
+    /// Returns whether the agent requests the data plane for this instance.
     pub(super) fn is_requested(&mut self) -> bool {
         // The agent writes nothing: a readable connection is one that is closed.
         self.agent.take_if(|agent| {
@@ -92,7 +92,7 @@ impl Activation {
         self.agent.is_some()
     }
 
-    /// Takes agents that have connected; the last one counts.
+    /// Accepts agents that have connected; the last connection counts.
     pub(super) fn accept(&mut self) {
         while let Ok((agent, _)) = self.listener.accept() {
             if peer_credentials(&agent).is_ok_and(|peer| is_trusted(peer.uid)) {
@@ -102,7 +102,7 @@ impl Activation {
         }
     }
 
-    /// Notes whether this keeper has the data plane, and tells the agent.
+    /// Records whether this keeper has the data plane, and notifies the agent.
     pub(super) fn set(&mut self, activity: Activity) -> io::Result<()> {
         let marker = self.instance.dataplane_marker();
         match activity {
@@ -119,7 +119,7 @@ impl Activation {
     }
 
     fn tell(&mut self) {
-        // An agent that is gone is noticed when it is looked at.
+        // A closed connection is noticed in [`Activation::is_requested`].
         let _ = self.agent.as_mut().map(|agent| agent.write_all(&[self.activity as u8]));
     }
 }
@@ -152,7 +152,7 @@ mod tests {
         let mut told = [9; 2];
         agent.read_exact(&mut told).unwrap();
         assert_eq!(told, [Activity::Idle as u8, Activity::Active as u8]);
-        // The next agent of the instance is told at once.
+        // The next agent of the instance is notified at once.
         drop(agent);
         let mut agent = UnixStream::connect(instance.dataplane_socket()).unwrap();
         activation.accept();

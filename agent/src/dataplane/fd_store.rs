@@ -1,11 +1,11 @@
 //! Descriptors and sessions of the data plane, stored in the kernel for all keepers of a node.
 //!
-//! The store is a pair of connected sockets. One set of descriptors lies in it as a message that is
-//! not received yet: a description, then the listening socket, then the descriptors of the
-//! [`HandOver`]. Every keeper that has had the data plane keeps both sockets. Only the keeper that
-//! has the data plane's lock ([`crate::sys::lock`]) reads or writes them. So a set is never out of
-//! date: the keeper that gets the lock continues with it, and a set that is removed leaves no copy
-//! that would occupy the device or the port.
+//! The store is a pair of connected sockets. One set of descriptors is queued in it as an unread
+//! message: a description, then the listening socket, then the descriptors of the [`HandOver`].
+//! Every keeper that has had the data plane keeps both sockets. Only the keeper that has the data
+//! plane's lock ([`crate::sys::lock`]) reads or writes them. Therefore a set is always current: the
+//! keeper that gets the lock continues with it, and a removed set leaves no copy that would occupy
+//! the device or the port.
 
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -15,7 +15,7 @@ use super::handover::{receive, send};
 use crate::ipc::HandOver;
 use crate::sys::descriptors;
 
-/// What a data process has given to its keeper: a description, and the descriptors that it
+/// State that a data process has given to its keeper: a description and the descriptors that it
 /// describes.
 #[derive(Debug)]
 pub(super) struct Kept {
@@ -28,7 +28,7 @@ pub(super) struct Kept {
 pub(super) struct FdStore {
     write: UnixStream,
     read: UnixStream,
-    /// Whether this keeper has put a set that is still in the store.
+    /// True if this keeper has put a set that is still in the store.
     filled: bool,
 }
 
@@ -36,22 +36,22 @@ impl FdStore {
     /// Number of descriptors in [`FdStore::descriptors`].
     pub(super) const DESCRIPTORS: usize = 2;
 
-    /// An empty store.
+    /// Creates an empty store.
     pub(super) fn create() -> io::Result<Self> {
         let (write, read) = UnixStream::pair()?;
-        // The flag belongs to the open file descriptions, and holds in every process.
+        // The flag belongs to the open file descriptions, so that it applies in every process.
         write.set_nonblocking(true)?;
         read.set_nonblocking(true)?;
         Ok(Self { write, read, filled: false })
     }
 
-    /// The store behind descriptors that another keeper has sent.
+    /// Opens the store from descriptors that another keeper has sent.
     pub(super) fn received(descriptors: Vec<OwnedFd>) -> Option<Self> {
         let mut sockets = descriptors.into_iter().map(UnixStream::from);
         Some(Self { write: sockets.next()?, read: sockets.next()?, filled: false })
     }
 
-    /// The descriptors that give another keeper access to the store.
+    /// Returns the descriptors that give another keeper access to the store.
     pub(super) fn descriptors(&self) -> [BorrowedFd<'_>; Self::DESCRIPTORS] {
         [self.write.as_fd(), self.read.as_fd()]
     }
@@ -63,20 +63,20 @@ impl FdStore {
         let put = send(&self.write, &kept.left, &all);
         match put {
             Ok(()) if !std::mem::replace(&mut self.filled, true) => {}
-            // The set of before lies in front of the new one.
+            // The previous set is queued before the new one.
             Ok(()) => drop(self.receive()),
             Err(_) => self.clear(),
         }
         put
     }
 
-    /// Takes the set out. `None` if the store is empty or cannot be read.
+    /// Removes and returns the set. `None` if the store is empty or cannot be read.
     pub(super) fn take(&mut self) -> Option<(UnixListener, Kept)> {
         let mut last = None;
         while let Some(set) = self.receive() {
             last = Some(set);
         }
-        // A part of a set would be taken for the beginning of the next one.
+        // A partial set would be read as the beginning of the next one.
         self.clear();
         last
     }
@@ -87,7 +87,7 @@ impl FdStore {
         while matches!((&self.read).read(&mut [0; 4096]), Ok(1..)) {}
     }
 
-    /// The oldest set in the store.
+    /// Receives the oldest set in the store.
     fn receive(&self) -> Option<(UnixListener, Kept)> {
         let left: HandOver = receive(&self.read).ok()??;
         let mut all = descriptors::receive(&self.read, 1 + left.descriptors()).ok()?;

@@ -18,8 +18,8 @@ use crate::sys::descriptors;
 use crate::sys::tun::TunQueue;
 use crate::sys::udp::LaneSockets;
 
-/// What the keeper gives to a data process at its start. The listening socket and the lock follow,
-/// and then what was left.
+/// Start message of the keeper to a data process. The listening socket, the lock and the
+/// descriptors of the previous data process follow.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Begin {
     /// What the data process before has left.

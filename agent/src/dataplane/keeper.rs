@@ -34,19 +34,20 @@ const STABLE: Duration = Duration::from_secs(10);
 const DEATHS: u32 = 3;
 /// How long the other side of a hand-over may take for each step.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Interval at which a keeper that waits for the data plane tries to take its lock.
+/// Interval between attempts of a waiting keeper to take the data plane's lock.
 const LOCK_INTERVAL: Duration = Duration::from_millis(10);
-/// How long the lock must have been free before a keeper without descriptors takes it: several
-/// intervals of those that have them.
+/// Time for which the lock must have been free before a keeper without descriptors takes it:
+/// several intervals of the keepers that have descriptors.
 const HOLDER_DELAY: Duration = Duration::from_millis(50);
-/// How long a data process may take to stop before its keeper ends.
+/// Timeout for the data process to stop before its keeper ends.
 const STOP_TIMEOUT: Duration = Duration::from_millis(500);
 /// Delay before a request for the data plane that was refused is repeated.
 const REQUEST_DELAY: Duration = Duration::from_secs(1);
 
 /// A data plane that belongs to this keeper.
 struct Plane {
-    /// Copies are in the data process, so that the lock is free when both processes have ended.
+    /// Lock of the data plane. The data process has a copy, so that the lock is free when both
+    /// processes have ended.
     lock: FileLock,
     store: FdStore,
     listener: UnixListener,
@@ -54,7 +55,7 @@ struct Plane {
 }
 
 impl Plane {
-    /// The data plane of whoever has the lock: with the descriptors in the store, or a new one.
+    /// Opens the data plane of the lock's owner: with the descriptors in the store, or a new one.
     fn open(lock: FileLock, store: Option<FdStore>, options: &Options) -> anyhow::Result<Self> {
         let mut store = match store {
             Some(store) => store,
@@ -74,15 +75,16 @@ impl Plane {
         Ok(plane)
     }
 
-    /// Puts what the data process has left into the store.
+    /// Puts the descriptors of the data process into the store.
     fn save(&mut self) {
         let Some(kept) = &self.kept else { return self.store.clear() };
         if let Err(error) = self.store.put(&self.listener, kept) {
-            tracing::error!(%error, "cannot store descriptors: another keeper would begin anew");
+            tracing::error!(%error, "cannot store descriptors: others would lose the sessions");
         }
     }
 
-    /// Takes what the data process says; the connection to give all to, where it wants that.
+    /// Handles a message of the data process; returns the connection to hand over to, if the
+    /// message requests a hand-over.
     fn take_message(&mut self, channel: &UnixStream) -> io::Result<Option<UnixStream>> {
         let message = receive(channel)?.ok_or(io::ErrorKind::UnexpectedEof)?;
         match message {
@@ -105,8 +107,8 @@ impl Plane {
         Ok(None)
     }
 
-    /// Gives the lock and the store to the keeper at the other end; whether it says that it has
-    /// them.
+    /// Sends the lock and the store to the keeper at the other end; returns whether that keeper
+    /// confirms their receipt.
     fn give(&self, connection: &UnixStream) -> bool {
         let give = || -> io::Result<()> {
             connection.set_read_timeout(Some(PATIENCE))?;
@@ -118,19 +120,20 @@ impl Plane {
         };
         let given = give();
         if let Err(error) = &given {
-            tracing::error!(%error, "whoever wanted the data plane does not take it");
+            tracing::error!(%error, "hand-over to the new keeper failed");
         }
         given.is_ok()
     }
 }
 
-/// Keeps a data process at work whenever the data plane is this keeper's, until the data process
-/// ends in an orderly way. `arguments` start one, the number of its channel's descriptor added.
+/// Runs a data process while this keeper has the data plane, until the data process ends in an
+/// orderly way. `arguments` start a data process; the number of its channel's descriptor is
+/// appended.
 ///
-/// A keeper that takes over from others ([`Options::takes_over`]) and gives the data plane away
-/// holds the descriptors of the store, and takes the data plane back when the other keeper ends
-/// without having given it away. The keeper of an instance has the data plane only while the
-/// instance's agent wants it.
+/// A keeper that takes over from others ([`Options::takes_over`]) keeps the descriptors of the
+/// store after it has handed the data plane over, and takes the data plane back when the other
+/// keeper ends without a hand-over of its own. The keeper of an instance has the data plane only
+/// while the instance's agent requests it.
 pub(super) fn run(options: &Options, arguments: &[OsString]) -> anyhow::Result<()> {
     let mut activation = options.instance.as_ref().map(Activation::bind).transpose()?;
     let mut held = None;
@@ -146,21 +149,22 @@ pub(super) fn run(options: &Options, arguments: &[OsString]) -> anyhow::Result<(
         set(activation.as_mut(), Activity::Idle);
         match end? {
             End::GivenAway(store) => {
-                tracing::info!("the data plane is given away");
+                tracing::info!("data plane handed over");
                 if !options.takes_over() {
                     return Ok(());
                 }
                 held = Some(store);
             }
             End::Ended if activation.is_none() => return Ok(()),
-            // Others may hold what is in the store; the kernel queues packets until they have it.
+            // Other keepers may hold the store; the kernel queues packets until one of them
+            // continues.
             End::Terminated => return Ok(()),
             End::Ended => {}
         }
     }
 }
 
-/// How a data plane was left.
+/// Reasons why the keeper no longer runs the data plane.
 enum End {
     /// The data process has ended in an orderly way.
     Ended,
@@ -170,7 +174,7 @@ enum End {
     Terminated,
 }
 
-/// Keeps a data process at work.
+/// Runs a data process, and replaces it if it fails.
 fn keep(
     mut plane: Plane,
     options: &Options,
@@ -194,10 +198,10 @@ fn keep(
         };
         deaths = if started.elapsed() < STABLE { deaths + 1 } else { 1 };
         if !status.success() && plane.kept.is_some() && deaths <= DEATHS {
-            tracing::error!(%status, "the data process ended: the next one goes on with what it left");
+            tracing::error!(%status, "data process exited, restarting it with its sockets and sessions");
             continue;
         }
-        // Copies would keep the device and the port in use.
+        // Copies of the descriptors would keep the device and the port in use.
         plane.kept = None;
         plane.save();
         if !status.success() {
@@ -206,7 +210,7 @@ fn keep(
         if !activation.as_deref_mut().is_some_and(Activation::is_requested) {
             return Ok(End::Ended);
         }
-        // The agent has ended it, to begin anew with other settings.
+        // The agent has ended the data process, to start one with other settings.
         plane.listener = server::bind(&options.socket)?;
         deaths = 0;
     }
@@ -214,11 +218,11 @@ fn keep(
 
 fn set(activation: Option<&mut Activation>, activity: Activity) {
     if let Some(Err(error)) = activation.map(|activation| activation.set(activity)) {
-        tracing::error!(%error, "cannot note in the instance's directory who has the data plane");
+        tracing::error!(%error, "cannot write the marker in the instance's directory");
     }
 }
 
-/// Gets the data plane: at once, or, where this keeper has given it away, when it is free.
+/// Acquires the data plane: at once, or, if this keeper has handed it over, when it is free.
 fn acquire(options: &Options, held: &mut Option<FdStore>) -> anyhow::Result<Plane> {
     let mut attempt = Attempt::new(options);
     let until = Instant::now() + PATIENCE;
@@ -233,7 +237,10 @@ fn acquire(options: &Options, held: &mut Option<FdStore>) -> anyhow::Result<Plan
                 Err(error) if !error.is_passing() || Instant::now() > until => {
                     return Err(error.into_error(&options.socket));
                 }
-                Err(error) => tracing::debug!(?error, "the data process hung up: asking again"),
+                Err(error) => tracing::debug!(
+                    ?error,
+                    "the data process closed the connection, repeating the request"
+                ),
             }
         } else if !holds && Instant::now() > until {
             bail!(
@@ -246,8 +253,8 @@ fn acquire(options: &Options, held: &mut Option<FdStore>) -> anyhow::Result<Plan
     }
 }
 
-/// Gets the data plane when the agent wants it, or, where this keeper has given it away, when it is
-/// free. `None`: this process is to end.
+/// Acquires the data plane when the agent requests it, or, if this keeper has handed it over, when
+/// it is free. `None` if this process is to end.
 fn acquire_on_request(
     options: &Options,
     activation: &mut Activation,
@@ -281,7 +288,7 @@ fn acquire_on_request(
 struct Attempt {
     path: PathBuf,
     takes_over: bool,
-    /// Since when the lock was free at every attempt.
+    /// Time since which the lock was free at every attempt.
     free_since: Option<Instant>,
 }
 
@@ -319,7 +326,7 @@ fn spawn(arguments: &[OsString]) -> anyhow::Result<(Child, UnixStream)> {
     Ok((child, ours))
 }
 
-/// How the work of one data process came to its end.
+/// Reasons for the end of a data process's run.
 enum Ended {
     /// The process has ended.
     Process(ExitStatus),
@@ -348,10 +355,10 @@ fn attend(
     let pid = pid.context("the data process has no process id")?;
     let pidfd = pidfd_open(pid, PidfdFlags::empty()).context("cannot watch the data process")?;
     let mut listens = begun.is_ok();
-    // The connection by which this keeper has asked its own data process to stop.
+    // Connection by which this keeper has asked its own data process to stop.
     let mut stop: Option<UnixStream> = None;
     loop {
-        // What has come does not wake this process again and again.
+        // An event that was handled must not wake this process repeatedly.
         let requests = activation.as_deref().filter(|_| stop.is_none());
         let requests = requests.map(Activation::descriptors).into_iter().flatten();
         let requests: Vec<_> = requests.collect();
@@ -380,7 +387,7 @@ fn attend(
         if told {
             match plane.take_message(channel) {
                 Ok(None) => {}
-                // Its lanes have stopped: it has no packet that would be lost with it.
+                // The lanes have stopped, so that no packet is lost with the data process.
                 Ok(Some(connection)) if is_own(&connection) => return Ok(Ended::Terminated),
                 Ok(Some(connection)) => {
                     let given = plane.kept.is_some() && plane.give(&connection);
@@ -400,12 +407,12 @@ fn attend(
     }
 }
 
-/// Whether this process has made the connection.
+/// Returns whether this process has made the connection.
 fn is_own(connection: &UnixStream) -> bool {
     peer_credentials(connection).is_ok_and(|peer| peer.pid == Some(std::process::id()))
 }
 
-/// Has the data process stop its lanes, as for another keeper.
+/// Makes the data process stop its lanes, as for another keeper.
 fn request_stop(plane: &Plane) -> io::Result<UnixStream> {
     let address = plane.listener.local_addr()?;
     let mut connection = connect(address.as_pathname().ok_or(io::ErrorKind::NotFound)?)?;
@@ -413,7 +420,7 @@ fn request_stop(plane: &Plane) -> io::Result<UnixStream> {
     Ok(connection)
 }
 
-/// Why the data plane was not got.
+/// Errors of a request for the data plane.
 #[derive(Debug)]
 enum Refusal {
     /// The connection failed.
@@ -429,12 +436,12 @@ impl From<io::Error> for Refusal {
 }
 
 impl Refusal {
-    /// Whether it is worth asking again at once: the data process has just died, and its socket
-    /// with it in a moment; or its keeper starts the next one.
+    /// Returns whether to repeat the request at once: the data process has just died and its socket
+    /// closes soon, or its keeper is starting the next one.
     fn is_passing(&self) -> bool {
         match self {
             Self::Io(error) => hung_up(error) || is_absent(error),
-            // It was ended.
+            // The data process was ended.
             Self::Refused(kind, _) => *kind == ErrorKind::Invalid,
         }
     }
@@ -448,18 +455,18 @@ impl Refusal {
     }
 }
 
-/// Requests the data plane from whoever listens. Its store is put to what this keeper holds, also
-/// where the other keeper dies before it has given the data plane away. A data process that cannot
-/// hand over ends.
+/// Requests the data plane from the data process that listens on `socket`. Keeps the received store
+/// in `held`, even if the other keeper dies before it has handed over the data plane. Ends a data
+/// process that cannot hand over.
 fn request(socket: &Path, held: &mut Option<FdStore>) -> Result<FileLock, Refusal> {
     let mut stream = connect(socket)?;
     write_frame(&mut stream, &Request::TakeOver { version: HANDOVER_VERSION })?;
     let answer = read_frame(&mut stream)?;
     match answer.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))? {
         Response::HandOver => {}
-        // Of a release that has other hand-overs, or without a snapshot.
+        // The data process is of a release with another hand-over, or has no snapshot.
         Response::Error { kind: kind @ ErrorKind::Invalid, message } => {
-            tracing::warn!(message, "cannot take over: the data process before is ended instead");
+            tracing::warn!(message, "cannot take over: the previous data process is ended instead");
             end(socket)?;
             return Err(Refusal::Refused(kind, message));
         }
@@ -471,10 +478,10 @@ fn request(socket: &Path, held: &mut Option<FdStore>) -> Result<FileLock, Refusa
     let store = FdStore::received(all).ok_or_else(|| invalid("descriptors are missing"))?;
     *held = Some(store);
     stream.write_all(&[0])?;
-    // Without its word it goes on with all that, by itself; or it is dead, and the lock will be
-    // free.
+    // Without a confirmation, the other keeper continues with the data plane; or it is dead, and
+    // the lock becomes free.
     stream.read_exact(&mut [0])?;
-    tracing::info!(socket = %socket.display(), "taken over from the data process before");
+    tracing::info!(socket = %socket.display(), "taken over from the previous data process");
     Ok(lock)
 }
 
@@ -501,7 +508,7 @@ fn end(socket: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Ends a data process of a release without locks, which listens though the lock is free.
+/// Ends a data process of a release without locks, which listens although the lock is free.
 fn end_unlocked(socket: &Path) -> anyhow::Result<()> {
     match end(socket) {
         Err(error) if !hung_up(&error) && !is_absent(&error) => Err(error)
@@ -619,7 +626,8 @@ mod tests {
         Kept { descriptors: files.collect(), left }
     }
 
-    /// A keeper that dies between its hand-over and its word leaves everything to the next one.
+    /// A keeper dies between its hand-over and its confirmation; the next keeper gets all
+    /// descriptors.
     #[test]
     fn keeper_that_dies_in_a_hand_over_loses_nothing() {
         let directory = tempfile::tempdir().unwrap();
@@ -640,7 +648,7 @@ mod tests {
         dying.join().unwrap();
     }
 
-    /// A keeper that has given its data plane away gets it back when the other one ends.
+    /// A keeper that has handed over its data plane gets it back when the other keeper ends.
     #[test]
     fn holder_takes_back_what_the_dead_keeper_had() {
         let directory = tempfile::tempdir().unwrap();

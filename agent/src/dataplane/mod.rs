@@ -52,7 +52,7 @@ pub struct Options {
     pub socket: PathBuf,
     /// Whether to take everything over from the data process that listens there.
     pub take_over: bool,
-    /// The instance whose agent says when to take everything over.
+    /// Instance whose agent requests the data plane.
     pub instance: Option<Instance>,
     /// How the data process logs.
     pub log: Log,
@@ -69,13 +69,14 @@ fn boot_time() -> Duration {
     Duration::new(secs, u32::try_from(now.tv_nsec).unwrap_or(0))
 }
 
-/// The file of the data plane's lock, for the data plane at `socket`.
+/// Returns the path of the lock of the data plane at `socket`.
 pub fn lock_path(socket: &Path) -> PathBuf {
     socket.with_extension("lock")
 }
 
 impl Options {
-    /// Whether this keeper takes the data plane over from others, at once or on request.
+    /// Returns whether this keeper takes the data plane over from other keepers, at once or on
+    /// request.
     fn takes_over(&self) -> bool {
         self.take_over || self.instance.is_some()
     }
@@ -142,7 +143,7 @@ pub fn work(channel: i32) -> anyhow::Result<()> {
     let count = 2 + left.as_ref().map_or(0, HandOver::descriptors);
     let mut all = descriptors::receive(&channel, count).context("the keeper gives nothing")?;
     let listener = all.remove(0).into();
-    // As long as this process runs, no other may seal in its sessions.
+    // No other process may seal in these sessions while this process runs.
     let _lock = all.remove(0);
     let left = left.and_then(|left| Estate::sort(&left, all).map(|estate| (left, estate)));
     serve(listener, Some(channel), left)
@@ -183,8 +184,9 @@ pub(crate) fn fuzz_frames(bytes: &[u8]) {
     crate::fuzzing::frames::<handover::ToKeeper>(bytes);
 }
 
-/// Whether the data process at `socket` answers: its manager's thread, which the lanes obey. Where
-/// `instance` does not have the data plane, there is nothing of it that could hang.
+/// Checks that the manager's thread of the data process at `socket` answers. Succeeds without a
+/// check if `instance` does not have the data plane, because no data process of the instance could
+/// hang.
 pub fn probe(socket: &Path, instance: Option<&Instance>) -> anyhow::Result<()> {
     if instance.is_some_and(|instance| !instance.dataplane_marker().exists()) {
         return Ok(());

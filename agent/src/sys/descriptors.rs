@@ -31,10 +31,10 @@ pub fn send(stream: &UnixStream, descriptors: &[BorrowedFd<'_>]) -> io::Result<(
     Ok(())
 }
 
-/// The descriptor `number` that this process has inherited. No child inherits it.
+/// Returns the inherited descriptor `number`. No child process inherits it.
 ///
 /// # Errors
-/// The descriptor is not open, or is one of the standard streams.
+/// An error if the descriptor is not open, or is one of the standard streams.
 pub fn inherited(number: i32) -> io::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{number}");
     if number <= 2 || std::fs::read_link(path).is_err() {
@@ -46,10 +46,11 @@ pub fn inherited(number: i32) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-/// The unix socket that this process has inherited as descriptor `number`. No child inherits it.
+/// Returns the unix socket that this process has inherited as descriptor `number`. No child process
+/// inherits it.
 ///
 /// # Errors
-/// The descriptor is not open, is one of the standard streams, or is not a unix socket.
+/// An error if the descriptor is not open, is one of the standard streams, or is not a unix socket.
 pub fn inherited_socket(number: i32) -> io::Result<UnixStream> {
     let fd = inherited(number)?;
     if rustix::net::sockopt::socket_domain(&fd)? != AddressFamily::UNIX {

@@ -1,4 +1,4 @@
-//! Exclusive locks on files (flock(2)), which tell which process has a role.
+//! Exclusive locks on files (flock(2)). The owner of a lock has a role.
 //!
 //! The lock belongs to the open file description: a copy of the descriptor in another process keeps
 //! it, and the kernel releases it when the last copy is closed, however those processes end.
@@ -20,7 +20,7 @@ impl FileLock {
     /// another process has the lock.
     ///
     /// # Errors
-    /// The file cannot be opened, created or locked.
+    /// An I/O error if the file cannot be opened, created or locked.
     pub fn try_take(path: &Path) -> io::Result<Option<Self>> {
         let mut options = OpenOptions::new();
         let options = options.read(true).write(true).create(true).truncate(false).mode(0o600);
@@ -31,7 +31,7 @@ impl FileLock {
                 Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
                 Err(error) => return Err(error.into()),
             }
-            // The file may have been removed between opening and locking.
+            // Another process may have removed the file between opening and locking.
             let locked = file.metadata()?.ino();
             if std::fs::metadata(path).is_ok_and(|found| found.ino() == locked) {
                 return Ok(Some(Self(file)));
@@ -39,10 +39,10 @@ impl FileLock {
         }
     }
 
-    /// The lock behind a descriptor that another process has passed on.
+    /// Returns the lock of a descriptor that another process has passed on.
     ///
     /// # Errors
-    /// The descriptor is not a regular file.
+    /// An I/O error if the descriptor is not a regular file.
     pub fn received(fd: OwnedFd) -> io::Result<Self> {
         let file = File::from(fd);
         match file.metadata()?.is_file() {
@@ -51,7 +51,7 @@ impl FileLock {
         }
     }
 
-    /// The locked file.
+    /// Returns the locked file.
     pub fn file(&mut self) -> &mut File {
         &mut self.0
     }

@@ -23,7 +23,7 @@ pub const NAMESPACE: &str = "kube-system";
 /// How long helm may wait for every agent.
 const INSTALL_LIMIT: &str = "--timeout=3m";
 
-/// How long nodes may take to be Ready.
+/// Time limit for nodes to be Ready.
 const READY_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long a pod may take to run.
@@ -224,7 +224,7 @@ impl Pings {
     }
 }
 
-/// A cluster with Skein and a pod on every node, for `work`.
+/// Runs `work` on a cluster with Skein and a pod on every node.
 ///
 /// # Errors
 /// The cluster cannot be made, or `work` fails; with the state of all pods and the logs.
@@ -252,7 +252,7 @@ pub fn with(
     })
 }
 
-/// Waits until every pod reaches every other by every address; the time that it took.
+/// Waits until every pod reaches every other by every address; returns the time that this took.
 ///
 /// # Errors
 /// A pod does not reach another within `limit`.
@@ -275,7 +275,7 @@ pub fn wait_until_all_reach_all(
     })
 }
 
-/// The name of the DaemonSet's pod on a node.
+/// Returns the name of the DaemonSet's pod on a node.
 ///
 /// # Errors
 /// The node has none.

@@ -1,5 +1,5 @@
-//! Two processes of one node as a pod of the chart has them: an agent and a data plane that take
-//! over from those of another pod.
+//! The processes of one pod of the chart: an agent and a data plane that take over from those of
+//! another pod on the same node.
 
 use std::fs;
 use std::path::PathBuf;
@@ -12,7 +12,7 @@ use rustix::process::Signal;
 use super::agent::Agent;
 use super::process::{self, Finished, Process};
 
-/// How long an instance may take to be ready on a busy machine.
+/// Time limit for an instance to be ready on a busy machine.
 const READY_LIMIT: Duration = Duration::from_secs(20);
 
 /// A container of a pod.
@@ -38,7 +38,8 @@ pub struct Instance {
 }
 
 impl Instance {
-    /// Prepares a pod on the agent's node with the agent's configuration of now; starts nothing.
+    /// Prepares a pod on the agent's node with the agent's current configuration, without starting
+    /// it.
     pub fn prepare(agent: &Agent, name: &str) -> Result<Self> {
         let directory = agent.directory().join(name);
         fs::create_dir_all(&directory)?;
@@ -64,7 +65,7 @@ impl Instance {
         Ok(instance)
     }
 
-    /// Starts a container, in the place of one that has ended.
+    /// Starts a container; replaces one that has ended.
     pub fn run(&mut self, container: Container) -> Result<()> {
         let instance = format!("--instance={}", self.directory.display());
         let mut command = self.command();
@@ -111,12 +112,12 @@ impl Instance {
         }
     }
 
-    /// The exit code of a container that has ended.
+    /// Returns the exit code of a container that has ended.
     pub fn exited(&mut self, container: Container) -> Option<i32> {
         self.container(container).as_mut().and_then(Process::exited)
     }
 
-    /// What a probe of kubelet's says.
+    /// Runs a kubelet probe of the agent and returns its result.
     pub fn probe(&self, ready: bool) -> Result<Finished> {
         let mut command = self.command();
         command.arg("health").arg(format!("--instance={}", self.directory.display()));
@@ -124,7 +125,7 @@ impl Instance {
         process::finish(&mut command, &[], Duration::from_secs(10))
     }
 
-    /// What the probe of the data plane's container says.
+    /// Runs the probe of the data plane's container and returns its result.
     pub fn probe_dataplane(&self) -> Result<Finished> {
         let mut command = self.command();
         command.args(["dataplane", "--probe", "--socket", &self.socket]);
@@ -152,17 +153,17 @@ impl Instance {
         }
     }
 
-    /// Whether the data plane is this pod's.
+    /// Returns whether this pod has the data plane.
     pub fn has_dataplane(&self) -> bool {
         self.directory.join("dataplane.active").exists()
     }
 
-    /// The whole log of both containers.
+    /// Returns the whole log of both containers.
     pub fn log(&self) -> Result<String> {
         fs::read_to_string(&self.log).context("no log")
     }
 
-    /// The end of the log.
+    /// Returns the end of the log.
     pub fn log_tail(&self) -> String {
         process::tail(&self.log, 40)
     }

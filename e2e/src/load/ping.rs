@@ -61,7 +61,7 @@ pub fn ping(from: &Netns, to: IpAddr, ping: Ping) -> Result<Answers> {
     Answers::parse(finished.stdout + &finished.stderr).with_context(|| format!("ping {to}"))
 }
 
-/// Pings under way.
+/// A running `ping`.
 #[derive(Debug)]
 pub struct Pings {
     process: Process,
@@ -80,12 +80,12 @@ impl Pings {
         Ok(Self { process: Process::start(&mut command, log)?, interval })
     }
 
-    /// Ends the pings: the number that was lost, and the longest time without an answer.
+    /// Ends the pings; returns the number of lost pings and the longest time without an answer.
     ///
     /// # Errors
     /// `ping` does not end within five seconds, or no request was answered.
     pub fn end(mut self) -> Result<Loss> {
-        // Answers that are on their way count.
+        // Waits for answers that are still on their way.
         std::thread::sleep(Duration::from_millis(200));
         self.process.signal(Signal::INT)?;
         let end = Instant::now() + Duration::from_secs(5);
@@ -104,12 +104,12 @@ pub struct Loss {
     pub sent: u32,
     /// Requests without an answer.
     pub lost: u32,
-    /// Time of the longest run of lost ones.
+    /// Duration of the longest series of lost requests.
     pub longest: Duration,
 }
 
 impl Loss {
-    /// Reads what `ping` has printed, which sent one request per `interval`.
+    /// Parses the output of a `ping` that sent one request per `interval`.
     ///
     /// # Errors
     /// No request was answered.

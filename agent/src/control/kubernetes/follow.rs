@@ -41,7 +41,7 @@ pub(super) struct State {
     pub(super) node: Option<Arc<Node>>,
     /// This node's SkeinNode as the API server has it.
     pub(super) published: Option<Arc<SkeinNode>>,
-    /// The UID of this node's SkeinNode that was seen deleted last.
+    /// UID of this node's SkeinNode whose deletion was observed last.
     pub(super) deleted: Option<String>,
     /// What this node's record is to be; `None` as long as no Node was seen.
     pub(super) own: Option<Result<SkeinNodeSpec, String>>,

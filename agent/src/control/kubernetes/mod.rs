@@ -53,10 +53,10 @@ impl Kubernetes {
         Ok(kubernetes)
     }
 
-    /// Follows the API server and writes nothing there.
+    /// Follows the API server without writing to it.
     ///
     /// # Errors
-    /// The way to the API server is configured wrongly.
+    /// [`Failure`] if the connection to the API server is misconfigured.
     pub async fn follow(shared: &Shared) -> Result<Self, Failure> {
         Ok(Self::connect(shared).await?.0)
     }

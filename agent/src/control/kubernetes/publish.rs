@@ -49,8 +49,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const SPREAD: Duration = Duration::from_secs(30);
 /// How long the agent may be unready before an operator is told.
 const UNREADY: Duration = Duration::from_secs(30);
-/// How long the agent may be unready and know nothing of the data process before its record says
-/// so: an agent that is restarted is ready sooner.
+/// Delay before the record states that the agent is not ready, while the data process is unknown. A
+/// restarted agent is ready sooner.
 const UNKNOWN_DELAY: Duration = Duration::from_secs(5);
 
 /// Keeps what this node tells up to date, for as long as somebody follows the API server.
@@ -174,15 +174,15 @@ struct Applied {
     owner: OwnerReference,
     /// The version that the watch had told of before.
     before: Option<String>,
-    /// The UID of the record in the API server's answer.
+    /// UID of the record in the API server's answer.
     uid: Option<String>,
     at: Instant,
 }
 
 impl Applied {
-    /// Whether the record need not be written again, because the watch will tell of it. `published`
-    /// is the record as the watch has told of it, `deleted` the UID of the last one that it saw
-    /// deleted.
+    /// Returns whether the written record is still on its way through the watch, so that it need
+    /// not be written again. `published` is the record as the watch last reported it, `deleted` the
+    /// UID of the last record whose deletion the watch reported.
     fn is_awaited(
         &self,
         spec: &SkeinNodeSpec,
@@ -212,7 +212,7 @@ impl Publisher {
                 let (published, deleted) = (state.published.as_deref(), state.deleted.as_deref());
                 self.apply(node, own, published, deleted).await
             }
-            // The record of before stays, and its status must not: the agent is not ready.
+            // The earlier record stays, but its status must change: the agent is not ready.
             Some(Err(_)) => Ok(()),
             None => return Ok(()),
         };
@@ -260,7 +260,7 @@ impl Publisher {
             owners.any(|found| found.uid == owner.uid)
         };
         if published.is_some_and(|found| found.spec == *own && owned(found)) {
-            // The watch has told of it: whatever comes later is another change.
+            // The watch has reported the write: a later difference is a new change.
             self.applied = None;
             return Ok(());
         }
@@ -282,7 +282,7 @@ impl Publisher {
         Ok(())
     }
 
-    /// `dataplane` is `None` while nothing is known of the data process.
+    /// `dataplane` is `None` while the state of the data process is unknown.
     async fn write_status(
         &mut self,
         published: &SkeinNode,
@@ -598,13 +598,13 @@ mod tests {
             applied.is_awaited(&found.spec, &owner, published, deleted)
         };
         let created = applied(None, 0);
-        assert!(awaited(&created, None, None), "The watch has not told of it yet.");
+        assert!(awaited(&created, None, None), "The watch has not reported the record yet.");
         assert!(awaited(&created, None, Some("another")), "Another record was deleted.");
         assert!(!awaited(&created, None, Some("first")), "The record was deleted.");
         let changed = applied(Some("1"), 11);
         assert!(awaited(&changed, Some(&found), None), "The watch may be silent.");
         let edited = record("first", "2");
-        assert!(!awaited(&changed, Some(&edited), None), "The watch tells something else.");
+        assert!(!awaited(&changed, Some(&edited), None), "The watch reports another change.");
         assert!(!awaited(&applied(Some("1"), 121), Some(&found), None), "The watch is late.");
     }
 

@@ -73,8 +73,8 @@ pub(super) fn status(
     }
 }
 
-/// What the SkeinNode is to say while the agent is not ready and knows nothing of the data process;
-/// the rest of `before` stays.
+/// Returns the status of the SkeinNode while the agent is not ready and the data process is
+/// unknown; the rest of `before` stays.
 pub(super) fn unready(
     before: Option<&SkeinNodeStatus>,
     generation: Option<i64>,
