@@ -120,7 +120,7 @@ fn control(input: &Input) -> Vec<MetricFamily> {
     source.add(&[], f64::from(u8::from(input.registry.source_error.is_none())));
     let mut conflicts = Family::new(
         "skein_route_conflicts",
-        "Prefixes of peers that another program has a route to, so that the overlay does not carry them.",
+        "Prefixes of peers to which another program has a route, so that the overlay does not carry them.",
         Kind::Gauge,
     );
     conflicts.add(&[], input.conflicts as f64);

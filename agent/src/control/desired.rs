@@ -102,8 +102,8 @@ impl Desired {
     pub fn mtu_problem(&self) -> Option<String> {
         if self.mtu < MIN_MTU {
             return Some(format!(
-                "the inner MTU of {} bytes is too small, {MIN_MTU} is the least: raise the MTU of the \
-                 underlay",
+                "the inner MTU of {} bytes is too small, the minimum is {MIN_MTU}: raise the MTU of \
+                 the underlay",
                 self.mtu
             ));
         }

@@ -41,7 +41,7 @@ impl fmt::Display for Chain {
 pub struct Forward {
     /// Chains that have got rules now.
     pub opened: Vec<String>,
-    /// What is wrong: chains that still drop pods' packets, and why.
+    /// Chains that drop pods' packets, each with the reason and the remedy.
     pub errors: Vec<String>,
     /// Chains whose policy is not known, each with the reason.
     pub unknown: Vec<String>,
@@ -92,7 +92,7 @@ pub async fn ensure(interface: &str, pods: bool, accept: bool) -> Forward {
         // The table reports the same error.
         Err(FirewallError::Missing) => return forward,
         Err(error) => {
-            forward.unknown.push(format!("others' chains: {error}"));
+            forward.unknown.push(format!("chains of other programs: {error}"));
             return forward;
         }
     };
@@ -109,10 +109,10 @@ pub async fn ensure(interface: &str, pods: bool, accept: bool) -> Forward {
             Ok(true) => forward.opened.push(chain.to_string()),
             Err(why) => forward
                 .errors
-                .push(format!("chain {chain} drops what it has no rule for{why}: {remedy}")),
+                .push(format!("chain {chain} drops pods' packets by its policy{why}: {remedy}")),
         }
     }
-    let legacy = legacy::look(&name).await;
+    let legacy = legacy::inspect(&name).await;
     forward.errors.extend(legacy.closed);
     forward.unknown.extend(legacy.unknown);
     forward

@@ -26,7 +26,7 @@ pub(super) struct Legacy {
 ///
 /// The program needs CAP_NET_RAW, which the agent drops at start. Only `skein-agent check` can read
 /// the policy.
-pub(super) async fn look(interface: &str) -> Legacy {
+pub(super) async fn inspect(interface: &str) -> Legacy {
     let mut legacy = Legacy::default();
     for (names, program) in FAMILIES {
         // The file does not exist in a kernel without ip_tables. The program is not run then,
@@ -37,13 +37,13 @@ pub(super) async fn look(interface: &str) -> Legacy {
         }
         match rules(program).await {
             Some(text) if drops(&text, interface) => legacy.closed.push(format!(
-                "chain FORWARD of {program} drops what it has no rule for: let pods' packets pass \
+                "chain FORWARD of {program} drops pods' packets by its policy: let them pass \
                  ({program} -A FORWARD -i {interface} -j ACCEPT; \
                  {program} -A FORWARD -o {interface} -j ACCEPT)"
             )),
             Some(_) => {}
             None => legacy.unknown.push(format!(
-                "chain FORWARD of {program} is in use, and its policy cannot be read here: run \
+                "chain FORWARD of {program} is in use, and the agent cannot read its policy: run \
                  skein-agent check or {program} -S FORWARD on the node"
             )),
         }

@@ -14,7 +14,7 @@ const OPEN_BORDER: &str = "without it, frames with a pod's source are accepted f
 /// Loads the table in a scratch network namespace, and reads others' forward chains.
 pub(crate) async fn probe() -> Vec<Probe> {
     let table = in_new_network_namespace(load)
-        .map_err(|error| format!("not tried, for want of a scratch network namespace: {error}"))
+        .map_err(|error| format!("not tested, no scratch network namespace: {error}"))
         .and_then(|loaded| loaded)
         .map_err(|why| format!("{why}; {OPEN_BORDER}"));
     let table = table.map(|()| "the table of the node's border can be loaded".to_owned());

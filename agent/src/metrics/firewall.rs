@@ -19,7 +19,7 @@ pub(super) fn families(firewall: &Firewall, pods: bool) -> Vec<MetricFamily> {
     let status = &firewall.status;
     let mut active = Family::new(
         "skein_firewall_active",
-        "Whether the nftables table of Skein is in place; absent if every protection is switched off.",
+        "1 if the nftables table of Skein is installed, 0 if not; absent if every protection is switched off.",
         Kind::Gauge,
     );
     if status.active || status.error.is_some() {
