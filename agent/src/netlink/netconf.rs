@@ -3,10 +3,12 @@
 
 use std::io;
 
+use rtnetlink::packet_core::NetlinkBuffer;
 use rtnetlink::sys::protocols::NETLINK_ROUTE;
 use rtnetlink::sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket};
 
 use super::NetlinkError;
+use crate::sys::link;
 
 /// Multicast groups and message type of linux/rtnetlink.h.
 const RTNLGRP_IPV4_NETCONF: u32 = 24;
@@ -16,10 +18,8 @@ const RTM_NEWNETCONF: u16 = 80;
 /// (linux/netconf.h).
 const NETCONFA_IFINDEX: u16 = 1;
 const NETCONFA_IFINDEX_ALL: i32 = -1;
-/// Lengths of nlmsghdr, of netconfmsg with its padding, and of nlattr.
-const HEADER: usize = 16;
+/// Length of a `struct netconfmsg` with its padding, bytes.
 const NETCONF_MESSAGE: usize = 4;
-const ATTRIBUTE: usize = 4;
 
 /// A subscription to changed settings.
 pub(super) struct Subscription {
@@ -67,41 +67,24 @@ impl Subscription {
 
 /// Returns whether one of the messages concerns all interfaces or the one with `index`.
 fn concerns(mut messages: &[u8], index: u32) -> bool {
-    while let Some((length, kind)) = number32(messages).zip(number16(messages.get(4..))) {
-        let Some(message) = usize::try_from(length).ok().and_then(|end| messages.get(..end)) else {
-            return false;
-        };
-        let attributes = message.get(HEADER + NETCONF_MESSAGE..).unwrap_or_default();
-        if kind == RTM_NEWNETCONF
+    while let Ok(message) = NetlinkBuffer::new_checked(messages) {
+        let attributes = message.payload().get(NETCONF_MESSAGE..).unwrap_or_default();
+        if message.message_type() == RTM_NEWNETCONF
             && let Some(about) = interface(attributes)
             && (about == NETCONFA_IFINDEX_ALL || u32::try_from(about) == Ok(index))
         {
             return true;
         }
-        // A length of zero would cause an endless loop.
-        let next = message.len().next_multiple_of(4).max(HEADER);
-        messages = messages.get(next..).unwrap_or_default();
+        let length = (message.length() as usize).next_multiple_of(4);
+        messages = messages.get(length..).unwrap_or_default();
     }
     false
 }
 
-fn interface(mut attributes: &[u8]) -> Option<i32> {
-    loop {
-        let length = usize::from(number16(Some(attributes))?);
-        if number16(attributes.get(2..))? == NETCONFA_IFINDEX {
-            let value = attributes.get(ATTRIBUTE..length)?;
-            return Some(i32::from_ne_bytes(value.try_into().ok()?));
-        }
-        attributes = attributes.get(length.next_multiple_of(4).max(ATTRIBUTE)..)?;
-    }
-}
-
-fn number16(bytes: Option<&[u8]>) -> Option<u16> {
-    Some(u16::from_ne_bytes(bytes?.first_chunk().copied()?))
-}
-
-fn number32(bytes: &[u8]) -> Option<u32> {
-    Some(u32::from_ne_bytes(bytes.first_chunk().copied()?))
+/// Returns the interface index among the attributes.
+fn interface(attributes: &[u8]) -> Option<i32> {
+    let (_, value) = link::attributes(attributes).find(|(kind, _)| *kind == NETCONFA_IFINDEX)?;
+    Some(i32::from_ne_bytes(value.try_into().ok()?))
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, bind, recv, send, socket};
 
 use super::{Netlink, NetlinkError};
+use crate::sys::link;
 
 /// linux/rtnetlink.h: answer to a request for nexthop objects.
 const RTM_NEWNEXTHOP: u16 = 104;
@@ -118,7 +119,7 @@ impl Objects {
     }
 
     fn add(&mut self, attributes: &[u8]) {
-        let values: BTreeMap<_, _> = Attributes(attributes).collect();
+        let values: BTreeMap<_, _> = link::attributes(attributes).collect();
         let number = |kind| values.get(&kind).and_then(|value| u32_at(value, 0));
         let Some(id) = number(NHA_ID) else { return };
         self.devices.extend(number(NHA_OIF).map(|device| (id, device)));
@@ -133,22 +134,6 @@ impl Objects {
     fn devices(&self, id: u32) -> Vec<u32> {
         let members = self.groups.get(&id).into_iter().flatten();
         members.chain([&id]).filter_map(|id| self.devices.get(id)).copied().collect()
-    }
-}
-
-/// Netlink attributes: kind and value.
-struct Attributes<'a>(&'a [u8]);
-
-impl<'a> Iterator for Attributes<'a> {
-    type Item = (u16, &'a [u8]);
-
-    fn next(&mut self) -> Option<Self::Item> {
-        let length = usize::from(u16_at(self.0, 0)?);
-        // The two highest bits are flags.
-        let kind = u16_at(self.0, 2)? & 0x3fff;
-        let value = self.0.get(4..length)?;
-        self.0 = self.0.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind, value))
     }
 }
 

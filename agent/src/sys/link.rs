@@ -141,8 +141,9 @@ fn parse_tun(data: &[u8]) -> TunLink {
     tun
 }
 
-/// Walks netlink attributes; stops at the first that does not fit.
-fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+/// Returns the kind and the value of each netlink attribute in `bytes`, up to the first malformed
+/// one.
+pub(crate) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let len = usize::from(u16_at(bytes.get(..2)?));
         let kind = u16_at(bytes.get(2..4)?) & libc::NLA_TYPE_MASK as u16;
