@@ -3,7 +3,7 @@
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
@@ -11,31 +11,13 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use skein_e2e::lab::agent::Agent;
-use skein_e2e::lab::pods::{prepared, runtime, up};
+use skein_e2e::lab::pods::{list, list_path, prepared, put_list, runtime, up};
 use skein_e2e::{checks, newer};
 
 /// Time longer than the interval of the agent's repairs.
 const REPAIR_TIME: Duration = Duration::from_secs(11);
 /// Maximum time of a repair.
 const REPAIR_TIMEOUT: Duration = Duration::from_secs(20);
-
-fn list_path(agent: &Agent) -> PathBuf {
-    agent.cni_directory("conf_dir").join("10-skein.conflist")
-}
-
-fn list(agent: &Agent) -> Result<Value> {
-    let path = list_path(agent);
-    let text = fs::read(&path).with_context(|| path.display().to_string())?;
-    Ok(serde_json::from_slice(&text)?)
-}
-
-/// Replaces the list atomically, by a rename.
-fn put_list(agent: &Agent, list: &Value) -> Result<()> {
-    let path = list_path(agent);
-    let new = path.with_extension("tmp");
-    fs::write(&new, list.to_string())?;
-    Ok(fs::rename(new, path)?)
-}
 
 fn types(list: &Value) -> Vec<&str> {
     let plugins = list["plugins"].as_array().map(Vec::as_slice).unwrap_or_default();

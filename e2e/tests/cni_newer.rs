@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::{Value, json};
+use serde_json::json;
 use skein_e2e::lab::agent::{Agent, Cluster};
 use skein_e2e::lab::cni::{same, traces};
 use skein_e2e::lab::containerd::Containerd;
 use skein_e2e::lab::cri::Cri;
-use skein_e2e::lab::pods::{node, prepared};
+use skein_e2e::lab::pods::{list, node, prepared, put_list};
 use skein_e2e::{checks, newer};
 
 /// Maximum time of a repair by the agent, which comes every 10 s.
@@ -47,26 +47,13 @@ impl Node {
         Ok(cri)
     }
 
-    fn list(&self) -> Result<Value> {
-        let path = self.agent().cni_directory("conf_dir").join("10-skein.conflist");
-        Ok(serde_json::from_slice(&fs::read(path)?)?)
-    }
-
     fn offers(&self, newest: &str) -> Result<()> {
         checks::eventually(newest, REPAIR_TIMEOUT, || {
-            let list = self.list()?;
+            let list = list(self.agent())?;
             Ok(list["cniVersions"].as_array().and_then(|all| all.last()) == Some(&newest.into()))
         })
         .map(drop)
     }
-}
-
-/// Replaces the list atomically, by a rename.
-fn put_list(agent: &Agent, list: &Value) -> Result<()> {
-    let path = agent.cni_directory("conf_dir").join("10-skein.conflist");
-    let new = path.with_extension("tmp");
-    fs::write(&new, list.to_string())?;
-    Ok(fs::rename(new, path)?)
 }
 
 /// Replaces the reference plugins by those of the newer suite.
@@ -115,7 +102,7 @@ fn list_newer_than_a_plugin_fails_deletions() -> Result<()> {
     let pod = cri.run("a", &[])?;
     // Without the agent, the list is not repaired.
     machine.cluster.agents[0].stop()?;
-    let mut list = machine.list()?;
+    let mut list = list(machine.agent())?;
     list["cniVersions"] = json!(["0.3.1", "0.4.0", "1.0.0", "1.1.0"]);
     put_list(machine.agent(), &list)?;
     // containerd reads the list by inotify.
@@ -149,7 +136,7 @@ fn plugin_that_another_program_appends_is_called() -> Result<()> {
     );
     fs::write(&plugin, script)?;
     fs::set_permissions(&plugin, Permissions::from_mode(0o755))?;
-    let mut list = machine.list()?;
+    let mut list = list(machine.agent())?;
     let plugins = list["plugins"].as_array_mut().context("plugins")?;
     plugins.push(json!({ "type": "istio-cni" }));
     put_list(agent, &list)?;
@@ -160,7 +147,11 @@ fn plugin_that_another_program_appends_is_called() -> Result<()> {
     cri.remove(&pod)?;
     let called = fs::read_to_string(&calls)?;
     ensure!(called.contains("ADD") && called.contains("DEL"), "{called}");
-    ensure!(machine.list()?["plugins"][2]["type"] == "istio-cni", "{}", machine.list()?);
+    ensure!(
+        self::list(machine.agent())?["plugins"][2]["type"] == "istio-cni",
+        "{}",
+        self::list(machine.agent())?
+    );
     Ok(())
 }
 

@@ -1,6 +1,10 @@
 //! Agents that serve pods, for tests that call the CNI plugin.
 
-use anyhow::Result;
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+use serde_json::Value;
 
 use super::agent::{Agent, Cluster};
 use super::cni::Runtime;
@@ -46,4 +50,30 @@ pub fn runtime(cluster: &Cluster, index: usize) -> Result<Runtime> {
 /// Returns the network namespace of the node with this index.
 pub fn node(cluster: &Cluster, index: usize) -> &Netns {
     &cluster.lab.nodes[index].ns
+}
+
+/// Returns the path of the network configuration list that the agent writes.
+pub fn list_path(agent: &Agent) -> PathBuf {
+    agent.cni_directory("conf_dir").join("10-skein.conflist")
+}
+
+/// Reads the network configuration list.
+///
+/// # Errors
+/// If the file cannot be read or is not JSON.
+pub fn list(agent: &Agent) -> Result<Value> {
+    let path = list_path(agent);
+    let text = fs::read(&path).with_context(|| path.display().to_string())?;
+    Ok(serde_json::from_slice(&text)?)
+}
+
+/// Replaces the network configuration list atomically, by a rename.
+///
+/// # Errors
+/// If the file cannot be written or renamed.
+pub fn put_list(agent: &Agent, list: &Value) -> Result<()> {
+    let path = list_path(agent);
+    let new = path.with_extension("tmp");
+    fs::write(&new, list.to_string())?;
+    Ok(fs::rename(new, path)?)
 }
