@@ -81,7 +81,14 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
         cleaned.note(&format!("directory {}", ours.display()), remove_directory(&ours));
         // A key that lies elsewhere is its owner's.
         let keys = rotation::files::all(&config.state_dir.join(KEY));
-        let others = ["registry.json", "registry.json.new", "clock", "clock.new"];
+        let others = [
+            "registry.json",
+            "registry.json.new",
+            "clock",
+            "clock.new",
+            "handshakes.json",
+            "handshakes.json.new",
+        ];
         for path in keys.into_iter().chain(others.map(|name| config.state_dir.join(name))) {
             cleaned.note(&format!("file {}", path.display()), remove_file(&path));
         }
