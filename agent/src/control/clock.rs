@@ -2,10 +2,10 @@
 //! peer takes one twice, so a node whose clock was set back would be heard by none that remembers it. A clock
 //! set back by less than the minute between two writings is let catch up.
 
-use std::fs::File;
-use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::SystemTime;
+
+use super::identity;
 
 /// Its name in the state directory.
 pub(super) const FILE: &str = "clock";
@@ -63,15 +63,7 @@ impl Clock {
     }
 
     fn write(&mut self) {
-        let new = self.file.with_extension("new");
-        let write = || {
-            let mut file = File::create(&new)?;
-            file.write_all(format!("{}\n", self.latest).as_bytes())?;
-            // Without this a power cut may leave an empty file in the place of the one before.
-            file.sync_all()?;
-            std::fs::rename(&new, &self.file)
-        };
-        match write() {
+        match identity::replace(&self.file, format!("{}\n", self.latest).as_bytes()) {
             Ok(()) => (self.written, self.complained) = (self.latest, false),
             Err(error) if !self.complained => {
                 let file = self.file.display();

@@ -3,9 +3,10 @@
 //! each recorded initiation once more.
 
 use std::fs::File;
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Read as _};
 use std::path::PathBuf;
 
+use super::identity;
 use crate::ipc::SeenHandshakes;
 
 /// Name of the file in the state directory.
@@ -56,12 +57,7 @@ impl HandshakeTimes {
     }
 
     fn write(&self) -> io::Result<()> {
-        let new = self.file.with_extension("new");
-        let mut file = File::create(&new)?;
-        file.write_all(&serde_json::to_vec_pretty(&self.seen)?)?;
-        // Without the sync, a power failure may replace the previous file by an empty one.
-        file.sync_all()?;
-        std::fs::rename(&new, &self.file)
+        identity::replace(&self.file, &serde_json::to_vec_pretty(&self.seen)?)
     }
 }
 

@@ -8,7 +8,6 @@ mod former;
 mod settle;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
@@ -17,6 +16,7 @@ use serde::{Deserialize, Serialize};
 pub use self::former::unreachable_prefixes;
 use self::former::{FormerPrefixes, prefixes};
 use self::settle::{Accepted, Own, check_own, local_cidrs, settle};
+use super::identity;
 use super::records::NodeRecord;
 use super::source::Reader;
 use crate::config::Config;
@@ -293,17 +293,11 @@ impl Registry {
             cluster_cidrs: self.own.cluster_cidrs.clone(),
             former: self.former.clone(),
         };
-        let temporary = self.store.with_extension("json.new");
         // Durable: a node may lose its power, and the API server with it.
-        let write = || {
-            let mut file = std::fs::File::create(&temporary)?;
-            file.write_all(&serde_json::to_vec(&stored)?)?;
-            file.sync_all()?;
-            std::fs::rename(&temporary, &self.store)?;
-            let directory = self.store.parent().unwrap_or(Path::new("."));
-            std::fs::File::open(directory)?.sync_all()
-        };
-        if let Err(error) = write() {
+        let written = serde_json::to_vec(&stored)
+            .map_err(std::io::Error::from)
+            .and_then(|bytes| identity::replace(&self.store, &bytes));
+        if let Err(error) = written {
             tracing::warn!(path = %self.store.display(), %error, "cannot keep the last good records");
         }
     }
