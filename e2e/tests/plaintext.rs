@@ -220,7 +220,8 @@ fn packets_for_deleted_and_unused_pods_are_refused() -> Result<()> {
     checks::all_reach_all(&scene.cluster.lab)
 }
 
-/// With and without `cluster_cidrs`, at run time, over a restart, and while no agent runs.
+/// Checks a removed node with and without `cluster_cidrs`, at run time, over a restart, and while
+/// no agent runs.
 fn packets_for_a_removed_node_are_refused(cluster_cidrs: bool) -> Result<()> {
     let mut scene = Scene::up(cluster_cidrs)?;
     let gone = scene.pod(2);
@@ -374,7 +375,8 @@ fn former_own_pod_cidr_is_refused() -> Result<()> {
     scene.nothing_in_clear("own pod CIDR changed", &unused(0), |scene| {
         scene.cluster.agents.iter().try_for_each(|agent| agent.put_record(&record))
     })?;
-    // The border drops what a pod with such an address sends, so that only the node is told.
+    // The border drops packets of a pod with such an address, so that only the node receives a
+    // refusal.
     scene.nothing_in_clear("former pod CIDR of this node", &unused(0), |_| Ok(()))?;
     scene.nothing_in_clear("the same after a restart", &unused(0), |scene| {
         scene.cluster.agents[0].stop()?;

@@ -75,14 +75,14 @@ const QUIET: Duration = Duration::from_millis(20);
 pub enum Ended {
     /// It was asked to end.
     Asked,
-    /// Another agent takes its place.
+    /// The agent hands over its role to another agent.
     HandedOver(HandOver),
 }
 
 /// The role of an agent during its hand-over to another agent.
 #[derive(Debug)]
 pub struct HandOver {
-    /// The role.
+    /// Lock of the role.
     pub lock: StateLock,
     /// Connection to the agent that receives the role after this process has closed all other
     /// descriptors.

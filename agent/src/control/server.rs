@@ -72,7 +72,7 @@ pub(super) fn bind_socket(key: &str, path: &Path) -> Result<UnixListener, Failur
 /// Who is told what is asked for.
 #[derive(Debug, Clone)]
 pub struct Asks {
-    /// Another agent, at the other end of the connection, takes this one's place.
+    /// Connection to an agent that takes this one's place.
     pub hand_over: mpsc::Sender<std_net::UnixStream>,
     /// Somebody wants another key for this node.
     pub rotate: Ask,

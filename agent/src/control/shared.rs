@@ -80,7 +80,7 @@ pub struct InterfaceStatus {
 pub struct PeerConflict {
     /// Name of the peer.
     pub peer: String,
-    /// The prefix.
+    /// Pod CIDR of the peer.
     pub prefix: IpNet,
     /// The failure and its remedy.
     pub problem: String,

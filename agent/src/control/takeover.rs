@@ -70,9 +70,9 @@ pub struct Role {
 /// Listeners for HTTP; `None` for those that were not bound yet.
 #[derive(Debug, Default)]
 pub struct Listeners {
-    /// For `metrics.listen`.
+    /// Listener for `metrics.listen`.
     pub metrics: Option<std::net::TcpListener>,
-    /// For `status_page.listen`.
+    /// Listener for `status_page.listen`.
     pub page: Option<std::net::TcpListener>,
 }
 

@@ -18,9 +18,9 @@ use crate::sys::socket::{is_trusted, peer_credentials};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Activity {
-    /// Another keeper has the data plane, or none.
+    /// The data plane belongs to another keeper, or to none.
     Idle = 0,
-    /// This keeper has the data plane.
+    /// The data plane belongs to this keeper.
     Active = 1,
 }
 

@@ -168,9 +168,9 @@ pub(super) fn run(options: &Options, arguments: &[OsString]) -> anyhow::Result<(
 enum End {
     /// The data process has ended in an orderly way.
     Ended,
-    /// Another keeper has it, with this store.
+    /// The data plane was handed over to another keeper; the store stays accessible.
     GivenAway(FdStore),
-    /// This process is to end, and the data process has stopped.
+    /// SIGTERM arrived, and the data process has stopped.
     Terminated,
 }
 
@@ -330,9 +330,9 @@ fn spawn(arguments: &[OsString]) -> anyhow::Result<(Child, UnixStream)> {
 enum Ended {
     /// The process has ended.
     Process(ExitStatus),
-    /// Another keeper has the data plane.
+    /// The data plane was handed over to another keeper.
     GivenAway,
-    /// This process is to end.
+    /// SIGTERM arrived.
     Terminated,
 }
 

@@ -6,7 +6,7 @@ use tokio::process::Command;
 
 use super::NFT_TIMEOUT;
 
-/// For each family: the list of the tables in use, and the program that shows them.
+/// List of the tables in use, and the program that shows them, for each family.
 const FAMILIES: [(&str, &str); 2] = [
     ("/proc/net/ip_tables_names", "iptables-legacy"),
     ("/proc/net/ip6_tables_names", "ip6tables-legacy"),

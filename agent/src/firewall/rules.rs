@@ -220,7 +220,7 @@ impl Rules {
         rules
     }
 
-    /// Source NAT.
+    /// Postrouting: source NAT for pods and for foreign sources on the overlay.
     fn outward(&self) -> Vec<String> {
         let mut rules = Vec::new();
         let families = [("ip", 4, true), ("ip6", 6, false)];

@@ -336,7 +336,7 @@ pub struct Outcome {
 /// A prefix of a peer to which another program has a route, so that the overlay does not carry it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RouteConflict {
-    /// The prefix.
+    /// Destination of the route.
     pub prefix: IpNet,
     /// The failure and its remedy.
     pub problem: String,

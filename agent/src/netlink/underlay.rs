@@ -31,7 +31,7 @@ pub struct Underlay {
 /// MTU of an underlay, and the device that decides it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UnderlayMtu {
-    /// Bytes.
+    /// MTU in bytes.
     pub mtu: u32,
     /// Name of the device.
     pub interface: String,

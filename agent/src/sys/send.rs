@@ -67,7 +67,7 @@ pub struct SendOutcome {
 /// A datagram that was longer than this host's route to its destination carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TooLong {
-    /// Outer destination.
+    /// Destination in the outer header.
     pub destination: SocketAddr,
     /// UDP payload in bytes.
     pub len: usize,

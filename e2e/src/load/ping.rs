@@ -137,7 +137,7 @@ impl std::fmt::Display for Loss {
 }
 
 impl Answers {
-    /// What `ping` has printed.
+    /// Parses the output of `ping`.
     fn parse(text: String) -> Result<Self> {
         let summary = text.lines().find(|line| line.contains("packets transmitted"));
         let summary = summary.with_context(|| text.clone())?;

@@ -83,7 +83,7 @@ pub(crate) struct Slot {
     remote: [u8; KEY_LEN],
     /// This node's; unknown of a session that was taken up.
     own: Option<[u8; KEY_LEN]>,
-    /// MTU that this node told the peer when the session was made, inner bytes.
+    /// MTU of this node that the session's handshake carried, inner bytes.
     told_mtu: u16,
     window: ReplayWindow,
     seen_tx: u64,
