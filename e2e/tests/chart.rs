@@ -161,7 +161,7 @@ fn every_address_family_gets_a_listener_and_probes() -> Result<()> {
         let table = serde_json::to_value(table)?;
         ensure!(table["cluster_cidrs"] == json!(cidrs), "{settings:?}: {table:#}");
         ensure!(table["metrics"]["listen"] == "[::]:9464", "{settings:?}: {table:#}");
-        // kubelet probes the node's address of the cluster's first family.
+        // A probe that named an address would be of one family.
         let pod = &object(&objects, "DaemonSet", "skein")?["spec"]["template"]["spec"];
         for container in pod["containers"].as_array().context("no containers")? {
             for probe in ["startupProbe", "livenessProbe", "readinessProbe"] {
