@@ -180,6 +180,8 @@ impl<'a> Candidate<'a> {
             // The running agent has just ended: its last state counts until this agent has the
             // role.
             Err(_) if self.running.is_some() => {}
+            // It ended before it could be asked: this is a start like any other.
+            Err(_) if StateLock::take(&self.config.state_dir).is_ok() => return Ok(None),
             Err(error) => return Ok(Some(format!("the agent that runs does not answer: {error}"))),
         }
         if let Some(instance) = self.instance

@@ -298,7 +298,15 @@ impl Agent {
     pub fn take_over(&mut self) -> Result<Process> {
         let mut command = self.command(&["run", "--take-over"])?;
         let next = Process::start(&mut command, &self.log())?;
-        let before = self.process.replace(next).context("agent not started")?;
+        let mut before = self.process.replace(next).context("agent not started")?;
+        let end = Instant::now() + READY_LIMIT;
+        // Until then, the agent of before answers.
+        while before.exited().is_none() && !holds(before.pid()) {
+            if Instant::now() > end {
+                bail!("no agent has taken over:\n{}", self.log_tail());
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
         self.wait_ready()?;
         Ok(before)
     }
@@ -454,6 +462,12 @@ impl Agent {
         let endpoint: std::net::SocketAddr = self.record.endpoints[0].parse()?;
         Ok(endpoint.ip())
     }
+}
+
+/// Whether a process has handed on the agent's role and waits for it.
+fn holds(pid: i32) -> bool {
+    let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    words.starts_with(b"skein-agent\0hold\0")
 }
 
 /// Text in Prometheus's exposition format.
