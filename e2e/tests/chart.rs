@@ -323,7 +323,7 @@ fn a_new_pod_takes_over_where_kubernetes_starts_it_before_the_old_one_ends() -> 
     let pod = &object(&objects, "DaemonSet", "skein")?["spec"]["template"]["spec"];
     for container in pod["containers"].as_array().context("no containers")? {
         let arguments = container["args"].as_array().context("no arguments")?;
-        ensure!(arguments.contains(&json!("--take-over")), "{container:#}");
+        ensure!(arguments.contains(&json!("--instance=/run/instance/skein")), "{container:#}");
         ensure!(container["ports"].is_null(), "two pods cannot have the same ports of a node");
     }
     Ok(())
