@@ -264,7 +264,7 @@ fn an_agent_takes_the_place_of_another_and_pods_do_not_notice() -> Result<()> {
     ensure!(agent.keeper_pids() == [processes[0].pid()], "somebody else is at work");
     // Alone, too, and with settings that the data process that runs cannot take.
     agent.set("dataplane.bundling", false);
-    let old = agent.take_over()?;
+    let old = agent.replace()?;
     drop(old);
     let gone = || Ok(processes[0].exited() == Some(0));
     checks::eventually("the data process makes room", Duration::from_secs(5), gone)?;

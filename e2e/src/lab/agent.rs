@@ -294,8 +294,16 @@ impl Agent {
         Ok(())
     }
 
-    /// Starts another agent, which takes the place of the one that runs; gives that one's process.
+    /// Starts another agent, which takes the place of the one that runs, and waits until it is ready; gives
+    /// that one's process.
     pub fn take_over(&mut self) -> Result<Process> {
+        let before = self.replace()?;
+        self.wait_ready()?;
+        Ok(before)
+    }
+
+    /// The same, without waiting until the new agent is ready.
+    pub fn replace(&mut self) -> Result<Process> {
         let mut command = self.command(&["run", "--take-over"])?;
         let next = Process::start(&mut command, &self.log())?;
         let mut before = self.process.replace(next).context("agent not started")?;
@@ -307,7 +315,6 @@ impl Agent {
             }
             thread::sleep(Duration::from_millis(10));
         }
-        self.wait_ready()?;
         Ok(before)
     }
 
