@@ -113,7 +113,7 @@ drop_reasons! {
     InnerSource => Ingress, "inner_source";
     /// The inner destination is not this node's.
     InnerDestination => Ingress, "inner_destination";
-    /// The underlay marked congestion on a packet whose transport does not react to marks (RFC 6040).
+    /// The underlay marked congestion on a packet that is not ECN-capable (RFC 6040).
     InnerNotEct => Ingress, "inner_not_ect";
     /// The TUN refused the packet.
     TunWrite => Ingress, "tun_write";

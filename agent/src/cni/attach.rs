@@ -334,7 +334,7 @@ impl Attacher {
         for &ip in addresses {
             for route in host_routes(link.index, ip, node_addresses) {
                 if !kernel.routes.contains(&route) && ensure_host_route(netlink, &route).await? {
-                    changes.push(format!("the route to {ip} is back"));
+                    changes.push(format!("route to {ip} restored"));
                 }
             }
             let wanted = Neighbour { interface: link.index, ip, mac: pod_mac(id).to_vec() };

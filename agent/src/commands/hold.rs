@@ -113,7 +113,7 @@ async fn wait(arguments: &HoldArgs) -> Result<Option<FileLock>, Failure> {
     };
     let readiness = Readiness::default();
     let _not_ready = (!arguments.ready)
-        .then(|| readiness.block("another agent has this one's place, which was not ready"));
+        .then(|| readiness.block("another agent has the role, and this agent was not ready"));
     let instance = arguments.instance.as_ref().map(Instance::new);
     let _probes = instance.map(|own| instance::answer_probes(&own, readiness)).transpose()?;
     loop {

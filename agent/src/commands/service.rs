@@ -25,7 +25,7 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
 /// Options for the start of an agent.
 #[derive(Args)]
 pub(crate) struct StartArgs {
-    /// Take the place of the agent that runs, if one does, as soon as this one would be ready
+    /// Take the place of the running agent, if there is one, as soon as this one would be ready
     #[arg(long)]
     take_over: bool,
     /// Directory of this pod's own sockets; takes over, together with the pod's data process

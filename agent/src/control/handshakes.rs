@@ -49,7 +49,7 @@ impl HandshakeTimes {
             Ok(()) => self.complained = false,
             Err(error) if !self.complained => {
                 let file = self.file.display();
-                tracing::warn!(%error, %file, "cannot keep handshake times");
+                tracing::warn!(%error, %file, "cannot write handshake times");
                 self.complained = true;
             }
             Err(_) => {}

@@ -223,7 +223,7 @@ async fn first_records(
     let last_good = registry::has_last_good(config, &reader);
     let waits = |reason: &str| {
         tracing::info!(reason, "waiting for the node records");
-        starting.because(format!("the node records are awaited: {reason}"));
+        starting.because(format!("waiting for the node records: {reason}"));
     };
     kubernetes.start_with(config, last_good, waits).await?;
     Ok((Source::Kubernetes(kubernetes), reader))

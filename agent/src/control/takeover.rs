@@ -2,7 +2,7 @@
 //! holds the lock of the state directory.
 //!
 //! An agent that takes over changes nothing until it knows that it would be ready in the place of
-//! the agent that runs: it has read its configuration, agrees with the node records, finds its
+//! the running agent: it has read its configuration, agrees with the node records, finds its
 //! ports free, and its instance has a data plane that waits. Then it requests the lock. The agent
 //! that runs closes everything that it has, passes the lock on, and waits for it: the kernel gives
 //! it the lock when the other agent ends without having passed it on.
@@ -110,8 +110,8 @@ pub async fn take_role(
     let mut candidate = Candidate::new(config, start.instance.as_ref());
     loop {
         let listeners = candidate.wait(starting).await?;
-        starting.because("the agent that runs hands over");
-        tracing::info!("taking the place of the agent that runs");
+        starting.because("the running agent hands over");
+        tracing::info!("taking the place of the running agent");
         let socket = config.control.socket.clone();
         let asked = tokio::task::spawn_blocking(move || server::ask_to_hand_over(&socket)).await;
         match asked.map_err(std::io::Error::from).flatten() {
@@ -119,7 +119,7 @@ pub async fn take_role(
                 return Ok(role(StateLock::of(lock, state_dir)?, listeners, true));
             }
             Ok(None) => {}
-            Err(error) => tracing::warn!(%error, "the agent that runs does not hand over"),
+            Err(error) => tracing::warn!(%error, "the running agent does not hand over"),
         }
         match StateLock::take(state_dir) {
             Err(Failure::Taken(_)) => tokio::time::sleep(CHECK_INTERVAL).await,
@@ -165,7 +165,7 @@ impl<'a> Candidate<'a> {
                 Some(reason) => reason,
             };
             if reason != told {
-                tracing::info!(reason, "waiting to take the place of the agent that runs");
+                tracing::info!(reason, "waiting to take the place of the running agent");
                 starting.because(&reason);
                 told = reason;
             }
@@ -182,7 +182,7 @@ impl<'a> Candidate<'a> {
             Err(_) if self.running.is_some() => {}
             // It ended before it could be asked: this is a start like any other.
             Err(_) if StateLock::take(&self.config.state_dir).is_ok() => return Ok(None),
-            Err(error) => return Ok(Some(format!("the agent that runs does not answer: {error}"))),
+            Err(error) => return Ok(Some(format!("the running agent does not answer: {error}"))),
         }
         if let Some(instance) = self.instance
             && let Err(error) = tokio::net::UnixStream::connect(instance.dataplane_socket()).await
@@ -195,7 +195,7 @@ impl<'a> Candidate<'a> {
         let settled = *self.settled.get_or_insert_with(|| Instant::now() + SETTLE_TIMEOUT);
         let ready = self.running.as_ref().is_none_or(|running| running.ready);
         Ok((!ready && Instant::now() < settled)
-            .then(|| "the agent that runs is not ready: it may be taking over itself".to_owned()))
+            .then(|| "the running agent is not ready: it may be taking over itself".to_owned()))
     }
 
     /// Returns the reason why the node records do not fit this agent's configuration.
@@ -222,7 +222,7 @@ impl<'a> Candidate<'a> {
         let rejected = registry.status().rejected;
         if let Some(record) = rejected.iter().find(|record| !refused(&record.file)) {
             return Ok(Some(format!(
-                "this agent would refuse the node record {}, which the agent that runs uses: {}",
+                "this agent would refuse the node record {}, which the running agent uses: {}",
                 record.file.display(),
                 record.error
             )));
