@@ -294,8 +294,8 @@ impl Agent {
         Ok(())
     }
 
-    /// Starts another agent, which takes the place of the one that runs, and waits until it is ready; gives
-    /// that one's process.
+    /// Starts another agent, which takes the place of the one that runs, and waits until it is
+    /// ready; gives that one's process.
     pub fn take_over(&mut self) -> Result<Process> {
         let before = self.replace()?;
         self.wait_ready()?;
@@ -308,7 +308,7 @@ impl Agent {
         let next = Process::start(&mut command, &self.log())?;
         let mut before = self.process.replace(next).context("agent not started")?;
         let end = Instant::now() + READY_LIMIT;
-        // Until then, the agent of before answers.
+        // Until then, the previous agent answers.
         while before.exited().is_none() && !holds(before.pid()) {
             if Instant::now() > end {
                 bail!("no agent has taken over:\n{}", self.log_tail());
@@ -471,7 +471,7 @@ impl Agent {
     }
 }
 
-/// Whether a process has handed on the agent's role and waits for it.
+/// Returns whether a process has handed over the agent's role and waits for it.
 fn holds(pid: i32) -> bool {
     let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     words.starts_with(b"skein-agent\0hold\0")
