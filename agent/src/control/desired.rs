@@ -8,7 +8,7 @@ use ipnet::IpNet;
 
 use super::endpoint::Endpoint;
 use super::records::NodeRecord;
-use super::registry::{Registry, unreachable_prefixes};
+use super::registry::Registry;
 use super::shared::PeerConflict;
 use crate::cni::Network;
 use crate::config::{Config, MIN_IPV6_MTU};
@@ -37,7 +37,11 @@ pub struct Desired {
     pub peers: Vec<Peer>,
     /// Addresses of this node on the interface.
     pub addresses: Vec<IpAddr>,
-    /// Prefixes of unreachable routes.
+    /// Prefixes that only the overlay carries: pod CIDRs of this node, of the cluster, and of present
+    /// and former peers.
+    pub overlay: BTreeSet<IpNet>,
+    /// Prefixes of unreachable routes: [`Desired::overlay`], or none if
+    /// `interface.unreachable_routes` is off.
     pub unreachable: BTreeSet<IpNet>,
     /// Messages about endpoints of peers that are left out because their interface does not exist.
     pub unresolved: Vec<String>,
@@ -56,9 +60,10 @@ impl Desired {
             let overhead = if over_ipv6(config, registry) { OVERHEAD_IPV6 } else { OVERHEAD_IPV4 };
             underlay_mtu.saturating_sub(overhead).min(MAX_MTU) as u16
         });
-        let unreachable =
-            unreachable_prefixes(config, &local_cidrs, &registry.prefixes(), registry.former());
-        Self { mtu, local_cidrs, peers, addresses, unreachable, unresolved }
+        let overlay = registry.overlay_prefixes(config);
+        let routed = config.interface.unreachable_routes;
+        let unreachable = if routed { overlay.clone() } else { BTreeSet::new() };
+        Self { mtu, local_cidrs, peers, addresses, overlay, unreachable, unresolved }
     }
 
     /// Resolves the interfaces of link-local endpoints again. Returns whether the peers have

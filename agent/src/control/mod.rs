@@ -1,6 +1,7 @@
 //! The control process: from configuration and node records to an interface, routes and a data
 //! process that does what they say; and back again whenever something changes.
 
+mod border;
 mod changes;
 pub mod cleanup;
 pub mod client;
@@ -36,6 +37,7 @@ use ipnet::IpNet;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior};
 
+use self::border::{firewall_rules, networks};
 use self::desired::Desired;
 use self::instance::DataplaneRequest;
 use self::kubernetes::Kubernetes;
@@ -51,7 +53,7 @@ use self::watch::SourceWatch;
 use crate::cni::Pods;
 use crate::config::{Config, Mode};
 use crate::failure::Failure;
-use crate::firewall::{Firewall, PodRules, Rules};
+use crate::firewall::{Firewall, Rules};
 use crate::http;
 use crate::ipc::{NarrowPath, Snapshot};
 use crate::lifecycle::{Asked, NotReady, Readiness, Signals};
@@ -240,6 +242,8 @@ struct Controller {
     desired: Desired,
     /// Unreachable routes that this process requested last.
     unreachable: BTreeSet<IpNet>,
+    /// Prefixes of this node's addresses on interfaces of other programs.
+    networks: Vec<IpNet>,
     interface: Present,
     snapshots: tokio::sync::watch::Sender<Arc<Snapshot>>,
     supervisor: Handle,
@@ -282,9 +286,10 @@ impl Controller {
         let outcome = netlink.add_unreachable_routes(&desired.unreachable).await;
         outcome.errors.iter().for_each(|error| tracing::error!("{error}"));
         log_changes(&outcome);
+        let networks = networks(&netlink, &config).await.map_err(netlink_failure)?;
         // Started before the interface exists: no packet of a pod passes before the rules are
         // installed.
-        let firewall = Firewall::start(firewall_rules(&config, &desired)).await;
+        let firewall = Firewall::start(firewall_rules(&config, &desired, &networks)).await;
         shared.set_firewall(firewall.clone());
         let wanted = desired.interface(&config, &[]);
         let interface = wanted.ensure_device(&netlink).await.map_err(interface_failure)?;
@@ -313,6 +318,7 @@ impl Controller {
             monitor,
             underlay,
             unreachable: desired.unreachable.clone(),
+            networks,
             desired,
             interface,
             snapshots,
@@ -351,6 +357,7 @@ impl Controller {
                     match result.unwrap_or_else(|_| Err(anyhow::anyhow!("the supervisor has ended").into())) {
                         Ok(()) => {
                             self.started = true;
+                            self.registry.write_store();
                             self.reconcile().await;
                             if let Err(failure) = self.serve_pods().await {
                                 return Err(self.undo(failure).await);
@@ -530,6 +537,14 @@ impl Controller {
         // The unreachable route to a prefix is added before the first route to it, and stays when
         // that route is gone.
         let mut complaints = self.ensure_unreachable_routes().await;
+        match networks(&self.netlink, &self.config).await {
+            Ok(networks) if networks == self.networks => {}
+            Ok(networks) => {
+                self.networks = networks;
+                self.show();
+            }
+            Err(error) => complaints.push(error.to_string()),
+        }
         match self.device(&wanted).await {
             Ok(()) => {
                 let outcome = wanted.configure(&self.netlink, self.interface.index).await;
@@ -595,7 +610,8 @@ impl Controller {
 
     /// Puts what the status shows in its place.
     fn show(&mut self) {
-        self.firewall.set_rules(firewall_rules(&self.config, &self.desired));
+        let rules = firewall_rules(&self.config, &self.desired, &self.networks);
+        self.firewall.set_rules(rules);
         if let Some(pods) = &self.pods {
             pods.set_network(self.desired.network(&self.config));
         }
@@ -636,35 +652,15 @@ impl Controller {
             for error in outcome.errors {
                 tracing::error!("{error}: remove the route with skein-agent cleanup");
             }
+            self.firewall.set_rules(Rules::none(&self.config.cni.table));
+            if let Err(error) = self.firewall.settled().await {
+                tracing::error!(
+                    error,
+                    "nftables table not removed: remove it with skein-agent cleanup"
+                );
+            }
         }
         failure
-    }
-}
-
-fn firewall_rules(config: &Config, desired: &Desired) -> Rules {
-    let peers = || desired.peers.iter();
-    let cluster = config.cluster_cidrs.iter().chain(&desired.local_cidrs).copied();
-    let settings = config.firewall;
-    Rules {
-        table: config.cni.table.clone(),
-        interface: config.interface.name.clone(),
-        port: config.underlay.port,
-        pods: config.cni.enabled.then(|| PodRules {
-            masquerade: config.cni.masquerade,
-            no_masquerade: config.cni.no_masquerade.clone(),
-            forward_accept: config.cni.forward_accept,
-        }),
-        local: desired.local_cidrs.clone(),
-        // The unreachable prefixes include those of former peers.
-        cluster: cluster
-            .chain(desired.unreachable.iter().copied())
-            .chain(peers().flat_map(|peer| peer.pod_cidrs.clone()))
-            .collect(),
-        peers: peers().flat_map(|peer| peer.endpoints.clone()).collect(),
-        drop_spoofed: settings.drop_spoofed,
-        drop_cleartext: settings.drop_cleartext,
-        masquerade_foreign: settings.masquerade_foreign,
-        notrack: settings.notrack,
     }
 }
 

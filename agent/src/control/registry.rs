@@ -8,14 +8,16 @@ mod former;
 mod settle;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-pub use self::former::unreachable_prefixes;
+pub use self::former::overlay_prefixes;
 use self::former::{FormerPrefixes, prefixes};
 use self::settle::{Accepted, Own, check_own, local_cidrs, settle};
+use super::endpoint::Endpoint;
 use super::identity;
 use super::records::NodeRecord;
 use super::source::Reader;
@@ -34,14 +36,22 @@ pub fn has_last_good(config: &Config, source: &Reader) -> bool {
 /// Returns the prefixes for unreachable routes that follow from the state directory of an earlier
 /// process; `None` before the first successful start.
 pub fn kept_unreachable_prefixes(config: &Config) -> Option<BTreeSet<IpNet>> {
-    let stored = read_store(&config.state_dir.join(STORE))?;
+    let stored = read_store(&config.state_dir.join(STORE))
+        .filter(|_| config.interface.unreachable_routes)?;
     // The remaining prefixes may contain the API server, whose address is compared with them later.
     let mut config = config.clone();
     config.cluster_cidrs.retain(|net| stored.cluster_cidrs.contains(net));
     let local = config.pod_cidrs.as_ref().unwrap_or(&stored.local_cidrs);
     let mut all = prefixes(&stored.files, local);
     all.extend(&stored.local_cidrs);
-    Some(unreachable_prefixes(&config, local, &all, &stored.former))
+    let records = stored.files.values().flatten();
+    let hosts = hosts(&config, records.flat_map(|record| &record.endpoints));
+    Some(overlay_prefixes(&config.cluster_cidrs, local, &all, &stored.former, &hosts))
+}
+
+/// Returns the underlay addresses of this node's configuration and of `endpoints`.
+fn hosts<'a>(config: &Config, endpoints: impl Iterator<Item = &'a Endpoint>) -> Vec<IpAddr> {
+    endpoints.map(Endpoint::ip).chain(config.underlay.addresses.iter().copied()).collect()
 }
 
 /// The records in force.
@@ -108,7 +118,6 @@ impl Registry {
         for (path, error) in &registry.rejected {
             log_rejected(path, error);
         }
-        registry.write_store();
         Ok(registry)
     }
 
@@ -239,9 +248,12 @@ impl Registry {
         self.never_started
     }
 
-    /// Prefixes that a node owned and that no node owns now.
-    pub fn former(&self) -> &FormerPrefixes {
-        &self.former
+    /// Returns the prefixes that only the overlay carries ([`overlay_prefixes`]).
+    pub fn overlay_prefixes(&self, config: &Config) -> BTreeSet<IpNet> {
+        let records = self.accepted.values().flatten();
+        let hosts = hosts(config, records.flat_map(|record| &record.endpoints));
+        let (cluster, local) = (&config.cluster_cidrs, &self.local_cidrs);
+        overlay_prefixes(cluster, local, &self.prefixes(), &self.former, &hosts)
     }
 
     /// What this node owns.
@@ -285,7 +297,9 @@ impl Registry {
         }
     }
 
-    fn write_store(&self) {
+    /// Stores the records in force in the state directory. Called for the first time when the agent
+    /// has started: a start that fails must not count as an earlier process. An error is logged.
+    pub fn write_store(&self) {
         let stored = Stored {
             source: self.source.name(),
             files: self.accepted.clone(),
@@ -364,6 +378,7 @@ mod tests {
             let config = self.config(more);
             let source = Reader::Path(config.nodes.clone());
             Registry::open(&config, PublicKey([1; 32]).into(), source)
+                .inspect(Registry::write_store)
         }
 
         /// With another key than the records have.
@@ -371,6 +386,7 @@ mod tests {
             let config = self.config("");
             let source = Reader::Path(config.nodes.clone());
             Registry::open(&config, PublicKey([key; 32]).into(), source)
+                .inspect(Registry::write_store)
         }
 
         fn open(&self) -> Result<Registry, Failure> {

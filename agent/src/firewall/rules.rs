@@ -50,6 +50,23 @@ pub struct PodRules {
 const OPTIONAL_CHAINS: [&str; 5] = ["from_pods", "leaving", "outward", "passing", "untracked"];
 
 impl Rules {
+    /// Rules that remove the table of this name.
+    pub fn none(table: &str) -> Self {
+        Self {
+            table: table.to_owned(),
+            interface: String::new(),
+            port: 0,
+            pods: None,
+            local: Vec::new(),
+            cluster: Vec::new(),
+            peers: Vec::new(),
+            drop_spoofed: false,
+            drop_cleartext: false,
+            masquerade_foreign: false,
+            notrack: false,
+        }
+    }
+
     /// Returns whether no rule is wanted, and therefore no table.
     pub fn is_empty(&self) -> bool {
         let any = self.drop_spoofed

@@ -3,12 +3,12 @@
 //! an established connection.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::settle::Accepted;
-use crate::config::Config;
 
 /// Maximum number of former prefixes that are kept; beyond it the oldest are dropped.
 const MAX_FORMER: usize = 4096;
@@ -48,20 +48,19 @@ pub(super) fn prefixes(accepted: &Accepted, local: &[IpNet]) -> BTreeSet<IpNet> 
     recorded.chain(local).copied().collect()
 }
 
-/// Returns the prefixes for unreachable routes: the cluster's, this node's (`local`), and the owned
-/// and former ones that the cluster's do not cover. A former prefix inside an owned one is left
-/// out, because its route would win over the route to the owner.
-pub fn unreachable_prefixes(
-    config: &Config,
+/// Returns the prefixes that only the overlay carries: those of `cluster`, this node's (`local`), and
+/// the owned and former ones that `cluster` does not cover. Two kinds of former prefixes are left
+/// out: one inside an owned prefix, because its unreachable route would win over the route to the
+/// owner, and one that contains an address in `hosts`, because a node has that address now.
+pub fn overlay_prefixes(
+    cluster: &[IpNet],
     local: &[IpNet],
     owned: &BTreeSet<IpNet>,
     former: &FormerPrefixes,
+    hosts: &[IpAddr],
 ) -> BTreeSet<IpNet> {
-    if !config.interface.unreachable_routes {
-        return BTreeSet::new();
-    }
-    let cluster = &config.cluster_cidrs;
-    let former = former.iter().filter(|net| !is_covered(net, owned));
+    let is_free = |net: &&IpNet| !hosts.iter().any(|host| net.contains(host));
+    let former = former.iter().filter(|net| !is_covered(net, owned)).filter(is_free);
     let outside = owned.iter().chain(former).filter(|net| !is_inside(net, cluster));
     outside.chain(local).chain(cluster).copied().collect()
 }
@@ -86,10 +85,6 @@ mod tests {
 
     fn former(texts: &[&str]) -> FormerPrefixes {
         FormerPrefixes(texts.iter().map(|text| text.parse().unwrap()).collect())
-    }
-
-    fn config(more: &str) -> Config {
-        Config::parse(&format!("name = 'node-1'\n{more}")).unwrap()
     }
 
     #[test]
@@ -126,11 +121,11 @@ mod tests {
     }
 
     #[test]
-    fn unreachable_prefixes_cover_cluster_own_peers_and_former() {
+    fn overlay_prefixes_cover_cluster_own_peers_and_former() {
         let local = ["10.1.0.0/24".parse().unwrap()];
         let owned = nets(&["10.1.0.0/24", "10.2.0.0/24", "172.20.0.0/16", "fd00:2::/64"]);
         let kept = former(&["10.9.0.0/24", "172.20.5.0/24", "fd00:9::/64"]);
-        let all = unreachable_prefixes(&config(""), &local, &owned, &kept);
+        let all = overlay_prefixes(&[], &local, &owned, &kept, &[]);
         let expected = nets(&[
             "10.1.0.0/24",
             "10.2.0.0/24",
@@ -140,12 +135,18 @@ mod tests {
             "fd00:9::/64",
         ]);
         assert_eq!(all, expected, "172.20.5.0/24 would win over the route to its present owner.");
-        let cluster = config("cluster_cidrs = ['10.0.0.0/8']");
-        let all = unreachable_prefixes(&cluster, &local, &owned, &kept);
+        let cluster = ["10.0.0.0/8".parse().unwrap()];
+        let all = overlay_prefixes(&cluster, &local, &owned, &kept, &[]);
         let expected =
             nets(&["10.0.0.0/8", "10.1.0.0/24", "172.20.0.0/16", "fd00:2::/64", "fd00:9::/64"]);
         assert_eq!(all, expected, "The cluster's prefix stands for the peers' prefixes inside it.");
-        let off = config("[interface]\nunreachable_routes = false");
-        assert_eq!(unreachable_prefixes(&off, &local, &owned, &kept), nets(&[]));
+    }
+
+    #[test]
+    fn former_prefix_with_a_node_address_is_left_out() {
+        let kept = former(&["10.50.0.0/24", "10.51.0.0/24", "fd00:50::/64"]);
+        let hosts = ["10.50.0.9".parse().unwrap(), "fd00:50::9".parse().unwrap()];
+        let all = overlay_prefixes(&[], &[], &nets(&[]), &kept, &hosts);
+        assert_eq!(all, nets(&["10.51.0.0/24"]), "Nodes listen in the other two prefixes now.");
     }
 }

@@ -115,6 +115,7 @@ fn snapshot(peers: u8) -> Arc<Snapshot> {
         local_cidrs: vec![],
         peers: (1..=peers).map(peer).collect(),
         addresses: vec![],
+        overlay: Default::default(),
         unreachable: Default::default(),
         unresolved: vec![],
     };

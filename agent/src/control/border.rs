@@ -1,0 +1,89 @@
+//! Input of the nftables table: which prefixes are pods' and which are networks of this node.
+
+use std::collections::BTreeSet;
+
+use ipnet::IpNet;
+
+use super::desired::Desired;
+use crate::config::{Config, overlap};
+use crate::firewall::{PodRules, Rules};
+use crate::netlink::pod::HOST_PREFIX;
+use crate::netlink::{Netlink, NetlinkError};
+
+/// Returns the rules of the nftables table. `networks` are the prefixes of this node's addresses on
+/// interfaces of other programs. A prefix of a present or former peer that overlaps one of them is
+/// left out: the record must not cut this node off from a network of its own.
+pub(super) fn firewall_rules(config: &Config, desired: &Desired, networks: &[IpNet]) -> Rules {
+    let peers = || desired.peers.iter();
+    let is_certain =
+        |net: &IpNet| config.cluster_cidrs.contains(net) || desired.local_cidrs.contains(net);
+    let is_pods =
+        |net: &&IpNet| is_certain(net) || !networks.iter().any(|network| overlap(net, network));
+    let settings = config.firewall;
+    Rules {
+        table: config.cni.table.clone(),
+        interface: config.interface.name.clone(),
+        port: config.underlay.port,
+        pods: config.cni.enabled.then(|| PodRules {
+            masquerade: config.cni.masquerade,
+            no_masquerade: config.cni.no_masquerade.clone(),
+            forward_accept: config.cni.forward_accept,
+        }),
+        local: desired.local_cidrs.clone(),
+        cluster: desired.overlay.iter().filter(is_pods).copied().collect(),
+        peers: peers().flat_map(|peer| peer.endpoints.clone()).collect(),
+        drop_spoofed: settings.drop_spoofed,
+        drop_cleartext: settings.drop_cleartext,
+        masquerade_foreign: settings.masquerade_foreign,
+        notrack: settings.notrack,
+    }
+}
+
+/// Returns the prefixes of this node's addresses, without Skein's interface, the pods' and link-local
+/// addresses.
+///
+/// # Errors
+/// The links or addresses cannot be listed.
+pub(super) async fn networks(
+    netlink: &Netlink,
+    config: &Config,
+) -> Result<Vec<IpNet>, NetlinkError> {
+    let is_ours = |name: &str| name == config.interface.name || name.starts_with(HOST_PREFIX);
+    let links = netlink.links().await?.into_iter();
+    let ours: BTreeSet<_> =
+        links.filter(|link| is_ours(&link.name)).map(|link| link.index).collect();
+    let addresses = netlink.addresses(None).await?.into_iter();
+    let others = addresses.filter(|address| !address.link_local && !ours.contains(&address.index));
+    let mut networks: Vec<_> = others.map(|address| address.net).collect();
+    networks.sort_unstable();
+    networks.dedup();
+    Ok(networks)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_network_inside_a_peer_prefix_is_no_pod_prefix() {
+        let nets = |texts: &[&str]| texts.iter().map(|net| net.parse().unwrap()).collect();
+        let config = Config::parse("cluster_cidrs = ['10.244.0.0/16']").unwrap();
+        let desired = Desired {
+            mtu: 1400,
+            local_cidrs: nets(&["10.244.1.0/24"]),
+            peers: Vec::new(),
+            addresses: Vec::new(),
+            overlay: ["10.244.0.0/16", "10.244.1.0/24", "10.9.0.0/16", "fd00:9::/64"]
+                .map(|net| net.parse().unwrap())
+                .into(),
+            unreachable: BTreeSet::new(),
+            unresolved: Vec::new(),
+        };
+        // The second is an address of a bridge for pods of this node.
+        let networks: Vec<_> = nets(&["10.9.3.7/24", "10.244.1.1/24"]);
+        let rules = firewall_rules(&config, &desired, &networks);
+        let expected: Vec<_> = nets(&["10.244.0.0/16", "10.244.1.0/24", "fd00:9::/64"]);
+        assert_eq!(rules.cluster, expected, "The node reaches its own network 10.9.3.0/24.");
+    }
+}
