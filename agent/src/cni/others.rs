@@ -2,25 +2,26 @@
 //! first file by name.
 //!
 //! With `cni.exclusive`, files that sort before Skein's get a name that no runtime reads. Files
-//! that sort after Skein's have no effect on the runtime (podman's and CRI-O's defaults), and
-//! meta-plugins delegate to Skein. Both stay.
+//! that sort after Skein's have no effect on the runtime (podman's and CRI-O's defaults),
+//! meta-plugins delegate to Skein, and Istio and Linkerd extend it. Such files stay.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::conflist;
+use super::conflist::{self, PLUGIN};
 use super::install::InstallError;
 use crate::config::Cni;
 
 /// Suffix of a file that is set aside.
 const ASIDE: &str = ".skein-aside";
 
-/// Plugins that call or extend the network of another configuration. A file with such a plugin is
-/// not a network of its own.
-const META_PLUGINS: [&str; 6] =
-    ["multus", "multus-shim", "istio-cni", "linkerd-cni", "genie", "danm"];
+/// Plugins that call the network of another configuration.
+const META_PLUGINS: [&str; 4] = ["multus", "multus-shim", "genie", "danm"];
+
+/// Plugins that extend the network of the list that they are appended to.
+const APPENDED_PLUGINS: [&str; 2] = ["istio-cni", "linkerd-cni"];
 
 /// Returns the file names of the networks that the runtime would take instead of Skein, sorted.
 pub(super) fn networks_before(config: &Cni) -> Vec<OsString> {
@@ -91,7 +92,17 @@ fn is_network_before(config: &Cni, file: &OsStr, name: &OsStr) -> bool {
     }
     // A file that cannot be read or parsed stops a runtime, too.
     let text = path(config, file).and_then(|path| fs::read(path).ok()).unwrap_or_default();
-    !conflist::types(&text).iter().any(|name| META_PLUGINS.contains(&name.as_str()))
+    !is_spared(&conflist::types(&text))
+}
+
+/// Returns `true` if a file with plugins of these `types` is not another network: a meta-plugin, a
+/// file of appended plugins alone, or a copy of Skein's list with an appended plugin. An appended
+/// plugin in the list of another network changes nothing.
+fn is_spared(types: &[String]) -> bool {
+    let meta = |name: &String| META_PLUGINS.contains(&name.as_str());
+    let appended = |name: &String| APPENDED_PLUGINS.contains(&name.as_str());
+    let extends_skein = types.iter().any(|name| name == PLUGIN) || types.iter().all(appended);
+    types.iter().any(meta) || types.iter().any(appended) && extends_skein
 }
 
 fn path(config: &Cni, name: &OsStr) -> Option<PathBuf> {
@@ -135,6 +146,38 @@ mod tests {
 
     const FLANNEL: &str = r#"{"name":"cbr0","plugins":[{"type":"flannel"},{"type":"portmap"}]}"#;
 
+    const ISTIO_COPY: &str =
+        r#"{"plugins":[{"type":"skein-cni"},{"type":"portmap"},{"type":"istio-cni"}]}"#;
+
+    const FLANNEL_ISTIO: &str =
+        r#"{"plugins":[{"type":"flannel"},{"type":"portmap"},{"type":"istio-cni"}]}"#;
+
+    const CALICO_LINKERD: &str =
+        r#"{"plugins":[{"type":"calico"},{"type":"bandwidth"},{"type":"linkerd-cni"}]}"#;
+
+    #[test]
+    fn network_with_appended_plugin_is_set_aside() {
+        let directory = tempfile::tempdir().unwrap();
+        let config = config(directory.path());
+        let names = ["10-calico.conflist", "10-flannel.conflist"];
+        write(directory.path(), &[(names[0], CALICO_LINKERD), (names[1], FLANNEL_ISTIO)]);
+        assert_eq!(networks_before(&config), names, "both files are other networks");
+        assert_eq!(set_aside(&config).unwrap(), names);
+        assert!(networks_before(&config).is_empty(), "Skein is the first network");
+    }
+
+    #[test]
+    fn aside_network_with_appended_plugin_stays_aside() {
+        let directory = tempfile::tempdir().unwrap();
+        let config = config(directory.path());
+        let aside = ["10-calico.conflist.skein-aside", "10-flannel.conflist.skein-aside"];
+        write(directory.path(), &[(aside[0], CALICO_LINKERD), (aside[1], FLANNEL_ISTIO)]);
+        assert!(give_back_spared(&config).unwrap().is_empty(), "another network was restored");
+        assert_eq!(super::names(&config).unwrap(), aside);
+        let back = give_back_all(&config).unwrap();
+        assert_eq!(back, ["10-calico.conflist", "10-flannel.conflist"]);
+    }
+
     #[test]
     fn networks_before_skein_are_set_aside_and_restored() {
         let directory = tempfile::tempdir().unwrap();
@@ -172,7 +215,7 @@ mod tests {
             ("00-multus.conf", r#"{"type":"multus","delegates":[{"type":"skein-cni"}]}"#),
             ("00-multus.conflist", r#"{"plugins":[{"type":"multus-shim"}]}"#),
             // Istio's own copy of the first configuration, since 1.27.
-            ("02-istio-cni.conflist", r#"{"plugins":[{"type":"skein-cni"},{"type":"istio-cni"}]}"#),
+            ("02-istio-cni.conflist", ISTIO_COPY),
             ("01-linkerd-cni.conf", r#"{"type":"linkerd-cni"}"#),
             ("100-crio-bridge.conflist", r#"{"plugins":[{"type":"bridge"}]}"#),
             ("200-loopback.conf", r#"{"type":"loopback"}"#),
