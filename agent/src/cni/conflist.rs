@@ -16,6 +16,10 @@ pub const PLUGIN: &str = "skein-cni";
 /// program.
 const CHAIN_KEY: &str = "skein.network/chain";
 
+/// Types of plugins that lists of earlier versions had after Skein's. Those lists have no
+/// [`CHAIN_KEY`].
+const EARLIER_CHAIN: [&str; 5] = ["portmap", "bandwidth", "tuning", "firewall", "sbr"];
+
 /// A configuration list.
 pub(super) type List = Map<String, Value>;
 
@@ -94,6 +98,9 @@ impl OwnTypes {
     fn new(chain: &[Value], list: &List) -> Self {
         let written = list.get(CHAIN_KEY).and_then(Value::as_array).into_iter().flatten();
         let types = chain.iter().filter_map(plugin_type).chain(written.filter_map(Value::as_str));
+        let has_plugin = plugins(list).iter().filter_map(plugin_type).any(|name| name == PLUGIN);
+        let is_earlier = has_plugin && !list.contains_key(CHAIN_KEY);
+        let types = types.chain(EARLIER_CHAIN.into_iter().filter(|_| is_earlier));
         Self(types.chain([PLUGIN]).map(str::to_owned).collect())
     }
 
@@ -230,6 +237,22 @@ mod tests {
         assert_eq!(foreign_types(&after, &text(&present)), ["istio-cni"]);
         let repaired = repaired(wanted(&after, &offer(&["1.0.0"])), &text(&present)).unwrap();
         assert_eq!(order(&repaired), ["skein-cni", "tuning", "istio-cni"]);
+    }
+
+    #[test]
+    fn entry_of_earlier_version_that_left_the_chain_goes() {
+        let mut present = list();
+        present.remove(CHAIN_KEY);
+        for name in ["bandwidth", "tuning", "istio-cni", "sbr", "firewall"] {
+            insert(&mut present, 2, json!({ "type": name }));
+        }
+        let after = config("[{ type = 'bandwidth' }]");
+        assert_eq!(foreign_types(&after, &text(&present)), ["istio-cni"]);
+        let repaired = repaired(wanted(&after, &offer(&["1.0.0"])), &text(&present)).unwrap();
+        assert_eq!(order(&repaired), ["skein-cni", "bandwidth", "istio-cni"]);
+        // Without an entry of Skein's, the list is not one that Skein wrote.
+        present["plugins"] = json!([{ "type": "tuning" }]);
+        assert_eq!(foreign_types(&after, &text(&present)), ["tuning"]);
     }
 
     #[test]
