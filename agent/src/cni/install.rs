@@ -139,10 +139,8 @@ impl Install {
     fn install_configuration(&mut self, config: &Cni) -> Result<bool, String> {
         let Some(directory) = &config.conf_dir else { return Ok(false) };
         let path = directory.join(&config.conf_file);
-        let present = match fs::read(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-            read => read.map_err(|e| InstallError::new("read", &path)(e).to_string())?,
-        };
+        let text = |error: InstallError| error.to_string();
+        let present = read(&path).map_err(text)?;
         let offer = self.versions.offer(&list_plugins(config, &present))?;
         if offer != self.offer {
             for limit in &offer.limits {
@@ -150,17 +148,14 @@ impl Install {
             }
             self.offer = offer;
         }
-        let list = repaired(wanted(config, &self.offer), &present);
-        let text = match list {
-            None => present,
-            Some(list) => {
-                let mut text = serde_json::to_vec_pretty(&list).unwrap_or_default();
-                text.push(b'\n');
-                text
-            }
+        // Plugins have seconds to answer, and another program may have changed the list meanwhile.
+        let present = read(&path).map_err(text)?;
+        let Some(list) = repaired(wanted(config, &self.offer), &present) else {
+            return repair_mode(&path, Mode::CONFIGURATION).map_err(text);
         };
-        let placed = place(directory, config.conf_file.as_ref(), &text, Mode::CONFIGURATION);
-        placed.map_err(|error| error.to_string())
+        let mut contents = serde_json::to_vec_pretty(&list).unwrap_or_default();
+        contents.push(b'\n');
+        place(directory, config.conf_file.as_ref(), &contents, Mode::CONFIGURATION).map_err(text)
     }
 
     /// Installs the plugin's binary, and returns whether it has changed. If neither file has
@@ -263,6 +258,27 @@ fn place(directory: &Path, name: &Path, contents: &[u8], mode: Mode) -> Result<b
     Ok(true)
 }
 
+/// Contents of the file at `path`; empty if there is no file.
+fn read(path: &Path) -> Result<Vec<u8>, InstallError> {
+    match fs::read(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        read => read.map_err(InstallError::new("read", path)),
+    }
+}
+
+/// Changes the mode of the file at `path` if `mode` does not allow it; returns `true` if the mode
+/// was changed. The contents are not written.
+fn repair_mode(path: &Path, mode: Mode) -> Result<bool, InstallError> {
+    let metadata = fs::metadata(path).map_err(InstallError::new("read", path))?;
+    let present = metadata.permissions().mode() & 0o7777;
+    let wanted = mode.wanted(Some(present));
+    if wanted == present {
+        return Ok(false);
+    }
+    let changed = fs::set_permissions(path, Permissions::from_mode(wanted));
+    changed.map(|()| true).map_err(InstallError::new("change the mode of", path))
+}
+
 fn remove(path: Option<PathBuf>) -> Result<bool, InstallError> {
     let Some(path) = path else { return Ok(false) };
     match fs::remove_file(&path) {
@@ -360,6 +376,56 @@ mod tests {
         assert!(list.exists(), "without it no pod could be deleted");
         config.conf_dir = None;
         install.run(&config, true).unwrap();
+    }
+
+    /// Runs the installation while the chain's plugin, asked for its versions, replaces the list by
+    /// `change` of it; returns the result, the replaced text and the list's text after the run.
+    fn list_changed_while_plugin_is_asked(
+        change: impl Fn(&mut serde_json::Value),
+    ) -> (bool, String, String) {
+        let directory = tempfile::tempdir().unwrap();
+        let config = config(directory.path());
+        let (plugin, new) = (directory.path().join("bin/portmap"), directory.path().join("new"));
+        let list = directory.path().join("net.d/10-skein.conflist");
+        let answer = r#"{"cniVersion":"1.1.0","supportedVersions":["1.0.0","1.1.0"]}"#;
+        let script = |body: &str| {
+            place(
+                &directory.path().join("bin"),
+                "portmap".as_ref(),
+                format!("#!/bin/sh\n{body}\necho '{answer}'\n").as_bytes(),
+                Mode::PROGRAM,
+            )
+        };
+        script("").unwrap();
+        Install::default().install_configuration(&config).unwrap();
+        let mut document = serde_json::from_slice(&fs::read(&list).unwrap()).unwrap();
+        change(&mut document);
+        // Without spaces: a list that is written again has another text.
+        let text = document.to_string();
+        fs::write(&new, &text).unwrap();
+        script(&format!("mv {} {}", new.display(), list.display())).unwrap();
+        let changed = Install::default().install_configuration(&config).unwrap();
+        assert!(!new.exists(), "{} was not called", plugin.display());
+        (changed, text, fs::read_to_string(list).unwrap())
+    }
+
+    #[test]
+    fn entry_added_while_plugins_are_asked_stays() {
+        let istio = serde_json::json!({ "type": "istio-cni" });
+        let append = |list: &mut serde_json::Value| {
+            list["plugins"].as_array_mut().unwrap().push(istio.clone());
+        };
+        let (changed, replaced, after) = list_changed_while_plugin_is_asked(append);
+        assert!(!changed, "nothing of Skein's needs a repair");
+        assert_eq!(after, replaced, "the contents were written");
+        let (changed, _, after) = list_changed_while_plugin_is_asked(|list| {
+            append(list);
+            list["plugins"][0]["socket"] = "/elsewhere".into();
+        });
+        let list: serde_json::Value = serde_json::from_str(&after).unwrap();
+        assert!(changed, "Skein's entry is repaired");
+        assert_eq!(list["plugins"][0]["socket"], "/run/skein/cni.sock");
+        assert_eq!(list["plugins"][2], istio, "the new entry is kept: {after}");
     }
 
     #[test]
