@@ -9,12 +9,14 @@ use std::collections::HashMap;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process_group};
 use serde::{Deserialize, Serialize};
 use skein_cni::types::Version;
 
@@ -175,14 +177,16 @@ fn ask(path: &Path) -> Result<Vec<Version>, String> {
     }
     let (sender, answer) = mpsc::channel();
     if let Some(output) = child.stdout.take() {
-        // The thread ends with the plugin, which is killed below.
+        // The thread ends with the plugin's processes, which are killed below.
         thread::spawn(move || {
             let mut text = Vec::new();
             let _ = sender.send(output.take(MAX_ANSWER).read_to_end(&mut text).map(|_| text));
         });
     }
     let answer = answer.recv_timeout(VERSION_TIMEOUT);
-    let _ = child.kill();
+    // A wrapper script may have started processes that hold the output open. They are in its process
+    // group, whose number is not in use again before the wait.
+    let _ = kill_process_group(Pid::from_child(&child), Signal::KILL);
     let _ = child.wait();
     let text = answer.map_err(|_| format!("no answer within {VERSION_TIMEOUT:?}"))?;
     let text = text.map_err(|error| error.to_string())?;
@@ -195,6 +199,7 @@ fn start(path: &Path) -> io::Result<std::process::Child> {
     command.env_clear().env("CNI_COMMAND", "VERSION");
     command.envs(["CNI_NETNS", "CNI_IFNAME", "CNI_PATH"].map(|name| (name, "dummy")));
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+    command.process_group(0);
     let mut starts = 1;
     loop {
         match command.spawn() {
@@ -341,6 +346,27 @@ mod tests {
         }
         assert!(began.elapsed() < 2 * VERSION_TIMEOUT, "it took {:?}", began.elapsed());
         assert_eq!(calls(directory.path()), 1);
+    }
+
+    #[test]
+    fn process_of_hanging_wrapper_script_is_killed() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("pid");
+        let body = format!("sleep 1000 &\necho $! > {}\nwait", file.display());
+        let path = plugin(directory.path(), "wrapper", &body);
+        let offer = VersionCache::default().offer(&[own(&path)]).unwrap();
+        assert!(offer.limits[0].contains("no answer within 5s"), "{:?}", offer.limits);
+        let pid = fs::read_to_string(file).unwrap();
+        // Without a process that waits for it, a killed process remains as a zombie.
+        let is_alive = || {
+            let status = fs::read_to_string(format!("/proc/{}/status", pid.trim()));
+            status.is_ok_and(|status| !status.contains("State:\tZ"))
+        };
+        let end = Instant::now() + Duration::from_secs(5);
+        while is_alive() && Instant::now() < end {
+            thread::sleep(Duration::from_millis(10));
+        }
+        assert!(!is_alive(), "the process {pid} of the script is still alive");
     }
 
     #[test]
