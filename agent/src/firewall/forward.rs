@@ -45,6 +45,8 @@ pub struct Forward {
     pub errors: Vec<String>,
     /// Chains whose policy is not known, each with the reason.
     pub unknown: Vec<String>,
+    /// `true` if `nft` listed the chains.
+    pub read: bool,
 }
 
 /// A rule that accepts: its conditions as `nft -j` lists them, and as `nft` reads them.
@@ -96,6 +98,7 @@ pub async fn ensure(interface: &str, pods: bool, accept: bool) -> Forward {
             return forward;
         }
     };
+    forward.read = true;
     let wanted = wanted(interface, pods);
     let name = if pods { format!("{HOST_PREFIX}+") } else { interface.to_owned() };
     let remedy = format!(

@@ -37,6 +37,9 @@ pub struct FirewallStatus {
     /// Chains of other programs whose policy is not known, each with the reason.
     #[serde(default)]
     pub unknown: Vec<String>,
+    /// `true` once the FORWARD chains of other programs have been read with `nft`.
+    #[serde(default)]
+    pub forward_read: bool,
 }
 
 /// Result of the last comparison.
@@ -261,6 +264,7 @@ impl Reconciler {
         self.state.send_modify(|state| {
             state.status.closed = forward.errors;
             state.status.unknown = forward.unknown;
+            state.status.forward_read = forward.read;
         });
     }
 }

@@ -302,14 +302,14 @@ impl Publisher {
                 });
                 let unreachable: Vec<_> =
                     dataplane.unreachable.iter().cloned().chain(conflicts).collect();
-                let closed = self.closed_chains();
+                let firewall = self.shared.firewall().map(|firewall| firewall.status());
                 let known = Known {
                     generation,
                     capabilities: &dataplane.capabilities,
                     mtu: self.shared.interface().mtu,
                     reasons,
                     unreachable: &unreachable,
-                    closed: &closed,
+                    firewall: firewall.as_ref(),
                 };
                 status(before, &known, Timestamp::now())
             }

@@ -3,6 +3,7 @@
 use k8s_openapi::jiff::Timestamp;
 
 use super::resource::{Condition, SkeinNodeStatus, offloads};
+use crate::firewall::reconciler::FirewallStatus;
 use crate::ipc::{Capability, UnreachablePeer};
 
 /// Whether pods of the node have a network.
@@ -27,8 +28,8 @@ pub(super) struct Known<'a> {
     /// Why the agent is not ready.
     pub(super) reasons: &'a [String],
     pub(super) unreachable: &'a [UnreachablePeer],
-    /// Chains of other programs that drop forwarded packets of pods, each with the remedy.
-    pub(super) closed: &'a [String],
+    /// Status of the firewall; `None` until the firewall was started.
+    pub(super) firewall: Option<&'a FirewallStatus>,
 }
 
 /// What the SkeinNode is to say of the node; `before` is what it says.
@@ -37,8 +38,8 @@ pub(super) fn status(
     known: &Known<'_>,
     now: Timestamp,
 ) -> SkeinNodeStatus {
-    let condition = |kind: &str, is: bool, reason: &str, message: String| {
-        let status = if is { "True" } else { "False" };
+    let condition = |kind: &str, is: Option<bool>, reason: &str, message: String| {
+        let status = is.map_or("Unknown", |is| if is { "True" } else { "False" });
         let since = before.and_then(|before| find(before, kind));
         let since = since.filter(|condition| condition.status == status);
         Condition {
@@ -52,17 +53,15 @@ pub(super) fn status(
         }
     };
     let ready = match known.reasons {
-        [] => condition(READY, true, "AgentReady", "pods have a network".to_owned()),
-        reasons => condition(READY, false, "AgentNotReady", reasons.join("; ")),
+        [] => condition(READY, Some(true), "AgentReady", "pods have a network".to_owned()),
+        reasons => condition(READY, Some(false), "AgentNotReady", reasons.join("; ")),
     };
     let peers = match known.unreachable {
-        [] => condition(PEERS, true, "NoneSilent", "no peer is silent".to_owned()),
-        silent => condition(PEERS, false, "PeersUnreachable", names(silent)),
+        [] => condition(PEERS, Some(true), "NoneSilent", "no peer is silent".to_owned()),
+        silent => condition(PEERS, Some(false), "PeersUnreachable", names(silent)),
     };
-    let forwarding = match known.closed {
-        [] => condition(FORWARDING, true, "NoChainDrops", "pods' packets pass".to_owned()),
-        closed => condition(FORWARDING, false, "ForwardDropped", shortened(&closed.join("; "))),
-    };
+    let (is, reason, message) = forwarding(known.firewall);
+    let forwarding = condition(FORWARDING, is, reason, message);
     SkeinNodeStatus {
         observed_generation: known.generation,
         agent_version: Some(env!("CARGO_PKG_VERSION").to_owned()),
@@ -70,6 +69,25 @@ pub(super) fn status(
         offloads: Some(offloads(known.capabilities)),
         capabilities: known.capabilities.iter().map(Into::into).collect(),
         conditions: vec![ready, peers, forwarding],
+    }
+}
+
+/// Status, reason and message of the condition ForwardingAllowed.
+fn forwarding(firewall: Option<&FirewallStatus>) -> (Option<bool>, &'static str, String) {
+    match firewall {
+        Some(firewall) if !firewall.closed.is_empty() => {
+            (Some(false), "ForwardDropped", shortened(&firewall.closed.join("; ")))
+        }
+        Some(firewall) if !firewall.unknown.is_empty() => {
+            (None, "PolicyUnknown", shortened(&firewall.unknown.join("; ")))
+        }
+        Some(firewall) if firewall.forward_read => {
+            (Some(true), "NoChainDrops", "pods' packets pass".to_owned())
+        }
+        _ => {
+            let message = "the FORWARD chains of other programs have not been read";
+            (None, "PolicyUnknown", message.to_owned())
+        }
     }
 }
 
@@ -81,8 +99,8 @@ pub(super) fn unready(
     reasons: &[String],
     now: Timestamp,
 ) -> SkeinNodeStatus {
-    let (capabilities, unreachable, closed) = (&[], &[], &[]);
-    let known = Known { generation, capabilities, mtu: 0, reasons, unreachable, closed };
+    let (capabilities, unreachable, firewall) = (&[], &[], None);
+    let known = Known { generation, capabilities, mtu: 0, reasons, unreachable, firewall };
     let SkeinNodeStatus { observed_generation, agent_version, mut conditions, .. } =
         status(before, &known, now);
     conditions.retain(|condition| condition.kind == READY);
@@ -155,7 +173,7 @@ mod tests {
         reasons: &'a [String],
         unreachable: &'a [UnreachablePeer],
     ) -> Known<'a> {
-        Known { generation: Some(1), capabilities, mtu: 1440, reasons, unreachable, closed: &[] }
+        Known { generation: Some(1), capabilities, mtu: 1440, reasons, unreachable, firewall: None }
     }
 
     fn silent(name: &str) -> UnreachablePeer {
@@ -185,14 +203,47 @@ mod tests {
     #[test]
     fn closed_forward_chain_is_a_condition_with_the_remedy() {
         let forwarding = |closed: &[String]| {
-            let status = status(None, &Known { closed, ..known(&[], &[], &[]) }, at(1));
-            find(&status, "ForwardingAllowed").cloned().unwrap()
+            // A closed chain counts more than one with an unknown policy.
+            let unknown = closed.iter().map(|_| "chain FORWARD of iptables-legacy".to_owned());
+            let (closed, unknown) = (closed.to_vec(), unknown.collect());
+            forwarding_condition(Some(FirewallStatus {
+                closed,
+                unknown,
+                forward_read: true,
+                ..FirewallStatus::default()
+            }))
         };
         assert_eq!(forwarding(&[]).status, "True");
         let closed = forwarding(&["chain ip filter FORWARD drops: set it".to_owned()]);
         assert_eq!((&*closed.status, &*closed.reason), ("False", "ForwardDropped"));
         assert!(closed.message.ends_with("set it"), "{closed:?}");
         assert!(forwarding(&["x".repeat(900)]).message.chars().count() <= MESSAGE + 1);
+    }
+
+    fn forwarding_condition(firewall: Option<FirewallStatus>) -> Condition {
+        let known = Known { firewall: firewall.as_ref(), ..known(&[], &[], &[]) };
+        find(&status(None, &known, at(1)), "ForwardingAllowed").cloned().unwrap()
+    }
+
+    #[test]
+    fn unreadable_forward_policy_is_unknown_with_the_reason() {
+        let legacy = "chain FORWARD of iptables-legacy is in use".to_owned();
+        let unknown = forwarding_condition(Some(FirewallStatus {
+            unknown: vec![legacy.clone()],
+            forward_read: true,
+            ..FirewallStatus::default()
+        }));
+        assert_eq!((&*unknown.status, &*unknown.reason), ("Unknown", "PolicyUnknown"));
+        assert_eq!(unknown.message, legacy);
+    }
+
+    #[test]
+    fn forward_policy_before_the_first_reading_is_unknown() {
+        for firewall in [None, Some(FirewallStatus::default())] {
+            let unknown = forwarding_condition(firewall);
+            assert_eq!((&*unknown.status, &*unknown.reason), ("Unknown", "PolicyUnknown"));
+            assert!(unknown.message.contains("have not been read"), "{unknown:?}");
+        }
     }
 
     #[test]
