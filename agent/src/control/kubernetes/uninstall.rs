@@ -16,8 +16,10 @@ use crate::failure::Failure;
 
 /// Annotation that Helm 3.2 and later sets on every object of a release, hooks excepted.
 const HELM_RELEASE: &str = "meta.helm.sh/release-name";
-/// Annotation that `kubectl apply` sets on every object that it writes.
-const KUBECTL_APPLY: &str = "kubectl.kubernetes.io/last-applied-configuration";
+/// Field managers of kubectl that write a whole object. Others that begin with `kubectl-` write a
+/// part of it (`kubectl-rollout`, `kubectl-annotate`).
+const KUBECTL_WRITERS: [&str; 3] =
+    ["kubectl-client-side-apply", "kubectl-create", "kubectl-replace"];
 /// Effect on the pods that are still running, for the log of the Job.
 const PODS_WARNING: &str = "warning: pods that still run lose their network and stay Terminating when \
     deleted, until another network's CNI configuration is on their node";
@@ -89,10 +91,12 @@ async fn check_release(
         Some(metadata) if !annotated(&metadata, HELM_RELEASE) => {
             format!("belongs to no Helm release (annotation {HELM_RELEASE})")
         }
-        Some(metadata) if annotated(&metadata, KUBECTL_APPLY) => {
-            "was last written by kubectl apply, not by Helm".to_owned()
-        }
-        Some(_) => return Ok(()),
+        Some(metadata) => match last_writer(&metadata) {
+            Some(manager) if !is_helm(manager) => {
+                format!("was last written by {manager}, not by Helm (metadata.managedFields)")
+            }
+            _ => return Ok(()),
+        },
     };
     Err(Failure::Usage(format!(
         "refused to uninstall: DaemonSet {namespace}/{name} {reason}. If the chart was rendered and \
@@ -104,6 +108,24 @@ async fn check_release(
 
 fn annotated(metadata: &ObjectMeta, annotation: &str) -> bool {
     metadata.annotations.as_ref().is_some_and(|all| all.contains_key(annotation))
+}
+
+/// Field manager of the newest write of the whole object; `None` if the API server names none. Of
+/// two managers in the same second, the one that is not Helm counts.
+fn last_writer(metadata: &ObjectMeta) -> Option<&str> {
+    let entries = metadata.managed_fields.iter().flatten();
+    let main = entries.filter(|entry| entry.subresource.as_deref().unwrap_or_default().is_empty());
+    let writes = main.filter_map(|entry| Some((entry.manager.as_deref()?, entry.time.as_ref())));
+    let whole = writes.filter(|(manager, _)| {
+        !manager.starts_with("kubectl-") || KUBECTL_WRITERS.contains(manager)
+    });
+    whole.max_by_key(|(manager, time)| (*time, !is_helm(manager))).map(|(manager, _)| manager)
+}
+
+/// Returns `true` for field managers of programs that contain Helm: `helm` itself, Flux
+/// (`helm-controller`), Terraform (`terraform-provider-helm_…`).
+fn is_helm(manager: &str) -> bool {
+    manager.contains("helm")
 }
 
 async fn remove(
@@ -235,8 +257,8 @@ mod tests {
 
     use super::*;
 
-    /// An API server that holds one DaemonSet and one ConfigMap, each by its annotations, and a pod
-    /// that does not end.
+    /// An API server that holds one DaemonSet and one ConfigMap, each by its metadata without the
+    /// name, and a pod that does not end.
     #[derive(Default)]
     struct FakeApi {
         daemonset: Option<Value>,
@@ -252,9 +274,10 @@ mod tests {
             if method != "GET" {
                 self.writes.lock().unwrap().push(format!("{method} {path}"));
             }
-            let object = |annotations: &Option<Value>| {
-                let metadata = annotations.as_ref()?;
-                Some(json!({ "metadata": { "name": "skein", "annotations": metadata } }))
+            let object = |metadata: &Option<Value>| {
+                let mut metadata = metadata.clone()?;
+                metadata["name"] = "skein".into();
+                Some(json!({ "metadata": metadata }))
             };
             let cleaned = json!({
                 "metadata": { "name": "skein-cleanup", "generation": 1 },
@@ -331,13 +354,78 @@ mod tests {
 
     const AGENTS: &str = "DELETE /apis/apps/v1/namespaces/net/daemonsets/skein";
 
+    /// Metadata of an object of the release, written by these managers, one per minute.
+    fn release(writers: &[(&str, &str)]) -> Value {
+        let entry = |(minute, (manager, subresource)): (usize, &(&str, &str))| {
+            json!({
+                "manager": manager, "operation": "Update", "subresource": subresource,
+                "time": format!("2026-01-01T00:{minute:02}:00Z"),
+            })
+        };
+        let mut entries = writers.iter().enumerate().map(entry).collect::<Vec<_>>();
+        // The API server sorts by operation and manager, not by time.
+        entries.reverse();
+        json!({ "annotations": { HELM_RELEASE: "skein" }, "managedFields": entries })
+    }
+
+    #[tokio::test]
+    async fn uninstall_after_apply_over_helm_release_is_refused() {
+        for manager in ["kubectl", "kubectl-client-side-apply", "kubectl-replace", "argocd"] {
+            let writers = [("helm", ""), (manager, ""), ("kubectl-rollout", ""), ("kcm", "status")];
+            for (daemonset, configmap) in
+                [(Some(release(&writers)), None), (None, Some(release(&writers)))]
+            {
+                let api = FakeApi { daemonset, configmap, ..FakeApi::default() };
+                let (result, writes, _) = run(api, false).await;
+                let Err(Failure::Usage(error)) = result else { panic!("{result:?}") };
+                let reason = format!("was last written by {manager}, not by Helm");
+                assert!(error.contains(&reason), "the error must name {manager}: {error}");
+                assert!(writes.is_empty(), "a refused uninstall must change nothing: {writes:?}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn uninstall_of_installation_adopted_by_helm_proceeds() {
+        for (first, last) in [
+            ("kubectl-client-side-apply", "helm"),
+            ("kubectl", "helm"),
+            ("argocd", "helm-controller"),
+            ("kubectl-create", "terraform-provider-helm_v3.0.2_x5"),
+        ] {
+            let mut daemonset = release(&[
+                (first, ""),
+                (last, ""),
+                ("kubectl-rollout", ""),
+                ("kube-controller-manager", "status"),
+            ]);
+            // Left by the first kubectl apply.
+            daemonset["annotations"]["kubectl.kubernetes.io/last-applied-configuration"] =
+                "{}".into();
+            let api = FakeApi { daemonset: Some(daemonset), ..FakeApi::default() };
+            let (result, writes, _) = run(api, false).await;
+            result.unwrap();
+            assert_eq!(writes.first().map(String::as_str), Some(AGENTS), "{first}, then {last}");
+        }
+    }
+
+    #[test]
+    fn writers_of_the_same_second_count_against_helm() {
+        let time = "2026-01-01T00:00:00Z";
+        for managers in [["helm", "kubectl"], ["kubectl", "helm"]] {
+            let entries = managers.map(|manager| json!({ "manager": manager, "time": time }));
+            let metadata = json!({ "managedFields": entries });
+            let metadata: ObjectMeta = serde_json::from_value(metadata).unwrap();
+            assert_eq!(last_writer(&metadata), Some("kubectl"));
+        }
+        assert_eq!(last_writer(&ObjectMeta::default()), None);
+    }
+
     #[tokio::test]
     async fn uninstall_without_helm_release_changes_nothing() {
-        let helm = json!({ HELM_RELEASE: "skein" });
-        let applied = json!({ HELM_RELEASE: "skein", KUBECTL_APPLY: "{}" });
+        let helm = release(&[]);
         for (daemonset, configmap, reason) in [
-            (Some(json!({ KUBECTL_APPLY: "{}" })), Some(helm), "belongs to no Helm release"),
-            (Some(applied), None, "was last written by kubectl apply"),
+            (Some(json!({})), Some(helm), "belongs to no Helm release"),
             (None, Some(json!({})), "belongs to no Helm release"),
             (None, None, "does not exist"),
         ] {
@@ -352,7 +440,7 @@ mod tests {
 
     #[tokio::test]
     async fn uninstall_of_helm_release_or_with_flag_proceeds() {
-        let helm = || Some(json!({ HELM_RELEASE: "skein" }));
+        let helm = || Some(release(&[("helm", "")]));
         for (daemonset, configmap, without_helm) in
             [(helm(), None, false), (None, helm(), false), (Some(json!({})), None, true)]
         {
@@ -371,7 +459,7 @@ mod tests {
         let pod = json!({ "metadata": { "name": "skein-x" }, "spec": {
             "nodeName": "node3", "containers": [],
         } });
-        let daemonset = Some(json!({ HELM_RELEASE: "skein" }));
+        let daemonset = Some(release(&[("helm", "")]));
         let api = FakeApi { daemonset, pod: Some(pod), ..FakeApi::default() };
         let (result, _, _) = run(api, false).await;
         let error = result.unwrap_err().to_string();
