@@ -252,7 +252,7 @@ fn values_reach_the_configuration() -> Result<()> {
     });
     ensure!(small["dataplane"] == dataplane, "{small:#}");
     let offload = small["offload"].as_object().context("no offload")?;
-    ensure!(offload.len() == 5 && offload.values().all(|rung| rung == false), "{small:#}");
+    ensure!(offload.len() == 6 && offload.values().all(|rung| rung == false), "{small:#}");
     let metrics = json!({ "listen": "[::1]:9999", "per_peer": true, "hosts": ["a.example"] });
     ensure!(small["metrics"] == metrics, "{small:#}");
     ensure!(small["status_page"] == json!({ "listen": "[::1]:9998" }), "{small:#}");
@@ -273,6 +273,84 @@ fn values_reach_the_configuration() -> Result<()> {
     ensure!(cni["forward_accept"] == true, "{cni:#}");
     ensure!(cni["plugin_dirs"] == json!(["/usr/lib/cni", "/opt/other"]), "{cni:#}");
     ensure!(cni["exclusive"] == false && cni["conf_dir"] == "/etc/cni/other", "{cni:#}");
+    Ok(())
+}
+
+/// Keys of agent.toml that an agent of the first release takes, as far as the chart writes them.
+const FIRST_RELEASE_KEYS: [&str; 34] = [
+    "cluster_id",
+    "cluster_cidrs",
+    "key_rotation.every_days",
+    "key_rotation.settle_seconds",
+    "kubernetes.enabled",
+    "kubernetes.endpoint_interface",
+    "kubernetes.not_ready_taint",
+    "interface.mtu",
+    "underlay.port",
+    "dataplane.mode",
+    "dataplane.socket",
+    "dataplane.lanes",
+    "dataplane.cipher",
+    "dataplane.bundling",
+    "dataplane.busy_poll_us",
+    "offload.tun_uso",
+    "offload.tun_tso",
+    "offload.tun_checksum",
+    "offload.udp_gso",
+    "offload.udp_gro",
+    "metrics.listen",
+    "metrics.per_peer",
+    "status_page.listen",
+    "cni.enabled",
+    "cni.bin_dir",
+    "cni.plugin_dirs",
+    "cni.conf_dir",
+    "cni.exclusive",
+    "cni.no_masquerade",
+    "cni.forward_accept",
+    "cni.chain",
+    "cni.masquerade",
+    "log.level",
+    "log.format",
+];
+
+/// Pods of the earlier release read the same ConfigMap during an upgrade, and their agents refuse a
+/// file with an unknown key.
+#[test]
+fn default_configuration_has_no_key_of_later_releases() -> Result<()> {
+    let keys = |settings: &[&str]| -> Result<BTreeSet<String>> {
+        let objects = rendered(settings)?;
+        let text = object(&objects, "ConfigMap", "skein")?["data"]["agent.toml"].clone();
+        let table: toml::Table = toml::from_str(text.as_str().context("no agent.toml")?)?;
+        let keys = table.into_iter().flat_map(|(name, value)| match value {
+            toml::Value::Table(table) => {
+                // A table without keys is as unknown as a key.
+                let keys = table.keys().map(|key| format!("{name}.{key}")).collect::<Vec<_>>();
+                if keys.is_empty() { vec![name] } else { keys }
+            }
+            _ => vec![name],
+        });
+        Ok(keys.collect())
+    };
+    let known = BTreeSet::from(FIRST_RELEASE_KEYS.map(str::to_owned));
+    let old =
+        ["statusPage.enabled=true,lanes=2,mtu=1400,busyPollMicroseconds=0,podCidr=10.0.0.0/8"];
+    for settings in [&[][..], &old[..]] {
+        let new: Vec<_> = keys(settings)?.difference(&known).cloned().collect();
+        ensure!(new.is_empty(), "{settings:?}: earlier agents refuse {new:?}");
+    }
+    // Each new key is written alone, if its value is not the agent's default.
+    for (setting, key) in [
+        ("firewall.dropSpoofed=false", "firewall.drop_spoofed"),
+        ("firewall.dropCleartext=false", "firewall.drop_cleartext"),
+        ("firewall.masqueradeForeign=false", "firewall.masquerade_foreign"),
+        ("firewall.notrack=false", "firewall.notrack"),
+        ("metrics.hosts={a.example}", "metrics.hosts"),
+        ("offload.udpEcn=false", "offload.udp_ecn"),
+    ] {
+        let new: Vec<_> = keys(&[setting])?.difference(&known).cloned().collect();
+        ensure!(new == [key], "{setting}: {new:?}");
+    }
     Ok(())
 }
 

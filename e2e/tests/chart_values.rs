@@ -55,6 +55,16 @@ fn wrong_values_are_refused_in_words() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn upper_case_log_level_renders() -> Result<()> {
+    for setting in ["log.level=INFO", "log.level=OFF", "log.level=skein_agent=DEBUG\\,WARN"] {
+        let finished = helm(&["template", "skein", &chart::path().to_string_lossy()], &[setting])?;
+        ensure!(finished.code == 0, "{setting} was refused: {}", finished.stderr);
+        agent_takes(&programs::yaml(&finished.stdout)?).with_context(|| setting.to_owned())?;
+    }
+    Ok(())
+}
+
 /// Helm removes a value that is set to null, so that a template would render nothing in its place.
 #[test]
 fn null_value_is_refused_by_name_or_renders() -> Result<()> {
@@ -65,6 +75,9 @@ fn null_value_is_refused_by_name_or_renders() -> Result<()> {
         let parents = leaf.match_indices('.').map(|(at, _)| leaf[..at].to_owned());
         paths.extend(parents.filter(|path| values.pointer(&pointer(path)).is_some()));
     }
+    let readme = fs::read_to_string(chart::path().join("README.md"))?;
+    let values_section = readme.split("## Values").nth(1).context("no section of values")?;
+    let named = values_section.split("\n|").next().unwrap_or_default();
     let (mut refused, chart) = (0, chart::path().to_string_lossy().into_owned());
     for path in &paths {
         let setting = format!("{}=null", path.replace("kubernetes.io", r"kubernetes\.io"));
@@ -72,8 +85,24 @@ fn null_value_is_refused_by_name_or_renders() -> Result<()> {
         let (table, name) = path.rsplit_once('.').unwrap_or(("", path));
         let words = format!("at '{}': missing property '{name}'", pointer(table));
         match finished.code {
-            0 => agent_takes(&programs::yaml(&finished.stdout)?)
-                .with_context(|| format!("{path} = null renders"))?,
+            0 => {
+                agent_takes(&programs::yaml(&finished.stdout)?)
+                    .with_context(|| format!("{path} = null renders"))?;
+                let is_named = values.pointer(&pointer(path)).is_some_and(Value::is_null)
+                    || named.contains(&format!("`{path}`"))
+                    || [
+                        "labels",
+                        "Labels",
+                        "annotations",
+                        "Annotations",
+                        "labels.grafana_dashboard",
+                    ]
+                    .iter()
+                    .any(|suffix| path.ends_with(suffix))
+                    || path.starts_with("nodeSelector.")
+                    || path.starts_with("resources.");
+                ensure!(is_named, "the README does not say that {path} can be null");
+            }
             _ => ensure!(finished.stderr.contains(&words), "{path}: {}", finished.stderr),
         }
         refused += i32::from(finished.code != 0);

@@ -110,7 +110,9 @@ nothing. The schema has checked the syntax. */}}
 {{- include "skein.checkHostBits" . }}
 {{- end }}
 
-{{/* agent.toml */}}
+{{/* agent.toml. During an upgrade, agents of the earlier release read the same file, and refuse keys
+that they do not know: a key that is newer than the first release is written only if its value differs
+from the agent's default. */}}
 {{- define "skein.config" -}}
 {{- with .Values.podCidr }}{{ include "skein.checkPodCidr" (list "podCidr" .) }}{{ end }}
 {{- with .Values.podCidrv6 }}{{ include "skein.checkPodCidr" (list "podCidrv6" .) }}{{ end }}
@@ -162,7 +164,6 @@ tun_tso = {{ .tunTso }}
 tun_checksum = {{ .tunChecksum }}
 udp_gso = {{ .udpGso }}
 udp_gro = {{ .udpGro }}
-{{- /* Left out if it is on: agents of earlier releases, which read the same file, do not know it. */}}
 {{- if and (hasKey . "udpEcn") (not .udpEcn) }}
 udp_ecn = false
 {{- end }}
@@ -172,7 +173,9 @@ udp_ecn = false
 {{- with .Values.metrics }}
 listen = {{ printf "%s:%d" (include "skein.host" .address) (int .port) | toJson }}
 per_peer = {{ .perPeer }}
-hosts = {{ include "skein.toml" .hosts }}
+{{- with .hosts }}
+hosts = {{ include "skein.toml" . }}
+{{- end }}
 {{- end }}
 {{- with .Values.statusPage }}
 {{- if .enabled }}
@@ -194,13 +197,23 @@ forward_accept = {{ .forwardAccept }}
 chain = {{ include "skein.toml" .chain }}
 {{- end }}
 masquerade = {{ .Values.masquerade }}
+{{- with .Values.firewall }}
+{{- if not (and .dropSpoofed .dropCleartext .masqueradeForeign .notrack) }}
 
 [firewall]
-{{- with .Values.firewall }}
-drop_spoofed = {{ .dropSpoofed }}
-drop_cleartext = {{ .dropCleartext }}
-masquerade_foreign = {{ .masqueradeForeign }}
-notrack = {{ .notrack }}
+{{- if not .dropSpoofed }}
+drop_spoofed = false
+{{- end }}
+{{- if not .dropCleartext }}
+drop_cleartext = false
+{{- end }}
+{{- if not .masqueradeForeign }}
+masquerade_foreign = false
+{{- end }}
+{{- if not .notrack }}
+notrack = false
+{{- end }}
+{{- end }}
 {{- end }}
 
 [log]
