@@ -55,6 +55,15 @@ pub(super) struct Ingress {
     totals: Totals,
 }
 
+/// Outer header of a datagram, as the kernel reports it.
+struct Outer {
+    source: SocketAddr,
+    /// ECN field of the message that the datagram came in.
+    ecn: Ecn,
+    /// True if the kernel merged the datagram with others into one message.
+    merged: bool,
+}
+
 /// A session as one worker receives with it. The windows are the worker's own: the steering gives
 /// every (peer, lane) to one worker for good.
 struct RxSession {
@@ -174,7 +183,8 @@ impl Ingress {
             let mut segments = 0;
             for range in message.segments() {
                 segments += 1;
-                let outer = (message.source, message.ecn);
+                let outer =
+                    Outer { source: message.source, ecn: message.ecn, merged: message.is_merged() };
                 if let Err(reason) = self.datagram(lane, tables, outer, range.clone()) {
                     self.drops.add(reason);
                     let bytes = Bytes::Outer(&self.receive.arena()[range]);
@@ -193,7 +203,7 @@ impl Ingress {
         &mut self,
         lane: &mut LaneContext,
         tables: &Tables,
-        (source, outer_ecn): (SocketAddr, Ecn),
+        Outer { source, ecn: outer_ecn, merged }: Outer,
         range: Range<usize>,
     ) -> Result<(), DropReason> {
         let datagram = &mut self.receive.arena_mut()[range.clone()];
@@ -270,7 +280,7 @@ impl Ingress {
                 self.checked = Some(flow);
             }
             if outer_ecn != Ecn::NotEct {
-                match ip.ecn.decapsulate(outer_ecn) {
+                match decapsulate(ip.ecn, outer_ecn, merged) {
                     Some(ecn) if ecn == ip.ecn => {}
                     Some(ecn) => ecn.write(&mut arena[packet.clone()]),
                     None => {
@@ -354,6 +364,13 @@ impl Ingress {
     }
 }
 
+/// Returns the ECN field that an inner packet leaves the tunnel with, or `None` if the packet must be
+/// dropped. The outer field of a merged message may be the mark of any datagram in it
+/// ([`Message::ecn`](crate::sys::recv::Message::ecn)), which is no reason to drop all of them.
+fn decapsulate(inner: Ecn, outer: Ecn, merged: bool) -> Option<Ecn> {
+    inner.decapsulate(outer).or(merged.then_some(inner))
+}
+
 /// Returns the receiving half of a lane of the session. `now` is the time since boot.
 fn receiver(session: &Session, lane: u8, now: Duration) -> Result<&Receiver, DropReason> {
     let receiver = session.receiver(lane).ok_or(DropReason::WrongLane)?;
@@ -414,6 +431,19 @@ mod tests {
         }
         assert_eq!(receiver(&session, 1, Duration::ZERO).err(), Some(DropReason::WrongLane));
         assert!(!session.is_expired());
+    }
+
+    #[test]
+    fn mark_of_merged_run_drops_no_packet_of_it() {
+        let all = [Ecn::NotEct, Ecn::Ect1, Ecn::Ect0, Ecn::Ce];
+        for (inner, outer) in all.into_iter().flat_map(|inner| all.map(|outer| (inner, outer))) {
+            let (alone, merged) =
+                (decapsulate(inner, outer, false), decapsulate(inner, outer, true));
+            assert_eq!(alone, inner.decapsulate(outer), "A single datagram follows RFC 6040.");
+            let expected = alone.unwrap_or(inner);
+            assert_eq!(merged, Some(expected), "{inner:?} in a run marked {outer:?} stays.");
+        }
+        assert_eq!(decapsulate(Ecn::NotEct, Ecn::Ce, false), None, "A marked datagram is dropped.");
     }
 
     proptest! {

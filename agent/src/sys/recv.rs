@@ -53,14 +53,20 @@ pub struct Message {
     /// Length of every datagram but the last in bytes: the message's length where it is a single
     /// datagram, never 0, never more than the message.
     pub segment_size: usize,
-    /// ECN field of the outer header, the same for all its datagrams: the kernel's GRO merges none
-    /// that differ. `NotEct` if the socket does not report it.
+    /// ECN field of the outer header, `NotEct` if the socket does not report the field. In a run of
+    /// datagrams the field is that of one of them: kernels without commit 5babae777c61 ("net: gro:
+    /// add flush check in udp_gro_receive_segment") merge datagrams whose fields differ.
     pub ecn: Ecn,
     /// The kernel cut the message or what it says of it; its contents are not to be used.
     pub truncated: bool,
 }
 
 impl Message {
+    /// Returns true if the message is a run of more than one datagram.
+    pub fn is_merged(&self) -> bool {
+        self.range.len() > self.segment_size
+    }
+
     /// Where its datagrams lie in the arena, in order. An empty message has none.
     pub fn segments(&self) -> impl Iterator<Item = Range<usize>> + use<> {
         let (end, size) = (self.range.end, self.segment_size.max(1));
