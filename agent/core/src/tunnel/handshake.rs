@@ -239,6 +239,7 @@ impl Peer {
             accept.offer,
             split,
             (remote, Some(destination)),
+            told_mtu,
             shared,
         )?;
         // The index is the session's from now on.
@@ -289,6 +290,7 @@ impl Peer {
                     offer,
                     split,
                     (remote, endpoint),
+                    shared.offer.mtu,
                     shared,
                 )
             });
@@ -321,6 +323,7 @@ impl Peer {
         theirs: Offer,
         secret: Split,
         (remote, endpoint): ([u8; KEY_LEN], Option<SocketAddr>),
+        told_mtu: u16,
         shared: &mut Shared,
     ) -> Result<Session, DropReason> {
         let key = self.keys.iter().find(|key| key.public == remote);
@@ -339,6 +342,7 @@ impl Peer {
             endpoint,
             mtu: theirs.mtu,
             ecn,
+            told_mtu,
             timestamp,
             secret: secret.clone(),
         });

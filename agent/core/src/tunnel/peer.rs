@@ -434,6 +434,8 @@ impl Peer {
             return false;
         }
         self.view.mtu = Some(mtu);
+        // A session that an earlier release kept does not say.
+        let told_mtu = if saved.told_mtu == 0 { shared.offer.mtu } else { saved.told_mtu };
         if let Some(key) = self.key(&saved.public_key) {
             key.last_timestamp = key.last_timestamp.max(timestamp);
         }
@@ -442,7 +444,7 @@ impl Peer {
             endpoint,
             saved.public_key,
             None,
-            shared.offer.mtu,
+            told_mtu,
         ));
         true
     }

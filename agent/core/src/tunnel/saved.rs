@@ -84,6 +84,9 @@ pub struct SavedSession {
     pub(crate) endpoint: Option<SocketAddr>,
     pub(crate) mtu: u16,
     pub(crate) ecn: bool,
+    /// MTU that this node told the peer in the handshake, inner bytes; 0 in what a release kept that
+    /// did not keep the MTU.
+    pub(crate) told_mtu: u16,
     /// Of the last initiation accepted from the peer.
     pub(crate) timestamp: Timestamp,
     pub(crate) secret: [Zeroizing<[u8; 32]>; 2],
@@ -124,6 +127,7 @@ impl SavedSession {
         // Earlier releases write zero here and ignore the value.
         put(&scope.to_le_bytes());
         put(&[self.ecn.into()]);
+        put(&self.told_mtu.to_le_bytes());
         out
     }
 
@@ -148,6 +152,7 @@ impl SavedSession {
             _ => return None,
         };
         let [ecn] = take(&mut rest)?;
+        let told_mtu = u16::from_le_bytes(take(&mut rest)?);
         let ciphers = [Cipher::Aes256Gcm, Cipher::ChaCha20Poly1305];
         let cipher = ciphers.into_iter().find(|known| known.number() == cipher)?;
         let initiator = match initiator {
@@ -168,6 +173,7 @@ impl SavedSession {
             endpoint,
             mtu,
             ecn: ecn == 1,
+            told_mtu,
             timestamp,
             secret,
         })
@@ -201,6 +207,7 @@ pub(crate) mod tests {
             endpoint: endpoint.map(|text| text.parse().unwrap()),
             mtu: 8940,
             ecn: true,
+            told_mtu: 1360,
             timestamp: Timestamp::new(Duration::from_secs(5)),
             secret: [Zeroizing::new([1; 32]), Zeroizing::new([2; 32])],
         }
@@ -214,6 +221,7 @@ pub(crate) mod tests {
             let again = SavedSession::from_bytes(&bytes).unwrap();
             assert_eq!(again.to_bytes(), bytes);
             assert_eq!((again.life, again.mtu, again.initiator, again.ecn), (3, 8940, true, true));
+            assert_eq!(again.told_mtu, 1360);
             assert_eq!(again.endpoint, endpoint.map(|text| text.parse().unwrap()));
             assert_eq!(again.established, saved(None).established);
         }
