@@ -4,21 +4,28 @@
 
 use std::fs::File;
 use std::io::{self, Read as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use tokio::task::JoinHandle;
 
 use super::identity;
 use crate::ipc::SeenHandshakes;
+use crate::keys::PublicKey;
 
 /// Name of the file in the state directory.
 pub(super) const FILE: &str = "handshakes.json";
 /// Maximum length of the file in bytes; 10,000 keys take about 700 KiB.
 const MAX_FILE: u64 = 16 << 20;
+/// Maximum number of keys that are kept although the data process does not report them.
+const MAX_UNREPORTED: usize = 4096;
 
 /// The timestamps and the file that holds them.
 #[derive(Debug)]
 pub(super) struct HandshakeTimes {
     file: PathBuf,
     seen: SeenHandshakes,
+    /// Pending write on a blocking thread.
+    writing: Option<JoinHandle<io::Result<()>>>,
     /// True after a failure to write was logged.
     complained: bool,
 }
@@ -31,7 +38,7 @@ impl HandshakeTimes {
             tracing::warn!(%error, %file, "cannot read handshake times");
             SeenHandshakes::new()
         });
-        Self { file, seen, complained: false }
+        Self { file, seen, writing: None, complained: false }
     }
 
     /// Returns the timestamps for a data process that starts.
@@ -39,13 +46,26 @@ impl HandshakeTimes {
         &self.seen
     }
 
-    /// Stores the timestamps that the data process reports, if they have changed.
-    pub(super) fn update(&mut self, seen: SeenHandshakes) {
-        if seen == self.seen {
-            return;
+    /// Stores the timestamps that the data process reports, if they have changed. Returns when the
+    /// write is complete; dropping the future does not stop the write.
+    pub(super) async fn update(&mut self, reported: SeenHandshakes) {
+        let seen = merge(&self.seen, reported);
+        if seen != self.seen {
+            self.seen = seen;
+            // Two writes at a time would use the same temporary file.
+            self.finish_write().await;
+            let (file, seen) = (self.file.clone(), self.seen.clone());
+            // A sync may take seconds, and the agent has one thread for all its tasks.
+            self.writing = Some(tokio::task::spawn_blocking(move || write(&file, &seen)));
         }
-        self.seen = seen;
-        match self.write() {
+        self.finish_write().await;
+    }
+
+    async fn finish_write(&mut self) {
+        let Some(writing) = &mut self.writing else { return };
+        let result = writing.await.unwrap_or_else(|error| Err(io::Error::other(error)));
+        self.writing = None;
+        match result {
             Ok(()) => self.complained = false,
             Err(error) if !self.complained => {
                 let file = self.file.display();
@@ -55,13 +75,30 @@ impl HandshakeTimes {
             Err(_) => {}
         }
     }
-
-    fn write(&self) -> io::Result<()> {
-        identity::replace(&self.file, &serde_json::to_vec_pretty(&self.seen)?)
-    }
 }
 
-fn read(file: &std::path::Path) -> io::Result<SeenHandshakes> {
+/// Merges the reported timestamps into the known ones; a key that has both keeps the later one. A
+/// data process reports the keys of its present peers only, and a node whose record was removed may
+/// return with the same key. Up to [`MAX_UNREPORTED`] keys that are not reported are kept, those with
+/// the latest timestamps.
+fn merge(known: &SeenHandshakes, reported: SeenHandshakes) -> SeenHandshakes {
+    let mut unreported: Vec<_> =
+        known.iter().filter(|(key, _)| !reported.contains_key(key)).collect();
+    unreported.sort_by_key(|(_, at)| std::cmp::Reverse(**at));
+    let later = |(key, at): (PublicKey, u64)| {
+        let before = known.get(&key).copied().unwrap_or(0);
+        (key, at.max(before))
+    };
+    let mut seen: SeenHandshakes = reported.into_iter().map(later).collect();
+    seen.extend(unreported.into_iter().take(MAX_UNREPORTED).map(|(key, at)| (*key, *at)));
+    seen
+}
+
+fn write(to: &Path, seen: &SeenHandshakes) -> io::Result<()> {
+    identity::replace(to, &serde_json::to_vec_pretty(seen)?)
+}
+
+fn read(file: &Path) -> io::Result<SeenHandshakes> {
     let file = match File::open(file) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(SeenHandshakes::new()),
@@ -90,25 +127,57 @@ pub(crate) fn fuzz_kept(data: &[u8]) {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::keys::PublicKey;
 
-    #[test]
-    fn handshake_times_are_known_after_a_restart() {
+    #[tokio::test]
+    async fn handshake_times_are_known_after_a_restart() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join(FILE);
         let mut times = HandshakeTimes::load(file.clone());
         assert!(times.seen().is_empty());
         let seen = SeenHandshakes::from([(PublicKey([1; 32]), 7), (PublicKey([2; 32]), u64::MAX)]);
-        times.update(seen.clone());
+        times.update(seen.clone()).await;
         assert_eq!(HandshakeTimes::load(file.clone()).seen(), &seen);
-        // A key that no record holds is no longer reported.
-        let fewer = SeenHandshakes::from([(PublicKey([1; 32]), 9)]);
-        times.update(fewer.clone());
-        assert_eq!(HandshakeTimes::load(file).seen(), &fewer);
+        // The data process does not know the other peer yet.
+        times.update(SeenHandshakes::from([(PublicKey([1; 32]), 9)])).await;
+        let seen = SeenHandshakes::from([(PublicKey([1; 32]), 9), (PublicKey([2; 32]), u64::MAX)]);
+        assert_eq!(HandshakeTimes::load(file).seen(), &seen);
     }
 
     #[test]
-    fn unusable_times_count_as_none() {
+    fn unreported_keys_are_bounded() {
+        let key = |number: u64| {
+            let mut key = [0; 32];
+            key[..8].copy_from_slice(&number.to_be_bytes());
+            PublicKey(key)
+        };
+        let extra = 10;
+        let known: SeenHandshakes =
+            (0..MAX_UNREPORTED as u64 + extra).map(|number| (key(number), number)).collect();
+        // The reported key has a later time than the known one.
+        let seen = merge(&known, SeenHandshakes::from([(key(0), 7), (key(9), 8)]));
+        assert_eq!(seen.get(&key(9)), Some(&9), "The later time stays.");
+        assert_eq!(seen.len(), 2 + MAX_UNREPORTED, "The unreported keys are bounded.");
+        assert_eq!(seen.get(&key(0)), Some(&7), "The reported time replaces the known one.");
+        assert!(!seen.contains_key(&key(1)), "The oldest time is forgotten.");
+        assert!(seen.contains_key(&key(extra)), "The latest times are kept.");
+    }
+
+    #[tokio::test]
+    async fn update_given_up_midway_leaves_the_last_times() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join(FILE);
+        let mut times = HandshakeTimes::load(file.clone());
+        for at in 1..50 {
+            let seen = SeenHandshakes::from([(PublicKey([1; 32]), at)]);
+            let _ = tokio::time::timeout(std::time::Duration::ZERO, times.update(seen)).await;
+        }
+        let last = SeenHandshakes::from([(PublicKey([1; 32]), 50)]);
+        times.update(last.clone()).await;
+        assert_eq!(HandshakeTimes::load(file).seen(), &last, "No earlier write comes later.");
+    }
+
+    #[tokio::test]
+    async fn unusable_times_count_as_none() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join(FILE);
         for text in ["", "[]", "{\"?\": 1}", "{\"AAAA\": -1}", "null"] {
@@ -119,7 +188,7 @@ mod tests {
         File::create(&file).unwrap().set_len(MAX_FILE + 1).unwrap();
         assert!(HandshakeTimes::load(file).seen().is_empty());
         let mut nowhere = HandshakeTimes::load(directory.path().join("no/such/directory"));
-        nowhere.update(SeenHandshakes::from([(PublicKey([1; 32]), 7)]));
+        nowhere.update(SeenHandshakes::from([(PublicKey([1; 32]), 7)])).await;
         assert_eq!(nowhere.seen().len(), 1, "Times that cannot be written are kept in memory.");
     }
 }

@@ -363,7 +363,7 @@ impl Supervisor {
                 }
                 _ = handshakes.tick(), if client.takes_seen_handshakes() => {
                     match client.seen_handshakes().await {
-                        Ok(seen) => self.handshakes.update(seen),
+                        Ok(seen) => self.handshakes.update(seen).await,
                         Err(error) => return error.into(),
                     }
                 }
@@ -598,7 +598,7 @@ impl Supervisor {
             if client.takes_seen_handshakes()
                 && let Ok(seen) = client.seen_handshakes().await
             {
-                self.handshakes.update(seen);
+                self.handshakes.update(seen).await;
             }
             // An error is what a process that ends at once looks like.
             let _ = client.request(&Request::Shutdown).await;

@@ -103,6 +103,8 @@ pub struct Engine {
     by_key: BTreeMap<[u8; 32], PeerId>,
     by_address: BTreeMap<IpAddr, BTreeSet<PeerId>>,
     next_id: u32,
+    /// Latest timestamps of keys that belong to no peer ([`Engine::raise_seen_timestamp`]).
+    unclaimed: BTreeMap<[u8; 32], Timestamp>,
     /// What all nodes of the cluster mix into their handshakes.
     prologue: Vec<u8>,
     cookies: CookieSecret,
@@ -141,6 +143,7 @@ impl Engine {
             by_key: BTreeMap::new(),
             by_address: BTreeMap::new(),
             next_id: 0,
+            unclaimed: BTreeMap::new(),
             prologue,
             cookies: CookieSecret::default(),
             unverified: Bucket::new(UNVERIFIED, Duration::ZERO),
@@ -165,12 +168,21 @@ impl Engine {
     }
 
     /// Refuses initiations by a peer's key whose timestamp (time since 1970) is `timestamp` or
-    /// earlier. A later timestamp that this engine or its memory knows stays in effect. Keys that
-    /// belong to no peer are ignored.
+    /// earlier. A later timestamp that this engine or its memory knows stays in effect. The timestamp
+    /// of a key that belongs to no peer takes effect when [`Engine::upsert_peer`] gives the key to a
+    /// peer; up to 65,536 such keys are remembered.
     pub fn raise_seen_timestamp(&mut self, key: &[u8; 32], timestamp: Duration) {
         let peer = self.by_key.get(key).and_then(|id| self.peers.get_mut(id));
         let Some(known) = peer.and_then(|peer| peer.key(key)) else { return };
         let timestamp = Timestamp::new(timestamp);
+        let peer = self.by_key.get(key).and_then(|id| self.peers.get_mut(id));
+        let Some(known) = peer.and_then(|peer| peer.key(key)) else {
+            if self.unclaimed.len() < MAX_PEERS || self.unclaimed.contains_key(key) {
+                let known = self.unclaimed.entry(*key).or_default();
+                *known = timestamp.max(*known);
+            }
+            return;
+        };
         if timestamp > known.last_timestamp {
             known.last_timestamp = timestamp;
             self.shared.memory.set_seen_timestamp(key, timestamp.wall());
@@ -284,6 +296,11 @@ impl Engine {
             for key in &mut peer.keys {
                 let seen = Timestamp::new(self.shared.memory.seen_timestamp(&key.public));
                 key.last_timestamp = key.last_timestamp.max(seen);
+                let raised = self.unclaimed.remove(&key.public);
+                if let Some(raised) = raised.filter(|raised| *raised > key.last_timestamp) {
+                    key.last_timestamp = raised;
+                    self.shared.memory.set_seen_timestamp(&key.public, raised.wall());
+                }
             }
             forget_addresses(&mut self.by_address, peer);
             peer.set_endpoints(now, endpoints, &mut self.shared);

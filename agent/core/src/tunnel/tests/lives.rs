@@ -322,6 +322,40 @@ fn recorded_initiations_are_refused_after_a_restart() {
 }
 
 #[test]
+fn recorded_initiations_of_later_peer_are_refused() {
+    let mut lab = Lab::joined_pair();
+    let seen: Vec<_> = lab.nodes[1].engine.seen_timestamps().collect();
+    lab.restart(1);
+    let id = lab.peer_id(1, 0);
+    lab.nodes[1].engine.remove_peer(id);
+    for (key, timestamp) in &seen {
+        lab.nodes[1].engine.raise_seen_timestamp(key, *timestamp);
+        lab.nodes[1].engine.raise_seen_timestamp(key, secs(1));
+    }
+    assert_eq!(lab.nodes[1].engine.seen_timestamps().count(), 0, "The key has no peer.");
+    lab.introduce(1, 0);
+    assert_eq!(lab.nodes[1].engine.seen_timestamps().collect::<Vec<_>>(), seen);
+    replay_initiations(&mut lab);
+    assert_eq!(lab.count(1, HandshakeResult::Replayed), 1);
+    assert!(lab.view(1, 0).receive.is_empty(), "A recorded initiation makes no session.");
+}
+
+#[test]
+fn mtu_changed_between_processes_reaches_the_peer() {
+    let (mut lab, mut shelf) = Lab::kept_pair();
+    assert_eq!(lab.view(1, 0).mtu, Some(1440));
+    lab.nodes[0].config.mtu = 1360;
+    assert_eq!(lab.kill(0, &mut shelf), 1);
+    lab.run(secs(10));
+    assert_eq!(lab.view(1, 0).mtu, Some(1360), "The peer learns of the MTU within seconds.");
+    let before = lab.count(0, HandshakeResult::Initiated);
+    assert!(lab.kill(0, &mut shelf) > 0, "The renewed session is kept.");
+    lab.run(secs(10));
+    let now = lab.count(0, HandshakeResult::Initiated);
+    assert_eq!((before, now), (1, 0), "A process with the same MTU starts no handshake.");
+}
+
+#[test]
 fn times_of_a_key_go_with_its_record() {
     let mut lab = Lab::new(2);
     let shelf = lab.keep(1);
