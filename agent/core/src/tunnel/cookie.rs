@@ -5,6 +5,7 @@
 //! The second is asked for only under load, and proves that the sender receives at the address it
 //! sends from: its key is a cookie, a MAC of that address which the receiver can compute again.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -23,6 +24,10 @@ pub(crate) const SALT_LEN: usize = 32;
 pub(crate) const SEALED_LEN: usize = MAC_LEN + TAG_LEN;
 /// How long a cookie is good: the secret behind it lives no longer.
 pub(crate) const COOKIE_LIFE: Duration = Duration::from_secs(120);
+
+/// Most initiations that are remembered as granted under one secret: 10,000 nodes that start six
+/// handshakes each, about 2 MiB.
+const MAX_GRANTED: usize = 65_536;
 
 /// A check or a cookie.
 pub(crate) type Mac = [u8; MAC_LEN];
@@ -99,6 +104,8 @@ pub(crate) fn second_check(cookie: &Mac, message: &[u8]) -> Mac {
 #[derive(Default)]
 pub(crate) struct CookieSecret {
     current: Option<(hmac::Key, Duration)>,
+    /// mac2 of each initiation that was granted a public-key operation under this secret.
+    granted: BTreeSet<Mac>,
 }
 
 impl CookieSecret {
@@ -116,6 +123,7 @@ impl CookieSecret {
         let (key, _) = match self.current.take().filter(fresh) {
             Some(current) => self.current.insert(current),
             None => {
+                self.granted.clear();
                 let mut secret = Zeroizing::new([0; KEY_LEN]);
                 random(secret.as_mut());
                 self.current.insert((hmac::Key::new(hmac::HMAC_SHA256, secret.as_ref()), now))
@@ -142,6 +150,23 @@ impl CookieSecret {
         // All zeros is how a message without the second check looks.
         *check != [0; MAC_LEN]
             && equal(&second_check(&self.cookie(source, answer_to, now, random), message), check)
+    }
+
+    /// Returns true if an initiation with this mac2 was granted a public-key operation under the
+    /// present secret: another one with the same mac2 is a replay.
+    pub(crate) fn is_granted(&self, mac2: &Mac) -> bool {
+        self.granted.contains(mac2)
+    }
+
+    /// Remembers an initiation that was granted a public-key operation. Beyond [`MAX_GRANTED`] the
+    /// secret is discarded, so that no initiation that is forgotten has a valid cookie.
+    pub(crate) fn grant(&mut self, mac2: Mac) {
+        if self.granted.len() >= MAX_GRANTED {
+            self.granted.clear();
+            self.current = None;
+            return;
+        }
+        self.granted.insert(mac2);
     }
 }
 
@@ -228,5 +253,31 @@ mod tests {
         assert!(!verify(source, b"message", &[0; MAC_LEN], 120));
         assert!(!verify(source, b"message", &check, 121), "rotated");
         assert_eq!(drawn, 2);
+    }
+
+    #[test]
+    fn granted_initiations_are_known_until_a_new_secret() {
+        let mut secret = CookieSecret::default();
+        let mut drawn = 0;
+        let mut random = |out: &mut [u8]| {
+            drawn += 1;
+            out.fill(drawn);
+        };
+        let source: SocketAddr = "192.0.2.1:5".parse().unwrap();
+        let at = Duration::from_secs;
+        let first = secret.cookie(source, source, at(1), &mut random);
+        secret.grant([7; MAC_LEN]);
+        secret.cookie(source, source, at(120), &mut random);
+        assert!(secret.is_granted(&[7; MAC_LEN]), "The secret is the same.");
+        assert!(!secret.is_granted(&[8; MAC_LEN]), "This initiation was not granted.");
+        let second = secret.cookie(source, source, at(121), &mut random);
+        assert!(!secret.is_granted(&[7; MAC_LEN]), "The new secret makes the cookie invalid.");
+        for number in 0..=MAX_GRANTED as u128 {
+            secret.grant(number.to_be_bytes());
+        }
+        assert!(secret.granted.len() <= MAX_GRANTED, "The set is bounded.");
+        let third = secret.cookie(source, source, at(122), &mut random);
+        assert_ne!(first, second, "A secret is good for 120 s.");
+        assert_ne!(second, third, "A full set discards the secret.");
     }
 }

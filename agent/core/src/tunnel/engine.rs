@@ -33,9 +33,11 @@ const VERIFIED: Rate = Rate { per_second: 8, burst: 16 };
 /// Initiations with a cookie from endpoints that belong to no peer, in total: one sender may
 /// receive at very many addresses.
 const ELSEWHERE: Rate = Rate { per_second: 64, burst: 64 };
-/// Responses to one initiation that are read without a rate limit.
+/// Responses to one initiation that are read without a rate limit: this number from the address that
+/// the initiation was sent to, and the same number from all other addresses together.
 const MAX_RESPONSE_TRIES: u32 = 4;
-/// Maximum number of peer endpoints with a token bucket of their own.
+/// Maximum number of peer endpoints with a token bucket of their own, and of keys without a peer whose
+/// timestamps are remembered.
 const MAX_PEERS: usize = 65_536;
 /// Sources with a cookie that are told apart.
 const MAX_SOURCES: usize = 4096;
@@ -172,8 +174,6 @@ impl Engine {
     /// of a key that belongs to no peer takes effect when [`Engine::upsert_peer`] gives the key to a
     /// peer; up to 65,536 such keys are remembered.
     pub fn raise_seen_timestamp(&mut self, key: &[u8; 32], timestamp: Duration) {
-        let peer = self.by_key.get(key).and_then(|id| self.peers.get_mut(id));
-        let Some(known) = peer.and_then(|peer| peer.key(key)) else { return };
         let timestamp = Timestamp::new(timestamp);
         let peer = self.by_key.get(key).and_then(|id| self.peers.get_mut(id));
         let Some(known) = peer.and_then(|peer| peer.key(key)) else {
@@ -408,7 +408,7 @@ impl Engine {
         };
         let result = match header.kind {
             MessageType::Initiation => self.on_initiation(now, source, header, datagram),
-            MessageType::Response => self.on_response(now, header, datagram),
+            MessageType::Response => self.on_response(now, source, header, datagram),
             MessageType::CookieReply => self.on_cookie_reply(now, header, datagram),
             MessageType::Control => self.on_control(now, source, header, datagram),
             // A lane's: it should never have come here.
@@ -445,9 +445,14 @@ impl Engine {
         let random = &mut self.shared.random;
         let checked = (message.before_second, &message.second);
         if self.cookies.verify(source, answer_to, checked, now.mono, random) {
+            // A replay is recognised before the limits, so that it uses up no token of its sender.
+            if self.cookies.is_granted(&message.second) {
+                return Err(DropReason::HandshakeReplayed);
+            }
             if !self.may_cost_public_key_operation(answer_to, now.mono) {
                 return Err(DropReason::HandshakeRateLimited);
             }
+            self.cookies.grant(message.second);
         } else if !self.unverified.take(UNVERIFIED, now.mono) {
             self.send_cookie(now, source, answer_to, own, &message);
             return Err(DropReason::HandshakeCookieRequired);
@@ -518,6 +523,7 @@ impl Engine {
     fn on_response(
         &mut self,
         now: Time,
+        source: SocketAddr,
         header: Header,
         datagram: &[u8],
     ) -> Result<(), DropReason> {
@@ -530,8 +536,8 @@ impl Engine {
         let peer = peer.ok_or(DropReason::HandshakeInvalid)?;
         // Responses carry no second check (mac2). A few responses to each initiation are read;
         // further ones share the limit of initiations without a cookie.
-        if peer.response_tries(header.receiver).ok_or(DropReason::HandshakeInvalid)?
-            > MAX_RESPONSE_TRIES
+        let tries = peer.response_tries(header.receiver, source.ip());
+        if tries.ok_or(DropReason::HandshakeInvalid)? > MAX_RESPONSE_TRIES
             && !self.unverified.take(UNVERIFIED, now.mono)
         {
             return Err(DropReason::HandshakeRateLimited);

@@ -1,6 +1,6 @@
 //! A peer's handshakes, from both ends.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use crate::drop::DropReason;
@@ -47,8 +47,11 @@ struct Sent {
     first_check: Mac,
     /// Whether a cookie has made it go out once more.
     repeated: bool,
-    /// Number of responses that were read. Each costs public-key operations.
+    /// Number of responses from the address of `destination`. Each that is read costs public-key
+    /// operations.
     tries: u32,
+    /// Number of responses from other addresses.
+    tries_elsewhere: u32,
 }
 
 impl Pending {
@@ -174,6 +177,7 @@ impl Peer {
             first_check,
             repeated: false,
             tries: 0,
+            tries_elsewhere: 0,
         };
         shared.counts.add(HandshakeResult::Initiated);
         shared.transmit(destination, with_second_check(&self.cookie, &sent.message, now));
@@ -203,12 +207,15 @@ impl Peer {
         Ok(())
     }
 
-    /// Counts a response to the initiation with this index, and returns the number of responses so
-    /// far; `None` if no such initiation is pending.
-    pub(crate) fn response_tries(&mut self, index: u32) -> Option<u32> {
+    /// Counts a response from `source` to the initiation with this index. Returns the number of
+    /// responses so far from the address that the initiation was sent to, or from all other addresses
+    /// if `source` is one of these; `None` if no such initiation is pending.
+    pub(crate) fn response_tries(&mut self, index: u32, source: IpAddr) -> Option<u32> {
         let sent = self.pending.as_mut()?.sent.as_mut().filter(|sent| sent.index == index)?;
-        sent.tries = sent.tries.saturating_add(1);
-        Some(sent.tries)
+        let is_peer = sent.destination.ip().to_canonical() == source.to_canonical();
+        let tries = if is_peer { &mut sent.tries } else { &mut sent.tries_elsewhere };
+        *tries = tries.saturating_add(1);
+        Some(*tries)
     }
 
     /// The peer has answered this node's handshake.

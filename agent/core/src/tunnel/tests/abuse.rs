@@ -1,7 +1,7 @@
 //! Strangers, floods, forgeries.
 
 use super::*;
-use crate::tunnel::cookie::{ReceiverKeys, second_check};
+use crate::tunnel::cookie::{Mac, ReceiverKeys, second_check};
 use crate::tunnel::message::CLEAR_LEN;
 
 /// The first datagram of this type in the trace.
@@ -173,6 +173,19 @@ fn flood(lab: &mut Lab, count: usize) -> usize {
     (lab.count(1, HandshakeResult::CookieSent) - cookies) as usize
 }
 
+/// Cookie that node 1, under load, sends to the sender of this initiation.
+fn cookie_for(lab: &mut Lab, source: SocketAddr, mut initiation: Vec<u8>) -> Mac {
+    let second_at = initiation.len() - 16;
+    initiation[second_at..].fill(0);
+    let check: Mac = initiation[second_at - 16..second_at].try_into().unwrap();
+    inject(lab, 1, source, initiation);
+    let reply = lab.trace.last().unwrap().payload.clone();
+    assert_eq!(reply[0], MessageType::CookieReply as u8, "Node 1 is under load.");
+    let (salt, sealed) = reply[16..].split_first_chunk().unwrap();
+    let keys = ReceiverKeys::new(&lab.key(1));
+    keys.open_cookie(salt, sealed.try_into().unwrap(), &check).unwrap()
+}
+
 #[test]
 fn under_load_a_cookie_comes_first() {
     let mut lab = Lab::new(2);
@@ -207,17 +220,54 @@ fn a_source_with_a_cookie_is_still_limited() {
     lab.run(ms(20));
     let with_cookie = lab.trace.iter().rfind(|d| d.from == 0 && d.payload[0] == 1).unwrap().clone();
     assert_ne!(with_cookie.payload[with_cookie.payload.len() - 16..], [0; 16]);
-    for _ in 0..50 {
-        inject(&mut lab, 1, with_cookie.source, with_cookie.payload.clone());
+    flood(&mut lab, 100);
+    let invalid = lab.count(1, HandshakeResult::Invalid);
+    let cookie = cookie_for(&mut lab, with_cookie.source, with_cookie.payload.clone());
+    let keys = ReceiverKeys::new(&lab.key(1));
+    let end = with_cookie.payload.len() - 32;
+    for number in 0..50_u32 {
+        let mut payload = with_cookie.payload.clone();
+        payload[CLEAR_LEN..CLEAR_LEN + 4].copy_from_slice(&number.to_be_bytes());
+        let check = keys.first_check(&payload[..end]);
+        payload[end..end + 16].copy_from_slice(&check);
+        let second = second_check(&cookie, &payload[..end + 16]);
+        payload[end + 16..].copy_from_slice(&second);
+        inject(&mut lab, 1, with_cookie.source, payload);
     }
     assert!(lab.count(1, HandshakeResult::RateLimited) >= 34);
-    assert!(lab.count(1, HandshakeResult::Replayed) <= 16);
+    assert!(lab.count(1, HandshakeResult::Invalid) - invalid <= 16);
     // Somebody else's cookie is no cookie.
     let elsewhere: SocketAddr = "203.0.113.9:9".parse().unwrap();
     flood(&mut lab, 100);
     let before = lab.count(1, HandshakeResult::CookieSent);
     inject(&mut lab, 1, elsewhere, with_cookie.payload);
     assert_eq!(lab.count(1, HandshakeResult::CookieSent), before + 1);
+}
+
+#[test]
+fn replay_with_cookie_takes_no_turn_of_its_sender() {
+    let mut lab = Lab::new(2);
+    flood(&mut lab, 100);
+    lab.wire.clear();
+    lab.send(0, 1, b"first");
+    lab.run(ms(20));
+    let with_cookie = lab.trace.iter().rfind(|d| d.from == 0 && d.payload[0] == 1).unwrap().clone();
+    assert_ne!(with_cookie.payload[with_cookie.payload.len() - 16..], [0; 16]);
+    let invalid = lab.count(1, HandshakeResult::Invalid);
+    for _ in 0..200 {
+        inject(&mut lab, 1, with_cookie.source, with_cookie.payload.clone());
+    }
+    assert_eq!(lab.count(1, HandshakeResult::Replayed), 200, "Each replay is recognised.");
+    assert_eq!(lab.count(1, HandshakeResult::RateLimited), 0, "No replay takes a token.");
+    assert_eq!(lab.count(1, HandshakeResult::Invalid), invalid, "No replay is decrypted.");
+    // The recorded node has lost its sessions and joins again, under load.
+    lab.restart(0);
+    flood(&mut lab, 200);
+    lab.wire.clear();
+    lab.send(0, 1, b"again");
+    lab.run(ms(20));
+    assert!(lab.joined(0, 1), "The recorded node has its turn.");
+    assert_eq!(lab.count(1, HandshakeResult::RateLimited), 0, "Its own turns are all there.");
 }
 
 /// A /16, say, whose owner answers every cookie.
@@ -299,6 +349,23 @@ fn response_is_read_while_initiations_flood() {
     }
     lab.run(ms(20));
     assert!(lab.joined(0, 1), "The first few answers are read in any case.");
+}
+
+#[test]
+fn response_is_read_while_others_forge_from_elsewhere() {
+    let mut lab = Lab::new(2);
+    lab.send(1, 0, b"first");
+    let pending = lab.trace.last().unwrap().clone();
+    assert!(flood(&mut lab, 200) > 0, "Initiations have used up what is for all.");
+    let before = lab.count(1, HandshakeResult::Invalid);
+    for (number, payload) in forged_responses(&lab, &pending).take(100).enumerate() {
+        let source = SocketAddr::new([203, 0, 113, number as u8].into(), PORT);
+        inject(&mut lab, 1, source, payload);
+    }
+    let read = lab.count(1, HandshakeResult::Invalid) - before;
+    assert_eq!(read, 4, "All other addresses share 4 tries.");
+    lab.run(ms(20));
+    assert!(lab.joined(0, 1), "The peer's address has tries of its own.");
 }
 
 /// The attacker is a pod on the host's network or a user of the node, and receives at ports of its
