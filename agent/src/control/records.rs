@@ -6,10 +6,10 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use skein_core::address;
 
-use super::endpoint::Endpoint;
+use super::endpoint::{Endpoint, EndpointError};
 use crate::config::{check_disjoint, check_node_name, check_pod_cidr, overlap, toml_error};
 use crate::keys::{PublicKey, PublicKeys};
 
@@ -27,10 +27,35 @@ pub struct NodeRecord {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub second_public_key: Option<PublicKey>,
     /// Where it listens, in the order to try.
+    #[serde(deserialize_with = "usable_endpoints")]
     pub endpoints: Vec<Endpoint>,
     /// What it owns.
     #[serde(deserialize_with = "crate::address::canonical")]
     pub pod_cidrs: Vec<IpNet>,
+}
+
+/// Reads the endpoints of a kept record. Endpoints that this release refuses are left out with a
+/// warning: an earlier release may have kept them, and the rest of the file must stay readable.
+fn usable_endpoints<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Endpoint>, D::Error> {
+    let texts = Vec::<String>::deserialize(from)?;
+    let (usable, refused) = parse_endpoints(&texts);
+    for (endpoint, error) in refused {
+        tracing::warn!(endpoint, %error, "endpoint of a kept node record left out");
+    }
+    Ok(usable)
+}
+
+/// Parses endpoints in their order. Returns those that parse, and the texts of the others with the
+/// reasons.
+fn parse_endpoints(texts: &[String]) -> (Vec<Endpoint>, Vec<(&str, EndpointError)>) {
+    let (mut usable, mut refused) = (Vec::with_capacity(texts.len()), Vec::new());
+    for text in texts {
+        match text.parse() {
+            Ok(endpoint) => usable.push(endpoint),
+            Err(error) => refused.push((text.as_str(), error)),
+        }
+    }
+    (usable, refused)
 }
 
 /// What is wrong with a file of records.
@@ -153,15 +178,13 @@ impl RawRecord {
             let text = "is public_key once more: leave it out";
             return Err(wrong("second_public_key", text.to_owned()));
         }
-        let mut endpoints = Vec::with_capacity(self.endpoints.len());
-        for text in &self.endpoints {
-            let endpoint = text.parse::<Endpoint>();
-            endpoints
-                .push(endpoint.map_err(|error| wrong("endpoints", format!("{text:?} {error}")))?);
-        }
+        let (endpoints, refused) = parse_endpoints(&self.endpoints);
         if endpoints.is_empty() {
             let text = "is empty: give at least one address of the node, as 192.0.2.1:51900";
-            return Err(wrong("endpoints", text.to_owned()));
+            let text = refused
+                .first()
+                .map_or(text.to_owned(), |(endpoint, error)| format!("{endpoint:?} {error}"));
+            return Err(wrong("endpoints", text));
         }
         let mut pod_cidrs = Vec::with_capacity(self.pod_cidrs.len());
         for text in &self.pod_cidrs {
@@ -177,6 +200,9 @@ impl RawRecord {
             return Err(wrong("pod_cidrs", text.to_owned()));
         }
         check_disjoint(&pod_cidrs).map_err(|error| wrong("pod_cidrs", error.to_string()))?;
+        for (endpoint, error) in refused {
+            tracing::warn!(node = name, endpoint, %error, "endpoint of a node record left out");
+        }
         Ok(NodeRecord { name, public_key, second_public_key, endpoints, pod_cidrs })
     }
 }
@@ -355,6 +381,31 @@ pub(crate) mod tests {
             .replace("10.1.0.0/24", "::ffff:10.1.0.0/120");
         assert_ne!(mapped, kept);
         assert_eq!(serde_json::from_str::<NodeRecord>(&mapped).unwrap(), good);
+    }
+
+    #[test]
+    fn record_with_one_usable_endpoint_is_accepted() {
+        let good = text(1, &["10.1.0.0/24"]);
+        for bad in ["[fe80::1]:51900", "255.255.255.255:51900", "[::ffff:224.0.0.1]:51900"] {
+            let both = good.replace("\"192.0.2.1", &format!("\"{bad}\", \"192.0.2.1"));
+            assert_ne!(both, good);
+            let found = parse(&both).unwrap();
+            assert_eq!(found, parse(&good).unwrap(), "{bad} is left out.");
+            let error = error(&good.replace("192.0.2.1:51900", bad));
+            assert!(error.contains("node-1: endpoints") && error.contains(bad), "{bad}: {error}");
+        }
+    }
+
+    #[test]
+    fn refused_endpoint_of_kept_record_is_left_out() {
+        let good = record(1, &["10.1.0.0/24"]);
+        let kept = serde_json::to_string(&good).unwrap();
+        let both = kept.replace("\"192.0.2.1", "\"[fe80::1]:51900\", \"192.0.2.1");
+        assert_ne!(both, kept);
+        assert_eq!(serde_json::from_str::<NodeRecord>(&both).unwrap(), good);
+        let none = kept.replace("192.0.2.1:51900", "255.255.255.255:51900");
+        let found = serde_json::from_str::<NodeRecord>(&none).unwrap();
+        assert_eq!(found, NodeRecord { endpoints: Vec::new(), ..good });
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 mod former;
 mod settle;
+mod store;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -17,8 +18,9 @@ use serde::{Deserialize, Serialize};
 pub use self::former::overlay_prefixes;
 use self::former::{FormerPrefixes, prefixes};
 use self::settle::{Accepted, Own, check_own, local_cidrs, settle};
+use self::store::Stored;
+pub(crate) use self::store::fuzz_stored;
 use super::endpoint::Endpoint;
-use super::identity;
 use super::records::NodeRecord;
 use super::source::Reader;
 use crate::config::Config;
@@ -30,13 +32,13 @@ const STORE: &str = "registry.json";
 
 /// Whether there are last good records of that source.
 pub fn has_last_good(config: &Config, source: &Reader) -> bool {
-    read_store(&config.state_dir.join(STORE)).is_some_and(|stored| stored.source == source.name())
+    Stored::read(&config.state_dir.join(STORE)).is_some_and(|stored| stored.source == source.name())
 }
 
 /// Returns the prefixes for unreachable routes that follow from the state directory of an earlier
 /// process; `None` before the first successful start.
 pub fn kept_unreachable_prefixes(config: &Config) -> Option<BTreeSet<IpNet>> {
-    let stored = read_store(&config.state_dir.join(STORE))
+    let stored = Stored::read(&config.state_dir.join(STORE))
         .filter(|_| config.interface.unreachable_routes)?;
     // The remaining prefixes may contain the API server, whose address is compared with them later.
     let mut config = config.clone();
@@ -93,23 +95,6 @@ pub struct RejectedFile {
     pub error: String,
 }
 
-/// The last good records, as they are kept on disk.
-#[derive(Serialize, Deserialize)]
-struct Stored {
-    source: PathBuf,
-    files: Accepted,
-    /// Pod CIDRs of this node. This field and those below are absent in files of versions that had
-    /// no unreachable routes.
-    #[serde(default)]
-    local_cidrs: Vec<IpNet>,
-    /// The configured `cluster_cidrs`, which the cluster has not contradicted.
-    #[serde(default)]
-    cluster_cidrs: Vec<IpNet>,
-    /// Prefixes that no node owns any more, the oldest first.
-    #[serde(default)]
-    former: FormerPrefixes,
-}
-
 impl Registry {
     /// Reads the records at the start. What is wrong with this node's own record is an error, and so
     /// is a wrong file where no records were ever good: later it is refused alone, as at run time.
@@ -136,7 +121,7 @@ impl Registry {
         let store = config.state_dir.join(STORE);
         let name = source.name();
         let shown = name.display();
-        let kept = read_store(&store);
+        let kept = Stored::read(&store);
         let owned = kept.as_ref().map(|kept| prefixes(&kept.files, &kept.local_cidrs));
         let (last_good, mut former) = match kept {
             Some(kept) => ((kept.source == name).then_some(kept.files), kept.former),
@@ -307,11 +292,7 @@ impl Registry {
             cluster_cidrs: self.own.cluster_cidrs.clone(),
             former: self.former.clone(),
         };
-        // Durable: a node may lose its power, and the API server with it.
-        let written = serde_json::to_vec(&stored)
-            .map_err(std::io::Error::from)
-            .and_then(|bytes| identity::replace(&self.store, &bytes));
-        if let Err(error) = written {
+        if let Err(error) = stored.write(&self.store) {
             tracing::warn!(path = %self.store.display(), %error, "cannot keep the last good records");
         }
     }
@@ -319,22 +300,6 @@ impl Registry {
 
 fn log_rejected(path: &Path, error: &str) {
     tracing::error!(file = %path.display(), error, "node records refused: the last good ones stay");
-}
-
-fn read_store(store: &Path) -> Option<Stored> {
-    let bytes = std::fs::read(store).ok()?;
-    serde_json::from_slice(&bytes)
-        .inspect_err(|error| {
-            tracing::warn!(path = %store.display(), %error, "the kept records are unreadable");
-        })
-        .ok()
-}
-
-/// For the fuzzer: what was kept can be kept again.
-pub(crate) fn fuzz_stored(bytes: &[u8]) {
-    let Ok(stored) = serde_json::from_slice::<Stored>(bytes) else { return };
-    let again = serde_json::to_vec(&stored).map(|bytes| serde_json::from_slice::<Stored>(&bytes));
-    assert!(again.is_ok_and(|again| again.is_ok_and(|again| again.files == stored.files)));
 }
 
 #[cfg(test)]
@@ -639,6 +604,39 @@ mod tests {
         std::fs::remove_file(lab.directory.path().join("state/registry.json")).unwrap();
         let error = lab.open().unwrap_err().to_string();
         assert!(error.contains("make the directory"), "{error}");
+    }
+
+    /// Earlier releases kept endpoints that this one refuses.
+    #[test]
+    fn refused_kept_endpoints_leave_the_other_records() {
+        let lab = Lab::new();
+        for n in 2..=6 {
+            lab.write(&format!("{n}.toml"), &text(n, &[&format!("10.{n}.0.0/24")]));
+        }
+        let mut registry = lab.open().unwrap();
+        lab.remove("6.toml");
+        registry.reload();
+        let store = lab.directory.path().join("state/registry.json");
+        let kept = std::fs::read_to_string(&store).unwrap();
+        let old = kept
+            .replace("\"192.0.2.2:51900\"", "\"[fe80::1]:51900\",\"192.0.2.2:51900\"")
+            .replace("\"192.0.2.3:51900\"", "\"255.255.255.255:51900\"")
+            .replace("\"192.0.2.4:51900\"", "\"[::ffff:224.0.0.1]:51900\",\"[fe80::1]:51900\"");
+        assert_eq!(old.matches("fe80::1").count(), 2, "{kept}");
+        std::fs::write(&store, old).unwrap();
+        let config = lab.config("pod_cidrs = ['10.1.0.0/24']");
+        let kept = kept_unreachable_prefixes(&config).unwrap();
+        let expected: BTreeSet<IpNet> =
+            (1..=6).map(|n| format!("10.{n}.0.0/24").parse().unwrap()).collect();
+        assert_eq!(kept, expected, "Prefixes of refused records stay unreachable.");
+        let nodes = lab.directory.path().join("nodes");
+        std::fs::rename(nodes, lab.directory.path().join("away")).unwrap();
+        let registry = lab.open().unwrap();
+        let found: Vec<_> = registry.peers().map(|record| record.name.as_str()).collect();
+        assert_eq!(found, ["node-2", "node-5"], "The other records stay in use.");
+        let former: BTreeSet<IpNet> = registry.former.iter().copied().collect();
+        let expected = [3, 4, 6].map(|n| format!("10.{n}.0.0/24").parse().unwrap());
+        assert_eq!(former, BTreeSet::from(expected), "The former prefixes stay.");
     }
 
     #[test]

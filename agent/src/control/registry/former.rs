@@ -27,13 +27,18 @@ impl FormerPrefixes {
         now: &BTreeSet<IpNet>,
         cluster: &[IpNet],
     ) {
-        for gone in before.difference(now) {
+        self.add(before.difference(now));
+        self.0.retain(|net| !is_covered(net, now) && !is_inside(net, cluster));
+        self.0.drain(..self.0.len().saturating_sub(MAX_FORMER));
+    }
+
+    /// Adds prefixes as the latest ones. [`FormerPrefixes::update`] bounds their number.
+    pub(super) fn add<'a>(&mut self, gone: impl IntoIterator<Item = &'a IpNet>) {
+        for gone in gone {
             if !self.0.contains(gone) {
                 self.0.push_back(*gone);
             }
         }
-        self.0.retain(|net| !is_covered(net, now) && !is_inside(net, cluster));
-        self.0.drain(..self.0.len().saturating_sub(MAX_FORMER));
     }
 
     /// The prefixes, the oldest first.
