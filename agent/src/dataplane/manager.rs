@@ -37,7 +37,7 @@ use crate::ipc::{
 use crate::keys::{PrivateKey, PublicKey};
 use crate::sys::send::TooLong;
 use crate::sys::tun::TunError;
-use crate::sys::udp::UdpError;
+use crate::sys::udp::{LongestPayload, UdpError};
 
 /// How soon to look again whether lanes have let go of old tables.
 const SWEEP: Duration = Duration::from_millis(100);
@@ -602,7 +602,12 @@ impl Active {
     /// carries.
     fn too_long(&mut self, now: Time, TooLong { destination, len }: TooLong) {
         let plaintext = |len: usize| u16::try_from(len.saturating_sub(OVERHEAD)).ok();
-        let fits = self.running.longest_payload(destination, len).and_then(plaintext);
+        let fits = match self.running.longest_payload(destination, len) {
+            // The route has become wider since the refusal.
+            LongestPayload::Carries => return,
+            LongestPayload::Limit(longest) => plaintext(longest),
+            LongestPayload::Unknown => None,
+        };
         let size = plaintext(len).unwrap_or(u16::MAX);
         // A refused probe for a larger size does not change the size in use.
         if self.engine.refused(now, destination, size, fits) {

@@ -22,7 +22,7 @@ use crate::ipc::{
 };
 use crate::sys::send::{GsoState, TooLong};
 use crate::sys::tun::{self, TunError, TunOffload, TunQueue};
-use crate::sys::udp::{self, UdpError, UdpOptions};
+use crate::sys::udp::{self, LongestPayload, UdpError, UdpOptions};
 
 /// Name of the capability that carries the ECN field between inner and outer headers.
 pub(super) const ECN_RUNG: &str = "udp_ecn";
@@ -305,15 +305,18 @@ impl Running {
         }
     }
 
-    /// Returns the longest UDP payload in bytes that this host's route to the destination carries;
-    /// `None` if the kernel does not report it, or if the route carries a payload of `refused`
-    /// bytes by now.
-    pub(super) fn longest_payload(&self, destination: SocketAddr, refused: usize) -> Option<usize> {
-        let from = self.manager_socket(destination)?.local_addr().ok()?;
-        let found = udp::longest_payload(from.ip(), destination, refused);
-        found.unwrap_or_else(|error| {
+    /// Returns the longest UDP payload that this host's route to the destination carries, after the kernel has
+    /// refused one of `refused` bytes.
+    pub(super) fn longest_payload(
+        &self,
+        destination: SocketAddr,
+        refused: usize,
+    ) -> LongestPayload {
+        let from = self.manager_socket(destination).and_then(|socket| socket.local_addr().ok());
+        let Some(from) = from else { return LongestPayload::Unknown };
+        udp::longest_payload(from.ip(), destination, refused).unwrap_or_else(|error| {
             tracing::debug!(%destination, %error, "the MTU of the route cannot be read");
-            None
+            LongestPayload::Unknown
         })
     }
 

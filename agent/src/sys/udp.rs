@@ -39,6 +39,17 @@ pub struct LaneSockets {
     pub gro: bool,
 }
 
+/// Longest UDP payload that a route of this host carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LongestPayload {
+    /// The kernel sent the payload that it had refused before.
+    Carries,
+    /// Longest payload in bytes by the MTU that the kernel reported with its refusal.
+    Limit(usize),
+    /// The kernel refused the payload and reported no MTU.
+    Unknown,
+}
+
 /// Why a socket cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum UdpError {
@@ -168,10 +179,10 @@ pub fn family_supported(ip: IpAddr) -> bool {
     !matches!(socket, Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT))
 }
 
-/// Returns the longest UDP payload in bytes that this host's route to `destination` carries. `from`
-/// is the source address. The function sends a datagram of `refused` bytes, which a socket with the
-/// lanes' options has refused (EMSGSIZE), and reads the MTU that the kernel reports. ICMP messages
-/// have no influence. `None` if the kernel now sends such a datagram, or does not report the MTU.
+/// Returns the longest UDP payload that this host's route to `destination` carries. `from` is the
+/// source address. The function sends a datagram of `refused` bytes, which a socket with the lanes'
+/// options has refused (EMSGSIZE), and reads the MTU that the kernel reports. ICMP messages have no
+/// influence.
 ///
 /// # Errors
 /// The error of the failed system call, also if the destination is unreachable.
@@ -179,7 +190,7 @@ pub fn longest_payload(
     from: IpAddr,
     destination: SocketAddr,
     refused: usize,
-) -> io::Result<Option<usize>> {
+) -> io::Result<LongestPayload> {
     let socket = new_socket(destination).map_err(io::Error::other)?;
     let (level, option, headers) = match destination {
         SocketAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_RECVERR, 20 + 8),
@@ -188,12 +199,13 @@ pub fn longest_payload(
     sockopt::set_int(socket.as_fd(), level, option, 1)?;
     socket.bind(&SocketAddr::new(from, 0).into())?;
     match UdpSocket::from(socket.try_clone()?).send_to(&vec![0; refused], destination) {
-        Ok(_) => return Ok(None),
+        Ok(_) => return Ok(LongestPayload::Carries),
         Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {}
         Err(error) => return Err(error),
     }
     let mtu = super::recv::reported_mtu(socket.as_fd())?;
-    Ok(mtu.and_then(|mtu| (mtu as usize).checked_sub(headers)))
+    let limit = mtu.and_then(|mtu| (mtu as usize).checked_sub(headers));
+    Ok(limit.map_or(LongestPayload::Unknown, LongestPayload::Limit))
 }
 
 fn probe_option(option: i32, value: i32) -> Result<(), String> {
