@@ -13,6 +13,8 @@ mod monitor;
 pub(crate) mod probe;
 pub mod reconciler;
 pub mod rules;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::process::Stdio;
@@ -22,7 +24,7 @@ use thiserror::Error;
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
-use self::monitor::Monitor;
+use self::monitor::{Monitor, RECEIVE_BUFFER, Received};
 pub use self::reconciler::Firewall;
 pub use self::rules::{PodRules, Rules};
 
@@ -53,6 +55,13 @@ pub enum FirewallError {
     /// The table was changed by another program during every attempt to install it.
     #[error("another program changes the table while it is installed: stop that program")]
     Contended,
+    /// Notifications were lost during every attempt to install the table, and other transactions
+    /// of nftables were among them.
+    #[error(
+        "notifications of nftables were lost while other programs changed rules: the agent tries \
+         again within 10 s; reduce the size or the rate of the other programs' changes"
+    )]
+    Lost,
 }
 
 /// The table as it was installed.
@@ -66,7 +75,11 @@ struct Table {
 
 impl Table {
     fn new(rules: Rules) -> Self {
-        let monitor = Monitor::start();
+        Self::with_receive_buffer(rules, RECEIVE_BUFFER)
+    }
+
+    fn with_receive_buffer(rules: Rules, bytes: usize) -> Self {
+        let monitor = Monitor::start(bytes);
         if let Err(error) = &monitor {
             tracing::warn!(%error, "no nftables notifications: changes are noticed within 10 s");
         }
@@ -94,10 +107,12 @@ impl Table {
     ///
     /// # Errors
     /// `Missing` if the host has no `nft` program, `Refused` with the first line of its error,
-    /// `Late` after 10 s, `Contended` if other programs changed the table during three attempts,
-    /// `Io` otherwise.
+    /// `Late` after 10 s, `Contended` if other programs changed the table during the last of three
+    /// attempts, `Lost` if notifications were lost then, `Io` otherwise.
     async fn ensure(&mut self) -> Result<bool, FirewallError> {
-        self.drain();
+        if let Some(monitor) = &mut self.monitor {
+            monitor.drain(&self.rules.table);
+        }
         if self.rules.is_empty() {
             return remove(&self.rules.table).await;
         }
@@ -107,35 +122,70 @@ impl Table {
             return Ok(false);
         }
         self.listed = None;
+        let mut failure = FirewallError::Contended;
         for _ in 0..MAX_ATTEMPTS {
-            self.install().await?;
-            let listed = list(&self.rules.table).await?;
-            // A change by another program between the two runs of `nft` would go unnoticed.
-            if self.drain() <= 1 {
-                self.listed = Some(listed);
-                return Ok(true);
+            match self.install().await {
+                Ok(listed) => {
+                    self.listed = Some(listed);
+                    return Ok(true);
+                }
+                Err(error @ (FirewallError::Contended | FirewallError::Lost)) => failure = error,
+                Err(error) => return Err(error),
             }
         }
-        Err(FirewallError::Contended)
+        Err(failure)
     }
 
-    async fn install(&mut self) -> Result<(), FirewallError> {
-        self.drain();
-        let text = self.rules.text();
-        if nft(&["-f", "-"], &text).await.is_err() {
-            // The table of an older agent may have chains or sets with the same name but another
-            // type.
-            let replacement = format!("{}{text}", delete(&self.rules.table));
-            nft(&["-f", "-"], &replacement).await?;
-        }
-        Ok(())
+    /// Installs the table. Returns the output of `nft list` for it, without changes by other
+    /// programs.
+    ///
+    /// # Errors
+    /// Those of [`Table::ensure`] for one attempt.
+    async fn install(&mut self) -> Result<String, FirewallError> {
+        let rules = &self.rules;
+        let work = async {
+            replace(rules).await?;
+            list(&rules.table).await
+        };
+        let Some(monitor) = &mut self.monitor else { return work.await };
+        let before = monitor.generation().ok();
+        let (listed, received) = monitor.observe(&rules.table, work).await;
+        let after = monitor.generation().ok();
+        // A change by another program between the two runs of `nft` would go unnoticed.
+        let listed = listed?;
+        check_alone(received, before, after)?;
+        Ok(listed)
     }
+}
 
-    /// Discards the notifications so far; returns the number of transactions that touched the
-    /// table.
-    fn drain(&mut self) -> usize {
-        self.monitor.as_mut().map_or(0, |monitor| monitor.drain(&self.rules.table))
+/// Checks that an installation was the only change of the table. `before` and `after` are the
+/// generations of the ruleset, which count transactions about other tables, too.
+///
+/// # Errors
+/// `Contended` if another transaction touched the table, `Lost` if notifications were lost and the
+/// generations do not rule another transaction out.
+fn check_alone(
+    received: Received,
+    before: Option<u32>,
+    after: Option<u32>,
+) -> Result<(), FirewallError> {
+    match (received, before, after) {
+        (Received { transactions: 0 | 1, lost: false }, ..) => Ok(()),
+        (Received { lost: false, .. }, ..) => Err(FirewallError::Contended),
+        (_, Some(before), Some(after)) if after.wrapping_sub(before) == 1 => Ok(()),
+        _ => Err(FirewallError::Lost),
     }
+}
+
+/// Loads the rules in one transaction.
+async fn replace(rules: &Rules) -> Result<(), FirewallError> {
+    let text = rules.text();
+    if nft(&["-f", "-"], &text).await.is_err() {
+        // The table of an older agent may have chains or sets with the same name but another type.
+        let replacement = format!("{}{text}", delete(&rules.table));
+        nft(&["-f", "-"], &replacement).await?;
+    }
+    Ok(())
 }
 
 /// For the fuzzer: all that is read of what `nft -j` prints.

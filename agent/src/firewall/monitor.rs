@@ -2,10 +2,11 @@
 
 use std::io;
 use std::mem;
+use std::pin::pin;
 
-use futures_util::FutureExt;
 use rtnetlink::packet_core::{NetlinkBuffer, NlaBuffer, NlasIterator};
-use rtnetlink::sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket, protocols};
+use rtnetlink::sys::{AsyncSocket, AsyncSocketExt, Socket, SocketAddr, TokioSocket, protocols};
+use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 
 /// Multicast group of nftables (linux/netfilter/nfnetlink.h).
 const NFNLGRP_NFTABLES: u32 = 7;
@@ -13,6 +14,14 @@ const NFNLGRP_NFTABLES: u32 = 7;
 const NFNL_SUBSYS_NFTABLES: u8 = 10;
 /// Last message of a transaction (linux/netfilter/nf_tables.h).
 const NFT_MSG_NEWGEN: u8 = 15;
+/// Request for the number of the last transaction (linux/netfilter/nf_tables.h).
+const NFT_MSG_GETGEN: u8 = 16;
+/// Attribute of NFT_MSG_NEWGEN with the number, big-endian (linux/netfilter/nf_tables.h).
+const NFTA_GEN_ID: u16 = 1;
+/// Flag of a request (linux/netlink.h).
+const NLM_F_REQUEST: u8 = 1;
+/// Bytes of an NFT_MSG_GETGEN request: struct nlmsghdr and struct nfgenmsg.
+const GETGEN_LENGTH: u8 = 20;
 /// Address family of tables for IPv4 and IPv6 (linux/netfilter.h).
 const NFPROTO_INET: u8 = 1;
 /// Attribute with the table's name: the first one in messages about tables, chains, rules, sets,
@@ -24,56 +33,149 @@ const NFGENMSG_LENGTH: usize = 4;
 const ALIGNMENT: usize = 4;
 /// Bytes of the largest message that the kernel sends: NLMSG_GOODSIZE is a page or 8 KiB.
 const MAX_MESSAGE: usize = 64 << 10;
-/// Receive buffer in bytes: the socket also receives large transactions of other programs.
-const RECEIVE_BUFFER: usize = 1 << 20;
+/// Receive buffer in bytes. The kernel sends a notification for every element of a set, and the
+/// socket also receives large transactions of other programs.
+pub(super) const RECEIVE_BUFFER: usize = 32 << 20;
 
 /// A subscription to nftables notifications in the network namespace of the thread that made it.
 pub(super) struct Monitor {
     socket: TokioSocket,
+    /// Socket for requests, apart from the notifications.
+    requests: Socket,
     buffer: Vec<u8>,
     /// True if the transaction that is being read has touched the table.
     touched: bool,
 }
 
+/// Notifications that a [`Monitor`] received.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Received {
+    /// Transactions that touched the table.
+    pub(super) transactions: usize,
+    /// True if notifications were lost (ENOBUFS), so that `transactions` can be too small.
+    pub(super) lost: bool,
+}
+
+impl Received {
+    fn add(&mut self, other: Self) {
+        self.transactions += other.transactions;
+        self.lost |= other.lost;
+    }
+}
+
 impl Monitor {
-    /// Subscribes to nftables notifications.
+    /// Subscribes to nftables notifications, with a receive buffer of `receive_buffer` bytes.
     ///
     /// # Errors
     /// An I/O error if the kernel has no nfnetlink, or if CAP_NET_ADMIN is missing.
-    pub(super) fn start() -> io::Result<Self> {
+    pub(super) fn start(receive_buffer: usize) -> io::Result<Self> {
         let mut socket = TokioSocket::new(protocols::NETLINK_NETFILTER)?;
         socket.socket_mut().bind(&SocketAddr::new(0, 0))?;
         socket.socket_mut().add_membership(NFNLGRP_NFTABLES)?;
-        // The default size works as well: the kernel reports lost notifications as ENOBUFS.
-        let _ = socket.socket_mut().set_rx_buf_sz(RECEIVE_BUFFER);
-        Ok(Self { socket, buffer: Vec::with_capacity(MAX_MESSAGE), touched: false })
+        // net.core.rmem_max limits the second request. A smaller buffer works as well: the kernel
+        // reports lost notifications as ENOBUFS.
+        if set_socket_recv_buffer_size_force(socket.socket_ref(), receive_buffer).is_err() {
+            let _ = socket
+                .socket_ref()
+                .set_rx_buf_sz(i32::try_from(receive_buffer).unwrap_or(i32::MAX));
+        }
+        let mut requests = Socket::new(protocols::NETLINK_NETFILTER)?;
+        requests.bind_auto()?;
+        requests.connect(&SocketAddr::new(0, 0))?;
+        let buffer = Vec::with_capacity(MAX_MESSAGE);
+        Ok(Self { socket, requests, buffer, touched: false })
     }
 
     /// Waits for a transaction that touches `table`, or for lost notifications (ENOBUFS).
     pub(super) async fn changed(&mut self, table: &str) {
-        while self.receive(table).await == 0 {}
+        while self.receive(table).await == Received::default() {}
     }
 
-    /// Discards the notifications that have arrived. Returns the number of transactions that
-    /// touched `table`; lost notifications count as two, because their number is unknown.
-    pub(super) fn drain(&mut self, table: &str) -> usize {
-        let mut transactions = 0;
-        while let Some(count) = self.receive(table).now_or_never() {
-            transactions += count;
+    /// Runs `work` and receives the notifications meanwhile, so that they do not fill the buffer.
+    /// Returns the result of `work` and the notifications between its start and its end.
+    pub(super) async fn observe<F: Future>(
+        &mut self,
+        table: &str,
+        work: F,
+    ) -> (F::Output, Received) {
+        self.drain(table);
+        self.touched = false;
+        let mut received = Received::default();
+        let mut work = pin!(work);
+        let output = loop {
+            tokio::select! {
+                output = &mut work => break output,
+                more = self.receive(table) => received.add(more),
+            }
+        };
+        received.add(self.drain(table));
+        (output, received)
+    }
+
+    /// Discards the notifications that have arrived and returns their summary.
+    pub(super) fn drain(&mut self, table: &str) -> Received {
+        let mut received = Received::default();
+        loop {
+            self.buffer.clear();
+            // The asynchronous `recv` can report an empty socket too early: the runtime limits the
+            // reads of a task and learns of new datagrams later.
+            let result =
+                self.socket.socket_ref().recv(&mut self.buffer, libc::MSG_DONTWAIT).map(drop);
+            if result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
+                return received;
+            }
+            received.add(self.evaluate(&result, table));
         }
-        transactions
     }
 
-    async fn receive(&mut self, table: &str) -> usize {
+    /// Returns the number of the last transaction of nftables in the network namespace, by any
+    /// program and about any table. Transactions are numbered consecutively.
+    ///
+    /// # Errors
+    /// An I/O error if the kernel does not answer with a number.
+    pub(super) fn generation(&self) -> io::Result<u32> {
+        let mut request = [0; GETGEN_LENGTH as usize];
+        request[..4].copy_from_slice(&u32::from(GETGEN_LENGTH).to_ne_bytes());
+        let kind = u16::from_le_bytes([NFT_MSG_GETGEN, NFNL_SUBSYS_NFTABLES]);
+        request[4..6].copy_from_slice(&kind.to_ne_bytes());
+        request[6..8].copy_from_slice(&u16::from(NLM_F_REQUEST).to_ne_bytes());
+        self.requests.send(&request, 0)?;
+        let mut answer = Vec::with_capacity(MAX_MESSAGE);
+        // The kernel answers within `send`.
+        self.requests.recv(&mut answer, libc::MSG_DONTWAIT)?;
+        generation(&answer).ok_or_else(|| io::ErrorKind::InvalidData.into())
+    }
+
+    async fn receive(&mut self, table: &str) -> Received {
         self.buffer.clear();
-        match self.socket.recv(&mut self.buffer).await {
-            Ok(()) => transactions(&self.buffer, table, &mut self.touched),
+        let result = self.socket.recv(&mut self.buffer).await;
+        self.evaluate(&result, table)
+    }
+
+    fn evaluate(&mut self, result: &io::Result<()>, table: &str) -> Received {
+        match result {
+            Ok(()) => Received {
+                transactions: transactions(&self.buffer, table, &mut self.touched),
+                lost: false,
+            },
             Err(_) => {
                 self.touched = false;
-                2
+                Received { transactions: 0, lost: true }
             }
         }
     }
+}
+
+/// Returns the number in an NFT_MSG_NEWGEN message; `None` if `answer` is another message.
+fn generation(answer: &[u8]) -> Option<u32> {
+    let message = NetlinkBuffer::new_checked(answer).ok()?;
+    if message.message_type().to_le_bytes() != [NFT_MSG_NEWGEN, NFNL_SUBSYS_NFTABLES] {
+        return None;
+    }
+    let attributes = message.payload().get(NFGENMSG_LENGTH..)?;
+    let mut attributes = NlasIterator::new(attributes).flatten();
+    let number = attributes.find(|attribute| attribute.kind() == NFTA_GEN_ID)?;
+    number.value().try_into().ok().map(u32::from_be_bytes)
 }
 
 /// Returns the number of transactions that end in `datagram` and have touched `table`. `touched`
@@ -123,8 +225,19 @@ mod tests {
         bytes
     }
 
-    fn generation() -> Vec<u8> {
+    fn newgen() -> Vec<u8> {
         message(NFT_MSG_NEWGEN, 0, 1, &[0, 0, 0, 7])
+    }
+
+    #[test]
+    fn generation_is_read_from_newgen_messages_only() {
+        assert_eq!(generation(&newgen()), Some(7));
+        assert_eq!(generation(&message(2, 0, 1, &[0, 0, 0, 7])), None, "another message type");
+        assert_eq!(generation(&message(NFT_MSG_NEWGEN, 0, 2, &[0, 0, 0, 7])), None, "no number");
+        assert_eq!(generation(&message(NFT_MSG_NEWGEN, 0, 1, &[0, 7])), None, "two bytes");
+        for length in 0..newgen().len() {
+            assert_eq!(generation(&newgen()[..length]), None, "{length} bytes");
+        }
     }
 
     #[test]
@@ -133,7 +246,7 @@ mod tests {
         let longer = message(2, NFPROTO_INET, 1, b"skein_1\0");
         let elsewhere = message(2, NFPROTO_INET, 3, b"skein\0");
         let count = |messages: &[&[u8]]| transactions(&messages.concat(), "skein", &mut false);
-        let end = &*generation();
+        let end = &*newgen();
         assert_eq!(count(&[&ours, &ours, end]), 1, "two objects of one transaction");
         assert_eq!(count(&[&ours, end, &other, end, &ours, end]), 2);
         assert_eq!(count(&[&other, &longer, &elsewhere, end]), 0);
@@ -145,13 +258,13 @@ mod tests {
         let mut touched = false;
         let ours = message(2, NFPROTO_INET, 1, b"skein\0");
         assert_eq!(transactions(&ours, "skein", &mut touched), 0);
-        assert_eq!(transactions(&generation(), "skein", &mut touched), 1);
+        assert_eq!(transactions(&newgen(), "skein", &mut touched), 1);
         assert!(!touched, "the next transaction has touched nothing yet");
     }
 
     #[test]
     fn truncated_datagrams_end_no_transaction() {
-        let whole = [message(2, NFPROTO_INET, 1, b"skein\0"), generation()].concat();
+        let whole = [message(2, NFPROTO_INET, 1, b"skein\0"), newgen()].concat();
         for length in 0..whole.len() {
             let cut = transactions(&whole[..length], "skein", &mut false);
             assert_eq!(cut, 0, "{length} of {} bytes", whole.len());

@@ -84,4 +84,4 @@ impl Drop for Netlink {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

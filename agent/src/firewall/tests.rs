@@ -1,0 +1,86 @@
+//! Tests of [`Table`] against the kernel, each in a scratch network namespace. They need root and
+//! the program `nft`.
+
+#![allow(clippy::unwrap_used)]
+
+use std::net::{Ipv4Addr, SocketAddr};
+
+use ipnet::{IpNet, Ipv4Net};
+
+use super::rules::tests::rules;
+use super::*;
+use crate::netlink::tests::in_namespace;
+
+/// Peers of a large cluster.
+const PEERS: u16 = 3000;
+/// Receive buffer in bytes, smaller than every transaction; the kernel doubles it.
+const SMALL_BUFFER: usize = 2048;
+
+/// Rules of a cluster whose pod CIDRs are not adjacent, so that no two set elements merge.
+fn large_rules() -> Rules {
+    let address = |first: u8, number: u16, last: u8| {
+        let [high, low] = number.to_be_bytes();
+        Ipv4Addr::new(first, high, low, last)
+    };
+    let prefix = |peer: u16| IpNet::V4(Ipv4Net::new(address(10, peer * 2, 0), 24).unwrap());
+    let endpoint = |peer: u16| SocketAddr::from((address(172, peer, 1), 51900));
+    Rules {
+        cluster: (0..PEERS).map(prefix).collect(),
+        peers: (0..PEERS).map(endpoint).collect(),
+        ..rules()
+    }
+}
+
+#[test]
+fn large_table_is_installed_with_a_small_buffer() {
+    in_namespace(|| async {
+        let mut table = Table::with_receive_buffer(large_rules(), SMALL_BUFFER);
+        assert!(table.ensure().await.unwrap(), "the first call installs the table");
+        assert!(!table.ensure().await.unwrap(), "the second call changes nothing");
+        nft(&["delete", "table", "inet", "skein"], "").await.unwrap();
+        assert!(table.ensure().await.unwrap(), "the deleted table is restored");
+    });
+}
+
+#[test]
+fn unread_messages_of_large_transactions_fit_the_buffer() {
+    in_namespace(|| async {
+        let mut monitor = Monitor::start(RECEIVE_BUFFER).unwrap();
+        for _ in 0..2 {
+            replace(&large_rules()).await.unwrap();
+        }
+        assert_eq!(monitor.drain("skein"), Received { transactions: 2, lost: false });
+        assert_eq!(monitor.drain("skein"), Received::default(), "messages were left");
+        let (replaced, received) = monitor.observe("skein", replace(&large_rules())).await;
+        replaced.unwrap();
+        assert_eq!(received, Received { transactions: 1, lost: false });
+    });
+}
+
+#[test]
+fn generation_grows_by_one_for_each_transaction() {
+    in_namespace(|| async {
+        let monitor = Monitor::start(RECEIVE_BUFFER).unwrap();
+        let before = monitor.generation().unwrap();
+        replace(&rules()).await.unwrap();
+        assert_eq!(monitor.generation().unwrap(), before + 1, "one installation");
+        list("skein").await.unwrap();
+        assert_eq!(monitor.generation().unwrap(), before + 1, "a list is no transaction");
+        nft(&["add", "table", "ip", "other"], "").await.unwrap();
+        assert_eq!(monitor.generation().unwrap(), before + 2, "a table of another program");
+    });
+}
+
+#[test]
+fn change_by_another_program_fails_the_installation() {
+    let check = |transactions, lost, before, after| {
+        check_alone(Received { transactions, lost }, before, after)
+    };
+    assert!(check(1, false, Some(7), Some(9)).is_ok(), "the other change was of another table");
+    assert!(check(1, false, None, None).is_ok(), "no message was lost");
+    assert!(matches!(check(2, false, Some(7), Some(9)), Err(FirewallError::Contended)));
+    assert!(check(0, true, Some(7), Some(8)).is_ok(), "the one transaction is the installation");
+    assert!(check(0, true, Some(u32::MAX), Some(0)).is_ok(), "the generation has wrapped");
+    assert!(matches!(check(0, true, Some(7), Some(9)), Err(FirewallError::Lost)));
+    assert!(matches!(check(0, true, Some(7), None), Err(FirewallError::Lost)));
+}
