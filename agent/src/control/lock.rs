@@ -55,6 +55,11 @@ impl StateLock {
         Ok(Self { lock, path: state_dir.join(FILE) })
     }
 
+    /// Releases the lock at once, although a child may have a copy of the descriptor for a moment.
+    pub fn release(self) {
+        self.lock.release();
+    }
+
     /// Removes the lock file and lets go.
     pub fn remove(self) -> std::io::Result<()> {
         std::fs::remove_file(&self.path)?;

@@ -154,7 +154,7 @@ pub async fn run(config: Config, mut start: Start) -> Result<Ended, Failure> {
     drop((dataplane, probes));
     // A socket file that stays is harmless: the next start takes it over.
     let _ = std::fs::remove_file(socket);
-    drop(lock);
+    lock.release();
     result.map(|()| Ended::Asked)
 }
 

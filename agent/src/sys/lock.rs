@@ -51,6 +51,13 @@ impl FileLock {
         }
     }
 
+    /// Releases the lock, also where another process has a copy of the descriptor: a child has one
+    /// between fork and exec.
+    pub fn release(self) {
+        // A lock that cannot be released is free when the last copy is closed.
+        let _ = flock(&self.0, FlockOperation::Unlock);
+    }
+
     /// Returns the locked file.
     pub fn file(&mut self) -> &mut File {
         &mut self.0
@@ -85,6 +92,16 @@ mod tests {
         let received = FileLock::received(copy).unwrap();
         assert!(FileLock::try_take(&path).unwrap().is_none(), "A received lock is the same lock.");
         drop(received);
+        assert!(FileLock::try_take(&path).unwrap().is_some(), "The lock is free.");
+    }
+
+    #[test]
+    fn released_lock_is_free_although_a_copy_is_open() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("lock");
+        let lock = FileLock::try_take(&path).unwrap().unwrap();
+        let _copy = lock.as_fd().try_clone_to_owned().unwrap();
+        lock.release();
         assert!(FileLock::try_take(&path).unwrap().is_some(), "The lock is free.");
     }
 
