@@ -39,7 +39,7 @@ impl Instance {
     }
 
     /// Returns the path of the keeper's socket. The keeper requests the data plane while an agent
-    /// is connected.
+    /// is connected that has written a byte.
     pub fn dataplane_socket(&self) -> PathBuf {
         self.0.join("dataplane.sock")
     }

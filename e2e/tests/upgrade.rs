@@ -268,6 +268,8 @@ fn wrong_configuration_takes_nothing_over() -> Result<()> {
         ensure!(loss.lost == 0, "{name}: {loss}");
         let log = old.log()?;
         ensure!(!log.contains("takes this one's place"), "{name}: the old agent gave way: {log}");
+        let started = log.matches("started a data process").count();
+        ensure!(started == 1, "{name}: the data plane was handed over: {log}");
     }
     ensure!(old.exited(Container::Agent).is_none() && old.exited(Container::Dataplane).is_none());
     Ok(())

@@ -87,6 +87,7 @@ async fn request(instance: Instance, readiness: Readiness, active: watch::Sender
     loop {
         let asked: io::Result<()> = async {
             let mut stream = UnixStream::connect(instance.dataplane_socket()).await?;
+            stream.write_u8(1).await?;
             loop {
                 let is_active = stream.read_u8().await? == Activity::Active as u8;
                 match is_active {

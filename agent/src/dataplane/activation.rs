@@ -1,8 +1,8 @@
 //! Events that a keeper of an instance waits for: requests of the instance's agent for the data
-//! plane, and SIGTERM from kubelet. The agent stays connected to the keeper's socket while it has
-//! the agent's role.
+//! plane, and SIGTERM from kubelet. The agent writes one byte to the keeper's socket, and stays
+//! connected while it has the agent's role. A connection without a byte requests nothing.
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
@@ -30,6 +30,8 @@ pub(super) struct Activation {
     instance: Instance,
     listener: UnixListener,
     agent: Option<UnixStream>,
+    /// Whether the connected agent has written its byte.
+    requested: bool,
     activity: Activity,
     /// Readable once SIGTERM has come.
     terminated: UnixStream,
@@ -47,6 +49,7 @@ impl Activation {
             instance: instance.clone(),
             listener,
             agent: None,
+            requested: false,
             activity: Activity::Idle,
             terminated,
         };
@@ -84,19 +87,22 @@ impl Activation {
 
     /// Returns whether the agent requests the data plane for this instance.
     pub(super) fn is_requested(&mut self) -> bool {
-        // The agent writes nothing: a readable connection is one that is closed.
-        self.agent.take_if(|agent| {
-            let mut fds = [PollFd::new(agent, PollFlags::IN)];
-            !matches!(poll(&mut fds, Some(&Timespec::default())), Ok(0))
-        });
-        self.agent.is_some()
+        while let Some(agent) = &mut self.agent {
+            match agent.read(&mut [0; 8]) {
+                Ok(1..) => self.requested = true,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return self.requested,
+                Ok(0) | Err(_) => (self.agent, self.requested) = (None, false),
+            }
+        }
+        false
     }
 
     /// Accepts agents that have connected; the last connection counts.
     pub(super) fn accept(&mut self) {
         while let Ok((agent, _)) = self.listener.accept() {
-            if peer_credentials(&agent).is_ok_and(|peer| is_trusted(peer.uid)) {
-                self.agent = Some(agent);
+            let trusted = peer_credentials(&agent).is_ok_and(|peer| is_trusted(peer.uid));
+            if trusted && agent.set_nonblocking(true).is_ok() {
+                (self.agent, self.requested) = (Some(agent), false);
                 self.tell();
             }
         }
@@ -127,8 +133,6 @@ impl Activation {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::io::Read;
-
     use super::*;
 
     #[test]
@@ -146,7 +150,11 @@ mod tests {
         assert!(!activation.is_requested());
         let mut agent = UnixStream::connect(instance.dataplane_socket()).unwrap();
         activation.wait(None).unwrap();
+        assert!(!activation.is_requested(), "A connection without a byte requests nothing.");
+        agent.write_all(&[1]).unwrap();
+        activation.wait(None).unwrap();
         assert!(activation.is_requested());
+        assert!(activation.is_requested(), "The request lasts.");
         activation.set(Activity::Active).unwrap();
         assert!(instance.dataplane_marker().exists());
         let mut told = [9; 2];
@@ -154,7 +162,9 @@ mod tests {
         assert_eq!(told, [Activity::Idle as u8, Activity::Active as u8]);
         // The next agent of the instance is notified at once.
         drop(agent);
+        assert!(!activation.is_requested(), "The request ends with the connection.");
         let mut agent = UnixStream::connect(instance.dataplane_socket()).unwrap();
+        agent.write_all(&[1]).unwrap();
         activation.accept();
         agent.read_exact(&mut told[..1]).unwrap();
         assert_eq!(told[0], Activity::Active as u8);
