@@ -13,7 +13,7 @@ use crate::netlink::tests::in_namespace;
 
 /// Peers of a large cluster.
 const PEERS: u16 = 3000;
-/// Receive buffer in bytes, smaller than every transaction; the kernel doubles it.
+/// Receive buffer in bytes that overflows with every transaction; the kernel doubles it.
 const SMALL_BUFFER: usize = 2048;
 
 /// Rules of a cluster whose pod CIDRs are not adjacent, so that no two set elements merge.
@@ -32,13 +32,26 @@ fn large_rules() -> Rules {
 }
 
 #[test]
-fn large_table_is_installed_with_a_small_buffer() {
+fn large_table_is_installed_although_messages_are_lost() {
     in_namespace(|| async {
+        // Without pauses of the reader the kernel would wait for it.
+        let pauses = tokio::spawn(async {
+            loop {
+                std::thread::sleep(Duration::from_millis(20));
+                tokio::task::yield_now().await;
+            }
+        });
         let mut table = Table::with_receive_buffer(large_rules(), SMALL_BUFFER);
         assert!(table.ensure().await.unwrap(), "the first call installs the table");
         assert!(!table.ensure().await.unwrap(), "the second call changes nothing");
+        let monitor = table.monitor.as_mut().unwrap();
+        let (replaced, received) = monitor.observe("skein", replace(&large_rules())).await;
+        replaced.unwrap();
+        assert!(received.lost, "the small buffer has lost no message: {received:?}");
+        assert!(!table.ensure().await.unwrap(), "the same rules were loaded");
         nft(&["delete", "table", "inet", "skein"], "").await.unwrap();
         assert!(table.ensure().await.unwrap(), "the deleted table is restored");
+        pauses.abort();
     });
 }
 
