@@ -6,8 +6,8 @@ use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::commands::{
-    ConfigArgs, LookArgs, OutputArgs, bench, capture, check, connectivity, generate, hold, key,
-    peers, print, service, status, sysdump, top, trace,
+    ConfigArgs, LookArgs, bench, capture, check, connectivity, generate, hold, key, peers, print,
+    service, status, sysdump, top, trace,
 };
 use crate::config::{Log, LogFormat, Mode};
 use crate::control::kubernetes::resource;
@@ -83,7 +83,7 @@ enum Command {
     /// Show the other nodes and how they are; exit code 1 where one is unreachable
     Peers(peers::PeersArgs),
     /// Show what this kernel and machine support, before anything is started
-    Check(OutputArgs),
+    Check(check::CheckArgs),
     /// Show what passes now, refreshed until q
     Top(top::TopArgs),
     /// Say why a packet goes where it goes, or which are dropped
@@ -181,7 +181,7 @@ pub fn main() -> Result<(), Failure> {
         }
         Command::Status(arguments) => status::status(&arguments),
         Command::Peers(arguments) => peers::peers(&arguments),
-        Command::Check(OutputArgs { output }) => check::check(output),
+        Command::Check(arguments) => check::check(&arguments),
         Command::Top(arguments) => top::top(&arguments),
         Command::Trace(arguments) => trace::trace(&arguments),
         Command::Capture(arguments) => capture::capture(&arguments),

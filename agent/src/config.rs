@@ -13,6 +13,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::cni::DEFAULT_INTERFACE;
 use crate::failure::Failure;
 use crate::ipc::{CipherChoice, OffloadSettings, UnderlaySettings};
 

@@ -519,8 +519,7 @@ fn closed_forward_chain_is_reported_with_the_remedy() -> Result<()> {
         let check = |expected: &str| -> Result<()> {
             let text = agent.run_command(&["check"])?.stdout;
             let line = text.lines().find(|line| line.contains("forward_chains"));
-            // `check` reads no configuration, and assumes pods of the CNI plugin.
-            ensure!(!cni || line.is_some_and(|line| line.contains(expected)), "{expected}: {text}");
+            ensure!(line.is_some_and(|line| line.contains(expected)), "{expected}: {text}");
             Ok(())
         };
         chains("closed", 0.0)?;
@@ -550,6 +549,29 @@ fn closed_forward_chain_is_reported_with_the_remedy() -> Result<()> {
         let check = agent.run_command(&["check"])?.stdout;
         ensure!(check.contains("the table of the node's border can be loaded"), "{check}");
     }
+    Ok(())
+}
+
+/// `check` without a configuration assumes the default interface and pods of the CNI plugin, and
+/// reports the assumption. An invalid configuration is reported and does not end the other probes.
+#[test]
+fn check_reports_a_missing_or_invalid_configuration() -> Result<()> {
+    let border = Border::up(true, |_| ())?;
+    let node = border.node(0);
+    let program = border.cluster.agents[0].program.display().to_string();
+    let line = |path: &str| -> Result<String> {
+        let text = node.sh(&format!("{program} check --config {path}"))?;
+        ensure!(text.contains("udp_segment"), "the other probes are missing: {text}");
+        let line = text.lines().find(|line| line.contains("forward_chains"));
+        Ok(line.with_context(|| text.clone())?.to_owned())
+    };
+    let missing = line("/nonexistent/agent.toml")?;
+    ensure!(
+        missing.contains("ok") && missing.contains("before installation: no chain"),
+        "{missing}"
+    );
+    let invalid = line("/dev/null")?;
+    ensure!(invalid.contains("not read: configuration /dev/null"), "{invalid}");
     Ok(())
 }
 

@@ -1,14 +1,28 @@
 //! `skein-agent check`: what this kernel and machine support.
 
-use super::{Output, json, print, runtime};
+use clap::Args;
+
+use super::{ConfigArgs, Output, OutputArgs, json, print, runtime};
+use crate::config::Config;
 use crate::failure::Failure;
 use crate::firewall;
 use crate::status::{Align, Field, Tone, table};
 use crate::sys::probe::{Probe, probe_all};
 
-pub(crate) fn check(output: Output) -> Result<(), Failure> {
-    let probes = runtime()?.block_on(probes());
-    print(&match output {
+/// Arguments of `check`.
+#[derive(Args)]
+pub(crate) struct CheckArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+pub(crate) fn check(arguments: &CheckArgs) -> Result<(), Failure> {
+    let config = arguments.config.load_if_present().map_err(|failure| failure.to_string());
+    let config = config.as_ref().map(Option::as_ref).map_err(Clone::clone);
+    let probes = runtime()?.block_on(probes(config));
+    print(&match arguments.output.output {
         Output::Json => json(&document(&probes))?,
         Output::Table => render(&probes),
     })?;
@@ -27,10 +41,10 @@ pub(crate) fn check(output: Output) -> Result<(), Failure> {
     }
 }
 
-/// Answers about kernel, machine and firewall.
-pub(crate) async fn probes() -> Vec<Probe> {
+/// Returns the probes of kernel, machine and firewall. `config` is `None` before installation.
+pub(crate) async fn probes(config: Result<Option<&Config>, String>) -> Vec<Probe> {
     let mut probes = probe_all();
-    probes.extend(firewall::probe::probe().await);
+    probes.extend(firewall::probe::probe(config).await);
     probes
 }
 

@@ -44,6 +44,14 @@ impl ConfigArgs {
     pub(crate) fn load(&self) -> Result<Config, Failure> {
         Config::load(&self.config, self.name.as_deref())
     }
+
+    /// Loads the configuration; `None` if the file does not exist.
+    pub(crate) fn load_if_present(&self) -> Result<Option<Config>, Failure> {
+        match self.config.try_exists() {
+            Ok(false) => Ok(None),
+            _ => self.load().map(Some),
+        }
+    }
 }
 
 /// How to find the agent that runs.

@@ -10,7 +10,7 @@ use skein_core::address;
 use super::{Cni, Invalid};
 
 /// Name of the overlay's interface, unless the configuration has another.
-pub(super) const DEFAULT_INTERFACE: &str = "skein0";
+pub(crate) const DEFAULT_INTERFACE: &str = "skein0";
 
 /// Name of the nftables table of an agent with pods, or with the default interface.
 const DEFAULT_TABLE: &str = "skein";

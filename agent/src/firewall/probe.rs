@@ -4,6 +4,7 @@ use std::io::Write as _;
 use std::process::{Command, Stdio};
 
 use super::{FirewallError, PodRules, Rules, forward};
+use crate::config::{Config, DEFAULT_INTERFACE};
 use crate::sys::in_new_network_namespace;
 use crate::sys::probe::Probe;
 
@@ -11,18 +12,22 @@ use crate::sys::probe::Probe;
 const OPEN_BORDER: &str = "without it, frames with a pod's source are accepted from the underlay, and packets \
                            to unknown pods can leave the node in clear";
 
-/// Loads the table in a scratch network namespace, and reads others' forward chains.
-pub(crate) async fn probe() -> Vec<Probe> {
+/// Loads the table in a scratch network namespace, and reads the forward chains of other programs
+/// for the configured interface. Without a configuration the default interface and pods of the CNI
+/// plugin are assumed; an error of the configuration becomes the result of that probe.
+pub(crate) async fn probe(config: Result<Option<&Config>, String>) -> Vec<Probe> {
     let table = in_new_network_namespace(load)
         .map_err(|error| format!("not tested, no scratch network namespace: {error}"))
         .and_then(|loaded| loaded)
         .map_err(|why| format!("{why}; {OPEN_BORDER}"));
     let table = table.map(|()| "the table of the node's border can be loaded".to_owned());
-    let forward = forward::ensure("skein0", true, false).await;
-    let closed = [forward.errors, forward.unknown].concat();
-    let closed = match closed.is_empty() {
-        true => Ok("no chain of another program drops forwarded packets".to_owned()),
-        false => Err(closed.join("; ")),
+    let closed = match config {
+        Ok(Some(config)) => forward_chains(&config.interface.name, config.cni.enabled).await,
+        Ok(None) => {
+            let note = |text| format!("before installation: {text}");
+            forward_chains(DEFAULT_INTERFACE, true).await.map(note).map_err(note)
+        }
+        Err(error) => Err(format!("not read: {error}")),
     };
     [("nftables", table), ("forward_chains", closed)]
         .map(|(name, result)| Probe {
@@ -32,6 +37,20 @@ pub(crate) async fn probe() -> Vec<Probe> {
             required: false,
         })
         .into()
+}
+
+/// Reads the forward chains of other programs. `pods` is true if the CNI plugin creates the pods'
+/// interfaces.
+///
+/// # Errors
+/// The chains that drop packets of pods or cannot be read, each with the remedy or the reason.
+async fn forward_chains(interface: &str, pods: bool) -> Result<String, String> {
+    let forward = forward::ensure(interface, pods, false).await;
+    let closed = [forward.errors, forward.unknown].concat();
+    match closed.is_empty() {
+        true => Ok("no chain of another program drops forwarded packets".to_owned()),
+        false => Err(closed.join("; ")),
+    }
 }
 
 /// Loads a table with every kind of rule in the network namespace of this thread.

@@ -274,10 +274,7 @@ impl Agent {
         if let Some(prelude) = &self.prelude {
             command.args(["sh", "-c", &format!("{prelude} && exec \"$@\""), "sh"]);
         }
-        command.arg(&self.program).args(arguments);
-        if arguments.first() != Some(&"check") {
-            command.arg("--config").arg(config);
-        }
+        command.arg(&self.program).args(arguments).arg("--config").arg(config);
         Ok(command)
     }
 

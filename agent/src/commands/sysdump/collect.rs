@@ -89,7 +89,7 @@ pub(super) async fn collect(archive: &mut Archive, config: &Config, agent: &Agen
         Ok(text) => archive.add("config.json", &text),
         Err(error) => archive.missing("config.json", &error.to_string()),
     }
-    match serde_json::to_vec_pretty(&check::document(&check::probes().await)) {
+    match serde_json::to_vec_pretty(&check::document(&check::probes(Ok(Some(config))).await)) {
         Ok(text) => archive.add("check.json", &text),
         Err(error) => archive.missing("check.json", &error.to_string()),
     }
