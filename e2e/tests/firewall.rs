@@ -570,8 +570,8 @@ fn check_reports_a_missing_or_invalid_configuration() -> Result<()> {
         missing.contains("ok") && missing.contains("before installation: no chain"),
         "{missing}"
     );
-    let invalid = line("/dev/null")?;
-    ensure!(invalid.contains("not read: configuration /dev/null"), "{invalid}");
+    let invalid = line("/proc/version")?;
+    ensure!(invalid.contains("not read: configuration /proc/version"), "{invalid}");
     Ok(())
 }
 

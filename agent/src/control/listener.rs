@@ -49,7 +49,7 @@ impl Listener {
     ///
     /// # Errors
     /// [`Failure::Taken`] if another process listens at `path` or if the file is not a socket,
-    /// [`Failure::Io`] if the socket cannot be created.
+    /// [`Failure`] if the socket cannot be created.
     pub fn bind(
         key: &'static str,
         path: &Path,

@@ -45,7 +45,7 @@ impl StateLock {
     /// one.
     ///
     /// # Errors
-    /// [`Failure::Io`] if the lock's file cannot be written.
+    /// [`Failure`] if the lock's file cannot be written.
     pub fn of(mut lock: FileLock, state_dir: &Path) -> Result<Self, Failure> {
         let shown = state_dir.display();
         let failed = |error| Failure::io(format!("cannot use the state directory {shown}"), error);
