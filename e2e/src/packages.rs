@@ -52,6 +52,8 @@ pub const TEST: &[Need] = &[
         "/usr/share/gocode/src/github.com/containernetworking/cni/libcni/api.go",
         "golang-github-appc-cni-dev",
     ),
+    need("/lib/systemd/systemd-networkd", "systemd"),
+    need("udevadm", "udev"),
     // The image, and the programs that come from Python's packages.
     need("buildah", "buildah"),
     need("/usr/share/doc/python3-venv/copyright", "python3-venv"),
