@@ -7,7 +7,7 @@ use std::ffi::c_int;
 ///
 /// # Safety
 ///
-/// As for socket(2), which takes no pointers.
+/// The contract is that of socket(2), which takes no pointers.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int {
     if domain == libc::AF_INET6 {

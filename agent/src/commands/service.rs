@@ -31,7 +31,7 @@ pub(crate) struct StartArgs {
     /// Directory of this pod's own sockets; takes over, together with the pod's data process
     #[arg(long)]
     instance: Option<PathBuf>,
-    /// For hold: the descriptor of the role's lock
+    /// Descriptor of the role's lock, passed by hold
     #[arg(long, hide = true)]
     lock_fd: Option<i32>,
 }

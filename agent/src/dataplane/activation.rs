@@ -30,7 +30,7 @@ pub(super) struct Activation {
     instance: Instance,
     listener: UnixListener,
     agent: Option<UnixStream>,
-    /// Whether the connected agent has written its byte.
+    /// True if the connected agent has written its byte.
     requested: bool,
     activity: Activity,
     /// Readable once SIGTERM has come.

@@ -175,7 +175,7 @@ impl Netlink {
     ///
     /// # Errors
     ///
-    /// Another program has a route to the prefix, or the kernel refuses the route.
+    /// [`NetlinkError`] if another program has a route to the prefix, or if the kernel refuses it.
     pub async fn ensure_route(&self, route: &Route) -> Result<bool, NetlinkError> {
         let error = match self.add_route(route).await {
             Err(error) if error.errno() == Some(libc::EEXIST) => error,
