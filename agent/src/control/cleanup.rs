@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::client::{Client, ClientError};
 use super::identity;
 use super::lock::StateLock;
+use super::registry;
 use super::rotation;
 use crate::cni::attach::Attacher;
 use crate::cni::{install, ipam};
@@ -56,8 +57,10 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
     if config.cni.enabled || config.state_dir.join(ipam::FILE).exists() {
         remove_pods(config, &mut cleaned).await;
     }
-    let table = firewall::remove(&config.cni.table).await.map_err(|error| error.to_string());
-    cleaned.note(&format!("nftables table inet {}", config.cni.table), table);
+    for table in [config.cni.table.clone()].into_iter().chain(registry::former_table(config)) {
+        let removed = firewall::remove(&table).await.map_err(|error| error.to_string());
+        cleaned.note(&format!("nftables table inet {table}"), removed);
+    }
     let interface = format!("interface {}", config.interface.name);
     let provisional = Provisional::new(&config.interface.name, &config.alias());
     cleaned.note(&interface, remove_interface(config, &provisional).await);

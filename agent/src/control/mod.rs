@@ -53,7 +53,7 @@ use self::watch::SourceWatch;
 use crate::cni::Pods;
 use crate::config::{Config, Mode};
 use crate::failure::Failure;
-use crate::firewall::{Firewall, Rules};
+use crate::firewall::{self, Firewall, Rules};
 use crate::http;
 use crate::ipc::{NarrowPath, Snapshot};
 use crate::lifecycle::{Asked, NotReady, Readiness, Signals};
@@ -291,6 +291,12 @@ impl Controller {
         // installed.
         let firewall = Firewall::start(firewall_rules(&config, &desired, &networks)).await;
         shared.set_firewall(firewall.clone());
+        if let Some(table) = registry::former_table(&config) {
+            match firewall::remove(&table).await {
+                Ok(_) => tracing::info!(table, "nftables table of the earlier name removed"),
+                Err(error) => tracing::error!(table, %error, "nftables table not removed"),
+            }
+        }
         let wanted = desired.interface(&config, &[]);
         let interface = wanted.ensure_device(&netlink).await.map_err(interface_failure)?;
         monitor.set_index(interface.index);

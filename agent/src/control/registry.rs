@@ -51,6 +51,13 @@ pub fn kept_unreachable_prefixes(config: &Config) -> Option<BTreeSet<IpNet>> {
     Some(overlay_prefixes(&config.cluster_cidrs, local, &all, &stored.former, &hosts))
 }
 
+/// Returns the name of the nftables table of an earlier process if another name is configured now. The
+/// rules of the earlier table drop the packets of an interface with another name.
+pub fn former_table(config: &Config) -> Option<String> {
+    let stored = Stored::read(&config.state_dir.join(STORE))?;
+    stored.table.filter(|table| *table != config.cni.table)
+}
+
 /// Returns the underlay addresses of this node's configuration and of `endpoints`.
 fn hosts<'a>(config: &Config, endpoints: impl Iterator<Item = &'a Endpoint>) -> Vec<IpAddr> {
     endpoints.map(Endpoint::ip).chain(config.underlay.addresses.iter().copied()).collect()
@@ -67,6 +74,8 @@ pub struct Registry {
     accepted: Accepted,
     /// Prefixes that a node owned and that no node owns now.
     former: FormerPrefixes,
+    /// Name of the nftables table.
+    table: String,
     /// True if no earlier process has stored records.
     never_started: bool,
     rejected: BTreeMap<PathBuf, String>,
@@ -171,6 +180,7 @@ impl Registry {
             store,
             accepted,
             former,
+            table: config.cni.table.clone(),
             never_started,
             rejected,
             source_error,
@@ -291,6 +301,7 @@ impl Registry {
             local_cidrs: self.local_cidrs.clone(),
             cluster_cidrs: self.own.cluster_cidrs.clone(),
             former: self.former.clone(),
+            table: Some(self.table.clone()),
         };
         if let Err(error) = stored.write(&self.store) {
             tracing::warn!(path = %self.store.display(), %error, "cannot keep the last good records");

@@ -27,6 +27,9 @@ pub(super) struct Stored {
     /// Prefixes that no node owns any more, the oldest first.
     #[serde(default)]
     pub(super) former: FormerPrefixes,
+    /// Name of the nftables table; `None` in files of versions that did not store it.
+    #[serde(default)]
+    pub(super) table: Option<String>,
 }
 
 impl Stored {
