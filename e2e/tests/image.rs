@@ -115,9 +115,9 @@ fn the_agent_runs_with_what_the_chart_gives_it() -> Result<()> {
     let objects = chart::rendered(&settings)?;
     let pod = &chart::object(&objects, "DaemonSet", "skein")?["spec"]["template"]["spec"];
     let cgroup = format!("skein-e2e-{}-image", std::process::id());
-    // The chart's own asks a cluster for records.
+    // The chart's own asks a cluster for records. The machine has no underlay to take the MTU from.
     let config = "name = 'node-a'\nnodes = '/etc/skein/nodes.toml'\n\
-        pod_cidrs = ['10.9.1.0/24', 'fd09::/64']\n\
+        pod_cidrs = ['10.9.1.0/24', 'fd09::/64']\n[interface]\nmtu = 1440\n\
         [cni]\nenabled = true\nchain = []\nbin_dir = '/run/cni/bin'\nconf_dir = '/run/cni/net.d'\n";
     fs::write(directory.path().join("agent.toml"), config)?;
     fs::write(directory.path().join("nodes.toml"), "node = []\n")?;
