@@ -1,6 +1,9 @@
 //! The Skein node agent: a control process, a data process, and the commands around them.
 
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
+
+// A short name for the crate's former place.
+use skein_sys as sys;
 
 mod address;
 pub mod app;
@@ -22,6 +25,3 @@ pub mod logging;
 pub mod metrics;
 pub mod netlink;
 pub mod status;
-// The one place that talks to the kernel by raw structures.
-#[allow(unsafe_code)]
-pub mod sys;

@@ -19,8 +19,8 @@ use skein_agent::ipc::{
     Snapshot, TunSettings, UnderlaySettings, read_frame, write_frame,
 };
 use skein_agent::keys::PrivateKey;
-use skein_agent::sys::in_new_network_namespace;
-use skein_agent::sys::{link, tun};
+use skein_sys::in_new_network_namespace;
+use skein_sys::{link, tun};
 
 /// Allocations by threads whose name begins with "lane-".
 static BY_LANES: AtomicU64 = AtomicU64::new(0);

@@ -15,11 +15,11 @@ use base64::Engine as _;
 use rustix::process::{Resource, Signal};
 use skein_agent::control::shared::Document;
 use skein_agent::ipc::PeerState;
-use skein_agent::sys::in_new_network_namespace;
 use skein_core::time::Time;
 use skein_core::tunnel::{Ciphers, Engine, EngineConfig, PeerConfig};
 use skein_core::wire::checksum;
 use skein_core::wire::header::{Flags, Header, MessageType, OVERHEAD};
+use skein_sys::in_new_network_namespace;
 use support::{LIMIT, Process, finish};
 use zeroize::Zeroizing;
 

@@ -1,4 +1,4 @@
-//! The packet path of `skein_agent::sys` allocates nothing once it is warm.
+//! The packet path of `skein_sys` allocates nothing once it is warm.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -8,13 +8,13 @@ use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use skein_agent::sys::in_new_network_namespace;
-use skein_agent::sys::poll::Poller;
-use skein_agent::sys::recv::RecvBatch;
-use skein_agent::sys::send::{GsoState, Position, Run, Sender, ToSend};
-use skein_agent::sys::udp::{UdpOptions, bind_lanes};
 use skein_core::drop::DropCounts;
 use skein_core::wire::ecn::Ecn;
+use skein_sys::in_new_network_namespace;
+use skein_sys::poll::Poller;
+use skein_sys::recv::RecvBatch;
+use skein_sys::send::{GsoState, Position, Run, Sender, ToSend};
+use skein_sys::udp::{UdpOptions, bind_lanes};
 
 thread_local! {
     static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };

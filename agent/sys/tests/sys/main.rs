@@ -1,4 +1,4 @@
-//! `skein_agent::sys` against the running kernel, each test in a network namespace of its own.
+//! `skein_sys` against the running kernel, each test in a network namespace of its own.
 //! They need root (CAP_SYS_ADMIN and CAP_NET_ADMIN), /dev/net/tun and iproute2, and fail without.
 
 #![allow(missing_docs, clippy::unwrap_used)]
@@ -14,8 +14,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use skein_agent::sys::in_new_network_namespace;
-use skein_agent::sys::udp::UdpOptions;
+use skein_sys::in_new_network_namespace;
+use skein_sys::udp::UdpOptions;
 
 const OPTIONS: UdpOptions =
     UdpOptions { receive_buffer: 8 << 20, send_buffer: 4 << 20, gro: true, ecn: true };

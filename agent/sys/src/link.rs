@@ -76,7 +76,8 @@ fn request(name: &str) -> Vec<u8> {
 }
 
 /// For the fuzzer.
-pub(crate) fn fuzz_answer(answer: &[u8]) {
+#[doc(hidden)]
+pub fn fuzz_answer(answer: &[u8]) {
     let _ = parse(answer);
 }
 
@@ -143,7 +144,7 @@ fn parse_tun(data: &[u8]) -> TunLink {
 
 /// Returns the kind and the value of each netlink attribute in `bytes`, up to the first malformed
 /// one.
-pub(crate) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+pub fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let len = usize::from(u16_at(bytes.get(..2)?));
         let kind = u16_at(bytes.get(2..4)?) & libc::NLA_TYPE_MASK as u16;

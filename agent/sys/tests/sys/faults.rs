@@ -4,12 +4,12 @@ use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use skein_agent::sys::poll::Poller;
-use skein_agent::sys::send::{GsoState, Run, Sender, ToSend, TooLong};
-use skein_agent::sys::tun::{TunOffload, create_persistent, open_queues};
-use skein_agent::sys::udp::{LaneSockets, LongestPayload, UdpOptions, bind_lanes, longest_payload};
 use skein_core::drop::{DropCounts, DropReason};
 use skein_core::wire::ecn::Ecn;
+use skein_sys::poll::Poller;
+use skein_sys::send::{GsoState, Run, Sender, ToSend, TooLong};
+use skein_sys::tun::{TunOffload, create_persistent, open_queues};
+use skein_sys::udp::{LaneSockets, LongestPayload, UdpOptions, bind_lanes, longest_payload};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::segments::{all, pattern, receive, send_all};

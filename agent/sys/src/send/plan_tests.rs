@@ -4,7 +4,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
-use crate::sys::send::gso::GsoOff;
+use crate::send::gso::GsoOff;
 
 fn destination(i: u8) -> SocketAddr {
     SocketAddr::new([192, 0, 2, i].into(), 51_900)

@@ -4,11 +4,11 @@ use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::Instant;
 
-use skein_agent::sys::recv::RecvBatch;
-use skein_agent::sys::send::{GsoState, Position, Run, SendOutcome, Sender, ToSend};
-use skein_agent::sys::udp::{bind_lanes, gro_supported, gso_supported, report_ecn};
 use skein_core::drop::DropCounts;
 use skein_core::wire::ecn::Ecn;
+use skein_sys::recv::RecvBatch;
+use skein_sys::send::{GsoState, Position, Run, SendOutcome, Sender, ToSend};
+use skein_sys::udp::{bind_lanes, gro_supported, gso_supported, report_ecn};
 
 use crate::{OPTIONS, address, in_namespace, wait_readable};
 
@@ -169,7 +169,7 @@ fn ecn_field_is_sent_and_received_in_runs_and_singly() {
 fn ecn_field_is_not_reported_unless_asked_for() {
     in_namespace(|| {
         for host in ["127.0.0.1:0", "[::1]:0"] {
-            let options = skein_agent::sys::udp::UdpOptions { ecn: false, ..OPTIONS };
+            let options = skein_sys::udp::UdpOptions { ecn: false, ..OPTIONS };
             let (lanes, notes) = bind_lanes(address(host), 1, &options).unwrap();
             assert_eq!(notes, [("udp_ecn", "off in the configuration".to_owned())]);
             let destination = lanes[0].receive.local_addr().unwrap();
@@ -223,7 +223,7 @@ fn a_run_of_128_is_received_whole() {
 #[test]
 fn a_socket_without_gro_receives_datagram_by_datagram() {
     in_namespace(|| {
-        let options = skein_agent::sys::udp::UdpOptions { gro: false, ..OPTIONS };
+        let options = skein_sys::udp::UdpOptions { gro: false, ..OPTIONS };
         let (lanes, _) = bind_lanes(address("127.0.0.1:0"), 1, &options).unwrap();
         let destination = lanes[0].receive.local_addr().unwrap();
         let arena = pattern(30 * 1_000);

@@ -11,7 +11,7 @@ use std::process::Command;
 
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType};
-use skein_agent::sys::{confine, seccomp};
+use skein_sys::{confine, seccomp};
 
 const ATTEMPT: &str = "SKEIN_TEST_ATTEMPT";
 const SIGSYS: i32 = 31;

@@ -6,15 +6,15 @@ use std::os::fd::AsFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use skein_agent::sys::link;
-use skein_agent::sys::poll::{Poller, Waiter};
-use skein_agent::sys::recv::RecvBatch;
-use skein_agent::sys::send::{GsoState, Run};
-use skein_agent::sys::tun::{
+use skein_core::wire::ecn::Ecn;
+use skein_sys::link;
+use skein_sys::poll::{Poller, Waiter};
+use skein_sys::recv::RecvBatch;
+use skein_sys::send::{GsoState, Run};
+use skein_sys::tun::{
     TunError, TunOffload, TunQueue, VNET_HEADER_LEN, create_persistent, open_queues,
 };
-use skein_agent::sys::udp::bind_lanes;
-use skein_core::wire::ecn::Ecn;
+use skein_sys::udp::bind_lanes;
 
 use crate::segments::{pattern, send_all};
 use crate::{OPTIONS, address, eventually, in_namespace, ip, wait_readable};
@@ -340,7 +340,7 @@ fn other_users_cannot_attach_to_the_device() {
 #[test]
 fn the_probe_finds_everything_on_this_host_and_leaves_nothing() {
     let before = std::fs::read_to_string("/proc/net/dev").unwrap();
-    let probes = skein_agent::sys::probe::probe_all();
+    let probes = skein_sys::probe::probe_all();
     for probe in &probes {
         // The processor is not the kernel's.
         assert!(probe.ok || probe.name == "aes_hardware", "{probe:?}");

@@ -4,8 +4,8 @@ use std::io::ErrorKind;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 
-use skein_agent::sys::recv::RecvBatch;
-use skein_agent::sys::udp::{LaneSockets, UdpError, UdpOptions, bind_lanes, bind_manager};
+use skein_sys::recv::RecvBatch;
+use skein_sys::udp::{LaneSockets, UdpError, UdpOptions, bind_lanes, bind_manager};
 use socket2::{Domain, Socket, Type};
 
 use crate::{OPTIONS, address, eventually, in_namespace, wait_readable};
