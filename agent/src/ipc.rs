@@ -19,7 +19,6 @@ use zeroize::Zeroizing;
 
 use self::watch::{Seen, Watch};
 use crate::keys::{PrivateKey, PublicKey};
-use crate::sys::tun::TunOffload;
 
 /// Raised with every change that an older peer would misread.
 pub const PROTOCOL_VERSION: u32 = 4;
@@ -140,44 +139,6 @@ pub enum Response {
 
 /// What is of another version cannot be taken up: the next data process begins anew.
 pub const HANDOVER_VERSION: u32 = 2;
-
-/// Describes the descriptors, and what the kernel allows on them. They are, in this order: the snapshot,
-/// the sessions, a queue of the TUN device for each lane, and for each family the receiving and the
-/// sending socket of each lane and the manager's socket.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HandOver {
-    /// [`HANDOVER_VERSION`] of who made it.
-    pub version: u32,
-    /// Lanes, 1 to 64.
-    pub lanes: u8,
-    /// Address families, in their order.
-    pub families: Vec<Family>,
-    /// What may be written to the queues.
-    pub offload: TunOffload,
-    /// Whether UDP_SEGMENT is to be used.
-    pub gso: bool,
-    /// The ladder.
-    pub capabilities: Vec<Capability>,
-    /// How often the device was made anew.
-    pub generation: u32,
-}
-
-impl HandOver {
-    /// How many descriptors belong to it.
-    pub fn descriptors(&self) -> usize {
-        let lanes = usize::from(self.lanes);
-        2 + lanes + self.families.len() * (2 * lanes + 1)
-    }
-}
-
-/// The sockets of one address family.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Family {
-    /// Whether it is IPv4.
-    pub v4: bool,
-    /// Whether the receiving ones give runs of datagrams (UDP_GRO).
-    pub gro: bool,
-}
 
 /// Which node a data process works for, so that an agent does not take another's for its own.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

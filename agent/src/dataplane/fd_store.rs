@@ -11,8 +11,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
-use super::handover::{receive, send};
-use crate::ipc::HandOver;
+use super::handover::{HandOver, receive, send};
 use crate::sys::descriptors;
 
 /// State that a data process has given to its keeper: a description and the descriptors that it
@@ -99,8 +98,9 @@ impl FdStore {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use super::super::handover::Family;
     use super::*;
-    use crate::ipc::{Family, HANDOVER_VERSION};
+    use crate::ipc::HANDOVER_VERSION;
     use crate::sys::tun::TunOffload;
 
     fn kept(lanes: u8) -> Kept {

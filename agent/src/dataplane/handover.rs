@@ -13,9 +13,9 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::ipc::{Family, HandOver, Snapshot, read_frame, write_frame};
+use crate::ipc::{Capability, Snapshot, read_frame, write_frame};
 use crate::sys::descriptors;
-use crate::sys::tun::TunQueue;
+use crate::sys::tun::{TunOffload, TunQueue};
 use crate::sys::udp::LaneSockets;
 
 /// Start message of the keeper to a data process. The listening socket, the lock and the
@@ -42,6 +42,44 @@ pub(super) enum ToKeeper {
     /// This process has stopped; all is to go to whoever is at the other end of the connection that
     /// follows.
     GiveAway,
+}
+
+/// Describes the descriptors, and what the kernel allows on them. They are, in this order: the snapshot,
+/// the sessions, a queue of the TUN device for each lane, and for each family the receiving and the
+/// sending socket of each lane and the manager's socket.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct HandOver {
+    /// [`crate::ipc::HANDOVER_VERSION`] of who made it.
+    pub(super) version: u32,
+    /// Lanes, 1 to 64.
+    pub(super) lanes: u8,
+    /// Address families, in their order.
+    pub(super) families: Vec<Family>,
+    /// What may be written to the queues.
+    pub(super) offload: TunOffload,
+    /// Whether UDP_SEGMENT is to be used.
+    pub(super) gso: bool,
+    /// The ladder.
+    pub(super) capabilities: Vec<Capability>,
+    /// How often the device was made anew.
+    pub(super) generation: u32,
+}
+
+impl HandOver {
+    /// How many descriptors belong to it.
+    pub(super) fn descriptors(&self) -> usize {
+        let lanes = usize::from(self.lanes);
+        2 + lanes + self.families.len() * (2 * lanes + 1)
+    }
+}
+
+/// The sockets of one address family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Family {
+    /// Whether it is IPv4.
+    pub(super) v4: bool,
+    /// Whether the receiving ones give runs of datagrams (UDP_GRO).
+    pub(super) gro: bool,
 }
 
 /// The descriptors of a [`HandOver`].
@@ -133,7 +171,6 @@ pub(super) fn receive<T: DeserializeOwned>(stream: &UnixStream) -> io::Result<Op
 mod tests {
     use super::*;
     use crate::ipc::HANDOVER_VERSION;
-    use crate::sys::tun::TunOffload;
 
     fn file() -> OwnedFd {
         tempfile::tempfile().unwrap().into()

@@ -520,9 +520,9 @@ fn end_unlocked(socket: &Path) -> anyhow::Result<()> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use super::super::handover::HandOver;
     use super::*;
     use crate::config::{Log, LogFormat};
-    use crate::ipc::HandOver;
     use crate::sys::tun::TunOffload;
 
     fn options(directory: &Path) -> Options {

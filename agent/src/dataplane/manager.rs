@@ -21,7 +21,7 @@ use zeroize::Zeroizing;
 
 use super::boot_time;
 use super::changes::Changes;
-use super::handover::{self, Estate, ToKeeper};
+use super::handover::{self, Estate, HandOver, ToKeeper};
 use super::memory::{Resumed, SessionMemory};
 use super::queue::{self, Place, ToManagerQueue};
 use super::report;
@@ -31,7 +31,7 @@ use super::tables::{PeerEntry, Published, Tables};
 use super::tap::{Bytes, Sight, Tap};
 use super::totals::Totals;
 use crate::ipc::{
-    ErrorKind, HANDOVER_VERSION, HandOver, NodeIdentity, NodeSettings, Peer, Request, Response,
+    ErrorKind, HANDOVER_VERSION, NodeIdentity, NodeSettings, Peer, Request, Response,
     SeenHandshakes, Snapshot, Update,
 };
 use crate::keys::{PrivateKey, PublicKey};

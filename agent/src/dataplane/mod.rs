@@ -35,11 +35,11 @@ use rustix::thread::CapabilitySet;
 use rustix::time::{ClockId, clock_gettime};
 
 use self::changes::Changes;
-use self::handover::{Begin, Estate};
+use self::handover::{Begin, Estate, HandOver};
 use self::tap::Tap;
 use crate::config::{Log, LogFormat};
 use crate::instance::Instance;
-use crate::ipc::{HandOver, PROTOCOL_VERSION, Request, Response, read_frame, write_frame};
+use crate::ipc::{PROTOCOL_VERSION, Request, Response, read_frame, write_frame};
 use crate::sys::{confine, descriptors, seccomp};
 
 /// How long a probe waits for each step.

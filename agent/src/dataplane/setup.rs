@@ -11,14 +11,13 @@ use skein_core::offload::coalesce::CoalesceConfig;
 use skein_core::tunnel::Ciphers;
 use thiserror::Error;
 
-use super::handover::{self, FamilySockets};
+use super::handover::{self, Family, FamilySockets, HandOver};
 use super::lane::{LaneHandle, LaneParts, NewTun};
 use super::queue::ToManagerQueue;
 use super::tables::Published;
 use super::tap::Tap;
 use crate::ipc::{
-    Capability, CapabilityState, CipherChoice, Family, HANDOVER_VERSION, HandOver, NodeSettings,
-    OffloadSettings,
+    Capability, CapabilityState, CipherChoice, HANDOVER_VERSION, NodeSettings, OffloadSettings,
 };
 use crate::sys::send::{GsoState, TooLong};
 use crate::sys::tun::{self, TunError, TunOffload, TunQueue};
