@@ -48,19 +48,10 @@ pub fn skein_node(data: &[u8]) {
 
 /// What comes over the data process's socket and the keeper's, as every kind of message.
 pub fn ipc_frames(data: &[u8]) {
-    frames::<Request>(data);
-    frames::<Response>(data);
-    frames::<Snapshot>(data);
+    ipc::fuzz_frames::<Request>(data);
+    ipc::fuzz_frames::<Response>(data);
+    ipc::fuzz_frames::<Snapshot>(data);
     dataplane::fuzz_frames(data);
-}
-
-/// Reads frames up to the first that is none; what was read can be written and read again.
-pub(crate) fn frames<T: Serialize + DeserializeOwned>(mut data: &[u8]) {
-    while let Ok(Some(message)) = ipc::read_frame::<T>(&mut data) {
-        let frame = ipc::encode_frame(&message).expect("it came in a frame");
-        let again = ipc::read_frame::<T>(&mut &frame[..]);
-        assert!(again.is_ok_and(|again| again.is_some()));
-    }
 }
 
 /// What comes to `bench` from whoever is at the other end.

@@ -2,10 +2,10 @@
 
 #![forbid(unsafe_code)]
 
-// A short name for the crate's former place.
+// Short names for what was moved to crates of its own.
+use skein_ipc::{self as ipc, address, instance, keys};
 use skein_sys as sys;
 
-mod address;
 pub mod app;
 pub mod cni;
 mod commands;
@@ -17,9 +17,6 @@ pub mod firewall;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod http;
-pub mod instance;
-pub mod ipc;
-pub mod keys;
 pub mod lifecycle;
 pub mod logging;
 pub mod metrics;

@@ -14,11 +14,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use skein_agent::dataplane;
-use skein_agent::ipc::{
+use skein_ipc::keys::PrivateKey;
+use skein_ipc::{
     CipherChoice, NodeSettings, OffloadSettings, PROTOCOL_VERSION, Peer, Request, Response,
     Snapshot, TunSettings, UnderlaySettings, read_frame, write_frame,
 };
-use skein_agent::keys::PrivateKey;
 use skein_sys::in_new_network_namespace;
 use skein_sys::{link, tun};
 

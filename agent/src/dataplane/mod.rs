@@ -180,8 +180,8 @@ fn serve(
 
 /// For the fuzzer: what a keeper and its data process say to each other.
 pub(crate) fn fuzz_frames(bytes: &[u8]) {
-    crate::fuzzing::frames::<Begin>(bytes);
-    crate::fuzzing::frames::<handover::ToKeeper>(bytes);
+    crate::ipc::fuzz_frames::<Begin>(bytes);
+    crate::ipc::fuzz_frames::<handover::ToKeeper>(bytes);
 }
 
 /// Checks that the manager's thread of the data process at `socket` answers. Succeeds without a

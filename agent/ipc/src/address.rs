@@ -7,7 +7,7 @@ use skein_core::address::Canonical;
 ///
 /// # Errors
 /// The error of `T` if the value is not a valid `T`.
-pub(crate) fn canonical<'de, D: Deserializer<'de>, T: Deserialize<'de> + Canonical>(
+pub fn canonical<'de, D: Deserializer<'de>, T: Deserialize<'de> + Canonical>(
     deserializer: D,
 ) -> Result<T, D::Error> {
     T::deserialize(deserializer).map(T::canonical)

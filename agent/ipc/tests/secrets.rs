@@ -5,9 +5,9 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
-use skein_agent::ipc::{Request, Snapshot, encode_frame, read_frame};
-use skein_agent::keys::PrivateKey;
 use skein_core::tunnel::{Ciphers, EngineConfig};
+use skein_ipc::keys::PrivateKey;
+use skein_ipc::{Request, Snapshot, encode_frame, read_frame};
 
 /// A private key, as text and as it is.
 const TEXT: &str = "yIBdwOu3mNnUKZPRhiWr6rzEkBwxOpmwLUHzBRbTD2s=";
