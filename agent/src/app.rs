@@ -1,6 +1,7 @@
 //! The command line: what can be asked for. The commands themselves are in [`crate::commands`].
 
-use std::path::PathBuf;
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
 
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
@@ -172,10 +173,11 @@ pub fn main() -> Result<(), Failure> {
             logging::start(&log);
             confined.tell();
             match worker {
-                Some(channel) => Ok(dataplane::work(channel)?),
+                Some(channel) => Ok(dataplane::work(channel, logging::set_level)?),
                 None => {
-                    let options = dataplane::Options { socket, take_over, instance, log, seccomp };
-                    Ok(dataplane::run(&options)?)
+                    let arguments = worker_arguments(&socket, &log, seccomp);
+                    let options = dataplane::Options { socket, take_over, instance };
+                    Ok(dataplane::run(&options, &arguments)?)
                 }
             }
         }
@@ -201,6 +203,24 @@ pub fn main() -> Result<(), Failure> {
         Command::Completions { shell } => generate::completions(Cli::command(), shell),
         Command::Man { directory } => generate::man(Cli::command(), directory.as_deref()),
     }
+}
+
+/// Returns the arguments of this program that start a data process. The number of the descriptor of
+/// its channel follows them.
+fn worker_arguments(socket: &Path, log: &Log, seccomp: bool) -> Vec<OsString> {
+    let format = match log.format {
+        LogFormat::Text => "text",
+        LogFormat::Json => "json",
+    };
+    let log = ["--log-level", &log.level, "--log-format", format];
+    // The data process inherits the socket; its name shows users whose data process this is.
+    let socket = [OsStr::new("--socket"), socket.as_os_str()];
+    let mut arguments: Vec<OsString> = vec!["dataplane".into()];
+    arguments.extend(log.map(Into::into));
+    arguments.extend(socket.map(Into::into));
+    arguments.extend((!seccomp).then(|| "--no-seccomp".into()));
+    arguments.push("--worker".into());
+    arguments
 }
 
 #[cfg(test)]

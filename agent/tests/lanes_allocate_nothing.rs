@@ -74,7 +74,7 @@ impl Node {
         ip(&format!("route add 10.244.{other}.0/24 dev skein0"));
         let socket = directory.join(format!("{n}.sock"));
         let listening = socket.clone();
-        thread::spawn(move || dataplane::run_alone(&listening).unwrap());
+        thread::spawn(move || dataplane::run_alone(&listening, |_| Ok(())).unwrap());
         let start = Instant::now();
         let mut stream = loop {
             match UnixStream::connect(&socket) {

@@ -522,17 +522,10 @@ fn end_unlocked(socket: &Path) -> anyhow::Result<()> {
 mod tests {
     use super::super::handover::HandOver;
     use super::*;
-    use crate::config::{Log, LogFormat};
     use crate::sys::tun::TunOffload;
 
     fn options(directory: &Path) -> Options {
-        Options {
-            socket: directory.join("dataplane.sock"),
-            take_over: true,
-            instance: None,
-            log: Log { level: "info".to_owned(), format: LogFormat::Text },
-            seccomp: true,
-        }
+        Options { socket: directory.join("dataplane.sock"), take_over: true, instance: None }
     }
 
     fn acquire_alone(options: &Options) -> Plane {

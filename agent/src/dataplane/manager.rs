@@ -19,7 +19,6 @@ use skein_core::tunnel::{Engine, EngineConfig, EngineError, PeerConfig};
 use skein_core::wire::header::OVERHEAD;
 use zeroize::Zeroizing;
 
-use super::boot_time;
 use super::changes::Changes;
 use super::handover::{self, Estate, HandOver, ToKeeper};
 use super::memory::{Resumed, SessionMemory};
@@ -30,6 +29,7 @@ use super::stats::DropStats;
 use super::tables::{PeerEntry, Published, Tables};
 use super::tap::{Bytes, Sight, Tap};
 use super::totals::Totals;
+use super::{SetLogLevel, boot_time};
 use crate::ipc::{
     ErrorKind, HANDOVER_VERSION, NodeIdentity, NodeSettings, Peer, Request, Response,
     SeenHandshakes, Snapshot, Update,
@@ -88,6 +88,7 @@ pub(super) enum ToManager {
 pub(super) fn start(
     keeper: Option<UnixStream>,
     left: Option<(HandOver, Estate)>,
+    set_log_level: SetLogLevel,
     tap: Arc<Tap>,
     changes: Arc<Changes>,
 ) -> std::io::Result<(ToManagerQueue, JoinHandle<()>)> {
@@ -97,6 +98,7 @@ pub(super) fn start(
         queue: receiver,
         to_manager: sender.clone(),
         keeper,
+        set_log_level,
         tap,
         changes,
         active: None,
@@ -116,6 +118,7 @@ struct Manager {
     to_manager: ToManagerQueue,
     /// Absent where nobody is to go on when this process dies.
     keeper: Option<UnixStream>,
+    set_log_level: SetLogLevel,
     tap: Arc<Tap>,
     changes: Arc<Changes>,
     /// `None` before the first snapshot.
@@ -238,7 +241,7 @@ impl Manager {
                 None => Err(SetupError::Invalid("an update came before any snapshot".to_owned())),
             },
             Request::LogLevel { level } => {
-                crate::logging::set_level(level.as_deref()).map_err(SetupError::Invalid)
+                (self.set_log_level)(level.as_deref()).map_err(SetupError::Invalid)
             }
             // The server makes another message of it.
             Request::TakeOver { .. } => {

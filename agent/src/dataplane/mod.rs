@@ -23,7 +23,7 @@ mod tap;
 mod totals;
 mod write;
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -37,7 +37,6 @@ use rustix::time::{ClockId, clock_gettime};
 use self::changes::Changes;
 use self::handover::{Begin, Estate, HandOver};
 use self::tap::Tap;
-use crate::config::{Log, LogFormat};
 use crate::instance::Instance;
 use crate::ipc::{PROTOCOL_VERSION, Request, Response, read_frame, write_frame};
 use crate::sys::{confine, descriptors, seccomp};
@@ -54,11 +53,11 @@ pub struct Options {
     pub take_over: bool,
     /// Instance whose agent requests the data plane.
     pub instance: Option<Instance>,
-    /// How the data process logs.
-    pub log: Log,
-    /// Whether the data process is confined to the system calls that it needs.
-    pub seccomp: bool,
 }
+
+/// Sets the filter of this process's log. `None` restores the filter that the process was started
+/// with. The error is a sentence with the remedy.
+pub type SetLogLevel = fn(Option<&str>) -> Result<(), String>;
 
 /// Returns the time since boot (CLOCK_BOOTTIME), which is the same for all processes, advances
 /// while the machine is suspended, and is never set. Sessions carry such times, so that the next
@@ -82,21 +81,14 @@ impl Options {
     }
 }
 
-/// Keeps a data process at work until it is asked to end over its socket.
-pub fn run(options: &Options) -> anyhow::Result<()> {
-    let format = match options.log.format {
-        LogFormat::Text => "text",
-        LogFormat::Json => "json",
-    };
-    let log = ["--log-level", &options.log.level, "--log-format", format];
-    // It has the socket already; its name tells people whose data process this is.
-    let socket = [OsStr::new("--socket"), options.socket.as_os_str()];
-    let mut arguments: Vec<OsString> = vec!["dataplane".into()];
-    arguments.extend(log.map(Into::into));
-    arguments.extend(socket.map(Into::into));
-    arguments.extend((!options.seccomp).then(|| "--no-seccomp".into()));
-    arguments.push("--worker".into());
-    keeper::run(options, &arguments)
+/// Keeps a data process at work until it is asked to end over its socket. `arguments` of this
+/// program start a data process that calls [`work`]; the number of the descriptor is appended.
+///
+/// # Errors
+/// An error if the socket, the lock or the instance's directory cannot be used, or if data
+/// processes end again and again.
+pub fn run(options: &Options, arguments: &[OsString]) -> anyhow::Result<()> {
+    keeper::run(options, arguments)
 }
 
 /// What a process of the data plane has given up.
@@ -135,7 +127,7 @@ impl Confined {
 }
 
 /// The data process: works for the keeper at the other end of a descriptor that it inherited.
-pub fn work(channel: i32) -> anyhow::Result<()> {
+pub fn work(channel: i32, set_log_level: SetLogLevel) -> anyhow::Result<()> {
     let channel =
         descriptors::inherited_socket(channel).context("--worker is the keeper's to use")?;
     let begin: Option<Begin> = handover::receive(&channel).context("the keeper says nothing")?;
@@ -146,25 +138,27 @@ pub fn work(channel: i32) -> anyhow::Result<()> {
     // No other process may seal in these sessions while this process runs.
     let _lock = all.remove(0);
     let left = left.and_then(|left| Estate::sort(&left, all).map(|estate| (left, estate)));
-    serve(listener, Some(channel), left)
+    serve(listener, Some(channel), left, set_log_level)
 }
 
 /// Works in this process, with nobody to go on when it dies.
-pub fn run_alone(socket: &Path) -> anyhow::Result<()> {
-    serve(server::bind(socket)?, None, None)
+pub fn run_alone(socket: &Path, set_log_level: SetLogLevel) -> anyhow::Result<()> {
+    serve(server::bind(socket)?, None, None, set_log_level)
 }
 
 fn serve(
     listener: UnixListener,
     keeper: Option<UnixStream>,
     left: Option<(HandOver, Estate)>,
+    set_log_level: SetLogLevel,
 ) -> anyhow::Result<()> {
     let socket = listener.local_addr().ok();
     let socket = socket.as_ref().and_then(|address| address.as_pathname()).map(Path::to_owned);
     server::own(&listener).context("cannot listen")?;
     let (tap, changes) = (Arc::new(Tap::default()), Arc::new(Changes::default()));
-    let (manager, thread) = manager::start(keeper, left, Arc::clone(&tap), Arc::clone(&changes))
-        .context("cannot start the manager")?;
+    let (manager, thread) =
+        manager::start(keeper, left, set_log_level, Arc::clone(&tap), Arc::clone(&changes))
+            .context("cannot start the manager")?;
     tracing::info!(?socket, "the data process listens");
     std::thread::Builder::new()
         .name("control-listener".to_owned())
