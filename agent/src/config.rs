@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) use self::cni::DEFAULT_INTERFACE;
 use crate::failure::Failure;
 use crate::ipc::{CipherChoice, OffloadSettings, UnderlaySettings};
+use crate::netlink::interface::ALIAS_PREFIX;
 
 /// Where the configuration lies if the command line does not say.
 pub const DEFAULT_PATH: &str = "/etc/skein/agent.toml";
@@ -25,9 +26,6 @@ pub const KEY: &str = "node.key";
 
 /// The UDP port of Skein, where a record or the configuration names none.
 pub const DEFAULT_PORT: u16 = 51900;
-
-/// The smallest MTU of a link that carries IPv6 (RFC 8200, section 5).
-pub const MIN_IPV6_MTU: u16 = 1280;
 
 /// Everything that the agent was told, validated.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -284,9 +282,6 @@ impl Config {
         format!("{ALIAS_PREFIX}{}", self.name)
     }
 }
-
-/// What the alias of every interface of Skein begins with; the node's name follows.
-pub const ALIAS_PREFIX: &str = "skein:";
 
 /// What is wrong with a configuration: the key, the value, the remedy.
 #[derive(Debug, Clone, PartialEq, Eq)]

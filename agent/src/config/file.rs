@@ -7,20 +7,21 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde::Deserialize;
 use skein_core::address;
+use skein_core::wire::ip::{MAX_MTU, MIN_IPV4_MTU, MIN_IPV6_MTU};
 
 use super::cni::{CniTable, DEFAULT_INTERFACE};
 use super::kubernetes::KubernetesTable;
 use super::{
     Config, Control, DEFAULT_PORT, Dataplane, Firewall, Interface, Invalid, KeyRotation, Log,
-    LogFormat, MIN_IPV6_MTU, Metrics, Mode, StatusPage, check_disjoint, check_inside,
-    check_node_name, check_outside, check_pod_cidr, wildcard,
+    LogFormat, Metrics, Mode, StatusPage, check_disjoint, check_inside, check_node_name,
+    check_outside, check_pod_cidr, wildcard,
 };
 use crate::ipc::{CipherChoice, OffloadSettings, UnderlaySettings};
 use crate::netlink::pod::HOST_PREFIX;
 use crate::sys::udp::family_supported;
 
-/// The smallest MTU that every IPv4 host takes (RFC 791), and the largest whose datagrams fit UDP.
-const MTU: std::ops::RangeInclusive<u16> = 576..=65_000;
+/// Values of `interface.mtu`, in bytes.
+const MTU: std::ops::RangeInclusive<u16> = MIN_IPV4_MTU..=MAX_MTU;
 
 /// A dead watch is noticed within 95 seconds, and a session of the old key lives for 180.
 const SETTLE: std::ops::RangeInclusive<u32> = 300..=86_400;

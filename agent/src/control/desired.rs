@@ -5,13 +5,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use skein_core::wire::ip::{MAX_MTU, MIN_IPV4_MTU, MIN_IPV6_MTU};
 
 use super::endpoint::Endpoint;
 use super::records::NodeRecord;
 use super::registry::Registry;
 use super::shared::PeerConflict;
 use crate::cni::Network;
-use crate::config::{Config, MIN_IPV6_MTU};
+use crate::config::Config;
 use crate::ipc::{NarrowPath, NodeSettings, Peer, Request, Snapshot, TunSettings, Update};
 use crate::keys::{PrivateKey, PublicKey};
 use crate::netlink::interface::{RouteConflict, Wanted};
@@ -20,11 +21,6 @@ use crate::netlink::interface::{RouteConflict, Wanted};
 const OVERHEAD_IPV4: u32 = 60;
 /// The same where the outer packet may be IPv6.
 const OVERHEAD_IPV6: u32 = 80;
-
-/// Minimum inner MTU in bytes, which every IPv4 host must accept (RFC 791).
-const MIN_MTU: u16 = 576;
-/// Maximum inner MTU in bytes whose datagrams fit UDP.
-const MAX_MTU: u32 = 65_000;
 
 /// What this node should be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,7 +54,7 @@ impl Desired {
         };
         let mtu = config.interface.mtu.unwrap_or_else(|| {
             let overhead = if over_ipv6(config, registry) { OVERHEAD_IPV6 } else { OVERHEAD_IPV4 };
-            underlay_mtu.saturating_sub(overhead).min(MAX_MTU) as u16
+            underlay_mtu.saturating_sub(overhead).min(MAX_MTU.into()) as u16
         });
         let overlay = registry.overlay_prefixes(config);
         let routed = config.interface.unreachable_routes;
@@ -105,9 +101,9 @@ impl Desired {
 
     /// Returns the problem and the remedy if the MTU is too small.
     pub fn mtu_problem(&self) -> Option<String> {
-        if self.mtu < MIN_MTU {
+        if self.mtu < MIN_IPV4_MTU {
             return Some(format!(
-                "the inner MTU of {} bytes is too small, the minimum is {MIN_MTU}: raise the MTU of \
+                "the inner MTU of {} bytes is too small, the minimum is {MIN_IPV4_MTU}: raise the MTU of \
                  the underlay",
                 self.mtu
             ));

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use skein_core::wire::ip::MIN_IPV6_MTU;
 use thiserror::Error;
 
 use super::link::{Link, LinkChange};
@@ -11,8 +12,10 @@ use super::provisional::Provisional;
 use super::route::Route;
 use super::sysctl::{Sysctl, SysctlError, ensure_ipv6_forwarding};
 use super::{Netlink, NetlinkError};
-use crate::config::{ALIAS_PREFIX, MIN_IPV6_MTU};
 use crate::sys::tun::TunError;
+
+/// Prefix of the alias (IFLA_IFALIAS) of every interface of Skein. The node's name follows.
+pub const ALIAS_PREFIX: &str = "skein:";
 
 /// What the interface is to be.
 #[derive(Debug, Clone, PartialEq, Eq)]

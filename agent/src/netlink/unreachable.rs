@@ -14,10 +14,9 @@ use rtnetlink::packet_route::route::{
     RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
 
-use super::interface::Outcome;
+use super::interface::{ALIAS_PREFIX, Outcome};
 use super::route::{PROTOCOL, destination};
 use super::{Netlink, NetlinkError};
-use crate::config::ALIAS_PREFIX;
 
 /// Metric of the unreachable routes: the maximum, so that every other route to the same prefix
 /// wins. (0 would mean 1024 for IPv6, the same metric as that of the overlay's routes.)

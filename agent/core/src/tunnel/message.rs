@@ -42,6 +42,7 @@ use crate::tunnel::cipher::{Cipher, Ciphers};
 use crate::tunnel::cookie::{MAC_LEN, Mac, SALT_LEN, SEALED_LEN};
 use crate::tunnel::noise::{INITIATION_OVERHEAD, RESPONSE_OVERHEAD};
 use crate::wire::header::{CONTROL_LANE, Flags, HEADER_LEN, Header, MAX_LANES, MessageType};
+use crate::wire::ip::MIN_IPV4_MTU;
 
 /// Length of an initiation's clear part in bytes.
 pub(crate) const CLEAR_LEN: usize = HEADER_LEN + 8;
@@ -61,9 +62,6 @@ const MIN_RESPONSE: usize = HEADER_LEN + RESPONSE_OVERHEAD + RESPONSE_PAYLOAD + 
 const COOKIE_REPLY: usize = HEADER_LEN + SALT_LEN + SEALED_LEN;
 
 const _: () = assert!(MIN_RESPONSE <= MIN_INITIATION && COOKIE_REPLY <= MIN_INITIATION);
-
-/// The least MTU that a node is believed to have, in bytes.
-const LEAST_MTU: u16 = 576;
 
 const INVALID: DropReason = DropReason::HandshakeInvalid;
 
@@ -88,7 +86,7 @@ impl Offer {
             lanes,
             ciphers: Ciphers::from_byte(ciphers),
             // What every IPv4 host takes (RFC 791): one who says less wants pods' packets in crumbs.
-            mtu: u16::from_be_bytes(mtu).max(LEAST_MTU),
+            mtu: u16::from_be_bytes(mtu).max(MIN_IPV4_MTU),
             ecn: features & FEATURE_ECN != 0,
         })
     }

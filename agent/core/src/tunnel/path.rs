@@ -10,6 +10,7 @@
 use std::time::Duration;
 
 use crate::tunnel::timers::{PATH_CHECK, PATH_GIVE_UP, PATH_RAISE, PROBE_EVERY};
+use crate::wire::ip::{MIN_IPV4_MTU, MIN_IPV6_MTU};
 
 /// Long pings without an answer, each beside a short one with an answer, until their size counts as too long:
 /// more than chance makes of 10 % loss.
@@ -17,10 +18,10 @@ const TRIES: usize = 5;
 /// The same where less than [`BASE`] would follow, over which IPv6 has no way: a receive buffer that is full
 /// for a second or two, and has room for what is short, must not do that.
 const TRIES_AT_BASE: usize = 20;
-/// Used while the longest size is searched: what every link of IPv6 carries (RFC 8200, section 5).
-const BASE: u16 = 1280;
-/// Used where even that does not pass: what every host of IPv4 takes (RFC 791).
-const LEAST: u16 = 576;
+/// Size in bytes that is used while the longest size is searched.
+const BASE: u16 = MIN_IPV6_MTU;
+/// Size in bytes that is used if [`BASE`] does not pass.
+const LEAST: u16 = MIN_IPV4_MTU;
 /// The search ends when it is as close as this.
 const STEP: u16 = 8;
 

@@ -6,6 +6,14 @@ use std::ops::Range;
 use crate::drop::DropReason;
 use crate::wire::ecn::Ecn;
 
+/// Size of the largest packet that every IPv4 host must accept, in bytes (RFC 791): the smallest
+/// inner MTU.
+pub const MIN_IPV4_MTU: u16 = 576;
+/// Smallest MTU of a link that carries IPv6, in bytes (RFC 8200, section 5).
+pub const MIN_IPV6_MTU: u16 = 1280;
+/// Largest inner MTU in bytes whose datagrams fit UDP.
+pub const MAX_MTU: u16 = 65_000;
+
 /// IP protocol number of TCP (IANA).
 pub const TCP: u8 = 6;
 /// IP protocol number of UDP (IANA).

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::net::sockopt;
 use skein_core::wire::checksum;
+use skein_core::wire::ip::MIN_IPV6_MTU;
 use socket2::{Domain, Protocol as Number, Socket, Type};
 
 use super::matrix::{Cell, Outcome, Protocol, Target, row};
@@ -24,8 +25,6 @@ const SMALL: usize = 56;
 const STREAM: usize = 32 << 10;
 /// ICMP and UDP have headers of the same length.
 const HEADER: usize = 8;
-/// The MTU on the way to where no route leads.
-const LEAST_MTU: usize = 1280;
 
 /// Probes every target, with what time there is until `end`: a row of the matrix.
 pub(super) fn all(targets: &[Target], end: Instant) -> Result<Vec<Cell>, Failure> {
@@ -40,7 +39,7 @@ pub(super) fn all(targets: &[Target], end: Instant) -> Result<Vec<Cell>, Failure
     let first = super::rand() as usize % targets.len().max(1);
     let works = targets[first..].iter().chain(&targets[..first]).flat_map(|target| {
         let ip = if target.address.is_ipv4() { 20 } else { 40 };
-        let full = mtu(target.address).unwrap_or(LEAST_MTU).saturating_sub(ip + HEADER);
+        let full = mtu(target.address).unwrap_or(MIN_IPV6_MTU.into()).saturating_sub(ip + HEADER);
         let icmp = [SMALL, full].map(|payload| (target, Protocol::Icmp, payload, ip + HEADER));
         let more = [
             (target, Protocol::Udp, SMALL, ip + HEADER),
