@@ -10,7 +10,7 @@ pub mod counters;
 pub mod forward;
 mod legacy;
 mod monitor;
-pub(crate) mod probe;
+pub mod probe;
 pub mod reconciler;
 pub mod rules;
 #[cfg(test)]

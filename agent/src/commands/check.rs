@@ -3,11 +3,15 @@
 use clap::Args;
 
 use super::{ConfigArgs, Output, OutputArgs, json, print, runtime};
-use crate::config::Config;
+use crate::config::{Config, DEFAULT_INTERFACE};
 use crate::failure::Failure;
-use crate::firewall;
+use crate::firewall::probe;
 use crate::status::{Align, Field, Tone, table};
 use crate::sys::probe::{Probe, probe_all};
+
+/// Consequence of a missing table, for people.
+const OPEN_BORDER: &str = "without it, frames with a pod's source are accepted from the underlay, and packets \
+                           to unknown pods can leave the node in clear";
 
 /// Arguments of `check`.
 #[derive(Args)]
@@ -44,8 +48,31 @@ pub(crate) fn check(arguments: &CheckArgs) -> Result<(), Failure> {
 /// Returns the probes of kernel, machine and firewall. `config` is `None` before installation.
 pub(crate) async fn probes(config: Result<Option<&Config>, String>) -> Vec<Probe> {
     let mut probes = probe_all();
-    probes.extend(firewall::probe::probe(config).await);
+    probes.extend(firewall_probes(config).await);
     probes
+}
+
+/// Loads the table in a scratch network namespace, and reads the forward chains of other programs
+/// for the configured interface. Without a configuration the default interface and pods of the CNI
+/// plugin are assumed; an error of the configuration becomes the result of that probe.
+async fn firewall_probes(config: Result<Option<&Config>, String>) -> [Probe; 2] {
+    let table = probe::table()
+        .map(|()| "the table of the node's border can be loaded".to_owned())
+        .map_err(|why| format!("{why}; {OPEN_BORDER}"));
+    let closed = match config {
+        Ok(Some(config)) => probe::forward_chains(&config.interface.name, config.cni.enabled).await,
+        Ok(None) => {
+            let note = |text| format!("before installation: {text}");
+            probe::forward_chains(DEFAULT_INTERFACE, true).await.map(note).map_err(note)
+        }
+        Err(error) => Err(format!("not read: {error}")),
+    };
+    [("nftables", table), ("forward_chains", closed)].map(|(name, result)| Probe {
+        name,
+        ok: result.is_ok(),
+        detail: result.unwrap_or_else(|why| why),
+        required: false,
+    })
 }
 
 /// For programs.

@@ -1,42 +1,18 @@
-//! Probes of `skein-agent check` that concern the firewall.
+//! Probes of what the host's nftables support, and of other programs' chains.
 
 use std::io::Write as _;
 use std::process::{Command, Stdio};
 
 use super::{FirewallError, PodRules, Rules, forward};
-use crate::config::{Config, DEFAULT_INTERFACE};
 use crate::sys::in_new_network_namespace;
-use crate::sys::probe::Probe;
 
-/// Consequence of a missing table, for people.
-const OPEN_BORDER: &str = "without it, frames with a pod's source are accepted from the underlay, and packets \
-                           to unknown pods can leave the node in clear";
-
-/// Loads the table in a scratch network namespace, and reads the forward chains of other programs
-/// for the configured interface. Without a configuration the default interface and pods of the CNI
-/// plugin are assumed; an error of the configuration becomes the result of that probe.
-pub(crate) async fn probe(config: Result<Option<&Config>, String>) -> Vec<Probe> {
-    let table = in_new_network_namespace(load)
-        .map_err(|error| format!("not tested, no scratch network namespace: {error}"))
-        .and_then(|loaded| loaded)
-        .map_err(|why| format!("{why}; {OPEN_BORDER}"));
-    let table = table.map(|()| "the table of the node's border can be loaded".to_owned());
-    let closed = match config {
-        Ok(Some(config)) => forward_chains(&config.interface.name, config.cni.enabled).await,
-        Ok(None) => {
-            let note = |text| format!("before installation: {text}");
-            forward_chains(DEFAULT_INTERFACE, true).await.map(note).map_err(note)
-        }
-        Err(error) => Err(format!("not read: {error}")),
-    };
-    [("nftables", table), ("forward_chains", closed)]
-        .map(|(name, result)| Probe {
-            name,
-            ok: result.is_ok(),
-            detail: result.unwrap_or_else(|why| why),
-            required: false,
-        })
-        .into()
+/// Loads a table with every kind of rule in a scratch network namespace.
+///
+/// # Errors
+/// The reason why the table is not loaded, or why there is no scratch network namespace.
+pub fn table() -> Result<(), String> {
+    in_new_network_namespace(load)
+        .map_err(|error| format!("not tested, no scratch network namespace: {error}"))?
 }
 
 /// Reads the forward chains of other programs. `pods` is true if the CNI plugin creates the pods'
@@ -44,7 +20,7 @@ pub(crate) async fn probe(config: Result<Option<&Config>, String>) -> Vec<Probe>
 ///
 /// # Errors
 /// The chains that drop packets of pods or cannot be read, each with the remedy or the reason.
-async fn forward_chains(interface: &str, pods: bool) -> Result<String, String> {
+pub async fn forward_chains(interface: &str, pods: bool) -> Result<String, String> {
     let forward = forward::ensure(interface, pods, false).await;
     let closed = [forward.errors, forward.unknown].concat();
     match closed.is_empty() {
