@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 // Short names for what was moved to crates of its own.
+use skein_dataplane as dataplane;
 use skein_ipc::{self as ipc, address, instance, keys};
 use skein_sys as sys;
 
@@ -11,7 +12,6 @@ pub mod cni;
 mod commands;
 pub mod config;
 pub mod control;
-pub mod dataplane;
 pub mod failure;
 pub mod firewall;
 #[doc(hidden)]

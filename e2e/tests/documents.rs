@@ -155,7 +155,7 @@ fn secrets_are_compared_in_constant_time() -> Result<()> {
     let mut sources: Vec<_> =
         fs::read_dir(tunnel)?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
     sources.extend(
-        ["agent/ipc/src/keys.rs", "agent/src/dataplane/memory.rs"].map(|p| workspace().join(p)),
+        ["agent/ipc/src/keys.rs", "agent/dataplane/src/memory.rs"].map(|p| workspace().join(p)),
     );
     for path in sources.iter().filter(|path| path.extension().is_some_and(|e| e == "rs")) {
         let source = fs::read_to_string(path)?;

@@ -1,6 +1,12 @@
 //! The data process: lanes that move packets and a manager that keeps their sessions. Plain
 //! threads; fed over a unix socket by the control process, and indifferent to its death.
 
+#![forbid(unsafe_code)]
+
+// Short names for what was moved to crates of its own.
+use skein_ipc::{self as ipc, instance, keys};
+use skein_sys as sys;
+
 pub mod activation;
 mod busy_poll;
 mod changes;
@@ -173,7 +179,8 @@ fn serve(
 }
 
 /// For the fuzzer: what a keeper and its data process say to each other.
-pub(crate) fn fuzz_frames(bytes: &[u8]) {
+#[doc(hidden)]
+pub fn fuzz_frames(bytes: &[u8]) {
     crate::ipc::fuzz_frames::<Begin>(bytes);
     crate::ipc::fuzz_frames::<handover::ToKeeper>(bytes);
 }

@@ -13,7 +13,6 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use skein_agent::dataplane;
 use skein_ipc::keys::PrivateKey;
 use skein_ipc::{
     CipherChoice, NodeSettings, OffloadSettings, PROTOCOL_VERSION, Peer, Request, Response,
@@ -74,7 +73,7 @@ impl Node {
         ip(&format!("route add 10.244.{other}.0/24 dev skein0"));
         let socket = directory.join(format!("{n}.sock"));
         let listening = socket.clone();
-        thread::spawn(move || dataplane::run_alone(&listening, |_| Ok(())).unwrap());
+        thread::spawn(move || skein_dataplane::run_alone(&listening, |_| Ok(())).unwrap());
         let start = Instant::now();
         let mut stream = loop {
             match UnixStream::connect(&socket) {
