@@ -10,10 +10,11 @@ use crate::commands::{
     ConfigArgs, LookArgs, bench, capture, check, connectivity, generate, hold, key, peers, print,
     service, status, sysdump, top, trace,
 };
-use crate::config::{Log, LogFormat, Mode};
+use crate::config::Mode;
 use crate::control::kubernetes::resource;
 use crate::failure::Failure;
 use crate::instance::Instance;
+use crate::logging::{Log, LogFormat};
 use crate::{dataplane, logging};
 
 /// Shown by --help and in the manual page; explained in docs/operations.md.
@@ -208,11 +209,7 @@ pub fn main() -> Result<(), Failure> {
 /// Returns the arguments of this program that start a data process. The number of the descriptor of
 /// its channel follows them.
 fn worker_arguments(socket: &Path, log: &Log, seccomp: bool) -> Vec<OsString> {
-    let format = match log.format {
-        LogFormat::Text => "text",
-        LogFormat::Json => "json",
-    };
-    let log = ["--log-level", &log.level, "--log-format", format];
+    let log = ["--log-level", &log.level, "--log-format", log.format.name()];
     // The data process inherits the socket; its name shows users whose data process this is.
     let socket = [OsStr::new("--socket"), socket.as_os_str()];
     let mut arguments: Vec<OsString> = vec!["dataplane".into()];

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) use self::cni::DEFAULT_INTERFACE;
 use crate::failure::Failure;
 use crate::ipc::{CipherChoice, OffloadSettings, UnderlaySettings};
+use crate::logging::Log;
 use crate::netlink::interface::ALIAS_PREFIX;
 
 /// Where the configuration lies if the command line does not say.
@@ -226,26 +227,6 @@ pub struct Kubernetes {
     pub not_ready_taint: Option<String>,
 }
 
-/// Logging to standard error.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Log {
-    /// A filter of `tracing`: `info`, or `skein_agent=debug,info`.
-    pub level: String,
-    /// Its form.
-    pub format: LogFormat,
-}
-
-/// Form of the log.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum LogFormat {
-    /// A line for people.
-    #[default]
-    Text,
-    /// A JSON object a line.
-    Json,
-}
-
 impl Config {
     /// Reads and validates a file. `name` overrides the node's.
     pub fn load(path: &Path, name: Option<&str>) -> Result<Self, Failure> {
@@ -401,6 +382,7 @@ fn wildcard(supported: impl Fn(IpAddr) -> bool) -> (Vec<IpAddr>, Vec<String>) {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::logging::LogFormat;
 
     fn error(text: &str) -> String {
         Config::parse(text).unwrap_err().to_string()

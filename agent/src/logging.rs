@@ -7,13 +7,12 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use tracing::{Event, Metadata};
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::{Context, Filter, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
-
-use crate::config::{Log, LogFormat};
 
 /// Lines that one place of the code may write at once, …
 const BURST: u32 = 50;
@@ -21,6 +20,36 @@ const BURST: u32 = 50;
 const EVERY: Duration = Duration::from_millis(200);
 /// How often is told what was left out.
 const TELL: Duration = Duration::from_secs(10);
+
+/// Logging to standard error.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Log {
+    /// A filter of `tracing`: `info`, or `skein_agent=debug,info`.
+    pub level: String,
+    /// Its form.
+    pub format: LogFormat,
+}
+
+/// Form of the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogFormat {
+    /// A line for people.
+    #[default]
+    Text,
+    /// A JSON object a line.
+    Json,
+}
+
+impl LogFormat {
+    /// Returns the name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Text => "text",
+            Self::Json => "json",
+        }
+    }
+}
 
 static LOG: OnceLock<State> = OnceLock::new();
 

@@ -12,11 +12,12 @@ use skein_core::wire::ip::{MAX_MTU, MIN_IPV4_MTU, MIN_IPV6_MTU};
 use super::cni::{CniTable, DEFAULT_INTERFACE};
 use super::kubernetes::KubernetesTable;
 use super::{
-    Config, Control, DEFAULT_PORT, Dataplane, Firewall, Interface, Invalid, KeyRotation, Log,
-    LogFormat, Metrics, Mode, StatusPage, check_disjoint, check_inside, check_node_name,
-    check_outside, check_pod_cidr, wildcard,
+    Config, Control, DEFAULT_PORT, Dataplane, Firewall, Interface, Invalid, KeyRotation, Metrics,
+    Mode, StatusPage, check_disjoint, check_inside, check_node_name, check_outside, check_pod_cidr,
+    wildcard,
 };
 use crate::ipc::{CipherChoice, OffloadSettings, UnderlaySettings};
+use crate::logging::{self, Log, LogFormat};
 use crate::netlink::pod::HOST_PREFIX;
 use crate::sys::udp::family_supported;
 
@@ -483,8 +484,7 @@ impl MetricsTable {
 
 impl LogTable {
     fn validate(self) -> Result<Log, Invalid> {
-        crate::logging::parse(&self.level)
-            .map_err(|error| Invalid(format!("log.level = {error}")))?;
+        logging::parse(&self.level).map_err(|error| Invalid(format!("log.level = {error}")))?;
         Ok(Log { level: self.level, format: self.format })
     }
 }

@@ -17,10 +17,11 @@ use super::clock::{Clock, wall};
 use super::desired::difference;
 use super::handshakes::HandshakeTimes;
 use super::history::History;
-use crate::config::{Config, Log, LogFormat, Mode};
+use crate::config::{Config, Mode};
 use crate::failure::Failure;
 use crate::ipc::{Capability, ErrorKind, NarrowPath, Report, Request, Snapshot, UnreachablePeer};
 use crate::lifecycle::{NotReady, Readiness};
+use crate::logging::Log;
 
 /// How long a data process may take to listen after its start, and to end when asked.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -534,16 +535,13 @@ impl Supervisor {
     fn spawn(&self) -> Result<Child, SessionEnd> {
         let start = || {
             let log = &self.settings.log;
-            let format = match log.format {
-                LogFormat::Text => "text",
-                LogFormat::Json => "json",
-            };
             let program = std::env::current_exe()?;
             // After an upgrade in place the path holds the next release, or nothing.
             let program = if program.exists() { program } else { "/proc/self/exe".into() };
             Command::new(program)
                 .arg0("skein-agent")
-                .args(["dataplane", "--log-level", &log.level, "--log-format", format, "--socket"])
+                .args(["dataplane", "--log-level", &log.level, "--log-format", log.format.name()])
+                .arg("--socket")
                 .arg(&self.settings.socket)
                 .args((!self.settings.seccomp).then_some("--no-seccomp"))
                 .stdin(Stdio::null())

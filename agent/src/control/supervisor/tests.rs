@@ -11,6 +11,7 @@ use std::thread;
 use super::*;
 use crate::ipc::{NodeIdentity, Peer, Response, SeenHandshakes, read_frame, write_frame};
 use crate::keys::PublicKey;
+use crate::logging::LogFormat;
 
 /// Answers requests by a function of the request's number and content; tells what was asked.
 struct Fake {
