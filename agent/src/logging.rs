@@ -65,10 +65,11 @@ struct State {
 
 /// Starts it. `SKEIN_LOG` overrides the level.
 pub fn start(log: &Log) {
-    let configured =
-        std::env::var("SKEIN_LOG").ok().filter(|text| EnvFilter::try_new(text).is_ok());
+    let configured = std::env::var("SKEIN_LOG")
+        .ok()
+        .filter(|text| EnvFilter::try_new(with_crates(text)).is_ok());
     let configured = configured.unwrap_or_else(|| log.level.clone());
-    let filter = EnvFilter::try_new(&configured).unwrap_or_default();
+    let filter = EnvFilter::try_new(with_crates(&configured)).unwrap_or_default();
     let (filter, level) = reload::Layer::new(filter);
     // Whoever read standard error may be gone: that must not end the process, so a line that cannot
     // be written is lost in silence.
@@ -117,7 +118,26 @@ pub fn parse(level: &str) -> Result<EnvFilter, String> {
     if let Some(word) = words.find(is_wrong) {
         return Err(refused(format!("{word:?} is not a level")));
     }
-    EnvFilter::try_new(level).map_err(|error| refused(error.to_string()))
+    EnvFilter::try_new(with_crates(level)).map_err(|error| refused(error.to_string()))
+}
+
+/// Crates of the agent that log, and the module of `skein_agent` that a filter names each by.
+const CRATES: [(&str, &str); 2] = [("dataplane", "skein_dataplane"), ("sys", "skein_sys")];
+
+/// Extends the directives of a filter for `skein_agent` and its modules to the crates that the agent
+/// consists of. A directive for a crate itself takes precedence.
+fn with_crates(filter: &str) -> String {
+    let ends = |rest: &&str| rest.is_empty() || rest.starts_with(['=', '[']);
+    let of_crates = filter.split(',').flat_map(|directive| {
+        let agent = directive.strip_prefix("skein_agent");
+        CRATES.iter().filter_map(move |(module, name)| match agent?.strip_prefix("::") {
+            Some(path) => path.strip_prefix(module).map(|rest| format!("{name}{rest}")),
+            None => agent.filter(ends).map(|rest| format!("{name}{rest}")),
+        })
+    });
+    let mut all: Vec<_> = of_crates.collect();
+    all.push(filter.to_owned());
+    all.join(",")
 }
 
 /// How often each place has spoken, by its name: `event agent/src/http.rs:70`.
@@ -214,6 +234,23 @@ mod tests {
         assert_eq!((0..10).filter(|_| bounds.take(loud, later)).count(), 3);
         let rested = later + EVERY * 1000;
         assert_eq!((0..1000).filter(|_| bounds.take(loud, rested)).count(), BURST as usize);
+    }
+
+    #[test]
+    fn filter_of_the_agent_applies_to_its_crates() {
+        assert_eq!(with_crates("debug"), "debug");
+        assert_eq!(
+            with_crates("skein_agent=debug,info"),
+            "skein_dataplane=debug,skein_sys=debug,skein_agent=debug,info"
+        );
+        assert_eq!(
+            with_crates("skein_agent::dataplane::lane=trace"),
+            "skein_dataplane::lane=trace,skein_agent::dataplane::lane=trace"
+        );
+        assert_eq!(with_crates("skein_agent::control=trace"), "skein_agent::control=trace");
+        assert_eq!(with_crates("skein_agents=trace"), "skein_agents=trace");
+        let exact = parse("skein_agent=debug,skein_sys=warn").unwrap().to_string();
+        assert!(exact.contains("skein_sys=warn") && !exact.contains("skein_sys=debug"), "{exact}");
     }
 
     #[test]
