@@ -5,6 +5,7 @@
 // Short names for what was moved to crates of its own.
 use skein_dataplane as dataplane;
 use skein_ipc::{self as ipc, address, instance, keys};
+use skein_netlink::{self as netlink, firewall};
 use skein_sys as sys;
 
 pub mod app;
@@ -13,12 +14,10 @@ mod commands;
 pub mod config;
 pub mod control;
 pub mod failure;
-pub mod firewall;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod http;
 pub mod lifecycle;
 pub mod logging;
 pub mod metrics;
-pub mod netlink;
 pub mod status;

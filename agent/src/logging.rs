@@ -122,7 +122,12 @@ pub fn parse(level: &str) -> Result<EnvFilter, String> {
 }
 
 /// Crates of the agent that log, and the module of `skein_agent` that a filter names each by.
-const CRATES: [(&str, &str); 2] = [("dataplane", "skein_dataplane"), ("sys", "skein_sys")];
+const CRATES: [(&str, &str); 4] = [
+    ("dataplane", "skein_dataplane"),
+    ("firewall", "skein_netlink::firewall"),
+    ("netlink", "skein_netlink"),
+    ("sys", "skein_sys"),
+];
 
 /// Extends the directives of a filter for `skein_agent` and its modules to the crates that the agent
 /// consists of. A directive for a crate itself takes precedence.
@@ -241,7 +246,8 @@ mod tests {
         assert_eq!(with_crates("debug"), "debug");
         assert_eq!(
             with_crates("skein_agent=debug,info"),
-            "skein_dataplane=debug,skein_sys=debug,skein_agent=debug,info"
+            "skein_dataplane=debug,skein_netlink::firewall=debug,skein_netlink=debug,skein_sys=debug,\
+             skein_agent=debug,info"
         );
         assert_eq!(
             with_crates("skein_agent::dataplane::lane=trace"),

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use skein_agent::control::shared::Document;
-use skein_agent::netlink::provisional::Provisional;
 use skein_ipc::{ErrorKind, HANDOVER_VERSION, Request, Response, read_frame, write_frame};
+use skein_netlink::provisional::Provisional;
 use skein_sys::in_new_network_namespace;
 use skein_sys::tun::{TunOffload, create_persistent, open_queues};
 use support::{LIMIT, Process, finish, send};

@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 
 use super::forward;
-use crate::netlink::pod::HOST_PREFIX;
+use crate::pod::HOST_PREFIX;
 
 /// Input of the table's rules.
 #[derive(Debug, Clone, PartialEq, Eq)]

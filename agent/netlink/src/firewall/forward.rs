@@ -11,7 +11,7 @@ use std::fmt;
 use serde_json::{Value, json};
 
 use super::{FirewallError, legacy, nft};
-use crate::netlink::pod::HOST_PREFIX;
+use crate::pod::HOST_PREFIX;
 
 /// Set, by our own table, on packets to a pod that belong to a connection which the pod began or whose
 /// destination was translated to the pod (a hostPort, a Service). Nothing sees it but the forward and

@@ -4,7 +4,13 @@
 //! Skein is told by marks that the kernel keeps: the alias of the interface, the protocol number of
 //! the routes.
 
+#![forbid(unsafe_code)]
+
+// A short name for what was moved to a crate of its own.
+use skein_sys as sys;
+
 pub mod address;
+pub mod firewall;
 pub mod interface;
 pub mod link;
 pub mod lookup;

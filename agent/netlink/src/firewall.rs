@@ -189,7 +189,8 @@ async fn replace(rules: &Rules) -> Result<(), FirewallError> {
 }
 
 /// For the fuzzer: all that is read of what `nft -j` prints.
-pub(crate) fn fuzz_printed(text: &str) {
+#[doc(hidden)]
+pub fn fuzz_printed(text: &str) {
     let _ = counters::parse(text);
     forward::fuzz_printed(text);
 }

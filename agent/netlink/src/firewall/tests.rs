@@ -9,7 +9,7 @@ use ipnet::{IpNet, Ipv4Net};
 
 use super::rules::tests::rules;
 use super::*;
-use crate::netlink::tests::in_namespace;
+use crate::tests::in_namespace;
 
 /// Peers of a large cluster.
 const PEERS: u16 = 3000;
