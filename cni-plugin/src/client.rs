@@ -14,9 +14,8 @@ use rustix::net::{
     SocketFlags, SocketType, connect, sendmsg, socket_with,
 };
 use rustix::process::geteuid;
-
-use crate::frame::{self, FrameError};
-use crate::protocol::{Answer, Request};
+use skein_cni_protocol::frame::{self, FrameError};
+use skein_cni_protocol::{Answer, Request};
 
 /// Asks the agent; each step may take `limit`. The descriptor goes with the first byte.
 pub fn ask(

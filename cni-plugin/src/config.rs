@@ -8,10 +8,11 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde::Deserialize;
 use serde_json::{Map, Value};
+use skein_cni_protocol::names::check_name;
+use skein_cni_protocol::types::{ErrorCode, Version};
+use skein_cni_protocol::{AttachmentId, DEFAULT_SOCKET, DEFAULT_SPOOL};
 
-use crate::environment::check_name;
-use crate::protocol::{AttachmentId, DEFAULT_SOCKET, DEFAULT_SPOOL};
-use crate::types::{Dns, ErrorCode, Failure, Version};
+use crate::types::{Dns, Failure};
 
 /// What the configuration says, checked.
 #[derive(Debug, Clone, PartialEq)]
@@ -131,7 +132,7 @@ impl Config {
 
     fn check(version: Version, document: Document) -> Result<Self, Failure> {
         let invalid = |msg: String| Failure::new(ErrorCode::InvalidNetworkConfig, msg);
-        check_name("name", &document.name).map_err(|failure| invalid(failure.msg))?;
+        check_name("name", &document.name).map_err(|error| invalid(error.to_string()))?;
         let asked = document.runtime_config.and_then(|config| config.ips).unwrap_or_default();
         let ips = asked.iter().map(|text| {
             let ip = text.parse().or_else(|_| text.parse::<IpNet>().map(|net| net.addr()));

@@ -2,8 +2,11 @@
 
 use std::path::PathBuf;
 
-use crate::protocol::{AttachmentId, Pod};
-use crate::types::{ErrorCode, Failure};
+use skein_cni_protocol::names::check_id;
+use skein_cni_protocol::types::ErrorCode;
+use skein_cni_protocol::{AttachmentId, Pod};
+
+use crate::types::Failure;
 
 /// What is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,32 +87,6 @@ impl Environment {
             pod,
         }))
     }
-}
-
-/// Whether a container ID or a network's name is one (`^[A-Za-z0-9][A-Za-z0-9_.-]*$`).
-pub fn check_name(what: &str, name: &str) -> Result<(), Failure> {
-    let mut characters = name.chars();
-    let good = characters.next().is_some_and(|c| c.is_ascii_alphanumeric())
-        && characters.all(|c| c.is_ascii_alphanumeric() || "_.-".contains(c));
-    if good {
-        return Ok(());
-    }
-    Err(environment(format!(
-        "{what} is {name:?}: letters and digits are allowed, and after the first also '_', '.', '-'"
-    )))
-}
-
-/// Whether an attachment can be called that.
-pub fn check_id(id: &AttachmentId) -> Result<(), Failure> {
-    check_name("CNI_CONTAINERID", &id.container_id)?;
-    let name = id.ifname.as_str();
-    let bad = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
-    if !(1..=15).contains(&name.len()) || name == "." || name == ".." || name.contains(bad) {
-        return Err(environment(format!(
-            "CNI_IFNAME is {name:?}: at most 15 bytes without '/', ':' and white space are a name"
-        )));
-    }
-    Ok(())
 }
 
 /// `CNI_ARGS`: `KEY=VALUE` pairs by semicolons. Keys that are not known are an error unless

@@ -1,5 +1,5 @@
-//! Skein's CNI plugin as a library: the documents of the CNI specification, the protocol between plugin
-//! and agent, and what the plugin does with both.
+//! Skein's CNI plugin as a library: the documents of the CNI specification, and what the plugin does
+//! with them and with the protocol between plugin and agent ([`skein_cni_protocol`]).
 //!
 //! The plugin decides nothing: it checks what the runtime says, hands it to the agent of its node,
 //! and says the answer in the version that was asked for. A DEL that finds no agent is kept in a
@@ -7,13 +7,9 @@
 
 #![forbid(unsafe_code)]
 
-mod address;
 pub mod client;
 pub mod config;
 pub mod environment;
-pub mod frame;
 pub mod plugin;
-pub mod protocol;
 pub mod result;
-pub mod spool;
 pub mod types;

@@ -10,14 +10,17 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use serde_json::{Value, json};
+use skein_cni_protocol::address::canonical_net;
+use skein_cni_protocol::frame::FrameError;
+use skein_cni_protocol::types::{ErrorCode, Version};
+use skein_cni_protocol::{
+    Add, Answer, Check, Command, Del, Gc, MAX_FRAME, Refusal, Request, VERSION, spool,
+};
 
-use crate::address::canonical_net;
 use crate::config::{self, Config};
 use crate::environment::{Environment, Verb};
-use crate::frame::FrameError;
-use crate::protocol::{Add, Answer, Check, Command, Del, Gc, MAX_FRAME, Refusal, Request, VERSION};
-use crate::types::{ErrorCode, Failure, Version};
-use crate::{client, result, spool};
+use crate::types::Failure;
+use crate::{client, result};
 
 /// The agent cannot be asked.
 const AWAY: u32 = 101;

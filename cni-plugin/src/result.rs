@@ -1,9 +1,10 @@
 //! The result of an ADD, in the version that the configuration asks for.
 
 use serde_json::{Map, Value, json};
+use skein_cni_protocol::types::{ErrorCode, Version};
+use skein_cni_protocol::{Attached, Ip, Route};
 
-use crate::protocol::{Attached, Ip, Route};
-use crate::types::{Dns, ErrorCode, Failure, Version};
+use crate::types::{Dns, Failure};
 
 /// The document for `attached`, whose namespace the runtime calls `sandbox`. What plugins before this
 /// one have said in `previous` comes first.
@@ -44,7 +45,7 @@ fn nested(
         Some(_) => return Err(Failure::new(ErrorCode::Decoding, "prevResult is no object")),
     };
     result.insert("cniVersion".to_owned(), version.name().into());
-    let interface = |interface: &crate::protocol::Interface, sandbox: Option<&str>| {
+    let interface = |interface: &skein_cni_protocol::Interface, sandbox: Option<&str>| {
         let mut value = json!({ "name": interface.name, "mac": interface.mac });
         if let Some(sandbox) = sandbox {
             value["sandbox"] = sandbox.into();

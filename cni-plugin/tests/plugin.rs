@@ -13,10 +13,9 @@ use std::time::Duration;
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde_json::{Value, json};
-use skein_cni::protocol::{
-    Answer, Attached, AttachmentId, Command, Interface, Ip, Refusal, Request, Route,
+use skein_cni_protocol::{
+    Answer, Attached, AttachmentId, Command, Interface, Ip, Refusal, Request, Route, frame, spool,
 };
-use skein_cni::{frame, spool};
 
 const ALL: [&str; 7] = ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use aws_lc_rs::digest;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use skein_cni::protocol::{Attached, AttachmentId, Interface, Ip, Route as PodRoute};
+use skein_cni_protocol::{Attached, AttachmentId, Interface, Ip, Route as PodRoute};
 use thiserror::Error;
 
 use crate::netlink::link::{Link, LinkChange};

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::time::SystemTime;
 
 use ipnet::IpNet;
-use skein_cni::protocol::AttachmentId;
+use skein_cni_protocol::AttachmentId;
 use tokio::sync::oneshot;
 
 use super::ipam::{Ipam, IpamError, IpamHandle, Lease, Reply, Request, Usage};

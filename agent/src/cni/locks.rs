@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use skein_cni::protocol::AttachmentId;
+use skein_cni_protocol::AttachmentId;
 use tokio::sync::OwnedMutexGuard;
 
 /// Locks by attachment; only those in use are kept.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use prometheus::core::Collector;
 use prometheus::proto::MetricFamily;
 use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, Opts};
-use skein_cni::protocol::{Answer, Command};
+use skein_cni_protocol::{Answer, Command};
 
 const VERBS: [&str; 5] = ["add", "del", "check", "gc", "status"];
 /// Upper bounds in seconds: what a kernel alone needs, up to where a runtime gives up.

@@ -6,9 +6,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use skein_cni::frame::FrameError;
-use skein_cni::protocol::{Answer, Refusal, Request, VERSION};
-use skein_cni::types::ErrorCode;
+use skein_cni_protocol::frame::FrameError;
+use skein_cni_protocol::types::ErrorCode;
+use skein_cni_protocol::{Answer, Refusal, Request, VERSION};
 use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
@@ -109,7 +109,7 @@ pub(super) fn refusal(code: u32, msg: impl Into<String>) -> Answer {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use skein_cni::protocol::Command;
+    use skein_cni_protocol::{Command, frame};
 
     /// Says that it has begun, and never ends; what it was told.
     #[derive(Default)]
@@ -134,7 +134,11 @@ mod tests {
         let handler = Arc::new(Hangs::default());
         let server = tokio::spawn(serve(listener, Arc::clone(&handler)));
         let request = Request { protocol: VERSION, command: Command::Status };
-        let ask = move || skein_cni::client::ask(&path, &request, None, Duration::from_secs(5));
+        let ask = move || {
+            let mut stream = std::os::unix::net::UnixStream::connect(path).unwrap();
+            std::io::Write::write_all(&mut stream, &frame::encode(&request).unwrap()).unwrap();
+            frame::read::<Answer>(&mut stream)
+        };
         let asked = tokio::task::spawn_blocking(ask);
         handler.0.notified().await;
         tokio::time::advance(WORK).await;

@@ -9,9 +9,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
-use skein_cni::environment::check_id;
-use skein_cni::protocol::{self, Add, Answer, AttachmentId, Check, Command, Gc, Refusal, Request};
-use skein_cni::types::ErrorCode;
+use skein_cni_protocol::names::check_id;
+use skein_cni_protocol::types::ErrorCode;
+use skein_cni_protocol::{
+    Add, Answer, Attached, AttachmentId, Check, Command, Gc, Refusal, Request,
+};
 use thiserror::Error;
 use tokio::sync::watch;
 
@@ -133,7 +135,7 @@ impl Service {
         })
     }
 
-    async fn add(&self, add: Add, netns: Option<OwnedFd>) -> Result<protocol::Attached, Error> {
+    async fn add(&self, add: Add, netns: Option<OwnedFd>) -> Result<Attached, Error> {
         let netns = netns.ok_or_else(|| {
             Error::Namespace("no descriptor of the network namespace came along".to_owned())
         })?;
@@ -417,8 +419,8 @@ impl Service {
             Err(refusal) => Answer::Refused(refusal),
         };
         // The plugin checks it; but what becomes a key and an alias is checked where it does.
-        if let Some(Err(failure)) = command.id().map(check_id) {
-            return refusal(failure.code, failure.msg);
+        if let Some(Err(error)) = command.id().map(check_id) {
+            return refusal(ErrorCode::InvalidEnvironment as u32, error.to_string());
         }
         match command {
             Command::Add(add) => match self.add(add, netns).await {

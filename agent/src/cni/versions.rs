@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process_group};
 use serde::{Deserialize, Serialize};
-use skein_cni::types::Version;
+use skein_cni_protocol::types::Version;
 
 /// Maximum time of one plugin's answer to `VERSION`.
 const VERSION_TIMEOUT: Duration = Duration::from_secs(5);

@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use skein_cni::protocol::{AttachmentId, Command, Refusal, Request};
-use skein_cni::spool;
+use skein_cni_protocol::spool;
+use skein_cni_protocol::{AttachmentId, Command, Refusal, Request};
 
 use super::ipam::IpamError;
 use super::service::{Error, Service, refuse};

@@ -1,4 +1,4 @@
-//! Frames of `skein_cni::protocol` on a tokio socket, with the descriptor that comes along.
+//! Frames of `skein_cni_protocol` on a tokio socket, with the descriptor that comes along.
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg, send};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use skein_cni::frame::{self, FrameError};
+use skein_cni_protocol::frame::{self, FrameError};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
@@ -69,7 +69,7 @@ async fn fill(
 mod tests {
     use super::*;
     use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, sendmsg};
-    use skein_cni::protocol::{Answer, Command, Request, VERSION};
+    use skein_cni_protocol::{Answer, Command, Request, VERSION};
     use std::io::{IoSlice, Write};
     use std::os::fd::{AsFd, BorrowedFd};
     use std::os::unix::net::UnixStream as Blocking;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use ipnet::IpNet;
 use serde::Deserialize;
-use skein_cni::environment::check_name;
+use skein_cni_protocol::names::check_name;
 use skein_core::address;
 
 use super::{Cni, Invalid};
@@ -39,8 +39,8 @@ impl Default for CniTable {
     fn default() -> Self {
         Self {
             enabled: false,
-            socket: skein_cni::protocol::DEFAULT_SOCKET.into(),
-            spool: skein_cni::protocol::DEFAULT_SPOOL.into(),
+            socket: skein_cni_protocol::DEFAULT_SOCKET.into(),
+            spool: skein_cni_protocol::DEFAULT_SPOOL.into(),
             bin_dir: "/opt/cni/bin".into(),
             plugin_dirs: Vec::new(),
             conf_dir: "/etc/cni/net.d".into(),
@@ -73,7 +73,7 @@ impl CniTable {
                 "cni.conf_file = {name:?}: use a file name that ends in .conflist; {hint}"
             )));
         }
-        check_name("cni.network", &self.network).map_err(|failure| Invalid(failure.msg))?;
+        check_name("cni.network", &self.network).map_err(|error| Invalid(error.to_string()))?;
         if self.network.len() > 200 {
             return Err(Invalid("cni.network: use 1 to 200 bytes".to_owned()));
         }

@@ -1,7 +1,7 @@
 #![no_main]
 
 use skein_cni::config::Config;
-use skein_cni::protocol::Request;
+use skein_cni_protocol::Request;
 
 // What a runtime writes to the plugin's standard input, and what anybody writes to the agent's socket.
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {

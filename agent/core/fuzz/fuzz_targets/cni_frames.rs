@@ -1,7 +1,7 @@
 #![no_main]
 
-use skein_cni::frame;
-use skein_cni::protocol::{Answer, AttachmentId, Request};
+use skein_cni_protocol::frame;
+use skein_cni_protocol::{Answer, AttachmentId, Request};
 
 // What comes over the socket between plugin and agent, and what waits in the spool.
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {

@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use skein_cni::protocol::AttachmentId;
-use skein_cni::types::ErrorCode;
+use skein_cni_protocol::AttachmentId;
+use skein_cni_protocol::types::ErrorCode;
 use thiserror::Error;
 
 use super::lease::Lease;

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::time::SystemTime;
 
-use skein_cni::protocol::AttachmentId;
+use skein_cni_protocol::AttachmentId;
 
 use super::lease::Lease;
 use super::space::Family;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
-use skein_cni::protocol::{AttachmentId, Pod};
+use skein_cni_protocol::{AttachmentId, Pod};
 
 /// The addresses of an attachment. Fields may be added: what an older agent left out gets its
 /// default, what a newer one wrote is passed over.

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use ipnet::IpNet;
-use skein_cni::protocol::AttachmentId;
+use skein_cni_protocol::AttachmentId;
 
 pub use error::{IpamError, OpenError, StoreError};
 pub use lease::{Lease, Netns};

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
-use skein_cni::protocol::AttachmentId;
+use skein_cni_protocol::AttachmentId;
 
 use super::error::IpamError;
 use super::free::Ranges;

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use ipnet::IpNet;
-use skein_cni::protocol::{AttachmentId, Pod};
+use skein_cni_protocol::{AttachmentId, Pod};
 
 use super::error::{IpamError, StoreError};
 use super::journal::{Journal, Step};

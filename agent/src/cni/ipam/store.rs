@@ -9,7 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::SystemTime;
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
-use skein_cni::protocol::AttachmentId;
+use skein_cni_protocol::AttachmentId;
 
 use super::error::StoreError;
 use super::journal::Journal;

@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::SystemTime;
 
 use ipnet::IpNet;
-use skein_cni::protocol::AttachmentId;
+use skein_cni_protocol::AttachmentId;
 
 use super::Ipam;
 use super::error::IpamError;

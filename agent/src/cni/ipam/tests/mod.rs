@@ -12,7 +12,7 @@ use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
-use skein_cni::protocol::AttachmentId;
+use skein_cni_protocol::AttachmentId;
 
 use super::*;
 

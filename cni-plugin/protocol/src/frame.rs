@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 
-use crate::protocol::MAX_FRAME;
+use crate::MAX_FRAME;
 
 /// A frame that is none.
 #[derive(Debug, Error)]
@@ -52,7 +52,7 @@ pub fn read<T: DeserializeOwned>(from: &mut impl Read) -> Result<T, FrameError> 
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::protocol::{Answer, Refusal};
+    use crate::{Answer, Refusal};
 
     #[test]
     fn frames_round_trip_and_bad_ones_are_errors() {

@@ -5,6 +5,14 @@
 //! [`MAX_FRAME`] bytes. A descriptor of the pod's network namespace comes with the first byte of
 //! an ADD or a CHECK (`SCM_RIGHTS`), so that the agent needs no view of the runtime's files.
 
+#![forbid(unsafe_code)]
+
+pub mod address;
+pub mod frame;
+pub mod names;
+pub mod spool;
+pub mod types;
+
 use std::net::IpAddr;
 use std::path::PathBuf;
 

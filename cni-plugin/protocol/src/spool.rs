@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::protocol::{AttachmentId, Command, Del, Request, VERSION};
+use crate::{AttachmentId, Command, Del, Request, VERSION};
 
 /// What every entry's name ends with; anything else in the directory is unfinished or a stranger's.
 const SUFFIX: &str = ".json";

@@ -7,7 +7,7 @@ use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Deserializer};
 
 /// Returns the canonical form of an address with a prefix length.
-pub(crate) fn canonical_net(net: IpNet) -> IpNet {
+pub fn canonical_net(net: IpNet) -> IpNet {
     let IpNet::V6(v6) = net else { return net };
     let mapped = v6.addr().to_ipv4_mapped().zip(v6.prefix_len().checked_sub(96));
     mapped.and_then(|(ip, bits)| Ipv4Net::new(ip, bits).ok()).map_or(net, IpNet::V4)
@@ -27,7 +27,7 @@ pub(crate) fn nets<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpN
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use crate::protocol::{Add, Check};
+    use crate::{Add, Check};
 
     #[test]
     fn mapped_addresses_in_requests_are_ipv4() {
