@@ -14,7 +14,6 @@ use skein_core::tunnel::Trouble;
 
 use self::family::{Family, Kind};
 pub use self::firewall::Firewall;
-use crate::cni::ipam;
 use crate::control::registry::RegistryStatus;
 use crate::control::rotation::{RotationStatus, Stage};
 use crate::control::supervisor::DataplaneStatus;
@@ -53,7 +52,7 @@ pub struct Pods {
     /// Requests of the CNI plugin.
     pub requests: Vec<MetricFamily>,
     /// How full the pools are.
-    pub usage: ipam::Usage,
+    pub usage: skein_ipam::Usage,
 }
 
 /// The text exposition format.

@@ -6,9 +6,8 @@ use std::time::SystemTime;
 
 use ipnet::IpNet;
 use skein_cni_protocol::AttachmentId;
+use skein_ipam::{Ipam, IpamError, IpamHandle, Lease, Reply, Request, Usage};
 use tokio::sync::oneshot;
-
-use super::ipam::{Ipam, IpamError, IpamHandle, Lease, Reply, Request, Usage};
 
 /// See the module.
 #[derive(Debug)]

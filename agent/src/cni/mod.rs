@@ -7,7 +7,6 @@
 pub mod attach;
 mod conflist;
 pub mod install;
-pub mod ipam;
 mod leases;
 mod locks;
 pub(crate) mod metrics;
@@ -24,12 +23,12 @@ use std::time::Duration;
 
 use anyhow::Context;
 use prometheus::proto::MetricFamily;
+use skein_ipam::{Ipam, Usage};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 
 use self::install::Install;
-use self::ipam::{Ipam, Usage};
 use self::leases::Leases;
 pub use self::service::Network;
 use self::service::Service;
@@ -71,7 +70,7 @@ impl Pods {
         readiness: Readiness,
     ) -> Result<(Self, View), Failure> {
         let cni = config.cni.clone();
-        let path = config.state_dir.join(ipam::FILE);
+        let path = config.state_dir.join(skein_ipam::FILE);
         let opened = tokio::task::spawn_blocking(move || Ipam::open(&path)).await;
         let opened = opened.context("opening the leases")?.map_err(anyhow::Error::from)?;
         if let Some(damaged) = opened.damaged {

@@ -14,11 +14,11 @@ use skein_cni_protocol::types::ErrorCode;
 use skein_cni_protocol::{
     Add, Answer, Attached, AttachmentId, Check, Command, Gc, Refusal, Request,
 };
+use skein_ipam::{IpamError, Lease, Netns, Request as Wanted};
 use thiserror::Error;
 use tokio::sync::watch;
 
 use super::attach::{AttachError, Attacher, Kernel, NodeSide, host_name};
-use super::ipam::{IpamError, Lease, Netns, Request as Wanted};
 use super::leases::Leases;
 use super::locks::Locks;
 use super::metrics::{Outcome, Requests, verb};

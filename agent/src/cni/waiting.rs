@@ -7,8 +7,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use skein_cni_protocol::spool;
 use skein_cni_protocol::{AttachmentId, Command, Refusal, Request};
+use skein_ipam::IpamError;
 
-use super::ipam::IpamError;
 use super::service::{Error, Service, refuse};
 
 /// Deletions that wait.

@@ -10,7 +10,7 @@ use super::lock::StateLock;
 use super::registry;
 use super::rotation;
 use crate::cni::attach::Attacher;
-use crate::cni::{install, ipam};
+use crate::cni::install;
 use crate::config::{Config, KEY};
 use crate::dataplane;
 use crate::failure::Failure;
@@ -55,7 +55,7 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
     let dataplane_socket = stopped.is_ok().then_some(&config.dataplane.socket);
     cleaned.note("data process", stopped);
     // Switched off since it has served pods: they have their interfaces still.
-    if config.cni.enabled || config.state_dir.join(ipam::FILE).exists() {
+    if config.cni.enabled || config.state_dir.join(skein_ipam::FILE).exists() {
         remove_pods(config, &mut cleaned).await;
     }
     for table in [config.cni.table.clone()].into_iter().chain(registry::former_table(config)) {

@@ -286,7 +286,7 @@ fn count(report: &Report) -> Peers {
     }
 }
 
-fn pool(pool: &crate::cni::ipam::PoolUsage) -> Pool {
+fn pool(pool: &skein_ipam::PoolUsage) -> Pool {
     let total = pool.total as f64;
     Pool {
         cidr: pool.cidr,

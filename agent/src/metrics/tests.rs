@@ -68,7 +68,7 @@ pub(super) fn everything() -> Input {
     let count =
         |result: &HandshakeResult| HandshakeCount { result: result.label().to_owned(), count: 0 };
     report.handshakes = HandshakeResult::ALL.iter().map(count).collect();
-    let pool = ipam::PoolUsage {
+    let pool = skein_ipam::PoolUsage {
         cidr: "10.244.1.0/24".parse().unwrap(),
         total: 253,
         in_use: 3,
@@ -76,7 +76,7 @@ pub(super) fn everything() -> Input {
     };
     let pods = Pods {
         requests: cni::metrics::Requests::new().unwrap().families(),
-        usage: ipam::Usage { pools: vec![pool], leases: 3 },
+        usage: skein_ipam::Usage { pools: vec![pool], leases: 3 },
     };
     let requests = kubernetes::Requests::new().unwrap().families();
     let key = Some(RotationStatus::of(PublicKey([1; 32])));

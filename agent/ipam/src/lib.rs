@@ -4,6 +4,8 @@
 //! argument, and what the kernel has is told by [`Ipam::adopt`]. [`IpamHandle`] puts it on a thread
 //! of its own, which writes for all who wait in one transaction.
 
+#![forbid(unsafe_code)]
+
 mod error;
 mod free;
 mod journal;

@@ -26,7 +26,7 @@ fn mode(path: &Path) -> u32 {
 fn child(test: &str, path: &Path) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", "--ignored", "--nocapture", "--test-threads=1"]);
-    command.arg(format!("cni::ipam::tests::file::{test}"));
+    command.arg(format!("tests::file::{test}"));
     command.env(FILE_VARIABLE, path).stdin(Stdio::null()).stdout(Stdio::piped());
     command
 }

@@ -9,7 +9,7 @@ use redb::Database;
 use redb::backends::FileBackend;
 
 use super::{Opener, builder, initialize};
-use crate::cni::ipam::error::StoreError;
+use crate::error::StoreError;
 
 /// Makes the file if need be.
 pub(in super::super) fn prepare(path: &Path) -> Result<(), StoreError> {

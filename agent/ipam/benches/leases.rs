@@ -8,8 +8,8 @@ use std::time::SystemTime;
 
 use divan::Bencher;
 use divan::counter::ItemsCount;
-use skein_agent::cni::ipam::{Ipam, IpamHandle, Netns, Reply, Request};
 use skein_cni_protocol::AttachmentId;
+use skein_ipam::{Ipam, IpamHandle, Netns, Reply, Request};
 use tempfile::TempDir;
 
 /// Leases that are there already.
