@@ -10,6 +10,7 @@ mod counts;
 pub mod engine;
 pub(crate) mod fuzz_access;
 mod handshake;
+mod lane_key;
 mod limit;
 mod liveness;
 mod message;

@@ -1,128 +1,33 @@
 //! One peer: its sessions, and what follows from the traffic through them.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use crate::drop::DropReason;
 use crate::route::PeerId;
 use crate::time::Time;
 use crate::tunnel::cookie::{Mac, ReceiverKeys};
 use crate::tunnel::counts::HandshakeResult;
 use crate::tunnel::handshake::Pending;
 use crate::tunnel::liveness::{Liveness, Trouble};
-use crate::tunnel::message::{Control, Timestamp};
+use crate::tunnel::message::Timestamp;
 use crate::tunnel::noise::KEY_LEN;
 use crate::tunnel::path::Path;
-use crate::tunnel::replay::ReplayWindow;
 use crate::tunnel::saved::{Kept, SavedSession};
-use crate::tunnel::session::{COUNTER_REKEY, Session, SessionParams};
+use crate::tunnel::session::{Session, SessionParams};
 use crate::tunnel::shared::Shared;
-use crate::tunnel::timers::{
-    CONFIRM_WITHIN, REKEY_AFTER, RENEWED_AT_ONCE, RESPONDER_REKEY_AFTER, RETRY_SLACK, SESSION_LIFE,
-    WANTED_FOR,
-};
-use crate::wire::header::{CONTROL_LANE, Flags, OVERHEAD};
+use crate::tunnel::timers::CONFIRM_WITHIN;
+
+mod control;
+mod endpoint;
+mod session_entry;
+mod tick;
+mod view;
+
+pub(crate) use session_entry::Slot;
+pub use view::{PeerState, PeerView};
 
 /// Most sessions with one peer at a time; the oldest give way.
 pub(crate) const MAX_SESSIONS: usize = 4;
-
-/// A padded ping is no longer than this, in bytes of plaintext: jumbo frames'.
-const MAX_PROBE: u16 = 9000;
-
-/// How a peer is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum PeerState {
-    /// No session: nothing was sent yet, or the last one ended unused.
-    Idle,
-    /// A handshake is under way.
-    Connecting,
-    /// A session, and answers come.
-    Established,
-    /// A session or a handshake, but no answer.
-    Unreachable,
-}
-
-/// What lanes and reports need to know of a peer.
-#[derive(Debug, Clone)]
-pub struct PeerView {
-    /// Its identity.
-    pub public_key: [u8; 32],
-    /// Address that data is sent to: in a session, one at which the peer has answered a handshake;
-    /// without a session, the first one of the record.
-    pub endpoint: Option<SocketAddr>,
-    /// The session to send with; the peer is known to have it too.
-    pub current: Option<Arc<Session>>,
-    /// A session that the peer has started: the one to send with as soon as it is confirmed
-    /// ([`Session::is_confirmed`]), and where to.
-    pub next: Option<(Arc<Session>, Option<SocketAddr>)>,
-    /// Every session that data may come in, the current one too.
-    pub receive: Vec<Arc<Session>>,
-    /// How it is.
-    pub state: PeerState,
-    /// Why it is not well, where it is not.
-    pub trouble: Option<Trouble>,
-    /// Smoothed round-trip time.
-    pub round_trip: Option<Duration>,
-    /// When something authentic last came, by the monotonic clock.
-    pub last_received: Option<Duration>,
-    /// The MTU that the peer named in its last handshake, in bytes.
-    pub mtu: Option<u16>,
-    /// The longest plaintext that the path and the peer take, in bytes, where that is less than this node's
-    /// MTU.
-    pub path: Option<u16>,
-}
-
-/// A session as the engine keeps it.
-pub(crate) struct Slot {
-    pub(crate) session: Arc<Session>,
-    /// Where the other end was when it was made.
-    pub(crate) endpoint: Option<SocketAddr>,
-    /// The peer's key that it was made with.
-    remote: [u8; KEY_LEN],
-    /// This node's; unknown of a session that was taken up.
-    own: Option<[u8; KEY_LEN]>,
-    /// MTU of this node that the session's handshake carried, inner bytes.
-    told_mtu: u16,
-    window: ReplayWindow,
-    seen_tx: u64,
-    seen_rx: u64,
-}
-
-impl Slot {
-    pub(crate) fn new(
-        session: Session,
-        endpoint: Option<SocketAddr>,
-        remote: [u8; KEY_LEN],
-        own: Option<[u8; KEY_LEN]>,
-        told_mtu: u16,
-    ) -> Self {
-        let window = ReplayWindow::after(session.mark(CONTROL_LANE));
-        let session = Arc::new(session);
-        Self { session, endpoint, remote, own, told_mtu, window, seen_tx: 0, seen_rx: 0 }
-    }
-
-    fn ends(&self) -> Duration {
-        self.session.established.mono + SESSION_LIFE
-    }
-
-    /// Whether lanes have sent and received since the last look.
-    fn sample(&mut self) -> (bool, bool) {
-        let traffic = self.session.traffic();
-        let tx = traffic.tx_packets.load(Ordering::Relaxed);
-        let rx = traffic.rx_packets.load(Ordering::Relaxed);
-        let grown = (tx != self.seen_tx, rx != self.seen_rx);
-        (self.seen_tx, self.seen_rx) = (tx, rx);
-        grown
-    }
-
-    fn end(self, shared: &mut Shared) {
-        self.session.expire();
-        shared.free_index(self.session.local_index);
-        shared.changed = true;
-    }
-}
 
 /// A key of a peer's.
 pub(crate) struct PeerKey {
@@ -245,90 +150,6 @@ impl Peer {
         shared.changed = true;
     }
 
-    /// Replaces the endpoints of the peer's record. The current address stays in use until the peer
-    /// has answered a handshake at a new endpoint, because a record does not prove that the peer
-    /// receives there.
-    pub(crate) fn set_endpoints(
-        &mut self,
-        now: Time,
-        endpoints: Vec<SocketAddr>,
-        shared: &mut Shared,
-    ) {
-        if endpoints == self.endpoints {
-            return;
-        }
-        self.endpoints = endpoints;
-        self.attempt = 0;
-        if self.endpoints.is_empty() {
-            self.proven = None;
-        }
-        self.update_endpoint(now.mono, shared);
-        // The time of the last initiation concerns the previous addresses only.
-        self.last_initiation = None;
-        if let Some(pending) = &mut self.pending {
-            pending.retry_at = now.mono;
-            shared.arm(now.mono);
-        }
-        self.prove_endpoint(now, shared);
-    }
-
-    /// Updates the address that data is sent to.
-    fn update_endpoint(&mut self, now: Duration, shared: &mut Shared) {
-        let age = |at| now.saturating_sub(at);
-        let endpoint = match self.current {
-            Some(_) => self.proven.filter(|(_, at)| age(*at) < SESSION_LIFE).map(|(to, _)| to),
-            None => self.handshake_endpoint(),
-        };
-        if self.view.endpoint != endpoint {
-            self.view.endpoint = endpoint;
-            shared.changed = true;
-        }
-    }
-
-    /// Returns the address that the next handshake is sent to.
-    pub(crate) fn handshake_endpoint(&self) -> Option<SocketAddr> {
-        match self.endpoints.len() {
-            0 => self.proven.map(|(endpoint, _)| endpoint),
-            n => self.endpoints.get(self.attempt % n).copied(),
-        }
-    }
-
-    /// Starts a handshake if data is sent to no address, to one that the record does not name, or
-    /// to one whose proof is about to end.
-    fn prove_endpoint(&mut self, now: Time, shared: &mut Shared) {
-        let renewed = |at| now.mono.saturating_sub(at) < RESPONDER_REKEY_AFTER;
-        let (proven, endpoints) = (self.proven, &self.endpoints);
-        let is_good = proven.is_some_and(|(to, at)| renewed(at) && endpoints.contains(&to));
-        if self.current.is_some() && !endpoints.is_empty() && !is_good {
-            self.wanted = Some(now.mono);
-            self.begin_handshake(now, shared);
-        }
-    }
-
-    /// Returns the endpoint of the peer's record with this address and port.
-    pub(crate) fn recorded_endpoint(&self, address: SocketAddr) -> Option<SocketAddr> {
-        let ip = address.ip().to_canonical();
-        let scope = |address: &SocketAddr| match address {
-            SocketAddr::V4(_) => 0,
-            SocketAddr::V6(v6) => v6.scope_id(),
-        };
-        let is_same = |known: &&SocketAddr| {
-            known.ip().to_canonical() == ip
-                && known.port() == address.port()
-                && scope(known) == scope(&address)
-        };
-        self.endpoints.iter().find(is_same).copied()
-    }
-
-    /// Returns the recorded endpoint for an address that a response is sent to; the address itself
-    /// if the record names no endpoints.
-    pub(crate) fn known_endpoint(&self, address: SocketAddr) -> Option<SocketAddr> {
-        match self.endpoints.is_empty() {
-            true => Some(address),
-            false => self.recorded_endpoint(address),
-        }
-    }
-
     /// Installs a session that this node initiated; the peer already has it. `yields`: both nodes
     /// have started at once, and the peer's session wins if the peer confirms it.
     pub(crate) fn install_current(
@@ -386,24 +207,6 @@ impl Peer {
         if self.view.endpoint.is_none_or(|to| !self.endpoints.contains(&to)) {
             self.prove_endpoint(now, shared);
         }
-    }
-
-    /// Handles a change of this node's MTU. [`Self::tick`] starts a handshake that notifies the
-    /// peer.
-    pub(crate) fn on_own_mtu(&mut self, now: Time, shared: &mut Shared) {
-        if self.current.is_some() {
-            self.begin_path(now, shared);
-        }
-    }
-
-    /// The path is to be looked at: there are new keys, or the peer is elsewhere.
-    fn begin_path(&mut self, now: Time, shared: &mut Shared) {
-        let theirs = self.view.mtu.unwrap_or(shared.offer.mtu);
-        let most = theirs.min(shared.offer.mtu).min(MAX_PROBE);
-        let elsewhere = self.path_to != self.view.endpoint;
-        self.path_to = self.view.endpoint;
-        self.path.on_session(now.mono, most, elsewhere);
-        self.show_path(shared);
     }
 
     /// Takes up a session of the process before; [`Peer::settle`] finds its place.
@@ -468,11 +271,6 @@ impl Peer {
         self.refresh_state(now);
     }
 
-    /// Where a session was made, unless the record has changed while the handshake was under way.
-    fn known_of(&self, slot: &Slot) -> Option<SocketAddr> {
-        slot.endpoint.filter(|there| self.endpoints.is_empty() || self.endpoints.contains(there))
-    }
-
     fn sessions_changed(&mut self, shared: &mut Shared) {
         let in_use = usize::from(self.current.is_some()) + usize::from(self.next.is_some());
         let excess = (in_use + self.previous.len()).saturating_sub(MAX_SESSIONS);
@@ -532,121 +330,6 @@ impl Peer {
         }
     }
 
-    /// The next moment at which something is due, but for ticks.
-    pub(crate) fn deadline(&self) -> Option<Duration> {
-        let retry = self.pending.as_ref().map(|pending| pending.retry_at);
-        // Where there is no session there are no ticks to notice it.
-        let connecting = self.view.state == PeerState::Connecting;
-        let hopeless = self.pending.as_ref().filter(|_| connecting).and_then(Pending::hopeless_at);
-        let proof = self.proven.filter(|_| self.can_send()).map(|(_, at)| at + SESSION_LIFE);
-        self.slots().map(Slot::ends).chain(retry).chain(hopeless).chain(proof).min()
-    }
-
-    /// Does what is due. `tick`: it is also time to look at the lanes' counters.
-    pub(crate) fn on_time(&mut self, now: Time, tick: bool, shared: &mut Shared) {
-        self.end_what_is_over(now, shared);
-        self.update_endpoint(now.mono, shared);
-        if tick && self.has_sessions() {
-            self.tick(now, shared);
-        }
-        if self.pending.as_ref().is_some_and(|p| p.retry_at <= now.mono + RETRY_SLACK) {
-            let wanted = self.wanted.is_some_and(|at| now.mono.saturating_sub(at) < WANTED_FOR);
-            self.retry_handshake(now, wanted, shared);
-        }
-        self.refresh_state(now);
-    }
-
-    fn tick(&mut self, now: Time, shared: &mut Shared) {
-        let (mut sent, mut received) = (false, false);
-        for slot in self.slots_mut() {
-            let (tx, rx) = slot.sample();
-            sent |= tx;
-            received |= rx;
-        }
-        if sent {
-            self.live.on_sent(now.mono);
-        }
-        if received {
-            self.live.on_data(now.mono);
-        }
-        if self.next.as_ref().is_some_and(|next| next.session.is_confirmed()) {
-            self.confirm_next(now, shared);
-        }
-        let Some(current) = &self.current else {
-            // Asked for while the peer's own handshake was about to give us a session.
-            if self.wanted.is_some_and(|at| now.mono.saturating_sub(at) < WANTED_FOR) {
-                self.begin_handshake(now, shared);
-            }
-            return;
-        };
-        let session = &current.session;
-        let limit = if session.initiator { REKEY_AFTER } else { RESPONDER_REKEY_AFTER };
-        let old =
-            now.since(session.established) >= limit || session.counters_used() >= COUNTER_REKEY;
-        // Only a few sessions are renewed at a time, because a changed key or MTU may concern a
-        // thousand peers.
-        let other_key = match current.own {
-            Some(own) => own != *shared.own.public(),
-            None => shared.second.is_some(),
-        };
-        let old = old || other_key && shared.chance(RENEWED_AT_ONCE);
-        // Renews sessions without traffic, too: packets longer than the peer's known MTU are
-        // refused before they reach the engine.
-        let other_mtu = current.told_mtu != shared.offer.mtu && shared.chance(RENEWED_AT_ONCE);
-        if other_mtu || old && (sent || received) || sent && self.live.trouble(now.mono).is_some() {
-            self.wanted = Some(now.mono);
-            self.begin_handshake(now, shared);
-        }
-        if sent || received {
-            self.prove_endpoint(now, shared);
-        }
-        if self.live.ping_due(now.mono) {
-            self.ping(now, shared);
-        }
-        if self.live.in_use(now.mono) {
-            self.probe_path(now, shared);
-        }
-    }
-
-    fn probe_path(&mut self, now: Time, shared: &mut Shared) {
-        let (id, ping) = self.live.probe(now.mono);
-        if let Some(size) = self.path.ping(now.mono, id) {
-            if self.path.is_waiting() {
-                // So that what is lost by its size is told from what is lost by chance.
-                let (id, short) = self.live.ping(now.mono);
-                self.path.beside(id);
-                self.send_control(short, shared);
-            }
-            self.send_padded(ping, usize::from(size), shared);
-        }
-        self.show_path(shared);
-    }
-
-    /// Handles a datagram with a plaintext of `size` bytes that this host's route to `destination`
-    /// refused; see [`Path::refused`].
-    pub(crate) fn on_refused(
-        &mut self,
-        now: Time,
-        destination: SocketAddr,
-        size: u16,
-        fits: Option<u16>,
-        shared: &mut Shared,
-    ) -> bool {
-        let narrower = self.path_to == Some(destination) && self.path.refused(now.mono, size, fits);
-        self.show_path(shared);
-        narrower
-    }
-
-    fn show_path(&mut self, shared: &mut Shared) {
-        // A peer whose own MTU is less takes no more, whatever the path carries.
-        let theirs = self.view.mtu.filter(|mtu| *mtu < shared.offer.mtu);
-        let found = self.path.limit().or(theirs);
-        if self.view.path != found {
-            self.view.path = found;
-            shared.changed = true;
-        }
-    }
-
     /// Starts a handshake unless one is pending, or the peer has just started a session that it has
     /// to confirm.
     pub(crate) fn begin_handshake(&mut self, now: Time, shared: &mut Shared) {
@@ -663,69 +346,6 @@ impl Peer {
     pub(crate) fn defers(&mut self, now: Time) -> bool {
         let since = *self.deferred.get_or_insert(now.mono);
         now.mono.saturating_sub(since) < CONFIRM_WITHIN
-    }
-
-    fn ping(&mut self, now: Time, shared: &mut Shared) {
-        let (_, ping) = self.live.ping(now.mono);
-        self.send_control(ping, shared);
-    }
-
-    fn send_control(&self, message: Control, shared: &mut Shared) {
-        self.send_padded(message, 0, shared);
-    }
-
-    /// Sends a message with zeros behind it, up to that length of the plaintext.
-    fn send_padded(&self, message: Control, length: usize, shared: &mut Shared) {
-        let (Some(slot), Some(endpoint)) = (&self.current, self.view.endpoint) else { return };
-        let Some(sender) = slot.session.sender(CONTROL_LANE) else { return };
-        let mut plaintext = message.to_bytes();
-        plaintext.resize(plaintext.len().max(length), 0);
-        let mut out = vec![0; plaintext.len() + OVERHEAD];
-        match sender.seal(Flags::default(), &plaintext, &mut out) {
-            Ok(_) => shared.transmit(endpoint, out),
-            Err(reason) => shared.drops.add(reason),
-        }
-    }
-
-    /// A control message in the session with this index.
-    pub(crate) fn on_control(
-        &mut self,
-        now: Time,
-        index: u32,
-        datagram: &mut [u8],
-        shared: &mut Shared,
-    ) -> Result<(), DropReason> {
-        let found = self.slots_mut().find(|slot| slot.session.local_index == index);
-        let slot = found.ok_or(DropReason::UnknownSession)?;
-        if slot.ends() <= now.mono {
-            return Err(DropReason::SessionExpired);
-        }
-        let receiver = slot.session.receiver(CONTROL_LANE).ok_or(DropReason::WrongLane)?;
-        let (header, plaintext) = receiver.open(datagram)?;
-        let message = Control::read(plaintext);
-        slot.window.check_and_set(header.counter)?;
-        slot.session.set_highest(CONTROL_LANE, slot.window.highest());
-
-        self.live.on_heard(now.mono);
-        if let Some(next) = self.next.as_ref().filter(|next| next.session.local_index == index) {
-            next.session.confirm();
-            self.confirm_next(now, shared);
-        }
-        match message {
-            Some(Control::Ping { id, sent, silent }) => {
-                self.live.on_ping(now.mono, silent);
-                self.send_control(Control::Pong { id, sent }, shared);
-            }
-            Some(Control::Pong { id, sent }) => {
-                self.live.on_pong(now.mono, sent);
-                self.path.on_pong(id);
-                self.show_path(shared);
-            }
-            // Of a later release.
-            None => {}
-        }
-        self.refresh_state(now);
-        Ok(())
     }
 
     /// Brings the view's state up to date.

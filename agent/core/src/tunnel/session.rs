@@ -4,19 +4,17 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use aws_lc_rs::aead::{Aad, LessSafeKey, Nonce, UnboundKey};
-use aws_lc_rs::hkdf::{HKDF_SHA256, Prk, Salt};
 use zeroize::Zeroizing;
 
-use crate::drop::DropReason;
 use crate::route::PeerId;
 use crate::time::Time;
 pub use crate::tunnel::cipher::{Cipher, Ciphers};
+use crate::tunnel::lane_key::Derivation;
+pub use crate::tunnel::lane_key::{Receiver, Sender};
+use crate::tunnel::noise::KEY_LEN;
 use crate::tunnel::saved::Kept;
 use crate::tunnel::timers::SESSION_LIFE;
-use crate::wire::header::{
-    CONTROL_LANE, Flags, HEADER_LEN, Header, MAX_LANES, MessageType, OVERHEAD, TAG_LEN,
-};
+use crate::wire::header::{CONTROL_LANE, MAX_LANES};
 
 /// How many counters a sender uses in one life of its process ([`DropReason::CounterExhausted`]): more
 /// than a lane sends in a session's 180 s at 20 million datagrams a second. The next life begins
@@ -24,10 +22,6 @@ use crate::wire::header::{
 pub const COUNTER_LIMIT: u64 = 1 << 32;
 /// From so many on the engine asks for new keys: far before [`COUNTER_LIMIT`].
 pub const COUNTER_REKEY: u64 = 1 << 31;
-
-const KEY_LEN: usize = 32;
-const KEY_SALT: &[u8] = b"skein v1 transport";
-const KEY_LABEL: &[u8] = b"skein v1 lane key";
 
 /// Everything that makes a [`Session`].
 pub struct SessionParams {
@@ -275,149 +269,13 @@ impl Traffic {
     }
 }
 
-/// The sending half of one lane. Aligned so that two lanes' counters never share a cache line (nor
-/// the pair of lines that the prefetcher takes).
-#[repr(align(128))]
-pub struct Sender {
-    counter: AtomicU64,
-    /// Of this life's counters, the first and the one behind the last.
-    first: u64,
-    limit: u64,
-    key: LessSafeKey,
-    receiver: u32,
-    lane: u8,
-    kind: MessageType,
-}
-
-impl Sender {
-    fn new(key: LessSafeKey, lane: u8, receiver: u32, first: u64) -> Result<Self, SessionError> {
-        let kind = if lane == CONTROL_LANE { MessageType::Control } else { MessageType::Data };
-        let limit = first.checked_add(COUNTER_LIMIT).ok_or(SessionError::Lives)?;
-        Ok(Self { counter: AtomicU64::new(first), first, limit, key, receiver, lane, kind })
-    }
-
-    /// Writes one datagram to the start of `out`: header, sealed `plaintext`, tag. Out of place, so
-    /// that what was read is copied for nothing. Returns its length, `plaintext.len() + OVERHEAD`.
-    ///
-    /// # Errors
-    /// [`DropReason::CounterExhausted`] past [`COUNTER_LIMIT`]; [`DropReason::SealFailed`] where
-    /// `out` is too short.
-    #[inline]
-    pub fn seal(
-        &self,
-        flags: Flags,
-        plaintext: &[u8],
-        out: &mut [u8],
-    ) -> Result<usize, DropReason> {
-        let length = plaintext.len() + OVERHEAD;
-        let Some(out) = out.get_mut(..length) else { return Err(DropReason::SealFailed) };
-        // Relaxed: all that matters is that no two datagrams get the same number.
-        let counter = self.counter.fetch_add(1, Ordering::Relaxed);
-        if counter >= self.limit {
-            return Err(DropReason::CounterExhausted);
-        }
-        let header =
-            Header { kind: self.kind, flags, lane: self.lane, receiver: self.receiver, counter };
-        let (head, rest) = out.split_at_mut(HEADER_LEN);
-        head.copy_from_slice(&header.to_bytes());
-        let (ciphertext, tag) = rest.split_at_mut(plaintext.len());
-        self.key
-            .seal_out_of_place_scatter(
-                nonce(counter),
-                Aad::from(&*head),
-                plaintext,
-                ciphertext,
-                &[],
-                tag,
-            )
-            .map_err(|_| DropReason::SealFailed)?;
-        Ok(length)
-    }
-
-    fn used(&self) -> u64 {
-        self.counter.load(Ordering::Relaxed) - self.first
-    }
-
-    #[cfg(test)]
-    pub(crate) fn set_counter(&self, counter: u64) {
-        self.counter.store(self.first + counter, Ordering::Relaxed);
-    }
-}
-
-/// The receiving half of one lane.
-pub struct Receiver {
-    key: LessSafeKey,
-    lane: u8,
-}
-
-impl Receiver {
-    /// Opens a datagram in place: its header and the plaintext. Replay is the caller's to check,
-    /// after this (`ReplayWindow::check_and_set`).
-    ///
-    /// # Errors
-    /// [`DropReason::OuterHeader`], [`DropReason::WrongLane`] where the header names another lane
-    /// or kind, [`DropReason::AuthFailed`]; the datagram's contents are then of no use.
-    #[inline]
-    pub fn open<'a>(&self, datagram: &'a mut [u8]) -> Result<(Header, &'a mut [u8]), DropReason> {
-        let header = Header::parse(datagram)?;
-        let kind = if self.lane == CONTROL_LANE { MessageType::Control } else { MessageType::Data };
-        if header.lane != self.lane || header.kind != kind {
-            return Err(DropReason::WrongLane);
-        }
-        if datagram.len() < HEADER_LEN + TAG_LEN {
-            return Err(DropReason::OuterHeader);
-        }
-        let (head, sealed) = datagram.split_at_mut(HEADER_LEN);
-        let plaintext = self
-            .key
-            .open_in_place(nonce(header.counter), Aad::from(&*head), sealed)
-            .map_err(|_| DropReason::AuthFailed)?;
-        Ok((header, plaintext))
-    }
-}
-
-/// Four zero bytes, then the counter, big endian.
-fn nonce(counter: u64) -> Nonce {
-    let mut bytes = [0; 12];
-    bytes[4..].copy_from_slice(&counter.to_be_bytes());
-    Nonce::assume_unique_for_key(bytes)
-}
-
-/// HKDF-SHA256 (RFC 5869) from one half of the handshake's split to the keys of its lanes.
-struct Derivation {
-    prk: Prk,
-    cipher: Cipher,
-    direction: u8,
-}
-
-impl Derivation {
-    fn new(secret: &[u8; KEY_LEN], cipher: Cipher, direction: u8) -> Self {
-        let prk = Salt::new(HKDF_SHA256, KEY_SALT).extract(secret);
-        Self { prk, cipher, direction }
-    }
-
-    fn bytes(&self, lane: u8) -> Result<Zeroizing<[u8; KEY_LEN]>, SessionError> {
-        let mut key = Zeroizing::new([0; KEY_LEN]);
-        let info = [KEY_LABEL, &[self.cipher.number(), self.direction, lane]];
-        self.prk
-            .expand(&info, HKDF_SHA256)
-            .and_then(|okm| okm.fill(key.as_mut()))
-            .map_err(|_| SessionError::Derivation)?;
-        Ok(key)
-    }
-
-    fn key(&self, lane: u8) -> Result<LessSafeKey, SessionError> {
-        UnboundKey::new(self.cipher.algorithm(), self.bytes(lane)?.as_ref())
-            .map(LessSafeKey::new)
-            .map_err(|_| SessionError::Derivation)
-    }
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::drop::DropReason;
     use crate::tunnel::replay::ReplayWindow;
+    use crate::wire::header::{Flags, OVERHEAD};
 
     const CIPHERS: [Cipher; 2] = [Cipher::Aes256Gcm, Cipher::ChaCha20Poly1305];
 

@@ -1,0 +1,136 @@
+//! Control messages of a peer's sessions: pings, their answers, and the path MTU that follows from
+//! them.
+
+use std::net::SocketAddr;
+
+use super::Peer;
+use crate::drop::DropReason;
+use crate::time::Time;
+use crate::tunnel::message::Control;
+use crate::tunnel::shared::Shared;
+use crate::wire::header::{CONTROL_LANE, Flags, OVERHEAD};
+
+/// A padded ping is no longer than this, in bytes of plaintext: jumbo frames'.
+const MAX_PROBE: u16 = 9000;
+
+impl Peer {
+    /// Handles a change of this node's MTU. [`Self::tick`] starts a handshake that notifies the
+    /// peer.
+    pub(crate) fn on_own_mtu(&mut self, now: Time, shared: &mut Shared) {
+        if self.current.is_some() {
+            self.begin_path(now, shared);
+        }
+    }
+
+    /// The path is to be looked at: there are new keys, or the peer is elsewhere.
+    pub(super) fn begin_path(&mut self, now: Time, shared: &mut Shared) {
+        let theirs = self.view.mtu.unwrap_or(shared.offer.mtu);
+        let most = theirs.min(shared.offer.mtu).min(MAX_PROBE);
+        let elsewhere = self.path_to != self.view.endpoint;
+        self.path_to = self.view.endpoint;
+        self.path.on_session(now.mono, most, elsewhere);
+        self.show_path(shared);
+    }
+
+    pub(super) fn probe_path(&mut self, now: Time, shared: &mut Shared) {
+        let (id, ping) = self.live.probe(now.mono);
+        if let Some(size) = self.path.ping(now.mono, id) {
+            if self.path.is_waiting() {
+                // So that what is lost by its size is told from what is lost by chance.
+                let (id, short) = self.live.ping(now.mono);
+                self.path.beside(id);
+                self.send_control(short, shared);
+            }
+            self.send_padded(ping, usize::from(size), shared);
+        }
+        self.show_path(shared);
+    }
+
+    /// Handles a datagram with a plaintext of `size` bytes that this host's route to `destination`
+    /// refused; see [`Path::refused`].
+    pub(crate) fn on_refused(
+        &mut self,
+        now: Time,
+        destination: SocketAddr,
+        size: u16,
+        fits: Option<u16>,
+        shared: &mut Shared,
+    ) -> bool {
+        let narrower = self.path_to == Some(destination) && self.path.refused(now.mono, size, fits);
+        self.show_path(shared);
+        narrower
+    }
+
+    pub(super) fn show_path(&mut self, shared: &mut Shared) {
+        // A peer whose own MTU is less takes no more, whatever the path carries.
+        let theirs = self.view.mtu.filter(|mtu| *mtu < shared.offer.mtu);
+        let found = self.path.limit().or(theirs);
+        if self.view.path != found {
+            self.view.path = found;
+            shared.changed = true;
+        }
+    }
+
+    pub(super) fn ping(&mut self, now: Time, shared: &mut Shared) {
+        let (_, ping) = self.live.ping(now.mono);
+        self.send_control(ping, shared);
+    }
+
+    pub(super) fn send_control(&self, message: Control, shared: &mut Shared) {
+        self.send_padded(message, 0, shared);
+    }
+
+    /// Sends a message with zeros behind it, up to that length of the plaintext.
+    pub(super) fn send_padded(&self, message: Control, length: usize, shared: &mut Shared) {
+        let (Some(slot), Some(endpoint)) = (&self.current, self.view.endpoint) else { return };
+        let Some(sender) = slot.session.sender(CONTROL_LANE) else { return };
+        let mut plaintext = message.to_bytes();
+        plaintext.resize(plaintext.len().max(length), 0);
+        let mut out = vec![0; plaintext.len() + OVERHEAD];
+        match sender.seal(Flags::default(), &plaintext, &mut out) {
+            Ok(_) => shared.transmit(endpoint, out),
+            Err(reason) => shared.drops.add(reason),
+        }
+    }
+
+    /// A control message in the session with this index.
+    pub(crate) fn on_control(
+        &mut self,
+        now: Time,
+        index: u32,
+        datagram: &mut [u8],
+        shared: &mut Shared,
+    ) -> Result<(), DropReason> {
+        let found = self.slots_mut().find(|slot| slot.session.local_index == index);
+        let slot = found.ok_or(DropReason::UnknownSession)?;
+        if slot.ends() <= now.mono {
+            return Err(DropReason::SessionExpired);
+        }
+        let receiver = slot.session.receiver(CONTROL_LANE).ok_or(DropReason::WrongLane)?;
+        let (header, plaintext) = receiver.open(datagram)?;
+        let message = Control::read(plaintext);
+        slot.window.check_and_set(header.counter)?;
+        slot.session.set_highest(CONTROL_LANE, slot.window.highest());
+
+        self.live.on_heard(now.mono);
+        if let Some(next) = self.next.as_ref().filter(|next| next.session.local_index == index) {
+            next.session.confirm();
+            self.confirm_next(now, shared);
+        }
+        match message {
+            Some(Control::Ping { id, sent, silent }) => {
+                self.live.on_ping(now.mono, silent);
+                self.send_control(Control::Pong { id, sent }, shared);
+            }
+            Some(Control::Pong { id, sent }) => {
+                self.live.on_pong(now.mono, sent);
+                self.path.on_pong(id);
+                self.show_path(shared);
+            }
+            // Of a later release.
+            None => {}
+        }
+        self.refresh_state(now);
+        Ok(())
+    }
+}

@@ -1,0 +1,63 @@
+//! A session with its replay window and the values that the engine samples from it.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use crate::tunnel::noise::KEY_LEN;
+use crate::tunnel::replay::ReplayWindow;
+use crate::tunnel::session::Session;
+use crate::tunnel::shared::Shared;
+use crate::tunnel::timers::SESSION_LIFE;
+use crate::wire::header::CONTROL_LANE;
+
+/// A session as the engine keeps it.
+pub(crate) struct Slot {
+    pub(crate) session: Arc<Session>,
+    /// Where the other end was when it was made.
+    pub(crate) endpoint: Option<SocketAddr>,
+    /// The peer's key that it was made with.
+    pub(super) remote: [u8; KEY_LEN],
+    /// This node's; unknown of a session that was taken up.
+    pub(super) own: Option<[u8; KEY_LEN]>,
+    /// MTU of this node that the session's handshake carried, inner bytes.
+    pub(super) told_mtu: u16,
+    pub(super) window: ReplayWindow,
+    seen_tx: u64,
+    seen_rx: u64,
+}
+
+impl Slot {
+    pub(crate) fn new(
+        session: Session,
+        endpoint: Option<SocketAddr>,
+        remote: [u8; KEY_LEN],
+        own: Option<[u8; KEY_LEN]>,
+        told_mtu: u16,
+    ) -> Self {
+        let window = ReplayWindow::after(session.mark(CONTROL_LANE));
+        let session = Arc::new(session);
+        Self { session, endpoint, remote, own, told_mtu, window, seen_tx: 0, seen_rx: 0 }
+    }
+
+    pub(super) fn ends(&self) -> Duration {
+        self.session.established.mono + SESSION_LIFE
+    }
+
+    /// Whether lanes have sent and received since the last look.
+    pub(super) fn sample(&mut self) -> (bool, bool) {
+        let traffic = self.session.traffic();
+        let tx = traffic.tx_packets.load(Ordering::Relaxed);
+        let rx = traffic.rx_packets.load(Ordering::Relaxed);
+        let grown = (tx != self.seen_tx, rx != self.seen_rx);
+        (self.seen_tx, self.seen_rx) = (tx, rx);
+        grown
+    }
+
+    pub(super) fn end(self, shared: &mut Shared) {
+        self.session.expire();
+        shared.free_index(self.session.local_index);
+        shared.changed = true;
+    }
+}

@@ -1,0 +1,90 @@
+//! Timers of a peer: retries, the end of sessions, and the periodic tick that looks at the traffic.
+
+use std::time::Duration;
+
+use super::{Peer, PeerState, Slot};
+use crate::time::Time;
+use crate::tunnel::handshake::Pending;
+use crate::tunnel::session::COUNTER_REKEY;
+use crate::tunnel::shared::Shared;
+use crate::tunnel::timers::{
+    REKEY_AFTER, RENEWED_AT_ONCE, RESPONDER_REKEY_AFTER, RETRY_SLACK, SESSION_LIFE, WANTED_FOR,
+};
+
+impl Peer {
+    /// The next moment at which something is due, but for ticks.
+    pub(crate) fn deadline(&self) -> Option<Duration> {
+        let retry = self.pending.as_ref().map(|pending| pending.retry_at);
+        // Where there is no session there are no ticks to notice it.
+        let connecting = self.view.state == PeerState::Connecting;
+        let hopeless = self.pending.as_ref().filter(|_| connecting).and_then(Pending::hopeless_at);
+        let proof = self.proven.filter(|_| self.can_send()).map(|(_, at)| at + SESSION_LIFE);
+        self.slots().map(Slot::ends).chain(retry).chain(hopeless).chain(proof).min()
+    }
+
+    /// Does what is due. `tick`: it is also time to look at the lanes' counters.
+    pub(crate) fn on_time(&mut self, now: Time, tick: bool, shared: &mut Shared) {
+        self.end_what_is_over(now, shared);
+        self.update_endpoint(now.mono, shared);
+        if tick && self.has_sessions() {
+            self.tick(now, shared);
+        }
+        if self.pending.as_ref().is_some_and(|p| p.retry_at <= now.mono + RETRY_SLACK) {
+            let wanted = self.wanted.is_some_and(|at| now.mono.saturating_sub(at) < WANTED_FOR);
+            self.retry_handshake(now, wanted, shared);
+        }
+        self.refresh_state(now);
+    }
+
+    pub(super) fn tick(&mut self, now: Time, shared: &mut Shared) {
+        let (mut sent, mut received) = (false, false);
+        for slot in self.slots_mut() {
+            let (tx, rx) = slot.sample();
+            sent |= tx;
+            received |= rx;
+        }
+        if sent {
+            self.live.on_sent(now.mono);
+        }
+        if received {
+            self.live.on_data(now.mono);
+        }
+        if self.next.as_ref().is_some_and(|next| next.session.is_confirmed()) {
+            self.confirm_next(now, shared);
+        }
+        let Some(current) = &self.current else {
+            // Asked for while the peer's own handshake was about to give us a session.
+            if self.wanted.is_some_and(|at| now.mono.saturating_sub(at) < WANTED_FOR) {
+                self.begin_handshake(now, shared);
+            }
+            return;
+        };
+        let session = &current.session;
+        let limit = if session.initiator { REKEY_AFTER } else { RESPONDER_REKEY_AFTER };
+        let old =
+            now.since(session.established) >= limit || session.counters_used() >= COUNTER_REKEY;
+        // Only a few sessions are renewed at a time, because a changed key or MTU may concern a
+        // thousand peers.
+        let other_key = match current.own {
+            Some(own) => own != *shared.own.public(),
+            None => shared.second.is_some(),
+        };
+        let old = old || other_key && shared.chance(RENEWED_AT_ONCE);
+        // Renews sessions without traffic, too: packets longer than the peer's known MTU are
+        // refused before they reach the engine.
+        let other_mtu = current.told_mtu != shared.offer.mtu && shared.chance(RENEWED_AT_ONCE);
+        if other_mtu || old && (sent || received) || sent && self.live.trouble(now.mono).is_some() {
+            self.wanted = Some(now.mono);
+            self.begin_handshake(now, shared);
+        }
+        if sent || received {
+            self.prove_endpoint(now, shared);
+        }
+        if self.live.ping_due(now.mono) {
+            self.ping(now, shared);
+        }
+        if self.live.in_use(now.mono) {
+            self.probe_path(now, shared);
+        }
+    }
+}
