@@ -10,6 +10,8 @@ use std::sync::Arc;
 
 use crate::drop::{DropCounts, DropReason};
 use crate::offload::Checksum;
+pub use crate::offload::runs::Run;
+use crate::offload::runs::Runs;
 use crate::route::PeerId;
 use crate::tunnel::session::Session;
 use crate::wire::ecn::Ecn;
@@ -21,40 +23,6 @@ const FULL_SUPERPACKET: usize = 70 << 10;
 /// Where the packets of one peer go: an index into the batch, valid until [`EgressBatch::clear`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Target(usize);
-
-/// Datagrams to one destination, all but the last of one size: one UDP_SEGMENT message, or several
-/// where the kernel's limits are lower.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Run<'a> {
-    /// Outer destination.
-    pub destination: SocketAddr,
-    /// ECN field of the outer header, one for all datagrams.
-    pub ecn: Ecn,
-    /// UDP payload length in bytes of every datagram but the last, which is not empty and not
-    /// longer.
-    pub segment_size: usize,
-    /// Number of datagrams.
-    pub segments: usize,
-    /// Where the bytes lie in the arena, as (offset, length), in order. A datagram may begin and
-    /// end anywhere in a part; adjacent parts are sent as one.
-    pub parts: &'a [(usize, usize)],
-}
-
-impl Run<'_> {
-    /// No datagram at all.
-    pub const EMPTY: Self = Self {
-        destination: SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0),
-        ecn: Ecn::NotEct,
-        segment_size: 0,
-        segments: 0,
-        parts: &[],
-    };
-
-    /// Bytes of all datagrams.
-    pub fn byte_len(&self) -> usize {
-        self.parts.iter().fold(0, |len: usize, part| len.saturating_add(part.1))
-    }
-}
 
 /// What a batch held, for the counters.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -74,10 +42,7 @@ pub struct EgressBatch {
     /// Targets beyond this are left over from earlier batches, kept for their staging buffers.
     live_targets: usize,
     last_target: usize,
-    /// In the order of sealing.
-    datagrams: Vec<Datagram>,
-    runs: Vec<RunState>,
-    parts: Vec<(usize, usize)>,
+    runs: Runs,
     /// Inner packets of each datagram, in the order of sealing.
     fill: Vec<u16>,
     totals: BatchTotals,
@@ -102,22 +67,6 @@ struct TargetState {
     sealed_bytes: u64,
 }
 
-struct Datagram {
-    run: usize,
-    offset: usize,
-    length: usize,
-}
-
-struct RunState {
-    destination: SocketAddr,
-    ecn: Ecn,
-    segment_size: usize,
-    segments: usize,
-    /// Range of `parts`, set by `finish`.
-    first_part: usize,
-    part_count: usize,
-}
-
 impl EgressBatch {
     /// An empty batch of `capacity` bytes. It stays in cache when it is well below the L2's size.
     pub fn new(capacity: usize, bundling: bool) -> Self {
@@ -128,9 +77,7 @@ impl EgressBatch {
             targets: Vec::with_capacity(16),
             live_targets: 0,
             last_target: 0,
-            datagrams: Vec::with_capacity(1024),
-            runs: Vec::with_capacity(256),
-            parts: Vec::with_capacity(1024),
+            runs: Runs::new(),
             fill: Vec::with_capacity(1024),
             totals: BatchTotals::default(),
         }
@@ -258,38 +205,12 @@ impl EgressBatch {
             target.sealed_packets = 0;
             target.sealed_bytes = 0;
         }
-        let mut first = 0;
-        for run in &mut self.runs {
-            run.first_part = first;
-            run.part_count = 0;
-            first += run.segments;
-        }
-        self.parts.clear();
-        self.parts.resize(first, (0, 0));
-        for datagram in &self.datagrams {
-            let run = &mut self.runs[datagram.run];
-            let parts = &mut self.parts[run.first_part..];
-            match run.part_count.checked_sub(1).map(|last| &mut parts[last]) {
-                Some((offset, length)) if *offset + *length == datagram.offset => {
-                    *length += datagram.length;
-                }
-                _ => {
-                    parts[run.part_count] = (datagram.offset, datagram.length);
-                    run.part_count += 1;
-                }
-            }
-        }
+        self.runs.finish();
     }
 
     /// The runs, in the order in which their first datagrams were sealed.
     pub fn runs(&self) -> impl Iterator<Item = Run<'_>> {
-        self.runs.iter().map(|run| Run {
-            destination: run.destination,
-            ecn: run.ecn,
-            segment_size: run.segment_size,
-            segments: run.segments,
-            parts: &self.parts[run.first_part..run.first_part + run.part_count],
-        })
+        self.runs.iter()
     }
 
     /// The bytes that the runs point into.
@@ -314,7 +235,6 @@ impl EgressBatch {
         }
         self.live_targets = 0;
         self.used = 0;
-        self.datagrams.clear();
         self.runs.clear();
         self.fill.clear();
         self.totals = BatchTotals::default();
@@ -356,26 +276,7 @@ impl EgressBatch {
         };
         self.used += length;
         self.fill.push(packets);
-        let run = match state.open_run {
-            Some(open) if self.runs[open].segment_size >= length && self.runs[open].ecn == ecn => {
-                open
-            }
-            _ => {
-                self.runs.push(RunState {
-                    destination: state.destination,
-                    ecn,
-                    segment_size: length,
-                    segments: 0,
-                    first_part: 0,
-                    part_count: 0,
-                });
-                self.runs.len() - 1
-            }
-        };
-        self.runs[run].segments += 1;
-        // Only the last datagram of a run may be shorter.
-        state.open_run = (self.runs[run].segment_size == length).then_some(run);
-        self.datagrams.push(Datagram { run, offset, length });
+        state.open_run = self.runs.push(state.open_run, state.destination, ecn, offset, length);
     }
 }
 

@@ -2,6 +2,7 @@
 
 pub mod batch;
 pub mod coalesce;
+mod runs;
 pub mod split;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
