@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::drop::DropReason;
 use crate::route::PeerId;
 use crate::time::Time;
-use crate::tunnel::fuzz_access::{check_payloads, repair_first_check};
+use crate::tunnel::fuzz_access::{check_payloads, repair_mac1};
 use crate::tunnel::session::COUNTER_LIMIT;
 use crate::tunnel::{
     Cipher, Ciphers, Engine, EngineConfig, Kept, PeerConfig, ReplayWindow, SAVED_LEN, SavedSession,
@@ -206,7 +206,7 @@ impl World {
             4 => {
                 if let Some((to, mut datagram)) = self.take() {
                     change(&mut datagram, input);
-                    repair_first_check(&self.engines[to].public_key(), &mut datagram);
+                    repair_mac1(&self.engines[to].public_key(), &mut datagram);
                     self.deliver(to, datagram);
                 }
             }

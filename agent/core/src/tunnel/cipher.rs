@@ -30,6 +30,11 @@ impl Cipher {
         }
     }
 
+    /// Returns the cipher with this number.
+    pub(crate) fn from_number(number: u8) -> Option<Self> {
+        [Self::Aes256Gcm, Self::ChaCha20Poly1305].into_iter().find(|c| c.number() == number)
+    }
+
     pub(crate) fn algorithm(self) -> &'static aead::Algorithm {
         match self {
             Cipher::Aes256Gcm => &aead::AES_256_GCM,

@@ -23,7 +23,7 @@ pub(crate) const SALT_LEN: usize = 32;
 /// Length of a sealed cookie in bytes.
 pub(crate) const SEALED_LEN: usize = MAC_LEN + TAG_LEN;
 /// How long a cookie is good: the secret behind it lives no longer.
-pub(crate) const COOKIE_LIFE: Duration = Duration::from_secs(120);
+pub(crate) const COOKIE_LIFETIME: Duration = Duration::from_secs(120);
 
 /// Most initiations that are remembered as granted under one secret: 10,000 nodes that start six
 /// handshakes each, about 2 MiB.
@@ -33,29 +33,29 @@ const MAX_GRANTED: usize = 65_536;
 pub(crate) type Mac = [u8; MAC_LEN];
 
 /// The keys that follow from a receiver's public key.
-pub(crate) struct ReceiverKeys {
-    first_check: hmac::Key,
+pub(crate) struct MacKeys {
+    mac1: hmac::Key,
     cookie: hmac::Key,
 }
 
-impl ReceiverKeys {
+impl MacKeys {
     /// Of the node with this public key.
     pub(crate) fn new(public: &[u8; KEY_LEN]) -> Self {
         let key = |label: &[u8]| {
             let key = digest::digest(&digest::SHA256, &[label, public.as_slice()].concat());
             hmac::Key::new(hmac::HMAC_SHA256, key.as_ref())
         };
-        Self { first_check: key(b"skein v1 mac1"), cookie: key(b"skein v1 cookie") }
+        Self { mac1: key(b"skein v1 mac1"), cookie: key(b"skein v1 cookie") }
     }
 
     /// The first check over all of a message before it.
-    pub(crate) fn first_check(&self, message: &[u8]) -> Mac {
-        mac(&self.first_check, &[message])
+    pub(crate) fn mac1(&self, message: &[u8]) -> Mac {
+        mac(&self.mac1, &[message])
     }
 
     /// Compares in constant time.
-    pub(crate) fn verify_first_check(&self, message: &[u8], check: &[u8]) -> bool {
-        equal(&self.first_check(message), check)
+    pub(crate) fn verify_mac1(&self, message: &[u8], check: &[u8]) -> bool {
+        equal(&self.mac1(message), check)
     }
 
     /// Seals a cookie for whoever sent the message with this first check. `salt` must be random:
@@ -64,11 +64,11 @@ impl ReceiverKeys {
         &self,
         cookie: &Mac,
         salt: &[u8; SALT_LEN],
-        first_check: &Mac,
+        mac1: &Mac,
     ) -> Option<[u8; SEALED_LEN]> {
         let mut sealed = [0; SEALED_LEN];
         let (ciphertext, tag) = sealed.split_at_mut(MAC_LEN);
-        let (nonce, aad) = (Nonce::assume_unique_for_key([0; 12]), Aad::from(first_check));
+        let (nonce, aad) = (Nonce::assume_unique_for_key([0; 12]), Aad::from(mac1));
         let key = self.cookie_aead(salt)?;
         key.seal_out_of_place_scatter(nonce, aad, cookie, ciphertext, &[], tag).ok()?;
         Some(sealed)
@@ -79,11 +79,11 @@ impl ReceiverKeys {
         &self,
         salt: &[u8; SALT_LEN],
         sealed: &[u8; SEALED_LEN],
-        first_check: &Mac,
+        mac1: &Mac,
     ) -> Option<Mac> {
         let mut cookie = Mac::default();
         let (ciphertext, tag) = sealed.split_at(MAC_LEN);
-        let (nonce, aad) = (Nonce::assume_unique_for_key([0; 12]), Aad::from(first_check));
+        let (nonce, aad) = (Nonce::assume_unique_for_key([0; 12]), Aad::from(mac1));
         let key = self.cookie_aead(salt)?;
         key.open_separate_gather(nonce, aad, ciphertext, tag, &mut cookie).ok()?;
         Some(cookie)
@@ -96,8 +96,19 @@ impl ReceiverKeys {
 }
 
 /// The second check over all of a message before it.
-pub(crate) fn second_check(cookie: &Mac, message: &[u8]) -> Mac {
+pub(crate) fn mac2(cookie: &Mac, message: &[u8]) -> Mac {
     mac(&hmac::Key::new(hmac::HMAC_SHA256, cookie), &[message])
+}
+
+/// mac2 of an initiation, with the values that it is computed from.
+pub(crate) struct Mac2Check<'a> {
+    /// Address that the initiation came from.
+    pub(crate) source: SocketAddr,
+    /// Address at which the sender claims to receive.
+    pub(crate) answer_to: SocketAddr,
+    /// Bytes that mac2 covers.
+    pub(crate) input: &'a [u8],
+    pub(crate) mac2: &'a Mac,
 }
 
 /// The secret that this node's cookies follow from.
@@ -119,7 +130,7 @@ impl CookieSecret {
         now: Duration,
         random: &mut dyn FnMut(&mut [u8]),
     ) -> Mac {
-        let fresh = |&(_, at): &(_, Duration)| now.saturating_sub(at) < COOKIE_LIFE;
+        let fresh = |&(_, at): &(_, Duration)| now.saturating_sub(at) < COOKIE_LIFETIME;
         let (key, _) = match self.current.take().filter(fresh) {
             Some(current) => self.current.insert(current),
             None => {
@@ -138,18 +149,19 @@ impl CookieSecret {
         mac(key, &[&from, &to, &ports])
     }
 
-    /// Whether `check` is the second check of `message` by the cookie of its source.
+    /// Returns true if `check.mac2` is the mac2 of the message under the cookie of its source.
     pub(crate) fn verify(
         &mut self,
-        source: SocketAddr,
-        answer_to: SocketAddr,
-        (message, check): (&[u8], &Mac),
+        check: Mac2Check<'_>,
         now: Duration,
         random: &mut dyn FnMut(&mut [u8]),
     ) -> bool {
-        // All zeros is how a message without the second check looks.
-        *check != [0; MAC_LEN]
-            && equal(&second_check(&self.cookie(source, answer_to, now, random), message), check)
+        // Zeros stand for a message without mac2.
+        let is_present = *check.mac2 != [0; MAC_LEN];
+        is_present && {
+            let cookie = self.cookie(check.source, check.answer_to, now, random);
+            equal(&mac2(&cookie, check.input), check.mac2)
+        }
     }
 
     /// Returns true if an initiation with this mac2 was granted a public-key operation under the
@@ -192,22 +204,18 @@ mod tests {
     /// Computed with Python's hmac and hashlib.
     #[test]
     fn first_check_vector() {
-        let keys = ReceiverKeys::new(&[9; 32]);
-        let check: String =
-            keys.first_check(b"message").iter().map(|b| format!("{b:02x}")).collect();
+        let keys = MacKeys::new(&[9; 32]);
+        let check: String = keys.mac1(b"message").iter().map(|b| format!("{b:02x}")).collect();
         assert_eq!(check, "c7dcf95d06c6387f040f348fea0c578c");
-        assert!(keys.verify_first_check(b"message", &keys.first_check(b"message")));
-        assert!(!keys.verify_first_check(b"massage", &keys.first_check(b"message")));
-        assert!(!keys.verify_first_check(b"message", &[]));
-        assert!(
-            !ReceiverKeys::new(&[8; 32])
-                .verify_first_check(b"message", &keys.first_check(b"message"))
-        );
+        assert!(keys.verify_mac1(b"message", &keys.mac1(b"message")));
+        assert!(!keys.verify_mac1(b"massage", &keys.mac1(b"message")));
+        assert!(!keys.verify_mac1(b"message", &[]));
+        assert!(!MacKeys::new(&[8; 32]).verify_mac1(b"message", &keys.mac1(b"message")));
     }
 
     #[test]
     fn a_cookie_opens_only_for_the_message_it_answers() {
-        let keys = ReceiverKeys::new(&[9; 32]);
+        let keys = MacKeys::new(&[9; 32]);
         let (cookie, salt) = ([1; MAC_LEN], [2; SALT_LEN]);
         let sealed = keys.seal_cookie(&cookie, &salt, &[3; MAC_LEN]).unwrap();
         assert_eq!(keys.open_cookie(&salt, &sealed, &[3; MAC_LEN]), Some(cookie));
@@ -243,9 +251,10 @@ mod tests {
         ] {
             assert_ne!(secret.cookie(from, to, at(120), &mut random), cookie, "{from} {to}");
         }
-        let check = second_check(&cookie, b"message");
-        let mut verify = |source, message: &[u8], check, seconds| {
-            secret.verify(source, source, (message, check), at(seconds), &mut random)
+        let check = mac2(&cookie, b"message");
+        let mut verify = |source, message: &[u8], check: &Mac, seconds| {
+            let check = Mac2Check { source, answer_to: source, input: message, mac2: check };
+            secret.verify(check, at(seconds), &mut random)
         };
         assert!(verify(source, b"message", &check, 120));
         assert!(!verify(source, b"massage", &check, 120));

@@ -11,13 +11,15 @@ use crate::route::PeerId;
 use crate::time::Time;
 use crate::tunnel::cookie::CookieSecret;
 use crate::tunnel::counts::HandshakeResult;
-use crate::tunnel::limit::{Bucket, Rate, Sources};
-use crate::tunnel::message::{Offer, Timestamp};
+use crate::tunnel::message::{Timestamp, TransportParams};
 use crate::tunnel::noise::Identity;
 use crate::tunnel::peer::{Peer, PeerKey, PeerView};
+use crate::tunnel::rate_limit::{PerSourceLimiter, Rate, TokenBucket};
 use crate::tunnel::saved::{Kept, Memory, SavedSession};
-use crate::tunnel::shared::{Own, Random, Shared, Transmit};
-use crate::tunnel::timers::{SESSION_LIFE, TICK, UNKNOWN_EVERY, UNKNOWN_UNHEARD};
+use crate::tunnel::shared::{LocalIdentity, Random, Shared, Transmit};
+use crate::tunnel::timers::{
+    SESSION_LIFE, TICK_INTERVAL, UNKNOWN_SESSION_INTERVAL, UNKNOWN_SESSION_SILENT_TIME,
+};
 use crate::wire::header::MAX_LANES;
 
 mod config;
@@ -27,16 +29,16 @@ pub use config::{EngineConfig, EngineError, PeerConfig};
 
 /// Initiations without a cookie, and responses beyond [`MAX_RESPONSE_TRIES`]; more of them mean
 /// that this node is under load.
-const UNVERIFIED: Rate = Rate { per_second: 64, burst: 64 };
+const NO_COOKIE_RATE: Rate = Rate { per_second: 64, burst: 64 };
 /// Initiations with a cookie, of one source or of one endpoint of a peer.
-const VERIFIED: Rate = Rate { per_second: 8, burst: 16 };
+const PER_SOURCE_RATE: Rate = Rate { per_second: 8, burst: 16 };
 /// Initiations with a cookie from endpoints that belong to no peer, in total: one sender may
 /// receive at very many addresses.
-const ELSEWHERE: Rate = Rate { per_second: 64, burst: 64 };
+const NON_PEER_RATE: Rate = Rate { per_second: 64, burst: 64 };
 /// Maximum number of peer endpoints with a token bucket of their own, and of keys without a peer whose
 /// timestamps are remembered.
 const MAX_PEERS: usize = 65_536;
-/// Sources with a cookie that are told apart.
+/// PerSourceLimiter with a cookie that are told apart.
 const MAX_SOURCES: usize = 4096;
 
 /// See the module. The caller hands in what it receives and when; after each call it takes what is
@@ -54,11 +56,11 @@ pub struct Engine {
     /// What all nodes of the cluster mix into their handshakes.
     prologue: Vec<u8>,
     cookies: CookieSecret,
-    unverified: Bucket,
+    no_cookie_bucket: TokenBucket,
     /// Initiations with a cookie, by endpoint of a peer.
-    verified_peers: Sources,
-    verified: Sources,
-    elsewhere: Bucket,
+    peer_endpoint_limiter: PerSourceLimiter,
+    source_limiter: PerSourceLimiter,
+    non_peer_bucket: TokenBucket,
     next_tick: Option<Duration>,
 }
 
@@ -82,9 +84,9 @@ impl Engine {
         }
         let prologue = [b"skein v1", cluster_id.as_bytes()].concat();
         let own = identity(private_key, &prologue)?;
-        let offer = Offer { lanes, ciphers, mtu, ecn };
+        let params = TransportParams { lanes, ciphers, mtu, ecn };
         Ok(Engine {
-            shared: Shared::new(own, offer, listen_port, random),
+            shared: Shared::new(own, params, listen_port, random),
             peers: BTreeMap::new(),
             by_key: BTreeMap::new(),
             by_address: BTreeMap::new(),
@@ -92,10 +94,10 @@ impl Engine {
             unclaimed: BTreeMap::new(),
             prologue,
             cookies: CookieSecret::default(),
-            unverified: Bucket::new(UNVERIFIED, Duration::ZERO),
-            verified_peers: Sources::of_endpoints(VERIFIED, MAX_PEERS),
-            verified: Sources::new(VERIFIED, MAX_SOURCES),
-            elsewhere: Bucket::new(ELSEWHERE, Duration::ZERO),
+            no_cookie_bucket: TokenBucket::new(NO_COOKIE_RATE, Duration::ZERO),
+            peer_endpoint_limiter: PerSourceLimiter::per_endpoint(PER_SOURCE_RATE, MAX_PEERS),
+            source_limiter: PerSourceLimiter::new(PER_SOURCE_RATE, MAX_SOURCES),
+            non_peer_bucket: TokenBucket::new(NON_PEER_RATE, Duration::ZERO),
             next_tick: None,
         })
     }
@@ -201,10 +203,10 @@ impl Engine {
     /// Changes this node's MTU, inner bytes. Sessions stay; peers with a session learn the MTU from
     /// a new handshake within seconds, the others from their next handshake.
     pub fn set_mtu(&mut self, now: Time, mtu: u16) {
-        if self.shared.offer.mtu == mtu {
+        if self.shared.params.mtu == mtu {
             return;
         }
-        self.shared.offer.mtu = mtu;
+        self.shared.params.mtu = mtu;
         self.shared.changed = true;
         for peer in self.peers.values_mut() {
             peer.on_own_mtu(now, &mut self.shared);
@@ -310,8 +312,9 @@ impl Engine {
             let Some(peer) = self.peers.get_mut(id) else { continue };
             let within =
                 |at: Option<Duration>, by| at.is_some_and(|t| now.mono.saturating_sub(t) < by);
-            let heard = peer.view.current.is_some() && within(peer.live.heard, UNKNOWN_UNHEARD);
-            if heard || within(peer.unknown, UNKNOWN_EVERY) {
+            let heard =
+                peer.view.current.is_some() && within(peer.live.heard, UNKNOWN_SESSION_SILENT_TIME);
+            if heard || within(peer.unknown, UNKNOWN_SESSION_INTERVAL) {
                 continue;
             }
             peer.unknown = Some(now.mono);
@@ -375,7 +378,7 @@ impl Engine {
 
     fn arm_tick(&mut self, now: Time) {
         if self.next_tick.is_none() && self.peers.values().any(Peer::has_sessions) {
-            self.next_tick = Some(now.mono + TICK);
+            self.next_tick = Some(now.mono + TICK_INTERVAL);
         }
         if let Some(at) = self.next_tick {
             self.shared.arm(at);
@@ -415,9 +418,9 @@ impl Engine {
     }
 }
 
-fn identity(private: Zeroizing<[u8; 32]>, prologue: &[u8]) -> Result<Own, EngineError> {
+fn identity(private: Zeroizing<[u8; 32]>, prologue: &[u8]) -> Result<LocalIdentity, EngineError> {
     let identity = Identity::new(private, prologue.to_vec()).ok_or(EngineError::PrivateKey)?;
-    Ok(Own::new(identity))
+    Ok(LocalIdentity::new(identity))
 }
 
 fn forget_addresses(by_address: &mut BTreeMap<IpAddr, BTreeSet<PeerId>>, peer: &Peer) {

@@ -1,52 +1,51 @@
-//! A peer's handshakes, from both ends.
+//! The handshakes of one peer, as initiator and as responder.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use crate::drop::DropReason;
 use crate::time::Time;
-use crate::tunnel::cookie::{COOKIE_LIFE, MAC_LEN, Mac, second_check};
+use crate::tunnel::cookie::{COOKIE_LIFETIME, MAC_LEN, Mac, mac2};
 use crate::tunnel::counts::HandshakeResult;
 use crate::tunnel::message::{
-    Accept, CookieReply, Initiation, MAX_HANDSHAKE, Offer, Response, header, initiation_clear,
-    initiation_payload,
+    CookieReply, MAX_HANDSHAKE, Response, ResponsePayload, TransportParams, header,
+    initiation_clear, initiation_payload,
 };
-use crate::tunnel::noise::{Initiator, KEY_LEN, Responder, Split};
-use crate::tunnel::peer::{Peer, Slot};
+use crate::tunnel::noise::{Initiator, KEY_LEN, Responder, TransportSecrets};
+use crate::tunnel::peer::{Peer, SessionEntry};
 use crate::tunnel::saved::SavedSession;
 use crate::tunnel::session::{Cipher, Session, SessionParams};
 use crate::tunnel::shared::Shared;
-use crate::tunnel::timers::{RETRY_FIRST, RETRY_LAST, UNREACHABLE_AFTER};
+use crate::tunnel::timers::{MAX_RETRY_INTERVAL, MIN_RETRY_INTERVAL, UNREACHABLE_TIMEOUT};
 use crate::wire::header::MessageType;
 
-/// A handshake that this node has started, or will as soon as it may.
-pub(crate) struct Pending {
-    /// When to send, again or at all.
+/// A handshake that this node has requested. Its first initiation may still have to wait for
+/// [`MIN_RETRY_INTERVAL`].
+pub(crate) struct PendingHandshake {
+    /// Deadline of the next initiation (monotonic clock).
     pub(crate) retry_at: Duration,
     interval: Duration,
-    /// When the first initiation went out.
+    /// Time of the first initiation (monotonic clock).
     first_sent: Option<Duration>,
-    /// How many were sent.
+    /// Number of initiations sent.
     tries: usize,
-    sent: Option<Sent>,
+    sent: Option<SentInitiation>,
 }
 
-/// An initiation that waits for its answer.
-struct Sent {
+/// The last initiation of a pending handshake, which awaits its response.
+struct SentInitiation {
+    /// Local index that the response must name.
     index: u32,
-    /// The key of this node that it begins with.
-    own: [u8; KEY_LEN],
-    /// The key of the peer that it is to.
-    remote: [u8; KEY_LEN],
-    /// MTU of this node that the handshake carries, inner bytes.
+    keys: KeyPair,
+    /// MTU of this node that the initiation carries, inner bytes.
     mtu: u16,
     noise: Initiator,
     destination: SocketAddr,
-    /// The message up to its second check, and the first check at the end of that.
+    /// The message with mac1 at its end and without mac2.
     message: Vec<u8>,
-    first_check: Mac,
-    /// Whether a cookie has made it go out once more.
-    repeated: bool,
+    mac1: Mac,
+    /// True if a cookie reply has caused a retransmission.
+    retransmitted: bool,
     /// Number of responses from the address of `destination`. Each that is read costs public-key
     /// operations.
     tries: u32,
@@ -54,25 +53,57 @@ struct Sent {
     tries_elsewhere: u32,
 }
 
-impl Pending {
-    /// Whether so long went without an answer that the peer counts as unreachable.
-    pub(crate) fn unanswered(&self, now: Duration) -> bool {
-        self.hopeless_at().is_some_and(|at| at <= now)
+/// The static public keys of a handshake.
+#[derive(Clone, Copy)]
+pub(crate) struct KeyPair {
+    /// Key of this node.
+    pub(crate) own: [u8; KEY_LEN],
+    /// Key of the peer.
+    pub(crate) remote: [u8; KEY_LEN],
+}
+
+/// The values on which both nodes agree in a handshake; a session is made of them.
+struct Agreement {
+    local_index: u32,
+    remote_index: u32,
+    cipher: Cipher,
+    /// True if this node sent the initiation.
+    initiator: bool,
+    /// Transport parameters of the peer.
+    theirs: TransportParams,
+    secrets: TransportSecrets,
+    /// The peer's static public key.
+    remote_key: [u8; KEY_LEN],
+    /// Address that the handshake proves; `None` if the peer's record does not name it.
+    endpoint: Option<SocketAddr>,
+    /// MTU of this node that the handshake carried, inner bytes.
+    told_mtu: u16,
+}
+
+impl PendingHandshake {
+    /// Returns true if the peer has answered no initiation for [`UNREACHABLE_TIMEOUT`].
+    pub(crate) fn is_unanswered(&self, now: Duration) -> bool {
+        self.unanswered_at().is_some_and(|at| at <= now)
     }
 
-    /// When it will be so.
-    pub(crate) fn hopeless_at(&self) -> Option<Duration> {
-        Some(self.first_sent? + UNREACHABLE_AFTER)
+    /// Returns the time at which [`Self::is_unanswered`] becomes true.
+    pub(crate) fn unanswered_at(&self) -> Option<Duration> {
+        Some(self.first_sent? + UNREACHABLE_TIMEOUT)
+    }
+
+    fn sent_mut(&mut self, index: u32) -> Option<&mut SentInitiation> {
+        self.sent.as_mut().filter(|sent| sent.index == index)
     }
 }
 
 impl Peer {
-    /// Starts a handshake: now, or as soon as the last initiation is a second old.
+    /// Starts a handshake at once, or [`MIN_RETRY_INTERVAL`] after the last initiation.
     pub(crate) fn start_handshake(&mut self, now: Time, shared: &mut Shared) {
-        let allowed = self.last_initiation.map_or(now.mono, |last| last + RETRY_FIRST);
-        let interval = RETRY_FIRST;
+        let allowed = self.last_initiation.map_or(now.mono, |last| last + MIN_RETRY_INTERVAL);
+        let interval = MIN_RETRY_INTERVAL;
         let retry_at = allowed.max(now.mono);
-        self.pending = Some(Pending { retry_at, interval, first_sent: None, tries: 0, sent: None });
+        self.pending =
+            Some(PendingHandshake { retry_at, interval, first_sent: None, tries: 0, sent: None });
         if retry_at == now.mono {
             self.send_initiation(now, shared);
         } else {
@@ -80,39 +111,40 @@ impl Peer {
         }
     }
 
-    /// The pending handshake is due. Where nobody wants it any more, that was it.
-    pub(crate) fn retry_handshake(&mut self, now: Time, wanted: bool, shared: &mut Shared) {
+    /// Gives up the initiation that is due for a retry. Sends another one to the next endpoint if
+    /// the handshake is still `requested`, and ends the handshake otherwise.
+    pub(crate) fn retry_handshake(&mut self, now: Time, requested: bool, shared: &mut Shared) {
         let Some(pending) = &mut self.pending else { return };
-        let sent = pending.sent.take();
-        if let Some(sent) = sent {
+        if let Some(sent) = pending.sent.take() {
             shared.free_index(sent.index);
             shared.counts.add(HandshakeResult::Timeout);
-            // Unless the record has changed meanwhile: then its first endpoint has its turn.
+            // If the record has changed meanwhile, the next initiation goes to its first endpoint.
             if self.handshake_endpoint() == Some(sent.destination) {
                 self.attempt = self.attempt.wrapping_add(1);
             }
         }
-        if wanted {
+        if requested {
             self.send_initiation(now, shared);
         } else {
             self.pending = None;
         }
     }
 
+    /// Ends the pending handshake and frees its index.
     pub(crate) fn abandon_handshake(&mut self, shared: &mut Shared) {
         if let Some(sent) = self.pending.take().and_then(|pending| pending.sent) {
             shared.free_index(sent.index);
         }
     }
 
-    /// The peer's key that the initiation under way is to.
+    /// Returns the peer's key to which the pending initiation is addressed.
     pub(crate) fn pending_key(&self) -> Option<&[u8; KEY_LEN]> {
-        Some(&self.pending.as_ref()?.sent.as_ref()?.remote)
+        Some(&self.pending.as_ref()?.sent.as_ref()?.keys.remote)
     }
 
-    /// With which of this node's keys to begin, and to which of the peer's: numbers of them. A peer that
-    /// does not answer may have an old record of this node, or this node one of the peer, while keys
-    /// change: then each pair has its turn at every endpoint.
+    /// Selects the positions of this node's and of the peer's key for the next initiation. While
+    /// keys are rotated, either node may know an old record of the other. Each pair of keys is
+    /// therefore tried at every endpoint of a peer that does not answer.
     fn next_keys(&self, now: Time, tries: usize, shared: &Shared) -> (usize, usize) {
         if self.has_current() && self.live.trouble(now.mono).is_none() {
             return (0, 0);
@@ -134,20 +166,20 @@ impl Peer {
             return;
         };
         pending.tries += 1;
-        let interval = (pending.interval + shared.jitter(pending.interval)).min(RETRY_LAST);
+        let interval = (pending.interval + shared.jitter(pending.interval)).min(MAX_RETRY_INTERVAL);
         pending.retry_at = now.mono + interval;
-        pending.interval = (pending.interval * 3 / 2).min(RETRY_LAST);
+        pending.interval = (pending.interval * 3 / 2).min(MAX_RETRY_INTERVAL);
         pending.first_sent.get_or_insert(now.mono);
         shared.arm(pending.retry_at);
         self.last_initiation = Some(now.mono);
 
         let index = shared.allocate_index(self.id);
         let clear = initiation_clear(index, shared.listen_port);
-        let payload = initiation_payload(shared.timestamp(now), shared.offer);
+        let payload = initiation_payload(shared.timestamp(now), shared.params);
         let ephemeral = shared.secret();
         let mut message = clear.to_vec();
         let own = shared.identities().nth(own).unwrap_or(&shared.own);
-        let begun = Initiator::start(
+        let started = Initiator::start(
             &own.identity,
             &remote.public,
             ephemeral,
@@ -155,36 +187,38 @@ impl Peer {
             &payload,
             &mut message,
         );
-        let own = *own.public();
-        // Fails on a public key of low order, which no handshake can ever reach.
-        let Ok(noise) = begun else {
+        let keys = KeyPair { own: *own.public(), remote: remote.public };
+        // Fails for a public key of low order, with which no handshake can succeed.
+        let Ok(noise) = started else {
             shared.free_index(index);
             shared.counts.add(HandshakeResult::Invalid);
             self.pending = None;
             return;
         };
-        let first_check = remote.checks.first_check(&message);
-        message.extend(first_check);
-        let (remote, mtu) = (remote.public, shared.offer.mtu);
-        let sent = Sent {
+        let mac1 = remote.mac_keys.mac1(&message);
+        message.extend(mac1);
+        let sent = SentInitiation {
             index,
-            own,
-            remote,
-            mtu,
+            keys,
+            mtu: shared.params.mtu,
             noise,
             destination,
             message,
-            first_check,
-            repeated: false,
+            mac1,
+            retransmitted: false,
             tries: 0,
             tries_elsewhere: 0,
         };
         shared.counts.add(HandshakeResult::Initiated);
-        shared.transmit(destination, with_second_check(&self.cookie, &sent.message, now));
+        shared.transmit(destination, with_mac2(&self.cookie, &sent.message, now));
         pending.sent = Some(sent);
     }
 
-    /// The peer is under load and sent a cookie instead of its response.
+    /// Handles a cookie reply: the peer is under load. Retransmits the initiation with mac2.
+    ///
+    /// # Errors
+    /// [`DropReason::HandshakeInvalid`] if no initiation with this index is pending, or if the
+    /// cookie does not decrypt.
     pub(crate) fn on_cookie_reply(
         &mut self,
         now: Time,
@@ -192,33 +226,37 @@ impl Peer {
         reply: &CookieReply,
         shared: &mut Shared,
     ) -> Result<(), DropReason> {
-        let sent = self.pending.as_mut().and_then(|pending| pending.sent.as_mut());
-        let sent = sent.filter(|sent| sent.index == index).ok_or(DropReason::HandshakeInvalid)?;
-        let key = self.keys.iter().find(|key| key.public == sent.remote);
-        let cookie = key
-            .and_then(|key| key.checks.open_cookie(&reply.salt, &reply.sealed, &sent.first_check));
+        let sent = self.pending.as_mut().and_then(|pending| pending.sent_mut(index));
+        let sent = sent.ok_or(DropReason::HandshakeInvalid)?;
+        let key = self.keys.iter().find(|key| key.public == sent.keys.remote);
+        let cookie =
+            key.and_then(|key| key.mac_keys.open_cookie(&reply.salt, &reply.sealed, &sent.mac1));
         self.cookie = Some((cookie.ok_or(DropReason::HandshakeInvalid)?, now.mono));
         shared.counts.add(HandshakeResult::CookieReceived);
-        // Once: a peer that sends cookies on end would have us send on end.
-        if !std::mem::replace(&mut sent.repeated, true) {
+        // At most one retransmission: otherwise a peer could make this node send without end.
+        if !std::mem::replace(&mut sent.retransmitted, true) {
             let (destination, message) = (sent.destination, sent.message.clone());
-            shared.transmit(destination, with_second_check(&self.cookie, &message, now));
+            shared.transmit(destination, with_mac2(&self.cookie, &message, now));
         }
         Ok(())
     }
 
     /// Counts a response from `source` to the initiation with this index. Returns the number of
-    /// responses so far from the address that the initiation was sent to, or from all other addresses
-    /// if `source` is one of these; `None` if no such initiation is pending.
+    /// responses so far from the address that the initiation was sent to, or from all other
+    /// addresses if `source` is one of these; `None` if no such initiation is pending.
     pub(crate) fn response_tries(&mut self, index: u32, source: IpAddr) -> Option<u32> {
-        let sent = self.pending.as_mut()?.sent.as_mut().filter(|sent| sent.index == index)?;
+        let sent = self.pending.as_mut()?.sent_mut(index)?;
         let is_peer = sent.destination.ip().to_canonical() == source.to_canonical();
         let tries = if is_peer { &mut sent.tries } else { &mut sent.tries_elsewhere };
         *tries = tries.saturating_add(1);
         Some(*tries)
     }
 
-    /// The peer has answered this node's handshake.
+    /// Handles the response to the initiation with this index, and installs the session.
+    ///
+    /// # Errors
+    /// [`DropReason::HandshakeInvalid`] if no such initiation is pending, if the Noise message does
+    /// not decrypt, or if the payload is malformed or names a cipher that this node does not offer.
     pub(crate) fn on_response(
         &mut self,
         now: Time,
@@ -226,54 +264,58 @@ impl Peer {
         response: &Response<'_>,
         shared: &mut Shared,
     ) -> Result<(), DropReason> {
-        let sent = self.pending.as_mut().and_then(|pending| pending.sent.as_mut());
-        let sent = sent.filter(|sent| sent.index == index).ok_or(DropReason::HandshakeInvalid)?;
+        let sent = self.pending.as_mut().and_then(|pending| pending.sent_mut(index));
+        let sent = sent.ok_or(DropReason::HandshakeInvalid)?;
         let mut payload = [0; MAX_HANDSHAKE];
-        let (length, split) = sent
+        let (length, secrets) = sent
             .noise
             .finish(response.noise, &mut payload)
             .map_err(|_| DropReason::HandshakeInvalid)?;
-        let accept = payload.get(..length).and_then(Accept::read);
-        let accept = accept.filter(|accept| shared.offer.ciphers.contains(accept.cipher));
-        let accept = accept.ok_or(DropReason::HandshakeInvalid)?;
-        let destination = sent.destination;
-        let (own, remote, told_mtu) = (sent.own, sent.remote, sent.mtu);
-        let indices = (index, accept.index);
-        let session = self.session(
-            now,
-            indices,
-            (accept.cipher, true),
-            accept.offer,
-            split,
-            (remote, Some(destination)),
+        let payload = payload.get(..length).and_then(ResponsePayload::read);
+        let payload = payload.filter(|payload| shared.params.ciphers.contains(payload.cipher));
+        let payload = payload.ok_or(DropReason::HandshakeInvalid)?;
+        let (keys, endpoint, told_mtu) = (sent.keys, Some(sent.destination), sent.mtu);
+        let agreement = Agreement {
+            local_index: index,
+            remote_index: payload.index,
+            cipher: payload.cipher,
+            initiator: true,
+            theirs: payload.params,
+            secrets,
+            remote_key: keys.remote,
+            endpoint,
             told_mtu,
-            shared,
-        )?;
-        // The index is the session's from now on.
+        };
+        let session = self.session(now, agreement, shared)?;
+        // The session owns the index from here on, so the pending handshake must not free it.
         self.pending = None;
-        self.view.mtu = Some(accept.offer.mtu);
+        self.view.mtu = Some(payload.params.mtu);
         shared.counts.add(HandshakeResult::CompletedInitiator);
-        // Both nodes have started at once. The session of the node with the greater key wins, so
-        // that exactly one of the two renews it.
-        let yields = own < remote;
-        let slot = Slot::new(session, Some(destination), remote, Some(own), told_mtu);
-        self.install_current(now, slot, yields, shared);
+        // If both nodes have initiated at the same time, the session of the node with the greater
+        // key wins, so that exactly one of the two renews it.
+        let yields = keys.own < keys.remote;
+        let entry = SessionEntry::new(session, endpoint, keys.remote, Some(keys.own), told_mtu);
+        self.install_current(now, entry, yields, shared);
         self.refresh_state(now);
         Ok(())
     }
 
-    /// The peer has started a handshake to the identity `own`, authentic and new. `source` is where it
-    /// listens.
+    /// Handles an authentic initiation that is newer than all before: installs a session and sends
+    /// the response to `source`, where the peer listens. `own` is the key of this node to which the
+    /// initiation is addressed, `theirs` the peer's transport parameters.
+    ///
+    /// # Errors
+    /// [`DropReason::HandshakeInvalid`] if the response or the session cannot be made.
     pub(crate) fn on_initiation(
         &mut self,
         now: Time,
         source: SocketAddr,
-        initiation: &Initiation<'_>,
-        (responder, own): (Responder, [u8; KEY_LEN]),
-        offer: Offer,
+        remote_index: u32,
+        handshake: ReceivedHandshake,
         shared: &mut Shared,
     ) -> Result<(), DropReason> {
-        let Some(cipher) = offer.ciphers.choose(shared.offer.ciphers) else {
+        let ReceivedHandshake { responder, own, theirs } = handshake;
+        let Some(cipher) = theirs.ciphers.choose(shared.params.ciphers) else {
             self.no_common_cipher = true;
             self.refresh_state(now);
             shared.counts.add(HandshakeResult::NoCommonCipher);
@@ -283,98 +325,106 @@ impl Peer {
         let index = shared.allocate_index(self.id);
         let remote = responder.initiator;
         let endpoint = self.known_endpoint(source);
-        let accept = Accept { index, offer: shared.offer, cipher };
-        let mut message = header(MessageType::Response, initiation.sender).to_vec();
+        let told_mtu = shared.params.mtu;
+        let payload = ResponsePayload { index, params: shared.params, cipher };
+        let mut message = header(MessageType::Response, remote_index).to_vec();
         let session = responder
-            .reply(&accept.to_bytes(), &mut message)
+            .reply(&payload.to_bytes(), &mut message)
             .map_err(|_| DropReason::HandshakeInvalid)
-            .and_then(|split| {
-                let indices = (index, initiation.sender);
-                self.session(
-                    now,
-                    indices,
-                    (cipher, false),
-                    offer,
-                    split,
-                    (remote, endpoint),
-                    shared.offer.mtu,
-                    shared,
-                )
+            .and_then(|secrets| {
+                let agreement = Agreement {
+                    local_index: index,
+                    remote_index,
+                    cipher,
+                    initiator: false,
+                    theirs,
+                    secrets,
+                    remote_key: remote,
+                    endpoint,
+                    told_mtu,
+                };
+                self.session(now, agreement, shared)
             });
         let session = session.inspect_err(|_| shared.free_index(index))?;
         if let Some(key) = self.key(&remote) {
-            message.extend(key.checks.first_check(&message));
+            message.extend(key.mac_keys.mac1(&message));
         }
 
-        // Both have started at once: the greater key goes on as initiator, the other yields. It
-        // still answers, so nothing is lost where the yielding one's messages are those that arrive.
+        // If both nodes have initiated at the same time, the node with the lesser key abandons its
+        // handshake. Both respond, so that one handshake completes even if only the messages of the
+        // yielding node arrive.
         let sent = self.pending.as_ref().and_then(|pending| pending.sent.as_ref());
-        let yields = sent.is_some_and(|sent| sent.own < remote);
+        let yields = sent.is_some_and(|sent| sent.keys.own < remote);
         if yields && self.defers(now) {
             self.abandon_handshake(shared);
         }
-        self.view.mtu = Some(offer.mtu);
-        let slot = Slot::new(session, endpoint, remote, Some(own), shared.offer.mtu);
-        self.install_next(now, slot, shared);
+        self.view.mtu = Some(theirs.mtu);
+        let entry = SessionEntry::new(session, endpoint, remote, Some(own), told_mtu);
+        self.install_next(now, entry, shared);
         self.refresh_state(now);
         shared.transmit(source, message);
         Ok(())
     }
 
-    #[allow(clippy::too_many_arguments)]
     fn session(
         &self,
         now: Time,
-        (local_index, remote_index): (u32, u32),
-        (cipher, initiator): (Cipher, bool),
-        theirs: Offer,
-        secret: Split,
-        (remote, endpoint): ([u8; KEY_LEN], Option<SocketAddr>),
-        told_mtu: u16,
+        agreement: Agreement,
         shared: &mut Shared,
     ) -> Result<Session, DropReason> {
-        let key = self.keys.iter().find(|key| key.public == remote);
+        let key = self.keys.iter().find(|key| key.public == agreement.remote_key);
         let timestamp = key.map(|key| key.last_timestamp).unwrap_or_default();
-        let ecn = shared.offer.ecn && theirs.ecn;
+        let ecn = shared.params.ecn && agreement.theirs.ecn;
         let kept = shared.memory.keep(&SavedSession {
-            public_key: remote,
+            public_key: agreement.remote_key,
             life: 0,
             established: now.mono,
-            local_index,
-            remote_index,
-            cipher,
-            local_lanes: shared.offer.lanes,
-            remote_lanes: theirs.lanes,
-            initiator,
-            endpoint,
-            mtu: theirs.mtu,
+            local_index: agreement.local_index,
+            remote_index: agreement.remote_index,
+            cipher: agreement.cipher,
+            local_lanes: shared.params.lanes,
+            remote_lanes: agreement.theirs.lanes,
+            initiator: agreement.initiator,
+            endpoint: agreement.endpoint,
+            mtu: agreement.theirs.mtu,
             ecn,
-            told_mtu,
+            told_mtu: agreement.told_mtu,
             timestamp,
-            secret: secret.clone(),
+            secret: agreement.secrets.clone(),
         });
         let session = Session::new(SessionParams {
             peer: self.id,
-            local_index,
-            remote_index,
-            cipher,
-            local_lanes: shared.offer.lanes,
-            remote_lanes: theirs.lanes,
+            local_index: agreement.local_index,
+            remote_index: agreement.remote_index,
+            cipher: agreement.cipher,
+            local_lanes: shared.params.lanes,
+            remote_lanes: agreement.theirs.lanes,
             established: now,
-            initiator,
+            initiator: agreement.initiator,
             life: 0,
             ecn,
-            secret,
+            secret: agreement.secrets,
         });
         session.map(|session| session.kept_by(kept)).map_err(|_| DropReason::HandshakeInvalid)
     }
 }
 
-fn with_second_check(cookie: &Option<(Mac, Duration)>, message: &[u8], now: Time) -> Vec<u8> {
-    let fresh = |(_, at): &&(Mac, Duration)| now.mono.saturating_sub(*at) < COOKIE_LIFE;
-    let second = match cookie.as_ref().filter(fresh) {
-        Some((cookie, _)) => second_check(cookie, message),
+/// An initiation that has been read and proved authentic.
+pub(crate) struct ReceivedHandshake {
+    pub(crate) responder: Responder,
+    /// Key of this node to which the initiation is addressed.
+    pub(crate) own: [u8; KEY_LEN],
+    /// Transport parameters of the peer.
+    pub(crate) theirs: TransportParams,
+}
+
+/// Appends mac2 to a message that ends with mac1: zeros if there is no cookie of at most
+/// [`COOKIE_LIFETIME`].
+fn with_mac2(cookie: &Option<(Mac, Duration)>, message: &[u8], now: Time) -> Vec<u8> {
+    let is_fresh = |(_, at): &&(Mac, Duration)| now.mono.saturating_sub(*at) < COOKIE_LIFETIME;
+    let mac2 = match cookie.as_ref().filter(is_fresh) {
+        Some((cookie, _)) => mac2(cookie, message),
         None => [0; MAC_LEN],
     };
-    [message, &second].concat()
+    [message, &mac2].concat()
 }

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use crate::tunnel::message::Control;
 use crate::tunnel::timers::{
-    DEAF_AFTER, PING_DOUBT, PING_ROUND_TRIP, PING_SILENT, PING_WHILE_USED, ROUND_TRIP_MAX,
-    UNREACHABLE_AFTER,
+    DEAF_TIMEOUT, IDLE_TIMEOUT, MAX_ROUND_TRIP, PING_RETRY_INTERVAL, RTT_PING_INTERVAL,
+    SILENT_PING_DELAY, UNREACHABLE_TIMEOUT,
 };
 
 /// What is wrong with a peer.
@@ -104,7 +104,7 @@ impl Liveness {
     pub(crate) fn on_heard(&mut self, now: Duration) {
         self.heard = Some(now);
         self.unanswered = None;
-        self.data = self.data.filter(|data| now.saturating_sub(*data) < PING_SILENT / 2);
+        self.data = self.data.filter(|data| now.saturating_sub(*data) < SILENT_PING_DELAY / 2);
     }
 
     /// Data came.
@@ -123,13 +123,13 @@ impl Liveness {
     pub(crate) fn on_ping(&mut self, now: Duration, silent: u32) {
         let silent = Duration::from_millis(silent.into());
         let last_heard = now.saturating_sub(silent);
-        if silent < PING_SILENT {
+        if silent < SILENT_PING_DELAY {
             self.deaf = None;
             return;
         }
         match &mut self.deaf {
             // Still the same silence, but for what the ping's own journey varies.
-            Some(deaf) if last_heard <= deaf.last_heard + PING_SILENT / 2 => deaf.last = now,
+            Some(deaf) if last_heard <= deaf.last_heard + SILENT_PING_DELAY / 2 => deaf.last = now,
             deaf => *deaf = Some(Deafness { first: now, last: now, last_heard }),
         }
     }
@@ -140,7 +140,7 @@ impl Liveness {
         // Whichever ping it answers, the round trip is known.
         self.pinged = Some(now);
         let Some(sample) = now.checked_sub(Duration::from_nanos(sent)) else { return };
-        if sample > ROUND_TRIP_MAX {
+        if sample > MAX_ROUND_TRIP {
             return;
         }
         self.round_trip = Some(match self.round_trip {
@@ -153,17 +153,17 @@ impl Liveness {
     pub(crate) fn ping_due(&self, now: Duration) -> bool {
         let past = |since: Option<Duration>, by| since.is_some_and(|t| now.saturating_sub(t) >= by);
         let used = self.in_use(now);
-        let heard_lately = |data| now.saturating_sub(data) < PING_WHILE_USED;
+        let heard_lately = |data| now.saturating_sub(data) < IDLE_TIMEOUT;
         if !(used || self.data.is_some_and(heard_lately)) {
             return false;
         }
         let interval = if self.trouble(now).is_some() {
-            PING_SILENT
-        } else if past(self.silent_since(), PING_SILENT) {
+            SILENT_PING_DELAY
+        } else if past(self.silent_since(), SILENT_PING_DELAY) {
             // An answer may take its time.
-            PING_DOUBT.max(self.round_trip.unwrap_or_default() * 2).min(PING_SILENT)
+            PING_RETRY_INTERVAL.max(self.round_trip.unwrap_or_default() * 2).min(SILENT_PING_DELAY)
         } else if used {
-            PING_ROUND_TRIP
+            RTT_PING_INTERVAL
         } else {
             return false;
         };
@@ -196,15 +196,16 @@ impl Liveness {
 
     /// Whether something was sent lately.
     pub(crate) fn in_use(&self, now: Duration) -> bool {
-        self.sent.is_some_and(|sent| now.saturating_sub(sent) < PING_WHILE_USED)
+        self.sent.is_some_and(|sent| now.saturating_sub(sent) < IDLE_TIMEOUT)
     }
 
     /// Why the peer counts as unreachable, if it does.
     pub(crate) fn trouble(&self, now: Duration) -> Option<Trouble> {
         let past = |since: Option<Duration>, by| since.is_some_and(|t| now.saturating_sub(t) >= by);
-        if past(self.unanswered, UNREACHABLE_AFTER) {
+        if past(self.unanswered, UNREACHABLE_TIMEOUT) {
             Some(Trouble::Silent)
-        } else if self.deaf.is_some_and(|deaf| deaf.last.saturating_sub(deaf.first) >= DEAF_AFTER) {
+        } else if self.deaf.is_some_and(|deaf| deaf.last.saturating_sub(deaf.first) >= DEAF_TIMEOUT)
+        {
             Some(Trouble::Deaf)
         } else {
             None

@@ -1,39 +1,7 @@
-//! The bytes of handshake and control messages. Each begins with the 16-byte header of every
-//! message; all fields are big endian, and what is not named is zero.
-//!
-//! | initiation | bytes |
-//! |---|---|
-//! | header: receiver 0, counter 0 | 16 |
-//! | index by which the sender will know the session | 4 |
-//! | port that the sender listens on: its handshakes leave from another | 2 |
-//! | reserved | 2 |
-//! | Noise IK message 1: e, es, s, ss, payload | 96 + payload |
-//! | first check | 16 |
-//! | second check, or zeros | 16 |
-//!
-//! Its payload: timestamp (seconds, 8; nanoseconds, 4), lanes (1), ciphers (1), MTU (2), features
-//! (1; absent from earlier versions). The 24 clear bytes join the handshake's prologue, so that
-//! they are authentic once the handshake is.
-//!
-//! | response | bytes |
-//! |---|---|
-//! | header: receiver is the initiation's index, counter 0 | 16 |
-//! | Noise IK message 2: e, ee, se, payload | 48 + payload |
-//! | first check | 16 |
-//!
-//! Its payload: index (4), lanes (1), ciphers (1), the chosen cipher (1), features (1), MTU (2).
-//!
-//! Features are bits: 1, the sender propagates the outer ECN field on decapsulation (RFC 6040).
-//! Other bits are ignored.
-//!
-//! | cookie reply | bytes |
-//! |---|---|
-//! | header: receiver is the initiation's index, counter 0 | 16 |
-//! | random salt | 32 |
-//! | sealed cookie, associated data: the initiation's first check | 32 |
-//!
-//! Payloads may be longer: what follows is for later versions and ignored. No answer is longer than
-//! what it answers, so a node amplifies nothing.
+//! Layouts of handshake and control messages. All fields are big endian; bytes without a field are
+//! zero.
+#![cfg_attr(doc, doc = "")]
+#![cfg_attr(doc, doc = include_str!("../../../../docs/wire-format.md"))]
 
 use std::time::Duration;
 
@@ -44,60 +12,71 @@ use crate::tunnel::noise::{INITIATION_OVERHEAD, RESPONSE_OVERHEAD};
 use crate::wire::header::{CONTROL_LANE, Flags, HEADER_LEN, Header, MAX_LANES, MessageType};
 use crate::wire::ip::MIN_IPV4_MTU;
 
-/// Length of an initiation's clear part in bytes.
-pub(crate) const CLEAR_LEN: usize = HEADER_LEN + 8;
-/// No handshake message is longer, in bytes: it must cross every underlay, IPv6's least included.
-pub(crate) const MAX_HANDSHAKE: usize = 1200;
+/// Length of the unencrypted start of an initiation in bytes.
+pub const CLEAR_LEN: usize = HEADER_LEN + 8;
+/// Maximum length of a handshake message in bytes. Every underlay carries it, also the smallest one
+/// of IPv6 (1280 bytes, RFC 8200, section 5).
+pub const MAX_HANDSHAKE: usize = 1200;
 
-/// Bit of the features: the sender propagates the outer ECN field on decapsulation.
+/// Length of an initiation's payload before encryption in bytes.
+pub const INITIATION_PAYLOAD_LEN: usize = 17;
+/// Length in bytes of an initiation's payload without the fields of later versions.
+const MIN_INITIATION_PAYLOAD_LEN: usize = 16;
+/// Length of a response's payload before encryption in bytes.
+pub const RESPONSE_PAYLOAD_LEN: usize = 10;
+/// Minimum length of an initiation in bytes.
+pub const MIN_INITIATION_LEN: usize =
+    CLEAR_LEN + INITIATION_OVERHEAD + MIN_INITIATION_PAYLOAD_LEN + 2 * MAC_LEN;
+/// Minimum length of a response in bytes.
+pub const MIN_RESPONSE_LEN: usize = HEADER_LEN + RESPONSE_OVERHEAD + RESPONSE_PAYLOAD_LEN + MAC_LEN;
+/// Length of a cookie reply in bytes.
+pub const COOKIE_REPLY_LEN: usize = HEADER_LEN + SALT_LEN + SEALED_LEN;
+
+const _: () =
+    assert!(MIN_RESPONSE_LEN <= MIN_INITIATION_LEN && COOKIE_REPLY_LEN <= MIN_INITIATION_LEN);
+
+/// Bit of the features: the sender applies the outer ECN field on decapsulation (RFC 6040).
 const FEATURE_ECN: u8 = 1;
-
-const INITIATION_PAYLOAD: usize = 17;
-/// Length of an initiation's payload without what later versions added, in bytes.
-const MIN_INITIATION_PAYLOAD: usize = 16;
-const RESPONSE_PAYLOAD: usize = 10;
-const MIN_INITIATION: usize =
-    CLEAR_LEN + INITIATION_OVERHEAD + MIN_INITIATION_PAYLOAD + 2 * MAC_LEN;
-const MIN_RESPONSE: usize = HEADER_LEN + RESPONSE_OVERHEAD + RESPONSE_PAYLOAD + MAC_LEN;
-const COOKIE_REPLY: usize = HEADER_LEN + SALT_LEN + SEALED_LEN;
-
-const _: () = assert!(MIN_RESPONSE <= MIN_INITIATION && COOKIE_REPLY <= MIN_INITIATION);
 
 const INVALID: DropReason = DropReason::HandshakeInvalid;
 
-/// What an end says of itself in a handshake.
+/// Transport parameters that a node announces in its handshakes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Offer {
-    pub(crate) lanes: u8,
-    pub(crate) ciphers: Ciphers,
-    pub(crate) mtu: u16,
-    /// The sender propagates the outer ECN field on decapsulation (RFC 6040).
-    pub(crate) ecn: bool,
+pub struct TransportParams {
+    /// Number of lanes on which the node sends, 1 to 64.
+    pub lanes: u8,
+    /// Ciphers that the node accepts for data.
+    pub ciphers: Ciphers,
+    /// Inner MTU of the node, bytes; at least [`MIN_IPV4_MTU`].
+    pub mtu: u16,
+    /// True if the node applies the outer ECN field on decapsulation (RFC 6040).
+    pub ecn: bool,
 }
 
-impl Offer {
+impl TransportParams {
     fn features(self) -> u8 {
         if self.ecn { FEATURE_ECN } else { 0 }
     }
 
     fn read(lanes: u8, ciphers: u8, mtu: [u8; 2], features: u8) -> Option<Self> {
-        let valid = lanes != 0 && usize::from(lanes) <= MAX_LANES;
-        valid.then(|| Self {
+        let is_valid = lanes != 0 && usize::from(lanes) <= MAX_LANES;
+        is_valid.then(|| Self {
             lanes,
             ciphers: Ciphers::from_byte(ciphers),
-            // What every IPv4 host takes (RFC 791): one who says less wants pods' packets in crumbs.
+            // Otherwise a peer could make this node send a datagram for every few bytes.
             mtu: u16::from_be_bytes(mtu).max(MIN_IPV4_MTU),
             ecn: features & FEATURE_ECN != 0,
         })
     }
 }
 
-/// When an initiation was made, by its maker's wall clock; compares as time does.
+/// Wall-clock time of an initiation at its sender. The order of timestamps is that of time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
-pub(crate) struct Timestamp([u8; 12]);
+pub struct Timestamp([u8; 12]);
 
 impl Timestamp {
-    pub(crate) fn new(wall: Duration) -> Self {
+    /// Creates a timestamp from the time since 1970.
+    pub fn new(wall: Duration) -> Self {
         let mut bytes = [0; 12];
         bytes[..8].copy_from_slice(&wall.as_secs().to_be_bytes());
         bytes[8..].copy_from_slice(&wall.subsec_nanos().to_be_bytes());
@@ -106,7 +85,7 @@ impl Timestamp {
 
     /// Returns the time since 1970; the longest duration if the sum of seconds and nanoseconds
     /// exceeds it.
-    pub(crate) fn wall(self) -> Duration {
+    pub fn wall(self) -> Duration {
         let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3] = self.0;
         let secs = u64::from_be_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
         // The nanoseconds come from a peer and may exceed one second.
@@ -123,41 +102,56 @@ impl Timestamp {
     }
 }
 
-/// An initiation's parts, lengths checked and nothing else.
-pub(crate) struct Initiation<'a> {
-    pub(crate) sender: u32,
-    pub(crate) listen_port: u16,
-    pub(crate) clear: &'a [u8],
-    pub(crate) noise: &'a [u8],
-    pub(crate) checked: Checked<'a>,
-    pub(crate) second: Mac,
-    pub(crate) before_second: &'a [u8],
+/// Fields of an initiation. Lengths and reserved bytes are checked; nothing is authenticated.
+pub struct Initiation<'a> {
+    /// Index by which the sender will know the session.
+    pub sender: u32,
+    /// UDP port to which the response is sent; not 0.
+    pub listen_port: u16,
+    /// Unencrypted start of the message, [`CLEAR_LEN`] bytes.
+    pub clear: &'a [u8],
+    /// First message of Noise IK.
+    pub noise: &'a [u8],
+    /// mac1 and the bytes that it covers.
+    pub mac1: Mac1Input<'a>,
+    /// mac2; zeros if the sender has no cookie.
+    pub mac2: Mac,
+    /// Bytes that mac2 covers.
+    pub mac2_input: &'a [u8],
 }
 
-/// What the first check covers, and the check.
-pub(crate) struct Checked<'a> {
-    pub(crate) message: &'a [u8],
-    pub(crate) first: Mac,
+/// mac1 of a message and the bytes that it covers.
+pub struct Mac1Input<'a> {
+    /// All bytes before mac1.
+    pub message: &'a [u8],
+    /// Value of mac1 in the message.
+    pub mac1: Mac,
 }
 
-impl<'a> Checked<'a> {
+impl<'a> Mac1Input<'a> {
     fn split(message: &'a [u8]) -> Option<Self> {
-        let (message, first) = message.split_last_chunk()?;
-        Some(Self { message, first: *first })
+        let (message, mac1) = message.split_last_chunk()?;
+        Some(Self { message, mac1: *mac1 })
     }
 }
 
 impl<'a> Initiation<'a> {
-    pub(crate) fn parse(header: Header, datagram: &'a [u8]) -> Result<Self, DropReason> {
-        if !(MIN_INITIATION..=MAX_HANDSHAKE).contains(&datagram.len())
+    /// Parses an initiation. `header` is the parsed header of `datagram`.
+    ///
+    /// # Errors
+    /// [`DropReason::HandshakeInvalid`] if the length is not in [`MIN_INITIATION_LEN`] to
+    /// [`MAX_HANDSHAKE`], if receiver index, counter or reserved bytes are not zero, or if the port
+    /// is 0.
+    pub fn parse(header: Header, datagram: &'a [u8]) -> Result<Self, DropReason> {
+        if !(MIN_INITIATION_LEN..=MAX_HANDSHAKE).contains(&datagram.len())
             || header.receiver != 0
             || header.counter != 0
         {
             return Err(INVALID);
         }
-        let (before_second, second) = datagram.split_last_chunk().ok_or(INVALID)?;
-        let checked = Checked::split(before_second).ok_or(INVALID)?;
-        let (clear, noise) = checked.message.split_at_checked(CLEAR_LEN).ok_or(INVALID)?;
+        let (mac2_input, mac2) = datagram.split_last_chunk().ok_or(INVALID)?;
+        let mac1 = Mac1Input::split(mac2_input).ok_or(INVALID)?;
+        let (clear, noise) = mac1.message.split_at_checked(CLEAR_LEN).ok_or(INVALID)?;
         let (_, fields) = clear.split_last_chunk().ok_or(INVALID)?;
         let [s0, s1, s2, s3, p0, p1, 0, 0] = *fields else { return Err(INVALID) };
         let listen_port = u16::from_be_bytes([p0, p1]);
@@ -165,13 +159,12 @@ impl<'a> Initiation<'a> {
             return Err(INVALID);
         }
         let sender = u32::from_be_bytes([s0, s1, s2, s3]);
-        let second = *second;
-        Ok(Self { sender, listen_port, clear, noise, checked, second, before_second })
+        Ok(Self { sender, listen_port, clear, noise, mac1, mac2: *mac2, mac2_input })
     }
 }
 
-/// The clear bytes that an initiation begins with.
-pub(crate) fn initiation_clear(sender: u32, listen_port: u16) -> [u8; CLEAR_LEN] {
+/// Encodes the unencrypted start of an initiation.
+pub fn initiation_clear(sender: u32, listen_port: u16) -> [u8; CLEAR_LEN] {
     let mut out = [0; CLEAR_LEN];
     out[..HEADER_LEN].copy_from_slice(&header(MessageType::Initiation, 0));
     out[HEADER_LEN..HEADER_LEN + 4].copy_from_slice(&sender.to_be_bytes());
@@ -179,80 +172,104 @@ pub(crate) fn initiation_clear(sender: u32, listen_port: u16) -> [u8; CLEAR_LEN]
     out
 }
 
-/// An initiation's payload.
-pub(crate) fn initiation_payload(at: Timestamp, offer: Offer) -> [u8; INITIATION_PAYLOAD] {
-    let mut out = [0; INITIATION_PAYLOAD];
-    out[..12].copy_from_slice(&at.0);
-    out[12] = offer.lanes;
-    out[13] = offer.ciphers.to_byte();
-    out[14..16].copy_from_slice(&offer.mtu.to_be_bytes());
-    out[16] = offer.features();
+/// Encodes the payload of an initiation.
+pub fn initiation_payload(
+    timestamp: Timestamp,
+    params: TransportParams,
+) -> [u8; INITIATION_PAYLOAD_LEN] {
+    let mut out = [0; INITIATION_PAYLOAD_LEN];
+    out[..12].copy_from_slice(&timestamp.0);
+    out[12] = params.lanes;
+    out[13] = params.ciphers.to_byte();
+    out[14..16].copy_from_slice(&params.mtu.to_be_bytes());
+    out[16] = params.features();
     out
 }
 
-/// Reads an initiation's payload.
-pub(crate) fn read_initiation_payload(payload: &[u8]) -> Option<(Timestamp, Offer)> {
-    let [at @ .., lanes, ciphers, m0, m1] = payload.first_chunk::<MIN_INITIATION_PAYLOAD>()?;
-    let features = payload.get(MIN_INITIATION_PAYLOAD).copied().unwrap_or(0);
-    Some((Timestamp(*at), Offer::read(*lanes, *ciphers, [*m0, *m1], features)?))
+/// Parses the payload of an initiation. Returns `None` if the payload is shorter than 16 bytes or
+/// the number of lanes is not 1 to 64.
+pub fn read_initiation_payload(payload: &[u8]) -> Option<(Timestamp, TransportParams)> {
+    let [timestamp @ .., lanes, ciphers, m0, m1] =
+        payload.first_chunk::<MIN_INITIATION_PAYLOAD_LEN>()?;
+    let features = payload.get(MIN_INITIATION_PAYLOAD_LEN).copied().unwrap_or(0);
+    let params = TransportParams::read(*lanes, *ciphers, [*m0, *m1], features)?;
+    Some((Timestamp(*timestamp), params))
 }
 
-/// A response's parts, lengths checked and nothing else.
-pub(crate) struct Response<'a> {
-    pub(crate) noise: &'a [u8],
-    pub(crate) checked: Checked<'a>,
+/// Fields of a response. The length is checked; nothing is authenticated.
+pub struct Response<'a> {
+    /// Second message of Noise IK.
+    pub noise: &'a [u8],
+    /// mac1 and the bytes that it covers.
+    pub mac1: Mac1Input<'a>,
 }
 
 impl<'a> Response<'a> {
-    pub(crate) fn parse(header: Header, datagram: &'a [u8]) -> Result<Self, DropReason> {
-        if !(MIN_RESPONSE..=MAX_HANDSHAKE).contains(&datagram.len()) || header.counter != 0 {
+    /// Parses a response. `header` is the parsed header of `datagram`.
+    ///
+    /// # Errors
+    /// [`DropReason::HandshakeInvalid`] if the length is not in [`MIN_RESPONSE_LEN`] to
+    /// [`MAX_HANDSHAKE`], or if the counter is not zero.
+    pub fn parse(header: Header, datagram: &'a [u8]) -> Result<Self, DropReason> {
+        if !(MIN_RESPONSE_LEN..=MAX_HANDSHAKE).contains(&datagram.len()) || header.counter != 0 {
             return Err(INVALID);
         }
-        let checked = Checked::split(datagram).ok_or(INVALID)?;
-        let noise = checked.message.get(HEADER_LEN..).ok_or(INVALID)?;
-        Ok(Self { noise, checked })
+        let mac1 = Mac1Input::split(datagram).ok_or(INVALID)?;
+        let noise = mac1.message.get(HEADER_LEN..).ok_or(INVALID)?;
+        Ok(Self { noise, mac1 })
     }
 }
 
-/// What a responder says.
+/// Payload of a response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Accept {
-    pub(crate) index: u32,
-    pub(crate) offer: Offer,
-    pub(crate) cipher: Cipher,
+pub struct ResponsePayload {
+    /// Index by which the responder will know the session.
+    pub index: u32,
+    /// Transport parameters of the responder.
+    pub params: TransportParams,
+    /// Cipher that the responder has chosen for data.
+    pub cipher: Cipher,
 }
 
-impl Accept {
-    pub(crate) fn to_bytes(self) -> [u8; RESPONSE_PAYLOAD] {
-        let mut out = [0; RESPONSE_PAYLOAD];
+impl ResponsePayload {
+    /// Encodes the payload.
+    pub fn to_bytes(self) -> [u8; RESPONSE_PAYLOAD_LEN] {
+        let mut out = [0; RESPONSE_PAYLOAD_LEN];
         out[..4].copy_from_slice(&self.index.to_be_bytes());
-        out[4] = self.offer.lanes;
-        out[5] = self.offer.ciphers.to_byte();
+        out[4] = self.params.lanes;
+        out[5] = self.params.ciphers.to_byte();
         out[6] = self.cipher.number();
-        out[7] = self.offer.features();
-        out[8..].copy_from_slice(&self.offer.mtu.to_be_bytes());
+        out[7] = self.params.features();
+        out[8..].copy_from_slice(&self.params.mtu.to_be_bytes());
         out
     }
 
-    pub(crate) fn read(payload: &[u8]) -> Option<Self> {
+    /// Parses the payload. Returns `None` if it is shorter than [`RESPONSE_PAYLOAD_LEN`], if the
+    /// number of lanes is not 1 to 64, or if the cipher is unknown.
+    pub fn read(payload: &[u8]) -> Option<Self> {
         let [i0, i1, i2, i3, lanes, ciphers, cipher, features, m0, m1] =
-            *payload.first_chunk::<RESPONSE_PAYLOAD>()?;
-        let cipher = [Cipher::Aes256Gcm, Cipher::ChaCha20Poly1305]
-            .into_iter()
-            .find(|known| known.number() == cipher)?;
-        let offer = Offer::read(lanes, ciphers, [m0, m1], features)?;
-        Some(Self { index: u32::from_be_bytes([i0, i1, i2, i3]), offer, cipher })
+            *payload.first_chunk::<RESPONSE_PAYLOAD_LEN>()?;
+        let cipher = Cipher::from_number(cipher)?;
+        let params = TransportParams::read(lanes, ciphers, [m0, m1], features)?;
+        Some(Self { index: u32::from_be_bytes([i0, i1, i2, i3]), params, cipher })
     }
 }
 
-/// A cookie reply.
-pub(crate) struct CookieReply {
-    pub(crate) salt: [u8; SALT_LEN],
-    pub(crate) sealed: [u8; SEALED_LEN],
+/// Fields of a cookie reply.
+pub struct CookieReply {
+    /// Random bytes from which the AEAD key of the cookie is derived.
+    pub salt: [u8; SALT_LEN],
+    /// Encrypted cookie and its tag.
+    pub sealed: [u8; SEALED_LEN],
 }
 
 impl CookieReply {
-    pub(crate) fn parse(header: Header, datagram: &[u8]) -> Result<Self, DropReason> {
+    /// Parses a cookie reply. `header` is the parsed header of `datagram`.
+    ///
+    /// # Errors
+    /// [`DropReason::HandshakeInvalid`] if the length is not [`COOKIE_REPLY_LEN`], or if the counter
+    /// is not zero.
+    pub fn parse(header: Header, datagram: &[u8]) -> Result<Self, DropReason> {
         let (_, body) = datagram.split_at_checked(HEADER_LEN).ok_or(INVALID)?;
         let (salt, sealed) = body.split_first_chunk().ok_or(INVALID)?;
         let sealed = sealed.try_into().map_err(|_| INVALID)?;
@@ -262,40 +279,41 @@ impl CookieReply {
         Ok(Self { salt: *salt, sealed })
     }
 
-    pub(crate) fn to_bytes(&self, receiver: u32) -> Vec<u8> {
+    /// Encodes the message for the sender of the initiation with the index `receiver`.
+    pub fn to_bytes(&self, receiver: u32) -> Vec<u8> {
         [&header(MessageType::CookieReply, receiver)[..], &self.salt, &self.sealed].concat()
     }
 }
 
-/// The header of a handshake message.
+/// Encodes the header of a handshake message.
 pub(crate) fn header(kind: MessageType, receiver: u32) -> [u8; HEADER_LEN] {
     Header { kind, flags: Flags::default(), lane: CONTROL_LANE, receiver, counter: 0 }.to_bytes()
 }
 
-/// The plaintext of a message between engines: a type, then its fields; what follows is ignored.
-/// A type that is not known says no more than that the peer lives.
+/// Plaintext of a control message. Bytes after the fields are ignored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Control {
-    /// Type 1: answer me. Padded with zeros it tells how long a datagram may be.
+pub enum Control {
+    /// Type 1: a request for a pong. Zeros after the fields make it a probe of the path MTU.
     Ping {
-        /// Grows with every ping of its sender.
+        /// Number of the ping; grows with every ping of its sender.
         id: u64,
-        /// The sender's clock in nanoseconds; means nothing to anybody else.
+        /// Clock of the sender, nanoseconds; opaque to the receiver.
         sent: u64,
-        /// For how many milliseconds the sender has heard nothing authentic.
+        /// Time for which the sender has received nothing authentic, milliseconds.
         silent: u32,
     },
-    /// Type 2: the answer to a ping, with its `id` and `sent`.
+    /// Type 2: the answer to a ping.
     Pong {
-        /// Of the ping.
+        /// Number of the ping.
         id: u64,
-        /// Of the ping.
+        /// Clock value of the ping, nanoseconds.
         sent: u64,
     },
 }
 
 impl Control {
-    pub(crate) fn read(plaintext: &[u8]) -> Option<Self> {
+    /// Parses a plaintext. Returns `None` if the type is unknown or a field is missing.
+    pub fn read(plaintext: &[u8]) -> Option<Self> {
         let (kind, body) = plaintext.split_first()?;
         let word = |at: usize| -> Option<u64> {
             Some(u64::from_be_bytes(*body.get(at..)?.first_chunk()?))
@@ -310,7 +328,8 @@ impl Control {
         }
     }
 
-    pub(crate) fn to_bytes(self) -> Vec<u8> {
+    /// Encodes the plaintext without padding.
+    pub fn to_bytes(self) -> Vec<u8> {
         match self {
             Control::Ping { id, sent, silent } => {
                 [&[1][..], &id.to_be_bytes(), &sent.to_be_bytes(), &silent.to_be_bytes()].concat()
@@ -331,30 +350,30 @@ mod tests {
         Ciphers { aes256_gcm: true, chacha20_poly1305: true, aes_hardware: true };
 
     #[test]
-    fn payloads_are_read_as_written_and_may_grow() {
-        let offer = Offer { lanes: 64, ciphers: HARDWARE, mtu: 1440, ecn: true };
-        let at = Timestamp::new(Duration::new(1_700_000_000, 5));
-        let mut payload = initiation_payload(at, offer).to_vec();
+    fn payloads_round_trip_and_may_be_longer() {
+        let params = TransportParams { lanes: 64, ciphers: HARDWARE, mtu: 1440, ecn: true };
+        let timestamp = Timestamp::new(Duration::new(1_700_000_000, 5));
+        let mut payload = initiation_payload(timestamp, params).to_vec();
         for len in 0..payload.len() - 1 {
             assert_eq!(read_initiation_payload(&payload[..len]), None);
         }
         // An initiation of an earlier version has no features.
-        let earlier = Offer { ecn: false, ..offer };
-        assert_eq!(read_initiation_payload(&payload[..16]), Some((at, earlier)));
+        let earlier = TransportParams { ecn: false, ..params };
+        assert_eq!(read_initiation_payload(&payload[..16]), Some((timestamp, earlier)));
         payload.extend([0xff; 40]);
-        assert_eq!(read_initiation_payload(&payload), Some((at, offer)));
+        assert_eq!(read_initiation_payload(&payload), Some((timestamp, params)));
         for lanes in [0, 65, 255] {
             payload[12] = lanes;
             assert_eq!(read_initiation_payload(&payload), None);
         }
 
-        let accept = Accept { index: 7, offer, cipher: Cipher::ChaCha20Poly1305 };
-        let mut payload = accept.to_bytes().to_vec();
-        assert_eq!(Accept::read(&payload[..9]), None);
+        let response = ResponsePayload { index: 7, params, cipher: Cipher::ChaCha20Poly1305 };
+        let mut payload = response.to_bytes().to_vec();
+        assert_eq!(ResponsePayload::read(&payload[..9]), None);
         payload.push(1);
-        assert_eq!(Accept::read(&payload), Some(accept));
+        assert_eq!(ResponsePayload::read(&payload), Some(response));
         payload[6] = 3;
-        assert_eq!(Accept::read(&payload), None, "a cipher that nobody knows");
+        assert_eq!(ResponsePayload::read(&payload), None, "An unknown cipher is refused.");
     }
 
     #[test]
@@ -371,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn control_messages_are_read_as_written() {
+    fn control_messages_round_trip() {
         let messages = [
             Control::Ping { id: 1, sent: u64::MAX, silent: 3 },
             Control::Pong { id: u64::MAX, sent: 2 },

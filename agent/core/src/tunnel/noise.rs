@@ -27,7 +27,7 @@ const SUITE: &str = "Noise_IK_25519_ChaChaPoly_SHA256";
 /// 32 secret bytes.
 pub(crate) type Secret = Zeroizing<[u8; KEY_LEN]>;
 /// The key of what the initiator sends, then of what the responder sends.
-pub(crate) type Split = [Secret; 2];
+pub(crate) type TransportSecrets = [Secret; 2];
 
 /// A handshake message that is not what it should be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,7 +103,7 @@ impl Initiator {
         &mut self,
         message: &[u8],
         payload: &mut [u8],
-    ) -> Result<(usize, Split), NoiseError> {
+    ) -> Result<(usize, TransportSecrets), NoiseError> {
         let length = self.0.read_message(message, payload)?;
         Ok((length, split(&mut self.0)?))
     }
@@ -134,7 +134,11 @@ impl Responder {
     }
 
     /// Appends message 2 to `out`.
-    pub(crate) fn reply(mut self, payload: &[u8], out: &mut Vec<u8>) -> Result<Split, NoiseError> {
+    pub(crate) fn reply(
+        mut self,
+        payload: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<TransportSecrets, NoiseError> {
         append(&mut self.state, payload, RESPONSE_OVERHEAD, out)?;
         split(&mut self.state)
     }
@@ -155,7 +159,7 @@ fn append(
     Ok(())
 }
 
-fn split(state: &mut HandshakeState) -> Result<Split, NoiseError> {
+fn split(state: &mut HandshakeState) -> Result<TransportSecrets, NoiseError> {
     // The raw split itself does not look.
     if !state.is_handshake_finished() {
         return Err(NoiseError);

@@ -5,17 +5,17 @@ use std::time::Duration;
 
 use crate::route::PeerId;
 use crate::time::Time;
-use crate::tunnel::cookie::{Mac, ReceiverKeys};
+use crate::tunnel::cookie::{Mac, MacKeys};
 use crate::tunnel::counts::HandshakeResult;
-use crate::tunnel::handshake::Pending;
+use crate::tunnel::handshake::PendingHandshake;
 use crate::tunnel::liveness::{Liveness, Trouble};
 use crate::tunnel::message::Timestamp;
 use crate::tunnel::noise::KEY_LEN;
-use crate::tunnel::path::Path;
+use crate::tunnel::path_mtu::PathMtu;
 use crate::tunnel::saved::{Kept, SavedSession};
 use crate::tunnel::session::{Session, SessionParams};
 use crate::tunnel::shared::Shared;
-use crate::tunnel::timers::CONFIRM_WITHIN;
+use crate::tunnel::timers::CONFIRM_TIMEOUT;
 
 mod control;
 mod endpoint;
@@ -23,7 +23,7 @@ mod session_entry;
 mod tick;
 mod view;
 
-pub(crate) use session_entry::Slot;
+pub(crate) use session_entry::SessionEntry;
 pub use view::{PeerState, PeerView};
 
 /// Most sessions with one peer at a time; the oldest give way.
@@ -33,15 +33,15 @@ pub(crate) const MAX_SESSIONS: usize = 4;
 pub(crate) struct PeerKey {
     pub(crate) public: [u8; KEY_LEN],
     /// What messages to it are checked by.
-    pub(crate) checks: ReceiverKeys,
+    pub(crate) mac_keys: MacKeys,
     /// Of the last initiation accepted from it. With the key goes what whoever stole it has said.
     pub(crate) last_timestamp: Timestamp,
 }
 
 impl PeerKey {
     fn new(public: &[u8; KEY_LEN]) -> Self {
-        let checks = ReceiverKeys::new(public);
-        Self { public: *public, checks, last_timestamp: Timestamp::default() }
+        let mac_keys = MacKeys::new(public);
+        Self { public: *public, mac_keys, last_timestamp: Timestamp::default() }
     }
 }
 
@@ -55,7 +55,7 @@ pub(crate) struct Peer {
     pub(crate) endpoints: Vec<SocketAddr>,
     /// Which endpoint the next handshake goes to.
     pub(crate) attempt: usize,
-    pub(crate) pending: Option<Pending>,
+    pub(crate) pending: Option<PendingHandshake>,
     pub(crate) cookie: Option<(Mac, Duration)>,
     pub(crate) last_initiation: Option<Duration>,
     /// Time at which a handshake of this node first yielded to one of the peer's since an endpoint
@@ -69,13 +69,13 @@ pub(crate) struct Peer {
     /// Last address at which the peer answered a handshake, and the time of that answer: the proof
     /// that the peer receives there.
     proven: Option<(SocketAddr, Duration)>,
-    path: Path,
+    path: PathMtu,
     /// Where it leads.
     path_to: Option<SocketAddr>,
-    current: Option<Slot>,
-    next: Option<Slot>,
+    current: Option<SessionEntry>,
+    next: Option<SessionEntry>,
     /// Oldest first.
-    previous: Vec<Slot>,
+    previous: Vec<SessionEntry>,
 }
 
 impl Peer {
@@ -107,7 +107,7 @@ impl Peer {
             no_common_cipher: false,
             live: Liveness::default(),
             proven: None,
-            path: Path::new(),
+            path: PathMtu::new(),
             path_to: None,
             current: None,
             next: None,
@@ -126,7 +126,7 @@ impl Peer {
 
     /// Whether it is sent to in a session that this key of this node made.
     pub(crate) fn uses(&self, own: &[u8; KEY_LEN]) -> bool {
-        self.current.as_ref().is_some_and(|slot| slot.own.as_ref() == Some(own))
+        self.current.as_ref().is_some_and(|entry| entry.own.as_ref() == Some(own))
     }
 
     /// Takes the keys of its record, the first one first. What was made with others ends.
@@ -146,7 +146,7 @@ impl Peer {
         if self.pending_key().is_some_and(|key| !keys.contains(key)) {
             self.abandon_handshake(shared);
         }
-        self.end_where(|slot| !keys.contains(&slot.remote), shared);
+        self.end_where(|entry| !keys.contains(&entry.remote), shared);
         shared.changed = true;
     }
 
@@ -155,7 +155,7 @@ impl Peer {
     pub(crate) fn install_current(
         &mut self,
         now: Time,
-        slot: Slot,
+        entry: SessionEntry,
         yields: bool,
         shared: &mut Shared,
     ) {
@@ -163,41 +163,41 @@ impl Peer {
         if !yields {
             self.previous.extend(self.next.take());
         }
-        self.make_current(now, slot, shared);
+        self.make_current(now, entry, shared);
         // The peer waits for it: nothing is sent to us in this session before.
         self.ping(now, shared);
     }
 
     /// A session that the peer started; it may not have our answer yet.
-    pub(crate) fn install_next(&mut self, now: Time, slot: Slot, shared: &mut Shared) {
+    pub(crate) fn install_next(&mut self, now: Time, entry: SessionEntry, shared: &mut Shared) {
         // A lane knows already that the peer has the one before: there is no way back to an older one.
         if self.next.as_ref().is_some_and(|next| next.session.is_confirmed()) {
             self.confirm_next(now, shared);
         }
         self.previous.extend(self.next.take());
-        self.next = Some(slot);
+        self.next = Some(entry);
         self.sessions_changed(shared);
     }
 
     fn confirm_next(&mut self, now: Time, shared: &mut Shared) {
-        let Some(slot) = self.next.take() else { return };
+        let Some(entry) = self.next.take() else { return };
         self.previous.extend(self.current.take());
         shared.counts.add(HandshakeResult::CompletedResponder);
         // If the session proves no endpoint of the record, a handshake of this node must prove one.
-        if self.known_of(&slot).is_some() {
+        if self.known_of(&entry).is_some() {
             self.abandon_handshake(shared);
         }
-        self.make_current(now, slot, shared);
+        self.make_current(now, entry, shared);
     }
 
-    fn make_current(&mut self, now: Time, slot: Slot, shared: &mut Shared) {
-        if let Some(endpoint) = self.known_of(&slot) {
-            self.proven = Some((endpoint, slot.session.established.mono));
+    fn make_current(&mut self, now: Time, entry: SessionEntry, shared: &mut Shared) {
+        if let Some(endpoint) = self.known_of(&entry) {
+            self.proven = Some((endpoint, entry.session.established.mono));
             self.deferred = None;
-            let there = self.endpoints.iter().position(|e| Some(*e) == slot.endpoint);
+            let there = self.endpoints.iter().position(|e| Some(*e) == entry.endpoint);
             self.attempt = there.unwrap_or(self.attempt);
         }
-        self.current = Some(slot);
+        self.current = Some(entry);
         self.wanted = None;
         self.no_common_cipher = false;
         self.live.on_session(now.mono);
@@ -229,7 +229,7 @@ impl Peer {
             established,
             initiator: saved.initiator,
             life: saved.life,
-            ecn: saved.ecn && shared.offer.ecn,
+            ecn: saved.ecn && shared.params.ecn,
             secret: saved.secret,
         });
         let Ok(session) = session else { return false };
@@ -238,11 +238,11 @@ impl Peer {
         }
         self.view.mtu = Some(mtu);
         // A session that an earlier release kept does not say.
-        let told_mtu = if saved.told_mtu == 0 { shared.offer.mtu } else { saved.told_mtu };
+        let told_mtu = if saved.told_mtu == 0 { shared.params.mtu } else { saved.told_mtu };
         if let Some(key) = self.key(&saved.public_key) {
             key.last_timestamp = key.last_timestamp.max(timestamp);
         }
-        self.previous.push(Slot::new(
+        self.previous.push(SessionEntry::new(
             session.kept_by(Some(kept)),
             endpoint,
             saved.public_key,
@@ -254,8 +254,8 @@ impl Peer {
 
     /// Finds out which of the sessions taken up to send with: the newest that the peer is known to have.
     pub(crate) fn settle(&mut self, now: Time, shared: &mut Shared) {
-        self.previous.sort_by_key(|slot| slot.session.established);
-        let confirmed = self.previous.iter().rposition(|slot| slot.session.is_confirmed());
+        self.previous.sort_by_key(|entry| entry.session.established);
+        let confirmed = self.previous.iter().rposition(|entry| entry.session.is_confirmed());
         self.next = match self.previous.len() {
             0 => None,
             all if confirmed == Some(all - 1) => None,
@@ -263,8 +263,8 @@ impl Peer {
         };
         match confirmed {
             Some(at) => {
-                let slot = self.previous.remove(at);
-                self.make_current(now, slot, shared);
+                let entry = self.previous.remove(at);
+                self.make_current(now, entry, shared);
             }
             None => self.sessions_changed(shared),
         }
@@ -274,20 +274,21 @@ impl Peer {
     fn sessions_changed(&mut self, shared: &mut Shared) {
         let in_use = usize::from(self.current.is_some()) + usize::from(self.next.is_some());
         let excess = (in_use + self.previous.len()).saturating_sub(MAX_SESSIONS);
-        self.previous.drain(..excess).for_each(|slot| slot.end(shared));
-        self.view.current = self.current.as_ref().map(|slot| slot.session.clone());
+        self.previous.drain(..excess).for_each(|entry| entry.end(shared));
+        self.view.current = self.current.as_ref().map(|entry| entry.session.clone());
         let next = self.next.as_ref();
         let present = self.view.endpoint.filter(|_| self.current.is_some());
-        self.view.next = next.map(|slot| (slot.session.clone(), self.known_of(slot).or(present)));
-        self.view.receive = self.slots().map(|slot| slot.session.clone()).collect();
+        self.view.next =
+            next.map(|entry| (entry.session.clone(), self.known_of(entry).or(present)));
+        self.view.receive = self.entries().map(|entry| entry.session.clone()).collect();
         shared.changed = true;
     }
 
-    fn slots(&self) -> impl Iterator<Item = &Slot> {
+    fn entries(&self) -> impl Iterator<Item = &SessionEntry> {
         self.current.iter().chain(&self.next).chain(&self.previous)
     }
 
-    fn slots_mut(&mut self) -> impl Iterator<Item = &mut Slot> {
+    fn entries_mut(&mut self) -> impl Iterator<Item = &mut SessionEntry> {
         self.current.iter_mut().chain(&mut self.next).chain(&mut self.previous)
     }
 
@@ -296,7 +297,7 @@ impl Peer {
     }
 
     pub(crate) fn has_sessions(&self) -> bool {
-        self.slots().next().is_some()
+        self.entries().next().is_some()
     }
 
     /// Returns true if there is a session to send with, and an address to send to.
@@ -307,25 +308,25 @@ impl Peer {
     /// Ends everything at once.
     pub(crate) fn end(&mut self, shared: &mut Shared) {
         self.abandon_handshake(shared);
-        let slots = [self.current.take(), self.next.take()].into_iter().flatten();
-        slots.chain(self.previous.drain(..)).for_each(|slot| slot.end(shared));
+        let entries = [self.current.take(), self.next.take()].into_iter().flatten();
+        entries.chain(self.previous.drain(..)).for_each(|entry| entry.end(shared));
         self.sessions_changed(shared);
     }
 
     fn end_what_is_over(&mut self, now: Time, shared: &mut Shared) {
-        self.end_where(|slot| slot.ends() <= now.mono, shared);
+        self.end_where(|entry| entry.ends() <= now.mono, shared);
     }
 
-    fn end_where(&mut self, over: impl Fn(&Slot) -> bool, shared: &mut Shared) {
-        let over = |slot: &mut Slot| over(slot);
-        let ended: Vec<Slot> = self
+    fn end_where(&mut self, over: impl Fn(&SessionEntry) -> bool, shared: &mut Shared) {
+        let over = |entry: &mut SessionEntry| over(entry);
+        let ended: Vec<SessionEntry> = self
             .previous
             .extract_if(.., over)
             .chain(self.current.take_if(over))
             .chain(self.next.take_if(over))
             .collect();
         if !ended.is_empty() {
-            ended.into_iter().for_each(|slot| slot.end(shared));
+            ended.into_iter().for_each(|entry| entry.end(shared));
             self.sessions_changed(shared);
         }
     }
@@ -333,7 +334,7 @@ impl Peer {
     /// Starts a handshake unless one is pending, or the peer has just started a session that it has
     /// to confirm.
     pub(crate) fn begin_handshake(&mut self, now: Time, shared: &mut Shared) {
-        let fresh = |slot: &Slot| now.since(slot.session.established) < CONFIRM_WITHIN;
+        let fresh = |entry: &SessionEntry| now.since(entry.session.established) < CONFIRM_TIMEOUT;
         let gives_way = self.next.as_ref().is_some_and(fresh) && self.defers(now);
         if self.pending.is_none() && !gives_way {
             self.start_handshake(now, shared);
@@ -341,16 +342,16 @@ impl Peer {
     }
 
     /// Returns true while a handshake of this node yields to one of the peer's: for
-    /// [`CONFIRM_WITHIN`], and only once until a session has proved an endpoint. A recorded
+    /// [`CONFIRM_TIMEOUT`], and only once until a session has proved an endpoint. A recorded
     /// initiation is indistinguishable from one of the peer's, and may be repeated.
     pub(crate) fn defers(&mut self, now: Time) -> bool {
         let since = *self.deferred.get_or_insert(now.mono);
-        now.mono.saturating_sub(since) < CONFIRM_WITHIN
+        now.mono.saturating_sub(since) < CONFIRM_TIMEOUT
     }
 
     /// Brings the view's state up to date.
     pub(crate) fn refresh_state(&mut self, now: Time) {
-        let unanswered = self.pending.as_ref().is_some_and(|p| p.unanswered(now.mono));
+        let unanswered = self.pending.as_ref().is_some_and(|p| p.is_unanswered(now.mono));
         let sends_with = self.current.as_ref().filter(|_| self.view.endpoint.is_some());
         let (state, trouble) = match (sends_with, &self.pending) {
             (Some(_), _) => match self.live.trouble(now.mono) {

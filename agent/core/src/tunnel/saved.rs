@@ -45,9 +45,9 @@ pub trait Kept: Send + Sync {
 }
 
 /// A memory without room.
-pub(crate) struct Forgetful;
+pub(crate) struct NoopStore;
 
-impl Memory for Forgetful {
+impl Memory for NoopStore {
     fn keep(&mut self, _: &SavedSession) -> Option<Box<dyn Kept>> {
         None
     }
@@ -153,8 +153,7 @@ impl SavedSession {
         };
         let [ecn] = take(&mut rest)?;
         let told_mtu = u16::from_le_bytes(take(&mut rest)?);
-        let ciphers = [Cipher::Aes256Gcm, Cipher::ChaCha20Poly1305];
-        let cipher = ciphers.into_iter().find(|known| known.number() == cipher)?;
+        let cipher = Cipher::from_number(cipher)?;
         let initiator = match initiator {
             0 => false,
             1 => true,

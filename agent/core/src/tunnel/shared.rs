@@ -9,14 +9,14 @@ use zeroize::Zeroizing;
 use crate::drop::DropCounts;
 use crate::route::PeerId;
 use crate::time::Time;
-use crate::tunnel::cookie::ReceiverKeys;
+use crate::tunnel::cookie::MacKeys;
 use crate::tunnel::counts::HandshakeCounts;
-use crate::tunnel::message::{Offer, Timestamp};
+use crate::tunnel::message::{Timestamp, TransportParams};
 use crate::tunnel::noise::{Identity, KEY_LEN, Secret};
-use crate::tunnel::saved::{Forgetful, Memory};
+use crate::tunnel::saved::{Memory, NoopStore};
 
 /// Datagrams that wait to be polled; beyond that they are lost, as on a wire.
-const OUTBOX_LIMIT: usize = 8192;
+const MAX_QUEUED_DATAGRAMS: usize = 8192;
 
 /// A datagram for the caller to send.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,15 +31,15 @@ pub struct Transmit {
 pub type Random = Box<dyn FnMut(&mut [u8]) + Send>;
 
 /// An identity of this node, and what messages to it are checked by.
-pub(crate) struct Own {
+pub(crate) struct LocalIdentity {
     pub(crate) identity: Identity,
-    pub(crate) keys: ReceiverKeys,
+    pub(crate) mac_keys: MacKeys,
 }
 
-impl Own {
+impl LocalIdentity {
     pub(crate) fn new(identity: Identity) -> Self {
-        let keys = ReceiverKeys::new(identity.public());
-        Self { identity, keys }
+        let mac_keys = MacKeys::new(identity.public());
+        Self { identity, mac_keys }
     }
 
     pub(crate) fn public(&self) -> &[u8; KEY_LEN] {
@@ -49,10 +49,10 @@ impl Own {
 
 pub(crate) struct Shared {
     /// What this node's handshakes begin with.
-    pub(crate) own: Own,
+    pub(crate) own: LocalIdentity,
     /// The next identity or the one before, while the key changes: answered to as well.
-    pub(crate) second: Option<Own>,
-    pub(crate) offer: Offer,
+    pub(crate) second: Option<LocalIdentity>,
+    pub(crate) params: TransportParams,
     pub(crate) listen_port: u16,
     pub(crate) random: Random,
     pub(crate) memory: Box<dyn Memory>,
@@ -69,14 +69,19 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(own: Own, offer: Offer, listen_port: u16, random: Random) -> Self {
+    pub(crate) fn new(
+        own: LocalIdentity,
+        params: TransportParams,
+        listen_port: u16,
+        random: Random,
+    ) -> Self {
         Self {
             own,
             second: None,
-            offer,
+            params,
             listen_port,
             random,
-            memory: Box::new(Forgetful),
+            memory: Box::new(NoopStore),
             outbox: VecDeque::new(),
             drops: DropCounts::default(),
             counts: HandshakeCounts::default(),
@@ -88,12 +93,12 @@ impl Shared {
     }
 
     /// Every identity of this node, the first one first.
-    pub(crate) fn identities(&self) -> impl Iterator<Item = &Own> {
+    pub(crate) fn identities(&self) -> impl Iterator<Item = &LocalIdentity> {
         std::iter::once(&self.own).chain(&self.second)
     }
 
     pub(crate) fn transmit(&mut self, destination: SocketAddr, payload: Vec<u8>) {
-        if self.outbox.len() < OUTBOX_LIMIT {
+        if self.outbox.len() < MAX_QUEUED_DATAGRAMS {
             self.outbox.push_back(Transmit { destination, payload });
         }
     }

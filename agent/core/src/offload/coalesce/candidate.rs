@@ -23,10 +23,10 @@ pub(super) enum Class {
     OtherProtocol,
     /// Packet written verbatim that closes its flow's superpacket, so that no later packet of the
     /// flow overtakes it. TCP segments without payload are among these, as in the kernel's GRO.
-    Seals(Layout),
-    /// As [`Class::Seals`], for every flow between its addresses: the ports are not there, or not
+    FlushesFlow(Layout),
+    /// As [`Class::FlushesFlow`], for every flow between its addresses: the ports are not there, or not
     /// where they usually are.
-    SealsAddresses,
+    FlushesAddresses,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -77,15 +77,17 @@ pub(super) struct Difference {
 pub(super) fn classify(packet: &[u8], ip: &IpHeader, checksum: Checksum) -> Class {
     let plain = !ip.fragment && ip.header_len == if ip.is_v6() { 40 } else { 20 };
     let layout = match (ip.protocol, ip.is_v6()) {
-        _ if !plain => return Class::SealsAddresses,
+        _ if !plain => return Class::FlushesAddresses,
         (TCP, false) => Layout::Tcp4,
         (TCP, true) => Layout::Tcp6,
         (UDP, false) => Layout::Udp4,
         (UDP, true) => Layout::Udp6,
-        (protocol, true) if ip::is_extension_header(protocol) => return Class::SealsAddresses,
+        (protocol, true) if ip::is_extension_header(protocol) => return Class::FlushesAddresses,
         _ => return Class::OtherProtocol,
     };
-    let Some(transport) = packet.get(layout.network_len()..) else { return Class::SealsAddresses };
+    let Some(transport) = packet.get(layout.network_len()..) else {
+        return Class::FlushesAddresses;
+    };
     match layout {
         Layout::Tcp4 | Layout::Tcp6 => classify_tcp(layout, transport),
         Layout::Udp4 | Layout::Udp6 => classify_udp(layout, transport, checksum),
@@ -97,13 +99,13 @@ fn classify_tcp(layout: Layout, transport: &[u8]) -> Class {
     let Some(&[_, _, _, _, s0, s1, s2, s3, _, _, _, _, offset, flags, ..]) =
         transport.first_chunk::<20>()
     else {
-        return Class::SealsAddresses;
+        return Class::FlushesAddresses;
     };
     let length = usize::from(offset >> 4) * 4;
     // A segment without payload (`length == transport.len()`) may carry SACK blocks or a window
     // update, which data that was sent later must not overtake.
     if length < 20 || length >= transport.len() || flags & !(PSH | ECE) != ACK {
-        return Class::Seals(layout);
+        return Class::FlushesFlow(layout);
     }
     Class::Candidate(Candidate {
         layout,
@@ -116,12 +118,12 @@ fn classify_tcp(layout: Layout, transport: &[u8]) -> Class {
 #[inline]
 fn classify_udp(layout: Layout, transport: &[u8], checksum: Checksum) -> Class {
     let Some(&[_, _, _, _, l0, l1, c0, c1]) = transport.first_chunk::<8>() else {
-        return Class::SealsAddresses;
+        return Class::FlushesAddresses;
     };
     let length = usize::from(u16::from_be_bytes([l0, l1]));
     let unchecked = checksum == Checksum::Full && [c0, c1] == [0, 0];
     if length != transport.len() || length == 8 || unchecked {
-        return Class::Seals(layout);
+        return Class::FlushesFlow(layout);
     }
     let headers = layout.network_len() + 8;
     Class::Candidate(Candidate { layout, headers, sequence: 0, psh: false })

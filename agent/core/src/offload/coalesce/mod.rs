@@ -168,14 +168,14 @@ impl Coalescer {
                 self.start(packet, slice, &candidate, checksum_at);
             }
             Class::Candidate(_) | Class::OtherProtocol => self.verbatim(slice, checksum_at),
-            Class::Seals(layout) => {
+            Class::FlushesFlow(layout) => {
                 if let Some((slot, _)) = self.find(arena, packet, layout) {
                     self.open.remove(slot);
                 }
                 self.verbatim(slice, checksum_at);
             }
-            Class::SealsAddresses => {
-                self.seal_addresses(arena, packet);
+            Class::FlushesAddresses => {
+                self.flush_addresses(arena, packet);
                 self.verbatim(slice, checksum_at);
             }
         }
@@ -366,7 +366,7 @@ impl Coalescer {
         self.items.push(Item::verbatim(packet, checksum_at));
     }
 
-    fn seal_addresses(&mut self, arena: &[u8], packet: &[u8]) {
+    fn flush_addresses(&mut self, arena: &[u8], packet: &[u8]) {
         for slot in self.open.all() {
             let first = self.items[self.open.item(slot)].first.of(arena);
             if candidate::same_addresses(first, packet) {

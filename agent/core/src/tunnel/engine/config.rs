@@ -17,7 +17,7 @@ pub struct EngineConfig {
     pub listen_port: u16,
     /// Lanes that this node sends on, 1 to 64.
     pub lanes: u8,
-    /// What to offer for data.
+    /// What to params for data.
     pub ciphers: Ciphers,
     /// This node's MTU in bytes, for its peers to know.
     pub mtu: u16,

@@ -1,19 +1,21 @@
-//! Handshake and control datagrams: the checks that they pass, the cheapest first, and the peer that
-//! handles each.
+//! Handling of handshake and control datagrams: the checks that each must pass, the cheapest first,
+//! and the choice of the peer that it concerns.
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::{ELSEWHERE, Engine, UNVERIFIED};
+use super::{Engine, NO_COOKIE_RATE, NON_PEER_RATE};
 use crate::drop::DropReason;
 use crate::time::Time;
+use crate::tunnel::cookie::Mac2Check;
 use crate::tunnel::counts::HandshakeResult;
+use crate::tunnel::handshake::ReceivedHandshake;
 use crate::tunnel::message::{
-    Checked, CookieReply, Initiation, MAX_HANDSHAKE, Response, read_initiation_payload,
+    CookieReply, Initiation, MAX_HANDSHAKE, Mac1Input, Response, read_initiation_payload,
 };
 use crate::tunnel::noise::Responder;
 use crate::tunnel::peer::Peer;
-use crate::tunnel::shared::{Own, Shared};
+use crate::tunnel::shared::{LocalIdentity, Shared};
 use crate::wire::header::{Header, MessageType};
 
 /// Responses to one initiation that are read without a rate limit: this number from the address that
@@ -21,8 +23,9 @@ use crate::wire::header::{Header, MessageType};
 const MAX_RESPONSE_TRIES: u32 = 4;
 
 impl Engine {
-    /// A handshake or control datagram (types 1, 2, 3 and 5) that came from `source`. What is wrong
-    /// with it is counted. Its bytes are of no use afterwards.
+    /// Handles a handshake or control datagram (message types 1, 2, 3 and 5) that came from
+    /// `source`. The caller gives data datagrams to the lanes. A datagram that is refused is counted
+    /// ([`Engine::drops`]). The bytes of `datagram` are undefined afterwards.
     pub fn handle_datagram(&mut self, now: Time, source: SocketAddr, datagram: &mut [u8]) {
         let header = match Header::parse(datagram) {
             Ok(header) => header,
@@ -33,11 +36,11 @@ impl Engine {
             MessageType::Response => self.on_response(now, source, header, datagram),
             MessageType::CookieReply => self.on_cookie_reply(now, header, datagram),
             MessageType::Control => self.on_control(now, source, header, datagram),
-            // A lane's: it should never have come here.
+            // Data belongs to a lane; the caller must not pass it here.
             MessageType::Data => Err(DropReason::OuterHeader),
         };
         match result {
-            // There may be a first session now.
+            // The datagram may have created the first session, which needs the tick.
             Ok(()) => self.arm_tick(now),
             Err(reason) => {
                 self.shared.drops.add(reason);
@@ -48,9 +51,9 @@ impl Engine {
         }
     }
 
-    /// The cheapest checks come first: lengths, the first check (does the sender know us?), the
-    /// second or a bucket (is it who it says, or are we idle?), and only then public keys.
-    pub(super) fn on_initiation(
+    /// Checks an initiation in the order of cost: lengths, mac1 (the sender knows this node's public
+    /// key), mac2 or the limit of initiations without a cookie, and then public-key operations.
+    fn on_initiation(
         &mut self,
         now: Time,
         source: SocketAddr,
@@ -58,24 +61,22 @@ impl Engine {
         datagram: &[u8],
     ) -> Result<(), DropReason> {
         let message = Initiation::parse(header, datagram)?;
-        // To whom it is.
-        let own = self.shared.identities().position(|own| is_to(own, &message.checked));
+        let own = self.shared.identities().position(|own| is_addressed_to(own, &message.mac1));
         let own = own.ok_or(DropReason::HandshakeInvalid)?;
-        // The scope stays, because a link-local address needs it.
+        // The scope id is kept, because a link-local address needs it.
         let mut answer_to = source;
         answer_to.set_port(message.listen_port);
-        let random = &mut self.shared.random;
-        let checked = (message.before_second, &message.second);
-        if self.cookies.verify(source, answer_to, checked, now.mono, random) {
+        let check = Mac2Check { source, answer_to, input: message.mac2_input, mac2: &message.mac2 };
+        if self.cookies.verify(check, now.mono, &mut self.shared.random) {
             // A replay is recognised before the limits, so that it uses up no token of its sender.
-            if self.cookies.is_granted(&message.second) {
+            if self.cookies.is_granted(&message.mac2) {
                 return Err(DropReason::HandshakeReplayed);
             }
             if !self.may_cost_public_key_operation(answer_to, now.mono) {
                 return Err(DropReason::HandshakeRateLimited);
             }
-            self.cookies.grant(message.second);
-        } else if !self.unverified.take(UNVERIFIED, now.mono) {
+            self.cookies.grant(message.mac2);
+        } else if !self.no_cookie_bucket.try_acquire(NO_COOKIE_RATE, now.mono) {
             self.send_cookie(now, source, answer_to, own, &message);
             return Err(DropReason::HandshakeCookieRequired);
         }
@@ -83,14 +84,14 @@ impl Engine {
         let ephemeral = self.shared.secret();
         let mut payload = [0; MAX_HANDSHAKE];
         let own = self.shared.identities().nth(own).ok_or(DropReason::HandshakeInvalid)?;
-        let to = *own.public();
+        let own_key = *own.public();
         let (responder, length) =
             Responder::read(&own.identity, ephemeral, message.clear, message.noise, &mut payload)
                 .map_err(|_| DropReason::HandshakeInvalid)?;
         let id = self.by_key.get(&responder.initiator);
         let peer = id.and_then(|id| self.peers.get_mut(id));
         let peer = peer.ok_or(DropReason::HandshakeUnknownPeer)?;
-        let (timestamp, offer) = payload
+        let (timestamp, theirs) = payload
             .get(..length)
             .and_then(read_initiation_payload)
             .ok_or(DropReason::HandshakeInvalid)?;
@@ -100,31 +101,33 @@ impl Engine {
         }
         key.last_timestamp = timestamp;
         self.shared.memory.set_seen_timestamp(&responder.initiator, timestamp.wall());
-        peer.on_initiation(now, answer_to, &message, (responder, to), offer, &mut self.shared)
+        let handshake = ReceivedHandshake { responder, own: own_key, theirs };
+        peer.on_initiation(now, answer_to, message.sender, handshake, &mut self.shared)
     }
 
     /// Returns true if the sender of a valid cookie, who receives at `answer_to`, may cause a
     /// public-key operation. Only a sender that receives at a peer's endpoint can use up the limit
     /// of that endpoint.
-    pub(super) fn may_cost_public_key_operation(
-        &mut self,
-        answer_to: SocketAddr,
-        now: Duration,
-    ) -> bool {
+    fn may_cost_public_key_operation(&mut self, answer_to: SocketAddr, now: Duration) -> bool {
         match self.is_endpoint(answer_to) {
-            true => self.verified_peers.take(answer_to, now),
-            false => self.verified.take(answer_to, now) && self.elsewhere.take(ELSEWHERE, now),
+            true => self.peer_endpoint_limiter.try_acquire(answer_to, now),
+            false => {
+                self.source_limiter.try_acquire(answer_to, now)
+                    && self.non_peer_bucket.try_acquire(NON_PEER_RATE, now)
+            }
         }
     }
 
     /// Returns true if a record names this address and port.
-    pub(super) fn is_endpoint(&self, address: SocketAddr) -> bool {
+    fn is_endpoint(&self, address: SocketAddr) -> bool {
         let peers = self.by_address.get(&address.ip().to_canonical()).into_iter().flatten();
         let mut peers = peers.filter_map(|id| self.peers.get(id));
         peers.any(|peer| peer.recorded_endpoint(address).is_some())
     }
 
-    pub(super) fn send_cookie(
+    /// Sends a cookie reply to an initiation. `own` is the position of the identity to which the
+    /// initiation is addressed.
+    fn send_cookie(
         &mut self,
         now: Time,
         source: SocketAddr,
@@ -138,7 +141,7 @@ impl Engine {
         random(&mut salt);
         let own = self.shared.identities().nth(own);
         let sealed =
-            own.and_then(|own| own.keys.seal_cookie(&cookie, &salt, &message.checked.first));
+            own.and_then(|own| own.mac_keys.seal_cookie(&cookie, &salt, &message.mac1.mac1));
         if let Some(sealed) = sealed {
             let reply = CookieReply { salt, sealed }.to_bytes(message.sender);
             self.shared.counts.add(HandshakeResult::CookieSent);
@@ -146,7 +149,7 @@ impl Engine {
         }
     }
 
-    pub(super) fn on_response(
+    fn on_response(
         &mut self,
         now: Time,
         source: SocketAddr,
@@ -154,24 +157,24 @@ impl Engine {
         datagram: &[u8],
     ) -> Result<(), DropReason> {
         let message = Response::parse(header, datagram)?;
-        if !self.shared.identities().any(|own| is_to(own, &message.checked)) {
+        if !self.shared.identities().any(|own| is_addressed_to(own, &message.mac1)) {
             return Err(DropReason::HandshakeInvalid);
         }
         let owner = self.shared.owner(header.receiver);
         let peer = owner.and_then(|id| self.peers.get_mut(&id));
         let peer = peer.ok_or(DropReason::HandshakeInvalid)?;
-        // Responses carry no second check (mac2). A few responses to each initiation are read;
-        // further ones share the limit of initiations without a cookie.
+        // Responses carry no mac2. A few responses to each initiation are read; further ones share
+        // the limit of initiations without a cookie.
         let tries = peer.response_tries(header.receiver, source.ip());
         if tries.ok_or(DropReason::HandshakeInvalid)? > MAX_RESPONSE_TRIES
-            && !self.unverified.take(UNVERIFIED, now.mono)
+            && !self.no_cookie_bucket.try_acquire(NO_COOKIE_RATE, now.mono)
         {
             return Err(DropReason::HandshakeRateLimited);
         }
         peer.on_response(now, header.receiver, &message, &mut self.shared)
     }
 
-    pub(super) fn on_cookie_reply(
+    fn on_cookie_reply(
         &mut self,
         now: Time,
         header: Header,
@@ -182,7 +185,7 @@ impl Engine {
         peer.on_cookie_reply(now, header.receiver, &reply, shared)
     }
 
-    pub(super) fn on_control(
+    fn on_control(
         &mut self,
         now: Time,
         source: SocketAddr,
@@ -196,17 +199,19 @@ impl Engine {
         peer.on_control(now, header.receiver, datagram, shared)
     }
 
-    pub(super) fn owner(&mut self, index: u32) -> Option<(&mut Peer, &mut Shared)> {
+    /// Returns the peer that owns a local index.
+    fn owner(&mut self, index: u32) -> Option<(&mut Peer, &mut Shared)> {
         let peer = self.peers.get_mut(&self.shared.owner(index)?)?;
         Some((peer, &mut self.shared))
     }
 }
 
-/// Whether a message's first check says that it is to this identity.
-fn is_to(own: &Own, checked: &Checked<'_>) -> bool {
-    own.keys.verify_first_check(checked.message, &checked.first)
+/// Returns true if mac1 proves that the sender knows the public key of this identity.
+fn is_addressed_to(own: &LocalIdentity, mac1: &Mac1Input<'_>) -> bool {
+    own.mac_keys.verify_mac1(mac1.message, &mac1.mac1)
 }
 
+/// Returns the handshake result to count for a dropped message.
 fn handshake_result(reason: DropReason) -> Option<HandshakeResult> {
     match reason {
         DropReason::HandshakeInvalid => Some(HandshakeResult::Invalid),

@@ -24,8 +24,8 @@ impl Peer {
 
     /// The path is to be looked at: there are new keys, or the peer is elsewhere.
     pub(super) fn begin_path(&mut self, now: Time, shared: &mut Shared) {
-        let theirs = self.view.mtu.unwrap_or(shared.offer.mtu);
-        let most = theirs.min(shared.offer.mtu).min(MAX_PROBE);
+        let theirs = self.view.mtu.unwrap_or(shared.params.mtu);
+        let most = theirs.min(shared.params.mtu).min(MAX_PROBE);
         let elsewhere = self.path_to != self.view.endpoint;
         self.path_to = self.view.endpoint;
         self.path.on_session(now.mono, most, elsewhere);
@@ -47,7 +47,7 @@ impl Peer {
     }
 
     /// Handles a datagram with a plaintext of `size` bytes that this host's route to `destination`
-    /// refused; see [`Path::refused`].
+    /// refused; see [`PathMtu::refused`].
     pub(crate) fn on_refused(
         &mut self,
         now: Time,
@@ -63,7 +63,7 @@ impl Peer {
 
     pub(super) fn show_path(&mut self, shared: &mut Shared) {
         // A peer whose own MTU is less takes no more, whatever the path carries.
-        let theirs = self.view.mtu.filter(|mtu| *mtu < shared.offer.mtu);
+        let theirs = self.view.mtu.filter(|mtu| *mtu < shared.params.mtu);
         let found = self.path.limit().or(theirs);
         if self.view.path != found {
             self.view.path = found;
@@ -82,8 +82,8 @@ impl Peer {
 
     /// Sends a message with zeros behind it, up to that length of the plaintext.
     pub(super) fn send_padded(&self, message: Control, length: usize, shared: &mut Shared) {
-        let (Some(slot), Some(endpoint)) = (&self.current, self.view.endpoint) else { return };
-        let Some(sender) = slot.session.sender(CONTROL_LANE) else { return };
+        let (Some(entry), Some(endpoint)) = (&self.current, self.view.endpoint) else { return };
+        let Some(sender) = entry.session.sender(CONTROL_LANE) else { return };
         let mut plaintext = message.to_bytes();
         plaintext.resize(plaintext.len().max(length), 0);
         let mut out = vec![0; plaintext.len() + OVERHEAD];
@@ -101,16 +101,16 @@ impl Peer {
         datagram: &mut [u8],
         shared: &mut Shared,
     ) -> Result<(), DropReason> {
-        let found = self.slots_mut().find(|slot| slot.session.local_index == index);
-        let slot = found.ok_or(DropReason::UnknownSession)?;
-        if slot.ends() <= now.mono {
+        let found = self.entries_mut().find(|entry| entry.session.local_index == index);
+        let entry = found.ok_or(DropReason::UnknownSession)?;
+        if entry.ends() <= now.mono {
             return Err(DropReason::SessionExpired);
         }
-        let receiver = slot.session.receiver(CONTROL_LANE).ok_or(DropReason::WrongLane)?;
+        let receiver = entry.session.receiver(CONTROL_LANE).ok_or(DropReason::WrongLane)?;
         let (header, plaintext) = receiver.open(datagram)?;
         let message = Control::read(plaintext);
-        slot.window.check_and_set(header.counter)?;
-        slot.session.set_highest(CONTROL_LANE, slot.window.highest());
+        entry.window.check_and_set(header.counter)?;
+        entry.session.set_highest(CONTROL_LANE, entry.window.highest());
 
         self.live.on_heard(now.mono);
         if let Some(next) = self.next.as_ref().filter(|next| next.session.local_index == index) {

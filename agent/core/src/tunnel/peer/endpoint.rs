@@ -4,10 +4,10 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::{Peer, Slot};
+use super::{Peer, SessionEntry};
 use crate::time::Time;
 use crate::tunnel::shared::Shared;
-use crate::tunnel::timers::{RESPONDER_REKEY_AFTER, SESSION_LIFE};
+use crate::tunnel::timers::{RESPONDER_REKEY_AFTER_TIME, SESSION_LIFE};
 
 impl Peer {
     /// Replaces the endpoints of the peer's record. The current address stays in use until the peer
@@ -61,7 +61,7 @@ impl Peer {
     /// Starts a handshake if data is sent to no address, to one that the record does not name, or
     /// to one whose proof is about to end.
     pub(super) fn prove_endpoint(&mut self, now: Time, shared: &mut Shared) {
-        let renewed = |at| now.mono.saturating_sub(at) < RESPONDER_REKEY_AFTER;
+        let renewed = |at| now.mono.saturating_sub(at) < RESPONDER_REKEY_AFTER_TIME;
         let (proven, endpoints) = (self.proven, &self.endpoints);
         let is_good = proven.is_some_and(|(to, at)| renewed(at) && endpoints.contains(&to));
         if self.current.is_some() && !endpoints.is_empty() && !is_good {
@@ -95,7 +95,7 @@ impl Peer {
     }
 
     /// Where a session was made, unless the record has changed while the handshake was under way.
-    pub(super) fn known_of(&self, slot: &Slot) -> Option<SocketAddr> {
-        slot.endpoint.filter(|there| self.endpoints.is_empty() || self.endpoints.contains(there))
+    pub(super) fn known_of(&self, entry: &SessionEntry) -> Option<SocketAddr> {
+        entry.endpoint.filter(|there| self.endpoints.is_empty() || self.endpoints.contains(there))
     }
 }

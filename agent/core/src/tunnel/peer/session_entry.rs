@@ -13,7 +13,7 @@ use crate::tunnel::timers::SESSION_LIFE;
 use crate::wire::header::CONTROL_LANE;
 
 /// A session as the engine keeps it.
-pub(crate) struct Slot {
+pub(crate) struct SessionEntry {
     pub(crate) session: Arc<Session>,
     /// Where the other end was when it was made.
     pub(crate) endpoint: Option<SocketAddr>,
@@ -28,7 +28,7 @@ pub(crate) struct Slot {
     seen_rx: u64,
 }
 
-impl Slot {
+impl SessionEntry {
     pub(crate) fn new(
         session: Session,
         endpoint: Option<SocketAddr>,

@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
-use super::{Peer, PeerState, Slot};
+use super::{Peer, PeerState, SessionEntry};
 use crate::time::Time;
-use crate::tunnel::handshake::Pending;
+use crate::tunnel::handshake::PendingHandshake;
 use crate::tunnel::session::COUNTER_REKEY;
 use crate::tunnel::shared::Shared;
 use crate::tunnel::timers::{
-    REKEY_AFTER, RENEWED_AT_ONCE, RESPONDER_REKEY_AFTER, RETRY_SLACK, SESSION_LIFE, WANTED_FOR,
+    REKEY_AFTER, RENEWAL_SPREAD_TICKS, REQUEST_TIMEOUT, RESPONDER_REKEY_AFTER_TIME, RETRY_SLACK,
+    SESSION_LIFE,
 };
 
 impl Peer {
@@ -17,9 +18,10 @@ impl Peer {
         let retry = self.pending.as_ref().map(|pending| pending.retry_at);
         // Where there is no session there are no ticks to notice it.
         let connecting = self.view.state == PeerState::Connecting;
-        let hopeless = self.pending.as_ref().filter(|_| connecting).and_then(Pending::hopeless_at);
+        let unanswered =
+            self.pending.as_ref().filter(|_| connecting).and_then(PendingHandshake::unanswered_at);
         let proof = self.proven.filter(|_| self.can_send()).map(|(_, at)| at + SESSION_LIFE);
-        self.slots().map(Slot::ends).chain(retry).chain(hopeless).chain(proof).min()
+        self.entries().map(SessionEntry::ends).chain(retry).chain(unanswered).chain(proof).min()
     }
 
     /// Does what is due. `tick`: it is also time to look at the lanes' counters.
@@ -30,7 +32,8 @@ impl Peer {
             self.tick(now, shared);
         }
         if self.pending.as_ref().is_some_and(|p| p.retry_at <= now.mono + RETRY_SLACK) {
-            let wanted = self.wanted.is_some_and(|at| now.mono.saturating_sub(at) < WANTED_FOR);
+            let wanted =
+                self.wanted.is_some_and(|at| now.mono.saturating_sub(at) < REQUEST_TIMEOUT);
             self.retry_handshake(now, wanted, shared);
         }
         self.refresh_state(now);
@@ -38,8 +41,8 @@ impl Peer {
 
     pub(super) fn tick(&mut self, now: Time, shared: &mut Shared) {
         let (mut sent, mut received) = (false, false);
-        for slot in self.slots_mut() {
-            let (tx, rx) = slot.sample();
+        for entry in self.entries_mut() {
+            let (tx, rx) = entry.sample();
             sent |= tx;
             received |= rx;
         }
@@ -54,13 +57,13 @@ impl Peer {
         }
         let Some(current) = &self.current else {
             // Asked for while the peer's own handshake was about to give us a session.
-            if self.wanted.is_some_and(|at| now.mono.saturating_sub(at) < WANTED_FOR) {
+            if self.wanted.is_some_and(|at| now.mono.saturating_sub(at) < REQUEST_TIMEOUT) {
                 self.begin_handshake(now, shared);
             }
             return;
         };
         let session = &current.session;
-        let limit = if session.initiator { REKEY_AFTER } else { RESPONDER_REKEY_AFTER };
+        let limit = if session.initiator { REKEY_AFTER } else { RESPONDER_REKEY_AFTER_TIME };
         let old =
             now.since(session.established) >= limit || session.counters_used() >= COUNTER_REKEY;
         // Only a few sessions are renewed at a time, because a changed key or MTU may concern a
@@ -69,10 +72,11 @@ impl Peer {
             Some(own) => own != *shared.own.public(),
             None => shared.second.is_some(),
         };
-        let old = old || other_key && shared.chance(RENEWED_AT_ONCE);
+        let old = old || other_key && shared.chance(RENEWAL_SPREAD_TICKS);
         // Renews sessions without traffic, too: packets longer than the peer's known MTU are
         // refused before they reach the engine.
-        let other_mtu = current.told_mtu != shared.offer.mtu && shared.chance(RENEWED_AT_ONCE);
+        let other_mtu =
+            current.told_mtu != shared.params.mtu && shared.chance(RENEWAL_SPREAD_TICKS);
         if other_mtu || old && (sent || received) || sent && self.live.trouble(now.mono).is_some() {
             self.wanted = Some(now.mono);
             self.begin_handshake(now, shared);

@@ -1,7 +1,7 @@
 //! Strangers, floods, forgeries.
 
 use super::*;
-use crate::tunnel::cookie::{Mac, ReceiverKeys, second_check};
+use crate::tunnel::cookie::{Mac, MacKeys, mac2};
 use crate::tunnel::message::CLEAR_LEN;
 
 /// The first datagram of this type in the trace.
@@ -58,7 +58,7 @@ fn every_flipped_byte_of_a_handshake_is_refused_and_the_real_one_still_accepted(
 fn every_flipped_byte_with_a_repaired_check_is_refused() {
     for kind in [MessageType::Initiation, MessageType::Response] {
         let (mut lab, to, datagram) = caught(kind);
-        let keys = ReceiverKeys::new(&lab.key(to));
+        let keys = MacKeys::new(&lab.key(to));
         let tail = if kind == MessageType::Initiation { 32 } else { 16 };
         let end = datagram.payload.len() - tail;
         let before = lab.view(to, 1 - to).receive.len();
@@ -67,7 +67,7 @@ fn every_flipped_byte_with_a_repaired_check_is_refused() {
             lab.now = lab.now.after(ms(20));
             let mut payload = datagram.payload.clone();
             payload[at] ^= 0x40;
-            let check = keys.first_check(&payload[..end]);
+            let check = keys.mac1(&payload[..end]);
             payload[end..end + 16].copy_from_slice(&check);
             inject(&mut lab, to, datagram.source, payload);
         }
@@ -159,13 +159,13 @@ fn replayed_control_messages_are_refused() {
 /// Initiations whose first check is right, from anybody who knows node 1's public key.
 fn flood(lab: &mut Lab, count: usize) -> usize {
     let initiation = caught(MessageType::Initiation).2;
-    let keys = ReceiverKeys::new(&lab.key(1));
+    let keys = MacKeys::new(&lab.key(1));
     let cookies = lab.count(1, HandshakeResult::CookieSent);
     for i in 0..count {
         let mut payload = initiation.payload.clone();
         payload[CLEAR_LEN + 3] ^= i as u8 | 1;
         let end = payload.len() - 32;
-        let check = keys.first_check(&payload[..end]);
+        let check = keys.mac1(&payload[..end]);
         payload[end..end + 16].copy_from_slice(&check);
         let source = SocketAddr::new([203, 0, 113, i as u8].into(), 9);
         inject(lab, 1, source, payload);
@@ -182,7 +182,7 @@ fn cookie_for(lab: &mut Lab, source: SocketAddr, mut initiation: Vec<u8>) -> Mac
     let reply = lab.trace.last().unwrap().payload.clone();
     assert_eq!(reply[0], MessageType::CookieReply as u8, "Node 1 is under load.");
     let (salt, sealed) = reply[16..].split_first_chunk().unwrap();
-    let keys = ReceiverKeys::new(&lab.key(1));
+    let keys = MacKeys::new(&lab.key(1));
     keys.open_cookie(salt, sealed.try_into().unwrap(), &check).unwrap()
 }
 
@@ -223,14 +223,14 @@ fn a_source_with_a_cookie_is_still_limited() {
     flood(&mut lab, 100);
     let invalid = lab.count(1, HandshakeResult::Invalid);
     let cookie = cookie_for(&mut lab, with_cookie.source, with_cookie.payload.clone());
-    let keys = ReceiverKeys::new(&lab.key(1));
+    let keys = MacKeys::new(&lab.key(1));
     let end = with_cookie.payload.len() - 32;
     for number in 0..50_u32 {
         let mut payload = with_cookie.payload.clone();
         payload[CLEAR_LEN..CLEAR_LEN + 4].copy_from_slice(&number.to_be_bytes());
-        let check = keys.first_check(&payload[..end]);
+        let check = keys.mac1(&payload[..end]);
         payload[end..end + 16].copy_from_slice(&check);
-        let second = second_check(&cookie, &payload[..end + 16]);
+        let second = mac2(&cookie, &payload[..end + 16]);
         payload[end + 16..].copy_from_slice(&second);
         inject(&mut lab, 1, with_cookie.source, payload);
     }
@@ -276,12 +276,12 @@ fn whoever_has_many_addresses_keeps_no_node_out() {
     let mut lab = Lab::new(2);
     flood(&mut lab, 100);
     let initiation = caught(MessageType::Initiation).2.payload;
-    let keys = ReceiverKeys::new(&lab.key(1));
+    let keys = MacKeys::new(&lab.key(1));
     let end = initiation.len() - 32;
     for i in 0..6000_u32 {
         let mut payload = initiation.clone();
         payload[CLEAR_LEN..CLEAR_LEN + 4].copy_from_slice(&i.to_be_bytes());
-        let check = keys.first_check(&payload[..end]);
+        let check = keys.mac1(&payload[..end]);
         payload[end..end + 16].copy_from_slice(&check);
         let [_, _, a, b] = i.to_be_bytes();
         let source = SocketAddr::new([198, 18, a, b].into(), 9);
@@ -290,7 +290,7 @@ fn whoever_has_many_addresses_keeps_no_node_out() {
         assert_eq!(reply[0], MessageType::CookieReply as u8);
         let (salt, sealed) = reply[16..].split_first_chunk().unwrap();
         let cookie = keys.open_cookie(salt, sealed.try_into().unwrap(), &check).unwrap();
-        let second = second_check(&cookie, &payload[..end + 16]);
+        let second = mac2(&cookie, &payload[..end + 16]);
         payload[end + 16..].copy_from_slice(&second);
         inject(&mut lab, 1, source, payload);
     }
@@ -307,14 +307,14 @@ fn whoever_has_many_addresses_keeps_no_node_out() {
 /// Forged responses to `initiation` by an attacker that knows the initiator's public key and sees
 /// the index.
 fn forged_responses(lab: &Lab, initiation: &Datagram) -> impl Iterator<Item = Vec<u8>> + use<> {
-    let keys = ReceiverKeys::new(&lab.key(initiation.from));
+    let keys = MacKeys::new(&lab.key(initiation.from));
     let index: [u8; 4] = initiation.payload[16..20].try_into().unwrap();
     (0..5000_u32).map(move |number| {
         let mut payload = vec![0; 16 + 48 + 10];
         payload[..4].copy_from_slice(&[MessageType::Response as u8, 0, 0xff, 0]);
         payload[4..8].copy_from_slice(&index);
         payload[16..20].copy_from_slice(&number.to_be_bytes());
-        payload.extend(keys.first_check(&payload));
+        payload.extend(keys.mac1(&payload));
         payload
     })
 }
@@ -375,14 +375,14 @@ fn shared_address_does_not_lock_out_the_node() {
     let mut lab = Lab::new(2);
     flood(&mut lab, 100);
     let initiation = caught(MessageType::Initiation).2.payload;
-    let keys = ReceiverKeys::new(&lab.key(1));
+    let keys = MacKeys::new(&lab.key(1));
     let end = initiation.len() - 32;
     let node = lab.nodes[0].config.addresses[0];
     for i in 0..3000_u16 {
         // Every other one claims the node's port, with a cookie that was sent to its own.
         let claims = |payload: &mut [u8], port: u16| {
             payload[CLEAR_LEN - 4..CLEAR_LEN - 2].copy_from_slice(&port.to_be_bytes());
-            let check = keys.first_check(&payload[..end]);
+            let check = keys.mac1(&payload[..end]);
             payload[end..end + 16].copy_from_slice(&check);
             check
         };
@@ -398,7 +398,7 @@ fn shared_address_does_not_lock_out_the_node() {
         if i % 2 == 0 {
             claims(&mut payload, node.port());
         }
-        let second = second_check(&cookie, &payload[..end + 16]);
+        let second = mac2(&cookie, &payload[..end + 16]);
         payload[end + 16..].copy_from_slice(&second);
         inject(&mut lab, 1, source, payload);
     }

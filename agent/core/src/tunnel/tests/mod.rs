@@ -5,13 +5,13 @@
 
 mod abuse;
 mod endpoints;
+mod epochs;
 mod handshake;
 mod liveness;
-mod lives;
-mod path;
+mod path_mtu;
 mod rotation;
 mod sessions;
-mod stolen;
+mod stolen_key;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;

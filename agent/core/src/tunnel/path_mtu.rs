@@ -9,25 +9,25 @@
 
 use std::time::Duration;
 
-use crate::tunnel::timers::{PATH_CHECK, PATH_GIVE_UP, PATH_RAISE, PROBE_EVERY};
+use crate::tunnel::timers::{CONFIRMATION_TIMER, PMTU_RAISE_TIMER, PROBE_TIMEOUT, PROBE_TIMER};
 use crate::wire::ip::{MIN_IPV4_MTU, MIN_IPV6_MTU};
 
 /// Long pings without an answer, each beside a short one with an answer, until their size counts as too long:
 /// more than chance makes of 10 % loss.
-const TRIES: usize = 5;
-/// The same where less than [`BASE`] would follow, over which IPv6 has no way: a receive buffer that is full
+const MAX_PROBES: usize = 5;
+/// The same where less than [`BASE_PLPMTU`] would follow, over which IPv6 has no way: a receive buffer that is full
 /// for a second or two, and has room for what is short, must not do that.
-const TRIES_AT_BASE: usize = 20;
-/// Size in bytes that is used while the longest size is searched.
-const BASE: u16 = MIN_IPV6_MTU;
-/// Size in bytes that is used if [`BASE`] does not pass.
-const LEAST: u16 = MIN_IPV4_MTU;
+const MAX_PROBES_AT_BASE: usize = 20;
+/// BASE_PLPMTU of RFC 8899, section 5.1.2: in use while the largest size is searched.
+const BASE_PLPMTU: u16 = MIN_IPV6_MTU;
+/// MIN_PLPMTU of RFC 8899, section 5.1.2: in use if [`BASE_PLPMTU`] does not pass.
+const MIN_PLPMTU: u16 = MIN_IPV4_MTU;
 /// The search ends when it is as close as this.
-const STEP: u16 = 8;
+const SEARCH_PRECISION: u16 = 8;
 
 /// What is known of the path to one peer.
 #[derive(Debug)]
-pub(crate) struct Path {
+pub(crate) struct PathMtu {
     /// What both ends would use.
     most: u16,
     /// What is used.
@@ -54,7 +54,7 @@ struct Probe {
     answered: usize,
 }
 
-impl Path {
+impl PathMtu {
     pub(crate) fn new() -> Self {
         Self {
             most: 0,
@@ -89,13 +89,13 @@ impl Path {
     /// Which size to ping with now, if any; `id`: of that ping.
     pub(crate) fn ping(&mut self, now: Duration, id: u64) -> Option<u16> {
         if let Some(probe) = &self.probe {
-            if now.saturating_sub(probe.last) < PROBE_EVERY {
+            if now.saturating_sub(probe.last) < PROBE_TIMER {
                 return None;
             }
-            let grave = probe.size <= self.used && probe.size <= BASE;
+            let grave = probe.size <= self.used && probe.size <= BASE_PLPMTU;
             let (tries, patience) = match grave {
-                true => (TRIES_AT_BASE, 2 * PATH_GIVE_UP),
-                false => (TRIES, PATH_GIVE_UP),
+                true => (MAX_PROBES_AT_BASE, 2 * PROBE_TIMEOUT),
+                false => (MAX_PROBES, PROBE_TIMEOUT),
             };
             if probe.answered >= tries {
                 let size = probe.size;
@@ -103,7 +103,7 @@ impl Path {
             } else if now.saturating_sub(probe.begun) > patience {
                 // Of a peer that says next to nothing nothing is learnt.
                 self.probe = None;
-                self.check_at = now + PATH_CHECK;
+                self.check_at = now + CONFIRMATION_TIMER;
             }
         }
         if self.probe.is_none() {
@@ -139,12 +139,12 @@ impl Path {
 
     /// Handles a datagram with a plaintext of `size` bytes that this host's own route refused; no
     /// probe needs to confirm the refusal. `fits` is the longest plaintext that the route carries,
-    /// if known. Without `fits` the size in use falls to [`BASE`], and to [`LEAST`] if [`BASE`] is
+    /// if known. Without `fits` the size in use falls to [`BASE_PLPMTU`], and to [`MIN_PLPMTU`] if [`BASE_PLPMTU`] is
     /// refused, too. The search continues from there. Returns whether the size in use became
     /// shorter.
     pub(crate) fn refused(&mut self, now: Duration, size: u16, fits: Option<u16>) -> bool {
         let fits = fits.filter(|fits| *fits < size);
-        let least = LEAST.min(self.most);
+        let least = MIN_PLPMTU.min(self.most);
         self.fails = self.fails.min(fits.map_or(size.into(), |fits| u32::from(fits) + 1));
         self.probe.take_if(|probe| u32::from(probe.size) >= self.fails);
         if u32::from(self.used) < self.fails {
@@ -153,7 +153,7 @@ impl Path {
         let before = self.used;
         self.used = match fits {
             Some(fits) => fits.max(least),
-            None if size > BASE => BASE,
+            None if size > BASE_PLPMTU => BASE_PLPMTU,
             None => least,
         };
         self.passes = 0;
@@ -165,7 +165,7 @@ impl Path {
         self.probe = None;
         self.fails = size.into();
         if self.used >= size {
-            self.used = if size > BASE { BASE } else { LEAST.min(self.most) };
+            self.used = if size > BASE_PLPMTU { BASE_PLPMTU } else { MIN_PLPMTU.min(self.most) };
             self.passes = 0;
         }
     }
@@ -176,12 +176,12 @@ impl Path {
             return None;
         }
         // Nothing less could be used.
-        let bottom = self.used <= LEAST && self.fails <= u32::from(LEAST);
+        let bottom = self.used <= MIN_PLPMTU && self.fails <= u32::from(MIN_PLPMTU);
         if self.passes < self.used && !bottom {
             return Some(self.used);
         }
         let room = self.fails.saturating_sub(u32::from(self.passes));
-        if !bottom && self.passes < self.most && room > u32::from(STEP) {
+        if !bottom && self.passes < self.most && room > u32::from(SEARCH_PRECISION) {
             // What was never tried is most likely the whole.
             return match self.fails > u32::from(self.most) {
                 true => Some(self.most),
@@ -189,13 +189,13 @@ impl Path {
             };
         }
         // Known: the next look begins anew.
-        self.check_at = now + PATH_CHECK;
+        self.check_at = now + CONFIRMATION_TIMER;
         self.passes = 0;
         if self.used < self.most {
             if self.raise_at <= now {
                 // The first time, what has just been found out need not be tried again.
                 let again = self.raise_at > Duration::ZERO;
-                self.raise_at = now + PATH_RAISE;
+                self.raise_at = now + PMTU_RAISE_TIMER;
                 if again {
                     self.fails = u32::from(self.most) + 1;
                 }
@@ -214,7 +214,7 @@ mod tests {
     use super::*;
 
     /// Ticks four times a second for that long, over a path of that width; what was sent.
-    fn run(path: &mut Path, now: &mut Duration, seconds: u64, width: u16) -> Vec<u16> {
+    fn run(path: &mut PathMtu, now: &mut Duration, seconds: u64, width: u16) -> Vec<u16> {
         let mut sent = Vec::new();
         for _ in 0..seconds * 4 {
             *now += Duration::from_millis(250);
@@ -235,7 +235,7 @@ mod tests {
 
     #[test]
     fn a_path_that_is_wide_enough_costs_a_ping_every_few_seconds() {
-        let (mut path, mut now) = (Path::new(), Duration::from_secs(9));
+        let (mut path, mut now) = (PathMtu::new(), Duration::from_secs(9));
         path.on_session(now, 1440, true);
         let sent = run(&mut path, &mut now, 60, 1440);
         assert_eq!(path.limit(), None);
@@ -244,7 +244,7 @@ mod tests {
 
     #[test]
     fn nothing_is_learnt_of_a_peer_that_is_silent() {
-        let (mut path, mut now) = (Path::new(), Duration::from_secs(9));
+        let (mut path, mut now) = (PathMtu::new(), Duration::from_secs(9));
         path.on_session(now, 1440, true);
         for id in 0..200 {
             now += Duration::from_millis(250);
@@ -256,7 +256,7 @@ mod tests {
 
     #[test]
     fn another_address_is_another_path() {
-        let (mut path, mut now) = (Path::new(), Duration::from_secs(9));
+        let (mut path, mut now) = (PathMtu::new(), Duration::from_secs(9));
         path.on_session(now, 1440, true);
         run(&mut path, &mut now, 20, 1000);
         let found = path.limit();
@@ -269,7 +269,7 @@ mod tests {
 
     #[test]
     fn refusal_by_the_own_route_narrows_at_once() {
-        let (mut path, mut now) = (Path::new(), Duration::from_secs(9));
+        let (mut path, mut now) = (PathMtu::new(), Duration::from_secs(9));
         path.on_session(now, 1440, true);
         run(&mut path, &mut now, 10, 1440);
         assert!(path.refused(now, 1440, Some(1340)), "the path becomes narrower");
@@ -284,19 +284,19 @@ mod tests {
 
     #[test]
     fn refusal_without_a_size_falls_to_the_base_and_searches() {
-        let (mut path, mut now) = (Path::new(), Duration::from_secs(9));
+        let (mut path, mut now) = (PathMtu::new(), Duration::from_secs(9));
         path.on_session(now, 1440, true);
         path.refused(now, 1440, None);
-        assert_eq!(path.limit(), Some(BASE));
+        assert_eq!(path.limit(), Some(BASE_PLPMTU));
         run(&mut path, &mut now, 20, 1400);
         assert!(path.limit().is_some_and(|limit| (1392..=1400).contains(&limit)));
         path.refused(now, 1280, None);
-        assert_eq!(path.limit(), Some(LEAST), "less than the base is used at once, too");
+        assert_eq!(path.limit(), Some(MIN_PLPMTU), "less than the base is used at once, too");
     }
 
     #[test]
     fn refused_probe_leaves_the_size_in_use() {
-        let (mut path, mut now) = (Path::new(), Duration::from_secs(9));
+        let (mut path, mut now) = (PathMtu::new(), Duration::from_secs(9));
         path.on_session(now, 1440, true);
         path.refused(now, 1440, Some(1300));
         run(&mut path, &mut now, 10, 1300);
@@ -308,15 +308,15 @@ mod tests {
 
     #[test]
     fn less_than_ipv6_needs_takes_more_than_a_buffer_that_is_full_for_seconds() {
-        let (mut path, mut now) = (Path::new(), Duration::from_secs(9));
+        let (mut path, mut now) = (PathMtu::new(), Duration::from_secs(9));
         path.on_session(now, 1440, true);
         run(&mut path, &mut now, 30, 1300);
         assert!(path.limit().is_some_and(|limit| (1292..=1300).contains(&limit)));
         // It is seconds until the base itself is asked for.
         run(&mut path, &mut now, 8, 200);
-        assert_eq!(path.limit(), Some(BASE));
+        assert_eq!(path.limit(), Some(BASE_PLPMTU));
         run(&mut path, &mut now, 30, 1300);
-        assert!(path.limit().is_some_and(|limit| limit >= BASE), "{:?}", path.limit());
+        assert!(path.limit().is_some_and(|limit| limit >= BASE_PLPMTU), "{:?}", path.limit());
         run(&mut path, &mut now, 20, 1000);
         assert!(path.limit().is_some_and(|limit| limit <= 1000), "{:?}", path.limit());
     }
@@ -326,23 +326,23 @@ mod tests {
         fn the_width_is_found_within_seconds_and_so_is_more(
             most in 576u16..9000, narrow in 576u16..9000, wide in 576u16..9000,
         ) {
-            let (mut path, mut now) = (Path::new(), Duration::from_secs(9));
+            let (mut path, mut now) = (PathMtu::new(), Duration::from_secs(9));
             path.on_session(now, most, true);
             run(&mut path, &mut now, 10, most);
             prop_assert_eq!(path.limit(), None);
             // What is too long is not used any more after a check and its pings …
             run(&mut path, &mut now, 8, narrow);
             let used = path.limit().unwrap_or(most);
-            prop_assert!(used <= narrow || used == BASE, "{} used of {}", used, narrow);
+            prop_assert!(used <= narrow || used == BASE_PLPMTU, "{} used of {}", used, narrow);
             // … and soon all that passes is.
             run(&mut path, &mut now, 30, narrow);
             let used = path.limit().unwrap_or(most);
-            prop_assert!(used <= narrow && used + STEP >= narrow.min(most), "{} of {}", used, narrow);
+            prop_assert!(used <= narrow && used + SEARCH_PRECISION >= narrow.min(most), "{} of {}", used, narrow);
             // A path that becomes wider is noticed within two minutes.
             let wide = wide.max(narrow);
             run(&mut path, &mut now, 150, wide);
             let used = path.limit().unwrap_or(most);
-            prop_assert!(used <= wide && used + STEP >= wide.min(most), "{} of {}", used, wide);
+            prop_assert!(used <= wide && used + SEARCH_PRECISION >= wide.min(most), "{} of {}", used, wide);
         }
     }
 }

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 /// How often a full table is looked through.
-const SWEEP: Duration = Duration::from_millis(100);
+const SWEEP_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How fast something may happen.
 #[derive(Debug, Clone, Copy)]
@@ -28,19 +28,19 @@ impl Rate {
 
 /// A token bucket whose level is kept as the time it took to fill.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Bucket {
+pub(crate) struct TokenBucket {
     level: Duration,
     at: Duration,
 }
 
-impl Bucket {
+impl TokenBucket {
     /// A full bucket.
     pub(crate) const fn new(rate: Rate, now: Duration) -> Self {
         Self { level: rate.full(), at: now }
     }
 
     /// Takes one token, if there is one.
-    pub(crate) fn take(&mut self, rate: Rate, now: Duration) -> bool {
+    pub(crate) fn try_acquire(&mut self, rate: Rate, now: Duration) -> bool {
         self.level = self.level_at(rate, now);
         self.at = now;
         match self.level.checked_sub(rate.cost()) {
@@ -59,16 +59,16 @@ impl Bucket {
 
 /// Token buckets of sources: one for each IPv4 address and IPv6 /64, or one for each endpoint.
 #[derive(Debug)]
-pub(crate) struct Sources {
+pub(crate) struct PerSourceLimiter {
     rate: Rate,
     /// True if each address and port is a source of its own.
     endpoints: bool,
     capacity: usize,
-    buckets: BTreeMap<(u128, u16), Bucket>,
+    buckets: BTreeMap<(u128, u16), TokenBucket>,
     swept: Option<Duration>,
 }
 
-impl Sources {
+impl PerSourceLimiter {
     /// At most `capacity` sources are remembered; beyond that, new ones are refused.
     pub(crate) const fn new(rate: Rate, capacity: usize) -> Self {
         Self { rate, endpoints: false, capacity, buckets: BTreeMap::new(), swept: None }
@@ -76,16 +76,16 @@ impl Sources {
 
     /// Creates a limiter with one bucket per address and port, for endpoints that are known to
     /// belong to nodes.
-    pub(crate) fn of_endpoints(rate: Rate, capacity: usize) -> Self {
+    pub(crate) fn per_endpoint(rate: Rate, capacity: usize) -> Self {
         Self { endpoints: true, ..Self::new(rate, capacity) }
     }
 
     /// Takes one token of `source`'s bucket, if there is one.
-    pub(crate) fn take(&mut self, source: SocketAddr, now: Duration) -> bool {
+    pub(crate) fn try_acquire(&mut self, source: SocketAddr, now: Duration) -> bool {
         let (rate, key) = (self.rate, key(source, self.endpoints));
         if self.buckets.len() >= self.capacity && !self.buckets.contains_key(&key) {
             // Not for each that is refused: it takes time.
-            if self.swept.is_some_and(|at| now.saturating_sub(at) < SWEEP) {
+            if self.swept.is_some_and(|at| now.saturating_sub(at) < SWEEP_INTERVAL) {
                 return false;
             }
             self.swept = Some(now);
@@ -95,7 +95,7 @@ impl Sources {
                 return false;
             }
         }
-        self.buckets.entry(key).or_insert(Bucket::new(rate, now)).take(rate, now)
+        self.buckets.entry(key).or_insert(TokenBucket::new(rate, now)).try_acquire(rate, now)
     }
 }
 
@@ -121,34 +121,43 @@ mod tests {
 
     #[test]
     fn a_bucket_fills_in_time_and_never_overflows() {
-        let mut bucket = Bucket::new(RATE, ms(0));
-        assert_eq!([(); 4].map(|()| bucket.take(RATE, ms(0))), [true, true, true, false]);
-        assert!(!bucket.take(RATE, ms(99)));
-        assert!(bucket.take(RATE, ms(100)));
-        assert!(!bucket.take(RATE, ms(100)));
-        assert_eq!([(); 4].map(|()| bucket.take(RATE, ms(99_999))), [true, true, true, false]);
-        assert!(!bucket.take(RATE, ms(5)), "a clock that goes back gives nothing");
+        let mut bucket = TokenBucket::new(RATE, ms(0));
+        assert_eq!([(); 4].map(|()| bucket.try_acquire(RATE, ms(0))), [true, true, true, false]);
+        assert!(!bucket.try_acquire(RATE, ms(99)));
+        assert!(bucket.try_acquire(RATE, ms(100)));
+        assert!(!bucket.try_acquire(RATE, ms(100)));
+        assert_eq!(
+            [(); 4].map(|()| bucket.try_acquire(RATE, ms(99_999))),
+            [true, true, true, false]
+        );
+        assert!(!bucket.try_acquire(RATE, ms(5)), "a clock that goes back gives nothing");
     }
 
     #[test]
     fn sources_are_apart_and_bounded() {
-        let mut sources = Sources::new(RATE, 2);
+        let mut sources = PerSourceLimiter::new(RATE, 2);
         let at = |ip: &str| SocketAddr::new(ip.parse().unwrap(), 51900);
         let (a, mapped, c) = (at("192.0.2.1"), at("::ffff:192.0.2.1"), at("192.0.2.3"));
         let (b, same_net) = (at("2001:db8::1"), at("2001:db8::2"));
         let same_host = SocketAddr::new(a.ip(), 7);
-        assert!(sources.take(a, ms(0)) && sources.take(mapped, ms(0)));
-        assert!(sources.take(same_host, ms(0)), "Ports of one address share a bucket.");
-        assert!(!sources.take(mapped, ms(0)));
-        assert!(sources.take(b, ms(0)) && sources.take(b, ms(0)) && sources.take(same_net, ms(0)));
-        assert!(!sources.take(same_net, ms(0)));
-        assert!(!sources.take(c, ms(0)), "the table is full");
-        assert!(sources.take(c, ms(300)), "and empties");
+        assert!(sources.try_acquire(a, ms(0)) && sources.try_acquire(mapped, ms(0)));
+        assert!(sources.try_acquire(same_host, ms(0)), "Ports of one address share a bucket.");
+        assert!(!sources.try_acquire(mapped, ms(0)));
+        assert!(
+            sources.try_acquire(b, ms(0))
+                && sources.try_acquire(b, ms(0))
+                && sources.try_acquire(same_net, ms(0))
+        );
+        assert!(!sources.try_acquire(same_net, ms(0)));
+        assert!(!sources.try_acquire(c, ms(0)), "the table is full");
+        assert!(sources.try_acquire(c, ms(300)), "and empties");
         assert_eq!(sources.buckets.len(), 1);
-        let mut endpoints = Sources::of_endpoints(RATE, 3);
-        assert!((0..3).all(|_| endpoints.take(b, ms(0))) && !endpoints.take(b, ms(0)));
-        assert!(endpoints.take(same_net, ms(0)), "An address is a source of its own.");
+        let mut endpoints = PerSourceLimiter::per_endpoint(RATE, 3);
+        assert!(
+            (0..3).all(|_| endpoints.try_acquire(b, ms(0))) && !endpoints.try_acquire(b, ms(0))
+        );
+        assert!(endpoints.try_acquire(same_net, ms(0)), "An address is a source of its own.");
         let other_port = SocketAddr::new(b.ip(), 7);
-        assert!(endpoints.take(other_port, ms(0)), "A port is a source of its own.");
+        assert!(endpoints.try_acquire(other_port, ms(0)), "A port is a source of its own.");
     }
 }

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::tunnel::message::{CLEAR_LEN, initiation_clear};
-use crate::tunnel::noise::{Identity, Initiator, Responder, Split};
+use crate::tunnel::noise::{Identity, Initiator, Responder, TransportSecrets};
 use crate::tunnel::session::{Cipher, SessionParams};
 
 fn identity(key: u8) -> Identity {
@@ -17,7 +17,7 @@ struct Recorded {
 }
 
 /// The handshake of nodes 1 and 2 with these ephemeral keys, and what the two share.
-fn shake(ephemeral: [u8; 2]) -> (Recorded, Split) {
+fn shake(ephemeral: [u8; 2]) -> (Recorded, TransportSecrets) {
     let (a, b) = (identity(1), identity(2));
     let clear = initiation_clear(7, PORT);
     let (mut first, mut second, mut payload) = (vec![], vec![], [0; 1200]);
@@ -32,7 +32,7 @@ fn shake(ephemeral: [u8; 2]) -> (Recorded, Split) {
     (Recorded { clear, first, second }, split)
 }
 
-fn session(secret: Split, initiator: bool, cipher: Cipher) -> Session {
+fn session(secret: TransportSecrets, initiator: bool, cipher: Cipher) -> Session {
     let params = SessionParams {
         peer: PeerId(1),
         local_index: 7,
@@ -50,7 +50,7 @@ fn session(secret: Split, initiator: bool, cipher: Cipher) -> Session {
 }
 
 /// Datagrams both ways.
-fn traffic(split: &Split, cipher: Cipher) -> Vec<Vec<u8>> {
+fn traffic(split: &TransportSecrets, cipher: Cipher) -> Vec<Vec<u8>> {
     let seal = |initiator| {
         let mut datagram = vec![0; 4 + OVERHEAD];
         let session = session(split.clone(), initiator, cipher);
@@ -61,9 +61,9 @@ fn traffic(split: &Split, cipher: Cipher) -> Vec<Vec<u8>> {
 }
 
 /// How many of these datagrams these secrets open, at either end.
-fn opened(secrets: &[Split], datagrams: &[Vec<u8>], cipher: Cipher) -> usize {
+fn opened(secrets: &[TransportSecrets], datagrams: &[Vec<u8>], cipher: Cipher) -> usize {
     let tries = secrets.iter().flat_map(|secret| [true, false].map(|end| (secret, end)));
-    let opens = |(secret, end): (&Split, bool)| {
+    let opens = |(secret, end): (&TransportSecrets, bool)| {
         let session = session(secret.clone(), end, cipher);
         let opens =
             |datagram: &&Vec<u8>| session.receiver(0).unwrap().open(&mut datagram.to_vec()).is_ok();
@@ -73,7 +73,7 @@ fn opened(secrets: &[Split], datagrams: &[Vec<u8>], cipher: Cipher) -> usize {
 }
 
 /// All that somebody can make of a recording with the static keys of both nodes and these ephemeral keys.
-fn secrets_of(recorded: &Recorded, ephemeral: impl Iterator<Item = u8>) -> Vec<Split> {
+fn secrets_of(recorded: &Recorded, ephemeral: impl Iterator<Item = u8>) -> Vec<TransportSecrets> {
     let (a, b) = (identity(1), identity(2));
     let Recorded { clear, first, second } = recorded;
     let mut found = vec![];
