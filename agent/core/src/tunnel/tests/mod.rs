@@ -12,6 +12,7 @@ mod path_mtu;
 mod rotation;
 mod sessions;
 mod stolen_key;
+mod wire_format;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
