@@ -86,10 +86,13 @@ fn survives<T: Serialize + DeserializeOwned + PartialEq>(value: &T) {
 }
 
 #[cfg(test)]
+#[path = "../core/src/fuzzing/vary.rs"]
+mod vary;
+
+#[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use skein_core::fuzzing::vary;
-
+    use super::vary::vary;
     use super::*;
 
     type Target = (&'static str, fn(&[u8]));

@@ -1,7 +1,7 @@
-//! Canonical forms of addresses. An IPv4-mapped IPv6 address (`::ffff:192.0.2.1`, RFC 4291, section
-//! 2.5.5.2) means the IPv4 address to the kernel, but differs from it in every comparison, so that
-//! it could pass checks that the IPv4 address does not. All external addresses are therefore
-//! converted to the canonical form when they are parsed.
+//! Canonical forms of addresses. To the kernel an IPv4-mapped IPv6 address (`::ffff:192.0.2.1`, RFC
+//! 4291, section 2.5.5.2) is the same as its IPv4 address, but the two compare as different, so
+//! that the mapped form could pass checks that the IPv4 address does not. All external addresses
+//! are therefore converted to the canonical form when they are parsed.
 
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
@@ -104,13 +104,13 @@ mod tests {
     }
 
     #[test]
-    fn scope_of_a_link_local_address_is_kept() {
+    fn scope_of_link_local_address_is_kept() {
         let SocketAddr::V6(address) = parse("[fe80::1%3]:51900").unwrap() else { unreachable!() };
         assert_eq!(address.scope_id(), 3);
     }
 
     #[test]
-    fn no_node_listens_at_multicast_or_unspecified() {
+    fn multicast_and_unspecified_are_no_endpoints() {
         for text in [
             "224.0.0.1:5",
             "[::ffff:224.0.0.1]:5",

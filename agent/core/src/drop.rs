@@ -1,8 +1,9 @@
-//! Why a packet was dropped. Every drop in the data plane is one of these and is counted.
+//! Reasons of packet drops, and their counters. Every drop in the data plane has a reason and is
+//! counted.
 
 use std::fmt;
 
-/// Which way a dropped packet was going.
+/// Direction of a dropped packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Direction {
     /// From the TUN to the underlay.
@@ -13,26 +14,26 @@ pub enum Direction {
 
 macro_rules! drop_reasons {
     ($($(#[doc = $doc:literal])* $variant:ident => $direction:ident, $label:literal;)*) => {
-        /// The reason of a drop; [`DropReason::label`] is the metric's label and never changes.
+        /// The reason of a packet drop. [`DropReason::label`] is a metric label and never changes.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         #[repr(u8)]
         pub enum DropReason { $($(#[doc = $doc])* $variant,)* }
 
         impl DropReason {
-            /// Every reason, in the order of their discriminants.
+            /// All reasons in the order of their discriminants.
             pub const ALL: &'static [DropReason] = &[$(DropReason::$variant,)*];
 
-            /// The value of the `reason` label.
+            /// Returns the value of the metric label `reason`.
             pub const fn label(self) -> &'static str {
                 match self { $(DropReason::$variant => $label,)* }
             }
 
-            /// The way that packets dropped for this reason were going.
+            /// Returns the direction of packets that are dropped for this reason.
             pub const fn direction(self) -> Direction {
                 match self { $(DropReason::$variant => Direction::$direction,)* }
             }
 
-            /// What it means, in a sentence for people.
+            /// Returns the meaning as one sentence for users.
             pub const fn meaning(self) -> &'static str {
                 match self { $(DropReason::$variant => concat!($($doc),*).trim_ascii(),)* }
             }
@@ -41,16 +42,16 @@ macro_rules! drop_reasons {
 }
 
 impl DropReason {
-    /// The reason behind two labels.
+    /// Returns the reason with these values of the metric labels `direction` and `reason`.
     pub fn named(direction: &str, label: &str) -> Option<Self> {
         let mut all = Self::ALL.iter().copied();
         all.find(|known| known.direction().label() == direction && known.label() == label)
     }
 
-    /// Whether anybody on the underlay can bring this about, without a key: packets of pods cannot be told from
-    /// strangers' noise there. The alert SkeinPacketsDropped counts none of these.
+    /// Returns whether a sender without a session key can cause this drop. The alert
+    /// SkeinPacketsDropped excludes these reasons.
     pub const fn by_strangers(self) -> bool {
-        // Those are found behind the tag and the replay window.
+        // These drops happen after the AEAD tag and the replay window have been checked.
         let authentic = matches!(
             self,
             Self::InnerMalformed
@@ -64,70 +65,72 @@ impl DropReason {
 }
 
 drop_reasons! {
-    /// The virtio_net_hdr or what it says of the packet is impossible (bad offsets, gso_size 0,
-    /// legacy UFO, UDP with the ECN bit, an unknown type).
+    /// The virtio_net_hdr of the packet is invalid or contradicts the packet (bad offsets, gso_size
+    /// 0, legacy UFO, UDP with the ECN bit, an unknown type).
     VnetHeader => Egress, "vnet_header";
-    /// The TUN could not hand the packet out.
+    /// Reading a packet from the TUN failed.
     TunRead => Egress, "tun_read";
-    /// Not an IP packet, or its lengths contradict the buffer.
+    /// The packet is not an IP packet, or its length fields contradict its length.
     EgressMalformed => Egress, "malformed";
-    /// No node owns the destination.
+    /// No node owns the destination address.
     NoRoute => Egress, "no_route";
-    /// No session with the owning node, and the queue of packets that wait for one is full or too old.
+    /// There is no session with the destination node, and the queue of waiting packets is full or
+    /// the packet waited too long.
     NoSession => Egress, "no_session";
-    /// Longer than the tunnel to that node carries.
+    /// The packet is longer than the MTU of the tunnel to its destination node.
     TooBig => Egress, "too_big";
-    /// The session's counter is spent; nothing is sent until the rekey.
+    /// The lane has used its 2^32 nonces; packets are dropped until a new session is established.
     CounterExhausted => Egress, "counter_exhausted";
-    /// The AEAD refused (never seen; counted so that it would be).
+    /// The AEAD failed to encrypt the packet; this is not expected to happen.
     SealFailed => Egress, "seal_failed";
-    /// EMSGSIZE: larger than the underlay's route allows.
+    /// The datagram is longer than the underlay's route allows (EMSGSIZE).
     SendTooBig => Egress, "send_too_big";
-    /// ENETUNREACH, EHOSTUNREACH, EADDRNOTAVAIL: the underlay has no route.
+    /// The underlay has no route to the peer (ENETUNREACH, EHOSTUNREACH, EADDRNOTAVAIL).
     SendUnreachable => Egress, "send_unreachable";
-    /// EPERM, EACCES: the host's firewall refused.
+    /// The host's firewall refused the datagram (EPERM, EACCES).
     SendDenied => Egress, "send_denied";
-    /// ENOBUFS, ENOMEM, EAGAIN: the host's queue was full.
+    /// The host's send queue was full (ENOBUFS, ENOMEM, EAGAIN).
     SendNoBuffer => Egress, "send_no_buffer";
-    /// Any other error of the send.
+    /// Sending the datagram failed with another error.
     SendError => Egress, "send_error";
-    /// Shorter than a header, an unknown type, or reserved bits set.
+    /// The datagram is shorter than a header, has an unknown type, or has reserved bits set.
     OuterHeader => Ingress, "outer_header";
-    /// The kernel cut the datagram (MSG_TRUNC).
+    /// The kernel truncated the datagram (MSG_TRUNC).
     Truncated => Ingress, "truncated";
-    /// No session has this receiver index.
+    /// No session has the receiver index of the datagram.
     UnknownSession => Ingress, "unknown_session";
-    /// The lane is not one that the session has, or not one that this worker owns.
+    /// The session does not have the datagram's lane, or another worker owns the lane.
     WrongLane => Ingress, "wrong_lane";
-    /// The AEAD tag is wrong.
+    /// The AEAD tag of the datagram is wrong.
     AuthFailed => Ingress, "auth_failed";
-    /// The counter was seen already.
+    /// A datagram with the same counter has been received before.
     Replayed => Ingress, "replayed";
-    /// The counter lies before the replay window.
+    /// The counter is older than the replay window.
     ReplayWindow => Ingress, "replay_window";
-    /// The session is past its end.
+    /// The session has expired.
     SessionExpired => Ingress, "session_expired";
-    /// The plaintext is not a run of whole IP packets.
+    /// The plaintext is not a sequence of whole IP packets.
     InnerMalformed => Ingress, "inner_malformed";
-    /// The inner source is not the sending node's.
+    /// The inner source address does not belong to the sending node.
     InnerSource => Ingress, "inner_source";
-    /// The inner destination is not this node's.
+    /// The inner destination address does not belong to this node.
     InnerDestination => Ingress, "inner_destination";
     /// The underlay marked congestion on a packet that is not ECN-capable (RFC 6040).
     InnerNotEct => Ingress, "inner_not_ect";
-    /// The TUN refused the packet.
+    /// Writing the packet to the TUN failed.
     TunWrite => Ingress, "tun_write";
     /// The queue to the session manager was full.
     ManagerQueue => Ingress, "manager_queue";
-    /// A handshake message with a wrong first check, or one that does not decrypt.
+    /// Malformed handshake message, wrong mac1, failed decryption, unknown handshake index, or no
+    /// cipher in common.
     HandshakeInvalid => Ingress, "handshake_invalid";
-    /// A handshake by a key that no node record holds.
+    /// No node record has the public key of the handshake's sender.
     HandshakeUnknownPeer => Ingress, "handshake_unknown_peer";
-    /// A handshake initiation that is not newer than the last.
+    /// The handshake initiation is not newer than the last accepted one.
     HandshakeReplayed => Ingress, "handshake_replayed";
-    /// Too many handshakes from one source, or too many responses to one handshake.
+    /// One source sent too many handshake initiations, or one initiation got too many responses.
     HandshakeRateLimited => Ingress, "handshake_rate_limited";
-    /// Under load, a handshake without a valid cookie; one was sent.
+    /// The node is under load and answered an initiation without a valid cookie with a cookie.
     HandshakeCookieRequired => Ingress, "handshake_cookie_required";
 }
 
@@ -138,7 +141,7 @@ impl fmt::Display for DropReason {
 }
 
 impl Direction {
-    /// The value of the `direction` label.
+    /// Returns the value of the metric label `direction`.
     pub const fn label(self) -> &'static str {
         match self {
             Direction::Egress => "egress",
@@ -147,7 +150,8 @@ impl Direction {
     }
 }
 
-/// Drops by reason, counted in plain memory: a worker adds these to its shared counters once a batch.
+/// Drop counters by reason, without atomics: a worker adds them to its shared counters once per
+/// batch.
 #[derive(Debug, Clone)]
 pub struct DropCounts([u64; DropReason::ALL.len()]);
 
@@ -158,27 +162,27 @@ impl Default for DropCounts {
 }
 
 impl DropCounts {
-    /// Counts one packet.
+    /// Counts one dropped packet.
     pub fn add(&mut self, reason: DropReason) {
         self.add_many(reason, 1);
     }
 
-    /// Counts `packets` packets.
+    /// Counts `packets` dropped packets.
     pub fn add_many(&mut self, reason: DropReason, packets: u64) {
         self.0[reason as usize] += packets;
     }
 
-    /// How many were counted for `reason`.
+    /// Returns the number of packets dropped for `reason`.
     pub fn get(&self, reason: DropReason) -> u64 {
         self.0[reason as usize]
     }
 
-    /// Every count that is not zero.
+    /// Returns the reasons with a count above zero.
     pub fn iter(&self) -> impl Iterator<Item = (DropReason, u64)> + '_ {
         DropReason::ALL.iter().map(|&r| (r, self.get(r))).filter(|(_, n)| *n > 0)
     }
 
-    /// Hands over every count that is not zero and starts again at zero.
+    /// Returns the reasons with a count above zero and resets the counts.
     pub fn drain(&mut self) -> impl Iterator<Item = (DropReason, u64)> + '_ {
         DropReason::ALL.iter().filter_map(|&r| {
             let n = std::mem::take(&mut self.0[r as usize]);
@@ -203,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn drained_counts_start_again() {
+    fn drained_counts_restart_at_zero() {
         let mut counts = DropCounts::default();
         counts.add(DropReason::Replayed);
         counts.add_many(DropReason::NoRoute, 2);

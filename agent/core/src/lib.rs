@@ -9,6 +9,7 @@
 
 pub mod address;
 pub mod drop;
+#[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod offload;

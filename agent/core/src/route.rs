@@ -1,40 +1,41 @@
-//! Who owns an address: the routes of egress and the source check of ingress are one table.
+//! The owners of inner addresses. Egress routing and the source check of ingress use the same
+//! table.
 
 use std::fmt;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-/// Number of a peer within this process; never used again for another.
+/// Identifier of a peer within this process. An identifier is never reused for another peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PeerId(pub u32);
 
-/// Who owns an address.
+/// Owner of an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Owner {
     /// This node.
     Local,
-    /// Another one.
+    /// A peer.
     Peer(PeerId),
 }
 
-/// Two owners claim the same addresses.
+/// Overlapping prefixes of two owners.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{first_prefix} of {} overlaps {second_prefix} of {}", Named(*.first), Named(*.second))]
+#[error("{first_prefix} of {} overlaps {second_prefix} of {}", OwnerName(*.first), OwnerName(*.second))]
 pub struct RouteConflict {
-    /// One of the two.
+    /// Owner of `first_prefix`.
     pub first: Owner,
-    /// What it claims.
+    /// The wider of the two prefixes.
     pub first_prefix: IpNet,
-    /// The other one.
+    /// Owner of `second_prefix`.
     pub second: Owner,
-    /// What that claims.
+    /// The prefix that lies in `first_prefix`.
     pub second_prefix: IpNet,
 }
 
-struct Named(Owner);
+struct OwnerName(Owner);
 
-impl fmt::Display for Named {
+impl fmt::Display for OwnerName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
             Owner::Local => f.write_str("this node"),
@@ -43,8 +44,7 @@ impl fmt::Display for Named {
     }
 }
 
-/// An immutable table of disjoint address ranges, sorted: a look-up is a binary search and touches
-/// no more than the logarithm of their number in cache lines.
+/// An immutable, sorted table of disjoint address ranges. A lookup is a binary search.
 #[derive(Debug, Default)]
 pub struct RouteTable {
     v4: Vec<(u32, u32, Owner)>,
@@ -52,7 +52,10 @@ pub struct RouteTable {
 }
 
 impl RouteTable {
-    /// Builds the table. Prefixes of different owners may not overlap.
+    /// Builds the table from the prefixes of this node and of its peers. Host bits are ignored.
+    ///
+    /// # Errors
+    /// [`RouteConflict`] if prefixes of two owners overlap.
     pub fn build<'a>(
         local: &[IpNet],
         peers: impl IntoIterator<Item = (PeerId, &'a [IpNet])>,
@@ -62,7 +65,8 @@ impl RouteTable {
         for (peer, claimed) in peers {
             prefixes.extend(claimed.iter().map(|prefix| (prefix.trunc(), Owner::Peer(peer))));
         }
-        // By family, then by first address, the widest first: an overlap is then with a neighbour.
+        // The order is by family, first address, and length with the widest prefix first, so that a
+        // prefix can only overlap the one before it.
         prefixes.sort_by_key(|(prefix, _)| (prefix.network(), prefix.prefix_len()));
         let mut kept: Vec<(IpNet, Owner)> = Vec::with_capacity(prefixes.len());
         for (prefix, owner) in prefixes {
@@ -94,7 +98,7 @@ impl RouteTable {
         Ok(table)
     }
 
-    /// Who owns `address`.
+    /// Returns the owner of `address`, if any.
     pub fn lookup(&self, address: IpAddr) -> Option<Owner> {
         match address {
             IpAddr::V4(address) => search(&self.v4, address.into()),
@@ -102,7 +106,7 @@ impl RouteTable {
         }
     }
 
-    /// Whether `address` is this node's.
+    /// Returns true if this node owns `address`.
     pub fn is_local(&self, address: IpAddr) -> bool {
         self.lookup(address) == Some(Owner::Local)
     }
@@ -135,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn each_address_has_its_owner_to_the_last_one() {
+    fn lookup_finds_owner_up_to_last_address() {
         let table = table(
             &["10.0.1.0/24", "fd00:1::/64"],
             &[&["10.0.0.0/24", "fd00:2::/64"], &["10.0.2.0/24", "10.0.3.7/32"]],
@@ -164,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn overlaps_between_owners_are_named() {
+    fn overlap_of_two_owners_is_refused_with_both_names() {
         let conflict = table(&["10.0.0.0/16"], &[&["10.0.5.0/24"]]).unwrap_err();
         assert_eq!(conflict.to_string(), "10.0.0.0/16 of this node overlaps 10.0.5.0/24 of peer 0");
         assert!(table(&[], &[&["10.0.0.0/24"], &["10.0.0.0/24"]]).is_err());
@@ -172,21 +176,21 @@ mod tests {
     }
 
     #[test]
-    fn an_owner_may_name_a_prefix_twice_or_with_host_bits() {
+    fn repeated_prefixes_and_host_bits_are_accepted() {
         let table = table(&[], &[&["10.0.0.0/16", "10.0.5.9/24", "10.0.5.0/24"]]).unwrap();
         assert_eq!(owner(&table, "10.0.5.1"), Some(Owner::Peer(PeerId(0))));
         assert_eq!(owner(&table, "10.0.6.1"), Some(Owner::Peer(PeerId(0))));
     }
 
     #[test]
-    fn the_whole_address_space_is_a_prefix_too() {
+    fn default_routes_cover_all_addresses() {
         let table = table(&[], &[&["0.0.0.0/0", "::/0"]]).unwrap();
         assert!(owner(&table, "255.255.255.255").is_some() && owner(&table, "::").is_some());
     }
 
     proptest! {
         #[test]
-        fn agrees_with_a_linear_search(
+        fn lookup_agrees_with_linear_search(
             prefixes in prop::collection::vec((any::<u32>(), 4u8..=32), 0..30),
             addresses in prop::collection::vec(any::<u32>(), 0..50),
         ) {

@@ -1,26 +1,26 @@
-//! Time as the core sees it: two readings that the caller took.
+//! The time that callers pass to the core: a monotonic and a wall-clock reading.
 
 use std::time::Duration;
 
-/// A moment, as the caller's clocks gave it.
+/// A reading of the caller's clocks.
 ///
-/// `mono` drives every timer; `wall` is used for nothing but the handshake's timestamp, which must
-/// grow across restarts of a node (replay of a handshake initiation is told by it).
+/// `mono` drives every timer. `wall` is used only for the timestamp of handshake initiations, which
+/// must grow across restarts of the node so that a peer can refuse replayed initiations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Time {
-    /// Since any fixed point in this process's life; never goes backwards.
+    /// Monotonic clock: time since a fixed point before the start of the process.
     pub mono: Duration,
-    /// Since the Unix epoch.
+    /// Wall clock: time since the Unix epoch.
     pub wall: Duration,
 }
 
 impl Time {
-    /// How long `earlier` is ago; zero where it lies ahead.
+    /// Returns the monotonic time since `earlier`; zero if `earlier` is in the future.
     pub fn since(self, earlier: Time) -> Duration {
         self.mono.saturating_sub(earlier.mono)
     }
 
-    /// This moment, later by `by`.
+    /// Returns this time advanced by `by` on both clocks.
     #[must_use]
     pub fn after(self, by: Duration) -> Time {
         Time { mono: self.mono + by, wall: self.wall + by }

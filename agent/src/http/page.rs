@@ -401,7 +401,7 @@ mod tests {
         });
         let shown: Vec<_> = drops.iter().map(|drop| (&*drop.reason, drop.packets)).collect();
         assert_eq!(shown, [("replayed", 3), ("receive_queue_overflow", 4)]);
-        assert_eq!(drops[0].meaning, "The counter was seen already.");
+        assert_eq!(drops[0].meaning, "A datagram with the same counter has been received before.");
     }
 
     #[test]

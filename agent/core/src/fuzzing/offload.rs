@@ -103,14 +103,14 @@ mod tests {
     ];
 
     #[test]
-    fn corpora() {
+    fn corpora_pass_their_targets() {
         for (target, run) in TARGETS {
             run_corpus(target, run);
         }
     }
 
     #[test]
-    fn variations_of_the_corpora() {
+    fn variations_of_corpora_pass_their_targets() {
         for (target, run) in TARGETS {
             run_variations(target, 20_000, run);
         }

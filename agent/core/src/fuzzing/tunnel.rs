@@ -366,33 +366,33 @@ mod tests {
     use crate::fuzzing::run_corpus;
 
     #[test]
-    fn corpus_of_engine_datagrams() {
+    fn engine_datagrams_corpus_passes() {
         run_corpus("engine_datagrams", engine_datagrams);
     }
 
     #[test]
-    fn corpus_of_open_datagram() {
+    fn open_datagram_corpus_passes() {
         run_corpus("open_datagram", open_datagram);
     }
 
     #[test]
-    fn corpus_of_handshake_payloads() {
+    fn handshake_payloads_corpus_passes() {
         run_corpus("handshake_payloads", handshake_payloads);
     }
 
     #[test]
-    fn corpus_of_saved_session() {
+    fn saved_session_corpus_passes() {
         run_corpus("saved_session", saved_session);
     }
 
     #[test]
-    fn corpus_of_replay_window() {
+    fn replay_window_corpus_passes() {
         run_corpus("replay_window", replay_window);
     }
 
     /// That the script of the first seed does what it is meant to: a session, confirmed, renewed.
     #[test]
-    fn the_world_can_make_sessions() {
+    fn simulation_establishes_sessions() {
         let mut world = World::new();
         for step in [9, 0, 0, 0, 0] {
             world.step(step, &mut Input(&[]));

@@ -368,7 +368,7 @@ mod tests {
     use Checksum::{Full, Partial};
 
     #[test]
-    fn equal_segments_and_a_short_tail_are_one_run() {
+    fn equal_segments_and_short_tail_form_one_batch() {
         let (batch, _) =
             batch_with(true, &[(1, Partial, 1400), (1, Partial, 1400), (1, Partial, 900)]);
         assert_eq!(shape(&batch), [(1001, 1432, 3, 1)]);
@@ -376,14 +376,14 @@ mod tests {
     }
 
     #[test]
-    fn nothing_follows_a_short_tail_and_nothing_longer_joins() {
+    fn short_tail_ends_its_batch() {
         let (batch, _) =
             batch_with(true, &[(1, Full, 1400), (1, Full, 900), (1, Full, 900), (1, Full, 1400)]);
         assert_eq!(shape(&batch), [(1001, 1432, 2, 1), (1001, 932, 1, 1), (1001, 1432, 1, 1)]);
     }
 
     #[test]
-    fn destinations_in_turn_make_one_run_each() {
+    fn alternating_destinations_form_one_batch_each() {
         let packets = [(1, Full, 1400), (2, Full, 1400), (1, Full, 1400), (2, Full, 1400)];
         let (batch, _) = batch_with(true, &packets);
         assert_eq!(shape(&batch), [(1001, 1432, 2, 2), (1002, 1432, 2, 2)]);
@@ -392,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn small_packets_share_a_datagram_up_to_the_mtu_in_order() {
+    fn small_packets_share_datagrams_in_order() {
         let packets: Vec<_> = (0..30).map(|_| (1, Full, 100)).collect();
         let (batch, _) = batch_with(true, &packets);
         assert_eq!(batch.fill(), [14, 14, 2]);
@@ -403,14 +403,14 @@ mod tests {
     }
 
     #[test]
-    fn a_large_packet_does_not_overtake_a_bundle() {
+    fn large_packet_does_not_overtake_bundle() {
         let (batch, _) = batch_with(true, &[(1, Full, 100), (1, Full, 1400), (1, Full, 100)]);
         let numbers: Vec<u8> = opened(&batch).iter().map(|plaintext| plaintext[0]).collect();
         assert_eq!(numbers, [0, 1, 2]);
     }
 
     #[test]
-    fn packets_of_different_checksum_states_do_not_share() {
+    fn different_checksum_states_share_no_datagram() {
         let (batch, _) = batch_with(true, &[(1, Full, 100), (1, Partial, 100), (1, Partial, 100)]);
         assert_eq!(batch.fill(), [1, 2]);
     }
@@ -435,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn ecn_fields_never_share_a_bundle_or_a_run() {
+    fn different_ecn_fields_share_no_bundle_or_batch() {
         for v6 in [false, true] {
             for length in [100, 1400] {
                 let fields = [Ecn::Ect0, Ecn::Ect0, Ecn::Ce, Ecn::Ect1, Ecn::NotEct, Ecn::Ect0];
@@ -453,7 +453,7 @@ mod tests {
     }
 
     #[test]
-    fn outer_field_is_not_ect_for_a_peer_that_ignores_it() {
+    fn outer_ecn_field_is_not_ect_without_negotiation() {
         let packets = [Ecn::Ect0, Ecn::Ce, Ecn::NotEct].map(|ecn| marked(false, ecn, 100));
         let batch = batch_of(false, &packets);
         assert_eq!(batch.fill(), [3], "they share a bundle");
@@ -462,21 +462,21 @@ mod tests {
     }
 
     #[test]
-    fn without_bundling_every_packet_is_a_datagram() {
+    fn disabled_bundling_sends_one_packet_per_datagram() {
         let (batch, _) = batch_with(false, &[(1, Full, 100), (1, Full, 100)]);
         assert_eq!(shape(&batch), [(1001, 132, 2, 1)]);
         assert_eq!(batch.fill(), [1, 1]);
     }
 
     #[test]
-    fn too_long_a_packet_is_dropped_alone() {
+    fn packet_beyond_mtu_is_dropped_alone() {
         let (batch, drops) = batch_with(true, &[(1, Full, MTU + 1), (1, Full, MTU)]);
         assert_eq!(drops.get(DropReason::TooBig), 1);
         assert_eq!(opened(&batch).len(), 1);
     }
 
     #[test]
-    fn room_counts_what_is_still_open() {
+    fn has_room_counts_open_bundles() {
         let mut batch = EgressBatch::new(1000, true);
         let target = batch.add_target(PeerId(1), session(true), 0, endpoint(1), MTU);
         batch.push(target, Full, &[0; 400], &mut DropCounts::default());
@@ -485,7 +485,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cleared_batch_starts_anew() {
+    fn cleared_batch_is_empty() {
         let (mut batch, mut drops) = batch_with(true, &[(1, Full, 100), (2, Full, 1400)]);
         batch.clear();
         assert!(batch.is_empty() && batch.find_target(PeerId(1)).is_none());

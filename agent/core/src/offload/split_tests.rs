@@ -26,7 +26,7 @@ fn flags_of(segments: &[Vec<u8>]) -> Vec<u8> {
 }
 
 #[test]
-fn segments_are_what_the_sender_would_have_sent_singly() {
+fn segments_equal_individually_sent_packets() {
     for v6 in [false, true] {
         let whole = Packet::tcp(1000, 2500).flags(ACK | PSH).with(|p| p.v6 = v6);
         let split = segments(whole.vnet(1000), &whole.bytes());
@@ -58,14 +58,14 @@ fn udp_segments_are_whole_datagrams() {
 }
 
 #[test]
-fn cwr_is_on_the_first_segment_only() {
+fn cwr_is_set_on_first_segment_only() {
     let whole = Packet::tcp(0, 300).flags(ACK | CWR | ECE);
     let vnet = VnetHeader { gso_type: vnet::GSO_TCPV4 | vnet::GSO_ECN, ..whole.vnet(100) };
     assert_eq!(flags_of(&segments(vnet, &whole.bytes())), [ACK | CWR | ECE, ACK | ECE, ACK | ECE]);
 }
 
 #[test]
-fn fin_and_psh_are_on_the_last_segment_only() {
+fn fin_and_psh_are_set_on_last_segment_only() {
     let whole = Packet::tcp(0, 300).flags(ACK | FIN | PSH);
     assert_eq!(flags_of(&segments(whole.vnet(100), &whole.bytes())), [ACK, ACK, ACK | FIN | PSH]);
 }
@@ -79,7 +79,7 @@ fn ipv4_id_grows_by_one_and_wraps() {
 }
 
 #[test]
-fn congestion_experienced_is_copied_to_all() {
+fn congestion_experienced_is_copied_to_all_segments() {
     let whole = Packet::tcp(0, 300).with(|p| p.tos = 0x03);
     assert!(segments(whole.vnet(100), &whole.bytes()).iter().all(|s| s[1] == 3));
 }
@@ -92,7 +92,7 @@ fn sequence_numbers_wrap() {
 }
 
 #[test]
-fn segments_shorter_than_the_header_are_not_corrupted() {
+fn segments_shorter_than_headers_are_intact() {
     for gso_size in [1, 7, 51, 52, 53] {
         let whole = Packet::tcp(5, 120);
         let split = segments(whole.vnet(gso_size), &whole.bytes());
@@ -107,7 +107,7 @@ fn segments_shorter_than_the_header_are_not_corrupted() {
 }
 
 #[test]
-fn impossible_vnet_headers_are_refused() {
+fn invalid_vnet_headers_are_refused() {
     let tcp = Packet::tcp(0, 300);
     let udp = Packet::udp(300);
     let change = |p: &Packet, change: &dyn Fn(&mut VnetHeader)| {
@@ -143,7 +143,7 @@ fn impossible_vnet_headers_are_refused() {
 }
 
 #[test]
-fn packets_that_are_not_what_they_say_are_refused() {
+fn packets_with_wrong_lengths_are_refused() {
     let bytes = Packet::tcp(0, 300).bytes();
     let vnet = Packet::tcp(0, 300).vnet(100);
     let mut longer = bytes.clone();
@@ -160,7 +160,7 @@ fn packets_that_are_not_what_they_say_are_refused() {
 }
 
 #[test]
-fn more_udp_segments_than_the_kernel_makes_are_refused() {
+fn udp_segments_beyond_kernel_limit_are_refused() {
     let fits = Packet::udp(128 * 10);
     assert_eq!(segments(fits.vnet(10), &fits.bytes()).len(), 128);
     let more = Packet::udp(128 * 10 + 1);
@@ -168,7 +168,7 @@ fn more_udp_segments_than_the_kernel_makes_are_refused() {
 }
 
 #[test]
-fn single_packets_keep_a_partial_checksum_where_the_receiver_can_find_it() {
+fn partial_checksum_at_usual_place_is_kept() {
     for packet in [Packet::tcp(0, 100), Packet::udp(100), Packet::udp(100).with(|p| p.v6 = true)] {
         let vnet = VnetHeader { gso_type: vnet::GSO_NONE, gso_size: 0, ..packet.vnet(0) };
         let mut bytes = packet.bytes();
@@ -181,7 +181,7 @@ fn single_packets_keep_a_partial_checksum_where_the_receiver_can_find_it() {
 }
 
 #[test]
-fn a_partial_checksum_elsewhere_is_completed() {
+fn partial_checksum_at_other_place_is_completed() {
     // As an encapsulation would have it: the checksum of what begins at 28.
     let packet = Packet::udp(100).with(|p| p.checksum = Checksum::Full);
     let mut bytes = packet.bytes();
@@ -198,7 +198,7 @@ fn a_partial_checksum_elsewhere_is_completed() {
 }
 
 #[test]
-fn a_checksum_in_the_ip_header_is_refused() {
+fn checksum_start_in_ip_header_is_refused() {
     let bytes = Packet::udp(100).bytes();
     for (csum_start, csum_offset) in [(0, 0), (0, 26), (12, 8), (19, 16)] {
         let flags = vnet::NEEDS_CSUM;
@@ -208,14 +208,14 @@ fn a_checksum_in_the_ip_header_is_refused() {
 }
 
 #[test]
-fn a_full_checksum_is_left_as_it_is_even_if_wrong() {
+fn full_checksum_is_unchanged_even_if_wrong() {
     let mut bytes = Packet::tcp(0, 100).with(|p| p.checksum = Checksum::Full).bytes();
     bytes[36] ^= 0x55;
     assert_eq!(segments(VnetHeader::default(), &bytes), [bytes]);
 }
 
 #[test]
-fn other_protocols_pass_through() {
+fn packets_of_other_protocols_pass_unchanged() {
     for protocol in [1, 47, 132] {
         let mut bytes = Packet::udp(100).bytes();
         bytes[9] = protocol;
@@ -224,7 +224,7 @@ fn other_protocols_pass_through() {
 }
 
 #[test]
-fn a_checksum_inside_the_ip_header_is_refused() {
+fn checksum_field_in_ip_header_is_refused() {
     for packet in [Packet::udp(100), Packet::udp(100).with(|p| p.v6 = true)] {
         let header = packet.headers() as u16 - 8;
         for start in [0, 10, header - 1] {
@@ -240,7 +240,7 @@ fn a_checksum_inside_the_ip_header_is_refused() {
 }
 
 #[test]
-fn tcp_segments_are_bounded_too() {
+fn tcp_segments_beyond_limit_are_refused() {
     // No kernel sends less than 8 bytes a segment for long (TCP_MIN_SND_MSS less all options).
     let long = Packet::tcp(0, 60_000);
     assert_eq!(refused(long.vnet(7), &long.bytes()), DropReason::VnetHeader);
@@ -259,7 +259,7 @@ fn with_extension(packet: &Packet) -> Vec<u8> {
 }
 
 #[test]
-fn behind_extension_headers_checksums_are_computed() {
+fn checksums_after_extension_headers_are_computed() {
     for udp in [false, true] {
         let whole =
             Packet::tcp(1000, 2500).with(|p| (p.v6, p.udp, p.flags) = (true, udp, ACK | PSH));
@@ -281,7 +281,7 @@ fn behind_extension_headers_checksums_are_computed() {
 }
 
 #[test]
-fn an_extension_header_must_lead_to_the_transport() {
+fn extension_header_without_transport_is_refused() {
     let whole = Packet::tcp(0, 300).with(|p| p.v6 = true);
     let vnet = VnetHeader { csum_start: 48, ..whole.vnet(100) };
     assert_eq!(refused(whole.vnet(100), &with_extension(&whole)), DropReason::VnetHeader);
@@ -300,7 +300,7 @@ fn an_extension_header_must_lead_to_the_transport() {
 }
 
 #[test]
-fn segments_with_ip_options_keep_them() {
+fn segments_keep_ip_options() {
     let whole = Packet::tcp(0, 250).with(|p| p.ip_options = vec![1; 8]);
     let split = segments(whole.vnet(100), &whole.bytes());
     for (i, segment) in split.iter().enumerate() {
@@ -314,7 +314,7 @@ fn segments_with_ip_options_keep_them() {
 
 proptest! {
     #[test]
-    fn no_input_panics(
+    fn random_input_does_not_panic(
         header in prop::array::uniform10(any::<u8>()),
         first in prop::sample::select(vec![0x45u8, 0x46, 0x60, 0x4f, 0x00]),
         bytes in prop::collection::vec(any::<u8>(), 0..300),
@@ -342,7 +342,7 @@ proptest! {
     }
 
     #[test]
-    fn split_then_coalesce_gives_identical_bytes(
+    fn segmenting_then_coalescing_restores_bytes(
         udp in any::<bool>(),
         v6 in any::<bool>(),
         gso_size in 1u16..3000,

@@ -1,20 +1,21 @@
-//! The AEADs of the data, and how two nodes come to agree on one.
+//! The AEADs for data, and their negotiation.
 
 use std::fmt;
 
 use aws_lc_rs::aead;
 
-/// The AEAD of a session's data. Both take 32-byte keys and 12-byte nonces, and add 16 bytes.
+/// The AEAD of a session's data. Both have keys of 32 bytes, nonces of 12 bytes and tags of 16
+/// bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Cipher {
     /// AES-256 in Galois/counter mode (NIST SP 800-38D).
     Aes256Gcm,
-    /// ChaCha20 and Poly1305 (RFC 8439).
+    /// ChaCha20 with Poly1305 (RFC 8439).
     ChaCha20Poly1305,
 }
 
 impl Cipher {
-    /// How configuration, reports and metrics name it.
+    /// Returns the name in configuration, reports and metrics.
     pub const fn label(self) -> &'static str {
         match self {
             Cipher::Aes256Gcm => "aes256-gcm",
@@ -22,7 +23,7 @@ impl Cipher {
         }
     }
 
-    /// Its number on the wire, and in the derivation of its keys.
+    /// Returns the number on the wire and in key derivation.
     pub(crate) const fn number(self) -> u8 {
         match self {
             Cipher::Aes256Gcm => 1,
@@ -49,14 +50,14 @@ impl fmt::Display for Cipher {
     }
 }
 
-/// Which ciphers a node offers for data.
+/// Ciphers that a node offers for data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ciphers {
-    /// AES-256-GCM.
+    /// True if AES-256-GCM is offered.
     pub aes256_gcm: bool,
-    /// ChaCha20-Poly1305.
+    /// True if ChaCha20-Poly1305 is offered.
     pub chacha20_poly1305: bool,
-    /// Whether this machine has AES and carry-less multiplication in hardware.
+    /// True if the machine has AES and carry-less multiplication in hardware.
     pub aes_hardware: bool,
 }
 
@@ -65,8 +66,9 @@ impl Ciphers {
     const CHACHA: u8 = 2;
     const HARDWARE: u8 = 0x80;
 
-    /// The one that two nodes use: AES where both have it in hardware, else ChaCha20, else what
-    /// both have. Symmetric.
+    /// Returns the cipher that two nodes use: AES-256-GCM if both have AES in hardware, otherwise
+    /// ChaCha20-Poly1305, otherwise the only cipher that both offer. The result is the same for
+    /// both nodes.
     pub fn choose(self, other: Ciphers) -> Option<Cipher> {
         let aes = self.aes256_gcm && other.aes256_gcm;
         let chacha = self.chacha20_poly1305 && other.chacha20_poly1305;
@@ -78,7 +80,7 @@ impl Ciphers {
         }
     }
 
-    /// Whether `cipher` is among them.
+    /// Returns true if `cipher` is offered.
     pub const fn contains(self, cipher: Cipher) -> bool {
         match cipher {
             Cipher::Aes256Gcm => self.aes256_gcm,
@@ -113,7 +115,7 @@ mod tests {
     const HARDWARE: Ciphers = Ciphers { aes_hardware: true, ..BOTH };
 
     #[test]
-    fn ciphers_are_chosen_alike_by_both_ends() {
+    fn both_ends_choose_the_same_cipher() {
         let aes = Ciphers { aes256_gcm: true, ..NONE };
         let chacha = Ciphers { chacha20_poly1305: true, ..NONE };
         let cases = [

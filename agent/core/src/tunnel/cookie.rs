@@ -1,9 +1,10 @@
-//! The two checks of a handshake message that cost no public-key operation, after WireGuard's
-//! (section 5.3 and 5.4.7 of its paper) with HMAC-SHA256 cut to 16 bytes in place of BLAKE2s.
+//! The two message authentication codes of a handshake message, which cost no public-key operation:
+//! mac1 and mac2 of WireGuard (sections 5.3 and 5.4.7 of its paper), with HMAC-SHA256 truncated to
+//! 16 bytes instead of BLAKE2s.
 //!
-//! The first proves that the sender knows whom it talks to: its key is the receiver's public key.
-//! The second is asked for only under load, and proves that the sender receives at the address it
-//! sends from: its key is a cookie, a MAC of that address which the receiver can compute again.
+//! mac1 proves that the sender knows the receiver's public key, which is the key of the code. mac2
+//! is required only under load and proves that the sender receives at its source address. Its key
+//! is a cookie: a code of that address, which the receiver can compute again without state.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -16,30 +17,30 @@ use zeroize::Zeroizing;
 use crate::tunnel::noise::KEY_LEN;
 use crate::wire::header::TAG_LEN;
 
-/// Length of a check and of a cookie in bytes.
+/// Length of mac1, mac2 and a cookie in bytes.
 pub(crate) const MAC_LEN: usize = 16;
-/// Length of a cookie reply's random salt in bytes.
+/// Length of the random salt of a cookie reply in bytes.
 pub(crate) const SALT_LEN: usize = 32;
-/// Length of a sealed cookie in bytes.
+/// Length of an encrypted cookie in bytes.
 pub(crate) const SEALED_LEN: usize = MAC_LEN + TAG_LEN;
-/// How long a cookie is good: the secret behind it lives no longer.
+/// Validity of a cookie, and age at which the secret of the cookies is replaced.
 pub(crate) const COOKIE_LIFETIME: Duration = Duration::from_secs(120);
 
-/// Most initiations that are remembered as granted under one secret: 10,000 nodes that start six
-/// handshakes each, about 2 MiB.
+/// Maximum number of initiations that are remembered as granted under one secret: 10,000 nodes that
+/// start six handshakes each, about 2 MiB.
 const MAX_GRANTED: usize = 65_536;
 
-/// A check or a cookie.
+/// Value of mac1, mac2 or a cookie.
 pub(crate) type Mac = [u8; MAC_LEN];
 
-/// The keys that follow from a receiver's public key.
+/// Keys of the codes of messages to one receiver, derived from its public key.
 pub(crate) struct MacKeys {
     mac1: hmac::Key,
     cookie: hmac::Key,
 }
 
 impl MacKeys {
-    /// Of the node with this public key.
+    /// Derives the keys for the receiver with this public key.
     pub(crate) fn new(public: &[u8; KEY_LEN]) -> Self {
         let key = |label: &[u8]| {
             let key = digest::digest(&digest::SHA256, &[label, public.as_slice()].concat());
@@ -48,18 +49,18 @@ impl MacKeys {
         Self { mac1: key(b"skein v1 mac1"), cookie: key(b"skein v1 cookie") }
     }
 
-    /// The first check over all of a message before it.
+    /// Returns mac1 of a message, of which `message` is everything before mac1.
     pub(crate) fn mac1(&self, message: &[u8]) -> Mac {
         mac(&self.mac1, &[message])
     }
 
-    /// Compares in constant time.
+    /// Returns true if `check` is mac1 of the message. The comparison takes constant time.
     pub(crate) fn verify_mac1(&self, message: &[u8], check: &[u8]) -> bool {
         equal(&self.mac1(message), check)
     }
 
-    /// Seals a cookie for whoever sent the message with this first check. `salt` must be random:
-    /// the AEAD's key follows from it.
+    /// Encrypts a cookie for the sender of the message with this mac1. `salt` must be random,
+    /// because the AEAD key is derived from it.
     pub(crate) fn seal_cookie(
         &self,
         cookie: &Mac,
@@ -74,7 +75,8 @@ impl MacKeys {
         Some(sealed)
     }
 
-    /// Opens a cookie that answers the message with this first check.
+    /// Decrypts a cookie that answers the message with this mac1. Returns `None` if the tag is
+    /// wrong.
     pub(crate) fn open_cookie(
         &self,
         salt: &[u8; SALT_LEN],
@@ -95,7 +97,7 @@ impl MacKeys {
     }
 }
 
-/// The second check over all of a message before it.
+/// Returns mac2 of a message, of which `message` is everything before mac2.
 pub(crate) fn mac2(cookie: &Mac, message: &[u8]) -> Mac {
     mac(&hmac::Key::new(hmac::HMAC_SHA256, cookie), &[message])
 }
@@ -111,7 +113,7 @@ pub(crate) struct Mac2Check<'a> {
     pub(crate) mac2: &'a Mac,
 }
 
-/// The secret that this node's cookies follow from.
+/// The secret from which the cookies of this node are derived, replaced after [`COOKIE_LIFETIME`].
 #[derive(Default)]
 pub(crate) struct CookieSecret {
     current: Option<(hmac::Key, Duration)>,
@@ -165,13 +167,14 @@ impl CookieSecret {
     }
 
     /// Returns true if an initiation with this mac2 was granted a public-key operation under the
-    /// present secret: another one with the same mac2 is a replay.
+    /// current secret. Another initiation with the same mac2 is a replay.
     pub(crate) fn is_granted(&self, mac2: &Mac) -> bool {
         self.granted.contains(mac2)
     }
 
-    /// Remembers an initiation that was granted a public-key operation. Beyond [`MAX_GRANTED`] the
-    /// secret is discarded, so that no initiation that is forgotten has a valid cookie.
+    /// Remembers an initiation that was granted a public-key operation. At [`MAX_GRANTED`]
+    /// initiations the secret is discarded instead, because a forgotten initiation must not have a
+    /// valid cookie.
     pub(crate) fn grant(&mut self, mac2: Mac) {
         if self.granted.len() >= MAX_GRANTED {
             self.granted.clear();
@@ -201,9 +204,9 @@ fn equal(a: &[u8], b: &[u8]) -> bool {
 mod tests {
     use super::*;
 
-    /// Computed with Python's hmac and hashlib.
+    /// Expected value computed with Python's hmac and hashlib.
     #[test]
-    fn first_check_vector() {
+    fn mac1_matches_reference_value() {
         let keys = MacKeys::new(&[9; 32]);
         let check: String = keys.mac1(b"message").iter().map(|b| format!("{b:02x}")).collect();
         assert_eq!(check, "c7dcf95d06c6387f040f348fea0c578c");
@@ -214,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cookie_opens_only_for_the_message_it_answers() {
+    fn cookie_opens_only_for_the_message_it_answers() {
         let keys = MacKeys::new(&[9; 32]);
         let (cookie, salt) = ([1; MAC_LEN], [2; SALT_LEN]);
         let sealed = keys.seal_cookie(&cookie, &salt, &[3; MAC_LEN]).unwrap();
@@ -229,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn cookies_belong_to_an_address_and_a_time() {
+    fn cookie_depends_on_addresses_and_time() {
         let mut secret = CookieSecret::default();
         let mut drawn = 0;
         let mut random = |out: &mut [u8]| {
@@ -265,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn granted_initiations_are_known_until_a_new_secret() {
+    fn granted_initiations_are_known_until_new_secret() {
         let mut secret = CookieSecret::default();
         let mut drawn = 0;
         let mut random = |out: &mut [u8]| {

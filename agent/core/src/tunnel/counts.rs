@@ -1,18 +1,18 @@
-//! What became of handshakes, for the metrics.
+//! Results of handshakes and their counters.
 
 macro_rules! handshake_results {
     ($($(#[$doc:meta])* $variant:ident => $label:literal;)*) => {
-        /// What became of a handshake or of one of its messages; [`HandshakeResult::label`] is the
-        /// metric's label and never changes.
+        /// The result of a handshake or of one of its messages. [`HandshakeResult::label`] is a
+        /// metric label and never changes.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         #[repr(u8)]
         pub enum HandshakeResult { $($(#[$doc])* $variant,)* }
 
         impl HandshakeResult {
-            /// Every result, in the order of their discriminants.
+            /// All results in the order of their discriminants.
             pub const ALL: &'static [HandshakeResult] = &[$(HandshakeResult::$variant,)*];
 
-            /// The value of the `result` label.
+            /// Returns the value of the metric label `result`.
             pub const fn label(self) -> &'static str {
                 match self { $(HandshakeResult::$variant => $label,)* }
             }
@@ -21,31 +21,31 @@ macro_rules! handshake_results {
 }
 
 handshake_results! {
-    /// This node sent an initiation (repetitions count).
+    /// This node sent an initiation; retries count.
     Initiated => "initiated";
-    /// A session that this node started.
+    /// A handshake that this node initiated completed.
     CompletedInitiator => "completed_initiator";
-    /// A session that the peer started, confirmed by something authentic in it.
+    /// A handshake that the peer initiated completed: an authentic datagram arrived in its session.
     CompletedResponder => "completed_responder";
-    /// An initiation that was not answered in time.
+    /// An initiation got no response in time.
     Timeout => "timeout";
-    /// A message that is malformed, fails its check or does not decrypt.
+    /// A message was malformed, had a wrong mac1, or did not decrypt.
     Invalid => "invalid";
-    /// An initiation by a key that no record holds.
+    /// No node record has the public key of an initiation.
     UnknownPeer => "unknown_peer";
-    /// An initiation that is not newer than the last.
+    /// An initiation was not newer than the last accepted one.
     Replayed => "replayed";
-    /// An initiation refused since its source sends too many.
+    /// An initiation or response was refused because its source exceeded a rate limit.
     RateLimited => "rate_limited";
-    /// Under load, a cookie was sent instead of a response.
+    /// This node was under load and sent a cookie reply instead of a response.
     CookieSent => "cookie_sent";
-    /// A peer under load sent a cookie.
+    /// A peer under load sent a cookie reply.
     CookieReceived => "cookie_received";
-    /// The two ends have no cipher in common.
+    /// The two nodes have no cipher in common.
     NoCommonCipher => "no_common_cipher";
 }
 
-/// Handshakes by result, since the engine was made.
+/// Number of handshakes by result since the engine was created.
 #[derive(Debug, Clone)]
 pub(crate) struct HandshakeCounts([u64; HandshakeResult::ALL.len()]);
 

@@ -1,11 +1,11 @@
-//! Whether a peer hears us and we hear it, and how long a round trip takes.
+//! Liveness of a peer: detection of each direction's failure, and the round-trip time.
 //!
-//! Traffic in both directions says enough by itself. Where it is one-sided, the side that sends and
-//! hears nothing for a second pings; so does the side that has heard data and then, for a second,
-//! nothing: either the conversation is over, which one answer shows, or the direction is dead. Pings
-//! without an answer follow each other fast, so that a few that are lost are not taken for a dead peer.
-//! A ping says for how long its sender has heard nothing, so that the other side, which hears very
-//! well, learns that its own direction is dead.
+//! Traffic in both directions needs no pings. If traffic is one-sided, a node pings in two cases:
+//! it sends and has received nothing for a second, or it has received data and then nothing for a
+//! second. In the second case either the conversation is over, which one answer shows, or the
+//! direction has failed. Unanswered pings follow each other quickly, so that the loss of a few does
+//! not make the peer unreachable. A ping says for how long its sender has received nothing, from
+//! which a peer that receives well learns that its own direction has failed.
 
 use std::time::Duration;
 
@@ -15,18 +15,18 @@ use crate::tunnel::timers::{
     SILENT_PING_DELAY, UNREACHABLE_TIMEOUT,
 };
 
-/// What is wrong with a peer.
+/// Reason why a peer is unreachable or cannot be connected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Trouble {
     /// The peer's record names no endpoint that this node can use.
     NoEndpoint,
     /// Handshakes get no answer.
     NoAnswer,
-    /// There is a session, but nothing comes back.
+    /// There is a session, but nothing arrives from the peer.
     Silent,
-    /// It says that it hears nothing of us.
+    /// The peer reports that it receives nothing from this node.
     Deaf,
-    /// It offers no cipher that this node offers.
+    /// The peer offers no cipher that this node offers.
     NoCommonCipher,
 }
 

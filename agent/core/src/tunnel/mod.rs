@@ -8,6 +8,7 @@ mod cipher;
 mod cookie;
 mod counts;
 pub mod engine;
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzz_access;
 mod handshake;
 mod lane_key;

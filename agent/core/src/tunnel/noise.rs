@@ -1,11 +1,13 @@
-//! Noise IK (revision 34 of the Noise protocol), by snow's state machine over aws-lc's primitives.
+//! The Noise IK handshake (revision 34 of the Noise protocol framework) with snow's state machine
+//! and the primitives of aws-lc.
 //!
-//! The suite is fixed: `Noise_IK_25519_ChaChaPoly_SHA256`. ChaCha20-Poly1305 here says nothing of
-//! the cipher of the data, which the two ends choose by what they have in hardware; two messages
-//! every two minutes are not worth a second suite. Of snow's state machine only the handshake is
-//! used: the data's keys come from its split, and counters, windows and rekeying are ours.
-//! snow does not wipe the states of its handshakes, which live for seconds and whose ephemeral keys
-//! are used once; everything that is kept for longer is wiped when dropped.
+//! The suite is always `Noise_IK_25519_ChaChaPoly_SHA256`. Its AEAD is independent of the cipher
+//! for data, which both nodes negotiate: two messages every two minutes do not justify a second
+//! suite. Only the handshake of snow is used. Keys for data are derived from the split; counters,
+//! replay windows and rekeying are Skein's own.
+//!
+//! snow does not wipe its handshake states. A state lives for seconds, and its ephemeral key is
+//! used once. All secrets with a longer life are wiped on drop.
 
 use snow::params::NoiseParams;
 use snow::types::Dh;
@@ -15,21 +17,22 @@ use zeroize::Zeroizing;
 use crate::tunnel::primitives::{Resolver, X25519Pair};
 use crate::wire::header::TAG_LEN;
 
-/// Length of a private or public key in bytes.
+/// Length of a private and of a public key in bytes.
 pub(crate) const KEY_LEN: usize = 32;
-/// What message 1 is longer than its payload: ephemeral key, sealed static key, tag.
+/// Length of message 1 beyond its payload in bytes: ephemeral key, encrypted static key with tag,
+/// tag of the payload.
 pub(crate) const INITIATION_OVERHEAD: usize = KEY_LEN + (KEY_LEN + TAG_LEN) + TAG_LEN;
-/// What message 2 is longer than its payload: ephemeral key, tag.
+/// Length of message 2 beyond its payload in bytes: ephemeral key, tag of the payload.
 pub(crate) const RESPONSE_OVERHEAD: usize = KEY_LEN + TAG_LEN;
 
 const SUITE: &str = "Noise_IK_25519_ChaChaPoly_SHA256";
 
-/// 32 secret bytes.
+/// A secret of 32 bytes, wiped on drop.
 pub(crate) type Secret = Zeroizing<[u8; KEY_LEN]>;
-/// The key of what the initiator sends, then of what the responder sends.
+/// Secrets of the two directions: from initiator to responder, and back.
 pub(crate) type TransportSecrets = [Secret; 2];
 
-/// A handshake message that is not what it should be.
+/// A handshake message is malformed, does not decrypt, or does not fit its buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct NoiseError;
 
@@ -39,7 +42,7 @@ impl From<Error> for NoiseError {
     }
 }
 
-/// This node's key pair, and what both ends of a handshake must agree on beforehand.
+/// A key pair of this node, and the prologue of its handshakes.
 pub(crate) struct Identity {
     private: Secret,
     public: [u8; KEY_LEN],
@@ -47,7 +50,7 @@ pub(crate) struct Identity {
 }
 
 impl Identity {
-    /// `None` where `private` is no key.
+    /// Creates an identity. Returns `None` if `private` is not a valid Curve25519 key.
     pub(crate) fn new(private: Secret, prologue: Vec<u8>) -> Option<Self> {
         let mut pair = X25519Pair::default();
         pair.set(private.as_ref());
@@ -55,13 +58,12 @@ impl Identity {
         Some(Self { private, public, prologue })
     }
 
-    /// The public half.
     pub(crate) fn public(&self) -> &[u8; KEY_LEN] {
         &self.public
     }
 
-    /// `clear`, what went with the handshake's first message unencrypted, is bound to it by joining
-    /// the prologue.
+    /// Creates a handshake builder with this identity's static key and the one ephemeral key that
+    /// the caller drew.
     fn builder<'a>(
         &'a self,
         prologue: &'a [u8],
@@ -77,11 +79,15 @@ impl Identity {
     }
 }
 
-/// A handshake that this node started.
+/// State of a handshake that this node has initiated.
 pub(crate) struct Initiator(HandshakeState);
 
 impl Initiator {
-    /// Appends message 1 to `out`.
+    /// Starts a handshake and appends message 1 to `out`. The unencrypted bytes `clear` become part
+    /// of the prologue, so that the handshake authenticates them.
+    ///
+    /// # Errors
+    /// [`NoiseError`] if the responder's public key has low order.
     pub(crate) fn start(
         identity: &Identity,
         responder: &[u8; KEY_LEN],
@@ -97,8 +103,12 @@ impl Initiator {
         Ok(Self(state))
     }
 
-    /// Reads message 2: its payload's length, and the keys. A message that fails changes nothing:
-    /// the real one may still come.
+    /// Reads message 2 and writes its payload to `payload`. Returns the payload's length and the
+    /// secrets.
+    ///
+    /// # Errors
+    /// [`NoiseError`] if the message does not decrypt. The state is unchanged then, so that the
+    /// genuine message can still arrive.
     pub(crate) fn finish(
         &mut self,
         message: &[u8],
@@ -109,15 +119,19 @@ impl Initiator {
     }
 }
 
-/// A handshake that another node started, its message 1 read.
+/// State of a handshake whose message 1 has been read.
 pub(crate) struct Responder {
     state: HandshakeState,
-    /// The initiator's proven public key.
+    /// Public key of the initiator; the message proves that its sender has the private key.
     pub(crate) initiator: [u8; KEY_LEN],
 }
 
 impl Responder {
-    /// Reads message 1: the handshake, and its payload's length.
+    /// Reads message 1 and writes its payload to `payload`. Returns the state and the payload's
+    /// length. `clear` are the unencrypted bytes before the message.
+    ///
+    /// # Errors
+    /// [`NoiseError`] if the message does not decrypt.
     pub(crate) fn read(
         identity: &Identity,
         ephemeral: Secret,
@@ -133,7 +147,10 @@ impl Responder {
         Ok((Self { state, initiator }, length))
     }
 
-    /// Appends message 2 to `out`.
+    /// Appends message 2 to `out` and returns the secrets.
+    ///
+    /// # Errors
+    /// [`NoiseError`] if the initiator's ephemeral key has low order.
     pub(crate) fn reply(
         mut self,
         payload: &[u8],
@@ -160,7 +177,7 @@ fn append(
 }
 
 fn split(state: &mut HandshakeState) -> Result<TransportSecrets, NoiseError> {
-    // The raw split itself does not look.
+    // snow's raw split does not check that the handshake has finished.
     if !state.is_handshake_finished() {
         return Err(NoiseError);
     }
@@ -181,10 +198,10 @@ mod tests {
         Zeroizing::new(hex(text).try_into().unwrap())
     }
 
-    /// The vector of cacophony (the Noise implementation in Haskell) for this suite: every byte of
-    /// both messages, and the transport keys by what they seal.
+    /// Test vector of cacophony, the Noise implementation in Haskell, for this suite. It fixes
+    /// every byte of both messages, and the transport keys by two encrypted payloads.
     #[test]
-    fn published_vector() {
+    fn handshake_matches_cacophony_vector() {
         let prologue = hex("4a6f686e2047616c74");
         let (start, end) = prologue.split_at(4);
         let us = "e61ef9919cde45dd5f82166404bd08e38bceb5dfdfded0a34c8df7ed542214d1";
@@ -242,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_of_another_cluster_or_with_other_clear_bytes_do_not_open() {
+    fn message_with_other_prologue_or_clear_bytes_fails() {
         let a = Identity::new(Zeroizing::new([1; 32]), b"one".to_vec()).unwrap();
         let b = Identity::new(Zeroizing::new([2; 32]), b"one".to_vec()).unwrap();
         let c = Identity::new(Zeroizing::new([2; 32]), b"two".to_vec()).unwrap();
@@ -257,11 +274,14 @@ mod tests {
         assert!(!result(&c, b"clear", &mut read));
         assert!(!result(&b, b"cleaR", &mut read));
         assert!(!result(&a, b"clear", &mut read));
-        assert!(!result(&b, b"clear", &mut read[..4]), "no room for the payload");
+        assert!(
+            !result(&b, b"clear", &mut read[..4]),
+            "A payload that does not fit its buffer is refused."
+        );
     }
 
     #[test]
-    fn keys_come_only_from_a_finished_handshake() {
+    fn secrets_require_finished_handshake() {
         let a = Identity::new(Zeroizing::new([1; 32]), Vec::new()).unwrap();
         let mut first = Vec::new();
         let secret = Zeroizing::new([3; 32]);

@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_that_is_wide_enough_costs_a_ping_every_few_seconds() {
+    fn unreduced_path_is_confirmed_every_few_seconds() {
         let (mut path, mut now) = (PathMtu::new(), Duration::from_secs(9));
         path.on_session(now, 1440, true);
         let sent = run(&mut path, &mut now, 60, 1440);
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_learnt_of_a_peer_that_is_silent() {
+    fn silent_peer_does_not_reduce_path_mtu() {
         let (mut path, mut now) = (PathMtu::new(), Duration::from_secs(9));
         path.on_session(now, 1440, true);
         for id in 0..200 {
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn another_address_is_another_path() {
+    fn new_endpoint_resets_path_mtu() {
         let (mut path, mut now) = (PathMtu::new(), Duration::from_secs(9));
         path.on_session(now, 1440, true);
         run(&mut path, &mut now, 20, 1000);
@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn refusal_by_the_own_route_narrows_at_once() {
+    fn refusal_by_local_route_reduces_path_mtu_at_once() {
         let (mut path, mut now) = (PathMtu::new(), Duration::from_secs(9));
         path.on_session(now, 1440, true);
         run(&mut path, &mut now, 10, 1440);
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn refusal_without_a_size_falls_to_the_base_and_searches() {
+    fn refusal_without_size_falls_to_base_and_searches() {
         let (mut path, mut now) = (PathMtu::new(), Duration::from_secs(9));
         path.on_session(now, 1440, true);
         path.refused(now, 1440, None);
@@ -295,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn refused_probe_leaves_the_size_in_use() {
+    fn refused_probe_keeps_size_in_use() {
         let (mut path, mut now) = (PathMtu::new(), Duration::from_secs(9));
         path.on_session(now, 1440, true);
         path.refused(now, 1440, Some(1300));
@@ -307,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn less_than_ipv6_needs_takes_more_than_a_buffer_that_is_full_for_seconds() {
+    fn short_loss_does_not_lower_mtu_below_1280() {
         let (mut path, mut now) = (PathMtu::new(), Duration::from_secs(9));
         path.on_session(now, 1440, true);
         run(&mut path, &mut now, 30, 1300);
@@ -323,7 +323,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_width_is_found_within_seconds_and_so_is_more(
+        fn path_mtu_follows_narrower_and_wider_paths(
             most in 576u16..9000, narrow in 576u16..9000, wide in 576u16..9000,
         ) {
             let (mut path, mut now) = (PathMtu::new(), Duration::from_secs(9));

@@ -1,4 +1,4 @@
-//! What snow's state machine computes with: aws-lc's primitives, in the shape it asks for.
+//! Adapters of aws-lc's primitives to the traits of snow.
 
 use aws_lc_rs::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 use aws_lc_rs::agreement::{PrivateKey, UnparsedPublicKey, X25519, agree};
@@ -11,7 +11,8 @@ use snow::types::{Cipher, Dh, Hash, Random};
 use crate::tunnel::noise::{KEY_LEN, Secret};
 use crate::wire::header::TAG_LEN;
 
-/// Hands aws-lc's primitives to snow, and the one ephemeral key that the caller drew.
+/// Resolver that gives snow the primitives of aws-lc, and the ephemeral key that the caller drew as
+/// its only randomness.
 pub(crate) struct Resolver {
     ephemeral: Secret,
 }
@@ -49,7 +50,7 @@ impl CryptoResolver for Resolver {
     }
 }
 
-/// A source of randomness that is spent after one key.
+/// Random source that yields one key and then fails.
 struct Ephemeral(Option<Secret>);
 
 impl Random for Ephemeral {
@@ -60,7 +61,7 @@ impl Random for Ephemeral {
     }
 }
 
-/// Diffie-Hellman on Curve25519 (RFC 7748).
+/// Diffie-Hellman function on Curve25519 (RFC 7748).
 #[derive(Default)]
 pub(crate) struct X25519Pair {
     key: Option<PrivateKey>,
@@ -69,7 +70,7 @@ pub(crate) struct X25519Pair {
 }
 
 impl X25519Pair {
-    /// The public key, where a private one is set.
+    /// Returns the public key if a private key is set.
     pub(crate) fn public(&self) -> Option<&[u8; KEY_LEN]> {
         self.key.as_ref().map(|_| &self.public)
     }
@@ -88,7 +89,7 @@ impl Dh for X25519Pair {
         KEY_LEN
     }
 
-    /// Without a key afterwards where `private` is none: `dh` then fails.
+    /// Sets the private key. An invalid key unsets it, and `dh` fails afterwards.
     fn set(&mut self, private: &[u8]) {
         *self = Self::default();
         let Ok(key) = PrivateKey::from_private_key(&X25519, private) else { return };
@@ -115,7 +116,8 @@ impl Dh for X25519Pair {
         self.private.as_ref()
     }
 
-    /// Fails on a point of low order, whose product is zero whatever the private key.
+    /// Computes the shared secret. Fails for a point of low order, whose product is zero for every
+    /// private key.
     fn dh(&self, public: &[u8], out: &mut [u8]) -> Result<(), Error> {
         let key = self.key.as_ref().ok_or(Error::Dh)?;
         let public = UnparsedPublicKey::new(&X25519, public.get(..KEY_LEN).ok_or(Error::Dh)?);
@@ -161,7 +163,8 @@ impl Hash for Sha256 {
     }
 }
 
-/// ChaCha20-Poly1305 (RFC 8439) with Noise's nonces: four zero bytes, the number little endian.
+/// ChaCha20-Poly1305 (RFC 8439) with the nonces of Noise: four zero bytes, then the number in
+/// little endian.
 #[derive(Default)]
 pub(crate) struct ChaChaPoly(Option<LessSafeKey>);
 
@@ -182,8 +185,8 @@ impl Cipher for ChaChaPoly {
         self.0 = UnboundKey::new(&CHACHA20_POLY1305, key).ok().map(LessSafeKey::new);
     }
 
-    /// snow has no way to hear of a failure here, so the message comes out short: the
-    /// handshake notices, and nothing of the plaintext was written.
+    /// Encrypts and returns the length of the output. The trait cannot report an error, so a
+    /// failure returns 0, and the handshake detects the wrong length. No plaintext is written then.
     fn encrypt(&self, nonce: u64, authtext: &[u8], plaintext: &[u8], out: &mut [u8]) -> usize {
         let mut sealed = || {
             let out = out.get_mut(..plaintext.len() + TAG_LEN)?;
@@ -225,9 +228,9 @@ pub(crate) mod tests {
             .collect()
     }
 
-    /// RFC 7748, section 6.1.
+    /// Test vector of RFC 7748, section 6.1.
     #[test]
-    fn diffie_hellman_vector() {
+    fn diffie_hellman_matches_rfc_7748() {
         let mut bob = X25519Pair::default();
         bob.set(&hex("5dab087e624a8a4b79e17f8b83800ee66f3bb1292618b6fd1c2f8b27ff88e0eb"));
         let public = "de9edb7d7b7dc1b4d35b61c2ece435373f8343c85b78674dadfc7e146f882b4f";
@@ -246,9 +249,10 @@ pub(crate) mod tests {
         }
     }
 
-    /// FIPS 180-2's example, and RFC 4231's test case 2 for the HMAC that snow builds on it.
+    /// Examples of FIPS 180-2, and test case 2 of RFC 4231 for the HMAC that snow builds on the
+    /// hash.
     #[test]
-    fn hash_vectors() {
+    fn sha256_and_hmac_match_published_vectors() {
         let mut hash = Sha256(digest::Context::new(&digest::SHA256));
         let mut out = [0; 32];
         hash.input(b"to be forgotten");
@@ -263,10 +267,10 @@ pub(crate) mod tests {
         assert_eq!(out[..], hex(expected));
     }
 
-    /// What the published handshake cannot show, as its numbers are all zero: nonces are little
-    /// endian, and everything that can be wrong fails.
+    /// The nonces of the published handshake are all zero. This test shows that nonces are little
+    /// endian and that wrong inputs fail.
     #[test]
-    fn cipher_consistency() {
+    fn cipher_uses_little_endian_nonces_and_rejects_errors() {
         let mut cipher = ChaChaPoly::default();
         assert_eq!(cipher.encrypt(0, b"ad", b"text", &mut [0; 20]), 0, "no key");
         cipher.set(&[7; 32]);

@@ -1,32 +1,32 @@
-//! Token buckets, and a bounded table of them by source.
+//! Token buckets, and a bounded table of token buckets by source address.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-/// How often a full table is looked through.
+/// Minimum interval between two searches of a full table for buckets to remove.
 const SWEEP_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How fast something may happen.
+/// Rate of a token bucket.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Rate {
-    /// In the long run.
+    /// Sustained rate, tokens per second.
     pub(crate) per_second: u32,
-    /// At once, after a pause.
+    /// Capacity of the bucket, tokens.
     pub(crate) burst: u32,
 }
 
 impl Rate {
-    const fn cost(self) -> Duration {
+    const fn token_time(self) -> Duration {
         Duration::from_nanos(1_000_000_000 / self.per_second as u64)
     }
 
-    const fn full(self) -> Duration {
+    const fn fill_time(self) -> Duration {
         Duration::from_nanos(1_000_000_000 / self.per_second as u64 * self.burst as u64)
     }
 }
 
-/// A token bucket whose level is kept as the time it took to fill.
+/// A token bucket. Its level is stored as the time that filling it to this level takes.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct TokenBucket {
     level: Duration,
@@ -34,16 +34,15 @@ pub(crate) struct TokenBucket {
 }
 
 impl TokenBucket {
-    /// A full bucket.
+    /// Creates a full bucket.
     pub(crate) const fn new(rate: Rate, now: Duration) -> Self {
-        Self { level: rate.full(), at: now }
+        Self { level: rate.fill_time(), at: now }
     }
 
-    /// Takes one token, if there is one.
     pub(crate) fn try_acquire(&mut self, rate: Rate, now: Duration) -> bool {
         self.level = self.level_at(rate, now);
         self.at = now;
-        match self.level.checked_sub(rate.cost()) {
+        match self.level.checked_sub(rate.token_time()) {
             Some(rest) => {
                 self.level = rest;
                 true
@@ -53,15 +52,16 @@ impl TokenBucket {
     }
 
     fn level_at(&self, rate: Rate, now: Duration) -> Duration {
-        (self.level + now.saturating_sub(self.at)).min(rate.full())
+        (self.level + now.saturating_sub(self.at)).min(rate.fill_time())
     }
 }
 
-/// Token buckets of sources: one for each IPv4 address and IPv6 /64, or one for each endpoint.
+/// Token buckets by source: one for each IPv4 address and IPv6 /64 prefix, or one for each address
+/// and port.
 #[derive(Debug)]
 pub(crate) struct PerSourceLimiter {
     rate: Rate,
-    /// True if each address and port is a source of its own.
+    /// True if each address and port has its own bucket.
     endpoints: bool,
     capacity: usize,
     buckets: BTreeMap<(u128, u16), TokenBucket>,
@@ -69,7 +69,8 @@ pub(crate) struct PerSourceLimiter {
 }
 
 impl PerSourceLimiter {
-    /// At most `capacity` sources are remembered; beyond that, new ones are refused.
+    /// Creates a limiter with one bucket per IPv4 address and IPv6 /64 prefix. When `capacity`
+    /// buckets are in use, new sources are refused.
     pub(crate) const fn new(rate: Rate, capacity: usize) -> Self {
         Self { rate, endpoints: false, capacity, buckets: BTreeMap::new(), swept: None }
     }
@@ -80,17 +81,16 @@ impl PerSourceLimiter {
         Self { endpoints: true, ..Self::new(rate, capacity) }
     }
 
-    /// Takes one token of `source`'s bucket, if there is one.
     pub(crate) fn try_acquire(&mut self, source: SocketAddr, now: Duration) -> bool {
         let (rate, key) = (self.rate, key(source, self.endpoints));
         if self.buckets.len() >= self.capacity && !self.buckets.contains_key(&key) {
-            // Not for each that is refused: it takes time.
+            // The search takes time, so not every refused source may cause one.
             if self.swept.is_some_and(|at| now.saturating_sub(at) < SWEEP_INTERVAL) {
                 return false;
             }
             self.swept = Some(now);
-            // A bucket that is full again says no more than one that is not there.
-            self.buckets.retain(|_, bucket| bucket.level_at(rate, now) < rate.full());
+            // A full bucket carries no information: removing it does not change a later decision.
+            self.buckets.retain(|_, bucket| bucket.level_at(rate, now) < rate.fill_time());
             if self.buckets.len() >= self.capacity {
                 return false;
             }
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bucket_fills_in_time_and_never_overflows() {
+    fn bucket_refills_up_to_its_capacity() {
         let mut bucket = TokenBucket::new(RATE, ms(0));
         assert_eq!([(); 4].map(|()| bucket.try_acquire(RATE, ms(0))), [true, true, true, false]);
         assert!(!bucket.try_acquire(RATE, ms(99)));
@@ -130,11 +130,11 @@ mod tests {
             [(); 4].map(|()| bucket.try_acquire(RATE, ms(99_999))),
             [true, true, true, false]
         );
-        assert!(!bucket.try_acquire(RATE, ms(5)), "a clock that goes back gives nothing");
+        assert!(!bucket.try_acquire(RATE, ms(5)), "A clock that goes back must give no tokens.");
     }
 
     #[test]
-    fn sources_are_apart_and_bounded() {
+    fn sources_have_separate_buckets_up_to_capacity() {
         let mut sources = PerSourceLimiter::new(RATE, 2);
         let at = |ip: &str| SocketAddr::new(ip.parse().unwrap(), 51900);
         let (a, mapped, c) = (at("192.0.2.1"), at("::ffff:192.0.2.1"), at("192.0.2.3"));
@@ -149,8 +149,8 @@ mod tests {
                 && sources.try_acquire(same_net, ms(0))
         );
         assert!(!sources.try_acquire(same_net, ms(0)));
-        assert!(!sources.try_acquire(c, ms(0)), "the table is full");
-        assert!(sources.try_acquire(c, ms(300)), "and empties");
+        assert!(!sources.try_acquire(c, ms(0)), "A full table must refuse a new source.");
+        assert!(sources.try_acquire(c, ms(300)), "Full buckets must make room for a new source.");
         assert_eq!(sources.buckets.len(), 1);
         let mut endpoints = PerSourceLimiter::per_endpoint(RATE, 3);
         assert!(

@@ -1,15 +1,15 @@
-//! The window that tells a datagram's first arrival from its second (RFC 6479).
+//! The replay window (RFC 6479), which accepts each counter of a lane once.
 
 use crate::drop::DropReason;
 
 const WORDS: usize = 64;
 const WORD_BITS: u64 = u64::BITS as u64;
 
-/// Which counters of one (session, lane) have been seen.
+/// Record of the counters that were received in one session and lane.
 ///
-/// A ring of words, of which the one in use by the highest counter is filled bit by bit: moving on
-/// clears whole words and never shifts. Owned by the one worker that receives the lane, so nothing
-/// in here is shared. 520 bytes.
+/// The record is a ring of 64-bit words. Moving the window clears whole words and never shifts. The
+/// window belongs to the one worker that receives the lane, so that nothing is shared. Its size is
+/// 520 bytes.
 #[derive(Debug, Clone)]
 pub struct ReplayWindow {
     highest: u64,
@@ -17,10 +17,10 @@ pub struct ReplayWindow {
 }
 
 impl ReplayWindow {
-    /// How far behind the highest counter a datagram may arrive, in datagrams.
+    /// Number of counters up to the highest one that the window can tell apart.
     pub const WIDTH: u64 = (WORDS as u64 - 1) * WORD_BITS;
 
-    /// A window that has seen nothing.
+    /// Creates a window that has accepted no counter.
     pub const fn new() -> Self {
         Self { highest: 0, seen: [0; WORDS] }
     }
@@ -47,12 +47,12 @@ impl ReplayWindow {
         self.highest
     }
 
-    /// Notes `counter`; call it once the datagram has proved authentic and never before, or a
-    /// stranger could move the window.
+    /// Accepts `counter` if it is new. Call this method only after the datagram has been
+    /// authenticated: otherwise a sender without the key could move the window.
     ///
     /// # Errors
-    /// [`DropReason::Replayed`] where the counter was seen, [`DropReason::ReplayWindow`] where it
-    /// lies too far back to tell.
+    /// [`DropReason::Replayed`] if the counter was accepted before, [`DropReason::ReplayWindow`] if
+    /// it is [`Self::WIDTH`] or more behind the highest counter.
     #[inline]
     pub fn check_and_set(&mut self, counter: u64) -> Result<(), DropReason> {
         let word = counter / WORD_BITS;
@@ -98,7 +98,7 @@ mod tests {
     const TOO_OLD: Result<(), DropReason> = Err(DropReason::ReplayWindow);
 
     #[test]
-    fn first_counters_are_taken_once() {
+    fn first_counters_are_accepted_once() {
         let mut window = ReplayWindow::new();
         for counter in [0, 1, 2, 5, 4, 3, 63, 64, 65] {
             assert_eq!(window.check_and_set(counter), Ok(()), "{counter}");
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_seen_in_another_life_is_seen() {
+    fn restored_window_refuses_counters_below_next() {
         for mark in [1, 2, 63, 64, 65, 4_095, 4_096, 1 << 32, (1 << 32) + 77] {
             let mut window = ReplayWindow::after(mark);
             for old in [0, mark / 2, mark.saturating_sub(2), mark - 1] {
@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn the_far_edge_is_exact() {
+    fn window_width_is_exact() {
         let mut window = ReplayWindow::new();
         let top = WIDTH + 1000;
         assert_eq!(window.check_and_set(top), Ok(()));
@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn words_are_cleared_when_the_ring_comes_round() {
+    fn words_are_cleared_when_ring_wraps() {
         let mut window = ReplayWindow::new();
         let ring = WORDS as u64 * WORD_BITS;
         for counter in 0..ring {
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn a_leap_over_the_whole_ring_forgets_everything_before() {
+    fn jump_over_whole_ring_clears_all_words() {
         let mut window = ReplayWindow::new();
         for counter in 0..300 {
             assert_eq!(window.check_and_set(counter), Ok(()));
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_counters_do_not_overflow() {
+    fn highest_counters_do_not_overflow() {
         let mut window = ReplayWindow::new();
         assert_eq!(window.check_and_set(u64::MAX), Ok(()));
         assert_eq!(window.check_and_set(u64::MAX), REPLAYED);
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn window_after_the_highest_mark_takes_nothing() {
+    fn window_restored_at_highest_counter_accepts_nothing() {
         let mut window = ReplayWindow::after(u64::MAX);
         for counter in [u64::MAX, u64::MAX - 1, u64::MAX - WIDTH + 1] {
             assert_eq!(window.check_and_set(counter), REPLAYED, "{counter}");
@@ -182,7 +182,7 @@ mod tests {
     proptest! {
         /// Against a set that forgets nothing.
         #[test]
-        fn agrees_with_a_model(steps in prop::collection::vec((0u64..9000, any::<bool>()), 1..400)) {
+        fn window_agrees_with_reference_model(steps in prop::collection::vec((0u64..9000, any::<bool>()), 1..400)) {
             let mut window = ReplayWindow::new();
             let (mut seen, mut highest) = (HashSet::new(), 0u64);
             for (step, ahead) in steps {

@@ -213,7 +213,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_is_saved_is_read_again() {
+    fn saved_session_round_trips_through_bytes() {
         let addresses = ["192.0.2.1:51900", "[2001:db8::1]:4000", "[fe80::1%7]:51900"];
         for endpoint in addresses.into_iter().map(Some).chain([None]) {
             let bytes = saved(endpoint).to_bytes();
@@ -228,7 +228,7 @@ pub(crate) mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_panic(bytes in prop::collection::vec(any::<u8>(), SAVED_LEN)) {
+        fn random_bytes_do_not_panic(bytes in prop::collection::vec(any::<u8>(), SAVED_LEN)) {
             let bytes: [u8; SAVED_LEN] = bytes.try_into().unwrap();
             if let Some(read) = SavedSession::from_bytes(&bytes) {
                 prop_assert!(SavedSession::from_bytes(&read.to_bytes()).is_some());

@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_sealed_opens_at_the_other_end() {
+    fn sealed_datagram_opens_at_other_end() {
         for cipher in CIPHERS {
             let (a, b) = pair(cipher);
             for (from, to) in [(&a, &b), (&b, &a)] {
@@ -326,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn every_flipped_bit_is_noticed() {
+    fn every_flipped_bit_is_detected() {
         for cipher in CIPHERS {
             let (a, b) = pair(cipher);
             let mut sealed = [0; 40 + OVERHEAD];
@@ -346,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn lanes_directions_and_sessions_have_keys_of_their_own() {
+    fn lanes_and_directions_have_separate_keys() {
         for cipher in CIPHERS {
             let (a, b) = pair(cipher);
             let mut sealed = [0; 8 + OVERHEAD];
@@ -366,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn all_derived_keys_differ() {
+    fn derived_keys_are_all_different() {
         let mut keys = Vec::new();
         for (direction, secret) in [(0, [1; 32]), (1, [2; 32]), (0, [3; 32]), (1, [1; 32])] {
             for cipher in CIPHERS {
@@ -381,7 +381,7 @@ mod tests {
 
     /// Computed with Python's hmac and hashlib, straight from RFC 5869.
     #[test]
-    fn derivation_vectors() {
+    fn derived_keys_match_reference_values() {
         let key = |secret: u8, cipher, direction, lane| {
             let bytes = Derivation::new(&[secret; 32], cipher, direction).bytes(lane).unwrap();
             bytes.iter().map(|b| format!("{b:02x}")).collect::<String>()
@@ -397,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn a_spent_counter_sends_nothing_more() {
+    fn exhausted_counter_seals_nothing() {
         let (a, b) = pair(Cipher::Aes256Gcm);
         let sender = a.sender(0).unwrap();
         sender.set_counter(COUNTER_LIMIT - 1);
@@ -412,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn session_ends_by_age_without_its_engine() {
+    fn session_expires_by_age_without_its_engine() {
         let second = Duration::from_secs(1);
         let established = Time { mono: 100 * second, wall: Duration::ZERO };
         let params = SessionParams { established, ..params(Cipher::Aes256Gcm, true) };
@@ -441,7 +441,7 @@ mod tests {
     }
 
     #[test]
-    fn mark_of_the_highest_counter_does_not_wrap() {
+    fn next_counter_of_highest_counter_does_not_wrap() {
         let (_, session) = pair(Cipher::Aes256Gcm);
         let session = session.kept_by(Some(Box::new(Marks(AtomicU64::new(0)))));
         session.set_highest(0, u64::MAX);
@@ -451,7 +451,7 @@ mod tests {
     }
 
     #[test]
-    fn a_short_buffer_costs_no_counter() {
+    fn short_buffer_consumes_no_counter() {
         let (a, _) = pair(Cipher::Aes256Gcm);
         let sender = a.sender(0).unwrap();
         let mut out = [0; 4 + OVERHEAD];
@@ -461,7 +461,7 @@ mod tests {
     }
 
     #[test]
-    fn impossible_numbers_of_lanes_are_refused() {
+    fn invalid_numbers_of_lanes_are_refused() {
         for lanes in [0, 65, 255] {
             let bad = SessionParams { local_lanes: lanes, ..params(Cipher::Aes256Gcm, true) };
             assert_eq!(Session::new(bad).unwrap_err(), SessionError::Lanes(lanes));

@@ -1,57 +1,69 @@
-//! Every duration of the protocol, in one place.
+//! Timeouts and intervals of the protocol.
 
 use std::time::Duration;
 
-/// The initiator of a session that is in use makes a new one at this age.
+/// Age at which the initiator of a session in use starts a new handshake (WireGuard paper, section
+/// 6.1).
 pub const REKEY_AFTER: Duration = Duration::from_secs(120);
-/// The responder does, where the initiator has not.
+/// Age at which the responder starts a new handshake if the initiator has not: 15 s after
+/// [`REKEY_AFTER`], so that both nodes rarely start at the same time.
 pub(crate) const RESPONDER_REKEY_AFTER_TIME: Duration = Duration::from_secs(135);
-/// Of the sessions that were made with a key that this node has changed, one in so many is renewed at each
-/// tick.
+/// Mean number of ticks over which sessions are renewed after a change of this node's key or MTU:
+/// at each tick a session is renewed with the probability 1 / `RENEWAL_SPREAD_TICKS`.
 pub(crate) const RENEWAL_SPREAD_TICKS: u8 = 8;
-/// A session of this age is over at both ends.
+/// Age at which a session ends at both nodes (WireGuard paper, section 6.1, `Reject-After-Time`).
 pub const SESSION_LIFE: Duration = Duration::from_secs(180);
 
-/// An initiation without an answer is repeated after this, then ever later…
+/// Minimum time between two initiations to a peer. Retries start with this interval plus up to a
+/// quarter of it at random; each later interval is longer by half, up to [`MAX_RETRY_INTERVAL`].
 pub(crate) const MIN_RETRY_INTERVAL: Duration = Duration::from_secs(1);
-/// …but never later than this.
+/// Maximum time between two initiations of a handshake.
 pub(crate) const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(5);
-/// A handshake that nobody has wanted for so long is given up.
+/// Time since the last request after which retries of a handshake stop.
 pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
-/// Retries that fall due within this are sent together, so that many peers mean few wake-ups.
+/// Retries that are due within this time are sent together, which limits the wake-ups of a node
+/// with many peers.
 pub(crate) const RETRY_SLACK: Duration = Duration::from_millis(5);
-/// A session that waits for its initiator's first word is believed in for so long.
+/// Time for which a node waits for the peer's session before it starts a handshake of its own.
 pub(crate) const CONFIRM_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How often the lanes' counters are looked at while there are sessions.
+/// Interval at which the engine reads the sessions' traffic counters while there are sessions.
 pub(crate) const TICK_INTERVAL: Duration = Duration::from_millis(250);
-/// A peer that has not answered for so long is pinged…
+/// Time without an answer after which a peer is pinged. An unreachable peer is pinged at this
+/// interval.
 pub(crate) const SILENT_PING_DELAY: Duration = Duration::from_secs(1);
-/// …again and again after this, until it answers or counts as unreachable: eight times, so that where
-/// 10 % is lost in each direction none is taken for dead (one in 600,000 seconds of silence)…
+/// Minimum interval of pings to a silent peer. The interval is max(250 ms, 2 × RTT), at most 1 s.
+/// At 250 ms, 8 pings fit before [`UNREACHABLE_TIMEOUT`]: with 10 % loss per direction all 8 fail
+/// with probability 0.19^8 ≈ 1.7 · 10^-6.
 pub(crate) const PING_RETRY_INTERVAL: Duration = Duration::from_millis(250);
-/// …and one that answers is, for the round trip, while it is sent to.
+/// Interval of pings to a peer that answers and to which data is sent. They measure the round-trip
+/// time.
 pub(crate) const RTT_PING_INTERVAL: Duration = Duration::from_secs(10);
-/// Pings stop when nothing was sent for so long.
+/// Time since the last data sent after which a session counts as idle: no more pings or probes are
+/// sent.
 pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(15);
-/// A peer that has not answered for so long is unreachable. With two ticks, and until an operator is told,
-/// within 5 seconds.
+/// Time without an answer after which a peer counts as unreachable. With two ticks and the
+/// publication of the state, an operator knows within 5 s.
 pub(crate) const UNREACHABLE_TIMEOUT: Duration = Duration::from_millis(3000);
-/// A peer that has complained for so long that it hears nothing is unreachable too: eight pings, whose
-/// answers it did not hear. With the second before the first of them, as fast.
+/// Time over which a peer must report that it hears nothing from this node until it counts as
+/// unreachable: 8 pings. With the second before the first ping, the detection takes as long as
+/// [`UNREACHABLE_TIMEOUT`].
 pub(crate) const DEAF_TIMEOUT: Duration = Duration::from_millis(1900);
-/// The size in use on a path is checked this often, while something is sent…
+/// Interval at which the path MTU in use is confirmed while data is sent (RFC 8899, section 5.1.1).
 pub(crate) const CONFIRMATION_TIMER: Duration = Duration::from_secs(5);
-/// …and whether more passes than before, this often.
+/// Interval at which a larger path MTU is tried again (RFC 8899, section 5.1.1).
 pub(crate) const PMTU_RAISE_TIMER: Duration = Duration::from_secs(60);
-/// A padded ping without an answer is repeated after this. Ticks are as far apart.
+/// Time after which an unanswered probe is repeated (RFC 8899, section 5.1.1); equal to
+/// [`TICK_INTERVAL`].
 pub(crate) const PROBE_TIMER: Duration = Duration::from_millis(250);
-/// A peer that says nothing for so long is not asked for more.
+/// Time after which the probes of a size are abandoned without a result, because the peer answers
+/// too few short pings. The time is twice as long for sizes in use up to 1280 bytes.
 pub(crate) const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Longer round trips than this are nonsense.
+/// Maximum plausible round-trip time; longer samples are ignored.
 pub(crate) const MAX_ROUND_TRIP: Duration = Duration::from_secs(60);
 
-/// A stranger's datagrams make no more than one handshake a peer in this time…
+/// Minimum interval between the handshakes that datagrams of unknown sessions cause with one peer.
 pub(crate) const UNKNOWN_SESSION_INTERVAL: Duration = Duration::from_secs(2);
-/// …and none where the peer was heard by a session in this time.
+/// Minimum time since the last authentic datagram of a peer before a datagram of an unknown session
+/// causes a handshake with that peer.
 pub(crate) const UNKNOWN_SESSION_SILENT_TIME: Duration = Duration::from_secs(10);

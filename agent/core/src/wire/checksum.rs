@@ -4,10 +4,11 @@ use std::net::IpAddr;
 
 use crate::wire::ip::UDP;
 
-/// Sum of `bytes` as big-endian 16-bit words, folded to 16 bits, on top of `seed`.
+/// Returns the sum of `bytes` as big-endian 16-bit words, plus `seed`, folded to 16 bits. An odd
+/// last byte is padded with zero.
 pub fn sum(bytes: &[u8], seed: u16) -> u16 {
-    // The sum may be taken in native order and swapped at the end (RFC 1071, section 2B), eight
-    // bytes at a time in 32-bit halves, which the compiler makes vector additions of.
+    // RFC 1071, section 2(B): the sum can be taken in native byte order and swapped at the end. The
+    // compiler vectorizes additions of 32-bit words to a 64-bit sum.
     let mut total: u64 = 0;
     let mut chunks = bytes.chunks_exact(4);
     for chunk in &mut chunks {
@@ -20,7 +21,7 @@ pub fn sum(bytes: &[u8], seed: u16) -> u16 {
     fold(u64::from(u16::from_ne_bytes(native.to_be_bytes())) + u64::from(seed))
 }
 
-/// Whether the checksum of an IPv4 header without options is right.
+/// Returns true if the checksum of an IPv4 header without options is correct.
 #[inline]
 pub fn header_is_right(header: &[u8; 20]) -> bool {
     let mut total = 0;
@@ -28,8 +29,8 @@ pub fn header_is_right(header: &[u8; 20]) -> bool {
         let [a, b, c, d] = [header[at], header[at + 1], header[at + 2], header[at + 3]];
         total += u64::from(u32::from_ne_bytes([a, b, c, d]));
     }
-    // A sum with end-around carry is the remainder by 0xffff; all ones stand for zero. That the
-    // total is not zero itself is sure, since a header has a version.
+    // One's complement addition is addition modulo 0xffff, in which all ones equal zero. A header
+    // that is zero throughout would pass, but a header has a version.
     total % 0xffff == 0
 }
 
@@ -41,8 +42,8 @@ pub fn fold(mut sum: u64) -> u16 {
     sum as u16
 }
 
-/// The checksum field for the sum over pseudo-header and transport. UDP sends a zero as all ones,
-/// since its zero means that there is none (RFC 768); TCP's zero is kept.
+/// Returns the checksum field for a sum over pseudo-header and transport. A zero becomes all ones
+/// for UDP, which uses zero for "no checksum" (RFC 768), and stays zero for TCP.
 pub fn finish(sum: u16, protocol: u8) -> [u8; 2] {
     match !sum {
         0 if protocol == UDP => [0xff; 2],
@@ -50,8 +51,8 @@ pub fn finish(sum: u16, protocol: u8) -> [u8; 2] {
     }
 }
 
-/// Sum of the pseudo-header (RFC 9293 section 3.1, RFC 8200 section 8.1); `length` is that of the
-/// transport header and payload in bytes.
+/// Returns the sum of the pseudo-header (RFC 9293, section 3.1; RFC 8200, section 8.1). `length` is
+/// the length of transport header and payload in bytes.
 pub fn pseudo_header(source: IpAddr, destination: IpAddr, protocol: u8, length: usize) -> u16 {
     let mut seed = u64::from(protocol) + (length as u64 & 0xffff) + (length as u64 >> 16);
     for address in [source, destination] {
@@ -68,7 +69,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// RFC 1071, section 1, as it is written there.
+    /// Computes the sum word by word, as RFC 1071, section 1 defines it.
     fn naive(bytes: &[u8]) -> u16 {
         let mut sum = 0u32;
         for pair in bytes.chunks(2) {
@@ -81,12 +82,12 @@ mod tests {
     }
 
     #[test]
-    fn example_of_rfc_1071() {
+    fn sum_of_rfc_1071_example_matches() {
         assert_eq!(sum(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7], 0), 0xddf2);
     }
 
     #[test]
-    fn a_header_is_right_or_not() {
+    fn header_check_detects_every_changed_byte() {
         let mut header = [0x45, 0, 0, 60, 1, 2, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2];
         assert!(!header_is_right(&header));
         let sum = !naive(&header);
@@ -100,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn pseudo_header_counts_every_field() {
+    fn pseudo_header_sums_every_field() {
         let v4 = pseudo_header([1, 2, 3, 4].into(), [5, 6, 7, 8].into(), 17, 9);
         assert_eq!(v4, naive(&[1, 2, 3, 4, 5, 6, 7, 8, 0, 17, 0, 9]));
         let (a, b) = (std::net::Ipv6Addr::LOCALHOST, std::net::Ipv6Addr::UNSPECIFIED);
@@ -110,7 +111,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn agrees_with_the_definition(bytes in prop::collection::vec(any::<u8>(), 0..3000), seed: u16) {
+        fn sum_agrees_with_rfc_1071(bytes in prop::collection::vec(any::<u8>(), 0..3000), seed: u16) {
             let expected = fold(u64::from(naive(&bytes)) + u64::from(seed));
             prop_assert_eq!(sum(&bytes, seed), expected);
         }

@@ -1,8 +1,8 @@
-//! The ECN field of IP headers (RFC 3168) and the rules by which a tunnel carries it (RFC 6040).
+//! The ECN field of IP headers (RFC 3168) and its handling by tunnels (RFC 6040).
 //!
-//! At encapsulation the outer field is a copy of the inner one (RFC 6040 section 4.1, normal mode),
-//! or Not-ECT towards a peer that does not decapsulate by these rules (section 4.3). At
-//! decapsulation [`Ecn::decapsulate`] combines both fields (section 4.2). The DSCP is not copied.
+//! Encapsulation copies the inner field to the outer header (RFC 6040, section 4.1, normal mode),
+//! or sets Not-ECT for a peer that does not decapsulate by these rules (section 4.3). Decapsulation
+//! combines both fields ([`Ecn::decapsulate`], section 4.2). The DSCP is not copied.
 
 /// ECN field: the two lowest bits of the IPv4 type of service or the IPv6 traffic class.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -20,7 +20,7 @@ pub enum Ecn {
 }
 
 impl Ecn {
-    /// Reads the field from a type of service or traffic class; the DSCP bits are ignored.
+    /// Returns the field of a type of service or traffic class; the DSCP bits are ignored.
     #[inline]
     pub const fn from_tos(tos: u8) -> Self {
         match tos & 0b11 {
@@ -31,7 +31,7 @@ impl Ecn {
         }
     }
 
-    /// Reads the field of an IP packet that holds at least two bytes; `NotEct` of anything shorter.
+    /// Returns the field of an IP packet; `NotEct` if the packet has fewer than two bytes.
     #[inline]
     pub fn of(packet: &[u8]) -> Self {
         match *packet {
@@ -41,9 +41,9 @@ impl Ecn {
         }
     }
 
-    /// Combines this inner field with the `outer` one of the datagram that carried the packet
-    /// (RFC 6040 section 4.2, figure 4). `None` means that the packet must be dropped: it met
-    /// congestion, and its transport would not react to a mark.
+    /// Combines this inner field with the `outer` field of the datagram that carried the packet
+    /// (RFC 6040, section 4.2, figure 4). Returns `None` if the packet must be dropped: the outer
+    /// field says congestion, and the inner transport would not react to a mark.
     #[inline]
     pub const fn decapsulate(self, outer: Self) -> Option<Self> {
         match (self, outer) {
@@ -54,9 +54,9 @@ impl Ecn {
         }
     }
 
-    /// Writes the field into an IP packet and updates the IPv4 header checksum by the difference
+    /// Writes the field into an IP packet and adjusts the IPv4 header checksum by the difference
     /// (RFC 1624), so that a wrong checksum stays wrong. Transport checksums do not cover the
-    /// field. A packet shorter than its header is left unchanged.
+    /// field. Does not change a packet that is shorter than its header.
     pub fn write(self, packet: &mut [u8]) {
         let bits = self as u8;
         match packet {
@@ -86,8 +86,8 @@ mod tests {
 
     const ALL: [Ecn; 4] = [Ecn::NotEct, Ecn::Ect0, Ecn::Ect1, Ecn::Ce];
 
-    /// RFC 6040 section 4.2, figure 4: a row for each inner field, outer fields in the order of
-    /// `ALL`.
+    /// The table of RFC 6040, section 4.2, figure 4: one row for each inner field, with the outer
+    /// fields in the order of `ALL`.
     #[test]
     fn decapsulation_follows_the_table_of_rfc_6040() {
         let table = [

@@ -1,68 +1,69 @@
-//! The 16 bytes in front of every message.
+//! The outer header: the 16 bytes at the start of every Skein datagram.
 
 use crate::drop::DropReason;
 
-/// Length of a header in bytes.
+/// Length of the outer header in bytes.
 pub const HEADER_LEN: usize = 16;
 /// Length of an AEAD tag in bytes.
 pub const TAG_LEN: usize = 16;
-/// What a datagram is longer than its plaintext, in bytes.
+/// Length of a data datagram beyond its plaintext in bytes: header and tag.
 pub const OVERHEAD: usize = HEADER_LEN + TAG_LEN;
-/// The lane byte of everything but data.
+/// Lane byte of all messages except data.
 pub const CONTROL_LANE: u8 = 0xff;
-/// Most lanes a node may have.
+/// Maximum number of lanes of a node.
 pub const MAX_LANES: usize = 64;
 
-/// What a message is.
+/// Type of a message, byte 0 of the header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum MessageType {
-    /// First handshake message.
+    /// First handshake message, sent by the initiator.
     Initiation = 1,
-    /// Second handshake message.
+    /// Second handshake message, sent by the responder.
     Response = 2,
-    /// Come again with this cookie.
+    /// Cookie for an initiator whose responder is under load.
     CookieReply = 3,
-    /// Inner packets.
+    /// Encrypted inner IP packets.
     Data = 4,
-    /// The engine's own messages within a session.
+    /// Encrypted message between two engines (ping or pong).
     Control = 5,
 }
 
-/// Flags of a data message.
+/// Flags of a data message, byte 1 of the header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
 pub struct Flags(u8);
 
 impl Flags {
-    /// Inner TCP and UDP checksums hold the pseudo-header's sum only.
+    /// The inner TCP and UDP checksum fields hold the sum of the pseudo-header only.
     pub const PARTIAL_CHECKSUM: Flags = Flags(1);
 
-    /// Whether all of `other` are set.
+    /// Returns true if all flags of `other` are set.
     pub const fn contains(self, other: Flags) -> bool {
         self.0 & other.0 == other.0
     }
 }
 
-/// A message's header, valid.
+/// A valid outer header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
-    /// What follows.
+    /// Type of the message.
     pub kind: MessageType,
-    /// How to read it.
+    /// Flags; empty unless the message is data.
     pub flags: Flags,
-    /// The sender's lane.
+    /// Lane of the sender, 0 to 63 for data; [`CONTROL_LANE`] for other messages.
     pub lane: u8,
-    /// Index of the session or handshake at the receiver.
+    /// Index of the session or handshake at the receiver; 0 in initiations.
     pub receiver: u32,
-    /// Number of the message.
+    /// Nonce counter of data and control messages; 0 in handshake messages.
     pub counter: u64,
 }
 
 impl Header {
-    /// Reads the header of a datagram.
+    /// Parses the header of a datagram.
     ///
     /// # Errors
-    /// [`DropReason::OuterHeader`].
+    /// [`DropReason::OuterHeader`] if the datagram is shorter than [`HEADER_LEN`], if the type is
+    /// unknown, if reserved bits are set, or if the lane does not fit the type.
     #[inline]
     pub fn parse(datagram: &[u8]) -> Result<Header, DropReason> {
         let Some((head, _)) = datagram.split_first_chunk::<HEADER_LEN>() else {
@@ -91,7 +92,7 @@ impl Header {
         })
     }
 
-    /// The header's bytes.
+    /// Encodes the header.
     #[inline]
     pub fn to_bytes(self) -> [u8; HEADER_LEN] {
         let mut out = [0; HEADER_LEN];

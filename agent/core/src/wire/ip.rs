@@ -1,4 +1,4 @@
-//! Views of inner IP headers: parsed once, then trusted.
+//! Parsed headers of inner IP packets.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::Range;
@@ -21,34 +21,35 @@ pub const UDP: u8 = 17;
 /// IPv6 next header of a fragment (RFC 8200, section 4.5).
 const FRAGMENT: u8 = 44;
 
-/// Whether this IPv6 next header is that of an extension header (IANA's registry of them, without
-/// ESP, behind which nothing can be read).
+/// Returns true if this IPv6 next header is an extension header (IANA registry "IPv6 Extension
+/// Header Types", without ESP, which hides everything after it).
 pub const fn is_extension_header(protocol: u8) -> bool {
     matches!(protocol, 0 | 43 | FRAGMENT | 51 | 60 | 135 | 139 | 140)
 }
 
-/// What is known of one IP packet after its header was checked (RFC 791, RFC 8200).
+/// The checked header of an IP packet (RFC 791, RFC 8200).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct IpHeader {
     /// Source address.
     pub source: IpAddr,
     /// Destination address.
     pub destination: IpAddr,
-    /// Bytes before the payload: with IPv4 options; 40 for IPv6, whose extension headers count as
-    /// payload.
+    /// Length of the header in bytes: with options for IPv4, always 40 for IPv6. IPv6 extension
+    /// headers are part of the payload.
     pub header_len: usize,
-    /// Length of the whole packet in bytes; at least `header_len`, at most that of the buffer.
+    /// Length of the packet in bytes, from `header_len` up to the length of the buffer.
     pub total_len: usize,
     /// IPv4 protocol or IPv6 next header.
     pub protocol: u8,
-    /// Whether it is a fragment (IPv4 only; an IPv6 fragment has `protocol` 44).
+    /// True for a fragment of IPv4. A fragment of IPv6 has the `protocol` 44 instead.
     pub fragment: bool,
-    /// ECN field of the type of service or traffic class.
+    /// ECN field of the type of service (IPv4) or traffic class (IPv6).
     pub ecn: Ecn,
 }
 
 impl IpHeader {
-    /// Parses the packet at the start of `bytes`, which may go on behind it.
+    /// Parses the packet at the start of `bytes`; bytes may follow the packet. Returns `None` if
+    /// the version is neither 4 nor 6, or if a length exceeds the buffer.
     #[inline]
     pub fn parse(bytes: &[u8]) -> Option<IpHeader> {
         match bytes.first()? >> 4 {
@@ -58,15 +59,16 @@ impl IpHeader {
         }
     }
 
-    /// Whether this is IPv6.
+    /// Returns true for IPv6.
     #[inline]
     pub fn is_v6(&self) -> bool {
         self.source.is_ipv6()
     }
 
-    /// Protocol and offset in bytes of the transport header, behind whatever extension headers lie
-    /// before it (RFC 8200: hop-by-hop options, routing, destination options). `packet` is what
-    /// was parsed. `None` for fragments and where a header reaches beyond the packet.
+    /// Returns the protocol and the offset in bytes of the transport header. Skips the IPv6
+    /// extension headers hop-by-hop options, routing and destination options (RFC 8200, section 4).
+    /// `packet` is the packet that was parsed. Returns `None` for fragments and if a header exceeds
+    /// the packet.
     pub fn transport(&self, packet: &[u8]) -> Option<(u8, usize)> {
         if self.fragment {
             return None;
@@ -80,17 +82,17 @@ impl IpHeader {
         (at <= self.total_len && protocol != FRAGMENT).then_some((protocol, at))
     }
 
-    /// Offset in bytes of the TCP or UDP checksum, where it lies right behind the IP header: only
-    /// there can a checksum cross the tunnel partial.
+    /// Returns the offset in bytes of the TCP or UDP checksum field if the transport header follows
+    /// the IP header directly. Only there can a checksum cross the tunnel in partial form.
     #[inline]
     pub fn checksum_field(&self) -> Option<usize> {
-        let (offset, least) = match self.protocol {
+        let (offset, min_len) = match self.protocol {
             TCP => (16, 20),
             UDP => (6, 8),
             _ => return None,
         };
-        let whole = !self.fragment && self.total_len >= self.header_len + least;
-        whole.then_some(self.header_len + offset)
+        let has_header = !self.fragment && self.total_len >= self.header_len + min_len;
+        has_header.then_some(self.header_len + offset)
     }
 
     #[inline]
@@ -107,7 +109,7 @@ impl IpHeader {
             header_len,
             total_len,
             protocol: head[9],
-            // MF, or an offset
+            // More fragments (MF) or an offset.
             fragment: u16::from_be_bytes([head[6], head[7]]) & 0x3fff != 0,
             ecn: Ecn::from_tos(head[1]),
         })
@@ -133,7 +135,8 @@ impl IpHeader {
     }
 }
 
-/// Walks the packets of a plaintext: each as long as its length field says, no rest allowed.
+/// Iterates over the packets of a plaintext, each as long as its length field says. The last item
+/// is an error if the plaintext does not end with a packet.
 pub fn packets(
     plaintext: &[u8],
 ) -> impl Iterator<Item = Result<(Range<usize>, IpHeader), DropReason>> + '_ {
@@ -176,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn both_versions_are_read() {
+    fn both_ip_versions_are_parsed() {
         let ip = IpHeader::parse(&v4(60, 24)).unwrap();
         assert_eq!((ip.header_len, ip.total_len, ip.protocol, ip.fragment), (24, 60, TCP, false));
         assert_eq!(ip.destination.to_string(), "10.0.0.2");
@@ -186,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn fragments_are_told() {
+    fn ipv4_fragments_are_recognized() {
         for (bytes, fragment) in [([0x20, 0], true), ([0, 1], true), ([0x40, 0], false)] {
             let mut packet = v4(40, 20);
             packet[6..8].copy_from_slice(&bytes);
@@ -195,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn lengths_that_contradict_the_buffer_are_refused() {
+    fn lengths_beyond_the_buffer_are_refused() {
         assert!(IpHeader::parse(&[]).is_none());
         assert!(IpHeader::parse(&v4(60, 20)[..59]).is_none());
         assert!(IpHeader::parse(&v4(40, 16)).is_none());
@@ -207,11 +210,11 @@ mod tests {
     }
 
     #[test]
-    fn the_transport_header_is_found_behind_extension_headers() {
+    fn transport_header_is_found_after_extension_headers() {
         let plain = v6(8);
         assert_eq!(IpHeader::parse(&plain).unwrap().transport(&plain), Some((UDP, 40)));
         let mut packet = v6(8 + 16 + 20);
-        // hop-by-hop options of 8 bytes, destination options of 16, TCP
+        // Hop-by-hop options of 8 bytes, destination options of 16 bytes, TCP.
         (packet[6], packet[40], packet[48], packet[49]) = (0, 60, TCP, 1);
         let ip = IpHeader::parse(&packet).unwrap();
         assert_eq!(ip.transport(&packet), Some((TCP, 64)));
@@ -226,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn the_checksum_lies_behind_the_ip_header() {
+    fn checksum_field_follows_the_ip_header() {
         for (packet, field) in
             [(v4(40, 20), Some(36)), (v4(44, 24), Some(40)), (v4(39, 20), None), (v6(8), Some(46))]
         {
@@ -235,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bundle_is_walked_to_its_end() {
+    fn bundle_is_iterated_to_its_end() {
         let bundle = [v4(40, 20), v6(8), v4(21, 20)].concat();
         let ranges: Vec<_> = packets(&bundle).map(|p| p.unwrap().0).collect();
         assert_eq!(ranges, [0..40, 40..88, 88..109]);
@@ -247,7 +250,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_extension_header_panics(
+        fn random_extension_headers_do_not_panic(
             mut bytes in prop::collection::vec(any::<u8>(), 40..200),
             headers in prop::collection::vec(prop::sample::select(vec![0u8, 43, 60, 44, 6]), 5),
         ) {
@@ -264,7 +267,7 @@ mod tests {
         }
 
         #[test]
-        fn no_bundle_panics_and_ranges_follow_each_other(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        fn random_bundles_yield_contiguous_ranges(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             let mut at = 0;
             for packet in packets(&bytes) {
                 let Ok((range, ip)) = packet else { break };

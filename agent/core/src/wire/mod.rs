@@ -1,4 +1,4 @@
-//! What is on the wire: the outer header, inner headers, checksums.
+//! Formats of the outer header and of inner packets: headers, ECN field, checksums.
 
 pub mod checksum;
 pub mod ecn;

@@ -1,18 +1,18 @@
-//! TCP's flags (RFC 9293, section 3.1; RFC 3168), as they lie in byte 13 of its header.
+//! TCP flags (RFC 9293, section 3.1; RFC 3168, section 6.1): bits of byte 13 of the TCP header.
 
-/// No more data.
+/// FIN: the sender has no more data.
 pub const FIN: u8 = 0x01;
-/// Synchronize.
+/// SYN: synchronize sequence numbers.
 pub const SYN: u8 = 0x02;
-/// Reset.
+/// RST: reset the connection.
 pub const RST: u8 = 0x04;
-/// Push.
+/// PSH: deliver the data without delay.
 pub const PSH: u8 = 0x08;
-/// The acknowledgement counts.
+/// ACK: the acknowledgement field is valid.
 pub const ACK: u8 = 0x10;
-/// The urgent pointer counts.
+/// URG: the urgent pointer is valid.
 pub const URG: u8 = 0x20;
-/// Congestion was met.
+/// ECE: the receiver has seen a congestion mark.
 pub const ECE: u8 = 0x40;
-/// The congestion window was reduced.
+/// CWR: the sender has reduced its congestion window.
 pub const CWR: u8 = 0x80;

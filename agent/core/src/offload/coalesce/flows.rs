@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn flows_are_found_by_their_hash_until_removed() {
+    fn flows_are_found_by_hash_until_removed() {
         let mut open = OpenFlows::new();
         assert_eq!((open.last(), open.all().count()), (None, 0));
         for (item, hash) in [5, 0, 5].into_iter().enumerate() {
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_makes_room() {
+    fn oldest_flow_is_replaced_when_full() {
         let mut open = OpenFlows::new();
         for item in 0..SLOTS + 2 {
             open.insert(item as u32, item);

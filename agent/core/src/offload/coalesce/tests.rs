@@ -25,7 +25,7 @@ fn changed(count: usize, index: usize, change: impl FnOnce(&mut Packet)) -> Vec<
 }
 
 #[test]
-fn next_in_sequence_packets_merge() {
+fn consecutive_tcp_segments_merge() {
     for v6 in [false, true] {
         let packets: Vec<_> = train(5).into_iter().map(|p| p.with(|p| p.v6 = v6)).collect();
         let written = coalesce(&packets);
@@ -39,14 +39,14 @@ fn next_in_sequence_packets_merge() {
 }
 
 #[test]
-fn datagrams_of_one_size_merge() {
+fn equal_datagrams_merge() {
     let written = coalesce(&datagrams(4));
     assert_eq!(written.len(), 1);
     assert_eq!((written[0].vnet.gso_type, written[0].vnet.gso_size), (vnet::GSO_UDP_L4, 100));
 }
 
 #[test]
-fn special_flags_go_verbatim_and_seal_the_flow() {
+fn special_flags_are_verbatim_and_flush_flow() {
     for flag in [SYN, FIN, RST, URG, CWR] {
         let packets = changed(4, 1, |p| p.flags |= flag);
         assert_eq!(shape(&packets), [1, 1, 2], "flag {flag:#x}");
@@ -65,14 +65,14 @@ fn special_flags_go_verbatim_and_seal_the_flow() {
 }
 
 #[test]
-fn a_zero_length_datagram_goes_verbatim_and_seals() {
+fn empty_datagram_is_verbatim_and_flushes_flow() {
     let mut packets = datagrams(4);
     packets[1].payload.clear();
     assert_eq!(shape(&packets), [1, 1, 2]);
 }
 
 #[test]
-fn empty_segment_goes_verbatim_and_seals_its_flow() {
+fn empty_segment_is_verbatim_and_flushes_flow() {
     for (v6, flags) in [(false, ACK), (true, ACK), (false, ACK | ECE), (true, ACK | PSH)] {
         let mut packets = train(4);
         packets.insert(2, Packet::tcp(200, 0).flags(flags));
@@ -99,14 +99,14 @@ fn sack_blocks_are_written_before_later_data() {
 }
 
 #[test]
-fn ece_merges_with_equal_ece_only() {
+fn ece_merges_only_with_ece() {
     let all: Vec<_> = train(3).into_iter().map(|p| p.flags(ACK | ECE)).collect();
     assert_eq!(shape(&all), [3]);
     assert_eq!(shape(&changed(3, 1, |p| p.flags |= ECE)), [1, 1, 1]);
 }
 
 #[test]
-fn psh_merges_and_closes() {
+fn psh_segment_merges_and_flushes_flow() {
     let packets = changed(4, 1, |p| p.flags |= PSH);
     assert_eq!(shape(&packets), [2, 2]);
     let written = coalesce(&packets);
@@ -139,7 +139,7 @@ fn different_headers_never_merge() {
 }
 
 #[test]
-fn the_flow_label_counts() {
+fn different_flow_labels_never_merge() {
     let packets: Vec<_> = train(2).into_iter().map(|p| p.with(|p| p.v6 = true)).collect();
     let mut bytes: Vec<_> = packets.iter().map(|p| (p.bytes(), p.checksum)).collect();
     bytes[1].0[3] ^= 1;
@@ -147,14 +147,14 @@ fn the_flow_label_counts() {
 }
 
 #[test]
-fn ect0_then_ect1_do_not_make_congestion_experienced() {
+fn ect0_and_ect1_never_merge() {
     let packets = [Packet::tcp(0, S).with(|p| p.tos = 2), Packet::tcp(100, S).with(|p| p.tos = 1)];
     let tos: Vec<_> = coalesce(&packets).iter().map(|w| w.bytes[1]).collect();
     assert_eq!(tos, [2, 1]);
 }
 
 #[test]
-fn a_short_tail_merges_and_closes_and_a_longer_packet_starts_anew() {
+fn short_tail_flushes_and_longer_packet_starts_new() {
     let tail = [Packet::tcp(0, 100), Packet::tcp(100, 1), Packet::tcp(101, 100)];
     assert_eq!(shape(&tail), [2, 1]);
     let longer = [Packet::tcp(0, 50), Packet::tcp(50, 100), Packet::tcp(150, 100)];
@@ -164,7 +164,7 @@ fn a_short_tail_merges_and_closes_and_a_longer_packet_starts_anew() {
 }
 
 #[test]
-fn psh_in_the_middle_gives_two_superpackets() {
+fn psh_in_middle_gives_two_superpackets() {
     let packets = [
         Packet::tcp(1, 100),
         Packet::tcp(101, 100).flags(ACK | PSH),
@@ -175,7 +175,7 @@ fn psh_in_the_middle_gives_two_superpackets() {
 }
 
 #[test]
-fn without_df_the_ids_must_follow_each_other() {
+fn ids_must_be_consecutive_without_df() {
     let ids = |ids: [u16; 3]| -> Vec<Packet> {
         let packets = train(3).into_iter().zip(ids);
         packets.map(|(p, id)| p.with(|p| (p.dont_fragment, p.id) = (false, id))).collect()
@@ -186,7 +186,7 @@ fn without_df_the_ids_must_follow_each_other() {
 }
 
 #[test]
-fn ip_options_and_fragments_go_verbatim_and_seal() {
+fn ip_options_and_fragments_are_verbatim_and_flush() {
     // Datagrams, since nothing but the seal keeps their order.
     let change_second = |change: &dyn Fn(&mut Packet)| {
         let mut packets = datagrams(4);
@@ -205,7 +205,7 @@ fn ip_options_and_fragments_go_verbatim_and_seal() {
 }
 
 #[test]
-fn ipv6_extension_headers_go_verbatim_and_seal() {
+fn ipv6_extension_headers_are_verbatim_and_flush() {
     let packets: Vec<_> = datagrams(4).into_iter().map(|p| p.with(|p| p.v6 = true)).collect();
     for header in [0, 43, 44, 51, 60, 135, 139, 140] {
         let mut bytes: Vec<_> = packets.iter().map(|p| (p.bytes(), p.checksum)).collect();
@@ -218,7 +218,7 @@ fn ipv6_extension_headers_go_verbatim_and_seal() {
 }
 
 #[test]
-fn a_retransmit_stays_later() {
+fn retransmission_stays_in_place() {
     let packets = [Packet::tcp(0, S), Packet::tcp(100, S), Packet::tcp(0, S)];
     let written = coalesce(&packets);
     assert_eq!(written.iter().map(|w| w.segments).collect::<Vec<_>>(), [2, 1]);
@@ -226,7 +226,7 @@ fn a_retransmit_stays_later() {
 }
 
 #[test]
-fn a_right_full_checksum_merges_and_a_wrong_one_never_does() {
+fn full_checksum_merges_only_if_correct() {
     let full = |p: Packet| p.with(|p| p.checksum = Checksum::Full);
     let packets: Vec<_> = train(4).into_iter().map(full).collect();
     assert_eq!(shape(&packets), [4]);
@@ -245,7 +245,7 @@ fn a_right_full_checksum_merges_and_a_wrong_one_never_does() {
 }
 
 #[test]
-fn an_ipv4_udp_checksum_of_zero_stays_zero() {
+fn ipv4_udp_checksum_of_zero_stays_zero() {
     let mut packet = Packet::udp(S).with(|p| p.checksum = Checksum::Full).bytes();
     packet[26..28].copy_from_slice(&[0, 0]);
     let written =
@@ -255,7 +255,7 @@ fn an_ipv4_udp_checksum_of_zero_stays_zero() {
 }
 
 #[test]
-fn single_partial_packets_tell_the_kernel_where_the_checksum_goes() {
+fn single_packet_header_names_partial_checksum_place() {
     for (packet, start, offset) in [
         (Packet::tcp(0, 0), 20, 16),
         (Packet::udp(5), 20, 6),
@@ -275,7 +275,7 @@ fn single_partial_packets_tell_the_kernel_where_the_checksum_goes() {
 }
 
 #[test]
-fn a_partial_checksum_that_cannot_be_is_ignored() {
+fn impossible_partial_checksum_is_ignored() {
     let mut icmp = Packet::udp(20).bytes();
     icmp[9] = 1;
     let fragment = Packet::udp(20).with(|p| (p.dont_fragment, p.more_fragments) = (false, true));
@@ -288,7 +288,7 @@ fn a_partial_checksum_that_cannot_be_is_ignored() {
 }
 
 #[test]
-fn without_checksum_offload_partial_checksums_are_completed_and_nothing_merges() {
+fn disabled_checksum_offload_completes_and_never_merges() {
     let config = CoalesceConfig { partial_checksum: false, ..ALL };
     for packets in [train(3), datagrams(3)] {
         let bytes: Vec<_> = packets.iter().map(|p| (p.bytes(), Checksum::Partial)).collect();
@@ -302,7 +302,7 @@ fn without_checksum_offload_partial_checksums_are_completed_and_nothing_merges()
 }
 
 #[test]
-fn a_computed_udp_checksum_of_zero_is_sent_as_all_ones() {
+fn computed_udp_checksum_of_zero_becomes_all_ones() {
     // Find a payload whose sum comes out as zero.
     let packet = (0..=u16::MAX)
         .map(|word| Packet::udp(2).with(|p| p.payload = word.to_be_bytes().to_vec()))
@@ -317,7 +317,7 @@ fn a_computed_udp_checksum_of_zero_is_sent_as_all_ones() {
 }
 
 #[test]
-fn each_protocol_can_be_left_alone() {
+fn each_protocol_can_be_disabled() {
     let only = |tcp, udp| CoalesceConfig { tcp, udp, partial_checksum: true };
     let bytes = |packets: Vec<Packet>| -> Vec<_> {
         packets.iter().map(|p| (p.bytes(), p.checksum)).collect()
@@ -328,7 +328,7 @@ fn each_protocol_can_be_left_alone() {
 }
 
 #[test]
-fn superpackets_stay_within_the_kernels_bounds() {
+fn superpackets_stay_within_kernel_limits() {
     let large: Vec<_> = (0..60).map(|i| Packet::tcp(i * 1400, 1400)).collect();
     let written = coalesce(&large);
     assert!(written.iter().all(|w| w.bytes.len() <= 65_535));
@@ -338,7 +338,7 @@ fn superpackets_stay_within_the_kernels_bounds() {
 }
 
 #[test]
-fn flows_that_take_turns_merge_each_on_its_own() {
+fn alternating_flows_merge_separately() {
     let flow = |port: u16| move |p: Packet| p.with(|p| p.source_port = port);
     let packets: Vec<_> =
         train(4).into_iter().flat_map(|p| [1, 2, 3].map(|port| flow(port)(p.clone()))).collect();
@@ -346,7 +346,7 @@ fn flows_that_take_turns_merge_each_on_its_own() {
 }
 
 #[test]
-fn what_is_not_tcp_or_udp_passes_through() {
+fn other_protocols_are_written_verbatim() {
     for protocol in [1u8, 47, 132] {
         let mut bytes = Packet::udp(S).bytes();
         bytes[9] = protocol;
@@ -356,7 +356,7 @@ fn what_is_not_tcp_or_udp_passes_through() {
 }
 
 #[test]
-fn a_wrong_ip_header_checksum_is_neither_merged_nor_repaired() {
+fn wrong_ip_header_checksum_is_not_merged_or_repaired() {
     for checksum in [Checksum::Partial, Checksum::Full] {
         for wrong in 0..3 {
             let right = |p: Packet| p.with(|p| p.checksum = checksum);
@@ -370,7 +370,7 @@ fn a_wrong_ip_header_checksum_is_neither_merged_nor_repaired() {
 }
 
 #[test]
-fn a_length_that_differs_from_the_buffer_is_no_candidate() {
+fn packet_with_wrong_length_is_not_merged() {
     let packets = train(3);
     for (from, to) in [(0, 1), (0, -1), (0, -140), (1, 0)] {
         let mut arena = packets.iter().flat_map(Packet::bytes).collect::<Vec<u8>>();
@@ -392,7 +392,7 @@ fn a_length_that_differs_from_the_buffer_is_no_candidate() {
 }
 
 #[test]
-fn what_seals_a_flow_leaves_others_alone() {
+fn flushed_flow_does_not_affect_other_flows() {
     let other = |p: Packet| p.with(|p| p.source_port = 9);
     for flag in [SYN, FIN, RST, URG, CWR] {
         let packets =
@@ -407,7 +407,7 @@ fn what_seals_a_flow_leaves_others_alone() {
 }
 
 #[test]
-fn a_fragment_seals_every_flow_of_its_addresses() {
+fn fragment_flushes_all_flows_of_its_addresses() {
     let fragment = Packet::udp(S).with(|p| {
         (p.dont_fragment, p.more_fragments, p.source_port) = (false, true, 77);
     });
@@ -415,7 +415,7 @@ fn a_fragment_seals_every_flow_of_its_addresses() {
 }
 
 #[test]
-fn a_header_too_short_is_no_candidate() {
+fn short_header_is_not_merged() {
     for (v6, udp, transport) in
         [(false, false, 19), (false, true, 7), (true, false, 19), (true, true, 7)]
     {
@@ -434,7 +434,7 @@ fn a_header_too_short_is_no_candidate() {
 }
 
 #[test]
-fn a_changed_configuration_does_not_reorder() {
+fn changed_configuration_keeps_order() {
     let mut coalescer = Coalescer::new(ALL);
     let packets = datagrams(3);
     let mut arena = packets.iter().flat_map(Packet::bytes).collect::<Vec<u8>>();
@@ -452,7 +452,7 @@ fn a_changed_configuration_does_not_reorder() {
 
 proptest! {
     #[test]
-    fn no_input_panics_and_nothing_is_lost(
+    fn random_packets_do_not_panic_or_get_lost(
         packets in prop::collection::vec(
             (prop::collection::vec(any::<u8>(), 20..120), prop::sample::select(vec![0x45u8, 0x46, 0x60]),
              prop::sample::select(vec![6u8, 17, 1]), any::<bool>()), 0..20),
@@ -508,7 +508,7 @@ proptest! {
     /// Several flows of all kinds in any order, most of it in sequence, a little of it strange:
     /// what is written, split again, is what was pushed.
     #[test]
-    fn what_is_written_is_what_was_pushed(
+    fn written_packets_equal_pushed_packets(
         steps in prop::collection::vec(
             (0u16..4, prop::sample::select(vec![100usize, 100, 100, 100, 33, 1, 0, 101]), 0u8..40),
             1..60,

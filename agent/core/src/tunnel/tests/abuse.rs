@@ -27,7 +27,7 @@ fn caught(kind: MessageType) -> (Lab, usize, Datagram) {
 }
 
 #[test]
-fn every_flipped_byte_of_a_handshake_is_refused_and_the_real_one_still_accepted() {
+fn handshake_with_flipped_byte_is_refused() {
     for kind in [MessageType::Initiation, MessageType::Response, MessageType::Control] {
         let (mut lab, to, datagram) = caught(kind);
         let len = datagram.payload.len();
@@ -55,7 +55,7 @@ fn every_flipped_byte_of_a_handshake_is_refused_and_the_real_one_still_accepted(
 
 /// As above, but by somebody who knows the receiver's public key and repairs the first check.
 #[test]
-fn every_flipped_byte_with_a_repaired_check_is_refused() {
+fn handshake_with_flipped_byte_and_valid_mac1_is_refused() {
     for kind in [MessageType::Initiation, MessageType::Response] {
         let (mut lab, to, datagram) = caught(kind);
         let keys = MacKeys::new(&lab.key(to));
@@ -82,7 +82,7 @@ fn every_flipped_byte_with_a_repaired_check_is_refused() {
 }
 
 #[test]
-fn cut_and_stretched_handshakes_are_refused() {
+fn truncated_and_extended_handshakes_are_refused() {
     for kind in [MessageType::Initiation, MessageType::Response] {
         let (mut lab, to, datagram) = caught(kind);
         let before = lab.view(to, 1 - to).receive.len();
@@ -99,7 +99,7 @@ fn cut_and_stretched_handshakes_are_refused() {
 }
 
 #[test]
-fn a_replayed_initiation_is_refused_even_after_its_session() {
+fn replayed_initiation_is_refused_after_session_end() {
     let mut lab = Lab::joined_pair();
     let initiation = first_of(&lab, MessageType::Initiation);
     let current = lab.current(1, 0).unwrap();
@@ -116,7 +116,7 @@ fn a_replayed_initiation_is_refused_even_after_its_session() {
 }
 
 #[test]
-fn a_wall_clock_that_stands_still_or_goes_back_does_not_stop_handshakes() {
+fn stopped_wall_clock_does_not_stop_handshakes() {
     let mut lab = Lab::joined_pair();
     for _ in 0..3 {
         lab.now.wall = lab.now.wall.saturating_sub(secs(1000));
@@ -130,7 +130,7 @@ fn a_wall_clock_that_stands_still_or_goes_back_does_not_stop_handshakes() {
 
 /// It has forgotten what it said before; where its clock was then is all that helps.
 #[test]
-fn a_node_that_restarts_with_its_clock_set_back_is_heard_where_it_knows_the_time_before() {
+fn restart_with_earlier_clock_and_stored_time_connects() {
     let mut lab = Lab::joined_pair();
     let before = lab.now.wall;
     lab.now.wall -= secs(5 * 3600);
@@ -147,7 +147,7 @@ fn a_node_that_restarts_with_its_clock_set_back_is_heard_where_it_knows_the_time
 }
 
 #[test]
-fn replayed_control_messages_are_refused() {
+fn replayed_control_message_is_refused() {
     let mut lab = Lab::joined_pair();
     let ping = first_of(&lab, MessageType::Control);
     let sent = lab.trace.len();
@@ -187,7 +187,7 @@ fn cookie_for(lab: &mut Lab, source: SocketAddr, mut initiation: Vec<u8>) -> Mac
 }
 
 #[test]
-fn under_load_a_cookie_comes_first() {
+fn responder_under_load_sends_cookie_first() {
     let mut lab = Lab::new(2);
     assert_eq!(flood(&mut lab, 200), 200 - 64, "public keys cost 64 a second, no more");
     lab.wire.clear();
@@ -212,7 +212,7 @@ fn under_load_a_cookie_comes_first() {
 }
 
 #[test]
-fn a_source_with_a_cookie_is_still_limited() {
+fn source_with_cookie_is_rate_limited() {
     let mut lab = Lab::new(2);
     flood(&mut lab, 100);
     lab.wire.clear();
@@ -245,7 +245,7 @@ fn a_source_with_a_cookie_is_still_limited() {
 }
 
 #[test]
-fn replay_with_cookie_takes_no_turn_of_its_sender() {
+fn replay_with_cookie_uses_no_token_of_its_sender() {
     let mut lab = Lab::new(2);
     flood(&mut lab, 100);
     lab.wire.clear();
@@ -272,7 +272,7 @@ fn replay_with_cookie_takes_no_turn_of_its_sender() {
 
 /// A /16, say, whose owner answers every cookie.
 #[test]
-fn whoever_has_many_addresses_keeps_no_node_out() {
+fn sender_with_many_addresses_locks_out_no_node() {
     let mut lab = Lab::new(2);
     flood(&mut lab, 100);
     let initiation = caught(MessageType::Initiation).2.payload;
@@ -338,7 +338,7 @@ fn forged_responses_cost_few_public_key_operations() {
 }
 
 #[test]
-fn response_is_read_while_initiations_flood() {
+fn response_is_read_during_initiation_flood() {
     let mut lab = Lab::new(2);
     let initiation = caught(MessageType::Initiation).2;
     lab.send(1, 0, b"first");
@@ -352,7 +352,7 @@ fn response_is_read_while_initiations_flood() {
 }
 
 #[test]
-fn response_is_read_while_others_forge_from_elsewhere() {
+fn response_is_read_despite_spoofed_responses() {
     let mut lab = Lab::new(2);
     lab.send(1, 0, b"first");
     let pending = lab.trace.last().unwrap().clone();
@@ -371,7 +371,7 @@ fn response_is_read_while_others_forge_from_elsewhere() {
 /// The attacker is a pod on the host's network or a user of the node, and receives at ports of its
 /// own.
 #[test]
-fn shared_address_does_not_lock_out_the_node() {
+fn sender_at_shared_address_locks_out_no_node() {
     let mut lab = Lab::new(2);
     flood(&mut lab, 100);
     let initiation = caught(MessageType::Initiation).2.payload;
@@ -412,7 +412,7 @@ fn shared_address_does_not_lock_out_the_node() {
 }
 
 #[test]
-fn forged_and_repeated_cookies_do_not_make_a_node_send() {
+fn spoofed_and_repeated_cookies_cause_no_datagrams() {
     let mut lab = Lab::new(2);
     flood(&mut lab, 100);
     lab.wire.clear();
@@ -434,7 +434,7 @@ fn forged_and_repeated_cookies_do_not_make_a_node_send() {
 }
 
 #[test]
-fn noise_on_the_port_is_dropped_and_counted() {
+fn random_datagrams_are_dropped_and_counted() {
     let mut lab = Lab::joined_pair();
     let mut rng = Rng(99);
     let source: SocketAddr = "203.0.113.5:5".parse().unwrap();

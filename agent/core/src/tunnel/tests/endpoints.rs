@@ -28,7 +28,7 @@ impl Lab {
 }
 
 #[test]
-fn data_goes_to_no_address_that_answered_no_handshake() {
+fn data_goes_only_to_addresses_that_answered() {
     let mut lab = Lab::unacquainted(2);
     let victim = address("203.0.113.7:51900");
     lab.record_at(0, 1, vec![victim]);
@@ -47,7 +47,7 @@ fn data_goes_to_no_address_that_answered_no_handshake() {
 }
 
 #[test]
-fn address_of_a_stolen_node_is_left_within_180_seconds() {
+fn address_of_stolen_node_is_left_within_180_seconds() {
     let mut lab = Lab::joined_pair();
     lab.flow(0, 1, ms(20));
     lab.run(secs(5));
@@ -72,7 +72,7 @@ fn address_of_a_stolen_node_is_left_within_180_seconds() {
 }
 
 #[test]
-fn changed_record_moves_data_without_a_loss() {
+fn changed_record_moves_data_without_loss() {
     for delay in [ms(1), ms(40)] {
         let mut lab = Lab::joined_pair();
         lab.underlay.delay = delay;
@@ -101,7 +101,7 @@ fn changed_record_moves_data_without_a_loss() {
 }
 
 #[test]
-fn changed_record_with_a_dead_address_costs_one_round_trip() {
+fn changed_record_with_dead_address_costs_one_round_trip() {
     let mut lab = Lab::joined_pair();
     lab.underlay.delay = ms(20);
     lab.flow(0, 1, ms(2));
@@ -120,7 +120,7 @@ fn changed_record_with_a_dead_address_costs_one_round_trip() {
 }
 
 #[test]
-fn present_address_stays_until_the_session_ends() {
+fn current_address_stays_until_session_ends() {
     let mut lab = Lab::joined_pair();
     lab.flow(0, 1, ms(50));
     lab.run(secs(1));
@@ -146,7 +146,7 @@ fn present_address_stays_until_the_session_ends() {
 
 /// Nodes whose own packets leave from an address that their records do not name.
 #[test]
-fn unlisted_sources_prove_their_listed_addresses() {
+fn unlisted_sources_prove_listed_addresses() {
     let mut lab = Lab::unacquainted(2);
     let listed = [address("192.0.2.101:51900"), address("192.0.2.102:51900")];
     for node in [0, 1] {

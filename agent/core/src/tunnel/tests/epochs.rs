@@ -140,7 +140,7 @@ impl Lab {
 }
 
 #[test]
-fn killed_again_and_again_it_goes_on_in_the_same_session() {
+fn repeated_kills_keep_the_same_session() {
     let (mut lab, mut shelf) = Lab::kept_pair();
     let before = lab.count(1, HandshakeResult::Initiated);
     let index = lab.current(0, 1).unwrap().local_index;
@@ -171,7 +171,7 @@ fn killed_again_and_again_it_goes_on_in_the_same_session() {
 }
 
 #[test]
-fn what_was_received_in_a_life_before_is_not_taken_again() {
+fn datagrams_of_earlier_epoch_are_not_accepted_again() {
     let (mut lab, mut shelf) = Lab::kept_pair();
     lab.nodes[0].flow = None;
     lab.nodes[1].flow = None;
@@ -198,7 +198,7 @@ fn what_was_received_in_a_life_before_is_not_taken_again() {
 
 /// Also while no control process is there to know the time before.
 #[test]
-fn a_life_that_begins_with_the_clock_set_back_says_no_time_of_one_before() {
+fn epoch_with_earlier_clock_sends_later_timestamps() {
     let mut lab = Lab::new(2);
     let mut shelf = lab.keep(0);
     lab.flow(0, 1, ms(3));
@@ -212,7 +212,7 @@ fn a_life_that_begins_with_the_clock_set_back_says_no_time_of_one_before() {
 }
 
 #[test]
-fn a_session_that_its_initiator_has_not_used_stays_in_waiting() {
+fn unconfirmed_session_stays_unconfirmed_after_restart() {
     let mut lab = Lab::new(2);
     let mut shelf = lab.keep(0);
     // The initiator never hears the answer, so that it never speaks in the session.
@@ -229,7 +229,7 @@ fn a_session_that_its_initiator_has_not_used_stays_in_waiting() {
 }
 
 #[test]
-fn renewal_and_the_end_come_as_if_nothing_had_happened() {
+fn restored_sessions_are_renewed_and_end_in_time() {
     let (mut lab, mut shelf) = Lab::kept_pair();
     let first = lab.current(0, 1).unwrap();
     lab.run(secs(110));
@@ -252,7 +252,7 @@ fn renewal_and_the_end_come_as_if_nothing_had_happened() {
 }
 
 #[test]
-fn what_is_over_or_of_a_stranger_is_not_taken_up() {
+fn expired_or_foreign_sessions_are_not_restored() {
     let (mut lab, shelf) = Lab::kept_pair();
     let left = shelf.left();
     let kept = |lab: &mut Lab, change: &dyn Fn(&mut SavedSession)| {
@@ -284,7 +284,7 @@ fn replay_initiations(lab: &mut Lab) {
 }
 
 #[test]
-fn recorded_initiations_are_refused_in_the_next_process() {
+fn recorded_initiations_are_refused_in_next_process() {
     let mut lab = Lab::new(2);
     let mut shelf = lab.keep(1);
     lab.send(0, 1, b"first");
@@ -303,7 +303,7 @@ fn recorded_initiations_are_refused_in_the_next_process() {
 }
 
 #[test]
-fn recorded_initiations_are_refused_after_a_restart() {
+fn recorded_initiations_are_refused_after_restart() {
     let mut lab = Lab::joined_pair();
     let seen: Vec<_> = lab.nodes[1].engine.seen_timestamps().collect();
     assert_eq!(seen.len(), 1);
@@ -341,7 +341,7 @@ fn recorded_initiations_of_later_peer_are_refused() {
 }
 
 #[test]
-fn mtu_changed_between_processes_reaches_the_peer() {
+fn mtu_changed_between_processes_reaches_peer() {
     let (mut lab, mut shelf) = Lab::kept_pair();
     assert_eq!(lab.view(1, 0).mtu, Some(1440));
     lab.nodes[0].config.mtu = 1360;
@@ -356,7 +356,7 @@ fn mtu_changed_between_processes_reaches_the_peer() {
 }
 
 #[test]
-fn times_of_a_key_go_with_its_record() {
+fn timestamp_of_key_is_deleted_with_its_record() {
     let mut lab = Lab::new(2);
     let shelf = lab.keep(1);
     lab.send(0, 1, b"first");
@@ -374,7 +374,7 @@ fn times_of_a_key_go_with_its_record() {
 }
 
 #[test]
-fn replays_do_not_stop_an_own_handshake() {
+fn replays_do_not_stop_own_handshake() {
     // The node that is flooded has the greater key, and the lesser one.
     for (sender, victim) in [(0, 1), (1, 0)] {
         let mut lab = Lab::new(2);

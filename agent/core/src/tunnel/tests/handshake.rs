@@ -7,7 +7,7 @@ use crate::tunnel::session::Cipher;
 use crate::tunnel::{EngineError, Trouble};
 
 #[test]
-fn a_first_packet_makes_a_session_both_ways() {
+fn first_packet_creates_session_for_both_directions() {
     for (from, to) in [(0, 1), (1, 0)] {
         let mut lab = Lab::new(2);
         lab.nodes[from].engine.take_changed();
@@ -36,7 +36,7 @@ fn a_first_packet_makes_a_session_both_ways() {
 }
 
 #[test]
-fn the_responder_sends_only_once_the_session_is_confirmed() {
+fn responder_sends_only_in_confirmed_session() {
     let mut lab = Lab::new(2);
     lab.send(0, 1, b"first");
     lab.run(ms(1));
@@ -52,7 +52,7 @@ fn the_responder_sends_only_once_the_session_is_confirmed() {
 }
 
 #[test]
-fn data_confirms_a_session_where_the_first_ping_was_lost() {
+fn data_confirms_session_after_lost_first_ping() {
     let mut lab = Lab::new(2);
     lab.send(0, 1, b"first");
     lab.run_until(secs(1), |lab| lab.current(0, 1).is_some());
@@ -64,7 +64,7 @@ fn data_confirms_a_session_where_the_first_ping_was_lost() {
 }
 
 #[test]
-fn a_lost_first_ping_is_repeated() {
+fn lost_first_ping_is_repeated() {
     let mut lab = Lab::new(2);
     lab.send(0, 1, b"first");
     lab.run_until(secs(1), |lab| lab.current(0, 1).is_some());
@@ -74,7 +74,7 @@ fn a_lost_first_ping_is_repeated() {
 }
 
 #[test]
-fn both_at_once_converge_on_one_session() {
+fn simultaneous_initiations_converge_on_one_session() {
     for delay in [ms(0), ms(1), ms(40), ms(400)] {
         for skew in [0, 1, 39, 41] {
             for first in [0, 1] {
@@ -94,7 +94,7 @@ fn both_at_once_converge_on_one_session() {
 }
 
 #[test]
-fn both_at_once_with_reordering_still_talk() {
+fn simultaneous_initiations_with_reordering_connect() {
     for seed in 0..200 {
         let mut lab = Lab::new(2);
         lab.rng = Rng(seed);
@@ -112,7 +112,7 @@ fn both_at_once_with_reordering_still_talk() {
 
 /// Whichever of the two has the greater key: a handshake of one's own is over once the peer's is.
 #[test]
-fn a_session_that_the_peer_made_ends_the_own_handshake() {
+fn session_of_peer_ends_own_handshake() {
     for mute in [0, 1] {
         let mut lab = Lab::new(2);
         lab.underlay.mute = Some((mute, MessageType::Initiation));
@@ -128,7 +128,7 @@ fn a_session_that_the_peer_made_ends_the_own_handshake() {
 }
 
 #[test]
-fn ciphers_follow_what_both_offer() {
+fn cipher_is_one_that_both_nodes_offer() {
     let chacha = Ciphers { aes256_gcm: false, ..ALL_CIPHERS };
     let aes = Ciphers { chacha20_poly1305: false, ..ALL_CIPHERS };
     let software = Ciphers { aes_hardware: false, ..ALL_CIPHERS };
@@ -151,7 +151,7 @@ fn ciphers_follow_what_both_offer() {
 }
 
 #[test]
-fn no_common_cipher_is_told_from_other_failures() {
+fn missing_common_cipher_has_its_own_reason() {
     let mut lab = Lab::new(2);
     lab.reconfigure(0, |config| config.ciphers.aes256_gcm = false);
     lab.reconfigure(1, |config| config.ciphers.chacha20_poly1305 = false);
@@ -163,7 +163,7 @@ fn no_common_cipher_is_told_from_other_failures() {
 }
 
 #[test]
-fn lanes_are_negotiated_for_each_direction() {
+fn lanes_are_negotiated_per_direction() {
     let mut lab = Lab::new(2);
     lab.reconfigure(0, |config| config.lanes = 1);
     lab.reconfigure(1, |config| config.lanes = 64);
@@ -175,7 +175,7 @@ fn lanes_are_negotiated_for_each_direction() {
 }
 
 #[test]
-fn initiations_are_repeated_with_backoff_while_wanted() {
+fn requested_initiations_are_repeated_with_backoff() {
     let mut lab = Lab::new(2);
     lab.underlay.cut.insert((0, 1));
     lab.flow(0, 1, ms(100));
@@ -204,7 +204,7 @@ fn initiations_are_repeated_with_backoff_while_wanted() {
 }
 
 #[test]
-fn a_handshake_that_nobody_wants_is_given_up() {
+fn unrequested_handshake_is_abandoned() {
     let mut lab = Lab::new(2);
     lab.underlay.cut.insert((0, 1));
     lab.send(0, 1, b"first");
@@ -219,7 +219,7 @@ fn a_handshake_that_nobody_wants_is_given_up() {
 }
 
 #[test]
-fn endpoints_take_turns() {
+fn initiations_alternate_between_endpoints() {
     let mut lab = Lab::unacquainted(2);
     let dead: Vec<SocketAddr> =
         ["192.0.2.98:51900", "[2001:db8::99]:51900"].map(|a| a.parse().unwrap()).to_vec();
@@ -236,7 +236,7 @@ fn endpoints_take_turns() {
 }
 
 #[test]
-fn a_record_that_changes_takes_effect_at_once() {
+fn changed_record_takes_effect_at_once() {
     let mut lab = Lab::joined_pair();
     let new: SocketAddr = "192.0.2.77:51900".parse().unwrap();
     lab.nodes[1].config.addresses = vec![new];
@@ -258,7 +258,7 @@ fn a_record_that_changes_takes_effect_at_once() {
 }
 
 #[test]
-fn a_record_that_changes_redirects_a_handshake_under_way() {
+fn changed_record_redirects_pending_handshake() {
     let mut lab = Lab::unacquainted(2);
     let dead = vec!["192.0.2.98:51900".parse().unwrap()];
     let config = PeerConfig { public_key: lab.key(1), second_key: None, endpoints: dead };
@@ -275,7 +275,7 @@ fn a_record_that_changes_redirects_a_handshake_under_way() {
 }
 
 #[test]
-fn a_peer_without_endpoints_can_still_come_to_us() {
+fn peer_without_endpoints_can_initiate() {
     let mut lab = Lab::unacquainted(2);
     let config = PeerConfig { public_key: lab.key(1), second_key: None, endpoints: Vec::new() };
     let id = lab.nodes[0].engine.upsert_peer(lab.now, config);
@@ -290,7 +290,7 @@ fn a_peer_without_endpoints_can_still_come_to_us() {
 }
 
 #[test]
-fn nodes_of_two_clusters_never_join() {
+fn nodes_of_different_clusters_never_connect() {
     let mut lab = Lab::new(2);
     lab.reconfigure(1, |config| config.cluster = "other");
     lab.send(0, 1, b"first");
@@ -300,7 +300,7 @@ fn nodes_of_two_clusters_never_join() {
 }
 
 #[test]
-fn strangers_are_refused() {
+fn unknown_key_is_refused() {
     let mut lab = Lab::unacquainted(2);
     lab.introduce(0, 1);
     lab.send(0, 1, b"first");
@@ -311,7 +311,7 @@ fn strangers_are_refused() {
 }
 
 #[test]
-fn an_underlay_too_narrow_for_a_handshake_fails_clean() {
+fn underlay_below_handshake_size_fails_without_session() {
     let mut lab = Lab::new(2);
     lab.underlay.mtu = 160;
     lab.flow(0, 1, ms(200));
@@ -327,7 +327,7 @@ fn an_underlay_too_narrow_for_a_handshake_fails_clean() {
 }
 
 #[test]
-fn impossible_settings_are_refused() {
+fn invalid_settings_are_refused() {
     let config = |lanes, listen_port, aes256_gcm| EngineConfig {
         private_key: Zeroizing::new([1; 32]),
         cluster_id: String::new(),
@@ -346,7 +346,7 @@ fn impossible_settings_are_refused() {
 }
 
 #[test]
-fn sessions_propagate_ecn_only_where_both_ends_do() {
+fn session_propagates_ecn_only_if_both_nodes_do() {
     for (here, there) in [(true, true), (true, false), (false, true), (false, false)] {
         let mut lab = Lab::new(2);
         lab.reconfigure(0, |config| config.ecn = here);
@@ -362,7 +362,7 @@ fn sessions_propagate_ecn_only_where_both_ends_do() {
 }
 
 #[test]
-fn link_local_endpoints_keep_their_scope() {
+fn link_local_endpoint_keeps_its_scope() {
     let mut lab = Lab::unacquainted(2);
     // One address on two links, as two hosts may have it.
     let at = |scope, host| {

@@ -4,7 +4,7 @@ use super::*;
 use crate::tunnel::Trouble;
 
 #[test]
-fn a_dead_peer_is_noticed_within_five_seconds_and_found_again() {
+fn dead_peer_is_detected_within_5_s_and_recovers() {
     let mut lab = Lab::joined_pair();
     lab.flow(0, 1, ms(20));
     lab.flow(1, 0, ms(20));
@@ -61,7 +61,7 @@ fn both_are(lab: &Lab, state: PeerState) -> bool {
 /// Also the end that hears everything learns, from the other's pings, that it is not heard itself; and
 /// the end that hears nothing, also where it has nothing to send.
 #[test]
-fn one_dead_direction_is_noticed_at_both_ends_within_five_seconds() {
+fn dead_direction_is_detected_at_both_ends_within_5_s() {
     for talk in Talk::ALL {
         for (interval, phase) in [(20, 0), (20, 70), (20, 130), (20, 210), (600, 0), (600, 590)] {
             let mut lab = Lab::joined_pair();
@@ -83,7 +83,7 @@ fn one_dead_direction_is_noticed_at_both_ends_within_five_seconds() {
 }
 
 #[test]
-fn a_peer_that_never_answers_is_noticed_within_five_seconds() {
+fn peer_without_answers_is_detected_within_5_s() {
     let mut lab = Lab::new(2);
     lab.underlay.cut.insert((0, 1));
     lab.send(0, 1, b"the only one");
@@ -93,7 +93,7 @@ fn a_peer_that_never_answers_is_noticed_within_five_seconds() {
 }
 
 #[test]
-fn loss_of_ten_per_cent_is_no_false_alarm() {
+fn ten_percent_loss_makes_no_peer_unreachable() {
     for (seed, talk) in Talk::ALL.into_iter().enumerate() {
         for interval in [100, 1300] {
             let mut lab = Lab::joined_pair();
@@ -115,7 +115,7 @@ fn loss_of_ten_per_cent_is_no_false_alarm() {
 
 /// A conversation that ends costs a question and an answer more; then there is silence.
 #[test]
-fn the_end_of_a_conversation_is_asked_about_once() {
+fn end_of_conversation_causes_few_pings() {
     for talk in Talk::ALL {
         let mut lab = Lab::joined_pair();
         talk.begin(&mut lab, ms(20));
@@ -134,7 +134,7 @@ fn the_end_of_a_conversation_is_asked_about_once() {
 }
 
 #[test]
-fn one_sided_traffic_keeps_both_ends_well() {
+fn one_sided_traffic_keeps_both_nodes_established() {
     let mut lab = Lab::joined_pair();
     lab.flow(0, 1, ms(10));
     for _ in 0..400 {
@@ -147,7 +147,7 @@ fn one_sided_traffic_keeps_both_ends_well() {
 }
 
 #[test]
-fn traffic_both_ways_needs_no_pings_but_for_the_path() {
+fn two_sided_traffic_sends_only_path_probes() {
     let mut lab = Lab::joined_pair();
     lab.underlay.delay = ms(25);
     lab.flow(0, 1, ms(10));
@@ -163,7 +163,7 @@ fn traffic_both_ways_needs_no_pings_but_for_the_path() {
 }
 
 #[test]
-fn a_second_endpoint_takes_over_where_the_first_dies() {
+fn second_endpoint_replaces_dead_first_endpoint() {
     let mut lab = Lab::unacquainted(2);
     let second: SocketAddr = "198.51.100.2:51900".parse().unwrap();
     lab.nodes[1].config.addresses.push(second);
@@ -183,7 +183,7 @@ fn a_second_endpoint_takes_over_where_the_first_dies() {
 }
 
 #[test]
-fn what_came_from_an_unknown_session_starts_one_handshake_in_two_seconds() {
+fn unknown_session_starts_one_handshake_per_2_s() {
     let mut lab = Lab::new(2);
     let source = lab.nodes[1].config.addresses[0].ip();
     lab.underlay.cut.insert((0, 1));

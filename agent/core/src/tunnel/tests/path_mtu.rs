@@ -15,7 +15,7 @@ fn arrives(lab: &mut Lab, size: usize, by: Duration) -> usize {
 }
 
 #[test]
-fn a_path_that_becomes_narrow_is_found_out_without_a_word_from_the_network() {
+fn reduced_path_mtu_is_detected_without_icmp() {
     let mut lab = Lab::joined_pair();
     lab.underlay.mtu = 1440 + OVERHEAD;
     assert_eq!(arrives(&mut lab, 1440, secs(10)), 200);
@@ -36,7 +36,7 @@ fn a_path_that_becomes_narrow_is_found_out_without_a_word_from_the_network() {
 }
 
 #[test]
-fn a_narrow_path_is_known_before_a_bulk_transfer_has_begun() {
+fn reduced_path_mtu_is_known_before_bulk_transfer() {
     let mut lab = Lab::new(2);
     lab.underlay.mtu = 1300;
     lab.flow(0, 1, ms(20));
@@ -47,7 +47,7 @@ fn a_narrow_path_is_known_before_a_bulk_transfer_has_begun() {
 }
 
 #[test]
-fn loss_and_silence_are_not_taken_for_a_narrow_path() {
+fn loss_and_silence_do_not_reduce_path_mtu() {
     let mut lab = Lab::joined_pair();
     lab.underlay.loss_percent = 10;
     lab.underlay.mtu = 1440 + OVERHEAD;
@@ -67,7 +67,7 @@ fn loss_and_silence_are_not_taken_for_a_narrow_path() {
 
 /// What it does not take is a narrow path to the node that would send it, and its pods must know.
 #[test]
-fn a_peer_whose_own_mtu_is_less_counts_as_a_narrow_path() {
+fn smaller_mtu_of_peer_reduces_path_mtu() {
     let mut lab = Lab::new(2);
     lab.underlay.mtu = 1440 + OVERHEAD;
     lab.reconfigure(1, |config| config.mtu = 1360);
@@ -85,7 +85,7 @@ fn a_peer_whose_own_mtu_is_less_counts_as_a_narrow_path() {
 
 /// Much is lost, and now and then something comes: what is short is lost like what is long.
 #[test]
-fn a_link_that_flaps_is_not_taken_for_a_narrow_path() {
+fn flapping_link_does_not_reduce_path_mtu() {
     for most in [200, 400, 800] {
         let mut lab = Lab::joined_pair();
         lab.underlay.mtu = 1440 + OVERHEAD;
@@ -105,7 +105,7 @@ fn a_link_that_flaps_is_not_taken_for_a_narrow_path() {
 
 /// Both nodes' MTUs grow and shrink again while sessions stay, without data traffic.
 #[test]
-fn own_mtu_changes_and_peer_follows_within_seconds() {
+fn own_mtu_change_reaches_peer_within_seconds() {
     let mut lab = Lab::joined_pair();
     lab.underlay.mtu = 9000;
     for (first, second) in [(8940, 8940), (1360, 1360), (1440, 1300), (1440, 1440)] {

@@ -29,7 +29,7 @@ impl Lab {
 }
 
 #[test]
-fn a_key_changes_under_traffic_without_a_lost_packet() {
+fn key_rotation_under_traffic_loses_no_packet() {
     let mut lab = Lab::joined_pair();
     lab.underlay.delay = ms(20);
     lab.underlay.jitter = ms(10);
@@ -66,7 +66,7 @@ fn a_key_changes_under_traffic_without_a_lost_packet() {
 }
 
 #[test]
-fn many_sessions_are_not_renewed_at_one_time() {
+fn key_rotation_spreads_renewals_over_time() {
     let mut lab = Lab::new(33);
     for peer in 1..33 {
         lab.send(0, peer, b"first");
@@ -87,7 +87,7 @@ fn many_sessions_are_not_renewed_at_one_time() {
 }
 
 #[test]
-fn who_missed_the_change_gets_a_session_by_the_other_key() {
+fn peer_with_old_record_connects_by_other_key() {
     // The peer knows the next key, and that it has become the only one it has not heard.
     let mut lab = Lab::new(2);
     lab.record(1, OLD, Some(NEW));
@@ -105,7 +105,7 @@ fn who_missed_the_change_gets_a_session_by_the_other_key() {
 }
 
 #[test]
-fn sessions_of_a_key_that_is_given_up_end_at_once() {
+fn sessions_of_removed_key_end_at_once() {
     let mut lab = Lab::joined_pair();
     let session = lab.current(1, 0).unwrap();
     let id = lab.peer_id(1, 0);
@@ -124,7 +124,7 @@ fn sessions_of_a_key_that_is_given_up_end_at_once() {
 
 /// Whoever stole a key can make its owner's handshakes look old, but not those of the next key.
 #[test]
-fn with_a_key_goes_the_time_that_was_seen_of_it() {
+fn removed_key_loses_its_timestamp() {
     let mut lab = Lab::joined_pair();
     let wall = lab.now.wall;
     lab.now.wall += secs(10_000_000);
@@ -142,7 +142,7 @@ fn with_a_key_goes_the_time_that_was_seen_of_it() {
 }
 
 #[test]
-fn who_may_not_know_the_new_key_is_counted() {
+fn peers_on_second_identity_are_counted() {
     let mut lab = Lab::new(2);
     lab.hold(NEW, Some(OLD));
     lab.flow(0, 1, ms(100));
@@ -154,7 +154,7 @@ fn who_may_not_know_the_new_key_is_counted() {
 }
 
 #[test]
-fn a_key_belongs_to_one_peer() {
+fn key_belongs_to_one_peer() {
     let mut lab = Lab::new(3);
     let (one, two) = (lab.peer_id(2, 0), lab.peer_id(2, 1));
     // The second peer's only key becomes the first one's second: the second peer is no more.

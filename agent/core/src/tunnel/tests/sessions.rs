@@ -4,7 +4,7 @@ use super::*;
 use crate::tunnel::session::{COUNTER_LIMIT, COUNTER_REKEY};
 
 #[test]
-fn a_session_in_use_is_renewed_at_120_seconds_without_a_loss() {
+fn session_in_use_is_renewed_at_120_s_without_loss() {
     for loud in [&[0][..], &[1], &[0, 1]] {
         let mut lab = Lab::joined_pair();
         lab.underlay.delay = ms(30);
@@ -43,7 +43,7 @@ fn a_session_in_use_is_renewed_at_120_seconds_without_a_loss() {
 }
 
 #[test]
-fn the_responder_renews_where_the_initiator_does_not() {
+fn responder_renews_if_initiator_does_not() {
     let mut lab = Lab::joined_pair();
     let first = lab.current(1, 0).unwrap();
     lab.underlay.mute = Some((0, MessageType::Initiation));
@@ -57,7 +57,7 @@ fn the_responder_renews_where_the_initiator_does_not() {
 }
 
 #[test]
-fn an_idle_session_lapses_in_silence() {
+fn idle_session_ends_without_datagrams() {
     let mut lab = Lab::joined_pair();
     let session = lab.current(0, 1).unwrap();
     lab.send(0, 1, b"once");
@@ -77,7 +77,7 @@ fn an_idle_session_lapses_in_silence() {
 }
 
 #[test]
-fn a_session_that_cannot_be_renewed_ends_at_180_seconds() {
+fn session_without_renewal_ends_at_180_s() {
     let mut lab = Lab::joined_pair();
     let session = lab.current(0, 1).unwrap();
     lab.flow(0, 1, ms(50));
@@ -93,7 +93,7 @@ fn a_session_that_cannot_be_renewed_ends_at_180_seconds() {
 }
 
 #[test]
-fn an_answer_leaves_in_the_session_that_its_question_came_in() {
+fn answer_uses_session_of_its_request() {
     let mut lab = Lab::joined_pair();
     lab.run(secs(30));
     let old = lab.current(1, 0).unwrap();
@@ -115,13 +115,13 @@ fn an_answer_leaves_in_the_session_that_its_question_came_in() {
 }
 
 #[test]
-fn a_restarted_initiator_is_found_within_a_second() {
+fn restarted_initiator_reconnects_within_1_s() {
     restart(0, 0, ms(10));
     restart(0, 1, ms(10));
 }
 
 #[test]
-fn a_restarted_responder_is_found_within_a_second() {
+fn restarted_responder_reconnects_within_1_s() {
     restart(1, 0, ms(10));
     restart(1, 1, ms(10));
 }
@@ -142,7 +142,7 @@ fn restart(who: usize, loud: usize, interval: Duration) {
 }
 
 #[test]
-fn both_restarted_meet_again() {
+fn both_restarted_nodes_reconnect() {
     let mut lab = Lab::joined_pair();
     lab.flow(0, 1, ms(10));
     lab.flow(1, 0, ms(10));
@@ -154,7 +154,7 @@ fn both_restarted_meet_again() {
 }
 
 #[test]
-fn a_removed_peer_is_gone_at_once() {
+fn removed_peer_ends_at_once() {
     let mut lab = Lab::joined_pair();
     let session = lab.current(0, 1).unwrap();
     lab.flow(1, 0, ms(10));
@@ -178,7 +178,7 @@ fn a_removed_peer_is_gone_at_once() {
 }
 
 #[test]
-fn a_peer_never_has_more_than_four_sessions() {
+fn peer_has_at_most_four_sessions() {
     let mut lab = Lab::joined_pair();
     for _ in 0..20 {
         lab.restart(0);
@@ -200,7 +200,7 @@ fn a_peer_never_has_more_than_four_sessions() {
 }
 
 #[test]
-fn a_counter_that_grows_high_is_replaced_before_it_is_spent() {
+fn session_is_renewed_before_counter_exhaustion() {
     let mut lab = Lab::joined_pair();
     let first = lab.current(1, 0).unwrap();
     first.sender(0).unwrap().set_counter(COUNTER_REKEY - 5);
@@ -213,7 +213,7 @@ fn a_counter_that_grows_high_is_replaced_before_it_is_spent() {
 }
 
 #[test]
-fn loss_reordering_and_duplication_do_no_harm() {
+fn loss_reordering_and_duplication_keep_sessions_working() {
     for (seed, loss, duplicate) in [(1, 30, 0), (2, 0, 30), (3, 30, 30), (4, 10, 90)] {
         let mut lab = Lab::new(2);
         lab.rng = Rng(seed);
@@ -242,7 +242,7 @@ fn loss_reordering_and_duplication_do_no_harm() {
 }
 
 #[test]
-fn many_peers_each_get_their_own() {
+fn many_peers_get_separate_sessions() {
     let mut lab = Lab::new(8);
     for i in 0..8 {
         lab.flow(i, (i + 1) % 8, ms(50));

@@ -94,7 +94,7 @@ fn secrets_of(recorded: &Recorded, ephemeral: impl Iterator<Item = u8>) -> Vec<T
 }
 
 #[test]
-fn both_static_keys_open_nothing_that_was_recorded() {
+fn stolen_static_keys_open_no_recorded_traffic() {
     let (recorded, split) = shake([100, 200]);
     for cipher in [Cipher::Aes256Gcm, Cipher::ChaCha20Poly1305] {
         let past = traffic(&split, cipher);
@@ -110,7 +110,7 @@ fn both_static_keys_open_nothing_that_was_recorded() {
 }
 
 #[test]
-fn one_nodes_key_and_sessions_open_nothing_of_two_others() {
+fn stolen_key_of_one_node_opens_no_traffic_of_others() {
     let mut lab = Lab::new(3);
     for (from, to) in [(0, 1), (0, 2), (1, 2)] {
         lab.send(from, to, b"first");
