@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 
 pub use link::Offloads;
 pub use netns::{Netns, Task};
@@ -210,26 +211,56 @@ impl Drop for Lab {
 /// may take ([`crate::suite::watch::LIMIT`]), so that it can say why.
 pub const TURN_LIMIT: Duration = Duration::from_secs(8 * 60);
 
-/// The right to have a laboratory now, held by a lock on a file.
+/// Environment variable with the number of laboratories that may exist at the same time.
+pub const LABORATORIES: &str = "SKEIN_LABORATORIES";
+
+/// One of the places for a laboratory, held by a lock on a file. A process that may not have
+/// company holds all places.
 #[derive(Debug)]
-pub(crate) struct Turn(#[allow(dead_code, reason = "holds the lock until dropped")] File);
+pub(crate) struct Turn(#[allow(dead_code, reason = "holds the locks until dropped")] Vec<File>);
+
+/// Number of lock files, the limit of [`LABORATORIES`].
+const MAX_LABORATORIES: usize = 16;
 
 impl Turn {
+    /// Waits for a place: one of the first [`LABORATORIES`], or all places if that is 1 or not set.
     pub(crate) fn take() -> Result<Self> {
-        let path = registry::home()?.join("lock");
-        let file = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
+        let places = std::env::var(LABORATORIES).ok().and_then(|text| text.parse().ok());
+        let places = places.unwrap_or(1).clamp(1, MAX_LABORATORIES);
         let start = Instant::now();
-        let mut told = false;
-        while let Err(error) = flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            if error != rustix::io::Errno::WOULDBLOCK || start.elapsed() > TURN_LIMIT {
-                return Err(error).context("another laboratory is at work and does not end");
+        let mut notified = false;
+        loop {
+            if let Some(turn) = Self::try_take(places)? {
+                return Ok(turn);
             }
-            if !told {
+            if start.elapsed() > TURN_LIMIT {
+                bail!("another laboratory is at work and does not end");
+            }
+            if !notified {
                 eprintln!("waiting for another laboratory to end");
-                told = true;
+                notified = true;
             }
             thread::sleep(Duration::from_millis(50));
         }
-        Ok(Self(file))
+    }
+
+    fn try_take(places: usize) -> Result<Option<Self>> {
+        let home = registry::home()?;
+        let mut held = Vec::new();
+        for index in 0..MAX_LABORATORIES {
+            let path = home.join(format!("lock.{index}"));
+            let file =
+                File::create(&path).with_context(|| format!("creating {}", path.display()))?;
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) if places > 1 => return Ok(Some(Self(vec![file]))),
+                Ok(()) => held.push(file),
+                Err(Errno::WOULDBLOCK) if places > 1 && index + 1 < places => {}
+                Err(Errno::WOULDBLOCK) => return Ok(None),
+                Err(error) => {
+                    return Err(error).with_context(|| format!("locking {}", path.display()));
+                }
+            }
+        }
+        Ok(Some(Self(held)))
     }
 }

@@ -1,5 +1,6 @@
 //! `cargo e2e test`: everything that can be tested here, in one command.
 
+mod binaries;
 pub mod fuzz;
 pub mod watch;
 
@@ -18,7 +19,13 @@ use crate::{cargo, packages};
 pub struct Options {
     /// Only tests whose name contains this.
     filter: Option<String>,
+    /// Number of test binaries that run at the same time
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=MAX_JOBS))]
+    jobs: u8,
 }
+
+/// Limit of `--jobs`: each laboratory runs several agents, so more of them need more cores.
+const MAX_JOBS: i64 = 16;
 
 /// Runs the command.
 pub fn run(options: &Options) -> Result<()> {
@@ -37,7 +44,7 @@ pub fn run(options: &Options) -> Result<()> {
         cargo::build_static(&["skein-agent", "skein-cni"])?;
     }
     drop(console);
-    run_tests(&["--workspace", "--no-fail-fast"], &[], watch::LIMIT, options)
+    run_tests(&["--workspace"], &[], usize::from(options.jobs), watch::LIMIT, options)
 }
 
 /// What needs a cluster.
@@ -55,18 +62,29 @@ pub fn run_cluster(options: &Options) -> Result<()> {
     })?;
     drop(console);
     // The change of a key waits for five minutes twice.
-    run_tests(&CLUSTER, &["--ignored"], 2 * watch::LIMIT, options)
+    run_tests(&CLUSTER, &["--ignored"], 1, 2 * watch::LIMIT, options)
 }
 
-/// Has cargo run the tests of `which`, each for `limit` at most, and says what came of them.
-fn run_tests(which: &[&str], more: &[&str], limit: Duration, options: &Options) -> Result<()> {
+/// Runs the tests that `which` selects, with up to `jobs` test binaries at the same time, and
+/// prints the totals. A test that prints nothing for `limit` fails.
+fn run_tests(
+    which: &[&str],
+    more: &[&str],
+    jobs: usize,
+    limit: Duration,
+    options: &Options,
+) -> Result<()> {
     registry::sweep();
 
-    // Namespace tests measure times and rates: one at a time.
-    let mut arguments = [&["test", "--release"], which, &["--", "--test-threads=1"], more].concat();
+    // The tests of one binary measure times and rates: one test at a time.
+    let mut arguments = [&["--test-threads=1"], more].concat();
     arguments.extend(options.filter.as_deref());
-    let mut tests = cargo::command(&arguments);
-    let totals = watch::watch(&mut tests, limit, &mut std::io::stdout())?;
+    let mut totals = binaries::run(which, &arguments, jobs, limit)?;
+    if which.contains(&"--workspace") {
+        let mut examples = vec!["test", "--release", "--workspace", "--doc", "--quiet", "--"];
+        examples.extend(options.filter.as_deref());
+        totals.add(watch::watch(&mut cargo::command(&examples), limit, &mut std::io::stdout())?);
+    }
 
     let left = registry::abandoned();
     println!();
