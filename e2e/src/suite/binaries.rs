@@ -80,12 +80,13 @@ pub(super) fn run(
 
     let queue = Mutex::new(VecDeque::from(shared));
     let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-    let worker = || -> Result<Totals> {
-        let mut totals = Totals::of_no_test();
+    let worker = || -> Result<Vec<(Binary, Totals)>> {
+        let mut results = Vec::new();
         while let Some(binary) = next() {
-            totals.add(run_one(&binary, arguments, jobs, limit)?);
+            let totals = run_one(&binary, arguments, jobs, limit)?;
+            results.push((binary, totals));
         }
-        Ok(totals)
+        Ok(results)
     };
     let results = thread::scope(|scope| {
         let workers: Vec<_> = (0..jobs.max(1)).map(|_| scope.spawn(worker)).collect();
@@ -93,12 +94,33 @@ pub(super) fn run(
     });
     let mut totals = Totals::of_no_test();
     for result in results {
-        totals.add(result.map_err(|_| anyhow::anyhow!("a worker of the test pool panicked"))??);
+        let results =
+            result.map_err(|_| anyhow::anyhow!("a worker of the test pool panicked"))??;
+        for (binary, mut result) in results {
+            if jobs > 1 {
+                repeat_failures(&binary, &mut result, limit)?;
+            }
+            totals.add(result);
+        }
     }
     for binary in alone {
         totals.add(run_one(&binary, arguments, 1, limit)?);
     }
     Ok(totals)
+}
+
+/// Runs each failed test of a binary once more, when no other test runs. A test that passes then
+/// counts as passed, and its name is printed at the end: it depends on the load of the machine.
+fn repeat_failures(binary: &Binary, totals: &mut Totals, limit: Duration) -> Result<()> {
+    for name in std::mem::take(&mut totals.failures) {
+        let again = run_one(binary, &["--exact", &name, "--test-threads=1"], 1, limit)?;
+        if again.success && again.passed == 1 {
+            totals.passed_alone(name);
+        } else {
+            totals.failures.push(name);
+        }
+    }
+    Ok(())
 }
 
 /// Runs one test binary and prints its output and its run time.

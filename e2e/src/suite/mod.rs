@@ -88,6 +88,9 @@ fn run_tests(
 
     let left = registry::abandoned();
     println!();
+    for name in &totals.flaky {
+        println!("PASSED ALONE {name} (failed while other tests ran)");
+    }
     for name in &totals.failures {
         println!("FAILED {name}");
     }

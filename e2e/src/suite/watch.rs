@@ -33,7 +33,9 @@ pub struct Totals {
     parts: u64,
     /// The names of those that failed.
     pub failures: Vec<String>,
-    /// Whether cargo is content.
+    /// Names of the tests that failed beside other tests and passed alone.
+    pub flaky: Vec<String>,
+    /// Whether every process ended with code 0, or each of its failed tests passed alone.
     pub success: bool,
     /// The line that is being written.
     line: Vec<u8>,
@@ -57,7 +59,16 @@ impl Totals {
         self.ignored += other.ignored;
         self.parts += other.parts;
         self.failures.extend(other.failures);
+        self.flaky.extend(other.flaky);
         self.success &= other.success;
+    }
+
+    /// Counts a test that failed beside other tests as passed, because it passed alone.
+    pub fn passed_alone(&mut self, name: String) {
+        self.failed -= 1;
+        self.passed += 1;
+        self.flaky.push(name);
+        self.success = self.failed == 0;
     }
 
     /// Takes a piece of the test runner's output.
