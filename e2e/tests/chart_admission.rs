@@ -129,13 +129,16 @@ fn decisions_about_records() -> Vec<Decision> {
         old,
         refused_by,
     };
-    let with_owner = |owner: Value| record("a", &json!({ "ownerReferences": [owner] }));
-    let (plain, owned) = (record("a", &json!({})), with_owner(owner("a")));
+    let owned_by = |owners: Value| record("a", &json!({ "ownerReferences": owners }));
+    let with_owner = |owner: Value| owned_by(json!([owner]));
+    let (unowned, owned) = (record("a", &json!({})), with_owner(owner("a")));
     let mut old_uid = owner("a");
     old_uid["uid"] = "0".into();
-    let mut controller = owner("a");
+    let (mut controller, mut another_kind) = (owner("a"), owner("a"));
     controller["controller"] = true.into();
-    let finalizer = record("a", &json!({ "finalizers": ["x"] }));
+    another_kind["kind"] = "Pod".into();
+    let finalizer = record("a", &json!({ "ownerReferences": [owner("a")], "finalizers": ["x"] }));
+    let foreign = owned_by(json!([owner("a"), owner("b")]));
     let event = |component: &str, kind: &str, name: &str| {
         json!({
             "metadata": { "name": "a.skein-x" }, "source": { "component": component },
@@ -151,19 +154,32 @@ fn decisions_about_records() -> Vec<Decision> {
         write("created", "CREATE", owned.clone(), null(), &[]),
         write("updated", "UPDATE", owned.clone(), owned.clone(), &[]),
         write("of a Node that came back", "UPDATE", owned.clone(), with_owner(old_uid), &[]),
-        write("of another node", "UPDATE", record("b", &json!({})), plain.clone(), &["own"]),
+        write("that had no owner", "UPDATE", owned.clone(), unowned.clone(), &[]),
+        write("created without an owner", "CREATE", unowned.clone(), null(), &["owners"]),
+        write("without its owner", "UPDATE", unowned.clone(), owned.clone(), &["owners"]),
+        write("with no owners", "UPDATE", owned_by(json!([])), owned.clone(), &["owners"]),
+        write("still without an owner", "UPDATE", unowned.clone(), unowned, &["owners"]),
+        write("owned by a Pod", "CREATE", with_owner(another_kind), null(), &["owners"]),
+        write(
+            "of another node",
+            "UPDATE",
+            record("b", &json!({ "ownerReferences": [owner("b")] })),
+            record("b", &json!({ "ownerReferences": [owner("b")] })),
+            &["own", "owners"],
+        ),
         write(
             "owned by another Node",
             "UPDATE",
             with_owner(owner("b")),
-            plain.clone(),
+            owned.clone(),
             &["owners"],
         ),
+        write("with a second owner", "UPDATE", foreign.clone(), owned.clone(), &["owners"]),
         write("controlled", "CREATE", with_owner(controller), null(), &["owners"]),
-        write("of another owner", "UPDATE", plain.clone(), with_owner(owner("b")), &["owners"]),
+        write("without another owner", "UPDATE", owned.clone(), foreign, &["owners"]),
         write("with a finalizer", "CREATE", finalizer.clone(), null(), &["metadata"]),
-        write("without its finalizer", "UPDATE", plain.clone(), finalizer, &["metadata"]),
-        write("deleted", "DELETE", null(), plain, &["operation"]),
+        write("without its finalizer", "UPDATE", owned.clone(), finalizer, &["metadata"]),
+        write("deleted", "DELETE", null(), owned, &["operation"]),
         tell("event about the Node", event("skein-agent", "Node", "a"), &[]),
         tell("event about another Node", event("skein-agent", "Node", "b"), &["own"]),
         tell("event about a pod", event("skein-agent", "Pod", "a"), &["events"]),
