@@ -316,9 +316,12 @@ pub fn check_pod_cidr(cidr: &IpNet) -> Result<(), Invalid> {
 
 /// Names the first two of `cidrs` that overlap.
 pub fn check_disjoint(cidrs: &[IpNet]) -> Result<(), Invalid> {
-    for (index, a) in cidrs.iter().enumerate() {
-        if let Some(b) = cidrs[index + 1..].iter().find(|b| overlap(a, b)) {
-            return Err(Invalid(format!("{a} and {b} overlap: keep one of them")));
+    // Prefixes nest or are disjoint: one that overlaps any other overlaps its neighbour.
+    let mut sorted = cidrs.to_vec();
+    sorted.sort_unstable();
+    match sorted.windows(2).find(|pair| overlap(&pair[0], &pair[1])) {
+        Some(pair) => {
+            Err(Invalid(format!("{} and {} overlap: keep one of them", pair[0], pair[1])))
         }
     }
     Ok(())

@@ -1,16 +1,18 @@
 //! Node records as files: one TOML table, or an array `[[node]]` of them.
 
+pub mod conflict;
+
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize};
 use skein_core::address;
 
+use self::conflict::first_conflict;
 use super::endpoint::{Endpoint, EndpointError};
-use crate::config::{check_disjoint, check_node_name, check_pod_cidr, overlap, toml_error};
+use crate::config::{check_disjoint, check_node_name, check_pod_cidr, toml_error};
 use crate::keys::{PublicKey, PublicKeys};
 
 /// A file of records is refused beyond this length: 10,000 nodes take about 3 MiB.
@@ -61,6 +63,13 @@ fn parse_endpoints(texts: &[String]) -> (Vec<Endpoint>, Vec<(&str, EndpointError
 /// What is wrong with a file of records.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RecordError(String);
+
+impl RecordError {
+    /// An error with this text.
+    pub fn new(text: impl Into<String>) -> Self {
+        Self(text.into())
+    }
+}
 
 impl fmt::Display for RecordError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -131,7 +140,7 @@ pub fn parse(text: &str) -> Result<Vec<NodeRecord>, RecordError> {
         false => vec![toml::from_str::<RawRecord>(text).map_err(wrong)?],
     };
     let records = raw.into_iter().map(RawRecord::validate).collect::<Result<Vec<_>, _>>()?;
-    match conflict(records.iter().map(|record| ((), record))) {
+    match first_conflict(&records) {
         Some(conflict) => Err(RecordError(conflict.message)),
         None => Ok(records),
     }
@@ -205,75 +214,6 @@ impl RawRecord {
         }
         Ok(NodeRecord { name, public_key, second_public_key, endpoints, pod_cidrs })
     }
-}
-
-/// Two records that contradict each other.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Conflict<S> {
-    /// Where the two come from.
-    pub between: (S, S),
-    /// The key that both name, where that is what contradicts.
-    pub key: Option<PublicKey>,
-    /// What contradicts, and the remedy.
-    pub message: String,
-}
-
-/// Finds two records of one name, of one key, with overlapping pod CIDRs, or one that owns where
-/// another listens. `S` says where a record comes from.
-pub fn conflict<'a, S: Clone>(
-    records: impl IntoIterator<Item = (S, &'a NodeRecord)>,
-) -> Option<Conflict<S>> {
-    let mut names = BTreeMap::new();
-    let mut keys = BTreeMap::new();
-    let mut cidrs: Vec<(IpNet, S, &str)> = Vec::new();
-    let mut endpoints: Vec<(IpAddr, S, &str)> = Vec::new();
-    for (source, record) in records {
-        let name = record.name.as_str();
-        if let Some(other) = names.insert(name, source.clone()) {
-            let message = format!("two records of node {name}: keep one");
-            return Some(Conflict { between: (other, source), key: None, message });
-        }
-        for key in record.keys().iter() {
-            if let Some((other, twin)) = keys.insert(key, (source.clone(), name)) {
-                let message = format!(
-                    "public_key: nodes {twin} and {name} have the same key {key}: every node has a \
-                     key of its own (skein-agent keygen)"
-                );
-                return Some(Conflict { between: (other, source), key: Some(key), message });
-            }
-        }
-        cidrs.extend(record.pod_cidrs.iter().map(|cidr| (*cidr, source.clone(), name)));
-        endpoints.extend(record.endpoints.iter().map(|at| (at.ip(), source.clone(), name)));
-    }
-    // In the order of their first addresses, a prefix that overlaps any other overlaps its
-    // neighbour: prefixes nest or are disjoint.
-    cidrs.sort_by_key(|(cidr, ..)| (cidr.network(), cidr.prefix_len()));
-    let overlapping = cidrs.windows(2).find_map(|pair| {
-        let [(a, from_a, node_a), (b, from_b, node_b)] = pair else { return None };
-        overlap(a, b).then(|| Conflict {
-            between: (from_a.clone(), from_b.clone()),
-            key: None,
-            message: format!(
-                "pod_cidrs: {a} of node {node_a} and {b} of node {node_b} overlap: give every node \
-                 prefixes of its own"
-            ),
-        })
-    });
-    // Its datagrams would go into the overlay that they carry.
-    overlapping.or_else(|| {
-        endpoints.into_iter().find_map(|(ip, source, name)| {
-            let before = cidrs.partition_point(|(cidr, ..)| cidr.network() <= ip);
-            let (cidr, owner, node) = cidrs.get(before.checked_sub(1)?)?;
-            cidr.contains(&ip).then(|| Conflict {
-                between: (source, owner.clone()),
-                key: None,
-                message: format!(
-                    "pod_cidrs: {cidr} of node {node} has the address {ip}, where node {name} listens: \
-                     give pods prefixes that have no node's address"
-                ),
-            })
-        })
-    })
 }
 
 #[cfg(test)]
@@ -441,17 +381,6 @@ pub(crate) mod tests {
     }
 
     proptest! {
-        #[test]
-        fn neighbours_suffice_to_find_overlaps(nets in prop::collection::vec((any::<u32>(), 1u8..=32), 1..12)) {
-            let records: Vec<_> = (1..).zip(nets).map(|(n, (address, length))| {
-                let net = IpNet::new(std::net::Ipv4Addr::from(address).into(), length).unwrap();
-                NodeRecord { pod_cidrs: vec![net.trunc()], endpoints: Vec::new(), ..record(n, &[]) }
-            }).collect();
-            let all = |a: &NodeRecord, b: &NodeRecord| overlap(&a.pod_cidrs[0], &b.pod_cidrs[0]);
-            let expected = records.iter().enumerate().any(|(i, a)| records[i + 1..].iter().any(|b| all(a, b)));
-            prop_assert_eq!(conflict(records.iter().map(|r| ((), r))).is_some(), expected);
-        }
-
         #[test]
         fn no_text_panics(text in "\\PC{0,200}") {
             let _ = parse(&text);

@@ -7,7 +7,8 @@ use ipnet::IpNet;
 
 use crate::config::{check_inside, check_outside};
 use crate::control::endpoint::Endpoint;
-use crate::control::records::{self, Files, NodeRecord};
+use crate::control::records::conflict::{Conflict, Conflicts};
+use crate::control::records::{Files, NodeRecord};
 use crate::failure::Failure;
 use crate::keys::PublicKeys;
 
@@ -88,74 +89,39 @@ fn outside(own: &Own, record: &NodeRecord) -> Option<String> {
     Some(format!("node {name}: endpoints: {error}"))
 }
 
-/// A file on its way to being in force.
-struct Candidate {
-    records: Vec<NodeRecord>,
-    /// Whether it differs from the last good version.
+/// Returns the reason to refuse the records of a file, whatever the other files have.
+fn wrong(own: &Own, records: &[NodeRecord]) -> Option<String> {
+    let outside = || records.iter().find_map(|record| outside(own, record));
+    own_error(own, records).or_else(outside)
+}
+
+/// Records of a file that may become active.
+#[derive(Debug, Clone, Copy)]
+struct Candidate<'a> {
+    records: &'a [NodeRecord],
+    /// True if the records differ from the last good version.
     changed: bool,
 }
 
-/// Chooses the records to be in force: every file's new version, less those that are wrong or that
+/// Chooses the active records: every file's new version, without those that are wrong or that
 /// contradict others. Of two files that contradict each other the changed one goes back to its last
-/// good version; of two changed ones the later by name, but that a key stays with the file whose last
-/// good version names it. So what was in force and has not changed is never lost, files that change
-/// together (a prefix moves from one to the other) are taken together, and whoever claims the next key of
-/// another node after that has announced it does not stop the change. (Where both come at once, as after a
-/// time without the API server, nothing tells which of the two is right.) Only what this node says of
-/// itself in Kubernetes, which nobody else can change, wins in any case.
+/// good version; of two changed ones the later by name, except that a key stays with the file whose
+/// last good version names it. Active records that have not changed are therefore never lost, files
+/// that change together (a prefix moves from one to the other) are accepted together, and a node
+/// that claims the next key of another node after its announcement does not stop the change. (If
+/// both come at once, as after a time without the API server, nothing shows which of the two is
+/// right.) Only this node's own record in Kubernetes, which no other node can change, wins in any
+/// case.
 ///
-/// `standing` are the prefixes that this node owns by what is in force; they stay its own while its
-/// record is away, so that nobody else's record can take them.
+/// `standing` are the prefixes that this node owns by the active records; they stay its own while
+/// its record is missing, so that no other record can take them.
 pub(super) fn settle(
     own: &Own,
     standing: &[IpNet],
     last_good: &Accepted,
     files: Files,
 ) -> (Accepted, BTreeMap<PathBuf, String>) {
-    let mut rejected = BTreeMap::new();
-    let mut candidates = BTreeMap::new();
-    for (path, result) in files {
-        let good = last_good.get(&path);
-        match result {
-            Ok(records) => {
-                let changed = good != Some(&records);
-                candidates.insert(path, Candidate { records, changed });
-            }
-            Err(error) => {
-                rejected.insert(path.clone(), error.to_string());
-                if let Some(good) = good {
-                    candidates.insert(path, Candidate { records: good.clone(), changed: false });
-                }
-            }
-        }
-    }
-    while let Some((path, error)) = contradiction(own, standing, last_good, &candidates) {
-        let changed = candidates.remove(&path).is_some_and(|candidate| candidate.changed);
-        if let Some(good) = last_good.get(&path).filter(|_| changed) {
-            candidates.insert(path.clone(), Candidate { records: good.clone(), changed: false });
-        }
-        rejected.entry(path).or_insert(error);
-    }
-    let accepted = candidates.into_iter().map(|(path, candidate)| (path, candidate.records));
-    (accepted.collect(), rejected)
-}
-
-/// A file that cannot be in force beside the others, and why.
-fn contradiction(
-    own: &Own,
-    standing: &[IpNet],
-    last_good: &Accepted,
-    candidates: &BTreeMap<PathBuf, Candidate>,
-) -> Option<(PathBuf, String)> {
-    for (path, candidate) in candidates {
-        let outside = || candidate.records.iter().find_map(|record| outside(own, record));
-        if let Some(error) = own_error(own, &candidate.records).or_else(outside) {
-            return Some((path.clone(), error));
-        }
-    }
-    let mut records = candidates.values().flat_map(|candidate| &candidate.records);
-    let recorded = records.any(|record| record.name == own.name);
-    let standing = (!recorded && !standing.is_empty()).then_some(standing);
+    let standing = (!standing.is_empty()).then_some(standing);
     let configured = own.pod_cidrs.as_deref().or(standing).map(|pod_cidrs| NodeRecord {
         name: own.name.clone(),
         public_key: own.keys.first,
@@ -163,37 +129,145 @@ fn contradiction(
         endpoints: Vec::new(),
         pod_cidrs: pod_cidrs.to_vec(),
     });
-    // The configuration stands for this node's own record, which says the same.
-    let stands = |record: &NodeRecord| configured.is_some() && record.name == own.name;
-    let records = candidates.iter().flat_map(|(path, candidate)| {
-        let records = candidate.records.iter().filter(|record| !stands(record));
-        records.map(move |record| (Some(path), record))
+    let mut settlement = Settlement {
+        own,
+        configured: configured.as_ref(),
+        last_good,
+        paths: files.keys().collect(),
+        candidates: vec![None; files.len()],
+        own_records: 0,
+        conflicts: Conflicts::default(),
+        rejected: BTreeMap::new(),
+    };
+    settlement.update_configured();
+    for (file, (path, result)) in files.iter().enumerate() {
+        let good = last_good.get(path);
+        match result {
+            Ok(records) => {
+                settlement.add(file, Candidate { records, changed: good != Some(records) });
+            }
+            Err(error) => {
+                settlement.rejected.insert(path.clone(), error.to_string());
+                if let Some(records) = good {
+                    settlement.add(file, Candidate { records, changed: false });
+                }
+            }
+        }
+    }
+    while let Some(conflict) = settlement.conflicts.first() {
+        let Some((loser, error)) = settlement.judge(&conflict) else { break };
+        settlement.refuse(loser, error);
+    }
+    let Settlement { paths, candidates, rejected, .. } = settlement;
+    let accepted = paths.into_iter().zip(candidates).filter_map(|(path, candidate)| {
+        candidate.map(|candidate| (path.clone(), candidate.records.to_vec()))
     });
-    let conflict = records::conflict(configured.iter().map(|c| (None, c)).chain(records))?;
-    let changed = |path: &Option<&PathBuf>| path.is_some_and(|path| candidates[path].changed);
-    // This node's configuration, which is no file, never loses.
-    let had_key = |path: &Option<&PathBuf>| {
-        path.is_none_or(|path| {
-            let mut good = last_good.get(path).into_iter().flatten();
-            good.any(|record| record.keys().iter().any(|key| Some(key) == conflict.key))
-        })
-    };
-    let (a, b) = match conflict.between {
-        (a, b) if a <= b => (a, b),
-        (a, b) => (b, a),
-    };
-    let keep_b = match own.record.as_ref() {
-        Some(record) if b == Some(record) => true,
-        Some(record) if a == Some(record) => false,
-        _ => (changed(&a), !had_key(&a)) > (changed(&b), !had_key(&b)),
-    };
-    let (loser, other) = if keep_b { (a, b) } else { (b, a) };
-    let other = match other {
-        Some(other) if Some(other) != loser => format!(" (the other is in {})", other.display()),
-        Some(_) => String::new(),
-        None => " (the other is this node)".to_owned(),
-    };
-    Some((loser?.clone(), format!("{}{other}", conflict.message)))
+    (accepted.collect(), rejected)
+}
+
+/// State of a decision. Files are named by their numbers in the order of their paths; `None` stands
+/// for this node's configuration.
+struct Settlement<'a> {
+    own: &'a Own,
+    /// Record that stands for this node's own one: always if the configuration names the pod CIDRs,
+    /// otherwise while no file has a record of this node.
+    configured: Option<&'a NodeRecord>,
+    last_good: &'a Accepted,
+    paths: Vec<&'a PathBuf>,
+    candidates: Vec<Option<Candidate<'a>>>,
+    /// Number of candidates' records of this node.
+    own_records: usize,
+    conflicts: Conflicts<'a, Option<usize>>,
+    rejected: BTreeMap<PathBuf, String>,
+}
+
+impl<'a> Settlement<'a> {
+    /// Adds a candidate. One that contradicts the configuration is rejected.
+    fn add(&mut self, file: usize, mut candidate: Candidate<'a>) {
+        while let Some(error) = wrong(self.own, candidate.records) {
+            match self.reject(file, candidate, error) {
+                Some(good) => candidate = good,
+                None => return,
+            }
+        }
+        self.candidates[file] = Some(candidate);
+        for (index, record) in candidate.records.iter().enumerate() {
+            if record.name == self.own.name {
+                self.own_records += 1;
+                // The configuration says the same.
+                if self.own.pod_cidrs.is_some() {
+                    continue;
+                }
+            }
+            self.conflicts.insert(Some(file), index, record);
+        }
+        self.update_configured();
+    }
+
+    /// Removes the candidate of a file, and adds the last good version if the candidate is new.
+    fn refuse(&mut self, file: usize, error: String) {
+        let Some(candidate) = self.candidates[file].take() else { return };
+        for (index, record) in candidate.records.iter().enumerate() {
+            self.conflicts.remove(Some(file), index);
+            self.own_records -= usize::from(record.name == self.own.name);
+        }
+        self.update_configured();
+        if let Some(good) = self.reject(file, candidate, error) {
+            self.add(file, good);
+        }
+    }
+
+    /// Enters the first error of a file. Returns the last good version if `candidate` is new.
+    fn reject(
+        &mut self,
+        file: usize,
+        candidate: Candidate<'a>,
+        error: String,
+    ) -> Option<Candidate<'a>> {
+        let path = self.paths[file];
+        self.rejected.entry(path.clone()).or_insert(error);
+        let records = self.last_good.get(path).filter(|_| candidate.changed)?;
+        Some(Candidate { records, changed: false })
+    }
+
+    fn update_configured(&mut self) {
+        let Some(configured) = self.configured else { return };
+        let stands = self.own.pod_cidrs.is_some() || self.own_records == 0;
+        self.conflicts.remove(None, 0);
+        if stands {
+            self.conflicts.insert(None, 0, configured);
+        }
+    }
+
+    /// Returns the file that loses, with the reason; `None` if the configuration contradicts itself.
+    fn judge(&self, conflict: &Conflict<Option<usize>>) -> Option<(usize, String)> {
+        let changed = |file: Option<usize>| {
+            file.and_then(|file| self.candidates[file]).is_some_and(|candidate| candidate.changed)
+        };
+        let had_key = |file: Option<usize>| {
+            file.is_none_or(|file| {
+                let mut good = self.last_good.get(self.paths[file]).into_iter().flatten();
+                good.any(|record| record.keys().iter().any(|key| Some(key) == conflict.key))
+            })
+        };
+        let (a, b) = conflict.between;
+        let (a, b) = (a.min(b), a.max(b));
+        let is_own = |file: Option<usize>| {
+            file.is_some_and(|file| self.own.record.as_ref() == Some(self.paths[file]))
+        };
+        let keep_b = match (is_own(a), is_own(b)) {
+            (_, true) => true,
+            (true, false) => false,
+            _ => (changed(a), !had_key(a)) > (changed(b), !had_key(b)),
+        };
+        let (loser, other) = if keep_b { (a, b) } else { (b, a) };
+        let other = match other {
+            Some(_) if other == loser => String::new(),
+            Some(other) => format!(" (the other is in {})", self.paths[other].display()),
+            None => " (the other is this node)".to_owned(),
+        };
+        Some((loser?, format!("{}{other}", conflict.message)))
+    }
 }
 
 #[cfg(test)]
@@ -201,7 +275,11 @@ fn contradiction(
 mod tests {
     use std::path::Path;
 
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::control::records::RecordError;
+    use crate::control::records::conflict::tests::reference as first_conflict;
     use crate::control::records::tests::record;
     use crate::keys::PublicKey;
 
@@ -233,5 +311,180 @@ mod tests {
         ]);
         let (accepted, _) = settle(&own, &[], &good, files);
         assert_eq!(accepted.keys().collect::<Vec<_>>(), [Path::new("z")]);
+    }
+
+    /// The same decision by comparing everything again after each refusal.
+    fn reference(
+        own: &Own,
+        standing: &[IpNet],
+        last_good: &Accepted,
+        files: &Files,
+    ) -> (Accepted, BTreeMap<PathBuf, ()>) {
+        let mut rejected = BTreeMap::new();
+        let mut candidates: BTreeMap<&PathBuf, (&[NodeRecord], bool)> = BTreeMap::new();
+        for (path, result) in files {
+            let good = last_good.get(path);
+            match result {
+                Ok(records) => {
+                    candidates.insert(path, (records, good != Some(records)));
+                }
+                Err(_) => {
+                    rejected.insert(path.clone(), ());
+                    candidates.extend(good.map(|good| (path, (&good[..], false))));
+                }
+            }
+        }
+        while let Some(loser) = loser(own, standing, last_good, &candidates) {
+            let (_, changed) = candidates.remove(loser).unwrap();
+            if let Some(good) = last_good.get(loser).filter(|_| changed) {
+                candidates.insert(loser, (good, false));
+            }
+            rejected.insert(loser.clone(), ());
+        }
+        let accepted = candidates.into_iter();
+        (accepted.map(|(path, (records, _))| (path.clone(), records.to_vec())).collect(), rejected)
+    }
+
+    fn loser<'a>(
+        own: &Own,
+        standing: &[IpNet],
+        last_good: &Accepted,
+        candidates: &BTreeMap<&'a PathBuf, (&[NodeRecord], bool)>,
+    ) -> Option<&'a PathBuf> {
+        let is_wrong =
+            |(_, (records, _)): &(&&PathBuf, &(&[NodeRecord], bool))| wrong(own, records).is_some();
+        if let Some((path, _)) = candidates.iter().find(is_wrong) {
+            return Some(path);
+        }
+        let mut records = candidates.values().flat_map(|(records, _)| records.iter());
+        let recorded = records.any(|record| record.name == own.name);
+        let standing = (!recorded && !standing.is_empty()).then_some(standing);
+        let configured = own.pod_cidrs.as_deref().or(standing).map(|pod_cidrs| NodeRecord {
+            name: own.name.clone(),
+            public_key: own.keys.first,
+            second_public_key: own.keys.second,
+            endpoints: Vec::new(),
+            pod_cidrs: pod_cidrs.to_vec(),
+        });
+        let stands = |record: &NodeRecord| configured.is_some() && record.name == own.name;
+        let records = candidates.iter().flat_map(|(path, (records, _))| {
+            let records = records.iter().filter(|record| !stands(record));
+            records.map(move |record| (Some(*path), record))
+        });
+        let (a, b, key) = first_conflict(configured.iter().map(|c| (None, c)).chain(records))?;
+        let (a, b) = (a.min(b), a.max(b));
+        let rank = |path: Option<&PathBuf>| {
+            let had_key = path.is_none_or(|path| {
+                let mut good = last_good.get(path).into_iter().flatten();
+                good.any(|record| record.keys().iter().any(|held| Some(held) == key))
+            });
+            (path.is_some_and(|path| candidates[path].1), !had_key)
+        };
+        let own_record = own.record.as_ref();
+        let keep_b = (own_record.is_some() && b == own_record)
+            || ((own_record.is_none() || a != own_record) && rank(a) > rank(b));
+        if keep_b { a } else { b }
+    }
+
+    /// Records with few names, keys, prefixes and addresses, so that many of them contradict.
+    fn records() -> impl Strategy<Value = Vec<NodeRecord>> {
+        const CIDRS: [&str; 8] = [
+            "10.1.0.0/24",
+            "10.2.0.0/24",
+            "10.2.0.128/25",
+            "10.3.0.0/24",
+            "10.0.0.0/14",
+            "fd00:1::/64",
+            "192.0.2.4/32",
+            "192.0.2.0/30",
+        ];
+        let cidrs = prop::collection::vec(prop::sample::select(&CIDRS[..]), 1..3);
+        let parts = (1_u8..6, 1_u8..6, prop::option::weighted(0.2, 1_u8..6), 1_u8..6, cidrs);
+        let one = parts.prop_map(|(name, key, second, endpoint, cidrs)| NodeRecord {
+            name: format!("node-{name}"),
+            public_key: PublicKey([key; 32]),
+            second_public_key: second
+                .filter(|second| *second != key)
+                .map(|key| PublicKey([key; 32])),
+            ..record(endpoint, &cidrs)
+        });
+        prop::collection::vec(one, 0..3)
+    }
+
+    fn accepted() -> impl Strategy<Value = Accepted> {
+        prop::collection::btree_map("[a-f]".prop_map(PathBuf::from), records(), 0..6)
+    }
+
+    fn files() -> impl Strategy<Value = Files> {
+        let result = prop_oneof![
+            8 => records().prop_map(Ok),
+            1 => Just(Err(RecordError::new("wrong"))),
+        ];
+        prop::collection::btree_map("[a-f]".prop_map(PathBuf::from), result, 0..6)
+    }
+
+    fn own() -> impl Strategy<Value = Own> {
+        let cidrs = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
+        let (configured, cluster): (Vec<IpNet>, Vec<IpNet>) =
+            (cidrs(&["10.1.0.0/24"]), cidrs(&["10.0.0.0/8", "fd00::/16"]));
+        let pod_cidrs = prop::option::weighted(0.3, Just(configured));
+        let cluster = prop_oneof![Just(Vec::new()), Just(cluster)];
+        let record = prop::option::weighted(0.3, "[a-f]".prop_map(PathBuf::from));
+        (pod_cidrs, cluster, record).prop_map(|(pod_cidrs, cluster_cidrs, record)| Own {
+            name: "node-1".to_owned(),
+            keys: PublicKey([1; 32]).into(),
+            pod_cidrs,
+            cluster_cidrs,
+            record,
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+        #[test]
+        fn outcome_equals_that_of_the_reference(
+            own in own(),
+            stands in any::<bool>(),
+            last_good in accepted(),
+            files in files(),
+        ) {
+            let standing: Vec<IpNet> = stands.then(|| "10.1.0.0/24".parse().unwrap()).into_iter().collect();
+            let expected = reference(&own, &standing, &last_good, &files);
+            let (accepted, rejected) = settle(&own, &standing, &last_good, files);
+            let rejected = rejected.into_keys().map(|path| (path, ())).collect();
+            prop_assert_eq!((accepted, rejected), expected);
+        }
+    }
+
+    /// The prefix of each node moves to the node before, but one file is unreadable: each refusal
+    /// causes the next.
+    #[test]
+    fn chain_of_refusals_ends_at_the_last_good_records() {
+        let count: u32 = 5_000;
+        let cidr = |n: u32| IpNet::new(std::net::Ipv4Addr::from(0x0a00_0000 + n * 16).into(), 28);
+        let node = |n: u32, owned: u32| {
+            let mut key = [0; 32];
+            key[..4].copy_from_slice(&(n + 1).to_be_bytes());
+            let cidr = cidr(owned).unwrap();
+            let name = format!("node-{n}");
+            let record = NodeRecord { name, public_key: PublicKey(key), ..record(1, &[]) };
+            vec![NodeRecord { pod_cidrs: vec![cidr], ..record }]
+        };
+        let path = |n: u32| PathBuf::from(format!("{n:06}"));
+        let good: Accepted = (0..count).map(|n| (path(n), node(n, n))).collect();
+        let mut files: Files = (0..count).map(|n| (path(n), Ok(node(n, n + 1)))).collect();
+        files.insert(path(count - 1), Ok(node(count - 1, 0)));
+        files.insert(path(0), Err(RecordError::new("wrong")));
+        let own = Own {
+            name: "own".to_owned(),
+            keys: PublicKey([1; 32]).into(),
+            pod_cidrs: None,
+            cluster_cidrs: vec!["10.0.0.0/8".parse().unwrap()],
+            record: None,
+        };
+        let (accepted, rejected) = settle(&own, &[], &good, files);
+        assert_eq!(rejected.len(), count as usize, "Every change is refused.");
+        assert!(accepted == good, "The last good records stay active.");
     }
 }
