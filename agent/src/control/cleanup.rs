@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::client::{Client, ClientError};
 use super::identity;
 use super::lock::StateLock;
-use super::registry;
+use super::registry::Stored;
 use super::rotation;
 use crate::cni::attach::Attacher;
 use crate::cni::install;
@@ -58,7 +58,8 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
     if config.cni.enabled || config.state_dir.join(skein_ipam::FILE).exists() {
         remove_pods(config, &mut cleaned).await;
     }
-    for table in [config.cni.table.clone()].into_iter().chain(registry::former_table(config)) {
+    let former = Stored::read(config).and_then(|stored| stored.former_table(config));
+    for table in [config.cni.table.clone()].into_iter().chain(former) {
         let removed = firewall::remove(&table).await.map_err(|error| error.to_string());
         cleaned.note(&format!("nftables table inet {table}"), removed);
     }

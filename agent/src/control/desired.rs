@@ -264,9 +264,13 @@ mod tests {
         let head =
             format!("name = 'node-1'\nnodes = {nodes:?}\nstate_dir = {:?}\n", directory.path());
         let config = Config::parse(&(head + config)).unwrap();
-        let registry =
-            Registry::open(&config, PublicKey([1; 32]).into(), Reader::Path(config.nodes.clone()))
-                .unwrap();
+        let registry = Registry::open(
+            &config,
+            PublicKey([1; 32]).into(),
+            Reader::Path(config.nodes.clone()),
+            None,
+        )
+        .unwrap();
         let desired = Desired::new(&config, &registry, underlay_mtu);
         (config, desired)
     }

@@ -42,7 +42,7 @@ use self::desired::Desired;
 use self::instance::DataplaneRequest;
 use self::kubernetes::Kubernetes;
 use self::lock::StateLock;
-use self::registry::Registry;
+use self::registry::{Registry, Stored};
 use self::rotation::{Rotation, RotationRequest};
 use self::shared::{InterfaceStatus, PeerConflict, Shared};
 use self::source::{Reader, Source};
@@ -178,13 +178,14 @@ async fn control(
     starting: NotReady,
     signals: &mut Signals,
 ) -> Result<(), Failure> {
-    refuse_kept_prefixes(&config).await?;
+    let stored = Stored::read(&config);
+    refuse_kept_prefixes(&config, stored.as_ref()).await?;
     let source = tokio::select! {
-        source = first_records(&config, &shared, &starting) => source?,
+        source = first_records(&config, &shared, &starting, stored.as_ref()) => source?,
         () = signals.end() => return Ok(()),
     };
     let (source, reader) = source;
-    let registry = Registry::open(&config, rotation.public(), reader)?;
+    let registry = Registry::open(&config, rotation.public(), reader, stored)?;
     let (controller, first) = Controller::start(config, rotation, registry, shared).await?;
     drop(starting);
     controller.run(first, source, asked, signals).await
@@ -193,8 +194,9 @@ async fn control(
 /// Adds the unreachable routes of an earlier process. After a boot, only these routes keep traffic
 /// to pods off the underlay while the agent waits for the records. The first start with a state
 /// directory adds no routes here, so that a refused configuration leaves no route.
-async fn refuse_kept_prefixes(config: &Config) -> Result<(), Failure> {
-    let Some(kept) = registry::kept_unreachable_prefixes(config) else { return Ok(()) };
+async fn refuse_kept_prefixes(config: &Config, stored: Option<&Stored>) -> Result<(), Failure> {
+    let kept = stored.and_then(|stored| stored.unreachable_prefixes(config));
+    let Some(kept) = kept else { return Ok(()) };
     let netlink = Netlink::connect().map_err(netlink_failure)?;
     // Existing routes stay: they may belong to the records that are read next.
     let outcome = netlink.add_unreachable_routes(&kept).await;
@@ -214,6 +216,7 @@ async fn first_records(
     config: &Config,
     shared: &Shared,
     starting: &NotReady,
+    stored: Option<&Stored>,
 ) -> Result<(Source, Reader), Failure> {
     if !config.kubernetes.enabled {
         let watch = SourceWatch::start(&config.nodes);
@@ -222,7 +225,7 @@ async fn first_records(
     let mut kubernetes = Kubernetes::start(shared).await?;
     shared.set_requests(kubernetes.requests());
     let reader = Reader::Kubernetes(kubernetes.records());
-    let last_good = registry::has_last_good(config, &reader);
+    let last_good = stored.is_some_and(|stored| stored.is_of(&reader));
     let waits = |reason: &str| {
         tracing::info!(reason, "waiting for the node records");
         starting.because(format!("waiting for the node records: {reason}"));
@@ -291,8 +294,8 @@ impl Controller {
         // installed.
         let firewall = Firewall::start(firewall_rules(&config, &desired, &networks)).await;
         shared.set_firewall(firewall.clone());
-        if let Some(table) = registry::former_table(&config) {
-            match firewall::remove(&table).await {
+        if let Some(table) = registry.former_table() {
+            match firewall::remove(table).await {
                 Ok(_) => tracing::info!(table, "nftables table of the earlier name removed"),
                 Err(error) => tracing::error!(table, %error, "nftables table not removed"),
             }

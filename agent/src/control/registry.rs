@@ -18,45 +18,15 @@ use serde::{Deserialize, Serialize};
 pub use self::former::overlay_prefixes;
 use self::former::{FormerPrefixes, prefixes};
 use self::settle::{Accepted, Own, check_own, local_cidrs, settle};
-use self::store::Stored;
+pub use self::store::Stored;
 pub(crate) use self::store::fuzz_stored;
+use self::store::path as store_path;
 use super::endpoint::Endpoint;
 use super::records::NodeRecord;
 use super::source::Reader;
 use crate::config::Config;
 use crate::failure::Failure;
 use crate::keys::PublicKeys;
-
-/// The last good records' file in the state directory.
-const STORE: &str = "registry.json";
-
-/// Whether there are last good records of that source.
-pub fn has_last_good(config: &Config, source: &Reader) -> bool {
-    Stored::read(&config.state_dir.join(STORE)).is_some_and(|stored| stored.source == source.name())
-}
-
-/// Returns the prefixes for unreachable routes that follow from the state directory of an earlier
-/// process; `None` before the first successful start.
-pub fn kept_unreachable_prefixes(config: &Config) -> Option<BTreeSet<IpNet>> {
-    let stored = Stored::read(&config.state_dir.join(STORE))
-        .filter(|_| config.interface.unreachable_routes)?;
-    // The remaining prefixes may contain the API server, whose address is compared with them later.
-    let mut config = config.clone();
-    config.cluster_cidrs.retain(|net| stored.cluster_cidrs.contains(net));
-    let local = config.pod_cidrs.as_ref().unwrap_or(&stored.local_cidrs);
-    let mut all = prefixes(&stored.files, local);
-    all.extend(&stored.local_cidrs);
-    let records = stored.files.values().flatten();
-    let hosts = hosts(&config, records.flat_map(|record| &record.endpoints));
-    Some(overlay_prefixes(&config.cluster_cidrs, local, &all, &stored.former, &hosts))
-}
-
-/// Returns the name of the nftables table of an earlier process if another name is configured now. The
-/// rules of the earlier table drop the packets of an interface with another name.
-pub fn former_table(config: &Config) -> Option<String> {
-    let stored = Stored::read(&config.state_dir.join(STORE))?;
-    stored.table.filter(|table| *table != config.cni.table)
-}
 
 /// Returns the underlay addresses of this node's configuration and of `endpoints`.
 fn hosts<'a>(config: &Config, endpoints: impl Iterator<Item = &'a Endpoint>) -> Vec<IpAddr> {
@@ -76,6 +46,8 @@ pub struct Registry {
     former: FormerPrefixes,
     /// Name of the nftables table.
     table: String,
+    /// Name of the table of an earlier process, if it was another one.
+    former_table: Option<String>,
     /// True if no earlier process has stored records.
     never_started: bool,
     rejected: BTreeMap<PathBuf, String>,
@@ -105,10 +77,15 @@ pub struct RejectedFile {
 }
 
 impl Registry {
-    /// Reads the records at the start. What is wrong with this node's own record is an error, and so
+    /// Reads the records at the start; `stored` are the last good ones. What is wrong with this node's own record is an error, and so
     /// is a wrong file where no records were ever good: later it is refused alone, as at run time.
-    pub fn open(config: &Config, keys: PublicKeys, source: Reader) -> Result<Self, Failure> {
-        let registry = Self::read(config, keys, source)?;
+    pub fn open(
+        config: &Config,
+        keys: PublicKeys,
+        source: Reader,
+        stored: Option<Stored>,
+    ) -> Result<Self, Failure> {
+        let registry = Self::read(config, keys, source, stored)?;
         for (path, error) in &registry.rejected {
             log_rejected(path, error);
         }
@@ -119,7 +96,12 @@ impl Registry {
     ///
     /// # Errors
     /// The same as those of [`Registry::open`].
-    pub fn read(config: &Config, keys: PublicKeys, source: Reader) -> Result<Self, Failure> {
+    pub fn read(
+        config: &Config,
+        keys: PublicKeys,
+        source: Reader,
+        stored: Option<Stored>,
+    ) -> Result<Self, Failure> {
         let own = Own {
             name: config.name.clone(),
             keys,
@@ -127,7 +109,6 @@ impl Registry {
             cluster_cidrs: config.cluster_cidrs.clone(),
             record: source.made_here(&config.name),
         };
-        let store = config.state_dir.join(STORE);
         let name = source.name();
         let shown = name.display();
         let kept = Stored::read(&store);
@@ -177,10 +158,11 @@ impl Registry {
             own,
             local_cidrs,
             source,
-            store,
+            store: store_path(config),
             accepted,
             former,
             table: config.cni.table.clone(),
+            former_table,
             never_started,
             rejected,
             source_error,
@@ -316,6 +298,9 @@ fn log_rejected(path: &Path, error: &str) {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use super::super::records::tests::{record, text};
     use super::*;
     use crate::keys::PublicKey;
@@ -353,7 +338,7 @@ mod tests {
         fn open_with(&self, more: &str) -> Result<Registry, Failure> {
             let config = self.config(more);
             let source = Reader::Path(config.nodes.clone());
-            Registry::open(&config, PublicKey([1; 32]).into(), source)
+            Registry::open(&config, PublicKey([1; 32]).into(), source, Stored::read(&config))
                 .inspect(Registry::write_store)
         }
 
@@ -361,7 +346,7 @@ mod tests {
         fn open_as(&self, key: u8) -> Result<Registry, Failure> {
             let config = self.config("");
             let source = Reader::Path(config.nodes.clone());
-            Registry::open(&config, PublicKey([key; 32]).into(), source)
+            Registry::open(&config, PublicKey([key; 32]).into(), source, Stored::read(&config))
                 .inspect(Registry::write_store)
         }
 
@@ -636,7 +621,7 @@ mod tests {
         assert_eq!(old.matches("fe80::1").count(), 2, "{kept}");
         std::fs::write(&store, old).unwrap();
         let config = lab.config("pod_cidrs = ['10.1.0.0/24']");
-        let kept = kept_unreachable_prefixes(&config).unwrap();
+        let kept = Stored::read(&config).unwrap().unreachable_prefixes(&config).unwrap();
         let expected: BTreeSet<IpNet> =
             (1..=6).map(|n| format!("10.{n}.0.0/24").parse().unwrap()).collect();
         assert_eq!(kept, expected, "Prefixes of refused records stay unreachable.");

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use super::desired::Desired;
 use super::kubernetes::Kubernetes;
 use super::lock::StateLock;
-use super::registry::{Registry, RegistryStatus};
+use super::registry::{Registry, RegistryStatus, Stored};
 use super::rotation::RotationStatus;
 use super::shared::Shared;
 use super::source::{Reader, Source};
@@ -212,7 +212,9 @@ impl<'a> Candidate<'a> {
         if let Err(error) = records.reader.read() {
             return Ok(Some(format!("waiting for the node records: {error}")));
         }
-        let registry = match Registry::read(self.config, key.keys, records.reader.clone()) {
+        let stored = Stored::read(self.config);
+        let reader = records.reader.clone();
+        let registry = match Registry::read(self.config, key.keys, reader, stored) {
             Ok(registry) => registry,
             Err(failure) if self.config.kubernetes.enabled => return Ok(Some(failure.to_string())),
             Err(failure) => return Err(failure),

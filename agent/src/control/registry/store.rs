@@ -1,18 +1,22 @@
 //! The last good records on this node's disk, with the prefixes that follow from them.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::former::FormerPrefixes;
+use super::former::{FormerPrefixes, overlay_prefixes, prefixes};
+use super::hosts;
 use super::settle::Accepted;
+use crate::config::Config;
 use crate::control::identity;
+use crate::control::source::Reader;
 
 /// The last good records, as they are kept on disk.
-#[derive(Serialize, Deserialize)]
-pub(super) struct Stored {
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Stored {
     /// Name of the source that the records come from.
     pub(super) source: PathBuf,
     /// Records by the file that they come from.
@@ -35,14 +39,43 @@ pub(super) struct Stored {
 impl Stored {
     /// Reads the last good records; `None` if there are none, or if they are unreadable, which is
     /// logged.
-    pub(super) fn read(store: &Path) -> Option<Self> {
-        let bytes = std::fs::read(store).ok()?;
+    pub fn read(config: &Config) -> Option<Self> {
+        let store = path(config);
+        let bytes = std::fs::read(&store).ok()?;
         let stored = serde_json::from_slice::<Self>(&bytes).inspect_err(|error| {
             tracing::warn!(path = %store.display(), %error, "the kept records are unreadable");
         });
         let mut stored = stored.ok()?;
         stored.leave_out_unusable();
         Some(stored)
+    }
+
+    /// Returns whether the records come from this source.
+    pub fn is_of(&self, source: &Reader) -> bool {
+        self.source == source.name()
+    }
+
+    /// Returns the prefixes for unreachable routes that follow from the records; `None` if the
+    /// configuration wants no such routes.
+    pub fn unreachable_prefixes(&self, config: &Config) -> Option<BTreeSet<IpNet>> {
+        if !config.interface.unreachable_routes {
+            return None;
+        }
+        // The remaining prefixes may contain the API server, whose address is compared with them
+        // later.
+        let mut config = config.clone();
+        config.cluster_cidrs.retain(|net| self.cluster_cidrs.contains(net));
+        let local = config.pod_cidrs.as_ref().unwrap_or(&self.local_cidrs);
+        let mut all = prefixes(&self.files, local);
+        all.extend(&self.local_cidrs);
+        let records = self.files.values().flatten();
+        let hosts = hosts(&config, records.flat_map(|record| &record.endpoints));
+        Some(overlay_prefixes(&config.cluster_cidrs, local, &all, &self.former, &hosts))
+    }
+
+    /// Returns the name of the nftables table if another name is configured now.
+    pub fn former_table(&self, config: &Config) -> Option<String> {
+        self.table.clone().filter(|table| *table != config.cni.table)
     }
 
     /// Leaves out the records whose endpoints this release refuses. Their prefixes count as former
