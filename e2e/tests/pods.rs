@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use skein_e2e::checks;
 use skein_e2e::lab::agent::{Agent, Cluster};
 use skein_e2e::lab::cni::{self, attachment, same, traces};
+use skein_e2e::lab::link::advertise_router;
 use skein_e2e::lab::pods::{node, prepared, runtime, up};
 use skein_e2e::lab::process;
 use skein_e2e::lab::{Family, Netns, Pod};
@@ -427,28 +428,6 @@ impl Drop for Tmpfs {
     }
 }
 
-/// Sends an advertisement of a router with a prefix (RFC 4861, section 4.2) from a pod to its link.
-fn advertise(pod: &Netns) -> Result<()> {
-    pod.sysctl("net.ipv6.conf.eth0.disable_ipv6", "0")?;
-    pod.ip("address add fe80::bad/64 dev eth0 nodad")?;
-    let links = pod.ip("-o link show eth0")?;
-    let index: u32 = links.split(':').next().context("no index")?.trim().parse()?;
-    pod.run(|| -> Result<()> {
-        use socket2::{Domain, Protocol, SockAddr, Socket, Type};
-        let socket = Socket::new(Domain::IPV6, Type::RAW, Some(Protocol::ICMPV6))?;
-        socket.set_multicast_hops_v6(255)?;
-        socket.set_multicast_if_v6(index)?;
-        let mut message = vec![134, 0, 0, 0, 64, 0, 0x07, 0x08, 0, 0, 0, 0, 0, 0, 0, 0];
-        message.extend([3, 4, 64, 0xc0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0]);
-        message.extend("2001:db8:bad::".parse::<std::net::Ipv6Addr>()?.octets());
-        let all = std::net::SocketAddrV6::new("ff02::1".parse()?, 0, 0, index);
-        for _ in 0..3 {
-            socket.send_to(&message, &SockAddr::from(all))?;
-        }
-        Ok(())
-    })?
-}
-
 /// Says from a pod that an address of another is at the pod's: by asking with it for a neighbour (RFC 826 has
 /// everybody learn who asks), or by a neighbour advertisement that overrides (RFC 4861, section 4.4).
 fn claim(pod: &Netns, address: IpAddr) -> Result<()> {
@@ -516,7 +495,9 @@ fn a_pod_is_nobodys_router() -> Result<()> {
         })?;
         let home = node(&cluster, 0);
         let pod = runtime(&cluster, 0)?.pod("a")?;
-        advertise(&pod.ns)?;
+        pod.ns.sysctl("net.ipv6.conf.eth0.disable_ipv6", "0")?;
+        pod.ns.ip("address add fe80::bad/64 dev eth0 nodad")?;
+        advertise_router(&pod.ns, "eth0", "2001:db8:bad::".parse()?)?;
         thread::sleep(Duration::from_millis(500));
         let routes = home.ip("-6 route show")?;
         ensure!(!routes.contains("2001:db8:bad"), "the node believes a pod: {routes}");

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use skein_e2e::checks;
 use skein_e2e::lab::agent::{Agent, Cluster, PORT, new_key};
-use skein_e2e::lab::{Family, Offloads, Plan, Pod, Task};
+use skein_e2e::lab::link::{advertise_router, bridge, enslave, veth};
+use skein_e2e::lab::{Family, Netns, Offloads, Plan, Pod, Task};
 use skein_e2e::load::capture::Capture;
 use skein_e2e::load::pattern::Pattern;
 use skein_e2e::load::udp;
@@ -37,6 +38,62 @@ fn wrong_keys_get_no_session() -> Result<()> {
     // With the right key it works, without a restart.
     cluster.agents[0].put_record(&cluster.agents[1].record)?;
     checks::wait_until_reached(a, b, Family::V4, Duration::from_secs(6))?;
+    Ok(())
+}
+
+/// A namespace that is linked to a new interface of `node`.
+fn neighbour(node: &Netns, label: &str, interface: &str) -> Result<Netns> {
+    let ns = Netns::create(label)?;
+    veth((&ns, "eth0"), (node, interface), 1500)?;
+    ns.ip("address add fe80::bad/64 dev eth0 nodad")?;
+    Ok(ns)
+}
+
+#[test]
+fn advertisements_count_on_the_uplink_only() -> Result<()> {
+    let mut cluster = Cluster::prepare(skein_e2e::lab::Lab::new(&Plan::default())?, Family::V4)?;
+    let accept_ra = |node: &Netns, interface: &str| {
+        node.sh(&format!("cat /proc/sys/net/ipv6/conf/{interface}/accept_ra"))
+    };
+    let uplink = "2001:db8:1::".parse()?;
+    let router = {
+        let node = &cluster.lab.nodes[0].ns;
+        node.sysctl("net.ipv6.conf.all.forwarding", "0")?;
+        let router = neighbour(node, "router", "uplink")?;
+        node.sysctl("net.ipv6.conf.uplink.accept_ra", "1")?;
+        let end = Instant::now() + Duration::from_secs(5);
+        while !node.ip("-6 route show default")?.contains("dev uplink proto ra") {
+            ensure!(Instant::now() < end, "the node learns no route by the uplink");
+            advertise_router(&router, "eth0", uplink)?;
+            thread::sleep(Duration::from_millis(100));
+        }
+        router
+    };
+    cluster.start()?;
+    let node = &cluster.lab.nodes[0].ns;
+    let routes = || node.ip("-6 route show");
+    ensure!(routes()?.contains("default via fe80::bad dev uplink"), "{}", routes()?);
+    ensure!(accept_ra(node, "uplink")?.trim() == "2", "the uplink ignores its router");
+    // Another network of the node, as another CNI plugin or a container engine makes it.
+    bridge(node, "br-other")?;
+    let container = neighbour(node, "container", "port")?;
+    enslave(node, "port", "br-other")?;
+    for interface in ["all", "default", "br-other"] {
+        let value = accept_ra(node, interface)?;
+        ensure!(value.trim() == "1", "{interface} has accept_ra {value}");
+    }
+    for _ in 0..5 {
+        advertise_router(&container, "eth0", "2001:db8:bad::".parse()?)?;
+        advertise_router(&router, "eth0", uplink)?;
+        thread::sleep(Duration::from_millis(200));
+        let routes = routes()?;
+        ensure!(!routes.contains("2001:db8:bad"), "the node believes a container: {routes}");
+        let defaults = routes.lines().filter(|line| line.starts_with("default"));
+        for route in defaults {
+            ensure!(route.contains("dev uplink"), "the node believes a container: {routes}");
+        }
+        ensure!(routes.contains("default via fe80::bad dev uplink"), "{routes}");
+    }
     Ok(())
 }
 

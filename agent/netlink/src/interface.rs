@@ -10,7 +10,7 @@ use thiserror::Error;
 use super::link::{Link, LinkChange};
 use super::provisional::Provisional;
 use super::route::Route;
-use super::sysctl::{Sysctl, SysctlError, ensure_ipv6_forwarding};
+use super::sysctl::{Sysctl, SysctlError};
 use super::{Netlink, NetlinkError};
 use crate::sys::tun::TunError;
 
@@ -103,7 +103,7 @@ impl Wanted {
                 tracing::warn!(interface = self.name, was, "second interface of this node removed");
                 continue;
             }
-            self.rename_back(netlink, &link).await?;
+            self.rename_back(netlink, link).await?;
             tracing::warn!(interface = self.name, was, "renamed interface has its name back");
             index = Some(link.index);
         }
@@ -117,7 +117,7 @@ impl Wanted {
 
     /// Returns the TUN devices of this node whose name is neither the interface's nor the
     /// provisional one.
-    async fn renamed(
+    fn renamed<'a>(
         &self,
         netlink: &Netlink,
         provisional: &Provisional,
@@ -159,6 +159,14 @@ impl Wanted {
     /// and returns all of them beside what it changed.
     pub async fn configure(&self, netlink: &Netlink, index: u32) -> Outcome {
         let mut outcome = Outcome::default();
+        if self.forwarding && self.has_ipv6() {
+            let forwarding = Sysctl::required("ipv6/conf/all/forwarding", "1");
+            match netlink.ensure_ipv6_forwarding(&forwarding).await {
+                Ok(changed) => outcome.note_sysctl(&forwarding, Ok(changed)),
+                Err(ForwardingError::Sysctl(error)) => outcome.note_sysctl(&forwarding, Err(error)),
+                Err(ForwardingError::Netlink(error)) => outcome.errors.push(error.to_string()),
+            }
+        }
         self.apply_sysctls(&mut outcome);
         if let Err(error) = self.apply_link(netlink, index, &mut outcome).await {
             outcome.errors.push(error.to_string());
@@ -173,19 +181,8 @@ impl Wanted {
     }
 
     fn apply_sysctls(&self, outcome: &mut Outcome) {
-        let mut note = |key: &str, value: &str, required: bool, result| match result {
-            Ok(true) => outcome.changes.push(format!("{key} = {value}")),
-            Ok(false) => {}
-            // A kernel without IPv6, or older than a setting, does without it.
-            Err(SysctlError { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) if required => outcome.errors.push(error.to_string()),
-            Err(error) => tracing::debug!(%error, "a setting that is good to have"),
-        };
-        if self.forwarding && self.has_ipv6() {
-            note("ipv6/conf/all/forwarding", "1", true, ensure_ipv6_forwarding());
-        }
         for sysctl in self.sysctls() {
-            note(&sysctl.key, sysctl.value, sysctl.required, sysctl.ensure());
+            outcome.note_sysctl(&sysctl, sysctl.ensure());
         }
     }
 
@@ -266,7 +263,7 @@ impl Wanted {
         }
         for address in present {
             if !address.link_local && !wanted.contains(&address.net) {
-                netlink.delete_address(&address).await?;
+                netlink.delete_address(address).await?;
                 outcome.changes.push(format!("address {} removed", address.net));
             }
         }
@@ -334,6 +331,19 @@ pub struct Outcome {
     pub errors: Vec<String>,
     /// Prefixes to which another program has a route.
     pub conflicts: Vec<RouteConflict>,
+}
+
+impl Outcome {
+    fn note_sysctl(&mut self, sysctl: &Sysctl, result: Result<bool, SysctlError>) {
+        match result {
+            Ok(true) => self.changes.push(format!("{} = {}", sysctl.key, sysctl.value)),
+            Ok(false) => {}
+            // A kernel without IPv6, or older than a setting, does without it.
+            Err(SysctlError { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) if sysctl.required => self.errors.push(error.to_string()),
+            Err(error) => tracing::debug!(%error, "optional kernel setting not written"),
+        }
+    }
 }
 
 /// A prefix of a peer to which another program has a route, so that the overlay does not carry it.

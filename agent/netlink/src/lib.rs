@@ -10,6 +10,7 @@
 use skein_sys as sys;
 
 pub mod address;
+pub mod advertisement;
 pub mod firewall;
 pub mod interface;
 pub mod link;

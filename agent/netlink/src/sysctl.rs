@@ -51,6 +51,11 @@ impl Sysctl {
         Self { key: key.into(), value, required: false }
     }
 
+    /// Returns the value of a setting, by its path below /proc/sys/net; `None` if it cannot be read.
+    pub(super) fn read(key: &str) -> Option<String> {
+        std::fs::read_to_string(place(key)).ok().map(|value| value.trim().to_owned())
+    }
+
     /// Writes the value unless it is there already; says whether it wrote.
     pub fn ensure(&self) -> Result<bool, SysctlError> {
         let path = place(&self.key);
@@ -63,23 +68,4 @@ impl Sysctl {
         });
         result.map_err(|source| SysctlError { path, value: self.value.to_owned(), source })
     }
-}
-
-/// Switches IPv6 forwarding on for the whole namespace; says whether it was off.
-///
-/// A forwarding kernel ignores router advertisements where accept_ra is 1: interfaces that live by
-/// them would lose their default route. They get 2, which means the same in a router.
-pub fn ensure_ipv6_forwarding() -> Result<bool, SysctlError> {
-    let forwarding = Sysctl::required("ipv6/conf/all/forwarding", "1");
-    let off = std::fs::read_to_string(place(&forwarding.key)).is_ok_and(|now| now.trim() == "0");
-    if off && let Ok(interfaces) = std::fs::read_dir(place("ipv6/conf")) {
-        for path in interfaces.flatten().map(|interface| interface.path().join("accept_ra")) {
-            if std::fs::read_to_string(&path).is_ok_and(|now| now.trim() == "1")
-                && let Err(error) = std::fs::write(&path, "2")
-            {
-                tracing::warn!(path = %path.display(), %error, "router advertisements will be ignored");
-            }
-        }
-    }
-    forwarding.ensure()
 }

@@ -205,6 +205,24 @@ async fn refuse_kept_prefixes(config: &Config, stored: Option<&Stored>) -> Resul
     Ok(())
 }
 
+/// Restores once what an earlier version has changed. An error is logged, and the next start tries
+/// again.
+async fn restore_accept_ra(netlink: &Netlink, config: &Config, registry: &mut Registry) {
+    if registry.is_accept_ra_restored() || !config.interface.forwarding {
+        return;
+    }
+    match netlink.restore_accept_ra().await {
+        Ok(changed) => {
+            if !changed.is_empty() {
+                let names = abridged(&changed);
+                tracing::info!(names, "router advertisements are ignored again (accept_ra 1)");
+            }
+            registry.set_accept_ra_restored();
+        }
+        Err(error) => tracing::error!(%error, "accept_ra not restored"),
+    }
+}
+
 fn log_changes(outcome: &Outcome) {
     if !outcome.changes.is_empty() {
         tracing::info!("changed: {}", abridged(&outcome.changes));
@@ -273,7 +291,7 @@ impl Controller {
     async fn start(
         config: Config,
         rotation: Rotation,
-        registry: Registry,
+        mut registry: Registry,
         shared: Shared,
     ) -> Result<(Self, First), Failure> {
         let netlink = Netlink::connect().map_err(netlink_failure)?;

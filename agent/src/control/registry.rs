@@ -50,6 +50,8 @@ pub struct Registry {
     former_table: Option<String>,
     /// True if no earlier process has stored records.
     never_started: bool,
+    /// True unless `accept_ra` may have values of an earlier version.
+    accept_ra_restored: bool,
     rejected: BTreeMap<PathBuf, String>,
     source_error: Option<String>,
 }
@@ -111,9 +113,10 @@ impl Registry {
         };
         let name = source.name();
         let shown = name.display();
-        let kept = Stored::read(&store);
-        let owned = kept.as_ref().map(|kept| prefixes(&kept.files, &kept.local_cidrs));
-        let (last_good, mut former) = match kept {
+        let former_table = stored.as_ref().and_then(|stored| stored.former_table(config));
+        let accept_ra_restored = stored.as_ref().is_none_or(|stored| stored.accept_ra_restored);
+        let owned = stored.as_ref().map(|stored| prefixes(&stored.files, &stored.local_cidrs));
+        let (last_good, mut former) = match stored {
             Some(kept) => ((kept.source == name).then_some(kept.files), kept.former),
             None => (None, FormerPrefixes::default()),
         };
@@ -164,6 +167,7 @@ impl Registry {
             table: config.cni.table.clone(),
             former_table,
             never_started,
+            accept_ra_restored,
             rejected,
             source_error,
         })
@@ -225,6 +229,22 @@ impl Registry {
         self.never_started
     }
 
+    /// Returns the name of the nftables table of an earlier process if another name is configured now.
+    /// The rules of the earlier table drop the packets of an interface with another name.
+    pub fn former_table(&self) -> Option<&str> {
+        self.former_table.as_deref()
+    }
+
+    /// Returns whether the settings of router advertisements are those of this version.
+    pub fn is_accept_ra_restored(&self) -> bool {
+        self.accept_ra_restored
+    }
+
+    /// Notes that the settings of router advertisements are those of this version.
+    pub fn set_accept_ra_restored(&mut self) {
+        self.accept_ra_restored = true;
+    }
+
     /// Returns the prefixes that only the overlay carries ([`overlay_prefixes`]).
     pub fn overlay_prefixes(&self, config: &Config) -> BTreeSet<IpNet> {
         let records = self.accepted.values().flatten();
@@ -284,6 +304,7 @@ impl Registry {
             cluster_cidrs: self.own.cluster_cidrs.clone(),
             former: self.former.clone(),
             table: Some(self.table.clone()),
+            accept_ra_restored: self.accept_ra_restored,
         };
         if let Err(error) = stored.write(&self.store) {
             tracing::warn!(path = %self.store.display(), %error, "cannot keep the last good records");
@@ -643,5 +664,54 @@ mod tests {
         lab.remove("a.toml");
         assert!(registry.reload());
         assert_eq!(registry.local_cidrs(), ["10.1.0.0/24".parse().unwrap()]);
+    }
+
+    /// A writer that counts the bytes of the log.
+    struct CountingWriter(Arc<AtomicUsize>);
+
+    impl std::io::Write for CountingWriter {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.fetch_add(bytes.len(), Ordering::Relaxed);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn edits_of_1_mb_give_a_bounded_log() {
+        let lab = Lab::new();
+        lab.write("a.toml", &text(1, &["10.1.0.0/24"]));
+        lab.write("b.toml", &text(2, &["10.2.0.0/24"]));
+        let mut registry = lab.open().unwrap();
+        let (good, huge) = (text(2, &["10.2.0.0/24"]), "x".repeat(1 << 20));
+        let key = record(2, &[]).public_key.to_string();
+        let many = format!("{}\"192.0.2.2:51900\"", "\"no address\", ".repeat(100_000));
+        let edits = [
+            good.replace("node-2", &huge),
+            good.replace(&key, &huge),
+            good.replace("192.0.2.2:51900", &huge),
+            good.replace("\"192.0.2.2:51900\"", &many),
+            good.replace("10.2.0.0/24", &huge),
+            format!("{good}{huge} = 1"),
+            format!("{good}{huge}"),
+            format!("{good}second_public_key = ['{huge}']"),
+        ];
+        let logged = Arc::new(AtomicUsize::new(0));
+        let writer = Arc::clone(&logged);
+        let subscriber =
+            tracing_subscriber::fmt().with_writer(move || CountingWriter(Arc::clone(&writer)));
+        tracing::subscriber::with_default(subscriber.finish(), || {
+            for edit in edits {
+                lab.write("b.toml", &edit);
+                registry.reload();
+                let bytes = logged.swap(0, Ordering::Relaxed);
+                assert!((1..4_000).contains(&bytes), "{bytes} bytes of log: {edit:.300}");
+                let errors = registry.status().rejected;
+                assert!(errors.iter().all(|refused| refused.error.len() < 2_000), "{edit:.300}");
+            }
+        });
     }
 }

@@ -1,10 +1,13 @@
 //! Links between namespaces.
 
-use anyhow::Result;
+use std::net::{Ipv6Addr, SocketAddrV6};
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use super::netns::Netns;
 use super::process;
-use std::process::Command;
 
 /// What the underlay's interfaces can do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -59,4 +62,24 @@ pub fn enslave(ns: &Netns, interface: &str, bridge: &str) -> Result<()> {
 pub fn mac(ns: &Netns, interface: &str) -> Result<String> {
     let path = format!("/sys/class/net/{interface}/address");
     Ok(ns.sh(&format!("cat {path}"))?.trim().to_owned())
+}
+
+/// Sends the advertisement of a router with a /64 prefix (RFC 4861, section 4.2) three times from an
+/// interface that has a link-local address.
+pub fn advertise_router(ns: &Netns, interface: &str, prefix: Ipv6Addr) -> Result<()> {
+    let links = ns.ip(&format!("-o link show {interface}"))?;
+    let index: u32 = links.split(':').next().context("no index")?.trim().parse()?;
+    let mut message = vec![134, 0, 0, 0, 64, 0, 0x07, 0x08, 0, 0, 0, 0, 0, 0, 0, 0];
+    message.extend([3, 4, 64, 0xc0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0]);
+    message.extend(prefix.octets());
+    let all = SockAddr::from(SocketAddrV6::new("ff02::1".parse()?, 0, 0, index));
+    ns.run(|| -> Result<()> {
+        let socket = Socket::new(Domain::IPV6, Type::RAW, Some(Protocol::ICMPV6))?;
+        socket.set_multicast_hops_v6(255)?;
+        socket.set_multicast_if_v6(index)?;
+        for _ in 0..3 {
+            socket.send_to(&message, &all)?;
+        }
+        Ok(())
+    })?
 }

@@ -34,6 +34,17 @@ pub struct Stored {
     /// Name of the nftables table; `None` in files of versions that did not store it.
     #[serde(default)]
     pub(super) table: Option<String>,
+    /// True if [`restore_accept_ra`] has succeeded, or if no earlier version has changed the
+    /// settings; false in files of versions that changed them.
+    ///
+    /// [`restore_accept_ra`]: crate::netlink::Netlink::restore_accept_ra
+    #[serde(default)]
+    pub(super) accept_ra_restored: bool,
+}
+
+/// Returns the path of the file of the last good records.
+pub(super) fn path(config: &Config) -> PathBuf {
+    config.state_dir.join("registry.json")
 }
 
 impl Stored {
