@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+use skein_cni_protocol::excerpt::{excerpt, message};
 
 pub(crate) use self::cni::DEFAULT_INTERFACE;
 use crate::failure::Failure;
@@ -270,7 +271,8 @@ pub struct Invalid(String);
 
 impl fmt::Display for Invalid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        // A value of the configuration may be of any length.
+        f.write_str(&message(&self.0))
     }
 }
 
@@ -280,16 +282,17 @@ impl std::error::Error for Invalid {}
 pub fn toml_error(text: &str, error: &toml::de::Error) -> String {
     let before = error.span().and_then(|span| text.get(..span.start));
     let Some(number) = before.map(|before| before.matches('\n').count()) else {
-        return error.message().to_owned();
+        return message(error.message()).into_owned();
     };
-    let line = text.lines().nth(number).unwrap_or_default().trim();
-    format!("line {} ({line}): {}", number + 1, error.message())
+    let line = excerpt(text.lines().nth(number).unwrap_or_default().trim());
+    format!("line {} ({line}): {}", number + 1, message(error.message()))
 }
 
 /// Whether `name` can be the name of a node.
 pub fn check_node_name(name: &str) -> Result<(), Invalid> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
     if name.is_empty() || name.len() > 200 || !name.chars().all(plain) {
+        let name = excerpt(name);
         let text = format!("name = {name:?}: use 1 to 200 letters, digits, '-', '.' and '_'");
         return Err(Invalid(text));
     }
@@ -323,8 +326,8 @@ pub fn check_disjoint(cidrs: &[IpNet]) -> Result<(), Invalid> {
         Some(pair) => {
             Err(Invalid(format!("{} and {} overlap: keep one of them", pair[0], pair[1])))
         }
+        None => Ok(()),
     }
-    Ok(())
 }
 
 /// Names the first of `cidrs` that lies outside of the cluster's, where those are known.

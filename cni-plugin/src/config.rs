@@ -8,6 +8,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde::Deserialize;
 use serde_json::{Map, Value};
+use skein_cni_protocol::excerpt::excerpt;
 use skein_cni_protocol::names::check_name;
 use skein_cni_protocol::types::{ErrorCode, Version};
 use skein_cni_protocol::{AttachmentId, DEFAULT_SOCKET, DEFAULT_SPOOL};
@@ -92,11 +93,16 @@ pub fn version(text: &[u8]) -> Result<Version, Failure> {
         Some(Value::String(text)) => Version::parse(text).ok_or_else(|| {
             Failure::new(
                 ErrorCode::IncompatibleVersion,
-                format!("cniVersion {text} is not supported: use one of {}", Version::names()),
+                format!(
+                    "cniVersion {} is not supported: use one of {}",
+                    excerpt(text),
+                    Version::names()
+                ),
             )
         }),
         Some(other) => {
-            let msg = format!("cniVersion is {other}: a string is expected");
+            let other = other.to_string();
+            let msg = format!("cniVersion is {}: a string is expected", excerpt(&other));
             Err(Failure::new(ErrorCode::Decoding, msg))
         }
     }
@@ -136,8 +142,10 @@ impl Config {
         let asked = document.runtime_config.and_then(|config| config.ips).unwrap_or_default();
         let ips = asked.iter().map(|text| {
             let ip = text.parse().or_else(|_| text.parse::<IpNet>().map(|net| net.addr()));
-            ip.map(|ip: IpAddr| ip.to_canonical())
-                .map_err(|_| invalid(format!("runtimeConfig.ips: {text:?} is not an address")))
+            ip.map(|ip: IpAddr| ip.to_canonical()).map_err(|_| {
+                let text = excerpt(text);
+                invalid(format!("runtimeConfig.ips: {text:?} is not an address"))
+            })
         });
         let timeout = document.timeout_seconds.unwrap_or(30);
         if timeout == 0 {

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use skein_cni_protocol::excerpt::excerpt;
 use skein_cni_protocol::names::check_id;
 use skein_cni_protocol::types::ErrorCode;
 use skein_cni_protocol::{AttachmentId, Pod};
@@ -54,6 +55,7 @@ impl Environment {
             "STATUS" => (Verb::Status, &[]),
             "VERSION" => (Verb::Version, &[]),
             other => {
+                let other = excerpt(other);
                 return Err(environment(format!(
                     "CNI_COMMAND is {other:?}: ADD, DEL, CHECK, GC, STATUS and VERSION are known"
                 )));
@@ -95,6 +97,7 @@ fn arguments(text: &str) -> Result<Option<Pod>, Failure> {
     let (mut pod, mut unknown, mut ignore, mut any) = (Pod::default(), Vec::new(), false, false);
     for pair in text.split(';').filter(|pair| !pair.is_empty()) {
         let Some((key, value)) = pair.split_once('=') else {
+            let pair = excerpt(pair);
             return Err(environment(format!("CNI_ARGS: {pair:?} is no KEY=VALUE")));
         };
         match key {
@@ -103,6 +106,7 @@ fn arguments(text: &str) -> Result<Option<Pod>, Failure> {
                     "1" | "true" | "True" | "TRUE" | "t" | "T" => true,
                     "0" | "false" | "False" | "FALSE" | "f" | "F" => false,
                     _ => {
+                        let value = excerpt(value);
                         return Err(environment(format!(
                             "CNI_ARGS: IgnoreUnknown is {value:?}: use 1 or 0"
                         )));
@@ -119,7 +123,7 @@ fn arguments(text: &str) -> Result<Option<Pod>, Failure> {
     if !unknown.is_empty() && !ignore {
         return Err(environment(format!(
             "CNI_ARGS: unknown {}: add IgnoreUnknown=1",
-            unknown.join(", ")
+            excerpt(&unknown.join(", "))
         )));
     }
     Ok(any.then_some(pod))

@@ -11,6 +11,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde_json::{Value, json};
 use skein_cni_protocol::address::canonical_net;
+use skein_cni_protocol::excerpt::{excerpt, message};
 use skein_cni_protocol::frame::FrameError;
 use skein_cni_protocol::types::{ErrorCode, Version};
 use skein_cni_protocol::{
@@ -204,9 +205,9 @@ fn own_addresses(previous: &Value, ifname: &str) -> Result<Vec<IpNet>, Failure> 
     let ours = list("ips").iter().filter(|ip| ip["interface"].as_u64() == Some(index as u64));
     ours.map(|ip| {
         let text = ip["address"].as_str().ok_or_else(|| wrong("an ip without an address"))?;
-        text.parse()
-            .map(canonical_net)
-            .map_err(|_| wrong(&format!("{text:?} is not an address with a prefix length")))
+        text.parse().map(canonical_net).map_err(|_| {
+            wrong(&format!("{:?} is not an address with a prefix length", excerpt(text)))
+        })
     })
     .collect()
 }
@@ -251,7 +252,7 @@ fn unexpected(answer: Answer) -> Failure {
         other => Failure {
             code: AWAY,
             msg: "the agent's answer makes no sense: is the plugin of its version?".to_owned(),
-            details: format!("{other:?}"),
+            details: message(&format!("{other:?}")).into_owned(),
         },
     }
 }
@@ -269,7 +270,7 @@ fn away(code: u32, config: &Config, error: &FrameError, limit: Duration) -> Fail
             format!("the Skein agent does not answer on {socket}: is it running on this node?")
         }
     };
-    Failure { code, msg, details: error.to_string() }
+    Failure { code, msg, details: message(&error.to_string()).into_owned() }
 }
 
 fn open_netns(path: &Path, own_is_meant: bool) -> Result<File, Failure> {

@@ -1,6 +1,7 @@
 //! Documents of the CNI specification 1.1.0 that only the plugin reads and writes.
 
 use serde::{Deserialize, Serialize};
+use skein_cni_protocol::excerpt::message;
 use skein_cni_protocol::names::NameError;
 use skein_cni_protocol::types::ErrorCode;
 
@@ -45,10 +46,10 @@ impl Failure {
         Self { code: code as u32, msg: msg.into(), details: String::new() }
     }
 
-    /// With details.
+    /// With details, of which a bounded part is kept.
     #[must_use]
     pub fn with(self, details: impl ToString) -> Self {
-        Self { details: details.to_string(), ..self }
+        Self { details: message(&details.to_string()).into_owned(), ..self }
     }
 }
 

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize};
+use skein_cni_protocol::excerpt::excerpt;
 use skein_core::address;
 
 use self::conflict::first_conflict;
@@ -41,8 +42,9 @@ pub struct NodeRecord {
 fn usable_endpoints<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Endpoint>, D::Error> {
     let texts = Vec::<String>::deserialize(from)?;
     let (usable, refused) = parse_endpoints(&texts);
-    for (endpoint, error) in refused {
-        tracing::warn!(endpoint, %error, "endpoint of a kept node record left out");
+    if let Some((endpoint, error)) = refused.first() {
+        let (endpoint, count) = (excerpt(endpoint), refused.len());
+        tracing::warn!(count, first = %endpoint, %error, "endpoints of a kept node record left out");
     }
     Ok(usable)
 }
@@ -172,9 +174,9 @@ impl RawRecord {
             |field: &str, text: String| RecordError(format!("node {name}: {field}: {text}"));
         let key = |field, text: &String| {
             let remedy = "use the output of skein-agent pubkey on that node";
-            let key = text
-                .parse::<PublicKey>()
-                .map_err(|error| wrong(field, format!("{text:?} is {error}: {remedy}")))?;
+            let key = text.parse::<PublicKey>().map_err(|error| {
+                wrong(field, format!("{:?} is {error}: {remedy}", excerpt(text)))
+            })?;
             match key.0 == [0; 32] {
                 true => Err(wrong(field, format!("is all zeros: {remedy}"))),
                 false => Ok(key),
@@ -190,16 +192,16 @@ impl RawRecord {
         let (endpoints, refused) = parse_endpoints(&self.endpoints);
         if endpoints.is_empty() {
             let text = "is empty: give at least one address of the node, as 192.0.2.1:51900";
-            let text = refused
-                .first()
-                .map_or(text.to_owned(), |(endpoint, error)| format!("{endpoint:?} {error}"));
+            let text = refused.first().map_or(text.to_owned(), |(endpoint, error)| {
+                format!("{:?} {error}", excerpt(endpoint))
+            });
             return Err(wrong("endpoints", text));
         }
         let mut pod_cidrs = Vec::with_capacity(self.pod_cidrs.len());
         for text in &self.pod_cidrs {
             let cidr: IpNet = address::parse(text).map_err(|_| {
                 let example = "use an address and a length, as 10.244.1.0/24";
-                wrong("pod_cidrs", format!("{text:?} is not a prefix: {example}"))
+                wrong("pod_cidrs", format!("{:?} is not a prefix: {example}", excerpt(text)))
             })?;
             check_pod_cidr(&cidr).map_err(|error| wrong("pod_cidrs", error.to_string()))?;
             pod_cidrs.push(cidr);
@@ -209,8 +211,9 @@ impl RawRecord {
             return Err(wrong("pod_cidrs", text.to_owned()));
         }
         check_disjoint(&pod_cidrs).map_err(|error| wrong("pod_cidrs", error.to_string()))?;
-        for (endpoint, error) in refused {
-            tracing::warn!(node = name, endpoint, %error, "endpoint of a node record left out");
+        if let Some((endpoint, error)) = refused.first() {
+            let (endpoint, count) = (excerpt(endpoint), refused.len());
+            tracing::warn!(node = name, count, first = %endpoint, %error, "endpoints of a node record left out");
         }
         Ok(NodeRecord { name, public_key, second_public_key, endpoints, pod_cidrs })
     }

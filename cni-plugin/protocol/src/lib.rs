@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub mod address;
+pub mod excerpt;
 pub mod frame;
 pub mod names;
 pub mod spool;

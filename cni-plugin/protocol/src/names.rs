@@ -3,6 +3,7 @@
 use thiserror::Error;
 
 use crate::AttachmentId;
+use crate::excerpt::excerpt;
 
 /// A sentence that names the variable, its value and what is allowed.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -20,6 +21,7 @@ pub fn check_name(what: &str, name: &str) -> Result<(), NameError> {
     if good {
         return Ok(());
     }
+    let name = excerpt(name);
     Err(NameError(format!(
         "{what} is {name:?}: letters and digits are allowed, and after the first also '_', '.', '-'"
     )))
@@ -35,6 +37,7 @@ pub fn check_id(id: &AttachmentId) -> Result<(), NameError> {
     let name = id.ifname.as_str();
     let bad = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
     if !(1..=15).contains(&name.len()) || name == "." || name == ".." || name.contains(bad) {
+        let name = excerpt(name);
         return Err(NameError(format!(
             "CNI_IFNAME is {name:?}: at most 15 bytes without '/', ':' and white space are a name"
         )));

@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Node, NodeSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use skein_cni_protocol::excerpt::excerpt;
 use skein_core::address;
 
 use super::resource::SkeinNodeSpec;
@@ -55,8 +56,8 @@ pub(super) fn spec(
             None => "its InternalIPs".to_owned(),
         };
         return Err(format!(
-            "no address of this node to listen on: {of} has {candidates:?}, and \
-             underlay.addresses is {:?}",
+            "no address of this node to listen on: {of} has {}, and underlay.addresses is {:?}",
+            excerpt(&format!("{candidates:?}")),
             config.underlay.addresses
         ));
     }

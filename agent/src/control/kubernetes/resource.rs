@@ -6,6 +6,7 @@
 use kube::{CustomResource, CustomResourceExt};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use skein_cni_protocol::excerpt::message;
 
 use super::super::records::{NodeRecord, RecordError};
 use crate::ipc::{Capability, CapabilityState};
@@ -62,19 +63,19 @@ pub const GROUP: &str = "skein.network";
 #[serde(rename_all = "camelCase")]
 pub struct SkeinNodeSpec {
     /// The node's X25519 public key: 32 bytes in base64.
-    #[schemars(regex(pattern = r"^[A-Za-z0-9+/]{43}=$"))]
+    #[schemars(length(max = 44), regex(pattern = r"^[A-Za-z0-9+/]{43}=$"))]
     pub public_key: String,
     /// Another key that is accepted while the node changes its key: the next, or the one before.
     // Said also where there is none, so that nobody else's word for it stays.
-    #[schemars(regex(pattern = r"^[A-Za-z0-9+/]{43}=$"))]
+    #[schemars(length(max = 44), regex(pattern = r"^[A-Za-z0-9+/]{43}=$"))]
     pub second_public_key: Option<String>,
     /// Where the node listens: addresses with UDP ports, in the order to try. An IPv6 address is in
     /// brackets.
-    #[schemars(length(min = 1, max = 8))]
+    #[schemars(length(min = 1, max = 8), inner(length(max = 80)))]
     pub endpoints: Vec<String>,
     /// Prefixes whose addresses the node's pods have.
     #[serde(rename = "podCIDRs")]
-    #[schemars(length(min = 1, max = 16))]
+    #[schemars(length(min = 1, max = 16), inner(length(max = 64)))]
     pub pod_cidrs: Vec<String>,
 }
 
@@ -85,20 +86,28 @@ pub struct SkeinNodeStatus {
     /// The generation of the spec that the agent has seen.
     pub observed_generation: Option<i64>,
     /// Version of the agent.
+    #[schemars(length(max = 128))]
     pub agent_version: Option<String>,
     /// MTU of the node's pods in bytes.
     pub mtu: Option<i32>,
     /// The capabilities in one word or a few: all, none, or those that are in use.
+    #[schemars(length(max = 256))]
     pub offloads: Option<String>,
     /// What of the kernel's offloads is in use, and why not.
     #[serde(default)]
-    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    #[schemars(
+        length(max = 32),
+        extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"])
+    )]
     pub capabilities: Vec<CapabilityStatus>,
     /// Ready: whether pods of the node have a network. PeersReachable: whether answers come from all other
     /// nodes that it sends to, and which are silent. ForwardingAllowed: whether no chain of another program
     /// drops forwarded packets of pods.
     #[serde(default)]
-    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
+    #[schemars(
+        length(max = 32),
+        extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"])
+    )]
     pub conditions: Vec<Condition>,
 }
 
@@ -107,10 +116,13 @@ pub struct SkeinNodeStatus {
 #[serde(rename_all = "camelCase")]
 pub struct CapabilityStatus {
     /// tun_uso, tun_tso, tun_checksum, udp_gso, udp_gro, udp_ecn or reuseport_steering.
+    #[schemars(length(max = 64))]
     pub name: String,
     /// on, degraded, unsupported or disabled.
+    #[schemars(length(max = 32))]
     pub state: String,
     /// Why it is not on.
+    #[schemars(length(max = 2048))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
@@ -121,14 +133,19 @@ pub struct CapabilityStatus {
 pub struct Condition {
     /// Which.
     #[serde(rename = "type")]
+    #[schemars(length(max = 316))]
     pub kind: String,
     /// True, False or Unknown.
+    #[schemars(length(max = 16))]
     pub status: String,
     /// In one word.
+    #[schemars(length(max = 1024))]
     pub reason: String,
     /// For people.
+    #[schemars(length(max = 32768))]
     pub message: String,
     /// When the status changed last (RFC 3339).
+    #[schemars(length(max = 64))]
     pub last_transition_time: String,
     /// The generation of the spec that it is about.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -160,7 +177,8 @@ impl SkeinNodeSpec {
 impl From<&Capability> for CapabilityStatus {
     fn from(capability: &Capability) -> Self {
         let Capability { name, state, reason } = capability;
-        Self { name: name.clone(), state: state.to_string(), reason: reason.clone() }
+        let reason = reason.as_deref().map(|reason| message(reason).into_owned());
+        Self { name: name.clone(), state: state.to_string(), reason }
     }
 }
 
@@ -220,6 +238,75 @@ mod tests {
         for word in ["skeinnodes", "podCIDRs", "Pod-CIDRs", "Offloads", "Cluster", "subresources"] {
             assert!(text.contains(word), "{word}: {text}");
         }
+    }
+
+    /// Calls `check` with each schema below `schema` and the keys that lead to it.
+    fn schemas(
+        path: &str,
+        schema: &serde_json::Value,
+        check: &mut dyn FnMut(&str, &serde_json::Value),
+    ) {
+        check(path, schema);
+        let properties = schema["properties"].as_object().into_iter().flatten();
+        for (name, schema) in properties {
+            schemas(&format!("{path}.{name}"), schema, check);
+        }
+        if let Some(items) = schema.get("items") {
+            schemas(&format!("{path}[]"), items, check);
+        }
+    }
+
+    #[test]
+    fn every_string_and_list_of_the_definition_is_bounded() {
+        let definition = serde_json::to_value(SkeinNode::crd()).unwrap();
+        let schema = &definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+        let mut bounded = Vec::new();
+        schemas("", schema, &mut |path, schema| {
+            let limit = match schema["type"].as_str() {
+                Some("string") => "maxLength",
+                Some("array") => "maxItems",
+                Some("object" | "integer") => return,
+                other => panic!("{path} has the type {other:?}."),
+            };
+            assert!(schema[limit].is_u64(), "{path} has no {limit}: {schema}");
+            bounded.push(path.to_owned());
+        });
+        for path in [".spec.publicKey", ".spec.endpoints[]", ".status.conditions[].message"] {
+            assert!(bounded.iter().any(|found| found == path), "{path}: {bounded:?}");
+        }
+    }
+
+    #[test]
+    fn longest_endpoint_and_prefix_fit_the_definition() {
+        let address = "[1111:2222:3333:4444:5555:6666:255.255.255.255%interface-of-15]:65535";
+        assert!(address.len() <= 80);
+        assert!("1111:2222:3333:4444:5555:6666:255.255.255.255/128".len() <= 64);
+    }
+
+    #[test]
+    fn error_of_a_huge_value_is_short() {
+        let huge = "x".repeat(1 << 20);
+        let good = SkeinNodeSpec {
+            public_key: "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=".into(),
+            second_public_key: None,
+            endpoints: vec!["192.0.2.1:51900".into()],
+            pod_cidrs: vec!["10.1.0.0/24".into()],
+        };
+        let specs = [
+            SkeinNodeSpec { public_key: huge.clone(), ..good.clone() },
+            SkeinNodeSpec { second_public_key: Some(huge.clone()), ..good.clone() },
+            SkeinNodeSpec { endpoints: vec![huge.clone()], ..good.clone() },
+            SkeinNodeSpec { pod_cidrs: vec![huge.clone()], ..good.clone() },
+        ];
+        let records = specs.iter().map(|spec| spec.record("node-a".into()));
+        for record in records.chain([good.record(huge.clone())]) {
+            let error = record.unwrap_err().to_string();
+            assert!(error.len() < 1_500, "{} bytes", error.len());
+        }
+        let reason = Some(huge);
+        let capability =
+            Capability { name: "tun_uso".into(), state: CapabilityState::ForcedOff, reason };
+        assert!(CapabilityStatus::from(&capability).reason.unwrap().len() < 2_048);
     }
 
     #[test]

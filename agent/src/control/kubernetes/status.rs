@@ -54,7 +54,7 @@ pub(super) fn status(
     };
     let ready = match known.reasons {
         [] => condition(READY, Some(true), "AgentReady", "pods have a network".to_owned()),
-        reasons => condition(READY, Some(false), "AgentNotReady", reasons.join("; ")),
+        reasons => condition(READY, Some(false), "AgentNotReady", shortened(&reasons.join("; "))),
     };
     let peers = match known.unreachable {
         [] => condition(PEERS, Some(true), "NoneSilent", "no peer is silent".to_owned()),

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+use skein_cni_protocol::excerpt::message;
 
 use super::former::{FormerPrefixes, overlay_prefixes, prefixes};
 use super::hosts;
@@ -54,6 +55,8 @@ impl Stored {
         let store = path(config);
         let bytes = std::fs::read(&store).ok()?;
         let stored = serde_json::from_slice::<Self>(&bytes).inspect_err(|error| {
+            let error = error.to_string();
+            let error = message(&error);
             tracing::warn!(path = %store.display(), %error, "the kept records are unreadable");
         });
         let mut stored = stored.ok()?;

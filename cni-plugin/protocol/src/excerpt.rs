@@ -1,0 +1,55 @@
+//! Bounded excerpts of foreign text for errors and log lines.
+
+use std::borrow::Cow;
+
+/// Maximum length of an excerpt in bytes, without the note on its length.
+const MAX_EXCERPT: usize = 200;
+/// Maximum length of a whole error message that may quote foreign text, in bytes.
+const MAX_MESSAGE: usize = 1000;
+
+/// Returns text that a file, a request or another node contains, at most 200 bytes of it and the
+/// length of the rest. Every error and log line that quotes foreign text quotes an excerpt.
+///
+/// ```
+/// # use skein_cni_protocol::excerpt::excerpt;
+/// assert_eq!(excerpt("10.1.0.0"), "10.1.0.0");
+/// assert!(excerpt(&"x".repeat(1_000_000)).len() < 300);
+/// ```
+pub fn excerpt(text: &str) -> Cow<'_, str> {
+    shortened(text, MAX_EXCERPT)
+}
+
+/// Returns a message of a parser or of another program, at most 1,000 bytes of it and the length of
+/// the rest: parsers quote their input.
+pub fn message(text: &str) -> Cow<'_, str> {
+    shortened(text, MAX_MESSAGE)
+}
+
+/// Returns at most `max` bytes of a text, cut between two characters, and the length of the rest.
+pub fn shortened(text: &str, max: usize) -> Cow<'_, str> {
+    if text.len() <= max {
+        return Cow::Borrowed(text);
+    }
+    let end = (0..=max).rev().find(|end| text.is_char_boundary(*end)).unwrap_or_default();
+    let (begin, rest) = text.split_at(end);
+    Cow::Owned(format!("{begin}… ({} more bytes)", rest.len()))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn excerpt_is_bounded_and_begins_as_the_text(text in "\\PC{0,400}", max in 0_usize..300) {
+            let short = shortened(&text, max);
+            prop_assert!(short.len() <= max + 40);
+            match short.split_once('…').filter(|_| text.len() > max) {
+                Some((begin, _)) => prop_assert!(text.starts_with(begin)),
+                None => prop_assert_eq!(&*short, &*text),
+            }
+        }
+    }
+}
