@@ -12,6 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::server;
 use crate::instance::Instance;
+use crate::sys::files;
 use crate::sys::socket::{is_trusted, peer_credentials};
 
 /// State of the data plane, as the keeper reports it to its agent.
@@ -112,7 +113,7 @@ impl Activation {
     pub(super) fn set(&mut self, activity: Activity) -> io::Result<()> {
         let marker = self.instance.dataplane_marker();
         match activity {
-            Activity::Active => std::fs::write(marker, [])?,
+            Activity::Active => drop(files::recreate(&marker, 0o600)?),
             Activity::Idle => match std::fs::remove_file(marker) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}

@@ -15,6 +15,7 @@ use super::others;
 pub use super::others::give_back_all;
 use super::versions::{Offer, Plugin, Stamp, VersionCache, stamp};
 use crate::config::Cni;
+use crate::sys::files;
 
 /// Something could not be put in place or taken away.
 #[derive(Debug, Error)]
@@ -243,7 +244,7 @@ fn place(directory: &Path, name: &Path, contents: &[u8], mode: Mode) -> Result<b
     // No suffix that a runtime reads, and a name that the next try takes over.
     let temporary = directory.join(format!(".{}.new", name.display()));
     let write = || {
-        let mut file = File::create(&temporary)?;
+        let mut file = files::recreate(&temporary, 0o600)?;
         file.set_permissions(Permissions::from_mode(mode))?;
         file.write_all(contents)?;
         file.sync_all()?;

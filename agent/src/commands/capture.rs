@@ -2,16 +2,13 @@
 
 mod pcap;
 
-use std::fs::Permissions;
 use std::io::{IsTerminal, Write};
 use std::net::IpAddr;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
 use ipnet::IpNet;
-use rustix::fs::OFlags;
 use serde::Serialize;
 use skein_core::address;
 use tokio::time::Instant;
@@ -22,6 +19,7 @@ use crate::control::shared::Document;
 use crate::failure::Failure;
 use crate::ipc::watch::{Watch, Watched};
 use crate::lifecycle::Signals;
+use crate::sys::files;
 
 #[derive(Args)]
 pub(crate) struct CaptureArgs {
@@ -142,18 +140,12 @@ fn nets(what: &str, status: &Document) -> Result<Vec<IpNet>, Failure> {
     })
 }
 
-/// For its owner only: it will hold what pods say to each other.
+/// Opens the output for its owner only, because the packets are the pods'.
 fn open(path: &Path) -> Result<Box<dyn Write>, Failure> {
     if path == Path::new("-") {
         return Ok(Box::new(std::io::stdout()));
     }
-    let mut options = std::fs::File::options();
-    options.write(true).create(true).truncate(true).mode(0o600);
-    // Nor where somebody else has put a link, nor for those who could read a file that was there.
-    let file = options.custom_flags(OFlags::NOFOLLOW.bits().cast_signed()).open(path);
-    let own =
-        |file: std::fs::File| file.set_permissions(Permissions::from_mode(0o600)).map(|()| file);
-    match file.and_then(own) {
+    match files::recreate(path, 0o600) {
         Ok(file) => Ok(Box::new(file)),
         Err(error) => Err(Failure::io(format!("cannot write {}", path.display()), error)),
     }

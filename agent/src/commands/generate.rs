@@ -9,6 +9,7 @@ use clap_mangen::Man;
 
 use super::print;
 use crate::failure::Failure;
+use crate::sys::socket::check_directory;
 
 pub(crate) fn completions(mut command: Command, shell: Shell) -> Result<(), Failure> {
     let mut script = Vec::new();
@@ -25,8 +26,10 @@ pub(crate) fn man(command: Command, directory: Option<&Path>) -> Result<(), Fail
         return print(&String::from_utf8_lossy(&page));
     };
     let shown = directory.display();
-    let written =
-        fs::create_dir_all(directory).and_then(|()| clap_mangen::generate_to(command, directory));
+    // Another user could put links in place of the pages.
+    let written = fs::create_dir_all(directory)
+        .and_then(|()| check_directory(directory))
+        .and_then(|()| clap_mangen::generate_to(command, directory));
     written.map_err(|error| Failure::io(format!("cannot write manual pages to {shown}"), error))?;
     print(&format!("manual pages are in {shown} (man -l {shown}/skein-agent.1)\n"))
 }

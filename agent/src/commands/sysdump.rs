@@ -4,7 +4,6 @@ mod archive;
 mod collect;
 
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -15,6 +14,7 @@ use super::{AgentArgs, Output, OutputArgs, json, print, runtime};
 use crate::control::rotation;
 use crate::failure::Failure;
 use crate::status::{Align, bytes, table};
+use crate::sys::files;
 
 #[derive(Args)]
 pub(crate) struct SysdumpArgs {
@@ -57,15 +57,9 @@ pub(crate) fn sysdump(arguments: &SysdumpArgs) -> Result<(), Failure> {
     })
 }
 
-/// For its owner only: addresses and logs are nobody else's business.
+/// Writes the archive for its owner only, because it has addresses and logs.
 fn write(file: &Path, packed: &[u8]) -> Result<(), Failure> {
-    let mut options = std::fs::File::options();
-    let written = options
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(file)
-        .and_then(|mut file| file.write_all(packed));
+    let written = files::create_new(file, 0o600).and_then(|mut file| file.write_all(packed));
     written.map_err(|error| {
         let shown = file.display();
         match error.kind() {

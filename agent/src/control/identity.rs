@@ -1,8 +1,8 @@
 //! The node's private key: made once, kept in a file of mode 0600, refused when others can read it.
 
-use std::fs::{File, OpenOptions, Permissions};
+use std::fs::{File, Permissions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use zeroize::Zeroizing;
@@ -10,6 +10,8 @@ use zeroize::Zeroizing;
 use crate::config::Config;
 use crate::failure::Failure;
 use crate::keys::PrivateKey;
+use crate::sys::files;
+use crate::sys::socket::is_trusted;
 
 /// The key of the configured node. One in the state directory is made on the first start; one that
 /// the configuration names must be there, or a node would get a new identity by a wrong mount.
@@ -52,13 +54,21 @@ pub fn load(path: &Path) -> Result<Option<PrivateKey>, Failure> {
         }
     };
     let read = |file: &mut File| {
-        let mode = file.metadata()?.permissions().mode();
+        let found = file.metadata()?;
         let mut text = Zeroizing::new(String::with_capacity(64));
         file.take(1024).read_to_string(&mut text)?;
-        Ok((mode, text))
+        Ok((found, text))
     };
-    let (mode, text) = read(&mut file)
+    let (found, text) = read(&mut file)
         .map_err(|error| Failure::io(format!("cannot read the private key {shown}"), error))?;
+    if !is_trusted(found.uid()) {
+        return Err(Failure::Usage(format!(
+            "the private key {shown} belongs to user {}, who knows it and can change it: make a new \
+             key (skein-agent keygen), or chown root the file if only root has ever written it",
+            found.uid()
+        )));
+    }
+    let mode = found.mode();
     if mode & 0o077 != 0 {
         return Err(Failure::Usage(format!(
             "the private key {shown} can be read by others (mode {:03o}): chmod 600 it, and make a \
@@ -105,8 +115,7 @@ fn create(path: &Path, bytes: &[u8]) -> io::Result<()> {
 }
 
 fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut options = OpenOptions::new();
-    let mut file = options.write(true).create_new(true).mode(0o600).open(path)?;
+    let mut file = files::create_new(path, 0o600)?;
     file.write_all(bytes)?;
     file.sync_all()
 }
@@ -116,7 +125,7 @@ fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
 pub(super) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".new");
-    let mut file = File::create(&temporary)?;
+    let mut file = files::recreate(Path::new(&temporary), 0o600)?;
     file.write_all(bytes)?;
     file.sync_all()?;
     std::fs::rename(&temporary, path)?;
@@ -172,6 +181,35 @@ mod tests {
         std::fs::set_permissions(&path, Permissions::from_mode(0o640)).unwrap();
         let error = load(&path).unwrap_err();
         assert!(error.to_string().contains("chmod 600"), "{error}");
+    }
+
+    #[test]
+    fn key_of_another_user_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("node.key");
+        let key = load_or_create(&path).unwrap();
+        std::os::unix::fs::chown(&path, Some(65_534), None).expect("this test needs root");
+        let error = load(&path).unwrap_err();
+        assert!(matches!(error, Failure::Usage(_)));
+        assert!(error.to_string().contains("belongs to user 65534"), "{error}");
+        assert!(error.to_string().contains("chown root"), "{error}");
+        std::os::unix::fs::chown(&path, Some(0), None).unwrap();
+        assert_eq!(load(&path).unwrap(), Some(key));
+    }
+
+    #[test]
+    fn replacing_a_file_follows_no_link() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        replace(&at("file"), b"one").unwrap();
+        std::os::unix::fs::symlink(at("target"), at("file.new")).unwrap();
+        assert!(replace(&at("file"), b"two").is_err());
+        assert!(!at("target").exists());
+        std::fs::remove_file(at("file.new")).unwrap();
+        // A process that was killed has left this file.
+        std::fs::write(at("file.new"), "half").unwrap();
+        replace(&at("file"), b"two").unwrap();
+        assert_eq!(std::fs::read(at("file")).unwrap(), b"two");
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 pub mod confine;
 pub mod descriptors;
+pub mod files;
 pub mod link;
 pub mod lock;
 pub mod memory;

@@ -42,7 +42,9 @@ pub fn put(directory: &Path, id: &AttachmentId) -> io::Result<()> {
     // Two plugins may do the same at once: each has a file of its own until it is renamed.
     let unfinished = directory.join(format!("{name}.{}", std::process::id()));
     let write = || {
-        let mut file = File::create(&unfinished)?;
+        // A plugin that was killed may have left a file, another user a link.
+        let _ = fs::remove_file(&unfinished);
+        let mut file = File::create_new(&unfinished)?;
         file.write_all(&serde_json::to_vec(&request)?)?;
         file.sync_all()?;
         fs::rename(&unfinished, directory.join(name + SUFFIX))?;
@@ -116,5 +118,17 @@ mod tests {
             remove(&entry.path).unwrap();
         }
         assert!(list(&directory).unwrap().is_empty());
+    }
+
+    #[test]
+    fn links_in_the_spool_are_not_followed() {
+        let parent = tempfile::tempdir().unwrap();
+        let id = AttachmentId { container_id: "c".into(), ifname: "eth0".into() };
+        let target = parent.path().join("target");
+        let unfinished = parent.path().join(format!("c@eth0.{}", std::process::id()));
+        std::os::unix::fs::symlink(&target, &unfinished).unwrap();
+        put(parent.path(), &id).unwrap();
+        assert!(!target.exists());
+        assert_eq!(list(parent.path()).unwrap().len(), 1);
     }
 }
