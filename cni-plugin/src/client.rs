@@ -2,12 +2,12 @@
 
 use std::io::{self, IoSlice, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::MetadataExt as _;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
+use rustix::fs::{Mode, OFlags};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
@@ -39,20 +39,33 @@ pub fn ask(
     frame::read(&mut stream)
 }
 
-/// Connecting waits where the agent's backlog is full: for as long as sending may. The socket has to be root's or
-/// this process's own user's: nobody else gets a pod's namespace, or says what its addresses are.
+/// Connects to the agent's socket. Waits at most `limit` if the agent's backlog is full.
 fn open(path: &Path, limit: Duration) -> io::Result<UnixStream> {
+    connect_to(&trusted_file(path)?, limit)
+}
+
+/// Opens the socket's file, which must belong to root or to this process's own user: no other user
+/// may receive a pod's namespace or choose a pod's addresses.
+///
+/// The credentials of the listener (SO_PEERCRED) are no help: rustix refuses the process id 0, which
+/// the agent has if the runtime is in another PID namespace.
+fn trusted_file(path: &Path) -> io::Result<OwnedFd> {
+    let file = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let owner = rustix::fs::fstat(&file)?.st_uid;
+    if owner != 0 && owner != geteuid().as_raw() {
+        let text = format!("the socket belongs to user {owner}, who is not trusted");
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+    }
+    Ok(file)
+}
+
+/// Connects to the socket of an open file, whatever is at its path now.
+fn connect_to(file: &OwnedFd, limit: Duration) -> io::Result<UnixStream> {
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     for direction in [Timeout::Send, Timeout::Recv] {
         set_socket_timeout(socket.as_fd(), direction, Some(limit))?;
     }
-    // Not the credentials of who listens: they are of no use (rustix refuses a process id of 0) where the
-    // runtime has a PID namespace in which the agent is not.
-    let owner = std::fs::metadata(path)?.uid();
-    if owner != 0 && owner != geteuid().as_raw() {
-        let text = "the socket is another user's";
-        return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
-    }
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     connect(&socket, &SocketAddrUnix::new(path)?)?;
     Ok(UnixStream::from(socket))
 }
@@ -77,5 +90,20 @@ mod tests {
         assert_eq!(open().unwrap_err().kind(), io::ErrorKind::PermissionDenied);
         listener.set_nonblocking(true).unwrap();
         assert!(listener.accept().is_err(), "it is not even connected to");
+    }
+
+    #[test]
+    fn socket_that_was_checked_is_the_one_connected_to() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("cni.sock");
+        let agents = UnixListener::bind(&path).unwrap();
+        let file = trusted_file(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let others = UnixListener::bind(&path).unwrap();
+        connect_to(&file, Duration::from_secs(1)).unwrap();
+        others.set_nonblocking(true).unwrap();
+        assert!(others.accept().is_err(), "The connection went to the path's new socket.");
+        agents.set_nonblocking(true).unwrap();
+        agents.accept().unwrap();
     }
 }

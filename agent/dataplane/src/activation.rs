@@ -41,6 +41,7 @@ pub(super) struct Activation {
 impl Activation {
     /// Listens for the agent of the instance.
     pub(super) fn bind(instance: &Instance) -> anyhow::Result<Self> {
+        instance.protect_directory().context("cannot use the directory of --instance")?;
         let listener = server::bind(&instance.dataplane_socket())?;
         listener.set_nonblocking(true).context("cannot listen for the agent")?;
         let (terminated, write) = UnixStream::pair().context("cannot make a channel")?;
@@ -135,6 +136,18 @@ impl Activation {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn keeper_listens_in_a_volume_that_all_can_change() {
+        use std::os::unix::fs::PermissionsExt;
+        let volume = tempfile::tempdir().unwrap();
+        // The mode of an emptyDir of Kubernetes.
+        let open = std::fs::Permissions::from_mode(0o777);
+        std::fs::set_permissions(volume.path(), open).unwrap();
+        let instance = Instance::new(volume.path().join("skein"));
+        assert!(server::bind(&instance.dataplane_socket()).is_err());
+        Activation::bind(&instance).unwrap();
+    }
 
     #[test]
     fn request_lasts_as_long_as_the_connection() {

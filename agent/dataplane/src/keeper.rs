@@ -26,7 +26,7 @@ use super::{Options, lock_path, server};
 use crate::ipc::{ErrorKind, HANDOVER_VERSION, Request, Response, read_frame, write_frame};
 use crate::sys::descriptors;
 use crate::sys::lock::FileLock;
-use crate::sys::socket::{hung_up, is_absent, is_trusted, make_directory, peer_credentials};
+use crate::sys::socket::{connect_trusted, hung_up, is_absent, make_directory, peer_credentials};
 
 /// A data process that dies sooner than this after its start has gained nothing …
 const STABLE: Duration = Duration::from_secs(10);
@@ -490,11 +490,7 @@ fn invalid(text: &str) -> io::Error {
 }
 
 fn connect(socket: &Path) -> io::Result<UnixStream> {
-    let stream = UnixStream::connect(socket)?;
-    if !is_trusted(peer_credentials(&stream)?.uid) {
-        let text = "what listens there is another user's";
-        return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
-    }
+    let stream = connect_trusted(socket)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     Ok(stream)

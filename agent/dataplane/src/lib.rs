@@ -45,6 +45,7 @@ use self::handover::{Begin, Estate, HandOver};
 use self::tap::Tap;
 use crate::instance::Instance;
 use crate::ipc::{PROTOCOL_VERSION, Request, Response, read_frame, write_frame};
+use crate::sys::socket::connect_trusted;
 use crate::sys::{confine, descriptors, seccomp};
 
 /// How long a probe waits for each step.
@@ -194,7 +195,7 @@ pub fn probe(socket: &Path, instance: Option<&Instance>) -> anyhow::Result<()> {
     }
     let shown = socket.display();
     let mut stream =
-        UnixStream::connect(socket).with_context(|| format!("nobody listens on {shown}"))?;
+        connect_trusted(socket).with_context(|| format!("no data process answers on {shown}"))?;
     stream.set_read_timeout(Some(PATIENCE)).context("cannot bound the wait")?;
     stream.set_write_timeout(Some(PATIENCE)).context("cannot bound the wait")?;
     let mut ask = || {

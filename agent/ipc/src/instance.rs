@@ -4,7 +4,9 @@
 //! own for two sockets: the agent answers probes at one, and requests the data plane from its
 //! keeper at the other.
 
+use std::fs::{self, Permissions};
 use std::io::{self, Read};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,6 +18,9 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Answer of the agent while it is ready.
 pub const READY: &str = "ready\n";
+
+/// Connects to the listener of a socket, which must be trusted.
+pub type Connect = fn(&Path) -> io::Result<UnixStream>;
 
 /// The directory of an instance.
 #[derive(Debug, Clone)]
@@ -49,15 +54,32 @@ impl Instance {
         self.0.join("dataplane.active")
     }
 
+    /// Sets the sticky bit on the parent of the instance's directory if all users can change the
+    /// parent, as that of an emptyDir of Kubernetes. No other user can then replace the directory.
+    ///
+    /// # Errors
+    /// An I/O error if the mode of the parent cannot be changed.
+    pub fn protect_directory(&self) -> io::Result<()> {
+        let Some(parent) = self.0.parent() else { return Ok(()) };
+        let mode = match fs::metadata(parent) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            found => found?.permissions().mode(),
+        };
+        match mode & 0o1002 == 0o0002 {
+            true => fs::set_permissions(parent, Permissions::from_mode(mode & 0o7777 | 0o1000)),
+            false => Ok(()),
+        }
+    }
+
     /// Checks that the agent answers and, with `ready`, that it is ready.
     ///
     /// # Errors
     /// An error if the agent does not answer within three seconds, or, with `ready`, if it reports
     /// reasons why it is not ready.
-    pub fn probe(&self, ready: bool) -> anyhow::Result<()> {
+    pub fn probe(&self, connect: Connect, ready: bool) -> anyhow::Result<()> {
         let socket = self.agent_socket();
         let ask = || -> io::Result<String> {
-            let mut stream = UnixStream::connect(&socket)?;
+            let mut stream = connect(&socket)?;
             stream.set_read_timeout(Some(PROBE_TIMEOUT))?;
             let mut answer = String::new();
             stream.read_to_string(&mut answer)?;
@@ -81,19 +103,35 @@ mod tests {
 
     #[test]
     fn probe_tells_alive_from_ready() {
+        let connect: Connect = |path| UnixStream::connect(path);
         let directory = tempfile::tempdir().unwrap();
         let instance = Instance::new(directory.path());
-        assert!(instance.probe(false).is_err(), "Nobody listens.");
+        assert!(instance.probe(connect, false).is_err(), "Nobody listens.");
         let listener = UnixListener::bind(instance.agent_socket()).unwrap();
         let answering = std::thread::spawn(move || {
             for answer in [READY, READY, "one\ntwo\n", "one\ntwo\n"] {
                 listener.accept().unwrap().0.write_all(answer.as_bytes()).unwrap();
             }
         });
-        instance.probe(false).unwrap();
-        instance.probe(true).unwrap();
-        instance.probe(false).unwrap();
-        assert_eq!(instance.probe(true).unwrap_err().to_string(), "not ready: one; two");
+        instance.probe(connect, false).unwrap();
+        instance.probe(connect, true).unwrap();
+        instance.probe(connect, false).unwrap();
+        assert_eq!(instance.probe(connect, true).unwrap_err().to_string(), "not ready: one; two");
         answering.join().unwrap();
+    }
+
+    #[test]
+    fn directory_in_an_open_volume_is_protected() {
+        let volume = tempfile::tempdir().unwrap();
+        let open = |mode| fs::set_permissions(volume.path(), Permissions::from_mode(mode)).unwrap();
+        let instance = Instance::new(volume.path().join("skein"));
+        let mode = || fs::metadata(volume.path()).unwrap().permissions().mode() & 0o7777;
+        open(0o777);
+        instance.protect_directory().unwrap();
+        assert_eq!(mode(), 0o1777);
+        open(0o755);
+        instance.protect_directory().unwrap();
+        assert_eq!(mode(), 0o755, "Only root can change it.");
+        Instance::new("/nonexistent/a/b").protect_directory().unwrap();
     }
 }

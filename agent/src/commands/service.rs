@@ -17,6 +17,7 @@ use crate::failure::Failure;
 use crate::instance::Instance;
 use crate::logging;
 use crate::sys::lock::FileLock;
+use crate::sys::socket::connect_trusted;
 use crate::sys::{confine, descriptors};
 
 /// Timeout for the tasks of an agent that hands over.
@@ -94,7 +95,7 @@ pub(crate) struct HealthArgs {
 }
 
 pub(crate) fn health(arguments: &HealthArgs) -> Result<(), Failure> {
-    Ok(Instance::new(&arguments.instance).probe(arguments.ready)?)
+    Ok(Instance::new(&arguments.instance).probe(connect_trusted, arguments.ready)?)
 }
 
 pub(crate) fn clean(config: &ConfigArgs, state: bool) -> Result<(), Failure> {

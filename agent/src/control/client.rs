@@ -13,7 +13,7 @@ use crate::ipc::{
     ErrorKind, NodeIdentity, PROTOCOL_VERSION, Report, Request, Response, SeenHandshakes,
     encode_frame, frame_length,
 };
-use crate::sys::socket::is_trusted;
+use crate::sys::socket::check_listener;
 
 /// The data process answers quickly; one that takes this long hangs.
 const DEADLINE: Duration = Duration::from_secs(3);
@@ -57,10 +57,7 @@ impl Client {
         let stream = UnixStream::connect(socket).await?;
         let peer = stream.peer_cred()?;
         // It will be told the node's private key.
-        if !is_trusted(peer.uid()) {
-            let text = format!("what listens there belongs to user {}", peer.uid());
-            return Err(io::Error::new(io::ErrorKind::PermissionDenied, text).into());
-        }
+        check_listener(peer.uid())?;
         // The socket's own word for it: the data process may live in another pid namespace.
         let pid = peer.pid().and_then(|pid| u32::try_from(pid).ok());
         let mut client = Self {

@@ -13,6 +13,7 @@ use crate::dataplane::activation::Activity;
 use crate::failure::Failure;
 use crate::instance::{Instance, READY};
 use crate::lifecycle::Readiness;
+use crate::sys::socket::check_listener;
 
 /// Delay before the next connection attempt to an absent keeper.
 const RETRY_DELAY: Duration = Duration::from_millis(50);
@@ -33,7 +34,9 @@ impl Drop for Task {
 ///
 /// # Errors
 /// [`Failure`] if the socket cannot be bound, or if another agent of this instance listens on it.
-pub fn answer_probes(instance: &Instance, readiness: Readiness) -> Result<Task, Failure> {
+pub fn answer_probes(instance: &Instance, readiness: Readiness) -> Result<JoinSet<()>, Failure> {
+    let failed = |error| Failure::io("cannot use the directory of --instance", error);
+    instance.protect_directory().map_err(failed)?;
     let listener = bind_socket("the socket of --instance", &instance.agent_socket())?;
     Ok(Task(tokio::spawn(answer(listener, readiness))))
 }
@@ -87,6 +90,7 @@ async fn request(instance: Instance, readiness: Readiness, active: watch::Sender
     loop {
         let asked: io::Result<()> = async {
             let mut stream = UnixStream::connect(instance.dataplane_socket()).await?;
+            check_listener(stream.peer_cred()?.uid())?;
             stream.write_u8(1).await?;
             loop {
                 let is_active = stream.read_u8().await? == Activity::Active as u8;

@@ -18,7 +18,9 @@ use super::shared::Shared;
 use crate::failure::Failure;
 use crate::sys::descriptors;
 use crate::sys::lock::FileLock;
-use crate::sys::socket::{hung_up, is_absent, is_trusted, make_directory};
+use crate::sys::socket::{
+    check_listener, connect_trusted, hung_up, is_absent, is_trusted, make_directory,
+};
 
 /// How long a reader may take.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -142,7 +144,7 @@ async fn rotate(asks: &Asks, at_once: bool) -> Result<RotationStatus, String> {
 /// another hand-over.
 pub fn ask_to_hand_over(path: &Path) -> io::Result<Option<FileLock>> {
     let ask = || -> io::Result<FileLock> {
-        let mut stream = std_net::UnixStream::connect(path)?;
+        let mut stream = connect_trusted(path)?;
         stream.set_read_timeout(Some(DEADLINE))?;
         stream.set_write_timeout(Some(DEADLINE))?;
         io::Write::write_all(&mut stream, format!("{HAND_OVER}\n").as_bytes())?;
@@ -178,6 +180,7 @@ pub async fn ask_for_level(path: &Path, level: Option<&str>) -> io::Result<Resul
 async fn ask<T: DeserializeOwned>(path: &Path, request: &str) -> io::Result<T> {
     let ask = async {
         let mut stream = UnixStream::connect(path).await?;
+        check_listener(stream.peer_cred()?.uid())?;
         stream.write_all(request.as_bytes()).await?;
         stream.shutdown().await?;
         let mut text = Vec::new();
@@ -185,4 +188,42 @@ async fn ask<T: DeserializeOwned>(path: &Path, request: &str) -> io::Result<T> {
         Ok(serde_json::from_slice(&text)?)
     };
     tokio::time::timeout(DEADLINE, ask).await.unwrap_or(Err(io::ErrorKind::TimedOut.into()))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixListener;
+
+    use rustix::process::Uid;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn listener_of_another_user_receives_no_request() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("control.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        // The kernel reports the user who has called listen(2). Users are a thread's own.
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let nobody = Uid::from_raw(65_534);
+                let set = rustix::thread::set_thread_res_uid(nobody, nobody, nobody);
+                set.expect("this test needs root");
+                rustix::net::listen(&listener, 4).unwrap();
+            });
+        });
+        let asked = [
+            fetch::<serde_json::Value>(&path).await.map(drop),
+            ask_to_rotate(&path, true).await.map(drop),
+            ask_for_level(&path, None).await.map(drop),
+            ask_to_hand_over(&path).map(drop),
+        ];
+        for asked in asked {
+            assert_eq!(asked.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+            let (mut stream, _) = listener.accept().unwrap();
+            assert_eq!(stream.read_to_end(&mut Vec::new()).unwrap(), 0, "It received a request.");
+        }
+    }
 }

@@ -22,6 +22,7 @@ use crate::failure::Failure;
 use crate::ipc::{Capability, ErrorKind, NarrowPath, Report, Request, Snapshot, UnreachablePeer};
 use crate::lifecycle::{NotReady, Readiness};
 use crate::logging::Log;
+use crate::sys::socket::is_trusted;
 
 /// How long a data process may take to listen after its start, and to end when asked.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -517,7 +518,8 @@ impl Supervisor {
         }
         tracing::warn!(%error, "killing the data process that listens");
         let stream = tokio::net::UnixStream::connect(&self.settings.socket).await;
-        let pid = stream.and_then(|stream| stream.peer_cred()).ok().and_then(|peer| peer.pid());
+        let peer = stream.and_then(|stream| stream.peer_cred()).ok();
+        let pid = peer.filter(|peer| is_trusted(peer.uid())).and_then(|peer| peer.pid());
         match (pid.and_then(Pid::from_raw), &mut self.child) {
             // Its keeper, if it has one, gives its work to another.
             (Some(pid), _) => kill(pid, Signal::KILL),
