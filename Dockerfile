@@ -4,6 +4,10 @@
 #   .ci/image-root PROGRAMS dist/ && docker build --target from-binaries … (nothing is pulled or compiled)
 # The first needs BuildKit, which leaves out the stages that are not asked for.
 
+# The image that compiles. A release pins it by its digest (.github/workflows/release.yml):
+#   --build-arg BUILD_IMAGE=rust:1.95-bookworm@sha256:…
+ARG BUILD_IMAGE=rust:1.95-bookworm
+
 FROM scratch AS base
 ARG VERSION=0.0.0
 LABEL org.opencontainers.image.title="Skein" \
@@ -17,7 +21,7 @@ ENTRYPOINT ["/usr/bin/skein-agent"]
 FROM base AS from-binaries
 COPY dist/ /
 
-FROM rust:1.95-bookworm AS build
+FROM ${BUILD_IMAGE} AS build
 RUN apt-get update && apt-get install --yes --no-install-recommends nftables
 WORKDIR /source
 COPY . .

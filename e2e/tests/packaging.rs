@@ -83,3 +83,52 @@ fn every_manager_is_told_of_the_same_interfaces() -> Result<()> {
     ensure!(udev.contains(&format!("OriginalName={}\n", joined("", " "))), "{udev}");
     Ok(())
 }
+
+/// The command lines of a step of a workflow, by its name.
+fn step(workflow: &str, name: &str) -> Result<String> {
+    let begin = format!("- name: {name}\n");
+    let (_, rest) = workflow.split_once(&begin).with_context(|| format!("no step {name}"))?;
+    let step = rest.split("- name: ").next().unwrap_or_default();
+    let (_, lines) = step.split_once("run:").with_context(|| format!("{name} runs nothing"))?;
+    let lines = lines.trim_start_matches(" |").lines().map(str::trim);
+    Ok(lines.collect::<Vec<_>>().join("\n"))
+}
+
+#[test]
+fn releases_check_advisories_and_pin_the_base_image() -> Result<()> {
+    let read =
+        |path: &str| std::fs::read_to_string(workspace().join(path)).context(path.to_owned());
+    let (ci, release) = (read(".github/workflows/ci.yml")?, read(".github/workflows/release.yml")?);
+    for workflow in [&ci, &release] {
+        ensure!(!workflow.contains("uses:"), "an action is named by a tag: {workflow}");
+    }
+    ensure!(ci.contains("SKEIN_ADVISORIES=fetch .ci/run"), "{ci}");
+    let advisories = step(&release, "advisories")?;
+    ensure!(advisories.contains("cargo deny --all-features check advisories"), "{advisories}");
+    let dockerfile = read("Dockerfile")?;
+    let mut stages = Vec::new();
+    for line in dockerfile.lines().filter(|line| line.starts_with("FROM ")) {
+        let mut words = line.split_whitespace().skip(1);
+        let image = words.next().context("FROM without an image")?;
+        let known = image == "scratch" || image == "${BUILD_IMAGE}" || stages.contains(&image);
+        ensure!(known, "{image} is not pinned by the release workflow");
+        stages.extend(words.nth(1));
+    }
+    let pin = step(&release, "base image pinned by digest")?;
+    let digest = format!("sha256:{}", "0123456789abcdef".repeat(4));
+    let outputs = tempfile::tempdir()?;
+    let run = |digest: &str| {
+        let mut command = Command::new("sh");
+        command.args(["-e", "-c", &pin]).current_dir(workspace());
+        command.env("BUILD_IMAGE_DIGEST", digest).env("GITHUB_ENV", outputs.path().join("env"));
+        process::finish(&mut command, &[], RUN_TIMEOUT)
+    };
+    for bad in ["", "latest", "sha256:12", &format!("{digest}0"), &format!("x\n{digest} y")] {
+        ensure!(run(bad)?.code == 1, "{bad:?} is accepted");
+    }
+    ensure!(run(&digest)?.code == 0, "the digest is refused");
+    let image = std::fs::read_to_string(outputs.path().join("env"))?;
+    let expected = format!("@{digest}\n");
+    ensure!(image.starts_with("BUILD_IMAGE=rust:") && image.ends_with(&expected), "{image}");
+    Ok(())
+}
