@@ -25,7 +25,7 @@ use anyhow::Context;
 use prometheus::proto::MetricFamily;
 use skein_ipam::{Ipam, Usage};
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 
 use self::install::Install;
@@ -51,7 +51,7 @@ const READY: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub struct Pods {
     network: watch::Sender<Network>,
-    tasks: [JoinHandle<()>; 2],
+    _tasks: JoinSet<()>,
 }
 
 /// What metrics and status show of pods. Cheap to clone.
@@ -109,8 +109,10 @@ impl Pods {
         keeper.take_network();
         keeper.tend().await;
         let view = View { service: Arc::clone(&service), offer };
-        let tasks = [tokio::spawn(server::serve(listener, service)), tokio::spawn(keeper.run())];
-        Ok((Self { network: sender, tasks }, view))
+        let mut tasks = JoinSet::new();
+        tasks.spawn(server::serve(listener, service));
+        tasks.spawn(keeper.run());
+        Ok((Self { network: sender, _tasks: tasks }, view))
     }
 
     /// Tells of another network.
@@ -120,14 +122,6 @@ impl Pods {
             *present = network;
             differs
         });
-    }
-}
-
-impl Drop for Pods {
-    fn drop(&mut self) {
-        for task in &self.tasks {
-            task.abort();
-        }
     }
 }
 

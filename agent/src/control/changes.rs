@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
 use super::client::{Client, ClientError};
@@ -13,29 +12,15 @@ use super::supervisor::DataplaneState;
 /// request.
 const RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// A task that makes the supervisor request a report after each change. The task ends when the
-/// value is dropped.
-#[derive(Debug)]
-pub(super) struct Subscription(JoinHandle<()>);
-
-impl Subscription {
-    /// Subscribes at the data process that listens on `socket`.
-    pub(super) fn start(socket: PathBuf, dataplane: DataplaneState) -> Self {
-        Self(tokio::spawn(async move {
-            loop {
-                // Without notifications, reports still come every second.
-                if let Err(error) = follow(&socket, &dataplane).await {
-                    tracing::debug!(%error, "no notifications from the data process");
-                }
-                sleep(RETRY_DELAY).await;
-            }
-        }))
-    }
-}
-
-impl Drop for Subscription {
-    fn drop(&mut self) {
-        self.0.abort();
+/// Makes the supervisor request a report after each change in the data process that listens on
+/// `socket`. Never ends.
+pub(super) async fn subscribe(socket: PathBuf, dataplane: DataplaneState) {
+    loop {
+        // Without notifications, reports still come every second.
+        if let Err(error) = follow(&socket, &dataplane).await {
+            tracing::debug!(%error, "no notifications from the data process");
+        }
+        sleep(RETRY_DELAY).await;
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
 
 use super::server::bind_socket;
 use crate::dataplane::activation::Activity;
@@ -20,17 +20,7 @@ const RETRY_DELAY: Duration = Duration::from_millis(50);
 /// Timeout of a start for the instance's data plane.
 const ACTIVATION_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// A task that ends when the value is dropped.
-#[derive(Debug)]
-pub struct Task(JoinHandle<()>);
-
-impl Drop for Task {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-/// Answers the instance's probes with the state in `readiness`.
+/// Answers the instance's probes with the state in `readiness` until the task is dropped.
 ///
 /// # Errors
 /// [`Failure`] if the socket cannot be bound, or if another agent of this instance listens on it.
@@ -38,7 +28,9 @@ pub fn answer_probes(instance: &Instance, readiness: Readiness) -> Result<JoinSe
     let failed = |error| Failure::io("cannot use the directory of --instance", error);
     instance.protect_directory().map_err(failed)?;
     let listener = bind_socket("the socket of --instance", &instance.agent_socket())?;
-    Ok(Task(tokio::spawn(answer(listener, readiness))))
+    let mut task = JoinSet::new();
+    task.spawn(answer(listener, readiness));
+    Ok(task)
 }
 
 async fn answer(listener: UnixListener, readiness: Readiness) {
@@ -64,14 +56,15 @@ async fn answer(listener: UnixListener, readiness: Readiness) {
 #[derive(Debug)]
 pub struct DataplaneRequest {
     active: watch::Receiver<bool>,
-    _task: Task,
+    _task: JoinSet<()>,
 }
 
 impl DataplaneRequest {
     /// Requests the data plane for the instance.
     pub fn start(instance: &Instance, readiness: Readiness) -> Self {
         let (sender, active) = watch::channel(false);
-        let task = Task(tokio::spawn(request(instance.clone(), readiness, sender)));
+        let mut task = JoinSet::new();
+        task.spawn(request(instance.clone(), readiness, sender));
         Self { active, _task: task }
     }
 

@@ -35,6 +35,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::Context;
 use ipnet::IpNet;
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use self::border::{firewall_rules, networks};
@@ -269,7 +270,7 @@ struct Controller {
     snapshots: tokio::sync::watch::Sender<Arc<Snapshot>>,
     supervisor: Handle,
     firewall: Firewall,
-    _changes: changes::Subscription,
+    _changes: JoinSet<()>,
     /// Absent where pods are somebody else's business.
     pods: Option<Pods>,
     /// Until they are served, where they are to be.
@@ -332,7 +333,8 @@ impl Controller {
             shared.readiness.clone(),
         );
         let socket = config.dataplane.socket.clone();
-        let changes = changes::Subscription::start(socket, shared.dataplane.clone());
+        let mut changes = JoinSet::new();
+        changes.spawn(changes::subscribe(socket, shared.dataplane.clone()));
         let not_ready = Some(shared.readiness.block("the interface is not configured yet"));
         let no_pods =
             config.cni.enabled.then(|| shared.readiness.block("pods cannot be attached yet"));

@@ -13,7 +13,7 @@ use std::time::Duration;
 use notify::event::{AccessKind, AccessMode};
 use notify::{Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::{Notify, mpsc};
-use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 
 /// Changes that come together are taken together when nothing came for this long …
@@ -29,7 +29,7 @@ const RESCAN: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct SourceWatch {
     due: mpsc::Receiver<()>,
-    task: JoinHandle<()>,
+    _task: JoinSet<()>,
 }
 
 impl SourceWatch {
@@ -42,8 +42,9 @@ impl SourceWatch {
                 tracing::warn!(%error, "no inotify: node records are read every {RESCAN:?} only");
             })
             .ok();
-        let task = tokio::spawn(run(source.to_owned(), watcher, changed, sender));
-        Self { due, task }
+        let mut task = JoinSet::new();
+        task.spawn(run(source.to_owned(), watcher, changed, sender));
+        Self { due, _task: task }
     }
 
     /// Waits until the records should be read again.
@@ -52,12 +53,6 @@ impl SourceWatch {
             // The task ends with this value only; never busy if that changes.
             std::future::pending::<()>().await;
         }
-    }
-}
-
-impl Drop for SourceWatch {
-    fn drop(&mut self) {
-        self.task.abort();
     }
 }
 

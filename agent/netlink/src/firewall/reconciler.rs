@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex, watch};
-use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::counters::{self, Counters};
@@ -61,16 +61,7 @@ pub struct Firewall {
     rules: Arc<watch::Sender<(u64, Rules)>>,
     state: watch::Receiver<State>,
     counters: Arc<Mutex<Option<LastCounters>>>,
-    _task: Arc<Task>,
-}
-
-#[derive(Debug)]
-struct Task(JoinHandle<()>);
-
-impl Drop for Task {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
+    _task: Arc<JoinSet<()>>,
 }
 
 impl Firewall {
@@ -89,11 +80,13 @@ impl Firewall {
             comparisons: VecDeque::new(),
         };
         reconciler.take_rules().await;
+        let mut task = JoinSet::new();
+        task.spawn(reconciler.run());
         Self {
             rules: Arc::new(rules_sender),
             state,
             counters: Arc::default(),
-            _task: Arc::new(Task(tokio::spawn(reconciler.run()))),
+            _task: Arc::new(task),
         }
     }
 

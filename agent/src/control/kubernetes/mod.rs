@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
 
 pub use self::client::Requests;
 use self::follow::State;
@@ -37,7 +37,7 @@ pub struct Kubernetes {
     state: watch::Receiver<State>,
     requests: Requests,
     ranges: Ranges,
-    tasks: Vec<JoinHandle<()>>,
+    tasks: JoinSet<()>,
 }
 
 /// The records as the API server has them. Cheap to clone.
@@ -49,7 +49,7 @@ impl Kubernetes {
     pub async fn start(shared: &Shared) -> Result<Self, Failure> {
         let (mut kubernetes, client) = Self::connect(shared).await?;
         let publish = publish::publish(shared.clone(), client, kubernetes.state.clone());
-        kubernetes.tasks.push(tokio::spawn(publish));
+        kubernetes.tasks.spawn(publish);
         Ok(kubernetes)
     }
 
@@ -71,7 +71,9 @@ impl Kubernetes {
         let (sender, state) = watch::channel(State::default());
         let follow =
             follow::follow(Arc::clone(config), shared.follow_key(), client.clone(), sender);
-        Ok((Self { state, requests, ranges, tasks: vec![tokio::spawn(follow)] }, client))
+        let mut tasks = JoinSet::new();
+        tasks.spawn(follow);
+        Ok((Self { state, requests, ranges, tasks }, client))
     }
 
     /// Waits until all records are known; not for long where there are `last_good` ones.
@@ -135,14 +137,6 @@ impl Kubernetes {
     /// Requests to the API server, for a scrape.
     pub fn requests(&self) -> Requests {
         self.requests.clone()
-    }
-}
-
-impl Drop for Kubernetes {
-    fn drop(&mut self) {
-        for task in &self.tasks {
-            task.abort();
-        }
     }
 }
 
