@@ -3,7 +3,7 @@
 use std::io::Write as _;
 use std::process::{Command, Stdio};
 
-use super::{FirewallError, PodRules, Rules, forward};
+use super::{FirewallError, Rules, forward};
 use crate::sys::in_new_network_namespace;
 
 /// Loads a table with every kind of rule in a scratch network namespace.
@@ -31,23 +31,7 @@ pub async fn forward_chains(interface: &str, pods: bool) -> Result<String, Strin
 
 /// Loads a table with every kind of rule in the network namespace of this thread.
 fn load() -> Result<(), String> {
-    let prefixes = |texts: [&str; 2]| texts.iter().filter_map(|text| text.parse().ok()).collect();
-    let rules = Rules {
-        table: "skein".to_owned(),
-        interface: "skein0".to_owned(),
-        port: 51900,
-        pods: Some(PodRules { masquerade: true, no_masquerade: Vec::new(), forward_accept: true }),
-        local: prefixes(["10.244.1.0/24", "fd00:1::/64"]),
-        cluster: prefixes(["10.244.0.0/16", "fd00::/16"]),
-        peers: ["192.0.2.2:51900", "[2001:db8::2]:51900"]
-            .iter()
-            .filter_map(|text| text.parse().ok())
-            .collect(),
-        drop_spoofed: true,
-        drop_cleartext: true,
-        masquerade_foreign: true,
-        notrack: true,
-    };
+    let rules = Rules::example();
     let mut child = Command::new("nft")
         .args(["-f", "-"])
         .stdin(Stdio::piped())

@@ -8,8 +8,8 @@ use ipnet::IpNet;
 use super::forward;
 use crate::pod::HOST_PREFIX;
 
-/// Input of the table's rules.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Input of the table's rules. The default is the name of no table and no rule.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rules {
     /// Name of the table, of the family inet.
     pub table: String,
@@ -52,18 +52,29 @@ const OPTIONAL_CHAINS: [&str; 5] = ["from_pods", "leaving", "outward", "passing"
 impl Rules {
     /// Rules that remove the table of this name.
     pub fn none(table: &str) -> Self {
+        Self { table: table.to_owned(), ..Self::default() }
+    }
+
+    /// Rules of every kind, of a node with pods and one peer.
+    pub(super) fn example() -> Self {
+        let nets = |texts: [&str; 2]| texts.iter().filter_map(|text| text.parse().ok()).collect();
+        let peers = ["192.0.2.2:51900", "[2001:db8::2]:51900", "192.0.2.2:4000"];
         Self {
-            table: table.to_owned(),
-            interface: String::new(),
-            port: 0,
-            pods: None,
-            local: Vec::new(),
-            cluster: Vec::new(),
-            peers: Vec::new(),
-            drop_spoofed: false,
-            drop_cleartext: false,
-            masquerade_foreign: false,
-            notrack: false,
+            table: "skein".to_owned(),
+            interface: "skein0".to_owned(),
+            port: 51900,
+            pods: Some(PodRules {
+                masquerade: true,
+                no_masquerade: Vec::new(),
+                forward_accept: true,
+            }),
+            local: nets(["10.244.1.0/24", "fd00:1::/64"]),
+            cluster: nets(["10.244.0.0/16", "fd00::/16"]),
+            peers: peers.iter().filter_map(|text| text.parse().ok()).collect(),
+            drop_spoofed: true,
+            drop_cleartext: true,
+            masquerade_foreign: true,
+            notrack: true,
         }
     }
 
@@ -293,44 +304,23 @@ impl Rules {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use super::*;
-
-    /// Rules of a node with pods and one peer, every setting on.
-    pub(crate) fn rules() -> Rules {
-        let nets = |texts: &[&str]| texts.iter().filter_map(|text| text.parse().ok()).collect();
-        Rules {
-            table: "skein".to_owned(),
-            interface: "skein0".to_owned(),
-            port: 51900,
-            pods: Some(PodRules {
-                masquerade: true,
-                no_masquerade: Vec::new(),
-                forward_accept: true,
-            }),
-            local: nets(&["10.244.1.0/24", "fd00:1::/64"]),
-            cluster: nets(&["10.244.0.0/16", "fd00::/16"]),
-            peers: ["192.0.2.2:51900", "[2001:db8::2]:51900", "192.0.2.2:4000"]
-                .iter()
-                .filter_map(|text| text.parse().ok())
-                .collect(),
-            drop_spoofed: true,
-            drop_cleartext: true,
-            masquerade_foreign: true,
-            notrack: true,
-        }
-    }
 
     #[test]
     fn each_switch_removes_its_rules_and_no_others() {
-        let all = rules().text();
+        let all = Rules::example().text();
         let count = |text: &str, word: &str| text.matches(word).count();
         for (rules, gone, chain) in [
-            (Rules { drop_spoofed: false, ..rules() }, "counter name spoofed", None),
-            (Rules { drop_cleartext: false, ..rules() }, "counter name cleartext", Some("leaving")),
-            (Rules { masquerade_foreign: false, ..rules() }, "saddr != @local", None),
-            (Rules { notrack: false, ..rules() }, "notrack", Some("untracked")),
-            (Rules { pods: None, ..rules() }, "counter name forged", Some("from_pods")),
+            (Rules { drop_spoofed: false, ..Rules::example() }, "counter name spoofed", None),
+            (
+                Rules { drop_cleartext: false, ..Rules::example() },
+                "counter name cleartext",
+                Some("leaving"),
+            ),
+            (Rules { masquerade_foreign: false, ..Rules::example() }, "saddr != @local", None),
+            (Rules { notrack: false, ..Rules::example() }, "notrack", Some("untracked")),
+            (Rules { pods: None, ..Rules::example() }, "counter name forged", Some("from_pods")),
         ] {
             let text = rules.text();
             assert!(count(&all, gone) > 0 && count(&text, gone) == 0, "{gone}: {text}");
@@ -348,13 +338,13 @@ pub(super) mod tests {
     #[test]
     fn overlay_masquerade_needs_a_local_prefix_of_the_family() {
         let local = vec!["10.244.1.0/24".parse().unwrap_or_default()];
-        let text = Rules { local, ..rules() }.text();
+        let text = Rules { local, ..Rules::example() }.text();
         assert!(text.contains("ip saddr != @local4") && !text.contains("ip6 saddr != @local6"));
     }
 
     #[test]
     fn pods_are_masqueraded_to_nodes_whatever_cni_masquerade_says() {
-        let mut rules = rules();
+        let mut rules = Rules::example();
         if let Some(pods) = &mut rules.pods {
             pods.masquerade = false;
         }
@@ -373,9 +363,9 @@ pub(super) mod tests {
             drop_cleartext: false,
             masquerade_foreign: false,
             notrack: false,
-            ..rules()
+            ..Rules::example()
         };
-        assert!(off.is_empty() && !rules().is_empty());
+        assert!(off.is_empty() && !Rules::example().is_empty());
         assert!(!Rules { notrack: true, ..off }.is_empty());
     }
 }

@@ -7,7 +7,6 @@ use std::net::{Ipv4Addr, SocketAddr};
 
 use ipnet::{IpNet, Ipv4Net};
 
-use super::rules::tests::rules;
 use super::*;
 use crate::tests::in_namespace;
 
@@ -27,7 +26,7 @@ fn large_rules() -> Rules {
     Rules {
         cluster: (0..PEERS).map(prefix).collect(),
         peers: (0..PEERS).map(endpoint).collect(),
-        ..rules()
+        ..Rules::example()
     }
 }
 
@@ -75,7 +74,7 @@ fn generation_grows_by_one_for_each_transaction() {
     in_namespace(|| async {
         let monitor = Monitor::start(RECEIVE_BUFFER).unwrap();
         let before = monitor.generation().unwrap();
-        replace(&rules()).await.unwrap();
+        replace(&Rules::example()).await.unwrap();
         assert_eq!(monitor.generation().unwrap(), before + 1, "one installation");
         list("skein").await.unwrap();
         assert_eq!(monitor.generation().unwrap(), before + 1, "a list is no transaction");
