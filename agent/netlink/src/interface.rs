@@ -7,6 +7,8 @@ use ipnet::IpNet;
 use skein_core::wire::ip::MIN_IPV6_MTU;
 use thiserror::Error;
 
+use super::address::Address;
+use super::advertisement::ForwardingError;
 use super::link::{Link, LinkChange};
 use super::provisional::Provisional;
 use super::route::Route;
@@ -83,20 +85,24 @@ pub struct Present {
 impl Wanted {
     /// Creates the device if it does not exist, and marks it with its alias; sets nothing else. A
     /// device of this node under another name gets its name back, or is removed if a second device
-    /// of this node has the name.
+    /// of this node has the name. `links` are all links of the node.
     ///
     /// # Errors
     ///
     /// [`InterfaceError`] if the name belongs to another owner, if the device cannot be created, or
     /// if the kernel refuses a request.
-    pub async fn ensure_device(&self, netlink: &Netlink) -> Result<Present, InterfaceError> {
+    pub async fn ensure_device(
+        &self,
+        netlink: &Netlink,
+        links: &[Link],
+    ) -> Result<Present, InterfaceError> {
         let provisional = Provisional::new(&self.name, &self.alias);
-        let found = netlink.link(&self.name).await?;
-        if let Some(link) = &found {
+        let found = links.iter().find(|link| link.name == self.name);
+        if let Some(link) = found {
             self.check_owner(link.clone())?;
         }
         let mut index = found.map(|link| link.index);
-        for link in self.renamed(netlink, &provisional).await? {
+        for link in self.renamed(links, &provisional) {
             let was = &link.name;
             if index.is_some() {
                 netlink.delete_link(link.index).await?;
@@ -119,15 +125,13 @@ impl Wanted {
     /// provisional one.
     fn renamed<'a>(
         &self,
-        netlink: &Netlink,
+        links: &'a [Link],
         provisional: &Provisional,
-    ) -> Result<Vec<Link>, NetlinkError> {
-        let mut links = netlink.links().await?;
-        links.retain(|link| {
+    ) -> impl Iterator<Item = &'a Link> {
+        links.iter().filter(|link| {
             let named = link.name == self.name || link.name == provisional.name();
             link.is_tun_of(&self.alias) && !named
-        });
-        Ok(links)
+        })
     }
 
     async fn rename_back(&self, netlink: &Netlink, link: &Link) -> Result<(), NetlinkError> {
@@ -155,9 +159,10 @@ impl Wanted {
         }
     }
 
-    /// Brings the interface, its addresses and its routes to what is wanted. Goes on after an error
-    /// and returns all of them beside what it changed.
-    pub async fn configure(&self, netlink: &Netlink, index: u32) -> Outcome {
+    /// Brings the interface, its addresses and its routes to what is wanted. `addresses` are all
+    /// addresses of the node, listed after [`Wanted::ensure_device`]. Continues after an error and
+    /// returns all of them with the changes.
+    pub async fn configure(&self, netlink: &Netlink, index: u32, addresses: &[Address]) -> Outcome {
         let mut outcome = Outcome::default();
         if self.forwarding && self.has_ipv6() {
             let forwarding = Sysctl::required("ipv6/conf/all/forwarding", "1");
@@ -171,7 +176,7 @@ impl Wanted {
         if let Err(error) = self.apply_link(netlink, index, &mut outcome).await {
             outcome.errors.push(error.to_string());
         }
-        if let Err(error) = self.apply_addresses(netlink, index, &mut outcome).await {
+        if let Err(error) = self.apply_addresses(netlink, index, addresses, &mut outcome).await {
             outcome.errors.push(error.to_string());
         }
         if let Err(error) = self.apply_routes(netlink, index, &mut outcome).await {
@@ -251,9 +256,10 @@ impl Wanted {
         &self,
         netlink: &Netlink,
         index: u32,
+        addresses: &[Address],
         outcome: &mut Outcome,
     ) -> Result<(), NetlinkError> {
-        let present = netlink.addresses(Some(index)).await?;
+        let present: Vec<_> = addresses.iter().filter(|address| address.index == index).collect();
         let wanted: Vec<IpNet> = self.addresses.iter().map(|ip| IpNet::from(*ip)).collect();
         for net in &wanted {
             if !present.iter().any(|address| address.net == *net) {

@@ -10,7 +10,7 @@ use rtnetlink::MulticastGroup;
 use rtnetlink::packet_core::NetlinkPayload;
 use rtnetlink::packet_route::RouteNetlinkMessage;
 
-use super::interface::{InterfaceError, Wanted};
+use super::interface::{InterfaceError, Outcome, Present, Wanted};
 use super::link::{Link, LinkChange};
 use super::monitor::Monitor;
 use super::provisional::Provisional;
@@ -49,9 +49,23 @@ pub(crate) fn wanted() -> Wanted {
     }
 }
 
+/// Calls [`Wanted::ensure_device`] with the present links.
+pub(crate) async fn ensure_device(
+    wanted: &Wanted,
+    netlink: &Netlink,
+) -> Result<Present, InterfaceError> {
+    wanted.ensure_device(netlink, &netlink.links().await?).await
+}
+
+/// Calls [`Wanted::configure`] with the present addresses.
+pub(crate) async fn configure(wanted: &Wanted, netlink: &Netlink, index: u32) -> Outcome {
+    let addresses = netlink.addresses(None).await.unwrap();
+    wanted.configure(netlink, index, &addresses).await
+}
+
 async fn configured(netlink: &Netlink, wanted: &Wanted) -> u32 {
-    let present = wanted.ensure_device(netlink).await.unwrap();
-    let outcome = wanted.configure(netlink, present.index).await;
+    let present = ensure_device(wanted, netlink).await.unwrap();
+    let outcome = configure(wanted, netlink, present.index).await;
     assert_eq!(outcome.errors, [""; 0]);
     present.index
 }
@@ -79,7 +93,7 @@ fn the_interface_becomes_what_is_wanted() {
         assert_eq!(sysctl("ipv4/conf/sk-test/rp_filter").trim(), "2");
         assert_eq!(sysctl("ipv4/ip_forward").trim(), "1");
         assert_eq!(sysctl("ipv6/conf/all/forwarding").trim(), "1");
-        let again = wanted.configure(&netlink, index).await;
+        let again = configure(&wanted, &netlink, index).await;
         assert_eq!(again, Default::default(), "a second pass has nothing to do");
     });
 }
@@ -92,15 +106,15 @@ fn a_route_carries_the_mtu_of_its_path() {
         let index = configured(&netlink, &wanted).await;
         let narrow = ["10.2.0.0/24", "fd00:2::/64"].map(|net| (net.parse().unwrap(), 1200));
         wanted.mtus = narrow.into();
-        let outcome = wanted.configure(&netlink, index).await;
+        let outcome = configure(&wanted, &netlink, index).await;
         assert_eq!(outcome.changes, ["route 10.2.0.0/24: mtu 1200", "route fd00:2::/64: mtu 1280"]);
         let v4 = ip("route show proto 77");
         let route = v4.lines().find(|line| line.starts_with("10.2.0.0/24 ")).unwrap_or_default();
         assert!(route.contains("mtu 1200") && route.contains("src 10.1.0.1"), "{v4}");
         assert!(ip("-6 route show proto 77").contains("mtu 1280"), "the least of IPv6");
-        assert_eq!(wanted.configure(&netlink, index).await, Default::default());
+        assert_eq!(configure(&wanted, &netlink, index).await, Default::default());
         wanted.mtus.clear();
-        let outcome = wanted.configure(&netlink, index).await;
+        let outcome = configure(&wanted, &netlink, index).await;
         assert_eq!(outcome.changes.len(), 2, "{outcome:?}");
         assert!(!ip("route show proto 77").contains("mtu"), "{}", ip("route show proto 77"));
         assert_eq!(ip("route show proto 77").lines().count(), 2);
@@ -125,10 +139,10 @@ fn what_somebody_changes_is_healed() {
             "route add 10.77.0.0/16 dev sk-test proto 77",
         ] {
             ip(damage);
-            let outcome = wanted.configure(&netlink, index).await;
+            let outcome = configure(&wanted, &netlink, index).await;
             assert_eq!(outcome.errors, [""; 0], "{damage}");
             assert!(!outcome.changes.is_empty(), "{damage}");
-            let again = wanted.configure(&netlink, index).await;
+            let again = configure(&wanted, &netlink, index).await;
             assert_eq!(again, Default::default(), "{damage}");
         }
         assert!(!ip("route show").contains("10.77.0.0"));
@@ -144,7 +158,7 @@ fn changed_wants_are_followed_and_others_routes_stay() {
         ip("route add 10.50.0.0/16 dev sk-test");
         wanted.routes = vec!["10.2.0.0/24".parse().unwrap(), "10.4.0.0/24".parse().unwrap()];
         wanted.addresses = vec!["10.1.0.9".parse().unwrap()];
-        let outcome = wanted.configure(&netlink, index).await;
+        let outcome = configure(&wanted, &netlink, index).await;
         assert_eq!(outcome.errors, [""; 0]);
         let routes = ip("route show proto 77");
         assert!(routes.contains("10.2.0.0/24 dev sk-test scope link src 10.1.0.9"), "{routes}");
@@ -162,8 +176,8 @@ fn route_of_another_program_is_a_conflict_of_one_prefix() {
         ip("link set other up");
         ip("route add 10.2.0.0/24 dev other");
         let wanted = wanted();
-        let present = wanted.ensure_device(&netlink).await.unwrap();
-        let outcome = wanted.configure(&netlink, present.index).await;
+        let present = ensure_device(&wanted, &netlink).await.unwrap();
+        let outcome = configure(&wanted, &netlink, present.index).await;
         assert_eq!(outcome.errors, [""; 0], "The node itself is well.");
         let [conflict] = &outcome.conflicts[..] else { panic!("{outcome:?}") };
         assert_eq!(conflict.prefix, "10.2.0.0/24".parse().unwrap());
@@ -190,7 +204,7 @@ fn interfaces_of_others_are_refused_and_not_touched() {
                 ip(&format!("link set sk-test alias {alias}"));
             }
             let before = ip("-details link show sk-test");
-            let error = wanted.ensure_device(&netlink).await.unwrap_err();
+            let error = ensure_device(&wanted, &netlink).await.unwrap_err();
             let ours = alias == Some("skein:node-2");
             assert_eq!(matches!(error, InterfaceError::OtherNode { .. }), ours, "{error}");
             assert_eq!(matches!(error, InterfaceError::Foreign { .. }), !ours, "{error}");
@@ -208,10 +222,10 @@ fn renamed_interface_gets_its_name_back() {
         let wanted = wanted();
         let index = configured(&netlink, &wanted).await;
         ip("link set sk-test name elsewhere");
-        let present = wanted.ensure_device(&netlink).await.unwrap();
+        let present = ensure_device(&wanted, &netlink).await.unwrap();
         assert_eq!((present.index, present.created), (index, false), "The device is the same.");
         assert!(netlink.link("elsewhere").await.unwrap().is_none(), "No orphan is left.");
-        let outcome = wanted.configure(&netlink, index).await;
+        let outcome = configure(&wanted, &netlink, index).await;
         assert_eq!(outcome.errors, [""; 0]);
         assert!(ip("route show proto 77").contains("10.2.0.0/24 dev sk-test"));
     });
@@ -227,7 +241,7 @@ fn second_interface_of_the_same_node_is_removed() {
             create_persistent(name).unwrap();
             ip(&format!("link set {name} alias {alias}"));
         }
-        let present = wanted.ensure_device(&netlink).await.unwrap();
+        let present = ensure_device(&wanted, &netlink).await.unwrap();
         assert_eq!((present.index, present.created), (index, false));
         assert!(netlink.link("orphan").await.unwrap().is_none(), "The orphan is removed.");
         assert!(netlink.link("other").await.unwrap().is_some(), "Another node's device stays.");
@@ -241,7 +255,7 @@ fn nobody_ever_sees_the_interface_without_its_mark() {
             rtnetlink::new_multicast_connection(&[MulticastGroup::Link]).unwrap();
         let connection = tokio::spawn(connection);
         let netlink = Netlink::connect().unwrap();
-        wanted().ensure_device(&netlink).await.unwrap();
+        ensure_device(&wanted(), &netlink).await.unwrap();
         let mut seen = Vec::new();
         // Whatever the kernel has to say it says before the last request is answered.
         while let Ok(Some((message, _))) =
@@ -273,12 +287,12 @@ fn what_a_killed_start_has_left_is_removed() {
             if let Some(alias) = alias {
                 ip(&format!("link set {name} alias {alias}"));
             }
-            let present = wanted.ensure_device(&netlink).await.unwrap();
+            let present = ensure_device(&wanted, &netlink).await.unwrap();
             assert!(present.created);
             assert!(netlink.link(name).await.unwrap().is_none(), "it is gone");
             let link = netlink.link("sk-test").await.unwrap().unwrap();
             assert_eq!((link.index, &link.alias), (present.index, &wanted.alias));
-            let again = wanted.ensure_device(&netlink).await.unwrap();
+            let again = ensure_device(&wanted, &netlink).await.unwrap();
             assert!(!again.created && again.index == present.index);
             netlink.delete_link(present.index).await.unwrap();
         }
@@ -299,7 +313,7 @@ fn what_others_have_under_the_provisional_name_stays() {
         ] {
             make.lines().for_each(|line| drop(ip(line)));
             let before = ip(&format!("-details link show {name}"));
-            let error = wanted.ensure_device(&netlink).await.unwrap_err();
+            let error = ensure_device(&wanted, &netlink).await.unwrap_err();
             assert!(matches!(error, InterfaceError::Foreign { .. }), "{error}");
             assert_eq!(ip(&format!("-details link show {name}")), before);
             assert!(netlink.link("sk-test").await.unwrap().is_none());
@@ -387,7 +401,7 @@ fn forwarding_switched_off_is_repaired_by_notification() {
             let repair = async {
                 while !is_on(key) {
                     monitor.changed().await;
-                    wanted.configure(&netlink, index).await;
+                    configure(&wanted, &netlink, index).await;
                 }
             };
             std::fs::write(path(key), "0").unwrap();
@@ -402,7 +416,7 @@ fn forwarding_switched_off_is_repaired_by_notification() {
 fn deleting_what_is_gone_is_no_error() {
     in_namespace(|| async {
         let netlink = Netlink::connect().unwrap();
-        let present = wanted().ensure_device(&netlink).await.unwrap();
+        let present = ensure_device(&wanted(), &netlink).await.unwrap();
         netlink.delete_link(present.index).await.unwrap();
         netlink.delete_link(present.index).await.unwrap();
         let change = LinkChange { up: true, ..LinkChange::default() };

@@ -171,7 +171,7 @@ mod tests {
     use std::time::Duration;
 
     use super::super::monitor::Monitor;
-    use super::super::tests::{in_namespace, ip, wanted};
+    use super::super::tests::{configure, ensure_device, in_namespace, ip, wanted};
     use super::*;
 
     const ALIAS: &str = "skein:node-1";
@@ -206,8 +206,8 @@ mod tests {
             assert_eq!(ensure(&netlink, &prefixes).await.changes.len(), 4);
             let overlay = wanted();
             for damage in ["link set sk-test down", "link del sk-test", "route flush dev sk-test"] {
-                let present = overlay.ensure_device(&netlink).await.unwrap();
-                let outcome = overlay.configure(&netlink, present.index).await;
+                let present = ensure_device(&overlay, &netlink).await.unwrap();
+                let outcome = configure(&overlay, &netlink, present.index).await;
                 assert_eq!(outcome.errors, [""; 0]);
                 for to in ["10.2.0.5", "fd00:2::5"] {
                     let found = interface(&netlink, to).await;

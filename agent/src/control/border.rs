@@ -7,8 +7,9 @@ use ipnet::IpNet;
 use super::desired::Desired;
 use crate::config::{Config, overlap};
 use crate::firewall::{PodRules, Rules};
+use crate::netlink::address::Address;
+use crate::netlink::link::Link;
 use crate::netlink::pod::HOST_PREFIX;
-use crate::netlink::{Netlink, NetlinkError};
 
 /// Returns the rules of the nftables table. `networks` are the prefixes of this node's addresses on
 /// interfaces of other programs. A prefix of a present or former peer that overlaps one of them is
@@ -41,23 +42,16 @@ pub(super) fn firewall_rules(config: &Config, desired: &Desired, networks: &[IpN
 
 /// Returns the prefixes of this node's addresses, without Skein's interface, the pods' and link-local
 /// addresses.
-///
-/// # Errors
-/// The links or addresses cannot be listed.
-pub(super) async fn networks(
-    netlink: &Netlink,
-    config: &Config,
-) -> Result<Vec<IpNet>, NetlinkError> {
+pub(super) fn networks(links: &[Link], addresses: &[Address], config: &Config) -> Vec<IpNet> {
     let is_ours = |name: &str| name == config.interface.name || name.starts_with(HOST_PREFIX);
-    let links = netlink.links().await?.into_iter();
     let ours: BTreeSet<_> =
-        links.filter(|link| is_ours(&link.name)).map(|link| link.index).collect();
-    let addresses = netlink.addresses(None).await?.into_iter();
-    let others = addresses.filter(|address| !address.link_local && !ours.contains(&address.index));
+        links.iter().filter(|link| is_ours(&link.name)).map(|link| link.index).collect();
+    let others =
+        addresses.iter().filter(|address| !address.link_local && !ours.contains(&address.index));
     let mut networks: Vec<_> = others.map(|address| address.net).collect();
     networks.sort_unstable();
     networks.dedup();
-    Ok(networks)
+    networks
 }
 
 #[cfg(test)]

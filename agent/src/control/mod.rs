@@ -59,6 +59,7 @@ use crate::http;
 use crate::ipc::{NarrowPath, Snapshot};
 use crate::lifecycle::{Asked, NotReady, Readiness, Signals};
 use crate::netlink::interface::{InterfaceError, Outcome, Present, RouteConflict, Wanted};
+use crate::netlink::link::Link;
 use crate::netlink::monitor::Monitor;
 use crate::netlink::{Netlink, NetlinkError};
 use crate::sys::socket::make_directory;
@@ -308,7 +309,10 @@ impl Controller {
         let outcome = netlink.add_unreachable_routes(&desired.unreachable).await;
         outcome.errors.iter().for_each(|error| tracing::error!("{error}"));
         log_changes(&outcome);
-        let networks = networks(&netlink, &config).await.map_err(netlink_failure)?;
+        restore_accept_ra(&netlink, &config, &mut registry).await;
+        let links = netlink.links().await.map_err(netlink_failure)?;
+        let addresses = netlink.addresses(None).await.map_err(netlink_failure)?;
+        let networks = networks(&links, &addresses, &config);
         // Started before the interface exists: no packet of a pod passes before the rules are
         // installed.
         let firewall = Firewall::start(firewall_rules(&config, &desired, &networks)).await;
@@ -320,7 +324,7 @@ impl Controller {
             }
         }
         let wanted = desired.interface(&config, &[]);
-        let interface = wanted.ensure_device(&netlink).await.map_err(interface_failure)?;
+        let interface = wanted.ensure_device(&netlink, &links).await.map_err(interface_failure)?;
         monitor.set_index(interface.index);
         let snapshot =
             desired.snapshot(&config, rotation.keys(), interface.index, first_revision());
@@ -566,28 +570,8 @@ impl Controller {
         // The unreachable route to a prefix is added before the first route to it, and stays when
         // that route is gone.
         let mut complaints = self.ensure_unreachable_routes().await;
-        match networks(&self.netlink, &self.config).await {
-            Ok(networks) if networks == self.networks => {}
-            Ok(networks) => {
-                self.networks = networks;
-                self.show();
-            }
-            Err(error) => complaints.push(error.to_string()),
-        }
-        match self.device(&wanted).await {
-            Ok(()) => {
-                let outcome = wanted.configure(&self.netlink, self.interface.index).await;
-                if !outcome.changes.is_empty() {
-                    tracing::info!(
-                        interface = wanted.name,
-                        "changed: {}",
-                        abridged(&outcome.changes)
-                    );
-                }
-                complaints.extend(outcome.errors);
-                self.take_conflicts(outcome.conflicts);
-            }
-            Err(error) => complaints.push(error.to_string()),
+        if let Err(error) = self.ensure_interface(&wanted, &mut complaints).await {
+            complaints.push(error.to_string());
         }
         for complaint in complaints.iter().filter(|new| !self.complaints.contains(new)) {
             tracing::error!(interface = wanted.name, "{complaint}");
@@ -600,6 +584,33 @@ impl Controller {
             }
         };
         self.complaints = complaints;
+    }
+
+    /// Brings the interface and the border's networks to the node's state.
+    async fn ensure_interface(
+        &mut self,
+        wanted: &Wanted,
+        complaints: &mut Vec<String>,
+    ) -> Result<(), NetlinkError> {
+        let links = self.netlink.links().await?;
+        let device = self.device(wanted, &links).await;
+        let addresses = self.netlink.addresses(None).await?;
+        let networks = networks(&links, &addresses, &self.config);
+        if networks != self.networks {
+            self.networks = networks;
+            self.show();
+        }
+        if let Err(error) = device {
+            complaints.push(error.to_string());
+            return Ok(());
+        }
+        let outcome = wanted.configure(&self.netlink, self.interface.index, &addresses).await;
+        if !outcome.changes.is_empty() {
+            tracing::info!(interface = wanted.name, "changed: {}", abridged(&outcome.changes));
+        }
+        complaints.extend(outcome.errors);
+        self.take_conflicts(outcome.conflicts);
+        Ok(())
     }
 
     /// Stores the peers' prefixes to which another program has a route. The conflict concerns only
@@ -624,8 +635,8 @@ impl Controller {
         outcome.errors
     }
 
-    async fn device(&mut self, wanted: &Wanted) -> Result<(), InterfaceError> {
-        let present = wanted.ensure_device(&self.netlink).await?;
+    async fn device(&mut self, wanted: &Wanted, links: &[Link]) -> Result<(), InterfaceError> {
+        let present = wanted.ensure_device(&self.netlink, links).await?;
         if present.index != self.interface.index {
             tracing::warn!(interface = wanted.name, "the interface was deleted and is made again");
             let created = self.interface.created || present.created;
