@@ -5,8 +5,9 @@
 # The first needs BuildKit, which leaves out the stages that are not asked for.
 
 # The image that compiles. A release pins it by its digest (.github/workflows/release.yml):
-#   --build-arg BUILD_IMAGE=rust:1.95-bookworm@sha256:…
-ARG BUILD_IMAGE=rust:1.95-bookworm
+#   --build-arg BUILD_IMAGE=rust:1.95-trixie@sha256:…
+# Debian 13 has nft 1.1.3: versions up to 1.1.1 crash on sets that later versions have written on the node.
+ARG BUILD_IMAGE=rust:1.95-trixie
 
 FROM scratch AS base
 ARG VERSION=0.0.0

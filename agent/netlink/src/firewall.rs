@@ -17,7 +17,8 @@ pub mod rules;
 mod tests;
 
 use std::io;
-use std::process::Stdio;
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use thiserror::Error;
@@ -46,6 +47,12 @@ pub enum FirewallError {
     /// `nft` reported an error.
     #[error("nft refused: {0}")]
     Refused(String),
+    /// A signal ended `nft`.
+    #[error(
+        "signal {0} ended nft: versions up to 1.1.1 crash on sets that later versions have written; \
+         install a later version"
+    )]
+    Crashed(i32),
     /// The output of `nft` has an unknown form.
     #[error("cannot read what nft says: {0}")]
     Unreadable(String),
@@ -107,7 +114,7 @@ impl Table {
     ///
     /// # Errors
     /// `Missing` if the host has no `nft` program, `Refused` with the first line of its error,
-    /// `Late` after 10 s, `Contended` if other programs changed the table during the last of three
+    /// `Crashed` if a signal ended it, `Late` after 10 s, `Contended` if other programs changed the table during the last of three
     /// attempts, `Lost` if notifications were lost then, `Io` otherwise.
     async fn ensure(&mut self) -> Result<bool, FirewallError> {
         if let Some(monitor) = &mut self.monitor {
@@ -240,10 +247,21 @@ async fn nft(arguments: &[&str], input: &str) -> Result<String, FirewallError> {
     };
     let output =
         tokio::time::timeout(NFT_TIMEOUT, talk).await.map_err(|_| FirewallError::Late)??;
-    if !output.status.success() {
-        let text = String::from_utf8_lossy(&output.stderr);
-        let line = text.lines().next().unwrap_or_default();
-        return Err(FirewallError::Refused(line.to_owned()));
-    }
+    finished(&output)?;
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Checks how `nft` ended.
+///
+/// # Errors
+/// `Crashed` if a signal ended it, `Refused` with the first line of its error if it failed.
+fn finished(output: &Output) -> Result<(), FirewallError> {
+    if output.status.success() {
+        return Ok(());
+    }
+    if let Some(signal) = output.status.signal() {
+        return Err(FirewallError::Crashed(signal));
+    }
+    let text = String::from_utf8_lossy(&output.stderr);
+    Err(FirewallError::Refused(text.lines().next().unwrap_or_default().to_owned()))
 }

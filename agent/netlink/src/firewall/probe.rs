@@ -47,11 +47,5 @@ fn load() -> Result<(), String> {
         let _ = stdin.write_all(rules.text().as_bytes());
     }
     let output = child.wait_with_output().map_err(|error| error.to_string())?;
-    match output.status.success() {
-        true => Ok(()),
-        false => {
-            let text = String::from_utf8_lossy(&output.stderr);
-            Err(FirewallError::Refused(text.lines().next().unwrap_or_default().into()).to_string())
-        }
-    }
+    super::finished(&output).map_err(|error| error.to_string())
 }

@@ -120,7 +120,7 @@ impl Rules {
         text
     }
 
-    /// Table, counters and sets.
+    /// Returns the declarations of the table, its counters and its sets.
     fn declarations(&self) -> String {
         let table = &self.table;
         let mut text = format!("add table inet {table}\n");
@@ -136,14 +136,13 @@ impl Rules {
         {
             for v4 in [true, false] {
                 let nets = nets.iter().filter(|net| net.addr().is_ipv4() == v4);
-                let kind = if v4 { "type ipv4_addr" } else { "type ipv6_addr" };
-                let kind = format!("{kind}; flags interval; auto-merge;");
+                let kind = format!("{}; flags interval; auto-merge;", address_type(v4));
                 self.set(&mut text, name, v4, &kind, nets.map(ToString::to_string).collect());
             }
         }
         for v4 in [true, false] {
             let peers = || self.peers.iter().filter(|peer| peer.is_ipv4() == v4);
-            let kind = if v4 { "type ipv4_addr" } else { "type ipv6_addr" };
+            let kind = address_type(v4);
             let mut nodes: Vec<IpAddr> = peers().map(SocketAddr::ip).collect();
             nodes.sort_unstable();
             nodes.dedup();
@@ -151,7 +150,7 @@ impl Rules {
             self.set(&mut text, "nodes", v4, &format!("{kind};"), nodes);
             let endpoint = |peer: &SocketAddr| format!("{} . {}", peer.ip(), peer.port());
             let endpoints = peers().map(endpoint).collect();
-            self.set(&mut text, "peers", v4, &format!("{kind} . inet_service;"), endpoints);
+            self.set(&mut text, "peers", v4, &format!("{kind} . udp dport;"), endpoints);
         }
         text
     }
@@ -303,6 +302,13 @@ impl Rules {
     }
 }
 
+/// Returns the key type of a set of addresses, by an expression: nft 1.1.2 and later describe a key
+/// that is declared by name (`type ipv4_addr`) in a form that crashes nft up to 1.1.1, which other
+/// programs of the node may use.
+fn address_type(v4: bool) -> &'static str {
+    if v4 { "typeof ip saddr" } else { "typeof ip6 saddr" }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -333,6 +339,16 @@ mod tests {
             }
         }
         assert_eq!(count(&all, "delete chain"), 0, "{all}");
+    }
+
+    #[test]
+    fn sets_are_readable_by_older_versions_of_nft() {
+        let text = rules().text();
+        let sets: Vec<_> = text.lines().filter(|line| line.starts_with("add set")).collect();
+        assert_eq!(sets.len(), 10, "{text}");
+        for set in sets {
+            assert!(set.contains("{ typeof ip"), "nft 1.1.2 describes the key by its name: {set}");
+        }
     }
 
     #[test]

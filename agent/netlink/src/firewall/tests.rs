@@ -31,6 +31,18 @@ fn large_rules() -> Rules {
 }
 
 #[test]
+fn crash_of_nft_names_the_signal_and_the_remedy() {
+    let run =
+        |script: &str| std::process::Command::new("sh").args(["-c", script]).output().unwrap();
+    let crashed = finished(&run("kill -SEGV $$")).unwrap_err();
+    assert!(matches!(crashed, FirewallError::Crashed(11)), "{crashed}");
+    assert!(crashed.to_string().contains("install a later version"), "{crashed}");
+    let refused = finished(&run("echo first >&2; echo second >&2; exit 1")).unwrap_err();
+    assert_eq!(refused.to_string(), "nft refused: first");
+    finished(&run("exit 0")).unwrap();
+}
+
+#[test]
 fn large_table_is_installed_although_messages_are_lost() {
     in_namespace(|| async {
         // Without pauses of the reader the kernel would wait for it.
