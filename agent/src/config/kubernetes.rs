@@ -17,10 +17,10 @@ pub(super) struct KubernetesTable {
 
 impl KubernetesTable {
     pub(super) fn validate(self) -> Result<Kubernetes, Invalid> {
-        let interface = self.endpoint_interface.as_deref();
-        if interface.is_some_and(|name| !(1..=15).contains(&name.len()) || name.contains('/')) {
+        let impossible = |name: &&str| !(1..=15).contains(&name.len()) || name.contains('/');
+        if let Some(name) = self.endpoint_interface.as_deref().filter(impossible) {
             return Err(Invalid(format!(
-                "kubernetes.endpoint_interface = {interface:?}: use the name of a network interface"
+                "kubernetes.endpoint_interface = {name:?}: use the name of a network interface"
             )));
         }
         if self.not_ready_taint.as_deref().is_some_and(str::is_empty) {
