@@ -2,12 +2,13 @@
 # namespace that is there already. All its processes end with the first, and every mount lies in its
 # mount namespace: with that process goes everything but empty cgroups and what is on its disk.
 #
-#   machine.sh start NETNS NAME DISK     becomes the machine; DISK/init.pid appears when it is up
-#   machine.sh enter NETNS PID COMMAND…  runs a command in it
+#   machine.sh start NETNS NAME DISK [ROOT]   becomes the machine; DISK/init.pid appears when it is up
+#   machine.sh enter NETNS PID COMMAND…       runs a command in it
 #
 # NETNS names the network namespace and the cgroups. DISK, a directory below /run, holds what outlives a
 # loss of power: all that the machine writes to /etc, /opt and /var. Its parent is seen inside under the
-# same name; all else below /run is the machine's own and in memory.
+# same name; all else below /run is the machine's own and in memory. ROOT/usr is mounted over /usr: a newer
+# container runtime with its libraries.
 set -eu
 
 # Every hierarchy of cgroups: its directory below /sys/fs/cgroup and the options to mount it.
@@ -51,7 +52,7 @@ start)
     fi
     join "$2"
     exec nsenter "--net=/run/netns/$2" \
-        unshare --cgroup --mount --ipc --uts --pid --fork --kill-child /bin/sh "$0" init "$3" "$4"
+        unshare --cgroup --mount --ipc --uts --pid --fork --kill-child /bin/sh "$0" init "$3" "$4" "${5-}"
     ;;
 enter)
     join "$2"
@@ -60,7 +61,7 @@ enter)
     exec nsenter "--target=$pid" --mount --net --pid --cgroup --ipc --uts -- "$@"
     ;;
 init)
-    name=$2 disk=$3
+    name=$2 disk=$3 root=$4
     hierarchies=$(hierarchies)
     # As the host numbers it: /proc is still the host's.
     read -r pid _ </proc/self/stat
@@ -75,6 +76,7 @@ init)
     inside=$disk/run/${laboratory#/run/}
     mkdir -p "$disk/run/lock" "$disk/run/netns" "$inside"
     mount --bind "$laboratory" "$inside"
+    [ -z "$root" ] || mount -t overlay -o "lowerdir=$root/usr:/usr" overlay /usr
     for top in etc opt var; do
         mkdir -p "$disk/layers/$top" "$disk/layers/.$top"
         layers=upperdir=$disk/layers/$top,workdir=$disk/layers/.$top

@@ -45,8 +45,8 @@ pub struct Up {
 pub fn run(command: &Command) -> Result<()> {
     match command {
         Command::Build => {
-            let bin = programs::build(&Console::new())?;
-            println!("the programs are in {}", bin.display());
+            let programs = programs::build(&Console::new())?;
+            println!("the programs are in {}", programs.kubernetes.display());
             Ok(())
         }
         Command::Up(options) => up(options),

@@ -10,6 +10,11 @@ use super::programs::BUSYBOX;
 /// Where every file of a node's daemons lies, on the node.
 pub(super) const NODE_FILES: &str = "/etc/kubernetes";
 
+/// Endpoint of containerd.
+const RUNTIME: &str = "unix:///run/containerd/containerd.sock";
+/// Directory of kubelet's volume plugins: the usual place is on the host's own disk.
+const VOLUME_PLUGINS: &str = "/var/lib/kubelet/volume-plugins";
+
 /// What all daemons must agree on.
 #[derive(Debug, Clone)]
 pub(super) struct Ranges {
@@ -21,29 +26,33 @@ pub(super) struct Ranges {
     pub(super) api: &'static str,
     /// Two families.
     pub(super) dual_stack: bool,
+    /// Kubernetes 1.31 or later instead of 1.20.
+    pub(super) current: bool,
 }
 
 impl Ranges {
-    pub(super) fn new(dual_stack: bool) -> Self {
+    pub(super) fn new(dual_stack: bool, current: bool) -> Self {
         match dual_stack {
             false => Self {
                 pods: "10.244.0.0/16",
                 services: "10.96.0.0/16",
                 api: "10.96.0.1",
                 dual_stack,
+                current,
             },
             true => Self {
                 pods: "10.244.0.0/16,fd00:10:244::/56",
                 services: "10.96.0.0/16,fd00:10:96::/112",
                 api: "10.96.0.1",
                 dual_stack,
+                current,
             },
         }
     }
 
-    /// In this version still an alpha feature.
+    /// In Kubernetes 1.20 still an alpha feature.
     fn gates(&self) -> Option<String> {
-        self.dual_stack.then(|| "--feature-gates=IPv6DualStack=true".to_owned())
+        (self.dual_stack && !self.current).then(|| "--feature-gates=IPv6DualStack=true".to_owned())
     }
 
     /// What a node says of its addresses.
@@ -139,20 +148,23 @@ pub(super) fn kubelet(node: &str, ranges: &Ranges, number: u8) -> Vec<String> {
         format!("--kubeconfig={NODE_FILES}/kubelet.kubeconfig"),
         format!("--hostname-override={node}"),
         format!("--node-ip={}", ranges.node_ip(number)),
-        "--container-runtime=remote".to_owned(),
-        "--container-runtime-endpoint=unix:///run/containerd/containerd.sock".to_owned(),
-        format!("--pod-infra-container-image={BUSYBOX}"),
-        // The usual place is on the host's own disk.
-        "--volume-plugin-dir=/var/lib/kubelet/volume-plugins".to_owned(),
         "--v=2".to_owned(),
     ]);
+    if !ranges.current {
+        all.extend(words([
+            "--container-runtime=remote".to_owned(),
+            format!("--container-runtime-endpoint={RUNTIME}"),
+            format!("--pod-infra-container-image={BUSYBOX}"),
+            format!("--volume-plugin-dir={VOLUME_PLUGINS}"),
+        ]));
+    }
     all.extend(ranges.gates());
     all
 }
 
 /// The kubelet's file of settings.
-pub(super) fn kubelet_settings() -> Value {
-    json!({
+pub(super) fn kubelet_settings(ranges: &Ranges) -> Value {
+    let mut settings = json!({
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
         "authentication": {
@@ -180,7 +192,15 @@ pub(super) fn kubelet_settings() -> Value {
         },
         "nodeStatusUpdateFrequency": "4s",
         "serializeImagePulls": false,
-    })
+    });
+    if ranges.current {
+        settings["containerRuntimeEndpoint"] = json!(RUNTIME);
+        settings["volumePluginDir"] = json!(VOLUME_PLUGINS);
+        // The machines have cgroups of version 1.
+        settings["failCgroupV1"] = json!(false);
+        settings["mergeDefaultEvictionSettings"] = json!(false);
+    }
+    settings
 }
 
 pub(super) fn proxy(pki: &Pki, node: &str, ranges: &Ranges) -> Vec<String> {

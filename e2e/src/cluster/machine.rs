@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 
+use super::programs::Programs;
 use crate::lab::process::{self, Process};
 use crate::lab::{Netns, UNDERLAY, link, registry};
 
@@ -46,6 +47,8 @@ pub struct Machine {
     laboratory: PathBuf,
     /// Where programs are found.
     path: String,
+    /// Root directory whose `usr` is mounted over the machine's.
+    runtime: Option<PathBuf>,
     switch: Arc<Netns>,
     mtu: u32,
     /// In the order of their start.
@@ -70,13 +73,13 @@ struct Power {
 }
 
 impl Machine {
-    /// One that is switched off. Its addresses are [`v4`] and [`v6`] of `number`; `path` says where its
-    /// programs are, beside the usual places.
+    /// One that is switched off. Its addresses are [`v4`] and [`v6`] of `number`; its programs are
+    /// `programs`, beside the usual places.
     pub(super) fn new(
         name: &str,
         number: u8,
         laboratory: &Path,
-        path: &Path,
+        programs: &Programs,
         switch: &Arc<Netns>,
         mtu: u32,
     ) -> Result<Self> {
@@ -87,7 +90,8 @@ impl Machine {
             name: name.to_owned(),
             number,
             laboratory: laboratory.to_owned(),
-            path: format!("{}:{system}", path.display()),
+            path: format!("{}:{system}", programs.kubernetes.display()),
+            runtime: programs.runtime.clone(),
             switch: Arc::clone(switch),
             mtu,
             daemons: vec![],
@@ -157,7 +161,7 @@ impl Machine {
         net.ip("route add unreachable 169.254.169.254/32")?;
         let mut command = Command::new("sh");
         command.arg(self.laboratory.join("machine.sh")).args(["start", net.name(), &self.name]);
-        command.arg(self.disk()).env_clear().env("PATH", &self.path);
+        command.arg(self.disk()).args(&self.runtime).env_clear().env("PATH", &self.path);
         let pid_file = self.disk().join("init.pid");
         let _ = fs::remove_file(&pid_file);
         let mut process = Process::start(&mut command, &self.log_file("machine"))?;

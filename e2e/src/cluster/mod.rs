@@ -26,6 +26,7 @@ use crate::lab::process;
 use crate::lab::{Netns, Turn, UNDERLAY, link, registry};
 use daemons::Ranges;
 use pki::Pki;
+use programs::Programs;
 
 /// Host number of the machine of the control plane.
 const CONTROL: u8 = 2;
@@ -69,7 +70,7 @@ pub struct Kube {
     /// `kube-scheduler`.
     pub control: Machine,
     switch: Arc<Netns>,
-    programs: PathBuf,
+    programs: Programs,
     kubeconfig: PathBuf,
     directory: Directory,
     _turn: Turn,
@@ -96,7 +97,7 @@ impl Kube {
         let programs = programs::find()?;
         let turn = Turn::take()?;
         let directory = Directory(registry::directory("cluster")?);
-        let ranges = Ranges::new(options.dual_stack);
+        let ranges = Ranges::new(options.dual_stack, programs.runtime.is_some());
         let pki = Pki::create(directory.0.join("pki"), &format!("https://{}:6443", v4(CONTROL)))?;
         let kubeconfig = pki.kubeconfig("admin", "/O=system:masters/CN=admin")?;
 
@@ -112,8 +113,10 @@ impl Kube {
         };
         let mut control = machine("control", CONTROL)?;
         add_control_plane(&mut control, &pki, &ranges)?;
-        let nodes = (1..=options.nodes)
-            .map(|i| Node::new(machine(&format!("node{i}"), FIRST_NODE + i)?, &pki, &ranges));
+        let nodes = (1..=options.nodes).map(|i| {
+            let machine = machine(&format!("node{i}"), FIRST_NODE + i)?;
+            Node::new(machine, &pki, &ranges, &programs)
+        });
         let nodes = nodes.collect::<Result<Vec<_>>>()?;
         let mut kube =
             Self { nodes, control, switch, programs, kubeconfig, directory, _turn: turn };
@@ -282,7 +285,7 @@ impl Kube {
 
     /// The path of one of the cluster's programs: `kubectl`, `helm`, ….
     pub fn program(&self, name: &str) -> PathBuf {
-        self.programs.join(name)
+        self.programs.path(name)
     }
 
     /// The switch: a bridge `br0` with a port for every machine, where a test can listen, and an

@@ -11,13 +11,17 @@ use anyhow::{Context as _, Result, bail, ensure};
 use super::daemons::{self, NODE_FILES, Ranges};
 use super::machine::{Machine, v4, v6};
 use super::pki::Pki;
+use super::programs::Programs;
 use crate::checks;
 use crate::lab::process;
 
 const CONTAINERD: &str = include_str!("../../cluster/containerd.toml");
 
-/// Debian's plugins of the reference network.
-const PLUGINS: &str = "/usr/lib/cni";
+/// Configuration of containerd 2.
+const CONTAINERD_2: &str = include_str!("../../cluster/containerd-2.toml");
+
+/// Debian's plugins of the reference network, below the root directory.
+const PLUGINS: &str = "usr/lib/cni";
 
 /// How long containerd may take to answer.
 const CONTAINERD_LIMIT: Duration = Duration::from_secs(30);
@@ -50,13 +54,19 @@ impl DerefMut for Node {
 impl Node {
     /// Writes the disk of a node that is switched off. No network is on it: `/etc/cni/net.d` is empty,
     /// and `/opt/cni/bin` has the reference plugins only.
-    pub(super) fn new(machine: Machine, pki: &Pki, ranges: &Ranges) -> Result<Self> {
+    pub(super) fn new(
+        machine: Machine,
+        pki: &Pki,
+        ranges: &Ranges,
+        programs: &Programs,
+    ) -> Result<Self> {
         let mut node = Self { machine, pki: pki.clone(), ranges: ranges.clone() };
         let name = node.name().to_owned();
         let files = node.disk_path(NODE_FILES);
         fs::create_dir_all(&files)?;
-        fs::write(files.join("containerd.toml"), CONTAINERD)?;
-        fs::write(files.join("kubelet.json"), daemons::kubelet_settings().to_string())?;
+        let containerd = if ranges.current { CONTAINERD_2 } else { CONTAINERD };
+        fs::write(files.join("containerd.toml"), containerd)?;
+        fs::write(files.join("kubelet.json"), daemons::kubelet_settings(ranges).to_string())?;
         fs::copy(pki.path("ca.crt"), files.join("ca.crt"))?;
         let subject = format!("/O=system:nodes/CN=system:node:{name}");
         let kubeconfig = pki.kubeconfig(&format!("{name}-client"), &subject)?;
@@ -65,7 +75,8 @@ impl Node {
 
         let bin = node.disk_path("/opt/cni/bin");
         fs::create_dir_all(&bin)?;
-        for plugin in fs::read_dir(PLUGINS).with_context(|| format!("reading {PLUGINS}"))? {
+        let plugins = programs.runtime.as_deref().unwrap_or(Path::new("/")).join(PLUGINS);
+        for plugin in fs::read_dir(&plugins).with_context(|| plugins.display().to_string())? {
             let plugin = plugin?;
             fs::copy(plugin.path(), bin.join(plugin.file_name()))?;
         }

@@ -1,20 +1,23 @@
 //! The programs of a cluster: from Debian's packages, and Kubernetes and helm from a cache outside of
-//! the clone, which the first use fills.
+//! the clone, which the first use fills. [`OTHER`] names programs of another Kubernetes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
 
 use crate::console::Console;
-use crate::lab::image;
-use crate::{cargo, packages};
+use crate::lab::{image, process};
+use crate::{cargo, newer, packages};
 
-/// Built or fetched by `e2e/cluster/build.sh`.
-const CACHED: [&str; 7] = [
-    "helm",
+/// Environment variable that names a directory with the programs of another Kubernetes, of version
+/// 1.31 or later.
+pub const OTHER: &str = "SKEIN_KUBERNETES";
+
+/// Programs that `e2e/cluster/build.sh` builds.
+const KUBERNETES: [&str; 6] = [
     "kube-apiserver",
     "kube-controller-manager",
     "kube-proxy",
@@ -22,6 +25,9 @@ const CACHED: [&str; 7] = [
     "kubectl",
     "kubelet",
 ];
+
+/// The first minor version whose kubelet has every setting that a cluster of a current version uses.
+const FIRST_CURRENT: u32 = 31;
 
 /// Sleeps for ever, as what holds a pod's namespaces does; has every command of busybox.
 pub const BUSYBOX: &str = "skein.local/busybox:1";
@@ -42,20 +48,82 @@ fn cache() -> Result<PathBuf> {
     Ok(base.context("none of SKEIN_CACHE, XDG_CACHE_HOME and HOME is set")?.join("kubernetes"))
 }
 
-/// The directory with the cached programs, which must be there.
-pub(super) fn find() -> Result<PathBuf> {
-    let bin = cache()?.join("bin");
-    match CACHED.iter().find(|name| !bin.join(name).is_file()) {
-        None => Ok(bin),
-        Some(name) => bail!("no {name} in {}: run `cargo e2e cluster build`", bin.display()),
+/// The programs of a cluster.
+#[derive(Debug, Clone)]
+pub struct Programs {
+    /// Directory of Kubernetes' programs.
+    pub kubernetes: PathBuf,
+    /// Path of helm.
+    pub helm: PathBuf,
+    /// Root directory of a current container runtime, whose `usr` is mounted over `/usr` on every
+    /// machine; `None` for the Kubernetes of the cache, which runs on the system's containerd.
+    pub(super) runtime: Option<PathBuf>,
+}
+
+impl Programs {
+    /// Returns the path of `kubectl`, `helm` or another program of Kubernetes.
+    pub fn path(&self, name: &str) -> PathBuf {
+        if name == "helm" { self.helm.clone() } else { self.kubernetes.join(name) }
     }
 }
 
-/// Installs, fetches and builds what is missing; the directory with the cached programs.
-pub fn build(console: &Console) -> Result<PathBuf> {
+/// Returns the directory that [`OTHER`] names.
+pub fn other() -> Option<PathBuf> {
+    std::env::var_os(OTHER).filter(|value| !value.is_empty()).map(PathBuf::from)
+}
+
+/// Returns the programs, which must be there.
+///
+/// # Errors
+/// If a program is missing, or if the directory of [`OTHER`] has a version before 1.31.
+pub(super) fn find() -> Result<Programs> {
+    let other = other();
+    let bin = cache()?.join("bin");
+    let kubernetes = other.clone().unwrap_or_else(|| bin.clone());
+    if let Some(name) = KUBERNETES.iter().find(|name| !kubernetes.join(name).is_file()) {
+        let remedy = match other {
+            None => "run `cargo e2e cluster build`".to_owned(),
+            Some(_) => format!("{OTHER} must name a directory with {}", KUBERNETES.join(", ")),
+        };
+        bail!("no {name} in {}: {remedy}", kubernetes.display());
+    }
+    let runtime = match &other {
+        None => None,
+        Some(directory) => {
+            let minor = minor_version(&directory.join("kubelet"))?;
+            ensure!(
+                minor >= FIRST_CURRENT,
+                "{OTHER}: Kubernetes 1.{minor} is older than 1.{FIRST_CURRENT}"
+            );
+            Some(newer::root()?)
+        }
+    };
+    let helm = bin.join("helm");
+    ensure!(helm.is_file(), "no helm in {}: run `cargo e2e cluster build`", bin.display());
+    Ok(Programs { kubernetes, helm, runtime })
+}
+
+/// Asks a kubelet for its minor version: `Kubernetes v1.36.1` has 36.
+fn minor_version(kubelet: &Path) -> Result<u32> {
+    let text = process::run(Command::new(kubelet).arg("--version"))?;
+    let minor = text.trim().strip_prefix("Kubernetes v1.").and_then(|rest| rest.split('.').next());
+    minor
+        .and_then(|minor| minor.parse().ok())
+        .with_context(|| format!("{} has the version `{}`", kubelet.display(), text.trim()))
+}
+
+/// Installs, fetches and builds what is missing; returns the programs.
+///
+/// # Errors
+/// If a package cannot be installed, or a program cannot be built or fetched.
+pub fn build(console: &Console) -> Result<Programs> {
     packages::ensure(&[packages::DEMO, packages::CLUSTER], console)?;
-    if let Ok(bin) = find() {
-        return Ok(bin);
+    if other().is_some() {
+        crate::programs::helm()?;
+        return find();
+    }
+    if let Ok(programs) = find() {
+        return Ok(programs);
     }
     packages::ensure(&[packages::CLUSTER_BUILD], console)?;
     console.step("building Kubernetes (about ten minutes, once)");

@@ -51,18 +51,29 @@ pub fn run(options: &Options) -> Result<()> {
 const CLUSTER: [&str; 4] =
     ["--package=skein-e2e", "--test=cluster", "--test=cluster_skein", "--test=cluster_upgrade"];
 
+/// Tests of what Kubernetes 1.20 does not have.
+const CURRENT: &str = "--test=cluster_current";
+
 /// Runs the tests that need a cluster.
 pub fn run_cluster(options: &Options) -> Result<()> {
     let console = Console::new();
     programs::build(&console)?;
     console.step("building the tests (release)");
+    let mut which = CLUSTER.to_vec();
+    match programs::other() {
+        Some(_) => which.push(CURRENT),
+        None => console.print(&format!(
+            "the tests of a current Kubernetes are left out: {} names none",
+            programs::OTHER
+        )),
+    }
     console.pause(|| {
         cargo::run(&["build", "--release", "--workspace", "--bins"])?;
-        cargo::run(&[&["build", "--release"][..], &CLUSTER].concat())
+        cargo::run(&[&["build", "--release"][..], &which].concat())
     })?;
     drop(console);
     // The change of a key waits for five minutes twice.
-    run_tests(&CLUSTER, &["--ignored"], 1, 2 * watch::LIMIT, options)
+    run_tests(&which, &["--ignored"], 1, 2 * watch::LIMIT, options)
 }
 
 /// Runs the tests that `which` selects, with up to `jobs` test binaries at the same time, and
