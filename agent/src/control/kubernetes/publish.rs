@@ -61,8 +61,7 @@ pub(super) async fn publish(shared: Shared, client: Client, mut state: watch::Re
         events: Api::namespaced(client, EVENTS),
         shared,
         applied: None,
-        status_written: None,
-        last_status: None,
+        written: None,
         silent_since: None,
         silence_told: None,
         due: None,
@@ -115,9 +114,8 @@ struct Publisher {
     /// another namespace in every few versions of Kubernetes.
     events: Api<Event>,
     applied: Option<Applied>,
-    status_written: Option<Instant>,
-    /// What was written then.
-    last_status: Option<SkeinNodeStatus>,
+    /// Status that was written last.
+    written: Option<WrittenStatus>,
     /// Since when there are unreachable peers.
     silent_since: Option<Instant>,
     /// When it was last written that there are where none was.
@@ -158,6 +156,22 @@ impl Due {
         let ordinary = written + STATUS;
         let news = |turn: Instant| turn.max(self.silence_told.map_or(turn, |told| told + STATUS));
         Some(self.silence.map_or(ordinary, |turn| news(turn).min(ordinary)))
+    }
+}
+
+/// A status that was written.
+struct WrittenStatus {
+    /// UID of the record.
+    uid: Option<String>,
+    status: SkeinNodeStatus,
+    at: Instant,
+}
+
+impl WrittenStatus {
+    /// Returns whether the status is that of `record`, not of a deleted record with the same name: a
+    /// new record has no status, which is written at once.
+    fn belongs_to(&self, record: &SkeinNode) -> bool {
+        self.uid == record.metadata.uid
     }
 }
 
@@ -291,8 +305,9 @@ impl Publisher {
     ) -> anyhow::Result<()> {
         let found = published.status.clone().map(ours);
         let generation = published.metadata.generation;
+        let written = self.written.as_ref().filter(|written| written.belongs_to(published));
         // What was written last is newer than what the watch has told, for a while.
-        let before = self.last_status.as_ref().or(found.as_ref());
+        let before = written.map(|written| &written.status).or(found.as_ref());
         let status = match dataplane {
             Some(dataplane) => {
                 // A peer whose pod CIDR has another program's route is not reachable over the
@@ -321,7 +336,7 @@ impl Publisher {
         let silence = falls_silent(before, &status);
         let spread = spread(self.share, self.shared.registry().accepted);
         let due = Due {
-            written: self.status_written,
+            written: written.map(|written| written.at),
             readiness: readiness_differs(before, &status),
             silence: silence.then_some(self.silent_since).flatten().map(|since| since + spread),
             silence_told: self.silence_told,
@@ -338,7 +353,8 @@ impl Publisher {
         ask(written).await.context("status of the SkeinNode")?;
         tracing::debug!(before = ?found, now = ?status, "the SkeinNode's status is written");
         let now = Instant::now();
-        (self.status_written, self.last_status) = (Some(now), Some(status));
+        let uid = published.metadata.uid.clone();
+        self.written = Some(WrittenStatus { uid, status, at: now });
         if silence {
             self.silence_told = Some(now);
         }
@@ -606,6 +622,21 @@ mod tests {
         let edited = record("first", "2");
         assert!(!awaited(&changed, Some(&edited), None), "The watch reports another change.");
         assert!(!awaited(&applied(Some("1"), 121), Some(&found), None), "The watch is late.");
+    }
+
+    #[test]
+    fn status_of_a_deleted_record_is_not_that_of_the_next() {
+        let record = |uid: &str| -> SkeinNode {
+            serde_json::from_value(json!({
+                "metadata": { "name": "a", "uid": uid },
+                "spec": { "publicKey": "k", "endpoints": [], "podCIDRs": [] },
+            }))
+            .unwrap()
+        };
+        let status = unready(None, Some(1), &[], Timestamp::now());
+        let written = WrittenStatus { uid: Some("first".to_owned()), status, at: Instant::now() };
+        assert!(written.belongs_to(&record("first")));
+        assert!(!written.belongs_to(&record("second")), "The next record has no status yet.");
     }
 
     #[test]
