@@ -282,6 +282,18 @@ impl Engine {
         self.shared.changed = true;
     }
 
+    /// Ends all sessions and all handshakes of this node that are not complete. New sessions follow as
+    /// lanes request them. Call it if another process may continue with the same keys and counters:
+    /// after the virtual machine was cloned or restored.
+    pub fn end_sessions(&mut self, now: Time) {
+        // Sealed with the ended sessions.
+        self.shared.outbox.clear();
+        for peer in self.peers.values_mut() {
+            peer.end(&mut self.shared);
+            peer.refresh_state(now);
+        }
+    }
+
     /// Peers that are sent to in a session which the second identity made: those that may not know the first.
     pub fn second_identity_in_use(&self) -> usize {
         let Some(second) = &self.shared.second else { return 0 };

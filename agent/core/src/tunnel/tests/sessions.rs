@@ -154,6 +154,42 @@ fn both_restarted_nodes_reconnect() {
 }
 
 #[test]
+fn ended_sessions_are_replaced_by_new_ones() {
+    let mut lab = Lab::joined_pair();
+    lab.flow(0, 1, ms(10));
+    lab.flow(1, 0, ms(10));
+    lab.run(secs(5));
+    let before = lab.current(0, 1).unwrap();
+    let now = lab.now;
+    lab.nodes[0].engine.end_sessions(now);
+    assert!(lab.nodes[0].engine.take_changed(), "lanes must learn that the sessions have ended");
+    let view = lab.view(0, 1);
+    assert!(view.current.is_none() && view.next.is_none() && view.receive.is_empty());
+    assert!(before.is_expired_at(now.mono), "a lane with old tables must not use the session");
+    let took = lab.run_until(secs(3), |lab| lab.joined(0, 1));
+    assert!(took <= secs(1), "{took:?}");
+    assert_ne!(lab.current(0, 1).unwrap().local_index, before.local_index);
+    let received = [0, 1].map(|node| lab.nodes[node].received.len());
+    lab.run(secs(1));
+    for node in [0, 1] {
+        assert!(lab.nodes[node].received.len() >= received[node] + 90);
+    }
+}
+
+/// The machine is cloned between an initiation and its response: both clones would make the same
+/// session of it.
+#[test]
+fn response_to_an_ended_handshake_makes_no_session() {
+    let mut lab = Lab::new(2);
+    assert!(!lab.send(0, 1, b"wanted"));
+    let now = lab.now;
+    lab.nodes[0].engine.end_sessions(now);
+    lab.run(secs(1));
+    assert!(lab.current(0, 1).is_none());
+    assert_eq!(lab.count(0, HandshakeResult::CompletedInitiator), 0);
+}
+
+#[test]
 fn removed_peer_ends_at_once() {
     let mut lab = Lab::joined_pair();
     let session = lab.current(0, 1).unwrap();
