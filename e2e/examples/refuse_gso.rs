@@ -2,16 +2,27 @@
 //! the kernel does where the route to one destination goes through a transformation. Messages with
 //! UDP_SEGMENT to that IPv4 address fail with EIO, all others are sent.
 //!
-//! The address is the content of the file that SKEIN_REFUSE_GSO names, while there is one.
+//! The address is the number in the file that SKEIN_REFUSE_GSO names; 0 refuses nothing.
 
 use std::ffi::{c_int, c_uint};
 use std::net::Ipv4Addr;
 
 use libc::{CMSG_FIRSTHDR, CMSG_NXTHDR, SOL_UDP, UDP_SEGMENT, mmsghdr, msghdr, sockaddr_in};
 
+#[path = "support/number.rs"]
+mod number;
+
+extern "C" fn map() {
+    number::map("SKEIN_REFUSE_GSO");
+}
+
+#[used]
+// SAFETY: the loader calls the functions of this section once, when it loads the library.
+#[unsafe(link_section = ".init_array")]
+static MAP: extern "C" fn() = map;
+
 fn refused() -> Option<Ipv4Addr> {
-    let path = std::env::var_os("SKEIN_REFUSE_GSO")?;
-    std::fs::read_to_string(path).ok()?.trim().parse().ok()
+    u32::try_from(number::number()).ok().filter(|bits| *bits != 0).map(Ipv4Addr::from_bits)
 }
 
 /// # Safety

@@ -2,6 +2,8 @@
 
 use std::fs;
 use std::io::Write as _;
+use std::net::Ipv4Addr;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -151,6 +153,12 @@ fn preload_library() -> Result<String> {
     Ok(path.to_string_lossy().into_owned())
 }
 
+/// Writes the number in place: the agent's processes have mapped the file.
+fn set_number(file: &Path, number: i64) -> Result<()> {
+    let file = fs::File::options().create(true).truncate(false).write(true).open(file)?;
+    Ok(file.write_all_at(&number.to_ne_bytes(), 0)?)
+}
+
 impl Refusal {
     /// To be called before the agent starts.
     fn prepare(agent: &mut Agent, directory: &Path) -> Result<Self> {
@@ -159,6 +167,7 @@ impl Refusal {
             return Ok(Self::Ipsec);
         }
         let file = directory.join("refuse-gso");
+        set_number(&file, 0)?;
         let variable = |name: &str, value: String| (name.to_owned(), value);
         agent.environment.push(variable("LD_PRELOAD", preload_library()?));
         let name = file.to_string_lossy().into_owned();
@@ -186,18 +195,14 @@ impl Refusal {
                 let policy = format!("xfrm policy add dir out src {from} dst {to} proto udp");
                 a.ns.ip(&(policy + " tmpl proto esp reqid 1 mode transport")).map(drop)
             }
-            Refusal::Preloaded(file) => {
-                let new = file.with_extension("new");
-                fs::write(&new, to)?;
-                Ok(fs::rename(new, file)?)
-            }
+            Refusal::Preloaded(file) => set_number(file, to.parse::<Ipv4Addr>()?.to_bits().into()),
         }
     }
 
     fn stop(&self, lab: &Lab) -> Result<()> {
         match self {
             Refusal::Ipsec => lab.nodes[0].ns.ip("xfrm policy flush").map(drop),
-            Refusal::Preloaded(file) => Ok(fs::remove_file(file)?),
+            Refusal::Preloaded(file) => set_number(file, 0),
         }
     }
 }
