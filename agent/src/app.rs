@@ -12,6 +12,7 @@ use crate::commands::{
 };
 use crate::config::Mode;
 use crate::control::kubernetes::resource;
+use crate::dataplane::ConfinementOptions;
 use crate::failure::Failure;
 use crate::instance::Instance;
 use crate::logging::{Log, LogFormat};
@@ -73,9 +74,13 @@ enum Command {
         /// does
         #[arg(long)]
         instance: Option<PathBuf>,
-        /// Let the data process make any system call (dataplane.seccomp = false)
+        /// Let the data process make any system call and open any file (dataplane.seccomp = false)
         #[arg(long)]
         no_seccomp: bool,
+        /// End if seccomp or Landlock cannot confine the data process
+        /// (dataplane.require_confinement = true)
+        #[arg(long, conflicts_with = "no_seccomp")]
+        require_confinement: bool,
         /// For the keeper, which starts the data process: the descriptor of its channel
         #[arg(long, hide = true)]
         worker: Option<i32>,
@@ -162,21 +167,22 @@ pub fn main() -> Result<(), Failure> {
             log_format,
             take_over,
             no_seccomp,
+            require_confinement: required,
             worker,
             instance,
             ..
         } => {
             let instance = instance.map(Instance::new);
             let log = Log { level: log_level, format: log_format };
-            let seccomp = !no_seccomp;
+            let confinement = ConfinementOptions { enabled: !no_seccomp, required };
             // Before there is a second thread: the kernel keeps rights for each.
-            let confined = dataplane::confine(worker.is_some(), seccomp)?;
+            let confined = dataplane::confine(worker.is_some(), confinement)?;
             logging::start(&log);
-            confined.tell();
+            confined.log();
             match worker {
-                Some(channel) => Ok(dataplane::work(channel, logging::set_level)?),
+                Some(channel) => Ok(dataplane::work(channel, confined, logging::set_level)?),
                 None => {
-                    let arguments = worker_arguments(&socket, &log, seccomp);
+                    let arguments = worker_arguments(&socket, &log, confinement);
                     let options = dataplane::Options { socket, take_over, instance };
                     Ok(dataplane::run(&options, &arguments)?)
                 }
@@ -208,14 +214,16 @@ pub fn main() -> Result<(), Failure> {
 
 /// Returns the arguments of this program that start a data process. The number of the descriptor of
 /// its channel follows them.
-fn worker_arguments(socket: &Path, log: &Log, seccomp: bool) -> Vec<OsString> {
+fn worker_arguments(socket: &Path, log: &Log, confinement: ConfinementOptions) -> Vec<OsString> {
     let log = ["--log-level", &log.level, "--log-format", log.format.name()];
     // The data process inherits the socket; its name shows users whose data process this is.
     let socket = [OsStr::new("--socket"), socket.as_os_str()];
     let mut arguments: Vec<OsString> = vec!["dataplane".into()];
     arguments.extend(log.map(Into::into));
     arguments.extend(socket.map(Into::into));
-    arguments.extend((!seccomp).then(|| "--no-seccomp".into()));
+    let ConfinementOptions { enabled, required } = confinement;
+    arguments.extend((!enabled).then(|| "--no-seccomp".into()));
+    arguments.extend(required.then(|| "--require-confinement".into()));
     arguments.push("--worker".into());
     arguments
 }

@@ -119,8 +119,10 @@ pub struct Dataplane {
     pub busy_poll_us: Option<u32>,
     /// Whether it goes on when the control process is told to end.
     pub keep_on_exit: bool,
-    /// Whether it is confined to the system calls that it needs, where the control process starts it.
+    /// Whether it is confined to the system calls and files that it needs, where the control process starts it.
     pub seccomp: bool,
+    /// Whether a data process that seccomp and Landlock do not confine is refused.
+    pub require_confinement: bool,
 }
 
 /// Who starts the data process.
@@ -493,6 +495,15 @@ mod tests {
         assert_eq!(config.metrics.hosts, ["node-a.example"]);
         assert_eq!(config.status_page.listen, Some("[::1]:9465".parse().unwrap()));
         assert_eq!(config.log.format, LogFormat::Json);
+    }
+
+    #[test]
+    fn required_confinement_contradicts_seccomp_off() {
+        let parse = |text: &str| Config::parse(&format!("name = \"a\"\n[dataplane]\n{text}"));
+        assert!(parse("require_confinement = true").unwrap().dataplane.require_confinement);
+        assert!(!parse("seccomp = false").unwrap().dataplane.require_confinement);
+        let error = parse("seccomp = false\nrequire_confinement = true").unwrap_err().to_string();
+        assert!(error.contains("dataplane.require_confinement"), "{error}");
     }
 
     #[test]

@@ -18,7 +18,8 @@ use crate::control::registry::RegistryStatus;
 use crate::control::rotation::{RotationStatus, Stage};
 use crate::control::supervisor::DataplaneStatus;
 use crate::ipc::{
-    CapabilityState, DirectionReport, HistogramReport, LaneReport, PeerState, Report,
+    CapabilityState, ConfinementState, DirectionReport, HistogramReport, LaneReport, PeerState,
+    Report,
 };
 
 /// What a scrape is made from.
@@ -369,7 +370,28 @@ fn capabilities(report: &Report) -> Vec<MetricFamily> {
             family.add(&labels, f64::from(u8::from(capability.state == state)));
         }
     }
-    vec![family.finish()]
+    vec![family.finish(), confinement(report)]
+}
+
+/// The states of a mechanism that confines the data process, with the value of the `state` label.
+const CONFINEMENT_STATES: [(ConfinementState, &str); 4] = [
+    (ConfinementState::On, "on"),
+    (ConfinementState::Unsupported, "unsupported"),
+    (ConfinementState::Failed, "failed"),
+    (ConfinementState::ForcedOff, "forced_off"),
+];
+
+fn confinement(report: &Report) -> MetricFamily {
+    let help = "State of each mechanism that confines the data process: 1 for the current state, 0 \
+                for the others.";
+    let mut family = Family::new("skein_confinement", help, Kind::Gauge);
+    for confinement in &report.confinement {
+        for (state, label) in CONFINEMENT_STATES {
+            let labels = [("mechanism", confinement.mechanism.as_str()), ("state", label)];
+            family.add(&labels, f64::from(u8::from(confinement.state == state)));
+        }
+    }
+    family.finish()
 }
 
 fn outcomes(report: &Report) -> Vec<MetricFamily> {

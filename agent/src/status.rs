@@ -71,6 +71,16 @@ fn header(now: &Document) -> String {
         },
     );
     lines.push(("data plane", format!("{process}, {} restarts", dataplane.restarts)));
+    if let Some(report) = &now.report {
+        let confinement: Vec<_> = report.confinement.iter().map(ToString::to_string).collect();
+        lines.push((
+            "confinement",
+            match confinement.is_empty() {
+                true => "unknown: the data process is of an earlier release".to_owned(),
+                false => confinement.join(", "),
+            },
+        ));
+    }
     lines.extend(firewall(&now.firewall));
     let records = &now.records;
     lines.push(("node records", format!("{} from {}", records.accepted, records.source.display())));

@@ -27,6 +27,7 @@ const VARIANTS: [(&str, &[&str]); 6] = [
             "port=4000",
             "busyPollMicroseconds=0",
             "bundling=false",
+            "requireConfinement=true",
             "encryption.cipher=chacha20-poly1305",
             "masquerade=false",
             "firewall.dropSpoofed=false,firewall.dropCleartext=false",
@@ -249,6 +250,7 @@ fn values_reach_the_configuration() -> Result<()> {
     let dataplane = json!({
         "mode": "external", "socket": "/run/skein/dataplane.sock", "lanes": 3,
         "cipher": "chacha20-poly1305", "bundling": false, "busy_poll_us": 0,
+        "require_confinement": true,
     });
     ensure!(small["dataplane"] == dataplane, "{small:#}");
     let offload = small["offload"].as_object().context("no offload")?;

@@ -14,6 +14,7 @@ fn wrong_values_are_refused_in_words() -> Result<()> {
         ("prot=1", "additional properties 'prot' not allowed"),
         ("cni.bindir=/x", "at '/cni': additional properties 'bindir' not allowed"),
         ("port=0", "at '/port': minimum: got 0, want 1"),
+        ("seccomp=false,requireConfinement=true", "at '/seccomp': value must be true"),
         ("port=four", "at '/port': got string, want integer"),
         ("lanes=65", "at '/lanes': maximum: got 65, want 64"),
         ("mtu=100", "at '/mtu': minimum: got 100, want 576"),

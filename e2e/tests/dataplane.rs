@@ -1,5 +1,9 @@
 //! Control process and data process apart: who starts, keeps, loses and finds the data process.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
@@ -164,6 +168,49 @@ fn a_killed_data_process_is_replaced_without_an_outage() -> Result<()> {
     ensure!(handshakes(ours, "initiated")? == 0, "the last one has made a new session");
     ensure!(handshakes(theirs, "initiated")? == before, "the other node has made a new session");
     ensure!(ours.metrics()?.sum("skein_dataplane_restarts_total", &[]) == f64::from(KILLS));
+    Ok(())
+}
+
+#[test]
+fn deleted_dataplane_socket_is_created_again() -> Result<()> {
+    let mut cluster = Cluster::up(&Plan::default(), Family::V4)?;
+    let Cluster { agents, lab, .. } = &mut cluster;
+    let (a, b) = (lab.pod(0), lab.pod(1));
+    let pid = only_dataplane(&agents[0])?;
+    let socket = PathBuf::from(agents[0].dataplane_socket());
+    let renamed = socket.with_extension("renamed");
+    let damages: [&dyn Fn() -> std::io::Result<()>; 3] = [
+        &|| fs::remove_file(&socket),
+        &|| fs::rename(&socket, &renamed),
+        // Leaves the stale socket of a process that has ended.
+        &|| {
+            fs::remove_file(&socket)?;
+            UnixListener::bind(&socket).map(drop)
+        },
+    ];
+    let answers = pinged_while(a, b, || {
+        for damage in damages {
+            damage()?;
+            let connects = || Ok(UnixStream::connect(&socket).is_ok());
+            let limit = Duration::from_secs(10);
+            checks::eventually("the socket is created again", limit, connects)?;
+            let mode = fs::metadata(&socket)?.permissions().mode() & 0o777;
+            ensure!(mode == 0o600, "the socket has mode {mode:o}");
+        }
+        Ok(())
+    })?;
+    ensure!(answers.complete(), "{} of {} answered", answers.received, answers.sent);
+    fs::remove_file(renamed)?;
+    ensure!(only_dataplane(&agents[0])? == pid, "the data process was replaced");
+    // The next data process listens on the new socket, and the next control process finds it there.
+    kill_dataplane(&agents[0])?;
+    ensure!(handshakes(&agents[0], "initiated")? == 0, "the next one has made a new session");
+    let pid = only_dataplane(&agents[0])?;
+    agents[0].kill_control();
+    agents[0].start()?;
+    ensure!(only_dataplane(&agents[0])? == pid, "the data process was not found");
+    let code = agents[0].stop()?;
+    ensure!(code == 0 && !socket.exists(), "the socket is left behind (code {code})");
     Ok(())
 }
 

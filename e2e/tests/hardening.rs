@@ -191,7 +191,64 @@ fn processes_keep_the_rights_that_they_need_and_no_others() -> Result<()> {
     }
     // By log, too.
     let log = fs::read_to_string(cluster.agents[1].log())?;
-    ensure!(log.contains("seccomp is switched off"), "{log}");
+    ensure!(log.contains("not confined: seccomp forced off"), "{log}");
+    Ok(())
+}
+
+/// A worker without the system calls that confine it, as on a kernel that does not have them.
+fn without_confinement(agent: &mut Agent) -> Result<()> {
+    let own = std::env::current_exe()?;
+    let path = own.ancestors().nth(2).context("no directory")?;
+    let path = path.join("examples/libno_confinement.so");
+    ensure!(path.is_file(), "{} is missing: cargo build --release --examples", path.display());
+    agent.environment.push(("LD_PRELOAD".to_owned(), path.to_string_lossy().into_owned()));
+    Ok(())
+}
+
+#[test]
+fn missing_confinement_is_shown_and_can_be_refused() -> Result<()> {
+    let lab = Lab::new(&Plan { nodes: 2, pods: 0, ..Plan::default() })?;
+    let mut cluster = Cluster::prepare(lab, Family::V4)?;
+    without_confinement(&mut cluster.agents[0])?;
+    cluster.agents[1].set("dataplane.require_confinement", true);
+    cluster.start()?;
+    let shown = |agent: &Agent, mechanism: &str, state: &str| -> Result<()> {
+        let labels = [format!("mechanism=\"{mechanism}\""), format!("state=\"{state}\"")];
+        let labels = labels.each_ref().map(String::as_str);
+        ensure!(agent.metrics()?.sum("skein_confinement", &labels) == 1.0, "{labels:?}");
+        let status = agent.run_command(&["status", "--interval", "0"])?.stdout;
+        ensure!(status.contains(&format!("{mechanism} {state}")), "{status}");
+        Ok(())
+    };
+    for mechanism in ["seccomp", "landlock"] {
+        shown(&cluster.agents[0], mechanism, "unsupported")?;
+        shown(&cluster.agents[1], mechanism, "on")?;
+    }
+    let agent = &mut cluster.agents[0];
+    ensure!(agent.stop()? == 0);
+    agent.set("dataplane.require_confinement", true);
+    let finished = agent.run_to_end(Duration::from_secs(20))?;
+    let said = format!("{}{}", finished.stdout, finished.stderr);
+    ensure!(finished.code != 0 && said.contains("dataplane.require_confinement"), "{said}");
+    ensure!(said.contains("this kernel has no seccomp filters"), "{said}");
+    ensure!(agent.dataplane_pids().is_empty(), "a data process runs");
+
+    // A data process from a time without the setting is replaced.
+    let agent = &mut cluster.agents[1];
+    agent.set("dataplane.require_confinement", false);
+    agent.set("dataplane.seccomp", false);
+    agent.set("dataplane.keep_on_exit", true);
+    ensure!(agent.stop()? == 0);
+    agent.start()?;
+    let before = agent.dataplane_pids();
+    ensure!(field(before[0], "Seccomp")? == "0", "the data process is confined");
+    ensure!(agent.stop()? == 0 && agent.dataplane_pids() == before, "the data process has ended");
+    agent.set("dataplane.seccomp", true);
+    agent.set("dataplane.require_confinement", true);
+    agent.start()?;
+    let after = agent.dataplane_pids();
+    ensure!(after.len() == 1 && after != before, "the data process was kept: {after:?}");
+    ensure!(field(after[0], "Seccomp")? == "2", "the data process is not confined");
     Ok(())
 }
 

@@ -11,6 +11,7 @@
 use std::fs;
 use std::io;
 use std::path::Path;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use super::stats::{LaneStats, add};
@@ -24,10 +25,15 @@ const PATIENCE: u8 = 8;
 
 /// How long to poll where the configuration leaves it open: not at all where a CPU quota (cgroup v2
 /// `cpu.max`) would be used up by it.
+///
+/// The first call reads the cgroup's files; a confined process cannot.
 pub(super) fn default_limit() -> Duration {
-    let quota = fs::read_to_string("/proc/self/cgroup")
-        .is_ok_and(|own| has_cpu_quota(Path::new("/sys/fs/cgroup"), &own));
-    if quota { Duration::ZERO } else { DEFAULT }
+    static LIMIT: OnceLock<Duration> = OnceLock::new();
+    *LIMIT.get_or_init(|| {
+        let quota = fs::read_to_string("/proc/self/cgroup")
+            .is_ok_and(|own| has_cpu_quota(Path::new("/sys/fs/cgroup"), &own));
+        if quota { Duration::ZERO } else { DEFAULT }
+    })
 }
 
 /// Whether the cgroup that `own` (the contents of `/proc/self/cgroup`, cgroups(7)) names, or one that it

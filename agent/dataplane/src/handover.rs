@@ -13,7 +13,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::ipc::{Capability, Snapshot, read_frame, write_frame};
+use crate::ipc::{Capability, ErrorKind, Snapshot, read_frame, write_frame};
 use crate::sys::descriptors;
 use crate::sys::tun::{TunOffload, TunQueue};
 use crate::sys::udp::LaneSockets;
@@ -39,6 +39,19 @@ pub(super) enum ToKeeper {
     Snapshot,
     /// What was left is of no use.
     Forget,
+    /// Requests queues of the TUN device: [`Answer::Queues`].
+    OpenQueues {
+        /// Name of the device.
+        name: String,
+        /// Number of queues, one for each lane.
+        queues: u8,
+        /// Offloads that the configuration allows.
+        allowed: TunOffload,
+    },
+    /// Requests a new listening socket at the same path: [`Answer::Listener`].
+    Listen,
+    /// Requests the deletion of the listening socket's file: [`Answer::Done`].
+    DeleteSocket,
     /// This process has stopped; all is to go to whoever is at the other end of the connection that
     /// follows.
     GiveAway,
@@ -80,6 +93,43 @@ pub(super) struct Family {
     pub(super) v4: bool,
     /// Whether the receiving ones give runs of datagrams (UDP_GRO).
     pub(super) gro: bool,
+}
+
+/// Answer of the keeper to a request of its data process. The descriptors follow.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "snake_case")]
+pub(super) enum Answer {
+    /// Queues of the TUN device, one descriptor each.
+    Queues {
+        /// Number of queues.
+        queues: u8,
+        /// Offloads that are active.
+        offload: TunOffload,
+        /// Offloads that are not active, with the reason.
+        notes: Vec<(String, String)>,
+    },
+    /// The new listening socket, one descriptor.
+    Listener,
+    /// The request was carried out; no descriptor.
+    Done,
+    /// The request failed; no descriptor.
+    Refused {
+        /// Kind of the failure, for the exit code.
+        kind: ErrorKind,
+        /// Error and remedy.
+        message: String,
+    },
+}
+
+impl Answer {
+    /// Returns the number of descriptors that follow.
+    pub(super) fn descriptors(&self) -> usize {
+        match self {
+            Self::Queues { queues, .. } => (*queues).into(),
+            Self::Listener => 1,
+            Self::Done | Self::Refused { .. } => 0,
+        }
+    }
 }
 
 /// The descriptors of a [`HandOver`].

@@ -20,8 +20,9 @@ use rustix::io::FdFlags;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::activation::{Activation, Activity};
+use super::channel::{answer_listener, answer_queues};
 use super::fd_store::{FdStore, Kept};
-use super::handover::{Begin, ToKeeper, receive, send};
+use super::handover::{Answer, Begin, ToKeeper, receive, send};
 use super::{Options, lock_path, server};
 use crate::ipc::{ErrorKind, HANDOVER_VERSION, Request, Response, read_frame, write_frame};
 use crate::sys::descriptors;
@@ -51,6 +52,8 @@ struct Plane {
     lock: FileLock,
     store: FdStore,
     listener: UnixListener,
+    /// Path of the listening socket.
+    socket: PathBuf,
     kept: Option<Kept>,
 }
 
@@ -70,7 +73,8 @@ impl Plane {
                 (server::bind(&options.socket)?, None)
             }
         };
-        let mut plane = Self { lock, store, listener, kept };
+        let socket = options.socket.clone();
+        let mut plane = Self { lock, store, listener, socket, kept };
         plane.save();
         Ok(plane)
     }
@@ -99,6 +103,23 @@ impl Plane {
                 }
             }
             ToKeeper::Forget => self.kept = None,
+            ToKeeper::OpenQueues { name, queues, allowed } => {
+                answer_queues(channel, &name, queues, allowed)?;
+                return Ok(None);
+            }
+            ToKeeper::Listen => {
+                let created = server::bind(&self.socket).map(|new| {
+                    self.listener = new;
+                    &self.listener
+                });
+                answer_listener(channel, created)?;
+            }
+            ToKeeper::DeleteSocket => {
+                // A failure leaves a stale file, which the next start removes.
+                let _ = std::fs::remove_file(&self.socket);
+                send(channel, &Answer::Done, &[])?;
+                return Ok(None);
+            }
             ToKeeper::GiveAway => {
                 return Ok(descriptors::receive(channel, 1)?.pop().map(UnixStream::from));
             }

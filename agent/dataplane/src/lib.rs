@@ -10,6 +10,7 @@ use skein_sys as sys;
 pub mod activation;
 mod busy_poll;
 mod changes;
+mod channel;
 mod egress;
 mod fd_store;
 mod handover;
@@ -30,7 +31,8 @@ mod totals;
 mod write;
 
 use std::ffi::OsString;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -41,12 +43,15 @@ use rustix::thread::CapabilitySet;
 use rustix::time::{ClockId, clock_gettime};
 
 use self::changes::Changes;
+use self::channel::KeeperChannel;
 use self::handover::{Begin, Estate, HandOver};
 use self::tap::Tap;
 use crate::instance::Instance;
-use crate::ipc::{PROTOCOL_VERSION, Request, Response, read_frame, write_frame};
+use crate::ipc::{
+    Confinement, ConfinementState, PROTOCOL_VERSION, Request, Response, read_frame, write_frame,
+};
 use crate::sys::socket::connect_trusted;
-use crate::sys::{confine, descriptors, seccomp};
+use crate::sys::{confine, descriptors, landlock, seccomp};
 
 /// How long a probe waits for each step.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -98,43 +103,93 @@ pub fn run(options: &Options, arguments: &[OsString]) -> anyhow::Result<()> {
     keeper::run(options, arguments)
 }
 
+/// Confinement of a data process by the kernel's mechanisms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ConfinementOptions {
+    /// Whether the process is confined at all.
+    pub enabled: bool,
+    /// Whether the process ends if a mechanism is not active.
+    pub required: bool,
+}
+
 /// What a process of the data plane has given up.
 #[must_use]
 pub struct Confined {
     rights: CapabilitySet,
-    /// Whether it is a data process, and no keeper.
-    worker: bool,
-    /// `None` where its system calls are left alone.
-    calls: Option<std::io::Result<()>>,
+    /// Mechanisms that confine a data process; empty for a keeper.
+    mechanisms: Vec<Confinement>,
 }
 
-/// Gives up capabilities; a data process (`worker`) also all system calls that it does not need, where `calls`
-/// says so. Before anything of a stranger's is read, and before there is a second thread.
-pub fn confine(worker: bool, calls: bool) -> anyhow::Result<Confined> {
+/// Gives up capabilities; a data process (`worker`) also all system calls and files that it does not
+/// need. Call it before anything that an unauthenticated sender controls is read, and before there is
+/// a second thread.
+///
+/// # Errors
+/// An error if the kernel refuses to take capabilities, or if a mechanism that is required is not
+/// active. A keeper checks that before its data process starts, and before it takes over.
+pub fn confine(worker: bool, options: ConfinementOptions) -> anyhow::Result<Confined> {
     let rights = confine::give_up(confine::DATAPLANE).context("cannot give up capabilities")?;
-    if worker {
-        // Nobody could give its descriptors to another one.
-        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
-            .context("cannot be tied to the keeper")?;
+    let mut confined = Confined { rights, mechanisms: Vec::new() };
+    if !worker {
+        if options.required {
+            seccomp::probe().context(NOT_CONFINED)?;
+            landlock::probe().context(NOT_CONFINED)?;
+        }
+        return Ok(confined);
     }
-    Ok(Confined { rights, worker, calls: (worker && calls).then(seccomp::confine) })
+    // Nobody could give its descriptors to another one.
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+        .context("cannot be tied to the keeper")?;
+    open_files();
+    // The filter does not allow the system calls of Landlock.
+    for (mechanism, activate) in
+        [("landlock", landlock::confine as fn() -> _), ("seccomp", seccomp::confine)]
+    {
+        let (state, reason) = match options.enabled.then(activate) {
+            None => (ConfinementState::ForcedOff, Some("off in the configuration".to_owned())),
+            Some(Ok(())) => (ConfinementState::On, None),
+            Some(Err(error)) if error.kind() == io::ErrorKind::Unsupported => {
+                (ConfinementState::Unsupported, Some(error.to_string()))
+            }
+            Some(Err(error)) => (ConfinementState::Failed, Some(error.to_string())),
+        };
+        let mechanism = Confinement { mechanism: mechanism.to_owned(), state, reason };
+        if options.required && state != ConfinementState::On {
+            bail!("{NOT_CONFINED}: {mechanism}");
+        }
+        confined.mechanisms.push(mechanism);
+    }
+    Ok(confined)
+}
+
+const NOT_CONFINED: &str = "the data process cannot be confined, which --require-confinement \
+                            (dataplane.require_confinement) demands";
+
+/// Reads and opens the files that a data process needs after it has lost access to files.
+fn open_files() {
+    busy_poll::default_limit();
+    // AWS-LC maps this device at the first use of its random generator, and the generator fails if
+    // the device is there but cannot be opened.
+    if Path::new("/dev/sysgenid").exists() {
+        let _ = aws_lc_rs::rand::fill(&mut [0]);
+    }
 }
 
 impl Confined {
-    /// Says so in the log, once there is one.
-    pub fn tell(&self) {
-        let rights = self.rights;
-        match &self.calls {
-            Some(Ok(())) => tracing::info!(capabilities = ?rights, "confined to what it needs"),
-            Some(Err(error)) => tracing::warn!(%error, "not confined: this kernel has no seccomp"),
-            None if self.worker => tracing::warn!("not confined: seccomp is switched off"),
-            None => tracing::info!(capabilities = ?rights, "capabilities given up but for these"),
+    /// Logs it, once there is a log.
+    pub fn log(&self) {
+        tracing::info!(kept = ?self.rights, "capabilities dropped");
+        for mechanism in &self.mechanisms {
+            match mechanism.state {
+                ConfinementState::On => tracing::info!("confined: {mechanism}"),
+                _ => tracing::warn!("not confined: {mechanism}"),
+            }
         }
     }
 }
 
 /// The data process: works for the keeper at the other end of a descriptor that it inherited.
-pub fn work(channel: i32, set_log_level: SetLogLevel) -> anyhow::Result<()> {
+pub fn work(channel: i32, confined: Confined, set_log_level: SetLogLevel) -> anyhow::Result<()> {
     let channel =
         descriptors::inherited_socket(channel).context("--worker is the keeper's to use")?;
     let begin: Option<Begin> = handover::receive(&channel).context("the keeper says nothing")?;
@@ -145,37 +200,36 @@ pub fn work(channel: i32, set_log_level: SetLogLevel) -> anyhow::Result<()> {
     // No other process may seal in these sessions while this process runs.
     let _lock = all.remove(0);
     let left = left.and_then(|left| Estate::sort(&left, all).map(|estate| (left, estate)));
-    serve(listener, Some(channel), left, set_log_level)
+    let keeper = Some(Arc::new(KeeperChannel::new(channel)));
+    serve(listener, keeper, left, set_log_level, confined.mechanisms)
 }
 
 /// Works in this process, with nobody to go on when it dies.
 pub fn run_alone(socket: &Path, set_log_level: SetLogLevel) -> anyhow::Result<()> {
-    serve(server::bind(socket)?, None, None, set_log_level)
+    serve(server::bind(socket)?, None, None, set_log_level, Vec::new())
 }
 
 fn serve(
     listener: UnixListener,
-    keeper: Option<UnixStream>,
+    keeper: Option<Arc<KeeperChannel>>,
     left: Option<(HandOver, Estate)>,
     set_log_level: SetLogLevel,
+    confinement: Vec<Confinement>,
 ) -> anyhow::Result<()> {
-    let socket = listener.local_addr().ok();
-    let socket = socket.as_ref().and_then(|address| address.as_pathname()).map(Path::to_owned);
-    server::own(&listener).context("cannot listen")?;
+    let socket = server::Socket::own(listener, keeper.clone()).context("cannot listen")?;
+    let delete_socket = socket.deleter();
     let (tap, changes) = (Arc::new(Tap::default()), Arc::new(Changes::default()));
+    let (to_tap, to_changes) = (Arc::clone(&tap), Arc::clone(&changes));
     let (manager, thread) =
-        manager::start(keeper, left, set_log_level, Arc::clone(&tap), Arc::clone(&changes))
+        manager::start(keeper, left, set_log_level, to_tap, to_changes, confinement)
             .context("cannot start the manager")?;
-    tracing::info!(?socket, "the data process listens");
+    tracing::info!(socket = %socket.path().display(), "the data process listens");
     std::thread::Builder::new()
         .name("control-listener".to_owned())
-        .spawn(move || server::serve(listener, manager, tap, changes))
+        .spawn(move || server::serve(socket, manager, tap, changes))
         .context("cannot start the control socket")?;
     let ended = thread.join();
-    // Nobody can connect any more; a failure leaves a stale socket, which the next start removes.
-    if let Some(socket) = socket {
-        let _ = std::fs::remove_file(socket);
-    }
+    delete_socket();
     ended.map_err(|_| anyhow::anyhow!("the manager's thread has panicked"))
 }
 
@@ -184,6 +238,7 @@ fn serve(
 pub fn fuzz_frames(bytes: &[u8]) {
     crate::ipc::fuzz_frames::<Begin>(bytes);
     crate::ipc::fuzz_frames::<handover::ToKeeper>(bytes);
+    crate::ipc::fuzz_frames::<handover::Answer>(bytes);
 }
 
 /// Checks that the manager's thread of the data process at `socket` answers. Succeeds without a

@@ -20,18 +20,19 @@ use skein_core::wire::header::OVERHEAD;
 use zeroize::Zeroizing;
 
 use super::changes::Changes;
+use super::channel::KeeperChannel;
 use super::handover::{self, Estate, HandOver, ToKeeper};
 use super::memory::{Resumed, SessionMemory};
 use super::queue::{self, Place, ToManagerQueue};
 use super::report;
-use super::setup::{Running, SetupError};
+use super::setup::{Links, Running, SetupError};
 use super::stats::DropStats;
 use super::tables::{PeerEntry, Published, Tables};
 use super::tap::{Bytes, Sight, Tap};
 use super::totals::Totals;
 use super::{SetLogLevel, boot_time};
 use crate::ipc::{
-    ErrorKind, HANDOVER_VERSION, NodeIdentity, NodeSettings, Peer, Request, Response,
+    Confinement, ErrorKind, HANDOVER_VERSION, NodeIdentity, NodeSettings, Peer, Request, Response,
     SeenHandshakes, Snapshot, Update,
 };
 use crate::keys::{PrivateKey, PublicKey};
@@ -86,21 +87,21 @@ pub(super) enum ToManager {
 /// Starts the manager's thread, with what another process has left. It ends when [`Request::Shutdown`]
 /// came or every sender is gone.
 pub(super) fn start(
-    keeper: Option<UnixStream>,
+    keeper: Option<Arc<KeeperChannel>>,
     left: Option<(HandOver, Estate)>,
     set_log_level: SetLogLevel,
     tap: Arc<Tap>,
     changes: Arc<Changes>,
+    confinement: Vec<Confinement>,
 ) -> std::io::Result<(ToManagerQueue, JoinHandle<()>)> {
     let (sender, receiver) = queue::new();
     let mut manager = Manager {
         started: Instant::now(),
         queue: receiver,
-        to_manager: sender.clone(),
-        keeper,
+        links: Links { to_manager: sender.clone(), tap, keeper },
         set_log_level,
-        tap,
         changes,
+        confinement,
         active: None,
     };
     // Before the thread starts, and with it the first handshake.
@@ -115,12 +116,10 @@ pub(super) fn start(
 struct Manager {
     started: Instant,
     queue: Receiver<ToManager>,
-    to_manager: ToManagerQueue,
-    /// Absent where nobody is to go on when this process dies.
-    keeper: Option<UnixStream>,
+    links: Links,
     set_log_level: SetLogLevel,
-    tap: Arc<Tap>,
     changes: Arc<Changes>,
+    confinement: Vec<Confinement>,
     /// `None` before the first snapshot.
     active: Option<Active>,
 }
@@ -210,7 +209,7 @@ impl Manager {
             );
             return ControlFlow::Break(());
         }
-        active.event(now, message, &self.tap);
+        active.event(now, message, &self.links.tap);
         ControlFlow::Continue(())
     }
 
@@ -277,7 +276,7 @@ impl Manager {
         match &mut self.active {
             Some(active) => active.become_like(now, snapshot),
             None => {
-                let memory = self.keeper.as_ref().and_then(|_| {
+                let memory = self.links.keeper.as_ref().and_then(|_| {
                     let made = SessionMemory::create();
                     made.inspect_err(
                         |error| tracing::warn!(%error, "sessions end with this process"),
@@ -285,7 +284,7 @@ impl Manager {
                     .ok()
                 });
                 let open = |node: &NodeSettings, published: &_| {
-                    Running::open(node, published, &self.to_manager, &self.tap)
+                    Running::open(node, published, &self.links)
                 };
                 self.active = Some(Active::start(now, snapshot, memory, Vec::new(), open)?);
                 Ok(Kept::All)
@@ -301,15 +300,7 @@ impl Manager {
             let snapshot = handover::load(snapshot).context("the snapshot")?;
             let (memory, sessions) = SessionMemory::open(sessions).context("the sessions")?;
             let open = |node: &NodeSettings, published: &_| {
-                Running::inherit(
-                    node,
-                    left,
-                    queues,
-                    sockets,
-                    published,
-                    &self.to_manager,
-                    &self.tap,
-                )
+                Running::inherit(node, left, queues, sockets, published, &self.links)
             };
             Ok(Active::start(clock(), snapshot, Some(memory), sessions, open)?)
         };
@@ -325,8 +316,8 @@ impl Manager {
                 let error = format!("{error:#}");
                 tracing::error!(error, "cannot go on with what the data process before has left");
                 // Its copies would keep the device and the port in use.
-                let forgotten =
-                    self.keeper.as_ref().map(|k| handover::send(k, &ToKeeper::Forget, &[]));
+                let keeper = self.links.keeper.as_ref();
+                let forgotten = keeper.map(|keeper| keeper.notify(&ToKeeper::Forget, &[]));
                 if let Some(Err(error)) = forgotten {
                     tracing::error!(%error, "the keeper is gone");
                 }
@@ -336,17 +327,17 @@ impl Manager {
 
     /// Gives the keeper what has changed.
     fn keep(&mut self, what: Kept) {
-        let (Some(keeper), Some(active)) = (&self.keeper, &self.active) else { return };
+        let (Some(keeper), Some(active)) = (&self.links.keeper, &self.active) else { return };
         let Some(memory) = &active.memory else { return };
         let keep = || -> std::io::Result<()> {
             let snapshot = handover::store(&active.snapshot())?;
             match what {
-                Kept::Snapshot => handover::send(keeper, &ToKeeper::Snapshot, &[snapshot.as_fd()]),
+                Kept::Snapshot => keeper.notify(&ToKeeper::Snapshot, &[snapshot.as_fd()]),
                 Kept::All => {
                     let (left, more) = active.running.leave(&active.snapshot.node);
                     let mut all = vec![snapshot.as_fd(), memory.file()];
                     all.extend(more);
-                    handover::send(keeper, &ToKeeper::Keep { left }, &all)
+                    keeper.notify(&ToKeeper::Keep { left }, &all)
                 }
             }
         };
@@ -361,7 +352,7 @@ impl Manager {
             kind: ErrorKind::Invalid,
             message: message.to_owned(),
         };
-        let (Some(keeper), Some(active)) = (&self.keeper, &mut self.active) else {
+        let (Some(keeper), Some(active)) = (&self.links.keeper, &mut self.active) else {
             return refused("there is nothing to take over yet");
         };
         if active.memory.is_none() {
@@ -369,7 +360,7 @@ impl Manager {
         }
         active.running.stop();
         active.running.stop_ecn_reports();
-        match handover::send(keeper, &ToKeeper::GiveAway, &[connection.as_fd()]) {
+        match keeper.notify(&ToKeeper::GiveAway, &[connection.as_fd()]) {
             // Whoever kills this process is on the way, also where nobody takes it over.
             Ok(()) => loop {
                 std::thread::park();
@@ -385,6 +376,7 @@ impl Manager {
         let mut report = crate::ipc::Report {
             pid: std::process::id(),
             uptime_seconds: self.started.elapsed().as_secs_f64(),
+            confinement: self.confinement.clone(),
             ..Default::default()
         };
         if let Some(active) = &self.active {
@@ -694,8 +686,10 @@ fn clock() -> Time {
 }
 
 impl SetupError {
-    fn kind(&self) -> ErrorKind {
+    /// Returns the kind of the failure, for the exit code.
+    pub(super) fn kind(&self) -> ErrorKind {
         match self {
+            SetupError::Refused { kind, .. } => *kind,
             SetupError::Invalid(_) => ErrorKind::Invalid,
             SetupError::Fixed => ErrorKind::Fixed,
             SetupError::Tun(error) => match error {

@@ -3,22 +3,24 @@
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::sync_channel;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::changes::Changes;
+use super::channel::KeeperChannel;
 use super::manager::ToManager;
 use super::queue::ToManagerQueue;
 use super::tap::Tap;
 use crate::ipc::watch::Watch;
 use crate::ipc::{ErrorKind, HANDOVER_VERSION, Report, Request, Response, read_frame, write_frame};
 use crate::sys::link;
-use crate::sys::socket::{hung_up, is_trusted, make_directory, peer_credentials};
+use crate::sys::socket::{FileId, file_id, hung_up, is_trusted, make_directory, peer_credentials};
 
 /// Connections served at once: the control process's, and those of people who look, two for each watch.
 const CONNECTIONS: usize = 16;
@@ -26,6 +28,8 @@ const CONNECTIONS: usize = 16;
 const BACKLOG: i32 = 16;
 /// A watcher is told something this often, so that one that is gone is noticed.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
+/// Interval at which the socket's path is compared with the socket: one `lstat`.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a watcher may leave what it is told unread.
 const UNREAD: Duration = Duration::from_secs(5);
 
@@ -53,25 +57,117 @@ pub(super) fn bind(path: &Path) -> anyhow::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Makes the socket this process's, whoever has bound it: whoever connects is told its process id. Those
-/// that came meanwhile try again.
-pub(super) fn own(listener: &UnixListener) -> io::Result<()> {
+/// The listening socket of this process. Another program that deletes or replaces the socket's file
+/// makes it unreachable; then it is created again, within [`CHECK_INTERVAL`].
+pub(super) struct Socket {
+    listener: UnixListener,
+    path: PathBuf,
+    /// The socket's file; `None` if it was absent.
+    file: Option<FileId>,
+    /// The keeper, which creates the socket for a confined process.
+    keeper: Option<Arc<KeeperChannel>>,
+    next_check: Instant,
+    /// The last error, while the path does not lead to the socket.
+    error: Option<String>,
+}
+
+impl Socket {
+    /// Makes the socket this process's, whoever has bound it: a client is told this process's id.
+    /// Clients that have connected already must connect again.
+    pub(super) fn own(
+        listener: UnixListener,
+        keeper: Option<Arc<KeeperChannel>>,
+    ) -> io::Result<Self> {
+        let address = listener.local_addr()?;
+        let path = address.as_pathname().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
+        claim(&listener)?;
+        let (file, next_check) = (file_id(&path), Instant::now() + CHECK_INTERVAL);
+        Ok(Self { listener, path, file, keeper, next_check, error: None })
+    }
+
+    /// Returns the path of the socket's file.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Returns a function that deletes the socket's file at the end of this process.
+    pub(super) fn deleter(&self) -> impl FnOnce() + use<> {
+        let (keeper, path) = (self.keeper.clone(), self.path.clone());
+        move || {
+            let deleted = match keeper {
+                Some(keeper) => keeper.delete_socket(),
+                None => std::fs::remove_file(path),
+            };
+            if let Err(error) = deleted {
+                // The next start removes the stale file.
+                tracing::debug!(%error, "the control socket cannot be deleted");
+            }
+        }
+    }
+
+    fn accept(&mut self) -> io::Result<UnixStream> {
+        loop {
+            // Connections of a socket that is about to be replaced are accepted first.
+            match self.listener.accept() {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                accepted => return accepted.map(|(stream, _)| stream),
+            }
+            let mut timeout = self.next_check.saturating_duration_since(Instant::now());
+            if timeout.is_zero() {
+                self.check();
+                timeout = CHECK_INTERVAL;
+                self.next_check = Instant::now() + timeout;
+            }
+            let timeout = Timespec::try_from(timeout).ok();
+            match poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], timeout.as_ref()) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn check(&mut self) {
+        let path = self.path.display();
+        if self.file.is_some() && file_id(&self.path) == self.file {
+            return;
+        }
+        let created = match &self.keeper {
+            Some(keeper) => keeper.listen().map_err(anyhow::Error::from),
+            None => bind(&self.path),
+        };
+        match created.and_then(|listener| Ok(claim(&listener).map(|()| listener)?)) {
+            Ok(listener) => {
+                tracing::warn!(%path, "control socket was deleted by another program: created again");
+                (self.listener, self.file, self.error) = (listener, file_id(&self.path), None);
+            }
+            Err(error) => {
+                let error = Some(format!("{error:#}"));
+                if self.error != error {
+                    tracing::error!(%path, error, "control socket was deleted by another program");
+                    self.error = error;
+                }
+            }
+        }
+    }
+}
+
+fn claim(listener: &UnixListener) -> io::Result<()> {
     rustix::net::listen(listener, BACKLOG)?;
     listener.set_nonblocking(true)?;
     while listener.accept().is_ok() {}
-    listener.set_nonblocking(false)
+    Ok(())
 }
 
 /// Accepts connections until the process ends.
 pub(super) fn serve(
-    listener: UnixListener,
+    mut socket: Socket,
     manager: ToManagerQueue,
     tap: Arc<Tap>,
     changes: Arc<Changes>,
 ) {
     let open = Arc::new(AtomicUsize::new(0));
-    for stream in listener.incoming() {
-        let stream = match stream {
+    loop {
+        let stream = match socket.accept() {
             Ok(stream) => stream,
             Err(error) => {
                 tracing::warn!(%error, "cannot accept on the control socket");

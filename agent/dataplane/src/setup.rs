@@ -11,16 +11,18 @@ use skein_core::offload::coalesce::CoalesceConfig;
 use skein_core::tunnel::Ciphers;
 use thiserror::Error;
 
+use super::channel::KeeperChannel;
 use super::handover::{self, Family, FamilySockets, HandOver};
 use super::lane::{LaneHandle, LaneParts, NewTun};
 use super::queue::ToManagerQueue;
 use super::tables::Published;
 use super::tap::Tap;
 use crate::ipc::{
-    Capability, CapabilityState, CipherChoice, HANDOVER_VERSION, NodeSettings, OffloadSettings,
+    Capability, CapabilityState, CipherChoice, ErrorKind, HANDOVER_VERSION, NodeSettings,
+    OffloadSettings,
 };
 use crate::sys::send::{GsoState, TooLong};
-use crate::sys::tun::{self, TunError, TunOffload, TunQueue};
+use crate::sys::tun::{self, Note, TunError, TunOffload, TunQueue};
 use crate::sys::udp::{self, LongestPayload, UdpError, UdpOptions};
 
 /// Name of the capability that carries the ECN field between inner and outer headers.
@@ -41,9 +43,39 @@ pub(super) enum SetupError {
     /// A UDP socket.
     #[error(transparent)]
     Underlay(#[from] UdpError),
+    /// The keeper refused a request.
+    #[error("{message}")]
+    Refused {
+        /// Kind of the failure.
+        kind: ErrorKind,
+        /// Error and remedy.
+        message: String,
+    },
     /// Threads or event descriptors.
     #[error("cannot start the lanes: {0}")]
     Io(#[from] io::Error),
+}
+
+/// Connections of a data plane to the rest of its process and to the keeper.
+#[derive(Clone)]
+pub(super) struct Links {
+    pub(super) to_manager: ToManagerQueue,
+    pub(super) tap: Arc<Tap>,
+    /// Absent if nobody continues with the descriptors when this process dies.
+    pub(super) keeper: Option<Arc<KeeperChannel>>,
+}
+
+impl Links {
+    fn open_queues(
+        &self,
+        node: &NodeSettings,
+    ) -> Result<(Vec<TunQueue>, TunOffload, Vec<Note>), SetupError> {
+        let (name, allowed) = (&node.tun.name, allowed(node.offload));
+        match &self.keeper {
+            Some(keeper) => keeper.open_queues(name, node.lanes, allowed),
+            None => Ok(tun::open_queues(name, node.lanes.into(), allowed)?),
+        }
+    }
 }
 
 /// Descriptors that are open, and what the kernel allows on them.
@@ -72,6 +104,7 @@ pub(super) struct Running {
     lane_count: usize,
     offload: TunOffload,
     gso: bool,
+    links: Links,
     /// How often the lanes were attached to a device made anew. What a lane says of the one before is
     /// out of date.
     pub(super) generation: u32,
@@ -82,8 +115,7 @@ impl Running {
     pub(super) fn open(
         node: &NodeSettings,
         published: &Arc<Published>,
-        manager: &ToManagerQueue,
-        tap: &Arc<Tap>,
+        links: &Links,
     ) -> Result<Self, SetupError> {
         if !(1..=64).contains(&node.lanes) {
             return Err(SetupError::Invalid(format!(
@@ -93,8 +125,7 @@ impl Running {
         }
         let addresses = bind_addresses(&node.underlay.addresses)?;
         let lanes = usize::from(node.lanes);
-        let (queues, offload, mut notes) =
-            tun::open_queues(&node.tun.name, lanes, allowed(node.offload))?;
+        let (queues, offload, mut notes) = links.open_queues(node)?;
         let options = UdpOptions {
             receive_buffer: node.underlay.receive_buffer,
             send_buffer: node.underlay.send_buffer,
@@ -131,7 +162,7 @@ impl Running {
             capabilities: capabilities(node.offload, &notes),
             generation: 0,
         };
-        Ok(Self::new(node, opened, published, manager, tap)?)
+        Ok(Self::new(node, opened, published, links)?)
     }
 
     /// Goes on with what another process has left.
@@ -141,8 +172,7 @@ impl Running {
         queues: Vec<OwnedFd>,
         sockets: Vec<FamilySockets>,
         published: &Arc<Published>,
-        manager: &ToManagerQueue,
-        tap: &Arc<Tap>,
+        links: &Links,
     ) -> Result<Self, SetupError> {
         let inherit = |fd| tun::inherit_queue(fd, &node.tun.name);
         let ecn = report_ecn(&sockets, node.offload.udp_ecn);
@@ -155,15 +185,14 @@ impl Running {
             capabilities,
             generation: left.generation,
         };
-        Ok(Self::new(node, opened, published, manager, tap)?)
+        Ok(Self::new(node, opened, published, links)?)
     }
 
     fn new(
         node: &NodeSettings,
         opened: Opened,
         published: &Arc<Published>,
-        manager: &ToManagerQueue,
-        tap: &Arc<Tap>,
+        links: &Links,
     ) -> io::Result<Self> {
         let Opened { queues, sockets, offload, gso, capabilities, generation } = opened;
         let copies = handover::descriptors(&queues, &sockets)?;
@@ -189,8 +218,8 @@ impl Running {
             bundling: node.bundling,
             busy_poll,
             published: Arc::clone(published),
-            manager: manager.clone(),
-            tap: Arc::clone(tap),
+            manager: links.to_manager.clone(),
+            tap: Arc::clone(&links.tap),
         });
         Ok(Self {
             lanes: Vec::new(),
@@ -202,6 +231,7 @@ impl Running {
             lane_count,
             offload,
             gso,
+            links: links.clone(),
             generation,
         })
     }
@@ -258,8 +288,7 @@ impl Running {
 
     /// Attaches every lane to the device of this name again, after it was made anew.
     pub(super) fn attach_tun(&mut self, node: &NodeSettings) -> Result<(), SetupError> {
-        let (queues, offload, notes) =
-            tun::open_queues(&node.tun.name, self.lanes.len(), allowed(node.offload))?;
+        let (queues, offload, notes) = self.links.open_queues(node)?;
         self.generation += 1;
         self.offload = offload;
         let copies = handover::descriptors(&queues, &[])?;

@@ -19,8 +19,9 @@ pub mod watch;
 pub use codec::{MAX_FRAME, encode_frame, frame_length, fuzz_frames, read_frame, write_frame};
 pub use message::{ErrorKind, HANDOVER_VERSION, NodeIdentity, PROTOCOL_VERSION, Request, Response};
 pub use report::{
-    Capability, CapabilityState, DirectionReport, DropReport, HandshakeCount, HistogramReport,
-    LaneReport, NarrowPath, PeerReport, PeerState, Report, UnreachablePeer,
+    Capability, CapabilityState, Confinement, ConfinementState, DirectionReport, DropReport,
+    HandshakeCount, HistogramReport, LaneReport, NarrowPath, PeerReport, PeerState, Report,
+    UnreachablePeer,
 };
 pub use settings::{
     CipherChoice, NodeSettings, OffloadSettings, Peer, SeenHandshakes, Snapshot, TunSettings,

@@ -19,6 +19,9 @@ pub struct Report {
     pub revision: u64,
     /// The ladder.
     pub capabilities: Vec<Capability>,
+    /// Mechanisms that confine the data process; empty if it is of an earlier release.
+    #[serde(default)]
+    pub confinement: Vec<Confinement>,
     /// Counters of each lane.
     pub lanes: Vec<LaneReport>,
     /// Packets that the kernel dropped because a queue of the TUN device was full, since the
@@ -44,6 +47,56 @@ pub struct Report {
     /// Name of the TUN device, for the connection's thread, which adds the device's own counters.
     #[serde(skip)]
     pub tun: Option<String>,
+}
+
+/// A mechanism of the kernel that confines the data process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Confinement {
+    /// `seccomp` or `landlock`.
+    pub mechanism: String,
+    /// Whether the mechanism is active.
+    pub state: ConfinementState,
+    /// Reason for another state than [`ConfinementState::On`].
+    pub reason: Option<String>,
+}
+
+/// State of a [`Confinement`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ConfinementState {
+    /// The mechanism is active.
+    On,
+    /// The kernel does not have the mechanism.
+    Unsupported,
+    /// The kernel has the mechanism, and refused it.
+    Failed,
+    /// The configuration switches the mechanism off.
+    ForcedOff,
+}
+
+impl Report {
+    /// Returns why the data process is not confined by every mechanism; `None` if it is.
+    pub fn unconfined(&self) -> Option<String> {
+        if self.confinement.is_empty() {
+            return Some("it is of an earlier release, which does not report it".to_owned());
+        }
+        let missing = self.confinement.iter().filter(|c| c.state != ConfinementState::On);
+        let missing: Vec<_> = missing.map(ToString::to_string).collect();
+        (!missing.is_empty()).then(|| missing.join(", "))
+    }
+}
+
+impl fmt::Display for Confinement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = match self.state {
+            ConfinementState::On => "on",
+            ConfinementState::Unsupported => "unsupported",
+            ConfinementState::Failed => "failed",
+            ConfinementState::ForcedOff => "forced off",
+        };
+        write!(f, "{} {state}", self.mechanism)?;
+        self.reason.iter().try_for_each(|reason| write!(f, " ({reason})"))
+    }
 }
 
 /// A path that carries less than the nodes at its ends.

@@ -142,6 +142,7 @@ struct DataplaneTable {
     busy_poll_us: Option<u32>,
     keep_on_exit: bool,
     seccomp: bool,
+    require_confinement: bool,
 }
 
 impl Default for DataplaneTable {
@@ -155,6 +156,7 @@ impl Default for DataplaneTable {
             busy_poll_us: None,
             keep_on_exit: false,
             seccomp: true,
+            require_confinement: false,
         }
     }
 }
@@ -452,6 +454,13 @@ impl DataplaneTable {
         if let Some(us @ 1001..) = self.busy_poll_us {
             return Err(Invalid(format!("dataplane.busy_poll_us = {us}: use 0 to 1000")));
         }
+        if self.require_confinement && !self.seccomp {
+            return Err(Invalid(
+                "dataplane.require_confinement = true contradicts dataplane.seccomp = false: \
+                 remove one of them"
+                    .to_owned(),
+            ));
+        }
         Ok(Dataplane {
             mode: self.mode,
             socket: self.socket,
@@ -461,6 +470,7 @@ impl DataplaneTable {
             busy_poll_us: self.busy_poll_us,
             keep_on_exit: self.keep_on_exit,
             seccomp: self.seccomp,
+            require_confinement: self.require_confinement,
         })
     }
 }

@@ -1,8 +1,6 @@
 //! A unix socket that stays reachable at its path.
 
-use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,6 +10,7 @@ use tokio::time::{Interval, MissedTickBehavior, interval};
 use super::server::bind_socket;
 use crate::failure::Failure;
 use crate::lifecycle::{NotReady, Readiness};
+use crate::sys::socket::{FileId, file_id};
 
 /// Interval at which the path is compared with the socket: one `lstat`. A watch by inotify would
 /// not see a directory that is replaced, and instances of inotify are scarce
@@ -32,9 +31,6 @@ pub struct Listener {
     readiness: Option<Readiness>,
     lost: Option<Lost>,
 }
-
-/// Device and inode of the socket's file.
-type FileId = (u64, u64);
 
 /// State while the path does not lead to the socket.
 #[derive(Debug)]
@@ -104,14 +100,10 @@ impl Listener {
     }
 }
 
-fn file_id(path: &Path) -> Option<FileId> {
-    let file = fs::symlink_metadata(path).ok()?;
-    Some((file.dev(), file.ino()))
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::fs;
     use std::sync::Arc;
 
     use super::*;

@@ -52,8 +52,10 @@ pub struct Settings {
     pub clock: PathBuf,
     /// File of the times of the peers' handshakes.
     pub handshakes: PathBuf,
-    /// Whether it is confined to the system calls that it needs.
+    /// Whether it is confined to the system calls and files that it needs.
     pub seccomp: bool,
+    /// Whether a data process that is not confined is refused.
+    pub require_confinement: bool,
 }
 
 impl Settings {
@@ -67,6 +69,7 @@ impl Settings {
             clock: config.state_dir.join(super::clock::FILE),
             handshakes: config.state_dir.join(super::handshakes::FILE),
             seccomp: dataplane.seccomp,
+            require_confinement: dataplane.require_confinement,
         }
     }
 }
@@ -337,6 +340,24 @@ impl Supervisor {
             Ok(connected) => connected,
             Err(end) => return end,
         };
+        if self.settings.require_confinement {
+            let missing = match client.report(false).await {
+                Ok(report) => report.unconfined(),
+                Err(error) => return error.into(),
+            };
+            if let Some(missing) = missing {
+                let reason = format!(
+                    "dataplane.require_confinement is true, but the data process is not confined: \
+                     {missing}"
+                );
+                if !adopted || self.settings.mode == Mode::External {
+                    return SessionEnd::Refused(ErrorKind::Missing, reason);
+                }
+                tracing::warn!("{reason}");
+                self.stop_process(client).await;
+                return SessionEnd::Replaced;
+            }
+        }
         let mut applied = Arc::clone(&self.snapshots.borrow_and_update());
         let request = self.apply(&client, &applied);
         match client.apply(&request).await {
@@ -546,6 +567,7 @@ impl Supervisor {
                 .arg("--socket")
                 .arg(&self.settings.socket)
                 .args((!self.settings.seccomp).then_some("--no-seccomp"))
+                .args(self.settings.require_confinement.then_some("--require-confinement"))
                 .stdin(Stdio::null())
                 // The terminal's Ctrl-C is for the control process, which decides what ends.
                 .process_group(0)

@@ -13,7 +13,7 @@ use crate::control::kubernetes;
 use crate::control::registry::RejectedFile;
 use crate::firewall::counters::Counters;
 use crate::firewall::reconciler::FirewallStatus;
-use crate::ipc::{Capability, DropReport, HandshakeCount, UnreachablePeer};
+use crate::ipc::{Capability, Confinement, DropReport, HandshakeCount, UnreachablePeer};
 use crate::keys::PublicKey;
 use crate::status::tests::peer;
 
@@ -51,6 +51,10 @@ fn report() -> Report {
     }
 }
 
+fn confinement(mechanism: &str, state: ConfinementState) -> Confinement {
+    Confinement { mechanism: mechanism.to_owned(), state, reason: None }
+}
+
 fn input() -> Input {
     let dataplane =
         DataplaneStatus { pid: Some(std::process::id()), restarts: 4, ..Default::default() };
@@ -65,6 +69,8 @@ pub(super) fn everything() -> Input {
     let on =
         |name: &str| Capability { name: name.to_owned(), state: CapabilityState::On, reason: None };
     report.capabilities = rungs.map(on).collect();
+    let on = ConfinementState::On;
+    report.confinement = [confinement("landlock", on), confinement("seccomp", on)].into();
     let count =
         |result: &HandshakeResult| HandshakeCount { result: result.label().to_owned(), count: 0 };
     report.handshakes = HandshakeResult::ALL.iter().map(count).collect();
@@ -112,7 +118,12 @@ fn histograms_are_cumulative() {
 
 #[test]
 fn states_are_one_of_all() {
-    let text = render(&input()).unwrap();
+    let mut input = input();
+    let report = input.report.as_mut().unwrap();
+    report.confinement = vec![confinement("seccomp", ConfinementState::Failed)];
+    let text = render(&input).unwrap();
+    has(&text, "skein_confinement{mechanism=\"seccomp\",state=\"failed\"} 1");
+    has(&text, "skein_confinement{mechanism=\"seccomp\",state=\"on\"} 0");
     has(&text, "skein_capability{capability=\"udp_gso\",state=\"forced_off\"} 1");
     has(&text, "skein_capability{capability=\"udp_gso\",state=\"on\"} 0");
     has(&text, "skein_peers{state=\"established\"} 1");

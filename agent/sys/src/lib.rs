@@ -6,6 +6,7 @@
 pub mod confine;
 pub mod descriptors;
 pub mod files;
+pub mod landlock;
 pub mod link;
 pub mod lock;
 pub mod memory;

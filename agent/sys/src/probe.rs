@@ -7,6 +7,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use super::in_new_network_namespace;
 use super::tun::{self, TunOffload};
 use super::udp::{self, UdpOptions};
+use super::{landlock, seccomp};
 
 /// The answer to one question about the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,6 +40,8 @@ pub fn probe_all() -> Vec<Probe> {
         result("udp_segment", false, udp::gso_supported().map(|()| "UDP_SEGMENT works".into())),
         result("udp_gro", false, udp::gro_supported().map(|()| "UDP_GRO works".into())),
         aes(),
+        mechanism("seccomp", seccomp::probe()),
+        mechanism("landlock", landlock::probe()),
     ];
     match in_new_network_namespace(|| [tun_device(), lanes()].concat()) {
         Ok(found) => probes.extend(found),
@@ -58,6 +61,12 @@ pub fn probe_all() -> Vec<Probe> {
 fn result(name: &'static str, required: bool, result: Result<String, String>) -> Probe {
     let ok = result.is_ok();
     Probe { name, ok, detail: result.unwrap_or_else(|error| error), required }
+}
+
+/// Reports a mechanism that confines the data process.
+fn mechanism(name: &'static str, probed: io::Result<()>) -> Probe {
+    let found = probed.map(|()| "confines the data process".into());
+    result(name, false, found.map_err(|error| error.to_string()))
 }
 
 fn kernel() -> Probe {

@@ -4,6 +4,10 @@
 //! What is not listed fails as on a kernel that does not have it (ENOSYS): that is what C libraries have
 //! other ways for, so that a library or kernel of tomorrow costs a warning and not the node's network.
 //! What only an intruder would call ends the process; its keeper starts another and says so.
+//!
+//! No file can be opened. A filter sees no path, so a process that may open some file for reading may
+//! read every file of root, and one that may open `/proc/self/mem` for writing changes its own code.
+//! The keeper opens what the data process needs and passes the descriptors.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -33,7 +37,6 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_eventfd2,
     libc::SYS_exit,
     libc::SYS_exit_group,
-    libc::SYS_fcntl,
     libc::SYS_fstat,
     libc::SYS_ftruncate,
     libc::SYS_futex,
@@ -57,9 +60,6 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_nanosleep,
     libc::SYS_newfstatat,
     libc::SYS_ppoll,
-    libc::SYS_prlimit64,
-    libc::SYS_pwrite64,
-    libc::SYS_pread64,
     libc::SYS_read,
     libc::SYS_readlinkat,
     libc::SYS_readv,
@@ -83,8 +83,6 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_statx,
     libc::SYS_sysinfo,
     libc::SYS_uname,
-    // Its socket, when it ends.
-    libc::SYS_unlinkat,
     libc::SYS_write,
     libc::SYS_writev,
 ];
@@ -98,7 +96,6 @@ const ALLOWED_OLD: &[c_long] = &[
     libc::SYS_poll,
     libc::SYS_readlink,
     libc::SYS_time,
-    libc::SYS_unlink,
 ];
 #[cfg(not(target_arch = "x86_64"))]
 const ALLOWED_OLD: &[c_long] = &[libc::SYS_accept];
@@ -131,19 +128,34 @@ const HOSTILE: &[c_long] = &[
     libc::SYS_userfaultfd,
 ];
 
-/// The requests of `ioctl(2)`: the TUN device's, an interface's number, and non-blocking descriptors.
+/// Requests of `ioctl(2)`: flags of descriptors, and the terminal's settings.
 const REQUESTS: &[u64] = &[
-    libc::TUNSETIFF,
-    libc::TUNGETIFF,
-    libc::TUNSETOFFLOAD,
-    libc::TUNSETVNETHDRSZ,
-    libc::TUNGETFEATURES,
-    libc::SIOCGIFINDEX,
     libc::FIONBIO,
     libc::FIOCLEX,
     // Whether the log goes to a terminal.
     libc::TCGETS,
 ];
+
+/// Commands of `fcntl(2)`: copies and flags of descriptors, and seals of memory. The others send
+/// signals to other processes (F_SETOWN, F_NOTIFY, F_SETLEASE) or change locks.
+const COMMANDS: [u64; 7] = [
+    libc::F_DUPFD_CLOEXEC as u64,
+    libc::F_GETFD as u64,
+    libc::F_SETFD as u64,
+    libc::F_GETFL as u64,
+    libc::F_SETFL as u64,
+    libc::F_ADD_SEALS as u64,
+    libc::F_GET_SEALS as u64,
+];
+
+/// Flags of `clone(2)` that give a new thread its own namespaces.
+const NAMESPACES: u64 = (libc::CLONE_NEWNS
+    | libc::CLONE_NEWCGROUP
+    | libc::CLONE_NEWUTS
+    | libc::CLONE_NEWIPC
+    | libc::CLONE_NEWUSER
+    | libc::CLONE_NEWPID
+    | libc::CLONE_NEWNET) as u64;
 
 /// Of `prctl(2)`: names of threads and of memory, as glibc gives them, and what the kernel told at the start.
 const OPTIONS: [u64; 3] = [libc::PR_SET_NAME as u64, libc::PR_SET_VMA as u64, 0x4155_5856];
@@ -151,12 +163,38 @@ const OPTIONS: [u64; 3] = [libc::PR_SET_NAME as u64, libc::PR_SET_VMA as u64, 0x
 /// Confines this thread, and all that it starts, to the calls above. There is no way back.
 ///
 /// # Errors
-/// Where the kernel has no seccomp.
+/// [`io::ErrorKind::Unsupported`] if the kernel has no seccomp filters, the kernel's error otherwise.
 pub fn confine() -> io::Result<()> {
     for program in programs().map_err(io::Error::other)? {
-        seccompiler::apply_filter(&program).map_err(io::Error::other)?;
+        seccompiler::apply_filter(&program).map_err(|error| match error {
+            seccompiler::Error::Prctl(error) | seccompiler::Error::Seccomp(error) => refused(error),
+            other => io::Error::other(other),
+        })?;
     }
     Ok(())
+}
+
+/// Checks that the kernel has the filters that [`confine`] installs, without installing one.
+///
+/// # Errors
+/// As [`confine`].
+pub fn probe() -> io::Result<()> {
+    let action = libc::SECCOMP_RET_KILL_PROCESS;
+    // SAFETY: SECCOMP_GET_ACTION_AVAIL reads one u32, which lives across the call.
+    let result = unsafe {
+        libc::syscall(libc::SYS_seccomp, libc::SECCOMP_GET_ACTION_AVAIL, 0, &raw const action)
+    };
+    if result == 0 { Ok(()) } else { Err(refused(io::Error::last_os_error())) }
+}
+
+fn refused(error: io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(libc::ENOSYS | libc::EINVAL | libc::EOPNOTSUPP) => {
+            let text = "this kernel has no seccomp filters (CONFIG_SECCOMP_FILTER)";
+            io::Error::new(io::ErrorKind::Unsupported, text)
+        }
+        _ => error,
+    }
 }
 
 /// Two filters: of their answers the sterner one counts. The first allows that there is a second.
@@ -175,41 +213,35 @@ fn rules() -> Result<BTreeMap<c_long, Vec<SeccompRule>>, Error> {
         ALLOWED.iter().chain(ALLOWED_OLD).map(|&call| (call, vec![])).collect();
     // Threads, no processes. (clone3(2), whose flags cannot be seen, is not there: so clone(2) is used.)
     let thread = libc::CLONE_THREAD as u64;
-    rules.insert(libc::SYS_clone, vec![rule(&[masked(0, thread, thread)?])?]);
+    let flags = masked(0, thread | NAMESPACES, thread)?;
+    rules.insert(libc::SYS_clone, vec![rule(&[flags])?]);
     // No code that was data.
     let executable = libc::PROT_EXEC as u64;
     rules.insert(libc::SYS_mmap, vec![rule(&[masked(2, executable, 0)?])?]);
     rules.insert(libc::SYS_mprotect, vec![rule(&[masked(2, executable, 0)?])?]);
-    // Files are read only; the one that is opened to write, with these flags, is the TUN device.
-    let writes = libc::O_ACCMODE | libc::O_CREAT | libc::O_TRUNC | libc::O_APPEND;
-    let writes = (writes | libc::O_TMPFILE & !libc::O_DIRECTORY) as u64;
-    let waits = (libc::O_NONBLOCK | libc::O_CLOEXEC) as u64;
-    let tun = libc::O_RDWR as u64 | waits;
-    let opens = |flags| -> Result<Vec<_>, Error> {
-        Ok(vec![rule(&[masked(flags, writes, 0)?])?, rule(&[masked(flags, writes | waits, tun)?])?])
-    };
-    rules.insert(libc::SYS_openat, opens(2)?);
-    #[cfg(target_arch = "x86_64")]
-    rules.insert(libc::SYS_open, opens(1)?);
+    // Limits are read, of this process only: a limit of CPU time ends another process.
+    let no_limits = SeccompCondition::new(2, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?;
+    rules.insert(libc::SYS_prlimit64, vec![rule(&[equal(0, 0)?, no_limits])?]);
     // Only itself, by abort(3).
     let itself = equal(0, std::process::id().into())?;
     rules.insert(libc::SYS_tgkill, vec![rule(&[itself])?]);
     let socket = |domain: c_int, kind: c_int| {
         rule(&[equal(0, domain as u64)?, masked(1, 0xf, kind as u64)?])
     };
+    let netlink =
+        |protocol: c_int| rule(&[equal(0, libc::AF_NETLINK as u64)?, equal(2, protocol as u64)?]);
     rules.insert(
         libc::SYS_socket,
         vec![
             socket(libc::AF_INET, libc::SOCK_DGRAM)?,
             socket(libc::AF_INET6, libc::SOCK_DGRAM)?,
-            // By which glibc asks for an interface's number.
-            socket(libc::AF_UNIX, libc::SOCK_DGRAM)?,
-            rule(&[equal(0, libc::AF_NETLINK as u64)?, equal(2, libc::NETLINK_ROUTE as u64)?])?,
+            netlink(libc::NETLINK_ROUTE)?,
         ],
     );
     let one_of = |argument, values: &[u64]| -> Result<Vec<_>, Error> {
         values.iter().map(|&value| rule(&[equal(argument, value)?])).collect()
     };
+    rules.insert(libc::SYS_fcntl, one_of(1, &COMMANDS)?);
     rules.insert(libc::SYS_ioctl, one_of(1, REQUESTS)?);
     rules.insert(libc::SYS_prctl, one_of(0, &OPTIONS)?);
     Ok(rules)

@@ -49,6 +49,16 @@ pub fn is_trusted(uid: u32) -> bool {
     uid == 0 || uid == rustix::process::geteuid().as_raw()
 }
 
+/// Device and inode of a file.
+pub type FileId = (u64, u64);
+
+/// Returns the identity of the file at `path`, without following a symbolic link; `None` if there is
+/// no file.
+pub fn file_id(path: &Path) -> Option<FileId> {
+    let file = std::fs::symlink_metadata(path).ok()?;
+    Some((file.dev(), file.ino()))
+}
+
 /// Connects to a listener of root or of this process's own user (SO_PEERCRED).
 ///
 /// # Errors

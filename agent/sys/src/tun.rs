@@ -63,6 +63,9 @@ impl TunOffload {
 /// A rung of the capability ladder that is not in use, and why.
 pub type Note = (&'static str, String);
 
+/// Names of the rungs that a [`Note`] of [`open_queues`] can have.
+pub const RUNGS: [&str; 3] = ["tun_uso", "tun_tso", "tun_checksum"];
+
 /// Why a TUN device cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum TunError {

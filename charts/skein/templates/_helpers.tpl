@@ -153,6 +153,9 @@ lanes = {{ int . }}
 {{- end }}
 cipher = {{ .Values.encryption.cipher | toJson }}
 bundling = {{ .Values.bundling }}
+{{- if .Values.requireConfinement }}
+require_confinement = true
+{{- end }}
 {{- if not (kindIs "invalid" .Values.busyPollMicroseconds) }}
 busy_poll_us = {{ int .Values.busyPollMicroseconds }}
 {{- end }}

@@ -346,7 +346,7 @@ fn the_probe_finds_everything_on_this_host_and_leaves_nothing() {
         assert!(probe.ok || probe.name == "aes_hardware", "{probe:?}");
     }
     let names: Vec<_> = probes.iter().map(|probe| probe.name).collect();
-    for name in ["kernel", "udp_segment", "tun", "tun_uso", "udp", "reuseport_steering"] {
+    for name in ["kernel", "udp_segment", "seccomp", "landlock", "tun", "tun_uso", "udp"] {
         assert!(names.contains(&name), "{name}");
     }
     let interfaces = |text: &str| -> Vec<String> {

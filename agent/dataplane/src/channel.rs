@@ -1,0 +1,126 @@
+//! The data process's end of the channel to its keeper: messages, and requests for what a confined
+//! process cannot do itself.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Mutex, PoisonError};
+
+use super::handover::{Answer, ToKeeper, receive, send};
+use super::setup::SetupError;
+use crate::sys::descriptors;
+use crate::sys::tun::{self, Note, TunOffload, TunQueue};
+
+/// The channel to the keeper. Threads that share it take turns, so that each answer belongs to the
+/// last request. A keeper that dies ends its data process, so a request needs no timeout.
+#[derive(Debug)]
+pub(super) struct KeeperChannel(Mutex<UnixStream>);
+
+impl KeeperChannel {
+    pub(super) fn new(stream: UnixStream) -> Self {
+        Self(Mutex::new(stream))
+    }
+
+    /// Sends a message that has no answer.
+    pub(super) fn notify(
+        &self,
+        message: &ToKeeper,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> io::Result<()> {
+        let stream = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        send(&stream, message, descriptors)
+    }
+
+    /// Sends a request; returns the answer and its descriptors.
+    fn request(&self, message: &ToKeeper) -> io::Result<(Answer, Vec<OwnedFd>)> {
+        let stream = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        send(&stream, message, &[])?;
+        let answer: Answer = receive(&stream)?.ok_or(io::ErrorKind::UnexpectedEof)?;
+        let descriptors = descriptors::receive(&stream, answer.descriptors())?;
+        Ok((answer, descriptors))
+    }
+
+    /// Opens queues of the TUN device ([`tun::open_queues`]).
+    ///
+    /// # Errors
+    /// [`SetupError::Refused`] with the keeper's error, [`SetupError::Io`] if the channel fails.
+    pub(super) fn open_queues(
+        &self,
+        name: &str,
+        queues: u8,
+        allowed: TunOffload,
+    ) -> Result<(Vec<TunQueue>, TunOffload, Vec<Note>), SetupError> {
+        let request = ToKeeper::OpenQueues { name: name.to_owned(), queues, allowed };
+        match self.request(&request)? {
+            (Answer::Queues { offload, notes, .. }, descriptors) => {
+                let inherit = |fd| tun::inherit_queue(fd, name);
+                let queues = descriptors.into_iter().map(inherit).collect::<Result<_, _>>()?;
+                let notes = notes.into_iter().filter_map(|(rung, why)| {
+                    let rung = tun::RUNGS.into_iter().find(|known| *known == rung)?;
+                    Some((rung, why))
+                });
+                Ok((queues, offload, notes.collect()))
+            }
+            (Answer::Refused { kind, message }, _) => Err(SetupError::Refused { kind, message }),
+            _ => Err(unexpected().into()),
+        }
+    }
+
+    /// Creates the listening socket again, after another program has deleted or replaced its file.
+    ///
+    /// # Errors
+    /// The keeper's error, or that of the channel.
+    pub(super) fn listen(&self) -> io::Result<UnixListener> {
+        let (answer, mut descriptors) = self.request(&ToKeeper::Listen)?;
+        match (answer, descriptors.pop()) {
+            (Answer::Listener, Some(listener)) => Ok(listener.into()),
+            (Answer::Refused { message, .. }, _) => Err(io::Error::other(message)),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Deletes the file of the listening socket.
+    ///
+    /// # Errors
+    /// The error of the channel.
+    pub(super) fn delete_socket(&self) -> io::Result<()> {
+        self.request(&ToKeeper::DeleteSocket).map(drop)
+    }
+}
+
+fn unexpected() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "the keeper answers another request")
+}
+
+/// Sends the keeper's answer to a request for queues of the TUN device.
+pub(super) fn answer_queues(
+    channel: &UnixStream,
+    name: &str,
+    queues: u8,
+    allowed: TunOffload,
+) -> io::Result<()> {
+    match tun::open_queues(name, queues.into(), allowed) {
+        Ok((open, offload, notes)) => {
+            let notes = notes.into_iter().map(|(rung, why)| (rung.to_owned(), why)).collect();
+            let all: Vec<_> = open.iter().map(AsFd::as_fd).collect();
+            send(channel, &Answer::Queues { queues, offload, notes }, &all)
+        }
+        Err(error) => refuse(channel, &SetupError::from(error)),
+    }
+}
+
+/// Sends the keeper's answer to a request for a new listening socket.
+pub(super) fn answer_listener(
+    channel: &UnixStream,
+    listener: anyhow::Result<&UnixListener>,
+) -> io::Result<()> {
+    match listener {
+        Ok(listener) => send(channel, &Answer::Listener, &[listener.as_fd()]),
+        Err(error) => refuse(channel, &SetupError::Invalid(format!("{error:#}"))),
+    }
+}
+
+fn refuse(channel: &UnixStream, error: &SetupError) -> io::Result<()> {
+    let answer = Answer::Refused { kind: error.kind(), message: error.to_string() };
+    send(channel, &answer, &[])
+}

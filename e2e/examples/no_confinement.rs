@@ -1,0 +1,38 @@
+//! A library to preload (LD_PRELOAD) into an agent: syscall(2) answers for seccomp(2) and
+//! landlock_create_ruleset(2) as a kernel that does not have them.
+
+use std::ffi::{c_int, c_long};
+
+unsafe extern "C" {
+    fn __errno_location() -> *mut c_int;
+}
+
+/// Replaces syscall(2) of the C library. On the supported architectures, variable arguments that are
+/// integers or pointers are passed as fixed ones.
+///
+/// # Safety
+///
+/// As for syscall(2).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn syscall(
+    number: c_long,
+    a: c_long,
+    b: c_long,
+    c: c_long,
+    d: c_long,
+    e: c_long,
+    f: c_long,
+) -> c_long {
+    if [libc::SYS_seccomp, libc::SYS_landlock_create_ruleset].contains(&number) {
+        // SAFETY: the address of this thread's errno is always valid.
+        unsafe { *__errno_location() = libc::ENOSYS };
+        return -1;
+    }
+    type Syscall = unsafe extern "C" fn(c_long, ...) -> c_long;
+    // SAFETY: the name ends with a zero byte; RTLD_NEXT searches the libraries after this one.
+    let next = unsafe { libc::dlsym(libc::RTLD_NEXT, c"syscall".as_ptr()) };
+    // SAFETY: the C library has the function, with this type.
+    let next: Syscall = unsafe { std::mem::transmute(next) };
+    // SAFETY: the caller's arguments.
+    unsafe { next(number, a, b, c, d, e, f) }
+}
