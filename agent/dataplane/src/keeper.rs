@@ -253,7 +253,7 @@ fn acquire(options: &Options, held: &mut Option<FdStore>) -> anyhow::Result<Plan
             return Plane::open(lock, held.take(), options);
         }
         if !holds && options.take_over {
-            match request(&options.socket, held) {
+            match request(&options.socket, held, &mut attempt) {
                 Ok(lock) => return Plane::open(lock, held.take(), options),
                 Err(error) if !error.is_passing() || Instant::now() > until => {
                     return Err(error.into_error(&options.socket));
@@ -291,7 +291,7 @@ fn acquire_on_request(
             return Plane::open(lock, held.take(), options).map(Some);
         }
         if requested && Instant::now() >= next_request {
-            match request(&options.socket, held) {
+            match request(&options.socket, held, &mut attempt) {
                 Ok(lock) => return Plane::open(lock, held.take(), options).map(Some),
                 Err(error) if error.is_passing() => {}
                 Err(error) => {
@@ -479,9 +479,24 @@ impl Refusal {
 /// Requests the data plane from the data process that listens on `socket`. Keeps the received store
 /// in `held`, even if the other keeper dies before it has handed over the data plane. Ends a data
 /// process that cannot hand over.
-fn request(socket: &Path, held: &mut Option<FdStore>) -> Result<FileLock, Refusal> {
+///
+/// Returns also if the lock becomes free while the request is not answered: the connection to a
+/// process that dies before it has accepted it stays open, because the store of this keeper holds the
+/// listening socket, too.
+fn request(
+    socket: &Path,
+    held: &mut Option<FdStore>,
+    attempt: &mut Attempt,
+) -> Result<FileLock, Refusal> {
     let mut stream = connect(socket)?;
     write_frame(&mut stream, &Request::TakeOver { version: HANDOVER_VERSION })?;
+    let deadline = Instant::now() + PATIENCE;
+    while !is_readable(&stream, LOCK_INTERVAL)? && Instant::now() < deadline {
+        let lock = attempt.lock(held.is_some());
+        if let Some(lock) = lock.map_err(|error| io::Error::other(format!("{error:#}")))? {
+            return Ok(lock);
+        }
+    }
     let answer = read_frame(&mut stream)?;
     match answer.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))? {
         Response::HandOver => {}
@@ -504,6 +519,15 @@ fn request(socket: &Path, held: &mut Option<FdStore>) -> Result<FileLock, Refusa
     stream.read_exact(&mut [0])?;
     tracing::info!(socket = %socket.display(), "taken over from the previous data process");
     Ok(lock)
+}
+
+fn is_readable(stream: &UnixStream, timeout: Duration) -> io::Result<bool> {
+    let timeout = Timespec::try_from(timeout).map_err(io::Error::other)?;
+    match rustix::event::poll(&mut [PollFd::new(stream, PollFlags::IN)], Some(&timeout)) {
+        Ok(ready) => Ok(ready > 0),
+        Err(rustix::io::Errno::INTR) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn invalid(text: &str) -> io::Error {
@@ -656,6 +680,29 @@ mod tests {
         assert_eq!(taken.kept.unwrap().left.generation, 7);
         assert_eq!(taken.listener.local_addr().unwrap().as_pathname(), Some(&*socket));
         dying.join().unwrap();
+    }
+
+    /// The data process dies before it accepts the connection, which the store keeps open.
+    #[test]
+    fn lock_that_becomes_free_during_a_request_is_taken() {
+        let directory = tempfile::tempdir().unwrap();
+        let options = options(directory.path());
+        let mut plane = acquire_alone(&options);
+        plane.kept = Some(kept());
+        plane.save();
+        let copies = plane.store.descriptors().map(|fd| fd.try_clone_to_owned().unwrap());
+        let mut held = FdStore::received(copies.into());
+        let requesting = std::thread::spawn(move || {
+            let begun = Instant::now();
+            let mut attempt = Attempt::new(&options);
+            let lock = request(&options.socket, &mut held, &mut attempt);
+            (lock.is_ok(), begun.elapsed())
+        });
+        std::thread::sleep(10 * LOCK_INTERVAL);
+        assert!(!requesting.is_finished(), "The other keeper has the data plane.");
+        drop(plane);
+        let (taken, took) = requesting.join().unwrap();
+        assert!(taken && took < PATIENCE / 2, "The lock was taken ({taken}) after {took:?}.");
     }
 
     /// A keeper that has handed over its data plane gets it back when the other keeper ends.
