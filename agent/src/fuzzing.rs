@@ -70,6 +70,11 @@ pub fn link_answers(data: &[u8]) {
     sys::link::fuzz_answer(data);
 }
 
+/// Uevents of the kernel.
+pub fn uevents(data: &[u8]) {
+    dataplane::fuzz_uevent(data);
+}
+
 /// A key's text. Public keys are written as they are read.
 pub fn keys(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
@@ -97,7 +102,7 @@ mod tests {
 
     type Target = (&'static str, fn(&[u8]));
 
-    const TARGETS: [Target; 10] = [
+    const TARGETS: [Target; 11] = [
         ("node_records", node_records),
         ("configuration", configuration),
         ("kept_records", kept_records),
@@ -107,6 +112,7 @@ mod tests {
         ("bench_lines", bench_lines),
         ("firewall_rules", firewall_rules),
         ("link_answers", link_answers),
+        ("uevents", uevents),
         ("keys", keys),
     ];
 

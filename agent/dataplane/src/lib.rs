@@ -28,6 +28,7 @@ mod stats;
 mod tables;
 mod tap;
 mod totals;
+mod vm_generation;
 mod write;
 
 use std::ffi::OsString;
@@ -232,6 +233,9 @@ fn serve(
     delete_socket();
     ended.map_err(|_| anyhow::anyhow!("the manager's thread has panicked"))
 }
+
+/// For the fuzzer.
+pub use self::vm_generation::fuzz_uevent;
 
 /// For the fuzzer: what a keeper and its data process say to each other.
 #[doc(hidden)]

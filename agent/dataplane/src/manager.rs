@@ -30,6 +30,7 @@ use super::stats::DropStats;
 use super::tables::{PeerEntry, Published, Tables};
 use super::tap::{Bytes, Sight, Tap};
 use super::totals::Totals;
+use super::vm_generation::{ClockWatch, Uevents};
 use super::{SetLogLevel, boot_time};
 use crate::ipc::{
     Confinement, ErrorKind, HANDOVER_VERSION, NodeIdentity, NodeSettings, Peer, Request, Response,
@@ -42,6 +43,8 @@ use crate::sys::udp::{LongestPayload, UdpError};
 
 /// How soon to look again whether lanes have let go of old tables.
 const SWEEP: Duration = Duration::from_millis(100);
+/// Interval between comparisons of the wall clock with the boot clock.
+const CLOCK_INTERVAL: Duration = Duration::from_secs(1);
 /// Messages dealt with before what they led to is published and sent.
 const BATCH: usize = 32;
 
@@ -58,6 +61,11 @@ pub(super) enum ToManager {
     UnknownSession(IpAddr),
     /// A datagram was longer than this host's route to its destination carries.
     TooLong(TooLong),
+    /// End all sessions: a clone of this virtual machine may continue with the same keys.
+    EndSessions {
+        /// Reason, for the log.
+        reason: &'static str,
+    },
     /// A handshake or control message.
     Datagram {
         /// Outer source.
@@ -95,12 +103,17 @@ pub(super) fn start(
     confinement: Vec<Confinement>,
 ) -> std::io::Result<(ToManagerQueue, JoinHandle<()>)> {
     let (sender, receiver) = queue::new();
+    // Before sessions are resumed, so that no announcement is missed after that.
+    if let Err(error) = Uevents::subscribe().and_then(|uevents| uevents.watch(sender.clone())) {
+        tracing::warn!(%error, "sessions do not end if this virtual machine is cloned");
+    }
     let mut manager = Manager {
         started: Instant::now(),
         queue: receiver,
         links: Links { to_manager: sender.clone(), tap, keeper },
         set_log_level,
         changes,
+        clock: ClockWatch::default(),
         confinement,
         active: None,
     };
@@ -119,6 +132,7 @@ struct Manager {
     links: Links,
     set_log_level: SetLogLevel,
     changes: Arc<Changes>,
+    clock: ClockWatch,
     confinement: Vec<Confinement>,
     /// `None` before the first snapshot.
     active: Option<Active>,
@@ -163,6 +177,9 @@ impl Manager {
                 },
             };
             let now = clock();
+            if self.clock.has_jumped(now) {
+                self.end_sessions(now, "the wall clock has jumped ahead");
+            }
             // What came together leads to one publication, however many sessions it makes.
             for _ in 0..BATCH {
                 let Some(taken) = message else { break };
@@ -199,6 +216,10 @@ impl Manager {
             let _ = answer.send(self.give_away(&connection));
             return ControlFlow::Continue(());
         }
+        if let ToManager::EndSessions { reason } = message {
+            self.end_sessions(now, reason);
+            return ControlFlow::Continue(());
+        }
         let Some(active) = &mut self.active else { return ControlFlow::Continue(()) };
         if let ToManager::TunGone { generation } = message
             && generation == active.running.generation
@@ -218,7 +239,14 @@ impl Manager {
         let due = active.engine.poll_timeout();
         let due = due.map(|due| due.mono.saturating_sub(clock().mono));
         let sweep = active.unswept.then_some(SWEEP);
-        due.into_iter().chain(sweep).min()
+        due.into_iter().chain(sweep).chain([CLOCK_INTERVAL]).min()
+    }
+
+    /// Ends all sessions: a clone of this machine may continue with the same keys and counters.
+    fn end_sessions(&mut self, now: Time, reason: &str) {
+        let Some(active) = &mut self.active else { return };
+        tracing::warn!(reason, "ending all sessions");
+        active.engine.end_sessions(now);
     }
 
     fn request(&mut self, now: Time, request: Request) -> Response {
@@ -589,7 +617,10 @@ impl Active {
                     tap.dropped(reason, Sight { lane: None, outer, bytes, packets });
                 }
             }
-            ToManager::Request { .. } | ToManager::TunGone { .. } | ToManager::GiveAway { .. } => {}
+            ToManager::EndSessions { .. }
+            | ToManager::Request { .. }
+            | ToManager::TunGone { .. }
+            | ToManager::GiveAway { .. } => {}
         }
     }
 

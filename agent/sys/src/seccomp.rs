@@ -236,6 +236,7 @@ fn rules() -> Result<BTreeMap<c_long, Vec<SeccompRule>>, Error> {
             socket(libc::AF_INET, libc::SOCK_DGRAM)?,
             socket(libc::AF_INET6, libc::SOCK_DGRAM)?,
             netlink(libc::NETLINK_ROUTE)?,
+            netlink(libc::NETLINK_KOBJECT_UEVENT)?,
         ],
     );
     let one_of = |argument, values: &[u64]| -> Result<Vec<_>, Error> {

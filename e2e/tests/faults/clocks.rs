@@ -65,6 +65,14 @@ fn a_clock_that_jumps_disturbs_nothing() -> Result<()> {
     let (cluster, clock) = with_a_clock()?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
     let to = (b.address(Family::V4), 7000).into();
+    let completed = |agent: &Agent| -> Result<f64> {
+        let metrics = agent.metrics()?;
+        let count = |role| {
+            metrics.sum("skein_handshakes_total", &[&*format!("result=\"completed_{role}\"")])
+        };
+        Ok(count("initiator") + count("responder"))
+    };
+    let before = completed(&cluster.agents[0])?;
     let transfer = Transfer::start(&a.ns, &b.ns, to, 80 << 20, Some(10 << 20))?;
     for hours in [5, -7, 24 * 365, 0] {
         thread::sleep(Duration::from_millis(1500));
@@ -76,6 +84,13 @@ fn a_clock_that_jumps_disturbs_nothing() -> Result<()> {
         received.longest_pause * 1e3
     );
     ensure!(received.longest_pause < 1.0, "{} s", received.longest_pause);
+    // A machine that was restored from a snapshot has a clock that jumps ahead. Two of the jumps are
+    // ahead: by 5 hours, and by a year.
+    let sessions = completed(&cluster.agents[0])? - before;
+    ensure!(sessions >= 2.0, "{sessions} new sessions after two jumps ahead");
+    let log = fs::read_to_string(cluster.agents[0].log())?;
+    let ended = log.matches("the wall clock has jumped ahead").count();
+    ensure!(ended == 2, "sessions were ended {ended} times");
     checks::all_reach_all(&cluster.lab)
 }
 
