@@ -3,75 +3,29 @@
 mod connections;
 mod page;
 
-use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
 
 use axum::Router;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use socket2::{Domain, Protocol, Socket, Type};
+use tokio::task::JoinHandle;
 
 use self::connections::{ConnectionLimits, accept};
 use crate::control::shared::Shared;
-use crate::failure::Failure;
+use crate::control::takeover::Listeners;
 use crate::metrics;
 
-/// Binds the address that the configuration has under `key`, if it is set. `[::]` stands for all
-/// addresses of both families, or of IPv4 on a host without IPv6.
-///
-/// # Errors
-///
-/// [`Failure::Taken`] if the port is in use, [`Failure::Usage`] if the address is not one of this
-/// host's, [`Failure::Runtime`] for any other error.
-pub fn bind(key: &str, address: Option<SocketAddr>) -> Result<Option<TcpListener>, Failure> {
-    let Some(address) = address else { return Ok(None) };
-    let any = address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
-    let listener = match listen(address) {
-        Err(error) if any && error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
-            listen(SocketAddr::from((Ipv4Addr::UNSPECIFIED, address.port())))
-        }
-        result => result,
-    };
-    listener.map(Some).map_err(|error| match error.kind() {
-        io::ErrorKind::AddrInUse => Failure::Taken(format!(
-            "{key} = {address}: the port is in use: set another, or \"off\""
-        )),
-        io::ErrorKind::AddrNotAvailable => Failure::Usage(format!(
-            "{key} = {address}: not an address of this host: set another, or \"off\""
-        )),
-        _ => Failure::io(format!("cannot listen on {key} = {address}"), error),
-    })
+/// Starts the tasks that serve metrics, liveness and readiness, and the status page. Each task runs
+/// until it is aborted; the task of an absent listener ends at once.
+pub fn serve(listeners: Listeners, shared: Shared) -> [JoinHandle<()>; 2] {
+    let Listeners { metrics, page } = listeners;
+    [(metrics, metrics_router(shared.clone())), (page, page::router(shared))]
+        .map(|(listener, router)| tokio::spawn(serve_router(listener, router)))
 }
 
-fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
-    socket.set_reuse_address(true)?;
-    if address.is_ipv6() {
-        // The default is a sysctl (net.ipv6.bindv6only). A single address accepts one family only.
-        socket.set_only_v6(!address.ip().is_unspecified())?;
-    }
-    socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    socket.set_nonblocking(true)?;
-    Ok(socket.into())
-}
-
-/// Connections that wait to be accepted; the kernel's limit (net.core.somaxconn) applies, too.
-const BACKLOG: i32 = 4096;
-
-/// Serves metrics, liveness and readiness until it is aborted.
-pub async fn serve_metrics(listener: Option<TcpListener>, shared: Shared) {
-    serve(listener, metrics_router(shared)).await;
-}
-
-/// Serves the status page until it is aborted.
-pub async fn serve_page(listener: Option<TcpListener>, shared: Shared) {
-    serve(listener, page::router(shared)).await;
-}
-
-async fn serve(listener: Option<TcpListener>, router: Router) {
+async fn serve_router(listener: Option<TcpListener>, router: Router) {
     let Some(listener) = listener else { return };
     match tokio::net::TcpListener::from_std(listener) {
         Ok(listener) => accept(listener, router, ConnectionLimits::default()).await,
@@ -148,6 +102,7 @@ fn is_own_host(headers: &HeaderMap, node: &str, hosts: &[String]) -> bool {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 pub(super) mod tests {
+    use std::net::SocketAddr;
     use std::time::Duration;
 
     use super::*;
@@ -189,19 +144,6 @@ pub(super) mod tests {
         let all = tokio::time::timeout(Duration::from_secs(5), stream.read_to_string(&mut answer));
         all.await.unwrap().unwrap();
         answer
-    }
-
-    #[test]
-    fn unspecified_ipv6_listener_takes_both_families() {
-        let listener = bind("metrics.listen", Some("[::]:0".parse().unwrap())).unwrap().unwrap();
-        let port = listener.local_addr().unwrap().port();
-        for address in ["127.0.0.1", "::1"] {
-            let address: IpAddr = address.parse().unwrap();
-            std::net::TcpStream::connect((address, port)).unwrap();
-        }
-        // An old agent on 0.0.0.0 blocks a new one on [::] until the old one releases the port.
-        let second = bind("metrics.listen", Some(SocketAddr::from(([0, 0, 0, 0], port))));
-        assert!(matches!(second, Err(Failure::Taken(_))), "{second:?}");
     }
 
     #[tokio::test]

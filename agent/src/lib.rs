@@ -18,6 +18,7 @@ pub mod failure;
 pub mod fuzzing;
 pub mod http;
 pub mod lifecycle;
+pub mod listener;
 pub mod logging;
 pub mod metrics;
 pub mod status;

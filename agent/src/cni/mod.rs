@@ -34,10 +34,10 @@ pub use self::service::Network;
 use self::service::Service;
 use self::versions::Offer;
 use crate::config::{Cni, Config};
-use crate::control::listener::Listener;
 use crate::failure::Failure;
 use crate::firewall::Firewall;
 use crate::lifecycle::{NotReady, Readiness};
+use crate::listener::Listener;
 use crate::netlink::Netlink;
 
 /// Leases, interfaces, the firewall and the spool are looked at this often.

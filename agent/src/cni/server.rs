@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use super::metrics::{Outcome, verb};
 use super::wire;
-use crate::control::listener::Listener;
+use crate::listener::Listener;
 
 /// Requests that are worked on at once; others wait for their turn. More would only wait for the kernel's
 /// one lock of the network configuration.

@@ -15,10 +15,10 @@ use crate::control::takeover::Start;
 use crate::control::{self, Ended, cleanup, server};
 use crate::failure::Failure;
 use crate::instance::Instance;
-use crate::logging;
 use crate::sys::lock::FileLock;
 use crate::sys::socket::connect_trusted;
 use crate::sys::{confine, descriptors};
+use crate::{http, logging};
 
 /// Timeout for the tasks of an agent that hands over.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
@@ -70,7 +70,7 @@ pub(crate) fn run(
     let (takes_over, instance) = (start.takes_over(), start.instance.clone());
     let state_dir = config.state_dir.clone();
     let runtime = runtime()?;
-    match runtime.block_on(control::run(config, start))? {
+    match runtime.block_on(control::run(config, start, http::serve))? {
         Ended::Asked => Ok(()),
         Ended::HandedOver(role) if takes_over => {
             let error = hold::become_holder(role, &state_dir, instance.as_ref());

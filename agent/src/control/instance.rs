@@ -8,11 +8,11 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::server::bind_socket;
 use crate::dataplane::activation::Activity;
 use crate::failure::Failure;
 use crate::instance::{Instance, READY};
 use crate::lifecycle::Readiness;
+use crate::listener::bind_socket;
 use crate::sys::socket::check_listener;
 
 /// Delay before the next connection attempt to an absent keeper.

@@ -13,7 +13,6 @@ pub mod history;
 pub mod identity;
 pub mod instance;
 pub mod kubernetes;
-pub mod listener;
 pub mod lock;
 pub mod records;
 pub mod registry;
@@ -48,16 +47,16 @@ use self::rotation::{Rotation, RotationRequest};
 use self::shared::{InterfaceStatus, PeerConflict, Shared};
 use self::source::{Reader, Source};
 use self::supervisor::{End, Handle};
-use self::takeover::{Role, Start};
+use self::takeover::{Listeners, Role, Start};
 use self::underlay::UnderlayWatch;
 use self::watch::SourceWatch;
 use crate::cni::Pods;
 use crate::config::{Config, Mode};
 use crate::failure::Failure;
 use crate::firewall::{self, Firewall, Rules};
-use crate::http;
 use crate::ipc::{NarrowPath, Snapshot};
 use crate::lifecycle::{Asked, NotReady, Readiness, Signals};
+use crate::listener::bind_tcp;
 use crate::netlink::interface::{InterfaceError, Outcome, Present, RouteConflict, Wanted};
 use crate::netlink::link::Link;
 use crate::netlink::monitor::Monitor;
@@ -95,8 +94,15 @@ pub struct HandOver {
     pub ready: bool,
 }
 
+/// Starts the tasks that serve HTTP on bound listeners. The caller aborts them.
+pub type ServeHttp = fn(Listeners, Shared) -> [JoinHandle<()>; 2];
+
 /// Runs until a signal ends it, another agent takes its place, or the start fails.
-pub async fn run(config: Config, mut start: Start) -> Result<Ended, Failure> {
+pub async fn run(
+    config: Config,
+    mut start: Start,
+    serve_http: ServeHttp,
+) -> Result<Ended, Failure> {
     let mut signals = Signals::take().context("cannot take signals")?;
     let takes_over = start.takes_over();
     let readiness = Readiness::default();
@@ -119,14 +125,13 @@ pub async fn run(config: Config, mut start: Start) -> Result<Ended, Failure> {
     shared.readiness = readiness.clone();
     let bind = async |key: &str, bound: Option<TcpListener>, address| match bound {
         Some(bound) => Ok(Some(bound)),
-        None => free(takes_over, || http::bind(key, address)).await,
+        None => free(takes_over, || bind_tcp(key, address)).await,
     };
     let metrics = bind("metrics.listen", listeners.metrics, config.metrics.listen).await?;
     let page = bind("status_page.listen", listeners.page, config.status_page.listen).await?;
     let status = free(takes_over, || server::bind(&config.control.socket)).await?;
     let (hand_over, mut asked_to_hand_over) = mpsc::channel(1);
-    let metrics = tokio::spawn(http::serve_metrics(metrics, shared.clone()));
-    let page = tokio::spawn(http::serve_page(page, shared.clone()));
+    let http = serve_http(Listeners { metrics, page }, shared.clone());
     let (rotate, asked) = mpsc::channel(1);
     let asks = server::Asks { hand_over, rotate };
     let server = tokio::spawn(server::serve(status, shared.clone(), asks));
@@ -150,8 +155,7 @@ pub async fn run(config: Config, mut start: Start) -> Result<Ended, Failure> {
             return Ok(Ended::HandedOver(HandOver { lock, connection, ready }));
         }
     };
-    metrics.abort();
-    page.abort();
+    http.iter().for_each(JoinHandle::abort);
     server.abort();
     drop((dataplane, probes));
     // A socket file that stays is harmless: the next start takes it over.

@@ -1,26 +1,22 @@
 //! The status socket: whoever connects gets one JSON document; another agent may ask this one to give way.
 
-use std::fs::Permissions;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net as std_net;
 use std::path::Path;
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 
-use super::listener::Listener;
 use super::rotation::{Ask, RotationRequest, RotationStatus};
 use super::shared::Shared;
 use crate::failure::Failure;
+use crate::listener::Listener;
 use crate::sys::descriptors;
 use crate::sys::lock::FileLock;
-use crate::sys::socket::{
-    check_listener, connect_trusted, hung_up, is_absent, is_trusted, make_directory,
-};
+use crate::sys::socket::{check_listener, connect_trusted, hung_up, is_absent, is_trusted};
 
 /// How long a reader may take.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -44,31 +40,6 @@ const LINE: u64 = 1024;
 /// As [`Listener::bind`].
 pub fn bind(path: &Path) -> Result<Listener, Failure> {
     Listener::bind("control.socket", path, None)
-}
-
-/// Binds the socket that the configuration calls `key`, for its owner only; takes over a path that
-/// no process listens on.
-pub(super) fn bind_socket(key: &str, path: &Path) -> Result<UnixListener, Failure> {
-    let shown = path.display();
-    let failed = |error| Failure::io(format!("cannot listen on {key} {shown}"), error);
-    if std_net::UnixStream::connect(path).is_ok() {
-        return Err(Failure::Taken(format!(
-            "another agent listens on {shown}: stop it, or set {key} to another path"
-        )));
-    }
-    make_directory(path).map_err(failed)?;
-    match std::fs::symlink_metadata(path) {
-        Ok(found) if !std::os::unix::fs::FileTypeExt::is_socket(&found.file_type()) => {
-            return Err(Failure::Taken(format!(
-                "{shown} is no socket: remove it, or set {key} to another path"
-            )));
-        }
-        Ok(_) => std::fs::remove_file(path).map_err(failed)?,
-        Err(_) => {}
-    }
-    let listener = UnixListener::bind(path).map_err(failed)?;
-    std::fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(failed)?;
-    Ok(listener)
 }
 
 /// Who is told what is asked for.

@@ -26,9 +26,9 @@ use super::underlay::UnderlayWatch;
 use super::{netlink_failure, server};
 use crate::config::Config;
 use crate::failure::Failure;
-use crate::http;
 use crate::instance::Instance;
 use crate::lifecycle::NotReady;
+use crate::listener::bind_tcp;
 use crate::netlink::Netlink;
 use crate::sys::lock::FileLock;
 
@@ -245,7 +245,7 @@ impl<'a> Candidate<'a> {
         let config = self.config;
         let bind = |key: &str, address: Option<SocketAddr>| match address {
             Some(address) if self.has(address.port()) => Ok(None),
-            address => http::bind(key, address),
+            address => bind_tcp(key, address),
         };
         let listeners = Listeners {
             metrics: bind("metrics.listen", config.metrics.listen)?,

@@ -1,16 +1,23 @@
-//! A unix socket that stays reachable at its path.
+//! Listening sockets of the agent: unix sockets that stay reachable at their paths, and TCP.
 
+use std::fs::Permissions;
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net as std_net;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
-use super::server::bind_socket;
 use crate::failure::Failure;
 use crate::lifecycle::{NotReady, Readiness};
-use crate::sys::socket::{FileId, file_id};
+use crate::sys::socket::{FileId, file_id, make_directory};
+
+/// Connections that wait to be accepted; the kernel's limit (net.core.somaxconn) applies, too.
+const BACKLOG: i32 = 4096;
 
 /// Interval at which the path is compared with the socket: one `lstat`. A watch by inotify would
 /// not see a directory that is replaced, and instances of inotify are scarce
@@ -100,6 +107,74 @@ impl Listener {
     }
 }
 
+/// Binds the socket that the configuration calls `key`, for its owner only; takes over a path that
+/// no process listens on.
+pub(crate) fn bind_socket(key: &str, path: &Path) -> Result<UnixListener, Failure> {
+    let shown = path.display();
+    let failed = |error| Failure::io(format!("cannot listen on {key} {shown}"), error);
+    if std_net::UnixStream::connect(path).is_ok() {
+        return Err(Failure::Taken(format!(
+            "another agent listens on {shown}: stop it, or set {key} to another path"
+        )));
+    }
+    make_directory(path).map_err(failed)?;
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if !std::os::unix::fs::FileTypeExt::is_socket(&found.file_type()) => {
+            return Err(Failure::Taken(format!(
+                "{shown} is no socket: remove it, or set {key} to another path"
+            )));
+        }
+        Ok(_) => std::fs::remove_file(path).map_err(failed)?,
+        Err(_) => {}
+    }
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    std::fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(failed)?;
+    Ok(listener)
+}
+
+/// Binds the address that the configuration has under `key`, if it is set. `[::]` stands for all
+/// addresses of both families, or of IPv4 on a host without IPv6.
+///
+/// # Errors
+///
+/// [`Failure::Taken`] if the port is in use, [`Failure::Usage`] if the address is not one of this
+/// host's, [`Failure::Runtime`] for any other error.
+pub(crate) fn bind_tcp(
+    key: &str,
+    address: Option<SocketAddr>,
+) -> Result<Option<TcpListener>, Failure> {
+    let Some(address) = address else { return Ok(None) };
+    let any = address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+    let listener = match listen(address) {
+        Err(error) if any && error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
+            listen(SocketAddr::from((Ipv4Addr::UNSPECIFIED, address.port())))
+        }
+        result => result,
+    };
+    listener.map(Some).map_err(|error| match error.kind() {
+        io::ErrorKind::AddrInUse => Failure::Taken(format!(
+            "{key} = {address}: the port is in use: set another, or \"off\""
+        )),
+        io::ErrorKind::AddrNotAvailable => Failure::Usage(format!(
+            "{key} = {address}: not an address of this host: set another, or \"off\""
+        )),
+        _ => Failure::io(format!("cannot listen on {key} = {address}"), error),
+    })
+}
+
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        // The default is a sysctl (net.ipv6.bindv6only). A single address accepts one family only.
+        socket.set_only_v6(!address.ip().is_unspecified())?;
+    }
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    socket.set_nonblocking(true)?;
+    Ok(socket.into())
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -132,7 +207,6 @@ mod tests {
 
     #[tokio::test]
     async fn deleted_socket_is_created_again() {
-        use std::os::unix::fs::PermissionsExt;
         let directory = tempfile::tempdir().unwrap();
         let path = Arc::new(directory.path().join("run/cni.sock"));
         let readiness = listen(&path);
@@ -179,5 +253,19 @@ mod tests {
         eventually("a foreign file is reported", || not_ready("is no socket")).await;
         fs::remove_file(&path).unwrap();
         eventually("it is ready again", || readiness.reasons().is_empty()).await;
+    }
+
+    #[test]
+    fn unspecified_ipv6_listener_takes_both_families() {
+        let listener =
+            bind_tcp("metrics.listen", Some("[::]:0".parse().unwrap())).unwrap().unwrap();
+        let port = listener.local_addr().unwrap().port();
+        for address in ["127.0.0.1", "::1"] {
+            let address: IpAddr = address.parse().unwrap();
+            std::net::TcpStream::connect((address, port)).unwrap();
+        }
+        // An old agent on 0.0.0.0 blocks a new one on [::] until the old one releases the port.
+        let second = bind_tcp("metrics.listen", Some(SocketAddr::from(([0, 0, 0, 0], port))));
+        assert!(matches!(second, Err(Failure::Taken(_))), "{second:?}");
     }
 }
