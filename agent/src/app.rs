@@ -6,11 +6,14 @@ use std::path::{Path, PathBuf};
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
+#[cfg(feature = "kubernetes")]
+use crate::commands::uninstall;
 use crate::commands::{
     ConfigArgs, LookArgs, bench, capture, check, connectivity, generate, hold, key, peers, print,
     service, status, sysdump, top, trace,
 };
 use crate::config::Mode;
+#[cfg(feature = "kubernetes")]
 use crate::control::kubernetes::resource;
 use crate::dataplane::ConfinementOptions;
 use crate::failure::Failure;
@@ -102,6 +105,7 @@ enum Command {
     /// Test who reaches whom: all nodes and pods of a cluster, or this node's peers
     ConnectivityTest(connectivity::ConnectivityArgs),
     /// Probe, or answer probes: what the pods of connectivity-test run
+    #[cfg(feature = "kubernetes")]
     #[command(hide = true)]
     Probe(connectivity::ProbeArgs),
     /// Collect what somebody who helps will ask for into one archive, without secrets
@@ -121,9 +125,11 @@ enum Command {
     #[command(hide = true)]
     Hold(hold::HoldArgs),
     /// Print the definition of the SkeinNode resource (kubectl apply -f -)
+    #[cfg(feature = "kubernetes")]
     Crd,
     /// Take Skein from every node of a Kubernetes cluster (what the chart does before it goes)
-    Uninstall(service::UninstallArgs),
+    #[cfg(feature = "kubernetes")]
+    Uninstall(uninstall::UninstallArgs),
     /// Make a private key
     Keygen {
         /// Write it to this file (mode 0600), and the public key to standard output
@@ -196,13 +202,16 @@ pub fn main() -> Result<(), Failure> {
         Command::Capture(arguments) => capture::capture(&arguments),
         Command::Bench(arguments) => bench::bench(&arguments),
         Command::ConnectivityTest(arguments) => connectivity::connectivity(&arguments),
+        #[cfg(feature = "kubernetes")]
         Command::Probe(arguments) => connectivity::probe(&arguments),
         Command::Sysdump(arguments) => sysdump::sysdump(&arguments),
         Command::Cleanup { config, state } => service::clean(&config, state),
         Command::Health(arguments) => service::health(&arguments),
         Command::Hold(arguments) => hold::hold(&arguments),
+        #[cfg(feature = "kubernetes")]
         Command::Crd => print(&resource::definition()?),
-        Command::Uninstall(options) => service::uninstall(&options),
+        #[cfg(feature = "kubernetes")]
+        Command::Uninstall(options) => uninstall::uninstall(&options),
         Command::Keygen { out } => key::keygen(out.as_deref()),
         Command::RotateKey(arguments) => key::rotate(&arguments),
         Command::LogLevel(arguments) => service::log_level(&arguments),

@@ -6,6 +6,7 @@ use serde::de::DeserializeOwned;
 
 use crate::commands;
 use crate::config::Config;
+#[cfg(feature = "kubernetes")]
 use crate::control::kubernetes::resource::SkeinNode;
 use crate::control::{records, registry};
 use crate::ipc::{self, Request, Response, Snapshot};
@@ -39,6 +40,7 @@ pub fn handshake_times(data: &[u8]) {
 }
 
 /// What the API server says of another node.
+#[cfg(feature = "kubernetes")]
 pub fn skein_node(data: &[u8]) {
     let Ok(node) = serde_json::from_slice::<SkeinNode>(data) else { return };
     if let Ok(record) = node.record() {
@@ -90,11 +92,11 @@ fn survives<T: Serialize + DeserializeOwned + PartialEq>(value: &T) {
     assert!(serde_json::from_slice::<T>(&bytes).is_ok_and(|again| again == *value));
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "kubernetes"))]
 #[path = "../core/src/fuzzing/vary.rs"]
 mod vary;
 
-#[cfg(test)]
+#[cfg(all(test, feature = "kubernetes"))]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::vary::vary;

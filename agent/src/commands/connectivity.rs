@@ -1,7 +1,9 @@
 //! `skein-agent connectivity-test`: who reaches whom, as a matrix.
 
+#[cfg(feature = "kubernetes")]
 mod kubernetes;
 mod matrix;
+#[cfg(feature = "kubernetes")]
 mod pods;
 mod probe;
 
@@ -10,7 +12,7 @@ use std::fs::File;
 use std::io::{BufWriter, ErrorKind, Write};
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use clap::Args;
@@ -50,6 +52,7 @@ pub(crate) struct ConnectivityArgs {
 }
 
 /// Run in the test's own pods.
+#[cfg(feature = "kubernetes")]
 #[derive(Args)]
 pub(crate) struct ProbeArgs {
     /// Answer probes on this TCP and UDP port
@@ -69,16 +72,7 @@ pub(crate) fn connectivity(arguments: &ConnectivityArgs) -> Result<(), Failure> 
         || arguments.kubeconfig.is_some()
         || arguments.agent.config.load().is_ok_and(|config| config.kubernetes.enabled);
     let matrix = if in_cluster {
-        let options = kubernetes::Options {
-            kubeconfig: arguments.kubeconfig.as_deref(),
-            namespace: &arguments.namespace,
-            agents_namespace: &arguments.agents_namespace,
-            daemonset: &arguments.daemonset,
-            timeout,
-        };
-        // Standard output is the matrix's.
-        let say = |text: &str| eprintln!("{text}");
-        runtime()?.block_on(kubernetes::test(&options, say))?
+        test_cluster(arguments, timeout)?
     } else {
         let end = Instant::now() + timeout;
         let agent = arguments.agent.agent()?;
@@ -93,6 +87,25 @@ pub(crate) fn connectivity(arguments: &ConnectivityArgs) -> Result<(), Failure> 
         Output::Table => print(&matrix.render())?,
     }
     matrix.trouble().map_or(Ok(()), |trouble| Err(Failure::Runtime(anyhow!(trouble))))
+}
+
+#[cfg(feature = "kubernetes")]
+fn test_cluster(arguments: &ConnectivityArgs, timeout: Duration) -> Result<Matrix, Failure> {
+    let options = kubernetes::Options {
+        kubeconfig: arguments.kubeconfig.as_deref(),
+        namespace: &arguments.namespace,
+        agents_namespace: &arguments.agents_namespace,
+        daemonset: &arguments.daemonset,
+        timeout,
+    };
+    // Standard output is the matrix's.
+    let say = |text: &str| eprintln!("{text}");
+    Ok(runtime()?.block_on(kubernetes::test(&options, say))?)
+}
+
+#[cfg(not(feature = "kubernetes"))]
+fn test_cluster(_: &ConnectivityArgs, _: Duration) -> Result<Matrix, Failure> {
+    Err(crate::control::kubernetes::refusal())
 }
 
 /// As it is made: that of a large cluster is no text to hold.
@@ -117,6 +130,7 @@ fn targets(status: &Document) -> Result<Vec<Target>, Failure> {
         .collect())
 }
 
+#[cfg(feature = "kubernetes")]
 pub(crate) fn probe(arguments: &ProbeArgs) -> Result<(), Failure> {
     let end = Instant::now() + seconds("--timeout", arguments.timeout)?;
     if let Some(port) = arguments.answer {

@@ -14,6 +14,8 @@ pub(crate) mod status;
 pub(crate) mod sysdump;
 pub(crate) mod top;
 pub(crate) mod trace;
+#[cfg(feature = "kubernetes")]
+pub(crate) mod uninstall;
 pub(crate) mod watching;
 
 use std::io::{ErrorKind, Write};

@@ -1,4 +1,4 @@
-//! Commands of the running agent: `run`, `log-level`, `health`, `cleanup`, `uninstall`.
+//! Commands of the running agent: `run`, `log-level`, `health`, `cleanup`.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -8,9 +8,8 @@ use anyhow::Context;
 use clap::Args;
 use rustix::thread::CapabilitySet;
 
-use super::{AgentArgs, ConfigArgs, hold, print, runtime, seconds};
+use super::{AgentArgs, ConfigArgs, hold, print, runtime};
 use crate::config::Mode;
-use crate::control::kubernetes::uninstall;
 use crate::control::takeover::Start;
 use crate::control::{self, Ended, cleanup, server};
 use crate::failure::Failure;
@@ -133,47 +132,4 @@ pub(crate) fn log_level(arguments: &LogLevelArgs) -> Result<(), Failure> {
     let answer = runtime()?.block_on(server::ask_for_level(agent.socket(), level));
     let answer = answer.map_err(|error| agent.no_answer(&error))?;
     answer.map_err(|error| Failure::Runtime(anyhow::anyhow!(error)))
-}
-
-#[derive(Args)]
-pub(crate) struct UninstallArgs {
-    /// Namespace of the agents
-    #[arg(long)]
-    namespace: String,
-    /// The agents' DaemonSet
-    #[arg(long)]
-    daemonset: String,
-    /// A ConfigMap of the agents' Helm release, read if the DaemonSet is gone
-    #[arg(long)]
-    configmap: Option<String>,
-    /// Uninstall also if no Helm release owns the DaemonSet
-    #[arg(long)]
-    without_helm: bool,
-    /// Labels of its pods, as key=value,key=value
-    #[arg(long)]
-    selector: String,
-    /// File with the manifest of a DaemonSet that cleans up a node
-    #[arg(long)]
-    cleanup: PathBuf,
-    /// Seconds that it all may take
-    #[arg(long, default_value_t = 240.0)]
-    timeout: f64,
-    /// Which cluster; without it that of this pod
-    #[arg(long)]
-    kubeconfig: Option<PathBuf>,
-}
-
-pub(crate) fn uninstall(options: &UninstallArgs) -> Result<(), Failure> {
-    let options = uninstall::Options {
-        namespace: &options.namespace,
-        daemonset: &options.daemonset,
-        configmap: options.configmap.as_deref(),
-        without_helm: options.without_helm,
-        selector: &options.selector,
-        cleanup: &options.cleanup,
-        timeout: seconds("--timeout", options.timeout)?,
-        kubeconfig: options.kubeconfig.as_deref(),
-    };
-    let say = |text: &str| print(&format!("{text}\n")).unwrap_or_default();
-    runtime()?.block_on(uninstall::uninstall(&options, say))
 }

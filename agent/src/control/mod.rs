@@ -12,6 +12,7 @@ pub(crate) mod handshakes;
 pub mod history;
 pub mod identity;
 pub mod instance;
+#[cfg_attr(not(feature = "kubernetes"), path = "without_kubernetes.rs")]
 pub mod kubernetes;
 pub mod lock;
 pub mod records;

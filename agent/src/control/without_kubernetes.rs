@@ -1,0 +1,110 @@
+//! Stand-in for the module `kubernetes` in a build without the Cargo feature of that name. No value of
+//! these types exists: a configuration with `kubernetes.enabled` is refused at the start.
+
+use std::path::PathBuf;
+
+use prometheus::proto::MetricFamily;
+
+use super::records::Files;
+use super::shared::Shared;
+use crate::config::Config;
+use crate::failure::Failure;
+use crate::keys::PublicKeys;
+
+/// The connection to an API server, which this build cannot have.
+#[derive(Debug)]
+pub enum Kubernetes {}
+
+/// The records of an API server, which this build cannot have.
+#[derive(Debug, Clone)]
+pub enum Records {}
+
+/// Counters of requests to an API server, which this build cannot have.
+#[derive(Debug, Clone)]
+pub enum Requests {}
+
+impl Kubernetes {
+    /// Refuses the configuration.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] always.
+    pub async fn start(_: &Shared) -> Result<Self, Failure> {
+        Err(refusal())
+    }
+
+    /// Refuses the configuration.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] always.
+    pub async fn follow(_: &Shared) -> Result<Self, Failure> {
+        Err(refusal())
+    }
+
+    /// Cannot be called.
+    ///
+    /// # Errors
+    /// None.
+    pub async fn start_with(
+        &mut self,
+        _: &Config,
+        _: bool,
+        _: impl Fn(&str),
+    ) -> Result<(), Failure> {
+        match *self {}
+    }
+
+    /// Cannot be called.
+    pub async fn due(&mut self) {
+        match *self {}
+    }
+
+    /// Cannot be called.
+    pub fn records(&self) -> Records {
+        match *self {}
+    }
+
+    /// Cannot be called.
+    pub fn requests(&self) -> Requests {
+        match *self {}
+    }
+}
+
+impl Records {
+    /// Cannot be called.
+    ///
+    /// # Errors
+    /// None.
+    pub fn read(&self) -> Result<Files, String> {
+        match *self {}
+    }
+
+    /// Cannot be called.
+    pub fn published_keys(&self) -> Option<PublicKeys> {
+        match *self {}
+    }
+
+    /// Cannot be called.
+    pub fn error(&self) -> Option<String> {
+        match *self {}
+    }
+}
+
+impl Requests {
+    /// Cannot be called.
+    pub fn families(&self) -> Vec<MetricFamily> {
+        match *self {}
+    }
+}
+
+/// Returns no name: no record comes from an API server.
+pub(super) fn path(_: &str) -> PathBuf {
+    PathBuf::new()
+}
+
+/// Returns the error of every command that needs Kubernetes.
+pub(crate) fn refusal() -> Failure {
+    Failure::Usage(
+        "this skein-agent was built without Kubernetes: build it with the Cargo feature \"kubernetes\""
+            .to_owned(),
+    )
+}
