@@ -7,6 +7,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde::Deserialize;
 use skein_core::address;
+use skein_core::wire::header::MAX_LANES;
 use skein_core::wire::ip::{MAX_MTU, MIN_IPV4_MTU, MIN_IPV6_MTU};
 
 use super::cni::{CniTable, DEFAULT_INTERFACE};
@@ -448,8 +449,8 @@ impl UnderlayTable {
 impl DataplaneTable {
     fn validate(self) -> Result<Dataplane, Invalid> {
         let lanes = self.lanes.unwrap_or_else(default_lanes);
-        if !(1..=64).contains(&lanes) {
-            return Err(Invalid(format!("dataplane.lanes = {lanes}: use 1 to 64")));
+        if !(1..=MAX_LANES).contains(&usize::from(lanes)) {
+            return Err(Invalid(format!("dataplane.lanes = {lanes}: use 1 to {MAX_LANES}")));
         }
         if let Some(us @ 1001..) = self.busy_poll_us {
             return Err(Invalid(format!("dataplane.busy_poll_us = {us}: use 0 to 1000")));

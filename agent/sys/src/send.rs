@@ -16,7 +16,6 @@ use skein_core::wire::ecn::Ecn;
 use socket2::SockAddr;
 
 pub use gso::{GsoOff, GsoState};
-pub use plan::{MAX_MESSAGE_LEN, MAX_SEGMENTS};
 pub use skein_core::offload::batch::Run;
 
 use plan::{Message, Plan};

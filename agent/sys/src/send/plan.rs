@@ -18,11 +18,11 @@ pub(super) const MAX_MESSAGES: usize = 64;
 
 /// Datagrams in one message at most: Linux allows 64 before 6.9, and a full message of 1,400-byte
 /// datagrams has fewer.
-pub const MAX_SEGMENTS: usize = 64;
+pub(super) const MAX_DATAGRAMS_PER_MESSAGE: usize = 64;
 
 /// Bytes in one message of several datagrams at most: near the protocol's limit (65,507) the
 /// kernel segments in software.
-pub const MAX_MESSAGE_LEN: usize = 65_000;
+pub(super) const MAX_MESSAGE_LEN: usize = 65_000;
 
 /// One message of a call: a range of one run's datagrams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -225,7 +225,7 @@ impl Execution<'_> {
             self.refused.is_some_and(|refused| refused.run == at.run && at.segment < refused.end);
         let most = match u16::try_from(run.segment_size) {
             Ok(1..) if left > 1 && !singly && self.gso.allowed(run.destination, self.now) => {
-                MAX_SEGMENTS.min(MAX_MESSAGE_LEN / run.segment_size)
+                MAX_DATAGRAMS_PER_MESSAGE.min(MAX_MESSAGE_LEN / run.segment_size)
             }
             _ => 1,
         };
