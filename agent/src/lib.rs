@@ -14,6 +14,7 @@ mod commands;
 pub mod config;
 pub mod control;
 pub mod failure;
+mod files;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod http;

@@ -3,7 +3,7 @@
 //! by a rename within its directory, so that nobody ever reads half a file.
 
 use std::fs::{self, File, Permissions};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -15,7 +15,7 @@ use super::others;
 pub use super::others::give_back_all;
 use super::versions::{Offer, Plugin, Stamp, VersionCache, stamp};
 use crate::config::Cni;
-use crate::sys::files;
+use crate::files::replace_by;
 
 /// Something could not be put in place or taken away.
 #[derive(Debug, Error)]
@@ -243,15 +243,7 @@ fn place(directory: &Path, name: &Path, contents: &[u8], mode: Mode) -> Result<b
     fs::create_dir_all(directory).map_err(InstallError::new("make the directory", directory))?;
     // No suffix that a runtime reads, and a name that the next try takes over.
     let temporary = directory.join(format!(".{}.new", name.display()));
-    let write = || {
-        let mut file = files::recreate(&temporary, 0o600)?;
-        file.set_permissions(Permissions::from_mode(mode))?;
-        file.write_all(contents)?;
-        file.sync_all()?;
-        fs::rename(&temporary, &path)?;
-        File::open(directory)?.sync_all()
-    };
-    write().map_err(|error| {
+    replace_by(&temporary, &path, contents, Some(mode)).map_err(|error| {
         // What is left of a failed try helps nobody.
         let _ = fs::remove_file(&temporary);
         InstallError::new("write", &path)(error)

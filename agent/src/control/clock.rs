@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 use std::time::SystemTime;
 
-use super::identity;
+use crate::files;
 
 /// Its name in the state directory.
 pub(super) const FILE: &str = "clock";
@@ -63,7 +63,7 @@ impl Clock {
     }
 
     fn write(&mut self) {
-        match identity::replace(&self.file, format!("{}\n", self.latest).as_bytes()) {
+        match files::replace(&self.file, format!("{}\n", self.latest).as_bytes()) {
             Ok(()) => (self.written, self.complained) = (self.latest, false),
             Err(error) if !self.complained => {
                 let file = self.file.display();

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use tokio::task::JoinHandle;
 
-use super::identity;
+use crate::files;
 use crate::ipc::SeenHandshakes;
 use crate::keys::PublicKey;
 
@@ -95,7 +95,7 @@ fn merge(known: &SeenHandshakes, reported: SeenHandshakes) -> SeenHandshakes {
 }
 
 fn write(to: &Path, seen: &SeenHandshakes) -> io::Result<()> {
-    identity::replace(to, &serde_json::to_vec_pretty(seen)?)
+    files::replace(to, &serde_json::to_vec_pretty(seen)?)
 }
 
 fn read(file: &Path) -> io::Result<SeenHandshakes> {

@@ -9,6 +9,7 @@ use zeroize::Zeroizing;
 
 use crate::config::Config;
 use crate::failure::Failure;
+use crate::files::sync_beside;
 use crate::keys::PrivateKey;
 use crate::sys::files;
 use crate::sys::socket::is_trusted;
@@ -118,24 +119,6 @@ fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file = files::create_new(path, 0o600)?;
     file.write_all(bytes)?;
     file.sync_all()
-}
-
-/// Replaces a file durably: writes `bytes` to `<path>.new`, and renames that file once its contents
-/// are on the disk. A power failure leaves either the old contents or the new ones.
-pub(super) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(".new");
-    let mut file = files::recreate(Path::new(&temporary), 0o600)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    std::fs::rename(&temporary, path)?;
-    sync_beside(path)
-}
-
-/// Makes what was done to a file's name durable.
-pub(super) fn sync_beside(path: &Path) -> io::Result<()> {
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    File::open(directory.unwrap_or(Path::new(".")))?.sync_all()
 }
 
 /// Makes a directory that only its owner can enter; one that exists stays as it is.

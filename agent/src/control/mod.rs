@@ -35,7 +35,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::Context;
 use ipnet::IpNet;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior};
 
 use self::border::{firewall_rules, networks};

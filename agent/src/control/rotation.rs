@@ -20,6 +20,7 @@ use self::files::{beside, next, previous, read_second, remove};
 use super::identity;
 use crate::config::{Config, KeyRotation};
 use crate::failure::Failure;
+use crate::files::sync_beside;
 use crate::keys::{PrivateKey, PublicKey, PublicKeys};
 
 /// How long peers that do not use the new key hold up the end of the old one: one that is out of the API
@@ -308,7 +309,7 @@ impl Rotation {
             identity::store(&previous, &self.current)?;
         }
         std::fs::rename(&next, &self.path)
-            .and_then(|()| identity::sync_beside(&self.path))
+            .and_then(|()| sync_beside(&self.path))
             .map_err(|error| Failure::io(format!("cannot rename {}", next.display()), error))?;
         let Some((_, key)) = self.second.take() else { return Ok(()) };
         let before = std::mem::replace(&mut self.current, key);

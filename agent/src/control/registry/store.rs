@@ -12,8 +12,8 @@ use super::former::{FormerPrefixes, overlay_prefixes, prefixes};
 use super::hosts;
 use super::settle::Accepted;
 use crate::config::Config;
-use crate::control::identity;
 use crate::control::source::Reader;
+use crate::files;
 
 /// The last good records, as they are kept on disk.
 #[derive(Debug, Serialize, Deserialize)]
@@ -108,7 +108,7 @@ impl Stored {
     /// # Errors
     /// The file or its directory cannot be written.
     pub(super) fn write(&self, store: &Path) -> io::Result<()> {
-        identity::replace(store, &serde_json::to_vec(self)?)
+        files::replace(store, &serde_json::to_vec(self)?)
     }
 }
 

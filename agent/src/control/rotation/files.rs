@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::{Stage, identity};
 use crate::failure::Failure;
+use crate::files::sync_beside;
 use crate::keys::PrivateKey;
 
 /// The key beside the one in force, and the stage that this means.
@@ -81,7 +82,7 @@ fn begun(path: &Path) -> Vec<PathBuf> {
 pub(super) fn remove(path: &Path) -> Result<(), Failure> {
     let removed = match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => identity::sync_beside(path),
+        _ => sync_beside(path),
     };
     removed.map_err(|error| Failure::io(format!("cannot remove {}", path.display()), error))
 }
