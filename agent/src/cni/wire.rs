@@ -1,15 +1,16 @@
 //! Frames of `skein_cni_protocol` on a tokio socket, with the descriptor that comes along.
 
-use std::io::{self, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io;
 use std::os::fd::OwnedFd;
 
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg, send};
+use rustix::net::{SendFlags, send};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use skein_cni_protocol::frame::{self, FrameError};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
+
+use crate::sys::descriptors::receive_with;
 
 /// Reads one frame, and the first descriptor that came with it; others are closed.
 pub(super) async fn receive<T: DeserializeOwned>(
@@ -42,19 +43,13 @@ async fn fill(
 ) -> io::Result<()> {
     while !buffer.is_empty() {
         let read = || {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
-            let mut control = RecvAncillaryBuffer::new(&mut space);
-            let mut slices = [IoSliceMut::new(buffer)];
-            let received = recvmsg(stream, &mut slices, &mut control, RecvFlags::CMSG_CLOEXEC)?;
-            for message in control.drain() {
-                if let RecvAncillaryMessage::ScmRights(rights) = message {
-                    // Every one is taken out, and so closed where it is not kept.
-                    for right in rights {
-                        descriptor.get_or_insert(right);
-                    }
-                }
+            let mut received = Vec::new();
+            let length = receive_with(stream, buffer, &mut received)?;
+            for fd in received {
+                // A descriptor that is not kept is closed.
+                descriptor.get_or_insert(fd);
             }
-            Ok(received.bytes)
+            Ok(length)
         };
         match stream.async_io(Interest::READABLE, read).await? {
             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -68,9 +63,9 @@ async fn fill(
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, sendmsg};
+    use crate::sys::descriptors::send_with;
     use skein_cni_protocol::{Answer, Command, Request, VERSION};
-    use std::io::{IoSlice, Write};
+    use std::io::Write;
     use std::os::fd::{AsFd, BorrowedFd};
     use std::os::unix::net::UnixStream as Blocking;
 
@@ -84,20 +79,13 @@ mod tests {
         [&u32::try_from(document.len()).unwrap().to_le_bytes()[..], document].concat()
     }
 
-    fn send_with(stream: &Blocking, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)));
-        sendmsg(stream, &[IoSlice::new(bytes)], &mut control, SendFlags::empty()).unwrap();
-    }
-
     #[tokio::test]
     async fn a_request_comes_with_its_descriptor_and_in_pieces() {
         let (mut plugin, agent) = pair();
         let request = Request { protocol: VERSION, command: Command::Status };
         let bytes = frame(&serde_json::to_vec(&request).unwrap());
         let file = tempfile::tempfile().unwrap();
-        send_with(&plugin, &bytes[..1], &[file.as_fd()]);
+        send_with(&plugin, &bytes[..1], &[file.as_fd()]).unwrap();
         let thread = std::thread::spawn(move || {
             for byte in &bytes[1..] {
                 plugin.write_all(&[*byte]).unwrap();
@@ -126,7 +114,8 @@ mod tests {
         for (bytes, expected) in cases {
             let (plugin, agent) = pair();
             let (mut reader, writer) = io::pipe().unwrap();
-            send_with(&plugin, bytes, &[writer.as_fd(), writer.as_fd(), writer.as_fd()]);
+            let writers = [writer.as_fd(), writer.as_fd(), writer.as_fd()];
+            send_with(&plugin, bytes, &writers).unwrap();
             drop((plugin, writer));
             let error = receive::<Request>(&agent).await.unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");

@@ -1,6 +1,7 @@
 //! Descriptors that go from one process to another over a unix socket (SCM_RIGHTS, unix(7)).
 
 use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
@@ -16,19 +17,32 @@ const CHUNK: usize = 128;
 /// Sends descriptors; the other side knows how many.
 pub fn send(stream: &UnixStream, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
     for chunk in descriptors.chunks(CHUNK) {
-        let mut space =
-            vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(CHUNK))];
-        let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        ancillary.push(SendAncillaryMessage::ScmRights(chunk));
         // Descriptors travel with a byte.
-        let sent = rustix::io::retry_on_intr(|| {
-            sendmsg(stream, &[IoSlice::new(&[0])], &mut ancillary, SendFlags::NOSIGNAL)
-        })?;
-        if sent != 1 {
+        if send_with(stream, &[0], chunk)? != 1 {
             return Err(io::ErrorKind::WriteZero.into());
         }
     }
     Ok(())
+}
+
+/// Sends bytes with at most 128 descriptors. Returns the number of bytes that were sent; the
+/// descriptors went with the first one.
+///
+/// # Errors
+/// `InvalidInput` if there are more descriptors, otherwise the error of sendmsg(2).
+pub fn send_with(
+    socket: impl AsFd,
+    bytes: &[u8],
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<usize> {
+    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(CHUNK))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors)) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    Ok(rustix::io::retry_on_intr(|| {
+        sendmsg(&socket, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL)
+    })?)
 }
 
 /// Returns the inherited descriptor `number`. No child process inherits it.
@@ -64,22 +78,9 @@ pub fn receive(stream: &UnixStream, count: usize) -> io::Result<Vec<OwnedFd>> {
     let mut descriptors = Vec::new();
     while descriptors.len() < count {
         let expected = (count - descriptors.len()).min(CHUNK);
-        let mut space =
-            vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(CHUNK))];
-        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-        let mut byte = [0];
-        let received = rustix::io::retry_on_intr(|| {
-            let into = &mut [IoSliceMut::new(&mut byte)];
-            recvmsg(stream.as_fd(), into, &mut ancillary, RecvFlags::CMSG_CLOEXEC)
-        })?;
-        if received.bytes == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
         let before = descriptors.len();
-        for message in ancillary.drain() {
-            if let RecvAncillaryMessage::ScmRights(more) = message {
-                descriptors.extend(more);
-            }
+        if receive_with(stream, &mut [0], &mut descriptors)? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
         }
         if descriptors.len() - before != expected {
             let text = format!("{} descriptors came, not {expected}", descriptors.len() - before);
@@ -87,6 +88,30 @@ pub fn receive(stream: &UnixStream, count: usize) -> io::Result<Vec<OwnedFd>> {
         }
     }
     Ok(descriptors)
+}
+
+/// Receives bytes, and adds the descriptors that come with them, all closed on exec. Returns the
+/// number of bytes, 0 at the end of the stream.
+///
+/// # Errors
+/// The error of recvmsg(2).
+pub fn receive_with(
+    socket: impl AsFd,
+    buffer: &mut [u8],
+    descriptors: &mut Vec<OwnedFd>,
+) -> io::Result<usize> {
+    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(CHUNK))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received = rustix::io::retry_on_intr(|| {
+        let into = &mut [IoSliceMut::new(buffer)];
+        recvmsg(&socket, into, &mut ancillary, RecvFlags::CMSG_CLOEXEC)
+    })?;
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(more) = message {
+            descriptors.extend(more);
+        }
+    }
+    Ok(received.bytes)
 }
 
 #[cfg(test)]
