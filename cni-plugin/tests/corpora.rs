@@ -7,7 +7,7 @@ use skein_cni::environment::Environment;
 use skein_cni_protocol::{Answer, AttachmentId, Request};
 
 fn variations(target: &str) -> Vec<Vec<u8>> {
-    let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/../agent/core/fuzz/corpus");
+    let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/corpus");
     let mut all = Vec::new();
     for entry in std::fs::read_dir(format!("{corpus}/{target}")).unwrap() {
         let seed = std::fs::read(entry.unwrap().path()).unwrap();

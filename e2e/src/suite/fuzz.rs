@@ -21,7 +21,7 @@ pub struct Options {
 }
 
 /// The crates whose `fuzz` directories have targets.
-const CRATES: [&str; 2] = ["agent/core", "agent"];
+const CRATES: [&str; 3] = ["agent/core", "cni-plugin", "agent"];
 
 /// Runs the command.
 pub fn run(options: &Options) -> Result<()> {
