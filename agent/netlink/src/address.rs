@@ -73,7 +73,7 @@ impl Netlink {
     }
 
     /// Removes an address; one that is gone already is no error.
-    pub async fn delete_address(&self, address: &Address) -> Result<(), NetlinkError> {
+    pub(crate) async fn delete_address(&self, address: &Address) -> Result<(), NetlinkError> {
         let result = self.handle.address().del(address.message.clone()).execute().await;
         let result = result.map_err(|error| {
             NetlinkError::new(format_args!("remove address {}", address.net), error)

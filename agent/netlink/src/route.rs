@@ -15,7 +15,7 @@ use super::{Netlink, NetlinkError};
 
 /// The protocol number (rtm_protocol) of Skein's routes: one that iproute2's rt_protos and the
 /// routing daemons leave free.
-pub const PROTOCOL: u8 = 77;
+pub(crate) const PROTOCOL: u8 = 77;
 
 /// A route through one interface.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -193,7 +193,7 @@ impl Netlink {
     }
 
     /// Adds a route; another program's route to the same prefix is not replaced, but an error.
-    pub async fn add_route(&self, route: &Route) -> Result<(), NetlinkError> {
+    pub(crate) async fn add_route(&self, route: &Route) -> Result<(), NetlinkError> {
         let result = self.handle.route().add(route.message()?).execute().await;
         result.map_err(|error| {
             let error =
@@ -213,7 +213,7 @@ impl Netlink {
     }
 
     /// Replaces a route that differs in its MTU or source, so that a route exists at any time.
-    pub async fn replace_route(&self, route: &Route) -> Result<(), NetlinkError> {
+    pub(crate) async fn replace_route(&self, route: &Route) -> Result<(), NetlinkError> {
         let result = self.handle.route().add(route.message()?).replace().execute().await;
         result.map_err(|error| {
             NetlinkError::new(format_args!("change the route to {}", route.destination), error)
@@ -221,7 +221,7 @@ impl Netlink {
     }
 
     /// Removes a route; one that is gone already is no error.
-    pub async fn delete_route(&self, route: &Route) -> Result<(), NetlinkError> {
+    pub(crate) async fn delete_route(&self, route: &Route) -> Result<(), NetlinkError> {
         let result = self.handle.route().del(route.message()?).execute().await;
         let result = result.map_err(|error| {
             NetlinkError::new(format_args!("remove the route to {}", route.destination), error)

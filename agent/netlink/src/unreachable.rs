@@ -20,7 +20,7 @@ use super::{Netlink, NetlinkError};
 
 /// Metric of the unreachable routes: the maximum, so that every other route to the same prefix
 /// wins. (0 would mean 1024 for IPv6, the same metric as that of the overlay's routes.)
-pub const METRIC: u32 = u32::MAX;
+pub(crate) const METRIC: u32 = u32::MAX;
 
 /// Returns whether a route is one of the unreachable routes of Skein.
 pub(super) fn is_unreachable(route: &RouteMessage) -> bool {

@@ -10,10 +10,7 @@ use skein_core::wire::ecn::Ecn;
 
 /// Room for one message in bytes: whatever a socket with UDP_GRO can deliver. A shorter buffer
 /// would lose a run's tail in silence.
-pub const BUFFER_LEN: usize = 65_536;
-
-/// How many messages one call takes by default.
-pub const DEFAULT_MESSAGES: usize = 16;
+const BUFFER_LEN: usize = 65_536;
 
 /// Room for the control messages: UDP_GRO, SO_RXQ_OVFL and IP_TOS or IPV6_TCLASS have one int each
 /// at most, 24 bytes with their headers. As u64, for the alignment of cmsghdr.

@@ -22,7 +22,7 @@ use super::link::{self, TunLink};
 pub const VNET_HEADER_LEN: usize = 10;
 
 /// The kernel's limit of queues of one device (MAX_TAP_QUEUES).
-pub const MAX_QUEUES: usize = 256;
+const MAX_QUEUES: usize = 256;
 
 /// How long a device that was in use may take to be released.
 const RELEASE_TIME: Duration = Duration::from_millis(500);
