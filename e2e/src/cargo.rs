@@ -35,10 +35,21 @@ pub fn run(arguments: &[&str]) -> Result<()> {
 
 /// Builds the agent and the plugin in release mode, unless `SKEIN_AGENT_BIN` names one that is to be used.
 pub fn build_agent() -> Result<()> {
+    build_agent_with(&[])
+}
+
+/// Builds them as [`build_agent`] does, but without the agent's client of Kubernetes, which is most
+/// of the time of a first build.
+pub fn build_agent_without_kubernetes() -> Result<()> {
+    build_agent_with(&["--no-default-features"])
+}
+
+fn build_agent_with(features: &[&str]) -> Result<()> {
     if std::env::var_os("SKEIN_AGENT_BIN").is_some() {
         return Ok(());
     }
-    run(&["build", "--release", "--package=skein-agent", "--package=skein-cni", "--bins"])
+    let build = ["build", "--release", "--package=skein-agent", "--package=skein-cni", "--bins"];
+    run(&[&build, features].concat())
 }
 
 /// Builds programs of these packages as they ship: optimised, and static, for hosts with any C library

@@ -32,7 +32,7 @@ pub fn run(options: &Options) -> Result<()> {
     let console = Console::new();
     packages::ensure(&[packages::DEMO], &console)?;
     console.step("building skein-agent (release)");
-    console.pause(cargo::build_agent)?;
+    console.pause(cargo::build_agent_without_kubernetes)?;
     registry::prepare();
     console.step("making two nodes and two pods (network namespaces)");
     let lab = Lab::new(&Plan { pod_mtu: POD_MTU, ..Plan::default() })?;

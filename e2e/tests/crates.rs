@@ -92,11 +92,11 @@ struct Kind {
 }
 
 impl Metadata {
-    fn read() -> Result<Self> {
+    fn read(features: &[&str]) -> Result<Self> {
         // Packages of other platforms are not downloaded.
         let platform = format!("--filter-platform={}-unknown-linux-gnu", std::env::consts::ARCH);
-        let output =
-            command(&["metadata", "--format-version=1", "--locked", &platform]).output()?;
+        let metadata = ["metadata", "--format-version=1", "--locked", &platform];
+        let output = command(&[&metadata, features].concat()).output()?;
         let complaint = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "cargo metadata: {complaint}");
         Ok(serde_json::from_slice(&output.stdout)?)
@@ -131,7 +131,7 @@ impl Metadata {
 
 #[test]
 fn crates_import_downwards_only() -> Result<()> {
-    let metadata = Metadata::read()?;
+    let metadata = Metadata::read(&[])?;
     let names: BTreeSet<_> = metadata.members().map(|package| package.name.as_str()).collect();
     let ordered = IMPORTS.iter().map(|(name, _)| *name).collect();
     ensure!(names == ordered, "IMPORTS lacks a crate, or has one too many: {names:?}");
@@ -147,7 +147,7 @@ fn crates_import_downwards_only() -> Result<()> {
 
 #[test]
 fn crates_link_nothing_that_must_stay_out() -> Result<()> {
-    let metadata = Metadata::read()?;
+    let metadata = Metadata::read(&[])?;
     for (name, absent) in ABSENT {
         let linked = metadata.linked(metadata.package(name)?);
         for other in absent {
@@ -159,9 +159,24 @@ fn crates_link_nothing_that_must_stay_out() -> Result<()> {
     Ok(())
 }
 
+/// Bound of the crates that `cargo e2e demo` builds in a fresh clone. It was 200 when it was set.
+const MAX_DEMO_CRATES: usize = 210;
+
+#[test]
+fn demo_builds_few_crates_and_no_kubernetes() -> Result<()> {
+    let metadata = Metadata::read(&["--no-default-features"])?;
+    let mut built = BTreeSet::new();
+    for name in ["skein-agent", "skein-cni", "skein-e2e"] {
+        built.extend(metadata.linked(metadata.package(name)?));
+    }
+    ensure!(!built.contains("kube") && !built.contains("k8s-openapi"), "The demo builds kube.");
+    ensure!(built.len() <= MAX_DEMO_CRATES, "The demo builds {} crates.", built.len());
+    Ok(())
+}
+
 #[test]
 fn only_skein_sys_has_unsafe_code() -> Result<()> {
-    for package in Metadata::read()?.members() {
+    for package in Metadata::read(&[])?.members() {
         let libraries = package.targets.iter().filter(|target| target.kind == ["lib"]);
         for library in libraries.filter(|_| !["skein-sys", "skein-e2e"].contains(&&*package.name)) {
             let source = fs::read_to_string(&library.src_path)?;
