@@ -64,4 +64,19 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
     }
+
+    #[test]
+    fn replacing_a_file_follows_no_link() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        replace(&at("file"), b"one").unwrap();
+        std::os::unix::fs::symlink(at("target"), at("file.new")).unwrap();
+        assert!(replace(&at("file"), b"two").is_err());
+        assert!(!at("target").exists());
+        fs::remove_file(at("file.new")).unwrap();
+        // A process that was killed has left this file.
+        fs::write(at("file.new"), "half").unwrap();
+        replace(&at("file"), b"two").unwrap();
+        assert_eq!(fs::read(at("file")).unwrap(), b"two");
+    }
 }

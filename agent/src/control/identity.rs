@@ -181,21 +181,6 @@ mod tests {
     }
 
     #[test]
-    fn replacing_a_file_follows_no_link() {
-        let directory = tempfile::tempdir().unwrap();
-        let at = |name: &str| directory.path().join(name);
-        replace(&at("file"), b"one").unwrap();
-        std::os::unix::fs::symlink(at("target"), at("file.new")).unwrap();
-        assert!(replace(&at("file"), b"two").is_err());
-        assert!(!at("target").exists());
-        std::fs::remove_file(at("file.new")).unwrap();
-        // A process that was killed has left this file.
-        std::fs::write(at("file.new"), "half").unwrap();
-        replace(&at("file"), b"two").unwrap();
-        assert_eq!(std::fs::read(at("file")).unwrap(), b"two");
-    }
-
-    #[test]
     fn a_file_without_a_key_is_named() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("node.key");
