@@ -343,7 +343,7 @@ mod tests {
 
     #[test]
     fn sets_are_readable_by_older_versions_of_nft() {
-        let text = rules().text();
+        let text = Rules::example().text();
         let sets: Vec<_> = text.lines().filter(|line| line.starts_with("add set")).collect();
         assert_eq!(sets.len(), 10, "{text}");
         for set in sets {
