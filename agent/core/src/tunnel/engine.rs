@@ -353,7 +353,7 @@ impl Engine {
     ) -> bool {
         let mut narrower = false;
         for peer in self.peers.values_mut() {
-            narrower |= peer.on_refused(now, destination, size, fits, &mut self.shared);
+            narrower |= peer.on_send_too_big(now, destination, size, fits, &mut self.shared);
         }
         narrower
     }

@@ -18,13 +18,14 @@ const KEY_LEN: usize = 32;
 const KEY_SALT: &[u8] = b"skein v1 transport";
 const KEY_LABEL: &[u8] = b"skein v1 lane key";
 
-/// The sending half of one lane. Aligned so that two lanes' counters never share a cache line (nor
-/// the pair of lines that the prefetcher takes).
+/// The sending half of one lane. The alignment keeps the counters of two lanes on different cache
+/// lines, and in different pairs of lines that the prefetcher loads together.
 #[repr(align(128))]
 pub struct Sender {
     counter: AtomicU64,
-    /// Of this life's counters, the first and the one behind the last.
+    /// First nonce counter of this epoch, `epoch << 32`.
     first: u64,
+    /// Exclusive upper bound of this epoch's counters, `first + COUNTER_LIMIT`.
     limit: u64,
     key: LessSafeKey,
     receiver: u32,
@@ -44,12 +45,12 @@ impl Sender {
         Ok(Self { counter: AtomicU64::new(first), first, limit, key, receiver, lane, kind })
     }
 
-    /// Writes one datagram to the start of `out`: header, sealed `plaintext`, tag. Out of place, so
-    /// that what was read is copied for nothing. Returns its length, `plaintext.len() + OVERHEAD`.
+    /// Seals `plaintext` into one datagram at the start of `out`: header (16 bytes), ciphertext,
+    /// tag (16 bytes). Returns the length in bytes, `plaintext.len() + OVERHEAD`.
     ///
     /// # Errors
-    /// [`DropReason::CounterExhausted`] past [`COUNTER_LIMIT`]; [`DropReason::SealFailed`] where
-    /// `out` is too short.
+    /// [`DropReason::SealFailed`] if `out` is shorter than that, or if the AEAD fails.
+    /// [`DropReason::CounterExhausted`] after [`COUNTER_LIMIT`] datagrams in this epoch.
     #[inline]
     pub fn seal(
         &self,
@@ -59,7 +60,7 @@ impl Sender {
     ) -> Result<usize, DropReason> {
         let length = plaintext.len() + OVERHEAD;
         let Some(out) = out.get_mut(..length) else { return Err(DropReason::SealFailed) };
-        // Relaxed: all that matters is that no two datagrams get the same number.
+        // Relaxed ordering suffices: two datagrams must only get different numbers.
         let counter = self.counter.fetch_add(1, Ordering::Relaxed);
         if counter >= self.limit {
             return Err(DropReason::CounterExhausted);
@@ -99,12 +100,14 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// Opens a datagram in place: its header and the plaintext. Replay is the caller's to check,
-    /// after this (`ReplayWindow::check_and_set`).
+    /// Decrypts a datagram in place and returns its header and plaintext. The caller must check for
+    /// replays afterwards ([`ReplayWindow::check_and_set`](crate::ReplayWindow::check_and_set)).
     ///
     /// # Errors
-    /// [`DropReason::OuterHeader`], [`DropReason::WrongLane`] where the header names another lane
-    /// or kind, [`DropReason::AuthFailed`]; the datagram's contents are then of no use.
+    /// [`DropReason::OuterHeader`] if the header is invalid or the datagram too short,
+    /// [`DropReason::WrongLane`] if the header names another lane or type,
+    /// [`DropReason::AuthFailed`] if the tag is wrong. The bytes of the datagram are undefined
+    /// then.
     #[inline]
     pub fn open<'a>(&self, datagram: &'a mut [u8]) -> Result<(Header, &'a mut [u8]), DropReason> {
         let header = Header::parse(datagram)?;
@@ -124,14 +127,14 @@ impl Receiver {
     }
 }
 
-/// Four zero bytes, then the counter, big endian.
+/// Returns the nonce: four zero bytes, then the counter in big endian.
 fn nonce(counter: u64) -> Nonce {
     let mut bytes = [0; 12];
     bytes[4..].copy_from_slice(&counter.to_be_bytes());
     Nonce::assume_unique_for_key(bytes)
 }
 
-/// HKDF-SHA256 (RFC 5869) from one half of the handshake's split to the keys of its lanes.
+/// Derivation of lane keys from the secret of one direction with HKDF-SHA256 (RFC 5869).
 pub(super) struct Derivation {
     prk: Prk,
     cipher: Cipher,

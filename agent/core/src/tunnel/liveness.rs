@@ -31,11 +31,11 @@ pub enum Trouble {
 }
 
 impl Trouble {
-    /// What makes a peer [unreachable](crate::tunnel::PeerState::Unreachable).
+    /// Reasons that make a peer [unreachable](crate::tunnel::PeerState::Unreachable).
     pub const OF_UNREACHABLE: [Self; 4] =
         [Self::NoAnswer, Self::Silent, Self::Deaf, Self::NoCommonCipher];
 
-    /// As metrics have it.
+    /// Returns the value of the metric label `reason`.
     pub const fn label(self) -> &'static str {
         match self {
             Trouble::NoEndpoint => "no_endpoint",
@@ -46,7 +46,7 @@ impl Trouble {
         }
     }
 
-    /// For people.
+    /// Returns a text for users.
     pub const fn text(self) -> &'static str {
         match self {
             Trouble::NoEndpoint => "no usable endpoint in its record",
@@ -64,34 +64,44 @@ impl std::fmt::Display for Trouble {
     }
 }
 
-/// All times are the caller's monotonic clock.
+/// State of the liveness detection for one peer. All times are readings of the caller's monotonic
+/// clock.
 #[derive(Debug, Default)]
 pub(crate) struct Liveness {
-    /// When something authentic last came.
+    /// Time of the last authentic datagram.
     pub(crate) heard: Option<Duration>,
-    /// Smoothed as TCP's is (RFC 6298).
+    /// Round-trip time, smoothed as in TCP (RFC 6298).
     pub(crate) round_trip: Option<Duration>,
+    /// Time of the last data sent.
     sent: Option<Duration>,
-    /// The first thing sent since something was heard.
+    /// Start of the current silence: the first transmission since the last authentic datagram. If
+    /// this node sends no data, a ping sets it to the time of the last data received. `None` while
+    /// no answer is outstanding.
     unanswered: Option<Duration>,
-    /// When data last came, until it is known why no more comes.
+    /// Time of the last data received; `None` once the end of the data has been explained by
+    /// another datagram.
     data: Option<Duration>,
+    /// Time of the last ping sent or pong received.
     pinged: Option<Duration>,
+    /// Number of the last ping.
     pings: u64,
     deaf: Option<Deafness>,
 }
 
-/// The peer's complaints, by its pings, that it hears nothing of us; each was answered.
+/// Reports of the peer, in its pings, that it receives nothing from this node, although every ping
+/// was answered.
 #[derive(Debug, Clone, Copy)]
 struct Deafness {
+    /// Time of the first report.
     first: Duration,
+    /// Time of the latest report.
     last: Duration,
-    /// When it did hear something, by our clock.
+    /// Time at which the peer last received something, converted to this node's clock.
     last_heard: Duration,
 }
 
 impl Liveness {
-    /// A new session: what was sent by the old one needs no answer any more.
+    /// Handles a new session. Transmissions in the old session need no answer any more.
     pub(crate) fn on_session(&mut self, now: Duration) {
         self.unanswered = None;
         self.data = None;
@@ -100,26 +110,26 @@ impl Liveness {
         self.sent = Some(now);
     }
 
-    /// A control message came. Some time after the last data it says that the peer is still there.
-    pub(crate) fn on_heard(&mut self, now: Duration) {
+    /// Handles an authentic control message. Some time after the last data it shows that the peer
+    /// is alive.
+    pub(crate) fn on_received(&mut self, now: Duration) {
         self.heard = Some(now);
         self.unanswered = None;
         self.data = self.data.filter(|data| now.saturating_sub(*data) < SILENT_PING_DELAY / 2);
     }
 
-    /// Data came.
-    pub(crate) fn on_data(&mut self, now: Duration) {
-        self.on_heard(now);
+    pub(crate) fn on_data_received(&mut self, now: Duration) {
+        self.on_received(now);
         self.data = Some(now);
     }
 
-    /// Data was sent.
-    pub(crate) fn on_sent(&mut self, now: Duration) {
+    pub(crate) fn on_data_sent(&mut self, now: Duration) {
         self.sent = Some(now);
         self.unanswered.get_or_insert(now);
     }
 
-    /// The peer pinged; call [`Liveness::on_heard`] too.
+    /// Handles a ping in which the peer reports a silence of `silent` milliseconds. Call
+    /// [`Liveness::on_received`], too.
     pub(crate) fn on_ping(&mut self, now: Duration, silent: u32) {
         let silent = Duration::from_millis(silent.into());
         let last_heard = now.saturating_sub(silent);
@@ -128,16 +138,16 @@ impl Liveness {
             return;
         }
         match &mut self.deaf {
-            // Still the same silence, but for what the ping's own journey varies.
+            // The report concerns the same silence; the transit times of pings vary.
             Some(deaf) if last_heard <= deaf.last_heard + SILENT_PING_DELAY / 2 => deaf.last = now,
             deaf => *deaf = Some(Deafness { first: now, last: now, last_heard }),
         }
     }
 
-    /// The peer answered a ping; call [`Liveness::on_heard`] too.
+    /// Handles a pong with the clock value `sent` of its ping. Call [`Liveness::on_received`], too.
     pub(crate) fn on_pong(&mut self, now: Duration, sent: u64) {
         self.deaf = None;
-        // Whichever ping it answers, the round trip is known.
+        // The pong carries the time of its ping, so the round-trip time is known for every pong.
         self.pinged = Some(now);
         let Some(sample) = now.checked_sub(Duration::from_nanos(sent)) else { return };
         if sample > MAX_ROUND_TRIP {
@@ -149,7 +159,7 @@ impl Liveness {
         });
     }
 
-    /// Whether it is time for a ping.
+    /// Returns true if a ping must be sent now.
     pub(crate) fn ping_due(&self, now: Duration) -> bool {
         let past = |since: Option<Duration>, by| since.is_some_and(|t| now.saturating_sub(t) >= by);
         let used = self.in_use(now);
@@ -160,7 +170,7 @@ impl Liveness {
         let interval = if self.trouble(now).is_some() {
             SILENT_PING_DELAY
         } else if past(self.silent_since(), SILENT_PING_DELAY) {
-            // An answer may take its time.
+            // An answer takes a round trip.
             PING_RETRY_INTERVAL.max(self.round_trip.unwrap_or_default() * 2).min(SILENT_PING_DELAY)
         } else if used {
             RTT_PING_INTERVAL
@@ -170,19 +180,19 @@ impl Liveness {
         self.pinged.is_none() || past(self.pinged, interval)
     }
 
-    /// Since when there should have been something to hear.
+    /// Returns the time since which an answer has been outstanding.
     fn silent_since(&self) -> Option<Duration> {
         self.unanswered.or(self.data)
     }
 
-    /// The ping to send now, and its number.
+    /// Creates a ping for liveness. Returns its number and message.
     pub(crate) fn ping(&mut self, now: Duration) -> (u64, Control) {
         self.pinged = Some(now);
         self.unanswered = self.silent_since().or(Some(now));
         self.probe(now)
     }
 
-    /// The same, but not for the sake of liveness: it may be too long to arrive.
+    /// Creates a ping that does not affect liveness, because it may be too long to arrive.
     pub(crate) fn probe(&mut self, now: Duration) -> (u64, Control) {
         self.pings += 1;
         let silent = self.heard.map_or(0, |heard| now.saturating_sub(heard).as_millis());
@@ -194,12 +204,12 @@ impl Liveness {
         (self.pings, ping)
     }
 
-    /// Whether something was sent lately.
+    /// Returns true if data was sent within [`IDLE_TIMEOUT`].
     pub(crate) fn in_use(&self, now: Duration) -> bool {
         self.sent.is_some_and(|sent| now.saturating_sub(sent) < IDLE_TIMEOUT)
     }
 
-    /// Why the peer counts as unreachable, if it does.
+    /// Returns the reason for which the peer counts as unreachable, if it does.
     pub(crate) fn trouble(&self, now: Duration) -> Option<Trouble> {
         let past = |since: Option<Duration>, by| since.is_some_and(|t| now.saturating_sub(t) >= by);
         if past(self.unanswered, UNREACHABLE_TIMEOUT) {

@@ -1,139 +1,156 @@
-//! How long a datagram may be to reach a peer (RFC 8899), found out by padded pings: no ICMP is needed,
-//! and none is believed.
+//! Packetization-layer path MTU discovery (RFC 8899) with padded pings. Sizes are plaintext bytes.
+//! ICMP messages are ignored.
 //!
-//! Sizes are plaintext in bytes. A path is taken for wide enough until a padded ping of that size gets no
-//! answer, several times, while a short one that was sent with it does: what loses both, as a link that
-//! flaps, says nothing of sizes. Then a size that passes nearly everywhere is used at once, and the longest
-//! that passes is searched. What is in use is checked every few seconds, and now and then whether more
-//! passes again.
+//! Every size is assumed to pass until [`MAX_PROBES`] padded pings of that size get no answer while
+//! short pings, sent at the same time, do ([`MAX_PROBES_AT_BASE`] for sizes in use up to 1280). A
+//! failure that concerns short pings, too, such as a flapping link, says nothing about sizes. After
+//! a size has failed, [`BASE_PLPMTU`] is used at once, and a binary search finds the largest size
+//! that passes. The size in use is confirmed every [`CONFIRMATION_TIMER`]; a larger size is tried
+//! every [`PMTU_RAISE_TIMER`].
 
 use std::time::Duration;
 
 use crate::tunnel::timers::{CONFIRMATION_TIMER, PMTU_RAISE_TIMER, PROBE_TIMEOUT, PROBE_TIMER};
 use crate::wire::ip::{MIN_IPV4_MTU, MIN_IPV6_MTU};
 
-/// Long pings without an answer, each beside a short one with an answer, until their size counts as too long:
-/// more than chance makes of 10 % loss.
+/// Number of answered short pings, each sent with an unanswered padded ping, after which a size
+/// counts as too large (MAX_PROBES of RFC 8899, section 5.1.2): more than chance explains at 10 %
+/// loss.
 const MAX_PROBES: usize = 5;
-/// The same where less than [`BASE_PLPMTU`] would follow, over which IPv6 has no way: a receive buffer that is full
-/// for a second or two, and has room for what is short, must not do that.
+/// The same number for a size in use of at most [`BASE_PLPMTU`], because IPv6 does not work below
+/// 1280 bytes: a receive buffer that is full for a second or two, but still has room for short
+/// datagrams, must not reduce the size.
 const MAX_PROBES_AT_BASE: usize = 20;
 /// BASE_PLPMTU of RFC 8899, section 5.1.2: in use while the largest size is searched.
 const BASE_PLPMTU: u16 = MIN_IPV6_MTU;
 /// MIN_PLPMTU of RFC 8899, section 5.1.2: in use if [`BASE_PLPMTU`] does not pass.
 const MIN_PLPMTU: u16 = MIN_IPV4_MTU;
-/// The search ends when it is as close as this.
+/// Precision of the search in bytes.
 const SEARCH_PRECISION: u16 = 8;
 
-/// What is known of the path to one peer.
+/// State of the path MTU discovery towards one peer.
 #[derive(Debug)]
 pub(crate) struct PathMtu {
-    /// What both ends would use.
-    most: u16,
-    /// What is used.
-    used: u16,
-    /// The longest that was found to pass since the last check …
-    passes: u16,
-    /// … and the shortest that was not.
-    fails: u32,
+    /// Size that both nodes would use without a limit of the path (MAX_PLPMTU), bytes.
+    max_plpmtu: u16,
+    /// Size in use (PLPMTU), bytes.
+    plpmtu: u16,
+    /// Largest size that was answered since the last confirmation, bytes; 0 if none.
+    largest_acked: u16,
+    /// Smallest size that failed, bytes; `max_plpmtu + 1` if none.
+    smallest_failed: u32,
     probe: Option<Probe>,
-    /// When to look again, and when to try more again.
+    /// Time at which the size in use must be confirmed (monotonic clock).
     check_at: Duration,
+    /// Time at which a larger size is tried (monotonic clock); zero while no reduced size has been found.
     raise_at: Duration,
 }
 
+/// Probes of one size.
 #[derive(Debug)]
 struct Probe {
     size: u16,
-    begun: Duration,
-    last: Duration,
-    /// Of its pings.
-    ids: Vec<u64>,
-    /// Of the short pings beside them that were not answered yet, and how many were.
-    beside: Vec<u64>,
-    answered: usize,
+    started: Duration,
+    last_sent: Duration,
+    /// Numbers of the padded pings.
+    probe_ids: Vec<u64>,
+    /// Numbers of the short reference pings that have no answer yet.
+    reference_ids: Vec<u64>,
+    /// Number of reference pings that were answered.
+    references_acked: usize,
 }
 
 impl PathMtu {
     pub(crate) fn new() -> Self {
         Self {
-            most: 0,
-            used: 0,
-            passes: 0,
-            fails: 0,
+            max_plpmtu: 0,
+            plpmtu: 0,
+            largest_acked: 0,
+            smallest_failed: 0,
             probe: None,
             check_at: Duration::ZERO,
             raise_at: Duration::ZERO,
         }
     }
 
-    /// There is a session in which `most` is the longest; `elsewhere`: the peer is at another address.
-    pub(crate) fn on_session(&mut self, now: Duration, most: u16, elsewhere: bool) {
-        if self.most != most || elsewhere {
-            let fails = u32::from(most) + 1;
-            *self = Self { most, used: most, fails, ..Self::new() };
+    /// Handles a new session in which the two nodes would use `max_plpmtu`. Starts again if that
+    /// size has changed or if the peer has a new address (`is_new_path`).
+    pub(crate) fn on_session(&mut self, now: Duration, max_plpmtu: u16, is_new_path: bool) {
+        if self.max_plpmtu != max_plpmtu || is_new_path {
+            let smallest_failed = u32::from(max_plpmtu) + 1;
+            *self = Self { max_plpmtu, plpmtu: max_plpmtu, smallest_failed, ..Self::new() };
         }
         self.check_at = now;
     }
 
-    /// The longest that may be sent, where that is less than both ends would use.
-    pub(crate) fn limit(&self) -> Option<u16> {
-        (self.used < self.most).then_some(self.used)
+    /// Returns the size in use if it is smaller than the size that both nodes would use.
+    pub(crate) fn reduced_mtu(&self) -> Option<u16> {
+        (self.plpmtu < self.max_plpmtu).then_some(self.plpmtu)
     }
 
-    /// Whether the last ping was not answered.
-    pub(crate) fn is_waiting(&self) -> bool {
-        self.probe.as_ref().is_some_and(|probe| probe.ids.len() > 1)
+    /// Returns true if the next padded ping needs a short reference ping: the first one got no
+    /// answer.
+    pub(crate) fn needs_reference(&self) -> bool {
+        self.probe.as_ref().is_some_and(|probe| probe.probe_ids.len() > 1)
     }
 
-    /// Which size to ping with now, if any; `id`: of that ping.
-    pub(crate) fn ping(&mut self, now: Duration, id: u64) -> Option<u16> {
+    /// Returns the size of the padded ping to send now, if any. `id` is the number that this ping
+    /// will have.
+    pub(crate) fn poll_probe(&mut self, now: Duration, id: u64) -> Option<u16> {
         if let Some(probe) = &self.probe {
-            if now.saturating_sub(probe.last) < PROBE_TIMER {
+            if now.saturating_sub(probe.last_sent) < PROBE_TIMER {
                 return None;
             }
-            let grave = probe.size <= self.used && probe.size <= BASE_PLPMTU;
-            let (tries, patience) = match grave {
+            let is_at_base = probe.size <= self.plpmtu && probe.size <= BASE_PLPMTU;
+            let (tries, timeout) = match is_at_base {
                 true => (MAX_PROBES_AT_BASE, 2 * PROBE_TIMEOUT),
                 false => (MAX_PROBES, PROBE_TIMEOUT),
             };
-            if probe.answered >= tries {
+            if probe.references_acked >= tries {
                 let size = probe.size;
-                self.failed(size);
-            } else if now.saturating_sub(probe.begun) > patience {
-                // Of a peer that says next to nothing nothing is learnt.
+                self.on_size_failed(size);
+            } else if now.saturating_sub(probe.started) > timeout {
+                // A peer that answers too few short pings allows no conclusion.
                 self.probe = None;
                 self.check_at = now + CONFIRMATION_TIMER;
             }
         }
         if self.probe.is_none() {
-            let size = self.next(now)?;
-            let (ids, beside) = (Vec::new(), Vec::new());
-            self.probe = Some(Probe { size, begun: now, last: now, ids, beside, answered: 0 });
+            let size = self.next_size(now)?;
+            let (probe_ids, reference_ids) = (Vec::new(), Vec::new());
+            self.probe = Some(Probe {
+                size,
+                started: now,
+                last_sent: now,
+                probe_ids,
+                reference_ids,
+                references_acked: 0,
+            });
         }
         let probe = self.probe.as_mut()?;
-        probe.last = now;
-        probe.ids.push(id);
+        probe.last_sent = now;
+        probe.probe_ids.push(id);
         Some(probe.size)
     }
 
-    /// A short ping goes out with the long one.
-    pub(crate) fn beside(&mut self, id: u64) {
+    /// Records a short ping that is sent with the padded one.
+    pub(crate) fn on_reference_sent(&mut self, id: u64) {
         if let Some(probe) = &mut self.probe {
-            probe.beside.push(id);
+            probe.reference_ids.push(id);
         }
     }
 
-    /// A ping was answered.
+    /// Handles the answer to the ping with this number.
     pub(crate) fn on_pong(&mut self, id: u64) {
-        if let Some(probe) = self.probe.take_if(|probe| probe.ids.contains(&id)) {
-            self.passes = self.passes.max(probe.size);
-            self.used = self.used.max(probe.size);
+        if let Some(probe) = self.probe.take_if(|probe| probe.probe_ids.contains(&id)) {
+            self.largest_acked = self.largest_acked.max(probe.size);
+            self.plpmtu = self.plpmtu.max(probe.size);
         } else if let Some(probe) = &mut self.probe
-            && let Some(at) = probe.beside.iter().position(|beside| *beside == id)
+            && let Some(at) =
+                probe.reference_ids.iter().position(|reference_ids| *reference_ids == id)
         {
-            probe.beside.swap_remove(at);
-            probe.answered += 1;
+            probe.reference_ids.swap_remove(at);
+            probe.references_acked += 1;
         }
     }
 
@@ -142,62 +159,68 @@ impl PathMtu {
     /// if known. Without `fits` the size in use falls to [`BASE_PLPMTU`], and to [`MIN_PLPMTU`] if [`BASE_PLPMTU`] is
     /// refused, too. The search continues from there. Returns whether the size in use became
     /// shorter.
-    pub(crate) fn refused(&mut self, now: Duration, size: u16, fits: Option<u16>) -> bool {
+    pub(crate) fn on_send_too_big(&mut self, now: Duration, size: u16, fits: Option<u16>) -> bool {
         let fits = fits.filter(|fits| *fits < size);
-        let least = MIN_PLPMTU.min(self.most);
-        self.fails = self.fails.min(fits.map_or(size.into(), |fits| u32::from(fits) + 1));
-        self.probe.take_if(|probe| u32::from(probe.size) >= self.fails);
-        if u32::from(self.used) < self.fails {
+        let least = MIN_PLPMTU.min(self.max_plpmtu);
+        self.smallest_failed =
+            self.smallest_failed.min(fits.map_or(size.into(), |fits| u32::from(fits) + 1));
+        self.probe.take_if(|probe| u32::from(probe.size) >= self.smallest_failed);
+        if u32::from(self.plpmtu) < self.smallest_failed {
             return false;
         }
-        let before = self.used;
-        self.used = match fits {
+        let before = self.plpmtu;
+        self.plpmtu = match fits {
             Some(fits) => fits.max(least),
             None if size > BASE_PLPMTU => BASE_PLPMTU,
             None => least,
         };
-        self.passes = 0;
+        self.largest_acked = 0;
         self.check_at = now;
-        self.used < before
+        self.plpmtu < before
     }
 
-    fn failed(&mut self, size: u16) {
+    fn on_size_failed(&mut self, size: u16) {
         self.probe = None;
-        self.fails = size.into();
-        if self.used >= size {
-            self.used = if size > BASE_PLPMTU { BASE_PLPMTU } else { MIN_PLPMTU.min(self.most) };
-            self.passes = 0;
+        self.smallest_failed = size.into();
+        if self.plpmtu >= size {
+            self.plpmtu =
+                if size > BASE_PLPMTU { BASE_PLPMTU } else { MIN_PLPMTU.min(self.max_plpmtu) };
+            self.largest_acked = 0;
         }
     }
 
-    /// The size to try next; `None`: all is known for now.
-    fn next(&mut self, now: Duration) -> Option<u16> {
+    /// Returns the next size to probe; `None` if the current knowledge is sufficient.
+    fn next_size(&mut self, now: Duration) -> Option<u16> {
         if self.check_at > now {
             return None;
         }
-        // Nothing less could be used.
-        let bottom = self.used <= MIN_PLPMTU && self.fails <= u32::from(MIN_PLPMTU);
-        if self.passes < self.used && !bottom {
-            return Some(self.used);
+        // There is no smaller size that could be used.
+        let is_at_minimum =
+            self.plpmtu <= MIN_PLPMTU && self.smallest_failed <= u32::from(MIN_PLPMTU);
+        if self.largest_acked < self.plpmtu && !is_at_minimum {
+            return Some(self.plpmtu);
         }
-        let room = self.fails.saturating_sub(u32::from(self.passes));
-        if !bottom && self.passes < self.most && room > u32::from(SEARCH_PRECISION) {
-            // What was never tried is most likely the whole.
-            return match self.fails > u32::from(self.most) {
-                true => Some(self.most),
-                false => u16::try_from(u32::from(self.passes) + room / 2).ok(),
+        let room = self.smallest_failed.saturating_sub(u32::from(self.largest_acked));
+        if !is_at_minimum
+            && self.largest_acked < self.max_plpmtu
+            && room > u32::from(SEARCH_PRECISION)
+        {
+            // If no size has failed, the largest one passes most likely.
+            return match self.smallest_failed > u32::from(self.max_plpmtu) {
+                true => Some(self.max_plpmtu),
+                false => u16::try_from(u32::from(self.largest_acked) + room / 2).ok(),
             };
         }
-        // Known: the next look begins anew.
+        // The search is complete. The next confirmation starts with no acknowledged size.
         self.check_at = now + CONFIRMATION_TIMER;
-        self.passes = 0;
-        if self.used < self.most {
+        self.largest_acked = 0;
+        if self.plpmtu < self.max_plpmtu {
             if self.raise_at <= now {
-                // The first time, what has just been found out need not be tried again.
-                let again = self.raise_at > Duration::ZERO;
+                // The first search has just ended: its result needs no repetition.
+                let is_due = self.raise_at > Duration::ZERO;
                 self.raise_at = now + PMTU_RAISE_TIMER;
-                if again {
-                    self.fails = u32::from(self.most) + 1;
+                if is_due {
+                    self.smallest_failed = u32::from(self.max_plpmtu) + 1;
                 }
             }
         } else {
@@ -213,16 +236,17 @@ mod tests {
 
     use super::*;
 
-    /// Ticks four times a second for that long, over a path of that width; what was sent.
+    /// Ticks every 250 ms for `seconds` over a path that carries `width` bytes. Returns the sizes
+    /// that were sent.
     fn run(path: &mut PathMtu, now: &mut Duration, seconds: u64, width: u16) -> Vec<u16> {
         let mut sent = Vec::new();
         for _ in 0..seconds * 4 {
             *now += Duration::from_millis(250);
             let id = now.as_millis() as u64;
-            if let Some(size) = path.ping(*now, id) {
+            if let Some(size) = path.poll_probe(*now, id) {
                 sent.push(size);
-                if path.is_waiting() {
-                    path.beside(id + 1);
+                if path.needs_reference() {
+                    path.on_reference_sent(id + 1);
                     path.on_pong(id + 1);
                 }
                 if size <= width {
@@ -238,7 +262,7 @@ mod tests {
         let (mut path, mut now) = (PathMtu::new(), Duration::from_secs(9));
         path.on_session(now, 1440, true);
         let sent = run(&mut path, &mut now, 60, 1440);
-        assert_eq!(path.limit(), None);
+        assert_eq!(path.reduced_mtu(), None);
         assert!((10..=14).contains(&sent.len()) && sent.iter().all(|s| *s == 1440), "{sent:?}");
     }
 
@@ -248,10 +272,10 @@ mod tests {
         path.on_session(now, 1440, true);
         for id in 0..200 {
             now += Duration::from_millis(250);
-            path.ping(now, 2 * id);
-            path.beside(2 * id + 1);
+            path.poll_probe(now, 2 * id);
+            path.on_reference_sent(2 * id + 1);
         }
-        assert_eq!(path.limit(), None);
+        assert_eq!(path.reduced_mtu(), None);
     }
 
     #[test]
@@ -259,12 +283,16 @@ mod tests {
         let (mut path, mut now) = (PathMtu::new(), Duration::from_secs(9));
         path.on_session(now, 1440, true);
         run(&mut path, &mut now, 20, 1000);
-        let found = path.limit();
+        let found = path.reduced_mtu();
         assert!(found.is_some_and(|found| (992..=1000).contains(&found)), "{found:?}");
         path.on_session(now, 1440, false);
-        assert_eq!(path.limit(), found, "new keys lead by the same way");
+        assert_eq!(
+            path.reduced_mtu(),
+            found,
+            "A rekey to the same endpoint must keep the path MTU."
+        );
         path.on_session(now, 1440, true);
-        assert_eq!(path.limit(), None);
+        assert_eq!(path.reduced_mtu(), None);
     }
 
     #[test]
@@ -272,38 +300,52 @@ mod tests {
         let (mut path, mut now) = (PathMtu::new(), Duration::from_secs(9));
         path.on_session(now, 1440, true);
         run(&mut path, &mut now, 10, 1440);
-        assert!(path.refused(now, 1440, Some(1340)), "the path becomes narrower");
-        assert!(!path.refused(now, 1440, Some(1340)), "that is known");
-        assert_eq!(path.limit(), Some(1340), "the route's own size is used without a search");
+        assert!(
+            path.on_send_too_big(now, 1440, Some(1340)),
+            "The refusal must reduce the path MTU."
+        );
+        assert!(
+            !path.on_send_too_big(now, 1440, Some(1340)),
+            "A known refusal must change nothing."
+        );
+        assert_eq!(
+            path.reduced_mtu(),
+            Some(1340),
+            "The size of the route must be used without a search."
+        );
         let sent = run(&mut path, &mut now, 20, 1340);
-        assert_eq!(path.limit(), Some(1340));
-        assert!(sent.iter().all(|size| *size <= 1340), "nothing longer is tried: {sent:?}");
+        assert_eq!(path.reduced_mtu(), Some(1340));
+        assert!(sent.iter().all(|size| *size <= 1340), "No larger size may be tried: {sent:?}");
         run(&mut path, &mut now, 150, 1440);
-        assert_eq!(path.limit(), None, "a route that is wider again is noticed");
+        assert_eq!(path.reduced_mtu(), None, "A wider route must be detected.");
     }
 
     #[test]
     fn refusal_without_size_falls_to_base_and_searches() {
         let (mut path, mut now) = (PathMtu::new(), Duration::from_secs(9));
         path.on_session(now, 1440, true);
-        path.refused(now, 1440, None);
-        assert_eq!(path.limit(), Some(BASE_PLPMTU));
+        path.on_send_too_big(now, 1440, None);
+        assert_eq!(path.reduced_mtu(), Some(BASE_PLPMTU));
         run(&mut path, &mut now, 20, 1400);
-        assert!(path.limit().is_some_and(|limit| (1392..=1400).contains(&limit)));
-        path.refused(now, 1280, None);
-        assert_eq!(path.limit(), Some(MIN_PLPMTU), "less than the base is used at once, too");
+        assert!(path.reduced_mtu().is_some_and(|limit| (1392..=1400).contains(&limit)));
+        path.on_send_too_big(now, 1280, None);
+        assert_eq!(
+            path.reduced_mtu(),
+            Some(MIN_PLPMTU),
+            "A refusal of the base must be used at once."
+        );
     }
 
     #[test]
     fn refused_probe_keeps_size_in_use() {
         let (mut path, mut now) = (PathMtu::new(), Duration::from_secs(9));
         path.on_session(now, 1440, true);
-        path.refused(now, 1440, Some(1300));
+        path.on_send_too_big(now, 1440, Some(1300));
         run(&mut path, &mut now, 10, 1300);
         // A reported size above the refused size is ignored.
-        path.refused(now, 1440, Some(1440));
-        path.refused(now, 1320, Some(1300));
-        assert_eq!(path.limit(), Some(1300));
+        path.on_send_too_big(now, 1440, Some(1440));
+        path.on_send_too_big(now, 1320, Some(1300));
+        assert_eq!(path.reduced_mtu(), Some(1300));
     }
 
     #[test]
@@ -311,14 +353,18 @@ mod tests {
         let (mut path, mut now) = (PathMtu::new(), Duration::from_secs(9));
         path.on_session(now, 1440, true);
         run(&mut path, &mut now, 30, 1300);
-        assert!(path.limit().is_some_and(|limit| (1292..=1300).contains(&limit)));
-        // It is seconds until the base itself is asked for.
+        assert!(path.reduced_mtu().is_some_and(|limit| (1292..=1300).contains(&limit)));
+        // The base is not probed in the first seconds.
         run(&mut path, &mut now, 8, 200);
-        assert_eq!(path.limit(), Some(BASE_PLPMTU));
+        assert_eq!(path.reduced_mtu(), Some(BASE_PLPMTU));
         run(&mut path, &mut now, 30, 1300);
-        assert!(path.limit().is_some_and(|limit| limit >= BASE_PLPMTU), "{:?}", path.limit());
+        assert!(
+            path.reduced_mtu().is_some_and(|limit| limit >= BASE_PLPMTU),
+            "{:?}",
+            path.reduced_mtu()
+        );
         run(&mut path, &mut now, 20, 1000);
-        assert!(path.limit().is_some_and(|limit| limit <= 1000), "{:?}", path.limit());
+        assert!(path.reduced_mtu().is_some_and(|limit| limit <= 1000), "{:?}", path.reduced_mtu());
     }
 
     proptest! {
@@ -329,19 +375,19 @@ mod tests {
             let (mut path, mut now) = (PathMtu::new(), Duration::from_secs(9));
             path.on_session(now, most, true);
             run(&mut path, &mut now, 10, most);
-            prop_assert_eq!(path.limit(), None);
-            // What is too long is not used any more after a check and its pings …
+            prop_assert_eq!(path.reduced_mtu(), None);
+            // A size that is too large is out of use after its confirmation and its probes.
             run(&mut path, &mut now, 8, narrow);
-            let used = path.limit().unwrap_or(most);
+            let used = path.reduced_mtu().unwrap_or(most);
             prop_assert!(used <= narrow || used == BASE_PLPMTU, "{} used of {}", used, narrow);
-            // … and soon all that passes is.
+            // The largest size that passes is in use soon.
             run(&mut path, &mut now, 30, narrow);
-            let used = path.limit().unwrap_or(most);
+            let used = path.reduced_mtu().unwrap_or(most);
             prop_assert!(used <= narrow && used + SEARCH_PRECISION >= narrow.min(most), "{} of {}", used, narrow);
             // A path that becomes wider is noticed within two minutes.
             let wide = wide.max(narrow);
             run(&mut path, &mut now, 150, wide);
-            let used = path.limit().unwrap_or(most);
+            let used = path.reduced_mtu().unwrap_or(most);
             prop_assert!(used <= wide && used + SEARCH_PRECISION >= wide.min(most), "{} of {}", used, wide);
         }
     }

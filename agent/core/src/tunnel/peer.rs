@@ -1,4 +1,4 @@
-//! One peer: its sessions, and what follows from the traffic through them.
+//! One peer: its keys, its sessions, and the transitions between the sessions.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -26,15 +26,16 @@ mod view;
 pub(crate) use session_entry::SessionEntry;
 pub use view::{PeerState, PeerView};
 
-/// Most sessions with one peer at a time; the oldest give way.
+/// Maximum number of sessions with one peer; the oldest ends first.
 pub(crate) const MAX_SESSIONS: usize = 4;
 
-/// A key of a peer's.
+/// A public key of a peer.
 pub(crate) struct PeerKey {
     pub(crate) public: [u8; KEY_LEN],
-    /// What messages to it are checked by.
+    /// MAC keys of messages addressed to this key.
     pub(crate) mac_keys: MacKeys,
-    /// Of the last initiation accepted from it. With the key goes what whoever stole it has said.
+    /// Timestamp of the last initiation accepted from this key. It is removed with the key: after a
+    /// theft of the key the thief's timestamps must not affect the next key.
     pub(crate) last_timestamp: Timestamp,
 }
 
@@ -45,24 +46,28 @@ impl PeerKey {
     }
 }
 
-/// One peer. Sessions move `next` (a responder's, unconfirmed) → `current` → `previous`; an
-/// initiator's begin as `current`. Data is received by all of them.
+/// One peer. A session that the peer initiated moves from `next` (unconfirmed) to `current` and
+/// `previous`; a session that this node initiated begins as `current`. Data is received in all of
+/// them.
 pub(crate) struct Peer {
     pub(crate) id: PeerId,
-    /// Its key, and a second one while it changes its key.
+    /// Public key of the peer, and a second one during a key rotation.
     pub(crate) keys: Vec<PeerKey>,
     pub(crate) view: PeerView,
     pub(crate) endpoints: Vec<SocketAddr>,
-    /// Which endpoint the next handshake goes to.
+    /// Position of the endpoint for the next handshake, modulo the number of endpoints.
     pub(crate) attempt: usize,
     pub(crate) pending: Option<PendingHandshake>,
+    /// Last cookie that the peer sent, and its time (monotonic clock).
     pub(crate) cookie: Option<(Mac, Duration)>,
+    /// Time of the last initiation of this node (monotonic clock).
     pub(crate) last_initiation: Option<Duration>,
     /// Time at which a handshake of this node first yielded to one of the peer's since an endpoint
     /// was last proved.
     deferred: Option<Duration>,
-    /// When a handshake was last asked for.
+    /// Time of the last request for a session (monotonic clock).
     pub(crate) wanted: Option<Duration>,
+    /// Time of the last handshake that a datagram of an unknown session caused (monotonic clock).
     pub(crate) unknown: Option<Duration>,
     pub(crate) no_common_cipher: bool,
     pub(crate) live: Liveness,
@@ -70,11 +75,11 @@ pub(crate) struct Peer {
     /// that the peer receives there.
     proven: Option<(SocketAddr, Duration)>,
     path: PathMtu,
-    /// Where it leads.
+    /// Destination to which `path` applies.
     path_to: Option<SocketAddr>,
     current: Option<SessionEntry>,
     next: Option<SessionEntry>,
-    /// Oldest first.
+    /// Earlier sessions, the oldest first.
     previous: Vec<SessionEntry>,
 }
 
@@ -115,7 +120,7 @@ impl Peer {
         }
     }
 
-    /// Its keys, the first one first.
+    /// Returns the public keys of the peer, the first one of its record first.
     pub(crate) fn keys(&self) -> impl Iterator<Item = &[u8; KEY_LEN]> {
         self.keys.iter().map(|key| &key.public)
     }
@@ -124,12 +129,13 @@ impl Peer {
         self.keys.iter_mut().find(|key| key.public == *public)
     }
 
-    /// Whether it is sent to in a session that this key of this node made.
+    /// Returns true if this node sends to the peer in a session that was made with this key of this
+    /// node.
     pub(crate) fn uses(&self, own: &[u8; KEY_LEN]) -> bool {
         self.current.as_ref().is_some_and(|entry| entry.own.as_ref() == Some(own))
     }
 
-    /// Takes the keys of its record, the first one first. What was made with others ends.
+    /// Replaces the keys of the peer. Sessions and handshakes of other keys end.
     pub(crate) fn set_keys(&mut self, keys: &[[u8; KEY_LEN]], shared: &mut Shared) {
         if self.keys().eq(keys) {
             return;
@@ -150,8 +156,9 @@ impl Peer {
         shared.changed = true;
     }
 
-    /// Installs a session that this node initiated; the peer already has it. `yields`: both nodes
-    /// have started at once, and the peer's session wins if the peer confirms it.
+    /// Installs a session that this node initiated; the peer already has it. `yields` says that
+    /// both nodes have initiated at the same time and that the peer's session wins if the peer
+    /// confirms it.
     pub(crate) fn install_current(
         &mut self,
         now: Time,
@@ -164,13 +171,13 @@ impl Peer {
             self.previous.extend(self.next.take());
         }
         self.make_current(now, entry, shared);
-        // The peer waits for it: nothing is sent to us in this session before.
+        // The peer sends nothing in this session before it has received a datagram in it.
         self.ping(now, shared);
     }
 
-    /// A session that the peer started; it may not have our answer yet.
+    /// Installs a session that the peer initiated. The peer may not have the response yet.
     pub(crate) fn install_next(&mut self, now: Time, entry: SessionEntry, shared: &mut Shared) {
-        // A lane knows already that the peer has the one before: there is no way back to an older one.
+        // A lane has confirmed the session before, so this node must not return to an older one.
         if self.next.as_ref().is_some_and(|next| next.session.is_confirmed()) {
             self.confirm_next(now, shared);
         }
@@ -202,14 +209,15 @@ impl Peer {
         self.no_common_cipher = false;
         self.live.on_session(now.mono);
         self.update_endpoint(now.mono, shared);
-        self.begin_path(now, shared);
+        self.start_path_mtu_discovery(now, shared);
         self.sessions_changed(shared);
         if self.view.endpoint.is_none_or(|to| !self.endpoints.contains(&to)) {
             self.prove_endpoint(now, shared);
         }
     }
 
-    /// Takes up a session of the process before; [`Peer::settle`] finds its place.
+    /// Restores a session of an earlier process; [`Peer::settle`] chooses the session to send with
+    /// afterwards. Returns false if the session is invalid or its index is in use.
     pub(crate) fn resume(
         &mut self,
         saved: SavedSession,
@@ -237,7 +245,7 @@ impl Peer {
             return false;
         }
         self.view.mtu = Some(mtu);
-        // A session that an earlier release kept does not say.
+        // Earlier releases did not store this value.
         let told_mtu = if saved.told_mtu == 0 { shared.params.mtu } else { saved.told_mtu };
         if let Some(key) = self.key(&saved.public_key) {
             key.last_timestamp = key.last_timestamp.max(timestamp);
@@ -252,7 +260,8 @@ impl Peer {
         true
     }
 
-    /// Finds out which of the sessions taken up to send with: the newest that the peer is known to have.
+    /// Chooses the session to send with from the restored ones: the newest that the peer is known
+    /// to have.
     pub(crate) fn settle(&mut self, now: Time, shared: &mut Shared) {
         self.previous.sort_by_key(|entry| entry.session.established);
         let confirmed = self.previous.iter().rposition(|entry| entry.session.is_confirmed());
@@ -271,6 +280,8 @@ impl Peer {
         self.refresh_state(now);
     }
 
+    /// Updates the view after a change of the sessions, and ends the oldest sessions beyond
+    /// [`MAX_SESSIONS`].
     fn sessions_changed(&mut self, shared: &mut Shared) {
         let in_use = usize::from(self.current.is_some()) + usize::from(self.next.is_some());
         let excess = (in_use + self.previous.len()).saturating_sub(MAX_SESSIONS);
@@ -305,7 +316,7 @@ impl Peer {
         self.view.current.is_some() && self.view.endpoint.is_some()
     }
 
-    /// Ends everything at once.
+    /// Ends the pending handshake and all sessions.
     pub(crate) fn end(&mut self, shared: &mut Shared) {
         self.abandon_handshake(shared);
         let entries = [self.current.take(), self.next.take()].into_iter().flatten();
@@ -313,7 +324,7 @@ impl Peer {
         self.sessions_changed(shared);
     }
 
-    fn end_what_is_over(&mut self, now: Time, shared: &mut Shared) {
+    fn end_expired_sessions(&mut self, now: Time, shared: &mut Shared) {
         self.end_where(|entry| entry.ends() <= now.mono, shared);
     }
 
@@ -331,8 +342,8 @@ impl Peer {
         }
     }
 
-    /// Starts a handshake unless one is pending, or the peer has just started a session that it has
-    /// to confirm.
+    /// Starts a handshake unless one is pending, or unless the peer has just initiated a session
+    /// that it has to confirm.
     pub(crate) fn begin_handshake(&mut self, now: Time, shared: &mut Shared) {
         let fresh = |entry: &SessionEntry| now.since(entry.session.established) < CONFIRM_TIMEOUT;
         let gives_way = self.next.as_ref().is_some_and(fresh) && self.defers(now);
@@ -343,7 +354,7 @@ impl Peer {
 
     /// Returns true while a handshake of this node yields to one of the peer's: for
     /// [`CONFIRM_TIMEOUT`], and only once until a session has proved an endpoint. A recorded
-    /// initiation is indistinguishable from one of the peer's, and may be repeated.
+    /// initiation is indistinguishable from a new one of the peer, and may be repeated.
     pub(crate) fn defers(&mut self, now: Time) -> bool {
         let since = *self.deferred.get_or_insert(now.mono);
         now.mono.saturating_sub(since) < CONFIRM_TIMEOUT

@@ -1,10 +1,10 @@
-//! Sessions that outlive a process: what the next one must know to go on with them, and where that is
-//! kept.
+//! Records of sessions that outlive a process, and the storage for them.
 //!
-//! A process that is killed has no time to say how far it came. So its successor goes on in counters that
-//! no life before can have used ([`crate::tunnel::session::COUNTER_LIMIT`] of them belong to one life), and
-//! takes nothing that may have been received already: the highest counter of each lane is kept while
-//! datagrams come in ([`Kept::set_mark`]).
+//! A killed process cannot report its nonce counters. Its successor therefore uses counters that no
+//! earlier epoch can have used: each epoch has
+//! [`COUNTER_LIMIT`](crate::tunnel::session::COUNTER_LIMIT) counters of its own. It accepts no
+//! datagram that an earlier process may have accepted, because the highest counter of each lane is
+//! stored while datagrams arrive ([`Kept::set_mark`]).
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::time::Duration;
@@ -14,19 +14,21 @@ use zeroize::Zeroizing;
 use crate::tunnel::cipher::Cipher;
 use crate::tunnel::message::Timestamp;
 
-/// Length of a session as bytes.
+/// Length of an encoded [`SavedSession`] in bytes.
 pub const SAVED_LEN: usize = 184;
 
-/// Keeps sessions where the next process finds them.
+/// Storage for sessions that outlives the process. The data process implements it in a memfd, from
+/// which its successor restores the sessions.
 pub trait Memory: Send {
-    /// Keeps this one until what is returned is dropped. `None`: there is no room, and the session ends
-    /// with this process.
+    /// Stores a session until the returned slot is dropped. Returns `None` if there is no room; the
+    /// session then ends with this process.
     fn keep(&mut self, session: &SavedSession) -> Option<Box<dyn Kept>>;
-    /// The latest wall-clock time that a handshake of this or an earlier process carried; 0: none did.
+    /// Returns the latest wall-clock time (since 1970) that an initiation of this or an earlier
+    /// process carried; zero if there was none.
     fn latest_timestamp(&self) -> Duration;
-    /// Notes it, before the handshake is sent.
+    /// Stores the wall-clock time of an initiation, before the initiation is sent.
     fn set_latest_timestamp(&mut self, timestamp: Duration);
-    /// Returns the latest time, since 1970, that an accepted initiation by this public key carried,
+    /// Returns the latest time (since 1970) that an accepted initiation by this public key carried,
     /// in this or an earlier process; zero if there was none.
     fn seen_timestamp(&self, key: &[u8; 32]) -> Duration;
     /// Stores the time of an initiation by this public key, before the initiation is answered. Zero
@@ -36,15 +38,16 @@ pub trait Memory: Send {
     fn retain_seen_timestamps(&mut self, is_known: &dyn Fn(&[u8; 32]) -> bool);
 }
 
-/// The place of one session in a [`Memory`].
+/// Slot of one session in a [`Memory`]. Dropping the slot deletes the session from the storage.
 pub trait Kept: Send + Sync {
-    /// One more than the highest counter that came on a lane; 0: nothing came.
+    /// Returns one more than the highest counter accepted on a lane; 0 if none was accepted.
     fn mark(&self, lane: u8) -> u64;
-    /// Notes it. Each lane is received by one thread.
+    /// Stores one more than the highest counter accepted on a lane. Each lane has one receiving
+    /// thread.
     fn set_mark(&self, lane: u8, mark: u64);
 }
 
-/// A memory without room.
+/// A store without room: sessions end with the process.
 pub(crate) struct NoopStore;
 
 impl Memory for NoopStore {
@@ -67,13 +70,14 @@ impl Memory for NoopStore {
     fn retain_seen_timestamps(&mut self, _: &dyn Fn(&[u8; 32]) -> bool) {}
 }
 
-/// A session as it is kept.
+/// A session as it is stored: secrets, indices, and parameters of both nodes.
 pub struct SavedSession {
-    /// The peer's identity.
+    /// Public key of the peer that made the session.
     pub public_key: [u8; 32],
-    /// Which life of the session this is: its counters begin at `life << 32`.
+    /// Process epoch of the session, 0 in the process that made it. The nonce counters of an epoch
+    /// begin at `life << 32`.
     pub life: u32,
-    /// When the handshake was done, by the monotonic clock.
+    /// Time of the handshake (monotonic clock).
     pub established: Duration,
     pub(crate) local_index: u32,
     pub(crate) remote_index: u32,
@@ -84,21 +88,21 @@ pub struct SavedSession {
     pub(crate) endpoint: Option<SocketAddr>,
     pub(crate) mtu: u16,
     pub(crate) ecn: bool,
-    /// MTU that this node told the peer in the handshake, inner bytes; 0 in what a release kept that
-    /// did not keep the MTU.
+    /// MTU that this node announced in the handshake, inner bytes; 0 in records of releases that
+    /// did not store it.
     pub(crate) told_mtu: u16,
-    /// Of the last initiation accepted from the peer.
+    /// Timestamp of the last initiation accepted from the peer.
     pub(crate) timestamp: Timestamp,
     pub(crate) secret: [Zeroizing<[u8; 32]>; 2],
 }
 
 impl SavedSession {
-    /// Lanes that the peer sends on.
+    /// Returns the number of lanes on which the peer sends.
     pub fn remote_lanes(&self) -> u8 {
         self.remote_lanes
     }
 
-    /// All of it, secrets too.
+    /// Encodes the record, secrets included. The bytes are wiped on drop.
     pub fn to_bytes(&self) -> Zeroizing<[u8; SAVED_LEN]> {
         let mut out = Zeroizing::new([0; SAVED_LEN]);
         let mut at = 0;
@@ -131,7 +135,9 @@ impl SavedSession {
         out
     }
 
-    /// Reads them; `None` where they are no session of this release's.
+    /// Parses a record of [`SavedSession::to_bytes`]. Returns `None` if cipher, address family or
+    /// role byte is unknown. The lane counts are not checked here;
+    /// [`Session::new`](crate::tunnel::Session::new) checks them.
     pub fn from_bytes(bytes: &[u8; SAVED_LEN]) -> Option<Self> {
         let mut rest = bytes.as_slice();
         let public_key = take(&mut rest)?;

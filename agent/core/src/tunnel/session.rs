@@ -1,4 +1,5 @@
-//! What is left of a handshake once it is done: keys, counters, and who is at the other end.
+//! Transport sessions: per-lane AEAD keys and nonce counters, derived from a completed Noise
+//! handshake. A session ends [`SESSION_LIFE`] (180 s) after the handshake.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -16,76 +17,76 @@ use crate::tunnel::saved::Kept;
 use crate::tunnel::timers::SESSION_LIFE;
 use crate::wire::header::{CONTROL_LANE, MAX_LANES};
 
-/// How many counters a sender uses in one life of its process ([`DropReason::CounterExhausted`]): more
-/// than a lane sends in a session's 180 s at 20 million datagrams a second. The next life begins
-/// behind them, however far this one came.
+/// Number of nonce counters that a sender has in one process epoch
+/// ([`DropReason::CounterExhausted`](crate::DropReason::CounterExhausted)): more than a lane uses
+/// in the 180 s of a session at 20 million datagrams per second. The next epoch begins after them.
 pub const COUNTER_LIMIT: u64 = 1 << 32;
-/// From so many on the engine asks for new keys: far before [`COUNTER_LIMIT`].
+/// Number of used counters at which the engine starts a new handshake: half of [`COUNTER_LIMIT`].
 pub const COUNTER_REKEY: u64 = 1 << 31;
 
-/// Everything that makes a [`Session`].
+/// Parameters of a new [`Session`].
 pub struct SessionParams {
-    /// Who is at the other end.
+    /// Peer at the other end.
     pub peer: PeerId,
-    /// Index by which the other end addresses this session.
+    /// Index by which the peer addresses this session.
     pub local_index: u32,
-    /// Index by which this end addresses it.
+    /// Index by which this node addresses the session at the peer.
     pub remote_index: u32,
     /// AEAD of the data.
     pub cipher: Cipher,
-    /// Lanes that this end sends on, 1 to 64.
+    /// Number of lanes on which this node sends, 1 to 64.
     pub local_lanes: u8,
-    /// Lanes that the other end sends on, 1 to 64.
+    /// Number of lanes on which the peer sends, 1 to 64.
     pub remote_lanes: u8,
-    /// When the handshake was done.
+    /// Time of the handshake.
     pub established: Time,
-    /// Whether this end sent the initiation.
+    /// True if this node sent the initiation.
     pub initiator: bool,
-    /// Which life of the session this is; 0 in the process that made it.
+    /// Process epoch of the session; 0 in the process that made it.
     pub life: u32,
-    /// Both ends propagate the outer ECN field (RFC 6040).
+    /// True if both nodes propagate the outer ECN field (RFC 6040).
     pub ecn: bool,
-    /// The handshake's split: the key of what the initiator sends, then of what the responder sends.
+    /// Secrets of the handshake's split: from initiator to responder, then back.
     pub secret: [Zeroizing<[u8; KEY_LEN]>; 2],
 }
 
-/// Why there is no session from [`SessionParams`].
+/// Error of [`Session::new`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum SessionError {
-    /// A number of lanes is not in 1..=64.
+    /// A number of lanes is not 1 to 64.
     #[error("{0} lanes: must be 1 to 64")]
     Lanes(u8),
-    /// It was taken up more often than there are counters.
-    #[error("its counters are used up")]
+    /// The epoch is too high: the session has been restored more often than there are counters.
+    #[error("the nonce counters of the session are exhausted")]
     Lives,
-    /// The cryptographic library refused.
+    /// The cryptographic library failed to derive a key.
     #[error("key derivation failed")]
     Derivation,
 }
 
-/// Keys and counters between this node and a peer, good for at most 180 seconds.
+/// Keys and counters between this node and a peer, valid for at most 180 s.
 ///
-/// Shared by all lanes and immutable but for counters: each (direction, lane) has a key of its own,
-/// so lanes neither wait for each other nor touch each other's cache lines.
+/// All lanes share the session. It is immutable except for its counters. Each direction and lane
+/// has its own key, so that lanes neither wait for each other nor share cache lines.
 pub struct Session {
-    /// Who is at the other end.
+    /// Peer at the other end.
     pub peer: PeerId,
-    /// Index by which the other end addresses this session.
+    /// Index by which the peer addresses this session.
     pub local_index: u32,
-    /// Index by which this end addresses it.
+    /// Index by which this node addresses the session at the peer.
     pub remote_index: u32,
     /// AEAD of the data.
     pub cipher: Cipher,
-    /// Lanes that this end sends on.
+    /// Number of lanes on which this node sends, 1 to 64.
     pub local_lanes: u8,
-    /// Lanes that the other end sends on.
+    /// Number of lanes on which the peer sends, 1 to 64.
     pub remote_lanes: u8,
-    /// When the handshake was done.
+    /// Time of the handshake.
     pub established: Time,
-    /// Whether this end sent the initiation.
+    /// True if this node sent the initiation.
     pub initiator: bool,
-    /// Both ends propagate the outer ECN field (RFC 6040). Otherwise the outer field is Not-ECT,
-    /// and is ignored on receipt.
+    /// True if both nodes propagate the outer ECN field (RFC 6040). Otherwise the outer field is
+    /// Not-ECT, and is ignored on receipt.
     pub ecn: bool,
     senders: Box<[Sender]>,
     receivers: Box<[Receiver]>,
@@ -94,15 +95,16 @@ pub struct Session {
     traffic: Traffic,
     expired: AtomicBool,
     confirmed: AtomicBool,
-    /// Where the next process finds it; forgotten with the session.
+    /// Slot in the store from which the next process restores the session.
     kept: Option<Box<dyn Kept>>,
 }
 
 impl Session {
-    /// Derives the keys of every lane in use and of the control lane.
+    /// Derives the keys of all lanes and of the control lane.
     ///
     /// # Errors
-    /// [`SessionError::Lanes`] where a number of lanes is impossible.
+    /// [`SessionError::Lanes`] if a number of lanes is not 1 to 64, [`SessionError::Lives`] if the
+    /// epoch has no counters, [`SessionError::Derivation`] if the cryptographic library fails.
     pub fn new(params: SessionParams) -> Result<Session, SessionError> {
         for lanes in [params.local_lanes, params.remote_lanes] {
             if lanes == 0 || usize::from(lanes) > MAX_LANES {
@@ -133,13 +135,14 @@ impl Session {
             control_receiver: receiver(CONTROL_LANE)?,
             traffic: Traffic::default(),
             expired: AtomicBool::new(false),
-            // The initiator knows from the response that the other end has it.
+            // The response proves to the initiator that the peer has the session.
             confirmed: AtomicBool::new(params.initiator),
             kept: None,
         })
     }
 
-    /// The same session, kept for the next process. One in which something has come is confirmed.
+    /// Attaches the slot in which the session is stored. A session in which a datagram has been
+    /// accepted, in this or an earlier epoch, becomes confirmed.
     #[must_use]
     pub fn kept_by(mut self, kept: Option<Box<dyn Kept>>) -> Self {
         self.kept = kept;
@@ -149,13 +152,15 @@ impl Session {
         self
     }
 
-    /// One more than the highest counter that came on a lane in lives before, or since.
+    /// Returns one more than the highest counter accepted on a lane, in this or an earlier epoch; 0
+    /// if none was accepted or if the session has no slot.
     pub fn mark(&self, lane: u8) -> u64 {
         self.kept.as_ref().map_or(0, |kept| kept.mark(lane))
     }
 
-    /// Notes the highest counter that came on a lane, before what came with it is handed on: a process
-    /// that takes the session up must not take it twice.
+    /// Stores the highest counter accepted on a lane. Call this method before the packets of the
+    /// datagram are handed on: a process that restores the session must not accept the datagram
+    /// again.
     #[inline]
     pub fn set_highest(&self, lane: u8, counter: u64) {
         if let Some(kept) = &self.kept {
@@ -163,7 +168,7 @@ impl Session {
         }
     }
 
-    /// The sending half of one of this end's lanes; [`CONTROL_LANE`] is the engine's.
+    /// Returns the sending half of a lane of this node. [`CONTROL_LANE`] belongs to the engine.
     #[inline]
     pub fn sender(&self, lane: u8) -> Option<&Sender> {
         match lane {
@@ -172,7 +177,7 @@ impl Session {
         }
     }
 
-    /// The receiving half of one of the other end's lanes; [`CONTROL_LANE`] is the engine's.
+    /// Returns the receiving half of a lane of the peer. [`CONTROL_LANE`] belongs to the engine.
     #[inline]
     pub fn receiver(&self, lane: u8) -> Option<&Receiver> {
         match lane {
@@ -181,35 +186,37 @@ impl Session {
         }
     }
 
-    /// What lanes have sent and received; they add to it once a batch.
+    /// Returns the traffic counters, to which lanes add once per batch.
     #[inline]
     pub fn traffic(&self) -> &Traffic {
         &self.traffic
     }
 
-    /// Whether the session is over: nothing may be sent or accepted by it any more.
+    /// Returns true if the engine has ended the session. Nothing may be sent or accepted with it
+    /// any more.
     #[inline]
     pub fn is_expired(&self) -> bool {
         self.expired.load(Ordering::Relaxed)
     }
 
-    /// Returns true if the session was ended, or has reached its greatest age by the clock of
-    /// [`Time::mono`]. Lanes use this one, so that keys end in time even if the engine's thread
-    /// hangs.
+    /// Returns true if the engine has ended the session, or if its age at `now` (monotonic clock)
+    /// is [`SESSION_LIFE`] or more. Lanes use this method, so that keys end in time even if the
+    /// engine's thread hangs.
     #[inline]
     pub fn is_expired_at(&self, now: Duration) -> bool {
         self.is_expired() || now >= self.established.mono + SESSION_LIFE
     }
 
-    /// Whether the other end is known to have the session: it may be sent with.
+    /// Returns true if the peer is known to have the session. Only then may data be sent with it.
     #[inline]
     pub fn is_confirmed(&self) -> bool {
         self.confirmed.load(Ordering::Acquire)
     }
 
-    /// Notes that something authentic came in it. The lane that opens a responder's first datagram
-    /// says so before it hands the packet on: the answer to that packet may be back before the
-    /// engine has heard of it, and the other end may have no older session to receive it with.
+    /// Records that an authentic datagram arrived in the session. A lane that opens the first
+    /// datagram of a responder's session calls this method before it hands the packet on: the
+    /// answer to that packet may leave before the engine knows, and the peer may have no older
+    /// session.
     #[inline]
     pub fn confirm(&self) {
         if !self.is_confirmed() {
@@ -217,12 +224,12 @@ impl Session {
         }
     }
 
-    /// Ends the session for every lane that holds it, tables adopted or not.
+    /// Ends the session for all lanes, including those that still use older tables.
     pub(crate) fn expire(&self) {
         self.expired.store(true, Ordering::Relaxed);
     }
 
-    /// How many counters the lane that sent most has used in this life.
+    /// Returns the number of counters that the busiest lane has used in this epoch.
     pub(crate) fn counters_used(&self) -> u64 {
         self.senders.iter().map(Sender::used).max().unwrap_or(0)
     }
@@ -240,29 +247,29 @@ impl fmt::Debug for Session {
     }
 }
 
-/// What went through a session: inner packets and their bytes, or whatever unit the lanes keep to;
-/// the engine looks only at whether they grow.
+/// Traffic of a session, in inner packets and bytes or in another unit of the lanes. The engine
+/// only checks that the counters grow.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub struct Traffic {
-    /// Packets sent.
+    /// Number of packets sent.
     pub tx_packets: AtomicU64,
-    /// Bytes of these.
+    /// Bytes of the packets sent.
     pub tx_bytes: AtomicU64,
-    /// Authentic packets received.
+    /// Number of authentic packets received.
     pub rx_packets: AtomicU64,
-    /// Bytes of these.
+    /// Bytes of the packets received.
     pub rx_bytes: AtomicU64,
 }
 
 impl Traffic {
-    /// Adds what a batch has sent.
+    /// Adds the packets and bytes that a batch has sent.
     pub fn sent(&self, packets: u64, bytes: u64) {
         self.tx_packets.fetch_add(packets, Ordering::Relaxed);
         self.tx_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// Adds what a batch has received, after it proved authentic.
+    /// Adds the authentic packets and bytes that a batch has received.
     pub fn received(&self, packets: u64, bytes: u64) {
         self.rx_packets.fetch_add(packets, Ordering::Relaxed);
         self.rx_bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -312,7 +319,11 @@ mod tests {
                         let sender = from.sender(lane).unwrap();
                         let n = sender.seal(Flags::default(), &plaintext, &mut out).unwrap();
                         assert_eq!(n, len + OVERHEAD);
-                        assert_eq!(out[n..], [0xaa; 3], "nothing past the datagram is touched");
+                        assert_eq!(
+                            out[n..],
+                            [0xaa; 3],
+                            "The bytes after the datagram must stay unchanged."
+                        );
                         let (header, opened) =
                             to.receiver(lane).unwrap().open(&mut out[..n]).unwrap();
                         assert_eq!(header.counter, counter as u64);
@@ -353,12 +364,12 @@ mod tests {
             a.sender(0).unwrap().seal(Flags::default(), &[5; 8], &mut sealed).unwrap();
             let result = b.receiver(1).unwrap().open(&mut sealed.clone()).map(drop);
             assert_eq!(result, Err(DropReason::WrongLane));
-            // The same bytes with the lane forged.
+            // The same bytes with another lane in the header.
             let mut forged = sealed;
             forged[2] = 1;
             let result = b.receiver(1).unwrap().open(&mut forged).map(drop);
             assert_eq!(result, Err(DropReason::AuthFailed));
-            // Reflected to its sender.
+            // The datagram reflected to its sender.
             let result = a.receiver(0).unwrap().open(&mut sealed.clone()).map(drop);
             assert_eq!(result, Err(DropReason::AuthFailed));
             assert!(a.sender(3).is_none() && a.receiver(2).is_none() && b.sender(2).is_none());
@@ -379,7 +390,7 @@ mod tests {
         }
     }
 
-    /// Computed with Python's hmac and hashlib, straight from RFC 5869.
+    /// Expected values computed with Python's hmac and hashlib directly from RFC 5869.
     #[test]
     fn derived_keys_match_reference_values() {
         let key = |secret: u8, cipher, direction, lane| {
@@ -422,12 +433,12 @@ mod tests {
         }
         assert!(session.is_expired_at(established.mono + SESSION_LIFE));
         assert!(session.is_expired_at(established.mono + 205 * second));
-        assert!(!session.is_expired(), "The engine has not ended the session.");
+        assert!(!session.is_expired(), "The engine must not have ended the session.");
         session.expire();
-        assert!(session.is_expired_at(established.mono), "A session that was ended is over.");
+        assert!(session.is_expired_at(established.mono), "An ended session must count as expired.");
     }
 
-    /// A slot that keeps marks in memory.
+    /// A slot that stores its value in memory.
     struct Marks(AtomicU64);
 
     impl Kept for Marks {

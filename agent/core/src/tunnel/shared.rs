@@ -1,4 +1,5 @@
-//! What all peers of an engine use together: identity, randomness, indices, the queue of datagrams.
+//! State that all peers of an engine share: identities, randomness, local indices, timer, queue of
+//! datagrams.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
@@ -15,22 +16,22 @@ use crate::tunnel::message::{Timestamp, TransportParams};
 use crate::tunnel::noise::{Identity, KEY_LEN, Secret};
 use crate::tunnel::saved::{Memory, NoopStore};
 
-/// Datagrams that wait to be polled; beyond that they are lost, as on a wire.
+/// Maximum number of queued datagrams. Further ones are discarded, as a network would.
 const MAX_QUEUED_DATAGRAMS: usize = 8192;
 
-/// A datagram for the caller to send.
+/// A datagram that the caller must send.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Transmit {
-    /// Where to.
+    /// Underlay address and UDP port of the receiver.
     pub destination: SocketAddr,
-    /// The UDP payload.
+    /// UDP payload.
     pub payload: Vec<u8>,
 }
 
-/// A source of random bytes that nobody can guess.
+/// Cryptographically secure random source. It fills the whole slice.
 pub type Random = Box<dyn FnMut(&mut [u8]) + Send>;
 
-/// An identity of this node, and what messages to it are checked by.
+/// Key pair of this node, and the MAC keys of messages addressed to it.
 pub(crate) struct LocalIdentity {
     pub(crate) identity: Identity,
     pub(crate) mac_keys: MacKeys,
@@ -47,10 +48,11 @@ impl LocalIdentity {
     }
 }
 
+/// State of an engine without its peers.
 pub(crate) struct Shared {
-    /// What this node's handshakes begin with.
+    /// Identity with which this node's handshakes begin.
     pub(crate) own: LocalIdentity,
-    /// The next identity or the one before, while the key changes: answered to as well.
+    /// Next or previous identity during a key rotation. Handshakes addressed to it are answered.
     pub(crate) second: Option<LocalIdentity>,
     pub(crate) params: TransportParams,
     pub(crate) listen_port: u16,
@@ -59,12 +61,13 @@ pub(crate) struct Shared {
     pub(crate) outbox: VecDeque<Transmit>,
     pub(crate) drops: DropCounts,
     pub(crate) counts: HandshakeCounts,
-    /// Whether what lanes need has changed since they were told.
+    /// True if the forwarding tables have changed since they were last read.
     pub(crate) changed: bool,
-    /// Owner of every local index in use, of a session or of a handshake under way.
+    /// Peer of each local index in use by a session or a pending handshake.
     indices: BTreeMap<u32, PeerId>,
     last_timestamp: Duration,
-    /// The earliest moment at which anything is to be done, at or after the true one.
+    /// Time of the next call of [`Engine::handle_timeout`](crate::Engine::handle_timeout)
+    /// (monotonic clock), at or before the earliest deadline.
     timeout: Option<Duration>,
 }
 
@@ -92,7 +95,7 @@ impl Shared {
         }
     }
 
-    /// Every identity of this node, the first one first.
+    /// Returns the identities of this node, the active one first.
     pub(crate) fn identities(&self) -> impl Iterator<Item = &LocalIdentity> {
         std::iter::once(&self.own).chain(&self.second)
     }
@@ -103,11 +106,12 @@ impl Shared {
         }
     }
 
-    /// A new index, owned by `peer` until it is freed.
+    /// Allocates a random local index for `peer`.
     pub(crate) fn allocate_index(&mut self, peer: PeerId) -> u32 {
         let mut bytes = [0; 4];
         (self.random)(&mut bytes);
-        // Counting on from there terminates even where the random source is stuck.
+        // Counting up from the random value terminates even if the random source always returns the
+        // same value.
         let mut index = u32::from_ne_bytes(bytes);
         while index == 0 || self.indices.contains_key(&index) {
             index = index.wrapping_add(1);
@@ -116,7 +120,7 @@ impl Shared {
         index
     }
 
-    /// An index that was allocated in a life before; `false` where it is taken.
+    /// Allocates an index that an earlier process has used. Returns `false` if the index is in use.
     pub(crate) fn claim_index(&mut self, index: u32, peer: PeerId) -> bool {
         if index == 0 || self.indices.contains_key(&index) {
             return false;
@@ -139,33 +143,35 @@ impl Shared {
         secret
     }
 
-    /// Up to a quarter of `base`.
+    /// Returns a random time of up to a quarter of `base`.
     pub(crate) fn jitter(&mut self, base: Duration) -> Duration {
         let mut bytes = [0; 2];
         (self.random)(&mut bytes);
         base / 4 * u32::from(u16::from_ne_bytes(bytes)) / u32::from(u16::MAX)
     }
 
-    /// True once in `n` calls, in the mean.
+    /// Returns true with the probability 1 / `n`.
     pub(crate) fn chance(&mut self, n: u8) -> bool {
         let mut byte = [0];
         (self.random)(&mut byte);
         byte[0] % n == 0
     }
 
-    /// The wall clock, or later: a peer takes no timestamp twice and none that goes back.
+    /// Returns the timestamp of a new initiation: the wall-clock time, or a later time if a
+    /// timestamp at or after it has been used. Peers accept no timestamp twice and none that is
+    /// earlier.
     pub(crate) fn timestamp(&mut self, now: Time) -> Timestamp {
         self.last_timestamp = now.wall.max(self.last_timestamp + Duration::from_nanos(1));
         self.memory.set_latest_timestamp(self.last_timestamp);
         Timestamp::new(self.last_timestamp)
     }
 
-    /// Timestamps are later than this from now on.
+    /// Makes all further timestamps later than `floor`.
     pub(crate) fn raise_timestamps(&mut self, floor: Duration) {
         self.last_timestamp = self.last_timestamp.max(floor);
     }
 
-    /// Makes sure that the engine is called at `at`.
+    /// Sets the timeout to `at` unless an earlier one is set.
     pub(crate) fn arm(&mut self, at: Duration) {
         self.timeout = Some(self.timeout.map_or(at, |earlier| earlier.min(at)));
     }

@@ -7,22 +7,23 @@ use zeroize::Zeroizing;
 
 use crate::tunnel::cipher::Ciphers;
 
-/// What an engine needs to know.
+/// Configuration of an [`Engine`](crate::Engine).
 pub struct EngineConfig {
-    /// This node's identity.
+    /// Private key of this node.
     pub private_key: Zeroizing<[u8; 32]>,
-    /// Nodes of different clusters never join.
+    /// Name of the cluster; it is part of the Noise prologue, so that nodes of different clusters
+    /// never complete a handshake.
     pub cluster_id: String,
-    /// The UDP port that this node listens on; peers answer to it.
+    /// UDP port on which this node listens and to which peers send. Not 0.
     pub listen_port: u16,
-    /// Lanes that this node sends on, 1 to 64.
+    /// Number of lanes on which this node sends, 1 to 64.
     pub lanes: u8,
-    /// What to params for data.
+    /// Ciphers that this node offers for data.
     pub ciphers: Ciphers,
-    /// This node's MTU in bytes, for its peers to know.
+    /// Inner MTU of this node, bytes; peers learn the MTU in handshakes.
     pub mtu: u16,
-    /// Propagation of the ECN field between inner and outer headers (RFC 6040). A session uses it
-    /// if both ends do ([`Session::ecn`](crate::tunnel::session::Session::ecn)).
+    /// True if this node propagates the ECN field between inner and outer headers (RFC 6040). A
+    /// session uses it if both nodes do ([`Session::ecn`](crate::tunnel::session::Session::ecn)).
     pub ecn: bool,
 }
 
@@ -32,30 +33,32 @@ impl fmt::Debug for EngineConfig {
     }
 }
 
-/// Why there is no engine.
+/// Error of [`Engine::new`](crate::Engine::new) and
+/// [`Engine::set_identity`](crate::Engine::set_identity).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum EngineError {
-    /// The private key is none.
+    /// The private key is not a valid Curve25519 key.
     #[error("the private key is not a valid Curve25519 key")]
     PrivateKey,
-    /// Not 1 to 64.
-    #[error("{0} lanes: must be 1 to 64")]
+    /// [`EngineConfig::lanes`] is not 1 to 64.
+    #[error("{0} lanes configured, expected 1 to 64")]
     Lanes(u8),
-    /// Port 0.
+    /// [`EngineConfig::listen_port`] is 0.
     #[error("the listening port must not be 0")]
     ListenPort,
-    /// Neither of the two.
+    /// [`EngineConfig::ciphers`] enables no cipher.
     #[error("no cipher is offered")]
     NoCipher,
 }
 
-/// Another node.
+/// Configuration of a peer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PeerConfig {
-    /// Its identity.
+    /// Public key of the peer.
     pub public_key: [u8; 32],
-    /// Another one, while its key changes: the next, or the one before.
+    /// Second public key during a key rotation of the peer: the next or the previous one.
     pub second_key: Option<[u8; 32]>,
-    /// Where it listens; tried in this order.
+    /// Underlay addresses and UDP ports on which the peer listens, in the order in which handshakes
+    /// try them. A peer without endpoints can still initiate.
     pub endpoints: Vec<SocketAddr>,
 }

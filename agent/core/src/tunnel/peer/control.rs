@@ -1,5 +1,4 @@
-//! Control messages of a peer's sessions: pings, their answers, and the path MTU that follows from
-//! them.
+//! Control messages of a peer's sessions: pings, pongs, and the path MTU discovery that they serve.
 
 use std::net::SocketAddr;
 
@@ -10,45 +9,46 @@ use crate::tunnel::message::Control;
 use crate::tunnel::shared::Shared;
 use crate::wire::header::{CONTROL_LANE, Flags, OVERHEAD};
 
-/// A padded ping is no longer than this, in bytes of plaintext: jumbo frames'.
+/// Maximum plaintext of a padded ping in bytes: the size of jumbo frames.
 const MAX_PROBE: u16 = 9000;
 
 impl Peer {
-    /// Handles a change of this node's MTU. [`Self::tick`] starts a handshake that notifies the
-    /// peer.
+    /// Handles a change of this node's MTU. [`Self::tick`] starts the handshake that announces it
+    /// to the peer.
     pub(crate) fn on_own_mtu(&mut self, now: Time, shared: &mut Shared) {
         if self.current.is_some() {
-            self.begin_path(now, shared);
+            self.start_path_mtu_discovery(now, shared);
         }
     }
 
-    /// The path is to be looked at: there are new keys, or the peer is elsewhere.
-    pub(super) fn begin_path(&mut self, now: Time, shared: &mut Shared) {
+    /// Starts or continues path MTU discovery after a handshake or a change of address or MTU.
+    pub(super) fn start_path_mtu_discovery(&mut self, now: Time, shared: &mut Shared) {
         let theirs = self.view.mtu.unwrap_or(shared.params.mtu);
         let most = theirs.min(shared.params.mtu).min(MAX_PROBE);
         let elsewhere = self.path_to != self.view.endpoint;
         self.path_to = self.view.endpoint;
         self.path.on_session(now.mono, most, elsewhere);
-        self.show_path(shared);
+        self.publish_path_mtu(shared);
     }
 
     pub(super) fn probe_path(&mut self, now: Time, shared: &mut Shared) {
         let (id, ping) = self.live.probe(now.mono);
-        if let Some(size) = self.path.ping(now.mono, id) {
-            if self.path.is_waiting() {
-                // So that what is lost by its size is told from what is lost by chance.
+        if let Some(size) = self.path.poll_probe(now.mono, id) {
+            if self.path.needs_reference() {
+                // The short ping tells a loss that depends on the size from other losses.
                 let (id, short) = self.live.ping(now.mono);
-                self.path.beside(id);
+                self.path.on_reference_sent(id);
                 self.send_control(short, shared);
             }
             self.send_padded(ping, usize::from(size), shared);
         }
-        self.show_path(shared);
+        self.publish_path_mtu(shared);
     }
 
     /// Handles a datagram with a plaintext of `size` bytes that this host's route to `destination`
-    /// refused; see [`PathMtu::refused`].
-    pub(crate) fn on_refused(
+    /// refused. Returns whether the path MTU became smaller
+    /// ([`PathMtu::on_send_too_big`](crate::tunnel::path_mtu::PathMtu::on_send_too_big)).
+    pub(crate) fn on_send_too_big(
         &mut self,
         now: Time,
         destination: SocketAddr,
@@ -56,21 +56,23 @@ impl Peer {
         fits: Option<u16>,
         shared: &mut Shared,
     ) -> bool {
-        let narrower = self.path_to == Some(destination) && self.path.refused(now.mono, size, fits);
-        self.show_path(shared);
+        let narrower =
+            self.path_to == Some(destination) && self.path.on_send_too_big(now.mono, size, fits);
+        self.publish_path_mtu(shared);
         narrower
     }
 
-    pub(super) fn show_path(&mut self, shared: &mut Shared) {
-        // A peer whose own MTU is less takes no more, whatever the path carries.
+    pub(super) fn publish_path_mtu(&mut self, shared: &mut Shared) {
+        // A peer accepts no packets longer than its own MTU, whatever the path carries.
         let theirs = self.view.mtu.filter(|mtu| *mtu < shared.params.mtu);
-        let found = self.path.limit().or(theirs);
+        let found = self.path.reduced_mtu().or(theirs);
         if self.view.path != found {
             self.view.path = found;
             shared.changed = true;
         }
     }
 
+    /// Sends a ping for liveness.
     pub(super) fn ping(&mut self, now: Time, shared: &mut Shared) {
         let (_, ping) = self.live.ping(now.mono);
         self.send_control(ping, shared);
@@ -80,7 +82,7 @@ impl Peer {
         self.send_padded(message, 0, shared);
     }
 
-    /// Sends a message with zeros behind it, up to that length of the plaintext.
+    /// Sends a control message, padded with zeros to a plaintext of `length` bytes.
     pub(super) fn send_padded(&self, message: Control, length: usize, shared: &mut Shared) {
         let (Some(entry), Some(endpoint)) = (&self.current, self.view.endpoint) else { return };
         let Some(sender) = entry.session.sender(CONTROL_LANE) else { return };
@@ -93,7 +95,11 @@ impl Peer {
         }
     }
 
-    /// A control message in the session with this index.
+    /// Handles a control message in the session with this local index.
+    ///
+    /// # Errors
+    /// [`DropReason::UnknownSession`], [`DropReason::SessionExpired`], the errors of
+    /// [`Receiver::open`](crate::tunnel::session::Receiver::open), and those of the replay window.
     pub(crate) fn on_control(
         &mut self,
         now: Time,
@@ -112,7 +118,7 @@ impl Peer {
         entry.window.check_and_set(header.counter)?;
         entry.session.set_highest(CONTROL_LANE, entry.window.highest());
 
-        self.live.on_heard(now.mono);
+        self.live.on_received(now.mono);
         if let Some(next) = self.next.as_ref().filter(|next| next.session.local_index == index) {
             next.session.confirm();
             self.confirm_next(now, shared);
@@ -125,9 +131,10 @@ impl Peer {
             Some(Control::Pong { id, sent }) => {
                 self.live.on_pong(now.mono, sent);
                 self.path.on_pong(id);
-                self.show_path(shared);
+                self.publish_path_mtu(shared);
             }
-            // Of a later release.
+            // Unknown control type (a newer release) or truncated message: ignored. Its
+            // authenticity still proves that the peer is alive.
             None => {}
         }
         self.refresh_state(now);

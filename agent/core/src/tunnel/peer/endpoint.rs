@@ -58,8 +58,8 @@ impl Peer {
         }
     }
 
-    /// Starts a handshake if data is sent to no address, to one that the record does not name, or
-    /// to one whose proof is about to end.
+    /// Starts a handshake if data has no destination, or if the record does not name the
+    /// destination, or if the proof of the destination is about to end.
     pub(super) fn prove_endpoint(&mut self, now: Time, shared: &mut Shared) {
         let renewed = |at| now.mono.saturating_sub(at) < RESPONDER_REKEY_AFTER_TIME;
         let (proven, endpoints) = (self.proven, &self.endpoints);
@@ -94,7 +94,8 @@ impl Peer {
         }
     }
 
-    /// Where a session was made, unless the record has changed while the handshake was under way.
+    /// Returns the address that a session's handshake proved, unless the peer's record has changed
+    /// meanwhile and no longer names it.
     pub(super) fn known_of(&self, entry: &SessionEntry) -> Option<SocketAddr> {
         entry.endpoint.filter(|there| self.endpoints.is_empty() || self.endpoints.contains(there))
     }

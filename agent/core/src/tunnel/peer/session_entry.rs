@@ -12,19 +12,21 @@ use crate::tunnel::shared::Shared;
 use crate::tunnel::timers::SESSION_LIFE;
 use crate::wire::header::CONTROL_LANE;
 
-/// A session as the engine keeps it.
+/// A session with its state in the engine.
 pub(crate) struct SessionEntry {
     pub(crate) session: Arc<Session>,
-    /// Where the other end was when it was made.
+    /// Address that the handshake of this session proved, if the peer's record names it.
     pub(crate) endpoint: Option<SocketAddr>,
-    /// The peer's key that it was made with.
+    /// Public key of the peer in the handshake.
     pub(super) remote: [u8; KEY_LEN],
-    /// This node's; unknown of a session that was taken up.
+    /// Public key of this node in the handshake; `None` for a restored session.
     pub(super) own: Option<[u8; KEY_LEN]>,
-    /// MTU of this node that the session's handshake carried, inner bytes.
+    /// MTU of this node that the handshake carried, inner bytes.
     pub(super) told_mtu: u16,
     pub(super) window: ReplayWindow,
+    /// Value of the sent packets' counter at the last tick.
     seen_tx: u64,
+    /// Value of the received packets' counter at the last tick.
     seen_rx: u64,
 }
 
@@ -41,11 +43,12 @@ impl SessionEntry {
         Self { session, endpoint, remote, own, told_mtu, window, seen_tx: 0, seen_rx: 0 }
     }
 
+    /// Returns the time at which the session ends (monotonic clock).
     pub(super) fn ends(&self) -> Duration {
         self.session.established.mono + SESSION_LIFE
     }
 
-    /// Whether lanes have sent and received since the last look.
+    /// Returns whether lanes have sent and received since the last call.
     pub(super) fn sample(&mut self) -> (bool, bool) {
         let traffic = self.session.traffic();
         let tx = traffic.tx_packets.load(Ordering::Relaxed);
@@ -55,6 +58,7 @@ impl SessionEntry {
         grown
     }
 
+    /// Ends the session and frees its index.
     pub(super) fn end(self, shared: &mut Shared) {
         self.session.expire();
         shared.free_index(self.session.local_index);

@@ -1,4 +1,5 @@
-//! Timers of a peer: retries, the end of sessions, and the periodic tick that looks at the traffic.
+//! Timers of a peer: retries of handshakes, the end of sessions, and the periodic tick that reads
+//! the traffic counters.
 
 use std::time::Duration;
 
@@ -13,10 +14,10 @@ use crate::tunnel::timers::{
 };
 
 impl Peer {
-    /// The next moment at which something is due, but for ticks.
+    /// Returns the earliest deadline of the peer except the tick (monotonic clock).
     pub(crate) fn deadline(&self) -> Option<Duration> {
         let retry = self.pending.as_ref().map(|pending| pending.retry_at);
-        // Where there is no session there are no ticks to notice it.
+        // A peer without a session has no ticks that would detect the timeout.
         let connecting = self.view.state == PeerState::Connecting;
         let unanswered =
             self.pending.as_ref().filter(|_| connecting).and_then(PendingHandshake::unanswered_at);
@@ -24,9 +25,9 @@ impl Peer {
         self.entries().map(SessionEntry::ends).chain(retry).chain(unanswered).chain(proof).min()
     }
 
-    /// Does what is due. `tick`: it is also time to look at the lanes' counters.
+    /// Handles all deadlines that have passed. `tick` says that the tick is due, too.
     pub(crate) fn on_time(&mut self, now: Time, tick: bool, shared: &mut Shared) {
-        self.end_what_is_over(now, shared);
+        self.end_expired_sessions(now, shared);
         self.update_endpoint(now.mono, shared);
         if tick && self.has_sessions() {
             self.tick(now, shared);
@@ -47,16 +48,16 @@ impl Peer {
             received |= rx;
         }
         if sent {
-            self.live.on_sent(now.mono);
+            self.live.on_data_sent(now.mono);
         }
         if received {
-            self.live.on_data(now.mono);
+            self.live.on_data_received(now.mono);
         }
         if self.next.as_ref().is_some_and(|next| next.session.is_confirmed()) {
             self.confirm_next(now, shared);
         }
         let Some(current) = &self.current else {
-            // Asked for while the peer's own handshake was about to give us a session.
+            // The session was requested while a handshake of the peer was about to create one.
             if self.wanted.is_some_and(|at| now.mono.saturating_sub(at) < REQUEST_TIMEOUT) {
                 self.begin_handshake(now, shared);
             }
@@ -66,15 +67,15 @@ impl Peer {
         let limit = if session.initiator { REKEY_AFTER } else { RESPONDER_REKEY_AFTER_TIME };
         let old =
             now.since(session.established) >= limit || session.counters_used() >= COUNTER_REKEY;
-        // Only a few sessions are renewed at a time, because a changed key or MTU may concern a
+        // Only a few sessions are renewed per tick, because a changed key or MTU may concern a
         // thousand peers.
         let other_key = match current.own {
             Some(own) => own != *shared.own.public(),
             None => shared.second.is_some(),
         };
         let old = old || other_key && shared.chance(RENEWAL_SPREAD_TICKS);
-        // Renews sessions without traffic, too: packets longer than the peer's known MTU are
-        // refused before they reach the engine.
+        // Sessions without traffic are renewed, too: lanes refuse packets longer than the peer's
+        // known MTU, so that no packet would reach the engine.
         let other_mtu =
             current.told_mtu != shared.params.mtu && shared.chance(RENEWAL_SPREAD_TICKS);
         if other_mtu || old && (sent || received) || sent && self.live.trouble(now.mono).is_some() {

@@ -7,45 +7,47 @@ use std::time::Duration;
 use crate::tunnel::liveness::Trouble;
 use crate::tunnel::session::Session;
 
-/// How a peer is.
+/// Connection state of a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum PeerState {
-    /// No session: nothing was sent yet, or the last one ended unused.
+    /// There is no session: nothing has been sent yet, or the last session ended without use.
     Idle,
-    /// A handshake is under way.
+    /// A handshake is pending.
     Connecting,
-    /// A session, and answers come.
+    /// There is a session, and the peer answers.
     Established,
-    /// A session or a handshake, but no answer.
+    /// There is a session or a handshake, but the peer does not answer.
     Unreachable,
 }
 
-/// What lanes and reports need to know of a peer.
+/// Sessions, endpoint and liveness of a peer, as forwarding tables and reports read them. The
+/// engine updates the value; [`Engine::tables`](crate::Engine::tables) lends it.
 #[derive(Debug, Clone)]
 pub struct PeerView {
-    /// Its identity.
+    /// Public key of the peer; the first one of its record during a key rotation.
     pub public_key: [u8; 32],
-    /// Address that data is sent to: in a session, one at which the peer has answered a handshake;
-    /// without a session, the first one of the record.
+    /// Destination of data datagrams (underlay address and UDP port): with a session, an address at
+    /// which the peer has answered a handshake; without a session, the first endpoint of the
+    /// record. `None` while no such address is known.
     pub endpoint: Option<SocketAddr>,
-    /// The session to send with; the peer is known to have it too.
+    /// Session to send with. The peer is known to have it.
     pub current: Option<Arc<Session>>,
-    /// A session that the peer has started: the one to send with as soon as it is confirmed
-    /// ([`Session::is_confirmed`]), and where to.
+    /// Session that the peer has initiated, and the destination of its datagrams. It replaces
+    /// `current` as soon as it is confirmed ([`Session::is_confirmed`]).
     pub next: Option<(Arc<Session>, Option<SocketAddr>)>,
-    /// Every session that data may come in, the current one too.
+    /// Sessions in which data may arrive, the current one included.
     pub receive: Vec<Arc<Session>>,
-    /// How it is.
+    /// Connection state.
     pub state: PeerState,
-    /// Why it is not well, where it is not.
+    /// Reason for a state other than established, if one is known.
     pub trouble: Option<Trouble>,
-    /// Smoothed round-trip time.
+    /// Smoothed round-trip time; `None` before the first measurement.
     pub round_trip: Option<Duration>,
-    /// When something authentic last came, by the monotonic clock.
+    /// Time of the last authentic datagram (monotonic clock); `None` if there was none.
     pub last_received: Option<Duration>,
-    /// The MTU that the peer named in its last handshake, in bytes.
+    /// MTU that the peer announced in its last handshake, inner bytes.
     pub mtu: Option<u16>,
-    /// The longest plaintext that the path and the peer take, in bytes, where that is less than this node's
-    /// MTU.
+    /// Maximum plaintext towards this peer in bytes, limited by the path or the peer; `None` if it
+    /// is not smaller than this node's MTU.
     pub path: Option<u16>,
 }
