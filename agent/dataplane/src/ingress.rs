@@ -239,11 +239,11 @@ impl Ingress {
         }
         receiver(&rx.session, header.lane, lane.age_clock())?.open(datagram)?;
         let window = rx.windows.get_mut(usize::from(header.lane)).ok_or(DropReason::WrongLane)?;
-        let begin = || Box::new(ReplayWindow::after(rx.session.mark(header.lane)));
+        let begin = || Box::new(ReplayWindow::after(rx.session.next_counter(header.lane)));
         let window = window.get_or_insert_with(begin);
         window.check_and_set(header.counter)?;
-        if window.highest() == header.counter {
-            rx.session.set_highest(header.lane, header.counter);
+        if window.next_counter() == header.counter {
+            rx.session.set_next_counter(header.lane, header.counter);
         }
         rx.session.confirm();
         let checksum = match header.flags.contains(Flags::PARTIAL_CHECKSUM) {

@@ -454,7 +454,7 @@ impl Active {
         set_identity(&mut engine, node)?;
         engine.raise_timestamps(Duration::from_secs(snapshot.not_before));
         if let Some(memory) = &memory {
-            engine.set_memory(Box::new(memory.clone()));
+            engine.set_session_store(Box::new(memory.clone()));
         }
         let mut empty = snapshot.clone();
         empty.peers.clear();

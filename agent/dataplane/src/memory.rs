@@ -1,7 +1,7 @@
 //! Sessions in memory that outlives this process, for the next one to go on with.
 //!
 //! Words: a header; records (a word that says what is in it, then a session, or the time of a
-//! peer's last handshake); and for each lane that a peer may send on one mark a session ([`Kept`]).
+//! peer's last handshake); and for each lane that a peer may send on one mark a session ([`SessionSlot`]).
 //! Marks lie by lane, so that two lanes, which two threads receive, share no cache line. A process
 //! that is killed in the middle of a write leaves a record that counts as absent.
 
@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use skein_core::tunnel::{Kept, Memory, SAVED_LEN, SavedSession};
+use skein_core::tunnel::{SAVED_LEN, SavedSession, SessionSlot, SessionStore};
 use skein_core::wire::header::{CONTROL_LANE, MAX_LANES};
 
 use crate::sys::memory::SharedWords;
@@ -55,7 +55,7 @@ struct Inner {
 }
 
 /// A session of another process, and its place.
-pub(super) type Resumed = (SavedSession, Box<dyn Kept>);
+pub(super) type Resumed = (SavedSession, Box<dyn SessionSlot>);
 
 /// The place of one session; given back with it.
 struct Place {
@@ -97,7 +97,7 @@ impl SessionMemory {
                     memory.write(place, &session);
                     let lanes = MAX_LANES as u8;
                     let kept = Place { memory: memory.clone(), place, lanes };
-                    found.push((session, Box::new(kept) as Box<dyn Kept>));
+                    found.push((session, Box::new(kept) as Box<dyn SessionSlot>));
                 }
                 None => memory.forget(place, MAX_LANES as u8),
             }
@@ -215,8 +215,8 @@ impl SessionMemory {
     }
 }
 
-impl Memory for SessionMemory {
-    fn keep(&mut self, session: &SavedSession) -> Option<Box<dyn Kept>> {
+impl SessionStore for SessionMemory {
+    fn insert(&mut self, session: &SavedSession) -> Option<Box<dyn SessionSlot>> {
         let place = self.take_place().or_else(|| self.reclaim_place_of_time())?;
         self.write(place, session);
         Some(Box::new(Place { memory: self.clone(), place, lanes: session.remote_lanes() }))
@@ -268,14 +268,14 @@ impl Memory for SessionMemory {
     }
 }
 
-impl Kept for Place {
-    fn mark(&self, lane: u8) -> u64 {
+impl SessionSlot for Place {
+    fn next_counter(&self, lane: u8) -> u64 {
         self.memory.mark(self.place, lane).map_or(0, |mark| mark.load(Ordering::Relaxed))
     }
 
-    fn set_mark(&self, lane: u8, mark: u64) {
+    fn set_next_counter(&self, lane: u8, next: u64) {
         if let Some(word) = self.memory.mark(self.place, lane) {
-            word.store(mark, Ordering::Relaxed);
+            word.store(next, Ordering::Relaxed);
         }
     }
 }
@@ -307,9 +307,9 @@ mod tests {
     #[test]
     fn a_session_outlives_its_process_and_each_life_is_another() {
         let mut memory = SessionMemory::create().unwrap();
-        let kept: Vec<_> = (0..3).map(|n| memory.keep(&saved(n)).unwrap()).collect();
-        kept[1].set_mark(2, 77);
-        kept[1].set_mark(CONTROL_LANE, 5);
+        let kept: Vec<_> = (0..3).map(|n| memory.insert(&saved(n)).unwrap()).collect();
+        kept[1].set_next_counter(2, 77);
+        kept[1].set_next_counter(CONTROL_LANE, 5);
         memory.set_latest_timestamp(Duration::new(9, 1));
         // A killed process drops nothing.
         kept.into_iter().for_each(std::mem::forget);
@@ -317,7 +317,7 @@ mod tests {
         assert_eq!(memory.latest_timestamp(), Duration::new(9, 1));
         assert_eq!(found.iter().map(|(s, _)| s.life).collect::<Vec<_>>(), [1, 1, 1]);
         assert_eq!(found[1].0.public_key, [1; 32]);
-        assert_eq!([0, 2, CONTROL_LANE].map(|lane| found[1].1.mark(lane)), [0, 77, 5]);
+        assert_eq!([0, 2, CONTROL_LANE].map(|lane| found[1].1.next_counter(lane)), [0, 77, 5]);
         found.into_iter().for_each(std::mem::forget);
         let (_, found) = reopen(&memory);
         assert_eq!(found.iter().map(|(s, _)| s.life).collect::<Vec<_>>(), [2, 2, 2]);
@@ -326,14 +326,14 @@ mod tests {
     #[test]
     fn what_is_given_back_leaves_no_trace() {
         let mut memory = SessionMemory::create().unwrap();
-        let kept = memory.keep(&saved(9)).unwrap();
-        kept.set_mark(1, 7);
+        let kept = memory.insert(&saved(9)).unwrap();
+        kept.set_next_counter(1, 7);
         drop(kept);
         assert_eq!(reopen(&memory).1.len(), 0);
         let words = memory.0.words.words();
         assert!(words[HEADER..].iter().take(RECORD).all(|word| word.load(Ordering::Relaxed) == 0));
-        let again = memory.keep(&saved(8)).unwrap();
-        assert_eq!((again.mark(1), memory.used()), (0, 1), "its place is used again");
+        let again = memory.insert(&saved(8)).unwrap();
+        assert_eq!((again.next_counter(1), memory.used()), (0, 1), "its place is used again");
     }
 
     #[test]
@@ -342,7 +342,7 @@ mod tests {
         let mut memory = SessionMemory::create().unwrap();
         assert_eq!(memory.seen_timestamp(&[1; 32]), Duration::ZERO);
         memory.set_seen_timestamp(&[1; 32], at(10));
-        std::mem::forget(memory.keep(&saved(7)).unwrap());
+        std::mem::forget(memory.insert(&saved(7)).unwrap());
         memory.set_seen_timestamp(&[2; 32], Duration::MAX);
         memory.set_seen_timestamp(&[3; 32], at(30));
         memory.set_seen_timestamp(&[1; 32], at(11));
@@ -369,7 +369,7 @@ mod tests {
             memory.set_seen_timestamp(&key, Duration::from_secs(1));
         }
         assert_eq!(memory.times().len(), PLACES);
-        let sessions: Vec<_> = (0..PLACES).map(|_| memory.keep(&saved(1))).collect();
+        let sessions: Vec<_> = (0..PLACES).map(|_| memory.insert(&saved(1))).collect();
         assert!(sessions.iter().all(Option::is_some));
         assert_eq!(memory.times().len(), 0);
     }
@@ -377,8 +377,8 @@ mod tests {
     #[test]
     fn what_was_written_in_part_or_is_of_another_layout_is_nobodys() {
         let mut memory = SessionMemory::create().unwrap();
-        std::mem::forget(memory.keep(&saved(1)).unwrap());
-        std::mem::forget(memory.keep(&saved(2)).unwrap());
+        std::mem::forget(memory.insert(&saved(1)).unwrap());
+        std::mem::forget(memory.insert(&saved(2)).unwrap());
         memory.record(0)[0].store(0, Ordering::Relaxed);
         let (_, found) = reopen(&memory);
         assert_eq!((found.len(), found[0].0.public_key), (1, [2; 32]));
@@ -389,9 +389,9 @@ mod tests {
     #[test]
     fn a_full_memory_says_so() {
         let mut memory = SessionMemory::create().unwrap();
-        let all: Vec<_> = (0..PLACES).map(|_| memory.keep(&saved(1)).unwrap()).collect();
-        assert!(memory.keep(&saved(1)).is_none());
+        let all: Vec<_> = (0..PLACES).map(|_| memory.insert(&saved(1)).unwrap()).collect();
+        assert!(memory.insert(&saved(1)).is_none());
         drop(all);
-        assert!(memory.keep(&saved(1)).is_some());
+        assert!(memory.insert(&saved(1)).is_some());
     }
 }

@@ -10,8 +10,8 @@ use crate::time::Time;
 use crate::tunnel::fuzz_access::{check_payloads, repair_mac1};
 use crate::tunnel::session::COUNTER_LIMIT;
 use crate::tunnel::{
-    Cipher, Ciphers, Engine, EngineConfig, Kept, PeerConfig, ReplayWindow, SAVED_LEN, SavedSession,
-    Session, SessionParams,
+    Cipher, Ciphers, Engine, EngineConfig, PeerConfig, ReplayWindow, SAVED_LEN, SavedSession,
+    Session, SessionParams, SessionSlot,
 };
 use crate::wire::header::{
     CONTROL_LANE, Flags, HEADER_LEN, Header, MAX_LANES, MessageType, OVERHEAD,
@@ -76,7 +76,7 @@ pub fn saved_session(data: &[u8]) {
         PeerConfig { public_key: saved.public_key, second_key: None, endpoints: vec![address(1)] },
     );
     let now = Time { mono: saved.established, wall: Duration::ZERO };
-    let taken = engine.resume(now, [(saved, Box::new(Nowhere) as Box<dyn Kept>)]);
+    let taken = engine.resume(now, [(saved, Box::new(Nowhere) as Box<dyn SessionSlot>)]);
     let sessions: usize = engine.tables().map(|(_, view)| view.receive.len()).sum();
     assert_eq!(sessions, taken);
     engine.handle_timeout(now);
@@ -86,12 +86,12 @@ pub fn saved_session(data: &[u8]) {
 /// Keeps nothing.
 struct Nowhere;
 
-impl Kept for Nowhere {
-    fn mark(&self, _: u8) -> u64 {
+impl SessionSlot for Nowhere {
+    fn next_counter(&self, _: u8) -> u64 {
         u64::MAX
     }
 
-    fn set_mark(&self, _: u8, _: u64) {}
+    fn set_next_counter(&self, _: u8, _: u64) {}
 }
 
 /// The replay window against a set that forgets nothing. Each 3 bytes are a step, back or ahead.

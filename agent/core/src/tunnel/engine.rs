@@ -15,7 +15,7 @@ use crate::tunnel::message::{Timestamp, TransportParams};
 use crate::tunnel::noise::Identity;
 use crate::tunnel::peer::{Peer, PeerKey, PeerView};
 use crate::tunnel::rate_limit::{PerSourceLimiter, Rate, TokenBucket};
-use crate::tunnel::saved::{Kept, Memory, SavedSession};
+use crate::tunnel::saved::{SavedSession, SessionSlot, SessionStore};
 use crate::tunnel::shared::{LocalIdentity, Random, Shared, Transmit};
 use crate::tunnel::timers::{
     SESSION_LIFE, TICK_INTERVAL, UNKNOWN_SESSION_INTERVAL, UNKNOWN_SESSION_SILENT_TIME,
@@ -104,9 +104,9 @@ impl Engine {
 
     /// Keeps every session that is made from now on, and has handshakes carry later times than those that
     /// the memory knows of.
-    pub fn set_memory(&mut self, memory: Box<dyn Memory>) {
-        self.shared.raise_timestamps(memory.latest_timestamp());
-        self.shared.memory = memory;
+    pub fn set_session_store(&mut self, store: Box<dyn SessionStore>) {
+        self.shared.raise_timestamps(store.latest_timestamp());
+        self.shared.store = store;
     }
 
     /// Has handshakes carry later times than this wall-clock time, for a node whose clock was set back: its
@@ -131,7 +131,7 @@ impl Engine {
         };
         if timestamp > known.last_timestamp {
             known.last_timestamp = timestamp;
-            self.shared.memory.set_seen_timestamp(key, timestamp.wall());
+            self.shared.store.set_seen_timestamp(key, timestamp.wall());
         }
     }
 
@@ -149,20 +149,20 @@ impl Engine {
     pub fn resume(
         &mut self,
         now: Time,
-        saved: impl IntoIterator<Item = (SavedSession, Box<dyn Kept>)>,
+        saved: impl IntoIterator<Item = (SavedSession, Box<dyn SessionSlot>)>,
     ) -> usize {
         let mut taken = 0;
         let mut peers = BTreeSet::new();
         let by_key = &self.by_key;
-        self.shared.memory.retain_seen_timestamps(&|key| by_key.contains_key(key));
-        for (session, kept) in saved {
+        self.shared.store.retain_seen_timestamps(&|key| by_key.contains_key(key));
+        for (session, slot) in saved {
             let age = now.mono.checked_sub(session.established);
             let Some(age) = age.filter(|age| *age < SESSION_LIFE) else { continue };
             let Some(&id) = self.by_key.get(&session.public_key) else { continue };
             let Some(peer) = self.peers.get_mut(&id) else { continue };
             let established =
                 Time { mono: session.established, wall: now.wall.saturating_sub(age) };
-            if peer.resume(session, kept, established, &mut self.shared) {
+            if peer.resume(session, slot, established, &mut self.shared) {
                 taken += 1;
                 peers.insert(id);
             }
@@ -236,16 +236,16 @@ impl Engine {
         if let Some(peer) = self.peers.get_mut(&id) {
             for given_up in peer.keys().filter(|key| !keys.contains(key)) {
                 self.by_key.remove(given_up);
-                self.shared.memory.set_seen_timestamp(given_up, Duration::ZERO);
+                self.shared.store.set_seen_timestamp(given_up, Duration::ZERO);
             }
             peer.set_keys(&keys, &mut self.shared);
             for key in &mut peer.keys {
-                let seen = Timestamp::new(self.shared.memory.seen_timestamp(&key.public));
+                let seen = Timestamp::new(self.shared.store.seen_timestamp(&key.public));
                 key.last_timestamp = key.last_timestamp.max(seen);
                 let raised = self.unclaimed.remove(&key.public);
                 if let Some(raised) = raised.filter(|raised| *raised > key.last_timestamp) {
                     key.last_timestamp = raised;
-                    self.shared.memory.set_seen_timestamp(&key.public, raised.wall());
+                    self.shared.store.set_seen_timestamp(&key.public, raised.wall());
                 }
             }
             forget_addresses(&mut self.by_address, peer);
@@ -274,7 +274,7 @@ impl Engine {
         for key in peer.keys() {
             if self.by_key.get(key) == Some(&id) {
                 self.by_key.remove(key);
-                self.shared.memory.set_seen_timestamp(key, Duration::ZERO);
+                self.shared.store.set_seen_timestamp(key, Duration::ZERO);
             }
         }
         forget_addresses(&mut self.by_address, &peer);

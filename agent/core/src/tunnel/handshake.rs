@@ -375,7 +375,7 @@ impl Peer {
         let key = self.keys.iter().find(|key| key.public == agreement.remote_key);
         let timestamp = key.map(|key| key.last_timestamp).unwrap_or_default();
         let ecn = shared.params.ecn && agreement.theirs.ecn;
-        let kept = shared.memory.keep(&SavedSession {
+        let slot = shared.store.insert(&SavedSession {
             public_key: agreement.remote_key,
             life: 0,
             established: now.mono,
@@ -405,7 +405,7 @@ impl Peer {
             ecn,
             secret: agreement.secrets,
         });
-        session.map(|session| session.kept_by(kept)).map_err(|_| DropReason::HandshakeInvalid)
+        session.map(|session| session.with_slot(slot)).map_err(|_| DropReason::HandshakeInvalid)
     }
 }
 

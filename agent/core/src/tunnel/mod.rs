@@ -30,7 +30,7 @@ pub use engine::{Engine, EngineConfig, EngineError, PeerConfig};
 pub use liveness::Trouble;
 pub use peer::{PeerState, PeerView};
 pub use replay::ReplayWindow;
-pub use saved::{Kept, Memory, SAVED_LEN, SavedSession};
+pub use saved::{SAVED_LEN, SavedSession, SessionSlot, SessionStore};
 pub use session::{Cipher, Ciphers, Session, SessionParams};
 pub use shared::{Random, Transmit};
 

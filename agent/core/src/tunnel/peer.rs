@@ -12,7 +12,7 @@ use crate::tunnel::liveness::{Liveness, Trouble};
 use crate::tunnel::message::Timestamp;
 use crate::tunnel::noise::KEY_LEN;
 use crate::tunnel::path_mtu::PathMtu;
-use crate::tunnel::saved::{Kept, SavedSession};
+use crate::tunnel::saved::{SavedSession, SessionSlot};
 use crate::tunnel::session::{Session, SessionParams};
 use crate::tunnel::shared::Shared;
 use crate::tunnel::timers::CONFIRM_TIMEOUT;
@@ -221,7 +221,7 @@ impl Peer {
     pub(crate) fn resume(
         &mut self,
         saved: SavedSession,
-        kept: Box<dyn Kept>,
+        slot: Box<dyn SessionSlot>,
         established: Time,
         shared: &mut Shared,
     ) -> bool {
@@ -251,7 +251,7 @@ impl Peer {
             key.last_timestamp = key.last_timestamp.max(timestamp);
         }
         self.previous.push(SessionEntry::new(
-            session.kept_by(Some(kept)),
+            session.with_slot(Some(slot)),
             endpoint,
             saved.public_key,
             None,

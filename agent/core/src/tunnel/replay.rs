@@ -12,6 +12,7 @@ const WORD_BITS: u64 = u64::BITS as u64;
 /// 520 bytes.
 #[derive(Debug, Clone)]
 pub struct ReplayWindow {
+    /// Highest counter accepted; 0 if none was.
     highest: u64,
     seen: [u64; WORDS],
 }
@@ -25,26 +26,31 @@ impl ReplayWindow {
         Self { highest: 0, seen: [0; WORDS] }
     }
 
-    /// Returns a window that has seen every counter below `mark`. The highest value of `mark`
-    /// stands for all counters, because a mark above the highest counter cannot be represented.
-    pub const fn after(mark: u64) -> Self {
-        match mark.checked_sub(1) {
-            Some(_) if mark == u64::MAX => Self { highest: mark, seen: [u64::MAX; WORDS] },
-            Some(highest) => Self { highest, seen: [u64::MAX; WORDS] }.without_the_future(),
+    /// Creates a window that refuses every counter below `next`. If `next` is `u64::MAX`, the window
+    /// refuses all counters, because one more than the highest counter cannot be represented.
+    pub const fn after(next: u64) -> Self {
+        match next.checked_sub(1) {
+            Some(_) if next == u64::MAX => Self { highest: next, seen: [u64::MAX; WORDS] },
+            Some(highest) => Self { highest, seen: [u64::MAX; WORDS] }.clear_above_highest(),
             None => Self::new(),
         }
     }
 
-    /// The word of the highest counter is filled bit by bit: those above are not seen yet.
-    const fn without_the_future(mut self) -> Self {
+    /// Clears the bits above the highest counter in its word.
+    const fn clear_above_highest(mut self) -> Self {
         let bit = self.highest % WORD_BITS;
         self.seen[slot(self.highest / WORD_BITS)] = u64::MAX >> (WORD_BITS - 1 - bit);
         self
     }
 
-    /// The highest counter seen; 0 where none was.
-    pub const fn highest(&self) -> u64 {
-        self.highest
+    /// Returns one more than the highest counter accepted, at most `u64::MAX`; 0 if none was
+    /// accepted. [`Self::after`] takes this value.
+    pub const fn next_counter(&self) -> u64 {
+        // A window that has accepted counter 0 has its bit set.
+        match self.highest {
+            0 => self.seen[0] & 1,
+            highest => highest.saturating_add(1),
+        }
     }
 
     /// Accepts `counter` if it is new. Call this method only after the datagram has been
@@ -109,14 +115,14 @@ mod tests {
 
     #[test]
     fn restored_window_refuses_counters_below_next() {
-        for mark in [1, 2, 63, 64, 65, 4_095, 4_096, 1 << 32, (1 << 32) + 77] {
-            let mut window = ReplayWindow::after(mark);
-            for old in [0, mark / 2, mark.saturating_sub(2), mark - 1] {
-                assert!(window.check_and_set(old).is_err(), "{old} of {mark}");
+        for next in [1, 2, 63, 64, 65, 4_095, 4_096, 1 << 32, (1 << 32) + 77] {
+            let mut window = ReplayWindow::after(next);
+            for old in [0, next / 2, next.saturating_sub(2), next - 1] {
+                assert!(window.check_and_set(old).is_err(), "{old} of {next}");
             }
-            for new in [mark + 2, mark, mark + 1, mark + 300] {
-                assert_eq!(window.check_and_set(new), Ok(()), "{new} of {mark}");
-                assert_eq!(window.check_and_set(new), REPLAYED, "{new} of {mark}");
+            for new in [next + 2, next, next + 1, next + 300] {
+                assert_eq!(window.check_and_set(new), Ok(()), "{new} of {next}");
+                assert_eq!(window.check_and_set(new), REPLAYED, "{new} of {next}");
             }
         }
         assert_eq!(ReplayWindow::after(0).check_and_set(0), Ok(()));

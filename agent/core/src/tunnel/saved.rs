@@ -4,7 +4,7 @@
 //! earlier epoch can have used: each epoch has
 //! [`COUNTER_LIMIT`](crate::tunnel::session::COUNTER_LIMIT) counters of its own. It accepts no
 //! datagram that an earlier process may have accepted, because the highest counter of each lane is
-//! stored while datagrams arrive ([`Kept::set_mark`]).
+//! stored while datagrams arrive ([`SessionSlot::set_next_counter`]).
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::time::Duration;
@@ -19,10 +19,10 @@ pub const SAVED_LEN: usize = 184;
 
 /// Storage for sessions that outlives the process. The data process implements it in a memfd, from
 /// which its successor restores the sessions.
-pub trait Memory: Send {
+pub trait SessionStore: Send {
     /// Stores a session until the returned slot is dropped. Returns `None` if there is no room; the
     /// session then ends with this process.
-    fn keep(&mut self, session: &SavedSession) -> Option<Box<dyn Kept>>;
+    fn insert(&mut self, session: &SavedSession) -> Option<Box<dyn SessionSlot>>;
     /// Returns the latest wall-clock time (since 1970) that an initiation of this or an earlier
     /// process carried; zero if there was none.
     fn latest_timestamp(&self) -> Duration;
@@ -38,20 +38,20 @@ pub trait Memory: Send {
     fn retain_seen_timestamps(&mut self, is_known: &dyn Fn(&[u8; 32]) -> bool);
 }
 
-/// Slot of one session in a [`Memory`]. Dropping the slot deletes the session from the storage.
-pub trait Kept: Send + Sync {
+/// Slot of one session in a [`SessionStore`]. Dropping the slot deletes the session from the storage.
+pub trait SessionSlot: Send + Sync {
     /// Returns one more than the highest counter accepted on a lane; 0 if none was accepted.
-    fn mark(&self, lane: u8) -> u64;
+    fn next_counter(&self, lane: u8) -> u64;
     /// Stores one more than the highest counter accepted on a lane. Each lane has one receiving
     /// thread.
-    fn set_mark(&self, lane: u8, mark: u64);
+    fn set_next_counter(&self, lane: u8, next: u64);
 }
 
 /// A store without room: sessions end with the process.
 pub(crate) struct NoopStore;
 
-impl Memory for NoopStore {
-    fn keep(&mut self, _: &SavedSession) -> Option<Box<dyn Kept>> {
+impl SessionStore for NoopStore {
+    fn insert(&mut self, _: &SavedSession) -> Option<Box<dyn SessionSlot>> {
         None
     }
 

@@ -13,7 +13,7 @@ pub use crate::tunnel::cipher::{Cipher, Ciphers};
 use crate::tunnel::lane_key::Derivation;
 pub use crate::tunnel::lane_key::{Receiver, Sender};
 use crate::tunnel::noise::KEY_LEN;
-use crate::tunnel::saved::Kept;
+use crate::tunnel::saved::SessionSlot;
 use crate::tunnel::timers::SESSION_LIFE;
 use crate::wire::header::{CONTROL_LANE, MAX_LANES};
 
@@ -96,7 +96,7 @@ pub struct Session {
     expired: AtomicBool,
     confirmed: AtomicBool,
     /// Slot in the store from which the next process restores the session.
-    kept: Option<Box<dyn Kept>>,
+    slot: Option<Box<dyn SessionSlot>>,
 }
 
 impl Session {
@@ -137,16 +137,16 @@ impl Session {
             expired: AtomicBool::new(false),
             // The response proves to the initiator that the peer has the session.
             confirmed: AtomicBool::new(params.initiator),
-            kept: None,
+            slot: None,
         })
     }
 
     /// Attaches the slot in which the session is stored. A session in which a datagram has been
     /// accepted, in this or an earlier epoch, becomes confirmed.
     #[must_use]
-    pub fn kept_by(mut self, kept: Option<Box<dyn Kept>>) -> Self {
-        self.kept = kept;
-        if (0..self.remote_lanes).chain([CONTROL_LANE]).any(|lane| self.mark(lane) > 0) {
+    pub fn with_slot(mut self, slot: Option<Box<dyn SessionSlot>>) -> Self {
+        self.slot = slot;
+        if (0..self.remote_lanes).chain([CONTROL_LANE]).any(|lane| self.next_counter(lane) > 0) {
             self.confirm();
         }
         self
@@ -154,17 +154,18 @@ impl Session {
 
     /// Returns one more than the highest counter accepted on a lane, in this or an earlier epoch; 0
     /// if none was accepted or if the session has no slot.
-    pub fn mark(&self, lane: u8) -> u64 {
-        self.kept.as_ref().map_or(0, |kept| kept.mark(lane))
+    pub fn next_counter(&self, lane: u8) -> u64 {
+        self.slot.as_ref().map_or(0, |slot| slot.next_counter(lane))
     }
 
-    /// Stores the highest counter accepted on a lane. Call this method before the packets of the
-    /// datagram are handed on: a process that restores the session must not accept the datagram
-    /// again.
+    /// Stores one more than the highest counter accepted on a lane
+    /// ([`ReplayWindow::next_counter`](crate::ReplayWindow::next_counter)). Call this method before
+    /// the packets of the datagram are handed on: a process that restores the session must not accept
+    /// the datagram again.
     #[inline]
-    pub fn set_highest(&self, lane: u8, counter: u64) {
-        if let Some(kept) = &self.kept {
-            kept.set_mark(lane, counter.saturating_add(1));
+    pub fn set_next_counter(&self, lane: u8, next: u64) {
+        if let Some(slot) = &self.slot {
+            slot.set_next_counter(lane, next);
         }
     }
 
@@ -441,24 +442,25 @@ mod tests {
     /// A slot that stores its value in memory.
     struct Marks(AtomicU64);
 
-    impl Kept for Marks {
-        fn mark(&self, _: u8) -> u64 {
+    impl SessionSlot for Marks {
+        fn next_counter(&self, _: u8) -> u64 {
             self.0.load(Ordering::Relaxed)
         }
 
-        fn set_mark(&self, _: u8, mark: u64) {
-            self.0.store(mark, Ordering::Relaxed);
+        fn set_next_counter(&self, _: u8, next: u64) {
+            self.0.store(next, Ordering::Relaxed);
         }
     }
 
     #[test]
     fn next_counter_of_highest_counter_does_not_wrap() {
         let (_, session) = pair(Cipher::Aes256Gcm);
-        let session = session.kept_by(Some(Box::new(Marks(AtomicU64::new(0)))));
-        session.set_highest(0, u64::MAX);
-        assert_eq!(session.mark(0), u64::MAX);
-        let mut next = ReplayWindow::after(session.mark(0));
-        assert_eq!(next.check_and_set(u64::MAX), Err(DropReason::Replayed));
+        let session = session.with_slot(Some(Box::new(Marks(AtomicU64::new(0)))));
+        let mut window = ReplayWindow::new();
+        assert_eq!(window.check_and_set(u64::MAX), Ok(()));
+        session.set_next_counter(0, window.next_counter());
+        let mut restored = ReplayWindow::after(session.next_counter(0));
+        assert_eq!(restored.check_and_set(u64::MAX), Err(DropReason::Replayed));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::tunnel::cookie::MacKeys;
 use crate::tunnel::counts::HandshakeCounts;
 use crate::tunnel::message::{Timestamp, TransportParams};
 use crate::tunnel::noise::{Identity, KEY_LEN, Secret};
-use crate::tunnel::saved::{Memory, NoopStore};
+use crate::tunnel::saved::{NoopStore, SessionStore};
 
 /// Maximum number of queued datagrams. Further ones are discarded, as a network would.
 const MAX_QUEUED_DATAGRAMS: usize = 8192;
@@ -57,7 +57,7 @@ pub(crate) struct Shared {
     pub(crate) params: TransportParams,
     pub(crate) listen_port: u16,
     pub(crate) random: Random,
-    pub(crate) memory: Box<dyn Memory>,
+    pub(crate) store: Box<dyn SessionStore>,
     pub(crate) outbox: VecDeque<Transmit>,
     pub(crate) drops: DropCounts,
     pub(crate) counts: HandshakeCounts,
@@ -84,7 +84,7 @@ impl Shared {
             params,
             listen_port,
             random,
-            memory: Box::new(NoopStore),
+            store: Box::new(NoopStore),
             outbox: VecDeque::new(),
             drops: DropCounts::default(),
             counts: HandshakeCounts::default(),
@@ -162,7 +162,7 @@ impl Shared {
     /// earlier.
     pub(crate) fn timestamp(&mut self, now: Time) -> Timestamp {
         self.last_timestamp = now.wall.max(self.last_timestamp + Duration::from_nanos(1));
-        self.memory.set_latest_timestamp(self.last_timestamp);
+        self.store.set_latest_timestamp(self.last_timestamp);
         Timestamp::new(self.last_timestamp)
     }
 

@@ -100,7 +100,7 @@ impl Engine {
             return Err(DropReason::HandshakeReplayed);
         }
         key.last_timestamp = timestamp;
-        self.shared.memory.set_seen_timestamp(&responder.initiator, timestamp.wall());
+        self.shared.store.set_seen_timestamp(&responder.initiator, timestamp.wall());
         let handshake = ReceivedHandshake { responder, own: own_key, theirs };
         peer.on_initiation(now, answer_to, message.sender, handshake, &mut self.shared)
     }

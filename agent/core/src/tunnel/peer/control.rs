@@ -116,7 +116,7 @@ impl Peer {
         let (header, plaintext) = receiver.open(datagram)?;
         let message = Control::read(plaintext);
         entry.window.check_and_set(header.counter)?;
-        entry.session.set_highest(CONTROL_LANE, entry.window.highest());
+        entry.session.set_next_counter(CONTROL_LANE, entry.window.next_counter());
 
         self.live.on_received(now.mono);
         if let Some(next) = self.next.as_ref().filter(|next| next.session.local_index == index) {

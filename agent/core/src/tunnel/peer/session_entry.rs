@@ -38,7 +38,7 @@ impl SessionEntry {
         own: Option<[u8; KEY_LEN]>,
         told_mtu: u16,
     ) -> Self {
-        let window = ReplayWindow::after(session.mark(CONTROL_LANE));
+        let window = ReplayWindow::after(session.next_counter(CONTROL_LANE));
         let session = Arc::new(session);
         Self { session, endpoint, remote, own, told_mtu, window, seen_tx: 0, seen_rx: 0 }
     }

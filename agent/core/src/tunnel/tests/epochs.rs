@@ -3,7 +3,7 @@
 use std::sync::Mutex;
 
 use super::*;
-use crate::tunnel::saved::{Kept, Memory, SAVED_LEN, SavedSession};
+use crate::tunnel::saved::{SAVED_LEN, SavedSession, SessionSlot, SessionStore};
 use crate::wire::header::CONTROL_LANE;
 
 type Record = ([u8; SAVED_LEN], BTreeMap<u8, u64>);
@@ -21,7 +21,7 @@ struct Times {
 struct Place(Shelf, usize);
 
 impl Shelf {
-    fn put(&self, bytes: [u8; SAVED_LEN], marks: BTreeMap<u8, u64>) -> Box<dyn Kept> {
+    fn put(&self, bytes: [u8; SAVED_LEN], marks: BTreeMap<u8, u64>) -> Box<dyn SessionSlot> {
         let mut records = self.0.lock().unwrap();
         let place = records.keys().last().map_or(0, |last| last + 1);
         records.insert(place, (bytes, marks));
@@ -34,8 +34,8 @@ impl Shelf {
     }
 }
 
-impl Memory for Shelf {
-    fn keep(&mut self, session: &SavedSession) -> Option<Box<dyn Kept>> {
+impl SessionStore for Shelf {
+    fn insert(&mut self, session: &SavedSession) -> Option<Box<dyn SessionSlot>> {
         Some(self.put(*session.to_bytes(), BTreeMap::new()))
     }
 
@@ -60,14 +60,14 @@ impl Memory for Shelf {
     }
 }
 
-impl Kept for Place {
-    fn mark(&self, lane: u8) -> u64 {
+impl SessionSlot for Place {
+    fn next_counter(&self, lane: u8) -> u64 {
         let records = self.0.0.lock().unwrap();
         records[&self.1].1.get(&lane).copied().unwrap_or(0)
     }
 
-    fn set_mark(&self, lane: u8, mark: u64) {
-        self.0.0.lock().unwrap().get_mut(&self.1).unwrap().1.insert(lane, mark);
+    fn set_next_counter(&self, lane: u8, next: u64) {
+        self.0.0.lock().unwrap().get_mut(&self.1).unwrap().1.insert(lane, next);
     }
 }
 
@@ -83,7 +83,7 @@ impl Lab {
     }
 
     fn keep_on(&mut self, node: usize, shelf: Shelf) -> Shelf {
-        self.nodes[node].engine.set_memory(Box::new(shelf.clone()));
+        self.nodes[node].engine.set_session_store(Box::new(shelf.clone()));
         shelf
     }
 
@@ -116,7 +116,7 @@ impl Lab {
         restarted.engine = engine(&restarted.config, seed);
         restarted.windows.clear();
         if let Some(memory) = memory {
-            restarted.engine.set_memory(Box::new(memory));
+            restarted.engine.set_session_store(Box::new(memory));
         }
         for peer in known {
             self.introduce(node, peer);

@@ -346,11 +346,11 @@ impl Lab {
                 let result = session.receiver(header.lane).unwrap().open(&mut payload);
                 let result = result.and_then(|(header, plaintext)| {
                     let window = (session.local_index, header.lane);
-                    let mark = session.mark(header.lane);
+                    let next = session.next_counter(header.lane);
                     let window = node.windows.entry(window);
-                    let window = window.or_insert_with(|| ReplayWindow::after(mark));
+                    let window = window.or_insert_with(|| ReplayWindow::after(next));
                     window.check_and_set(header.counter)?;
-                    session.set_highest(header.lane, window.highest());
+                    session.set_next_counter(header.lane, window.next_counter());
                     Ok(plaintext.to_vec())
                 });
                 match result {
