@@ -32,7 +32,7 @@ fn session(cipher: Cipher, initiator: bool) -> Session {
         remote_lanes: 1,
         established: Time::default(),
         initiator,
-        life: 0,
+        epoch: 0,
         ecn: false,
         secret: [[1; 32].into(), [2; 32].into()],
     })
@@ -126,7 +126,7 @@ fn derive_keys(bencher: Bencher<'_, '_>, lanes: u8) {
             remote_lanes: lanes,
             established: Time::default(),
             initiator: true,
-            life: 0,
+            epoch: 0,
             ecn: false,
             secret: [[1; 32].into(), [2; 32].into()],
         })

@@ -409,7 +409,7 @@ mod tests {
             remote_lanes: 1,
             established: Default::default(),
             initiator: true,
-            life: 0,
+            epoch: 0,
             ecn: false,
             secret: [Zeroizing::new([1; 32]), Zeroizing::new([2; 32])],
         };

@@ -88,7 +88,7 @@ impl SessionMemory {
                 continue;
             }
             let next = |mut session: SavedSession| {
-                session.life = session.life.checked_add(1)?;
+                session.epoch = session.epoch.checked_add(1)?;
                 Some(session)
             };
             match memory.read(place).and_then(next) {
@@ -315,12 +315,12 @@ mod tests {
         kept.into_iter().for_each(std::mem::forget);
         let (memory, found) = reopen(&memory);
         assert_eq!(memory.latest_timestamp(), Duration::new(9, 1));
-        assert_eq!(found.iter().map(|(s, _)| s.life).collect::<Vec<_>>(), [1, 1, 1]);
+        assert_eq!(found.iter().map(|(s, _)| s.epoch).collect::<Vec<_>>(), [1, 1, 1]);
         assert_eq!(found[1].0.public_key, [1; 32]);
         assert_eq!([0, 2, CONTROL_LANE].map(|lane| found[1].1.next_counter(lane)), [0, 77, 5]);
         found.into_iter().for_each(std::mem::forget);
         let (_, found) = reopen(&memory);
-        assert_eq!(found.iter().map(|(s, _)| s.life).collect::<Vec<_>>(), [2, 2, 2]);
+        assert_eq!(found.iter().map(|(s, _)| s.epoch).collect::<Vec<_>>(), [2, 2, 2]);
     }
 
     #[test]

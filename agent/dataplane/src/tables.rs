@@ -108,7 +108,7 @@ mod tests {
             remote_lanes: 1,
             established: Time { mono: at(100), wall: at(0) },
             initiator: true,
-            life: 0,
+            epoch: 0,
             ecn: false,
             secret: [Zeroizing::new([1; 32]), Zeroizing::new([2; 32])],
         });

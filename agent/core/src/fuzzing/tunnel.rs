@@ -128,7 +128,7 @@ fn session(cipher: Cipher, initiator: bool) -> Option<Session> {
         remote_lanes: 2,
         established: Time::default(),
         initiator,
-        life: 0,
+        epoch: 0,
         ecn: false,
         secret: [[1; 32].into(), [2; 32].into()],
     })

@@ -309,7 +309,7 @@ mod tests {
             remote_lanes: 1,
             established: Time::default(),
             initiator,
-            life: 0,
+            epoch: 0,
             ecn,
             secret: [Zeroizing::new([1; 32]), Zeroizing::new([2; 32])],
         };

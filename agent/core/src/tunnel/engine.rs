@@ -145,7 +145,7 @@ impl Engine {
 
     /// Takes up sessions of the process before, once their peers are known; how many it took. Those that
     /// are over, or of a peer that is none any more, are forgotten. Each must be in a life that nobody
-    /// has sent in ([`SavedSession::life`]), and no other process may have it any more.
+    /// has sent in ([`SavedSession::epoch`]), and no other process may have it any more.
     pub fn resume(
         &mut self,
         now: Time,

@@ -377,7 +377,7 @@ impl Peer {
         let ecn = shared.params.ecn && agreement.theirs.ecn;
         let slot = shared.store.insert(&SavedSession {
             public_key: agreement.remote_key,
-            life: 0,
+            epoch: 0,
             established: now.mono,
             local_index: agreement.local_index,
             remote_index: agreement.remote_index,
@@ -401,7 +401,7 @@ impl Peer {
             remote_lanes: agreement.theirs.lanes,
             established: now,
             initiator: agreement.initiator,
-            life: 0,
+            epoch: 0,
             ecn,
             secret: agreement.secrets,
         });

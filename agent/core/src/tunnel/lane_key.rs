@@ -41,7 +41,7 @@ impl Sender {
         first: u64,
     ) -> Result<Self, SessionError> {
         let kind = if lane == CONTROL_LANE { MessageType::Control } else { MessageType::Data };
-        let limit = first.checked_add(COUNTER_LIMIT).ok_or(SessionError::Lives)?;
+        let limit = first.checked_add(COUNTER_LIMIT).ok_or(SessionError::EpochsExhausted)?;
         Ok(Self { counter: AtomicU64::new(first), first, limit, key, receiver, lane, kind })
     }
 

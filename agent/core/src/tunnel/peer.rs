@@ -236,7 +236,7 @@ impl Peer {
             remote_lanes: saved.remote_lanes,
             established,
             initiator: saved.initiator,
-            life: saved.life,
+            epoch: saved.epoch,
             ecn: saved.ecn && shared.params.ecn,
             secret: saved.secret,
         });

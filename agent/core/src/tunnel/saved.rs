@@ -75,8 +75,8 @@ pub struct SavedSession {
     /// Public key of the peer that made the session.
     pub public_key: [u8; 32],
     /// Process epoch of the session, 0 in the process that made it. The nonce counters of an epoch
-    /// begin at `life << 32`.
-    pub life: u32,
+    /// begin at `epoch << 32`.
+    pub epoch: u32,
     /// Time of the handshake (monotonic clock).
     pub established: Duration,
     pub(crate) local_index: u32,
@@ -113,7 +113,7 @@ impl SavedSession {
         put(&self.public_key);
         put(self.secret[0].as_ref());
         put(self.secret[1].as_ref());
-        put(&self.life.to_le_bytes());
+        put(&self.epoch.to_le_bytes());
         put(&self.local_index.to_le_bytes());
         put(&self.remote_index.to_le_bytes());
         put(&u64::try_from(self.established.as_nanos()).unwrap_or(u64::MAX).to_le_bytes());
@@ -142,7 +142,7 @@ impl SavedSession {
         let mut rest = bytes.as_slice();
         let public_key = take(&mut rest)?;
         let secret = [Zeroizing::new(take(&mut rest)?), Zeroizing::new(take(&mut rest)?)];
-        let [life, local_index, remote_index] =
+        let [epoch, local_index, remote_index] =
             [take(&mut rest)?, take(&mut rest)?, take(&mut rest)?].map(u32::from_le_bytes);
         let established = Duration::from_nanos(u64::from_le_bytes(take(&mut rest)?));
         let timestamp = Timestamp::from_bytes(take(&mut rest)?);
@@ -167,7 +167,7 @@ impl SavedSession {
         };
         Some(Self {
             public_key,
-            life,
+            epoch,
             established,
             local_index,
             remote_index,
@@ -201,7 +201,7 @@ pub(crate) mod tests {
     pub(crate) fn saved(endpoint: Option<&str>) -> SavedSession {
         SavedSession {
             public_key: [7; 32],
-            life: 3,
+            epoch: 3,
             established: Duration::from_nanos(u64::MAX / 3),
             local_index: 0x0102_0304,
             remote_index: 0x0506_0708,
@@ -225,7 +225,7 @@ pub(crate) mod tests {
             let bytes = saved(endpoint).to_bytes();
             let again = SavedSession::from_bytes(&bytes).unwrap();
             assert_eq!(again.to_bytes(), bytes);
-            assert_eq!((again.life, again.mtu, again.initiator, again.ecn), (3, 8940, true, true));
+            assert_eq!((again.epoch, again.mtu, again.initiator, again.ecn), (3, 8940, true, true));
             assert_eq!(again.told_mtu, 1360);
             assert_eq!(again.endpoint, endpoint.map(|text| text.parse().unwrap()));
             assert_eq!(again.established, saved(None).established);

@@ -43,7 +43,7 @@ pub struct SessionParams {
     /// True if this node sent the initiation.
     pub initiator: bool,
     /// Process epoch of the session; 0 in the process that made it.
-    pub life: u32,
+    pub epoch: u32,
     /// True if both nodes propagate the outer ECN field (RFC 6040).
     pub ecn: bool,
     /// Secrets of the handshake's split: from initiator to responder, then back.
@@ -58,7 +58,7 @@ pub enum SessionError {
     Lanes(u8),
     /// The epoch is too high: the session has been restored more often than there are counters.
     #[error("the nonce counters of the session are exhausted")]
-    Lives,
+    EpochsExhausted,
     /// The cryptographic library failed to derive a key.
     #[error("key derivation failed")]
     Derivation,
@@ -103,7 +103,7 @@ impl Session {
     /// Derives the keys of all lanes and of the control lane.
     ///
     /// # Errors
-    /// [`SessionError::Lanes`] if a number of lanes is not 1 to 64, [`SessionError::Lives`] if the
+    /// [`SessionError::Lanes`] if a number of lanes is not 1 to 64, [`SessionError::EpochsExhausted`] if the
     /// epoch has no counters, [`SessionError::Derivation`] if the cryptographic library fails.
     pub fn new(params: SessionParams) -> Result<Session, SessionError> {
         for lanes in [params.local_lanes, params.remote_lanes] {
@@ -116,7 +116,7 @@ impl Session {
         let back = Derivation::new(back, params.cipher, 1);
         let (out, inward) = if params.initiator { (forward, back) } else { (back, forward) };
 
-        let first = u64::from(params.life) * COUNTER_LIMIT;
+        let first = u64::from(params.epoch) * COUNTER_LIMIT;
         let sender = |lane| Sender::new(out.key(lane)?, lane, params.remote_index, first);
         let receiver = |lane| Ok(Receiver { key: inward.key(lane)?, lane });
         Ok(Session {
@@ -298,7 +298,7 @@ mod tests {
             remote_lanes,
             established: Time::default(),
             initiator,
-            life: 0,
+            epoch: 0,
             ecn: false,
             secret: [Zeroizing::new([1; 32]), Zeroizing::new([2; 32])],
         }

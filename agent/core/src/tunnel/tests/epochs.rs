@@ -95,7 +95,7 @@ impl Lab {
         *shelf = memory;
         let next = left.into_iter().map(|(bytes, marks)| {
             let mut saved = SavedSession::from_bytes(&bytes).unwrap();
-            saved.life += 1;
+            saved.epoch += 1;
             let kept = shelf.put(*saved.to_bytes(), marks);
             (saved, kept)
         });
@@ -258,7 +258,7 @@ fn expired_or_foreign_sessions_are_not_restored() {
     let kept = |lab: &mut Lab, change: &dyn Fn(&mut SavedSession)| {
         lab.restart(0);
         let mut saved = SavedSession::from_bytes(&left[0].0).unwrap();
-        saved.life += 1;
+        saved.epoch += 1;
         change(&mut saved);
         let kept = Shelf::default().put(left[0].0, BTreeMap::from([(CONTROL_LANE, 1)]));
         let now = lab.now;
@@ -269,7 +269,7 @@ fn expired_or_foreign_sessions_are_not_restored() {
     assert_eq!(kept(&mut lab, &|saved| saved.established = Duration::ZERO), 0);
     assert_eq!(kept(&mut lab, &|saved| saved.established += secs(100)), 0);
     assert_eq!(kept(&mut lab, &|saved| saved.local_lanes = 65), 0);
-    assert_eq!(kept(&mut lab, &|saved| saved.life = u32::MAX), 0);
+    assert_eq!(kept(&mut lab, &|saved| saved.epoch = u32::MAX), 0);
     assert!(lab.handshakes() > 0);
 }
 

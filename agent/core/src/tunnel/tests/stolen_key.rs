@@ -42,7 +42,7 @@ fn session(secret: TransportSecrets, initiator: bool, cipher: Cipher) -> Session
         remote_lanes: 1,
         established: Time::default(),
         initiator,
-        life: 0,
+        epoch: 0,
         ecn: false,
         secret,
     };
