@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use prometheus::proto::MetricFamily;
 use prometheus::{Encoder, TextEncoder};
-use skein_core::tunnel::Trouble;
+use skein_core::tunnel::UnreachableReason;
 
 use self::family::{Family, Kind};
 pub use self::firewall::Firewall;
@@ -431,7 +431,7 @@ fn peers(report: &Report) -> Vec<MetricFamily> {
         "Unreachable peers by what is wrong with them.",
         Kind::Gauge,
     );
-    for trouble in Trouble::OF_UNREACHABLE {
+    for trouble in UnreachableReason::OF_UNREACHABLE {
         let count = report.unreachable.iter().filter(|peer| peer.reason == trouble.text()).count();
         unreachable.add(&[("reason", trouble.label())], count as f64);
     }

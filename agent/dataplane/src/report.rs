@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use skein_core::route::PeerId;
 use skein_core::time::Time;
-use skein_core::tunnel::{self, Engine, PeerView, Trouble};
+use skein_core::tunnel::{self, Engine, PeerView, UnreachableReason};
 
 use super::setup::{ECN_RUNG, Running};
 use super::stats::{DropStats, drop_report};
@@ -82,7 +82,8 @@ pub(super) fn fill<'a>(
         views.filter(|(_, view)| view.state == tunnel::PeerState::Unreachable).collect();
     if !unreachable.is_empty() {
         let named = peers.clone().filter_map(|(id, peer)| {
-            let reason = unreachable.get(id)?.trouble.map(Trouble::text).unwrap_or_default();
+            let reason =
+                unreachable.get(id)?.reason.map(UnreachableReason::text).unwrap_or_default();
             Some(UnreachablePeer { name: peer.name.clone(), reason: reason.to_owned() })
         });
         report.unreachable = named.collect();
@@ -127,7 +128,7 @@ fn peer_report(now: Time, sources: &Sources<'_>, id: PeerId, peer: &Peer) -> Opt
             tunnel::PeerState::Established => PeerState::Established,
             tunnel::PeerState::Unreachable => PeerState::Unreachable,
         },
-        reason: view.trouble.map(|trouble| trouble.to_string()),
+        reason: view.reason.map(|reason| reason.to_string()),
         cipher: session.map(|session| session.cipher.to_string()),
         lanes: session.map(|session| session.remote_lanes),
         handshake_age_seconds: session.map(|s| now.since(s.established).as_secs_f64()),

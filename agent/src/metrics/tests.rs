@@ -45,7 +45,7 @@ fn report() -> Report {
         peers: vec![peer("node-b", PeerState::Established)],
         unreachable: vec![UnreachablePeer {
             name: "node-c".to_owned(),
-            reason: Trouble::Deaf.to_string(),
+            reason: UnreachableReason::Deaf.to_string(),
         }],
         ..Report::default()
     }

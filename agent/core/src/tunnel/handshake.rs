@@ -146,7 +146,7 @@ impl Peer {
     /// keys are rotated, either node may know an old record of the other. Each pair of keys is
     /// therefore tried at every endpoint of a peer that does not answer.
     fn next_keys(&self, now: Time, tries: usize, shared: &Shared) -> (usize, usize) {
-        if self.has_current() && self.live.trouble(now.mono).is_none() {
+        if self.has_current() && self.live.unreachable_reason(now.mono).is_none() {
             return (0, 0);
         }
         let own = shared.identities().count();

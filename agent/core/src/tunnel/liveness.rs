@@ -17,7 +17,7 @@ use crate::tunnel::timers::{
 
 /// Reason why a peer is unreachable or cannot be connected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Trouble {
+pub enum UnreachableReason {
     /// The peer's record names no endpoint that this node can use.
     NoEndpoint,
     /// Handshakes get no answer.
@@ -30,7 +30,7 @@ pub enum Trouble {
     NoCommonCipher,
 }
 
-impl Trouble {
+impl UnreachableReason {
     /// Reasons that make a peer [unreachable](crate::tunnel::PeerState::Unreachable).
     pub const OF_UNREACHABLE: [Self; 4] =
         [Self::NoAnswer, Self::Silent, Self::Deaf, Self::NoCommonCipher];
@@ -38,27 +38,27 @@ impl Trouble {
     /// Returns the value of the metric label `reason`.
     pub const fn label(self) -> &'static str {
         match self {
-            Trouble::NoEndpoint => "no_endpoint",
-            Trouble::NoAnswer => "no_answer",
-            Trouble::Silent => "silent",
-            Trouble::Deaf => "deaf",
-            Trouble::NoCommonCipher => "no_common_cipher",
+            UnreachableReason::NoEndpoint => "no_endpoint",
+            UnreachableReason::NoAnswer => "no_answer",
+            UnreachableReason::Silent => "silent",
+            UnreachableReason::Deaf => "deaf",
+            UnreachableReason::NoCommonCipher => "no_common_cipher",
         }
     }
 
     /// Returns a text for users.
     pub const fn text(self) -> &'static str {
         match self {
-            Trouble::NoEndpoint => "no usable endpoint in its record",
-            Trouble::NoAnswer => "handshakes get no answer",
-            Trouble::Silent => "nothing comes back",
-            Trouble::Deaf => "it hears nothing from this node",
-            Trouble::NoCommonCipher => "no cipher in common",
+            UnreachableReason::NoEndpoint => "no usable endpoint in its record",
+            UnreachableReason::NoAnswer => "handshakes get no answer",
+            UnreachableReason::Silent => "nothing comes back",
+            UnreachableReason::Deaf => "it hears nothing from this node",
+            UnreachableReason::NoCommonCipher => "no cipher in common",
         }
     }
 }
 
-impl std::fmt::Display for Trouble {
+impl std::fmt::Display for UnreachableReason {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.text())
     }
@@ -167,7 +167,7 @@ impl Liveness {
         if !(used || self.data.is_some_and(heard_lately)) {
             return false;
         }
-        let interval = if self.trouble(now).is_some() {
+        let interval = if self.unreachable_reason(now).is_some() {
             SILENT_PING_DELAY
         } else if past(self.silent_since(), SILENT_PING_DELAY) {
             // An answer takes a round trip.
@@ -210,13 +210,13 @@ impl Liveness {
     }
 
     /// Returns the reason for which the peer counts as unreachable, if it does.
-    pub(crate) fn trouble(&self, now: Duration) -> Option<Trouble> {
+    pub(crate) fn unreachable_reason(&self, now: Duration) -> Option<UnreachableReason> {
         let past = |since: Option<Duration>, by| since.is_some_and(|t| now.saturating_sub(t) >= by);
         if past(self.unanswered, UNREACHABLE_TIMEOUT) {
-            Some(Trouble::Silent)
+            Some(UnreachableReason::Silent)
         } else if self.deaf.is_some_and(|deaf| deaf.last.saturating_sub(deaf.first) >= DEAF_TIMEOUT)
         {
-            Some(Trouble::Deaf)
+            Some(UnreachableReason::Deaf)
         } else {
             None
         }

@@ -27,7 +27,7 @@ pub mod timers;
 
 pub use counts::HandshakeResult;
 pub use engine::{Engine, EngineConfig, EngineError, PeerConfig};
-pub use liveness::Trouble;
+pub use liveness::UnreachableReason;
 pub use peer::{PeerState, PeerView};
 pub use replay::ReplayWindow;
 pub use saved::{SAVED_LEN, SavedSession, SessionSlot, SessionStore};

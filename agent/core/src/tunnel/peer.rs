@@ -8,7 +8,7 @@ use crate::time::Time;
 use crate::tunnel::cookie::{Mac, MacKeys};
 use crate::tunnel::counts::HandshakeResult;
 use crate::tunnel::handshake::PendingHandshake;
-use crate::tunnel::liveness::{Liveness, Trouble};
+use crate::tunnel::liveness::{Liveness, UnreachableReason};
 use crate::tunnel::message::Timestamp;
 use crate::tunnel::noise::KEY_LEN;
 use crate::tunnel::path_mtu::PathMtu;
@@ -95,7 +95,7 @@ impl Peer {
                 next: None,
                 receive: Vec::new(),
                 state: PeerState::Idle,
-                trouble: None,
+                reason: None,
                 round_trip: None,
                 last_received: None,
                 mtu: None,
@@ -364,22 +364,24 @@ impl Peer {
     pub(crate) fn refresh_state(&mut self, now: Time) {
         let unanswered = self.pending.as_ref().is_some_and(|p| p.is_unanswered(now.mono));
         let sends_with = self.current.as_ref().filter(|_| self.view.endpoint.is_some());
-        let (state, trouble) = match (sends_with, &self.pending) {
-            (Some(_), _) => match self.live.trouble(now.mono) {
-                Some(trouble) => (PeerState::Unreachable, Some(trouble)),
+        let (state, reason) = match (sends_with, &self.pending) {
+            (Some(_), _) => match self.live.unreachable_reason(now.mono) {
+                Some(reason) => (PeerState::Unreachable, Some(reason)),
                 None => (PeerState::Established, None),
             },
-            (None, Some(_)) if unanswered => (PeerState::Unreachable, Some(Trouble::NoAnswer)),
+            (None, Some(_)) if unanswered => {
+                (PeerState::Unreachable, Some(UnreachableReason::NoAnswer))
+            }
             (None, Some(_)) => (PeerState::Connecting, None),
             (None, None) if self.next.is_some() => (PeerState::Connecting, None),
             (None, None) if self.endpoints.is_empty() => {
-                (PeerState::Idle, Some(Trouble::NoEndpoint))
+                (PeerState::Idle, Some(UnreachableReason::NoEndpoint))
             }
             (None, None) => (PeerState::Idle, None),
         };
         let no_cipher = self.current.is_none() && self.no_common_cipher;
         self.view.state = state;
-        self.view.trouble = if no_cipher { Some(Trouble::NoCommonCipher) } else { trouble };
+        self.view.reason = if no_cipher { Some(UnreachableReason::NoCommonCipher) } else { reason };
         self.view.round_trip = self.live.round_trip;
         self.view.last_received = self.live.heard;
     }

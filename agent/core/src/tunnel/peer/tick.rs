@@ -78,7 +78,10 @@ impl Peer {
         // known MTU, so that no packet would reach the engine.
         let other_mtu =
             current.told_mtu != shared.params.mtu && shared.chance(RENEWAL_SPREAD_TICKS);
-        if other_mtu || old && (sent || received) || sent && self.live.trouble(now.mono).is_some() {
+        if other_mtu
+            || old && (sent || received)
+            || sent && self.live.unreachable_reason(now.mono).is_some()
+        {
             self.wanted = Some(now.mono);
             self.begin_handshake(now, shared);
         }

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::tunnel::liveness::Trouble;
+use crate::tunnel::liveness::UnreachableReason;
 use crate::tunnel::session::Session;
 
 /// Connection state of a peer.
@@ -40,7 +40,7 @@ pub struct PeerView {
     /// Connection state.
     pub state: PeerState,
     /// Reason for a state other than established, if one is known.
-    pub trouble: Option<Trouble>,
+    pub reason: Option<UnreachableReason>,
     /// Smoothed round-trip time; `None` before the first measurement.
     pub round_trip: Option<Duration>,
     /// Time of the last authentic datagram (monotonic clock); `None` if there was none.

@@ -4,7 +4,7 @@ use std::net::SocketAddrV6;
 
 use super::*;
 use crate::tunnel::session::Cipher;
-use crate::tunnel::{EngineError, Trouble};
+use crate::tunnel::{EngineError, UnreachableReason};
 
 #[test]
 fn first_packet_creates_session_for_both_directions() {
@@ -158,7 +158,7 @@ fn missing_common_cipher_has_its_own_reason() {
     lab.send(0, 1, b"first");
     lab.run(ms(20));
     assert_eq!(lab.count(1, HandshakeResult::NoCommonCipher), 1);
-    assert_eq!(lab.view(1, 0).trouble, Some(Trouble::NoCommonCipher));
+    assert_eq!(lab.view(1, 0).reason, Some(UnreachableReason::NoCommonCipher));
     assert!(lab.view(0, 1).receive.is_empty() && lab.view(1, 0).receive.is_empty());
 }
 
@@ -194,7 +194,7 @@ fn requested_initiations_are_repeated_with_backoff() {
     assert!(gaps.iter().skip(4).all(|gap| *gap >= ms(4980)), "{gaps:?}");
     let timeouts = lab.count(0, HandshakeResult::Timeout);
     assert_eq!(timeouts, at.len() as u64 - 1);
-    assert_eq!(lab.view(0, 1).trouble, Some(Trouble::NoAnswer));
+    assert_eq!(lab.view(0, 1).reason, Some(UnreachableReason::NoAnswer));
     assert_eq!(lab.state(0, 1), PeerState::Unreachable);
 
     lab.underlay.cut.clear();
@@ -282,7 +282,7 @@ fn peer_without_endpoints_can_initiate() {
     lab.introduce(1, 0);
     lab.nodes[0].engine.want_session(lab.now, id);
     assert!(lab.nodes[0].engine.poll_transmit().is_none());
-    assert_eq!(lab.view(0, 1).trouble, Some(Trouble::NoEndpoint));
+    assert_eq!(lab.view(0, 1).reason, Some(UnreachableReason::NoEndpoint));
     lab.send(1, 0, b"first");
     lab.run(ms(20));
     assert!(lab.joined(0, 1));

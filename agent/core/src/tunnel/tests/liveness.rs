@@ -1,7 +1,7 @@
 //! Peers fall silent and come back.
 
 use super::*;
-use crate::tunnel::Trouble;
+use crate::tunnel::UnreachableReason;
 
 #[test]
 fn dead_peer_is_detected_within_5_s_and_recovers() {
@@ -15,7 +15,7 @@ fn dead_peer_is_detected_within_5_s_and_recovers() {
     };
     let took = lab.run_until(secs(6), unreachable);
     assert!(took >= ms(2900) && took <= ms(3550), "{took:?}");
-    assert_eq!(lab.view(0, 1).trouble, Some(Trouble::Silent));
+    assert_eq!(lab.view(0, 1).reason, Some(UnreachableReason::Silent));
     let tries = lab.count(0, HandshakeResult::Initiated);
     lab.run(secs(20));
     assert!(lab.count(0, HandshakeResult::Initiated) > tries, "it goes on trying");
@@ -71,8 +71,8 @@ fn dead_direction_is_detected_at_both_ends_within_5_s() {
             let noticed = |lab: &mut Lab| both_are(lab, PeerState::Unreachable);
             let took = lab.run_until(secs(7), noticed);
             assert!(took <= ms(3600), "{talk:?}, every {interval} ms, {phase} ms on: {took:?}");
-            assert_eq!(lab.view(0, 1).trouble, Some(Trouble::Deaf), "{talk:?}");
-            assert_eq!(lab.view(1, 0).trouble, Some(Trouble::Silent), "{talk:?}");
+            assert_eq!(lab.view(0, 1).reason, Some(UnreachableReason::Deaf), "{talk:?}");
+            assert_eq!(lab.view(1, 0).reason, Some(UnreachableReason::Silent), "{talk:?}");
             lab.run(secs(5));
             assert!(both_are(&lab, PeerState::Unreachable), "{talk:?}");
             lab.underlay.cut.clear();
@@ -89,7 +89,7 @@ fn peer_without_answers_is_detected_within_5_s() {
     lab.send(0, 1, b"the only one");
     let took = lab.run_until(secs(7), |lab| lab.state(0, 1) == PeerState::Unreachable);
     assert!(took <= ms(3100), "{took:?}");
-    assert_eq!(lab.view(0, 1).trouble, Some(Trouble::NoAnswer));
+    assert_eq!(lab.view(0, 1).reason, Some(UnreachableReason::NoAnswer));
 }
 
 #[test]
@@ -106,7 +106,7 @@ fn ten_percent_loss_makes_no_peer_unreachable() {
             // An hour.
             for _ in 0..36_000 {
                 lab.run(ms(100));
-                let told = [lab.view(0, 1).trouble, lab.view(1, 0).trouble];
+                let told = [lab.view(0, 1).reason, lab.view(1, 0).reason];
                 assert_eq!(told, [None, None], "{talk:?}, every {interval} ms");
             }
         }
