@@ -69,7 +69,7 @@ impl Peer {
         let endpoints = vec![SocketAddr::from((Ipv4Addr::LOCALHOST, PORT))];
         let id = engine
             .upsert_peer(now, PeerConfig { public_key: agent_key, second_key: None, endpoints });
-        engine.want_session(now, id);
+        engine.request_session(now, id);
         engine
     }
 

@@ -332,7 +332,7 @@ fn initiations(to: &str, count: u16) -> Result<Vec<Vec<u8>>> {
         let now = Time { mono: Duration::from_secs(1), wall: Duration::from_secs(1 << 31) };
         let endpoints = vec![SocketAddr::from(([192, 0, 2, 2], PORT))];
         let peer = engine.upsert_peer(now, PeerConfig { public_key, second_key: None, endpoints });
-        engine.want_session(now, peer);
+        engine.request_session(now, peer);
         Ok(engine.poll_transmit().context("no initiation")?.payload)
     };
     (0..count).map(one).collect()

@@ -174,7 +174,7 @@ fn handshake(bencher: Bencher<'_, '_>) {
             (a, b, id)
         })
         .bench_local_values(|(mut a, mut b, id)| {
-            a.want_session(now, id);
+            a.request_session(now, id);
             for _ in 0..2 {
                 while let Some(mut transmit) = a.poll_transmit() {
                     b.handle_datagram(now, addresses[0], &mut transmit.payload);

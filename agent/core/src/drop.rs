@@ -43,14 +43,14 @@ macro_rules! drop_reasons {
 
 impl DropReason {
     /// Returns the reason with these values of the metric labels `direction` and `reason`.
-    pub fn named(direction: &str, label: &str) -> Option<Self> {
+    pub fn from_labels(direction: &str, label: &str) -> Option<Self> {
         let mut all = Self::ALL.iter().copied();
         all.find(|known| known.direction().label() == direction && known.label() == label)
     }
 
     /// Returns whether a sender without a session key can cause this drop. The alert
     /// SkeinPacketsDropped excludes these reasons.
-    pub const fn by_strangers(self) -> bool {
+    pub const fn is_possible_without_key(self) -> bool {
         // These drops happen after the AEAD tag and the replay window have been checked.
         let authentic = matches!(
             self,
@@ -202,7 +202,7 @@ mod tests {
             for b in &DropReason::ALL[i + 1..] {
                 assert!(a.label() != b.label() || a.direction() != b.direction(), "{a} twice");
             }
-            assert_eq!(DropReason::named(a.direction().label(), a.label()), Some(*a));
+            assert_eq!(DropReason::from_labels(a.direction().label(), a.label()), Some(*a));
         }
     }
 

@@ -476,7 +476,7 @@ impl Active {
         };
         active.set_peers(now, snapshot.peers)?;
         active.raise_seen(&snapshot.seen_handshakes);
-        active.engine.resume(now, sessions);
+        active.engine.restore_sessions(now, sessions);
         active.publish();
         active.running.begin()?;
         Ok(active)
@@ -591,7 +591,7 @@ impl Active {
         let routes = RouteTable::build(&self.snapshot.local_cidrs, owners)
             .map_err(|conflict| SetupError::Invalid(conflict.to_string()))?;
         self.routes = Arc::new(routes);
-        engine.take_changed();
+        engine.poll_tables_changed();
         self.publish();
         Ok(())
     }
@@ -605,8 +605,8 @@ impl Active {
 
     fn event(&mut self, now: Time, message: ToManager, tap: &Tap) {
         match message {
-            ToManager::WantSession(peer) => self.engine.want_session(now, peer),
-            ToManager::UnknownSession(source) => self.engine.unknown_session(now, source),
+            ToManager::WantSession(peer) => self.engine.request_session(now, peer),
+            ToManager::UnknownSession(source) => self.engine.on_unknown_session(now, source),
             ToManager::TooLong(datagram) => self.too_long(now, datagram),
             ToManager::Datagram { source, mut datagram, .. } => {
                 // What was dropped before this one is not its.
@@ -636,7 +636,7 @@ impl Active {
         };
         let size = plaintext(len).unwrap_or(u16::MAX);
         // A refused probe for a larger size does not change the size in use.
-        if self.engine.refused(now, destination, size, fits) {
+        if self.engine.on_send_too_big(now, destination, size, fits) {
             tracing::info!(%destination, size, fits, "datagram longer than the route carries");
         }
     }
@@ -647,7 +647,7 @@ impl Active {
             self.engine.handle_timeout(now);
         }
         // Before anything is sent: an answer may arrive as soon as its question has left.
-        if self.engine.take_changed() {
+        if self.engine.poll_tables_changed() {
             self.publish();
         }
         while let Some(transmit) = self.engine.poll_transmit() {
@@ -657,7 +657,7 @@ impl Active {
             }
         }
         // Of what was too long.
-        if self.engine.take_changed() {
+        if self.engine.poll_tables_changed() {
             self.publish();
         }
         self.drops.collect(self.engine.drops());

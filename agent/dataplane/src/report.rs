@@ -72,7 +72,7 @@ pub(super) fn fill<'a>(
     report.handshakes = handshakes
         .map(|(result, count)| HandshakeCount { result: result.to_owned(), count })
         .collect();
-    report.second_key_peers = sources.engine.second_identity_in_use();
+    report.second_key_peers = sources.engine.peers_on_second_identity();
     let narrow = |public_key, mtu: Option<u16>| Some(NarrowPath { public_key, mtu: mtu? });
     let views = sources.engine.tables().map(|(_, view)| view);
     report.narrow =

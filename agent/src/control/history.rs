@@ -91,8 +91,9 @@ fn sample(time_ms: u64, report: &Report) -> Sample {
     let lost = |direction: Direction| {
         drops(&|drop| {
             // A reason that only a newer data process knows counts, as in the alert.
-            let known = DropReason::named(&drop.direction, &drop.reason);
-            drop.direction == direction.label() && !known.is_some_and(DropReason::by_strangers)
+            let known = DropReason::from_labels(&drop.direction, &drop.reason);
+            drop.direction == direction.label()
+                && !known.is_some_and(DropReason::is_possible_without_key)
         })
     };
     let [a, b, c, d, e] = direction(|lane| &lane.egress);

@@ -247,7 +247,7 @@ fn drops(report: &Report) -> Vec<Drops> {
     let some = report.drops.iter().filter(|drop| drop.packets > 0);
     let mut drops: Vec<_> = some
         .map(|drop| Drops {
-            meaning: DropReason::named(&drop.direction, &drop.reason)
+            meaning: DropReason::from_labels(&drop.direction, &drop.reason)
                 .map_or("", DropReason::meaning),
             direction: drop.direction.clone(),
             reason: drop.reason.clone(),

@@ -116,7 +116,7 @@ fn reasons() -> String {
         let (direction, meaning) = (reason.direction().label(), reason.meaning());
         let _ = writeln!(text, "| {direction} | `{}` | {meaning} |", reason.label());
     }
-    let of_strangers = DropReason::ALL.iter().filter(|reason| reason.by_strangers());
+    let of_strangers = DropReason::ALL.iter().filter(|reason| reason.is_possible_without_key());
     let of_strangers: Vec<_> = of_strangers.map(|reason| format!("`{reason}`")).collect();
     let _ = writeln!(
         text,
@@ -138,7 +138,7 @@ fn the_alert_of_drops_leaves_out_what_strangers_can_cause() {
             Some(start) => reason.label().starts_with(start),
             None => reason.label() == *part,
         });
-        assert_eq!(named, reason.by_strangers(), "{reason}");
+        assert_eq!(named, reason.is_possible_without_key(), "{reason}");
     }
 }
 

@@ -76,7 +76,7 @@ pub fn saved_session(data: &[u8]) {
         PeerConfig { public_key: saved.public_key, second_key: None, endpoints: vec![address(1)] },
     );
     let now = Time { mono: saved.established, wall: Duration::ZERO };
-    let taken = engine.resume(now, [(saved, Box::new(Nowhere) as Box<dyn SessionSlot>)]);
+    let taken = engine.restore_sessions(now, [(saved, Box::new(Nowhere) as Box<dyn SessionSlot>)]);
     let sessions: usize = engine.tables().map(|(_, view)| view.receive.len()).sum();
     assert_eq!(sessions, taken);
     engine.handle_timeout(now);
@@ -240,12 +240,12 @@ impl World {
             }
             9 => {
                 if let Some(id) = self.engines[node].peer_id(&other_key) {
-                    self.engines[node].want_session(self.now, id);
+                    self.engines[node].request_session(self.now, id);
                 }
             }
             10 => {
                 let host = input.byte().unwrap_or(0);
-                self.engines[node].unknown_session(self.now, address(host).ip());
+                self.engines[node].on_unknown_session(self.now, address(host).ip());
             }
             11 => {
                 let amount = input.number() as u64;

@@ -43,7 +43,7 @@ const MAX_SOURCES: usize = 4096;
 
 /// See the module. The caller hands in what it receives and when; after each call it takes what is
 /// to be sent ([`Engine::poll_transmit`]), when to call next ([`Engine::poll_timeout`]), and whether
-/// lanes need to know anything new ([`Engine::take_changed`]). New tables go to the lanes before
+/// lanes need to know anything new ([`Engine::poll_tables_changed`]). New tables go to the lanes before
 /// datagrams go out: what a response lets the peer send must find its session.
 pub struct Engine {
     shared: Shared,
@@ -146,7 +146,7 @@ impl Engine {
     /// Takes up sessions of the process before, once their peers are known; how many it took. Those that
     /// are over, or of a peer that is none any more, are forgotten. Each must be in a life that nobody
     /// has sent in ([`SavedSession::epoch`]), and no other process may have it any more.
-    pub fn resume(
+    pub fn restore_sessions(
         &mut self,
         now: Time,
         saved: impl IntoIterator<Item = (SavedSession, Box<dyn SessionSlot>)>,
@@ -162,14 +162,14 @@ impl Engine {
             let Some(peer) = self.peers.get_mut(&id) else { continue };
             let established =
                 Time { mono: session.established, wall: now.wall.saturating_sub(age) };
-            if peer.resume(session, slot, established, &mut self.shared) {
+            if peer.restore(session, slot, established, &mut self.shared) {
                 taken += 1;
                 peers.insert(id);
             }
         }
         for id in peers {
             let Some(peer) = self.peers.get_mut(&id) else { continue };
-            peer.settle(now, &mut self.shared);
+            peer.choose_current(now, &mut self.shared);
             if let Some(deadline) = peer.deadline() {
                 self.shared.arm(deadline);
             }
@@ -295,7 +295,7 @@ impl Engine {
     }
 
     /// Peers that are sent to in a session which the second identity made: those that may not know the first.
-    pub fn second_identity_in_use(&self) -> usize {
+    pub fn peers_on_second_identity(&self) -> usize {
         let Some(second) = &self.shared.second else { return 0 };
         self.peers.values().filter(|peer| peer.uses(second.public())).count()
     }
@@ -306,11 +306,11 @@ impl Engine {
     }
 
     /// A lane has a packet for a peer and no session. Starts a handshake, which is repeated for as
-    /// long as it is wanted: as this is called at least every 15 seconds.
-    pub fn want_session(&mut self, now: Time, peer: PeerId) {
+    /// long as it is requested: as this is called at least every 15 seconds.
+    pub fn request_session(&mut self, now: Time, peer: PeerId) {
         let Some(peer) = self.peers.get_mut(&peer) else { return };
         if !peer.can_send() {
-            peer.wanted = Some(now.mono);
+            peer.requested = Some(now.mono);
             peer.begin_handshake(now, &mut self.shared);
             peer.refresh_state(now);
         }
@@ -318,7 +318,7 @@ impl Engine {
 
     /// A datagram of an unknown session came from this address. A peer that lives there may not
     /// know that this node has restarted: a new handshake tells it.
-    pub fn unknown_session(&mut self, now: Time, source: IpAddr) {
+    pub fn on_unknown_session(&mut self, now: Time, source: IpAddr) {
         let source = source.to_canonical();
         for id in self.by_address.get(&source).into_iter().flatten() {
             let Some(peer) = self.peers.get_mut(id) else { continue };
@@ -330,7 +330,7 @@ impl Engine {
                 continue;
             }
             peer.unknown = Some(now.mono);
-            peer.wanted = Some(now.mono);
+            peer.requested = Some(now.mono);
             let there = peer.endpoints.iter().position(|e| e.ip().to_canonical() == source);
             if peer.pending.is_none() {
                 peer.attempt = there.unwrap_or(peer.attempt);
@@ -344,7 +344,7 @@ impl Engine {
     /// the length of its plaintext in bytes, `fits` the longest plaintext that the route carries,
     /// if known. Reduces the path MTU of the peers at `destination` at once ([`PeerView::path`]).
     /// Returns whether a path MTU was reduced.
-    pub fn refused(
+    pub fn on_send_too_big(
         &mut self,
         now: Time,
         destination: SocketAddr,
@@ -399,7 +399,7 @@ impl Engine {
 
     /// Whether sessions, endpoints or peers have changed since the last call: lanes then need new
     /// tables.
-    pub fn take_changed(&mut self) -> bool {
+    pub fn poll_tables_changed(&mut self) -> bool {
         std::mem::take(&mut self.shared.changed)
     }
 

@@ -66,7 +66,7 @@ pub(crate) struct Peer {
     /// was last proved.
     deferred: Option<Duration>,
     /// Time of the last request for a session (monotonic clock).
-    pub(crate) wanted: Option<Duration>,
+    pub(crate) requested: Option<Duration>,
     /// Time of the last handshake that a datagram of an unknown session caused (monotonic clock).
     pub(crate) unknown: Option<Duration>,
     pub(crate) no_common_cipher: bool,
@@ -107,7 +107,7 @@ impl Peer {
             cookie: None,
             last_initiation: None,
             deferred: None,
-            wanted: None,
+            requested: None,
             unknown: None,
             no_common_cipher: false,
             live: Liveness::default(),
@@ -205,7 +205,7 @@ impl Peer {
             self.attempt = there.unwrap_or(self.attempt);
         }
         self.current = Some(entry);
-        self.wanted = None;
+        self.requested = None;
         self.no_common_cipher = false;
         self.live.on_session(now.mono);
         self.update_endpoint(now.mono, shared);
@@ -216,9 +216,9 @@ impl Peer {
         }
     }
 
-    /// Restores a session of an earlier process; [`Peer::settle`] chooses the session to send with
+    /// Restores a session of an earlier process; [`Peer::choose_current`] chooses the session to send with
     /// afterwards. Returns false if the session is invalid or its index is in use.
-    pub(crate) fn resume(
+    pub(crate) fn restore(
         &mut self,
         saved: SavedSession,
         slot: Box<dyn SessionSlot>,
@@ -262,7 +262,7 @@ impl Peer {
 
     /// Chooses the session to send with from the restored ones: the newest that the peer is known
     /// to have.
-    pub(crate) fn settle(&mut self, now: Time, shared: &mut Shared) {
+    pub(crate) fn choose_current(&mut self, now: Time, shared: &mut Shared) {
         self.previous.sort_by_key(|entry| entry.session.established);
         let confirmed = self.previous.iter().rposition(|entry| entry.session.is_confirmed());
         self.next = match self.previous.len() {

@@ -193,7 +193,7 @@ impl Engine {
         datagram: &mut [u8],
     ) -> Result<(), DropReason> {
         let Some((peer, shared)) = self.owner(header.receiver) else {
-            self.unknown_session(now, source.ip());
+            self.on_unknown_session(now, source.ip());
             return Err(DropReason::UnknownSession);
         };
         peer.on_control(now, header.receiver, datagram, shared)

@@ -65,7 +65,7 @@ impl Peer {
         let (proven, endpoints) = (self.proven, &self.endpoints);
         let is_good = proven.is_some_and(|(to, at)| renewed(at) && endpoints.contains(&to));
         if self.current.is_some() && !endpoints.is_empty() && !is_good {
-            self.wanted = Some(now.mono);
+            self.requested = Some(now.mono);
             self.begin_handshake(now, shared);
         }
     }

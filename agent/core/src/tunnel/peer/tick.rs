@@ -33,9 +33,9 @@ impl Peer {
             self.tick(now, shared);
         }
         if self.pending.as_ref().is_some_and(|p| p.retry_at <= now.mono + RETRY_SLACK) {
-            let wanted =
-                self.wanted.is_some_and(|at| now.mono.saturating_sub(at) < REQUEST_TIMEOUT);
-            self.retry_handshake(now, wanted, shared);
+            let requested =
+                self.requested.is_some_and(|at| now.mono.saturating_sub(at) < REQUEST_TIMEOUT);
+            self.retry_handshake(now, requested, shared);
         }
         self.refresh_state(now);
     }
@@ -58,7 +58,7 @@ impl Peer {
         }
         let Some(current) = &self.current else {
             // The session was requested while a handshake of the peer was about to create one.
-            if self.wanted.is_some_and(|at| now.mono.saturating_sub(at) < REQUEST_TIMEOUT) {
+            if self.requested.is_some_and(|at| now.mono.saturating_sub(at) < REQUEST_TIMEOUT) {
                 self.begin_handshake(now, shared);
             }
             return;
@@ -82,7 +82,7 @@ impl Peer {
             || old && (sent || received)
             || sent && self.live.unreachable_reason(now.mono).is_some()
         {
-            self.wanted = Some(now.mono);
+            self.requested = Some(now.mono);
             self.begin_handshake(now, shared);
         }
         if sent || received {

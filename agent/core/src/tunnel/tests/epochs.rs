@@ -101,7 +101,7 @@ impl Lab {
         });
         let next = next.collect::<Vec<_>>();
         let now = self.now;
-        let taken = self.nodes[node].engine.resume(now, next);
+        let taken = self.nodes[node].engine.restore_sessions(now, next);
         self.collect(node);
         taken
     }
@@ -262,7 +262,7 @@ fn expired_or_foreign_sessions_are_not_restored() {
         change(&mut saved);
         let kept = Shelf::default().put(left[0].0, BTreeMap::from([(CONTROL_LANE, 1)]));
         let now = lab.now;
-        lab.nodes[0].engine.resume(now, [(saved, kept)])
+        lab.nodes[0].engine.restore_sessions(now, [(saved, kept)])
     };
     assert_eq!(kept(&mut lab, &|_| {}), 1);
     assert_eq!(kept(&mut lab, &|saved| saved.public_key = [9; 32]), 0);
@@ -369,7 +369,7 @@ fn timestamp_of_key_is_deleted_with_its_record() {
     // The next process notices a record that was removed while no process ran.
     shelf.clone().set_seen_timestamp(&key, secs(5));
     let now = lab.now;
-    lab.nodes[1].engine.resume(now, []);
+    lab.nodes[1].engine.restore_sessions(now, []);
     assert_eq!(shelf.seen_timestamp(&key), Duration::ZERO);
 }
 

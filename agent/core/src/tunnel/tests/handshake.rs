@@ -10,12 +10,15 @@ use crate::tunnel::{EngineError, UnreachableReason};
 fn first_packet_creates_session_for_both_directions() {
     for (from, to) in [(0, 1), (1, 0)] {
         let mut lab = Lab::new(2);
-        lab.nodes[from].engine.take_changed();
+        lab.nodes[from].engine.poll_tables_changed();
         assert!(!lab.send(from, to, b"first"));
         assert_eq!(lab.state(from, to), PeerState::Connecting);
         lab.run(ms(20));
         assert!(lab.joined(from, to));
-        assert!(lab.nodes[from].engine.take_changed() && lab.nodes[to].engine.take_changed());
+        assert!(
+            lab.nodes[from].engine.poll_tables_changed()
+                && lab.nodes[to].engine.poll_tables_changed()
+        );
         let (a, b) = (lab.current(from, to).unwrap(), lab.current(to, from).unwrap());
         assert!(a.initiator && !b.initiator);
         assert_eq!(a.cipher, Cipher::Aes256Gcm);
@@ -240,21 +243,21 @@ fn changed_record_takes_effect_at_once() {
     let mut lab = Lab::joined_pair();
     let new: SocketAddr = "192.0.2.77:51900".parse().unwrap();
     lab.nodes[1].config.addresses = vec![new];
-    lab.nodes[0].engine.take_changed();
+    lab.nodes[0].engine.poll_tables_changed();
     lab.introduce(0, 1);
     lab.collect(0);
     assert!(lab.current(0, 1).is_some(), "the session stays");
     lab.run(ms(2));
-    assert!(lab.nodes[0].engine.take_changed());
+    assert!(lab.nodes[0].engine.poll_tables_changed());
     assert_eq!(lab.view(0, 1).endpoint, Some(new), "after one round trip");
     assert!(lab.send(0, 1, b"there"));
     lab.run(ms(20));
     assert!(lab.joined(0, 1));
     assert_eq!(lab.nodes[1].received, [b"there"]);
     // The same again changes nothing.
-    lab.nodes[0].engine.take_changed();
+    lab.nodes[0].engine.poll_tables_changed();
     lab.introduce(0, 1);
-    assert!(!lab.nodes[0].engine.take_changed());
+    assert!(!lab.nodes[0].engine.poll_tables_changed());
 }
 
 #[test]
@@ -280,7 +283,7 @@ fn peer_without_endpoints_can_initiate() {
     let config = PeerConfig { public_key: lab.key(1), second_key: None, endpoints: Vec::new() };
     let id = lab.nodes[0].engine.upsert_peer(lab.now, config);
     lab.introduce(1, 0);
-    lab.nodes[0].engine.want_session(lab.now, id);
+    lab.nodes[0].engine.request_session(lab.now, id);
     assert!(lab.nodes[0].engine.poll_transmit().is_none());
     assert_eq!(lab.view(0, 1).reason, Some(UnreachableReason::NoEndpoint));
     lab.send(1, 0, b"first");

@@ -188,8 +188,8 @@ fn unknown_session_starts_one_handshake_per_2_s() {
     let source = lab.nodes[1].config.addresses[0].ip();
     lab.underlay.cut.insert((0, 1));
     for _ in 0..10 {
-        lab.nodes[0].engine.unknown_session(lab.now, source);
-        lab.nodes[0].engine.unknown_session(lab.now, "203.0.113.1".parse().unwrap());
+        lab.nodes[0].engine.on_unknown_session(lab.now, source);
+        lab.nodes[0].engine.on_unknown_session(lab.now, "203.0.113.1".parse().unwrap());
     }
     lab.collect(0);
     assert_eq!(lab.count(0, HandshakeResult::Initiated), 1);
@@ -200,7 +200,7 @@ fn unknown_session_starts_one_handshake_per_2_s() {
     lab.flow(1, 0, ms(10));
     let tries = lab.count(0, HandshakeResult::Initiated);
     for _ in 0..1000 {
-        lab.nodes[0].engine.unknown_session(lab.now, source);
+        lab.nodes[0].engine.on_unknown_session(lab.now, source);
         lab.run(ms(20));
     }
     assert_eq!(lab.count(0, HandshakeResult::Initiated), tries);

@@ -267,7 +267,7 @@ impl Lab {
         let next = next.map(|(session, endpoint)| (Some(session), endpoint));
         let chosen = next.unwrap_or_else(|| (view.current.clone(), view.endpoint));
         let (Some(session), Some(destination)) = chosen else {
-            self.nodes[from].engine.want_session(now, id);
+            self.nodes[from].engine.request_session(now, id);
             self.collect(from);
             return false;
         };
@@ -339,7 +339,7 @@ impl Lab {
                 };
                 let Some(session) = found else {
                     node.drops.push(DropReason::UnknownSession);
-                    node.engine.unknown_session(now, source.ip());
+                    node.engine.on_unknown_session(now, source.ip());
                     return self.collect(to);
                 };
                 assert!(!session.is_expired());

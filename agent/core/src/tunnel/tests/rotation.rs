@@ -111,9 +111,9 @@ fn sessions_of_removed_key_end_at_once() {
     let id = lab.peer_id(1, 0);
     assert_eq!(lab.record(1, OLD, Some(NEW)), id);
     assert!(!session.is_expired());
-    lab.nodes[1].engine.take_changed();
+    lab.nodes[1].engine.poll_tables_changed();
     assert_eq!(lab.record(1, NEW, None), id);
-    assert!(session.is_expired() && lab.nodes[1].engine.take_changed());
+    assert!(session.is_expired() && lab.nodes[1].engine.poll_tables_changed());
     assert!(lab.nodes[1].engine.peer_id(&public(OLD)).is_none());
     // Whoever has the old key, a thief for instance, is a stranger.
     lab.flow(0, 1, ms(100));
@@ -147,10 +147,14 @@ fn peers_on_second_identity_are_counted() {
     lab.hold(NEW, Some(OLD));
     lab.flow(0, 1, ms(100));
     lab.run(secs(5));
-    assert_eq!(lab.nodes[0].engine.second_identity_in_use(), 1, "its record has the old key alone");
+    assert_eq!(
+        lab.nodes[0].engine.peers_on_second_identity(),
+        1,
+        "its record has the old key alone"
+    );
     lab.record(1, NEW, Some(OLD));
     lab.run(secs(8));
-    assert_eq!(lab.nodes[0].engine.second_identity_in_use(), 0);
+    assert_eq!(lab.nodes[0].engine.peers_on_second_identity(), 0);
 }
 
 #[test]

@@ -195,11 +195,11 @@ fn removed_peer_ends_at_once() {
     let session = lab.current(0, 1).unwrap();
     lab.flow(1, 0, ms(10));
     let id = lab.peer_id(0, 1);
-    lab.nodes[0].engine.take_changed();
+    lab.nodes[0].engine.poll_tables_changed();
     lab.nodes[0].engine.remove_peer(id);
-    assert!(session.is_expired() && lab.nodes[0].engine.take_changed());
+    assert!(session.is_expired() && lab.nodes[0].engine.poll_tables_changed());
     assert_eq!(lab.nodes[0].engine.tables().count(), 0);
-    lab.nodes[0].engine.want_session(lab.now, id);
+    lab.nodes[0].engine.request_session(lab.now, id);
     assert!(lab.nodes[0].engine.poll_transmit().is_none());
     lab.run(secs(10));
     assert_eq!(lab.nodes[0].received.len(), 0);

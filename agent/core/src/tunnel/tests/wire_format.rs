@@ -146,7 +146,7 @@ fn documented_handshake_messages_match_code() {
     let mut lab = Lab::new(2);
     let (now, id) = (lab.now, lab.peer_id(0, 1));
     let (first, second) = (lab.key(0), lab.key(1));
-    lab.nodes[0].engine.want_session(now, id);
+    lab.nodes[0].engine.request_session(now, id);
     let initiation = lab.nodes[0].engine.poll_transmit().unwrap().payload;
 
     let header = Header::parse(&initiation).unwrap();
