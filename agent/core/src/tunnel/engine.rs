@@ -18,7 +18,7 @@ use crate::tunnel::rate_limit::{PerSourceLimiter, Rate, TokenBucket};
 use crate::tunnel::saved::{SavedSession, SessionSlot, SessionStore};
 use crate::tunnel::shared::{LocalIdentity, Random, Shared, Transmit};
 use crate::tunnel::timers::{
-    SESSION_LIFE, TICK_INTERVAL, UNKNOWN_SESSION_INTERVAL, UNKNOWN_SESSION_SILENT_TIME,
+    SESSION_LIFETIME, TICK_INTERVAL, UNKNOWN_SESSION_INTERVAL, UNKNOWN_SESSION_SILENT_TIME,
 };
 use crate::wire::header::MAX_LANES;
 
@@ -157,7 +157,7 @@ impl Engine {
         self.shared.store.retain_seen_timestamps(&|key| by_key.contains_key(key));
         for (session, slot) in saved {
             let age = now.mono.checked_sub(session.established);
-            let Some(age) = age.filter(|age| *age < SESSION_LIFE) else { continue };
+            let Some(age) = age.filter(|age| *age < SESSION_LIFETIME) else { continue };
             let Some(&id) = self.by_key.get(&session.public_key) else { continue };
             let Some(peer) = self.peers.get_mut(&id) else { continue };
             let established =

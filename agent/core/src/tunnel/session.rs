@@ -1,5 +1,5 @@
 //! Transport sessions: per-lane AEAD keys and nonce counters, derived from a completed Noise
-//! handshake. A session ends [`SESSION_LIFE`] (180 s) after the handshake.
+//! handshake. A session ends [`SESSION_LIFETIME`] (180 s) after the handshake.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -14,7 +14,7 @@ use crate::tunnel::lane_key::Derivation;
 pub use crate::tunnel::lane_key::{Receiver, Sender};
 use crate::tunnel::noise::KEY_LEN;
 use crate::tunnel::saved::SessionSlot;
-use crate::tunnel::timers::SESSION_LIFE;
+use crate::tunnel::timers::SESSION_LIFETIME;
 use crate::wire::header::{CONTROL_LANE, MAX_LANES};
 
 /// Number of nonce counters that a sender has in one process epoch
@@ -201,11 +201,11 @@ impl Session {
     }
 
     /// Returns true if the engine has ended the session, or if its age at `now` (monotonic clock)
-    /// is [`SESSION_LIFE`] or more. Lanes use this method, so that keys end in time even if the
+    /// is [`SESSION_LIFETIME`] or more. Lanes use this method, so that keys end in time even if the
     /// engine's thread hangs.
     #[inline]
     pub fn is_expired_at(&self, now: Duration) -> bool {
-        self.is_expired() || now >= self.established.mono + SESSION_LIFE
+        self.is_expired() || now >= self.established.mono + SESSION_LIFETIME
     }
 
     /// Returns true if the peer is known to have the session. Only then may data be sent with it.
@@ -429,10 +429,10 @@ mod tests {
         let established = Time { mono: 100 * second, wall: Duration::ZERO };
         let params = SessionParams { established, ..params(Cipher::Aes256Gcm, true) };
         let session = Session::new(params).unwrap();
-        for age in [Duration::ZERO, SESSION_LIFE - Duration::from_nanos(1)] {
+        for age in [Duration::ZERO, SESSION_LIFETIME - Duration::from_nanos(1)] {
             assert!(!session.is_expired_at(established.mono + age), "{age:?}");
         }
-        assert!(session.is_expired_at(established.mono + SESSION_LIFE));
+        assert!(session.is_expired_at(established.mono + SESSION_LIFETIME));
         assert!(session.is_expired_at(established.mono + 205 * second));
         assert!(!session.is_expired(), "The engine must not have ended the session.");
         session.expire();

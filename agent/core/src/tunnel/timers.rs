@@ -4,15 +4,15 @@ use std::time::Duration;
 
 /// Age at which the initiator of a session in use starts a new handshake (WireGuard paper, section
 /// 6.1).
-pub const REKEY_AFTER: Duration = Duration::from_secs(120);
+pub const REKEY_AFTER_TIME: Duration = Duration::from_secs(120);
 /// Age at which the responder starts a new handshake if the initiator has not: 15 s after
-/// [`REKEY_AFTER`], so that both nodes rarely start at the same time.
+/// [`REKEY_AFTER_TIME`], so that both nodes rarely start at the same time.
 pub(crate) const RESPONDER_REKEY_AFTER_TIME: Duration = Duration::from_secs(135);
 /// Mean number of ticks over which sessions are renewed after a change of this node's key or MTU:
 /// at each tick a session is renewed with the probability 1 / `RENEWAL_SPREAD_TICKS`.
 pub(crate) const RENEWAL_SPREAD_TICKS: u8 = 8;
 /// Age at which a session ends at both nodes (WireGuard paper, section 6.1, `Reject-After-Time`).
-pub const SESSION_LIFE: Duration = Duration::from_secs(180);
+pub const SESSION_LIFETIME: Duration = Duration::from_secs(180);
 
 /// Minimum time between two initiations to a peer. Retries start with this interval plus up to a
 /// quarter of it at random; each later interval is longer by half, up to [`MAX_RETRY_INTERVAL`].

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::{Peer, SessionEntry};
 use crate::time::Time;
 use crate::tunnel::shared::Shared;
-use crate::tunnel::timers::{RESPONDER_REKEY_AFTER_TIME, SESSION_LIFE};
+use crate::tunnel::timers::{RESPONDER_REKEY_AFTER_TIME, SESSION_LIFETIME};
 
 impl Peer {
     /// Replaces the endpoints of the peer's record. The current address stays in use until the peer
@@ -41,7 +41,7 @@ impl Peer {
     pub(super) fn update_endpoint(&mut self, now: Duration, shared: &mut Shared) {
         let age = |at| now.saturating_sub(at);
         let endpoint = match self.current {
-            Some(_) => self.proven.filter(|(_, at)| age(*at) < SESSION_LIFE).map(|(to, _)| to),
+            Some(_) => self.proven.filter(|(_, at)| age(*at) < SESSION_LIFETIME).map(|(to, _)| to),
             None => self.handshake_endpoint(),
         };
         if self.view.endpoint != endpoint {

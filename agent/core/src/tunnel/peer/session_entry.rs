@@ -9,7 +9,7 @@ use crate::tunnel::noise::KEY_LEN;
 use crate::tunnel::replay::ReplayWindow;
 use crate::tunnel::session::Session;
 use crate::tunnel::shared::Shared;
-use crate::tunnel::timers::SESSION_LIFE;
+use crate::tunnel::timers::SESSION_LIFETIME;
 use crate::wire::header::CONTROL_LANE;
 
 /// A session with its state in the engine.
@@ -45,7 +45,7 @@ impl SessionEntry {
 
     /// Returns the time at which the session ends (monotonic clock).
     pub(super) fn ends(&self) -> Duration {
-        self.session.established.mono + SESSION_LIFE
+        self.session.established.mono + SESSION_LIFETIME
     }
 
     /// Returns whether lanes have sent and received since the last call.

@@ -9,8 +9,8 @@ use crate::tunnel::handshake::PendingHandshake;
 use crate::tunnel::session::COUNTER_REKEY;
 use crate::tunnel::shared::Shared;
 use crate::tunnel::timers::{
-    REKEY_AFTER, RENEWAL_SPREAD_TICKS, REQUEST_TIMEOUT, RESPONDER_REKEY_AFTER_TIME, RETRY_SLACK,
-    SESSION_LIFE,
+    REKEY_AFTER_TIME, RENEWAL_SPREAD_TICKS, REQUEST_TIMEOUT, RESPONDER_REKEY_AFTER_TIME,
+    RETRY_SLACK, SESSION_LIFETIME,
 };
 
 impl Peer {
@@ -21,7 +21,7 @@ impl Peer {
         let connecting = self.view.state == PeerState::Connecting;
         let unanswered =
             self.pending.as_ref().filter(|_| connecting).and_then(PendingHandshake::unanswered_at);
-        let proof = self.proven.filter(|_| self.can_send()).map(|(_, at)| at + SESSION_LIFE);
+        let proof = self.proven.filter(|_| self.can_send()).map(|(_, at)| at + SESSION_LIFETIME);
         self.entries().map(SessionEntry::ends).chain(retry).chain(unanswered).chain(proof).min()
     }
 
@@ -64,7 +64,7 @@ impl Peer {
             return;
         };
         let session = &current.session;
-        let limit = if session.initiator { REKEY_AFTER } else { RESPONDER_REKEY_AFTER_TIME };
+        let limit = if session.initiator { REKEY_AFTER_TIME } else { RESPONDER_REKEY_AFTER_TIME };
         let old =
             now.since(session.established) >= limit || session.counters_used() >= COUNTER_REKEY;
         // Only a few sessions are renewed per tick, because a changed key or MTU may concern a
