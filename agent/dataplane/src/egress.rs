@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use skein_core::drop::{Direction, DropCounts, DropReason};
-use skein_core::offload::batch::{EgressBatch, Target};
+use skein_core::offload::batch::{BatchPeer, EgressBatch};
 use skein_core::offload::split::split;
 use skein_core::offload::vnet::VnetHeader;
 use skein_core::route::{Owner, PeerId};
@@ -19,7 +19,7 @@ use super::pending::Pending;
 use super::stats::add;
 use super::tables::Tables;
 use super::tap::{Bytes, Sight};
-use crate::sys::send::{GsoState, Position, Run, Sender, ToSend};
+use crate::sys::send::{GsoBatch, GsoState, Position, Sender, ToSend};
 use crate::sys::tun::TunQueue;
 
 /// The send arena's size in bytes: four superpackets, a quarter of a usual L2 cache.
@@ -276,7 +276,7 @@ impl Egress {
     fn transmit(&mut self, lane: &LaneContext, from: Unsent) {
         let mut at = from;
         while let Some(socket) = lane.send_sockets.get(at.socket) {
-            let mut runs = [Run::EMPTY; RUNS];
+            let mut runs = [GsoBatch::EMPTY; RUNS];
             let mut count = 0;
             for run in family(&self.batch, socket.v4).skip(at.runs).take(RUNS) {
                 runs[count] = run;
@@ -347,14 +347,14 @@ impl Egress {
 }
 
 /// The runs of one address family.
-fn family(batch: &EgressBatch, v4: bool) -> impl Iterator<Item = Run<'_>> {
-    batch.runs().filter(move |run| run.destination.is_ipv4() == v4)
+fn family(batch: &EgressBatch, v4: bool) -> impl Iterator<Item = GsoBatch<'_>> {
+    batch.gso_batches().filter(move |run| run.destination.is_ipv4() == v4)
 }
 
 /// Tells whoever looks what the kernel did not send. Which runs they were of it does not say, so that a
 /// destination is named only where all have the same.
 #[cold]
-fn unsent(lane: &LaneContext, before: &DropCounts, now: &DropCounts, runs: &[Run<'_>]) {
+fn unsent(lane: &LaneContext, before: &DropCounts, now: &DropCounts, runs: &[GsoBatch<'_>]) {
     let destination = runs.first().map(|run| run.destination);
     let outer = destination.filter(|one| runs.iter().all(|run| run.destination == *one));
     for (reason, packets) in now.iter() {
@@ -377,11 +377,11 @@ fn target(
     lane: &LaneContext,
     tables: &Tables,
     peer: PeerId,
-) -> Option<Target> {
-    batch.find_target(peer).or_else(|| {
+) -> Option<BatchPeer> {
+    batch.find_peer(peer).or_else(|| {
         let entry = tables.peers.get(&peer)?;
         let (session, endpoint) = entry.ready(lane.age_clock())?;
         let session = Arc::clone(session);
-        Some(batch.add_target(peer, session, lane.index, endpoint, entry.max_plaintext))
+        Some(batch.add_peer(peer, session, lane.index, endpoint, entry.max_plaintext))
     })
 }

@@ -16,7 +16,7 @@ use skein_core::wire::ecn::Ecn;
 use socket2::SockAddr;
 
 pub use gso::{GsoOff, GsoState};
-pub use skein_core::offload::batch::Run;
+pub use skein_core::offload::batch::GsoBatch;
 
 use plan::{Message, Plan};
 
@@ -26,7 +26,7 @@ pub struct ToSend<'a> {
     /// The bytes.
     pub arena: &'a [u8],
     /// The runs, in the order of sending.
-    pub runs: &'a [Run<'a>],
+    pub runs: &'a [GsoBatch<'a>],
     /// What comes before this was sent, or dropped, earlier.
     pub from: Position,
 }
@@ -153,7 +153,7 @@ impl Call {
         &mut self,
         socket: BorrowedFd<'_>,
         arena: &[u8],
-        runs: &[Run<'_>],
+        runs: &[GsoBatch<'_>],
         messages: &[Message],
     ) -> Result<usize, i32> {
         self.gather(arena, runs, messages);
@@ -178,7 +178,7 @@ impl Call {
     }
 
     /// Collects the addresses and the iovecs; nothing points at them yet, so they may grow.
-    fn gather(&mut self, arena: &[u8], runs: &[Run<'_>], messages: &[Message]) {
+    fn gather(&mut self, arena: &[u8], runs: &[GsoBatch<'_>], messages: &[Message]) {
         self.addresses.clear();
         self.iovecs.clear();
         self.layout.clear();

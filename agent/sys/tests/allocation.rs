@@ -13,7 +13,7 @@ use skein_core::wire::ecn::Ecn;
 use skein_sys::in_new_network_namespace;
 use skein_sys::poll::Poller;
 use skein_sys::recv::RecvBatch;
-use skein_sys::send::{GsoState, Position, Run, Sender, ToSend};
+use skein_sys::send::{GsoBatch, GsoState, Position, Sender, ToSend};
 use skein_sys::udp::{UdpOptions, bind_lanes};
 
 thread_local! {
@@ -52,10 +52,15 @@ fn a_warm_lane_allocates_nothing() {
         let destination = lanes[0].receive.local_addr().unwrap();
         let arena = vec![7; 40 * 1_400];
         let whole = [(0, arena.len())];
-        let run =
-            Run { destination, ecn: Ecn::NotEct, segment_size: 1_400, segments: 40, parts: &whole };
-        let nowhere = Run { destination: ([198, 51, 100, 1], 9).into(), ..run };
-        let runs = [run, nowhere, run, Run { segments: 1, ..run }, run];
+        let run = GsoBatch {
+            destination,
+            ecn: Ecn::NotEct,
+            segment_size: 1_400,
+            segments: 40,
+            parts: &whole,
+        };
+        let nowhere = GsoBatch { destination: ([198, 51, 100, 1], 9).into(), ..run };
+        let runs = [run, nowhere, run, GsoBatch { segments: 1, ..run }, run];
 
         let mut batch = RecvBatch::new(16);
         let mut poller = Poller::new().unwrap();

@@ -10,8 +10,8 @@ use std::sync::Arc;
 
 use crate::drop::{DropCounts, DropReason};
 use crate::offload::Checksum;
-pub use crate::offload::runs::Run;
-use crate::offload::runs::Runs;
+pub use crate::offload::gso_batch::GsoBatch;
+use crate::offload::gso_batch::GsoBatches;
 use crate::route::PeerId;
 use crate::tunnel::session::Session;
 use crate::wire::ecn::Ecn;
@@ -22,7 +22,7 @@ const FULL_SUPERPACKET: usize = 70 << 10;
 
 /// Where the packets of one peer go: an index into the batch, valid until [`EgressBatch::clear`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Target(usize);
+pub struct BatchPeer(usize);
 
 /// What a batch held, for the counters.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -38,17 +38,17 @@ pub struct EgressBatch {
     arena: Box<[u8]>,
     used: usize,
     bundling: bool,
-    targets: Vec<TargetState>,
+    peers: Vec<PeerEntry>,
     /// Targets beyond this are left over from earlier batches, kept for their staging buffers.
-    live_targets: usize,
-    last_target: usize,
-    runs: Runs,
+    live_peers: usize,
+    last_peer: usize,
+    runs: GsoBatches,
     /// Inner packets of each datagram, in the order of sealing.
     fill: Vec<u16>,
     totals: BatchTotals,
 }
 
-struct TargetState {
+struct PeerEntry {
     peer: PeerId,
     session: Option<Arc<Session>>,
     lane: u8,
@@ -74,38 +74,38 @@ impl EgressBatch {
             arena: vec![0; capacity].into_boxed_slice(),
             used: 0,
             bundling,
-            targets: Vec::with_capacity(16),
-            live_targets: 0,
-            last_target: 0,
-            runs: Runs::new(),
+            peers: Vec::with_capacity(16),
+            live_peers: 0,
+            last_peer: 0,
+            runs: GsoBatches::new(),
             fill: Vec::with_capacity(1024),
             totals: BatchTotals::default(),
         }
     }
 
-    /// The target of `peer` in this batch, if it has one already.
-    pub fn find_target(&mut self, peer: PeerId) -> Option<Target> {
-        let live = &self.targets[..self.live_targets];
-        if live.get(self.last_target).is_some_and(|t| t.peer == peer) {
-            return Some(Target(self.last_target));
+    /// The peer of `peer` in this batch, if it has one already.
+    pub fn find_peer(&mut self, peer: PeerId) -> Option<BatchPeer> {
+        let live = &self.peers[..self.live_peers];
+        if live.get(self.last_peer).is_some_and(|t| t.peer == peer) {
+            return Some(BatchPeer(self.last_peer));
         }
-        self.last_target = live.iter().position(|t| t.peer == peer)?;
-        Some(Target(self.last_target))
+        self.last_peer = live.iter().position(|t| t.peer == peer)?;
+        Some(BatchPeer(self.last_peer))
     }
 
-    /// Adds the target of a peer that [`Self::find_target`] did not find. `max_plaintext` is the
+    /// Adds the peer of a peer that [`Self::find_peer`] did not find. `max_plaintext` is the
     /// most that one datagram to it carries, in bytes.
-    pub fn add_target(
+    pub fn add_peer(
         &mut self,
         peer: PeerId,
         session: Arc<Session>,
         lane: u8,
         destination: SocketAddr,
         max_plaintext: usize,
-    ) -> Target {
-        let index = self.live_targets;
-        if index == self.targets.len() {
-            self.targets.push(TargetState {
+    ) -> BatchPeer {
+        let index = self.live_peers;
+        if index == self.peers.len() {
+            self.peers.push(PeerEntry {
                 peer,
                 session: None,
                 lane,
@@ -121,22 +121,22 @@ impl EgressBatch {
                 sealed_bytes: 0,
             });
         }
-        let target = &mut self.targets[index];
-        target.peer = peer;
-        target.ecn = session.ecn;
-        target.session = Some(session);
-        target.lane = lane;
-        target.destination = destination;
-        target.max_plaintext = max_plaintext;
-        target.open_run = None;
-        self.live_targets += 1;
-        self.last_target = index;
-        Target(index)
+        let peer = &mut self.peers[index];
+        peer.peer = peer;
+        peer.ecn = session.ecn;
+        peer.session = Some(session);
+        peer.lane = lane;
+        peer.destination = destination;
+        peer.max_plaintext = max_plaintext;
+        peer.open_run = None;
+        self.live_peers += 1;
+        self.last_peer = index;
+        BatchPeer(index)
     }
 
     /// Whether a packet of `length` bytes fits still, whatever is open.
     pub fn has_room(&self, length: usize) -> bool {
-        let open = self.targets[..self.live_targets]
+        let open = self.peers[..self.live_peers]
             .iter()
             .filter(|t| t.staged_packets > 0)
             .map(|t| t.staged.len() + OVERHEAD)
@@ -157,7 +157,7 @@ impl EgressBatch {
     /// Takes one whole inner packet. The caller has asked [`Self::has_room`].
     pub fn push(
         &mut self,
-        target: Target,
+        peer: BatchPeer,
         checksum: Checksum,
         packet: &[u8],
         drops: &mut DropCounts,
@@ -166,13 +166,13 @@ impl EgressBatch {
             Checksum::Partial => Flags::PARTIAL_CHECKSUM,
             Checksum::Full => Flags::default(),
         };
-        let max_plaintext = self.targets[target.0].max_plaintext;
+        let max_plaintext = self.peers[peer.0].max_plaintext;
         if packet.len() > max_plaintext {
             return drops.add(DropReason::TooBig);
         }
         self.totals.inner_packets += 1;
         self.totals.inner_bytes += packet.len() as u64;
-        let state = &mut self.targets[target.0];
+        let state = &mut self.peers[peer.0];
         state.sealed_packets += 1;
         state.sealed_bytes += packet.len() as u64;
         // RFC 6040 section 4.1: normal mode, or compatibility mode towards a peer that would lose
@@ -182,34 +182,34 @@ impl EgressBatch {
         if state.staged_packets > 0
             && (differs || state.staged.len() + packet.len() > max_plaintext)
         {
-            self.close_bundle(target, drops);
+            self.close_bundle(peer, drops);
         }
-        let state = &mut self.targets[target.0];
+        let state = &mut self.peers[peer.0];
         if state.staged_packets > 0 || (self.bundling && packet.len() <= max_plaintext / 2) {
             state.staged.extend_from_slice(packet);
             state.staged_packets += 1;
             (state.staged_flags, state.staged_ecn) = (flags, ecn);
         } else {
-            self.seal(target, (flags, ecn), Plaintext::Packet(packet), 1, drops);
+            self.seal(peer, (flags, ecn), Plaintext::Packet(packet), 1, drops);
         }
     }
 
-    /// Closes every bundle and puts the runs in order. Afterwards [`Self::runs`] may be read.
+    /// Closes every bundle and puts the runs in order. Afterwards [`Self::gso_batches`] may be read.
     pub fn finish(&mut self, drops: &mut DropCounts) {
-        for index in 0..self.live_targets {
-            self.close_bundle(Target(index), drops);
-            let target = &mut self.targets[index];
-            if let Some(session) = &target.session {
-                session.traffic().sent(target.sealed_packets, target.sealed_bytes);
+        for index in 0..self.live_peers {
+            self.close_bundle(BatchPeer(index), drops);
+            let peer = &mut self.peers[index];
+            if let Some(session) = &peer.session {
+                session.traffic().sent(peer.sealed_packets, peer.sealed_bytes);
             }
-            target.sealed_packets = 0;
-            target.sealed_bytes = 0;
+            peer.sealed_packets = 0;
+            peer.sealed_bytes = 0;
         }
         self.runs.finish();
     }
 
     /// The runs, in the order in which their first datagrams were sealed.
-    pub fn runs(&self) -> impl Iterator<Item = Run<'_>> {
+    pub fn gso_batches(&self) -> impl Iterator<Item = GsoBatch<'_>> {
         self.runs.iter()
     }
 
@@ -230,35 +230,35 @@ impl EgressBatch {
 
     /// Empties the batch and keeps its memory.
     pub fn clear(&mut self) {
-        for target in &mut self.targets[..self.live_targets] {
-            target.session = None;
+        for peer in &mut self.peers[..self.live_peers] {
+            peer.session = None;
         }
-        self.live_targets = 0;
+        self.live_peers = 0;
         self.used = 0;
         self.runs.clear();
         self.fill.clear();
         self.totals = BatchTotals::default();
     }
 
-    fn close_bundle(&mut self, target: Target, drops: &mut DropCounts) {
-        let state = &mut self.targets[target.0];
+    fn close_bundle(&mut self, peer: BatchPeer, drops: &mut DropCounts) {
+        let state = &mut self.peers[peer.0];
         let packets = std::mem::take(&mut state.staged_packets);
         if packets > 0 {
             let common = (state.staged_flags, state.staged_ecn);
-            self.seal(target, common, Plaintext::Staged, packets, drops);
-            self.targets[target.0].staged.clear();
+            self.seal(peer, common, Plaintext::Staged, packets, drops);
+            self.peers[peer.0].staged.clear();
         }
     }
 
     fn seal(
         &mut self,
-        target: Target,
+        peer: BatchPeer,
         (flags, ecn): (Flags, Ecn),
         plaintext: Plaintext<'_>,
         packets: u16,
         drops: &mut DropCounts,
     ) {
-        let state = &mut self.targets[target.0];
+        let state = &mut self.peers[peer.0];
         let plaintext = match plaintext {
             Plaintext::Packet(packet) => packet,
             Plaintext::Staged => &state.staged,
@@ -320,10 +320,10 @@ mod tests {
         ([192, 0, 2, 1], port).into()
     }
 
-    /// Runs as (port, segment size, segments, parts).
+    /// GsoBatches as (port, segment size, segments, parts).
     fn shape(batch: &EgressBatch) -> Vec<(u16, usize, usize, usize)> {
         batch
-            .runs()
+            .gso_batches()
             .map(|run| (run.destination.port(), run.segment_size, run.segments, run.parts.len()))
             .collect()
     }
@@ -333,7 +333,7 @@ mod tests {
         let receiver = session(false);
         let receiver = receiver.receiver(0).unwrap();
         let mut plaintexts = Vec::new();
-        for run in batch.runs() {
+        for run in batch.gso_batches() {
             let bytes: Vec<u8> = run
                 .parts
                 .iter()
@@ -355,11 +355,11 @@ mod tests {
         let sending = session(true);
         for (number, &(peer, checksum, length)) in (0..).zip(packets) {
             assert!(batch.has_room(length));
-            let target = batch.find_target(PeerId(peer)).unwrap_or_else(|| {
+            let peer = batch.find_peer(PeerId(peer)).unwrap_or_else(|| {
                 let port = 1000 + u16::try_from(peer).unwrap();
-                batch.add_target(PeerId(peer), Arc::clone(&sending), 0, endpoint(port), MTU)
+                batch.add_peer(PeerId(peer), Arc::clone(&sending), 0, endpoint(port), MTU)
             });
-            batch.push(target, checksum, &vec![number; length], &mut drops);
+            batch.push(peer, checksum, &vec![number; length], &mut drops);
         }
         batch.finish(&mut drops);
         (batch, drops)
@@ -425,9 +425,9 @@ mod tests {
 
     fn batch_of(ecn: bool, packets: &[Vec<u8>]) -> EgressBatch {
         let (mut batch, mut drops) = (EgressBatch::new(64 << 10, true), DropCounts::default());
-        let target = batch.add_target(PeerId(1), session_with(true, ecn), 0, endpoint(1001), MTU);
+        let peer = batch.add_peer(PeerId(1), session_with(true, ecn), 0, endpoint(1001), MTU);
         for packet in packets {
-            batch.push(target, Full, packet, &mut drops);
+            batch.push(peer, Full, packet, &mut drops);
         }
         batch.finish(&mut drops);
         assert_eq!(drops.iter().count(), 0);
@@ -442,7 +442,8 @@ mod tests {
                 let packets: Vec<_> = fields.map(|ecn| marked(v6, ecn, length)).into();
                 let batch = batch_of(true, &packets);
                 let bundled = length == 100;
-                let sizes = batch.runs().map(|run| (run.ecn, run.segments)).collect::<Vec<_>>();
+                let sizes =
+                    batch.gso_batches().map(|run| (run.ecn, run.segments)).collect::<Vec<_>>();
                 let first = if bundled { 1 } else { 2 };
                 let singles = [Ecn::Ce, Ecn::Ect1, Ecn::NotEct, Ecn::Ect0].map(|ecn| (ecn, 1));
                 let expected = [&[(Ecn::Ect0, first)][..], &singles].concat();
@@ -457,7 +458,7 @@ mod tests {
         let packets = [Ecn::Ect0, Ecn::Ce, Ecn::NotEct].map(|ecn| marked(false, ecn, 100));
         let batch = batch_of(false, &packets);
         assert_eq!(batch.fill(), [3], "they share a bundle");
-        assert!(batch.runs().all(|run| run.ecn == Ecn::NotEct));
+        assert!(batch.gso_batches().all(|run| run.ecn == Ecn::NotEct));
         assert_eq!(opened(&batch).concat(), packets.concat(), "the inner fields are kept");
     }
 
@@ -478,8 +479,8 @@ mod tests {
     #[test]
     fn has_room_counts_open_bundles() {
         let mut batch = EgressBatch::new(1000, true);
-        let target = batch.add_target(PeerId(1), session(true), 0, endpoint(1), MTU);
-        batch.push(target, Full, &[0; 400], &mut DropCounts::default());
+        let peer = batch.add_peer(PeerId(1), session(true), 0, endpoint(1), MTU);
+        batch.push(peer, Full, &[0; 400], &mut DropCounts::default());
         assert!(batch.has_room(1000 - 400 - 2 * OVERHEAD));
         assert!(!batch.has_room(1000 - 400 - 2 * OVERHEAD + 1));
     }
@@ -488,9 +489,9 @@ mod tests {
     fn cleared_batch_is_empty() {
         let (mut batch, mut drops) = batch_with(true, &[(1, Full, 100), (2, Full, 1400)]);
         batch.clear();
-        assert!(batch.is_empty() && batch.find_target(PeerId(1)).is_none());
+        assert!(batch.is_empty() && batch.find_peer(PeerId(1)).is_none());
         batch.finish(&mut drops);
-        assert_eq!(batch.runs().count(), 0);
+        assert_eq!(batch.gso_batches().count(), 0);
         assert_eq!(batch.arena().len(), 0);
     }
 }

@@ -2,7 +2,7 @@
 
 pub mod batch;
 pub mod coalesce;
-mod runs;
+mod gso_batch;
 pub mod split;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]

@@ -11,7 +11,7 @@ use skein_core::drop::{DropCounts, DropReason};
 use skein_core::wire::ecn::Ecn;
 
 use super::gso::GsoState;
-use super::{Position, Run, SendOutcome, ToSend, TooLong};
+use super::{GsoBatch, Position, SendOutcome, ToSend, TooLong};
 
 /// Messages in one call at most.
 pub(super) const MAX_MESSAGES: usize = 64;
@@ -120,7 +120,7 @@ impl Plan {
 
 struct Execution<'a> {
     plan: &'a mut Plan,
-    runs: &'a [Run<'a>],
+    runs: &'a [GsoBatch<'a>],
     arena_len: usize,
     gso: &'a mut GsoState,
     drops: &'a mut DropCounts,
@@ -205,7 +205,7 @@ impl Execution<'_> {
     }
 
     /// Whether a run is what it says.
-    fn usable(&self, run: &Run<'_>) -> bool {
+    fn usable(&self, run: &GsoBatch<'_>) -> bool {
         if run.segments == 0 {
             return true;
         }
@@ -219,7 +219,7 @@ impl Execution<'_> {
     }
 
     /// The longest message from a datagram on.
-    fn message(&self, at: Position, run: &Run<'_>) -> Message {
+    fn message(&self, at: Position, run: &GsoBatch<'_>) -> Message {
         let left = run.segments - at.segment;
         let singly =
             self.refused.is_some_and(|refused| refused.run == at.run && at.segment < refused.end);

@@ -54,7 +54,7 @@ fn execute(
     let runs: Vec<_> = wanted
         .iter()
         .zip(&parts)
-        .map(|(run, parts)| Run {
+        .map(|(run, parts)| GsoBatch {
             destination: destination(run.destination),
             ecn: run.ecn,
             segment_size: run.segment_size,
@@ -319,7 +319,7 @@ fn a_kernel_that_takes_nothing_does_not_hang_the_lane() {
 
 #[test]
 fn runs_that_contradict_themselves_are_dropped_and_counted() {
-    let run = |segment_size, segments, parts| Run {
+    let run = |segment_size, segments, parts| GsoBatch {
         destination: destination(1),
         ecn: Ecn::NotEct,
         segment_size,

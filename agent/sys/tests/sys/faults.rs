@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use skein_core::drop::{DropCounts, DropReason};
 use skein_core::wire::ecn::Ecn;
 use skein_sys::poll::Poller;
-use skein_sys::send::{GsoState, Run, Sender, ToSend, TooLong};
+use skein_sys::send::{GsoBatch, GsoState, Sender, ToSend, TooLong};
 use skein_sys::tun::{TunOffload, create_persistent, open_queues};
 use skein_sys::udp::{LaneSockets, LongestPayload, UdpOptions, bind_lanes, longest_payload};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -43,7 +43,7 @@ fn eio_turns_one_destination_off_for_a_while_and_loses_nothing() {
         let far_lite = udp_lite(&port(&far.receive).to_string());
         let arena = pattern(40 * 1_000);
         let parts = [(0, arena.len())];
-        let run = |destination| Run {
+        let run = |destination| GsoBatch {
             destination,
             ecn: Ecn::NotEct,
             segment_size: 1_000,
@@ -104,7 +104,7 @@ fn what_is_longer_than_the_route_is_dropped_and_the_rest_goes() {
         let parts = [(0, arena.len())];
         let run = |destination, segment_size: usize| {
             let segments = arena.len().div_ceil(segment_size);
-            Run { destination, ecn: Ecn::NotEct, segment_size, segments, parts: &parts }
+            GsoBatch { destination, ecn: Ecn::NotEct, segment_size, segments, parts: &parts }
         };
         let runs = [run(good, 1_400), run(narrow, 1_400), run(narrow, 1_000), run(good, 700)];
         let mut gso = GsoState::new();
@@ -156,14 +156,14 @@ fn bad_destinations_in_the_middle_fail_alone() {
         let good = port(&far.receive);
         let arena = pattern(5_000);
         let parts = [(0, arena.len())];
-        let run = |destination| Run {
+        let run = |destination| GsoBatch {
             destination,
             ecn: Ecn::NotEct,
             segment_size: 1_000,
             segments: 5,
             parts: &parts,
         };
-        let one = |destination| Run { segments: 1, ..run(destination) };
+        let one = |destination| GsoBatch { segments: 1, ..run(destination) };
         let bad = [
             (address("10.2.0.1:1"), DropReason::SendUnreachable),
             (address("198.51.100.1:1"), DropReason::SendUnreachable),
@@ -198,7 +198,7 @@ fn a_firewall_that_refuses_is_told_from_a_missing_route() {
         let (lane, far) = (lane("0.0.0.0:0"), lane("127.0.0.1:0"));
         let arena = pattern(3_000);
         let parts = [(0, arena.len())];
-        let run = |destination| Run {
+        let run = |destination| GsoBatch {
             destination,
             ecn: Ecn::NotEct,
             segment_size: 1_000,
@@ -228,7 +228,7 @@ fn a_full_buffer_stops_the_sender_and_it_goes_on_when_there_is_room() {
         let arena = pattern(1_400);
         let parts = [(0, arena.len())];
         let destination = address("10.5.0.2:9");
-        let runs = [Run {
+        let runs = [GsoBatch {
             destination,
             ecn: Ecn::NotEct,
             segment_size: 1_400,

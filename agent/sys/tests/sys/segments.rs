@@ -7,7 +7,7 @@ use std::time::Instant;
 use skein_core::drop::DropCounts;
 use skein_core::wire::ecn::Ecn;
 use skein_sys::recv::RecvBatch;
-use skein_sys::send::{GsoState, Position, Run, SendOutcome, Sender, ToSend};
+use skein_sys::send::{GsoBatch, GsoState, Position, SendOutcome, Sender, ToSend};
 use skein_sys::udp::{bind_lanes, gro_supported, gso_supported, report_ecn};
 
 use crate::{OPTIONS, address, in_namespace, wait_readable};
@@ -39,7 +39,7 @@ pub(crate) fn receive(
 }
 
 /// These runs, from the first on.
-pub(crate) fn all<'a>(arena: &'a [u8], runs: &'a [Run<'a>]) -> ToSend<'a> {
+pub(crate) fn all<'a>(arena: &'a [u8], runs: &'a [GsoBatch<'a>]) -> ToSend<'a> {
     ToSend { arena, runs, from: Position::default() }
 }
 
@@ -47,7 +47,7 @@ pub(crate) fn all<'a>(arena: &'a [u8], runs: &'a [Run<'a>]) -> ToSend<'a> {
 pub(crate) fn send_all(
     socket: &UdpSocket,
     arena: &[u8],
-    runs: &[Run<'_>],
+    runs: &[GsoBatch<'_>],
     gso: &mut GsoState,
     now: Instant,
 ) -> SendOutcome {
@@ -76,7 +76,7 @@ fn runs_arrive_as_they_were_sent() {
             let short_tail = [(0, 20 * 1_400), (20 * 1_400, 700)];
             let scattered = [(300_000, 333), (200_000, 900), (100_000, 1), (333_333, 1_166)];
             let long = [(0, 130 * 900)];
-            let run = |segment_size, segments, parts| Run {
+            let run = |segment_size, segments, parts| GsoBatch {
                 destination,
                 ecn: Ecn::NotEct,
                 segment_size,
@@ -132,7 +132,7 @@ fn ecn_field_is_sent_and_received_in_runs_and_singly() {
             let fields = [Ecn::NotEct, Ecn::Ect0, Ecn::Ect1, Ecn::Ce];
             let arena: Vec<u8> = fields.iter().flat_map(|&ecn| vec![ecn as u8; 2_500]).collect();
             let parts: Vec<_> = (0..4).map(|i| [(i * 2_500, 2_500)]).collect();
-            let run = |ecn, parts, segments| Run {
+            let run = |ecn, parts, segments| GsoBatch {
                 destination,
                 ecn,
                 segment_size: 2_500 / segments,
@@ -175,8 +175,13 @@ fn ecn_field_is_not_reported_unless_asked_for() {
             let destination = lanes[0].receive.local_addr().unwrap();
             let arena = pattern(1_000);
             let parts = [(0, 1_000)];
-            let marked =
-                Run { destination, ecn: Ecn::Ce, segment_size: 1_000, segments: 1, parts: &parts };
+            let marked = GsoBatch {
+                destination,
+                ecn: Ecn::Ce,
+                segment_size: 1_000,
+                segments: 1,
+                parts: &parts,
+            };
             for expected in [Ecn::NotEct, Ecn::Ce] {
                 let (runs, mut gso) = ([marked], GsoState::new());
                 send_all(&lanes[0].send, &arena, &runs, &mut gso, Instant::now());
@@ -228,8 +233,13 @@ fn a_socket_without_gro_receives_datagram_by_datagram() {
         let destination = lanes[0].receive.local_addr().unwrap();
         let arena = pattern(30 * 1_000);
         let parts = [(0, arena.len())];
-        let run =
-            Run { destination, ecn: Ecn::NotEct, segment_size: 1_000, segments: 30, parts: &parts };
+        let run = GsoBatch {
+            destination,
+            ecn: Ecn::NotEct,
+            segment_size: 1_000,
+            segments: 30,
+            parts: &parts,
+        };
         send_all(&lanes[0].send, &arena, &[run], &mut GsoState::new(), Instant::now());
         let (datagrams, runs) = receive(&lanes[0].receive, 30);
         assert_eq!(runs, [1; 30]);

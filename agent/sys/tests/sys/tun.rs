@@ -10,7 +10,7 @@ use skein_core::wire::ecn::Ecn;
 use skein_sys::link;
 use skein_sys::poll::{Poller, Waiter};
 use skein_sys::recv::RecvBatch;
-use skein_sys::send::{GsoState, Run};
+use skein_sys::send::{GsoBatch, GsoState};
 use skein_sys::tun::{
     TunError, TunOffload, TunQueue, VNET_HEADER_LEN, create_persistent, open_queues,
 };
@@ -59,8 +59,13 @@ fn a_udp_run_crosses_the_device_whole_in_both_directions() {
         let destination = std::net::SocketAddr::from(([10, 9, 0, 2], port));
         let sent = pattern(20 * 1_300);
         let parts = [(0, sent.len())];
-        let run =
-            Run { destination, ecn: Ecn::NotEct, segment_size: 1_300, segments: 20, parts: &parts };
+        let run = GsoBatch {
+            destination,
+            ecn: Ecn::NotEct,
+            segment_size: 1_300,
+            segments: 20,
+            parts: &parts,
+        };
         let outcome = send_all(socket, &sent, &[run], &mut GsoState::new(), Instant::now());
         assert_eq!(outcome.gso_messages, 1);
 

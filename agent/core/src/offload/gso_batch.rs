@@ -1,4 +1,4 @@
-//! Runs of sealed datagrams: consecutive datagrams to one destination that one UDP_SEGMENT message
+//! GsoBatches of sealed datagrams: consecutive datagrams to one destination that one UDP_SEGMENT message
 //! can carry.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -8,7 +8,7 @@ use crate::wire::ecn::Ecn;
 /// Datagrams to one destination, all but the last of one size: one UDP_SEGMENT message, or several
 /// where the kernel's limits are lower.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Run<'a> {
+pub struct GsoBatch<'a> {
     /// Outer destination.
     pub destination: SocketAddr,
     /// ECN field of the outer header, one for all datagrams.
@@ -23,7 +23,7 @@ pub struct Run<'a> {
     pub parts: &'a [(usize, usize)],
 }
 
-impl Run<'_> {
+impl GsoBatch<'_> {
     /// No datagram at all.
     pub const EMPTY: Self = Self {
         destination: SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0),
@@ -46,26 +46,26 @@ struct Datagram {
     length: usize,
 }
 
-struct RunState {
+struct BatchState {
     destination: SocketAddr,
     ecn: Ecn,
     segment_size: usize,
     segments: usize,
-    /// Range of `parts`, set by [`Runs::finish`].
+    /// Range of `parts`, set by [`GsoBatches::finish`].
     first_part: usize,
     part_count: usize,
 }
 
 /// The runs of a batch, in the order in which their first datagrams were sealed.
-pub(super) struct Runs {
+pub(super) struct GsoBatches {
     /// Datagrams in the order of sealing.
     datagrams: Vec<Datagram>,
-    runs: Vec<RunState>,
+    runs: Vec<BatchState>,
     /// Parts of the arena as (offset, length), grouped by run.
     parts: Vec<(usize, usize)>,
 }
 
-impl Runs {
+impl GsoBatches {
     pub(super) fn new() -> Self {
         Self {
             datagrams: Vec::with_capacity(1024),
@@ -91,7 +91,7 @@ impl Runs {
                 open
             }
             _ => {
-                self.runs.push(RunState {
+                self.runs.push(BatchState {
                     destination,
                     ecn,
                     segment_size: length,
@@ -132,9 +132,9 @@ impl Runs {
         }
     }
 
-    /// Returns the runs. Their parts are valid after [`Runs::finish`].
-    pub(super) fn iter(&self) -> impl Iterator<Item = Run<'_>> {
-        self.runs.iter().map(|run| Run {
+    /// Returns the runs. Their parts are valid after [`GsoBatches::finish`].
+    pub(super) fn iter(&self) -> impl Iterator<Item = GsoBatch<'_>> {
+        self.runs.iter().map(|run| GsoBatch {
             destination: run.destination,
             ecn: run.ecn,
             segment_size: run.segment_size,
