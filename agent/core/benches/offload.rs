@@ -9,7 +9,7 @@ use divan::{Bencher, black_box};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use skein_core::offload::Checksum;
 use skein_core::offload::coalesce::{CoalesceConfig, Coalescer};
-use skein_core::offload::split::split;
+use skein_core::offload::segment::segment;
 use skein_core::offload::vnet::{GSO_TCPV4, NEEDS_CSUM, VnetHeader};
 use skein_core::route::{PeerId, RouteTable};
 use skein_core::wire::checksum;
@@ -59,7 +59,7 @@ fn split_64k(bencher: Bencher<'_, '_>) {
     bencher.counter(ItemsCount::new(SEGMENTS)).bench_local(|| {
         // Splitting stamps over payloads but begins by reading the headers: only they are renewed.
         packet[..HEADERS].copy_from_slice(&template[..HEADERS]);
-        let mut segments = split(VNET, &mut packet).expect("a superpacket");
+        let mut segments = segment(VNET, &mut packet).expect("a superpacket");
         while let Some(segment) = segments.next_segment() {
             black_box(segment);
         }
@@ -70,7 +70,7 @@ fn split_64k(bencher: Bencher<'_, '_>) {
 fn split_arena() -> Vec<u8> {
     let mut packet = superpacket();
     let mut arena = Vec::new();
-    let mut segments = split(VNET, &mut packet).expect("a superpacket");
+    let mut segments = segment(VNET, &mut packet).expect("a superpacket");
     while let Some(segment) = segments.next_segment() {
         arena.extend_from_slice(segment);
     }

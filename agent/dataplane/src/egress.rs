@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use skein_core::drop::{Direction, DropCounts, DropReason};
 use skein_core::offload::batch::{BatchPeer, EgressBatch};
-use skein_core::offload::split::split;
+use skein_core::offload::segment::segment;
 use skein_core::offload::vnet::VnetHeader;
 use skein_core::route::{Owner, PeerId};
 use skein_core::wire::ip::IpHeader;
@@ -209,7 +209,7 @@ impl Egress {
         vnet: VnetHeader,
         packet: &mut [u8],
     ) -> Result<(), DropReason> {
-        let mut segments = split(vnet, packet)?;
+        let mut segments = segment(vnet, packet)?;
         let (checksum, told) = (segments.checksum(), lane.tap.wants_drops());
         while let Some(segment) = segments.next_segment() {
             if self.unsent.is_none() && !self.batch.has_room(segment.len()) {

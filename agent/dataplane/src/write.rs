@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use skein_core::offload::MAX_SEGMENTS;
 use skein_core::offload::coalesce::{CoalesceConfig, TunPacket};
-use skein_core::offload::split::split;
+use skein_core::offload::segment::segment;
 use skein_core::offload::vnet::{self, VnetHeader};
 use skein_core::wire::ip::UDP;
 
@@ -90,7 +90,7 @@ impl TunWriter {
         }
         let invalid = || io::Error::from(io::ErrorKind::InvalidData);
         let header = VnetHeader::parse(&packet.vnet).ok_or_else(invalid)?;
-        let mut segments = split(header, &mut self.scratch).map_err(|_| invalid())?;
+        let mut segments = segment(header, &mut self.scratch).map_err(|_| invalid())?;
         match segments.ip().protocol {
             UDP => self.refused.udp = true,
             _ => self.refused.tcp = true,

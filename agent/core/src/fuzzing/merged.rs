@@ -3,7 +3,7 @@
 
 use crate::offload::Checksum;
 use crate::offload::coalesce::{CoalesceConfig, Coalescer};
-use crate::offload::split::split;
+use crate::offload::segment::segment;
 use crate::offload::vnet::{self, VnetHeader};
 use crate::wire::checksum;
 use crate::wire::ip::{IpHeader, TCP, UDP, is_extension_header};
@@ -55,7 +55,7 @@ pub(crate) fn check(packets: &[Packet], config: CoalesceConfig, likeness: Likene
     let mut taken = vec![false; packets.len()];
     let mut order = Vec::with_capacity(packets.len());
     for (vnet, mut bytes) in written {
-        let mut segments = split(vnet, &mut bytes).expect("what is written can be split");
+        let mut segments = segment(vnet, &mut bytes).expect("what is written can be split");
         let merged = segments.count() > 1;
         let checksum = segments.checksum();
         while let Some(segment) = segments.next_segment() {

@@ -3,7 +3,7 @@
 use super::merged::{Likeness, check};
 use crate::offload::Checksum;
 use crate::offload::coalesce::CoalesceConfig;
-use crate::offload::split::split;
+use crate::offload::segment::segment;
 use crate::offload::vnet::VnetHeader;
 use crate::wire::header::Header;
 use crate::wire::ip::{self, IpHeader};
@@ -13,7 +13,7 @@ use crate::wire::ip::{self, IpHeader};
 pub fn split_packet(data: &[u8]) {
     let Some(vnet) = VnetHeader::parse(data) else { return };
     let mut packet = data[VnetHeader::LEN..].to_vec();
-    let Ok(mut segments) = split(vnet, &mut packet) else { return };
+    let Ok(mut segments) = segment(vnet, &mut packet) else { return };
     let (count, longest) = (segments.count(), segments.max_segment_len());
     let mut seen = 0;
     while let Some(segment) = segments.next_segment() {
@@ -30,7 +30,7 @@ pub fn split_coalesce(data: &[u8]) {
     let Some(vnet) = VnetHeader::parse(data) else { return };
     let mut packet = data[VnetHeader::LEN..].to_vec();
     let mut plaintexts = Vec::new();
-    let Ok(mut segments) = split(vnet, &mut packet) else { return };
+    let Ok(mut segments) = segment(vnet, &mut packet) else { return };
     if segments.count() > MOST {
         return;
     }

@@ -1,9 +1,10 @@
-//! The send arena: inner packets are sealed into it back to back and leave it as runs of datagrams
-//! of one size to one destination, which is what UDP_SEGMENT can send in one pass.
+//! The egress batch: seals inner packets back to back into an arena and groups the datagrams into GSO
+//! batches, each of which UDP_SEGMENT can send in one message.
 //!
-//! Small packets to one peer that are already at hand share a datagram (a *bundle*): one seal and
-//! one outer packet for many inner ones. Nothing ever waits for company: [`EgressBatch::finish`]
-//! closes what is open, and the lane calls it as soon as the TUN queue is dry.
+//! Small packets for the same peer that are already queued share one datagram (a *bundle*): one seal
+//! and one outer packet for many inner packets. A packet is never delayed to fill a datagram, because
+//! the lane calls [`EgressBatch::finish`], which closes all bundles, as soon as the TUN queue is
+//! empty.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -17,33 +18,37 @@ use crate::tunnel::session::Session;
 use crate::wire::ecn::Ecn;
 use crate::wire::header::{Flags, OVERHEAD};
 
-/// Room that a 64 KiB superpacket takes, split into segments for an MTU of 1500 and sealed.
+/// Arena bytes that a 64 KiB superpacket takes after segmentation for an MTU of 1500 and sealing.
 const FULL_SUPERPACKET: usize = 70 << 10;
 
-/// Where the packets of one peer go: an index into the batch, valid until [`EgressBatch::clear`].
+/// Index of a peer in the batch, valid until [`EgressBatch::clear`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BatchPeer(usize);
 
-/// What a batch held, for the counters.
+/// Totals of a batch for the traffic counters.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct BatchTotals {
-    /// Inner packets sealed.
+    /// Number of inner packets pushed.
     pub inner_packets: u64,
-    /// Their IP lengths.
+    /// Sum of the IP lengths of these packets in bytes.
     pub inner_bytes: u64,
 }
 
-/// See the module.
+/// A batch of packets on their way from the TUN to the underlay.
+///
+/// The caller repeats this order of calls: [`Self::find_peer`] or [`Self::add_peer`], and
+/// [`Self::push`] for each packet after [`Self::has_room`]; then [`Self::finish`] once;
+/// [`Self::gso_batches`] and [`Self::arena`] to send; [`Self::clear`].
 pub struct EgressBatch {
     arena: Box<[u8]>,
     used: usize,
     bundling: bool,
+    /// Peers of this batch in `..live_peers`; further entries are unused and keep their buffers.
     peers: Vec<PeerEntry>,
-    /// Targets beyond this are left over from earlier batches, kept for their staging buffers.
     live_peers: usize,
     last_peer: usize,
-    runs: GsoBatches,
-    /// Inner packets of each datagram, in the order of sealing.
+    batches: GsoBatches,
+    /// Number of inner packets in each datagram, in the order of sealing.
     fill: Vec<u16>,
     totals: BatchTotals,
 }
@@ -54,21 +59,29 @@ struct PeerEntry {
     lane: u8,
     destination: SocketAddr,
     max_plaintext: usize,
-    /// The session propagates the ECN field.
+    /// True if the session propagates the ECN field.
     ecn: bool,
-    open_run: Option<usize>,
+    /// GSO batch that may grow.
+    open_batch: Option<usize>,
     /// Plaintext of the open bundle.
     staged: Vec<u8>,
     staged_packets: u16,
-    staged_flags: Flags,
-    /// ECN field of every packet in the open bundle.
-    staged_ecn: Ecn,
+    /// Header fields of every packet in the open bundle.
+    staged_fields: OuterFields,
     sealed_packets: u64,
     sealed_bytes: u64,
 }
 
+/// Fields of the outer headers that all packets of a datagram share.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct OuterFields {
+    flags: Flags,
+    ecn: Ecn,
+}
+
 impl EgressBatch {
-    /// An empty batch of `capacity` bytes. It stays in cache when it is well below the L2's size.
+    /// Creates an empty batch with an arena of `capacity` bytes. An arena well below the size of the
+    /// L2 cache stays in the cache.
     pub fn new(capacity: usize, bundling: bool) -> Self {
         Self {
             arena: vec![0; capacity].into_boxed_slice(),
@@ -77,24 +90,24 @@ impl EgressBatch {
             peers: Vec::with_capacity(16),
             live_peers: 0,
             last_peer: 0,
-            runs: GsoBatches::new(),
+            batches: GsoBatches::new(),
             fill: Vec::with_capacity(1024),
             totals: BatchTotals::default(),
         }
     }
 
-    /// The peer of `peer` in this batch, if it has one already.
+    /// Returns the index of `peer` if the batch has packets for the peer.
     pub fn find_peer(&mut self, peer: PeerId) -> Option<BatchPeer> {
         let live = &self.peers[..self.live_peers];
-        if live.get(self.last_peer).is_some_and(|t| t.peer == peer) {
+        if live.get(self.last_peer).is_some_and(|entry| entry.peer == peer) {
             return Some(BatchPeer(self.last_peer));
         }
-        self.last_peer = live.iter().position(|t| t.peer == peer)?;
+        self.last_peer = live.iter().position(|entry| entry.peer == peer)?;
         Some(BatchPeer(self.last_peer))
     }
 
-    /// Adds the peer of a peer that [`Self::find_peer`] did not find. `max_plaintext` is the
-    /// most that one datagram to it carries, in bytes.
+    /// Adds a peer that [`Self::find_peer`] did not find. `max_plaintext` is the maximum plaintext of
+    /// one datagram to the peer in bytes.
     pub fn add_peer(
         &mut self,
         peer: PeerId,
@@ -112,49 +125,49 @@ impl EgressBatch {
                 destination,
                 max_plaintext,
                 ecn: false,
-                open_run: None,
+                open_batch: None,
                 staged: Vec::new(),
                 staged_packets: 0,
-                staged_flags: Flags::default(),
-                staged_ecn: Ecn::NotEct,
+                staged_fields: OuterFields { flags: Flags::default(), ecn: Ecn::NotEct },
                 sealed_packets: 0,
                 sealed_bytes: 0,
             });
         }
-        let peer = &mut self.peers[index];
-        peer.peer = peer;
-        peer.ecn = session.ecn;
-        peer.session = Some(session);
-        peer.lane = lane;
-        peer.destination = destination;
-        peer.max_plaintext = max_plaintext;
-        peer.open_run = None;
+        let entry = &mut self.peers[index];
+        entry.peer = peer;
+        entry.ecn = session.ecn;
+        entry.session = Some(session);
+        entry.lane = lane;
+        entry.destination = destination;
+        entry.max_plaintext = max_plaintext;
+        entry.open_batch = None;
         self.live_peers += 1;
         self.last_peer = index;
         BatchPeer(index)
     }
 
-    /// Whether a packet of `length` bytes fits still, whatever is open.
+    /// Returns true if the arena has room for the open bundles and a packet of `length` bytes.
     pub fn has_room(&self, length: usize) -> bool {
         let open = self.peers[..self.live_peers]
             .iter()
-            .filter(|t| t.staged_packets > 0)
-            .map(|t| t.staged.len() + OVERHEAD)
+            .filter(|entry| entry.staged_packets > 0)
+            .map(|entry| entry.staged.len() + OVERHEAD)
             .sum::<usize>();
         self.used + open + length + OVERHEAD <= self.arena.len()
     }
 
-    /// Whether a superpacket of full size may not fit any more.
+    /// Returns true if a superpacket of maximum size may not fit.
     pub fn is_nearly_full(&self) -> bool {
         !self.has_room(FULL_SUPERPACKET)
     }
 
-    /// Whether nothing was pushed.
+    /// Returns true if no packet has been pushed since the last [`Self::clear`].
     pub fn is_empty(&self) -> bool {
         self.totals.inner_packets == 0
     }
 
-    /// Takes one whole inner packet. The caller has asked [`Self::has_room`].
+    /// Adds one whole inner packet, for which [`Self::has_room`] was true. Packets that are too long
+    /// for the peer or that cannot be sealed are counted in `drops`.
     pub fn push(
         &mut self,
         peer: BatchPeer,
@@ -172,80 +185,80 @@ impl EgressBatch {
         }
         self.totals.inner_packets += 1;
         self.totals.inner_bytes += packet.len() as u64;
-        let state = &mut self.peers[peer.0];
-        state.sealed_packets += 1;
-        state.sealed_bytes += packet.len() as u64;
-        // RFC 6040 section 4.1: normal mode, or compatibility mode towards a peer that would lose
-        // the marks.
-        let ecn = if state.ecn { Ecn::of(packet) } else { Ecn::NotEct };
-        let differs = state.staged_flags != flags || state.staged_ecn != ecn;
-        if state.staged_packets > 0
-            && (differs || state.staged.len() + packet.len() > max_plaintext)
+        let entry = &mut self.peers[peer.0];
+        entry.sealed_packets += 1;
+        entry.sealed_bytes += packet.len() as u64;
+        // RFC 6040, section 4.1: normal mode, or compatibility mode for a peer that would ignore the
+        // marks.
+        let ecn = if entry.ecn { Ecn::of(packet) } else { Ecn::NotEct };
+        let fields = OuterFields { flags, ecn };
+        if entry.staged_packets > 0
+            && (entry.staged_fields != fields || entry.staged.len() + packet.len() > max_plaintext)
         {
             self.close_bundle(peer, drops);
         }
-        let state = &mut self.peers[peer.0];
-        if state.staged_packets > 0 || (self.bundling && packet.len() <= max_plaintext / 2) {
-            state.staged.extend_from_slice(packet);
-            state.staged_packets += 1;
-            (state.staged_flags, state.staged_ecn) = (flags, ecn);
+        let entry = &mut self.peers[peer.0];
+        if entry.staged_packets > 0 || (self.bundling && packet.len() <= max_plaintext / 2) {
+            entry.staged.extend_from_slice(packet);
+            entry.staged_packets += 1;
+            entry.staged_fields = fields;
         } else {
-            self.seal(peer, (flags, ecn), Plaintext::Packet(packet), 1, drops);
+            self.seal(peer, fields, Plaintext::Packet(packet), 1, drops);
         }
     }
 
-    /// Closes every bundle and puts the runs in order. Afterwards [`Self::gso_batches`] may be read.
+    /// Closes all bundles and completes the GSO batches, which [`Self::gso_batches`] then returns.
     pub fn finish(&mut self, drops: &mut DropCounts) {
         for index in 0..self.live_peers {
             self.close_bundle(BatchPeer(index), drops);
-            let peer = &mut self.peers[index];
-            if let Some(session) = &peer.session {
-                session.traffic().sent(peer.sealed_packets, peer.sealed_bytes);
+            let entry = &mut self.peers[index];
+            if let Some(session) = &entry.session {
+                session.traffic().sent(entry.sealed_packets, entry.sealed_bytes);
             }
-            peer.sealed_packets = 0;
-            peer.sealed_bytes = 0;
+            entry.sealed_packets = 0;
+            entry.sealed_bytes = 0;
         }
-        self.runs.finish();
+        self.batches.finish();
     }
 
-    /// The runs, in the order in which their first datagrams were sealed.
+    /// Returns the GSO batches, in the order in which their first datagrams were sealed.
     pub fn gso_batches(&self) -> impl Iterator<Item = GsoBatch<'_>> {
-        self.runs.iter()
+        self.batches.iter()
     }
 
-    /// The bytes that the runs point into.
+    /// Returns the bytes to which [`GsoBatch::parts`] refers.
     pub fn arena(&self) -> &[u8] {
         &self.arena[..self.used]
     }
 
-    /// Inner packets of each datagram.
+    /// Returns the number of inner packets in each datagram.
     pub fn fill(&self) -> &[u16] {
         &self.fill
     }
 
-    /// What was pushed since the last [`Self::clear`].
+    /// Returns the totals since the last [`Self::clear`].
     pub fn totals(&self) -> BatchTotals {
         self.totals
     }
 
-    /// Empties the batch and keeps its memory.
+    /// Removes all packets and peers and keeps the memory.
     pub fn clear(&mut self) {
-        for peer in &mut self.peers[..self.live_peers] {
-            peer.session = None;
+        for entry in &mut self.peers[..self.live_peers] {
+            entry.session = None;
         }
         self.live_peers = 0;
         self.used = 0;
-        self.runs.clear();
+        self.batches.clear();
         self.fill.clear();
         self.totals = BatchTotals::default();
     }
 
     fn close_bundle(&mut self, peer: BatchPeer, drops: &mut DropCounts) {
-        let state = &mut self.peers[peer.0];
-        let packets = std::mem::take(&mut state.staged_packets);
+        let entry = &mut self.peers[peer.0];
+        let packets = std::mem::take(&mut entry.staged_packets);
         if packets > 0 {
-            let common = (state.staged_flags, state.staged_ecn);
-            self.seal(peer, common, Plaintext::Staged, packets, drops);
+            let fields = entry.staged_fields;
+            self.seal(peer, fields, Plaintext::Staged, packets, drops);
             self.peers[peer.0].staged.clear();
         }
     }
@@ -253,35 +266,39 @@ impl EgressBatch {
     fn seal(
         &mut self,
         peer: BatchPeer,
-        (flags, ecn): (Flags, Ecn),
+        fields: OuterFields,
         plaintext: Plaintext<'_>,
         packets: u16,
         drops: &mut DropCounts,
     ) {
-        let state = &mut self.peers[peer.0];
+        let entry = &mut self.peers[peer.0];
         let plaintext = match plaintext {
             Plaintext::Packet(packet) => packet,
-            Plaintext::Staged => &state.staged,
+            Plaintext::Staged => &entry.staged,
         };
         let offset = self.used;
-        let sealed = state
+        let sealed = entry
             .session
             .as_ref()
-            .and_then(|session| session.sender(state.lane))
+            .and_then(|session| session.sender(entry.lane))
             .ok_or(DropReason::NoSession)
-            .and_then(|sender| sender.seal(flags, plaintext, &mut self.arena[offset..]));
+            .and_then(|sender| sender.seal(fields.flags, plaintext, &mut self.arena[offset..]));
         let length = match sealed {
             Ok(length) => length,
             Err(reason) => return drops.add_many(reason, u64::from(packets)),
         };
         self.used += length;
         self.fill.push(packets);
-        state.open_run = self.runs.push(state.open_run, state.destination, ecn, offset, length);
+        let open = entry.open_batch;
+        entry.open_batch = self.batches.push(open, entry.destination, fields.ecn, offset, length);
     }
 }
 
+/// Plaintext of a datagram.
 enum Plaintext<'a> {
+    /// One packet, sealed from its place in the read buffer.
     Packet(&'a [u8]),
+    /// The open bundle of the peer.
     Staged,
 }
 

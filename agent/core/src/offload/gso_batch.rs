@@ -5,26 +5,26 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use crate::wire::ecn::Ecn;
 
-/// Datagrams to one destination, all but the last of one size: one UDP_SEGMENT message, or several
-/// where the kernel's limits are lower.
+/// Datagrams of one size to one destination; only the last may be shorter. The kernel sends them with
+/// one UDP_SEGMENT message, or with several if its limits are lower.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GsoBatch<'a> {
     /// Outer destination.
     pub destination: SocketAddr,
     /// ECN field of the outer header, one for all datagrams.
     pub ecn: Ecn,
-    /// UDP payload length in bytes of every datagram but the last, which is not empty and not
-    /// longer.
+    /// UDP payload length in bytes of every datagram except the last, which has at least 1 byte and
+    /// at most this length.
     pub segment_size: usize,
     /// Number of datagrams.
     pub segments: usize,
-    /// Where the bytes lie in the arena, as (offset, length), in order. A datagram may begin and
-    /// end anywhere in a part; adjacent parts are sent as one.
+    /// Parts of the arena that hold the bytes, as (offset, length) in bytes, in the order of sending.
+    /// A datagram may begin and end anywhere in a part.
     pub parts: &'a [(usize, usize)],
 }
 
 impl GsoBatch<'_> {
-    /// No datagram at all.
+    /// Batch without datagrams.
     pub const EMPTY: Self = Self {
         destination: SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0),
         ecn: Ecn::NotEct,
@@ -33,15 +33,15 @@ impl GsoBatch<'_> {
         parts: &[],
     };
 
-    /// Bytes of all datagrams.
+    /// Returns the sum of the lengths of all datagrams in bytes.
     pub fn byte_len(&self) -> usize {
         self.parts.iter().fold(0, |len: usize, part| len.saturating_add(part.1))
     }
 }
 
-/// A sealed datagram: its run, and its place in the arena.
+/// A sealed datagram: the index of its GSO batch, and its bytes in the arena.
 struct Datagram {
-    run: usize,
+    batch: usize,
     offset: usize,
     length: usize,
 }
@@ -56,12 +56,12 @@ struct BatchState {
     part_count: usize,
 }
 
-/// The runs of a batch, in the order in which their first datagrams were sealed.
+/// The GSO batches of an egress batch, in the order in which their first datagrams were sealed.
 pub(super) struct GsoBatches {
     /// Datagrams in the order of sealing.
     datagrams: Vec<Datagram>,
-    runs: Vec<BatchState>,
-    /// Parts of the arena as (offset, length), grouped by run.
+    batches: Vec<BatchState>,
+    /// Parts of the arena as (offset, length), grouped by GSO batch.
     parts: Vec<(usize, usize)>,
 }
 
@@ -69,15 +69,15 @@ impl GsoBatches {
     pub(super) fn new() -> Self {
         Self {
             datagrams: Vec::with_capacity(1024),
-            runs: Vec::with_capacity(256),
+            batches: Vec::with_capacity(256),
             parts: Vec::with_capacity(1024),
         }
     }
 
-    /// Appends a datagram of `length` bytes at `offset` of the arena to the run `open`, or to a new
-    /// run if there is none or if it cannot carry the datagram. Returns the run that may grow
-    /// further: `None` after a datagram shorter than its run's segments, because only the last
-    /// datagram of a run may be shorter.
+    /// Appends a datagram of `length` bytes at `offset` of the arena to the batch `open`, or to a new
+    /// batch if there is none or if it cannot carry the datagram. Returns the batch that may grow
+    /// further: `None` after a datagram shorter than its batch's segments, because only the last
+    /// datagram of a batch may be shorter.
     pub(super) fn push(
         &mut self,
         open: Option<usize>,
@@ -86,12 +86,14 @@ impl GsoBatches {
         offset: usize,
         length: usize,
     ) -> Option<usize> {
-        let run = match open {
-            Some(open) if self.runs[open].segment_size >= length && self.runs[open].ecn == ecn => {
+        let batch = match open {
+            Some(open)
+                if self.batches[open].segment_size >= length && self.batches[open].ecn == ecn =>
+            {
                 open
             }
             _ => {
-                self.runs.push(BatchState {
+                self.batches.push(BatchState {
                     destination,
                     ecn,
                     segment_size: length,
@@ -99,53 +101,53 @@ impl GsoBatches {
                     first_part: 0,
                     part_count: 0,
                 });
-                self.runs.len() - 1
+                self.batches.len() - 1
             }
         };
-        self.runs[run].segments += 1;
-        self.datagrams.push(Datagram { run, offset, length });
-        (self.runs[run].segment_size == length).then_some(run)
+        self.batches[batch].segments += 1;
+        self.datagrams.push(Datagram { batch, offset, length });
+        (self.batches[batch].segment_size == length).then_some(batch)
     }
 
-    /// Groups the datagrams by run and joins adjacent ones into parts.
+    /// Groups the datagrams by batch and joins adjacent ones into parts.
     pub(super) fn finish(&mut self) {
         let mut first = 0;
-        for run in &mut self.runs {
-            run.first_part = first;
-            run.part_count = 0;
-            first += run.segments;
+        for batch in &mut self.batches {
+            batch.first_part = first;
+            batch.part_count = 0;
+            first += batch.segments;
         }
         self.parts.clear();
         self.parts.resize(first, (0, 0));
         for datagram in &self.datagrams {
-            let run = &mut self.runs[datagram.run];
-            let parts = &mut self.parts[run.first_part..];
-            match run.part_count.checked_sub(1).map(|last| &mut parts[last]) {
+            let batch = &mut self.batches[datagram.batch];
+            let parts = &mut self.parts[batch.first_part..];
+            match batch.part_count.checked_sub(1).map(|last| &mut parts[last]) {
                 Some((offset, length)) if *offset + *length == datagram.offset => {
                     *length += datagram.length;
                 }
                 _ => {
-                    parts[run.part_count] = (datagram.offset, datagram.length);
-                    run.part_count += 1;
+                    parts[batch.part_count] = (datagram.offset, datagram.length);
+                    batch.part_count += 1;
                 }
             }
         }
     }
 
-    /// Returns the runs. Their parts are valid after [`GsoBatches::finish`].
+    /// Returns the batches. Their parts are valid after [`GsoBatches::finish`].
     pub(super) fn iter(&self) -> impl Iterator<Item = GsoBatch<'_>> {
-        self.runs.iter().map(|run| GsoBatch {
-            destination: run.destination,
-            ecn: run.ecn,
-            segment_size: run.segment_size,
-            segments: run.segments,
-            parts: &self.parts[run.first_part..run.first_part + run.part_count],
+        self.batches.iter().map(|batch| GsoBatch {
+            destination: batch.destination,
+            ecn: batch.ecn,
+            segment_size: batch.segment_size,
+            segments: batch.segments,
+            parts: &self.parts[batch.first_part..batch.first_part + batch.part_count],
         })
     }
 
-    /// Removes all runs and keeps the memory.
+    /// Removes all batches and keeps the memory.
     pub(super) fn clear(&mut self) {
         self.datagrams.clear();
-        self.runs.clear();
+        self.batches.clear();
     }
 }

@@ -3,7 +3,7 @@
 pub mod batch;
 pub mod coalesce;
 mod gso_batch;
-pub mod split;
+pub mod segment;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod testing;

@@ -37,7 +37,7 @@ pub struct Segments<'a> {
 /// # Errors
 /// [`DropReason::EgressMalformed`] where it is no IP packet of this length, and
 /// [`DropReason::VnetHeader`] where the header and the packet contradict each other.
-pub fn split(vnet: VnetHeader, packet: &mut [u8]) -> Result<Segments<'_>, DropReason> {
+pub fn segment(vnet: VnetHeader, packet: &mut [u8]) -> Result<Segments<'_>, DropReason> {
     let ip = IpHeader::parse(packet).ok_or(DropReason::EgressMalformed)?;
     if ip.total_len != packet.len() {
         return Err(DropReason::EgressMalformed);
@@ -267,5 +267,5 @@ impl Template {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
-#[path = "split_tests.rs"]
+#[path = "segment_tests.rs"]
 mod tests;

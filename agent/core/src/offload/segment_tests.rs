@@ -7,7 +7,7 @@ use crate::wire::tcp::{ACK, ECE};
 
 fn segments(vnet: VnetHeader, bytes: &[u8]) -> Vec<Vec<u8>> {
     let mut bytes = bytes.to_vec();
-    let mut segments = split(vnet, &mut bytes).unwrap();
+    let mut segments = segment(vnet, &mut bytes).unwrap();
     let mut all = Vec::new();
     while let Some(segment) = segments.next_segment() {
         all.push(segment.to_vec());
@@ -18,7 +18,7 @@ fn segments(vnet: VnetHeader, bytes: &[u8]) -> Vec<Vec<u8>> {
 }
 
 fn refused(vnet: VnetHeader, bytes: &[u8]) -> DropReason {
-    split(vnet, &mut bytes.to_vec()).map(|s| s.count()).unwrap_err()
+    segment(vnet, &mut bytes.to_vec()).map(|s| s.count()).unwrap_err()
 }
 
 fn flags_of(segments: &[Vec<u8>]) -> Vec<u8> {
@@ -173,7 +173,7 @@ fn partial_checksum_at_usual_place_is_kept() {
         let vnet = VnetHeader { gso_type: vnet::GSO_NONE, gso_size: 0, ..packet.vnet(0) };
         let mut bytes = packet.bytes();
         let before = bytes.clone();
-        let mut segments = split(vnet, &mut bytes).unwrap();
+        let mut segments = segment(vnet, &mut bytes).unwrap();
         assert_eq!(segments.checksum(), Checksum::Partial);
         assert_eq!(segments.next_segment().unwrap(), before);
         assert!(segments.next_segment().is_none());
@@ -192,7 +192,7 @@ fn partial_checksum_at_other_place_is_completed() {
         csum_offset: 16,
         ..VnetHeader::default()
     };
-    let mut segments = split(vnet, &mut bytes).unwrap();
+    let mut segments = segment(vnet, &mut bytes).unwrap();
     assert_eq!(segments.checksum(), Checksum::Full);
     assert_eq!(checksum::sum(&segments.next_segment().unwrap()[28..], 0), 0xffff);
 }
@@ -265,7 +265,7 @@ fn checksums_after_extension_headers_are_computed() {
             Packet::tcp(1000, 2500).with(|p| (p.v6, p.udp, p.flags) = (true, udp, ACK | PSH));
         let vnet = VnetHeader { csum_start: 48, ..whole.vnet(1000) };
         let mut bytes = with_extension(&whole);
-        let mut segments = split(vnet, &mut bytes).unwrap();
+        let mut segments = segment(vnet, &mut bytes).unwrap();
         assert_eq!((segments.count(), segments.checksum()), (3, Checksum::Full));
         assert_eq!(segments.max_segment_len(), whole.headers() + 8 + 1000);
         for i in 0..3 {
@@ -293,7 +293,7 @@ fn extension_header_without_transport_is_refused() {
     }
     let mut single = with_extension(&whole);
     let vnet = VnetHeader { gso_type: vnet::GSO_NONE, gso_size: 0, ..vnet };
-    let mut segments = split(vnet, &mut single).unwrap();
+    let mut segments = segment(vnet, &mut single).unwrap();
     assert_eq!(segments.checksum(), Checksum::Full);
     let full = whole.clone().with(|p| p.checksum = Checksum::Full);
     assert_eq!(segments.next_segment().unwrap(), with_extension(&full));
@@ -330,7 +330,7 @@ proptest! {
         }
         let mut vnet = VnetHeader::parse(&header).unwrap();
         vnet.gso_type = gso;
-        if let Ok(mut segments) = split(vnet, &mut packet) {
+        if let Ok(mut segments) = segment(vnet, &mut packet) {
             let (count, longest) = (segments.count(), segments.max_segment_len());
             let mut seen = 0;
             while let Some(segment) = segments.next_segment() {
