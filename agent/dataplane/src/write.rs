@@ -3,7 +3,7 @@
 use std::io::{self, IoSlice};
 use std::time::{Duration, Instant};
 
-use skein_core::offload::MAX_SEGMENTS;
+use skein_core::offload::MAX_SUPERPACKET_SEGMENTS;
 use skein_core::offload::coalesce::{CoalesceConfig, TunPacket};
 use skein_core::offload::segment::segment;
 use skein_core::offload::vnet::{self, VnetHeader};
@@ -114,7 +114,7 @@ fn gather(tun: &TunQueue, arena: &[u8], packet: &TunPacket<'_>) -> io::Result<()
     match packet.payload.len() + 2 {
         0..=4 => gather_up_to::<4>(tun, arena, packet),
         5..=72 => gather_up_to::<72>(tun, arena, packet),
-        _ => gather_up_to::<{ MAX_SEGMENTS + 2 }>(tun, arena, packet),
+        _ => gather_up_to::<{ MAX_SUPERPACKET_SEGMENTS + 2 }>(tun, arena, packet),
     }
 }
 

@@ -11,7 +11,7 @@ pub mod vnet;
 
 /// Segments that one superpacket may stand for: the kernel's UDP_MAX_SEGMENTS, which a 64 KiB TCP
 /// superpacket reaches only with tiny segments.
-pub const MAX_SEGMENTS: usize = 128;
+pub const MAX_SUPERPACKET_SEGMENTS: usize = 128;
 
 /// Datagrams that are merged into one UDP superpacket: what kernels before 6.9 take.
 pub const MAX_MERGED_DATAGRAMS: usize = 64;

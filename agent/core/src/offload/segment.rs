@@ -5,7 +5,7 @@
 //! it lies, and no payload is copied.
 
 use super::vnet::{self, VnetHeader};
-use super::{Checksum, MAX_SEGMENTS};
+use super::{Checksum, MAX_SUPERPACKET_SEGMENTS};
 use crate::drop::DropReason;
 use crate::wire::checksum;
 use crate::wire::ip::{IpHeader, TCP, UDP};
@@ -134,7 +134,7 @@ impl Segments<'_> {
                 let offset = self.packet.get(at + 12).ok_or(DropReason::EgressMalformed)? >> 4;
                 (usize::from(offset) * 4, 20, MAX_TCP_SEGMENTS)
             }
-            _ => (8, 8, MAX_SEGMENTS),
+            _ => (8, 8, MAX_SUPERPACKET_SEGMENTS),
         };
         let headers = at + transport;
         if transport < least || headers > MAX_HEADERS || headers >= self.packet.len() {

@@ -15,7 +15,7 @@ use std::ops::Range;
 use self::candidate::{Candidate, Class, Layout};
 use self::flows::OpenFlows;
 use super::vnet::VnetHeader;
-use super::{Checksum, MAX_MERGED_DATAGRAMS, MAX_SEGMENTS};
+use super::{Checksum, MAX_MERGED_DATAGRAMS, MAX_SUPERPACKET_SEGMENTS};
 use crate::wire::checksum;
 use crate::wire::ip::IpHeader;
 
@@ -110,7 +110,7 @@ impl Coalescer {
             slices: Vec::with_capacity(1024),
             following: Vec::with_capacity(1024),
             header: Vec::with_capacity(128),
-            gathered: Vec::with_capacity(MAX_SEGMENTS),
+            gathered: Vec::with_capacity(MAX_SUPERPACKET_SEGMENTS),
         }
     }
 
@@ -284,7 +284,7 @@ impl Coalescer {
         let payload = packet.len() - headers;
         let layout = candidate.layout;
         let most = match layout {
-            Layout::Tcp4 | Layout::Tcp6 => MAX_SEGMENTS,
+            Layout::Tcp4 | Layout::Tcp6 => MAX_SUPERPACKET_SEGMENTS,
             Layout::Udp4 | Layout::Udp6 => MAX_MERGED_DATAGRAMS,
         };
         let fits = usize::from(item.headers) == headers
