@@ -1,8 +1,8 @@
-//! Splitting a superpacket from the TUN into the packets that it stands for.
+//! Software GSO: segmentation of a superpacket from the TUN into the packets that it stands for.
 //!
-//! Done in place: before each segment's payload its headers are stamped over the consumed tail of
-//! the segment before, so that every segment is one contiguous slice that can be sealed from where
-//! it lies, and no payload is copied.
+//! The segmentation is in place. The headers of each segment are written over the consumed end of
+//! the segment before it, directly before the payload. Every segment is therefore one contiguous
+//! slice that is sealed from its place, and no payload is copied.
 
 use super::vnet::{self, VnetHeader};
 use super::{Checksum, MAX_SUPERPACKET_SEGMENTS};
@@ -11,32 +11,34 @@ use crate::wire::checksum;
 use crate::wire::ip::{IpHeader, TCP, UDP};
 use crate::wire::tcp::{CWR, FIN, PSH};
 
-/// Room for IPv4 60 + TCP 60, and for as much of IPv6 with extension headers.
+/// Maximum length of all headers in bytes: IPv4 (60) and TCP (60), or as much of IPv6 with
+/// extension headers.
 const MAX_HEADERS: usize = 128;
-/// Most segments of a TCP superpacket. Linux sends no segment below 8 bytes (TCP_MIN_SND_MSS less
-/// all options); smaller ones are those that a receiver merged, and of those there are few.
+/// Maximum number of segments of a TCP superpacket. Linux sends no segment below 8 bytes
+/// (TCP_MIN_SND_MSS less all options); smaller segments come only from a receiver's merge and are
+/// few.
 const MAX_TCP_SEGMENTS: usize = 65_536 / 8;
 
 const TCP_CSUM: usize = 16;
 const UDP_CSUM: usize = 6;
 
-/// The packets of one read, one after the other.
+/// Packets of one read from the TUN, in order.
 #[derive(Debug)]
 pub struct Segments<'a> {
     packet: &'a mut [u8],
     ip: IpHeader,
     checksum: Checksum,
-    /// What to stamp; without it the packet is its one segment.
+    /// Headers of the segments; `None` if the packet is a single one.
     template: Option<Template>,
     count: usize,
     next: usize,
 }
 
-/// Looks at one packet that was read with `vnet` before it.
+/// Parses a packet that was read with the header `vnet` before it, and prepares its segments.
 ///
 /// # Errors
-/// [`DropReason::EgressMalformed`] where it is no IP packet of this length, and
-/// [`DropReason::VnetHeader`] where the header and the packet contradict each other.
+/// [`DropReason::EgressMalformed`] if `packet` is not an IP packet of this length.
+/// [`DropReason::VnetHeader`] if the header is invalid or contradicts the packet.
 pub fn segment(vnet: VnetHeader, packet: &mut [u8]) -> Result<Segments<'_>, DropReason> {
     let ip = IpHeader::parse(packet).ok_or(DropReason::EgressMalformed)?;
     if ip.total_len != packet.len() {
@@ -57,22 +59,22 @@ pub fn segment(vnet: VnetHeader, packet: &mut [u8]) -> Result<Segments<'_>, Drop
 }
 
 impl Segments<'_> {
-    /// The superpacket's IP header.
+    /// Returns the IP header of the superpacket.
     pub fn ip(&self) -> &IpHeader {
         &self.ip
     }
 
-    /// State of the transport checksum in every segment.
+    /// Returns the state of the transport checksum in every segment.
     pub fn checksum(&self) -> Checksum {
         self.checksum
     }
 
-    /// Number of segments, at least 1.
+    /// Returns the number of segments, at least 1.
     pub fn count(&self) -> usize {
         self.count
     }
 
-    /// IP length of the longest segment in bytes.
+    /// Returns the IP length of the longest segment in bytes.
     pub fn max_segment_len(&self) -> usize {
         match &self.template {
             Some(template) => (template.headers + template.gso_size).min(self.packet.len()),
@@ -80,7 +82,7 @@ impl Segments<'_> {
         }
     }
 
-    /// The next packet, whole.
+    /// Returns the next segment, a whole IP packet; `None` after the last.
     pub fn next_segment(&mut self) -> Option<&[u8]> {
         let index = self.next;
         if index >= self.count {
@@ -108,7 +110,8 @@ impl Segments<'_> {
             self.checksum = Checksum::Partial;
             return Ok(());
         }
-        // Behind extension headers or in a tunnel's payload: the receiver could not find it.
+        // The checksum lies after extension headers or in the payload of a tunnel, where the
+        // receiver could not find it. It is completed here.
         let sum = checksum::sum(&self.packet[start..], 0);
         let field = checksum::finish(sum, self.ip.transport(self.packet).map_or(UDP, |t| t.0));
         self.packet[at..at + 2].copy_from_slice(&field);
@@ -120,16 +123,17 @@ impl Segments<'_> {
         let Some((found, at)) = self.ip.transport(self.packet) else {
             return Err(DropReason::VnetHeader);
         };
-        let sound = found == protocol
+        let is_valid = found == protocol
             && vnet.flags & vnet::NEEDS_CSUM != 0
             && usize::from(vnet.csum_start) == at
             && usize::from(vnet.csum_offset) == offset
             && vnet.gso_size > 0;
-        if !sound {
+        if !is_valid {
             return Err(DropReason::VnetHeader);
         }
-        // The header length that the kernel gives is wrong on the forwarding path: look.
-        let (transport, least, most) = match protocol {
+        // The kernel's header length is wrong on the forwarding path, so it is read from the
+        // packet.
+        let (transport, min_transport, max_segments) = match protocol {
             TCP => {
                 let offset = self.packet.get(at + 12).ok_or(DropReason::EgressMalformed)? >> 4;
                 (usize::from(offset) * 4, 20, MAX_TCP_SEGMENTS)
@@ -137,44 +141,45 @@ impl Segments<'_> {
             _ => (8, 8, MAX_SUPERPACKET_SEGMENTS),
         };
         let headers = at + transport;
-        if transport < least || headers > MAX_HEADERS || headers >= self.packet.len() {
+        if transport < min_transport || headers > MAX_HEADERS || headers >= self.packet.len() {
             return Err(DropReason::EgressMalformed);
         }
         self.count = (self.packet.len() - headers).div_ceil(usize::from(vnet.gso_size));
-        if self.count > most {
+        if self.count > max_segments {
             return Err(DropReason::VnetHeader);
         }
         let template = Template::new(self.packet, &self.ip, (at, headers), protocol, vnet.gso_size);
-        // Behind extension headers the receiver could not find a partial checksum.
+        // A receiver could not find a partial checksum after extension headers.
         self.checksum = if template.full { Checksum::Full } else { Checksum::Partial };
         self.template = Some(template);
         Ok(())
     }
 }
 
-/// What every segment's headers are made from, taken before the first stamp overwrites them.
+/// Header template of all segments, copied before the first segment overwrites the headers.
 #[derive(Debug)]
 struct Template {
     bytes: [u8; MAX_HEADERS],
     /// Length of all headers in bytes.
     headers: usize,
-    /// Where the transport header begins.
+    /// Offset of the transport header in bytes.
     at: usize,
     gso_size: usize,
     v6: bool,
     tcp: bool,
-    /// Whether checksums must be computed, since no receiver would find them.
+    /// True if complete checksums must be computed, because no receiver would find partial ones.
     full: bool,
-    /// IPv4: the header's sum without length, identification and checksum.
+    /// IPv4: the sum of the header without length, identification and checksum.
     network_sum: u16,
     id: u16,
-    /// The pseudo-header's sum without the length.
+    /// Sum of the pseudo-header without the length.
     seed: u16,
     sequence: u32,
 }
 
 impl Template {
-    /// Of a superpacket whose lengths were checked.
+    /// Creates the template of a superpacket whose lengths have been checked. The transport header
+    /// begins at `at`; all headers have `headers` bytes.
     fn new(
         packet: &[u8],
         ip: &IpHeader,
@@ -192,15 +197,15 @@ impl Template {
         let (network_sum, id) = match v6 {
             true => (0, 0),
             false => {
-                let mut still = bytes;
-                still[2..6].fill(0);
-                still[10..12].fill(0);
-                (checksum::sum(&still[..at], 0), word(4))
+                let mut constant = bytes;
+                constant[2..6].fill(0);
+                constant[10..12].fill(0);
+                (checksum::sum(&constant[..at], 0), word(4))
             }
         };
         let seed = match full {
-            // A routing header puts another destination into the pseudo-header: take what the
-            // kernel summed, less the length.
+            // A routing header changes the destination in the pseudo-header, so the kernel's sum
+            // less the length is used.
             true => {
                 checksum::fold(u64::from(word(field)) + u64::from(!((packet.len() - at) as u16)))
             }
@@ -225,7 +230,7 @@ impl Template {
         }
     }
 
-    /// Writes the headers of the segment of this number over the start of its slice.
+    /// Writes the headers of the segment with this index to the start of its slice.
     #[inline]
     fn stamp(&self, segment: &mut [u8], index: usize, last: bool) {
         let length = segment.len();

@@ -1,43 +1,44 @@
-//! `struct virtio_net_hdr` (include/uapi/linux/virtio_net.h), as a TUN device with IFF_VNET_HDR
-//! puts it before each packet: 10 bytes, native endian.
+//! `struct virtio_net_hdr` (include/uapi/linux/virtio_net.h): the 10 bytes, native endian, that
+//! precede each packet of a TUN device with IFF_VNET_HDR.
 
-/// The checksum field holds the pseudo-header's sum, and the rest is to be added.
+/// Bit of `flags`: the checksum field holds the sum of the pseudo-header, and the rest must be
+/// added.
 pub const NEEDS_CSUM: u8 = 1;
-/// Not a superpacket.
+/// `gso_type` of a single packet.
 pub const GSO_NONE: u8 = 0;
-/// TCP over IPv4.
+/// `gso_type` of a TCP superpacket over IPv4.
 pub const GSO_TCPV4: u8 = 1;
-/// UDP fragmentation offload: gone from Linux.
+/// `gso_type` of UDP fragmentation offload, which Linux has removed.
 pub const GSO_UDP: u8 = 3;
-/// TCP over IPv6.
+/// `gso_type` of a TCP superpacket over IPv6.
 pub const GSO_TCPV6: u8 = 4;
-/// UDP segmentation, either family.
+/// `gso_type` of a UDP superpacket over IPv4 or IPv6.
 pub const GSO_UDP_L4: u8 = 5;
 /// Bit of `gso_type`: the TCP superpacket has CWR set.
 pub const GSO_ECN: u8 = 0x80;
 
-/// The header's fields.
+/// Fields of a virtio_net_hdr.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct VnetHeader {
-    /// [`NEEDS_CSUM`] or 0; others mean nothing here.
+    /// [`NEEDS_CSUM`] or 0; other bits have no meaning here.
     pub flags: u8,
-    /// One of the `GSO_` constants, [`GSO_ECN`] beside it.
+    /// One of the `GSO_` constants, with or without [`GSO_ECN`].
     pub gso_type: u8,
-    /// Length of all headers in bytes. What the kernel says here is wrong for forwarded packets.
+    /// Length of all headers in bytes. The kernel's value is wrong for forwarded packets.
     pub hdr_len: u16,
-    /// Payload bytes of each segment.
+    /// Payload of each segment in bytes.
     pub gso_size: u16,
-    /// Where the checksum begins, in bytes from the packet's start.
+    /// Start of the bytes that the checksum covers, bytes from the start of the packet.
     pub csum_start: u16,
-    /// Where the checksum is stored, in bytes from `csum_start`.
+    /// Place of the checksum field, bytes from `csum_start`.
     pub csum_offset: u16,
 }
 
 impl VnetHeader {
-    /// Length in bytes.
+    /// Length of the header in bytes.
     pub const LEN: usize = 10;
 
-    /// Reads the header at the start of `bytes`.
+    /// Parses the header at the start of `bytes`; `None` if there are fewer than 10 bytes.
     pub fn parse(bytes: &[u8]) -> Option<Self> {
         let b: &[u8; Self::LEN] = bytes.first_chunk()?;
         Some(Self {
@@ -50,7 +51,7 @@ impl VnetHeader {
         })
     }
 
-    /// The header as the kernel reads it.
+    /// Encodes the header in native endian.
     pub fn to_bytes(self) -> [u8; Self::LEN] {
         let mut bytes = [self.flags, self.gso_type, 0, 0, 0, 0, 0, 0, 0, 0];
         let fields = [self.hdr_len, self.gso_size, self.csum_start, self.csum_offset];

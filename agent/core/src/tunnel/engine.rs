@@ -1,4 +1,4 @@
-//! The engine: every peer's handshakes, sessions and liveness, without a socket or a clock.
+//! The protocol engine: handshakes, sessions and liveness of all peers, without sockets and clocks.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -27,13 +27,14 @@ mod datagram;
 
 pub use config::{EngineConfig, EngineError, PeerConfig};
 
-/// Initiations without a cookie, and responses beyond [`MAX_RESPONSE_TRIES`]; more of them mean
-/// that this node is under load.
+/// Rate limit of initiations without a valid cookie and of responses beyond the first of each
+/// initiation, all sources together. Above the limit the node answers initiations with a cookie
+/// reply (WireGuard paper, section 5.4.7).
 const NO_COOKIE_RATE: Rate = Rate { per_second: 64, burst: 64 };
-/// Initiations with a cookie, of one source or of one endpoint of a peer.
+/// Rate limit of initiations with a cookie, for each source address or endpoint of a peer.
 const PER_SOURCE_RATE: Rate = Rate { per_second: 8, burst: 16 };
-/// Initiations with a cookie from endpoints that belong to no peer, in total: one sender may
-/// receive at very many addresses.
+/// Rate limit of initiations with a cookie from addresses that are no peer's endpoint, all
+/// together: one sender may receive at very many addresses.
 const NON_PEER_RATE: Rate = Rate { per_second: 64, burst: 64 };
 /// Maximum number of peer endpoints with a token bucket of their own, and of keys without a peer whose
 /// timestamps are remembered.
@@ -41,23 +42,47 @@ const MAX_PEERS: usize = 65_536;
 /// PerSourceLimiter with a cookie that are told apart.
 const MAX_SOURCES: usize = 4096;
 
-/// See the module. The caller hands in what it receives and when; after each call it takes what is
-/// to be sent ([`Engine::poll_transmit`]), when to call next ([`Engine::poll_timeout`]), and whether
-/// lanes need to know anything new ([`Engine::poll_tables_changed`]). New tables go to the lanes before
-/// datagrams go out: what a response lets the peer send must find its session.
+/// The protocol engine of one node.
+///
+/// # Contract
+///
+/// The engine has no socket, no clock and no thread. The caller owns these:
+///
+/// - Input: [`Engine::handle_datagram`] for each received datagram that is not data,
+///   [`Engine::handle_timeout`] when [`Engine::poll_timeout`] is due, [`Engine::request_session`]
+///   when a packet waits for a session, and [`Engine::on_unknown_session`] and
+///   [`Engine::on_send_too_big`] for events of the lanes. Each call gets the current time; `mono`
+///   must never decrease.
+/// - Output, after each input and each change of the configuration, in this order: if
+///   [`Engine::poll_tables_changed`] returns true, the caller gives the new [`Engine::tables`] to
+///   the lanes. Then it sends the datagrams of [`Engine::poll_transmit`] until there is none. With
+///   the opposite order the peer's answer to a response could arrive before a lane knows its
+///   session. Finally it reads [`Engine::poll_timeout`].
+/// - Data: the caller seals packets with [`PeerView::current`], or with [`PeerView::next`] once it
+///   is confirmed, and opens datagrams with the session of [`PeerView::receive`] whose
+///   `local_index` the header names. It checks a replay window for each session and lane, calls
+///   [`Session::confirm`](crate::tunnel::Session::confirm) after the first authentic datagram, and
+///   adds to [`Session::traffic`](crate::tunnel::Session::traffic), from which the engine learns
+///   that a session is in use.
+///
+/// The engine promises that memory is bounded whatever datagrams arrive, that no datagram makes it
+/// panic, that no answer is longer than the message that it answers, and that data has no
+/// destination at which the peer has not answered a handshake.
+///
+/// The [crate documentation](crate) has an example with two engines.
 pub struct Engine {
     shared: Shared,
     peers: BTreeMap<PeerId, Peer>,
     by_key: BTreeMap<[u8; 32], PeerId>,
     by_address: BTreeMap<IpAddr, BTreeSet<PeerId>>,
     next_id: u32,
-    /// Latest timestamps of keys that belong to no peer ([`Engine::raise_seen_timestamp`]).
+    /// Timestamps of keys that belong to no peer ([`Engine::raise_seen_timestamp`]).
     unclaimed: BTreeMap<[u8; 32], Timestamp>,
-    /// What all nodes of the cluster mix into their handshakes.
+    /// First bytes of the prologue: protocol version and cluster id.
     prologue: Vec<u8>,
     cookies: CookieSecret,
     no_cookie_bucket: TokenBucket,
-    /// Initiations with a cookie, by endpoint of a peer.
+    /// Limiter of initiations with a cookie from endpoints of peers.
     peer_endpoint_limiter: PerSourceLimiter,
     source_limiter: PerSourceLimiter,
     non_peer_bucket: TokenBucket,
@@ -65,11 +90,12 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// An engine without peers. `random` must give bytes that nobody can guess: ephemeral keys are
-    /// made of them.
+    /// Creates an engine without peers. `random` must be cryptographically secure, because
+    /// ephemeral keys and cookies are made from its bytes.
     ///
     /// # Errors
-    /// See [`EngineError`].
+    /// [`EngineError::Lanes`], [`EngineError::ListenPort`], [`EngineError::NoCipher`] or
+    /// [`EngineError::PrivateKey`] if that value of `config` is invalid.
     pub fn new(config: EngineConfig, random: Random) -> Result<Engine, EngineError> {
         let EngineConfig { private_key, cluster_id, listen_port, lanes, ciphers, mtu, ecn } =
             config;
@@ -102,23 +128,23 @@ impl Engine {
         })
     }
 
-    /// Keeps every session that is made from now on, and has handshakes carry later times than those that
-    /// the memory knows of.
+    /// Sets the store in which all new sessions are kept. Later initiations carry later timestamps
+    /// than those that the store knows.
     pub fn set_session_store(&mut self, store: Box<dyn SessionStore>) {
         self.shared.raise_timestamps(store.latest_timestamp());
         self.shared.store = store;
     }
 
-    /// Has handshakes carry later times than this wall-clock time, for a node whose clock was set back: its
-    /// peers take no time that is before one that they have seen.
+    /// Makes all later initiations carry timestamps after `floor` (wall clock, since 1970). A node
+    /// whose clock was set back needs this, because its peers refuse earlier timestamps.
     pub fn raise_timestamps(&mut self, floor: Duration) {
         self.shared.raise_timestamps(floor);
     }
 
-    /// Refuses initiations by a peer's key whose timestamp (time since 1970) is `timestamp` or
-    /// earlier. A later timestamp that this engine or its memory knows stays in effect. The timestamp
-    /// of a key that belongs to no peer takes effect when [`Engine::upsert_peer`] gives the key to a
-    /// peer; up to 65,536 such keys are remembered.
+    /// Makes the engine refuse initiations by a peer's key whose timestamp (since 1970) is
+    /// `timestamp` or earlier. A later timestamp that this engine or its store knows stays in
+    /// effect. The timestamp of a key without a peer takes effect when [`Engine::upsert_peer`]
+    /// gives the key to a peer; up to 65,536 such keys are remembered.
     pub fn raise_seen_timestamp(&mut self, key: &[u8; 32], timestamp: Duration) {
         let timestamp = Timestamp::new(timestamp);
         let peer = self.by_key.get(key).and_then(|id| self.peers.get_mut(id));
@@ -135,17 +161,20 @@ impl Engine {
         }
     }
 
-    /// Returns the latest timestamp (time since 1970) of an accepted initiation for each peer's key
-    /// that has one. The next engine needs them ([`Engine::raise_seen_timestamp`]).
+    /// Returns the latest timestamp (since 1970) of an accepted initiation for each peer's key that
+    /// has one. The next engine needs them ([`Engine::raise_seen_timestamp`]).
     pub fn seen_timestamps(&self) -> impl Iterator<Item = ([u8; 32], Duration)> {
         let keys = self.peers.values().flat_map(|peer| &peer.keys);
         let seen = |key: &PeerKey| (key.public, key.last_timestamp.wall());
         keys.map(seen).filter(|(_, timestamp)| !timestamp.is_zero())
     }
 
-    /// Takes up sessions of the process before, once their peers are known; how many it took. Those that
-    /// are over, or of a peer that is none any more, are forgotten. Each must be in a life that nobody
-    /// has sent in ([`SavedSession::epoch`]), and no other process may have it any more.
+    /// Restores sessions of an earlier process and returns how many were restored.
+    ///
+    /// Call it after [`Engine::upsert_peer`] for every peer. A session is skipped if it is 180 s
+    /// old, if no peer has its key, if its index is in use, or if its parameters are invalid.
+    /// Nothing may have been sealed in its epoch ([`SavedSession::epoch`]), and no other process
+    /// may use it.
     pub fn restore_sessions(
         &mut self,
         now: Time,
@@ -178,17 +207,17 @@ impl Engine {
         taken
     }
 
-    /// This node's public key.
+    /// Returns the public key of the active identity.
     pub fn public_key(&self) -> [u8; 32] {
         *self.shared.own.public()
     }
 
-    /// Changes this node's identity. Handshakes begin with `private_key` from now on, and those that begin
-    /// with `second`'s public half are answered as well. Sessions live on; those in use that another key
-    /// made are renewed within seconds.
+    /// Changes the identity of this node. New handshakes begin with `private_key`; those addressed
+    /// to the public key of `second` are answered, too. Sessions stay; sessions in use that another
+    /// key made are renewed within seconds.
     ///
     /// # Errors
-    /// [`EngineError::PrivateKey`]; nothing has changed then.
+    /// [`EngineError::PrivateKey`] if a key is invalid. The identity is unchanged then.
     pub fn set_identity(
         &mut self,
         private_key: Zeroizing<[u8; 32]>,
@@ -200,8 +229,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Changes this node's MTU, inner bytes. Sessions stay; peers with a session learn the MTU from
-    /// a new handshake within seconds, the others from their next handshake.
+    /// Changes the MTU of this node, inner bytes. Sessions stay. Peers with a session learn the MTU
+    /// from a new handshake within seconds, the others from their next handshake.
     pub fn set_mtu(&mut self, now: Time, mtu: u16) {
         if self.shared.params.mtu == mtu {
             return;
@@ -213,9 +242,9 @@ impl Engine {
         }
     }
 
-    /// Adds a peer, or changes its keys and endpoints: at once, for live sessions too. Whoever keeps one of
-    /// its keys keeps its number, and the sessions that were made with that key; those of a key that is
-    /// its no more end.
+    /// Adds a peer, or changes its keys and endpoints at once. A peer that keeps one of its keys
+    /// keeps its [`PeerId`] and the sessions of that key; sessions of removed keys end. A key that
+    /// another peer had is taken from that peer.
     pub fn upsert_peer(&mut self, now: Time, peer: PeerConfig) -> PeerId {
         let PeerConfig { public_key, second_key, endpoints } = peer;
         let second_key = second_key.filter(|key| *key != public_key);
@@ -258,7 +287,8 @@ impl Engine {
         id
     }
 
-    /// A key of this peer's has become another's.
+    /// Removes a key from a peer, because another peer has got it. Removes the peer after its last
+    /// key.
     fn take_key(&mut self, id: PeerId, key: &[u8; 32]) {
         let Some(peer) = self.peers.get_mut(&id) else { return };
         let rest: Vec<_> = peer.keys().filter(|other| *other != key).copied().collect();
@@ -268,7 +298,7 @@ impl Engine {
         }
     }
 
-    /// Removes a peer; its sessions end at once.
+    /// Removes a peer and ends its sessions at once.
     pub fn remove_peer(&mut self, id: PeerId) {
         let Some(mut peer) = self.peers.remove(&id) else { return };
         for key in peer.keys() {
@@ -282,11 +312,11 @@ impl Engine {
         self.shared.changed = true;
     }
 
-    /// Ends all sessions and all handshakes of this node that are not complete. New sessions follow as
-    /// lanes request them. Call it if another process may continue with the same keys and counters:
-    /// after the virtual machine was cloned or restored.
+    /// Ends all sessions and all pending handshakes of this node. New sessions are created when lanes
+    /// request them. Call this method if another process may continue with the same keys and
+    /// counters, for example after the virtual machine was cloned or restored.
     pub fn end_sessions(&mut self, now: Time) {
-        // Sealed with the ended sessions.
+        // The queued datagrams are sealed with the ended sessions.
         self.shared.outbox.clear();
         for peer in self.peers.values_mut() {
             peer.end(&mut self.shared);
@@ -294,19 +324,21 @@ impl Engine {
         }
     }
 
-    /// Peers that are sent to in a session which the second identity made: those that may not know the first.
+    /// Returns the number of peers to which this node sends in a session of the second identity.
+    /// These peers may not know the active identity.
     pub fn peers_on_second_identity(&self) -> usize {
         let Some(second) = &self.shared.second else { return 0 };
         self.peers.values().filter(|peer| peer.uses(second.public())).count()
     }
 
-    /// The number of the peer with this key.
+    /// Returns the peer that has this public key.
     pub fn peer_id(&self, key: &[u8; 32]) -> Option<PeerId> {
         self.by_key.get(key).copied()
     }
 
-    /// A lane has a packet for a peer and no session. Starts a handshake, which is repeated for as
-    /// long as it is requested: as this is called at least every 15 seconds.
+    /// Requests a session with `peer`. Starts a handshake unless one is pending or the peer has
+    /// just started one. Retries stop 15 s after the last call, so the caller repeats the call
+    /// while packets wait. Has no effect if the peer is unknown or has a current session.
     pub fn request_session(&mut self, now: Time, peer: PeerId) {
         let Some(peer) = self.peers.get_mut(&peer) else { return };
         if !peer.can_send() {
@@ -316,8 +348,9 @@ impl Engine {
         }
     }
 
-    /// A datagram of an unknown session came from this address. A peer that lives there may not
-    /// know that this node has restarted: a new handshake tells it.
+    /// Handles a data or control datagram of an unknown session from this address. A peer with an
+    /// endpoint at the address may not know that this node has restarted, so the engine starts a
+    /// handshake with it: at most one every 2 s, and none if the peer was heard within 10 s.
     pub fn on_unknown_session(&mut self, now: Time, source: IpAddr) {
         let source = source.to_canonical();
         for id in self.by_address.get(&source).into_iter().flatten() {
@@ -358,18 +391,18 @@ impl Engine {
         narrower
     }
 
-    /// The next datagram to send.
+    /// Returns the next datagram to send.
     pub fn poll_transmit(&mut self) -> Option<Transmit> {
         self.shared.outbox.pop_front()
     }
 
-    /// When to call [`Engine::handle_timeout`]: only `mono` means anything. `None` while there is
-    /// nothing to wait for.
+    /// Returns the time of the next call of [`Engine::handle_timeout`]; only `mono` is set. `None`
+    /// if no deadline is pending.
     pub fn poll_timeout(&self) -> Option<Time> {
         self.shared.timeout().map(|mono| Time { mono, ..Time::default() })
     }
 
-    /// Does what is due. Calling too early or too late does no harm.
+    /// Handles all deadlines that have passed. A call that is too early or too late does no harm.
     pub fn handle_timeout(&mut self, now: Time) {
         if self.shared.timeout().is_none_or(|at| at > now.mono) {
             return;
@@ -397,34 +430,35 @@ impl Engine {
         }
     }
 
-    /// Whether sessions, endpoints or peers have changed since the last call: lanes then need new
-    /// tables.
+    /// Returns true if sessions, endpoints or peers have changed since the last call. The lanes
+    /// need new tables then.
     pub fn poll_tables_changed(&mut self) -> bool {
         std::mem::take(&mut self.shared.changed)
     }
 
-    /// Every peer, in the order of their numbers.
+    /// Returns all peers in the order of their [`PeerId`].
     pub fn tables(&self) -> impl Iterator<Item = (PeerId, &PeerView)> {
         self.peers.iter().map(|(&id, peer)| (id, &peer.view))
     }
 
-    /// One peer.
+    /// Returns one peer.
     pub fn peer(&self, id: PeerId) -> Option<&PeerView> {
         self.peers.get(&id).map(|peer| &peer.view)
     }
 
-    /// Datagrams that came to nothing.
+    /// Returns the counters of datagrams that the engine has dropped. The caller may drain them.
     pub fn drops(&mut self) -> &mut DropCounts {
         &mut self.shared.drops
     }
 
-    /// What became of handshakes, by the labels of [`HandshakeResult`]; every label is listed.
+    /// Returns the number of handshakes by the label of their [`HandshakeResult`], including labels
+    /// with zero.
     pub fn handshakes(&self) -> impl Iterator<Item = (&'static str, u64)> + '_ {
         let counts = &self.shared.counts;
         HandshakeResult::ALL.iter().map(|&result| (result.label(), counts.get(result)))
     }
 
-    /// How many handshakes had one result.
+    /// Returns the number of handshakes with this result.
     pub fn handshake_count(&self, result: HandshakeResult) -> u64 {
         self.shared.counts.get(result)
     }

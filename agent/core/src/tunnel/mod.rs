@@ -1,8 +1,8 @@
-//! The tunnel: how two nodes come to share keys, and what they do with them.
+//! The tunnel protocol: handshakes, sessions, liveness and path MTU discovery.
 //!
-//! [`engine::Engine`] makes and keeps the [`session::Session`]s; lanes seal and open data with them
-//! and never wait for it. Handshake messages are laid out in `message.rs`, durations in
-//! [`timers`].
+//! The [`engine::Engine`] creates and renews the [`session::Session`]s. Lanes seal and open data
+//! with the sessions and never wait for the engine. The [`message`] module defines the layouts of
+//! handshake and control messages, [`timers`] the timeouts and intervals.
 
 mod cipher;
 mod cookie;

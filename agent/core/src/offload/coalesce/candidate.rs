@@ -1,11 +1,12 @@
-//! What a packet is for its flow, and how its headers differ from those of another.
+//! Classification of packets for coalescing, and comparison of their headers.
 
 use crate::offload::Checksum;
 use crate::wire::checksum;
 use crate::wire::ip::{self, IpHeader, TCP, UDP};
 use crate::wire::tcp::{ACK, ECE, PSH};
 
-/// Headers without IPv4 options or IPv6 extension headers: everything lies at a known place.
+/// Layout of headers without IPv4 options and IPv6 extension headers, in which every field has a
+/// fixed place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Layout {
     Tcp4,
@@ -14,33 +15,36 @@ pub(super) enum Layout {
     Udp6,
 }
 
-/// What a packet is for its flow.
+/// Role of a packet in its flow.
 #[derive(Debug)]
 pub(super) enum Class {
-    /// May start or extend a superpacket.
+    /// A packet that may start or extend a superpacket.
     Candidate(Candidate),
-    /// Packet of a protocol that has no superpackets; written verbatim.
+    /// A packet of a protocol without superpackets; written verbatim.
     OtherProtocol,
-    /// Packet written verbatim that closes its flow's superpacket, so that no later packet of the
-    /// flow overtakes it. TCP segments without payload are among these, as in the kernel's GRO.
+    /// A packet that is written verbatim and ends the superpacket of its flow, so that no later
+    /// packet of the flow overtakes it. TCP segments without payload are among these, as in the
+    /// kernel's GRO.
     FlushesFlow(Layout),
-    /// As [`Class::FlushesFlow`], for every flow between its addresses: the ports are not there, or not
-    /// where they usually are.
+    /// A packet that is written verbatim and ends the superpackets of all flows between its
+    /// addresses, because its ports are absent or not at their usual place.
     FlushesAddresses,
 }
 
+/// Fields of a packet that may start or extend a superpacket.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Candidate {
     pub(super) layout: Layout,
-    /// Length of both headers in bytes.
+    /// Length of IP and transport header in bytes.
     pub(super) headers: usize,
     pub(super) sequence: u32,
     pub(super) psh: bool,
 }
 
 impl Candidate {
-    /// What a packet is whose headers are known to be like those of a candidate of this layout and
-    /// header length; `None` where what no comparison of headers tells forbids it.
+    /// Creates a candidate from a packet whose headers equal those of a candidate with this layout
+    /// and header length. Returns `None` if the packet may not be merged for a reason that the
+    /// comparison does not show.
     #[inline(always)]
     pub(super) fn alike(
         layout: Layout,
@@ -52,8 +56,8 @@ impl Candidate {
         if layout.is_tcp() {
             let head = transport.first_chunk::<20>()?;
             let sequence = u32::from_be_bytes([head[4], head[5], head[6], head[7]]);
-            let whole = packet.len() > headers;
-            whole.then_some(Self { layout, headers, sequence, psh: head[13] & PSH != 0 })
+            let has_payload = packet.len() > headers;
+            has_payload.then_some(Self { layout, headers, sequence, psh: head[13] & PSH != 0 })
         } else {
             match classify_udp(layout, transport, checksum) {
                 Class::Candidate(candidate) => Some(candidate),
@@ -63,16 +67,16 @@ impl Candidate {
     }
 }
 
-/// How two packets of one layout differ.
+/// Result of the comparison of two packets of one layout.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Difference {
     pub(super) same_flow: bool,
-    /// All that splitting would give alike is alike, but for IPv4's identification and TCP's
-    /// options.
+    /// True if all header fields are equal that segmentation would make equal, except the
+    /// identification of IPv4 and the options of TCP.
     pub(super) same_headers: bool,
 }
 
-/// Classifies a packet, which `ip` was parsed from.
+/// Classifies a packet with the parsed header `ip`.
 #[inline]
 pub(super) fn classify(packet: &[u8], ip: &IpHeader, checksum: Checksum) -> Class {
     let plain = !ip.fragment && ip.header_len == if ip.is_v6() { 40 } else { 20 };
@@ -130,7 +134,7 @@ fn classify_udp(layout: Layout, transport: &[u8], checksum: Checksum) -> Class {
 }
 
 impl Layout {
-    /// Length of the IP header in bytes.
+    /// Returns the length of the IP header in bytes.
     pub(super) fn network_len(self) -> usize {
         if self.is_v6() { 40 } else { 20 }
     }
@@ -143,19 +147,19 @@ impl Layout {
         matches!(self, Layout::Tcp4 | Layout::Tcp6)
     }
 
-    /// Offset of the checksum in the transport header, in bytes.
+    /// Returns the offset of the checksum field in the transport header in bytes.
     pub(super) fn checksum_offset(self) -> usize {
         if self.is_tcp() { 16 } else { 6 }
     }
 
-    /// Sum of addresses and protocol: the pseudo-header without its length.
+    /// Returns the sum of the pseudo-header without its length: addresses and protocol.
     pub(super) fn pseudo_header(self, packet: &[u8]) -> u16 {
         let addresses = if self.is_v6() { 8..40 } else { 12..20 };
         let protocol = if self.is_tcp() { TCP } else { UDP };
         checksum::sum(&packet[addresses], u16::from(protocol))
     }
 
-    /// A number that the packets of a flow share, and few others.
+    /// Returns a hash of addresses, ports and layout.
     #[inline]
     pub(super) fn hash(self, packet: &[u8]) -> u32 {
         let (addresses, ports) = match (self.is_v6(), packet.first_chunk::<48>()) {
@@ -176,19 +180,19 @@ impl Layout {
         (mixed >> 32) as u32
     }
 
-    /// Whether two packets with headers of `headers` bytes have the same TCP options.
+    /// Returns true if two packets with headers of `headers` bytes have the same TCP options.
     #[inline(always)]
     pub(super) fn same_options(self, a: &[u8], b: &[u8], headers: usize) -> bool {
         let at = self.network_len() + 20;
         let (Some(a), Some(b)) = (a.get(at..headers), b.get(at..headers)) else { return true };
         match (<&[u8; 12]>::try_from(a), <&[u8; 12]>::try_from(b)) {
-            // Time stamps with their padding: what nearly every segment has.
+            // The timestamps option with its padding, which nearly every segment has.
             (Ok(a), Ok(b)) => xor((a, b), 0) | xor((a, b), 4) == 0,
             _ => a == b,
         }
     }
 
-    /// Compares two packets of this layout, a few words at a time.
+    /// Compares the headers of two packets of this layout, a few words at a time.
     #[inline(always)]
     pub(super) fn compare(self, a: &[u8], b: &[u8]) -> Difference {
         match self {
@@ -200,8 +204,8 @@ impl Layout {
         .unwrap_or(Difference { same_flow: false, same_headers: false })
     }
 
-    /// Whether merging hides nothing: the IPv4 header's checksum is right, and so is the
-    /// transport's, where it is whole.
+    /// Returns true if merging hides no corruption: the checksum of the IPv4 header is correct, and
+    /// so is a complete transport checksum.
     #[inline(always)]
     pub(super) fn verify(self, packet: &[u8], checksum: Checksum) -> bool {
         let network = self.is_v6() || packet.first_chunk().is_some_and(checksum::header_is_right);
@@ -215,7 +219,8 @@ impl Layout {
     }
 }
 
-/// Whether both packets go between the same addresses; both must hold a whole IP header.
+/// Returns true if both packets have the same addresses and IP version. Both must hold a whole IP
+/// header.
 pub(super) fn same_addresses(a: &[u8], b: &[u8]) -> bool {
     let version = |packet: &[u8]| packet.first().map(|first| first >> 4);
     let range = if version(a) == Some(6) { 8..40 } else { 12..20 };
@@ -227,18 +232,19 @@ const fn mask(bytes: [u8; 8]) -> u64 {
     u64::from_ne_bytes(bytes)
 }
 
-// IPv4, bytes 0 to 8: version, length of header, ToS; (length, identification;) DF and offset.
+// IPv4, bytes 0 to 8: version, header length, type of service, DF and fragment offset; without
+// length and identification.
 const V4_FIRST: u64 = mask([0xff, 0xff, 0, 0, 0, 0, 0xff, 0xff]);
-// IPv4, bytes 8 to 16: TTL; protocol (checksum), source.
+// IPv4, bytes 8 to 16: TTL; protocol and source; without checksum.
 const V4_TTL: u64 = mask([0xff, 0, 0, 0, 0, 0, 0, 0]);
 const V4_SOURCE: u64 = mask([0, 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff]);
-// IPv6, bytes 0 to 8: version, traffic class, flow label (length); next header, hop limit.
+// IPv6, bytes 0 to 8: version, traffic class, flow label, next header, hop limit; without length.
 const V6_FIRST: u64 = mask([0xff, 0xff, 0xff, 0xff, 0, 0, 0xff, 0xff]);
-// Bytes 40 to 48: ports.
+// IPv6, bytes 40 to 48: ports.
 const V6_PORTS: u64 = mask([0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0]);
-// TCP, bytes 4 to 12: (sequence,) acknowledgement.
+// TCP, bytes 4 to 12: acknowledgement; without sequence number.
 const TCP_ACK: u64 = mask([0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]);
-// TCP, bytes 12 to 20: data offset, flags but PSH, window (checksum), urgent pointer.
+// TCP, bytes 12 to 20: data offset, flags except PSH, window, urgent pointer; without checksum.
 const TCP_LAST: u64 = mask([0xff, !PSH, 0xff, 0xff, 0, 0, 0xff, 0xff]);
 
 #[inline]
@@ -248,7 +254,7 @@ fn word<const N: usize>(bytes: &[u8; N], at: usize) -> u64 {
     u64::from_ne_bytes(word)
 }
 
-/// The bits in which the words at `at` differ.
+/// Returns the bits in which the words at `at` differ.
 #[inline]
 fn xor<const N: usize>((a, b): (&[u8; N], &[u8; N]), at: usize) -> u64 {
     word(a, at) ^ word(b, at)

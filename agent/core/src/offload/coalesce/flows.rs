@@ -1,16 +1,16 @@
-//! The superpackets that may still grow, found by the hash of their flow.
+//! Table of the superpackets that may still grow, by the hash of their flow.
 
-/// How many may grow at the same time; the one that began first makes room.
+/// Maximum number of superpackets that may grow at the same time; a new one replaces the oldest.
 pub(super) const SLOTS: usize = 32;
 
-/// A small table that is searched whole, in a few vector instructions.
+/// A small table. A lookup compares all slots with a few vector instructions.
 #[derive(Debug)]
 pub(super) struct OpenFlows {
     hashes: [u32; SLOTS],
     items: [u32; SLOTS],
-    /// Bit per slot in use.
+    /// Bit mask of the slots in use.
     live: u32,
-    /// The slot to reuse when all are in use.
+    /// Slot to reuse when all are in use.
     oldest: usize,
     last: usize,
 }
@@ -20,25 +20,25 @@ impl OpenFlows {
         Self { hashes: [0; SLOTS], items: [0; SLOTS], live: 0, oldest: 0, last: 0 }
     }
 
-    /// The slot that was looked at last, if it is in use still.
+    /// Returns the slot that was used last, if it is still in use.
     #[inline]
     pub(super) fn last(&self) -> Option<usize> {
         (self.live >> self.last & 1 == 1).then_some(self.last)
     }
 
-    /// Remembers that `slot` will probably be asked for again.
+    /// Marks `slot` as used last: the next packet probably belongs to it.
     #[inline]
     pub(super) fn touch(&mut self, slot: usize) {
         self.last = slot;
     }
 
-    /// The item in a slot.
+    /// Returns the item in a slot.
     #[inline]
     pub(super) fn item(&self, slot: usize) -> usize {
         self.items[slot] as usize
     }
 
-    /// The slots in use whose flow has this hash.
+    /// Returns the slots in use whose flow has this hash.
     #[inline]
     pub(super) fn with_hash(&self, hash: u32) -> Slots {
         let mut equal = 0;
@@ -48,11 +48,12 @@ impl OpenFlows {
         Slots(equal & self.live)
     }
 
-    /// All slots in use.
+    /// Returns all slots in use.
     pub(super) fn all(&self) -> Slots {
         Slots(self.live)
     }
 
+    /// Inserts an item, in place of the oldest one if the table is full.
     pub(super) fn insert(&mut self, hash: u32, item: usize) {
         let slot = match (!self.live).trailing_zeros() as usize {
             SLOTS => {
@@ -79,7 +80,7 @@ impl OpenFlows {
     }
 }
 
-/// A set of slots.
+/// A set of slots, as a bit mask.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Slots(u32);
 

@@ -1,4 +1,4 @@
-//! The headers of what is written to the TUN.
+//! Headers of packets for the TUN.
 
 use super::Item;
 use super::candidate::Layout;
@@ -6,7 +6,7 @@ use crate::offload::vnet::{self, VnetHeader};
 use crate::wire::checksum;
 use crate::wire::tcp::PSH;
 
-/// Of a packet that goes as it is.
+/// Returns the virtio_net_hdr of a packet that is written verbatim.
 pub(super) fn single(item: &Item) -> VnetHeader {
     match item.checksum_at {
         None => VnetHeader::default(),
@@ -19,7 +19,8 @@ pub(super) fn single(item: &Item) -> VnetHeader {
     }
 }
 
-/// Of a superpacket; `header` holds the headers of its first packet and becomes those of the whole.
+/// Returns the virtio_net_hdr of a superpacket. `header` holds the headers of its first packet and
+/// becomes the headers of the superpacket.
 pub(super) fn merged(header: &mut [u8], item: &Item, layout: Layout) -> VnetHeader {
     let start = layout.network_len();
     let length = header.len() + item.payload as usize;

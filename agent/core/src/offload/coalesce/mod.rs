@@ -1,10 +1,11 @@
-//! Merging packets of one flow into superpackets for the TUN: the inverse of `split`.
+//! Coalescing of packets into superpackets for the TUN: the inverse of
+//! [`segment`](crate::offload::segment).
 //!
-//! Packets are taken in the order of transmission. One is appended to its flow's superpacket only
-//! if splitting the result would give back exactly what came in (checksums aside, and the
-//! identification of IPv4 packets that may not be fragmented, which means nothing: RFC 6864);
-//! everything else goes as it is, in its place. Payloads are never copied: a superpacket is a
-//! header and slices of the receive arena.
+//! Packets are taken in the order of transmission. A packet is appended to the superpacket of its
+//! flow only if segmentation would restore the packets exactly, except for checksums and for the
+//! identification of IPv4 packets that may not be fragmented (which has no meaning, RFC 6864). All
+//! other packets are written verbatim, in their place. Payloads are never copied: a superpacket
+//! consists of a header and of slices of the receive arena.
 
 mod candidate;
 mod flows;
@@ -19,67 +20,75 @@ use super::{Checksum, MAX_MERGED_DATAGRAMS, MAX_SUPERPACKET_SEGMENTS};
 use crate::wire::checksum;
 use crate::wire::ip::IpHeader;
 
+/// Index that stands for "no slice".
 const NONE: u32 = u32::MAX;
 
-/// A piece of the receive arena.
+/// A range of the receive arena.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Slice {
-    /// First byte.
+    /// Offset of the first byte.
     pub offset: usize,
     /// Length in bytes.
     pub len: usize,
 }
 
-/// What may be written to the TUN.
+/// Offloads of the TUN that the coalescer may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CoalesceConfig {
-    /// TCP superpackets.
+    /// True if TCP superpackets may be written.
     pub tcp: bool,
-    /// UDP superpackets (UDP_L4, Linux 6.2).
+    /// True if UDP superpackets may be written (UDP_L4, Linux 6.2).
     pub udp: bool,
-    /// NEEDS_CSUM. Without it nothing is merged, and partial checksums are completed here.
+    /// True if partial checksums may be written (NEEDS_CSUM). If false, no packets are merged, and
+    /// partial checksums are completed here.
     pub partial_checksum: bool,
 }
 
-/// One write to the TUN: header, then slices.
+/// One write to the TUN: the vnet header, `header`, and then the slices of `payload`.
 #[derive(Debug)]
 pub struct TunPacket<'a> {
-    /// The virtio_net_hdr.
+    /// Encoded virtio_net_hdr.
     pub vnet: [u8; VnetHeader::LEN],
-    /// Headers of a superpacket; empty where the slices hold the whole packet.
+    /// Headers of a superpacket; empty if the slices hold the whole packet.
     pub header: &'a [u8],
-    /// The rest, in order.
+    /// Remaining bytes, in order.
     pub payload: &'a [Slice],
-    /// Packets that it stands for.
+    /// Number of packets that the write stands for.
     pub segments: usize,
     /// IP length in bytes.
     pub len: usize,
 }
 
-/// See the module.
+/// Merges packets of the same flow.
+///
+/// The caller calls [`Self::push`] for each packet in the order of transmission, with one arena
+/// that stays unchanged between the calls, and then [`Self::flush`] with the same arena. Packets of
+/// one flow leave in the order in which they were pushed.
 #[derive(Debug)]
 pub struct Coalescer {
     config: CoalesceConfig,
     items: Vec<Item>,
     open: OpenFlows,
-    /// Payloads of superpackets of at least two packets.
+    /// Payloads of superpackets with at least two packets.
     slices: Vec<Slice>,
-    /// For each slice the next one of its superpacket.
+    /// Index of the next slice of the same superpacket, for each slice.
     following: Vec<u32>,
+    /// Headers of the superpacket that is being flushed.
     header: Vec<u8>,
+    /// Slices of the superpacket that is being flushed, if they are not contiguous in `slices`.
     gathered: Vec<Slice>,
 }
 
-/// One write in the making.
+/// A write that is being assembled.
 #[derive(Debug)]
 struct Item {
-    /// The first packet, whole.
+    /// First packet, whole.
     first: Slice,
-    /// Of a packet that began as a candidate.
+    /// Layout of a packet that may grow; `None` for a packet that is written verbatim.
     layout: Option<Layout>,
-    /// csum_start and csum_offset of the first packet where its checksum is partial.
+    /// csum_start and csum_offset of the first packet if its checksum is partial.
     checksum_at: Option<(u16, u16)>,
-    /// Whether the first packet's checksums were found right.
+    /// True if the checksums of the first packet have been verified.
     verified: bool,
     psh: bool,
     headers: u16,
@@ -87,21 +96,21 @@ struct Item {
     segments: u16,
     next_id: u16,
     next_sequence: u32,
-    /// Bytes of all payloads.
+    /// Sum of the payloads in bytes.
     payload: u32,
     first_slice: u32,
     last_slice: u32,
 }
 
 impl Slice {
-    /// Its bytes.
+    /// Returns the bytes of the slice.
     pub fn of<'a>(&self, arena: &'a [u8]) -> &'a [u8] {
         &arena[self.offset..self.offset + self.len]
     }
 }
 
 impl Coalescer {
-    /// An empty one.
+    /// Creates an empty coalescer.
     pub fn new(config: CoalesceConfig) -> Self {
         Self {
             config,
@@ -114,7 +123,7 @@ impl Coalescer {
         }
     }
 
-    /// Changes what may be written; what was pushed already keeps its form and grows no more.
+    /// Changes the offloads. Packets that were pushed before keep their form and are not extended.
     pub fn set_config(&mut self, config: CoalesceConfig) {
         if self.config != config {
             self.config = config;
@@ -122,21 +131,21 @@ impl Coalescer {
         }
     }
 
-    /// Writes that a flush would make now.
+    /// Returns the number of writes that a flush would make.
     pub fn len(&self) -> usize {
         self.items.len()
     }
 
-    /// Whether nothing was pushed since the last flush.
+    /// Returns true if no packet has been pushed since the last flush.
     pub fn is_empty(&self) -> bool {
         self.items.is_empty()
     }
 
-    /// Takes the whole inner packet at `at`, whose header is `ip`.
+    /// Adds the whole inner packet at `at` of the arena, with the parsed header `ip`.
     pub fn push(&mut self, arena: &mut [u8], at: Range<usize>, ip: &IpHeader, checksum: Checksum) {
         let slice = Slice { offset: at.start, len: at.len() };
         if slice.len != ip.total_len {
-            // Not what it says it is, so neither is it known what it would have to follow.
+            // The header does not describe the packet, so its flow is unknown.
             self.open.clear();
             return self.verbatim(slice, None);
         }
@@ -181,7 +190,7 @@ impl Coalescer {
         }
     }
 
-    /// Hands out everything, each flow in its order, and starts anew.
+    /// Passes all writes to `sink`, those of each flow in order, and empties the coalescer.
     pub fn flush(&mut self, arena: &[u8], mut sink: impl FnMut(TunPacket<'_>)) {
         for item in &self.items {
             let (Some(layout), 2..) = (item.layout, item.segments) else {
@@ -199,7 +208,7 @@ impl Coalescer {
             let payload = if last - first + 1 == segments {
                 &self.slices[first..=last]
             } else {
-                // Other flows came between.
+                // Packets of other flows were pushed in between.
                 self.gathered.clear();
                 let mut next = item.first_slice;
                 while let Some(slice) = self.slices.get(next as usize) {
@@ -229,7 +238,8 @@ impl Coalescer {
         if layout.is_tcp() { self.config.tcp } else { self.config.udp }
     }
 
-    /// The slot of this packet's flow, and whether the headers there are this packet's.
+    /// Returns the slot of the packet's flow, and whether the packet's headers equal those of the
+    /// flow's superpacket.
     fn find(&self, arena: &[u8], packet: &[u8], layout: Layout) -> Option<(usize, bool)> {
         self.open.with_hash(layout.hash(packet)).find_map(|slot| {
             let item = &self.items[self.open.item(slot)];
@@ -239,9 +249,9 @@ impl Coalescer {
         })
     }
 
-    /// Appends a packet to the superpacket that grew last, if it is the next of it: segments come
-    /// in runs. Headers equal to those of a candidate are a candidate's, so that nothing else has
-    /// to be found out about them.
+    /// Appends a packet to the superpacket that grew last if the packet is its next segment,
+    /// because segments come in sequences. Headers equal to those of a candidate make the packet a
+    /// candidate, so that no classification is needed.
     #[inline]
     fn extends_last(
         &mut self,
@@ -268,7 +278,7 @@ impl Coalescer {
         }
     }
 
-    /// Whether `packet` is what splitting would give as the next segment of an item of the same
+    /// Returns true if segmentation would make `packet` the next segment of an item with the same
     /// flow and headers.
     #[inline(always)]
     fn extends(
@@ -283,14 +293,14 @@ impl Coalescer {
         let headers = candidate.headers;
         let payload = packet.len() - headers;
         let layout = candidate.layout;
-        let most = match layout {
+        let max_segments = match layout {
             Layout::Tcp4 | Layout::Tcp6 => MAX_SUPERPACKET_SEGMENTS,
             Layout::Udp4 | Layout::Udp6 => MAX_MERGED_DATAGRAMS,
         };
         let fits = usize::from(item.headers) == headers
             && item.checksum_at.is_some() == (checksum == Checksum::Partial)
             && payload <= usize::from(item.gso_size)
-            && usize::from(item.segments) < most
+            && usize::from(item.segments) < max_segments
             && headers + item.payload as usize + payload <= usize::from(u16::MAX);
         if !fits {
             return false;
@@ -302,7 +312,7 @@ impl Coalescer {
         if !follows {
             return false;
         }
-        // Merging writes fresh checksums: they must not hide wrong ones.
+        // Merging writes new checksums, which must not hide wrong ones.
         item.verified = item.verified || layout.verify(first, checksum);
         item.verified && layout.verify(packet, checksum)
     }
@@ -396,13 +406,14 @@ impl Item {
     }
 }
 
-/// Whether an IPv4 packet has the identification `id`, or one that does not matter (RFC 6864).
+/// Returns true if an IPv4 packet has the identification `id`, or an identification without meaning
+/// (RFC 6864).
 fn id_follows(packet: &[u8], id: u16) -> bool {
     let dont_fragment = packet[6] & 0x40 != 0;
     dont_fragment || u16::from_be_bytes([packet[4], packet[5]]) == id
 }
 
-/// Computes a checksum whose field holds the pseudo-header's sum.
+/// Completes a checksum whose field holds the sum of the pseudo-header.
 fn complete(packet: &mut [u8], ip: &IpHeader, field: usize) {
     let sum = checksum::sum(&packet[ip.header_len..], 0);
     packet[field..field + 2].copy_from_slice(&checksum::finish(sum, ip.protocol));
