@@ -14,14 +14,12 @@ use std::time::{Duration, Instant, SystemTime};
 use base64::Engine as _;
 use rustix::process::{Resource, Signal};
 use skein_agent::control::shared::Document;
-use skein_core::time::Time;
-use skein_core::tunnel::{Ciphers, Engine, EngineConfig, PeerConfig};
 use skein_core::wire::checksum;
 use skein_core::wire::header::{Flags, Header, MessageType, OVERHEAD};
+use skein_core::{Ciphers, Engine, EngineConfig, PeerConfig, PrivateKey, PublicKey, Time};
 use skein_ipc::PeerState;
 use skein_sys::in_new_network_namespace;
 use support::{LIMIT, Process, finish};
-use zeroize::Zeroizing;
 
 const AGENT: &str = env!("CARGO_BIN_EXE_skein-agent");
 const PORT: u16 = 51900;
@@ -42,7 +40,7 @@ struct Peer {
 }
 
 impl Peer {
-    fn new(number: u16, agent_key: [u8; 32], now: Time) -> Self {
+    fn new(number: u16, agent_key: PublicKey, now: Time) -> Self {
         let [high, low] = [(number / 250) as u8, (number % 250) as u8 + 1];
         let socket = UdpSocket::bind((Ipv4Addr::new(127, 0, 1 + high, low), PORT)).unwrap();
         socket.set_nonblocking(true).unwrap();
@@ -52,12 +50,12 @@ impl Peer {
     }
 
     /// As after a start: it wants a session.
-    fn engine(inner: Ipv4Addr, agent_key: [u8; 32], now: Time) -> Engine {
+    fn engine(inner: Ipv4Addr, agent_key: PublicKey, now: Time) -> Engine {
         let random = |out: &mut [u8]| aws_lc_rs::rand::fill(out).unwrap();
-        let mut private_key = Zeroizing::new([1; 32]);
+        let mut private_key = [1; 32];
         private_key[1..5].copy_from_slice(&inner.octets());
         let config = EngineConfig {
-            private_key,
+            private_key: PrivateKey::new(&private_key),
             cluster_id: "default".to_owned(),
             listen_port: PORT,
             lanes: 1,
@@ -74,7 +72,7 @@ impl Peer {
     }
 
     /// Forgets its sessions, as a node does that starts again.
-    fn restart(&mut self, agent_key: [u8; 32], now: Time) {
+    fn restart(&mut self, agent_key: PublicKey, now: Time) {
         self.engine = Self::engine(self.inner, agent_key, now);
         (self.sent, self.answers) = (None, 0);
     }
@@ -157,7 +155,8 @@ fn now(start: Instant) -> Time {
 fn configure(directory: &Path, peers: &[Peer]) {
     let shown = directory.display();
     let record = |peer: &Peer| {
-        let key = base64::engine::general_purpose::STANDARD.encode(peer.engine.public_key());
+        let key =
+            base64::engine::general_purpose::STANDARD.encode(peer.engine.public_key().as_bytes());
         let endpoint = peer.socket.local_addr().unwrap().ip();
         let [_, net, name, _] = peer.inner.octets();
         format!(
@@ -241,7 +240,8 @@ fn live_sessions(count: u16, most_memory: u64) {
         let key = String::from_utf8(made.unwrap().stdout).unwrap();
         let key = key.trim().parse::<skein_ipc::keys::PublicKey>().unwrap();
         let start = Instant::now();
-        let mut peers: Vec<_> = (0..count).map(|n| Peer::new(n, key.0, now(start))).collect();
+        let mut peers: Vec<_> =
+            (0..count).map(|n| Peer::new(n, key.0.into(), now(start))).collect();
         configure(path, &peers);
         let _running = Running::start(path);
         for round in 0..2 {
@@ -255,7 +255,7 @@ fn live_sessions(count: u16, most_memory: u64) {
             println!("{} MiB resident", memory >> 20);
             assert!(memory < most_memory, "{} MiB resident", memory >> 20);
             for peer in &mut peers {
-                peer.restart(key.0, now(start));
+                peer.restart(key.0.into(), now(start));
             }
         }
     })

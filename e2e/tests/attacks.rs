@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use skein_core::time::Time;
 use skein_core::tunnel::{Ciphers, Engine, EngineConfig, PeerConfig};
+use skein_core::{PrivateKey, PublicKey};
 use skein_e2e::checks;
 use skein_e2e::lab::agent::{Agent, Cluster, Metrics, PORT};
 use skein_e2e::lab::process::{resident_bytes, thread_cpu_seconds};
@@ -314,13 +315,14 @@ fn datagrams_held_back_and_reordered_arrive_once() -> Result<()> {
 fn initiations(to: &str, count: u16) -> Result<Vec<Vec<u8>>> {
     use base64::Engine as _;
     let key = base64::engine::general_purpose::STANDARD.decode(to)?;
-    let public_key = key.try_into().ok().context("no public key")?;
+    let key: [u8; 32] = key.try_into().ok().context("no public key")?;
+    let public_key = PublicKey::new(key);
     let one = |number: u16| {
         let mut random = Pattern::new(number.into());
         let mut private_key = [0; 32];
         random.fill(&mut private_key);
         let config = EngineConfig {
-            private_key: private_key.into(),
+            private_key: PrivateKey::new(&private_key),
             cluster_id: "laboratory".to_owned(),
             listen_port: PORT,
             lanes: 2,

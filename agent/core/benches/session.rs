@@ -34,7 +34,7 @@ fn session(cipher: Cipher, initiator: bool) -> Session {
         initiator,
         epoch: 0,
         ecn: false,
-        secret: [[1; 32].into(), [2; 32].into()],
+        secrets: TransportSecrets::new([1; 32], [2; 32]),
     })
     .unwrap()
 }
@@ -128,7 +128,7 @@ fn derive_keys(bencher: Bencher<'_, '_>, lanes: u8) {
             initiator: true,
             epoch: 0,
             ecn: false,
-            secret: [[1; 32].into(), [2; 32].into()],
+            secrets: TransportSecrets::new([1; 32], [2; 32]),
         })
         .unwrap()
     };

@@ -140,6 +140,8 @@ impl fmt::Display for DropReason {
     }
 }
 
+impl std::error::Error for DropReason {}
+
 impl Direction {
     /// Returns the value of the metric label `direction`.
     pub const fn label(self) -> &'static str {

@@ -395,9 +395,8 @@ fn refuse(lane: &LaneContext, arena: &[u8], packet: &TunPacket<'_>) {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use skein_core::tunnel::session::{Cipher, SessionParams};
+    use skein_core::tunnel::session::{Cipher, SessionParams, TransportSecrets};
     use std::collections::BTreeMap;
-    use zeroize::Zeroizing;
 
     fn session(index: u32) -> Arc<Session> {
         let params = SessionParams {
@@ -411,7 +410,7 @@ mod tests {
             initiator: true,
             epoch: 0,
             ecn: false,
-            secret: [Zeroizing::new([1; 32]), Zeroizing::new([2; 32])],
+            secrets: TransportSecrets::new([1; 32], [2; 32]),
         };
         Arc::new(Session::new(params).unwrap())
     }

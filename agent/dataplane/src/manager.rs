@@ -17,7 +17,6 @@ use skein_core::route::{PeerId, RouteTable};
 use skein_core::time::Time;
 use skein_core::tunnel::{Engine, EngineConfig, EngineError, PeerConfig};
 use skein_core::wire::header::OVERHEAD;
-use zeroize::Zeroizing;
 
 use super::changes::Changes;
 use super::channel::KeeperChannel;
@@ -442,7 +441,7 @@ impl Active {
         let published = Arc::new(Published::default());
         let running = open(node, &published)?;
         let config = EngineConfig {
-            private_key: Zeroizing::new(*node.private_key.as_bytes()),
+            private_key: skein_core::PrivateKey::new(node.private_key.as_bytes()),
             cluster_id: node.cluster_id.clone(),
             lanes: node.lanes,
             ciphers: super::setup::ciphers(node.cipher),
@@ -489,7 +488,7 @@ impl Active {
     }
 
     fn identity(&self) -> NodeIdentity {
-        let public_key = PublicKey(self.engine.public_key());
+        let public_key = PublicKey(self.engine.public_key().to_bytes());
         NodeIdentity { name: self.snapshot.node.name.clone(), public_key }
     }
 
@@ -532,13 +531,16 @@ impl Active {
 
     fn raise_seen(&mut self, seen: &SeenHandshakes) {
         for (key, nanos) in seen {
-            self.engine.raise_seen_timestamp(&key.0, Duration::from_nanos(*nanos));
+            self.engine.raise_seen_timestamp(&key.0.into(), Duration::from_nanos(*nanos));
         }
     }
 
     fn seen_handshakes(&self) -> SeenHandshakes {
         let nanos = |at: Duration| u64::try_from(at.as_nanos()).unwrap_or(u64::MAX);
-        self.engine.seen_timestamps().map(|(key, at)| (PublicKey(key), nanos(at))).collect()
+        self.engine
+            .seen_timestamps()
+            .map(|(key, at)| (PublicKey(key.to_bytes()), nanos(at)))
+            .collect()
     }
 
     fn update(&mut self, now: Time, update: Update) -> Result<(), SetupError> {
@@ -576,8 +578,8 @@ impl Active {
             let usable = |e: &SocketAddr| address::is_endpoint(*e) && self.running.can_reach(*e);
             let endpoints = peer.endpoints.iter().copied().filter(usable).collect();
             let config = PeerConfig {
-                public_key: peer.public_key.0,
-                second_key: peer.second_public_key.map(|key| key.0),
+                public_key: peer.public_key.0.into(),
+                second_key: peer.second_public_key.map(|key| key.0.into()),
                 endpoints,
             };
             let id = engine.upsert_peer(now, config);
@@ -694,9 +696,9 @@ impl Active {
 }
 
 fn set_identity(engine: &mut Engine, node: &NodeSettings) -> Result<(), SetupError> {
-    let bytes = |key: &PrivateKey| Zeroizing::new(*key.as_bytes());
+    let key = |key: &PrivateKey| skein_core::PrivateKey::new(key.as_bytes());
     engine
-        .set_identity(bytes(&node.private_key), node.second_private_key.as_ref().map(bytes))
+        .set_identity(key(&node.private_key), node.second_private_key.as_ref().map(key))
         .map_err(invalid)
 }
 

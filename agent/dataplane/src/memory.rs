@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use skein_core::PublicKey;
 use skein_core::tunnel::{SAVED_LEN, SavedSession, SessionSlot, SessionStore};
 use skein_core::wire::header::{CONTROL_LANE, MAX_LANES};
 
@@ -51,7 +52,7 @@ struct Inner {
     /// Places below the header's number that nobody has.
     free: Mutex<BTreeSet<usize>>,
     /// Places of the handshakes' times, by public key.
-    times: Mutex<HashMap<[u8; 32], usize>>,
+    times: Mutex<HashMap<PublicKey, usize>>,
 }
 
 /// A session of another process, and its place.
@@ -109,12 +110,12 @@ impl SessionMemory {
         Self(Arc::new(Inner { words, free: Mutex::default(), times: Mutex::default() }))
     }
 
-    fn times(&self) -> MutexGuard<'_, HashMap<[u8; 32], usize>> {
+    fn times(&self) -> MutexGuard<'_, HashMap<PublicKey, usize>> {
         self.0.times.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns the public key of a record that holds a handshake's time.
-    fn key_of_time(&self, place: usize) -> Option<[u8; 32]> {
+    fn key_of_time(&self, place: usize) -> Option<PublicKey> {
         let (kind, words) = self.record(place).split_first()?;
         if kind.load(Ordering::Acquire) != TIME {
             return None;
@@ -123,7 +124,7 @@ impl SessionMemory {
         for (out, word) in key.chunks_exact_mut(8).zip(words) {
             out.copy_from_slice(&word.load(Ordering::Relaxed).to_ne_bytes());
         }
-        Some(key)
+        Some(PublicKey::new(key))
     }
 
     /// Returns the word of a record that holds the handshake's time.
@@ -131,9 +132,9 @@ impl SessionMemory {
         &self.record(place)[1 + 32 / 8]
     }
 
-    fn write_time(&self, place: usize, key: &[u8; 32], nanos: u64) {
+    fn write_time(&self, place: usize, key: &PublicKey, nanos: u64) {
         let Some((kind, words)) = self.record(place).split_first() else { return };
-        for (bytes, word) in key.chunks_exact(8).zip(words) {
+        for (bytes, word) in key.as_bytes().chunks_exact(8).zip(words) {
             let bytes = bytes.first_chunk().copied().unwrap_or_default();
             word.store(u64::from_ne_bytes(bytes), Ordering::Relaxed);
         }
@@ -232,12 +233,12 @@ impl SessionStore for SessionMemory {
         self.0.words.words()[TIMESTAMP].store(nanos, Ordering::Relaxed);
     }
 
-    fn seen_timestamp(&self, key: &[u8; 32]) -> Duration {
+    fn seen_timestamp(&self, key: &PublicKey) -> Duration {
         let nanos = |place: &usize| self.time(*place).load(Ordering::Relaxed);
         Duration::from_nanos(self.times().get(key).map_or(0, nanos))
     }
 
-    fn set_seen_timestamp(&mut self, key: &[u8; 32], timestamp: Duration) {
+    fn set_seen_timestamp(&mut self, key: &PublicKey, timestamp: Duration) {
         let nanos = u64::try_from(timestamp.as_nanos()).unwrap_or(u64::MAX);
         let mut times = self.times();
         match (times.get(key), nanos) {
@@ -257,7 +258,7 @@ impl SessionStore for SessionMemory {
         }
     }
 
-    fn retain_seen_timestamps(&mut self, is_known: &dyn Fn(&[u8; 32]) -> bool) {
+    fn retain_seen_timestamps(&mut self, is_known: &dyn Fn(&PublicKey) -> bool) {
         self.times().retain(|key, place| {
             let known = is_known(key);
             if !known {
@@ -316,7 +317,7 @@ mod tests {
         let (memory, found) = reopen(&memory);
         assert_eq!(memory.latest_timestamp(), Duration::new(9, 1));
         assert_eq!(found.iter().map(|(s, _)| s.epoch).collect::<Vec<_>>(), [1, 1, 1]);
-        assert_eq!(found[1].0.public_key, [1; 32]);
+        assert_eq!(found[1].0.public_key, PublicKey::new([1; 32]));
         assert_eq!([0, 2, CONTROL_LANE].map(|lane| found[1].1.next_counter(lane)), [0, 77, 5]);
         found.into_iter().for_each(std::mem::forget);
         let (_, found) = reopen(&memory);
@@ -340,19 +341,19 @@ mod tests {
     fn handshake_times_outlive_the_process_beside_sessions() {
         let at = Duration::from_secs;
         let mut memory = SessionMemory::create().unwrap();
-        assert_eq!(memory.seen_timestamp(&[1; 32]), Duration::ZERO);
-        memory.set_seen_timestamp(&[1; 32], at(10));
+        assert_eq!(memory.seen_timestamp(&PublicKey::new([1; 32])), Duration::ZERO);
+        memory.set_seen_timestamp(&PublicKey::new([1; 32]), at(10));
         std::mem::forget(memory.insert(&saved(7)).unwrap());
         memory.set_seen_timestamp(&[2; 32], Duration::MAX);
         memory.set_seen_timestamp(&[3; 32], at(30));
-        memory.set_seen_timestamp(&[1; 32], at(11));
+        memory.set_seen_timestamp(&PublicKey::new([1; 32]), at(11));
         memory.set_seen_timestamp(&[3; 32], Duration::ZERO);
         let (mut memory, found) = reopen(&memory);
         assert_eq!((found.len(), found[0].0.public_key), (1, [7; 32]));
         found.into_iter().for_each(std::mem::forget);
         let seen = [1, 2, 3].map(|n| memory.seen_timestamp(&[n; 32]));
         assert_eq!(seen, [at(11), Duration::from_nanos(u64::MAX), Duration::ZERO]);
-        memory.retain_seen_timestamps(&|key| *key == [1; 32]);
+        memory.retain_seen_timestamps(&|key| *key == PublicKey::new([1; 32]));
         let (memory, found) = reopen(&memory);
         found.into_iter().for_each(std::mem::forget);
         let seen = [1, 2].map(|n| memory.seen_timestamp(&[n; 32]));

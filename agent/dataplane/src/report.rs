@@ -76,7 +76,7 @@ pub(super) fn fill<'a>(
     let narrow = |public_key, mtu: Option<u16>| Some(NarrowPath { public_key, mtu: mtu? });
     let views = sources.engine.tables().map(|(_, view)| view);
     report.narrow =
-        views.filter_map(|view| narrow(PublicKey(view.public_key), view.path)).collect();
+        views.filter_map(|view| narrow(PublicKey(view.public_key.to_bytes()), view.path)).collect();
     let views = sources.engine.tables();
     let unreachable: BTreeMap<PeerId, &PeerView> =
         views.filter(|(_, view)| view.state == tunnel::PeerState::Unreachable).collect();

@@ -91,8 +91,7 @@ impl Published {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use skein_core::time::Time;
-    use skein_core::tunnel::session::{Cipher, SessionParams};
-    use zeroize::Zeroizing;
+    use skein_core::tunnel::session::{Cipher, SessionParams, TransportSecrets};
 
     use super::*;
 
@@ -110,7 +109,7 @@ mod tests {
             initiator: true,
             epoch: 0,
             ecn: false,
-            secret: [Zeroizing::new([1; 32]), Zeroizing::new([2; 32])],
+            secrets: TransportSecrets::new([1; 32], [2; 32]),
         });
         let session = Arc::new(session.unwrap());
         let endpoint = Some("192.0.2.1:51900".parse().unwrap());

@@ -5,13 +5,14 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use crate::drop::DropReason;
+use crate::keys::PrivateKey;
 use crate::route::PeerId;
 use crate::time::Time;
 use crate::tunnel::fuzz_access::{check_payloads, repair_mac1};
 use crate::tunnel::session::COUNTER_LIMIT;
 use crate::tunnel::{
     Cipher, Ciphers, Engine, EngineConfig, PeerConfig, ReplayWindow, SAVED_LEN, SavedSession,
-    Session, SessionParams, SessionSlot,
+    Session, SessionParams, SessionSlot, TransportSecrets,
 };
 use crate::wire::header::{
     CONTROL_LANE, Flags, HEADER_LEN, Header, MAX_LANES, MessageType, OVERHEAD,
@@ -130,7 +131,7 @@ fn session(cipher: Cipher, initiator: bool) -> Option<Session> {
         initiator,
         epoch: 0,
         ecn: false,
-        secret: [[1; 32].into(), [2; 32].into()],
+        secrets: TransportSecrets::new([1; 32], [2; 32]),
     })
     .ok()
 }
@@ -346,7 +347,7 @@ fn engine(node: u8) -> Engine {
         });
     };
     let config = EngineConfig {
-        private_key: [node + 1; 32].into(),
+        private_key: PrivateKey::new(&[node + 1; 32]),
         cluster_id: "fuzz".to_owned(),
         listen_port: 51900,
         lanes: 2,

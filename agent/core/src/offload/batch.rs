@@ -307,8 +307,7 @@ enum Plaintext<'a> {
 mod tests {
     use super::*;
     use crate::time::Time;
-    use crate::tunnel::session::{Cipher, SessionParams};
-    use zeroize::Zeroizing;
+    use crate::tunnel::session::{Cipher, SessionParams, TransportSecrets};
 
     const MTU: usize = 1440;
 
@@ -328,7 +327,7 @@ mod tests {
             initiator,
             epoch: 0,
             ecn,
-            secret: [Zeroizing::new([1; 32]), Zeroizing::new([2; 32])],
+            secrets: TransportSecrets::new([1; 32], [2; 32]),
         };
         Arc::new(Session::new(params).unwrap())
     }

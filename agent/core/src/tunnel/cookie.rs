@@ -14,7 +14,7 @@ use aws_lc_rs::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 use aws_lc_rs::{constant_time, digest, hmac};
 use zeroize::Zeroizing;
 
-use crate::tunnel::noise::KEY_LEN;
+use crate::keys::{KEY_LEN, PublicKey};
 use crate::wire::header::TAG_LEN;
 
 /// Length of mac1, mac2 and a cookie in bytes.
@@ -41,9 +41,10 @@ pub(crate) struct MacKeys {
 
 impl MacKeys {
     /// Derives the keys for the receiver with this public key.
-    pub(crate) fn new(public: &[u8; KEY_LEN]) -> Self {
+    pub(crate) fn new(public: &PublicKey) -> Self {
         let key = |label: &[u8]| {
-            let key = digest::digest(&digest::SHA256, &[label, public.as_slice()].concat());
+            let key =
+                digest::digest(&digest::SHA256, &[label, public.as_bytes().as_slice()].concat());
             hmac::Key::new(hmac::HMAC_SHA256, key.as_ref())
         };
         Self { mac1: key(b"skein v1 mac1"), cookie: key(b"skein v1 cookie") }
@@ -207,18 +208,20 @@ mod tests {
     /// Expected value computed with Python's hmac and hashlib.
     #[test]
     fn mac1_matches_reference_value() {
-        let keys = MacKeys::new(&[9; 32]);
+        let keys = MacKeys::new(&PublicKey::new([9; 32]));
         let check: String = keys.mac1(b"message").iter().map(|b| format!("{b:02x}")).collect();
         assert_eq!(check, "c7dcf95d06c6387f040f348fea0c578c");
         assert!(keys.verify_mac1(b"message", &keys.mac1(b"message")));
         assert!(!keys.verify_mac1(b"massage", &keys.mac1(b"message")));
         assert!(!keys.verify_mac1(b"message", &[]));
-        assert!(!MacKeys::new(&[8; 32]).verify_mac1(b"message", &keys.mac1(b"message")));
+        assert!(
+            !MacKeys::new(&PublicKey::new([8; 32])).verify_mac1(b"message", &keys.mac1(b"message"))
+        );
     }
 
     #[test]
     fn cookie_opens_only_for_the_message_it_answers() {
-        let keys = MacKeys::new(&[9; 32]);
+        let keys = MacKeys::new(&PublicKey::new([9; 32]));
         let (cookie, salt) = ([1; MAC_LEN], [2; SALT_LEN]);
         let sealed = keys.seal_cookie(&cookie, &salt, &[3; MAC_LEN]).unwrap();
         assert_eq!(keys.open_cookie(&salt, &sealed, &[3; MAC_LEN]), Some(cookie));

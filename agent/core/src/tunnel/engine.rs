@@ -4,9 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use zeroize::Zeroizing;
-
 use crate::drop::DropCounts;
+use crate::keys::{PrivateKey, PublicKey};
 use crate::route::PeerId;
 use crate::time::Time;
 use crate::tunnel::cookie::CookieSecret;
@@ -73,11 +72,11 @@ const MAX_SOURCES: usize = 4096;
 pub struct Engine {
     shared: Shared,
     peers: BTreeMap<PeerId, Peer>,
-    by_key: BTreeMap<[u8; 32], PeerId>,
+    by_key: BTreeMap<PublicKey, PeerId>,
     by_address: BTreeMap<IpAddr, BTreeSet<PeerId>>,
     next_id: u32,
     /// Timestamps of keys that belong to no peer ([`Engine::raise_seen_timestamp`]).
-    unclaimed: BTreeMap<[u8; 32], Timestamp>,
+    unclaimed: BTreeMap<PublicKey, Timestamp>,
     /// First bytes of the prologue: protocol version and cluster id.
     prologue: Vec<u8>,
     cookies: CookieSecret,
@@ -145,7 +144,7 @@ impl Engine {
     /// `timestamp` or earlier. A later timestamp that this engine or its store knows stays in
     /// effect. The timestamp of a key without a peer takes effect when [`Engine::upsert_peer`]
     /// gives the key to a peer; up to 65,536 such keys are remembered.
-    pub fn raise_seen_timestamp(&mut self, key: &[u8; 32], timestamp: Duration) {
+    pub fn raise_seen_timestamp(&mut self, key: &PublicKey, timestamp: Duration) {
         let timestamp = Timestamp::new(timestamp);
         let peer = self.by_key.get(key).and_then(|id| self.peers.get_mut(id));
         let Some(known) = peer.and_then(|peer| peer.key(key)) else {
@@ -163,7 +162,7 @@ impl Engine {
 
     /// Returns the latest timestamp (since 1970) of an accepted initiation for each peer's key that
     /// has one. The next engine needs them ([`Engine::raise_seen_timestamp`]).
-    pub fn seen_timestamps(&self) -> impl Iterator<Item = ([u8; 32], Duration)> {
+    pub fn seen_timestamps(&self) -> impl Iterator<Item = (PublicKey, Duration)> {
         let keys = self.peers.values().flat_map(|peer| &peer.keys);
         let seen = |key: &PeerKey| (key.public, key.last_timestamp.wall());
         keys.map(seen).filter(|(_, timestamp)| !timestamp.is_zero())
@@ -208,7 +207,7 @@ impl Engine {
     }
 
     /// Returns the public key of the active identity.
-    pub fn public_key(&self) -> [u8; 32] {
+    pub fn public_key(&self) -> PublicKey {
         *self.shared.own.public()
     }
 
@@ -220,8 +219,8 @@ impl Engine {
     /// [`EngineError::PrivateKey`] if a key is invalid. The identity is unchanged then.
     pub fn set_identity(
         &mut self,
-        private_key: Zeroizing<[u8; 32]>,
-        second: Option<Zeroizing<[u8; 32]>>,
+        private_key: PrivateKey,
+        second: Option<PrivateKey>,
     ) -> Result<(), EngineError> {
         let own = identity(private_key, &self.prologue)?;
         let second = second.map(|key| identity(key, &self.prologue)).transpose()?;
@@ -289,7 +288,7 @@ impl Engine {
 
     /// Removes a key from a peer, because another peer has got it. Removes the peer after its last
     /// key.
-    fn take_key(&mut self, id: PeerId, key: &[u8; 32]) {
+    fn take_key(&mut self, id: PeerId, key: &PublicKey) {
         let Some(peer) = self.peers.get_mut(&id) else { return };
         let rest: Vec<_> = peer.keys().filter(|other| *other != key).copied().collect();
         match rest.is_empty() {
@@ -332,7 +331,7 @@ impl Engine {
     }
 
     /// Returns the peer that has this public key.
-    pub fn peer_id(&self, key: &[u8; 32]) -> Option<PeerId> {
+    pub fn peer_id(&self, key: &PublicKey) -> Option<PeerId> {
         self.by_key.get(key).copied()
     }
 
@@ -464,7 +463,7 @@ impl Engine {
     }
 }
 
-fn identity(private: Zeroizing<[u8; 32]>, prologue: &[u8]) -> Result<LocalIdentity, EngineError> {
+fn identity(private: PrivateKey, prologue: &[u8]) -> Result<LocalIdentity, EngineError> {
     let identity = Identity::new(private, prologue.to_vec()).ok_or(EngineError::PrivateKey)?;
     Ok(LocalIdentity::new(identity))
 }

@@ -1,5 +1,6 @@
 //! What the fuzzers need of the tunnel's private parts.
 
+use crate::keys::PublicKey;
 use crate::tunnel::cookie::{MAC_LEN, MacKeys};
 use crate::tunnel::message::{
     Control, CookieReply, Initiation, Response, ResponsePayload, initiation_payload,
@@ -8,7 +9,7 @@ use crate::tunnel::message::{
 use crate::wire::header::{Header, MessageType};
 
 /// Makes the first check of a handshake message right again for the owner of `public_key`.
-pub(crate) fn repair_mac1(public_key: &[u8; 32], datagram: &mut [u8]) {
+pub(crate) fn repair_mac1(public_key: &PublicKey, datagram: &mut [u8]) {
     let tail = match Header::parse(datagram) {
         Ok(Header { kind: MessageType::Initiation, .. }) => 2 * MAC_LEN,
         Ok(Header { kind: MessageType::Response, .. }) => MAC_LEN,

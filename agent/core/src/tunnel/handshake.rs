@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use crate::drop::DropReason;
+use crate::keys::PublicKey;
 use crate::time::Time;
 use crate::tunnel::cookie::{COOKIE_LIFETIME, MAC_LEN, Mac, mac2};
 use crate::tunnel::counts::HandshakeResult;
@@ -11,7 +12,7 @@ use crate::tunnel::message::{
     CookieReply, MAX_HANDSHAKE, Response, ResponsePayload, TransportParams, header,
     initiation_clear, initiation_payload,
 };
-use crate::tunnel::noise::{Initiator, KEY_LEN, Responder, TransportSecrets};
+use crate::tunnel::noise::{Initiator, Responder, TransportSecrets};
 use crate::tunnel::peer::{Peer, SessionEntry};
 use crate::tunnel::saved::SavedSession;
 use crate::tunnel::session::{Cipher, Session, SessionParams};
@@ -57,9 +58,9 @@ struct SentInitiation {
 #[derive(Clone, Copy)]
 pub(crate) struct KeyPair {
     /// Key of this node.
-    pub(crate) own: [u8; KEY_LEN],
+    pub(crate) own: PublicKey,
     /// Key of the peer.
-    pub(crate) remote: [u8; KEY_LEN],
+    pub(crate) remote: PublicKey,
 }
 
 /// The values on which both nodes agree in a handshake; a session is made of them.
@@ -73,7 +74,7 @@ struct Agreement {
     theirs: TransportParams,
     secrets: TransportSecrets,
     /// The peer's static public key.
-    remote_key: [u8; KEY_LEN],
+    remote_key: PublicKey,
     /// Address that the handshake proves; `None` if the peer's record does not name it.
     endpoint: Option<SocketAddr>,
     /// MTU of this node that the handshake carried, inner bytes.
@@ -138,7 +139,7 @@ impl Peer {
     }
 
     /// Returns the peer's key to which the pending initiation is addressed.
-    pub(crate) fn pending_key(&self) -> Option<&[u8; KEY_LEN]> {
+    pub(crate) fn pending_key(&self) -> Option<&PublicKey> {
         Some(&self.pending.as_ref()?.sent.as_ref()?.keys.remote)
     }
 
@@ -390,7 +391,7 @@ impl Peer {
             ecn,
             told_mtu: agreement.told_mtu,
             timestamp,
-            secret: agreement.secrets.clone(),
+            secrets: agreement.secrets.clone(),
         });
         let session = Session::new(SessionParams {
             peer: self.id,
@@ -403,7 +404,7 @@ impl Peer {
             initiator: agreement.initiator,
             epoch: 0,
             ecn,
-            secret: agreement.secrets,
+            secrets: agreement.secrets,
         });
         session.map(|session| session.with_slot(slot)).map_err(|_| DropReason::HandshakeInvalid)
     }
@@ -413,7 +414,7 @@ impl Peer {
 pub(crate) struct ReceivedHandshake {
     pub(crate) responder: Responder,
     /// Key of this node to which the initiation is addressed.
-    pub(crate) own: [u8; KEY_LEN],
+    pub(crate) own: PublicKey,
     /// Transport parameters of the peer.
     pub(crate) theirs: TransportParams,
 }

@@ -8,13 +8,13 @@ use aws_lc_rs::hkdf::{HKDF_SHA256, Prk, Salt};
 use zeroize::Zeroizing;
 
 use crate::drop::DropReason;
+use crate::keys::KEY_LEN;
 use crate::tunnel::cipher::Cipher;
 use crate::tunnel::session::{COUNTER_LIMIT, SessionError};
 use crate::wire::header::{
     CONTROL_LANE, Flags, HEADER_LEN, Header, MessageType, OVERHEAD, TAG_LEN,
 };
 
-const KEY_LEN: usize = 32;
 const KEY_SALT: &[u8] = b"skein v1 transport";
 const KEY_LABEL: &[u8] = b"skein v1 lane key";
 

@@ -17,7 +17,7 @@ pub mod message;
 mod noise;
 mod path_mtu;
 mod peer;
-mod primitives;
+pub(crate) mod primitives;
 mod rate_limit;
 pub mod replay;
 pub mod saved;
@@ -31,7 +31,7 @@ pub use liveness::UnreachableReason;
 pub use peer::{PeerState, PeerView};
 pub use replay::ReplayWindow;
 pub use saved::{SAVED_LEN, SavedSession, SessionSlot, SessionStore};
-pub use session::{Cipher, Ciphers, Session, SessionParams};
+pub use session::{Cipher, Ciphers, Session, SessionParams, TransportSecrets};
 pub use shared::{Random, Transmit};
 
 #[cfg(test)]

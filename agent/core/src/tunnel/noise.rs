@@ -9,16 +9,16 @@
 //! snow does not wipe its handshake states. A state lives for seconds, and its ephemeral key is
 //! used once. All secrets with a longer life are wiped on drop.
 
+use std::fmt;
+
 use snow::params::NoiseParams;
-use snow::types::Dh;
 use snow::{Builder, Error, HandshakeState};
 use zeroize::Zeroizing;
 
-use crate::tunnel::primitives::{Resolver, X25519Pair};
+use crate::keys::{KEY_LEN, PrivateKey, PublicKey};
+use crate::tunnel::primitives::Resolver;
 use crate::wire::header::TAG_LEN;
 
-/// Length of a private and of a public key in bytes.
-pub(crate) const KEY_LEN: usize = 32;
 /// Length of message 1 beyond its payload in bytes: ephemeral key, encrypted static key with tag,
 /// tag of the payload.
 pub(crate) const INITIATION_OVERHEAD: usize = KEY_LEN + (KEY_LEN + TAG_LEN) + TAG_LEN;
@@ -30,10 +30,33 @@ const SUITE: &str = "Noise_IK_25519_ChaChaPoly_SHA256";
 /// A secret of 32 bytes, wiped on drop.
 pub(crate) type Secret = Zeroizing<[u8; KEY_LEN]>;
 /// Secrets of the two directions: from initiator to responder, and back.
-pub(crate) type TransportSecrets = [Secret; 2];
+#[derive(Clone, PartialEq, Eq)]
+pub struct TransportSecrets {
+    /// Secret of the datagrams that the initiator sends.
+    pub from_initiator: Zeroizing<[u8; KEY_LEN]>,
+    /// Secret of the datagrams that the responder sends.
+    pub from_responder: Zeroizing<[u8; KEY_LEN]>,
+}
+
+impl TransportSecrets {
+    /// Creates the secrets from their bytes.
+    pub fn new(from_initiator: [u8; KEY_LEN], from_responder: [u8; KEY_LEN]) -> Self {
+        Self {
+            from_initiator: Zeroizing::new(from_initiator),
+            from_responder: Zeroizing::new(from_responder),
+        }
+    }
+}
+
+impl fmt::Debug for TransportSecrets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("TransportSecrets(..)")
+    }
+}
 
 /// A handshake message is malformed, does not decrypt, or does not fit its buffer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("invalid Noise message")]
 pub(crate) struct NoiseError;
 
 impl From<Error> for NoiseError {
@@ -44,21 +67,19 @@ impl From<Error> for NoiseError {
 
 /// A key pair of this node, and the prologue of its handshakes.
 pub(crate) struct Identity {
-    private: Secret,
-    public: [u8; KEY_LEN],
+    private: PrivateKey,
+    public: PublicKey,
     prologue: Vec<u8>,
 }
 
 impl Identity {
     /// Creates an identity. Returns `None` if `private` is not a valid Curve25519 key.
-    pub(crate) fn new(private: Secret, prologue: Vec<u8>) -> Option<Self> {
-        let mut pair = X25519Pair::default();
-        pair.set(private.as_ref());
-        let public = *pair.public()?;
+    pub(crate) fn new(private: PrivateKey, prologue: Vec<u8>) -> Option<Self> {
+        let public = private.public_key().ok()?;
         Some(Self { private, public, prologue })
     }
 
-    pub(crate) fn public(&self) -> &[u8; KEY_LEN] {
+    pub(crate) fn public(&self) -> &PublicKey {
         &self.public
     }
 
@@ -71,7 +92,7 @@ impl Identity {
     ) -> Result<Builder<'a>, NoiseError> {
         let params: NoiseParams = SUITE.parse()?;
         let builder = Builder::with_resolver(params, Box::new(Resolver::new(ephemeral)));
-        Ok(builder.local_private_key(self.private.as_ref())?.prologue(prologue)?)
+        Ok(builder.local_private_key(self.private.as_bytes())?.prologue(prologue)?)
     }
 
     fn prologue(&self, clear: &[u8]) -> Vec<u8> {
@@ -90,7 +111,7 @@ impl Initiator {
     /// [`NoiseError`] if the responder's public key has low order.
     pub(crate) fn start(
         identity: &Identity,
-        responder: &[u8; KEY_LEN],
+        responder: &PublicKey,
         ephemeral: Secret,
         clear: &[u8],
         payload: &[u8],
@@ -98,7 +119,7 @@ impl Initiator {
     ) -> Result<Self, NoiseError> {
         let prologue = identity.prologue(clear);
         let builder = identity.builder(&prologue, ephemeral)?;
-        let mut state = builder.remote_public_key(responder)?.build_initiator()?;
+        let mut state = builder.remote_public_key(responder.as_bytes())?.build_initiator()?;
         append(&mut state, payload, INITIATION_OVERHEAD, out)?;
         Ok(Self(state))
     }
@@ -115,7 +136,7 @@ impl Initiator {
         payload: &mut [u8],
     ) -> Result<(usize, TransportSecrets), NoiseError> {
         let length = self.0.read_message(message, payload)?;
-        Ok((length, split(&mut self.0)?))
+        Ok((length, transport_secrets(&mut self.0)?))
     }
 }
 
@@ -123,7 +144,7 @@ impl Initiator {
 pub(crate) struct Responder {
     state: HandshakeState,
     /// Public key of the initiator; the message proves that its sender has the private key.
-    pub(crate) initiator: [u8; KEY_LEN],
+    pub(crate) initiator: PublicKey,
 }
 
 impl Responder {
@@ -143,7 +164,8 @@ impl Responder {
         let mut state = identity.builder(&prologue, ephemeral)?.build_responder()?;
         let length = state.read_message(message, payload)?;
         let initiator = state.get_remote_static().ok_or(NoiseError)?;
-        let initiator = initiator.try_into().map_err(|_| NoiseError)?;
+        let initiator: [u8; KEY_LEN] = initiator.try_into().map_err(|_| NoiseError)?;
+        let initiator = PublicKey::new(initiator);
         Ok((Self { state, initiator }, length))
     }
 
@@ -157,7 +179,7 @@ impl Responder {
         out: &mut Vec<u8>,
     ) -> Result<TransportSecrets, NoiseError> {
         append(&mut self.state, payload, RESPONSE_OVERHEAD, out)?;
-        split(&mut self.state)
+        transport_secrets(&mut self.state)
     }
 }
 
@@ -176,13 +198,13 @@ fn append(
     Ok(())
 }
 
-fn split(state: &mut HandshakeState) -> Result<TransportSecrets, NoiseError> {
+fn transport_secrets(state: &mut HandshakeState) -> Result<TransportSecrets, NoiseError> {
     // snow's raw split does not check that the handshake has finished.
     if !state.is_handshake_finished() {
         return Err(NoiseError);
     }
-    let (forward, back) = state.dangerously_get_raw_split();
-    Ok([Zeroizing::new(forward), Zeroizing::new(back)])
+    let (from_initiator, from_responder) = state.dangerously_get_raw_split();
+    Ok(TransportSecrets::new(from_initiator, from_responder))
 }
 
 #[cfg(test)]
@@ -193,6 +215,10 @@ mod tests {
     use super::*;
     use crate::tunnel::primitives::ChaChaPoly;
     use crate::tunnel::primitives::tests::hex;
+
+    fn private(text: &str) -> PrivateKey {
+        PrivateKey::new(&key(text))
+    }
 
     fn key(text: &str) -> Secret {
         Zeroizing::new(hex(text).try_into().unwrap())
@@ -206,10 +232,10 @@ mod tests {
         let (start, end) = prologue.split_at(4);
         let us = "e61ef9919cde45dd5f82166404bd08e38bceb5dfdfded0a34c8df7ed542214d1";
         let them = "4a3acbfdb163dec651dfa3194dece676d437029c62a408b4c5ea9114246e4893";
-        let initiator = Identity::new(key(us), start.to_vec()).unwrap();
-        let responder = Identity::new(key(them), start.to_vec()).unwrap();
+        let initiator = Identity::new(private(us), start.to_vec()).unwrap();
+        let responder = Identity::new(private(them), start.to_vec()).unwrap();
         let public = "31e0303fd6418d2f8c0e78b91f22e8caed0fbe48656dcf4767e4834f701b8f62";
-        assert_eq!(responder.public()[..], hex(public));
+        assert_eq!(responder.public().as_bytes()[..], hex(public));
 
         let ephemeral = key("893e28b9dc6ca8d611ab664754b8ceb7bac5117349a4439a6b0569da977c464a");
         let payload = hex("4c756477696720766f6e204d69736573");
@@ -249,7 +275,9 @@ mod tests {
             ("462e20412e20486179656b", "050e9f3c8fac16b68dbce8f8c4bfbf6617c897f9ada4aa29aa19c8"),
             ("4361726c204d656e676572", "344233a6cabb7141d80f3da2fedc311d9646bbb0f505afe403a667"),
         ];
-        for (secret, (plain, sealed)) in ours.iter().zip(sealed_by) {
+        for (secret, (plain, sealed)) in
+            [&ours.from_initiator, &ours.from_responder].into_iter().zip(sealed_by)
+        {
             let mut cipher = ChaChaPoly::default();
             cipher.set(secret);
             let mut out = [0; 64];
@@ -260,9 +288,9 @@ mod tests {
 
     #[test]
     fn message_with_other_prologue_or_clear_bytes_fails() {
-        let a = Identity::new(Zeroizing::new([1; 32]), b"one".to_vec()).unwrap();
-        let b = Identity::new(Zeroizing::new([2; 32]), b"one".to_vec()).unwrap();
-        let c = Identity::new(Zeroizing::new([2; 32]), b"two".to_vec()).unwrap();
+        let a = Identity::new(PrivateKey::new(&[1; 32]), b"one".to_vec()).unwrap();
+        let b = Identity::new(PrivateKey::new(&[2; 32]), b"one".to_vec()).unwrap();
+        let c = Identity::new(PrivateKey::new(&[2; 32]), b"two".to_vec()).unwrap();
         let mut first = Vec::new();
         let secret = Zeroizing::new([3; 32]);
         Initiator::start(&a, b.public(), secret.clone(), b"clear", b"hello", &mut first).unwrap();
@@ -282,10 +310,11 @@ mod tests {
 
     #[test]
     fn secrets_require_finished_handshake() {
-        let a = Identity::new(Zeroizing::new([1; 32]), Vec::new()).unwrap();
+        let a = Identity::new(PrivateKey::new(&[1; 32]), Vec::new()).unwrap();
         let mut first = Vec::new();
         let secret = Zeroizing::new([3; 32]);
-        let mut state = Initiator::start(&a, &[9; 32], secret, &[], &[], &mut first).unwrap();
-        assert_eq!(split(&mut state.0), Err(NoiseError));
+        let mut state =
+            Initiator::start(&a, &PublicKey::new([9; 32]), secret, &[], &[], &mut first).unwrap();
+        assert_eq!(transport_secrets(&mut state.0), Err(NoiseError));
     }
 }

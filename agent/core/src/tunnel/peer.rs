@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use crate::keys::PublicKey;
 use crate::route::PeerId;
 use crate::time::Time;
 use crate::tunnel::cookie::{Mac, MacKeys};
@@ -10,7 +11,6 @@ use crate::tunnel::counts::HandshakeResult;
 use crate::tunnel::handshake::PendingHandshake;
 use crate::tunnel::liveness::{Liveness, UnreachableReason};
 use crate::tunnel::message::Timestamp;
-use crate::tunnel::noise::KEY_LEN;
 use crate::tunnel::path_mtu::PathMtu;
 use crate::tunnel::saved::{SavedSession, SessionSlot};
 use crate::tunnel::session::{Session, SessionParams};
@@ -31,7 +31,7 @@ pub(crate) const MAX_SESSIONS: usize = 4;
 
 /// A public key of a peer.
 pub(crate) struct PeerKey {
-    pub(crate) public: [u8; KEY_LEN],
+    pub(crate) public: PublicKey,
     /// MAC keys of messages addressed to this key.
     pub(crate) mac_keys: MacKeys,
     /// Timestamp of the last initiation accepted from this key. It is removed with the key: after a
@@ -40,7 +40,7 @@ pub(crate) struct PeerKey {
 }
 
 impl PeerKey {
-    fn new(public: &[u8; KEY_LEN]) -> Self {
+    fn new(public: &PublicKey) -> Self {
         let mac_keys = MacKeys::new(public);
         Self { public: *public, mac_keys, last_timestamp: Timestamp::default() }
     }
@@ -84,7 +84,7 @@ pub(crate) struct Peer {
 }
 
 impl Peer {
-    pub(crate) fn new(id: PeerId, public_key: [u8; 32]) -> Self {
+    pub(crate) fn new(id: PeerId, public_key: PublicKey) -> Self {
         Self {
             id,
             keys: vec![PeerKey::new(&public_key)],
@@ -121,22 +121,22 @@ impl Peer {
     }
 
     /// Returns the public keys of the peer, the first one of its record first.
-    pub(crate) fn keys(&self) -> impl Iterator<Item = &[u8; KEY_LEN]> {
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &PublicKey> {
         self.keys.iter().map(|key| &key.public)
     }
 
-    pub(crate) fn key(&mut self, public: &[u8; KEY_LEN]) -> Option<&mut PeerKey> {
+    pub(crate) fn key(&mut self, public: &PublicKey) -> Option<&mut PeerKey> {
         self.keys.iter_mut().find(|key| key.public == *public)
     }
 
     /// Returns true if this node sends to the peer in a session that was made with this key of this
     /// node.
-    pub(crate) fn uses(&self, own: &[u8; KEY_LEN]) -> bool {
+    pub(crate) fn uses(&self, own: &PublicKey) -> bool {
         self.current.as_ref().is_some_and(|entry| entry.own.as_ref() == Some(own))
     }
 
     /// Replaces the keys of the peer. Sessions and handshakes of other keys end.
-    pub(crate) fn set_keys(&mut self, keys: &[[u8; KEY_LEN]], shared: &mut Shared) {
+    pub(crate) fn set_keys(&mut self, keys: &[PublicKey], shared: &mut Shared) {
         if self.keys().eq(keys) {
             return;
         }
@@ -238,7 +238,7 @@ impl Peer {
             initiator: saved.initiator,
             epoch: saved.epoch,
             ecn: saved.ecn && shared.params.ecn,
-            secret: saved.secret,
+            secrets: saved.secrets,
         });
         let Ok(session) = session else { return false };
         if !shared.claim_index(index, self.id) {

@@ -8,7 +8,8 @@ use snow::params::{CipherChoice, DHChoice, HashChoice};
 use snow::resolvers::CryptoResolver;
 use snow::types::{Cipher, Dh, Hash, Random};
 
-use crate::tunnel::noise::{KEY_LEN, Secret};
+use crate::keys::KEY_LEN;
+use crate::tunnel::noise::Secret;
 use crate::wire::header::TAG_LEN;
 
 /// Resolver that gives snow the primitives of aws-lc, and the ephemeral key that the caller drew as

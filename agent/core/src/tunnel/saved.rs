@@ -11,8 +11,10 @@ use std::time::Duration;
 
 use zeroize::Zeroizing;
 
+use crate::keys::PublicKey;
 use crate::tunnel::cipher::Cipher;
 use crate::tunnel::message::Timestamp;
+use crate::tunnel::noise::TransportSecrets;
 
 /// Length of an encoded [`SavedSession`] in bytes.
 pub const SAVED_LEN: usize = 184;
@@ -30,12 +32,12 @@ pub trait SessionStore: Send {
     fn set_latest_timestamp(&mut self, timestamp: Duration);
     /// Returns the latest time (since 1970) that an accepted initiation by this public key carried,
     /// in this or an earlier process; zero if there was none.
-    fn seen_timestamp(&self, key: &[u8; 32]) -> Duration;
+    fn seen_timestamp(&self, key: &PublicKey) -> Duration;
     /// Stores the time of an initiation by this public key, before the initiation is answered. Zero
     /// deletes the entry.
-    fn set_seen_timestamp(&mut self, key: &[u8; 32], timestamp: Duration);
+    fn set_seen_timestamp(&mut self, key: &PublicKey, timestamp: Duration);
     /// Deletes the times of all public keys except the known ones.
-    fn retain_seen_timestamps(&mut self, is_known: &dyn Fn(&[u8; 32]) -> bool);
+    fn retain_seen_timestamps(&mut self, is_known: &dyn Fn(&PublicKey) -> bool);
 }
 
 /// Slot of one session in a [`SessionStore`]. Dropping the slot deletes the session from the storage.
@@ -61,19 +63,19 @@ impl SessionStore for NoopStore {
 
     fn set_latest_timestamp(&mut self, _: Duration) {}
 
-    fn seen_timestamp(&self, _: &[u8; 32]) -> Duration {
+    fn seen_timestamp(&self, _: &PublicKey) -> Duration {
         Duration::ZERO
     }
 
-    fn set_seen_timestamp(&mut self, _: &[u8; 32], _: Duration) {}
+    fn set_seen_timestamp(&mut self, _: &PublicKey, _: Duration) {}
 
-    fn retain_seen_timestamps(&mut self, _: &dyn Fn(&[u8; 32]) -> bool) {}
+    fn retain_seen_timestamps(&mut self, _: &dyn Fn(&PublicKey) -> bool) {}
 }
 
 /// A session as it is stored: secrets, indices, and parameters of both nodes.
 pub struct SavedSession {
     /// Public key of the peer that made the session.
-    pub public_key: [u8; 32],
+    pub public_key: PublicKey,
     /// Process epoch of the session, 0 in the process that made it. The nonce counters of an epoch
     /// begin at `epoch << 32`.
     pub epoch: u32,
@@ -93,7 +95,7 @@ pub struct SavedSession {
     pub(crate) told_mtu: u16,
     /// Timestamp of the last initiation accepted from the peer.
     pub(crate) timestamp: Timestamp,
-    pub(crate) secret: [Zeroizing<[u8; 32]>; 2],
+    pub(crate) secrets: TransportSecrets,
 }
 
 impl SavedSession {
@@ -110,9 +112,9 @@ impl SavedSession {
             out[at..at + bytes.len()].copy_from_slice(bytes);
             at += bytes.len();
         };
-        put(&self.public_key);
-        put(self.secret[0].as_ref());
-        put(self.secret[1].as_ref());
+        put(self.public_key.as_bytes());
+        put(self.secrets.from_initiator.as_ref());
+        put(self.secrets.from_responder.as_ref());
         put(&self.epoch.to_le_bytes());
         put(&self.local_index.to_le_bytes());
         put(&self.remote_index.to_le_bytes());
@@ -140,8 +142,8 @@ impl SavedSession {
     /// [`Session::new`](crate::tunnel::Session::new) checks them.
     pub fn from_bytes(bytes: &[u8; SAVED_LEN]) -> Option<Self> {
         let mut rest = bytes.as_slice();
-        let public_key = take(&mut rest)?;
-        let secret = [Zeroizing::new(take(&mut rest)?), Zeroizing::new(take(&mut rest)?)];
+        let public_key = PublicKey::new(take(&mut rest)?);
+        let secrets = TransportSecrets::new(take(&mut rest)?, take(&mut rest)?);
         let [epoch, local_index, remote_index] =
             [take(&mut rest)?, take(&mut rest)?, take(&mut rest)?].map(u32::from_le_bytes);
         let established = Duration::from_nanos(u64::from_le_bytes(take(&mut rest)?));
@@ -180,7 +182,7 @@ impl SavedSession {
             ecn: ecn == 1,
             told_mtu,
             timestamp,
-            secret,
+            secrets,
         })
     }
 }
@@ -200,7 +202,7 @@ pub(crate) mod tests {
 
     pub(crate) fn saved(endpoint: Option<&str>) -> SavedSession {
         SavedSession {
-            public_key: [7; 32],
+            public_key: PublicKey::new([7; 32]),
             epoch: 3,
             established: Duration::from_nanos(u64::MAX / 3),
             local_index: 0x0102_0304,
@@ -214,7 +216,7 @@ pub(crate) mod tests {
             ecn: true,
             told_mtu: 1360,
             timestamp: Timestamp::new(Duration::from_secs(5)),
-            secret: [Zeroizing::new([1; 32]), Zeroizing::new([2; 32])],
+            secrets: TransportSecrets::new([1; 32], [2; 32]),
         }
     }
 

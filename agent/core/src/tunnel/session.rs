@@ -5,14 +5,12 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use zeroize::Zeroizing;
-
 use crate::route::PeerId;
 use crate::time::Time;
 pub use crate::tunnel::cipher::{Cipher, Ciphers};
 use crate::tunnel::lane_key::Derivation;
 pub use crate::tunnel::lane_key::{Receiver, Sender};
-use crate::tunnel::noise::KEY_LEN;
+pub use crate::tunnel::noise::TransportSecrets;
 use crate::tunnel::saved::SessionSlot;
 use crate::tunnel::timers::SESSION_LIFETIME;
 use crate::wire::header::{CONTROL_LANE, MAX_LANES};
@@ -46,8 +44,8 @@ pub struct SessionParams {
     pub epoch: u32,
     /// True if both nodes propagate the outer ECN field (RFC 6040).
     pub ecn: bool,
-    /// Secrets of the handshake's split: from initiator to responder, then back.
-    pub secret: [Zeroizing<[u8; KEY_LEN]>; 2],
+    /// Secrets that the handshake has yielded.
+    pub secrets: TransportSecrets,
 }
 
 /// Error of [`Session::new`].
@@ -111,9 +109,8 @@ impl Session {
                 return Err(SessionError::Lanes(lanes));
             }
         }
-        let [forward, back] = &params.secret;
-        let forward = Derivation::new(forward, params.cipher, 0);
-        let back = Derivation::new(back, params.cipher, 1);
+        let forward = Derivation::new(&params.secrets.from_initiator, params.cipher, 0);
+        let back = Derivation::new(&params.secrets.from_responder, params.cipher, 1);
         let (out, inward) = if params.initiator { (forward, back) } else { (back, forward) };
 
         let first = u64::from(params.epoch) * COUNTER_LIMIT;
@@ -300,7 +297,7 @@ mod tests {
             initiator,
             epoch: 0,
             ecn: false,
-            secret: [Zeroizing::new([1; 32]), Zeroizing::new([2; 32])],
+            secrets: TransportSecrets::new([1; 32], [2; 32]),
         }
     }
 

@@ -5,15 +5,14 @@ use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use zeroize::Zeroizing;
-
 use crate::drop::DropCounts;
+use crate::keys::PublicKey;
 use crate::route::PeerId;
 use crate::time::Time;
 use crate::tunnel::cookie::MacKeys;
 use crate::tunnel::counts::HandshakeCounts;
 use crate::tunnel::message::{Timestamp, TransportParams};
-use crate::tunnel::noise::{Identity, KEY_LEN, Secret};
+use crate::tunnel::noise::{Identity, Secret};
 use crate::tunnel::saved::{NoopStore, SessionStore};
 
 /// Maximum number of queued datagrams. Further ones are discarded, as a network would.
@@ -43,7 +42,7 @@ impl LocalIdentity {
         Self { identity, mac_keys }
     }
 
-    pub(crate) fn public(&self) -> &[u8; KEY_LEN] {
+    pub(crate) fn public(&self) -> &PublicKey {
         self.identity.public()
     }
 }
@@ -138,7 +137,7 @@ impl Shared {
     }
 
     pub(crate) fn secret(&mut self) -> Secret {
-        let mut secret = Zeroizing::new([0; 32]);
+        let mut secret = Secret::default();
         (self.random)(secret.as_mut());
         secret
     }

@@ -3,14 +3,13 @@
 use std::fmt;
 use std::net::SocketAddr;
 
-use zeroize::Zeroizing;
-
+use crate::keys::{PrivateKey, PublicKey};
 use crate::tunnel::cipher::Ciphers;
 
 /// Configuration of an [`Engine`](crate::Engine).
 pub struct EngineConfig {
     /// Private key of this node.
-    pub private_key: Zeroizing<[u8; 32]>,
+    pub private_key: PrivateKey,
     /// Name of the cluster; it is part of the Noise prologue, so that nodes of different clusters
     /// never complete a handshake.
     pub cluster_id: String,
@@ -55,9 +54,9 @@ pub enum EngineError {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PeerConfig {
     /// Public key of the peer.
-    pub public_key: [u8; 32],
+    pub public_key: PublicKey,
     /// Second public key during a key rotation of the peer: the next or the previous one.
-    pub second_key: Option<[u8; 32]>,
+    pub second_key: Option<PublicKey>,
     /// Underlay addresses and UDP ports on which the peer listens, in the order in which handshakes
     /// try them. A peer without endpoints can still initiate.
     pub endpoints: Vec<SocketAddr>,

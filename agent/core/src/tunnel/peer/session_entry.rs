@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use crate::tunnel::noise::KEY_LEN;
+use crate::keys::PublicKey;
 use crate::tunnel::replay::ReplayWindow;
 use crate::tunnel::session::Session;
 use crate::tunnel::shared::Shared;
@@ -18,9 +18,9 @@ pub(crate) struct SessionEntry {
     /// Address that the handshake of this session proved, if the peer's record names it.
     pub(crate) endpoint: Option<SocketAddr>,
     /// Public key of the peer in the handshake.
-    pub(super) remote: [u8; KEY_LEN],
+    pub(super) remote: PublicKey,
     /// Public key of this node in the handshake; `None` for a restored session.
-    pub(super) own: Option<[u8; KEY_LEN]>,
+    pub(super) own: Option<PublicKey>,
     /// MTU of this node that the handshake carried, inner bytes.
     pub(super) told_mtu: u16,
     pub(super) window: ReplayWindow,
@@ -34,8 +34,8 @@ impl SessionEntry {
     pub(crate) fn new(
         session: Session,
         endpoint: Option<SocketAddr>,
-        remote: [u8; KEY_LEN],
-        own: Option<[u8; KEY_LEN]>,
+        remote: PublicKey,
+        own: Option<PublicKey>,
         told_mtu: u16,
     ) -> Self {
         let window = ReplayWindow::after(session.next_counter(CONTROL_LANE));

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::keys::PublicKey;
 use crate::tunnel::liveness::UnreachableReason;
 use crate::tunnel::session::Session;
 
@@ -25,7 +26,7 @@ pub enum PeerState {
 #[derive(Debug, Clone)]
 pub struct PeerView {
     /// Public key of the peer; the first one of its record during a key rotation.
-    pub public_key: [u8; 32],
+    pub public_key: PublicKey,
     /// Destination of data datagrams (underlay address and UDP port): with a session, an address at
     /// which the peer has answered a handshake; without a session, the first endpoint of the
     /// record. `None` while no such address is known.

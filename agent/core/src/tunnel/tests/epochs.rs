@@ -15,7 +15,7 @@ struct Shelf(Arc<Mutex<BTreeMap<usize, Record>>>, Arc<Mutex<Times>>);
 #[derive(Default)]
 struct Times {
     latest: Duration,
-    seen: BTreeMap<[u8; 32], Duration>,
+    seen: BTreeMap<PublicKey, Duration>,
 }
 
 struct Place(Shelf, usize);
@@ -47,15 +47,15 @@ impl SessionStore for Shelf {
         self.1.lock().unwrap().latest = timestamp;
     }
 
-    fn seen_timestamp(&self, key: &[u8; 32]) -> Duration {
+    fn seen_timestamp(&self, key: &PublicKey) -> Duration {
         self.1.lock().unwrap().seen.get(key).copied().unwrap_or_default()
     }
 
-    fn set_seen_timestamp(&mut self, key: &[u8; 32], timestamp: Duration) {
+    fn set_seen_timestamp(&mut self, key: &PublicKey, timestamp: Duration) {
         self.1.lock().unwrap().seen.insert(*key, timestamp);
     }
 
-    fn retain_seen_timestamps(&mut self, is_known: &dyn Fn(&[u8; 32]) -> bool) {
+    fn retain_seen_timestamps(&mut self, is_known: &dyn Fn(&PublicKey) -> bool) {
         self.1.lock().unwrap().seen.retain(|key, _| is_known(key));
     }
 }
@@ -265,7 +265,7 @@ fn expired_or_foreign_sessions_are_not_restored() {
         lab.nodes[0].engine.restore_sessions(now, [(saved, kept)])
     };
     assert_eq!(kept(&mut lab, &|_| {}), 1);
-    assert_eq!(kept(&mut lab, &|saved| saved.public_key = [9; 32]), 0);
+    assert_eq!(kept(&mut lab, &|saved| saved.public_key = PublicKey::new([9; 32])), 0);
     assert_eq!(kept(&mut lab, &|saved| saved.established = Duration::ZERO), 0);
     assert_eq!(kept(&mut lab, &|saved| saved.established += secs(100)), 0);
     assert_eq!(kept(&mut lab, &|saved| saved.local_lanes = 65), 0);
@@ -310,7 +310,7 @@ fn recorded_initiations_are_refused_after_restart() {
     assert_eq!(seen[0].0, lab.key(0));
     lab.restart(1);
     assert_eq!(lab.nodes[1].engine.seen_timestamps().count(), 0);
-    for (key, timestamp) in seen.iter().chain(&[([9; 32], secs(7))]) {
+    for (key, timestamp) in seen.iter().chain(&[(PublicKey::new([9; 32]), secs(7))]) {
         lab.nodes[1].engine.raise_seen_timestamp(key, *timestamp);
     }
     assert_eq!(lab.nodes[1].engine.seen_timestamps().collect::<Vec<_>>(), seen);

@@ -332,7 +332,7 @@ fn underlay_below_handshake_size_fails_without_session() {
 #[test]
 fn invalid_settings_are_refused() {
     let config = |lanes, listen_port, aes256_gcm| EngineConfig {
-        private_key: Zeroizing::new([1; 32]),
+        private_key: PrivateKey::new(&[1; 32]),
         cluster_id: String::new(),
         listen_port,
         lanes,

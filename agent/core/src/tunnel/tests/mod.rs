@@ -19,9 +19,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use zeroize::Zeroizing;
-
 use crate::drop::DropReason;
+use crate::keys::{PrivateKey, PublicKey};
 use crate::route::PeerId;
 use crate::time::Time;
 use crate::tunnel::replay::ReplayWindow;
@@ -220,7 +219,7 @@ impl Lab {
         }
     }
 
-    fn key(&self, node: usize) -> [u8; 32] {
+    fn key(&self, node: usize) -> PublicKey {
         self.nodes[node].engine.public_key()
     }
 
@@ -447,7 +446,7 @@ fn engine(config: &NodeConfig, seed: u64) -> Engine {
     let mut rng = Rng(seed);
     let random = move |out: &mut [u8]| out.fill_with(|| rng.next() as u8);
     let config = EngineConfig {
-        private_key: Zeroizing::new([config.key; 32]),
+        private_key: PrivateKey::new(&[config.key; 32]),
         cluster_id: config.cluster.to_owned(),
         listen_port: PORT,
         lanes: config.lanes,

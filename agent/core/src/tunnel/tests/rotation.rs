@@ -6,14 +6,14 @@ use super::*;
 const OLD: u8 = 1;
 const NEW: u8 = 77;
 
-fn public(private: u8) -> [u8; 32] {
+fn public(private: u8) -> PublicKey {
     engine(&NodeConfig { key: private, ..Lab::new(1).nodes[0].config.clone() }, 1).public_key()
 }
 
 impl Lab {
     /// Node 0 has these private keys.
     fn hold(&mut self, first: u8, second: Option<u8>) {
-        let key = |byte| Zeroizing::new([byte; 32]);
+        let key = |byte| PrivateKey::new(&[byte; 32]);
         self.nodes[0].engine.set_identity(key(first), second.map(key)).unwrap();
     }
 

@@ -4,9 +4,10 @@ use super::*;
 use crate::tunnel::message::{CLEAR_LEN, initiation_clear};
 use crate::tunnel::noise::{Identity, Initiator, Responder, TransportSecrets};
 use crate::tunnel::session::{Cipher, SessionParams};
+use zeroize::Zeroizing;
 
 fn identity(key: u8) -> Identity {
-    Identity::new([key; 32].into(), b"skein v1test".to_vec()).unwrap()
+    Identity::new(PrivateKey::new(&[key; 32]), b"skein v1test".to_vec()).unwrap()
 }
 
 /// A handshake as somebody on the path sees it.
@@ -32,7 +33,7 @@ fn shake(ephemeral: [u8; 2]) -> (Recorded, TransportSecrets) {
     (Recorded { clear, first, second }, split)
 }
 
-fn session(secret: TransportSecrets, initiator: bool, cipher: Cipher) -> Session {
+fn session(secrets: TransportSecrets, initiator: bool, cipher: Cipher) -> Session {
     let params = SessionParams {
         peer: PeerId(1),
         local_index: 7,
@@ -44,7 +45,7 @@ fn session(secret: TransportSecrets, initiator: bool, cipher: Cipher) -> Session
         initiator,
         epoch: 0,
         ecn: false,
-        secret,
+        secrets,
     };
     Session::new(params).unwrap()
 }
