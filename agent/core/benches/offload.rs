@@ -1,6 +1,4 @@
-//! What the packet path costs beside the kernel and the AEAD.
-//!
-//! `cargo bench -p skein-core --bench offload`
+//! Benchmarks of the packet path without kernel and AEAD.
 
 use std::net::{IpAddr, Ipv6Addr};
 
@@ -31,7 +29,7 @@ fn main() {
     divan::main();
 }
 
-/// A TCP superpacket of 45 segments with a time stamp option.
+/// Returns a TCP superpacket of 45 segments with a timestamps option.
 fn superpacket() -> Vec<u8> {
     let mut packet = vec![0; HEADERS + MSS * SEGMENTS];
     let length = packet.len() as u16;
@@ -57,7 +55,8 @@ fn split_64k(bencher: Bencher<'_, '_>) {
     let template = superpacket();
     let mut packet = template.clone();
     bencher.counter(ItemsCount::new(SEGMENTS)).bench_local(|| {
-        // Splitting stamps over payloads but begins by reading the headers: only they are renewed.
+        // Segmentation overwrites payload with headers but reads only the first headers, so only
+        // these are restored.
         packet[..HEADERS].copy_from_slice(&template[..HEADERS]);
         let mut segments = segment(VNET, &mut packet).expect("a superpacket");
         while let Some(segment) = segments.next_segment() {
@@ -66,7 +65,7 @@ fn split_64k(bencher: Bencher<'_, '_>) {
     });
 }
 
-/// One superpacket's segments back to back, as datagrams leave them in the receive arena.
+/// Returns the segments of one superpacket back to back, as datagrams lie in the receive arena.
 fn split_arena() -> Vec<u8> {
     let mut packet = superpacket();
     let mut arena = Vec::new();
@@ -99,7 +98,7 @@ fn coalesce_45_segments(bencher: Bencher<'_, '_>) {
     coalesce(bencher, split_arena(), SEGMENTS, Checksum::Partial);
 }
 
-/// As from a sender without checksum offload: every checksum is verified before it is merged.
+/// Benchmark with complete checksums, as from a sender without checksum offload: each is verified.
 #[divan::bench]
 fn coalesce_45_segments_with_full_checksums(bencher: Bencher<'_, '_>) {
     let mut arena = split_arena();
@@ -110,7 +109,7 @@ fn coalesce_45_segments_with_full_checksums(bencher: Bencher<'_, '_>) {
     coalesce(bencher, arena, SEGMENTS, Checksum::Full);
 }
 
-/// The worst order: four streams that take turns.
+/// Benchmark of the worst order: four streams whose packets alternate.
 #[divan::bench]
 fn coalesce_45_segments_of_4_flows_in_turn(bencher: Bencher<'_, '_>) {
     let mut arena = split_arena();
@@ -122,7 +121,7 @@ fn coalesce_45_segments_of_4_flows_in_turn(bencher: Bencher<'_, '_>) {
     coalesce(bencher, arena, SEGMENTS, Checksum::Partial);
 }
 
-/// Requests of 50 clients, which merge with nothing.
+/// Benchmark of the requests of 50 clients, none of which merge.
 #[divan::bench]
 fn coalesce_50_small_packets_of_50_flows(bencher: Bencher<'_, '_>) {
     let mut arena = Vec::new();
@@ -152,7 +151,7 @@ fn memcpy_1400(bencher: Bencher<'_, '_>) {
 
 const NODES: u32 = 5000;
 
-/// Every node has a prefix of each family.
+/// Returns a table in which every node has one prefix of each family.
 fn routes() -> RouteTable {
     let prefixes: Vec<[IpNet; 2]> = (0..NODES)
         .map(|node| {
@@ -169,7 +168,7 @@ fn v6(node: u32, host: u64) -> Ipv6Addr {
     (0xfd00_u128 << 112 | u128::from(node) << 64 | u128::from(host)).into()
 }
 
-/// Numbers far apart, so that no branch is learnt.
+/// Returns numbers far apart, which the branch predictor cannot learn.
 fn scattered() -> impl FnMut() -> u32 {
     let mut state = 0u32;
     move || {

@@ -1,4 +1,4 @@
-//! What a datagram and a handshake cost.
+//! Benchmarks of datagrams and handshakes.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -12,6 +12,7 @@ use skein_core::route::PeerId;
 use skein_core::time::Time;
 use skein_core::tunnel::{
     Cipher, Ciphers, Engine, EngineConfig, PeerConfig, ReplayWindow, Session, SessionParams,
+    TransportSecrets,
 };
 use skein_core::wire::header::{Flags, OVERHEAD};
 
@@ -49,7 +50,7 @@ fn seal<const SIZE: usize>(bencher: Bencher<'_, '_>, cipher: Cipher) {
     });
 }
 
-/// As a lane does it: open, then the replay window.
+/// Benchmark of opening a datagram and checking the replay window, as a lane does.
 #[divan::bench(args = CIPHERS, consts = SIZES)]
 fn open<const SIZE: usize>(bencher: Bencher<'_, '_>, cipher: Cipher) {
     let (ours, theirs) = (session(cipher, true), session(cipher, false));
@@ -69,7 +70,8 @@ fn open<const SIZE: usize>(bencher: Bencher<'_, '_>, cipher: Cipher) {
         });
 }
 
-/// The cipher alone, out of place as [`seal`] uses it: what is beyond this is the header's and ours.
+/// Benchmark of the AEAD alone, out of place. The difference to [`seal`] is the cost of the header
+/// and of this crate.
 #[divan::bench(args = CIPHERS, consts = SIZES)]
 fn bare_seal<const SIZE: usize>(bencher: Bencher<'_, '_>, cipher: Cipher) {
     let key = bare_key(cipher);
@@ -89,7 +91,8 @@ fn bare_seal<const SIZE: usize>(bencher: Bencher<'_, '_>, cipher: Cipher) {
     });
 }
 
-/// The cipher alone, in place as [`open`] uses it.
+/// Benchmark of the AEAD alone, in place. The difference to [`open`] is the cost of the header and
+/// of this crate.
 #[divan::bench(args = CIPHERS, consts = SIZES)]
 fn bare_open<const SIZE: usize>(bencher: Bencher<'_, '_>, cipher: Cipher) {
     let key = bare_key(cipher);
@@ -144,7 +147,7 @@ fn engine(key: u8) -> Engine {
         });
     };
     let config = EngineConfig {
-        private_key: [key; 32].into(),
+        private_key: skein_core::PrivateKey::new(&[key; 32]),
         cluster_id: "bench".to_owned(),
         listen_port: 51900,
         lanes: 4,
@@ -155,7 +158,7 @@ fn engine(key: u8) -> Engine {
     Engine::new(config, Box::new(random)).unwrap()
 }
 
-/// Both ends of a handshake, from the first packet to the confirmed session.
+/// Benchmark of both ends of a handshake, from the first packet to the confirmed session.
 #[divan::bench]
 fn handshake(bencher: Bencher<'_, '_>) {
     let now = Time { mono: Duration::from_secs(1), wall: Duration::from_secs(1_700_000_000) };

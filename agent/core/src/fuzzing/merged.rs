@@ -1,5 +1,5 @@
-//! What must hold between the packets that a coalescer took and what it writes: split again, the
-//! writes are the packets, each once, byte for byte, and those that could overtake did not.
+//! Comparison of the packets pushed into a coalescer with its writes: segmenting the writes must
+//! restore every packet exactly once, and no packet may overtake another one of its flow.
 
 use crate::offload::Checksum;
 use crate::offload::coalesce::{CoalesceConfig, Coalescer};
@@ -11,17 +11,17 @@ use crate::wire::ip::{IpHeader, TCP, UDP, is_extension_header};
 /// A whole packet and the state of its checksum.
 pub(crate) type Packet = (Vec<u8>, Checksum);
 
-/// How alike a packet must come out.
+/// Required equality of a restored packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Likeness {
-    /// To the byte.
+    /// All bytes are equal.
     Exact,
-    /// But for what merging may change: checksums that it may write afresh, and the identification
-    /// of packets that may not be fragmented.
+    /// All bytes are equal except those that merging may change: recomputed checksums, and the
+    /// identification of packets that may not be fragmented.
     Merged,
 }
 
-/// Pushes all packets, flushes, and checks what is written.
+/// Pushes all packets, flushes, and checks the writes.
 pub(crate) fn check(packets: &[Packet], config: CoalesceConfig, likeness: Likeness) {
     let mut arena: Vec<u8> = packets.iter().flat_map(|(bytes, _)| bytes).copied().collect();
     let mut coalescer = Coalescer::new(config);
@@ -77,7 +77,7 @@ pub(crate) fn check(packets: &[Packet], config: CoalesceConfig, likeness: Likene
     }
 }
 
-/// Whether `segment`, which was written, may be `packet`.
+/// Returns true if the written `segment` equals the pushed packet.
 fn same(
     (packet, state): &Packet,
     segment: &[u8],
@@ -106,7 +106,7 @@ fn field(packet: &[u8]) -> Option<usize> {
     IpHeader::parse(packet)?.checksum_field()
 }
 
-/// A packet as it is written where there is no checksum offload.
+/// Returns a packet with its checksum completed, as it is written without checksum offload.
 fn completed(packet: &[u8], state: Checksum) -> Vec<u8> {
     let mut packet = packet.to_vec();
     if let (Checksum::Partial, Some(field), Some(ip)) =
@@ -118,7 +118,8 @@ fn completed(packet: &[u8], state: Checksum) -> Vec<u8> {
     packet
 }
 
-/// A packet without what merging may change; `None` if it must not have been merged at all.
+/// Returns a packet without the bytes that merging may change; `None` if the packet must not have
+/// been merged.
 fn likened(packet: &[u8], state: Checksum) -> Option<Vec<u8>> {
     let mut packet = packet.to_vec();
     let ip = IpHeader::parse(&packet)?;
@@ -143,10 +144,11 @@ fn likened(packet: &[u8], state: Checksum) -> Option<Vec<u8>> {
     Some(packet)
 }
 
-/// What decides which packets must not overtake which, told without the coalescer's own code.
+/// Properties that decide which packets must keep their order, determined without the coalescer's
+/// code.
 struct Traits {
     addresses: Vec<u8>,
-    /// Protocol and ports; none where they cannot be told, so that every flow may be meant.
+    /// Protocol and ports; `None` if they are hidden, so that the packet may belong to any flow.
     flow: Option<(u8, [u8; 4])>,
 }
 
@@ -173,7 +175,7 @@ impl Traits {
         Self { addresses, flow }
     }
 
-    /// Whether the order of the two must be kept.
+    /// Returns true if the order of the two packets must be kept.
     fn binds(&self, other: &Self) -> bool {
         let related = match (self.flow, other.flow) {
             (Some(a), Some(b)) => a == b,

@@ -1,6 +1,6 @@
-//! What the fuzzers call: whole input in, nothing out, a panic where a promise is broken.
+//! Entry points of the fuzz targets. Each takes the whole input and panics if a promise is broken.
 //!
-//! The ordinary tests run each of these over the corpus of its target in `fuzz/corpus`.
+//! The unit tests run each entry point over the corpus of its target in `fuzz/corpus`.
 
 pub(crate) mod merged;
 pub mod offload;
@@ -8,6 +8,7 @@ pub mod tunnel;
 #[cfg(test)]
 mod vary;
 
+/// Runs an entry point over the corpus of its target.
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 pub(crate) fn run_corpus(target: &str, run: impl Fn(&[u8])) {
@@ -20,7 +21,7 @@ pub(crate) fn run_corpus(target: &str, run: impl Fn(&[u8])) {
     assert!(files > 0, "no seeds in {}", dir.display());
 }
 
-/// The same over the corpus of a target.
+/// Runs an entry point over variations of the corpus of its target.
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 pub(crate) fn run_variations(target: &str, count: usize, run: impl Fn(&[u8])) {

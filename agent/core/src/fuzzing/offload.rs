@@ -1,4 +1,4 @@
-//! Packets from the TUN and plaintexts from peers, whatever they contain.
+//! Entry points for packets from the TUN and for plaintexts from peers.
 
 use super::merged::{Likeness, check};
 use crate::offload::Checksum;
@@ -8,8 +8,8 @@ use crate::offload::vnet::VnetHeader;
 use crate::wire::header::Header;
 use crate::wire::ip::{self, IpHeader};
 
-/// A virtio_net_hdr and a packet as the TUN may give them: segments are whole packets, as many and
-/// as long as announced.
+/// Segments a virtio_net_hdr and a packet. The segments must be whole packets, with the announced
+/// number and maximum length.
 pub fn split_packet(data: &[u8]) {
     let Some(vnet) = VnetHeader::parse(data) else { return };
     let mut packet = data[VnetHeader::LEN..].to_vec();
@@ -25,13 +25,14 @@ pub fn split_packet(data: &[u8]) {
     assert_eq!(seen, count, "as many as announced");
 }
 
-/// What was split is merged, and what was merged split again: the same packets to the byte.
+/// Segments a superpacket and coalesces the segments. Segmenting the result must restore the same
+/// bytes.
 pub fn split_coalesce(data: &[u8]) {
     let Some(vnet) = VnetHeader::parse(data) else { return };
     let mut packet = data[VnetHeader::LEN..].to_vec();
     let mut plaintexts = Vec::new();
     let Ok(mut segments) = segment(vnet, &mut packet) else { return };
-    if segments.count() > MOST {
+    if segments.count() > MAX_PACKETS {
         return;
     }
     let checksum = segments.checksum();
@@ -41,13 +42,13 @@ pub fn split_coalesce(data: &[u8]) {
     check(&plaintexts, ALL, Likeness::Exact);
 }
 
-/// Packets of one input: checking takes time that grows with their square.
-const MOST: usize = 400;
+/// Maximum number of packets of one input, because the check takes quadratic time.
+const MAX_PACKETS: usize = 400;
 
 const ALL: CoalesceConfig = CoalesceConfig { tcp: true, udp: true, partial_checksum: true };
 
-/// Plaintexts of several datagrams: the first byte chooses what the TUN can take, then each packet
-/// is led by a byte for its checksum's state. What is written is what was pushed, in its order.
+/// Coalesces packets. The first byte selects the offloads; a byte before each packet gives its
+/// checksum state. The writes must contain the pushed packets in order.
 pub fn coalesce_packets(data: &[u8]) {
     let Some((&config, mut rest)) = data.split_first() else { return };
     let config = CoalesceConfig {
@@ -61,14 +62,15 @@ pub fn coalesce_packets(data: &[u8]) {
         let state = if state & 1 == 0 { Checksum::Partial } else { Checksum::Full };
         packets.push((tail[..ip.total_len].to_vec(), state));
         rest = &tail[ip.total_len..];
-        if packets.len() == MOST {
+        if packets.len() == MAX_PACKETS {
             break;
         }
     }
     check(&packets, config, Likeness::Merged);
 }
 
-/// A plaintext: packets follow each other without a gap, up to the first that is none.
+/// Iterates over the packets of a plaintext. They must follow each other without a gap up to the
+/// first invalid one.
 pub fn ip_packets(data: &[u8]) {
     let mut at = 0;
     for packet in ip::packets(data) {
@@ -80,7 +82,7 @@ pub fn ip_packets(data: &[u8]) {
     assert_eq!(at, data.len(), "rest");
 }
 
-/// A header that is accepted is written again the same.
+/// Parses an outer header. Encoding a valid one must restore its bytes.
 pub fn outer_header(data: &[u8]) {
     if let Ok(header) = Header::parse(data) {
         assert_eq!(header.to_bytes(), data[..16]);

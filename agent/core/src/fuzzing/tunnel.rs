@@ -1,4 +1,5 @@
-//! The tunnel under whatever a stranger, a peer or the underlay can do to it.
+//! Entry points for the tunnel protocol under attack by senders without keys, peers and the
+//! underlay.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::net::SocketAddr;
@@ -18,23 +19,23 @@ use crate::wire::header::{
     CONTROL_LANE, Flags, HEADER_LEN, Header, MAX_LANES, MessageType, OVERHEAD,
 };
 
-/// Beyond this an input only repeats itself.
+/// Maximum number of steps; more steps only repeat earlier ones.
 const MAX_STEPS: usize = 200;
 
-/// Two engines, and an underlay that the input drives: it delivers, changes, repeats, invents and
-/// loses datagrams, lets time pass, and lets peers come and go.
+/// Runs two engines over an underlay that the input drives. The underlay delivers, changes,
+/// repeats, invents and loses datagrams, lets time pass, and adds and removes peers.
 pub fn engine_datagrams(data: &[u8]) {
-    let mut world = World::new();
+    let mut simulation = Simulation::new();
     let mut input = Input(data);
     for _ in 0..MAX_STEPS {
         let Some(step) = input.byte() else { break };
-        world.step(step, &mut input);
-        world.check();
+        simulation.step(step, &mut input);
+        simulation.check();
     }
 }
 
-/// A datagram from a stranger, to every lane of a session of either cipher: it never opens. What
-/// the session's other end makes of the same bytes opens once, and only as it was.
+/// Gives a datagram to every lane of a session of each cipher. It must not open. The same bytes
+/// sealed by the other end must open once, unchanged.
 pub fn open_datagram(data: &[u8]) {
     for cipher in [Cipher::Aes256Gcm, Cipher::ChaCha20Poly1305] {
         let (Some(ours), Some(theirs)) = (session(cipher, true), session(cipher, false)) else {
@@ -58,18 +59,18 @@ pub fn open_datagram(data: &[u8]) {
     }
 }
 
-/// Payloads of handshake and control messages: what is read is written again the same.
+/// Parses payloads of handshake and control messages. Encoding a valid one must restore it.
 pub fn handshake_payloads(data: &[u8]) {
     check_payloads(data);
 }
 
-/// A session that another process has left, in memory that this one cannot trust: one that is taken is written
-/// again the same, but for what means nothing, and makes a session or an error.
+/// Restores a session from bytes that cannot be trusted. A valid record must survive another
+/// encoding, and either makes a session or an error.
 pub fn saved_session(data: &[u8]) {
     let Some(bytes) = data.first_chunk::<SAVED_LEN>() else { return };
     let Some(saved) = SavedSession::from_bytes(bytes) else { return };
     let written = saved.to_bytes();
-    let again = SavedSession::from_bytes(&written).expect("it was written");
+    let again = SavedSession::from_bytes(&written).expect("an encoded session can be parsed");
     assert_eq!(again.to_bytes(), written);
     let mut engine = engine(0);
     engine.upsert_peer(
@@ -84,7 +85,7 @@ pub fn saved_session(data: &[u8]) {
     while engine.poll_transmit().is_some() {}
 }
 
-/// Keeps nothing.
+/// A slot that stores nothing.
 struct Nowhere;
 
 impl SessionSlot for Nowhere {
@@ -95,7 +96,7 @@ impl SessionSlot for Nowhere {
     fn set_next_counter(&self, _: u8, _: u64) {}
 }
 
-/// The replay window against a set that forgets nothing. Each 3 bytes are a step, back or ahead.
+/// Compares the replay window with a set of all counters. Each 3 bytes are a step back or ahead.
 pub fn replay_window(data: &[u8]) {
     let (mut window, mut seen) = (ReplayWindow::new(), BTreeSet::new());
     let mut highest = 0u64;
@@ -136,7 +137,7 @@ fn session(cipher: Cipher, initiator: bool) -> Option<Session> {
     .ok()
 }
 
-/// Reads the input from its front.
+/// A reader of the input.
 struct Input<'a>(&'a [u8]);
 
 impl<'a> Input<'a> {
@@ -150,7 +151,7 @@ impl<'a> Input<'a> {
         self.byte().unwrap_or(0).into()
     }
 
-    /// As many bytes as the first one says.
+    /// Returns as many bytes as the next byte says.
     fn bytes(&mut self) -> &'a [u8] {
         let length = self.number().min(self.0.len());
         let (bytes, rest) = self.0.split_at(length);
@@ -159,23 +160,24 @@ impl<'a> Input<'a> {
     }
 }
 
-struct World {
+/// Two engines and the underlay between them.
+struct Simulation {
     now: Time,
     engines: [Engine; 2],
-    /// To the engine with this number.
+    /// Datagrams in transit, with the index of the receiving engine.
     wire: VecDeque<(usize, Vec<u8>)>,
-    /// What was on the wire before, for repetition.
+    /// Earlier datagrams, for replays.
     old: Vec<(usize, Vec<u8>)>,
 }
 
-impl World {
+impl Simulation {
     fn new() -> Self {
         let now = Time { mono: Duration::from_secs(1), wall: Duration::from_secs(1_700_000_000) };
-        let mut world =
+        let mut simulation =
             Self { now, engines: [engine(0), engine(1)], wire: VecDeque::new(), old: Vec::new() };
-        world.introduce(0, &[1]);
-        world.introduce(1, &[0]);
-        world
+        simulation.introduce(0, &[1]);
+        simulation.introduce(1, &[0]);
+        simulation
     }
 
     fn introduce(&mut self, node: usize, hosts: &[u8]) {
@@ -203,7 +205,7 @@ impl World {
                     self.deliver(to, datagram);
                 }
             }
-            // Changed by somebody who knows the receiver's public key.
+            // The sender knows the receiver's public key.
             4 => {
                 if let Some((to, mut datagram)) = self.take() {
                     change(&mut datagram, input);
@@ -218,7 +220,7 @@ impl World {
                 }
             }
             6 => self.deliver(node, input.bytes().to_vec()),
-            // With a header that gets past the first look, and an index that may exist.
+            // The header is valid and names an index that may exist.
             7 => {
                 let mut datagram = vec![[1, 2, 3, 5][input.number() % 4], 0, CONTROL_LANE, 0];
                 let index = self.engines[node]
@@ -279,7 +281,7 @@ impl World {
         let source = address(1 - to as u8);
         let length = datagram.len();
         self.engines[to].handle_datagram(self.now, source, &mut datagram);
-        // Whatever it was, the answers to it are fewer bytes than two of it.
+        // The answers to a datagram together are shorter than two of it.
         let mut answered = 0;
         while let Some(transmit) = self.engines[to].poll_transmit() {
             answered += transmit.payload.len();
@@ -299,7 +301,7 @@ impl World {
     fn check(&mut self) {
         for (_, datagram) in &self.wire {
             let header = Header::parse(datagram);
-            // Only pings of the path may be longer.
+            // Only padded pings may be longer.
             let longest = match header.map(|header| header.kind) {
                 Ok(MessageType::Control) => 9000 + OVERHEAD,
                 _ => 1200,
@@ -309,10 +311,16 @@ impl World {
         for engine in &mut self.engines {
             engine.handle_timeout(self.now);
             let due = engine.poll_timeout();
-            assert!(due.is_none_or(|due| due.mono > self.now.mono), "time stands still");
+            assert!(
+                due.is_none_or(|due| due.mono > self.now.mono),
+                "The next deadline must be in the future."
+            );
             for (id, view) in engine.tables() {
                 assert!(view.receive.len() <= 4);
-                assert!(view.receive.is_empty() || due.is_some(), "sessions never end");
+                assert!(
+                    view.receive.is_empty() || due.is_some(),
+                    "A session must have a deadline."
+                );
                 for session in &view.receive {
                     assert!(session.peer == id && !session.is_expired());
                     assert!(session.counters_used() < COUNTER_LIMIT);
@@ -391,15 +399,15 @@ mod tests {
         run_corpus("replay_window", replay_window);
     }
 
-    /// That the script of the first seed does what it is meant to: a session, confirmed, renewed.
+    /// The first seed must create a session, confirm it and renew it.
     #[test]
     fn simulation_establishes_sessions() {
-        let mut world = World::new();
+        let mut simulation = Simulation::new();
         for step in [9, 0, 0, 0, 0] {
-            world.step(step, &mut Input(&[]));
-            world.check();
+            simulation.step(step, &mut Input(&[]));
+            simulation.check();
         }
-        for engine in &world.engines {
+        for engine in &simulation.engines {
             assert!(engine.tables().all(|(_, view)| view.current.is_some()));
         }
     }

@@ -1,8 +1,8 @@
 //! Deterministic variations of fuzzing seeds for ordinary tests. Tests of other crates include this
 //! file by its path, because a feature of this crate would compile it twice.
 
-/// Runs a target over inputs that are made from its seeds by a few changes each, always the same: what a fuzzer
-/// does in its first seconds, without knowing what it reaches.
+/// Runs a target over `count` inputs, each made from one of the seeds by up to five random changes.
+/// The inputs are the same in every run.
 pub(super) fn vary(seeds: &[Vec<u8>], count: usize, run: impl Fn(&[u8])) {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut number = move |below: usize| {

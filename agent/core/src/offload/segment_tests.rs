@@ -182,7 +182,7 @@ fn partial_checksum_at_usual_place_is_kept() {
 
 #[test]
 fn partial_checksum_at_other_place_is_completed() {
-    // As an encapsulation would have it: the checksum of what begins at 28.
+    // The packet is encapsulated: the checksum covers the bytes from 28.
     let packet = Packet::udp(100).with(|p| p.checksum = Checksum::Full);
     let mut bytes = packet.bytes();
     bytes[44..46].copy_from_slice(&[0, 0]);
@@ -241,13 +241,13 @@ fn checksum_field_in_ip_header_is_refused() {
 
 #[test]
 fn tcp_segments_beyond_limit_are_refused() {
-    // No kernel sends less than 8 bytes a segment for long (TCP_MIN_SND_MSS less all options).
+    // No kernel sends segments below 8 bytes for long (TCP_MIN_SND_MSS less all options).
     let long = Packet::tcp(0, 60_000);
     assert_eq!(refused(long.vnet(7), &long.bytes()), DropReason::VnetHeader);
     assert_eq!(segments(long.vnet(8), &long.bytes()).len(), 7500);
 }
 
-/// Puts destination options of 8 bytes between the IPv6 header and the transport.
+/// Inserts destination options of 8 bytes between the IPv6 header and the transport.
 fn with_extension(packet: &Packet) -> Vec<u8> {
     let mut bytes = packet.bytes();
     let extension = [bytes[6], 0, 1, 4, 0, 0, 0, 0];
@@ -285,7 +285,7 @@ fn extension_header_without_transport_is_refused() {
     let whole = Packet::tcp(0, 300).with(|p| p.v6 = true);
     let vnet = VnetHeader { csum_start: 48, ..whole.vnet(100) };
     assert_eq!(refused(whole.vnet(100), &with_extension(&whole)), DropReason::VnetHeader);
-    // a fragment, another protocol, a header that reaches beyond the packet
+    // A fragment, another protocol, a header that exceeds the packet.
     for (at, value) in [(6, 44), (40, 17), (41, 200)] {
         let mut bytes = with_extension(&whole);
         bytes[at] = value;

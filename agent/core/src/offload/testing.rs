@@ -1,4 +1,4 @@
-//! Packets for the tests of split and coalesce.
+//! Packets for the tests of segmentation and coalescing.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -10,7 +10,7 @@ use crate::wire::ip::{IpHeader, TCP, UDP};
 
 use crate::wire::tcp::ACK;
 
-/// A packet in the making. Numbers that a test does not set are those of an ordinary flow.
+/// Builder of a packet. The default values are those of an ordinary flow.
 #[derive(Debug, Clone)]
 pub(crate) struct Packet {
     pub(crate) v6: bool,
@@ -67,7 +67,7 @@ impl Packet {
         self
     }
 
-    /// Length of IP and transport header.
+    /// Returns the length of IP and transport header in bytes.
     pub(crate) fn headers(&self) -> usize {
         let ip = if self.v6 { 40 } else { 20 } + self.ip_options.len();
         ip + if self.udp { 8 } else { 20 + self.options.len() }
@@ -138,7 +138,7 @@ impl Packet {
         bytes
     }
 
-    /// The vnet header that the kernel gives this packet as a superpacket.
+    /// Returns the vnet header of this packet as a superpacket from the kernel.
     pub(crate) fn vnet(&self, gso_size: u16) -> VnetHeader {
         let start = if self.v6 { 40 } else { 20 } + self.ip_options.len() as u16;
         VnetHeader {
@@ -148,7 +148,7 @@ impl Packet {
                 (_, true) => vnet::GSO_TCPV6,
                 (_, false) => vnet::GSO_TCPV4,
             },
-            // What the forwarding path says here is wrong; nothing may depend on it.
+            // The kernel's value is wrong on the forwarding path, so no code may use it.
             hdr_len: 3,
             gso_size,
             csum_start: start,
@@ -160,7 +160,7 @@ impl Packet {
 pub(crate) const ALL: CoalesceConfig =
     CoalesceConfig { tcp: true, udp: true, partial_checksum: true };
 
-/// What a write to the TUN was.
+/// A write to the TUN.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Written {
     pub(crate) vnet: VnetHeader,
@@ -168,7 +168,7 @@ pub(crate) struct Written {
     pub(crate) segments: usize,
 }
 
-/// Pushes packets, which are laid into one arena one behind the other, and flushes.
+/// Pushes packets from one arena, flushes, and returns the writes.
 pub(crate) fn coalesce_with(
     config: CoalesceConfig,
     packets: &[(Vec<u8>, Checksum)],
@@ -198,13 +198,13 @@ pub(crate) fn coalesce_with(
     written
 }
 
-/// As [`coalesce_with`], with everything allowed.
+/// Coalesces packets with all offloads enabled.
 pub(crate) fn coalesce(packets: &[Packet]) -> Vec<Written> {
     let packets: Vec<_> = packets.iter().map(|p| (p.bytes(), p.checksum)).collect();
     coalesce_with(ALL, &packets)
 }
 
-/// Segments of each write.
+/// Returns the number of segments of each write.
 pub(crate) fn shape(packets: &[Packet]) -> Vec<usize> {
     coalesce(packets).iter().map(|written| written.segments).collect()
 }

@@ -1,4 +1,4 @@
-//! What the fuzzers need of the tunnel's private parts.
+//! Access of the fuzz entry points to private parts of the tunnel.
 
 use crate::keys::PublicKey;
 use crate::tunnel::cookie::{MAC_LEN, MacKeys};
@@ -8,7 +8,7 @@ use crate::tunnel::message::{
 };
 use crate::wire::header::{Header, MessageType};
 
-/// Makes the first check of a handshake message right again for the owner of `public_key`.
+/// Recomputes mac1 of a handshake message for the owner of `public_key`.
 pub(crate) fn repair_mac1(public_key: &PublicKey, datagram: &mut [u8]) {
     let tail = match Header::parse(datagram) {
         Ok(Header { kind: MessageType::Initiation, .. }) => 2 * MAC_LEN,
@@ -22,7 +22,7 @@ pub(crate) fn repair_mac1(public_key: &PublicKey, datagram: &mut [u8]) {
     }
 }
 
-/// Reads `data` as everything that handshakes and control messages are made of.
+/// Parses `data` as every message and payload. Encoding a valid one must restore it.
 pub(crate) fn check_payloads(data: &[u8]) {
     if let Some(message) = Control::read(data) {
         let bytes = message.to_bytes();

@@ -23,7 +23,7 @@ pub fn sum(bytes: &[u8], seed: u16) -> u16 {
 
 /// Returns true if the checksum of an IPv4 header without options is correct.
 #[inline]
-pub fn header_is_right(header: &[u8; 20]) -> bool {
+pub fn is_header_valid(header: &[u8; 20]) -> bool {
     let mut total = 0;
     for at in [0, 4, 8, 12, 16] {
         let [a, b, c, d] = [header[at], header[at + 1], header[at + 2], header[at + 3]];
@@ -89,13 +89,13 @@ mod tests {
     #[test]
     fn header_check_detects_every_changed_byte() {
         let mut header = [0x45, 0, 0, 60, 1, 2, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2];
-        assert!(!header_is_right(&header));
+        assert!(!is_header_valid(&header));
         let sum = !naive(&header);
         header[10..12].copy_from_slice(&sum.to_be_bytes());
-        assert!(header_is_right(&header));
+        assert!(is_header_valid(&header));
         for at in 0..20 {
             header[at] ^= 0x10;
-            assert!(!header_is_right(&header), "byte {at}");
+            assert!(!is_header_valid(&header), "byte {at}");
             header[at] ^= 0x10;
         }
     }

@@ -138,7 +138,7 @@ mod tests {
             let before: [u8; 20] = header.clone().try_into().unwrap();
             ecn.write(&mut header);
             let after: [u8; 20] = header.try_into().unwrap();
-            prop_assert_eq!(checksum::header_is_right(&after), checksum::header_is_right(&before));
+            prop_assert_eq!(checksum::is_header_valid(&after), checksum::is_header_valid(&before));
             prop_assert_eq!(Ecn::of(&after), ecn);
             prop_assert_eq!((after[1] & 0xfc, &after[2..10]), (before[1] & 0xfc, &before[2..10]));
             prop_assert_eq!(&after[12..], &before[12..]);

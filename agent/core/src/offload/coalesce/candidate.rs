@@ -208,7 +208,7 @@ impl Layout {
     /// so is a complete transport checksum.
     #[inline(always)]
     pub(super) fn verify(self, packet: &[u8], checksum: Checksum) -> bool {
-        let network = self.is_v6() || packet.first_chunk().is_some_and(checksum::header_is_right);
+        let network = self.is_v6() || packet.first_chunk().is_some_and(checksum::is_header_valid);
         network && (checksum == Checksum::Partial || self.verify_transport(packet))
     }
 

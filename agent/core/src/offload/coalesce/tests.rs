@@ -8,7 +8,7 @@ use crate::wire::tcp::{ACK, CWR, ECE, FIN, PSH, RST, SYN, URG};
 
 const S: usize = 100;
 
-/// The next-in-sequence packets of one flow.
+/// Returns consecutive packets of one flow.
 fn train(count: usize) -> Vec<Packet> {
     (0..count).map(|i| Packet::tcp((i * S) as u32, S).with(|p| p.id = i as u16)).collect()
 }
@@ -17,7 +17,7 @@ fn datagrams(count: usize) -> Vec<Packet> {
     (0..count).map(|i| Packet::udp(S).with(|p| p.id = i as u16)).collect()
 }
 
-/// A train in which one packet is changed.
+/// Returns consecutive packets of one flow, of which one is changed.
 fn changed(count: usize, index: usize, change: impl FnOnce(&mut Packet)) -> Vec<Packet> {
     let mut packets = train(count);
     change(&mut packets[index]);
@@ -51,7 +51,8 @@ fn special_flags_are_verbatim_and_flush_flow() {
         let packets = changed(4, 1, |p| p.flags |= flag);
         assert_eq!(shape(&packets), [1, 1, 2], "flag {flag:#x}");
         assert_eq!(coalesce(&packets)[1].bytes, packets[1].bytes());
-        // Without payload the sequence goes on behind it, and only the seal keeps the order.
+        // A segment without payload does not advance the sequence number, so only the flush keeps
+        // the order.
         for v6 in [false, true] {
             let mut packets = train(2);
             packets.insert(1, Packet::tcp(100, 0).flags(ACK | flag));
@@ -61,7 +62,7 @@ fn special_flags_are_verbatim_and_flush_flow() {
     }
     let mut packets = train(2);
     packets.insert(1, Packet::tcp(100, 0).flags(0));
-    assert_eq!(shape(&packets), [1, 1, 1], "neither does a segment without ACK let pass");
+    assert_eq!(shape(&packets), [1, 1, 1], "A segment without ACK must flush its flow, too.");
 }
 
 #[test]
@@ -85,17 +86,17 @@ fn empty_segment_is_verbatim_and_flushes_flow() {
 
 #[test]
 fn sack_blocks_are_written_before_later_data() {
-    // SACK of 8 bytes (RFC 2018) behind two NOPs, between data of the same flow.
+    // A SACK option of 8 bytes (RFC 2018) after two NOPs, between data of the same flow.
     let sack = Packet::tcp(100, 0).with(|p| {
         p.options = vec![1, 1, 5, 10, 0, 0, 3, 232, 0, 0, 7, 208];
     });
     let packets = [Packet::tcp(0, S), sack.clone(), Packet::tcp(100, S), Packet::tcp(200, S)];
     let written = coalesce(&packets);
     assert_eq!(written.iter().map(|w| w.segments).collect::<Vec<_>>(), [1, 1, 2]);
-    assert_eq!(written[1].bytes, sack.bytes(), "the SACK blocks arrive unchanged");
+    assert_eq!(written[1].bytes, sack.bytes(), "The SACK blocks must arrive unchanged.");
     let others = |p: Packet| p.with(|p| p.source_port = 9);
     let packets = [Packet::tcp(0, S), others(sack), Packet::tcp(100, S)];
-    assert_eq!(shape(&packets), [2, 1], "an empty segment of another flow closes nothing");
+    assert_eq!(shape(&packets), [2, 1], "An empty segment of another flow must flush nothing.");
 }
 
 #[test]
@@ -182,12 +183,16 @@ fn ids_must_be_consecutive_without_df() {
     };
     assert_eq!(shape(&ids([0xffff, 0, 1])), [3]);
     assert_eq!(shape(&ids([4, 6, 7])), [1, 2]);
-    assert_eq!(shape(&changed(3, 1, |p| p.id = 999)), [3], "with DF any will do");
+    assert_eq!(
+        shape(&changed(3, 1, |p| p.id = 999)),
+        [3],
+        "Any identification must merge with DF."
+    );
 }
 
 #[test]
 fn ip_options_and_fragments_are_verbatim_and_flush() {
-    // Datagrams, since nothing but the seal keeps their order.
+    // Datagrams have no sequence number, so only the flush keeps their order.
     let change_second = |change: &dyn Fn(&mut Packet)| {
         let mut packets = datagrams(4);
         change(&mut packets[1]);
@@ -236,10 +241,10 @@ fn full_checksum_merges_only_if_correct() {
         bytes[wrong].0[60] ^= 1;
         let written = coalesce_with(ALL, &bytes);
         let alone: Vec<_> = written.iter().filter(|w| w.bytes == bytes[wrong].0).collect();
-        assert_eq!(alone.len(), 1, "packet {wrong} goes as it is");
+        assert_eq!(alone.len(), 1, "Packet {wrong} must be written verbatim.");
         assert_eq!(alone[0].vnet, VnetHeader::default());
     }
-    // Partial and full never mix.
+    // Partial and complete checksums never merge.
     bytes[2] = (train(4)[2].bytes(), Checksum::Partial);
     assert_eq!(coalesce_with(ALL, &bytes).len(), 3);
 }
@@ -303,7 +308,7 @@ fn disabled_checksum_offload_completes_and_never_merges() {
 
 #[test]
 fn computed_udp_checksum_of_zero_becomes_all_ones() {
-    // Find a payload whose sum comes out as zero.
+    // Searches a payload whose checksum is zero.
     let packet = (0..=u16::MAX)
         .map(|word| Packet::udp(2).with(|p| p.payload = word.to_be_bytes().to_vec()))
         .find(|p| {
@@ -477,8 +482,8 @@ proptest! {
         prop_assert_eq!(written.iter().map(|w| w.segments).sum::<usize>(), packets.len());
     }
 
-    /// Whatever order several flows come in, splitting what was merged gives every flow's packets
-    /// in their order.
+    /// Segmenting the writes restores the packets of each flow in their order, for any order of
+    /// flows.
     #[test]
     fn every_flow_keeps_its_order(
         steps in prop::collection::vec((0u16..4, 1usize..200, any::<bool>(), 0u8..12), 1..80),
@@ -505,8 +510,8 @@ proptest! {
         prop_assert_eq!(got, expected);
     }
 
-    /// Several flows of all kinds in any order, most of it in sequence, a little of it strange:
-    /// what is written, split again, is what was pushed.
+    /// Several flows of all kinds in any order, mostly in sequence and with some odd packets:
+    /// segmenting the writes restores the pushed packets.
     #[test]
     fn written_packets_equal_pushed_packets(
         steps in prop::collection::vec(

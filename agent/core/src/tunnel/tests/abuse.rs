@@ -1,21 +1,22 @@
-//! Strangers, floods, forgeries.
+//! Datagrams of attackers: spoofed, replayed and malformed handshakes, floods, and cookies.
 
 use super::*;
 use crate::tunnel::cookie::{Mac, MacKeys, mac2};
 use crate::tunnel::message::CLEAR_LEN;
 
-/// The first datagram of this type in the trace.
+/// Returns the first datagram of this type in the trace.
 fn first_of(lab: &Lab, kind: MessageType) -> Datagram {
     lab.trace.iter().find(|d| d.payload[0] == kind as u8).unwrap().clone()
 }
 
-/// Lets `node` have a datagram, and whatever follows from it.
+/// Delivers a datagram to `node` and sends the answers.
 fn inject(lab: &mut Lab, node: usize, source: SocketAddr, mut payload: Vec<u8>) {
     lab.nodes[node].engine.handle_datagram(lab.now, source, &mut payload);
     lab.collect(node);
 }
 
-/// Handshake up to the point where the datagram of this type is about to arrive.
+/// Performs a handshake up to the delivery of the datagram of this type. Returns that datagram and
+/// its receiver.
 fn caught(kind: MessageType) -> (Lab, usize, Datagram) {
     let mut lab = Lab::new(2);
     lab.send(0, 1, b"first");
@@ -31,7 +32,7 @@ fn handshake_with_flipped_byte_is_refused() {
     for kind in [MessageType::Initiation, MessageType::Response, MessageType::Control] {
         let (mut lab, to, datagram) = caught(kind);
         let len = datagram.payload.len();
-        // The second check says nothing while the node is not under load.
+        // mac2 is not checked while the node is not under load.
         let covered = if kind == MessageType::Initiation { len - 16 } else { len };
         let before = lab.view(to, 1 - to).receive.len();
         for at in 0..covered {
@@ -45,7 +46,7 @@ fn handshake_with_flipped_byte_is_refused() {
         assert!(lab.view(to, 1 - to).current.is_none());
         let dropped: u64 = lab.nodes[to].engine.drops().drain().map(|(_, n)| n).sum();
         assert_eq!(dropped, covered as u64 * 3);
-        assert!(lab.wire.is_empty(), "nothing of it was answered");
+        assert!(lab.wire.is_empty(), "No changed datagram may be answered.");
 
         inject(&mut lab, to, datagram.source, datagram.payload);
         lab.run(ms(20));
@@ -53,7 +54,7 @@ fn handshake_with_flipped_byte_is_refused() {
     }
 }
 
-/// As above, but by somebody who knows the receiver's public key and repairs the first check.
+/// The attacker knows the receiver's public key and repairs mac1.
 #[test]
 fn handshake_with_flipped_byte_and_valid_mac1_is_refused() {
     for kind in [MessageType::Initiation, MessageType::Response] {
@@ -63,7 +64,7 @@ fn handshake_with_flipped_byte_and_valid_mac1_is_refused() {
         let end = datagram.payload.len() - tail;
         let before = lab.view(to, 1 - to).receive.len();
         for at in 0..end {
-            // Slowly, so that it does not count as load.
+            // The interval keeps the node below the load at which it asks for cookies.
             lab.now = lab.now.after(ms(20));
             let mut payload = datagram.payload.clone();
             payload[at] ^= 0x40;
@@ -106,7 +107,7 @@ fn replayed_initiation_is_refused_after_session_end() {
     let sent = lab.trace.len();
     inject(&mut lab, 1, initiation.source, initiation.payload.clone());
     assert_eq!(lab.count(1, HandshakeResult::Replayed), 1);
-    assert_eq!(lab.trace.len(), sent, "and not answered");
+    assert_eq!(lab.trace.len(), sent, "A replayed initiation must not be answered.");
     lab.run(secs(300));
     assert!(current.is_expired());
     inject(&mut lab, 1, initiation.source, initiation.payload);
@@ -128,7 +129,7 @@ fn stopped_wall_clock_does_not_stop_handshakes() {
     assert_eq!(lab.count(1, HandshakeResult::Replayed), 0);
 }
 
-/// It has forgotten what it said before; where its clock was then is all that helps.
+/// The restarted node has lost its last timestamp; only the stored wall-clock time helps.
 #[test]
 fn restart_with_earlier_clock_and_stored_time_connects() {
     let mut lab = Lab::joined_pair();
@@ -137,7 +138,7 @@ fn restart_with_earlier_clock_and_stored_time_connects() {
     lab.restart(0);
     lab.send(0, 1, b"wanted");
     lab.run(secs(3));
-    assert!(!lab.joined(0, 1), "without it, it is taken for a replay");
+    assert!(!lab.joined(0, 1), "Without the stored time the initiation must count as a replay.");
     assert!(lab.count(1, HandshakeResult::Replayed) > 0);
     lab.restart(0);
     lab.nodes[0].engine.raise_timestamps(before + secs(60));
@@ -156,7 +157,8 @@ fn replayed_control_message_is_refused() {
     assert_eq!(lab.trace.len(), sent);
 }
 
-/// Initiations whose first check is right, from anybody who knows node 1's public key.
+/// Creates initiations with a valid mac1, as a sender makes them that knows only node 1's public
+/// key.
 fn flood(lab: &mut Lab, count: usize) -> usize {
     let initiation = caught(MessageType::Initiation).2;
     let keys = MacKeys::new(&lab.key(1));
@@ -173,7 +175,7 @@ fn flood(lab: &mut Lab, count: usize) -> usize {
     (lab.count(1, HandshakeResult::CookieSent) - cookies) as usize
 }
 
-/// Cookie that node 1, under load, sends to the sender of this initiation.
+/// Returns the cookie that node 1, under load, sends to the sender of this initiation.
 fn cookie_for(lab: &mut Lab, source: SocketAddr, mut initiation: Vec<u8>) -> Mac {
     let second_at = initiation.len() - 16;
     initiation[second_at..].fill(0);
@@ -189,20 +191,24 @@ fn cookie_for(lab: &mut Lab, source: SocketAddr, mut initiation: Vec<u8>) -> Mac
 #[test]
 fn responder_under_load_sends_cookie_first() {
     let mut lab = Lab::new(2);
-    assert_eq!(flood(&mut lab, 200), 200 - 64, "public keys cost 64 a second, no more");
+    assert_eq!(
+        flood(&mut lab, 200),
+        200 - 64,
+        "Only 64 initiations per second may cost public-key operations."
+    );
     lab.wire.clear();
     lab.send(0, 1, b"first");
     lab.run(ms(20));
     assert_eq!(lab.count(0, HandshakeResult::CookieReceived), 1);
-    assert!(lab.joined(0, 1), "with the cookie at once");
+    assert!(lab.joined(0, 1), "The node must connect with the cookie at once.");
     assert_eq!(lab.count(0, HandshakeResult::Initiated), 1);
     let drops = lab.dropped(1, DropReason::HandshakeCookieRequired);
     assert_eq!(drops, 200 - 64 + 1);
-    // Nothing that a node answers is longer than what it answers.
+    // No answer is longer than the message that it answers.
     let initiation = first_of(&lab, MessageType::Initiation).payload.len();
     assert!(lab.trace.iter().filter(|d| d.from == 1).all(|d| d.payload.len() <= initiation));
 
-    // The cookie is kept: the next handshake under load needs no further round.
+    // The cookie is valid for later handshakes, which need no further round trip.
     lab.flow(0, 1, ms(100));
     lab.run(secs(100));
     flood(&mut lab, 200);
@@ -236,7 +242,7 @@ fn source_with_cookie_is_rate_limited() {
     }
     assert!(lab.count(1, HandshakeResult::RateLimited) >= 34);
     assert!(lab.count(1, HandshakeResult::Invalid) - invalid <= 16);
-    // Somebody else's cookie is no cookie.
+    // A cookie of another source is invalid.
     let elsewhere: SocketAddr = "203.0.113.9:9".parse().unwrap();
     flood(&mut lab, 100);
     let before = lab.count(1, HandshakeResult::CookieSent);
@@ -266,11 +272,15 @@ fn replay_with_cookie_uses_no_token_of_its_sender() {
     lab.wire.clear();
     lab.send(0, 1, b"again");
     lab.run(ms(20));
-    assert!(lab.joined(0, 1), "The recorded node has its turn.");
-    assert_eq!(lab.count(1, HandshakeResult::RateLimited), 0, "Its own turns are all there.");
+    assert!(lab.joined(0, 1), "The recorded node must connect.");
+    assert_eq!(
+        lab.count(1, HandshakeResult::RateLimited),
+        0,
+        "The replays must not use up the tokens of the recorded node."
+    );
 }
 
-/// A /16, say, whose owner answers every cookie.
+/// The attacker answers every cookie from many addresses, for example those of a /16 network.
 #[test]
 fn sender_with_many_addresses_locks_out_no_node() {
     let mut lab = Lab::new(2);
@@ -301,11 +311,11 @@ fn sender_with_many_addresses_locks_out_no_node() {
     lab.send(0, 1, b"first");
     lab.run(ms(20));
     assert_eq!(lab.count(0, HandshakeResult::CookieReceived), 1);
-    assert!(lab.joined(0, 1), "a node at its own address");
+    assert!(lab.joined(0, 1), "A node at its own address must connect.");
 }
 
-/// Forged responses to `initiation` by an attacker that knows the initiator's public key and sees
-/// the index.
+/// Creates spoofed responses to `initiation`, as an attacker makes them that knows the initiator's
+/// public key and sees the index.
 fn forged_responses(lab: &Lab, initiation: &Datagram) -> impl Iterator<Item = Vec<u8>> + use<> {
     let keys = MacKeys::new(&lab.key(initiation.from));
     let index: [u8; 4] = initiation.payload[16..20].try_into().unwrap();
@@ -330,7 +340,11 @@ fn forged_responses_cost_few_public_key_operations() {
         inject(&mut lab, 0, source, payload);
     }
     let read = lab.count(0, HandshakeResult::Invalid);
-    assert_eq!(read, 4 + 64, "An initiation has 4 answers of its own; 64 a second are for all.");
+    assert_eq!(
+        read,
+        4 + 64,
+        "Each initiation must have 4 tries of its own; 64 per second are shared."
+    );
     assert_eq!(lab.count(0, HandshakeResult::RateLimited), 5000 - read);
     assert_eq!(lab.dropped(0, DropReason::HandshakeRateLimited), 5000 - read);
     lab.underlay.cut.clear();
@@ -343,12 +357,12 @@ fn response_is_read_during_initiation_flood() {
     let initiation = caught(MessageType::Initiation).2;
     lab.send(1, 0, b"first");
     let pending = lab.trace.last().unwrap().clone();
-    assert!(flood(&mut lab, 200) > 0, "Initiations have used up what is for all.");
+    assert!(flood(&mut lab, 200) > 0, "Initiations must have used up the shared limit.");
     for payload in forged_responses(&lab, &pending).take(3) {
         inject(&mut lab, 1, initiation.destination, payload);
     }
     lab.run(ms(20));
-    assert!(lab.joined(0, 1), "The first few answers are read in any case.");
+    assert!(lab.joined(0, 1), "The first few responses must be read in any case.");
 }
 
 #[test]
@@ -356,16 +370,16 @@ fn response_is_read_despite_spoofed_responses() {
     let mut lab = Lab::new(2);
     lab.send(1, 0, b"first");
     let pending = lab.trace.last().unwrap().clone();
-    assert!(flood(&mut lab, 200) > 0, "Initiations have used up what is for all.");
+    assert!(flood(&mut lab, 200) > 0, "Initiations must have used up the shared limit.");
     let before = lab.count(1, HandshakeResult::Invalid);
     for (number, payload) in forged_responses(&lab, &pending).take(100).enumerate() {
         let source = SocketAddr::new([203, 0, 113, number as u8].into(), PORT);
         inject(&mut lab, 1, source, payload);
     }
     let read = lab.count(1, HandshakeResult::Invalid) - before;
-    assert_eq!(read, 4, "All other addresses share 4 tries.");
+    assert_eq!(read, 4, "All other addresses must share 4 tries.");
     lab.run(ms(20));
-    assert!(lab.joined(0, 1), "The peer's address has tries of its own.");
+    assert!(lab.joined(0, 1), "The peer's address must have tries of its own.");
 }
 
 /// The attacker is a pod on the host's network or a user of the node, and receives at ports of its
@@ -379,7 +393,8 @@ fn sender_at_shared_address_locks_out_no_node() {
     let end = initiation.len() - 32;
     let node = lab.nodes[0].config.addresses[0];
     for i in 0..3000_u16 {
-        // Every other one claims the node's port, with a cookie that was sent to its own.
+        // Every second initiation names the node's port and carries a cookie for the attacker's
+        // port.
         let claims = |payload: &mut [u8], port: u16| {
             payload[CLEAR_LEN - 4..CLEAR_LEN - 2].copy_from_slice(&port.to_be_bytes());
             let check = keys.mac1(&payload[..end]);
@@ -408,7 +423,7 @@ fn sender_at_shared_address_locks_out_no_node() {
     lab.send(0, 1, b"first");
     lab.run(ms(20));
     assert_eq!(lab.count(0, HandshakeResult::CookieReceived), 1);
-    assert!(lab.joined(0, 1), "The node receives at its own port.");
+    assert!(lab.joined(0, 1), "The node must connect at its own port.");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Data goes only to addresses at which the peer has answered a handshake.
+//! Destinations of data: only addresses at which the peer has answered a handshake.
 
 use super::*;
 
@@ -7,14 +7,14 @@ fn address(text: &str) -> SocketAddr {
 }
 
 impl Lab {
-    /// Gives `node` a record of `peer` with these endpoints.
+    /// Adds a record of `peer` with these endpoints to `node`.
     fn record_at(&mut self, node: usize, peer: usize, endpoints: Vec<SocketAddr>) {
         let config = PeerConfig { public_key: self.key(peer), second_key: None, endpoints };
         self.nodes[node].engine.upsert_peer(self.now, config);
         self.collect(node);
     }
 
-    /// Types of all messages from `node` to an address.
+    /// Returns the types of all messages from `node` to an address.
     fn sent_to(&self, node: usize, to: SocketAddr) -> Vec<u8> {
         let sent = self.trace.iter().filter(|d| d.from == node && d.destination == to);
         sent.map(|datagram| datagram.payload[0]).collect()
@@ -40,7 +40,7 @@ fn data_goes_only_to_addresses_that_answered() {
     lab.run(secs(200));
     let handshakes = lab.only_initiations(0, victim);
     assert!((10..60).contains(&handshakes), "{handshakes} handshakes in 200 s");
-    assert!(lab.current(0, 1).is_some(), "There is a session all the same.");
+    assert!(lab.current(0, 1).is_some(), "There must be a session nevertheless.");
     assert_eq!(lab.view(0, 1).endpoint, None);
     assert_eq!(lab.state(0, 1), PeerState::Unreachable);
     assert_eq!(lab.nodes[1].received.len(), 0);
@@ -83,7 +83,11 @@ fn changed_record_moves_data_without_loss() {
         lab.nodes[1].config.addresses.push(new);
         lab.record_at(0, 1, vec![new]);
         lab.run(delay * 2 - ms(1));
-        assert_eq!(lab.only_initiations(0, new), 1, "Only the handshake leaves before its answer.");
+        assert_eq!(
+            lab.only_initiations(0, new),
+            1,
+            "Only the handshake may be sent before its answer."
+        );
         assert_eq!(lab.view(0, 1).endpoint, Some(old));
         lab.run(ms(2));
         assert_eq!(lab.view(0, 1).endpoint, Some(new));
@@ -130,21 +134,24 @@ fn current_address_stays_until_session_ends() {
     assert_eq!(lab.view(0, 1).endpoint, Some(old));
     assert_eq!(lab.state(0, 1), PeerState::Established);
     lab.run(secs(20));
-    assert_eq!(lab.view(0, 1).endpoint, None, "The proof of the old address is over.");
+    assert_eq!(lab.view(0, 1).endpoint, None, "The proof of the old address must have expired.");
     assert_eq!(lab.state(0, 1), PeerState::Unreachable);
     let sent = lab.sent_to(0, old).len();
     lab.run(secs(20));
     let later = &lab.sent_to(0, old)[sent..];
-    assert!(later.iter().all(|kind| *kind <= 3), "Only handshakes are answered there: {later:?}");
-    assert!(lab.only_initiations(0, nowhere) > 30, "The new address is asked again and again.");
-    // A node now answers at the new address.
+    assert!(later.iter().all(|kind| *kind <= 3), "Only handshakes may be sent there: {later:?}");
+    assert!(
+        lab.only_initiations(0, nowhere) > 30,
+        "Handshakes with the new address must be repeated."
+    );
+    // From now on a node answers at the new address.
     lab.nodes[1].config.addresses.push(nowhere);
     lab.run_until(secs(6), |lab| lab.view(0, 1).endpoint == Some(nowhere));
     lab.run(secs(1));
     assert!(lab.joined(0, 1));
 }
 
-/// Nodes whose own packets leave from an address that their records do not name.
+/// The packets of the nodes leave from addresses that their records do not name.
 #[test]
 fn unlisted_sources_prove_listed_addresses() {
     let mut lab = Lab::unacquainted(2);
@@ -163,7 +170,7 @@ fn unlisted_sources_prove_listed_addresses() {
         assert_eq!(lab.state(node, peer), PeerState::Established);
         let unlisted = lab.nodes[peer].config.addresses[0];
         let sent = lab.sent_to(node, unlisted);
-        assert!(sent.iter().all(|kind| *kind <= 3), "Only handshakes are answered there: {sent:?}");
+        assert!(sent.iter().all(|kind| *kind <= 3), "Only handshakes may be sent there: {sent:?}");
     }
     let before = lab.handshakes_begun();
     lab.run(secs(600));

@@ -1,4 +1,4 @@
-//! A node's process is killed, and the next one goes on with its sessions.
+//! Restarts of a killed process with its sessions restored from the store.
 
 use std::sync::Mutex;
 
@@ -8,7 +8,7 @@ use crate::wire::header::CONTROL_LANE;
 
 type Record = ([u8; SAVED_LEN], BTreeMap<u8, u64>);
 
-/// Outlives the engine that writes to it.
+/// A store that outlives the engine.
 #[derive(Clone, Default)]
 struct Shelf(Arc<Mutex<BTreeMap<usize, Record>>>, Arc<Mutex<Times>>);
 
@@ -28,7 +28,7 @@ impl Shelf {
         Box::new(Place(self.clone(), place))
     }
 
-    /// What a killed process leaves: its places are never dropped.
+    /// Returns the records that a killed process leaves; it does not drop its slots.
     fn left(&self) -> Vec<Record> {
         self.0.lock().unwrap().values().cloned().collect()
     }
@@ -87,7 +87,8 @@ impl Lab {
         shelf
     }
 
-    /// The process is killed; the next one has what was kept. How many sessions it takes up.
+    /// Kills the process of a node and starts the next one with the store. Returns the number of
+    /// restored sessions.
     fn kill(&mut self, node: usize, shelf: &mut Shelf) -> usize {
         let left = shelf.left();
         let memory = Shelf(Arc::default(), shelf.1.clone());
@@ -106,7 +107,7 @@ impl Lab {
         taken
     }
 
-    /// A new engine that has the memory before it has its peers.
+    /// Starts a new engine. It gets the store before its peers.
     fn restart_on(&mut self, node: usize, memory: Option<Shelf>) {
         let known: Vec<_> = (0..self.nodes.len())
             .filter(|&peer| self.nodes[node].engine.peer_id(&self.key(peer)).is_some())
@@ -123,7 +124,7 @@ impl Lab {
         }
     }
 
-    /// A pair of which the first keeps its sessions, in traffic.
+    /// Creates two nodes in traffic, of which the first stores its sessions.
     fn kept_pair() -> (Lab, Shelf) {
         let mut lab = Lab::new(2);
         let shelf = lab.keep(0);
@@ -159,13 +160,20 @@ fn repeated_kills_keep_the_same_session() {
     assert!(lab.nodes[1].drops.is_empty(), "{:?}", lab.nodes[1].drops);
     lab.nodes[0].flow = None;
     lab.run(ms(10));
-    assert_eq!(lab.nodes[1].received.len() as u64, lab.nodes[0].sent, "nothing was lost");
-    assert_eq!(lab.count(0, HandshakeResult::Initiated), 0, "in this life");
+    assert_eq!(lab.nodes[1].received.len() as u64, lab.nodes[0].sent, "No packet may be lost.");
+    assert_eq!(
+        lab.count(0, HandshakeResult::Initiated),
+        0,
+        "The restarted process must start no handshake."
+    );
     assert_eq!(lab.count(1, HandshakeResult::Initiated), before);
     for datagram in lab.trace.iter().filter(|datagram| datagram.from == 0) {
         let header = Header::parse(&datagram.payload).unwrap();
         if matches!(header.kind, MessageType::Data | MessageType::Control) {
-            assert!(nonces.insert((header.receiver, header.lane, header.counter)), "a nonce twice");
+            assert!(
+                nonces.insert((header.receiver, header.lane, header.counter)),
+                "No nonce may be used twice."
+            );
         }
     }
 }
@@ -190,13 +198,13 @@ fn datagrams_of_earlier_epoch_are_not_accepted_again() {
         "{:?}",
         lab.nodes[0].drops
     );
-    // Initiations and control messages too.
+    // Initiations and control messages are replayed, too.
     let after = lab.dropped(0, DropReason::Replayed) + lab.dropped(0, DropReason::ReplayWindow);
     assert!(after > 0);
-    assert_eq!(lab.view(0, 1).receive.len(), 1, "no initiation is believed twice");
+    assert_eq!(lab.view(0, 1).receive.len(), 1, "No initiation may be accepted twice.");
 }
 
-/// Also while no control process is there to know the time before.
+/// This holds even if no control process knows the last time.
 #[test]
 fn epoch_with_earlier_clock_sends_later_timestamps() {
     let mut lab = Lab::new(2);
@@ -207,7 +215,10 @@ fn epoch_with_earlier_clock_sends_later_timestamps() {
     assert_eq!(lab.kill(0, &mut shelf), 1);
     let sessions = lab.count(1, HandshakeResult::CompletedResponder);
     lab.run(secs(130));
-    assert!(lab.count(1, HandshakeResult::CompletedResponder) > sessions, "it has renewed");
+    assert!(
+        lab.count(1, HandshakeResult::CompletedResponder) > sessions,
+        "The session must have been renewed."
+    );
     assert_eq!(lab.count(1, HandshakeResult::Replayed), 0);
 }
 
@@ -215,7 +226,7 @@ fn epoch_with_earlier_clock_sends_later_timestamps() {
 fn unconfirmed_session_stays_unconfirmed_after_restart() {
     let mut lab = Lab::new(2);
     let mut shelf = lab.keep(0);
-    // The initiator never hears the answer, so that it never speaks in the session.
+    // The initiator never receives the response, so it sends nothing in the session.
     lab.underlay.mute = Some((0, MessageType::Response));
     lab.send(1, 0, b"first");
     lab.run(ms(20));
@@ -235,14 +246,22 @@ fn restored_sessions_are_renewed_and_end_in_time() {
     lab.run(secs(110));
     assert_eq!(lab.kill(0, &mut shelf), 1);
     lab.run(secs(15));
-    assert_ne!(lab.current(0, 1).unwrap().local_index, first.local_index, "renewed in time");
+    assert_ne!(
+        lab.current(0, 1).unwrap().local_index,
+        first.local_index,
+        "The session must be renewed in time."
+    );
     assert_eq!(shelf.left().len(), 2);
-    assert_eq!(lab.kill(0, &mut shelf), 2, "the old one takes what is in flight");
+    assert_eq!(
+        lab.kill(0, &mut shelf),
+        2,
+        "The old session must be restored for datagrams in flight."
+    );
     assert!(lab.joined(0, 1));
     lab.run(secs(70));
-    assert_eq!(shelf.left().len(), 1, "what is over is forgotten");
+    assert_eq!(shelf.left().len(), 1, "An expired session must be removed from the store.");
     assert!(lab.nodes[1].drops.is_empty() && lab.nodes[0].drops.is_empty());
-    // After a long sleep nothing is taken up.
+    // No session is restored after 180 s.
     let left = shelf.left();
     assert_eq!(left.len(), 1);
     lab.nodes[0].flow = None;
@@ -273,7 +292,7 @@ fn expired_or_foreign_sessions_are_not_restored() {
     assert!(lab.handshakes() > 0);
 }
 
-/// Hands every initiation of node 0 that is in the trace to node 1 once more.
+/// Delivers every initiation of node 0 in the trace to node 1 again.
 fn replay_initiations(lab: &mut Lab) {
     let recorded: Vec<_> =
         lab.trace.iter().filter(|d| d.from == 0 && d.payload[0] == 1).cloned().collect();
@@ -290,16 +309,16 @@ fn recorded_initiations_are_refused_in_next_process() {
     lab.send(0, 1, b"first");
     lab.run(secs(1));
     assert!(lab.joined(0, 1));
-    // No session is left from which the last time could be derived.
+    // The store has no session from which the last timestamp could be derived.
     lab.run(secs(300));
     assert_eq!(shelf.left().len(), 0);
     assert_eq!(lab.kill(1, &mut shelf), 0);
     replay_initiations(&mut lab);
     assert_eq!(lab.count(1, HandshakeResult::Replayed), 1);
-    assert!(lab.view(1, 0).receive.is_empty(), "A recorded initiation makes no session.");
+    assert!(lab.view(1, 0).receive.is_empty(), "A recorded initiation must create no session.");
     lab.send(0, 1, b"wanted");
     lab.run(secs(1));
-    assert!(lab.joined(0, 1), "A new initiation is answered.");
+    assert!(lab.joined(0, 1), "A new initiation must be answered.");
 }
 
 #[test]
@@ -314,7 +333,7 @@ fn recorded_initiations_are_refused_after_restart() {
         lab.nodes[1].engine.raise_seen_timestamp(key, *timestamp);
     }
     assert_eq!(lab.nodes[1].engine.seen_timestamps().collect::<Vec<_>>(), seen);
-    // An earlier time lowers nothing.
+    // An earlier timestamp has no effect.
     lab.nodes[1].engine.raise_seen_timestamp(&seen[0].0, secs(1));
     replay_initiations(&mut lab);
     assert_eq!(lab.count(1, HandshakeResult::Replayed), 1);
@@ -332,12 +351,12 @@ fn recorded_initiations_of_later_peer_are_refused() {
         lab.nodes[1].engine.raise_seen_timestamp(key, *timestamp);
         lab.nodes[1].engine.raise_seen_timestamp(key, secs(1));
     }
-    assert_eq!(lab.nodes[1].engine.seen_timestamps().count(), 0, "The key has no peer.");
+    assert_eq!(lab.nodes[1].engine.seen_timestamps().count(), 0, "The key must have no peer.");
     lab.introduce(1, 0);
     assert_eq!(lab.nodes[1].engine.seen_timestamps().collect::<Vec<_>>(), seen);
     replay_initiations(&mut lab);
     assert_eq!(lab.count(1, HandshakeResult::Replayed), 1);
-    assert!(lab.view(1, 0).receive.is_empty(), "A recorded initiation makes no session.");
+    assert!(lab.view(1, 0).receive.is_empty(), "A recorded initiation must create no session.");
 }
 
 #[test]
@@ -347,12 +366,12 @@ fn mtu_changed_between_processes_reaches_peer() {
     lab.nodes[0].config.mtu = 1360;
     assert_eq!(lab.kill(0, &mut shelf), 1);
     lab.run(secs(10));
-    assert_eq!(lab.view(1, 0).mtu, Some(1360), "The peer learns of the MTU within seconds.");
+    assert_eq!(lab.view(1, 0).mtu, Some(1360), "The peer must learn the MTU within seconds.");
     let before = lab.count(0, HandshakeResult::Initiated);
-    assert!(lab.kill(0, &mut shelf) > 0, "The renewed session is kept.");
+    assert!(lab.kill(0, &mut shelf) > 0, "The renewed session must be stored.");
     lab.run(secs(10));
     let now = lab.count(0, HandshakeResult::Initiated);
-    assert_eq!((before, now), (1, 0), "A process with the same MTU starts no handshake.");
+    assert_eq!((before, now), (1, 0), "A process with the same MTU must start no handshake.");
 }
 
 #[test]
@@ -366,7 +385,7 @@ fn timestamp_of_key_is_deleted_with_its_record() {
     let id = lab.peer_id(1, 0);
     lab.nodes[1].engine.remove_peer(id);
     assert_eq!(shelf.seen_timestamp(&key), Duration::ZERO);
-    // The next process notices a record that was removed while no process ran.
+    // The next process detects a record that was removed while no process ran.
     shelf.clone().set_seen_timestamp(&key, secs(5));
     let now = lab.now;
     lab.nodes[1].engine.restore_sessions(now, []);
@@ -375,7 +394,7 @@ fn timestamp_of_key_is_deleted_with_its_record() {
 
 #[test]
 fn replays_do_not_stop_own_handshake() {
-    // The node that is flooded has the greater key, and the lesser one.
+    // Both the node with the greater and the node with the lesser key are flooded.
     for (sender, victim) in [(0, 1), (1, 0)] {
         let mut lab = Lab::new(2);
         let mut recorded = Vec::new();
@@ -387,11 +406,11 @@ fn replays_do_not_stop_own_handshake() {
             recorded.push(initiation.unwrap().clone());
         }
         lab.restart(sender);
-        // The node has lost the times that it has seen.
+        // The node has lost the timestamps that it has accepted.
         lab.restart(victim);
         let begun = lab.now.mono;
         lab.flow(victim, sender, ms(20));
-        // Each arrives just before the answer to an own initiation would.
+        // Each replay arrives just before the response to a handshake of the node would.
         for datagram in recorded {
             lab.deliver(datagram);
             let next = lab.now.mono + ms(990);

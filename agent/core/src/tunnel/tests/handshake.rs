@@ -1,4 +1,4 @@
-//! Two nodes meet.
+//! Handshakes between nodes: convergence, negotiation, retries, endpoints.
 
 use std::net::SocketAddrV6;
 
@@ -33,7 +33,7 @@ fn first_packet_creates_session_for_both_directions() {
         assert_eq!(lab.count(from, HandshakeResult::Initiated), 1);
         assert_eq!(lab.count(from, HandshakeResult::CompletedInitiator), 1);
         assert_eq!(lab.count(to, HandshakeResult::CompletedResponder), 1);
-        // A round trip is 2 ms here.
+        // The round trip of the simulated underlay is 2 ms.
         assert_eq!(lab.view(from, to).round_trip, Some(ms(2)));
     }
 }
@@ -90,7 +90,10 @@ fn simultaneous_initiations_converge_on_one_session() {
                 assert!(lab.joined(0, 1), "{delay:?} {skew} {first}");
                 let initiators = [lab.current(0, 1), lab.current(1, 0)];
                 let initiators = initiators.iter().flatten().filter(|s| s.initiator).count();
-                assert_eq!(initiators, 1, "one of the two will rekey");
+                assert_eq!(
+                    initiators, 1,
+                    "Exactly one node must be the initiator, which renews the session."
+                );
             }
         }
     }
@@ -113,7 +116,8 @@ fn simultaneous_initiations_with_reordering_connect() {
     }
 }
 
-/// Whichever of the two has the greater key: a handshake of one's own is over once the peer's is.
+/// A handshake of a node ends when that of its peer completes, whichever of the two has the greater
+/// key.
 #[test]
 fn session_of_peer_ends_own_handshake() {
     for mute in [0, 1] {
@@ -216,7 +220,11 @@ fn unrequested_handshake_is_abandoned() {
     assert!((4..=8).contains(&tries), "{tries}");
     assert_eq!(lab.count(0, HandshakeResult::Timeout), tries);
     assert_eq!(lab.state(0, 1), PeerState::Idle);
-    assert_eq!(lab.nodes[0].engine.poll_timeout(), None, "nothing lives");
+    assert_eq!(
+        lab.nodes[0].engine.poll_timeout(),
+        None,
+        "An abandoned handshake must leave no deadline."
+    );
     lab.run(secs(100));
     assert_eq!(lab.count(0, HandshakeResult::Initiated), tries);
 }
@@ -246,15 +254,19 @@ fn changed_record_takes_effect_at_once() {
     lab.nodes[0].engine.poll_tables_changed();
     lab.introduce(0, 1);
     lab.collect(0);
-    assert!(lab.current(0, 1).is_some(), "the session stays");
+    assert!(lab.current(0, 1).is_some(), "The session must stay.");
     lab.run(ms(2));
     assert!(lab.nodes[0].engine.poll_tables_changed());
-    assert_eq!(lab.view(0, 1).endpoint, Some(new), "after one round trip");
+    assert_eq!(
+        lab.view(0, 1).endpoint,
+        Some(new),
+        "The new endpoint must be used after one round trip."
+    );
     assert!(lab.send(0, 1, b"there"));
     lab.run(ms(20));
     assert!(lab.joined(0, 1));
     assert_eq!(lab.nodes[1].received, [b"there"]);
-    // The same again changes nothing.
+    // The same record again changes nothing.
     lab.nodes[0].engine.poll_tables_changed();
     lab.introduce(0, 1);
     assert!(!lab.nodes[0].engine.poll_tables_changed());
@@ -274,7 +286,7 @@ fn changed_record_redirects_pending_handshake() {
     lab.underlay.dead.insert(other);
     lab.introduce(0, 1);
     lab.run(ms(20));
-    assert!(lab.joined(0, 1), "without waiting for the next retry");
+    assert!(lab.joined(0, 1), "The changed record must not wait for the next retry.");
 }
 
 #[test]
@@ -310,7 +322,10 @@ fn unknown_key_is_refused() {
     lab.run(ms(20));
     assert_eq!(lab.dropped(1, DropReason::HandshakeUnknownPeer), 1);
     assert_eq!(lab.count(1, HandshakeResult::UnknownPeer), 1);
-    assert!(lab.trace.iter().all(|datagram| datagram.from == 0), "and not answered");
+    assert!(
+        lab.trace.iter().all(|datagram| datagram.from == 0),
+        "A node must not answer an unknown key."
+    );
 }
 
 #[test]
@@ -325,7 +340,7 @@ fn underlay_below_handshake_size_fails_without_session() {
     lab.run(secs(30));
     assert_eq!(lab.state(0, 1), PeerState::Idle);
     assert_eq!(lab.nodes[0].engine.poll_timeout(), None);
-    // No handshake message needs more than IPv6's least MTU leaves.
+    // Every handshake message fits the smallest MTU of IPv6.
     assert!(lab.trace.iter().all(|datagram| datagram.payload.len() <= 1232));
 }
 
@@ -367,7 +382,7 @@ fn session_propagates_ecn_only_if_both_nodes_do() {
 #[test]
 fn link_local_endpoint_keeps_its_scope() {
     let mut lab = Lab::unacquainted(2);
-    // One address on two links, as two hosts may have it.
+    // The same address exists on two links, as two hosts may have it.
     let at = |scope, host| {
         let address = [0xfe80, 0, 0, 0, 0, 0, 0, host].into();
         SocketAddr::from(SocketAddrV6::new(address, PORT, 0, scope))
@@ -380,7 +395,7 @@ fn link_local_endpoint_keeps_its_scope() {
     lab.underlay.dead.extend([at(3, 1), at(3, 2)]);
     lab.flow(0, 1, ms(100));
     lab.run(secs(8));
-    assert!(lab.joined(0, 1), "the second endpoint is tried, too");
+    assert!(lab.joined(0, 1), "The second endpoint must be tried, too.");
     assert_eq!(lab.view(0, 1).endpoint, Some(at(4, 2)));
-    assert_eq!(lab.view(1, 0).endpoint, Some(at(4, 1)), "the answer goes back by the same link");
+    assert_eq!(lab.view(1, 0).endpoint, Some(at(4, 1)), "The answer must use the same link.");
 }

@@ -1,4 +1,4 @@
-//! Peers fall silent and come back.
+//! Detection of unreachable peers and of their return.
 
 use super::*;
 use crate::tunnel::UnreachableReason;
@@ -18,21 +18,21 @@ fn dead_peer_is_detected_within_5_s_and_recovers() {
     assert_eq!(lab.view(0, 1).reason, Some(UnreachableReason::Silent));
     let tries = lab.count(0, HandshakeResult::Initiated);
     lab.run(secs(20));
-    assert!(lab.count(0, HandshakeResult::Initiated) > tries, "it goes on trying");
+    assert!(lab.count(0, HandshakeResult::Initiated) > tries, "Handshakes must be repeated.");
     lab.underlay.cut.clear();
     let took = lab.run_until(secs(6), |lab| {
         lab.state(0, 1) == PeerState::Established && lab.state(1, 0) == PeerState::Established
     });
-    // The session is still good: the next packet is enough.
+    // The session is still valid: the next packet suffices.
     assert!(took <= ms(1100), "{took:?}");
 }
 
-/// How the first two nodes talk.
+/// Pattern of traffic between the first two nodes.
 #[derive(Debug, Clone, Copy)]
 enum Talk {
     OneWay(usize),
     BothWays,
-    /// The first asks, the second answers.
+    /// The first node sends requests, the second answers.
     Requests,
 }
 
@@ -58,8 +58,8 @@ fn both_are(lab: &Lab, state: PeerState) -> bool {
     lab.state(0, 1) == state && lab.state(1, 0) == state
 }
 
-/// Also the end that hears everything learns, from the other's pings, that it is not heard itself; and
-/// the end that hears nothing, also where it has nothing to send.
+/// The node that receives everything learns from the peer's pings that it is not heard. The node
+/// that receives nothing detects this even if it has nothing to send.
 #[test]
 fn dead_direction_is_detected_at_both_ends_within_5_s() {
     for talk in Talk::ALL {
@@ -103,7 +103,7 @@ fn ten_percent_loss_makes_no_peer_unreachable() {
             lab.underlay.delay = ms(10);
             lab.underlay.jitter = ms(60);
             talk.begin(&mut lab, ms(interval));
-            // An hour.
+            // One hour.
             for _ in 0..36_000 {
                 lab.run(ms(100));
                 let told = [lab.view(0, 1).reason, lab.view(1, 0).reason];
@@ -113,7 +113,7 @@ fn ten_percent_loss_makes_no_peer_unreachable() {
     }
 }
 
-/// A conversation that ends costs a question and an answer more; then there is silence.
+/// The end of a conversation costs a few messages; afterwards no datagram is sent.
 #[test]
 fn end_of_conversation_causes_few_pings() {
     for talk in Talk::ALL {
@@ -128,7 +128,7 @@ fn end_of_conversation_causes_few_pings() {
         lab.run(secs(14));
         let before = lab.trace.len();
         lab.run(secs(60));
-        assert_eq!(lab.trace.len(), before, "{talk:?}: idle peers say nothing");
+        assert_eq!(lab.trace.len(), before, "{talk:?}: Idle peers must send nothing.");
         assert!(!both_are(&lab, PeerState::Unreachable));
     }
 }
@@ -194,7 +194,7 @@ fn unknown_session_starts_one_handshake_per_2_s() {
     lab.collect(0);
     assert_eq!(lab.count(0, HandshakeResult::Initiated), 1);
 
-    // A session that is heard is not disturbed by whoever forges such datagrams.
+    // A session in which datagrams arrive is not disturbed by spoofed datagrams.
     let mut lab = Lab::joined_pair();
     lab.flow(0, 1, ms(10));
     lab.flow(1, 0, ms(10));

@@ -29,9 +29,9 @@ use crate::tunnel::{Engine, EngineConfig, HandshakeResult, PeerConfig, PeerState
 use crate::wire::header::{Flags, Header, MessageType, OVERHEAD};
 
 const PORT: u16 = 51900;
-/// Handshakes and control messages leave from here…
+/// Source port of handshake and control messages.
 const MANAGER_PORT: u16 = 40001;
-/// …and data from here.
+/// Source port of data.
 const LANE_PORT: u16 = 40002;
 
 const ALL_CIPHERS: Ciphers =
@@ -45,7 +45,7 @@ fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
 }
 
-/// SplitMix64: enough for what only has to be different and repeatable.
+/// SplitMix64: different, repeatable numbers.
 struct Rng(u64);
 
 impl Rng {
@@ -61,19 +61,19 @@ impl Rng {
     }
 }
 
-/// How the underlay treats datagrams.
+/// Properties of the simulated underlay.
 #[derive(Debug, Clone)]
 struct Underlay {
     delay: Duration,
-    /// Up to this is added at random, so that datagrams overtake each other.
+    /// Maximum random addition to the delay, which reorders datagrams.
     jitter: Duration,
     loss_percent: u64,
     duplicate_percent: u64,
-    /// Longest UDP payload.
+    /// Maximum UDP payload in bytes.
     mtu: usize,
-    /// (from, to) hosts between which nothing arrives.
+    /// Pairs of hosts (from, to) between which nothing arrives.
     cut: BTreeSet<(usize, usize)>,
-    /// Messages of this type by this host never arrive.
+    /// Host and type of messages that never arrive.
     mute: Option<(usize, MessageType)>,
     /// Endpoints at which nothing arrives.
     dead: BTreeSet<SocketAddr>,
@@ -93,9 +93,9 @@ struct Node {
     windows: BTreeMap<(u32, u8), ReplayWindow>,
     received: Vec<Vec<u8>>,
     drops: Vec<DropReason>,
-    /// Sends data to this node at this interval.
+    /// Receiver, interval and next time of a flow of data.
     flow: Option<(usize, Duration, Duration)>,
-    /// Answers the data of flows.
+    /// True if the node answers the data of flows.
     answers: bool,
     sent: u64,
 }
@@ -107,7 +107,7 @@ struct NodeConfig {
     ciphers: Ciphers,
     lanes: u8,
     mtu: u16,
-    /// Propagates the ECN field.
+    /// True if the node propagates the ECN field.
     ecn: bool,
     addresses: Vec<SocketAddr>,
 }
@@ -119,12 +119,12 @@ struct Lab {
     nodes: Vec<Node>,
     wire: BTreeMap<(Duration, u64), Datagram>,
     sequence: u64,
-    /// Everything that was put on the wire, lost or not.
+    /// All datagrams that were sent, whether lost or not.
     trace: Vec<Datagram>,
 }
 
 impl Lab {
-    /// `count` nodes that know each other. Node i has the private key [i + 1; 32].
+    /// Creates `count` nodes that know each other. Node i has the private key [i + 1; 32].
     fn new(count: usize) -> Self {
         let mut lab = Self::unacquainted(count);
         for i in 0..count {
@@ -135,6 +135,7 @@ impl Lab {
         lab
     }
 
+    /// Creates `count` nodes without records of each other.
     fn unacquainted(count: usize) -> Self {
         let underlay = Underlay {
             delay: ms(1),
@@ -181,7 +182,7 @@ impl Lab {
         lab
     }
 
-    /// Gives `node` the record of `peer`.
+    /// Adds the record of `peer` to `node`.
     fn introduce(&mut self, node: usize, peer: usize) -> PeerId {
         let config = PeerConfig {
             public_key: self.key(peer),
@@ -191,13 +192,13 @@ impl Lab {
         self.nodes[node].engine.upsert_peer(self.now, config)
     }
 
-    /// Changes a node's settings: a new engine, and whoever it knew.
+    /// Changes a node's configuration and restarts the node with its records.
     fn reconfigure(&mut self, node: usize, change: impl FnOnce(&mut NodeConfig)) {
         change(&mut self.nodes[node].config);
         self.restart(node);
     }
 
-    /// The node forgets all but its key and its records.
+    /// Restarts a node, which keeps only its key and its records.
     fn restart(&mut self, node: usize) {
         let known: Vec<PeerConfig> = self.nodes[node]
             .engine
@@ -247,7 +248,7 @@ impl Lab {
         self.nodes[node].engine.drops().get(reason)
     }
 
-    /// Both ends send with one and the same session.
+    /// Returns true if both nodes send with the same session.
     fn joined(&self, a: usize, b: usize) -> bool {
         match (self.current(a, b), self.current(b, a)) {
             (Some(x), Some(y)) => {
@@ -257,8 +258,8 @@ impl Lab {
         }
     }
 
-    /// As a lane does: seals by the session that the peer is known to have, or asks for one. Whether
-    /// it was sent.
+    /// Sends a packet as a lane does: seals it with the session that the peer is known to have, or
+    /// requests a session. Returns whether the packet was sent.
     fn send(&mut self, from: usize, to: usize, payload: &[u8]) -> bool {
         let (now, id) = (self.now, self.peer_id(from, to));
         let view = self.view(from, to);
@@ -279,7 +280,7 @@ impl Lab {
         true
     }
 
-    /// Takes what the engine wants sent.
+    /// Sends the datagrams of a node's engine.
     fn collect(&mut self, node: usize) {
         while let Some(transmit) = self.nodes[node].engine.poll_transmit() {
             let destination = transmit.destination;
@@ -288,7 +289,7 @@ impl Lab {
         }
     }
 
-    /// The address that a datagram comes from, with the scope of the link that it crosses.
+    /// Returns the source address of a datagram, with the scope id of the link that it crosses.
     fn source(&self, node: usize, port: u16, destination: SocketAddr) -> SocketAddr {
         let mut source = self.nodes[node].config.addresses[0];
         source.set_port(port);
@@ -372,12 +373,12 @@ impl Lab {
         }
     }
 
-    /// Sends data every `interval` from now on.
+    /// Starts a flow of data from `from` to `to` with a packet per interval.
     fn flow(&mut self, from: usize, to: usize, interval: Duration) {
         self.nodes[from].flow = Some((to, interval, self.now.mono));
     }
 
-    /// Lets time pass.
+    /// Advances the clock by `by` and handles all events on the way.
     fn run(&mut self, by: Duration) {
         let end = self.now.mono + by;
         let mut steps = 0u64;
@@ -390,7 +391,7 @@ impl Lab {
             self.advance_to(at.max(self.now.mono));
             self.step();
             steps += 1;
-            assert!(steps < 2_000_000, "time stands still");
+            assert!(steps < 2_000_000, "The simulation must advance.");
         }
         self.advance_to(end);
     }
@@ -422,17 +423,18 @@ impl Lab {
         }
     }
 
-    /// Lets time pass until `done`, at most `limit`; how long it took.
+    /// Advances the clock until `done` returns true. Returns the time that this took, and panics
+    /// after `limit`.
     fn run_until(&mut self, limit: Duration, mut done: impl FnMut(&mut Lab) -> bool) -> Duration {
         let start = self.now.mono;
         while !done(self) {
-            assert!(self.now.mono - start < limit, "not within {limit:?}");
+            assert!(self.now.mono - start < limit, "The condition must hold within {limit:?}.");
             self.run(ms(1));
         }
         self.now.mono - start
     }
 
-    /// A session between the first two nodes, both ends confirmed.
+    /// Creates two nodes with a session that both have confirmed.
     fn joined_pair() -> Lab {
         let mut lab = Lab::new(2);
         assert!(!lab.send(0, 1, b"first"));

@@ -1,8 +1,8 @@
-//! Paths that carry less than both ends think.
+//! Path MTU discovery over a path that carries less than both nodes' MTU.
 
 use super::*;
 
-/// What of a flow of that size arrives from one node at the other in that time.
+/// Returns how many packets of `size` bytes arrive in the time `by`.
 fn arrives(lab: &mut Lab, size: usize, by: Duration) -> usize {
     let before = lab.nodes[1].received.len();
     let end = lab.now.mono + by;
@@ -20,16 +20,16 @@ fn reduced_path_mtu_is_detected_without_icmp() {
     lab.underlay.mtu = 1440 + OVERHEAD;
     assert_eq!(arrives(&mut lab, 1440, secs(10)), 200);
     assert_eq!(lab.view(0, 1).path, None);
-    // Narrower than the nodes' links, and nobody says so.
+    // The path carries less than the nodes' links, and no ICMP message says so.
     lab.underlay.mtu = 1372;
     lab.nodes[1].received.clear();
     arrives(&mut lab, 1440, secs(8));
     let late = arrives(&mut lab, 1440, secs(5));
-    assert_eq!(late, 100, "after eight seconds everything arrives");
+    assert_eq!(late, 100, "All packets must arrive after eight seconds.");
     let path = usize::from(lab.view(0, 1).path.unwrap());
     assert!((1332..=1340).contains(&path), "{path}");
     assert_eq!(lab.state(0, 1), PeerState::Established);
-    // And it becomes wide again.
+    // The path becomes wider again.
     lab.underlay.mtu = 1440 + OVERHEAD;
     arrives(&mut lab, 1440, secs(130));
     assert_eq!(lab.view(0, 1).path, None);
@@ -40,7 +40,7 @@ fn reduced_path_mtu_is_known_before_bulk_transfer() {
     let mut lab = Lab::new(2);
     lab.underlay.mtu = 1300;
     lab.flow(0, 1, ms(20));
-    // Less than IPv6 needs: that is asked for longer.
+    // A size below 1280 takes more probes.
     lab.run(secs(14));
     let path = usize::from(lab.view(0, 1).path.unwrap());
     assert!((1260..=1268).contains(&path), "{path}");
@@ -62,10 +62,11 @@ fn loss_and_silence_do_not_reduce_path_mtu() {
     lab.run(secs(130));
     lab.underlay.cut.extend([(0, 1), (1, 0)]);
     lab.run(secs(60));
-    assert_eq!(lab.view(0, 1).path, None, "a peer that is away has no narrow path");
+    assert_eq!(lab.view(0, 1).path, None, "An unreachable peer must have no reduced path MTU.");
 }
 
-/// What it does not take is a narrow path to the node that would send it, and its pods must know.
+/// The sending node treats the smaller MTU of the peer as a reduced path MTU, which its pods must
+/// know.
 #[test]
 fn smaller_mtu_of_peer_reduces_path_mtu() {
     let mut lab = Lab::new(2);
@@ -74,7 +75,11 @@ fn smaller_mtu_of_peer_reduces_path_mtu() {
     lab.flow(0, 1, ms(20));
     lab.run(secs(1));
     assert_eq!(lab.view(0, 1).path, Some(1360));
-    assert_eq!(lab.view(1, 0).path, None, "it sends no more itself");
+    assert_eq!(
+        lab.view(1, 0).path,
+        None,
+        "The path MTU of the peer with the smaller MTU must not be reduced."
+    );
     lab.underlay.mtu = 1300 + OVERHEAD;
     lab.run(secs(15));
     assert!(lab.view(0, 1).path.is_some_and(|path| (1292..=1300).contains(&path)));
@@ -83,7 +88,7 @@ fn smaller_mtu_of_peer_reduces_path_mtu() {
     assert_eq!(lab.view(0, 1).path, Some(1360));
 }
 
-/// Much is lost, and now and then something comes: what is short is lost like what is long.
+/// Short and long datagrams are lost alike, and some arrive now and then.
 #[test]
 fn flapping_link_does_not_reduce_path_mtu() {
     for most in [200, 400, 800] {
@@ -103,7 +108,7 @@ fn flapping_link_does_not_reduce_path_mtu() {
     }
 }
 
-/// Both nodes' MTUs grow and shrink again while sessions stay, without data traffic.
+/// The MTUs of both nodes grow and shrink while sessions stay, without data traffic.
 #[test]
 fn own_mtu_change_reaches_peer_within_seconds() {
     let mut lab = Lab::joined_pair();
@@ -113,11 +118,11 @@ fn own_mtu_change_reaches_peer_within_seconds() {
         let now = lab.now;
         lab.nodes[0].engine.set_mtu(now, first);
         lab.nodes[1].engine.set_mtu(now, second);
-        assert!(Arc::ptr_eq(&before, &lab.current(0, 1).unwrap()), "the session lives on");
+        assert!(Arc::ptr_eq(&before, &lab.current(0, 1).unwrap()), "The session must stay.");
         lab.run(secs(10));
-        assert_eq!(lab.view(0, 1).mtu, Some(second), "node 0 knows the other's MTU");
-        assert_eq!(lab.view(1, 0).mtu, Some(first), "node 1 knows the other's MTU");
+        assert_eq!(lab.view(0, 1).mtu, Some(second), "Node 0 must know the MTU of node 1.");
+        assert_eq!(lab.view(1, 0).mtu, Some(first), "Node 1 must know the MTU of node 0.");
         assert_eq!(lab.view(0, 1).path, Some(second).filter(|mtu| *mtu < first));
-        assert!(lab.joined(0, 1), "both use the same session");
+        assert!(lab.joined(0, 1), "Both nodes must use the same session.");
     }
 }

@@ -1,8 +1,8 @@
-//! A node changes its key while traffic goes on.
+//! Rotation of a node's key under traffic.
 
 use super::*;
 
-/// Private keys of node 0: the one it begins with, and the next.
+/// First bytes of the private keys of node 0: the old and the new one.
 const OLD: u8 = 1;
 const NEW: u8 = 77;
 
@@ -11,13 +11,13 @@ fn public(private: u8) -> PublicKey {
 }
 
 impl Lab {
-    /// Node 0 has these private keys.
+    /// Sets the private keys of node 0.
     fn hold(&mut self, first: u8, second: Option<u8>) {
         let key = |byte| PrivateKey::new(&[byte; 32]);
         self.nodes[0].engine.set_identity(key(first), second.map(key)).unwrap();
     }
 
-    /// `node` has a record of node 0 with the public halves of these.
+    /// Adds a record of node 0 with the public keys of these private keys to `node`.
     fn record(&mut self, node: usize, first: u8, second: Option<u8>) -> PeerId {
         let config = PeerConfig {
             public_key: public(first),
@@ -36,7 +36,8 @@ fn key_rotation_under_traffic_loses_no_packet() {
     lab.flow(0, 1, ms(5));
     lab.flow(1, 0, ms(7));
     let id = lab.peer_id(1, 0);
-    // Announced, changed, the old one given up: records and keys in every order that may be.
+    // The rotation has three steps: announce the new key, switch to it, remove the old one. Records
+    // and keys change in every possible order.
     lab.hold(OLD, Some(NEW));
     lab.run(secs(5));
     assert_eq!(lab.record(1, OLD, Some(NEW)), id);
@@ -45,7 +46,7 @@ fn key_rotation_under_traffic_loses_no_packet() {
     lab.hold(NEW, Some(OLD));
     lab.run(secs(10));
     let second = lab.current(0, 1).unwrap();
-    assert!(!Arc::ptr_eq(&first, &second), "what the old key made is renewed at once");
+    assert!(!Arc::ptr_eq(&first, &second), "The session of the old key must be renewed at once.");
     assert_eq!(lab.record(1, NEW, Some(OLD)), id);
     lab.run(secs(10));
     assert_eq!(lab.record(1, NEW, None), id);
@@ -88,14 +89,14 @@ fn key_rotation_spreads_renewals_over_time() {
 
 #[test]
 fn peer_with_old_record_connects_by_other_key() {
-    // The peer knows the next key, and that it has become the only one it has not heard.
+    // The peer knows the new key only; the node still begins with the old one.
     let mut lab = Lab::new(2);
     lab.record(1, OLD, Some(NEW));
     lab.hold(NEW, None);
     lab.flow(1, 0, ms(100));
     let took = lab.run_until(secs(5), |lab| lab.joined(0, 1));
-    assert!(took >= secs(1), "the first key has its turn first");
-    // The peer knows nothing of the next key: the node is still known by its old one.
+    assert!(took >= secs(1), "The first key must be tried first.");
+    // The peer knows the old key only.
     let mut lab = Lab::new(2);
     lab.hold(NEW, Some(OLD));
     lab.flow(0, 1, ms(100));
@@ -115,14 +116,15 @@ fn sessions_of_removed_key_end_at_once() {
     assert_eq!(lab.record(1, NEW, None), id);
     assert!(session.is_expired() && lab.nodes[1].engine.poll_tables_changed());
     assert!(lab.nodes[1].engine.peer_id(&public(OLD)).is_none());
-    // Whoever has the old key, a thief for instance, is a stranger.
+    // A holder of the old key, for example a thief, is an unknown sender.
     lab.flow(0, 1, ms(100));
     lab.run(secs(10));
     assert!(lab.dropped(1, DropReason::HandshakeUnknownPeer) > 0);
     assert!(lab.nodes[1].received.is_empty());
 }
 
-/// Whoever stole a key can make its owner's handshakes look old, but not those of the next key.
+/// A thief of a key can make the owner's handshakes with that key look old, but not those with the
+/// next key.
 #[test]
 fn removed_key_loses_its_timestamp() {
     let mut lab = Lab::joined_pair();
@@ -161,7 +163,8 @@ fn peers_on_second_identity_are_counted() {
 fn key_belongs_to_one_peer() {
     let mut lab = Lab::new(3);
     let (one, two) = (lab.peer_id(2, 0), lab.peer_id(2, 1));
-    // The second peer's only key becomes the first one's second: the second peer is no more.
+    // The only key of the second peer becomes the second key of the first peer, which removes the
+    // second peer.
     let config =
         PeerConfig { public_key: lab.key(0), second_key: Some(lab.key(1)), endpoints: Vec::new() };
     assert_eq!(lab.nodes[2].engine.upsert_peer(lab.now, config), one);

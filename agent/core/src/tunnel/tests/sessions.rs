@@ -1,4 +1,4 @@
-//! Sessions grow old, are replaced, end.
+//! The life cycle of sessions: renewal, end, restarts, and many peers.
 
 use super::*;
 use crate::tunnel::session::{COUNTER_LIMIT, COUNTER_REKEY};
@@ -18,8 +18,8 @@ fn session_in_use_is_renewed_at_120_s_without_loss() {
         lab.run(secs(3));
         let second = lab.current(0, 1).unwrap();
         assert!(!Arc::ptr_eq(&second, &first) && lab.joined(0, 1));
-        assert!(second.initiator, "the initiator renews");
-        assert!(!first.is_expired(), "the old one still takes what is in flight");
+        assert!(second.initiator, "The initiator must renew the session.");
+        assert!(!first.is_expired(), "The old session must still accept datagrams in flight.");
         assert_eq!(lab.view(1, 0).receive.len(), 2);
         lab.run(secs(70));
         assert!(first.is_expired());
@@ -64,12 +64,16 @@ fn idle_session_ends_without_datagrams() {
     lab.run(secs(30));
     let sent = lab.trace.len();
     lab.run(secs(160));
-    assert_eq!(lab.trace.len(), sent, "not a datagram more");
+    assert_eq!(lab.trace.len(), sent, "An idle session must send no datagram.");
     assert!(session.is_expired());
     for (a, b) in [(0, 1), (1, 0)] {
         assert!(lab.view(a, b).receive.is_empty() && lab.view(a, b).current.is_none());
         assert_eq!(lab.state(a, b), PeerState::Idle);
-        assert_eq!(lab.nodes[a].engine.poll_timeout(), None, "no tick when nothing lives");
+        assert_eq!(
+            lab.nodes[a].engine.poll_timeout(),
+            None,
+            "A node without sessions must have no tick."
+        );
     }
     assert!(!lab.send(1, 0, b"again"));
     lab.run(ms(20));
@@ -100,13 +104,16 @@ fn answer_uses_session_of_its_request() {
     lab.restart(0);
     assert!(!lab.send(0, 1, b"wanted"));
     lab.run_until(secs(1), |lab| lab.current(0, 1).is_some());
-    // The question overtakes the ping that tells the other engine of the new session…
+    // The request overtakes the ping that tells the engine of the new session.
     lab.wire.clear();
     assert!(lab.send(0, 1, b"question"));
     lab.run(ms(1));
     assert_eq!(lab.nodes[1].received.last().unwrap(), b"question");
-    assert!(Arc::ptr_eq(&lab.current(1, 0).unwrap(), &old), "the engine does not know yet");
-    // …and the answer is one that the restarted node can open.
+    assert!(
+        Arc::ptr_eq(&lab.current(1, 0).unwrap(), &old),
+        "The engine must not know the new session yet."
+    );
+    // The restarted node can open the answer.
     assert!(lab.send(1, 0, b"answer"));
     lab.run(ms(1));
     assert_eq!(lab.nodes[0].received.last().unwrap(), b"answer");
@@ -126,7 +133,7 @@ fn restarted_responder_reconnects_within_1_s() {
     restart(1, 1, ms(10));
 }
 
-/// Node `who` restarts while node `loud` sends.
+/// Restarts node `who` while node `loud` sends, and checks that both reconnect.
 fn restart(who: usize, loud: usize, interval: Duration) {
     let mut lab = Lab::joined_pair();
     lab.flow(loud, 1 - loud, interval);
@@ -205,10 +212,10 @@ fn removed_peer_ends_at_once() {
     assert_eq!(lab.nodes[0].received.len(), 0);
     assert_eq!(lab.state(1, 0), PeerState::Unreachable);
     assert!(lab.dropped(0, DropReason::HandshakeUnknownPeer) > 0);
-    // Back again, under another number.
+    // The peer is added again with another id.
     assert_ne!(lab.introduce(0, 1), id);
     lab.run_until(secs(6), |lab| lab.joined(0, 1));
-    // Removing what is not there does nothing.
+    // Removing an unknown peer has no effect.
     lab.nodes[0].engine.remove_peer(id);
     assert!(lab.joined(0, 1));
 }
@@ -223,7 +230,7 @@ fn peer_has_at_most_four_sessions() {
         assert!(lab.joined(0, 1));
         assert!(lab.view(1, 0).receive.len() <= 4);
     }
-    // Handshakes whose responses are all lost must not push out the session in use.
+    // Handshakes whose responses are all lost must not replace the session in use.
     let current = lab.current(1, 0).unwrap();
     lab.underlay.cut.insert((1, 0));
     for _ in 0..20 {
@@ -263,8 +270,8 @@ fn loss_reordering_and_duplication_keep_sessions_working() {
         for (a, b) in [(0, 1), (1, 0)] {
             assert_eq!(lab.state(a, b), PeerState::Established);
             let (sent, received) = (lab.nodes[a].sent, lab.nodes[b].received.len() as u64);
-            assert!(received <= sent, "nothing twice");
-            // A duplicated datagram has two chances, so this is the least that arrives.
+            assert!(received <= sent, "No packet may be received twice.");
+            // A duplicated datagram has two chances to arrive, so this is a lower bound.
             let least = sent * (100 - loss) / 100 * 98 / 100;
             assert!(received > least, "seed {seed}: {received} of {sent}");
             let odd = |reason: &&DropReason| **reason != DropReason::Replayed;
@@ -291,7 +298,11 @@ fn many_peers_get_separate_sessions() {
         assert!(sent - received <= 1, "{sent} {received}");
         let others = (0..8).filter(|&j| j != i && j != to && j != (i + 7) % 8);
         for other in others {
-            assert_eq!(lab.state(i, other), PeerState::Idle, "only who talks has a session");
+            assert_eq!(
+                lab.state(i, other),
+                PeerState::Idle,
+                "Only nodes that exchange data may have a session."
+            );
         }
     }
 }

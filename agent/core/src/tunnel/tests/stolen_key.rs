@@ -1,4 +1,5 @@
-//! Static keys that were stolen: what they open of what was recorded before, and of others' traffic.
+//! The value of stolen static keys: which recorded traffic and which traffic of other nodes they
+//! decrypt.
 
 use super::*;
 use crate::tunnel::message::{CLEAR_LEN, initiation_clear};
@@ -10,14 +11,15 @@ fn identity(key: u8) -> Identity {
     Identity::new(PrivateKey::new(&[key; 32]), b"skein v1test".to_vec()).unwrap()
 }
 
-/// A handshake as somebody on the path sees it.
+/// A handshake as an observer on the path records it.
 struct Recorded {
     clear: [u8; CLEAR_LEN],
     first: Vec<u8>,
     second: Vec<u8>,
 }
 
-/// The handshake of nodes 1 and 2 with these ephemeral keys, and what the two share.
+/// Performs the handshake of nodes 1 and 2 with these ephemeral keys. Returns the recording and the
+/// secrets.
 fn shake(ephemeral: [u8; 2]) -> (Recorded, TransportSecrets) {
     let (a, b) = (identity(1), identity(2));
     let clear = initiation_clear(7, PORT);
@@ -50,7 +52,7 @@ fn session(secrets: TransportSecrets, initiator: bool, cipher: Cipher) -> Sessio
     Session::new(params).unwrap()
 }
 
-/// Datagrams both ways.
+/// Returns one datagram of each direction.
 fn traffic(split: &TransportSecrets, cipher: Cipher) -> Vec<Vec<u8>> {
     let seal = |initiator| {
         let mut datagram = vec![0; 4 + OVERHEAD];
@@ -61,7 +63,7 @@ fn traffic(split: &TransportSecrets, cipher: Cipher) -> Vec<Vec<u8>> {
     vec![seal(true), seal(false)]
 }
 
-/// How many of these datagrams these secrets open, at either end.
+/// Returns how many of the datagrams open with the secrets, at either end.
 fn opened(secrets: &[TransportSecrets], datagrams: &[Vec<u8>], cipher: Cipher) -> usize {
     let tries = secrets.iter().flat_map(|secret| [true, false].map(|end| (secret, end)));
     let opens = |(secret, end): (&TransportSecrets, bool)| {
@@ -73,7 +75,8 @@ fn opened(secrets: &[TransportSecrets], datagrams: &[Vec<u8>], cipher: Cipher) -
     tries.map(opens).sum()
 }
 
-/// All that somebody can make of a recording with the static keys of both nodes and these ephemeral keys.
+/// Returns the secrets that an attacker computes from a recording with the static keys of both
+/// nodes and these ephemeral keys.
 fn secrets_of(recorded: &Recorded, ephemeral: impl Iterator<Item = u8>) -> Vec<TransportSecrets> {
     let (a, b) = (identity(1), identity(2));
     let Recorded { clear, first, second } = recorded;
@@ -81,12 +84,13 @@ fn secrets_of(recorded: &Recorded, ephemeral: impl Iterator<Item = u8>) -> Vec<T
     for key in ephemeral {
         let secret = || Zeroizing::new([key; 32]);
         let mut payload = [0; 1200];
-        // As the responder. Its static key opens who the initiator is, which is no secret.
+        // The attacker acts as responder. The static key reveals the initiator's identity, which is
+        // no secret.
         let (responder, length) =
             Responder::read(&b, secret(), clear, first, &mut payload).unwrap();
         assert_eq!((&responder.initiator, &payload[..length]), (a.public(), &b"hello"[..]));
         found.push(responder.reply(b"welcome", &mut vec![]).unwrap());
-        // As the initiator.
+        // The attacker acts as initiator.
         let mut again = vec![];
         let start = Initiator::start(&a, b.public(), secret(), clear, b"hello", &mut again);
         found.extend(start.unwrap().finish(second, &mut payload).map(|(_, split)| split));
@@ -100,12 +104,17 @@ fn stolen_static_keys_open_no_recorded_traffic() {
     for cipher in [Cipher::Aes256Gcm, Cipher::ChaCha20Poly1305] {
         let past = traffic(&split, cipher);
         let secrets = secrets_of(&recorded, 1..96);
-        assert!(secrets.len() > 50, "the responder's part can be played");
+        assert!(secrets.len() > 50, "The attacker must be able to act as responder.");
         assert_eq!(opened(&secrets, &past, cipher), 0);
-        // It is the ephemeral keys, wiped after the handshake, that are missing: each would do.
+        // Only the ephemeral keys, which are wiped after the handshake, are missing: each of them
+        // suffices.
         for lost in [100, 200] {
             let secrets = secrets_of(&recorded, [lost].into_iter());
-            assert_eq!(opened(&secrets, &past, cipher), 2, "this test would find it");
+            assert_eq!(
+                opened(&secrets, &past, cipher),
+                2,
+                "The test must detect a secret that opens the traffic."
+            );
         }
     }
 }
@@ -129,7 +138,7 @@ fn stolen_key_of_one_node_opens_no_traffic_of_others() {
     for datagram in overheard {
         for session in &sessions {
             for lane in 0..session.remote_lanes {
-                // Whatever session the header names.
+                // The header names each session in turn.
                 let mut payload = datagram.payload.clone();
                 assert!(session.receiver(lane).unwrap().open(&mut payload).is_err());
             }
