@@ -6,9 +6,9 @@ use std::fmt;
 /// Direction of a dropped packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Direction {
-    /// From the TUN to the underlay.
+    /// Direction from the TUN to the underlay.
     Egress,
-    /// From the underlay to the TUN.
+    /// Direction from the underlay to the TUN.
     Ingress,
 }
 

@@ -15,8 +15,8 @@ pub const KEY_LEN: usize = 32;
 pub struct PublicKey([u8; KEY_LEN]);
 
 impl PublicKey {
-    /// Creates a key from its bytes. Any 32 bytes are accepted; a handshake with a point of low order
-    /// fails.
+    /// Creates a key from its bytes. Any 32 bytes are accepted; a handshake with a point of low
+    /// order fails.
     pub const fn new(bytes: [u8; KEY_LEN]) -> Self {
         Self(bytes)
     }
@@ -52,8 +52,8 @@ impl fmt::Debug for PublicKey {
     }
 }
 
-/// Private key of a node. The bytes are in a heap buffer that is wiped on drop, so that a move leaves
-/// no copy on the stack. The debug form does not show them.
+/// Private key of a node. The bytes are in a heap buffer that is wiped on drop, so that a move
+/// leaves no copy on the stack. The debug form does not show them.
 pub struct PrivateKey(Box<Zeroizing<[u8; KEY_LEN]>>);
 
 impl PrivateKey {

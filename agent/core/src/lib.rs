@@ -5,8 +5,8 @@
 //! simulated link with a virtual clock, and fuzzers reach every byte that a sender without a key
 //! controls.
 //!
-//! - [`Engine`] performs handshakes and keeps sessions with peers; its documentation has the contract
-//!   between engine and caller.
+//! - [`Engine`] performs handshakes and keeps sessions with peers; its documentation has the
+//!   contract between engine and caller.
 //! - [`Session`] seals and opens data. Each lane of a node has its own keys and counters, so that
 //!   threads share a session without a lock. [`ReplayWindow`] refuses replays.
 //! - [`offload`] segments superpackets from a TUN device, batches sealed datagrams for UDP_SEGMENT,

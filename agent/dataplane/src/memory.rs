@@ -344,19 +344,19 @@ mod tests {
         assert_eq!(memory.seen_timestamp(&PublicKey::new([1; 32])), Duration::ZERO);
         memory.set_seen_timestamp(&PublicKey::new([1; 32]), at(10));
         std::mem::forget(memory.insert(&saved(7)).unwrap());
-        memory.set_seen_timestamp(&[2; 32], Duration::MAX);
-        memory.set_seen_timestamp(&[3; 32], at(30));
+        memory.set_seen_timestamp(&PublicKey::new([2; 32]), Duration::MAX);
+        memory.set_seen_timestamp(&PublicKey::new([3; 32]), at(30));
         memory.set_seen_timestamp(&PublicKey::new([1; 32]), at(11));
-        memory.set_seen_timestamp(&[3; 32], Duration::ZERO);
+        memory.set_seen_timestamp(&PublicKey::new([3; 32]), Duration::ZERO);
         let (mut memory, found) = reopen(&memory);
-        assert_eq!((found.len(), found[0].0.public_key), (1, [7; 32]));
+        assert_eq!((found.len(), found[0].0.public_key), (1, PublicKey::new([7; 32])));
         found.into_iter().for_each(std::mem::forget);
-        let seen = [1, 2, 3].map(|n| memory.seen_timestamp(&[n; 32]));
+        let seen = [1, 2, 3].map(|n| memory.seen_timestamp(&PublicKey::new([n; 32])));
         assert_eq!(seen, [at(11), Duration::from_nanos(u64::MAX), Duration::ZERO]);
         memory.retain_seen_timestamps(&|key| *key == PublicKey::new([1; 32]));
         let (memory, found) = reopen(&memory);
         found.into_iter().for_each(std::mem::forget);
-        let seen = [1, 2].map(|n| memory.seen_timestamp(&[n; 32]));
+        let seen = [1, 2].map(|n| memory.seen_timestamp(&PublicKey::new([n; 32])));
         assert_eq!(seen, [at(11), Duration::ZERO]);
         assert_eq!(memory.used(), 4, "A place that was given back is used again.");
     }
@@ -367,7 +367,7 @@ mod tests {
         for number in 0..PLACES as u32 {
             let mut key = [0; 32];
             key[..4].copy_from_slice(&number.to_be_bytes());
-            memory.set_seen_timestamp(&key, Duration::from_secs(1));
+            memory.set_seen_timestamp(&PublicKey::new(key), Duration::from_secs(1));
         }
         assert_eq!(memory.times().len(), PLACES);
         let sessions: Vec<_> = (0..PLACES).map(|_| memory.insert(&saved(1))).collect();
@@ -382,7 +382,7 @@ mod tests {
         std::mem::forget(memory.insert(&saved(2)).unwrap());
         memory.record(0)[0].store(0, Ordering::Relaxed);
         let (_, found) = reopen(&memory);
-        assert_eq!((found.len(), found[0].0.public_key), (1, [2; 32]));
+        assert_eq!((found.len(), found[0].0.public_key), (1, PublicKey::new([2; 32])));
         memory.0.words.words()[0].store(LAYOUT + 1, Ordering::Relaxed);
         assert!(SessionMemory::open(memory.file().try_clone_to_owned().unwrap()).is_err());
     }

@@ -135,7 +135,7 @@ fn a_key_is_read_and_written_without_a_trace() {
 fn nothing_with_a_secret_has_a_form_that_shows_it() {
     let key: PrivateKey = TEXT.parse().unwrap();
     let config = EngineConfig {
-        private_key: (*key.as_bytes()).into(),
+        private_key: skein_core::PrivateKey::new(key.as_bytes()),
         cluster_id: "default".to_owned(),
         listen_port: 51900,
         lanes: 1,

@@ -1,10 +1,10 @@
-//! The egress batch: seals inner packets back to back into an arena and groups the datagrams into GSO
-//! batches, each of which UDP_SEGMENT can send in one message.
+//! The egress batch: seals inner packets back to back into an arena and groups the datagrams into
+//! GSO batches, each of which UDP_SEGMENT can send in one message.
 //!
-//! Small packets for the same peer that are already queued share one datagram (a *bundle*): one seal
-//! and one outer packet for many inner packets. A packet is never delayed to fill a datagram, because
-//! the lane calls [`EgressBatch::finish`], which closes all bundles, as soon as the TUN queue is
-//! empty.
+//! Small packets for the same peer that are already queued share one datagram (a *bundle*): one
+//! seal and one outer packet for many inner packets. A packet is never delayed to fill a datagram,
+//! because the lane calls [`EgressBatch::finish`], which closes all bundles, as soon as the TUN
+//! queue is empty.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -80,8 +80,8 @@ struct OuterFields {
 }
 
 impl EgressBatch {
-    /// Creates an empty batch with an arena of `capacity` bytes. An arena well below the size of the
-    /// L2 cache stays in the cache.
+    /// Creates an empty batch with an arena of `capacity` bytes. An arena well below the size of
+    /// the L2 cache stays in the cache.
     pub fn new(capacity: usize, bundling: bool) -> Self {
         Self {
             arena: vec![0; capacity].into_boxed_slice(),
@@ -106,8 +106,8 @@ impl EgressBatch {
         Some(BatchPeer(self.last_peer))
     }
 
-    /// Adds a peer that [`Self::find_peer`] did not find. `max_plaintext` is the maximum plaintext of
-    /// one datagram to the peer in bytes.
+    /// Adds a peer that [`Self::find_peer`] did not find. `max_plaintext` is the maximum plaintext
+    /// of one datagram to the peer in bytes.
     pub fn add_peer(
         &mut self,
         peer: PeerId,
@@ -166,8 +166,8 @@ impl EgressBatch {
         self.totals.inner_packets == 0
     }
 
-    /// Adds one whole inner packet, for which [`Self::has_room`] was true. Packets that are too long
-    /// for the peer or that cannot be sealed are counted in `drops`.
+    /// Adds one whole inner packet, for which [`Self::has_room`] was true. Packets that are too
+    /// long for the peer or that cannot be sealed are counted in `drops`.
     pub fn push(
         &mut self,
         peer: BatchPeer,
@@ -188,8 +188,8 @@ impl EgressBatch {
         let entry = &mut self.peers[peer.0];
         entry.sealed_packets += 1;
         entry.sealed_bytes += packet.len() as u64;
-        // RFC 6040, section 4.1: normal mode, or compatibility mode for a peer that would ignore the
-        // marks.
+        // RFC 6040, section 4.1: normal mode, or compatibility mode for a peer that would ignore
+        // the marks.
         let ecn = if entry.ecn { Ecn::of(packet) } else { Ecn::NotEct };
         let fields = OuterFields { flags, ecn };
         if entry.staged_packets > 0

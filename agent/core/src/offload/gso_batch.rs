@@ -1,12 +1,12 @@
-//! GsoBatches of sealed datagrams: consecutive datagrams to one destination that one UDP_SEGMENT message
-//! can carry.
+//! GsoBatches of sealed datagrams: consecutive datagrams to one destination that one UDP_SEGMENT
+//! message can carry.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use crate::wire::ecn::Ecn;
 
-/// Datagrams of one size to one destination; only the last may be shorter. The kernel sends them with
-/// one UDP_SEGMENT message, or with several if its limits are lower.
+/// Datagrams of one size to one destination; only the last may be shorter. The kernel sends them
+/// with one UDP_SEGMENT message, or with several if its limits are lower.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GsoBatch<'a> {
     /// Outer destination.
@@ -18,8 +18,8 @@ pub struct GsoBatch<'a> {
     pub segment_size: usize,
     /// Number of datagrams.
     pub segments: usize,
-    /// Parts of the arena that hold the bytes, as (offset, length) in bytes, in the order of sending.
-    /// A datagram may begin and end anywhere in a part.
+    /// Parts of the arena that hold the bytes, as (offset, length) in bytes, in the order of
+    /// sending. A datagram may begin and end anywhere in a part.
     pub parts: &'a [(usize, usize)],
 }
 
@@ -74,10 +74,10 @@ impl GsoBatches {
         }
     }
 
-    /// Appends a datagram of `length` bytes at `offset` of the arena to the batch `open`, or to a new
-    /// batch if there is none or if it cannot carry the datagram. Returns the batch that may grow
-    /// further: `None` after a datagram shorter than its batch's segments, because only the last
-    /// datagram of a batch may be shorter.
+    /// Appends a datagram of `length` bytes at `offset` of the arena to the batch `open`, or to a
+    /// new batch if there is none or if it cannot carry the datagram. Returns the batch that may
+    /// grow further: `None` after a datagram shorter than its batch's segments, because only the
+    /// last datagram of a batch may be shorter.
     pub(super) fn push(
         &mut self,
         open: Option<usize>,

@@ -22,7 +22,7 @@ pub const GSO_ECN: u8 = 0x80;
 pub struct VnetHeader {
     /// [`NEEDS_CSUM`] or 0; other bits have no meaning here.
     pub flags: u8,
-    /// One of the `GSO_` constants, with or without [`GSO_ECN`].
+    /// Value of a `GSO_` constant, with or without [`GSO_ECN`].
     pub gso_type: u8,
     /// Length of all headers in bytes. The kernel's value is wrong for forwarded packets.
     pub hdr_len: u16,

@@ -21,7 +21,7 @@ macro_rules! handshake_results {
 }
 
 handshake_results! {
-    /// This node sent an initiation; retries count.
+    /// Initiation sent by this node; retries count.
     Initiated => "initiated";
     /// A handshake that this node initiated completed.
     CompletedInitiator => "completed_initiator";
@@ -37,7 +37,7 @@ handshake_results! {
     Replayed => "replayed";
     /// An initiation or response was refused because its source exceeded a rate limit.
     RateLimited => "rate_limited";
-    /// This node was under load and sent a cookie reply instead of a response.
+    /// Cookie reply sent by this node under load, instead of a response.
     CookieSent => "cookie_sent";
     /// A peer under load sent a cookie reply.
     CookieReceived => "cookie_received";

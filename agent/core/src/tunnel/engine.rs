@@ -35,10 +35,10 @@ const PER_SOURCE_RATE: Rate = Rate { per_second: 8, burst: 16 };
 /// Rate limit of initiations with a cookie from addresses that are no peer's endpoint, all
 /// together: one sender may receive at very many addresses.
 const NON_PEER_RATE: Rate = Rate { per_second: 64, burst: 64 };
-/// Maximum number of peer endpoints with a token bucket of their own, and of keys without a peer whose
-/// timestamps are remembered.
+/// Maximum number of peer endpoints with a token bucket of their own, and of keys without a peer
+/// whose timestamps are remembered.
 const MAX_PEERS: usize = 65_536;
-/// PerSourceLimiter with a cookie that are told apart.
+/// Maximum number of source addresses with a token bucket of their own.
 const MAX_SOURCES: usize = 4096;
 
 /// The protocol engine of one node.

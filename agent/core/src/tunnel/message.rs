@@ -267,8 +267,8 @@ impl CookieReply {
     /// Parses a cookie reply. `header` is the parsed header of `datagram`.
     ///
     /// # Errors
-    /// [`DropReason::HandshakeInvalid`] if the length is not [`COOKIE_REPLY_LEN`], or if the counter
-    /// is not zero.
+    /// [`DropReason::HandshakeInvalid`] if the length is not [`COOKIE_REPLY_LEN`], or if the
+    /// counter is not zero.
     pub fn parse(header: Header, datagram: &[u8]) -> Result<Self, DropReason> {
         let (_, body) = datagram.split_at_checked(HEADER_LEN).ok_or(INVALID)?;
         let (salt, sealed) = body.split_first_chunk().ok_or(INVALID)?;

@@ -42,7 +42,8 @@ pub(crate) struct PathMtu {
     probe: Option<Probe>,
     /// Time at which the size in use must be confirmed (monotonic clock).
     check_at: Duration,
-    /// Time at which a larger size is tried (monotonic clock); zero while no reduced size has been found.
+    /// Time at which a larger size is tried (monotonic clock); zero while no reduced size has been
+    /// found.
     raise_at: Duration,
 }
 
@@ -156,9 +157,9 @@ impl PathMtu {
 
     /// Handles a datagram with a plaintext of `size` bytes that this host's own route refused; no
     /// probe needs to confirm the refusal. `fits` is the longest plaintext that the route carries,
-    /// if known. Without `fits` the size in use falls to [`BASE_PLPMTU`], and to [`MIN_PLPMTU`] if [`BASE_PLPMTU`] is
-    /// refused, too. The search continues from there. Returns whether the size in use became
-    /// shorter.
+    /// if known. Without `fits` the size in use falls to [`BASE_PLPMTU`], and to [`MIN_PLPMTU`] if
+    /// [`BASE_PLPMTU`] is refused, too. The search continues from there. Returns whether the size
+    /// in use became shorter.
     pub(crate) fn on_send_too_big(&mut self, now: Duration, size: u16, fits: Option<u16>) -> bool {
         let fits = fits.filter(|fits| *fits < size);
         let least = MIN_PLPMTU.min(self.max_plpmtu);

@@ -1,4 +1,4 @@
-//! One peer: its keys, its sessions, and the transitions between the sessions.
+//! The state of a peer: its keys, its sessions, and the transitions between the sessions.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -46,9 +46,9 @@ impl PeerKey {
     }
 }
 
-/// One peer. A session that the peer initiated moves from `next` (unconfirmed) to `current` and
-/// `previous`; a session that this node initiated begins as `current`. Data is received in all of
-/// them.
+/// A peer of the engine. A session that the peer initiated moves from `next` (unconfirmed) to
+/// `current` and `previous`; a session that this node initiated begins as `current`. Data is
+/// received in all of them.
 pub(crate) struct Peer {
     pub(crate) id: PeerId,
     /// Public key of the peer, and a second one during a key rotation.
@@ -216,8 +216,8 @@ impl Peer {
         }
     }
 
-    /// Restores a session of an earlier process; [`Peer::choose_current`] chooses the session to send with
-    /// afterwards. Returns false if the session is invalid or its index is in use.
+    /// Restores a session of an earlier process; [`Peer::choose_current`] chooses the session to
+    /// send with afterwards. Returns false if the session is invalid or its index is in use.
     pub(crate) fn restore(
         &mut self,
         saved: SavedSession,

@@ -26,8 +26,9 @@ impl ReplayWindow {
         Self { highest: 0, seen: [0; WORDS] }
     }
 
-    /// Creates a window that refuses every counter below `next`. If `next` is `u64::MAX`, the window
-    /// refuses all counters, because one more than the highest counter cannot be represented.
+    /// Creates a window that refuses every counter below `next`. If `next` is `u64::MAX`, the
+    /// window refuses all counters, because one more than the highest counter cannot be
+    /// represented.
     pub const fn after(next: u64) -> Self {
         match next.checked_sub(1) {
             Some(_) if next == u64::MAX => Self { highest: next, seen: [u64::MAX; WORDS] },

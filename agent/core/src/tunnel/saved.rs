@@ -40,7 +40,8 @@ pub trait SessionStore: Send {
     fn retain_seen_timestamps(&mut self, is_known: &dyn Fn(&PublicKey) -> bool);
 }
 
-/// Slot of one session in a [`SessionStore`]. Dropping the slot deletes the session from the storage.
+/// Slot of one session in a [`SessionStore`]. Dropping the slot deletes the session from the
+/// storage.
 pub trait SessionSlot: Send + Sync {
     /// Returns one more than the highest counter accepted on a lane; 0 if none was accepted.
     fn next_counter(&self, lane: u8) -> u64;

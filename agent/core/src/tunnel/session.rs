@@ -101,8 +101,9 @@ impl Session {
     /// Derives the keys of all lanes and of the control lane.
     ///
     /// # Errors
-    /// [`SessionError::Lanes`] if a number of lanes is not 1 to 64, [`SessionError::EpochsExhausted`] if the
-    /// epoch has no counters, [`SessionError::Derivation`] if the cryptographic library fails.
+    /// [`SessionError::Lanes`] if a number of lanes is not 1 to 64,
+    /// [`SessionError::EpochsExhausted`] if the epoch has no counters, [`SessionError::Derivation`]
+    /// if the cryptographic library fails.
     pub fn new(params: SessionParams) -> Result<Session, SessionError> {
         for lanes in [params.local_lanes, params.remote_lanes] {
             if lanes == 0 || usize::from(lanes) > MAX_LANES {
@@ -157,8 +158,8 @@ impl Session {
 
     /// Stores one more than the highest counter accepted on a lane
     /// ([`ReplayWindow::next_counter`](crate::ReplayWindow::next_counter)). Call this method before
-    /// the packets of the datagram are handed on: a process that restores the session must not accept
-    /// the datagram again.
+    /// the packets of the datagram are handed on: a process that restores the session must not
+    /// accept the datagram again.
     #[inline]
     pub fn set_next_counter(&self, lane: u8, next: u64) {
         if let Some(slot) = &self.slot {

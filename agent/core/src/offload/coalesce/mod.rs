@@ -44,7 +44,7 @@ pub struct CoalesceConfig {
     pub partial_checksum: bool,
 }
 
-/// One write to the TUN: the vnet header, `header`, and then the slices of `payload`.
+/// A write to the TUN: the vnet header, `header`, and then the slices of `payload`.
 #[derive(Debug)]
 pub struct TunPacket<'a> {
     /// Encoded virtio_net_hdr.

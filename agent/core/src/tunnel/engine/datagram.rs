@@ -18,14 +18,14 @@ use crate::tunnel::peer::Peer;
 use crate::tunnel::shared::{LocalIdentity, Shared};
 use crate::wire::header::{Header, MessageType};
 
-/// Responses to one initiation that are read without a rate limit: this number from the address that
-/// the initiation was sent to, and the same number from all other addresses together.
+/// Responses to one initiation that are read without a rate limit: this number from the address
+/// that the initiation was sent to, and the same number from all other addresses together.
 const MAX_RESPONSE_TRIES: u32 = 4;
 
 impl Engine {
     /// Handles a handshake or control datagram (message types 1, 2, 3 and 5) that came from
-    /// `source`. The caller gives data datagrams to the lanes. A datagram that is refused is counted
-    /// ([`Engine::drops`]). The bytes of `datagram` are undefined afterwards.
+    /// `source`. The caller gives data datagrams to the lanes. A datagram that is refused is
+    /// counted ([`Engine::drops`]). The bytes of `datagram` are undefined afterwards.
     pub fn handle_datagram(&mut self, now: Time, source: SocketAddr, datagram: &mut [u8]) {
         let header = match Header::parse(datagram) {
             Ok(header) => header,
@@ -51,8 +51,9 @@ impl Engine {
         }
     }
 
-    /// Checks an initiation in the order of cost: lengths, mac1 (the sender knows this node's public
-    /// key), mac2 or the limit of initiations without a cookie, and then public-key operations.
+    /// Checks an initiation in the order of cost: lengths, mac1 (the sender knows this node's
+    /// public key), mac2 or the limit of initiations without a cookie, and then public-key
+    /// operations.
     fn on_initiation(
         &mut self,
         now: Time,

@@ -204,7 +204,7 @@ fn datagrams_of_earlier_epoch_are_not_accepted_again() {
     assert_eq!(lab.view(0, 1).receive.len(), 1, "No initiation may be accepted twice.");
 }
 
-/// This holds even if no control process knows the last time.
+/// The later timestamp does not depend on a control process that knows the last time.
 #[test]
 fn epoch_with_earlier_clock_sends_later_timestamps() {
     let mut lab = Lab::new(2);
