@@ -677,7 +677,7 @@ impl Active {
                 endpoint: view.endpoint,
                 session: view.current.clone(),
                 next: view.next.clone(),
-                max_plaintext: [view.mtu, view.path]
+                max_plaintext: [view.mtu, view.path_mtu]
                     .into_iter()
                     .flatten()
                     .fold(mtu, u16::min)
@@ -685,7 +685,7 @@ impl Active {
             };
             tables.peers.insert(id, entry);
         }
-        let paths = self.engine.tables().filter_map(|(id, view)| Some((id, view.path?)));
+        let paths = self.engine.tables().filter_map(|(id, view)| Some((id, view.path_mtu?)));
         let narrow: Vec<_> = paths.collect();
         self.narrow_changed |= narrow != self.narrow;
         self.narrow = narrow;

@@ -75,8 +75,9 @@ pub(super) fn fill<'a>(
     report.second_key_peers = sources.engine.peers_on_second_identity();
     let narrow = |public_key, mtu: Option<u16>| Some(NarrowPath { public_key, mtu: mtu? });
     let views = sources.engine.tables().map(|(_, view)| view);
-    report.narrow =
-        views.filter_map(|view| narrow(PublicKey(view.public_key.to_bytes()), view.path)).collect();
+    report.narrow = views
+        .filter_map(|view| narrow(PublicKey(view.public_key.to_bytes()), view.path_mtu))
+        .collect();
     let views = sources.engine.tables();
     let unreachable: BTreeMap<PeerId, &PeerView> =
         views.filter(|(_, view)| view.state == tunnel::PeerState::Unreachable).collect();
@@ -136,7 +137,7 @@ fn peer_report(now: Time, sources: &Sources<'_>, id: PeerId, peer: &Peer) -> Opt
             .last_received
             .map(|at| now.mono.saturating_sub(at).as_secs_f64()),
         rtt_us: view.round_trip.map(|rtt| rtt.as_micros().try_into().unwrap_or(u64::MAX)),
-        path_mtu: view.path,
+        path_mtu: view.path_mtu,
         gso: false,
         tx_packets: totals.tx_packets,
         tx_bytes: totals.tx_bytes,

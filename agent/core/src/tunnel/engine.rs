@@ -374,7 +374,7 @@ impl Engine {
 
     /// Handles a datagram that this host's route to `destination` refused as too long. `size` is
     /// the length of its plaintext in bytes, `fits` the longest plaintext that the route carries,
-    /// if known. Reduces the path MTU of the peers at `destination` at once ([`PeerView::path`]).
+    /// if known. Reduces the path MTU of the peers at `destination` at once ([`PeerView::path_mtu`]).
     /// Returns whether a path MTU was reduced.
     pub fn on_send_too_big(
         &mut self,

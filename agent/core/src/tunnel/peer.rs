@@ -99,7 +99,7 @@ impl Peer {
                 round_trip: None,
                 last_received: None,
                 mtu: None,
-                path: None,
+                path_mtu: None,
             },
             endpoints: Vec::new(),
             attempt: 0,

@@ -66,8 +66,8 @@ impl Peer {
         // A peer accepts no packets longer than its own MTU, whatever the path carries.
         let theirs = self.view.mtu.filter(|mtu| *mtu < shared.params.mtu);
         let found = self.path.reduced_mtu().or(theirs);
-        if self.view.path != found {
-            self.view.path = found;
+        if self.view.path_mtu != found {
+            self.view.path_mtu = found;
             shared.changed = true;
         }
     }

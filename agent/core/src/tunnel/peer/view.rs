@@ -50,5 +50,5 @@ pub struct PeerView {
     pub mtu: Option<u16>,
     /// Maximum plaintext towards this peer in bytes, limited by the path or the peer; `None` if it
     /// is not smaller than this node's MTU.
-    pub path: Option<u16>,
+    pub path_mtu: Option<u16>,
 }

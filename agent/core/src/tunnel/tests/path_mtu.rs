@@ -7,7 +7,7 @@ fn arrives(lab: &mut Lab, size: usize, by: Duration) -> usize {
     let before = lab.nodes[1].received.len();
     let end = lab.now.mono + by;
     while lab.now.mono < end {
-        let length = lab.view(0, 1).path.map_or(size, |path| size.min(path.into()));
+        let length = lab.view(0, 1).path_mtu.map_or(size, |path| size.min(path.into()));
         lab.send(0, 1, &vec![7; length]);
         lab.run(ms(50));
     }
@@ -19,20 +19,20 @@ fn reduced_path_mtu_is_detected_without_icmp() {
     let mut lab = Lab::joined_pair();
     lab.underlay.mtu = 1440 + OVERHEAD;
     assert_eq!(arrives(&mut lab, 1440, secs(10)), 200);
-    assert_eq!(lab.view(0, 1).path, None);
+    assert_eq!(lab.view(0, 1).path_mtu, None);
     // The path carries less than the nodes' links, and no ICMP message says so.
     lab.underlay.mtu = 1372;
     lab.nodes[1].received.clear();
     arrives(&mut lab, 1440, secs(8));
     let late = arrives(&mut lab, 1440, secs(5));
     assert_eq!(late, 100, "All packets must arrive after eight seconds.");
-    let path = usize::from(lab.view(0, 1).path.unwrap());
+    let path = usize::from(lab.view(0, 1).path_mtu.unwrap());
     assert!((1332..=1340).contains(&path), "{path}");
     assert_eq!(lab.state(0, 1), PeerState::Established);
     // The path becomes wider again.
     lab.underlay.mtu = 1440 + OVERHEAD;
     arrives(&mut lab, 1440, secs(130));
-    assert_eq!(lab.view(0, 1).path, None);
+    assert_eq!(lab.view(0, 1).path_mtu, None);
 }
 
 #[test]
@@ -42,7 +42,7 @@ fn reduced_path_mtu_is_known_before_bulk_transfer() {
     lab.flow(0, 1, ms(20));
     // A size below 1280 takes more probes.
     lab.run(secs(14));
-    let path = usize::from(lab.view(0, 1).path.unwrap());
+    let path = usize::from(lab.view(0, 1).path_mtu.unwrap());
     assert!((1260..=1268).contains(&path), "{path}");
 }
 
@@ -55,14 +55,14 @@ fn loss_and_silence_do_not_reduce_path_mtu() {
     let mut narrow = 0;
     for _ in 0..600 {
         lab.run(secs(1));
-        narrow += u32::from(lab.view(0, 1).path.is_some());
+        narrow += u32::from(lab.view(0, 1).path_mtu.is_some());
     }
     assert!(narrow < 60, "{narrow} of 600 seconds");
     lab.underlay.loss_percent = 0;
     lab.run(secs(130));
     lab.underlay.cut.extend([(0, 1), (1, 0)]);
     lab.run(secs(60));
-    assert_eq!(lab.view(0, 1).path, None, "An unreachable peer must have no reduced path MTU.");
+    assert_eq!(lab.view(0, 1).path_mtu, None, "An unreachable peer must have no reduced path MTU.");
 }
 
 /// The sending node treats the smaller MTU of the peer as a reduced path MTU, which its pods must
@@ -74,18 +74,18 @@ fn smaller_mtu_of_peer_reduces_path_mtu() {
     lab.reconfigure(1, |config| config.mtu = 1360);
     lab.flow(0, 1, ms(20));
     lab.run(secs(1));
-    assert_eq!(lab.view(0, 1).path, Some(1360));
+    assert_eq!(lab.view(0, 1).path_mtu, Some(1360));
     assert_eq!(
-        lab.view(1, 0).path,
+        lab.view(1, 0).path_mtu,
         None,
         "The path MTU of the peer with the smaller MTU must not be reduced."
     );
     lab.underlay.mtu = 1300 + OVERHEAD;
     lab.run(secs(15));
-    assert!(lab.view(0, 1).path.is_some_and(|path| (1292..=1300).contains(&path)));
+    assert!(lab.view(0, 1).path_mtu.is_some_and(|path| (1292..=1300).contains(&path)));
     lab.underlay.mtu = 1440 + OVERHEAD;
     lab.run(secs(130));
-    assert_eq!(lab.view(0, 1).path, Some(1360));
+    assert_eq!(lab.view(0, 1).path_mtu, Some(1360));
 }
 
 /// Short and long datagrams are lost alike, and some arrive now and then.
@@ -102,7 +102,7 @@ fn flapping_link_does_not_reduce_path_mtu() {
             lab.run(ms(away));
             lab.underlay.cut.clear();
             lab.run(ms(there));
-            let found = [lab.view(0, 1).path, lab.view(1, 0).path];
+            let found = [lab.view(0, 1).path_mtu, lab.view(1, 0).path_mtu];
             assert_eq!(found, [None, None], "away and there for up to {most} ms");
         }
     }
@@ -122,7 +122,7 @@ fn own_mtu_change_reaches_peer_within_seconds() {
         lab.run(secs(10));
         assert_eq!(lab.view(0, 1).mtu, Some(second), "Node 0 must know the MTU of node 1.");
         assert_eq!(lab.view(1, 0).mtu, Some(first), "Node 1 must know the MTU of node 0.");
-        assert_eq!(lab.view(0, 1).path, Some(second).filter(|mtu| *mtu < first));
+        assert_eq!(lab.view(0, 1).path_mtu, Some(second).filter(|mtu| *mtu < first));
         assert!(lab.joined(0, 1), "Both nodes must use the same session.");
     }
 }
