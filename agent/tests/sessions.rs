@@ -111,7 +111,7 @@ impl Peer {
         let opened = session.receiver(header.lane).unwrap().open(datagram);
         let (_, packet) = opened.unwrap();
         assert_eq!(packet[16..20], self.inner.octets(), "somebody else's packet");
-        session.traffic().received(1, packet.len() as u64);
+        session.traffic().add_received(1, packet.len() as u64);
         self.answers += 1;
         self.sent = None;
     }
@@ -122,7 +122,7 @@ impl Peer {
         let packet = packet(self.inner);
         let mut sealed = vec![0; packet.len() + OVERHEAD];
         session.sender(0).unwrap().seal(Flags::default(), &packet, &mut sealed).unwrap();
-        session.traffic().sent(1, packet.len() as u64);
+        session.traffic().add_sent(1, packet.len() as u64);
         self.socket.send_to(&sealed, endpoint).unwrap();
         self.sent = Some(now.mono);
     }

@@ -117,7 +117,7 @@ impl Node {
         let mut datagram = vec![0; packet.len() + OVERHEAD];
         let sender = session.sender(0).ok_or("lane 0 exists")?;
         sender.seal(Flags::default(), packet, &mut datagram)?;
-        session.traffic().sent(1, packet.len() as u64);
+        session.traffic().add_sent(1, packet.len() as u64);
         self.socket.send_to(&datagram, destination)?;
         Ok(true)
     }
@@ -152,7 +152,7 @@ impl Node {
         };
         window.check_and_set(header.counter)?;
         session.confirm();
-        session.traffic().received(1, plaintext.len() as u64);
+        session.traffic().add_received(1, plaintext.len() as u64);
         self.received += 1;
         println!("{} received {:?}", self.name, String::from_utf8_lossy(plaintext));
         Ok(())

@@ -357,7 +357,7 @@ impl Ingress {
         add(&stats.outer_packets, totals.outer_packets);
         add(&stats.outer_bytes, totals.outer_bytes);
         for rx in self.sessions.iter_mut().filter(|rx| rx.packets > 0) {
-            rx.session.traffic().received(rx.packets, rx.bytes);
+            rx.session.traffic().add_received(rx.packets, rx.bytes);
             (rx.packets, rx.bytes) = (0, 0);
         }
         lane.stats.drops.collect(&mut self.drops);

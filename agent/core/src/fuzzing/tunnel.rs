@@ -254,10 +254,10 @@ impl Simulation {
                 let amount = input.number() as u64;
                 for (_, view) in self.engines[node].tables() {
                     for session in &view.receive {
-                        session.traffic().received(amount & 0xf, 1);
+                        session.traffic().add_received(amount & 0xf, 1);
                     }
                     if let Some(session) = &view.current {
-                        session.traffic().sent(amount >> 4, 1);
+                        session.traffic().add_sent(amount >> 4, 1);
                     }
                 }
             }

@@ -213,7 +213,7 @@ impl EgressBatch {
             self.close_bundle(BatchPeer(index), drops);
             let entry = &mut self.peers[index];
             if let Some(session) = &entry.session {
-                session.traffic().sent(entry.sealed_packets, entry.sealed_bytes);
+                session.traffic().add_sent(entry.sealed_packets, entry.sealed_bytes);
             }
             entry.sealed_packets = 0;
             entry.sealed_bytes = 0;

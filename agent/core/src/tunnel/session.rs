@@ -263,13 +263,13 @@ pub struct Traffic {
 
 impl Traffic {
     /// Adds the packets and bytes that a batch has sent.
-    pub fn sent(&self, packets: u64, bytes: u64) {
+    pub fn add_sent(&self, packets: u64, bytes: u64) {
         self.tx_packets.fetch_add(packets, Ordering::Relaxed);
         self.tx_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Adds the authentic packets and bytes that a batch has received.
-    pub fn received(&self, packets: u64, bytes: u64) {
+    pub fn add_received(&self, packets: u64, bytes: u64) {
         self.rx_packets.fetch_add(packets, Ordering::Relaxed);
         self.rx_bytes.fetch_add(bytes, Ordering::Relaxed);
     }

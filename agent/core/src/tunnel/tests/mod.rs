@@ -273,7 +273,7 @@ impl Lab {
         };
         let mut out = vec![0; payload.len() + OVERHEAD];
         session.sender(0).unwrap().seal(Flags::default(), payload, &mut out).unwrap();
-        session.traffic().sent(1, payload.len() as u64);
+        session.traffic().add_sent(1, payload.len() as u64);
         self.nodes[from].sent += 1;
         let source = self.source(from, LANE_PORT, destination);
         self.put(Datagram { from, source, destination, payload: out });
@@ -356,7 +356,7 @@ impl Lab {
                 match result {
                     Ok(plaintext) => {
                         session.confirm();
-                        session.traffic().received(1, plaintext.len() as u64);
+                        session.traffic().add_received(1, plaintext.len() as u64);
                         let asked = node.answers && plaintext == b"flow";
                         node.received.push(plaintext);
                         if asked {
