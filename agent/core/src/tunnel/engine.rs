@@ -356,8 +356,8 @@ impl Engine {
             let Some(peer) = self.peers.get_mut(id) else { continue };
             let within =
                 |at: Option<Duration>, by| at.is_some_and(|t| now.mono.saturating_sub(t) < by);
-            let heard =
-                peer.view.current.is_some() && within(peer.live.heard, UNKNOWN_SESSION_SILENT_TIME);
+            let heard = peer.view.current.is_some()
+                && within(peer.live.last_received, UNKNOWN_SESSION_SILENT_TIME);
             if heard || within(peer.unknown, UNKNOWN_SESSION_INTERVAL) {
                 continue;
             }

@@ -69,29 +69,29 @@ impl std::fmt::Display for UnreachableReason {
 #[derive(Debug, Default)]
 pub(crate) struct Liveness {
     /// Time of the last authentic datagram.
-    pub(crate) heard: Option<Duration>,
+    pub(crate) last_received: Option<Duration>,
     /// Round-trip time, smoothed as in TCP (RFC 6298).
     pub(crate) round_trip: Option<Duration>,
     /// Time of the last data sent.
-    sent: Option<Duration>,
+    last_sent: Option<Duration>,
     /// Start of the current silence: the first transmission since the last authentic datagram. If
     /// this node sends no data, a ping sets it to the time of the last data received. `None` while
     /// no answer is outstanding.
-    unanswered: Option<Duration>,
+    unanswered_since: Option<Duration>,
     /// Time of the last data received; `None` once the end of the data has been explained by
     /// another datagram.
-    data: Option<Duration>,
+    last_data: Option<Duration>,
     /// Time of the last ping sent or pong received.
-    pinged: Option<Duration>,
+    last_ping: Option<Duration>,
     /// Number of the last ping.
-    pings: u64,
-    deaf: Option<Deafness>,
+    ping_id: u64,
+    silence_reports: Option<SilenceReports>,
 }
 
 /// Reports of the peer, in its pings, that it receives nothing from this node, although every ping
 /// was answered.
 #[derive(Debug, Clone, Copy)]
-struct Deafness {
+struct SilenceReports {
     /// Time of the first report.
     first: Duration,
     /// Time of the latest report.
@@ -103,29 +103,30 @@ struct Deafness {
 impl Liveness {
     /// Handles a new session. Transmissions in the old session need no answer any more.
     pub(crate) fn on_session(&mut self, now: Duration) {
-        self.unanswered = None;
-        self.data = None;
-        self.deaf = None;
-        self.heard = Some(now);
-        self.sent = Some(now);
+        self.unanswered_since = None;
+        self.last_data = None;
+        self.silence_reports = None;
+        self.last_received = Some(now);
+        self.last_sent = Some(now);
     }
 
     /// Handles an authentic control message. Some time after the last data it shows that the peer
     /// is alive.
     pub(crate) fn on_received(&mut self, now: Duration) {
-        self.heard = Some(now);
-        self.unanswered = None;
-        self.data = self.data.filter(|data| now.saturating_sub(*data) < SILENT_PING_DELAY / 2);
+        self.last_received = Some(now);
+        self.unanswered_since = None;
+        self.last_data =
+            self.last_data.filter(|data| now.saturating_sub(*data) < SILENT_PING_DELAY / 2);
     }
 
     pub(crate) fn on_data_received(&mut self, now: Duration) {
         self.on_received(now);
-        self.data = Some(now);
+        self.last_data = Some(now);
     }
 
     pub(crate) fn on_data_sent(&mut self, now: Duration) {
-        self.sent = Some(now);
-        self.unanswered.get_or_insert(now);
+        self.last_sent = Some(now);
+        self.unanswered_since.get_or_insert(now);
     }
 
     /// Handles a ping in which the peer reports a silence of `silent` milliseconds. Call
@@ -134,21 +135,21 @@ impl Liveness {
         let silent = Duration::from_millis(silent.into());
         let last_heard = now.saturating_sub(silent);
         if silent < SILENT_PING_DELAY {
-            self.deaf = None;
+            self.silence_reports = None;
             return;
         }
-        match &mut self.deaf {
+        match &mut self.silence_reports {
             // The report concerns the same silence; the transit times of pings vary.
             Some(deaf) if last_heard <= deaf.last_heard + SILENT_PING_DELAY / 2 => deaf.last = now,
-            deaf => *deaf = Some(Deafness { first: now, last: now, last_heard }),
+            deaf => *deaf = Some(SilenceReports { first: now, last: now, last_heard }),
         }
     }
 
     /// Handles a pong with the clock value `sent` of its ping. Call [`Liveness::on_received`], too.
     pub(crate) fn on_pong(&mut self, now: Duration, sent: u64) {
-        self.deaf = None;
+        self.silence_reports = None;
         // The pong carries the time of its ping, so the round-trip time is known for every pong.
-        self.pinged = Some(now);
+        self.last_ping = Some(now);
         let Some(sample) = now.checked_sub(Duration::from_nanos(sent)) else { return };
         if sample > MAX_ROUND_TRIP {
             return;
@@ -164,7 +165,7 @@ impl Liveness {
         let past = |since: Option<Duration>, by| since.is_some_and(|t| now.saturating_sub(t) >= by);
         let used = self.in_use(now);
         let heard_lately = |data| now.saturating_sub(data) < IDLE_TIMEOUT;
-        if !(used || self.data.is_some_and(heard_lately)) {
+        if !(used || self.last_data.is_some_and(heard_lately)) {
             return false;
         }
         let interval = if self.unreachable_reason(now).is_some() {
@@ -177,44 +178,46 @@ impl Liveness {
         } else {
             return false;
         };
-        self.pinged.is_none() || past(self.pinged, interval)
+        self.last_ping.is_none() || past(self.last_ping, interval)
     }
 
     /// Returns the time since which an answer has been outstanding.
     fn silent_since(&self) -> Option<Duration> {
-        self.unanswered.or(self.data)
+        self.unanswered_since.or(self.last_data)
     }
 
     /// Creates a ping for liveness. Returns its number and message.
     pub(crate) fn ping(&mut self, now: Duration) -> (u64, Control) {
-        self.pinged = Some(now);
-        self.unanswered = self.silent_since().or(Some(now));
+        self.last_ping = Some(now);
+        self.unanswered_since = self.silent_since().or(Some(now));
         self.probe(now)
     }
 
     /// Creates a ping that does not affect liveness, because it may be too long to arrive.
     pub(crate) fn probe(&mut self, now: Duration) -> (u64, Control) {
-        self.pings += 1;
-        let silent = self.heard.map_or(0, |heard| now.saturating_sub(heard).as_millis());
+        self.ping_id += 1;
+        let silent = self.last_received.map_or(0, |heard| now.saturating_sub(heard).as_millis());
         let ping = Control::Ping {
-            id: self.pings,
+            id: self.ping_id,
             sent: u64::try_from(now.as_nanos()).unwrap_or(0),
             silent: u32::try_from(silent).unwrap_or(u32::MAX),
         };
-        (self.pings, ping)
+        (self.ping_id, ping)
     }
 
     /// Returns true if data was sent within [`IDLE_TIMEOUT`].
     pub(crate) fn in_use(&self, now: Duration) -> bool {
-        self.sent.is_some_and(|sent| now.saturating_sub(sent) < IDLE_TIMEOUT)
+        self.last_sent.is_some_and(|sent| now.saturating_sub(sent) < IDLE_TIMEOUT)
     }
 
     /// Returns the reason for which the peer counts as unreachable, if it does.
     pub(crate) fn unreachable_reason(&self, now: Duration) -> Option<UnreachableReason> {
         let past = |since: Option<Duration>, by| since.is_some_and(|t| now.saturating_sub(t) >= by);
-        if past(self.unanswered, UNREACHABLE_TIMEOUT) {
+        if past(self.unanswered_since, UNREACHABLE_TIMEOUT) {
             Some(UnreachableReason::Silent)
-        } else if self.deaf.is_some_and(|deaf| deaf.last.saturating_sub(deaf.first) >= DEAF_TIMEOUT)
+        } else if self
+            .silence_reports
+            .is_some_and(|deaf| deaf.last.saturating_sub(deaf.first) >= DEAF_TIMEOUT)
         {
             Some(UnreachableReason::Deaf)
         } else {

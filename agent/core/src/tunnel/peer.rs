@@ -383,6 +383,6 @@ impl Peer {
         self.view.state = state;
         self.view.reason = if no_cipher { Some(UnreachableReason::NoCommonCipher) } else { reason };
         self.view.round_trip = self.live.round_trip;
-        self.view.last_received = self.live.heard;
+        self.view.last_received = self.live.last_received;
     }
 }

@@ -17,7 +17,7 @@ fn inject(lab: &mut Lab, node: usize, source: SocketAddr, mut payload: Vec<u8>) 
 
 /// Performs a handshake up to the delivery of the datagram of this type. Returns that datagram and
 /// its receiver.
-fn caught(kind: MessageType) -> (Lab, usize, Datagram) {
+fn intercept(kind: MessageType) -> (Lab, usize, Datagram) {
     let mut lab = Lab::new(2);
     lab.send(0, 1, b"first");
     lab.run_until(secs(1), |lab| lab.trace.iter().any(|d| d.payload[0] == kind as u8));
@@ -30,7 +30,7 @@ fn caught(kind: MessageType) -> (Lab, usize, Datagram) {
 #[test]
 fn handshake_with_flipped_byte_is_refused() {
     for kind in [MessageType::Initiation, MessageType::Response, MessageType::Control] {
-        let (mut lab, to, datagram) = caught(kind);
+        let (mut lab, to, datagram) = intercept(kind);
         let len = datagram.payload.len();
         // mac2 is not checked while the node is not under load.
         let covered = if kind == MessageType::Initiation { len - 16 } else { len };
@@ -58,7 +58,7 @@ fn handshake_with_flipped_byte_is_refused() {
 #[test]
 fn handshake_with_flipped_byte_and_valid_mac1_is_refused() {
     for kind in [MessageType::Initiation, MessageType::Response] {
-        let (mut lab, to, datagram) = caught(kind);
+        let (mut lab, to, datagram) = intercept(kind);
         let keys = MacKeys::new(&lab.key(to));
         let tail = if kind == MessageType::Initiation { 32 } else { 16 };
         let end = datagram.payload.len() - tail;
@@ -85,7 +85,7 @@ fn handshake_with_flipped_byte_and_valid_mac1_is_refused() {
 #[test]
 fn truncated_and_extended_handshakes_are_refused() {
     for kind in [MessageType::Initiation, MessageType::Response] {
-        let (mut lab, to, datagram) = caught(kind);
+        let (mut lab, to, datagram) = intercept(kind);
         let before = lab.view(to, 1 - to).receive.len();
         for len in 0..datagram.payload.len() {
             inject(&mut lab, to, datagram.source, datagram.payload[..len].to_vec());
@@ -160,7 +160,7 @@ fn replayed_control_message_is_refused() {
 /// Creates initiations with a valid mac1, as a sender makes them that knows only node 1's public
 /// key.
 fn flood(lab: &mut Lab, count: usize) -> usize {
-    let initiation = caught(MessageType::Initiation).2;
+    let initiation = intercept(MessageType::Initiation).2;
     let keys = MacKeys::new(&lab.key(1));
     let cookies = lab.count(1, HandshakeResult::CookieSent);
     for i in 0..count {
@@ -285,7 +285,7 @@ fn replay_with_cookie_uses_no_token_of_its_sender() {
 fn sender_with_many_addresses_locks_out_no_node() {
     let mut lab = Lab::new(2);
     flood(&mut lab, 100);
-    let initiation = caught(MessageType::Initiation).2.payload;
+    let initiation = intercept(MessageType::Initiation).2.payload;
     let keys = MacKeys::new(&lab.key(1));
     let end = initiation.len() - 32;
     for i in 0..6000_u32 {
@@ -354,7 +354,7 @@ fn forged_responses_cost_few_public_key_operations() {
 #[test]
 fn response_is_read_during_initiation_flood() {
     let mut lab = Lab::new(2);
-    let initiation = caught(MessageType::Initiation).2;
+    let initiation = intercept(MessageType::Initiation).2;
     lab.send(1, 0, b"first");
     let pending = lab.trace.last().unwrap().clone();
     assert!(flood(&mut lab, 200) > 0, "Initiations must have used up the shared limit.");
@@ -388,7 +388,7 @@ fn response_is_read_despite_spoofed_responses() {
 fn sender_at_shared_address_locks_out_no_node() {
     let mut lab = Lab::new(2);
     flood(&mut lab, 100);
-    let initiation = caught(MessageType::Initiation).2.payload;
+    let initiation = intercept(MessageType::Initiation).2.payload;
     let keys = MacKeys::new(&lab.key(1));
     let end = initiation.len() - 32;
     let node = lab.nodes[0].config.addresses[0];

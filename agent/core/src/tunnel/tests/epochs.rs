@@ -10,7 +10,7 @@ type Record = ([u8; SAVED_LEN], BTreeMap<u8, u64>);
 
 /// A store that outlives the engine.
 #[derive(Clone, Default)]
-struct Shelf(Arc<Mutex<BTreeMap<usize, Record>>>, Arc<Mutex<Times>>);
+struct TestStore(Arc<Mutex<BTreeMap<usize, Record>>>, Arc<Mutex<Times>>);
 
 #[derive(Default)]
 struct Times {
@@ -18,23 +18,23 @@ struct Times {
     seen: BTreeMap<PublicKey, Duration>,
 }
 
-struct Place(Shelf, usize);
+struct TestSlot(TestStore, usize);
 
-impl Shelf {
-    fn put(&self, bytes: [u8; SAVED_LEN], marks: BTreeMap<u8, u64>) -> Box<dyn SessionSlot> {
+impl TestStore {
+    fn put(&self, bytes: [u8; SAVED_LEN], counters: BTreeMap<u8, u64>) -> Box<dyn SessionSlot> {
         let mut records = self.0.lock().unwrap();
-        let place = records.keys().last().map_or(0, |last| last + 1);
-        records.insert(place, (bytes, marks));
-        Box::new(Place(self.clone(), place))
+        let index = records.keys().last().map_or(0, |last| last + 1);
+        records.insert(index, (bytes, counters));
+        Box::new(TestSlot(self.clone(), index))
     }
 
     /// Returns the records that a killed process leaves; it does not drop its slots.
-    fn left(&self) -> Vec<Record> {
+    fn records(&self) -> Vec<Record> {
         self.0.lock().unwrap().values().cloned().collect()
     }
 }
 
-impl SessionStore for Shelf {
+impl SessionStore for TestStore {
     fn insert(&mut self, session: &SavedSession) -> Option<Box<dyn SessionSlot>> {
         Some(self.put(*session.to_bytes(), BTreeMap::new()))
     }
@@ -60,7 +60,7 @@ impl SessionStore for Shelf {
     }
 }
 
-impl SessionSlot for Place {
+impl SessionSlot for TestSlot {
     fn next_counter(&self, lane: u8) -> u64 {
         let records = self.0.0.lock().unwrap();
         records[&self.1].1.get(&lane).copied().unwrap_or(0)
@@ -71,44 +71,44 @@ impl SessionSlot for Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for TestSlot {
     fn drop(&mut self) {
         self.0.0.lock().unwrap().remove(&self.1);
     }
 }
 
 impl Lab {
-    fn keep(&mut self, node: usize) -> Shelf {
-        self.keep_on(node, Shelf::default())
+    fn attach_store(&mut self, node: usize) -> TestStore {
+        self.attach(node, TestStore::default())
     }
 
-    fn keep_on(&mut self, node: usize, shelf: Shelf) -> Shelf {
-        self.nodes[node].engine.set_session_store(Box::new(shelf.clone()));
-        shelf
+    fn attach(&mut self, node: usize, store: TestStore) -> TestStore {
+        self.nodes[node].engine.set_session_store(Box::new(store.clone()));
+        store
     }
 
     /// Kills the process of a node and starts the next one with the store. Returns the number of
     /// restored sessions.
-    fn kill(&mut self, node: usize, shelf: &mut Shelf) -> usize {
-        let left = shelf.left();
-        let memory = Shelf(Arc::default(), shelf.1.clone());
-        self.restart_on(node, Some(memory.clone()));
-        *shelf = memory;
-        let next = left.into_iter().map(|(bytes, marks)| {
+    fn kill_process(&mut self, node: usize, store: &mut TestStore) -> usize {
+        let records = store.records();
+        let memory = TestStore(Arc::default(), store.1.clone());
+        self.restart_with_store(node, Some(memory.clone()));
+        *store = memory;
+        let next = records.into_iter().map(|(bytes, counters)| {
             let mut saved = SavedSession::from_bytes(&bytes).unwrap();
             saved.epoch += 1;
-            let kept = shelf.put(*saved.to_bytes(), marks);
-            (saved, kept)
+            let slot = store.put(*saved.to_bytes(), counters);
+            (saved, slot)
         });
         let next = next.collect::<Vec<_>>();
         let now = self.now;
-        let taken = self.nodes[node].engine.restore_sessions(now, next);
+        let restored = self.nodes[node].engine.restore_sessions(now, next);
         self.collect(node);
-        taken
+        restored
     }
 
     /// Starts a new engine. It gets the store before its peers.
-    fn restart_on(&mut self, node: usize, memory: Option<Shelf>) {
+    fn restart_with_store(&mut self, node: usize, memory: Option<TestStore>) {
         let known: Vec<_> = (0..self.nodes.len())
             .filter(|&peer| self.nodes[node].engine.peer_id(&self.key(peer)).is_some())
             .collect();
@@ -125,14 +125,14 @@ impl Lab {
     }
 
     /// Creates two nodes in traffic, of which the first stores its sessions.
-    fn kept_pair() -> (Lab, Shelf) {
+    fn stored_pair() -> (Lab, TestStore) {
         let mut lab = Lab::new(2);
-        let shelf = lab.keep(0);
+        let store = lab.attach_store(0);
         lab.flow(0, 1, ms(3));
         lab.flow(1, 0, ms(5));
         lab.run(secs(1));
         assert!(lab.joined(0, 1));
-        (lab, shelf)
+        (lab, store)
     }
 
     fn handshakes(&self) -> u64 {
@@ -142,12 +142,12 @@ impl Lab {
 
 #[test]
 fn repeated_kills_keep_the_same_session() {
-    let (mut lab, mut shelf) = Lab::kept_pair();
+    let (mut lab, mut store) = Lab::stored_pair();
     let before = lab.count(1, HandshakeResult::Initiated);
     let index = lab.current(0, 1).unwrap().local_index;
     let mut nonces = BTreeSet::new();
     for life in 1..5 {
-        assert_eq!(lab.kill(0, &mut shelf), 1);
+        assert_eq!(lab.kill_process(0, &mut store), 1);
         assert_eq!(lab.state(0, 1), PeerState::Established);
         let (received, sent) = (lab.nodes[0].received.len(), lab.nodes[1].sent);
         lab.run(secs(1));
@@ -180,11 +180,11 @@ fn repeated_kills_keep_the_same_session() {
 
 #[test]
 fn datagrams_of_earlier_epoch_are_not_accepted_again() {
-    let (mut lab, mut shelf) = Lab::kept_pair();
+    let (mut lab, mut store) = Lab::stored_pair();
     lab.nodes[0].flow = None;
     lab.nodes[1].flow = None;
     lab.run(secs(1));
-    lab.kill(0, &mut shelf);
+    lab.kill_process(0, &mut store);
     let old: Vec<_> = lab.trace.iter().filter(|datagram| datagram.from == 1).cloned().collect();
     let received = lab.nodes[0].received.len();
     for datagram in old {
@@ -208,11 +208,11 @@ fn datagrams_of_earlier_epoch_are_not_accepted_again() {
 #[test]
 fn epoch_with_earlier_clock_sends_later_timestamps() {
     let mut lab = Lab::new(2);
-    let mut shelf = lab.keep(0);
+    let mut store = lab.attach_store(0);
     lab.flow(0, 1, ms(3));
     lab.run(secs(1));
     lab.now.wall -= secs(3600);
-    assert_eq!(lab.kill(0, &mut shelf), 1);
+    assert_eq!(lab.kill_process(0, &mut store), 1);
     let sessions = lab.count(1, HandshakeResult::CompletedResponder);
     lab.run(secs(130));
     assert!(
@@ -225,13 +225,13 @@ fn epoch_with_earlier_clock_sends_later_timestamps() {
 #[test]
 fn unconfirmed_session_stays_unconfirmed_after_restart() {
     let mut lab = Lab::new(2);
-    let mut shelf = lab.keep(0);
+    let mut store = lab.attach_store(0);
     // The initiator never receives the response, so it sends nothing in the session.
     lab.underlay.mute = Some((0, MessageType::Response));
     lab.send(1, 0, b"first");
     lab.run(ms(20));
     assert!(lab.view(0, 1).next.is_some());
-    assert_eq!(lab.kill(0, &mut shelf), 1);
+    assert_eq!(lab.kill_process(0, &mut store), 1);
     assert!(lab.view(0, 1).current.is_none() && lab.view(0, 1).next.is_some());
     lab.underlay.mute = None;
     lab.send(1, 0, b"again");
@@ -241,54 +241,54 @@ fn unconfirmed_session_stays_unconfirmed_after_restart() {
 
 #[test]
 fn restored_sessions_are_renewed_and_end_in_time() {
-    let (mut lab, mut shelf) = Lab::kept_pair();
+    let (mut lab, mut store) = Lab::stored_pair();
     let first = lab.current(0, 1).unwrap();
     lab.run(secs(110));
-    assert_eq!(lab.kill(0, &mut shelf), 1);
+    assert_eq!(lab.kill_process(0, &mut store), 1);
     lab.run(secs(15));
     assert_ne!(
         lab.current(0, 1).unwrap().local_index,
         first.local_index,
         "The session must be renewed in time."
     );
-    assert_eq!(shelf.left().len(), 2);
+    assert_eq!(store.records().len(), 2);
     assert_eq!(
-        lab.kill(0, &mut shelf),
+        lab.kill_process(0, &mut store),
         2,
         "The old session must be restored for datagrams in flight."
     );
     assert!(lab.joined(0, 1));
     lab.run(secs(70));
-    assert_eq!(shelf.left().len(), 1, "An expired session must be removed from the store.");
+    assert_eq!(store.records().len(), 1, "An expired session must be removed from the store.");
     assert!(lab.nodes[1].drops.is_empty() && lab.nodes[0].drops.is_empty());
     // No session is restored after 180 s.
-    let left = shelf.left();
-    assert_eq!(left.len(), 1);
+    let records = store.records();
+    assert_eq!(records.len(), 1);
     lab.nodes[0].flow = None;
     lab.nodes[1].flow = None;
     lab.run(secs(300));
-    assert_eq!(shelf.left().len(), 0);
+    assert_eq!(store.records().len(), 0);
 }
 
 #[test]
 fn expired_or_foreign_sessions_are_not_restored() {
-    let (mut lab, shelf) = Lab::kept_pair();
-    let left = shelf.left();
-    let kept = |lab: &mut Lab, change: &dyn Fn(&mut SavedSession)| {
+    let (mut lab, store) = Lab::stored_pair();
+    let records = store.records();
+    let restore = |lab: &mut Lab, change: &dyn Fn(&mut SavedSession)| {
         lab.restart(0);
-        let mut saved = SavedSession::from_bytes(&left[0].0).unwrap();
+        let mut saved = SavedSession::from_bytes(&records[0].0).unwrap();
         saved.epoch += 1;
         change(&mut saved);
-        let kept = Shelf::default().put(left[0].0, BTreeMap::from([(CONTROL_LANE, 1)]));
+        let slot = TestStore::default().put(records[0].0, BTreeMap::from([(CONTROL_LANE, 1)]));
         let now = lab.now;
-        lab.nodes[0].engine.restore_sessions(now, [(saved, kept)])
+        lab.nodes[0].engine.restore_sessions(now, [(saved, slot)])
     };
-    assert_eq!(kept(&mut lab, &|_| {}), 1);
-    assert_eq!(kept(&mut lab, &|saved| saved.public_key = PublicKey::new([9; 32])), 0);
-    assert_eq!(kept(&mut lab, &|saved| saved.established = Duration::ZERO), 0);
-    assert_eq!(kept(&mut lab, &|saved| saved.established += secs(100)), 0);
-    assert_eq!(kept(&mut lab, &|saved| saved.local_lanes = 65), 0);
-    assert_eq!(kept(&mut lab, &|saved| saved.epoch = u32::MAX), 0);
+    assert_eq!(restore(&mut lab, &|_| {}), 1);
+    assert_eq!(restore(&mut lab, &|saved| saved.public_key = PublicKey::new([9; 32])), 0);
+    assert_eq!(restore(&mut lab, &|saved| saved.established = Duration::ZERO), 0);
+    assert_eq!(restore(&mut lab, &|saved| saved.established += secs(100)), 0);
+    assert_eq!(restore(&mut lab, &|saved| saved.local_lanes = 65), 0);
+    assert_eq!(restore(&mut lab, &|saved| saved.epoch = u32::MAX), 0);
     assert!(lab.handshakes() > 0);
 }
 
@@ -305,14 +305,14 @@ fn replay_initiations(lab: &mut Lab) {
 #[test]
 fn recorded_initiations_are_refused_in_next_process() {
     let mut lab = Lab::new(2);
-    let mut shelf = lab.keep(1);
+    let mut store = lab.attach_store(1);
     lab.send(0, 1, b"first");
     lab.run(secs(1));
     assert!(lab.joined(0, 1));
     // The store has no session from which the last timestamp could be derived.
     lab.run(secs(300));
-    assert_eq!(shelf.left().len(), 0);
-    assert_eq!(lab.kill(1, &mut shelf), 0);
+    assert_eq!(store.records().len(), 0);
+    assert_eq!(lab.kill_process(1, &mut store), 0);
     replay_initiations(&mut lab);
     assert_eq!(lab.count(1, HandshakeResult::Replayed), 1);
     assert!(lab.view(1, 0).receive.is_empty(), "A recorded initiation must create no session.");
@@ -361,14 +361,14 @@ fn recorded_initiations_of_later_peer_are_refused() {
 
 #[test]
 fn mtu_changed_between_processes_reaches_peer() {
-    let (mut lab, mut shelf) = Lab::kept_pair();
+    let (mut lab, mut store) = Lab::stored_pair();
     assert_eq!(lab.view(1, 0).mtu, Some(1440));
     lab.nodes[0].config.mtu = 1360;
-    assert_eq!(lab.kill(0, &mut shelf), 1);
+    assert_eq!(lab.kill_process(0, &mut store), 1);
     lab.run(secs(10));
     assert_eq!(lab.view(1, 0).mtu, Some(1360), "The peer must learn the MTU within seconds.");
     let before = lab.count(0, HandshakeResult::Initiated);
-    assert!(lab.kill(0, &mut shelf) > 0, "The renewed session must be stored.");
+    assert!(lab.kill_process(0, &mut store) > 0, "The renewed session must be stored.");
     lab.run(secs(10));
     let now = lab.count(0, HandshakeResult::Initiated);
     assert_eq!((before, now), (1, 0), "A process with the same MTU must start no handshake.");
@@ -377,19 +377,19 @@ fn mtu_changed_between_processes_reaches_peer() {
 #[test]
 fn timestamp_of_key_is_deleted_with_its_record() {
     let mut lab = Lab::new(2);
-    let shelf = lab.keep(1);
+    let store = lab.attach_store(1);
     lab.send(0, 1, b"first");
     lab.run(secs(1));
     let key = lab.key(0);
-    assert!(shelf.seen_timestamp(&key) > Duration::ZERO);
+    assert!(store.seen_timestamp(&key) > Duration::ZERO);
     let id = lab.peer_id(1, 0);
     lab.nodes[1].engine.remove_peer(id);
-    assert_eq!(shelf.seen_timestamp(&key), Duration::ZERO);
+    assert_eq!(store.seen_timestamp(&key), Duration::ZERO);
     // The next process detects a record that was removed while no process ran.
-    shelf.clone().set_seen_timestamp(&key, secs(5));
+    store.clone().set_seen_timestamp(&key, secs(5));
     let now = lab.now;
     lab.nodes[1].engine.restore_sessions(now, []);
-    assert_eq!(shelf.seen_timestamp(&key), Duration::ZERO);
+    assert_eq!(store.seen_timestamp(&key), Duration::ZERO);
 }
 
 #[test]

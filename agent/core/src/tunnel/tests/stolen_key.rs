@@ -20,7 +20,7 @@ struct Recorded {
 
 /// Performs the handshake of nodes 1 and 2 with these ephemeral keys. Returns the recording and the
 /// secrets.
-fn shake(ephemeral: [u8; 2]) -> (Recorded, TransportSecrets) {
+fn record_handshake(ephemeral: [u8; 2]) -> (Recorded, TransportSecrets) {
     let (a, b) = (identity(1), identity(2));
     let clear = initiation_clear(7, PORT);
     let (mut first, mut second, mut payload) = (vec![], vec![], [0; 1200]);
@@ -29,10 +29,10 @@ fn shake(ephemeral: [u8; 2]) -> (Recorded, TransportSecrets) {
     let mut initiator = Initiator::start(&a, to, with, &clear, b"hello", &mut first).unwrap();
     let with = secret(ephemeral[1]);
     let (responder, _) = Responder::read(&b, with, &clear, &first, &mut payload).unwrap();
-    let split = responder.reply(b"welcome", &mut second).unwrap();
+    let secrets = responder.reply(b"welcome", &mut second).unwrap();
     let (_, same) = initiator.finish(&second, &mut payload).unwrap();
-    assert_eq!(split, same);
-    (Recorded { clear, first, second }, split)
+    assert_eq!(secrets, same);
+    (Recorded { clear, first, second }, secrets)
 }
 
 fn session(secrets: TransportSecrets, initiator: bool, cipher: Cipher) -> Session {
@@ -53,10 +53,10 @@ fn session(secrets: TransportSecrets, initiator: bool, cipher: Cipher) -> Sessio
 }
 
 /// Returns one datagram of each direction.
-fn traffic(split: &TransportSecrets, cipher: Cipher) -> Vec<Vec<u8>> {
+fn traffic(secrets: &TransportSecrets, cipher: Cipher) -> Vec<Vec<u8>> {
     let seal = |initiator| {
         let mut datagram = vec![0; 4 + OVERHEAD];
-        let session = session(split.clone(), initiator, cipher);
+        let session = session(secrets.clone(), initiator, cipher);
         session.sender(0).unwrap().seal(Flags::default(), b"past", &mut datagram).unwrap();
         datagram
     };
@@ -93,16 +93,16 @@ fn secrets_of(recorded: &Recorded, ephemeral: impl Iterator<Item = u8>) -> Vec<T
         // The attacker acts as initiator.
         let mut again = vec![];
         let start = Initiator::start(&a, b.public(), secret(), clear, b"hello", &mut again);
-        found.extend(start.unwrap().finish(second, &mut payload).map(|(_, split)| split));
+        found.extend(start.unwrap().finish(second, &mut payload).map(|(_, secrets)| secrets));
     }
     found
 }
 
 #[test]
 fn stolen_static_keys_open_no_recorded_traffic() {
-    let (recorded, split) = shake([100, 200]);
+    let (recorded, secrets) = record_handshake([100, 200]);
     for cipher in [Cipher::Aes256Gcm, Cipher::ChaCha20Poly1305] {
-        let past = traffic(&split, cipher);
+        let past = traffic(&secrets, cipher);
         let secrets = secrets_of(&recorded, 1..96);
         assert!(secrets.len() > 50, "The attacker must be able to act as responder.");
         assert_eq!(opened(&secrets, &past, cipher), 0);
