@@ -169,10 +169,13 @@ fn ended_sessions_are_replaced_by_new_ones() {
     let before = lab.current(0, 1).unwrap();
     let now = lab.now;
     lab.nodes[0].engine.end_sessions(now);
-    assert!(lab.nodes[0].engine.take_changed(), "lanes must learn that the sessions have ended");
+    assert!(
+        lab.nodes[0].engine.poll_tables_changed(),
+        "The lanes must learn that the sessions have ended."
+    );
     let view = lab.view(0, 1);
     assert!(view.current.is_none() && view.next.is_none() && view.receive.is_empty());
-    assert!(before.is_expired_at(now.mono), "a lane with old tables must not use the session");
+    assert!(before.is_expired_at(now.mono), "A lane with old tables must not use the session.");
     let took = lab.run_until(secs(3), |lab| lab.joined(0, 1));
     assert!(took <= secs(1), "{took:?}");
     assert_ne!(lab.current(0, 1).unwrap().local_index, before.local_index);
@@ -183,10 +186,10 @@ fn ended_sessions_are_replaced_by_new_ones() {
     }
 }
 
-/// The machine is cloned between an initiation and its response: both clones would make the same
-/// session of it.
+/// The machine is cloned between an initiation and its response. Both clones would create the same
+/// session.
 #[test]
-fn response_to_an_ended_handshake_makes_no_session() {
+fn response_to_ended_handshake_creates_no_session() {
     let mut lab = Lab::new(2);
     assert!(!lab.send(0, 1, b"wanted"));
     let now = lab.now;
