@@ -196,15 +196,7 @@ fn applied_rendering_with_hooks_does_not_remove_skein() -> Result<()> {
         std::fs::write(&file, objects)?;
         let pings = start_pings(kube, &pods)?;
         let file = file.to_string_lossy();
-        kube.kubectl(&[
-            "apply",
-            "--server-side",
-            "--force-conflicts",
-            "--namespace",
-            NAMESPACE,
-            "--filename",
-            &file,
-        ])?;
+        kube.kubectl(&["apply", "--server-side", "--force-conflicts", "--filename", &file])?;
         let job = format!("--namespace={NAMESPACE}");
         kube.wait("the Job has failed", LIMIT, |kube| {
             let job = get(kube, &["job", "skein-cleanup", &job])?;
