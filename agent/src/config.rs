@@ -205,6 +205,8 @@ pub struct Firewall {
     pub drop_spoofed: bool,
     /// Drop packets to pods that would leave the node outside the tunnel.
     pub drop_cleartext: bool,
+    /// Drop packets that other machines route to pods through this node.
+    pub drop_transit: bool,
     /// Masquerade packets that enter the overlay with a source outside the node's pod CIDRs.
     pub masquerade_foreign: bool,
     /// Exempt the overlay's datagrams from connection tracking.
@@ -213,7 +215,13 @@ pub struct Firewall {
 
 impl Default for Firewall {
     fn default() -> Self {
-        Self { drop_spoofed: true, drop_cleartext: true, masquerade_foreign: true, notrack: true }
+        Self {
+            drop_spoofed: true,
+            drop_cleartext: true,
+            drop_transit: true,
+            masquerade_foreign: true,
+            notrack: true,
+        }
     }
 }
 

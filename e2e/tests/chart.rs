@@ -30,7 +30,7 @@ const VARIANTS: [(&str, &[&str]); 6] = [
             "requireConfinement=true",
             "encryption.cipher=chacha20-poly1305",
             "masquerade=false",
-            "firewall.dropSpoofed=false,firewall.dropCleartext=false",
+            "firewall.dropSpoofed=false,firewall.dropCleartext=false,firewall.dropTransit=false",
             "firewall.masqueradeForeign=false,firewall.notrack=false",
             "endpointInterface=eth1",
             "notReadyTaint=null",
@@ -345,6 +345,7 @@ fn default_configuration_has_no_key_of_later_releases() -> Result<()> {
     for (setting, key) in [
         ("firewall.dropSpoofed=false", "firewall.drop_spoofed"),
         ("firewall.dropCleartext=false", "firewall.drop_cleartext"),
+        ("firewall.dropTransit=false", "firewall.drop_transit"),
         ("firewall.masqueradeForeign=false", "firewall.masquerade_foreign"),
         ("firewall.notrack=false", "firewall.notrack"),
         ("metrics.hosts={a.example}", "metrics.hosts"),

@@ -133,7 +133,10 @@ fn pod_source_from_the_underlay_is_dropped_and_counted() -> Result<()> {
 #[test]
 fn pod_source_from_the_underlay_passes_if_switched_off() -> Result<()> {
     for cni in [true, false] {
-        let border = Border::up(cni, |agent| agent.set("firewall.drop_spoofed", false))?;
+        let border = Border::up(cni, |agent| {
+            agent.set("firewall.drop_spoofed", false);
+            agent.set("firewall.drop_transit", false);
+        })?;
         let outsider = border.outsider()?;
         for family in Family::BOTH {
             let (target, by) =
@@ -185,6 +188,96 @@ fn packet_to_a_pod_by_the_underlay_is_dropped_and_counted() -> Result<()> {
             }
             border.node(0).ip(&format!("route del {target}/{bits}"))?;
         }
+    }
+    Ok(())
+}
+
+/// A machine of the underlay that routes pods' prefixes to a node reaches no pod, neither of that
+/// node nor of another, and no answer crosses the underlay in clear. With the switch off it does: a
+/// router or a load balancer may send to pods' addresses.
+#[test]
+fn node_is_no_gateway_to_pods_for_the_underlay() -> Result<()> {
+    for (cni, drop) in [(true, true), (false, true), (true, false), (false, false)] {
+        let border = Border::up(cni, |agent| agent.set("firewall.drop_transit", drop))?;
+        let outsider = border.outsider()?;
+        for family in Family::BOTH {
+            let (own, by) = (outside(family)?, border.cluster.lab.nodes[0].underlay(family));
+            for node in &border.cluster.lab.nodes {
+                outsider.ip(&format!("route replace {} via {by}", node.pod_cidr(family)))?;
+            }
+            for node in [0, 1] {
+                let pod = border.pod(node);
+                let target = pod.address(family);
+                let before = border.drops("transit", family)?;
+                let capture = Capture::start(border.cluster.lab.switch()?)?;
+                let seen = request(&outsider, own, target, &pod.ns, target)?;
+                // The capture may lag behind the last answer.
+                thread::sleep(Duration::from_millis(100));
+                let frames = capture.stop()?;
+                let answers = frames.iter().filter(|frame| frame.contains(b"answer")).count();
+                let counted = border.drops("transit", family)? - before;
+                let case =
+                    format!("{target}, cni {cni}: {seen:?}, {answers} answers, {counted} counted");
+                if drop {
+                    ensure!(seen.is_none() && answers == 0, "an outsider reaches {case}");
+                    ensure!(counted >= 10.0, "not every drop is counted: {case}");
+                } else {
+                    ensure!(seen.is_some() && answers > 0, "switched off, to {case}");
+                    ensure!(counted == 0.0, "switched off, to {case}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The rule of the test above spares translated connections (a NodePort, a hostPort) and answers to
+/// pods that keep their own address outside the cluster.
+#[test]
+fn translated_connections_and_answers_reach_pods() -> Result<()> {
+    for cni in [true, false] {
+        let border = Border::up(cni, |agent| agent.set("cni.masquerade", false))?;
+        let outsider = border.outsider()?;
+        for family in Family::BOTH {
+            let (own, node) = (outside(family)?, border.cluster.lab.nodes[0].underlay(family));
+            let word = if family == Family::V4 { "ip" } else { "ip6" };
+            let cidr = border.cluster.lab.nodes[0].pod_cidr(family);
+            outsider.ip(&format!("route replace {cidr} via {node}"))?;
+            for pod in [border.pod(0), border.pod(1)] {
+                let target = pod.address(family);
+                border.node(0).nft(&format!(
+                    "add table {word} ports\ndelete table {word} ports\nadd table {word} ports\n\
+                     add chain {word} ports pre {{ type nat hook prerouting priority dstnat ; }}\n\
+                     add rule {word} ports pre {word} daddr {node} udp dport {PORT} dnat to {target}"
+                ))?;
+                let seen = request(&outsider, own, node, &pod.ns, target)?;
+                ensure!(seen.is_some(), "a port of the node does not lead to {target} (cni {cni})");
+            }
+            let pod = border.pod(0);
+            let source = pod.address(family);
+            let seen = request(&pod.ns, source, own, &outsider, own)?;
+            ensure!(seen == Some(source), "{source} gets no answer as {seen:?} (cni {cni})");
+        }
+    }
+    Ok(())
+}
+
+/// A NAT rule for the overlay's port, as portmap adds it for a hostPort, does not apply to the
+/// overlay's datagrams.
+#[test]
+fn host_port_takes_none_of_the_overlays_datagrams() -> Result<()> {
+    let border = Border::up(true, |_| ())?;
+    let target = border.pod(0).v4;
+    border.node(0).nft(&format!(
+        "add table ip ports\n\
+         add chain ip ports pre {{ type nat hook prerouting priority dstnat ; }}\n\
+         add rule ip ports pre udp dport 51900 fib daddr type local dnat to {target}"
+    ))?;
+    border.node(0).sh("conntrack -F")?;
+    let received = udp::arrives(border.node(1), &border.pod(0).ns, ("192.0.2.1:51900").parse()?)?;
+    ensure!(!received, "the pod receives datagrams of the overlay's port");
+    for family in Family::BOTH {
+        checks::reaches(border.pod(0), border.pod(1), family)?;
     }
     Ok(())
 }
@@ -304,6 +397,12 @@ fn foreign_sources_reach_a_remote_pod() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Address of the outsider on the underlay.
+fn outside(family: Family) -> Result<IpAddr> {
+    let text = if family == Family::V4 { "192.0.2.77" } else { "2001:db8::4d" };
+    Ok(text.parse()?)
 }
 
 /// Returns the source of datagrams to the address `to` as `at` receives them; `None` if no datagram

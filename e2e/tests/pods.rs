@@ -487,6 +487,63 @@ fn no_pod_takes_anothers_address_by_arp_or_neighbour_discovery() -> Result<()> {
     reach(&thief, &victim)
 }
 
+/// Sends from a pod's eth0, with many sources: ARP requests for the address `argv[1]` of the node and
+/// for `argv[2]`, which the node would forward to, gratuitous ARP, neighbour solicitations for
+/// `argv[3]` of the node, and pings to all nodes.
+const NEIGHBOURS: &str = r#"
+import socket, struct, sys
+s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+s.bind(("eth0", 0))
+mac = s.getsockname()[4]
+v4, v6 = socket.inet_aton, lambda text: socket.inet_pton(socket.AF_INET6, text)
+def arp(operation, sender, target):
+    header = struct.pack("!HHBBH", 1, 0x800, 6, 4, operation)
+    s.send(b"\xff" * 6 + mac + b"\x08\x06" + header + mac + v4(sender) + bytes(6) + v4(target))
+def icmp(source, kind, rest):
+    ends, message = v6(source) + v6("ff02::1"), bytes([kind, 0, 0, 0]) + rest
+    whole = ends + struct.pack("!II", len(message), 58) + message
+    total = sum(struct.unpack("!%dH" % (len(whole) // 2), whole))
+    while total >> 16: total = (total >> 16) + (total & 0xffff)
+    message = message[:2] + struct.pack("!H", 0xffff - total) + message[4:]
+    header = struct.pack("!IHBB", 6 << 28, len(message), 58, 255)
+    s.send(b"\x33\x33\0\0\0\1" + mac + b"\x86\xdd" + header + ends + message)
+for i in range(50):
+    arp(1, "10.244.1.%d" % (100 + i), sys.argv[1])
+    arp(1, "10.244.1.%d" % (150 + i), sys.argv[2])
+    arp(1, "10.244.3.%d" % i, "10.244.3.%d" % i)
+    icmp("fe80::1:%x" % i, 135, bytes(4) + v6(sys.argv[3]) + bytes([1, 1]) + mac)
+    icmp("fe80::2:%x" % i, 128, bytes(4))
+"#;
+
+/// What a pod sends with raw sockets adds no entry to the node's neighbour tables, also on a node
+/// with proxy ARP.
+#[test]
+fn no_pod_fills_the_nodes_neighbour_tables() -> Result<()> {
+    let cluster = up(1, |_| ())?;
+    let home = node(&cluster, 0);
+    let pod = runtime(&cluster, 0)?.pod("a")?;
+    home.sysctl("net.ipv4.conf.all.proxy_arp", "1")?;
+    let key = format!("net.ipv4.conf.{}.arp_ignore", pod.host_interface);
+    home.sysctl(&key, "0")?;
+    checks::eventually("the setting is restored", Duration::from_secs(15), || {
+        Ok(home.sh(&format!("sysctl -n {key}"))?.trim() == "8")
+    })?;
+    let addresses = || -> Result<BTreeSet<String>> {
+        let text = home.ip(&format!("neighbour show dev {}", pod.host_interface))?;
+        Ok(text.lines().filter_map(|line| line.split(' ').next()).map(str::to_owned).collect())
+    };
+    let before = addresses()?;
+    let arguments = ["-c", NEIGHBOURS, "10.244.1.1", "192.0.2.77", "fd00:10:244:1::1"];
+    let done = pod.ns.command("python3").args(arguments).output()?;
+    ensure!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    thread::sleep(Duration::from_millis(1100));
+    let after = addresses()?;
+    ensure!(after == before, "{} entries, then {}: {after:?}", before.len(), after.len());
+    let counted = cluster.agents[0].metrics()?.sum("skein_pod_link_local_drops_total", &[]);
+    ensure!(counted >= 100.0, "{counted} of 100 packets are counted");
+    Ok(())
+}
+
 #[test]
 fn a_pod_is_nobodys_router() -> Result<()> {
     for both in [false, true] {

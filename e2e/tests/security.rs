@@ -203,7 +203,7 @@ fn a_stolen_key_is_its_node_and_no_other() -> Result<()> {
     thief.record.pod_cidrs = [&others[0].pod_cidrs[..], &others[2].pod_cidrs[..]].concat();
     thief.put_record(&thief.record)?;
     // A thief does not hold to the rules of its own node's border.
-    for rule in ["drop_spoofed", "drop_cleartext", "masquerade_foreign"] {
+    for rule in ["drop_spoofed", "drop_cleartext", "drop_transit", "masquerade_foreign"] {
         thief.set(&format!("firewall.{rule}"), false);
     }
     cluster.start()?;
@@ -391,8 +391,9 @@ fn packets_with_a_foreign_source_are_dropped() -> Result<()> {
     let lab = skein_e2e::lab::Lab::new(&Plan { nodes: 3, ..Plan::default() })?;
     let mut cluster = Cluster::prepare(lab, Family::V4)?;
     // The sending node's own rules would drop or change the packets.
-    cluster.agents[0].set("firewall.drop_spoofed", false);
-    cluster.agents[0].set("firewall.masquerade_foreign", false);
+    for rule in ["drop_spoofed", "drop_transit", "masquerade_foreign"] {
+        cluster.agents[0].set(&format!("firewall.{rule}"), false);
+    }
     cluster.start()?;
     checks::all_reach_all(&cluster.lab)?;
     let (a, b, c) = (cluster.lab.pod(0), cluster.lab.pod(1), cluster.lab.pod(2));

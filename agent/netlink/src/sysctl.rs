@@ -36,12 +36,12 @@ pub struct Sysctl {
     pub key: String,
     /// The value.
     pub value: &'static str,
-    /// Whether traffic needs it; the others only keep the kernel quiet.
+    /// True if traffic or a protection needs it; the others only keep the kernel quiet.
     pub required: bool,
 }
 
 impl Sysctl {
-    /// A setting that traffic needs.
+    /// A setting that traffic or a protection needs.
     pub fn required(key: impl Into<String>, value: &'static str) -> Self {
         Self { key: key.into(), value, required: true }
     }

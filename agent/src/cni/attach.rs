@@ -305,7 +305,7 @@ impl Attacher {
     }
 
     /// Repairs the node's end of an existing attachment: hardware address, link state, routes,
-    /// neighbours. The pod's end is left unchanged. Returns the changes, for messages.
+    /// neighbours, settings. The pod's end is left unchanged. Returns the changes, for messages.
     pub async fn heal(
         &self,
         netlink: &Netlink,
@@ -343,6 +343,10 @@ impl Attacher {
                 changes.push(format!("the neighbour {ip} is back"));
             }
         }
+        let node = node_settings(&name, addresses.iter().any(IpAddr::is_ipv6));
+        let changed = tokio::task::spawn_blocking(move || settings(&node)).await;
+        let changed = changed.map_err(|error| AttachError::Settings(error.to_string()))??;
+        changes.extend(changed.iter().map(|key| format!("{key} restored")));
         Ok(changes)
     }
 
@@ -432,9 +436,11 @@ fn node_settings(name: &str, v6: bool) -> Vec<Sysctl> {
     let mut settings = vec![
         Sysctl::required(format!("ipv4/conf/{name}/rp_filter"), "0"),
         Sysctl::required(format!("ipv4/conf/{name}/forwarding"), "1"),
-        // A pod that asks for the gateway, or for anything else, gets no answer by somebody else's
-        // settings: what it needs to know is in its neighbour table.
-        Sysctl::wished(format!("ipv4/conf/{name}/proxy_arp"), "0"),
+        // The kernel ignores a pod's ARP requests, which would fill the neighbour table of the node:
+        // both ends have permanent entries. The second setting switches proxy ARP off even if it is
+        // on for all interfaces.
+        Sysctl::required(format!("ipv4/conf/{name}/arp_ignore"), "8"),
+        Sysctl::required(format!("ipv4/conf/{name}/medium_id"), "-1"),
     ];
     let key = |key: &str| format!("ipv6/conf/{name}/{key}");
     match v6 {
@@ -475,15 +481,18 @@ async fn connect_in(namespace: BorrowedFd<'_>) -> Result<Netlink, AttachError> {
     beside(namespace, |namespace| Ok(Netlink::connect_in(namespace)?)).await
 }
 
-fn settings(all: &[Sysctl]) -> Result<(), AttachError> {
+/// Writes the settings that differ and returns their keys.
+fn settings(all: &[Sysctl]) -> Result<Vec<String>, AttachError> {
+    let mut changed = Vec::new();
     for setting in all {
         match setting.ensure() {
             Err(error) if setting.required => return Err(AttachError::Settings(error.to_string())),
             Err(error) => tracing::debug!(%error, "a setting that is good to have"),
-            Ok(_) => {}
+            Ok(true) => changed.push(setting.key.clone()),
+            Ok(false) => {}
         }
     }
-    Ok(())
+    Ok(changed)
 }
 
 fn missing(link: Option<Link>, name: &str) -> Result<Link, NetlinkError> {

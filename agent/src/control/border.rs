@@ -35,6 +35,7 @@ pub(super) fn firewall_rules(config: &Config, desired: &Desired, networks: &[IpN
         peers: peers().flat_map(|peer| peer.endpoints.clone()).collect(),
         drop_spoofed: settings.drop_spoofed,
         drop_cleartext: settings.drop_cleartext,
+        drop_transit: settings.drop_transit,
         masquerade_foreign: settings.masquerade_foreign,
         notrack: settings.notrack,
     }

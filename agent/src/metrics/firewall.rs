@@ -42,6 +42,15 @@ pub(super) fn families(firewall: &Firewall, pods: bool) -> Vec<MetricFamily> {
         }
         family.finish()
     };
+    let mut link_local = Family::new(
+        "skein_pod_link_local_drops_total",
+        "Neighbour and router messages of pods, and packets that pods sent from link-local IPv6 addresses, \
+         all dropped: the first packets of a pod's kernel, too.",
+        Kind::Counter,
+    );
+    if let Some(counters) = firewall.counters.as_ref().filter(|_| pods) {
+        link_local.add(&[], counters.link_local as f64);
+    }
     vec![
         active.finish(),
         chains.finish(),
@@ -51,6 +60,7 @@ pub(super) fn families(firewall: &Firewall, pods: bool) -> Vec<MetricFamily> {
             pods,
             |counters| counters.forged,
         ),
+        link_local.finish(),
         drops(
             "skein_spoofed_source_drops_total",
             "Packets dropped because they had a pod's source and arrived by an interface that is not the \
@@ -63,6 +73,12 @@ pub(super) fn families(firewall: &Firewall, pods: bool) -> Vec<MetricFamily> {
             "Packets to pods dropped because they would have left the node outside the tunnel.",
             true,
             |counters| counters.cleartext,
+        ),
+        drops(
+            "skein_transit_drops_total",
+            "Packets to pods dropped because another machine routed them through the node.",
+            true,
+            |counters| counters.transit,
         ),
     ]
 }

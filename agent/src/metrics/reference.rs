@@ -48,7 +48,13 @@ fn of_pods(name: &str) -> bool {
 }
 
 fn of_firewall(name: &str) -> bool {
-    let starts = ["skein_firewall_", "skein_forward_", "skein_spoofed_", "skein_cleartext_"];
+    let starts = [
+        "skein_firewall_",
+        "skein_forward_",
+        "skein_spoofed_",
+        "skein_cleartext_",
+        "skein_transit_",
+    ];
     starts.iter().any(|start| name.starts_with(start))
 }
 

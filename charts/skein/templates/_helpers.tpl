@@ -201,7 +201,7 @@ chain = {{ include "skein.toml" .chain }}
 {{- end }}
 masquerade = {{ .Values.masquerade }}
 {{- with .Values.firewall }}
-{{- if not (and .dropSpoofed .dropCleartext .masqueradeForeign .notrack) }}
+{{- if not (and .dropSpoofed .dropCleartext .dropTransit .masqueradeForeign .notrack) }}
 
 [firewall]
 {{- if not .dropSpoofed }}
@@ -209,6 +209,9 @@ drop_spoofed = false
 {{- end }}
 {{- if not .dropCleartext }}
 drop_cleartext = false
+{{- end }}
+{{- if not .dropTransit }}
+drop_transit = false
 {{- end }}
 {{- if not .masqueradeForeign }}
 masquerade_foreign = false

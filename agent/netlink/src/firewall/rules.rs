@@ -29,6 +29,8 @@ pub struct Rules {
     pub drop_spoofed: bool,
     /// Drop packets to pods that would leave outside the tunnel.
     pub drop_cleartext: bool,
+    /// Drop packets that other machines route to pods through this node.
+    pub drop_transit: bool,
     /// Masquerade packets that enter the overlay with a source outside the node's pod CIDRs.
     pub masquerade_foreign: bool,
     /// Exempt the overlay's datagrams from connection tracking.
@@ -47,7 +49,8 @@ pub struct PodRules {
 }
 
 /// Chains that exist only if a setting asks for them.
-const OPTIONAL_CHAINS: [&str; 5] = ["from_pods", "leaving", "outward", "passing", "untracked"];
+const OPTIONAL_CHAINS: [&str; 6] =
+    ["from_pods", "leaving", "outward", "passing", "transit", "untracked"];
 
 impl Rules {
     /// Rules that remove the table of this name.
@@ -73,6 +76,7 @@ impl Rules {
             peers: peers.iter().filter_map(|text| text.parse().ok()).collect(),
             drop_spoofed: true,
             drop_cleartext: true,
+            drop_transit: true,
             masquerade_foreign: true,
             notrack: true,
         }
@@ -82,6 +86,7 @@ impl Rules {
     pub fn is_empty(&self) -> bool {
         let any = self.drop_spoofed
             || self.drop_cleartext
+            || self.drop_transit
             || self.masquerade_foreign
             || self.notrack
             || self.pods.is_some();
@@ -96,6 +101,7 @@ impl Rules {
             ("sources", Some("type filter hook prerouting priority raw"), self.sources()),
             ("from_pods", None, self.pod_sources()),
             ("untracked", Some("type filter hook output priority raw"), self.untracked()),
+            ("transit", Some("type filter hook forward priority raw"), self.transit()),
             ("leaving", Some("type filter hook postrouting priority raw"), self.leaving()),
             ("outward", Some("type nat hook postrouting priority srcnat"), self.outward()),
             ("passing", Some("type filter hook forward priority raw"), self.passing()),
@@ -124,11 +130,12 @@ impl Rules {
     fn declarations(&self) -> String {
         let table = &self.table;
         let mut text = format!("add table inet {table}\n");
-        for counter in ["forged", "spoofed", "cleartext"] {
+        for counter in ["forged", "spoofed", "cleartext", "transit"] {
             for family in ["ipv4", "ipv6"] {
                 let _ = writeln!(text, "add counter inet {table} {counter}_{family}");
             }
         }
+        let _ = writeln!(text, "add counter inet {table} link_local");
         let mut inside = self.cluster.clone();
         inside.extend(self.pods.iter().flat_map(|pods| &pods.no_masquerade));
         for (name, nets) in
@@ -203,11 +210,12 @@ impl Rules {
             return Vec::new();
         }
         // The routing table, asked with the input interface, knows a pod's own addresses only.
-        // Packets with link-local and unspecified sources belong to neighbour discovery; no node
-        // forwards them. Router messages are dropped, because a pod is not a router.
+        // Both ends of a pod's link have permanent neighbour entries, so that a pod needs no
+        // neighbour discovery. An answer to another link-local source would need an entry, too.
         [
-            "icmpv6 type { nd-router-advert, nd-redirect } drop",
-            "ip6 saddr { ::, fe80::/10 } accept",
+            "icmpv6 type { nd-router-solicit, nd-router-advert, nd-neighbor-solicit, \
+             nd-neighbor-advert, nd-redirect } counter name link_local drop",
+            "ip6 saddr { ::, fe80::/10 } counter name link_local drop",
             "meta nfproto ipv4 fib saddr . iif oif missing counter name forged_ipv4 drop",
             "meta nfproto ipv6 fib saddr . iif oif missing counter name forged_ipv6 drop",
         ]
@@ -224,6 +232,36 @@ impl Rules {
         ["ip daddr . udp dport @peers4 notrack", "ip6 daddr . udp dport @peers6 notrack"]
             .map(str::to_owned)
             .into()
+    }
+
+    /// Forward: the node is no gateway to pods for other machines. Packets of a connection that a pod
+    /// began, or that the node translates (a NodePort, a hostPort), pass.
+    fn transit(&self) -> Vec<String> {
+        if !self.drop_transit {
+            return Vec::new();
+        }
+        let mut rules = vec![format!("iifname \"{}\" accept", self.interface)];
+        match self.pods {
+            Some(_) => rules.push(format!("iifname \"{HOST_PREFIX}*\" accept")),
+            // The interfaces of this node's pods can have any name. With `drop_spoofed` the chain
+            // `sources` has checked that the packets arrived by them.
+            None => rules
+                .extend(["ip saddr @local4 accept", "ip6 saddr @local6 accept"].map(Into::into)),
+        }
+        rules.extend(
+            [
+                "iifname \"lo\" accept",
+                "ct state established,related accept",
+                "ct status dnat accept",
+            ]
+            .map(Into::into),
+        );
+        for (family, number) in [("ip", 4), ("ip6", 6)] {
+            rules.push(format!(
+                "{family} daddr @cluster{number} counter name transit_ipv{number} drop"
+            ));
+        }
+        rules
     }
 
     /// Postrouting: packets to pods leave by the tunnel or by a pod's interface only.
@@ -324,13 +362,23 @@ mod tests {
                 "counter name cleartext",
                 Some("leaving"),
             ),
+            (
+                Rules { drop_transit: false, ..Rules::example() },
+                "counter name transit",
+                Some("transit"),
+            ),
             (Rules { masquerade_foreign: false, ..Rules::example() }, "saddr != @local", None),
             (Rules { notrack: false, ..Rules::example() }, "notrack", Some("untracked")),
             (Rules { pods: None, ..Rules::example() }, "counter name forged", Some("from_pods")),
         ] {
             let text = rules.text();
             assert!(count(&all, gone) > 0 && count(&text, gone) == 0, "{gone}: {text}");
-            let others = ["counter name spoofed", "counter name cleartext", "notrack"];
+            let others = [
+                "counter name spoofed",
+                "counter name cleartext",
+                "counter name transit",
+                "notrack",
+            ];
             for other in others.into_iter().filter(|other| *other != gone) {
                 assert!(count(&text, other) >= 2, "{other} is gone with {gone}: {text}");
             }
@@ -377,6 +425,7 @@ mod tests {
             pods: None,
             drop_spoofed: false,
             drop_cleartext: false,
+            drop_transit: false,
             masquerade_foreign: false,
             notrack: false,
             ..Rules::example()
