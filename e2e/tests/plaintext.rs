@@ -255,6 +255,21 @@ fn packets_for_a_removed_node_are_refused(cluster_cidrs: bool) -> Result<()> {
     Ok(())
 }
 
+/// A node with a stolen key adds an address in a removed node's prefix to its endpoints.
+#[test]
+fn endpoint_of_a_peer_in_a_former_prefix_leaks_nothing() -> Result<()> {
+    let mut scene = Scene::up(false)?;
+    let gone = scene.pod(2);
+    remove_record(&scene.cluster, "node-c")?;
+    scene.refused("record gone", &gone)?;
+    scene.nothing_in_clear("endpoint in the former prefix", &gone, |scene| {
+        let mut record = scene.cluster.agents[1].record.clone();
+        record.endpoints.extend(["10.244.3.77:51900".into(), "[fd00:10:244:3::77]:51900".into()]);
+        scene.cluster.agents.iter().try_for_each(|agent| agent.put_record(&record))
+    })?;
+    scene.refused("endpoint in the former prefix", &gone)
+}
+
 #[test]
 fn packets_for_removed_nodes_are_refused() -> Result<()> {
     packets_for_a_removed_node_are_refused(false)

@@ -16,7 +16,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 pub use self::former::overlay_prefixes;
-use self::former::{FormerPrefixes, prefixes};
+use self::former::{FormerPrefixes, Owners, owners};
 use self::settle::{Accepted, Own, check_own, local_cidrs, settle};
 pub use self::store::Stored;
 pub(crate) use self::store::fuzz_stored;
@@ -28,8 +28,9 @@ use crate::config::Config;
 use crate::failure::Failure;
 use crate::keys::PublicKeys;
 
-/// Returns the underlay addresses of this node's configuration and of `endpoints`.
-fn hosts<'a>(config: &Config, endpoints: impl Iterator<Item = &'a Endpoint>) -> Vec<IpAddr> {
+/// Returns the underlay addresses of this node: those of its configuration and of its record.
+fn hosts(config: &Config, own: Option<&NodeRecord>) -> Vec<IpAddr> {
+    let endpoints = own.into_iter().flat_map(|record| &record.endpoints);
     endpoints.map(Endpoint::ip).chain(config.underlay.addresses.iter().copied()).collect()
 }
 
@@ -115,7 +116,8 @@ impl Registry {
         let shown = name.display();
         let former_table = stored.as_ref().and_then(|stored| stored.former_table(config));
         let accept_ra_restored = stored.as_ref().is_none_or(|stored| stored.accept_ra_restored);
-        let owned = stored.as_ref().map(|stored| prefixes(&stored.files, &stored.local_cidrs));
+        let owned =
+            stored.as_ref().map(|stored| owners(&stored.files, &own.name, &stored.local_cidrs));
         let (last_good, mut former) = match stored {
             Some(kept) => ((kept.source == name).then_some(kept.files), kept.former),
             None => (None, FormerPrefixes::default()),
@@ -155,7 +157,7 @@ impl Registry {
             return Err(Failure::Usage(problems.join("\n")));
         };
         let never_started = owned.is_none();
-        let now = prefixes(&accepted, &local_cidrs);
+        let now = owners(&accepted, &own.name, &local_cidrs);
         former.update(&owned.unwrap_or_default(), &now, &own.cluster_cidrs);
         Ok(Self {
             own,
@@ -203,24 +205,25 @@ impl Registry {
         if accepted == self.accepted {
             return false;
         }
-        let owned = self.prefixes();
+        let owned = self.owners();
         self.accepted = accepted;
         match local_cidrs(&self.own, &self.accepted) {
             Some(cidrs) => self.local_cidrs = cidrs,
             None => tracing::warn!("this node's own record is gone: its pod CIDRs stay in force"),
         }
-        self.former.update(
-            &owned,
-            &prefixes(&self.accepted, &self.local_cidrs),
-            &self.own.cluster_cidrs,
-        );
+        let now = self.owners();
+        self.former.update(&owned, &now, &self.own.cluster_cidrs);
         self.write_store();
         true
     }
 
     /// Pod CIDRs of all nodes, this node's included.
     pub fn prefixes(&self) -> BTreeSet<IpNet> {
-        prefixes(&self.accepted, &self.local_cidrs)
+        self.owners().into_keys().collect()
+    }
+
+    fn owners(&self) -> Owners {
+        owners(&self.accepted, &self.own.name, &self.local_cidrs)
     }
 
     /// Returns whether no earlier process has read its records successfully with this state
@@ -247,8 +250,7 @@ impl Registry {
 
     /// Returns the prefixes that only the overlay carries ([`overlay_prefixes`]).
     pub fn overlay_prefixes(&self, config: &Config) -> BTreeSet<IpNet> {
-        let records = self.accepted.values().flatten();
-        let hosts = hosts(config, records.flat_map(|record| &record.endpoints));
+        let hosts = hosts(config, self.own());
         let (cluster, local) = (&config.cluster_cidrs, &self.local_cidrs);
         overlay_prefixes(cluster, local, &self.prefixes(), &self.former, &hosts)
     }
@@ -654,6 +656,32 @@ mod tests {
         let former: BTreeSet<IpNet> = registry.former.iter().copied().collect();
         let expected = [3, 4, 6].map(|n| format!("10.{n}.0.0/24").parse().unwrap());
         assert_eq!(former, BTreeSet::from(expected), "The former prefixes stay.");
+    }
+
+    #[test]
+    fn endpoint_of_a_peer_opens_no_former_prefix() {
+        let lab = Lab::new();
+        let with_endpoint = |n: u8, ip: &str| {
+            text(n, &[&format!("10.{n}.0.0/24")])
+                .replace("endpoints = [", &format!("endpoints = ['{ip}', "))
+        };
+        for n in 1..=4 {
+            lab.write(&format!("{n}.toml"), &text(n, &[&format!("10.{n}.0.0/24")]));
+        }
+        let mut registry = lab.open_with("").unwrap();
+        lab.remove("2.toml");
+        lab.remove("4.toml");
+        lab.write("1.toml", &with_endpoint(1, "10.4.0.77"));
+        lab.write("3.toml", &with_endpoint(3, "10.2.0.77"));
+        assert!(registry.reload());
+        assert_eq!(registry.status().rejected, []);
+        let expected: BTreeSet<IpNet> =
+            [1, 2, 3].map(|n| format!("10.{n}.0.0/24").parse().unwrap()).into();
+        let config = lab.config("");
+        let prefixes = registry.overlay_prefixes(&config);
+        assert_eq!(prefixes, expected, "Only this node's own address exempts a former prefix.");
+        let kept = kept_unreachable_prefixes(&config).unwrap();
+        assert_eq!(kept, expected, "The same holds before the records are read.");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! ones. Clients may still send to pods of a removed node, because of an earlier name resolution or
 //! an established connection.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -10,53 +10,95 @@ use serde::{Deserialize, Serialize};
 
 use super::settle::Accepted;
 
-/// Maximum number of former prefixes that are kept; beyond it the oldest are dropped.
+/// Maximum number of former prefixes that are kept; beyond it the node with the most loses its
+/// oldest.
 const MAX_FORMER: usize = 4096;
 
-/// Prefixes that a node owned and that no node owns any more, the oldest first.
+/// Names of the nodes by the prefixes that they own.
+pub(super) type Owners = BTreeMap<IpNet, String>;
+
+/// Prefixes that a node owned and that no node owns any more.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct FormerPrefixes(VecDeque<IpNet>);
+pub struct FormerPrefixes {
+    /// The prefixes, the oldest first.
+    #[serde(default)]
+    former: VecDeque<IpNet>,
+    /// Last owners of the prefixes. Prefixes that an earlier version stored have none.
+    #[serde(default)]
+    former_owners: Owners,
+}
 
 impl FormerPrefixes {
     /// Follows a change of the owned prefixes from `before` to `now`. A prefix inside `cluster` is
     /// not kept, because the cluster's unreachable route covers it.
-    pub(super) fn update(
-        &mut self,
-        before: &BTreeSet<IpNet>,
-        now: &BTreeSet<IpNet>,
-        cluster: &[IpNet],
-    ) {
-        self.add(before.difference(now));
-        self.0.retain(|net| !is_covered(net, now) && !is_inside(net, cluster));
-        self.0.drain(..self.0.len().saturating_sub(MAX_FORMER));
+    pub(super) fn update(&mut self, before: &Owners, now: &Owners, cluster: &[IpNet]) {
+        for (gone, node) in before.iter().filter(|(net, _)| !now.contains_key(net)) {
+            self.add(node, [gone]);
+        }
+        let now = now.keys().copied().collect();
+        self.former.retain(|net| !is_covered(net, &now) && !is_inside(net, cluster));
+        self.evict();
+        let former: BTreeSet<_> = self.former.iter().collect();
+        self.former_owners.retain(|net, _| former.contains(net));
     }
 
-    /// Adds prefixes as the latest ones. [`FormerPrefixes::update`] bounds their number.
-    pub(super) fn add<'a>(&mut self, gone: impl IntoIterator<Item = &'a IpNet>) {
+    /// Adds prefixes of `node` as the latest ones. [`FormerPrefixes::update`] bounds their number.
+    pub(super) fn add<'a>(&mut self, node: &str, gone: impl IntoIterator<Item = &'a IpNet>) {
         for gone in gone {
-            if !self.0.contains(gone) {
-                self.0.push_back(*gone);
+            self.former_owners.insert(*gone, node.to_owned());
+            if !self.former.contains(gone) {
+                self.former.push_back(*gone);
             }
         }
     }
 
-    /// The prefixes, the oldest first.
+    /// Removes the prefixes beyond [`MAX_FORMER`]: the oldest of the node that has the most. A node
+    /// that changes its own record again and again evicts only its own prefixes.
+    fn evict(&mut self) {
+        let mut counts: BTreeMap<Option<&String>, usize> = BTreeMap::new();
+        for net in &self.former {
+            *counts.entry(self.former_owners.get(net)).or_default() += 1;
+        }
+        let mut excess: BTreeMap<Option<String>, usize> = BTreeMap::new();
+        for _ in MAX_FORMER..self.former.len() {
+            let Some((node, count)) = counts.iter_mut().max_by_key(|(_, count)| **count) else {
+                break;
+            };
+            *count -= 1;
+            *excess.entry(node.cloned()).or_default() += 1;
+        }
+        let owners = &self.former_owners;
+        self.former.retain(|net| match excess.get_mut(&owners.get(net).cloned()) {
+            Some(left) if *left > 0 => {
+                *left -= 1;
+                false
+            }
+            _ => true,
+        });
+    }
+
+    /// Returns the prefixes, the oldest first.
     pub fn iter(&self) -> impl Iterator<Item = &IpNet> {
-        self.0.iter()
+        self.former.iter()
     }
 }
 
-/// Returns the pod CIDRs of all nodes: those of the records, and `local` for this node.
-pub(super) fn prefixes(accepted: &Accepted, local: &[IpNet]) -> BTreeSet<IpNet> {
-    let recorded = accepted.values().flatten().flat_map(|record| &record.pod_cidrs);
-    recorded.chain(local).copied().collect()
+/// Returns the pod CIDRs of all nodes with their owners: those of the records, and `local` for the
+/// node `own`.
+pub(super) fn owners(accepted: &Accepted, own: &str, local: &[IpNet]) -> Owners {
+    let recorded = accepted
+        .values()
+        .flatten()
+        .flat_map(|record| record.pod_cidrs.iter().map(|net| (*net, record.name.clone())));
+    recorded.chain(local.iter().map(|net| (*net, own.to_owned()))).collect()
 }
 
 /// Returns the prefixes that only the overlay carries: those of `cluster`, this node's (`local`), and
 /// the owned and former ones that `cluster` does not cover. Two kinds of former prefixes are left
 /// out: one inside an owned prefix, because its unreachable route would win over the route to the
-/// owner, and one that contains an address in `hosts`, because a node has that address now.
+/// owner, and one that contains an address in `hosts`, the underlay addresses of this node. Addresses
+/// of other nodes do not count: a node chooses the endpoints in its own record, and must not open a
+/// prefix on all others.
 pub fn overlay_prefixes(
     cluster: &[IpNet],
     local: &[IpNet],
@@ -88,19 +130,24 @@ mod tests {
         texts.iter().map(|text| text.parse().unwrap()).collect()
     }
 
+    fn owned(texts: &[&str]) -> Owners {
+        texts.iter().map(|text| (text.parse().unwrap(), "node-2".to_owned())).collect()
+    }
+
     fn former(texts: &[&str]) -> FormerPrefixes {
-        FormerPrefixes(texts.iter().map(|text| text.parse().unwrap()).collect())
+        let former = texts.iter().map(|text| text.parse().unwrap()).collect();
+        FormerPrefixes { former, former_owners: owned(texts) }
     }
 
     #[test]
     fn prefix_of_removed_node_is_kept_until_owned_again() {
         let mut kept = FormerPrefixes::default();
-        let (all, one) = (nets(&["10.1.0.0/24", "fd00:2::/64"]), nets(&["10.1.0.0/24"]));
+        let (all, one) = (owned(&["10.1.0.0/24", "fd00:2::/64"]), owned(&["10.1.0.0/24"]));
         kept.update(&all, &one, &[]);
         assert_eq!(kept, former(&["fd00:2::/64"]), "The prefix has no owner any more.");
         kept.update(&one, &one, &[]);
         assert_eq!(kept, former(&["fd00:2::/64"]), "A later change does not forget the prefix.");
-        kept.update(&one, &nets(&["10.1.0.0/24", "fd00::/16"]), &[]);
+        kept.update(&one, &owned(&["10.1.0.0/24", "fd00::/16"]), &[]);
         assert_eq!(kept, former(&[]), "The new owner's prefix contains the former one.");
     }
 
@@ -108,21 +155,38 @@ mod tests {
     fn former_prefix_inside_cluster_cidrs_is_not_kept() {
         let cluster = ["10.0.0.0/8".parse().unwrap()];
         let mut kept = FormerPrefixes::default();
-        kept.update(&nets(&["10.2.0.0/24", "192.168.7.0/24"]), &nets(&[]), &cluster);
+        kept.update(&owned(&["10.2.0.0/24", "192.168.7.0/24"]), &Owners::new(), &cluster);
         assert_eq!(kept, former(&["192.168.7.0/24"]), "10.0.0.0/8 covers the other prefix.");
     }
 
     #[test]
-    fn former_prefixes_beyond_maximum_drop_the_oldest() {
-        let mut kept = FormerPrefixes::default();
+    fn former_prefixes_beyond_maximum_are_those_of_the_node_with_most() {
         let net = |number: u32| {
             IpNet::new(std::net::Ipv4Addr::from(0x0a00_0000 + number).into(), 32).unwrap()
         };
-        kept.update(&BTreeSet::from([net(0)]), &BTreeSet::new(), &[]);
-        let all = (1..=MAX_FORMER as u32).map(net).collect();
-        kept.update(&all, &BTreeSet::new(), &[]);
-        assert_eq!(kept.0.len(), MAX_FORMER, "The list is bounded.");
-        assert_eq!(kept.0[0], "10.0.0.1/32".parse().unwrap(), "The oldest prefix is forgotten.");
+        let mut kept = FormerPrefixes::default();
+        kept.add("honest", [&net(0)]);
+        let of = |range: std::ops::Range<u32>| -> Owners {
+            range.map(|number| (net(number), "stolen".to_owned())).collect()
+        };
+        let many = MAX_FORMER as u32;
+        for step in 0..3 {
+            let first = 1 + step * many;
+            kept.update(&of(first..first + many), &Owners::new(), &[]);
+            assert_eq!(kept.former.len(), MAX_FORMER, "The list is bounded.");
+            assert_eq!(kept.former_owners.len(), MAX_FORMER, "So are the owners.");
+            assert_eq!(kept.former[0], net(0), "The prefix of the other node is kept.");
+            assert_eq!(kept.former[1], net(first + 1), "The oldest of the node are forgotten.");
+        }
+    }
+
+    #[test]
+    fn stored_prefixes_without_owners_are_read() {
+        let kept: FormerPrefixes =
+            serde_json::from_str(r#"{"former": ["10.2.0.0/24", "fd00:2::/64"]}"#).unwrap();
+        assert_eq!(kept.iter().count(), 2);
+        let text = serde_json::to_string(&former(&["10.2.0.0/24"])).unwrap();
+        assert!(text.contains(r#""former":["10.2.0.0/24"]"#), "Earlier versions read it: {text}");
     }
 
     #[test]
@@ -148,10 +212,10 @@ mod tests {
     }
 
     #[test]
-    fn former_prefix_with_a_node_address_is_left_out() {
+    fn former_prefix_with_own_address_is_left_out() {
         let kept = former(&["10.50.0.0/24", "10.51.0.0/24", "fd00:50::/64"]);
         let hosts = ["10.50.0.9".parse().unwrap(), "fd00:50::9".parse().unwrap()];
         let all = overlay_prefixes(&[], &[], &nets(&[]), &kept, &hosts);
-        assert_eq!(all, nets(&["10.51.0.0/24"]), "Nodes listen in the other two prefixes now.");
+        assert_eq!(all, nets(&["10.51.0.0/24"]), "This node listens in the other two prefixes.");
     }
 }

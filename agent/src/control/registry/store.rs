@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use skein_cni_protocol::excerpt::message;
 
-use super::former::{FormerPrefixes, overlay_prefixes, prefixes};
+use super::former::{FormerPrefixes, overlay_prefixes, owners};
 use super::hosts;
 use super::settle::Accepted;
 use crate::config::Config;
@@ -29,8 +29,8 @@ pub struct Stored {
     /// The configured `cluster_cidrs`, which the cluster has not contradicted.
     #[serde(default)]
     pub(super) cluster_cidrs: Vec<IpNet>,
-    /// Prefixes that no node owns any more, the oldest first.
-    #[serde(default)]
+    /// Prefixes that no node owns any more.
+    #[serde(flatten)]
     pub(super) former: FormerPrefixes,
     /// Name of the nftables table; `None` in files of versions that did not store it.
     #[serde(default)]
@@ -80,10 +80,10 @@ impl Stored {
         let mut config = config.clone();
         config.cluster_cidrs.retain(|net| self.cluster_cidrs.contains(net));
         let local = config.pod_cidrs.as_ref().unwrap_or(&self.local_cidrs);
-        let mut all = prefixes(&self.files, local);
+        let mut all: BTreeSet<_> = owners(&self.files, &config.name, local).into_keys().collect();
         all.extend(&self.local_cidrs);
-        let records = self.files.values().flatten();
-        let hosts = hosts(&config, records.flat_map(|record| &record.endpoints));
+        let own = self.files.values().flatten().find(|record| record.name == config.name);
+        let hosts = hosts(&config, own);
         Some(overlay_prefixes(&config.cluster_cidrs, local, &all, &self.former, &hosts))
     }
 
@@ -98,7 +98,7 @@ impl Stored {
         for records in self.files.values_mut() {
             for record in records.extract_if(.., |record| record.endpoints.is_empty()) {
                 tracing::warn!(node = record.name, "kept node record without an endpoint left out");
-                self.former.add(&record.pod_cidrs);
+                self.former.add(&record.name, &record.pod_cidrs);
             }
         }
     }
