@@ -444,6 +444,13 @@ fn request(
 fn overlay_flows_have_no_conntrack_entries() -> Result<()> {
     for (cni, notrack) in [(true, true), (false, true), (false, false)] {
         let border = Border::up(cni, |agent| agent.set("firewall.notrack", notrack))?;
+        for node in [0, 1] {
+            let rules = || border.node(node).sh("nft list table inet skein");
+            let exempt = || Ok(rules()?.contains("udp sport") == notrack);
+            checks::eventually("the ports are exempt", Duration::from_secs(5), exempt)?;
+            // The first datagrams are sent before the agent knows the data process's ports.
+            border.node(node).sh("conntrack -F")?;
+        }
         for family in Family::BOTH {
             checks::transfer(border.pod(0), border.pod(1), family, 1 << 20)?;
         }
@@ -456,6 +463,29 @@ fn overlay_flows_have_no_conntrack_entries() -> Result<()> {
             ensure!(inner.contains("10.244."), "no entry of a pod's flow: {inner}");
         }
     }
+    Ok(())
+}
+
+/// A record lists the address and port of a service of the cluster, as a stolen node may: datagrams
+/// of other programs to the service keep their entries, without which no NAT rule applies to them.
+#[test]
+fn service_that_a_record_lists_stays_reachable() -> Result<()> {
+    let border = Border::up(true, |_| {})?;
+    let node = border.node(0);
+    let mut record = border.cluster.agents[1].record.clone();
+    record.endpoints.push(format!("198.51.100.53:{PORT}"));
+    border.cluster.agents[0].put_record(&record)?;
+    let listed = || Ok(node.sh("nft list table inet skein")?.contains("198.51.100.53 . "));
+    checks::eventually("the rules know the endpoint", Duration::from_secs(5), listed)?;
+    node.nft(
+        "add table ip service\n\
+         add chain ip service out { type nat hook output priority -100 ; }\n\
+         add rule ip service out ip daddr 198.51.100.53 dnat to 192.0.2.2",
+    )?;
+    node.ip("route add 198.51.100.53 dev eth0")?;
+    let (from, service, server) = ("192.0.2.1", "198.51.100.53", "192.0.2.2");
+    let seen = request(node, from.parse()?, service.parse()?, border.node(1), server.parse()?)?;
+    ensure!(seen == Some(from.parse()?), "the client of the service is seen as {seen:?}");
     Ok(())
 }
 

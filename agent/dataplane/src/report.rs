@@ -41,6 +41,7 @@ pub(super) fn fill<'a>(
     report.lanes = (0..).zip(lanes).map(|(index, lane)| lane.stats.report(index)).collect();
     let gso_off: BTreeSet<SocketAddr> =
         lanes.iter().flat_map(|lane| lane.stats.gso_off()).collect();
+    report.source_ports = sources.running.source_ports.clone();
     report.capabilities = sources.running.capabilities.clone();
     let refused = |tcp: bool| {
         lanes.iter().any(|lane| {

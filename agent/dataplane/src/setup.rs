@@ -1,6 +1,7 @@
 //! From settings to running lanes: descriptors are opened, probed and handed out. Either all of it
 //! works or nothing stays.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -97,6 +98,8 @@ pub(super) struct Running {
     /// Lanes that have not begun yet.
     parts: Vec<LaneParts>,
     manager_sockets: Vec<(bool, UdpSocket)>,
+    /// Ports of all UDP sockets, in order, each once.
+    pub(super) source_ports: Vec<u16>,
     /// Copies of the lanes' descriptors and the manager's, for the keeper.
     copies: Vec<OwnedFd>,
     families: Vec<Family>,
@@ -196,6 +199,7 @@ impl Running {
     ) -> io::Result<Self> {
         let Opened { queues, sockets, offload, gso, capabilities, generation } = opened;
         let copies = handover::descriptors(&queues, &sockets)?;
+        let source_ports = source_ports(&sockets)?;
         let lane_count = queues.len();
         let busy_poll = node
             .busy_poll_us
@@ -226,6 +230,7 @@ impl Running {
             capabilities,
             parts: parts.collect(),
             manager_sockets,
+            source_ports,
             copies,
             families,
             lane_count,
@@ -392,6 +397,22 @@ fn bind_addresses(configured: &[IpAddr]) -> Result<Vec<IpAddr>, SetupError> {
         return Err(SetupError::Invalid("underlay.addresses is empty".to_owned()));
     }
     Ok(configured.to_vec())
+}
+
+/// Returns the ports of all sockets, in order, each once.
+///
+/// # Errors
+/// The kernel does not return the address of a socket.
+fn source_ports(sockets: &[FamilySockets]) -> io::Result<Vec<u16>> {
+    let of_family = |family: &FamilySockets| {
+        let lanes: Vec<_> =
+            family.lanes.iter().flat_map(|pair| [&pair.receive, &pair.send]).collect();
+        lanes.into_iter().chain([&family.manager]).map(UdpSocket::local_addr).collect::<Vec<_>>()
+    };
+    let addresses = sockets.iter().flat_map(of_family);
+    let ports: BTreeSet<u16> =
+        addresses.map(|address| address.map(|at| at.port())).collect::<io::Result<_>>()?;
+    Ok(ports.into_iter().collect())
 }
 
 fn allowed(settings: OffloadSettings) -> TunOffload {

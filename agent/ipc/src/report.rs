@@ -24,6 +24,10 @@ pub struct Report {
     pub confinement: Vec<Confinement>,
     /// Counters of each lane.
     pub lanes: Vec<LaneReport>,
+    /// Ports of the process's UDP sockets, in order, each once: source ports of all its datagrams.
+    /// Empty before the first snapshot and in reports of earlier releases.
+    #[serde(default)]
+    pub source_ports: Vec<u16>,
     /// Packets that the kernel dropped because a queue of the TUN device was full, since the
     /// creation of the device, which outlives data processes.
     #[serde(default)]

@@ -13,8 +13,14 @@ use crate::netlink::pod::HOST_PREFIX;
 
 /// Returns the rules of the nftables table. `networks` are the prefixes of this node's addresses on
 /// interfaces of other programs. A prefix of a present or former peer that overlaps one of them is
-/// left out: the record must not cut this node off from a network of its own.
-pub(super) fn firewall_rules(config: &Config, desired: &Desired, networks: &[IpNet]) -> Rules {
+/// left out: the record must not cut this node off from a network of its own. `source_ports` are the
+/// ports of the data process.
+pub(super) fn firewall_rules(
+    config: &Config,
+    desired: &Desired,
+    networks: &[IpNet],
+    source_ports: &[u16],
+) -> Rules {
     let peers = || desired.peers.iter();
     let is_certain =
         |net: &IpNet| config.cluster_cidrs.contains(net) || desired.local_cidrs.contains(net);
@@ -33,6 +39,7 @@ pub(super) fn firewall_rules(config: &Config, desired: &Desired, networks: &[IpN
         local: desired.local_cidrs.clone(),
         cluster: desired.overlay.iter().filter(is_pods).copied().collect(),
         peers: peers().flat_map(|peer| peer.endpoints.clone()).collect(),
+        source_ports: source_ports.to_vec(),
         drop_spoofed: settings.drop_spoofed,
         drop_cleartext: settings.drop_cleartext,
         drop_transit: settings.drop_transit,
@@ -77,7 +84,7 @@ mod tests {
         };
         // The second is an address of a bridge for pods of this node.
         let networks: Vec<_> = nets(&["10.9.3.7/24", "10.244.1.1/24"]);
-        let rules = firewall_rules(&config, &desired, &networks);
+        let rules = firewall_rules(&config, &desired, &networks, &[]);
         let expected: Vec<_> = nets(&["10.244.0.0/16", "10.244.1.0/24", "fd00:9::/64"]);
         assert_eq!(rules.cluster, expected, "The node reaches its own network 10.9.3.0/24.");
     }

@@ -286,6 +286,8 @@ struct Controller {
     not_ready: Option<NotReady>,
     /// Paths that carry less than the nodes.
     narrow: Vec<NarrowPath>,
+    /// Ports of the data process's UDP sockets.
+    source_ports: Vec<u16>,
     /// Logged already, so as not to be logged every ten seconds.
     complaints: Vec<String>,
     /// Prefixes of peers to which another program has a route.
@@ -320,7 +322,7 @@ impl Controller {
         let networks = networks(&links, &addresses, &config);
         // Started before the interface exists: no packet of a pod passes before the rules are
         // installed.
-        let firewall = Firewall::start(firewall_rules(&config, &desired, &networks)).await;
+        let firewall = Firewall::start(firewall_rules(&config, &desired, &networks, &[])).await;
         shared.set_firewall(firewall.clone());
         if let Some(table) = registry.former_table() {
             match firewall::remove(table).await {
@@ -368,6 +370,7 @@ impl Controller {
             started: false,
             not_ready,
             narrow: Vec::new(),
+            source_ports: Vec::new(),
             complaints: Vec::new(),
             conflicts: Vec::new(),
         };
@@ -414,6 +417,10 @@ impl Controller {
                     tracing::info!(paths = ?narrow, "paths that carry less than the nodes have changed");
                     self.narrow = narrow;
                     self.reconcile().await;
+                }
+                ports = dataplane.source_ports(&self.source_ports) => {
+                    self.source_ports = ports;
+                    self.show();
                 }
                 () = self.monitor.changed() => {
                     // Missing unreachable routes are added at once, because pods' packets may leave
@@ -655,7 +662,7 @@ impl Controller {
 
     /// Puts what the status shows in its place.
     fn show(&mut self) {
-        let rules = firewall_rules(&self.config, &self.desired, &self.networks);
+        let rules = firewall_rules(&self.config, &self.desired, &self.networks, &self.source_ports);
         self.firewall.set_rules(rules);
         if let Some(pods) = &self.pods {
             pods.set_network(self.desired.network(&self.config));

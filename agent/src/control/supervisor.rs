@@ -101,6 +101,9 @@ pub struct DataplaneStatus {
     /// Likewise the paths that carry less than the nodes, in the order of the keys.
     #[serde(skip)]
     pub narrow: Vec<NarrowPath>,
+    /// Likewise the ports of its UDP sockets ([`Report::source_ports`]).
+    #[serde(skip)]
+    pub source_ports: Vec<u16>,
     /// Likewise how many peers may not know this node's new key ([`Report::second_key_peers`]).
     #[serde(skip)]
     pub second_key_peers: usize,
@@ -142,6 +145,17 @@ impl DataplaneState {
         }
     }
 
+    /// Waits until the data process has other ports than `known`, and returns them.
+    pub async fn source_ports(&self, known: &[u16]) -> Vec<u16> {
+        let mut status = self.status.subscribe();
+        let differ = |status: &DataplaneStatus| status.up && status.source_ports != known;
+        // Fails only where the sender is gone, and that is `self`.
+        match status.wait_for(differ).await {
+            Ok(status) => status.source_ports.clone(),
+            Err(_) => std::future::pending().await,
+        }
+    }
+
     /// Waits for other peers than these to be unreachable, or for another reason.
     pub async fn other_unreachable_peers(&self, known: &[UnreachablePeer]) {
         let differ = |status: &DataplaneStatus| status.up && status.unreachable != known;
@@ -151,14 +165,18 @@ impl DataplaneState {
 
     fn found(&self, report: Report) {
         self.history.note(&report);
-        let Report { capabilities, mut narrow, unreachable, second_key_peers, .. } = report;
+        let Report {
+            capabilities, mut narrow, unreachable, second_key_peers, source_ports, ..
+        } = report;
         narrow.sort();
         self.status.send_if_modified(|status| {
             let differs = status.capabilities != capabilities
                 || status.narrow != narrow
+                || status.source_ports != source_ports
                 || status.unreachable != unreachable;
             (status.capabilities, status.narrow) = (capabilities, narrow);
             status.unreachable = unreachable;
+            status.source_ports = source_ports;
             status.second_key_peers = second_key_peers;
             differs
         });

@@ -25,6 +25,8 @@ pub struct Rules {
     pub cluster: Vec<IpNet>,
     /// Underlay endpoints of the other nodes.
     pub peers: Vec<SocketAddr>,
+    /// UDP source ports of the overlay's datagrams; empty until the data process has reported them.
+    pub source_ports: Vec<u16>,
     /// Drop packets that have a pod's source and arrive by an interface that is not the pod's.
     pub drop_spoofed: bool,
     /// Drop packets to pods that would leave outside the tunnel.
@@ -74,6 +76,7 @@ impl Rules {
             local: nets(["10.244.1.0/24", "fd00:1::/64"]),
             cluster: nets(["10.244.0.0/16", "fd00::/16"]),
             peers: peers.iter().filter_map(|text| text.parse().ok()).collect(),
+            source_ports: vec![51900, 40001],
             drop_spoofed: true,
             drop_cleartext: true,
             drop_transit: true,
@@ -223,15 +226,19 @@ impl Rules {
         .into()
     }
 
-    /// Output: the overlay's datagrams are not tracked. The rules match the destination, because
-    /// each lane sends from a port of its own.
+    /// Output: the overlay's datagrams are not tracked. The rules match the source port, too: a
+    /// record may name an address and port of another service, and datagrams of other programs to
+    /// that service need their entries (NAT, stateful filters).
     fn untracked(&self) -> Vec<String> {
-        if !self.notrack {
+        if !self.notrack || self.source_ports.is_empty() {
             return Vec::new();
         }
-        ["ip daddr . udp dport @peers4 notrack", "ip6 daddr . udp dport @peers6 notrack"]
-            .map(str::to_owned)
-            .into()
+        let ports: Vec<_> = self.source_ports.iter().map(u16::to_string).collect();
+        let ours = format!("udp sport {{ {} }}", ports.join(", "));
+        vec![
+            format!("{ours} ip daddr . udp dport @peers4 notrack"),
+            format!("{ours} ip6 daddr . udp dport @peers6 notrack"),
+        ]
     }
 
     /// Forward: the node is no gateway to pods for other machines. Packets of a connection that a pod
@@ -397,6 +404,19 @@ mod tests {
         for set in sets {
             assert!(set.contains("{ typeof ip"), "nft 1.1.2 describes the key by its name: {set}");
         }
+    }
+
+    #[test]
+    fn only_datagrams_from_the_overlays_ports_are_untracked() {
+        let text = Rules::example().text();
+        let output: Vec<_> = text.lines().filter(|line| line.contains(" untracked ")).collect();
+        let rules_of = |text: &[&str]| text.iter().filter(|line| line.contains("notrack")).count();
+        assert_eq!(rules_of(&output), 2, "{text}");
+        for rule in output.iter().filter(|line| line.contains("notrack")) {
+            assert!(rule.contains("udp sport { 51900, 40001 } ip"), "{rule}");
+        }
+        let unknown = Rules { source_ports: Vec::new(), ..Rules::example() }.text();
+        assert!(!unknown.contains("@peers4 notrack"), "no port is known: {unknown}");
     }
 
     #[test]
