@@ -54,6 +54,7 @@ fn header(now: &Document) -> String {
         "interface",
         format!("{}, MTU {}, {}", interface.name, interface.mtu, list(addresses)),
     ));
+    lines.extend(interface.mtu_problem.iter().map(|problem| ("  problem", problem.clone())));
     lines.push(("pod CIDRs", list(strings(&interface.local_cidrs))));
     lines.push(("routes", interface.routes.len().to_string()));
     let conflicts = interface.conflicts.iter();

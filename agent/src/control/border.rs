@@ -73,6 +73,7 @@ mod tests {
         let config = Config::parse("cluster_cidrs = ['10.244.0.0/16']").unwrap();
         let desired = Desired {
             mtu: 1400,
+            mtu_problem: None,
             local_cidrs: nets(&["10.244.1.0/24"]),
             peers: Vec::new(),
             addresses: Vec::new(),

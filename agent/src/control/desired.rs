@@ -25,8 +25,10 @@ const OVERHEAD_IPV6: u32 = 80;
 /// What this node should be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Desired {
-    /// Inner MTU in bytes.
+    /// Inner MTU in bytes, at least the minimum of the IP versions in use.
     pub mtu: u16,
+    /// Problem and remedy if the underlay or the configuration leaves less than that minimum.
+    pub mtu_problem: Option<String>,
     /// What this node owns.
     pub local_cidrs: Vec<IpNet>,
     /// Every other node, by name.
@@ -56,10 +58,12 @@ impl Desired {
             let overhead = if over_ipv6(config, registry) { OVERHEAD_IPV6 } else { OVERHEAD_IPV4 };
             underlay_mtu.saturating_sub(overhead).min(MAX_MTU.into()) as u16
         });
+        let cidrs = peers.iter().flat_map(|peer| &peer.pod_cidrs).chain(&local_cidrs);
+        let (mtu, mtu_problem) = usable_mtu(mtu, cidrs);
         let overlay = registry.overlay_prefixes(config);
         let routed = config.interface.unreachable_routes;
         let unreachable = if routed { overlay.clone() } else { BTreeSet::new() };
-        Self { mtu, local_cidrs, peers, addresses, overlay, unreachable, unresolved }
+        Self { mtu, mtu_problem, local_cidrs, peers, addresses, overlay, unreachable, unresolved }
     }
 
     /// Resolves the interfaces of link-local endpoints again. Returns whether the peers have
@@ -87,36 +91,15 @@ impl Desired {
         }
     }
 
-    /// What keeps this from working, and the remedy.
-    pub fn problem(&self) -> Option<String> {
+    /// Returns the problem and the remedy if the configured addresses contradict this node's pod
+    /// CIDRs.
+    pub fn address_problem(&self) -> Option<String> {
         let local = |ip: &&IpAddr| self.local_cidrs.iter().any(|cidr| cidr.contains(*ip));
-        if let Some(stray) = self.addresses.iter().find(|ip| !local(ip)) {
-            return Some(format!(
-                "interface.addresses: {stray} is not in this node's pod CIDRs, so that other nodes \
-                 would drop its packets: choose one that is, or leave it out"
-            ));
-        }
-        self.mtu_problem()
-    }
-
-    /// Returns the problem and the remedy if the MTU is too small.
-    pub fn mtu_problem(&self) -> Option<String> {
-        if self.mtu < MIN_IPV4_MTU {
-            return Some(format!(
-                "the inner MTU of {} bytes is too small, the minimum is {MIN_IPV4_MTU}: raise the MTU of \
-                 the underlay",
-                self.mtu
-            ));
-        }
-        let cidrs = self.peers.iter().flat_map(|peer| &peer.pod_cidrs).chain(&self.local_cidrs);
-        let v6 = cidrs.into_iter().find(|cidr| cidr.addr().is_ipv6())?;
-        (self.mtu < MIN_IPV6_MTU).then(|| {
-            format!(
-                "the inner MTU of {} bytes is too small for IPv6 pod CIDRs ({v6}), which need \
-                 {MIN_IPV6_MTU}: raise the MTU of the underlay, or interface.mtu if it is set",
-                self.mtu
-            )
-        })
+        let stray = self.addresses.iter().find(|ip| !local(ip))?;
+        Some(format!(
+            "interface.addresses: {stray} is not in this node's pod CIDRs, so that other nodes would \
+             drop its packets: choose one that is, or leave it out"
+        ))
     }
 
     /// The interface for this, where some paths carry less than the nodes.
@@ -180,6 +163,24 @@ impl Desired {
             peers: self.peers.clone(),
         }
     }
+}
+
+/// Returns the MTU in bytes of an overlay that carries `cidrs`: `mtu`, or the minimum if `mtu` is
+/// less, with the problem and the remedy. The agent starts nevertheless, because one record with an
+/// endpoint behind a narrow device must not keep other nodes from starting. The kernel removes IPv6
+/// from an interface with an MTU below 1280 bytes. Path MTU discovery finds the size that passes.
+fn usable_mtu<'a>(mtu: u16, cidrs: impl IntoIterator<Item = &'a IpNet>) -> (u16, Option<String>) {
+    let v6 = cidrs.into_iter().find(|cidr| cidr.addr().is_ipv6());
+    let minimum = if v6.is_some() { MIN_IPV6_MTU } else { MIN_IPV4_MTU };
+    if mtu >= minimum {
+        return (mtu, None);
+    }
+    let reason = v6.map_or_else(String::new, |v6| format!(" for IPv6 pod CIDRs ({v6})"));
+    let problem = format!(
+        "the inner MTU of {mtu} bytes is too small{reason}, the minimum of {minimum} bytes is used: \
+         raise the MTU of the underlay, or interface.mtu if it is set"
+    );
+    (minimum, Some(problem))
 }
 
 /// Returns every other node, by name, and messages about the endpoints that are left out.
@@ -314,27 +315,37 @@ mod tests {
     #[test]
     fn addresses_lie_in_the_pod_cidrs() {
         let addresses = |ip: &str| format!("[interface]\naddresses = ['{ip}']");
-        assert_eq!(desired(&addresses("10.1.0.200"), &[own()], 1500).1.problem(), None);
-        let problem = desired(&addresses("10.2.0.1"), &[own()], 1500).1.problem().unwrap();
+        let problem = |ip: &str| desired(&addresses(ip), &[own()], 1500).1.address_problem();
+        assert_eq!(problem("10.1.0.200"), None);
+        let problem = problem("10.2.0.1").unwrap();
         assert!(problem.contains("interface.addresses") && problem.contains("10.2.0.1"));
     }
 
     #[test]
-    fn ipv6_needs_its_smallest_mtu() {
-        assert_eq!(desired("", &[own()], 1360).1.problem(), None);
-        let problem = desired("", &[own()], 1330).1.problem().unwrap();
-        assert!(problem.contains("1280") && problem.contains("fd00:1::/64"), "{problem}");
+    fn mtu_too_small_for_ipv6_is_raised_and_reported() {
+        let mtu = |records: &[String], underlay| {
+            let desired = desired("", records, underlay).1;
+            (desired.mtu, desired.mtu_problem)
+        };
+        assert_eq!(mtu(&[own()], 1360), (1300, None));
+        let (bytes, problem) = mtu(&[own()], 1330);
+        let problem = problem.unwrap();
+        assert_eq!(bytes, 1280);
+        assert!(problem.contains("1270") && problem.contains("fd00:1::/64"), "{problem}");
         let v4 = text(1, &["10.1.0.0/24"]);
-        assert_eq!(desired("", std::slice::from_ref(&v4), 1330).1.problem(), None);
-        assert!(desired("", &[v4, text(2, &["fd00:2::/64"])], 1330).1.problem().is_some());
+        assert_eq!(mtu(std::slice::from_ref(&v4), 1330), (1270, None));
+        let (bytes, problem) = mtu(&[v4, text(2, &["fd00:2::/64"])], 1330);
+        assert_eq!(bytes, 1280, "The kernel takes no route to the peer below 1280 bytes.");
+        assert!(problem.is_some());
     }
 
     #[test]
-    fn underlay_mtu_too_small_for_ipv4_is_a_problem() {
+    fn mtu_too_small_for_ipv4_is_raised_and_reported() {
         let v4 = text(1, &["10.1.0.0/24"]);
-        let problem = |mtu| desired("", std::slice::from_ref(&v4), mtu).1.problem();
-        assert_eq!(problem(636), None, "576 bytes are left");
-        let problem = problem(635).unwrap();
+        let desired = |mtu| desired("", std::slice::from_ref(&v4), mtu).1;
+        assert_eq!(desired(636).mtu_problem, None, "576 bytes are left");
+        assert_eq!(desired(635).mtu, 576);
+        let problem = desired(635).mtu_problem.unwrap();
         assert!(problem.contains("575") && problem.contains("576"), "{problem}");
     }
 

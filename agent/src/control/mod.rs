@@ -307,10 +307,11 @@ impl Controller {
         let monitor = Monitor::start(&config.interface.name).map_err(netlink_failure)?;
         let mut underlay = UnderlayWatch::default();
         underlay.check(&netlink, &config, &registry).await.map_err(netlink_failure)?;
-        let desired = Desired::new(&config, &registry, underlay.mtu());
-        if let Some(problem) = desired.problem() {
-            return Err(Failure::Usage(underlay.explain(problem, &desired)));
+        let desired = underlay.desired(&config, &registry);
+        if let Some(problem) = desired.address_problem() {
+            return Err(Failure::Usage(problem));
         }
+        log_mtu_problem(None, &desired);
         log_unresolved(&[], &desired.unresolved);
         // Added before any packet could take a route to the underlay.
         let outcome = netlink.add_unreachable_routes(&desired.unreachable).await;
@@ -451,23 +452,18 @@ impl Controller {
             return;
         }
         self.underlay.records_changed(&self.config, &self.registry);
-        let desired = Desired::new(&self.config, &self.registry, self.underlay.mtu());
+        let desired = self.underlay.desired(&self.config, &self.registry);
         tracing::info!(peers = desired.peers.len(), "node records have changed");
         self.follow(desired).await;
     }
 
     /// Makes `desired` the state of this node.
-    async fn follow(&mut self, mut desired: Desired) {
-        if let Some(problem) = desired.problem() {
-            let problem = self.underlay.explain(problem, &desired);
-            tracing::error!(problem, "the node records need what this node cannot give");
+    async fn follow(&mut self, desired: Desired) {
+        if let Some(problem) = desired.address_problem() {
+            tracing::error!("{problem}");
         }
+        log_mtu_problem(Some(&self.desired), &desired);
         log_unresolved(&self.desired.unresolved, &desired.unresolved);
-        // The kernel removes IPv6 from an interface with an MTU below 1280 bytes. Path MTU
-        // discovery finds the size that passes.
-        if desired.mtu_problem().is_some() {
-            desired.mtu = desired.mtu.max(self.desired.mtu);
-        }
         if desired.mtu != self.desired.mtu {
             let (from, to) = (self.desired.mtu, desired.mtu);
             tracing::info!(from, to, underlay = %self.underlay, "mtu of the overlay changes");
@@ -673,6 +669,7 @@ impl Controller {
             name: wanted.name,
             index: self.interface.index,
             mtu: self.desired.mtu,
+            mtu_problem: self.desired.mtu_problem.clone(),
             addresses: wanted.addresses,
             routes: wanted.routes,
             local_cidrs: self.desired.local_cidrs.clone(),
@@ -720,6 +717,15 @@ impl Controller {
 fn log_unresolved(before: &[String], now: &[String]) {
     for complaint in now.iter().filter(|complaint| !before.contains(complaint)) {
         tracing::error!("{complaint}");
+    }
+}
+
+/// Logs that the MTU is too small, once for each problem.
+fn log_mtu_problem(before: Option<&Desired>, now: &Desired) {
+    let problem = now.mtu_problem.as_ref();
+    let known = before.and_then(|before| before.mtu_problem.as_ref());
+    if let Some(problem) = problem.filter(|_| problem != known) {
+        tracing::error!("{problem}");
     }
 }
 

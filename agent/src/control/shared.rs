@@ -63,6 +63,10 @@ pub struct InterfaceStatus {
     pub index: u32,
     /// MTU in bytes.
     pub mtu: u16,
+    /// Problem and remedy if the underlay or the configuration leaves less than the minimum, which
+    /// is used instead.
+    #[serde(default)]
+    pub mtu_problem: Option<String>,
     /// Addresses of this node.
     pub addresses: Vec<IpAddr>,
     /// Prefixes of the other nodes.

@@ -15,7 +15,6 @@ use serde::Deserialize;
 use serde_json::Value;
 use tokio::time::Instant;
 
-use super::desired::Desired;
 use super::kubernetes::Kubernetes;
 use super::lock::StateLock;
 use super::registry::{Registry, RegistryStatus, Stored};
@@ -232,8 +231,7 @@ impl<'a> Candidate<'a> {
         let netlink = Netlink::connect().map_err(netlink_failure)?;
         let underlay = &mut records.underlay;
         underlay.check(&netlink, self.config, &registry).await.map_err(netlink_failure)?;
-        let desired = Desired::new(self.config, &registry, underlay.mtu());
-        match desired.problem().map(|problem| underlay.explain(problem, &desired)) {
+        match underlay.desired(self.config, &registry).address_problem() {
             Some(problem) if !self.config.kubernetes.enabled => Err(Failure::Usage(problem)),
             problem => Ok(problem),
         }

@@ -39,13 +39,14 @@ impl UnderlayWatch {
         self.found.as_ref().map_or(ETHERNET_MTU, |found| found.mtu)
     }
 
-    /// Returns `problem` with the device that decides the MTU, if the MTU of `desired` is too
-    /// small.
-    pub(super) fn explain(&self, problem: String, desired: &Desired) -> String {
-        match self.checked.is_some() && desired.mtu_problem().is_some() {
-            true => format!("{problem} (underlay: {self})"),
-            false => problem,
+    /// Returns the state for this node, with an MTU that follows from the underlay. If the MTU is
+    /// too small, the problem names the device that decides it.
+    pub(super) fn desired(&self, config: &Config, registry: &Registry) -> Desired {
+        let mut desired = Desired::new(config, registry, self.mtu());
+        if let Some(problem) = desired.mtu_problem.as_mut().filter(|_| self.checked.is_some()) {
+            *problem += &format!(" (underlay: {self})");
         }
+        desired
     }
 
     /// Handles a notification of the kernel: a check becomes due.
@@ -122,7 +123,7 @@ impl Controller {
     pub(super) async fn check_underlay(&mut self) {
         match self.underlay.check(&self.netlink, &self.config, &self.registry).await {
             Ok(true) => {
-                let desired = Desired::new(&self.config, &self.registry, self.underlay.mtu());
+                let desired = self.underlay.desired(&self.config, &self.registry);
                 if desired != self.desired {
                     self.follow(desired).await;
                 }

@@ -112,6 +112,7 @@ fn snapshot(peers: u8) -> Arc<Snapshot> {
         pod_cidrs: vec![],
     };
     let desired = super::super::desired::Desired {
+        mtu_problem: None,
         mtu: 1440,
         local_cidrs: vec![],
         peers: (1..=peers).map(peer).collect(),
