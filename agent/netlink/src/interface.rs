@@ -36,8 +36,11 @@ pub struct Wanted {
     pub routes: Vec<IpNet>,
     /// Their MTU in bytes, where it is less than the interface's: whoever sends more is told.
     pub mtus: BTreeMap<IpNet, u16>,
-    /// Whether to switch on forwarding.
+    /// True to switch IPv4 forwarding on, and with `forwarding_ipv6` IPv6 forwarding.
     pub forwarding: bool,
+    /// True if this node has IPv6 pod CIDRs. Pod CIDRs of other nodes do not count: no node may
+    /// switch forwarding on elsewhere by its own record.
+    pub forwarding_ipv6: bool,
 }
 
 /// Why the interface cannot be had.
@@ -164,7 +167,7 @@ impl Wanted {
     /// returns all of them with the changes.
     pub async fn configure(&self, netlink: &Netlink, index: u32, addresses: &[Address]) -> Outcome {
         let mut outcome = Outcome::default();
-        if self.forwarding && self.has_ipv6() {
+        if self.forwarding && self.forwarding_ipv6 {
             let forwarding = Sysctl::required("ipv6/conf/all/forwarding", "1");
             match netlink.ensure_ipv6_forwarding(&forwarding).await {
                 Ok(changed) => outcome.note_sysctl(&forwarding, Ok(changed)),
@@ -215,7 +218,7 @@ impl Wanted {
         }
         if self.forwarding {
             sysctls.extend([Sysctl::required("ipv4/ip_forward", "1"), v4("forwarding", "1")]);
-            if self.has_ipv6() {
+            if self.forwarding_ipv6 {
                 sysctls.push(Sysctl::required(v6("forwarding"), "1"));
             }
         }

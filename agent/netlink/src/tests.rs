@@ -46,6 +46,7 @@ pub(crate) fn wanted() -> Wanted {
         routes: ["10.2.0.0/24", "10.3.0.0/16", "fd00:2::/64"].map(|r| r.parse().unwrap()).into(),
         mtus: Default::default(),
         forwarding: true,
+        forwarding_ipv6: true,
     }
 }
 
@@ -95,6 +96,23 @@ fn the_interface_becomes_what_is_wanted() {
         assert_eq!(sysctl("ipv6/conf/all/forwarding").trim(), "1");
         let again = configure(&wanted, &netlink, index).await;
         assert_eq!(again, Default::default(), "a second pass has nothing to do");
+    });
+}
+
+#[test]
+fn ipv6_prefix_of_a_peer_switches_no_forwarding_on() {
+    in_namespace(|| async {
+        let netlink = Netlink::connect().unwrap();
+        let addresses = vec!["10.1.0.1".parse().unwrap()];
+        let wanted = Wanted { addresses, forwarding_ipv6: false, ..wanted() };
+        configured(&netlink, &wanted).await;
+        let sysctl = |key: &str| std::fs::read_to_string(format!("/proc/sys/net/{key}")).unwrap();
+        assert!(ip("-6 route show proto 77").contains("fd00:2::/64 dev sk-test"));
+        for scope in ["all", "sk-test"] {
+            let value = sysctl(&format!("ipv6/conf/{scope}/forwarding"));
+            assert_eq!(value.trim(), "0", "This node has no IPv6 pods: {scope}");
+        }
+        assert_eq!(sysctl("ipv4/ip_forward").trim(), "1");
     });
 }
 

@@ -122,6 +122,7 @@ impl Desired {
             routes: self.peers.iter().flat_map(|peer| peer.pod_cidrs.clone()).collect(),
             mtus: mtus.flatten().collect(),
             forwarding: config.interface.forwarding,
+            forwarding_ipv6: self.local_cidrs.iter().any(|cidr| cidr.addr().is_ipv6()),
         }
     }
 
