@@ -1,10 +1,14 @@
 //! What goes into the archive. Whatever cannot be had is noted, and the rest goes on.
 
-use std::io::{Read, Seek, SeekFrom};
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
+use rustix::fs::{Dir, Mode, OFlags, openat};
 use tokio::process::Command;
 
 use super::archive::{Archive, ENTRY};
@@ -16,7 +20,7 @@ use crate::netlink::Netlink;
 const LIMIT: Duration = Duration::from_secs(10);
 /// How long the metrics may take.
 const SCRAPE: Duration = Duration::from_secs(5);
-/// Node record files, at most.
+/// Maximum number of files of one directory.
 const RECORDS: usize = 1000;
 
 /// The containers of the chart's DaemonSet.
@@ -104,7 +108,7 @@ pub(super) async fn collect(archive: &mut Archive, config: &Config, agent: &Agen
         file(archive, &format!("machine{path}"), Path::new(path));
     }
     sysctls(archive, config);
-    container_logs(archive);
+    container_logs(archive, Path::new("/var/log/pods"), own_namespace().as_deref());
 }
 
 async fn metrics(archive: &mut Archive, config: &Config) {
@@ -129,7 +133,8 @@ async fn scrape(mut address: std::net::SocketAddr) -> std::io::Result<Vec<u8>> {
     let mut stream = tokio::net::TcpStream::connect(address).await?;
     stream.write_all(b"GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n").await?;
     let mut answer = Vec::new();
-    stream.read_to_end(&mut answer).await?;
+    // Another program may have the port, and its answer may never end.
+    stream.take(ENTRY as u64).read_to_end(&mut answer).await?;
     let end = answer.windows(4).position(|part| part == b"\r\n\r\n");
     Ok(end.map_or_else(Vec::new, |end| answer.split_off(end + 4)))
 }
@@ -199,16 +204,24 @@ async fn program(archive: &mut Archive, name: &str, words: &[&str]) {
 }
 
 fn file(archive: &mut Archive, name: &str, path: &Path) {
-    match end_of(path) {
+    let opened =
+        File::options().read(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(path);
+    match opened.and_then(end_of) {
         Ok(content) => archive.add(name, &content),
         Err(error) => archive.missing(name, &error.to_string()),
     }
 }
 
-/// The end of a file, as much of it as is kept.
-fn end_of(path: &Path) -> std::io::Result<Vec<u8>> {
-    let mut file = std::fs::File::open(path)?;
-    let length = file.metadata()?.len();
+/// Returns the end of a file, at most [`ENTRY`] bytes.
+///
+/// # Errors
+/// The file is not a regular file, or it cannot be read.
+fn end_of(mut file: File) -> io::Result<Vec<u8>> {
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(io::Error::other("not a regular file"));
+    }
+    let length = metadata.len();
     if length > ENTRY as u64 {
         file.seek(SeekFrom::Start(length - ENTRY as u64))?;
     }
@@ -234,41 +247,79 @@ fn sysctls(archive: &mut Archive, config: &Config) {
     archive.add("machine/sysctls.txt", names.iter().map(line).collect::<String>().as_bytes());
 }
 
-/// What kubelet keeps of the chart's containers, where it can be reached: a directory a pod, with one a container.
-fn container_logs(archive: &mut Archive) {
-    let inside = |path: &Path| {
-        let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
-        let mut paths: Vec<_> = entries.map(|entry| entry.path()).collect();
-        paths.sort();
-        paths
-    };
-    let named = |path: &PathBuf, ours: fn(&str) -> bool| {
-        path.file_name().and_then(|name| name.to_str()).is_some_and(ours)
-    };
-    let root = Path::new("/var/log/pods");
-    for pod in inside(root).iter().filter(|pod| named(pod, is_ours)) {
-        for container in inside(pod).iter().filter(|c| named(c, |name| CONTAINERS.contains(&name)))
-        {
-            for log in inside(container) {
-                let name = log.strip_prefix(root).unwrap_or(&log).display();
-                file(archive, &format!("logs/pods/{name}"), &log);
+/// Adds the logs of the chart's containers that kubelet keeps below `root`, if this process can read
+/// them: one directory for each pod, with one for each container. `namespace` is the chart's
+/// namespace, if it is known.
+///
+/// A pod with a writable hostPath volume of `/var/log` can place files there. No link is followed on
+/// the way from `root`, and only regular files with a single name are read.
+fn container_logs(archive: &mut Archive, root: &Path, namespace: Option<&str>) {
+    let Ok(root) = open_below(rustix::fs::CWD, root, OFlags::DIRECTORY) else { return };
+    let pods = names(&root).into_iter().filter(|pod| is_ours(pod, namespace));
+    for (pod, container) in pods.flat_map(|pod| CONTAINERS.map(|name| (pod.clone(), name))) {
+        let directory = open_below(&root, &pod, OFlags::DIRECTORY)
+            .and_then(|pod| open_below(pod, container, OFlags::DIRECTORY));
+        let Ok(directory) = directory else { continue };
+        for log in names(&directory) {
+            let name = format!("logs/pods/{pod}/{container}/{log}");
+            let opened = open_below(&directory, &log, OFlags::empty()).map(File::from);
+            match opened.map_err(io::Error::from).and_then(single).and_then(end_of) {
+                Ok(content) => archive.add(&name, &content),
+                Err(error) => archive.missing(&name, &error.to_string()),
             }
         }
     }
 }
 
-/// Whether a directory of logs, NAMESPACE_POD_UID, is of a pod of the chart's DaemonSet. Which namespace that
-/// is in is not known here.
-fn is_ours(directory: &str) -> bool {
+/// Opens `name` in `directory` for reading. A symbolic link is refused.
+fn open_below(
+    directory: impl AsFd,
+    name: impl rustix::path::Arg,
+    flags: OFlags,
+) -> rustix::io::Result<OwnedFd> {
+    let flags = flags | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    openat(directory, name, flags, Mode::empty())
+}
+
+/// Returns the names in `directory` in their order, at most [`RECORDS`]; names that are not UTF-8 are
+/// left out.
+fn names(directory: &OwnedFd) -> Vec<String> {
+    let entries = Dir::read_from(directory).into_iter().flatten().flatten();
+    let names = entries.filter_map(|entry| entry.file_name().to_str().ok().map(str::to_owned));
+    let mut names: Vec<_> =
+        names.filter(|name| name != "." && name != "..").take(RECORDS).collect();
+    names.sort();
+    names
+}
+
+/// Refuses a file with a second name: a hard link may name a file of another owner.
+fn single(file: File) -> io::Result<File> {
+    match file.metadata()?.nlink() {
+        1 => Ok(file),
+        links => Err(io::Error::other(format!("has {links} names"))),
+    }
+}
+
+/// Returns the namespace of the pod that this process runs in; `None` outside of a pod.
+fn own_namespace() -> Option<String> {
+    std::fs::read_to_string("/var/run/secrets/kubernetes.io/serviceaccount/namespace").ok()
+}
+
+/// Returns whether a directory of logs, NAMESPACE_POD_UID, belongs to a pod of the chart's DaemonSet.
+fn is_ours(directory: &str, namespace: Option<&str>) -> bool {
     let mut parts = directory.split('_');
-    let pod = parts.nth(1).filter(|_| parts.next().is_some());
-    pod.and_then(|pod| pod.strip_prefix("skein-")).is_some_and(|end| {
-        end.len() == 5 && end.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit())
-    })
+    let (of, pod, uid) = (parts.next(), parts.next(), parts.next());
+    let end = pod.filter(|_| uid.is_some()).and_then(|pod| pod.strip_prefix("skein-"));
+    let lowercase = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    (namespace.is_none() || of == namespace)
+        && end.is_some_and(|end| end.len() == 5 && end.bytes().all(lowercase))
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
+    use rustix::fs::{CWD, FileType, mknodat};
+
     use super::*;
 
     #[test]
@@ -282,7 +333,9 @@ mod tests {
 
     #[test]
     fn logs_are_those_of_the_daemon_set() {
-        assert!(is_ours("kube-system_skein-x7k2p_0a1b2c3d-0000-4000-8000-000000000000"));
+        let ours = "kube-system_skein-x7k2p_0a1b2c3d-0000-4000-8000-000000000000";
+        assert!(is_ours(ours, None) && is_ours(ours, Some("kube-system")));
+        assert!(!is_ours(ours, Some("skein")), "The pod is in another namespace.");
         for others in [
             "default_skein-demo-7d9c5b6f4-x7k2p_0a1b",
             "default_skein-demo_0a1b",
@@ -292,7 +345,54 @@ mod tests {
             "kube-system_skein-cleanup-x7k2p_0a1b",
             "skein-x7k2p",
         ] {
-            assert!(!is_ours(others), "{others}");
+            assert!(!is_ours(others, None), "{others}");
         }
+    }
+
+    #[test]
+    fn logs_that_are_links_or_fifos_are_left_out() {
+        use std::os::unix::fs::symlink;
+        let directory = tempfile::tempdir().unwrap();
+        let secret = directory.path().join("secret");
+        std::fs::create_dir(&secret).unwrap();
+        std::fs::write(secret.join("0.log"), "hidden").unwrap();
+        let root = directory.path().join("pods");
+        let pod = root.join("kube-system_skein-aaaaa_1");
+        let logs = pod.join("agent");
+        std::fs::create_dir_all(&logs).unwrap();
+        std::fs::write(logs.join("0.log"), "a line").unwrap();
+        symlink(secret.join("0.log"), logs.join("1.log")).unwrap();
+        std::fs::hard_link(secret.join("0.log"), logs.join("2.log")).unwrap();
+        let fifo = FileType::Fifo;
+        mknodat(CWD, logs.join("3.log"), fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        symlink(&secret, pod.join("dataplane")).unwrap();
+        let elsewhere = secret.join("agent");
+        std::fs::create_dir(&elsewhere).unwrap();
+        std::fs::write(elsewhere.join("0.log"), "hidden").unwrap();
+        symlink(&secret, root.join("kube-system_skein-bbbbb_1")).unwrap();
+        let mut archive = Archive::new("dump", 0, &[]);
+        container_logs(&mut archive, &root, Some("kube-system"));
+        let read: Vec<_> = archive
+            .entries()
+            .into_iter()
+            .filter(|entry| entry.bytes > 0)
+            .map(|entry| entry.name)
+            .collect();
+        assert_eq!(read, ["logs/pods/kube-system_skein-aaaaa_1/agent/0.log"]);
+    }
+
+    #[tokio::test]
+    async fn endless_metrics_are_cut() {
+        use tokio::io::AsyncWriteExt;
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            stream.write_all(b"HTTP/1.0 200 OK\r\n\r\n").await.unwrap();
+            while stream.write_all(&[b'x'; 1 << 16]).await.is_ok() {}
+        });
+        let text = tokio::time::timeout(SCRAPE, scrape(address)).await.unwrap().unwrap();
+        assert!((1..=ENTRY).contains(&text.len()), "{} bytes", text.len());
+        server.await.unwrap();
     }
 }
