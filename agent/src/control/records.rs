@@ -5,6 +5,7 @@ pub mod conflict;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -211,11 +212,27 @@ impl RawRecord {
             return Err(wrong("pod_cidrs", text.to_owned()));
         }
         check_disjoint(&pod_cidrs).map_err(|error| wrong("pod_cidrs", error.to_string()))?;
-        if let Some((endpoint, error)) = refused.first() {
-            let (endpoint, count) = (excerpt(endpoint), refused.len());
-            tracing::warn!(node = name, count, first = %endpoint, %error, "endpoints of a node record left out");
-        }
+        log_refused(&name, &refused);
         Ok(NodeRecord { name, public_key, second_public_key, endpoints, pod_cidrs })
+    }
+}
+
+/// Logs the endpoints of a record that are left out, once for each list of them: every change of
+/// any record reads all records again.
+fn log_refused(node: &str, refused: &[(&str, EndpointError)]) {
+    /// Maximum number of nodes whose endpoints are remembered.
+    const MAX_NODES: usize = 4096;
+    static LOGGED: Mutex<BTreeMap<String, Vec<String>>> = Mutex::new(BTreeMap::new());
+    let mut logged = LOGGED.lock().unwrap_or_else(PoisonError::into_inner);
+    let before = logged.remove(node).unwrap_or_default();
+    let Some((endpoint, error)) = refused.first() else { return };
+    let texts: Vec<_> = refused.iter().map(|(text, _)| excerpt(text).to_string()).collect();
+    if texts != before {
+        let (endpoint, count) = (excerpt(endpoint), refused.len());
+        tracing::warn!(node, count, first = %endpoint, %error, "endpoints of a node record left out");
+    }
+    if logged.len() < MAX_NODES {
+        logged.insert(node.to_owned(), texts);
     }
 }
 
@@ -294,6 +311,44 @@ pub(crate) mod tests {
             assert!(error.contains(field), "{bad}: {error}");
             assert!(error.contains(remedy), "{bad}: {error}");
         }
+    }
+
+    /// Writer of log lines into memory.
+    #[derive(Clone, Default)]
+    struct Lines(std::sync::Arc<Mutex<Vec<u8>>>);
+
+    impl std::io::Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn refused_endpoint_is_logged_once_for_each_text() {
+        let lines = Lines::default();
+        let writer = lines.clone();
+        let subscriber =
+            tracing_subscriber::fmt().with_writer(move || writer.clone()).with_ansi(false).finish();
+        let with = |refused: &str| {
+            let good = text(77, &["10.77.0.0/24"]);
+            parse(&good.replace("endpoints = [", &format!("endpoints = [{refused}"))).unwrap();
+        };
+        tracing::subscriber::with_default(subscriber, || {
+            for refused in
+                ["'255.255.255.255:9', ", "'255.255.255.255:9', '224.0.0.1', ", "", "'224.0.0.1', "]
+            {
+                (0..3).for_each(|_| with(refused));
+            }
+        });
+        let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+        let count = |endpoint: &str| text.lines().filter(|line| line.contains(endpoint)).count();
+        assert_eq!(count("left out"), 3, "{text}");
+        assert_eq!((count("255.255.255.255:9"), count("224.0.0.1")), (1, 2), "{text}");
     }
 
     #[test]
