@@ -209,8 +209,12 @@ fn list_plugins(config: &Cni, present: &[u8]) -> Vec<Plugin> {
     own.chain(foreign).collect()
 }
 
-/// Files of the plugin `name` in all directories of the runtime.
+/// Returns the files of the plugin `name` in all directories of the runtime; none for a name that is
+/// a path. Other programs write types into the list, and the agent runs the files that it finds.
 fn plugin_files(config: &Cni, name: &str) -> Vec<PathBuf> {
+    if Path::new(name).file_name() != Some(name.as_ref()) {
+        return Vec::new();
+    }
     let paths = plugin_directories(config).map(|directory| directory.join(name));
     // A link may lead to where only the node itself sees it.
     paths.filter(|path| fs::symlink_metadata(path).is_ok()).collect()
@@ -419,6 +423,34 @@ mod tests {
         assert!(changed, "Skein's entry is repaired");
         assert_eq!(list["plugins"][0]["socket"], "/run/skein/cni.sock");
         assert_eq!(list["plugins"][2], istio, "the new entry is kept: {after}");
+    }
+
+    #[test]
+    fn type_that_is_a_path_runs_no_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let config = config(directory.path());
+        let program = |name: &str| {
+            let text = format!("#!/bin/sh\ntouch {}\n", directory.path().join("ran").display());
+            place(directory.path(), name.as_ref(), text.as_bytes(), Mode::PROGRAM).unwrap();
+        };
+        fs::create_dir(directory.path().join("bin")).unwrap();
+        program("portmap");
+        program("outside");
+        let absolute = directory.path().join("outside").display().to_string();
+        for name in ["../outside", &absolute, "..", ".", "", "../bin/../outside"] {
+            let list = serde_json::json!({ "plugins": [{ "type": name }] }).to_string();
+            assert!(plugin_files(&config, name).is_empty(), "{name:?}");
+            place(
+                &directory.path().join("net.d"),
+                config.conf_file.as_ref(),
+                list.as_bytes(),
+                Mode::CONFIGURATION,
+            )
+            .unwrap();
+            // The plugin of the chain is missing there.
+            Install::default().install_configuration(&config).unwrap();
+        }
+        assert!(!directory.path().join("ran").exists(), "A file outside the directories has run.");
     }
 
     #[test]
