@@ -77,10 +77,13 @@ async fn metrics_page(State(shared): State<Shared>, headers: HeaderMap) -> Respo
     }
 }
 
-async fn readiness(State(shared): State<Shared>) -> Response {
+async fn readiness(State(shared): State<Shared>, headers: HeaderMap) -> Response {
     let reasons = shared.readiness.reasons();
     if reasons.is_empty() {
         return "ready\n".into_response();
+    }
+    if !is_own_host(&headers, &shared.config.name, &shared.config.metrics.hosts) {
+        return (StatusCode::SERVICE_UNAVAILABLE, "not ready\n").into_response();
     }
     (StatusCode::SERVICE_UNAVAILABLE, reasons.join("\n") + "\n").into_response()
 }
@@ -173,5 +176,20 @@ pub(super) mod tests {
             let health = request("/healthz", host).await;
             assert!(health.starts_with("HTTP/1.1 200"), "health holds no information: {health}");
         }
+    }
+
+    #[tokio::test]
+    async fn readiness_for_foreign_host_names_has_no_reasons() {
+        let shared = shared();
+        let _blocked = shared.readiness.block("interface skein0: refused");
+        let address = start(metrics_router(shared), ConnectionLimits::default()).await;
+        let request = async |host: &str| {
+            ask(address, &format!("GET /readyz HTTP/1.1\r\nHost: {host}\r\n\r\n")).await
+        };
+        let answer = request("192.0.2.1:9464").await;
+        assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("skein0"), "{answer}");
+        let answer = request("evil.example").await;
+        assert!(answer.starts_with("HTTP/1.1 503"), "The probe's verdict stays: {answer}");
+        assert!(!answer.contains("skein0"), "A foreign host name gets reasons: {answer}");
     }
 }
