@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 use skein_cni_protocol::excerpt::{excerpt, message};
 
@@ -309,19 +309,42 @@ pub fn check_node_name(name: &str) -> Result<(), Invalid> {
     Ok(())
 }
 
-/// Whether `cidr` can be a pod CIDR: its host bits are zero and pods can have its addresses.
+/// Prefixes that no pod CIDR may overlap: "this network", loopback, link-local, multicast, the limited
+/// broadcast address and IPv4-mapped addresses (RFC 6890).
+const RESERVED: [IpNet; 9] = [
+    v4([0, 0, 0, 0], 8),
+    v4([127, 0, 0, 0], 8),
+    v4([169, 254, 0, 0], 16),
+    v4([224, 0, 0, 0], 4),
+    v4([255, 255, 255, 255], 32),
+    v6(0, 0, 127),
+    v6(0, 0xffff, 96),
+    v6(0xfe80, 0, 10),
+    v6(0xff00, 0, 8),
+];
+
+const fn v4([a, b, c, d]: [u8; 4], length: u8) -> IpNet {
+    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(a, b, c, d), length))
+}
+
+/// Returns a prefix by the first and the sixth group of its address; the other groups are zero.
+const fn v6(first: u16, sixth: u16, length: u8) -> IpNet {
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(first, 0, 0, 0, 0, sixth, 0, 0), length))
+}
+
+/// Checks that `cidr` can be a pod CIDR.
+///
+/// # Errors
+/// Host bits are set, or the prefix overlaps a reserved one.
 pub fn check_pod_cidr(cidr: &IpNet) -> Result<(), Invalid> {
     if cidr.trunc() != *cidr {
         let text = format!("{cidr} has host bits set: write {}", cidr.trunc());
         return Err(Invalid(text));
     }
-    let usable = match cidr.network() {
-        IpAddr::V4(a) => !(a.is_multicast() || a.is_loopback() || a.is_link_local()),
-        IpAddr::V6(a) => !(a.is_multicast() || a.is_loopback() || a.is_unicast_link_local()),
-    };
-    if cidr.prefix_len() == 0 || !usable {
+    if let Some(reserved) = RESERVED.iter().find(|reserved| overlap(cidr, reserved)) {
         return Err(Invalid(format!(
-            "{cidr} cannot be a pod CIDR: use a unicast prefix of its own"
+            "{cidr} cannot be a pod CIDR, because it overlaps {reserved}: use a unicast prefix of its \
+             own"
         )));
     }
     Ok(())
@@ -563,6 +586,15 @@ mod tests {
             ("pod_cidrs = ['10.1.0.0']", "pod_cidrs", "10.1.0.0/24"),
             ("pod_cidrs = ['10.1.0.0/16', '10.1.2.0/24']", "pod_cidrs", "overlap"),
             ("pod_cidrs = ['0.0.0.0/0']", "pod_cidrs", "unicast"),
+            ("pod_cidrs = ['::/0']", "pod_cidrs", "unicast"),
+            ("pod_cidrs = ['168.0.0.0/7']", "pod_cidrs", "overlaps 169.254.0.0/16"),
+            ("pod_cidrs = ['126.0.0.0/7']", "pod_cidrs", "overlaps 127.0.0.0/8"),
+            ("pod_cidrs = ['192.0.0.0/2']", "pod_cidrs", "overlaps 224.0.0.0/4"),
+            ("pod_cidrs = ['127.1.0.0/16']", "pod_cidrs", "overlaps 127.0.0.0/8"),
+            ("pod_cidrs = ['fe00::/8']", "pod_cidrs", "overlaps fe80::/10"),
+            ("cluster_cidrs = ['f000::/4']", "cluster_cidrs", "overlaps fe80::/10"),
+            ("pod_cidrs = ['::/1']", "pod_cidrs", "overlaps ::/127"),
+            ("pod_cidrs = ['::fffe:0:0/95']", "pod_cidrs", "overlaps ::ffff:0.0.0.0/96"),
             ("cluster_cidrs = ['10.1.0.7/24']", "cluster_cidrs", "10.1.0.0/24"),
             ("cluster_cidrs = ['10.1.0.0/16', '10.1.2.0/24']", "cluster_cidrs", "overlap"),
             (

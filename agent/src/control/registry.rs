@@ -217,7 +217,7 @@ impl Registry {
         true
     }
 
-    /// Pod CIDRs of all nodes, this node's included.
+    /// Returns the pod CIDRs of all nodes, this node's included.
     pub fn prefixes(&self) -> BTreeSet<IpNet> {
         self.owners().into_keys().collect()
     }
@@ -579,11 +579,11 @@ mod tests {
         lab.write("b.toml", &text(2, &["10.2.0.0/24", "fd00:2::/64"]));
         let mut registry = lab.open_with(cluster).unwrap();
         lab.write("c.toml", &text(3, &["10.3.0.0/24", "192.0.2.64/26"]));
-        lab.write("d.toml", &text(4, &["0.0.0.0/1"]));
+        lab.write("d.toml", &text(4, &["64.0.0.0/3"]));
         assert!(!registry.reload());
         let rejected = registry.status().rejected;
         assert_eq!(rejected.len(), 2, "{rejected:?}");
-        for (refused, outside) in rejected.iter().zip(["192.0.2.64/26", "0.0.0.0/1"]) {
+        for (refused, outside) in rejected.iter().zip(["192.0.2.64/26", "64.0.0.0/3"]) {
             let said = format!("{outside} is outside of cluster_cidrs (10.0.0.0/14, fd00::/16)");
             assert!(refused.error.contains(&said), "{refused:?}");
         }
