@@ -2,6 +2,7 @@
 //! recognised by its timestamp. A data process that starts without these timestamps would answer
 //! each recorded initiation once more.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
@@ -24,6 +25,11 @@ const MAX_UNREPORTED: usize = 4096;
 pub(super) struct HandshakeTimes {
     file: PathBuf,
     seen: SeenHandshakes,
+    /// Number of the last report that had the key; absent for keys that no report to this process
+    /// had.
+    last_reports: BTreeMap<PublicKey, u64>,
+    /// Number of reports.
+    reports: u64,
     /// Pending write on a blocking thread.
     writing: Option<JoinHandle<io::Result<()>>>,
     /// True after a failure to write was logged.
@@ -38,7 +44,14 @@ impl HandshakeTimes {
             tracing::warn!(%error, %file, "cannot read handshake times");
             SeenHandshakes::new()
         });
-        Self { file, seen, writing: None, complained: false }
+        Self {
+            file,
+            seen,
+            last_reports: BTreeMap::new(),
+            reports: 0,
+            writing: None,
+            complained: false,
+        }
     }
 
     /// Returns the timestamps for a data process that starts.
@@ -49,7 +62,10 @@ impl HandshakeTimes {
     /// Stores the timestamps that the data process reports, if they have changed. Returns when the
     /// write is complete; dropping the future does not stop the write.
     pub(super) async fn update(&mut self, reported: SeenHandshakes) {
-        let seen = merge(&self.seen, reported);
+        self.reports += 1;
+        self.last_reports.extend(reported.keys().map(|key| (*key, self.reports)));
+        let seen = merge(&self.seen, reported, &self.last_reports);
+        self.last_reports.retain(|key, _| seen.contains_key(key));
         if seen != self.seen {
             self.seen = seen;
             // Two writes at a time would use the same temporary file.
@@ -80,11 +96,16 @@ impl HandshakeTimes {
 /// Merges the reported timestamps into the known ones; a key that has both keeps the later one. A
 /// data process reports the keys of its present peers only, and a node whose record was removed may
 /// return with the same key. Up to [`MAX_UNREPORTED`] keys that are not reported are kept, those with
-/// the latest timestamps.
-fn merge(known: &SeenHandshakes, reported: SeenHandshakes) -> SeenHandshakes {
+/// the highest numbers in `last_reports`. The timestamps do not count: a peer chooses its own, and
+/// may have many keys, one after the other.
+fn merge(
+    known: &SeenHandshakes,
+    reported: SeenHandshakes,
+    last_reports: &BTreeMap<PublicKey, u64>,
+) -> SeenHandshakes {
     let mut unreported: Vec<_> =
         known.iter().filter(|(key, _)| !reported.contains_key(key)).collect();
-    unreported.sort_by_key(|(_, at)| std::cmp::Reverse(**at));
+    unreported.sort_by_key(|(key, _)| std::cmp::Reverse(last_reports.get(key)));
     let later = |(key, at): (PublicKey, u64)| {
         let before = known.get(&key).copied().unwrap_or(0);
         (key, at.max(before))
@@ -144,22 +165,44 @@ mod tests {
     }
 
     #[test]
-    fn unreported_keys_are_bounded() {
+    fn unreported_keys_are_bounded_by_last_report() {
         let key = |number: u64| {
             let mut key = [0; 32];
             key[..8].copy_from_slice(&number.to_be_bytes());
             PublicKey(key)
         };
         let extra = 10;
-        let known: SeenHandshakes =
-            (0..MAX_UNREPORTED as u64 + extra).map(|number| (key(number), number)).collect();
-        // The reported key has a later time than the known one.
-        let seen = merge(&known, SeenHandshakes::from([(key(0), 7), (key(9), 8)]));
+        let all = 0..MAX_UNREPORTED as u64 + extra;
+        // A node with many keys chooses timestamps later than those of the others.
+        let known: SeenHandshakes = all.clone().map(|number| (key(number), 1 << 40)).collect();
+        let known = SeenHandshakes::from_iter(known.into_iter().chain([(key(9), 9), (key(20), 7)]));
+        let mut last_reports: BTreeMap<_, _> = all.map(|number| (key(number), 1)).collect();
+        last_reports.insert(key(20), 2);
+        last_reports.remove(&key(1));
+        let seen = merge(&known, SeenHandshakes::from([(key(0), 7), (key(9), 8)]), &last_reports);
         assert_eq!(seen.get(&key(9)), Some(&9), "The later time stays.");
         assert_eq!(seen.len(), 2 + MAX_UNREPORTED, "The unreported keys are bounded.");
-        assert_eq!(seen.get(&key(0)), Some(&7), "The reported time replaces the known one.");
-        assert!(!seen.contains_key(&key(1)), "The oldest time is forgotten.");
-        assert!(seen.contains_key(&key(extra)), "The latest times are kept.");
+        assert_eq!(seen.get(&key(0)), Some(&(1 << 40)), "The later time stays.");
+        assert!(!seen.contains_key(&key(1)), "The key that was reported longest ago is forgotten.");
+        assert_eq!(seen.get(&key(20)), Some(&7), "The key that was reported last is kept.");
+    }
+
+    #[tokio::test]
+    async fn chosen_timestamps_do_not_evict_a_peer_that_was_reported_later() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut times = HandshakeTimes::load(directory.path().join(FILE));
+        let key = |number: u16| {
+            let mut key = [9; 32];
+            key[..2].copy_from_slice(&number.to_be_bytes());
+            PublicKey(key)
+        };
+        let many = MAX_UNREPORTED as u16;
+        times.update((0..many).map(|number| (key(number), u64::MAX)).collect()).await;
+        let honest = PublicKey([1; 32]);
+        times.update(SeenHandshakes::from([(honest, 7)])).await;
+        times.update(SeenHandshakes::from([(key(many), u64::MAX)])).await;
+        assert_eq!(times.seen().get(&honest), Some(&7), "The peer's time is forgotten.");
+        assert_eq!(times.seen().len(), MAX_UNREPORTED + 1, "The times are bounded.");
     }
 
     #[tokio::test]
