@@ -36,6 +36,19 @@ impl fmt::Display for Chain {
     }
 }
 
+impl Chain {
+    /// Returns whether `nft` reads the names of the table and the chain as words. Another program may
+    /// have created a name with spaces or semicolons over netlink, which would be further commands.
+    fn has_plain_names(&self) -> bool {
+        let is_word = |name: &str| {
+            let first = name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_');
+            let other = |c: char| c.is_ascii_alphanumeric() || "_-./".contains(c);
+            first && name.chars().all(other)
+        };
+        is_word(&self.table) && is_word(&self.name)
+    }
+}
+
 /// What came of a look at others' chains.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Forward {
@@ -141,6 +154,10 @@ pub async fn remove() -> Result<bool, String> {
 }
 
 async fn close(chain: &Chain) -> Result<bool, FirewallError> {
+    // `open` has left such a chain alone.
+    if !chain.has_plain_names() {
+        return Ok(false);
+    }
     let present = rules(chain).await?;
     let text = deletions(chain, &divided(&present).0);
     match text.is_empty() {
@@ -152,6 +169,9 @@ async fn close(chain: &Chain) -> Result<bool, FirewallError> {
 /// Whether something was missing that is there now; an error says why it is still missing.
 async fn open(chain: &Chain, wanted: &[Wanted], accept: bool) -> Result<bool, String> {
     let because = |error: FirewallError| format!(", and cannot be changed ({error})");
+    if !chain.has_plain_names() {
+        return Err(", and cannot be changed (nft does not read its name)".to_owned());
+    }
     let present = rules(chain).await.map_err(because)?;
     match (changes(chain, &present, wanted), accept) {
         (None, _) => Ok(false),
@@ -310,6 +330,29 @@ mod tests {
             rule
         };
         all.map(rule).collect()
+    }
+
+    #[test]
+    fn chain_whose_name_is_a_command_is_left_alone() {
+        assert!(chain().has_plain_names());
+        let text = r#"{"nftables": [
+            {"chain": {"family": "ip", "table": "t", "name": "f; flush ruleset", "hook": "forward",
+             "policy": "drop"}},
+            {"chain": {"family": "ip", "table": "a b", "name": "f", "hook": "forward",
+             "policy": "drop"}},
+            {"chain": {"family": "ip", "table": "t", "name": "", "hook": "forward",
+             "policy": "drop"}},
+            {"chain": {"family": "ip", "table": "-f", "name": "f", "hook": "forward",
+             "policy": "drop"}}]}"#;
+        let chains = read_chains(read_objects(text, "chain").unwrap());
+        assert_eq!(chains.len(), 4);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        for chain in chains {
+            // Without the check, nft refuses the name or runs it; both are other errors.
+            let refused = runtime.block_on(open(&chain, &[], true)).unwrap_err();
+            assert!(refused.contains("does not read its name"), "{chain}: {refused}");
+            assert!(!runtime.block_on(close(&chain)).unwrap(), "{chain}");
+        }
     }
 
     #[test]
