@@ -11,7 +11,7 @@ use crate::control::kubernetes::resource::SkeinNode;
 use crate::control::{records, registry};
 use crate::ipc::{self, Request, Response, Snapshot};
 use crate::keys::{PrivateKey, PublicKey};
-use crate::{dataplane, firewall, sys};
+use crate::{cni, dataplane, firewall, netlink, sys};
 
 /// A file of node records. One that is taken can be written and read again as JSON, as it is kept.
 pub fn node_records(data: &[u8]) {
@@ -67,6 +67,22 @@ pub fn firewall_rules(data: &[u8]) {
     firewall::fuzz_printed(text);
 }
 
+/// The network configuration list, with entries of other programs.
+pub fn conflist(data: &[u8]) {
+    cni::fuzz_conflist(data);
+}
+
+/// A plugin's answer to `VERSION`.
+pub fn plugin_versions(data: &[u8]) {
+    cni::versions::fuzz_answer(data);
+}
+
+/// Notifications of nftables and dumps of nexthop objects.
+pub fn netlink_messages(data: &[u8]) {
+    firewall::fuzz_notifications(data);
+    netlink::fuzz_next_hops(data);
+}
+
 /// What the kernel says of a link.
 pub fn link_answers(data: &[u8]) {
     sys::link::fuzz_answer(data);
@@ -104,7 +120,7 @@ mod tests {
 
     type Target = (&'static str, fn(&[u8]));
 
-    const TARGETS: [Target; 11] = [
+    const TARGETS: [Target; 14] = [
         ("node_records", node_records),
         ("configuration", configuration),
         ("kept_records", kept_records),
@@ -116,6 +132,9 @@ mod tests {
         ("link_answers", link_answers),
         ("uevents", uevents),
         ("keys", keys),
+        ("conflist", conflist),
+        ("plugin_versions", plugin_versions),
+        ("netlink_messages", netlink_messages),
     ];
 
     /// Whole, cut anywhere, with any byte changed, and changed in many ways: in as many as SKEIN_VARIATIONS says.

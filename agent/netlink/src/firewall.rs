@@ -202,6 +202,12 @@ pub fn fuzz_printed(text: &str) {
     forward::fuzz_printed(text);
 }
 
+/// Reads `data` as notifications of the kernel, for the fuzzer.
+#[doc(hidden)]
+pub fn fuzz_notifications(data: &[u8]) {
+    monitor::fuzz_notifications(data);
+}
+
 /// Removes the table. Returns whether it existed.
 ///
 /// # Errors

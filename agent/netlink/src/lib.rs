@@ -28,6 +28,8 @@ pub mod unreachable;
 use std::fmt::Display;
 use std::io;
 
+#[doc(hidden)]
+pub use self::next_hop::fuzz_next_hops;
 use thiserror::Error;
 use tokio::task::JoinHandle;
 

@@ -137,6 +137,18 @@ impl Objects {
     }
 }
 
+/// Reads `data` as a dump of nexthop objects, for the fuzzer.
+#[doc(hidden)]
+pub fn fuzz_next_hops(data: &[u8]) {
+    let mut objects = Objects::default();
+    let _ = objects.read(data);
+    let ids: Vec<_> = objects.devices.keys().chain(objects.groups.keys()).copied().collect();
+    for id in ids {
+        let members = objects.groups.get(&id).map_or(0, Vec::len);
+        assert!(objects.devices(id).len() <= members + 1);
+    }
+}
+
 fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
 }

@@ -6,7 +6,7 @@
 use serde_json::{Map, Value, json};
 
 use super::versions::Offer;
-use crate::config::Cni;
+use crate::config::{Cni, Config};
 
 /// Name of the plugin's binary, and its `type` in the configuration.
 pub const PLUGIN: &str = "skein-cni";
@@ -91,6 +91,18 @@ pub(super) fn types(text: &[u8]) -> Vec<String> {
     all.map(str::to_owned).collect()
 }
 
+/// Repairs `data` as the list of the file, for the fuzzer. A repaired list needs no second repair, and
+/// has the same entries of other programs.
+pub(crate) fn fuzz_conflist(data: &[u8]) {
+    let config = Config::parse("name = 'a'").expect("every key has a default").cni;
+    let offer = Offer { versions: vec!["1.0.0".to_owned()], limits: Vec::new() };
+    let _ = types(data);
+    let Some(list) = repaired(wanted(&config, &offer), data) else { return };
+    let text = serde_json::to_vec(&list).expect("plain values");
+    assert!(repaired(wanted(&config, &offer), &text).is_none());
+    assert_eq!(foreign_types(&config, &text), foreign_types(&config, data));
+}
+
 /// Types of the entries that are Skein's.
 struct OwnTypes(Vec<String>);
 
@@ -127,7 +139,6 @@ fn plugin_type(plugin: &Value) -> Option<&str> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::config::Config;
     use proptest::prelude::*;
 
     fn config(chain: &str) -> Cni {

@@ -28,6 +28,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 
+pub(crate) use self::conflist::fuzz_conflist;
 use self::install::Install;
 use self::leases::Leases;
 pub use self::service::Network;

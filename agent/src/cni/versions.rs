@@ -214,6 +214,12 @@ fn start(path: &Path) -> io::Result<std::process::Child> {
     }
 }
 
+/// Parses `data` as an answer, for the fuzzer. The versions that are read are offered ones, in order.
+pub(crate) fn fuzz_answer(data: &[u8]) {
+    let versions = parse(data).unwrap_or_default();
+    assert!(versions.is_sorted() && versions.iter().all(|version| OFFERED.contains(version)));
+}
+
 fn parse(text: &[u8]) -> Option<Vec<Version>> {
     let document: serde_json::Value = serde_json::from_slice(text).ok()?;
     let listed = document["supportedVersions"].as_array()?;

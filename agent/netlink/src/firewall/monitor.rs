@@ -166,6 +166,12 @@ impl Monitor {
     }
 }
 
+/// Reads `data` as a datagram of nftables, for the fuzzer. Each transaction takes a message.
+pub(super) fn fuzz_notifications(data: &[u8]) {
+    let _ = generation(data);
+    assert!(transactions(data, "skein", &mut true) <= data.len() / 16);
+}
+
 /// Returns the number in an NFT_MSG_NEWGEN message; `None` if `answer` is another message.
 fn generation(answer: &[u8]) -> Option<u32> {
     let message = NetlinkBuffer::new_checked(answer).ok()?;
