@@ -17,7 +17,7 @@ use rustix::thread::{
 };
 use skein_e2e::checks;
 use skein_e2e::lab::agent::{Agent, Cluster};
-use skein_e2e::lab::{Family, Lab, Plan};
+use skein_e2e::lab::{Family, Lab, Plan, process};
 
 const NOBODY: u32 = 65_534;
 
@@ -117,22 +117,35 @@ fn sockets_are_not_made_where_others_may_write() -> Result<()> {
     std::os::unix::fs::symlink(cluster.lab.directory().join("node-a"), &link)?;
     std::os::unix::fs::lchown(&link, Some(NOBODY), None)?;
     fs::set_permissions(&open, Permissions::from_mode(0o777))?;
+    cluster.agents[0].serve_pods()?;
     for directory in [open, theirs, link] {
-        for key in ["control.socket", "dataplane.socket"] {
+        let refused = |what: &str, finished: process::Finished| {
+            let said = format!("{}{}", finished.stdout, finished.stderr);
+            let named = said.contains(&directory.display().to_string());
+            ensure!(finished.code != 0 && named, "{what}: {}: {said}", finished.code);
+            let made = fs::read_dir(&directory)?.flatten().map(|entry| entry.path());
+            let sockets: Vec<_> =
+                made.filter(|path| path.extension().is_some_and(|end| end == "sock")).collect();
+            ensure!(directory.is_symlink() || sockets.is_empty(), "{what}: {sockets:?}");
+            Ok(())
+        };
+        for key in ["control.socket", "dataplane.socket", "cni.socket"] {
             let agent = &mut cluster.agents[0];
             let before = agent.config.clone();
             let socket: PathBuf = directory.join("s.sock");
             agent.set(key, socket.to_string_lossy().into_owned());
-            let finished = agent.run_to_end(Duration::from_secs(10))?;
-            let said = format!("{}{}", finished.stdout, finished.stderr);
-            let shown = directory.display().to_string();
-            ensure!(
-                finished.code != 0 && said.contains(&shown),
-                "{key}: {}: {said}",
-                finished.code
-            );
+            refused(key, agent.run_to_end(Duration::from_secs(10))?)?;
             agent.config = before;
         }
+        let agent = &cluster.agents[0];
+        let instance = directory.to_string_lossy().into_owned();
+        let run = ["run", "--dataplane", "external", "--instance", &instance];
+        refused("run --instance", agent.run_command(&run)?)?;
+        let mut data = cluster.lab.nodes[0].ns.command(&agent.program);
+        data.args(["dataplane", "--instance", &instance, "--socket"]);
+        data.arg(cluster.lab.directory().join("data.sock"));
+        let finished = process::finish(&mut data, &[], Duration::from_secs(10))?;
+        refused("dataplane --instance", finished)?;
     }
     Ok(())
 }

@@ -217,21 +217,21 @@ impl RawRecord {
     }
 }
 
-/// Logs the endpoints of a record that are left out, once for each list of them: every change of
-/// any record reads all records again.
+/// Logs the endpoints of a record that are left out if one of them is new: every change of any
+/// record reads all records again.
 fn log_refused(node: &str, refused: &[(&str, EndpointError)]) {
     /// Maximum number of nodes whose endpoints are remembered.
     const MAX_NODES: usize = 4096;
     static LOGGED: Mutex<BTreeMap<String, Vec<String>>> = Mutex::new(BTreeMap::new());
     let mut logged = LOGGED.lock().unwrap_or_else(PoisonError::into_inner);
     let before = logged.remove(node).unwrap_or_default();
-    let Some((endpoint, error)) = refused.first() else { return };
-    let texts: Vec<_> = refused.iter().map(|(text, _)| excerpt(text).to_string()).collect();
-    if texts != before {
-        let (endpoint, count) = (excerpt(endpoint), refused.len());
+    let texts: Vec<_> = refused.iter().map(|(text, _)| excerpt(text).into_owned()).collect();
+    let new = texts.iter().zip(refused).find(|(text, _)| !before.contains(text));
+    if let Some((endpoint, (_, error))) = new {
+        let count = refused.len();
         tracing::warn!(node, count, first = %endpoint, %error, "endpoints of a node record left out");
     }
-    if logged.len() < MAX_NODES {
+    if !texts.is_empty() && logged.len() < MAX_NODES {
         logged.insert(node.to_owned(), texts);
     }
 }
