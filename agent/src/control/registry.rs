@@ -680,7 +680,7 @@ mod tests {
         let config = lab.config("");
         let prefixes = registry.overlay_prefixes(&config);
         assert_eq!(prefixes, expected, "Only this node's own address exempts a former prefix.");
-        let kept = kept_unreachable_prefixes(&config).unwrap();
+        let kept = Stored::read(&config).unwrap().unreachable_prefixes(&config).unwrap();
         assert_eq!(kept, expected, "The same holds before the records are read.");
     }
 
