@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use skein_core::time::Time;
+use skein_core::tunnel::message::{COOKIE_REPLY_LEN, MIN_RESPONSE_LEN};
 use skein_core::tunnel::{Ciphers, Engine, EngineConfig, PeerConfig};
+use skein_core::wire::header::HEADER_LEN;
 use skein_core::{PrivateKey, PublicKey};
 use skein_e2e::checks;
 use skein_e2e::lab::agent::{Agent, Cluster, Metrics, PORT};
@@ -27,8 +29,11 @@ const LEFT: f64 = 0.1;
 /// So many datagrams of each class are sent, or as many as can be in that time.
 const OF_EACH: u64 = 50_000;
 const AT_MOST: Duration = Duration::from_secs(8);
-/// The type of messages that carry packets.
+/// Message types.
+const RESPONSE: u8 = 2;
+const COOKIE_REPLY: u8 = 3;
 const DATA: u8 = 4;
+const CONTROL: u8 = 5;
 /// What memory may differ by without anything having grown.
 const NOISE: u64 = 8 << 20;
 
@@ -44,36 +49,49 @@ fn listens(lab: &Lab, node: usize) -> Result<SocketAddrV4> {
     Ok(SocketAddrV4::new(v4(lab.nodes[node].underlay(Family::V4))?, PORT))
 }
 
-/// Every datagram of the overlay that goes to an address while `work` is done, each once.
-fn overheard(lab: &Lab, to: Ipv4Addr, work: impl FnOnce() -> Result<()>) -> Result<Vec<Vec<u8>>> {
+/// Datagrams of the overlay that were captured, each once.
+struct Overheard {
+    datagrams: Vec<Vec<u8>>,
+    /// Where the last datagram with data came from: a lane's socket.
+    lane: SocketAddrV4,
+}
+
+/// Captures the datagrams of the overlay that go to an address while `work` is done.
+fn overheard(lab: &Lab, to: Ipv4Addr, work: impl FnOnce() -> Result<()>) -> Result<Overheard> {
     let capture = Capture::start(lab.switch()?)?;
     work()?;
     let frames = capture.stop()?;
-    let mut seen = BTreeSet::new();
-    let ours = frames.iter().filter(|frame| frame.destination() == Some(to));
-    let payloads = ours.filter_map(|frame| frame.udp()).filter(|(port, _)| *port == PORT);
-    Ok(payloads
-        .map(|(_, payload)| payload.to_vec())
-        .filter(|payload| seen.insert(payload.clone()))
-        .collect())
+    let (mut seen, mut lane) = (BTreeSet::new(), None);
+    let mut datagrams = Vec::new();
+    for frame in frames.iter().filter(|frame| frame.destination() == Some(to)) {
+        let Some((PORT, payload)) = frame.udp() else { continue };
+        if payload.first() == Some(&DATA) {
+            lane = frame.source();
+        }
+        if seen.insert(payload.to_vec()) {
+            datagrams.push(payload.to_vec());
+        }
+    }
+    Ok(Overheard { datagrams, lane: lane.context("no data was captured")? })
 }
 
 /// `count` datagrams of 1000 bytes from the first pod to the second, as the switch sees them; all that
 /// arrived is checked. The receiver goes on.
-fn recorded(lab: &Lab, count: u64) -> Result<(udp::Receiver, u64, Vec<Vec<u8>>)> {
+fn recorded(lab: &Lab, count: u64) -> Result<(udp::Receiver, u64, Overheard)> {
     let (a, b) = (lab.pod(0), lab.pod(1));
     let at = SocketAddr::new(b.address(Family::V4), 7001);
     let receiver = udp::Receiver::start(&b.ns, at, 1000)?;
     let mut sent = 0;
-    let datagrams = overheard(lab, *listens(lab, 1)?.ip(), || {
+    let captured = overheard(lab, *listens(lab, 1)?.ip(), || {
         let duration = Duration::from_millis(count);
         let load = udp::Load { payload: 1000, rate: Some(1000), duration };
         sent = a.ns.run(|| udp::send(&UdpSocket::bind("0.0.0.0:0")?, at, load))??.0;
         Ok(())
     })?;
     // A busy host may capture a few less.
-    ensure!(datagrams.len() as u64 >= sent * 9 / 10, "{} captured of {sent}", datagrams.len());
-    Ok((receiver, sent, datagrams))
+    let datagrams = captured.datagrams.len() as u64;
+    ensure!(datagrams >= sent * 9 / 10, "{datagrams} captured of {sent}");
+    Ok((receiver, sent, captured))
 }
 
 /// What a stranger makes of real datagrams, and the reasons for which it may be dropped.
@@ -96,7 +114,13 @@ fn classes(real: &[Vec<u8>]) -> Vec<Class> {
         Pattern::new(number(usize::MAX) as u64).fill(&mut forged[16..]);
         forged
     });
-    let forged = forged.collect();
+    let forged: Vec<_> = forged.collect();
+    let control = forged.iter().map(|forged| {
+        let mut control = forged.clone();
+        (control[0], control[1], control[2]) = (CONTROL, 0, u8::MAX);
+        control
+    });
+    let control = control.collect();
     let truncated = real.iter().map(|real| real[..number(real.len())].to_vec()).collect();
     let flipped = real.iter().map(|real| {
         let mut flipped = real.clone();
@@ -111,6 +135,7 @@ fn classes(real: &[Vec<u8>]) -> Vec<Class> {
     let class = |name, reasons, datagrams| Class { name, reasons, datagrams };
     vec![
         class("forged", &["auth_failed"], forged),
+        class("forged control messages", &["auth_failed"], control),
         class("replayed", &["replayed", "replay_window"], real.to_vec()),
         class("truncated", &["auth_failed", "outer_header"], truncated),
         class(
@@ -219,22 +244,23 @@ fn mutated_datagrams_at_line_rate_change_nothing_and_are_counted() -> Result<()>
     let cluster = Cluster::up(&plan, Family::V4)?;
     let (lab, victim) = (&cluster.lab, &cluster.agents[1]);
     checks::all_reach_all(lab)?;
-    let (receiver, sent, mut real) = recorded(lab, 1000)?;
-    // Pings and answers are the manager's: the next test's.
+    let (receiver, sent, Overheard { datagrams: mut real, lane }) = recorded(lab, 1000)?;
     real.retain(|datagram| datagram[0] == DATA);
     let established = Established::begin(lab)?;
     let alone = established.alone()?;
 
     let stranger = lab.attach("stranger", 200)?;
     let blaster = Blaster::new(&stranger, listens(lab, 1)?)?;
-    // As if it came from the node whose session it is.
-    let from = listens(lab, 0)?;
+    // Spoofed sources: the listening port of the node whose session it is, and the port of the lane,
+    // whose datagrams GRO merges with the real ones.
+    let sources = [listens(lab, 0)?, lane];
     let before_all = memory(victim)?;
     let (beside, total) = established.during(|| {
         let mut total = Blasted::default();
         for class in classes(&real) {
             let before = fresh(victim)?;
-            let sent = blaster.blast(&class.datagrams, OF_EACH, AT_MOST, |_| from)?;
+            let source = |number| sources[number as usize % sources.len()];
+            let sent = blaster.blast(&class.datagrams, OF_EACH, AT_MOST, source)?;
             let after = fresh(victim)?;
             let counted = drops(&after, class.reasons) - drops(&before, class.reasons);
             let all = all_drops(&after) - all_drops(&before);
@@ -282,7 +308,7 @@ fn datagrams_held_back_and_reordered_arrive_once() -> Result<()> {
          add rule bridge held f ip daddr {} udp dport {PORT} drop\n",
         to.ip()
     ))?;
-    let (receiver, _, mut held) = recorded(lab, 500)?;
+    let (receiver, _, Overheard { datagrams: mut held, .. }) = recorded(lab, 500)?;
     switch.sh("nft delete table bridge held")?;
     // With 28 bytes of headers inside, and 32 of the overlay's.
     held.retain(|datagram| datagram[0] == DATA && datagram.len() == 1060);
@@ -340,6 +366,28 @@ fn initiations(to: &str, count: u16) -> Result<Vec<Vec<u8>>> {
     (0..count).map(one).collect()
 }
 
+/// Handshake and control messages that take no initiation to make: responses, cookie replies, and control
+/// messages of the session with this index, all forged.
+fn other_messages(session: &[u8]) -> Vec<Vec<u8>> {
+    let mut random = Pattern::new(5);
+    let mut one = |kind, length| {
+        let mut message = vec![0; length];
+        random.fill(&mut message[4..8]);
+        random.fill(&mut message[HEADER_LEN..]);
+        (message[0], message[2]) = (kind, u8::MAX);
+        if kind == CONTROL {
+            message[4..8].copy_from_slice(session);
+        }
+        message
+    };
+    let lengths = [
+        (RESPONSE, MIN_RESPONSE_LEN),
+        (COOKIE_REPLY, COOKIE_REPLY_LEN),
+        (CONTROL, HEADER_LEN + 37),
+    ];
+    (0..700).flat_map(|_| lengths).map(|(kind, length)| one(kind, length)).collect()
+}
+
 /// Bytes that a machine has sent and received on its interface.
 fn traffic(machine: &Netns) -> Result<(f64, f64)> {
     let text = machine.ip("-s -j link show eth0")?;
@@ -354,7 +402,9 @@ fn handshake_floods_leave_established_traffic_and_newcomers_alone() -> Result<()
     let cluster = Cluster::up(&Plan { nodes: 3, ..Plan::default() }, Family::V4)?;
     let (lab, victim) = (&cluster.lab, &cluster.agents[1]);
     let (a, b, c) = (lab.pod(0), lab.pod(1), lab.pod(2));
-    checks::reaches(a, b, Family::V4)?;
+    let heard = overheard(lab, *listens(lab, 1)?.ip(), || checks::reaches(a, b, Family::V4))?;
+    let heard = heard.datagrams.iter().rfind(|datagram| datagram[0] == DATA);
+    let others = other_messages(&heard.context("no data was captured")?[4..8]);
     checks::reaches(a, c, Family::V4)?;
     let stranger = lab.attach("stranger", 200)?;
     stranger.ip("route add local 198.18.0.0/16 dev lo")?;
@@ -373,7 +423,11 @@ fn handshake_floods_leave_established_traffic_and_newcomers_alone() -> Result<()
     let established = Established::begin(lab)?;
     let alone = established.alone()?;
     let before_all = memory(victim)?;
-    for (what, datagrams) in [("without the node's key", &unknown), ("with it", &known)] {
+    for (what, datagrams) in [
+        ("of initiations without the node's key", &unknown),
+        ("of initiations with it", &known),
+        ("of responses, cookie replies and control messages", &others),
+    ] {
         let before = (traffic(&stranger)?, thread_cpu_seconds(pid)?, fresh(victim)?);
         let (beside, flood) = established.during(|| {
             let mut flood = Blasted::default();
@@ -395,9 +449,9 @@ fn handshake_floods_leave_established_traffic_and_newcomers_alone() -> Result<()
         };
         let counted = |reason: &str| drops(&after.2, &[reason]) - drops(&before.2, &[reason]);
         println!(
-            "a flood {what}: {:.0} initiations a second for {:.1} s; CPU of the manager {:.2} s, of the \
-             lanes {:.2} s; {} invalid, {} unknown, {} cookies, {} beyond the queue; {:.0} MB asked, \
-             {:.0} answered; {}",
+            "a flood {what}: {:.0} messages a second for {:.1} s; CPU of the manager {:.2} s, of the \
+             lanes {:.2} s; {} invalid, {} unknown, {} cookies, {} not authentic, {} beyond the queue; \
+             {:.0} MB asked, {:.0} answered; {}",
             flood.rate(),
             flood.seconds,
             cpu("manager"),
@@ -405,13 +459,17 @@ fn handshake_floods_leave_established_traffic_and_newcomers_alone() -> Result<()
             counted("handshake_invalid"),
             counted("handshake_unknown_peer"),
             counted("handshake_cookie_required"),
+            counted("auth_failed"),
             counted("manager_queue"),
             asked / 1e6,
             answered / 1e6,
             beside.beside(alone)?
         );
         ensure!(answered < asked, "{answered} bytes in answer to {asked}");
-        if what == "with it" {
+        if datagrams == &others {
+            ensure!(counted("handshake_invalid") > 1000.0, "responses and cookies are not counted");
+            ensure!(counted("auth_failed") > 1000.0, "control messages are not counted");
+        } else if datagrams == &known {
             ensure!(counted("handshake_cookie_required") > 1000.0, "no cookies");
             // 64 a second, and those that had gathered.
             let most = 64.0 * (flood.seconds + 3.0);
@@ -424,14 +482,15 @@ fn handshake_floods_leave_established_traffic_and_newcomers_alone() -> Result<()
 
     established.end()?;
 
-    // Two nodes that have never met.
+    // Two nodes that have never met, beside messages of all types.
+    let all = [known, others].concat();
     let stop = AtomicBool::new(false);
     let joined = thread::scope(|scope| -> Result<_> {
         let flood = scope.spawn(|| -> Result<_> {
             let mut flood = Blasted::default();
             while !stop.load(Ordering::Relaxed) && flood.seconds < 40.0 {
                 let source = |number| of_many([198, 18], flood.datagrams + number);
-                let more = blaster.blast(&known, u64::MAX, Duration::from_millis(100), source)?;
+                let more = blaster.blast(&all, u64::MAX, Duration::from_millis(100), source)?;
                 flood.add(more);
             }
             Ok(flood)

@@ -119,7 +119,7 @@ drop_reasons! {
     InnerNotEct => Ingress, "inner_not_ect";
     /// Writing the packet to the TUN failed.
     TunWrite => Ingress, "tun_write";
-    /// The queue to the session manager was full.
+    /// The queue to the session manager was full, or one session sent too many control messages.
     ManagerQueue => Ingress, "manager_queue";
     /// Malformed handshake message, wrong mac1, failed decryption, unknown handshake index, or no
     /// cipher in common.

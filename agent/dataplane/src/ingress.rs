@@ -14,10 +14,11 @@ use skein_core::drop::{Direction, DropCounts, DropReason};
 use skein_core::offload::Checksum;
 use skein_core::offload::coalesce::{CoalesceConfig, Coalescer, TunPacket};
 use skein_core::route::{Owner, PeerId};
+use skein_core::tunnel::rate_limit::{Rate, TokenBucket};
 use skein_core::tunnel::replay::ReplayWindow;
 use skein_core::tunnel::session::{Receiver, Session};
 use skein_core::wire::ecn::Ecn;
-use skein_core::wire::header::{Flags, HEADER_LEN, Header, MessageType, TAG_LEN};
+use skein_core::wire::header::{CONTROL_LANE, Flags, HEADER_LEN, Header, MessageType, TAG_LEN};
 use skein_core::wire::ip::IpHeader;
 
 use super::lane::LaneContext;
@@ -31,6 +32,9 @@ use crate::sys::tun::TunQueue;
 /// The longest handshake in bytes, and the longest control message, which may be a padded ping.
 const MAX_HANDSHAKE: usize = 2048;
 const MAX_CONTROL: usize = 9216;
+/// Control messages of one session that a lane hands to the session manager. The protocol needs fewer
+/// than 16 per second.
+const CONTROL_RATE: Rate = Rate { per_second: 64, burst: 64 };
 /// Messages a system call, each of up to 64 KiB.
 const MESSAGES: usize = 16;
 
@@ -69,8 +73,36 @@ struct Outer {
 struct RxSession {
     session: Arc<Session>,
     windows: Vec<Option<Box<ReplayWindow>>>,
+    control_window: Option<Box<ReplayWindow>>,
+    control_bucket: TokenBucket,
     packets: u64,
     bytes: u64,
+}
+
+impl RxSession {
+    fn new(session: &Arc<Session>) -> Self {
+        Self {
+            session: Arc::clone(session),
+            windows: (0..session.remote_lanes).map(|_| None).collect(),
+            control_window: None,
+            control_bucket: TokenBucket::new(CONTROL_RATE, Duration::ZERO),
+            packets: 0,
+            bytes: 0,
+        }
+    }
+
+    /// Checks that a control message is authentic, new, and within [`CONTROL_RATE`]. Forged and
+    /// repeated messages thus cost the session manager nothing, and use up no part of the rate.
+    /// `now` is the time since boot. Decrypts the datagram.
+    fn check_control(&mut self, now: Duration, datagram: &mut [u8]) -> Result<(), DropReason> {
+        let (header, _) = receiver(&self.session, CONTROL_LANE, now)?.open(datagram)?;
+        let begin = || Box::new(ReplayWindow::after(self.session.mark(CONTROL_LANE)));
+        self.control_window.get_or_insert_with(begin).check_and_set(header.counter)?;
+        match self.control_bucket.try_acquire(CONTROL_RATE, now) {
+            true => Ok(()),
+            false => Err(DropReason::ManagerQueue),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -137,12 +169,7 @@ impl Ingress {
 
     fn add(&mut self, session: &Arc<Session>) {
         self.by_index.insert(session.local_index, self.sessions.len());
-        self.sessions.push(RxSession {
-            session: Arc::clone(session),
-            windows: (0..session.remote_lanes).map(|_| None).collect(),
-            packets: 0,
-            bytes: 0,
-        });
+        self.sessions.push(RxSession::new(session));
     }
 
     fn remove(&mut self, index: u32) {
@@ -219,13 +246,18 @@ impl Ingress {
             if datagram.len() > longest {
                 return Err(DropReason::HandshakeInvalid);
             }
-            // Nobody but a peer, or who sees its datagrams, can name a session.
-            if header.kind == MessageType::Control && !self.by_index.contains_key(&header.receiver)
-            {
+            if header.kind != MessageType::Control {
+                return lane.manager.hand_on(header.kind, source, &*datagram);
+            }
+            let at = self.by_index.get(&header.receiver);
+            let Some(rx) = at.and_then(|&at| self.sessions.get_mut(at)) else {
                 lane.unknown_session(source.ip());
                 return Err(DropReason::UnknownSession);
-            }
-            return lane.manager.hand_on(header.kind, source, datagram);
+            };
+            // The engine opens the message again: it answers, and its replay window decides.
+            let sealed: Box<[u8]> = (&*datagram).into();
+            rx.check_control(lane.age_clock(), datagram)?;
+            return lane.manager.hand_on(header.kind, source, sealed);
         }
         if self.last.is_none_or(|(receiver, _)| receiver != header.receiver) {
             self.last = self.by_index.get(&header.receiver).map(|&at| (header.receiver, at));
@@ -393,13 +425,19 @@ fn refuse(lane: &LaneContext, arena: &[u8], packet: &TunPacket<'_>) {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::net::UdpSocket;
+    use std::os::fd::AsFd;
+
+    use super::super::manager::ToManager;
+    use super::super::stats::drop_report;
+    use super::super::{lane, queue};
     use super::*;
     use proptest::prelude::*;
     use skein_core::tunnel::session::{Cipher, SessionParams, TransportSecrets};
     use std::collections::BTreeMap;
 
-    fn session(index: u32) -> Arc<Session> {
-        let params = SessionParams {
+    fn params(index: u32) -> SessionParams {
+        SessionParams {
             peer: PeerId(1),
             local_index: index,
             remote_index: 7,
@@ -411,8 +449,11 @@ mod tests {
             epoch: 0,
             ecn: false,
             secrets: TransportSecrets::new([1; 32], [2; 32]),
-        };
-        Arc::new(Session::new(params).unwrap())
+        }
+    }
+
+    fn session(index: u32) -> Arc<Session> {
+        Arc::new(Session::new(params(index)).unwrap())
     }
 
     #[test]
@@ -430,6 +471,91 @@ mod tests {
         }
         assert_eq!(receiver(&session, 1, Duration::ZERO).err(), Some(DropReason::WrongLane));
         assert!(!session.is_expired());
+    }
+
+    #[test]
+    fn control_messages_are_checked_and_limited_by_session() {
+        let (ours, other) = (session(7), session(7));
+        let theirs = Session::new(SessionParams { initiator: false, ..params(7) }).unwrap();
+        let ping = || {
+            let mut out = [0; 53];
+            let sender = theirs.sender(CONTROL_LANE).unwrap();
+            sender.seal(Flags::default(), &[1; 21], &mut out).unwrap();
+            out
+        };
+        let mut rx = RxSession::new(&ours);
+        let at = Duration::from_secs(1);
+        let first = ping();
+        assert_eq!(rx.check_control(at, &mut first.clone()), Ok(()));
+        for _ in 0..1000 {
+            let mut forged = ping();
+            forged[40] ^= 1;
+            assert_eq!(rx.check_control(at, &mut forged), Err(DropReason::AuthFailed));
+            assert_eq!(rx.check_control(at, &mut first.clone()), Err(DropReason::Replayed));
+        }
+        for _ in 1..CONTROL_RATE.burst {
+            assert_eq!(rx.check_control(at, &mut ping()), Ok(()));
+        }
+        assert_eq!(rx.check_control(at, &mut ping()), Err(DropReason::ManagerQueue));
+        assert_eq!(RxSession::new(&other).check_control(at, &mut ping()), Ok(()));
+        let later = at + Duration::from_millis(16);
+        assert_eq!(rx.check_control(later, &mut ping()), Ok(()));
+        assert_eq!(rx.check_control(later, &mut ping()), Err(DropReason::ManagerQueue));
+        let end = Duration::from_secs(180);
+        assert_eq!(rx.check_control(end, &mut ping()), Err(DropReason::SessionExpired));
+    }
+
+    /// Receives what `peer` sends to a lane `age` after the session was established. Returns the
+    /// drops and what the manager gets; no manager runs.
+    fn receive(age: u64, datagrams: &[&[u8]]) -> (Vec<String>, Vec<Box<[u8]>>) {
+        let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let mut tables = Arc::new(lane::tests::tables(peer.local_addr().unwrap()));
+        let (manager, queue) = queue::new();
+        let mut lane = lane::tests::context(manager, Duration::from_secs(age));
+        let config = CoalesceConfig { tcp: true, udp: true, partial_checksum: true };
+        let mut ingress = Ingress::new(config);
+        ingress.adopt(&tables);
+        for datagram in datagrams {
+            peer.send_to(datagram, socket.local_addr().unwrap()).unwrap();
+        }
+        ingress.run(&mut lane, &mut tables, (0, socket.as_fd()), None);
+        let drops = drop_report(&[&lane.stats.drops]).into_iter();
+        let drops = drops.flat_map(|drop| vec![drop.reason; drop.packets as usize]).collect();
+        let taken = queue.try_iter().map(|message| match message {
+            ToManager::Datagram { datagram, .. } => datagram,
+            _ => panic!("Only datagrams were sent."),
+        });
+        (drops, taken.collect())
+    }
+
+    fn seal(lane: u8, plaintext: &[u8]) -> Vec<u8> {
+        let mut out = vec![0; plaintext.len() + HEADER_LEN + TAG_LEN];
+        let session = lane::tests::session(false);
+        session.sender(lane).unwrap().seal(Flags::default(), plaintext, &mut out).unwrap();
+        out
+    }
+
+    #[test]
+    fn session_ends_after_180_s_without_a_manager() {
+        let data = seal(0, &lane::tests::packet(1, 0, 10));
+        // Packets that pass all checks fail at the TUN device, because there is none.
+        assert_eq!(receive(179, &[&data]).0, ["tun_write"]);
+        assert_eq!(receive(180, &[&data]).0, ["session_expired"]);
+        let control = seal(CONTROL_LANE, &[1; 21]);
+        assert_eq!(receive(180, &[&control]), (vec!["session_expired".to_owned()], Vec::new()));
+    }
+
+    #[test]
+    fn manager_gets_no_forged_or_repeated_control_messages() {
+        let control = seal(CONTROL_LANE, &[1; 21]);
+        let mut forged = control.clone();
+        forged[30] ^= 1;
+        let mut of_data_lane = control.clone();
+        of_data_lane[2] = 0;
+        let (drops, taken) = receive(1, &[&forged, &of_data_lane, &control, &control]);
+        assert_eq!(drops, ["outer_header", "auth_failed", "replayed"]);
+        assert_eq!(taken, [control.into_boxed_slice()], "The engine opens the message again.");
     }
 
     #[test]

@@ -71,9 +71,9 @@ pub(super) enum ToManager {
         source: SocketAddr,
         /// UDP payload.
         datagram: Box<[u8]>,
-        /// Of a handshake message.
+        /// Place in the share of the message's type.
         #[allow(dead_code, reason = "given back when it is dropped")]
-        place: Option<Place>,
+        place: Place,
     },
     /// From the control socket.
     Request {

@@ -1,5 +1,5 @@
-//! The way from the lanes and the control socket to the session manager: bounded, and shared out so that
-//! what strangers can send leaves room for what peers and the control process say.
+//! The bounded queue from the lanes and the control socket to the session manager. Each type of message
+//! from the underlay has a share of the queue, and one share is left for the node's own messages.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -11,29 +11,30 @@ use skein_core::wire::header::MessageType;
 
 use super::manager::ToManager;
 
-/// Messages that may wait. Those beyond are dropped and counted: whoever sent them tries again.
-const LENGTH: usize = 1024;
-/// Handshake messages of each type that may wait, of 3 types. Anybody can send these; control messages reach
-/// the queue only where they name a session.
-const OF_A_TYPE: usize = LENGTH / 4;
+/// Number of message types that come from the underlay: three of handshakes, and control messages.
+const TYPES: usize = 4;
+/// Queued messages of each type. Further ones are dropped and counted; their senders repeat them.
+const MAX_QUEUED_PER_TYPE: usize = 256;
+/// Queued messages in all. One share is left for the lanes' own messages and the control process.
+const MAX_QUEUED: usize = (TYPES + 1) * MAX_QUEUED_PER_TYPE;
 
 /// An end to send by.
 #[derive(Debug, Clone)]
 pub(super) struct ToManagerQueue {
     queue: SyncSender<ToManager>,
-    waiting: Arc<[AtomicUsize; 3]>,
+    waiting: Arc<[AtomicUsize; TYPES]>,
 }
 
-/// The place of a handshake message in the queue, until it is dropped.
+/// The place of a message from the underlay in the queue, until it is dropped.
 #[derive(Debug)]
 pub(super) struct Place {
-    waiting: Arc<[AtomicUsize; 3]>,
+    waiting: Arc<[AtomicUsize; TYPES]>,
     of: usize,
 }
 
 /// A queue.
 pub(super) fn new() -> (ToManagerQueue, Receiver<ToManager>) {
-    let (queue, receiver) = sync_channel(LENGTH);
+    let (queue, receiver) = sync_channel(MAX_QUEUED);
     (ToManagerQueue { queue, waiting: Arc::default() }, receiver)
 }
 
@@ -48,18 +49,21 @@ impl ToManagerQueue {
         self.queue.try_send(message).is_ok()
     }
 
-    /// Hands on a handshake or control message.
+    /// Queues a handshake or control message.
+    ///
+    /// # Errors
+    /// [`DropReason::ManagerQueue`] if the queue or the share of this type is full.
     pub(super) fn hand_on(
         &self,
         kind: MessageType,
         source: SocketAddr,
-        datagram: &[u8],
+        datagram: impl Into<Box<[u8]>>,
     ) -> Result<(), DropReason> {
         let place = match kind {
-            MessageType::Initiation => Some(self.place(0)?),
-            MessageType::Response => Some(self.place(1)?),
-            MessageType::CookieReply => Some(self.place(2)?),
-            MessageType::Control | MessageType::Data => None,
+            MessageType::Initiation => self.place(0)?,
+            MessageType::Response => self.place(1)?,
+            MessageType::CookieReply => self.place(2)?,
+            MessageType::Control | MessageType::Data => self.place(3)?,
         };
         let message = ToManager::Datagram { source, datagram: datagram.into(), place };
         match self.queue.try_send(message) {
@@ -72,7 +76,7 @@ impl ToManagerQueue {
         let before = self.waiting[of].fetch_add(1, Ordering::Relaxed);
         // Given back at once where it is one too many.
         let place = Place { waiting: Arc::clone(&self.waiting), of };
-        if before < OF_A_TYPE { Ok(place) } else { Err(DropReason::ManagerQueue) }
+        if before < MAX_QUEUED_PER_TYPE { Ok(place) } else { Err(DropReason::ManagerQueue) }
     }
 }
 
@@ -92,23 +96,27 @@ mod tests {
     fn a_flood_of_one_type_leaves_room_for_all_others() {
         let (queue, receiver) = new();
         let source = "192.0.2.1:5".parse().unwrap();
-        let hand_on = |kind| queue.hand_on(kind, source, &[1, 2]);
-        for kind in [MessageType::Initiation, MessageType::Response, MessageType::CookieReply] {
-            for _ in 0..OF_A_TYPE {
+        let hand_on = |kind| queue.hand_on(kind, source, [1, 2]);
+        for kind in [
+            MessageType::Control,
+            MessageType::Initiation,
+            MessageType::Response,
+            MessageType::CookieReply,
+        ] {
+            for _ in 0..MAX_QUEUED_PER_TYPE {
                 hand_on(kind).unwrap();
             }
             assert_eq!(hand_on(kind), Err(DropReason::ManagerQueue));
         }
-        for _ in 0..LENGTH / 4 - 1 {
-            hand_on(MessageType::Control).unwrap();
+        for _ in 0..MAX_QUEUED_PER_TYPE {
+            assert!(queue.tell(ToManager::WantSession(PeerId(1))), "One share is left.");
         }
-        assert!(queue.tell(ToManager::WantSession(PeerId(1))));
-        assert_eq!(hand_on(MessageType::Control), Err(DropReason::ManagerQueue), "it is full");
-        // Whatever is taken makes room for its like.
+        assert!(!queue.tell(ToManager::WantSession(PeerId(1))), "The queue is bounded.");
+        // A message that is taken makes room for another one of its type.
         let taken = receiver.recv().unwrap();
         assert_eq!(hand_on(MessageType::Response), Err(DropReason::ManagerQueue));
         drop(taken);
-        hand_on(MessageType::Initiation).unwrap();
-        assert_eq!(hand_on(MessageType::Initiation), Err(DropReason::ManagerQueue));
+        hand_on(MessageType::Control).unwrap();
+        assert_eq!(hand_on(MessageType::Control), Err(DropReason::ManagerQueue));
     }
 }

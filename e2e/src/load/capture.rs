@@ -1,7 +1,7 @@
 //! Listening on the switch, as somebody between the nodes can.
 
 use std::io::ErrorKind;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -88,6 +88,15 @@ impl Frame {
         Some((u16::from_be_bytes([header[2], header[3]]), segment.get(8..length)?))
     }
 
+    /// Source address and port, if this is UDP over IPv4 without IP options.
+    pub fn source(&self) -> Option<SocketAddrV4> {
+        self.udp()?;
+        let (ip, port) = (self.bytes.get(26..30)?, self.bytes.get(34..36)?);
+        let is_v4 = self.bytes[12..15] == [0x08, 0x00, 0x45];
+        let octets: [u8; 4] = ip.try_into().ok().filter(|_| is_v4)?;
+        Some(SocketAddrV4::new(octets.into(), u16::from_be_bytes(port.try_into().ok()?)))
+    }
+
     /// Where it goes, if this is IPv4.
     pub fn destination(&self) -> Option<Ipv4Addr> {
         let (ethernet, packet) = self.bytes.split_at_checked(14)?;
@@ -114,6 +123,7 @@ mod tests {
         bytes.extend([192, 0, 2, 1, 192, 0, 2, 2, 0, 9, 0xca, 0xbc, 0, 10, 0, 0, 7, 8]);
         let frame = Frame { bytes };
         assert_eq!(frame.udp().unwrap(), (51900, &[7, 8][..]));
+        assert_eq!(frame.source().unwrap(), "192.0.2.1:9".parse().unwrap());
         assert_eq!(frame.destination().unwrap(), Ipv4Addr::new(192, 0, 2, 2));
         assert!(frame.contains(&[7, 8]) && !frame.contains(&[8, 7]));
         for n in 0..frame.bytes.len() {

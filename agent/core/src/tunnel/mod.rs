@@ -18,7 +18,7 @@ mod noise;
 mod path_mtu;
 mod peer;
 pub(crate) mod primitives;
-mod rate_limit;
+pub mod rate_limit;
 pub mod replay;
 pub mod saved;
 pub mod session;

@@ -9,11 +9,11 @@ const SWEEP_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Rate of a token bucket.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Rate {
+pub struct Rate {
     /// Sustained rate, tokens per second.
-    pub(crate) per_second: u32,
+    pub per_second: u32,
     /// Capacity of the bucket, tokens.
-    pub(crate) burst: u32,
+    pub burst: u32,
 }
 
 impl Rate {
@@ -28,18 +28,19 @@ impl Rate {
 
 /// A token bucket. Its level is stored as the time that filling it to this level takes.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct TokenBucket {
+pub struct TokenBucket {
     level: Duration,
     at: Duration,
 }
 
 impl TokenBucket {
     /// Creates a full bucket.
-    pub(crate) const fn new(rate: Rate, now: Duration) -> Self {
+    pub const fn new(rate: Rate, now: Duration) -> Self {
         Self { level: rate.fill_time(), at: now }
     }
 
-    pub(crate) fn try_acquire(&mut self, rate: Rate, now: Duration) -> bool {
+    /// Takes a token if there is one. `now` is a monotonic time.
+    pub fn try_acquire(&mut self, rate: Rate, now: Duration) -> bool {
         self.level = self.level_at(rate, now);
         self.at = now;
         match self.level.checked_sub(rate.token_time()) {
