@@ -128,7 +128,8 @@ drop_reasons! {
     HandshakeUnknownPeer => Ingress, "handshake_unknown_peer";
     /// The handshake initiation is not newer than the last accepted one.
     HandshakeReplayed => Ingress, "handshake_replayed";
-    /// One source sent too many handshake initiations, or one initiation got too many responses.
+    /// One source or peer sent too many handshake initiations, or one initiation got too many
+    /// responses.
     HandshakeRateLimited => Ingress, "handshake_rate_limited";
     /// The node is under load and answered an initiation without a valid cookie with a cookie.
     HandshakeCookieRequired => Ingress, "handshake_cookie_required";

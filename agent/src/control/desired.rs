@@ -126,6 +126,20 @@ impl Desired {
         }
     }
 
+    /// Returns the differences between two lists of narrow paths, one text per peer.
+    pub fn changed_paths(&self, before: &[NarrowPath], now: &[NarrowPath]) -> Vec<String> {
+        let name = |key: PublicKey| {
+            let has =
+                |peer: &&Peer| [Some(peer.public_key), peer.second_public_key].contains(&Some(key));
+            self.peers.iter().find(has).map_or_else(|| key.to_string(), |peer| peer.name.clone())
+        };
+        let reduced = now.iter().filter(|path| !before.contains(path));
+        let reduced = reduced.map(|path| format!("{}: {} bytes", name(path.public_key), path.mtu));
+        let is_gone = |path: &&NarrowPath| now.iter().all(|at| at.public_key != path.public_key);
+        let whole = before.iter().filter(is_gone);
+        reduced.chain(whole.map(|path| format!("{}: not reduced", name(path.public_key)))).collect()
+    }
+
     /// Returns the conflicts in `found` with the name of the peer that owns the prefix.
     pub fn conflicts(&self, found: Vec<RouteConflict>) -> Vec<PeerConflict> {
         let named = |RouteConflict { prefix, problem }| {
@@ -297,6 +311,19 @@ mod tests {
         {
             assert_eq!(first_host(&cidr.parse().unwrap()), first.parse::<IpAddr>().unwrap());
         }
+    }
+
+    #[test]
+    fn changed_paths_are_named_without_the_others() {
+        let (_, desired) = desired("", &[own(), text(2, &["10.2.0.0/24"])], 1500);
+        let peer = desired.peers[0].public_key;
+        let path = |public_key, mtu| NarrowPath { public_key, mtu };
+        let (same, other) = (path(PublicKey([9; 32]), 1300), path(peer, 1280));
+        let changed = |before: &[_], now: &[_]| desired.changed_paths(before, now);
+        assert_eq!(changed(&[same], &[same, other]), ["node-2: 1280 bytes"]);
+        assert_eq!(changed(&[same, other], &[path(peer, 1000), same]), ["node-2: 1000 bytes"]);
+        assert_eq!(changed(&[same, other], &[same]), ["node-2: not reduced"]);
+        assert_eq!(changed(&[same], &[same]), [""; 0]);
     }
 
     #[test]

@@ -67,6 +67,8 @@ use crate::sys::tun::TunError;
 
 /// The interface is compared with what is wanted this often, whatever was announced.
 const RESYNC: Duration = Duration::from_secs(10);
+/// Minimum interval between two reactions to changed path MTUs: a peer determines its own MTU.
+const PATH_INTERVAL: Duration = Duration::from_secs(1);
 /// Routes wait this long for the data process to know the node that they lead to.
 const PATIENCE: Duration = Duration::from_millis(200);
 /// How long an agent that gives way may take.
@@ -288,6 +290,8 @@ struct Controller {
     narrow: Vec<NarrowPath>,
     /// Ports of the data process's UDP sockets.
     source_ports: Vec<u16>,
+    /// Time of the next reaction to changes of `narrow`.
+    narrow_due: Instant,
     /// Logged already, so as not to be logged every ten seconds.
     complaints: Vec<String>,
     /// Prefixes of peers to which another program has a route.
@@ -372,6 +376,7 @@ impl Controller {
             not_ready,
             narrow: Vec::new(),
             source_ports: Vec::new(),
+            narrow_due: Instant::now(),
             complaints: Vec::new(),
             conflicts: Vec::new(),
         };
@@ -414,9 +419,11 @@ impl Controller {
                 }
                 Some(asked) = asked.recv() => self.begin_rotation(asked).await,
                 () = until(self.rotation.deadline()) => self.rotate().await,
-                narrow = dataplane.narrow_paths(&self.narrow) => {
-                    tracing::info!(paths = ?narrow, "paths that carry less than the nodes have changed");
+                narrow = dataplane.narrow_paths(&self.narrow, self.narrow_due) => {
+                    let paths = self.desired.changed_paths(&self.narrow, &narrow);
+                    tracing::info!("path MTUs changed: {}", abridged(&paths));
                     self.narrow = narrow;
+                    self.narrow_due = Instant::now() + PATH_INTERVAL;
                     self.reconcile().await;
                 }
                 ports = dataplane.source_ports(&self.source_ports) => {

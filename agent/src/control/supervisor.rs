@@ -135,8 +135,10 @@ impl DataplaneState {
         let _ = self.status.subscribe().wait_for(reached).await;
     }
 
-    /// Waits for other paths than these to be narrow, and gives them.
-    pub async fn narrow_paths(&self, known: &[NarrowPath]) -> Vec<NarrowPath> {
+    /// Waits until `not_before`, and then for other paths than `known` to be narrow. Returns the
+    /// narrow paths. Changes that come before `not_before` are returned together.
+    pub async fn narrow_paths(&self, known: &[NarrowPath], not_before: Instant) -> Vec<NarrowPath> {
+        tokio::time::sleep_until(not_before).await;
         let mut status = self.status.subscribe();
         // Fails only where the sender is gone, and that is `self`.
         match status.wait_for(|status| status.up && status.narrow != known).await {

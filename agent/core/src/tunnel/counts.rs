@@ -35,7 +35,7 @@ handshake_results! {
     UnknownPeer => "unknown_peer";
     /// An initiation was not newer than the last accepted one.
     Replayed => "replayed";
-    /// An initiation or response was refused because its source exceeded a rate limit.
+    /// An initiation or response was refused because its source or peer exceeded a rate limit.
     RateLimited => "rate_limited";
     /// Cookie reply sent by this node under load, instead of a response.
     CookieSent => "cookie_sent";

@@ -35,6 +35,9 @@ const PER_SOURCE_RATE: Rate = Rate { per_second: 8, burst: 16 };
 /// Rate limit of initiations with a cookie from addresses that are no peer's endpoint, all
 /// together: one sender may receive at very many addresses.
 const NON_PEER_RATE: Rate = Rate { per_second: 64, burst: 64 };
+/// Rate limit of handshakes that one key of a peer starts. Each makes new tables for the lanes, and
+/// may change the path MTU.
+pub(super) const PER_KEY_RATE: Rate = Rate { per_second: 1, burst: 8 };
 /// Maximum number of peer endpoints with a token bucket of their own, and of keys without a peer
 /// whose timestamps are remembered.
 const MAX_PEERS: usize = 65_536;

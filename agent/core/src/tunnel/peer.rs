@@ -8,10 +8,12 @@ use crate::route::PeerId;
 use crate::time::Time;
 use crate::tunnel::cookie::{Mac, MacKeys};
 use crate::tunnel::counts::HandshakeResult;
+use crate::tunnel::engine::PER_KEY_RATE;
 use crate::tunnel::handshake::PendingHandshake;
 use crate::tunnel::liveness::{Liveness, UnreachableReason};
 use crate::tunnel::message::Timestamp;
 use crate::tunnel::path_mtu::PathMtu;
+use crate::tunnel::rate_limit::TokenBucket;
 use crate::tunnel::saved::{SavedSession, SessionSlot};
 use crate::tunnel::session::{Session, SessionParams};
 use crate::tunnel::shared::Shared;
@@ -34,15 +36,21 @@ pub(crate) struct PeerKey {
     pub(crate) public: PublicKey,
     /// MAC keys of messages addressed to this key.
     pub(crate) mac_keys: MacKeys,
-    /// Timestamp of the last initiation accepted from this key. It is removed with the key: after a
-    /// theft of the key the thief's timestamps must not affect the next key.
+    /// Timestamp of the last authentic initiation from this key.
     pub(crate) last_timestamp: Timestamp,
+    /// Handshakes that this key may start.
+    pub(crate) handshakes: TokenBucket,
 }
 
 impl PeerKey {
     fn new(public: &PublicKey) -> Self {
         let mac_keys = MacKeys::new(public);
-        Self { public: *public, mac_keys, last_timestamp: Timestamp::default() }
+        Self {
+            public: *public,
+            mac_keys,
+            last_timestamp: Timestamp::default(),
+            handshakes: TokenBucket::new(PER_KEY_RATE, Duration::ZERO),
+        }
     }
 }
 

@@ -352,3 +352,24 @@ async fn handshake_times_go_to_the_next_data_process() {
     assert_eq!([older.next(), older.next()], ["hello", "apply 1"]);
     lab.handle.end(End::Keep).await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn path_changes_of_one_second_are_reported_together() {
+    let state = DataplaneState::default();
+    let path = |mtu| NarrowPath { public_key: PublicKey([7; 32]), mtu };
+    let report = |mtu| Report { narrow: vec![path(mtu)], ..Report::default() };
+    state.set(|status| status.up = true);
+    let start = Instant::now();
+    state.found(report(1300));
+    let first = state.narrow_paths(&[], start).await;
+    assert_eq!((first.as_slice(), start.elapsed()), (&[path(1300)][..], Duration::ZERO));
+    let hostile = async {
+        for mtu in 600..1000 {
+            state.found(report(mtu));
+            sleep(Duration::from_millis(1)).await;
+        }
+    };
+    let (next, ()) =
+        tokio::join!(state.narrow_paths(&first, start + Duration::from_secs(1)), hostile);
+    assert_eq!((next.as_slice(), start.elapsed()), (&[path(999)][..], Duration::from_secs(1)));
+}

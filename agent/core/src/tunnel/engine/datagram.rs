@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::{Engine, NO_COOKIE_RATE, NON_PEER_RATE};
+use super::{Engine, NO_COOKIE_RATE, NON_PEER_RATE, PER_KEY_RATE};
 use crate::drop::DropReason;
 use crate::time::Time;
 use crate::tunnel::cookie::Mac2Check;
@@ -101,7 +101,11 @@ impl Engine {
             return Err(DropReason::HandshakeReplayed);
         }
         key.last_timestamp = timestamp;
+        let is_allowed = key.handshakes.try_acquire(PER_KEY_RATE, now.mono);
         self.shared.store.set_seen_timestamp(&responder.initiator, timestamp.wall());
+        if !is_allowed {
+            return Err(DropReason::HandshakeRateLimited);
+        }
         let handshake = ReceivedHandshake { responder, own: own_key, theirs };
         peer.on_initiation(now, answer_to, message.sender, handshake, &mut self.shared)
     }
