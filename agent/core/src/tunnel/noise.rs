@@ -6,10 +6,11 @@
 //! suite. Only the handshake of snow is used. Keys for data are derived from the split; counters,
 //! replay windows and rekeying are Skein's own.
 //!
-//! snow does not wipe its handshake states. A state lives for seconds, and its ephemeral key is
-//! used once. All secrets with a longer life are wiped on drop.
+//! snow does not wipe its handshake states, from whose chaining key the keys of a session follow.
+//! [`State`] therefore overwrites them.
 
 use std::fmt;
+use std::hint::black_box;
 
 use snow::params::NoiseParams;
 use snow::{Builder, Error, HandshakeState};
@@ -26,6 +27,8 @@ pub(crate) const INITIATION_OVERHEAD: usize = KEY_LEN + (KEY_LEN + TAG_LEN) + TA
 pub(crate) const RESPONSE_OVERHEAD: usize = KEY_LEN + TAG_LEN;
 
 const SUITE: &str = "Noise_IK_25519_ChaChaPoly_SHA256";
+/// Suite of the states that overwrite used ones: its handshake needs no keys.
+const BLANK_SUITE: &str = "Noise_NN_25519_ChaChaPoly_SHA256";
 
 /// A secret of 32 bytes, wiped on drop.
 pub(crate) type Secret = Zeroizing<[u8; KEY_LEN]>;
@@ -100,8 +103,65 @@ impl Identity {
     }
 }
 
+/// A handshake state of snow, overwritten on drop. It is boxed before it holds secrets, so that a
+/// move leaves no copy of them.
+struct State(Box<HandshakeState>);
+
+impl State {
+    fn initiator(builder: Builder<'_>) -> Result<Self, NoiseError> {
+        Ok(Self(Box::new(builder.build_initiator()?)))
+    }
+
+    fn responder(builder: Builder<'_>) -> Result<Self, NoiseError> {
+        Ok(Self(Box::new(builder.build_responder()?)))
+    }
+
+    fn read(&mut self, message: &[u8], payload: &mut [u8]) -> Result<usize, NoiseError> {
+        Ok(self.0.read_message(message, payload)?)
+    }
+
+    /// Appends a message of `overhead` bytes beyond `payload` to `out`.
+    fn append(
+        &mut self,
+        payload: &[u8],
+        overhead: usize,
+        out: &mut Vec<u8>,
+    ) -> Result<(), NoiseError> {
+        let start = out.len();
+        out.resize(start + overhead + payload.len(), 0);
+        let written = self.0.write_message(payload, &mut out[start..])?;
+        if start + written != out.len() {
+            return Err(NoiseError);
+        }
+        Ok(())
+    }
+
+    fn split(&mut self) -> Result<TransportSecrets, NoiseError> {
+        // snow's raw split does not check that the handshake has finished.
+        if !self.0.is_handshake_finished() {
+            return Err(NoiseError);
+        }
+        let (from_initiator, from_responder) = self.0.dangerously_get_raw_split();
+        Ok(TransportSecrets::new(from_initiator, from_responder))
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        let builder = BLANK_SUITE.parse().map(|params| {
+            Builder::with_resolver(params, Box::new(Resolver::new(Secret::default())))
+        });
+        // Building fails for no input, because the suite is constant.
+        if let Ok(Ok(blank)) = builder.map(Builder::build_initiator) {
+            *self.0 = blank;
+            // Otherwise the compiler may omit writes to memory that is freed next.
+            black_box(&mut self.0);
+        }
+    }
+}
+
 /// State of a handshake that this node has initiated.
-pub(crate) struct Initiator(HandshakeState);
+pub(crate) struct Initiator(State);
 
 impl Initiator {
     /// Starts a handshake and appends message 1 to `out`. The unencrypted bytes `clear` become part
@@ -119,8 +179,8 @@ impl Initiator {
     ) -> Result<Self, NoiseError> {
         let prologue = identity.prologue(clear);
         let builder = identity.builder(&prologue, ephemeral)?;
-        let mut state = builder.remote_public_key(responder.as_bytes())?.build_initiator()?;
-        append(&mut state, payload, INITIATION_OVERHEAD, out)?;
+        let mut state = State::initiator(builder.remote_public_key(responder.as_bytes())?)?;
+        state.append(payload, INITIATION_OVERHEAD, out)?;
         Ok(Self(state))
     }
 
@@ -135,14 +195,14 @@ impl Initiator {
         message: &[u8],
         payload: &mut [u8],
     ) -> Result<(usize, TransportSecrets), NoiseError> {
-        let length = self.0.read_message(message, payload)?;
-        Ok((length, transport_secrets(&mut self.0)?))
+        let length = self.0.read(message, payload)?;
+        Ok((length, self.0.split()?))
     }
 }
 
 /// State of a handshake whose message 1 has been read.
 pub(crate) struct Responder {
-    state: HandshakeState,
+    state: State,
     /// Public key of the initiator; the message proves that its sender has the private key.
     pub(crate) initiator: PublicKey,
 }
@@ -161,9 +221,9 @@ impl Responder {
         payload: &mut [u8],
     ) -> Result<(Self, usize), NoiseError> {
         let prologue = identity.prologue(clear);
-        let mut state = identity.builder(&prologue, ephemeral)?.build_responder()?;
-        let length = state.read_message(message, payload)?;
-        let initiator = state.get_remote_static().ok_or(NoiseError)?;
+        let mut state = State::responder(identity.builder(&prologue, ephemeral)?)?;
+        let length = state.read(message, payload)?;
+        let initiator = state.0.get_remote_static().ok_or(NoiseError)?;
         let initiator: [u8; KEY_LEN] = initiator.try_into().map_err(|_| NoiseError)?;
         let initiator = PublicKey::new(initiator);
         Ok((Self { state, initiator }, length))
@@ -178,38 +238,18 @@ impl Responder {
         payload: &[u8],
         out: &mut Vec<u8>,
     ) -> Result<TransportSecrets, NoiseError> {
-        append(&mut self.state, payload, RESPONSE_OVERHEAD, out)?;
-        transport_secrets(&mut self.state)
+        self.state.append(payload, RESPONSE_OVERHEAD, out)?;
+        self.state.split()
     }
-}
-
-fn append(
-    state: &mut HandshakeState,
-    payload: &[u8],
-    overhead: usize,
-    out: &mut Vec<u8>,
-) -> Result<(), NoiseError> {
-    let start = out.len();
-    out.resize(start + overhead + payload.len(), 0);
-    let written = state.write_message(payload, &mut out[start..])?;
-    if start + written != out.len() {
-        return Err(NoiseError);
-    }
-    Ok(())
-}
-
-fn transport_secrets(state: &mut HandshakeState) -> Result<TransportSecrets, NoiseError> {
-    // snow's raw split does not check that the handshake has finished.
-    if !state.is_handshake_finished() {
-        return Err(NoiseError);
-    }
-    let (from_initiator, from_responder) = state.dangerously_get_raw_split();
-    Ok(TransportSecrets::new(from_initiator, from_responder))
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt as _;
+
+    use aws_lc_rs::hmac::{HMAC_SHA256, Key, sign};
     use snow::types::Cipher;
 
     use super::*;
@@ -315,6 +355,42 @@ mod tests {
         let secret = Zeroizing::new([3; 32]);
         let mut state =
             Initiator::start(&a, &PublicKey::new([9; 32]), secret, &[], &[], &mut first).unwrap();
-        assert_eq!(transport_secrets(&mut state.0), Err(NoiseError));
+        assert_eq!(state.0.split(), Err(NoiseError));
+    }
+
+    /// The bytes of this process at `address`, freed or not.
+    fn memory(address: usize, length: usize) -> Vec<u8> {
+        let mut bytes = vec![0; length];
+        let memory = File::open("/proc/self/mem").unwrap();
+        memory.read_exact_at(&mut bytes, address as u64).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn chaining_key_is_overwritten_when_state_ends() {
+        let a = Identity::new(PrivateKey::new(&[1; 32]), Vec::new()).unwrap();
+        let b = Identity::new(PrivateKey::new(&[2; 32]), Vec::new()).unwrap();
+        let secret = |byte| Zeroizing::new([byte; 32]);
+        let (mut first, mut second, mut read) = (Vec::new(), Vec::new(), [0; 64]);
+        let state = Initiator::start(&a, b.public(), secret(3), &[], &[], &mut first);
+        let mut state = state.unwrap();
+        let (other, _) = Responder::read(&b, secret(4), &[], &first, &mut read).unwrap();
+        let forward = other.reply(&[], &mut second).unwrap().from_initiator;
+        state.finish(&second, &mut read).unwrap();
+
+        // The session's first secret is HKDF-SHA256 of the chaining key (Noise, section 5.2).
+        let is_chaining_key = |window: &[u8]| {
+            let key = sign(&Key::new(HMAC_SHA256, window), &[]);
+            sign(&Key::new(HMAC_SHA256, key.as_ref()), &[1]).as_ref() == &forward[..]
+        };
+        let boxed: &HandshakeState = &state.0.0;
+        let (address, length) = (std::ptr::from_ref(boxed).addr(), size_of_val(boxed));
+        let before = memory(address, length);
+        let at = before.windows(KEY_LEN).position(is_chaining_key);
+        let at = at.expect("The state holds the chaining key.");
+        drop(state);
+        let after = memory(address, length);
+        assert_ne!(after[at..at + KEY_LEN], before[at..at + KEY_LEN]);
+        assert_eq!(after.windows(KEY_LEN).position(is_chaining_key), None);
     }
 }
