@@ -151,11 +151,7 @@ impl Engine {
         let timestamp = Timestamp::new(timestamp);
         let peer = self.by_key.get(key).and_then(|id| self.peers.get_mut(id));
         let Some(known) = peer.and_then(|peer| peer.key(key)) else {
-            if self.unclaimed.len() < MAX_PEERS || self.unclaimed.contains_key(key) {
-                let known = self.unclaimed.entry(*key).or_default();
-                *known = timestamp.max(*known);
-            }
-            return;
+            return remember(&mut self.unclaimed, key, timestamp);
         };
         if timestamp > known.last_timestamp {
             known.last_timestamp = timestamp;
@@ -265,9 +261,10 @@ impl Engine {
             }
         }
         if let Some(peer) = self.peers.get_mut(&id) {
-            for given_up in peer.keys().filter(|key| !keys.contains(key)) {
-                self.by_key.remove(given_up);
-                self.shared.store.set_seen_timestamp(given_up, Duration::ZERO);
+            for given_up in peer.keys.iter().filter(|key| !keys.contains(&key.public)) {
+                self.by_key.remove(&given_up.public);
+                remember(&mut self.unclaimed, &given_up.public, given_up.last_timestamp);
+                self.shared.store.set_seen_timestamp(&given_up.public, Duration::ZERO);
             }
             peer.set_keys(&keys, &mut self.shared);
             for key in &mut peer.keys {
@@ -293,6 +290,9 @@ impl Engine {
     /// key.
     fn take_key(&mut self, id: PeerId, key: &PublicKey) {
         let Some(peer) = self.peers.get_mut(&id) else { return };
+        if let Some(taken) = peer.key(key) {
+            remember(&mut self.unclaimed, key, taken.last_timestamp);
+        }
         let rest: Vec<_> = peer.keys().filter(|other| *other != key).copied().collect();
         match rest.is_empty() {
             true => self.remove_peer(id),
@@ -303,10 +303,11 @@ impl Engine {
     /// Removes a peer and ends its sessions at once.
     pub fn remove_peer(&mut self, id: PeerId) {
         let Some(mut peer) = self.peers.remove(&id) else { return };
-        for key in peer.keys() {
-            if self.by_key.get(key) == Some(&id) {
-                self.by_key.remove(key);
-                self.shared.store.set_seen_timestamp(key, Duration::ZERO);
+        for key in &peer.keys {
+            if self.by_key.get(&key.public) == Some(&id) {
+                self.by_key.remove(&key.public);
+                remember(&mut self.unclaimed, &key.public, key.last_timestamp);
+                self.shared.store.set_seen_timestamp(&key.public, Duration::ZERO);
             }
         }
         forget_addresses(&mut self.by_address, &peer);
@@ -469,6 +470,14 @@ impl Engine {
 fn identity(private: PrivateKey, prologue: &[u8]) -> Result<LocalIdentity, EngineError> {
     let identity = Identity::new(private, prologue.to_vec()).ok_or(EngineError::PrivateKey)?;
     Ok(LocalIdentity::new(identity))
+}
+
+/// Keeps the timestamp of a key that belongs to no peer: its record may return.
+fn remember(unclaimed: &mut BTreeMap<PublicKey, Timestamp>, key: &PublicKey, timestamp: Timestamp) {
+    if unclaimed.len() < MAX_PEERS || unclaimed.contains_key(key) {
+        let known = unclaimed.entry(*key).or_default();
+        *known = timestamp.max(*known);
+    }
 }
 
 fn forget_addresses(by_address: &mut BTreeMap<IpAddr, BTreeSet<PeerId>>, peer: &Peer) {

@@ -360,6 +360,37 @@ fn recorded_initiations_of_later_peer_are_refused() {
 }
 
 #[test]
+fn recorded_initiations_are_refused_after_record_returns() {
+    let mut lab = Lab::joined_pair();
+    lab.run(secs(300));
+    let (a, b) = (lab.key(0), PublicKey::new([9; 32]));
+    let endpoints = lab.nodes[0].config.addresses.clone();
+    let record = |lab: &mut Lab, public_key, second_key| {
+        let now = lab.now;
+        let config = PeerConfig { public_key, second_key, endpoints: endpoints.clone() };
+        lab.nodes[1].engine.upsert_peer(now, config)
+    };
+    // The record is deleted and created again.
+    let id = lab.peer_id(1, 0);
+    lab.nodes[1].engine.remove_peer(id);
+    record(&mut lab, a, None);
+    replay_initiations(&mut lab);
+    assert_eq!(lab.count(1, HandshakeResult::Replayed), 1);
+    // A change of the key is taken back.
+    for (first, second) in [(a, Some(b)), (b, Some(a)), (b, None), (b, Some(a)), (a, None)] {
+        record(&mut lab, first, second);
+    }
+    replay_initiations(&mut lab);
+    assert_eq!(lab.count(1, HandshakeResult::Replayed), 2);
+    // The key moves to the record of another node.
+    record(&mut lab, b, Some(a));
+    record(&mut lab, PublicKey::new([8; 32]), Some(a));
+    replay_initiations(&mut lab);
+    assert_eq!(lab.count(1, HandshakeResult::Replayed), 3);
+    assert!(lab.nodes[1].engine.tables().all(|(_, view)| view.receive.is_empty()));
+}
+
+#[test]
 fn mtu_changed_between_processes_reaches_peer() {
     let (mut lab, mut store) = Lab::stored_pair();
     assert_eq!(lab.view(1, 0).mtu, Some(1440));
