@@ -353,7 +353,8 @@ impl Engine {
 
     /// Handles a data or control datagram of an unknown session from this address. A peer with an
     /// endpoint at the address may not know that this node has restarted, so the engine starts a
-    /// handshake with it: at most one every 2 s, and none if the peer was heard within 10 s.
+    /// handshake with it: at most one every 2 s, and none if the peer was heard within 10 s. The
+    /// source may be spoofed, so the initiation is not repeated.
     pub fn on_unknown_session(&mut self, now: Time, source: IpAddr) {
         let source = source.to_canonical();
         for id in self.by_address.get(&source).into_iter().flatten() {
@@ -366,7 +367,6 @@ impl Engine {
                 continue;
             }
             peer.unknown = Some(now.mono);
-            peer.requested = Some(now.mono);
             let there = peer.endpoints.iter().position(|e| e.ip().to_canonical() == source);
             if peer.pending.is_none() {
                 peer.attempt = there.unwrap_or(peer.attempt);

@@ -193,6 +193,12 @@ fn unknown_session_starts_one_handshake_per_2_s() {
     }
     lab.collect(0);
     assert_eq!(lab.count(0, HandshakeResult::Initiated), 1);
+    // The source may be spoofed: 16 bytes must not cause a series of initiations.
+    lab.run(secs(30));
+    assert_eq!(lab.count(0, HandshakeResult::Initiated), 1);
+    lab.nodes[0].engine.on_unknown_session(lab.now, source);
+    lab.collect(0);
+    assert_eq!(lab.count(0, HandshakeResult::Initiated), 2);
 
     // A session in which datagrams arrive is not disturbed by spoofed datagrams.
     let mut lab = Lab::joined_pair();
