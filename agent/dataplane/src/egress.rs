@@ -26,6 +26,9 @@ use crate::sys::tun::TunQueue;
 const ARENA: usize = 256 << 10;
 /// Packets read before the other direction gets its turn.
 const READS: usize = 64;
+/// Full batches sent before the other direction gets its turn: a superpacket of tiny segments fills
+/// several.
+const MAX_FULL_BATCHES: usize = 2;
 /// Runs handed to the sender at a time.
 const RUNS: usize = 64;
 /// How long a batch waits for room in a socket's send buffer before it is dropped. A device that takes
@@ -43,6 +46,8 @@ pub(super) struct Egress {
     gso: GsoState,
     pending: Pending,
     drops: DropCounts,
+    /// Full batches sent since [`Egress::run`] began.
+    full_batches: usize,
     /// What of the batch had no room in the send buffer.
     unsent: Option<Unsent>,
 }
@@ -85,6 +90,7 @@ impl Egress {
             gso,
             pending: Pending::default(),
             drops: DropCounts::default(),
+            full_batches: 0,
             unsent: None,
         }
     }
@@ -95,7 +101,8 @@ impl Egress {
         self.release_pending(lane, tables);
         let mut read = 0;
         let mut state = TunState::Alive;
-        while self.unsent.is_none() && read < READS && !self.batch.is_nearly_full() {
+        self.full_batches = 0;
+        while self.may_read(read) {
             match tun.read(&mut self.read_buffer) {
                 Ok(length) => {
                     read += 1;
@@ -121,19 +128,27 @@ impl Egress {
         state
     }
 
+    /// Returns true if a run that has read this number of packets may read another one.
+    fn may_read(&self, read: usize) -> bool {
+        self.unsent.is_none()
+            && read < READS
+            && self.full_batches < MAX_FULL_BATCHES
+            && !self.batch.is_nearly_full()
+    }
+
     /// Sends what waited for sessions that are there now, and gives up what waited too long.
     pub(super) fn release_pending(&mut self, lane: &LaneContext, tables: &Tables) {
         if self.pending.is_empty() || self.unsent.is_some() {
             return;
         }
         let now = lane.now();
-        let ready = |peer| {
-            tables.peers.get(&peer).is_some_and(|entry| entry.ready(lane.age_clock()).is_some())
-        };
-        for mut held in self.pending.take_ready(ready) {
-            self.route(lane, tables, held.vnet, &mut held.packet);
+        let released = self.pending.take_ready(|peer| tables.is_ready(peer, lane.age_clock()));
+        if !released.is_empty() {
+            for mut held in released {
+                self.route(lane, tables, held.vnet, &mut held.packet);
+            }
+            self.flush(lane);
         }
-        self.flush(lane);
         let expired = self.pending.expire(now, |peer| tables.peers.contains_key(&peer));
         self.drops.add_many(DropReason::NoSession, expired as u64);
         lane.stats.drops.collect(&mut self.drops);
@@ -189,7 +204,7 @@ impl Egress {
             return self.drop(lane, DropReason::NoRoute, packet);
         };
         // What waits for this peer goes first, or it would be overtaken.
-        if self.pending.holds(peer) {
+        if self.pending.holds(peer) && tables.is_ready(peer, lane.age_clock()) {
             self.release_pending(lane, tables);
         }
         if self.pending.holds(peer) || target(&mut self.batch, lane, tables, peer).is_none() {
@@ -213,6 +228,7 @@ impl Egress {
         let (checksum, told) = (segments.checksum(), lane.tap.wants_drops());
         while let Some(segment) = segments.next_segment() {
             if self.unsent.is_none() && !self.batch.has_room(segment.len()) {
+                self.full_batches += 1;
                 self.flush(lane);
             }
             // The middle of a superpacket cannot wait: there is nowhere to keep the rest.
@@ -384,4 +400,92 @@ fn target(
         let session = Arc::clone(session);
         Some(batch.add_peer(peer, session, lane.index, endpoint, entry.max_plaintext))
     })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::net::UdpSocket;
+
+    use skein_core::offload::vnet::{GSO_TCPV4, NEEDS_CSUM};
+
+    use super::super::lane::tests::{context, packet, tables};
+    use super::super::queue;
+    use super::*;
+
+    struct Lab {
+        egress: Egress,
+        lane: LaneContext,
+        tables: Tables,
+        /// The peer's socket. Nobody reads it, so that the kernel drops what exceeds its buffer.
+        _peer: UdpSocket,
+    }
+
+    impl Lab {
+        fn new(age_clock: Duration) -> Self {
+            let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
+            let (manager, _) = queue::new();
+            Self {
+                egress: Egress::new(true, GsoState::new()),
+                lane: context(manager, age_clock),
+                tables: tables(peer.local_addr().unwrap()),
+                _peer: peer,
+            }
+        }
+
+        fn route(&mut self, vnet: VnetHeader, mut packet: Vec<u8>) {
+            self.egress.route(&self.lane, &self.tables, vnet, &mut packet);
+        }
+
+        /// Sends superpackets with this segment size until the run ends. Returns their number.
+        fn run_of_superpackets(&mut self, segment: u16) -> usize {
+            let vnet = VnetHeader {
+                flags: NEEDS_CSUM,
+                gso_type: GSO_TCPV4,
+                hdr_len: 40,
+                gso_size: segment,
+                csum_start: 20,
+                csum_offset: 16,
+            };
+            let payload = 65_000 / usize::from(segment) * usize::from(segment);
+            let mut read = 0;
+            while self.egress.may_read(read) {
+                self.route(vnet, packet(0, 1, payload));
+                read += 1;
+            }
+            read
+        }
+    }
+
+    #[test]
+    fn run_of_tiny_segments_ends_after_two_full_batches() {
+        let mut lab = Lab::new(Duration::ZERO);
+        let read = lab.run_of_superpackets(8);
+        assert!(read <= 2, "{read} superpackets of 8,000 segments each hold up the lane.");
+        let mut lab = Lab::new(Duration::ZERO);
+        assert_eq!(lab.run_of_superpackets(1400), 3, "A run of bulk data fills one batch.");
+        assert_eq!(lab.egress.full_batches, 0);
+    }
+
+    #[test]
+    fn waiting_packets_do_not_end_a_batch() {
+        let mut lab = Lab::new(Duration::ZERO);
+        lab.route(VnetHeader::default(), packet(0, 1, 10));
+        for _ in 0..3 {
+            lab.route(VnetHeader::default(), packet(0, 2, 10));
+            lab.egress.release_pending(&lab.lane, &lab.tables);
+        }
+        assert!(lab.egress.has_pending());
+        assert!(!lab.egress.batch.is_empty(), "The packet of the first peer waits for more.");
+    }
+
+    #[test]
+    fn session_ends_after_180_s_without_a_manager() {
+        for (age, is_sent) in [(179, true), (180, false)] {
+            let mut lab = Lab::new(Duration::from_secs(age));
+            lab.route(VnetHeader::default(), packet(0, 1, 10));
+            assert_eq!(!lab.egress.batch.is_empty(), is_sent, "{age} s");
+            assert_eq!(lab.egress.has_pending(), !is_sent, "{age} s");
+        }
+    }
 }

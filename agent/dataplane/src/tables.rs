@@ -23,6 +23,13 @@ pub(super) struct Tables {
     pub(super) sessions: Vec<(u32, Arc<Session>)>,
 }
 
+impl Tables {
+    /// Returns true if packets can be sent to `peer` at `now` (time since boot).
+    pub(super) fn is_ready(&self, peer: PeerId, now: Duration) -> bool {
+        self.peers.get(&peer).is_some_and(|entry| entry.ready(now).is_some())
+    }
+}
+
 /// How to reach one node.
 #[derive(Clone)]
 pub(super) struct PeerEntry {
