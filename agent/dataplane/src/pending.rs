@@ -9,6 +9,8 @@ use skein_core::route::PeerId;
 
 /// Packets held for one peer.
 const MAX_PACKETS: usize = 64;
+/// Bytes held for one peer.
+const MAX_PEER_BYTES: usize = 128 << 10;
 /// Bytes held for all peers of a lane.
 const MAX_BYTES: usize = 1 << 20;
 /// What waited longer is of no use to its sender any more.
@@ -28,6 +30,8 @@ pub(super) struct Held {
 #[derive(Default)]
 struct Queue {
     packets: Vec<Held>,
+    /// Length of `packets` in bytes.
+    bytes: usize,
     asked: Option<Instant>,
 }
 
@@ -61,9 +65,12 @@ impl Pending {
     ) -> (bool, bool) {
         let queue = self.queues.entry(peer).or_default();
         let ask = queue.asked.is_none_or(|asked| now - asked >= ASK_INTERVAL);
-        let room = queue.packets.len() < MAX_PACKETS && self.bytes + packet.len() <= MAX_BYTES;
+        let room = queue.packets.len() < MAX_PACKETS
+            && queue.bytes + packet.len() <= MAX_PEER_BYTES
+            && self.bytes + packet.len() <= MAX_BYTES;
         if room {
             self.bytes += packet.len();
+            queue.bytes += packet.len();
             queue.packets.push(Held { vnet, packet: packet.to_vec(), since: now });
         }
         (room, ask)
@@ -102,6 +109,7 @@ impl Pending {
                 if !keep {
                     expired += 1;
                     *bytes -= held.packet.len();
+                    queue.bytes -= held.packet.len();
                 }
                 keep
             });
@@ -135,9 +143,24 @@ mod tests {
             assert!(hold(&mut pending, now, 1, 100).0);
         }
         assert!(!hold(&mut pending, now, 1, 100).0, "one more than it may hold");
-        assert!(!hold(&mut pending, now, 2, MAX_BYTES).0, "more bytes than it may hold");
         assert_eq!(pending.take_ready(|peer| peer == PeerId(1)).len(), MAX_PACKETS);
-        assert!(hold(&mut pending, now, 2, MAX_BYTES).0, "the room is free again");
+        assert!(hold(&mut pending, now, 1, 100).0, "the room is free again");
+    }
+
+    #[test]
+    fn peer_fills_its_own_share_only() {
+        let (mut pending, now) = (Pending::default(), Instant::now());
+        for _ in 0..MAX_PACKETS {
+            hold(&mut pending, now, 0, 64 << 10);
+        }
+        assert_eq!(pending.bytes, MAX_PEER_BYTES);
+        assert!(hold(&mut pending, now, 1, 64 << 10).0, "Another peer has its own share.");
+        for peer in 1..20 {
+            hold(&mut pending, now, peer, MAX_PEER_BYTES);
+        }
+        assert_eq!(pending.bytes, MAX_BYTES - (64 << 10), "The lane's sum is bounded.");
+        pending.expire(now + MAX_AGE, |_| true);
+        assert!(hold(&mut pending, now + MAX_AGE, 0, MAX_PEER_BYTES).0, "The share is free again.");
     }
 
     #[test]
