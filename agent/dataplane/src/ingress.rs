@@ -96,7 +96,7 @@ impl RxSession {
     /// `now` is the time since boot. Decrypts the datagram.
     fn check_control(&mut self, now: Duration, datagram: &mut [u8]) -> Result<(), DropReason> {
         let (header, _) = receiver(&self.session, CONTROL_LANE, now)?.open(datagram)?;
-        let begin = || Box::new(ReplayWindow::after(self.session.mark(CONTROL_LANE)));
+        let begin = || Box::new(ReplayWindow::after(self.session.next_counter(CONTROL_LANE)));
         self.control_window.get_or_insert_with(begin).check_and_set(header.counter)?;
         match self.control_bucket.try_acquire(CONTROL_RATE, now) {
             true => Ok(()),
