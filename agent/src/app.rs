@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
-#[cfg(feature = "kubernetes")]
-use crate::commands::uninstall;
 use crate::commands::{
-    ConfigArgs, LookArgs, bench, capture, check, connectivity, generate, hold, key, peers, print,
-    service, status, sysdump, top, trace,
+    ConfigArgs, LookArgs, bench, capture, check, connectivity, generate, hold, key, peers, service,
+    status, sysdump, top, trace,
 };
+#[cfg(feature = "kubernetes")]
+use crate::commands::{print, uninstall};
 use crate::config::Mode;
 #[cfg(feature = "kubernetes")]
 use crate::control::kubernetes::resource;

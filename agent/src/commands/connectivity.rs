@@ -5,16 +5,17 @@ mod kubernetes;
 mod matrix;
 #[cfg(feature = "kubernetes")]
 mod pods;
+// Only the pods of a cluster's test answer probes.
+#[cfg_attr(not(feature = "kubernetes"), allow(dead_code))]
 mod probe;
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::{BufWriter, ErrorKind, Write};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow};
+use anyhow::anyhow;
 use clap::Args;
 
 use self::matrix::{Matrix, Target};
@@ -132,12 +133,14 @@ fn targets(status: &Document) -> Result<Vec<Target>, Failure> {
 
 #[cfg(feature = "kubernetes")]
 pub(crate) fn probe(arguments: &ProbeArgs) -> Result<(), Failure> {
+    use anyhow::Context as _;
+
     let end = Instant::now() + seconds("--timeout", arguments.timeout)?;
     if let Some(port) = arguments.answer {
         return Ok(probe::answer(port)?);
     }
     let file = arguments.targets.as_deref().context("use --answer or --targets")?;
-    let targets = File::open(file).and_then(pods::unpack);
+    let targets = std::fs::File::open(file).and_then(pods::unpack);
     let targets =
         targets.with_context(|| format!("cannot read the targets in {}", file.display()))?;
     let row = probe::all(&targets, end)?;
