@@ -5,6 +5,9 @@ use std::path::{Path, PathBuf};
 
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
+use skein_dataplane as dataplane;
+use skein_dataplane::ConfinementOptions;
+use skein_ipc::instance::Instance;
 
 use crate::commands::{
     ConfigArgs, LookArgs, bench, capture, check, connectivity, generate, hold, key, peers, service,
@@ -15,11 +18,9 @@ use crate::commands::{print, uninstall};
 use crate::config::Mode;
 #[cfg(feature = "kubernetes")]
 use crate::control::kubernetes::resource;
-use crate::dataplane::ConfinementOptions;
 use crate::failure::Failure;
-use crate::instance::Instance;
+use crate::logging;
 use crate::logging::{Log, LogFormat};
-use crate::{dataplane, logging};
 
 /// Shown by --help and in the manual page; explained in docs/operations.md.
 const EXIT_CODES: &str = "\

@@ -13,12 +13,12 @@ use std::time::Duration;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 use skein_cni_protocol::excerpt::{excerpt, message};
+use skein_ipc::{CipherChoice, OffloadSettings, UnderlaySettings};
+use skein_netlink::interface::ALIAS_PREFIX;
 
 pub(crate) use self::cni::DEFAULT_INTERFACE;
 use crate::failure::Failure;
-use crate::ipc::{CipherChoice, OffloadSettings, UnderlaySettings};
 use crate::logging::Log;
-use crate::netlink::interface::ALIAS_PREFIX;
 
 /// Where the configuration lies if the command line does not say.
 pub const DEFAULT_PATH: &str = "/etc/skein/agent.toml";

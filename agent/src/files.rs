@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use crate::sys::files::recreate;
+use skein_sys::files::recreate;
 
 /// Replaces a file durably: writes `bytes` to `<path>.new`, and renames that file once its contents
 /// are on the disk. A power failure leaves either the old contents or the new ones.

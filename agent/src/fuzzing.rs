@@ -3,15 +3,19 @@
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use skein_dataplane as dataplane;
+use skein_ipc::keys::{PrivateKey, PublicKey};
+use skein_ipc::{self, Request, Response, Snapshot};
+use skein_netlink as netlink;
+use skein_netlink::firewall;
+use skein_sys as sys;
 
+use crate::cni;
 use crate::commands;
 use crate::config::Config;
 #[cfg(feature = "kubernetes")]
 use crate::control::kubernetes::resource::SkeinNode;
 use crate::control::{records, registry};
-use crate::ipc::{self, Request, Response, Snapshot};
-use crate::keys::{PrivateKey, PublicKey};
-use crate::{cni, dataplane, firewall, netlink, sys};
 
 /// A file of node records. One that is taken can be written and read again as JSON, as it is kept.
 pub fn node_records(data: &[u8]) {
@@ -50,10 +54,10 @@ pub fn skein_node(data: &[u8]) {
 
 /// What comes over the data process's socket and the keeper's, as every kind of message.
 pub fn ipc_frames(data: &[u8]) {
-    ipc::fuzz_frames::<Request>(data);
-    ipc::fuzz_frames::<Response>(data);
-    ipc::fuzz_frames::<Snapshot>(data);
-    dataplane::fuzz_frames(data);
+    skein_ipc::fuzz_frames::<Request>(data);
+    skein_ipc::fuzz_frames::<Response>(data);
+    skein_ipc::fuzz_frames::<Snapshot>(data);
+    skein_dataplane::fuzz_frames(data);
 }
 
 /// What comes to `bench` from whoever is at the other end.

@@ -111,7 +111,7 @@ pub(super) mod tests {
     use super::*;
     use crate::config::Config;
     use crate::control::rotation::RotationStatus;
-    use crate::keys::PublicKey;
+    use skein_ipc::keys::PublicKey;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpStream;
 

@@ -4,12 +4,6 @@
 // Without Kubernetes its connection has no value: code that would use one is unreachable.
 #![cfg_attr(not(feature = "kubernetes"), allow(unreachable_code, unused_mut, unused_variables))]
 
-// Short names for what was moved to crates of its own.
-use skein_dataplane as dataplane;
-use skein_ipc::{self as ipc, address, instance, keys};
-use skein_netlink::{self as netlink, firewall};
-use skein_sys as sys;
-
 pub mod app;
 pub mod cni;
 mod commands;

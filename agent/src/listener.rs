@@ -8,13 +8,13 @@ use std::os::unix::net as std_net;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use skein_sys::socket::{FileId, file_id, make_directory};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
 use crate::failure::Failure;
 use crate::lifecycle::{NotReady, Readiness};
-use crate::sys::socket::{FileId, file_id, make_directory};
 
 /// Connections that wait to be accepted; the kernel's limit (net.core.somaxconn) applies, too.
 const BACKLOG: i32 = 4096;

@@ -11,16 +11,16 @@ use std::time::Duration;
 use prometheus::proto::MetricFamily;
 use prometheus::{Encoder, TextEncoder};
 use skein_core::tunnel::UnreachableReason;
+use skein_ipc::{
+    CapabilityState, ConfinementState, DirectionReport, HistogramReport, LaneReport, PeerState,
+    Report,
+};
 
 use self::family::{Family, Kind};
 pub use self::firewall::Firewall;
 use crate::control::registry::RegistryStatus;
 use crate::control::rotation::{RotationStatus, Stage};
 use crate::control::supervisor::DataplaneStatus;
-use crate::ipc::{
-    CapabilityState, ConfinementState, DirectionReport, HistogramReport, LaneReport, PeerState,
-    Report,
-};
 
 /// What a scrape is made from.
 #[derive(Debug, Clone, Default)]

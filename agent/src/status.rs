@@ -5,11 +5,12 @@ mod table;
 use std::fmt::Write;
 use std::time::Duration;
 
+use skein_ipc::{CapabilityState, DirectionReport, LaneReport, PeerReport, PeerState, Report};
+use skein_netlink::firewall::reconciler::FirewallStatus;
+
 pub(crate) use self::table::{Align, Field, Tone, paint, printable, table};
 use crate::control::rotation::RotationStatus;
 use crate::control::shared::Document;
-use crate::firewall::reconciler::FirewallStatus;
-use crate::ipc::{CapabilityState, DirectionReport, LaneReport, PeerReport, PeerState, Report};
 
 /// The tables. `before` is an earlier status and how long ago it was, for rates.
 pub fn render(now: &Document, before: Option<(&Document, Duration)>) -> String {

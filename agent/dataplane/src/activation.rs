@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use anyhow::Context;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use skein_ipc::instance::Instance;
+use skein_sys::files;
+use skein_sys::socket::{is_trusted, peer_credentials};
 
 use super::server;
-use crate::instance::Instance;
-use crate::sys::files;
-use crate::sys::socket::{is_trusted, peer_credentials};
 
 /// State of the data plane, as the keeper reports it to its agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

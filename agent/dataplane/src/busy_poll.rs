@@ -14,8 +14,9 @@ use std::path::Path;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use skein_sys::poll::Poller;
+
 use super::stats::{LaneStats, add};
-use crate::sys::poll::Poller;
 
 /// Where nothing is configured. Longer than a pod's answer to a small request takes, and not much
 /// longer than the wake-up that it saves.
@@ -117,7 +118,7 @@ impl BusyPoll {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::sys::poll::Waiter;
+    use skein_sys::poll::Waiter;
     use std::os::fd::AsFd;
     use std::sync::atomic::Ordering::Relaxed;
 

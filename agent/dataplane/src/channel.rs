@@ -6,10 +6,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Mutex, PoisonError};
 
+use skein_sys::descriptors;
+use skein_sys::tun::{self, Note, TunOffload, TunQueue};
+
 use super::handover::{Answer, ToKeeper, receive, send};
 use super::setup::SetupError;
-use crate::sys::descriptors;
-use crate::sys::tun::{self, Note, TunOffload, TunQueue};
 
 /// The channel to the keeper. Threads that share it take turns, so that each answer belongs to the
 /// last request. A keeper that dies ends its data process, so a request needs no timeout.

@@ -12,6 +12,8 @@ use skein_core::offload::segment::segment;
 use skein_core::offload::vnet::VnetHeader;
 use skein_core::route::{Owner, PeerId};
 use skein_core::wire::ip::IpHeader;
+use skein_sys::send::{GsoBatch, GsoState, Position, Sender, ToSend};
+use skein_sys::tun::TunQueue;
 
 use super::lane::LaneContext;
 use super::manager::ToManager;
@@ -19,8 +21,6 @@ use super::pending::Pending;
 use super::stats::add;
 use super::tables::Tables;
 use super::tap::{Bytes, Sight};
-use crate::sys::send::{GsoBatch, GsoState, Position, Sender, ToSend};
-use crate::sys::tun::TunQueue;
 
 /// The send arena's size in bytes: four superpackets, a quarter of a usual L2 cache.
 const ARENA: usize = 256 << 10;

@@ -3,7 +3,7 @@
 //! The store is a pair of connected sockets. One set of descriptors is queued in it as an unread
 //! message: a description, then the listening socket, then the descriptors of the [`HandOver`].
 //! Every keeper that has had the data plane keeps both sockets. Only the keeper that has the data
-//! plane's lock ([`crate::sys::lock`]) reads or writes them. Therefore a set is always current: the
+//! plane's lock ([`skein_sys::lock`]) reads or writes them. Therefore a set is always current: the
 //! keeper that gets the lock continues with it, and a removed set leaves no copy that would occupy
 //! the device or the port.
 
@@ -11,8 +11,9 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
+use skein_sys::descriptors;
+
 use super::handover::{HandOver, receive, send};
-use crate::sys::descriptors;
 
 /// State that a data process has given to its keeper: a description and the descriptors that it
 /// describes.
@@ -100,8 +101,8 @@ impl FdStore {
 mod tests {
     use super::super::handover::Family;
     use super::*;
-    use crate::ipc::HANDOVER_VERSION;
-    use crate::sys::tun::TunOffload;
+    use skein_ipc::HANDOVER_VERSION;
+    use skein_sys::tun::TunOffload;
 
     fn kept(lanes: u8) -> Kept {
         let left = HandOver {

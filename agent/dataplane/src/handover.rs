@@ -1,7 +1,7 @@
 //! What one data process leaves to the next: a description, and descriptors beside it.
 //!
 //! The keeper ([`super::keeper`]) has a copy of everything, and gives it to each data process that it
-//! starts, or to another keeper. Messages are frames of [`crate::ipc`]; descriptors follow their frame.
+//! starts, or to another keeper. Messages are frames of [`skein_ipc`]; descriptors follow their frame.
 
 use std::fs::File;
 use std::io::{self, Seek};
@@ -12,11 +12,10 @@ use std::os::unix::net::UnixStream;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-
-use crate::ipc::{Capability, ErrorKind, Snapshot, read_frame, write_frame};
-use crate::sys::descriptors;
-use crate::sys::tun::{TunOffload, TunQueue};
-use crate::sys::udp::LaneSockets;
+use skein_ipc::{Capability, ErrorKind, Snapshot, read_frame, write_frame};
+use skein_sys::descriptors;
+use skein_sys::tun::{TunOffload, TunQueue};
+use skein_sys::udp::LaneSockets;
 
 /// Start message of the keeper to a data process. The listening socket, the lock and the
 /// descriptors of the previous data process follow.
@@ -62,7 +61,7 @@ pub(super) enum ToKeeper {
 /// sending socket of each lane and the manager's socket.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct HandOver {
-    /// [`crate::ipc::HANDOVER_VERSION`] of who made it.
+    /// [`skein_ipc::HANDOVER_VERSION`] of who made it.
     pub(super) version: u32,
     /// Lanes, 1 to 64.
     pub(super) lanes: u8,
@@ -220,7 +219,7 @@ pub(super) fn receive<T: DeserializeOwned>(stream: &UnixStream) -> io::Result<Op
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::ipc::HANDOVER_VERSION;
+    use skein_ipc::HANDOVER_VERSION;
 
     fn file() -> OwnedFd {
         tempfile::tempfile().unwrap().into()

@@ -20,14 +20,14 @@ use skein_core::tunnel::session::{Receiver, Session};
 use skein_core::wire::ecn::Ecn;
 use skein_core::wire::header::{CONTROL_LANE, Flags, HEADER_LEN, Header, MessageType, TAG_LEN};
 use skein_core::wire::ip::IpHeader;
+use skein_sys::recv::RecvBatch;
+use skein_sys::tun::TunQueue;
 
 use super::lane::LaneContext;
 use super::stats::{Values, add};
 use super::tables::Tables;
 use super::tap::{Bytes, Sight};
 use super::write::TunWriter;
-use crate::sys::recv::RecvBatch;
-use crate::sys::tun::TunQueue;
 
 /// The longest handshake in bytes, and the longest control message, which may be a padded ping.
 const MAX_HANDSHAKE: usize = 2048;
@@ -398,7 +398,7 @@ impl Ingress {
 
 /// Returns the ECN field that an inner packet leaves the tunnel with, or `None` if the packet must be
 /// dropped. The outer field of a merged message may be the mark of any datagram in it
-/// ([`Message::ecn`](crate::sys::recv::Message::ecn)), which is no reason to drop all of them.
+/// ([`Message::ecn`](skein_sys::recv::Message::ecn)), which is no reason to drop all of them.
 fn decapsulate(inner: Ecn, outer: Ecn, merged: bool) -> Option<Ecn> {
     inner.decapsulate(outer).or(merged.then_some(inner))
 }

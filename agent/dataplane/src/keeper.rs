@@ -18,16 +18,16 @@ use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::FdFlags;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use skein_ipc::{ErrorKind, HANDOVER_VERSION, Request, Response, read_frame, write_frame};
+use skein_sys::descriptors;
+use skein_sys::lock::FileLock;
+use skein_sys::socket::{connect_trusted, hung_up, is_absent, make_directory, peer_credentials};
 
 use super::activation::{Activation, Activity};
 use super::channel::{answer_listener, answer_queues};
 use super::fd_store::{FdStore, Kept};
 use super::handover::{Answer, Begin, ToKeeper, receive, send};
 use super::{Options, lock_path, server};
-use crate::ipc::{ErrorKind, HANDOVER_VERSION, Request, Response, read_frame, write_frame};
-use crate::sys::descriptors;
-use crate::sys::lock::FileLock;
-use crate::sys::socket::{connect_trusted, hung_up, is_absent, make_directory, peer_credentials};
 
 /// A data process that dies sooner than this after its start has gained nothing …
 const STABLE: Duration = Duration::from_secs(10);
@@ -563,7 +563,7 @@ fn end_unlocked(socket: &Path) -> anyhow::Result<()> {
 mod tests {
     use super::super::handover::HandOver;
     use super::*;
-    use crate::sys::tun::TunOffload;
+    use skein_sys::tun::TunOffload;
 
     fn options(directory: &Path) -> Options {
         Options { socket: directory.join("dataplane.sock"), take_over: true, instance: None }

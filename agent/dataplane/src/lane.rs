@@ -16,6 +16,10 @@ use std::time::{Duration, Instant};
 
 use skein_core::drop::DropReason;
 use skein_core::offload::coalesce::CoalesceConfig;
+use skein_sys::poll::{Poller, Waiter};
+use skein_sys::send::{GsoState, TooLong};
+use skein_sys::tun::TunQueue;
+use skein_sys::udp::LaneSockets;
 
 use super::boot_time;
 use super::busy_poll::BusyPoll;
@@ -26,10 +30,6 @@ use super::queue::ToManagerQueue;
 use super::stats::LaneStats;
 use super::tables::{Published, Tables};
 use super::tap::{Bytes, Sight, Tap};
-use crate::sys::poll::{Poller, Waiter};
-use crate::sys::send::{GsoState, TooLong};
-use crate::sys::tun::TunQueue;
-use crate::sys::udp::LaneSockets;
 
 const WAKE: u32 = 0;
 const TUN: u32 = 1;

@@ -3,10 +3,6 @@
 
 #![forbid(unsafe_code)]
 
-// Short names for what was moved to crates of its own.
-use skein_ipc::{self as ipc, instance, keys};
-use skein_sys as sys;
-
 pub mod activation;
 mod busy_poll;
 mod changes;
@@ -42,17 +38,17 @@ use anyhow::{Context, bail};
 use rustix::process::Signal;
 use rustix::thread::CapabilitySet;
 use rustix::time::{ClockId, clock_gettime};
+use skein_ipc::instance::Instance;
+use skein_ipc::{
+    Confinement, ConfinementState, PROTOCOL_VERSION, Request, Response, read_frame, write_frame,
+};
+use skein_sys::socket::connect_trusted;
+use skein_sys::{confine, descriptors, landlock, seccomp};
 
 use self::changes::Changes;
 use self::channel::KeeperChannel;
 use self::handover::{Begin, Estate, HandOver};
 use self::tap::Tap;
-use crate::instance::Instance;
-use crate::ipc::{
-    Confinement, ConfinementState, PROTOCOL_VERSION, Request, Response, read_frame, write_frame,
-};
-use crate::sys::socket::connect_trusted;
-use crate::sys::{confine, descriptors, landlock, seccomp};
 
 /// How long a probe waits for each step.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -240,9 +236,9 @@ pub use self::vm_generation::fuzz_uevent;
 /// For the fuzzer: what a keeper and its data process say to each other.
 #[doc(hidden)]
 pub fn fuzz_frames(bytes: &[u8]) {
-    crate::ipc::fuzz_frames::<Begin>(bytes);
-    crate::ipc::fuzz_frames::<handover::ToKeeper>(bytes);
-    crate::ipc::fuzz_frames::<handover::Answer>(bytes);
+    skein_ipc::fuzz_frames::<Begin>(bytes);
+    skein_ipc::fuzz_frames::<handover::ToKeeper>(bytes);
+    skein_ipc::fuzz_frames::<handover::Answer>(bytes);
 }
 
 /// Checks that the manager's thread of the data process at `socket` answers. Succeeds without a

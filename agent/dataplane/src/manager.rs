@@ -17,6 +17,14 @@ use skein_core::route::{PeerId, RouteTable};
 use skein_core::time::Time;
 use skein_core::tunnel::{Engine, EngineConfig, EngineError, PeerConfig};
 use skein_core::wire::header::OVERHEAD;
+use skein_ipc::keys::{PrivateKey, PublicKey};
+use skein_ipc::{
+    Confinement, ErrorKind, HANDOVER_VERSION, NodeIdentity, NodeSettings, Peer, Request, Response,
+    SeenHandshakes, Snapshot, Update,
+};
+use skein_sys::send::TooLong;
+use skein_sys::tun::TunError;
+use skein_sys::udp::{LongestPayload, UdpError};
 
 use super::changes::Changes;
 use super::channel::KeeperChannel;
@@ -31,14 +39,6 @@ use super::tap::{Bytes, Sight, Tap};
 use super::totals::Totals;
 use super::vm_generation::{ClockWatch, Uevents};
 use super::{SetLogLevel, boot_time};
-use crate::ipc::{
-    Confinement, ErrorKind, HANDOVER_VERSION, NodeIdentity, NodeSettings, Peer, Request, Response,
-    SeenHandshakes, Snapshot, Update,
-};
-use crate::keys::{PrivateKey, PublicKey};
-use crate::sys::send::TooLong;
-use crate::sys::tun::TunError;
-use crate::sys::udp::{LongestPayload, UdpError};
 
 /// How soon to look again whether lanes have let go of old tables.
 const SWEEP: Duration = Duration::from_millis(100);
@@ -250,14 +250,14 @@ impl Manager {
 
     fn request(&mut self, now: Time, request: Request) -> Response {
         let result = match request {
-            Request::Hello { version } if version == crate::ipc::PROTOCOL_VERSION => {
+            Request::Hello { version } if version == skein_ipc::PROTOCOL_VERSION => {
                 let node = self.active.as_ref().map(Active::identity);
                 let pid = std::process::id();
                 return Response::Hello { version, pid, node, takes_seen_handshakes: true };
             }
             Request::Hello { version } => Err(SetupError::Invalid(format!(
                 "protocol version {version} is not {}: agent and data plane must be of one release",
-                crate::ipc::PROTOCOL_VERSION
+                skein_ipc::PROTOCOL_VERSION
             ))),
             Request::Apply { snapshot } => {
                 self.apply(now, *snapshot).inspect(|kept| self.keep(*kept)).map(drop)
@@ -399,8 +399,8 @@ impl Manager {
         }
     }
 
-    fn report(&self, now: Time, peers: bool) -> crate::ipc::Report {
-        let mut report = crate::ipc::Report {
+    fn report(&self, now: Time, peers: bool) -> skein_ipc::Report {
+        let mut report = skein_ipc::Report {
             pid: std::process::id(),
             uptime_seconds: self.started.elapsed().as_secs_f64(),
             confinement: self.confinement.clone(),
@@ -601,7 +601,7 @@ impl Active {
     /// Whether the device that the lanes were attached to is there still.
     fn has_device(&self) -> bool {
         let tun = &self.snapshot.node.tun;
-        let found = crate::sys::link::find(&tun.name);
+        let found = skein_sys::link::find(&tun.name);
         found.is_ok_and(|link| link.is_some_and(|link| link.index == tun.ifindex))
     }
 

@@ -15,8 +15,7 @@ use std::time::Duration;
 use skein_core::PublicKey;
 use skein_core::tunnel::{SAVED_LEN, SavedSession, SessionSlot, SessionStore};
 use skein_core::wire::header::{CONTROL_LANE, MAX_LANES};
-
-use crate::sys::memory::SharedWords;
+use skein_sys::memory::SharedWords;
 
 /// Maximum number of records: two sessions for each of 5,000 peers, and the time of each peer's
 /// last handshake. If no record is free, a session replaces a time. A session without a record ends

@@ -7,15 +7,15 @@ use std::sync::atomic::Ordering::Relaxed;
 use skein_core::route::PeerId;
 use skein_core::time::Time;
 use skein_core::tunnel::{self, Engine, PeerView, UnreachableReason};
+use skein_ipc::keys::PublicKey;
+use skein_ipc::{
+    Capability, CapabilityState, HandshakeCount, NarrowPath, Peer, PeerReport, PeerState, Report,
+    UnreachablePeer,
+};
 
 use super::setup::{ECN_RUNG, Running};
 use super::stats::{DropStats, drop_report};
 use super::totals::Totals;
-use crate::ipc::{
-    Capability, CapabilityState, HandshakeCount, NarrowPath, Peer, PeerReport, PeerState, Report,
-    UnreachablePeer,
-};
-use crate::keys::PublicKey;
 
 /// What a report is made of, beside the counters of the lanes.
 pub(super) struct Sources<'a> {

@@ -1,4 +1,4 @@
-//! The data process's unix socket: frames of [`crate::ipc`], one connection a thread.
+//! The data process's unix socket: frames of [`skein_ipc`], one connection a thread.
 
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -11,16 +11,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use skein_ipc::watch::Watch;
+use skein_ipc::{ErrorKind, HANDOVER_VERSION, Report, Request, Response, read_frame, write_frame};
+use skein_sys::link;
+use skein_sys::socket::{FileId, file_id, hung_up, is_trusted, make_directory, peer_credentials};
 
 use super::changes::Changes;
 use super::channel::KeeperChannel;
 use super::manager::ToManager;
 use super::queue::ToManagerQueue;
 use super::tap::Tap;
-use crate::ipc::watch::Watch;
-use crate::ipc::{ErrorKind, HANDOVER_VERSION, Report, Request, Response, read_frame, write_frame};
-use crate::sys::link;
-use crate::sys::socket::{FileId, file_id, hung_up, is_trusted, make_directory, peer_credentials};
 
 /// Connections served at once: the control process's, and those of people who look, two for each watch.
 const CONNECTIONS: usize = 16;

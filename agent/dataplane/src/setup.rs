@@ -10,6 +10,13 @@ use std::time::Duration;
 
 use skein_core::offload::coalesce::CoalesceConfig;
 use skein_core::tunnel::Ciphers;
+use skein_ipc::{
+    Capability, CapabilityState, CipherChoice, ErrorKind, HANDOVER_VERSION, NodeSettings,
+    OffloadSettings,
+};
+use skein_sys::send::{GsoState, TooLong};
+use skein_sys::tun::{self, Note, TunError, TunOffload, TunQueue};
+use skein_sys::udp::{self, LongestPayload, UdpError, UdpOptions};
 use thiserror::Error;
 
 use super::channel::KeeperChannel;
@@ -18,13 +25,6 @@ use super::lane::{LaneHandle, LaneParts, NewTun};
 use super::queue::ToManagerQueue;
 use super::tables::Published;
 use super::tap::Tap;
-use crate::ipc::{
-    Capability, CapabilityState, CipherChoice, ErrorKind, HANDOVER_VERSION, NodeSettings,
-    OffloadSettings,
-};
-use crate::sys::send::{GsoState, TooLong};
-use crate::sys::tun::{self, Note, TunError, TunOffload, TunQueue};
-use crate::sys::udp::{self, LongestPayload, UdpError, UdpOptions};
 
 /// Name of the capability that carries the ECN field between inner and outer headers.
 pub(super) const ECN_RUNG: &str = "udp_ecn";

@@ -7,9 +7,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use skein_core::drop::{DropCounts, DropReason};
-
-use crate::ipc::{DirectionReport, DropReport, HistogramReport, LaneReport};
-use crate::sys::send::{GsoState, SendOutcome, Sender};
+use skein_ipc::{DirectionReport, DropReport, HistogramReport, LaneReport};
+use skein_sys::send::{GsoState, SendOutcome, Sender};
 
 /// A histogram with the bounds of [`HistogramReport`].
 #[derive(Debug, Default)]

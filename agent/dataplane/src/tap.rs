@@ -13,8 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 use arc_swap::ArcSwap;
 use skein_core::drop::{Direction, DropReason};
 use skein_core::wire::ip::IpHeader;
-
-use crate::ipc::watch::{Seen, Watch, Watched};
+use skein_ipc::watch::{Seen, Watch, Watched};
 
 const DROPS: u8 = 1;
 const PACKETS: u8 = 2;

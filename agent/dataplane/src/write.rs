@@ -8,8 +8,7 @@ use skein_core::offload::coalesce::{CoalesceConfig, TunPacket};
 use skein_core::offload::segment::segment;
 use skein_core::offload::vnet::{self, VnetHeader};
 use skein_core::wire::ip::UDP;
-
-use crate::sys::tun::TunQueue;
+use skein_sys::tun::TunQueue;
 
 /// Writes packets to a TUN queue.
 #[derive(Default)]

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use skein_core::wire::ip::MIN_IPV6_MTU;
+use skein_sys::tun::TunError;
 use thiserror::Error;
 
 use super::address::Address;
@@ -14,7 +15,6 @@ use super::provisional::Provisional;
 use super::route::Route;
 use super::sysctl::{Sysctl, SysctlError};
 use super::{Netlink, NetlinkError};
-use crate::sys::tun::TunError;
 
 /// Prefix of the alias (IFLA_IFALIAS) of every interface of Skein. The node's name follows.
 pub const ALIAS_PREFIX: &str = "skein:";

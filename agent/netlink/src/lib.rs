@@ -6,9 +6,6 @@
 
 #![forbid(unsafe_code)]
 
-// A short name for what was moved to a crate of its own.
-use skein_sys as sys;
-
 pub mod address;
 pub mod advertisement;
 pub mod firewall;

@@ -6,9 +6,9 @@ use std::io;
 use rtnetlink::packet_core::NetlinkBuffer;
 use rtnetlink::sys::protocols::NETLINK_ROUTE;
 use rtnetlink::sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket};
+use skein_sys::link;
 
 use super::NetlinkError;
-use crate::sys::link;
 
 /// Multicast groups and message type of linux/rtnetlink.h.
 const RTNLGRP_IPV4_NETCONF: u32 = 24;

@@ -7,9 +7,9 @@ use std::io;
 use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage};
 use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, bind, recv, send, socket};
+use skein_sys::link;
 
 use super::{Netlink, NetlinkError};
-use crate::sys::link;
 
 /// linux/rtnetlink.h: answer to a request for nexthop objects.
 const RTM_NEWNEXTHOP: u16 = 104;

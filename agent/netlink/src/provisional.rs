@@ -7,11 +7,11 @@
 use std::fmt::Write;
 
 use aws_lc_rs::digest::{SHA256, digest};
+use skein_sys::tun::create_persistent;
 
 use super::interface::InterfaceError;
 use super::link::{Link, LinkChange};
 use super::{Netlink, NetlinkError};
-use crate::sys::tun::create_persistent;
 
 /// A device on its way to being the interface of this node.
 #[derive(Debug, Clone, PartialEq, Eq)]

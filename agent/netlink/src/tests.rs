@@ -9,13 +9,13 @@ use futures_util::StreamExt;
 use rtnetlink::MulticastGroup;
 use rtnetlink::packet_core::NetlinkPayload;
 use rtnetlink::packet_route::RouteNetlinkMessage;
+use skein_sys::tun::create_persistent;
 
 use super::interface::{InterfaceError, Outcome, Present, Wanted};
 use super::link::{Link, LinkChange};
 use super::monitor::Monitor;
 use super::provisional::Provisional;
 use super::*;
-use crate::sys::tun::create_persistent;
 
 /// Runs a future in a network namespace of its own.
 pub(crate) fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send) {
@@ -23,7 +23,7 @@ pub(crate) fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Se
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(test());
     };
-    crate::sys::in_new_network_namespace(run)
+    skein_sys::in_new_network_namespace(run)
         .expect("this test needs root: CAP_SYS_ADMIN for a network namespace");
 }
 

@@ -10,14 +10,13 @@ use std::os::fd::{AsFd, BorrowedFd};
 use aws_lc_rs::digest;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use skein_cni_protocol::{Attached, AttachmentId, Interface, Ip, Route as PodRoute};
+use skein_netlink::link::{Link, LinkChange};
+use skein_netlink::pod::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, HOST_PREFIX, Neighbour};
+use skein_netlink::route::Route;
+use skein_netlink::sysctl::Sysctl;
+use skein_netlink::{Netlink, NetlinkError};
+use skein_sys::netns::in_network_namespace;
 use thiserror::Error;
-
-use crate::netlink::link::{Link, LinkChange};
-use crate::netlink::pod::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, HOST_PREFIX, Neighbour};
-use crate::netlink::route::Route;
-use crate::netlink::sysctl::Sysctl;
-use crate::netlink::{Netlink, NetlinkError};
-use crate::sys::netns::in_network_namespace;
 
 /// Metric of the routes to pods that have no source address, worse than the defaults of both
 /// address families.

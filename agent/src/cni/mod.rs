@@ -24,6 +24,8 @@ use std::time::Duration;
 use anyhow::Context;
 use prometheus::proto::MetricFamily;
 use skein_ipam::{Ipam, Usage};
+use skein_netlink::Netlink;
+use skein_netlink::firewall::Firewall;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
@@ -36,10 +38,8 @@ use self::service::Service;
 use self::versions::Offer;
 use crate::config::{Cni, Config};
 use crate::failure::Failure;
-use crate::firewall::Firewall;
 use crate::lifecycle::{NotReady, Readiness};
 use crate::listener::Listener;
-use crate::netlink::Netlink;
 
 /// Leases, interfaces, the firewall and the spool are looked at this often.
 const TEND: Duration = Duration::from_secs(10);

@@ -15,6 +15,9 @@ use skein_cni_protocol::{
     Add, Answer, Attached, AttachmentId, Check, Command, Gc, Refusal, Request,
 };
 use skein_ipam::{IpamError, Lease, Netns, Request as Wanted};
+use skein_netlink::firewall::Firewall;
+use skein_netlink::{Netlink, NetlinkError};
+use skein_sys::netns::NamespaceId;
 use thiserror::Error;
 use tokio::sync::watch;
 
@@ -24,10 +27,7 @@ use super::locks::Locks;
 use super::metrics::{Outcome, Requests, verb};
 use super::server::{Handler, refusal};
 use super::waiting::Waiting;
-use crate::firewall::Firewall;
 use crate::lifecycle::Readiness;
-use crate::netlink::{Netlink, NetlinkError};
-use crate::sys::netns::NamespaceId;
 
 /// An attachment is not as it was made (CNI leaves 100 and above to plugins).
 const BROKEN: u32 = 100;

@@ -7,10 +7,9 @@ use rustix::net::{SendFlags, send};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use skein_cni_protocol::frame::{self, FrameError};
+use skein_sys::descriptors::receive_with;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
-
-use crate::sys::descriptors::receive_with;
 
 /// Reads one frame, and the first descriptor that came with it; others are closed.
 pub(super) async fn receive<T: DeserializeOwned>(
@@ -63,8 +62,8 @@ async fn fill(
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::sys::descriptors::send_with;
     use skein_cni_protocol::{Answer, Command, Request, VERSION};
+    use skein_sys::descriptors::send_with;
     use std::io::Write;
     use std::os::fd::{AsFd, BorrowedFd};
     use std::os::unix::net::UnixStream as Blocking;

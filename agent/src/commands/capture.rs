@@ -11,15 +11,15 @@ use clap::Args;
 use ipnet::IpNet;
 use serde::Serialize;
 use skein_core::address;
+use skein_ipc::watch::{Watch, Watched};
+use skein_sys::files;
 use tokio::time::Instant;
 
 use self::pcap::Pcap;
 use super::{Agent, AgentArgs, Output, OutputArgs, json, print, runtime, seconds, watching};
 use crate::control::shared::Document;
 use crate::failure::Failure;
-use crate::ipc::watch::{Watch, Watched};
 use crate::lifecycle::Signals;
-use crate::sys::files;
 
 #[derive(Args)]
 pub(crate) struct CaptureArgs {

@@ -1,13 +1,13 @@
 //! `skein-agent check`: what this kernel and machine support.
 
 use clap::Args;
+use skein_netlink::firewall::probe;
+use skein_sys::probe::{Probe, probe_all};
 
 use super::{ConfigArgs, Output, OutputArgs, json, print, runtime};
 use crate::config::{Config, DEFAULT_INTERFACE};
 use crate::failure::Failure;
-use crate::firewall::probe;
 use crate::status::{Align, Field, Tone, table};
-use crate::sys::probe::{Probe, probe_all};
 
 /// Consequence of a missing table, for people.
 const OPEN_BORDER: &str = "without it, frames with a pod's source are accepted from the underlay, and packets \

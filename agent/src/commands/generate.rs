@@ -6,10 +6,10 @@ use std::path::Path;
 use clap::Command;
 use clap_complete::Shell;
 use clap_mangen::Man;
+use skein_sys::socket::check_directory;
 
 use super::print;
 use crate::failure::Failure;
-use crate::sys::socket::check_directory;
 
 pub(crate) fn completions(mut command: Command, shell: Shell) -> Result<(), Failure> {
     let mut script = Vec::new();

@@ -13,14 +13,14 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Args;
 use rustix::io::FdFlags;
+use skein_ipc::instance::Instance;
+use skein_sys::descriptors;
+use skein_sys::lock::FileLock;
 
 use super::runtime;
 use crate::control::{HandOver, instance, lock};
 use crate::failure::Failure;
-use crate::instance::Instance;
 use crate::lifecycle::{Readiness, Signals};
-use crate::sys::descriptors;
-use crate::sys::lock::FileLock;
 
 /// Interval between attempts to take the role's lock.
 const LOCK_INTERVAL: Duration = Duration::from_millis(20);

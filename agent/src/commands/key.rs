@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
+use skein_ipc::keys::PrivateKey;
 use zeroize::Zeroizing;
 
 use super::{AgentArgs, Output, OutputArgs, json, print, runtime};
 use crate::config::Config;
 use crate::control::{identity, server};
 use crate::failure::Failure;
-use crate::keys::PrivateKey;
 
 pub(crate) fn keygen(out: Option<&Path>) -> Result<(), Failure> {
     let key = PrivateKey::generate().context("cannot make a private key")?;

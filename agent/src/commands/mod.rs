@@ -24,12 +24,12 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use clap::{Args, ValueEnum};
+use skein_ipc::Report;
 
 use crate::config::{Config, DEFAULT_PATH};
 use crate::control::server;
 use crate::control::shared::Document;
 use crate::failure::Failure;
-use crate::ipc::Report;
 
 /// Where the configuration is, and what of it the command line overrides.
 #[derive(Args)]

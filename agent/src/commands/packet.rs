@@ -4,8 +4,7 @@ use std::fmt::Write;
 
 use skein_core::wire::header::{Header, MessageType};
 use skein_core::wire::ip::{IpHeader, TCP, UDP};
-
-use crate::ipc::watch::Seen;
+use skein_ipc::watch::Seen;
 
 const ICMP: u8 = 1;
 const ICMPV6: u8 = 58;

@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 use anyhow::anyhow;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
+use skein_ipc::{PeerReport, PeerState, Report};
 
 use super::{LookArgs, Output, json, print, report, runtime, seconds};
 use crate::failure::Failure;
-use crate::ipc::{PeerReport, PeerState, Report};
 use crate::status::{Align, Field, age, bytes, count, milliseconds, peer_tone, table};
 
 #[derive(Args)]

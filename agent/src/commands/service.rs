@@ -7,16 +7,16 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Args;
 use rustix::thread::CapabilitySet;
+use skein_ipc::instance::Instance;
+use skein_sys::lock::FileLock;
+use skein_sys::socket::connect_trusted;
+use skein_sys::{confine, descriptors};
 
 use super::{AgentArgs, ConfigArgs, hold, print, runtime};
 use crate::config::Mode;
 use crate::control::takeover::Start;
 use crate::control::{self, Ended, cleanup, server};
 use crate::failure::Failure;
-use crate::instance::Instance;
-use crate::sys::lock::FileLock;
-use crate::sys::socket::connect_trusted;
-use crate::sys::{confine, descriptors};
 use crate::{http, logging};
 
 /// Timeout for the tasks of an agent that hands over.

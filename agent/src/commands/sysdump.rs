@@ -8,13 +8,13 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use clap::Args;
+use skein_sys::files;
 
 use self::archive::Archive;
 use super::{AgentArgs, Output, OutputArgs, json, print, runtime};
 use crate::control::rotation;
 use crate::failure::Failure;
 use crate::status::{Align, bytes, table};
-use crate::sys::files;
 
 #[derive(Args)]
 pub(crate) struct SysdumpArgs {

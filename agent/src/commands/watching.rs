@@ -3,12 +3,12 @@
 use std::path::Path;
 
 use anyhow::anyhow;
+use skein_ipc::ErrorKind;
+use skein_ipc::watch::Watch;
 
 use crate::control::client::{Client, ClientError};
 use crate::control::shared::Document;
 use crate::failure::Failure;
-use crate::ipc::ErrorKind;
-use crate::ipc::watch::Watch;
 
 /// A connection to the data process of the agent whose status this is.
 pub(crate) async fn connect(status: &Document) -> Result<Client, Failure> {

@@ -9,6 +9,9 @@ use serde::Deserialize;
 use skein_core::address;
 use skein_core::wire::header::MAX_LANES;
 use skein_core::wire::ip::{MAX_MTU, MIN_IPV4_MTU, MIN_IPV6_MTU};
+use skein_ipc::{CipherChoice, OffloadSettings, UnderlaySettings};
+use skein_netlink::pod::HOST_PREFIX;
+use skein_sys::udp::family_supported;
 
 use super::cni::{CniTable, DEFAULT_INTERFACE};
 use super::kubernetes::KubernetesTable;
@@ -17,10 +20,7 @@ use super::{
     Mode, StatusPage, check_disjoint, check_inside, check_node_name, check_outside, check_pod_cidr,
     wildcard,
 };
-use crate::ipc::{CipherChoice, OffloadSettings, UnderlaySettings};
 use crate::logging::{self, Log, LogFormat};
-use crate::netlink::pod::HOST_PREFIX;
-use crate::sys::udp::family_supported;
 
 /// Values of `interface.mtu`, in bytes.
 const MTU: std::ops::RangeInclusive<u16> = MIN_IPV4_MTU..=MAX_MTU;

@@ -3,13 +3,13 @@
 use std::collections::BTreeSet;
 
 use ipnet::IpNet;
+use skein_netlink::address::Address;
+use skein_netlink::firewall::{PodRules, Rules};
+use skein_netlink::link::Link;
+use skein_netlink::pod::HOST_PREFIX;
 
 use super::desired::Desired;
 use crate::config::{Config, overlap};
-use crate::firewall::{PodRules, Rules};
-use crate::netlink::address::Address;
-use crate::netlink::link::Link;
-use crate::netlink::pod::HOST_PREFIX;
 
 /// Returns the rules of the nftables table. `networks` are the prefixes of this node's addresses on
 /// interfaces of other programs. A prefix of a present or former peer that overlaps one of them is

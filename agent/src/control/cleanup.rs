@@ -4,6 +4,13 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
+use skein_ipc::{NodeIdentity, Request};
+use skein_netlink::firewall::{self, forward};
+use skein_netlink::interface::ALIAS_PREFIX;
+use skein_netlink::provisional::Provisional;
+use skein_netlink::{Netlink, NetlinkError};
+use skein_sys::socket::{hung_up, is_absent};
+
 use super::client::{Client, ClientError};
 use super::identity;
 use super::lock::StateLock;
@@ -12,14 +19,7 @@ use super::rotation;
 use crate::cni::attach::Attacher;
 use crate::cni::install;
 use crate::config::{Config, KEY};
-use crate::dataplane;
 use crate::failure::Failure;
-use crate::firewall::{self, forward};
-use crate::ipc::{NodeIdentity, Request};
-use crate::netlink::interface::ALIAS_PREFIX;
-use crate::netlink::provisional::Provisional;
-use crate::netlink::{Netlink, NetlinkError};
-use crate::sys::socket::{hung_up, is_absent};
 
 /// How long a data process may take to end.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -73,7 +73,7 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
         cleaned.note(&format!("socket {}", socket.display()), remove_file(socket));
     }
     if let Some(socket) = dataplane_socket {
-        let lock = dataplane::lock_path(socket);
+        let lock = skein_dataplane::lock_path(socket);
         cleaned.note("lock of the data plane", remove_file(&lock).map(|_| false));
     }
     if state {
@@ -263,8 +263,8 @@ fn remove_file(path: &Path) -> Result<bool, String> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::ipc::{PROTOCOL_VERSION, Response, read_frame, write_frame};
-    use crate::keys::PublicKey;
+    use skein_ipc::keys::PublicKey;
+    use skein_ipc::{PROTOCOL_VERSION, Response, read_frame, write_frame};
     use std::os::unix::net::UnixListener;
 
     fn config(socket: &Path) -> Config {

@@ -4,16 +4,15 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use thiserror::Error;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
-
-use crate::ipc::watch::{Seen, Watch};
-use crate::ipc::{
+use skein_ipc::watch::{Seen, Watch};
+use skein_ipc::{
     ErrorKind, NodeIdentity, PROTOCOL_VERSION, Report, Request, Response, SeenHandshakes,
     encode_frame, frame_length,
 };
-use crate::sys::socket::check_listener;
+use skein_sys::socket::check_listener;
+use thiserror::Error;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
 
 /// The data process answers quickly; one that takes this long hangs.
 const DEADLINE: Duration = Duration::from_secs(3);

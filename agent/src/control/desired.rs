@@ -6,6 +6,9 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use skein_core::wire::ip::{MAX_MTU, MIN_IPV4_MTU, MIN_IPV6_MTU};
+use skein_ipc::keys::{PrivateKey, PublicKey};
+use skein_ipc::{NarrowPath, NodeSettings, Peer, Request, Snapshot, TunSettings, Update};
+use skein_netlink::interface::{RouteConflict, Wanted};
 
 use super::endpoint::Endpoint;
 use super::records::NodeRecord;
@@ -13,9 +16,6 @@ use super::registry::Registry;
 use super::shared::PeerConflict;
 use crate::cni::Network;
 use crate::config::Config;
-use crate::ipc::{NarrowPath, NodeSettings, Peer, Request, Snapshot, TunSettings, Update};
-use crate::keys::{PrivateKey, PublicKey};
-use crate::netlink::interface::{RouteConflict, Wanted};
 
 /// Bytes that Skein puts around an inner packet: outer IP, UDP, header, tag.
 const OVERHEAD_IPV4: u32 = 60;

@@ -7,9 +7,9 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use skein_core::address;
+use skein_sys::link;
 
 use crate::config::DEFAULT_PORT;
-use crate::sys::link;
 
 /// Longest name of an interface in bytes (IFNAMSIZ less its terminator).
 const MAX_INTERFACE_NAME: usize = 15;

@@ -7,11 +7,11 @@ use std::fs::File;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
+use skein_ipc::SeenHandshakes;
+use skein_ipc::keys::PublicKey;
 use tokio::task::JoinHandle;
 
 use crate::files;
-use crate::ipc::SeenHandshakes;
-use crate::keys::PublicKey;
 
 /// Name of the file in the state directory.
 pub(super) const FILE: &str = "handshakes.json";

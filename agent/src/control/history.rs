@@ -6,8 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use skein_core::drop::{Direction, DropReason};
-
-use crate::ipc::{DirectionReport, DropReport, LaneReport, Report};
+use skein_ipc::{DirectionReport, DropReport, LaneReport, Report};
 
 /// Samples that are kept: five minutes and a little more, at one every two seconds.
 const SAMPLES: usize = 160;

@@ -5,14 +5,14 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
+use skein_ipc::keys::PrivateKey;
+use skein_sys::files;
+use skein_sys::socket::is_trusted;
 use zeroize::Zeroizing;
 
 use crate::config::Config;
 use crate::failure::Failure;
 use crate::files::sync_beside;
-use crate::keys::PrivateKey;
-use crate::sys::files;
-use crate::sys::socket::is_trusted;
 
 /// The key of the configured node. One in the state directory is made on the first start; one that
 /// the configuration names must be there, or a node would get a new identity by a wrong mount.

@@ -3,17 +3,17 @@
 use std::io;
 use std::time::Duration;
 
+use skein_dataplane::activation::Activity;
+use skein_ipc::instance::{Instance, READY};
+use skein_sys::socket::check_listener;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::dataplane::activation::Activity;
 use crate::failure::Failure;
-use crate::instance::{Instance, READY};
 use crate::lifecycle::Readiness;
 use crate::listener::bind_socket;
-use crate::sys::socket::check_listener;
 
 /// Delay before the next connection attempt to an absent keeper.
 const RETRY_DELAY: Duration = Duration::from_millis(50);

@@ -4,9 +4,10 @@ use std::io::{Read, Seek, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use skein_sys::lock::FileLock;
+
 use super::identity::create_private_dir;
 use crate::failure::Failure;
-use crate::sys::lock::FileLock;
 
 /// The lock's name in the state directory.
 pub const FILE: &str = "lock";

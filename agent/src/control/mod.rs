@@ -34,6 +34,14 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use ipnet::IpNet;
+use skein_ipc::{NarrowPath, Snapshot};
+use skein_netlink::firewall::{self, Firewall, Rules};
+use skein_netlink::interface::{InterfaceError, Outcome, Present, RouteConflict, Wanted};
+use skein_netlink::link::Link;
+use skein_netlink::monitor::Monitor;
+use skein_netlink::{Netlink, NetlinkError};
+use skein_sys::socket::make_directory;
+use skein_sys::tun::TunError;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior};
@@ -54,16 +62,8 @@ use self::watch::SourceWatch;
 use crate::cni::Pods;
 use crate::config::{Config, Mode};
 use crate::failure::Failure;
-use crate::firewall::{self, Firewall, Rules};
-use crate::ipc::{NarrowPath, Snapshot};
 use crate::lifecycle::{Asked, NotReady, Readiness, Signals};
 use crate::listener::bind_tcp;
-use crate::netlink::interface::{InterfaceError, Outcome, Present, RouteConflict, Wanted};
-use crate::netlink::link::Link;
-use crate::netlink::monitor::Monitor;
-use crate::netlink::{Netlink, NetlinkError};
-use crate::sys::socket::make_directory;
-use crate::sys::tun::TunError;
 
 /// The interface is compared with what is wanted this often, whatever was announced.
 const RESYNC: Duration = Duration::from_secs(10);

@@ -11,11 +11,11 @@ use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize};
 use skein_cni_protocol::excerpt::excerpt;
 use skein_core::address;
+use skein_ipc::keys::{PublicKey, PublicKeys};
 
 use self::conflict::first_conflict;
 use super::endpoint::{Endpoint, EndpointError};
 use crate::config::{check_disjoint, check_node_name, check_pod_cidr, toml_error};
-use crate::keys::{PublicKey, PublicKeys};
 
 /// A file of records is refused beyond this length: 10,000 nodes take about 3 MiB.
 const MAX_FILE: u64 = 16 << 20;
@@ -34,7 +34,7 @@ pub struct NodeRecord {
     #[serde(deserialize_with = "usable_endpoints")]
     pub endpoints: Vec<Endpoint>,
     /// What it owns.
-    #[serde(deserialize_with = "crate::address::canonical")]
+    #[serde(deserialize_with = "skein_ipc::address::canonical")]
     pub pod_cidrs: Vec<IpNet>,
 }
 

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+use skein_ipc::keys::PublicKeys;
 
 pub use self::former::overlay_prefixes;
 use self::former::{FormerPrefixes, Owners, owners};
@@ -26,7 +27,6 @@ use super::records::NodeRecord;
 use super::source::Reader;
 use crate::config::Config;
 use crate::failure::Failure;
-use crate::keys::PublicKeys;
 
 /// Returns the underlay addresses of this node: those of its configuration and of its record.
 fn hosts(config: &Config, own: Option<&NodeRecord>) -> Vec<IpAddr> {
@@ -326,7 +326,7 @@ mod tests {
 
     use super::super::records::tests::{record, text};
     use super::*;
-    use crate::keys::PublicKey;
+    use skein_ipc::keys::PublicKey;
 
     struct Lab {
         directory: tempfile::TempDir,

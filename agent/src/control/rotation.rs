@@ -13,6 +13,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
+use skein_ipc::keys::{PrivateKey, PublicKey, PublicKeys};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
@@ -21,7 +22,6 @@ use super::identity;
 use crate::config::{Config, KeyRotation};
 use crate::failure::Failure;
 use crate::files::sync_beside;
-use crate::keys::{PrivateKey, PublicKey, PublicKeys};
 
 /// How long peers that do not use the new key hold up the end of the old one: one that is out of the API
 /// server's reach knows the old one alone, and one that is not honest would say so for ever.

@@ -6,6 +6,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
+use skein_sys::descriptors;
+use skein_sys::lock::FileLock;
+use skein_sys::socket::{check_listener, connect_trusted, hung_up, is_absent, is_trusted};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
@@ -14,9 +17,6 @@ use super::rotation::{Ask, RotationRequest, RotationStatus};
 use super::shared::Shared;
 use crate::failure::Failure;
 use crate::listener::Listener;
-use crate::sys::descriptors;
-use crate::sys::lock::FileLock;
-use crate::sys::socket::{check_listener, connect_trusted, hung_up, is_absent, is_trusted};
 
 /// How long a reader may take.
 const DEADLINE: Duration = Duration::from_secs(5);

@@ -6,6 +6,10 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+use skein_ipc::keys::PublicKey;
+use skein_ipc::{Report, Request};
+use skein_netlink::firewall::Firewall;
+use skein_netlink::firewall::reconciler::FirewallStatus;
 use tokio::sync::watch;
 
 use super::client::{Client, ClientError};
@@ -16,10 +20,6 @@ use super::supervisor::{DataplaneState, DataplaneStatus};
 use crate::cni;
 use crate::cni::versions::Offer;
 use crate::config::Config;
-use crate::firewall::Firewall;
-use crate::firewall::reconciler::FirewallStatus;
-use crate::ipc::{Report, Request};
-use crate::keys::PublicKey;
 use crate::lifecycle::Readiness;
 use crate::logging;
 
@@ -289,7 +289,7 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
-    use crate::ipc::{PROTOCOL_VERSION, Response, read_frame, write_frame};
+    use skein_ipc::{PROTOCOL_VERSION, Response, read_frame, write_frame};
 
     /// A data process that counts the reports it is asked for, and takes a while for each.
     fn fake() -> (tempfile::TempDir, Shared, Arc<AtomicUsize>) {

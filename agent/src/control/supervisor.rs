@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
+use skein_ipc::{Capability, ErrorKind, NarrowPath, Report, Request, Snapshot, UnreachablePeer};
+use skein_sys::socket::is_trusted;
 use tokio::process::{Child, Command};
 use tokio::sync::{Notify, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, sleep};
@@ -19,10 +21,8 @@ use super::handshakes::HandshakeTimes;
 use super::history::History;
 use crate::config::{Config, Mode};
 use crate::failure::Failure;
-use crate::ipc::{Capability, ErrorKind, NarrowPath, Report, Request, Snapshot, UnreachablePeer};
 use crate::lifecycle::{NotReady, Readiness};
 use crate::logging::Log;
-use crate::sys::socket::is_trusted;
 
 /// How long a data process may take to listen after its start, and to end when asked.
 const PATIENCE: Duration = Duration::from_secs(5);

@@ -13,6 +13,9 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::Value;
+use skein_ipc::instance::Instance;
+use skein_netlink::Netlink;
+use skein_sys::lock::FileLock;
 use tokio::time::Instant;
 
 use super::kubernetes::Kubernetes;
@@ -25,11 +28,8 @@ use super::underlay::UnderlayWatch;
 use super::{netlink_failure, server};
 use crate::config::Config;
 use crate::failure::Failure;
-use crate::instance::Instance;
 use crate::lifecycle::NotReady;
 use crate::listener::bind_tcp;
-use crate::netlink::Netlink;
-use crate::sys::lock::FileLock;
 
 /// Interval at which an agent that is not ready to take over checks again.
 const CHECK_INTERVAL: Duration = Duration::from_millis(200);

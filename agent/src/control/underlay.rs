@@ -4,14 +4,14 @@
 use std::fmt;
 use std::time::Duration;
 
+use skein_netlink::underlay::{ETHERNET_MTU, Underlay, UnderlayMtu};
+use skein_netlink::{Netlink, NetlinkError};
 use tokio::time::Instant;
 
 use super::Controller;
 use super::desired::Desired;
 use super::registry::Registry;
 use crate::config::Config;
-use crate::netlink::underlay::{ETHERNET_MTU, Underlay, UnderlayMtu};
-use crate::netlink::{Netlink, NetlinkError};
 
 /// Delay between a notification of the kernel and the check, so that one check covers several
 /// notifications.

@@ -4,12 +4,12 @@
 use std::path::PathBuf;
 
 use prometheus::proto::MetricFamily;
+use skein_ipc::keys::PublicKeys;
 
 use super::records::Files;
 use super::shared::Shared;
 use crate::config::Config;
 use crate::failure::Failure;
-use crate::keys::PublicKeys;
 
 /// The connection to an API server, which this build cannot have.
 #[derive(Debug)]

@@ -15,13 +15,13 @@ use axum::{Json, Router};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use skein_core::drop::DropReason;
+use skein_ipc::keys::PublicKey;
+use skein_ipc::{Capability, PeerState, Report};
 
 use super::is_own_host;
 use crate::control::history::{self, COLUMNS, Sample};
 use crate::control::registry::RejectedFile;
 use crate::control::shared::Shared;
-use crate::ipc::{Capability, PeerState, Report};
-use crate::keys::PublicKey;
 
 /// Refused records that are shown; beyond, they are only counted.
 const REJECTED: usize = 20;
@@ -305,8 +305,8 @@ mod tests {
     use super::*;
     use crate::http::connections::ConnectionLimits;
     use crate::http::tests::{ask, shared, start};
-    use crate::ipc::{DropReport, LaneReport};
     use crate::status::tests::peer;
+    use skein_ipc::{DropReport, LaneReport};
 
     async fn server() -> SocketAddr {
         start(router(shared()), ConnectionLimits::default()).await
@@ -413,7 +413,7 @@ mod tests {
         assert_eq!(cipher(&report).as_deref(), Some("aes256-gcm"));
         let long = Capability {
             name: "udp_gso".to_owned(),
-            state: crate::ipc::CapabilityState::Degraded,
+            state: skein_ipc::CapabilityState::Degraded,
             reason: Some("ä".repeat(5000)),
         };
         assert_eq!(offload(&long).reason.unwrap().chars().count(), REASON + 1);

@@ -3,8 +3,7 @@
 use prometheus::proto::{
     Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType,
 };
-
-use crate::ipc::HistogramReport;
+use skein_ipc::HistogramReport;
 
 /// Type of a family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

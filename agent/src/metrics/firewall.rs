@@ -1,10 +1,10 @@
 //! Metric families of the nftables table and of the chains of other programs.
 
 use prometheus::proto::MetricFamily;
+use skein_netlink::firewall::counters::{Counters, FamilyCount};
+use skein_netlink::firewall::reconciler::FirewallStatus;
 
 use super::family::{Family, Kind};
-use crate::firewall::counters::{Counters, FamilyCount};
-use crate::firewall::reconciler::FirewallStatus;
 
 /// State of the firewall, for a scrape.
 #[derive(Debug, Clone, Default)]

@@ -6,15 +6,15 @@ use std::process::{Command, Stdio};
 use prometheus::proto::MetricType;
 use skein_core::drop::DropReason;
 use skein_core::tunnel::HandshakeResult;
+use skein_ipc::keys::PublicKey;
+use skein_ipc::{Capability, Confinement, DropReport, HandshakeCount, UnreachablePeer};
+use skein_netlink::firewall::counters::Counters;
+use skein_netlink::firewall::reconciler::FirewallStatus;
 
 use super::*;
 use crate::cni;
 use crate::control::kubernetes;
 use crate::control::registry::RejectedFile;
-use crate::firewall::counters::Counters;
-use crate::firewall::reconciler::FirewallStatus;
-use crate::ipc::{Capability, Confinement, DropReport, HandshakeCount, UnreachablePeer};
-use crate::keys::PublicKey;
 use crate::status::tests::peer;
 
 /// A report with something in everything.

@@ -1,8 +1,9 @@
 #![allow(clippy::unwrap_used)]
 
+use skein_ipc::keys::PublicKey;
+use skein_ipc::{Capability, CapabilityState, DropReport};
+
 use super::*;
-use crate::ipc::{Capability, CapabilityState, DropReport};
-use crate::keys::PublicKey;
 
 /// A peer for tests.
 pub(crate) fn peer(name: &str, state: PeerState) -> PeerReport {

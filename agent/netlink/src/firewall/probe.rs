@@ -3,8 +3,9 @@
 use std::io::Write as _;
 use std::process::{Command, Stdio};
 
+use skein_sys::in_new_network_namespace;
+
 use super::{FirewallError, Rules, forward};
-use crate::sys::in_new_network_namespace;
 
 /// Loads a table with every kind of rule in a scratch network namespace.
 ///

@@ -2,7 +2,7 @@
 
 use std::io::{self, BufWriter, Write};
 
-use crate::ipc::watch::Seen;
+use skein_ipc::watch::Seen;
 
 /// Timestamps in nanoseconds.
 const MAGIC: u32 = 0xa1b2_3c4d;

@@ -150,7 +150,7 @@ mod tests {
     use flate2::read::GzDecoder;
 
     use super::*;
-    use crate::keys::PrivateKey;
+    use skein_ipc::keys::PrivateKey;
 
     fn unpack(packed: &[u8]) -> Vec<(String, Vec<u8>)> {
         let mut archive = tar::Archive::new(GzDecoder::new(packed));

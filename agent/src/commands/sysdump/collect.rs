@@ -9,12 +9,12 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use rustix::fs::{Dir, Mode, OFlags, openat};
+use skein_netlink::Netlink;
 use tokio::process::Command;
 
 use super::archive::{Archive, ENTRY};
 use crate::commands::{Agent, check};
 use crate::config::Config;
-use crate::netlink::Netlink;
 
 /// How long a program may take.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -170,7 +170,7 @@ async fn netlink(archive: &mut Archive) {
         let addresses = netlink.addresses(None).await?;
         let routes = netlink.routes(None).await?;
         let list = |title: &str, lines: Vec<String>| format!("{title}\n{}\n\n", lines.join("\n"));
-        Ok::<_, crate::netlink::NetlinkError>(
+        Ok::<_, skein_netlink::NetlinkError>(
             list("links", links.iter().map(|link| format!("{link:?}")).collect())
                 + &list(
                     "addresses",

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use serde::Serialize;
+use skein_ipc::{DirectionReport, HistogramReport, LaneReport, PeerState, Report};
 
 use crate::commands::peers::Rates;
 use crate::control::shared::Document;
-use crate::ipc::{DirectionReport, HistogramReport, LaneReport, PeerState, Report};
 
 #[derive(Debug, Serialize)]
 pub(super) struct Sample {
@@ -137,7 +137,7 @@ fn drops(before: &Report, now: &Report, seconds: f64) -> Vec<Drop> {
         .drops
         .iter()
         .map(|drop| {
-            let same = |other: &&crate::ipc::DropReport| {
+            let same = |other: &&skein_ipc::DropReport| {
                 other.reason == drop.reason && other.direction == drop.direction
             };
             let then = before.drops.iter().find(same).map_or(0, |drop| drop.packets);
@@ -191,8 +191,8 @@ fn peers(before: &Report, now: &Report, time: Duration) -> Vec<Peer> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::ipc::DropReport;
     use crate::status::tests::{document, peer};
+    use skein_ipc::DropReport;
 
     fn looks() -> (Document, Document) {
         let (mut before, mut now) = (document(1000), document(3000));

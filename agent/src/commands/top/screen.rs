@@ -3,10 +3,10 @@
 use std::io::{self, Stdout, Write};
 
 use crossterm::{cursor, execute, queue, style, terminal};
+use skein_ipc::PeerState;
 
 use super::sample::{Flow, Sample};
 use super::size;
-use crate::ipc::PeerState;
 use crate::status::{Tone, age, count, milliseconds, paint, peer_tone};
 
 /// Lines that a terminal keeps for peers, whatever else there is.

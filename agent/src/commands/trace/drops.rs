@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde_json::json;
+use skein_ipc::Report;
+use skein_ipc::watch::{Seen, Watch, Watched};
 use tokio::time::Instant;
 
 use crate::commands::packet::describe;
 use crate::commands::{Agent, Output, print, show, watching};
 use crate::failure::Failure;
-use crate::ipc::Report;
-use crate::ipc::watch::{Seen, Watch, Watched};
 use crate::lifecycle::Signals;
 use crate::status::{Tone, paint};
 
@@ -85,7 +85,7 @@ async fn sleep_until(end: Option<Instant>) {
 }
 
 fn totals(report: &Report) -> BTreeMap<Kind, u64> {
-    let total = |d: &crate::ipc::DropReport| ((d.direction.clone(), d.reason.clone()), d.packets);
+    let total = |d: &skein_ipc::DropReport| ((d.direction.clone(), d.reason.clone()), d.packets);
     report.drops.iter().map(total).collect()
 }
 

@@ -5,14 +5,14 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde_json::Value;
 use skein_core::address;
+use skein_ipc::PeerReport;
+use skein_netlink::firewall::forward;
+use skein_netlink::link::Link;
+use skein_netlink::lookup::Lookup;
+use skein_netlink::{Netlink, NetlinkError};
 
 use crate::control::shared::Document;
 use crate::failure::Failure;
-use crate::firewall::forward;
-use crate::ipc::PeerReport;
-use crate::netlink::link::Link;
-use crate::netlink::lookup::Lookup;
-use crate::netlink::{Netlink, NetlinkError};
 
 pub(super) struct Facts {
     pub(super) from: IpAddr,

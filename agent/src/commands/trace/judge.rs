@@ -3,9 +3,9 @@
 use std::net::IpAddr;
 
 use serde::Serialize;
+use skein_ipc::{PeerReport, PeerState};
 
 use super::facts::{Facts, Way};
-use crate::ipc::{PeerReport, PeerState};
 use crate::status::{age, milliseconds};
 
 /// A packet's way.
@@ -288,10 +288,10 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::ipc::Report;
-    use crate::netlink::link::Link;
-    use crate::netlink::lookup::Lookup;
     use crate::status::tests::{document, peer};
+    use skein_ipc::Report;
+    use skein_netlink::link::Link;
+    use skein_netlink::lookup::Lookup;
 
     fn way(name: &str, lookup: Lookup) -> Way {
         let link = Link { name: name.to_owned(), up: true, mtu: 1500, ..Link::default() };

@@ -11,6 +11,8 @@ use kube::runtime::watcher::{self, Event, watcher};
 use kube::runtime::{WatchStreamExt, reflector};
 use kube::{Api, Client, ResourceExt};
 use skein_cni_protocol::excerpt::message;
+use skein_ipc::keys::PublicKeys;
+use skein_netlink::Netlink;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
@@ -21,8 +23,6 @@ use super::resource::{SkeinNode, SkeinNodeSpec};
 use crate::config::Config;
 use crate::control::records::Files;
 use crate::control::rotation::RotationStatus;
-use crate::keys::PublicKeys;
-use crate::netlink::Netlink;
 
 /// Seconds after which a watch is renewed, and at most half as many more: a connection from an address that this node has no more, or to
 /// a server that is gone, says nothing, and is found dead by that alone.

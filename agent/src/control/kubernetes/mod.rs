@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use skein_ipc::keys::PublicKeys;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
@@ -26,7 +27,6 @@ use super::records::Files;
 use super::shared::Shared;
 use crate::config::Config;
 use crate::failure::Failure;
-use crate::keys::PublicKeys;
 
 /// How long a start waits for the API server where the last good records would do.
 const PATIENCE: Duration = Duration::from_secs(5);

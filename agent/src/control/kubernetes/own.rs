@@ -7,10 +7,10 @@ use k8s_openapi::api::core::v1::{Node, NodeSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use skein_cni_protocol::excerpt::excerpt;
 use skein_core::address;
+use skein_ipc::keys::PublicKeys;
 
 use super::resource::SkeinNodeSpec;
 use crate::config::{Config, check_inside, check_outside};
-use crate::keys::PublicKeys;
 
 /// This node's record. `addresses` are those of `kubernetes.endpoint_interface`, where one is
 /// configured. An error says what an operator has to do.
@@ -101,7 +101,7 @@ pub(super) fn owner(node: &Node) -> Option<OwnerReference> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::keys::PublicKey;
+    use skein_ipc::keys::PublicKey;
 
     fn node(cidrs: &[&str], ips: &[&str]) -> Node {
         let addresses =

@@ -11,6 +11,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Api, Client, Resource};
 use serde_json::json;
+use skein_ipc::{Capability, CapabilityState, UnreachablePeer};
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
@@ -22,7 +23,6 @@ use super::resource::{SkeinNode, SkeinNodeSpec, SkeinNodeStatus};
 use super::status::{Known, falls_silent, ours, readiness_differs, status, text, unready};
 use crate::control::shared::Shared;
 use crate::control::supervisor::DataplaneStatus;
-use crate::ipc::{Capability, CapabilityState, UnreachablePeer};
 
 /// Whose fields ours are (server-side apply).
 const MANAGER: &str = "skein-agent";

@@ -7,9 +7,9 @@ use kube::{CustomResource, CustomResourceExt};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use skein_cni_protocol::excerpt::message;
+use skein_ipc::{Capability, CapabilityState};
 
 use super::super::records::{NodeRecord, RecordError};
-use crate::ipc::{Capability, CapabilityState};
 
 /// The API group of everything of Skein's.
 pub const GROUP: &str = "skein.network";

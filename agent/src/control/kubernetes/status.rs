@@ -1,10 +1,10 @@
 //! What a SkeinNode's status says of its node: made here, written by `publish`.
 
 use k8s_openapi::jiff::Timestamp;
+use skein_ipc::{Capability, UnreachablePeer};
+use skein_netlink::firewall::reconciler::FirewallStatus;
 
 use super::resource::{Condition, SkeinNodeStatus, offloads};
-use crate::firewall::reconciler::FirewallStatus;
-use crate::ipc::{Capability, UnreachablePeer};
 
 /// Whether pods of the node have a network.
 const READY: &str = "Ready";
@@ -162,7 +162,7 @@ pub(super) fn text(now: Timestamp) -> String {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::ipc::CapabilityState;
+    use skein_ipc::CapabilityState;
 
     fn at(seconds: i64) -> Timestamp {
         Timestamp::from_second(seconds).unwrap()

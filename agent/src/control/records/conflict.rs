@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use skein_ipc::keys::PublicKey;
 
 use super::NodeRecord;
 use crate::config::overlap;
-use crate::keys::PublicKey;
 
 /// Two records that contradict each other.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use ipnet::IpNet;
+use skein_ipc::keys::PublicKeys;
 
 use crate::config::{check_inside, check_outside};
 use crate::control::endpoint::Endpoint;
 use crate::control::records::conflict::{Conflict, Conflicts};
 use crate::control::records::{Files, NodeRecord};
 use crate::failure::Failure;
-use crate::keys::PublicKeys;
 
 /// Records by the file that they come from.
 pub(super) type Accepted = BTreeMap<PathBuf, Vec<NodeRecord>>;
@@ -281,7 +281,7 @@ mod tests {
     use crate::control::records::RecordError;
     use crate::control::records::conflict::tests::reference as first_conflict;
     use crate::control::records::tests::record;
-    use crate::keys::PublicKey;
+    use skein_ipc::keys::PublicKey;
 
     #[test]
     fn what_this_node_says_of_itself_in_kubernetes_wins() {

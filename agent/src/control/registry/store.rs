@@ -38,7 +38,7 @@ pub struct Stored {
     /// True if [`restore_accept_ra`] has succeeded, or if no earlier version has changed the
     /// settings; false in files of versions that changed them.
     ///
-    /// [`restore_accept_ra`]: crate::netlink::Netlink::restore_accept_ra
+    /// [`restore_accept_ra`]: skein_netlink::Netlink::restore_accept_ra
     #[serde(default)]
     pub(super) accept_ra_restored: bool,
 }

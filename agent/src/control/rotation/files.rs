@@ -5,10 +5,11 @@ use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use skein_ipc::keys::PrivateKey;
+
 use super::{Stage, identity};
 use crate::failure::Failure;
 use crate::files::sync_beside;
-use crate::keys::PrivateKey;
 
 /// The key beside the one in force, and the stage that this means.
 pub(super) fn read_second(

@@ -8,9 +8,10 @@ use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
+use skein_ipc::keys::PublicKey;
+use skein_ipc::{NodeIdentity, Peer, Response, SeenHandshakes, read_frame, write_frame};
+
 use super::*;
-use crate::ipc::{NodeIdentity, Peer, Response, SeenHandshakes, read_frame, write_frame};
-use crate::keys::PublicKey;
 use crate::logging::LogFormat;
 
 /// Answers requests by a function of the request's number and content; tells what was asked.
@@ -28,12 +29,7 @@ fn hello() -> Response {
 
 fn hello_that_takes(takes_seen_handshakes: bool) -> Response {
     let pid = std::process::id();
-    Response::Hello {
-        version: crate::ipc::PROTOCOL_VERSION,
-        pid,
-        node: None,
-        takes_seen_handshakes,
-    }
+    Response::Hello { version: skein_ipc::PROTOCOL_VERSION, pid, node: None, takes_seen_handshakes }
 }
 
 /// Says yes to everything.
@@ -230,7 +226,7 @@ async fn the_first_refusal_is_final_and_says_what_is_missing() {
 fn hello_of(name: &str, key: u8) -> Response {
     let node = NodeIdentity { name: name.to_owned(), public_key: PublicKey([key; 32]) };
     Response::Hello {
-        version: crate::ipc::PROTOCOL_VERSION,
+        version: skein_ipc::PROTOCOL_VERSION,
         pid: std::process::id(),
         node: Some(node),
         takes_seen_handshakes: false,

@@ -3,8 +3,7 @@
 use std::cmp::Ordering;
 
 use serde::{Deserialize, Serialize};
-
-use crate::ipc::{PeerReport, PeerState};
+use skein_ipc::{PeerReport, PeerState};
 
 /// Peers in one answer at most.
 const MOST: usize = 200;
