@@ -300,7 +300,7 @@ fn a_probe_tells_a_data_process_that_hangs() {
             end(probe.args(["dataplane", "--probe", "--socket"]).arg(&socket))
         };
         let (code, said) = probe();
-        assert!(code != 0 && said.contains("nobody listens"), "{said}");
+        assert!(code != 0 && said.contains("no data process answers"), "{said}");
         let pid = node.run().dataplane.pid.unwrap();
         assert_eq!(probe(), (0, String::new()));
         send(Signal::STOP, pid).unwrap();

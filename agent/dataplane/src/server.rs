@@ -105,22 +105,23 @@ impl Socket {
         }
     }
 
+    /// Waits for a connection. Without free descriptors accept(2) fails even if no connection
+    /// waits, so it is called only if one does.
     fn accept(&mut self) -> io::Result<UnixStream> {
         loop {
-            // Connections of a socket that is about to be replaced are accepted first.
-            match self.listener.accept() {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                accepted => return accepted.map(|(stream, _)| stream),
-            }
-            let mut timeout = self.next_check.saturating_duration_since(Instant::now());
-            if timeout.is_zero() {
-                self.check();
-                timeout = CHECK_INTERVAL;
-                self.next_check = Instant::now() + timeout;
-            }
+            let timeout = self.next_check.saturating_duration_since(Instant::now());
             let timeout = Timespec::try_from(timeout).ok();
             match poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], timeout.as_ref()) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                // Connections of a socket that is about to be replaced are accepted first.
+                Ok(0) => {
+                    self.check();
+                    self.next_check = Instant::now() + CHECK_INTERVAL;
+                }
+                Ok(_) => match self.listener.accept() {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    accepted => return accepted.map(|(stream, _)| stream),
+                },
+                Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
         }
