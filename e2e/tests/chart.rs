@@ -262,7 +262,7 @@ fn values_reach_the_configuration() -> Result<()> {
     ensure!(small["cluster_cidrs"] == json!(["10.244.0.0/16", "fd00:10:244::/56"]));
     ensure!(small["cni"]["masquerade"] == false, "{small:#}");
     let firewall = small["firewall"].as_object().context("no firewall")?;
-    ensure!(firewall.len() == 4 && firewall.values().all(|on| on == false), "{small:#}");
+    ensure!(firewall.len() == 5 && firewall.values().all(|on| on == false), "{small:#}");
     ensure!(small["log"] == json!({ "level": "skein_agent=debug,info", "format": "text" }));
     let cni = &parse(variant("plugins")?.1)?["cni"];
     // Whole numbers stay whole: the bandwidth plugin takes no others.
