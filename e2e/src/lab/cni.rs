@@ -210,7 +210,10 @@ pub fn traces(node: &Netns) -> Result<Vec<String>> {
 fn rules(node: &Netns) -> Result<Vec<String>> {
     let (mut inside, mut lines) = (Vec::new(), Vec::new());
     for line in node.sh("nft --stateless list ruleset")?.lines().map(str::trim) {
-        lines.push(format!("nft: {} {line}", inside.join(" ")));
+        // Each data process has source ports of its own.
+        let ports = line.strip_prefix("udp sport { ").and_then(|rest| rest.split_once(" } "));
+        let shown = ports.map_or(line.to_owned(), |(_, rest)| format!("udp sport PORTS {rest}"));
+        lines.push(format!("nft: {} {shown}", inside.join(" ")));
         match line.strip_suffix('{') {
             Some(head) => inside.push(head.trim().to_owned()),
             None if line == "}" => drop(inside.pop()),
