@@ -267,6 +267,7 @@ fn requests(node: &Value, record: &Value) -> Vec<Request> {
         request(true, "skeinnode", "node1", json!({ "status": { "version": "0.1.0" } })),
         request(false, "skeinnode", "node1", metadata("ownerReferences", json!([owner, foreign]))),
         request(false, "skeinnode", "node1", metadata("ownerReferences", json!([blocking]))),
+        request(false, "skeinnode", "node1", metadata("ownerReferences", json!([]))),
         request(false, "skeinnode", "node2", json!({ "spec": record["spec"] })),
         request(false, "skeinnode", "node2", json!({ "status": { "version": "0.1.0" } })),
     ];
