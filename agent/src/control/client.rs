@@ -189,7 +189,7 @@ impl Client {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
-mod tests {
+pub(crate) mod tests {
     use std::io::Read;
     use std::os::unix::net::UnixListener;
 
@@ -197,12 +197,10 @@ mod tests {
 
     use super::*;
 
-    #[tokio::test]
-    async fn nobody_elses_listener_is_told_anything() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("dataplane.sock");
-        let listener = UnixListener::bind(&path).unwrap();
-        // Whoever connects is told who has called listen(2). Rights are each thread's own.
+    /// Returns a socket at `path` on which an unprivileged user listens.
+    pub(crate) fn listener_of_another_user(path: &Path) -> UnixListener {
+        let listener = UnixListener::bind(path).unwrap();
+        // The kernel reports the user who has called listen(2). Users are a thread's own.
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let nobody = Uid::from_raw(65_534);
@@ -211,6 +209,14 @@ mod tests {
                 rustix::net::listen(&listener, 4).unwrap();
             });
         });
+        listener
+    }
+
+    #[tokio::test]
+    async fn nobody_elses_listener_is_told_anything() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("dataplane.sock");
+        let listener = listener_of_another_user(&path);
         let error = Client::connect(&path).await.unwrap_err();
         let refused = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
         assert!(matches!(&error, ClientError::Io(error) if refused(error)), "{error}");

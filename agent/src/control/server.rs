@@ -165,26 +165,15 @@ async fn ask<T: DeserializeOwned>(path: &Path, request: &str) -> io::Result<T> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use std::io::Read;
-    use std::os::unix::net::UnixListener;
-
-    use rustix::process::Uid;
 
     use super::*;
+    use crate::control::client::tests::listener_of_another_user;
 
     #[tokio::test]
     async fn listener_of_another_user_receives_no_request() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("control.sock");
-        let listener = UnixListener::bind(&path).unwrap();
-        // The kernel reports the user who has called listen(2). Users are a thread's own.
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                let nobody = Uid::from_raw(65_534);
-                let set = rustix::thread::set_thread_res_uid(nobody, nobody, nobody);
-                set.expect("this test needs root");
-                rustix::net::listen(&listener, 4).unwrap();
-            });
-        });
+        let listener = listener_of_another_user(&path);
         let asked = [
             fetch::<serde_json::Value>(&path).await.map(drop),
             ask_to_rotate(&path, true).await.map(drop),
