@@ -452,7 +452,7 @@ pub(super) mod tests {
         }
     }
 
-    /// One end of a session with the index 7 at both ends, established at boot.
+    /// Session with the index 7 at both ends, established at boot.
     pub(crate) fn session(initiator: bool) -> Arc<Session> {
         let params = SessionParams {
             peer: PeerId(1),

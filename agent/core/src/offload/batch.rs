@@ -296,7 +296,7 @@ impl EgressBatch {
 
 /// Plaintext of a datagram.
 enum Plaintext<'a> {
-    /// One packet, sealed from its place in the read buffer.
+    /// Packet that is sealed from its place in the read buffer.
     Packet(&'a [u8]),
     /// The open bundle of the peer.
     Staged,
