@@ -232,6 +232,15 @@ mod tests {
     }
 
     #[test]
+    fn lines_of_one_comment_count_once() {
+        let report = check(
+            "//! Lanes of the data process.\n//! What they share.\n\n/// A lane\n/// of it.\nstruct A;",
+        );
+        assert_eq!(report.docs(), 2);
+        assert_eq!(report.hits("unclear openings"), 0);
+    }
+
+    #[test]
     fn continued_sentence_is_found() {
         let report = check("/// The address…\nstruct A;\n/// …of the peer.\nstruct B;");
         assert_eq!(report.hits("sentences over two items"), 2);

@@ -40,6 +40,7 @@ pub(crate) struct Source {
 /// Attributes that were read before the item that they belong to.
 #[derive(Debug, Default)]
 struct Pending {
+    inner_doc: Option<Doc>,
     doc: Option<Doc>,
     is_unit_tests: bool,
     is_help: bool,
@@ -64,10 +65,11 @@ fn walk(tokens: TokenStream, skip_docs: bool, source: &mut Source) {
         match token {
             TokenTree::Group(group) if previous == "#" || previous == "!" => {
                 let inner = previous == "!";
-                if !read_attribute(&group, &mut pending) {
+                if !inner {
+                    end_inner(&mut pending, skip_docs, source);
+                }
+                if !read_attribute(&group, inner, &mut pending) {
                     walk(group.stream(), skip_docs, source);
-                } else if inner {
-                    end_item(&mut pending, skip_docs, source);
                 }
                 previous.clear();
             }
@@ -80,6 +82,7 @@ fn walk(tokens: TokenStream, skip_docs: bool, source: &mut Source) {
                 previous.clear();
             }
             TokenTree::Ident(ident) => {
+                end_inner(&mut pending, skip_docs, source);
                 let name = Name { line: ident.span().start().line, text: ident.to_string() };
                 match previous.as_str() {
                     "const" | "static" => source.constants.push(name),
@@ -100,16 +103,22 @@ fn walk(tokens: TokenStream, skip_docs: bool, source: &mut Source) {
     end_item(&mut pending, skip_docs, source);
 }
 
+/// Stores the doc comment of the enclosing item, whose inner attributes end here.
+fn end_inner(pending: &mut Pending, skip_docs: bool, source: &mut Source) {
+    source.docs.extend(pending.inner_doc.take().filter(|_| !skip_docs));
+}
+
 /// Stores the doc comment of the item that ends here.
 fn end_item(pending: &mut Pending, skip_docs: bool, source: &mut Source) {
+    end_inner(pending, skip_docs, source);
     let Pending { doc, is_unit_tests, is_help, .. } = std::mem::take(pending);
     if !(skip_docs || is_unit_tests || is_help) {
         source.docs.extend(doc);
     }
 }
 
-/// Notes the attribute; returns false if the group is none.
-fn read_attribute(group: &Group, pending: &mut Pending) -> bool {
+/// Notes the attribute; returns false if the group is not an attribute.
+fn read_attribute(group: &Group, inner: bool, pending: &mut Pending) -> bool {
     if group.delimiter() != Delimiter::Bracket {
         return false;
     }
@@ -119,7 +128,8 @@ fn read_attribute(group: &Group, pending: &mut Pending) -> bool {
             if name == "doc" =>
         {
             let line = text.span().start().line;
-            let doc = pending.doc.get_or_insert_with(|| Doc { line, text: String::new() });
+            let slot = if inner { &mut pending.inner_doc } else { &mut pending.doc };
+            let doc = slot.get_or_insert_with(|| Doc { line, text: String::new() });
             doc.text.push_str(unquote(&text.to_string()).trim());
             doc.text.push('\n');
         }
