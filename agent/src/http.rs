@@ -110,7 +110,7 @@ pub(super) mod tests {
 
     use super::*;
     use crate::config::Config;
-    use crate::control::rotation::RotationStatus;
+    use crate::status::RotationStatus;
     use skein_ipc::keys::PublicKey;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpStream;

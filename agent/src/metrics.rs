@@ -18,9 +18,7 @@ use skein_ipc::{
 
 use self::family::{Family, Kind};
 pub use self::firewall::Firewall;
-use crate::control::registry::RegistryStatus;
-use crate::control::rotation::{RotationStatus, Stage};
-use crate::control::supervisor::DataplaneStatus;
+use crate::status::{DataplaneStatus, RegistryStatus, RotationStatus, Stage};
 
 /// What a scrape is made from.
 #[derive(Debug, Clone, Default)]

@@ -1,5 +1,6 @@
 //! `skein-agent status`: the agent's state as tables for people.
 
+mod document;
 mod table;
 
 use std::fmt::Write;
@@ -8,9 +9,11 @@ use std::time::Duration;
 use skein_ipc::{CapabilityState, DirectionReport, LaneReport, PeerReport, PeerState, Report};
 use skein_netlink::firewall::reconciler::FirewallStatus;
 
+pub use self::document::{
+    DataplaneStatus, Document, InterfaceStatus, Offer, PeerConflict, RegistryStatus, RejectedFile,
+    RotationStatus, Stage,
+};
 pub(crate) use self::table::{Align, Field, Tone, paint, printable, table};
-use crate::control::rotation::RotationStatus;
-use crate::control::shared::Document;
 
 /// The tables. `before` is an earlier status and how long ago it was, for rates.
 pub fn render(now: &Document, before: Option<(&Document, Duration)>) -> String {

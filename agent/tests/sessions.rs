@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use base64::Engine as _;
 use rustix::process::{Resource, Signal};
-use skein_agent::control::shared::Document;
+use skein_agent::status::Document;
 use skein_core::wire::checksum;
 use skein_core::wire::header::{Flags, Header, MessageType, OVERHEAD};
 use skein_core::{Ciphers, Engine, EngineConfig, PeerConfig, PrivateKey, PublicKey, Time};

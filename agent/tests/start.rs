@@ -14,7 +14,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
-use skein_agent::control::shared::Document;
+use skein_agent::status::Document;
 use skein_ipc::{ErrorKind, HANDOVER_VERSION, Request, Response, read_frame, write_frame};
 use skein_netlink::provisional::Provisional;
 use skein_sys::in_new_network_namespace;

@@ -5,8 +5,8 @@
 
 use serde_json::{Map, Value, json};
 
-use super::versions::Offer;
 use crate::config::{Cni, Config};
+use crate::status::Offer;
 
 /// Name of the plugin's binary, and its `type` in the configuration.
 pub const PLUGIN: &str = "skein-cni";

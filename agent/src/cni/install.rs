@@ -13,9 +13,10 @@ pub use super::conflist::PLUGIN;
 use super::conflist::{foreign_types, repaired, wanted};
 use super::others;
 pub use super::others::give_back_all;
-use super::versions::{Offer, Plugin, Stamp, VersionCache, stamp};
+use super::versions::{Plugin, Stamp, VersionCache, stamp};
 use crate::config::Cni;
 use crate::files::replace_by;
+use crate::status::Offer;
 
 /// Something could not be put in place or taken away.
 #[derive(Debug, Error)]

@@ -35,11 +35,11 @@ use self::install::Install;
 use self::leases::Leases;
 pub use self::service::Network;
 use self::service::Service;
-use self::versions::Offer;
 use crate::config::{Cni, Config};
 use crate::failure::Failure;
 use crate::lifecycle::{NotReady, Readiness};
 use crate::listener::Listener;
+use crate::status::Offer;
 
 /// Leases, interfaces, the firewall and the spool are looked at this often.
 const TEND: Duration = Duration::from_secs(10);

@@ -17,8 +17,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process_group};
-use serde::{Deserialize, Serialize};
 use skein_cni_protocol::types::Version;
+
+use crate::status::Offer;
 
 /// Maximum time of one plugin's answer to `VERSION`.
 const VERSION_TIMEOUT: Duration = Duration::from_secs(5);
@@ -44,30 +45,6 @@ pub(super) type Stamp = (u64, u64, i64, i64);
 pub(super) fn stamp(path: &Path) -> Option<Stamp> {
     let file = fs::metadata(path).ok()?;
     Some((file.dev(), file.ino(), file.ctime(), file.ctime_nsec()))
-}
-
-/// CNI versions of the network configuration, and the plugins that limit them.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Offer {
-    /// Versions that every plugin supports, oldest first; empty before the configuration is
-    /// written.
-    pub versions: Vec<String>,
-    /// Sentences about the plugins that exclude a newer version, one for each.
-    pub limits: Vec<String>,
-}
-
-impl Offer {
-    /// Newest version.
-    pub fn newest(&self) -> &str {
-        self.versions.last().map_or("", String::as_str)
-    }
-
-    /// Newest version that a libcni before 1.2 accepts. Such a libcni takes `cniVersion` only, and
-    /// refuses a version that it does not know.
-    pub(super) fn conservative(&self) -> &str {
-        let old = self.versions.iter().rev().find(|version| version.as_str() <= "1.0.0");
-        old.map_or(self.newest(), String::as_str)
-    }
 }
 
 /// A plugin of the list.

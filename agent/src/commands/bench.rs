@@ -16,9 +16,8 @@ use self::measure::{Measured, Other};
 use self::protocol::AskError;
 use super::{AgentArgs, Output, OutputArgs, json, print, report, runtime, seconds};
 use crate::control::desired::first_host;
-use crate::control::shared::Document;
 use crate::failure::Failure;
-use crate::status::{Align, count, printable, table};
+use crate::status::{Align, Document, count, printable, table};
 
 const OVERLAY: &str = "overlay";
 

@@ -17,9 +17,9 @@ use tokio::time::Instant;
 
 use self::pcap::Pcap;
 use super::{Agent, AgentArgs, Output, OutputArgs, json, print, runtime, seconds, watching};
-use crate::control::shared::Document;
 use crate::failure::Failure;
 use crate::lifecycle::Signals;
+use crate::status::Document;
 
 #[derive(Args)]
 pub(crate) struct CaptureArgs {

@@ -21,8 +21,8 @@ use clap::Args;
 use self::matrix::{Matrix, Target};
 use super::{AgentArgs, Output, OutputArgs, print, report, runtime, seconds};
 use crate::control::desired::first_host;
-use crate::control::shared::Document;
 use crate::failure::Failure;
+use crate::status::Document;
 
 #[derive(Args)]
 pub(crate) struct ConnectivityArgs {

@@ -28,8 +28,8 @@ use skein_ipc::Report;
 
 use crate::config::{Config, DEFAULT_PATH};
 use crate::control::server;
-use crate::control::shared::Document;
 use crate::failure::Failure;
+use crate::status::Document;
 
 /// Where the configuration is, and what of it the command line overrides.
 #[derive(Args)]

@@ -15,9 +15,9 @@ use tokio::runtime::Runtime;
 use self::sample::Sample;
 use self::screen::Screen;
 use super::{Agent, AgentArgs, Output, OutputArgs, json, print, report, runtime, seconds};
-use crate::control::shared::Document;
 use crate::failure::Failure;
 use crate::lifecycle::Signals;
+use crate::status::Document;
 
 /// How often keys and signals are looked at.
 const KEYS: Duration = Duration::from_millis(100);

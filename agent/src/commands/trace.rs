@@ -13,9 +13,8 @@ use skein_core::address;
 use self::facts::Facts;
 use self::judge::{Grade, Trace};
 use super::{AgentArgs, Output, OutputArgs, json, print, runtime};
-use crate::control::shared::Document;
 use crate::failure::Failure;
-use crate::status::{Align, Field, Tone, table};
+use crate::status::{Align, Document, Field, Tone, table};
 
 #[derive(Args)]
 pub(crate) struct TraceArgs {

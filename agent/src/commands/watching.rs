@@ -7,8 +7,8 @@ use skein_ipc::ErrorKind;
 use skein_ipc::watch::Watch;
 
 use crate::control::client::{Client, ClientError};
-use crate::control::shared::Document;
 use crate::failure::Failure;
+use crate::status::Document;
 
 /// A connection to the data process of the agent whose status this is.
 pub(crate) async fn connect(status: &Document) -> Result<Client, Failure> {

@@ -13,9 +13,9 @@ use skein_netlink::interface::{RouteConflict, Wanted};
 use super::endpoint::Endpoint;
 use super::records::NodeRecord;
 use super::registry::Registry;
-use super::shared::PeerConflict;
 use crate::cni::Network;
 use crate::config::Config;
+use crate::status::PeerConflict;
 
 /// Bytes that Skein puts around an inner packet: outer IP, UDP, header, tag.
 const OVERHEAD_IPV4: u32 = 60;

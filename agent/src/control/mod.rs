@@ -53,7 +53,7 @@ use self::kubernetes::Kubernetes;
 use self::lock::StateLock;
 use self::registry::{Registry, Stored};
 use self::rotation::{Rotation, RotationRequest};
-use self::shared::{InterfaceStatus, PeerConflict, Shared};
+use self::shared::Shared;
 use self::source::{Reader, Source};
 use self::supervisor::{End, Handle};
 use self::takeover::{Listeners, Role, Start};
@@ -64,6 +64,7 @@ use crate::config::{Config, Mode};
 use crate::failure::Failure;
 use crate::lifecycle::{Asked, NotReady, Readiness, Signals};
 use crate::listener::bind_tcp;
+use crate::status::{InterfaceStatus, PeerConflict};
 
 /// The interface is compared with what is wanted this often, whatever was announced.
 const RESYNC: Duration = Duration::from_secs(10);

@@ -13,7 +13,6 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
-use serde::{Deserialize, Serialize};
 use skein_ipc::keys::PublicKeys;
 
 pub use self::former::overlay_prefixes;
@@ -27,6 +26,7 @@ use super::records::NodeRecord;
 use super::source::Reader;
 use crate::config::Config;
 use crate::failure::Failure;
+use crate::status::{RegistryStatus, RejectedFile};
 
 /// Returns the underlay addresses of this node: those of its configuration and of its record.
 fn hosts(config: &Config, own: Option<&NodeRecord>) -> Vec<IpAddr> {
@@ -55,28 +55,6 @@ pub struct Registry {
     accept_ra_restored: bool,
     rejected: BTreeMap<PathBuf, String>,
     source_error: Option<String>,
-}
-
-/// What the status shows of the registry.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RegistryStatus {
-    /// File or directory, or `kubernetes`.
-    pub source: PathBuf,
-    /// Records in force, this node's included.
-    pub accepted: usize,
-    /// Files that are refused.
-    pub rejected: Vec<RejectedFile>,
-    /// Why the source cannot be read, where it cannot.
-    pub source_error: Option<String>,
-}
-
-/// A file of records that is refused.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RejectedFile {
-    /// Its path.
-    pub file: PathBuf,
-    /// What is wrong with it.
-    pub error: String,
 }
 
 impl Registry {

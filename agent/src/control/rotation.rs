@@ -12,8 +12,7 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
-use serde::{Deserialize, Serialize};
-use skein_ipc::keys::{PrivateKey, PublicKey, PublicKeys};
+use skein_ipc::keys::{PrivateKey, PublicKeys};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
@@ -22,6 +21,7 @@ use super::identity;
 use crate::config::{Config, KeyRotation};
 use crate::failure::Failure;
 use crate::files::sync_beside;
+use crate::status::{RotationStatus, Stage};
 
 /// How long peers that do not use the new key hold up the end of the old one: one that is out of the API
 /// server's reach knows the old one alone, and one that is not honest would say so for ever.
@@ -38,52 +38,6 @@ pub struct RotationRequest {
 
 /// Where to ask.
 pub type Ask = mpsc::Sender<RotationRequest>;
-
-/// How far a change of the key has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Stage {
-    /// There is one key.
-    Steady,
-    /// The next key is accepted by whoever knows of it.
-    Announced,
-    /// The new key is in force, and the old one still accepted.
-    Changed,
-}
-
-impl Stage {
-    /// All of them.
-    pub const ALL: [Self; 3] = [Self::Steady, Self::Announced, Self::Changed];
-
-    /// The value of the metric's label.
-    pub fn label(self) -> &'static str {
-        match self {
-            Stage::Steady => "steady",
-            Stage::Announced => "announced",
-            Stage::Changed => "changed",
-        }
-    }
-}
-
-/// What the status shows of the key.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RotationStatus {
-    /// How far a change has come.
-    pub stage: Stage,
-    /// The key in force, and the next or the one before.
-    pub keys: PublicKeys,
-    /// Seconds since the key in force was made.
-    pub age_seconds: u64,
-    /// What has to happen before the change goes on, for people; `None` where there is none.
-    pub waits_for: Option<String>,
-}
-
-impl RotationStatus {
-    /// Of a node with one key.
-    pub fn of(key: PublicKey) -> Self {
-        Self { stage: Stage::Steady, keys: key.into(), age_seconds: 0, waits_for: None }
-    }
-}
 
 /// The keys of this node, and how far the change from one to the next has come.
 #[derive(Debug)]

@@ -13,10 +13,11 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 
-use super::rotation::{Ask, RotationRequest, RotationStatus};
+use super::rotation::{Ask, RotationRequest};
 use super::shared::Shared;
 use crate::failure::Failure;
 use crate::listener::Listener;
+use crate::status::RotationStatus;
 
 /// How long a reader may take.
 const DEADLINE: Duration = Duration::from_secs(5);

@@ -1,27 +1,20 @@
 //! What the status socket and the HTTP server know of the control process.
 
-use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use ipnet::IpNet;
-use serde::{Deserialize, Serialize};
-use skein_ipc::keys::PublicKey;
 use skein_ipc::{Report, Request};
 use skein_netlink::firewall::Firewall;
-use skein_netlink::firewall::reconciler::FirewallStatus;
 use tokio::sync::watch;
 
 use super::client::{Client, ClientError};
 use super::kubernetes;
-use super::registry::RegistryStatus;
-use super::rotation::RotationStatus;
-use super::supervisor::{DataplaneState, DataplaneStatus};
+use super::supervisor::DataplaneState;
 use crate::cni;
-use crate::cni::versions::Offer;
 use crate::config::Config;
 use crate::lifecycle::Readiness;
 use crate::logging;
+use crate::status::{Document, InterfaceStatus, RegistryStatus, RotationStatus};
 
 /// How long a scrape or a status waits for the data process.
 const REPORT_DEADLINE: Duration = Duration::from_secs(1);
@@ -52,78 +45,6 @@ type LastReport = Option<(Instant, Option<Report>)>;
 struct View {
     registry: RegistryStatus,
     interface: InterfaceStatus,
-}
-
-/// The interface as it is wanted.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct InterfaceStatus {
-    /// Interface name.
-    pub name: String,
-    /// Interface index.
-    pub index: u32,
-    /// MTU in bytes.
-    pub mtu: u16,
-    /// Problem and remedy if the underlay or the configuration leaves less than the minimum, which
-    /// is used instead.
-    #[serde(default)]
-    pub mtu_problem: Option<String>,
-    /// Addresses of this node.
-    pub addresses: Vec<IpAddr>,
-    /// Prefixes of the other nodes.
-    pub routes: Vec<IpNet>,
-    /// Prefixes of this node.
-    pub local_cidrs: Vec<IpNet>,
-    /// Prefixes of peers to which another program has a route.
-    #[serde(default)]
-    pub conflicts: Vec<PeerConflict>,
-}
-
-/// A peer's prefix to which another program of this node has a route, so that the overlay does not
-/// carry it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PeerConflict {
-    /// Name of the peer.
-    pub peer: String,
-    /// Pod CIDR of the peer.
-    pub prefix: IpNet,
-    /// The failure and its remedy.
-    pub problem: String,
-}
-
-/// The answer on the status socket.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Document {
-    /// Name of the node.
-    pub node: String,
-    /// Version of the agent.
-    pub version: String,
-    /// Identity of the node.
-    pub public_key: PublicKey,
-    /// How old it is, and how far a change of it has come.
-    pub key: RotationStatus,
-    /// Whether the agent is ready.
-    pub ready: bool,
-    /// Why it is not.
-    pub reasons: Vec<String>,
-    /// Defaults of the configuration that this host cannot have.
-    #[serde(default)]
-    pub notes: Vec<String>,
-    /// The interface.
-    pub interface: InterfaceStatus,
-    /// The node records.
-    pub records: RegistryStatus,
-    /// State of the nftables table; absent from agents of earlier releases.
-    #[serde(default)]
-    pub firewall: FirewallStatus,
-    /// The data process.
-    pub dataplane: DataplaneStatus,
-    /// Its counters and states; absent while it is away.
-    pub report: Option<Report>,
-    /// CNI versions of the network configuration; absent if the agent serves no pods.
-    #[serde(default)]
-    pub cni: Option<Offer>,
-    /// The configuration, as it was validated.
-    pub config: serde_json::Value,
 }
 
 impl Shared {
@@ -289,6 +210,7 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
+    use skein_ipc::keys::PublicKey;
     use skein_ipc::{PROTOCOL_VERSION, Response, read_frame, write_frame};
 
     /// A data process that counts the reports it is asked for, and takes a while for each.

@@ -7,8 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use serde::{Deserialize, Serialize};
-use skein_ipc::{Capability, ErrorKind, NarrowPath, Report, Request, Snapshot, UnreachablePeer};
+use skein_ipc::{ErrorKind, NarrowPath, Report, Request, Snapshot, UnreachablePeer};
 use skein_sys::socket::is_trusted;
 use tokio::process::{Child, Command};
 use tokio::sync::{Notify, oneshot, watch};
@@ -23,6 +22,7 @@ use crate::config::{Config, Mode};
 use crate::failure::Failure;
 use crate::lifecycle::{NotReady, Readiness};
 use crate::logging::Log;
+use crate::status::DataplaneStatus;
 
 /// How long a data process may take to listen after its start, and to end when asked.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -80,36 +80,6 @@ pub struct DataplaneState {
     status: watch::Sender<DataplaneStatus>,
     history: History,
     report_wanted: Arc<Notify>,
-}
-
-/// What the status shows of the data process.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DataplaneStatus {
-    /// Whether one is connected and in the wanted state.
-    pub up: bool,
-    /// Its process id, where it can be seen.
-    pub pid: Option<u32>,
-    /// How often one has come back after another had gone, since the control process started.
-    pub restarts: u64,
-    /// The revision in force.
-    pub revision: u64,
-    /// Why it is not up, or the last change that it refused.
-    pub error: Option<String>,
-    /// The ladder, as it was seconds ago; the report has it, too.
-    #[serde(skip)]
-    pub capabilities: Vec<Capability>,
-    /// Likewise the paths that carry less than the nodes, in the order of the keys.
-    #[serde(skip)]
-    pub narrow: Vec<NarrowPath>,
-    /// Likewise the ports of its UDP sockets ([`Report::source_ports`]).
-    #[serde(skip)]
-    pub source_ports: Vec<u16>,
-    /// Likewise how many peers may not know this node's new key ([`Report::second_key_peers`]).
-    #[serde(skip)]
-    pub second_key_peers: usize,
-    /// Likewise the peers that are unreachable, by name.
-    #[serde(skip)]
-    pub unreachable: Vec<UnreachablePeer>,
 }
 
 impl DataplaneState {

@@ -20,8 +20,7 @@ use tokio::time::Instant;
 
 use super::kubernetes::Kubernetes;
 use super::lock::StateLock;
-use super::registry::{Registry, RegistryStatus, Stored};
-use super::rotation::RotationStatus;
+use super::registry::{Registry, Stored};
 use super::shared::Shared;
 use super::source::{Reader, Source};
 use super::underlay::UnderlayWatch;
@@ -30,6 +29,7 @@ use crate::config::Config;
 use crate::failure::Failure;
 use crate::lifecycle::NotReady;
 use crate::listener::bind_tcp;
+use crate::status::{RegistryStatus, RotationStatus};
 
 /// Interval at which an agent that is not ready to take over checks again.
 const CHECK_INTERVAL: Duration = Duration::from_millis(200);

@@ -20,8 +20,8 @@ use skein_ipc::{Capability, PeerState, Report};
 
 use super::is_own_host;
 use crate::control::history::{self, COLUMNS, Sample};
-use crate::control::registry::RejectedFile;
 use crate::control::shared::Shared;
+use crate::status::RejectedFile;
 
 /// Refused records that are shown; beyond, they are only counted.
 const REJECTED: usize = 20;

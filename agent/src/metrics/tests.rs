@@ -14,7 +14,7 @@ use skein_netlink::firewall::reconciler::FirewallStatus;
 use super::*;
 use crate::cni;
 use crate::control::kubernetes;
-use crate::control::registry::RejectedFile;
+use crate::status::RejectedFile;
 use crate::status::tests::peer;
 
 /// A report with something in everything.

@@ -6,7 +6,7 @@ use serde::Serialize;
 use skein_ipc::{DirectionReport, HistogramReport, LaneReport, PeerState, Report};
 
 use crate::commands::peers::Rates;
-use crate::control::shared::Document;
+use crate::status::Document;
 
 #[derive(Debug, Serialize)]
 pub(super) struct Sample {

@@ -11,8 +11,8 @@ use skein_netlink::link::Link;
 use skein_netlink::lookup::Lookup;
 use skein_netlink::{Netlink, NetlinkError};
 
-use crate::control::shared::Document;
 use crate::failure::Failure;
+use crate::status::Document;
 
 pub(super) struct Facts {
     pub(super) from: IpAddr,

@@ -22,7 +22,7 @@ use super::own;
 use super::resource::{SkeinNode, SkeinNodeSpec};
 use crate::config::Config;
 use crate::control::records::Files;
-use crate::control::rotation::RotationStatus;
+use crate::status::RotationStatus;
 
 /// Seconds after which a watch is renewed, and at most half as many more: a connection from an address that this node has no more, or to
 /// a server that is gone, says nothing, and is found dead by that alone.

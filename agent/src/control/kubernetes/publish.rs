@@ -22,7 +22,7 @@ use super::own;
 use super::resource::{SkeinNode, SkeinNodeSpec, SkeinNodeStatus};
 use super::status::{Known, falls_silent, ours, readiness_differs, status, text, unready};
 use crate::control::shared::Shared;
-use crate::control::supervisor::DataplaneStatus;
+use crate::status::DataplaneStatus;
 
 /// Whose fields ours are (server-side apply).
 const MANAGER: &str = "skein-agent";

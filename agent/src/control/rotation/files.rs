@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 
 use skein_ipc::keys::PrivateKey;
 
-use super::{Stage, identity};
+use super::super::identity;
 use crate::failure::Failure;
 use crate::files::sync_beside;
+use crate::status::Stage;
 
 /// The key beside the one in force, and the stage that this means.
 pub(super) fn read_second(
