@@ -277,11 +277,11 @@ volumeMounts:
   - { name: config, mountPath: /etc/skein, readOnly: true }
   - { name: state, mountPath: /var/lib/skein }
   - { name: run, mountPath: /run/skein }
-  # Namespaces of pods that come later must be seen, too.
+  # Namespaces of later pods must be visible, too.
   - { name: netns, mountPath: /run/netns, mountPropagation: HostToContainer }
-  # The runtime shows /proc/sys read-only, and refuses mounts below /proc.
+  # The runtime mounts /proc/sys read-only, and refuses mounts below /proc.
   - { name: sysctl, mountPath: /host/proc/sys/net }
-  # The agent makes the interface, the data process opens its queues.
+  # The agent creates the interface, the keeper opens its queues.
   - { name: tun, mountPath: /dev/net/tun }
   - { name: cni-bin, mountPath: {{ .Values.cni.binDir | quote }} }
   - { name: cni-conf, mountPath: {{ .Values.cni.confDir | quote }} }
