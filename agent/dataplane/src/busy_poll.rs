@@ -118,25 +118,25 @@ impl BusyPoll {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use skein_sys::poll::Waiter;
+    use skein_sys::poll::Waker;
     use std::os::fd::AsFd;
     use std::sync::atomic::Ordering::Relaxed;
 
     #[test]
     fn polls_while_it_pays_and_sleeps_when_it_does_not() {
-        let (waiter, mut poller, stats) =
-            (Waiter::new().unwrap(), Poller::new().unwrap(), LaneStats::default());
-        poller.add(waiter.as_fd(), 3).unwrap();
+        let (waker, mut poller, stats) =
+            (Waker::new().unwrap(), Poller::new().unwrap(), LaneStats::default());
+        poller.add(waker.as_fd(), 3).unwrap();
         let counts = || (stats.polled.load(Relaxed), stats.slept.load(Relaxed));
         let mut busy = BusyPoll::new(Duration::from_millis(200));
         // The first sleeps, and finds that what it waited for was near.
-        waiter.wake();
+        waker.wake();
         assert_eq!(busy.wait(&mut poller, None, &stats).unwrap(), [3]);
         assert_eq!(counts(), (0, 1));
         assert_eq!(busy.wait(&mut poller, None, &stats).unwrap(), [3]);
         assert_eq!(counts(), (1, 1));
         // Nothing comes: it polls in vain a bounded number of times, then sleeps at once.
-        waiter.drain();
+        waker.drain();
         busy.limit = Duration::from_micros(10);
         // More often than it should take: on a busy machine it may lose its turn, which says nothing.
         for _ in 0..50 * u32::from(PATIENCE) {
@@ -154,10 +154,10 @@ mod tests {
 
     #[test]
     fn it_rests_after_a_long_wait_for_its_turn() {
-        let (waiter, mut poller, stats) =
-            (Waiter::new().unwrap(), Poller::new().unwrap(), LaneStats::default());
-        poller.add(waiter.as_fd(), 3).unwrap();
-        waiter.wake();
+        let (waker, mut poller, stats) =
+            (Waker::new().unwrap(), Poller::new().unwrap(), LaneStats::default());
+        poller.add(waker.as_fd(), 3).unwrap();
+        waker.wake();
         let mut busy = BusyPoll::new(Duration::from_millis(200));
         busy.credit = PATIENCE;
         busy.rest = Some(Instant::now() + Duration::from_secs(60));
@@ -170,10 +170,10 @@ mod tests {
 
     #[test]
     fn switched_off_it_never_polls() {
-        let (waiter, mut poller, stats) =
-            (Waiter::new().unwrap(), Poller::new().unwrap(), LaneStats::default());
-        poller.add(waiter.as_fd(), 3).unwrap();
-        waiter.wake();
+        let (waker, mut poller, stats) =
+            (Waker::new().unwrap(), Poller::new().unwrap(), LaneStats::default());
+        poller.add(waker.as_fd(), 3).unwrap();
+        waker.wake();
         let mut busy = BusyPoll::new(Duration::ZERO);
         for _ in 0..3 {
             assert_eq!(busy.wait(&mut poller, None, &stats).unwrap(), [3]);

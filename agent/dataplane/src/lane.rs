@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use skein_core::drop::DropReason;
 use skein_core::offload::coalesce::CoalesceConfig;
-use skein_sys::poll::{Poller, Waiter};
+use skein_sys::poll::{Poller, Waker};
 use skein_sys::send::{GsoState, TooLong};
 use skein_sys::tun::TunQueue;
 use skein_sys::udp::LaneSockets;
@@ -121,7 +121,7 @@ pub(super) struct NewTun {
 }
 
 struct Shared {
-    waiter: Waiter,
+    waker: Waker,
     mailbox: Mutex<Mailbox>,
     stop: AtomicBool,
 }
@@ -139,7 +139,7 @@ impl LaneHandle {
     pub(super) fn start(parts: LaneParts) -> io::Result<Self> {
         let stats = Arc::new(LaneStats::default());
         let shared = Arc::new(Shared {
-            waiter: Waiter::new()?,
+            waker: Waker::new()?,
             mailbox: Mutex::default(),
             stop: AtomicBool::new(false),
         });
@@ -155,7 +155,7 @@ impl LaneHandle {
 
     /// Makes the lane look at what is new: tables or mail.
     pub(super) fn wake(&self) {
-        self.shared.waiter.wake();
+        self.shared.waker.wake();
     }
 
     /// Gives the lane another TUN queue.
@@ -170,7 +170,7 @@ impl LaneHandle {
 impl Drop for LaneHandle {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Release);
-        self.shared.waiter.wake();
+        self.shared.waker.wake();
         if let Some(thread) = self.thread.take() {
             // A panic has ended the process already.
             let _ = thread.join();
@@ -209,7 +209,7 @@ struct Lane {
 impl Lane {
     fn new(parts: LaneParts, stats: Arc<LaneStats>, shared: Arc<Shared>) -> io::Result<Self> {
         let mut poller = Poller::new()?;
-        poller.add(shared.waiter.as_fd(), WAKE)?;
+        poller.add(shared.waker.as_fd(), WAKE)?;
         poller.add(parts.tun.as_fd(), TUN)?;
         let mut send_sockets = Vec::new();
         let mut receive_sockets = Vec::new();
@@ -343,7 +343,7 @@ impl Lane {
     }
 
     fn read_mail(&mut self) {
-        self.shared.waiter.drain();
+        self.shared.waker.drain();
         let mail = {
             let mut mailbox = self.shared.mailbox.lock().unwrap_or_else(PoisonError::into_inner);
             std::mem::take(&mut *mailbox)

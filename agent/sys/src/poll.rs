@@ -9,11 +9,11 @@ use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 /// Wakes a thread from its [`Poller`] (an eventfd). Shared by `Arc`; a wake is never lost, and
 /// many wakes before the thread looks are one.
 #[derive(Debug)]
-pub struct Waiter {
+pub struct Waker {
     fd: OwnedFd,
 }
 
-impl Waiter {
+impl Waker {
     /// Makes one that nobody has woken.
     pub fn new() -> io::Result<Self> {
         let fd = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
@@ -35,7 +35,7 @@ impl Waiter {
     }
 }
 
-impl AsFd for Waiter {
+impl AsFd for Waker {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
@@ -129,19 +129,19 @@ mod tests {
 
     #[test]
     fn a_wake_from_another_thread_ends_the_wait() {
-        let waiter = Arc::new(Waiter::new().unwrap());
+        let waker = Arc::new(Waker::new().unwrap());
         let mut poller = Poller::new().unwrap();
-        poller.add(waiter.as_fd(), 7).unwrap();
-        let other = Arc::clone(&waiter);
+        poller.add(waker.as_fd(), 7).unwrap();
+        let other = Arc::clone(&waker);
         let thread = thread::spawn(move || other.wake());
         assert_eq!(poller.wait(Some(Duration::from_secs(10))).unwrap(), [7]);
         thread.join().unwrap();
         // Level-triggered: still reported until drained.
         assert_eq!(poller.wait(Some(Duration::ZERO)).unwrap(), [7]);
-        waiter.wake();
-        waiter.drain();
+        waker.wake();
+        waker.drain();
         assert!(poller.wait(Some(Duration::ZERO)).unwrap().is_empty());
-        waiter.drain();
+        waker.drain();
     }
 
     #[test]
@@ -154,7 +154,7 @@ mod tests {
 
     #[test]
     fn a_removed_descriptor_is_not_reported() {
-        let (a, b) = (Waiter::new().unwrap(), Waiter::new().unwrap());
+        let (a, b) = (Waker::new().unwrap(), Waker::new().unwrap());
         let mut poller = Poller::new().unwrap();
         poller.add(a.as_fd(), 1).unwrap();
         poller.add(b.as_fd(), 2).unwrap();

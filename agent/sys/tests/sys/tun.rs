@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use skein_core::wire::ecn::Ecn;
 use skein_sys::link;
-use skein_sys::poll::{Poller, Waiter};
+use skein_sys::poll::{Poller, Waker};
 use skein_sys::recv::RecvBatch;
 use skein_sys::send::{GsoBatch, GsoState};
 use skein_sys::tun::{
@@ -103,7 +103,7 @@ struct Seen {
 /// Sends 4 MiB over TCP to 10.9.0.2, while a thread sends every packet of the device back with its
 /// addresses swapped: the stream arrives at this host's own listener.
 fn reflect_tcp(queue: &TunQueue) -> Seen {
-    let done = Waiter::new().unwrap();
+    let done = Waker::new().unwrap();
     let sent = pattern(4 << 20);
     thread::scope(|scope| {
         let reflector = scope.spawn(|| {
