@@ -57,7 +57,7 @@ impl KeeperChannel {
                 let inherit = |fd| tun::inherit_queue(fd, name);
                 let queues = descriptors.into_iter().map(inherit).collect::<Result<_, _>>()?;
                 let notes = notes.into_iter().filter_map(|(rung, why)| {
-                    let rung = tun::RUNGS.into_iter().find(|known| *known == rung)?;
+                    let rung = tun::TUN_OFFLOADS.into_iter().find(|known| *known == rung)?;
                     Some((rung, why))
                 });
                 Ok((queues, offload, notes.collect()))

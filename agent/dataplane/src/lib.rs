@@ -125,7 +125,8 @@ pub struct Confined {
 /// An error if the kernel refuses to take capabilities, or if a mechanism that is required is not
 /// active. A keeper checks that before its data process starts, and before it takes over.
 pub fn confine(worker: bool, options: ConfinementOptions) -> anyhow::Result<Confined> {
-    let rights = confine::give_up(confine::DATAPLANE).context("cannot give up capabilities")?;
+    let rights =
+        confine::drop_capabilities(confine::DATAPLANE).context("cannot give up capabilities")?;
     let mut confined = Confined { rights, mechanisms: Vec::new() };
     if !worker {
         if options.required {

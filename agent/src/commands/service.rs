@@ -53,7 +53,7 @@ pub(crate) fn run(
     }
     // Before there is a second thread: the kernel keeps rights for each.
     let pods = if config.cni.enabled { confine::PODS } else { CapabilitySet::empty() };
-    let rights = confine::give_up(confine::CONTROL.union(pods));
+    let rights = confine::drop_capabilities(confine::CONTROL.union(pods));
     let rights = rights.context("cannot give up capabilities")?;
     logging::start(&config.log);
     let shown = serde_json::to_string(&config).context("cannot print the configuration")?;

@@ -28,7 +28,7 @@ pub const PODS: CapabilitySet = CapabilitySet::SYS_ADMIN.union(CapabilitySet::SY
 ///
 /// # Errors
 /// What the kernel says; it has never refused this.
-pub fn give_up(keep: CapabilitySet) -> io::Result<CapabilitySet> {
+pub fn drop_capabilities(keep: CapabilitySet) -> io::Result<CapabilitySet> {
     set_no_new_privs(true)?;
     clear_ambient_capability_set()?;
     for other in CapabilitySet::all().difference(keep).iter() {

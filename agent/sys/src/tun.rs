@@ -64,7 +64,7 @@ impl TunOffload {
 pub type Note = (&'static str, String);
 
 /// Names of the rungs that a [`Note`] of [`open_queues`] can have.
-pub const RUNGS: [&str; 3] = ["tun_uso", "tun_tso", "tun_checksum"];
+pub const TUN_OFFLOADS: [&str; 3] = ["tun_uso", "tun_tso", "tun_checksum"];
 
 /// Why a TUN device cannot be had.
 #[derive(Debug, thiserror::Error)]

@@ -290,7 +290,7 @@ fn peek() -> std::io::Result<()> {
 fn attempt() {
     let Ok(wanted) = std::env::var(ATTEMPT) else { return };
     let (_, work, _) = ATTEMPTS.iter().find(|(name, ..)| *name == wanted).unwrap();
-    confine::give_up(confine::DATAPLANE).unwrap();
+    confine::drop_capabilities(confine::DATAPLANE).unwrap();
     landlock::confine().unwrap();
     seccomp::confine().unwrap();
     let code = match work() {
@@ -342,7 +342,7 @@ fn landlock_denies_files_without_the_filter() {
     ];
     std::thread::scope(|scope| {
         let confined = scope.spawn(|| {
-            confine::give_up(confine::DATAPLANE).unwrap();
+            confine::drop_capabilities(confine::DATAPLANE).unwrap();
             landlock::probe().unwrap();
             landlock::confine().unwrap();
             attempts.map(|(name, attempt)| (name, attempt().map_err(|error| error.kind())))
@@ -358,7 +358,7 @@ fn landlock_denies_files_without_the_filter() {
 fn what_is_given_up_does_not_come_back() {
     // In a thread: the kernel keeps rights for each.
     let after = std::thread::spawn(|| {
-        confine::give_up(confine::DATAPLANE).unwrap();
+        confine::drop_capabilities(confine::DATAPLANE).unwrap();
         let program = Command::new("cat").arg("/proc/self/status").output().unwrap();
         String::from_utf8(program.stdout).unwrap()
     });
