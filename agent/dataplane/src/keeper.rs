@@ -21,7 +21,9 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use skein_ipc::{ErrorKind, HANDOVER_VERSION, Request, Response, read_frame, write_frame};
 use skein_sys::descriptors;
 use skein_sys::lock::FileLock;
-use skein_sys::socket::{connect_trusted, hung_up, is_absent, make_directory, peer_credentials};
+use skein_sys::socket::{
+    connect_trusted, is_disconnect, is_no_listener, make_directory, peer_credentials,
+};
 
 use super::activation::{Activation, Activity};
 use super::channel::{answer_listener, answer_queues};
@@ -323,7 +325,7 @@ impl Attempt {
     fn lock(&mut self, holds: bool) -> anyhow::Result<Option<FileLock>> {
         let failed = || format!("cannot lock {}", self.path.display());
         make_directory(&self.path).with_context(failed)?;
-        let lock = FileLock::try_take(&self.path).with_context(failed)?;
+        let lock = FileLock::try_acquire(&self.path).with_context(failed)?;
         if lock.is_none() {
             self.free_since = None;
             return Ok(None);
@@ -461,7 +463,7 @@ impl Refusal {
     /// closes soon, or its keeper is starting the next one.
     fn is_passing(&self) -> bool {
         match self {
-            Self::Io(error) => hung_up(error) || is_absent(error),
+            Self::Io(error) => is_disconnect(error) || is_no_listener(error),
             // The data process was ended.
             Self::Refused(kind, _) => *kind == ErrorKind::Invalid,
         }
@@ -510,7 +512,7 @@ fn request(
         _ => return Err(invalid("an answer to another request").into()),
     }
     let mut all = descriptors::receive(&stream, 1 + FdStore::DESCRIPTORS)?;
-    let lock = FileLock::received(all.remove(0))?;
+    let lock = FileLock::from_received(all.remove(0))?;
     let store = FdStore::received(all).ok_or_else(|| invalid("descriptors are missing"))?;
     *held = Some(store);
     stream.write_all(&[0])?;
@@ -552,7 +554,7 @@ fn end(socket: &Path) -> io::Result<()> {
 /// Ends a data process of a release without locks, which listens although the lock is free.
 fn end_unlocked(socket: &Path) -> anyhow::Result<()> {
     match end(socket) {
-        Err(error) if !hung_up(&error) && !is_absent(&error) => Err(error)
+        Err(error) if !is_disconnect(&error) && !is_no_listener(&error) => Err(error)
             .with_context(|| format!("cannot end the data process on {}", socket.display())),
         _ => Ok(()),
     }
@@ -581,7 +583,7 @@ mod tests {
         let options = options(directory.path());
         drop(acquire_alone(&options));
         std::fs::remove_file(&options.socket).unwrap();
-        let lock = FileLock::try_take(&lock_path(&options.socket)).unwrap().unwrap();
+        let lock = FileLock::try_acquire(&lock_path(&options.socket)).unwrap().unwrap();
         let listener = UnixListener::bind(&options.socket).unwrap();
         let dying = std::thread::spawn(move || {
             // One is closed with what it asked unread, one that was read, and one never accepted.
@@ -603,7 +605,7 @@ mod tests {
     fn whoever_hands_over_in_another_format_is_ended() {
         let directory = tempfile::tempdir().unwrap();
         let options = options(directory.path());
-        let lock = FileLock::try_take(&lock_path(&options.socket)).unwrap().unwrap();
+        let lock = FileLock::try_acquire(&lock_path(&options.socket)).unwrap().unwrap();
         let listener = UnixListener::bind(&options.socket).unwrap();
         let other = std::thread::spawn(move || {
             let (stream, _) = listener.accept().unwrap();

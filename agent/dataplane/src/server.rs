@@ -14,7 +14,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use skein_ipc::watch::Watch;
 use skein_ipc::{ErrorKind, HANDOVER_VERSION, Report, Request, Response, read_frame, write_frame};
 use skein_sys::link;
-use skein_sys::socket::{FileId, file_id, hung_up, is_trusted, make_directory, peer_credentials};
+use skein_sys::socket::{
+    FileId, file_id, is_disconnect, is_trusted, make_directory, peer_credentials,
+};
 
 use super::changes::Changes;
 use super::channel::KeeperChannel;
@@ -261,7 +263,7 @@ fn tell(mut stream: UnixStream, tap: &Arc<Tap>, watch: Watch) -> anyhow::Result<
     loop {
         let (seen, missed) = watching.next(SIGN_OF_LIFE);
         match write_frame(&mut stream, &Response::Seen { seen, missed }) {
-            Err(error) if hung_up(&error) => return Ok(()),
+            Err(error) if is_disconnect(&error) => return Ok(()),
             written => written.context("a watcher does not read")?,
         }
     }

@@ -118,7 +118,7 @@ async fn wait(arguments: &HoldArgs) -> Result<Option<FileLock>, Failure> {
     let _probes = instance.map(|own| instance::answer_probes(&own, readiness)).transpose()?;
     loop {
         // A lock that cannot be opened counts as taken: the state directory may have been removed.
-        if let Ok(Some(lock)) = FileLock::try_take(path) {
+        if let Ok(Some(lock)) = FileLock::try_acquire(path) {
             return Ok(Some(lock));
         }
         tokio::select! {

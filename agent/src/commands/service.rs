@@ -63,7 +63,7 @@ pub(crate) fn run(
     }
     tracing::info!(capabilities = ?rights, "capabilities given up but for these");
     let StartArgs { take_over, instance, lock_fd } = start;
-    let lock = lock_fd.map(|fd| FileLock::received(descriptors::inherited(fd)?)).transpose();
+    let lock = lock_fd.map(|fd| FileLock::from_received(descriptors::inherited(fd)?)).transpose();
     let lock = lock.context("--lock-fd is for hold to use")?;
     let start = Start { take_over, instance: instance.map(Instance::new), lock };
     let (takes_over, instance) = (start.takes_over(), start.instance.clone());

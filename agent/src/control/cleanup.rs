@@ -9,7 +9,7 @@ use skein_netlink::firewall::{self, forward};
 use skein_netlink::interface::ALIAS_PREFIX;
 use skein_netlink::provisional::Provisional;
 use skein_netlink::{Netlink, NetlinkError};
-use skein_sys::socket::{hung_up, is_absent};
+use skein_sys::socket::{is_disconnect, is_no_listener};
 
 use super::client::{Client, ClientError};
 use super::identity;
@@ -174,7 +174,7 @@ async fn stop_dataplane(config: &Config) -> Result<bool, String> {
     let socket = &config.dataplane.socket;
     let mut client = match Client::connect(socket).await {
         Ok(client) => client,
-        Err(ClientError::Io(error)) if is_absent(&error) => return Ok(false),
+        Err(ClientError::Io(error)) if is_no_listener(&error) => return Ok(false),
         Err(error) => {
             return Err(format!("{}: {error}: end it, and clean up again", socket.display()));
         }
@@ -189,7 +189,7 @@ async fn stop_dataplane(config: &Config) -> Result<bool, String> {
         match client.apply(&Request::Shutdown).await {
             Ok(_) => client.closed().await,
             // It may end before its answer is written: what was asked of it is done.
-            Err(ClientError::Io(error)) if hung_up(&error) => {}
+            Err(ClientError::Io(error)) if is_disconnect(&error) => {}
             Err(error) => return Err(error.to_string()),
         }
         Ok(true)

@@ -27,7 +27,7 @@ impl StateLock {
         let failed = |error| Failure::io(format!("cannot use the state directory {shown}"), error);
         create_private_dir(state_dir).map_err(failed)?;
         let path = state_dir.join(FILE);
-        let Some(lock) = FileLock::try_take(&path).map_err(failed)? else {
+        let Some(lock) = FileLock::try_acquire(&path).map_err(failed)? else {
             let mut holder = String::new();
             // The process id is only for the message: an agent that has just started may not have
             // written it.

@@ -8,7 +8,9 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 use skein_sys::descriptors;
 use skein_sys::lock::FileLock;
-use skein_sys::socket::{check_listener, connect_trusted, hung_up, is_absent, is_trusted};
+use skein_sys::socket::{
+    check_listener, connect_trusted, is_disconnect, is_no_listener, is_trusted,
+};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
@@ -121,11 +123,11 @@ pub fn ask_to_hand_over(path: &Path) -> io::Result<Option<FileLock>> {
         stream.set_write_timeout(Some(DEADLINE))?;
         io::Write::write_all(&mut stream, format!("{HAND_OVER}\n").as_bytes())?;
         let mut received = descriptors::receive(&stream, 1)?;
-        FileLock::received(received.remove(0))
+        FileLock::from_received(received.remove(0))
     };
     match ask() {
         Ok(lock) => Ok(Some(lock)),
-        Err(error) if is_absent(&error) || hung_up(&error) => Ok(None),
+        Err(error) if is_no_listener(&error) || is_disconnect(&error) => Ok(None),
         Err(error) => Err(error),
     }
 }

@@ -21,7 +21,7 @@ impl FileLock {
     ///
     /// # Errors
     /// An I/O error if the file cannot be opened, created or locked.
-    pub fn try_take(path: &Path) -> io::Result<Option<Self>> {
+    pub fn try_acquire(path: &Path) -> io::Result<Option<Self>> {
         let mut options = OpenOptions::new();
         let options = options.read(true).write(true).create(true).truncate(false).mode(0o600);
         loop {
@@ -43,7 +43,7 @@ impl FileLock {
     ///
     /// # Errors
     /// An I/O error if the descriptor is not a regular file.
-    pub fn received(fd: OwnedFd) -> io::Result<Self> {
+    pub fn from_received(fd: OwnedFd) -> io::Result<Self> {
         let file = File::from(fd);
         match file.metadata()?.is_file() {
             true => Ok(Self(file)),
@@ -85,29 +85,35 @@ mod tests {
     fn lock_is_free_when_last_copy_is_closed() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("lock");
-        let first = FileLock::try_take(&path).unwrap().unwrap();
+        let first = FileLock::try_acquire(&path).unwrap().unwrap();
         let copy = first.as_fd().try_clone_to_owned().unwrap();
         drop(first);
-        assert!(FileLock::try_take(&path).unwrap().is_none(), "A copy of the descriptor keeps it.");
-        let received = FileLock::received(copy).unwrap();
-        assert!(FileLock::try_take(&path).unwrap().is_none(), "A received lock is the same lock.");
+        assert!(
+            FileLock::try_acquire(&path).unwrap().is_none(),
+            "A copy of the descriptor keeps it."
+        );
+        let received = FileLock::from_received(copy).unwrap();
+        assert!(
+            FileLock::try_acquire(&path).unwrap().is_none(),
+            "A received lock is the same lock."
+        );
         drop(received);
-        assert!(FileLock::try_take(&path).unwrap().is_some(), "The lock is free.");
+        assert!(FileLock::try_acquire(&path).unwrap().is_some(), "The lock is free.");
     }
 
     #[test]
     fn released_lock_is_free_although_a_copy_is_open() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("lock");
-        let lock = FileLock::try_take(&path).unwrap().unwrap();
+        let lock = FileLock::try_acquire(&path).unwrap().unwrap();
         let _copy = lock.as_fd().try_clone_to_owned().unwrap();
         lock.release();
-        assert!(FileLock::try_take(&path).unwrap().is_some(), "The lock is free.");
+        assert!(FileLock::try_acquire(&path).unwrap().is_some(), "The lock is free.");
     }
 
     #[test]
     fn descriptor_of_other_kind_is_refused() {
         let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
-        assert!(FileLock::received(socket.into()).is_err());
+        assert!(FileLock::from_received(socket.into()).is_err());
     }
 }

@@ -167,12 +167,12 @@ fn check_entry(path: &Path, is_on_the_way: bool) -> io::Result<bool> {
 }
 
 /// Whether a connection failed because nobody listens: there is no socket, or a dead process left it.
-pub fn is_absent(error: &io::Error) -> bool {
+pub fn is_no_listener(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
 }
 
 /// Whether the other side closed the connection in the middle of an exchange.
-pub fn hung_up(error: &io::Error) -> bool {
+pub fn is_disconnect(error: &io::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
     matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
 }
