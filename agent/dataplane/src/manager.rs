@@ -283,7 +283,7 @@ impl Manager {
                 return Response::SeenHandshakes { seen };
             }
             // The connection's thread has it: whoever watches does not burden the manager.
-            Request::Watch { .. } | Request::Changes { .. } => {
+            Request::Capture { .. } | Request::Changes { .. } => {
                 Err(SetupError::Invalid("not the manager's".to_owned()))
             }
             Request::Shutdown => Ok(()),

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use skein_ipc::watch::Watch;
+use skein_ipc::capture::CaptureRequest;
 use skein_ipc::{ErrorKind, HANDOVER_VERSION, Report, Request, Response, read_frame, write_frame};
 use skein_sys::link;
 use skein_sys::socket::{
@@ -222,7 +222,7 @@ fn converse(
         };
         let (answer, response) = sync_channel(1);
         let message = match request {
-            Request::Watch { watch } => return tell(stream, tap, watch),
+            Request::Capture { capture } => return tell(stream, tap, capture),
             Request::Changes { known } => {
                 let version = changes.wait(known, SIGN_OF_LIFE);
                 write_frame(&mut stream, &Response::Changes { version })?;
@@ -253,7 +253,7 @@ fn add_device_counters(report: &mut Report) {
 }
 
 /// Tells a watcher what is seen until it closes the connection.
-fn tell(mut stream: UnixStream, tap: &Arc<Tap>, watch: Watch) -> anyhow::Result<()> {
+fn tell(mut stream: UnixStream, tap: &Arc<Tap>, watch: CaptureRequest) -> anyhow::Result<()> {
     stream.set_write_timeout(Some(UNREAD))?;
     let Some(mut watching) = tap.watch(watch) else {
         let message = "too many watch already: end another trace --drops or capture".to_owned();
@@ -261,8 +261,8 @@ fn tell(mut stream: UnixStream, tap: &Arc<Tap>, watch: Watch) -> anyhow::Result<
         return Ok(write_frame(&mut stream, &response)?);
     };
     loop {
-        let (seen, missed) = watching.next(SIGN_OF_LIFE);
-        match write_frame(&mut stream, &Response::Seen { seen, missed }) {
+        let (packets, missed) = watching.next(SIGN_OF_LIFE);
+        match write_frame(&mut stream, &Response::Captured { packets, missed }) {
             Err(error) if is_disconnect(&error) => return Ok(()),
             written => written.context("a watcher does not read")?,
         }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 use arc_swap::ArcSwap;
 use skein_core::drop::{Direction, DropReason};
 use skein_core::wire::ip::IpHeader;
-use skein_ipc::watch::{Seen, Watch, Watched};
+use skein_ipc::capture::{CaptureKind, CaptureRequest, CapturedPacket};
 
 const DROPS: u8 = 1;
 const PACKETS: u8 = 2;
@@ -41,8 +41,8 @@ pub(super) struct Tap {
 }
 
 struct Watcher {
-    watch: Watch,
-    sender: SyncSender<Seen>,
+    watch: CaptureRequest,
+    sender: SyncSender<CapturedPacket>,
     /// How many drops may be told until it is filled again.
     budget: AtomicU32,
     missed: AtomicU64,
@@ -74,7 +74,7 @@ pub(super) enum Bytes<'a> {
 pub(super) struct Watching {
     tap: Arc<Tap>,
     watcher: Arc<Watcher>,
-    receiver: Receiver<Seen>,
+    receiver: Receiver<CapturedPacket>,
     filled: Instant,
 }
 
@@ -110,7 +110,7 @@ impl Tap {
     #[cold]
     fn tell(&self, direction: Direction, reason: Option<DropReason>, sight: &Sight<'_>) {
         for watcher in self.watchers.load().iter() {
-            if (watcher.watch.what == Watched::Drops) == reason.is_some()
+            if (watcher.watch.kind == CaptureKind::Drops) == reason.is_some()
                 && watcher.matches(sight.bytes)
             {
                 watcher.take(direction, reason, sight);
@@ -119,7 +119,7 @@ impl Tap {
     }
 
     /// Begins a watch; `None` where too many are under way.
-    pub(super) fn watch(self: &Arc<Self>, watch: Watch) -> Option<Watching> {
+    pub(super) fn watch(self: &Arc<Self>, watch: CaptureRequest) -> Option<Watching> {
         let (sender, receiver) = sync_channel(QUEUE);
         let watcher = Arc::new(Watcher {
             watch,
@@ -146,7 +146,7 @@ impl Tap {
             watchers
         });
         let wanted = self.watchers.load().iter().fold(0, |wanted, watcher| {
-            wanted | if watcher.watch.what == Watched::Drops { DROPS } else { PACKETS }
+            wanted | if watcher.watch.kind == CaptureKind::Drops { DROPS } else { PACKETS }
         });
         self.wanted.store(wanted, Relaxed);
     }
@@ -176,7 +176,7 @@ impl Watcher {
         };
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let snap = (self.watch.snap as usize).min(MAX_SNAP).min(bytes.len());
-        let seen = Seen {
+        let seen = CapturedPacket {
             time_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
             lane: sight.lane,
             direction: direction.label().to_owned(),
@@ -195,7 +195,7 @@ impl Watcher {
 
 impl Watching {
     /// What was seen, once there is something or `patience` is over; and how many packets were missed.
-    pub(super) fn next(&mut self, patience: Duration) -> (Vec<Seen>, u64) {
+    pub(super) fn next(&mut self, patience: Duration) -> (Vec<CapturedPacket>, u64) {
         let end = Instant::now() + patience;
         let mut seen = Vec::new();
         loop {
@@ -244,17 +244,21 @@ mod tests {
         Sight { lane: Some(1), outer: None, bytes: Bytes::Inner(bytes), packets: 1 }
     }
 
-    fn watch(what: Watched, nets: &[&str]) -> Watch {
-        Watch { what, nets: nets.iter().map(|net| net.parse().unwrap()).collect(), snap: 24 }
+    fn watch(kind: CaptureKind, nets: &[&str]) -> CaptureRequest {
+        CaptureRequest {
+            kind,
+            nets: nets.iter().map(|net| net.parse().unwrap()).collect(),
+            snap: 24,
+        }
     }
 
     #[test]
     fn only_what_is_looked_for_is_told() {
         let tap = Arc::new(Tap::default());
         assert!(!tap.wants_drops() && !tap.wants_packets());
-        let mut drops = tap.watch(watch(Watched::Drops, &[])).unwrap();
+        let mut drops = tap.watch(watch(CaptureKind::Drops, &[])).unwrap();
         assert!(tap.wants_drops() && !tap.wants_packets());
-        let mut packets = tap.watch(watch(Watched::Packets, &["10.244.2.0/24"])).unwrap();
+        let mut packets = tap.watch(watch(CaptureKind::Packets, &["10.244.2.0/24"])).unwrap();
         tap.dropped(DropReason::NoRoute, inner(&packet(9)));
         tap.passed(Direction::Egress, 1, &packet(2));
         tap.passed(Direction::Egress, 1, &packet(3));
@@ -272,8 +276,8 @@ mod tests {
     #[test]
     fn what_is_too_much_is_counted() {
         let tap = Arc::new(Tap::default());
-        let mut drops = tap.watch(watch(Watched::Drops, &[])).unwrap();
-        let mut packets = tap.watch(watch(Watched::Packets, &[])).unwrap();
+        let mut drops = tap.watch(watch(CaptureKind::Drops, &[])).unwrap();
+        let mut packets = tap.watch(watch(CaptureKind::Packets, &[])).unwrap();
         for _ in 0..QUEUE + 10 {
             tap.dropped(DropReason::NoRoute, inner(&packet(2)));
             tap.passed(Direction::Ingress, 0, &packet(2));
@@ -291,7 +295,7 @@ mod tests {
     #[test]
     fn few_may_watch_at_once() {
         let tap = Arc::new(Tap::default());
-        let begin = || tap.watch(watch(Watched::Drops, &[]));
+        let begin = || tap.watch(watch(CaptureKind::Drops, &[]));
         let mut all: Vec<_> = (0..WATCHERS).map(|_| begin().unwrap()).collect();
         assert!(begin().is_none());
         all.pop();

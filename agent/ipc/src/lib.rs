@@ -8,19 +8,19 @@
 #![forbid(unsafe_code)]
 
 pub mod address;
+pub mod capture;
 mod codec;
 pub mod instance;
 pub mod keys;
 mod message;
 mod report;
 mod settings;
-pub mod watch;
 
 pub use codec::{MAX_FRAME, encode_frame, frame_length, fuzz_frames, read_frame, write_frame};
 pub use message::{ErrorKind, HANDOVER_VERSION, NodeIdentity, PROTOCOL_VERSION, Request, Response};
 pub use report::{
     Capability, CapabilityState, Confinement, ConfinementState, DirectionReport, DropReport,
-    HandshakeCount, HistogramReport, LaneReport, NarrowPath, PeerReport, PeerState, Report,
+    HandshakeCount, HistogramReport, LaneReport, PeerReport, PeerState, ReducedPath, Report,
     UnreachablePeer,
 };
 pub use settings::{

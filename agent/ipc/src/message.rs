@@ -2,10 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::capture::{CaptureRequest, CapturedPacket};
 use crate::keys::PublicKey;
 use crate::report::Report;
 use crate::settings::{SeenHandshakes, Snapshot, Update};
-use crate::watch::{Seen, Watch};
 
 /// Raised with every change that an older peer would misread.
 pub const PROTOCOL_VERSION: u32 = 4;
@@ -41,10 +41,12 @@ pub enum Request {
         /// A filter of `tracing`; `None`: what it was started with.
         level: Option<String>,
     },
-    /// Look at packets: the answers, [`Response::Seen`], go on until the asker closes the connection.
-    Watch {
+    /// Look at packets: the answers, [`Response::Captured`], go on until the asker closes the connection.
+    #[serde(rename = "watch")]
+    Capture {
         /// At which.
-        watch: Watch,
+        #[serde(rename = "watch")]
+        capture: CaptureRequest,
     },
     /// Wait at most a second for a change to which the control process reacts at once.
     Changes {
@@ -98,10 +100,12 @@ pub enum Response {
         /// Version of the state; differs from the previous answer after a change.
         version: u64,
     },
-    /// Answers to [`Request::Watch`], at least one a second.
-    Seen {
+    /// Answers to [`Request::Capture`], at least one a second.
+    #[serde(rename = "seen")]
+    Captured {
         /// What was seen, lane by lane in order.
-        seen: Vec<Seen>,
+        #[serde(rename = "seen")]
+        packets: Vec<CapturedPacket>,
         /// Packets that were to be told and were too many, since the last answer.
         missed: u64,
     },

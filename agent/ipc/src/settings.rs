@@ -182,7 +182,7 @@ fn is_zero(value: &u64) -> bool {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::watch::Watch;
+    use crate::capture::CaptureRequest;
 
     #[test]
     fn mapped_addresses_in_messages_are_ipv4() {
@@ -203,7 +203,7 @@ mod tests {
         };
         assert_eq!(underlay("::ffff:192.0.2.1"), underlay("192.0.2.1"));
         let watch = r#"{"what": "drops", "nets": ["::ffff:10.1.0.0/120"], "snap": 0}"#;
-        let watch: Watch = serde_json::from_str(watch).unwrap();
+        let watch: CaptureRequest = serde_json::from_str(watch).unwrap();
         assert_eq!(watch.nets, ["10.1.0.0/24".parse().unwrap()]);
     }
 }

@@ -11,7 +11,7 @@ use clap::Args;
 use ipnet::IpNet;
 use serde::Serialize;
 use skein_core::address;
-use skein_ipc::watch::{Watch, Watched};
+use skein_ipc::capture::{CaptureKind, CaptureRequest};
 use skein_sys::files;
 use tokio::time::Instant;
 
@@ -89,7 +89,7 @@ async fn run(arguments: &CaptureArgs, agent: &Agent, time: Duration) -> Result<O
         Some(what) => nets(what, &status)?,
         None => Vec::new(),
     };
-    let watch = Watch { what: Watched::Packets, nets, snap: arguments.snaplen };
+    let watch = CaptureRequest { kind: CaptureKind::Packets, nets, snap: arguments.snaplen };
     let mut client = watching::begin(&status, watch).await?;
     let shown = arguments.write.display();
     let failed = |error| Failure::io(format!("cannot write to {shown}"), error);

@@ -4,13 +4,13 @@ use std::fmt::Write;
 
 use skein_core::wire::header::{Header, MessageType};
 use skein_core::wire::ip::{IpHeader, TCP, UDP};
-use skein_ipc::watch::Seen;
+use skein_ipc::capture::CapturedPacket;
 
 const ICMP: u8 = 1;
 const ICMPV6: u8 = 58;
 
 /// What is known of a packet that was seen.
-pub(crate) fn describe(seen: &Seen) -> String {
+pub(crate) fn describe(seen: &CapturedPacket) -> String {
     let mut text = match (seen.inner, seen.bytes.is_empty()) {
         (_, true) => String::new(),
         (true, false) => inner(&seen.bytes),
@@ -95,8 +95,8 @@ fn outer(bytes: &[u8]) -> String {
 mod tests {
     use super::*;
 
-    fn seen(inner: bool, bytes: &[u8]) -> Seen {
-        Seen {
+    fn seen(inner: bool, bytes: &[u8]) -> CapturedPacket {
+        CapturedPacket {
             time_ns: 0,
             lane: Some(0),
             direction: "egress".to_owned(),
@@ -138,6 +138,6 @@ mod tests {
             assert!(!describe(&seen(true, &bytes)).is_empty());
             assert!(!describe(&seen(false, &bytes)).is_empty());
         }
-        assert_eq!(describe(&Seen { length: 0, ..seen(false, &[]) }), "");
+        assert_eq!(describe(&CapturedPacket { length: 0, ..seen(false, &[]) }), "");
     }
 }

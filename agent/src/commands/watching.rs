@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::anyhow;
 use skein_ipc::ErrorKind;
-use skein_ipc::watch::Watch;
+use skein_ipc::capture::CaptureRequest;
 
 use crate::control::client::{Client, ClientError};
 use crate::failure::Failure;
@@ -18,7 +18,7 @@ pub(crate) async fn connect(status: &Document) -> Result<Client, Failure> {
 }
 
 /// Begins a watch there.
-pub(crate) async fn begin(status: &Document, watch: Watch) -> Result<Client, Failure> {
+pub(crate) async fn begin(status: &Document, watch: CaptureRequest) -> Result<Client, Failure> {
     let mut client = connect(status).await?;
     client.watch(watch).await.map_err(failure)?;
     Ok(client)

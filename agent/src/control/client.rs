@@ -4,7 +4,7 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use skein_ipc::watch::{Seen, Watch};
+use skein_ipc::capture::{CaptureRequest, CapturedPacket};
 use skein_ipc::{
     ErrorKind, NodeIdentity, PROTOCOL_VERSION, Report, Request, Response, SeenHandshakes,
     encode_frame, frame_length,
@@ -99,7 +99,7 @@ impl Client {
             | Request::SeenHandshakes
             | Request::LogLevel { .. }
             | Request::Changes { .. }
-            | Request::Watch { .. }
+            | Request::Capture { .. }
             | Request::Shutdown
             | Request::TakeOver { .. } => DEADLINE,
         };
@@ -164,16 +164,16 @@ impl Client {
     }
 
     /// Begins to watch; [`Client::seen`] tells what.
-    pub async fn watch(&mut self, watch: Watch) -> Result<(), ClientError> {
-        let frame = encode_frame(&Request::Watch { watch })?;
+    pub async fn watch(&mut self, watch: CaptureRequest) -> Result<(), ClientError> {
+        let frame = encode_frame(&Request::Capture { capture: watch })?;
         Ok(self.stream.write_all(&frame).await?)
     }
 
     /// The next that was seen, and how much was missed. It may not be abandoned half way.
-    pub async fn seen(&mut self) -> Result<(Vec<Seen>, u64), ClientError> {
+    pub async fn seen(&mut self) -> Result<(Vec<CapturedPacket>, u64), ClientError> {
         let answer = tokio::time::timeout(DEADLINE, self.answer()).await;
         match answer.map_err(|_| ClientError::Timeout)?? {
-            Response::Seen { seen, missed } => Ok((seen, missed)),
+            Response::Captured { packets, missed } => Ok((packets, missed)),
             Response::Error { kind, message } => Err(ClientError::Refused { kind, message }),
             _ => Err(ClientError::Protocol),
         }

@@ -2,7 +2,7 @@
 
 use std::io::{self, BufWriter, Write};
 
-use skein_ipc::watch::Seen;
+use skein_ipc::capture::CapturedPacket;
 
 /// Timestamps in nanoseconds.
 const MAGIC: u32 = 0xa1b2_3c4d;
@@ -36,12 +36,12 @@ impl<W: Write> Pcap<W> {
     }
 
     /// How many it would be with one packet more.
-    pub(super) fn would_be(&self, seen: &Seen) -> u64 {
+    pub(super) fn would_be(&self, seen: &CapturedPacket) -> u64 {
         self.length + PACKET_HEADER + seen.bytes.len() as u64
     }
 
     /// Writes a packet.
-    pub(super) fn write(&mut self, seen: &Seen) -> io::Result<()> {
+    pub(super) fn write(&mut self, seen: &CapturedPacket) -> io::Result<()> {
         let seconds = u32::try_from(seen.time_ns / 1_000_000_000).unwrap_or(u32::MAX);
         let nanos = (seen.time_ns % 1_000_000_000) as u32;
         // No packet is longer than the 65,535 bytes that the data process copies at most.
@@ -66,7 +66,7 @@ mod tests {
 
     #[test]
     fn a_file_is_as_the_format_wants_it() {
-        let seen = Seen {
+        let seen = CapturedPacket {
             time_ns: 3_000_000_007,
             lane: Some(0),
             direction: "egress".to_owned(),

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use skein_ipc::Report;
-use skein_ipc::watch::{Seen, Watch, Watched};
+use skein_ipc::capture::{CaptureKind, CaptureRequest, CapturedPacket};
 use tokio::time::Instant;
 
 use crate::commands::packet::describe;
@@ -31,7 +31,7 @@ pub(super) async fn follow(agent: &Agent, limits: &Limits, output: Output) -> Re
     let mut signals = Signals::take().map_err(|e| Failure::io("cannot take signals", e))?;
     let status = agent.status().await?;
     let mut counters = watching::connect(&status).await?;
-    let watch = Watch { what: Watched::Drops, nets: Vec::new(), snap: SNAP };
+    let watch = CaptureRequest { kind: CaptureKind::Drops, nets: Vec::new(), snap: SNAP };
     let mut client = watching::begin(&status, watch).await?;
     let end = limits.seconds.map(|seconds| Instant::now() + seconds);
     // Counted when the watch began, and a second ago; and of that, what was told.
@@ -89,7 +89,7 @@ fn totals(report: &Report) -> BTreeMap<Kind, u64> {
     report.drops.iter().map(total).collect()
 }
 
-fn shown(seen: &Seen, output: Output) -> Result<String, Failure> {
+fn shown(seen: &CapturedPacket, output: Output) -> Result<String, Failure> {
     let packet = describe(seen);
     let reason = seen.reason.as_deref().unwrap_or_default();
     let lane = seen.lane.map_or_else(|| "-".to_owned(), |lane| lane.to_string());

@@ -83,7 +83,7 @@ fn serve(listener: &UnixListener, told: &Sender<String>, answer: Answer) {
                 Request::LogLevel { .. } => "log level".to_owned(),
                 Request::Shutdown => "shutdown".to_owned(),
                 Request::TakeOver { .. } => "take over".to_owned(),
-                Request::Watch { .. } => "watch".to_owned(),
+                Request::Capture { .. } => "watch".to_owned(),
                 Request::Changes { .. } => "changes".to_owned(),
             };
             // Signs of life come when they come.

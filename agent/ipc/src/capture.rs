@@ -10,9 +10,10 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 /// What to look at.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Watch {
+pub struct CaptureRequest {
     /// Drops, or packets that pass.
-    pub what: Watched,
+    #[serde(rename = "what")]
+    pub kind: CaptureKind,
     /// Only inner packets from or to one of these; empty: all.
     #[serde(deserialize_with = "crate::address::canonical")]
     pub nets: Vec<IpNet>,
@@ -23,7 +24,7 @@ pub struct Watch {
 /// What can be looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Watched {
+pub enum CaptureKind {
     /// Packets that are dropped.
     Drops,
     /// Inner packets as they cross the tunnel: behind the split and before the seal on the way out,
@@ -33,7 +34,7 @@ pub enum Watched {
 
 /// A packet that was seen.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Seen {
+pub struct CapturedPacket {
     /// Nanoseconds since 1970.
     pub time_ns: u64,
     /// The lane; `None`: the session manager.
