@@ -447,7 +447,7 @@ fn peers(report: &Report) -> Vec<MetricFamily> {
         "Peers whose path carries less than this node's MTU.",
         Kind::Gauge,
     );
-    narrow.add(&[], report.narrow.len() as f64);
+    narrow.add(&[], report.reduced_paths.len() as f64);
     [states, unreachable, sessions, oldest, narrow].map(Family::finish).into()
 }
 

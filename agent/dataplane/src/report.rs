@@ -9,7 +9,7 @@ use skein_core::time::Time;
 use skein_core::tunnel::{self, Engine, PeerView, UnreachableReason};
 use skein_ipc::keys::PublicKey;
 use skein_ipc::{
-    Capability, CapabilityState, HandshakeCount, NarrowPath, Peer, PeerReport, PeerState, Report,
+    Capability, CapabilityState, HandshakeCount, Peer, PeerReport, PeerState, ReducedPath, Report,
     UnreachablePeer,
 };
 
@@ -74,9 +74,9 @@ pub(super) fn fill<'a>(
         .map(|(result, count)| HandshakeCount { result: result.to_owned(), count })
         .collect();
     report.second_key_peers = sources.engine.peers_on_second_identity();
-    let narrow = |public_key, mtu: Option<u16>| Some(NarrowPath { public_key, mtu: mtu? });
+    let narrow = |public_key, mtu: Option<u16>| Some(ReducedPath { public_key, mtu: mtu? });
     let views = sources.engine.tables().map(|(_, view)| view);
-    report.narrow = views
+    report.reduced_paths = views
         .filter_map(|view| narrow(PublicKey(view.public_key.to_bytes()), view.path_mtu))
         .collect();
     let views = sources.engine.tables();

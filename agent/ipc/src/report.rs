@@ -42,7 +42,8 @@ pub struct Report {
     #[serde(default)]
     pub second_key_peers: usize,
     /// Peers whose path carries less than this node's MTU, in no order.
-    pub narrow: Vec<NarrowPath>,
+    #[serde(rename = "narrow")]
+    pub reduced_paths: Vec<ReducedPath>,
     /// Peers that are unreachable, by name: also in a report without peers.
     #[serde(default)]
     pub unreachable: Vec<UnreachablePeer>,
@@ -105,7 +106,7 @@ impl fmt::Display for Confinement {
 
 /// A path that carries less than the nodes at its ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct NarrowPath {
+pub struct ReducedPath {
     /// To whom it leads.
     pub public_key: PublicKey,
     /// The longest inner packet that it carries, in bytes.

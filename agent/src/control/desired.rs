@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use skein_core::wire::ip::{MAX_MTU, MIN_IPV4_MTU, MIN_IPV6_MTU};
 use skein_ipc::keys::{PrivateKey, PublicKey};
-use skein_ipc::{NarrowPath, NodeSettings, Peer, Request, Snapshot, TunSettings, Update};
+use skein_ipc::{NodeSettings, Peer, ReducedPath, Request, Snapshot, TunSettings, Update};
 use skein_netlink::interface::{RouteConflict, Wanted};
 
 use super::endpoint::Endpoint;
@@ -103,7 +103,7 @@ impl Desired {
     }
 
     /// The interface for this, where some paths carry less than the nodes.
-    pub fn interface(&self, config: &Config, narrow: &[NarrowPath]) -> Wanted {
+    pub fn interface(&self, config: &Config, narrow: &[ReducedPath]) -> Wanted {
         let narrow: BTreeMap<_, _> =
             narrow.iter().map(|path| (path.public_key, path.mtu)).collect();
         let mtus = self.peers.iter().filter_map(|peer| {
@@ -127,7 +127,7 @@ impl Desired {
     }
 
     /// Returns the differences between two lists of narrow paths, one text per peer.
-    pub fn changed_paths(&self, before: &[NarrowPath], now: &[NarrowPath]) -> Vec<String> {
+    pub fn changed_paths(&self, before: &[ReducedPath], now: &[ReducedPath]) -> Vec<String> {
         let name = |key: PublicKey| {
             let has =
                 |peer: &&Peer| [Some(peer.public_key), peer.second_public_key].contains(&Some(key));
@@ -135,7 +135,7 @@ impl Desired {
         };
         let reduced = now.iter().filter(|path| !before.contains(path));
         let reduced = reduced.map(|path| format!("{}: {} bytes", name(path.public_key), path.mtu));
-        let is_gone = |path: &&NarrowPath| now.iter().all(|at| at.public_key != path.public_key);
+        let is_gone = |path: &&ReducedPath| now.iter().all(|at| at.public_key != path.public_key);
         let whole = before.iter().filter(is_gone);
         reduced.chain(whole.map(|path| format!("{}: not reduced", name(path.public_key)))).collect()
     }
@@ -317,7 +317,7 @@ mod tests {
     fn changed_paths_are_named_without_the_others() {
         let (_, desired) = desired("", &[own(), text(2, &["10.2.0.0/24"])], 1500);
         let peer = desired.peers[0].public_key;
-        let path = |public_key, mtu| NarrowPath { public_key, mtu };
+        let path = |public_key, mtu| ReducedPath { public_key, mtu };
         let (same, other) = (path(PublicKey([9; 32]), 1300), path(peer, 1280));
         let changed = |before: &[_], now: &[_]| desired.changed_paths(before, now);
         assert_eq!(changed(&[same], &[same, other]), ["node-2: 1280 bytes"]);

@@ -34,7 +34,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use ipnet::IpNet;
-use skein_ipc::{NarrowPath, Snapshot};
+use skein_ipc::{ReducedPath, Snapshot};
 use skein_netlink::firewall::{self, Firewall, Rules};
 use skein_netlink::interface::{InterfaceError, Outcome, Present, RouteConflict, Wanted};
 use skein_netlink::link::Link;
@@ -288,7 +288,7 @@ struct Controller {
     started: bool,
     not_ready: Option<NotReady>,
     /// Paths that carry less than the nodes.
-    narrow: Vec<NarrowPath>,
+    narrow: Vec<ReducedPath>,
     /// Ports of the data process's UDP sockets.
     source_ports: Vec<u16>,
     /// Time of the next reaction to changes of `narrow`.

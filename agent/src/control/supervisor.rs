@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use skein_ipc::{ErrorKind, NarrowPath, Report, Request, Snapshot, UnreachablePeer};
+use skein_ipc::{ErrorKind, ReducedPath, Report, Request, Snapshot, UnreachablePeer};
 use skein_sys::socket::is_trusted;
 use tokio::process::{Child, Command};
 use tokio::sync::{Notify, oneshot, watch};
@@ -107,7 +107,11 @@ impl DataplaneState {
 
     /// Waits until `not_before`, and then for other paths than `known` to be narrow. Returns the
     /// narrow paths. Changes that come before `not_before` are returned together.
-    pub async fn narrow_paths(&self, known: &[NarrowPath], not_before: Instant) -> Vec<NarrowPath> {
+    pub async fn narrow_paths(
+        &self,
+        known: &[ReducedPath],
+        not_before: Instant,
+    ) -> Vec<ReducedPath> {
         tokio::time::sleep_until(not_before).await;
         let mut status = self.status.subscribe();
         // Fails only where the sender is gone, and that is `self`.
@@ -138,7 +142,12 @@ impl DataplaneState {
     fn found(&self, report: Report) {
         self.history.note(&report);
         let Report {
-            capabilities, mut narrow, unreachable, second_key_peers, source_ports, ..
+            capabilities,
+            reduced_paths: mut narrow,
+            unreachable,
+            second_key_peers,
+            source_ports,
+            ..
         } = report;
         narrow.sort();
         self.status.send_if_modified(|status| {

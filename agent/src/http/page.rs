@@ -282,7 +282,7 @@ fn count(report: &Report) -> Peers {
         connecting: of(PeerState::Connecting),
         idle: of(PeerState::Idle),
         unreachable: of(PeerState::Unreachable),
-        narrow: report.narrow.len(),
+        narrow: report.reduced_paths.len(),
     }
 }
 

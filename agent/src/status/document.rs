@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use skein_ipc::keys::{PublicKey, PublicKeys};
-use skein_ipc::{Capability, NarrowPath, Report, UnreachablePeer};
+use skein_ipc::{Capability, ReducedPath, Report, UnreachablePeer};
 use skein_netlink::firewall::reconciler::FirewallStatus;
 
 /// The answer on the status socket.
@@ -167,7 +167,7 @@ pub struct DataplaneStatus {
     pub capabilities: Vec<Capability>,
     /// Likewise the paths that carry less than the nodes, in the order of the keys.
     #[serde(skip)]
-    pub narrow: Vec<NarrowPath>,
+    pub narrow: Vec<ReducedPath>,
     /// Likewise the ports of its UDP sockets ([`Report::source_ports`]).
     #[serde(skip)]
     pub source_ports: Vec<u16>,

@@ -352,8 +352,8 @@ async fn handshake_times_go_to_the_next_data_process() {
 #[tokio::test(start_paused = true)]
 async fn path_changes_of_one_second_are_reported_together() {
     let state = DataplaneState::default();
-    let path = |mtu| NarrowPath { public_key: PublicKey([7; 32]), mtu };
-    let report = |mtu| Report { narrow: vec![path(mtu)], ..Report::default() };
+    let path = |mtu| ReducedPath { public_key: PublicKey([7; 32]), mtu };
+    let report = |mtu| Report { reduced_paths: vec![path(mtu)], ..Report::default() };
     state.set(|status| status.up = true);
     let start = Instant::now();
     state.found(report(1300));
