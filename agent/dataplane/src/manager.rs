@@ -724,19 +724,19 @@ impl SetupError {
         match self {
             SetupError::Refused { kind, .. } => *kind,
             SetupError::Invalid(_) => ErrorKind::Invalid,
-            SetupError::Fixed => ErrorKind::Fixed,
+            SetupError::Fixed => ErrorKind::RestartRequired,
             SetupError::Tun(error) => match error {
                 TunError::NotFound | TunError::NoDevice { .. } => ErrorKind::Missing,
                 TunError::Permission { .. } => ErrorKind::Privilege,
                 TunError::Exists { .. }
                 | TunError::Busy { .. }
                 | TunError::NotATun { .. }
-                | TunError::Flags { .. } => ErrorKind::Taken,
+                | TunError::Flags { .. } => ErrorKind::InUse,
                 TunError::Name { .. } => ErrorKind::Invalid,
                 TunError::Io { .. } => ErrorKind::Internal,
             },
             SetupError::Underlay(error) => match error {
-                UdpError::AddrInUse { .. } => ErrorKind::Taken,
+                UdpError::AddrInUse { .. } => ErrorKind::InUse,
                 UdpError::AddrNotAvailable { .. } | UdpError::NoFamily { .. } => ErrorKind::Invalid,
                 UdpError::Permission { .. } => ErrorKind::Privilege,
                 UdpError::Io { .. } => ErrorKind::Internal,

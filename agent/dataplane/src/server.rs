@@ -257,7 +257,7 @@ fn tell(mut stream: UnixStream, tap: &Arc<Tap>, watch: CaptureRequest) -> anyhow
     stream.set_write_timeout(Some(UNREAD))?;
     let Some(mut watching) = tap.watch(watch) else {
         let message = "too many watch already: end another trace --drops or capture".to_owned();
-        let response = Response::Error { kind: ErrorKind::Taken, message };
+        let response = Response::Error { kind: ErrorKind::InUse, message };
         return Ok(write_frame(&mut stream, &response)?);
     };
     loop {

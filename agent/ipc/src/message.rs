@@ -141,11 +141,13 @@ pub enum ErrorKind {
     /// The request makes no sense (version, contradicting records, an update before a snapshot).
     Invalid,
     /// What is wanted differs in what a data process cannot change: another one can.
-    Fixed,
+    #[serde(rename = "fixed")]
+    RestartRequired,
     /// A device or a feature of the kernel is missing.
     Missing,
     /// Something belongs to somebody else: the port, the interface.
-    Taken,
+    #[serde(rename = "taken")]
+    InUse,
     /// A privilege is missing.
     Privilege,
     /// Anything else.

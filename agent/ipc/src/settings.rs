@@ -36,7 +36,7 @@ pub struct Snapshot {
 }
 
 /// Settings that are fixed for the lifetime of a data process. A snapshot with other settings is
-/// refused as [`Fixed`](crate::ErrorKind::Fixed), except for the node's keys, and `tun.ifindex`:
+/// refused as [`RestartRequired`](crate::ErrorKind::RestartRequired), except for the node's keys, and `tun.ifindex`:
 /// a new index makes the lanes attach to the new device.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -26,7 +26,7 @@ pub(crate) async fn begin(status: &Document, watch: CaptureRequest) -> Result<Cl
 
 pub(crate) fn failure(error: ClientError) -> Failure {
     match error {
-        ClientError::Refused { kind: ErrorKind::Taken, message } => Failure::Taken(message),
+        ClientError::Refused { kind: ErrorKind::InUse, message } => Failure::Taken(message),
         ClientError::Refused { kind: ErrorKind::Invalid, message } => Failure::Runtime(anyhow!(
             "{message}: is the data process of an older version? (skein-agent dataplane --take-over)"
         )),

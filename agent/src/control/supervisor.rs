@@ -362,7 +362,7 @@ impl Supervisor {
         match client.apply(&request).await {
             Ok(revision) => self.in_force(&client, revision),
             // Whoever has started it starts another, which takes any settings.
-            Err(ClientError::Refused { kind: ErrorKind::Fixed, message }) if adopted => {
+            Err(ClientError::Refused { kind: ErrorKind::RestartRequired, message }) if adopted => {
                 tracing::info!(message, "the data process that was found cannot go on");
                 self.stop_process(client).await;
                 return SessionEnd::Replaced;
@@ -662,9 +662,9 @@ fn kill(pid: Pid, signal: Signal) {
 /// The exit that a refusal of the first snapshot leads to.
 fn failure(kind: ErrorKind, message: String) -> Failure {
     match kind {
-        ErrorKind::Invalid | ErrorKind::Fixed => Failure::Usage(message),
+        ErrorKind::Invalid | ErrorKind::RestartRequired => Failure::Usage(message),
         ErrorKind::Missing => Failure::Missing(message),
-        ErrorKind::Taken => Failure::Taken(message),
+        ErrorKind::InUse => Failure::Taken(message),
         ErrorKind::Privilege => Failure::Privilege(message),
         ErrorKind::Internal => Failure::Runtime(anyhow::anyhow!(message)),
     }

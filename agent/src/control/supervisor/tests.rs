@@ -202,7 +202,7 @@ async fn a_refused_update_is_followed_by_the_whole_snapshot() {
 #[tokio::test]
 async fn the_first_refusal_is_final_and_says_what_is_missing() {
     for (answer, code) in [
-        ((|_, r| refuse(r, ErrorKind::Taken)) as Answer, 5),
+        ((|_, r| refuse(r, ErrorKind::InUse)) as Answer, 5),
         (|_, r| refuse(r, ErrorKind::Missing), 4),
         (|_, r| refuse(r, ErrorKind::Privilege), 3),
         (|_, r| refuse(r, ErrorKind::Internal), 1),
