@@ -253,7 +253,7 @@ impl Manager {
             Request::Hello { version } if version == skein_ipc::PROTOCOL_VERSION => {
                 let node = self.active.as_ref().map(Active::identity);
                 let pid = std::process::id();
-                return Response::Hello { version, pid, node, takes_seen_handshakes: true };
+                return Response::Hello { version, pid, node, accepts_seen_handshakes: true };
             }
             Request::Hello { version } => Err(SetupError::Invalid(format!(
                 "protocol version {version} is not {}: agent and data plane must be of one release",

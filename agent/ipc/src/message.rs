@@ -77,8 +77,8 @@ pub enum Response {
         node: Option<NodeIdentity>,
         /// True if the data process accepts [`Snapshot::seen_handshakes`]; older releases refuse a
         /// snapshot with this field.
-        #[serde(default)]
-        takes_seen_handshakes: bool,
+        #[serde(default, rename = "takes_seen_handshakes")]
+        accepts_seen_handshakes: bool,
     },
     /// A snapshot or an update is in force in every lane.
     Applied {

@@ -293,7 +293,7 @@ mod tests {
                 version: PROTOCOL_VERSION,
                 pid: 1,
                 node: Some(node),
-                takes_seen_handshakes: false,
+                accepts_seen_handshakes: false,
             };
             write_frame(&mut stream, &answer).unwrap();
             assert!(read_frame::<Request>(&mut stream).unwrap().is_none(), "left alone");
@@ -315,7 +315,7 @@ mod tests {
                 version: PROTOCOL_VERSION,
                 pid: 1,
                 node: None,
-                takes_seen_handshakes: false,
+                accepts_seen_handshakes: false,
             };
             write_frame(&mut stream, &hello).unwrap();
             let asked = read_frame::<Request>(&mut stream).unwrap();

@@ -47,7 +47,7 @@ pub struct Client {
     stream: UnixStream,
     pid: Option<u32>,
     node: Option<NodeIdentity>,
-    takes_seen_handshakes: bool,
+    accepts_seen_handshakes: bool,
 }
 
 impl Client {
@@ -63,12 +63,14 @@ impl Client {
             stream,
             pid: pid.filter(|&pid| pid != 0),
             node: None,
-            takes_seen_handshakes: false,
+            accepts_seen_handshakes: false,
         };
         match client.request(&Request::Hello { version: PROTOCOL_VERSION }).await? {
-            Response::Hello { version: PROTOCOL_VERSION, node, takes_seen_handshakes, .. } => {
+            Response::Hello {
+                version: PROTOCOL_VERSION, node, accepts_seen_handshakes, ..
+            } => {
                 client.node = node;
-                client.takes_seen_handshakes = takes_seen_handshakes;
+                client.accepts_seen_handshakes = accepts_seen_handshakes;
                 Ok(client)
             }
             _ => Err(ClientError::Protocol),
@@ -86,8 +88,8 @@ impl Client {
     }
 
     /// Returns whether the data process accepts and reports the times of handshakes.
-    pub fn takes_seen_handshakes(&self) -> bool {
-        self.takes_seen_handshakes
+    pub fn accepts_seen_handshakes(&self) -> bool {
+        self.accepts_seen_handshakes
     }
 
     /// Asks, and returns the answer; a refusal is an error.

@@ -234,7 +234,7 @@ mod tests {
                             version: PROTOCOL_VERSION,
                             pid: 1,
                             node: None,
-                            takes_seen_handshakes: false,
+                            accepts_seen_handshakes: false,
                         },
                     };
                     // Whoever asked may have gone.

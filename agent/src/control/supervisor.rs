@@ -383,7 +383,7 @@ impl Supervisor {
                         Err(error) => return error.into(),
                     }
                 }
-                _ = handshakes.tick(), if client.takes_seen_handshakes() => {
+                _ = handshakes.tick(), if client.accepts_seen_handshakes() => {
                     match client.seen_handshakes().await {
                         Ok(seen) => self.handshakes.update(seen).await,
                         Err(error) => return error.into(),
@@ -432,7 +432,7 @@ impl Supervisor {
     /// repeat times that its peers have seen, and must know those that it has seen itself.
     fn apply(&mut self, client: &Client, snapshot: &Snapshot) -> Request {
         let not_before = self.clock.floor(wall());
-        let seen_handshakes = match client.takes_seen_handshakes() {
+        let seen_handshakes = match client.accepts_seen_handshakes() {
             true => self.handshakes.seen().clone(),
             false => Default::default(),
         };
@@ -616,7 +616,7 @@ impl Supervisor {
     async fn stop_process(&mut self, mut client: Client) {
         let pid = client.pid().and_then(|pid| Pid::from_raw(pid.cast_signed()));
         let polite = async {
-            if client.takes_seen_handshakes()
+            if client.accepts_seen_handshakes()
                 && let Ok(seen) = client.seen_handshakes().await
             {
                 self.handshakes.update(seen).await;

@@ -24,12 +24,17 @@ struct Fake {
 type Answer = fn(usize, &Request) -> Option<Response>;
 
 fn hello() -> Response {
-    hello_that_takes(false)
+    hello_that_accepts(false)
 }
 
-fn hello_that_takes(takes_seen_handshakes: bool) -> Response {
+fn hello_that_accepts(accepts_seen_handshakes: bool) -> Response {
     let pid = std::process::id();
-    Response::Hello { version: skein_ipc::PROTOCOL_VERSION, pid, node: None, takes_seen_handshakes }
+    Response::Hello {
+        version: skein_ipc::PROTOCOL_VERSION,
+        pid,
+        node: None,
+        accepts_seen_handshakes,
+    }
 }
 
 /// Says yes to everything.
@@ -229,7 +234,7 @@ fn hello_of(name: &str, key: u8) -> Response {
         version: skein_ipc::PROTOCOL_VERSION,
         pid: std::process::id(),
         node: Some(node),
-        takes_seen_handshakes: false,
+        accepts_seen_handshakes: false,
     }
 }
 
@@ -323,7 +328,7 @@ async fn a_later_refusal_leaves_the_agent_running_but_not_ready() {
 #[tokio::test]
 async fn handshake_times_go_to_the_next_data_process() {
     let takes: Answer = |count, request| match request {
-        Request::Hello { .. } => Some(hello_that_takes(true)),
+        Request::Hello { .. } => Some(hello_that_accepts(true)),
         _ => willing(count, request),
     };
     let fake = Fake::start(takes);
