@@ -15,7 +15,7 @@ use rustix::net::{
 };
 use rustix::process::geteuid;
 use skein_cni_protocol::frame::{self, FrameError};
-use skein_cni_protocol::{Answer, Request};
+use skein_cni_protocol::{Request, Response};
 
 /// Asks the agent; each step may take `limit`. The descriptor goes with the first byte.
 pub fn ask(
@@ -23,7 +23,7 @@ pub fn ask(
     request: &Request,
     netns: Option<BorrowedFd<'_>>,
     limit: Duration,
-) -> Result<Answer, FrameError> {
+) -> Result<Response, FrameError> {
     let frame = frame::encode(request)?;
     let mut stream = open(socket, limit)?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];

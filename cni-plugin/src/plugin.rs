@@ -15,7 +15,7 @@ use skein_cni_protocol::excerpt::{excerpt, message};
 use skein_cni_protocol::frame::FrameError;
 use skein_cni_protocol::types::{ErrorCode, Version};
 use skein_cni_protocol::{
-    Add, Answer, Check, Command, Del, Gc, MAX_FRAME, Refusal, Request, VERSION, spool,
+    Add, Check, CniError, Command, Del, Gc, MAX_FRAME, Request, Response, VERSION, spool,
 };
 
 use crate::config::{self, Config};
@@ -142,7 +142,7 @@ fn add(environment: Environment, config: Config) -> Result<Value, Failure> {
     });
     let limit = config.timeout;
     match ask(&config, command, Some(netns.as_fd()), limit) {
-        Ok(Answer::Attached(attached)) => {
+        Ok(Response::Attached(attached)) => {
             result::document(config.version, &attached, &sandbox, &config.dns, config.previous)
         }
         Ok(other) => Err(unexpected(other)),
@@ -158,11 +158,11 @@ fn del(environment: &Environment, config: &Config) -> Result<(), Failure> {
     let command = Command::Del(Del { id: id.clone() });
     let limit = config.timeout.min(DEL_PATIENCE);
     match ask(config, command, None, limit) {
-        Ok(Answer::Done) => Ok(()),
+        Ok(Response::Done) => Ok(()),
         // An agent of another version will be replaced, or has not replaced this plugin yet.
-        Ok(Answer::Refused(refusal)) if refusal.code == ErrorCode::IncompatibleVersion as u32 => {
+        Ok(Response::Refused(refusal)) if refusal.code == ErrorCode::IncompatibleVersion as u32 => {
             spool::put(&config.spool, id)
-                .map_err(|failed| unexpected(Answer::Refused(refusal)).with(failed))
+                .map_err(|failed| unexpected(Response::Refused(refusal)).with(failed))
         }
         Ok(other) => Err(unexpected(other)),
         Err(error) => spool::put(&config.spool, id).map_err(|failed| {
@@ -182,7 +182,7 @@ fn check(environment: &Environment, config: &Config) -> Result<(), Failure> {
     let netns = open_netns(&path, environment.netns_override)?;
     let command = Command::Check(Check { id: environment.id.clone(), ips });
     match ask(config, command, Some(netns.as_fd()), config.timeout) {
-        Ok(Answer::Done) => Ok(()),
+        Ok(Response::Done) => Ok(()),
         Ok(other) => Err(unexpected(other)),
         Err(error) => Err(away(AWAY, config, &error, config.timeout)),
     }
@@ -222,7 +222,7 @@ fn gc(config: Config) -> Result<(), Failure> {
     };
     let command = Command::Gc(Gc { network: config.name.clone(), valid });
     match ask(&config, command, None, config.timeout) {
-        Ok(Answer::Done) => Ok(()),
+        Ok(Response::Done) => Ok(()),
         Ok(other) => Err(unexpected(other)),
         Err(error) => Err(away(AWAY, &config, &error, config.timeout)),
     }
@@ -231,7 +231,7 @@ fn gc(config: Config) -> Result<(), Failure> {
 fn status(config: &Config) -> Result<(), Failure> {
     let limit = config.timeout.min(STATUS_TIMEOUT);
     match ask(config, Command::Status, None, limit) {
-        Ok(Answer::Done) => Ok(()),
+        Ok(Response::Done) => Ok(()),
         Ok(other) => Err(unexpected(other)),
         Err(error) => Err(away(ErrorCode::NotAvailable as u32, config, &error, limit)),
     }
@@ -242,13 +242,13 @@ fn ask(
     command: Command,
     netns: Option<BorrowedFd<'_>>,
     limit: Duration,
-) -> Result<Answer, FrameError> {
+) -> Result<Response, FrameError> {
     client::ask(&config.socket, &Request { protocol: VERSION, command }, netns, limit)
 }
 
-fn unexpected(answer: Answer) -> Failure {
+fn unexpected(answer: Response) -> Failure {
     match answer {
-        Answer::Refused(Refusal { code, msg, details }) => Failure { code, msg, details },
+        Response::Refused(CniError { code, msg, details }) => Failure { code, msg, details },
         other => Failure {
             code: AWAY,
             msg: "the agent's answer makes no sense: is the plugin of its version?".to_owned(),

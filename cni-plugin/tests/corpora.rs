@@ -4,7 +4,7 @@
 
 use skein_cni::config::Config;
 use skein_cni::environment::Environment;
-use skein_cni_protocol::{Answer, AttachmentId, Request};
+use skein_cni_protocol::{AttachmentId, Request, Response};
 
 fn variations(target: &str) -> Vec<Vec<u8>> {
     let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/corpus");
@@ -39,7 +39,7 @@ fn frames() {
     let mut good = 0;
     for data in variations("cni_frames") {
         good += usize::from(skein_cni_protocol::frame::read::<Request>(&mut &data[..]).is_ok());
-        good += usize::from(skein_cni_protocol::frame::read::<Answer>(&mut &data[..]).is_ok());
+        good += usize::from(skein_cni_protocol::frame::read::<Response>(&mut &data[..]).is_ok());
         good += usize::from(serde_json::from_slice::<AttachmentId>(&data).is_ok());
     }
     assert!(good > 10, "{good}");

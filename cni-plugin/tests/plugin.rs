@@ -14,7 +14,8 @@ use std::time::Duration;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde_json::{Value, json};
 use skein_cni_protocol::{
-    Answer, Attached, AttachmentId, Command, Interface, Ip, Refusal, Request, Route, frame, spool,
+    Attached, AttachmentId, CniError, Command, Interface, Ip, Request, Response, Route, frame,
+    spool,
 };
 
 const ALL: [&str; 7] = ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
@@ -70,7 +71,7 @@ impl Lab {
     }
 
     /// Answers one request, and tells what it was.
-    fn agent(&self, answer: Answer) -> JoinHandle<Heard> {
+    fn agent(&self, answer: Response) -> JoinHandle<Heard> {
         let listener = UnixListener::bind(self.socket()).unwrap();
         let socket = self.socket();
         std::thread::spawn(move || {
@@ -175,7 +176,7 @@ fn add_in_every_version() {
     let sandbox = namespace.path();
     for version in ALL {
         let lab = Lab::new();
-        let agent = lab.agent(Answer::Attached(attached()));
+        let agent = lab.agent(Response::Attached(attached()));
         let extra = json!({ "dns": { "nameservers": ["10.96.0.10"] }, "runtimeConfig": { "ips": ["10.1.0.5"] } });
         let output = lab.run("ADD", Some(&sandbox), &lab.configuration(version, extra));
         assert!(output.status.success(), "{version}: {output:?}");
@@ -234,7 +235,7 @@ fn expected(version: &str, sandbox: &Path) -> Value {
 #[test]
 fn what_plugins_before_have_made_stays() {
     let (lab, namespace) = (Lab::new(), Namespace::new());
-    let agent = lab.agent(Answer::Attached(attached()));
+    let agent = lab.agent(Response::Attached(attached()));
     let previous = json!({
         "cniVersion": "1.0.0",
         "interfaces": [{ "name": "other0", "sandbox": "/x", "socketPath": "/y" }],
@@ -262,9 +263,9 @@ fn what_plugins_before_have_made_stays() {
 fn refusals_of_the_agent_are_passed_on() {
     let (lab, namespace) = (Lab::new(), Namespace::new());
     let refusal =
-        Refusal { code: 11, msg: "no free address in 10.1.0.0/24".into(), details: "more".into() };
+        CniError { code: 11, msg: "no free address in 10.1.0.0/24".into(), details: "more".into() };
     for verb in ["ADD", "DEL", "CHECK", "GC", "STATUS"] {
-        let agent = lab.agent(Answer::Refused(refusal.clone()));
+        let agent = lab.agent(Response::Refused(refusal.clone()));
         let extra = json!({
             "cni.dev/valid-attachments": [],
             "prevResult": { "interfaces": [{ "name": "eth0", "sandbox": "/x" }] },
@@ -348,7 +349,7 @@ fn the_nodes_own_namespace_and_things_that_are_none() {
     for nothing in ["/nowhere", "/proc/self/status", "/"] {
         assert_eq!(code(&lab.run("ADD", Some(Path::new(nothing)), &configuration)), 3, "{nothing}");
     }
-    let agent = lab.agent(Answer::Done);
+    let agent = lab.agent(Response::Done);
     let mut command = plugin();
     for (key, value) in [
         ("CNI_COMMAND", "DEL"),
@@ -417,7 +418,7 @@ fn version_about_and_bad_calls() {
 fn check_says_which_addresses_are_meant() {
     let (lab, namespace) = (Lab::new(), Namespace::new());
     let netns = namespace.path();
-    let agent = lab.agent(Answer::Done);
+    let agent = lab.agent(Response::Done);
     let previous = json!({
         "interfaces": [
             { "name": "eth0" }, { "name": "skp0" }, { "name": "eth0", "sandbox": netns },

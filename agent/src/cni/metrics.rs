@@ -5,7 +5,7 @@ use std::time::Duration;
 use prometheus::core::Collector;
 use prometheus::proto::MetricFamily;
 use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, Opts};
-use skein_cni_protocol::{Answer, Command};
+use skein_cni_protocol::{Command, Response};
 
 const VERBS: [&str; 5] = ["add", "del", "check", "gc", "status"];
 /// Upper bounds in seconds: what a kernel alone needs, up to where a runtime gives up.
@@ -24,10 +24,10 @@ impl Outcome {
     const ALL: [Self; 3] = [Self::Done, Self::Refused, Self::Late];
 
     /// Of an answer that was given in time.
-    pub(super) fn of(answer: &Answer) -> Self {
+    pub(super) fn of(answer: &Response) -> Self {
         match answer {
-            Answer::Refused(_) => Self::Refused,
-            Answer::Attached(_) | Answer::Done => Self::Done,
+            Response::Refused(_) => Self::Refused,
+            Response::Attached(_) | Response::Done => Self::Done,
         }
     }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use skein_cni_protocol::frame::FrameError;
 use skein_cni_protocol::types::ErrorCode;
-use skein_cni_protocol::{Answer, Refusal, Request, VERSION};
+use skein_cni_protocol::{CniError, Request, Response, VERSION};
 use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
@@ -35,7 +35,7 @@ pub(super) trait Handler: Send + Sync + 'static {
         &self,
         request: Request,
         netns: Option<OwnedFd>,
-    ) -> impl Future<Output = Answer> + Send;
+    ) -> impl Future<Output = Response> + Send;
 
     /// Is told how a request of that verb went.
     fn note(&self, verb: &'static str, outcome: Outcome, took: Duration);
@@ -101,8 +101,8 @@ async fn talk<H: Handler>(stream: &UnixStream, handler: &H, turns: &Semaphore) -
 }
 
 /// An answer that says no.
-pub(super) fn refusal(code: u32, msg: impl Into<String>) -> Answer {
-    Answer::Refused(Refusal { code, msg: msg.into(), details: String::new() })
+pub(super) fn refusal(code: u32, msg: impl Into<String>) -> Response {
+    Response::Refused(CniError { code, msg: msg.into(), details: String::new() })
 }
 
 #[cfg(test)]
@@ -116,7 +116,7 @@ mod tests {
     struct Hangs(tokio::sync::Notify, std::sync::Mutex<Vec<(&'static str, Outcome, Duration)>>);
 
     impl Handler for Hangs {
-        async fn answer(&self, _request: Request, _netns: Option<OwnedFd>) -> Answer {
+        async fn answer(&self, _request: Request, _netns: Option<OwnedFd>) -> Response {
             self.0.notify_one();
             std::future::pending().await
         }
@@ -137,14 +137,14 @@ mod tests {
         let ask = move || {
             let mut stream = std::os::unix::net::UnixStream::connect(path).unwrap();
             std::io::Write::write_all(&mut stream, &frame::encode(&request).unwrap()).unwrap();
-            frame::read::<Answer>(&mut stream)
+            frame::read::<Response>(&mut stream)
         };
         let asked = tokio::task::spawn_blocking(ask);
         handler.0.notified().await;
         tokio::time::advance(WORK).await;
         let answer = asked.await.unwrap().unwrap();
         assert!(
-            matches!(&answer, Answer::Refused(refusal) if refusal.code == 11 && refusal.msg.contains("25s")),
+            matches!(&answer, Response::Refused(refusal) if refusal.code == 11 && refusal.msg.contains("25s")),
             "{answer:?}"
         );
         assert_eq!(*handler.1.lock().unwrap(), [("status", Outcome::Late, WORK)]);

@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use skein_cni_protocol::names::check_id;
 use skein_cni_protocol::types::ErrorCode;
 use skein_cni_protocol::{
-    Add, Answer, Attached, AttachmentId, Check, Command, Gc, Refusal, Request,
+    Add, Attached, AttachmentId, Check, CniError, Command, Gc, Request, Response,
 };
 use skein_ipam::{IpamError, Lease, Netns, Request as Wanted};
 use skein_netlink::firewall::Firewall;
@@ -265,9 +265,9 @@ impl Service {
     }
 
     /// Whether an ADD could be served now, as STATUS says it.
-    async fn status(&self) -> Result<(), Refusal> {
+    async fn status(&self) -> Result<(), CniError> {
         let refuse = |code: ErrorCode, msg: String| {
-            Err(Refusal { code: code as u32, msg, details: String::new() })
+            Err(CniError { code: code as u32, msg, details: String::new() })
         };
         let reasons = self.readiness.reasons();
         if !reasons.is_empty() {
@@ -413,10 +413,10 @@ impl Service {
         Ok(namespace)
     }
 
-    async fn dispatch(&self, command: Command, netns: Option<OwnedFd>) -> Answer {
-        let done = |result: Result<(), Refusal>| match result {
-            Ok(()) => Answer::Done,
-            Err(refusal) => Answer::Refused(refusal),
+    async fn dispatch(&self, command: Command, netns: Option<OwnedFd>) -> Response {
+        let done = |result: Result<(), CniError>| match result {
+            Ok(()) => Response::Done,
+            Err(refusal) => Response::Refused(refusal),
         };
         // The plugin checks it; but what becomes a key and an alias is checked where it does.
         if let Some(Err(error)) = command.id().map(check_id) {
@@ -424,8 +424,8 @@ impl Service {
         }
         match command {
             Command::Add(add) => match self.add(add, netns).await {
-                Ok(attached) => Answer::Attached(attached),
-                Err(error) => Answer::Refused(refuse(&error)),
+                Ok(attached) => Response::Attached(attached),
+                Err(error) => Response::Refused(refuse(&error)),
             },
             Command::Del(del) => done(self.del(&del.id).await),
             Command::Check(check) => {
@@ -438,10 +438,10 @@ impl Service {
 }
 
 impl Handler for Service {
-    async fn answer(&self, request: Request, netns: Option<OwnedFd>) -> Answer {
+    async fn answer(&self, request: Request, netns: Option<OwnedFd>) -> Response {
         let verb = verb(&request.command);
         let answer = self.dispatch(request.command, netns).await;
-        if let Answer::Refused(refusal) = &answer {
+        if let Response::Refused(refusal) = &answer {
             tracing::warn!(verb, code = refusal.code, "refused: {}", refusal.msg);
         }
         answer
@@ -456,6 +456,6 @@ fn identity(netns: &Netns) -> NamespaceId {
     NamespaceId { device: netns.dev, inode: netns.inode }
 }
 
-pub(super) fn refuse(error: &Error) -> Refusal {
-    Refusal { code: error.code(), msg: error.to_string(), details: String::new() }
+pub(super) fn refuse(error: &Error) -> CniError {
+    CniError { code: error.code(), msg: error.to_string(), details: String::new() }
 }

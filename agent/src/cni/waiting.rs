@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use skein_cni_protocol::spool;
-use skein_cni_protocol::{AttachmentId, Command, Refusal, Request};
+use skein_cni_protocol::{AttachmentId, CniError, Command, Request};
 use skein_ipam::IpamError;
 
 use super::service::{Error, Service, refuse};
@@ -48,7 +48,7 @@ impl Waiting {
 
 impl Service {
     /// See [`Command::Del`].
-    pub(super) async fn del(&self, id: &AttachmentId) -> Result<(), Refusal> {
+    pub(super) async fn del(&self, id: &AttachmentId) -> Result<(), CniError> {
         let _turn = self.locks.lock(id).await;
         match self.detach(id).await {
             // A full disk must not keep a pod from going: its interface is gone, the rest is done later.

@@ -62,7 +62,7 @@ async fn fill(
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use skein_cni_protocol::{Answer, Command, Request, VERSION};
+    use skein_cni_protocol::{Command, Request, Response, VERSION};
     use skein_sys::descriptors::send_with;
     use std::io::Write;
     use std::os::fd::{AsFd, BorrowedFd};
@@ -96,7 +96,7 @@ mod tests {
         let identity = |fd: BorrowedFd<'_>| rustix::fs::fstat(fd).unwrap().st_ino;
         assert_eq!(identity(descriptor.unwrap().as_fd()), identity(file.as_fd()));
         let mut plugin = thread.join().unwrap();
-        reply(&agent, &Answer::Done).await.unwrap();
+        reply(&agent, &Response::Done).await.unwrap();
         let mut answer = [0; 10];
         io::Read::read_exact(&mut plugin, &mut answer).unwrap();
         assert_eq!(&answer, b"\x06\0\0\0\"done\"");

@@ -1,7 +1,7 @@
 #![no_main]
 
 use skein_cni_protocol::frame;
-use skein_cni_protocol::{Answer, AttachmentId, Request};
+use skein_cni_protocol::{Response, AttachmentId, Request};
 
 // What comes over the socket between plugin and agent, and what waits in the spool.
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
@@ -9,9 +9,9 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
         let again = frame::encode(&request).expect("it came in a frame");
         assert!(frame::read::<Request>(&mut &again[..]).is_ok());
     }
-    if let Ok(answer) = frame::read::<Answer>(&mut &data[..]) {
+    if let Ok(answer) = frame::read::<Response>(&mut &data[..]) {
         let again = frame::encode(&answer).expect("it came in a frame");
-        assert!(frame::read::<Answer>(&mut &again[..]).is_ok_and(|again| again == answer));
+        assert!(frame::read::<Response>(&mut &again[..]).is_ok_and(|again| again == answer));
     }
     let _ = serde_json::from_slice::<AttachmentId>(data);
 });

@@ -52,20 +52,20 @@ pub fn read<T: DeserializeOwned>(from: &mut impl Read) -> Result<T, FrameError> 
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::{Answer, Refusal};
+    use crate::{CniError, Response};
 
     #[test]
     fn frames_round_trip_and_bad_ones_are_errors() {
-        let refusal = Refusal { code: 11, msg: "later".into(), details: String::new() };
-        for answer in [Answer::Done, Answer::Refused(refusal)] {
+        let refusal = CniError { code: 11, msg: "later".into(), details: String::new() };
+        for answer in [Response::Done, Response::Refused(refusal)] {
             let frame = encode(&answer).unwrap();
-            assert_eq!(read::<Answer>(&mut &frame[..]).unwrap(), answer);
+            assert_eq!(read::<Response>(&mut &frame[..]).unwrap(), answer);
             for short in 0..frame.len() {
-                assert!(matches!(read::<Answer>(&mut &frame[..short]), Err(FrameError::Io(_))));
+                assert!(matches!(read::<Response>(&mut &frame[..short]), Err(FrameError::Io(_))));
             }
         }
         assert!(matches!(length([0xff; 4]), Err(FrameError::TooLong(_))));
-        assert!(matches!(read::<Answer>(&mut &b"\x02\0\0\0{}"[..]), Err(FrameError::Json(_))));
+        assert!(matches!(read::<Response>(&mut &b"\x02\0\0\0{}"[..]), Err(FrameError::Json(_))));
         assert!(matches!(encode(&"x".repeat(MAX_FRAME)), Err(FrameError::TooLong(_))));
     }
 }

@@ -144,13 +144,13 @@ pub struct Pod {
 /// An answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Answer {
+pub enum Response {
     /// To an ADD.
     Attached(Attached),
     /// To anything else that was done.
     Done,
     /// It was not done.
-    Refused(Refusal),
+    Refused(CniError),
 }
 
 /// What an ADD has made.
@@ -198,7 +198,7 @@ pub struct Route {
 
 /// Why something was not done: an error of the CNI specification.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Refusal {
+pub struct CniError {
     /// As in [`crate::types::ErrorCode`], or 100 and above for Skein's own.
     pub code: u32,
     /// One line.
