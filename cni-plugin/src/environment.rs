@@ -11,7 +11,7 @@ use crate::types::Failure;
 
 /// What is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verb {
+pub enum Operation {
     /// Attach.
     Add,
     /// Detach.
@@ -26,12 +26,12 @@ pub enum Verb {
     Version,
 }
 
-/// The variables, checked for the verb.
+/// The variables, checked for the operation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Environment {
     /// `CNI_COMMAND`.
-    pub verb: Verb,
-    /// `CNI_CONTAINERID` and `CNI_IFNAME`; empty where the verb has none.
+    pub operation: Operation,
+    /// `CNI_CONTAINERID` and `CNI_IFNAME`; empty where the operation has none.
     pub id: AttachmentId,
     /// `CNI_NETNS`.
     pub netns: Option<PathBuf>,
@@ -46,14 +46,14 @@ impl Environment {
     pub fn read(get: impl Fn(&str) -> Option<String>) -> Result<Option<Self>, Failure> {
         let given = |name: &str| get(name).filter(|value| !value.is_empty());
         let Some(command) = given("CNI_COMMAND") else { return Ok(None) };
-        let (verb, needed): (_, &[&str]) = match command.as_str() {
+        let (operation, needed): (_, &[&str]) = match command.as_str() {
             // The specification requires CNI_PATH for GC only.
-            "ADD" => (Verb::Add, &["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"]),
-            "CHECK" => (Verb::Check, &["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"]),
-            "DEL" => (Verb::Del, &["CNI_CONTAINERID", "CNI_IFNAME"]),
-            "GC" => (Verb::Gc, &["CNI_PATH"]),
-            "STATUS" => (Verb::Status, &[]),
-            "VERSION" => (Verb::Version, &[]),
+            "ADD" => (Operation::Add, &["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"]),
+            "CHECK" => (Operation::Check, &["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"]),
+            "DEL" => (Operation::Del, &["CNI_CONTAINERID", "CNI_IFNAME"]),
+            "GC" => (Operation::Gc, &["CNI_PATH"]),
+            "STATUS" => (Operation::Status, &[]),
+            "VERSION" => (Operation::Version, &[]),
             other => {
                 let other = excerpt(other);
                 return Err(environment(format!(
@@ -73,13 +73,13 @@ impl Environment {
         if needed.contains(&"CNI_CONTAINERID") {
             check_id(&id)?;
         }
-        let pod = match verb {
+        let pod = match operation {
             // A deletion does not fail by what it does not need.
-            Verb::Add | Verb::Check => arguments(&given("CNI_ARGS").unwrap_or_default())?,
+            Operation::Add | Operation::Check => arguments(&given("CNI_ARGS").unwrap_or_default())?,
             _ => None,
         };
         Ok(Some(Self {
-            verb,
+            operation,
             id,
             netns: given("CNI_NETNS").map(PathBuf::from),
             netns_override: matches!(
@@ -168,10 +168,10 @@ mod tests {
             [("CNI_CONTAINERID", ""), ("CNI_NETNS", ""), ("CNI_IFNAME", ""), ("CNI_PATH", "")];
         let add = refused(&all);
         assert_eq!(add, "required: CNI_CONTAINERID, CNI_NETNS, CNI_IFNAME");
-        let with = |verb| [&all[..], &[("CNI_COMMAND", verb)]].concat();
+        let with = |operation| [&all[..], &[("CNI_COMMAND", operation)]].concat();
         assert_eq!(refused(&with("DEL")), "required: CNI_CONTAINERID, CNI_IFNAME");
         assert_eq!(refused(&with("GC")), "required: CNI_PATH");
-        assert_eq!(read(&with("VERSION")).unwrap().unwrap().verb, Verb::Version);
+        assert_eq!(read(&with("VERSION")).unwrap().unwrap().operation, Operation::Version);
         assert!(refused(&[("CNI_COMMAND", "FROB")]).contains("FROB"));
         let without = read(&[("CNI_COMMAND", "DEL"), ("CNI_NETNS", "")]).unwrap().unwrap();
         assert_eq!(without.netns, None);
@@ -179,9 +179,9 @@ mod tests {
 
     #[test]
     fn cni_path_is_required_for_gc_only() {
-        for verb in ["ADD", "DEL", "CHECK", "STATUS", "VERSION"] {
-            let environment = read(&[("CNI_COMMAND", verb), ("CNI_PATH", "")]);
-            assert!(environment.is_ok(), "{verb} fails without CNI_PATH: {environment:?}");
+        for operation in ["ADD", "DEL", "CHECK", "STATUS", "VERSION"] {
+            let environment = read(&[("CNI_COMMAND", operation), ("CNI_PATH", "")]);
+            assert!(environment.is_ok(), "{operation} fails without CNI_PATH: {environment:?}");
         }
         assert_eq!(refused(&[("CNI_COMMAND", "GC"), ("CNI_PATH", "")]), "required: CNI_PATH");
     }

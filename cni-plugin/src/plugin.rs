@@ -19,7 +19,7 @@ use skein_cni_protocol::{
 };
 
 use crate::config::{self, Config};
-use crate::environment::{Environment, Verb};
+use crate::environment::{Environment, Operation};
 use crate::types::Failure;
 use crate::{client, result};
 
@@ -55,7 +55,7 @@ pub fn main() -> ExitCode {
             return say(Err(failure), config::version(&input).unwrap_or(Version::NEWEST));
         }
     };
-    if environment.verb == Verb::Version {
+    if environment.operation == Operation::Version {
         let _ = read(&mut input);
         return say(Ok(Some(versions())), Version::NEWEST);
     }
@@ -70,8 +70,8 @@ pub fn main() -> ExitCode {
             return say(Err(failure.with(error)), Version::NEWEST);
         }
     };
-    let parsed = match environment.verb {
-        Verb::Del => Config::parse_for_del(&input),
+    let parsed = match environment.operation {
+        Operation::Del => Config::parse_for_del(&input),
         _ => Config::parse(&input),
     };
     let outcome = parsed.and_then(|config| run(environment, config));
@@ -106,24 +106,24 @@ fn versions() -> Value {
 }
 
 fn run(environment: Environment, config: Config) -> Result<Option<Value>, Failure> {
-    let needs = match environment.verb {
-        Verb::Check => Version::V0_4_0,
-        Verb::Gc | Verb::Status => Version::V1_1_0,
-        Verb::Add | Verb::Del | Verb::Version => Version::ALL[0],
+    let needs = match environment.operation {
+        Operation::Check => Version::V0_4_0,
+        Operation::Gc | Operation::Status => Version::V1_1_0,
+        Operation::Add | Operation::Del | Operation::Version => Version::ALL[0],
     };
     if config.version < needs {
         return Err(Failure::new(
             ErrorCode::IncompatibleVersion,
-            format!("{:?} needs cniVersion {} or later", environment.verb, needs.name()),
+            format!("{:?} needs cniVersion {} or later", environment.operation, needs.name()),
         ));
     }
-    match environment.verb {
-        Verb::Add => add(environment, config).map(Some),
-        Verb::Del => del(&environment, &config).map(|()| None),
-        Verb::Check => check(&environment, &config).map(|()| None),
-        Verb::Gc => gc(config).map(|()| None),
-        Verb::Status => status(&config).map(|()| None),
-        Verb::Version => Ok(Some(versions())),
+    match environment.operation {
+        Operation::Add => add(environment, config).map(Some),
+        Operation::Del => del(&environment, &config).map(|()| None),
+        Operation::Check => check(&environment, &config).map(|()| None),
+        Operation::Gc => gc(config).map(|()| None),
+        Operation::Status => status(&config).map(|()| None),
+        Operation::Version => Ok(Some(versions())),
     }
 }
 
