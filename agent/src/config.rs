@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
-use skein_cni_protocol::excerpt::{excerpt, message};
+use skein_cni_protocol::excerpt::{excerpt, message_excerpt};
 use skein_ipc::{CipherChoice, OffloadSettings, UnderlaySettings};
 use skein_netlink::interface::ALIAS_PREFIX;
 
@@ -282,7 +282,7 @@ pub struct Invalid(String);
 impl fmt::Display for Invalid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // A value of the configuration may be of any length.
-        f.write_str(&message(&self.0))
+        f.write_str(&message_excerpt(&self.0))
     }
 }
 
@@ -292,10 +292,10 @@ impl std::error::Error for Invalid {}
 pub fn toml_error(text: &str, error: &toml::de::Error) -> String {
     let before = error.span().and_then(|span| text.get(..span.start));
     let Some(number) = before.map(|before| before.matches('\n').count()) else {
-        return message(error.message()).into_owned();
+        return message_excerpt(error.message()).into_owned();
     };
     let line = excerpt(text.lines().nth(number).unwrap_or_default().trim());
-    format!("line {} ({line}): {}", number + 1, message(error.message()))
+    format!("line {} ({line}): {}", number + 1, message_excerpt(error.message()))
 }
 
 /// Whether `name` can be the name of a node.

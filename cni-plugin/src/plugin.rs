@@ -11,7 +11,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde_json::{Value, json};
 use skein_cni_protocol::address::canonical_net;
-use skein_cni_protocol::excerpt::{excerpt, message};
+use skein_cni_protocol::excerpt::{excerpt, message_excerpt};
 use skein_cni_protocol::frame::FrameError;
 use skein_cni_protocol::types::{ErrorCode, Version};
 use skein_cni_protocol::{
@@ -252,7 +252,7 @@ fn unexpected(answer: Response) -> Failure {
         other => Failure {
             code: AWAY,
             msg: "the agent's answer makes no sense: is the plugin of its version?".to_owned(),
-            details: message(&format!("{other:?}")).into_owned(),
+            details: message_excerpt(&format!("{other:?}")).into_owned(),
         },
     }
 }
@@ -270,7 +270,7 @@ fn away(code: u32, config: &Config, error: &FrameError, limit: Duration) -> Fail
             format!("the Skein agent does not answer on {socket}: is it running on this node?")
         }
     };
-    Failure { code, msg, details: message(&error.to_string()).into_owned() }
+    Failure { code, msg, details: message_excerpt(&error.to_string()).into_owned() }
 }
 
 fn open_netns(path: &Path, own_is_meant: bool) -> Result<File, Failure> {

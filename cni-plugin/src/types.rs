@@ -1,7 +1,7 @@
 //! Documents of the CNI specification 1.1.0 that only the plugin reads and writes.
 
 use serde::{Deserialize, Serialize};
-use skein_cni_protocol::excerpt::message;
+use skein_cni_protocol::excerpt::message_excerpt;
 use skein_cni_protocol::names::NameError;
 use skein_cni_protocol::types::ErrorCode;
 
@@ -49,7 +49,7 @@ impl Failure {
     /// With details, of which a bounded part is kept.
     #[must_use]
     pub fn with(self, details: impl ToString) -> Self {
-        Self { details: message(&details.to_string()).into_owned(), ..self }
+        Self { details: message_excerpt(&details.to_string()).into_owned(), ..self }
     }
 }
 

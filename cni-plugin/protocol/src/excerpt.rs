@@ -16,17 +16,17 @@ const MAX_MESSAGE: usize = 1000;
 /// assert!(excerpt(&"x".repeat(1_000_000)).len() < 300);
 /// ```
 pub fn excerpt(text: &str) -> Cow<'_, str> {
-    shortened(text, MAX_EXCERPT)
+    truncated(text, MAX_EXCERPT)
 }
 
 /// Returns a message of a parser or of another program, at most 1,000 bytes of it and the length of
 /// the rest: parsers quote their input.
-pub fn message(text: &str) -> Cow<'_, str> {
-    shortened(text, MAX_MESSAGE)
+pub fn message_excerpt(text: &str) -> Cow<'_, str> {
+    truncated(text, MAX_MESSAGE)
 }
 
 /// Returns at most `max` bytes of a text, cut between two characters, and the length of the rest.
-pub fn shortened(text: &str, max: usize) -> Cow<'_, str> {
+pub fn truncated(text: &str, max: usize) -> Cow<'_, str> {
     if text.len() <= max {
         return Cow::Borrowed(text);
     }
@@ -44,7 +44,7 @@ mod tests {
     proptest! {
         #[test]
         fn excerpt_is_bounded_and_begins_as_the_text(text in "\\PC{0,400}", max in 0_usize..300) {
-            let short = shortened(&text, max);
+            let short = truncated(&text, max);
             prop_assert!(short.len() <= max + 40);
             match short.split_once('…').filter(|_| text.len() > max) {
                 Some((begin, _)) => prop_assert!(text.starts_with(begin)),

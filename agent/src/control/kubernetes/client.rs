@@ -10,7 +10,7 @@ use kube::{Client, Config};
 use prometheus::core::Collector;
 use prometheus::proto::MetricFamily;
 use prometheus::{IntCounterVec, Opts};
-use skein_cni_protocol::excerpt::message;
+use skein_cni_protocol::excerpt::message_excerpt;
 use tower::timeout::TimeoutLayer;
 use tower::util::MapRequestLayer;
 
@@ -108,7 +108,7 @@ pub(super) fn describe(error: &kube::Error) -> String {
             "the cluster does not know the resource SkeinNode (skein-agent crd | kubectl apply -f -)"
                 .to_owned()
         }
-        kube::Error::Api(status) => message(&status.message).into_owned(),
+        kube::Error::Api(status) => message_excerpt(&status.message).into_owned(),
         // Its sources say more than itself.
         other => {
             let mut text = other.to_string();
@@ -120,7 +120,7 @@ pub(super) fn describe(error: &kube::Error) -> String {
                 }
                 source = error.source();
             }
-            message(&text).into_owned()
+            message_excerpt(&text).into_owned()
         }
     }
 }

@@ -10,7 +10,7 @@ use k8s_openapi::api::core::v1::Node;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::runtime::{WatchStreamExt, reflector};
 use kube::{Api, Client, ResourceExt};
-use skein_cni_protocol::excerpt::message;
+use skein_cni_protocol::excerpt::message_excerpt;
 use skein_ipc::keys::PublicKeys;
 use skein_netlink::Netlink;
 use tokio::sync::watch;
@@ -262,7 +262,7 @@ fn failure(error: &watcher::Error) -> String {
         watcher::Error::InitialListFailed(error)
         | watcher::Error::WatchStartFailed(error)
         | watcher::Error::WatchFailed(error) => describe(error),
-        watcher::Error::WatchError(status) => message(&status.message).into_owned(),
+        watcher::Error::WatchError(status) => message_excerpt(&status.message).into_owned(),
         watcher::Error::NoResourceVersion => error.to_string(),
     }
 }

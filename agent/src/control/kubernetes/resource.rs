@@ -6,7 +6,7 @@
 use kube::{CustomResource, CustomResourceExt};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use skein_cni_protocol::excerpt::message;
+use skein_cni_protocol::excerpt::message_excerpt;
 use skein_ipc::{Capability, CapabilityState};
 
 use super::super::records::{NodeRecord, RecordError};
@@ -177,7 +177,7 @@ impl SkeinNodeSpec {
 impl From<&Capability> for CapabilityStatus {
     fn from(capability: &Capability) -> Self {
         let Capability { name, state, reason } = capability;
-        let reason = reason.as_deref().map(|reason| message(reason).into_owned());
+        let reason = reason.as_deref().map(|reason| message_excerpt(reason).into_owned());
         Self { name: name.clone(), state: state.to_string(), reason }
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
-use skein_cni_protocol::excerpt::message;
+use skein_cni_protocol::excerpt::message_excerpt;
 
 use super::former::{FormerPrefixes, overlay_prefixes, owners};
 use super::hosts;
@@ -56,7 +56,7 @@ impl Stored {
         let bytes = std::fs::read(&store).ok()?;
         let stored = serde_json::from_slice::<Self>(&bytes).inspect_err(|error| {
             let error = error.to_string();
-            let error = message(&error);
+            let error = message_excerpt(&error);
             tracing::warn!(path = %store.display(), %error, "the kept records are unreadable");
         });
         let mut stored = stored.ok()?;
