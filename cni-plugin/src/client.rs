@@ -18,7 +18,7 @@ use skein_cni_protocol::frame::{self, FrameError};
 use skein_cni_protocol::{Request, Response};
 
 /// Asks the agent; each step may take `limit`. The descriptor goes with the first byte.
-pub fn ask(
+pub fn send_request(
     socket: &Path,
     request: &Request,
     netns: Option<BorrowedFd<'_>>,

@@ -33,9 +33,9 @@ pub struct Config {
     /// Addresses that were asked for.
     pub ips: Vec<IpAddr>,
     /// The result of the plugins before this one, or of this one's ADD.
-    pub previous: Option<Value>,
+    pub prev_result: Option<Value>,
     /// Attachments that the runtime still has; `None` where it does not say.
-    pub valid: Option<Vec<AttachmentId>>,
+    pub valid_attachments: Option<Vec<AttachmentId>>,
 }
 
 #[derive(Deserialize)]
@@ -56,7 +56,7 @@ struct Document {
     #[serde(default)]
     prev_result: Option<Value>,
     /// Absent is nothing; null is how an empty list of Go's comes.
-    #[serde(default, rename = "cni.dev/valid-attachments", deserialize_with = "given")]
+    #[serde(default, rename = "cni.dev/valid-attachments", deserialize_with = "null_as_empty")]
     valid_attachments: Option<Vec<ValidAttachment>>,
 }
 
@@ -73,7 +73,7 @@ struct ValidAttachment {
     ifname: String,
 }
 
-fn given<'de, D: serde::Deserializer<'de>>(
+fn null_as_empty<'de, D: serde::Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Option<Vec<ValidAttachment>>, D::Error> {
     Ok(Some(Option::deserialize(deserializer)?.unwrap_or_default()))
@@ -82,14 +82,15 @@ fn given<'de, D: serde::Deserializer<'de>>(
 /// The version alone: errors are said in it.
 pub fn version(text: &[u8]) -> Result<Version, Failure> {
     let value: Value = serde_json::from_slice(text).map_err(|error| {
-        Failure::new(ErrorCode::Decoding, "the network configuration is not JSON").with(error)
+        Failure::new(ErrorCode::Decoding, "the network configuration is not JSON")
+            .with_details(error)
     })?;
     if !value.is_object() {
         return Err(Failure::new(ErrorCode::Decoding, "the network configuration is no object"));
     }
     match value.get("cniVersion") {
-        None | Some(Value::Null) => Ok(Version::UNSAID),
-        Some(Value::String(text)) if text.is_empty() => Ok(Version::UNSAID),
+        None | Some(Value::Null) => Ok(Version::DEFAULT),
+        Some(Value::String(text)) if text.is_empty() => Ok(Version::DEFAULT),
         Some(Value::String(text)) => Version::parse(text).ok_or_else(|| {
             Failure::new(
                 ErrorCode::IncompatibleVersion,
@@ -109,11 +110,12 @@ pub fn version(text: &[u8]) -> Result<Version, Failure> {
 }
 
 fn decode<T: serde::de::DeserializeOwned>(text: &[u8]) -> Result<T, Failure> {
-    serde_json::from_slice(text).map_err(senseless)
+    serde_json::from_slice(text).map_err(undecodable)
 }
 
-fn senseless(error: serde_json::Error) -> Failure {
-    Failure::new(ErrorCode::Decoding, "the network configuration makes no sense").with(error)
+fn undecodable(error: serde_json::Error) -> Failure {
+    Failure::new(ErrorCode::Decoding, "the network configuration makes no sense")
+        .with_details(error)
 }
 
 impl Config {
@@ -132,7 +134,7 @@ impl Config {
             "timeoutSeconds" => matches!(value.as_u64(), Some(1..=65_535)),
             _ => false,
         });
-        let document = serde_json::from_value(Value::Object(document)).map_err(senseless)?;
+        let document = serde_json::from_value(Value::Object(document)).map_err(undecodable)?;
         Self::check(version, document)
     }
 
@@ -166,8 +168,8 @@ impl Config {
             timeout: Duration::from_secs(timeout.into()),
             dns: document.dns.unwrap_or_default(),
             ips: ips.collect::<Result<_, _>>()?,
-            previous: document.prev_result.filter(|previous| !previous.is_null()),
-            valid,
+            prev_result: document.prev_result.filter(|previous| !previous.is_null()),
+            valid_attachments: valid,
         })
     }
 }
@@ -200,7 +202,7 @@ mod tests {
         let config = parse(json!({ "name": "skein", "type": "skein-cni" })).unwrap();
         assert_eq!(config.version.name(), "0.2.0");
         assert_eq!(config.socket, PathBuf::from(DEFAULT_SOCKET));
-        assert_eq!((config.valid, config.previous), (None, None));
+        assert_eq!((config.valid_attachments, config.prev_result), (None, None));
         let config = parse(json!({
             "cniVersion": "1.1.0", "name": "skein", "type": "skein-cni", "ipam": {}, "extra": [1],
             "socket": "/s", "spool": "/p", "timeoutSeconds": 5, "dns": { "nameservers": ["10.0.0.10"] },
@@ -211,8 +213,8 @@ mod tests {
         let config = config.unwrap();
         assert_eq!(config.ips, ["10.1.0.5".parse::<IpAddr>().unwrap(), "fd00::5".parse().unwrap()]);
         assert_eq!(config.timeout, Duration::from_secs(5));
-        assert_eq!(config.valid.unwrap()[0].container_id, "c");
-        assert_eq!(config.previous, None);
+        assert_eq!(config.valid_attachments.unwrap()[0].container_id, "c");
+        assert_eq!(config.prev_result, None);
         assert_eq!(config.dns.nameservers, ["10.0.0.10"]);
     }
 

@@ -24,9 +24,9 @@ use crate::types::Failure;
 use crate::{client, result};
 
 /// The agent cannot be asked.
-const AWAY: u32 = 101;
+const AGENT_UNAVAILABLE: u32 = 101;
 /// How long a DEL waits for the agent before it is kept for later: kubelet has other pods to delete.
-const DEL_PATIENCE: Duration = Duration::from_secs(10);
+const DEL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum time that STATUS waits for the agent. Runtimes call STATUS while kubelet waits for their
 /// state, and kubelet stops synchronising pods if it gets no state for 30 s.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
@@ -52,22 +52,22 @@ pub fn main() -> ExitCode {
         Err(failure) => {
             // In the version of the configuration, where that can be told.
             let _ = read(&mut input);
-            return say(Err(failure), config::version(&input).unwrap_or(Version::NEWEST));
+            return print_outcome(Err(failure), config::version(&input).unwrap_or(Version::NEWEST));
         }
     };
     if environment.operation == Operation::Version {
         let _ = read(&mut input);
-        return say(Ok(Some(versions())), Version::NEWEST);
+        return print_outcome(Ok(Some(versions())), Version::NEWEST);
     }
     let version = match read(&mut input) {
         Ok(length) if length > MAX_FRAME => {
             let msg = format!("the network configuration is longer than {MAX_FRAME} bytes");
-            return say(Err(Failure::new(ErrorCode::Io, msg)), Version::NEWEST);
+            return print_outcome(Err(Failure::new(ErrorCode::Io, msg)), Version::NEWEST);
         }
         Ok(_) => config::version(&input),
         Err(error) => {
             let failure = Failure::new(ErrorCode::Io, "cannot read the network configuration");
-            return say(Err(failure.with(error)), Version::NEWEST);
+            return print_outcome(Err(failure.with_details(error)), Version::NEWEST);
         }
     };
     let parsed = match environment.operation {
@@ -75,11 +75,11 @@ pub fn main() -> ExitCode {
         _ => Config::parse(&input),
     };
     let outcome = parsed.and_then(|config| run(environment, config));
-    say(outcome, version.unwrap_or(Version::NEWEST))
+    print_outcome(outcome, version.unwrap_or(Version::NEWEST))
 }
 
 /// Prints a result or an error document on standard output.
-fn say(outcome: Result<Option<Value>, Failure>, version: Version) -> ExitCode {
+fn print_outcome(outcome: Result<Option<Value>, Failure>, version: Version) -> ExitCode {
     let (document, code) = match outcome {
         Ok(None) => return ExitCode::SUCCESS,
         Ok(Some(document)) => (document, ExitCode::SUCCESS),
@@ -129,7 +129,7 @@ fn run(environment: Environment, config: Config) -> Result<Option<Value>, Failur
 
 fn add(environment: Environment, config: Config) -> Result<Value, Failure> {
     // Before anything is made that would have to be undone.
-    result::check_previous(config.previous.as_ref())?;
+    result::check_previous(config.prev_result.as_ref())?;
     let path = environment.netns.clone().unwrap_or_default();
     let netns = open_netns(&path, environment.netns_override)?;
     let sandbox = path.to_string_lossy().into_owned();
@@ -141,50 +141,52 @@ fn add(environment: Environment, config: Config) -> Result<Value, Failure> {
         ips: config.ips.clone(),
     });
     let limit = config.timeout;
-    match ask(&config, command, Some(netns.as_fd()), limit) {
+    match send_request(&config, command, Some(netns.as_fd()), limit) {
         Ok(Response::Attached(attached)) => {
-            result::document(config.version, &attached, &sandbox, &config.dns, config.previous)
+            result::document(config.version, &attached, &sandbox, &config.dns, config.prev_result)
         }
         Ok(other) => Err(unexpected(other)),
-        Err(error) => Err(away(ErrorCode::TryAgainLater as u32, &config, &error, limit)),
+        Err(error) => {
+            Err(agent_unavailable(ErrorCode::TryAgainLater as u32, &config, &error, limit))
+        }
     }
 }
 
 fn del(environment: &Environment, config: &Config) -> Result<(), Failure> {
     let id = &environment.id;
     if let Some(path) = &environment.netns {
-        check_own(path, environment.netns_override)?;
+        refuse_own_namespace(path, environment.netns_override)?;
     }
     let command = Command::Del(Del { id: id.clone() });
-    let limit = config.timeout.min(DEL_PATIENCE);
-    match ask(config, command, None, limit) {
+    let limit = config.timeout.min(DEL_TIMEOUT);
+    match send_request(config, command, None, limit) {
         Ok(Response::Done) => Ok(()),
         // An agent of another version will be replaced, or has not replaced this plugin yet.
         Ok(Response::Refused(refusal)) if refusal.code == ErrorCode::IncompatibleVersion as u32 => {
             spool::put(&config.spool, id)
-                .map_err(|failed| unexpected(Response::Refused(refusal)).with(failed))
+                .map_err(|failed| unexpected(Response::Refused(refusal)).with_details(failed))
         }
         Ok(other) => Err(unexpected(other)),
         Err(error) => spool::put(&config.spool, id).map_err(|failed| {
             let spool = config.spool.display();
-            away(AWAY, config, &error, limit)
-                .with(format!("the deletion cannot be kept in {spool} either: {failed}"))
+            agent_unavailable(AGENT_UNAVAILABLE, config, &error, limit)
+                .with_details(format!("the deletion cannot be kept in {spool} either: {failed}"))
         }),
     }
 }
 
 fn check(environment: &Environment, config: &Config) -> Result<(), Failure> {
-    let Some(previous) = &config.previous else {
+    let Some(previous) = &config.prev_result else {
         return Err(Failure::new(ErrorCode::InvalidNetworkConfig, "CHECK needs prevResult"));
     };
     let ips = own_addresses(previous, &environment.id.ifname)?;
     let path = environment.netns.clone().unwrap_or_default();
     let netns = open_netns(&path, environment.netns_override)?;
     let command = Command::Check(Check { id: environment.id.clone(), ips });
-    match ask(config, command, Some(netns.as_fd()), config.timeout) {
+    match send_request(config, command, Some(netns.as_fd()), config.timeout) {
         Ok(Response::Done) => Ok(()),
         Ok(other) => Err(unexpected(other)),
-        Err(error) => Err(away(AWAY, config, &error, config.timeout)),
+        Err(error) => Err(agent_unavailable(AGENT_UNAVAILABLE, config, &error, config.timeout)),
     }
 }
 
@@ -213,7 +215,7 @@ fn own_addresses(previous: &Value, ifname: &str) -> Result<Vec<IpNet>, Failure> 
 }
 
 fn gc(config: Config) -> Result<(), Failure> {
-    let Some(valid) = config.valid.clone() else {
+    let Some(valid) = config.valid_attachments.clone() else {
         // Not the same as an empty list, which would make everything garbage.
         return Err(Failure::new(
             ErrorCode::InvalidNetworkConfig,
@@ -221,36 +223,36 @@ fn gc(config: Config) -> Result<(), Failure> {
         ));
     };
     let command = Command::Gc(Gc { network: config.name.clone(), valid });
-    match ask(&config, command, None, config.timeout) {
+    match send_request(&config, command, None, config.timeout) {
         Ok(Response::Done) => Ok(()),
         Ok(other) => Err(unexpected(other)),
-        Err(error) => Err(away(AWAY, &config, &error, config.timeout)),
+        Err(error) => Err(agent_unavailable(AGENT_UNAVAILABLE, &config, &error, config.timeout)),
     }
 }
 
 fn status(config: &Config) -> Result<(), Failure> {
     let limit = config.timeout.min(STATUS_TIMEOUT);
-    match ask(config, Command::Status, None, limit) {
+    match send_request(config, Command::Status, None, limit) {
         Ok(Response::Done) => Ok(()),
         Ok(other) => Err(unexpected(other)),
-        Err(error) => Err(away(ErrorCode::NotAvailable as u32, config, &error, limit)),
+        Err(error) => Err(agent_unavailable(ErrorCode::NotAvailable as u32, config, &error, limit)),
     }
 }
 
-fn ask(
+fn send_request(
     config: &Config,
     command: Command,
     netns: Option<BorrowedFd<'_>>,
     limit: Duration,
 ) -> Result<Response, FrameError> {
-    client::ask(&config.socket, &Request { protocol: VERSION, command }, netns, limit)
+    client::send_request(&config.socket, &Request { protocol: VERSION, command }, netns, limit)
 }
 
 fn unexpected(answer: Response) -> Failure {
     match answer {
         Response::Refused(CniError { code, msg, details }) => Failure { code, msg, details },
         other => Failure {
-            code: AWAY,
+            code: AGENT_UNAVAILABLE,
             msg: "the agent's answer makes no sense: is the plugin of its version?".to_owned(),
             details: message_excerpt(&format!("{other:?}")).into_owned(),
         },
@@ -258,7 +260,7 @@ fn unexpected(answer: Response) -> Failure {
 }
 
 /// Returns the failure of a request without an answer within `limit`.
-fn away(code: u32, config: &Config, error: &FrameError, limit: Duration) -> Failure {
+fn agent_unavailable(code: u32, config: &Config, error: &FrameError, limit: Duration) -> Failure {
     let (socket, seconds) = (config.socket.display(), limit.as_secs());
     // A socket's timeout (SO_RCVTIMEO, SO_SNDTIMEO) is EAGAIN, which is WouldBlock.
     let late = matches!(error, FrameError::Io(error) if error.kind() == io::ErrorKind::WouldBlock);
@@ -273,11 +275,11 @@ fn away(code: u32, config: &Config, error: &FrameError, limit: Duration) -> Fail
     Failure { code, msg, details: message_excerpt(&error.to_string()).into_owned() }
 }
 
-fn open_netns(path: &Path, own_is_meant: bool) -> Result<File, Failure> {
+fn open_netns(path: &Path, allow_own: bool) -> Result<File, Failure> {
     let shown = path.display();
     let failed = |error: io::Error| {
         Failure::new(ErrorCode::UnknownContainer, format!("cannot open CNI_NETNS {shown}"))
-            .with(error)
+            .with_details(error)
     };
     let file = File::open(path).map_err(failed)?;
     let kind = rustix::fs::fstatfs(&file).map_err(|error| failed(error.into()))?;
@@ -285,18 +287,18 @@ fn open_netns(path: &Path, own_is_meant: bool) -> Result<File, Failure> {
         let msg = format!("CNI_NETNS {shown} is no network namespace");
         return Err(Failure::new(ErrorCode::UnknownContainer, msg));
     }
-    check_own(path, own_is_meant)?;
+    refuse_own_namespace(path, allow_own)?;
     Ok(file)
 }
 
 /// The plugin's own namespace is the node's: a pod in it would take the node's interfaces with it.
-fn check_own(path: &Path, own_is_meant: bool) -> Result<(), Failure> {
+fn refuse_own_namespace(path: &Path, allow_own: bool) -> Result<(), Failure> {
     let identity = |path: &Path| {
         let found = std::fs::metadata(path).ok()?;
         Some((found.dev(), found.ino()))
     };
     let own = identity(Path::new("/proc/self/ns/net"));
-    if own_is_meant || own.is_none() || identity(path) != own {
+    if allow_own || own.is_none() || identity(path) != own {
         return Ok(());
     }
     Err(Failure::new(

@@ -48,7 +48,7 @@ impl Failure {
 
     /// With details, of which a bounded part is kept.
     #[must_use]
-    pub fn with(self, details: impl ToString) -> Self {
+    pub fn with_details(self, details: impl ToString) -> Self {
         Self { details: message_excerpt(&details.to_string()).into_owned(), ..self }
     }
 }

@@ -55,7 +55,7 @@ struct Lab {
     directory: tempfile::TempDir,
 }
 
-type Heard = (Request, Option<OwnedFd>);
+type Received = (Request, Option<OwnedFd>);
 
 impl Lab {
     fn new() -> Self {
@@ -71,15 +71,15 @@ impl Lab {
     }
 
     /// Answers one request, and tells what it was.
-    fn agent(&self, answer: Response) -> JoinHandle<Heard> {
+    fn agent(&self, answer: Response) -> JoinHandle<Received> {
         let listener = UnixListener::bind(self.socket()).unwrap();
         let socket = self.socket();
         std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
-            let heard = hear(&mut stream);
+            let received = receive_request(&mut stream);
             stream.write_all(&frame::encode(&answer).unwrap()).unwrap();
             std::fs::remove_file(socket).unwrap();
-            heard
+            received
         })
     }
 
@@ -98,7 +98,7 @@ impl Lab {
         command.env("CNI_CONTAINERID", "c1").env("CNI_IFNAME", "eth0");
         command.env("CNI_ARGS", "IgnoreUnknown=1;K8S_POD_NAMESPACE=ns;K8S_POD_NAME=web");
         command.envs(netns.map(|path| ("CNI_NETNS", path)));
-        feed(command, input.to_string().as_bytes())
+        run_with_input(command, input.to_string().as_bytes())
     }
 }
 
@@ -108,14 +108,14 @@ fn plugin() -> Process {
     command
 }
 
-fn feed(mut command: Process, input: &[u8]) -> Output {
+fn run_with_input(mut command: Process, input: &[u8]) -> Output {
     let mut child = command.spawn().unwrap();
     // One that has nothing to read it for closes it early.
     let _ = child.stdin.take().unwrap().write_all(input);
     child.wait_with_output().unwrap()
 }
 
-fn hear(stream: &mut UnixStream) -> Heard {
+fn receive_request(stream: &mut UnixStream) -> Received {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut first = [0];
@@ -361,7 +361,7 @@ fn the_nodes_own_namespace_and_things_that_are_none() {
     ] {
         command.env(key, value);
     }
-    assert!(feed(command, configuration.to_string().as_bytes()).status.success());
+    assert!(run_with_input(command, configuration.to_string().as_bytes()).status.success());
     agent.join().unwrap();
 }
 
@@ -385,17 +385,17 @@ fn verbs_need_their_versions() {
 fn version_about_and_bad_calls() {
     let mut command = plugin();
     command.env("CNI_COMMAND", "VERSION");
-    let output = feed(command, b"{\"cniVersion\":\"0.4.0\"}");
+    let output = run_with_input(command, b"{\"cniVersion\":\"0.4.0\"}");
     assert!(output.status.success());
     assert_eq!(document(&output)["supportedVersions"], json!(ALL));
 
-    let output = feed(plugin(), b"");
+    let output = run_with_input(plugin(), b"");
     assert!(output.status.success() && output.stdout.is_empty());
     assert!(String::from_utf8_lossy(&output.stderr).contains("CNI plugin of Skein"));
 
     let mut command = plugin();
     command.env("CNI_COMMAND", "ADD");
-    let output = feed(command, b"{\"cniVersion\":\"0.4.0\"}");
+    let output = run_with_input(command, b"{\"cniVersion\":\"0.4.0\"}");
     assert_eq!(code(&output), 4);
     assert_eq!(document(&output)["cniVersion"], "0.4.0");
     for name in ["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"] {
@@ -411,7 +411,7 @@ fn version_about_and_bad_calls() {
     }
     let mut command = plugin();
     command.env("CNI_COMMAND", "STATUS").env("CNI_PATH", "/");
-    assert_eq!(code(&feed(command, &vec![b' '; 2 << 20])), 5, "more than anybody means");
+    assert_eq!(code(&run_with_input(command, &vec![b' '; 2 << 20])), 5, "more than anybody means");
 }
 
 #[test]

@@ -10,7 +10,7 @@ impl Version {
     const NAMES: [&'static str; 7] =
         ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
     /// What a configuration without a version means.
-    pub const UNSAID: Self = Self(1);
+    pub const DEFAULT: Self = Self(1);
     /// Results have interfaces.
     pub const V0_3_0: Self = Self(2);
     /// The oldest version that the agent's network configuration offers.
