@@ -4,12 +4,15 @@ mod sample;
 mod screen;
 
 use std::io::IsTerminal;
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use clap::Args;
 use crossterm::event::{Event, KeyCode, KeyEventKind, KeyModifiers};
 use crossterm::{event, terminal};
 use futures_util::FutureExt;
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
 use tokio::runtime::Runtime;
 
 use self::sample::Sample;
@@ -103,9 +106,14 @@ fn refresh(runtime: &Runtime, agent: &Agent, interval: Duration) -> Result<(), F
     }
 }
 
-/// Waits for a key that ends it. A terminal whose size has changed is drawn anew with the next sample.
-fn quits(patience: Duration) -> std::io::Result<bool> {
-    if !event::poll(patience)? {
+/// Waits up to `timeout` for a key that ends the command. A terminal that has hung up ends it, too.
+fn quits(timeout: Duration) -> std::io::Result<bool> {
+    // crossterm polls a terminal that has hung up without end, whatever its timeout.
+    let readiness = wait_readable(std::io::stdin().as_fd(), timeout)?;
+    if readiness.intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL) {
+        return Ok(true);
+    }
+    if !readiness.contains(PollFlags::IN) || !event::poll(Duration::ZERO)? {
         return Ok(false);
     }
     let Event::Key(key) = event::read()? else { return Ok(false) };
@@ -119,8 +127,59 @@ fn quits(patience: Duration) -> std::io::Result<bool> {
         })
 }
 
+/// Waits up to `timeout` for input or the end of the terminal and returns the events of poll(2).
+fn wait_readable(terminal: BorrowedFd<'_>, timeout: Duration) -> std::io::Result<PollFlags> {
+    let mut polled = [PollFd::from_borrowed_fd(terminal, PollFlags::IN)];
+    let timeout = timeout.try_into().map_err(std::io::Error::other)?;
+    match rustix::event::poll(&mut polled, Some(&timeout)) {
+        Ok(_) => Ok(polled[0].revents()),
+        Err(Errno::INTR) => Ok(PollFlags::empty()),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// Columns and lines of the terminal.
 fn size() -> (usize, usize) {
     let (width, height) = terminal::size().unwrap_or((80, 24));
     (usize::from(width), usize::from(height))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+    use std::os::fd::OwnedFd;
+
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+
+    use super::*;
+
+    /// Opens a pseudo-terminal and returns its controlling side and its terminal.
+    fn terminal() -> (OwnedFd, OwnedFd) {
+        let control = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("no pseudo-terminal");
+        grantpt(&control).expect("grantpt failed");
+        unlockpt(&control).expect("unlockpt failed");
+        let name = ptsname(&control, Vec::new()).expect("the terminal has no name");
+        let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY;
+        let terminal = rustix::fs::open(name, flags, rustix::fs::Mode::empty());
+        (control, terminal.expect("cannot open the terminal"))
+    }
+
+    #[test]
+    fn closed_terminal_is_seen_as_hung_up() {
+        let (control, terminal) = terminal();
+        let before = wait_readable(terminal.as_fd(), Duration::ZERO).expect("poll failed");
+        assert_eq!(before, PollFlags::empty());
+        drop(control);
+        let after = wait_readable(terminal.as_fd(), Duration::from_secs(60)).expect("poll failed");
+        assert!(after.contains(PollFlags::HUP));
+    }
+
+    #[test]
+    fn typed_key_is_seen_as_input() {
+        let (control, terminal) = terminal();
+        let mut control = std::fs::File::from(control);
+        control.write_all(b"q\n").expect("cannot write to the terminal");
+        let events = wait_readable(terminal.as_fd(), Duration::from_secs(60)).expect("poll failed");
+        assert!(events.contains(PollFlags::IN));
+    }
 }
