@@ -16,3 +16,4 @@ pub mod packages;
 pub mod programs;
 pub mod soak;
 pub mod suite;
+pub mod versions;

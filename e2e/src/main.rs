@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use skein_e2e::lab::registry;
-use skein_e2e::{bench, cluster, demo, soak, suite};
+use skein_e2e::{bench, cluster, demo, soak, suite, versions};
 
 /// Skein on one host: machines and pods as network namespaces, real agents, real packets.
 #[derive(Debug, Parser)]
@@ -28,6 +28,8 @@ enum Command {
     Scale(bench::scale::Options),
     /// Run mixed traffic for an hour while faults befall the nodes: no wrong byte, nothing that grows.
     Soak(soak::Options),
+    /// Take over between an earlier commit and this tree under traffic.
+    Versions(versions::Options),
     /// Make a real Kubernetes, or test on one.
     #[command(subcommand)]
     Cluster(cluster::command::Command),
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
         Command::BenchPods(options) => bench::pods::run(&options),
         Command::Scale(options) => bench::scale::run(&options),
         Command::Soak(options) => soak::run(&options),
+        Command::Versions(options) => versions::run(&options),
         Command::Cluster(command) => cluster::command::run(&command),
         Command::Fuzz(options) => suite::fuzz::run(&options),
         Command::Cleanup => {
