@@ -10,7 +10,7 @@ use skein_e2e::cargo::{command, workspace};
 
 /// Each crate of the workspace, and the crates of the workspace that it may import, in its tests,
 /// too.
-const IMPORTS: [(&str, &[&str]); 10] = [
+const IMPORTS: [(&str, &[&str]); 11] = [
     ("skein-core", &[]),
     ("skein-cni-protocol", &[]),
     ("skein-sys", &["skein-core"]),
@@ -18,6 +18,7 @@ const IMPORTS: [(&str, &[&str]); 10] = [
     ("skein-dataplane", &["skein-core", "skein-ipc", "skein-sys"]),
     ("skein-netlink", &["skein-core", "skein-sys"]),
     ("skein-ipam", &["skein-cni-protocol"]),
+    ("skein-policy", &["skein-core", "skein-netlink", "skein-sys"]),
     (
         "skein-agent",
         &[
@@ -35,11 +36,12 @@ const IMPORTS: [(&str, &[&str]); 10] = [
 ];
 
 /// Crates that must not be linked, directly or by another crate.
-const ABSENT: [(&str, &[&str]); 5] = [
+const ABSENT: [(&str, &[&str]); 6] = [
     ("skein-core", &["rustix", "socket2", "tokio"]),
     ("skein-ipc", &["tokio"]),
     ("skein-dataplane", &["axum", "clap", "kube", "redb", "tokio"]),
     ("skein-ipam", &["kube", "tokio"]),
+    ("skein-policy", &["k8s-openapi", "kube"]),
     ("skein-cni", &["kube", "tokio"]),
 ];
 

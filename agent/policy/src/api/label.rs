@@ -1,0 +1,80 @@
+//! Labels and label selectors.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+use super::parsed::null_as_default;
+
+/// Labels of an object.
+pub type Labels = BTreeMap<String, String>;
+
+/// Label of each namespace whose value is the namespace's name. API servers before 1.21 do not set
+/// the label.
+pub const METADATA_NAME: &str = "kubernetes.io/metadata.name";
+
+/// A label selector. All conditions must hold; an empty selector matches every object.
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct LabelSelector {
+    /// Labels that the object must have, with these values.
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub match_labels: Labels,
+    /// Further conditions.
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub match_expressions: Vec<Requirement>,
+}
+
+/// A condition on the label `key`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "RawRequirement")]
+pub struct Requirement {
+    /// Key of the label.
+    pub key: String,
+    /// Condition on the label's value.
+    pub operator: Operator,
+}
+
+/// Condition on the value of a label.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub enum Operator {
+    /// The label exists, and its value is one of these.
+    In(BTreeSet<String>),
+    /// The label does not exist, or its value is none of these.
+    NotIn(BTreeSet<String>),
+    /// The label exists.
+    Exists,
+    /// The label does not exist.
+    DoesNotExist,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawRequirement {
+    key: String,
+    operator: String,
+    #[serde(default, deserialize_with = "null_as_default")]
+    values: BTreeSet<String>,
+}
+
+impl TryFrom<RawRequirement> for Requirement {
+    type Error = String;
+
+    fn try_from(raw: RawRequirement) -> Result<Self, String> {
+        let RawRequirement { key, operator, values } = raw;
+        let operator = match (operator.as_str(), values.is_empty()) {
+            ("In", false) => Operator::In(values),
+            ("NotIn", false) => Operator::NotIn(values),
+            ("Exists", true) => Operator::Exists,
+            ("DoesNotExist", true) => Operator::DoesNotExist,
+            ("In" | "NotIn", true) => {
+                return Err(format!("operator {operator} of key {key:?} needs values"));
+            }
+            ("Exists" | "DoesNotExist", false) => {
+                return Err(format!("operator {operator} of key {key:?} takes no values"));
+            }
+            _ => return Err(format!("operator {operator:?} of key {key:?} is unknown")),
+        };
+        Ok(Self { key, operator })
+    }
+}
