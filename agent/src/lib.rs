@@ -8,6 +8,7 @@ pub mod app;
 pub mod cni;
 mod commands;
 pub mod config;
+mod connection;
 pub mod control;
 pub mod failure;
 mod files;

@@ -7,10 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::Router;
-use hyper::server::conn::http1;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::service::TowerToHyperService;
 use tokio::sync::Semaphore;
+
+use crate::connection::serve_request;
 
 /// Limits of one listener.
 #[derive(Debug, Clone, Copy)]
@@ -135,20 +134,10 @@ pub(crate) async fn accept(
             }
             continue;
         };
-        let service = TowerToHyperService::new(router.clone());
+        let router = router.clone();
         tokio::spawn(async move {
             let _places = (place, source_place);
-            let connection = http1::Builder::new()
-                // One request per connection: an idle client holds no connection.
-                .keep_alive(false)
-                .timer(TokioTimer::new())
-                .header_read_timeout(limits.header_timeout)
-                .serve_connection(TokioIo::new(stream), service);
-            match tokio::time::timeout(limits.timeout, connection).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::debug!(%error, "HTTP connection failed"),
-                Err(_) => tracing::debug!("HTTP connection timed out"),
-            }
+            serve_request(stream, router, limits.header_timeout, limits.timeout).await;
         });
     }
 }

@@ -1,0 +1,34 @@
+//! HTTP on one connection of a client, TCP or unix.
+
+use std::time::Duration;
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+/// Serves one request and closes the connection. `header_timeout` bounds the time for the request
+/// header, `timeout` the time for the request and its answer. A handler may answer `101 Switching
+/// Protocols`; it then owns the connection, without a timeout.
+pub(crate) async fn serve_request<S>(
+    stream: S,
+    router: Router,
+    header_timeout: Duration,
+    timeout: Duration,
+) where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let connection = http1::Builder::new()
+        // One request per connection: an idle client holds no connection.
+        .keep_alive(false)
+        .timer(TokioTimer::new())
+        .header_read_timeout(header_timeout)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router))
+        .with_upgrades();
+    match tokio::time::timeout(timeout, connection).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(%error, "HTTP connection failed"),
+        Err(_) => tracing::debug!("HTTP connection timed out"),
+    }
+}
