@@ -72,7 +72,7 @@ fn sockets_answer_root_only() -> Result<()> {
     let hello = r#"{"request":"report","peers":false}"#;
     let status = r#"{"protocol":1,"command":"status"}"#;
     let sockets: [(&str, Vec<u8>); 3] = [
-        ("control.sock", vec![]),
+        ("control.sock", b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n".to_vec()),
         ("dataplane.sock", framed((hello.len() as u32).to_be_bytes(), hello)),
         ("cni.sock", framed((status.len() as u32).to_le_bytes(), status)),
     ];

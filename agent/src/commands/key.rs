@@ -10,7 +10,7 @@ use zeroize::Zeroizing;
 
 use super::{AgentArgs, Output, OutputArgs, json, print, runtime};
 use crate::config::Config;
-use crate::control::{identity, server};
+use crate::control::{agent_client, identity};
 use crate::failure::Failure;
 
 pub(crate) fn keygen(out: Option<&Path>) -> Result<(), Failure> {
@@ -67,9 +67,8 @@ pub(crate) struct RotateArgs {
 
 pub(crate) fn rotate(arguments: &RotateArgs) -> Result<(), Failure> {
     let agent = arguments.agent.agent()?;
-    let answer = runtime()?.block_on(server::ask_to_rotate(agent.socket(), arguments.at_once));
-    let answer = answer.map_err(|error| agent.no_answer(&error))?;
-    let status = answer.map_err(|error| Failure::Runtime(anyhow::anyhow!(error)))?;
+    let answer = runtime()?.block_on(agent_client::rotate_key(agent.socket(), arguments.at_once));
+    let status = answer.map_err(|error| agent.failure(error))?;
     print(&match (arguments.output.output, status.keys.second, &status.waits_for) {
         (Output::Json, ..) => json(&status)?,
         (Output::Table, Some(next), Some(waits_for)) => {

@@ -27,7 +27,7 @@ use clap::{Args, ValueEnum};
 use skein_ipc::Report;
 
 use crate::config::{Config, DEFAULT_PATH};
-use crate::control::server;
+use crate::control::agent_client::{self, AgentError};
 use crate::failure::Failure;
 use crate::status::Document;
 
@@ -94,28 +94,31 @@ pub(crate) struct Agent {
 }
 
 impl Agent {
-    /// Where it listens.
+    /// Path of its control socket.
     pub(crate) fn socket(&self) -> &Path {
         &self.socket
     }
 
     /// Its status.
     pub(crate) async fn status(&self) -> Result<Document, Failure> {
-        server::fetch(&self.socket).await.map_err(|error| self.no_answer(&error))
+        agent_client::status(&self.socket).await.map_err(|error| self.failure(error))
     }
 
-    /// What it means that it did not answer.
-    pub(crate) fn no_answer(&self, error: &std::io::Error) -> Failure {
+    /// Returns the failure of a command whose request failed.
+    pub(crate) fn failure(&self, error: AgentError) -> Failure {
         let shown = self.socket.display();
-        if error.kind() == ErrorKind::PermissionDenied {
-            return Failure::Privilege(format!(
-                "{shown} is for root and the agent's own user: {error}: run as root"
-            ));
+        match error {
+            AgentError::Refused { message, .. } => Failure::Runtime(anyhow!(message)),
+            AgentError::Io(error) if error.kind() == ErrorKind::PermissionDenied => {
+                Failure::Privilege(format!(
+                    "{shown} is for root and the agent's own user: {error}: run as root"
+                ))
+            }
+            error => Failure::Runtime(anyhow!(
+                "no agent answers on {shown}: {error}: is it running, and is this its socket \
+                 (--config, --socket)?"
+            )),
         }
-        Failure::Runtime(anyhow!(
-            "no agent answers on {shown}: {error}: is it running, and is this its socket \
-             (--config, --socket)?"
-        ))
     }
 }
 

@@ -15,7 +15,7 @@ use skein_sys::{confine, descriptors};
 use super::{AgentArgs, ConfigArgs, hold, print, runtime};
 use crate::config::Mode;
 use crate::control::takeover::Start;
-use crate::control::{self, Ended, cleanup, server};
+use crate::control::{self, Ended, agent_client, cleanup};
 use crate::failure::Failure;
 use crate::{http, logging};
 
@@ -129,7 +129,6 @@ pub(crate) fn log_level(arguments: &LogLevelArgs) -> Result<(), Failure> {
         logging::parse(level).map_err(Failure::Usage)?;
     }
     let agent = arguments.agent.agent()?;
-    let answer = runtime()?.block_on(server::ask_for_level(agent.socket(), level));
-    let answer = answer.map_err(|error| agent.no_answer(&error))?;
-    answer.map_err(|error| Failure::Runtime(anyhow::anyhow!(error)))
+    let answer = runtime()?.block_on(agent_client::set_log_level(agent.socket(), level));
+    answer.map_err(|error| agent.failure(error))
 }

@@ -1,6 +1,7 @@
 //! The control process: from configuration and node records to an interface, routes and a data
 //! process that does what they say; and back again whenever something changes.
 
+pub mod agent_client;
 mod border;
 mod changes;
 pub mod cleanup;
@@ -52,7 +53,7 @@ use self::instance::DataplaneRequest;
 use self::kubernetes::Kubernetes;
 use self::lock::StateLock;
 use self::registry::{Registry, Stored};
-use self::rotation::{Rotation, RotationRequest};
+use self::rotation::{Rotation, RotationError, RotationRequest};
 use self::shared::Shared;
 use self::source::{Reader, Source};
 use self::supervisor::{End, Handle};
@@ -509,10 +510,10 @@ impl Controller {
         let away = self.registry.status().source_error;
         let before = self.rotation.public();
         let begun = match (self.started, away) {
-            (false, _) => Err("the agent is still starting".to_owned()),
+            (false, _) => Err(RotationError::Starting),
             // Nobody could be told of the new key, and nobody would take the old one.
-            (true, Some(error)) if asked.at_once => Err(format!("not at once now: {error}")),
-            (true, _) => self.rotation.begin(asked.at_once).map_err(|failure| failure.to_string()),
+            (true, Some(error)) if asked.at_once => Err(RotationError::NoRecords(error)),
+            (true, _) => self.rotation.begin(asked.at_once).map_err(RotationError::from),
         };
         if self.rotation.public() != before {
             self.take_keys().await;

@@ -13,6 +13,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use skein_ipc::keys::{PrivateKey, PublicKeys};
+use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
@@ -33,7 +34,24 @@ pub struct RotationRequest {
     /// The old one is to be good for nothing any more.
     pub at_once: bool,
     /// Where the state that this leads to goes, or why nothing comes of it.
-    pub answer: oneshot::Sender<Result<RotationStatus, String>>,
+    pub answer: oneshot::Sender<Result<RotationStatus, RotationError>>,
+}
+
+/// Reason why a request for another key has no effect.
+#[derive(Debug, Error)]
+pub enum RotationError {
+    /// The agent does not know its node records yet.
+    #[error("the agent is still starting")]
+    Starting,
+    /// The node records cannot be read or written, so that no other node would learn the new key.
+    #[error("not at once now: {0}")]
+    NoRecords(String),
+    /// The agent ends.
+    #[error("the agent is ending")]
+    Ending,
+    /// The change cannot begin, or failed.
+    #[error(transparent)]
+    Failed(#[from] Failure),
 }
 
 /// Where to ask.

@@ -1,43 +1,116 @@
-//! The status socket: whoever connects gets one JSON document; another agent may ask this one to give way.
+//! The control socket: HTTP over a unix socket, for the commands of this node and for an agent that
+//! takes this one's place.
+//!
+//! | request | body | answer |
+//! |---|---|---|
+//! | `GET /status` | | 200, [`Document`] |
+//! | `POST /key/rotation` | [`KeyRotationBody`] | 200, [`RotationStatus`] |
+//! | `PUT /log/level` | [`LogLevelBody`] | 204 |
+//! | `POST /hand-over` with `Upgrade: skein-hand-over` | | 101; then the lock of the state directory, as a descriptor |
+//!
+//! An error is a status code and an [`ErrorBody`]. Only root and the agent's own user are served.
+
+mod lines;
 
 use std::io;
 use std::os::unix::net as std_net;
 use std::path::Path;
 use std::time::Duration;
 
-use serde::de::DeserializeOwned;
-use skein_sys::descriptors;
-use skein_sys::lock::FileLock;
-use skein_sys::socket::{
-    check_listener, connect_trusted, is_disconnect, is_no_listener, is_trusted,
-};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post, put};
+use axum::{Json, Router};
+use hyper_util::rt::TokioIo;
+use serde::{Deserialize, Serialize};
+use skein_sys::socket::is_trusted;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 
-use super::rotation::{Ask, RotationRequest};
-use super::shared::Shared;
+pub(super) use self::lines::HAND_OVER as HAND_OVER_LINE;
+use super::rotation::{Ask, RotationError, RotationRequest};
+use super::shared::{LogLevelError, Shared};
+use crate::connection::serve_request;
 use crate::failure::Failure;
 use crate::listener::Listener;
-use crate::status::RotationStatus;
+use crate::status::{Document, RotationStatus};
 
-/// How long a reader may take.
-const DEADLINE: Duration = Duration::from_secs(5);
-/// How long a reader that says nothing may mean to say something.
-const SILENCE: Duration = Duration::from_millis(100);
-/// Request of an agent that takes this one's place. The answer is the lock of the state directory,
-/// sent after all other descriptors are closed.
-const HAND_OVER: &str = "hand over";
-/// What asks for another key of this node …
-const ROTATE_KEY: &str = "rotate key";
-/// … and for an end of the old one at once.
-const ROTATE_KEY_AT_ONCE: &str = "rotate key at once";
-/// What sets the level of the log; the level follows, or nothing for the configured one.
-const LOG_LEVEL: &str = "log level ";
-/// The longest line of a request, in bytes.
-const LINE: u64 = 1024;
+/// Timeout of a request and its answer.
+pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// Delay after a failed accept, because descriptors are not released at once.
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
+/// Maximum length of a request body, bytes.
+const MAX_BODY: usize = 16 << 10;
+/// Name of the protocol that follows `POST /hand-over`: one byte with one descriptor (SCM_RIGHTS), the
+/// lock of the state directory, sent after the process has closed all other descriptors.
+pub(super) const HAND_OVER_PROTOCOL: &str = "skein-hand-over";
 
-/// Listens at the path of the status socket; see [`Listener::bind`].
+/// Body of `POST /key/rotation`.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct KeyRotationBody {
+    /// True to invalidate the old key immediately.
+    pub(super) at_once: bool,
+}
+
+/// Body of `PUT /log/level`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct LogLevelBody {
+    /// Log level or filter; `None` (JSON `null`) restores the configured one.
+    pub(super) level: Option<String>,
+}
+
+/// Body of an answer with an error status.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct ErrorBody {
+    /// The failure and its remedy, for people.
+    pub(super) error: String,
+}
+
+/// An error answer: its status code and its text.
+#[derive(Debug)]
+struct ErrorAnswer(StatusCode, String);
+
+impl IntoResponse for ErrorAnswer {
+    fn into_response(self) -> Response {
+        (self.0, Json(ErrorBody { error: self.1 })).into_response()
+    }
+}
+
+impl From<JsonRejection> for ErrorAnswer {
+    fn from(rejection: JsonRejection) -> Self {
+        Self(rejection.status(), rejection.body_text())
+    }
+}
+
+impl From<RotationError> for ErrorAnswer {
+    fn from(error: RotationError) -> Self {
+        let status = match &error {
+            RotationError::Failed(Failure::Usage(_)) => StatusCode::UNPROCESSABLE_ENTITY,
+            RotationError::Failed(Failure::Taken(_)) => StatusCode::CONFLICT,
+            RotationError::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            RotationError::Starting | RotationError::NoRecords(_) | RotationError::Ending => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
+        };
+        Self(status, error.to_string())
+    }
+}
+
+impl From<LogLevelError> for ErrorAnswer {
+    fn from(error: LogLevelError) -> Self {
+        let status = match &error {
+            LogLevelError::Agent(_) => StatusCode::UNPROCESSABLE_ENTITY,
+            LogLevelError::DataProcess(_) => StatusCode::BAD_GATEWAY,
+        };
+        Self(status, error.to_string())
+    }
+}
+
+/// Listens at the path of the control socket; see [`Listener::bind`].
 ///
 /// # Errors
 /// As [`Listener::bind`].
@@ -45,148 +118,331 @@ pub fn bind(path: &Path) -> Result<Listener, Failure> {
     Listener::bind("control.socket", path, None)
 }
 
-/// Who is told what is asked for.
+/// Receivers of the requests that change the agent.
 #[derive(Debug, Clone)]
 pub struct Asks {
-    /// Connection to an agent that takes this one's place.
+    /// Receives the connection of an agent that takes this one's place.
     pub hand_over: mpsc::Sender<std_net::UnixStream>,
-    /// Somebody wants another key for this node.
+    /// Receives requests for another key of this node.
     pub rotate: Ask,
 }
 
-/// Answers until it is aborted.
+/// State of the handlers.
+#[derive(Debug, Clone)]
+struct Service {
+    shared: Shared,
+    asks: Asks,
+}
+
+/// Serves requests until the task is aborted.
 pub async fn serve(mut listener: Listener, shared: Shared, asks: Asks) {
+    let service = Service { shared, asks };
+    let router = router(service.clone());
     loop {
         match listener.accept().await {
             Ok(stream) => {
-                let (shared, asks) = (shared.clone(), asks.clone());
+                let (service, router) = (service.clone(), router.clone());
                 tokio::spawn(async move {
-                    let answer = answer(stream, &shared, &asks);
-                    if let Ok(Err(error)) = tokio::time::timeout(DEADLINE, answer).await {
-                        tracing::debug!(%error, "status not delivered");
+                    let answered = answer(stream, service, router);
+                    match tokio::time::timeout(REQUEST_TIMEOUT, answered).await {
+                        Ok(Ok(())) => {}
+                        Ok(Err(error)) => tracing::debug!(%error, "control request failed"),
+                        Err(_) => tracing::debug!("control request timed out"),
                     }
                 });
             }
             Err(error) => {
                 tracing::warn!(%error, "cannot accept on the control socket");
-                tokio::time::sleep(Duration::from_millis(100)).await;
+                tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
             }
         }
     }
 }
 
-async fn answer(mut stream: UnixStream, shared: &Shared, asks: &Asks) -> io::Result<()> {
+async fn answer(stream: UnixStream, service: Service, router: Router) -> io::Result<()> {
     if !is_trusted(stream.peer_cred()?.uid()) {
         return Err(io::ErrorKind::PermissionDenied.into());
     }
-    let mut said = String::new();
-    let mut lines = BufReader::new((&mut stream).take(LINE));
-    // Whoever says nothing wants the status.
-    let _ = tokio::time::timeout(SILENCE, lines.read_line(&mut said)).await;
-    let answer = match said.strip_suffix('\n') {
-        Some(HAND_OVER) => {
-            let connection = stream.into_std()?;
-            connection.set_nonblocking(false)?;
-            let gone = |_| io::Error::from(io::ErrorKind::ConnectionAborted);
-            return asks.hand_over.try_send(connection).map_err(gone);
-        }
-        Some(ROTATE_KEY) => serde_json::to_vec(&rotate(asks, false).await)?,
-        Some(ROTATE_KEY_AT_ONCE) => serde_json::to_vec(&rotate(asks, true).await)?,
-        Some(line) if line.starts_with(LOG_LEVEL) => {
-            let level = Some(&line[LOG_LEVEL.len()..]).filter(|level| !level.is_empty());
-            serde_json::to_vec(&shared.set_log_level(level).await)?
-        }
-        _ => serde_json::to_vec(&shared.document().await)?,
-    };
-    stream.write_all(&answer).await?;
-    stream.shutdown().await
-}
-
-async fn rotate(asks: &Asks, at_once: bool) -> Result<RotationStatus, String> {
-    let (answer, answered) = oneshot::channel();
-    let asked = asks.rotate.send(RotationRequest { at_once, answer }).await;
-    let gone = || "the agent is ending".to_owned();
-    asked.map_err(|_| gone())?;
-    answered.await.unwrap_or_else(|_| Err(gone()))
-}
-
-/// Requests the hand-over from the agent that listens on `path`; returns the lock of the state
-/// directory. `None` if no agent listens, or if it ended meanwhile.
-///
-/// # Errors
-/// An I/O error if the agent does not answer within five seconds, or if it is of a release with
-/// another hand-over.
-pub fn ask_to_hand_over(path: &Path) -> io::Result<Option<FileLock>> {
-    let ask = || -> io::Result<FileLock> {
-        let mut stream = connect_trusted(path)?;
-        stream.set_read_timeout(Some(DEADLINE))?;
-        stream.set_write_timeout(Some(DEADLINE))?;
-        io::Write::write_all(&mut stream, format!("{HAND_OVER}\n").as_bytes())?;
-        let mut received = descriptors::receive(&stream, 1)?;
-        FileLock::from_received(received.remove(0))
-    };
-    match ask() {
-        Ok(lock) => Ok(Some(lock)),
-        Err(error) if is_no_listener(&error) || is_disconnect(&error) => Ok(None),
-        Err(error) => Err(error),
+    if lines::is_line_request(&stream).await? {
+        return lines::answer(stream, &service).await;
     }
+    serve_request(stream, router, REQUEST_TIMEOUT, REQUEST_TIMEOUT).await;
+    Ok(())
 }
 
-/// Fetches the status of the agent that listens on `path`.
-pub async fn fetch<T: DeserializeOwned>(path: &Path) -> io::Result<T> {
-    ask(path, "").await
-}
-
-/// Asks the agent that listens on `path` for another key of its node; the inner error is the agent's.
-pub async fn ask_to_rotate(
-    path: &Path,
-    at_once: bool,
-) -> io::Result<Result<RotationStatus, String>> {
-    let request = if at_once { ROTATE_KEY_AT_ONCE } else { ROTATE_KEY };
-    ask(path, &format!("{request}\n")).await
-}
-
-/// Sets what the agent that listens on `path` logs; the inner error is the agent's.
-pub async fn ask_for_level(path: &Path, level: Option<&str>) -> io::Result<Result<(), String>> {
-    ask(path, &format!("{LOG_LEVEL}{}\n", level.unwrap_or_default())).await
-}
-
-async fn ask<T: DeserializeOwned>(path: &Path, request: &str) -> io::Result<T> {
-    let ask = async {
-        let mut stream = UnixStream::connect(path).await?;
-        check_listener(stream.peer_cred()?.uid())?;
-        stream.write_all(request.as_bytes()).await?;
-        stream.shutdown().await?;
-        let mut text = Vec::new();
-        stream.read_to_end(&mut text).await?;
-        Ok(serde_json::from_slice(&text)?)
+fn router(service: Service) -> Router {
+    let unknown = || async { ErrorAnswer(StatusCode::NOT_FOUND, "no such resource".to_owned()) };
+    let not_allowed = || async {
+        let text = "the resource does not have this method".to_owned();
+        ErrorAnswer(StatusCode::METHOD_NOT_ALLOWED, text)
     };
-    tokio::time::timeout(DEADLINE, ask).await.unwrap_or(Err(io::ErrorKind::TimedOut.into()))
+    Router::new()
+        .route("/status", get(status))
+        .route("/key/rotation", post(rotate_key))
+        .route("/log/level", put(set_log_level))
+        .route("/hand-over", post(hand_over))
+        .fallback(unknown)
+        .method_not_allowed_fallback(not_allowed)
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .with_state(service)
+}
+
+async fn status(State(service): State<Service>) -> Json<Document> {
+    Json(service.shared.document().await)
+}
+
+async fn rotate_key(
+    State(service): State<Service>,
+    body: Result<Json<KeyRotationBody>, JsonRejection>,
+) -> Result<Json<RotationStatus>, ErrorAnswer> {
+    let Json(KeyRotationBody { at_once }) = body?;
+    Ok(Json(service.rotate(at_once).await?))
+}
+
+async fn set_log_level(
+    State(service): State<Service>,
+    body: Result<Json<LogLevelBody>, JsonRejection>,
+) -> Result<StatusCode, ErrorAnswer> {
+    let Json(LogLevelBody { level }) = body?;
+    service.shared.set_log_level(level.as_deref()).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Answers 101 and passes the connection on. The first request wins; a second one gets 409 until the
+/// connection of the first has failed.
+async fn hand_over(
+    State(service): State<Service>,
+    request: Request,
+) -> Result<Response, ErrorAnswer> {
+    let protocol = request.headers().get(header::UPGRADE);
+    if protocol.is_none_or(|protocol| protocol != HAND_OVER_PROTOCOL) {
+        let text = format!("the request needs the header Upgrade: {HAND_OVER_PROTOCOL}");
+        return Err(ErrorAnswer(StatusCode::UPGRADE_REQUIRED, text));
+    }
+    let permit = service.asks.hand_over.try_reserve_owned().map_err(|_| {
+        let text = "another agent takes this one's place already".to_owned();
+        ErrorAnswer(StatusCode::CONFLICT, text)
+    })?;
+    tokio::spawn(async move {
+        match upgraded(request).await {
+            Ok(connection) => drop(permit.send(connection)),
+            Err(error) => tracing::debug!(%error, "the other agent has gone"),
+        }
+    });
+    let headers = [(header::CONNECTION, "upgrade"), (header::UPGRADE, HAND_OVER_PROTOCOL)];
+    Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
+}
+
+/// Waits until the answer 101 is sent; returns the blocking connection.
+async fn upgraded(request: Request) -> io::Result<std_net::UnixStream> {
+    let upgraded = hyper::upgrade::on(request).await.map_err(io::Error::other)?;
+    let parts = upgraded.downcast::<TokioIo<UnixStream>>();
+    let parts = parts.map_err(|_| io::Error::other("the connection is not a unix socket"))?;
+    let connection = parts.io.into_inner().into_std()?;
+    connection.set_nonblocking(false)?;
+    Ok(connection)
+}
+
+impl Service {
+    async fn rotate(&self, at_once: bool) -> Result<RotationStatus, RotationError> {
+        let (answer, answered) = oneshot::channel();
+        let asked = self.asks.rotate.send(RotationRequest { at_once, answer }).await;
+        asked.map_err(|_| RotationError::Ending)?;
+        answered.await.unwrap_or(Err(RotationError::Ending))
+    }
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::io::Read;
+    use skein_ipc::keys::PublicKey;
+    use skein_sys::descriptors;
+    use skein_sys::lock::FileLock;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+    use super::super::agent_client::{self, AgentError};
     use super::*;
-    use crate::control::client::tests::listener_of_another_user;
+    use crate::config::Config;
+
+    /// A served control socket and the receivers of its requests.
+    struct Agent {
+        directory: tempfile::TempDir,
+        hand_over: mpsc::Receiver<std_net::UnixStream>,
+        rotate: mpsc::Receiver<RotationRequest>,
+    }
+
+    impl Agent {
+        fn start() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let listener = bind(&directory.path().join("control.sock")).unwrap();
+            let ((to_hand_over, hand_over), (to_rotate, rotate)) =
+                (mpsc::channel(1), mpsc::channel(1));
+            let asks = Asks { hand_over: to_hand_over, rotate: to_rotate };
+            let config = Config::parse("name = 'node-a'").unwrap();
+            let shared = Shared::new(config, RotationStatus::of(PublicKey([1; 32])));
+            tokio::spawn(serve(listener, shared, asks));
+            Self { directory, hand_over, rotate }
+        }
+
+        fn socket(&self) -> std::path::PathBuf {
+            self.directory.path().join("control.sock")
+        }
+
+        /// Sends bytes, shuts the own side down, and returns the whole answer.
+        async fn answer(&self, request: &str) -> String {
+            let mut stream = UnixStream::connect(self.socket()).await.unwrap();
+            stream.write_all(request.as_bytes()).await.unwrap();
+            stream.shutdown().await.unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await.unwrap();
+            answer
+        }
+
+        /// Returns the status code and the error of the answer to a request.
+        async fn error(&self, method: &str, resource: &str, body: &str) -> (u16, String) {
+            let length = body.len();
+            let header = format!(
+                "{method} {resource} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n\
+                 Content-Length: {length}\r\n\r\n"
+            );
+            let answer = self.answer(&(header + body)).await;
+            let (header, body) = answer.split_once("\r\n\r\n").unwrap();
+            assert!(header.contains("application/json"), "{header}");
+            let code = header.split(' ').nth(1).unwrap().parse().unwrap();
+            (code, serde_json::from_str::<ErrorBody>(body).unwrap().error)
+        }
+    }
+
+    /// Answers the next request for another key.
+    fn answer_rotation(
+        mut requests: mpsc::Receiver<RotationRequest>,
+        answer: impl FnOnce(bool) -> Result<RotationStatus, RotationError> + Send + 'static,
+    ) {
+        tokio::spawn(async move {
+            let RotationRequest { at_once, answer: to } = requests.recv().await.unwrap();
+            to.send(answer(at_once)).unwrap();
+        });
+    }
 
     #[tokio::test]
-    async fn listener_of_another_user_receives_no_request() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("control.sock");
-        let listener = listener_of_another_user(&path);
-        let asked = [
-            fetch::<serde_json::Value>(&path).await.map(drop),
-            ask_to_rotate(&path, true).await.map(drop),
-            ask_for_level(&path, None).await.map(drop),
-            ask_to_hand_over(&path).map(drop),
-        ];
-        for asked in asked {
-            assert_eq!(asked.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
-            let (mut stream, _) = listener.accept().unwrap();
-            assert_eq!(stream.read_to_end(&mut Vec::new()).unwrap(), 0, "It received a request.");
+    async fn status_is_a_resource() {
+        let agent = Agent::start();
+        let status: Document = agent_client::status(&agent.socket()).await.unwrap();
+        assert_eq!(status.node, "node-a");
+    }
+
+    #[tokio::test]
+    async fn key_rotation_returns_state_or_conflict() {
+        let agent = Agent::start();
+        let socket = agent.socket();
+        let status = RotationStatus::of(PublicKey([7; 32]));
+        let expected = status.clone();
+        answer_rotation(agent.rotate, move |at_once| {
+            assert!(at_once, "The body must reach the agent.");
+            Ok(status)
+        });
+        assert_eq!(agent_client::rotate_key(&socket, true).await.unwrap(), expected);
+
+        let agent = Agent::start();
+        let socket = agent.socket();
+        answer_rotation(agent.rotate, |_| Err(Failure::Taken("it changes".to_owned()).into()));
+        let error = agent_client::rotate_key(&socket, false).await.unwrap_err();
+        assert!(
+            matches!(&error, AgentError::Refused { status: StatusCode::CONFLICT, message } if message == "it changes"),
+            "{error:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn agent_that_ends_answers_unavailable() {
+        let mut agent = Agent::start();
+        agent.rotate.close();
+        let (code, error) = agent.error("POST", "/key/rotation", "{}").await;
+        assert_eq!((code, error.as_str()), (503, "the agent is ending"));
+    }
+
+    #[tokio::test]
+    async fn errors_have_a_status_code_and_a_json_body() {
+        let agent = Agent::start();
+        for (method, resource, body, expected) in [
+            ("GET", "/nothing", "", 404),
+            ("GET", "/key/rotation", "", 405),
+            ("DELETE", "/status", "", 405),
+            ("POST", "/key/rotation", "{", 400),
+            ("POST", "/key/rotation", "{\"now\":true}", 422),
+            ("PUT", "/log/level", "{}{}", 400),
+            ("PUT", "/log/level", "{\"level\":\"inof\"}", 422),
+            ("POST", "/hand-over", "", 426),
+        ] {
+            let (code, error) = agent.error(method, resource, body).await;
+            assert_eq!(code, expected, "{method} {resource} {body}: {error}");
+            assert!(!error.is_empty(), "{method} {resource} must name the failure.");
         }
+        let long = format!("{{\"level\":\"{}\"}}", "x".repeat(MAX_BODY));
+        assert_eq!(agent.error("PUT", "/log/level", &long).await.0, 413);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn hand_over_passes_the_lock_to_one_agent() {
+        let mut agent = Agent::start();
+        let lock_path = agent.directory.path().join("lock");
+        let socket = agent.socket();
+        let request = {
+            let socket = socket.clone();
+            tokio::task::spawn_blocking(move || agent_client::request_hand_over(&socket))
+        };
+        let connection = agent.hand_over.recv().await.unwrap();
+        let lock = FileLock::try_acquire(&lock_path).unwrap().unwrap();
+        let lock = std::os::fd::OwnedFd::from(lock);
+        descriptors::send(&connection, &[std::os::fd::AsFd::as_fd(&lock)]).unwrap();
+        drop(lock);
+        let received = request.await.unwrap().unwrap();
+        assert!(received.is_some(), "The lock must arrive.");
+        assert!(FileLock::try_acquire(&lock_path).unwrap().is_none(), "The lock must stay taken.");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn second_hand_over_is_refused() {
+        let agent = Agent::start();
+        let ask = || {
+            let socket = agent.socket();
+            tokio::task::spawn_blocking(move || agent_client::request_hand_over(&socket))
+        };
+        let first = ask();
+        while agent.hand_over.is_empty() {
+            tokio::task::yield_now().await;
+        }
+        let error = ask().await.unwrap().unwrap_err();
+        assert!(error.to_string().contains("already"), "{error}");
+        drop(agent.hand_over);
+        assert!(first.await.unwrap().unwrap().is_none(), "The agent ended without a hand-over.");
+    }
+
+    #[tokio::test]
+    async fn line_requests_of_0_1_0_are_answered() {
+        let agent = Agent::start();
+        let status: Document = serde_json::from_str(&agent.answer("").await).unwrap();
+        assert_eq!(status.node, "node-a");
+        let level: Result<(), String> =
+            serde_json::from_str(&agent.answer("log level inof\n").await).unwrap();
+        assert!(level.is_err());
+        assert_eq!(agent.answer("something else\n").await, "");
+
+        let mut successor = std_net::UnixStream::connect(agent.socket()).unwrap();
+        io::Write::write_all(&mut successor, b"hand over\n").unwrap();
+        let mut hand_over = agent.hand_over;
+        assert!(hand_over.recv().await.is_some(), "The connection must be passed on.");
+
+        let agent = Agent::start();
+        let socket = agent.socket();
+        answer_rotation(agent.rotate, |at_once| {
+            assert!(at_once);
+            Err(RotationError::Starting)
+        });
+        let mut stream = UnixStream::connect(socket).await.unwrap();
+        stream.write_all(b"rotate key at once\n").await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert_eq!(answer, r#"{"Err":"the agent is still starting"}"#);
     }
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use skein_ipc::{Report, Request};
 use skein_netlink::firewall::Firewall;
+use thiserror::Error;
 use tokio::sync::watch;
 
 use super::client::{Client, ClientError};
@@ -45,6 +46,17 @@ type LastReport = Option<(Instant, Option<Report>)>;
 struct View {
     registry: RegistryStatus,
     interface: InterfaceStatus,
+}
+
+/// Failure to set the log level.
+#[derive(Debug, Error)]
+pub enum LogLevelError {
+    /// The level is not a level or a filter, or the process has no log.
+    #[error("{0}")]
+    Agent(String),
+    /// This process has the level, the data process does not.
+    #[error("set for the agent alone: {0}")]
+    DataProcess(#[from] ClientError),
 }
 
 impl Shared {
@@ -135,14 +147,17 @@ impl Shared {
         self.lock().registry.clone()
     }
 
-    /// Sets what this process and the data process log; `None`: as configured.
-    pub async fn set_log_level(&self, level: Option<&str>) -> Result<(), String> {
-        logging::set_level(level)?;
+    /// Sets the log level of this process and of the data process; `None` restores the configured one.
+    ///
+    /// # Errors
+    /// [`LogLevelError`] if the level is invalid, or if only this process has it.
+    pub async fn set_log_level(&self, level: Option<&str>) -> Result<(), LogLevelError> {
+        logging::set_level(level).map_err(LogLevelError::Agent)?;
         let request = Request::LogLevel { level: level.map(str::to_owned) };
         let ask = async {
             Client::connect(&self.config.dataplane.socket).await?.request(&request).await.map(drop)
         };
-        ask.await.map_err(|error| format!("set for the agent alone: {error}"))
+        Ok(ask.await?)
     }
 
     /// Asks the data process, over a connection of its own so that nobody waits for anybody.

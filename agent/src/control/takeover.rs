@@ -24,7 +24,7 @@ use super::registry::{Registry, Stored};
 use super::shared::Shared;
 use super::source::{Reader, Source};
 use super::underlay::UnderlayWatch;
-use super::{netlink_failure, server};
+use super::{agent_client, netlink_failure};
 use crate::config::Config;
 use crate::failure::Failure;
 use crate::lifecycle::NotReady;
@@ -112,7 +112,8 @@ pub async fn take_role(
         starting.because("the running agent hands over");
         tracing::info!("taking the place of the running agent");
         let socket = config.control.socket.clone();
-        let asked = tokio::task::spawn_blocking(move || server::ask_to_hand_over(&socket)).await;
+        let asked =
+            tokio::task::spawn_blocking(move || agent_client::request_hand_over(&socket)).await;
         match asked.map_err(std::io::Error::from).flatten() {
             Ok(Some(lock)) => {
                 return Ok(role(StateLock::of(lock, state_dir)?, listeners, true));
@@ -174,7 +175,7 @@ impl<'a> Candidate<'a> {
 
     /// Returns the reason why this agent would not be ready now. An error is final.
     async fn obstacle(&mut self) -> Result<Option<String>, Failure> {
-        match server::fetch::<Running>(&self.config.control.socket).await {
+        match agent_client::status::<Running>(&self.config.control.socket).await {
             Ok(running) => self.running = Some(running),
             // The running agent has just ended: its last state counts until this agent has the
             // role.

@@ -1,4 +1,4 @@
-//! The status document: the answer on the status socket, and its parts.
+//! The status document: body of `GET /status` on the control socket, and its parts.
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use skein_ipc::keys::{PublicKey, PublicKeys};
 use skein_ipc::{Capability, ReducedPath, Report, UnreachablePeer};
 use skein_netlink::firewall::reconciler::FirewallStatus;
 
-/// The answer on the status socket.
+/// Body of `GET /status` on the control socket.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Document {
     /// Name of the node.
