@@ -1,4 +1,4 @@
-{{/* What every object has. */}}
+{{/* Labels of every object. */}}
 {{- define "skein.labels" -}}
 app.kubernetes.io/name: skein
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -10,13 +10,13 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 {{- end }}
 
-{{/* What the agents' pods are found by; never changes, as a DaemonSet's selector cannot. */}}
+{{/* Selector of the agents' pods. It never changes, because a DaemonSet's selector cannot be changed. */}}
 {{- define "skein.selector" -}}
 app.kubernetes.io/name: skein
 app.kubernetes.io/component: agent
 {{- end }}
 
-{{/* Labels and annotations of an object that has some labels of its own. */}}
+{{/* Labels and annotations of an object with further labels of its own. */}}
 {{- define "skein.metadata" -}}
 {{- $root := index . 0 -}}
 labels:
@@ -40,7 +40,7 @@ annotations:
 {{- end -}}
 {{- end }}
 
-{{/* A value as TOML on one line. Helm holds every number as a float: whole ones are written whole. */}}
+{{/* A value as TOML on one line. Helm stores every number as a float; integers are written as integers. */}}
 {{- define "skein.toml" -}}
 {{- if kindIs "map" . -}}
 { {{- $map := . }}{{ $comma := "" }}
@@ -57,7 +57,7 @@ annotations:
 {{- end -}}
 {{- end }}
 
-{{/* An address as it stands before a port. */}}
+{{/* An address as it is written before a port: IPv6 in brackets. */}}
 {{- define "skein.host" -}}
 {{ if contains ":" . }}[{{ . }}]{{ else }}{{ . }}{{ end }}
 {{- end }}
@@ -234,10 +234,10 @@ version is known. */}}
 {{- if or (.Capabilities.APIVersions.Has $api) (semverCompare ">=1.30-0" .Capabilities.KubeVersion.Version) }}true{{ end }}
 {{- end }}
 
-{{/* What every pod of ours is like. hostNetwork: these pods make the network that others wait for. */}}
+{{/* Common fields of every pod. hostNetwork: these pods provide the network that other pods wait for. */}}
 {{- define "skein.pod" -}}
 hostNetwork: true
-{{- /* The node's resolver: the cluster's DNS needs the network that these pods make. */}}
+{{- /* The node's resolver: the cluster's DNS needs the network that these pods provide. */}}
 dnsPolicy: Default
 priorityClassName: {{ .Values.priorityClassName | quote }}
 terminationGracePeriodSeconds: {{ int .Values.terminationGracePeriodSeconds }}
@@ -259,7 +259,7 @@ affinity:
 {{- end }}
 {{- end }}
 
-{{/* Name, environment, rights and mounts of what works as the agent: the agent and the cleanup. */}}
+{{/* Image, environment, permissions and mounts of the containers agent and cleanup. */}}
 {{- define "skein.agentContainer" -}}
 image: {{ include "skein.image" . | quote }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
@@ -306,7 +306,7 @@ runAsUser: 0
 runAsGroup: 0
 {{- end }}
 
-{{/* Of what needs no rights. */}}
+{{/* Security context of containers that need no permissions. */}}
 {{- define "skein.harmless" -}}
 securityContext:
   allowPrivilegeEscalation: false
