@@ -11,26 +11,26 @@ const PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md");
 const HEAD: &str = "\
 # Metrics
 
-Made from the code by `SKEIN_UPDATE=1 cargo test --release -p skein-agent --lib reference`; a test fails where
-the two differ. Names and labels of metrics are kept: a new release adds some, and says in the changelog
-what it takes away.
+This document is generated from the code by
+`SKEIN_UPDATE=1 cargo test --release -p skein-agent --lib reference`; a test fails if they differ.
+Metric names and labels are stable: the changelog lists each metric that a release removes.
 
-Counters of the data process begin at zero with it, those of the agent with the agent; `rate()` and
-`increase()` know that. Every series is there from the start, at zero, as long as its process is. Packets
-are *inner* where they are pods', as on a wire (the segments of a superpacket), and *outer* where they
-are datagrams between nodes.
+A counter starts at zero when its process starts, the data process or the agent. `rate()` and
+`increase()` take this into account. Every series exists from the start of its process.
+*Inner* packets are packets of pods as on a wire: each segment of a superpacket counts.
+*Outer* packets are datagrams between nodes.
 ";
 
 /// The whole document.
 fn reference(families: &[MetricFamily]) -> String {
     let mut text = HEAD.to_owned();
     for (title, note, chosen) in [
-        ("The data plane", "Absent while the data process is.", of_dataplane as fn(&str) -> bool),
-        ("Each peer", "With `metrics.per_peer` only: series grow with the nodes.", of_peer),
-        ("The agent", "", of_agent),
-        ("Pods", "With `cni.enabled`.", of_pods),
-        ("Firewall", "Counters of drops are absent while there is no nftables table.", of_firewall),
-        ("Kubernetes", "With `kubernetes.enabled`.", of_kubernetes),
+        ("Data plane", "Absent while no data process answers.", of_dataplane as fn(&str) -> bool),
+        ("Peers", "Only with `metrics.per_peer`: there are series for each peer.", of_peer),
+        ("Agent", "", of_agent),
+        ("Pods", "Only with `cni.enabled`.", of_pods),
+        ("Firewall", "Drop counters are absent while there is no nftables table.", of_firewall),
+        ("Kubernetes", "Only with `kubernetes.enabled`.", of_kubernetes),
     ] {
         let note = if note.is_empty() { String::new() } else { format!("{note}\n\n") };
         let rows = families.iter().filter(|family| chosen(family.name()));
@@ -41,7 +41,7 @@ fn reference(families: &[MetricFamily]) -> String {
     text + &reasons()
 }
 
-const TITLES: &str = "| metric | type | labels | |\n|---|---|---|---|\n";
+const TITLES: &str = "| metric | type | labels | description |\n|---|---|---|---|\n";
 
 fn of_pods(name: &str) -> bool {
     ["skein_cni_", "skein_ipam_", "skein_pod_"].iter().any(|start| name.starts_with(start))
@@ -117,19 +117,20 @@ fn labels(family: &MetricFamily) -> Vec<String> {
 }
 
 fn reasons() -> String {
-    let mut text = "\n## Reasons of drops\n\n| direction | reason | |\n|---|---|---|\n".to_owned();
+    let mut text =
+        "\n## Reasons of drops\n\n| direction | reason | description |\n|---|---|---|\n".to_owned();
     for reason in DropReason::ALL {
         let (direction, meaning) = (reason.direction().label(), reason.meaning());
         let _ = writeln!(text, "| {direction} | `{}` | {meaning} |", reason.label());
     }
     let of_strangers = DropReason::ALL.iter().filter(|reason| reason.is_possible_without_key());
-    let of_strangers: Vec<_> = of_strangers.map(|reason| format!("`{reason}`")).collect();
-    let _ = writeln!(
-        text,
-        "\nAnybody on the underlay can cause these, without a key, so that the alert SkeinPacketsDropped and the\n\
-         status page's verdict leave them out: {}.",
-        of_strangers.join(", ")
+    text.push_str(
+        "\nAny sender on the underlay can cause the following drops without a key. The alert\n\
+         SkeinPacketsDropped and the verdict of the status page exclude them:\n\n",
     );
+    for reason in of_strangers {
+        let _ = writeln!(text, "- `{reason}`");
+    }
     text
 }
 
