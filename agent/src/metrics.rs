@@ -90,35 +90,38 @@ fn families(input: &Input) -> Vec<MetricFamily> {
 fn control(input: &Input) -> Vec<MetricFamily> {
     let mut build = Family::new("skein_build_info", "Version of the agent; always 1.", Kind::Gauge);
     build.add(&[("version", env!("CARGO_PKG_VERSION"))], 1.0);
-    let mut ready =
-        Family::new("skein_ready", "Whether the node is ready to carry traffic.", Kind::Gauge);
+    let mut ready = Family::new(
+        "skein_ready",
+        "1 if the node is ready to carry traffic, 0 if not.",
+        Kind::Gauge,
+    );
     ready.add(&[], f64::from(u8::from(input.ready)));
     let mut up =
-        Family::new("skein_dataplane_up", "Whether the data process answers.", Kind::Gauge);
+        Family::new("skein_dataplane_up", "1 if the data process answers, 0 if not.", Kind::Gauge);
     up.add(&[], f64::from(u8::from(input.report.is_some())));
     let mut restarts = Family::new(
         "skein_dataplane_restarts_total",
-        "Times that a new data process took the place of one that had gone.",
+        "Data processes that replaced one that had ended.",
         Kind::Counter,
     );
     restarts.add(&[], input.dataplane.restarts as f64);
-    let mut records = Family::new("skein_node_records", "Node records in force.", Kind::Gauge);
+    let mut records = Family::new("skein_node_records", "Active node records.", Kind::Gauge);
     records.add(&[], input.registry.accepted as f64);
     let mut rejected = Family::new(
         "skein_node_record_files_rejected",
-        "Files of node records that are refused; their last good versions are in force.",
+        "Refused files of node records; their last valid versions stay active.",
         Kind::Gauge,
     );
     rejected.add(&[], input.registry.rejected.len() as f64);
     let mut source = Family::new(
         "skein_node_records_source_up",
-        "Whether the source of the node records (files, or the API server) can be read.",
+        "1 if the source of the node records (files, or the API server) can be read, 0 if not.",
         Kind::Gauge,
     );
     source.add(&[], f64::from(u8::from(input.registry.source_error.is_none())));
     let mut conflicts = Family::new(
         "skein_route_conflicts",
-        "Prefixes of peers to which another program has a route, so that the overlay does not carry them.",
+        "Prefixes of peers to which another program has a route, so that the overlay carries no traffic to them.",
         Kind::Gauge,
     );
     conflicts.add(&[], input.conflicts as f64);
@@ -129,12 +132,15 @@ fn control(input: &Input) -> Vec<MetricFamily> {
 }
 
 fn key(status: &RotationStatus) -> [Family; 2] {
-    let mut age =
-        Family::new("skein_key_age_seconds", "Age of this node's key, by its file.", Kind::Gauge);
+    let mut age = Family::new(
+        "skein_key_age_seconds",
+        "Age of this node's active private key in seconds, from the modification time of the key file.",
+        Kind::Gauge,
+    );
     age.add(&[], status.age_seconds as f64);
     let mut rotation = Family::new(
         "skein_key_rotation",
-        "How far a change of this node's key has come: 1 for the stage that it is in.",
+        "Stage of the rotation of this node's key: 1 for the current stage, 0 for the others.",
         Kind::Gauge,
     );
     for stage in Stage::ALL {
@@ -146,7 +152,7 @@ fn key(status: &RotationStatus) -> [Family; 2] {
 fn of_pods(pods: &Pods) -> Vec<MetricFamily> {
     let mut addresses = Family::new(
         "skein_ipam_addresses",
-        "Addresses for pods by pool and state; resting ones were given back a moment ago.",
+        "Pod addresses by pool and state; `resting` addresses were released less than 30 s ago and are allocated last.",
         Kind::Gauge,
     );
     for pool in &pods.usage.pools {
@@ -167,12 +173,12 @@ fn of_pods(pods: &Pods) -> Vec<MetricFamily> {
 fn processes(dataplane: Option<u32>) -> [Family; 2] {
     let mut cpu = Family::new(
         "skein_process_cpu_seconds_total",
-        "CPU time used by each process of the agent.",
+        "CPU time of each process of Skein in seconds.",
         Kind::Counter,
     );
     let mut memory = Family::new(
         "skein_process_resident_memory_bytes",
-        "Resident memory of each process of the agent.",
+        "Resident memory of each process of Skein in bytes.",
         Kind::Gauge,
     );
     for (process, pid) in [("control", Some(std::process::id())), ("dataplane", dataplane)] {
@@ -228,16 +234,16 @@ fn traffic(report: &Report) -> Vec<MetricFamily> {
         both(
             report,
             "skein_inner_packets_total",
-            "Pod packets as on a wire (segments), before batching.",
+            "Packets of pods; each segment of a superpacket counts.",
             |side| side.inner_packets,
         ),
-        both(report, "skein_inner_bytes_total", "IP bytes of pod packets.", |side| {
+        both(report, "skein_inner_bytes_total", "IP bytes of packets of pods.", |side| {
             side.inner_bytes
         }),
         both(
             report,
             "skein_tun_packets_total",
-            "Packets exchanged with the TUN device; a superpacket counts once.",
+            "Packets read from and written to the TUN device; a superpacket counts once.",
             |side| side.tun_packets,
         ),
         both(report, "skein_outer_packets_total", "Datagrams on the underlay.", |side| {
@@ -261,17 +267,17 @@ fn traffic(report: &Report) -> Vec<MetricFamily> {
 fn histograms(report: &Report) -> Vec<MetricFamily> {
     type Pick = fn(&DirectionReport) -> &HistogramReport;
     let families: [(&str, &str, Pick); 3] = [
-        ("skein_packets_per_call", "Datagrams moved by one system call.", |side| {
+        ("skein_packets_per_call", "Datagrams sent or received by one system call.", |side| {
             &side.packets_per_call
         }),
         (
             "skein_segments_per_message",
-            "Datagrams in one GSO or GRO message; 1 where nothing was batched.",
+            "Datagrams in one GSO or GRO message; 1 without batching.",
             |side| &side.segments_per_message,
         ),
         (
             "skein_inner_packets_per_datagram",
-            "Pod packets in one datagram; above 1 where small packets were bundled.",
+            "Packets of pods in one datagram; more than 1 if small packets were bundled.",
             |side| &side.inner_per_outer,
         ),
     ];
@@ -309,7 +315,7 @@ fn lanes(report: &Report) -> Vec<MetricFamily> {
     }
     let mut waits = Family::new(
         "skein_lane_waits_total",
-        "Waits for packets, by how they ended: busy polling found some, or the lane slept.",
+        "Waits of lanes for packets by result: `polled` if busy polling found packets, `slept` if the lane blocked.",
         Kind::Counter,
     );
     let sum = |count: fn(&LaneReport) -> u64| report.lanes.iter().map(count).sum::<u64>() as f64;
@@ -338,13 +344,13 @@ fn lanes(report: &Report) -> Vec<MetricFamily> {
         tun_queue.finish(),
         total(
             "skein_gso_fallbacks_total",
-            "Sends that fell back from UDP_SEGMENT to single datagrams.",
+            "UDP_SEGMENT messages that were sent again as single datagrams.",
             Kind::Counter,
             |lane| lane.gso_fallbacks,
         ),
         total(
             "skein_gso_off_destinations",
-            "Destinations for which UDP_SEGMENT is off now, summed over lanes.",
+            "Destinations for which UDP_SEGMENT is disabled now, summed over lanes.",
             Kind::Gauge,
             |lane| lane.gso_off_destinations,
         ),
@@ -393,11 +399,8 @@ fn confinement(report: &Report) -> MetricFamily {
 }
 
 fn outcomes(report: &Report) -> Vec<MetricFamily> {
-    let mut drops = Family::new(
-        "skein_drops_total",
-        "Packets dropped, by direction and reason.",
-        Kind::Counter,
-    );
+    let mut drops =
+        Family::new("skein_drops_total", "Packets dropped by direction and reason.", Kind::Counter);
     for drop in &report.drops {
         let labels = [("direction", drop.direction.as_str()), ("reason", drop.reason.as_str())];
         drops.add(&labels, drop.packets as f64);
@@ -424,11 +427,8 @@ fn peers(report: &Report) -> Vec<MetricFamily> {
         let count = report.peers.iter().filter(|peer| peer.state == state).count();
         states.add(&[("state", label)], count as f64);
     }
-    let mut unreachable = Family::new(
-        "skein_peers_unreachable",
-        "Unreachable peers by what is wrong with them.",
-        Kind::Gauge,
-    );
+    let mut unreachable =
+        Family::new("skein_peers_unreachable", "Unreachable peers by reason.", Kind::Gauge);
     for trouble in UnreachableReason::OF_UNREACHABLE {
         let count = report.unreachable.iter().filter(|peer| peer.reason == trouble.text()).count();
         unreachable.add(&[("reason", trouble.label())], count as f64);
@@ -438,13 +438,13 @@ fn peers(report: &Report) -> Vec<MetricFamily> {
     sessions.add(&[], ages().count() as f64);
     let mut oldest = Family::new(
         "skein_session_max_age_seconds",
-        "Age of the oldest current session; 0 where there is none.",
+        "Age of the oldest current session in seconds; 0 without a session.",
         Kind::Gauge,
     );
     oldest.add(&[], ages().fold(0.0, f64::max));
     let mut narrow = Family::new(
         "skein_narrow_paths",
-        "Peers whose path carries less than this node's MTU.",
+        "Peers whose path MTU is smaller than this node's MTU.",
         Kind::Gauge,
     );
     narrow.add(&[], report.reduced_paths.len() as f64);
@@ -454,11 +454,11 @@ fn peers(report: &Report) -> Vec<MetricFamily> {
 fn each_peer(report: &Report) -> Vec<MetricFamily> {
     let gauge = |name: &str, help: &str| Family::new(name, help, Kind::Gauge);
     let counter = |name: &str, help: &str| Family::new(name, help, Kind::Counter);
-    let mut up = gauge("skein_peer_up", "Whether the peer is established.");
-    let mut age = gauge("skein_peer_session_age_seconds", "Age of the current session.");
-    let mut rtt = gauge("skein_peer_rtt_seconds", "Smoothed round-trip time.");
-    let mut packets = counter("skein_peer_packets_total", "Pod packets by peer.");
-    let mut bytes = counter("skein_peer_bytes_total", "IP bytes of pod packets by peer.");
+    let mut up = gauge("skein_peer_up", "1 if the peer is established, 0 if not.");
+    let mut age = gauge("skein_peer_session_age_seconds", "Age of the current session in seconds.");
+    let mut rtt = gauge("skein_peer_rtt_seconds", "Smoothed round-trip time in seconds.");
+    let mut packets = counter("skein_peer_packets_total", "Packets of pods by peer.");
+    let mut bytes = counter("skein_peer_bytes_total", "IP bytes of packets of pods by peer.");
     for peer in &report.peers {
         let name = ("peer", peer.name.as_str());
         up.add(&[name], f64::from(u8::from(peer.state == PeerState::Established)));

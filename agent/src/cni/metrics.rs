@@ -53,14 +53,14 @@ impl Requests {
         let total = IntCounterVec::new(
             Opts::new(
                 "skein_cni_requests_total",
-                "Requests of the CNI plugin, by verb and result.",
+                "Requests of the CNI plugin by verb and result; `late` if not finished within 25 s.",
             ),
             &["verb", "result"],
         )?;
         let seconds = HistogramVec::new(
             HistogramOpts::new(
                 "skein_cni_request_duration_seconds",
-                "How long the agent took for a request of the CNI plugin.",
+                "Duration of a request of the CNI plugin in the agent, in seconds.",
             )
             .buckets(SECONDS.to_vec()),
             &["verb"],

@@ -19,7 +19,7 @@ pub(super) fn families(firewall: &Firewall, pods: bool) -> Vec<MetricFamily> {
     let status = &firewall.status;
     let mut active = Family::new(
         "skein_firewall_active",
-        "1 if the nftables table of Skein is installed, 0 if not; absent if every protection is switched off.",
+        "1 if the nftables table of Skein is installed, 0 if not; absent if the configuration disables all rules.",
         Kind::Gauge,
     );
     if status.active || status.error.is_some() {
@@ -27,8 +27,8 @@ pub(super) fn families(firewall: &Firewall, pods: bool) -> Vec<MetricFamily> {
     }
     let mut chains = Family::new(
         "skein_forward_chains",
-        "FORWARD chains of other programs: closed ones drop pods' packets, the policy of unknown ones cannot \
-         be read.",
+        "FORWARD chains of other programs by state: `closed` chains drop packets of pods, the policy of \
+         `unknown` chains cannot be read.",
         Kind::Gauge,
     );
     chains.add(&[("state", "closed")], status.closed.len() as f64);
@@ -44,8 +44,8 @@ pub(super) fn families(firewall: &Firewall, pods: bool) -> Vec<MetricFamily> {
     };
     let mut link_local = Family::new(
         "skein_pod_link_local_drops_total",
-        "Neighbour and router messages of pods, and packets that pods sent from link-local IPv6 addresses, \
-         all dropped: the first packets of a pod's kernel, too.",
+        "Dropped neighbour and router discovery messages of pods, and dropped packets of pods from link-local \
+         IPv6 addresses. The kernel of each new pod sends a few.",
         Kind::Counter,
     );
     if let Some(counters) = firewall.counters.as_ref().filter(|_| pods) {
@@ -56,15 +56,15 @@ pub(super) fn families(firewall: &Firewall, pods: bool) -> Vec<MetricFamily> {
         chains.finish(),
         drops(
             "skein_pod_source_drops_total",
-            "Packets dropped because a pod sent them from an address that is not its own.",
+            "Packets dropped because a pod sent them with a source address that is not its own.",
             pods,
             |counters| counters.forged,
         ),
         link_local.finish(),
         drops(
             "skein_spoofed_source_drops_total",
-            "Packets dropped because they had a pod's source and arrived by an interface that is not the \
-             pod's.",
+            "Packets dropped because they had a pod's source address and arrived through an interface that is \
+             not the pod's.",
             true,
             |counters| counters.spoofed,
         ),

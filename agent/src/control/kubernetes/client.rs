@@ -35,7 +35,7 @@ impl Requests {
     /// All series at zero.
     pub fn new() -> prometheus::Result<Self> {
         let name = "skein_kubernetes_requests_total";
-        let help = "Requests to the Kubernetes API server, by verb.";
+        let help = "Requests to the Kubernetes API server by verb.";
         let total = IntCounterVec::new(Opts::new(name, help), &["verb"])?;
         for verb in VERBS {
             total.with_label_values(&[verb]);
