@@ -1,6 +1,6 @@
-//! The workspace's test binaries, and a pool that runs several of them side by side.
+//! The workspace's test binaries, and a pool that runs their modules side by side.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,7 +15,7 @@ use super::watch::{self, Totals};
 use crate::cargo;
 use crate::lab::LABORATORIES;
 
-/// Names of the binaries with the longest run times. They start first, so that none of them runs
+/// Names of the batches with the longest run times. They start first, so that none of them runs
 /// alone at the end.
 const LONGEST: [&str; 6] = ["firewall", "faults", "upgrade", "plaintext", "offloads", "operations"];
 
@@ -24,12 +24,15 @@ const LONGEST: [&str; 6] = ["firewall", "faults", "upgrade", "plaintext", "offlo
 const ALONE: [&str; 2] = ["commands", "laboratory"];
 
 /// A test binary that cargo has built.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Binary {
     name: String,
     executable: PathBuf,
     /// Directory of the package, the working directory of the tests.
     directory: PathBuf,
+    /// Whether the binary is an integration test. The modules of such a binary are independent of
+    /// each other; unit tests may share what belongs to the process or to the host.
+    integration: bool,
 }
 
 impl Binary {
@@ -43,8 +46,58 @@ impl Binary {
             name: message["target"]["name"].as_str()?.to_owned(),
             executable: message["executable"].as_str()?.into(),
             directory: Path::new(message["manifest_path"].as_str()?).parent()?.into(),
+            integration: message["target"]["kind"][0] == "test",
         })
     }
+
+    /// Lists the tests that `options` of the test harness select, and divides them into batches.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the binary does not start or refuses an option.
+    fn batches(self, options: &[&str], filter: Option<&str>) -> Result<Vec<Batch>> {
+        if !self.integration {
+            let arguments = filter.into_iter().map(str::to_owned).collect();
+            return Ok(vec![Batch { name: self.name.clone(), binary: self, arguments }]);
+        }
+        let mut list = Command::new(&self.executable);
+        list.args(["--list", "--format=terse"]).args(options).args(filter);
+        let listed = list.output().with_context(|| format!("starting {}", self.name))?;
+        let complaint = String::from_utf8_lossy(&listed.stderr);
+        ensure!(listed.status.success(), "listing the tests of {}: {complaint}", self.name);
+        let tests = String::from_utf8(listed.stdout).context("names of tests are not UTF-8")?;
+        let modules = by_module(tests.lines().filter_map(|line| line.strip_suffix(": test")));
+        let batch = |(module, tests): (&str, Vec<&str>)| Batch {
+            name: match module {
+                "" => self.name.clone(),
+                module => format!("{}::{module}", self.name),
+            },
+            binary: self.clone(),
+            arguments: ["--exact"].into_iter().chain(tests).map(str::to_owned).collect(),
+        };
+        Ok(modules.into_iter().map(batch).collect())
+    }
+}
+
+/// Groups paths of tests by their first module; tests at the root of a binary have the module "".
+fn by_module<'a>(tests: impl Iterator<Item = &'a str>) -> BTreeMap<&'a str, Vec<&'a str>> {
+    let mut modules = BTreeMap::<_, Vec<_>>::new();
+    for test in tests {
+        let module = test.split_once("::").map_or("", |(module, _)| module);
+        modules.entry(module).or_default().push(test);
+    }
+    modules
+}
+
+/// Tests that run one after the other in one process: those of a module of an integration test, or
+/// all unit tests of a crate.
+#[derive(Debug)]
+struct Batch {
+    /// Path of the module, or name of the binary.
+    name: String,
+    binary: Binary,
+    /// Arguments of the test harness that select the tests.
+    arguments: Vec<String>,
 }
 
 /// Builds the test binaries that `which` selects.
@@ -60,8 +113,9 @@ fn build(which: &[&str]) -> Result<Vec<Binary>> {
     Ok(binaries)
 }
 
-/// Runs every test binary that `which` selects, up to `jobs` at the same time, and passes
-/// `arguments` to each. The output of a binary is printed when the binary ends.
+/// Runs every test that `which` (options of cargo), `options` (of the test harness) and `filter` (a
+/// part of the name) select: up to `jobs` batches at the same time, the tests of a batch one after
+/// the other. The output of a batch is printed when the batch ends.
 ///
 /// # Errors
 ///
@@ -69,22 +123,29 @@ fn build(which: &[&str]) -> Result<Vec<Binary>> {
 /// no error: it is counted in the result.
 pub(super) fn run(
     which: &[&str],
-    arguments: &[&str],
+    options: &[&str],
+    filter: Option<&str>,
     jobs: usize,
     limit: Duration,
 ) -> Result<Totals> {
-    let (alone, mut shared): (Vec<_>, Vec<_>) =
-        build(which)?.into_iter().partition(|binary| ALONE.contains(&binary.name.as_str()));
-    let rank = |binary: &Binary| LONGEST.iter().position(|name| *name == binary.name);
-    shared.sort_by_key(|binary| rank(binary).unwrap_or(LONGEST.len()));
+    let batches = build(which)?
+        .into_iter()
+        .map(|binary| binary.batches(options, filter))
+        .collect::<Result<Vec<_>>>()?;
+    let (alone, mut shared): (Vec<_>, Vec<_>) = batches
+        .into_iter()
+        .flatten()
+        .partition(|batch| ALONE.contains(&batch.binary.name.as_str()));
+    let rank = |batch: &Batch| LONGEST.iter().position(|name| *name == batch.name);
+    shared.sort_by_key(|batch| rank(batch).unwrap_or(LONGEST.len()));
 
     let queue = Mutex::new(VecDeque::from(shared));
     let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-    let worker = || -> Result<Vec<(Binary, Totals)>> {
+    let worker = || -> Result<Vec<(Batch, Totals)>> {
         let mut results = Vec::new();
-        while let Some(binary) = next() {
-            let totals = run_one(&binary, arguments, jobs, limit)?;
-            results.push((binary, totals));
+        while let Some(batch) = next() {
+            let totals = run_one(&batch, options, jobs, limit)?;
+            results.push((batch, totals));
         }
         Ok(results)
     };
@@ -96,24 +157,30 @@ pub(super) fn run(
     for result in results {
         let results =
             result.map_err(|_| anyhow::anyhow!("a worker of the test pool panicked"))??;
-        for (binary, mut result) in results {
+        for (batch, mut result) in results {
             if jobs > 1 {
-                repeat_failures(&binary, &mut result, limit)?;
+                repeat_failures(batch, options, &mut result, limit)?;
             }
             totals.add(result);
         }
     }
-    for binary in alone {
-        totals.add(run_one(&binary, arguments, 1, limit)?);
+    for batch in alone {
+        totals.add(run_one(&batch, options, 1, limit)?);
     }
     Ok(totals)
 }
 
-/// Runs each failed test of a binary once more, when no other test runs. A test that passes then
+/// Runs each failed test of a batch once more, when no other test runs. A test that passes then
 /// counts as passed, and its name is printed at the end: it depends on the load of the machine.
-fn repeat_failures(binary: &Binary, totals: &mut Totals, limit: Duration) -> Result<()> {
+fn repeat_failures(
+    mut batch: Batch,
+    options: &[&str],
+    totals: &mut Totals,
+    limit: Duration,
+) -> Result<()> {
     for name in std::mem::take(&mut totals.failures) {
-        let again = run_one(binary, &["--exact", &name, "--test-threads=1"], 1, limit)?;
+        batch.arguments = vec!["--exact".to_owned(), name.clone()];
+        let again = run_one(&batch, options, 1, limit)?;
         if again.success && again.passed == 1 {
             totals.passed_alone(name);
         } else {
@@ -123,16 +190,17 @@ fn repeat_failures(binary: &Binary, totals: &mut Totals, limit: Duration) -> Res
     Ok(())
 }
 
-/// Runs one test binary and prints its output and its run time.
-fn run_one(binary: &Binary, arguments: &[&str], jobs: usize, limit: Duration) -> Result<Totals> {
-    let mut command = Command::new(&binary.executable);
-    command.args(arguments).current_dir(&binary.directory);
-    command.env(LABORATORIES, jobs.to_string());
+/// Runs a batch and prints its output and its run time.
+fn run_one(batch: &Batch, options: &[&str], jobs: usize, limit: Duration) -> Result<Totals> {
+    let mut command = Command::new(&batch.binary.executable);
+    // The tests of one batch measure times and rates: one test at a time.
+    command.arg("--test-threads=1").args(options).args(&batch.arguments);
+    command.current_dir(&batch.binary.directory).env(LABORATORIES, jobs.to_string());
     let start = Instant::now();
     let mut output = Vec::new();
     let totals = watch::watch(&mut command, limit, &mut output)?;
     let mut stdout = std::io::stdout().lock();
-    writeln!(stdout, "\n     Ran {} in {:.0?}", binary.name, start.elapsed())?;
+    writeln!(stdout, "\n     Ran {} in {:.0?}", batch.name, start.elapsed())?;
     stdout.write_all(&output)?;
     Ok(totals)
 }
@@ -144,11 +212,23 @@ mod tests {
     #[test]
     fn cargo_message_of_test_binary_is_read() {
         let message = r#"{"reason":"compiler-artifact","manifest_path":"/w/e2e/Cargo.toml",
-            "target":{"name":"upgrade"},"profile":{"test":true},"executable":"/t/upgrade-1"}"#;
+            "target":{"name":"upgrade","kind":["test"]},"profile":{"test":true},"executable":"/t/upgrade-1"}"#;
         let binary = Binary::from_message(message).expect("the message describes a test binary");
         assert_eq!(binary.name, "upgrade");
         assert_eq!(binary.executable, Path::new("/t/upgrade-1"));
         assert_eq!(binary.directory, Path::new("/w/e2e"));
+        assert!(binary.integration, "the kind is not read");
+    }
+
+    #[test]
+    fn tests_are_grouped_by_their_first_module() {
+        let groups = by_module(["pods::a", "root", "pods::inner::b", "runtime::c"].into_iter());
+        let expected = [
+            ("", vec!["root"]),
+            ("pods", vec!["pods::a", "pods::inner::b"]),
+            ("runtime", vec!["runtime::c"]),
+        ];
+        assert_eq!(groups.into_iter().collect::<Vec<_>>(), expected);
     }
 
     #[test]

@@ -19,7 +19,7 @@ use crate::{cargo, packages};
 pub struct Options {
     /// Only tests whose name contains this.
     filter: Option<String>,
-    /// Number of test binaries that run at the same time
+    /// Number of test modules that run at the same time
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=MAX_JOBS))]
     jobs: u8,
 }
@@ -76,8 +76,9 @@ pub fn run_cluster(options: &Options) -> Result<()> {
     run_tests(&which, &["--ignored"], 1, 2 * watch::LIMIT, options)
 }
 
-/// Runs the tests that `which` selects, with up to `jobs` test binaries at the same time, and
-/// prints the totals. A test that prints nothing for `limit` fails.
+/// Runs the tests that `which` (options of cargo) and `more` (options of the test harness) select,
+/// with up to `jobs` batches at the same time, and prints the totals. A test that prints nothing for
+/// `limit` fails.
 fn run_tests(
     which: &[&str],
     more: &[&str],
@@ -87,10 +88,7 @@ fn run_tests(
 ) -> Result<()> {
     registry::sweep();
 
-    // The tests of one binary measure times and rates: one test at a time.
-    let mut arguments = [&["--test-threads=1"], more].concat();
-    arguments.extend(options.filter.as_deref());
-    let mut totals = binaries::run(which, &arguments, jobs, limit)?;
+    let mut totals = binaries::run(which, more, options.filter.as_deref(), jobs, limit)?;
     if which.contains(&"--workspace") {
         let mut examples = vec!["test", "--release", "--workspace", "--doc", "--quiet", "--"];
         examples.extend(options.filter.as_deref());
