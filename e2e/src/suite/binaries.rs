@@ -17,11 +17,18 @@ use crate::lab::LABORATORIES;
 
 /// Names of the batches with the longest run times. They start first, so that none of them runs
 /// alone at the end.
-const LONGEST: [&str; 6] = ["firewall", "faults", "upgrade", "plaintext", "offloads", "operations"];
+const LONGEST: [&str; 6] = [
+    "security::firewall",
+    "lifecycle::faults",
+    "lifecycle::upgrade",
+    "security::plaintext",
+    "offload::ladder",
+    "lifecycle::operations",
+];
 
-/// Names of the binaries that run one after the other, when no other binary runs: their tests
+/// Name of the binary whose modules run one after the other, when no other module runs: its tests
 /// start a laboratory in another process and wait for it.
-const ALONE: [&str; 2] = ["commands", "laboratory"];
+const ALONE: &str = "harness";
 
 /// A test binary that cargo has built.
 #[derive(Debug, Clone)]
@@ -132,10 +139,8 @@ pub(super) fn run(
         .into_iter()
         .map(|binary| binary.batches(options, filter))
         .collect::<Result<Vec<_>>>()?;
-    let (alone, mut shared): (Vec<_>, Vec<_>) = batches
-        .into_iter()
-        .flatten()
-        .partition(|batch| ALONE.contains(&batch.binary.name.as_str()));
+    let (alone, mut shared): (Vec<_>, Vec<_>) =
+        batches.into_iter().flatten().partition(|batch| batch.binary.name == ALONE);
     let rank = |batch: &Batch| LONGEST.iter().position(|name| *name == batch.name);
     shared.sort_by_key(|batch| rank(batch).unwrap_or(LONGEST.len()));
 

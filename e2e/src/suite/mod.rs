@@ -48,32 +48,31 @@ pub fn run(options: &Options) -> Result<()> {
 }
 
 /// What needs a cluster.
-const CLUSTER: [&str; 4] =
-    ["--package=skein-e2e", "--test=cluster", "--test=cluster_skein", "--test=cluster_upgrade"];
+const CLUSTER: [&str; 2] = ["--package=skein-e2e", "--test=cluster"];
 
-/// Tests of what Kubernetes 1.20 does not have.
-const CURRENT: &str = "--test=cluster_current";
+/// Module with the tests of what Kubernetes 1.20 does not have.
+const CURRENT: &str = "current::";
 
 /// Runs the tests that need a cluster.
 pub fn run_cluster(options: &Options) -> Result<()> {
     let console = Console::new();
     programs::build(&console)?;
     console.step("building the tests (release)");
-    let mut which = CLUSTER.to_vec();
-    match programs::other() {
-        Some(_) => which.push(CURRENT),
-        None => console.print(&format!(
+    let mut more = vec!["--ignored"];
+    if programs::other().is_none() {
+        more.extend(["--skip", CURRENT]);
+        console.print(&format!(
             "the tests of a current Kubernetes are left out: {} names none",
             programs::OTHER
-        )),
+        ));
     }
     console.pause(|| {
         cargo::run(&["build", "--release", "--workspace", "--bins"])?;
-        cargo::run(&[&["build", "--release"][..], &which].concat())
+        cargo::run(&[&["build", "--release"][..], &CLUSTER].concat())
     })?;
     drop(console);
     // The change of a key waits for five minutes twice.
-    run_tests(&which, &["--ignored"], 1, 2 * watch::LIMIT, options)
+    run_tests(&CLUSTER, &more, 1, 2 * watch::LIMIT, options)
 }
 
 /// Runs the tests that `which` (options of cargo) and `more` (options of the test harness) select,

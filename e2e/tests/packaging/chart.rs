@@ -535,12 +535,12 @@ fn dashboards_are_complete() -> Result<()> {
     Ok(())
 }
 
-/// What e2e/tests/alerts.yaml says of each alert, by promtool.
+/// What e2e/tests/observability/alerts.yaml says of each alert, by promtool.
 #[test]
 fn alerts_fire_when_they_should_and_not_otherwise() -> Result<()> {
     let directory = tempfile::tempdir()?;
     let rules = chart::path().join("alerts/skein.yaml");
-    let tests = workspace().join("e2e/tests/alerts.yaml");
+    let tests = workspace().join("e2e/tests/observability/alerts.yaml");
     fs::copy(&rules, directory.path().join("skein.yaml"))?;
     fs::copy(&tests, directory.path().join("alerts.yaml"))?;
     for what in [["check", "rules", "skein.yaml"], ["test", "rules", "alerts.yaml"]] {

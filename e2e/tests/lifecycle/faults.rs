@@ -1,9 +1,5 @@
 //! What an underlay, a host and its other programs do to a network, and what comes of it: with figures.
 
-mod clocks;
-mod resources;
-mod weather;
-
 use std::thread;
 use std::time::{Duration, Instant};
 

@@ -1,0 +1,3 @@
+//! Operators' commands of `skein-agent`.
+
+mod commands;

@@ -1,0 +1,6 @@
+//! Tests on a real Kubernetes. Only `cargo e2e cluster test` runs them.
+
+mod current;
+mod laboratory;
+mod skein;
+mod upgrade;

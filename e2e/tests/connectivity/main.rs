@@ -1,0 +1,7 @@
+//! Connectivity over the overlay: protocols, sizes, address families, and impaired underlays.
+
+mod families;
+mod impairments;
+mod integrity;
+mod traffic;
+mod underlay;

@@ -1,0 +1,9 @@
+//! Start, change, failure, upgrade and removal of an agent and its data process.
+
+mod clocks;
+mod dataplane;
+mod faults;
+mod operations;
+mod repairs;
+mod resources;
+mod upgrade;

@@ -1,0 +1,3 @@
+//! MTU of the overlay's interface and path MTU discovery.
+
+mod underlay;

@@ -1,0 +1,4 @@
+//! Metrics, status page, dashboards and alerts.
+
+mod dashboards;
+mod status_page;

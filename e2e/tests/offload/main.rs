@@ -1,0 +1,3 @@
+//! Segmentation and checksum offloads, and their fallbacks.
+
+mod ladder;

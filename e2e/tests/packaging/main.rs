@@ -1,0 +1,7 @@
+//! Helm chart, container image, and files for the host.
+
+mod chart;
+mod chart_admission;
+mod chart_values;
+mod host_files;
+mod image;

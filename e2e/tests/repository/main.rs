@@ -1,0 +1,4 @@
+//! Order of imports between crates, and references in documents.
+
+mod crates;
+mod documents;

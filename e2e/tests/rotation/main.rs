@@ -1,0 +1,3 @@
+//! Rotation of a node's key.
+
+mod key;
