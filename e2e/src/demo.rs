@@ -8,12 +8,12 @@ use comfy_table::presets::UTF8_BORDERS_ONLY;
 use comfy_table::{CellAlignment, Table};
 use serde_json::Value;
 
-use crate::console::Console;
-use crate::lab::agent::{Cluster, Metrics};
-use crate::lab::{Family, Lab, Plan, registry};
-use crate::load::iperf::{self, Flow};
-use crate::load::ping::{Ping, ping};
-use crate::{cargo, packages};
+use skein_lab::agent::{Cluster, Metrics};
+use skein_lab::console::Console;
+use skein_lab::load::iperf::{self, Flow};
+use skein_lab::load::ping::{Ping, ping};
+use skein_lab::{Family, Lab, Plan, registry};
+use skein_lab::{cargo, packages};
 
 /// How to show it.
 #[derive(Debug, Args)]

@@ -1,19 +1,9 @@
-//! Skein's laboratory on one Linux host: machines and pods as network namespaces, real agents, real
-//! packets. Behind `cargo e2e` and the tests of this crate. Needs root.
+//! Commands of `cargo e2e` on the laboratory (`skein-lab`): demonstration, test suite, soak, cluster.
 
-pub mod bench;
-pub mod cargo;
-pub mod chart;
-pub mod checks;
+#![forbid(unsafe_code)]
+
 pub mod cluster;
-pub mod console;
 pub mod demo;
-pub mod image;
-pub mod lab;
-pub mod load;
-pub mod newer;
-pub mod packages;
-pub mod programs;
 pub mod soak;
 pub mod suite;
 pub mod versions;

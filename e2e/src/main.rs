@@ -3,8 +3,9 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use skein_e2e::lab::registry;
-use skein_e2e::{bench, cluster, demo, soak, suite, versions};
+use skein_bench as bench;
+use skein_e2e::{cluster, demo, soak, suite, versions};
+use skein_lab::registry;
 
 /// Skein on one host: machines and pods as network namespaces, real agents, real packets.
 #[derive(Debug, Parser)]
@@ -32,7 +33,7 @@ enum Command {
     Versions(versions::Options),
     /// Make a real Kubernetes, or test on one.
     #[command(subcommand)]
-    Cluster(cluster::command::Command),
+    Cluster(cluster::Command),
     /// Run the fuzz targets for a bounded time each.
     Fuzz(suite::fuzz::Options),
     /// Remove what an interrupted run left behind.
@@ -48,7 +49,7 @@ fn main() -> ExitCode {
         Command::Scale(options) => bench::scale::run(&options),
         Command::Soak(options) => soak::run(&options),
         Command::Versions(options) => versions::run(&options),
-        Command::Cluster(command) => cluster::command::run(&command),
+        Command::Cluster(command) => cluster::run(&command),
         Command::Fuzz(options) => suite::fuzz::run(&options),
         Command::Cleanup => {
             let removed = registry::sweep();

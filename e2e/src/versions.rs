@@ -9,13 +9,13 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 
-use crate::console::Console;
-use crate::lab::agent::{self, Cluster};
-use crate::lab::instance::Instance;
-use crate::lab::{Family, Lab, Plan, registry};
-use crate::load::ping::{Loss, Pings};
-use crate::load::transfer::Transfer;
-use crate::{cargo, checks, programs};
+use skein_lab::agent::{self, Cluster};
+use skein_lab::console::Console;
+use skein_lab::instance::Instance;
+use skein_lab::load::ping::{Loss, Pings};
+use skein_lab::load::transfer::Transfer;
+use skein_lab::{Family, Lab, Plan, registry};
+use skein_lab::{cargo, checks, programs};
 
 /// The last commit before the serialised items were renamed.
 const EARLIER_COMMIT: &str = "19ee88ee";

@@ -9,10 +9,10 @@ use clap::ValueEnum;
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::Random;
-use crate::checks;
-use crate::lab::agent::Agent;
-use crate::lab::process::Process;
-use crate::lab::{Family, Lab, UNDERLAY};
+use skein_lab::agent::Agent;
+use skein_lab::checks;
+use skein_lab::process::Process;
+use skein_lab::{Family, Lab, UNDERLAY};
 
 /// How long the agents may take to be what they were.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -227,7 +227,7 @@ impl<'a> World<'a> {
         ns.sysctl("net.ipv4.conf.all.promote_secondaries", "1")?;
         ns.ip(&format!("address add {next}/24 dev {UNDERLAY}"))?;
         ns.ip(&format!("address del {now}/24 dev {UNDERLAY}"))?;
-        self.agents[node].record.endpoints = vec![format!("{next}:{}", crate::lab::agent::PORT)];
+        self.agents[node].record.endpoints = vec![format!("{next}:{}", skein_lab::agent::PORT)];
         let record = self.agents[node].record.clone();
         self.agents.iter().try_for_each(|agent| agent.put_record(&record))
     }

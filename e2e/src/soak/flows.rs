@@ -13,11 +13,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::Random;
-use crate::lab::{Family, Lab, Pod};
-use crate::load::gauge::Gauge;
-use crate::load::pattern::{Pattern, WrongByte};
-use crate::load::transfer::{self, Transfer};
-use crate::load::udp::{self, Load, Receiver};
+use skein_lab::load::gauge::Gauge;
+use skein_lab::load::pattern::{Pattern, WrongByte};
+use skein_lab::load::transfer::{self, Transfer};
+use skein_lab::load::udp::{self, Load, Receiver};
+use skein_lab::{Family, Lab, Pod};
 
 /// Of each long connection and of each flow of files, in bytes a second.
 const RATE: u64 = 4 << 20;

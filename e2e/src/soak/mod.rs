@@ -15,12 +15,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 
-use crate::checks;
-use crate::console::Console;
-use crate::lab::agent::{Cluster, binary};
-use crate::lab::{Family, Lab, Offloads, Plan, registry};
-use crate::load::pattern::Pattern;
-use crate::{cargo, packages};
+use skein_lab::agent::{Cluster, binary};
+use skein_lab::checks;
+use skein_lab::console::Console;
+use skein_lab::load::pattern::Pattern;
+use skein_lab::{Family, Lab, Offloads, Plan, registry};
+use skein_lab::{cargo, packages};
 
 use faults::{Kind, World};
 use flows::Flows;

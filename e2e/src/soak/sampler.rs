@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
 
-use crate::lab::Lab;
-use crate::lab::process::resident_bytes;
+use skein_lab::Lab;
+use skein_lab::process::resident_bytes;
 
 const INTERVAL: Duration = Duration::from_secs(1);
 

@@ -12,8 +12,8 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use super::watch::{self, Totals};
-use crate::cargo;
-use crate::lab::LABORATORIES;
+use skein_lab::LABORATORIES;
+use skein_lab::cargo;
 
 /// Names of the batches with the longest run times. They start first, so that none of them runs
 /// alone at the end.

@@ -5,7 +5,7 @@ use std::process::Stdio;
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 
-use crate::cargo;
+use skein_lab::cargo;
 
 /// How long to fuzz, and what.
 #[derive(Debug, Args)]

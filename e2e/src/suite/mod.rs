@@ -9,10 +9,10 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use clap::Args;
 
-use crate::cluster::programs;
-use crate::console::Console;
-use crate::lab::registry;
-use crate::{cargo, packages};
+use skein_cluster::programs;
+use skein_lab::console::Console;
+use skein_lab::registry;
+use skein_lab::{cargo, packages};
 
 /// What to test.
 #[derive(Debug, Args)]

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::lab::process::children;
+use skein_lab::process::children;
 
 /// How long one test may take, with its wait for another run's laboratory. All but a few take
 /// seconds.

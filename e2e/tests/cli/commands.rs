@@ -8,11 +8,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
-use skein_e2e::checks;
-use skein_e2e::lab::agent::{Agent, Cluster, binary};
-use skein_e2e::lab::process::{self, Finished, Process};
-use skein_e2e::lab::{Family, Lab, Plan};
-use skein_e2e::load::ping::{Ping, ping};
+use skein_lab::agent::{Agent, Cluster, binary};
+use skein_lab::checks;
+use skein_lab::load::ping::{Ping, ping};
+use skein_lab::process::{self, Finished, Process};
+use skein_lab::{Family, Lab, Plan};
 
 /// Every node has a session with every other. A busy machine may lose a ping: that is not what is tested here.
 fn joined(cluster: &Cluster) -> Result<()> {

@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use skein_e2e::cargo;
-use skein_e2e::cluster::skein::{self, NAMESPACE, Pings, Pod, agent_pod};
-use skein_e2e::cluster::{Kube, Options};
-use skein_e2e::lab::process;
+use skein_cluster::skein::{self, NAMESPACE, Pings, Pod, agent_pod};
+use skein_cluster::{Kube, Options};
+use skein_lab::cargo;
+use skein_lab::process;
 
 /// Value of every installation.
 const POD_CIDR: &str = "podCidr=10.244.0.0/16";

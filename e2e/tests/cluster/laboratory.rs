@@ -11,8 +11,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
-use skein_e2e::cluster::{Kube, Options, programs, v4, v6};
-use skein_e2e::lab::{process, registry};
+use skein_cluster::{Kube, Options, programs, v4, v6};
+use skein_lab::{process, registry};
 
 const READY_LIMIT: Duration = Duration::from_secs(60);
 

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use skein_e2e::cluster::skein::{self, Pod, agent_pod, wait_until_all_reach_all};
-use skein_e2e::cluster::{Kube, Options};
-use skein_e2e::lab::agent::binary;
-use skein_e2e::lab::process;
+use skein_cluster::skein::{self, Pod, agent_pod, wait_until_all_reach_all};
+use skein_cluster::{Kube, Options};
+use skein_lab::agent::binary;
+use skein_lab::process;
 
 const READY_LIMIT: Duration = Duration::from_secs(60);
 
@@ -97,7 +97,7 @@ fn service(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
         "spec": {
             "nodeName": kube.nodes[1].name(), "terminationGracePeriodSeconds": 0,
             "containers": [{
-                "name": "main", "image": skein_e2e::cluster::programs::TOOLS,
+                "name": "main", "image": skein_cluster::programs::TOOLS,
                 "imagePullPolicy": "Never",
                 "command": ["sh", "-c", "mkdir /w; echo served >/w/index.html; exec httpd -f -p 80 -h /w"],
                 "ports": [{ "containerPort": 80, "hostPort": 8088 }],
@@ -115,7 +115,7 @@ fn service(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
         Ok(pods[0].run(kube, &["curl", "-s", "--max-time", "2", url])? == "served\n")
     };
     kube.wait("the Service answers", READY_LIMIT, |kube| asks(kube, &format!("http://{ip}/")))?;
-    let host = skein_e2e::cluster::v4(kube.nodes[1].number());
+    let host = skein_cluster::v4(kube.nodes[1].number());
     kube.wait("the host port answers", READY_LIMIT, |kube| {
         asks(kube, &format!("http://{host}:8088/"))
     })?;
@@ -300,7 +300,7 @@ fn the_api_server_is_away(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
 
 fn a_node_gets_another_address(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
     kube.nodes[1].readdress(77)?;
-    let expected = format!("{}:51900", skein_e2e::cluster::v4(77));
+    let expected = format!("{}:51900", skein_cluster::v4(77));
     // The agent's connections are from the old one: it finds them dead after 65 s.
     let took = kube.wait("the record has the new address", 2 * READY_LIMIT, |kube| {
         Ok(skeinnode(kube, "node2")?["spec"]["endpoints"][0] == expected.as_str())

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use skein_e2e::cluster::skein::{self, NAMESPACE, Pod, agent_pod, wait_until_all_reach_all};
-use skein_e2e::cluster::{Kube, Options};
+use skein_cluster::skein::{self, NAMESPACE, Pod, agent_pod, wait_until_all_reach_all};
+use skein_cluster::{Kube, Options};
 
 /// Time limit of an operation of kubelet.
 const LIMIT: Duration = Duration::from_secs(90);

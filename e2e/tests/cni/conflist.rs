@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use skein_e2e::lab::agent::Agent;
-use skein_e2e::lab::pods::{list, list_path, prepared, put_list, runtime, up};
-use skein_e2e::{checks, newer};
+use skein_lab::agent::Agent;
+use skein_lab::pods::{list, list_path, prepared, put_list, runtime, up};
+use skein_lab::{checks, newer};
 
 /// Time longer than the interval of the agent's repairs.
 const REPAIR_TIME: Duration = Duration::from_secs(11);

@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use skein_e2e::checks;
-use skein_e2e::lab::cni::{self, attachment};
-use skein_e2e::lab::pods::{node, prepared, runtime, up};
-use skein_e2e::lab::{Family, Netns, link};
-use skein_e2e::load::ping::{Ping, ping};
+use skein_lab::checks;
+use skein_lab::cni::{self, attachment};
+use skein_lab::load::ping::{Ping, ping};
+use skein_lab::pods::{node, prepared, runtime, up};
+use skein_lab::{Family, Netns, link};
 
 #[test]
 fn status_of_hung_agent_fails_after_5_s() -> Result<()> {

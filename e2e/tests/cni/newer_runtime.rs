@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
-use skein_e2e::lab::agent::{Agent, Cluster};
-use skein_e2e::lab::cni::{same, traces};
-use skein_e2e::lab::containerd::Containerd;
-use skein_e2e::lab::cri::Cri;
-use skein_e2e::lab::pods::{list, node, prepared, put_list};
-use skein_e2e::{checks, newer};
+use skein_lab::agent::{Agent, Cluster};
+use skein_lab::cni::{same, traces};
+use skein_lab::containerd::Containerd;
+use skein_lab::cri::Cri;
+use skein_lab::pods::{list, node, prepared, put_list};
+use skein_lab::{checks, newer};
 
 /// Maximum time of a repair by the agent, which comes every 10 s.
 const REPAIR_TIMEOUT: Duration = Duration::from_secs(20);

@@ -8,15 +8,15 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use skein_e2e::checks;
-use skein_e2e::lab::agent::{Agent, Cluster};
-use skein_e2e::lab::cni::{self, attachment, same, traces};
-use skein_e2e::lab::link::advertise_router;
-use skein_e2e::lab::pods::{node, prepared, runtime, up};
-use skein_e2e::lab::process;
-use skein_e2e::lab::{Family, Netns, Pod};
-use skein_e2e::load::ping::{Ping, ping};
-use skein_e2e::load::udp;
+use skein_lab::agent::{Agent, Cluster};
+use skein_lab::checks;
+use skein_lab::cni::{self, attachment, same, traces};
+use skein_lab::link::advertise_router;
+use skein_lab::load::ping::{Ping, ping};
+use skein_lab::load::udp;
+use skein_lab::pods::{node, prepared, runtime, up};
+use skein_lab::process;
+use skein_lab::{Family, Netns, Pod};
 
 fn reach(a: &Pod, b: &Pod) -> Result<()> {
     for family in Family::BOTH {
@@ -440,7 +440,7 @@ fn claim(pod: &Netns, address: IpAddr) -> Result<()> {
         pod.ip(&format!("address del {address}/32 dev eth0"))?;
         return pod.ip("route del 169.254.1.99/32 dev eth0").map(drop);
     };
-    let mac = skein_e2e::lab::link::mac(pod, "eth0")?;
+    let mac = skein_lab::link::mac(pod, "eth0")?;
     let links = pod.ip("-o link show eth0")?;
     let index: u32 = links.split(':').next().context("no index")?.trim().parse()?;
     let mut message = vec![136, 0, 0, 0, 0x20, 0, 0, 0];
@@ -476,7 +476,7 @@ fn no_pod_takes_anothers_address_by_arp_or_neighbour_discovery() -> Result<()> {
     let after = neighbours()?;
     ensure!(lines(&before) == lines(&after), "{before}\nis now\n{after}");
     let learnt = node(&cluster, 0).ip("neighbour show")?;
-    let theirs = skein_e2e::lab::link::mac(&thief.ns, "eth0")?;
+    let theirs = skein_lab::link::mac(&thief.ns, "eth0")?;
     for line in learnt.lines().filter(|line| line.contains(&theirs)) {
         let own = [thief.v4.to_string(), thief.v6.to_string()];
         let address = line.split(' ').next().unwrap_or_default();

@@ -9,14 +9,14 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use skein_e2e::cargo::workspace;
-use skein_e2e::checks;
-use skein_e2e::lab::agent::Cluster;
-use skein_e2e::lab::cni::{self, same, traces};
-use skein_e2e::lab::containerd::{Containerd, IMAGE};
-use skein_e2e::lab::cri::Cri;
-use skein_e2e::lab::{Family, Lab, Netns, Plan, Underlay, process};
-use skein_e2e::load::iperf::{self, Flow};
+use skein_lab::agent::Cluster;
+use skein_lab::cargo::workspace;
+use skein_lab::checks;
+use skein_lab::cni::{self, same, traces};
+use skein_lab::containerd::{Containerd, IMAGE};
+use skein_lab::cri::Cri;
+use skein_lab::load::iperf::{self, Flow};
+use skein_lab::{Family, Lab, Netns, Plan, Underlay, process};
 
 /// Two nodes with agents and a containerd each.
 struct Nodes {

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
-use skein_e2e::checks;
-use skein_e2e::lab::agent::{Agent, Cluster};
-use skein_e2e::lab::{Family, Lab, Plan};
-use skein_e2e::load::http;
+use skein_lab::agent::{Agent, Cluster};
+use skein_lab::checks;
+use skein_lab::load::http;
+use skein_lab::{Family, Lab, Plan};
 
 /// Makes every socket(2) call of this agent's processes fail for IPv6.
 fn without_ipv6(agent: &mut Agent) -> Result<()> {

@@ -4,11 +4,11 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use skein_e2e::checks;
-use skein_e2e::lab::agent::Cluster;
-use skein_e2e::lab::relay::{Relay, Weather};
-use skein_e2e::lab::{Family, Offloads, Plan};
-use skein_e2e::load::ping::{Ping, ping};
+use skein_lab::agent::Cluster;
+use skein_lab::checks;
+use skein_lab::load::ping::{Ping, ping};
+use skein_lab::relay::{Relay, Weather};
+use skein_lab::{Family, Offloads, Plan};
 
 /// What is lost or doubled below must not show as anything but loss above: of pings about what the underlay
 /// loses, of TCP nothing.

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
-use skein_e2e::checks;
-use skein_e2e::lab::agent::Cluster;
-use skein_e2e::lab::{Family, Plan};
+use skein_lab::agent::Cluster;
+use skein_lab::checks;
+use skein_lab::{Family, Plan};
 
 const RATE: u64 = 25_000_000;
 

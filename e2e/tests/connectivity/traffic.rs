@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use skein_e2e::checks;
-use skein_e2e::lab::agent::Cluster;
-use skein_e2e::lab::{Family, Offloads, Plan};
-use skein_e2e::load::iperf::{self, Flow};
-use skein_e2e::load::ping::{Ping, ping};
+use skein_lab::agent::Cluster;
+use skein_lab::checks;
+use skein_lab::load::iperf::{self, Flow};
+use skein_lab::load::ping::{Ping, ping};
+use skein_lab::{Family, Offloads, Plan};
 
 fn iperf_both_ways(underlay: Family) -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), underlay)?;

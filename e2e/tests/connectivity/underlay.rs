@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
-use skein_e2e::checks;
-use skein_e2e::lab::agent::{Agent, Cluster, PORT};
-use skein_e2e::lab::link::Offloads;
-use skein_e2e::lab::{Family, Lab, Netns, Plan, UNDERLAY};
-use skein_e2e::load::ping::{Ping, ping};
-use skein_e2e::load::transfer::Transfer;
+use skein_lab::agent::{Agent, Cluster, PORT};
+use skein_lab::checks;
+use skein_lab::link::Offloads;
+use skein_lab::load::ping::{Ping, ping};
+use skein_lab::load::transfer::Transfer;
+use skein_lab::{Family, Lab, Netns, Plan, UNDERLAY};
 
 /// A counter of a namespace's IP or TCP (/proc/net/netstat: a line of names, a line of values).
 fn netstat(ns: &Netns, name: &str) -> Result<u64> {

@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::Signal;
-use skein_e2e::bench::Results;
-use skein_e2e::checks;
-use skein_e2e::lab::agent::binary;
-use skein_e2e::lab::process::{self, Process, tail};
-use skein_e2e::lab::{TURN_LIMIT, registry};
+use skein_bench::Results;
+use skein_lab::agent::binary;
+use skein_lab::checks;
+use skein_lab::process::{self, Process, tail};
+use skein_lab::{TURN_LIMIT, registry};
 
 /// How long a command may take that does its work in seconds, once no other laboratory is in its way.
 const LIMIT: Duration = TURN_LIMIT.saturating_add(Duration::from_secs(90));
@@ -128,7 +128,7 @@ fn a_minute_of_the_soak_finds_nothing_wrong() -> Result<()> {
 /// As it is shipped: kubelet starts it for every pod, on hosts with any C library or none.
 #[test]
 fn the_plugin_is_static_and_small() -> Result<()> {
-    let path = skein_e2e::cargo::build_static(&["skein-cni"])?.remove(0);
+    let path = skein_lab::cargo::build_static(&["skein-cni"])?.remove(0);
     let program = fs::read(&path)?;
     ensure!(program.len() < 2 << 20, "{} bytes", program.len());
     let loader = b"/ld-linux";

@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
-use skein_e2e::checks;
-use skein_e2e::lab::cni::{same, traces};
-use skein_e2e::lab::{
+use skein_lab::checks;
+use skein_lab::cni::{same, traces};
+use skein_lab::load::ping::{Ping, ping};
+use skein_lab::load::rr;
+use skein_lab::{
     Family, Lab, Netns, Offloads, Plan, TURN_LIMIT, UNDERLAY, Underlay, process, registry,
 };
-use skein_e2e::load::ping::{Ping, ping};
-use skein_e2e::load::rr;
 
 /// Names of what this process has made and not removed.
 fn left() -> Vec<String> {

@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
-use skein_e2e::checks;
-use skein_e2e::lab::agent::{Agent, Cluster};
-use skein_e2e::lab::{Family, Lab, Plan};
-use skein_e2e::load::transfer::Transfer;
+use skein_lab::agent::{Agent, Cluster};
+use skein_lab::checks;
+use skein_lab::load::transfer::Transfer;
+use skein_lab::{Family, Lab, Plan};
 
 const HOURS: i64 = 3600;
 

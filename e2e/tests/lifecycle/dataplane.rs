@@ -9,12 +9,12 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
-use skein_e2e::checks;
-use skein_e2e::lab::agent::{Agent, Cluster};
-use skein_e2e::lab::process::Process;
-use skein_e2e::lab::{Family, Lab, Plan, Pod};
-use skein_e2e::load::ping::{Answers, Ping, ping};
-use skein_e2e::load::transfer::Transfer;
+use skein_lab::agent::{Agent, Cluster};
+use skein_lab::checks;
+use skein_lab::load::ping::{Answers, Ping, ping};
+use skein_lab::load::transfer::Transfer;
+use skein_lab::process::Process;
+use skein_lab::{Family, Lab, Plan, Pod};
 
 /// Agents whose data processes somebody else has started.
 fn external() -> Result<(Cluster, Vec<Process>)> {

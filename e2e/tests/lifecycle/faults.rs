@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
-use skein_e2e::checks;
-use skein_e2e::lab::agent::{Agent, Cluster};
-use skein_e2e::lab::link::Offloads;
-use skein_e2e::lab::process::Process;
-use skein_e2e::lab::{Family, Lab, Plan};
-use skein_e2e::load::ping::{Ping, ping};
-use skein_e2e::load::transfer::Transfer;
+use skein_lab::agent::{Agent, Cluster};
+use skein_lab::checks;
+use skein_lab::link::Offloads;
+use skein_lab::load::ping::{Ping, ping};
+use skein_lab::load::transfer::Transfer;
+use skein_lab::process::Process;
+use skein_lab::{Family, Lab, Plan};
 
 /// The MTU of the path to the other node, where the agent knows of a smaller one.
 fn path_mtu(agent: &Agent) -> Result<Option<u64>> {

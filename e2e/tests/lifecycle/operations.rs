@@ -6,10 +6,10 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use skein_e2e::checks;
-use skein_e2e::lab::agent::{Agent, Cluster, Record, binary};
-use skein_e2e::lab::process::{self, Finished, resident_bytes};
-use skein_e2e::lab::{Family, Lab, Plan};
+use skein_lab::agent::{Agent, Cluster, Record, binary};
+use skein_lab::checks;
+use skein_lab::process::{self, Finished, resident_bytes};
+use skein_lab::{Family, Lab, Plan};
 
 /// An agent that is prepared and not started.
 fn prepared() -> Result<Cluster> {
@@ -70,7 +70,7 @@ fn bad_keys_are_named() -> Result<()> {
 fn a_used_port_is_named() -> Result<()> {
     let cluster = prepared()?;
     let node = &cluster.lab.nodes[0];
-    let address = (node.underlay(Family::V4), skein_e2e::lab::agent::PORT);
+    let address = (node.underlay(Family::V4), skein_lab::agent::PORT);
     let _holder = node.ns.run(|| std::net::UdpSocket::bind(address))??;
     refuses(&cluster, &run(&cluster.agents[0])?, 5, &["51900", "underlay"])
 }
@@ -361,7 +361,7 @@ fn the_data_process_stays_small_with_a_hundred_peers() -> Result<()> {
         let key = cluster.lab.directory().join(format!("peer-{number}.key"));
         let record = Record {
             name: format!("peer-{number}"),
-            public_key: skein_e2e::lab::agent::new_key(&key)?,
+            public_key: skein_lab::agent::new_key(&key)?,
             second_public_key: None,
             endpoints: vec![format!("192.0.2.{}:51900", 100 + number)],
             pod_cidrs: vec![

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use skein_e2e::checks;
-use skein_e2e::lab::agent::{Agent, Cluster};
-use skein_e2e::lab::cni::Runtime;
-use skein_e2e::lab::{Family, Lab, Netns, Plan};
-use skein_e2e::load::ping::{Ping, ping};
+use skein_lab::agent::{Agent, Cluster};
+use skein_lab::checks;
+use skein_lab::cni::Runtime;
+use skein_lab::load::ping::{Ping, ping};
+use skein_lab::{Family, Lab, Netns, Plan};
 
 /// Timeout of a repair that a notification of the kernel causes; the interval of the agent's timer
 /// is ten seconds.

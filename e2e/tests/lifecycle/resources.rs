@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
-use skein_e2e::checks;
-use skein_e2e::lab::agent::Cluster;
-use skein_e2e::lab::cgroup::MemoryLimit;
-use skein_e2e::lab::process::resident_bytes;
-use skein_e2e::lab::{Family, Lab, Offloads, Plan};
-use skein_e2e::load::ping::{Ping, ping};
-use skein_e2e::load::transfer::Transfer;
+use skein_lab::agent::Cluster;
+use skein_lab::cgroup::MemoryLimit;
+use skein_lab::checks;
+use skein_lab::load::ping::{Ping, ping};
+use skein_lab::load::transfer::Transfer;
+use skein_lab::process::resident_bytes;
+use skein_lab::{Family, Lab, Offloads, Plan};
 
 #[test]
 fn others_that_want_the_whole_cpu_cost_time_and_no_packet() -> Result<()> {

@@ -6,12 +6,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use skein_e2e::checks;
-use skein_e2e::lab::agent::Cluster;
-use skein_e2e::lab::instance::{Container, Instance};
-use skein_e2e::lab::{Family, Lab, Plan};
-use skein_e2e::load::ping::{Loss, Pings};
-use skein_e2e::load::transfer::Transfer;
+use skein_lab::agent::Cluster;
+use skein_lab::checks;
+use skein_lab::instance::{Container, Instance};
+use skein_lab::load::ping::{Loss, Pings};
+use skein_lab::load::transfer::Transfer;
+use skein_lab::{Family, Lab, Plan};
 
 /// Interval of the pings.
 const INTERVAL: Duration = Duration::from_millis(5);

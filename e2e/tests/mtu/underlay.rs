@@ -4,10 +4,10 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use skein_e2e::checks;
-use skein_e2e::lab::agent::{Agent, Cluster};
-use skein_e2e::lab::{Family, Lab, Netns, Plan};
-use skein_e2e::load::ping::{Ping, ping};
+use skein_lab::agent::{Agent, Cluster};
+use skein_lab::checks;
+use skein_lab::load::ping::{Ping, ping};
+use skein_lab::{Family, Lab, Netns, Plan};
 
 /// Timeout for the agent to follow a change of the underlay.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(8);

@@ -9,13 +9,13 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use skein_e2e::chart;
-use skein_e2e::checks;
-use skein_e2e::lab::agent::Cluster;
-use skein_e2e::lab::cni::Runtime;
-use skein_e2e::lab::process::{self, Process};
-use skein_e2e::lab::{Family, Lab, Netns, Plan, Pod};
-use skein_e2e::load::http;
+use skein_lab::agent::Cluster;
+use skein_lab::chart;
+use skein_lab::checks;
+use skein_lab::cni::Runtime;
+use skein_lab::load::http;
+use skein_lab::process::{self, Process};
+use skein_lab::{Family, Lab, Netns, Plan, Pod};
 
 const ADDRESS: &str = "127.0.0.1:9090";
 
@@ -36,7 +36,7 @@ impl Prometheus {
         let ns = cluster.lab.attach("prometheus", 99)?;
         let directory = cluster.lab.directory().join("prometheus");
         fs::create_dir_all(&directory)?;
-        let target = |agent: &skein_e2e::lab::agent::Agent| {
+        let target = |agent: &skein_lab::agent::Agent| {
             let address = format!("{}:9464", agent.underlay_address()?);
             Ok(json!({ "targets": [address], "labels": { "node": agent.record.name } }))
         };
@@ -240,7 +240,7 @@ fn a_scrape_under_traffic_has_no_complaint() -> Result<()> {
     let cluster = cluster()?;
     let [a, b] = &pods(&cluster)?;
     checks::transfer(a, b, Family::V4, 1 << 20)?;
-    let reference = fs::read_to_string(skein_e2e::cargo::workspace().join("docs/metrics.md"))?;
+    let reference = fs::read_to_string(skein_lab::cargo::workspace().join("docs/metrics.md"))?;
     let text = cluster.agents[0].metrics()?.0;
     let mut promtool = Command::new("promtool");
     let said = process::finish(promtool.args(["check", "metrics"]), text.as_bytes(), LIMIT)?;

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use skein_e2e::checks;
-use skein_e2e::lab::agent::{Agent, Cluster, Record};
-use skein_e2e::lab::browser::Browser;
-use skein_e2e::lab::cni::Runtime;
-use skein_e2e::lab::{Family, Lab, Netns, Plan};
+use skein_lab::agent::{Agent, Cluster, Record};
+use skein_lab::browser::Browser;
+use skein_lab::checks;
+use skein_lab::cni::Runtime;
+use skein_lab::{Family, Lab, Netns, Plan};
 
 const ADDRESS: &str = "127.0.0.1:9465";
 const URL: &str = "http://127.0.0.1:9465/";
@@ -381,7 +381,7 @@ fn a_thousand_peers_are_found_and_sorted() -> Result<()> {
         let (node, path) = (node.name(), path.to_owned());
         let answer = Netns::run_in(node, {
             let path = path.clone();
-            move || skein_e2e::load::http::get(ADDRESS.parse()?, &path)
+            move || skein_lab::load::http::get(ADDRESS.parse()?, &path)
         })??;
         ensure!(answer.status == 200, "{path}: {}", answer.status);
         let limit = if path.contains("limit") { 128 << 10 } else { 40 << 10 };

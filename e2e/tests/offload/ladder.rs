@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
-use skein_e2e::checks;
-use skein_e2e::lab::agent::{Agent, Cluster};
-use skein_e2e::lab::{Family, Lab, Netns, Offloads, Plan};
+use skein_lab::agent::{Agent, Cluster};
+use skein_lab::checks;
+use skein_lab::{Family, Lab, Netns, Offloads, Plan};
 
 const RUNGS: [&str; 6] = ["tun_uso", "tun_tso", "tun_checksum", "udp_gso", "udp_gro", "udp_ecn"];
 
@@ -142,7 +142,7 @@ const STATE: &str = "proto esp spi 0x100 reqid 1 mode transport enc ecb(cipher_n
 fn add_state(ns: &Netns, from: &str, to: &str) -> Result<()> {
     let mut command = ns.command("ip");
     command.args(["xfrm", "state", "add", "src", from, "dst", to]);
-    skein_e2e::lab::process::run(command.args(STATE.split(' ')).arg("")).map(drop)
+    skein_lab::process::run(command.args(STATE.split(' ')).arg("")).map(drop)
 }
 
 /// Where cargo puts the examples of this crate: beside the directory of its tests.

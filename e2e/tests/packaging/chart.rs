@@ -8,11 +8,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use skein_e2e::cargo::workspace;
-use skein_e2e::chart::{self, agent_takes, helm, object, render, rendered};
-use skein_e2e::lab::agent::binary;
-use skein_e2e::lab::process;
-use skein_e2e::{image, programs};
+use skein_lab::agent::binary;
+use skein_lab::cargo::workspace;
+use skein_lab::chart::{self, agent_takes, helm, object, render, rendered};
+use skein_lab::process;
+use skein_lab::{programs, skein_image};
 
 /// Every value changed, in a few sets that go together.
 const VARIANTS: [(&str, &[&str]); 6] = [
@@ -377,7 +377,7 @@ fn pods_have_the_rights_they_need_and_no_others() -> Result<()> {
     ] {
         ensure!(container["name"] == name, "{container:#}");
         ensure!(container["securityContext"] == rights(add), "{container:#}");
-        ensure!(container["image"] == image::REFERENCE, "{container:#}");
+        ensure!(container["image"] == skein_image::REFERENCE, "{container:#}");
     }
     // It runs while there is no network, and needs nothing but the API.
     let job = &object(&objects, "Job", "skein-cleanup")?["spec"]["template"]["spec"];

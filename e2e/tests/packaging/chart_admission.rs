@@ -3,8 +3,8 @@
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use skein_e2e::chart::{object, render, rendered};
-use skein_e2e::programs;
+use skein_lab::chart::{object, render, rendered};
+use skein_lab::programs;
 
 #[test]
 fn agents_are_held_to_their_node_where_that_is_possible() -> Result<()> {

@@ -5,8 +5,8 @@ use std::fs;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
-use skein_e2e::chart::{self, agent_takes, helm};
-use skein_e2e::programs;
+use skein_lab::chart::{self, agent_takes, helm};
+use skein_lab::programs;
 
 #[test]
 fn wrong_values_are_refused_in_words() -> Result<()> {

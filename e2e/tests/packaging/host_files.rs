@@ -5,8 +5,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use skein_e2e::cargo::workspace;
-use skein_e2e::lab::process;
+use skein_lab::cargo::workspace;
+use skein_lab::process;
 
 /// Time limit of one run of the managers.
 const RUN_TIMEOUT: Duration = Duration::from_secs(60);

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
-use skein_e2e::lab::{cgroup, process};
-use skein_e2e::{chart, image};
+use skein_lab::{cgroup, process};
+use skein_lab::{chart, skein_image};
 
 /// Limit of the image's compressed size in bytes: each node pulls it before pods can start.
 const MAX_COMPRESSED_LEN: u64 = 20_000_000;
@@ -30,23 +30,23 @@ fn member(archive: &Path, name: &str) -> Result<Value> {
 
 #[test]
 fn the_same_programs_make_the_same_image() -> Result<()> {
-    let first = image::build()?;
+    let first = skein_image::build()?;
     let directory = tempfile::tempdir()?;
     let second = directory.path().join("second.tar");
-    image::pack(first.parent().context("no directory")?, &second)?;
+    skein_image::pack(first.parent().context("no directory")?, &second)?;
     ensure!(fs::read(&first)? == fs::read(&second)?, "two builds differ");
     Ok(())
 }
 
 #[test]
 fn the_image_is_small_and_says_what_it_is() -> Result<()> {
-    let archive = image::build()?;
+    let archive = skein_image::build()?;
     let (size, compressed) = (fs::metadata(&archive)?.size(), compressed_len(&archive)?);
     println!("the image has {size} bytes, {compressed} bytes compressed");
     ensure!(compressed <= MAX_COMPRESSED_LEN, "The compressed image has {compressed} bytes.");
     let manifest = &member(&archive, "manifest.json")?[0];
     let tags = manifest["RepoTags"].to_string();
-    ensure!(tags.contains(image::REFERENCE), "{tags}");
+    ensure!(tags.contains(skein_image::REFERENCE), "{tags}");
     let config = member(&archive, manifest["Config"].as_str().context("no configuration")?)?;
     let labels: BTreeMap<String, String> =
         serde_json::from_value(config["config"]["Labels"].clone())?;
@@ -105,7 +105,7 @@ fn ctr_run(pod: &Value, name: &str, cgroup: &str) -> Result<String> {
         let to = text(&mount["mountPath"]);
         words.push(format!("--mount=type=bind,src={host},dst={to},options=rbind{slave}:{mode}"));
     }
-    words.extend([format!("localhost/{}", image::REFERENCE), name.to_owned()]);
+    words.extend([format!("localhost/{}", skein_image::REFERENCE), name.to_owned()]);
     words.extend(list(&container["command"]).iter().map(text));
     words.extend(list(&container["args"]).iter().map(text));
     Ok(format!("ctr -a /run/containerd.sock -n k8s.io run {}", words.join(" ")))
@@ -115,7 +115,7 @@ fn ctr_run(pod: &Value, name: &str, cgroup: &str) -> Result<String> {
 /// pod whose namespace is made later.
 #[test]
 fn the_agent_runs_with_what_the_chart_gives_it() -> Result<()> {
-    let archive = image::build()?;
+    let archive = skein_image::build()?;
     let directory = tempfile::tempdir()?;
     let shown = directory.path().display();
     let settings = ["cni.binDir=/run/cni/bin", "cni.confDir=/run/cni/net.d"];

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
-use skein_e2e::cargo::workspace;
+use skein_lab::cargo::workspace;
 
 fn documents() -> Result<Vec<PathBuf>> {
     let mut all = vec![];

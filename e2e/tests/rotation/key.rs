@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
-use skein_e2e::checks;
-use skein_e2e::lab::agent::{Agent, Cluster, Record};
-use skein_e2e::lab::{Family, Plan};
+use skein_lab::agent::{Agent, Cluster, Record};
+use skein_lab::checks;
+use skein_lab::{Family, Plan};
 
 /// What becomes of sessions that the old key made, until the others give it up.
 const SETTLE: Duration = Duration::from_secs(8);
@@ -52,10 +52,8 @@ fn change_key(agents: &mut [Agent]) -> Result<Record> {
 
 #[test]
 fn a_key_is_changed_without_a_lost_packet() -> Result<()> {
-    let mut cluster = Cluster::prepare(
-        skein_e2e::lab::Lab::new(&Plan { nodes: 3, ..Plan::default() })?,
-        Family::V4,
-    )?;
+    let mut cluster =
+        Cluster::prepare(skein_lab::Lab::new(&Plan { nodes: 3, ..Plan::default() })?, Family::V4)?;
     for agent in &mut cluster.agents {
         agent.set("dataplane.mode", "external");
     }

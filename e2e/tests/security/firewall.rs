@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
-use skein_e2e::checks;
-use skein_e2e::lab::agent::{Agent, Cluster, Record};
-use skein_e2e::lab::cni::{self, Runtime};
-use skein_e2e::lab::{Family, Lab, Netns, Plan, Pod, link, process};
-use skein_e2e::load::capture::Capture;
-use skein_e2e::load::udp::{self, Load};
+use skein_lab::agent::{Agent, Cluster, Record};
+use skein_lab::checks;
+use skein_lab::cni::{self, Runtime};
+use skein_lab::load::capture::Capture;
+use skein_lab::load::udp::{self, Load};
+use skein_lab::{Family, Lab, Netns, Plan, Pod, link, process};
 
 /// Port of the probes in this file.
 const PORT: u16 = 7400;

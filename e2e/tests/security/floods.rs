@@ -13,16 +13,16 @@ use skein_core::tunnel::message::{COOKIE_REPLY_LEN, MIN_RESPONSE_LEN};
 use skein_core::tunnel::{Ciphers, Engine, EngineConfig, PeerConfig};
 use skein_core::wire::header::HEADER_LEN;
 use skein_core::{PrivateKey, PublicKey};
-use skein_e2e::checks;
-use skein_e2e::lab::agent::{Agent, Cluster, Metrics, PORT};
-use skein_e2e::lab::process::{resident_bytes, thread_cpu_seconds};
-use skein_e2e::lab::{Family, Lab, Netns, Offloads, Plan};
-use skein_e2e::load::blast::{Blasted, Blaster, of_many};
-use skein_e2e::load::capture::Capture;
-use skein_e2e::load::gauge::Gauge;
-use skein_e2e::load::pattern::Pattern;
-use skein_e2e::load::transfer::Transfer;
-use skein_e2e::load::udp;
+use skein_lab::agent::{Agent, Cluster, Metrics, PORT};
+use skein_lab::checks;
+use skein_lab::load::blast::{Blasted, Blaster, of_many};
+use skein_lab::load::capture::Capture;
+use skein_lab::load::gauge::Gauge;
+use skein_lab::load::pattern::Pattern;
+use skein_lab::load::transfer::Transfer;
+use skein_lab::load::udp;
+use skein_lab::process::{resident_bytes, thread_cpu_seconds};
+use skein_lab::{Family, Lab, Netns, Offloads, Plan};
 
 /// What is left of a transfer's speed beside an attack that takes a core of two, at the least.
 const LEFT: f64 = 0.1;

@@ -15,9 +15,9 @@ use rustix::process::{Gid, Pid, Signal, Uid, kill_process};
 use rustix::thread::{
     UnshareFlags, set_thread_groups, set_thread_res_gid, set_thread_res_uid, unshare_unsafe,
 };
-use skein_e2e::checks;
-use skein_e2e::lab::agent::{Agent, Cluster};
-use skein_e2e::lab::{Family, Lab, Plan, process};
+use skein_lab::agent::{Agent, Cluster};
+use skein_lab::checks;
+use skein_lab::{Family, Lab, Plan, process};
 
 const NOBODY: u32 = 65_534;
 

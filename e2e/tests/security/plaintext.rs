@@ -13,10 +13,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use skein_e2e::checks;
-use skein_e2e::lab::agent::{Agent, Cluster};
-use skein_e2e::lab::{Family, Lab, Netns, Plan, Task};
-use skein_e2e::load::capture::Capture;
+use skein_lab::agent::{Agent, Cluster};
+use skein_lab::checks;
+use skein_lab::load::capture::Capture;
+use skein_lab::{Family, Lab, Netns, Plan, Task};
 
 /// Payload of the probes, which is absent from encrypted datagrams.
 const MARK: &[u8] = b"probe of the plaintext tests";

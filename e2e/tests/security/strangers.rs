@@ -7,13 +7,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use skein_e2e::checks;
-use skein_e2e::lab::agent::{Agent, Cluster, PORT, new_key};
-use skein_e2e::lab::link::{advertise_router, bridge, enslave, veth};
-use skein_e2e::lab::{Family, Netns, Offloads, Plan, Pod, Task};
-use skein_e2e::load::capture::Capture;
-use skein_e2e::load::pattern::Pattern;
-use skein_e2e::load::udp;
+use skein_lab::agent::{Agent, Cluster, PORT, new_key};
+use skein_lab::checks;
+use skein_lab::link::{advertise_router, bridge, enslave, veth};
+use skein_lab::load::capture::Capture;
+use skein_lab::load::pattern::Pattern;
+use skein_lab::load::udp;
+use skein_lab::{Family, Netns, Offloads, Plan, Pod, Task};
 
 fn dropped(agent: &Agent, reason: &str) -> Result<f64> {
     Ok(agent.metrics()?.sum("skein_drops_total", &[&format!("reason=\"{reason}\"")]))
@@ -21,7 +21,7 @@ fn dropped(agent: &Agent, reason: &str) -> Result<f64> {
 
 #[test]
 fn wrong_keys_get_no_session() -> Result<()> {
-    let mut cluster = Cluster::prepare(skein_e2e::lab::Lab::new(&Plan::default())?, Family::V4)?;
+    let mut cluster = Cluster::prepare(skein_lab::Lab::new(&Plan::default())?, Family::V4)?;
     let stranger = new_key(&cluster.lab.directory().join("stranger.key"))?;
     let mut wrong = cluster.agents[1].record.clone();
     wrong.public_key = stranger;
@@ -51,7 +51,7 @@ fn neighbour(node: &Netns, label: &str, interface: &str) -> Result<Netns> {
 
 #[test]
 fn advertisements_count_on_the_uplink_only() -> Result<()> {
-    let mut cluster = Cluster::prepare(skein_e2e::lab::Lab::new(&Plan::default())?, Family::V4)?;
+    let mut cluster = Cluster::prepare(skein_lab::Lab::new(&Plan::default())?, Family::V4)?;
     let accept_ra = |node: &Netns, interface: &str| {
         node.sh(&format!("cat /proc/sys/net/ipv6/conf/{interface}/accept_ra"))
     };
@@ -99,7 +99,7 @@ fn advertisements_count_on_the_uplink_only() -> Result<()> {
 
 #[test]
 fn another_cluster_gets_no_session() -> Result<()> {
-    let mut cluster = Cluster::prepare(skein_e2e::lab::Lab::new(&Plan::default())?, Family::V4)?;
+    let mut cluster = Cluster::prepare(skein_lab::Lab::new(&Plan::default())?, Family::V4)?;
     cluster.agents[1].set("cluster_id", "another");
     cluster.start()?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
@@ -185,10 +185,8 @@ fn connections_with_a_removed_nodes_pods_are_cut_in_both_directions() -> Result<
 /// The key of node a at another machine, which says what it likes: it is node a at most.
 #[test]
 fn a_stolen_key_is_its_node_and_no_other() -> Result<()> {
-    let mut cluster = Cluster::prepare(
-        skein_e2e::lab::Lab::new(&Plan { nodes: 4, ..Plan::default() })?,
-        Family::V4,
-    )?;
+    let mut cluster =
+        Cluster::prepare(skein_lab::Lab::new(&Plan { nodes: 4, ..Plan::default() })?, Family::V4)?;
     let stolen = fs::read(cluster.lab.directory().join("node-a/node.key"))?;
     let others: Vec<_> = cluster.agents[..3].iter().map(|agent| agent.record.clone()).collect();
     for agent in &cluster.agents[..3] {
@@ -388,7 +386,7 @@ fn nothing_readable_crosses_the_underlay() -> Result<()> {
 /// A node may send for its own pods only.
 #[test]
 fn packets_with_a_foreign_source_are_dropped() -> Result<()> {
-    let lab = skein_e2e::lab::Lab::new(&Plan { nodes: 3, ..Plan::default() })?;
+    let lab = skein_lab::Lab::new(&Plan { nodes: 3, ..Plan::default() })?;
     let mut cluster = Cluster::prepare(lab, Family::V4)?;
     // The sending node's own rules would drop or change the packets.
     for rule in ["drop_spoofed", "drop_transit", "masquerade_foreign"] {

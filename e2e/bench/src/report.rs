@@ -1,0 +1,188 @@
+//! Results as JSON, as Markdown tables and as plots.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+
+use super::measure::Values;
+use super::overlay::{Overlay, Variant};
+use super::works::Work;
+use super::{Mode, Results, plot};
+use skein_lab::load::median;
+
+const SKEIN: Overlay = Overlay::Skein(Variant::Full);
+
+/// Writes everything into `directory`; returns the Markdown.
+pub fn write(results: &Results, directory: &Path) -> Result<String> {
+    fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
+    let json = serde_json::to_vec_pretty(results)?;
+    fs::write(directory.join("results.json"), json)?;
+    let mut markdown = head(results);
+    for mode in modes(results) {
+        let table = Table::of(results, mode);
+        markdown += &table.markdown();
+        let svg = plot::svg(&table);
+        let name = format!("{mode:?}.svg").to_lowercase();
+        fs::write(directory.join(name), svg)?;
+    }
+    for note in &results.notes {
+        let _ = writeln!(markdown, "- {note}");
+    }
+    fs::write(directory.join("results.md"), &markdown)?;
+    Ok(markdown)
+}
+
+fn head(results: &Results) -> String {
+    let machine = &results.machine;
+    let rounds = results.samples.iter().map(|s| s.round).max().unwrap_or(0);
+    let mut text = format!(
+        "# Benchmark\n\n{} CPUs ({}), Linux {}, load {:.2} before the start. Pod to pod on one \
+         host, clients, servers and daemons sharing its CPUs; medians of {rounds} rounds of {} s.\n",
+        machine.cpus, machine.processor, machine.kernel, machine.load, results.seconds
+    );
+    for (overlay, version) in &machine.versions {
+        let _ = writeln!(text, "- {overlay}: {version}");
+    }
+    text.push('\n');
+    text
+}
+
+fn modes(results: &Results) -> Vec<Mode> {
+    let mut modes: Vec<Mode> = results.samples.iter().map(|s| s.mode).collect();
+    modes.sort();
+    modes.dedup();
+    modes
+}
+
+/// Takes one quantity from what was measured.
+type Quantity<'a> = &'a dyn Fn(&Values) -> Option<f64>;
+
+/// One underlay's medians.
+pub struct Table {
+    /// The underlay.
+    pub mode: Mode,
+    /// The columns.
+    pub overlays: Vec<Overlay>,
+    /// The rows.
+    pub rows: Vec<Row>,
+}
+
+/// One quantity of one work.
+pub struct Row {
+    /// What was done.
+    pub work: Work,
+    /// What was measured.
+    pub quantity: &'static str,
+    /// Its unit.
+    pub unit: &'static str,
+    /// Medians, a column each.
+    pub medians: Vec<Option<f64>>,
+}
+
+impl Table {
+    fn of(results: &Results, mode: Mode) -> Self {
+        let mut overlays: Vec<Overlay> = vec![];
+        let mut works: Vec<Work> = vec![];
+        for sample in results.samples.iter().filter(|s| s.mode == mode) {
+            if !overlays.contains(&sample.overlay) {
+                overlays.push(sample.overlay);
+            }
+            if !works.contains(&sample.work) {
+                works.push(sample.work);
+            }
+        }
+        works.sort();
+        let mut rows = vec![];
+        for &work in &works {
+            let (rate, rate_factor, cpu, cpu_factor) = work.units();
+            let quantities: [(&str, &str, Quantity<'_>); 8] = [
+                ("throughput", rate, &|v| Some(v.rate * rate_factor)),
+                ("daemon CPU", cpu, &|v| Some(v.daemon_cpu * cpu_factor)),
+                ("total CPU", cpu, &|v| Some(v.total_cpu * cpu_factor)),
+                ("p50", "µs", &|v| v.p50),
+                ("p99", "µs", &|v| v.p99),
+                ("retransmits", "", &|v| v.retransmits),
+                ("lost", "%", &|v| v.lost.map(|share| share * 100.0)),
+                ("busiest lane", "%", &|v| v.busiest_lane.map(|share| share * 100.0)),
+            ];
+            for (quantity, unit, value) in quantities {
+                let of = |overlay: &Overlay| {
+                    let samples = results
+                        .samples
+                        .iter()
+                        .filter(|s| s.mode == mode && s.overlay == *overlay && s.work == work);
+                    median(samples.filter_map(|s| value(&s.values)))
+                };
+                let medians: Vec<_> = overlays.iter().map(of).collect();
+                if medians.iter().any(Option::is_some) {
+                    rows.push(Row { work, quantity, unit, medians });
+                }
+            }
+        }
+        Self { mode, overlays, rows }
+    }
+
+    fn column(&self, overlay: Overlay) -> Option<usize> {
+        self.overlays.iter().position(|o| *o == overlay)
+    }
+
+    fn markdown(&self) -> String {
+        let what = match self.mode {
+            Mode::Ideal => "ideal: veth with all offloads",
+            Mode::Wire => "wire: no segmentation offload on the underlay, GRO on",
+            Mode::Jumbo => "jumbo: MTU 9000 and all offloads, pods as ever",
+        };
+        let mut text = format!("## Underlay {what}\n\n| work | quantity | unit |");
+        let mut rule = "|---|---|---|".to_owned();
+        // Skein's share of the others, where both are there.
+        let skein = self.column(SKEIN);
+        let against: Vec<(Overlay, usize)> = self
+            .overlays
+            .iter()
+            .enumerate()
+            .filter(|(_, overlay)| skein.is_some() && **overlay != SKEIN)
+            .map(|(column, overlay)| (*overlay, column))
+            .collect();
+        for overlay in &self.overlays {
+            let _ = write!(text, " {overlay} |");
+            rule += "---:|";
+        }
+        for (overlay, _) in &against {
+            let _ = write!(text, " skein / {overlay} |");
+            rule += "---:|";
+        }
+        let _ = writeln!(text, "\n{rule}");
+        let mut last = None;
+        for row in &self.rows {
+            let title = if last == Some(row.work) { "" } else { row.work.title() };
+            last = Some(row.work);
+            let _ = write!(text, "| {title} | {} | {} |", row.quantity, row.unit);
+            for median in &row.medians {
+                let _ = write!(text, " {} |", median.map_or("–".into(), number));
+            }
+            for (_, column) in &against {
+                let ratio = || Some((row.medians[skein?]?, row.medians[*column]?));
+                let ratio = ratio().filter(|(_, other)| *other > 0.0);
+                let ratio =
+                    ratio.map_or("–".into(), |(own, other)| format!("{:.2}", own / other));
+                let _ = write!(text, " {ratio} |");
+            }
+            text.push('\n');
+        }
+        text.push('\n');
+        text
+    }
+}
+
+/// About three significant digits.
+pub fn number(value: f64) -> String {
+    match value.abs() {
+        0.0 => "0".into(),
+        v if v < 1.0 => format!("{value:.3}"),
+        v if v < 10.0 => format!("{value:.2}"),
+        v if v < 100.0 => format!("{value:.1}"),
+        _ => format!("{value:.0}"),
+    }
+}

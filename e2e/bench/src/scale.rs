@@ -1,0 +1,158 @@
+//! `cargo e2e scale`: what thousands of node records cost, beside what few cost.
+
+use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use clap::Args;
+use comfy_table::Table;
+use comfy_table::presets::UTF8_BORDERS_ONLY;
+
+use skein_lab::agent::{Agent, Cluster, Record};
+use skein_lab::console::Console;
+use skein_lab::load::median;
+use skein_lab::load::ping::{Ping, ping};
+use skein_lab::{Family, Lab, Plan};
+use skein_lab::{cargo, packages};
+
+/// How much.
+#[derive(Debug, Args)]
+pub struct Options {
+    /// Node records beside the two nodes' own.
+    #[arg(long, value_delimiter = ',', default_value = "0,1000,5000")]
+    records: Vec<u32>,
+    /// Changes of one record while the pods ping each other a thousand times a second.
+    #[arg(long, default_value_t = 10)]
+    changes: u32,
+}
+
+/// What came out for one number of records.
+struct Outcome {
+    records: u32,
+    /// From the program's start until it is ready.
+    start: Duration,
+    /// Resident bytes of the control and of the data process.
+    control: u64,
+    data: u64,
+    /// From a record's change until every lane has it.
+    change_ms: f64,
+    /// Of the control and the data process for one change, in milliseconds of CPU time.
+    change_cpu_ms: f64,
+    sent: u32,
+    lost: u32,
+    /// The slowest answer meanwhile.
+    slowest_ms: f64,
+}
+
+/// Runs the command.
+pub fn run(options: &Options) -> Result<()> {
+    let console = Console::new();
+    packages::ensure(&[packages::DEMO], &console)?;
+    console.step("building skein-agent (release)");
+    console.pause(cargo::build_agent)?;
+    let mut table = Table::new();
+    table.load_preset(UTF8_BORDERS_ONLY);
+    table.set_header([
+        "records",
+        "start s",
+        "control MiB",
+        "data MiB",
+        "change ms",
+        "CPU ms a change",
+        "pings lost",
+        "slowest ping ms",
+    ]);
+    for &records in &options.records {
+        console.step(&format!("{records} records"));
+        let outcome = measure(records, options.changes)?;
+        table.add_row([
+            outcome.records.to_string(),
+            format!("{:.2}", outcome.start.as_secs_f64()),
+            (outcome.control >> 20).to_string(),
+            (outcome.data >> 20).to_string(),
+            format!("{:.0}", outcome.change_ms),
+            format!("{:.1}", outcome.change_cpu_ms),
+            format!("{} of {}", outcome.lost, outcome.sent),
+            format!("{:.2}", outcome.slowest_ms),
+        ]);
+    }
+    drop(console);
+    println!("{table}");
+    Ok(())
+}
+
+fn measure(count: u32, changes: u32) -> Result<Outcome> {
+    let lab = Lab::new(&Plan::default())?;
+    let mut cluster = Cluster::prepare(lab, Family::V4)?;
+    cluster.verbose = false;
+    let fleet = (0..count).map(Record::of_fleet).collect::<Result<Vec<_>>>()?;
+    if !fleet.is_empty() {
+        let path = cluster.agents[0].records_directory().join("fleet.toml");
+        fs::write(path, Record::all_to_toml(&fleet))?;
+    }
+    cluster.agents[1].start()?;
+    let began = Instant::now();
+    cluster.agents[0].start()?;
+    let start = began.elapsed();
+    let (a, b) = (&cluster.lab.nodes[0].pods[0], &cluster.lab.nodes[1].pods[0]);
+    skein_lab::checks::wait_until_reached(a, b, Family::V4, Duration::from_secs(5))?;
+
+    let agent = &cluster.agents[0];
+    // Enough for all changes; whatever comes after them says nothing.
+    let count_pings = 1_000 * changes;
+    let (from, to) = (&a.ns, b.address(Family::V4));
+    let pings = Ping { count: count_pings, interval_ms: 1, ..Ping::default() };
+    let (answers, took, cpu) = thread::scope(|scope| {
+        let pinging = scope.spawn(move || ping(from, to, pings));
+        let changed = change(agent, changes);
+        let answers = pinging.join().map_err(|_| anyhow::anyhow!("ping has panicked"))??;
+        let (took, cpu) = changed?;
+        anyhow::Ok((answers, took, cpu))
+    })?;
+    let slowest = answers.text.lines().find(|line| line.starts_with("rtt"));
+    let slowest = slowest.and_then(|line| line.split('=').nth(1)?.trim().split('/').nth(2));
+    let data = *agent.dataplane_pids().first().context("no data process")?;
+    Ok(Outcome {
+        records: count,
+        start,
+        control: resident_bytes(agent.control_pid().context("no control process")?)?,
+        data: resident_bytes(data)?,
+        change_ms: median(took).unwrap_or(0.0),
+        change_cpu_ms: cpu * 1e3 / f64::from(changes.max(1)),
+        sent: answers.sent,
+        lost: answers.sent - answers.received,
+        slowest_ms: slowest.and_then(|text| text.parse().ok()).unwrap_or(0.0),
+    })
+}
+
+/// Changes one record again and again; how long each took in milliseconds, and the agent's CPU
+/// time in seconds.
+fn change(agent: &Agent, changes: u32) -> Result<(Vec<f64>, f64)> {
+    // The status would cost more than the change: the log says it too.
+    let in_force = || anyhow::Ok(fs::read_to_string(agent.log())?.matches("in force").count());
+    let mut changing = Record::of_fleet(60_000)?;
+    let before = skein_lab::process::cpu_seconds(&agent.pids());
+    let mut took = vec![];
+    for number in 0..changes {
+        let old = in_force()?;
+        changing.endpoints = vec![format!("198.51.100.{}:51900", 1 + number % 200)];
+        agent.put_record(&changing)?;
+        let start = Instant::now();
+        while in_force()? == old {
+            thread::sleep(Duration::from_millis(2));
+            if start.elapsed() > Duration::from_secs(10) {
+                bail!("a changed record is not in force after 10 s");
+            }
+        }
+        took.push(start.elapsed().as_secs_f64() * 1e3);
+    }
+    Ok((took, skein_lab::process::cpu_seconds(&agent.pids()) - before))
+}
+
+fn resident_bytes(pid: i32) -> Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse()?;
+    Ok(kib << 10)
+}

@@ -1,0 +1,140 @@
+//! The works that are measured.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+use super::measure::{Meter, Values};
+use super::overlay::Network;
+use skein_lab::Family;
+use skein_lab::load::{iperf, redis, rr, udp};
+
+/// A kind of traffic.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, ValueEnum, Serialize, Deserialize,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum Work {
+    /// One TCP connection, as fast as it goes.
+    Tcp1,
+    /// Four TCP connections.
+    Tcp4,
+    /// UDP, 64 bytes, 100,000 a second.
+    Udp64,
+    /// UDP, 64 bytes, as fast as it goes.
+    Udp64Flood,
+    /// UDP, 1000 bytes, 50,000 a second.
+    Udp1000,
+    /// UDP, 1000 bytes, as fast as it goes.
+    Udp1000Flood,
+    /// One byte each way over TCP, one at a time.
+    RequestResponse,
+    /// redis GET by 50 clients.
+    Redis,
+}
+
+impl Work {
+    /// All of them.
+    pub const ALL: [Self; 8] = [
+        Self::Tcp1,
+        Self::Tcp4,
+        Self::Udp64,
+        Self::Udp64Flood,
+        Self::Udp1000,
+        Self::Udp1000Flood,
+        Self::RequestResponse,
+        Self::Redis,
+    ];
+
+    /// What it is called in a table.
+    pub fn title(self) -> &'static str {
+        match self {
+            Work::Tcp1 => "TCP, 1 stream",
+            Work::Tcp4 => "TCP, 4 streams",
+            Work::Udp64 => "UDP 64 B, 100 kpps offered",
+            Work::Udp64Flood => "UDP 64 B, flood",
+            Work::Udp1000 => "UDP 1000 B, 50 kpps offered",
+            Work::Udp1000Flood => "UDP 1000 B, flood",
+            Work::RequestResponse => "TCP request/response",
+            Work::Redis => "redis GET, 50 clients",
+        }
+    }
+
+    /// Unit of the rate, its factor, unit of CPU time, its factor.
+    pub fn units(self) -> (&'static str, f64, &'static str, f64) {
+        match self {
+            Work::Tcp1 | Work::Tcp4 => ("Gb/s", 1.0, "s/Gbit", 1.0),
+            Work::RequestResponse => ("kops", 1e-3, "µs/op", 1e6),
+            Work::Redis => ("kops", 1e-3, "µs/op", 1e6),
+            _ => ("kpps", 1e-3, "µs/packet", 1e6),
+        }
+    }
+}
+
+impl fmt::Display for Work {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.title())
+    }
+}
+
+/// Does it from the first node's pod to the second's.
+pub fn run(work: Work, network: &Network, seconds: u32) -> Result<Values> {
+    match work {
+        Work::Tcp1 => tcp(network, 1, seconds),
+        Work::Tcp4 => tcp(network, 4, seconds),
+        Work::Udp64 => datagrams(network, 64, Some(100_000), seconds),
+        Work::Udp64Flood => datagrams(network, 64, None, seconds),
+        Work::Udp1000 => datagrams(network, 1000, Some(50_000), seconds),
+        Work::Udp1000Flood => datagrams(network, 1000, None, seconds),
+        Work::RequestResponse => request_response(network, seconds),
+        Work::Redis => redis_get(network, seconds),
+    }
+}
+
+fn tcp(network: &Network, streams: u32, seconds: u32) -> Result<Values> {
+    let (a, b) = (network.lab().pod(0), network.lab().pod(1));
+    let _server = iperf::Server::start(&b.ns)?;
+    let meter = Meter::start(network);
+    let flow = iperf::Flow::Tcp { streams };
+    let outcome = iperf::run(&a.ns, b.address(Family::V4), flow, seconds, false)?;
+    let values = meter.stop(outcome.bytes * 8e-9, outcome.bits_per_second * 1e-9);
+    Ok(Values { retransmits: Some(outcome.retransmits), ..values })
+}
+
+fn datagrams(network: &Network, payload: usize, rate: Option<u64>, seconds: u32) -> Result<Values> {
+    let (a, b) = (network.lab().pod(0), network.lab().pod(1));
+    let to = SocketAddr::new(b.address(Family::V4), 7000);
+    let load = udp::Load { payload, rate, duration: Duration::from_secs(seconds.into()) };
+    let meter = Meter::start(network);
+    let outcome = udp::run(&a.ns, &b.ns, to, load)?;
+    let received = outcome.received as f64;
+    let values = meter.stop(received, received / outcome.seconds);
+    Ok(Values { lost: Some(1.0 - received / outcome.sent.max(1) as f64), ..values })
+}
+
+fn request_response(network: &Network, seconds: u32) -> Result<Values> {
+    let (a, b) = (network.lab().pod(0), network.lab().pod(1));
+    let to = SocketAddr::new(b.address(Family::V4), 7001);
+    let meter = Meter::start(network);
+    let outcome = rr::run(&a.ns, &b.ns, to, Duration::from_secs(seconds.into()))?;
+    let rate = outcome.count as f64 / (0.9 * f64::from(seconds));
+    let count = rate * meter.seconds();
+    let values = meter.stop(count, rate);
+    let latency = outcome.latency;
+    Ok(Values { p50: Some(latency.p50), p99: Some(latency.p99), ..values })
+}
+
+fn redis_get(network: &Network, seconds: u32) -> Result<Values> {
+    let (a, b) = (network.lab().pod(0), network.lab().pod(1));
+    let address = b.address(Family::V4);
+    let _server = redis::Server::start(&b.ns, address)?;
+    let meter = Meter::start(network);
+    let outcome = redis::get(&a.ns, address, 50, 40_000 * u64::from(seconds))?;
+    let values = meter.stop(outcome.requests, outcome.per_second);
+    let latency = outcome.latency;
+    Ok(Values { p50: Some(latency.p50), p99: Some(latency.p99), ..values })
+}

@@ -1,0 +1,152 @@
+//! The programs of a cluster: from Debian's packages, and Kubernetes and helm from a cache outside of
+//! the clone, which the first use fills. [`OTHER`] names programs of another Kubernetes.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::json;
+
+use skein_lab::console::Console;
+use skein_lab::{cargo, newer, packages};
+use skein_lab::{image, process};
+
+/// Environment variable that names a directory with the programs of another Kubernetes, of version
+/// 1.31 or later.
+pub const OTHER: &str = "SKEIN_KUBERNETES";
+
+/// Programs that `e2e/cluster/build.sh` builds.
+const KUBERNETES: [&str; 6] = [
+    "kube-apiserver",
+    "kube-controller-manager",
+    "kube-proxy",
+    "kube-scheduler",
+    "kubectl",
+    "kubelet",
+];
+
+/// The first minor version whose kubelet has every setting that a cluster of a current version uses.
+const FIRST_CURRENT: u32 = 31;
+
+/// Sleeps for ever, as what holds a pod's namespaces does; has every command of busybox.
+pub const BUSYBOX: &str = "skein.local/busybox:1";
+
+/// Beside [`BUSYBOX`]'s commands, [`TOOLS_OF_HOST`].
+pub const TOOLS: &str = "skein.local/tools:1";
+
+/// What the image [`TOOLS`] has of this host.
+const TOOLS_OF_HOST: [&str; 8] =
+    ["iperf3", "ping", "curl", "ip", "ss", "ethtool", "nft", "conntrack"];
+
+/// The directory of the cache.
+fn cache() -> Result<PathBuf> {
+    let of = |key: &str| std::env::var_os(key).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let base = of("SKEIN_CACHE")
+        .or_else(|| of("XDG_CACHE_HOME").map(|path| path.join("skein")))
+        .or_else(|| of("HOME").map(|path| path.join(".cache/skein")));
+    Ok(base.context("none of SKEIN_CACHE, XDG_CACHE_HOME and HOME is set")?.join("kubernetes"))
+}
+
+/// The programs of a cluster.
+#[derive(Debug, Clone)]
+pub struct Programs {
+    /// Directory of Kubernetes' programs.
+    pub kubernetes: PathBuf,
+    /// Path of helm.
+    pub helm: PathBuf,
+    /// Root directory of a current container runtime, whose `usr` is mounted over `/usr` on every
+    /// machine; `None` for the Kubernetes of the cache, which runs on the system's containerd.
+    pub(super) runtime: Option<PathBuf>,
+}
+
+impl Programs {
+    /// Returns the path of `kubectl`, `helm` or another program of Kubernetes.
+    pub fn path(&self, name: &str) -> PathBuf {
+        if name == "helm" { self.helm.clone() } else { self.kubernetes.join(name) }
+    }
+}
+
+/// Returns the directory that [`OTHER`] names.
+pub fn other() -> Option<PathBuf> {
+    std::env::var_os(OTHER).filter(|value| !value.is_empty()).map(PathBuf::from)
+}
+
+/// Returns the programs, which must be there.
+///
+/// # Errors
+/// If a program is missing, or if the directory of [`OTHER`] has a version before 1.31.
+pub(super) fn find() -> Result<Programs> {
+    let other = other();
+    let bin = cache()?.join("bin");
+    let kubernetes = other.clone().unwrap_or_else(|| bin.clone());
+    if let Some(name) = KUBERNETES.iter().find(|name| !kubernetes.join(name).is_file()) {
+        let remedy = match other {
+            None => "run `cargo e2e cluster build`".to_owned(),
+            Some(_) => format!("{OTHER} must name a directory with {}", KUBERNETES.join(", ")),
+        };
+        bail!("no {name} in {}: {remedy}", kubernetes.display());
+    }
+    let runtime = match &other {
+        None => None,
+        Some(directory) => {
+            let minor = minor_version(&directory.join("kubelet"))?;
+            ensure!(
+                minor >= FIRST_CURRENT,
+                "{OTHER}: Kubernetes 1.{minor} is older than 1.{FIRST_CURRENT}"
+            );
+            Some(newer::root()?)
+        }
+    };
+    let helm = bin.join("helm");
+    ensure!(helm.is_file(), "no helm in {}: run `cargo e2e cluster build`", bin.display());
+    Ok(Programs { kubernetes, helm, runtime })
+}
+
+/// Asks a kubelet for its minor version: `Kubernetes v1.36.1` has 36.
+fn minor_version(kubelet: &Path) -> Result<u32> {
+    let text = process::run(Command::new(kubelet).arg("--version"))?;
+    let minor = text.trim().strip_prefix("Kubernetes v1.").and_then(|rest| rest.split('.').next());
+    minor
+        .and_then(|minor| minor.parse().ok())
+        .with_context(|| format!("{} has the version `{}`", kubelet.display(), text.trim()))
+}
+
+/// Installs, fetches and builds what is missing; returns the programs.
+///
+/// # Errors
+/// If a package cannot be installed, or a program cannot be built or fetched.
+pub fn build(console: &Console) -> Result<Programs> {
+    packages::ensure(&[packages::DEMO, packages::CLUSTER], console)?;
+    if other().is_some() {
+        skein_lab::programs::helm()?;
+        return find();
+    }
+    if let Ok(programs) = find() {
+        return Ok(programs);
+    }
+    packages::ensure(&[packages::CLUSTER_BUILD], console)?;
+    console.step("building Kubernetes (about ten minutes, once)");
+    let script = cargo::workspace().join("e2e/cluster/build.sh");
+    let mut command = Command::new("bash");
+    command.arg(&script).arg(cache()?).stdin(Stdio::null());
+    let status = console.pause(|| command.status()).context("starting bash")?;
+    if !status.success() {
+        bail!("building Kubernetes failed: {} ended with {status}", script.display());
+    }
+    find()
+}
+
+/// Makes the images; their files.
+pub(super) fn images(directory: &Path) -> Result<Vec<PathBuf>> {
+    let path = "PATH=/usr/bin:/bin";
+    let config = json!({ "Cmd": ["/bin/sleep", "infinity"], "Env": [path] });
+    let root = directory.join("root");
+    let paths = [directory.join("busybox.tar"), directory.join("tools.tar")];
+    image::busybox(&root)?;
+    image::write(&root, BUSYBOX, &config, &paths[0])?;
+    image::add_programs(&root, &TOOLS_OF_HOST)?;
+    image::write(&root, TOOLS, &config, &paths[1])?;
+    fs::remove_dir_all(&root)?;
+    Ok(paths.into())
+}

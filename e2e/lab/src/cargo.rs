@@ -1,0 +1,78 @@
+//! Cargo, run from here: one build in release mode that all commands share.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::process;
+
+/// The directory of the workspace.
+pub fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+/// Where this workspace's programs are put: beside this one.
+pub fn command(arguments: &[&str]) -> Command {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
+    let mut command = Command::new(cargo);
+    command.args(arguments).current_dir(workspace()).stdin(Stdio::null());
+    command
+}
+
+/// Runs cargo with its own progress on the terminal.
+pub fn run(arguments: &[&str]) -> Result<()> {
+    let what = format!("cargo {}", arguments.join(" "));
+    let status = command(arguments).status().with_context(|| format!("starting {what}"))?;
+    if !status.success() {
+        bail!("{what} failed");
+    }
+    Ok(())
+}
+
+/// Builds the agent and the plugin in release mode, unless `SKEIN_AGENT_BIN` names one that is to be used.
+pub fn build_agent() -> Result<()> {
+    build_agent_with(&[])
+}
+
+/// Builds them as [`build_agent`] does, but without the agent's client of Kubernetes, which is most
+/// of the time of a first build.
+pub fn build_agent_without_kubernetes() -> Result<()> {
+    build_agent_with(&["--no-default-features"])
+}
+
+fn build_agent_with(features: &[&str]) -> Result<()> {
+    if std::env::var_os("SKEIN_AGENT_BIN").is_some() {
+        return Ok(());
+    }
+    let build = ["build", "--release", "--package=skein-agent", "--package=skein-cni", "--bins"];
+    run(&[&build, features].concat())
+}
+
+/// Builds programs of these packages as they ship: optimised, and static, for hosts with any C library
+/// or none. Their paths, in the order of the packages.
+pub fn build_static(packages: &[&str]) -> Result<Vec<PathBuf>> {
+    // Two cores without a cache need a quarter of an hour.
+    const LIMIT: Duration = Duration::from_secs(30 * 60);
+    let target = if cfg!(target_arch = "aarch64") { "aarch64" } else { "x86_64" };
+    let target = format!("{target}-unknown-linux-gnu");
+    let mut build = command(&["build", "--quiet", "--profile=dist", "--bins", "--target", &target]);
+    build.arg("--message-format=json-render-diagnostics");
+    build.args(packages.iter().map(|package| format!("--package={package}")));
+    build.env("RUSTFLAGS", "-C target-feature=+crt-static");
+    let built = process::finish(&mut build, &[], LIMIT)?;
+    ensure!(built.code == 0, "{}", built.stderr);
+    let artifact = |line: &str| {
+        let message: serde_json::Value = serde_json::from_str(line).ok()?;
+        Some(PathBuf::from(message["executable"].as_str()?))
+    };
+    let paths: Vec<_> = built.stdout.lines().filter_map(artifact).collect();
+    let of = |package: &&str| {
+        let found = paths.iter().find(|path| path.file_name().is_some_and(|name| name == *package));
+        found.cloned().with_context(|| format!("cargo built no {package}"))
+    };
+    packages.iter().map(of).collect()
+}

@@ -1,0 +1,116 @@
+//! The Helm chart as it is rendered.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::agent::binary;
+use crate::cargo::workspace;
+use crate::process::{self, Finished};
+use crate::programs;
+
+/// How long one program may take.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// Its directory.
+pub fn path() -> PathBuf {
+    workspace().join("charts/skein")
+}
+
+/// Runs helm with these settings.
+pub fn helm(arguments: &[&str], settings: &[&str]) -> Result<Finished> {
+    let mut helm = Command::new(programs::helm()?);
+    // Nobody's own repositories and plugins.
+    let home = tempfile::tempdir()?;
+    for place in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
+        helm.env(place, home.path());
+    }
+    helm.args(arguments).args(settings.iter().flat_map(|setting| ["--set", setting]));
+    process::finish(&mut helm, &[], LIMIT)
+}
+
+/// Everything that helm would send to the API server, as text.
+pub fn render(settings: &[&str], version: &str) -> Result<String> {
+    let chart = path().to_string_lossy().into_owned();
+    let mut arguments = vec!["template", "skein", &chart, "--namespace", "net"];
+    arguments.extend(["--kube-version", version]);
+    let finished = helm(&arguments, settings)?;
+    ensure!(finished.code == 0, "helm template {settings:?}: {}", finished.stderr);
+    Ok(finished.stdout)
+}
+
+/// The one object of this kind and name.
+pub fn object<'a>(objects: &'a [Value], kind: &str, name: &str) -> Result<&'a Value> {
+    let of = |object: &&Value| object["kind"] == kind && object["metadata"]["name"] == name;
+    let found: Vec<_> = objects.iter().filter(of).collect();
+    match found[..] {
+        [one] => Ok(one),
+        _ => bail!("{} objects {kind} {name}", found.len()),
+    }
+}
+
+/// The same as objects, for a current Kubernetes.
+pub fn rendered(settings: &[&str]) -> Result<Vec<Value>> {
+    programs::yaml(&render(settings, "1.34")?)
+}
+
+/// Runs the agent's configuration parser on the rendered `agent.toml`.
+///
+/// # Errors
+///
+/// The agent's message if it refuses the configuration; another error if the chart renders no
+/// configuration, or if the agent cannot be run.
+pub fn agent_takes(objects: &[Value]) -> Result<()> {
+    let text = object(objects, "ConfigMap", "skein")?["data"]["agent.toml"].clone();
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("agent.toml");
+    fs::write(&path, text.as_str().context("no agent.toml")?)?;
+    // The agent parses the whole configuration before it looks for the key.
+    let mut agent = Command::new(binary()?);
+    agent.args(["pubkey", "--config"]).arg(&path);
+    let said = process::finish(&mut agent, &[], LIMIT)?;
+    let taken = said.code == 0 || said.stderr.contains("there is no private key");
+    ensure!(taken, "{}\n{text}", said.stderr);
+    Ok(())
+}
+
+/// A dashboard of Grafana.
+#[derive(Debug, Clone)]
+pub struct Dashboard(pub Value);
+
+impl Dashboard {
+    /// Every query: the title of its panel, and the expression.
+    pub fn expressions(&self) -> impl Iterator<Item = (&str, String)> {
+        let panels = self.0["panels"].as_array().into_iter().flatten();
+        panels.flat_map(|panel| {
+            let title = panel["title"].as_str().unwrap_or_default();
+            let targets = panel["targets"].as_array().into_iter().flatten();
+            targets.filter_map(move |target| Some((title, target["expr"].as_str()?.to_owned())))
+        })
+    }
+}
+
+/// The chart's dashboards, in the order of their files' names.
+pub fn dashboards() -> Result<Vec<Dashboard>> {
+    let entries = fs::read_dir(path().join("dashboards"))?;
+    let mut files = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+    files.sort();
+    let parse = |file: &PathBuf| {
+        let board = serde_json::from_slice(&fs::read(file)?);
+        Ok(Dashboard(board.with_context(|| file.display().to_string())?))
+    };
+    files.iter().map(parse).collect()
+}
+
+/// The chart's alerts.
+pub fn alerts() -> Result<Vec<Value>> {
+    let rules = fs::read_to_string(path().join("alerts/skein.yaml"))?;
+    let mut rules = programs::yaml(&rules)?.remove(0);
+    let groups = rules["groups"].as_array_mut().context("no groups")?;
+    let rules = groups.iter_mut().map(|group| group["rules"].take());
+    Ok(rules.filter_map(|rules| rules.as_array().cloned()).flatten().collect())
+}

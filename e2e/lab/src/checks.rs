@@ -1,0 +1,144 @@
+//! Traffic that must get through, as every test of the overlay sends it.
+
+use std::net::SocketAddr;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::load::ping::{Ping, ping};
+use crate::load::transfer::{Received, Transfer};
+use crate::load::udp::{self, Load, Outcome};
+use crate::{Family, Lab, Pod};
+
+/// The port that these checks use.
+const PORT: u16 = 7000;
+
+/// Every pod pings the first pod of every other node, in both families; answers must all come.
+pub fn all_reach_all(lab: &Lab) -> Result<()> {
+    for family in Family::BOTH {
+        for from in &lab.nodes {
+            for to in lab.nodes.iter().filter(|node| node.index != from.index) {
+                let what = || format!("{} to {} over {family}", from.name, to.name);
+                reaches(&from.pods[0], &to.pods[0], family).with_context(what)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Two pods: one request may wait for a handshake, then all are answered.
+pub fn reaches(from: &Pod, to: &Pod, family: Family) -> Result<()> {
+    wait_until_reached(from, to, family, Duration::from_secs(5))?;
+    let answers = ping(&from.ns, to.address(family), Ping::default())?;
+    ensure!(answers.complete(), "{}", answers.text);
+    Ok(())
+}
+
+/// Waits until a ping is answered; how long that took.
+pub fn wait_until_reached(
+    from: &Pod,
+    to: &Pod,
+    family: Family,
+    limit: Duration,
+) -> Result<Duration> {
+    let start = Instant::now();
+    loop {
+        let once = Ping { count: 1, ..Ping::default() };
+        let answers = ping(&from.ns, to.address(family), once)?;
+        if answers.complete() {
+            return Ok(start.elapsed());
+        }
+        if start.elapsed() > limit {
+            bail!("no answer within {} s: {}", limit.as_secs_f64(), answers.text);
+        }
+    }
+}
+
+/// No ping is answered.
+pub fn does_not_reach(from: &Pod, to: &Pod, family: Family) -> Result<()> {
+    let answers = ping(&from.ns, to.address(family), Ping { count: 2, ..Ping::default() })?;
+    ensure!(answers.received == 0, "answers came: {}", answers.text);
+    Ok(())
+}
+
+/// A transfer over TCP; every byte is checked.
+pub fn transfer(from: &Pod, to: &Pod, family: Family, bytes: u64) -> Result<Received> {
+    start_transfer(from, to, family, bytes, None)?.join()
+}
+
+/// Starts one, at most `rate` bytes a second.
+pub fn start_transfer(
+    from: &Pod,
+    to: &Pod,
+    family: Family,
+    bytes: u64,
+    rate: Option<u64>,
+) -> Result<Transfer> {
+    Transfer::start(&from.ns, &to.ns, SocketAddr::new(to.address(family), PORT), bytes, rate)
+}
+
+/// Datagrams at a fixed rate.
+pub fn datagrams(
+    from: &Pod,
+    to: &Pod,
+    family: Family,
+    payload: usize,
+    rate: u64,
+    duration: Duration,
+) -> Result<Outcome> {
+    let to_address = SocketAddr::new(to.address(family), PORT);
+    udp::run(&from.ns, &to.ns, to_address, Load { payload, rate: Some(rate), duration })
+}
+
+/// A few datagrams of one size, gently: each must arrive, whole and in order.
+pub fn datagrams_arrive(from: &Pod, to: &Pod, family: Family, payload: usize) -> Result<()> {
+    // Large ones are dozens of fragments each, and a sender that was held up catches up at once: so
+    // few that all of them fit the TUN's queue.
+    let (rate, time) = match payload {
+        ..10_000 => (500, Duration::from_millis(60)),
+        _ => (40, Duration::from_millis(250)),
+    };
+    let outcome = datagrams(from, to, family, payload, rate, time)?;
+    let right = outcome.sent > 0
+        && outcome.received == outcome.sent
+        && outcome.corrupt == 0
+        && outcome.reordered == 0;
+    ensure!(right, "UDP of {payload} bytes over {family}: {outcome:?}");
+    Ok(())
+}
+
+/// The mix that every combination of offloads must carry: bulk both ways, datagrams of many sizes.
+pub fn mixed_traffic(lab: &Lab, bytes: u64) -> Result<()> {
+    all_reach_all(lab)?;
+    for family in Family::BOTH {
+        for (from, to) in [(0, 1), (1, 0)] {
+            let (from, to) = (lab.pod(from), lab.pod(to));
+            transfer(from, to, family, bytes).with_context(|| format!("TCP over {family}"))?;
+            for payload in [1, 64, 1000, 1372, 9000] {
+                datagrams_arrive(from, to, family, payload)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Waits until something is true.
+pub fn eventually(
+    what: &str,
+    limit: Duration,
+    mut is: impl FnMut() -> Result<bool>,
+) -> Result<Duration> {
+    let start = Instant::now();
+    loop {
+        let now = is();
+        if matches!(now, Ok(true)) {
+            return Ok(start.elapsed());
+        }
+        if start.elapsed() > limit {
+            now.with_context(|| what.to_owned())?;
+            bail!("not within {} s: {what}", limit.as_secs_f64());
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
