@@ -11,9 +11,6 @@ use serde_json::{Value, json};
 use super::process;
 use crate::packages;
 
-/// Of Debian's package busybox-static: runs in an empty root directory.
-const BUSYBOX: &str = "/bin/busybox";
-
 /// Writes the files below `root` as an image in the form of `docker save`. `config` is what a container
 /// starts with: `Cmd`, `Entrypoint`, `Env`, ….
 pub fn write(root: &Path, name: &str, config: &Value, to: &Path) -> Result<()> {
@@ -42,12 +39,17 @@ fn tar(from: &Path, to: &Path, what: &[&str]) -> Result<()> {
 }
 
 /// Makes a root directory with busybox and all its other names.
+///
+/// # Errors
+///
+/// Returns an error if this host has no statically linked busybox, or if a file cannot be created.
 pub fn busybox(root: &Path) -> Result<()> {
+    let busybox = packages::path(&packages::BUSYBOX)?;
     for path in ["bin", "etc", "proc", "sys", "dev", "tmp"] {
         fs::create_dir_all(root.join(path))?;
     }
-    fs::copy(BUSYBOX, root.join("bin/busybox")).context("busybox-static's /bin/busybox")?;
-    let applets = process::run(Command::new(BUSYBOX).arg("--list"))?;
+    fs::copy(&busybox, root.join("bin/busybox")).context("copying busybox")?;
+    let applets = process::run(Command::new(&busybox).arg("--list"))?;
     for applet in applets.lines().filter(|name| *name != "busybox") {
         symlink("busybox", root.join("bin").join(applet))?;
     }

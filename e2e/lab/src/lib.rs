@@ -15,6 +15,7 @@ pub mod cni;
 pub mod console;
 pub mod containerd;
 pub mod cri;
+pub mod elf;
 pub mod image;
 pub mod instance;
 pub mod link;

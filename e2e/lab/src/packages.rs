@@ -1,32 +1,55 @@
-//! Programs from Debian's packages: which are needed, which are missing, and how they come.
+//! Programs from Debian's packages: the programs that each command needs, and their installation.
+//!
+//! A program is needed for what it is, not for its name: nearly every Debian host has a `busybox`,
+//! and few have one that runs in an empty root directory. A file that lacks the required property
+//! counts as missing, and the messages name it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 
 use crate::console::Console;
-use crate::registry;
+use crate::{elf, process, registry};
 
 /// A program and the package that has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Need {
-    /// Name of the program.
+    /// Name of the program, or absolute path of a file.
     pub program: &'static str,
     /// Debian's package.
     pub package: &'static str,
+    /// Property of the file that the package has, and that another file of this name may lack.
+    pub property: Property,
+}
+
+/// Property that a needed file must have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Property {
+    /// None: any file of this name.
+    Present,
+    /// A statically linked program, which runs in an empty root directory.
+    Static,
+    /// A program of this project: `-V` prints the word.
+    Of(&'static str),
 }
 
 const fn need(program: &'static str, package: &'static str) -> Need {
-    Need { program, package }
+    Need { program, package, property: Property::Present }
 }
+
+/// The busybox of container images, whose root directory has no library.
+pub const BUSYBOX: Need =
+    Need { program: "busybox", package: "busybox-static", property: Property::Static };
 
 /// To make namespaces and to show what they do.
 pub const DEMO: &[Need] = &[
-    need("ip", "iproute2"),
+    // busybox and inetutils have programs of these names, with other options.
+    Need { program: "ip", package: "iproute2", property: Property::Of("iproute2") },
     need("ethtool", "ethtool"),
-    need("ping", "iputils-ping"),
+    Need { program: "ping", package: "iputils-ping", property: Property::Of("iputils") },
     need("iperf3", "iperf3"),
 ];
 
@@ -39,7 +62,7 @@ pub const TEST: &[Need] = &[
     need("nft", "nftables"),
     need("containerd", "containerd"),
     need("runc", "runc"),
-    need("busybox", "busybox-static"),
+    BUSYBOX,
     need("tcpdump", "tcpdump"),
     need("mandoc", "mandoc"),
     need("tmux", "tmux"),
@@ -64,7 +87,7 @@ pub const CLUSTER: &[Need] = &[
     need("etcd", "etcd-server"),
     need("containerd", "containerd"),
     need("runc", "runc"),
-    need("busybox", "busybox-static"),
+    BUSYBOX,
     need("/usr/lib/cni/portmap", "containernetworking-plugins"),
     need("iptables", "iptables"),
     need("conntrack", "conntrack"),
@@ -99,42 +122,115 @@ pub const RIVALS: &[Need] = &[
     need("nebula-cert", "nebula"),
 ];
 
-/// The path of a program, as a shell of root would find it.
-pub fn find(program: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let system = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"];
-    let directories = std::env::split_paths(&path).chain(system.map(PathBuf::from));
-    directories.map(|directory| directory.join(program)).find(|path| path.is_file())
+impl Need {
+    /// Returns the path of a file that has the required property. Without one, returns the reason:
+    /// "not installed", or the file of this name and the property that it lacks.
+    fn find(&self) -> Result<PathBuf, String> {
+        self.find_in(directories())
+    }
+
+    fn find_in(&self, directories: impl Iterator<Item = PathBuf>) -> Result<PathBuf, String> {
+        let mut reason = "not installed".to_owned();
+        for path in directories.map(|directory| directory.join(self.program)) {
+            if !path.is_file() {
+                continue;
+            }
+            match self.property.check(&path) {
+                Ok(()) => return Ok(path),
+                Err(lack) => reason = format!("{} is not {lack}", path.display()),
+            }
+            // Only static programs are used by their paths. The others are started by their names,
+            // which lead to the first file.
+            if self.property != Property::Static {
+                break;
+            }
+        }
+        Err(reason)
+    }
 }
 
-/// Installs the packages of all programs that are missing, and says so.
+impl Property {
+    /// Checks an existing file. The error completes the sentence "the file is not …".
+    fn check(self, path: &Path) -> Result<(), String> {
+        match self {
+            Self::Present => Ok(()),
+            Self::Static if elf::is_static(path).unwrap_or(false) => Ok(()),
+            Self::Static => Err("a statically linked program".to_owned()),
+            Self::Of(project) => {
+                let printed = process::finish(Command::new(path).arg("-V"), &[], VERSION_TIMEOUT);
+                let is_of =
+                    printed.is_ok_and(|said| (said.stdout + &said.stderr).contains(project));
+                is_of.then_some(()).ok_or_else(|| format!("the program of {project}"))
+            }
+        }
+    }
+}
+
+/// Maximum time for a program to print its version.
+const VERSION_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Directories in which a shell of root looks for programs, in its order.
+fn directories() -> impl Iterator<Item = PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let system = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"];
+    let own: Vec<_> = std::env::split_paths(&path).collect();
+    own.into_iter().chain(system.map(PathBuf::from))
+}
+
+/// The path of a program, as a shell of root would find it.
+pub fn find(program: &str) -> Option<PathBuf> {
+    directories().map(|directory| directory.join(program)).find(|path| path.is_file())
+}
+
+/// Returns the path of a needed program.
+///
+/// # Errors
+///
+/// Returns an error if no file has the required property. The message names the package and the
+/// file that lacks the property.
+pub fn path(need: &Need) -> Result<PathBuf> {
+    let advice = || format!("the Debian package {} has {}", need.package, need.program);
+    need.find().map_err(|reason| anyhow!("{}: {reason}; {}", need.program, advice()))
+}
+
+/// Installs the packages of all programs that are missing or have not the required property, and
+/// says so.
+///
+/// # Errors
+///
+/// Returns an error if a package cannot be installed, or if it brings no file with the required
+/// property.
 pub fn ensure(needs: &[&[Need]], console: &Console) -> Result<()> {
-    let missing: Vec<Need> =
-        needs.iter().copied().flatten().copied().filter(|n| find(n.program).is_none()).collect();
+    let missing: Vec<(Need, String)> = needs
+        .iter()
+        .copied()
+        .flatten()
+        .filter_map(|need| Some((*need, need.find().err()?)))
+        .collect();
     if missing.is_empty() {
         return Ok(());
     }
-    let mut packages: Vec<&str> = missing.iter().map(|n| n.package).collect();
+    let mut packages: Vec<&str> = missing.iter().map(|(need, _)| need.package).collect();
     packages.dedup();
     let list = packages.join(" ");
-    let by_hand = format!("install by hand: apt-get install {list}");
+    let reasons: Vec<_> =
+        missing.iter().map(|(need, reason)| format!("{}: {reason}", need.program)).collect();
+    let reasons = reasons.join(", ");
+    let by_hand = format!("{reasons}; install by hand: apt-get install {list}");
     if find("apt-get").is_none() {
-        bail!("missing programs, and no apt-get to install them; the Debian packages are: {list}");
+        bail!("no apt-get to install programs with ({reasons}); the Debian packages are: {list}");
     }
     if !rustix::process::geteuid().is_root() {
-        bail!("missing Debian packages, and installing them needs root; {by_hand}");
+        bail!("installing Debian packages needs root ({by_hand})");
     }
-    console.step(&format!("installing Debian packages: {list}"));
+    console.step(&format!("installing Debian packages: {list} ({reasons})"));
     let _quiet = NoServices::new();
     if install(&packages).is_err() {
         // Fresh machines have no package lists.
         apt(&["update"])?;
         install(&packages).with_context(|| by_hand.clone())?;
     }
-    match missing.iter().find(|need| find(need.program).is_none()) {
-        Some(need) => bail!("{} is still missing after installing {list}", need.program),
-        None => Ok(()),
-    }
+    missing.iter().try_for_each(|(need, _)| path(need).map(drop))
 }
 
 /// As [`ensure`], package by package: one that cannot be had does not keep the others away. What
@@ -189,5 +285,58 @@ impl Drop for NoServices {
         if let Some(policy) = self.0 {
             registry::remove_file(policy);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use anyhow::ensure;
+
+    use super::*;
+
+    /// Creates a directory with a `busybox` that is `program`.
+    fn directory_with(program: &Path) -> Result<tempfile::TempDir> {
+        let directory = tempfile::tempdir()?;
+        symlink(program, directory.path().join("busybox"))?;
+        Ok(directory)
+    }
+
+    #[test]
+    fn dynamic_busybox_is_named_and_a_static_one_behind_it_is_used() -> Result<()> {
+        let dynamic = directory_with(&std::env::current_exe()?)?;
+        let program = tempfile::NamedTempFile::new()?;
+        fs::write(program.path(), elf::STATIC_EXAMPLE)?;
+        let linked = directory_with(program.path())?;
+        let paths = [dynamic.path(), linked.path()].map(Path::to_owned);
+
+        let found = BUSYBOX.find_in(paths.clone().into_iter());
+        ensure!(found == Ok(linked.path().join("busybox")), "{found:?} was taken");
+        let found = BUSYBOX.find_in(paths.into_iter().take(1));
+        let wrong = dynamic.path().join("busybox");
+        let reason = format!("{} is not a statically linked program", wrong.display());
+        ensure!(found == Err(reason), "the dynamic program is not named: {found:?}");
+        Ok(())
+    }
+
+    #[test]
+    fn program_of_another_project_is_named() -> Result<()> {
+        let directory = directory_with(Path::new("/bin/echo"))?;
+        let paths = || std::iter::once(directory.path().to_owned());
+        let of = |project| Need { property: Property::Of(project), ..BUSYBOX };
+        // `echo -V` prints its argument.
+        ensure!(of("-V").find_in(paths()).is_ok(), "the right program is refused");
+        let reason = of("iputils").find_in(paths()).err().unwrap_or_default();
+        ensure!(reason.ends_with("busybox is not the program of iputils"), "{reason}");
+        Ok(())
+    }
+
+    #[test]
+    fn absent_program_is_not_installed() -> Result<()> {
+        let empty = tempfile::tempdir()?;
+        let found = BUSYBOX.find_in(std::iter::once(empty.path().to_owned()));
+        ensure!(found == Err("not installed".to_owned()), "an absent program is {found:?}");
+        Ok(())
     }
 }
