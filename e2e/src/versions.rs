@@ -18,7 +18,7 @@ use skein_lab::{Family, Lab, Plan, registry};
 use skein_lab::{cargo, checks, programs};
 
 /// The last commit before the serialised items were renamed.
-const EARLIER_COMMIT: &str = "19ee88ee";
+const EARLIER_COMMIT: &str = "19ee88e9";
 /// Interval of the pings.
 const PING_INTERVAL: Duration = Duration::from_millis(5);
 /// Bytes of the transfer that runs during a take-over, and its rate in bytes per second.
