@@ -150,6 +150,7 @@ fn peers(earlier: &Path, current: &Path, console: &Console) -> Result<()> {
 
 fn prepare(program: &Path) -> Result<Cluster> {
     let mut cluster = Cluster::prepare(Lab::new(&Plan::default())?, Family::V4)?;
+    cluster.verbose = false;
     for agent in &mut cluster.agents {
         agent.program = program.to_path_buf();
     }
