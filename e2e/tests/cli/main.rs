@@ -1,3 +1,6 @@
 //! Operators' commands of `skein-agent`.
 
 mod commands;
+mod status;
+mod support;
+mod watching;

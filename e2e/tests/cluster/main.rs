@@ -2,5 +2,7 @@
 
 mod current;
 mod laboratory;
+mod operators;
+mod rotation;
 mod skein;
 mod upgrade;

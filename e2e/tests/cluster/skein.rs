@@ -1,7 +1,6 @@
 //! Skein on a real Kubernetes, installed by its chart. `cargo e2e cluster test` runs these, the usual run
 //! does not.
 
-use std::collections::BTreeSet;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -9,12 +8,11 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use skein_cluster::skein::{self, Pod, agent_pod, wait_until_all_reach_all};
 use skein_cluster::{Kube, Options};
-use skein_lab::agent::binary;
 use skein_lab::process;
 
-const READY_LIMIT: Duration = Duration::from_secs(60);
+pub(super) const READY_LIMIT: Duration = Duration::from_secs(60);
 
-fn skeinnode(kube: &Kube, name: &str) -> Result<Value> {
+pub(super) fn skeinnode(kube: &Kube, name: &str) -> Result<Value> {
     Ok(serde_json::from_str(&kube.kubectl(&["get", "skeinnode", name, "--output=json"])?)?)
 }
 
@@ -372,154 +370,5 @@ fn two_families_work_side_by_side() -> Result<()> {
             println!("one TCP connection to {ip}: {rate:.2} Gb/s");
         }
         Ok(())
-    })
-}
-
-#[test]
-#[ignore = "takes a cluster: cargo e2e cluster test"]
-fn operators_see_who_reaches_whom_and_who_is_silent() -> Result<()> {
-    skein::with(&Options::default(), &[], |kube, pods| {
-        wait_until_all_reach_all(kube, &pods, Duration::from_secs(10))?;
-        all_pairs_are_well(kube)?;
-        a_node_falls_silent(kube, &pods)
-    })
-}
-
-/// Runs connectivity-test from outside of the cluster; its exit code and its result.
-fn connectivity(kube: &Kube) -> Result<(i32, Value)> {
-    let mut command = kube.command(binary()?);
-    command.args(["connectivity-test", "--kubernetes", "--output=json"]);
-    let done = process::finish(&mut command, b"", Duration::from_secs(240))?;
-    let matrix = serde_json::from_str(&done.stdout);
-    Ok((done.code, matrix.with_context(|| format!("{}{}", done.stdout, done.stderr))?))
-}
-
-/// Whether each pair of the matrix is well, by who probes and who is probed: all of two nodes and two pods.
-fn pairs(matrix: &Value) -> Result<Vec<(String, String, bool)>> {
-    for missing in ["silent", "absent"] {
-        ensure!(matrix[missing].as_object().is_some_and(|all| all.is_empty()), "{matrix}");
-    }
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let pairs = matrix["pairs"].as_array().into_iter().flatten();
-    let pairs = pairs.map(|pair| (text(&pair["from"]), text(&pair["to"]), pair["ok"] == true));
-    let pairs = Vec::from_iter(pairs);
-    ensure!(pairs.len() == 16, "{} pairs: {matrix}", pairs.len());
-    Ok(pairs)
-}
-
-fn all_pairs_are_well(kube: &mut Kube) -> Result<()> {
-    let start = Instant::now();
-    let (code, matrix) = connectivity(kube)?;
-    let all = pairs(&matrix)?;
-    println!("connectivity-test: {} pairs in {:.1} s", all.len(), start.elapsed().as_secs_f64());
-    ensure!(code == 0 && all.iter().all(|pair| pair.2), "{code}: {matrix}");
-    for pair in matrix["pairs"].as_array().into_iter().flatten() {
-        // ICMP and UDP, small and full, and TCP; nodes are asked by ICMP only.
-        let probes =
-            if pair["to"].as_str().is_some_and(|to| to.starts_with("pod@")) { 5 } else { 2 };
-        ensure!(pair["probed"] == probes, "{pair}");
-    }
-    kube.wait("nothing of the test is left", READY_LIMIT, |kube| {
-        let left = kube.kubectl(&["get", "pods,configmaps", "--output=name"])?;
-        Ok(!left.contains("skein-connectivity"))
-    })?;
-    Ok(())
-}
-
-/// What comes to the second node over the underlay is lost, what it sends is not.
-fn a_node_falls_silent(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
-    let reachable = |kube: &Kube, name: &str| -> Result<Value> {
-        let node = skeinnode(kube, name)?;
-        let conditions = node["status"]["conditions"].as_array().cloned().unwrap_or_default();
-        let ours = conditions.into_iter().find(|condition| condition["type"] == "PeersReachable");
-        ours.with_context(|| format!("no condition PeersReachable: {node}"))
-    };
-    let both = |kube: &Kube, status: &str| -> Result<bool> {
-        let is = |name| Ok::<_, anyhow::Error>(reachable(kube, name)?["status"] == status);
-        Ok(is("node1")? && is("node2")?)
-    };
-    kube.wait("both nodes reach each other", READY_LIMIT, |kube| both(kube, "True"))?;
-    // Whoever has nothing to send misses nobody.
-    let pings = pods[0].start_pings(kube, pods[1].ips[0], 1800, Duration::from_millis(50))?;
-    let rules = "table inet silent { chain input { type filter hook input priority 0; \
-                 udp dport 51900 drop; }; }";
-    kube.nodes[1].exec(&["nft", rules])?;
-    let start = Instant::now();
-    let took = kube.wait("both nodes' metrics say so", READY_LIMIT, |kube| {
-        kube.nodes.iter().try_fold(true, |all, node| {
-            let silent = skein::metrics(node)?.sum("skein_peers_unreachable", &[]);
-            Ok(all && silent == 1.0)
-        })
-    })?;
-    println!("both nodes' metrics say so after {:.1} s", took.as_secs_f64());
-    ensure!(took < Duration::from_secs(5), "{took:?}");
-    kube.wait("both nodes' records say so", READY_LIMIT, |kube| both(kube, "False"))?;
-    println!("PeersReachable is False on both after {:.1} s", start.elapsed().as_secs_f64());
-    for (name, other) in [("node1", "node2"), ("node2", "node1")] {
-        let condition = reachable(kube, name)?;
-        println!("{name}: {condition}");
-        let message = condition["message"].as_str().unwrap_or_default();
-        ensure!(message.starts_with(&format!("{other} (")), "{condition}");
-    }
-    let (code, matrix) = connectivity(kube)?;
-    for (from, to, ok) in pairs(&matrix)? {
-        let node = |name: &str| name.split('@').next_back().map(str::to_owned);
-        ensure!(ok == (node(&from) == node(&to)), "{from} to {to}: {matrix}");
-    }
-    let probes = matrix["pairs"].as_array().into_iter().flatten();
-    let protocols = probes.flat_map(|pair| pair["probes"].as_array().into_iter().flatten());
-    let protocols: BTreeSet<_> = protocols.filter_map(|probe| probe["protocol"].as_str()).collect();
-    ensure!(protocols == BTreeSet::from(["icmp", "tcp", "udp"]), "{protocols:?}");
-    ensure!(code == 1, "code {code}: {matrix}");
-    kube.nodes[1].exec(&["nft", "delete table inet silent"])?;
-    let took = kube.wait("all is well again", READY_LIMIT * 2, |kube| both(kube, "True"))?;
-    println!("and True again {:.1} s after it is over", took.as_secs_f64());
-    pings.end()?;
-    wait_until_all_reach_all(kube, pods, Duration::from_secs(10)).map(drop)
-}
-
-/// One key by hand, one by its age. The agents wait for five minutes before each of two steps, until all nodes
-/// must have read the record.
-#[test]
-#[ignore = "takes a cluster: cargo e2e cluster test"]
-fn keys_change_without_a_loss() -> Result<()> {
-    skein::with(&Options::default(), &["keyRotation.everyDays=1"], |kube, pods| {
-        wait_until_all_reach_all(kube, &pods, Duration::from_secs(10))?;
-        let spec =
-            |kube: &Kube, name| Ok::<_, anyhow::Error>(skeinnode(kube, name)?["spec"].clone());
-        let names = ["node1", "node2"];
-        let olds: Vec<Value> = names
-            .iter()
-            .map(|name| Ok(spec(kube, name)?["publicKey"].clone()))
-            .collect::<Result<_>>()?;
-        let pings = pods[0].start_pings(kube, pods[1].ips[0], 7400, Duration::from_millis(100))?;
-        let start = Instant::now();
-        let agent = agent_pod(kube, 0)?;
-        let exec = ["--namespace=kube-system", "exec", &agent, "--container=agent", "--"];
-        println!("{}", kube.kubectl(&[&exec[..], &["skein-agent", "rotate-key"]].concat())?);
-        kube.nodes[1].exec(&["touch", "--date=2 days ago", "/var/lib/skein/node.key"])?;
-        // Of each node: whether its keys are these.
-        let are = |kube: &Kube, keys: &dyn Fn(&Value, &Value) -> bool| -> Result<bool> {
-            let mut each = names.iter().zip(&olds);
-            each.try_fold(true, |all, (name, old)| Ok(all && keys(&spec(kube, name)?, old)))
-        };
-        let limit = Duration::from_secs(330);
-        kube.wait("the next keys are in the records", READY_LIMIT, |kube| {
-            are(kube, &|spec, old| spec["publicKey"] == *old && spec["secondPublicKey"].is_string())
-        })?;
-        println!("the next keys are in the records after {:.0} s", start.elapsed().as_secs_f64());
-        kube.wait("the next keys are in force", limit, |kube| {
-            are(kube, &|spec, old| spec["publicKey"] != *old && spec["secondPublicKey"] == *old)
-        })?;
-        println!("they are in force after {:.0} s", start.elapsed().as_secs_f64());
-        kube.wait("the old keys are given up", limit, |kube| {
-            are(kube, &|spec, old| spec["publicKey"] != *old && spec["secondPublicKey"].is_null())
-        })?;
-        println!("the old ones are given up after {:.0} s", start.elapsed().as_secs_f64());
-        let (sent, received) = pings.end()?;
-        println!("meanwhile {} of {sent} pings (one each 100 ms) were lost", sent - received);
-        // A busy host may answer one late.
-        ensure!(sent - received <= 2, "{received} of {sent}");
-        wait_until_all_reach_all(kube, &pods, Duration::from_secs(10)).map(drop)
     })
 }

@@ -1,7 +1,13 @@
 //! Pods attached by the CNI plugin, and container runtimes that call the plugin.
 
+mod addresses;
+mod attachments;
 mod conflist;
 mod faults;
+mod forward_chains;
+mod installation;
+mod isolation;
 mod newer_runtime;
-mod pods;
+mod restarts;
 mod runtime;
+mod support;

@@ -1,5 +1,6 @@
 //! Connectivity over the overlay: protocols, sizes, address families, and impaired underlays.
 
+mod congestion;
 mod families;
 mod impairments;
 mod integrity;

@@ -4,6 +4,8 @@ mod clocks;
 mod dataplane;
 mod faults;
 mod operations;
+mod records;
 mod repairs;
 mod resources;
+mod start_errors;
 mod upgrade;

@@ -1,3 +1,4 @@
 //! MTU of the overlay's interface and path MTU discovery.
 
+mod path;
 mod underlay;

@@ -1,4 +1,5 @@
 //! Metrics, status page, dashboards and alerts.
 
 mod dashboards;
+mod metrics;
 mod status_page;

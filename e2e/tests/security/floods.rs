@@ -1,165 +1,38 @@
 //! Attacks as fast as a core can send them, while established traffic goes on: with figures.
 
-use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
+use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use skein_core::time::Time;
 use skein_core::tunnel::message::{COOKIE_REPLY_LEN, MIN_RESPONSE_LEN};
 use skein_core::tunnel::{Ciphers, Engine, EngineConfig, PeerConfig};
 use skein_core::wire::header::HEADER_LEN;
 use skein_core::{PrivateKey, PublicKey};
 use skein_lab::agent::{Agent, Cluster, Metrics, PORT};
-use skein_lab::checks;
 use skein_lab::load::blast::{Blasted, Blaster, of_many};
-use skein_lab::load::capture::Capture;
 use skein_lab::load::gauge::Gauge;
 use skein_lab::load::pattern::Pattern;
 use skein_lab::load::transfer::Transfer;
 use skein_lab::load::udp;
 use skein_lab::process::{resident_bytes, thread_cpu_seconds};
-use skein_lab::{Family, Lab, Netns, Offloads, Plan};
+use skein_lab::{Family, Lab, Netns, Offloads, Plan, checks};
+
+use crate::overheard::{
+    CONTROL, COOKIE_REPLY, DATA, NOISE, Overheard, RESPONSE, classes, fresh, listens, overheard,
+    recorded,
+};
 
 /// What is left of a transfer's speed beside an attack that takes a core of two, at the least.
 const LEFT: f64 = 0.1;
+
 /// So many datagrams of each class are sent, or as many as can be in that time.
 const OF_EACH: u64 = 50_000;
+
 const AT_MOST: Duration = Duration::from_secs(8);
-/// Message types.
-const RESPONSE: u8 = 2;
-const COOKIE_REPLY: u8 = 3;
-const DATA: u8 = 4;
-const CONTROL: u8 = 5;
-/// What memory may differ by without anything having grown.
-const NOISE: u64 = 8 << 20;
-
-fn v4(address: IpAddr) -> Result<Ipv4Addr> {
-    match address {
-        IpAddr::V4(v4) => Ok(v4),
-        IpAddr::V6(v6) => bail!("{v6} is not of IPv4"),
-    }
-}
-
-/// A node's listening address.
-fn listens(lab: &Lab, node: usize) -> Result<SocketAddrV4> {
-    Ok(SocketAddrV4::new(v4(lab.nodes[node].underlay(Family::V4))?, PORT))
-}
-
-/// Datagrams of the overlay that were captured, each once.
-struct Overheard {
-    datagrams: Vec<Vec<u8>>,
-    /// Where the last datagram with data came from: a lane's socket.
-    lane: SocketAddrV4,
-}
-
-/// Captures the datagrams of the overlay that go to an address while `work` is done.
-fn overheard(lab: &Lab, to: Ipv4Addr, work: impl FnOnce() -> Result<()>) -> Result<Overheard> {
-    let capture = Capture::start(lab.switch()?)?;
-    work()?;
-    let frames = capture.stop()?;
-    let (mut seen, mut lane) = (BTreeSet::new(), None);
-    let mut datagrams = Vec::new();
-    for frame in frames.iter().filter(|frame| frame.destination() == Some(to)) {
-        let Some((PORT, payload)) = frame.udp() else { continue };
-        if payload.first() == Some(&DATA) {
-            lane = frame.source();
-        }
-        if seen.insert(payload.to_vec()) {
-            datagrams.push(payload.to_vec());
-        }
-    }
-    Ok(Overheard { datagrams, lane: lane.context("no data was captured")? })
-}
-
-/// `count` datagrams of 1000 bytes from the first pod to the second, as the switch sees them; all that
-/// arrived is checked. The receiver goes on.
-fn recorded(lab: &Lab, count: u64) -> Result<(udp::Receiver, u64, Overheard)> {
-    let (a, b) = (lab.pod(0), lab.pod(1));
-    let at = SocketAddr::new(b.address(Family::V4), 7001);
-    let receiver = udp::Receiver::start(&b.ns, at, 1000)?;
-    let mut sent = 0;
-    let captured = overheard(lab, *listens(lab, 1)?.ip(), || {
-        let duration = Duration::from_millis(count);
-        let load = udp::Load { payload: 1000, rate: Some(1000), duration };
-        sent = a.ns.run(|| udp::send(&UdpSocket::bind("0.0.0.0:0")?, at, load))??.0;
-        Ok(())
-    })?;
-    // A busy host may capture a few less.
-    let datagrams = captured.datagrams.len() as u64;
-    ensure!(datagrams >= sent * 9 / 10, "{datagrams} captured of {sent}");
-    Ok((receiver, sent, captured))
-}
-
-/// What a stranger makes of real datagrams, and the reasons for which it may be dropped.
-struct Class {
-    name: &'static str,
-    reasons: &'static [&'static str],
-    datagrams: Vec<Vec<u8>>,
-}
-
-fn classes(real: &[Vec<u8>]) -> Vec<Class> {
-    let mut random = Pattern::new(77);
-    let mut number = |below: usize| {
-        let mut bytes = [0; 8];
-        random.fill(&mut bytes);
-        (u64::from_be_bytes(bytes) % below.max(1) as u64) as usize
-    };
-    // A header that is right, with everything behind it invented.
-    let forged = real.iter().map(|real| {
-        let mut forged = real.clone();
-        Pattern::new(number(usize::MAX) as u64).fill(&mut forged[16..]);
-        forged
-    });
-    let forged: Vec<_> = forged.collect();
-    let control = forged.iter().map(|forged| {
-        let mut control = forged.clone();
-        (control[0], control[1], control[2]) = (CONTROL, 0, u8::MAX);
-        control
-    });
-    let control = control.collect();
-    let truncated = real.iter().map(|real| real[..number(real.len())].to_vec()).collect();
-    let flipped = real.iter().map(|real| {
-        let mut flipped = real.clone();
-        flipped[number(real.len())] ^= 1 << number(8);
-        flipped
-    });
-    let flipped = flipped.collect();
-    let mut shuffled = real.to_vec();
-    for at in (1..shuffled.len()).rev() {
-        shuffled.swap(at, number(at + 1));
-    }
-    let class = |name, reasons, datagrams| Class { name, reasons, datagrams };
-    vec![
-        class("forged", &["auth_failed"], forged),
-        class("forged control messages", &["auth_failed"], control),
-        class("replayed", &["replayed", "replay_window"], real.to_vec()),
-        class("truncated", &["auth_failed", "outer_header"], truncated),
-        class(
-            "bit-flipped",
-            // A bit of the header may make another type, lane or session of it.
-            &[
-                "auth_failed",
-                "outer_header",
-                "wrong_lane",
-                "unknown_session",
-                "handshake_invalid",
-                "manager_queue",
-            ],
-            flipped,
-        ),
-        class("replayed and reordered", &["replayed", "replay_window"], shuffled),
-    ]
-}
-
-/// Its metrics, with all that has happened until now: they are no older than a second.
-fn fresh(agent: &Agent) -> Result<Metrics> {
-    thread::sleep(Duration::from_millis(1200));
-    agent.metrics()
-}
 
 fn drops(metrics: &Metrics, reasons: &[&str]) -> f64 {
     let of = |reason: &&str| metrics.sum("skein_drops_total", &[&format!("reason=\"{reason}\"")]);

@@ -1,0 +1,56 @@
+//! Rotation of the keys of a cluster.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use serde_json::Value;
+use skein_cluster::skein::{self, agent_pod, wait_until_all_reach_all};
+use skein_cluster::{Kube, Options};
+
+use crate::skein::{READY_LIMIT, skeinnode};
+
+/// One key by hand, one by its age. The agents wait for five minutes before each of two steps, until all nodes
+/// must have read the record.
+#[test]
+#[ignore = "takes a cluster: cargo e2e cluster test"]
+fn keys_change_without_a_loss() -> Result<()> {
+    skein::with(&Options::default(), &["keyRotation.everyDays=1"], |kube, pods| {
+        wait_until_all_reach_all(kube, &pods, Duration::from_secs(10))?;
+        let spec =
+            |kube: &Kube, name| Ok::<_, anyhow::Error>(skeinnode(kube, name)?["spec"].clone());
+        let names = ["node1", "node2"];
+        let olds: Vec<Value> = names
+            .iter()
+            .map(|name| Ok(spec(kube, name)?["publicKey"].clone()))
+            .collect::<Result<_>>()?;
+        let pings = pods[0].start_pings(kube, pods[1].ips[0], 7400, Duration::from_millis(100))?;
+        let start = Instant::now();
+        let agent = agent_pod(kube, 0)?;
+        let exec = ["--namespace=kube-system", "exec", &agent, "--container=agent", "--"];
+        println!("{}", kube.kubectl(&[&exec[..], &["skein-agent", "rotate-key"]].concat())?);
+        kube.nodes[1].exec(&["touch", "--date=2 days ago", "/var/lib/skein/node.key"])?;
+        // Of each node: whether its keys are these.
+        let are = |kube: &Kube, keys: &dyn Fn(&Value, &Value) -> bool| -> Result<bool> {
+            let mut each = names.iter().zip(&olds);
+            each.try_fold(true, |all, (name, old)| Ok(all && keys(&spec(kube, name)?, old)))
+        };
+        let limit = Duration::from_secs(330);
+        kube.wait("the next keys are in the records", READY_LIMIT, |kube| {
+            are(kube, &|spec, old| spec["publicKey"] == *old && spec["secondPublicKey"].is_string())
+        })?;
+        println!("the next keys are in the records after {:.0} s", start.elapsed().as_secs_f64());
+        kube.wait("the next keys are in force", limit, |kube| {
+            are(kube, &|spec, old| spec["publicKey"] != *old && spec["secondPublicKey"] == *old)
+        })?;
+        println!("they are in force after {:.0} s", start.elapsed().as_secs_f64());
+        kube.wait("the old keys are given up", limit, |kube| {
+            are(kube, &|spec, old| spec["publicKey"] != *old && spec["secondPublicKey"].is_null())
+        })?;
+        println!("the old ones are given up after {:.0} s", start.elapsed().as_secs_f64());
+        let (sent, received) = pings.end()?;
+        println!("meanwhile {} of {sent} pings (one each 100 ms) were lost", sent - received);
+        // A busy host may answer one late.
+        ensure!(sent - received <= 2, "{received} of {sent}");
+        wait_until_all_reach_all(kube, &pods, Duration::from_secs(10)).map(drop)
+    })
+}

@@ -1,0 +1,201 @@
+//! Addresses of pods: exhaustion, reboots, lost state, full disks.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::time::Duration;
+use std::{fs, thread};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::{Value, json};
+use skein_lab::agent::Agent;
+use skein_lab::cni::{self, attachment, same, traces};
+use skein_lab::pods::{node, prepared, runtime, up};
+use skein_lab::{Netns, Pod, checks, process};
+
+use crate::support::reach;
+
+#[test]
+fn addresses_run_out_and_come_back() -> Result<()> {
+    let cluster = up(1, |agent| agent.record.pod_cidrs = vec!["10.244.1.0/29".into()])?;
+    let runtime = runtime(&cluster, 0)?;
+    // Six hosts, one of them the node's.
+    let pods: Vec<Pod> = (0..5).map(|n| runtime.pod(&format!("p{n}"))).collect::<Result<_>>()?;
+    let addresses: BTreeSet<_> = pods.iter().map(|pod| pod.v4).collect();
+    ensure!(addresses.len() == 5, "{addresses:?}");
+    let ns = Netns::create("late")?;
+    let path = cni::path(&ns);
+    let late = Some(attachment("late", Some(&path)));
+    let (code, text) = runtime.refused("ADD", late, Value::Null)?;
+    ensure!(code == 11 && text.contains("10.244.1.0/29"), "{code} {text}");
+    let (code, text) = runtime.refused("STATUS", None, Value::Null)?;
+    ensure!(code == 50 && text.contains("10.244.1.0/29"), "{code} {text}");
+    let metrics = cluster.agents[0].metrics()?;
+    ensure!(metrics.sum("skein_ipam_addresses", &["state=\"used\""]) == 5.0, "{}", metrics.0);
+    runtime.del("p2", None)?;
+    let result = runtime.add("late", &ns)?;
+    ensure!(cni::addresses(&result)? == [IpAddr::V4(pods[2].v4)], "{result}");
+    Ok(())
+}
+
+#[test]
+fn a_reboot_frees_every_address() -> Result<()> {
+    let mut cluster = up(1, |_| ())?;
+    let before = traces(node(&cluster, 0))?;
+    let runtime = runtime(&cluster, 0)?;
+    let (a, b) = (runtime.pod("a")?, runtime.pod("b")?);
+    let used = |agent: &Agent| -> Result<f64> {
+        Ok(agent.metrics()?.sum("skein_ipam_addresses", &["state=\"used\""]))
+    };
+    // The kernel has forgotten both; the path of one namespace is there again.
+    cluster.agents[0].stop()?;
+    for pod in [&a, &b] {
+        node(&cluster, 0).ip(&format!("link delete {}", pod.host_interface))?;
+    }
+    drop(b);
+    cluster.agents[0].start()?;
+    ensure!(used(&cluster.agents[0])? == 2.0, "of the same boot, and its namespace lives");
+    cluster.agents[0].stop()?;
+    let boot = cluster.lab.directory().join("boot_id");
+    fs::write(&boot, "00000000-0000-4000-8000-000000000000\n")?;
+    let target = "/proc/sys/kernel/random/boot_id";
+    cluster.agents[0].prelude = Some(format!("mount --bind {} {target}", boot.display()));
+    cluster.agents[0].start()?;
+    ensure!(used(&cluster.agents[0])? == 0.0, "{} in use", used(&cluster.agents[0])?);
+    let again = runtime.add("c", &a.ns)?;
+    ensure!(!cni::addresses(&again)?.contains(&IpAddr::V4(a.v4)), "reused at once");
+    runtime.del("c", None)?;
+    same(&before, &traces(node(&cluster, 0))?)
+}
+
+#[test]
+fn a_full_disk_keeps_no_pod_from_going() -> Result<()> {
+    let mut cluster = prepared(1, |_| ())?;
+    let disk = Tmpfs::mount(&cluster.agents[0].state_directory(), "8m")?;
+    cluster.start()?;
+    let before = traces(node(&cluster, 0))?;
+    let runtime = runtime(&cluster, 0)?;
+    let pod = runtime.pod("a")?;
+    disk.fill()?;
+    // The database has room in its own file at first.
+    let mut refused = None;
+    for n in 0..300 {
+        let ns = Netns::create("full")?;
+        let (name, path) = (format!("f{n}"), cni::path(&ns));
+        let finished = runtime.call("ADD", Some(attachment(&name, Some(&path))), Value::Null)?;
+        if finished.code != 0 {
+            refused = Some(finished.stdout);
+            break;
+        }
+    }
+    let refused = refused.context("nothing was refused: the disk is not full")?;
+    let error: Value = serde_json::from_str(&refused)?;
+    ensure!(error["code"] == 5, "{refused}");
+    let (code, text) = runtime.refused("STATUS", None, Value::Null)?;
+    ensure!(code == 50 && text.contains("no space left"), "{code} {text}");
+    for name in std::iter::once("a".to_owned()).chain((0..300).map(|n| format!("f{n}"))) {
+        runtime.del(&name, None)?;
+    }
+    same(&before, &traces(node(&cluster, 0))?)?;
+    // The agent looks again and again, and says so.
+    let (code, text) = runtime.refused("STATUS", None, Value::Null)?;
+    ensure!(code == 50 && text.contains("no space left"), "{code} {text}");
+    thread::sleep(Duration::from_secs(11));
+    ensure!(fs::read_to_string(cluster.agents[0].log())?.contains("container a: "), "not said");
+    disk.empty()?;
+    checks::eventually("the addresses are free", Duration::from_secs(25), || {
+        let used = cluster.agents[0].metrics()?.sum("skein_ipam_addresses", &["state=\"used\""]);
+        Ok(used == 0.0)
+    })?;
+    runtime.done("STATUS", None, Value::Null)?;
+    runtime.add("b", &pod.ns)?;
+    runtime.del("b", None)
+}
+
+/// A small file system, unmounted when dropped.
+struct Tmpfs(std::path::PathBuf);
+
+impl Tmpfs {
+    fn mount(at: &std::path::Path, size: &str) -> Result<Self> {
+        fs::create_dir_all(at)?;
+        let options = format!("size={size},mode=700");
+        let mut mount = std::process::Command::new("mount");
+        process::run(mount.args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(at))?;
+        Ok(Self(at.to_owned()))
+    }
+
+    fn fill(&self) -> Result<()> {
+        let mut file = fs::File::create(self.0.join("ballast"))?;
+        while std::io::Write::write_all(&mut file, &[1; 4096]).is_ok() {}
+        Ok(())
+    }
+
+    fn empty(&self) -> Result<()> {
+        Ok(fs::remove_file(self.0.join("ballast"))?)
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        // The agent may still have files of it open.
+        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_lost_state_directory_is_filled_from_the_kernel() -> Result<()> {
+    let mut cluster = up(1, |_| ())?;
+    let runtime = runtime(&cluster, 0)?;
+    let (a, b) = (runtime.pod("a")?, runtime.pod("b")?);
+    cluster.agents[0].stop()?;
+    fs::remove_dir_all(cluster.agents[0].state_directory())?;
+    cluster.agents[0].start()?;
+    let c = runtime.pod("c")?;
+    ensure!(![a.v4, b.v4].contains(&c.v4) && ![a.v6, b.v6].contains(&c.v6), "given out twice");
+    reach(&a, &c)?;
+    let used = || -> Result<f64> {
+        Ok(cluster.agents[0].metrics()?.sum("skein_ipam_addresses", &["state=\"used\""]))
+    };
+    ensure!(used()? == 6.0, "{} in use", used()?);
+    runtime.del("a", Some(&a.ns))?;
+    ensure!(used()? == 4.0, "{} in use", used()?);
+    ensure!(!node(&cluster, 0).interfaces()?.contains(&a.host_interface), "still there");
+    Ok(())
+}
+
+#[test]
+fn namespaces_that_went_without_a_word_are_collected() -> Result<()> {
+    let mut cluster = up(1, |_| ())?;
+    let before = traces(node(&cluster, 0))?;
+    let runtime = runtime(&cluster, 0)?;
+    let (a, b) = (runtime.pod("a")?, runtime.pod("b")?);
+    // As after a reboot: the namespace is gone, the state is kept.
+    cluster.agents[0].stop()?;
+    drop(a);
+    // Its interface was deleted by hand, but the namespace lives: its address stays.
+    node(&cluster, 0).ip(&format!("link delete {}", b.host_interface))?;
+    cluster.agents[0].start()?;
+    let used = || -> Result<f64> {
+        Ok(cluster.agents[0].metrics()?.sum("skein_ipam_addresses", &["state=\"used\""]))
+    };
+    checks::eventually("a is collected", Duration::from_secs(5), || Ok(used()? == 2.0))?;
+    let c = runtime.pod("c")?;
+    ensure!(c.v4 != b.v4, "the address of a living namespace was given out");
+    let path = cni::path(&b.ns);
+    let with = Some(attachment("b", Some(&path)));
+    let previous = json!({ "prevResult": {
+        "cniVersion": "1.1.0",
+        "interfaces": [{ "name": "eth0", "sandbox": path }],
+        "ips": [{ "address": format!("{}/32", b.v4), "interface": 0 }],
+    }});
+    let (code, text) = runtime.refused("CHECK", with, previous)?;
+    ensure!(code >= 3, "{code} {text}");
+    // GC names neither: b lives and stays, c as well.
+    let none = json!({ "cni.dev/valid-attachments": [] });
+    runtime.done("GC", None, none.clone())?;
+    ensure!(used()? == 4.0, "{} in use", used()?);
+    drop(b);
+    runtime.done("GC", None, none)?;
+    checks::eventually("b is collected", Duration::from_secs(5), || Ok(used()? == 2.0))?;
+    runtime.del("c", None)?;
+    same(&before, &traces(node(&cluster, 0))?)
+}

@@ -1,0 +1,95 @@
+//! Installation, repair and removal of the plugin, its configuration and the rules of pods.
+
+use std::time::Duration;
+use std::{fs, thread};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+use skein_lab::agent::Agent;
+use skein_lab::load::ping::{Ping, ping};
+use skein_lab::pods::{node, prepared, runtime, up};
+use skein_lab::{Family, checks, cni};
+
+use crate::support::reach;
+
+#[test]
+fn what_somebody_deletes_by_hand_is_put_back() -> Result<()> {
+    let cluster = up(2, |_| ())?;
+    let (first, second) = (runtime(&cluster, 0)?, runtime(&cluster, 1)?);
+    let (a, b) = (first.pod("a")?, second.pod("b")?);
+    reach(&a, &b)?;
+    let home = node(&cluster, 0);
+    home.ip(&format!("route delete {}/32", a.v4))?;
+    home.ip(&format!("-6 route delete {}/128", a.v6))?;
+    home.ip(&format!("neighbour delete {} dev {}", a.v4, a.host_interface))?;
+    home.sh("nft delete table inet skein")?;
+    checks::eventually("it is put back", Duration::from_secs(15), || {
+        Ok(ping(&a.ns, b.address(Family::V4), Ping { count: 1, ..Ping::default() })?.complete()
+            && home.sh("nft list table inet skein").is_ok())
+    })?;
+    reach(&a, &b)
+}
+
+#[test]
+fn the_plugin_is_installed_when_the_agent_can_serve_and_cleaned_up() -> Result<()> {
+    let mut cluster = prepared(1, |_| ())?;
+    let directory = cluster.agents[0].state_directory();
+    let directory = directory.parent().context("no parent")?.to_owned();
+    let (plugin, list) =
+        (directory.join("bin/skein-cni"), directory.join("net.d/10-skein.conflist"));
+    cluster.start()?;
+    checks::eventually(
+        "the configuration is there",
+        Duration::from_secs(5),
+        || Ok(list.is_file()),
+    )?;
+    ensure!(plugin.is_file(), "no binary");
+    let conflist: Value = serde_json::from_slice(&fs::read(&list)?)?;
+    ensure!(conflist["plugins"][0]["type"] == "skein-cni", "{conflist}");
+    let pod = runtime(&cluster, 0)?.pod("a")?;
+    ensure!(node(&cluster, 0).interfaces()?.contains(&pod.host_interface), "no interface");
+    cluster.agents[0].stop()?;
+    ensure!(list.is_file(), "a restart must not make nodes NotReady");
+    let finished = cluster.agents[0].run_command(&["cleanup", "--state"])?;
+    ensure!(finished.code == 0, "{}{}", finished.stdout, finished.stderr);
+    ensure!(!list.exists() && !plugin.exists(), "still installed: {}", finished.stdout);
+    let interfaces = node(&cluster, 0).interfaces()?;
+    ensure!(!interfaces.iter().any(|name| name.starts_with("skp")), "{interfaces:?}");
+    ensure!(node(&cluster, 0).sh("nft list table inet skein").is_err(), "the table is left");
+    Ok(())
+}
+
+#[test]
+fn a_missing_plugin_of_the_chain_keeps_the_node_from_being_ready() -> Result<()> {
+    let mut cluster = prepared(1, |_| ())?;
+    let bin = cluster.agents[0].cni_directory("bin_dir");
+    let list = cluster.agents[0].cni_directory("conf_dir").join("10-skein.conflist");
+    let (portmap, away) = (bin.join("portmap"), bin.join("portmap.away"));
+    fs::rename(&portmap, &away)?;
+    cluster.agents[0].launch()?;
+    let reason = |agent: &Agent| -> Result<Option<String>> {
+        let answer = agent.http("/readyz")?;
+        Ok((answer.status != 200).then_some(answer.body))
+    };
+    let named = |agent: &Agent| {
+        checks::eventually("the plugin is named", Duration::from_secs(25), || {
+            let reason = reason(agent)?.unwrap_or_default();
+            Ok(reason.contains("portmap") && reason.contains(&*bin.to_string_lossy()))
+        })
+    };
+    named(&cluster.agents[0])?;
+    // Longer than it takes the agent to look again.
+    thread::sleep(Duration::from_secs(11));
+    named(&cluster.agents[0])?;
+    ensure!(!list.exists(), "the runtime would start pods that fail");
+    fs::rename(&away, &portmap)?;
+    checks::eventually("it is ready by itself", Duration::from_secs(15), || {
+        Ok(reason(&cluster.agents[0])?.is_none() && list.is_file())
+    })?;
+    runtime(&cluster, 0)?.pod("a")?;
+    // From now on running pods need the configuration to be deleted.
+    fs::remove_file(&portmap)?;
+    named(&cluster.agents[0])?;
+    ensure!(list.is_file(), "the configuration was taken away");
+    runtime(&cluster, 0)?.del("a", None)
+}

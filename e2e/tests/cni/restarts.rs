@@ -1,0 +1,157 @@
+//! Pods that are added and deleted while the agent ends, is away, or starts.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::time::Duration;
+use std::{fs, thread};
+
+use anyhow::{Result, ensure};
+use serde_json::Value;
+use skein_lab::cni::{self, attachment, same, traces};
+use skein_lab::load::ping::{Ping, ping};
+use skein_lab::pods::{node, runtime, up};
+use skein_lab::{Family, Netns, checks, process};
+
+use crate::support::reach;
+
+#[test]
+fn a_pod_can_be_deleted_while_the_agent_is_away() -> Result<()> {
+    let mut cluster = up(1, |_| ())?;
+    let before = traces(node(&cluster, 0))?;
+    let runtime = runtime(&cluster, 0)?;
+    let (a, b) = (runtime.pod("a")?, runtime.pod("b")?);
+    cluster.agents[0].stop()?;
+    runtime.del("a", Some(&a.ns))?;
+    runtime.del("a", None)?;
+    ensure!(cni::spooled(&cluster.agents[0])?.len() == 1, "queued once");
+    let path = cni::path(&a.ns);
+    let (code, text) = runtime.refused("ADD", Some(attachment("c", Some(&path))), Value::Null)?;
+    ensure!(code == 11, "{code} {text}");
+    let (code, _) = runtime.refused("STATUS", None, Value::Null)?;
+    ensure!(code == 50, "{code}");
+    cluster.agents[0].start()?;
+    checks::eventually("the deletion is done", Duration::from_secs(5), || {
+        let interfaces = node(&cluster, 0).interfaces()?;
+        Ok(cni::spooled(&cluster.agents[0])?.is_empty() && !interfaces.contains(&a.host_interface))
+    })?;
+    runtime.done("STATUS", None, Value::Null)?;
+    // The other pod lived through it.
+    let answers = ping(node(&cluster, 0), b.address(Family::V4), Ping::default())?;
+    ensure!(answers.complete(), "{}", answers.text);
+    runtime.del("b", Some(&b.ns))?;
+    same(&before, &traces(node(&cluster, 0))?)
+}
+
+/// Forty pods at once while the control process is killed again and again: what was answered holds.
+#[test]
+fn killing_the_agent_loses_and_doubles_nothing() -> Result<()> {
+    let mut cluster = up(1, |_| ())?;
+    let before = traces(node(&cluster, 0))?;
+    let runtime = runtime(&cluster, 0)?;
+    let spaces: Vec<Netns> =
+        (0..40).map(|n| Netns::create(&format!("k{n}"))).collect::<Result<_>>()?;
+    let add = |ns: &Netns, name: &str| -> Result<Vec<IpAddr>> {
+        // As kubelet does: again until it works.
+        for _ in 0..60 {
+            match runtime.add(name, ns) {
+                Ok(result) => return cni::addresses(&result),
+                Err(_) => thread::sleep(Duration::from_millis(100)),
+            }
+        }
+        cni::addresses(&runtime.add(name, ns)?)
+    };
+    let results = thread::scope(|scope| -> Result<Vec<Vec<IpAddr>>> {
+        let workers: Vec<_> = (0..4)
+            .map(|worker| {
+                let (spaces, add) = (&spaces, &add);
+                scope.spawn(move || {
+                    let mine = (0..spaces.len()).filter(|index| index % 4 == worker);
+                    mine.map(|index| add(&spaces[index], &format!("k{index}")))
+                        .collect::<Result<Vec<_>>>()
+                })
+            })
+            .collect();
+        for round in 0..6u64 {
+            thread::sleep(Duration::from_millis(70 + round * 53));
+            cluster.agents[0].kill_control();
+            cluster.agents[0].launch()?;
+        }
+        let mut all = vec![];
+        for worker in workers {
+            all.extend(worker.join().map_err(|_| anyhow::anyhow!("a worker panicked"))??);
+        }
+        Ok(all)
+    })?;
+    cluster.agents[0].wait_ready()?;
+    let unique: BTreeSet<_> = results.iter().flatten().collect();
+    ensure!(unique.len() == spaces.len() * 2, "{} addresses for 40 pods", unique.len());
+    for ips in &results {
+        let answers = ping(node(&cluster, 0), ips[0], Ping { count: 1, ..Ping::default() })?;
+        ensure!(answers.complete(), "{}", answers.text);
+    }
+    let used = cluster.agents[0].metrics()?.sum("skein_ipam_addresses", &["state=\"used\""]);
+    ensure!(used == 80.0, "{used} addresses in use");
+    for index in 0..spaces.len() {
+        runtime.del(&format!("k{index}"), None)?;
+    }
+    let used = cluster.agents[0].metrics()?.sum("skein_ipam_addresses", &["state=\"used\""]);
+    ensure!(used == 0.0, "{used} addresses in use");
+    same(&before, &traces(node(&cluster, 0))?)
+}
+
+#[test]
+fn what_a_killed_agent_has_begun_is_finished() -> Result<()> {
+    let mut cluster = up(1, |_| ())?;
+    let before = traces(node(&cluster, 0))?;
+    let runtime = runtime(&cluster, 0)?;
+    let (a, b) = (runtime.pod("a")?, runtime.pod("b")?);
+    let (a_again, b_again) = (
+        || runtime.add("a", &a.ns).and_then(|result| cni::addresses(&result)),
+        || runtime.add("b", &b.ns).and_then(|result| cni::addresses(&result)),
+    );
+    let (first, second) = (a_again()?, b_again()?);
+    // As if it had been killed right after the pair was made: no mark, no addresses, down.
+    cluster.agents[0].kill_control();
+    let unmark = ["link", "set", a.host_interface.as_str(), "down", "alias", ""];
+    let unmarked = node(&cluster, 0).command("ip").args(unmark).status()?;
+    ensure!(unmarked.success(), "the mark is still there");
+    a.ns.ip("address flush dev eth0")?;
+    a.ns.ip("link set eth0 down")?;
+    // As if before: the address is reserved, and nothing is made.
+    node(&cluster, 0).ip(&format!("link delete {}", b.host_interface))?;
+    cluster.agents[0].start()?;
+    ensure!(a_again()? == first && b_again()? == second, "other addresses");
+    reach(&a, &b)?;
+    for pod in ["a", "b"] {
+        runtime.del(pod, None)?;
+    }
+    same(&before, &traces(node(&cluster, 0))?)
+}
+
+#[test]
+fn a_waiting_deletion_spares_the_next_of_its_name() -> Result<()> {
+    let mut cluster = up(1, |_| ())?;
+    let before = traces(node(&cluster, 0))?;
+    let runtime = runtime(&cluster, 0)?;
+    let first = runtime.pod("again")?;
+    cluster.agents[0].stop()?;
+    runtime.del("again", None)?;
+    let kept = cni::spooled(&cluster.agents[0])?;
+    ensure!(kept.len() == 1, "{kept:?}");
+    let entry = fs::read(&kept[0])?;
+    cluster.agents[0].start()?;
+    checks::eventually("the deletion is done", Duration::from_secs(5), || {
+        Ok(cni::spooled(&cluster.agents[0])?.is_empty())
+    })?;
+    // As if the plugin had been slower than the agent: it is kept now, and the name comes again.
+    fs::write(&kept[0], entry)?;
+    let second = runtime.pod("again")?;
+    ensure!(cni::spooled(&cluster.agents[0])?.is_empty(), "it still waits for the next look");
+    // Longer than it takes the agent to look again.
+    thread::sleep(Duration::from_secs(11));
+    let answers = ping(node(&cluster, 0), IpAddr::V4(second.v4), Ping::default())?;
+    ensure!(answers.complete(), "the new pod was detached: {}", answers.text);
+    runtime.del("again", None)?;
+    drop(first);
+    same(&before, &traces(node(&cluster, 0))?)
+}

@@ -1,0 +1,135 @@
+//! The chart's alerts and dashboards.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+use skein_lab::cargo::workspace;
+use skein_lab::{chart, process, programs};
+
+/// Names of metrics in a text, without what a histogram's series add.
+fn metrics(text: &str) -> BTreeSet<&str> {
+    let word = |c: char| !(c.is_ascii_alphanumeric() || c == '_');
+    let names = text.split(word).filter(|name| name.starts_with("skein_"));
+    let base = |name| {
+        let mut suffixes = ["_bucket", "_sum", "_count"].into_iter();
+        suffixes.find_map(|suffix| str::strip_suffix(name, suffix)).unwrap_or(name)
+    };
+    names.map(base).collect()
+}
+
+/// docs/metrics.md is what the code has, by a test of the agent's.
+#[test]
+fn alerts_and_dashboards_use_metrics_that_exist() -> Result<()> {
+    let reference = fs::read_to_string(workspace().join("docs/metrics.md"))?;
+    let known = metrics(&reference);
+    let mut texts = vec![fs::read_to_string(chart::path().join("alerts/skein.yaml"))?];
+    for dashboard in chart::dashboards()? {
+        texts.push(dashboard.expressions().map(|(_, text)| text).collect::<Vec<_>>().join("\n"));
+    }
+    for text in texts {
+        let used = metrics(&text);
+        ensure!(used.len() > 10, "only {used:?}");
+        let unknown: Vec<_> = used.difference(&known).collect();
+        ensure!(unknown.is_empty(), "no such metrics: {unknown:?}");
+    }
+    Ok(())
+}
+
+/// As Grafana takes them, and as people can read them.
+#[test]
+fn dashboards_are_complete() -> Result<()> {
+    let all = chart::dashboards()?;
+    ensure!(all.len() == 2, "{} dashboards", all.len());
+    let mut identities = BTreeSet::new();
+    for dashboard in &all {
+        let board = &dashboard.0;
+        let uid = board["uid"].as_str().context("no uid")?;
+        ensure!(identities.insert(uid.to_owned()), "{uid} is there twice");
+        ensure!(board["schemaVersion"].as_u64() >= Some(36), "{uid}: schemaVersion");
+        let source = &board["templating"]["list"][0];
+        ensure!(source["type"] == "datasource" && source["query"] == "prometheus", "{source}");
+        let panels = board["panels"].as_array().context("no panels")?;
+        let (mut ids, mut places) = (BTreeSet::new(), BTreeSet::new());
+        for panel in panels {
+            let title = panel["title"].as_str().unwrap_or_default();
+            ensure!(!title.is_empty() && ids.insert(panel["id"].as_u64()), "{uid}: {panel}");
+            let at = &panel["gridPos"];
+            ensure!(places.insert((at["y"].as_u64(), at["x"].as_u64())), "{title}: on another");
+            let width = at["x"].as_u64().zip(at["w"].as_u64()).map(|(x, w)| x + w);
+            ensure!(width.is_some_and(|width| width <= 24), "{title}: {at}");
+            if panel["type"] == "row" {
+                ensure!(title.ends_with('?'), "{uid}: {title:?} is no question");
+                continue;
+            }
+            let defaults = &panel["fieldConfig"]["defaults"];
+            ensure!(
+                defaults["unit"].as_str().is_some_and(|unit| !unit.is_empty()),
+                "{title}: unit"
+            );
+            let about = panel["description"].as_str().unwrap_or_default();
+            ensure!(about.len() > 10, "{title}: no description");
+            ensure!(panel["datasource"]["uid"] == "${datasource}", "{title}: data source");
+            ensure!(panel["targets"].as_array().is_some_and(|all| !all.is_empty()), "{title}");
+        }
+    }
+    Ok(())
+}
+
+/// What e2e/tests/observability/alerts.yaml says of each alert, by promtool.
+#[test]
+fn alerts_fire_when_they_should_and_not_otherwise() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let rules = chart::path().join("alerts/skein.yaml");
+    let tests = workspace().join("e2e/tests/observability/alerts.yaml");
+    fs::copy(&rules, directory.path().join("skein.yaml"))?;
+    fs::copy(&tests, directory.path().join("alerts.yaml"))?;
+    for what in [["check", "rules", "skein.yaml"], ["test", "rules", "alerts.yaml"]] {
+        process::run(Command::new("promtool").args(what).current_dir(&directory))?;
+    }
+    let tests = programs::yaml(&fs::read_to_string(&tests)?)?.remove(0);
+    let cases = tests["tests"].as_array().context("no tests")?.iter();
+    let cases: Vec<_> =
+        cases.filter_map(|test| test["alert_rule_test"].as_array()).flatten().collect();
+    for alert in chart::alerts()? {
+        let name = &alert["alert"];
+        let of_it = || cases.iter().filter(|case| case["alertname"] == *name);
+        let fires = |case: &&&Value| case["exp_alerts"].as_array().is_some_and(|a| !a.is_empty());
+        ensure!(of_it().any(|case| fires(&case)), "{name}: no test in which it fires");
+        ensure!(of_it().any(|case| !fires(&case)), "{name}: no test in which it does not");
+    }
+    Ok(())
+}
+
+#[test]
+fn every_alert_has_its_runbook() -> Result<()> {
+    let runbooks = fs::read_to_string(workspace().join("docs/runbooks.md"))?;
+    let manifest = fs::read_to_string(workspace().join("Cargo.toml"))?;
+    let manifest: toml::Table = manifest.parse()?;
+    let repository = manifest["workspace"]["package"]["repository"].as_str().context("none")?;
+    let mut names = BTreeSet::new();
+    for alert in chart::alerts()? {
+        let name = alert["alert"].as_str().context("no name")?.to_owned();
+        let anchor = name.to_lowercase();
+        let url = format!("{repository}/blob/main/docs/runbooks.md#{anchor}");
+        ensure!(alert["annotations"]["runbook_url"] == url, "{name}: {}", alert["annotations"]);
+        for text in ["summary", "description"] {
+            ensure!(alert["annotations"][text].is_string(), "{name} has no {text}");
+        }
+        let section =
+            runbooks.split(&format!("\n## {name}\n")).nth(1).with_context(|| name.clone())?;
+        let section = section.split("\n## ").next().unwrap_or_default();
+        for part in
+            ["**Meaning.**", "**Impact.**", "**Diagnosis.**", "```console", "**Mitigation.**"]
+        {
+            ensure!(section.contains(part), "{name}: no {part}");
+        }
+        names.insert(name);
+    }
+    let sections = runbooks.lines().filter_map(|line| line.strip_prefix("## "));
+    let others: Vec<_> = sections.filter(|name| !names.contains(*name)).collect();
+    ensure!(others.is_empty(), "sections of no alert: {others:?}");
+    Ok(())
+}

@@ -1,0 +1,156 @@
+//! Repair of the nftables table after changes by other programs.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use skein_lab::agent::Record;
+use skein_lab::load::udp::{self, Load};
+use skein_lab::{Family, Netns, checks, cni, link, process};
+
+use crate::border::{Border, PORT};
+
+/// Returns the lines of the table in alphabetical order: a chain that was added later is listed
+/// last, and in its place after the table was created again.
+fn table_lines(node: &Netns) -> Result<Vec<String>> {
+    let text = node.sh("nft --stateless list table inet skein")?;
+    let mut lines: Vec<_> = text.lines().map(str::to_owned).collect();
+    lines.sort_unstable();
+    Ok(lines)
+}
+
+/// `nft flush ruleset`, which Debian's nftables.service runs on a reload, opens the border until
+/// the repair.
+#[test]
+fn table_is_restored_within_100_ms_after_a_flush() -> Result<()> {
+    const ROUNDS: usize = 20;
+    for cni in [true, false] {
+        let border = Border::up(cni, |_| ())?;
+        let node = border.node(0);
+        let mut times = Vec::new();
+        for damage in ["flush ruleset", "delete table inet skein", "flush chain inet skein sources"]
+        {
+            for _ in 0..ROUNDS / 2 {
+                let before = table_lines(node)?;
+                node.nft(damage)?;
+                let start = Instant::now();
+                while !table_lines(node).is_ok_and(|now| now == before) {
+                    ensure!(start.elapsed() < Duration::from_secs(5), "not restored: {damage}");
+                }
+                times.push(start.elapsed());
+                // Far less than the agent's period of 10 s, so that the timer explains none of the
+                // repairs.
+                thread::sleep(Duration::from_millis(60));
+            }
+        }
+        times.sort_unstable();
+        let (median, worst) = (times[times.len() / 2], times[times.len() - 1]);
+        println!(
+            "cni {cni}: restored after {median:?} (median), {worst:?} (worst of {})",
+            times.len()
+        );
+        ensure!(median < Duration::from_millis(100), "median {median:?}, worst {worst:?}");
+        let log = std::fs::read_to_string(border.cluster.agents[0].log())?;
+        let restored = log.matches("was changed or deleted: restored").count();
+        ensure!(restored <= times.len(), "{restored} restorations for {} changes", times.len());
+    }
+    Ok(())
+}
+
+/// Damage to the table by other programs: after each change, spoofed frames are dropped again
+/// within a second.
+#[test]
+fn border_is_closed_after_every_damage_to_the_table() -> Result<()> {
+    for cni in [true, false] {
+        let mut border = Border::up(cni, |_| ())?;
+        let outsider = border.outsider()?;
+        let target = border.pod(0).address(Family::V4);
+        let by = border.cluster.lab.nodes[0].underlay(Family::V4);
+        let source = border.pod(1).address(Family::V4);
+        let stays_closed = |border: &Border, what: &str| -> Result<()> {
+            checks::eventually(what, Duration::from_secs(1), || {
+                let table = border.node(0).sh("nft list table inet skein").unwrap_or_default();
+                Ok(table.contains("@cluster4 counter name \"spoofed_ipv4\" drop"))
+            })?;
+            let arrived = border.spoof(&outsider, source, target, by)?;
+            ensure!(!arrived, "a spoofed frame passes after: {what} (cni {cni})");
+            Ok(())
+        };
+        for damage in [
+            "flush table inet skein",
+            "insert rule inet skein sources accept",
+            "flush set inet skein cluster4",
+            "delete table inet skein\nadd table inet skein { flags dormant ; }",
+            "delete table inet skein\nadd table inet skein\nadd set inet skein cluster4 { type ipv6_addr ; }",
+        ] {
+            border.node(0).nft(damage)?;
+            stays_closed(&border, damage)?;
+        }
+        // `iptables-restore` replaces its own tables only.
+        for iptables in ["iptables-nft", "iptables-legacy"] {
+            let mut restore = border.node(0).command(format!("{iptables}-restore"));
+            process::run_with_input(&mut restore, b"*filter\n:FORWARD ACCEPT [0:0]\nCOMMIT\n")?;
+            stays_closed(&border, iptables)?;
+        }
+        // An agent that is killed leaves the table; the next one finds an older table with other
+        // sets.
+        border.cluster.agents[0].kill_control();
+        stays_closed(&border, "the agent is dead")?;
+        border.node(0).nft(
+            "delete table inet skein\nadd table inet skein\n\
+             add set inet skein cluster4 { type inet_service ; }\n\
+             add chain inet skein outward { type filter hook input priority 0 ; }",
+        )?;
+        border.cluster.agents[0].start()?;
+        stays_closed(&border, "a table of another version")?;
+        border.cluster.agents[0].stop()?;
+        stays_closed(&border, "the agent was stopped")?;
+        let finished = border.cluster.agents[0].run_command(&["cleanup"])?;
+        ensure!(finished.code == 0, "{}{}", finished.stdout, finished.stderr);
+        ensure!(
+            border.node(0).sh("nft list table inet skein").is_err(),
+            "cleanup leaves the table"
+        );
+    }
+    Ok(())
+}
+
+/// Rules are replaced in one transaction: no spoofed frame passes while records change. After a
+/// flush by another program, the number of frames that pass shows how long the border was open.
+#[test]
+fn spoofed_frames_pass_only_between_flush_and_repair() -> Result<()> {
+    const PER_SECOND: u64 = 1000;
+    let border = Border::up(true, |_| ())?;
+    let outsider = border.outsider()?;
+    let (target, source) = (border.pod(0).address(Family::V4), border.pod(1).address(Family::V4));
+    let by = border.cluster.lab.nodes[0].underlay(Family::V4);
+    outsider.ip(&format!("address add {source}/32 dev lo"))?;
+    outsider.ip(&format!("route add {target}/32 via {by} src {source}"))?;
+    let flood = |during: &dyn Fn() -> Result<()>| -> Result<u64> {
+        let load = Load { payload: 64, rate: Some(PER_SECOND), duration: Duration::from_secs(4) };
+        thread::scope(|scope| {
+            let flood =
+                scope.spawn(|| udp::run(&outsider, &border.pod(0).ns, (target, PORT).into(), load));
+            thread::sleep(Duration::from_millis(500));
+            during()?;
+            let outcome = flood.join().map_err(|_| anyhow::anyhow!("the sender panicked"))??;
+            ensure!(outcome.sent > 2 * PER_SECOND, "{outcome:?}");
+            Ok(outcome.received)
+        })
+    };
+    let agent = &border.cluster.agents[0];
+    let passed = flood(&|| {
+        for number in 0..20 {
+            agent.put_record(&Record::of_fleet(number)?)?;
+            thread::sleep(Duration::from_millis(100));
+        }
+        Ok(())
+    })?;
+    ensure!(passed == 0, "{passed} spoofed frames passed while the rules were replaced");
+    let passed = flood(&|| border.node(0).nft("flush ruleset"))?;
+    println!("the border was open for about {passed} ms after nft flush ruleset");
+    ensure!(passed < PER_SECOND / 2, "{passed} spoofed frames passed after one flush");
+    let passed = flood(&|| border.cluster.lab.nodes[0].ns.ip("link set skein0 down").map(drop))?;
+    ensure!(passed == 0, "{passed} spoofed frames passed while skein0 was down");
+    Ok(())
+}
