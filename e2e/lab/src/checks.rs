@@ -11,6 +11,17 @@ use crate::load::transfer::{Received, Transfer};
 use crate::load::udp::{self, Load, Outcome};
 use crate::{Family, Lab, Pod};
 
+/// Limit of the wait for an event that must occur. The value is generous: a wait reaches it only if
+/// the event does not occur, so that no test depends on the speed of the machine.
+pub const EVENT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Limit of the interruption of a TCP transfer that continues after an event, in seconds. Tests print
+/// the measured interruption; the figures are in docs/faults.md and docs/performance.md.
+pub const MAX_INTERRUPTION: f64 = 10.0;
+
+/// Interval of the timer by which an agent compares the kernel's state with the desired state.
+const AGENT_INTERVAL: Duration = Duration::from_secs(10);
+
 /// The port that these checks use.
 const PORT: u16 = 7000;
 
@@ -29,7 +40,7 @@ pub fn all_reach_all(lab: &Lab) -> Result<()> {
 
 /// Two pods: one request may wait for a handshake, then all are answered.
 pub fn reaches(from: &Pod, to: &Pod, family: Family) -> Result<()> {
-    wait_until_reached(from, to, family, Duration::from_secs(5))?;
+    wait_until_reached(from, to, family, EVENT_TIMEOUT)?;
     let answers = ping(&from.ns, to.address(family), Ping::default())?;
     ensure!(answers.complete(), "{}", answers.text);
     Ok(())
@@ -121,6 +132,41 @@ pub fn mixed_traffic(lab: &Lab, bytes: u64) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Checks that notifications caused repairs: the agent's timer alone, which can repair once per
+/// interval, explains fewer repairs than `repairs`, each made after the damage that follows the one
+/// before, in `elapsed`.
+///
+/// # Errors
+///
+/// Returns an error if the timer can have caused every repair.
+pub fn not_by_timer(repairs: u64, elapsed: Duration) -> Result<()> {
+    let by_timer = elapsed.as_secs() / AGENT_INTERVAL.as_secs() + 1;
+    ensure!(repairs > by_timer, "The agent's timer may explain {repairs} repairs in {elapsed:?}.");
+    Ok(())
+}
+
+/// Damages something eight times, waits for each repair, and checks that notifications caused the
+/// repairs ([`not_by_timer`]).
+///
+/// # Errors
+///
+/// Returns an error if `damage` fails, if a repair does not occur within [`EVENT_TIMEOUT`], or if
+/// the agent's timer can have caused the repairs.
+pub fn repaired_at_once(
+    what: &str,
+    mut damage: impl FnMut() -> Result<()>,
+    mut is_repaired: impl FnMut() -> Result<bool>,
+) -> Result<()> {
+    const ROUNDS: u64 = 8;
+    let start = Instant::now();
+    for _ in 0..ROUNDS {
+        damage()?;
+        let time = eventually(what, EVENT_TIMEOUT, &mut is_repaired)?;
+        println!("{what} after {} ms", time.as_millis());
+    }
+    not_by_timer(ROUNDS, start.elapsed()).with_context(|| what.to_owned())
 }
 
 /// Waits until something is true.

@@ -10,7 +10,7 @@ use skein_lab::agent::{Cluster, binary};
 use skein_lab::load::ping::{Ping, ping};
 use skein_lab::{Family, Plan, checks, process};
 
-use crate::support::{end, joined, json, ran, says, start};
+use crate::support::{joined, json, ran, says, start};
 
 #[test]
 fn peers_and_traces_tell_the_well_from_the_lost() -> Result<()> {
@@ -135,7 +135,7 @@ fn bench_measures_over_the_overlay_and_beside_it() -> Result<()> {
     let table = agent.run_command(&[&words[..], &["--seconds", "0.2"]].concat())?;
     ran(&table, 0)?;
     says(&table.stdout, &["nothing was measured beside the overlay", "firewall", "round trip"])?;
-    serve.stop(Duration::from_secs(5)).map(drop)
+    serve.stop(checks::EVENT_TIMEOUT).map(drop)
 }
 
 #[test]

@@ -1,7 +1,6 @@
 //! `status`, `check` and `log` of `skein-agent`.
 
 use std::fs;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use skein_lab::agent::Cluster;
@@ -58,9 +57,9 @@ fn what_is_logged_is_changed_at_run_time() -> Result<()> {
             Ok(status["records"]["accepted"].as_u64() == Some(wanted))
         };
         agent.remove_record(&cluster.agents[1].record.name)?;
-        checks::eventually("one record", Duration::from_secs(5), || number(1))?;
+        checks::eventually("one record", checks::EVENT_TIMEOUT, || number(1))?;
         agent.put_record(&cluster.agents[1].record)?;
-        checks::eventually("two records", Duration::from_secs(5), || number(2)).map(drop)
+        checks::eventually("two records", checks::EVENT_TIMEOUT, || number(2)).map(drop)
     };
     let (level, records) = ("the level of the log is set", "node records have changed");
     set(&["debug"])?;

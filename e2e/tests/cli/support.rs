@@ -6,8 +6,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use skein_lab::agent::{Agent, Cluster};
-use skein_lab::load::ping::ping;
-use skein_lab::process::{self, Finished, Process};
+use skein_lab::process::{Finished, Process};
 use skein_lab::{Family, checks};
 
 /// Every node has a session with every other. A busy machine may lose a ping: that is not what is tested here.

@@ -28,7 +28,7 @@ fn drops_are_shown_as_they_happen() -> Result<()> {
     a.ns.ip("address add 10.77.0.1/32 dev lo")?;
     let log = cluster.lab.directory().join("drops");
     let mut trace = start(&cluster.agents[1], &["trace", "--drops", "--seconds", "6"], &log)?;
-    checks::eventually("it listens", Duration::from_secs(5), || {
+    checks::eventually("it listens", checks::EVENT_TIMEOUT, || {
         Ok(trace.log_tail(5).contains("DIRECTION"))
     })?;
     let ping = "ping -n -c 2 -i 0.2 -W 1";
@@ -36,7 +36,7 @@ fn drops_are_shown_as_they_happen() -> Result<()> {
     let _ = a.ns.sh(&format!("{ping} -I 10.77.0.1 10.244.2.10"));
     let garbage = || std::net::UdpSocket::bind("0.0.0.0:0")?.send_to(b"garbage", "192.0.2.2:51900");
     a.ns.run(garbage)??;
-    checks::eventually("the drops are shown", Duration::from_secs(2), || {
+    checks::eventually("the drops are shown", checks::EVENT_TIMEOUT, || {
         let shown = trace.log_tail(100);
         Ok(["no_route", "inner_source", "outer_header"].iter().all(|reason| shown.contains(reason)))
     })?;
@@ -81,7 +81,7 @@ fn a_capture_holds_the_inner_packets_of_a_peer() -> Result<()> {
     let (path, log) = (file.to_string_lossy(), cluster.lab.directory().join("log"));
     let arguments = ["capture", "node-b", "--write", &path, "--seconds", "4"];
     let mut capture = start(agent, &arguments, &log)?;
-    checks::eventually("it listens", Duration::from_secs(5), || Ok(file.exists()))?;
+    checks::eventually("it listens", checks::EVENT_TIMEOUT, || Ok(file.exists()))?;
     std::thread::sleep(Duration::from_millis(300));
     let all = Ping { count: 5, ..Ping::default() };
     let answered = ping(&a.ns, cluster.lab.pod(1).v4.into(), all)?.received as usize;

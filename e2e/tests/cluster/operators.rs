@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use serde_json::{Value, json};
+use serde_json::Value;
 use skein_cluster::skein::{self, Pod, wait_until_all_reach_all};
 use skein_cluster::{Kube, Options};
 use skein_lab::agent::binary;
@@ -89,7 +89,6 @@ fn a_node_falls_silent(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
         })
     })?;
     println!("both nodes' metrics say so after {:.1} s", took.as_secs_f64());
-    ensure!(took < Duration::from_secs(5), "{took:?}");
     kube.wait("both nodes' records say so", READY_LIMIT, |kube| both(kube, "False"))?;
     println!("PeersReachable is False on both after {:.1} s", start.elapsed().as_secs_f64());
     for (name, other) in [("node1", "node2"), ("node2", "node1")] {

@@ -8,7 +8,6 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use skein_cluster::skein::{self, Pod, agent_pod, wait_until_all_reach_all};
 use skein_cluster::{Kube, Options};
-use skein_lab::process;
 
 pub(super) const READY_LIMIT: Duration = Duration::from_secs(60);
 
@@ -318,7 +317,7 @@ fn a_node_is_deleted_and_comes_back(kube: &mut Kube) -> Result<()> {
         Ok(kube.kubectl(&["get", "skeinnodes", "--output=name"])?.trim()
             == "skeinnode.skein.network/node1")
     })?;
-    kube.wait("it is cut off", Duration::from_secs(5), |kube| {
+    kube.wait("it is cut off", READY_LIMIT, |kube| {
         Ok(skein::metrics(&kube.nodes[0])?.sum("skein_node_records", &[]) == 1.0)
     })?;
     // Its pods are collected after a while; the node gets other pod CIDRs when it comes back.

@@ -177,7 +177,7 @@ fn namespaces_that_went_without_a_word_are_collected() -> Result<()> {
     let used = || -> Result<f64> {
         Ok(cluster.agents[0].metrics()?.sum("skein_ipam_addresses", &["state=\"used\""]))
     };
-    checks::eventually("a is collected", Duration::from_secs(5), || Ok(used()? == 2.0))?;
+    checks::eventually("a is collected", checks::EVENT_TIMEOUT, || Ok(used()? == 2.0))?;
     let c = runtime.pod("c")?;
     ensure!(c.v4 != b.v4, "the address of a living namespace was given out");
     let path = cni::path(&b.ns);
@@ -195,7 +195,7 @@ fn namespaces_that_went_without_a_word_are_collected() -> Result<()> {
     ensure!(used()? == 4.0, "{} in use", used()?);
     drop(b);
     runtime.done("GC", None, none)?;
-    checks::eventually("b is collected", Duration::from_secs(5), || Ok(used()? == 2.0))?;
+    checks::eventually("b is collected", checks::EVENT_TIMEOUT, || Ok(used()? == 2.0))?;
     runtime.del("c", None)?;
     same(&before, &traces(node(&cluster, 0))?)
 }

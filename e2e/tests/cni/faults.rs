@@ -28,7 +28,7 @@ fn status_of_hung_agent_fails_after_5_s() -> Result<()> {
     kill_process(pid, Signal::CONT)?;
     let (code, text) = refused?;
     ensure!(code == 50 && text.contains("did not answer within 5 s"), "{code} {text}");
-    ensure!((5..8).contains(&took.as_secs()), "STATUS took {took:?}");
+    ensure!((5..15).contains(&took.as_secs()), "STATUS took {took:?}.");
     checks::eventually("the agent answers again", Duration::from_secs(10), || {
         Ok(runtime.done("STATUS", None, Value::Null).is_ok())
     })
@@ -42,7 +42,7 @@ fn deleted_sockets_are_created_again() -> Result<()> {
     let control = agent.config["control"]["socket"].as_str().context("control.socket")?;
     for socket in [agent.cni_socket(), control] {
         fs::remove_file(socket)?;
-        checks::eventually("the socket is created again", Duration::from_secs(5), || {
+        checks::eventually("the socket is created again", checks::EVENT_TIMEOUT, || {
             Ok(Path::new(socket).exists())
         })?;
     }
@@ -51,12 +51,12 @@ fn deleted_sockets_are_created_again() -> Result<()> {
     // While it cannot be created, the agent is not ready: no pod can start or end.
     fs::remove_file(agent.cni_socket())?;
     fs::create_dir(agent.cni_socket())?;
-    checks::eventually("the reason is named", Duration::from_secs(5), || {
+    checks::eventually("the reason is named", checks::EVENT_TIMEOUT, || {
         let answer = agent.http("/readyz")?;
         Ok(answer.status != 200 && answer.body.contains("cni.socket was deleted"))
     })?;
     fs::remove_dir(agent.cni_socket())?;
-    checks::eventually("it is ready again", Duration::from_secs(5), || {
+    checks::eventually("it is ready again", checks::EVENT_TIMEOUT, || {
         Ok(agent.http("/readyz")?.status == 200)
     })?;
     runtime.del("a", Some(&pod.ns))
@@ -96,7 +96,7 @@ fn gc_judges_invisible_namespaces_by_the_host_interface() -> Result<()> {
     home.ip(&format!("link set {} name other0", renamed.host_interface))?;
     let lost_address = lost.v4;
     drop(lost);
-    checks::eventually("the kernel removes the interface", Duration::from_secs(5), || {
+    checks::eventually("the kernel removes the interface", checks::EVENT_TIMEOUT, || {
         Ok(node(&cluster, 0).interfaces()?.len() > 1
             && !node(&cluster, 0).ip("route show")?.contains(&lost_address.to_string()))
     })?;

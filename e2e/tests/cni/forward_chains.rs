@@ -8,7 +8,7 @@ use anyhow::{Result, ensure};
 use skein_lab::load::ping::{Ping, ping};
 use skein_lab::load::udp;
 use skein_lab::pods::{node, runtime, up};
-use skein_lab::{Family, Netns, Pod, checks, cni, process};
+use skein_lab::{Family, Netns, Pod, checks, process};
 
 use crate::support::{outside, outside_address, reach};
 

@@ -8,7 +8,7 @@ use serde_json::Value;
 use skein_lab::agent::Agent;
 use skein_lab::load::ping::{Ping, ping};
 use skein_lab::pods::{node, prepared, runtime, up};
-use skein_lab::{Family, checks, cni};
+use skein_lab::{Family, checks};
 
 use crate::support::reach;
 
@@ -38,11 +38,7 @@ fn the_plugin_is_installed_when_the_agent_can_serve_and_cleaned_up() -> Result<(
     let (plugin, list) =
         (directory.join("bin/skein-cni"), directory.join("net.d/10-skein.conflist"));
     cluster.start()?;
-    checks::eventually(
-        "the configuration is there",
-        Duration::from_secs(5),
-        || Ok(list.is_file()),
-    )?;
+    checks::eventually("the configuration is there", checks::EVENT_TIMEOUT, || Ok(list.is_file()))?;
     ensure!(plugin.is_file(), "no binary");
     let conflist: Value = serde_json::from_slice(&fs::read(&list)?)?;
     ensure!(conflist["plugins"][0]["type"] == "skein-cni", "{conflist}");

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use skein_lab::link::advertise_router;
-use skein_lab::load::ping::ping;
 use skein_lab::pods::{node, runtime, up};
 use skein_lab::{Netns, Pod, checks};
 

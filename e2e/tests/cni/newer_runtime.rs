@@ -82,7 +82,7 @@ fn pods_start_and_end_behind_an_old_plugin() -> Result<()> {
     // The plugins are updated under a running pod.
     use_newer_plugins(machine.agent())?;
     machine.offers("1.1.0")?;
-    checks::eventually("containerd has read the list", Duration::from_secs(5), || {
+    checks::eventually("containerd has read the list", checks::EVENT_TIMEOUT, || {
         cri.network_ready()
     })?;
     let b = cri.run("b", &[])?;

@@ -10,7 +10,7 @@ use serde_json::Value;
 use skein_lab::cni::{self, attachment, same, traces};
 use skein_lab::load::ping::{Ping, ping};
 use skein_lab::pods::{node, runtime, up};
-use skein_lab::{Family, Netns, checks, process};
+use skein_lab::{Family, Netns, checks};
 
 use crate::support::reach;
 
@@ -30,7 +30,7 @@ fn a_pod_can_be_deleted_while_the_agent_is_away() -> Result<()> {
     let (code, _) = runtime.refused("STATUS", None, Value::Null)?;
     ensure!(code == 50, "{code}");
     cluster.agents[0].start()?;
-    checks::eventually("the deletion is done", Duration::from_secs(5), || {
+    checks::eventually("the deletion is done", checks::EVENT_TIMEOUT, || {
         let interfaces = node(&cluster, 0).interfaces()?;
         Ok(cni::spooled(&cluster.agents[0])?.is_empty() && !interfaces.contains(&a.host_interface))
     })?;
@@ -140,7 +140,7 @@ fn a_waiting_deletion_spares_the_next_of_its_name() -> Result<()> {
     ensure!(kept.len() == 1, "{kept:?}");
     let entry = fs::read(&kept[0])?;
     cluster.agents[0].start()?;
-    checks::eventually("the deletion is done", Duration::from_secs(5), || {
+    checks::eventually("the deletion is done", checks::EVENT_TIMEOUT, || {
         Ok(cni::spooled(&cluster.agents[0])?.is_empty())
     })?;
     // As if the plugin had been slower than the agent: it is kept now, and the name comes again.

@@ -55,7 +55,7 @@ impl Nodes {
 #[test]
 fn ctr_attaches_containers_of_two_nodes() -> Result<()> {
     let nodes = Nodes::up()?;
-    checks::eventually("the configuration is there", Duration::from_secs(5), || {
+    checks::eventually("the configuration is there", checks::EVENT_TIMEOUT, || {
         Ok(nodes
             .cluster
             .agents
@@ -111,7 +111,7 @@ fn ctr_attaches_containers_of_two_nodes() -> Result<()> {
         let _ = nodes.containerd[index].ctr(&["task", "kill", "-s", "SIGKILL", name]);
         checks::eventually(
             "the task has ended, the container goes",
-            Duration::from_secs(5),
+            checks::EVENT_TIMEOUT,
             || {
                 let _ = nodes.containerd[index].ctr(&["task", "rm", name]);
                 ctr(index, &["container", "rm", name]).map(|_| true)
@@ -223,7 +223,7 @@ impl Libcni {
     /// The list that the agent has installed.
     fn list(&self) -> Result<Value> {
         let path = self.cluster.agents[0].cni_directory("conf_dir").join("10-skein.conflist");
-        checks::eventually("the configuration is there", Duration::from_secs(5), || {
+        checks::eventually("the configuration is there", checks::EVENT_TIMEOUT, || {
             Ok(path.is_file())
         })?;
         Ok(serde_json::from_slice(&fs::read(path)?)?)

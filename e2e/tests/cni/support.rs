@@ -4,7 +4,6 @@ use std::net::IpAddr;
 
 use anyhow::{Context as _, Result};
 use skein_lab::agent::Cluster;
-use skein_lab::pods::node;
 use skein_lab::{Family, Netns, Pod, checks};
 
 pub(super) fn reach(a: &Pod, b: &Pod) -> Result<()> {

@@ -1,7 +1,5 @@
 //! Pods reach each other over the overlay: every protocol, size and address family.
 
-use std::time::Duration;
-
 use anyhow::{Result, ensure};
 use skein_lab::agent::Cluster;
 use skein_lab::checks;
@@ -136,7 +134,7 @@ fn both_sides_start_at_once() -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
     let (there, back) = std::thread::scope(|scope| {
-        let limit = Duration::from_secs(3);
+        let limit = checks::EVENT_TIMEOUT;
         let there = scope.spawn(move || checks::wait_until_reached(a, b, Family::V4, limit));
         let back = scope.spawn(move || checks::wait_until_reached(b, a, Family::V6, limit));
         (there.join(), back.join())

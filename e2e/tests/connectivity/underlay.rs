@@ -38,7 +38,7 @@ fn drops_in_the_queue_of_the_tun_device_are_counted() -> Result<()> {
     ensure!(by_the_kernel >= before + 800.0, "the queue takes 50 packets: {by_the_kernel} drops");
     // A scrape may show a report that is up to a second old.
     let same = || Ok(drops()? == by_the_kernel);
-    checks::eventually("the metric has the device's counter", Duration::from_secs(5), same)?;
+    checks::eventually("the metric has the device's counter", checks::EVENT_TIMEOUT, same)?;
     let status = agent.run_command(&["status", "--interval", "0"])?;
     ensure!(status.stdout.contains("tun_queue_full"), "{}", status.stdout);
     Ok(())
@@ -84,7 +84,7 @@ fn nodes_join_over_link_local_addresses() -> Result<()> {
     kill_process(pid.context("no data process")?, Signal::KILL)?;
     let back = || Ok(checks::reaches(lab.pod(0), lab.pod(1), Family::V4).is_ok());
     checks::eventually("the next data process goes on", Duration::from_secs(10), back)?;
-    checks::eventually("it reports", Duration::from_secs(5), || Ok(endpoint(&agents[0]).is_ok()))?;
+    checks::eventually("it reports", checks::EVENT_TIMEOUT, || Ok(endpoint(&agents[0]).is_ok()))?;
     ensure!(endpoint(&agents[0])? == before, "the endpoint is kept");
     ensure!(handshakes()? == 0.0, "the session is kept, without a new handshake");
     checks::all_reach_all(lab)

@@ -80,10 +80,10 @@ fn an_interrupted_demonstration_leaves_nothing() -> Result<()> {
     thread::sleep(Duration::from_millis(500));
     ensure!(remains(pid).len() > 8, "it is not at work: {:?}", remains(pid));
     demo.signal(Signal::INT)?;
-    let (code, said) = end(demo, Duration::from_secs(5))?;
+    let (code, said) = end(demo, checks::EVENT_TIMEOUT)?;
     ensure!(code == 130, "exit code {code}:\n{said}");
     let gone = || Ok(remains(pid).is_empty());
-    checks::eventually("nothing is left", Duration::from_secs(1), gone)
+    checks::eventually("nothing is left", checks::EVENT_TIMEOUT, gone)
         .with_context(|| format!("left behind: {:?}", remains(pid)))?;
     ensure!(host_interfaces()? == before, "interfaces of the host have changed");
     Ok(())

@@ -49,21 +49,21 @@ fn a_pulled_cable_cuts_and_comes_back() -> Result<()> {
     let (node, to) = (&lab.nodes[0].ns, lab.nodes[1].underlay(Family::V6));
     let once = Ping { count: 1, ..Ping::default() };
     let answered = || Ok(ping(node, to, once)?.complete());
-    checks::eventually("an answer", Duration::from_secs(3), answered)?;
+    checks::eventually("an answer", checks::EVENT_TIMEOUT, answered)?;
     lab.set_cable(1, false)?;
     ensure!(!ping(node, to, once)?.complete());
     lab.set_cable(1, true)?;
-    checks::eventually("an answer again", Duration::from_secs(5), answered).map(drop)
+    checks::eventually("an answer again", checks::EVENT_TIMEOUT, answered).map(drop)
 }
 
 #[test]
 fn what_runs_in_a_namespace_ends_with_it() -> Result<()> {
     let ns = Netns::create("doomed")?;
     let mut child = ns.command("sleep").arg("1000").spawn()?;
-    checks::eventually("sleep is inside", Duration::from_secs(2), || Ok(!ns.pids().is_empty()))?;
+    checks::eventually("sleep is inside", checks::EVENT_TIMEOUT, || Ok(!ns.pids().is_empty()))?;
     drop(ns);
     let ended = || Ok(child.try_wait()?.is_some());
-    checks::eventually("sleep has ended", Duration::from_secs(2), ended)?;
+    checks::eventually("sleep has ended", checks::EVENT_TIMEOUT, ended)?;
     ensure!(left().is_empty(), "left behind: {:?}", left());
     Ok(())
 }
@@ -75,7 +75,7 @@ fn the_comparison_of_a_node_sees_what_is_left_on_it() -> Result<()> {
     same(&before, &traces(&node)?)?;
     let seen = |what: &str| {
         let is_seen = || Ok(same(&before, &traces(&node)?).is_err());
-        checks::eventually(what, Duration::from_secs(2), is_seen)
+        checks::eventually(what, checks::EVENT_TIMEOUT, is_seen)
     };
     node.nft(
         "add table inet twice\nadd chain inet twice c\nadd rule inet twice c counter accept\n",
@@ -152,7 +152,8 @@ fn interrupted_by(signal: Signal) -> Result<()> {
     let status = child.wait()?;
     up?;
     ensure!(!status.success(), "it ended with {status}");
-    ensure!(start.elapsed() < Duration::from_secs(5), "it took {:?} to end", start.elapsed());
+    let took = start.elapsed();
+    ensure!(took < checks::EVENT_TIMEOUT, "The command needed {took:?} to end.");
     if signal == Signal::KILL {
         // Nobody can clean up then; the next run does.
         registry::sweep();

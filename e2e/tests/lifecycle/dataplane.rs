@@ -68,7 +68,7 @@ fn an_external_data_process_outlives_the_control_process() -> Result<()> {
     ensure!(revision(&agents[0])? > before, "the next control process has not taken over");
     agents[0].remove_record(&agents[1].record.name)?;
     let cut = || Ok(checks::does_not_reach(a, b, Family::V4).is_ok());
-    checks::eventually("a removed node is cut off", Duration::from_secs(4), cut)?;
+    checks::eventually("a removed node is cut off", checks::EVENT_TIMEOUT, cut)?;
 
     // It is not the agent's to end, either.
     let code = agents[0].stop()?;
@@ -82,7 +82,7 @@ fn readiness_follows_the_data_process() -> Result<()> {
     let agent = &cluster.agents[0];
     let answers = |status: u16| {
         let now = || Ok(agent.http("/readyz")?.status == status);
-        checks::eventually(&format!("{status}"), Duration::from_secs(3), now)
+        checks::eventually(&format!("{status}"), checks::EVENT_TIMEOUT, now)
     };
     answers(200)?;
     processes[0].kill();
@@ -98,7 +98,7 @@ fn readiness_follows_the_data_process() -> Result<()> {
     answers(200)?;
     ensure!(agent.metrics()?.sum("skein_dataplane_restarts_total", &[]) == 1.0);
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
-    checks::wait_until_reached(a, b, Family::V4, Duration::from_secs(5))?;
+    checks::wait_until_reached(a, b, Family::V4, checks::EVENT_TIMEOUT)?;
     Ok(())
 }
 
@@ -141,7 +141,7 @@ fn kill_dataplane(agent: &Agent) -> Result<()> {
     kill_process(Pid::from_raw(before).context("no process")?, Signal::KILL)?;
     let again =
         || Ok(only_dataplane(agent).is_ok_and(|pid| pid != before) && agent.report().is_ok());
-    checks::eventually("another is at work", Duration::from_secs(5), again).map(drop)
+    checks::eventually("another is at work", checks::EVENT_TIMEOUT, again).map(drop)
 }
 
 #[test]
@@ -163,7 +163,11 @@ fn a_killed_data_process_is_replaced_without_an_outage() -> Result<()> {
     }
     let received = transfer.join()?;
     println!("the transfer stood for {:.0} ms at most", received.longest_pause * 1e3);
-    ensure!(received.longest_pause < 1.0, "the transfer stood for {} s", received.longest_pause);
+    ensure!(
+        received.longest_pause < checks::MAX_INTERRUPTION,
+        "The transfer was interrupted for {} s.",
+        received.longest_pause
+    );
     ensure!(ours.keeper_pids() == keeper, "the keeper was replaced, too");
     ensure!(handshakes(ours, "initiated")? == 0, "the last one has made a new session");
     ensure!(handshakes(theirs, "initiated")? == before, "the other node has made a new session");
@@ -245,7 +249,7 @@ fn a_data_plane_is_taken_over_without_a_loss() -> Result<()> {
             let mut old = std::mem::replace(&mut processes[0], next);
             // The first, which has taken nothing over, ends; the second waits to be ended.
             let gone = || Ok(old.exited() == Some(0) || agents[0].keeper_pids().len() == 1);
-            checks::eventually("the old one is out of work", Duration::from_secs(5), gone)?;
+            checks::eventually("the old one is out of work", checks::EVENT_TIMEOUT, gone)?;
             thread::sleep(Duration::from_millis(500));
         }
         Ok(())
@@ -290,20 +294,20 @@ fn an_agent_takes_the_place_of_another_and_pods_do_not_notice() -> Result<()> {
         let gone = || Ok(first.exited() == Some(0));
         checks::eventually(
             "the first, which takes nothing over, ends",
-            Duration::from_secs(5),
+            checks::EVENT_TIMEOUT,
             gone,
         )?;
         let next = agent.take_over_dataplane()?;
         let mut old = std::mem::replace(&mut processes[0], next);
         let gone = || Ok(old.exited() == Some(0));
-        checks::eventually("so does its data process", Duration::from_secs(5), gone)?;
+        checks::eventually("so does its data process", checks::EVENT_TIMEOUT, gone)?;
         let mut second = agent.take_over()?;
-        checks::eventually("the second waits", Duration::from_secs(5), || waits(&second))?;
+        checks::eventually("the second waits", checks::EVENT_TIMEOUT, || waits(&second))?;
         let next = agent.take_over_dataplane()?;
         let third = std::mem::replace(&mut processes[0], next);
         let idle = || Ok(!agent.keeper_pids().contains(&third.pid()));
-        checks::eventually("its data process waits", Duration::from_secs(5), idle)?;
-        ensure!(second.stop(Duration::from_secs(2))? == 0, "it does not end when it is asked");
+        checks::eventually("its data process waits", checks::EVENT_TIMEOUT, idle)?;
+        ensure!(second.stop(checks::EVENT_TIMEOUT)? == 0, "it does not end when it is asked");
         Ok(())
     })?;
     ensure!(answers.complete(), "{} of {} answered", answers.received, answers.sent);
@@ -314,10 +318,10 @@ fn an_agent_takes_the_place_of_another_and_pods_do_not_notice() -> Result<()> {
     let old = agent.replace()?;
     drop(old);
     let gone = || Ok(processes[0].exited() == Some(0));
-    checks::eventually("the data process makes room", Duration::from_secs(5), gone)?;
+    checks::eventually("the data process makes room", checks::EVENT_TIMEOUT, gone)?;
     processes[0] = agent.start_dataplane()?;
     agent.wait_ready()?;
-    checks::wait_until_reached(a, b, Family::V4, Duration::from_secs(5))?;
+    checks::wait_until_reached(a, b, Family::V4, checks::EVENT_TIMEOUT)?;
     Ok(())
 }
 
@@ -332,9 +336,9 @@ fn a_data_process_that_hangs_is_replaced() -> Result<()> {
     let replaced = || Ok(only_dataplane(agent).is_ok_and(|pid| pid != before));
     checks::eventually("another is at work", Duration::from_secs(20), replaced)?;
     let ready = || Ok(agent.http("/readyz")?.status == 200);
-    checks::eventually("it is ready", Duration::from_secs(5), ready)?;
+    checks::eventually("it is ready", checks::EVENT_TIMEOUT, ready)?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
-    checks::wait_until_reached(a, b, Family::V4, Duration::from_secs(5))?;
+    checks::wait_until_reached(a, b, Family::V4, checks::EVENT_TIMEOUT)?;
     checks::transfer(b, a, Family::V6, 1 << 20)?;
     Ok(())
 }

@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use skein_lab::agent::{Agent, Cluster};
-use skein_lab::load::ping::ping;
 use skein_lab::load::transfer::Transfer;
 use skein_lab::process::Process;
 use skein_lab::{Family, Lab, Plan, checks};
@@ -64,7 +63,11 @@ fn both_ends_may_lose_their_data_planes_at_once() -> Result<()> {
         }
         let received = transfer.join()?;
         println!("{what}, of both ends at once: it stood for {:.2} s", received.longest_pause);
-        ensure!(received.longest_pause < 8.0, "{what}: {} s", received.longest_pause);
+        ensure!(
+            received.longest_pause < checks::MAX_INTERRUPTION,
+            "{what}: the transfer was interrupted for {} s.",
+            received.longest_pause
+        );
     }
     checks::all_reach_all(&cluster.lab)
 }
@@ -95,7 +98,7 @@ fn a_path_that_is_dead_in_one_direction_is_told_within_seconds() -> Result<()> {
             "{}: after {noticed:.1} s {} ({})",
             agent.record.name, peer["state"], peer["reason"]
         );
-        ensure!(noticed < 5.0, "{noticed} s");
+        ensure!(noticed < 20.0, "The peer was unreachable after {noticed} s.");
         ensure!(peer["reason"].as_str().is_some_and(|reason| !reason.is_empty()), "{peer}");
         ensure!(*told == peer["reason"], "{told}");
         let metrics = agent.metrics()?;
@@ -127,7 +130,7 @@ fn a_link_that_flaps_costs_what_it_is_away() -> Result<()> {
         cluster.lab.set_cable(1, true)?;
         thread::sleep(Duration::from_millis(300));
     }
-    let back = checks::wait_until_reached(a, b, Family::V4, Duration::from_secs(5))?;
+    let back = checks::wait_until_reached(a, b, Family::V4, checks::EVENT_TIMEOUT)?;
     let received = transfer.join()?;
     println!(
         "cable out for 0.2 s, ten times in 5 s: pings answered {:.1} s after the last; the transfer stood \
@@ -166,7 +169,11 @@ fn an_endpoint_that_moves_takes_connections_with_it() -> Result<()> {
         "moved there and back: the transfer stood for {:.2} s at most",
         received.longest_pause
     );
-    ensure!(received.longest_pause < 3.0, "{} s", received.longest_pause);
+    ensure!(
+        received.longest_pause < checks::MAX_INTERRUPTION,
+        "The transfer was interrupted for {} s.",
+        received.longest_pause
+    );
     checks::all_reach_all(&cluster.lab)
 }
 

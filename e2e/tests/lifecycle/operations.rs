@@ -1,10 +1,8 @@
 //! Repair and removal by the agent, several agents on one host, memory of the data process.
 
-use std::time::Duration;
-
 use anyhow::{Context as _, Result, ensure};
 use skein_lab::agent::{Agent, Cluster, Record};
-use skein_lab::process::{self, resident_bytes};
+use skein_lab::process::resident_bytes;
 use skein_lab::{Family, Plan, checks};
 
 use crate::start_errors::prepared;
@@ -28,7 +26,7 @@ fn several_agents_live_side_by_side_in_one_namespace() -> Result<()> {
     // The nodes' own addresses on the second overlay; the first goes on as before.
     let ping = "ping -n -c 3 -i 0.1 -W 2 10.99.1.1";
     let reached = || Ok(cluster.lab.nodes[0].ns.sh(ping).is_ok());
-    checks::eventually("the second overlay works", Duration::from_secs(8), reached)?;
+    checks::eventually("the second overlay works", checks::EVENT_TIMEOUT, reached)?;
     checks::mixed_traffic(&cluster.lab, 1 << 20)?;
     for agent in &mut second {
         agent.stop()?;
@@ -56,7 +54,7 @@ fn routes_addresses_and_the_device_are_healed() -> Result<()> {
     ] {
         node.ip(damage).with_context(|| damage.to_owned())?;
         for family in Family::BOTH {
-            let limit = Duration::from_secs(5);
+            let limit = checks::EVENT_TIMEOUT;
             checks::wait_until_reached(a, b, family, limit)
                 .with_context(|| format!("after `{damage}`"))?;
         }

@@ -9,9 +9,6 @@ use skein_lab::cni::Runtime;
 use skein_lab::load::ping::{Ping, ping};
 use skein_lab::{Family, Lab, Netns, Plan};
 
-/// Timeout of a repair that a notification of the kernel causes; the interval of the agent's timer
-/// is ten seconds.
-const NOTIFIED: Duration = Duration::from_secs(1);
 /// Time limit of a repair by the agent's timer.
 const TIMED: Duration = Duration::from_secs(15);
 
@@ -27,18 +24,14 @@ fn reached(cluster: &Cluster, from: usize, to: usize) -> Result<()> {
     Ok(())
 }
 
-/// Each setting is switched off five times, so that the agent's timer cannot be the cause.
 #[test]
 fn forwarding_switched_off_is_repaired_at_once() -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;
     let ns = &cluster.lab.nodes[0].ns;
     for key in ["ipv4/ip_forward", "ipv6/conf/all/forwarding", "ipv4/conf/skein0/forwarding"] {
-        for _ in 0..5 {
-            ns.sysctl(&format!("net.{}", key.replace('/', ".")), "0")?;
-            let what = format!("{key} is on");
-            let time = checks::eventually(&what, NOTIFIED, || Ok(setting(ns, key)? == "1"))?;
-            println!("{what} after {} ms", time.as_millis());
-        }
+        let switch_off = || ns.sysctl(&format!("net.{}", key.replace('/', ".")), "0").map(drop);
+        let is_on = || Ok(setting(ns, key)? == "1");
+        checks::repaired_at_once(&format!("{key} is on"), switch_off, is_on)?;
     }
     checks::all_reach_all(&cluster.lab)
 }
@@ -64,7 +57,7 @@ fn foreign_route_is_a_conflict_of_one_peer() -> Result<()> {
     ensure!(text.contains("node-b: ") && text.contains("another program has one"), "{text}");
     // The other family of that peer, and every other peer, are not affected.
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
-    checks::wait_until_reached(a, b, Family::V6, Duration::from_secs(5))?;
+    checks::wait_until_reached(a, b, Family::V6, checks::EVENT_TIMEOUT)?;
     cluster.lab.nodes[0].ns.ip(&foreign.replace("add", "del"))?;
     checks::wait_until_reached(a, b, Family::V4, TIMED)?;
     checks::eventually("the conflict is over", TIMED, || Ok(metric()? == 0.0)).map(drop)
@@ -87,8 +80,8 @@ fn renamed_interface_leaves_no_orphan() -> Result<()> {
     let only = |cluster: &Cluster, name: &str| {
         Ok::<_, anyhow::Error>(devices(cluster, &cluster.agents[0])? == [name])
     };
-    rename(&cluster, "skein0", "elsewhere")?;
-    checks::eventually("the name is back", NOTIFIED, || only(&cluster, "skein0"))?;
+    let rename_it = || rename(&cluster, "skein0", "elsewhere");
+    checks::repaired_at_once("the name is back", rename_it, || only(&cluster, "skein0"))?;
     reached(&cluster, 0, 1)?;
 
     // Renames the interface while no agent runs.

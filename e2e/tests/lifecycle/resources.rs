@@ -71,7 +71,7 @@ fn without_descriptors_to_spare_traffic_goes_on() -> Result<()> {
     ensure!(answers.complete(), "{}", answers.text);
     checks::transfer(a, b, Family::V4, 32 << 20)?;
     limit(1024)?;
-    checks::eventually("it answers again", Duration::from_secs(5), || {
+    checks::eventually("it answers again", checks::EVENT_TIMEOUT, || {
         Ok(agent.http("/metrics").is_ok_and(|answer| answer.status == 200))
     })?;
     let complaints = fs::read_to_string(agent.log())?.matches("cannot accept").count();
@@ -110,7 +110,7 @@ fn a_starved_receive_buffer_loses_counts_and_recovers() -> Result<()> {
     cluster.agents[1].set("underlay.receive_buffer", 8 << 20);
     cluster.agents[1].start()?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
-    checks::wait_until_reached(a, b, Family::V4, Duration::from_secs(5))?;
+    checks::wait_until_reached(a, b, Family::V4, checks::EVENT_TIMEOUT)?;
     let whole = checks::transfer(a, b, Family::V4, 4 << 20)?;
     println!("with 8 MiB again: {:.1} s", whole.seconds);
     Ok(())
@@ -143,7 +143,11 @@ fn a_data_process_that_is_killed_for_its_memory_is_replaced() -> Result<()> {
         received.longest_pause * 1e3
     );
     ensure!(kills > 0, "the kernel has killed nothing");
-    ensure!(received.longest_pause < 3.0, "{} s", received.longest_pause);
+    ensure!(
+        received.longest_pause < checks::MAX_INTERRUPTION,
+        "The transfer was interrupted for {} s.",
+        received.longest_pause
+    );
     checks::all_reach_all(&cluster.lab)
 }
 
@@ -175,16 +179,20 @@ fn a_full_disk_stops_no_traffic() -> Result<()> {
     // Records take effect, though the last good ones cannot be kept.
     agents[0].remove_record(&agents[1].record.name)?;
     let cut = || Ok(checks::does_not_reach(a, b, Family::V4).is_ok());
-    checks::eventually("a removed node is cut off", Duration::from_secs(4), cut)?;
+    checks::eventually("a removed node is cut off", checks::EVENT_TIMEOUT, cut)?;
     agents[0].put_record(&agents[1].record)?;
-    let back = checks::wait_until_reached(a, b, Family::V4, Duration::from_secs(6))?;
+    let back = checks::wait_until_reached(a, b, Family::V4, checks::EVENT_TIMEOUT)?;
     println!(
         "the disk of the state directory full: the transfer stood for {:.0} ms at most, with the data \
          process killed meanwhile; a record that came back was in force after {:.1} s",
         received.longest_pause * 1e3,
         back.as_secs_f64()
     );
-    ensure!(received.longest_pause < 1.0, "{} s", received.longest_pause);
+    ensure!(
+        received.longest_pause < checks::MAX_INTERRUPTION,
+        "The transfer was interrupted for {} s.",
+        received.longest_pause
+    );
     ensure!(agents[0].http("/readyz")?.status == 200, "it is not ready");
     fs::remove_file(&inside)?;
     checks::all_reach_all(lab)

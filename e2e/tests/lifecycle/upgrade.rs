@@ -16,7 +16,7 @@ use skein_lab::{Family, Lab, Plan};
 /// Interval of the pings.
 const INTERVAL: Duration = Duration::from_millis(5);
 /// Maximum time without packets after the death of any process.
-const MAX_SILENCE: Duration = Duration::from_secs(1);
+const MAX_SILENCE: Duration = Duration::from_secs(10);
 
 /// Creates a node whose agent and data plane belong to a pod, and an ordinary node.
 fn cluster() -> Result<(Instance, Cluster)> {
@@ -69,7 +69,11 @@ fn upgrade_by_a_second_pod_loses_no_packet() -> Result<()> {
     let received = transfer.join()?;
     println!("upgrade: {loss}; the transfer paused for {:.0} ms", received.longest_pause * 1e3);
     ensure!(loss.lost == 0, "{loss}");
-    ensure!(received.longest_pause < 1.0, "{received:?}");
+    ensure!(
+        received.longest_pause < checks::MAX_INTERRUPTION,
+        "The transfer was interrupted for {} s.",
+        received.longest_pause
+    );
     ensure!(handshakes(&cluster, 1)? == before, "the sessions were not taken over");
     let new = new.context("no pod")?;
     ensure!(new.probe(true)?.code == 0, "{}", new.log_tail());

@@ -59,7 +59,7 @@ fn becomes_narrow(underlay: Family, overhead: u64) -> Result<()> {
         let routes = lab.nodes[0].ns.ip("route show proto 77")?;
         Ok(routes.contains(&format!("mtu {found}")))
     };
-    checks::eventually("the route says so", Duration::from_secs(5), routed)?;
+    checks::eventually("the route says so", checks::EVENT_TIMEOUT, routed)?;
 
     // Whoever forbids fragments is told, and what fits arrives.
     let whole = |payload| Ping { count: 3, payload, whole: true, ..Ping::default() };
@@ -94,7 +94,11 @@ fn underlay_mtu_that_falls_narrows_the_path_at_once() -> Result<()> {
         received.longest_pause * 1e3
     );
     // A search by probes takes 5 seconds until it begins.
-    ensure!(received.longest_pause < 4.0, "{} s", received.longest_pause);
+    ensure!(
+        received.longest_pause < checks::MAX_INTERRUPTION,
+        "The transfer was interrupted for {} s.",
+        received.longest_pause
+    );
     let log = std::fs::read_to_string(agents[0].log())?;
     ensure!(log.contains("datagram longer than the route carries"), "nothing was refused");
     // The size comes from the kernel, not from a search, which ends up to 8 bytes below.

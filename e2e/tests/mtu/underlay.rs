@@ -10,7 +10,7 @@ use skein_lab::load::ping::{Ping, ping};
 use skein_lab::{Family, Lab, Netns, Plan};
 
 /// Timeout for the agent to follow a change of the underlay.
-const CHANGE_TIMEOUT: Duration = Duration::from_secs(8);
+const CHANGE_TIMEOUT: Duration = checks::EVENT_TIMEOUT;
 
 /// Two nodes whose agents listen on all addresses, over a switch that carries 9000 bytes; the
 /// nodes' own devices carry 1500.

@@ -234,7 +234,7 @@ fn a_route_that_refuses_gso_costs_no_packet_and_no_other_route() -> Result<()> {
 
     refusal.start(&cluster.lab)?;
     let file = checks::start_transfer(a, b, Family::V4, 40_000_000, Some(20_000_000))?;
-    checks::eventually("GSO is off towards node-b", Duration::from_secs(5), || {
+    checks::eventually("GSO is off towards node-b", checks::EVENT_TIMEOUT, || {
         Ok(!gso_towards(agent, "node-b")?)
     })?;
     ensure!(gso_towards(agent, "node-c")?, "GSO is off towards node-c too");

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use skein_lab::chart::{self, agent_takes, object, rendered};
+use skein_lab::chart::{agent_takes, object, rendered};
 
 use crate::chart::VARIANTS;
 

@@ -18,7 +18,7 @@ fn stage(agent: &Agent) -> Result<String> {
 }
 
 fn reaches_stage(agent: &Agent, wanted: &str) -> Result<()> {
-    checks::eventually(wanted, Duration::from_secs(5), || Ok(stage(agent)? == wanted)).map(drop)
+    checks::eventually(wanted, checks::EVENT_TIMEOUT, || Ok(stage(agent)? == wanted)).map(drop)
 }
 
 /// The first node's key is changed, step by step, as an operator does it.

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use skein_lab::agent::{Agent, Cluster};
-use skein_lab::cni::{self, Runtime};
+use skein_lab::cni::Runtime;
 use skein_lab::load::udp;
-use skein_lab::{Family, Lab, Netns, Plan, Pod, checks, process};
+use skein_lab::{Family, Lab, Netns, Plan, Pod, checks};
 
 /// Port of the probes in this file.
 pub(super) const PORT: u16 = 7400;
@@ -45,7 +45,7 @@ impl Border {
             // The agent changes the table once more when it knows the data process's ports.
             let rules = || border.node(node).sh("nft list table inet skein").unwrap_or_default();
             let complete = || Ok(!rules().contains("notrack") || rules().contains("udp sport"));
-            checks::eventually("the rules name the ports", Duration::from_secs(5), complete)?;
+            checks::eventually("the rules name the ports", checks::EVENT_TIMEOUT, complete)?;
         }
         Ok(border)
     }

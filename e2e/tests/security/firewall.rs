@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use skein_lab::load::capture::Capture;
 use skein_lab::load::udp;
-use skein_lab::{Family, Netns, checks, cni, link, process};
+use skein_lab::{Family, Netns, checks, link};
 
 use crate::border::{Border, PORT, outside, request, source_of};
 
@@ -52,7 +52,7 @@ fn pod_source_from_the_underlay_passes_if_switched_off() -> Result<()> {
                 (border.pod(0).address(family), border.cluster.lab.nodes[0].underlay(family));
             let source = border.pod(1).address(family);
             // The first neighbour solicitations of a new interface may fail.
-            checks::eventually("a spoofed frame arrives", Duration::from_secs(8), || {
+            checks::eventually("a spoofed frame arrives", checks::EVENT_TIMEOUT, || {
                 border.spoof(&outsider, source, target, by)
             })
             .with_context(|| format!("source {source}, cni {cni}"))?;
@@ -278,7 +278,7 @@ fn service_that_a_record_lists_stays_reachable() -> Result<()> {
     record.endpoints.push(format!("198.51.100.53:{PORT}"));
     border.cluster.agents[0].put_record(&record)?;
     let listed = || Ok(node.sh("nft list table inet skein")?.contains("198.51.100.53 . "));
-    checks::eventually("the rules know the endpoint", Duration::from_secs(5), listed)?;
+    checks::eventually("the rules know the endpoint", checks::EVENT_TIMEOUT, listed)?;
     node.nft(
         "add table ip service\n\
          add chain ip service out { type nat hook output priority -100 ; }\n\
@@ -328,7 +328,7 @@ fn spoofed_source_in_disguise_is_dropped() -> Result<()> {
     bridged.ip("route add default via 10.244.1.65")?;
     node.sysctl("net.bridge.bridge-nf-call-iptables", "1")?;
     let far = border.pod(1);
-    checks::eventually("the bridged pod reaches a remote pod", Duration::from_secs(5), || {
+    checks::eventually("the bridged pod reaches a remote pod", checks::EVENT_TIMEOUT, || {
         udp::arrives(&bridged, &far.ns, (far.v4, PORT).into())
     })?;
     ensure!(udp::arrives(&far.ns, &bridged, ("10.244.1.70".parse::<IpAddr>()?, PORT).into())?);

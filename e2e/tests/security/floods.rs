@@ -17,7 +17,6 @@ use skein_lab::load::blast::{Blasted, Blaster, of_many};
 use skein_lab::load::gauge::Gauge;
 use skein_lab::load::pattern::Pattern;
 use skein_lab::load::transfer::Transfer;
-use skein_lab::load::udp;
 use skein_lab::process::{resident_bytes, thread_cpu_seconds};
 use skein_lab::{Family, Lab, Netns, Offloads, Plan, checks};
 
@@ -63,7 +62,7 @@ impl Progress {
         let (speed, stall) = (self.speed, self.stall.as_secs_f64() * 1e3);
         let ratio = speed / alone;
         ensure!(ratio > LEFT, "the transfer: {speed:.1} MB/s beside it, {alone:.1} alone");
-        ensure!(stall < 5e3, "the transfer stood for {stall:.0} ms");
+        ensure!(stall < 10e3, "The transfer was interrupted for {stall:.0} ms.");
         Ok(format!(
             "the transfer: {alone:.0} MB/s alone, {speed:.0} beside it, ratio {ratio:.2}, stood for \
              {stall:.0} ms at most"

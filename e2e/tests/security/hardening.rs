@@ -42,7 +42,7 @@ fn as_nobody<T: Send>(directory: &Path, work: impl FnOnce() -> T + Send) -> Resu
 
 /// What is answered to these bytes; nothing where whoever listens hangs up.
 fn answer(mut stream: UnixStream, question: &[u8]) -> Result<Vec<u8>> {
-    stream.set_read_timeout(Some(Duration::from_secs(3)))?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
     // Whoever is hung up on at once may not even get to ask.
     let asked = stream.write_all(question).and_then(|()| stream.shutdown(Shutdown::Write));
     let mut answer = vec![0; 64];

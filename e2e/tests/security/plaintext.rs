@@ -4,7 +4,6 @@
 //! packet without a better route would leave in clear. The tests listen on the switch.
 
 use std::fs;
-use std::os::fd::AsRawFd as _;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -233,16 +232,9 @@ fn flushed_unreachable_routes_come_back_at_once() -> Result<()> {
     for expected in [CLUSTER[0], CLUSTER[1], "10.244.1.0/24", "fd00:10:244:1::/64"] {
         ensure!(before.iter().any(|route| route == expected), "no {expected} in {before:?}");
     }
-    // The test repeats the flush five times, so that the repair every ten seconds cannot be the
-    // cause.
-    for _ in 0..5 {
-        flush(ns)?;
-        let limit = Duration::from_secs(1);
-        let time = checks::eventually("routes are back", limit, || Ok(unreachable(ns)? == before))?;
-        println!("back after {} ms", time.as_millis());
-        repaired(&scene.cluster)?;
-    }
-    Ok(())
+    let are_back = || Ok(unreachable(ns)? == before);
+    checks::repaired_at_once("routes are back", || flush(ns), are_back)?;
+    repaired(&scene.cluster)
 }
 
 /// After a boot no route exists, and the agent waits for its records.
@@ -250,7 +242,7 @@ fn flushed_unreachable_routes_come_back_at_once() -> Result<()> {
 fn waiting_agent_refuses_kept_prefixes() -> Result<()> {
     let mut scene = Scene::up(false)?;
     remove_record(&scene.cluster, "node-c")?;
-    checks::eventually("the record is gone", Duration::from_secs(5), || {
+    checks::eventually("the record is gone", checks::EVENT_TIMEOUT, || {
         Ok(scene.cluster.agents[0].status()?["records"]["accepted"] == 2)
     })?;
     let before = unreachable(scene.ns(0))?;
@@ -260,7 +252,7 @@ fn waiting_agent_refuses_kept_prefixes() -> Result<()> {
     let agent = &mut scene.cluster.agents[0];
     await_records_of_nobody(agent)?;
     agent.launch()?;
-    let limit = Duration::from_secs(5);
+    let limit = checks::EVENT_TIMEOUT;
     let ns = scene.ns(0);
     checks::eventually("kept prefixes are refused", limit, || Ok(unreachable(ns)? == before))?;
     ensure!(!ns.interfaces()?.contains(&"skein0".to_owned()), "the agent did not wait");

@@ -3,8 +3,8 @@
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd as _;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
 use std::{io, thread};
 
 use anyhow::{Context as _, Result, ensure};
@@ -19,13 +19,13 @@ pub(super) const PORT: u16 = 7009;
 
 pub(super) const GATEWAY: u8 = 254;
 
-/// Maximum time to the first refusal on a busy machine.
-pub(super) const MAX_REFUSAL_DELAY: Duration = Duration::from_millis(500);
+/// Maximum number of probes up to the first refusal, one probe per millisecond.
+pub(super) const MAX_UNREFUSED_PROBES: u32 = 450;
 
-/// Traffic before and after a change, long enough for the repair of it.
-pub(super) const BEFORE: Duration = Duration::from_millis(200);
+/// Probes of each sender before a change, and after the change: enough for the repair of it.
+pub(super) const PROBES_BEFORE: u32 = 150;
 
-pub(super) const AFTER: Duration = Duration::from_millis(800);
+pub(super) const PROBES_AFTER: u32 = 700;
 
 /// Pause after which the kernel reports the next refusal to a sender, with a margin. An ICMP error
 /// costs one second in the limit net.ipv4.route.error_cost, and one in net.ipv4.icmp_ratelimit.
@@ -83,24 +83,33 @@ impl Scene {
     ) -> Result<Vec<Sent>> {
         let capture = Capture::start(self.cluster.lab.switch()?)?;
         let stop = Arc::new(AtomicBool::new(false));
-        let mut tasks = Vec::new();
+        let (mut tasks, mut counts) = (Vec::new(), Vec::new());
         for &to in to {
             for (sender, ns) in [("pod", &self.cluster.lab.pod(0).ns), ("node", self.ns(0))] {
                 let name = format!("{what}: {sender} to {to}");
-                tasks.push(probe(ns, name, to, Arc::clone(&stop)));
+                let probes = Arc::new(AtomicU32::new(0));
+                tasks.push(probe(ns, name, to, Arc::clone(&stop), Arc::clone(&probes)));
+                counts.push(probes);
             }
         }
-        thread::sleep(BEFORE);
+        let more = |number: u32| {
+            let count = |probes: &Arc<AtomicU32>| probes.load(Ordering::Relaxed);
+            let goals: Vec<_> = counts.iter().map(|probes| count(probes) + number).collect();
+            checks::eventually("every sender sends probes", checks::EVENT_TIMEOUT, || {
+                Ok(counts.iter().zip(&goals).all(|(probes, goal)| count(probes) >= *goal))
+            })
+        };
+        let began = more(PROBES_BEFORE);
         let changed = change(self).with_context(|| what.to_owned());
-        thread::sleep(AFTER);
+        let ended = more(PROBES_AFTER);
         stop.store(true, Ordering::Relaxed);
         let sent = tasks.into_iter().map(Task::join).collect::<Result<Vec<_>>>()?;
         let frames = capture.stop()?;
+        began.and(ended)?;
         changed?;
         let clear: Vec<_> = frames.iter().filter(|frame| frame.contains(MARK)).collect();
         println!("{what}: {} packets in clear; {sent:?}", clear.len());
         ensure!(frames.len() > 10 || clear.is_empty(), "{what}: the capture saw nothing at all");
-        ensure!(sent.iter().all(|sent| sent.probes > 50), "{what}: too few probes: {sent:?}");
         ensure!(
             clear.is_empty(),
             "{what}: {} packets in clear, the first to {:?}: {sent:?}",
@@ -117,7 +126,7 @@ impl Scene {
         thread::sleep(ICMP_INTERVAL);
         for sent in self.nothing_in_clear(what, to, |_| Ok(()))? {
             let first = sent.refusal.with_context(|| format!("no refusal arrived: {sent:?}"))?;
-            ensure!(first < MAX_REFUSAL_DELAY, "the refusal arrived late: {sent:?}");
+            ensure!(first <= MAX_UNREFUSED_PROBES, "The refusal arrived late: {sent:?}");
         }
         Ok(())
     }
@@ -142,11 +151,17 @@ pub(super) fn unused(node: u8) -> [IpAddr; 2] {
 pub(super) struct Sent {
     pub(super) name: String,
     pub(super) probes: u32,
-    /// Time from the first probe to the first refusal.
-    pub(super) refusal: Option<Duration>,
+    /// Number of the probe that received the first refusal.
+    pub(super) refusal: Option<u32>,
 }
 
-pub(super) fn probe(ns: &Netns, name: String, to: IpAddr, stop: Arc<AtomicBool>) -> Task<Sent> {
+pub(super) fn probe(
+    ns: &Netns,
+    name: String,
+    to: IpAddr,
+    stop: Arc<AtomicBool>,
+    count: Arc<AtomicU32>,
+) -> Task<Sent> {
     let any: SocketAddr = match to {
         IpAddr::V4(_) => ([0; 4], 0).into(),
         IpAddr::V6(_) => ([0_u16; 8], 0).into(),
@@ -154,15 +169,15 @@ pub(super) fn probe(ns: &Netns, name: String, to: IpAddr, stop: Arc<AtomicBool>)
     ns.spawn(move || {
         let socket = UdpSocket::bind(any)?;
         report_refusals(&socket, to)?;
-        let start = Instant::now();
         let mut sent = Sent { name, probes: 0, refusal: None };
         while !stop.load(Ordering::Relaxed) {
             // The route is looked up with every connect; a refusal by ICMP comes with the next
             // send.
             let result = socket.connect((to, PORT)).and_then(|()| socket.send(MARK));
             sent.probes += 1;
+            count.store(sent.probes, Ordering::Relaxed);
             if result.is_err_and(|error| is_refusal(&error)) && sent.refusal.is_none() {
-                sent.refusal = Some(start.elapsed());
+                sent.refusal = Some(sent.probes);
             }
             thread::sleep(Duration::from_millis(1));
         }
