@@ -1,10 +1,12 @@
-//! FORWARD chains of other programs that drop packets, as those of Docker and ufw.
+//! FORWARD chains of other programs that drop packets, as those of Docker and ufw: the agent's rules
+//! in them let packets of pods pass.
 
 use std::net::IpAddr;
 use std::time::Duration;
 use std::{fs, thread};
 
 use anyhow::{Result, ensure};
+use skein_lab::agent::Cluster;
 use skein_lab::load::ping::{Ping, ping};
 use skein_lab::load::udp;
 use skein_lab::pods::{node, runtime, up};
@@ -12,133 +14,219 @@ use skein_lab::{Family, Netns, Pod, checks, process};
 
 use crate::support::{outside, outside_address, reach};
 
-/// What Docker and ufw do to every other packet of a node.
-#[test]
-fn others_chains_that_drop_let_pods_pass() -> Result<()> {
-    let mut cluster = up(2, |agent| {
-        // The second node is told to leave others' chains alone.
-        let accept = agent.record.name == "node-a";
-        agent.set("cni.forward_accept", accept);
-    })?;
-    let (a, b) = (runtime(&cluster, 0)?.pod("a")?, runtime(&cluster, 1)?.pod("b")?);
-    let a2 = runtime(&cluster, 0)?.pod("a2")?;
-    reach(&a, &b)?;
-    let chains = ["ip filter FORWARD", "ip6 filter FORWARD"];
-    // As a service that is started anew does: at no moment is the chain without its policy.
-    let close = |home: &Netns| -> Result<()> {
-        chains.iter().try_for_each(|chain| {
+/// Chains of other programs, one for each family.
+const CHAINS: [&str; 2] = ["ip filter FORWARD", "ip6 filter FORWARD"];
+
+/// A port that the chains of the other program drop.
+const DROPPED_PORT: u16 = 7777;
+
+/// Longer than the interval of ten seconds in which the agent compares the rules.
+const NEXT_CHECK: Duration = Duration::from_secs(11);
+
+/// Two nodes with pods: two on the first, one on the second.
+struct Scene {
+    cluster: Cluster,
+    a: Pod,
+    a2: Pod,
+    b: Pod,
+}
+
+impl Scene {
+    fn up(accept: bool) -> Result<Self> {
+        let cluster = up(2, |agent| agent.set("cni.forward_accept", accept))?;
+        let (first, second) = (runtime(&cluster, 0)?, runtime(&cluster, 1)?);
+        let (a, a2, b) = (first.pod("a")?, first.pod("a2")?, second.pod("b")?);
+        reach(&a, &b)?;
+        Ok(Self { cluster, a, a2, b })
+    }
+
+    /// A cluster whose first node has closed chains with the agent's rules.
+    fn closed() -> Result<Self> {
+        let scene = Self::up(true)?;
+        scene.close()?;
+        scene.await_rules("The rules are in the closed chains.")?;
+        Ok(scene)
+    }
+
+    fn home(&self) -> &Netns {
+        node(&self.cluster, 0)
+    }
+
+    /// Closes the chains of the first node, as a service does that is started again: at no moment
+    /// does a chain lack its policy. A rule of the other program remains active.
+    fn close(&self) -> Result<()> {
+        CHAINS.iter().try_for_each(|chain| {
             let table = chain.trim_end_matches(" FORWARD");
             let hook = "{ type filter hook forward priority 0 ; policy drop ; }";
-            // Somebody's own rule, which stays in force.
-            let text = format!(
+            self.home().nft(&format!(
                 "add table {table}\nadd chain {chain} {hook}\nflush chain {chain}\n\
-                 add rule {chain} udp dport 7777 drop\n"
-            );
-            home.nft(&text)
+                 add rule {chain} udp dport {DROPPED_PORT} drop\n"
+            ))
         })
-    };
-    // What is no pod's and comes beside the overlay.
-    let outside = outside(&cluster)?;
-    // The outside's way to a pod by a hostPort.
-    node(&cluster, 0).nft(&format!(
-        "add table ip ports\nadd chain ip ports pre {{ type nat hook prerouting priority dstnat ; }}\n\
-         add rule ip ports pre udp dport 8080 dnat to {}:8080\n",
-        a.v4
-    ))?;
-    let filtered = |open: bool| -> Result<()> {
-        let udp = |from: &Netns, at: &Pod, to: IpAddr, port: u16| {
+    }
+
+    /// Returns the number of the agent's rules in each chain.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if a rule of the agent precedes a rule of the other program.
+    fn rules(&self) -> Result<Vec<usize>> {
+        let count = |chain: &&str| {
+            let text = self.home().sh(&format!("nft list chain {chain}"))?;
+            let rules = text.lines().filter(|line| line.contains("skp*")).count();
+            let is_behind = text.rfind("drop") < text.find("skp*");
+            ensure!(is_behind, "A rule of the agent precedes another program's: {text}");
+            Ok(rules)
+        };
+        CHAINS.iter().map(count).collect()
+    }
+
+    fn await_rules(&self, what: &str) -> Result<()> {
+        checks::eventually(what, checks::EVENT_TIMEOUT, || Ok(self.rules()? == [3, 3])).map(drop)
+    }
+
+    /// Checks which packets pass the chains: with the agent's rules (`open`) those of pods and to a
+    /// hostPort, without them none; never those that another program drops, and never those of a
+    /// machine outside to a pod's address.
+    fn filters(&self, open: bool) -> Result<()> {
+        let Self { cluster, a, b, .. } = self;
+        let outside = outside(cluster)?;
+        self.home().nft(&format!(
+            "add table ip ports\ndelete table ip ports\nadd table ip ports\n\
+             add chain ip ports pre {{ type nat hook prerouting priority dstnat ; }}\n\
+             add rule ip ports pre udp dport 8080 dnat to {}:8080\n",
+            a.v4
+        ))?;
+        let passes = |from: &Netns, at: &Pod, to: IpAddr, port: u16| {
             udp::arrives(from, &at.ns, (to, port).into())
         };
-        let underlay = cluster.lab.nodes[0].underlay(Family::V4);
         for family in Family::BOTH {
             let (inside, target) = (a.address(family), b.address(family));
-            ensure!(udp(&a.ns, &b, target, 7778)? == open, "among pods");
-            ensure!(!udp(&a.ns, &b, target, 7777)?, "somebody's drop");
-            ensure!(!udp(&outside, &a, inside, 7778)?, "from anybody");
+            let between = passes(&a.ns, b, target, 7778)?;
+            ensure!(between == open, "Packets between pods pass: {between} ({family}).");
+            let dropped = passes(&a.ns, b, target, DROPPED_PORT)?;
+            ensure!(!dropped, "Packets pass that another program drops ({family}).");
+            let entered = passes(&outside, a, inside, 7778)?;
+            ensure!(!entered, "Packets of an outside machine reach a pod ({family}).");
             let asks = ping(&a.ns, outside_address(family)?, Ping { count: 2, ..Ping::default() })?;
-            ensure!(asks.complete() == open, "a pod asks the outside: {}", asks.text);
+            ensure!(asks.complete() == open, "A pod pings the outside: {}", asks.text);
         }
-        ensure!(udp(&outside, &a, underlay, 8080)? == open, "a hostPort");
+        let underlay = cluster.lab.nodes[0].underlay(Family::V4);
+        let host_port = passes(&outside, a, underlay, 8080)?;
+        ensure!(host_port == open, "Packets to a hostPort pass: {host_port}.");
         Ok(())
-    };
-    let other = node(&cluster, 1);
-    close(other)?;
-    checks::eventually("the log says what helps", Duration::from_secs(15), || {
-        let log = fs::read_to_string(cluster.agents[1].log())?;
+    }
+}
+
+#[test]
+fn closed_chain_is_reported_with_the_remedy_if_rules_are_off() -> Result<()> {
+    let scene = Scene::up(false)?;
+    scene.close()?;
+    let log = || Ok::<_, anyhow::Error>(fs::read_to_string(scene.cluster.agents[0].log())?);
+    checks::eventually("The log names the remedy.", checks::EVENT_TIMEOUT, || {
+        let log = log()?;
         Ok(log.contains("chain ip6 filter FORWARD drops") && log.contains("-i skp+ -j ACCEPT"))
     })?;
     for family in Family::BOTH {
-        checks::does_not_reach(&a, &b, family)?;
+        checks::does_not_reach(&scene.a, &scene.b, family)?;
     }
-    ensure!(!other.sh("nft list ruleset")?.contains("skein: pods"), "not asked for");
-    chains.iter().try_for_each(|chain| other.sh(&format!("nft delete chain {chain}")).map(drop))?;
+    let ruleset = scene.home().sh("nft list ruleset")?;
+    ensure!(!ruleset.contains("skein: pods"), "The agent added rules: {ruleset}");
+    Ok(())
+}
 
-    let home = node(&cluster, 0);
-    let ours = || -> Result<Vec<usize>> {
-        let count = |chain: &&str| {
-            let text = home.sh(&format!("nft list chain {chain}"))?;
-            let rules: Vec<_> =
-                text.lines().map(str::trim).filter(|l| l.contains("skp*")).collect();
-            ensure!(text.rfind("drop") < text.find("skp*"), "before somebody's own: {text}");
-            Ok(rules.len())
-        };
-        chains.iter().map(count).collect()
-    };
-    close(home)?;
+#[test]
+fn pods_reach_each_other_through_closed_chains() -> Result<()> {
+    let scene = Scene::closed()?;
+    for pod in [&scene.b, &scene.a2] {
+        reach(&scene.a, pod)?;
+        reach(pod, &scene.a)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn closed_chains_pass_traffic_of_pods_only() -> Result<()> {
+    Scene::closed()?.filters(true)
+}
+
+/// The rules are readable by iptables, and rules that iptables has restored are not added again.
+#[test]
+fn rules_survive_a_restore_by_iptables() -> Result<()> {
+    let scene = Scene::closed()?;
+    let home = scene.home();
+    for iptables in ["iptables-nft", "ip6tables-nft"] {
+        let listed = home.sh(&format!("{iptables} -S FORWARD"))?;
+        for rule in [
+            "-P FORWARD DROP",
+            "-A FORWARD -i skp+ ",
+            "-A FORWARD -i skein0 -o skp+ ",
+            "-A FORWARD -o skp+ -m mark --mark 0x100000/0x100000 ",
+        ] {
+            ensure!(listed.contains(rule), "The rule `{rule}` is missing: {listed}");
+        }
+        let mut rules = listed.lines().filter(|line| line.contains("skp+"));
+        let have_comment = rules.all(|rule| rule.contains("--comment \"skein: pods\""));
+        ensure!(have_comment, "A rule has no comment: {listed}");
+        // As a service does that keeps rules over a restart.
+        let saved = home.sh(&format!("{iptables}-save"))?;
+        let mut restore = home.command(format!("{iptables}-restore"));
+        process::run_with_input(&mut restore, saved.as_bytes())?;
+    }
+    thread::sleep(NEXT_CHECK);
+    let rules = scene.rules()?;
+    ensure!(rules == [3, 3], "The chains have {rules:?} rules of the agent.");
+    Ok(())
+}
+
+#[test]
+fn rules_are_restored_after_a_reload_of_the_chains() -> Result<()> {
+    let scene = Scene::closed()?;
     for _ in 0..2 {
-        checks::eventually("the rules are there", Duration::from_secs(15), || {
-            Ok(ours()? == [3, 3])
-        })?;
-        for pod in [&b, &a2] {
-            reach(&a, pod)?;
-            reach(pod, &a)?;
-        }
-        // They are readable by iptables, too, and those that are there are not made again.
-        for iptables in ["iptables-nft", "ip6tables-nft"] {
-            let said = home.sh(&format!("{iptables} -S FORWARD"))?;
-            for rule in [
-                "-P FORWARD DROP",
-                "-A FORWARD -i skp+ ",
-                "-A FORWARD -i skein0 -o skp+ ",
-                "-A FORWARD -o skp+ -m mark --mark 0x100000/0x100000 ",
-            ] {
-                ensure!(said.contains(rule), "{said}");
-            }
-            let mut rules = said.lines().filter(|line| line.contains("skp+"));
-            ensure!(rules.all(|rule| rule.contains("--comment \"skein: pods\"")), "{said}");
-            // As a service does that keeps rules over a restart.
-            let saved = home.sh(&format!("{iptables}-save"))?;
-            let mut restore = home.command(format!("{iptables}-restore"));
-            process::run_with_input(&mut restore, saved.as_bytes())?;
-        }
-        thread::sleep(Duration::from_secs(11));
-        ensure!(ours()? == [3, 3], "{:?}", ours()?);
-        filtered(true)?;
-        // Whoever reloads his firewall takes them away.
-        close(home)?;
+        scene.close()?;
+        scene.await_rules("The rules are restored.")?;
     }
-    checks::eventually("they are put back", Duration::from_secs(15), || Ok(ours()? == [3, 3]))?;
-    // They stay behind what is added later.
-    for chain in chains {
-        home.sh(&format!("nft add rule {chain} udp dport 7778 drop"))?;
+    reach(&scene.a, &scene.b)
+}
+
+#[test]
+fn rules_move_behind_rules_that_are_added_later() -> Result<()> {
+    let scene = Scene::closed()?;
+    for chain in CHAINS {
+        scene.home().sh(&format!("nft add rule {chain} udp dport 7778 drop"))?;
     }
-    checks::eventually("they go behind it", Duration::from_secs(15), || Ok(ours().is_ok()))?;
-    ensure!(ours()? == [3, 3] && !udp::arrives(&a.ns, &b.ns, (b.v4, 7778).into())?);
-    // Not wanted any more, and wanted again.
+    scene.await_rules("The rules are behind the new ones.")?;
+    let arrived = udp::arrives(&scene.a.ns, &scene.b.ns, (scene.b.v4, 7778).into())?;
+    ensure!(!arrived, "A packet passes that the new rule drops.");
+    Ok(())
+}
+
+#[test]
+fn rules_follow_the_setting() -> Result<()> {
+    let mut scene = Scene::closed()?;
     for accept in [false, true] {
-        cluster.agents[0].stop()?;
-        cluster.agents[0].set("cni.forward_accept", accept);
-        cluster.agents[0].start()?;
-        let rules = node(&cluster, 0).sh("nft list chain ip filter FORWARD")?;
-        ensure!(rules.contains("skp*") == accept, "{rules}");
+        let agent = &mut scene.cluster.agents[0];
+        agent.stop()?;
+        agent.set("cni.forward_accept", accept);
+        agent.start()?;
+        let rules = scene.home().sh("nft list chain ip filter FORWARD")?;
+        ensure!(rules.contains("skp*") == accept, "With forward_accept = {accept}: {rules}");
         if !accept {
-            filtered(false)?;
+            scene.filters(false)?;
         }
     }
-    cluster.agents[0].stop()?;
-    let finished = cluster.agents[0].run_command(&["cleanup"])?;
-    ensure!(finished.code == 0, "{}{}", finished.stdout, finished.stderr);
-    let rules = node(&cluster, 0).sh("nft list ruleset")?;
-    ensure!(!rules.contains("skp") && rules.contains("7777"), "{rules}");
+    Ok(())
+}
+
+#[test]
+fn cleanup_removes_the_rules_and_no_others() -> Result<()> {
+    let mut scene = Scene::closed()?;
+    let agent = &mut scene.cluster.agents[0];
+    agent.stop()?;
+    let finished = agent.run_command(&["cleanup"])?;
+    ensure!(finished.code == 0, "cleanup failed: {}{}", finished.stdout, finished.stderr);
+    let rules = scene.home().sh("nft list ruleset")?;
+    ensure!(!rules.contains("skp"), "A rule of the agent remains: {rules}");
+    ensure!(rules.contains("7777"), "A rule of another program was removed: {rules}");
     Ok(())
 }
