@@ -144,7 +144,7 @@ pub(super) mod tests {
         let mut stream = TcpStream::connect(address).await.unwrap();
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
-        let all = tokio::time::timeout(Duration::from_secs(5), stream.read_to_string(&mut answer));
+        let all = tokio::time::timeout(Duration::from_secs(30), stream.read_to_string(&mut answer));
         all.await.unwrap().unwrap();
         answer
     }

@@ -300,7 +300,7 @@ fn with_the_agent_away() {
     let began = std::time::Instant::now();
     let output = del(Some(&netns));
     assert!(output.status.success() && output.stdout.is_empty());
-    assert!(began.elapsed() < Duration::from_secs(8));
+    assert!(began.elapsed() < Duration::from_secs(20), "DEL waited for {:?}.", began.elapsed());
     let nonsense = std::thread::spawn(move || {
         // The one that hung is still in the queue.
         for _ in 0..2 {
@@ -335,7 +335,7 @@ fn status_waits_no_longer_than_5_s() {
         let msg = document(&output)["msg"].to_string();
         assert!(msg.contains(&format!("did not answer within {expected} s")), "{msg}");
         let took = began.elapsed().as_secs();
-        assert!((expected..expected + 3).contains(&took), "{took} s instead of {expected} s");
+        assert!((expected..expected + 10).contains(&took), "{took} s instead of {expected} s");
     }
 }
 

@@ -78,7 +78,7 @@ impl Node {
         let mut stream = loop {
             match UnixStream::connect(&socket) {
                 Ok(stream) => break stream,
-                Err(error) => assert!(start.elapsed() < Duration::from_secs(5), "{error}"),
+                Err(error) => assert!(start.elapsed() < Duration::from_secs(30), "{error}"),
             }
             thread::sleep(Duration::from_millis(10));
         };

@@ -82,7 +82,7 @@ fn a_warm_lane_allocates_nothing() {
                     more = outcome.blocked.is_some();
                     what.from = outcome.blocked.unwrap_or_default();
                 }
-                let ready = poller.wait(Some(Duration::from_secs(5))).unwrap();
+                let ready = poller.wait(Some(Duration::from_secs(30))).unwrap();
                 assert_eq!(ready, [1]);
                 for i in 0..batch.recv(lanes[0].receive.as_fd()).unwrap() {
                     received += batch.message(i).segments().count() as u64;

@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result};
 const ROOT: &str = "/sys/fs/cgroup";
 
 /// How long the kernel may take to let go of a cgroup whose last process was killed.
-const EMPTY_LIMIT: Duration = Duration::from_secs(2);
+const EMPTY_LIMIT: Duration = Duration::from_secs(30);
 
 /// The mounted hierarchies: one of version 2, or one a controller of version 1.
 fn hierarchies() -> Vec<PathBuf> {

@@ -64,7 +64,7 @@ impl Fake {
     }
 
     fn next(&self) -> String {
-        self.asked.recv_timeout(Duration::from_secs(5)).unwrap()
+        self.asked.recv_timeout(Duration::from_secs(30)).unwrap()
     }
 }
 

@@ -43,21 +43,21 @@ fn run(program: &str, arguments: &str) {
     assert!(output.status.success(), "{program} {arguments}: {said}");
 }
 
-/// Waits until a descriptor is readable; fails after five seconds.
+/// Waits until a descriptor is readable; fails after thirty seconds.
 fn wait_readable(fd: impl AsFd) {
     let mut fds = [PollFd::new(&fd, PollFlags::IN)];
-    let timeout = Timespec { tv_sec: 5, tv_nsec: 0 };
-    assert_eq!(poll(&mut fds, Some(&timeout)).unwrap(), 1, "nothing came in five seconds");
+    let timeout = Timespec { tv_sec: 30, tv_nsec: 0 };
+    assert_eq!(poll(&mut fds, Some(&timeout)).unwrap(), 1, "nothing came in thirty seconds");
 }
 
-/// Repeats `step` until it gives something; fails after five seconds.
+/// Repeats `step` until it gives something; fails after thirty seconds.
 fn eventually<T>(what: &str, mut step: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();
     loop {
         if let Some(value) = step() {
             return value;
         }
-        assert!(start.elapsed() < Duration::from_secs(5), "{what} not within five seconds");
+        assert!(start.elapsed() < Duration::from_secs(30), "{what} not within thirty seconds");
         std::thread::sleep(Duration::from_millis(1));
     }
 }

@@ -207,7 +207,7 @@ fn queues_are_attached_together_and_a_flow_stays_where_it_was_written() {
         let queues = device(4, TunOffload::ALL);
         assert_eq!(attached(), 4);
         let socket = UdpSocket::bind("10.9.0.1:0").unwrap();
-        socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
         let port = socket.local_addr().unwrap().port();
         for round in 0..3u16 {
             for (i, queue) in queues.iter().enumerate() {

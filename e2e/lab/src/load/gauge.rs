@@ -70,6 +70,6 @@ mod tests {
         gauge.moved(2);
         assert!(gauge.take_longest_pause() >= Duration::from_millis(20));
         assert_eq!((gauge.bytes(), gauge.take_longest_pause()), (3, Duration::ZERO));
-        assert!(gauge.last().unwrap().elapsed() < Duration::from_secs(5));
+        assert!(gauge.last().unwrap().elapsed() < Duration::from_secs(30));
     }
 }

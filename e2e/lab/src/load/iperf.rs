@@ -55,7 +55,7 @@ impl Server {
         command.args(["--server", "--forceflush"]);
         let log = directory.join("server.log");
         let mut server = Self { process: Process::start(&mut command, &log)?, directory };
-        let end = Instant::now() + Duration::from_secs(5);
+        let end = Instant::now() + Duration::from_secs(30);
         while !server.process.log_tail(5).contains("Server listening") {
             server.process.check_alive()?;
             if Instant::now() > end {

@@ -83,12 +83,12 @@ impl Pings {
     /// Ends the pings; returns the number of lost pings and the longest time without an answer.
     ///
     /// # Errors
-    /// `ping` does not end within five seconds, or no request was answered.
+    /// `ping` does not end within thirty seconds, or no request was answered.
     pub fn end(mut self) -> Result<Loss> {
         // Waits for answers that are still on their way.
         std::thread::sleep(Duration::from_millis(200));
         self.process.signal(Signal::INT)?;
-        let end = Instant::now() + Duration::from_secs(5);
+        let end = Instant::now() + Duration::from_secs(30);
         while self.process.exited().is_none() {
             ensure!(Instant::now() < end, "ping does not end");
             std::thread::sleep(Duration::from_millis(10));

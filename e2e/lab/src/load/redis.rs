@@ -30,7 +30,7 @@ impl Server {
         command.arg("--dir").arg(&directory);
         let log = directory.join("server.log");
         let mut server = Self { process: Process::start(&mut command, &log)?, directory };
-        let end = Instant::now() + Duration::from_secs(5);
+        let end = Instant::now() + Duration::from_secs(30);
         while !server.process.log_tail(20).contains("Ready to accept connections") {
             server.process.check_alive()?;
             if Instant::now() > end {

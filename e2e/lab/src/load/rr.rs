@@ -39,10 +39,10 @@ pub fn run(client: &Netns, server: &Netns, to: SocketAddr, duration: Duration) -
 }
 
 fn exchange(to: SocketAddr, duration: Duration) -> Result<Outcome> {
-    let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(5))
+    let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(30))
         .with_context(|| format!("connecting to {to}"))?;
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
     let mut samples = Vec::with_capacity(1 << 18);
     let start = Instant::now();
     // The first tenth warms caches up and is not counted.

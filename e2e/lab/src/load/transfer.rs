@@ -115,7 +115,7 @@ fn send(
 /// Tries again where the address is taken: a process that is just being started by another thread has a copy
 /// of the listener before for a moment, until its program begins.
 pub fn bind(at: SocketAddr) -> std::io::Result<TcpListener> {
-    let end = Instant::now() + Duration::from_secs(5);
+    let end = Instant::now() + Duration::from_secs(30);
     loop {
         match TcpListener::bind(at) {
             Err(error) if error.kind() == std::io::ErrorKind::AddrInUse && Instant::now() < end => {
