@@ -1,7 +1,6 @@
 //! The operator's commands of `skein-agent`, run on real nodes.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::process::Command;
 use std::time::Duration;
 
@@ -11,6 +10,7 @@ use skein_lab::load::ping::{Ping, ping};
 use skein_lab::{Family, Plan, checks, process};
 
 use crate::support::{joined, json, ran, says, start};
+use crate::watching::Terminal;
 
 #[test]
 fn peers_and_traces_tell_the_well_from_the_lost() -> Result<()> {
@@ -173,7 +173,6 @@ fn a_sysdump_holds_what_is_needed_and_no_secret() -> Result<()> {
     ran(&dumped, 0)?;
     let entries = json(&dumped)?["entries"].as_array().context("no entries")?.len();
     ensure!(entries > 30, "{entries} entries");
-    use std::os::unix::fs::PermissionsExt as _;
     ensure!(fs::metadata(&file)?.permissions().mode() & 0o777 == 0o600);
     let unpacked = cluster.lab.directory().join("unpacked");
     fs::create_dir_all(&unpacked)?;

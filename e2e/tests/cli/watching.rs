@@ -138,23 +138,23 @@ fn a_capture_holds_the_inner_packets_of_a_peer() -> Result<()> {
 }
 
 /// A terminal of its own, which shows what a shell makes of some lines.
-struct Terminal {
+pub(super) struct Terminal {
     socket: String,
 }
 
 impl Terminal {
-    fn open(directory: &Path, script: &str) -> Result<Self> {
+    pub(super) fn open(directory: &Path, script: &str) -> Result<Self> {
         let terminal = Self { socket: directory.join("tmux").to_string_lossy().into_owned() };
         terminal.tmux(&["new-session", "-d", "-x", "110", "-y", "30", script])?;
         Ok(terminal)
     }
 
-    fn tmux(&self, arguments: &[&str]) -> Result<String> {
+    pub(super) fn tmux(&self, arguments: &[&str]) -> Result<String> {
         let mut tmux = Command::new("tmux");
         process::run(tmux.args(["-f", "/dev/null", "-S", &self.socket]).args(arguments))
     }
 
-    fn shows(&self, word: &str) -> Result<()> {
+    pub(super) fn shows(&self, word: &str) -> Result<()> {
         let mut screen = String::new();
         checks::eventually(word, Duration::from_secs(20), || {
             screen = self.tmux(&["capture-pane", "-p"])?;
