@@ -1,6 +1,7 @@
 //! The operator's commands of `skein-agent`, run on real nodes.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::process::Command;
 use std::time::Duration;
 
