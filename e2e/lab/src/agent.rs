@@ -7,12 +7,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::Value;
 use toml::Table;
 
+pub use super::cluster::Cluster;
+pub use super::metrics::Metrics;
 use super::process::{self, Finished, Process};
+pub use super::record::Record;
 use super::{Family, Lab, Netns, Node};
 
 /// How long an agent may take to be ready on a busy machine.
@@ -35,63 +36,6 @@ pub fn binary() -> Result<PathBuf> {
         "no skein-agent beside this program: build it first (cargo build --release -p skein-agent) \
          or name it in SKEIN_AGENT_BIN",
     )
-}
-
-/// An agent's node record, as its peers have it.
-#[derive(Debug, Clone)]
-pub struct Record {
-    /// Name of the node.
-    pub name: String,
-    /// Base64.
-    pub public_key: String,
-    /// Another one, while the key changes.
-    pub second_public_key: Option<String>,
-    /// `address:port`.
-    pub endpoints: Vec<String>,
-    /// What it owns.
-    pub pod_cidrs: Vec<String>,
-}
-
-impl Record {
-    /// Of a node that is not there, with a key of nobody's: one of thousands.
-    pub fn of_fleet(number: u32) -> Result<Self> {
-        let mut key = [0; 32];
-        rustix::rand::getrandom(&mut key, rustix::rand::GetRandomFlags::empty())?;
-        let [_, _, high, low] = number.to_be_bytes();
-        Ok(Self {
-            name: format!("fleet-{number}"),
-            public_key: BASE64.encode(key),
-            second_public_key: None,
-            endpoints: vec![format!("198.18.{high}.{low}:51900")],
-            pod_cidrs: vec![
-                format!("100.{}.{low}.0/24", 64 + u32::from(high) % 64),
-                format!("fd00:99:{number:x}::/64"),
-            ],
-        })
-    }
-
-    /// As a TOML file.
-    pub fn to_toml(&self) -> String {
-        self.to_table().to_string()
-    }
-
-    /// Several as one TOML file.
-    pub fn all_to_toml(records: &[Self]) -> String {
-        let tables: Vec<Table> = records.iter().map(Self::to_table).collect();
-        Table::from_iter([("node".to_owned(), tables.into())]).to_string()
-    }
-
-    fn to_table(&self) -> Table {
-        let mut table = Table::new();
-        table.insert("name".into(), self.name.clone().into());
-        table.insert("public_key".into(), self.public_key.clone().into());
-        if let Some(second) = &self.second_public_key {
-            table.insert("second_public_key".into(), second.clone().into());
-        }
-        table.insert("endpoints".into(), self.endpoints.clone().into());
-        table.insert("pod_cidrs".into(), self.pod_cidrs.clone().into());
-        table
-    }
 }
 
 /// An agent of one node; killed when dropped.
@@ -474,23 +418,6 @@ fn holds(pid: i32) -> bool {
     words.starts_with(b"skein-agent\0hold\0")
 }
 
-/// Text in Prometheus's exposition format.
-#[derive(Debug, Clone)]
-pub struct Metrics(pub String);
-
-impl Metrics {
-    /// The sum of all series of a metric whose labels contain each of `labels` (`key="value"`).
-    pub fn sum(&self, name: &str, labels: &[&str]) -> f64 {
-        let value = |line: &str| {
-            let (series, value) = line.rsplit_once(' ')?;
-            let (metric, set) = series.split_once('{').unwrap_or((series, ""));
-            let wanted = metric == name && labels.iter().all(|label| set.contains(label));
-            wanted.then(|| value.parse::<f64>().ok()).flatten()
-        };
-        self.0.lines().filter(|line| !line.starts_with('#')).filter_map(value).sum()
-    }
-}
-
 /// Makes a key file (0600); returns the public half.
 pub fn new_key(path: &Path) -> Result<String> {
     let binary = binary()?;
@@ -501,54 +428,4 @@ pub fn new_key(path: &Path) -> Result<String> {
     let mut pubkey = std::process::Command::new(&binary);
     let public = process::run_with_input(pubkey.arg("pubkey"), private.as_bytes())?;
     Ok(public.trim().to_owned())
-}
-
-/// Agents on every node of a laboratory that know each other.
-#[derive(Debug)]
-pub struct Cluster {
-    /// One a node. (Before `lab`: they end first.)
-    pub agents: Vec<Agent>,
-    /// Where they run.
-    pub lab: Lab,
-    /// Whether the ends of the logs are printed when this is dropped. Tests leave it on: the test
-    /// runner shows what a test printed if the test failed.
-    pub verbose: bool,
-}
-
-impl Cluster {
-    /// Prepares an agent on every node and gives each the records of all; starts nothing.
-    pub fn prepare(lab: Lab, underlay: Family) -> Result<Self> {
-        let agents = lab.nodes.iter().map(|node| Agent::prepare(&lab, node, underlay, 0));
-        let agents = agents.collect::<Result<Vec<_>>>()?;
-        for agent in &agents {
-            agents.iter().try_for_each(|other| agent.put_record(&other.record))?;
-        }
-        Ok(Self { agents, lab, verbose: true })
-    }
-
-    /// Starts all agents and waits until they are ready.
-    pub fn start(&mut self) -> Result<()> {
-        self.agents.iter_mut().try_for_each(Agent::launch)?;
-        self.agents.iter_mut().try_for_each(Agent::wait_ready)
-    }
-
-    /// Prepares and starts.
-    pub fn up(plan: &super::Plan, underlay: Family) -> Result<Self> {
-        let mut cluster = Self::prepare(Lab::new(plan)?, underlay)?;
-        cluster.start()?;
-        Ok(cluster)
-    }
-
-    /// The ends of all logs, for the message of a failure.
-    pub fn logs(&self) -> String {
-        self.agents.iter().map(Agent::log_tail).collect::<Vec<_>>().join("\n")
-    }
-}
-
-impl Drop for Cluster {
-    fn drop(&mut self) {
-        if self.verbose {
-            eprintln!("{}", self.logs());
-        }
-    }
 }
