@@ -18,25 +18,25 @@ use crate::load::capture::Frame;
 use crate::load::pattern::Pattern;
 
 /// How often it looks whether it is to stop, and how late a frame that waits may be sent.
-const IDLE: Duration = Duration::from_millis(20);
-const BUSY: Duration = Duration::from_millis(1);
+const STOP_POLL_INTERVAL: Duration = Duration::from_millis(20);
+const DELAY_POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 const ETH_P_ALL: u16 = 0x0003;
 
 /// What becomes of datagrams; other frames (neighbours' questions) all pass.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Weather {
+pub struct Impairments {
     /// Of a hundred, so many are lost…
-    pub loss: u64,
+    pub loss_percent: u64,
     /// …so many come twice…
-    pub doubles: u64,
+    pub duplicate_percent: u64,
     /// …and so many come late,
-    pub late: u64,
+    pub delay_percent: u64,
     /// by up to this.
-    pub late_by: Duration,
+    pub max_delay: Duration,
 }
 
-/// What has become of datagrams, both ways together.
+/// What has become of datagrams, both directions together.
 #[derive(Debug, Default)]
 pub struct Counts {
     /// That came to the cable.
@@ -44,17 +44,17 @@ pub struct Counts {
     /// That did not leave it.
     pub lost: AtomicU64,
     /// That left it twice.
-    pub doubled: AtomicU64,
+    pub duplicated: AtomicU64,
     /// That left it behind later ones.
-    pub late: AtomicU64,
+    pub delayed: AtomicU64,
 }
 
-/// A cable at work; as good as any until there is [`Weather`].
+/// A cable at work; as good as any until there is [`Impairments`].
 pub struct Relay {
-    weather: Arc<Mutex<Weather>>,
+    impairments: Arc<Mutex<Impairments>>,
     counts: Arc<Counts>,
     stop: Arc<AtomicBool>,
-    ways: Vec<Task<()>>,
+    directions: Vec<Task<()>>,
 }
 
 impl Relay {
@@ -70,30 +70,30 @@ impl Relay {
         link::veth((switch, inner), (switch, outer), 1500)?;
         link::enslave(switch, outer, "br0")?;
         let mut relay = Self {
-            weather: Arc::default(),
+            impairments: Arc::default(),
             counts: Arc::default(),
             stop: Arc::default(),
-            ways: vec![],
+            directions: vec![],
         };
         for (number, (from, to)) in [(&*port, inner), (inner, &*port)].into_iter().enumerate() {
-            let way = Way {
+            let direction = Direction {
                 from: open(switch, from)?,
                 to: open(switch, to)?,
                 random: Pattern::new(number as u64 + 1),
-                waiting: BTreeMap::new(),
+                delayed: BTreeMap::new(),
                 sequence: 0,
-                weather: relay.weather.clone(),
+                impairments: relay.impairments.clone(),
                 counts: relay.counts.clone(),
             };
             let stop = relay.stop.clone();
-            relay.ways.push(switch.spawn(move || way.pass(&stop)));
+            relay.directions.push(switch.spawn(move || direction.pass(&stop)));
         }
         Ok(relay)
     }
 
-    /// Has other weather from now on.
-    pub fn set(&self, weather: Weather) {
-        *self.weather.lock().unwrap_or_else(PoisonError::into_inner) = weather;
+    /// Has other impairments from now on.
+    pub fn set(&self, impairments: Impairments) {
+        *self.impairments.lock().unwrap_or_else(PoisonError::into_inner) = impairments;
     }
 
     /// What has become of datagrams so far.
@@ -104,47 +104,51 @@ impl Relay {
     /// Takes it out of use; an error where it has failed.
     pub fn stop(mut self) -> Result<()> {
         self.stop.store(true, Ordering::Relaxed);
-        mem::take(&mut self.ways).into_iter().try_for_each(Task::join)
+        mem::take(&mut self.directions).into_iter().try_for_each(Task::join)
     }
 }
 
 impl Drop for Relay {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        for way in mem::take(&mut self.ways) {
-            let _ = way.join();
+        for direction in mem::take(&mut self.directions) {
+            let _ = direction.join();
         }
     }
 }
 
 /// One direction.
-struct Way {
+struct Direction {
     from: Socket,
     to: Socket,
     random: Pattern,
     /// Frames that come late, by their time.
-    waiting: BTreeMap<(Instant, u64), Vec<u8>>,
+    delayed: BTreeMap<(Instant, u64), Vec<u8>>,
     sequence: u64,
-    weather: Arc<Mutex<Weather>>,
+    impairments: Arc<Mutex<Impairments>>,
     counts: Arc<Counts>,
 }
 
-impl Way {
+impl Direction {
     fn pass(mut self, stop: &AtomicBool) -> Result<()> {
         let mut buffer = vec![0; 1 << 16];
         let mut timeout = None;
         while !stop.load(Ordering::Relaxed) {
-            let wanted = Some(if self.waiting.is_empty() { IDLE } else { BUSY });
+            let wanted = Some(if self.delayed.is_empty() {
+                STOP_POLL_INTERVAL
+            } else {
+                DELAY_POLL_INTERVAL
+            });
             if timeout != wanted {
                 self.from.set_read_timeout(wanted)?;
                 timeout = wanted;
             }
             match self.from.read(&mut buffer) {
-                Ok(length) => self.take(&buffer[..length])?,
-                Err(error) if is_passing(&error) => {}
+                Ok(length) => self.forward(&buffer[..length])?,
+                Err(error) if is_transient(&error) => {}
                 Err(error) => return Err(error).context("reading a frame"),
             }
-            while let Some(first) = self.waiting.first_entry()
+            while let Some(first) = self.delayed.first_entry()
                 && first.key().0 <= Instant::now()
             {
                 let frame = first.remove();
@@ -154,27 +158,27 @@ impl Way {
         Ok(())
     }
 
-    fn take(&mut self, bytes: &[u8]) -> Result<()> {
+    fn forward(&mut self, bytes: &[u8]) -> Result<()> {
         let frame = Frame { bytes: bytes.to_vec() };
         if frame.udp().is_none() {
             return self.send(bytes);
         }
-        let weather = *self.weather.lock().unwrap_or_else(PoisonError::into_inner);
+        let impairments = *self.impairments.lock().unwrap_or_else(PoisonError::into_inner);
         let count = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Relaxed);
         count(&self.counts.seen);
-        if self.chance(weather.loss) {
+        if self.chance(impairments.loss_percent) {
             count(&self.counts.lost);
             return Ok(());
         }
-        if self.chance(weather.doubles) {
-            count(&self.counts.doubled);
+        if self.chance(impairments.duplicate_percent) {
+            count(&self.counts.duplicated);
             self.send(bytes)?;
         }
-        if self.chance(weather.late) {
-            count(&self.counts.late);
-            let by = weather.late_by.mul_f64(self.percent() as f64 / 100.0);
+        if self.chance(impairments.delay_percent) {
+            count(&self.counts.delayed);
+            let by = impairments.max_delay.mul_f64(self.percent() as f64 / 100.0);
             self.sequence += 1;
-            self.waiting.insert((Instant::now() + by, self.sequence), frame.bytes);
+            self.delayed.insert((Instant::now() + by, self.sequence), frame.bytes);
             return Ok(());
         }
         self.send(bytes)
@@ -182,7 +186,7 @@ impl Way {
 
     fn send(&mut self, frame: &[u8]) -> Result<()> {
         match self.to.write(frame) {
-            Err(error) if !is_passing(&error) => Err(error).context("sending a frame"),
+            Err(error) if !is_transient(&error) => Err(error).context("sending a frame"),
             _ => Ok(()),
         }
     }
@@ -199,7 +203,7 @@ impl Way {
 }
 
 /// No frame, a full queue, or a cable that is out at the moment.
-fn is_passing(error: &std::io::Error) -> bool {
+fn is_transient(error: &std::io::Error) -> bool {
     use rustix::io::Errno;
     let codes = [Errno::NOBUFS, Errno::NETDOWN, Errno::INTR].map(Errno::raw_os_error);
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)

@@ -7,20 +7,20 @@ use anyhow::{Context as _, Result, ensure};
 use skein_lab::agent::Cluster;
 use skein_lab::checks;
 use skein_lab::load::ping::{Ping, ping};
-use skein_lab::relay::{Relay, Weather};
+use skein_lab::relay::{Impairments, Relay};
 use skein_lab::{Family, Offloads, Plan};
 
 /// What is lost or doubled below must not show as anything but loss above: of pings about what the underlay
 /// loses, of TCP nothing.
-fn goes_on_in(weather: Weather, bytes: u64) -> Result<()> {
+fn goes_on_in(impairments: Impairments, bytes: u64) -> Result<()> {
     let plan = Plan { offloads: Offloads::Wire, ..Plan::default() };
     let cluster = Cluster::up(&plan, Family::V4)?;
     let relay = Relay::start(&cluster.lab, 1)?;
     checks::all_reach_all(&cluster.lab)?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
-    relay.set(weather);
+    relay.set(impairments);
     let expected = {
-        let passes = 1.0 - weather.loss as f64 / 100.0;
+        let passes = 1.0 - impairments.loss_percent as f64 / 100.0;
         (1.0 - passes * passes) * 100.0
     };
     let (mut sent, mut received) = (0, 0);
@@ -32,7 +32,7 @@ fn goes_on_in(weather: Weather, bytes: u64) -> Result<()> {
     }
     let lost = f64::from(sent - received) / f64::from(sent) * 100.0;
     // So long that the path's width is asked for several times.
-    let long = Duration::from_secs(if weather.loss < 10 { 2 } else { 16 });
+    let long = Duration::from_secs(if impairments.loss_percent < 10 { 2 } else { 16 });
     let datagrams = checks::datagrams(a, b, Family::V6, 1000, 1000, long)?;
     let mut seconds = vec![];
     for (from, to, family) in [(a, b, Family::V4), (b, a, Family::V6)] {
@@ -41,12 +41,13 @@ fn goes_on_in(weather: Weather, bytes: u64) -> Result<()> {
         seconds.push(format!("{:.1}", received.seconds));
     }
     let counts = relay.counts();
-    let [seen, gone, doubled, late] = [&counts.seen, &counts.lost, &counts.doubled, &counts.late]
-        .map(|c| c.load(Ordering::Relaxed));
+    let [seen, gone, doubled, late] =
+        [&counts.seen, &counts.lost, &counts.duplicated, &counts.delayed]
+            .map(|c| c.load(Ordering::Relaxed));
     let metrics = cluster.agents[1].metrics()?;
     let replayed = metrics.sum("skein_drops_total", &["reason=\"replay"]);
     println!(
-        "{weather:?}: of {seen} datagrams {gone} lost, {doubled} doubled, {late} late; pings lost \
+        "{impairments:?}: of {seen} datagrams {gone} lost, {doubled} doubled, {late} late; pings lost \
          {lost:.1} % (expected {expected:.1}), UDP {} of {}, {} out of order; {} MiB of TCP in {} s; \
          {replayed} replays dropped",
         datagrams.received,
@@ -57,11 +58,11 @@ fn goes_on_in(weather: Weather, bytes: u64) -> Result<()> {
     );
     ensure!((lost - expected).abs() <= 2.0 + expected * 0.5, "{lost} % of the pings lost");
     ensure!(datagrams.corrupt == 0 && datagrams.doubled == 0, "{datagrams:?}");
-    ensure!(weather.doubles == 0 || replayed > 0.0, "no replay was dropped");
+    ensure!(impairments.duplicate_percent == 0 || replayed > 0.0, "no replay was dropped");
     for (kind, percent, count) in [
-        ("lost", weather.loss, gone),
-        ("doubled", weather.doubles, doubled),
-        ("late", weather.late, late),
+        ("lost", impairments.loss_percent, gone),
+        ("doubled", impairments.duplicate_percent, doubled),
+        ("late", impairments.delay_percent, late),
     ] {
         ensure!((percent > 0) == (count > 0), "{count} {kind}");
     }
@@ -72,7 +73,7 @@ fn goes_on_in(weather: Weather, bytes: u64) -> Result<()> {
         let away = metrics.sum("skein_peers", &["state=\"unreachable\""]);
         ensure!(away == 0.0, "loss was taken for a dead peer");
     }
-    relay.set(Weather::default());
+    relay.set(Impairments::default());
     checks::transfer(a, b, Family::V4, 8 << 20)?;
     checks::all_reach_all(&cluster.lab)?;
     relay.stop()
@@ -80,27 +81,30 @@ fn goes_on_in(weather: Weather, bytes: u64) -> Result<()> {
 
 #[test]
 fn loss_of_one_per_cent() -> Result<()> {
-    goes_on_in(Weather { loss: 1, ..Weather::default() }, 32 << 20)
+    goes_on_in(Impairments { loss_percent: 1, ..Impairments::default() }, 32 << 20)
 }
 
 #[test]
 fn loss_of_ten_per_cent() -> Result<()> {
-    goes_on_in(Weather { loss: 10, ..Weather::default() }, 8 << 20)
+    goes_on_in(Impairments { loss_percent: 10, ..Impairments::default() }, 8 << 20)
 }
 
 #[test]
 fn datagrams_that_overtake_each_other() -> Result<()> {
-    let late_by = Duration::from_millis(5);
-    goes_on_in(Weather { late: 20, late_by, ..Weather::default() }, 32 << 20)
+    let max_delay = Duration::from_millis(5);
+    goes_on_in(Impairments { delay_percent: 20, max_delay, ..Impairments::default() }, 32 << 20)
 }
 
 #[test]
 fn datagrams_that_come_twice() -> Result<()> {
-    goes_on_in(Weather { doubles: 10, ..Weather::default() }, 32 << 20)
+    goes_on_in(Impairments { duplicate_percent: 10, ..Impairments::default() }, 32 << 20)
 }
 
 #[test]
 fn all_of_that_at_once() -> Result<()> {
-    let late_by = Duration::from_millis(5);
-    goes_on_in(Weather { loss: 10, doubles: 10, late: 20, late_by }, 8 << 20)
+    let max_delay = Duration::from_millis(5);
+    goes_on_in(
+        Impairments { loss_percent: 10, duplicate_percent: 10, delay_percent: 20, max_delay },
+        8 << 20,
+    )
 }
