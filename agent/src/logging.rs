@@ -22,12 +22,19 @@ const EVERY: Duration = Duration::from_millis(200);
 const TELL: Duration = Duration::from_secs(10);
 
 /// Logging to standard error.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Log {
     /// A filter of `tracing`: `info`, or `skein_agent=debug,info`.
     pub level: String,
     /// Its form.
     pub format: LogFormat,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { level: "info".to_owned(), format: LogFormat::default() }
+    }
 }
 
 /// Form of the log.

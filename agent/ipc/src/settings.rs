@@ -109,7 +109,7 @@ pub enum CipherChoice {
 
 /// Which rungs of the ladder may be used: `false` forces one off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(default, deny_unknown_fields)]
 pub struct OffloadSettings {
     /// UDP segmentation between the kernel and the TUN (TUN_F_USO4|USO6, Linux 6.2).
     pub tun_uso: bool,
@@ -123,12 +123,14 @@ pub struct OffloadSettings {
     pub udp_gro: bool,
     /// Copies of the ECN field between inner and outer headers (RFC 6040).
     // Left out if it is on, so that a data process of an earlier release accepts the rest.
-    #[serde(default = "on", skip_serializing_if = "Clone::clone")]
+    #[serde(skip_serializing_if = "Clone::clone")]
     pub udp_ecn: bool,
 }
 
-fn on() -> bool {
-    true
+impl Default for OffloadSettings {
+    fn default() -> Self {
+        Self::ALL
+    }
 }
 
 impl OffloadSettings {

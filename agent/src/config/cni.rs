@@ -1,49 +1,68 @@
-//! The table `[cni]` as it is written, and its way to a valid [`Cni`].
+//! The table `[cni]`.
 
 use std::path::PathBuf;
 
 use ipnet::IpNet;
-use serde::Deserialize;
+use serde::de::Error;
+use serde::{Deserialize, Deserializer, Serialize};
 use skein_cni_protocol::names::check_name;
 use skein_core::address;
 
-use super::{Cni, Invalid};
-
-/// Name of the overlay's interface, unless the configuration has another.
-pub(crate) const DEFAULT_INTERFACE: &str = "skein0";
+use super::parse::path_if_any;
+use super::{DEFAULT_INTERFACE, Invalid};
 
 /// Name of the nftables table of an agent with pods, or with the default interface.
 const DEFAULT_TABLE: &str = "skein";
 
-#[derive(Deserialize)]
+/// Pods: what the agent does for the CNI plugin.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub(super) struct CniTable {
-    enabled: bool,
-    pub(super) socket: PathBuf,
-    pub(super) spool: PathBuf,
-    bin_dir: PathBuf,
-    plugin_dirs: Vec<PathBuf>,
-    conf_dir: PathBuf,
-    conf_file: String,
-    plugin: Option<PathBuf>,
-    network: String,
-    exclusive: bool,
-    chain: Vec<serde_json::Value>,
-    forward_accept: bool,
-    masquerade: bool,
-    no_masquerade: Vec<String>,
-    table: Option<String>,
+pub struct Cni {
+    /// Whether pods are attached at all.
+    pub enabled: bool,
+    /// The unix socket that the plugin asks on.
+    pub socket: PathBuf,
+    /// Where the plugin leaves a DEL that the agent could not take.
+    pub spool: PathBuf,
+    /// Where to install the plugin; `None`: nowhere.
+    #[serde(deserialize_with = "path_if_any")]
+    pub bin_dir: Option<PathBuf>,
+    /// Where else the runtime looks for plugins.
+    pub plugin_dirs: Vec<PathBuf>,
+    /// Where to write the network configuration; `None`: nowhere.
+    #[serde(deserialize_with = "path_if_any")]
+    pub conf_dir: Option<PathBuf>,
+    /// Name of that file.
+    pub conf_file: String,
+    /// The plugin's binary that is installed; `None`: `skein-cni` beside the agent's own.
+    pub plugin: Option<PathBuf>,
+    /// Name of the network.
+    pub network: String,
+    /// Whether other networks' configurations are set aside.
+    pub exclusive: bool,
+    /// Plugins that come after Skein's in the chain.
+    pub chain: Vec<serde_json::Value>,
+    /// Whether others' chains that drop what they have no rule for get a rule for pods.
+    pub forward_accept: bool,
+    /// Whether pods reach the outside by the node's address.
+    pub masquerade: bool,
+    /// Destinations beside the cluster's pod CIDRs for which a pod keeps its own address.
+    #[serde(deserialize_with = "destinations")]
+    pub no_masquerade: Vec<IpNet>,
+    /// Name of the nftables table.
+    #[serde(deserialize_with = "table_name")]
+    pub table: String,
 }
 
-impl Default for CniTable {
+impl Default for Cni {
     fn default() -> Self {
         Self {
             enabled: false,
             socket: skein_cni_protocol::DEFAULT_SOCKET.into(),
             spool: skein_cni_protocol::DEFAULT_SPOOL.into(),
-            bin_dir: "/opt/cni/bin".into(),
+            bin_dir: Some("/opt/cni/bin".into()),
             plugin_dirs: Vec::new(),
-            conf_dir: "/etc/cni/net.d".into(),
+            conf_dir: Some("/etc/cni/net.d".into()),
             conf_file: "10-skein.conflist".to_owned(),
             plugin: None,
             network: "skein".to_owned(),
@@ -56,15 +75,31 @@ impl Default for CniTable {
             forward_accept: false,
             masquerade: true,
             no_masquerade: Vec::new(),
-            table: None,
+            // The default depends on the name of the interface: `set_defaults`.
+            table: String::new(),
         }
     }
 }
 
-impl CniTable {
-    /// `interface` is the name of the overlay's interface.
-    pub(super) fn validate(self, interface: &str) -> Result<Cni, Invalid> {
-        let table = self.table.clone().unwrap_or_else(|| self.default_table(interface));
+impl Cni {
+    /// Sets the values that the file can leave to the agent. `interface` is the name of the
+    /// overlay's interface. Agents without pods can share a network namespace; each has its own
+    /// interface, and therefore its own table.
+    pub(super) fn set_defaults(&mut self, interface: &str) {
+        self.plugin_dirs.retain(|path| !path.as_os_str().is_empty());
+        if !self.table.is_empty() {
+            return;
+        }
+        let word = |c: char| if c.is_ascii_alphanumeric() { c } else { '_' };
+        self.table = match self.enabled || interface == DEFAULT_INTERFACE {
+            true => DEFAULT_TABLE.to_owned(),
+            false => {
+                format!("{DEFAULT_TABLE}_{}", interface.chars().map(word).collect::<String>())
+            }
+        };
+    }
+
+    pub(super) fn check(&self) -> Result<(), Invalid> {
         let name = &self.conf_file;
         let suffix = [".conflist", ".conf", ".json"].iter().any(|suffix| name.ends_with(suffix));
         if name.contains('/') || name.starts_with('.') || !name.ends_with(".conflist") {
@@ -77,15 +112,6 @@ impl CniTable {
         if self.network.len() > 200 {
             return Err(Invalid("cni.network: use 1 to 200 bytes".to_owned()));
         }
-        let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
-        if !(1..=32).contains(&table.len())
-            || !table.chars().all(word)
-            || !table.starts_with(|c: char| c.is_ascii_alphabetic())
-        {
-            return Err(Invalid(format!(
-                "cni.table = {table:?}: use 1 to 32 letters, digits and '_', beginning with a letter"
-            )));
-        }
         for plugin in &self.chain {
             if plugin.get("type").and_then(|kind| kind.as_str()).is_none_or(str::is_empty) {
                 return Err(Invalid(format!(
@@ -93,53 +119,48 @@ impl CniTable {
                 )));
             }
         }
-        let no_masquerade = self.no_masquerade.iter().map(|text| cidr(text));
-        // The plugin, which is told the same, runs elsewhere.
+        self.check_paths()
+    }
+
+    /// Requires absolute paths: the plugin receives them, too, and runs in another directory.
+    fn check_paths(&self) -> Result<(), Invalid> {
         let paths = [
-            ("socket", &self.socket),
-            ("spool", &self.spool),
-            ("bin_dir", &self.bin_dir),
-            ("conf_dir", &self.conf_dir),
+            ("socket", Some(&self.socket)),
+            ("spool", Some(&self.spool)),
+            ("bin_dir", self.bin_dir.as_ref()),
+            ("conf_dir", self.conf_dir.as_ref()),
         ];
-        let directories = self.plugin_dirs.iter().map(|path| ("plugin_dirs", path));
+        let directories = self.plugin_dirs.iter().map(|path| ("plugin_dirs", Some(path)));
         for (key, path) in paths.into_iter().chain(directories) {
-            if !path.as_os_str().is_empty() && !path.is_absolute() {
+            if let Some(path) = path.filter(|path| !path.is_absolute()) {
                 let shown = path.display();
                 return Err(Invalid(format!("cni.{key} = {shown}: use an absolute path")));
             }
         }
-        let directory = |path: PathBuf| (!path.as_os_str().is_empty()).then_some(path);
-        Ok(Cni {
-            enabled: self.enabled,
-            socket: self.socket,
-            spool: self.spool,
-            bin_dir: directory(self.bin_dir),
-            plugin_dirs: self.plugin_dirs.into_iter().filter_map(directory).collect(),
-            conf_dir: directory(self.conf_dir),
-            conf_file: self.conf_file,
-            plugin: self.plugin,
-            network: self.network,
-            exclusive: self.exclusive,
-            chain: self.chain,
-            forward_accept: self.forward_accept,
-            masquerade: self.masquerade,
-            no_masquerade: no_masquerade.collect::<Result<_, _>>()?,
-            table,
-        })
-    }
-
-    /// Returns the name of the table if none is configured. Agents without pods can share a network
-    /// namespace; each has its own interface, and therefore its own table.
-    fn default_table(&self, interface: &str) -> String {
-        if self.enabled || interface == DEFAULT_INTERFACE {
-            return DEFAULT_TABLE.to_owned();
-        }
-        let word = |c: char| if c.is_ascii_alphanumeric() { c } else { '_' };
-        format!("{DEFAULT_TABLE}_{}", interface.chars().map(word).collect::<String>())
+        Ok(())
     }
 }
 
-fn cidr(text: &str) -> Result<IpNet, Invalid> {
+fn table_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let table = String::deserialize(deserializer)?;
+    let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    if !(1..=32).contains(&table.len())
+        || !table.chars().all(word)
+        || !table.starts_with(|c: char| c.is_ascii_alphabetic())
+    {
+        return Err(D::Error::custom(Invalid(format!(
+            "cni.table = {table:?}: use 1 to 32 letters, digits and '_', beginning with a letter"
+        ))));
+    }
+    Ok(table)
+}
+
+fn destinations<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpNet>, D::Error> {
+    let texts = Vec::<String>::deserialize(deserializer)?;
+    texts.iter().map(|text| destination(text)).collect::<Result<_, _>>().map_err(D::Error::custom)
+}
+
+fn destination(text: &str) -> Result<IpNet, Invalid> {
     let net: IpNet = address::parse(text).map_err(|_| {
         Invalid(format!("cni.no_masquerade: {text:?} is no prefix: write it as 192.0.2.0/24"))
     })?;

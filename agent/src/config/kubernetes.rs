@@ -1,22 +1,27 @@
-//! The table `[kubernetes]` as it is written, and its way to a valid [`Kubernetes`].
+//! The table `[kubernetes]`.
 
 use std::path::PathBuf;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
-use super::{Invalid, Kubernetes};
+use super::Invalid;
 
-#[derive(Default, Deserialize)]
+/// The Kubernetes API as the source of node records.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub(super) struct KubernetesTable {
-    enabled: bool,
-    kubeconfig: Option<PathBuf>,
-    endpoint_interface: Option<String>,
-    not_ready_taint: Option<String>,
+pub struct Kubernetes {
+    /// Whether the records are SkeinNodes, and not files.
+    pub enabled: bool,
+    /// Which cluster, and as whom; `None`: that of this pod, by its service account.
+    pub kubeconfig: Option<PathBuf>,
+    /// The interface whose addresses the other nodes send to; `None`: the Node's InternalIPs.
+    pub endpoint_interface: Option<String>,
+    /// Key of a taint that is removed from the Node once pods have a network.
+    pub not_ready_taint: Option<String>,
 }
 
-impl KubernetesTable {
-    pub(super) fn validate(self) -> Result<Kubernetes, Invalid> {
+impl Kubernetes {
+    pub(super) fn check(&self) -> Result<(), Invalid> {
         let impossible = |name: &&str| !(1..=15).contains(&name.len()) || name.contains('/');
         if let Some(name) = self.endpoint_interface.as_deref().filter(impossible) {
             return Err(Invalid(format!(
@@ -29,11 +34,6 @@ impl KubernetesTable {
                     .to_owned(),
             ));
         }
-        Ok(Kubernetes {
-            enabled: self.enabled,
-            kubeconfig: self.kubeconfig,
-            endpoint_interface: self.endpoint_interface,
-            not_ready_taint: self.not_ready_taint,
-        })
+        Ok(())
     }
 }

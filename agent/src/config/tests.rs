@@ -1,5 +1,10 @@
 //! Tests of the whole configuration file.
 
+use std::net::{IpAddr, Ipv4Addr};
+
+use skein_ipc::CipherChoice;
+
+use super::underlay::wildcard;
 use super::*;
 use crate::logging::LogFormat;
 

@@ -1,0 +1,112 @@
+//! The table `[underlay]`.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::RangeInclusive;
+
+use serde::{Deserialize, Deserializer};
+use skein_ipc::UnderlaySettings;
+use skein_sys::udp::family_supported;
+
+use super::{DEFAULT_PORT, Invalid, parse};
+
+/// Values of `receive_buffer` and `send_buffer`, in bytes.
+const BUFFERS: RangeInclusive<usize> = 65_536..=1 << 30;
+
+/// The keys of the table.
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct UnderlayKeys {
+    /// Addresses to bind; `None`: the unspecified address of each family of the host.
+    #[serde(deserialize_with = "addresses")]
+    addresses: Option<Vec<IpAddr>>,
+    port: u16,
+    receive_buffer: usize,
+    send_buffer: usize,
+}
+
+impl Default for UnderlayKeys {
+    fn default() -> Self {
+        Self { addresses: None, port: DEFAULT_PORT, receive_buffer: 8 << 20, send_buffer: 4 << 20 }
+    }
+}
+
+/// The valid settings, and a note for each default that this host cannot have.
+pub(super) struct Underlay {
+    pub(super) settings: UnderlaySettings,
+    pub(super) notes: Vec<String>,
+}
+
+impl TryFrom<UnderlayKeys> for Underlay {
+    type Error = Invalid;
+
+    fn try_from(keys: UnderlayKeys) -> Result<Self, Invalid> {
+        let (addresses, notes) = match keys.addresses {
+            None => wildcard(family_supported),
+            Some(addresses) => (addresses, Vec::new()),
+        };
+        check_addresses(&addresses)?;
+        if keys.port == 0 {
+            return Err(Invalid("underlay.port = 0: use 1 to 65535".to_owned()));
+        }
+        for (key, bytes) in
+            [("receive_buffer", keys.receive_buffer), ("send_buffer", keys.send_buffer)]
+        {
+            if !BUFFERS.contains(&bytes) {
+                let (least, most) = (BUFFERS.start(), BUFFERS.end());
+                let text = format!("underlay.{key} = {bytes}: use {least} to {most} bytes");
+                return Err(Invalid(text));
+            }
+        }
+        let settings = UnderlaySettings {
+            addresses,
+            port: keys.port,
+            receive_buffer: keys.receive_buffer,
+            send_buffer: keys.send_buffer,
+        };
+        Ok(Self { settings, notes })
+    }
+}
+
+fn check_addresses(addresses: &[IpAddr]) -> Result<(), Invalid> {
+    if addresses.is_empty() {
+        return Err(Invalid(
+            "underlay.addresses is empty: give an address or leave it out to listen on all"
+                .to_owned(),
+        ));
+    }
+    for (index, address) in addresses.iter().enumerate() {
+        let earlier = &addresses[..index];
+        if earlier.iter().any(|other| other.is_ipv4() == address.is_ipv4()) {
+            return Err(Invalid(format!(
+                "underlay.addresses: {address} is a second address of its family: give one"
+            )));
+        }
+        if matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local()) {
+            return Err(Invalid(format!(
+                "underlay.addresses: {address} is a link-local address, which cannot be bound: \
+                 use \"::\""
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn addresses<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<IpAddr>>, D::Error> {
+    parse::addresses("underlay.addresses", deserializer).map(Some)
+}
+
+/// Returns the unspecified addresses of the families for which `supported` returns true, and a note
+/// for each family that is left out.
+pub(super) fn wildcard(supported: impl Fn(IpAddr) -> bool) -> (Vec<IpAddr>, Vec<String>) {
+    let all = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
+    let (addresses, absent): (Vec<_>, Vec<_>) = all.into_iter().partition(|ip| supported(*ip));
+    if addresses.is_empty() {
+        // The error of binding these addresses names the cause.
+        return (all.to_vec(), Vec::new());
+    }
+    let note = |ip: IpAddr| {
+        let family = if ip.is_ipv4() { "IPv4" } else { "IPv6" };
+        format!("underlay.addresses: this host has no {family}: {ip} is left out of the default")
+    };
+    (addresses, absent.into_iter().map(note).collect())
+}
