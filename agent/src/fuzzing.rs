@@ -3,12 +3,13 @@
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use skein_dataplane as dataplane;
+#[cfg(feature = "fuzzing")]
+pub use skein_dataplane::fuzzing::uevents;
 use skein_ipc::keys::{PrivateKey, PublicKey};
-use skein_ipc::{self, Request, Response, Snapshot};
-use skein_netlink as netlink;
-use skein_netlink::firewall;
-use skein_sys as sys;
+#[cfg(feature = "fuzzing")]
+pub use skein_netlink::fuzzing::{firewall_rules, netlink_messages};
+#[cfg(feature = "fuzzing")]
+pub use skein_sys::fuzzing::link_answers;
 
 use crate::cni;
 use crate::commands;
@@ -52,23 +53,16 @@ pub fn skein_node(data: &[u8]) {
     }
 }
 
-/// What comes over the data process's socket and the keeper's, as every kind of message.
+/// Reads messages of control process, data process and keeper.
+#[cfg(feature = "fuzzing")]
 pub fn ipc_frames(data: &[u8]) {
-    skein_ipc::fuzz_frames::<Request>(data);
-    skein_ipc::fuzz_frames::<Response>(data);
-    skein_ipc::fuzz_frames::<Snapshot>(data);
-    skein_dataplane::fuzz_frames(data);
+    skein_ipc::fuzzing::ipc_frames(data);
+    skein_dataplane::fuzzing::ipc_frames(data);
 }
 
 /// What comes to `bench` from whoever is at the other end.
 pub fn bench_lines(data: &[u8]) {
     commands::bench::protocol::fuzz_line(data);
-}
-
-/// What `nft -j` prints, of whatever rules others have made.
-pub fn firewall_rules(data: &[u8]) {
-    let Ok(text) = std::str::from_utf8(data) else { return };
-    firewall::fuzz_printed(text);
 }
 
 /// The network configuration list, with entries of other programs.
@@ -79,22 +73,6 @@ pub fn conflist(data: &[u8]) {
 /// A plugin's answer to `VERSION`.
 pub fn plugin_versions(data: &[u8]) {
     cni::versions::fuzz_answer(data);
-}
-
-/// Notifications of nftables and dumps of nexthop objects.
-pub fn netlink_messages(data: &[u8]) {
-    firewall::fuzz_notifications(data);
-    netlink::fuzz_next_hops(data);
-}
-
-/// What the kernel says of a link.
-pub fn link_answers(data: &[u8]) {
-    sys::link::fuzz_answer(data);
-}
-
-/// Uevents of the kernel.
-pub fn uevents(data: &[u8]) {
-    dataplane::fuzz_uevent(data);
 }
 
 /// A key's text. Public keys are written as they are read.
@@ -113,57 +91,34 @@ fn survives<T: Serialize + DeserializeOwned + PartialEq>(value: &T) {
 }
 
 #[cfg(all(test, feature = "kubernetes"))]
-#[path = "../core/src/fuzzing/vary.rs"]
-mod vary;
+#[allow(clippy::unwrap_used)]
+#[path = "../fuzz/near_corpus.rs"]
+mod near_corpus;
 
 #[cfg(all(test, feature = "kubernetes"))]
-#[allow(clippy::unwrap_used)]
 mod tests {
-    use super::vary::vary;
+    use super::near_corpus::run_near_corpus;
     use super::*;
 
     type Target = (&'static str, fn(&[u8]));
 
-    const TARGETS: [Target; 14] = [
+    /// The targets of this crate. The crates of the other targets have tests of their own.
+    const TARGETS: [Target; 9] = [
         ("node_records", node_records),
         ("configuration", configuration),
         ("kept_records", kept_records),
         ("handshake_times", handshake_times),
         ("skein_node", skein_node),
-        ("ipc_frames", ipc_frames),
         ("bench_lines", bench_lines),
-        ("firewall_rules", firewall_rules),
-        ("link_answers", link_answers),
-        ("uevents", uevents),
         ("keys", keys),
         ("conflist", conflist),
         ("plugin_versions", plugin_versions),
-        ("netlink_messages", netlink_messages),
     ];
 
-    /// Whole, cut anywhere, with any byte changed, and changed in many ways: in as many as SKEIN_VARIATIONS says.
     #[test]
     fn corpora_and_what_is_near_them() {
-        let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/corpus");
-        let more = std::env::var("SKEIN_VARIATIONS").ok().map(|count| count.parse().unwrap());
         for (target, run) in TARGETS {
-            let entries = std::fs::read_dir(format!("{corpus}/{target}")).unwrap();
-            let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
-            paths.sort();
-            let seeds: Vec<_> = paths.iter().map(|path| std::fs::read(path).unwrap()).collect();
-            assert!(!seeds.is_empty(), "no seeds for {target}");
-            vary(&seeds, more.unwrap_or(5_000), run);
-            for seed in seeds {
-                run(&seed);
-                for index in 0..seed.len() {
-                    run(&seed[..index]);
-                    for change in [1, 0x80, 0xff] {
-                        let mut changed = seed.clone();
-                        changed[index] ^= change;
-                        run(&changed);
-                    }
-                }
-            }
+            run_near_corpus(target, run);
         }
     }
 }

@@ -12,7 +12,7 @@ mod connection;
 pub mod control;
 pub mod failure;
 mod files;
-#[doc(hidden)]
+#[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 pub mod http;
 pub mod lifecycle;

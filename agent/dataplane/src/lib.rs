@@ -9,6 +9,8 @@ mod changes;
 mod channel;
 mod egress;
 mod fd_store;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod handover;
 mod ingress;
 mod keeper;
@@ -229,17 +231,6 @@ fn serve(
     let ended = thread.join();
     delete_socket();
     ended.map_err(|_| anyhow::anyhow!("the manager's thread has panicked"))
-}
-
-/// For the fuzzer.
-pub use self::vm_generation::fuzz_uevent;
-
-/// For the fuzzer: what a keeper and its data process say to each other.
-#[doc(hidden)]
-pub fn fuzz_frames(bytes: &[u8]) {
-    skein_ipc::fuzz_frames::<Begin>(bytes);
-    skein_ipc::fuzz_frames::<handover::ToKeeper>(bytes);
-    skein_ipc::fuzz_frames::<handover::Answer>(bytes);
 }
 
 /// Checks that the manager's thread of the data process at `socket` answers. Succeeds without a

@@ -67,20 +67,6 @@ pub fn read_frame<T: DeserializeOwned>(from: &mut impl Read) -> io::Result<Optio
     Ok(Some(serde_json::from_slice(&body)?))
 }
 
-/// Reads frames up to the first malformed one, for fuzzers. A message that was read can be written
-/// and read again.
-///
-/// # Panics
-/// If a message that was read cannot be written, or cannot be read again.
-#[doc(hidden)]
-pub fn fuzz_frames<T: Serialize + DeserializeOwned>(mut data: &[u8]) {
-    while let Ok(Some(message)) = read_frame::<T>(&mut data) {
-        let frame = encode_frame(&message).expect("it came in a frame");
-        let again = read_frame::<T>(&mut &frame[..]);
-        assert!(again.is_ok_and(|again| again.is_some()));
-    }
-}
-
 /// The body's length that a frame's first four bytes announce.
 pub fn frame_length(prefix: [u8; 4]) -> io::Result<usize> {
     let length = u32::from_be_bytes(prefix) as usize;

@@ -10,13 +10,15 @@
 pub mod address;
 pub mod capture;
 mod codec;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod instance;
 pub mod keys;
 mod message;
 mod report;
 mod settings;
 
-pub use codec::{MAX_FRAME, encode_frame, frame_length, fuzz_frames, read_frame, write_frame};
+pub use codec::{MAX_FRAME, encode_frame, frame_length, read_frame, write_frame};
 pub use message::{ErrorKind, HANDOVER_VERSION, NodeIdentity, PROTOCOL_VERSION, Request, Response};
 pub use report::{
     Capability, CapabilityState, Confinement, ConfinementState, DirectionReport, DropReport,

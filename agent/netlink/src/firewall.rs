@@ -9,7 +9,7 @@
 pub mod counters;
 pub mod forward;
 mod legacy;
-mod monitor;
+pub(crate) mod monitor;
 pub mod probe;
 pub mod reconciler;
 pub mod rules;
@@ -193,19 +193,6 @@ async fn replace(rules: &Rules) -> Result<(), FirewallError> {
         nft(&["-f", "-"], &replacement).await?;
     }
     Ok(())
-}
-
-/// For the fuzzer: all that is read of what `nft -j` prints.
-#[doc(hidden)]
-pub fn fuzz_printed(text: &str) {
-    let _ = counters::parse(text);
-    forward::fuzz_printed(text);
-}
-
-/// Reads `data` as notifications of the kernel, for the fuzzer.
-#[doc(hidden)]
-pub fn fuzz_notifications(data: &[u8]) {
-    monitor::fuzz_notifications(data);
 }
 
 /// Removes the table. Returns whether it existed.

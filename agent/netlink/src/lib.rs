@@ -9,6 +9,8 @@
 pub mod address;
 pub mod advertisement;
 pub mod firewall;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod interface;
 pub mod link;
 pub mod lookup;
@@ -25,8 +27,6 @@ pub mod unreachable;
 use std::fmt::Display;
 use std::io;
 
-#[doc(hidden)]
-pub use self::next_hop::fuzz_next_hops;
 use thiserror::Error;
 use tokio::task::JoinHandle;
 

@@ -138,8 +138,8 @@ impl Objects {
 }
 
 /// Reads `data` as a dump of nexthop objects, for the fuzzer.
-#[doc(hidden)]
-pub fn fuzz_next_hops(data: &[u8]) {
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn fuzz_next_hops(data: &[u8]) {
     let mut objects = Objects::default();
     let _ = objects.read(data);
     let ids: Vec<_> = objects.devices.keys().chain(objects.groups.keys()).copied().collect();

@@ -5,7 +5,7 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::config::{Cni, Config};
+use crate::config::Cni;
 use crate::status::Offer;
 
 /// Name of the plugin's binary, and its `type` in the configuration.
@@ -93,8 +93,9 @@ pub(super) fn types(text: &[u8]) -> Vec<String> {
 
 /// Repairs `data` as the list of the file, for the fuzzer. A repaired list needs no second repair, and
 /// has the same entries of other programs.
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) fn fuzz_conflist(data: &[u8]) {
-    let config = Config::parse("name = 'a'").expect("every key has a default").cni;
+    let config = crate::config::Config::parse("name = 'a'").expect("every key has a default").cni;
     let offer = Offer { versions: vec!["1.0.0".to_owned()], limits: Vec::new() };
     let _ = types(data);
     let Some(list) = repaired(wanted(&config, &offer), data) else { return };
@@ -142,7 +143,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn config(chain: &str) -> Cni {
-        Config::parse(&format!("name = 'a'\n[cni]\nchain = {chain}\n")).unwrap().cni
+        crate::config::Config::parse(&format!("name = 'a'\n[cni]\nchain = {chain}\n")).unwrap().cni
     }
 
     fn offer(versions: &[&str]) -> Offer {

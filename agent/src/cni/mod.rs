@@ -30,6 +30,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use self::conflist::fuzz_conflist;
 use self::install::Install;
 use self::leases::Leases;

@@ -192,6 +192,7 @@ fn start(path: &Path) -> io::Result<std::process::Child> {
 }
 
 /// Parses `data` as an answer, for the fuzzer. The versions that are read are offered ones, in order.
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) fn fuzz_answer(data: &[u8]) {
     let versions = parse(data).unwrap_or_default();
     assert!(versions.is_sorted() && versions.iter().all(|version| OFFERED.contains(version)));

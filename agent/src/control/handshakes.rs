@@ -138,6 +138,7 @@ fn parse(bytes: &[u8]) -> io::Result<SeenHandshakes> {
 }
 
 /// Parses `data` as a file of timestamps. A file that is accepted can be written and read again.
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) fn fuzz_kept(data: &[u8]) {
     let Ok(seen) = parse(data) else { return };
     let written = serde_json::to_vec(&seen).expect("plain values");

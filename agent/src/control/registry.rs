@@ -19,6 +19,7 @@ pub use self::former::overlay_prefixes;
 use self::former::{FormerPrefixes, Owners, owners};
 use self::settle::{Accepted, Own, check_own, local_cidrs, settle};
 pub use self::store::Stored;
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use self::store::fuzz_stored;
 use self::store::path as store_path;
 use super::endpoint::Endpoint;

@@ -6,6 +6,8 @@
 pub mod confine;
 pub mod descriptors;
 pub mod files;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod landlock;
 pub mod link;
 pub mod lock;

@@ -75,13 +75,7 @@ fn request(name: &str) -> Vec<u8> {
     bytes
 }
 
-/// For the fuzzer.
-#[doc(hidden)]
-pub fn fuzz_answer(answer: &[u8]) {
-    let _ = parse(answer);
-}
-
-fn parse(answer: &[u8]) -> io::Result<Option<Link>> {
+pub(crate) fn parse(answer: &[u8]) -> io::Result<Option<Link>> {
     let short = || io::Error::new(io::ErrorKind::InvalidData, "short answer from rtnetlink");
     let kind = answer.get(4..6).map(u16_at).ok_or_else(short)?;
     let body = answer.get(NLMSG_HEADER..).ok_or_else(short)?;

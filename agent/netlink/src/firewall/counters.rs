@@ -34,7 +34,7 @@ pub async fn read(table: &str) -> Option<Counters> {
     parse(&nft(&["-j", "list", "counters", "table", "inet", table], "").await.ok()?)
 }
 
-pub(super) fn parse(text: &str) -> Option<Counters> {
+pub(crate) fn parse(text: &str) -> Option<Counters> {
     let document: Value = serde_json::from_str(text).ok()?;
     let packets = |name: &str| {
         let objects = document["nftables"].as_array()?.iter();

@@ -264,6 +264,7 @@ fn read_chains(objects: Vec<Value>) -> Vec<Chain> {
 }
 
 /// For the fuzzer: whatever rules there are, ours are found among them or put right.
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) fn fuzz_printed(text: &str) {
     let (Ok(chains), Ok(rules)) = (read_objects(text, "chain"), read_objects(text, "rule")) else {
         return;

@@ -149,6 +149,7 @@ fn heard<T: DeserializeOwned>(from: &mut impl BufRead) -> io::Result<T> {
 }
 
 /// For the fuzzer: everything that a line may be.
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) fn fuzz_line(data: &[u8]) {
     let _ = heard::<String>(&mut &data[..]);
     let _ = heard::<Counted>(&mut &data[..]);

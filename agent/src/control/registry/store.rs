@@ -114,6 +114,7 @@ impl Stored {
 
 /// Reads `bytes` as a file of kept records, for the fuzzer. The records that are read can be written
 /// and read again.
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) fn fuzz_stored(bytes: &[u8]) {
     let Ok(stored) = serde_json::from_slice::<Stored>(bytes) else { return };
     let again = serde_json::to_vec(&stored).map(|bytes| serde_json::from_slice::<Stored>(&bytes));
