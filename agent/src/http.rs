@@ -13,15 +13,15 @@ use axum::routing::get;
 use tokio::task::JoinHandle;
 
 use self::connections::{ConnectionLimits, accept};
-use crate::control::shared::Shared;
+use crate::control::exports::HttpSource;
 use crate::control::takeover::Listeners;
 use crate::metrics;
 
 /// Starts the tasks that serve metrics, liveness and readiness, and the status page. Each task runs
 /// until it is aborted; the task of an absent listener ends at once.
-pub fn serve(listeners: Listeners, shared: Shared) -> [JoinHandle<()>; 2] {
+pub fn serve(listeners: Listeners, source: HttpSource) -> [JoinHandle<()>; 2] {
     let Listeners { metrics, page } = listeners;
-    [(metrics, metrics_router(shared.clone())), (page, page::router(shared))]
+    [(metrics, metrics_router(source.clone())), (page, page::router(source.into()))]
         .map(|(listener, router)| tokio::spawn(serve_router(listener, router)))
 }
 
@@ -33,37 +33,40 @@ async fn serve_router(listener: Option<TcpListener>, router: Router) {
     }
 }
 
-fn metrics_router(shared: Shared) -> Router {
+fn metrics_router(source: HttpSource) -> Router {
     Router::new()
         .route("/metrics", get(metrics_page))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(readiness))
-        .with_state(shared)
+        .with_state(source)
 }
 
-async fn metrics_page(State(shared): State<Shared>, headers: HeaderMap) -> Response {
-    let metrics = &shared.config.metrics;
-    if !is_own_host(&headers, &shared.config.name, &metrics.hosts) {
+async fn metrics_page(State(source): State<HttpSource>, headers: HeaderMap) -> Response {
+    let HttpSource { agent, reports, pods, requests } = source;
+    let settings = &agent.config.metrics;
+    if !is_own_host(&headers, &agent.config.name, &settings.hosts) {
         let text = "the metrics answer to an address, to localhost, to the node's name and to metrics.hosts only\n";
         return (StatusCode::MISDIRECTED_REQUEST, text).into_response();
     }
-    let report = shared.recent_report().await;
+    let report = reports.recent().await;
+    // Cloned: no lock is held while the counters are read.
+    let (pods, firewall) = (pods.borrow().clone(), agent.firewall.borrow().clone());
     let input = metrics::Input {
-        conflicts: shared.interface().conflicts.len(),
+        conflicts: agent.node.interface().conflicts.len(),
         report,
-        dataplane: shared.dataplane.get(),
-        registry: shared.registry(),
-        ready: shared.readiness.reasons().is_empty(),
-        key: Some(shared.key()),
-        per_peer: metrics.per_peer,
-        requests: shared.requests().map(|requests| requests.families()).unwrap_or_default(),
-        pods: match shared.pods() {
+        dataplane: agent.dataplane.get(),
+        registry: agent.node.registry(),
+        ready: agent.readiness.reasons().is_empty(),
+        key: Some(agent.node.key()),
+        per_peer: settings.per_peer,
+        requests: requests.map(|requests| requests.families()).unwrap_or_default(),
+        pods: match pods {
             Some(pods) => {
                 Some(metrics::Pods { requests: pods.requests(), usage: pods.usage().await })
             }
             None => None,
         },
-        firewall: match shared.firewall() {
+        firewall: match firewall {
             Some(firewall) => Some(metrics::Firewall {
                 status: firewall.status(),
                 counters: firewall.counters().await,
@@ -77,12 +80,13 @@ async fn metrics_page(State(shared): State<Shared>, headers: HeaderMap) -> Respo
     }
 }
 
-async fn readiness(State(shared): State<Shared>, headers: HeaderMap) -> Response {
-    let reasons = shared.readiness.reasons();
+async fn readiness(State(source): State<HttpSource>, headers: HeaderMap) -> Response {
+    let reasons = source.agent.readiness.reasons();
     if reasons.is_empty() {
         return "ready\n".into_response();
     }
-    if !is_own_host(&headers, &shared.config.name, &shared.config.metrics.hosts) {
+    let config = &source.agent.config;
+    if !is_own_host(&headers, &config.name, &config.metrics.hosts) {
         return (StatusCode::SERVICE_UNAVAILABLE, "not ready\n").into_response();
     }
     (StatusCode::SERVICE_UNAVAILABLE, reasons.join("\n") + "\n").into_response()
@@ -109,17 +113,13 @@ pub(super) mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::config::Config;
-    use crate::status::RotationStatus;
-    use skein_ipc::keys::PublicKey;
+    use crate::control::exports::tests::http_source;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpStream;
 
     /// An agent's state without a data process.
-    pub(crate) fn shared() -> Shared {
-        let config = "name = 'node-a'\n[metrics]\nhosts = ['node-a.example']";
-        let config = Config::parse(config).unwrap();
-        Shared::new(config, RotationStatus::of(PublicKey([1; 32])))
+    pub(crate) fn source() -> HttpSource {
+        http_source("name = 'node-a'\n[metrics]\nhosts = ['node-a.example']")
     }
 
     /// Serves on a port of the loopback.
@@ -132,7 +132,7 @@ pub(super) mod tests {
 
     /// Serves the metrics' pages with these limits.
     pub(crate) async fn server(limits: ConnectionLimits) -> SocketAddr {
-        start(metrics_router(shared()), limits).await
+        start(metrics_router(source()), limits).await
     }
 
     pub(crate) async fn get(address: SocketAddr, path: &str) -> String {
@@ -180,9 +180,9 @@ pub(super) mod tests {
 
     #[tokio::test]
     async fn readiness_for_foreign_host_names_has_no_reasons() {
-        let shared = shared();
-        let _blocked = shared.readiness.block("interface skein0: refused");
-        let address = start(metrics_router(shared), ConnectionLimits::default()).await;
+        let source = source();
+        let _blocked = source.agent.readiness.block("interface skein0: refused");
+        let address = start(metrics_router(source), ConnectionLimits::default()).await;
         let request = async |host: &str| {
             ask(address, &format!("GET /readyz HTTP/1.1\r\nHost: {host}\r\n\r\n")).await
         };

@@ -1,6 +1,7 @@
 //! `skein-agent status`: the agent's state as tables for people.
 
 mod document;
+mod node;
 mod table;
 
 use std::fmt::Write;
@@ -13,6 +14,7 @@ pub use self::document::{
     DataplaneStatus, Document, InterfaceStatus, Offer, PeerConflict, RegistryStatus, RejectedFile,
     RotationStatus, Stage,
 };
+pub use self::node::{NodeState, NodeView};
 pub(crate) use self::table::{Align, Field, Tone, paint, printable, table};
 
 /// The tables. `before` is an earlier status and how long ago it was, for rates.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::time::sleep;
 
 use super::client::{Client, ClientError};
-use super::supervisor::DataplaneState;
+use super::dataplane::DataplaneState;
 
 /// Delay before the next request to a data process that is absent or of a release without this
 /// request.

@@ -7,8 +7,10 @@ mod changes;
 pub mod cleanup;
 pub mod client;
 mod clock;
+pub mod dataplane;
 pub mod desired;
 pub mod endpoint;
+pub mod exports;
 pub(crate) mod handshakes;
 pub mod history;
 pub mod identity;
@@ -16,15 +18,17 @@ pub mod instance;
 #[cfg_attr(not(feature = "kubernetes"), path = "without_kubernetes.rs")]
 pub mod kubernetes;
 pub mod lock;
+mod log_level;
 pub mod records;
 pub mod registry;
+pub mod reports;
 pub mod rotation;
 pub mod server;
-pub mod shared;
 pub mod source;
 pub mod supervisor;
 pub mod takeover;
 mod underlay;
+pub mod view;
 pub mod watch;
 
 use std::collections::BTreeSet;
@@ -49,16 +53,19 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use self::border::{firewall_rules, networks};
 use self::desired::Desired;
+use self::exports::{HttpSource, StatusSource};
 use self::instance::DataplaneRequest;
-use self::kubernetes::Kubernetes;
+use self::kubernetes::{Kubernetes, Requests};
 use self::lock::StateLock;
+use self::log_level::LogLevels;
 use self::registry::{Registry, Stored};
+use self::reports::Reports;
 use self::rotation::{Rotation, RotationError, RotationRequest};
-use self::shared::Shared;
 use self::source::{Reader, Source};
 use self::supervisor::{End, Handle};
 use self::takeover::{Listeners, Role, Start};
 use self::underlay::UnderlayWatch;
+use self::view::{AgentView, Publication};
 use self::watch::SourceWatch;
 use crate::cni::Pods;
 use crate::config::{Config, Mode};
@@ -100,7 +107,7 @@ pub struct HandOver {
 }
 
 /// Starts the tasks that serve HTTP on bound listeners. The caller aborts them.
-pub type ServeHttp = fn(Listeners, Shared) -> [JoinHandle<()>; 2];
+pub type ServeHttp = fn(Listeners, HttpSource) -> [JoinHandle<()>; 2];
 
 /// Runs until a signal ends it, another agent takes its place, or the start fails.
 pub async fn run(
@@ -126,8 +133,10 @@ pub async fn run(
     };
     let Role { lock, listeners, taken_over } = role;
     let rotation = Rotation::load(&config)?;
-    let mut shared = Shared::new(config.clone(), rotation.status());
-    shared.readiness = readiness.clone();
+    let requests = config.kubernetes.enabled.then(Requests::new).transpose()?;
+    let published = Publication::new(rotation.status(), readiness.clone());
+    let agent = published.view(&config);
+    let reports = Reports::new(config.dataplane.socket.clone());
     let bind = async |key: &str, bound: Option<TcpListener>, address| match bound {
         Some(bound) => Ok(Some(bound)),
         None => free(takes_over, || bind_tcp(key, address)).await,
@@ -136,10 +145,18 @@ pub async fn run(
     let page = bind("status_page.listen", listeners.page, config.status_page.listen).await?;
     let status = free(takes_over, || server::bind(&config.control.socket)).await?;
     let (hand_over, mut asked_to_hand_over) = mpsc::channel(1);
-    let http = serve_http(Listeners { metrics, page }, shared.clone());
+    let shown = HttpSource {
+        agent: agent.clone(),
+        reports: reports.clone(),
+        pods: published.pods.subscribe(),
+        requests: requests.clone(),
+    };
+    let http = serve_http(Listeners { metrics, page }, shown);
     let (rotate, asked) = mpsc::channel(1);
-    let asks = server::Asks { hand_over, rotate };
-    let server = tokio::spawn(server::serve(status, shared.clone(), asks));
+    let log_levels = LogLevels { dataplane: config.dataplane.socket.clone() };
+    let asks = server::Asks { hand_over, rotate, log_levels };
+    let source = StatusSource { agent: agent.clone(), reports, pods: published.pods.subscribe() };
+    let server = tokio::spawn(server::serve(status, source, asks));
     let dataplane = start.instance.as_ref();
     let mut dataplane = dataplane.map(|own| DataplaneRequest::start(own, readiness.clone()));
 
@@ -149,7 +166,17 @@ pub async fn run(
         if let Some(dataplane) = dataplane.as_mut().filter(|_| taken_over) {
             dataplane.granted().await;
         }
-        control(config, (rotation, asked), shared, starting, &mut signals).await
+        let stored = Stored::read(&config);
+        refuse_kept_prefixes(&config, stored.as_ref()).await?;
+        let source = tokio::select! {
+            source = first_records(&agent, requests, &starting, stored.as_ref()) => source?,
+            () = signals.end() => return Ok(()),
+        };
+        let (source, reader) = source;
+        let registry = Registry::open(&config, rotation.public(), reader, stored)?;
+        let (controller, first) = Controller::start(config, rotation, registry, published).await?;
+        drop(starting);
+        controller.run(first, source, asked, &mut signals).await
     };
     let result = tokio::select! {
         result = work => result,
@@ -180,26 +207,6 @@ async fn free<T>(take_over: bool, take: impl Fn() -> Result<T, Failure>) -> Resu
             result => return result,
         }
     }
-}
-
-async fn control(
-    config: Config,
-    (rotation, asked): (Rotation, mpsc::Receiver<RotationRequest>),
-    shared: Shared,
-    starting: NotReady,
-    signals: &mut Signals,
-) -> Result<(), Failure> {
-    let stored = Stored::read(&config);
-    refuse_kept_prefixes(&config, stored.as_ref()).await?;
-    let source = tokio::select! {
-        source = first_records(&config, &shared, &starting, stored.as_ref()) => source?,
-        () = signals.end() => return Ok(()),
-    };
-    let (source, reader) = source;
-    let registry = Registry::open(&config, rotation.public(), reader, stored)?;
-    let (controller, first) = Controller::start(config, rotation, registry, shared).await?;
-    drop(starting);
-    controller.run(first, source, asked, signals).await
 }
 
 /// Adds the unreachable routes of an earlier process. After a boot, only these routes keep traffic
@@ -242,17 +249,17 @@ fn log_changes(outcome: &Outcome) {
 
 /// The source of the records, once there is something to read.
 async fn first_records(
-    config: &Config,
-    shared: &Shared,
+    agent: &AgentView,
+    requests: Option<Requests>,
     starting: &NotReady,
     stored: Option<&Stored>,
 ) -> Result<(Source, Reader), Failure> {
-    if !config.kubernetes.enabled {
+    let config = &*agent.config;
+    let Some(requests) = requests else {
         let watch = SourceWatch::start(&config.nodes);
         return Ok((Source::Path(watch), Reader::Path(config.nodes.clone())));
-    }
-    let mut kubernetes = Kubernetes::start(shared).await?;
-    shared.set_requests(kubernetes.requests());
+    };
+    let mut kubernetes = Kubernetes::start(agent, requests).await?;
     let reader = Reader::Kubernetes(kubernetes.records());
     let last_good = stored.is_some_and(|stored| stored.is_of(&reader));
     let waits = |reason: &str| {
@@ -267,7 +274,7 @@ struct Controller {
     config: Config,
     rotation: Rotation,
     registry: Registry,
-    shared: Shared,
+    published: Publication,
     netlink: Netlink,
     monitor: Monitor,
     underlay: UnderlayWatch,
@@ -307,7 +314,7 @@ impl Controller {
         config: Config,
         rotation: Rotation,
         mut registry: Registry,
-        shared: Shared,
+        published: Publication,
     ) -> Result<(Self, First), Failure> {
         let netlink = Netlink::connect().map_err(netlink_failure)?;
         let monitor = Monitor::start(&config.interface.name).map_err(netlink_failure)?;
@@ -330,7 +337,7 @@ impl Controller {
         // Started before the interface exists: no packet of a pod passes before the rules are
         // installed.
         let firewall = Firewall::start(firewall_rules(&config, &desired, &networks, &[])).await;
-        shared.set_firewall(firewall.clone());
+        published.firewall.send_replace(Some(firewall.clone()));
         if let Some(table) = registry.former_table() {
             match firewall::remove(table).await {
                 Ok(_) => tracing::info!(table, "nftables table of the earlier name removed"),
@@ -347,20 +354,20 @@ impl Controller {
         let (supervisor, first) = supervisor::start(
             settings,
             receiver,
-            shared.dataplane.clone(),
-            shared.readiness.clone(),
+            published.dataplane.clone(),
+            published.readiness.clone(),
         );
         let socket = config.dataplane.socket.clone();
         let mut changes = JoinSet::new();
-        changes.spawn(changes::subscribe(socket, shared.dataplane.clone()));
-        let not_ready = Some(shared.readiness.block("the interface is not configured yet"));
+        changes.spawn(changes::subscribe(socket, published.dataplane.clone()));
+        let not_ready = Some(published.readiness.block("the interface is not configured yet"));
         let no_pods =
-            config.cni.enabled.then(|| shared.readiness.block("pods cannot be attached yet"));
+            config.cni.enabled.then(|| published.readiness.block("pods cannot be attached yet"));
         let mut controller = Self {
             config,
             rotation,
             registry,
-            shared,
+            published,
             netlink,
             monitor,
             underlay,
@@ -395,7 +402,7 @@ impl Controller {
     ) -> Result<(), Failure> {
         let mut resync = tokio::time::interval(RESYNC);
         resync.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let dataplane = self.shared.dataplane.clone();
+        let dataplane = self.published.dataplane.clone();
         loop {
             tokio::select! {
                 asked = signals.next() => match asked {
@@ -456,7 +463,7 @@ impl Controller {
     /// Reads the node records and follows them.
     async fn reload(&mut self) {
         let changed = self.registry.reload();
-        self.shared.set_registry(self.registry.status());
+        self.published.node.set_registry(self.registry.status());
         if !changed {
             return;
         }
@@ -495,7 +502,7 @@ impl Controller {
 
     async fn publish_and_wait(&self) {
         let revision = self.publish();
-        let reached = self.shared.dataplane.reached(revision);
+        let reached = self.published.dataplane.reached(revision);
         if tokio::time::timeout(PATIENCE, reached).await.is_err() {
             tracing::warn!(revision, "the data process has not taken the change yet");
         }
@@ -528,7 +535,7 @@ impl Controller {
             return;
         }
         let before = self.rotation.public();
-        let held = self.shared.dataplane.get().second_key_peers;
+        let held = self.published.dataplane.get().second_key_peers;
         let result = self.rotation.step(self.registry.told_keys(), held);
         if self.rotation.public() != before {
             self.take_keys().await;
@@ -539,14 +546,14 @@ impl Controller {
             tracing::error!("{complaint}");
             status.waits_for = Some(complaint);
         }
-        self.shared.set_key(status);
+        self.published.node.set_key(status);
     }
 
     /// This node has other keys: they must be answered to before anybody is told of them.
     async fn take_keys(&mut self) {
         self.registry.set_keys(self.rotation.public());
         self.publish_and_wait().await;
-        self.shared.set_key(self.rotation.status());
+        self.published.node.set_key(self.rotation.status());
     }
 
     /// Begins to serve the CNI plugin, where that is wanted.
@@ -555,10 +562,10 @@ impl Controller {
             return Ok(());
         }
         let (network, readiness) =
-            (self.desired.network(&self.config), self.shared.readiness.clone());
+            (self.desired.network(&self.config), self.published.readiness.clone());
         let firewall = self.firewall.clone();
         let (pods, view) = Pods::start(&self.config, network, firewall, readiness).await?;
-        self.shared.set_pods(view);
+        self.published.pods.send_replace(Some(view));
         self.pods = Some(pods);
         self.no_pods = None;
         Ok(())
@@ -597,7 +604,7 @@ impl Controller {
             true => None,
             false => {
                 let reason = format!("interface {}: {}", wanted.name, complaints.join("; "));
-                Some(self.shared.readiness.block(reason))
+                Some(self.published.readiness.block(reason))
             }
         };
         self.complaints = complaints;
@@ -672,9 +679,9 @@ impl Controller {
         if let Some(pods) = &self.pods {
             pods.set_network(self.desired.network(&self.config));
         }
-        self.shared.set_registry(self.registry.status());
+        self.published.node.set_registry(self.registry.status());
         let wanted = self.desired.interface(&self.config, &self.narrow);
-        self.shared.set_interface(InterfaceStatus {
+        self.published.node.set_interface(InterfaceStatus {
             name: wanted.name,
             index: self.interface.index,
             mtu: self.desired.mtu,

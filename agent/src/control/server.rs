@@ -30,8 +30,9 @@ use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 
 pub(super) use self::lines::HAND_OVER as HAND_OVER_LINE;
+use super::exports::StatusSource;
+use super::log_level::{LogLevelError, LogLevels};
 use super::rotation::{Ask, RotationError, RotationRequest};
-use super::shared::{LogLevelError, Shared};
 use crate::connection::serve_request;
 use crate::failure::Failure;
 use crate::listener::Listener;
@@ -125,18 +126,20 @@ pub struct Asks {
     pub hand_over: mpsc::Sender<std_net::UnixStream>,
     /// Receives requests for another key of this node.
     pub rotate: Ask,
+    /// Setter of the log level.
+    pub log_levels: LogLevels,
 }
 
 /// State of the handlers.
 #[derive(Debug, Clone)]
 struct Service {
-    shared: Shared,
+    status: StatusSource,
     asks: Asks,
 }
 
 /// Serves requests until the task is aborted.
-pub async fn serve(mut listener: Listener, shared: Shared, asks: Asks) {
-    let service = Service { shared, asks };
+pub async fn serve(mut listener: Listener, status: StatusSource, asks: Asks) {
+    let service = Service { status, asks };
     let router = router(service.clone());
     loop {
         match listener.accept().await {
@@ -188,7 +191,7 @@ fn router(service: Service) -> Router {
 }
 
 async fn status(State(service): State<Service>) -> Json<Document> {
-    Json(service.shared.document().await)
+    Json(service.status.document().await)
 }
 
 async fn rotate_key(
@@ -204,7 +207,7 @@ async fn set_log_level(
     body: Result<Json<LogLevelBody>, JsonRejection>,
 ) -> Result<StatusCode, ErrorAnswer> {
     let Json(LogLevelBody { level }) = body?;
-    service.shared.set_log_level(level.as_deref()).await?;
+    service.asks.log_levels.set(level.as_deref()).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -262,7 +265,7 @@ mod tests {
 
     use super::super::agent_client::{self, AgentError};
     use super::*;
-    use crate::config::Config;
+    use crate::control::exports::tests::status_source;
 
     /// A served control socket and the receivers of its requests.
     struct Agent {
@@ -277,10 +280,10 @@ mod tests {
             let listener = bind(&directory.path().join("control.sock")).unwrap();
             let ((to_hand_over, hand_over), (to_rotate, rotate)) =
                 (mpsc::channel(1), mpsc::channel(1));
-            let asks = Asks { hand_over: to_hand_over, rotate: to_rotate };
-            let config = Config::parse("name = 'node-a'").unwrap();
-            let shared = Shared::new(config, RotationStatus::of(PublicKey([1; 32])));
-            tokio::spawn(serve(listener, shared, asks));
+            let log_levels = LogLevels { dataplane: directory.path().join("dataplane.sock") };
+            let asks = Asks { hand_over: to_hand_over, rotate: to_rotate, log_levels };
+            let status = status_source("name = 'node-a'");
+            tokio::spawn(serve(listener, status, asks));
             Self { directory, hand_over, rotate }
         }
 

@@ -7,22 +7,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use skein_ipc::{ErrorKind, ReducedPath, Report, Request, Snapshot, UnreachablePeer};
+use skein_ipc::{ErrorKind, Request, Snapshot};
 use skein_sys::socket::is_trusted;
 use tokio::process::{Child, Command};
-use tokio::sync::{Notify, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, sleep};
 
 use super::client::{Client, ClientError};
 use super::clock::{Clock, wall};
+use super::dataplane::DataplaneState;
 use super::desired::difference;
 use super::handshakes::HandshakeTimes;
-use super::history::History;
 use crate::config::{Config, Mode};
 use crate::failure::Failure;
 use crate::lifecycle::{NotReady, Readiness};
 use crate::logging::Log;
-use crate::status::DataplaneStatus;
 
 /// How long a data process may take to listen after its start, and to end when asked.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -71,100 +70,6 @@ impl Settings {
             seccomp: dataplane.seccomp,
             require_confinement: dataplane.require_confinement,
         }
-    }
-}
-
-/// The data process as the supervisor sees it; cheap to clone, always current.
-#[derive(Debug, Clone, Default)]
-pub struct DataplaneState {
-    status: watch::Sender<DataplaneStatus>,
-    history: History,
-    report_wanted: Arc<Notify>,
-}
-
-impl DataplaneState {
-    /// As it is now.
-    pub fn get(&self) -> DataplaneStatus {
-        self.status.borrow().clone()
-    }
-
-    /// Its counters in the last minutes.
-    pub fn history(&self) -> &History {
-        &self.history
-    }
-
-    /// Makes the supervisor request a report now.
-    pub fn request_report(&self) {
-        self.report_wanted.notify_one();
-    }
-
-    /// Waits until this revision, or a later one, is in force.
-    pub async fn reached(&self, revision: u64) {
-        let reached = |status: &DataplaneStatus| status.up && status.revision >= revision;
-        // Fails only where the sender is gone, and that is `self`.
-        let _ = self.status.subscribe().wait_for(reached).await;
-    }
-
-    /// Waits until `not_before`, and then for other paths than `known` to be narrow. Returns the
-    /// narrow paths. Changes that come before `not_before` are returned together.
-    pub async fn narrow_paths(
-        &self,
-        known: &[ReducedPath],
-        not_before: Instant,
-    ) -> Vec<ReducedPath> {
-        tokio::time::sleep_until(not_before).await;
-        let mut status = self.status.subscribe();
-        // Fails only where the sender is gone, and that is `self`.
-        match status.wait_for(|status| status.up && status.narrow != known).await {
-            Ok(status) => status.narrow.clone(),
-            Err(_) => std::future::pending().await,
-        }
-    }
-
-    /// Waits until the data process has other ports than `known`, and returns them.
-    pub async fn source_ports(&self, known: &[u16]) -> Vec<u16> {
-        let mut status = self.status.subscribe();
-        let differ = |status: &DataplaneStatus| status.up && status.source_ports != known;
-        // Fails only where the sender is gone, and that is `self`.
-        match status.wait_for(differ).await {
-            Ok(status) => status.source_ports.clone(),
-            Err(_) => std::future::pending().await,
-        }
-    }
-
-    /// Waits for other peers than these to be unreachable, or for another reason.
-    pub async fn other_unreachable_peers(&self, known: &[UnreachablePeer]) {
-        let differ = |status: &DataplaneStatus| status.up && status.unreachable != known;
-        // Fails only where the sender is gone, and that is `self`.
-        let _ = self.status.subscribe().wait_for(differ).await;
-    }
-
-    fn found(&self, report: Report) {
-        self.history.note(&report);
-        let Report {
-            capabilities,
-            reduced_paths: mut narrow,
-            unreachable,
-            second_key_peers,
-            source_ports,
-            ..
-        } = report;
-        narrow.sort();
-        self.status.send_if_modified(|status| {
-            let differs = status.capabilities != capabilities
-                || status.narrow != narrow
-                || status.source_ports != source_ports
-                || status.unreachable != unreachable;
-            (status.capabilities, status.narrow) = (capabilities, narrow);
-            status.unreachable = unreachable;
-            status.source_ports = source_ports;
-            status.second_key_peers = second_key_peers;
-            differs
-        });
-    }
-
-    fn set(&self, change: impl FnOnce(&mut DataplaneStatus)) {
-        self.status.send_modify(change);
     }
 }
 

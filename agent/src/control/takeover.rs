@@ -9,6 +9,7 @@
 
 use std::net::{SocketAddr, UdpSocket};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -18,10 +19,9 @@ use skein_netlink::Netlink;
 use skein_sys::lock::FileLock;
 use tokio::time::Instant;
 
-use super::kubernetes::Kubernetes;
+use super::kubernetes::{Kubernetes, Requests};
 use super::lock::StateLock;
 use super::registry::{Registry, Stored};
-use super::shared::Shared;
 use super::source::{Reader, Source};
 use super::underlay::UnderlayWatch;
 use super::{agent_client, netlink_failure};
@@ -29,7 +29,7 @@ use crate::config::Config;
 use crate::failure::Failure;
 use crate::lifecycle::NotReady;
 use crate::listener::bind_tcp;
-use crate::status::{RegistryStatus, RotationStatus};
+use crate::status::{NodeState, RegistryStatus, RotationStatus};
 
 /// Interval at which an agent that is not ready to take over checks again.
 const CHECK_INTERVAL: Duration = Duration::from_millis(200);
@@ -141,7 +141,8 @@ struct Candidate<'a> {
 
 /// The node records as this agent reads them.
 struct Records {
-    shared: Shared,
+    /// State whose key the follower of the API server uses.
+    node: NodeState,
     reader: Reader,
     underlay: UnderlayWatch,
     /// Follows the API server.
@@ -208,7 +209,7 @@ impl<'a> Candidate<'a> {
             Some(records) => records,
             none => none.insert(Records::open(self.config, key.clone()).await?),
         };
-        records.shared.set_key(key.clone());
+        records.node.set_key(key.clone());
         if let Err(error) = records.reader.read() {
             return Ok(Some(format!("waiting for the node records: {error}")));
         }
@@ -275,16 +276,17 @@ impl<'a> Candidate<'a> {
 
 impl Records {
     async fn open(config: &Config, key: RotationStatus) -> Result<Self, Failure> {
-        let (shared, underlay) = (Shared::new(config.clone(), key), UnderlayWatch::default());
+        let (node, underlay) = (NodeState::new(key), UnderlayWatch::default());
         if !config.kubernetes.enabled {
             let reader = Reader::Path(config.nodes.clone());
-            return Ok(Self { shared, reader, underlay, _source: None });
+            return Ok(Self { node, reader, underlay, _source: None });
         }
-        let mut kubernetes = Kubernetes::follow(&shared).await?;
+        let (own, key) = (Arc::new(config.clone()), node.view().follow_key());
+        let mut kubernetes = Kubernetes::follow(own, key, Requests::new()?).await?;
         // The caller checks repeatedly whether all records are known.
         kubernetes.start_with(config, true, |_| {}).await?;
         let reader = Reader::Kubernetes(kubernetes.records());
-        Ok(Self { shared, reader, underlay, _source: Some(Source::Kubernetes(kubernetes)) })
+        Ok(Self { node, reader, underlay, _source: Some(Source::Kubernetes(kubernetes)) })
     }
 }
 

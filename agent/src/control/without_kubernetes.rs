@@ -2,14 +2,17 @@
 //! these types exists: a configuration with `kubernetes.enabled` is refused at the start.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use prometheus::proto::MetricFamily;
 use skein_ipc::keys::PublicKeys;
+use tokio::sync::watch;
 
 use super::records::Files;
-use super::shared::Shared;
+use super::view::AgentView;
 use crate::config::Config;
 use crate::failure::Failure;
+use crate::status::RotationStatus;
 
 /// The connection to an API server, which this build cannot have.
 #[derive(Debug)]
@@ -28,7 +31,7 @@ impl Kubernetes {
     ///
     /// # Errors
     /// [`Failure::Usage`] always.
-    pub async fn start(_: &Shared) -> Result<Self, Failure> {
+    pub async fn start(_: &AgentView, _: Requests) -> Result<Self, Failure> {
         Err(refusal())
     }
 
@@ -36,7 +39,11 @@ impl Kubernetes {
     ///
     /// # Errors
     /// [`Failure::Usage`] always.
-    pub async fn follow(_: &Shared) -> Result<Self, Failure> {
+    pub async fn follow(
+        _: Arc<Config>,
+        _: watch::Receiver<RotationStatus>,
+        _: Requests,
+    ) -> Result<Self, Failure> {
         Err(refusal())
     }
 
@@ -62,11 +69,6 @@ impl Kubernetes {
     pub fn records(&self) -> Records {
         match *self {}
     }
-
-    /// Cannot be called.
-    pub fn requests(&self) -> Requests {
-        match *self {}
-    }
 }
 
 impl Records {
@@ -90,6 +92,14 @@ impl Records {
 }
 
 impl Requests {
+    /// Refuses the configuration.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] always.
+    pub fn new() -> Result<Self, Failure> {
+        Err(refusal())
+    }
+
     /// Cannot be called.
     pub fn families(&self) -> Vec<MetricFamily> {
         match *self {}

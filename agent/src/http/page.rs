@@ -17,11 +17,16 @@ use serde::{Deserialize, Serialize};
 use skein_core::drop::DropReason;
 use skein_ipc::keys::PublicKey;
 use skein_ipc::{Capability, PeerState, Report};
+use tokio::sync::watch;
 
 use super::is_own_host;
+use crate::cni;
+use crate::control::dataplane::DataplaneState;
+use crate::control::exports::HttpSource;
 use crate::control::history::{self, COLUMNS, Sample};
-use crate::control::shared::Shared;
-use crate::status::RejectedFile;
+use crate::control::reports::Reports;
+use crate::lifecycle::Readiness;
+use crate::status::{NodeView, RejectedFile};
 
 /// Refused records that are shown; beyond, they are only counted.
 const REJECTED: usize = 20;
@@ -44,8 +49,35 @@ const HEADERS: [(HeaderName, &str); 7] = [
     (HeaderName::from_static("cross-origin-opener-policy"), "same-origin"),
 ];
 
+/// State of the agent that the page shows. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(super) struct PageSource {
+    /// Name of the node.
+    name: String,
+    readiness: Readiness,
+    node: NodeView,
+    dataplane: DataplaneState,
+    reports: Reports,
+    /// State of the pods; `None` while the agent serves none.
+    pods: watch::Receiver<Option<cni::View>>,
+}
+
+impl From<HttpSource> for PageSource {
+    fn from(source: HttpSource) -> Self {
+        let HttpSource { agent, reports, pods, requests: _ } = source;
+        Self {
+            name: agent.config.name.clone(),
+            readiness: agent.readiness,
+            node: agent.node,
+            dataplane: agent.dataplane,
+            reports,
+            pods,
+        }
+    }
+}
+
 /// Everything that it serves.
-pub(super) fn router(shared: Shared) -> Router {
+pub(super) fn router(source: PageSource) -> Router {
     let file = |kind: &'static str, text: &'static str| {
         get(move || async move { ([(header::CONTENT_TYPE, kind)], text) })
     };
@@ -56,12 +88,12 @@ pub(super) fn router(shared: Shared) -> Router {
         .route("/icon.svg", file("image/svg+xml", include_str!("page/icon.svg")))
         .route("/api/status", get(status))
         .route("/api/peers", get(peers))
-        .layer(from_fn_with_state(shared.clone(), guard))
-        .with_state(shared)
+        .layer(from_fn_with_state(source.clone(), guard))
+        .with_state(source)
 }
 
-async fn guard(State(shared): State<Shared>, request: Request, next: Next) -> Response {
-    let mut response = if is_own_host(request.headers(), &shared.config.name, &[]) {
+async fn guard(State(source): State<PageSource>, request: Request, next: Next) -> Response {
+    let mut response = if is_own_host(request.headers(), &source.name, &[]) {
         next.run(request).await
     } else {
         let text = "this page answers to an address, to localhost and to the node's name only\n";
@@ -170,24 +202,25 @@ struct History {
     rows: Vec<Sample>,
 }
 
-async fn status(State(shared): State<Shared>, Query(since): Query<Since>) -> Json<Status> {
-    let (present, report) = match shared.recent_report().await {
+async fn status(State(source): State<PageSource>, Query(since): Query<Since>) -> Json<Status> {
+    let (present, report) = match source.reports.recent().await {
         Some(report) => (true, report),
         None => (false, Report::default()),
     };
-    let reasons = shared.readiness.reasons();
-    let (interface, registry) = (shared.interface(), shared.registry());
-    let dataplane = shared.dataplane.get();
-    let rows = shared.dataplane.history().since(since.since);
-    let pools = match shared.pods() {
+    let reasons = source.readiness.reasons();
+    let (interface, registry) = (source.node.interface(), source.node.registry());
+    let dataplane = source.dataplane.get();
+    let rows = source.dataplane.history().since(since.since);
+    let pods = source.pods.borrow().clone();
+    let pools = match pods {
         Some(pods) => Some(pods.usage().await.pools.iter().map(pool).collect()),
         None => None,
     };
     Json(Status {
-        node: shared.config.name.clone(),
+        node: source.name,
         version: env!("CARGO_PKG_VERSION"),
         process: std::process::id(),
-        public_key: shared.key().keys.first,
+        public_key: source.node.key().keys.first,
         ready: reasons.is_empty(),
         reasons,
         interface: Interface {
@@ -221,8 +254,8 @@ async fn status(State(shared): State<Shared>, Query(since): Query<Since>) -> Jso
     })
 }
 
-async fn peers(State(shared): State<Shared>, Query(ask): Query<peers::Ask>) -> Response {
-    let report = shared.recent_report().await.unwrap_or_default();
+async fn peers(State(source): State<PageSource>, Query(ask): Query<peers::Ask>) -> Response {
+    let report = source.reports.recent().await.unwrap_or_default();
     Json(peers::choose(&report.peers, &ask)).into_response()
 }
 
@@ -304,12 +337,12 @@ mod tests {
 
     use super::*;
     use crate::http::connections::ConnectionLimits;
-    use crate::http::tests::{ask, shared, start};
+    use crate::http::tests::{ask, source, start};
     use crate::status::tests::peer;
     use skein_ipc::{DropReport, LaneReport};
 
     async fn server() -> SocketAddr {
-        start(router(shared()), ConnectionLimits::default()).await
+        start(router(source().into()), ConnectionLimits::default()).await
     }
 
     async fn get(address: SocketAddr, path: &str, host: &str) -> String {

@@ -14,7 +14,11 @@ use skein_cni_protocol::excerpt::message_excerpt;
 use tower::timeout::TimeoutLayer;
 use tower::util::MapRequestLayer;
 
-use super::follow::RENEW;
+use crate::failure::Failure;
+
+/// Seconds after which a watch is renewed, and at most half as many more: a connection from an address that this node has no more, or to
+/// a server that is gone, says nothing, and is found dead by that alone.
+pub(super) const RENEW: u32 = 60;
 
 /// How long the API server may take to accept a connection.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -32,11 +36,15 @@ const VERBS: [&str; 5] = ["list", "watch", "create", "patch", "delete"];
 pub struct Requests(IntCounterVec);
 
 impl Requests {
-    /// All series at zero.
-    pub fn new() -> prometheus::Result<Self> {
+    /// Returns counters whose series are all at zero.
+    ///
+    /// # Errors
+    /// [`Failure::Runtime`] if the definition of the metric is invalid.
+    pub fn new() -> Result<Self, Failure> {
         let name = "skein_kubernetes_requests_total";
         let help = "Requests to the Kubernetes API server by verb.";
-        let total = IntCounterVec::new(Opts::new(name, help), &["verb"])?;
+        let total = IntCounterVec::new(Opts::new(name, help), &["verb"]);
+        let total = total.context("cannot count requests")?;
         for verb in VERBS {
             total.with_label_values(&[verb]);
         }

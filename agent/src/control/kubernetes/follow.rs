@@ -17,16 +17,13 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::backoff::{Waits, fraction};
-use super::client::describe;
+use super::client::{RENEW, describe};
 use super::own;
 use super::resource::{SkeinNode, SkeinNodeSpec};
 use crate::config::Config;
 use crate::control::records::Files;
 use crate::status::RotationStatus;
 
-/// Seconds after which a watch is renewed, and at most half as many more: a connection from an address that this node has no more, or to
-/// a server that is gone, says nothing, and is found dead by that alone.
-pub(super) const RENEW: u32 = 60;
 /// Changes that come together are taken together.
 const QUIET: Duration = Duration::from_millis(100);
 /// A watch that fails is tried again within half a minute, and fails again within ten seconds: after this

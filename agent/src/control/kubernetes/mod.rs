@@ -14,7 +14,6 @@ pub mod uninstall;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
 use skein_ipc::keys::PublicKeys;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -24,9 +23,10 @@ use self::follow::State;
 pub(super) use self::follow::path;
 use self::ranges::Ranges;
 use super::records::Files;
-use super::shared::Shared;
+use super::view::AgentView;
 use crate::config::Config;
 use crate::failure::Failure;
+use crate::status::RotationStatus;
 
 /// How long a start waits for the API server where the last good records would do.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -35,7 +35,6 @@ const PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Kubernetes {
     state: watch::Receiver<State>,
-    requests: Requests,
     ranges: Ranges,
     tasks: JoinSet<()>,
 }
@@ -46,9 +45,10 @@ pub struct Records(watch::Receiver<State>);
 
 impl Kubernetes {
     /// Begins; whether the API server answers shows later.
-    pub async fn start(shared: &Shared) -> Result<Self, Failure> {
-        let (mut kubernetes, client) = Self::connect(shared).await?;
-        let publish = publish::publish(shared.clone(), client, kubernetes.state.clone());
+    pub async fn start(agent: &AgentView, requests: Requests) -> Result<Self, Failure> {
+        let (config, key) = (Arc::clone(&agent.config), agent.node.follow_key());
+        let (mut kubernetes, client) = Self::connect(config, key, requests).await?;
+        let publish = publish::publish(agent.clone(), client, kubernetes.state.clone());
         kubernetes.tasks.spawn(publish);
         Ok(kubernetes)
     }
@@ -57,23 +57,28 @@ impl Kubernetes {
     ///
     /// # Errors
     /// [`Failure`] if the connection to the API server is misconfigured.
-    pub async fn follow(shared: &Shared) -> Result<Self, Failure> {
-        Ok(Self::connect(shared).await?.0)
+    pub async fn follow(
+        config: Arc<Config>,
+        key: watch::Receiver<RotationStatus>,
+        requests: Requests,
+    ) -> Result<Self, Failure> {
+        Ok(Self::connect(config, key, requests).await?.0)
     }
 
-    async fn connect(shared: &Shared) -> Result<(Self, kube::Client), Failure> {
-        let config = &shared.config;
-        let requests = Requests::new().context("cannot count requests")?;
+    async fn connect(
+        config: Arc<Config>,
+        key: watch::Receiver<RotationStatus>,
+        requests: Requests,
+    ) -> Result<(Self, kube::Client), Failure> {
         let kubeconfig = config.kubernetes.kubeconfig.as_deref();
         let client = client::connect(kubeconfig, &requests).await;
         let (client, server) = client.map_err(|error| Failure::Usage(format!("{error:#}")))?;
         let ranges = Ranges::new(client.clone(), server);
         let (sender, state) = watch::channel(State::default());
-        let follow =
-            follow::follow(Arc::clone(config), shared.follow_key(), client.clone(), sender);
+        let follow = follow::follow(config, key, client.clone(), sender);
         let mut tasks = JoinSet::new();
         tasks.spawn(follow);
-        Ok((Self { state, requests, ranges, tasks }, client))
+        Ok((Self { state, ranges, tasks }, client))
     }
 
     /// Waits until all records are known; not for long where there are `last_good` ones.
@@ -132,11 +137,6 @@ impl Kubernetes {
     /// What can be read at any time.
     pub fn records(&self) -> Records {
         Records(self.state.clone())
-    }
-
-    /// Requests to the API server, for a scrape.
-    pub fn requests(&self) -> Requests {
-        self.requests.clone()
     }
 }
 

@@ -12,16 +12,18 @@ use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Api, Client, Resource};
 use serde_json::json;
 use skein_ipc::{Capability, CapabilityState, UnreachablePeer};
+use skein_netlink::firewall::Firewall;
+use skein_netlink::firewall::reconciler::FirewallStatus;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::backoff::{Waits, fraction};
-use super::client::describe;
-use super::follow::{RENEW, State};
+use super::client::{RENEW, describe};
+use super::follow::State;
 use super::own;
 use super::resource::{SkeinNode, SkeinNodeSpec, SkeinNodeStatus};
 use super::status::{Known, falls_silent, ours, readiness_differs, status, text, unready};
-use crate::control::shared::Shared;
+use crate::control::view::AgentView;
 use crate::status::DataplaneStatus;
 
 /// Whose fields ours are (server-side apply).
@@ -54,12 +56,12 @@ const UNREADY: Duration = Duration::from_secs(30);
 const UNKNOWN_DELAY: Duration = Duration::from_secs(5);
 
 /// Keeps what this node tells up to date, for as long as somebody follows the API server.
-pub(super) async fn publish(shared: Shared, client: Client, mut state: watch::Receiver<State>) {
+pub(super) async fn publish(agent: AgentView, client: Client, mut state: watch::Receiver<State>) {
     let mut publisher = Publisher {
         nodes: Api::all(client.clone()),
         skeinnodes: Api::all(client.clone()),
         events: Api::namespaced(client, EVENTS),
-        shared,
+        agent,
         applied: None,
         written: None,
         silent_since: None,
@@ -78,7 +80,7 @@ pub(super) async fn publish(shared: Shared, client: Client, mut state: watch::Re
     let mut complaint = None;
     loop {
         let now = state.borrow_and_update().clone();
-        let silent = publisher.shared.dataplane.get().unreachable;
+        let silent = publisher.agent.dataplane.get().unreachable;
         match publisher.catch_up(&now).await {
             Ok(()) => (waits, complaint) = (Waits::default(), None),
             Err(error) => {
@@ -95,7 +97,7 @@ pub(super) async fn publish(shared: Shared, client: Client, mut state: watch::Re
                 continue;
             }
         }
-        let dataplane = publisher.shared.dataplane.clone();
+        let dataplane = publisher.agent.dataplane.clone();
         let due = publisher.due.unwrap_or_else(|| Instant::now() + LOOK);
         tokio::select! {
             changed = state.changed() => if changed.is_err() { return },
@@ -107,7 +109,7 @@ pub(super) async fn publish(shared: Shared, client: Client, mut state: watch::Re
 }
 
 struct Publisher {
-    shared: Shared,
+    agent: AgentView,
     nodes: Api<Node>,
     skeinnodes: Api<SkeinNode>,
     /// The older API of events, as kubelet uses it: of a cluster-scoped object's the newer one wants
@@ -230,12 +232,12 @@ impl Publisher {
             Some(Err(_)) => Ok(()),
             None => return Ok(()),
         };
-        let reasons = self.shared.readiness.reasons();
+        let reasons = self.agent.readiness.reasons();
         let opened = match reasons.is_empty() {
             true => self.open(node).await,
             false => Ok(()),
         };
-        let dataplane = self.shared.dataplane.get();
+        let dataplane = self.agent.dataplane.get();
         // Nothing is known of the data process for a moment, as when it is restarted.
         let known = dataplane.up && !dataplane.capabilities.is_empty();
         let capabilities = known.then_some(dataplane.capabilities.as_slice());
@@ -283,7 +285,7 @@ impl Publisher {
             return Ok(());
         }
         let before = published.and_then(|found| found.metadata.resource_version.clone());
-        let name = &self.shared.config.name;
+        let name = &self.agent.config.name;
         let metadata = json!({ "name": name, "ownerReferences": [&owner] });
         let object = skeinnode(metadata, "spec", json!(own));
         let parameters = PatchParams::apply(MANAGER).force();
@@ -312,16 +314,16 @@ impl Publisher {
             Some(dataplane) => {
                 // A peer whose pod CIDR has another program's route is not reachable over the
                 // overlay either.
-                let conflicts = self.shared.interface().conflicts.into_iter().map(|conflict| {
+                let conflicts = self.agent.node.interface().conflicts.into_iter().map(|conflict| {
                     UnreachablePeer { name: conflict.peer, reason: conflict.problem }
                 });
                 let unreachable: Vec<_> =
                     dataplane.unreachable.iter().cloned().chain(conflicts).collect();
-                let firewall = self.shared.firewall().map(|firewall| firewall.status());
+                let firewall = self.firewall_status();
                 let known = Known {
                     generation,
                     capabilities: &dataplane.capabilities,
-                    mtu: self.shared.interface().mtu,
+                    mtu: self.agent.node.interface().mtu,
                     reasons,
                     unreachable: &unreachable,
                     firewall: firewall.as_ref(),
@@ -334,7 +336,7 @@ impl Publisher {
             return Ok(());
         }
         let silence = falls_silent(before, &status);
-        let spread = spread(self.share, self.shared.registry().accepted);
+        let spread = spread(self.share, self.agent.node.registry().accepted);
         let due = Due {
             written: written.map(|written| written.at),
             readiness: readiness_differs(before, &status),
@@ -345,7 +347,7 @@ impl Publisher {
             self.due = Some(at);
             return Ok(());
         }
-        let name = &self.shared.config.name;
+        let name = &self.agent.config.name;
         let object = skeinnode(json!({ "name": name }), "status", json!(status));
         let parameters = PatchParams::apply(MANAGER).force();
         let patch = Patch::Apply(&object);
@@ -363,9 +365,9 @@ impl Publisher {
 
     /// Tells the scheduler that pods have a network here.
     async fn open(&self, node: &Node) -> anyhow::Result<()> {
-        let name = &self.shared.config.name;
+        let name = &self.agent.config.name;
         if let Some(remaining) =
-            untainted(node, self.shared.config.kubernetes.not_ready_taint.as_deref())
+            untainted(node, self.agent.config.kubernetes.not_ready_taint.as_deref())
         {
             // The version makes it a conflict if somebody has added another meanwhile.
             let version = &node.metadata.resource_version;
@@ -411,7 +413,7 @@ impl Publisher {
                 }
             }
         }
-        let registry = self.shared.registry();
+        let registry = self.agent.node.registry();
         match registry.rejected.first() {
             Some(refused) => {
                 let since = *self.refused_since.get_or_insert_with(Instant::now);
@@ -450,7 +452,7 @@ impl Publisher {
     /// Publishes an Event about the peers whose pod CIDRs another program of this node has a route
     /// to.
     async fn tell_of_conflicts(&mut self, node: &Node) {
-        let conflicts = self.shared.interface().conflicts;
+        let conflicts = self.agent.node.interface().conflicts;
         let Some(first) = conflicts.first() else { return self.over("PeerRouteConflict") };
         let text = match conflicts.len() - 1 {
             0 => format!("{}: {}", first.peer, first.problem),
@@ -459,9 +461,13 @@ impl Publisher {
         self.tell(node, "PeerRouteConflict", WARNING, &text).await;
     }
 
+    fn firewall_status(&self) -> Option<FirewallStatus> {
+        self.agent.firewall.borrow().as_ref().map(Firewall::status)
+    }
+
     /// Returns the chains of other programs that drop forwarded packets of pods.
     fn closed_chains(&self) -> Vec<String> {
-        self.shared.firewall().map(|firewall| firewall.status().closed).unwrap_or_default()
+        self.firewall_status().map(|status| status.closed).unwrap_or_default()
     }
 
     /// Once while it lasts. An event that is refused holds up nothing else, and is tried again later.

@@ -36,14 +36,14 @@ pub(super) async fn answer(mut stream: UnixStream, service: &Service) -> io::Res
             let gone = |_| io::Error::from(io::ErrorKind::ConnectionAborted);
             return service.asks.hand_over.try_send(connection).map_err(gone);
         }
-        "" => serde_json::to_vec(&service.shared.document().await)?,
+        "" => serde_json::to_vec(&service.status.document().await)?,
         "rotate key\n" => serde_json::to_vec(&text(service.rotate(false).await))?,
         "rotate key at once\n" => serde_json::to_vec(&text(service.rotate(true).await))?,
         line => {
             let level = line.strip_prefix("log level ").and_then(|rest| rest.strip_suffix('\n'));
             let level = level.ok_or(io::ErrorKind::InvalidData)?;
             let level = Some(level).filter(|level| !level.is_empty());
-            serde_json::to_vec(&text(service.shared.set_log_level(level).await))?
+            serde_json::to_vec(&text(service.asks.log_levels.set(level).await))?
         }
     };
     stream.write_all(&answer).await?;

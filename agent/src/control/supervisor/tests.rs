@@ -9,7 +9,9 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
 use skein_ipc::keys::PublicKey;
-use skein_ipc::{NodeIdentity, Peer, Response, SeenHandshakes, read_frame, write_frame};
+use skein_ipc::{
+    NodeIdentity, Peer, ReducedPath, Report, Response, SeenHandshakes, read_frame, write_frame,
+};
 
 use super::*;
 use crate::logging::LogFormat;
