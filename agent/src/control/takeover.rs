@@ -19,12 +19,13 @@ use skein_netlink::Netlink;
 use skein_sys::lock::FileLock;
 use tokio::time::Instant;
 
+use super::agent_client;
+use super::failures::netlink_failure;
 use super::kubernetes::{Kubernetes, Requests};
 use super::lock::StateLock;
 use super::registry::{Registry, Stored};
 use super::source::{Reader, Source};
 use super::underlay::UnderlayWatch;
-use super::{agent_client, netlink_failure};
 use crate::config::Config;
 use crate::failure::Failure;
 use crate::lifecycle::NotReady;

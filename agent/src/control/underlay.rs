@@ -8,7 +8,6 @@ use skein_netlink::underlay::{ETHERNET_MTU, Underlay, UnderlayMtu};
 use skein_netlink::{Netlink, NetlinkError};
 use tokio::time::Instant;
 
-use super::Controller;
 use super::desired::Desired;
 use super::registry::Registry;
 use crate::config::Config;
@@ -115,22 +114,6 @@ fn underlay(config: &Config, registry: &Registry) -> Underlay {
         peers: peers.filter_map(|endpoint| endpoint.on_this_host().ok()).collect(),
         own: own.filter_map(|endpoint| endpoint.on_this_host().ok()).collect(),
         overlay: config.interface.name.clone(),
-    }
-}
-
-impl Controller {
-    /// Follows the MTU of the underlay.
-    pub(super) async fn check_underlay(&mut self) {
-        match self.underlay.check(&self.netlink, &self.config, &self.registry).await {
-            Ok(true) => {
-                let desired = self.underlay.desired(&self.config, &self.registry);
-                if desired != self.desired {
-                    self.follow(desired).await;
-                }
-            }
-            Ok(false) => {}
-            Err(error) => tracing::warn!(%error, "the MTU of the underlay is not known"),
-        }
     }
 }
 

@@ -1,0 +1,395 @@
+//! The controller: keeps interface, routes, firewall and data process in the desired state.
+
+mod reconcile;
+mod rotate;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use ipnet::IpNet;
+use skein_ipc::{ReducedPath, Snapshot};
+use skein_netlink::Netlink;
+use skein_netlink::firewall::{self, Firewall, Rules};
+use skein_netlink::interface::Present;
+use skein_netlink::monitor::Monitor;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use super::border::{firewall_rules, networks};
+use super::changes;
+use super::desired::Desired;
+use super::failures::{interface_failure, netlink_failure};
+use super::logs::{abridged, log_changes, log_mtu_problem, log_unresolved};
+use super::registry::Registry;
+use super::rotation::{Rotation, RotationRequest};
+use super::source::Source;
+use super::supervisor::{self, End, Handle};
+use super::underlay::UnderlayWatch;
+use super::view::Publication;
+use crate::cni::Pods;
+use crate::config::Config;
+use crate::failure::Failure;
+use crate::lifecycle::{Asked, NotReady, Signals};
+use crate::status::PeerConflict;
+
+/// The interface is compared with what is wanted this often, whatever was announced.
+const RESYNC: Duration = Duration::from_secs(10);
+/// Minimum interval between two reactions to changed path MTUs: a peer determines its own MTU.
+const PATH_INTERVAL: Duration = Duration::from_secs(1);
+/// Routes wait this long for the data process to know the node that they lead to.
+const PATIENCE: Duration = Duration::from_millis(200);
+/// Announcements of the kernel that come together are taken together.
+const QUIET: Duration = Duration::from_millis(20);
+
+/// Owner of the node's network state: brings interface, routes, firewall and data process to the
+/// desired state, and repeats it whenever something changes.
+pub(super) struct Controller {
+    config: Config,
+    rotation: Rotation,
+    registry: Registry,
+    published: Publication,
+    netlink: Netlink,
+    monitor: Monitor,
+    underlay: UnderlayWatch,
+    desired: Desired,
+    /// Unreachable routes that this process requested last.
+    unreachable: BTreeSet<IpNet>,
+    /// Prefixes of this node's addresses on interfaces of other programs.
+    networks: Vec<IpNet>,
+    interface: Present,
+    snapshots: tokio::sync::watch::Sender<Arc<Snapshot>>,
+    supervisor: Handle,
+    firewall: Firewall,
+    _changes: JoinSet<()>,
+    /// Absent where pods are somebody else's business.
+    pods: Option<Pods>,
+    /// Until they are served, where they are to be.
+    no_pods: Option<NotReady>,
+    /// Addresses and routes wait until the data process has taken the first snapshot.
+    started: bool,
+    not_ready: Option<NotReady>,
+    /// Paths that carry less than the nodes.
+    narrow: Vec<ReducedPath>,
+    /// Ports of the data process's UDP sockets.
+    source_ports: Vec<u16>,
+    /// Time of the next reaction to changes of `narrow`.
+    narrow_due: Instant,
+    /// Logged already, so as not to be logged every ten seconds.
+    complaints: Vec<String>,
+    /// Prefixes of peers to which another program has a route.
+    conflicts: Vec<PeerConflict>,
+}
+
+/// Receiver of the outcome of the first snapshot.
+pub(super) type First = oneshot::Receiver<Result<(), Failure>>;
+
+impl Controller {
+    pub(super) async fn start(
+        config: Config,
+        rotation: Rotation,
+        mut registry: Registry,
+        published: Publication,
+    ) -> Result<(Self, First), Failure> {
+        let netlink = Netlink::connect().map_err(netlink_failure)?;
+        let monitor = Monitor::start(&config.interface.name).map_err(netlink_failure)?;
+        let mut underlay = UnderlayWatch::default();
+        underlay.check(&netlink, &config, &registry).await.map_err(netlink_failure)?;
+        let desired = underlay.desired(&config, &registry);
+        if let Some(problem) = desired.address_problem() {
+            return Err(Failure::Usage(problem));
+        }
+        log_mtu_problem(None, &desired);
+        log_unresolved(&[], &desired.unresolved);
+        // Added before any packet could take a route to the underlay.
+        let outcome = netlink.add_unreachable_routes(&desired.unreachable).await;
+        outcome.errors.iter().for_each(|error| tracing::error!("{error}"));
+        log_changes(&outcome);
+        restore_accept_ra(&netlink, &config, &mut registry).await;
+        let links = netlink.links().await.map_err(netlink_failure)?;
+        let addresses = netlink.addresses(None).await.map_err(netlink_failure)?;
+        let networks = networks(&links, &addresses, &config);
+        // Started before the interface exists: no packet of a pod passes before the rules are
+        // installed.
+        let firewall = Firewall::start(firewall_rules(&config, &desired, &networks, &[])).await;
+        published.firewall.send_replace(Some(firewall.clone()));
+        if let Some(table) = registry.former_table() {
+            match firewall::remove(table).await {
+                Ok(_) => tracing::info!(table, "nftables table of the earlier name removed"),
+                Err(error) => tracing::error!(table, %error, "nftables table not removed"),
+            }
+        }
+        let wanted = desired.interface(&config, &[]);
+        let interface = wanted.ensure_device(&netlink, &links).await.map_err(interface_failure)?;
+        monitor.set_index(interface.index);
+        let snapshot =
+            desired.snapshot(&config, rotation.keys(), interface.index, first_revision());
+        let (snapshots, receiver) = tokio::sync::watch::channel(Arc::new(snapshot));
+        let settings = supervisor::Settings::new(&config);
+        let (supervisor, first) = supervisor::start(
+            settings,
+            receiver,
+            published.dataplane.clone(),
+            published.readiness.clone(),
+        );
+        let socket = config.dataplane.socket.clone();
+        let mut changes = JoinSet::new();
+        changes.spawn(changes::subscribe(socket, published.dataplane.clone()));
+        let not_ready = Some(published.readiness.block("the interface is not configured yet"));
+        let no_pods =
+            config.cni.enabled.then(|| published.readiness.block("pods cannot be attached yet"));
+        let mut controller = Self {
+            config,
+            rotation,
+            registry,
+            published,
+            netlink,
+            monitor,
+            underlay,
+            unreachable: desired.unreachable.clone(),
+            networks,
+            desired,
+            interface,
+            snapshots,
+            supervisor,
+            firewall,
+            _changes: changes,
+            pods: None,
+            no_pods,
+            started: false,
+            not_ready,
+            narrow: Vec::new(),
+            source_ports: Vec::new(),
+            narrow_due: Instant::now(),
+            complaints: Vec::new(),
+            conflicts: Vec::new(),
+        };
+        controller.show();
+        Ok((controller, first))
+    }
+
+    pub(super) async fn run(
+        mut self,
+        mut first: First,
+        mut source: Source,
+        mut asked: mpsc::Receiver<RotationRequest>,
+        signals: &mut Signals,
+    ) -> Result<(), Failure> {
+        let mut resync = tokio::time::interval(RESYNC);
+        resync.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let dataplane = self.published.dataplane.clone();
+        loop {
+            tokio::select! {
+                asked = signals.next() => match asked {
+                    Asked::End => return self.end().await,
+                    Asked::Reload => self.reload().await,
+                },
+                result = &mut first, if !self.started => {
+                    match result.unwrap_or_else(|_| Err(anyhow::anyhow!("the supervisor has ended").into())) {
+                        Ok(()) => {
+                            self.started = true;
+                            self.registry.write_store();
+                            self.reconcile().await;
+                            if let Err(failure) = self.serve_pods().await {
+                                return Err(self.undo(failure).await);
+                            }
+                        }
+                        Err(failure) => return Err(self.undo(failure).await),
+                    }
+                }
+                () = source.due() => {
+                    self.reload().await;
+                    self.rotate().await;
+                }
+                Some(asked) = asked.recv() => self.begin_rotation(asked).await,
+                () = until(self.rotation.deadline()) => self.rotate().await,
+                narrow = dataplane.narrow_paths(&self.narrow, self.narrow_due) => {
+                    let paths = self.desired.changed_paths(&self.narrow, &narrow);
+                    tracing::info!("path MTUs changed: {}", abridged(&paths));
+                    self.narrow = narrow;
+                    self.narrow_due = Instant::now() + PATH_INTERVAL;
+                    self.reconcile().await;
+                }
+                ports = dataplane.source_ports(&self.source_ports) => {
+                    self.source_ports = ports;
+                    self.show();
+                }
+                () = self.monitor.changed() => {
+                    // Missing unreachable routes are added at once, because pods' packets may leave
+                    // in clear meanwhile. The reconciliation below retries failures and reports
+                    // them.
+                    self.ensure_unreachable_routes().await;
+                    tokio::time::sleep(QUIET).await;
+                    self.reconcile().await;
+                }
+                () = self.monitor.underlay_changed(), if !self.underlay.is_due() => {
+                    self.underlay.changed();
+                }
+                () = until(self.underlay.deadline()) => self.check_underlay().await,
+                _ = resync.tick() => {
+                    self.resolve_endpoints().await;
+                    self.reconcile().await;
+                    self.rotate().await;
+                }
+            }
+        }
+    }
+
+    /// Reads the node records and follows them.
+    async fn reload(&mut self) {
+        let changed = self.registry.reload();
+        self.published.node.set_registry(self.registry.status());
+        if !changed {
+            return;
+        }
+        self.underlay.records_changed(&self.config, &self.registry);
+        let desired = self.underlay.desired(&self.config, &self.registry);
+        tracing::info!(peers = desired.peers.len(), "node records have changed");
+        self.follow(desired).await;
+    }
+
+    /// Makes `desired` the state of this node.
+    async fn follow(&mut self, desired: Desired) {
+        if let Some(problem) = desired.address_problem() {
+            tracing::error!("{problem}");
+        }
+        log_mtu_problem(Some(&self.desired), &desired);
+        log_unresolved(&self.desired.unresolved, &desired.unresolved);
+        if desired.mtu != self.desired.mtu {
+            let (from, to) = (self.desired.mtu, desired.mtu);
+            tracing::info!(from, to, underlay = %self.underlay, "mtu of the overlay changes");
+        }
+        self.desired = desired;
+        // The data process first: a route to a node that it does not know yet loses packets.
+        self.publish_and_wait().await;
+        self.reconcile().await;
+        self.show();
+    }
+
+    /// Follows interfaces of link-local endpoints that are created or deleted.
+    async fn resolve_endpoints(&mut self) {
+        let before = self.desired.unresolved.clone();
+        if self.started && self.desired.resolve_endpoints(&self.registry) {
+            self.publish_and_wait().await;
+        }
+        log_unresolved(&before, &self.desired.unresolved);
+    }
+
+    /// Follows the MTU of the underlay.
+    async fn check_underlay(&mut self) {
+        match self.underlay.check(&self.netlink, &self.config, &self.registry).await {
+            Ok(true) => {
+                let desired = self.underlay.desired(&self.config, &self.registry);
+                if desired != self.desired {
+                    self.follow(desired).await;
+                }
+            }
+            Ok(false) => {}
+            Err(error) => tracing::warn!(%error, "the MTU of the underlay is not known"),
+        }
+    }
+
+    async fn publish_and_wait(&self) {
+        let revision = self.publish();
+        let reached = self.published.dataplane.reached(revision);
+        if tokio::time::timeout(PATIENCE, reached).await.is_err() {
+            tracing::warn!(revision, "the data process has not taken the change yet");
+        }
+    }
+
+    /// Begins to serve the CNI plugin, where that is wanted.
+    async fn serve_pods(&mut self) -> Result<(), Failure> {
+        if !self.config.cni.enabled {
+            return Ok(());
+        }
+        let (network, readiness) =
+            (self.desired.network(&self.config), self.published.readiness.clone());
+        let firewall = self.firewall.clone();
+        let (pods, view) = Pods::start(&self.config, network, firewall, readiness).await?;
+        self.published.pods.send_replace(Some(view));
+        self.pods = Some(pods);
+        self.no_pods = None;
+        Ok(())
+    }
+
+    /// Hands the wanted state to the supervisor.
+    fn publish(&self) -> u64 {
+        let revision = self.snapshots.borrow().revision + 1;
+        let snapshot = self.desired.snapshot(
+            &self.config,
+            self.rotation.keys(),
+            self.interface.index,
+            revision,
+        );
+        // The supervisor lives as long as this controller.
+        self.snapshots.send_replace(Arc::new(snapshot));
+        revision
+    }
+
+    async fn end(self) -> Result<(), Failure> {
+        let keep = self.config.dataplane.keep_on_exit;
+        tracing::info!(keep_dataplane = keep, "ending");
+        self.supervisor.end(if keep { End::Keep } else { End::Stop }).await;
+        Ok(())
+    }
+
+    /// Takes back what this start has made.
+    async fn undo(self, failure: Failure) -> Failure {
+        self.supervisor.end(End::StopOwn).await;
+        if self.interface.created
+            && let Err(error) = self.netlink.delete_link(self.interface.index).await
+        {
+            tracing::error!(%error, "the interface stays behind: remove it with skein-agent cleanup");
+        }
+        // A node that was part of the network before may still have pods. Their traffic stays
+        // refused.
+        if self.registry.is_first_start() {
+            let (before, alias) = (&self.unreachable, self.config.alias());
+            let none = BTreeSet::new();
+            let outcome = self.netlink.ensure_unreachable_routes(&none, before, &alias).await;
+            for error in outcome.errors {
+                tracing::error!("{error}: remove the route with skein-agent cleanup");
+            }
+            self.firewall.set_rules(Rules::none(&self.config.cni.table));
+            if let Err(error) = self.firewall.settled().await {
+                tracing::error!(
+                    error,
+                    "nftables table not removed: remove it with skein-agent cleanup"
+                );
+            }
+        }
+        failure
+    }
+}
+
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Larger than any that an earlier control process has used, so that reports tell them apart.
+fn first_revision() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(1)
+}
+
+/// Restores once what an earlier version has changed. An error is logged, and the next start tries
+/// again.
+async fn restore_accept_ra(netlink: &Netlink, config: &Config, registry: &mut Registry) {
+    if registry.is_accept_ra_restored() || !config.interface.forwarding {
+        return;
+    }
+    match netlink.restore_accept_ra().await {
+        Ok(changed) => {
+            if !changed.is_empty() {
+                let names = abridged(&changed);
+                tracing::info!(names, "router advertisements are ignored again (accept_ra 1)");
+            }
+            registry.set_accept_ra_restored();
+        }
+        Err(error) => tracing::error!(%error, "accept_ra not restored"),
+    }
+}

@@ -1,0 +1,124 @@
+//! Reconciliation of the interface and its routes, and publication of the outcome.
+
+use skein_netlink::NetlinkError;
+use skein_netlink::interface::{InterfaceError, Present, RouteConflict, Wanted};
+use skein_netlink::link::Link;
+
+use super::Controller;
+use crate::control::border::{firewall_rules, networks};
+use crate::control::logs::{abridged, log_changes};
+use crate::status::InterfaceStatus;
+
+impl Controller {
+    /// Brings the interface to what is wanted, making it anew where it is gone.
+    pub(super) async fn reconcile(&mut self) {
+        if !self.started {
+            return;
+        }
+        let wanted = self.desired.interface(&self.config, &self.narrow);
+        // The unreachable route to a prefix is added before the first route to it, and stays when
+        // that route is gone.
+        let mut complaints = self.ensure_unreachable_routes().await;
+        if let Err(error) = self.ensure_interface(&wanted, &mut complaints).await {
+            complaints.push(error.to_string());
+        }
+        for complaint in complaints.iter().filter(|new| !self.complaints.contains(new)) {
+            tracing::error!(interface = wanted.name, "{complaint}");
+        }
+        self.not_ready = match complaints.is_empty() {
+            true => None,
+            false => {
+                let reason = format!("interface {}: {}", wanted.name, complaints.join("; "));
+                Some(self.published.readiness.block(reason))
+            }
+        };
+        self.complaints = complaints;
+    }
+
+    /// Brings the interface and the border's networks to the node's state.
+    pub(super) async fn ensure_interface(
+        &mut self,
+        wanted: &Wanted,
+        complaints: &mut Vec<String>,
+    ) -> Result<(), NetlinkError> {
+        let links = self.netlink.links().await?;
+        let device = self.device(wanted, &links).await;
+        let addresses = self.netlink.addresses(None).await?;
+        let networks = networks(&links, &addresses, &self.config);
+        if networks != self.networks {
+            self.networks = networks;
+            self.show();
+        }
+        if let Err(error) = device {
+            complaints.push(error.to_string());
+            return Ok(());
+        }
+        let outcome = wanted.configure(&self.netlink, self.interface.index, &addresses).await;
+        if !outcome.changes.is_empty() {
+            tracing::info!(interface = wanted.name, "changed: {}", abridged(&outcome.changes));
+        }
+        complaints.extend(outcome.errors);
+        self.take_conflicts(outcome.conflicts);
+        Ok(())
+    }
+
+    /// Stores the peers' prefixes to which another program has a route. The conflict concerns only
+    /// these peers: this node stays ready.
+    pub(super) fn take_conflicts(&mut self, found: Vec<RouteConflict>) {
+        let conflicts = self.desired.conflicts(found);
+        for new in conflicts.iter().filter(|new| !self.conflicts.contains(new)) {
+            tracing::error!(peer = new.peer, prefix = %new.prefix, "{}", new.problem);
+        }
+        if self.conflicts != conflicts {
+            self.conflicts = conflicts;
+            self.show();
+        }
+    }
+
+    /// Adds and removes unreachable routes until they match `self.desired`; returns the errors.
+    pub(super) async fn ensure_unreachable_routes(&mut self) -> Vec<String> {
+        let before = std::mem::replace(&mut self.unreachable, self.desired.unreachable.clone());
+        let (wanted, alias) = (&self.unreachable, self.config.alias());
+        let outcome = self.netlink.ensure_unreachable_routes(wanted, &before, &alias).await;
+        log_changes(&outcome);
+        outcome.errors
+    }
+
+    pub(super) async fn device(
+        &mut self,
+        wanted: &Wanted,
+        links: &[Link],
+    ) -> Result<(), InterfaceError> {
+        let present = wanted.ensure_device(&self.netlink, links).await?;
+        if present.index != self.interface.index {
+            tracing::warn!(interface = wanted.name, "the interface was deleted and is made again");
+            let created = self.interface.created || present.created;
+            self.interface = Present { created, ..present };
+            self.monitor.set_index(present.index);
+            self.publish();
+            self.show();
+        }
+        Ok(())
+    }
+
+    /// Puts what the status shows in its place.
+    pub(super) fn show(&mut self) {
+        let rules = firewall_rules(&self.config, &self.desired, &self.networks, &self.source_ports);
+        self.firewall.set_rules(rules);
+        if let Some(pods) = &self.pods {
+            pods.set_network(self.desired.network(&self.config));
+        }
+        self.published.node.set_registry(self.registry.status());
+        let wanted = self.desired.interface(&self.config, &self.narrow);
+        self.published.node.set_interface(InterfaceStatus {
+            name: wanted.name,
+            index: self.interface.index,
+            mtu: self.desired.mtu,
+            mtu_problem: self.desired.mtu_problem.clone(),
+            addresses: wanted.addresses,
+            routes: wanted.routes,
+            local_cidrs: self.desired.local_cidrs.clone(),
+            conflicts: self.conflicts.clone(),
+        });
+    }
+}
