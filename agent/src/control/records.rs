@@ -1,6 +1,7 @@
 //! Node records as files: one TOML table, or an array `[[node]]` of them.
 
 pub mod conflict;
+mod node;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,59 +9,36 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use ipnet::IpNet;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::Deserialize;
 use skein_cni_protocol::excerpt::excerpt;
 use skein_core::address;
 use skein_ipc::keys::{PublicKey, PublicKeys};
 
 use self::conflict::first_conflict;
-use super::endpoint::{Endpoint, EndpointError};
+pub use self::node::NodeRecord;
+use self::node::parse_endpoints;
+use super::endpoint::EndpointError;
 use crate::config::{check_disjoint, check_node_name, check_pod_cidr, toml_error};
 
 /// A file of records is refused beyond this length: 10,000 nodes take about 3 MiB.
 const MAX_FILE: u64 = 16 << 20;
 
-/// One node.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NodeRecord {
-    /// Its name.
-    pub name: String,
-    /// Its identity.
-    pub public_key: PublicKey,
-    /// Another one that is accepted, while its key changes: the next, or the one before.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub second_public_key: Option<PublicKey>,
-    /// Where it listens, in the order to try.
-    #[serde(deserialize_with = "usable_endpoints")]
-    pub endpoints: Vec<Endpoint>,
-    /// What it owns.
-    #[serde(deserialize_with = "skein_ipc::address::canonical")]
-    pub pod_cidrs: Vec<IpNet>,
-}
-
-/// Reads the endpoints of a kept record. Endpoints that this release refuses are left out with a
-/// warning: an earlier release may have kept them, and the rest of the file must stay readable.
-fn usable_endpoints<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Endpoint>, D::Error> {
-    let texts = Vec::<String>::deserialize(from)?;
-    let (usable, refused) = parse_endpoints(&texts);
-    if let Some((endpoint, error)) = refused.first() {
-        let (endpoint, count) = (excerpt(endpoint), refused.len());
-        tracing::warn!(count, first = %endpoint, %error, "endpoints of a kept node record left out");
+impl NodeRecord {
+    /// From what another registry holds as text.
+    pub fn from_text(
+        name: String,
+        public_key: String,
+        second_public_key: Option<String>,
+        endpoints: Vec<String>,
+        pod_cidrs: Vec<String>,
+    ) -> Result<Self, RecordError> {
+        RawRecord { name, public_key, second_public_key, endpoints, pod_cidrs }.validate()
     }
-    Ok(usable)
-}
 
-/// Parses endpoints in their order. Returns those that parse, and the texts of the others with the
-/// reasons.
-fn parse_endpoints(texts: &[String]) -> (Vec<Endpoint>, Vec<(&str, EndpointError)>) {
-    let (mut usable, mut refused) = (Vec::with_capacity(texts.len()), Vec::new());
-    for text in texts {
-        match text.parse() {
-            Ok(endpoint) => usable.push(endpoint),
-            Err(error) => refused.push((text.as_str(), error)),
-        }
+    /// Its keys.
+    pub fn keys(&self) -> PublicKeys {
+        PublicKeys { first: self.public_key, second: self.second_public_key }
     }
-    (usable, refused)
 }
 
 /// What is wrong with a file of records.
@@ -146,24 +124,6 @@ pub fn parse(text: &str) -> Result<Vec<NodeRecord>, RecordError> {
     match first_conflict(&records) {
         Some(conflict) => Err(RecordError(conflict.message)),
         None => Ok(records),
-    }
-}
-
-impl NodeRecord {
-    /// From what another registry holds as text.
-    pub fn from_text(
-        name: String,
-        public_key: String,
-        second_public_key: Option<String>,
-        endpoints: Vec<String>,
-        pod_cidrs: Vec<String>,
-    ) -> Result<Self, RecordError> {
-        RawRecord { name, public_key, second_public_key, endpoints, pod_cidrs }.validate()
-    }
-
-    /// Its keys.
-    pub fn keys(&self) -> PublicKeys {
-        PublicKeys { first: self.public_key, second: self.second_public_key }
     }
 }
 

@@ -9,31 +9,23 @@ mod settle;
 mod store;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use skein_ipc::keys::PublicKeys;
 
 pub use self::former::overlay_prefixes;
-use self::former::{FormerPrefixes, Owners, owners};
+use self::former::{FormerPrefixes, Owners, hosts, owners};
 use self::settle::{Accepted, Own, check_own, local_cidrs, settle};
 pub use self::store::Stored;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use self::store::fuzz_stored;
 use self::store::path as store_path;
-use super::endpoint::Endpoint;
 use super::records::NodeRecord;
 use super::source::Reader;
 use crate::config::Config;
 use crate::failure::Failure;
 use crate::status::{RegistryStatus, RejectedFile};
-
-/// Returns the underlay addresses of this node: those of its configuration and of its record.
-fn hosts(config: &Config, own: Option<&NodeRecord>) -> Vec<IpAddr> {
-    let endpoints = own.into_iter().flat_map(|record| &record.endpoints);
-    endpoints.map(Endpoint::ip).chain(config.underlay.addresses.iter().copied()).collect()
-}
 
 /// The records in force.
 #[derive(Debug)]

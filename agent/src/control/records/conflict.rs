@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use skein_ipc::keys::PublicKey;
 
-use super::NodeRecord;
+use super::node::NodeRecord;
 use crate::config::overlap;
 
 /// Two records that contradict each other.

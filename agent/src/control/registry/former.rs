@@ -9,6 +9,9 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::settle::Accepted;
+use crate::config::Config;
+use crate::control::endpoint::Endpoint;
+use crate::control::records::NodeRecord;
 
 /// Maximum number of former prefixes that are kept; beyond it the node with the most loses its
 /// oldest.
@@ -81,6 +84,12 @@ impl FormerPrefixes {
     pub fn iter(&self) -> impl Iterator<Item = &IpNet> {
         self.former.iter()
     }
+}
+
+/// Returns the underlay addresses of this node: those of its configuration and of its record.
+pub(super) fn hosts(config: &Config, own: Option<&NodeRecord>) -> Vec<IpAddr> {
+    let endpoints = own.into_iter().flat_map(|record| &record.endpoints);
+    endpoints.map(Endpoint::ip).chain(config.underlay.addresses.iter().copied()).collect()
 }
 
 /// Returns the pod CIDRs of all nodes with their owners: those of the records, and `local` for the

@@ -8,8 +8,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use skein_cni_protocol::excerpt::message_excerpt;
 
-use super::former::{FormerPrefixes, overlay_prefixes, owners};
-use super::hosts;
+use super::former::{FormerPrefixes, hosts, overlay_prefixes, owners};
 use super::settle::Accepted;
 use crate::config::Config;
 use crate::control::source::Reader;

@@ -1,0 +1,51 @@
+//! The record of one node.
+
+use ipnet::IpNet;
+use serde::{Deserialize, Deserializer, Serialize};
+use skein_cni_protocol::excerpt::excerpt;
+use skein_ipc::keys::PublicKey;
+
+use crate::control::endpoint::{Endpoint, EndpointError};
+
+/// One node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeRecord {
+    /// Its name.
+    pub name: String,
+    /// Its identity.
+    pub public_key: PublicKey,
+    /// Another one that is accepted, while its key changes: the next, or the one before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub second_public_key: Option<PublicKey>,
+    /// Where it listens, in the order to try.
+    #[serde(deserialize_with = "usable_endpoints")]
+    pub endpoints: Vec<Endpoint>,
+    /// What it owns.
+    #[serde(deserialize_with = "skein_ipc::address::canonical")]
+    pub pod_cidrs: Vec<IpNet>,
+}
+
+/// Reads the endpoints of a kept record. Endpoints that this release refuses are left out with a
+/// warning: an earlier release may have kept them, and the rest of the file must stay readable.
+fn usable_endpoints<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Endpoint>, D::Error> {
+    let texts = Vec::<String>::deserialize(from)?;
+    let (usable, refused) = parse_endpoints(&texts);
+    if let Some((endpoint, error)) = refused.first() {
+        let (endpoint, count) = (excerpt(endpoint), refused.len());
+        tracing::warn!(count, first = %endpoint, %error, "endpoints of a kept node record left out");
+    }
+    Ok(usable)
+}
+
+/// Parses endpoints in their order. Returns those that parse, and the texts of the others with the
+/// reasons.
+pub(super) fn parse_endpoints(texts: &[String]) -> (Vec<Endpoint>, Vec<(&str, EndpointError)>) {
+    let (mut usable, mut refused) = (Vec::with_capacity(texts.len()), Vec::new());
+    for text in texts {
+        match text.parse() {
+            Ok(endpoint) => usable.push(endpoint),
+            Err(error) => refused.push((text.as_str(), error)),
+        }
+    }
+    (usable, refused)
+}
