@@ -1,0 +1,140 @@
+//! The spec of this node's SkeinNode.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use kube::Api;
+use kube::api::{Patch, PatchParams};
+use serde_json::json;
+use tokio::time::Instant;
+
+use super::request::{MANAGER, PATIENCE, ask, skeinnode};
+use crate::control::kubernetes::client::RENEW;
+use crate::control::kubernetes::own;
+use crate::control::kubernetes::resource::{SkeinNode, SkeinNodeSpec};
+
+/// As long as a watch is silent, what was written may wait there to be told.
+const SILENCE: Duration = Duration::from_secs(2 * RENEW as u64);
+
+/// The record that was written last: the watch tells of it a little later.
+struct Applied {
+    spec: SkeinNodeSpec,
+    owner: OwnerReference,
+    /// The version that the watch had told of before.
+    before: Option<String>,
+    /// UID of the record in the API server's answer.
+    uid: Option<String>,
+    at: Instant,
+}
+
+impl Applied {
+    /// Returns whether the written record is still on its way through the watch, so that it need
+    /// not be written again. `published` is the record as the watch last reported it, `deleted` the
+    /// UID of the last record whose deletion the watch reported.
+    fn is_awaited(
+        &self,
+        spec: &SkeinNodeSpec,
+        owner: &OwnerReference,
+        published: Option<&SkeinNode>,
+        deleted: Option<&str>,
+    ) -> bool {
+        let version = published.and_then(|found| found.metadata.resource_version.as_ref());
+        let wait = if self.before.as_ref() == version { SILENCE } else { PATIENCE };
+        let is_deleted = self.uid.is_some() && self.uid.as_deref() == deleted;
+        self.spec == *spec && self.owner == *owner && !is_deleted && self.at.elapsed() < wait
+    }
+}
+
+/// Writer of the spec of this node's SkeinNode.
+pub(super) struct RecordWriter {
+    skeinnodes: Api<SkeinNode>,
+    /// Name of the node.
+    name: String,
+    applied: Option<Applied>,
+}
+
+impl RecordWriter {
+    /// Returns a writer for the node `name`, which has written nothing yet.
+    pub(super) fn new(skeinnodes: Api<SkeinNode>, name: String) -> Self {
+        Self { skeinnodes, name, applied: None }
+    }
+
+    /// Brings the SkeinNode to what it is to be.
+    pub(super) async fn apply(
+        &mut self,
+        node: &Node,
+        own: &SkeinNodeSpec,
+        published: Option<&SkeinNode>,
+        deleted: Option<&str>,
+    ) -> anyhow::Result<()> {
+        let Some(owner) = own::owner(node) else { return Ok(()) };
+        // Others may own it, too.
+        let owned = |found: &SkeinNode| {
+            let mut owners = found.metadata.owner_references.iter().flatten();
+            owners.any(|found| found.uid == owner.uid)
+        };
+        if published.is_some_and(|found| found.spec == *own && owned(found)) {
+            // The watch has reported the write: a later difference is a new change.
+            self.applied = None;
+            return Ok(());
+        }
+        let waits = |applied: &Applied| applied.is_awaited(own, &owner, published, deleted);
+        if self.applied.as_ref().is_some_and(waits) {
+            return Ok(());
+        }
+        let before = published.and_then(|found| found.metadata.resource_version.clone());
+        let name = &self.name;
+        let metadata = json!({ "name": name, "ownerReferences": [&owner] });
+        let object = skeinnode(metadata, "spec", json!(own));
+        let parameters = PatchParams::apply(MANAGER).force();
+        let patch = Patch::Apply(&object);
+        let written = self.skeinnodes.patch(name, &parameters, &patch);
+        let uid = ask(written).await.context("SkeinNode")?.metadata.uid;
+        tracing::info!(endpoints = ?own.endpoints, pod_cidrs = ?own.pod_cidrs, "the SkeinNode is written");
+        let at = Instant::now();
+        self.applied = Some(Applied { spec: own.clone(), owner, before, uid, at });
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn deleted_record_is_written_again_at_once() {
+        let record = |uid: &str, version: &str| -> SkeinNode {
+            serde_json::from_value(json!({
+                "metadata": { "name": "a", "uid": uid, "resourceVersion": version },
+                "spec": { "publicKey": "k", "endpoints": [], "podCIDRs": [] },
+            }))
+            .unwrap()
+        };
+        let found = record("first", "1");
+        let node: Node =
+            serde_json::from_value(json!({ "metadata": { "name": "a", "uid": "n" } })).unwrap();
+        let owner = own::owner(&node).unwrap();
+        let applied = |before: Option<&str>, seconds| Applied {
+            spec: found.spec.clone(),
+            owner: owner.clone(),
+            before: before.map(str::to_owned),
+            uid: Some("first".to_owned()),
+            at: Instant::now() - Duration::from_secs(seconds),
+        };
+        let awaited = |applied: &Applied, published: Option<&SkeinNode>, deleted| {
+            applied.is_awaited(&found.spec, &owner, published, deleted)
+        };
+        let created = applied(None, 0);
+        assert!(awaited(&created, None, None), "The watch has not reported the record yet.");
+        assert!(awaited(&created, None, Some("another")), "Another record was deleted.");
+        assert!(!awaited(&created, None, Some("first")), "The record was deleted.");
+        let changed = applied(Some("1"), 11);
+        assert!(awaited(&changed, Some(&found), None), "The watch may be silent.");
+        let edited = record("first", "2");
+        assert!(!awaited(&changed, Some(&edited), None), "The watch reports another change.");
+        assert!(!awaited(&applied(Some("1"), 121), Some(&found), None), "The watch is late.");
+    }
+}
