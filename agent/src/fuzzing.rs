@@ -72,7 +72,7 @@ pub fn conflist(data: &[u8]) {
 
 /// A plugin's answer to `VERSION`.
 pub fn plugin_versions(data: &[u8]) {
-    cni::versions::fuzz_answer(data);
+    cni::fuzz_answer(data);
 }
 
 /// A key's text. Public keys are written as they are read.

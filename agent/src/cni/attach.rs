@@ -3,24 +3,22 @@
 //! What belongs to Skein is told by the name of the node's end, which follows from the attachment, and by its
 //! alias, which says whose it is. So the kernel itself knows every attachment, whatever becomes of files.
 
-use std::fmt::Write as _;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use aws_lc_rs::digest;
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use skein_cni_protocol::{Attached, AttachmentId, Interface, Ip, Route as PodRoute};
+use ipnet::IpNet;
+use skein_cni_protocol::{Attached, AttachmentId, Interface, Ip};
 use skein_netlink::link::{Link, LinkChange};
-use skein_netlink::pod::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, HOST_PREFIX, Neighbour};
+use skein_netlink::pod::{GATEWAY_MAC, Neighbour};
 use skein_netlink::route::Route;
 use skein_netlink::sysctl::Sysctl;
 use skein_netlink::{Netlink, NetlinkError};
 use skein_sys::netns::in_network_namespace;
 use thiserror::Error;
 
-/// Metric of the routes to pods that have no source address, worse than the defaults of both
-/// address families.
-const FALLBACK_METRIC: u32 = 2048;
+use super::interface::{
+    gateway, host_name, host_routes, mac_text, node_settings, pod_mac, pod_routes, pod_settings,
+};
 
 /// Why a pod was not attached.
 #[derive(Debug, Error)]
@@ -359,44 +357,6 @@ impl Attacher {
     }
 }
 
-/// Name of the node's end: the prefix and 44 bits of a hash of the attachment.
-pub fn host_name(id: &AttachmentId) -> String {
-    let mut name = HOST_PREFIX.to_owned();
-    for byte in &hash(id)[..6] {
-        let _ = write!(name, "{byte:02x}");
-    }
-    name.truncate(14);
-    name
-}
-
-/// Hardware address of the pod's end: locally administered, and known without asking the pod.
-fn pod_mac(id: &AttachmentId) -> [u8; 6] {
-    let hash = hash(id);
-    [0x02, hash[6], hash[7], hash[8], hash[9], hash[10]]
-}
-
-/// SHA-256.
-fn hash(id: &AttachmentId) -> Vec<u8> {
-    let whole = format!("{}/{}", id.container_id, id.ifname);
-    digest::digest(&digest::SHA256, whole.as_bytes()).as_ref().to_vec()
-}
-
-/// Returns the routes to a pod's address through its interface. The first route makes the node's
-/// programs send from the node's address in its pod CIDRs, and not from an address of the loopback
-/// interface. The kernel removes an IPv4 route together with its source address; the second route,
-/// with a worse metric, keeps the pod reachable.
-fn host_routes(interface: u32, ip: IpAddr, node_addresses: &[IpAddr]) -> Vec<Route> {
-    let plain = Route { destination: ip.into(), interface, source: None, mtu: None, metric: None };
-    let source = node_addresses.iter().find(|address| address.is_ipv4() == ip.is_ipv4());
-    match source {
-        Some(source) => vec![
-            Route { metric: Some(FALLBACK_METRIC), ..plain },
-            Route { source: Some(*source), ..plain },
-        ],
-        None => vec![plain],
-    }
-}
-
 /// Adds one of the routes to a pod; returns whether a change was made. The kernel refuses a source
 /// address that the node has lost. The next repair adds that route; until then the other route is
 /// sufficient.
@@ -408,61 +368,6 @@ async fn ensure_host_route(netlink: &Netlink, route: &Route) -> Result<bool, Net
         }
         result => result,
     }
-}
-
-fn gateway(ip: IpAddr) -> IpAddr {
-    match ip {
-        IpAddr::V4(_) => GATEWAY_V4.into(),
-        IpAddr::V6(_) => GATEWAY_V6.into(),
-    }
-}
-
-/// To the gateway where it is not link-local by itself, then everywhere by it.
-fn pod_routes(addresses: &[IpAddr]) -> Vec<PodRoute> {
-    let mut routes = Vec::new();
-    if addresses.iter().any(IpAddr::is_ipv4) {
-        routes.push(PodRoute { dst: IpNet::from(IpAddr::V4(GATEWAY_V4)), gw: None });
-        routes.push(PodRoute { dst: Ipv4Net::default().into(), gw: Some(GATEWAY_V4.into()) });
-    }
-    if addresses.iter().any(IpAddr::is_ipv6) {
-        routes.push(PodRoute { dst: Ipv6Net::default().into(), gw: Some(GATEWAY_V6.into()) });
-    }
-    routes
-}
-
-/// The node's end: the firewall checks sources, and counts; nothing is configured by itself.
-fn node_settings(name: &str, v6: bool) -> Vec<Sysctl> {
-    let mut settings = vec![
-        Sysctl::required(format!("ipv4/conf/{name}/rp_filter"), "0"),
-        Sysctl::required(format!("ipv4/conf/{name}/forwarding"), "1"),
-        // The kernel ignores a pod's ARP requests, which would fill the neighbour table of the node:
-        // both ends have permanent entries. The second setting switches proxy ARP off even if it is
-        // on for all interfaces.
-        Sysctl::required(format!("ipv4/conf/{name}/arp_ignore"), "8"),
-        Sysctl::required(format!("ipv4/conf/{name}/medium_id"), "-1"),
-    ];
-    let key = |key: &str| format!("ipv6/conf/{name}/{key}");
-    match v6 {
-        true => settings.extend([
-            Sysctl::required(key("disable_ipv6"), "0"),
-            Sysctl::required(key("forwarding"), "1"),
-            // A pod is nobody's router.
-            Sysctl::required(key("accept_ra"), "0"),
-            Sysctl::required(key("accept_redirects"), "0"),
-            Sysctl::wished(key("accept_dad"), "0"),
-        ]),
-        // A kernel without IPv6 has no such setting.
-        false => settings.push(Sysctl::wished(key("disable_ipv6"), "1")),
-    }
-    settings
-}
-
-fn pod_settings(name: &str) -> Vec<Sysctl> {
-    vec![
-        Sysctl::required(format!("ipv6/conf/{name}/disable_ipv6"), "0"),
-        Sysctl::wished(format!("ipv6/conf/{name}/accept_ra"), "0"),
-        Sysctl::wished(format!("ipv6/conf/{name}/accept_dad"), "0"),
-    ]
 }
 
 /// Does what blocks on a thread for such things, with the namespace at hand.
@@ -501,37 +406,10 @@ fn missing(link: Option<Link>, name: &str) -> Result<Link, NetlinkError> {
     })
 }
 
-fn mac_text(mac: &[u8]) -> String {
-    let parts: Vec<String> = mac.iter().map(|byte| format!("{byte:02x}")).collect();
-    parts.join(":")
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn names_fit_and_differ() {
-        let name = |container: &str, ifname: &str| {
-            host_name(&AttachmentId { container_id: container.into(), ifname: ifname.into() })
-        };
-        let names = [name("a", "eth0"), name("b", "eth0"), name("a", "eth1")];
-        assert!(names.iter().all(|name| name.len() == 14 && name.starts_with("skp")), "{names:?}");
-        assert!(names[0] != names[1] && names[0] != names[2]);
-        assert_eq!(name("a", "eth0"), names[0]);
-    }
-
-    #[test]
-    fn host_routes_have_a_source_and_a_fallback() {
-        let (ip, v6) = ("10.1.0.7".parse().unwrap(), "fd00::1".parse().unwrap());
-        let node: [IpAddr; 2] = [v6, "10.1.0.1".parse().unwrap()];
-        let routes = host_routes(7, ip, &node);
-        let found: Vec<_> = routes.iter().map(|route| (route.source, route.metric)).collect();
-        assert_eq!(found, [(None, Some(FALLBACK_METRIC)), (Some(node[1]), None)]);
-        let routes = host_routes(7, ip, &[v6]);
-        assert_eq!(routes.len(), 1, "The node has no address of the family.");
-    }
 
     #[test]
     fn an_alias_says_whose_it_is() {

@@ -2,75 +2,19 @@
 //! the binary first, the configuration last and only once the agent can serve. Each is put in place
 //! by a rename within its directory, so that nobody ever reads half a file.
 
-use std::fs::{self, File, Permissions};
-use std::io::{self, Read};
-use std::os::unix::fs::PermissionsExt;
+use std::fs::{self, File};
+use std::io::Read;
 use std::path::{Path, PathBuf};
-
-use thiserror::Error;
 
 pub use super::conflist::PLUGIN;
 use super::conflist::{foreign_types, repaired, wanted};
+pub use super::files::InstallError;
+use super::files::{Mode, place, read, remove, repair_mode};
 use super::others;
 pub use super::others::give_back_all;
 use super::versions::{Plugin, Stamp, VersionCache, stamp};
 use crate::config::Cni;
-use crate::files::replace_by;
 use crate::status::Offer;
-
-/// Something could not be put in place or taken away.
-#[derive(Debug, Error)]
-#[error("cannot {what} {}: {source}{}", path.display(), remedy(source))]
-pub struct InstallError {
-    what: &'static str,
-    path: PathBuf,
-    source: io::Error,
-}
-
-impl InstallError {
-    pub(super) fn new(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self { what, path: path.to_owned(), source }
-    }
-}
-
-/// Returns the remedy of an error in a directory of the runtime, with the punctuation before it;
-/// empty if no general remedy exists.
-fn remedy(error: &io::Error) -> &'static str {
-    match error.kind() {
-        // EACCES, EPERM: root without CAP_DAC_OVERRIDE in a directory of another user, or an
-        // immutable file.
-        io::ErrorKind::PermissionDenied => {
-            ". Give the directory to root (chown root), or the agent the capability DAC_OVERRIDE \
-             (the chart's capabilities.agent)"
-        }
-        io::ErrorKind::ReadOnlyFilesystem => {
-            ". Set cni.bin_dir and cni.conf_dir (the chart's cni.binDir and cni.confDir) to directories of the \
-             runtime that can be written"
-        }
-        _ => "",
-    }
-}
-
-/// Permission bits of an installed file. A stricter mode that an administrator set stays.
-#[derive(Debug, Clone, Copy)]
-struct Mode {
-    /// Bits of a new file, and the most that a file may have.
-    most: u32,
-    /// Bits without which the runtime cannot use the file.
-    least: u32,
-}
-
-impl Mode {
-    const PROGRAM: Self = Self { most: 0o755, least: 0o500 };
-    const CONFIGURATION: Self = Self { most: 0o644, least: 0o400 };
-
-    /// Returns the mode that a file with the mode `present` should have; `None`: the file does not
-    /// exist.
-    fn wanted(self, present: Option<u32>) -> u32 {
-        let good = |mode: &u32| mode & !self.most == 0 && mode & self.least == self.least;
-        present.filter(good).unwrap_or(self.most)
-    }
-}
 
 /// Installer of the plugin's binary and the network configuration, run again for each repair.
 #[derive(Debug, Default)]
@@ -236,59 +180,12 @@ pub fn remove_plugin(config: &Cni) -> Result<bool, InstallError> {
     remove(config.bin_dir.as_ref().map(|directory| directory.join(PLUGIN)))
 }
 
-/// Writes a file beside its place and renames it there, unless it is there already. The runtime
-/// watches the directory for renames within it.
-fn place(directory: &Path, name: &Path, contents: &[u8], mode: Mode) -> Result<bool, InstallError> {
-    let path = directory.join(name);
-    let present = fs::metadata(&path).ok().map(|file| file.permissions().mode() & 0o7777);
-    let mode = mode.wanted(present);
-    if present == Some(mode) && fs::read(&path).is_ok_and(|present| present == contents) {
-        return Ok(false);
-    }
-    fs::create_dir_all(directory).map_err(InstallError::new("make the directory", directory))?;
-    // No suffix that a runtime reads, and a name that the next try takes over.
-    let temporary = directory.join(format!(".{}.new", name.display()));
-    replace_by(&temporary, &path, contents, Some(mode)).map_err(|error| {
-        // What is left of a failed try helps nobody.
-        let _ = fs::remove_file(&temporary);
-        InstallError::new("write", &path)(error)
-    })?;
-    Ok(true)
-}
-
-/// Contents of the file at `path`; empty if there is no file.
-fn read(path: &Path) -> Result<Vec<u8>, InstallError> {
-    match fs::read(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        read => read.map_err(InstallError::new("read", path)),
-    }
-}
-
-/// Changes the mode of the file at `path` if `mode` does not allow it; returns `true` if the mode
-/// was changed. The contents are not written.
-fn repair_mode(path: &Path, mode: Mode) -> Result<bool, InstallError> {
-    let metadata = fs::metadata(path).map_err(InstallError::new("read", path))?;
-    let present = metadata.permissions().mode() & 0o7777;
-    let wanted = mode.wanted(Some(present));
-    if wanted == present {
-        return Ok(false);
-    }
-    let changed = fs::set_permissions(path, Permissions::from_mode(wanted));
-    changed.map(|()| true).map_err(InstallError::new("change the mode of", path))
-}
-
-fn remove(path: Option<PathBuf>) -> Result<bool, InstallError> {
-    let Some(path) = path else { return Ok(false) };
-    match fs::remove_file(&path) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(InstallError::new("remove", &path)(error)),
-    }
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
     use crate::config::Config;
 
@@ -490,15 +387,5 @@ mod tests {
             assert!(install.install_configuration(&config).unwrap(), "{configuration:o} stays");
             assert_eq!((mode(&plugin), mode(&list)), (0o755, 0o644));
         }
-    }
-
-    #[test]
-    fn denied_access_names_the_remedy() {
-        let error = |kind| InstallError::new("write", Path::new("/x"))(io::Error::from(kind));
-        let denied = error(io::ErrorKind::PermissionDenied).to_string();
-        assert!(denied.contains("DAC_OVERRIDE") && denied.contains("chown root"), "{denied}");
-        let read_only = error(io::ErrorKind::ReadOnlyFilesystem).to_string();
-        assert!(read_only.contains("cni.bin_dir"), "{read_only}");
-        assert_eq!(error(io::ErrorKind::StorageFull).to_string().matches(". ").count(), 0);
     }
 }

@@ -6,14 +6,17 @@
 
 pub mod attach;
 mod conflist;
+mod error;
+mod files;
 pub mod install;
+mod interface;
 mod leases;
 mod locks;
 pub(crate) mod metrics;
 mod others;
 mod server;
 mod service;
-pub mod versions;
+mod versions;
 mod waiting;
 mod wire;
 
@@ -36,6 +39,7 @@ use self::install::Install;
 use self::leases::Leases;
 pub use self::service::Network;
 use self::service::Service;
+pub(crate) use self::versions::fuzz_answer;
 use crate::config::{Cni, Config};
 use crate::failure::Failure;
 use crate::lifecycle::{NotReady, Readiness};

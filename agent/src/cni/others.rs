@@ -11,7 +11,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::conflist::{self, PLUGIN};
-use super::install::InstallError;
+use super::files::InstallError;
 use crate::config::Cni;
 
 /// Suffix of a file that is set aside.

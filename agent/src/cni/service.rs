@@ -1,5 +1,7 @@
 //! The verbs: leases and interfaces brought together.
 
+mod deletion;
+
 use std::fs;
 use std::io;
 use std::net::IpAddr;
@@ -15,22 +17,20 @@ use skein_cni_protocol::{
     Add, Attached, AttachmentId, Check, CniError, Command, Gc, Request, Response,
 };
 use skein_ipam::{IpamError, Lease, Netns, Request as Wanted};
+use skein_netlink::Netlink;
 use skein_netlink::firewall::Firewall;
-use skein_netlink::{Netlink, NetlinkError};
 use skein_sys::netns::NamespaceId;
-use thiserror::Error;
 use tokio::sync::watch;
 
-use super::attach::{AttachError, Attacher, Kernel, NodeSide, host_name};
+use super::attach::{AttachError, Attacher, Kernel, NodeSide};
+use super::error::{Error, refuse};
+use super::interface::host_name;
 use super::leases::Leases;
 use super::locks::Locks;
 use super::metrics::{Outcome, Requests, verb};
 use super::server::{Handler, refusal};
 use super::waiting::Waiting;
 use crate::lifecycle::Readiness;
-
-/// An attachment is not as it was made (CNI leaves 100 and above to plugins).
-const BROKEN: u32 = 100;
 
 /// What pods need to know of the node.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -43,51 +43,6 @@ pub struct Network {
     pub reserved: Vec<IpAddr>,
     /// The cluster's prefixes, or where those are not known those of all other nodes.
     pub others: Vec<IpNet>,
-}
-
-/// Why a request was not done.
-#[derive(Debug, Error)]
-pub(super) enum Error {
-    #[error(transparent)]
-    Ipam(#[from] IpamError),
-    #[error(transparent)]
-    Attach(#[from] AttachError),
-    #[error("{0}")]
-    Namespace(String),
-    #[error("it is the node's own network namespace")]
-    OwnNamespace,
-    #[error("{0}")]
-    Invalid(String),
-    #[error("{0}")]
-    Broken(String),
-    #[error("the agent has not looked at this node's pods and firewall yet: {0}")]
-    NotPrepared(String),
-    #[error("a deletion that waited cannot be forgotten: {0}")]
-    Spool(String),
-}
-
-impl From<NetlinkError> for Error {
-    fn from(error: NetlinkError) -> Self {
-        Self::Attach(error.into())
-    }
-}
-
-impl Error {
-    /// The code of the CNI specification.
-    fn code(&self) -> u32 {
-        match self {
-            Error::Ipam(error) => error.code() as u32,
-            Error::Invalid(_) => ErrorCode::InvalidNetworkConfig as u32,
-            Error::Attach(AttachError::Exists(_) | AttachError::DefaultRoute) => {
-                ErrorCode::InvalidEnvironment as u32
-            }
-            Error::Attach(_) | Error::NotPrepared(_) => ErrorCode::TryAgainLater as u32,
-            Error::Spool(_) => ErrorCode::Io as u32,
-            Error::Namespace(_) => ErrorCode::UnknownContainer as u32,
-            Error::OwnNamespace => ErrorCode::InvalidNetns as u32,
-            Error::Broken(_) => BROKEN,
-        }
-    }
 }
 
 /// What serves the plugin.
@@ -454,8 +409,4 @@ impl Handler for Service {
 
 fn identity(netns: &Netns) -> NamespaceId {
     NamespaceId { device: netns.dev, inode: netns.inode }
-}
-
-pub(super) fn refuse(error: &Error) -> CniError {
-    CniError { code: error.code(), msg: error.to_string(), details: String::new() }
 }

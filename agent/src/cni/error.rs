@@ -1,0 +1,61 @@
+//! Errors of the plugin's requests, and their codes.
+
+use skein_cni_protocol::CniError;
+use skein_cni_protocol::types::ErrorCode;
+use skein_ipam::IpamError;
+use skein_netlink::NetlinkError;
+use thiserror::Error;
+
+use super::attach::AttachError;
+
+/// An attachment is not as it was made (CNI leaves 100 and above to plugins).
+const BROKEN: u32 = 100;
+
+/// Why a request was not done.
+#[derive(Debug, Error)]
+pub(super) enum Error {
+    #[error(transparent)]
+    Ipam(#[from] IpamError),
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    #[error("{0}")]
+    Namespace(String),
+    #[error("it is the node's own network namespace")]
+    OwnNamespace,
+    #[error("{0}")]
+    Invalid(String),
+    #[error("{0}")]
+    Broken(String),
+    #[error("the agent has not looked at this node's pods and firewall yet: {0}")]
+    NotPrepared(String),
+    #[error("a deletion that waited cannot be forgotten: {0}")]
+    Spool(String),
+}
+
+impl From<NetlinkError> for Error {
+    fn from(error: NetlinkError) -> Self {
+        Self::Attach(error.into())
+    }
+}
+
+impl Error {
+    /// The code of the CNI specification.
+    fn code(&self) -> u32 {
+        match self {
+            Error::Ipam(error) => error.code() as u32,
+            Error::Invalid(_) => ErrorCode::InvalidNetworkConfig as u32,
+            Error::Attach(AttachError::Exists(_) | AttachError::DefaultRoute) => {
+                ErrorCode::InvalidEnvironment as u32
+            }
+            Error::Attach(_) | Error::NotPrepared(_) => ErrorCode::TryAgainLater as u32,
+            Error::Spool(_) => ErrorCode::Io as u32,
+            Error::Namespace(_) => ErrorCode::UnknownContainer as u32,
+            Error::OwnNamespace => ErrorCode::InvalidNetns as u32,
+            Error::Broken(_) => BROKEN,
+        }
+    }
+}
+
+pub(super) fn refuse(error: &Error) -> CniError {
+    CniError { code: error.code(), msg: error.to_string(), details: String::new() }
+}
