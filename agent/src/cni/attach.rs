@@ -22,7 +22,7 @@ use super::interface::{
 
 /// Why a pod was not attached.
 #[derive(Debug, Error)]
-pub enum AttachError {
+pub(super) enum AttachError {
     /// The pod has an interface of that name.
     #[error("the container has an interface {0} already")]
     Exists(String),
@@ -51,27 +51,27 @@ pub enum AttachError {
 
 /// An attachment that the kernel has.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Found {
+pub(super) struct Found {
     /// Whose it is.
-    pub id: AttachmentId,
+    pub(super) id: AttachmentId,
     /// Index of the node's end.
-    pub index: u32,
+    pub(super) index: u32,
     /// Addresses, by their host routes.
-    pub addresses: Vec<IpAddr>,
+    pub(super) addresses: Vec<IpAddr>,
 }
 
 /// Properties of the node that its pods' interfaces depend on.
 #[derive(Debug, Clone, Copy)]
-pub struct NodeSide<'a> {
+pub(super) struct NodeSide<'a> {
     /// MTU of pods in bytes.
-    pub mtu: u32,
+    pub(super) mtu: u32,
     /// Addresses of the node in its pod CIDRs.
-    pub addresses: &'a [IpAddr],
+    pub(super) addresses: &'a [IpAddr],
 }
 
 /// What the kernel had of all pods at one moment.
 #[derive(Debug, Default)]
-pub struct Kernel {
+pub(super) struct Kernel {
     links: Vec<Link>,
     routes: Vec<Route>,
     neighbours: Vec<Neighbour>,
@@ -79,14 +79,14 @@ pub struct Kernel {
 
 /// What all pods of a node have in common.
 #[derive(Debug, Clone)]
-pub struct Attacher {
+pub(super) struct Attacher {
     /// What every alias begins with: whose node it is.
     mark: String,
 }
 
 impl Attacher {
     /// For the node of that name.
-    pub fn new(node: &str) -> Self {
+    pub(super) fn new(node: &str) -> Self {
         Self { mark: format!("skein-pod:{node}:") }
     }
 
@@ -95,7 +95,7 @@ impl Attacher {
     }
 
     /// Whether the kernel can keep this attachment's mark: IFALIASZ (linux/if.h) is 256 with its terminator.
-    pub fn can_mark(&self, id: &AttachmentId) -> bool {
+    pub(super) fn can_mark(&self, id: &AttachmentId) -> bool {
         self.alias(id).len() < 256
     }
 
@@ -111,7 +111,7 @@ impl Attacher {
     ///
     /// The pod has such an interface or another default route, the name of the node's end is in
     /// use, or the kernel refuses a request.
-    pub async fn attach(
+    pub(super) async fn attach(
         &self,
         netlink: &Netlink,
         namespace: BorrowedFd<'_>,
@@ -192,7 +192,11 @@ impl Attacher {
     }
 
     /// Takes a pod's interface away; one that is not there is no error, and another's stays.
-    pub async fn detach(&self, netlink: &Netlink, id: &AttachmentId) -> Result<(), AttachError> {
+    pub(super) async fn detach(
+        &self,
+        netlink: &Netlink,
+        id: &AttachmentId,
+    ) -> Result<(), AttachError> {
         let name = host_name(id);
         let Some(found) = netlink.link(&name).await? else { return Ok(()) };
         self.check_owner(&found, id)?;
@@ -200,7 +204,7 @@ impl Attacher {
     }
 
     /// What of an attachment is not as it was made; nothing where all is well.
-    pub async fn check(
+    pub(super) async fn check(
         &self,
         netlink: &Netlink,
         namespace: BorrowedFd<'_>,
@@ -273,7 +277,7 @@ impl Attacher {
     }
 
     /// What the kernel has of all pods, by a few dumps however many there are.
-    pub async fn look(&self, netlink: &Netlink) -> Result<Kernel, NetlinkError> {
+    pub(super) async fn look(&self, netlink: &Netlink) -> Result<Kernel, NetlinkError> {
         Ok(Kernel {
             links: netlink.links().await?,
             routes: netlink.routes(None).await?,
@@ -282,7 +286,7 @@ impl Attacher {
     }
 
     /// Every attachment of this node that the kernel has.
-    pub fn found(&self, kernel: &Kernel) -> Vec<Found> {
+    pub(super) fn found(&self, kernel: &Kernel) -> Vec<Found> {
         let found = |link: &Link| {
             let routes = kernel.routes.iter().filter(|route| route.interface == link.index);
             let mut addresses: Vec<IpAddr> = routes.map(|route| route.destination.addr()).collect();
@@ -296,14 +300,14 @@ impl Attacher {
 
     /// Returns whether the node's end of an attachment exists, under its name or under one that
     /// another program gave it.
-    pub fn is_there(&self, kernel: &Kernel, id: &AttachmentId) -> bool {
+    pub(super) fn is_there(&self, kernel: &Kernel, id: &AttachmentId) -> bool {
         let name = host_name(id);
         kernel.links.iter().any(|link| link.name == name || self.owner(link).as_ref() == Some(id))
     }
 
     /// Repairs the node's end of an existing attachment: hardware address, link state, routes,
     /// neighbours, settings. The pod's end is left unchanged. Returns the changes, for messages.
-    pub async fn heal(
+    pub(super) async fn heal(
         &self,
         netlink: &Netlink,
         kernel: &Kernel,

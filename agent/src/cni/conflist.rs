@@ -9,7 +9,7 @@ use crate::config::Cni;
 use crate::status::Offer;
 
 /// Name of the plugin's binary, and its `type` in the configuration.
-pub const PLUGIN: &str = "skein-cni";
+pub(super) const PLUGIN: &str = "skein-cni";
 
 /// Key of the list with the types of the entries that Skein wrote after its own. The key
 /// distinguishes an entry that a later configuration no longer has from an entry of another

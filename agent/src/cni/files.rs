@@ -12,7 +12,7 @@ use crate::files::replace_by;
 /// Something could not be put in place or taken away.
 #[derive(Debug, Error)]
 #[error("cannot {what} {}: {source}{}", path.display(), remedy(source))]
-pub struct InstallError {
+pub(super) struct InstallError {
     what: &'static str,
     path: PathBuf,
     source: io::Error,

@@ -6,19 +6,16 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-pub use super::conflist::PLUGIN;
-use super::conflist::{foreign_types, repaired, wanted};
-pub use super::files::InstallError;
-use super::files::{Mode, place, read, remove, repair_mode};
+use super::conflist::{PLUGIN, foreign_types, repaired, wanted};
+use super::files::{InstallError, Mode, place, read, remove, repair_mode};
 use super::others;
-pub use super::others::give_back_all;
 use super::versions::{Plugin, Stamp, VersionCache, stamp};
 use crate::config::Cni;
 use crate::status::Offer;
 
 /// Installer of the plugin's binary and the network configuration, run again for each repair.
 #[derive(Debug, Default)]
-pub struct Install {
+pub(super) struct Install {
     /// Source and installed plugin when they were last the same.
     same: Option<[Stamp; 2]>,
     /// Whether everything was in place once.
@@ -35,7 +32,7 @@ impl Install {
     /// # Errors
     /// A message with the reason if a plugin of the chain is missing, if the plugins have no CNI
     /// version in common, or if a file cannot be read or written.
-    pub fn run(&mut self, config: &Cni, can_serve: bool) -> Result<(), String> {
+    pub(super) fn run(&mut self, config: &Cni, can_serve: bool) -> Result<(), String> {
         let text = |error: InstallError| error.to_string();
         let binary = can_serve && self.install_plugin(config).map_err(text)?;
         let missing = missing_plugins(config);
@@ -77,7 +74,7 @@ impl Install {
     }
 
     /// CNI versions of the network configuration, as of the last [`Install::run`].
-    pub fn offer(&self) -> &Offer {
+    pub(super) fn offer(&self) -> &Offer {
         &self.offer
     }
 
@@ -171,12 +168,12 @@ fn plugin_directories(config: &Cni) -> impl Iterator<Item = &Path> {
 }
 
 /// Takes the configuration away; returns whether it was there.
-pub fn remove_configuration(config: &Cni) -> Result<bool, InstallError> {
+pub(super) fn remove_configuration(config: &Cni) -> Result<bool, InstallError> {
     remove(config.conf_dir.as_ref().map(|directory| directory.join(&config.conf_file)))
 }
 
 /// Takes the binary away; returns whether it was there.
-pub fn remove_plugin(config: &Cni) -> Result<bool, InstallError> {
+pub(super) fn remove_plugin(config: &Cni) -> Result<bool, InstallError> {
     remove(config.bin_dir.as_ref().map(|directory| directory.join(PLUGIN)))
 }
 

@@ -15,7 +15,7 @@ use skein_netlink::sysctl::Sysctl;
 const FALLBACK_METRIC: u32 = 2048;
 
 /// Name of the node's end: the prefix and 44 bits of a hash of the attachment.
-pub fn host_name(id: &AttachmentId) -> String {
+pub(super) fn host_name(id: &AttachmentId) -> String {
     let mut name = HOST_PREFIX.to_owned();
     for byte in &hash(id)[..6] {
         let _ = write!(name, "{byte:02x}");

@@ -4,16 +4,17 @@
 //! leases, interfaces and the firewall in a task of its own, and installs the plugin once the agent
 //! can serve.
 
-pub mod attach;
+mod attach;
 mod conflist;
 mod error;
 mod files;
-pub mod install;
+mod install;
 mod interface;
 mod leases;
 mod locks;
 pub(crate) mod metrics;
 mod others;
+mod removal;
 mod server;
 mod service;
 mod versions;
@@ -37,8 +38,10 @@ use tokio::time::MissedTickBehavior;
 pub(crate) use self::conflist::fuzz_conflist;
 use self::install::Install;
 use self::leases::Leases;
+pub use self::removal::{Removal, remove};
 pub use self::service::Network;
 use self::service::Service;
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use self::versions::fuzz_answer;
 use crate::config::{Cni, Config};
 use crate::failure::Failure;

@@ -58,7 +58,7 @@ pub(super) fn give_back_spared(config: &Cni) -> Result<Vec<String>, InstallError
 ///
 /// # Errors
 /// [`InstallError`] if the directory cannot be read or a file cannot be renamed.
-pub fn give_back_all(config: &Cni) -> Result<Vec<String>, InstallError> {
+pub(super) fn give_back_all(config: &Cni) -> Result<Vec<String>, InstallError> {
     give_back(config, |_, _| true)
 }
 

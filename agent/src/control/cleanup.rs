@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use skein_ipc::{NodeIdentity, Request};
-use skein_netlink::firewall::{self, forward};
+use skein_netlink::firewall;
 use skein_netlink::interface::ALIAS_PREFIX;
 use skein_netlink::provisional::Provisional;
 use skein_netlink::{Netlink, NetlinkError};
@@ -16,8 +16,7 @@ use super::identity;
 use super::lock::StateLock;
 use super::registry::Stored;
 use super::rotation;
-use crate::cni::attach::Attacher;
-use crate::cni::install;
+use crate::cni;
 use crate::config::{Config, KEY};
 use crate::failure::Failure;
 
@@ -56,7 +55,11 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
     cleaned.note("data process", stopped);
     // Switched off since it has served pods: they have their interfaces still.
     if config.cni.enabled || config.state_dir.join(skein_ipam::FILE).exists() {
-        remove_pods(config, &mut cleaned).await;
+        for removal in cni::remove(config).await {
+            cleaned.note(&removal.what, removal.outcome);
+        }
+        let socket = &config.cni.socket;
+        cleaned.note(&format!("socket {}", socket.display()), remove_file(socket));
     }
     let former = Stored::read(config).and_then(|stored| stored.former_table(config));
     for table in [config.cni.table.clone()].into_iter().chain(former) {
@@ -118,38 +121,6 @@ fn remove_spool(spool: &Path, cleaned: &mut Cleaned) {
         cleaned.note(&format!("file {}", path.display()), remove_file(&path));
     }
     cleaned.note(&format!("directory {}", spool.display()), remove_directory(spool));
-}
-
-/// The network configuration first, so that the runtime starts no more pods; then what pods have.
-async fn remove_pods(config: &Config, cleaned: &mut Cleaned) {
-    let cni = &config.cni;
-    let text = |result: Result<bool, install::InstallError>| result.map_err(|e| e.to_string());
-    cleaned.note("CNI configuration", text(install::remove_configuration(cni)));
-    match install::give_back_all(cni) {
-        Err(error) => cleaned.errors.push(error.to_string()),
-        Ok(back) => {
-            for name in back {
-                tracing::info!(name, "another network's configuration has its name back");
-            }
-        }
-    }
-    cleaned.note("CNI plugin", text(install::remove_plugin(cni)));
-    cleaned.note(&format!("socket {}", cni.socket.display()), remove_file(&cni.socket));
-    let attacher = Attacher::new(&config.name);
-    match Netlink::connect() {
-        Err(error) => cleaned.errors.push(error.to_string()),
-        Ok(netlink) => match attacher.look(&netlink).await {
-            Err(error) => cleaned.errors.push(error.to_string()),
-            Ok(kernel) => {
-                for pod in attacher.found(&kernel) {
-                    let deleted = attacher.detach(&netlink, &pod.id).await;
-                    let what = format!("interface of container {}", pod.id.container_id);
-                    cleaned.note(&what, deleted.map(|()| true).map_err(|e| e.to_string()));
-                }
-            }
-        },
-    }
-    cleaned.note("rules for pods in others' chains", forward::remove().await);
 }
 
 /// Only what the agent made: a directory that holds anything else stays.

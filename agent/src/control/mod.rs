@@ -20,7 +20,7 @@ pub mod instance;
 #[cfg_attr(not(feature = "kubernetes"), path = "without_kubernetes.rs")]
 pub mod kubernetes;
 pub mod lock;
-mod log_level;
+pub mod log_level;
 mod logs;
 pub mod records;
 pub mod registry;
