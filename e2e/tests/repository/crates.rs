@@ -1,5 +1,5 @@
-//! The order in which the crates import each other (docs/architecture.md), and crates that must stay
-//! out of some of them.
+//! The order in which crates and the modules of the agent import each other (docs/architecture.md),
+//! and crates that must stay out of some of them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -215,5 +215,123 @@ fn no_crate_republishes_all_of_another() -> Result<()> {
         }
     }
     ensure!(read > 100, "only {read} files: is this test still reading them?");
+    Ok(())
+}
+
+/// Paths to modules of the same crate that `source` names after `crate::` or `super::`, as segments
+/// from the crate's root. `module` is the module of the source.
+fn imports(source: &str, module: &[String]) -> Vec<Vec<String>> {
+    let code = source.lines().map(|line| line.split("//").next().unwrap_or(""));
+    let code = code.collect::<Vec<_>>().join("\n");
+    let mut found = Vec::new();
+    for (at, _) in code.match_indices("crate::").chain(code.match_indices("super::")) {
+        let before = code[..at].chars().next_back();
+        // The rest of a path that begins earlier, or the end of another word.
+        if before.is_some_and(|c| c.is_alphanumeric() || "_:".contains(c)) {
+            continue;
+        }
+        let (mut base, mut rest) = (module.to_vec(), &code[at..]);
+        while let Some(after) = rest.strip_prefix("super::") {
+            base.pop();
+            rest = after;
+        }
+        if let Some(after) = rest.strip_prefix("crate::") {
+            (base, rest) = (Vec::new(), after);
+        }
+        expand(base, rest, &mut found);
+    }
+    found
+}
+
+/// Adds the paths of the tree at the start of `rest`, each after `base`. Returns the text after the
+/// tree.
+fn expand<'a>(base: Vec<String>, rest: &'a str, found: &mut Vec<Vec<String>>) -> &'a str {
+    let rest = rest.trim_start();
+    if let Some(mut rest) = rest.strip_prefix('{') {
+        while !rest.trim_start().starts_with('}') && !rest.trim_start().is_empty() {
+            rest = expand(base.clone(), rest, found).trim_start();
+            rest = rest.strip_prefix(',').unwrap_or(rest);
+        }
+        return rest.trim_start().strip_prefix('}').unwrap_or("");
+    }
+    let end = rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(rest.len());
+    let (word, after) = rest.split_at(end);
+    let path = [base, vec![word.to_owned()]].concat();
+    match after.strip_prefix("::") {
+        Some(after) => expand(path, after, found),
+        None => {
+            found.push(path);
+            // Skips the new name of `a as b`.
+            after.find([',', '}', ';']).map_or("", |next| &after[next..])
+        }
+    }
+}
+
+/// Modules of `skein-agent` with their sources. The path of a module begins at the crate's root.
+fn agent_modules() -> Result<Vec<(Vec<String>, String)>> {
+    let root = workspace().join("agent/src");
+    let (mut modules, mut open) = (Vec::new(), vec![root.clone()]);
+    while let Some(path) = open.pop() {
+        if path.is_dir() {
+            for entry in fs::read_dir(&path)? {
+                open.push(entry?.path());
+            }
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let name = path.strip_prefix(&root)?.with_extension("");
+            let mut module: Vec<_> =
+                name.iter().map(|segment| segment.to_string_lossy().into_owned()).collect();
+            module.pop_if(|last| ["lib", "mod"].contains(&last.as_str()));
+            modules.push((module, fs::read_to_string(&path)?));
+        }
+    }
+    Ok(modules)
+}
+
+#[test]
+fn imports_of_nested_use_trees_are_resolved() {
+    let module = ["control", "kubernetes", "follow"].map(str::to_owned);
+    let source = "use super::{client::{self as c, X}, own}; // crate::no\n\
+                  use super::super::records::Files; fn f() { crate::cni::remove(1) }";
+    let found: Vec<_> = imports(source, &module).iter().map(|path| path.join("::")).collect();
+    let expected = [
+        "cni::remove",
+        "control::kubernetes::client::self",
+        "control::kubernetes::client::X",
+        "control::kubernetes::own",
+        "control::records::Files",
+    ];
+    assert_eq!(found, expected);
+}
+
+/// Modules of one directory, with everything below each of them, must not import each other in
+/// circles. A child may import its parent.
+#[test]
+fn modules_of_the_agent_import_each_other_without_circles() -> Result<()> {
+    let modules = agent_modules()?;
+    ensure!(modules.len() > 100, "Only {} modules are found.", modules.len());
+    let known: BTreeSet<_> = modules.iter().map(|(module, _)| module.as_slice()).collect();
+    // By directory: each module, and the modules beside it that it imports.
+    let mut graphs: BTreeMap<Vec<String>, BTreeMap<String, BTreeSet<String>>> = BTreeMap::new();
+    for (module, source) in &modules {
+        for path in imports(source, module) {
+            let mut prefixes = (0..=path.len()).rev().map(|end| &path[..end]);
+            let Some(target) = prefixes.find(|prefix| known.contains(prefix)) else { continue };
+            let common = module.iter().zip(target).take_while(|(a, b)| a == b).count();
+            if let (Some(from), Some(to)) = (module.get(common), target.get(common)) {
+                let graph = graphs.entry(module[..common].to_vec()).or_default();
+                graph.entry(from.clone()).or_default().insert(to.clone());
+            }
+        }
+    }
+    let edges = graphs.values().flat_map(BTreeMap::values).map(BTreeSet::len).sum::<usize>();
+    ensure!(edges > 100, "Only {edges} imports are found.");
+    for (directory, graph) in &mut graphs {
+        while let Some(end) = graph.iter().find_map(|(from, imports)| {
+            imports.iter().all(|to| !graph.contains_key(to)).then(|| from.clone())
+        }) {
+            graph.remove(&end);
+        }
+        ensure!(graph.is_empty(), "circles in {}: {graph:?}", directory.join("::"));
+    }
     Ok(())
 }
