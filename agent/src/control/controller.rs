@@ -25,7 +25,7 @@ use super::logs::{abridged, log_changes, log_mtu_problem, log_unresolved};
 use super::registry::Registry;
 use super::rotation::{Rotation, RotationRequest};
 use super::source::Source;
-use super::supervisor::{self, End, Handle};
+use super::supervisor::{self, End, Handle, Supervision};
 use super::underlay::UnderlayWatch;
 use super::view::Publication;
 use crate::cni::Pods;
@@ -127,7 +127,7 @@ impl Controller {
             desired.snapshot(&config, rotation.keys(), interface.index, first_revision());
         let (snapshots, receiver) = tokio::sync::watch::channel(Arc::new(snapshot));
         let settings = supervisor::Settings::new(&config);
-        let (supervisor, first) = supervisor::start(
+        let Supervision { handle: supervisor, first } = supervisor::start(
             settings,
             receiver,
             published.dataplane.clone(),

@@ -6,13 +6,14 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use skein_core::wire::ip::{MAX_MTU, MIN_IPV4_MTU, MIN_IPV6_MTU};
-use skein_ipc::keys::{PrivateKey, PublicKey};
+use skein_ipc::keys::PublicKey;
 use skein_ipc::{NodeSettings, Peer, ReducedPath, Request, Snapshot, TunSettings, Update};
 use skein_netlink::interface::{RouteConflict, Wanted};
 
 use super::endpoint::Endpoint;
 use super::records::NodeRecord;
 use super::registry::Registry;
+use super::rotation::NodeKeys;
 use crate::cni::Network;
 use crate::config::Config;
 use crate::status::PeerConflict;
@@ -49,7 +50,7 @@ impl Desired {
     /// `underlay_mtu` is in bytes.
     pub fn new(config: &Config, registry: &Registry, underlay_mtu: u32) -> Self {
         let local_cidrs = registry.local_cidrs().to_vec();
-        let (peers, unresolved) = peers(registry);
+        let ResolvedPeers { peers, unresolved } = peers(registry);
         let addresses = match &config.interface.addresses {
             Some(addresses) => addresses.clone(),
             None => local_cidrs.iter().map(first_host).collect(),
@@ -59,7 +60,7 @@ impl Desired {
             underlay_mtu.saturating_sub(overhead).min(MAX_MTU.into()) as u16
         });
         let cidrs = peers.iter().flat_map(|peer| &peer.pod_cidrs).chain(&local_cidrs);
-        let (mtu, mtu_problem) = usable_mtu(mtu, cidrs);
+        let UsableMtu { mtu, problem: mtu_problem } = usable_mtu(mtu, cidrs);
         let overlay = registry.overlay_prefixes(config);
         let routed = config.interface.unreachable_routes;
         let unreachable = if routed { overlay.clone() } else { BTreeSet::new() };
@@ -73,7 +74,7 @@ impl Desired {
         if !endpoints.any(Endpoint::has_interface) {
             return false;
         }
-        let (peers, unresolved) = peers(registry);
+        let ResolvedPeers { peers, unresolved } = peers(registry);
         self.unresolved = unresolved;
         let before = std::mem::replace(&mut self.peers, peers);
         before != self.peers
@@ -153,7 +154,7 @@ impl Desired {
     pub fn snapshot(
         &self,
         config: &Config,
-        (private_key, second): (&PrivateKey, Option<&PrivateKey>),
+        keys: NodeKeys<'_>,
         ifindex: u32,
         revision: u64,
     ) -> Snapshot {
@@ -164,8 +165,8 @@ impl Desired {
             node: NodeSettings {
                 name: config.name.clone(),
                 cluster_id: config.cluster_id.clone(),
-                private_key: private_key.clone(),
-                second_private_key: second.cloned(),
+                private_key: keys.current.clone(),
+                second_private_key: keys.second.cloned(),
                 tun: TunSettings { name: config.interface.name.clone(), ifindex, mtu: self.mtu },
                 underlay: config.underlay.clone(),
                 lanes: config.dataplane.lanes,
@@ -180,30 +181,46 @@ impl Desired {
     }
 }
 
+/// Inner MTU of the overlay.
+struct UsableMtu {
+    /// MTU in bytes.
+    mtu: u16,
+    /// Problem and remedy if the underlay or the configuration leaves less.
+    problem: Option<String>,
+}
+
 /// Returns the MTU in bytes of an overlay that carries `cidrs`: `mtu`, or the minimum if `mtu` is
 /// less, with the problem and the remedy. The agent starts nevertheless, because one record with an
 /// endpoint behind a narrow device must not keep other nodes from starting. The kernel removes IPv6
 /// from an interface with an MTU below 1280 bytes. Path MTU discovery finds the size that passes.
-fn usable_mtu<'a>(mtu: u16, cidrs: impl IntoIterator<Item = &'a IpNet>) -> (u16, Option<String>) {
+fn usable_mtu<'a>(mtu: u16, cidrs: impl IntoIterator<Item = &'a IpNet>) -> UsableMtu {
     let v6 = cidrs.into_iter().find(|cidr| cidr.addr().is_ipv6());
     let minimum = if v6.is_some() { MIN_IPV6_MTU } else { MIN_IPV4_MTU };
     if mtu >= minimum {
-        return (mtu, None);
+        return UsableMtu { mtu, problem: None };
     }
     let reason = v6.map_or_else(String::new, |v6| format!(" for IPv6 pod CIDRs ({v6})"));
     let problem = format!(
         "the inner MTU of {mtu} bytes is too small{reason}, the minimum of {minimum} bytes is used: \
          raise the MTU of the underlay, or interface.mtu if it is set"
     );
-    (minimum, Some(problem))
+    UsableMtu { mtu: minimum, problem: Some(problem) }
+}
+
+/// Peers whose endpoints are resolved on this host.
+struct ResolvedPeers {
+    /// The peers, sorted by name.
+    peers: Vec<Peer>,
+    /// Messages about endpoints whose interface does not exist.
+    unresolved: Vec<String>,
 }
 
 /// Returns every other node, by name, and messages about the endpoints that are left out.
-fn peers(registry: &Registry) -> (Vec<Peer>, Vec<String>) {
+fn peers(registry: &Registry) -> ResolvedPeers {
     let mut unresolved = Vec::new();
     let mut peers: Vec<_> = registry.peers().map(|record| peer(record, &mut unresolved)).collect();
     peers.sort_by(|a, b| a.name.cmp(&b.name));
-    (peers, unresolved)
+    ResolvedPeers { peers, unresolved }
 }
 
 fn peer(record: &NodeRecord, unresolved: &mut Vec<String>) -> Peer {
@@ -298,7 +315,7 @@ mod tests {
     fn snapshot(records: &[String], revision: u64) -> Snapshot {
         let (config, desired) = desired("", records, 1500);
         let key = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=".parse().unwrap();
-        desired.snapshot(&config, (&key, None), 7, revision)
+        desired.snapshot(&config, NodeKeys { current: &key, second: None }, 7, revision)
     }
 
     #[test]

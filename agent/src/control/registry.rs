@@ -16,7 +16,7 @@ use skein_ipc::keys::PublicKeys;
 
 pub use self::former::overlay_prefixes;
 use self::former::{FormerPrefixes, Owners, hosts, owners};
-use self::settle::{Accepted, Own, check_own, local_cidrs, settle};
+use self::settle::{Accepted, Own, Settled, check_own, local_cidrs, settle};
 pub use self::store::Stored;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use self::store::fuzz_stored;
@@ -109,7 +109,8 @@ impl Registry {
         };
         check_own(&own, &files)?;
         let first_start = last_good.is_none();
-        let (accepted, rejected) = settle(&own, &[], &last_good.unwrap_or_default(), files);
+        let Settled { accepted, rejected } =
+            settle(&own, &[], &last_good.unwrap_or_default(), files);
         let mut problems: Vec<_> = rejected
             .iter()
             .map(|(path, error)| format!("node records {}: {error}", path.display()))
@@ -166,7 +167,8 @@ impl Registry {
             tracing::warn!(source = %self.source.name().display(), %error, "nothing new is known of the node records");
         }
         self.source_error = error;
-        let (accepted, rejected) = settle(&self.own, &self.local_cidrs, &self.accepted, files);
+        let Settled { accepted, rejected } =
+            settle(&self.own, &self.local_cidrs, &self.accepted, files);
         for (path, error) in &rejected {
             if self.rejected.get(path) != Some(error) {
                 log_rejected(path, error);

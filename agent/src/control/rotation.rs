@@ -57,6 +57,15 @@ pub enum RotationError {
 /// Where to ask.
 pub type Ask = mpsc::Sender<RotationRequest>;
 
+/// Private keys of this node.
+#[derive(Debug, Clone, Copy)]
+pub struct NodeKeys<'a> {
+    /// The active key.
+    pub current: &'a PrivateKey,
+    /// The next or the previous key during a rotation.
+    pub second: Option<&'a PrivateKey>,
+}
+
 /// The keys of this node, and how far the change from one to the next has come.
 #[derive(Debug)]
 pub struct Rotation {
@@ -112,8 +121,8 @@ impl Rotation {
     }
 
     /// The key in force, and the next one or the one before.
-    pub fn keys(&self) -> (&PrivateKey, Option<&PrivateKey>) {
-        (&self.current, self.second.as_ref().map(|(_, key)| key))
+    pub fn keys(&self) -> NodeKeys<'_> {
+        NodeKeys { current: &self.current, second: self.second.as_ref().map(|(_, key)| key) }
     }
 
     /// The public halves.

@@ -99,13 +99,22 @@ impl Handle {
     }
 }
 
-/// Starts supervision. The receiver tells how the first snapshot fared; a failure there is final.
+/// Supervision that has begun.
+#[derive(Debug)]
+pub struct Supervision {
+    /// Handle of the supervisor.
+    pub handle: Handle,
+    /// Receiver of the outcome of the first snapshot. A failure is final.
+    pub first: oneshot::Receiver<Result<(), Failure>>,
+}
+
+/// Starts supervision.
 pub fn start(
     settings: Settings,
     snapshots: watch::Receiver<Arc<Snapshot>>,
     state: DataplaneState,
     readiness: Readiness,
-) -> (Handle, oneshot::Receiver<Result<(), Failure>>) {
+) -> Supervision {
     let (first, first_result) = oneshot::channel();
     let (end, ended) = oneshot::channel();
     let not_ready = Some(readiness.block("the data process is not connected yet"));
@@ -125,7 +134,7 @@ pub fn start(
         handshakes,
     };
     let task = tokio::spawn(supervisor.run(ended));
-    (Handle { end, task }, first_result)
+    Supervision { handle: Handle { end, task }, first: first_result }
 }
 
 struct Supervisor {
@@ -145,12 +154,19 @@ struct Supervisor {
     handshakes: HandshakeTimes,
 }
 
+/// Connection to the data process.
+struct Connection {
+    client: Client,
+    /// True if this supervisor has not started the data process.
+    adopted: bool,
+}
+
 /// Why a session with a data process has ended.
 enum SessionEnd {
     /// The process has gone or hangs.
     Gone(String),
     /// It refused what it was asked.
-    Refused(ErrorKind, String),
+    Refused { kind: ErrorKind, message: String },
     /// It works with settings that it cannot change: another takes its place.
     Replaced,
     /// It works for another node.
@@ -160,7 +176,7 @@ enum SessionEnd {
 impl From<ClientError> for SessionEnd {
     fn from(error: ClientError) -> Self {
         match error {
-            ClientError::Refused { kind, message } => SessionEnd::Refused(kind, message),
+            ClientError::Refused { kind, message } => SessionEnd::Refused { kind, message },
             error => SessionEnd::Gone(error.to_string()),
         }
     }
@@ -183,7 +199,7 @@ impl Supervisor {
             {
                 let _ = first.send(Err(Failure::Taken(message.clone())));
             }
-            if let SessionEnd::Refused(kind, message) = &why
+            if let SessionEnd::Refused { kind, message } = &why
                 && let Some(first) = self.first.take()
             {
                 // The receiver ends this supervisor then.
@@ -215,7 +231,7 @@ impl Supervisor {
             SessionEnd::Replaced => "the data process is being replaced".to_owned(),
             SessionEnd::Gone(error) => format!("the data process is away: {error}"),
             SessionEnd::Stranger(error) => error.clone(),
-            SessionEnd::Refused(_, error) => {
+            SessionEnd::Refused { message: error, .. } => {
                 format!("the data process refuses the wanted state: {error}")
             }
         };
@@ -239,7 +255,7 @@ impl Supervisor {
     /// Connects, brings the data process to the wanted state, keeps it there; returns when that
     /// has ended.
     async fn session(&mut self) -> SessionEnd {
-        let (mut client, adopted) = match self.connect().await {
+        let Connection { mut client, adopted } = match self.connect().await {
             Ok(connected) => connected,
             Err(end) => return end,
         };
@@ -254,7 +270,7 @@ impl Supervisor {
                      {missing}"
                 );
                 if !adopted || self.settings.mode == Mode::External {
-                    return SessionEnd::Refused(ErrorKind::Missing, reason);
+                    return SessionEnd::Refused { kind: ErrorKind::Missing, message: reason };
                 }
                 tracing::warn!("{reason}");
                 self.stop_process(client).await;

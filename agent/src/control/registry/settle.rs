@@ -95,6 +95,15 @@ fn wrong(own: &Own, records: &[NodeRecord]) -> Option<String> {
     own_error(own, records).or_else(outside)
 }
 
+/// The decision about all files of records.
+#[derive(Debug)]
+pub(super) struct Settled {
+    /// The active records.
+    pub(super) accepted: Accepted,
+    /// The refused files, each with the reason.
+    pub(super) rejected: BTreeMap<PathBuf, String>,
+}
+
 /// Records of a file that may become active.
 #[derive(Debug, Clone, Copy)]
 struct Candidate<'a> {
@@ -115,12 +124,7 @@ struct Candidate<'a> {
 ///
 /// `standing` are the prefixes that this node owns by the active records; they stay its own while
 /// its record is missing, so that no other record can take them.
-pub(super) fn settle(
-    own: &Own,
-    standing: &[IpNet],
-    last_good: &Accepted,
-    files: Files,
-) -> (Accepted, BTreeMap<PathBuf, String>) {
+pub(super) fn settle(own: &Own, standing: &[IpNet], last_good: &Accepted, files: Files) -> Settled {
     let standing = (!standing.is_empty()).then_some(standing);
     let configured = own.pod_cidrs.as_deref().or(standing).map(|pod_cidrs| NodeRecord {
         name: own.name.clone(),
@@ -162,7 +166,7 @@ pub(super) fn settle(
     let accepted = paths.into_iter().zip(candidates).filter_map(|(path, candidate)| {
         candidate.map(|candidate| (path.clone(), candidate.records.to_vec()))
     });
-    (accepted.collect(), rejected)
+    Settled { accepted: accepted.collect(), rejected }
 }
 
 /// State of a decision. Files are named by their numbers in the order of their paths; `None` stands
@@ -301,7 +305,7 @@ mod tests {
             ("d".into(), Ok(vec![record(4, &["192.0.2.1/32"])])),
             ("z".into(), Ok(vec![record(1, &["10.1.0.0/24"])])),
         ]);
-        let (accepted, rejected) = settle(&own, &[], &good, files);
+        let Settled { accepted, rejected } = settle(&own, &[], &good, files);
         assert_eq!(accepted.keys().collect::<Vec<_>>(), [Path::new("b"), Path::new("z")]);
         assert_eq!(rejected.len(), 3, "{rejected:?}");
         // Also over what was in force before this node was.
@@ -309,7 +313,7 @@ mod tests {
             ("b".into(), Ok(vec![record(2, &["10.2.0.0/24"])])),
             ("z".into(), Ok(vec![record(1, &["10.2.0.0/24"])])),
         ]);
-        let (accepted, _) = settle(&own, &[], &good, files);
+        let Settled { accepted, .. } = settle(&own, &[], &good, files);
         assert_eq!(accepted.keys().collect::<Vec<_>>(), [Path::new("z")]);
     }
 
@@ -451,7 +455,7 @@ mod tests {
         ) {
             let standing: Vec<IpNet> = stands.then(|| "10.1.0.0/24".parse().unwrap()).into_iter().collect();
             let expected = reference(&own, &standing, &last_good, &files);
-            let (accepted, rejected) = settle(&own, &standing, &last_good, files);
+            let Settled { accepted, rejected } = settle(&own, &standing, &last_good, files);
             let rejected = rejected.into_keys().map(|path| (path, ())).collect();
             prop_assert_eq!((accepted, rejected), expected);
         }
@@ -483,7 +487,7 @@ mod tests {
             cluster_cidrs: vec!["10.0.0.0/8".parse().unwrap()],
             record: None,
         };
-        let (accepted, rejected) = settle(&own, &[], &good, files);
+        let Settled { accepted, rejected } = settle(&own, &[], &good, files);
         assert_eq!(rejected.len(), count as usize, "Every change is refused.");
         assert!(accepted == good, "The last good records stay active.");
     }

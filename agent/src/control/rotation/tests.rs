@@ -141,7 +141,7 @@ fn a_step_that_fails_is_tried_again() {
     rotation.begin(false).unwrap();
     let new = rotation.public().second.unwrap();
     // The next key took the old one's place, but that was not all.
-    identity::store(&previous(&path), rotation.keys().0).unwrap();
+    identity::store(&previous(&path), rotation.keys().current).unwrap();
     std::fs::rename(next(&path), &path).unwrap();
     assert!(rotation.step(Some(new.into()), 0).is_err());
     assert_eq!(rotation.public(), PublicKeys { first: new, second: Some(old) });
@@ -182,7 +182,7 @@ fn an_agent_that_ends_half_way_has_both_keys() {
     rotation.begin(false).unwrap();
     let keys = rotation.public();
     // Ended before the rename.
-    identity::store(&previous(&config.key_path()), rotation.keys().0).unwrap();
+    identity::store(&previous(&config.key_path()), rotation.keys().current).unwrap();
     let rotation = Rotation::load(&config).unwrap();
     assert_eq!((rotation.stage(), rotation.public()), (Stage::Announced, keys));
     // Two changes at once are nobody's work but an operator's.

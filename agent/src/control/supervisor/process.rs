@@ -8,20 +8,20 @@ use skein_sys::socket::is_trusted;
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep};
 
-use super::{End, PATIENCE, RETRY, SessionEnd, Supervisor};
+use super::{Connection, End, PATIENCE, RETRY, SessionEnd, Supervisor};
 use crate::config::Mode;
 use crate::control::client::{Client, ClientError};
 
 impl Supervisor {
-    /// Finds the data process that listens, or starts one. Says whether it was there before.
-    pub(super) async fn connect(&mut self) -> Result<(Client, bool), SessionEnd> {
+    /// Finds the data process that listens, or starts one.
+    pub(super) async fn connect(&mut self) -> Result<Connection, SessionEnd> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let error = match Client::connect(&self.settings.socket).await {
                 Ok(client) => {
                     self.check_identity(&client)?;
                     let own = self.child.as_ref().and_then(Child::id);
-                    return Ok((client, own.is_none()));
+                    return Ok(Connection { client, adopted: own.is_none() });
                 }
                 // Of another release, or it hangs.
                 Err(error @ (ClientError::Refused { .. } | ClientError::Timeout)) => {

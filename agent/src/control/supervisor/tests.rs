@@ -14,6 +14,7 @@ use skein_ipc::{
 };
 
 use super::*;
+use crate::control::rotation::NodeKeys;
 use crate::logging::LogFormat;
 
 /// Answers requests by a function of the request's number and content; tells what was asked.
@@ -125,7 +126,8 @@ fn snapshot(peers: u8) -> Arc<Snapshot> {
         unresolved: vec![],
     };
     let key = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=".parse().unwrap();
-    Arc::new(desired.snapshot(&config, (&key, None), 7, u64::from(peers)))
+    let keys = NodeKeys { current: &key, second: None };
+    Arc::new(desired.snapshot(&config, keys, 7, u64::from(peers)))
 }
 
 struct Lab {
@@ -156,7 +158,8 @@ fn supervise_in(fake: &Fake, mode: Mode) -> Lab {
         seccomp: true,
         require_confinement: false,
     };
-    let (handle, first) = start(settings, snapshots, state.clone(), readiness.clone());
+    let Supervision { handle, first } =
+        start(settings, snapshots, state.clone(), readiness.clone());
     Lab { handle, first, wanted, state, readiness }
 }
 
