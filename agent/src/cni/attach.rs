@@ -54,8 +54,6 @@ pub(super) enum AttachError {
 pub(super) struct Found {
     /// Whose it is.
     pub(super) id: AttachmentId,
-    /// Index of the node's end.
-    pub(super) index: u32,
     /// Addresses, by their host routes.
     pub(super) addresses: Vec<IpAddr>,
 }
@@ -293,7 +291,7 @@ impl Attacher {
             addresses.sort();
             // A pod's address may have two routes.
             addresses.dedup();
-            Some(Found { id: self.owner(link)?, index: link.index, addresses })
+            Some(Found { id: self.owner(link)?, addresses })
         };
         kernel.links.iter().filter_map(found).collect()
     }
