@@ -86,7 +86,7 @@ fn measure(count: u32, changes: u32) -> Result<Outcome> {
     let lab = Lab::new(&Plan::default())?;
     let mut cluster = Cluster::prepare(lab, Family::V4)?;
     cluster.verbose = false;
-    let fleet = (0..count).map(Record::of_fleet).collect::<Result<Vec<_>>>()?;
+    let fleet = (0..count).map(Record::synthetic).collect::<Result<Vec<_>>>()?;
     if !fleet.is_empty() {
         let path = cluster.agents[0].records_directory().join("fleet.toml");
         fs::write(path, Record::all_to_toml(&fleet))?;
@@ -131,7 +131,7 @@ fn measure(count: u32, changes: u32) -> Result<Outcome> {
 fn change(agent: &Agent, changes: u32) -> Result<(Vec<f64>, f64)> {
     // The status would cost more than the change: the log says it too.
     let in_force = || anyhow::Ok(fs::read_to_string(agent.log())?.matches("in force").count());
-    let mut changing = Record::of_fleet(60_000)?;
+    let mut changing = Record::synthetic(60_000)?;
     let before = skein_lab::process::cpu_seconds(&agent.pids());
     let mut took = vec![];
     for number in 0..changes {

@@ -128,7 +128,7 @@ impl Lab {
     }
 
     /// Builds one that does without a turn: for what takes long and does not mind who else is at work.
-    pub fn beside_others(plan: &Plan) -> Result<Self> {
+    pub fn without_turn(plan: &Plan) -> Result<Self> {
         Self::build(plan, false)
     }
 
@@ -226,28 +226,28 @@ impl Drop for Lab {
 
 /// How long another laboratory may take before this one gives up: less than the test that waits
 /// may take (ten minutes), so that it can say why.
-pub const TURN_LIMIT: Duration = Duration::from_secs(8 * 60);
+pub const TURN_TIMEOUT: Duration = Duration::from_secs(8 * 60);
 
 /// Environment variable with the number of laboratories that may exist at the same time.
-pub const LABORATORIES: &str = "SKEIN_LABORATORIES";
+pub const LABORATORIES_VARIABLE: &str = "SKEIN_LABORATORIES";
 
 /// One of the places for a laboratory, held by a lock on a file. A process that may not have
 /// company holds all places.
 #[derive(Debug)]
 pub struct Turn(#[allow(dead_code, reason = "holds the locks until dropped")] Vec<File>);
 
-/// Number of lock files, the limit of [`LABORATORIES`].
+/// Number of lock files, the limit of [`LABORATORIES_VARIABLE`].
 const MAX_LABORATORIES: usize = 16;
 
 impl Turn {
-    /// Waits for a place: one of the first [`LABORATORIES`], or all places if that is 1 or not set.
+    /// Waits for a place: one of the first [`LABORATORIES_VARIABLE`], or all places if that is 1 or not set.
     ///
     /// # Errors
     ///
-    /// Returns an error if other laboratories hold the places for [`TURN_LIMIT`], or if a lock file
+    /// Returns an error if other laboratories hold the places for [`TURN_TIMEOUT`], or if a lock file
     /// cannot be used.
     pub fn take() -> Result<Self> {
-        let places = std::env::var(LABORATORIES).ok().and_then(|text| text.parse().ok());
+        let places = std::env::var(LABORATORIES_VARIABLE).ok().and_then(|text| text.parse().ok());
         let places = places.unwrap_or(1).clamp(1, MAX_LABORATORIES);
         let start = Instant::now();
         let mut notified = false;
@@ -255,7 +255,7 @@ impl Turn {
             if let Some(turn) = Self::try_take(places)? {
                 return Ok(turn);
             }
-            if start.elapsed() > TURN_LIMIT {
+            if start.elapsed() > TURN_TIMEOUT {
                 bail!("another laboratory is at work and does not end");
             }
             if !notified {

@@ -22,7 +22,7 @@ pub struct Record {
 
 impl Record {
     /// Of a node that is not there, with a key of nobody's: one of thousands.
-    pub fn of_fleet(number: u32) -> Result<Self> {
+    pub fn synthetic(number: u32) -> Result<Self> {
         let mut key = [0; 32];
         rustix::rand::getrandom(&mut key, rustix::rand::GetRandomFlags::empty())?;
         let [_, _, high, low] = number.to_be_bytes();

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::Random;
-use skein_lab::load::gauge::Gauge;
 use skein_lab::load::pattern::{Pattern, WrongByte};
+use skein_lab::load::progress::FlowProgress;
 use skein_lab::load::transfer::{self, Transfer};
 use skein_lab::load::udp::{self, Load, Receiver};
 use skein_lab::{Family, Lab, Pod};
@@ -65,7 +65,7 @@ const FLOWS: [(Work, usize, usize, Family); 10] = [
 #[derive(Default)]
 pub(super) struct Tally {
     pub(super) name: String,
-    pub(super) gauge: Arc<Gauge>,
+    pub(super) progress: Arc<FlowProgress>,
     /// Files, requests or datagrams that arrived whole and right.
     pub(super) done: AtomicU64,
     /// Datagrams that were sent and did not arrive.
@@ -103,13 +103,17 @@ impl<'scope> Flows<'scope> {
 
     /// The longest pause of any connection that has ended since the last call.
     pub(super) fn longest_pause(&self) -> Duration {
-        self.connections().map(|tally| tally.gauge.take_longest_pause()).max().unwrap_or_default()
+        self.connections()
+            .map(|tally| tally.progress.take_longest_pause())
+            .max()
+            .unwrap_or_default()
     }
 
     /// A connection on which nothing has come since then.
     pub(super) fn behind(&self, since: Instant) -> Option<&str> {
         let mut connections = self.connections();
-        let behind = connections.find(|tally| tally.gauge.last().is_none_or(|last| last <= since));
+        let behind = connections
+            .find(|tally| tally.progress.last_received().is_none_or(|last| last <= since));
         behind.map(|tally| tally.name.as_str())
     }
 
@@ -126,7 +130,7 @@ impl<'scope> Flows<'scope> {
             "{:>5} s: {} MiB moved, {} files and answers compared, {} wrong, {} failures, {faults} \
              faults",
             elapsed.as_secs(),
-            sum(|tally| tally.gauge.bytes()) >> 20,
+            sum(|tally| tally.progress.bytes()) >> 20,
             sum(|tally| tally.done.load(Ordering::Relaxed)),
             sum(|tally| tally.wrong.load(Ordering::Relaxed)),
             sum(|tally| tally.failures().len() as u64),
@@ -135,7 +139,7 @@ impl<'scope> Flows<'scope> {
 
     /// Ends all; what they have done.
     pub(super) fn stop(self) -> Vec<(Work, Arc<Tally>)> {
-        self.tallies.iter().for_each(|(_, tally)| tally.gauge.stop());
+        self.tallies.iter().for_each(|(_, tally)| tally.progress.stop());
         for thread in self.threads {
             let _ = thread.join();
         }
@@ -169,7 +173,7 @@ impl Flow<'_> {
     /// Goes on until it is to stop; whatever fails is noted and begins anew.
     fn go_on(&self, work: Work, number: u64) {
         let mut random = Random::new(number);
-        while !self.tally.gauge.is_stopped() {
+        while !self.tally.progress.is_stopped() {
             let done = match work {
                 Bulk => self.transfer(u64::MAX),
                 Files => self.transfer(1 + random.below(FILE) as u64),
@@ -184,19 +188,20 @@ impl Flow<'_> {
     }
 
     fn transfer(&self, bytes: u64) -> Result<()> {
-        let (from, to, gauge) = (&self.from.ns, &self.to.ns, &self.tally.gauge);
-        Transfer::start_watched(from, to, self.address, bytes, Some(RATE), gauge)?.join()?;
+        let (from, to, progress) = (&self.from.ns, &self.to.ns, &self.tally.progress);
+        Transfer::start_with_progress(from, to, self.address, bytes, Some(RATE), progress)?
+            .join()?;
         self.tally.done.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 
     fn datagrams(&self, payload: usize, rate: u64) -> Result<()> {
         let (tally, to) = (&self.tally, self.address);
-        let receiver = Receiver::start_watched(&self.to.ns, to, payload, &tally.gauge)?;
+        let receiver = Receiver::start_with_progress(&self.to.ns, to, payload, &tally.progress)?;
         let source = self.from.ns.run(move || udp::bind_for(to))??;
         let load = Load { payload, rate: Some(rate), duration: Duration::from_secs(1) };
         let (mut sent, mut next) = (0, 0);
-        while !tally.gauge.is_stopped() {
+        while !tally.progress.is_stopped() {
             sent += self.from.ns.run(|| udp::send_from(&source, to, load, &mut next))??.0;
         }
         // Some may have waited somewhere.
@@ -229,7 +234,7 @@ fn ask(to: SocketAddr, tally: &Tally) -> Result<()> {
     stream.set_read_timeout(Some(PATIENCE))?;
     let mut random = Random::new(to.port().into());
     let mut answer = vec![0; ANSWER];
-    while !tally.gauge.is_stopped() {
+    while !tally.progress.is_stopped() {
         let (seed, length) = (random.below(usize::MAX) as u64, 1 + random.below(ANSWER));
         let request = [seed.to_be_bytes(), (length as u64).to_be_bytes()].concat();
         stream.write_all(&request).context("asking")?;
@@ -238,7 +243,7 @@ fn ask(to: SocketAddr, tally: &Tally) -> Result<()> {
         if let Some(at) = Pattern::new(seed).mismatch(answer) {
             bail!(WrongByte(at as u64));
         }
-        tally.gauge.moved(length as u64);
+        tally.progress.add_received(length as u64);
         tally.done.fetch_add(1, Ordering::Relaxed);
         thread::sleep(THINKING);
     }

@@ -64,7 +64,7 @@ pub fn run(options: &Options) -> Result<()> {
     println!("seed {seed}: --seed {seed} has the same faults in the same order");
 
     let plan = Plan { nodes: 3, offloads: Offloads::Wire, ..Plan::default() };
-    let mut cluster = Cluster::prepare(Lab::beside_others(&plan)?, Family::V4)?;
+    let mut cluster = Cluster::prepare(Lab::without_turn(&plan)?, Family::V4)?;
     cluster.verbose = false;
     // Agents are started again and again: a build meanwhile must not change what is started.
     let program = cluster.lab.directory().join("skein-agent");

@@ -44,7 +44,7 @@ fn traffic(flows: &[(Work, Arc<Tally>)], complaints: &mut Vec<String>) -> Table 
     let load = Ordering::Relaxed;
     let mut total = 0;
     for (work, tally) in flows {
-        let (bytes, done) = (tally.gauge.bytes(), tally.done.load(load));
+        let (bytes, done) = (tally.progress.bytes(), tally.done.load(load));
         let (wrong, failures) = (tally.wrong.load(load), tally.failures());
         let kind = match work {
             Work::Bulk => "connections",

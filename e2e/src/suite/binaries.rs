@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use super::watch::{self, Totals};
-use skein_lab::LABORATORIES;
+use skein_lab::LABORATORIES_VARIABLE;
 use skein_lab::cargo;
 
 /// Names of the batches with the longest run times. They start first, so that none of them runs
@@ -200,7 +200,7 @@ fn run_one(batch: &Batch, options: &[&str], jobs: usize, limit: Duration) -> Res
     let mut command = Command::new(&batch.binary.executable);
     // The tests of one batch measure times and rates: one test at a time.
     command.arg("--test-threads=1").args(options).args(&batch.arguments);
-    command.current_dir(&batch.binary.directory).env(LABORATORIES, jobs.to_string());
+    command.current_dir(&batch.binary.directory).env(LABORATORIES_VARIABLE, jobs.to_string());
     let start = Instant::now();
     let mut output = Vec::new();
     let totals = watch::watch(&mut command, limit, &mut output)?;

@@ -13,10 +13,10 @@ use skein_bench::Results;
 use skein_lab::agent::binary;
 use skein_lab::checks;
 use skein_lab::process::{self, Process, tail};
-use skein_lab::{TURN_LIMIT, registry};
+use skein_lab::{TURN_TIMEOUT, registry};
 
 /// How long a command may take that does its work in seconds, once no other laboratory is in its way.
-const LIMIT: Duration = TURN_LIMIT.saturating_add(Duration::from_secs(90));
+const LIMIT: Duration = TURN_TIMEOUT.saturating_add(Duration::from_secs(90));
 
 /// Starts a command with the agent that is under test, its output in a file.
 fn start(arguments: &[&str], log: &Path) -> Result<Process> {

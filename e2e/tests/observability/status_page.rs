@@ -248,7 +248,7 @@ return {
 fn it_fits_a_phone_and_is_readable_in_the_dark() -> Result<()> {
     let mut cluster = prepared()?;
     cluster.agents[0].set("offload.tun_uso", false);
-    let mut long = Record::of_fleet(1)?;
+    let mut long = Record::synthetic(1)?;
     long.name = format!("a-name-as-clouds-give-them-{}.example", "x".repeat(60));
     cluster.agents[0].put_record(&long)?;
     cluster.start()?;
@@ -319,7 +319,7 @@ fn every_control_has_a_name(browser: &Browser) -> Result<()> {
 #[test]
 fn a_thousand_peers_are_found_and_sorted() -> Result<()> {
     let mut cluster = prepared()?;
-    let fleet = (0..1000).map(Record::of_fleet).collect::<Result<Vec<_>>>()?;
+    let fleet = (0..1000).map(Record::synthetic).collect::<Result<Vec<_>>>()?;
     let file = cluster.agents[0].records_directory().join("fleet.toml");
     fs::write(file, Record::all_to_toml(&fleet))?;
     cluster.start()?;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use skein_lab::agent::Record;
-use skein_lab::load::gauge::Gauge;
+use skein_lab::load::progress::FlowProgress;
 use skein_lab::load::udp;
 use skein_lab::{Family, Netns, checks, process};
 
@@ -136,9 +136,9 @@ fn spoofed_frames_pass_only_between_flush_and_repair() -> Result<()> {
     outsider.ip(&format!("address add {source}/32 dev lo"))?;
     outsider.ip(&format!("route add {target}/32 via {by} src {source}"))?;
     // Sends while `during` runs; returns the number of frames that reached the pod.
-    let flood = |during: &dyn Fn(&Gauge) -> Result<()>| -> Result<u64> {
+    let flood = |during: &dyn Fn(&FlowProgress) -> Result<()>| -> Result<u64> {
         let (to, sent, passed) = ((target, PORT).into(), AtomicU64::new(0), Arc::default());
-        let receiver = udp::Receiver::start_watched(&border.pod(0).ns, to, PAYLOAD, &passed)?;
+        let receiver = udp::Receiver::start_with_progress(&border.pod(0).ns, to, PAYLOAD, &passed)?;
         let stop = AtomicBool::new(false);
         thread::scope(|scope| {
             let sender = scope.spawn(|| -> Result<()> {
@@ -165,7 +165,7 @@ fn spoofed_frames_pass_only_between_flush_and_repair() -> Result<()> {
     let agent = &border.cluster.agents[0];
     let passed = flood(&|_| {
         for number in 0..20 {
-            agent.put_record(&Record::of_fleet(number)?)?;
+            agent.put_record(&Record::synthetic(number)?)?;
             thread::sleep(Duration::from_millis(100));
         }
         Ok(())

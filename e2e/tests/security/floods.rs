@@ -13,9 +13,9 @@ use skein_core::tunnel::{Ciphers, Engine, EngineConfig, PeerConfig};
 use skein_core::wire::header::HEADER_LEN;
 use skein_core::{PrivateKey, PublicKey};
 use skein_lab::agent::{Agent, Cluster, Metrics, PORT};
-use skein_lab::load::blast::{Blasted, Blaster, of_many};
-use skein_lab::load::gauge::Gauge;
+use skein_lab::load::flood::{FloodSender, FloodStats, spoofed_source};
 use skein_lab::load::pattern::Pattern;
+use skein_lab::load::progress::FlowProgress;
 use skein_lab::load::transfer::Transfer;
 use skein_lab::process::{resident_bytes, thread_cpu_seconds};
 use skein_lab::{Family, Lab, Netns, Offloads, Plan, checks};
@@ -45,7 +45,7 @@ fn all_drops(metrics: &Metrics) -> f64 {
 /// A connection that was there before the attacks, as fast as it goes.
 struct Established {
     transfer: Transfer,
-    gauge: Arc<Gauge>,
+    progress: Arc<FlowProgress>,
 }
 
 /// How it went on for a while.
@@ -72,22 +72,22 @@ impl Progress {
 
 impl Established {
     fn begin(lab: &Lab) -> Result<Self> {
-        let (a, b, gauge) = (lab.pod(0), lab.pod(1), Arc::default());
+        let (a, b, progress) = (lab.pod(0), lab.pod(1), Arc::default());
         let to = SocketAddr::new(b.address(Family::V4), 7000);
-        let transfer = Transfer::start_watched(&a.ns, &b.ns, to, u64::MAX, None, &gauge)?;
-        let begun = || Ok(gauge.bytes() > 0);
+        let transfer = Transfer::start_with_progress(&a.ns, &b.ns, to, u64::MAX, None, &progress)?;
+        let begun = || Ok(progress.bytes() > 0);
         checks::eventually("the transfer begins", Duration::from_secs(10), begun)?;
-        Ok(Self { transfer, gauge })
+        Ok(Self { transfer, progress })
     }
 
     /// How it goes on while `work` is done.
     fn during<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<(Progress, T)> {
-        self.gauge.take_longest_pause();
-        let (before, start) = (self.gauge.bytes(), Instant::now());
+        self.progress.take_longest_pause();
+        let (before, start) = (self.progress.bytes(), Instant::now());
         let done = work()?;
-        let speed = (self.gauge.bytes() - before) as f64 / start.elapsed().as_secs_f64() / 1e6;
-        let lasting = self.gauge.last().map_or(start.elapsed(), |last| last.elapsed());
-        Ok((Progress { speed, stall: self.gauge.take_longest_pause().max(lasting) }, done))
+        let speed = (self.progress.bytes() - before) as f64 / start.elapsed().as_secs_f64() / 1e6;
+        let lasting = self.progress.last_received().map_or(start.elapsed(), |last| last.elapsed());
+        Ok((Progress { speed, stall: self.progress.take_longest_pause().max(lasting) }, done))
     }
 
     /// How it goes on without an attack.
@@ -101,7 +101,7 @@ impl Established {
 
     /// It has lived through all, and every byte was right.
     fn end(self) -> Result<()> {
-        self.gauge.stop();
+        self.progress.stop();
         self.transfer.join().map(drop)
     }
 }
@@ -122,17 +122,17 @@ fn mutated_datagrams_at_line_rate_change_nothing_and_are_counted() -> Result<()>
     let alone = established.alone()?;
 
     let stranger = lab.attach("stranger", 200)?;
-    let blaster = Blaster::new(&stranger, listens(lab, 1)?)?;
+    let sender = FloodSender::new(&stranger, listens(lab, 1)?)?;
     // Spoofed sources: the listening port of the node whose session it is, and the port of the lane,
     // whose datagrams GRO merges with the real ones.
     let sources = [listens(lab, 0)?, lane];
     let before_all = memory(victim)?;
     let (beside, total) = established.during(|| {
-        let mut total = Blasted::default();
+        let mut total = FloodStats::default();
         for class in classes(&real) {
             let before = fresh(victim)?;
             let source = |number| sources[number as usize % sources.len()];
-            let sent = blaster.blast(&class.datagrams, OF_EACH, AT_MOST, source)?;
+            let sent = sender.send(&class.datagrams, OF_EACH, AT_MOST, source)?;
             let after = fresh(victim)?;
             let counted = drops(&after, class.reasons) - drops(&before, class.reasons);
             let all = all_drops(&after) - all_drops(&before);
@@ -186,7 +186,7 @@ fn datagrams_held_back_and_reordered_arrive_once() -> Result<()> {
     held.retain(|datagram| datagram[0] == DATA && datagram.len() == 1060);
     held.reverse();
     let stranger = lab.attach("stranger", 200)?;
-    let blaster = Blaster::new(&stranger, to)?;
+    let sender = FloodSender::new(&stranger, to)?;
     let from = listens(lab, 0)?;
     let count = held.len() as u64;
     let replays = ["replayed", "replay_window"];
@@ -195,7 +195,7 @@ fn datagrams_held_back_and_reordered_arrive_once() -> Result<()> {
         // Slowly: none of them may be lost.
         for part in held.chunks(50) {
             let all = part.len() as u64;
-            blaster.blast(part, all, Duration::from_secs(1), |_| from)?;
+            sender.send(part, all, Duration::from_secs(1), |_| from)?;
             thread::sleep(Duration::from_millis(10));
         }
         let after = drops(&fresh(&cluster.agents[1])?, &replays);
@@ -283,7 +283,7 @@ fn handshake_floods_leave_established_traffic_and_newcomers_alone() -> Result<()
     lab.nodes[1].ns.ip("route add 198.18.0.0/16 via 192.0.2.200")?;
     // Answers go to the port that an initiation names; nobody complains of them.
     let sink = stranger.run(|| UdpSocket::bind(("0.0.0.0", PORT)))??;
-    let blaster = Blaster::new(&stranger, listens(lab, 1)?)?;
+    let sender = FloodSender::new(&stranger, listens(lab, 1)?)?;
     let known = initiations(&victim.record.public_key, 2000)?;
     let unknown = known.iter().map(|real| {
         let mut changed = real.clone();
@@ -302,11 +302,11 @@ fn handshake_floods_leave_established_traffic_and_newcomers_alone() -> Result<()
     ] {
         let before = (traffic(&stranger)?, thread_cpu_seconds(pid)?, fresh(victim)?);
         let (beside, flood) = established.during(|| {
-            let mut flood = Blasted::default();
+            let mut flood = FloodStats::default();
             while flood.seconds < 6.0 {
                 let part = Duration::from_millis(200);
-                let source = |number| of_many([198, 18], flood.datagrams + number);
-                let more = blaster.blast(datagrams, u64::MAX, part, source)?;
+                let source = |number| spoofed_source([198, 18], flood.datagrams + number);
+                let more = sender.send(datagrams, u64::MAX, part, source)?;
                 flood.add(more);
             }
             Ok(flood)
@@ -359,10 +359,10 @@ fn handshake_floods_leave_established_traffic_and_newcomers_alone() -> Result<()
     let stop = AtomicBool::new(false);
     let joined = thread::scope(|scope| -> Result<_> {
         let flood = scope.spawn(|| -> Result<_> {
-            let mut flood = Blasted::default();
+            let mut flood = FloodStats::default();
             while !stop.load(Ordering::Relaxed) && flood.seconds < 40.0 {
-                let source = |number| of_many([198, 18], flood.datagrams + number);
-                let more = blaster.blast(&all, u64::MAX, Duration::from_millis(100), source)?;
+                let source = |number| spoofed_source([198, 18], flood.datagrams + number);
+                let more = sender.send(&all, u64::MAX, Duration::from_millis(100), source)?;
                 flood.add(more);
             }
             Ok(flood)

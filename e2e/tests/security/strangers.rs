@@ -13,8 +13,8 @@ use skein_lab::agent::{Agent, Cluster, PORT, new_key};
 use skein_lab::checks;
 use skein_lab::link::{advertise_router, bridge, enslave, veth};
 use skein_lab::load::capture::Capture;
-use skein_lab::load::gauge::Gauge;
 use skein_lab::load::pattern::Pattern;
+use skein_lab::load::progress::FlowProgress;
 use skein_lab::load::udp;
 use skein_lab::{Family, Netns, Offloads, Plan, Pod, Task};
 
@@ -121,8 +121,8 @@ fn a_removed_node_is_cut_off() -> Result<()> {
     let (a, b, c) = (cluster.lab.pod(0), cluster.lab.pod(1), cluster.lab.pod(2));
     let (member, judge) = (&cluster.agents[0], &cluster.agents[1]);
     let to = (b.address(Family::V4), 7000).into();
-    let arrived = Arc::<Gauge>::default();
-    let receiver = udp::Receiver::start_watched(&b.ns, to, 100, &arrived)?;
+    let arrived = Arc::<FlowProgress>::default();
+    let receiver = udp::Receiver::start_with_progress(&b.ns, to, 100, &arrived)?;
     let stop = AtomicBool::new(false);
     let (late, other) = thread::scope(|scope| -> Result<_> {
         let sender = scope.spawn(|| -> Result<()> {
@@ -170,7 +170,12 @@ fn a_removed_node_is_cut_off() -> Result<()> {
 
 /// A connection that sends all the time, until its receiver has been silent for ten seconds. The
 /// task returns the time of the last byte; `arrived` counts the bytes.
-fn connection(from: &Pod, to: &Pod, port: u16, arrived: &Arc<Gauge>) -> Result<Task<Instant>> {
+fn connection(
+    from: &Pod,
+    to: &Pod,
+    port: u16,
+    arrived: &Arc<FlowProgress>,
+) -> Result<Task<Instant>> {
     let at = SocketAddr::new(to.address(Family::V4), port);
     let listener = to.ns.run(|| TcpListener::bind(at))??;
     let mut sender = from.ns.run(|| TcpStream::connect_timeout(&at, checks::EVENT_TIMEOUT))??;
@@ -186,7 +191,7 @@ fn connection(from: &Pod, to: &Pod, port: u16, arrived: &Arc<Gauge>) -> Result<T
     Ok(to.ns.spawn(move || {
         let mut last = Instant::now();
         while let Ok(length @ 1..) = receiver.read(&mut [0; 4096]) {
-            arrived.moved(length as u64);
+            arrived.add_received(length as u64);
             last = Instant::now();
         }
         Ok(last)

@@ -1,12 +1,12 @@
 //! Traffic for pods: what sends and receives it, and what was measured.
 
-pub mod blast;
 pub mod capture;
-pub mod gauge;
+pub mod flood;
 pub mod http;
 pub mod iperf;
 pub mod pattern;
 pub mod ping;
+pub mod progress;
 pub mod redis;
 pub mod rr;
 pub mod transfer;

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use super::gauge::Gauge;
 use super::pattern::{Pattern, WrongByte};
+use super::progress::FlowProgress;
 use crate::{Netns, Task};
 
 /// A chunk of writing, in bytes.
@@ -43,21 +43,21 @@ impl Transfer {
         bytes: u64,
         per_second: Option<u64>,
     ) -> Result<Self> {
-        Self::start_watched(client, server, to, bytes, per_second, &Arc::default())
+        Self::start_with_progress(client, server, to, bytes, per_second, &Arc::default())
     }
 
-    /// The same, told to `gauge` as it goes on; ends early where the gauge says so.
-    pub fn start_watched(
+    /// The same, told to `progress` as it goes on; ends early where the progress says so.
+    pub fn start_with_progress(
         client: &Netns,
         server: &Netns,
         to: SocketAddr,
         bytes: u64,
         per_second: Option<u64>,
-        gauge: &Arc<Gauge>,
+        progress: &Arc<FlowProgress>,
     ) -> Result<Self> {
         let seed = bytes ^ u64::from(to.port());
         let listener = server.run(|| bind(to))?.with_context(|| format!("binding {to}"))?;
-        let (told, stops) = (gauge.clone(), gauge.clone());
+        let (told, stops) = (progress.clone(), progress.clone());
         let receiver = server.spawn(move || receive(&listener, seed, &told));
         let sender = client.spawn(move || send(to, seed, bytes, per_second, &stops));
         Ok(Self { sender, receiver })
@@ -83,7 +83,7 @@ fn send(
     seed: u64,
     bytes: u64,
     per_second: Option<u64>,
-    gauge: &Gauge,
+    progress: &FlowProgress,
 ) -> Result<u64> {
     let mut stream = connect(to).with_context(|| format!("connecting to {to}"))?;
     stream.set_write_timeout(Some(PATIENCE))?;
@@ -92,7 +92,7 @@ fn send(
     let mut chunk = vec![0; CHUNK];
     let start = Instant::now();
     let mut sent = 0;
-    while sent < bytes && !gauge.is_stopped() {
+    while sent < bytes && !progress.is_stopped() {
         let part = &mut chunk[..CHUNK.min((bytes - sent) as usize)];
         pattern.fill(part);
         stream.write_all(part).with_context(|| format!("after {sent} bytes"))?;
@@ -137,7 +137,7 @@ fn connect(to: SocketAddr) -> std::io::Result<TcpStream> {
     }
 }
 
-fn receive(listener: &TcpListener, seed: u64, gauge: &Gauge) -> Result<Received> {
+fn receive(listener: &TcpListener, seed: u64, progress: &FlowProgress) -> Result<Received> {
     let mut stream = accept(listener, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     let mut pattern = Pattern::new(seed);
@@ -156,7 +156,7 @@ fn receive(listener: &TcpListener, seed: u64, gauge: &Gauge) -> Result<Received>
             bail!(WrongByte(got + at as u64));
         }
         got += n as u64;
-        gauge.moved(n as u64);
+        progress.add_received(n as u64);
     }
     stream.write_all(b"ok")?;
     Ok(Received { bytes: got, seconds: (last - start).as_secs_f64(), longest_pause })

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 
-use super::gauge::Gauge;
 use super::pattern::Pattern;
+use super::progress::FlowProgress;
 use crate::{Netns, Task};
 
 /// Time between two bursts of a paced sender.
@@ -106,23 +106,23 @@ pub struct Receiver {
 impl Receiver {
     /// Binds `at` inside a namespace and starts to receive datagrams of `payload` bytes.
     pub fn start(netns: &Netns, at: SocketAddr, payload: usize) -> Result<Self> {
-        Self::start_watched(netns, at, payload, &Arc::default())
+        Self::start_with_progress(netns, at, payload, &Arc::default())
     }
 
-    /// The same, told to `gauge` as it goes on.
-    pub fn start_watched(
+    /// The same, told to `progress` as it goes on.
+    pub fn start_with_progress(
         netns: &Netns,
         at: SocketAddr,
         payload: usize,
-        gauge: &Arc<Gauge>,
+        progress: &Arc<FlowProgress>,
     ) -> Result<Self> {
         let socket = netns.run(|| UdpSocket::bind(at))?.with_context(|| format!("bind {at}"))?;
         socket.set_read_timeout(Some(Duration::from_millis(50)))?;
         // Losses are to be the network's, not this receiver's.
         set_socket_recv_buffer_size_force(&socket, 8 << 20).context("SO_RCVBUFFORCE")?;
         let stop = Arc::new(AtomicBool::new(false));
-        let (flag, gauge) = (stop.clone(), gauge.clone());
-        let task = netns.spawn(move || receive(&socket, payload, &flag, &gauge));
+        let (flag, progress) = (stop.clone(), progress.clone());
+        let task = netns.spawn(move || receive(&socket, payload, &flag, &progress));
         Ok(Self { stop, task })
     }
 
@@ -138,7 +138,7 @@ fn receive(
     socket: &UdpSocket,
     payload: usize,
     stop: &AtomicBool,
-    gauge: &Gauge,
+    progress: &FlowProgress,
 ) -> Result<Outcome> {
     let mut outcome = Outcome::default();
     let mut seen = Seen::default();
@@ -148,7 +148,7 @@ fn receive(
         match socket.recv(&mut buffer) {
             Ok(n) => {
                 outcome.received += 1;
-                gauge.moved(n as u64);
+                progress.add_received(n as u64);
                 if n != payload {
                     outcome.corrupt += 1;
                 } else if let Some((number, rest)) = buffer[..n].split_first_chunk() {

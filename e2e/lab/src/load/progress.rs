@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 /// Counts of one flow; shared between who moves and who watches.
 #[derive(Debug, Default)]
-pub struct Gauge {
+pub struct FlowProgress {
     bytes: AtomicU64,
     stop: AtomicBool,
     pauses: Mutex<Pauses>,
@@ -18,9 +18,9 @@ struct Pauses {
     longest: Duration,
 }
 
-impl Gauge {
+impl FlowProgress {
     /// So many bytes more have arrived, and they were right.
-    pub fn moved(&self, bytes: u64) {
+    pub fn add_received(&self, bytes: u64) {
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
         let now = Instant::now();
         let mut pauses = self.pauses.lock().unwrap_or_else(PoisonError::into_inner);
@@ -35,7 +35,7 @@ impl Gauge {
     }
 
     /// When the last ones came.
-    pub fn last(&self) -> Option<Instant> {
+    pub fn last_received(&self) -> Option<Instant> {
         self.pauses.lock().unwrap_or_else(PoisonError::into_inner).last
     }
 
@@ -63,13 +63,13 @@ mod tests {
 
     #[test]
     fn a_pause_is_told_once_and_only_when_it_has_ended() {
-        let gauge = Gauge::default();
-        gauge.moved(1);
+        let progress = FlowProgress::default();
+        progress.add_received(1);
         std::thread::sleep(Duration::from_millis(20));
-        assert_eq!(gauge.take_longest_pause(), Duration::ZERO);
-        gauge.moved(2);
-        assert!(gauge.take_longest_pause() >= Duration::from_millis(20));
-        assert_eq!((gauge.bytes(), gauge.take_longest_pause()), (3, Duration::ZERO));
-        assert!(gauge.last().unwrap().elapsed() < Duration::from_secs(30));
+        assert_eq!(progress.take_longest_pause(), Duration::ZERO);
+        progress.add_received(2);
+        assert!(progress.take_longest_pause() >= Duration::from_millis(20));
+        assert_eq!((progress.bytes(), progress.take_longest_pause()), (3, Duration::ZERO));
+        assert!(progress.last_received().unwrap().elapsed() < Duration::from_secs(30));
     }
 }

@@ -17,14 +17,14 @@ const HEADERS: usize = 28;
 const UDP: u8 = 17;
 
 /// Sends UDP over IPv4 to one address, with any source.
-pub struct Blaster {
+pub struct FloodSender {
     socket: Socket,
     to: SocketAddrV4,
 }
 
 /// What was sent.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Blasted {
+pub struct FloodStats {
     /// Datagrams that the kernel took.
     pub datagrams: u64,
     /// Their bytes, with the headers of IP and UDP.
@@ -33,7 +33,7 @@ pub struct Blasted {
     pub seconds: f64,
 }
 
-impl Blasted {
+impl FloodStats {
     /// Adds what was sent after it.
     pub fn add(&mut self, more: Self) {
         self.datagrams += more.datagrams;
@@ -47,7 +47,7 @@ impl Blasted {
     }
 }
 
-impl Blaster {
+impl FloodSender {
     /// Opens its socket in a namespace.
     pub fn new(netns: &Netns, to: SocketAddrV4) -> Result<Self> {
         // The protocol's number for "with headers of my own".
@@ -60,38 +60,37 @@ impl Blaster {
 
     /// Sends these payloads in turn, again and again, until `count` are sent or `limit` has passed. `source`
     /// is asked for each, by its number.
-    pub fn blast(
+    pub fn send(
         &self,
         payloads: &[Vec<u8>],
         count: u64,
         limit: Duration,
         source: impl Fn(u64) -> SocketAddrV4,
-    ) -> Result<Blasted> {
+    ) -> Result<FloodStats> {
         let start = Instant::now();
-        let mut blasted = Blasted::default();
+        let mut stats = FloodStats::default();
         let mut packets = vec![Vec::new(); BATCH];
         let mut next = payloads.iter().cycle();
-        while blasted.datagrams < count && start.elapsed() < limit {
-            let batch = (count - blasted.datagrams).min(BATCH as u64) as usize;
-            for (packet, number) in packets[..batch].iter_mut().zip(blasted.datagrams..) {
+        while stats.datagrams < count && start.elapsed() < limit {
+            let batch = (count - stats.datagrams).min(BATCH as u64) as usize;
+            for (packet, number) in packets[..batch].iter_mut().zip(stats.datagrams..) {
                 let payload = next.next().context("nothing to send")?;
                 fill(packet, source(number), self.to, payload);
             }
             let mut sent = 0;
             while sent < batch {
-                let n = self.send(&packets[sent..batch])?;
-                blasted.bytes +=
-                    packets[sent..sent + n].iter().map(|p| p.len() as u64).sum::<u64>();
+                let n = self.send_batch(&packets[sent..batch])?;
+                stats.bytes += packets[sent..sent + n].iter().map(|p| p.len() as u64).sum::<u64>();
                 sent += n;
             }
-            blasted.datagrams += batch as u64;
+            stats.datagrams += batch as u64;
         }
-        blasted.seconds = start.elapsed().as_secs_f64();
-        Ok(blasted)
+        stats.seconds = start.elapsed().as_secs_f64();
+        Ok(stats)
     }
 
     /// How many of them the kernel took.
-    fn send(&self, packets: &[Vec<u8>]) -> Result<usize> {
+    fn send_batch(&self, packets: &[Vec<u8>]) -> Result<usize> {
         let slices: Vec<_> = packets.iter().map(|packet| [IoSlice::new(packet)]).collect();
         let mut control: Vec<_> = packets.iter().map(|_| SendAncillaryBuffer::default()).collect();
         let messages = slices.iter().zip(&mut control);
@@ -122,7 +121,7 @@ fn fill(packet: &mut Vec<u8>, from: SocketAddrV4, to: SocketAddrV4, payload: &[u
 }
 
 /// The address of this number in a network of 65536, each time from another port.
-pub fn of_many([a, b]: [u8; 2], number: u64) -> SocketAddrV4 {
+pub fn spoofed_source([a, b]: [u8; 2], number: u64) -> SocketAddrV4 {
     let [c, d] = (number as u16).to_be_bytes();
     SocketAddrV4::new(Ipv4Addr::new(a, b, c, d), 1024 + (number / 7 % 60_000) as u16)
 }
@@ -137,7 +136,7 @@ mod tests {
     fn a_packet_is_what_a_capture_reads() {
         let to = "192.0.2.2:51900".parse().unwrap();
         let mut packet = vec![1, 2, 3];
-        fill(&mut packet, of_many([198, 18], 0x1_0203), to, &[7, 8]);
+        fill(&mut packet, spoofed_source([198, 18], 0x1_0203), to, &[7, 8]);
         let ethernet = [&[0; 12][..], &[0x08, 0x00]].concat();
         let frame = Frame { bytes: [ethernet, packet].concat() };
         assert_eq!(frame.udp().unwrap(), (51900, &[7, 8][..]));
