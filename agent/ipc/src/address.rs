@@ -1,4 +1,5 @@
-//! Addresses in messages and kept files, in their canonical form.
+//! Deserialization of addresses in messages and files. An IPv4-mapped IPv6 address becomes the IPv4
+//! address that it represents ([`Canonical`]).
 
 use serde::{Deserialize, Deserializer};
 use skein_core::address::Canonical;
@@ -6,7 +7,7 @@ use skein_core::address::Canonical;
 /// Deserializes addresses in their canonical form, for `#[serde(deserialize_with)]`.
 ///
 /// # Errors
-/// The error of `T` if the value is not a valid `T`.
+/// The deserializer's error if the value is not a valid `T`.
 pub fn canonical<'de, D: Deserializer<'de>, T: Deserialize<'de> + Canonical>(
     deserializer: D,
 ) -> Result<T, D::Error> {

@@ -1,4 +1,5 @@
-//! Watching packets and drops: what is asked, and what is told until the asker closes the connection.
+//! Messages of `skein-agent capture` and `trace --drops`: the request for packets or drops, and the
+//! captured packets.
 
 use std::net::SocketAddr;
 
@@ -7,51 +8,55 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// What to look at.
+/// A request for packets or drops, up to the end of the connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CaptureRequest {
-    /// Drops, or packets that pass.
+    /// Selects dropped packets or forwarded packets.
     #[serde(rename = "what")]
     pub kind: CaptureKind,
-    /// Only inner packets from or to one of these; empty: all.
+    /// Prefixes of which one must contain the inner source or destination address; empty selects
+    /// every packet.
     #[serde(deserialize_with = "crate::address::canonical")]
     pub nets: Vec<IpNet>,
-    /// How much of each packet to copy, in bytes.
+    /// Maximum number of bytes to copy from each packet. The data process has an upper limit of its
+    /// own.
     pub snap: u32,
 }
 
-/// What can be looked at.
+/// Kind of packets of a capture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CaptureKind {
-    /// Packets that are dropped.
+    /// Dropped packets, inner and outer ones.
     Drops,
-    /// Inner packets as they cross the tunnel: behind the split and before the seal on the way out,
-    /// behind all checks and before the merge on the way in.
+    /// Forwarded inner packets. Egress packets are captured after segmentation and before
+    /// encryption, ingress packets after all checks and before coalescing.
     Packets,
 }
 
-/// A packet that was seen.
+/// A captured packet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CapturedPacket {
-    /// Nanoseconds since 1970.
+    /// Time of the capture (wall clock), nanoseconds since 1970-01-01 UTC.
     pub time_ns: u64,
-    /// The lane; `None`: the session manager.
+    /// Lane that processed the packet; `None` for the session manager.
     pub lane: Option<u8>,
-    /// `egress` or `ingress`.
+    /// Direction of the packet, `egress` or `ingress`.
     pub direction: String,
-    /// Why it was dropped (`skein_core::drop::DropReason::label`); `None`: it passed.
+    /// Label of the drop reason ([`DropReason::label`](skein_core::DropReason::label)); `None` for
+    /// a forwarded packet.
     pub reason: Option<String>,
-    /// The other node's address, where it is known.
+    /// Underlay address and port of the other node; `None` if unknown.
     pub outer: Option<SocketAddr>,
-    /// Whether the bytes are an inner IP packet; otherwise they are the payload of an outer datagram.
+    /// True if `bytes` begin with an inner IP header, false if they are the payload of an outer
+    /// datagram.
     pub inner: bool,
-    /// How many packets this one stands for.
+    /// Number of packets that this entry represents.
     pub packets: u64,
-    /// Its whole length in bytes.
+    /// Length of the whole packet in bytes.
     pub length: u32,
-    /// Its first bytes.
+    /// First bytes of the packet, at most [`CaptureRequest::snap`]; base64 on the socket.
     #[serde(serialize_with = "to_base64", deserialize_with = "from_base64")]
     pub bytes: Vec<u8>,
 }

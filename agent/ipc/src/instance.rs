@@ -74,18 +74,19 @@ impl Instance {
     /// Checks that the agent answers and, with `ready`, that it is ready.
     ///
     /// # Errors
-    /// An error if the agent does not answer within three seconds, or, with `ready`, if it reports
-    /// reasons why it is not ready.
+    /// The connection fails, the agent does not answer within 3 s, or, with `ready`, the agent
+    /// reports reasons why it is not ready.
     pub fn probe(&self, connect: Connect, ready: bool) -> anyhow::Result<()> {
         let socket = self.agent_socket();
-        let ask = || -> io::Result<String> {
+        let request = || -> io::Result<String> {
             let mut stream = connect(&socket)?;
             stream.set_read_timeout(Some(PROBE_TIMEOUT))?;
             let mut answer = String::new();
             stream.read_to_string(&mut answer)?;
             Ok(answer)
         };
-        let answer = ask().with_context(|| format!("no agent answers on {}", socket.display()))?;
+        let answer =
+            request().with_context(|| format!("no agent answers on {}", socket.display()))?;
         if ready && answer != READY {
             bail!("not ready: {}", answer.trim_end().replace('\n', "; "));
         }
@@ -102,11 +103,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn probe_tells_alive_from_ready() {
+    fn probe_distinguishes_alive_from_ready() {
         let connect: Connect = |path| UnixStream::connect(path);
         let directory = tempfile::tempdir().unwrap();
         let instance = Instance::new(directory.path());
-        assert!(instance.probe(connect, false).is_err(), "Nobody listens.");
+        assert!(instance.probe(connect, false).is_err(), "A probe without a listener fails.");
         let listener = UnixListener::bind(instance.agent_socket()).unwrap();
         let answering = std::thread::spawn(move || {
             for answer in [READY, READY, "one\ntwo\n", "one\ntwo\n"] {
@@ -121,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn directory_in_an_open_volume_is_protected() {
+    fn directory_in_world_writable_volume_is_protected() {
         let volume = tempfile::tempdir().unwrap();
         let open = |mode| fs::set_permissions(volume.path(), Permissions::from_mode(mode)).unwrap();
         let instance = Instance::new(volume.path().join("skein"));
@@ -131,7 +132,7 @@ mod tests {
         assert_eq!(mode(), 0o1777);
         open(0o755);
         instance.protect_directory().unwrap();
-        assert_eq!(mode(), 0o755, "Only root can change it.");
+        assert_eq!(mode(), 0o755, "The mode of a parent that only root can change stays.");
         Instance::new("/nonexistent/a/b").protect_directory().unwrap();
     }
 }

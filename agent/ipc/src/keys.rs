@@ -1,4 +1,5 @@
-//! A node's identity: a Curve25519 key pair in base64, as WireGuard writes them.
+//! Identity of a node: a Curve25519 key pair (RFC 7748). The text form of a key is base64, as in
+//! WireGuard.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,56 +11,54 @@ use serde::{Deserialize, Serialize, Serializer};
 use thiserror::Error;
 use zeroize::Zeroizing;
 
-/// Why a key was refused.
+/// Error of a key in text form or of an operation on a key.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum KeyError {
-    /// Not base64.
-    #[error("not base64")]
+    /// The text is not standard base64 with padding.
+    #[error("key is not base64")]
     Encoding,
-    /// Not 32 bytes.
-    #[error("{0} bytes long, where a key has 32")]
+    /// The decoded key has this number of bytes instead of 32.
+    #[error("key has {0} bytes, expected 32")]
     Length(usize),
-    /// No key in the mathematical sense.
-    #[error("not a valid Curve25519 key")]
+    /// The cryptographic library refuses the key, or cannot generate one.
+    #[error("key is not a valid Curve25519 key")]
     Value,
 }
 
-/// The public half; 32 bytes.
+/// A public key: 32 bytes of a Curve25519 u-coordinate. Not checked to be a point of the curve.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct PublicKey(pub [u8; 32]);
 
-/// The private half; 32 bytes, wiped when dropped, never printed. They stay where they are when it is moved: a
-/// copy left on the stack would get into whatever is made there next.
+/// A private key of 32 bytes in a heap buffer that is wiped on drop. A move copies only the pointer,
+/// so that no copy of the key stays on the stack. `Debug` does not print the key.
 #[derive(Deserialize)]
 #[serde(try_from = "Zeroizing<String>")]
 pub struct PrivateKey(Box<Zeroizing<[u8; 32]>>);
 
 impl Clone for PrivateKey {
     fn clone(&self) -> Self {
-        let mut bytes = nothing();
+        let mut bytes = zeroed();
         bytes.copy_from_slice(self.as_bytes());
         Self(bytes)
     }
 }
 
-/// Room for a key.
-fn nothing() -> Box<Zeroizing<[u8; 32]>> {
+fn zeroed() -> Box<Zeroizing<[u8; 32]>> {
     Box::new(Zeroizing::new([0; 32]))
 }
 
-/// The public halves of a node's keys: the one in force, and another while it changes, which is accepted as
-/// well.
+/// Public keys of a node: the active one, and a second one during a key rotation. Peers accept both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PublicKeys {
-    /// The key in force.
+    /// Active key of the node.
     pub first: PublicKey,
-    /// The next, or the one before.
+    /// Next or previous key during a key rotation.
     pub second: Option<PublicKey>,
 }
 
 impl PublicKeys {
-    /// Both.
+    /// Returns the active key, then the second one.
     pub fn iter(self) -> impl Iterator<Item = PublicKey> {
         std::iter::once(self.first).chain(self.second)
     }
@@ -72,19 +71,25 @@ impl From<PublicKey> for PublicKeys {
 }
 
 impl PrivateKey {
-    /// A new random key.
+    /// Generates a random key.
+    ///
+    /// # Errors
+    /// [`KeyError::Value`] if the random source fails.
     pub fn generate() -> Result<Self, KeyError> {
-        let mut bytes = nothing();
+        let mut bytes = zeroed();
         aws_lc_rs::rand::fill(&mut **bytes).map_err(|_| KeyError::Value)?;
         Ok(Self(bytes))
     }
 
-    /// The secret itself.
+    /// Returns the 32 secret bytes. The caller must not leave copies in memory.
     pub fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
 
-    /// The public half.
+    /// Computes the public key (X25519 with the base point, RFC 7748, section 6.1).
+    ///
+    /// # Errors
+    /// [`KeyError::Value`] if the cryptographic library refuses the private key.
     pub fn public(&self) -> Result<PublicKey, KeyError> {
         let key = agreement::PrivateKey::from_private_key(&agreement::X25519, self.as_bytes())
             .map_err(|_| KeyError::Value)?;
@@ -92,11 +97,12 @@ impl PrivateKey {
         Ok(PublicKey(public.as_ref().try_into().map_err(|_| KeyError::Value)?))
     }
 
-    /// The text form, for the key file.
+    /// Returns the text form for the key file: 44 characters of base64. The buffer is wiped on drop
+    /// and has room for a line end.
     pub fn to_base64(&self) -> Zeroizing<String> {
-        // Room for all of it, and for a line's end: what grows leaves copies behind.
+        // The capacity suffices for the text and a line end: a string that grows leaves a copy.
         let mut text = Zeroizing::new(String::with_capacity(64));
-        // Into a place that is wiped: the encoder's own would stay behind on the stack.
+        // `encode_string` keeps an unwiped buffer on its stack; `encode_slice` writes to this one.
         let mut encoded = Box::new(Zeroizing::new([0; 44]));
         if BASE64.encode_slice(self.as_bytes(), &mut **encoded).is_ok() {
             text.push_str(std::str::from_utf8(&**encoded).unwrap_or_default());
@@ -106,10 +112,10 @@ impl PrivateKey {
 }
 
 fn decode(text: &str) -> Result<Box<Zeroizing<[u8; 32]>>, KeyError> {
-    // Wiped also where only the end turns out to be wrong.
+    // The buffer is also wiped if only the end of the text is malformed.
     let mut bytes = Zeroizing::new(Vec::with_capacity(64));
     BASE64.decode_vec(text.trim(), &mut bytes).map_err(|_| KeyError::Encoding)?;
-    let mut array = nothing();
+    let mut array = zeroed();
     match bytes.len() {
         32 => array.copy_from_slice(&bytes),
         length => return Err(KeyError::Length(length)),
@@ -187,7 +193,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn public_half_is_that_of_rfc_7748() {
+    fn public_key_matches_rfc_7748() {
         // RFC 7748, section 6.1: Alice.
         let private = PrivateKey(Box::new(Zeroizing::new([
             0x77, 0x07, 0x6d, 0x0a, 0x73, 0x18, 0xa5, 0x7d, 0x3c, 0x16, 0xc1, 0x72, 0x51, 0xb2,
@@ -200,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn text_form_round_trips_and_hides_the_secret() {
+    fn text_form_round_trips_and_debug_hides_key() {
         let private = PrivateKey::generate().unwrap();
         let text = private.to_base64();
         assert_eq!(text.parse::<PrivateKey>().unwrap(), private);

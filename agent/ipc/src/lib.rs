@@ -1,9 +1,17 @@
-//! What the control process and the data process say to each other over the data plane's unix
-//! socket: one JSON document a frame, each frame led by its length (u32, big endian).
+//! Protocol between the control process and the data process over the data plane's unix socket: the
+//! messages, their codec and the types in them. The crate is synchronous. Only [`instance`] uses
+//! files and sockets; the codec works on any reader and writer.
 //!
-//! Requests are answered in order, one answer a request. A [`Snapshot`] is idempotent: the data
-//! process compares it with what it does already and changes only what differs, so a new control
-//! process sends its whole view and disturbs nothing.
+//! - A connection carries frames: a length (u32, big endian) and a JSON document ([`read_frame`],
+//!   [`write_frame`]).
+//! - The data process sends one [`Response`] for each [`Request`], in order. [`Request::Capture`] is
+//!   the exception: its responses continue until the connection ends.
+//! - [`Request::Hello`] is the first request of a control process.
+//! - A [`Snapshot`] is idempotent. The data process changes only the differences to its current
+//!   state, so that a new control process can send its whole state without an interruption.
+//!
+//! JSON keys are the interface between releases. A renamed Rust item keeps its key by
+//! `#[serde(rename)]`.
 
 #![forbid(unsafe_code)]
 

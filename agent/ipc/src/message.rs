@@ -1,4 +1,4 @@
-//! Requests of the control process, and the data process's responses.
+//! Requests to the data process and its responses.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,149 +7,192 @@ use crate::keys::PublicKey;
 use crate::report::Report;
 use crate::settings::{SeenHandshakes, Snapshot, Update};
 
-/// Raised with every change that an older peer would misread.
+/// Version of the protocol. It is raised with every change that an earlier release would
+/// misinterpret. Both sides refuse another version ([`Request::Hello`]).
 pub const PROTOCOL_VERSION: u32 = 4;
 
-/// From the control process.
+/// A request to the data process: from the control process, from a command, or, for
+/// [`Self::TakeOver`], from the next keeper.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
-    /// First on every connection.
+    /// Compares protocol versions. The first request on a connection of the control process.
     Hello {
         /// [`PROTOCOL_VERSION`] of the sender.
         version: u32,
     },
-    /// Become exactly this.
+    /// Replaces the state of the data process by a snapshot.
     Apply {
-        /// The whole wanted state.
+        /// Desired state, complete.
         snapshot: Box<Snapshot>,
     },
-    /// Change some peers and leave the rest.
+    /// Adds, changes or removes some peers of the active snapshot.
     Update {
-        /// What to change.
+        /// Changed peers, and the revision after the change.
         update: Update,
     },
-    /// Ask for counters and states.
+    /// Requests counters and states.
     Report {
-        /// Also those of each peer: with thousands of them this takes milliseconds.
+        /// True to include each peer, which takes milliseconds for thousands of peers.
         peers: bool,
     },
-    /// Ask for [`SeenHandshakes`], to pass them to the next data process.
+    /// Requests the [`SeenHandshakes`], which the control process passes to the next data process.
     SeenHandshakes,
-    /// Log other things from now on.
+    /// Changes the log filter.
     LogLevel {
-        /// A filter of `tracing`; `None`: what it was started with.
+        /// Filter directives of `tracing-subscriber`; `None` restores the filter of the start.
         level: Option<String>,
     },
-    /// Look at packets: the answers, [`Response::Captured`], go on until the asker closes the connection.
+    /// Starts a capture. The responses are [`Response::Captured`], repeated until the client closes
+    /// the connection.
     #[serde(rename = "watch")]
     Capture {
-        /// At which.
+        /// Selection of packets.
         #[serde(rename = "watch")]
         capture: CaptureRequest,
     },
-    /// Wait at most a second for a change to which the control process reacts at once.
+    /// Waits at most 1 s for a change to which the control process reacts immediately: a change of
+    /// the reduced path MTUs.
     Changes {
-        /// Version of the last answer; 0 at first.
+        /// Version of the last response; 0 in the first request.
         known: u64,
     },
-    /// End the data process in an orderly way (the TUN device stays).
+    /// Stops the data process. The TUN device remains.
     Shutdown,
-    /// Stop, and give all descriptors and sessions to whoever asks.
+    /// Stops the data process and requests its descriptors and sessions for the next keeper.
     TakeOver {
-        /// [`HANDOVER_VERSION`] of who asks.
+        /// [`HANDOVER_VERSION`] of the sender.
         version: u32,
     },
 }
 
-/// From the data process.
+/// A response of the data process.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "response", rename_all = "snake_case")]
 pub enum Response {
-    /// Answer to [`Request::Hello`].
+    /// Response to [`Request::Hello`].
     Hello {
         /// [`PROTOCOL_VERSION`] of the data process.
         version: u32,
-        /// Its process id.
+        /// Process id of the data process.
         pid: u32,
-        /// The node that it works for; `None` before its first snapshot.
+        /// Node that the data process serves; `None` before the first snapshot.
         #[serde(default)]
         node: Option<NodeIdentity>,
-        /// True if the data process accepts [`Snapshot::seen_handshakes`]; older releases refuse a
+        /// True if the data process accepts [`Snapshot::seen_handshakes`]. Earlier releases refuse a
         /// snapshot with this field.
         #[serde(default, rename = "takes_seen_handshakes")]
         accepts_seen_handshakes: bool,
     },
-    /// A snapshot or an update is in force in every lane.
+    /// A snapshot or an update is active in every lane.
     Applied {
-        /// The revision now in force.
+        /// Active revision.
         revision: u64,
     },
-    /// Answer to [`Request::Report`].
+    /// Response to [`Request::Report`].
     Report {
-        /// Counters and states.
+        /// Report of the data process.
         report: Box<Report>,
     },
-    /// Answer to [`Request::SeenHandshakes`].
+    /// Response to [`Request::SeenHandshakes`].
     SeenHandshakes {
-        /// Timestamps of every peer.
+        /// Timestamps of all peers.
         seen: SeenHandshakes,
     },
-    /// Answer to [`Request::Changes`].
+    /// Response to [`Request::Changes`].
     Changes {
-        /// Version of the state; differs from the previous answer after a change.
+        /// Version of the state. It differs from the version of the request after a change.
         version: u64,
     },
-    /// Answers to [`Request::Capture`], at least one a second.
+    /// Responses to [`Request::Capture`], at least one per second.
     #[serde(rename = "seen")]
     Captured {
-        /// What was seen, lane by lane in order.
+        /// Captured packets. The packets of one lane are in order.
         #[serde(rename = "seen")]
         packets: Vec<CapturedPacket>,
-        /// Packets that were to be told and were too many, since the last answer.
+        /// Number of packets since the previous response that matched and exceeded the rate limit or
+        /// the queue.
         missed: u64,
     },
-    /// Answer to [`Request::TakeOver`]. The descriptors of the data plane's lock and of the store
-    /// follow. The receiver confirms their receipt with one byte; the sender then passes the
-    /// ownership on with one byte.
+    /// Response to [`Request::TakeOver`]. The descriptors of the data plane's lock and of the store
+    /// follow (SCM_RIGHTS). The receiver confirms them with one byte, and the sender transfers the
+    /// ownership with one byte.
     HandOver,
-    /// The request could not be carried out; what was in force before still is.
+    /// The request failed. The state from before the request remains active.
     Error {
-        /// What kind of thing failed, for the exit code.
+        /// Kind of the error, which determines the exit code of the agent.
         kind: ErrorKind,
-        /// What failed and how to mend it.
+        /// Error and remedy, for users.
         message: String,
     },
 }
 
-/// What is of another version cannot be taken up: the next data process begins anew.
+/// Version of the hand-over between keepers. After a change of version, the next data process
+/// starts without the sockets and sessions of the previous one.
 pub const HANDOVER_VERSION: u32 = 2;
 
-/// Which node a data process works for, so that an agent does not take another's for its own.
+/// Node that a data process serves. An agent refuses the data process of another node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeIdentity {
     /// Name of the node.
     pub name: String,
-    /// Its identity.
+    /// Active public key of the node.
     pub public_key: PublicKey,
 }
 
-/// What kind of thing failed in the data process.
+/// Kind of an error of the data process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ErrorKind {
-    /// The request makes no sense (version, contradicting records, an update before a snapshot).
+    /// The request is invalid: wrong version, conflicting records, or an update before the first
+    /// snapshot.
     Invalid,
-    /// What is wanted differs in what a data process cannot change: another one can.
+    /// The snapshot changes a setting that is fixed for the lifetime of a data process. A new data
+    /// process accepts the snapshot.
     #[serde(rename = "fixed")]
     RestartRequired,
-    /// A device or a feature of the kernel is missing.
+    /// A device or a kernel feature is missing.
     Missing,
-    /// Something belongs to somebody else: the port, the interface.
+    /// A resource belongs to another program: the UDP port or the interface. Also the limit of
+    /// concurrent captures.
     #[serde(rename = "taken")]
     InUse,
-    /// A privilege is missing.
+    /// The data process lacks a capability (capabilities(7)).
     Privilege,
-    /// Anything else.
+    /// Any other error.
     Internal,
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::capture::{CaptureKind, CapturedPacket};
+    use crate::report::ReducedPath;
+
+    fn document(value: impl Serialize) -> Value {
+        serde_json::to_value(value).unwrap()
+    }
+
+    #[test]
+    fn renamed_items_keep_their_json_keys() {
+        let capture = CaptureRequest { kind: CaptureKind::Drops, nets: Vec::new(), snap: 96 };
+        let expected = json!({
+            "request": "watch", "watch": { "what": "drops", "nets": [], "snap": 96 },
+        });
+        assert_eq!(document(Request::Capture { capture }), expected);
+        let packets: Vec<CapturedPacket> = Vec::new();
+        let expected = json!({ "response": "seen", "seen": [], "missed": 3 });
+        assert_eq!(document(Response::Captured { packets, missed: 3 }), expected);
+        let hello =
+            Response::Hello { version: 4, pid: 7, node: None, accepts_seen_handshakes: true };
+        assert_eq!(document(hello)["takes_seen_handshakes"], true);
+        assert_eq!(document(ErrorKind::RestartRequired), "fixed");
+        assert_eq!(document(ErrorKind::InUse), "taken");
+        let path = ReducedPath { public_key: PublicKey([1; 32]), mtu: 1280 };
+        let report = Report { reduced_paths: vec![path], ..Report::default() };
+        assert_eq!(document(report)["narrow"][0]["mtu"], 1280);
+    }
 }

@@ -1,4 +1,4 @@
-//! Counters and states that a data process reports.
+//! The report of a data process: counters, offload capabilities, confinement and peers.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -8,21 +8,23 @@ use serde::{Deserialize, Serialize};
 
 use crate::keys::PublicKey;
 
-/// Counters and states of a data process. Counters start at zero with the process.
+/// Counters and states of a data process. Counters are 0 at the start of the process, except
+/// [`Self::tun_queue_drops`].
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Report {
-    /// Process id.
+    /// Process id of the data process.
     pub pid: u32,
     /// Seconds since the process started.
     pub uptime_seconds: f64,
-    /// The revision in force; 0 before the first snapshot.
+    /// Active revision ([`Snapshot::revision`](crate::Snapshot::revision)); 0 before the first
+    /// snapshot.
     pub revision: u64,
-    /// The ladder.
+    /// Offload capabilities with their states.
     pub capabilities: Vec<Capability>,
     /// Mechanisms that confine the data process; empty if it is of an earlier release.
     #[serde(default)]
     pub confinement: Vec<Confinement>,
-    /// Counters of each lane.
+    /// Counters of each lane, in the order of lane numbers.
     pub lanes: Vec<LaneReport>,
     /// Ports of the process's UDP sockets, in order, each once: source ports of all its datagrams.
     /// Empty before the first snapshot and in reports of earlier releases.
@@ -32,36 +34,40 @@ pub struct Report {
     /// creation of the device, which outlives data processes.
     #[serde(default)]
     pub tun_queue_drops: u64,
-    /// Drops by direction and reason, all lanes and the manager; every known reason is listed.
+    /// Drops by direction and reason, sum of all lanes and the session manager. Every known reason
+    /// has an entry.
     pub drops: Vec<DropReport>,
-    /// Handshakes by result; every known result is listed.
+    /// Handshakes by result. Every known result has an entry.
     pub handshakes: Vec<HandshakeCount>,
-    /// Peers with a session of the node's
-    /// [second private key](crate::NodeSettings::second_private_key). While the key changes, these
-    /// peers may not know the new key.
+    /// Number of peers with a session of the node's
+    /// [second private key](crate::NodeSettings::second_private_key). During a key rotation, these
+    /// peers may not know the new key yet.
     #[serde(default)]
     pub second_key_peers: usize,
-    /// Peers whose path carries less than this node's MTU, in no order.
+    /// Peers with a path MTU below this node's MTU, in no particular order.
     #[serde(rename = "narrow")]
     pub reduced_paths: Vec<ReducedPath>,
-    /// Peers that are unreachable, by name: also in a report without peers.
+    /// Unreachable peers, sorted by name. Present in every report, also without
+    /// [`Self::peers`].
     #[serde(default)]
     pub unreachable: Vec<UnreachablePeer>,
-    /// Peers, in the order of their names.
+    /// Peers, sorted by name; empty unless requested
+    /// ([`Request::Report`](crate::Request::Report)).
     pub peers: Vec<PeerReport>,
-    /// Name of the TUN device, for the connection's thread, which adds the device's own counters.
+    /// Name of the TUN device. Not part of the JSON document: the thread of the connection reads it
+    /// to fill in [`Self::tun_queue_drops`].
     #[serde(skip)]
     pub tun: Option<String>,
 }
 
-/// A mechanism of the kernel that confines the data process.
+/// A kernel mechanism that confines the data process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Confinement {
-    /// `seccomp` or `landlock`.
+    /// Name of the mechanism, `seccomp` or `landlock`.
     pub mechanism: String,
-    /// Whether the mechanism is active.
+    /// State of the mechanism.
     pub state: ConfinementState,
-    /// Reason for another state than [`ConfinementState::On`].
+    /// Reason for a state other than [`ConfinementState::On`].
     pub reason: Option<String>,
 }
 
@@ -71,19 +77,22 @@ pub struct Confinement {
 pub enum ConfinementState {
     /// The mechanism is active.
     On,
-    /// The kernel does not have the mechanism.
+    /// The kernel does not support the mechanism.
     Unsupported,
-    /// The kernel has the mechanism, and refused it.
+    /// The kernel supports the mechanism and returned an error.
     Failed,
-    /// The configuration switches the mechanism off.
+    /// The configuration disables the mechanism.
     ForcedOff,
 }
 
 impl Report {
-    /// Returns why the data process is not confined by every mechanism; `None` if it is.
+    /// Returns the mechanisms that do not confine the data process, for users; `None` if every
+    /// mechanism does.
     pub fn unconfined(&self) -> Option<String> {
         if self.confinement.is_empty() {
-            return Some("it is of an earlier release, which does not report it".to_owned());
+            return Some(
+                "an earlier release of the data process reports no confinement".to_owned(),
+            );
         }
         let missing = self.confinement.iter().filter(|c| c.state != ConfinementState::On);
         let missing: Vec<_> = missing.map(ToString::to_string).collect();
@@ -104,37 +113,39 @@ impl fmt::Display for Confinement {
     }
 }
 
-/// A path that carries less than the nodes at its ends.
+/// A peer with a reduced path MTU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ReducedPath {
-    /// To whom it leads.
+    /// Active public key of the peer.
     pub public_key: PublicKey,
-    /// The longest inner packet that it carries, in bytes.
+    /// Path MTU towards the peer: length of the longest inner packet in bytes.
     pub mtu: u16,
 }
 
-/// One rung of the ladder.
+/// State of one offload capability.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Capability {
-    /// `tun_uso`, `tun_tso`, `tun_checksum`, `udp_gso`, `udp_gro`, `udp_ecn`, `reuseport_steering`.
+    /// Name of the capability: `tun_uso`, `tun_tso`, `tun_checksum`, `udp_gso`, `udp_gro`, `udp_ecn`
+    /// or `reuseport_steering`.
     pub name: String,
-    /// What it is now.
+    /// State of the capability.
     pub state: CapabilityState,
-    /// Why it is not [`CapabilityState::On`].
+    /// Reason for a state other than [`CapabilityState::On`].
     pub reason: Option<String>,
 }
 
-/// State of a rung.
+/// State of a [`Capability`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CapabilityState {
-    /// In use.
+    /// The capability is in use.
     On,
-    /// In use, but not everywhere (GSO off for some destinations).
+    /// The capability is in use, except for some destinations (`udp_gso`) or in one direction
+    /// (`udp_ecn`).
     Degraded,
-    /// The kernel or the device does not have it.
+    /// The kernel or the device does not support the capability.
     Unsupported,
-    /// The configuration forbids it.
+    /// The configuration disables the capability.
     ForcedOff,
 }
 
@@ -149,89 +160,91 @@ impl fmt::Display for CapabilityState {
     }
 }
 
-/// Counters of one lane. "Inner" is what crosses the TUN as the pods would see it on a wire
-/// (segments), "outer" are datagrams on the underlay; bytes are IP lengths for inner packets and
-/// UDP payload lengths for outer ones.
+/// Counters of one lane. Inner packets are counted as segments, as a pod would see them on a wire,
+/// and their bytes are IP lengths. Outer packets are datagrams on the underlay, and their bytes are
+/// UDP payload lengths.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct LaneReport {
-    /// Number of the lane.
+    /// Lane number, 0 to 63.
     pub lane: u8,
-    /// From the TUN to the underlay.
+    /// Counters of the direction from the TUN device to the underlay.
     pub egress: DirectionReport,
-    /// From the underlay to the TUN.
+    /// Counters of the direction from the underlay to the TUN device.
     pub ingress: DirectionReport,
-    /// Datagrams that the kernel dropped because this lane's receive queue was full (SO_RXQ_OVFL).
+    /// Datagrams that the kernel dropped because the receive queue of the lane's socket was full
+    /// (SO_RXQ_OVFL).
     pub receive_queue_overflow: u64,
-    /// Waits for packets that busy polling ended.
+    /// Number of waits that ended during busy polling.
     pub waits_polled: u64,
-    /// Waits for packets that the lane slept through.
+    /// Number of waits in which the lane blocked in epoll.
     pub waits_slept: u64,
-    /// Sends that fell back from UDP_SEGMENT to single datagrams.
+    /// UDP_SEGMENT messages that the kernel refused and the lane sent as single datagrams.
     pub gso_fallbacks: u64,
-    /// Destinations for which GSO is off now.
+    /// Current number of destinations with UDP_SEGMENT disabled.
     pub gso_off_destinations: u64,
 }
 
 /// Counters of one direction of a lane.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct DirectionReport {
-    /// Inner packets (segments).
+    /// Inner packets, each segment of a superpacket counted.
     pub inner_packets: u64,
-    /// Bytes of these.
+    /// Sum of the IP lengths of the inner packets, bytes.
     pub inner_bytes: u64,
-    /// Packets as the TUN gave or took them (a superpacket counts once).
+    /// Reads from or writes to the TUN device; a superpacket counts once.
     pub tun_packets: u64,
-    /// Outer datagrams.
+    /// Datagrams on the underlay.
     pub outer_packets: u64,
-    /// Bytes of these.
+    /// Sum of the UDP payload lengths of the datagrams, bytes.
     pub outer_bytes: u64,
     /// System calls on the underlay socket that moved data.
     pub calls: u64,
     /// Outer datagrams per system call.
     pub packets_per_call: HistogramReport,
-    /// Outer datagrams per GSO or GRO message (1 where nothing was batched).
+    /// Outer datagrams per GSO or GRO message; 1 for a single datagram.
     pub segments_per_message: HistogramReport,
-    /// Inner packets per outer datagram (above 1 where small packets were bundled).
+    /// Inner packets per outer datagram; above 1 for a bundle.
     pub inner_per_outer: HistogramReport,
 }
 
-/// A histogram with the upper bounds 1, 2, 4, … 1024 and infinity: `buckets[i]` counts values above
-/// the bound before and up to bound i (not cumulative).
+/// A histogram with the upper bounds 1, 2, 4, … 1024 and infinity. `buckets[i]` counts the values
+/// above bound `i - 1` and up to bound `i`; the counts are not cumulative.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct HistogramReport {
-    /// 12 counts.
+    /// Number of values in each of the 12 buckets; empty if there are no values.
     pub buckets: Vec<u64>,
     /// Sum of all values.
     pub sum: u64,
 }
 
 impl HistogramReport {
-    /// Upper bounds of the buckets but the last.
+    /// Upper bounds of the first 11 buckets. The last bucket has no upper bound.
     pub const BOUNDS: [u64; 11] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024];
 
-    /// Number of values.
+    /// Returns the number of values.
     pub fn count(&self) -> u64 {
         self.buckets.iter().sum()
     }
 }
 
-/// Drops of one reason.
+/// Number of dropped packets of one direction and reason.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DropReport {
-    /// `egress` or `ingress`.
+    /// Direction of the packets, `egress` or `ingress`.
     pub direction: String,
-    /// Label of the reason (`skein_core::drop::DropReason::label`).
+    /// Label of the reason ([`DropReason::label`](skein_core::DropReason::label)).
     pub reason: String,
-    /// Packets.
+    /// Number of packets.
     pub packets: u64,
 }
 
-/// Handshakes of one result.
+/// Number of handshakes with one result.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HandshakeCount {
-    /// `initiated`, `completed_initiator`, `completed_responder`, `timeout`, …
+    /// Label of the result ([`HandshakeResult`](skein_core::tunnel::HandshakeResult)), for example
+    /// `initiated` or `completed_responder`.
     pub result: String,
-    /// How many.
+    /// Number of handshakes, or of messages for results that concern one message.
     pub count: u64,
 }
 
@@ -240,60 +253,61 @@ pub struct HandshakeCount {
 pub struct PeerReport {
     /// Name of the node.
     pub name: String,
-    /// Its identity.
+    /// Active public key of the peer.
     pub public_key: PublicKey,
-    /// Where packets to it go now.
+    /// Current destination of data datagrams; `None` while no endpoint is known.
     pub endpoint: Option<SocketAddr>,
-    /// What it owns.
+    /// Prefixes that the peer owns.
     pub pod_cidrs: Vec<IpNet>,
-    /// How it is.
+    /// Connection state.
     pub state: PeerState,
-    /// Why it is not well, where it is not.
+    /// Reason if the peer is unreachable.
     pub reason: Option<String>,
-    /// Cipher of the current session.
+    /// Cipher of the current session; `None` without a session.
     pub cipher: Option<String>,
-    /// Lanes of the peer in the current session.
+    /// Number of the peer's lanes in the current session; `None` without a session.
     pub lanes: Option<u8>,
-    /// Seconds since the current session's handshake.
+    /// Age of the current session in seconds; `None` without a session.
     pub handshake_age_seconds: Option<f64>,
-    /// Seconds since anything authentic came.
+    /// Time since the last authentic datagram in seconds; `None` before the first one.
     pub last_received_seconds: Option<f64>,
-    /// Smoothed round-trip time in microseconds.
+    /// Smoothed round-trip time in microseconds; `None` before the first measurement.
     pub rtt_us: Option<u64>,
-    /// The longest inner packet that its path carries, in bytes, where that is less than this node's.
+    /// Length of the longest inner packet that the path carries, bytes; `None` unless it is below
+    /// this node's MTU.
     pub path_mtu: Option<u16>,
-    /// Whether UDP_SEGMENT is in use towards it.
+    /// True if UDP_SEGMENT is in use towards the peer.
     pub gso: bool,
-    /// Inner packets to it.
+    /// Inner packets to the peer.
     pub tx_packets: u64,
-    /// Inner bytes to it.
+    /// Inner bytes to the peer (IP lengths).
     pub tx_bytes: u64,
-    /// Inner packets from it.
+    /// Inner packets from the peer.
     pub rx_packets: u64,
-    /// Inner bytes from it.
+    /// Inner bytes from the peer (IP lengths).
     pub rx_bytes: u64,
 }
 
-/// A peer that packets go to and nothing authentic comes back from, or the other way round.
+/// A peer in the state [`PeerState::Unreachable`].
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct UnreachablePeer {
     /// Name of the node.
     pub name: String,
-    /// What is wrong.
+    /// Text of the reason ([`UnreachableReason`](skein_core::tunnel::UnreachableReason)).
     pub reason: String,
 }
 
-/// How a peer is.
+/// Connection state of a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PeerState {
-    /// No session: nothing was sent yet, or the last one ended unused.
+    /// No session and no handshake: there was no traffic yet, or the last session expired unused.
     Idle,
-    /// A handshake is under way.
+    /// A handshake is pending, and the peer is not counted as unreachable.
     Connecting,
-    /// A session, and answers come.
+    /// A session exists, and the peer answers.
     Established,
-    /// A session or handshake, but no answer.
+    /// A session or a pending handshake exists, and the peer does not answer.
     Unreachable,
 }
 

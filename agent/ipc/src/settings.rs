@@ -1,4 +1,4 @@
-//! What the control process wants of a data process: its settings and its peers.
+//! Desired state of a data process: its settings and its peers.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -8,121 +8,132 @@ use serde::{Deserialize, Serialize};
 
 use crate::keys::{PrivateKey, PublicKey};
 
-/// Latest timestamp of an accepted handshake initiation by each public key, in nanoseconds since
-/// 1970. A recorded initiation is recognised by its timestamp.
+/// Timestamp of the last accepted initiation of each public key (the initiator's wall clock),
+/// nanoseconds since 1970-01-01 UTC. An initiation with an earlier or equal timestamp is a replay.
 pub type SeenHandshakes = BTreeMap<PublicKey, u64>;
 
-/// The whole wanted state of a data process.
+/// Complete desired state of a data process.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Snapshot {
-    /// Grows with every change; reported back.
+    /// Number of the state, which grows with every change. [`Response::Applied`] and reports repeat
+    /// it.
+    ///
+    /// [`Response::Applied`]: crate::Response::Applied
     pub revision: u64,
-    /// What cannot change while the process lives.
+    /// Settings of this node.
     pub node: NodeSettings,
-    /// Handshakes carry later times than this, in seconds since 1970; 0 where the clock is right.
-    // Left out where it says nothing, so that a data process of before takes the rest.
+    /// Lower bound of the timestamps in this node's initiations, seconds since 1970-01-01 UTC; 0 for
+    /// no bound. A node whose wall clock was set back needs it.
+    // Omitted if 0: earlier releases of the data process refuse unknown fields.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub not_before: u64,
-    /// Destinations of this node: packets from peers to anything else are dropped.
+    /// Prefixes of this node. The data process drops packets from peers to other destinations.
     #[serde(deserialize_with = "crate::address::canonical")]
     pub local_cidrs: Vec<IpNet>,
-    /// Every other node.
+    /// All peers of this node.
     pub peers: Vec<Peer>,
-    /// Initiations by these keys must carry later times.
-    // Left out if empty, as above.
+    /// Timestamps that a previous data process accepted: later initiations must have later
+    /// timestamps.
+    // Omitted if empty: earlier releases of the data process refuse unknown fields.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub seen_handshakes: SeenHandshakes,
 }
 
-/// Settings that are fixed for the lifetime of a data process. A snapshot with other settings is
-/// refused as [`RestartRequired`](crate::ErrorKind::RestartRequired), except for the node's keys, and `tun.ifindex`:
-/// a new index makes the lanes attach to the new device.
+/// Settings that are fixed for the lifetime of a data process, except for the node's keys and
+/// `tun.ifindex`. The data process refuses a snapshot with other settings as
+/// [`RestartRequired`](crate::ErrorKind::RestartRequired). A new interface index makes the lanes
+/// attach to the new device.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NodeSettings {
-    /// Name of this node, for logs.
+    /// Name of this node.
     pub name: String,
-    /// Mixed into the handshake, so that nodes of two clusters never join.
+    /// Identifier of the cluster. It is an input of the handshake, so that a handshake between nodes
+    /// of two clusters fails.
     pub cluster_id: String,
-    /// This node's identity.
+    /// Active private key of this node.
     pub private_key: PrivateKey,
-    /// Another one that is answered to, while the key changes: the next, or the one before.
+    /// Next or previous private key during a key rotation. The node answers handshakes to both keys.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub second_private_key: Option<PrivateKey>,
-    /// The device, which the control process has made already.
+    /// TUN device, which the control process has created.
     pub tun: TunSettings,
-    /// Where to listen.
+    /// UDP sockets.
     pub underlay: UnderlaySettings,
     /// Number of lanes, 1 to 64.
     pub lanes: u8,
-    /// Which AEAD to offer.
+    /// AEADs to offer in handshakes.
     pub cipher: CipherChoice,
-    /// Whether small packets may share a datagram.
+    /// True to allow bundles: several small packets in one datagram.
     pub bundling: bool,
-    /// For how many microseconds a lane polls before it sleeps; `None`: the data process decides.
+    /// Duration of busy polling before a lane blocks, microseconds; `None` lets the data process
+    /// choose.
     pub busy_poll_us: Option<u32>,
-    /// Capabilities that may be used. [`Report::capabilities`](crate::Report::capabilities) has
-    /// those in use after probing.
+    /// Offload capabilities that the data process may use.
+    /// [`Report::capabilities`](crate::Report::capabilities) has their states after probing.
     pub offload: OffloadSettings,
 }
 
-/// The TUN device.
+/// Settings of the TUN device.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TunSettings {
     /// Interface name.
     pub name: String,
-    /// Interface index, so that a device that was deleted and made again is told from the old one.
+    /// Interface index. It distinguishes a device that was deleted and created again from the old
+    /// one.
     pub ifindex: u32,
-    /// Its MTU in bytes: the longest inner packet.
+    /// MTU of the device: length of the longest inner packet in bytes.
     pub mtu: u16,
 }
 
-/// The UDP side.
+/// Settings of the UDP sockets.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct UnderlaySettings {
-    /// Addresses to bind; the unspecified ones where it does not matter. At most one a family.
+    /// Addresses to bind, at most one per address family. The unspecified address binds all
+    /// addresses of its family.
     #[serde(deserialize_with = "crate::address::canonical")]
     pub addresses: Vec<IpAddr>,
-    /// The listening port.
+    /// UDP port on which all lanes receive.
     pub port: u16,
-    /// SO_RCVBUF of each lane's socket in bytes.
+    /// Receive buffer of each receive socket in bytes (SO_RCVBUF, before the kernel doubles it).
     pub receive_buffer: usize,
-    /// SO_SNDBUF of each lane's socket in bytes.
+    /// Send buffer of each send socket in bytes (SO_SNDBUF, before the kernel doubles it).
     pub send_buffer: usize,
 }
 
-/// Which AEAD a node offers.
+/// AEADs that a node offers in handshakes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CipherChoice {
-    /// AES-256-GCM where both nodes have it in hardware, else ChaCha20-Poly1305.
+    /// Both. The nodes use AES-256-GCM if both have AES instructions, otherwise ChaCha20-Poly1305.
     #[default]
     Auto,
-    /// AES-256-GCM only.
+    /// Only AES-256-GCM (RFC 5116).
     Aes256Gcm,
-    /// ChaCha20-Poly1305 only.
+    /// Only ChaCha20-Poly1305 (RFC 8439).
     Chacha20Poly1305,
 }
 
-/// Which rungs of the ladder may be used: `false` forces one off.
+/// Permission for each offload capability: `false` disables the capability, `true` permits it if the
+/// kernel supports it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct OffloadSettings {
-    /// UDP segmentation between the kernel and the TUN (TUN_F_USO4|USO6, Linux 6.2).
+    /// UDP superpackets on the TUN device (TUN_F_USO4, TUN_F_USO6; Linux 6.2).
     pub tun_uso: bool,
-    /// TCP segmentation between the kernel and the TUN (TUN_F_TSO4|TSO6).
+    /// TCP superpackets on the TUN device (TUN_F_TSO4, TUN_F_TSO6).
     pub tun_tso: bool,
-    /// Partial checksums between the kernel and the TUN (TUN_F_CSUM); the two above need it.
+    /// Partial checksums on the TUN device (TUN_F_CSUM). `tun_uso` and `tun_tso` require it.
     pub tun_checksum: bool,
-    /// UDP_SEGMENT on send (Linux 4.18).
+    /// GSO batches on send (UDP_SEGMENT, Linux 4.18).
     pub udp_gso: bool,
-    /// UDP_GRO on receive (Linux 5.0).
+    /// Merged datagrams on receive (UDP_GRO, Linux 5.0).
     pub udp_gro: bool,
     /// Copies of the ECN field between inner and outer headers (RFC 6040).
-    // Left out if it is on, so that a data process of an earlier release accepts the rest.
+    // Omitted if true: earlier releases of the data process refuse unknown fields.
     #[serde(skip_serializing_if = "Clone::clone")]
     pub udp_ecn: bool,
 }
@@ -134,7 +145,7 @@ impl Default for OffloadSettings {
 }
 
 impl OffloadSettings {
-    /// Everything allowed.
+    /// Permits every offload capability.
     pub const ALL: Self = Self {
         tun_uso: true,
         tun_tso: true,
@@ -145,34 +156,34 @@ impl OffloadSettings {
     };
 }
 
-/// Another node, as its record has it.
+/// A peer, from its node record.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Peer {
-    /// Name, for people.
+    /// Name of the node, for reports and logs.
     pub name: String,
-    /// Identity.
+    /// Active public key of the node.
     pub public_key: PublicKey,
-    /// Another one, while its key changes: the next, or the one before.
+    /// Next or previous public key during a key rotation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub second_public_key: Option<PublicKey>,
-    /// Where it listens; tried in this order.
+    /// Underlay addresses and UDP ports of the node, in the order of attempts.
     #[serde(deserialize_with = "crate::address::canonical")]
     pub endpoints: Vec<SocketAddr>,
-    /// What it owns.
+    /// Prefixes that the node owns.
     #[serde(deserialize_with = "crate::address::canonical")]
     pub pod_cidrs: Vec<IpNet>,
 }
 
-/// A small change.
+/// Difference between two revisions: changes of peers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Update {
-    /// The revision that this update leads to.
+    /// Revision after the update.
     pub revision: u64,
-    /// New or changed nodes.
+    /// Added or changed peers.
     pub upsert: Vec<Peer>,
-    /// Nodes that are gone; their sessions end at once.
+    /// Active public keys of the removed peers. Their sessions end immediately.
     pub remove: Vec<PublicKey>,
 }
 

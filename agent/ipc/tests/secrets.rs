@@ -1,4 +1,4 @@
-//! No memory is given back with the private key in it.
+//! Tests that no freed heap block contains a private key.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -9,7 +9,7 @@ use skein_core::tunnel::{Ciphers, EngineConfig};
 use skein_ipc::keys::PrivateKey;
 use skein_ipc::{Request, Snapshot, encode_frame, read_frame};
 
-/// A private key, as text and as it is.
+/// A private key in text form; [`BYTES`] are its bytes.
 const TEXT: &str = "yIBdwOu3mNnUKZPRhiWr6rzEkBwxOpmwLUHzBRbTD2s=";
 const BYTES: [u8; 32] = [
     200, 128, 93, 192, 235, 183, 152, 217, 212, 41, 147, 209, 134, 37, 171, 234, 188, 196, 144, 28,
@@ -21,15 +21,15 @@ thread_local! {
     static SEARCHES: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Looks into every block that is given back while a test wants it.
+/// An allocator that searches freed blocks for the key, in threads that enabled `SEARCHES`.
 struct Searching;
 
-/// Counts a block that holds the beginning of the secret: half of it is as bad.
+/// Counts the block as a leak if it contains the first half of the key in either form.
 ///
 /// # Safety
-/// `pointer` is that of a live, initialised block of `length` bytes.
+/// `pointer` must point to a live, initialised block of `length` bytes.
 unsafe fn search(pointer: *const u8, length: usize) {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller passes a live, initialised block of `length` bytes.
     let block = unsafe { std::slice::from_raw_parts(pointer, length) };
     let holds = |secret: &[u8]| block.windows(16).any(|window| window == &secret[..16]);
     if holds(TEXT.as_bytes()) || holds(&BYTES) {
@@ -37,30 +37,30 @@ unsafe fn search(pointer: *const u8, length: usize) {
     }
 }
 
-// SAFETY: every call goes to the system's allocator; a search only reads a block that is still the
-// caller's, and touches no other memory than constant-initialised thread-locals.
+// SAFETY: every call is passed to the system allocator. A search reads only the block that is being
+// freed, and accesses only thread-locals with a constant initialiser, which do not allocate.
 unsafe impl GlobalAlloc for Searching {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        // Zeroed, so that all of a block may be read, and none is blamed for what was there before.
-        // SAFETY: the caller's promise, passed on.
+        // Zeroed memory is initialised, and contains no key of an earlier block.
+        // SAFETY: the caller of `alloc` passes a layout of non-zero size, as `alloc_zeroed` requires.
         unsafe { System.alloc_zeroed(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
         if SEARCHES.with(Cell::get) {
-            // SAFETY: the block lives until the next line, and was initialised when it was made.
+            // SAFETY: the block is live until `System.dealloc`, and `alloc` initialised it.
             unsafe { search(pointer, layout.size()) };
         }
-        // SAFETY: the caller's promise, passed on.
+        // SAFETY: the block comes from `System.alloc_zeroed` with the same layout.
         unsafe { System.dealloc(pointer, layout) }
     }
-    // `realloc` is the default one: alloc, copy, dealloc.
+    // The default `realloc` allocates, copies and frees, so that `dealloc` searches the old block.
 }
 
 #[global_allocator]
 static SEARCHING: Searching = Searching;
 
-/// How many blocks with the secret in them were given back.
+/// Runs `work` and returns the number of freed blocks that contained the key.
 fn leaks(work: impl FnOnce()) -> u64 {
     LEAKS.with(|leaks| leaks.set(0));
     SEARCHES.with(|searches| searches.set(true));
@@ -69,7 +69,7 @@ fn leaks(work: impl FnOnce()) -> u64 {
     LEAKS.with(Cell::get)
 }
 
-/// A snapshot as it is sent, with so many peers.
+/// Returns a request with a snapshot of `peers` peers.
 fn request(peers: u16) -> Request {
     let peer = |n: u16| {
         serde_json::json!({
@@ -107,18 +107,18 @@ fn request(peers: u16) -> Request {
 }
 
 #[test]
-fn the_search_finds_what_is_not_wiped() {
+fn search_finds_blocks_that_are_not_wiped() {
     let (text, bytes) = (TEXT.to_owned(), BYTES.to_vec());
     assert_eq!(leaks(move || drop(text)), 1);
     assert_eq!(leaks(move || drop(bytes)), 1);
     assert_eq!(leaks(|| drop(vec![0; 100])), 0);
     let mut grows = String::with_capacity(TEXT.len());
     grows.push_str(TEXT);
-    assert_eq!(leaks(move || grows.push('x')), 2, "what it has outgrown, and what it is now");
+    assert_eq!(leaks(move || grows.push('x')), 2, "the outgrown block and the current one");
 }
 
 #[test]
-fn a_key_is_read_and_written_without_a_trace() {
+fn key_is_parsed_and_formatted_without_a_leak() {
     let written = leaks(|| {
         let key: PrivateKey = TEXT.parse().unwrap();
         let mut line = key.clone().to_base64();
@@ -128,11 +128,11 @@ fn a_key_is_read_and_written_without_a_trace() {
     let mut wrong = TEXT[..TEXT.len() - 1].to_owned();
     wrong.push('?');
     let refused = leaks(|| assert!(wrong.parse::<PrivateKey>().is_err()));
-    assert_eq!(refused, 0, "a text that is wrong only at its end");
+    assert_eq!(refused, 0, "the decoded part of a malformed text is wiped");
 }
 
 #[test]
-fn nothing_with_a_secret_has_a_form_that_shows_it() {
+fn debug_output_does_not_contain_the_key() {
     let key: PrivateKey = TEXT.parse().unwrap();
     let config = EngineConfig {
         private_key: skein_core::PrivateKey::new(key.as_bytes()),
@@ -154,8 +154,8 @@ fn nothing_with_a_secret_has_a_form_that_shows_it() {
 }
 
 #[test]
-fn a_snapshot_travels_without_a_trace() {
-    // Few and many peers: the frame fits the first buffer, or outgrows some.
+fn snapshot_is_encoded_and_decoded_without_a_leak() {
+    // Without peers, the frame fits the first read buffer; with 1,000 peers, the buffer grows.
     for (peers, at_least) in [(0, 0), (1000, 140_000)] {
         let request = request(peers);
         let leaked = leaks(|| {
@@ -165,10 +165,12 @@ fn a_snapshot_travels_without_a_trace() {
             }
             assert!(frames[0].len() > at_least);
             let read = read_frame::<Request>(&mut &frames[0][..]).unwrap();
-            let Some(Request::Apply { snapshot }) = read else { panic!("not what was sent") };
+            let Some(Request::Apply { snapshot }) = read else {
+                panic!("the frame decodes to another request")
+            };
             assert!(snapshot.node.private_key.as_bytes() == &BYTES);
         });
         assert_eq!(leaked, 0, "with {peers} peers");
-        assert_eq!(leaks(move || drop(request)), 0, "the snapshot itself");
+        assert_eq!(leaks(move || drop(request)), 0, "the snapshot wipes its key on drop");
     }
 }
