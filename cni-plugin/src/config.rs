@@ -13,7 +13,7 @@ use skein_cni_protocol::names::check_name;
 use skein_cni_protocol::types::{ErrorCode, Version};
 use skein_cni_protocol::{AttachmentId, DEFAULT_SOCKET, DEFAULT_SPOOL};
 
-use crate::types::{Dns, Failure};
+use crate::types::{Dns, PluginError};
 
 /// What the configuration says, checked.
 #[derive(Debug, Clone, PartialEq)]
@@ -80,19 +80,22 @@ fn null_as_empty<'de, D: serde::Deserializer<'de>>(
 }
 
 /// The version alone: errors are said in it.
-pub fn version(text: &[u8]) -> Result<Version, Failure> {
+pub fn version(text: &[u8]) -> Result<Version, PluginError> {
     let value: Value = serde_json::from_slice(text).map_err(|error| {
-        Failure::new(ErrorCode::Decoding, "the network configuration is not JSON")
+        PluginError::new(ErrorCode::Decoding, "the network configuration is not JSON")
             .with_details(error)
     })?;
     if !value.is_object() {
-        return Err(Failure::new(ErrorCode::Decoding, "the network configuration is no object"));
+        return Err(PluginError::new(
+            ErrorCode::Decoding,
+            "the network configuration is no object",
+        ));
     }
     match value.get("cniVersion") {
         None | Some(Value::Null) => Ok(Version::DEFAULT),
         Some(Value::String(text)) if text.is_empty() => Ok(Version::DEFAULT),
         Some(Value::String(text)) => Version::parse(text).ok_or_else(|| {
-            Failure::new(
+            PluginError::new(
                 ErrorCode::IncompatibleVersion,
                 format!(
                     "cniVersion {} is not supported: use one of {}",
@@ -104,29 +107,29 @@ pub fn version(text: &[u8]) -> Result<Version, Failure> {
         Some(other) => {
             let other = other.to_string();
             let msg = format!("cniVersion is {}: a string is expected", excerpt(&other));
-            Err(Failure::new(ErrorCode::Decoding, msg))
+            Err(PluginError::new(ErrorCode::Decoding, msg))
         }
     }
 }
 
-fn decode<T: serde::de::DeserializeOwned>(text: &[u8]) -> Result<T, Failure> {
+fn decode<T: serde::de::DeserializeOwned>(text: &[u8]) -> Result<T, PluginError> {
     serde_json::from_slice(text).map_err(undecodable)
 }
 
-fn undecodable(error: serde_json::Error) -> Failure {
-    Failure::new(ErrorCode::Decoding, "the network configuration makes no sense")
+fn undecodable(error: serde_json::Error) -> PluginError {
+    PluginError::new(ErrorCode::Decoding, "the network configuration makes no sense")
         .with_details(error)
 }
 
 impl Config {
     /// Reads and checks a document.
-    pub fn parse(text: &[u8]) -> Result<Self, Failure> {
+    pub fn parse(text: &[u8]) -> Result<Self, PluginError> {
         let version = version(text)?;
         Self::check(version, decode(text)?)
     }
 
     /// For a DEL, which must not fail by what it does not need: that is left out.
-    pub fn parse_for_del(text: &[u8]) -> Result<Self, Failure> {
+    pub fn parse_for_del(text: &[u8]) -> Result<Self, PluginError> {
         let version = version(text)?;
         let mut document: Map<String, Value> = decode(text)?;
         document.retain(|key, value| match key.as_str() {
@@ -138,8 +141,8 @@ impl Config {
         Self::check(version, document)
     }
 
-    fn check(version: Version, document: Document) -> Result<Self, Failure> {
-        let invalid = |msg: String| Failure::new(ErrorCode::InvalidNetworkConfig, msg);
+    fn check(version: Version, document: Document) -> Result<Self, PluginError> {
+        let invalid = |msg: String| PluginError::new(ErrorCode::InvalidNetworkConfig, msg);
         check_name("name", &document.name).map_err(|error| invalid(error.to_string()))?;
         let asked = document.runtime_config.and_then(|config| config.ips).unwrap_or_default();
         let ips = asked.iter().map(|text| {
@@ -181,7 +184,7 @@ mod tests {
     use proptest::prelude::*;
     use serde_json::json;
 
-    fn parse(document: Value) -> Result<Config, Failure> {
+    fn parse(document: Value) -> Result<Config, PluginError> {
         Config::parse(document.to_string().as_bytes())
     }
 

@@ -7,7 +7,7 @@ use skein_cni_protocol::names::check_id;
 use skein_cni_protocol::types::ErrorCode;
 use skein_cni_protocol::{AttachmentId, Pod};
 
-use crate::types::Failure;
+use crate::types::PluginError;
 
 /// What is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,7 +43,7 @@ pub struct Environment {
 
 impl Environment {
     /// Reads and checks the variables that `get` knows; `None` without `CNI_COMMAND`.
-    pub fn read(get: impl Fn(&str) -> Option<String>) -> Result<Option<Self>, Failure> {
+    pub fn read(get: impl Fn(&str) -> Option<String>) -> Result<Option<Self>, PluginError> {
         let given = |name: &str| get(name).filter(|value| !value.is_empty());
         let Some(command) = given("CNI_COMMAND") else { return Ok(None) };
         let (operation, needed): (_, &[&str]) = match command.as_str() {
@@ -93,7 +93,7 @@ impl Environment {
 
 /// `CNI_ARGS`: `KEY=VALUE` pairs by semicolons. Keys that are not known are an error unless
 /// `IgnoreUnknown` says otherwise, as in the reference plugins.
-fn arguments(text: &str) -> Result<Option<Pod>, Failure> {
+fn arguments(text: &str) -> Result<Option<Pod>, PluginError> {
     let (mut pod, mut unknown, mut ignore, mut any) = (Pod::default(), Vec::new(), false, false);
     for pair in text.split(';').filter(|pair| !pair.is_empty()) {
         let Some((key, value)) = pair.split_once('=') else {
@@ -129,8 +129,8 @@ fn arguments(text: &str) -> Result<Option<Pod>, Failure> {
     Ok(any.then_some(pod))
 }
 
-fn environment(msg: String) -> Failure {
-    Failure::new(ErrorCode::InvalidEnvironment, msg)
+fn environment(msg: String) -> PluginError {
+    PluginError::new(ErrorCode::InvalidEnvironment, msg)
 }
 
 #[cfg(test)]
@@ -147,7 +147,7 @@ mod tests {
         ("CNI_PATH", "/opt/cni/bin"),
     ];
 
-    fn read(changes: &[(&str, &str)]) -> Result<Option<Environment>, Failure> {
+    fn read(changes: &[(&str, &str)]) -> Result<Option<Environment>, PluginError> {
         let changed = |name: &str| changes.iter().find(|(key, _)| *key == name);
         let usual = |name: &str| ADD.iter().find(|(key, _)| *key == name);
         Environment::read(|name| {
@@ -156,9 +156,9 @@ mod tests {
     }
 
     fn refused(changes: &[(&str, &str)]) -> String {
-        let failure = read(changes).unwrap_err();
-        assert_eq!(failure.code, 4);
-        failure.msg
+        let error = read(changes).unwrap_err();
+        assert_eq!(error.code, 4);
+        error.msg
     }
 
     #[test]

@@ -20,7 +20,7 @@ use skein_cni_protocol::{
 
 use crate::config::{self, Config};
 use crate::environment::{Environment, Operation};
-use crate::types::Failure;
+use crate::types::PluginError;
 use crate::{client, result};
 
 /// The agent cannot be asked.
@@ -49,10 +49,10 @@ pub fn main() -> ExitCode {
             );
             return ExitCode::SUCCESS;
         }
-        Err(failure) => {
+        Err(error) => {
             // In the version of the configuration, where that can be told.
             let _ = read(&mut input);
-            return print_outcome(Err(failure), config::version(&input).unwrap_or(Version::NEWEST));
+            return print_outcome(Err(error), config::version(&input).unwrap_or(Version::NEWEST));
         }
     };
     if environment.operation == Operation::Version {
@@ -62,12 +62,12 @@ pub fn main() -> ExitCode {
     let version = match read(&mut input) {
         Ok(length) if length > MAX_FRAME => {
             let msg = format!("the network configuration is longer than {MAX_FRAME} bytes");
-            return print_outcome(Err(Failure::new(ErrorCode::Io, msg)), Version::NEWEST);
+            return print_outcome(Err(PluginError::new(ErrorCode::Io, msg)), Version::NEWEST);
         }
         Ok(_) => config::version(&input),
         Err(error) => {
-            let failure = Failure::new(ErrorCode::Io, "cannot read the network configuration");
-            return print_outcome(Err(failure.with_details(error)), Version::NEWEST);
+            let error = PluginError::new(ErrorCode::Io, "cannot read the network configuration");
+            return print_outcome(Err(error.with_details(error)), Version::NEWEST);
         }
     };
     let parsed = match environment.operation {
@@ -79,15 +79,15 @@ pub fn main() -> ExitCode {
 }
 
 /// Prints a result or an error document on standard output.
-fn print_outcome(outcome: Result<Option<Value>, Failure>, version: Version) -> ExitCode {
+fn print_outcome(outcome: Result<Option<Value>, PluginError>, version: Version) -> ExitCode {
     let (document, code) = match outcome {
         Ok(None) => return ExitCode::SUCCESS,
         Ok(Some(document)) => (document, ExitCode::SUCCESS),
-        Err(failure) => {
+        Err(error) => {
             let mut document =
-                json!({ "cniVersion": version.name(), "code": failure.code, "msg": failure.msg });
-            if !failure.details.is_empty() {
-                document["details"] = failure.details.into();
+                json!({ "cniVersion": version.name(), "code": error.code, "msg": error.msg });
+            if !error.details.is_empty() {
+                document["details"] = error.details.into();
             }
             (document, ExitCode::FAILURE)
         }
@@ -105,14 +105,14 @@ fn versions() -> Value {
     })
 }
 
-fn run(environment: Environment, config: Config) -> Result<Option<Value>, Failure> {
+fn run(environment: Environment, config: Config) -> Result<Option<Value>, PluginError> {
     let needs = match environment.operation {
         Operation::Check => Version::V0_4_0,
         Operation::Gc | Operation::Status => Version::V1_1_0,
         Operation::Add | Operation::Del | Operation::Version => Version::ALL[0],
     };
     if config.version < needs {
-        return Err(Failure::new(
+        return Err(PluginError::new(
             ErrorCode::IncompatibleVersion,
             format!("{:?} needs cniVersion {} or later", environment.operation, needs.name()),
         ));
@@ -127,7 +127,7 @@ fn run(environment: Environment, config: Config) -> Result<Option<Value>, Failur
     }
 }
 
-fn add(environment: Environment, config: Config) -> Result<Value, Failure> {
+fn add(environment: Environment, config: Config) -> Result<Value, PluginError> {
     // Before anything is made that would have to be undone.
     result::check_previous(config.prev_result.as_ref())?;
     let path = environment.netns.clone().unwrap_or_default();
@@ -152,7 +152,7 @@ fn add(environment: Environment, config: Config) -> Result<Value, Failure> {
     }
 }
 
-fn del(environment: &Environment, config: &Config) -> Result<(), Failure> {
+fn del(environment: &Environment, config: &Config) -> Result<(), PluginError> {
     let id = &environment.id;
     if let Some(path) = &environment.netns {
         refuse_own_namespace(path, environment.netns_override)?;
@@ -175,9 +175,9 @@ fn del(environment: &Environment, config: &Config) -> Result<(), Failure> {
     }
 }
 
-fn check(environment: &Environment, config: &Config) -> Result<(), Failure> {
+fn check(environment: &Environment, config: &Config) -> Result<(), PluginError> {
     let Some(previous) = &config.prev_result else {
-        return Err(Failure::new(ErrorCode::InvalidNetworkConfig, "CHECK needs prevResult"));
+        return Err(PluginError::new(ErrorCode::InvalidNetworkConfig, "CHECK needs prevResult"));
     };
     let ips = own_addresses(previous, &environment.id.ifname)?;
     let path = environment.netns.clone().unwrap_or_default();
@@ -192,14 +192,14 @@ fn check(environment: &Environment, config: &Config) -> Result<(), Failure> {
 
 /// Addresses of the interface in the container by a previous result. Addresses of other interfaces are
 /// other plugins' business.
-fn own_addresses(previous: &Value, ifname: &str) -> Result<Vec<IpNet>, Failure> {
-    let wrong = |what: &str| Failure::new(ErrorCode::Decoding, format!("prevResult: {what}"));
+fn own_addresses(previous: &Value, ifname: &str) -> Result<Vec<IpNet>, PluginError> {
+    let wrong = |what: &str| PluginError::new(ErrorCode::Decoding, format!("prevResult: {what}"));
     let list = |key: &str| previous[key].as_array().map(Vec::as_slice).unwrap_or_default();
     let inside = |interface: &&Value| {
         interface["name"] == ifname && interface["sandbox"].as_str().is_some_and(|s| !s.is_empty())
     };
     let Some(index) = list("interfaces").iter().position(|interface| inside(&interface)) else {
-        return Err(Failure::new(
+        return Err(PluginError::new(
             ErrorCode::InvalidNetworkConfig,
             format!("prevResult has no interface {ifname} in the container"),
         ));
@@ -214,10 +214,10 @@ fn own_addresses(previous: &Value, ifname: &str) -> Result<Vec<IpNet>, Failure> 
     .collect()
 }
 
-fn gc(config: Config) -> Result<(), Failure> {
+fn gc(config: Config) -> Result<(), PluginError> {
     let Some(valid) = config.valid_attachments.clone() else {
         // Not the same as an empty list, which would make everything garbage.
-        return Err(Failure::new(
+        return Err(PluginError::new(
             ErrorCode::InvalidNetworkConfig,
             "GC needs cni.dev/valid-attachments",
         ));
@@ -230,7 +230,7 @@ fn gc(config: Config) -> Result<(), Failure> {
     }
 }
 
-fn status(config: &Config) -> Result<(), Failure> {
+fn status(config: &Config) -> Result<(), PluginError> {
     let limit = config.timeout.min(STATUS_TIMEOUT);
     match send_request(config, Command::Status, None, limit) {
         Ok(Response::Done) => Ok(()),
@@ -248,10 +248,10 @@ fn send_request(
     client::send_request(&config.socket, &Request { protocol: VERSION, command }, netns, limit)
 }
 
-fn unexpected(answer: Response) -> Failure {
+fn unexpected(answer: Response) -> PluginError {
     match answer {
-        Response::Refused(CniError { code, msg, details }) => Failure { code, msg, details },
-        other => Failure {
+        Response::Refused(CniError { code, msg, details }) => PluginError { code, msg, details },
+        other => PluginError {
             code: AGENT_UNAVAILABLE,
             msg: "the agent's answer makes no sense: is the plugin of its version?".to_owned(),
             details: message_excerpt(&format!("{other:?}")).into_owned(),
@@ -259,8 +259,13 @@ fn unexpected(answer: Response) -> Failure {
     }
 }
 
-/// Returns the failure of a request without an answer within `limit`.
-fn agent_unavailable(code: u32, config: &Config, error: &FrameError, limit: Duration) -> Failure {
+/// Returns the error of a request without an answer within `limit`.
+fn agent_unavailable(
+    code: u32,
+    config: &Config,
+    error: &FrameError,
+    limit: Duration,
+) -> PluginError {
     let (socket, seconds) = (config.socket.display(), limit.as_secs());
     // A socket's timeout (SO_RCVTIMEO, SO_SNDTIMEO) is EAGAIN, which is WouldBlock.
     let late = matches!(error, FrameError::Io(error) if error.kind() == io::ErrorKind::WouldBlock);
@@ -272,27 +277,27 @@ fn agent_unavailable(code: u32, config: &Config, error: &FrameError, limit: Dura
             format!("the Skein agent does not answer on {socket}: is it running on this node?")
         }
     };
-    Failure { code, msg, details: message_excerpt(&error.to_string()).into_owned() }
+    PluginError { code, msg, details: message_excerpt(&error.to_string()).into_owned() }
 }
 
-fn open_netns(path: &Path, allow_own: bool) -> Result<File, Failure> {
+fn open_netns(path: &Path, allow_own: bool) -> Result<File, PluginError> {
     let shown = path.display();
     let failed = |error: io::Error| {
-        Failure::new(ErrorCode::UnknownContainer, format!("cannot open CNI_NETNS {shown}"))
+        PluginError::new(ErrorCode::UnknownContainer, format!("cannot open CNI_NETNS {shown}"))
             .with_details(error)
     };
     let file = File::open(path).map_err(failed)?;
     let kind = rustix::fs::fstatfs(&file).map_err(|error| failed(error.into()))?;
     if kind.f_type != NSFS {
         let msg = format!("CNI_NETNS {shown} is no network namespace");
-        return Err(Failure::new(ErrorCode::UnknownContainer, msg));
+        return Err(PluginError::new(ErrorCode::UnknownContainer, msg));
     }
     refuse_own_namespace(path, allow_own)?;
     Ok(file)
 }
 
 /// The plugin's own namespace is the node's: a pod in it would take the node's interfaces with it.
-fn refuse_own_namespace(path: &Path, allow_own: bool) -> Result<(), Failure> {
+fn refuse_own_namespace(path: &Path, allow_own: bool) -> Result<(), PluginError> {
     let identity = |path: &Path| {
         let found = std::fs::metadata(path).ok()?;
         Some((found.dev(), found.ino()))
@@ -301,7 +306,7 @@ fn refuse_own_namespace(path: &Path, allow_own: bool) -> Result<(), Failure> {
     if allow_own || own.is_none() || identity(path) != own {
         return Ok(());
     }
-    Err(Failure::new(
+    Err(PluginError::new(
         ErrorCode::InvalidNetns,
         format!("CNI_NETNS {} is the node's own network namespace", path.display()),
     ))

@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 use skein_cni_protocol::types::{ErrorCode, Version};
 use skein_cni_protocol::{Attached, Ip, Route};
 
-use crate::types::{Dns, Failure};
+use crate::types::{Dns, PluginError};
 
 /// The document for `attached`, whose namespace the runtime calls `sandbox`. What plugins before this
 /// one have said in `previous` comes first.
@@ -14,7 +14,7 @@ pub fn document(
     sandbox: &str,
     dns: &Dns,
     previous: Option<Value>,
-) -> Result<Value, Failure> {
+) -> Result<Value, PluginError> {
     match version < Version::V0_3_0 {
         true => Ok(flat(version, attached, dns)),
         false => nested(version, attached, sandbox, dns, previous),
@@ -22,11 +22,11 @@ pub fn document(
 }
 
 /// Whether [`document`] can add to what plugins before this one have said.
-pub fn check_previous(previous: Option<&Value>) -> Result<(), Failure> {
+pub fn check_previous(previous: Option<&Value>) -> Result<(), PluginError> {
     let mut previous = match previous {
         None => return Ok(()),
         Some(Value::Object(previous)) => previous.clone(),
-        Some(_) => return Err(Failure::new(ErrorCode::Decoding, "prevResult is no object")),
+        Some(_) => return Err(PluginError::new(ErrorCode::Decoding, "prevResult is no object")),
     };
     ["interfaces", "ips", "routes"].iter().try_for_each(|key| list(&mut previous, key).map(drop))
 }
@@ -38,11 +38,11 @@ fn nested(
     sandbox: &str,
     dns: &Dns,
     previous: Option<Value>,
-) -> Result<Value, Failure> {
+) -> Result<Value, PluginError> {
     let mut result = match previous {
         None => Map::new(),
         Some(Value::Object(previous)) => previous,
-        Some(_) => return Err(Failure::new(ErrorCode::Decoding, "prevResult is no object")),
+        Some(_) => return Err(PluginError::new(ErrorCode::Decoding, "prevResult is no object")),
     };
     result.insert("cniVersion".to_owned(), version.name().into());
     let interface = |interface: &skein_cni_protocol::Interface, sandbox: Option<&str>| {
@@ -75,12 +75,15 @@ fn nested(
     Ok(Value::Object(result))
 }
 
-fn list<'a>(result: &'a mut Map<String, Value>, key: &str) -> Result<&'a mut Vec<Value>, Failure> {
+fn list<'a>(
+    result: &'a mut Map<String, Value>,
+    key: &str,
+) -> Result<&'a mut Vec<Value>, PluginError> {
     let entry = result.entry(key).or_insert(Value::Null);
     if entry.is_null() {
         *entry = Value::Array(Vec::new());
     }
-    let wrong = || Failure::new(ErrorCode::Decoding, format!("prevResult.{key} is no list"));
+    let wrong = || PluginError::new(ErrorCode::Decoding, format!("prevResult.{key} is no list"));
     entry.as_array_mut().ok_or_else(wrong)
 }
 

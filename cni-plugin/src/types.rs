@@ -31,7 +31,7 @@ impl Dns {
 
 /// Why a run of the plugin failed: what its error document says.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Failure {
+pub struct PluginError {
     /// See [`ErrorCode`].
     pub code: u32,
     /// One line.
@@ -40,7 +40,7 @@ pub struct Failure {
     pub details: String,
 }
 
-impl Failure {
+impl PluginError {
     /// Without details.
     pub fn new(code: ErrorCode, msg: impl Into<String>) -> Self {
         Self { code: code as u32, msg: msg.into(), details: String::new() }
@@ -53,7 +53,7 @@ impl Failure {
     }
 }
 
-impl From<NameError> for Failure {
+impl From<NameError> for PluginError {
     fn from(error: NameError) -> Self {
         Self::new(ErrorCode::InvalidEnvironment, error.to_string())
     }
