@@ -1,5 +1,5 @@
-//! The plugin's configuration, as libcni hands it over on standard input (CNI specification 1.1.0,
-//! sections 1 and 3).
+//! Network configuration of the plugin, which libcni writes to standard input (CNI specification
+//! 1.1.0, sections 1 and 3).
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -15,26 +15,26 @@ use skein_cni_protocol::{AttachmentId, DEFAULT_SOCKET, DEFAULT_SPOOL};
 
 use crate::types::{Dns, PluginError};
 
-/// What the configuration says, checked.
+/// A checked network configuration.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
-    /// Version of the configuration, and of what is answered.
+    /// Version of the configuration and of the result (`cniVersion`).
     pub version: Version,
     /// Name of the network.
     pub name: String,
-    /// Where the agent listens.
+    /// Path of the agent's CNI socket.
     pub socket: PathBuf,
-    /// Where deletions wait for it.
+    /// Directory of the spool.
     pub spool: PathBuf,
-    /// How long a step of asking it may take.
+    /// Timeout of a request to the agent, 1 s to 65,535 s; 30 s by default (`timeoutSeconds`).
     pub timeout: Duration,
-    /// Name resolution that is passed on.
+    /// DNS settings, which the plugin copies to the result.
     pub dns: Dns,
-    /// Addresses that were asked for.
+    /// Requested addresses (`runtimeConfig.ips`), without prefix lengths.
     pub ips: Vec<IpAddr>,
-    /// The result of the plugins before this one, or of this one's ADD.
+    /// Result of the previous plugins in the list, or of the ADD (`prevResult`).
     pub prev_result: Option<Value>,
-    /// Attachments that the runtime still has; `None` where it does not say.
+    /// Attachments to keep in a GC; `None` if the configuration does not list them.
     pub valid_attachments: Option<Vec<AttachmentId>>,
 }
 
@@ -55,7 +55,7 @@ struct Document {
     runtime_config: Option<RuntimeConfig>,
     #[serde(default)]
     prev_result: Option<Value>,
-    /// Absent is nothing; null is how an empty list of Go's comes.
+    /// `None` if the key is missing. `null` is an empty list: Go serialises a nil slice as `null`.
     #[serde(default, rename = "cni.dev/valid-attachments", deserialize_with = "null_as_empty")]
     valid_attachments: Option<Vec<ValidAttachment>>,
 }
@@ -79,7 +79,11 @@ fn null_as_empty<'de, D: serde::Deserializer<'de>>(
     Ok(Some(Option::deserialize(deserializer)?.unwrap_or_default()))
 }
 
-/// The version alone: errors are said in it.
+/// Returns the version of a configuration that may be invalid otherwise, for its error document.
+///
+/// # Errors
+/// `Decoding` if the text is not a JSON object or `cniVersion` is not a string,
+/// `IncompatibleVersion` if the version is not supported.
 pub fn version(text: &[u8]) -> Result<Version, PluginError> {
     let value: Value = serde_json::from_slice(text).map_err(|error| {
         PluginError::new(ErrorCode::Decoding, "the network configuration is not JSON")
@@ -88,7 +92,7 @@ pub fn version(text: &[u8]) -> Result<Version, PluginError> {
     if !value.is_object() {
         return Err(PluginError::new(
             ErrorCode::Decoding,
-            "the network configuration is no object",
+            "the network configuration is not a JSON object",
         ));
     }
     match value.get("cniVersion") {
@@ -106,7 +110,7 @@ pub fn version(text: &[u8]) -> Result<Version, PluginError> {
         }),
         Some(other) => {
             let other = other.to_string();
-            let msg = format!("cniVersion is {}: a string is expected", excerpt(&other));
+            let msg = format!("cniVersion is {}, expected a string", excerpt(&other));
             Err(PluginError::new(ErrorCode::Decoding, msg))
         }
     }
@@ -117,18 +121,27 @@ fn decode<T: serde::de::DeserializeOwned>(text: &[u8]) -> Result<T, PluginError>
 }
 
 fn undecodable(error: serde_json::Error) -> PluginError {
-    PluginError::new(ErrorCode::Decoding, "the network configuration makes no sense")
+    PluginError::new(ErrorCode::Decoding, "the network configuration has an invalid field")
         .with_details(error)
 }
 
 impl Config {
-    /// Reads and checks a document.
+    /// Parses and checks a configuration.
+    ///
+    /// # Errors
+    /// An error of [`version`], `Decoding` if a field has a wrong type, `InvalidNetworkConfig` if
+    /// the name of the network, the timeout or a requested address is invalid.
     pub fn parse(text: &[u8]) -> Result<Self, PluginError> {
         let version = version(text)?;
         Self::check(version, decode(text)?)
     }
 
-    /// For a DEL, which must not fail by what it does not need: that is left out.
+    /// Parses a configuration for a DEL. Fields that a DEL does not need are ignored, so that an
+    /// invalid value in them does not prevent the deletion of a pod.
+    ///
+    /// # Errors
+    /// An error of [`version`], `Decoding` if `name`, `socket` or `spool` has a wrong type,
+    /// `InvalidNetworkConfig` if the name of the network is invalid.
     pub fn parse_for_del(text: &[u8]) -> Result<Self, PluginError> {
         let version = version(text)?;
         let mut document: Map<String, Value> = decode(text)?;
@@ -189,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_deletion_fails_by_nothing_that_it_does_not_need() {
+    fn del_ignores_invalid_fields_that_it_does_not_need() {
         let document = json!({
             "name": "a", "spool": "/p", "timeoutSeconds": 0, "dns": 7, "prevResult": [],
             "runtimeConfig": { "ips": ["x"] },
@@ -201,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn defaults_and_everything() {
+    fn missing_fields_have_defaults_and_all_fields_are_read() {
         let config = parse(json!({ "name": "skein", "type": "skein-cni" })).unwrap();
         assert_eq!(config.version.name(), "0.2.0");
         assert_eq!(config.socket, PathBuf::from(DEFAULT_SOCKET));
@@ -222,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn mapped_addresses_that_are_asked_for_are_ipv4() {
+    fn requested_mapped_addresses_are_ipv4() {
         let ips = ["::ffff:10.1.0.5", "::ffff:10.1.0.6/120", "fd00::5"];
         let config = parse(json!({ "name": "a", "runtimeConfig": { "ips": ips } })).unwrap();
         let canonical = ["10.1.0.5", "10.1.0.6", "fd00::5"].map(|ip| ip.parse::<IpAddr>().unwrap());
@@ -230,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_have_the_code_of_their_kind() {
+    fn invalid_configuration_has_the_code_of_its_error() {
         let code = |document: Value| parse(document).unwrap_err().code;
         assert_eq!(Config::parse(b"{").unwrap_err().code, 6);
         assert_eq!(Config::parse(b"[]").unwrap_err().code, 6);
@@ -245,7 +258,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_panics(text in "\\PC*", bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        fn arbitrary_input_does_not_panic(text in "\\PC*", bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = Config::parse(text.as_bytes());
             let _ = Config::parse(&bytes);
         }

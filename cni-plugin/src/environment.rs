@@ -1,4 +1,4 @@
-//! What the runtime says by environment variables (CNI specification 1.1.0, section 2), checked.
+//! Environment variables of the plugin (CNI specification 1.1.0, section 2).
 
 use std::path::PathBuf;
 
@@ -9,45 +9,66 @@ use skein_cni_protocol::{AttachmentId, Pod};
 
 use crate::types::PluginError;
 
-/// What is asked for.
+/// An operation of the CNI specification (`CNI_COMMAND`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {
-    /// Attach.
+    /// Attaches a container.
     Add,
-    /// Detach.
+    /// Detaches a container.
     Del,
-    /// Is it as it was made?
+    /// Compares an attachment with the result of its ADD.
     Check,
-    /// Collect garbage.
+    /// Removes stale attachments.
     Gc,
-    /// Could an ADD be served?
+    /// Reports whether the plugin can serve an ADD.
     Status,
-    /// Which versions?
+    /// Prints the supported versions.
     Version,
 }
 
-/// The variables, checked for the operation.
+impl Operation {
+    /// Returns the value of `CNI_COMMAND` for the operation.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Add => "ADD",
+            Self::Del => "DEL",
+            Self::Check => "CHECK",
+            Self::Gc => "GC",
+            Self::Status => "STATUS",
+            Self::Version => "VERSION",
+        }
+    }
+}
+
+/// The variables of one call, checked for its operation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Environment {
-    /// `CNI_COMMAND`.
+    /// Operation (`CNI_COMMAND`).
     pub operation: Operation,
-    /// `CNI_CONTAINERID` and `CNI_IFNAME`; empty where the operation has none.
+    /// Attachment (`CNI_CONTAINERID`, `CNI_IFNAME`); both strings are empty if the variables are
+    /// not set.
     pub id: AttachmentId,
-    /// `CNI_NETNS`.
+    /// Path of the network namespace (`CNI_NETNS`); `Some` for ADD and CHECK,
+    /// optional for other operations.
     pub netns: Option<PathBuf>,
-    /// `CNI_NETNS_OVERRIDE`: the plugin's own namespace is meant.
+    /// True if `netns` may be the plugin's own network namespace (`CNI_NETNS_OVERRIDE`).
     pub netns_override: bool,
-    /// The pod of `CNI_ARGS`.
+    /// Pod of `CNI_ARGS`; only for ADD and CHECK.
     pub pod: Option<Pod>,
 }
 
 impl Environment {
-    /// Reads and checks the variables that `get` knows; `None` without `CNI_COMMAND`.
+    /// Reads the variables by `get` and checks them. Returns `None` if `CNI_COMMAND` is missing or
+    /// empty.
+    ///
+    /// # Errors
+    /// `InvalidEnvironment` if the operation is unknown, if a variable that the operation requires
+    /// is missing, or if a variable is invalid.
     pub fn read(get: impl Fn(&str) -> Option<String>) -> Result<Option<Self>, PluginError> {
         let given = |name: &str| get(name).filter(|value| !value.is_empty());
         let Some(command) = given("CNI_COMMAND") else { return Ok(None) };
         let (operation, needed): (_, &[&str]) = match command.as_str() {
-            // The specification requires CNI_PATH for GC only.
+            // The specification requires CNI_PATH only for GC.
             "ADD" => (Operation::Add, &["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"]),
             "CHECK" => (Operation::Check, &["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"]),
             "DEL" => (Operation::Del, &["CNI_CONTAINERID", "CNI_IFNAME"]),
@@ -57,14 +78,14 @@ impl Environment {
             other => {
                 let other = excerpt(other);
                 return Err(environment(format!(
-                    "CNI_COMMAND is {other:?}: ADD, DEL, CHECK, GC, STATUS and VERSION are known"
+                    "CNI_COMMAND is {other:?}, expected ADD, DEL, CHECK, GC, STATUS or VERSION"
                 )));
             }
         };
         let missing: Vec<&str> =
             needed.iter().copied().filter(|name| given(name).is_none()).collect();
         if !missing.is_empty() {
-            return Err(environment(format!("required: {}", missing.join(", "))));
+            return Err(environment(format!("{command} requires {}", missing.join(", "))));
         }
         let id = AttachmentId {
             container_id: given("CNI_CONTAINERID").unwrap_or_default(),
@@ -74,7 +95,7 @@ impl Environment {
             check_id(&id)?;
         }
         let pod = match operation {
-            // A deletion does not fail by what it does not need.
+            // Other operations do not use CNI_ARGS, so that an invalid value must not fail them.
             Operation::Add | Operation::Check => arguments(&given("CNI_ARGS").unwrap_or_default())?,
             _ => None,
         };
@@ -91,14 +112,14 @@ impl Environment {
     }
 }
 
-/// `CNI_ARGS`: `KEY=VALUE` pairs by semicolons. Keys that are not known are an error unless
-/// `IgnoreUnknown` says otherwise, as in the reference plugins.
+/// Parses `CNI_ARGS`: pairs `KEY=VALUE`, separated by semicolons. An unknown key is an error unless
+/// `IgnoreUnknown` is true, as in the reference plugins.
 fn arguments(text: &str) -> Result<Option<Pod>, PluginError> {
     let (mut pod, mut unknown, mut ignore, mut any) = (Pod::default(), Vec::new(), false, false);
     for pair in text.split(';').filter(|pair| !pair.is_empty()) {
         let Some((key, value)) = pair.split_once('=') else {
             let pair = excerpt(pair);
-            return Err(environment(format!("CNI_ARGS: {pair:?} is no KEY=VALUE")));
+            return Err(environment(format!("CNI_ARGS: {pair:?} is not KEY=VALUE")));
         };
         match key {
             "IgnoreUnknown" => {
@@ -122,7 +143,7 @@ fn arguments(text: &str) -> Result<Option<Pod>, PluginError> {
     }
     if !unknown.is_empty() && !ignore {
         return Err(environment(format!(
-            "CNI_ARGS: unknown {}: add IgnoreUnknown=1",
+            "CNI_ARGS has unknown keys: {}. Add IgnoreUnknown=1 to ignore them.",
             excerpt(&unknown.join(", "))
         )));
     }
@@ -162,15 +183,15 @@ mod tests {
     }
 
     #[test]
-    fn every_missing_variable_is_named() {
+    fn error_names_every_missing_variable() {
         assert_eq!(read(&[("CNI_COMMAND", "")]), Ok(None));
         let all =
             [("CNI_CONTAINERID", ""), ("CNI_NETNS", ""), ("CNI_IFNAME", ""), ("CNI_PATH", "")];
         let add = refused(&all);
-        assert_eq!(add, "required: CNI_CONTAINERID, CNI_NETNS, CNI_IFNAME");
+        assert_eq!(add, "ADD requires CNI_CONTAINERID, CNI_NETNS, CNI_IFNAME");
         let with = |operation| [&all[..], &[("CNI_COMMAND", operation)]].concat();
-        assert_eq!(refused(&with("DEL")), "required: CNI_CONTAINERID, CNI_IFNAME");
-        assert_eq!(refused(&with("GC")), "required: CNI_PATH");
+        assert_eq!(refused(&with("DEL")), "DEL requires CNI_CONTAINERID, CNI_IFNAME");
+        assert_eq!(refused(&with("GC")), "GC requires CNI_PATH");
         assert_eq!(read(&with("VERSION")).unwrap().unwrap().operation, Operation::Version);
         assert!(refused(&[("CNI_COMMAND", "FROB")]).contains("FROB"));
         let without = read(&[("CNI_COMMAND", "DEL"), ("CNI_NETNS", "")]).unwrap().unwrap();
@@ -183,11 +204,11 @@ mod tests {
             let environment = read(&[("CNI_COMMAND", operation), ("CNI_PATH", "")]);
             assert!(environment.is_ok(), "{operation} fails without CNI_PATH: {environment:?}");
         }
-        assert_eq!(refused(&[("CNI_COMMAND", "GC"), ("CNI_PATH", "")]), "required: CNI_PATH");
+        assert_eq!(refused(&[("CNI_COMMAND", "GC"), ("CNI_PATH", "")]), "GC requires CNI_PATH");
     }
 
     #[test]
-    fn names_are_checked() {
+    fn invalid_names_are_refused() {
         for id in ["-x", "a/b", "a b", "a\n", "ä", ".a"] {
             assert!(refused(&[("CNI_CONTAINERID", id)]).contains("CNI_CONTAINERID"), "{id}");
         }
@@ -200,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn arguments_name_the_pod() {
+    fn cni_args_are_parsed_to_the_pod() {
         let text = "IgnoreUnknown=1;K8S_POD_NAMESPACE=ns;K8S_POD_NAME=web-0;\
                     K8S_POD_INFRA_CONTAINER_ID=c1;K8S_POD_UID=u;OTHER=x=y";
         let pod = read(&[("CNI_ARGS", text)]).unwrap().unwrap().pod.unwrap();
@@ -214,7 +235,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_panics(name in "\\PC*", value in "\\PC*", text in "[A-Za-z=;0-9]*") {
+        fn arbitrary_variables_do_not_panic(name in "\\PC*", value in "\\PC*", text in "[A-Za-z=;0-9]*") {
             let _ = read(&[("CNI_CONTAINERID", &name), ("CNI_IFNAME", &value)]);
             let _ = read(&[("CNI_ARGS", &value)]);
             let _ = read(&[("CNI_ARGS", &text)]);

@@ -1,9 +1,9 @@
-//! Skein's CNI plugin as a library: the documents of the CNI specification, and what the plugin does
-//! with them and with the protocol between plugin and agent ([`skein_cni_protocol`]).
+//! CNI plugin of Skein (CNI specification 1.1.0), as a library for the binary, tests and fuzz targets.
 //!
-//! The plugin decides nothing: it checks what the runtime says, hands it to the agent of its node,
-//! and says the answer in the version that was asked for. A DEL that finds no agent is kept in a
-//! spool for the next one, so that a pod can always be deleted.
+//! The plugin checks the environment and the network configuration, sends one request to the agent
+//! of its node ([`skein_cni_protocol`]), and prints the result in the requested version of the
+//! specification. All decisions are the agent's. If the agent does not answer a DEL, the plugin
+//! stores the request in the spool and reports success, so that a pod can always be deleted.
 
 #![forbid(unsafe_code)]
 

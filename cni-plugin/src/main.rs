@@ -1,4 +1,5 @@
-//! `skein-cni`: what kubelet's container runtime starts for every pod that comes and goes.
+//! `skein-cni`, the CNI plugin that the container runtime starts for each operation on a pod's
+//! network.
 
 #![forbid(unsafe_code)]
 

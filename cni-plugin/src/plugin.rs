@@ -1,4 +1,5 @@
-//! One run of the plugin: environment and standard input to a request, the answer to standard output.
+//! One call of the plugin: converts environment and standard input to a request to the agent, and the
+//! response to a document on standard output.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -23,17 +24,19 @@ use crate::environment::{Environment, Operation};
 use crate::types::PluginError;
 use crate::{client, result};
 
-/// The agent cannot be asked.
+/// Error code of Skein: the agent does not respond, or its response is invalid.
 const AGENT_UNAVAILABLE: u32 = 101;
-/// How long a DEL waits for the agent before it is kept for later: kubelet has other pods to delete.
+/// Maximum time that DEL waits for the agent before the request goes to the spool, so that an agent
+/// that does not respond delays the deletion of pods only briefly.
 const DEL_TIMEOUT: Duration = Duration::from_secs(10);
-/// Maximum time that STATUS waits for the agent. Runtimes call STATUS while kubelet waits for their
-/// state, and kubelet stops synchronising pods if it gets no state for 30 s.
+/// Maximum time that STATUS waits for the agent. A runtime calls STATUS while kubelet waits for the
+/// runtime's state, and kubelet stops synchronising pods after 30 s without that state.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
-/// The magic number of nsfs (linux/magic.h).
+/// Magic number of nsfs, the file system of namespaces (linux/magic.h).
 const NSFS: rustix::fs::FsWord = 0x6e73_6673;
 
-/// Does what the environment asks for.
+/// Executes the operation of `CNI_COMMAND` and prints its result or its error document. Without
+/// `CNI_COMMAND`, prints a description of the plugin on standard error. Returns the exit code, 0 or 1.
 pub fn main() -> ExitCode {
     let mut input = Vec::new();
     let read = |input: &mut Vec<u8>| io::stdin().take(MAX_FRAME as u64 + 1).read_to_end(input);
@@ -50,7 +53,7 @@ pub fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
         Err(error) => {
-            // In the version of the configuration, where that can be told.
+            // The error document has the version of the configuration if that can be read.
             let _ = read(&mut input);
             return print_outcome(Err(error), config::version(&input).unwrap_or(Version::NEWEST));
         }
@@ -66,8 +69,9 @@ pub fn main() -> ExitCode {
         }
         Ok(_) => config::version(&input),
         Err(error) => {
-            let error = PluginError::new(ErrorCode::Io, "cannot read the network configuration");
-            return print_outcome(Err(error.with_details(error)), Version::NEWEST);
+            let msg = "cannot read the network configuration";
+            let error = PluginError::new(ErrorCode::Io, msg).with_details(error);
+            return print_outcome(Err(error), Version::NEWEST);
         }
     };
     let parsed = match environment.operation {
@@ -78,7 +82,7 @@ pub fn main() -> ExitCode {
     print_outcome(outcome, version.unwrap_or(Version::NEWEST))
 }
 
-/// Prints a result or an error document on standard output.
+/// Prints a result or an error document on standard output and returns the exit code.
 fn print_outcome(outcome: Result<Option<Value>, PluginError>, version: Version) -> ExitCode {
     let (document, code) = match outcome {
         Ok(None) => return ExitCode::SUCCESS,
@@ -106,15 +110,19 @@ fn versions() -> Value {
 }
 
 fn run(environment: Environment, config: Config) -> Result<Option<Value>, PluginError> {
-    let needs = match environment.operation {
+    let required = match environment.operation {
         Operation::Check => Version::V0_4_0,
         Operation::Gc | Operation::Status => Version::V1_1_0,
         Operation::Add | Operation::Del | Operation::Version => Version::ALL[0],
     };
-    if config.version < needs {
+    if config.version < required {
         return Err(PluginError::new(
             ErrorCode::IncompatibleVersion,
-            format!("{:?} needs cniVersion {} or later", environment.operation, needs.name()),
+            format!(
+                "{} requires cniVersion {} or later",
+                environment.operation.name(),
+                required.name()
+            ),
         ));
     }
     match environment.operation {
@@ -128,7 +136,7 @@ fn run(environment: Environment, config: Config) -> Result<Option<Value>, Plugin
 }
 
 fn add(environment: Environment, config: Config) -> Result<Value, PluginError> {
-    // Before anything is made that would have to be undone.
+    // An invalid prevResult must fail before the agent attaches the container.
     result::check_previous(config.prev_result.as_ref())?;
     let path = environment.netns.clone().unwrap_or_default();
     let netns = open_netns(&path, environment.netns_override)?;
@@ -161,7 +169,7 @@ fn del(environment: &Environment, config: &Config) -> Result<(), PluginError> {
     let limit = config.timeout.min(DEL_TIMEOUT);
     match send_request(config, command, None, limit) {
         Ok(Response::Done) => Ok(()),
-        // An agent of another version will be replaced, or has not replaced this plugin yet.
+        // During an upgrade, plugin and agent have different versions for a short time.
         Ok(Response::Refused(refusal)) if refusal.code == ErrorCode::IncompatibleVersion as u32 => {
             spool::put(&config.spool, id)
                 .map_err(|failed| unexpected(Response::Refused(refusal)).with_details(failed))
@@ -170,14 +178,14 @@ fn del(environment: &Environment, config: &Config) -> Result<(), PluginError> {
         Err(error) => spool::put(&config.spool, id).map_err(|failed| {
             let spool = config.spool.display();
             agent_unavailable(AGENT_UNAVAILABLE, config, &error, limit)
-                .with_details(format!("the deletion cannot be kept in {spool} either: {failed}"))
+                .with_details(format!("the request cannot be stored in {spool} either: {failed}"))
         }),
     }
 }
 
 fn check(environment: &Environment, config: &Config) -> Result<(), PluginError> {
     let Some(previous) = &config.prev_result else {
-        return Err(PluginError::new(ErrorCode::InvalidNetworkConfig, "CHECK needs prevResult"));
+        return Err(PluginError::new(ErrorCode::InvalidNetworkConfig, "CHECK requires prevResult"));
     };
     let ips = own_addresses(previous, &environment.id.ifname)?;
     let path = environment.netns.clone().unwrap_or_default();
@@ -190,8 +198,8 @@ fn check(environment: &Environment, config: &Config) -> Result<(), PluginError> 
     }
 }
 
-/// Addresses of the interface in the container by a previous result. Addresses of other interfaces are
-/// other plugins' business.
+/// Returns the addresses of the interface `ifname` in the container from a previous result. Addresses
+/// of other interfaces belong to other plugins.
 fn own_addresses(previous: &Value, ifname: &str) -> Result<Vec<IpNet>, PluginError> {
     let wrong = |what: &str| PluginError::new(ErrorCode::Decoding, format!("prevResult: {what}"));
     let list = |key: &str| previous[key].as_array().map(Vec::as_slice).unwrap_or_default();
@@ -216,10 +224,10 @@ fn own_addresses(previous: &Value, ifname: &str) -> Result<Vec<IpNet>, PluginErr
 
 fn gc(config: Config) -> Result<(), PluginError> {
     let Some(valid) = config.valid_attachments.clone() else {
-        // Not the same as an empty list, which would make everything garbage.
+        // A missing list must not be treated as an empty list, which would remove every attachment.
         return Err(PluginError::new(
             ErrorCode::InvalidNetworkConfig,
-            "GC needs cni.dev/valid-attachments",
+            "GC requires cni.dev/valid-attachments",
         ));
     };
     let command = Command::Gc(Gc { network: config.name.clone(), valid });
@@ -253,13 +261,15 @@ fn unexpected(answer: Response) -> PluginError {
         Response::Refused(CniError { code, msg, details }) => PluginError { code, msg, details },
         other => PluginError {
             code: AGENT_UNAVAILABLE,
-            msg: "the agent's answer makes no sense: is the plugin of its version?".to_owned(),
+            msg: "the agent sent a response of another operation. Check that the plugin and the \
+                  agent have the same version."
+                .to_owned(),
             details: message_excerpt(&format!("{other:?}")).into_owned(),
         },
     }
 }
 
-/// Returns the error of a request without an answer within `limit`.
+/// Returns the error of a request that got no valid response within `limit`.
 fn agent_unavailable(
     code: u32,
     config: &Config,
@@ -267,7 +277,7 @@ fn agent_unavailable(
     limit: Duration,
 ) -> PluginError {
     let (socket, seconds) = (config.socket.display(), limit.as_secs());
-    // A socket's timeout (SO_RCVTIMEO, SO_SNDTIMEO) is EAGAIN, which is WouldBlock.
+    // A socket timeout (SO_RCVTIMEO, SO_SNDTIMEO) is EAGAIN, which std maps to `WouldBlock`.
     let late = matches!(error, FrameError::Io(error) if error.kind() == io::ErrorKind::WouldBlock);
     let msg = match late {
         true => format!(
@@ -289,14 +299,15 @@ fn open_netns(path: &Path, allow_own: bool) -> Result<File, PluginError> {
     let file = File::open(path).map_err(failed)?;
     let kind = rustix::fs::fstatfs(&file).map_err(|error| failed(error.into()))?;
     if kind.f_type != NSFS {
-        let msg = format!("CNI_NETNS {shown} is no network namespace");
+        let msg = format!("CNI_NETNS {shown} is not a network namespace");
         return Err(PluginError::new(ErrorCode::UnknownContainer, msg));
     }
     refuse_own_namespace(path, allow_own)?;
     Ok(file)
 }
 
-/// The plugin's own namespace is the node's: a pod in it would take the node's interfaces with it.
+/// Refuses the plugin's own network namespace, which is the node's, unless `allow_own` is true
+/// (`CNI_NETNS_OVERRIDE`). A pod in it would use the network of the node.
 fn refuse_own_namespace(path: &Path, allow_own: bool) -> Result<(), PluginError> {
     let identity = |path: &Path| {
         let found = std::fs::metadata(path).ok()?;

@@ -1,4 +1,5 @@
-//! The result of an ADD, in the version that the configuration asks for.
+//! Result document of an ADD (CNI specification 1.1.0, section 5), in the version of the network
+//! configuration.
 
 use serde_json::{Map, Value, json};
 use skein_cni_protocol::types::{ErrorCode, Version};
@@ -6,8 +7,11 @@ use skein_cni_protocol::{Attached, Ip, Route};
 
 use crate::types::{Dns, PluginError};
 
-/// The document for `attached`, whose namespace the runtime calls `sandbox`. What plugins before this
-/// one have said in `previous` comes first.
+/// Returns the result document of an attachment. `sandbox` is the path of the network namespace as
+/// the runtime passed it. `previous` is the result of the previous plugins; its entries come first.
+///
+/// # Errors
+/// `Decoding` if `previous` fails [`check_previous`].
 pub fn document(
     version: Version,
     attached: &Attached,
@@ -21,17 +25,24 @@ pub fn document(
     }
 }
 
-/// Whether [`document`] can add to what plugins before this one have said.
+/// Checks that [`document`] can append to the result of the previous plugins.
+///
+/// # Errors
+/// `Decoding` if `previous` is not an object, or if one of its lists is not a list.
 pub fn check_previous(previous: Option<&Value>) -> Result<(), PluginError> {
     let mut previous = match previous {
         None => return Ok(()),
         Some(Value::Object(previous)) => previous.clone(),
-        Some(_) => return Err(PluginError::new(ErrorCode::Decoding, "prevResult is no object")),
+        Some(_) => return Err(not_an_object()),
     };
     ["interfaces", "ips", "routes"].iter().try_for_each(|key| list(&mut previous, key).map(drop))
 }
 
-/// 0.3.0 and later.
+fn not_an_object() -> PluginError {
+    PluginError::new(ErrorCode::Decoding, "prevResult is not an object")
+}
+
+/// Returns the result in the form of version 0.3.0 and later.
 fn nested(
     version: Version,
     attached: &Attached,
@@ -42,7 +53,7 @@ fn nested(
     let mut result = match previous {
         None => Map::new(),
         Some(Value::Object(previous)) => previous,
-        Some(_) => return Err(PluginError::new(ErrorCode::Decoding, "prevResult is no object")),
+        Some(_) => return Err(not_an_object()),
     };
     result.insert("cniVersion".to_owned(), version.name().into());
     let interface = |interface: &skein_cni_protocol::Interface, sandbox: Option<&str>| {
@@ -83,11 +94,12 @@ fn list<'a>(
     if entry.is_null() {
         *entry = Value::Array(Vec::new());
     }
-    let wrong = || PluginError::new(ErrorCode::Decoding, format!("prevResult.{key} is no list"));
+    let wrong = || PluginError::new(ErrorCode::Decoding, format!("prevResult.{key} is not a list"));
     entry.as_array_mut().ok_or_else(wrong)
 }
 
-/// 0.1.0 and 0.2.0: one address a family, no interfaces.
+/// Returns the result in the form of versions 0.1.0 and 0.2.0: one address per address family, no
+/// interfaces.
 fn flat(version: Version, attached: &Attached, dns: &Dns) -> Value {
     let mut result = json!({ "cniVersion": version.name() });
     for (key, v4) in [("ip4", true), ("ip6", false)] {

@@ -1,52 +1,53 @@
-//! Documents of the CNI specification 1.1.0 that only the plugin reads and writes.
+//! Parts of CNI documents that only the plugin reads and writes: DNS settings and the error document.
 
 use serde::{Deserialize, Serialize};
 use skein_cni_protocol::excerpt::message_excerpt;
 use skein_cni_protocol::names::NameError;
 use skein_cni_protocol::types::ErrorCode;
 
-/// Name resolution, as in resolv.conf.
+/// DNS settings of a configuration or a result (resolv.conf(5)).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Dns {
-    /// Servers in the order of their preference.
+    /// Addresses of the name servers in the order of preference.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nameservers: Vec<String>,
-    /// The local domain.
+    /// Local domain for lookups of short names.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain: Option<String>,
-    /// Domains to search.
+    /// Search domains in the order of preference.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub search: Vec<String>,
-    /// Options of the resolver.
+    /// Options of the resolver, such as `ndots:5`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub options: Vec<String>,
 }
 
 impl Dns {
-    /// Whether nothing is set.
+    /// Returns true if no field is set.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 }
 
-/// Why a run of the plugin failed: what its error document says.
+/// Error of a call of the plugin, in the form of its error document (CNI specification 1.1.0, section
+/// 5).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PluginError {
-    /// See [`ErrorCode`].
+    /// Code of [`ErrorCode`], or a code of Skein, 100 and above.
     pub code: u32,
-    /// One line.
+    /// Error message of one line.
     pub msg: String,
-    /// More of it.
+    /// Details of the error; may be empty.
     pub details: String,
 }
 
 impl PluginError {
-    /// Without details.
+    /// Returns an error without details.
     pub fn new(code: ErrorCode, msg: impl Into<String>) -> Self {
         Self { code: code as u32, msg: msg.into(), details: String::new() }
     }
 
-    /// With details, of which a bounded part is kept.
+    /// Returns the error with an excerpt of `details`, at most 1,000 bytes.
     #[must_use]
     pub fn with_details(self, details: impl ToString) -> Self {
         Self { details: message_excerpt(&details.to_string()).into_owned(), ..self }

@@ -1,4 +1,5 @@
-//! What the fuzzers start from, as ordinary tests: whole, cut anywhere, and with any byte changed.
+//! The seeds of the fuzz targets as ordinary tests: unchanged, truncated at every length, and with
+//! each byte changed.
 
 #![allow(clippy::unwrap_used)]
 
@@ -20,12 +21,12 @@ fn variations(target: &str) -> Vec<Vec<u8>> {
             all.push(changed);
         }
     }
-    assert!(all.len() > 500, "the corpus is gone");
+    assert!(all.len() > 500, "the corpus has too few seeds");
     all
 }
 
 #[test]
-fn configurations_and_requests() {
+fn varied_configurations_and_requests_do_not_panic() {
     let mut good = 0;
     for data in variations("cni_config") {
         good += usize::from(Config::parse(&data).is_ok());
@@ -35,7 +36,7 @@ fn configurations_and_requests() {
 }
 
 #[test]
-fn frames() {
+fn varied_frames_do_not_panic() {
     let mut good = 0;
     for data in variations("cni_frames") {
         good += usize::from(skein_cni_protocol::frame::read::<Request>(&mut &data[..]).is_ok());
@@ -46,7 +47,7 @@ fn frames() {
 }
 
 #[test]
-fn environments() {
+fn varied_environments_do_not_panic() {
     let mut good = 0;
     for data in variations("cni_environment") {
         let Ok(text) = std::str::from_utf8(&data) else { continue };

@@ -1,4 +1,4 @@
-//! The plugin's binary, called as a runtime calls it, with an agent of ours behind the socket.
+//! The plugin's binary, called as a container runtime calls it, with a test agent behind the socket.
 
 #![allow(clippy::unwrap_used)]
 
@@ -20,14 +20,14 @@ use skein_cni_protocol::{
 
 const ALL: [&str; 7] = ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 
-/// A network namespace that is not the plugin's, held by a process of ours that sleeps in it.
+/// A network namespace of a sleeping child process.
 struct Namespace(std::process::Child);
 
 impl Namespace {
     fn new() -> Self {
         let mut child = Process::new("unshare");
         child.args(["--net", "--kill-child", "cat"]).stdin(Stdio::piped()).stdout(Stdio::null());
-        let child = child.spawn().expect("unshare (util-linux) is needed, and root");
+        let child = child.spawn().expect("this test needs unshare (util-linux) and root");
         let own = std::fs::read_link("/proc/self/ns/net").unwrap();
         let namespace = Self(child);
         for _ in 0..200 {
@@ -36,7 +36,7 @@ impl Namespace {
             }
             std::thread::sleep(Duration::from_millis(10));
         }
-        panic!("no network namespace can be made: run this as root");
+        panic!("cannot create a network namespace: run the tests as root");
     }
 
     fn path(&self) -> PathBuf {
@@ -70,7 +70,7 @@ impl Lab {
         self.directory.path().join("spool")
     }
 
-    /// Answers one request, and tells what it was.
+    /// Starts an agent that sends `answer` to one request and returns the request.
     fn agent(&self, answer: Response) -> JoinHandle<Received> {
         let listener = UnixListener::bind(self.socket()).unwrap();
         let socket = self.socket();
@@ -110,7 +110,7 @@ fn plugin() -> Process {
 
 fn run_with_input(mut command: Process, input: &[u8]) -> Output {
     let mut child = command.spawn().unwrap();
-    // One that has nothing to read it for closes it early.
+    // A plugin that does not need its input exits without reading it.
     let _ = child.stdin.take().unwrap().write_all(input);
     child.wait_with_output().unwrap()
 }
@@ -171,7 +171,7 @@ fn attached() -> Attached {
 }
 
 #[test]
-fn add_in_every_version() {
+fn add_prints_result_in_every_version() {
     let namespace = Namespace::new();
     let sandbox = namespace.path();
     for version in ALL {
@@ -233,7 +233,7 @@ fn expected(version: &str, sandbox: &Path) -> Value {
 }
 
 #[test]
-fn what_plugins_before_have_made_stays() {
+fn result_of_previous_plugins_is_kept() {
     let (lab, namespace) = (Lab::new(), Namespace::new());
     let agent = lab.agent(Response::Attached(attached()));
     let previous = json!({
@@ -254,13 +254,13 @@ fn what_plugins_before_have_made_stays() {
     assert_eq!(result["routes"][0], previous["routes"][0]);
     assert_eq!(result["dns"], previous["dns"]);
     let broken = json!({ "prevResult": { "interfaces": 5 } });
-    // Nobody listens, which would be another code: nothing is made that would have to be undone.
+    // No agent listens, which would be another code: the plugin fails before it sends a request.
     let output = lab.run("ADD", Some(&namespace.path()), &lab.configuration("1.0.0", broken));
     assert_eq!(code(&output), 6);
 }
 
 #[test]
-fn refusals_of_the_agent_are_passed_on() {
+fn error_of_the_agent_is_printed() {
     let (lab, namespace) = (Lab::new(), Namespace::new());
     let refusal =
         CniError { code: 11, msg: "no free address in 10.1.0.0/24".into(), details: "more".into() };
@@ -277,11 +277,14 @@ fn refusals_of_the_agent_are_passed_on() {
         assert_eq!((&said["msg"], &said["details"]), (&json!(refusal.msg), &json!("more")));
         assert_eq!(said["cniVersion"], "1.1.0");
     }
-    assert!(spool::list(&lab.spool()).unwrap().is_empty(), "refused is not unheard");
+    assert!(
+        spool::list(&lab.spool()).unwrap().is_empty(),
+        "a refused DEL must not be stored in the spool"
+    );
 }
 
 #[test]
-fn with_the_agent_away() {
+fn unavailable_agent_stores_del_and_fails_other_operations() {
     let (lab, namespace) = (Lab::new(), Namespace::new());
     let netns = namespace.path();
     let configuration = |extra| lab.configuration("1.1.0", extra);
@@ -289,7 +292,7 @@ fn with_the_agent_away() {
     assert_eq!(code(&lab.run("STATUS", None, &configuration(json!({})))), 50);
     let check = json!({ "prevResult": { "interfaces": [{ "name": "eth0", "sandbox": "/x" }] } });
     assert!(code(&lab.run("CHECK", Some(&netns), &configuration(check))) >= 100);
-    // Absent, nobody behind the socket, somebody who never answers, somebody who talks nonsense.
+    // No socket, a socket without a listener, a listener that never responds, an invalid response.
     let hanging = |lab: &Lab| UnixListener::bind(lab.socket()).unwrap();
     let del = |netns: Option<&Path>| lab.run("DEL", netns, &lab.configuration("0.3.1", json!({})));
     assert!(del(None).status.success());
@@ -302,7 +305,7 @@ fn with_the_agent_away() {
     assert!(output.status.success() && output.stdout.is_empty());
     assert!(began.elapsed() < Duration::from_secs(20), "DEL waited for {:?}.", began.elapsed());
     let nonsense = std::thread::spawn(move || {
-        // The one that hung is still in the queue.
+        // The connection of the previous DEL is still in the backlog.
         for _ in 0..2 {
             let (mut stream, _) = listener.accept().unwrap();
             let _ = stream.write_all(b"HTTP/1.1 400\r\n");
@@ -311,10 +314,10 @@ fn with_the_agent_away() {
     assert!(del(None).status.success());
     nonsense.join().unwrap();
     let kept = spool::list(&lab.spool()).unwrap();
-    assert_eq!(kept.len(), 1, "once, however often");
+    assert_eq!(kept.len(), 1, "repeated DELs must store one entry");
     let Ok(Request { command: Command::Del(kept), .. }) = &kept[0].request else { panic!() };
     assert_eq!(kept.id, id());
-    // Nowhere to keep it: an error, and not in words that a runtime takes for success.
+    // A spool that cannot be written is an error. Runtimes treat "not found" as success.
     std::fs::remove_dir_all(lab.spool()).unwrap();
     std::fs::write(lab.spool(), "a file").unwrap();
     let output = del(None);
@@ -323,7 +326,7 @@ fn with_the_agent_away() {
 }
 
 #[test]
-fn status_waits_no_longer_than_5_s() {
+fn status_times_out_after_5_s_or_the_configured_timeout() {
     let lab = Lab::new();
     // The listener accepts no connection, like a stopped agent.
     let _listener = UnixListener::bind(lab.socket()).unwrap();
@@ -340,7 +343,7 @@ fn status_waits_no_longer_than_5_s() {
 }
 
 #[test]
-fn the_nodes_own_namespace_and_things_that_are_none() {
+fn own_namespace_and_other_files_are_refused() {
     let (lab, own) = (Lab::new(), Path::new("/proc/self/ns/net"));
     let configuration = lab.configuration("1.0.0", json!({}));
     for verb in ["ADD", "DEL"] {
@@ -366,7 +369,7 @@ fn the_nodes_own_namespace_and_things_that_are_none() {
 }
 
 #[test]
-fn verbs_need_their_versions() {
+fn operation_of_newer_version_is_refused() {
     let lab = Lab::new();
     for version in ALL {
         let configuration = lab.configuration(version, json!({ "cni.dev/valid-attachments": [] }));
@@ -378,11 +381,11 @@ fn verbs_need_their_versions() {
         }
     }
     let output = lab.run("GC", None, &lab.configuration("1.1.0", json!({})));
-    assert_eq!(code(&output), 7, "no list is not an empty one");
+    assert_eq!(code(&output), 7, "a missing list is an error");
 }
 
 #[test]
-fn version_about_and_bad_calls() {
+fn version_and_invalid_calls_print_documents() {
     let mut command = plugin();
     command.env("CNI_COMMAND", "VERSION");
     let output = run_with_input(command, b"{\"cniVersion\":\"0.4.0\"}");
@@ -411,11 +414,15 @@ fn version_about_and_bad_calls() {
     }
     let mut command = plugin();
     command.env("CNI_COMMAND", "STATUS").env("CNI_PATH", "/");
-    assert_eq!(code(&run_with_input(command, &vec![b' '; 2 << 20])), 5, "more than anybody means");
+    assert_eq!(
+        code(&run_with_input(command, &vec![b' '; 2 << 20])),
+        5,
+        "the input is longer than MAX_FRAME"
+    );
 }
 
 #[test]
-fn check_says_which_addresses_are_meant() {
+fn check_sends_addresses_of_the_container_interface() {
     let (lab, namespace) = (Lab::new(), Namespace::new());
     let netns = namespace.path();
     let agent = lab.agent(Response::Done);

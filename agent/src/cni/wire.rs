@@ -107,8 +107,8 @@ mod tests {
         let cases: [(&[u8], &str); 4] = [
             (b"\x05\0\0\0{}", "end of file"),
             (b"\xff\xff\xff\x7f", "at most"),
-            (b"\x02\0\0\0{}", "makes no sense"),
-            (b"\x03\0\0\0\xff\xfe{", "makes no sense"),
+            (b"\x02\0\0\0{}", "not a valid message"),
+            (b"\x03\0\0\0\xff\xfe{", "not a valid message"),
         ];
         for (bytes, expected) in cases {
             let (plugin, agent) = pair();

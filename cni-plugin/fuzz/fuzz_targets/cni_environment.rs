@@ -2,7 +2,7 @@
 
 use skein_cni::environment::Environment;
 
-// Lines of KEY=VALUE, as the environment of the plugin.
+// Input: lines of KEY=VALUE, which become the environment of the plugin.
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let _ = Environment::read(|name| {

@@ -1,12 +1,14 @@
-//! Canonical forms of addresses: an IPv4-mapped IPv6 address (`::ffff:192.0.2.1`) is converted to
-//! the IPv4 address that it stands for, so that every check sees the same address as the kernel.
+//! Canonical forms of addresses. An IPv4-mapped IPv6 address (`::ffff:192.0.2.1`, RFC 4291, section
+//! 2.5.5.2) becomes the IPv4 address that it represents, so that every check sees the same address as
+//! the kernel.
 
 use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Deserializer};
 
-/// Returns the canonical form of an address with a prefix length.
+/// Returns the canonical form of an address with a prefix length. A mapped address with a prefix
+/// length below 96 stays an IPv6 address.
 pub fn canonical_net(net: IpNet) -> IpNet {
     let IpNet::V6(v6) = net else { return net };
     let mapped = v6.addr().to_ipv4_mapped().zip(v6.prefix_len().checked_sub(96));

@@ -1,14 +1,14 @@
-//! Bounded excerpts of foreign text for errors and log lines.
+//! Bounded excerpts of untrusted text for errors and log lines.
 
 use std::borrow::Cow;
 
 /// Maximum length of an excerpt in bytes, without the note on its length.
 const MAX_EXCERPT: usize = 200;
-/// Maximum length of a whole error message that may quote foreign text, in bytes.
+/// Maximum length of an error message that may quote untrusted text, in bytes.
 const MAX_MESSAGE: usize = 1000;
 
-/// Returns text that a file, a request or another node contains, at most 200 bytes of it and the
-/// length of the rest. Every error and log line that quotes foreign text quotes an excerpt.
+/// Returns the first 200 bytes of `text` and the length of the rest. Every error and log line that
+/// quotes text from a file, a request or another node quotes an excerpt.
 ///
 /// ```
 /// # use skein_cni_protocol::excerpt::excerpt;
@@ -19,13 +19,14 @@ pub fn excerpt(text: &str) -> Cow<'_, str> {
     truncated(text, MAX_EXCERPT)
 }
 
-/// Returns a message of a parser or of another program, at most 1,000 bytes of it and the length of
-/// the rest: parsers quote their input.
+/// Returns the first 1,000 bytes of `text` and the length of the rest. For error messages of parsers
+/// and of other programs, because parsers quote their input.
 pub fn message_excerpt(text: &str) -> Cow<'_, str> {
     truncated(text, MAX_MESSAGE)
 }
 
-/// Returns at most `max` bytes of a text, cut between two characters, and the length of the rest.
+/// Returns the first `max` bytes of `text` and the length of the rest. The cut is between two
+/// characters. A text of at most `max` bytes is returned unchanged.
 pub fn truncated(text: &str, max: usize) -> Cow<'_, str> {
     if text.len() <= max {
         return Cow::Borrowed(text);
@@ -43,7 +44,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn excerpt_is_bounded_and_begins_as_the_text(text in "\\PC{0,400}", max in 0_usize..300) {
+        fn excerpt_is_bounded_and_a_prefix_of_the_text(text in "\\PC{0,400}", max in 0_usize..300) {
             let short = truncated(&text, max);
             prop_assert!(short.len() <= max + 40);
             match short.split_once('…').filter(|_| text.len() > max) {

@@ -1,4 +1,5 @@
-//! Frames: a length in four bytes, little endian, then a JSON document.
+//! Frames of the agent's CNI socket: the length of the document in bytes (u32, little endian) and a
+//! JSON document of at most [`MAX_FRAME`] bytes.
 
 use std::io::{self, Read};
 
@@ -8,21 +9,25 @@ use thiserror::Error;
 
 use crate::MAX_FRAME;
 
-/// A frame that is none.
+/// Error of writing or reading a frame.
 #[derive(Debug, Error)]
 pub enum FrameError {
-    /// The other side went away, or took too long.
+    /// The connection failed, timed out, or ended inside a frame.
     #[error("{0}")]
     Io(#[from] io::Error),
-    /// More than [`MAX_FRAME`] bytes.
-    #[error("a document of {0} bytes: at most {MAX_FRAME} are taken")]
+    /// The document has this number of bytes, more than [`MAX_FRAME`].
+    #[error("document has {0} bytes, at most {MAX_FRAME} are allowed")]
     TooLong(usize),
-    /// Not the document that is expected.
-    #[error("a document that makes no sense: {0}")]
+    /// The document is not JSON of the expected type.
+    #[error("document is not a valid message: {0}")]
     Json(#[from] serde_json::Error),
 }
 
-/// The bytes of a frame.
+/// Returns `document` as the bytes of a frame, length included.
+///
+/// # Errors
+/// [`FrameError::Json`] if the document cannot be serialised, [`FrameError::TooLong`] above
+/// [`MAX_FRAME`] bytes.
 pub fn encode<T: Serialize>(document: &T) -> Result<Vec<u8>, FrameError> {
     let json = serde_json::to_vec(document)?;
     let length = u32::try_from(json.len()).ok().filter(|_| json.len() <= MAX_FRAME);
@@ -30,7 +35,10 @@ pub fn encode<T: Serialize>(document: &T) -> Result<Vec<u8>, FrameError> {
     Ok([&length.to_le_bytes()[..], &json].concat())
 }
 
-/// The length that a frame's first four bytes announce.
+/// Returns the length of the document in bytes from the first four bytes of a frame.
+///
+/// # Errors
+/// [`FrameError::TooLong`] above [`MAX_FRAME`] bytes.
 pub fn length(header: [u8; 4]) -> Result<usize, FrameError> {
     let length = u32::from_le_bytes(header) as usize;
     if length > MAX_FRAME {
@@ -39,7 +47,11 @@ pub fn length(header: [u8; 4]) -> Result<usize, FrameError> {
     Ok(length)
 }
 
-/// Reads a frame.
+/// Reads one frame. The function reads no byte beyond the frame.
+///
+/// # Errors
+/// [`FrameError::Io`] if reading fails or the stream ends early, [`FrameError::TooLong`] above
+/// [`MAX_FRAME`] bytes, [`FrameError::Json`] if the document is not a valid `T`.
 pub fn read<T: DeserializeOwned>(from: &mut impl Read) -> Result<T, FrameError> {
     let mut header = [0; 4];
     from.read_exact(&mut header)?;
@@ -55,7 +67,7 @@ mod tests {
     use crate::{CniError, Response};
 
     #[test]
-    fn frames_round_trip_and_bad_ones_are_errors() {
+    fn frames_round_trip_and_malformed_frames_are_errors() {
         let refusal = CniError { code: 11, msg: "later".into(), details: String::new() };
         for answer in [Response::Done, Response::Refused(refusal)] {
             let frame = encode(&answer).unwrap();

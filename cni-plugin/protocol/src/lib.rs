@@ -1,9 +1,9 @@
-//! What the plugin asks of the agent, and what the agent answers.
+//! Protocol between the CNI plugin and the agent over a unix socket (`SOCK_STREAM`).
 //!
-//! One request a connection of a unix socket (`SOCK_STREAM`). Request and answer are each a frame: the
-//! length of what follows in four bytes, little endian, then a JSON document of at most
-//! [`MAX_FRAME`] bytes. A descriptor of the pod's network namespace comes with the first byte of
-//! an ADD or a CHECK (`SCM_RIGHTS`), so that the agent needs no view of the runtime's files.
+//! A connection carries one [`Request`] and one [`Response`], each in a frame ([`frame`]). A
+//! descriptor of the pod's network namespace accompanies the first byte of an ADD or CHECK
+//! (`SCM_RIGHTS`), so that the agent does not need access to the runtime's files. If the agent does
+//! not respond to a DEL, the plugin stores the request in the [`spool`].
 
 #![forbid(unsafe_code)]
 
@@ -20,46 +20,49 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-/// Raised when a request or an answer changes in a way that the other side would misunderstand.
+/// Version of the protocol. It is raised with every change that an earlier release would
+/// misinterpret. The agent refuses a request of another version as
+/// [`IncompatibleVersion`](types::ErrorCode::IncompatibleVersion).
 pub const VERSION: u32 = 1;
 
-/// Where the agent listens unless it is told otherwise.
+/// Default path of the agent's CNI socket.
 pub const DEFAULT_SOCKET: &str = "/run/skein/cni.sock";
 
-/// Where the plugin leaves a DEL that the agent could not take, unless it is told otherwise.
+/// Default directory of the spool.
 pub const DEFAULT_SPOOL: &str = "/var/lib/skein/cni/deletions";
 
-/// The largest document in either direction, in bytes. A GC names every attachment of a node.
+/// Maximum length of a document in bytes, in both directions. The largest one is a GC, which lists
+/// every attachment of a node.
 pub const MAX_FRAME: usize = 1 << 20;
 
-/// A request.
+/// A request of the plugin.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Request {
-    /// [`VERSION`] of the one who asks.
+    /// [`VERSION`] of the plugin.
     pub protocol: u32,
-    /// What is asked.
+    /// Operation and its parameters.
     #[serde(flatten)]
     pub command: Command,
 }
 
-/// What is asked.
+/// An operation of the CNI specification with its parameters.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "lowercase")]
 pub enum Command {
-    /// Attach a container. Idempotent: the same again gets the same answer.
+    /// Attaches a container to the network. Idempotent: a repeated ADD gets the same response.
     Add(Add),
-    /// Detach a container. Succeeds where there is nothing to detach.
+    /// Detaches a container. Succeeds if there is no such attachment.
     Del(Del),
-    /// Whether an attachment is as it was made.
+    /// Compares an attachment with the state that ADD created.
     Check(Check),
-    /// Release what is not among those that are valid and whose namespace is gone.
+    /// Removes the attachments that are not valid and have no namespace any more.
     Gc(Gc),
-    /// Whether an ADD could be served now.
+    /// Requests whether the agent can serve an ADD now.
     Status,
 }
 
 impl Command {
-    /// The attachment that it is about, where it is about one.
+    /// Returns the attachment of an ADD, DEL or CHECK; `None` for other operations.
     pub fn id(&self) -> Option<&AttachmentId> {
         match self {
             Self::Add(Add { id, .. }) | Self::Check(Check { id, .. }) | Self::Del(Del { id }) => {
@@ -70,29 +73,29 @@ impl Command {
     }
 }
 
-/// Which attachment is meant: one interface of one container.
+/// Identifier of an attachment: one interface of one container.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct AttachmentId {
-    /// `CNI_CONTAINERID`.
+    /// Container ID that the runtime chose (`CNI_CONTAINERID`).
     pub container_id: String,
-    /// `CNI_IFNAME`.
+    /// Name of the interface in the container (`CNI_IFNAME`).
     pub ifname: String,
 }
 
-/// See [`Command::Add`].
+/// Parameters of an ADD.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Add {
-    /// Which.
+    /// Attachment to create.
     #[serde(flatten)]
     pub id: AttachmentId,
     /// Name of the network in the configuration.
     pub network: String,
-    /// `CNI_NETNS`, as the runtime names it.
+    /// Path of the network namespace in the runtime's mount namespace (`CNI_NETNS`).
     pub netns: PathBuf,
-    /// Whose it is, where the runtime says so.
+    /// Pod of the container; `None` if the runtime does not name it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod: Option<Pod>,
-    /// Addresses that were asked for (`runtimeConfig.ips`); empty for any.
+    /// Requested addresses (`runtimeConfig.ips`); empty to let the agent choose.
     #[serde(
         default,
         skip_serializing_if = "Vec::is_empty",
@@ -101,79 +104,79 @@ pub struct Add {
     pub ips: Vec<IpAddr>,
 }
 
-/// See [`Command::Del`].
+/// Parameters of a DEL.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Del {
-    /// Which.
+    /// Attachment to remove.
     #[serde(flatten)]
     pub id: AttachmentId,
 }
 
-/// See [`Command::Check`].
+/// Parameters of a CHECK.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Check {
-    /// Which.
+    /// Attachment to compare.
     #[serde(flatten)]
     pub id: AttachmentId,
-    /// Addresses of the interface by the previous result.
+    /// Addresses of the interface in the result of the ADD (`prevResult`).
     #[serde(deserialize_with = "crate::address::nets")]
     pub ips: Vec<IpNet>,
 }
 
-/// See [`Command::Gc`].
+/// Parameters of a GC.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Gc {
     /// Name of the network in the configuration.
     pub network: String,
-    /// Attachments of it that the runtime still has.
+    /// Attachments to keep (`cni.dev/valid-attachments`).
     pub valid: Vec<AttachmentId>,
 }
 
-/// A Kubernetes pod, from `CNI_ARGS`.
+/// Kubernetes pod of a container, from `CNI_ARGS`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pod {
-    /// `K8S_POD_NAMESPACE`.
+    /// Namespace of the pod (`K8S_POD_NAMESPACE`).
     pub namespace: String,
-    /// `K8S_POD_NAME`.
+    /// Name of the pod (`K8S_POD_NAME`).
     pub name: String,
-    /// `K8S_POD_UID`, where the runtime gives it.
+    /// UID of the pod (`K8S_POD_UID`); `None` if the runtime does not pass it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uid: Option<String>,
 }
 
-/// An answer.
+/// A response of the agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Response {
-    /// To an ADD.
+    /// Result of an ADD.
     Attached(Attached),
-    /// To anything else that was done.
+    /// Success of any other operation.
     Done,
-    /// It was not done.
+    /// Failure of the operation.
     Refused(CniError),
 }
 
-/// What an ADD has made.
+/// Result of an ADD: interfaces, addresses and routes of the attachment.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attached {
-    /// The interface on the node.
+    /// Interface on the node.
     pub host: Interface,
-    /// The interface in the container.
+    /// Interface in the container.
     pub container: Interface,
     /// Addresses of the container with their gateways, IPv4 first.
     pub ips: Vec<Ip>,
-    /// Routes that were added in the container.
+    /// Routes of the container that the agent added.
     pub routes: Vec<Route>,
 }
 
-/// An interface.
+/// An interface of an attachment.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Interface {
-    /// Its name.
+    /// Name of the interface.
     pub name: String,
-    /// Hardware address as `aa:bb:cc:dd:ee:ff`.
+    /// Hardware address in the form `aa:bb:cc:dd:ee:ff`.
     pub mac: String,
-    /// MTU in bytes.
+    /// MTU of the interface in bytes.
     pub mtu: u32,
 }
 
@@ -182,28 +185,28 @@ pub struct Interface {
 pub struct Ip {
     /// Address and prefix length (/32 or /128).
     pub address: IpNet,
-    /// Gateway.
+    /// Next hop of the default route of the same address family.
     pub gateway: IpAddr,
 }
 
 /// A route in the container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Route {
-    /// Destination.
+    /// Destination prefix.
     pub dst: IpNet,
-    /// Next hop; none for a destination on the link.
+    /// Next hop; `None` for a destination on the link.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gw: Option<IpAddr>,
 }
 
-/// Why something was not done: an error of the CNI specification.
+/// An error of the agent, in the form of the CNI specification (section "Error").
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CniError {
-    /// As in [`crate::types::ErrorCode`], or 100 and above for Skein's own.
+    /// Code of [`types::ErrorCode`], or a code of Skein, 100 and above.
     pub code: u32,
-    /// One line.
+    /// Error message of one line.
     pub msg: String,
-    /// More of it.
+    /// Details of the error; may be empty.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub details: String,
 }

@@ -1,19 +1,20 @@
-//! Checks of names that a runtime chooses.
+//! Checks of names that the container runtime chooses.
 
 use thiserror::Error;
 
 use crate::AttachmentId;
 use crate::excerpt::excerpt;
 
-/// A sentence that names the variable, its value and what is allowed.
+/// Error of a name: a sentence with the variable, its value and the allowed form.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{0}")]
 pub struct NameError(String);
 
-/// Checks a container ID or the name of a network (`^[A-Za-z0-9][A-Za-z0-9_.-]*$`).
+/// Checks that a container ID or the name of a network matches `^[A-Za-z0-9][A-Za-z0-9_.-]*$` (CNI
+/// specification 1.1.0). `what` is the name of the variable for the error.
 ///
 /// # Errors
-/// [`NameError`], which calls the name `what`, if `name` does not match.
+/// [`NameError`] if `name` does not match.
 pub fn check_name(what: &str, name: &str) -> Result<(), NameError> {
     let mut characters = name.chars();
     let good = characters.next().is_some_and(|c| c.is_ascii_alphanumeric())
@@ -23,15 +24,17 @@ pub fn check_name(what: &str, name: &str) -> Result<(), NameError> {
     }
     let name = excerpt(name);
     Err(NameError(format!(
-        "{what} is {name:?}: letters and digits are allowed, and after the first also '_', '.', '-'"
+        "{what} is {name:?}: use letters and digits, and after the first character also '_', '.' or \
+         '-'"
     )))
 }
 
 /// Checks the container ID and the interface name of an attachment.
 ///
 /// # Errors
-/// [`NameError`] if the container ID fails [`check_name`], or if the kernel refuses the interface
-/// name.
+/// [`NameError`] if the container ID fails [`check_name`], or if the interface name is one that the
+/// kernel refuses (`dev_valid_name`): empty, longer than 15 bytes, `.` or `..`, or with `/`, `:`,
+/// white space or control characters.
 pub fn check_id(id: &AttachmentId) -> Result<(), NameError> {
     check_name("CNI_CONTAINERID", &id.container_id)?;
     let name = id.ifname.as_str();
@@ -39,7 +42,7 @@ pub fn check_id(id: &AttachmentId) -> Result<(), NameError> {
     if !(1..=15).contains(&name.len()) || name == "." || name == ".." || name.contains(bad) {
         let name = excerpt(name);
         return Err(NameError(format!(
-            "CNI_IFNAME is {name:?}: at most 15 bytes without '/', ':' and white space are a name"
+            "CNI_IFNAME is {name:?}: use 1 to 15 bytes without '/', ':' and white space"
         )));
     }
     Ok(())

@@ -1,7 +1,8 @@
-//! Deletions that found no agent: a file each, on the disk before the plugin says that it is done.
+//! The spool: DEL requests that the plugin stores while the agent does not answer, one file per
+//! attachment. An entry is on disk before the plugin reports success.
 //!
-//! Whoever has the agent's place next does them, and before an attachment of the same name is made
-//! again.
+//! The next agent executes the stored requests. It executes the request of an attachment before it
+//! creates the attachment again.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -11,38 +12,44 @@ use thiserror::Error;
 
 use crate::{AttachmentId, Command, Del, Request, VERSION};
 
-/// What every entry's name ends with; anything else in the directory is unfinished or a stranger's.
+/// End of the file name of every complete entry. Other files in the directory are ignored.
 const SUFFIX: &str = ".json";
 
-/// An entry that cannot be read.
+/// Error of reading an entry.
 #[derive(Debug, Error)]
 pub enum EntryError {
-    /// The file.
+    /// The file cannot be read.
     #[error("{0}")]
     Io(#[from] io::Error),
-    /// Its contents.
+    /// The content is not a JSON document of a [`Request`].
     #[error("damaged: {0}")]
     Json(#[from] serde_json::Error),
 }
 
-/// A deletion that waits.
+/// A stored DEL request.
 #[derive(Debug)]
 pub struct Entry {
-    /// Its file.
+    /// File of the entry, for [`remove`].
     pub path: PathBuf,
-    /// What is to be done.
+    /// Stored request, or the reason why it cannot be read.
     pub request: Result<Request, EntryError>,
 }
 
-/// Keeps the deletion of `id`; the same again changes nothing. It is on the disk when this returns.
+/// Stores a DEL request for `id` in `directory`, which is created if it is missing. The entry is on
+/// disk when the function returns. Idempotent.
+///
+/// # Errors
+/// An I/O error if the directory cannot be created, or if the file cannot be written or synchronised
+/// (fsync(2)).
 pub fn put(directory: &Path, id: &AttachmentId) -> io::Result<()> {
     fs::create_dir_all(directory)?;
     let request = Request { protocol: VERSION, command: Command::Del(Del { id: id.clone() }) };
     let name = name(id);
-    // Two plugins may do the same at once: each has a file of its own until it is renamed.
+    // Two plugin processes may store the same request concurrently. Each writes a file of its own
+    // and renames it.
     let unfinished = directory.join(format!("{name}.{}", std::process::id()));
     let write = || {
-        // A plugin that was killed may have left a file, another user a link.
+        // A killed plugin process with the same process id may have left a file, another user a link.
         let _ = fs::remove_file(&unfinished);
         let mut file = File::create_new(&unfinished)?;
         file.write_all(&serde_json::to_vec(&request)?)?;
@@ -51,7 +58,7 @@ pub fn put(directory: &Path, id: &AttachmentId) -> io::Result<()> {
         File::open(directory)?.sync_all()
     };
     write().inspect_err(|_| {
-        // What is left of a failed try helps nobody.
+        // The incomplete file is useless.
         let _ = fs::remove_file(&unfinished);
     })
 }
@@ -60,12 +67,15 @@ fn name(id: &AttachmentId) -> String {
     format!("{}@{}", id.container_id, id.ifname)
 }
 
-/// Where the deletion of `id` waits, if it does.
+/// Returns the path of the entry for `id`. The file need not exist.
 pub fn path(directory: &Path, id: &AttachmentId) -> PathBuf {
     directory.join(name(id) + SUFFIX)
 }
 
-/// What waits; nothing where there is no directory.
+/// Reads all entries, in no particular order. A missing directory has no entries.
+///
+/// # Errors
+/// An I/O error if the directory cannot be read. An error of one entry is in [`Entry::request`].
 pub fn list(directory: &Path) -> io::Result<Vec<Entry>> {
     let entries = match fs::read_dir(directory) {
         Ok(entries) => entries,
@@ -84,7 +94,10 @@ pub fn list(directory: &Path) -> io::Result<Vec<Entry>> {
     Ok(found)
 }
 
-/// Forgets an entry.
+/// Removes the entry at `path`. Succeeds if there is no such file.
+///
+/// # Errors
+/// An I/O error if the file cannot be removed.
 pub fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -98,7 +111,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn entries_are_kept_once_and_damaged_ones_are_told_apart() {
+    fn entry_is_stored_once_and_damaged_entry_is_an_error() {
         let parent = tempfile::tempdir().unwrap();
         let directory = parent.path().join("a/b");
         assert!(list(&directory).unwrap().is_empty());

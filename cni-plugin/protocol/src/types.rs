@@ -1,66 +1,67 @@
 //! Versions and error codes of the CNI specification 1.1.0.
 
-/// A version of the specification that is served.
+/// A supported version of the specification. Versions are ordered by age.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Version(u8);
 
 impl Version {
-    /// All, oldest first.
+    /// All supported versions, oldest first.
     pub const ALL: [Self; 7] = [Self(0), Self(1), Self(2), Self(3), Self(4), Self(5), Self(6)];
     const NAMES: [&'static str; 7] =
         ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
-    /// What a configuration without a version means.
+    /// Version of a configuration without `cniVersion`: 0.2.0, as in libcni.
     pub const DEFAULT: Self = Self(1);
-    /// Results have interfaces.
+    /// Version 0.3.0, which added interfaces to results.
     pub const V0_3_0: Self = Self(2);
-    /// The oldest version that the agent's network configuration offers.
+    /// Oldest version in the network configuration that the agent writes: 0.3.1.
     pub const V0_3_1: Self = Self(3);
-    /// CHECK.
+    /// Version 0.4.0, which added CHECK.
     pub const V0_4_0: Self = Self(4);
-    /// Addresses without a version.
+    /// Version 1.0.0, which removed the field `version` from addresses.
     pub const V1_0_0: Self = Self(5);
-    /// GC, STATUS, the MTU of interfaces.
+    /// Version 1.1.0, which added GC, STATUS, and the MTU of interfaces.
     pub const V1_1_0: Self = Self(6);
-    /// The newest.
+    /// Newest supported version, 1.1.0.
     pub const NEWEST: Self = Self(6);
 
-    /// From its name.
+    /// Parses a version such as `1.0.0`. Returns `None` if the version is not supported.
     pub fn parse(text: &str) -> Option<Self> {
         Self::NAMES.iter().position(|name| *name == text).map(|index| Self::ALL[index])
     }
 
-    /// Its name.
+    /// Returns the version in the form `1.0.0`.
     pub fn name(self) -> &'static str {
         Self::NAMES[usize::from(self.0)]
     }
 
-    /// All names, for people.
+    /// Returns the names of all supported versions, separated by commas.
     pub fn names() -> String {
         Self::NAMES.join(", ")
     }
 }
 
-/// Well-known error codes (section "Error" of the specification); 100 and above are a plugin's own.
+/// Error codes of the specification (section "Error"). Codes of 100 and above are specific to a
+/// plugin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum ErrorCode {
-    /// The version of the configuration is not supported.
+    /// The plugin does not support the version of the configuration.
     IncompatibleVersion = 1,
-    /// A field of the configuration is not supported.
+    /// The plugin does not support a field of the configuration.
     UnsupportedField = 2,
-    /// The container is unknown or does not exist.
+    /// The container does not exist.
     UnknownContainer = 3,
     /// Environment variables are missing or invalid.
     InvalidEnvironment = 4,
     /// Reading or writing failed.
     Io = 5,
-    /// The input could not be decoded.
+    /// The input cannot be decoded.
     Decoding = 6,
     /// The network configuration is invalid.
     InvalidNetworkConfig = 7,
-    /// The namespace is not one for containers.
+    /// The namespace in `CNI_NETNS` is invalid, for example the node's own.
     InvalidNetns = 8,
-    /// Try again later.
+    /// The condition is temporary; the runtime should try again later.
     TryAgainLater = 11,
     /// The plugin cannot serve an ADD (STATUS).
     NotAvailable = 50,
