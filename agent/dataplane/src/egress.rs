@@ -12,7 +12,7 @@ use skein_core::offload::segment::segment;
 use skein_core::offload::vnet::VnetHeader;
 use skein_core::route::{Owner, PeerId};
 use skein_core::wire::ip::IpHeader;
-use skein_sys::send::{GsoBatch, GsoState, Position, Sender, ToSend};
+use skein_sys::send::{GsoBatch, GsoState, Position, SendRequest, Sender};
 use skein_sys::tun::TunQueue;
 
 use super::lane::LaneContext;
@@ -302,11 +302,12 @@ impl Egress {
                 at = Unsent { socket: at.socket + 1, runs: 0, segment: 0, since: lane.now() };
                 continue;
             }
-            let from = Position { run: 0, segment: at.segment };
-            let what = ToSend { arena: self.batch.arena(), runs: &runs[..count], from };
+            let from = Position { batch: 0, segment: at.segment };
+            let request = SendRequest { arena: self.batch.arena(), batches: &runs[..count], from };
             let (gso, now) = (&mut self.gso, lane.now());
             let before = lane.tap.wants_drops().then(|| self.drops.clone());
-            let outcome = self.sender.send(socket.socket.as_fd(), &what, gso, &mut self.drops, now);
+            let outcome =
+                self.sender.send(socket.socket.as_fd(), &request, gso, &mut self.drops, now);
             if let Some(before) = before {
                 unsent(lane, &before, &self.drops, &runs[..count]);
             }
@@ -317,7 +318,7 @@ impl Egress {
             lane.stats.note_gso_off(&self.gso, now, outcome.fallbacks > 0);
             let since = if outcome.datagrams > 0 { now } else { at.since };
             match outcome.blocked {
-                Some(Position { run, segment }) => {
+                Some(Position { batch: run, segment }) => {
                     self.unsent = Some(Unsent { runs: at.runs + run, segment, since, ..at });
                     return;
                 }

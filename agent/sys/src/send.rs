@@ -1,4 +1,4 @@
-//! Sending many runs of datagrams in one sendmmsg, each run as one UDP_SEGMENT message.
+//! Sending many batches of datagrams in one sendmmsg, each batch as one UDP_SEGMENT message.
 //!
 //! [`plan`] decides what goes into a call and what an error means, and never sees the kernel;
 //! [`gso`] remembers where UDP_SEGMENT does not work; this file carries a planned call out.
@@ -22,25 +22,25 @@ use plan::{Message, Plan};
 
 /// Runs, the bytes that they point into, and where to begin.
 #[derive(Debug, Clone, Copy)]
-pub struct ToSend<'a> {
+pub struct SendRequest<'a> {
     /// The bytes.
     pub arena: &'a [u8],
-    /// The runs, in the order of sending.
-    pub runs: &'a [GsoBatch<'a>],
+    /// The batches, in the order of sending.
+    pub batches: &'a [GsoBatch<'a>],
     /// What comes before this was sent, or dropped, earlier.
     pub from: Position,
 }
 
-/// A datagram of a list of runs.
+/// A datagram of a list of batches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Position {
-    /// Index of the run.
-    pub run: usize,
-    /// Index of the datagram in the run.
+    /// Index of the batch.
+    pub batch: usize,
+    /// Index of the datagram in the batch.
     pub segment: usize,
 }
 
-/// What became of the runs. Every datagram before `blocked` is in `datagrams` or in `dropped`, never
+/// What became of the batches. Every datagram before `blocked` is in `datagrams` or in `dropped`, never
 /// in both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct SendOutcome {
@@ -72,7 +72,7 @@ pub struct TooLong {
     pub len: usize,
 }
 
-/// Sends runs; keeps its buffers from call to call, one a lane.
+/// Sends batches; keeps its buffers from call to call, one a lane.
 #[derive(Default)]
 pub struct Sender {
     plan: Plan,
@@ -85,8 +85,8 @@ impl Sender {
         Self::default()
     }
 
-    /// Sends the datagrams of the runs in order. Each is sent once, or dropped and counted in
-    /// `drops`; an error of one never keeps the others from going. A run that does not fit its own
+    /// Sends the datagrams of the batches in order. Each is sent once, or dropped and counted in
+    /// `drops`; an error of one never keeps the others from going. A batch that does not fit its own
     /// description or the arena is dropped whole. A nonblocking socket whose buffer is full ends it
     /// ([`SendOutcome::blocked`]): call again from there when there is room.
     ///
@@ -94,14 +94,14 @@ impl Sender {
     pub fn send(
         &mut self,
         socket: BorrowedFd<'_>,
-        what: &ToSend<'_>,
+        request: &SendRequest<'_>,
         gso: &mut GsoState,
         drops: &mut DropCounts,
         now: Instant,
     ) -> SendOutcome {
         let call = &mut self.call;
-        self.plan.execute(what, gso, drops, now, |messages| {
-            call.send(socket, what.arena, what.runs, messages)
+        self.plan.execute(request, gso, drops, now, |messages| {
+            call.send(socket, request.arena, request.batches, messages)
         })
     }
 
@@ -153,12 +153,12 @@ impl Call {
         &mut self,
         socket: BorrowedFd<'_>,
         arena: &[u8],
-        runs: &[GsoBatch<'_>],
+        batches: &[GsoBatch<'_>],
         messages: &[Message],
     ) -> Result<usize, i32> {
-        self.gather(arena, runs, messages);
+        self.gather(arena, batches, messages);
         self.point(messages);
-        // SAFETY: every header points at an address and at iovecs (and, for a run, at a control
+        // SAFETY: every header points at an address and at iovecs (and, for a batch, at a control
         // message) in vectors of self that are not touched until the call is over, and gives their
         // true lengths; the iovecs point into `arena`, which is borrowed. The kernel writes
         // nothing but msg_len.
@@ -178,21 +178,21 @@ impl Call {
     }
 
     /// Collects the addresses and the iovecs; nothing points at them yet, so they may grow.
-    fn gather(&mut self, arena: &[u8], runs: &[GsoBatch<'_>], messages: &[Message]) {
+    fn gather(&mut self, arena: &[u8], batches: &[GsoBatch<'_>], messages: &[Message]) {
         self.addresses.clear();
         self.iovecs.clear();
         self.layout.clear();
-        let mut last_run = None;
+        let mut last_batch = None;
         let mut parts = Parts::default();
         for message in messages {
-            let run = &runs[message.run];
-            if last_run != Some(message.run) {
-                last_run = Some(message.run);
-                self.addresses.push(run.destination.into());
+            let batch = &batches[message.batch];
+            if last_batch != Some(message.batch) {
+                last_batch = Some(message.batch);
+                self.addresses.push(batch.destination.into());
                 parts = Parts::default();
             }
             let first = self.iovecs.len();
-            parts.each(run.parts, message.start, message.len, |offset, len| {
+            parts.each(batch.parts, message.start, message.len, |offset, len| {
                 // The plan has checked this; a pointer beyond the arena must be impossible here.
                 if offset.checked_add(len).is_none_or(|end| end > arena.len()) {
                     return;
@@ -270,17 +270,17 @@ fn write_control(head: &mut libc::msghdr, control: &mut Control, message: &Messa
     head.msg_controllen = used as _;
 }
 
-/// Walks a run's parts: successive messages of a run lie one behind the other, so nothing is
+/// Walks a batch's parts: successive messages of a batch lie one behind the other, so nothing is
 /// walked twice.
 #[derive(Default)]
 struct Parts {
     part: usize,
-    /// Where that part begins in the run, in bytes.
+    /// Where that part begins in the batch, in bytes.
     begins: usize,
 }
 
 impl Parts {
-    /// Gives the pieces of the run's bytes `start..start + len` as (offset in the arena, length).
+    /// Gives the pieces of the batch's bytes `start..start + len` as (offset in the arena, length).
     fn each(
         &mut self,
         parts: &[(usize, usize)],

@@ -13,7 +13,7 @@ use skein_core::wire::ecn::Ecn;
 use skein_sys::in_new_network_namespace;
 use skein_sys::poll::Poller;
 use skein_sys::recv::RecvBatch;
-use skein_sys::send::{GsoBatch, GsoState, Position, Sender, ToSend};
+use skein_sys::send::{GsoBatch, GsoState, Position, SendRequest, Sender};
 use skein_sys::udp::{UdpOptions, bind_lanes};
 
 thread_local! {
@@ -52,17 +52,17 @@ fn a_warm_lane_allocates_nothing() {
         let destination = lanes[0].receive.local_addr().unwrap();
         let arena = vec![7; 40 * 1_400];
         let whole = [(0, arena.len())];
-        let run = GsoBatch {
+        let batch = GsoBatch {
             destination,
             ecn: Ecn::NotEct,
             segment_size: 1_400,
             segments: 40,
             parts: &whole,
         };
-        let nowhere = GsoBatch { destination: ([198, 51, 100, 1], 9).into(), ..run };
-        let runs = [run, nowhere, run, GsoBatch { segments: 1, ..run }, run];
+        let nowhere = GsoBatch { destination: ([198, 51, 100, 1], 9).into(), ..batch };
+        let batches = [batch, nowhere, batch, GsoBatch { segments: 1, ..batch }, batch];
 
-        let mut batch = RecvBatch::new(16);
+        let mut messages = RecvBatch::new(16);
         let mut poller = Poller::new().unwrap();
         poller.add(lanes[0].receive.as_fd(), 1).unwrap();
         let mut sender = Sender::new();
@@ -70,22 +70,23 @@ fn a_warm_lane_allocates_nothing() {
         let mut round = |gso: &mut GsoState| {
             let now = Instant::now();
             let socket = lanes[0].send.as_fd();
-            let mut what = ToSend { arena: &arena, runs: &runs, from: Position::default() };
+            let mut request =
+                SendRequest { arena: &arena, batches: &batches, from: Position::default() };
             let mut sent = 0;
             // What has no room waits until something was received.
             let mut more = true;
             let mut received = 0;
             while more || received < sent {
                 if more {
-                    let outcome = sender.send(socket, &what, gso, &mut drops, now);
+                    let outcome = sender.send(socket, &request, gso, &mut drops, now);
                     sent += outcome.datagrams;
                     more = outcome.blocked.is_some();
-                    what.from = outcome.blocked.unwrap_or_default();
+                    request.from = outcome.blocked.unwrap_or_default();
                 }
                 let ready = poller.wait(Some(Duration::from_secs(30))).unwrap();
                 assert_eq!(ready, [1]);
-                for i in 0..batch.recv(lanes[0].receive.as_fd()).unwrap() {
-                    received += batch.message(i).segments().count() as u64;
+                for i in 0..messages.recv(lanes[0].receive.as_fd()).unwrap() {
+                    received += messages.message(i).segments().count() as u64;
                 }
             }
             assert_eq!(sent, 3 * 40 + 1);

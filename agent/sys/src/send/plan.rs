@@ -1,6 +1,6 @@
 //! What goes into a sendmmsg, and what becomes of it when the kernel objects.
 //!
-//! A cursor goes through the runs, datagram by datagram. The messages of a call are planned from
+//! A cursor goes through the batches, datagram by datagram. The messages of a call are planned from
 //! the cursor on; the kernel takes some of them, or objects to the first. Either way the next call
 //! begins behind what was taken, so nothing is sent twice and nothing is passed over.
 
@@ -11,7 +11,7 @@ use skein_core::drop::{DropCounts, DropReason};
 use skein_core::wire::ecn::Ecn;
 
 use super::gso::GsoState;
-use super::{GsoBatch, Position, SendOutcome, ToSend, TooLong};
+use super::{GsoBatch, Position, SendOutcome, SendRequest, TooLong};
 
 /// Messages in one call at most.
 pub(super) const MAX_MESSAGES: usize = 64;
@@ -24,16 +24,16 @@ pub(super) const MAX_DATAGRAMS_PER_MESSAGE: usize = 64;
 /// kernel segments in software.
 pub(super) const MAX_MESSAGE_LEN: usize = 65_000;
 
-/// One message of a call: a range of one run's datagrams.
+/// One message of a call: a range of one batch's datagrams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Message {
-    /// Index of the run.
-    pub(super) run: usize,
-    /// Its first datagram in the run.
+    /// Index of the batch.
+    pub(super) batch: usize,
+    /// Its first datagram in the batch.
     pub(super) first: usize,
     /// How many datagrams.
     pub(super) segments: usize,
-    /// Where it begins in the run, in bytes.
+    /// Where it begins in the batch, in bytes.
     pub(super) start: usize,
     /// How many bytes.
     pub(super) len: usize,
@@ -46,7 +46,7 @@ pub(super) struct Message {
 /// A message that the kernel called invalid, whose datagrams go one by one for now.
 #[derive(Debug, Clone, Copy)]
 struct Refused {
-    run: usize,
+    batch: usize,
     /// Behind its last datagram.
     end: usize,
     errno: i32,
@@ -80,7 +80,7 @@ impl Plan {
     /// of one call and returns how many the kernel took, or the error (errno) of the first.
     pub(super) fn execute(
         &mut self,
-        what: &ToSend<'_>,
+        request: &SendRequest<'_>,
         gso: &mut GsoState,
         drops: &mut DropCounts,
         now: Instant,
@@ -90,16 +90,16 @@ impl Plan {
         self.segments_per_message.clear();
         let mut execution = Execution {
             plan: self,
-            runs: what.runs,
-            arena_len: what.arena.len(),
+            batches: request.batches,
+            arena_len: request.arena.len(),
             gso,
             drops,
             now,
-            cursor: what.from,
+            cursor: request.from,
             refused: None,
             outcome: SendOutcome::default(),
         };
-        execution.run(send);
+        execution.execute(send);
         execution.outcome
     }
 
@@ -120,7 +120,7 @@ impl Plan {
 
 struct Execution<'a> {
     plan: &'a mut Plan,
-    runs: &'a [GsoBatch<'a>],
+    batches: &'a [GsoBatch<'a>],
     arena_len: usize,
     gso: &'a mut GsoState,
     drops: &'a mut DropCounts,
@@ -141,7 +141,7 @@ enum Next {
 }
 
 impl Execution<'_> {
-    fn run(&mut self, mut send: impl FnMut(&[Message]) -> Result<usize, i32>) {
+    fn execute(&mut self, mut send: impl FnMut(&[Message]) -> Result<usize, i32>) {
         loop {
             self.fill();
             let mut at = 0;
@@ -166,8 +166,8 @@ impl Execution<'_> {
                         Next::GoOn => at += 1,
                         Next::PlanAgain => break,
                         Next::Wait => {
-                            let Message { run, first: segment, .. } = first;
-                            self.outcome.blocked = Some(Position { run, segment });
+                            let Message { batch, first: segment, .. } = first;
+                            self.outcome.blocked = Some(Position { batch, segment });
                             return;
                         }
                     },
@@ -181,68 +181,69 @@ impl Execution<'_> {
         self.plan.messages.clear();
         let mut at = self.cursor;
         while self.plan.messages.len() < MAX_MESSAGES {
-            let Some(run) = self.runs.get(at.run) else { break };
-            if at.segment == 0 && !self.usable(run) {
+            let Some(batch) = self.batches.get(at.batch) else { break };
+            if at.segment == 0 && !self.usable(batch) {
                 // Malformed: whatever was planned before it goes first, so that the cursor stays
                 // behind everything that is settled.
                 if !self.plan.messages.is_empty() {
                     break;
                 }
-                self.drops.add_many(DropReason::SendError, run.segments as u64);
-                self.outcome.dropped += run.segments as u64;
-                at = Position { run: at.run + 1, segment: 0 };
+                self.drops.add_many(DropReason::SendError, batch.segments as u64);
+                self.outcome.dropped += batch.segments as u64;
+                at = Position { batch: at.batch + 1, segment: 0 };
                 self.cursor = at;
                 continue;
             }
-            if at.segment >= run.segments {
-                at = Position { run: at.run + 1, segment: 0 };
+            if at.segment >= batch.segments {
+                at = Position { batch: at.batch + 1, segment: 0 };
                 continue;
             }
-            let message = self.message(at, run);
+            let message = self.message(at, batch);
             at.segment += message.segments;
             self.plan.messages.push(message);
         }
     }
 
-    /// Whether a run is what it says.
-    fn usable(&self, run: &GsoBatch<'_>) -> bool {
-        if run.segments == 0 {
+    /// Whether a batch is what it says.
+    fn usable(&self, batch: &GsoBatch<'_>) -> bool {
+        if batch.segments == 0 {
             return true;
         }
-        let before_last = (run.segments - 1).checked_mul(run.segment_size);
-        let last = before_last.and_then(|before| run.byte_len().checked_sub(before));
+        let before_last = (batch.segments - 1).checked_mul(batch.segment_size);
+        let last = before_last.and_then(|before| batch.byte_len().checked_sub(before));
         let fits = |&(offset, len): &(usize, usize)| {
             offset.checked_add(len).is_some_and(|end| end <= self.arena_len)
         };
-        last.is_some_and(|last| last > 0 && (run.segments == 1 || last <= run.segment_size))
-            && run.parts.iter().all(fits)
+        last.is_some_and(|last| last > 0 && (batch.segments == 1 || last <= batch.segment_size))
+            && batch.parts.iter().all(fits)
     }
 
     /// The longest message from a datagram on.
-    fn message(&self, at: Position, run: &GsoBatch<'_>) -> Message {
-        let left = run.segments - at.segment;
-        let singly =
-            self.refused.is_some_and(|refused| refused.run == at.run && at.segment < refused.end);
-        let most = match u16::try_from(run.segment_size) {
-            Ok(1..) if left > 1 && !singly && self.gso.allowed(run.destination, self.now) => {
-                MAX_DATAGRAMS_PER_MESSAGE.min(MAX_MESSAGE_LEN / run.segment_size)
+    fn message(&self, at: Position, batch: &GsoBatch<'_>) -> Message {
+        let left = batch.segments - at.segment;
+        let singly = self
+            .refused
+            .is_some_and(|refused| refused.batch == at.batch && at.segment < refused.end);
+        let most = match u16::try_from(batch.segment_size) {
+            Ok(1..) if left > 1 && !singly && self.gso.allowed(batch.destination, self.now) => {
+                MAX_DATAGRAMS_PER_MESSAGE.min(MAX_MESSAGE_LEN / batch.segment_size)
             }
             _ => 1,
         };
         let segments = left.min(most.max(1));
-        let start = at.segment * run.segment_size;
+        let start = at.segment * batch.segment_size;
         let end = match left - segments {
-            0 => run.byte_len(),
-            _ => start + segments * run.segment_size,
+            0 => batch.byte_len(),
+            _ => start + segments * batch.segment_size,
         };
         Message {
-            run: at.run,
+            batch: at.batch,
             first: at.segment,
             segments,
             start,
             len: end - start,
-            gso: u16::try_from(run.segment_size).ok().filter(|_| segments > 1),
-            ecn: if self.plan.ecn == EcnUse::On { run.ecn } else { Ecn::NotEct },
+            gso: u16::try_from(batch.segment_size).ok().filter(|_| segments > 1),
+            ecn: if self.plan.ecn == EcnUse::On { batch.ecn } else { Ecn::NotEct },
         }
     }
 
@@ -285,7 +286,8 @@ impl Execution<'_> {
                 // longer than the route's MTU, which the datagrams will then meet alone.
                 libc::EINVAL | libc::EMSGSIZE => {
                     let end = message.first + message.segments;
-                    self.refused = Some(Refused { run: message.run, end, errno, failed: false });
+                    self.refused =
+                        Some(Refused { batch: message.batch, end, errno, failed: false });
                     self.outcome.fallbacks += 1;
                     return Next::PlanAgain;
                 }
@@ -318,9 +320,9 @@ impl Execution<'_> {
     /// A message was sent or dropped: the cursor moves behind it.
     fn settled(&mut self, message: &Message, failed: bool) {
         let end = message.first + message.segments;
-        self.cursor = Position { run: message.run, segment: end };
+        self.cursor = Position { batch: message.batch, segment: end };
         let Some(refused) = &mut self.refused else { return };
-        if refused.run == message.run && end <= refused.end {
+        if refused.batch == message.batch && end <= refused.end {
             refused.failed |= failed;
             if end < refused.end {
                 return;
@@ -335,7 +337,7 @@ impl Execution<'_> {
     }
 
     fn destination(&self, message: &Message) -> SocketAddr {
-        self.runs[message.run].destination
+        self.batches[message.batch].destination
     }
 }
 

@@ -10,7 +10,7 @@ fn destination(i: u8) -> SocketAddr {
     SocketAddr::new([192, 0, 2, i].into(), 51_900)
 }
 
-/// A run to be sent: destination, segment size, datagrams, length of the last.
+/// A batch to be sent: destination, segment size, datagrams, length of the last.
 #[derive(Debug, Clone)]
 struct Wanted {
     destination: u8,
@@ -50,15 +50,15 @@ fn execute(
     wanted: &[Wanted],
     mut kernel: impl FnMut(&[Message], &[Wanted]) -> std::result::Result<usize, i32>,
 ) -> Result {
-    let parts: Vec<_> = wanted.iter().map(|run| [(0, run.len())]).collect();
-    let runs: Vec<_> = wanted
+    let parts: Vec<_> = wanted.iter().map(|batch| [(0, batch.len())]).collect();
+    let batches: Vec<_> = wanted
         .iter()
         .zip(&parts)
-        .map(|(run, parts)| GsoBatch {
-            destination: destination(run.destination),
-            ecn: run.ecn,
-            segment_size: run.segment_size,
-            segments: run.segments,
+        .map(|(batch, parts)| GsoBatch {
+            destination: destination(batch.destination),
+            ecn: batch.ecn,
+            segment_size: batch.segment_size,
+            segments: batch.segments,
             parts,
         })
         .collect();
@@ -66,19 +66,19 @@ fn execute(
     let mut drops = DropCounts::default();
     let (mut sent, mut calls) = (Vec::new(), Vec::new());
     let arena = vec![0; arena_len];
-    let mut what = ToSend { arena: &arena, runs: &runs, from: Position::default() };
+    let mut request = SendRequest { arena: &arena, batches: &batches, from: Position::default() };
     let mut outcome = SendOutcome::default();
     let (mut per_call, mut per_message) = (Vec::new(), Vec::new());
     loop {
-        let part = plan.execute(&what, gso, &mut drops, now, |messages| {
+        let part = plan.execute(&request, gso, &mut drops, now, |messages| {
             assert!((1..=MAX_MESSAGES).contains(&messages.len()));
             for message in messages {
-                check(message, &wanted[message.run]);
+                check(message, &wanted[message.batch]);
             }
             let result = kernel(messages, wanted);
             if let Ok(taken) = result {
                 for message in messages.iter().take(taken) {
-                    sent.extend((0..message.segments).map(|i| (message.run, message.first + i)));
+                    sent.extend((0..message.segments).map(|i| (message.batch, message.first + i)));
                 }
             }
             calls.push(messages.to_vec());
@@ -93,18 +93,18 @@ fn execute(
         outcome.fallbacks += part.fallbacks;
         outcome.dropped += part.dropped;
         let Some(from) = part.blocked else { break };
-        assert!(from >= what.from);
+        assert!(from >= request.from);
         outcome.blocked = Some(from);
-        what.from = from;
+        request.from = from;
     }
 
     // In order, therefore none twice.
     assert!(sent.is_sorted_by(|a, b| a < b), "{sent:?}");
-    let all = wanted.iter().map(|run| run.segments as u64).sum::<u64>();
+    let all = wanted.iter().map(|batch| batch.segments as u64).sum::<u64>();
     assert_eq!(outcome.datagrams, sent.len() as u64);
     assert_eq!(outcome.datagrams + outcome.dropped, all);
     assert_eq!(drops.clone().drain().map(|(_, n)| n).sum::<u64>(), outcome.dropped);
-    let bytes: usize = sent.iter().map(|&(run, segment)| wanted[run].len_of(segment)).sum();
+    let bytes: usize = sent.iter().map(|&(batch, segment)| wanted[batch].len_of(segment)).sum();
     assert_eq!(outcome.bytes, bytes as u64);
     assert_eq!(outcome.calls, calls.len() as u64);
     let sum = |counts: &[u32]| counts.iter().copied().map(u64::from).sum::<u64>();
@@ -116,14 +116,14 @@ fn execute(
 }
 
 /// A message covers exactly the bytes of its datagrams, within the kernel's limits.
-fn check(message: &Message, run: &Wanted) {
-    assert!(message.segments >= 1 && message.first + message.segments <= run.segments);
-    assert_eq!(message.start, message.first * run.segment_size);
+fn check(message: &Message, batch: &Wanted) {
+    assert!(message.segments >= 1 && message.first + message.segments <= batch.segments);
+    assert_eq!(message.start, message.first * batch.segment_size);
     let covered = message.first..message.first + message.segments;
-    assert_eq!(message.len, covered.map(|i| run.len_of(i)).sum::<usize>());
+    assert_eq!(message.len, covered.map(|i| batch.len_of(i)).sum::<usize>());
     match message.gso {
         Some(size) => {
-            assert_eq!(usize::from(size), run.segment_size);
+            assert_eq!(usize::from(size), batch.segment_size);
             assert!((2..=MAX_DATAGRAMS_PER_MESSAGE).contains(&message.segments));
             assert!(message.len <= MAX_MESSAGE_LEN);
         }
@@ -144,7 +144,7 @@ fn by_message(
     mut judge: impl FnMut(&Message, &Wanted) -> Option<i32>,
 ) -> impl FnMut(&[Message], &[Wanted]) -> std::result::Result<usize, i32> {
     move |messages, wanted| {
-        let errors = messages.iter().map(|message| judge(message, &wanted[message.run]));
+        let errors = messages.iter().map(|message| judge(message, &wanted[message.batch]));
         match errors.enumerate().find_map(|(i, error)| error.map(|error| (i, error))) {
             Some((0, error)) => Err(error),
             Some((taken, _)) => Ok(taken),
@@ -180,7 +180,7 @@ fn ecn_control_message_is_not_blamed_for_a_bad_destination() {
     let marked = |host| Wanted { ecn: Ecn::Ce, ..Wanted::new(host, 1_000, 1) };
     let mut plan = Plan::default();
     let wanted = [marked(1), marked(2), marked(3)];
-    let judge = by_message(|_, run| (run.destination == 2).then_some(libc::EINVAL));
+    let judge = by_message(|_, batch| (batch.destination == 2).then_some(libc::EINVAL));
     let result = execute(&mut plan, &mut GsoState::new(), Instant::now(), &wanted, judge);
     assert_eq!((result.outcome.datagrams, result.outcome.dropped), (2, 1));
     assert!(!plan.ecn_refused());
@@ -209,13 +209,13 @@ fn without_the_switch_all_go_one_by_one_in_full_calls() {
 fn eio_turns_one_destination_off_and_its_run_goes_one_by_one() {
     let mut gso = GsoState::new();
     let wanted = [Wanted::new(1, 1_000, 20), Wanted::new(2, 1_000, 30), Wanted::new(1, 1_000, 10)];
-    let kernel = by_message(|message, run| {
-        (run.destination == 2 && message.gso.is_some()).then_some(libc::EIO)
+    let kernel = by_message(|message, batch| {
+        (batch.destination == 2 && message.gso.is_some()).then_some(libc::EIO)
     });
     let result = run_once(&mut gso, &wanted, kernel);
     assert_eq!(result.outcome.datagrams, 60);
     assert_eq!(result.outcome.fallbacks, 1);
-    // The first run, the refusal, and everything else.
+    // The first batch, the refusal, and everything else.
     assert_eq!(result.outcome.calls, 3);
     assert_eq!(result.outcome.gso_messages, 2);
     let off: Vec<_> =
@@ -259,9 +259,9 @@ fn datagrams_longer_than_the_route_are_dropped_and_do_not_blame_gso() {
     let mut gso = GsoState::new();
     for _ in 0..5 {
         let wanted = [Wanted { last: 300, ..Wanted::new(1, 1_400, 10) }, Wanted::new(2, 1_400, 2)];
-        let kernel = by_message(|message, run| {
+        let kernel = by_message(|message, batch| {
             let longest = message.gso.map_or(message.len, usize::from);
-            (run.destination == 1 && longest > 1_300).then_some(libc::EMSGSIZE)
+            (batch.destination == 1 && longest > 1_300).then_some(libc::EMSGSIZE)
         });
         let result = run_once(&mut gso, &wanted, kernel);
         assert_eq!(result.drops.get(DropReason::SendTooBig), 9);
@@ -280,7 +280,7 @@ fn a_bad_destination_in_the_middle_fails_alone() {
         (libc::ECONNREFUSED, DropReason::SendError),
     ] {
         let wanted = [Wanted::new(1, 900, 3), Wanted::new(2, 900, 3), Wanted::new(3, 900, 3)];
-        let kernel = by_message(|_, run| (run.destination == 2).then_some(errno));
+        let kernel = by_message(|_, batch| (batch.destination == 2).then_some(errno));
         let result = run_once(&mut GsoState::new(), &wanted, kernel);
         assert_eq!(result.drops.get(expected), 3);
         assert_eq!(result.outcome.datagrams, 6);
@@ -308,7 +308,7 @@ fn a_full_buffer_interrupts_and_the_next_call_goes_on_from_there() {
     });
     assert_eq!((result.outcome.datagrams, result.outcome.dropped), (101, 0));
     assert_eq!(result.outcome.gso_messages, 2);
-    assert_eq!(result.outcome.blocked, Some(Position { run: 2, segment: 0 }));
+    assert_eq!(result.outcome.blocked, Some(Position { batch: 2, segment: 0 }));
 }
 
 #[test]
@@ -319,7 +319,7 @@ fn a_kernel_that_takes_nothing_does_not_hang_the_lane() {
 
 #[test]
 fn runs_that_contradict_themselves_are_dropped_and_counted() {
-    let run = |segment_size, segments, parts| GsoBatch {
+    let batch = |segment_size, segments, parts| GsoBatch {
         destination: destination(1),
         ecn: Ecn::NotEct,
         segment_size,
@@ -327,23 +327,23 @@ fn runs_that_contradict_themselves_are_dropped_and_counted() {
         parts,
     };
     let bad = [
-        run(100, 3, &[(0, 200)][..]),                // nothing left for the last
-        run(100, 2, &[(0, 201)]),                    // the last is longer than the others
-        run(0, 2, &[(0, 100)]),                      // no size
-        run(100, 1, &[]),                            // an empty datagram
-        run(100, 1, &[(950, 100)]),                  // beyond the arena
-        run(100, 2, &[(usize::MAX, 100), (0, 100)]), // an overflow
-        run(usize::MAX, 3, &[(0, 100)]),             // another
+        batch(100, 3, &[(0, 200)][..]), // nothing left for the last
+        batch(100, 2, &[(0, 201)]),     // the last is longer than the others
+        batch(0, 2, &[(0, 100)]),       // no size
+        batch(100, 1, &[]),             // an empty datagram
+        batch(100, 1, &[(950, 100)]),   // beyond the arena
+        batch(100, 2, &[(usize::MAX, 100), (0, 100)]), // an overflow
+        batch(usize::MAX, 3, &[(0, 100)]), // another
     ];
-    let good = run(100, 2, &[(0, 150)][..]);
-    let runs: Vec<_> = bad.iter().flat_map(|bad| [good, *bad, run(1, 0, &[])]).collect();
+    let good = batch(100, 2, &[(0, 150)][..]);
+    let batches: Vec<_> = bad.iter().flat_map(|bad| [good, *bad, batch(1, 0, &[])]).collect();
     let mut drops = DropCounts::default();
     let mut plan = Plan::default();
     let mut sent = Vec::new();
-    let what = ToSend { arena: &[0; 1_000], runs: &runs, from: Position::default() };
+    let request = SendRequest { arena: &[0; 1_000], batches: &batches, from: Position::default() };
     let outcome =
-        plan.execute(&what, &mut GsoState::new(), &mut drops, Instant::now(), |messages| {
-            sent.extend(messages.iter().map(|message| message.run));
+        plan.execute(&request, &mut GsoState::new(), &mut drops, Instant::now(), |messages| {
+            sent.extend(messages.iter().map(|message| message.batch));
             Ok(messages.len())
         });
     assert_eq!(sent, (0..bad.len()).map(|i| i * 3).collect::<Vec<_>>());
@@ -352,13 +352,13 @@ fn runs_that_contradict_themselves_are_dropped_and_counted() {
 }
 
 fn wanted() -> impl Strategy<Value = Vec<Wanted>> {
-    let run = (1u8..5, 1usize..3_000, 1usize..150, any::<prop::sample::Index>(), any::<bool>());
-    let run = run.prop_map(|(destination, segment_size, segments, last, marked)| Wanted {
+    let batch = (1u8..5, 1usize..3_000, 1usize..150, any::<prop::sample::Index>(), any::<bool>());
+    let batch = batch.prop_map(|(destination, segment_size, segments, last, marked)| Wanted {
         ecn: if marked { Ecn::Ect0 } else { Ecn::NotEct },
         last: 1 + last.index(segment_size),
         ..Wanted::new(destination, segment_size, segments)
     });
-    prop::collection::vec(run, 0..12)
+    prop::collection::vec(batch, 0..12)
 }
 
 proptest! {
@@ -417,26 +417,26 @@ proptest! {
         let mut gso = GsoState::new();
         let mut plan = Plan::default();
         for _ in 0..rounds {
-            let mut judge = by_message(|message, run| {
+            let mut judge = by_message(|message, batch| {
                 let trouble = alone(
                     &unreachable,
-                    run.destination,
+                    batch.destination,
                     message.gso.map_or(message.len, usize::from),
                 );
                 match message.gso {
-                    Some(_) if no_gso.contains(&run.destination) => Some(libc::EIO),
-                    Some(_) if refuses.contains(&run.destination) => Some(libc::EINVAL),
+                    Some(_) if no_gso.contains(&batch.destination) => Some(libc::EIO),
+                    Some(_) if refuses.contains(&batch.destination) => Some(libc::EINVAL),
                     _ => trouble,
                 }
             });
-            let result = execute(&mut plan, &mut gso, Instant::now(), &wanted, |messages, runs| {
-                judge(messages, runs).map(|taken| taken.min(per_call))
+            let result = execute(&mut plan, &mut gso, Instant::now(), &wanted, |messages, batches| {
+                judge(messages, batches).map(|taken| taken.min(per_call))
             });
             let mut expected = Vec::new();
-            for (i, run) in wanted.iter().enumerate() {
-                // An unreachable run of several is dropped as one.
-                for segment in 0..run.segments {
-                    if alone(&unreachable, run.destination, run.len_of(segment)).is_none() {
+            for (i, batch) in wanted.iter().enumerate() {
+                // An unreachable batch of several is dropped as one.
+                for segment in 0..batch.segments {
+                    if alone(&unreachable, batch.destination, batch.len_of(segment)).is_none() {
                         expected.push((i, segment));
                     }
                 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use skein_core::drop::{DropCounts, DropReason};
 use skein_core::wire::ecn::Ecn;
 use skein_sys::poll::Poller;
-use skein_sys::send::{GsoBatch, GsoState, Sender, ToSend, TooLong};
+use skein_sys::send::{GsoBatch, GsoState, SendRequest, Sender, TooLong};
 use skein_sys::tun::{TunOffload, create_persistent, open_queues};
 use skein_sys::udp::{LaneSockets, LongestPayload, UdpOptions, bind_lanes, longest_payload};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -43,19 +43,19 @@ fn eio_turns_one_destination_off_for_a_while_and_loses_nothing() {
         let far_lite = udp_lite(&port(&far.receive).to_string());
         let arena = pattern(40 * 1_000);
         let parts = [(0, arena.len())];
-        let run = |destination| GsoBatch {
+        let batch = |destination| GsoBatch {
             destination,
             ecn: Ecn::NotEct,
             segment_size: 1_000,
             segments: 40,
             parts: &parts,
         };
-        let to_far = [run(port(&far.receive))];
-        let to_near = [run(port(&near.receive))];
+        let to_far = [batch(port(&far.receive))];
+        let to_near = [batch(port(&near.receive))];
         let arrived = |socket: &UdpSocket| {
-            let (datagrams, runs) = receive(socket, 40);
+            let (datagrams, sizes) = receive(socket, 40);
             assert!(datagrams.iter().map(|(_, bytes)| &bytes[..]).eq(arena.chunks(1_000)));
-            runs
+            batches
         };
 
         let (mut gso, start) = (GsoState::new(), Instant::now());
@@ -102,18 +102,19 @@ fn what_is_longer_than_the_route_is_dropped_and_the_rest_goes() {
         let (narrow, good) = (address("10.1.0.2:51900"), port(&far.receive));
         let arena = pattern(10 * 1_400);
         let parts = [(0, arena.len())];
-        let run = |destination, segment_size: usize| {
+        let batch = |destination, segment_size: usize| {
             let segments = arena.len().div_ceil(segment_size);
             GsoBatch { destination, ecn: Ecn::NotEct, segment_size, segments, parts: &parts }
         };
-        let runs = [run(good, 1_400), run(narrow, 1_400), run(narrow, 1_000), run(good, 700)];
+        let batches =
+            [batch(good, 1_400), batch(narrow, 1_400), batch(narrow, 1_000), batch(good, 700)];
         let mut gso = GsoState::new();
         let mut sender = Sender::new();
         for _ in 0..5 {
             let mut drops = DropCounts::default();
             let socket = lane.send.as_fd();
             let outcome =
-                sender.send(socket, &all(&arena, &runs), &mut gso, &mut drops, Instant::now());
+                sender.send(socket, &all(&arena, &batches), &mut gso, &mut drops, Instant::now());
             assert_eq!(drops.get(DropReason::SendTooBig), 10);
             let too_long = TooLong { destination: narrow, len: 1_400 };
             assert_eq!(outcome.too_long, Some(too_long));
@@ -156,14 +157,14 @@ fn bad_destinations_in_the_middle_fail_alone() {
         let good = port(&far.receive);
         let arena = pattern(5_000);
         let parts = [(0, arena.len())];
-        let run = |destination| GsoBatch {
+        let batch = |destination| GsoBatch {
             destination,
             ecn: Ecn::NotEct,
             segment_size: 1_000,
             segments: 5,
             parts: &parts,
         };
-        let one = |destination| GsoBatch { segments: 1, ..run(destination) };
+        let one = |destination| GsoBatch { segments: 1, ..batch(destination) };
         let bad = [
             (address("10.2.0.1:1"), DropReason::SendUnreachable),
             (address("198.51.100.1:1"), DropReason::SendUnreachable),
@@ -174,11 +175,12 @@ fn bad_destinations_in_the_middle_fail_alone() {
         ];
         let mut sender = Sender::new();
         for (destination, reason) in bad {
-            let runs = [run(good), run(destination), run(good), one(destination), run(good)];
+            let batches =
+                [batch(good), batch(destination), batch(good), one(destination), batch(good)];
             let mut drops = DropCounts::default();
             let (mut gso, now) = (GsoState::new(), Instant::now());
-            let what = all(&arena, &runs);
-            let outcome = sender.send(lane.send.as_fd(), &what, &mut gso, &mut drops, now);
+            let request = all(&arena, &batches);
+            let outcome = sender.send(lane.send.as_fd(), &request, &mut gso, &mut drops, now);
             assert_eq!(outcome.datagrams, 15, "{destination}");
             let dropped: Vec<_> = drops.drain().collect();
             assert_eq!(dropped, [(reason, 6)], "{destination}");
@@ -198,18 +200,18 @@ fn a_firewall_that_refuses_is_told_from_a_missing_route() {
         let (lane, far) = (lane("0.0.0.0:0"), lane("127.0.0.1:0"));
         let arena = pattern(3_000);
         let parts = [(0, arena.len())];
-        let run = |destination| GsoBatch {
+        let batch = |destination| GsoBatch {
             destination,
             ecn: Ecn::NotEct,
             segment_size: 1_000,
             segments: 3,
             parts: &parts,
         };
-        let runs = [run(address("127.0.0.9:9")), run(port(&far.receive))];
+        let batches = [batch(address("127.0.0.9:9")), batch(port(&far.receive))];
         let mut drops = DropCounts::default();
         let (mut gso, now) = (GsoState::new(), Instant::now());
-        let what = all(&arena, &runs);
-        let outcome = Sender::new().send(lane.send.as_fd(), &what, &mut gso, &mut drops, now);
+        let request = all(&arena, &batches);
+        let outcome = Sender::new().send(lane.send.as_fd(), &request, &mut gso, &mut drops, now);
         assert_eq!(drops.drain().collect::<Vec<_>>(), [(DropReason::SendDenied, 3)]);
         assert_eq!((outcome.datagrams, outcome.fallbacks), (3, 0));
     });
@@ -228,7 +230,7 @@ fn a_full_buffer_stops_the_sender_and_it_goes_on_when_there_is_room() {
         let arena = pattern(1_400);
         let parts = [(0, arena.len())];
         let destination = address("10.5.0.2:9");
-        let runs = [GsoBatch {
+        let batches = [GsoBatch {
             destination,
             ecn: Ecn::NotEct,
             segment_size: 1_400,
@@ -240,15 +242,15 @@ fn a_full_buffer_stops_the_sender_and_it_goes_on_when_there_is_room() {
         poller.add_writable(socket, 7).unwrap();
         let (mut sender, mut gso, mut drops) =
             (Sender::new(), GsoState::new(), DropCounts::default());
-        let (mut what, mut sent, mut waits) = (all(&arena, &runs), 0, 0);
+        let (mut request, mut sent, mut waits) = (all(&arena, &batches), 0, 0);
         loop {
-            // A send that waited would send everything and never be blocked.
-            let outcome = sender.send(socket, &what, &mut gso, &mut drops, Instant::now());
+            // A send that blocks would send all datagrams, and would never report `blocked`.
+            let outcome = sender.send(socket, &request, &mut gso, &mut drops, Instant::now());
             assert_eq!(outcome.dropped, 0);
             sent += outcome.datagrams;
             let Some(from) = outcome.blocked else { break };
-            assert_eq!(from.run as u64, sent);
-            what = ToSend { from, ..what };
+            assert_eq!(from.batch as u64, sent);
+            request = SendRequest { from, ..request };
             waits += 1;
             let ready = poller.wait(Some(Duration::from_secs(30))).unwrap();
             assert_eq!(ready, [7], "room never came");

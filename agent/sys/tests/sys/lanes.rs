@@ -22,29 +22,29 @@ fn the_third_byte_steers_to_the_lane() {
     in_namespace(|| {
         for host in ["127.0.0.1:0", "[::1]:0"] {
             let (lanes, port) = bind(address(host), 3);
-            let mut batch = RecvBatch::new(4);
+            let mut messages = RecvBatch::new(4);
             for value in (0..=10u8).chain([0x3f, 0xff]) {
                 // From a socket of its own each time: the kernel's hash must not matter.
                 let sender = UdpSocket::bind(address(host)).unwrap();
                 sender.send_to(&[4, 0, value, 0], port).unwrap();
                 let expected = usize::from(value) % lanes.len();
                 wait_readable(&lanes[expected].receive);
-                assert_eq!(batch.recv(lanes[expected].receive.as_fd()).unwrap(), 1);
-                let message = batch.message(0);
-                assert_eq!(batch.arena()[message.range], [4, 0, value, 0]);
+                assert_eq!(messages.recv(lanes[expected].receive.as_fd()).unwrap(), 1);
+                let message = messages.message(0);
+                assert_eq!(messages.arena()[message.range], [4, 0, value, 0]);
                 assert_eq!(message.source, sender.local_addr().unwrap());
             }
             // Too short for a lane number, down to nothing at all.
             for short in [&[4, 0][..], &[]] {
                 lanes[1].send.send_to(short, port).unwrap();
                 wait_readable(&lanes[0].receive);
-                assert_eq!(batch.recv(lanes[0].receive.as_fd()).unwrap(), 1);
-                let message = batch.message(0);
+                assert_eq!(messages.recv(lanes[0].receive.as_fd()).unwrap(), 1);
+                let message = messages.message(0);
                 assert_eq!(message.range.len(), short.len());
                 assert_eq!(message.segments().count(), usize::from(!short.is_empty()));
             }
             for lane in &lanes {
-                let error = batch.recv(lane.receive.as_fd()).unwrap_err();
+                let error = messages.recv(lane.receive.as_fd()).unwrap_err();
                 assert_eq!(error.kind(), ErrorKind::WouldBlock);
             }
         }
@@ -124,16 +124,16 @@ fn what_overflows_the_buffer_is_counted() {
         for _ in 0..1_000 {
             lanes[0].send.send_to(&[0; 1_400], port).unwrap();
         }
-        let mut batch = RecvBatch::new(16);
+        let mut messages = RecvBatch::new(16);
         let mut received = 0;
-        while let Ok(count) = batch.recv(lanes[0].receive.as_fd()) {
+        while let Ok(count) = messages.recv(lanes[0].receive.as_fd()) {
             received += count;
         }
         assert!((1..1_000).contains(&received));
-        assert_eq!(batch.overflow(), 0, "the last call failed");
+        assert_eq!(messages.overflow(), 0, "the last call failed");
         lanes[0].send.send_to(&[0; 1_400], port).unwrap();
-        eventually("a datagram", || batch.recv(lanes[0].receive.as_fd()).ok());
-        assert_eq!(batch.overflow() as usize, 1_000 - received);
+        eventually("a datagram", || messages.recv(lanes[0].receive.as_fd()).ok());
+        assert_eq!(messages.overflow() as usize, 1_000 - received);
     });
 }
 

@@ -7,7 +7,7 @@ use std::time::Instant;
 use skein_core::drop::DropCounts;
 use skein_core::wire::ecn::Ecn;
 use skein_sys::recv::RecvBatch;
-use skein_sys::send::{GsoBatch, GsoState, Position, SendOutcome, Sender, ToSend};
+use skein_sys::send::{GsoBatch, GsoState, Position, SendOutcome, SendRequest, Sender};
 use skein_sys::udp::{bind_lanes, gro_supported, gso_supported, report_ecn};
 
 use crate::{OPTIONS, address, in_namespace, wait_readable};
@@ -22,38 +22,38 @@ pub(crate) fn receive(
     socket: &UdpSocket,
     count: usize,
 ) -> (Vec<(SocketAddr, Vec<u8>)>, Vec<usize>) {
-    let mut batch = RecvBatch::new(16);
-    let (mut datagrams, mut runs) = (Vec::new(), Vec::new());
+    let mut messages = RecvBatch::new(16);
+    let (mut datagrams, mut sizes) = (Vec::new(), Vec::new());
     while datagrams.len() < count {
         wait_readable(socket);
-        for i in 0..batch.recv(socket.as_fd()).unwrap() {
-            let message = batch.message(i);
+        for i in 0..messages.recv(socket.as_fd()).unwrap() {
+            let message = messages.message(i);
             assert!(!message.truncated);
-            runs.push(message.segments().count());
+            sizes.push(message.segments().count());
             datagrams.extend(
-                message.segments().map(|range| (message.source, batch.arena()[range].to_vec())),
+                message.segments().map(|range| (message.source, messages.arena()[range].to_vec())),
             );
         }
     }
-    (datagrams, runs)
+    (datagrams, sizes)
 }
 
-/// These runs, from the first on.
-pub(crate) fn all<'a>(arena: &'a [u8], runs: &'a [GsoBatch<'a>]) -> ToSend<'a> {
-    ToSend { arena, runs, from: Position::default() }
+/// These batches, from the first on.
+pub(crate) fn all<'a>(arena: &'a [u8], batches: &'a [GsoBatch<'a>]) -> SendRequest<'a> {
+    SendRequest { arena, batches, from: Position::default() }
 }
 
 /// Sends with a new sender and nothing dropped.
 pub(crate) fn send_all(
     socket: &UdpSocket,
     arena: &[u8],
-    runs: &[GsoBatch<'_>],
+    batches: &[GsoBatch<'_>],
     gso: &mut GsoState,
     now: Instant,
 ) -> SendOutcome {
     let mut drops = DropCounts::default();
-    let what = all(arena, runs);
-    let outcome = Sender::new().send(socket.as_fd(), &what, gso, &mut drops, now);
+    let request = all(arena, batches);
+    let outcome = Sender::new().send(socket.as_fd(), &request, gso, &mut drops, now);
     assert_eq!(drops.drain().collect::<Vec<_>>(), []);
     outcome
 }
@@ -76,34 +76,34 @@ fn runs_arrive_as_they_were_sent() {
             let short_tail = [(0, 20 * 1_400), (20 * 1_400, 700)];
             let scattered = [(300_000, 333), (200_000, 900), (100_000, 1), (333_333, 1_166)];
             let long = [(0, 130 * 900)];
-            let run = |segment_size, segments, parts| GsoBatch {
+            let batch = |segment_size, segments, parts| GsoBatch {
                 destination,
                 ecn: Ecn::NotEct,
                 segment_size,
                 segments,
                 parts,
             };
-            let runs = [
-                run(1_400, 21, &short_tail[..]),
-                run(600, 4, &scattered),
-                run(0, 1, &[(7, 1_200)]),
-                run(900, 130, &long),
-                run(33_000, 2, &[(1_000, 66_000)]),
+            let batches = [
+                batch(1_400, 21, &short_tail[..]),
+                batch(600, 4, &scattered),
+                batch(0, 1, &[(7, 1_200)]),
+                batch(900, 130, &long),
+                batch(33_000, 2, &[(1_000, 66_000)]),
             ];
             let mut expected: Vec<Vec<u8>> = Vec::new();
-            for run in &runs {
-                let bytes: Vec<u8> = run
+            for batch in &batches {
+                let bytes: Vec<u8> = batch
                     .parts
                     .iter()
                     .flat_map(|&(offset, len)| &arena[offset..offset + len])
                     .copied()
                     .collect();
-                let size = if run.segments == 1 { bytes.len() } else { run.segment_size };
+                let size = if batch.segments == 1 { bytes.len() } else { batch.segment_size };
                 expected.extend(bytes.chunks(size).map(<[u8]>::to_vec));
             }
 
             let mut gso = GsoState::new();
-            let outcome = send_all(&lanes[0].send, &arena, &runs, &mut gso, Instant::now());
+            let outcome = send_all(&lanes[0].send, &arena, &batches, &mut gso, Instant::now());
             assert_eq!(outcome.datagrams as usize, expected.len());
             assert_eq!((outcome.calls, outcome.gso_messages, outcome.fallbacks), (1, 5, 0));
             let (datagrams, received) = receive(&lanes[0].receive, expected.len());
@@ -114,7 +114,7 @@ fn runs_arrive_as_they_were_sent() {
 
             // The same without UDP_SEGMENT.
             let mut gso = GsoState::disabled();
-            let outcome = send_all(&lanes[0].send, &arena, &runs, &mut gso, Instant::now());
+            let outcome = send_all(&lanes[0].send, &arena, &batches, &mut gso, Instant::now());
             assert_eq!((outcome.calls, outcome.gso_messages), (3, 0));
             let (datagrams, _) = receive(&lanes[0].receive, expected.len());
             assert!(datagrams.into_iter().map(|(_, bytes)| bytes).eq(expected));
@@ -132,29 +132,29 @@ fn ecn_field_is_sent_and_received_in_runs_and_singly() {
             let fields = [Ecn::NotEct, Ecn::Ect0, Ecn::Ect1, Ecn::Ce];
             let arena: Vec<u8> = fields.iter().flat_map(|&ecn| vec![ecn as u8; 2_500]).collect();
             let parts: Vec<_> = (0..4).map(|i| [(i * 2_500, 2_500)]).collect();
-            let run = |ecn, parts, segments| GsoBatch {
+            let batch = |ecn, parts, segments| GsoBatch {
                 destination,
                 ecn,
                 segment_size: 2_500 / segments,
                 segments,
                 parts,
             };
-            let runs: Vec<_> = fields
+            let batches: Vec<_> = fields
                 .iter()
                 .zip(&parts)
-                .flat_map(|(&ecn, parts)| [run(ecn, &parts[..], 5), run(ecn, &parts[..], 1)])
+                .flat_map(|(&ecn, parts)| [batch(ecn, &parts[..], 5), batch(ecn, &parts[..], 1)])
                 .collect();
             for mut gso in [GsoState::new(), GsoState::disabled()] {
-                let outcome = send_all(&lanes[0].send, &arena, &runs, &mut gso, Instant::now());
+                let outcome = send_all(&lanes[0].send, &arena, &batches, &mut gso, Instant::now());
                 assert_eq!((outcome.datagrams, outcome.fallbacks), (24, 0));
-                let (mut batch, mut seen) = (RecvBatch::new(16), 0);
+                let (mut messages, mut seen) = (RecvBatch::new(16), 0);
                 while seen < 24 {
                     wait_readable(&lanes[0].receive);
-                    for i in 0..batch.recv(lanes[0].receive.as_fd()).unwrap() {
-                        let message = batch.message(i);
+                    for i in 0..messages.recv(lanes[0].receive.as_fd()).unwrap() {
+                        let message = messages.message(i);
                         assert!(!message.truncated);
                         for range in message.segments() {
-                            let sent = batch.arena()[range.start];
+                            let sent = messages.arena()[range.start];
                             assert_eq!(message.ecn as u8, sent, "{host}: field of its own");
                             seen += 1;
                         }
@@ -183,23 +183,23 @@ fn ecn_field_is_not_reported_unless_asked_for() {
                 parts: &parts,
             };
             for expected in [Ecn::NotEct, Ecn::Ce] {
-                let (runs, mut gso) = ([marked], GsoState::new());
-                send_all(&lanes[0].send, &arena, &runs, &mut gso, Instant::now());
+                let (batches, mut gso) = ([marked], GsoState::new());
+                send_all(&lanes[0].send, &arena, &batches, &mut gso, Instant::now());
                 // Waiting datagrams are reported, too: a take-over switches the reports on under
                 // traffic.
                 if expected == Ecn::Ce {
                     report_ecn(lanes[0].receive.as_fd(), destination.is_ipv4(), true).unwrap();
                 }
-                let mut batch = RecvBatch::new(1);
+                let mut messages = RecvBatch::new(1);
                 wait_readable(&lanes[0].receive);
-                assert_eq!(batch.recv(lanes[0].receive.as_fd()).unwrap(), 1);
-                assert_eq!(batch.message(0).ecn, expected, "{host}");
+                assert_eq!(messages.recv(lanes[0].receive.as_fd()).unwrap(), 1);
+                assert_eq!(messages.message(0).ecn, expected, "{host}");
             }
         }
     });
 }
 
-/// Loopback and veth deliver a run whole, and other senders' may have 128 datagrams.
+/// Loopback and veth deliver a batch whole, and other senders' may have 128 datagrams.
 #[test]
 fn a_run_of_128_is_received_whole() {
     in_namespace(|| {
@@ -219,8 +219,8 @@ fn a_run_of_128_is_received_whole() {
         assert_eq!(result, 0);
         let sent = pattern(128 * 500);
         sender.send_to(&sent, lanes[0].receive.local_addr().unwrap()).unwrap();
-        let (datagrams, runs) = receive(&lanes[0].receive, 128);
-        assert_eq!(runs, [128]);
+        let (datagrams, sizes) = receive(&lanes[0].receive, 128);
+        assert_eq!(sizes, [128]);
         assert!(datagrams.iter().map(|(_, bytes)| &bytes[..]).eq(sent.chunks(500)));
     });
 }
@@ -233,16 +233,16 @@ fn a_socket_without_gro_receives_datagram_by_datagram() {
         let destination = lanes[0].receive.local_addr().unwrap();
         let arena = pattern(30 * 1_000);
         let parts = [(0, arena.len())];
-        let run = GsoBatch {
+        let batch = GsoBatch {
             destination,
             ecn: Ecn::NotEct,
             segment_size: 1_000,
             segments: 30,
             parts: &parts,
         };
-        send_all(&lanes[0].send, &arena, &[run], &mut GsoState::new(), Instant::now());
-        let (datagrams, runs) = receive(&lanes[0].receive, 30);
-        assert_eq!(runs, [1; 30]);
+        send_all(&lanes[0].send, &arena, &[batch], &mut GsoState::new(), Instant::now());
+        let (datagrams, sizes) = receive(&lanes[0].receive, 30);
+        assert_eq!(sizes, [1; 30]);
         assert!(datagrams.iter().map(|(_, bytes)| &bytes[..]).eq(arena.chunks(1_000)));
     });
 }

@@ -53,20 +53,20 @@ fn a_udp_run_crosses_the_device_whole_in_both_directions() {
     in_namespace(|| {
         let queues = device(1, TunOffload::ALL);
         let (lanes, _) = bind_lanes(address("10.9.0.1:0"), 1, &OPTIONS).unwrap();
-        // From the listening socket, so that the reflected run comes back to it.
+        // From the listening socket, so that the reflected batch comes back to it.
         let socket = &lanes[0].receive;
         let port = socket.local_addr().unwrap().port();
         let destination = std::net::SocketAddr::from(([10, 9, 0, 2], port));
         let sent = pattern(20 * 1_300);
         let parts = [(0, sent.len())];
-        let run = GsoBatch {
+        let batch = GsoBatch {
             destination,
             ecn: Ecn::NotEct,
             segment_size: 1_300,
             segments: 20,
             parts: &parts,
         };
-        let outcome = send_all(socket, &sent, &[run], &mut GsoState::new(), Instant::now());
+        let outcome = send_all(socket, &sent, &[batch], &mut GsoState::new(), Instant::now());
         assert_eq!(outcome.gso_messages, 1);
 
         let mut packet = vec![0; 70_000];
@@ -83,12 +83,12 @@ fn a_udp_run_crosses_the_device_whole_in_both_directions() {
         let parts: Vec<_> = packet.chunks(1_000).map(IoSlice::new).collect();
         assert_eq!(queues[0].writev(&parts).unwrap(), len);
         wait_readable(socket);
-        let mut batch = RecvBatch::new(16);
-        assert_eq!(batch.recv(socket.as_fd()).unwrap(), 1);
-        let message = batch.message(0);
+        let mut messages = RecvBatch::new(16);
+        assert_eq!(messages.recv(socket.as_fd()).unwrap(), 1);
+        let message = messages.message(0);
         assert_eq!(message.segment_size, 1_300);
         assert_eq!(message.source, destination);
-        assert!(batch.arena()[message.range] == sent);
+        assert!(messages.arena()[message.range] == sent);
     });
 }
 
@@ -246,7 +246,7 @@ fn the_device_outlives_its_queues_and_has_one_owner() {
     in_namespace(|| {
         create_persistent(NAME).unwrap();
         let index = link::find(NAME).unwrap().unwrap().index;
-        // Another test's child may hold a copy of a descriptor until it runs its program.
+        // Another test's child may hold a copy of a descriptor until it batches its program.
         eventually("the release of the device", || (attached() == 0).then_some(()));
         let (queues, ..) = open_queues(NAME, 2, TunOffload::ALL).unwrap();
         let error = open_queues(NAME, 2, TunOffload::ALL).unwrap_err();
