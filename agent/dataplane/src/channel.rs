@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Mutex, PoisonError};
 
 use skein_sys::descriptors;
-use skein_sys::tun::{self, Note, TunOffload, TunQueue};
+use skein_sys::tun::{self, Fallback, TunOffload, TunQueue};
 
 use super::handover::{Answer, ToKeeper, receive, send};
 use super::setup::SetupError;
@@ -50,7 +50,7 @@ impl KeeperChannel {
         name: &str,
         queues: u8,
         allowed: TunOffload,
-    ) -> Result<(Vec<TunQueue>, TunOffload, Vec<Note>), SetupError> {
+    ) -> Result<(Vec<TunQueue>, TunOffload, Vec<Fallback>), SetupError> {
         let request = ToKeeper::OpenQueues { name: name.to_owned(), queues, allowed };
         match self.request(&request)? {
             (Answer::Queues { offload, notes, .. }, descriptors) => {

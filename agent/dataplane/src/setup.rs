@@ -15,7 +15,7 @@ use skein_ipc::{
     OffloadSettings,
 };
 use skein_sys::send::{GsoState, TooLong};
-use skein_sys::tun::{self, Note, TunError, TunOffload, TunQueue};
+use skein_sys::tun::{self, Fallback, TunError, TunOffload, TunQueue};
 use skein_sys::udp::{self, LongestPayload, UdpError, UdpOptions};
 use thiserror::Error;
 
@@ -70,7 +70,7 @@ impl Links {
     fn open_queues(
         &self,
         node: &NodeSettings,
-    ) -> Result<(Vec<TunQueue>, TunOffload, Vec<Note>), SetupError> {
+    ) -> Result<(Vec<TunQueue>, TunOffload, Vec<Fallback>), SetupError> {
         let (name, allowed) = (&node.tun.name, allowed(node.offload));
         match &self.keeper {
             Some(keeper) => keeper.open_queues(name, node.lanes, allowed),

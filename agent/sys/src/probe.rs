@@ -137,12 +137,12 @@ fn tun_device() -> Vec<Probe> {
     const NAME: &str = "skeinprobe0";
     let opened =
         tun::create_persistent(NAME).and_then(|()| tun::open_queues(NAME, 2, TunOffload::ALL));
-    let (_queues, offload, notes) = match opened {
+    let (_queues, offload, fallbacks) = match opened {
         Ok(opened) => opened,
         Err(error) => return vec![result("tun", true, Err(error.to_string()))],
     };
     let rung = |name: &'static str, on: bool| {
-        let why = notes.iter().find(|(noted, _)| *noted == name).map(|(_, why)| why.clone());
+        let why = fallbacks.iter().find(|(noted, _)| *noted == name).map(|(_, why)| why.clone());
         result(
             name,
             false,
@@ -162,12 +162,12 @@ fn lanes() -> Vec<Probe> {
     const BUFFER: usize = 8 << 20;
     let address = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
     let options = UdpOptions { receive_buffer: BUFFER, send_buffer: BUFFER, gro: true, ecn: true };
-    let notes = match udp::bind_lanes(address, 2, &options) {
-        Ok((_, notes)) => notes,
+    let fallbacks = match udp::bind_lanes(address, 2, &options) {
+        Ok((_, fallbacks)) => fallbacks,
         Err(error) => return vec![result("udp", true, Err(error.to_string()))],
     };
     let probe = |name: &'static str, works: &str| {
-        let why = notes.iter().find(|(noted, _)| *noted == name);
+        let why = fallbacks.iter().find(|(noted, _)| *noted == name);
         result(name, false, why.map_or_else(|| Ok(works.into()), |(_, why)| Err(why.clone())))
     };
     vec![

@@ -61,9 +61,9 @@ impl TunOffload {
 }
 
 /// A rung of the capability ladder that is not in use, and why.
-pub type Note = (&'static str, String);
+pub type Fallback = (&'static str, String);
 
-/// Names of the rungs that a [`Note`] of [`open_queues`] can have.
+/// Names of the rungs that a [`Fallback`] of [`open_queues`] can have.
 pub const TUN_OFFLOADS: [&str; 3] = ["tun_uso", "tun_tso", "tun_checksum"];
 
 /// Why a TUN device cannot be had.
@@ -182,7 +182,7 @@ pub fn open_queues(
     name: &str,
     queues: usize,
     allowed: TunOffload,
-) -> Result<(Vec<TunQueue>, TunOffload, Vec<Note>), TunError> {
+) -> Result<(Vec<TunQueue>, TunOffload, Vec<Fallback>), TunError> {
     check_name(name)?;
     if !(1..=MAX_QUEUES).contains(&queues) {
         let source = io::Error::new(io::ErrorKind::InvalidInput, "between 1 and 256 are possible");
@@ -194,10 +194,10 @@ pub fn open_queues(
         open.push(attach(name, index)?);
     }
     // Another queue with another mask would change the whole device: the same for all.
-    let (offload, notes) =
+    let (offload, fallbacks) =
         descend(allowed, |offload| open.iter().try_for_each(|queue| queue.set_offload(offload)))
             .map_err(|source| failed(format!("setting the offloads of {name}"), source))?;
-    Ok((open, offload, notes))
+    Ok((open, offload, fallbacks))
 }
 
 /// A queue that another process has opened and left.
@@ -291,33 +291,33 @@ fn adopt(fd: OwnedFd, name: &str) -> Result<tun::Device, TunError> {
 fn descend(
     allowed: TunOffload,
     set: impl Fn(TunOffload) -> io::Result<()>,
-) -> io::Result<(TunOffload, Vec<Note>)> {
-    let mut notes = Vec::new();
+) -> io::Result<(TunOffload, Vec<Fallback>)> {
+    let mut fallbacks = Vec::new();
     let configured = || "off in the configuration".to_owned();
     let mut rung = allowed;
     if !allowed.checksum {
         rung = TunOffload::NONE;
-        notes.push(("tun_checksum", configured()));
+        fallbacks.push(("tun_checksum", configured()));
     }
     for (name, on) in [("tun_tso", allowed.tso), ("tun_uso", allowed.uso)] {
         if !on {
-            notes.push((name, configured()));
+            fallbacks.push((name, configured()));
         } else if !allowed.checksum {
-            notes.push((name, "needs tun_checksum, which is off".to_owned()));
+            fallbacks.push((name, "needs tun_checksum, which is off".to_owned()));
         }
     }
     loop {
-        let Err(error) = set(rung) else { return Ok((rung, notes)) };
+        let Err(error) = set(rung) else { return Ok((rung, fallbacks)) };
         let why = format!("the kernel refused it: {error}");
         if rung.uso {
             rung.uso = false;
-            notes.push(("tun_uso", why));
+            fallbacks.push(("tun_uso", why));
         } else if rung.tso {
             rung.tso = false;
-            notes.push(("tun_tso", why));
+            fallbacks.push(("tun_tso", why));
         } else if rung.checksum {
             rung.checksum = false;
-            notes.push(("tun_checksum", why));
+            fallbacks.push(("tun_checksum", why));
         } else {
             return Err(error);
         }
@@ -461,9 +461,9 @@ mod tests {
     use std::cell::RefCell;
 
     /// Descends against a kernel that knows only `known`; gives the masks that were tried, too.
-    fn against(known: u32, allowed: TunOffload) -> (TunOffload, Vec<Note>, Vec<u32>) {
+    fn against(known: u32, allowed: TunOffload) -> (TunOffload, Vec<Fallback>, Vec<u32>) {
         let tried = RefCell::new(Vec::new());
-        let (offload, notes) = descend(allowed, |offload| {
+        let (offload, fallbacks) = descend(allowed, |offload| {
             tried.borrow_mut().push(offload.mask());
             match offload.mask() & !known {
                 0 => Ok(()),
@@ -471,7 +471,7 @@ mod tests {
             }
         })
         .unwrap();
-        (offload, notes, tried.into_inner())
+        (offload, fallbacks, tried.into_inner())
     }
 
     #[test]
@@ -480,21 +480,21 @@ mod tests {
         let checksum = TunOffload { tso: false, ..no_uso };
         let rungs = [TunOffload::ALL, no_uso, checksum, TunOffload::NONE];
         for (i, known) in rungs.iter().enumerate() {
-            let (offload, notes, tried) = against(known.mask(), TunOffload::ALL);
+            let (offload, fallbacks, tried) = against(known.mask(), TunOffload::ALL);
             assert_eq!(offload, *known);
             assert_eq!(tried, rungs[..=i].iter().map(|rung| rung.mask()).collect::<Vec<_>>());
-            let lost: Vec<_> = notes.iter().map(|(name, _)| *name).collect();
+            let lost: Vec<_> = fallbacks.iter().map(|(name, _)| *name).collect();
             assert_eq!(lost, ["tun_uso", "tun_tso", "tun_checksum"][..i]);
-            assert!(notes.iter().all(|(_, why)| why.contains("refused")));
+            assert!(fallbacks.iter().all(|(_, why)| why.contains("refused")));
         }
     }
 
     #[test]
     fn what_the_configuration_forbids_is_not_tried() {
         let allowed = TunOffload { tso: false, ..TunOffload::ALL };
-        let (offload, notes, tried) = against(u32::MAX, allowed);
+        let (offload, fallbacks, tried) = against(u32::MAX, allowed);
         assert_eq!((offload, tried), (allowed, vec![allowed.mask()]));
-        assert_eq!(notes, [("tun_tso", "off in the configuration".to_owned())]);
+        assert_eq!(fallbacks, [("tun_tso", "off in the configuration".to_owned())]);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 
 use super::sockopt;
-use super::tun::Note;
+use super::tun::Fallback;
 
 /// Where the lane number lies in a datagram, counted from the start of the UDP payload.
 const LANE_OFFSET: u32 = 2;
@@ -95,7 +95,7 @@ pub enum UdpError {
 }
 
 /// Binds the sockets of `lanes` lanes to one address: datagrams come to the lane that their third
-/// byte names, modulo `lanes`. Returns what the kernel would not do as notes (`udp_gro`,
+/// byte names, modulo `lanes`. Returns what the kernel would not do as fallbacks (`udp_gro`,
 /// `udp_ecn`, `reuseport_steering`, `receive_buffer`, `send_buffer`).
 ///
 /// A port that any other socket has, in this process or another, is [`UdpError::AddrInUse`].
@@ -103,9 +103,9 @@ pub fn bind_lanes(
     address: SocketAddr,
     lanes: usize,
     options: &UdpOptions,
-) -> Result<(Vec<LaneSockets>, Vec<Note>), UdpError> {
+) -> Result<(Vec<LaneSockets>, Vec<Fallback>), UdpError> {
     let failed = |context| move |source| failed(context, address, source);
-    let mut notes = Vec::new();
+    let mut fallbacks = Vec::new();
 
     // The first socket is bound without SO_REUSEPORT, so that it fails if anybody has the port,
     // even a program of this user that would share it (a second agent). Once it is bound, it
@@ -129,7 +129,11 @@ pub fn bind_lanes(
     if let [first, _, ..] = group.as_slice()
         && let Err(error) = steer_by_lane(first.as_fd(), group.len())
     {
-        note(&mut notes, "reuseport_steering", format!("the kernel refused it: {error}"));
+        push_fallback(
+            &mut fallbacks,
+            "reuseport_steering",
+            format!("the kernel refused it: {error}"),
+        );
     }
 
     let mut sockets = Vec::with_capacity(group.len());
@@ -137,21 +141,25 @@ pub fn bind_lanes(
         receive.set_nonblocking(true).map_err(failed("setting O_NONBLOCK"))?;
         // Only counts what was lost; older kernels than any with UDP_GRO have it.
         let _ = sockopt::set_int(receive.as_fd(), libc::SOL_SOCKET, libc::SO_RXQ_OVFL, 1);
-        let gro = enable_gro(receive.as_fd(), options.gro, &mut notes);
+        let gro = enable_gro(receive.as_fd(), options.gro, &mut fallbacks);
         match options.ecn {
             true => {
                 if let Err(error) = report_ecn(receive.as_fd(), address.is_ipv4(), true) {
-                    note(&mut notes, "udp_ecn", format!("the kernel refused it: {error}"));
+                    push_fallback(
+                        &mut fallbacks,
+                        "udp_ecn",
+                        format!("the kernel refused it: {error}"),
+                    );
                 }
             }
-            false => note(&mut notes, "udp_ecn", "off in the configuration".into()),
+            false => push_fallback(&mut fallbacks, "udp_ecn", "off in the configuration".into()),
         }
-        size_buffer(&receive, Buffer::Receive, options.receive_buffer, &mut notes);
+        size_buffer(&receive, Buffer::Receive, options.receive_buffer, &mut fallbacks);
 
-        let send = bind_sender(address, options, &mut notes)?;
+        let send = bind_sender(address, options, &mut fallbacks)?;
         sockets.push(LaneSockets { receive: receive.into(), send: send.into(), gro });
     }
-    Ok((sockets, notes))
+    Ok((sockets, fallbacks))
 }
 
 /// Binds a socket to a port of its own at the address (whose port is not used), for the few
@@ -218,12 +226,12 @@ fn probe_option(option: i32, value: i32) -> Result<(), String> {
 fn bind_sender(
     address: SocketAddr,
     options: &UdpOptions,
-    notes: &mut Vec<Note>,
+    fallbacks: &mut Vec<Fallback>,
 ) -> Result<Socket, UdpError> {
     let socket = new_socket(address)?;
     bind(&socket, SocketAddr::new(address.ip(), 0))?;
     socket.set_nonblocking(true).map_err(|source| failed("setting O_NONBLOCK", address, source))?;
-    size_buffer(&socket, Buffer::Send, options.send_buffer, notes);
+    size_buffer(&socket, Buffer::Send, options.send_buffer, fallbacks);
     // Nobody talks to this port; what strangers send must not fill memory.
     let nothing = [SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0)];
     socket
@@ -280,15 +288,15 @@ fn instruction(code: u32, k: u32) -> libc::sock_filter {
     libc::sock_filter { code: code as u16, jt: 0, jf: 0, k }
 }
 
-fn enable_gro(socket: BorrowedFd<'_>, allowed: bool, notes: &mut Vec<Note>) -> bool {
+fn enable_gro(socket: BorrowedFd<'_>, allowed: bool, fallbacks: &mut Vec<Fallback>) -> bool {
     if !allowed {
-        note(notes, "udp_gro", "off in the configuration".into());
+        push_fallback(fallbacks, "udp_gro", "off in the configuration".into());
         return false;
     }
     match sockopt::set_int(socket, libc::SOL_UDP, libc::UDP_GRO, 1) {
         Ok(()) => true,
         Err(error) => {
-            note(notes, "udp_gro", format!("the kernel refused it: {error}"));
+            push_fallback(fallbacks, "udp_gro", format!("the kernel refused it: {error}"));
             false
         }
     }
@@ -315,7 +323,7 @@ enum Buffer {
 }
 
 /// A buffer smaller than asked for is a note, not an error.
-fn size_buffer(socket: &Socket, buffer: Buffer, size: usize, notes: &mut Vec<Note>) {
+fn size_buffer(socket: &Socket, buffer: Buffer, size: usize, fallbacks: &mut Vec<Fallback>) {
     let (name, force, sysctl) = match buffer {
         Buffer::Receive => ("receive_buffer", libc::SO_RCVBUFFORCE, "net.core.rmem_max"),
         Buffer::Send => ("send_buffer", libc::SO_SNDBUFFORCE, "net.core.wmem_max"),
@@ -340,15 +348,15 @@ fn size_buffer(socket: &Socket, buffer: Buffer, size: usize, notes: &mut Vec<Not
             let got = bytes / 2;
             let text =
                 format!("{got} bytes instead of {size}: raise {sysctl} or grant CAP_NET_ADMIN");
-            note(notes, name, text);
+            push_fallback(fallbacks, name, text);
         }
-        Err(error) => note(notes, name, format!("cannot be set: {error}")),
+        Err(error) => push_fallback(fallbacks, name, format!("cannot be set: {error}")),
     }
 }
 
 /// Once a name: every socket of a kind meets the same kernel.
-fn note(notes: &mut Vec<Note>, name: &'static str, why: String) {
-    if notes.iter().all(|(noted, _)| *noted != name) {
-        notes.push((name, why));
+fn push_fallback(fallbacks: &mut Vec<Fallback>, name: &'static str, why: String) {
+    if fallbacks.iter().all(|(noted, _)| *noted != name) {
+        fallbacks.push((name, why));
     }
 }

@@ -55,7 +55,7 @@ fn eio_turns_one_destination_off_for_a_while_and_loses_nothing() {
         let arrived = |socket: &UdpSocket| {
             let (datagrams, sizes) = receive(socket, 40);
             assert!(datagrams.iter().map(|(_, bytes)| &bytes[..]).eq(arena.chunks(1_000)));
-            batches
+            sizes
         };
 
         let (mut gso, start) = (GsoState::new(), Instant::now());

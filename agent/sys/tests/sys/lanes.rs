@@ -11,8 +11,8 @@ use socket2::{Domain, Socket, Type};
 use crate::{OPTIONS, address, eventually, in_namespace, wait_readable};
 
 fn bind(address: SocketAddr, lanes: usize) -> (Vec<LaneSockets>, SocketAddr) {
-    let (sockets, notes) = bind_lanes(address, lanes, &OPTIONS).unwrap();
-    assert_eq!(notes, []);
+    let (sockets, fallbacks) = bind_lanes(address, lanes, &OPTIONS).unwrap();
+    assert_eq!(fallbacks, []);
     let bound = sockets[0].receive.local_addr().unwrap();
     (sockets, bound)
 }
@@ -141,9 +141,9 @@ fn what_overflows_the_buffer_is_counted() {
 fn what_is_off_or_too_much_is_noted() {
     in_namespace(|| {
         let options = UdpOptions { gro: false, ..OPTIONS };
-        let (lanes, notes) = bind_lanes(address("127.0.0.1:0"), 2, &options).unwrap();
+        let (lanes, fallbacks) = bind_lanes(address("127.0.0.1:0"), 2, &options).unwrap();
         assert!(lanes.iter().all(|lane| !lane.gro));
-        assert_eq!(notes, [("udp_gro", "off in the configuration".to_owned())]);
+        assert_eq!(fallbacks, [("udp_gro", "off in the configuration".to_owned())]);
 
         // Without CAP_NET_ADMIN the system's limits hold.
         let everything = rustix::thread::capabilities(None).unwrap();
@@ -151,10 +151,10 @@ fn what_is_off_or_too_much_is_noted() {
         less.effective -= rustix::thread::CapabilitySet::NET_ADMIN;
         rustix::thread::set_capabilities(None, less).unwrap();
         let options = UdpOptions { receive_buffer: 1 << 30, send_buffer: 1 << 30, ..OPTIONS };
-        let (_, notes) = bind_lanes(address("127.0.0.1:0"), 2, &options).unwrap();
+        let (_, fallbacks) = bind_lanes(address("127.0.0.1:0"), 2, &options).unwrap();
         rustix::thread::set_capabilities(None, everything).unwrap();
-        let names: Vec<_> = notes.iter().map(|(name, _)| *name).collect();
+        let names: Vec<_> = fallbacks.iter().map(|(name, _)| *name).collect();
         assert_eq!(names, ["receive_buffer", "send_buffer"]);
-        assert!(notes[0].1.contains("net.core.rmem_max"), "{}", notes[0].1);
+        assert!(fallbacks[0].1.contains("net.core.rmem_max"), "{}", fallbacks[0].1);
     });
 }

@@ -126,8 +126,8 @@ fn runs_arrive_as_they_were_sent() {
 fn ecn_field_is_sent_and_received_in_runs_and_singly() {
     in_namespace(|| {
         for host in ["127.0.0.1:0", "[::1]:0"] {
-            let (lanes, notes) = bind_lanes(address(host), 1, &OPTIONS).unwrap();
-            assert_eq!(notes, []);
+            let (lanes, fallbacks) = bind_lanes(address(host), 1, &OPTIONS).unwrap();
+            assert_eq!(fallbacks, []);
             let destination = lanes[0].receive.local_addr().unwrap();
             let fields = [Ecn::NotEct, Ecn::Ect0, Ecn::Ect1, Ecn::Ce];
             let arena: Vec<u8> = fields.iter().flat_map(|&ecn| vec![ecn as u8; 2_500]).collect();
@@ -170,8 +170,8 @@ fn ecn_field_is_not_reported_unless_asked_for() {
     in_namespace(|| {
         for host in ["127.0.0.1:0", "[::1]:0"] {
             let options = skein_sys::udp::UdpOptions { ecn: false, ..OPTIONS };
-            let (lanes, notes) = bind_lanes(address(host), 1, &options).unwrap();
-            assert_eq!(notes, [("udp_ecn", "off in the configuration".to_owned())]);
+            let (lanes, fallbacks) = bind_lanes(address(host), 1, &options).unwrap();
+            assert_eq!(fallbacks, [("udp_ecn", "off in the configuration".to_owned())]);
             let destination = lanes[0].receive.local_addr().unwrap();
             let arena = pattern(1_000);
             let parts = [(0, 1_000)];

@@ -28,8 +28,8 @@ const GSO_UDP_L4: u8 = 5;
 /// Makes the device, 10.9.0.1/24, and gives its queues.
 fn device(queues: usize, allowed: TunOffload) -> Vec<TunQueue> {
     create_persistent(NAME).unwrap();
-    let (queues, offload, notes) = open_queues(NAME, queues, allowed).unwrap();
-    assert_eq!(offload, allowed, "{notes:?}");
+    let (queues, offload, fallbacks) = open_queues(NAME, queues, allowed).unwrap();
+    assert_eq!(offload, allowed, "{fallbacks:?}");
     ip(&format!("address add 10.9.0.1/24 dev {NAME}"));
     // Neighbour discovery would be in the way.
     std::fs::write(format!("/proc/sys/net/ipv6/conf/{NAME}/disable_ipv6"), "1").unwrap();
@@ -178,8 +178,8 @@ fn offloads_can_be_lowered_and_raised_while_it_runs() {
 fn a_rung_that_is_off_says_why() {
     in_namespace(|| {
         create_persistent(NAME).unwrap();
-        let names = |notes: Vec<(&'static str, String)>| {
-            notes.into_iter().map(|(name, _)| name).collect::<Vec<_>>()
+        let names = |fallbacks: Vec<(&'static str, String)>| {
+            fallbacks.into_iter().map(|(name, _)| name).collect::<Vec<_>>()
         };
         for (allowed, in_force, expected) in [
             (TunOffload::ALL, TunOffload::ALL, &[][..]),
@@ -194,9 +194,9 @@ fn a_rung_that_is_off_says_why() {
                 &["tun_checksum", "tun_tso", "tun_uso"],
             ),
         ] {
-            let (_, offload, notes) = open_queues(NAME, 1, allowed).unwrap();
+            let (_, offload, fallbacks) = open_queues(NAME, 1, allowed).unwrap();
             assert_eq!(offload, in_force);
-            assert_eq!(names(notes), expected);
+            assert_eq!(names(fallbacks), expected);
         }
     });
 }
