@@ -151,7 +151,7 @@ impl Running {
             sockets.push(FamilySockets { v4: address.is_ipv4(), lanes: pairs, manager });
         }
         let gso = match node.offload.udp_gso {
-            true => udp::gso_supported(),
+            true => udp::probe_gso(),
             false => Err("switched off in the configuration".to_owned()),
         };
         if let Err(reason) = &gso {

@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Deserializer};
 use skein_ipc::UnderlaySettings;
-use skein_sys::udp::family_supported;
+use skein_sys::udp::is_family_supported;
 
 use super::{DEFAULT_PORT, Invalid, parse};
 
@@ -41,7 +41,7 @@ impl TryFrom<UnderlayKeys> for Underlay {
 
     fn try_from(keys: UnderlayKeys) -> Result<Self, Invalid> {
         let (addresses, notes) = match keys.addresses {
-            None => wildcard(family_supported),
+            None => wildcard(is_family_supported),
             Some(addresses) => (addresses, Vec::new()),
         };
         check_addresses(&addresses)?;

@@ -12,11 +12,11 @@ use rustix::net::{
 };
 
 /// The kernel passes at most 253 (SCM_MAX_FD) with one message.
-const CHUNK: usize = 128;
+const MAX_PER_MESSAGE: usize = 128;
 
 /// Sends descriptors; the other side knows how many.
 pub fn send(stream: &UnixStream, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
-    for chunk in descriptors.chunks(CHUNK) {
+    for chunk in descriptors.chunks(MAX_PER_MESSAGE) {
         // Descriptors travel with a byte.
         if send_with(stream, &[0], chunk)? != 1 {
             return Err(io::ErrorKind::WriteZero.into());
@@ -35,7 +35,7 @@ pub fn send_with(
     bytes: &[u8],
     descriptors: &[BorrowedFd<'_>],
 ) -> io::Result<usize> {
-    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(CHUNK))];
+    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_PER_MESSAGE))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors)) {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -77,7 +77,7 @@ pub fn inherited_socket(number: i32) -> io::Result<UnixStream> {
 pub fn receive(stream: &UnixStream, count: usize) -> io::Result<Vec<OwnedFd>> {
     let mut descriptors = Vec::new();
     while descriptors.len() < count {
-        let expected = (count - descriptors.len()).min(CHUNK);
+        let expected = (count - descriptors.len()).min(MAX_PER_MESSAGE);
         let before = descriptors.len();
         if receive_with(stream, &mut [0], &mut descriptors)? == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
@@ -100,7 +100,7 @@ pub fn receive_with(
     buffer: &mut [u8],
     descriptors: &mut Vec<OwnedFd>,
 ) -> io::Result<usize> {
-    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(CHUNK))];
+    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_PER_MESSAGE))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let received = rustix::io::retry_on_intr(|| {
         let into = &mut [IoSliceMut::new(buffer)];

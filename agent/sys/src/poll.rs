@@ -91,13 +91,13 @@ impl Poller {
             tv_sec: timeout.as_secs().min(100_000) as i64,
             tv_nsec: timeout.subsec_nanos().into(),
         });
-        self.look(timeout.as_ref())?;
+        self.poll_epoll(timeout.as_ref())?;
         Ok(&self.tokens)
     }
 
     /// Whether anything is readable or broken now; [`ready`](Self::ready) says what.
     pub fn poll(&mut self) -> io::Result<bool> {
-        self.look(Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
+        self.poll_epoll(Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
         Ok(!self.tokens.is_empty())
     }
 
@@ -106,7 +106,7 @@ impl Poller {
         &self.tokens
     }
 
-    fn look(&mut self, timeout: Option<&Timespec>) -> io::Result<()> {
+    fn poll_epoll(&mut self, timeout: Option<&Timespec>) -> io::Result<()> {
         self.events.clear();
         self.tokens.clear();
         match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut self.events), timeout) {

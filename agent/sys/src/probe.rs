@@ -37,8 +37,8 @@ pub fn probe_all() -> Vec<Probe> {
         capability("cap_net_admin", CAP_NET_ADMIN, true, "to make the TUN device and its routes"),
         capability("cap_sys_admin", CAP_SYS_ADMIN, false, "to enter network namespaces"),
         ipv6(),
-        result("udp_segment", false, udp::gso_supported().map(|()| "UDP_SEGMENT works".into())),
-        result("udp_gro", false, udp::gro_supported().map(|()| "UDP_GRO works".into())),
+        result("udp_segment", false, udp::probe_gso().map(|()| "UDP_SEGMENT works".into())),
+        result("udp_gro", false, udp::probe_gro().map(|()| "UDP_GRO works".into())),
         aes(),
         mechanism("seccomp", seccomp::probe()),
         mechanism("landlock", landlock::probe()),
@@ -71,10 +71,10 @@ fn mechanism(name: &'static str, probed: io::Result<()>) -> Probe {
 
 fn kernel() -> Probe {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease");
-    result("kernel", true, release.map_err(|error| error.to_string()).and_then(judge_kernel))
+    result("kernel", true, release.map_err(|error| error.to_string()).and_then(check_release))
 }
 
-fn judge_kernel(release: String) -> Result<String, String> {
+fn check_release(release: String) -> Result<String, String> {
     let release = release.trim();
     let mut numbers =
         release.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse::<u32>().ok());
@@ -105,7 +105,7 @@ fn capability(name: &'static str, bit: u32, required: bool, purpose: &str) -> Pr
 }
 
 fn ipv6() -> Probe {
-    let found = match udp::family_supported(Ipv6Addr::UNSPECIFIED.into()) {
+    let found = match udp::is_family_supported(Ipv6Addr::UNSPECIFIED.into()) {
         true => Ok("sockets can be made".into()),
         false => Err("this host has no IPv6: the agent listens on IPv4 only".into()),
     };
@@ -141,7 +141,7 @@ fn tun_device() -> Vec<Probe> {
         Ok(opened) => opened,
         Err(error) => return vec![result("tun", true, Err(error.to_string()))],
     };
-    let rung = |name: &'static str, on: bool| {
+    let offload_probe = |name: &'static str, on: bool| {
         let why = fallbacks.iter().find(|(noted, _)| *noted == name).map(|(_, why)| why.clone());
         result(
             name,
@@ -151,9 +151,9 @@ fn tun_device() -> Vec<Probe> {
     };
     vec![
         result("tun", true, Ok("multi-queue device with vnet header".into())),
-        rung("tun_checksum", offload.checksum),
-        rung("tun_tso", offload.tso),
-        rung("tun_uso", offload.uso),
+        offload_probe("tun_checksum", offload.checksum),
+        offload_probe("tun_tso", offload.tso),
+        offload_probe("tun_uso", offload.uso),
     ]
 }
 
@@ -186,10 +186,10 @@ mod tests {
     #[test]
     fn kernel_releases_are_told_apart() {
         for good in ["5.4.0-generic\n", "5.10", "6.18.44-fc-v669", "7.0.0-rc1"] {
-            assert!(judge_kernel(good.into()).is_ok(), "{good}");
+            assert!(check_release(good.into()).is_ok(), "{good}");
         }
         for bad in ["5.3.18", "4.19.0", "", "Linux"] {
-            assert!(judge_kernel(bad.into()).is_err(), "{bad}");
+            assert!(check_release(bad.into()).is_err(), "{bad}");
         }
     }
 }

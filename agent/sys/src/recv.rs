@@ -120,7 +120,7 @@ impl RecvBatch {
         self.received = received.min(self.headers.len());
         self.overflow = self.headers[..self.received]
             .iter()
-            .filter_map(|header| control_ints(&header.msg_hdr).overflow)
+            .filter_map(|header| control_values(&header.msg_hdr).overflow)
             .next_back()
             .unwrap_or(0);
         Ok(self.received)
@@ -134,7 +134,7 @@ impl RecvBatch {
         let header = &self.headers[..self.received][i];
         let len = (header.msg_len as usize).min(BUFFER_LEN);
         let start = i * BUFFER_LEN;
-        let control = control_ints(&header.msg_hdr);
+        let control = control_values(&header.msg_hdr);
         let cut = libc::MSG_TRUNC | libc::MSG_CTRUNC;
         Message {
             source: socket_address(&self.addresses[i]),
@@ -194,7 +194,7 @@ fn segment_size(reported: Option<i32>, len: usize) -> usize {
 }
 
 #[derive(Default)]
-struct ControlInts {
+struct ControlValues {
     segment: Option<i32>,
     overflow: Option<u32>,
     /// Type of service or traffic class of the outer header.
@@ -202,8 +202,8 @@ struct ControlInts {
 }
 
 /// Reads the control messages that recvmmsg left.
-fn control_ints(header: &libc::msghdr) -> ControlInts {
-    let mut found = ControlInts::default();
+fn control_values(header: &libc::msghdr) -> ControlValues {
+    let mut found = ControlValues::default();
     // SAFETY: `header` is one that recvmmsg has filled: msg_control points at a Control of the
     // same RecvBatch, of which msg_controllen bytes are the kernel's, so the CMSG macros stay
     // within it.

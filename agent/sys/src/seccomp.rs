@@ -129,7 +129,7 @@ const HOSTILE: &[c_long] = &[
 ];
 
 /// Requests of `ioctl(2)`: flags of descriptors, and the terminal's settings.
-const REQUESTS: &[u64] = &[
+const IOCTL_REQUESTS: &[u64] = &[
     libc::FIONBIO,
     libc::FIOCLEX,
     // Whether the log goes to a terminal.
@@ -138,7 +138,7 @@ const REQUESTS: &[u64] = &[
 
 /// Commands of `fcntl(2)`: copies and flags of descriptors, and seals of memory. The others send
 /// signals to other processes (F_SETOWN, F_NOTIFY, F_SETLEASE) or change locks.
-const COMMANDS: [u64; 7] = [
+const FCNTL_COMMANDS: [u64; 7] = [
     libc::F_DUPFD_CLOEXEC as u64,
     libc::F_GETFD as u64,
     libc::F_SETFD as u64,
@@ -149,7 +149,7 @@ const COMMANDS: [u64; 7] = [
 ];
 
 /// Flags of `clone(2)` that give a new thread its own namespaces.
-const NAMESPACES: u64 = (libc::CLONE_NEWNS
+const NAMESPACE_FLAGS: u64 = (libc::CLONE_NEWNS
     | libc::CLONE_NEWCGROUP
     | libc::CLONE_NEWUTS
     | libc::CLONE_NEWIPC
@@ -158,7 +158,7 @@ const NAMESPACES: u64 = (libc::CLONE_NEWNS
     | libc::CLONE_NEWNET) as u64;
 
 /// Of `prctl(2)`: names of threads and of memory, as glibc gives them, and what the kernel told at the start.
-const OPTIONS: [u64; 3] = [libc::PR_SET_NAME as u64, libc::PR_SET_VMA as u64, 0x4155_5856];
+const PRCTL_OPTIONS: [u64; 3] = [libc::PR_SET_NAME as u64, libc::PR_SET_VMA as u64, 0x4155_5856];
 
 /// Confines this thread, and all that it starts, to the calls above. There is no way back.
 ///
@@ -213,7 +213,7 @@ fn rules() -> Result<BTreeMap<c_long, Vec<SeccompRule>>, Error> {
         ALLOWED.iter().chain(ALLOWED_OLD).map(|&call| (call, vec![])).collect();
     // Threads, no processes. (clone3(2), whose flags cannot be seen, is not there: so clone(2) is used.)
     let thread = libc::CLONE_THREAD as u64;
-    let flags = masked(0, thread | NAMESPACES, thread)?;
+    let flags = masked(0, thread | NAMESPACE_FLAGS, thread)?;
     rules.insert(libc::SYS_clone, vec![rule(&[flags])?]);
     // No code that was data.
     let executable = libc::PROT_EXEC as u64;
@@ -242,9 +242,9 @@ fn rules() -> Result<BTreeMap<c_long, Vec<SeccompRule>>, Error> {
     let one_of = |argument, values: &[u64]| -> Result<Vec<_>, Error> {
         values.iter().map(|&value| rule(&[equal(argument, value)?])).collect()
     };
-    rules.insert(libc::SYS_fcntl, one_of(1, &COMMANDS)?);
-    rules.insert(libc::SYS_ioctl, one_of(1, REQUESTS)?);
-    rules.insert(libc::SYS_prctl, one_of(0, &OPTIONS)?);
+    rules.insert(libc::SYS_fcntl, one_of(1, &FCNTL_COMMANDS)?);
+    rules.insert(libc::SYS_ioctl, one_of(1, IOCTL_REQUESTS)?);
+    rules.insert(libc::SYS_prctl, one_of(0, &PRCTL_OPTIONS)?);
     Ok(rules)
 }
 

@@ -157,7 +157,7 @@ impl Call {
         messages: &[Message],
     ) -> Result<usize, i32> {
         self.gather(arena, batches, messages);
-        self.point(messages);
+        self.fill_headers(messages);
         // SAFETY: every header points at an address and at iovecs (and, for a batch, at a control
         // message) in vectors of self that are not touched until the call is over, and gives their
         // true lengths; the iovecs point into `arena`, which is borrowed. The kernel writes
@@ -183,16 +183,16 @@ impl Call {
         self.iovecs.clear();
         self.layout.clear();
         let mut last_batch = None;
-        let mut parts = Parts::default();
+        let mut parts = PartCursor::default();
         for message in messages {
             let batch = &batches[message.batch];
             if last_batch != Some(message.batch) {
                 last_batch = Some(message.batch);
                 self.addresses.push(batch.destination.into());
-                parts = Parts::default();
+                parts = PartCursor::default();
             }
             let first = self.iovecs.len();
-            parts.each(batch.parts, message.start, message.len, |offset, len| {
+            parts.for_each_piece(batch.parts, message.start, message.len, |offset, len| {
                 // The plan has checked this; a pointer beyond the arena must be impossible here.
                 if offset.checked_add(len).is_none_or(|end| end > arena.len()) {
                     return;
@@ -210,7 +210,7 @@ impl Call {
         }
     }
 
-    fn point(&mut self, messages: &[Message]) {
+    fn fill_headers(&mut self, messages: &[Message]) {
         self.headers.clear();
         self.control.clear();
         self.control.resize(messages.len(), [0; 6]);
@@ -273,15 +273,15 @@ fn write_control(head: &mut libc::msghdr, control: &mut Control, message: &Messa
 /// Walks a batch's parts: successive messages of a batch lie one behind the other, so nothing is
 /// walked twice.
 #[derive(Default)]
-struct Parts {
+struct PartCursor {
     part: usize,
-    /// Where that part begins in the batch, in bytes.
-    begins: usize,
+    /// Where that part part_start in the batch, in bytes.
+    part_start: usize,
 }
 
-impl Parts {
+impl PartCursor {
     /// Gives the pieces of the batch's bytes `start..start + len` as (offset in the arena, length).
-    fn each(
+    fn for_each_piece(
         &mut self,
         parts: &[(usize, usize)],
         start: usize,
@@ -290,16 +290,16 @@ impl Parts {
     ) {
         let end = start + len;
         while let Some(&(offset, part_len)) = parts.get(self.part) {
-            let part_end = self.begins + part_len;
-            let (from, to) = (start.max(self.begins), end.min(part_end));
+            let part_end = self.part_start + part_len;
+            let (from, to) = (start.max(self.part_start), end.min(part_end));
             if from < to {
-                piece(offset + (from - self.begins), to - from);
+                piece(offset + (from - self.part_start), to - from);
             }
             if part_end > end {
                 return;
             }
             self.part += 1;
-            self.begins = part_end;
+            self.part_start = part_end;
         }
     }
 }
@@ -312,10 +312,10 @@ mod tests {
     #[test]
     fn pieces_follow_the_parts_and_split_where_a_message_ends() {
         let parts = [(100, 10), (0, 0), (50, 5), (55, 5)];
-        let mut walk = Parts::default();
+        let mut walk = PartCursor::default();
         let mut pieces = |start, len| {
             let mut pieces = Vec::new();
-            walk.each(&parts, start, len, |offset, len| pieces.push((offset, len)));
+            walk.for_each_piece(&parts, start, len, |offset, len| pieces.push((offset, len)));
             pieces
         };
         assert_eq!(pieces(0, 4), [(100, 4)]);

@@ -25,7 +25,7 @@ pub const VNET_HEADER_LEN: usize = 10;
 const MAX_QUEUES: usize = 256;
 
 /// How long a device that was in use may take to be released.
-const RELEASE_TIME: Duration = Duration::from_millis(500);
+const RELEASE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Which offloads are, or may be, in force on a device. Without `checksum` there is none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -63,7 +63,7 @@ impl TunOffload {
 /// A rung of the capability ladder that is not in use, and why.
 pub type Fallback = (&'static str, String);
 
-/// Names of the rungs that a [`Fallback`] of [`open_queues`] can have.
+/// Names of the kernels that a [`Fallback`] of [`open_queues`] can have.
 pub const TUN_OFFLOADS: [&str; 3] = ["tun_uso", "tun_tso", "tun_checksum"];
 
 /// Why a TUN device cannot be had.
@@ -163,7 +163,7 @@ pub fn create_persistent(name: &str) -> Result<(), TunError> {
         Some(libc::EBUSY) => TunError::Exists { name: name.into() },
         _ => failed(format!("making the TUN device {name}"), source),
     })?;
-    let mut device = adopt(fd, name)?;
+    let mut device = wrap_descriptor(fd, name)?;
     // Without an owner, any user could attach a queue, and read and forge the pods' packets.
     let owner = rustix::process::geteuid().as_raw();
     device
@@ -194,15 +194,16 @@ pub fn open_queues(
         open.push(attach(name, index)?);
     }
     // Another queue with another mask would change the whole device: the same for all.
-    let (offload, fallbacks) =
-        descend(allowed, |offload| open.iter().try_for_each(|queue| queue.set_offload(offload)))
-            .map_err(|source| failed(format!("setting the offloads of {name}"), source))?;
+    let (offload, fallbacks) = set_best_offload(allowed, |offload| {
+        open.iter().try_for_each(|queue| queue.set_offload(offload))
+    })
+    .map_err(|source| failed(format!("setting the offloads of {name}"), source))?;
     Ok((open, offload, fallbacks))
 }
 
 /// A queue that another process has opened and left.
 pub fn inherit_queue(fd: OwnedFd, name: &str) -> Result<TunQueue, TunError> {
-    Ok(TunQueue { device: adopt(fd, name)? })
+    Ok(TunQueue { device: wrap_descriptor(fd, name)? })
 }
 
 /// Checks that the device is there, ours and unused, and gives its index. TUNSETIFF would make a
@@ -217,7 +218,7 @@ fn wait_for_device(name: &str) -> Result<u32, TunError> {
         match check_flags(name, &link.tun.unwrap_or_default()) {
             // A process that has closed the device may have started a program meanwhile, which
             // holds a copy of the descriptor until it runs.
-            Err(TunError::Busy { .. }) if start.elapsed() < RELEASE_TIME => {
+            Err(TunError::Busy { .. }) if start.elapsed() < RELEASE_TIMEOUT => {
                 thread::sleep(Duration::from_millis(5));
             }
             result => return result.map(|()| link.index),
@@ -259,7 +260,7 @@ fn attach(name: &str, index: u32) -> Result<TunQueue, TunError> {
         .set_interface(fd.as_fd())
         .map_err(|source| failed(format!("attaching a queue to {name}"), source))?;
     let verify = |source| failed(format!("asking what {name} is"), source);
-    let (found_name, found) = InterfaceRequest::of(fd.as_fd()).map_err(verify)?;
+    let (found_name, found) = InterfaceRequest::query(fd.as_fd()).map_err(verify)?;
     // If the device went since we looked, the kernel has just made one that ends with this queue.
     if found & libc::IFF_PERSIST == 0 {
         return Err(TunError::NoDevice { name: name.into() });
@@ -270,7 +271,7 @@ fn attach(name: &str, index: u32) -> Result<TunQueue, TunError> {
     }
     set_vnet_header_len(fd.as_fd())
         .map_err(|source| failed(format!("setting the vnet header of {name}"), source))?;
-    let device = adopt(fd, name)?;
+    let device = wrap_descriptor(fd, name)?;
     let found_index = device.tun_index().map_err(|source| verify(source.into()))?;
     if u32::try_from(found_index) != Ok(index) {
         let found = format!("its index changed from {index} to {found_index} meanwhile");
@@ -280,7 +281,7 @@ fn attach(name: &str, index: u32) -> Result<TunQueue, TunError> {
 }
 
 /// Hands a configured descriptor to the `tun` crate, which closes it.
-fn adopt(fd: OwnedFd, name: &str) -> Result<tun::Device, TunError> {
+fn wrap_descriptor(fd: OwnedFd, name: &str) -> Result<tun::Device, TunError> {
     let mut configuration = tun::Configuration::default();
     configuration.tun_name(name).raw_fd(fd.into_raw_fd()).close_fd_on_drop(true);
     tun::Device::new(&configuration)
@@ -288,15 +289,15 @@ fn adopt(fd: OwnedFd, name: &str) -> Result<tun::Device, TunError> {
 }
 
 /// Steps down from `allowed` until `set` takes it.
-fn descend(
+fn set_best_offload(
     allowed: TunOffload,
     set: impl Fn(TunOffload) -> io::Result<()>,
 ) -> io::Result<(TunOffload, Vec<Fallback>)> {
     let mut fallbacks = Vec::new();
     let configured = || "off in the configuration".to_owned();
-    let mut rung = allowed;
+    let mut offload = allowed;
     if !allowed.checksum {
-        rung = TunOffload::NONE;
+        offload = TunOffload::NONE;
         fallbacks.push(("tun_checksum", configured()));
     }
     for (name, on) in [("tun_tso", allowed.tso), ("tun_uso", allowed.uso)] {
@@ -307,16 +308,16 @@ fn descend(
         }
     }
     loop {
-        let Err(error) = set(rung) else { return Ok((rung, fallbacks)) };
+        let Err(error) = set(offload) else { return Ok((offload, fallbacks)) };
         let why = format!("the kernel refused it: {error}");
-        if rung.uso {
-            rung.uso = false;
+        if offload.uso {
+            offload.uso = false;
             fallbacks.push(("tun_uso", why));
-        } else if rung.tso {
-            rung.tso = false;
+        } else if offload.tso {
+            offload.tso = false;
             fallbacks.push(("tun_tso", why));
-        } else if rung.checksum {
-            rung.checksum = false;
+        } else if offload.checksum {
+            offload.checksum = false;
             fallbacks.push(("tun_checksum", why));
         } else {
             return Err(error);
@@ -427,7 +428,7 @@ impl InterfaceRequest {
     }
 
     /// Name and flags of the device that a descriptor is attached to.
-    fn of(fd: BorrowedFd<'_>) -> io::Result<(String, i32)> {
+    fn query(fd: BorrowedFd<'_>) -> io::Result<(String, i32)> {
         let mut request = Self::new("", 0);
         // SAFETY: TUNGETIFF writes the ifreq, which is borrowed for the call.
         check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNGETIFF, &raw mut request.0) })?;
@@ -463,7 +464,7 @@ mod tests {
     /// Descends against a kernel that knows only `known`; gives the masks that were tried, too.
     fn against(known: u32, allowed: TunOffload) -> (TunOffload, Vec<Fallback>, Vec<u32>) {
         let tried = RefCell::new(Vec::new());
-        let (offload, fallbacks) = descend(allowed, |offload| {
+        let (offload, fallbacks) = set_best_offload(allowed, |offload| {
             tried.borrow_mut().push(offload.mask());
             match offload.mask() & !known {
                 0 => Ok(()),
@@ -478,11 +479,14 @@ mod tests {
     fn each_kernel_gets_the_most_that_it_knows() {
         let no_uso = TunOffload { uso: false, ..TunOffload::ALL };
         let checksum = TunOffload { tso: false, ..no_uso };
-        let rungs = [TunOffload::ALL, no_uso, checksum, TunOffload::NONE];
-        for (i, known) in rungs.iter().enumerate() {
+        let kernels = [TunOffload::ALL, no_uso, checksum, TunOffload::NONE];
+        for (i, known) in kernels.iter().enumerate() {
             let (offload, fallbacks, tried) = against(known.mask(), TunOffload::ALL);
             assert_eq!(offload, *known);
-            assert_eq!(tried, rungs[..=i].iter().map(|rung| rung.mask()).collect::<Vec<_>>());
+            assert_eq!(
+                tried,
+                kernels[..=i].iter().map(|offload| offload.mask()).collect::<Vec<_>>()
+            );
             let lost: Vec<_> = fallbacks.iter().map(|(name, _)| *name).collect();
             assert_eq!(lost, ["tun_uso", "tun_tso", "tun_checksum"][..i]);
             assert!(fallbacks.iter().all(|(_, why)| why.contains("refused")));
@@ -500,7 +504,7 @@ mod tests {
     #[test]
     fn a_device_that_takes_no_mask_at_all_is_an_error() {
         let refuse = |_| Err(io::Error::from_raw_os_error(libc::EBADFD));
-        let error = descend(TunOffload::ALL, refuse).unwrap_err();
+        let error = set_best_offload(TunOffload::ALL, refuse).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EBADFD));
     }
 }

@@ -154,7 +154,7 @@ pub fn bind_lanes(
             }
             false => push_fallback(&mut fallbacks, "udp_ecn", "off in the configuration".into()),
         }
-        size_buffer(&receive, Buffer::Receive, options.receive_buffer, &mut fallbacks);
+        set_buffer_size(&receive, Buffer::Receive, options.receive_buffer, &mut fallbacks);
 
         let send = bind_sender(address, options, &mut fallbacks)?;
         sockets.push(LaneSockets { receive: receive.into(), send: send.into(), gro });
@@ -169,18 +169,18 @@ pub fn bind_manager(address: SocketAddr, options: &UdpOptions) -> Result<UdpSock
 }
 
 /// Whether sockets of this host have UDP_SEGMENT at all; the error says why not.
-pub fn gso_supported() -> Result<(), String> {
+pub fn probe_gso() -> Result<(), String> {
     probe_option(libc::UDP_SEGMENT, 1_200)
 }
 
 /// Whether sockets of this host have UDP_GRO; the error says why not.
-pub fn gro_supported() -> Result<(), String> {
+pub fn probe_gro() -> Result<(), String> {
     probe_option(libc::UDP_GRO, 1)
 }
 
 /// Returns whether this host has the address family of `ip`. A kernel may be built or started
 /// without one (`ipv6.disable=1`).
-pub fn family_supported(ip: IpAddr) -> bool {
+pub fn is_family_supported(ip: IpAddr) -> bool {
     let domain = Domain::for_address(SocketAddr::new(ip, 0));
     let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP));
     // Any other error does not concern the address family.
@@ -231,7 +231,7 @@ fn bind_sender(
     let socket = new_socket(address)?;
     bind(&socket, SocketAddr::new(address.ip(), 0))?;
     socket.set_nonblocking(true).map_err(|source| failed("setting O_NONBLOCK", address, source))?;
-    size_buffer(&socket, Buffer::Send, options.send_buffer, fallbacks);
+    set_buffer_size(&socket, Buffer::Send, options.send_buffer, fallbacks);
     // Nobody talks to this port; what strangers send must not fill memory.
     let nothing = [SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0)];
     socket
@@ -323,7 +323,7 @@ enum Buffer {
 }
 
 /// A buffer smaller than asked for is a note, not an error.
-fn size_buffer(socket: &Socket, buffer: Buffer, size: usize, fallbacks: &mut Vec<Fallback>) {
+fn set_buffer_size(socket: &Socket, buffer: Buffer, size: usize, fallbacks: &mut Vec<Fallback>) {
     let (name, force, sysctl) = match buffer {
         Buffer::Receive => ("receive_buffer", libc::SO_RCVBUFFORCE, "net.core.rmem_max"),
         Buffer::Send => ("send_buffer", libc::SO_SNDBUFFORCE, "net.core.wmem_max"),
@@ -334,7 +334,7 @@ fn size_buffer(socket: &Socket, buffer: Buffer, size: usize, fallbacks: &mut Vec
         return;
     }
     // Without CAP_NET_ADMIN the system's limit holds.
-    let in_force = match buffer {
+    let effective = match buffer {
         Buffer::Receive => {
             socket.set_recv_buffer_size(size as usize).and_then(|()| socket.recv_buffer_size())
         }
@@ -342,7 +342,7 @@ fn size_buffer(socket: &Socket, buffer: Buffer, size: usize, fallbacks: &mut Vec
             socket.set_send_buffer_size(size as usize).and_then(|()| socket.send_buffer_size())
         }
     };
-    match in_force {
+    match effective {
         Ok(bytes) if bytes / 2 >= size as usize => {}
         Ok(bytes) => {
             let got = bytes / 2;

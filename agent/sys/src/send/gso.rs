@@ -6,20 +6,20 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 /// How long a destination goes without UDP_SEGMENT after the first failure.
-const FIRST_PAUSE: Duration = Duration::from_secs(5);
+const MIN_PAUSE: Duration = Duration::from_secs(5);
 /// How long at most, when it keeps failing.
-const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+const MAX_PAUSE: Duration = Duration::from_secs(60);
 /// How many runs in a row may be refused, and then go one by one, before that counts as a failure.
-const REFUSALS: u8 = 3;
+const MAX_REFUSALS: u8 = 3;
 /// Destinations remembered; beyond it, those whose pause is over are forgotten.
-const MAX_PATHS: usize = 1_024;
+const MAX_DESTINATIONS: usize = 1_024;
 
 /// Whether runs may leave as one UDP_SEGMENT message: a switch for the socket, and a memory of the
 /// destinations where the kernel refuses (a route through IPsec, a device without checksums).
 #[derive(Debug, Default)]
 pub struct GsoState {
     off: bool,
-    paths: HashMap<SocketAddr, Path>,
+    destinations: HashMap<SocketAddr, DestinationState>,
 }
 
 /// A destination without UDP_SEGMENT, for reports.
@@ -34,7 +34,7 @@ pub struct GsoOff {
 }
 
 #[derive(Debug, Clone, Copy, Default)]
-struct Path {
+struct DestinationState {
     /// Runs refused in a row that went one by one.
     refusals: u8,
     /// The last pause; zero if there was none.
@@ -57,58 +57,60 @@ impl GsoState {
     /// Whether a run to `destination` may leave as one message now.
     pub fn allowed(&self, destination: SocketAddr, now: Instant) -> bool {
         !self.off
-            && (self.paths.is_empty()
+            && (self.destinations.is_empty()
                 || self
-                    .paths
+                    .destinations
                     .get(&destination)
-                    .and_then(|path| path.until)
+                    .and_then(|state| state.until)
                     .is_none_or(|until| until <= now))
     }
 
     /// The destinations where it is off at `now`.
     pub fn off(&self, now: Instant) -> impl Iterator<Item = GsoOff> + '_ {
-        self.paths.iter().filter_map(move |(&destination, path)| {
-            let until = path.until.filter(|&until| until > now)?;
-            Some(GsoOff { destination, until, errno: path.errno })
+        self.destinations.iter().filter_map(move |(&destination, state)| {
+            let until = state.until.filter(|&until| until > now)?;
+            Some(GsoOff { destination, until, errno: state.errno })
         })
     }
 
     /// Turns it off for one destination, 5 s at first, doubling to 60 s while it keeps failing.
     /// `errno` is the kernel's reason.
     pub fn pause(&mut self, destination: SocketAddr, errno: i32, now: Instant) {
-        let path = self.path(destination, now);
-        path.refusals = 0;
-        path.pause = match path.pause {
-            Duration::ZERO => FIRST_PAUSE,
-            pause => (pause * 2).min(LONGEST_PAUSE),
+        let state = self.state(destination, now);
+        state.refusals = 0;
+        state.pause = match state.pause {
+            Duration::ZERO => MIN_PAUSE,
+            pause => (pause * 2).min(MAX_PAUSE),
         };
-        path.until = Some(now + path.pause);
-        path.errno = errno;
+        state.until = Some(now + state.pause);
+        state.errno = errno;
         let error = io::Error::from_raw_os_error(errno);
-        tracing::debug!(%destination, pause = ?path.pause, %error, "UDP_SEGMENT is off");
+        tracing::debug!(%destination, pause = ?state.pause, %error, "UDP_SEGMENT is off");
     }
 
     /// A message of several datagrams went.
-    pub(super) fn worked(&mut self, destination: SocketAddr) {
-        if !self.paths.is_empty() && self.paths.remove(&destination).is_some() {
+    pub(super) fn on_sent(&mut self, destination: SocketAddr) {
+        if !self.destinations.is_empty() && self.destinations.remove(&destination).is_some() {
             tracing::debug!(%destination, "UDP_SEGMENT works again");
         }
     }
 
     /// A message was refused as invalid, and all its datagrams went one by one.
-    pub(super) fn refused(&mut self, destination: SocketAddr, errno: i32, now: Instant) {
-        let path = self.path(destination, now);
-        path.refusals += 1;
-        if path.refusals >= REFUSALS {
+    pub(super) fn on_refused(&mut self, destination: SocketAddr, errno: i32, now: Instant) {
+        let state = self.state(destination, now);
+        state.refusals += 1;
+        if state.refusals >= MAX_REFUSALS {
             self.pause(destination, errno, now);
         }
     }
 
-    fn path(&mut self, destination: SocketAddr, now: Instant) -> &mut Path {
-        if self.paths.len() >= MAX_PATHS && !self.paths.contains_key(&destination) {
-            self.paths.retain(|_, path| path.until.is_some_and(|until| until > now));
+    fn state(&mut self, destination: SocketAddr, now: Instant) -> &mut DestinationState {
+        if self.destinations.len() >= MAX_DESTINATIONS
+            && !self.destinations.contains_key(&destination)
+        {
+            self.destinations.retain(|_, state| state.until.is_some_and(|until| until > now));
         }
-        self.paths.entry(destination).or_default()
+        self.destinations.entry(destination).or_default()
     }
 }
 
@@ -138,9 +140,9 @@ mod tests {
             assert!(gso.allowed(a, now));
             assert_eq!(gso.off(now).count(), 0);
         }
-        gso.worked(a);
+        gso.on_sent(a);
         gso.pause(a, libc::EIO, now);
-        assert!(gso.allowed(a, now + FIRST_PAUSE));
+        assert!(gso.allowed(a, now + MIN_PAUSE));
     }
 
     #[test]
@@ -148,14 +150,14 @@ mod tests {
         let (a, now) = (address(A), Instant::now());
         let mut gso = GsoState::new();
         for _ in 0..5 {
-            gso.refused(a, libc::EINVAL, now);
-            gso.refused(a, libc::EINVAL, now);
-            gso.worked(a);
+            gso.on_refused(a, libc::EINVAL, now);
+            gso.on_refused(a, libc::EINVAL, now);
+            gso.on_sent(a);
         }
         assert!(gso.allowed(a, now));
         for _ in 0..3 {
             assert!(gso.allowed(a, now));
-            gso.refused(a, libc::EINVAL, now);
+            gso.on_refused(a, libc::EINVAL, now);
         }
         assert!(!gso.allowed(a, now));
     }
@@ -175,6 +177,6 @@ mod tests {
             gso.pause(SocketAddr::new([192, 0, 2, 1].into(), port), libc::EIO, now);
             now += Duration::from_millis(20);
         }
-        assert!(gso.paths.len() <= MAX_PATHS);
+        assert!(gso.destinations.len() <= MAX_DESTINATIONS);
     }
 }

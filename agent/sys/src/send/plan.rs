@@ -45,7 +45,7 @@ pub(super) struct Message {
 
 /// A message that the kernel called invalid, whose datagrams go one by one for now.
 #[derive(Debug, Clone, Copy)]
-struct Refused {
+struct RefusedMessage {
     batch: usize,
     /// Behind its last datagram.
     end: usize,
@@ -110,7 +110,7 @@ impl Plan {
     /// Returns whether the kernel refuses the control message of the ECN field, so that every
     /// datagram is Not-ECT.
     pub(super) fn ecn_refused(&self) -> bool {
-        self.ecn == EcnUse::Refused
+        self.ecn == EcnUse::RefusedMessage
     }
 
     pub(super) fn segments_per_message(&self) -> &[u32] {
@@ -126,16 +126,16 @@ struct Execution<'a> {
     drops: &'a mut DropCounts,
     now: Instant,
     cursor: Position,
-    refused: Option<Refused>,
+    refused: Option<RefusedMessage>,
     outcome: SendOutcome,
 }
 
 /// What an objection to a message calls for.
-enum Next {
+enum NextStep {
     /// The rest of the planned call stands.
-    GoOn,
+    Continue,
     /// Something was learnt that changes the plan.
-    PlanAgain,
+    Replan,
     /// The socket has no room for it, nor for what follows.
     Wait,
 }
@@ -143,7 +143,7 @@ enum Next {
 impl Execution<'_> {
     fn execute(&mut self, mut send: impl FnMut(&[Message]) -> Result<usize, i32>) {
         loop {
-            self.fill();
+            self.plan_call();
             let mut at = 0;
             if self.plan.messages.is_empty() {
                 return;
@@ -158,14 +158,14 @@ impl Execution<'_> {
                     }
                     Ok(taken) => {
                         let end = self.plan.messages.len().min(at + taken);
-                        self.taken(at, end);
+                        self.on_sent(at, end);
                         at = end;
                     }
                     Err(libc::EINTR) => {}
-                    Err(errno) => match self.objection(&first, errno) {
-                        Next::GoOn => at += 1,
-                        Next::PlanAgain => break,
-                        Next::Wait => {
+                    Err(errno) => match self.on_error(&first, errno) {
+                        NextStep::Continue => at += 1,
+                        NextStep::Replan => break,
+                        NextStep::Wait => {
                             let Message { batch, first: segment, .. } = first;
                             self.outcome.blocked = Some(Position { batch, segment });
                             return;
@@ -177,12 +177,12 @@ impl Execution<'_> {
     }
 
     /// Plans a call from the cursor on.
-    fn fill(&mut self) {
+    fn plan_call(&mut self) {
         self.plan.messages.clear();
         let mut at = self.cursor;
         while self.plan.messages.len() < MAX_MESSAGES {
             let Some(batch) = self.batches.get(at.batch) else { break };
-            if at.segment == 0 && !self.usable(batch) {
+            if at.segment == 0 && !self.is_valid(batch) {
                 // Malformed: whatever was planned before it goes first, so that the cursor stays
                 // behind everything that is settled.
                 if !self.plan.messages.is_empty() {
@@ -198,14 +198,14 @@ impl Execution<'_> {
                 at = Position { batch: at.batch + 1, segment: 0 };
                 continue;
             }
-            let message = self.message(at, batch);
+            let message = self.next_message(at, batch);
             at.segment += message.segments;
             self.plan.messages.push(message);
         }
     }
 
     /// Whether a batch is what it says.
-    fn usable(&self, batch: &GsoBatch<'_>) -> bool {
+    fn is_valid(&self, batch: &GsoBatch<'_>) -> bool {
         if batch.segments == 0 {
             return true;
         }
@@ -219,13 +219,13 @@ impl Execution<'_> {
     }
 
     /// The longest message from a datagram on.
-    fn message(&self, at: Position, batch: &GsoBatch<'_>) -> Message {
+    fn next_message(&self, at: Position, batch: &GsoBatch<'_>) -> Message {
         let left = batch.segments - at.segment;
-        let singly = self
+        let is_refused = self
             .refused
             .is_some_and(|refused| refused.batch == at.batch && at.segment < refused.end);
         let most = match u16::try_from(batch.segment_size) {
-            Ok(1..) if left > 1 && !singly && self.gso.allowed(batch.destination, self.now) => {
+            Ok(1..) if left > 1 && !is_refused && self.gso.allowed(batch.destination, self.now) => {
                 MAX_DATAGRAMS_PER_MESSAGE.min(MAX_MESSAGE_LEN / batch.segment_size)
             }
             _ => 1,
@@ -248,7 +248,7 @@ impl Execution<'_> {
     }
 
     /// The kernel took the messages `at..end` of the planned call.
-    fn taken(&mut self, at: usize, end: usize) {
+    fn on_sent(&mut self, at: usize, end: usize) {
         let mut datagrams = 0;
         for i in at..end {
             let message = self.plan.messages[i];
@@ -257,9 +257,9 @@ impl Execution<'_> {
             self.outcome.bytes += message.len as u64;
             if message.gso.is_some() {
                 self.outcome.gso_messages += 1;
-                self.gso.worked(self.destination(&message));
+                self.gso.on_sent(self.destination(&message));
             }
-            self.settled(&message, false);
+            self.advance(&message, false);
         }
         if self.plan.ecn == EcnUse::Trial {
             self.plan.ecn = EcnUse::Refused;
@@ -268,9 +268,9 @@ impl Execution<'_> {
         self.plan.datagrams_per_call.push(datagrams);
     }
 
-    fn objection(&mut self, message: &Message, errno: i32) -> Next {
+    fn on_error(&mut self, message: &Message, errno: i32) -> NextStep {
         if errno == libc::EAGAIN {
-            return Next::Wait;
+            return NextStep::Wait;
         }
         if message.gso.is_some() {
             let destination = self.destination(message);
@@ -280,16 +280,16 @@ impl Execution<'_> {
                 libc::EIO | libc::EOPNOTSUPP | libc::ENOPROTOOPT => {
                     self.gso.pause(destination, errno, self.now);
                     self.outcome.fallbacks += 1;
-                    return Next::PlanAgain;
+                    return NextStep::Replan;
                 }
                 // Of this message: too many segments for this kernel, a short tail, or a segment
                 // longer than the route's MTU, which the datagrams will then meet alone.
                 libc::EINVAL | libc::EMSGSIZE => {
                     let end = message.first + message.segments;
                     self.refused =
-                        Some(Refused { batch: message.batch, end, errno, failed: false });
+                        Some(RefusedMessage { batch: message.batch, end, errno, failed: false });
                     self.outcome.fallbacks += 1;
-                    return Next::PlanAgain;
+                    return NextStep::Replan;
                 }
                 _ => {}
             }
@@ -300,25 +300,25 @@ impl Execution<'_> {
         }
         if errno == libc::EINVAL && message.ecn != Ecn::NotEct {
             self.plan.ecn = EcnUse::Trial;
-            return Next::PlanAgain;
+            return NextStep::Replan;
         }
         if self.plan.ecn == EcnUse::Trial {
             self.plan.ecn = EcnUse::On;
-            self.drop_datagrams(message, reason(errno));
-            return Next::PlanAgain;
+            self.drop_datagrams(message, drop_reason(errno));
+            return NextStep::Replan;
         }
-        self.drop_datagrams(message, reason(errno));
-        Next::GoOn
+        self.drop_datagrams(message, drop_reason(errno));
+        NextStep::Continue
     }
 
     fn drop_datagrams(&mut self, message: &Message, reason: DropReason) {
         self.drops.add_many(reason, message.segments as u64);
         self.outcome.dropped += message.segments as u64;
-        self.settled(message, true);
+        self.advance(message, true);
     }
 
     /// A message was sent or dropped: the cursor moves behind it.
-    fn settled(&mut self, message: &Message, failed: bool) {
+    fn advance(&mut self, message: &Message, failed: bool) {
         let end = message.first + message.segments;
         self.cursor = Position { batch: message.batch, segment: end };
         let Some(refused) = &mut self.refused else { return };
@@ -327,11 +327,11 @@ impl Execution<'_> {
             if end < refused.end {
                 return;
             }
-            let Refused { errno, failed, .. } = *refused;
+            let RefusedMessage { errno, failed, .. } = *refused;
             self.refused = None;
             // What fails alone, too, says nothing of UDP_SEGMENT.
             if !failed {
-                self.gso.refused(self.destination(message), errno, self.now);
+                self.gso.on_refused(self.destination(message), errno, self.now);
             }
         }
     }
@@ -341,7 +341,7 @@ impl Execution<'_> {
     }
 }
 
-fn reason(errno: i32) -> DropReason {
+fn drop_reason(errno: i32) -> DropReason {
     match errno {
         libc::EMSGSIZE => DropReason::SendTooBig,
         libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EADDRNOTAVAIL | libc::ENETDOWN => {

@@ -8,7 +8,7 @@ use skein_core::drop::DropCounts;
 use skein_core::wire::ecn::Ecn;
 use skein_sys::recv::RecvBatch;
 use skein_sys::send::{GsoBatch, GsoState, Position, SendOutcome, SendRequest, Sender};
-use skein_sys::udp::{bind_lanes, gro_supported, gso_supported, report_ecn};
+use skein_sys::udp::{bind_lanes, probe_gro, probe_gso, report_ecn};
 
 use crate::{OPTIONS, address, in_namespace, wait_readable};
 
@@ -60,8 +60,8 @@ pub(crate) fn send_all(
 
 #[test]
 fn this_kernel_has_both() {
-    gso_supported().unwrap();
-    gro_supported().unwrap();
+    probe_gso().unwrap();
+    probe_gro().unwrap();
 }
 
 #[test]

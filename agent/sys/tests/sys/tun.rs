@@ -94,7 +94,7 @@ fn a_udp_run_crosses_the_device_whole_in_both_directions() {
 
 /// What a reflector saw of a TCP transfer.
 #[derive(Debug, Default)]
-struct Seen {
+struct Reflected {
     longest: usize,
     segmented: usize,
     partial: usize,
@@ -102,7 +102,7 @@ struct Seen {
 
 /// Sends 4 MiB over TCP to 10.9.0.2, while a thread sends every packet of the device back with its
 /// addresses swapped: the stream arrives at this host's own listener.
-fn reflect_tcp(queue: &TunQueue) -> Seen {
+fn reflect_tcp(queue: &TunQueue) -> Reflected {
     let done = Waker::new().unwrap();
     let sent = pattern(4 << 20);
     thread::scope(|scope| {
@@ -110,17 +110,17 @@ fn reflect_tcp(queue: &TunQueue) -> Seen {
             let mut poller = Poller::new().unwrap();
             poller.add(queue.as_fd(), 0).unwrap();
             poller.add(done.as_fd(), 1).unwrap();
-            let mut seen = Seen::default();
+            let mut reflected = Reflected::default();
             let mut packet = vec![0; 70_000];
             loop {
                 if poller.wait(None).unwrap().contains(&1) {
-                    return seen;
+                    return reflected;
                 }
                 while let Ok(len) = queue.read(&mut packet) {
                     let packet = &mut packet[..len];
-                    seen.longest = seen.longest.max(len - VNET_HEADER_LEN);
-                    seen.partial += usize::from(packet[0] & NEEDS_CSUM != 0);
-                    seen.segmented += usize::from(packet[1] == GSO_TCPV4);
+                    reflected.longest = reflected.longest.max(len - VNET_HEADER_LEN);
+                    reflected.partial += usize::from(packet[0] & NEEDS_CSUM != 0);
+                    reflected.segmented += usize::from(packet[1] == GSO_TCPV4);
                     swap_addresses(packet);
                     queue.writev(&[IoSlice::new(packet)]).unwrap();
                 }
@@ -146,19 +146,19 @@ fn reflect_tcp(queue: &TunQueue) -> Seen {
 
 #[test]
 fn each_rung_gives_what_it_says() {
-    let rungs = [
+    let offloads = [
         (TunOffload::ALL, true, true),
         (TunOffload { uso: false, ..TunOffload::ALL }, true, true),
         (TunOffload { tso: false, uso: false, ..TunOffload::ALL }, false, true),
         (TunOffload::NONE, false, false),
     ];
-    for (allowed, superpackets, partial) in rungs {
+    for (allowed, superpackets, partial) in offloads {
         in_namespace(move || {
             let queues = device(1, allowed);
-            let seen = reflect_tcp(&queues[0]);
-            assert_eq!(seen.segmented > 0, superpackets, "{allowed:?}: {seen:?}");
-            assert_eq!(seen.longest > 1_440, superpackets, "{allowed:?}: {seen:?}");
-            assert_eq!(seen.partial > 0, partial, "{allowed:?}: {seen:?}");
+            let reflected = reflect_tcp(&queues[0]);
+            assert_eq!(reflected.segmented > 0, superpackets, "{allowed:?}: {reflected:?}");
+            assert_eq!(reflected.longest > 1_440, superpackets, "{allowed:?}: {reflected:?}");
+            assert_eq!(reflected.partial > 0, partial, "{allowed:?}: {reflected:?}");
         });
     }
 }
@@ -181,7 +181,7 @@ fn a_rung_that_is_off_says_why() {
         let names = |fallbacks: Vec<(&'static str, String)>| {
             fallbacks.into_iter().map(|(name, _)| name).collect::<Vec<_>>()
         };
-        for (allowed, in_force, expected) in [
+        for (allowed, effective, expected) in [
             (TunOffload::ALL, TunOffload::ALL, &[][..]),
             (
                 TunOffload { tso: false, ..TunOffload::ALL },
@@ -195,7 +195,7 @@ fn a_rung_that_is_off_says_why() {
             ),
         ] {
             let (_, offload, fallbacks) = open_queues(NAME, 1, allowed).unwrap();
-            assert_eq!(offload, in_force);
+            assert_eq!(offload, effective);
             assert_eq!(names(fallbacks), expected);
         }
     });
