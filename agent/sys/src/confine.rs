@@ -1,5 +1,6 @@
-//! What a process gives up when it starts, so that whoever takes it over by a fault of it gains little:
-//! capabilities that it does not need, every way to get more, and core dumps, which would hold keys.
+//! Loss of privileges at the start of a process: capabilities that it does not need
+//! (capabilities(7)), every way to gain new ones (PR_SET_NO_NEW_PRIVS), and core dumps, which would
+//! contain keys. The measures limit the effect of a compromised process.
 
 use std::io;
 
@@ -9,38 +10,46 @@ use rustix::thread::{
     remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
 };
 
-/// The data process and its keeper: to open the device's queues, for buffers beyond the system's limit,
-/// and to listen on a port below 1024.
+/// Capabilities of the data process and its keeper: CAP_NET_ADMIN for TUN queues and for socket
+/// buffers above the limit of the sysctl, CAP_NET_BIND_SERVICE for UDP ports below 1024.
 pub const DATAPLANE: CapabilitySet =
     CapabilitySet::NET_ADMIN.union(CapabilitySet::NET_BIND_SERVICE);
 
-/// The control process: links, addresses, routes, firewall; and files that another user owns.
+/// Capabilities of the control process: those of [`DATAPLANE`] for links, addresses, routes and the
+/// firewall, and CAP_DAC_OVERRIDE for files of other users.
 pub const CONTROL: CapabilitySet = DATAPLANE.union(CapabilitySet::DAC_OVERRIDE);
 
-/// What serving pods needs beside that: entering their network namespaces, which may be named by a
-/// process.
+/// Additional capabilities of a control process that serves pods: CAP_SYS_ADMIN to enter network
+/// namespaces, CAP_SYS_PTRACE for namespaces in the form `/proc/<pid>/ns/net`.
 pub const PODS: CapabilitySet = CapabilitySet::SYS_ADMIN.union(CapabilitySet::SYS_PTRACE);
 
-/// Keeps of its capabilities only those of `keep`, and makes the process unable to gain any again or to be
-/// dumped. Programs that it starts have no more. Returns what is left, as the kernel writes it.
+/// Drops all capabilities except those in `keep`, for the calling thread and for programs that it
+/// starts. Also sets PR_SET_NO_NEW_PRIVS, and disables core dumps of the process. Returns the
+/// remaining capabilities.
 ///
-/// Call it before there is a second thread: the kernel keeps capabilities for each.
+/// Call the function before the process starts a second thread, because the kernel keeps capabilities
+/// per thread.
 ///
 /// # Errors
-/// What the kernel says; it has never refused this.
+/// The error of prctl(2), capget(2) or capset(2).
 pub fn drop_capabilities(keep: CapabilitySet) -> io::Result<CapabilitySet> {
     set_no_new_privs(true)?;
     clear_ambient_capability_set()?;
     for other in CapabilitySet::all().difference(keep).iter() {
-        // Without CAP_SETPCAP it cannot, nor need it: no program gains what this process does not have.
+        // The call needs CAP_SETPCAP. Without it, PR_SET_NO_NEW_PRIVS alone keeps programs from
+        // gaining capabilities.
         let _ = remove_capability_from_bounding_set(other);
     }
     let has = capabilities(None)?;
-    let left = has.permitted.intersection(keep);
+    let remaining = has.permitted.intersection(keep);
     set_capabilities(
         None,
-        CapabilitySets { effective: left, permitted: left, inheritable: CapabilitySet::empty() },
+        CapabilitySets {
+            effective: remaining,
+            permitted: remaining,
+            inheritable: CapabilitySet::empty(),
+        },
     )?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
-    Ok(left)
+    Ok(remaining)
 }

@@ -1,4 +1,4 @@
-//! Descriptors that go from one process to another over a unix socket (SCM_RIGHTS, unix(7)).
+//! Descriptors that processes pass over unix sockets (SCM_RIGHTS, unix(7)) or inherit at exec.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -11,13 +11,17 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
-/// The kernel passes at most 253 (SCM_MAX_FD) with one message.
+/// Maximum number of descriptors in one message. The kernel's limit is 253 (SCM_MAX_FD).
 const MAX_PER_MESSAGE: usize = 128;
 
-/// Sends descriptors; the other side knows how many.
+/// Sends any number of descriptors, at most 128 per message. The receiver must know the number
+/// ([`receive`]).
+///
+/// # Errors
+/// The error of sendmsg(2), `WriteZero` if the kernel accepts no byte.
 pub fn send(stream: &UnixStream, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
     for chunk in descriptors.chunks(MAX_PER_MESSAGE) {
-        // Descriptors travel with a byte.
+        // The kernel delivers descriptors only with at least one byte.
         if send_with(stream, &[0], chunk)? != 1 {
             return Err(io::ErrorKind::WriteZero.into());
         }
@@ -25,11 +29,11 @@ pub fn send(stream: &UnixStream, descriptors: &[BorrowedFd<'_>]) -> io::Result<(
     Ok(())
 }
 
-/// Sends bytes with at most 128 descriptors. Returns the number of bytes that were sent; the
-/// descriptors went with the first one.
+/// Sends bytes with at most 128 descriptors, which accompany the first byte. Returns the number of sent
+/// bytes.
 ///
 /// # Errors
-/// `InvalidInput` if there are more descriptors, otherwise the error of sendmsg(2).
+/// `InvalidInput` for more than 128 descriptors; otherwise the error of sendmsg(2).
 pub fn send_with(
     socket: impl AsFd,
     bytes: &[u8],
@@ -45,26 +49,27 @@ pub fn send_with(
     })?)
 }
 
-/// Returns the inherited descriptor `number`. No child process inherits it.
+/// Takes ownership of the descriptor `number`, which this process inherited at exec, and sets
+/// FD_CLOEXEC. Call the function once per descriptor.
 ///
 /// # Errors
-/// An error if the descriptor is not open, or is one of the standard streams.
+/// `InvalidInput` if the descriptor is not open or is a standard stream; the error of fcntl(2).
 pub fn inherited(number: i32) -> io::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{number}");
     if number <= 2 || std::fs::read_link(path).is_err() {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    // SAFETY: it is open, and nothing in this process has opened it: it was there at the start.
+    // SAFETY: `number` is open (checked above) and has no other owner in this process: the parent passed
+    // it at exec, and the function is called once per descriptor, at start.
     let fd = unsafe { OwnedFd::from_raw_fd(number) };
     rustix::io::fcntl_setfd(&fd, FdFlags::CLOEXEC)?;
     Ok(fd)
 }
 
-/// Returns the unix socket that this process has inherited as descriptor `number`. No child process
-/// inherits it.
+/// Takes ownership of the unix socket `number`, which this process inherited at exec, as [`inherited`].
 ///
 /// # Errors
-/// An error if the descriptor is not open, is one of the standard streams, or is not a unix socket.
+/// The errors of [`inherited`], and `InvalidInput` if the descriptor is not a unix socket.
 pub fn inherited_socket(number: i32) -> io::Result<UnixStream> {
     let fd = inherited(number)?;
     if rustix::net::sockopt::socket_domain(&fd)? != AddressFamily::UNIX {
@@ -73,7 +78,11 @@ pub fn inherited_socket(number: i32) -> io::Result<UnixStream> {
     Ok(fd.into())
 }
 
-/// Receives `count` descriptors, all closed on exec.
+/// Receives `count` descriptors of [`send`] and sets FD_CLOEXEC.
+///
+/// # Errors
+/// `UnexpectedEof` if the stream ends, `InvalidData` if a message has another number of descriptors
+/// than expected, otherwise the error of recvmsg(2).
 pub fn receive(stream: &UnixStream, count: usize) -> io::Result<Vec<OwnedFd>> {
     let mut descriptors = Vec::new();
     while descriptors.len() < count {
@@ -83,15 +92,16 @@ pub fn receive(stream: &UnixStream, count: usize) -> io::Result<Vec<OwnedFd>> {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         if descriptors.len() - before != expected {
-            let text = format!("{} descriptors came, not {expected}", descriptors.len() - before);
+            let number = descriptors.len() - before;
+            let text = format!("received {number} descriptors, expected {expected}");
             return Err(io::Error::new(io::ErrorKind::InvalidData, text));
         }
     }
     Ok(descriptors)
 }
 
-/// Receives bytes, and adds the descriptors that come with them, all closed on exec. Returns the
-/// number of bytes, 0 at the end of the stream.
+/// Receives bytes and appends the accompanying descriptors, with FD_CLOEXEC, to `descriptors`. Returns
+/// the number of bytes, 0 at the end of the stream.
 ///
 /// # Errors
 /// The error of recvmsg(2).
@@ -122,7 +132,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn descriptors_arrive_in_their_order() {
+    fn descriptors_of_several_messages_arrive_in_order() {
         let (a, b) = UnixStream::pair().unwrap();
         let files: Vec<_> = (0..300u32)
             .map(|number| {
@@ -140,7 +150,7 @@ mod tests {
             assert_eq!(u32::from_le_bytes(bytes) as usize, number);
         }
         drop(a);
-        assert!(receive(&b, 1).is_err(), "nobody sends any more");
+        assert!(receive(&b, 1).is_err(), "the stream has ended");
         assert_eq!(receive(&b, 0).unwrap().len(), 0);
     }
 }

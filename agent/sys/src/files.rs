@@ -1,4 +1,5 @@
-//! Files that no other user can redirect, and whose content no other user receives.
+//! Creation of files in directories that other users can change. The functions never follow a symbolic
+//! link or write to a file of another user.
 
 use std::fs::{self, File};
 use std::io;
@@ -7,28 +8,29 @@ use std::path::Path;
 
 use crate::socket::is_trusted;
 
-/// Creates a file with the permission bits `mode`.
+/// Creates a file with the permission bits `mode`, reduced by the umask, and opens it for writing.
 ///
 /// # Errors
-/// An I/O error, `AlreadyExists` also if `path` is a symbolic link.
+/// The error of open(2) with O_EXCL: `AlreadyExists` if `path` exists, also as a symbolic link.
 pub fn create_new(path: &Path, mode: u32) -> io::Result<File> {
     File::options().write(true).create_new(true).mode(mode).open(path)
 }
 
-/// Creates a file with the permission bits `mode` in place of an earlier file of this process's
-/// user or of root. A process that has opened the earlier file sees nothing of the new one.
+/// Creates a file with the permission bits `mode`. An existing file of root or of this process's user
+/// is deleted first, so that a process that has it open does not see the new content.
 ///
 /// # Errors
-/// An I/O error, also if `path` is not a regular file or belongs to another user.
+/// An error with the remedy if `path` exists and is not a regular file, or belongs to another user; the
+/// error of unlink(2) or [`create_new`].
 pub fn recreate(path: &Path, mode: u32) -> io::Result<File> {
     match create_new(path, mode) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         created => return created,
     }
     let found = fs::symlink_metadata(path)?;
-    let refused = |why: &str| Err(io::Error::other(format!("{why}: name another file")));
+    let refused = |why: &str| Err(io::Error::other(format!("{why}: choose another path")));
     if !found.is_file() {
-        return refused("there is something that is not a regular file");
+        return refused("the path is not a regular file");
     }
     if !is_trusted(found.uid()) {
         return refused("the file belongs to another user");
@@ -46,7 +48,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn file_of_this_user_is_replaced() {
+    fn recreate_replaces_file_and_its_mode() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("file");
         recreate(&path, 0o600).unwrap().write_all(b"old").unwrap();
@@ -57,11 +59,11 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"new");
         let mut seen = Vec::new();
         reader.read_to_end(&mut seen).unwrap();
-        assert_eq!(seen, b"old", "The reader of the earlier file sees nothing of the new one.");
+        assert_eq!(seen, b"old", "a reader of the old file must not see the new content");
     }
 
     #[test]
-    fn file_of_another_user_and_links_are_refused() {
+    fn files_of_other_users_links_and_directories_are_refused() {
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
         fs::write(at("theirs"), "kept").unwrap();

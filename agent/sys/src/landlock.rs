@@ -1,6 +1,6 @@
-//! Landlock (landlock(7)): the data process opens, changes and executes no file, whatever system call it
-//! uses, and reaches no TCP port, abstract unix socket or process. The seccomp filter
-//! ([`super::seccomp`]) sees no path; this ruleset applies to every path.
+//! Confinement of the data process by Landlock (landlock(7)): no access to files, TCP ports, abstract
+//! unix sockets, or other processes by signals. The ruleset applies to each path, whatever system call
+//! uses it; the seccomp filter ([`super::seccomp`]) sees numbers and pointers only.
 
 use std::io;
 
@@ -9,17 +9,19 @@ use landlock::{
     RulesetAttr, RulesetError, RulesetStatus, Scope,
 };
 
-/// Confines this thread and all threads that it starts. Descriptors that are open stay usable. The
-/// kernel's own ABI decides how much of the ruleset is enforced.
+/// Confines the calling thread and all threads and processes that it starts later. Open descriptors
+/// stay usable. A kernel with an earlier Landlock ABI enforces a part of the ruleset.
 ///
 /// # Errors
-/// [`io::ErrorKind::Unsupported`] if the kernel has no Landlock, or if it is disabled at boot; the
-/// kernel's error otherwise.
+/// `Unsupported` if the kernel does not support Landlock, or if Landlock is disabled at boot; otherwise
+/// the kernel's error.
 pub fn confine() -> io::Result<()> {
     let ruleset = ruleset(CompatLevel::BestEffort).and_then(|ruleset| ruleset.create());
     let status = ruleset.and_then(|ruleset| ruleset.restrict_self()).map_err(io::Error::other)?;
     match (status.ruleset, status.landlock) {
-        (_, LandlockStatus::NotImplemented) => Err(unsupported("this kernel has no Landlock")),
+        (_, LandlockStatus::NotImplemented) => {
+            Err(unsupported("the kernel does not support Landlock"))
+        }
         (_, LandlockStatus::NotEnabled) => {
             Err(unsupported("Landlock is disabled: add it to the boot parameter lsm="))
         }
@@ -28,10 +30,10 @@ pub fn confine() -> io::Result<()> {
     }
 }
 
-/// Checks that [`confine`] would succeed, without confining anything.
+/// Checks that the kernel supports Landlock. The function confines no thread.
 ///
 /// # Errors
-/// [`io::ErrorKind::Unsupported`] if the kernel has no Landlock or refuses a ruleset.
+/// `Unsupported` if the kernel does not support Landlock or refuses a ruleset.
 pub fn probe() -> io::Result<()> {
     let ruleset = Ruleset::default().set_compatibility(CompatLevel::HardRequirement);
     let ruleset = ruleset.handle_access(AccessFs::from_all(ABI::V1));
@@ -39,7 +41,7 @@ pub fn probe() -> io::Result<()> {
     created.map(drop).map_err(|error| unsupported(&error.to_string()))
 }
 
-/// Returns a ruleset without rules, which denies all that it handles.
+/// Returns a ruleset without rules, which denies every access right that it handles.
 fn ruleset(level: CompatLevel) -> Result<Ruleset, RulesetError> {
     Ruleset::default()
         .set_compatibility(level)

@@ -1,7 +1,11 @@
-//! The edge to the kernel: plain descriptors, no runtime, and the agent's only unsafe code.
+//! Kernel interfaces of Skein: TUN devices, UDP sockets, epoll, descriptors, and the confinement of a
+//! process. The crate contains the only unsafe code of the agent and depends on no async runtime.
 //!
-//! Nothing in here knows of tunnels, sessions or routes. What goes out and comes in are byte
-//! slices, [`std::net::SocketAddr`] and typed errors; no libc structure leaves the module.
+//! The public interface consists of byte slices, descriptors, [`std::net::SocketAddr`] and typed
+//! errors, without structures of libc. The crate has no state of sessions, peers or routes. From
+//! `skein-core` it uses four facts: the ECN field, the drop reasons, [`send::GsoBatch`], and the
+//! offset of the lane byte, by which the kernel distributes datagrams to the lanes' sockets
+//! ([`udp::bind_lanes`]).
 
 pub mod confine;
 pub mod descriptors;

@@ -1,50 +1,57 @@
-//! One question to rtnetlink: what is the interface of this name?
+//! Look-up of one interface by name over rtnetlink (rtnetlink(7), RTM_GETLINK).
 //!
-//! The data process asks it before it attaches to a TUN device, because TUNSETIFF itself would
-//! make a missing device, rewrite the flags of a stranger's, and join one that is in use. The
-//! answer is parsed here, by offsets, so that the data process needs no netlink stack.
+//! The look-up precedes TUNSETIFF, which would create a missing device, change the flags of another
+//! program's device, or attach to a device in use. The response is parsed by offsets, so that the data
+//! process does not need a netlink library.
 
 use std::io::{self, Read, Write};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-/// What the kernel says of an interface.
+/// Properties of an interface.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Link {
     /// Interface index.
     pub index: u32,
-    /// Driver kind (`tun`, `veth`, `dummy` …); `None` for hardware.
+    /// Kind of the driver (IFLA_INFO_KIND), for example `tun` or `veth`; `None` for hardware and
+    /// loopback.
     pub kind: Option<String>,
-    /// Details of a TUN or TAP device.
+    /// Properties of a TUN or TAP device; `None` for other kinds.
     pub tun: Option<TunLink>,
-    /// Packets that the device dropped instead of transmitting them (`tx_dropped`), since its
-    /// creation. A TUN device drops packets while the queue that a process reads is full.
+    /// Number of packets that the device dropped on transmission since its creation (`tx_dropped`). A
+    /// TUN device drops packets while the queue that a process reads is full.
     pub tx_dropped: u64,
 }
 
-/// What the kernel says of a TUN or TAP device (IFLA_TUN_* of linux/if_link.h).
+/// Properties of a TUN or TAP device (IFLA_TUN_* of linux/if_link.h).
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct TunLink {
-    /// Packets with an Ethernet header.
+    /// True for a TAP device, whose packets have an Ethernet header.
     pub tap: bool,
-    /// Packets begin with the four bytes of packet information.
+    /// True if packets begin with four bytes of packet information (not IFF_NO_PI).
     pub packet_information: bool,
-    /// Packets begin with a virtio_net_hdr.
+    /// True if packets begin with a virtio_net_hdr (IFF_VNET_HDR).
     pub vnet_header: bool,
-    /// Stays when nobody has it open.
+    /// True if the device remains while no process has it open (IFF_PERSIST).
     pub persistent: bool,
-    /// May have several queues.
+    /// True if several queues are allowed (IFF_MULTI_QUEUE).
     pub multi_queue: bool,
-    /// Queues that processes have attached now.
+    /// Number of queues that processes have attached, including disabled ones.
     pub queues: u32,
 }
 
+/// Length of struct nlmsghdr in bytes.
 const NLMSG_HEADER: usize = 16;
+/// Length of struct ifinfomsg in bytes.
 const IFINFO: usize = 16;
 /// Offset in bytes of `tx_dropped` in struct rtnl_link_stats64 (linux/if_link.h).
 const TX_DROPPED: usize = 7 * 8;
 
-/// Looks an interface up in this thread's network namespace; `None` where there is none.
+/// Looks up the interface `name` in the network namespace of the calling thread. Returns `None` if it
+/// does not exist.
+///
+/// # Errors
+/// `InvalidData` if the response is too short; the kernel's error, or the error of the socket.
 pub fn find(name: &str) -> io::Result<Option<Link>> {
     let mut socket = Socket::new(
         Domain::from(libc::AF_NETLINK),
@@ -66,7 +73,7 @@ fn request(name: &str) -> Vec<u8> {
     bytes.extend(libc::RTM_GETLINK.to_ne_bytes());
     bytes.extend((libc::NLM_F_REQUEST as u16).to_ne_bytes());
     bytes.extend([0; 8]);
-    // struct ifinfomsg: index 0, so that the name counts
+    // struct ifinfomsg: index 0, so that the kernel uses IFLA_IFNAME
     bytes.extend([0; IFINFO]);
     bytes.extend((attribute as u16).to_ne_bytes());
     bytes.extend(libc::IFLA_IFNAME.to_ne_bytes());
@@ -75,8 +82,9 @@ fn request(name: &str) -> Vec<u8> {
     bytes
 }
 
+/// Parses a response of the kernel.
 pub(crate) fn parse(answer: &[u8]) -> io::Result<Option<Link>> {
-    let short = || io::Error::new(io::ErrorKind::InvalidData, "short answer from rtnetlink");
+    let short = || io::Error::new(io::ErrorKind::InvalidData, "response of rtnetlink is too short");
     let kind = answer.get(4..6).map(u16_at).ok_or_else(short)?;
     let body = answer.get(NLMSG_HEADER..).ok_or_else(short)?;
     if i32::from(kind) == libc::NLMSG_ERROR {
@@ -122,7 +130,8 @@ fn parse_tun(data: &[u8]) -> TunLink {
     for (kind, value) in attributes(data) {
         let flag = value.first().is_some_and(|&byte| byte != 0);
         let count = value.get(..4).map_or(0, u32_at);
-        // IFLA_TUN_* of linux/if_link.h; libc lacks them.
+        // IFLA_TUN_* of linux/if_link.h, which libc does not define: TYPE 3, PI 4, VNET_HDR 5,
+        // PERSIST 6, MULTI_QUEUE 7, NUM_QUEUES 8, NUM_DISABLED_QUEUES 9.
         match kind {
             3 => tun.tap = value.first().is_some_and(|&kind| i32::from(kind) == libc::IFF_TAP),
             4 => tun.packet_information = flag,
@@ -163,7 +172,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn loopback_is_found_and_nonsense_is_not() {
+    fn find_returns_loopback_and_no_missing_interface() {
         let loopback = find("lo").unwrap().unwrap();
         assert!(loopback.index > 0);
         assert_eq!(loopback.tun, None);
@@ -172,7 +181,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_answer_panics(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        fn arbitrary_response_does_not_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             let _ = parse(&bytes);
         }
     }

@@ -1,7 +1,7 @@
-//! Exclusive locks on files (flock(2)). The owner of a lock has a role.
+//! Exclusive locks on files (flock(2)), by which one process at a time has a role.
 //!
-//! The lock belongs to the open file description: a copy of the descriptor in another process keeps
-//! it, and the kernel releases it when the last copy is closed, however those processes end.
+//! A lock belongs to the open file description. A copy of the descriptor in another process keeps the
+//! lock. The kernel releases the lock when the last copy is closed, also if a process is killed.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -16,8 +16,8 @@ use rustix::fs::{FlockOperation, flock};
 pub struct FileLock(File);
 
 impl FileLock {
-    /// Takes the lock on the file at `path`, which is created with mode 0600. Returns `None` while
-    /// another process has the lock.
+    /// Acquires the lock on the file at `path` without waiting. A missing file is created with mode
+    /// 0600. Returns `None` if another open file description has the lock.
     ///
     /// # Errors
     /// An I/O error if the file cannot be opened, created or locked.
@@ -39,10 +39,11 @@ impl FileLock {
         }
     }
 
-    /// Returns the lock of a descriptor that another process has passed on.
+    /// Returns the lock of a descriptor that another process has sent. The function does not check
+    /// that the sender had the lock.
     ///
     /// # Errors
-    /// An I/O error if the descriptor is not a regular file.
+    /// `InvalidInput` if the descriptor is not a regular file; the error of fstat(2).
     pub fn from_received(fd: OwnedFd) -> io::Result<Self> {
         let file = File::from(fd);
         match file.metadata()?.is_file() {
@@ -51,10 +52,10 @@ impl FileLock {
         }
     }
 
-    /// Releases the lock, also where another process has a copy of the descriptor: a child has one
-    /// between fork and exec.
+    /// Releases the lock, also if another process has a copy of the descriptor. A child process has
+    /// copies between fork and exec.
     pub fn release(self) {
-        // A lock that cannot be released is free when the last copy is closed.
+        // After an error, the lock is released when the last copy is closed.
         let _ = flock(&self.0, FlockOperation::Unlock);
     }
 
@@ -82,7 +83,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lock_is_free_when_last_copy_is_closed() {
+    fn lock_is_released_with_the_last_copy() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("lock");
         let first = FileLock::try_acquire(&path).unwrap().unwrap();
@@ -90,25 +91,25 @@ mod tests {
         drop(first);
         assert!(
             FileLock::try_acquire(&path).unwrap().is_none(),
-            "A copy of the descriptor keeps it."
+            "a copy of the descriptor must keep the lock"
         );
         let received = FileLock::from_received(copy).unwrap();
         assert!(
             FileLock::try_acquire(&path).unwrap().is_none(),
-            "A received lock is the same lock."
+            "a received descriptor must keep the lock"
         );
         drop(received);
-        assert!(FileLock::try_acquire(&path).unwrap().is_some(), "The lock is free.");
+        assert!(FileLock::try_acquire(&path).unwrap().is_some(), "the lock must be free");
     }
 
     #[test]
-    fn released_lock_is_free_although_a_copy_is_open() {
+    fn released_lock_is_free_while_a_copy_is_open() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("lock");
         let lock = FileLock::try_acquire(&path).unwrap().unwrap();
         let _copy = lock.as_fd().try_clone_to_owned().unwrap();
         lock.release();
-        assert!(FileLock::try_acquire(&path).unwrap().is_some(), "The lock is free.");
+        assert!(FileLock::try_acquire(&path).unwrap().is_some(), "the lock must be free");
     }
 
     #[test]

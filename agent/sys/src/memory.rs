@@ -1,5 +1,5 @@
-//! Memory that outlives the process that writes to it: a memfd whose size is sealed, seen as words that
-//! may be read and written by anybody who has it.
+//! Shared memory that outlives the writing process: a memfd of sealed size (memfd_create(2)), mapped as
+//! atomic words. Processes that have the descriptor read and write the same words.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -9,13 +9,13 @@ use std::sync::atomic::AtomicU64;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
-/// Bytes of a word.
+/// Length of a word in bytes.
 const WORD: usize = size_of::<AtomicU64>();
 
-/// The size can never change: a mapping would fault where the file has shrunk.
+/// Seals that fix the size. Access to a mapping beyond the end of a shrunk file raises SIGBUS.
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
-/// A mapping of the whole. Takes room only where something was written.
+/// A mapping of a whole memfd. The kernel allocates a page at the first write to it.
 #[derive(Debug)]
 pub struct SharedWords {
     file: OwnedFd,
@@ -23,13 +23,18 @@ pub struct SharedWords {
     len: usize,
 }
 
-// SAFETY: the mapping belongs to this value alone, and all access to it is by atomics.
+// SAFETY: the value owns the mapping, which is not bound to a thread.
 unsafe impl Send for SharedWords {}
-// SAFETY: as above.
+// SAFETY: shared access is atomic only (`&[AtomicU64]`), also by other processes that map the same
+// memfd. The mapping is unmapped only in `Drop`, which needs exclusive ownership.
 unsafe impl Sync for SharedWords {}
 
 impl SharedWords {
-    /// Makes `words` words of zeros.
+    /// Creates a memfd of `words` words, all 0, and maps it.
+    ///
+    /// # Errors
+    /// `InvalidInput` if the size in bytes overflows; the error of memfd_create(2), ftruncate(2),
+    /// fcntl(2) or mmap(2).
     pub fn create(words: usize) -> io::Result<Self> {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = rustix::fs::memfd_create("skein-sessions", flags)?;
@@ -39,7 +44,11 @@ impl SharedWords {
         Self::map(file, words)
     }
 
-    /// Maps what another process has made. Refuses what is not sealed, or of another size.
+    /// Maps a memfd that another process created by [`Self::create`].
+    ///
+    /// # Errors
+    /// `InvalidData` if the size of the memfd is not sealed or is not `words` words; the error of
+    /// fcntl(2), fstat(2) or mmap(2).
     pub fn open(file: OwnedFd, words: usize) -> io::Result<Self> {
         let sealed = fcntl_get_seals(&file)?.contains(SEALS);
         if !sealed || usize::try_from(fstat(&file)?.st_size).ok() != words.checked_mul(WORD) {
@@ -50,16 +59,18 @@ impl SharedWords {
 
     fn map(file: OwnedFd, len: usize) -> io::Result<Self> {
         let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
-        // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
+        // SAFETY: the kernel chooses the address (no MAP_FIXED), so that the new mapping replaces no
+        // other memory.
         let start = unsafe { mmap(std::ptr::null_mut(), len * WORD, access, flags, &file, 0) }?;
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         Ok(Self { file, start, len })
     }
 
-    /// All of it.
+    /// Returns all words.
     pub fn words(&self) -> &[AtomicU64] {
-        // SAFETY: `start` is the page-aligned begin of a mapping of `len` words that lives as long as
-        // `self`; it cannot shrink, any bits are a u64, and nothing but atomics touches it.
+        // SAFETY: `start` is the page-aligned start of a mapping of `len` words, which is valid while
+        // `self` is borrowed and whose file cannot shrink (sealed). Every bit pattern is a valid
+        // `AtomicU64`, and all access is atomic.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
 }
@@ -72,8 +83,8 @@ impl AsFd for SharedWords {
 
 impl Drop for SharedWords {
     fn drop(&mut self) {
-        // SAFETY: the mapping is this value's own, and borrows of it have ended.
-        // It fails on no mapping that mmap has given.
+        // SAFETY: the value owns the mapping, and no borrow of it exists in `drop`.
+        // munmap(2) does not fail for a range that mmap(2) returned.
         let _ = unsafe { munmap(self.start.as_ptr().cast(), self.len * WORD) };
     }
 }
@@ -86,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn two_mappings_see_the_same() {
+    fn two_mappings_share_their_words() {
         let one = SharedWords::create(4096).unwrap();
         one.words()[4095].store(7, Relaxed);
         let two = SharedWords::open(one.as_fd().try_clone_to_owned().unwrap(), 4096).unwrap();
@@ -95,11 +106,11 @@ mod tests {
         assert_eq!(one.words()[0].load(Relaxed), 9);
         drop(two);
         assert_eq!(one.words().len(), 4096);
-        assert!(ftruncate(&one.file, 0).is_err(), "it cannot shrink under a mapping");
+        assert!(ftruncate(&one.file, 0).is_err(), "the file must not shrink under a mapping");
     }
 
     #[test]
-    fn what_is_not_sealed_or_of_another_size_is_refused() {
+    fn unsealed_file_and_wrong_size_are_refused() {
         let one = SharedWords::create(64).unwrap();
         let copy = || one.as_fd().try_clone_to_owned().unwrap();
         assert!(SharedWords::open(copy(), 65).is_err());

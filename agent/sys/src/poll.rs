@@ -1,4 +1,4 @@
-//! Waiting for several descriptors at once, and waking a thread that waits.
+//! Readiness of descriptors (epoll(7)) and wake-ups of a waiting thread (eventfd(2)).
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -6,31 +6,35 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 
-/// Wakes a thread from its [`Poller`] (an eventfd). Shared by `Arc`; a wake is never lost, and
-/// many wakes before the thread looks are one.
+/// An eventfd that wakes a thread from [`Poller::wait`]. Threads share it by `Arc`. A wake-up is never
+/// lost; several wake-ups before [`Self::drain`] count as one.
 #[derive(Debug)]
 pub struct Waker {
     fd: OwnedFd,
 }
 
 impl Waker {
-    /// Makes one that nobody has woken.
+    /// Creates a waker without a pending wake-up.
+    ///
+    /// # Errors
+    /// The error of eventfd(2).
     pub fn new() -> io::Result<Self> {
         let fd = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
         Ok(Self { fd })
     }
 
-    /// Makes the descriptor readable.
+    /// Makes the descriptor readable, which ends the wait of the thread.
     pub fn wake(&self) {
-        // The only error is a full counter (2^64 - 2 wakes), and then it is readable already.
+        // The only possible error is a full counter (2^64 - 2 wake-ups). The descriptor is then
+        // already readable.
         let _ = rustix::io::write(&self.fd, &1u64.to_ne_bytes());
     }
 
-    /// Makes the descriptor unreadable again; the waiting thread calls it before it looks at what
-    /// it was woken for.
+    /// Resets the descriptor. The woken thread calls it before it processes the work, so that a later
+    /// wake-up is not lost.
     pub fn drain(&self) {
         let mut count = [0; 8];
-        // The only error is that nobody woke it.
+        // The only possible error is EAGAIN: no wake-up is pending.
         let _ = rustix::io::read(&self.fd, &mut count);
     }
 }
@@ -41,23 +45,26 @@ impl AsFd for Waker {
     }
 }
 
-/// Waits until one of its descriptors is readable, or writable where that was asked (epoll, level-triggered: what was not read to
-/// the end is reported again).
+/// A set of descriptors with their tokens, of which [`Self::wait`] returns the ready ones. The set is
+/// level-triggered: a descriptor with unread data is reported again.
 pub struct Poller {
     epoll: OwnedFd,
     events: Vec<epoll::Event>,
     tokens: Vec<u32>,
 }
 
-// SAFETY: an event's data is a union that may hold a pointer; this poller stores nothing but tokens
-// (integers) in it, so that moving it to another thread shares nothing.
+// SAFETY: the type is not `Send` only because the data of an event is a union that may hold a pointer.
+// This type stores only tokens (integers) in it, so that a move to another thread shares nothing.
 unsafe impl Send for Poller {}
 
-/// More than any thread polls; the rest would be reported by the next wait.
+/// Maximum number of events of one wait. The next wait reports the rest.
 const MAX_EVENTS: usize = 64;
 
 impl Poller {
-    /// Makes one that waits for nothing.
+    /// Creates an empty set.
+    ///
+    /// # Errors
+    /// The error of epoll_create1(2).
     pub fn new() -> io::Result<Self> {
         Ok(Self {
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
@@ -66,28 +73,42 @@ impl Poller {
         })
     }
 
-    /// Waits for `fd` too from now on and reports it as `token`.
+    /// Adds `fd`, which is reported as `token` while it is readable or has an error.
+    ///
+    /// # Errors
+    /// The error of epoll_ctl(2), for example `AlreadyExists`.
     pub fn add(&mut self, fd: BorrowedFd<'_>, token: u32) -> io::Result<()> {
         let data = epoll::EventData::new_u64(token.into());
         Ok(epoll::add(&self.epoll, fd, data, epoll::EventFlags::IN)?)
     }
 
-    /// Reports `fd` as `token` from now on whenever it is writable (or broken).
+    /// Adds `fd`, which is reported as `token` while it is writable or has an error.
+    ///
+    /// # Errors
+    /// The error of epoll_ctl(2), for example `AlreadyExists`.
     pub fn add_writable(&mut self, fd: BorrowedFd<'_>, token: u32) -> io::Result<()> {
         let data = epoll::EventData::new_u64(token.into());
         Ok(epoll::add(&self.epoll, fd, data, epoll::EventFlags::OUT)?)
     }
 
-    /// Waits for `fd` no longer. Call it before the descriptor is closed.
+    /// Removes `fd`. Call it before the descriptor is closed.
+    ///
+    /// # Errors
+    /// The error of epoll_ctl(2), for example `NotFound`.
     pub fn remove(&mut self, fd: BorrowedFd<'_>) -> io::Result<()> {
         Ok(epoll::delete(&self.epoll, fd)?)
     }
 
-    /// Waits at most `timeout` (in whole milliseconds, rounded up; `None`: for ever) and returns
-    /// the tokens of what is readable or broken; nothing at the timeout or at a signal.
+    /// Waits until a descriptor is ready and returns the tokens of the ready descriptors. Returns an
+    /// empty list after `timeout`, which is rounded up to whole milliseconds, or after a signal. `None`
+    /// waits without a limit.
+    ///
+    /// # Errors
+    /// The error of epoll_wait(2), except EINTR.
     pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<&[u32]> {
         let timeout = timeout.map(|timeout| Timespec {
-            // A day and more is as good as any longer time, and fits every epoll call.
+            // epoll_wait(2) takes milliseconds as an int. 100,000 s fit and are as good as any longer
+            // timeout: the caller repeats the wait.
             tv_sec: timeout.as_secs().min(100_000) as i64,
             tv_nsec: timeout.subsec_nanos().into(),
         });
@@ -95,13 +116,17 @@ impl Poller {
         Ok(&self.tokens)
     }
 
-    /// Whether anything is readable or broken now; [`ready`](Self::ready) says what.
+    /// Checks the descriptors without waiting. Returns true if one is ready; [`Self::ready`] has the
+    /// tokens.
+    ///
+    /// # Errors
+    /// The error of epoll_wait(2), except EINTR.
     pub fn poll(&mut self) -> io::Result<bool> {
         self.poll_epoll(Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
         Ok(!self.tokens.is_empty())
     }
 
-    /// The tokens that the last look found.
+    /// Returns the tokens that the last [`Self::wait`] or [`Self::poll`] found.
     pub fn ready(&self) -> &[u32] {
         &self.tokens
     }
@@ -128,7 +153,7 @@ mod tests {
     use std::time::Instant;
 
     #[test]
-    fn a_wake_from_another_thread_ends_the_wait() {
+    fn wake_from_another_thread_ends_the_wait() {
         let waker = Arc::new(Waker::new().unwrap());
         let mut poller = Poller::new().unwrap();
         poller.add(waker.as_fd(), 7).unwrap();
@@ -136,7 +161,7 @@ mod tests {
         let thread = thread::spawn(move || other.wake());
         assert_eq!(poller.wait(Some(Duration::from_secs(10))).unwrap(), [7]);
         thread.join().unwrap();
-        // Level-triggered: still reported until drained.
+        // The set is level-triggered: the waker is reported until it is drained.
         assert_eq!(poller.wait(Some(Duration::ZERO)).unwrap(), [7]);
         waker.wake();
         waker.drain();
@@ -145,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_timeout_below_a_millisecond_does_not_spin() {
+    fn timeout_below_one_millisecond_is_waited_for() {
         let mut poller = Poller::new().unwrap();
         let start = Instant::now();
         assert!(poller.wait(Some(Duration::from_micros(300))).unwrap().is_empty());
@@ -153,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn a_removed_descriptor_is_not_reported() {
+    fn removed_descriptor_is_not_reported() {
         let (a, b) = (Waker::new().unwrap(), Waker::new().unwrap());
         let mut poller = Poller::new().unwrap();
         poller.add(a.as_fd(), 1).unwrap();

@@ -1,4 +1,4 @@
-//! What this host can do, for `skein-agent check`.
+//! Probes of the host for `skein-agent check`: kernel version, capabilities, offloads, confinement.
 
 use std::fs;
 use std::io;
@@ -9,32 +9,32 @@ use super::tun::{self, TunOffload};
 use super::udp::{self, UdpOptions};
 use super::{landlock, seccomp};
 
-/// The answer to one question about the host.
+/// Result of one probe of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Probe {
-    /// What was looked at; stable, for scripts.
+    /// Name of the probe. Names are stable, because scripts use them.
     pub name: &'static str,
-    /// Whether it is there.
+    /// True if the host has the feature.
     pub ok: bool,
-    /// What was found, or why it is not there and how to mend it.
+    /// Finding, or the reason of the failure and its remedy.
     pub detail: String,
-    /// Without it the agent does not run; the rest only costs speed.
+    /// True if the agent cannot run without the feature. Other features affect speed or confinement.
     pub required: bool,
 }
 
-/// The oldest kernel that is supported: UDP_GRO came with 5.0, and 5.4 is its long-term release.
+/// Oldest supported kernel version. UDP_GRO exists since 5.0; 5.4 is the next long-term release.
 const OLDEST_KERNEL: (u32, u32) = (5, 4);
 
 // Bits of linux/capability.h.
 const CAP_NET_ADMIN: u32 = 12;
 const CAP_SYS_ADMIN: u32 = 21;
 
-/// Looks at everything. Devices and sockets are made in a scratch network namespace, so nothing
-/// stays behind and nothing of the host's is touched.
+/// Runs all probes. Devices and sockets are created in a temporary network namespace, so that the
+/// configuration of the host does not change.
 pub fn probe_all() -> Vec<Probe> {
     let mut probes = vec![
         kernel(),
-        capability("cap_net_admin", CAP_NET_ADMIN, true, "to make the TUN device and its routes"),
+        capability("cap_net_admin", CAP_NET_ADMIN, true, "to create the TUN device and its routes"),
         capability("cap_sys_admin", CAP_SYS_ADMIN, false, "to enter network namespaces"),
         ipv6(),
         result("udp_segment", false, udp::probe_gso().map(|()| "UDP_SEGMENT works".into())),
@@ -49,8 +49,8 @@ pub fn probe_all() -> Vec<Probe> {
             name: "scratch_namespace",
             ok: false,
             detail: format!(
-                "the TUN device and the lanes' sockets were not tried, for want of a scratch \
-                 network namespace: {error} (run as root)"
+                "cannot create a temporary network namespace, so that the TUN device and the lanes' \
+                 sockets were not probed: {error}. Run the command as root."
             ),
             required: false,
         }),
@@ -79,11 +79,13 @@ fn check_release(release: String) -> Result<String, String> {
     let mut numbers =
         release.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse::<u32>().ok());
     let (Some(major), Some(minor)) = (numbers.next(), numbers.next()) else {
-        return Err(format!("cannot read the version \"{release}\""));
+        return Err(format!("cannot parse the kernel version \"{release}\""));
     };
     let (oldest_major, oldest_minor) = OLDEST_KERNEL;
     if (major, minor) < OLDEST_KERNEL {
-        return Err(format!("Linux {release} is older than {oldest_major}.{oldest_minor}"));
+        return Err(format!(
+            "Linux {release} is too old: use {oldest_major}.{oldest_minor} or later"
+        ));
     }
     Ok(format!("Linux {release}"))
 }
@@ -106,8 +108,8 @@ fn capability(name: &'static str, bit: u32, required: bool, purpose: &str) -> Pr
 
 fn ipv6() -> Probe {
     let found = match udp::is_family_supported(Ipv6Addr::UNSPECIFIED.into()) {
-        true => Ok("sockets can be made".into()),
-        false => Err("this host has no IPv6: the agent listens on IPv4 only".into()),
+        true => Ok("IPv6 sockets can be created".into()),
+        false => Err("the host does not support IPv6: the agent listens on IPv4 only".into()),
     };
     result("ipv6", false, found)
 }
@@ -125,14 +127,14 @@ fn aes() -> Probe {
         "aes_hardware",
         false,
         if found {
-            Ok("AES-256-GCM in hardware".into())
+            Ok("the processor has AES instructions".into())
         } else {
             Err("the processor has no AES instructions: ChaCha20-Poly1305 is used".into())
         },
     )
 }
 
-/// Makes a device, attaches two queues and looks which offloads came into force.
+/// Creates a device, attaches two queues, and reports the enabled offloads.
 fn tun_device() -> Vec<Probe> {
     const NAME: &str = "skeinprobe0";
     let opened =
@@ -157,7 +159,7 @@ fn tun_device() -> Vec<Probe> {
     ]
 }
 
-/// Binds two lanes and looks what the kernel would not do.
+/// Binds the sockets of two lanes and reports refused features and small buffers.
 fn lanes() -> Vec<Probe> {
     const BUFFER: usize = 8 << 20;
     let address = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
@@ -172,10 +174,10 @@ fn lanes() -> Vec<Probe> {
     };
     vec![
         result("udp", true, Ok("sockets can be bound".into())),
-        probe("udp_ecn", "congestion marks of the underlay are received"),
-        probe("reuseport_steering", "datagrams are steered by their lane"),
-        probe("receive_buffer", "8 MiB can be had"),
-        probe("send_buffer", "8 MiB can be had"),
+        probe("udp_ecn", "the ECN field of received datagrams is reported"),
+        probe("reuseport_steering", "the kernel distributes datagrams by their lane number"),
+        probe("receive_buffer", "8 MiB are available"),
+        probe("send_buffer", "8 MiB are available"),
     ]
 }
 
@@ -184,7 +186,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kernel_releases_are_told_apart() {
+    fn kernel_version_is_accepted_from_5_4() {
         for good in ["5.4.0-generic\n", "5.10", "6.18.44-fc-v669", "7.0.0-rc1"] {
             assert!(check_release(good.into()).is_ok(), "{good}");
         }

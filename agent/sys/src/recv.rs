@@ -1,4 +1,5 @@
-//! Receiving many datagrams, and runs of datagrams, in one recvmmsg.
+//! Reception of many messages with one recvmmsg(2). With UDP_GRO, a message may contain several
+//! datagrams of one sender.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
@@ -8,24 +9,26 @@ use std::ptr;
 
 use skein_core::wire::ecn::Ecn;
 
-/// Room for one message in bytes: whatever a socket with UDP_GRO can deliver. A shorter buffer
-/// would lose a run's tail in silence.
+/// Length of the buffer of one message in bytes: the maximum that a socket with UDP_GRO delivers. The
+/// kernel cuts a message that is longer than its buffer.
 const BUFFER_LEN: usize = 65_536;
 
-/// Room for the control messages: UDP_GRO, SO_RXQ_OVFL and IP_TOS or IPV6_TCLASS have one int each
-/// at most, 24 bytes with their headers. As u64, for the alignment of cmsghdr.
+/// Buffer of the control messages UDP_GRO, SO_RXQ_OVFL, and IP_TOS or IPV6_TCLASS. Each contains at
+/// most one int and takes 24 bytes with its header. The element type u64 gives the alignment of
+/// cmsghdr.
 type Control = [u64; 12];
 
 const _: () = {
     assert!(align_of::<Control>() >= align_of::<libc::cmsghdr>());
-    // SAFETY: CMSG_SPACE only computes.
+    // SAFETY: `CMSG_SPACE` computes a size from its argument and dereferences no pointer.
     assert!(size_of::<Control>() >= 3 * unsafe { libc::CMSG_SPACE(4) } as usize);
 };
 
-/// Room for one sock_extended_err with the address of its sender.
+/// Buffer of one control message with a sock_extended_err and the address of its sender.
 type ErrorControl = [u64; 16];
 
-/// Buffers for one recvmmsg, made once.
+/// Buffers of recvmmsg(2), allocated once. The caller calls [`Self::recv`] and then reads the
+/// [`Self::message`]s, whose payloads are in [`Self::arena`].
 pub struct RecvBatch {
     arena: Vec<u8>,
     addresses: Vec<libc::sockaddr_storage>,
@@ -36,35 +39,37 @@ pub struct RecvBatch {
     overflow: u32,
 }
 
-// SAFETY: the raw pointers in `iovecs` and `headers` are written anew at every call, from vectors
-// that this value owns, and are followed only within that call.
+// SAFETY: every call of `recv` overwrites the raw pointers in `iovecs` and `headers` with pointers to
+// vectors that this value owns, and only that call and reads of the same value dereference them.
 unsafe impl Send for RecvBatch {}
 
-/// One message: a datagram, or a run of datagrams of equal size from one sender.
+/// One received message: a datagram, or several merged datagrams of one sender (UDP_GRO). Merged
+/// datagrams have the same size, except for a shorter last one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Message {
-    /// Who sent it.
+    /// Source address and port.
     pub source: SocketAddr,
-    /// Where its payload lies in [`RecvBatch::arena`].
+    /// Range of the payload in [`RecvBatch::arena`].
     pub range: Range<usize>,
-    /// Length of every datagram but the last in bytes: the message's length where it is a single
-    /// datagram, never 0, never more than the message.
+    /// Length of each datagram except the last one, bytes; at least 1. For a single datagram, the
+    /// length of the message. At most the length of a message that is not empty.
     pub segment_size: usize,
-    /// ECN field of the outer header, `NotEct` if the socket does not report the field. In a run of
-    /// datagrams the field is that of one of them: kernels without commit 5babae777c61 ("net: gro:
-    /// add flush check in udp_gro_receive_segment") merge datagrams whose fields differ.
+    /// ECN field of the outer header; `NotEct` if the socket does not report the field. For merged
+    /// datagrams, the field is that of one of them: kernels without commit 5babae777c61 ("net: gro: add
+    /// flush check in udp_gro_receive_segment") merge datagrams with different fields.
     pub ecn: Ecn,
-    /// The kernel cut the message or what it says of it; its contents are not to be used.
+    /// True if the kernel cut the message or its control messages (MSG_TRUNC, MSG_CTRUNC). The
+    /// content must not be used.
     pub truncated: bool,
 }
 
 impl Message {
-    /// Returns true if the message is a run of more than one datagram.
+    /// Returns true if the message contains more than one datagram.
     pub fn is_merged(&self) -> bool {
         self.range.len() > self.segment_size
     }
 
-    /// Where its datagrams lie in the arena, in order. An empty message has none.
+    /// Returns the ranges of the datagrams in the arena, in order. An empty message has none.
     pub fn segments(&self) -> impl Iterator<Item = Range<usize>> + use<> {
         let (end, size) = (self.range.end, self.segment_size.max(1));
         self.range.clone().step_by(size).map(move |start| start..end.min(start + size))
@@ -72,10 +77,10 @@ impl Message {
 }
 
 impl RecvBatch {
-    /// Makes room for `messages` messages a call, at least one.
+    /// Allocates buffers for `messages` messages per call, at least one.
     pub fn new(messages: usize) -> Self {
         let messages = messages.max(1);
-        // SAFETY: sockaddr_storage is plain integers, for which zero is valid.
+        // SAFETY: sockaddr_storage consists of integers, for which zero is valid.
         let address: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
         Self {
             arena: vec![0; messages * BUFFER_LEN],
@@ -88,16 +93,18 @@ impl RecvBatch {
         }
     }
 
-    /// Takes what the socket has, without waiting, and returns the number of messages; WouldBlock
-    /// when there is none. The messages of the last call are gone.
+    /// Receives the queued messages of `socket` without waiting, up to the number of buffers. Returns
+    /// the number of messages. The messages of the previous call are lost.
+    ///
+    /// # Errors
+    /// `WouldBlock` if no message is queued; other errors of recvmmsg(2), except EINTR.
     pub fn recv(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
         self.received = 0;
         self.prepare();
         let received = loop {
-            // SAFETY: every header points at an address, an iovec and a control buffer of its
-            // own and gives their true lengths; every iovec points at a part of the arena of its
-            // own. All are owned by self, which is borrowed mutably, and none is moved before the
-            // call is over. A null timeout is allowed.
+            // SAFETY: each header points to its own address, iovec and control buffer and contains
+            // their lengths; each iovec points to its own part of the arena. `self` owns all of them,
+            // is borrowed mutably, and does not move them during the call. The timeout may be null.
             let result = unsafe {
                 libc::recvmmsg(
                     socket.as_raw_fd(),
@@ -126,10 +133,10 @@ impl RecvBatch {
         Ok(self.received)
     }
 
-    /// The `i`th message of the last call.
+    /// Returns message `i` of the last [`Self::recv`].
     ///
     /// # Panics
-    /// If the last call received fewer.
+    /// Panics if the last call received `i` or fewer messages.
     pub fn message(&self, i: usize) -> Message {
         let header = &self.headers[..self.received][i];
         let len = (header.msg_len as usize).min(BUFFER_LEN);
@@ -145,24 +152,25 @@ impl RecvBatch {
         }
     }
 
-    /// Every message's bytes.
+    /// Returns the payloads of all messages ([`Message::range`]).
     pub fn arena(&self) -> &[u8] {
         &self.arena
     }
 
-    /// Every message's bytes, to be decrypted in place.
+    /// Returns the payloads of all messages, for decryption in place.
     pub fn arena_mut(&mut self) -> &mut [u8] {
         &mut self.arena
     }
 
-    /// How many datagrams the socket of the last call has lost for want of buffer since it was
-    /// made, as of its newest message (SO_RXQ_OVFL; wraps at 2^32). 0 if that call failed.
+    /// Returns the number of datagrams that the socket of the last call has dropped since its creation
+    /// because its receive buffer was full, as the newest message reports (SO_RXQ_OVFL). The number
+    /// wraps at 2^32. Returns 0 if the call failed, or if the socket has dropped no datagram.
     pub fn overflow(&self) -> u32 {
         self.overflow
     }
 
-    /// Points the kernel structures at the buffers, with their full lengths, which the kernel
-    /// overwrote at the last call (a control buffer that was not reset would shrink for good).
+    /// Resets the kernel structures to the buffers and their full lengths. The kernel overwrites the
+    /// lengths in each call.
     fn prepare(&mut self) {
         self.overflow = 0;
         self.iovecs.clear();
@@ -173,8 +181,8 @@ impl RecvBatch {
         self.headers.clear();
         let buffers = self.iovecs.iter_mut().zip(&mut self.addresses).zip(&mut self.control);
         self.headers.extend(buffers.map(|((iovec, address), control)| {
-            // SAFETY: mmsghdr is integers and pointers, for which zero is valid. (It has padding
-            // on some systems, so it cannot be written field by field.)
+            // SAFETY: mmsghdr consists of integers and pointers, for which zero is valid. (A struct
+            // literal is impossible: some C libraries have private padding fields.)
             let mut header: libc::mmsghdr = unsafe { std::mem::zeroed() };
             header.msg_hdr.msg_name = ptr::from_mut(address).cast();
             header.msg_hdr.msg_namelen = size_of_val(address) as libc::socklen_t;
@@ -187,7 +195,7 @@ impl RecvBatch {
     }
 }
 
-/// A run's segment size, whatever the kernel says.
+/// Returns the segment size of a message of `len` bytes, within 1 to `len` whatever the kernel reports.
 fn segment_size(reported: Option<i32>, len: usize) -> usize {
     let reported = reported.and_then(|size| usize::try_from(size).ok()).filter(|&size| size > 0);
     reported.map_or(len, |size| size.min(len)).max(1)
@@ -195,29 +203,32 @@ fn segment_size(reported: Option<i32>, len: usize) -> usize {
 
 #[derive(Default)]
 struct ControlValues {
+    /// Segment size in bytes (UDP_GRO).
     segment: Option<i32>,
+    /// Number of dropped datagrams (SO_RXQ_OVFL).
     overflow: Option<u32>,
-    /// Type of service or traffic class of the outer header.
+    /// Type of service (IPv4) or traffic class (IPv6) of the outer header.
     tos: u8,
 }
 
-/// Reads the control messages that recvmmsg left.
+/// Reads the control messages of a message that recvmmsg(2) received.
 fn control_values(header: &libc::msghdr) -> ControlValues {
     let mut found = ControlValues::default();
-    // SAFETY: `header` is one that recvmmsg has filled: msg_control points at a Control of the
-    // same RecvBatch, of which msg_controllen bytes are the kernel's, so the CMSG macros stay
-    // within it.
+    // SAFETY: recvmmsg(2) has filled `header`: msg_control points to a `Control` of the same
+    // `RecvBatch`, and the kernel wrote its first msg_controllen bytes, within which the CMSG macros
+    // stay.
     let mut cmsg = unsafe { libc::CMSG_FIRSTHDR(header) };
-    // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR give null or a whole cmsghdr within the buffer, which
-    // is aligned for it.
+    // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR return null or a pointer to a complete, aligned cmsghdr
+    // within the buffer.
     while let Some(head) = unsafe { cmsg.as_ref() } {
-        // SAFETY: CMSG_LEN only computes.
+        // SAFETY: `CMSG_LEN` computes a length from its argument and dereferences no pointer.
         let (byte_len, int_len) =
             unsafe { (libc::CMSG_LEN(1) as usize, libc::CMSG_LEN(4) as usize) };
         // The length's type differs between C libraries.
         #[allow(clippy::unnecessary_cast)]
         if head.cmsg_len as usize >= int_len {
-            // SAFETY: the message has at least four bytes of data; they need not be aligned.
+            // SAFETY: the control message contains at least four bytes of data, which are read
+            // unaligned.
             let value = unsafe { libc::CMSG_DATA(cmsg).cast::<i32>().read_unaligned() };
             match (head.cmsg_level, head.cmsg_type) {
                 (libc::SOL_UDP, libc::UDP_GRO) => found.segment = Some(value),
@@ -228,32 +239,33 @@ fn control_values(header: &libc::msghdr) -> ControlValues {
         } else if head.cmsg_len as usize >= byte_len
             && (head.cmsg_level, head.cmsg_type) == (libc::IPPROTO_IP, libc::IP_TOS)
         {
-            // SAFETY: the message has at least one byte of data.
+            // SAFETY: the control message contains at least one byte of data.
             found.tos = unsafe { *libc::CMSG_DATA(cmsg) };
         }
-        // SAFETY: as at CMSG_FIRSTHDR; `cmsg` came from it.
+        // SAFETY: `header` is valid for the CMSG macros (see CMSG_FIRSTHDR above), and `cmsg` points to
+        // one of its control messages.
         cmsg = unsafe { libc::CMSG_NXTHDR(header, cmsg) };
     }
     found
 }
 
-/// Receives a message from a socket's error queue and returns the MTU in bytes that a local
-/// EMSGSIZE reports (ip(7), IP_RECVERR); `None` if the queue is empty or reports another error.
+/// Receives one message from the error queue of a socket (ip(7), IP_RECVERR). Returns the MTU in bytes
+/// of a locally generated EMSGSIZE error, and `None` if the queue is empty or has another error.
 ///
 /// # Errors
-/// The error of recvmsg(2), except for an empty queue.
+/// The error of recvmsg(2), except EAGAIN.
 pub(super) fn reported_mtu(socket: BorrowedFd<'_>) -> io::Result<Option<u32>> {
     let mut payload = [0u8; 1];
     let mut control: ErrorControl = [0; 16];
     let mut iovec = libc::iovec { iov_base: payload.as_mut_ptr().cast(), iov_len: 1 };
-    // SAFETY: msghdr is integers and pointers, for which zero is valid.
+    // SAFETY: msghdr consists of integers and pointers, for which zero is valid.
     let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
     header.msg_iov = &raw mut iovec;
     header.msg_iovlen = 1;
     header.msg_control = control.as_mut_ptr().cast();
     header.msg_controllen = size_of_val(&control) as _;
-    // SAFETY: the header points at an iovec and a control buffer that live until the end of this
-    // function, and gives their true lengths.
+    // SAFETY: the header points to an iovec and a control buffer of this function and contains their
+    // lengths.
     let received = unsafe {
         libc::recvmsg(socket.as_raw_fd(), &raw mut header, libc::MSG_ERRQUEUE | libc::MSG_DONTWAIT)
     };
@@ -261,12 +273,11 @@ pub(super) fn reported_mtu(socket: BorrowedFd<'_>) -> io::Result<Option<u32>> {
         let error = io::Error::last_os_error();
         return if error.kind() == io::ErrorKind::WouldBlock { Ok(None) } else { Err(error) };
     }
-    // SAFETY: `header` was filled by recvmsg, so that the CMSG macros stay within the control
-    // buffer.
+    // SAFETY: recvmsg(2) has filled `header`, so that the CMSG macros stay within the control buffer.
     let mut cmsg = unsafe { libc::CMSG_FIRSTHDR(&raw const header) };
-    // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR give null or a whole, aligned cmsghdr.
+    // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR return null or a pointer to a complete, aligned cmsghdr.
     while let Some(head) = unsafe { cmsg.as_ref() } {
-        // SAFETY: CMSG_LEN only computes.
+        // SAFETY: `CMSG_LEN` computes a length from its argument and dereferences no pointer.
         let whole = unsafe { libc::CMSG_LEN(size_of::<libc::sock_extended_err>() as _) } as usize;
         let kind = (head.cmsg_level, head.cmsg_type);
         let of_error = kind == (libc::IPPROTO_IP, libc::IP_RECVERR)
@@ -274,14 +285,16 @@ pub(super) fn reported_mtu(socket: BorrowedFd<'_>) -> io::Result<Option<u32>> {
         // The length's type differs between C libraries.
         #[allow(clippy::unnecessary_cast)]
         if of_error && head.cmsg_len as usize >= whole {
-            // SAFETY: the message holds a whole sock_extended_err, of plain integers.
+            // SAFETY: the control message contains a complete sock_extended_err, which consists of
+            // integers and is read unaligned.
             let error =
                 unsafe { libc::CMSG_DATA(cmsg).cast::<libc::sock_extended_err>().read_unaligned() };
             let local = error.ee_origin == libc::SO_EE_ORIGIN_LOCAL;
             let too_long = error.ee_errno == libc::EMSGSIZE as u32;
             return Ok((local && too_long).then_some(error.ee_info));
         }
-        // SAFETY: as at CMSG_FIRSTHDR; `cmsg` came from it.
+        // SAFETY: `header` is valid for the CMSG macros (see CMSG_FIRSTHDR above), and `cmsg` points to
+        // one of its control messages.
         cmsg = unsafe { libc::CMSG_NXTHDR(&raw const header, cmsg) };
     }
     Ok(None)
@@ -289,8 +302,8 @@ pub(super) fn reported_mtu(socket: BorrowedFd<'_>) -> io::Result<Option<u32>> {
 
 fn socket_address(storage: &libc::sockaddr_storage) -> SocketAddr {
     let storage = ptr::from_ref(storage);
-    // SAFETY: sockaddr_storage has the size and the alignment of every address type, all of which
-    // are plain integers, and all its bytes are initialised.
+    // SAFETY: sockaddr_storage has the size and alignment of every address type. The address types
+    // consist of integers, and all bytes are initialised.
     unsafe {
         match i32::from((*storage).ss_family) {
             libc::AF_INET6 => {
@@ -298,7 +311,8 @@ fn socket_address(storage: &libc::sockaddr_storage) -> SocketAddr {
                 SocketAddr::V6(SocketAddrV6::new(
                     Ipv6Addr::from(address.sin6_addr.s6_addr),
                     u16::from_be(address.sin6_port),
-                    // Nobody answers by flow; the scope does tell link-local peers apart.
+                    // The flow label is not part of an endpoint. The scope distinguishes link-local
+                    // peers.
                     0,
                     address.sin6_scope_id,
                 ))

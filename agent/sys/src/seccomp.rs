@@ -1,13 +1,13 @@
-//! The system calls that the data process may make from its start on. It is the process that strangers'
-//! packets reach.
+//! Seccomp filters of the data process (seccomp(2)), which processes packets of unauthenticated
+//! senders.
 //!
-//! What is not listed fails as on a kernel that does not have it (ENOSYS): that is what C libraries have
-//! other ways for, so that a library or kernel of tomorrow costs a warning and not the node's network.
-//! What only an intruder would call ends the process; its keeper starts another and says so.
+//! A system call that is not listed fails with ENOSYS, as on a kernel without it. C libraries have
+//! fallbacks for ENOSYS, so that a new call in a later library does not stop the data process. A system
+//! call that only an attacker would make ([`HOSTILE`]) kills the process, and the keeper restarts it.
 //!
-//! No file can be opened. A filter sees no path, so a process that may open some file for reading may
-//! read every file of root, and one that may open `/proc/self/mem` for writing changes its own code.
-//! The keeper opens what the data process needs and passes the descriptors.
+//! The data process cannot open files. A filter sees no path: permission to open some file for reading
+//! would include every file of root, and permission to open `/proc/self/mem` for writing would allow
+//! changes of the code. The keeper opens the required files and passes the descriptors.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -18,8 +18,8 @@ use seccompiler::{
     SeccompFilter, SeccompRule,
 };
 
-/// Allowed whatever their arguments: what moves packets, time, memory, threads' waiting and ending, and what
-/// concerns descriptors that the process has.
+/// System calls that are allowed with all arguments: packet I/O, clocks, memory, synchronisation and
+/// exit of threads, and operations on open descriptors.
 const ALLOWED: &[c_long] = &[
     libc::SYS_accept4,
     libc::SYS_bind,
@@ -87,7 +87,7 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_writev,
 ];
 
-/// The same of those that only the older architectures have.
+/// System calls that are allowed with all arguments and exist only on some architectures.
 #[cfg(target_arch = "x86_64")]
 const ALLOWED_OLD: &[c_long] = &[
     libc::SYS_accept,
@@ -100,7 +100,8 @@ const ALLOWED_OLD: &[c_long] = &[
 #[cfg(not(target_arch = "x86_64"))]
 const ALLOWED_OLD: &[c_long] = &[libc::SYS_accept];
 
-/// Nothing that this process, or a library of it, calls on any kernel.
+/// System calls that neither the data process nor one of its libraries makes on any kernel. A call kills
+/// the process.
 const HOSTILE: &[c_long] = &[
     libc::SYS_bpf,
     libc::SYS_chroot,
@@ -128,16 +129,16 @@ const HOSTILE: &[c_long] = &[
     libc::SYS_userfaultfd,
 ];
 
-/// Requests of `ioctl(2)`: flags of descriptors, and the terminal's settings.
+/// Allowed requests of ioctl(2): flags of descriptors, and reads of terminal settings.
 const IOCTL_REQUESTS: &[u64] = &[
     libc::FIONBIO,
     libc::FIOCLEX,
-    // Whether the log goes to a terminal.
+    // isatty(3), for the format of the log.
     libc::TCGETS,
 ];
 
-/// Commands of `fcntl(2)`: copies and flags of descriptors, and seals of memory. The others send
-/// signals to other processes (F_SETOWN, F_NOTIFY, F_SETLEASE) or change locks.
+/// Allowed commands of fcntl(2): copies and flags of descriptors, and seals of memfds. Other commands
+/// can send signals to other processes (F_SETOWN, F_NOTIFY, F_SETLEASE) or change locks.
 const FCNTL_COMMANDS: [u64; 7] = [
     libc::F_DUPFD_CLOEXEC as u64,
     libc::F_GETFD as u64,
@@ -148,7 +149,7 @@ const FCNTL_COMMANDS: [u64; 7] = [
     libc::F_GET_SEALS as u64,
 ];
 
-/// Flags of `clone(2)` that give a new thread its own namespaces.
+/// Flags of clone(2) that create namespaces.
 const NAMESPACE_FLAGS: u64 = (libc::CLONE_NEWNS
     | libc::CLONE_NEWCGROUP
     | libc::CLONE_NEWUTS
@@ -157,13 +158,15 @@ const NAMESPACE_FLAGS: u64 = (libc::CLONE_NEWNS
     | libc::CLONE_NEWPID
     | libc::CLONE_NEWNET) as u64;
 
-/// Of `prctl(2)`: names of threads and of memory, as glibc gives them, and what the kernel told at the start.
+/// Allowed options of prctl(2), which glibc uses: names of threads and of memory, and the auxiliary
+/// vector (0x41555856, PR_GET_AUXV).
 const PRCTL_OPTIONS: [u64; 3] = [libc::PR_SET_NAME as u64, libc::PR_SET_VMA as u64, 0x4155_5856];
 
-/// Confines this thread, and all that it starts, to the calls above. There is no way back.
+/// Installs the filters for the calling thread and all threads that it starts later. The filters cannot
+/// be removed.
 ///
 /// # Errors
-/// [`io::ErrorKind::Unsupported`] if the kernel has no seccomp filters, the kernel's error otherwise.
+/// `Unsupported` if the kernel does not support seccomp filters; otherwise the kernel's error.
 pub fn confine() -> io::Result<()> {
     for program in programs().map_err(io::Error::other)? {
         seccompiler::apply_filter(&program).map_err(|error| match error {
@@ -174,13 +177,13 @@ pub fn confine() -> io::Result<()> {
     Ok(())
 }
 
-/// Checks that the kernel has the filters that [`confine`] installs, without installing one.
+/// Checks that the kernel supports the filters of [`confine`]. The function installs no filter.
 ///
 /// # Errors
-/// As [`confine`].
+/// `Unsupported` if the kernel does not support seccomp filters; otherwise the kernel's error.
 pub fn probe() -> io::Result<()> {
     let action = libc::SECCOMP_RET_KILL_PROCESS;
-    // SAFETY: SECCOMP_GET_ACTION_AVAIL reads one u32, which lives across the call.
+    // SAFETY: SECCOMP_GET_ACTION_AVAIL reads one u32, which is borrowed for the call.
     let result = unsafe {
         libc::syscall(libc::SYS_seccomp, libc::SECCOMP_GET_ACTION_AVAIL, 0, &raw const action)
     };
@@ -190,14 +193,15 @@ pub fn probe() -> io::Result<()> {
 fn refused(error: io::Error) -> io::Error {
     match error.raw_os_error() {
         Some(libc::ENOSYS | libc::EINVAL | libc::EOPNOTSUPP) => {
-            let text = "this kernel has no seccomp filters (CONFIG_SECCOMP_FILTER)";
+            let text = "the kernel does not support seccomp filters (CONFIG_SECCOMP_FILTER)";
             io::Error::new(io::ErrorKind::Unsupported, text)
         }
         _ => error,
     }
 }
 
-/// Two filters: of their answers the sterner one counts. The first allows that there is a second.
+/// Returns the two filters in the order of installation. For each system call, the kernel applies the
+/// stricter result. The first filter must allow the installation of the second.
 fn programs() -> Result<[BpfProgram; 2], Error> {
     let arch = std::env::consts::ARCH.try_into()?;
     let missing = SeccompAction::Errno(libc::ENOSYS as u32);
@@ -211,18 +215,19 @@ fn programs() -> Result<[BpfProgram; 2], Error> {
 fn rules() -> Result<BTreeMap<c_long, Vec<SeccompRule>>, Error> {
     let mut rules: BTreeMap<_, _> =
         ALLOWED.iter().chain(ALLOWED_OLD).map(|&call| (call, vec![])).collect();
-    // Threads, no processes. (clone3(2), whose flags cannot be seen, is not there: so clone(2) is used.)
+    // clone(2) may create threads but no processes. clone3(2) passes its flags in memory, which a filter
+    // cannot read; it fails with ENOSYS, and glibc falls back to clone(2).
     let thread = libc::CLONE_THREAD as u64;
     let flags = masked(0, thread | NAMESPACE_FLAGS, thread)?;
     rules.insert(libc::SYS_clone, vec![rule(&[flags])?]);
-    // No code that was data.
+    // Memory must not become executable.
     let executable = libc::PROT_EXEC as u64;
     rules.insert(libc::SYS_mmap, vec![rule(&[masked(2, executable, 0)?])?]);
     rules.insert(libc::SYS_mprotect, vec![rule(&[masked(2, executable, 0)?])?]);
-    // Limits are read, of this process only: a limit of CPU time ends another process.
+    // Limits may be read for this process only. A new limit of CPU time would kill another process.
     let no_limits = SeccompCondition::new(2, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?;
     rules.insert(libc::SYS_prlimit64, vec![rule(&[equal(0, 0)?, no_limits])?]);
-    // Only itself, by abort(3).
+    // abort(3) sends a signal to its own process.
     let itself = equal(0, std::process::id().into())?;
     rules.insert(libc::SYS_tgkill, vec![rule(&[itself])?]);
     let socket = |domain: c_int, kind: c_int| {
@@ -248,14 +253,17 @@ fn rules() -> Result<BTreeMap<c_long, Vec<SeccompRule>>, Error> {
     Ok(rules)
 }
 
+/// Returns a rule that matches if all conditions match.
 fn rule(conditions: &[SeccompCondition]) -> Result<SeccompRule, Error> {
     Ok(SeccompRule::new(conditions.to_vec())?)
 }
 
+/// Returns the condition that the lower 32 bits of an argument equal `value`.
 fn equal(argument: u8, value: u64) -> Result<SeccompCondition, Error> {
     Ok(SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)?)
 }
 
+/// Returns the condition that the bits `mask` of the lower 32 bits of an argument equal `value`.
 fn masked(argument: u8, mask: u64, value: u64) -> Result<SeccompCondition, Error> {
     let operator = SeccompCmpOp::MaskedEq(mask);
     Ok(SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)?)

@@ -1,7 +1,8 @@
-//! Sending many batches of datagrams in one sendmmsg, each batch as one UDP_SEGMENT message.
+//! Transmission of many GSO batches with one sendmmsg(2), each batch as one UDP_SEGMENT message
+//! (udp(7)).
 //!
-//! [`plan`] decides what goes into a call and what an error means, and never sees the kernel;
-//! [`gso`] remembers where UDP_SEGMENT does not work; this file carries a planned call out.
+//! [`plan`] selects the messages of a call and reacts to errors, without a system call. [`gso`] stores
+//! the destinations for which UDP_SEGMENT fails. This module executes a planned call.
 
 mod gso;
 mod plan;
@@ -20,18 +21,18 @@ pub use skein_core::offload::batch::GsoBatch;
 
 use plan::{Message, Plan};
 
-/// Runs, the bytes that they point into, and where to begin.
+/// GSO batches to send, the arena with their bytes, and the first datagram to send.
 #[derive(Debug, Clone, Copy)]
 pub struct SendRequest<'a> {
-    /// The bytes.
+    /// Bytes to which the parts of the batches refer.
     pub arena: &'a [u8],
-    /// The batches, in the order of sending.
+    /// Batches in the order of sending.
     pub batches: &'a [GsoBatch<'a>],
-    /// What comes before this was sent, or dropped, earlier.
+    /// First datagram to send. Earlier datagrams are skipped.
     pub from: Position,
 }
 
-/// A datagram of a list of batches.
+/// Position of a datagram in a list of batches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Position {
     /// Index of the batch.
@@ -40,39 +41,40 @@ pub struct Position {
     pub segment: usize,
 }
 
-/// What became of the batches. Every datagram before `blocked` is in `datagrams` or in `dropped`, never
-/// in both.
+/// Result of [`Sender::send`]. Each datagram before `blocked` is counted once, in `datagrams` or in
+/// `dropped`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct SendOutcome {
-    /// Datagrams that the kernel took.
+    /// Number of datagrams that the kernel accepted.
     pub datagrams: u64,
-    /// Their bytes, without UDP and IP headers.
+    /// Sum of the UDP payload lengths of these datagrams, bytes.
     pub bytes: u64,
-    /// System calls made, those that failed included.
+    /// Number of system calls, including failed ones.
     pub calls: u64,
-    /// Messages of more than one datagram among those sent.
+    /// Number of accepted messages with more than one datagram.
     pub gso_messages: u64,
-    /// Messages of more than one datagram that the kernel refused and that were sent one by one.
+    /// Number of messages with more than one datagram that the kernel refused. Their datagrams were
+    /// sent or dropped as single datagrams.
     pub fallbacks: u64,
-    /// Datagrams dropped, whatever the reason.
+    /// Number of dropped datagrams, for all reasons.
     pub dropped: u64,
-    /// The last datagram that was longer than its route carries (EMSGSIZE).
+    /// Last datagram that was longer than its route carries (EMSGSIZE).
     pub too_long: Option<TooLong>,
-    /// The first datagram for which the socket's send buffer has no room; all that follow it are
-    /// neither sent nor dropped.
+    /// First datagram for which the send buffer of the socket has no space (EAGAIN). This datagram and
+    /// later ones are neither sent nor dropped.
     pub blocked: Option<Position>,
 }
 
-/// A datagram that was longer than this host's route to its destination carries.
+/// A datagram that is longer than this host's route to its destination carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TooLong {
     /// Destination in the outer header.
     pub destination: SocketAddr,
-    /// UDP payload in bytes.
+    /// Length of the UDP payload in bytes.
     pub len: usize,
 }
 
-/// Sends batches; keeps its buffers from call to call, one a lane.
+/// Sends GSO batches. The value reuses its buffers, so that each lane has one.
 #[derive(Default)]
 pub struct Sender {
     plan: Plan,
@@ -80,17 +82,19 @@ pub struct Sender {
 }
 
 impl Sender {
-    /// Makes one; its buffers grow with the first calls.
+    /// Returns a sender with empty buffers, which grow in the first calls.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Sends the datagrams of the batches in order. Each is sent once, or dropped and counted in
-    /// `drops`; an error of one never keeps the others from going. A batch that does not fit its own
-    /// description or the arena is dropped whole. A nonblocking socket whose buffer is full ends it
-    /// ([`SendOutcome::blocked`]): call again from there when there is room.
+    /// Sends the datagrams of `request` in order. Each datagram is either sent once, or dropped and
+    /// counted in `drops`. An error of one datagram does not affect the others. A batch with an
+    /// inconsistent description, or with parts outside of the arena, is dropped completely.
     ///
-    /// `now` decides when UDP_SEGMENT is tried again where it failed.
+    /// The function stops if the buffer of the nonblocking `socket` is full. The caller then waits until
+    /// the socket is writable and repeats the call from [`SendOutcome::blocked`].
+    ///
+    /// `gso` stores the destinations for which UDP_SEGMENT fails; `now` ends their pauses.
     pub fn send(
         &mut self,
         socket: BorrowedFd<'_>,
@@ -105,50 +109,52 @@ impl Sender {
         })
     }
 
-    /// Datagrams that each successful call of the last [`send`](Self::send) took.
+    /// Returns the number of datagrams of each successful system call in the last
+    /// [`send`](Self::send).
     pub fn datagrams_per_call(&self) -> &[u32] {
         self.plan.datagrams_per_call()
     }
 
-    /// Returns whether the kernel refuses the control message that sets the outer ECN field, so
-    /// that every datagram leaves as Not-ECT.
+    /// Returns true if the kernel refuses the control message for the outer ECN field, so that every
+    /// datagram is Not-ECT.
     pub fn ecn_refused(&self) -> bool {
         self.plan.ecn_refused()
     }
 
-    /// Datagrams in each message that the last [`send`](Self::send) sent.
+    /// Returns the number of datagrams of each accepted message in the last [`send`](Self::send).
     pub fn segments_per_message(&self) -> &[u32] {
         self.plan.segments_per_message()
     }
 }
 
-/// Room for two control messages, the segment size (u16) and the ECN field (int), of 24 bytes each
-/// with their headers, aligned for cmsghdr.
+/// Buffer of two control messages: the segment size (u16) and the ECN field (int). Each takes 24 bytes
+/// with its header. The element type u64 gives the alignment of cmsghdr.
 type Control = [u64; 6];
 
 const _: () = {
     assert!(align_of::<Control>() >= align_of::<libc::cmsghdr>());
-    // SAFETY: CMSG_SPACE only computes.
+    // SAFETY: `CMSG_SPACE` computes a size from its argument and dereferences no pointer.
     assert!(size_of::<Control>() >= unsafe { libc::CMSG_SPACE(2) + libc::CMSG_SPACE(4) } as usize);
 };
 
-/// The kernel structures of one sendmmsg.
+/// Kernel structures of one sendmmsg(2) call.
 #[derive(Default)]
 struct Call {
     addresses: Vec<SockAddr>,
     iovecs: Vec<libc::iovec>,
     control: Vec<Control>,
     headers: Vec<libc::mmsghdr>,
-    /// For each message: its address, and the end of its iovecs.
+    /// For each message, the index of its address and the end of its iovecs.
     layout: Vec<(usize, usize)>,
 }
 
-// SAFETY: the raw pointers in `iovecs` and `headers` are written anew at every call, from what is
-// borrowed then, and are followed only within that call.
+// SAFETY: every call of `send` overwrites the raw pointers in `iovecs` and `headers` with pointers to
+// borrowed data, and dereferences them only in that call.
 unsafe impl Send for Call {}
 
 impl Call {
-    /// One sendmmsg. Returns how many messages went; an error is that of the first.
+    /// Executes one sendmmsg(2). Returns the number of accepted messages, or the errno of the first
+    /// message.
     fn send(
         &mut self,
         socket: BorrowedFd<'_>,
@@ -158,16 +164,15 @@ impl Call {
     ) -> Result<usize, i32> {
         self.gather(arena, batches, messages);
         self.fill_headers(messages);
-        // SAFETY: every header points at an address and at iovecs (and, for a batch, at a control
-        // message) in vectors of self that are not touched until the call is over, and gives their
-        // true lengths; the iovecs point into `arena`, which is borrowed. The kernel writes
-        // nothing but msg_len.
+        // SAFETY: each header points to an address, to iovecs and possibly to control messages in
+        // vectors of `self`, which do not change during the call, and contains their lengths. The
+        // iovecs point into `arena`, which is borrowed. The kernel writes only msg_len.
         let sent = unsafe {
             libc::sendmmsg(
                 socket.as_raw_fd(),
                 self.headers.as_mut_ptr(),
                 self.headers.len() as libc::c_uint,
-                // A peer that refuses must not raise SIGPIPE (UDP does not; it costs nothing).
+                // UDP sockets raise no SIGPIPE; the flag guards a caller with another socket.
                 libc::MSG_NOSIGNAL as _,
             )
         };
@@ -177,7 +182,8 @@ impl Call {
         })
     }
 
-    /// Collects the addresses and the iovecs; nothing points at them yet, so they may grow.
+    /// Collects the addresses and iovecs. The vectors may grow here, because no header points to them
+    /// yet.
     fn gather(&mut self, arena: &[u8], batches: &[GsoBatch<'_>], messages: &[Message]) {
         self.addresses.clear();
         self.iovecs.clear();
@@ -193,13 +199,13 @@ impl Call {
             }
             let first = self.iovecs.len();
             parts.for_each_piece(batch.parts, message.start, message.len, |offset, len| {
-                // The plan has checked this; a pointer beyond the arena must be impossible here.
+                // `Plan` has checked the parts. The soundness of this function does not depend on that.
                 if offset.checked_add(len).is_none_or(|end| end > arena.len()) {
                     return;
                 }
                 let base = arena.as_ptr().wrapping_add(offset).cast_mut().cast();
                 match self.iovecs[first..].last_mut() {
-                    // Adjacent in the arena: one piece.
+                    // A piece that follows the previous one in the arena extends its iovec.
                     Some(last) if last.iov_base.wrapping_byte_add(last.iov_len) == base => {
                         last.iov_len += len;
                     }
@@ -210,6 +216,7 @@ impl Call {
         }
     }
 
+    /// Writes one header per message. No vector to which a header points may grow afterwards.
     fn fill_headers(&mut self, messages: &[Message]) {
         self.headers.clear();
         self.control.clear();
@@ -218,11 +225,12 @@ impl Call {
         for ((message, &(address, end)), control) in
             messages.iter().zip(&self.layout).zip(&mut self.control)
         {
-            // SAFETY: mmsghdr is integers and pointers, for which zero is valid. (It has padding
-            // on some systems, so it cannot be written field by field.)
+            // SAFETY: mmsghdr consists of integers and pointers, for which zero is valid. (A struct
+            // literal is impossible: some C libraries have private padding fields.)
             let mut header: libc::mmsghdr = unsafe { std::mem::zeroed() };
             let head = &mut header.msg_hdr;
-            // The kernel does not write to it; the type is shared with recvmmsg.
+            // The pointer is mutable because recvmmsg(2) uses the same type. sendmmsg(2) does not write
+            // to the address.
             head.msg_name = self.addresses[address].as_ptr().cast_mut().cast();
             head.msg_namelen = self.addresses[address].len();
             let iovecs = &mut self.iovecs[first..end];
@@ -238,16 +246,17 @@ impl Call {
     }
 }
 
-/// Writes the control messages of a message into `control` and points `head` at them.
+/// Writes the control messages of `message` to `control` and makes `head` point to them. `v4` is true
+/// for an IPv4 destination.
 fn write_control(head: &mut libc::msghdr, control: &mut Control, message: &Message, v4: bool) {
     head.msg_control = control.as_mut_ptr().cast();
     let start: *mut u8 = control.as_mut_ptr().cast();
     let mut used = 0;
     let mut put = |level, kind, value: &[u8]| {
         let len = value.len() as libc::c_uint;
-        // SAFETY: `control` has room for both messages (asserted above) and is aligned for cmsghdr;
-        // CMSG_SPACE is a multiple of that alignment, so the second one is aligned, too, and
-        // within. CMSG_DATA lies `value.len()` bytes or more before the end of the message.
+        // SAFETY: `control` has space for both control messages (asserted above) and the alignment of
+        // cmsghdr. CMSG_SPACE is a multiple of that alignment, so that the second message is aligned
+        // and within `control`. CMSG_DATA has space for `value.len()` bytes in its message.
         unsafe {
             let cmsg: *mut libc::cmsghdr = start.add(used).cast();
             (*cmsg).cmsg_level = level;
@@ -270,17 +279,19 @@ fn write_control(head: &mut libc::msghdr, control: &mut Control, message: &Messa
     head.msg_controllen = used as _;
 }
 
-/// Walks a batch's parts: successive messages of a batch lie one behind the other, so nothing is
-/// walked twice.
+/// A cursor over the parts of a batch. The messages of a batch cover successive bytes, so that the
+/// cursor only moves forward.
 #[derive(Default)]
 struct PartCursor {
+    /// Index of the current part.
     part: usize,
-    /// Where that part part_start in the batch, in bytes.
+    /// Offset of the current part in the batch, bytes.
     part_start: usize,
 }
 
 impl PartCursor {
-    /// Gives the pieces of the batch's bytes `start..start + len` as (offset in the arena, length).
+    /// Calls `piece` with offset in the arena and length of each piece of the batch's bytes
+    /// `start..start + len`.
     fn for_each_piece(
         &mut self,
         parts: &[(usize, usize)],
@@ -310,7 +321,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pieces_follow_the_parts_and_split_where_a_message_ends() {
+    fn pieces_are_split_at_ends_of_parts_and_messages() {
         let parts = [(100, 10), (0, 0), (50, 5), (55, 5)];
         let mut walk = PartCursor::default();
         let mut pieces = |start, len| {

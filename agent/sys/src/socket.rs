@@ -1,4 +1,5 @@
-//! Who is at the other end of a unix socket, and whether anybody is.
+//! Trust between processes over unix sockets: credentials of the peer (unix(7)), ownership of the
+//! socket's directory, and classification of connection errors.
 
 use std::ffi::OsString;
 use std::io;
@@ -7,26 +8,30 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Component, Path, PathBuf};
 
-/// Maximum number of symbolic links on the way to a directory, as the kernel's.
+/// Maximum number of symbolic links in a path, as in the kernel (path_resolution(7)).
 const MAX_LINKS: usize = 40;
 
-/// The process at the other end of a unix socket, as it was when it connected.
+/// Credentials of the peer of a unix socket (SO_PEERCRED): those of the process that called connect(2),
+/// or, for a listener, listen(2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PeerCredentials {
-    /// Process id in this process's namespace; `None` where it has none here.
+    /// Process id in the PID namespace of this process; `None` if the peer is outside of it.
     pub pid: Option<u32>,
-    /// Effective user id.
+    /// Effective user id of the peer.
     pub uid: u32,
-    /// Effective group id.
+    /// Effective group id of the peer.
     pub gid: u32,
 }
 
-/// Asks the kernel who connected (SO_PEERCRED).
+/// Reads the credentials of the peer of a connection (SO_PEERCRED).
+///
+/// # Errors
+/// The error of getsockopt(2).
 pub fn peer_credentials(stream: &UnixStream) -> io::Result<PeerCredentials> {
     let mut credentials = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
     let mut len = size_of::<libc::ucred>() as libc::socklen_t;
-    // SAFETY: ucred is what the option fills; it and `len` live across the call, and `len` says
-    // how much may be written.
+    // SAFETY: the option writes a ucred of at most `len` bytes. `credentials` and `len` are borrowed for
+    // the call.
     let result = unsafe {
         libc::getsockopt(
             stream.as_fd().as_raw_fd(),
@@ -39,69 +44,71 @@ pub fn peer_credentials(stream: &UnixStream) -> io::Result<PeerCredentials> {
     if result != 0 {
         return Err(io::Error::last_os_error());
     }
-    // rustix's type cannot hold the 0 that a peer in a foreign pid namespace has.
+    // The kernel reports the process id 0 for a peer outside of the PID namespace. The type of rustix
+    // cannot represent 0, so that this function calls libc.
     let pid = u32::try_from(credentials.pid).ok().filter(|&pid| pid != 0);
     Ok(PeerCredentials { pid, uid: credentials.uid, gid: credentials.gid })
 }
 
-/// Whether a user may be trusted as this process is: root, or its own user.
+/// Returns true if `uid` is root or the effective user of this process.
 pub fn is_trusted(uid: u32) -> bool {
     uid == 0 || uid == rustix::process::geteuid().as_raw()
 }
 
-/// Device and inode of a file.
+/// Identity of a file: device number and inode number.
 pub type FileId = (u64, u64);
 
-/// Returns the identity of the file at `path`, without following a symbolic link; `None` if there is
-/// no file.
+/// Returns the identity of the file at `path` without following a symbolic link. Returns `None` if the
+/// file does not exist or cannot be read.
 pub fn file_id(path: &Path) -> Option<FileId> {
     let file = std::fs::symlink_metadata(path).ok()?;
     Some((file.dev(), file.ino()))
 }
 
-/// Connects to a listener of root or of this process's own user (SO_PEERCRED).
+/// Connects to a listener that belongs to root or to the user of this process.
 ///
 /// # Errors
-/// An I/O error if no process listens at `path`, and `PermissionDenied` if the listener belongs to
-/// another user.
+/// The error of connect(2), for example `NotFound` or `ConnectionRefused` ([`is_no_listener`]);
+/// `PermissionDenied` if the listener belongs to another user.
 pub fn connect_trusted(path: &Path) -> io::Result<UnixStream> {
     let stream = UnixStream::connect(path)?;
     check_listener(peer_credentials(&stream)?.uid)?;
     Ok(stream)
 }
 
-/// Checks the user of a listener to which this process has connected.
+/// Checks the user `uid` of a listener.
 ///
 /// # Errors
-/// `PermissionDenied` unless `uid` is root's or this process's own.
+/// `PermissionDenied` unless the user is trusted ([`is_trusted`]).
 pub fn check_listener(uid: u32) -> io::Result<()> {
     if is_trusted(uid) {
         return Ok(());
     }
-    let text = format!("the listener belongs to user {uid}, who is not trusted");
+    let own = rustix::process::geteuid().as_raw();
+    let text = format!("the listener belongs to user {uid}, expected root or user {own}");
     Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
 }
 
-/// Creates the directory of a socket if it does not exist. The process that listens there receives
-/// the node's key, so no other user may be able to put a socket in its place.
+/// Creates the directory of `socket` and its parents with mode 0755 and checks them. The listening
+/// process receives the node's private key, so that no other user may be able to replace the socket.
 ///
 /// # Errors
-/// An I/O error, also if another user can change the directory or one on the way to it
-/// ([`check_directory`]).
+/// An I/O error if a directory cannot be created, or if [`check_directory`] refuses the directory.
 pub fn make_directory(socket: &Path) -> io::Result<()> {
     let socket = std::path::absolute(socket)?;
     let Some(directory) = socket.parent() else { return Ok(()) };
-    // The umask of the process that started this one must not count.
+    // The mode is explicit, because the umask is inherited from an arbitrary parent process.
     std::fs::DirBuilder::new().recursive(true).mode(0o755).create(directory)?;
     check_directory(directory)
 }
 
-/// Checks that no other user can change the directory at `path`, or replace it or a directory or
-/// symbolic link on the way to it. On the way, a directory that all may change is accepted if its
-/// sticky bit is set, as that of `/tmp`.
+/// Checks that no other user can change the directory at `path`, or replace the directory, one of its
+/// parents, or a symbolic link in the path. A parent with mode 1777, as `/tmp`, is accepted: the sticky
+/// bit keeps other users from replacing entries.
 ///
 /// # Errors
-/// An I/O error that names the directory or link and the remedy.
+/// An error that names the directory or link and the remedy, if another user owns it or can change it;
+/// ELOOP after more than 40 symbolic links; an I/O error if a part of the path cannot be read.
 pub fn check_directory(path: &Path) -> io::Result<()> {
     let path = std::path::absolute(path)?;
     let mut at = PathBuf::from("/");
@@ -131,7 +138,7 @@ pub fn check_directory(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Names of a path's components, the last one first.
+/// Returns the names in a path, last one first.
 fn components(path: &Path) -> Vec<OsString> {
     let names = path
         .components()
@@ -140,9 +147,9 @@ fn components(path: &Path) -> Vec<OsString> {
     names.map(|name| name.as_os_str().to_owned()).collect()
 }
 
-/// Checks one directory or link; returns whether it is a link. `is_on_the_way` is true unless it is
-/// the directory in question.
-fn check_entry(path: &Path, is_on_the_way: bool) -> io::Result<bool> {
+/// Checks one directory or symbolic link. Returns true for a link. `is_parent` is true for parents of
+/// the checked directory.
+fn check_entry(path: &Path, is_parent: bool) -> io::Result<bool> {
     let found = std::fs::symlink_metadata(path)?;
     let refused = |why: &str| {
         let text = format!(
@@ -160,18 +167,19 @@ fn check_entry(path: &Path, is_on_the_way: bool) -> io::Result<bool> {
     }
     let others = if found.gid() == 0 { 0o002 } else { 0o022 };
     let is_sticky = found.mode() & 0o1000 != 0;
-    if found.mode() & others != 0 && !(is_on_the_way && is_sticky) {
+    if found.mode() & others != 0 && !(is_parent && is_sticky) {
         return refused("can be changed by other users");
     }
     Ok(false)
 }
 
-/// Whether a connection failed because nobody listens: there is no socket, or a dead process left it.
+/// Returns true if a connection failed because no process listens: the socket does not exist, or its
+/// process has exited.
 pub fn is_no_listener(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
 }
 
-/// Whether the other side closed the connection in the middle of an exchange.
+/// Returns true for an error that occurs if the peer closes the connection during an exchange.
 pub fn is_disconnect(error: &io::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
     matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
@@ -183,7 +191,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn directories_are_made_and_those_of_others_refused() {
+    fn directory_is_created_and_refused_if_others_can_change_it() {
         use std::os::unix::fs::PermissionsExt;
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("a/b/s.sock");
@@ -200,12 +208,12 @@ mod tests {
             let error = set(mode, gid).unwrap_err().to_string();
             assert!(error.contains("a/b"), "{error}");
         }
-        // Root's own group.
+        // Members of root's group are trusted.
         set(0o775, 0).unwrap();
     }
 
     #[test]
-    fn every_directory_on_the_way_is_checked() {
+    fn every_parent_and_link_in_the_path_is_checked() {
         use std::os::unix::fs::{PermissionsExt, chown, symlink};
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
@@ -226,7 +234,7 @@ mod tests {
         refused(&socket, "a/b");
         chown(at("a/b"), Some(0), None).unwrap();
         make_directory(&socket).unwrap();
-        // The link itself, a directory that only its target names, and links without an end.
+        // The owner of a link, a directory in the target of a link, and a loop of links.
         symlink("../elsewhere/open/inside", at("a/link")).unwrap();
         std::fs::create_dir_all(at("elsewhere/open/inside")).unwrap();
         make_directory(&at("a/link/s.sock")).unwrap();
@@ -245,7 +253,8 @@ mod tests {
         let path = directory.path().join("s.sock");
         let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
         connect_trusted(&path).unwrap();
-        // The kernel reports the user who has called listen(2). Users are a thread's own.
+        // The kernel reports the user that called listen(2). The user of a thread can differ from that
+        // of its process.
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let nobody = rustix::process::Uid::from_raw(65_534);
@@ -259,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn the_peer_of_a_pair_is_this_process() {
+    fn peer_credentials_of_a_pair_are_those_of_this_process() {
         let (a, _b) = UnixStream::pair().unwrap();
         let peer = peer_credentials(&a).unwrap();
         assert_eq!(peer.pid, Some(std::process::id()));

@@ -1,33 +1,36 @@
-//! Socket options that neither the standard library nor socket2 has.
+//! Socket options that the standard library and socket2 do not support.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// Sets an option whose value is a C int.
+/// Sets an option whose value is an int.
 pub(super) fn set_int(fd: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> io::Result<()> {
-    // SAFETY: an i32 is plain data of the length that set_raw derives from its type.
+    // SAFETY: the options of the callers take an int, and an i32 contains no pointer.
     unsafe { set_raw(fd, level, name, &value) }
 }
 
-/// Gives a SO_REUSEPORT group its classic BPF program; the program's result is the index of the
-/// socket, in the order in which they joined (linux/Documentation/networking/filter.rst).
+/// Attaches a classic BPF program to an SO_REUSEPORT group (socket(7), SO_ATTACH_REUSEPORT_CBPF). The
+/// result of the program is the index of the receiving socket, in the order in which the sockets
+/// joined the group.
 pub(super) fn attach_reuseport_cbpf(
     fd: BorrowedFd<'_>,
     program: &mut [libc::sock_filter],
 ) -> io::Result<()> {
     let len = u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
     let program = libc::sock_fprog { len, filter: program.as_mut_ptr() };
-    // SAFETY: sock_fprog is what the option takes; `filter` points at `len` instructions that are
-    // borrowed until the call is over, and the kernel copies them.
+    // SAFETY: the option takes a sock_fprog. `filter` points to `len` instructions that are borrowed
+    // for the call, and the kernel copies them.
     unsafe { set_raw(fd, libc::SOL_SOCKET, libc::SO_ATTACH_REUSEPORT_CBPF, &program) }
 }
 
+/// Sets an option whose value is a `T`.
+///
 /// # Safety
-/// `T` must be the structure that the option takes, and every pointer within it must be good for
-/// the time of the call.
+/// `T` must be the structure that the option takes. Every pointer in `value` must be valid during the
+/// call.
 unsafe fn set_raw<T>(fd: BorrowedFd<'_>, level: i32, name: i32, value: &T) -> io::Result<()> {
-    // SAFETY: `value` is borrowed for the call and as long as the length given; the rest is the
-    // caller's promise.
+    // SAFETY: `value` is borrowed for the call and has the given length. The caller guarantees the type
+    // of the option and the validity of pointers in `value`.
     let result = unsafe {
         libc::setsockopt(
             fd.as_raw_fd(),

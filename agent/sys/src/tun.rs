@@ -1,9 +1,9 @@
-//! The TUN device: made once and persistent, then attached to queue by queue.
+//! The TUN device (linux/Documentation/networking/tuntap.rst): creation of a persistent device, its
+//! queues, and their offloads.
 //!
-//! The `tun` crate owns every descriptor here and does what it can do with it. It does not know
-//! IFF_MULTI_QUEUE, IFF_TUN_EXCL, TUNGETIFF or TUNSETOFFLOAD, and its own read and write know
-//! neither `&self` nor gather lists; for those, this module asks the kernel itself
-//! (linux/if_tun.h).
+//! The `tun` crate owns each descriptor. It does not support IFF_MULTI_QUEUE, IFF_TUN_EXCL, TUNGETIFF
+//! and TUNSETOFFLOAD, and its read and write functions need `&mut self` and have no gather lists. This
+//! module makes these system calls itself (linux/if_tun.h).
 
 use std::ffi::c_ulong;
 use std::io::{self, IoSlice};
@@ -18,32 +18,34 @@ use tun::AbstractDevice;
 
 use super::link::{self, TunLink};
 
-/// Length of the virtio_net_hdr in front of every packet, in bytes.
+/// Length of the virtio_net_hdr before every packet in bytes (linux/virtio_net.h).
 pub const VNET_HEADER_LEN: usize = 10;
 
-/// The kernel's limit of queues of one device (MAX_TAP_QUEUES).
+/// Maximum number of queues of one device, as in the kernel (MAX_TAP_QUEUES).
 const MAX_QUEUES: usize = 256;
 
-/// How long a device that was in use may take to be released.
+/// Maximum time to wait for the queues of another process to close.
 const RELEASE_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Which offloads are, or may be, in force on a device. Without `checksum` there is none.
+/// Set of offloads of a TUN device (TUNSETOFFLOAD). `tso` and `uso` require `checksum`: without it, the
+/// set has no effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct TunOffload {
-    /// Packets may be read and written with a partial checksum (TUN_F_CSUM).
+    /// Packets with a partial checksum (TUN_F_CSUM).
     pub checksum: bool,
-    /// TCP superpackets may be read (TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN).
+    /// TCP superpackets (TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN).
     pub tso: bool,
-    /// UDP superpackets may be read (TUN_F_USO4, TUN_F_USO6; Linux 6.2).
+    /// UDP superpackets (TUN_F_USO4, TUN_F_USO6; Linux 6.2).
     pub uso: bool,
 }
 
 impl TunOffload {
-    /// Everything that this version knows.
+    /// All offloads.
     pub const ALL: Self = Self { checksum: true, tso: true, uso: true };
-    /// Nothing: every packet is one segment with a full checksum.
+    /// No offload: each packet is one segment with a complete checksum.
     pub const NONE: Self = Self { checksum: false, tso: false, uso: false };
 
+    /// Returns the argument of TUNSETOFFLOAD.
     fn mask(self) -> u32 {
         if !self.checksum {
             return 0;
@@ -53,101 +55,109 @@ impl TunOffload {
             mask |= libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
         }
         if self.uso {
-            // One without the other is EINVAL.
+            // The kernel requires both flags or none (EINVAL).
             mask |= libc::TUN_F_USO4 | libc::TUN_F_USO6;
         }
         mask
     }
 }
 
-/// A rung of the capability ladder that is not in use, and why.
+/// An offload capability that is not in use, or a socket buffer that is smaller than requested: name and
+/// reason, for reports.
 pub type Fallback = (&'static str, String);
 
-/// Names of the kernels that a [`Fallback`] of [`open_queues`] can have.
+/// Names that a [`Fallback`] of [`open_queues`] can have.
 pub const TUN_OFFLOADS: [&str; 3] = ["tun_uso", "tun_tso", "tun_checksum"];
 
-/// Why a TUN device cannot be had.
+/// Error of creating a TUN device or attaching to it.
 #[derive(Debug, thiserror::Error)]
 pub enum TunError {
-    /// The clone device is not there.
+    /// The device file `/dev/net/tun` or the kernel module is missing.
     #[error(
         "/dev/net/tun is missing: load the kernel module (modprobe tun) or mount the device into \
          the container"
     )]
     NotFound,
-    /// There is no interface of that name.
-    #[error("there is no interface {name}: start the control process, which makes it")]
+    /// The interface does not exist.
+    #[error("interface {name} does not exist: start the control process, which creates it")]
     NoDevice {
-        /// The name asked for.
+        /// Requested interface name.
         name: String,
     },
-    /// The kernel refused for want of privilege.
-    #[error("{context} was refused: run as root or grant CAP_NET_ADMIN (and the device itself)")]
+    /// The process lacks a privilege (EPERM, EACCES).
+    #[error(
+        "{context} is not permitted: run as root, or grant CAP_NET_ADMIN and access to /dev/net/tun"
+    )]
     Permission {
-        /// What was tried.
+        /// Failed action, for example "attaching a queue to skein0".
         context: String,
     },
-    /// A TUN device of that name exists already.
+    /// A TUN or TAP device of that name already exists.
     #[error(
-        "a TUN device {name} exists already: delete it (ip link delete {name}) or choose another name"
+        "TUN device {name} already exists: delete it (ip link delete {name}) or choose another name"
     )]
     Exists {
-        /// The name asked for.
+        /// Requested interface name.
         name: String,
     },
-    /// Another process has queues of the device open.
+    /// Another process has attached queues of the device.
     #[error(
-        "{queues} queue(s) of {name} are open in another process: stop the other data process or \
-         choose another interface name"
+        "another process uses TUN device {name} (attached queues: {queues}): stop the other data \
+         process or choose another interface name"
     )]
     Busy {
-        /// The device.
+        /// Interface name.
         name: String,
-        /// Queues that are open.
+        /// Number of attached queues.
         queues: u32,
     },
-    /// The name belongs to an interface of another kind.
+    /// The interface is not a TUN or TAP device.
     #[error("{name} is {kind}, not a TUN device: choose another interface name")]
     NotATun {
-        /// The name asked for.
+        /// Requested interface name.
         name: String,
-        /// What it is, with its article.
+        /// Kind of the interface with an article, for example "a veth interface".
         kind: String,
     },
-    /// A TUN device of that name has other properties than ours; it may be another program's.
+    /// The device has other properties than a device of Skein, and may belong to another program.
     #[error(
-        "the TUN device {name} is not one of Skein's ({found}): delete it (ip link delete {name}) \
+        "TUN device {name} was not created by Skein ({found}): delete it (ip link delete {name}) \
          or choose another interface name"
     )]
     Flags {
-        /// The device.
+        /// Interface name.
         name: String,
-        /// What differs.
+        /// Differences, for users.
         found: String,
     },
-    /// Not a possible interface name.
-    #[error("\"{name}\" cannot be an interface name: {reason}")]
+    /// The kernel does not accept the interface name.
+    #[error("\"{name}\" is not a valid interface name: {reason}")]
     Name {
-        /// The name asked for.
+        /// Requested interface name.
         name: String,
-        /// What is wrong with it.
+        /// Violated rule.
         reason: &'static str,
     },
-    /// Any other error.
+    /// Any other error of a system call.
     #[error("{context}: {source}")]
     Io {
-        /// What was tried.
+        /// Failed action, for example "setting the offloads of skein0".
         context: String,
-        /// What the kernel said.
+        /// Error of the system call.
         source: io::Error,
     },
 }
 
+/// Flags of a device of Skein (TUNSETIFF).
 const FLAGS: i32 = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
 
-/// Makes a persistent multi-queue TUN device with a virtio_net_hdr and closes it again. It is down
-/// and has no address; only this process's user, or CAP_NET_ADMIN, may attach to it. Refuses if any
-/// interface of that name exists.
+/// Creates a persistent multi-queue TUN device with a virtio_net_hdr and closes its descriptor. The
+/// device is down and has no address. Only the effective user of this process, or a process with
+/// CAP_NET_ADMIN, can attach to the device.
+///
+/// # Errors
+/// [`TunError::Exists`] or [`TunError::NotATun`] if an interface of that name exists;
+/// [`TunError::Name`], [`TunError::NotFound`], [`TunError::Permission`] or [`TunError::Io`].
 pub fn create_persistent(name: &str) -> Result<(), TunError> {
     check_name(name)?;
     if let Some(link) = find(name)? {
@@ -159,12 +169,12 @@ pub fn create_persistent(name: &str) -> Result<(), TunError> {
     let mut request = InterfaceRequest::new(name, FLAGS | libc::IFF_TUN_EXCL);
     let fd = open_clone_device()?;
     request.set_interface(fd.as_fd()).map_err(|source| match source.raw_os_error() {
-        // Somebody made it since we looked.
+        // Another process created the device after the look-up.
         Some(libc::EBUSY) => TunError::Exists { name: name.into() },
-        _ => failed(format!("making the TUN device {name}"), source),
+        _ => failed(format!("creating TUN device {name}"), source),
     })?;
     let mut device = wrap_descriptor(fd, name)?;
-    // Without an owner, any user could attach a queue, and read and forge the pods' packets.
+    // Without an owner, every user could attach a queue, and read and spoof packets of pods.
     let owner = rustix::process::geteuid().as_raw();
     device
         .user(owner as i32)
@@ -172,12 +182,17 @@ pub fn create_persistent(name: &str) -> Result<(), TunError> {
     device.persist().map_err(|source| failed(format!("making {name} persistent"), source.into()))
 }
 
-/// Attaches `queues` (1 to [`MAX_QUEUES`]) new queues to the existing device and puts the best
-/// offloads in force that the kernel has and `allowed` permits. Returns the queues, what is in
-/// force, and why the rest (`tun_uso`, `tun_tso`, `tun_checksum`) is not.
+/// Attaches `queues` (1 to 256) new queues to an existing device, and enables the offloads that
+/// `allowed` permits and the kernel supports. Returns the queues, the enabled offloads, and the
+/// disabled ones with their reasons ([`TUN_OFFLOADS`]).
 ///
-/// Refuses a device that is of another kind, has other flags, or is open already (after half a
-/// second, for one that is just being closed).
+/// A device that another process uses is tried again for 500 ms, because the process may be closing it.
+///
+/// # Errors
+/// [`TunError::NoDevice`] if the device does not exist; [`TunError::NotATun`] or [`TunError::Flags`]
+/// if it was not created by [`create_persistent`]; [`TunError::Busy`] if another process uses it;
+/// [`TunError::Name`], [`TunError::NotFound`], [`TunError::Permission`] or [`TunError::Io`], also for
+/// another number of queues.
 pub fn open_queues(
     name: &str,
     queues: usize,
@@ -185,7 +200,7 @@ pub fn open_queues(
 ) -> Result<(Vec<TunQueue>, TunOffload, Vec<Fallback>), TunError> {
     check_name(name)?;
     if !(1..=MAX_QUEUES).contains(&queues) {
-        let source = io::Error::new(io::ErrorKind::InvalidInput, "between 1 and 256 are possible");
+        let source = io::Error::new(io::ErrorKind::InvalidInput, "1 to 256 queues are allowed");
         return Err(failed(format!("attaching {queues} queues to {name}"), source));
     }
     let index = wait_for_device(name)?;
@@ -193,7 +208,7 @@ pub fn open_queues(
     for _ in 0..queues {
         open.push(attach(name, index)?);
     }
-    // Another queue with another mask would change the whole device: the same for all.
+    // The mask of the last queue applies to the whole device, so that all queues get the same mask.
     let (offload, fallbacks) = set_best_offload(allowed, |offload| {
         open.iter().try_for_each(|queue| queue.set_offload(offload))
     })
@@ -201,13 +216,18 @@ pub fn open_queues(
     Ok((open, offload, fallbacks))
 }
 
-/// A queue that another process has opened and left.
+/// Returns the queue of a descriptor that another process opened and passed to this one. `name` is used
+/// in errors and not checked.
+///
+/// # Errors
+/// [`TunError::Io`] if the `tun` crate refuses the descriptor.
 pub fn inherit_queue(fd: OwnedFd, name: &str) -> Result<TunQueue, TunError> {
     Ok(TunQueue { device: wrap_descriptor(fd, name)? })
 }
 
-/// Checks that the device is there, ours and unused, and gives its index. TUNSETIFF would make a
-/// missing device, and would take over an unused one whatever its flags.
+/// Checks that the device exists, has the flags of a device of Skein, and is unused. Returns its
+/// interface index. TUNSETIFF itself would create a missing device, and would attach to an unused
+/// device with other flags.
 fn wait_for_device(name: &str) -> Result<u32, TunError> {
     let start = Instant::now();
     loop {
@@ -216,8 +236,8 @@ fn wait_for_device(name: &str) -> Result<u32, TunError> {
             return Err(not_a_tun(name, link.kind.as_deref()));
         }
         match check_flags(name, &link.tun.unwrap_or_default()) {
-            // A process that has closed the device may have started a program meanwhile, which
-            // holds a copy of the descriptor until it runs.
+            // A child of the process that closed the device has a copy of the descriptor between fork
+            // and exec.
             Err(TunError::Busy { .. }) if start.elapsed() < RELEASE_TIMEOUT => {
                 thread::sleep(Duration::from_millis(5));
             }
@@ -226,6 +246,7 @@ fn wait_for_device(name: &str) -> Result<u32, TunError> {
     }
 }
 
+/// Compares the properties of a device with those of a device of Skein without queues.
 fn check_flags(name: &str, tun: &TunLink) -> Result<(), TunError> {
     let wanted = TunLink {
         tap: false,
@@ -253,15 +274,16 @@ fn check_flags(name: &str, tun: &TunLink) -> Result<(), TunError> {
     Ok(())
 }
 
+/// Attaches one queue to the device with the given interface index.
 fn attach(name: &str, index: u32) -> Result<TunQueue, TunError> {
     let fd = open_clone_device()?;
     let mut request = InterfaceRequest::new(name, FLAGS);
     request
         .set_interface(fd.as_fd())
         .map_err(|source| failed(format!("attaching a queue to {name}"), source))?;
-    let verify = |source| failed(format!("asking what {name} is"), source);
+    let verify = |source| failed(format!("reading the properties of {name}"), source);
     let (found_name, found) = InterfaceRequest::query(fd.as_fd()).map_err(verify)?;
-    // If the device went since we looked, the kernel has just made one that ends with this queue.
+    // If the device was deleted after the look-up, TUNSETIFF created a new one, which is not persistent.
     if found & libc::IFF_PERSIST == 0 {
         return Err(TunError::NoDevice { name: name.into() });
     }
@@ -274,21 +296,22 @@ fn attach(name: &str, index: u32) -> Result<TunQueue, TunError> {
     let device = wrap_descriptor(fd, name)?;
     let found_index = device.tun_index().map_err(|source| verify(source.into()))?;
     if u32::try_from(found_index) != Ok(index) {
-        let found = format!("its index changed from {index} to {found_index} meanwhile");
+        let found = format!("its index changed from {index} to {found_index}");
         return Err(TunError::Flags { name: name.into(), found });
     }
     Ok(TunQueue { device })
 }
 
-/// Hands a configured descriptor to the `tun` crate, which closes it.
+/// Passes a configured descriptor to the `tun` crate, which closes it on drop.
 fn wrap_descriptor(fd: OwnedFd, name: &str) -> Result<tun::Device, TunError> {
     let mut configuration = tun::Configuration::default();
     configuration.tun_name(name).raw_fd(fd.into_raw_fd()).close_fd_on_drop(true);
     tun::Device::new(&configuration)
-        .map_err(|source| failed(format!("taking over the descriptor of {name}"), source.into()))
+        .map_err(|source| failed(format!("using the descriptor of {name}"), source.into()))
 }
 
-/// Steps down from `allowed` until `set` takes it.
+/// Calls `set` with `allowed`, and after each refusal with one offload less, in the order of
+/// [`TUN_OFFLOADS`]. Returns the accepted offloads, and the others with their reasons.
 fn set_best_offload(
     allowed: TunOffload,
     set: impl Fn(TunOffload) -> io::Result<()>,
@@ -325,24 +348,35 @@ fn set_best_offload(
     }
 }
 
-/// One queue of the device: nonblocking, a packet with its virtio_net_hdr a call.
+/// One nonblocking queue of a TUN device. Each read and write transfers one packet with its
+/// virtio_net_hdr.
 pub struct TunQueue {
     device: tun::Device,
 }
 
 impl TunQueue {
-    /// Reads one packet with its header; WouldBlock when the queue is dry. A packet longer than
-    /// `buf` is cut: give [`VNET_HEADER_LEN`] + 65,535 bytes.
+    /// Reads one packet and returns its length with the header in bytes. The kernel cuts a packet that
+    /// is longer than `buf`; [`VNET_HEADER_LEN`] + 65,535 bytes suffice for every packet.
+    ///
+    /// # Errors
+    /// `WouldBlock` if no packet is queued; other errors of read(2).
     pub fn read(&self, buf: &mut [u8]) -> io::Result<usize> {
         Ok(rustix::io::read(self, buf)?)
     }
 
-    /// Writes one packet, its header first, from the parts (at most 1,024).
+    /// Writes one packet, header first, from at most 1,024 parts (IOV_MAX). Returns the number of
+    /// written bytes.
+    ///
+    /// # Errors
+    /// The error of writev(2), for example EINVAL for an invalid header.
     pub fn writev(&self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
         Ok(rustix::io::writev(self, parts)?)
     }
 
-    /// Puts other offloads in force, on the whole device.
+    /// Sets the offloads of the whole device, for all of its queues.
+    ///
+    /// # Errors
+    /// EINVAL if the kernel does not support one of the offloads; other errors of ioctl(2).
     pub fn set_offload(&self, offload: TunOffload) -> io::Result<()> {
         set_offload(self.as_fd(), offload.mask())
     }
@@ -356,22 +390,23 @@ impl std::fmt::Debug for TunQueue {
 
 impl AsFd for TunQueue {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the device owns the descriptor, closes it only when dropped, and outlives the
-        // borrow.
+        // SAFETY: the device owns the descriptor, closes it only on drop, and outlives the borrow.
         unsafe { BorrowedFd::borrow_raw(self.device.as_raw_fd()) }
     }
 }
 
+/// Checks the rules of the kernel for interface names (`dev_valid_name`), and accepts printable ASCII
+/// characters only.
 fn check_name(name: &str) -> Result<(), TunError> {
     let reason = if name.is_empty() {
         "it is empty"
     } else if name.len() >= libc::IFNAMSIZ {
         "it is longer than 15 bytes"
     } else if name == "." || name == ".." {
-        "it is a directory"
+        "it is the name of a directory"
     } else if name.bytes().any(|byte| !byte.is_ascii_graphic() || b"/:%".contains(&byte)) {
-        // The kernel would take a per cent sign for a pattern and choose a name itself.
-        "only printable ASCII characters other than '/', ':' and '%' are possible"
+        // The kernel treats a name with '%' as a pattern and chooses a name itself.
+        "only printable ASCII characters except '/', ':' and '%' are allowed"
     } else {
         return Ok(());
     };
@@ -398,7 +433,7 @@ fn failed(context: String, source: io::Error) -> TunError {
 fn open_clone_device() -> Result<OwnedFd, TunError> {
     let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
     rustix::fs::open("/dev/net/tun", flags, Mode::empty()).map_err(|errno| match errno {
-        // The file may be there without the module behind it.
+        // The device file may exist without the kernel module.
         Errno::NOENT | Errno::NODEV | Errno::NXIO => TunError::NotFound,
         _ => failed("opening /dev/net/tun".into(), errno.into()),
     })
@@ -408,16 +443,16 @@ fn open_clone_device() -> Result<OwnedFd, TunError> {
 struct InterfaceRequest(libc::ifreq);
 
 impl InterfaceRequest {
-    /// `name` has passed [`check_name`]; a longer one would be cut.
+    /// Returns a request with a name that [`check_name`] accepts; a longer name is cut.
     fn new(name: &str, flags: i32) -> Self {
-        // SAFETY: ifreq is plain integers, arrays and pointers, for all of which zero is valid.
+        // SAFETY: ifreq consists of integers, arrays and pointers, for which zero is valid.
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
         // The last byte stays zero.
         let room = request.ifr_name.len() - 1;
         for (to, from) in request.ifr_name[..room].iter_mut().zip(name.bytes()) {
             *to = from as libc::c_char;
         }
-        // The upper half of the int is not used: 0x8000 (IFF_TUN_EXCL) is the sign bit.
+        // The field has 16 bits. IFF_TUN_EXCL (0x8000) is its sign bit.
         request.ifr_ifru.ifru_flags = flags as u16 as i16;
         Self(request)
     }
@@ -427,14 +462,15 @@ impl InterfaceRequest {
         check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETIFF, &raw mut self.0) })
     }
 
-    /// Name and flags of the device that a descriptor is attached to.
+    /// Returns name and flags of the device to which a descriptor is attached (TUNGETIFF).
     fn query(fd: BorrowedFd<'_>) -> io::Result<(String, i32)> {
         let mut request = Self::new("", 0);
         // SAFETY: TUNGETIFF writes the ifreq, which is borrowed for the call.
         check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNGETIFF, &raw mut request.0) })?;
         let name = request.0.ifr_name.iter().map(|&byte| byte as u8);
         let name = name.take_while(|&byte| byte != 0).map(char::from).collect();
-        // SAFETY: the driver has written the flags, and the union was zeroed as a whole before.
+        // SAFETY: the whole union was zeroed, so that every field is initialised; TUNGETIFF wrote the
+        // flags.
         let flags = unsafe { request.0.ifr_ifru.ifru_flags };
         Ok((name, i32::from(flags as u16)))
     }
@@ -442,12 +478,12 @@ impl InterfaceRequest {
 
 fn set_vnet_header_len(fd: BorrowedFd<'_>) -> io::Result<()> {
     let len = VNET_HEADER_LEN as libc::c_int;
-    // SAFETY: TUNSETVNETHDRSZ reads one int, which lives across the call.
+    // SAFETY: TUNSETVNETHDRSZ reads one int, which is borrowed for the call.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const len) })
 }
 
 fn set_offload(fd: BorrowedFd<'_>, mask: u32) -> io::Result<()> {
-    // SAFETY: TUNSETOFFLOAD takes its argument by value and touches no memory of ours.
+    // SAFETY: TUNSETOFFLOAD takes its argument by value and accesses no memory of this process.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETOFFLOAD, c_ulong::from(mask)) })
 }
 
@@ -461,7 +497,7 @@ mod tests {
     use super::*;
     use std::cell::RefCell;
 
-    /// Descends against a kernel that knows only `known`; gives the masks that were tried, too.
+    /// Simulates a kernel that supports only the flags `known`. Also returns the masks of all attempts.
     fn against(known: u32, allowed: TunOffload) -> (TunOffload, Vec<Fallback>, Vec<u32>) {
         let tried = RefCell::new(Vec::new());
         let (offload, fallbacks) = set_best_offload(allowed, |offload| {
@@ -476,7 +512,7 @@ mod tests {
     }
 
     #[test]
-    fn each_kernel_gets_the_most_that_it_knows() {
+    fn offloads_are_the_most_that_the_kernel_supports() {
         let no_uso = TunOffload { uso: false, ..TunOffload::ALL };
         let checksum = TunOffload { tso: false, ..no_uso };
         let kernels = [TunOffload::ALL, no_uso, checksum, TunOffload::NONE];
@@ -494,7 +530,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_configuration_forbids_is_not_tried() {
+    fn forbidden_offload_is_not_tried() {
         let allowed = TunOffload { tso: false, ..TunOffload::ALL };
         let (offload, fallbacks, tried) = against(u32::MAX, allowed);
         assert_eq!((offload, tried), (allowed, vec![allowed.mask()]));
@@ -502,7 +538,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_takes_no_mask_at_all_is_an_error() {
+    fn device_that_refuses_every_mask_is_an_error() {
         let refuse = |_| Err(io::Error::from_raw_os_error(libc::EBADFD));
         let error = set_best_offload(TunOffload::ALL, refuse).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EBADFD));

@@ -1,7 +1,8 @@
-//! UDP sockets of the underlay.
+//! UDP sockets of the underlay (udp(7), ip(7), ipv6(7)).
 //!
-//! A lane receives on a socket of the port's SO_REUSEPORT group and sends from a socket of its
-//! own, whose ephemeral port makes its traffic a flow of its own to NICs and routers on the way.
+//! All lanes receive on one port, each on its own socket of an SO_REUSEPORT group. Each lane sends
+//! from a second socket with an ephemeral port, so that NICs and routers treat the traffic of each
+//! lane as a separate flow.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -9,33 +10,32 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 
+use skein_core::wire::header::LANE_OFFSET;
+
 use super::sockopt;
 use super::tun::Fallback;
 
-/// Where the lane number lies in a datagram, counted from the start of the UDP payload.
-const LANE_OFFSET: u32 = 2;
-
-/// Sizes and switches of the sockets.
+/// Buffer sizes and features of the sockets.
 #[derive(Debug, Clone, Copy)]
 pub struct UdpOptions {
-    /// Receive buffer in bytes, as SO_RCVBUF counts them (the kernel doubles it for its overhead).
+    /// Receive buffer in bytes (SO_RCVBUF; the kernel doubles the value for its overhead).
     pub receive_buffer: usize,
-    /// Send buffer in bytes, likewise.
+    /// Send buffer in bytes (SO_SNDBUF; the kernel doubles the value for its overhead).
     pub send_buffer: usize,
-    /// Receive runs of datagrams as one (UDP_GRO).
+    /// True to receive merged datagrams (UDP_GRO).
     pub gro: bool,
     /// True to report the ECN field of received datagrams (IP_RECVTOS, IPV6_RECVTCLASS).
     pub ecn: bool,
 }
 
-/// The sockets of one lane at one address.
+/// Sockets of one lane at one address. Both are nonblocking.
 #[derive(Debug)]
 pub struct LaneSockets {
-    /// Bound to the listening port; nonblocking.
+    /// Receive socket, bound to the port of all lanes.
     pub receive: UdpSocket,
-    /// Bound to a port of its own; nonblocking. Receives nothing.
+    /// Send socket, bound to an ephemeral port. A socket filter drops every received datagram.
     pub send: UdpSocket,
-    /// Whether `receive` gives runs of datagrams.
+    /// True if `receive` may return merged datagrams (UDP_GRO).
     pub gro: bool,
 }
 
@@ -50,55 +50,60 @@ pub enum LongestPayload {
     Unknown,
 }
 
-/// Why a socket cannot be had.
+/// Error of creating or binding a socket.
 #[derive(Debug, thiserror::Error)]
 pub enum UdpError {
-    /// Some program has the port.
+    /// Another socket uses the port (EADDRINUSE).
     #[error(
-        "UDP port {} is in use at {}: stop the program that has it (ss -lnup 'sport = {}') or \
+        "UDP port {} is in use at {}: stop the program that uses it (ss -lnup 'sport = {}') or \
          set another underlay.port",
         address.port(), address.ip(), address.port()
     )]
     AddrInUse {
-        /// What was to be bound.
+        /// Address and port of the bind(2) call.
         address: SocketAddr,
     },
-    /// The address is not one of this host's.
+    /// The address does not belong to this host (EADDRNOTAVAIL).
     #[error("{} is not an address of this host: correct underlay.addresses", address.ip())]
     AddrNotAvailable {
-        /// What was to be bound.
+        /// Address and port of the bind(2) call.
         address: SocketAddr,
     },
-    /// The host has no IPv6 (or no IPv4).
+    /// The host does not support the address family (EAFNOSUPPORT).
     #[error("this host has no {}: leave {} out of underlay.addresses",
         if address.is_ipv4() { "IPv4" } else { "IPv6" }, address.ip())]
     NoFamily {
-        /// What was to be bound.
+        /// Address of the unsupported family.
         address: SocketAddr,
     },
-    /// The kernel refused for want of privilege.
+    /// The process lacks a privilege (EACCES, EPERM).
     #[error("binding UDP {address} was refused: ports below 1024 need CAP_NET_BIND_SERVICE")]
     Permission {
-        /// What was to be bound.
+        /// Address and port of the bind(2) call.
         address: SocketAddr,
     },
-    /// Any other error.
+    /// Any other error of a system call.
     #[error("{context} (UDP {address}): {source}")]
     Io {
-        /// What was tried.
+        /// Failed action, for example "setting SO_REUSEPORT".
         context: &'static str,
-        /// For which address.
+        /// Address of the socket.
         address: SocketAddr,
-        /// What the kernel said.
+        /// Error of the system call.
         source: io::Error,
     },
 }
 
-/// Binds the sockets of `lanes` lanes to one address: datagrams come to the lane that their third
-/// byte names, modulo `lanes`. Returns what the kernel would not do as fallbacks (`udp_gro`,
-/// `udp_ecn`, `reuseport_steering`, `receive_buffer`, `send_buffer`).
+/// Creates the sockets of `lanes` lanes (at least one) at `address`. The kernel delivers a datagram to
+/// the receive socket with the index of its lane byte modulo `lanes`. Port 0 binds an ephemeral port.
 ///
-/// A port that any other socket has, in this process or another, is [`UdpError::AddrInUse`].
+/// The second value lists the features that the kernel refused or the options disable: `udp_gro`,
+/// `udp_ecn`, `reuseport_steering`, and `receive_buffer` or `send_buffer` if the buffer is smaller
+/// than requested.
+///
+/// # Errors
+/// [`UdpError::AddrInUse`] if any other socket uses the port, also one of this process or one with
+/// SO_REUSEPORT; the other variants as they describe.
 pub fn bind_lanes(
     address: SocketAddr,
     lanes: usize,
@@ -107,9 +112,9 @@ pub fn bind_lanes(
     let failed = |context| move |source| failed(context, address, source);
     let mut fallbacks = Vec::new();
 
-    // The first socket is bound without SO_REUSEPORT, so that it fails if anybody has the port,
-    // even a program of this user that would share it (a second agent). Once it is bound, it
-    // opens the group; a second agent's first socket does not get in, for the same reason.
+    // The first socket is bound without SO_REUSEPORT, so that bind(2) fails if another socket uses the
+    // port, even one with SO_REUSEPORT of the same user (a second agent). SO_REUSEPORT is set after
+    // bind(2) and opens the group for the next sockets of this loop.
     let mut group: Vec<Socket> = Vec::with_capacity(lanes);
     let mut bound = address;
     while group.len() < lanes.max(1) {
@@ -139,7 +144,7 @@ pub fn bind_lanes(
     let mut sockets = Vec::with_capacity(group.len());
     for receive in group {
         receive.set_nonblocking(true).map_err(failed("setting O_NONBLOCK"))?;
-        // Only counts what was lost; older kernels than any with UDP_GRO have it.
+        // SO_RXQ_OVFL exists since Linux 2.6.33 and only counts lost datagrams: its error is ignored.
         let _ = sockopt::set_int(receive.as_fd(), libc::SOL_SOCKET, libc::SO_RXQ_OVFL, 1);
         let gro = enable_gro(receive.as_fd(), options.gro, &mut fallbacks);
         match options.ecn {
@@ -162,38 +167,46 @@ pub fn bind_lanes(
     Ok((sockets, fallbacks))
 }
 
-/// Binds a socket to a port of its own at the address (whose port is not used), for the few
-/// datagrams that belong to no lane. Nonblocking.
+/// Creates a nonblocking send socket for the session manager, with an ephemeral port at the IP address
+/// of `address`. The port of `address` is ignored.
+///
+/// # Errors
+/// [`UdpError`] if the socket cannot be created, bound or configured.
 pub fn bind_manager(address: SocketAddr, options: &UdpOptions) -> Result<UdpSocket, UdpError> {
     Ok(bind_sender(address, options, &mut Vec::new())?.into())
 }
 
-/// Whether sockets of this host have UDP_SEGMENT at all; the error says why not.
+/// Checks that sockets of this host support UDP_SEGMENT.
+///
+/// # Errors
+/// The kernel's refusal of the socket option, for users.
 pub fn probe_gso() -> Result<(), String> {
     probe_option(libc::UDP_SEGMENT, 1_200)
 }
 
-/// Whether sockets of this host have UDP_GRO; the error says why not.
+/// Checks that sockets of this host support UDP_GRO.
+///
+/// # Errors
+/// The kernel's refusal of the socket option, for users.
 pub fn probe_gro() -> Result<(), String> {
     probe_option(libc::UDP_GRO, 1)
 }
 
-/// Returns whether this host has the address family of `ip`. A kernel may be built or started
-/// without one (`ipv6.disable=1`).
+/// Returns whether this host supports the address family of `ip`. A kernel may be built without IPv6
+/// or started with `ipv6.disable=1`.
 pub fn is_family_supported(ip: IpAddr) -> bool {
     let domain = Domain::for_address(SocketAddr::new(ip, 0));
     let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP));
-    // Any other error does not concern the address family.
+    // Other errors do not concern the address family.
     !matches!(socket, Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT))
 }
 
-/// Returns the longest UDP payload that this host's route to `destination` carries. `from` is the
-/// source address. The function sends a datagram of `refused` bytes, which a socket with the lanes'
-/// options has refused (EMSGSIZE), and reads the MTU that the kernel reports. ICMP messages have no
-/// influence.
+/// Returns the longest UDP payload that this host's route from `from` to `destination` carries. The
+/// function sends a datagram of `refused` bytes, a length that a lane's socket refused (EMSGSIZE), and
+/// reads the MTU from the socket's error queue (IP_RECVERR). ICMP messages have no influence.
 ///
 /// # Errors
-/// The error of the failed system call, also if the destination is unreachable.
+/// The error of the failed system call, for example ENETUNREACH without a route.
 pub fn longest_payload(
     from: IpAddr,
     destination: SocketAddr,
@@ -232,7 +245,8 @@ fn bind_sender(
     bind(&socket, SocketAddr::new(address.ip(), 0))?;
     socket.set_nonblocking(true).map_err(|source| failed("setting O_NONBLOCK", address, source))?;
     set_buffer_size(&socket, Buffer::Send, options.send_buffer, fallbacks);
-    // Nobody talks to this port; what strangers send must not fill memory.
+    // No peer sends to this port. The filter keeps datagrams of other senders out of the receive
+    // buffer.
     let nothing = [SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0)];
     socket
         .attach_filter(&nothing)
@@ -243,9 +257,9 @@ fn bind_sender(
 fn new_socket(address: SocketAddr) -> Result<Socket, UdpError> {
     let failed = |context| move |source| failed(context, address, source);
     let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))
-        .map_err(failed("making a socket"))?;
-    // PROBE: never fragment, and never believe an ICMP message about the path's MTU (anybody can
-    // send one). IP_RECVERR stays off: with it, one peer's ICMP errors would fail other sends.
+        .map_err(failed("creating a socket"))?;
+    // IP_PMTUDISC_PROBE sets DF and ignores the path MTU of ICMP messages, which any host can spoof.
+    // IP_RECVERR stays off: with it, an ICMP error about one peer would fail a send to another peer.
     let (level, option, value) = match address {
         SocketAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_PROBE),
         SocketAddr::V6(_) => {
@@ -272,12 +286,12 @@ fn failed(context: &'static str, address: SocketAddr, source: io::Error) -> UdpE
     }
 }
 
-/// The socket of a datagram is the one of index `payload[2] % lanes`. A datagram too short to have
-/// the byte goes to the first.
+/// Attaches a program to the SO_REUSEPORT group that selects the socket of index
+/// `payload[LANE_OFFSET] % lanes`. A datagram without that byte goes to the first socket.
 fn steer_by_lane(first: BorrowedFd<'_>, lanes: usize) -> io::Result<()> {
     let lanes = u32::try_from(lanes).map_err(|_| io::ErrorKind::InvalidInput)?;
     let mut program = [
-        instruction(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, LANE_OFFSET),
+        instruction(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, LANE_OFFSET as u32),
         instruction(libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K, lanes),
         instruction(libc::BPF_RET | libc::BPF_A, 0),
     ];
@@ -302,9 +316,9 @@ fn enable_gro(socket: BorrowedFd<'_>, allowed: bool, fallbacks: &mut Vec<Fallbac
     }
 }
 
-/// Switches reports of the ECN field of received datagrams on or off. The kernel reads the field
-/// from each datagram when the process receives it, so that the reports cover datagrams that
-/// already wait in the socket.
+/// Enables or disables control messages with the ECN field of received datagrams (IP_RECVTOS, or
+/// IPV6_RECVTCLASS unless `v4`). The change also applies to datagrams that are already queued,
+/// because the kernel reads the field when the process receives the datagram.
 ///
 /// # Errors
 /// The kernel's refusal of the socket option.
@@ -322,18 +336,19 @@ enum Buffer {
     Send,
 }
 
-/// A buffer smaller than asked for is a note, not an error.
+/// Sets the size of a socket buffer in bytes. A smaller buffer than requested is a fallback, not an
+/// error.
 fn set_buffer_size(socket: &Socket, buffer: Buffer, size: usize, fallbacks: &mut Vec<Fallback>) {
     let (name, force, sysctl) = match buffer {
         Buffer::Receive => ("receive_buffer", libc::SO_RCVBUFFORCE, "net.core.rmem_max"),
         Buffer::Send => ("send_buffer", libc::SO_SNDBUFFORCE, "net.core.wmem_max"),
     };
-    // The kernel doubles the value, in an int.
+    // The kernel stores twice the value in an int.
     let size = i32::try_from(size).unwrap_or(i32::MAX).min(i32::MAX / 2);
     if sockopt::set_int(socket.as_fd(), libc::SOL_SOCKET, force, size).is_ok() {
         return;
     }
-    // Without CAP_NET_ADMIN the system's limit holds.
+    // Without CAP_NET_ADMIN, the limit of the sysctl applies.
     let effective = match buffer {
         Buffer::Receive => {
             socket.set_recv_buffer_size(size as usize).and_then(|()| socket.recv_buffer_size())
@@ -354,7 +369,8 @@ fn set_buffer_size(socket: &Socket, buffer: Buffer, size: usize, fallbacks: &mut
     }
 }
 
-/// Once a name: every socket of a kind meets the same kernel.
+/// Adds a fallback unless there is one of the same name: the sockets of all lanes get the same
+/// refusals.
 fn push_fallback(fallbacks: &mut Vec<Fallback>, name: &'static str, why: String) {
     if fallbacks.iter().all(|(noted, _)| *noted != name) {
         fallbacks.push((name, why));

@@ -1,4 +1,4 @@
-//! The packet path of `skein_sys` allocates nothing once it is warm.
+//! Test that the packet path of `skein_sys` does not allocate memory after its first rounds.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -20,19 +20,20 @@ thread_local! {
     static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
 }
 
+/// An allocator that counts the allocations of each thread.
 struct Counting;
 
-// SAFETY: every call goes to the system's allocator unchanged; counting touches no memory but a
-// constant-initialised thread-local.
+// SAFETY: every call is passed to the system allocator unchanged. The counter is a thread-local with a
+// constant initialiser, which does not allocate.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.with(|count| count.set(count.get() + 1));
-        // SAFETY: the caller's promise, passed on.
+        // SAFETY: the caller of `alloc` meets the requirements of `System.alloc`, which are the same.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise, passed on.
+        // SAFETY: the block comes from `System.alloc` with the same layout.
         unsafe { System.dealloc(pointer, layout) }
     }
 }
@@ -41,7 +42,7 @@ unsafe impl GlobalAlloc for Counting {
 static COUNTING: Counting = Counting;
 
 #[test]
-fn a_warm_lane_allocates_nothing() {
+fn packet_path_does_not_allocate_after_first_rounds() {
     let allocated = in_new_network_namespace(|| {
         let up = std::process::Command::new("ip").args(["link", "set", "lo", "up"]).status();
         assert!(up.unwrap().success());
@@ -73,7 +74,7 @@ fn a_warm_lane_allocates_nothing() {
             let mut request =
                 SendRequest { arena: &arena, batches: &batches, from: Position::default() };
             let mut sent = 0;
-            // What has no room waits until something was received.
+            // After a full send buffer, the sender continues after the next reception.
             let mut more = true;
             let mut received = 0;
             while more || received < sent {
@@ -103,5 +104,5 @@ fn a_warm_lane_allocates_nothing() {
         }
         ALLOCATIONS.with(Cell::get) - before
     });
-    assert_eq!(allocated.expect("a new network namespace: run the tests as root"), 0);
+    assert_eq!(allocated.expect("cannot create a network namespace: run the tests as root"), 0);
 }

@@ -1,5 +1,5 @@
-//! What a data process can no longer do. The test program starts itself anew for each attempt, as there is no
-//! way back.
+//! Tests of the confinement of a data process. Each attempt runs in a new process of the test program,
+//! because a confinement cannot be removed.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -18,14 +18,14 @@ const SIGSYS: i32 = 31;
 const DONE: i32 = 40;
 const REFUSED: i32 = 41;
 
-/// What becomes of an attempt in a confined process.
+/// Outcome of an attempt in a confined process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Outcome {
-    /// It works.
+    /// The attempt succeeds.
     Done,
-    /// As if the kernel did not have it.
+    /// The system call fails with ENOSYS.
     Refused,
-    /// The process ends.
+    /// The kernel kills the process (SIGSYS).
     Killed,
 }
 
@@ -46,23 +46,24 @@ fn socket(family: AddressFamily, kind: SocketType) -> std::io::Result<()> {
 fn code_from_data() -> std::io::Result<()> {
     use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
     let access = ProtFlags::READ | ProtFlags::EXEC;
-    // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
+    // SAFETY: the kernel chooses the address (no MAP_FIXED), so that the new mapping replaces no other
+    // memory.
     let mapped = unsafe { mmap_anonymous(std::ptr::null_mut(), 4096, access, MapFlags::PRIVATE) };
     Ok(mapped.map(drop)?)
 }
 
-/// Turns the result of a system call into the error of an attempt.
+/// Makes a system call and returns its result.
 fn call(number: libc::c_long, arguments: [libc::c_long; 6]) -> std::io::Result<libc::c_long> {
     let [a, b, c, d, e, f] = arguments;
-    // SAFETY: each caller passes null, numbers, or pointers to memory that outlives the call; a call
-    // that succeeds is a failure of the test, and the process ends.
+    // SAFETY: each caller passes null, numbers, or pointers to memory that is valid during the call. If
+    // a forbidden call succeeds, the test fails and the process exits.
     match unsafe { libc::syscall(number, a, b, c, d, e, f) } {
         -1 => Err(std::io::Error::last_os_error()),
         result => Ok(result),
     }
 }
 
-/// Passes if the call is refused as on a kernel that does not have it.
+/// Succeeds if the call failed with ENOSYS.
 fn must_be_refused(what: &str, result: std::io::Result<libc::c_long>) -> std::io::Result<()> {
     match result {
         Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
@@ -70,7 +71,7 @@ fn must_be_refused(what: &str, result: std::io::Result<libc::c_long>) -> std::io
     }
 }
 
-/// Opens files by every call and with every combination of the flags that give access to a file.
+/// Opens files by each system call and with each combination of the flags that give access to a file.
 fn every_way_to_open() -> std::io::Result<()> {
     const FLAGS: [i32; 10] = [
         libc::O_CREAT,
@@ -119,7 +120,7 @@ fn every_way_to_open() -> std::io::Result<()> {
     Ok(())
 }
 
-/// Makes memory executable by every call and with every combination of protection and flags.
+/// Creates executable memory by each system call and with each combination of protection and flags.
 fn every_way_to_code() -> std::io::Result<()> {
     const PAGE: libc::c_long = 4096;
     for protection in 0..8 {
@@ -148,7 +149,7 @@ fn every_way_to_code() -> std::io::Result<()> {
     must_be_refused("copy_file_range", call(libc::SYS_copy_file_range, [0, 0, 1, 0, 0, 0]))
 }
 
-/// Reaches another process, here the parent, by calls that are allowed for other purposes.
+/// Affects another process, here the parent, by system calls that are allowed for other purposes.
 fn every_way_to_a_process() -> std::io::Result<()> {
     let parent = rustix::process::getppid().unwrap().as_raw_pid().into();
     let own = std::process::id().into();
@@ -171,7 +172,7 @@ fn every_way_to_a_process() -> std::io::Result<()> {
     must_be_refused("pidfd_open", call(libc::SYS_pidfd_open, [parent, 0, 0, 0, 0, 0]))?;
     must_be_refused("process_madvise", call(libc::SYS_process_madvise, [0, 0, 0, 0, 0, 0]))?;
     for namespace in [0x20000, 0x0200_0000, 0x0400_0000, 0x0800_0000, 0x2000_0000, 0x4000_0000] {
-        // Without CLONE_VM the kernel itself refuses a thread, so that no thread can start here.
+        // Without CLONE_VM, the kernel refuses a thread, so that none starts even without the filter.
         let flags = i64::from(libc::CLONE_THREAD) | namespace;
         must_be_refused("clone", call(libc::SYS_clone, [flags, 0, 0, 0, 0, 0]))?;
     }
@@ -187,7 +188,7 @@ fn every_way_to_a_process() -> std::io::Result<()> {
     Ok(())
 }
 
-/// The 32-bit and x32 tables of system calls have other numbers.
+/// Makes a call of the x32 ABI, whose system calls have other numbers.
 #[cfg(target_arch = "x86_64")]
 fn other_table() -> std::io::Result<()> {
     const X32: libc::c_long = 0x4000_0000;
@@ -273,19 +274,20 @@ fn parent() -> rustix::process::Pid {
 }
 
 fn unshare() -> Result<(), Errno> {
-    // SAFETY: mount namespaces have nothing to do with this process's memory and descriptors.
+    // SAFETY: CLONE_NEWNS does not unshare the descriptor table, which makes `unshare_unsafe` unsound.
     unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }
 }
 
 fn peek() -> std::io::Result<()> {
-    // SAFETY: PTRACE_TRACEME has no arguments, and touches no memory.
+    // SAFETY: PTRACE_TRACEME has no arguments and accesses no memory of this process.
     match unsafe { libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0) } {
         0 => Ok(()),
         _ => Err(std::io::Error::last_os_error()),
     }
 }
 
-/// Runs in the process that was started for it.
+/// Executes the attempt that the environment variable names, in a process of
+/// `confined_process_makes_only_allowed_calls`; does nothing without the variable.
 #[test]
 fn attempt() {
     let Ok(wanted) = std::env::var(ATTEMPT) else { return };
@@ -305,7 +307,7 @@ fn attempt() {
 }
 
 #[test]
-fn a_confined_process_does_what_it_must_and_nothing_else() {
+fn confined_process_makes_only_allowed_calls() {
     for (name, _, expected) in ATTEMPTS {
         let mut command = Command::new(std::env::current_exe().unwrap());
         let output = command
@@ -323,14 +325,14 @@ fn a_confined_process_does_what_it_must_and_nothing_else() {
     }
 }
 
-/// Landlock alone, as if the filter let every call through. In a thread: it applies to each.
+/// Tests Landlock without the filter, in a thread, because Landlock confines threads.
 #[test]
 fn landlock_denies_files_without_the_filter() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("file");
     std::fs::write(&file, "before").unwrap();
     let own = File::options().read(true).write(true).open("/proc/self/mem");
-    assert!(own.is_ok(), "a process that is not confined opens its own memory");
+    assert!(own.is_ok(), "an unconfined process must be able to open its memory");
     let attempts: [(&str, &(dyn Fn() -> std::io::Result<()> + Sync)); 7] = [
         ("own memory", &|| File::options().write(true).open("/proc/self/mem").map(drop)),
         ("reading", &|| File::open(&file).map(drop)),
@@ -355,8 +357,8 @@ fn landlock_denies_files_without_the_filter() {
 }
 
 #[test]
-fn what_is_given_up_does_not_come_back() {
-    // In a thread: the kernel keeps rights for each.
+fn dropped_capabilities_cannot_be_regained() {
+    // The kernel keeps capabilities per thread.
     let after = std::thread::spawn(|| {
         confine::drop_capabilities(confine::DATAPLANE).unwrap();
         let program = Command::new("cat").arg("/proc/self/status").output().unwrap();
@@ -373,5 +375,5 @@ fn what_is_given_up_does_not_come_back() {
     }
     assert_eq!(field("NoNewPrivs:"), 1);
     let dumps = rustix::process::dumpable_behavior().unwrap();
-    assert_eq!(dumps, rustix::process::DumpableBehavior::NotDumpable, "of the whole process");
+    assert_eq!(dumps, rustix::process::DumpableBehavior::NotDumpable, "applies to the process");
 }

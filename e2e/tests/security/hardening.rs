@@ -243,7 +243,7 @@ fn missing_confinement_is_shown_and_can_be_refused() -> Result<()> {
     let finished = agent.run_to_end(Duration::from_secs(20))?;
     let said = format!("{}{}", finished.stdout, finished.stderr);
     ensure!(finished.code != 0 && said.contains("dataplane.require_confinement"), "{said}");
-    ensure!(said.contains("this kernel has no seccomp filters"), "{said}");
+    ensure!(said.contains("the kernel does not support seccomp filters"), "{said}");
     ensure!(agent.dataplane_pids().is_empty(), "a data process runs");
 
     // A data process from a time without the setting is replaced.

@@ -10,6 +10,8 @@ pub const TAG_LEN: usize = 16;
 pub const OVERHEAD: usize = HEADER_LEN + TAG_LEN;
 /// Lane byte of all messages except data.
 pub const CONTROL_LANE: u8 = 0xff;
+/// Offset of the lane byte in the header, bytes.
+pub const LANE_OFFSET: usize = 2;
 /// Maximum number of lanes of a node.
 pub const MAX_LANES: usize = 64;
 
@@ -98,7 +100,7 @@ impl Header {
         let mut out = [0; HEADER_LEN];
         out[0] = self.kind as u8;
         out[1] = self.flags.0;
-        out[2] = self.lane;
+        out[LANE_OFFSET] = self.lane;
         out[4..8].copy_from_slice(&self.receiver.to_be_bytes());
         out[8..].copy_from_slice(&self.counter.to_be_bytes());
         out

@@ -1,60 +1,63 @@
-//! Where UDP_SEGMENT works.
+//! Destinations for which UDP_SEGMENT is disabled, and their pauses.
 
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-/// How long a destination goes without UDP_SEGMENT after the first failure.
+/// Duration without UDP_SEGMENT after the first failure of a destination.
 const MIN_PAUSE: Duration = Duration::from_secs(5);
-/// How long at most, when it keeps failing.
+/// Maximum duration without UDP_SEGMENT after repeated failures.
 const MAX_PAUSE: Duration = Duration::from_secs(60);
-/// How many runs in a row may be refused, and then go one by one, before that counts as a failure.
+/// Number of messages in a row that the kernel refuses as invalid, and whose datagrams it accepts
+/// singly, before UDP_SEGMENT is disabled for the destination.
 const MAX_REFUSALS: u8 = 3;
-/// Destinations remembered; beyond it, those whose pause is over are forgotten.
+/// Number of stored destinations above which destinations without an active pause are removed.
 const MAX_DESTINATIONS: usize = 1_024;
 
-/// Whether runs may leave as one UDP_SEGMENT message: a switch for the socket, and a memory of the
-/// destinations where the kernel refuses (a route through IPsec, a device without checksums).
+/// State of UDP_SEGMENT for the sockets of a lane: disabled completely, or disabled for destinations for
+/// which the kernel refuses it, for example because of IPsec or a device without checksum offload.
 #[derive(Debug, Default)]
 pub struct GsoState {
     off: bool,
     destinations: HashMap<SocketAddr, DestinationState>,
 }
 
-/// A destination without UDP_SEGMENT, for reports.
+/// A destination for which UDP_SEGMENT is disabled, for reports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GsoOff {
-    /// The destination.
+    /// Underlay address and port.
     pub destination: SocketAddr,
-    /// When it is tried again.
+    /// End of the pause; the next batch uses UDP_SEGMENT again.
     pub until: Instant,
-    /// The error that turned it off (errno).
+    /// Error of the failure that started the pause (errno(3)).
     pub errno: i32,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
 struct DestinationState {
-    /// Runs refused in a row that went one by one.
+    /// Number of refused messages in a row whose datagrams were accepted singly.
     refusals: u8,
-    /// The last pause; zero if there was none.
+    /// Duration of the last pause; zero if there was none.
     pause: Duration,
+    /// End of the last pause; `None` if there was none.
     until: Option<Instant>,
+    /// Error that started the last pause.
     errno: i32,
 }
 
 impl GsoState {
-    /// On everywhere.
+    /// Returns a state in which UDP_SEGMENT is enabled for every destination.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Off everywhere.
+    /// Returns a state in which UDP_SEGMENT is disabled permanently.
     pub fn disabled() -> Self {
         Self { off: true, ..Self::default() }
     }
 
-    /// Whether a run to `destination` may leave as one message now.
+    /// Returns whether a batch to `destination` may be sent as one message at `now`.
     pub fn allowed(&self, destination: SocketAddr, now: Instant) -> bool {
         !self.off
             && (self.destinations.is_empty()
@@ -65,7 +68,7 @@ impl GsoState {
                     .is_none_or(|until| until <= now))
     }
 
-    /// The destinations where it is off at `now`.
+    /// Returns the destinations with an active pause at `now`.
     pub fn off(&self, now: Instant) -> impl Iterator<Item = GsoOff> + '_ {
         self.destinations.iter().filter_map(move |(&destination, state)| {
             let until = state.until.filter(|&until| until > now)?;
@@ -73,8 +76,9 @@ impl GsoState {
         })
     }
 
-    /// Turns it off for one destination, 5 s at first, doubling to 60 s while it keeps failing.
-    /// `errno` is the kernel's reason.
+    /// Disables UDP_SEGMENT for `destination`: 5 s after the first failure, twice the previous duration
+    /// after each further one, at most 60 s. An accepted UDP_SEGMENT message resets the duration.
+    /// `errno` is kept for reports.
     pub fn pause(&mut self, destination: SocketAddr, errno: i32, now: Instant) {
         let state = self.state(destination, now);
         state.refusals = 0;
@@ -85,17 +89,18 @@ impl GsoState {
         state.until = Some(now + state.pause);
         state.errno = errno;
         let error = io::Error::from_raw_os_error(errno);
-        tracing::debug!(%destination, pause = ?state.pause, %error, "UDP_SEGMENT is off");
+        tracing::debug!(%destination, pause = ?state.pause, %error, "UDP_SEGMENT disabled for a destination");
     }
 
-    /// A message of several datagrams went.
+    /// Handles an accepted message with several datagrams: the destination's state is removed.
     pub(super) fn on_sent(&mut self, destination: SocketAddr) {
         if !self.destinations.is_empty() && self.destinations.remove(&destination).is_some() {
-            tracing::debug!(%destination, "UDP_SEGMENT works again");
+            tracing::debug!(%destination, "UDP_SEGMENT enabled again for a destination");
         }
     }
 
-    /// A message was refused as invalid, and all its datagrams went one by one.
+    /// Handles a message that the kernel refused as invalid, and whose datagrams it accepted singly. The
+    /// third one in a row starts a pause.
     pub(super) fn on_refused(&mut self, destination: SocketAddr, errno: i32, now: Instant) {
         let state = self.state(destination, now);
         state.refusals += 1;
@@ -126,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn pauses_double_to_a_minute_and_success_forgets_them() {
+    fn pause_doubles_up_to_60_s_and_success_resets_it() {
         let (a, b, mut now) = (address(A), address(B), Instant::now());
         let mut gso = GsoState::new();
         for seconds in [5, 10, 20, 40, 60, 60] {
@@ -146,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn three_refusals_in_a_row_turn_it_off_and_success_between_them_does_not() {
+    fn three_refusals_in_a_row_start_a_pause() {
         let (a, now) = (address(A), Instant::now());
         let mut gso = GsoState::new();
         for _ in 0..5 {
@@ -163,14 +168,14 @@ mod tests {
     }
 
     #[test]
-    fn the_switch_holds_everywhere() {
+    fn disabled_state_allows_no_destination() {
         let (a, now) = (address(A), Instant::now());
         assert!(!GsoState::disabled().allowed(a, now));
         assert!(GsoState::new().allowed(a, now));
     }
 
     #[test]
-    fn the_memory_is_bounded() {
+    fn number_of_stored_destinations_is_bounded() {
         let mut now = Instant::now();
         let mut gso = GsoState::new();
         for port in 1..5_000 {

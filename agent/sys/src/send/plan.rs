@@ -1,8 +1,8 @@
-//! What goes into a sendmmsg, and what becomes of it when the kernel objects.
+//! Selection of the messages of a sendmmsg(2) call, and reactions to its errors.
 //!
-//! A cursor goes through the batches, datagram by datagram. The messages of a call are planned from
-//! the cursor on; the kernel takes some of them, or objects to the first. Either way the next call
-//! begins behind what was taken, so nothing is sent twice and nothing is passed over.
+//! A cursor points to the first datagram that is neither sent nor dropped. Each call is planned from
+//! the cursor. The kernel accepts some of the messages, or refuses the first one. The cursor moves
+//! behind each message that was accepted or dropped, so that no datagram is sent twice or skipped.
 
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -13,44 +13,44 @@ use skein_core::wire::ecn::Ecn;
 use super::gso::GsoState;
 use super::{GsoBatch, Position, SendOutcome, SendRequest, TooLong};
 
-/// Messages in one call at most.
+/// Maximum number of messages in one call.
 pub(super) const MAX_MESSAGES: usize = 64;
 
-/// Datagrams in one message at most: Linux allows 64 before 6.9, and a full message of 1,400-byte
-/// datagrams has fewer.
+/// Maximum number of datagrams in one message (UDP_MAX_SEGMENTS, 64 before Linux 6.9). A message of
+/// 65,000 bytes has only 46 datagrams of 1,400 bytes.
 pub(super) const MAX_DATAGRAMS_PER_MESSAGE: usize = 64;
 
-/// Bytes in one message of several datagrams at most: near the protocol's limit (65,507) the
-/// kernel segments in software.
+/// Maximum length of a message with several datagrams, bytes. The kernel segments messages near the
+/// protocol's limit (65,507 bytes) in software.
 pub(super) const MAX_MESSAGE_LEN: usize = 65_000;
 
-/// One message of a call: a range of one batch's datagrams.
+/// One message of a call: a range of datagrams of one batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Message {
     /// Index of the batch.
     pub(super) batch: usize,
-    /// Its first datagram in the batch.
+    /// Index of the first datagram in the batch.
     pub(super) first: usize,
-    /// How many datagrams.
+    /// Number of datagrams, at least 1.
     pub(super) segments: usize,
-    /// Where it begins in the batch, in bytes.
+    /// Offset of the first datagram in the batch, bytes.
     pub(super) start: usize,
-    /// How many bytes.
+    /// Length of the message in bytes.
     pub(super) len: usize,
-    /// The segment size, if the kernel is to split it.
+    /// Segment size in bytes for UDP_SEGMENT; `None` for a single datagram.
     pub(super) gso: Option<u16>,
     /// ECN field of the outer header; `NotEct` needs no control message.
     pub(super) ecn: Ecn,
 }
 
-/// A message that the kernel called invalid, whose datagrams go one by one for now.
+/// A message that the kernel refused as invalid. Its datagrams are sent singly.
 #[derive(Debug, Clone, Copy)]
 struct RefusedMessage {
     batch: usize,
-    /// Behind its last datagram.
+    /// Index behind the last datagram of the message.
     end: usize,
     errno: i32,
-    /// Whether one of its datagrams failed alone, too.
+    /// True if one of the single datagrams failed, too.
     failed: bool,
 }
 
@@ -59,14 +59,14 @@ struct RefusedMessage {
 pub(super) enum EcnUse {
     #[default]
     On,
-    /// A datagram with the control message was refused and is sent again without it. The result
-    /// shows whether the control message was the cause.
+    /// The kernel refused a datagram with the control message. The datagram is sent again without it:
+    /// the result shows whether the control message was the cause.
     Trial,
     /// The kernel refuses the control message.
     Refused,
 }
 
-/// Buffers of the decisions, kept from call to call.
+/// Buffers of a plan, which calls reuse, and the use of the ECN control message.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
     messages: Vec<Message>,
@@ -76,8 +76,9 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Sends what there is to send, by as many calls of `send` as it takes. `send` gets the messages
-    /// of one call and returns how many the kernel took, or the error (errno) of the first.
+    /// Sends the datagrams of `request` by calls of `send`, until all are sent or dropped, or the socket
+    /// has no space. `send` executes one sendmmsg(2) with the given messages. It returns the number of
+    /// accepted messages, or the errno of the first message.
     pub(super) fn execute(
         &mut self,
         request: &SendRequest<'_>,
@@ -107,10 +108,9 @@ impl Plan {
         &self.datagrams_per_call
     }
 
-    /// Returns whether the kernel refuses the control message of the ECN field, so that every
-    /// datagram is Not-ECT.
+    /// Returns true if the kernel refuses the control message of the ECN field.
     pub(super) fn ecn_refused(&self) -> bool {
-        self.ecn == EcnUse::RefusedMessage
+        self.ecn == EcnUse::Refused
     }
 
     pub(super) fn segments_per_message(&self) -> &[u32] {
@@ -130,13 +130,13 @@ struct Execution<'a> {
     outcome: SendOutcome,
 }
 
-/// What an objection to a message calls for.
+/// Continuation after an error of a message.
 enum NextStep {
-    /// The rest of the planned call stands.
+    /// Sends the remaining messages of the plan.
     Continue,
-    /// Something was learnt that changes the plan.
+    /// Plans a new call from the cursor, because the error changes the messages.
     Replan,
-    /// The socket has no room for it, nor for what follows.
+    /// Stops, because the send buffer of the socket is full.
     Wait,
 }
 
@@ -151,7 +151,8 @@ impl Execution<'_> {
             while let Some(&first) = self.plan.messages.get(at) {
                 self.outcome.calls += 1;
                 match send(&self.plan.messages[at..]) {
-                    // Taking nothing without an error must not go on for ever.
+                    // A kernel that accepts no message and returns no error must not cause an endless
+                    // loop.
                     Ok(0) => {
                         self.drop_datagrams(&first, DropReason::SendError);
                         at += 1;
@@ -176,15 +177,15 @@ impl Execution<'_> {
         }
     }
 
-    /// Plans a call from the cursor on.
+    /// Plans a call of at most [`MAX_MESSAGES`] messages from the cursor.
     fn plan_call(&mut self) {
         self.plan.messages.clear();
         let mut at = self.cursor;
         while self.plan.messages.len() < MAX_MESSAGES {
             let Some(batch) = self.batches.get(at.batch) else { break };
             if at.segment == 0 && !self.is_valid(batch) {
-                // Malformed: whatever was planned before it goes first, so that the cursor stays
-                // behind everything that is settled.
+                // The messages before an invalid batch are sent first: the cursor may only pass
+                // datagrams that are sent or dropped.
                 if !self.plan.messages.is_empty() {
                     break;
                 }
@@ -204,7 +205,9 @@ impl Execution<'_> {
         }
     }
 
-    /// Whether a batch is what it says.
+    /// Returns whether the description of a batch is consistent: its length fits the number and size of
+    /// datagrams, no datagram is empty, the last is not longer than the others, and the parts are
+    /// inside the arena.
     fn is_valid(&self, batch: &GsoBatch<'_>) -> bool {
         if batch.segments == 0 {
             return true;
@@ -218,21 +221,25 @@ impl Execution<'_> {
             && batch.parts.iter().all(fits)
     }
 
-    /// The longest message from a datagram on.
+    /// Returns the longest message that starts at `at`.
     fn next_message(&self, at: Position, batch: &GsoBatch<'_>) -> Message {
-        let left = batch.segments - at.segment;
+        let remaining = batch.segments - at.segment;
         let is_refused = self
             .refused
             .is_some_and(|refused| refused.batch == at.batch && at.segment < refused.end);
         let most = match u16::try_from(batch.segment_size) {
-            Ok(1..) if left > 1 && !is_refused && self.gso.allowed(batch.destination, self.now) => {
+            Ok(1..)
+                if remaining > 1
+                    && !is_refused
+                    && self.gso.allowed(batch.destination, self.now) =>
+            {
                 MAX_DATAGRAMS_PER_MESSAGE.min(MAX_MESSAGE_LEN / batch.segment_size)
             }
             _ => 1,
         };
-        let segments = left.min(most.max(1));
+        let segments = remaining.min(most.max(1));
         let start = at.segment * batch.segment_size;
-        let end = match left - segments {
+        let end = match remaining - segments {
             0 => batch.byte_len(),
             _ => start + segments * batch.segment_size,
         };
@@ -247,7 +254,7 @@ impl Execution<'_> {
         }
     }
 
-    /// The kernel took the messages `at..end` of the planned call.
+    /// Handles the accepted messages `at..end` of the planned call.
     fn on_sent(&mut self, at: usize, end: usize) {
         let mut datagrams = 0;
         for i in at..end {
@@ -268,6 +275,7 @@ impl Execution<'_> {
         self.plan.datagrams_per_call.push(datagrams);
     }
 
+    /// Handles the error of a message: drops it, or changes the state so that the next plan differs.
     fn on_error(&mut self, message: &Message, errno: i32) -> NextStep {
         if errno == libc::EAGAIN {
             return NextStep::Wait;
@@ -275,15 +283,15 @@ impl Execution<'_> {
         if message.gso.is_some() {
             let destination = self.destination(message);
             match errno {
-                // Of the route: IPsec, no checksum offload before 6.11. Of the kernel: no
-                // UDP_SEGMENT at all.
+                // The route does not support UDP_SEGMENT (IPsec; a device without checksum offload
+                // before Linux 6.11), or the kernel does not.
                 libc::EIO | libc::EOPNOTSUPP | libc::ENOPROTOOPT => {
                     self.gso.pause(destination, errno, self.now);
                     self.outcome.fallbacks += 1;
                     return NextStep::Replan;
                 }
-                // Of this message: too many segments for this kernel, a short tail, or a segment
-                // longer than the route's MTU, which the datagrams will then meet alone.
+                // The message is invalid: too many segments for this kernel, a short last one, or
+                // segments above the route's MTU. The single datagrams show which of them fail.
                 libc::EINVAL | libc::EMSGSIZE => {
                     let end = message.first + message.segments;
                     self.refused =
@@ -317,7 +325,7 @@ impl Execution<'_> {
         self.advance(message, true);
     }
 
-    /// A message was sent or dropped: the cursor moves behind it.
+    /// Moves the cursor behind a message that was sent or, if `failed`, dropped.
     fn advance(&mut self, message: &Message, failed: bool) {
         let end = message.first + message.segments;
         self.cursor = Position { batch: message.batch, segment: end };
@@ -329,7 +337,7 @@ impl Execution<'_> {
             }
             let RefusedMessage { errno, failed, .. } = *refused;
             self.refused = None;
-            // What fails alone, too, says nothing of UDP_SEGMENT.
+            // If a single datagram failed as well, the error does not concern UDP_SEGMENT.
             if !failed {
                 self.gso.on_refused(self.destination(message), errno, self.now);
             }

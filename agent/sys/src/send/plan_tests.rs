@@ -10,7 +10,8 @@ fn destination(i: u8) -> SocketAddr {
     SocketAddr::new([192, 0, 2, i].into(), 51_900)
 }
 
-/// A batch to be sent: destination, segment size, datagrams, length of the last.
+/// Description of a batch: host number of the destination, ECN field, segment size in bytes, number of
+/// datagrams, and length of the last one in bytes.
 #[derive(Debug, Clone)]
 struct Wanted {
     destination: u8,
@@ -34,7 +35,7 @@ impl Wanted {
     }
 }
 
-/// What a fake kernel took and what the plan says became of it.
+/// Datagrams that a simulated kernel accepted, and the outcome of the plan.
 struct Result {
     sent: Vec<(usize, usize)>,
     outcome: SendOutcome,
@@ -42,7 +43,7 @@ struct Result {
     calls: Vec<Vec<Message>>,
 }
 
-/// Carries `wanted` out against a fake kernel, and checks what must hold whatever it answers.
+/// Sends `wanted` to a simulated kernel, and checks the invariants that hold for every kernel.
 fn execute(
     plan: &mut Plan,
     gso: &mut GsoState,
@@ -98,7 +99,7 @@ fn execute(
         request.from = from;
     }
 
-    // In order, therefore none twice.
+    // Strictly ascending: in order, and no datagram twice.
     assert!(sent.is_sorted_by(|a, b| a < b), "{sent:?}");
     let all = wanted.iter().map(|batch| batch.segments as u64).sum::<u64>();
     assert_eq!(outcome.datagrams, sent.len() as u64);
@@ -110,12 +111,12 @@ fn execute(
     let sum = |counts: &[u32]| counts.iter().copied().map(u64::from).sum::<u64>();
     assert_eq!(sum(&per_call), outcome.datagrams);
     assert_eq!(sum(&per_message), outcome.datagrams);
-    let trains = per_message.iter().filter(|&&n| n > 1).count();
-    assert_eq!(outcome.gso_messages, trains as u64);
+    let gso_messages = per_message.iter().filter(|&&n| n > 1).count();
+    assert_eq!(outcome.gso_messages, gso_messages as u64);
     Result { sent, outcome, drops, calls }
 }
 
-/// A message covers exactly the bytes of its datagrams, within the kernel's limits.
+/// Checks that a message covers exactly the bytes of its datagrams, within the kernel's limits.
 fn check(message: &Message, batch: &Wanted) {
     assert!(message.segments >= 1 && message.first + message.segments <= batch.segments);
     assert_eq!(message.start, message.first * batch.segment_size);
@@ -139,7 +140,8 @@ fn run_once(
     execute(&mut Plan::default(), gso, Instant::now(), wanted, kernel)
 }
 
-/// A kernel that answers by what each message is, like a real one.
+/// Returns a simulated kernel that accepts messages up to the first one for which `judge` returns an
+/// errno, as Linux does.
 fn by_message(
     mut judge: impl FnMut(&Message, &Wanted) -> Option<i32>,
 ) -> impl FnMut(&[Message], &[Wanted]) -> std::result::Result<usize, i32> {
@@ -154,7 +156,7 @@ fn by_message(
 }
 
 #[test]
-fn many_runs_leave_in_one_call_each_as_one_message() {
+fn batches_are_sent_in_one_call_as_one_message_each() {
     let wanted: Vec<_> = (0..10).map(|i| Wanted::new(i, 1_000, 40)).collect();
     let result = run_once(&mut GsoState::new(), &wanted, |messages, _| Ok(messages.len()));
     assert_eq!(result.outcome.calls, 1);
@@ -162,7 +164,7 @@ fn many_runs_leave_in_one_call_each_as_one_message() {
 }
 
 #[test]
-fn ecn_control_message_is_left_out_once_the_kernel_refuses_it() {
+fn refused_ecn_control_message_is_omitted() {
     let marked = |segments| Wanted { ecn: Ecn::Ect0, ..Wanted::new(1, 1_000, segments) };
     let wanted = [Wanted::new(2, 1_000, 3), marked(1), marked(4), Wanted::new(2, 900, 2)];
     let mut plan = Plan::default();
@@ -172,11 +174,15 @@ fn ecn_control_message_is_left_out_once_the_kernel_refuses_it() {
     assert_eq!((first.outcome.datagrams, first.outcome.dropped), (10, 0));
     assert!(plan.ecn_refused());
     let second = execute(&mut plan, &mut gso, now, &wanted, refusing());
-    assert_eq!((second.outcome.calls, second.outcome.gso_messages), (1, 3), "all is known");
+    assert_eq!(
+        (second.outcome.calls, second.outcome.gso_messages),
+        (1, 3),
+        "the second call omits it"
+    );
 }
 
 #[test]
-fn ecn_control_message_is_not_blamed_for_a_bad_destination() {
+fn invalid_destination_does_not_disable_ecn() {
     let marked = |host| Wanted { ecn: Ecn::Ce, ..Wanted::new(host, 1_000, 1) };
     let mut plan = Plan::default();
     let wanted = [marked(1), marked(2), marked(3)];
@@ -189,7 +195,7 @@ fn ecn_control_message_is_not_blamed_for_a_bad_destination() {
 }
 
 #[test]
-fn long_runs_are_cut_at_64_datagrams_and_65000_bytes() {
+fn long_batches_are_cut_at_64_datagrams_and_65000_bytes() {
     let wanted = [Wanted::new(1, 100, 130), Wanted::new(1, 1_400, 100), Wanted::new(1, 40_000, 2)];
     let result = run_once(&mut GsoState::new(), &wanted, |messages, _| Ok(messages.len()));
     let segments: Vec<_> = result.calls[0].iter().map(|message| message.segments).collect();
@@ -197,7 +203,7 @@ fn long_runs_are_cut_at_64_datagrams_and_65000_bytes() {
 }
 
 #[test]
-fn without_the_switch_all_go_one_by_one_in_full_calls() {
+fn disabled_gso_sends_single_datagrams_in_full_calls() {
     let mut gso = GsoState::disabled();
     let result =
         run_once(&mut gso, &[Wanted::new(1, 1_000, 130)], |messages, _| Ok(messages.len()));
@@ -206,7 +212,7 @@ fn without_the_switch_all_go_one_by_one_in_full_calls() {
 }
 
 #[test]
-fn eio_turns_one_destination_off_and_its_run_goes_one_by_one() {
+fn eio_disables_gso_for_one_destination() {
     let mut gso = GsoState::new();
     let wanted = [Wanted::new(1, 1_000, 20), Wanted::new(2, 1_000, 30), Wanted::new(1, 1_000, 10)];
     let kernel = by_message(|message, batch| {
@@ -215,7 +221,7 @@ fn eio_turns_one_destination_off_and_its_run_goes_one_by_one() {
     let result = run_once(&mut gso, &wanted, kernel);
     assert_eq!(result.outcome.datagrams, 60);
     assert_eq!(result.outcome.fallbacks, 1);
-    // The first batch, the refusal, and everything else.
+    // One call for the first batch, one that the kernel refuses, and one for the rest.
     assert_eq!(result.outcome.calls, 3);
     assert_eq!(result.outcome.gso_messages, 2);
     let off: Vec<_> =
@@ -224,7 +230,7 @@ fn eio_turns_one_destination_off_and_its_run_goes_one_by_one() {
 }
 
 #[test]
-fn eio_is_tried_again_after_the_pause() {
+fn gso_is_tried_again_after_the_pause() {
     let (mut gso, mut plan, start) = (GsoState::new(), Plan::default(), Instant::now());
     let wanted = [Wanted::new(1, 1_000, 20)];
     let mut broken = by_message(|message, _| message.gso.is_some().then_some(libc::EIO));
@@ -241,7 +247,7 @@ fn eio_is_tried_again_after_the_pause() {
 }
 
 #[test]
-fn einval_sends_that_message_one_by_one_and_turns_off_at_the_third_in_a_row() {
+fn third_einval_in_a_row_disables_gso_for_the_destination() {
     let mut gso = GsoState::new();
     let wanted = [Wanted::new(1, 1_000, 10)];
     let mut kernel = by_message(|message, _| message.gso.is_some().then_some(libc::EINVAL));
@@ -255,7 +261,7 @@ fn einval_sends_that_message_one_by_one_and_turns_off_at_the_third_in_a_row() {
 }
 
 #[test]
-fn datagrams_longer_than_the_route_are_dropped_and_do_not_blame_gso() {
+fn too_long_datagrams_are_dropped_and_do_not_disable_gso() {
     let mut gso = GsoState::new();
     for _ in 0..5 {
         let wanted = [Wanted { last: 300, ..Wanted::new(1, 1_400, 10) }, Wanted::new(2, 1_400, 2)];
@@ -271,7 +277,7 @@ fn datagrams_longer_than_the_route_are_dropped_and_do_not_blame_gso() {
 }
 
 #[test]
-fn a_bad_destination_in_the_middle_fails_alone() {
+fn error_of_one_destination_does_not_affect_others() {
     for (errno, expected) in [
         (libc::ENETUNREACH, DropReason::SendUnreachable),
         (libc::EHOSTUNREACH, DropReason::SendUnreachable),
@@ -288,7 +294,7 @@ fn a_bad_destination_in_the_middle_fails_alone() {
 }
 
 #[test]
-fn a_signal_repeats_the_call() {
+fn eintr_repeats_the_call() {
     let mut calls = 0;
     let result = run_once(&mut GsoState::new(), &[Wanted::new(1, 900, 3)], |messages, _| {
         calls += 1;
@@ -298,12 +304,12 @@ fn a_signal_repeats_the_call() {
 }
 
 #[test]
-fn a_full_buffer_interrupts_and_the_next_call_goes_on_from_there() {
+fn full_socket_stops_and_next_call_continues() {
     let wanted = [Wanted::new(1, 1_000, 50), Wanted::new(2, 1_000, 50), Wanted::new(1, 900, 1)];
     let mut calls = 0;
     let result = run_once(&mut GsoState::new(), &wanted, |_, _| {
         calls += 1;
-        // One message, then three times no room, and so on.
+        // The kernel accepts one message in every fourth call.
         if calls % 4 == 1 { Ok(1) } else { Err(libc::EAGAIN) }
     });
     assert_eq!((result.outcome.datagrams, result.outcome.dropped), (101, 0));
@@ -312,13 +318,13 @@ fn a_full_buffer_interrupts_and_the_next_call_goes_on_from_there() {
 }
 
 #[test]
-fn a_kernel_that_takes_nothing_does_not_hang_the_lane() {
+fn call_without_progress_drops_the_message() {
     let result = run_once(&mut GsoState::new(), &[Wanted::new(1, 900, 3)], |_, _| Ok(0));
     assert_eq!(result.drops.get(DropReason::SendError), 3);
 }
 
 #[test]
-fn runs_that_contradict_themselves_are_dropped_and_counted() {
+fn inconsistent_batches_are_dropped_and_counted() {
     let batch = |segment_size, segments, parts| GsoBatch {
         destination: destination(1),
         ecn: Ecn::NotEct,
@@ -327,13 +333,13 @@ fn runs_that_contradict_themselves_are_dropped_and_counted() {
         parts,
     };
     let bad = [
-        batch(100, 3, &[(0, 200)][..]), // nothing left for the last
-        batch(100, 2, &[(0, 201)]),     // the last is longer than the others
-        batch(0, 2, &[(0, 100)]),       // no size
-        batch(100, 1, &[]),             // an empty datagram
-        batch(100, 1, &[(950, 100)]),   // beyond the arena
-        batch(100, 2, &[(usize::MAX, 100), (0, 100)]), // an overflow
-        batch(usize::MAX, 3, &[(0, 100)]), // another
+        batch(100, 3, &[(0, 200)][..]), // no bytes for the last datagram
+        batch(100, 2, &[(0, 201)]),     // last datagram longer than the others
+        batch(0, 2, &[(0, 100)]),       // segment size 0
+        batch(100, 1, &[]),             // empty datagram
+        batch(100, 1, &[(950, 100)]),   // part outside of the arena
+        batch(100, 2, &[(usize::MAX, 100), (0, 100)]), // overflow of the offset
+        batch(usize::MAX, 3, &[(0, 100)]), // overflow of the length
     ];
     let good = batch(100, 2, &[(0, 150)][..]);
     let batches: Vec<_> = bad.iter().flat_map(|bad| [good, *bad, batch(1, 0, &[])]).collect();
@@ -364,9 +370,9 @@ fn wanted() -> impl Strategy<Value = Vec<Wanted>> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
-    /// Whatever the kernel answers, `execute` finds every datagram sent once or counted once.
+    /// `execute` checks that each datagram is sent once or counted as dropped once.
     #[test]
-    fn nothing_is_lost_or_sent_twice(
+    fn arbitrary_results_lose_or_repeat_no_datagram(
         wanted in wanted(),
         answers in prop::collection::vec(
             prop_oneof![
@@ -396,9 +402,9 @@ proptest! {
         );
     }
 
-    /// Against a kernel with rules, exactly what breaks a rule by itself is dropped.
+    /// A kernel with fixed rules accepts every datagram that breaks no rule as a single datagram.
     #[test]
-    fn only_what_cannot_go_alone_is_dropped(
+    fn only_datagrams_that_fail_singly_are_dropped(
         wanted in wanted(),
         no_gso in prop::collection::hash_set(1u8..5, 0..3),
         refuses in prop::collection::hash_set(1u8..5, 0..3),
@@ -418,7 +424,7 @@ proptest! {
         let mut plan = Plan::default();
         for _ in 0..rounds {
             let mut judge = by_message(|message, batch| {
-                let trouble = alone(
+                let error = alone(
                     &unreachable,
                     batch.destination,
                     message.gso.map_or(message.len, usize::from),
@@ -426,7 +432,7 @@ proptest! {
                 match message.gso {
                     Some(_) if no_gso.contains(&batch.destination) => Some(libc::EIO),
                     Some(_) if refuses.contains(&batch.destination) => Some(libc::EINVAL),
-                    _ => trouble,
+                    _ => error,
                 }
             });
             let result = execute(&mut plan, &mut gso, Instant::now(), &wanted, |messages, batches| {
@@ -434,7 +440,7 @@ proptest! {
             });
             let mut expected = Vec::new();
             for (i, batch) in wanted.iter().enumerate() {
-                // An unreachable batch of several is dropped as one.
+                // A batch to an unreachable destination is dropped completely.
                 for segment in 0..batch.segments {
                     if alone(&unreachable, batch.destination, batch.len_of(segment)).is_none() {
                         expected.push((i, segment));
@@ -442,8 +448,8 @@ proptest! {
                 }
             }
             prop_assert_eq!(result.sent, expected);
-            for path in gso.off(Instant::now()) {
-                let host = (1..5).find(|&i| destination(i) == path.destination);
+            for off in gso.off(Instant::now()) {
+                let host = (1..5).find(|&i| destination(i) == off.destination);
                 prop_assert!(host.is_some_and(|i| no_gso.contains(&i) || refuses.contains(&i)));
             }
         }

@@ -1,4 +1,4 @@
-//! Sending when the kernel objects.
+//! Tests of the sender with errors of the kernel.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
@@ -24,11 +24,11 @@ fn port(socket: &UdpSocket) -> SocketAddr {
     socket.local_addr().unwrap()
 }
 
-/// No kernel can be relied on to have IPsec, but UDP-Lite meets the same refusal in the kernel
-/// (udp_send_skb: `is_udplite || dst_xfrm(dst)` is EIO), and its datagrams go singly. So a UDP-Lite
-/// socket is the way to the broken destination until the route is mended.
+/// The kernel refuses UDP_SEGMENT for UDP-Lite as for IPsec (`udp_send_skb`: `is_udplite ||
+/// dst_xfrm(dst)` returns EIO), and accepts single datagrams. The test uses a UDP-Lite socket for the
+/// failing destination, because not every kernel supports IPsec.
 #[test]
-fn eio_turns_one_destination_off_for_a_while_and_loses_nothing() {
+fn eio_pauses_gso_for_one_destination_without_loss() {
     const IPPROTO_UDPLITE: i32 = 136;
     in_namespace(|| {
         let (near, far) = (lane("127.0.0.1:0"), lane("127.0.0.1:0"));
@@ -39,7 +39,7 @@ fn eio_turns_one_destination_off_for_a_while_and_loses_nothing() {
             UdpSocket::from(socket)
         };
         let broken = udp_lite("127.0.0.1:0");
-        // The far end's port, for both protocols.
+        // The receiver has the same port number for UDP and UDP-Lite.
         let far_lite = udp_lite(&port(&far.receive).to_string());
         let arena = pattern(40 * 1_000);
         let parts = [(0, arena.len())];
@@ -66,7 +66,7 @@ fn eio_turns_one_destination_off_for_a_while_and_loses_nothing() {
         assert_eq!(off.len(), 1);
         assert_eq!((off[0].destination, off[0].errno), (port(&far.receive), libc::EIO));
 
-        // Other destinations keep it, this one is not tried again before its time.
+        // Other destinations keep UDP_SEGMENT. This destination does not use it during the pause.
         let outcome = send_all(&near.send, &arena, &to_near, &mut gso, start);
         assert_eq!((outcome.fallbacks, outcome.gso_messages), (0, 1));
         arrived(&near.receive);
@@ -75,24 +75,24 @@ fn eio_turns_one_destination_off_for_a_while_and_loses_nothing() {
         assert_eq!((outcome.datagrams, outcome.fallbacks), (40, 0));
         arrived(&far_lite);
 
-        // Tried, still broken, a longer pause.
+        // The next attempt fails and doubles the pause.
         let later = start + Duration::from_secs(5);
         let outcome = send_all(&broken, &arena, &to_far, &mut gso, later);
         assert_eq!((outcome.datagrams, outcome.fallbacks), (40, 1));
         arrived(&far_lite);
         assert!(!gso.allowed(port(&far.receive), later + Duration::from_millis(9_900)));
 
-        // Mended.
-        let mended = later + Duration::from_secs(10);
-        let outcome = send_all(&far.send, &arena, &to_far, &mut gso, mended);
+        // The route works again after the second pause.
+        let repaired = later + Duration::from_secs(10);
+        let outcome = send_all(&far.send, &arena, &to_far, &mut gso, repaired);
         assert_eq!((outcome.fallbacks, outcome.gso_messages), (0, 1));
         assert!(arrived(&far.receive).iter().any(|&segments| segments > 1));
-        assert_eq!(gso.off(mended).count(), 0);
+        assert_eq!(gso.off(repaired).count(), 0);
     });
 }
 
 #[test]
-fn what_is_longer_than_the_route_is_dropped_and_the_rest_goes() {
+fn too_long_datagrams_are_dropped_and_others_are_sent() {
     in_namespace(|| {
         create_persistent("narrow0").unwrap();
         let _queues = open_queues("narrow0", 1, TunOffload::ALL).unwrap();
@@ -148,7 +148,7 @@ fn route_reports_the_longest_payload_that_it_carries() {
 }
 
 #[test]
-fn bad_destinations_in_the_middle_fail_alone() {
+fn errors_of_one_destination_do_not_affect_others() {
     in_namespace(|| {
         ip("route add unreachable 10.2.0.0/24");
         ip("route add prohibit 10.3.0.0/24");
@@ -192,7 +192,7 @@ fn bad_destinations_in_the_middle_fail_alone() {
 }
 
 #[test]
-fn a_firewall_that_refuses_is_told_from_a_missing_route() {
+fn drop_by_the_firewall_has_its_own_reason() {
     in_namespace(|| {
         run("nft", "add table inet test");
         run("nft", "add chain inet test out { type filter hook output priority 0 ; }");
@@ -218,7 +218,7 @@ fn a_firewall_that_refuses_is_told_from_a_missing_route() {
 }
 
 #[test]
-fn a_full_buffer_stops_the_sender_and_it_goes_on_when_there_is_room() {
+fn full_send_buffer_stops_the_sender_without_loss() {
     in_namespace(|| {
         create_persistent("slow0").unwrap();
         let _queues = open_queues("slow0", 1, TunOffload::ALL).unwrap();
@@ -253,7 +253,7 @@ fn a_full_buffer_stops_the_sender_and_it_goes_on_when_there_is_room() {
             request = SendRequest { from, ..request };
             waits += 1;
             let ready = poller.wait(Some(Duration::from_secs(30))).unwrap();
-            assert_eq!(ready, [7], "room never came");
+            assert_eq!(ready, [7], "the socket must become writable");
         }
         assert_eq!(sent, 300);
         assert!(waits > 2, "{waits}");

@@ -1,4 +1,4 @@
-//! The sockets of the lanes: steering, who may have the port, buffers.
+//! Tests of the lanes' sockets: distribution by lane byte, conflicts of ports, buffers.
 
 use std::io::ErrorKind;
 use std::net::{SocketAddr, UdpSocket};
@@ -18,13 +18,13 @@ fn bind(address: SocketAddr, lanes: usize) -> (Vec<LaneSockets>, SocketAddr) {
 }
 
 #[test]
-fn the_third_byte_steers_to_the_lane() {
+fn lane_byte_selects_the_receive_socket() {
     in_namespace(|| {
         for host in ["127.0.0.1:0", "[::1]:0"] {
             let (lanes, port) = bind(address(host), 3);
             let mut messages = RecvBatch::new(4);
             for value in (0..=10u8).chain([0x3f, 0xff]) {
-                // From a socket of its own each time: the kernel's hash must not matter.
+                // Each datagram has another source port, so that the kernel's hash differs.
                 let sender = UdpSocket::bind(address(host)).unwrap();
                 sender.send_to(&[4, 0, value, 0], port).unwrap();
                 let expected = usize::from(value) % lanes.len();
@@ -34,7 +34,7 @@ fn the_third_byte_steers_to_the_lane() {
                 assert_eq!(messages.arena()[message.range], [4, 0, value, 0]);
                 assert_eq!(message.source, sender.local_addr().unwrap());
             }
-            // Too short for a lane number, down to nothing at all.
+            // Datagrams without a lane byte go to the first socket.
             for short in [&[4, 0][..], &[]] {
                 lanes[1].send.send_to(short, port).unwrap();
                 wait_readable(&lanes[0].receive);
@@ -52,7 +52,7 @@ fn the_third_byte_steers_to_the_lane() {
 }
 
 #[test]
-fn a_port_that_anybody_has_is_refused_and_named() {
+fn port_in_use_is_an_error_that_names_the_port() {
     in_namespace(|| {
         let (lanes, port) = bind(address("127.0.0.1:0"), 2);
         let wildcard = SocketAddr::new([0, 0, 0, 0].into(), port.port());
@@ -63,10 +63,10 @@ fn a_port_that_anybody_has_is_refused_and_named() {
         }
         drop(lanes);
 
-        // A program that would share the port is somebody else, too.
+        // A socket of another program conflicts, even with SO_REUSEPORT.
         let sharing = Socket::new(Domain::IPV4, Type::DGRAM, None).unwrap();
         sharing.set_reuse_port(true).unwrap();
-        // Another test's child may hold a copy of a socket until it runs its program.
+        // A child process of another test has a copy of the socket between fork and exec.
         eventually("the release of the port", || sharing.bind(&port.into()).ok());
         let error = bind_lanes(port, 2, &OPTIONS).unwrap_err();
         assert!(matches!(error, UdpError::AddrInUse { .. }), "{error}");
@@ -77,7 +77,7 @@ fn a_port_that_anybody_has_is_refused_and_named() {
 }
 
 #[test]
-fn both_families_have_the_same_port_side_by_side() {
+fn both_address_families_bind_the_same_port() {
     in_namespace(|| {
         let (_v4, port) = bind(address("0.0.0.0:0"), 2);
         bind(SocketAddr::new("::".parse().unwrap(), port.port()), 2);
@@ -85,7 +85,7 @@ fn both_families_have_the_same_port_side_by_side() {
 }
 
 #[test]
-fn an_address_of_another_host_is_refused_and_named() {
+fn address_of_another_host_is_an_error_that_names_it() {
     in_namespace(|| {
         let error = bind_lanes(address("192.0.2.77:51900"), 2, &OPTIONS).unwrap_err();
         assert!(matches!(error, UdpError::AddrNotAvailable { .. }));
@@ -96,7 +96,7 @@ fn an_address_of_another_host_is_refused_and_named() {
 }
 
 #[test]
-fn lanes_send_from_ports_of_their_own_where_nothing_comes_in() {
+fn send_sockets_have_own_ports_and_receive_nothing() {
     in_namespace(|| {
         let (lanes, port) = bind(address("127.0.0.1:0"), 2);
         let manager = bind_manager(port, &OPTIONS).unwrap();
@@ -104,7 +104,7 @@ fn lanes_send_from_ports_of_their_own_where_nothing_comes_in() {
         for lane in &lanes {
             let own = lane.send.local_addr().unwrap();
             ports.push(own.port());
-            manager.send_to(b"from a stranger", own).unwrap();
+            manager.send_to(b"unexpected", own).unwrap();
             lane.send.set_nonblocking(true).unwrap();
             let error = lane.send.recv_from(&mut [0; 100]).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::WouldBlock);
@@ -116,7 +116,7 @@ fn lanes_send_from_ports_of_their_own_where_nothing_comes_in() {
 }
 
 #[test]
-fn what_overflows_the_buffer_is_counted() {
+fn receive_buffer_overflow_is_counted() {
     in_namespace(|| {
         let options = UdpOptions { receive_buffer: 64 << 10, ..OPTIONS };
         let (lanes, _) = bind_lanes(address("127.0.0.1:0"), 1, &options).unwrap();
@@ -130,7 +130,7 @@ fn what_overflows_the_buffer_is_counted() {
             received += count;
         }
         assert!((1..1_000).contains(&received));
-        assert_eq!(messages.overflow(), 0, "the last call failed");
+        assert_eq!(messages.overflow(), 0, "a failed call must report 0");
         lanes[0].send.send_to(&[0; 1_400], port).unwrap();
         eventually("a datagram", || messages.recv(lanes[0].receive.as_fd()).ok());
         assert_eq!(messages.overflow() as usize, 1_000 - received);
@@ -138,21 +138,21 @@ fn what_overflows_the_buffer_is_counted() {
 }
 
 #[test]
-fn what_is_off_or_too_much_is_noted() {
+fn disabled_gro_and_small_buffers_are_fallbacks() {
     in_namespace(|| {
         let options = UdpOptions { gro: false, ..OPTIONS };
         let (lanes, fallbacks) = bind_lanes(address("127.0.0.1:0"), 2, &options).unwrap();
         assert!(lanes.iter().all(|lane| !lane.gro));
         assert_eq!(fallbacks, [("udp_gro", "off in the configuration".to_owned())]);
 
-        // Without CAP_NET_ADMIN the system's limits hold.
-        let everything = rustix::thread::capabilities(None).unwrap();
-        let mut less = everything;
-        less.effective -= rustix::thread::CapabilitySet::NET_ADMIN;
-        rustix::thread::set_capabilities(None, less).unwrap();
+        // Without CAP_NET_ADMIN, the limits of the sysctls apply.
+        let all = rustix::thread::capabilities(None).unwrap();
+        let mut fewer = all;
+        fewer.effective -= rustix::thread::CapabilitySet::NET_ADMIN;
+        rustix::thread::set_capabilities(None, fewer).unwrap();
         let options = UdpOptions { receive_buffer: 1 << 30, send_buffer: 1 << 30, ..OPTIONS };
         let (_, fallbacks) = bind_lanes(address("127.0.0.1:0"), 2, &options).unwrap();
-        rustix::thread::set_capabilities(None, everything).unwrap();
+        rustix::thread::set_capabilities(None, all).unwrap();
         let names: Vec<_> = fallbacks.iter().map(|(name, _)| *name).collect();
         assert_eq!(names, ["receive_buffer", "send_buffer"]);
         assert!(fallbacks[0].1.contains("net.core.rmem_max"), "{}", fallbacks[0].1);

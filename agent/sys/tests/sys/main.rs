@@ -1,5 +1,5 @@
-//! `skein_sys` against the running kernel, each test in a network namespace of its own.
-//! They need root (CAP_SYS_ADMIN and CAP_NET_ADMIN), /dev/net/tun and iproute2, and fail without.
+//! Tests of `skein_sys` with the running kernel, each in its own network namespace. They require root
+//! (CAP_SYS_ADMIN and CAP_NET_ADMIN), /dev/net/tun, iproute2 and nftables, and fail without them.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -26,10 +26,10 @@ fn in_namespace(test: impl FnOnce() + Send) {
         ip("link set lo up");
         test();
     })
-    .expect("a new network namespace: run the tests as root");
+    .expect("cannot create a network namespace: run the tests as root");
 }
 
-/// Runs `ip` with these arguments in this thread's namespace.
+/// Runs `ip` with `arguments`, separated by white space, in the namespace of this thread.
 fn ip(arguments: &str) {
     run("ip", arguments);
 }
@@ -38,26 +38,27 @@ fn run(program: &str, arguments: &str) {
     let output = Command::new(program)
         .args(arguments.split_whitespace())
         .output()
-        .unwrap_or_else(|error| panic!("{program} (Debian package iproute2): {error}"));
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program} {arguments}: {said}");
+        .unwrap_or_else(|error| panic!("cannot run {program}: {error}"));
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {arguments}: {stderr}");
 }
 
-/// Waits until a descriptor is readable; fails after thirty seconds.
+/// Waits until a descriptor is readable; panics after 30 s.
 fn wait_readable(fd: impl AsFd) {
     let mut fds = [PollFd::new(&fd, PollFlags::IN)];
     let timeout = Timespec { tv_sec: 30, tv_nsec: 0 };
-    assert_eq!(poll(&mut fds, Some(&timeout)).unwrap(), 1, "nothing came in thirty seconds");
+    let ready = poll(&mut fds, Some(&timeout)).unwrap();
+    assert_eq!(ready, 1, "the descriptor was not readable within 30 s");
 }
 
-/// Repeats `step` until it gives something; fails after thirty seconds.
+/// Repeats `step` until it returns a value; panics after 30 s.
 fn eventually<T>(what: &str, mut step: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();
     loop {
         if let Some(value) = step() {
             return value;
         }
-        assert!(start.elapsed() < Duration::from_secs(30), "{what} not within thirty seconds");
+        assert!(start.elapsed() < Duration::from_secs(30), "{what} did not happen within 30 s");
         std::thread::sleep(Duration::from_millis(1));
     }
 }

@@ -1,4 +1,4 @@
-//! Runs of datagrams: UDP_SEGMENT out, UDP_GRO in.
+//! Tests of GSO batches (UDP_SEGMENT) and merged datagrams (UDP_GRO).
 
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
@@ -12,12 +12,13 @@ use skein_sys::udp::{bind_lanes, probe_gro, probe_gso, report_ecn};
 
 use crate::{OPTIONS, address, in_namespace, wait_readable};
 
-/// Bytes that differ at every place.
+/// Returns `len` bytes without a short period.
 pub(crate) fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|i| (i.wrapping_mul(2_654_435_761) >> 7) as u8).collect()
 }
 
-/// Receives `count` datagrams, as (source, bytes), and how many each message held.
+/// Receives `count` datagrams. Returns source and payload of each datagram, and the number of datagrams
+/// of each message.
 pub(crate) fn receive(
     socket: &UdpSocket,
     count: usize,
@@ -38,12 +39,12 @@ pub(crate) fn receive(
     (datagrams, sizes)
 }
 
-/// These batches, from the first on.
+/// Returns a request for all datagrams of the batches.
 pub(crate) fn all<'a>(arena: &'a [u8], batches: &'a [GsoBatch<'a>]) -> SendRequest<'a> {
     SendRequest { arena, batches, from: Position::default() }
 }
 
-/// Sends with a new sender and nothing dropped.
+/// Sends the batches with a new sender, and checks that no datagram is dropped.
 pub(crate) fn send_all(
     socket: &UdpSocket,
     arena: &[u8],
@@ -59,20 +60,20 @@ pub(crate) fn send_all(
 }
 
 #[test]
-fn this_kernel_has_both() {
+fn kernel_supports_udp_segment_and_udp_gro() {
     probe_gso().unwrap();
     probe_gro().unwrap();
 }
 
 #[test]
-fn runs_arrive_as_they_were_sent() {
+fn batches_arrive_unchanged_with_and_without_gso() {
     in_namespace(|| {
         for host in ["127.0.0.1:0", "[::1]:0"] {
             let (lanes, _) = bind_lanes(address(host), 1, &OPTIONS).unwrap();
             let destination = lanes[0].receive.local_addr().unwrap();
             let source = lanes[0].send.local_addr().unwrap();
             let arena = pattern(400_000);
-            // Parts out of order, parts that end within a datagram, adjacent parts.
+            // Adjacent parts with a short last datagram; unordered parts that end inside a datagram.
             let short_tail = [(0, 20 * 1_400), (20 * 1_400, 700)];
             let scattered = [(300_000, 333), (200_000, 900), (100_000, 1), (333_333, 1_166)];
             let long = [(0, 130 * 900)];
@@ -112,7 +113,7 @@ fn runs_arrive_as_they_were_sent() {
             let datagrams: Vec<_> = datagrams.into_iter().map(|(_, bytes)| bytes).collect();
             assert!(datagrams == expected);
 
-            // The same without UDP_SEGMENT.
+            // The same batches without UDP_SEGMENT.
             let mut gso = GsoState::disabled();
             let outcome = send_all(&lanes[0].send, &arena, &batches, &mut gso, Instant::now());
             assert_eq!((outcome.calls, outcome.gso_messages), (3, 0));
@@ -123,7 +124,7 @@ fn runs_arrive_as_they_were_sent() {
 }
 
 #[test]
-fn ecn_field_is_sent_and_received_in_runs_and_singly() {
+fn ecn_field_of_batches_and_single_datagrams_arrives() {
     in_namespace(|| {
         for host in ["127.0.0.1:0", "[::1]:0"] {
             let (lanes, fallbacks) = bind_lanes(address(host), 1, &OPTIONS).unwrap();
@@ -155,7 +156,10 @@ fn ecn_field_is_sent_and_received_in_runs_and_singly() {
                         assert!(!message.truncated);
                         for range in message.segments() {
                             let sent = messages.arena()[range.start];
-                            assert_eq!(message.ecn as u8, sent, "{host}: field of its own");
+                            assert_eq!(
+                                message.ecn as u8, sent,
+                                "{host}: the ECN field must be that of the datagram"
+                            );
                             seen += 1;
                         }
                     }
@@ -166,7 +170,7 @@ fn ecn_field_is_sent_and_received_in_runs_and_singly() {
 }
 
 #[test]
-fn ecn_field_is_not_reported_unless_asked_for() {
+fn ecn_field_is_reported_only_if_enabled() {
     in_namespace(|| {
         for host in ["127.0.0.1:0", "[::1]:0"] {
             let options = skein_sys::udp::UdpOptions { ecn: false, ..OPTIONS };
@@ -185,8 +189,8 @@ fn ecn_field_is_not_reported_unless_asked_for() {
             for expected in [Ecn::NotEct, Ecn::Ce] {
                 let (batches, mut gso) = ([marked], GsoState::new());
                 send_all(&lanes[0].send, &arena, &batches, &mut gso, Instant::now());
-                // Waiting datagrams are reported, too: a take-over switches the reports on under
-                // traffic.
+                // The field of queued datagrams is reported as well, because a take-over enables the
+                // reports under traffic.
                 if expected == Ecn::Ce {
                     report_ecn(lanes[0].receive.as_fd(), destination.is_ipv4(), true).unwrap();
                 }
@@ -199,14 +203,15 @@ fn ecn_field_is_not_reported_unless_asked_for() {
     });
 }
 
-/// Loopback and veth deliver a batch whole, and other senders' may have 128 datagrams.
+/// Loopback and veth deliver a UDP_SEGMENT message unsplit, and Linux 6.9 and later send up to 128
+/// datagrams in one.
 #[test]
-fn a_run_of_128_is_received_whole() {
+fn message_of_128_datagrams_is_received_whole() {
     in_namespace(|| {
         let (lanes, _) = bind_lanes(address("127.0.0.1:0"), 1, &OPTIONS).unwrap();
         let sender = UdpSocket::bind(address("127.0.0.1:0")).unwrap();
         let size: libc::c_int = 500;
-        // SAFETY: the option takes an int, which lives across the call.
+        // SAFETY: the option takes an int, which is borrowed for the call.
         let result = unsafe {
             libc::setsockopt(
                 sender.as_raw_fd(),
@@ -226,7 +231,7 @@ fn a_run_of_128_is_received_whole() {
 }
 
 #[test]
-fn a_socket_without_gro_receives_datagram_by_datagram() {
+fn socket_without_gro_receives_single_datagrams() {
     in_namespace(|| {
         let options = skein_sys::udp::UdpOptions { gro: false, ..OPTIONS };
         let (lanes, _) = bind_lanes(address("127.0.0.1:0"), 1, &options).unwrap();

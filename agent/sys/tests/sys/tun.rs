@@ -1,4 +1,4 @@
-//! The TUN device: who may have it, queues, offloads.
+//! Tests of the TUN device: creation, ownership, queues, offloads.
 
 use std::io::{ErrorKind, IoSlice, Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
@@ -25,35 +25,36 @@ const NEEDS_CSUM: u8 = 1;
 const GSO_TCPV4: u8 = 1;
 const GSO_UDP_L4: u8 = 5;
 
-/// Makes the device, 10.9.0.1/24, and gives its queues.
+/// Creates the device with the address 10.9.0.1/24 and returns its queues.
 fn device(queues: usize, allowed: TunOffload) -> Vec<TunQueue> {
     create_persistent(NAME).unwrap();
     let (queues, offload, fallbacks) = open_queues(NAME, queues, allowed).unwrap();
     assert_eq!(offload, allowed, "{fallbacks:?}");
     ip(&format!("address add 10.9.0.1/24 dev {NAME}"));
-    // Neighbour discovery would be in the way.
+    // IPv6 neighbour discovery would send packets that the tests do not expect.
     std::fs::write(format!("/proc/sys/net/ipv6/conf/{NAME}/disable_ipv6"), "1").unwrap();
     ip(&format!("link set {NAME} mtu 1440 up"));
     queues
 }
 
+/// Returns the number of attached queues.
 fn attached() -> u32 {
     link::find(NAME).unwrap().unwrap().tun.unwrap().queues
 }
 
-/// Swaps the IPv4 addresses of a packet behind its vnet header, so that it comes back. Sums over
-/// the addresses stay what they are.
+/// Swaps the IPv4 addresses of a packet with a vnet header, so that a written packet returns to its
+/// sender. The checksums do not change.
 fn swap_addresses(packet: &mut [u8]) {
     let (source, destination) = packet[VNET_HEADER_LEN + 12..][..8].split_at_mut(4);
     source.swap_with_slice(destination);
 }
 
 #[test]
-fn a_udp_run_crosses_the_device_whole_in_both_directions() {
+fn udp_superpacket_passes_the_device_in_both_directions() {
     in_namespace(|| {
         let queues = device(1, TunOffload::ALL);
         let (lanes, _) = bind_lanes(address("10.9.0.1:0"), 1, &OPTIONS).unwrap();
-        // From the listening socket, so that the reflected batch comes back to it.
+        // The receive socket sends the batch, so that the reflected superpacket returns to it.
         let socket = &lanes[0].receive;
         let port = socket.local_addr().unwrap().port();
         let destination = std::net::SocketAddr::from(([10, 9, 0, 2], port));
@@ -92,16 +93,19 @@ fn a_udp_run_crosses_the_device_whole_in_both_directions() {
     });
 }
 
-/// What a reflector saw of a TCP transfer.
+/// Packets of a TCP transfer that the reflector has processed.
 #[derive(Debug, Default)]
 struct Reflected {
+    /// Length of the longest packet in bytes, without vnet header.
     longest: usize,
+    /// Number of TCP superpackets.
     segmented: usize,
+    /// Number of packets with a partial checksum.
     partial: usize,
 }
 
-/// Sends 4 MiB over TCP to 10.9.0.2, while a thread sends every packet of the device back with its
-/// addresses swapped: the stream arrives at this host's own listener.
+/// Sends 4 MiB over TCP to 10.9.0.2. A thread returns every packet of the device with swapped addresses,
+/// so that the stream arrives at a listener of this test.
 fn reflect_tcp(queue: &TunQueue) -> Reflected {
     let done = Waker::new().unwrap();
     let sent = pattern(4 << 20);
@@ -128,7 +132,7 @@ fn reflect_tcp(queue: &TunQueue) -> Reflected {
         });
         let listener = TcpListener::bind(address("10.9.0.1:0")).unwrap();
         let port = listener.local_addr().unwrap().port();
-        // std's sockets are made in this thread's namespace; so are those of the new thread.
+        // New threads inherit the network namespace of this thread.
         let mut client = TcpStream::connect(("10.9.0.2", port)).unwrap();
         let (mut server, peer) = listener.accept().unwrap();
         assert_eq!(peer.ip().to_string(), "10.9.0.2");
@@ -145,7 +149,7 @@ fn reflect_tcp(queue: &TunQueue) -> Reflected {
 }
 
 #[test]
-fn each_rung_gives_what_it_says() {
+fn each_offload_changes_the_packets_of_tcp() {
     let offloads = [
         (TunOffload::ALL, true, true),
         (TunOffload { uso: false, ..TunOffload::ALL }, true, true),
@@ -164,7 +168,7 @@ fn each_rung_gives_what_it_says() {
 }
 
 #[test]
-fn offloads_can_be_lowered_and_raised_while_it_runs() {
+fn offloads_can_be_changed_on_an_open_device() {
     in_namespace(|| {
         let queues = device(1, TunOffload::ALL);
         queues[0].set_offload(TunOffload::NONE).unwrap();
@@ -175,7 +179,7 @@ fn offloads_can_be_lowered_and_raised_while_it_runs() {
 }
 
 #[test]
-fn a_rung_that_is_off_says_why() {
+fn disabled_offloads_are_fallbacks() {
     in_namespace(|| {
         create_persistent(NAME).unwrap();
         let names = |fallbacks: Vec<(&'static str, String)>| {
@@ -202,7 +206,7 @@ fn a_rung_that_is_off_says_why() {
 }
 
 #[test]
-fn queues_are_attached_together_and_a_flow_stays_where_it_was_written() {
+fn reply_arrives_at_the_queue_that_wrote_the_flow() {
     in_namespace(|| {
         let queues = device(4, TunOffload::ALL);
         assert_eq!(attached(), 4);
@@ -211,7 +215,7 @@ fn queues_are_attached_together_and_a_flow_stays_where_it_was_written() {
         let port = socket.local_addr().unwrap().port();
         for round in 0..3u16 {
             for (i, queue) in queues.iter().enumerate() {
-                // A datagram from 10.9.0.2, by this queue; the answer must come back by it.
+                // The reply to a datagram from 10.9.0.2 must arrive at the queue that wrote it.
                 let source = 20_000 + round * 100 + i as u16;
                 let mut packet = vec![0; VNET_HEADER_LEN];
                 packet.extend([0x45, 0, 0, 32, 0, 0, 0x40, 0, 64, 17, 0, 0]);
@@ -242,11 +246,11 @@ fn ipv4_checksum(header: &[u8]) -> u16 {
 }
 
 #[test]
-fn the_device_outlives_its_queues_and_has_one_owner() {
+fn device_outlives_its_queues_and_refuses_a_second_process() {
     in_namespace(|| {
         create_persistent(NAME).unwrap();
         let index = link::find(NAME).unwrap().unwrap().index;
-        // Another test's child may hold a copy of a descriptor until it batches its program.
+        // A child process of another test has a copy of the descriptor between fork and exec.
         eventually("the release of the device", || (attached() == 0).then_some(()));
         let (queues, ..) = open_queues(NAME, 2, TunOffload::ALL).unwrap();
         let error = open_queues(NAME, 2, TunOffload::ALL).unwrap_err();
@@ -262,7 +266,7 @@ fn the_device_outlives_its_queues_and_has_one_owner() {
 }
 
 #[test]
-fn a_missing_device_is_not_made_by_opening_it() {
+fn opening_a_missing_device_does_not_create_it() {
     in_namespace(|| {
         let error = open_queues(NAME, 1, TunOffload::ALL).unwrap_err();
         assert!(matches!(error, TunError::NoDevice { .. }), "{error}");
@@ -271,7 +275,7 @@ fn a_missing_device_is_not_made_by_opening_it() {
 }
 
 #[test]
-fn interfaces_of_others_are_left_alone() {
+fn interfaces_of_other_programs_are_refused_unchanged() {
     in_namespace(|| {
         ip("link add veth0 type veth peer name veth1");
         for name in ["veth0", "lo"] {
@@ -300,7 +304,7 @@ fn interfaces_of_others_are_left_alone() {
 }
 
 #[test]
-fn impossible_names_and_numbers_are_refused() {
+fn invalid_names_and_numbers_of_queues_are_refused() {
     in_namespace(|| {
         for name in ["", "sixteen-letters-", "a/b", "tun%d", "a b", "..", "ü", "a:1"] {
             let error = create_persistent(name).unwrap_err();
@@ -317,12 +321,12 @@ fn impossible_names_and_numbers_are_refused() {
 }
 
 #[test]
-fn a_missing_privilege_is_named() {
+fn error_names_the_missing_capability() {
     in_namespace(|| {
         create_persistent(NAME).unwrap();
-        let mut less = rustix::thread::capabilities(None).unwrap();
-        less.effective -= rustix::thread::CapabilitySet::NET_ADMIN;
-        rustix::thread::set_capabilities(None, less).unwrap();
+        let mut fewer = rustix::thread::capabilities(None).unwrap();
+        fewer.effective -= rustix::thread::CapabilitySet::NET_ADMIN;
+        rustix::thread::set_capabilities(None, fewer).unwrap();
         let error = create_persistent("other0").unwrap_err();
         assert!(matches!(error, TunError::Permission { .. }), "{error}");
         assert!(error.to_string().contains("CAP_NET_ADMIN"), "{error}");
@@ -330,10 +334,11 @@ fn a_missing_privilege_is_named() {
 }
 
 #[test]
-fn other_users_cannot_attach_to_the_device() {
+fn another_user_cannot_attach_to_the_device() {
     in_namespace(|| {
         create_persistent(NAME).unwrap();
-        // Of this thread only, which ends with the test; it loses its capabilities, too.
+        // The change affects this thread only, which ends with the test. It also drops the capabilities
+        // of the thread.
         let nobody = rustix::process::Uid::from_raw(65_534);
         rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
         let error = open_queues(NAME, 1, TunOffload::ALL).unwrap_err();
@@ -343,11 +348,11 @@ fn other_users_cannot_attach_to_the_device() {
 }
 
 #[test]
-fn the_probe_finds_everything_on_this_host_and_leaves_nothing() {
+fn probes_succeed_and_leave_no_interface() {
     let before = std::fs::read_to_string("/proc/net/dev").unwrap();
     let probes = skein_sys::probe::probe_all();
     for probe in &probes {
-        // The processor is not the kernel's.
+        // The processor of a test machine may lack AES instructions.
         assert!(probe.ok || probe.name == "aes_hardware", "{probe:?}");
     }
     let names: Vec<_> = probes.iter().map(|probe| probe.name).collect();
