@@ -22,9 +22,9 @@ use skein_cni_protocol::{Request, Response};
 /// each read of the response.
 ///
 /// # Errors
-/// [`FrameError::Io`] if no trusted process listens at `socket`, or if the connection fails; the kind
-/// `WouldBlock` is a timeout. [`FrameError::TooLong`] and [`FrameError::Json`] if the request or the
-/// response does not fit a frame.
+/// [`FrameError::Io`] if no trusted process listens at `socket`, or if the connection fails; the
+/// kind `WouldBlock` is a timeout. [`FrameError::TooLong`] and [`FrameError::Json`] if the request
+/// or the response does not fit a frame.
 pub fn send_request(
     socket: &Path,
     request: &Request,
@@ -51,8 +51,8 @@ fn open(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
     connect_to(&open_trusted_file(path)?, timeout)
 }
 
-/// Opens the file of the socket (`O_PATH`), which must belong to root or to the user of this process:
-/// no other user may receive a pod's namespace or choose a pod's addresses.
+/// Opens the file of the socket (`O_PATH`), which must belong to root or to the user of this
+/// process: no other user may receive a pod's namespace or choose a pod's addresses.
 ///
 /// The function does not use the credentials of the listener (SO_PEERCRED): rustix refuses the
 /// process id 0, which the agent has if the runtime is in another PID namespace.

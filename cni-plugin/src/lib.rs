@@ -1,4 +1,5 @@
-//! CNI plugin of Skein (CNI specification 1.1.0), as a library for the binary, tests and fuzz targets.
+//! CNI plugin of Skein (CNI specification 1.1.0), as a library for the binary, tests and fuzz
+//! targets.
 //!
 //! The plugin checks the environment and the network configuration, sends one request to the agent
 //! of its node ([`skein_cni_protocol`]), and prints the result in the requested version of the
@@ -6,6 +7,7 @@
 //! stores the request in the spool and reports success, so that a pod can always be deleted.
 
 #![forbid(unsafe_code)]
+#![warn(clippy::missing_errors_doc)]
 
 pub mod client;
 pub mod config;

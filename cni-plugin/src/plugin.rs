@@ -1,5 +1,5 @@
-//! One call of the plugin: converts environment and standard input to a request to the agent, and the
-//! response to a document on standard output.
+//! One call of the plugin: converts environment and standard input to a request to the agent, and
+//! the response to a document on standard output.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -36,7 +36,8 @@ const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
 const NSFS: rustix::fs::FsWord = 0x6e73_6673;
 
 /// Executes the operation of `CNI_COMMAND` and prints its result or its error document. Without
-/// `CNI_COMMAND`, prints a description of the plugin on standard error. Returns the exit code, 0 or 1.
+/// `CNI_COMMAND`, prints a description of the plugin on standard error. Returns the exit code, 0 or
+/// 1.
 pub fn main() -> ExitCode {
     let mut input = Vec::new();
     let read = |input: &mut Vec<u8>| io::stdin().take(MAX_FRAME as u64 + 1).read_to_end(input);
@@ -198,8 +199,8 @@ fn check(environment: &Environment, config: &Config) -> Result<(), PluginError> 
     }
 }
 
-/// Returns the addresses of the interface `ifname` in the container from a previous result. Addresses
-/// of other interfaces belong to other plugins.
+/// Returns the addresses of the interface `ifname` in the container from a previous result.
+/// Addresses of other interfaces belong to other plugins.
 fn own_addresses(previous: &Value, ifname: &str) -> Result<Vec<IpNet>, PluginError> {
     let wrong = |what: &str| PluginError::new(ErrorCode::Decoding, format!("prevResult: {what}"));
     let list = |key: &str| previous[key].as_array().map(Vec::as_slice).unwrap_or_default();

@@ -1,4 +1,5 @@
-//! Parts of CNI documents that only the plugin reads and writes: DNS settings and the error document.
+//! Parts of CNI documents that only the plugin reads and writes: DNS settings and the error
+//! document.
 
 use serde::{Deserialize, Serialize};
 use skein_cni_protocol::excerpt::message_excerpt;
@@ -29,8 +30,8 @@ impl Dns {
     }
 }
 
-/// Error of a call of the plugin, in the form of its error document (CNI specification 1.1.0, section
-/// 5).
+/// Error of a call of the plugin, in the form of its error document (CNI specification 1.1.0,
+/// section 5).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PluginError {
     /// Code of [`ErrorCode`], or a code of Skein, 100 and above.

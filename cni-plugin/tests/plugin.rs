@@ -1,4 +1,5 @@
-//! The plugin's binary, called as a container runtime calls it, with a test agent behind the socket.
+//! The plugin's binary, called as a container runtime calls it, with a test agent behind the
+//! socket.
 
 #![allow(clippy::unwrap_used)]
 

@@ -26,8 +26,8 @@ pub fn write_frame<T: Serialize>(to: &mut impl Write, value: &T) -> io::Result<(
 /// # Errors
 /// `value` cannot be serialised as JSON, or the body is longer than [`MAX_FRAME`].
 pub fn encode_frame<T: Serialize>(value: &T) -> io::Result<Zeroizing<Vec<u8>>> {
-    // The document may contain a private key, and a vector that grows leaves copies in freed memory.
-    // The buffer is therefore allocated once, with its final size.
+    // The document may contain a private key, and a vector that grows leaves copies in freed
+    // memory. The buffer is therefore allocated once, with its final size.
     let mut length = ByteCounter(0);
     serde_json::to_writer(&mut length, value)?;
     let mut frame = Zeroizing::new(Vec::with_capacity(4 + length.0));
@@ -65,8 +65,8 @@ pub fn read_frame<T: DeserializeOwned>(from: &mut impl Read) -> io::Result<Optio
         n => from.read_exact(&mut length[n..])?,
     }
     let length = frame_length(length)?;
-    // The buffer grows with the received bytes: the announced length is not trusted. The document may
-    // contain a private key, so each outgrown buffer is wiped.
+    // The buffer grows with the received bytes: the announced length is not trusted. The document
+    // may contain a private key, so each outgrown buffer is wiped.
     let mut body = Zeroizing::new(Vec::new());
     while body.len() < length {
         let start = body.len();

@@ -30,8 +30,8 @@ pub enum KeyError {
 #[serde(try_from = "String", into = "String")]
 pub struct PublicKey(pub [u8; 32]);
 
-/// A private key of 32 bytes in a heap buffer that is wiped on drop. A move copies only the pointer,
-/// so that no copy of the key stays on the stack. `Debug` does not print the key.
+/// A private key of 32 bytes in a heap buffer that is wiped on drop. A move copies only the
+/// pointer, so that no copy of the key stays on the stack. `Debug` does not print the key.
 #[derive(Deserialize)]
 #[serde(try_from = "Zeroizing<String>")]
 pub struct PrivateKey(Box<Zeroizing<[u8; 32]>>);
@@ -48,7 +48,8 @@ fn zeroed() -> Box<Zeroizing<[u8; 32]>> {
     Box::new(Zeroizing::new([0; 32]))
 }
 
-/// Public keys of a node: the active one, and a second one during a key rotation. Peers accept both.
+/// Public keys of a node: the active one, and a second one during a key rotation. Peers accept
+/// both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PublicKeys {
     /// Active key of the node.

@@ -4,8 +4,8 @@
 //!
 //! - A connection carries frames: a length (u32, big endian) and a JSON document ([`read_frame`],
 //!   [`write_frame`]).
-//! - The data process sends one [`Response`] for each [`Request`], in order. [`Request::Capture`] is
-//!   the exception: its responses continue until the connection ends.
+//! - The data process sends one [`Response`] for each [`Request`], in order. [`Request::Capture`]
+//!   is the exception: its responses continue until the connection ends.
 //! - [`Request::Hello`] is the first request of a control process.
 //! - A [`Snapshot`] is idempotent. The data process changes only the differences to its current
 //!   state, so that a new control process can send its whole state without an interruption.
@@ -14,6 +14,7 @@
 //! `#[serde(rename)]`.
 
 #![forbid(unsafe_code)]
+#![warn(clippy::missing_errors_doc)]
 
 pub mod address;
 pub mod capture;

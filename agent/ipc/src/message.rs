@@ -79,8 +79,8 @@ pub enum Response {
         /// Node that the data process serves; `None` before the first snapshot.
         #[serde(default)]
         node: Option<NodeIdentity>,
-        /// True if the data process accepts [`Snapshot::seen_handshakes`]. Earlier releases refuse a
-        /// snapshot with this field.
+        /// True if the data process accepts [`Snapshot::seen_handshakes`]. Earlier releases refuse
+        /// a snapshot with this field.
         #[serde(default, rename = "takes_seen_handshakes")]
         accepts_seen_handshakes: bool,
     },
@@ -110,8 +110,8 @@ pub enum Response {
         /// Captured packets. The packets of one lane are in order.
         #[serde(rename = "seen")]
         packets: Vec<CapturedPacket>,
-        /// Number of packets since the previous response that matched and exceeded the rate limit or
-        /// the queue.
+        /// Number of packets since the previous response that matched and exceeded the rate limit
+        /// or the queue.
         missed: u64,
     },
     /// Response to [`Request::TakeOver`]. The descriptors of the data plane's lock and of the store

@@ -125,8 +125,8 @@ pub struct ReducedPath {
 /// State of one offload capability.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Capability {
-    /// Name of the capability: `tun_uso`, `tun_tso`, `tun_checksum`, `udp_gso`, `udp_gro`, `udp_ecn`
-    /// or `reuseport_steering`.
+    /// Name of the capability: `tun_uso`, `tun_tso`, `tun_checksum`, `udp_gso`, `udp_gro`,
+    /// `udp_ecn` or `reuseport_steering`.
     pub name: String,
     /// State of the capability.
     pub state: CapabilityState,

@@ -23,8 +23,8 @@ pub struct Snapshot {
     pub revision: u64,
     /// Settings of this node.
     pub node: NodeSettings,
-    /// Lower bound of the timestamps in this node's initiations, seconds since 1970-01-01 UTC; 0 for
-    /// no bound. A node whose wall clock was set back needs it.
+    /// Lower bound of the timestamps in this node's initiations, seconds since 1970-01-01 UTC; 0
+    /// for no bound. A node whose wall clock was set back needs it.
     // Omitted if 0: earlier releases of the data process refuse unknown fields.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub not_before: u64,
@@ -49,12 +49,13 @@ pub struct Snapshot {
 pub struct NodeSettings {
     /// Name of this node.
     pub name: String,
-    /// Identifier of the cluster. It is an input of the handshake, so that a handshake between nodes
-    /// of two clusters fails.
+    /// Identifier of the cluster. It is an input of the handshake, so that a handshake between
+    /// nodes of two clusters fails.
     pub cluster_id: String,
     /// Active private key of this node.
     pub private_key: PrivateKey,
-    /// Next or previous private key during a key rotation. The node answers handshakes to both keys.
+    /// Next or previous private key during a key rotation. The node answers handshakes to both
+    /// keys.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub second_private_key: Option<PrivateKey>,
     /// TUN device, which the control process has created.
@@ -117,8 +118,8 @@ pub enum CipherChoice {
     Chacha20Poly1305,
 }
 
-/// Permission for each offload capability: `false` disables the capability, `true` permits it if the
-/// kernel supports it.
+/// Permission for each offload capability: `false` disables the capability, `true` permits it if
+/// the kernel supports it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct OffloadSettings {

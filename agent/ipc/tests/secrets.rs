@@ -42,7 +42,8 @@ unsafe fn search(pointer: *const u8, length: usize) {
 unsafe impl GlobalAlloc for Searching {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // Zeroed memory is initialised, and contains no key of an earlier block.
-        // SAFETY: the caller of `alloc` passes a layout of non-zero size, as `alloc_zeroed` requires.
+        // SAFETY: the caller of `alloc` passes a layout of non-zero size, as `alloc_zeroed`
+        // requires.
         unsafe { System.alloc_zeroed(layout) }
     }
 

@@ -27,8 +27,8 @@ pub const PODS: CapabilitySet = CapabilitySet::SYS_ADMIN.union(CapabilitySet::SY
 /// starts. Also sets PR_SET_NO_NEW_PRIVS, and disables core dumps of the process. Returns the
 /// remaining capabilities.
 ///
-/// Call the function before the process starts a second thread, because the kernel keeps capabilities
-/// per thread.
+/// Call the function before the process starts a second thread, because the kernel keeps
+/// capabilities per thread.
 ///
 /// # Errors
 /// The error of prctl(2), capget(2) or capset(2).

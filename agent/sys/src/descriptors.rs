@@ -29,8 +29,8 @@ pub fn send(stream: &UnixStream, descriptors: &[BorrowedFd<'_>]) -> io::Result<(
     Ok(())
 }
 
-/// Sends bytes with at most 128 descriptors, which accompany the first byte. Returns the number of sent
-/// bytes.
+/// Sends bytes with at most 128 descriptors, which accompany the first byte. Returns the number of
+/// sent bytes.
 ///
 /// # Errors
 /// `InvalidInput` for more than 128 descriptors; otherwise the error of sendmsg(2).
@@ -59,14 +59,15 @@ pub fn inherited(number: i32) -> io::Result<OwnedFd> {
     if number <= 2 || std::fs::read_link(path).is_err() {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    // SAFETY: `number` is open (checked above) and has no other owner in this process: the parent passed
-    // it at exec, and the function is called once per descriptor, at start.
+    // SAFETY: `number` is open (checked above) and has no other owner in this process: the parent
+    // passed it at exec, and the function is called once per descriptor, at start.
     let fd = unsafe { OwnedFd::from_raw_fd(number) };
     rustix::io::fcntl_setfd(&fd, FdFlags::CLOEXEC)?;
     Ok(fd)
 }
 
-/// Takes ownership of the unix socket `number`, which this process inherited at exec, as [`inherited`].
+/// Takes ownership of the unix socket `number`, which this process inherited at exec, as
+/// [`inherited`].
 ///
 /// # Errors
 /// The errors of [`inherited`], and `InvalidInput` if the descriptor is not a unix socket.
@@ -100,8 +101,8 @@ pub fn receive(stream: &UnixStream, count: usize) -> io::Result<Vec<OwnedFd>> {
     Ok(descriptors)
 }
 
-/// Receives bytes and appends the accompanying descriptors, with FD_CLOEXEC, to `descriptors`. Returns
-/// the number of bytes, 0 at the end of the stream.
+/// Receives bytes and appends the accompanying descriptors, with FD_CLOEXEC, to `descriptors`.
+/// Returns the number of bytes, 0 at the end of the stream.
 ///
 /// # Errors
 /// The error of recvmsg(2).

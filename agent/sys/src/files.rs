@@ -1,5 +1,5 @@
-//! Creation of files in directories that other users can change. The functions never follow a symbolic
-//! link or write to a file of another user.
+//! Creation of files in directories that other users can change. The functions never follow a
+//! symbolic link at the path, and never write to a file of another user.
 
 use std::fs::{self, File};
 use std::io;
@@ -16,12 +16,12 @@ pub fn create_new(path: &Path, mode: u32) -> io::Result<File> {
     File::options().write(true).create_new(true).mode(mode).open(path)
 }
 
-/// Creates a file with the permission bits `mode`. An existing file of root or of this process's user
-/// is deleted first, so that a process that has it open does not see the new content.
+/// Creates a file with the permission bits `mode`. An existing file of root or of this process's
+/// user is deleted first, so that a process that has it open does not see the new content.
 ///
 /// # Errors
-/// An error with the remedy if `path` exists and is not a regular file, or belongs to another user; the
-/// error of unlink(2) or [`create_new`].
+/// An error with the remedy if `path` exists and is not a regular file, or belongs to another user;
+/// the error of unlink(2) or [`create_new`].
 pub fn recreate(path: &Path, mode: u32) -> io::Result<File> {
     match create_new(path, mode) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}

@@ -1,6 +1,6 @@
-//! Confinement of the data process by Landlock (landlock(7)): no access to files, TCP ports, abstract
-//! unix sockets, or other processes by signals. The ruleset applies to each path, whatever system call
-//! uses it; the seccomp filter ([`super::seccomp`]) sees numbers and pointers only.
+//! Confinement of the data process by Landlock (landlock(7)): no access to files, TCP ports,
+//! abstract unix sockets, or other processes by signals. The ruleset applies to each path, whatever
+//! system call uses it; the seccomp filter ([`super::seccomp`]) sees numbers and pointers only.
 
 use std::io;
 
@@ -13,8 +13,8 @@ use landlock::{
 /// stay usable. A kernel with an earlier Landlock ABI enforces a part of the ruleset.
 ///
 /// # Errors
-/// `Unsupported` if the kernel does not support Landlock, or if Landlock is disabled at boot; otherwise
-/// the kernel's error.
+/// `Unsupported` if the kernel does not support Landlock, or if Landlock is disabled at boot;
+/// otherwise the kernel's error.
 pub fn confine() -> io::Result<()> {
     let ruleset = ruleset(CompatLevel::BestEffort).and_then(|ruleset| ruleset.create());
     let status = ruleset.and_then(|ruleset| ruleset.restrict_self()).map_err(io::Error::other)?;

@@ -1,11 +1,13 @@
-//! Kernel interfaces of Skein: TUN devices, UDP sockets, epoll, descriptors, and the confinement of a
-//! process. The crate contains the only unsafe code of the agent and depends on no async runtime.
+//! Kernel interfaces of Skein: TUN devices, UDP sockets, epoll, descriptors, and the confinement of
+//! a process. The crate contains the only unsafe code of the agent and depends on no async runtime.
 //!
 //! The public interface consists of byte slices, descriptors, [`std::net::SocketAddr`] and typed
 //! errors, without structures of libc. The crate has no state of sessions, peers or routes. From
 //! `skein-core` it uses four facts: the ECN field, the drop reasons, [`send::GsoBatch`], and the
 //! offset of the lane byte, by which the kernel distributes datagrams to the lanes' sockets
 //! ([`udp::bind_lanes`]).
+
+#![warn(clippy::missing_errors_doc)]
 
 pub mod confine;
 pub mod descriptors;

@@ -1,8 +1,8 @@
 //! Look-up of one interface by name over rtnetlink (rtnetlink(7), RTM_GETLINK).
 //!
 //! The look-up precedes TUNSETIFF, which would create a missing device, change the flags of another
-//! program's device, or attach to a device in use. The response is parsed by offsets, so that the data
-//! process does not need a netlink library.
+//! program's device, or attach to a device in use. The response is parsed by offsets, so that the
+//! data process does not need a netlink library.
 
 use std::io::{self, Read, Write};
 
@@ -18,8 +18,8 @@ pub struct Link {
     pub kind: Option<String>,
     /// Properties of a TUN or TAP device; `None` for other kinds.
     pub tun: Option<TunLink>,
-    /// Number of packets that the device dropped on transmission since its creation (`tx_dropped`). A
-    /// TUN device drops packets while the queue that a process reads is full.
+    /// Number of packets that the device dropped on transmission since its creation (`tx_dropped`).
+    /// A TUN device drops packets while the queue that a process reads is full.
     pub tx_dropped: u64,
 }
 
@@ -47,8 +47,8 @@ const IFINFO: usize = 16;
 /// Offset in bytes of `tx_dropped` in struct rtnl_link_stats64 (linux/if_link.h).
 const TX_DROPPED: usize = 7 * 8;
 
-/// Looks up the interface `name` in the network namespace of the calling thread. Returns `None` if it
-/// does not exist.
+/// Looks up the interface `name` in the network namespace of the calling thread. Returns `None` if
+/// it does not exist.
 ///
 /// # Errors
 /// `InvalidData` if the response is too short; the kernel's error, or the error of the socket.

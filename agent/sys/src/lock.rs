@@ -1,7 +1,8 @@
 //! Exclusive locks on files (flock(2)), by which one process at a time has a role.
 //!
-//! A lock belongs to the open file description. A copy of the descriptor in another process keeps the
-//! lock. The kernel releases the lock when the last copy is closed, also if a process is killed.
+//! A lock belongs to the open file description. A copy of the descriptor in another process keeps
+//! the lock. The kernel releases the lock when the last copy is closed, also if a process is
+//! killed.
 
 use std::fs::{File, OpenOptions};
 use std::io;

@@ -1,5 +1,5 @@
-//! Shared memory that outlives the writing process: a memfd of sealed size (memfd_create(2)), mapped as
-//! atomic words. Processes that have the descriptor read and write the same words.
+//! Shared memory that outlives the writing process: a memfd of sealed size (memfd_create(2)),
+//! mapped as atomic words. Processes that have the descriptor read and write the same words.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -59,8 +59,8 @@ impl SharedWords {
 
     fn map(file: OwnedFd, len: usize) -> io::Result<Self> {
         let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
-        // SAFETY: the kernel chooses the address (no MAP_FIXED), so that the new mapping replaces no
-        // other memory.
+        // SAFETY: the kernel chooses the address (no MAP_FIXED), so that the new mapping replaces
+        // no other memory.
         let start = unsafe { mmap(std::ptr::null_mut(), len * WORD, access, flags, &file, 0) }?;
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         Ok(Self { file, start, len })
@@ -68,9 +68,9 @@ impl SharedWords {
 
     /// Returns all words.
     pub fn words(&self) -> &[AtomicU64] {
-        // SAFETY: `start` is the page-aligned start of a mapping of `len` words, which is valid while
-        // `self` is borrowed and whose file cannot shrink (sealed). Every bit pattern is a valid
-        // `AtomicU64`, and all access is atomic.
+        // SAFETY: `start` is the page-aligned start of a mapping of `len` words, which is valid
+        // while `self` is borrowed and whose file cannot shrink (sealed). Every bit pattern is a
+        // valid `AtomicU64`, and all access is atomic.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
 }

@@ -1,5 +1,5 @@
-//! Network namespaces (network_namespaces(7)): entering those of pods, and temporary ones for probes and
-//! tests.
+//! Network namespaces (network_namespaces(7)): entering those of pods, and temporary ones for
+//! probes and tests.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -81,8 +81,8 @@ pub fn in_network_namespace<T: Send>(
 /// Requires CAP_SYS_ADMIN.
 ///
 /// The namespace exists until the thread has ended and the last socket or device descriptor of the
-/// namespace is closed. Programs that `f` starts run in the namespace. `/sys` shows the namespace of the
-/// caller.
+/// namespace is closed. Programs that `f` starts run in the namespace. `/sys` shows the namespace
+/// of the caller.
 ///
 /// # Errors
 /// The error of unshare(2); an error if the thread cannot be started.

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 
-/// An eventfd that wakes a thread from [`Poller::wait`]. Threads share it by `Arc`. A wake-up is never
-/// lost; several wake-ups before [`Self::drain`] count as one.
+/// An eventfd that wakes a thread from [`Poller::wait`]. Threads share it by `Arc`. A wake-up is
+/// never lost; several wake-ups before [`Self::drain`] count as one.
 #[derive(Debug)]
 pub struct Waker {
     fd: OwnedFd,
@@ -30,8 +30,8 @@ impl Waker {
         let _ = rustix::io::write(&self.fd, &1u64.to_ne_bytes());
     }
 
-    /// Resets the descriptor. The woken thread calls it before it processes the work, so that a later
-    /// wake-up is not lost.
+    /// Resets the descriptor. The woken thread calls it before it processes the work, so that a
+    /// later wake-up is not lost.
     pub fn drain(&self) {
         let mut count = [0; 8];
         // The only possible error is EAGAIN: no wake-up is pending.
@@ -45,16 +45,17 @@ impl AsFd for Waker {
     }
 }
 
-/// A set of descriptors with their tokens, of which [`Self::wait`] returns the ready ones. The set is
-/// level-triggered: a descriptor with unread data is reported again.
+/// A set of descriptors with their tokens, of which [`Self::wait`] returns the ready ones. The set
+/// is level-triggered: a descriptor with unread data is reported again.
 pub struct Poller {
     epoll: OwnedFd,
     events: Vec<epoll::Event>,
     tokens: Vec<u32>,
 }
 
-// SAFETY: the type is not `Send` only because the data of an event is a union that may hold a pointer.
-// This type stores only tokens (integers) in it, so that a move to another thread shares nothing.
+// SAFETY: the type is not `Send` only because the data of an event is a union that may hold a
+// pointer. This type stores only tokens (integers) in it, so that a move to another thread shares
+// nothing.
 unsafe impl Send for Poller {}
 
 /// Maximum number of events of one wait. The next wait reports the rest.
@@ -99,16 +100,16 @@ impl Poller {
         Ok(epoll::delete(&self.epoll, fd)?)
     }
 
-    /// Waits until a descriptor is ready and returns the tokens of the ready descriptors. Returns an
-    /// empty list after `timeout`, which is rounded up to whole milliseconds, or after a signal. `None`
-    /// waits without a limit.
+    /// Waits until a descriptor is ready and returns the tokens of the ready descriptors. Returns
+    /// an empty list after `timeout`, which is rounded up to whole milliseconds, or after a signal.
+    /// `None` waits without a limit.
     ///
     /// # Errors
     /// The error of epoll_wait(2), except EINTR.
     pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<&[u32]> {
         let timeout = timeout.map(|timeout| Timespec {
-            // epoll_wait(2) takes milliseconds as an int. 100,000 s fit and are as good as any longer
-            // timeout: the caller repeats the wait.
+            // epoll_wait(2) takes milliseconds as an int. 100,000 s fit and are as good as any
+            // longer timeout: the caller repeats the wait.
             tv_sec: timeout.as_secs().min(100_000) as i64,
             tv_nsec: timeout.subsec_nanos().into(),
         });
@@ -116,8 +117,8 @@ impl Poller {
         Ok(&self.tokens)
     }
 
-    /// Checks the descriptors without waiting. Returns true if one is ready; [`Self::ready`] has the
-    /// tokens.
+    /// Checks the descriptors without waiting. Returns true if one is ready; [`Self::ready`] has
+    /// the tokens.
     ///
     /// # Errors
     /// The error of epoll_wait(2), except EINTR.

@@ -18,7 +18,8 @@ pub struct Probe {
     pub ok: bool,
     /// Finding, or the reason of the failure and its remedy.
     pub detail: String,
-    /// True if the agent cannot run without the feature. Other features affect speed or confinement.
+    /// True if the agent cannot run without the feature. Other features affect speed or
+    /// confinement.
     pub required: bool,
 }
 

@@ -9,8 +9,8 @@ use std::ptr;
 
 use skein_core::wire::ecn::Ecn;
 
-/// Length of the buffer of one message in bytes: the maximum that a socket with UDP_GRO delivers. The
-/// kernel cuts a message that is longer than its buffer.
+/// Length of the buffer of one message in bytes: the maximum that a socket with UDP_GRO delivers.
+/// The kernel cuts a message that is longer than its buffer.
 const BUFFER_LEN: usize = 65_536;
 
 /// Buffer of the control messages UDP_GRO, SO_RXQ_OVFL, and IP_TOS or IPV6_TCLASS. Each contains at
@@ -39,8 +39,8 @@ pub struct RecvBatch {
     overflow: u32,
 }
 
-// SAFETY: every call of `recv` overwrites the raw pointers in `iovecs` and `headers` with pointers to
-// vectors that this value owns, and only that call and reads of the same value dereference them.
+// SAFETY: every call of `recv` overwrites the raw pointers in `iovecs` and `headers` with pointers
+// to vectors that this value owns, and only that call and reads of the same value dereference them.
 unsafe impl Send for RecvBatch {}
 
 /// One received message: a datagram, or several merged datagrams of one sender (UDP_GRO). Merged
@@ -55,8 +55,8 @@ pub struct Message {
     /// length of the message. At most the length of a message that is not empty.
     pub segment_size: usize,
     /// ECN field of the outer header; `NotEct` if the socket does not report the field. For merged
-    /// datagrams, the field is that of one of them: kernels without commit 5babae777c61 ("net: gro: add
-    /// flush check in udp_gro_receive_segment") merge datagrams with different fields.
+    /// datagrams, the field is that of one of them: kernels without commit 5babae777c61 ("net: gro:
+    /// add flush check in udp_gro_receive_segment") merge datagrams with different fields.
     pub ecn: Ecn,
     /// True if the kernel cut the message or its control messages (MSG_TRUNC, MSG_CTRUNC). The
     /// content must not be used.
@@ -93,8 +93,8 @@ impl RecvBatch {
         }
     }
 
-    /// Receives the queued messages of `socket` without waiting, up to the number of buffers. Returns
-    /// the number of messages. The messages of the previous call are lost.
+    /// Receives the queued messages of `socket` without waiting, up to the number of buffers.
+    /// Returns the number of messages. The messages of the previous call are lost.
     ///
     /// # Errors
     /// `WouldBlock` if no message is queued; other errors of recvmmsg(2), except EINTR.
@@ -103,8 +103,9 @@ impl RecvBatch {
         self.prepare();
         let received = loop {
             // SAFETY: each header points to its own address, iovec and control buffer and contains
-            // their lengths; each iovec points to its own part of the arena. `self` owns all of them,
-            // is borrowed mutably, and does not move them during the call. The timeout may be null.
+            // their lengths; each iovec points to its own part of the arena. `self` owns all of
+            // them, is borrowed mutably, and does not move them during the call. The timeout may be
+            // null.
             let result = unsafe {
                 libc::recvmmsg(
                     socket.as_raw_fd(),
@@ -162,15 +163,16 @@ impl RecvBatch {
         &mut self.arena
     }
 
-    /// Returns the number of datagrams that the socket of the last call has dropped since its creation
-    /// because its receive buffer was full, as the newest message reports (SO_RXQ_OVFL). The number
-    /// wraps at 2^32. Returns 0 if the call failed, or if the socket has dropped no datagram.
+    /// Returns the number of datagrams that the socket of the last call has dropped since its
+    /// creation because its receive buffer was full, as the newest message reports (SO_RXQ_OVFL).
+    /// The number wraps at 2^32. Returns 0 if the call failed, or if the socket has dropped no
+    /// datagram.
     pub fn overflow(&self) -> u32 {
         self.overflow
     }
 
-    /// Resets the kernel structures to the buffers and their full lengths. The kernel overwrites the
-    /// lengths in each call.
+    /// Resets the kernel structures to the buffers and their full lengths. The kernel overwrites
+    /// the lengths in each call.
     fn prepare(&mut self) {
         self.overflow = 0;
         self.iovecs.clear();
@@ -195,7 +197,8 @@ impl RecvBatch {
     }
 }
 
-/// Returns the segment size of a message of `len` bytes, within 1 to `len` whatever the kernel reports.
+/// Returns the segment size of a message of `len` bytes, within 1 to `len` whatever the kernel
+/// reports.
 fn segment_size(reported: Option<i32>, len: usize) -> usize {
     let reported = reported.and_then(|size| usize::try_from(size).ok()).filter(|&size| size > 0);
     reported.map_or(len, |size| size.min(len)).max(1)
@@ -215,8 +218,8 @@ struct ControlValues {
 fn control_values(header: &libc::msghdr) -> ControlValues {
     let mut found = ControlValues::default();
     // SAFETY: recvmmsg(2) has filled `header`: msg_control points to a `Control` of the same
-    // `RecvBatch`, and the kernel wrote its first msg_controllen bytes, within which the CMSG macros
-    // stay.
+    // `RecvBatch`, and the kernel wrote its first msg_controllen bytes, within which the CMSG
+    // macros stay.
     let mut cmsg = unsafe { libc::CMSG_FIRSTHDR(header) };
     // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR return null or a pointer to a complete, aligned cmsghdr
     // within the buffer.
@@ -242,15 +245,16 @@ fn control_values(header: &libc::msghdr) -> ControlValues {
             // SAFETY: the control message contains at least one byte of data.
             found.tos = unsafe { *libc::CMSG_DATA(cmsg) };
         }
-        // SAFETY: `header` is valid for the CMSG macros (see CMSG_FIRSTHDR above), and `cmsg` points to
-        // one of its control messages.
+        // SAFETY: `header` is valid for the CMSG macros (see CMSG_FIRSTHDR above), and `cmsg`
+        // points to one of its control messages.
         cmsg = unsafe { libc::CMSG_NXTHDR(header, cmsg) };
     }
     found
 }
 
-/// Receives one message from the error queue of a socket (ip(7), IP_RECVERR). Returns the MTU in bytes
-/// of a locally generated EMSGSIZE error, and `None` if the queue is empty or has another error.
+/// Receives one message from the error queue of a socket (ip(7), IP_RECVERR). Returns the MTU in
+/// bytes of a locally generated EMSGSIZE error, and `None` if the queue is empty or has another
+/// error.
 ///
 /// # Errors
 /// The error of recvmsg(2), except EAGAIN.
@@ -264,8 +268,8 @@ pub(super) fn reported_mtu(socket: BorrowedFd<'_>) -> io::Result<Option<u32>> {
     header.msg_iovlen = 1;
     header.msg_control = control.as_mut_ptr().cast();
     header.msg_controllen = size_of_val(&control) as _;
-    // SAFETY: the header points to an iovec and a control buffer of this function and contains their
-    // lengths.
+    // SAFETY: the header points to an iovec and a control buffer of this function and contains
+    // their lengths.
     let received = unsafe {
         libc::recvmsg(socket.as_raw_fd(), &raw mut header, libc::MSG_ERRQUEUE | libc::MSG_DONTWAIT)
     };
@@ -273,9 +277,11 @@ pub(super) fn reported_mtu(socket: BorrowedFd<'_>) -> io::Result<Option<u32>> {
         let error = io::Error::last_os_error();
         return if error.kind() == io::ErrorKind::WouldBlock { Ok(None) } else { Err(error) };
     }
-    // SAFETY: recvmsg(2) has filled `header`, so that the CMSG macros stay within the control buffer.
+    // SAFETY: recvmsg(2) has filled `header`, so that the CMSG macros stay within the control
+    // buffer.
     let mut cmsg = unsafe { libc::CMSG_FIRSTHDR(&raw const header) };
-    // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR return null or a pointer to a complete, aligned cmsghdr.
+    // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR return null or a pointer to a complete, aligned
+    // cmsghdr.
     while let Some(head) = unsafe { cmsg.as_ref() } {
         // SAFETY: `CMSG_LEN` computes a length from its argument and dereferences no pointer.
         let whole = unsafe { libc::CMSG_LEN(size_of::<libc::sock_extended_err>() as _) } as usize;
@@ -293,8 +299,8 @@ pub(super) fn reported_mtu(socket: BorrowedFd<'_>) -> io::Result<Option<u32>> {
             let too_long = error.ee_errno == libc::EMSGSIZE as u32;
             return Ok((local && too_long).then_some(error.ee_info));
         }
-        // SAFETY: `header` is valid for the CMSG macros (see CMSG_FIRSTHDR above), and `cmsg` points to
-        // one of its control messages.
+        // SAFETY: `header` is valid for the CMSG macros (see CMSG_FIRSTHDR above), and `cmsg`
+        // points to one of its control messages.
         cmsg = unsafe { libc::CMSG_NXTHDR(&raw const header, cmsg) };
     }
     Ok(None)

@@ -2,12 +2,13 @@
 //! senders.
 //!
 //! A system call that is not listed fails with ENOSYS, as on a kernel without it. C libraries have
-//! fallbacks for ENOSYS, so that a new call in a later library does not stop the data process. A system
-//! call that only an attacker would make ([`HOSTILE`]) kills the process, and the keeper restarts it.
+//! fallbacks for ENOSYS, so that a new call in a later library does not stop the data process. A
+//! system call that only an attacker would make ([`HOSTILE`]) kills the process, and the keeper
+//! restarts it.
 //!
-//! The data process cannot open files. A filter sees no path: permission to open some file for reading
-//! would include every file of root, and permission to open `/proc/self/mem` for writing would allow
-//! changes of the code. The keeper opens the required files and passes the descriptors.
+//! The data process cannot open files. A filter sees no path: permission to open some file for
+//! reading would include every file of root, and permission to open `/proc/self/mem` for writing
+//! would allow changes of the code. The keeper opens the required files and passes the descriptors.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -18,8 +19,8 @@ use seccompiler::{
     SeccompFilter, SeccompRule,
 };
 
-/// System calls that are allowed with all arguments: packet I/O, clocks, memory, synchronisation and
-/// exit of threads, and operations on open descriptors.
+/// System calls that are allowed with all arguments: packet I/O, clocks, memory, synchronisation
+/// and exit of threads, and operations on open descriptors.
 const ALLOWED: &[c_long] = &[
     libc::SYS_accept4,
     libc::SYS_bind,
@@ -100,8 +101,8 @@ const ALLOWED_OLD: &[c_long] = &[
 #[cfg(not(target_arch = "x86_64"))]
 const ALLOWED_OLD: &[c_long] = &[libc::SYS_accept];
 
-/// System calls that neither the data process nor one of its libraries makes on any kernel. A call kills
-/// the process.
+/// System calls that neither the data process nor one of its libraries makes on any kernel. A call
+/// kills the process.
 const HOSTILE: &[c_long] = &[
     libc::SYS_bpf,
     libc::SYS_chroot,
@@ -137,8 +138,8 @@ const IOCTL_REQUESTS: &[u64] = &[
     libc::TCGETS,
 ];
 
-/// Allowed commands of fcntl(2): copies and flags of descriptors, and seals of memfds. Other commands
-/// can send signals to other processes (F_SETOWN, F_NOTIFY, F_SETLEASE) or change locks.
+/// Allowed commands of fcntl(2): copies and flags of descriptors, and seals of memfds. Other
+/// commands can send signals to other processes (F_SETOWN, F_NOTIFY, F_SETLEASE) or change locks.
 const FCNTL_COMMANDS: [u64; 7] = [
     libc::F_DUPFD_CLOEXEC as u64,
     libc::F_GETFD as u64,
@@ -162,8 +163,8 @@ const NAMESPACE_FLAGS: u64 = (libc::CLONE_NEWNS
 /// vector (0x41555856, PR_GET_AUXV).
 const PRCTL_OPTIONS: [u64; 3] = [libc::PR_SET_NAME as u64, libc::PR_SET_VMA as u64, 0x4155_5856];
 
-/// Installs the filters for the calling thread and all threads that it starts later. The filters cannot
-/// be removed.
+/// Installs the filters for the calling thread and all threads that it starts later. The filters
+/// cannot be removed.
 ///
 /// # Errors
 /// `Unsupported` if the kernel does not support seccomp filters; otherwise the kernel's error.
@@ -200,8 +201,8 @@ fn refused(error: io::Error) -> io::Error {
     }
 }
 
-/// Returns the two filters in the order of installation. For each system call, the kernel applies the
-/// stricter result. The first filter must allow the installation of the second.
+/// Returns the two filters in the order of installation. For each system call, the kernel applies
+/// the stricter result. The first filter must allow the installation of the second.
 fn programs() -> Result<[BpfProgram; 2], Error> {
     let arch = std::env::consts::ARCH.try_into()?;
     let missing = SeccompAction::Errno(libc::ENOSYS as u32);
@@ -215,8 +216,8 @@ fn programs() -> Result<[BpfProgram; 2], Error> {
 fn rules() -> Result<BTreeMap<c_long, Vec<SeccompRule>>, Error> {
     let mut rules: BTreeMap<_, _> =
         ALLOWED.iter().chain(ALLOWED_OLD).map(|&call| (call, vec![])).collect();
-    // clone(2) may create threads but no processes. clone3(2) passes its flags in memory, which a filter
-    // cannot read; it fails with ENOSYS, and glibc falls back to clone(2).
+    // clone(2) may create threads but no processes. clone3(2) passes its flags in memory, which a
+    // filter cannot read; it fails with ENOSYS, and glibc falls back to clone(2).
     let thread = libc::CLONE_THREAD as u64;
     let flags = masked(0, thread | NAMESPACE_FLAGS, thread)?;
     rules.insert(libc::SYS_clone, vec![rule(&[flags])?]);

@@ -1,8 +1,8 @@
 //! Transmission of many GSO batches with one sendmmsg(2), each batch as one UDP_SEGMENT message
 //! (udp(7)).
 //!
-//! [`plan`] selects the messages of a call and reacts to errors, without a system call. [`gso`] stores
-//! the destinations for which UDP_SEGMENT fails. This module executes a planned call.
+//! [`plan`] selects the messages of a call and reacts to errors, without a system call. [`gso`]
+//! stores the destinations for which UDP_SEGMENT fails. This module executes a planned call.
 
 mod gso;
 mod plan;
@@ -60,8 +60,8 @@ pub struct SendOutcome {
     pub dropped: u64,
     /// Last datagram that was longer than its route carries (EMSGSIZE).
     pub too_long: Option<TooLong>,
-    /// First datagram for which the send buffer of the socket has no space (EAGAIN). This datagram and
-    /// later ones are neither sent nor dropped.
+    /// First datagram for which the send buffer of the socket has no space (EAGAIN). This datagram
+    /// and later ones are neither sent nor dropped.
     pub blocked: Option<Position>,
 }
 
@@ -91,8 +91,8 @@ impl Sender {
     /// counted in `drops`. An error of one datagram does not affect the others. A batch with an
     /// inconsistent description, or with parts outside of the arena, is dropped completely.
     ///
-    /// The function stops if the buffer of the nonblocking `socket` is full. The caller then waits until
-    /// the socket is writable and repeats the call from [`SendOutcome::blocked`].
+    /// The function stops if the buffer of the nonblocking `socket` is full. The caller then waits
+    /// until the socket is writable and repeats the call from [`SendOutcome::blocked`].
     ///
     /// `gso` stores the destinations for which UDP_SEGMENT fails; `now` ends their pauses.
     pub fn send(
@@ -115,8 +115,8 @@ impl Sender {
         self.plan.datagrams_per_call()
     }
 
-    /// Returns true if the kernel refuses the control message for the outer ECN field, so that every
-    /// datagram is Not-ECT.
+    /// Returns true if the kernel refuses the control message for the outer ECN field, so that
+    /// every datagram is Not-ECT.
     pub fn ecn_refused(&self) -> bool {
         self.plan.ecn_refused()
     }
@@ -127,8 +127,8 @@ impl Sender {
     }
 }
 
-/// Buffer of two control messages: the segment size (u16) and the ECN field (int). Each takes 24 bytes
-/// with its header. The element type u64 gives the alignment of cmsghdr.
+/// Buffer of two control messages: the segment size (u16) and the ECN field (int). Each takes 24
+/// bytes with its header. The element type u64 gives the alignment of cmsghdr.
 type Control = [u64; 6];
 
 const _: () = {
@@ -148,8 +148,8 @@ struct Call {
     layout: Vec<(usize, usize)>,
 }
 
-// SAFETY: every call of `send` overwrites the raw pointers in `iovecs` and `headers` with pointers to
-// borrowed data, and dereferences them only in that call.
+// SAFETY: every call of `send` overwrites the raw pointers in `iovecs` and `headers` with pointers
+// to borrowed data, and dereferences them only in that call.
 unsafe impl Send for Call {}
 
 impl Call {
@@ -182,8 +182,8 @@ impl Call {
         })
     }
 
-    /// Collects the addresses and iovecs. The vectors may grow here, because no header points to them
-    /// yet.
+    /// Collects the addresses and iovecs. The vectors may grow here, because no header points to
+    /// them yet.
     fn gather(&mut self, arena: &[u8], batches: &[GsoBatch<'_>], messages: &[Message]) {
         self.addresses.clear();
         self.iovecs.clear();
@@ -199,7 +199,8 @@ impl Call {
             }
             let first = self.iovecs.len();
             parts.for_each_piece(batch.parts, message.start, message.len, |offset, len| {
-                // `Plan` has checked the parts. The soundness of this function does not depend on that.
+                // `Plan` has checked the parts. The soundness of this function does not depend on
+                // that.
                 if offset.checked_add(len).is_none_or(|end| end > arena.len()) {
                     return;
                 }
@@ -229,8 +230,8 @@ impl Call {
             // literal is impossible: some C libraries have private padding fields.)
             let mut header: libc::mmsghdr = unsafe { std::mem::zeroed() };
             let head = &mut header.msg_hdr;
-            // The pointer is mutable because recvmmsg(2) uses the same type. sendmmsg(2) does not write
-            // to the address.
+            // The pointer is mutable because recvmmsg(2) uses the same type. sendmmsg(2) does not
+            // write to the address.
             head.msg_name = self.addresses[address].as_ptr().cast_mut().cast();
             head.msg_namelen = self.addresses[address].len();
             let iovecs = &mut self.iovecs[first..end];
@@ -246,17 +247,17 @@ impl Call {
     }
 }
 
-/// Writes the control messages of `message` to `control` and makes `head` point to them. `v4` is true
-/// for an IPv4 destination.
+/// Writes the control messages of `message` to `control` and makes `head` point to them. `v4` is
+/// true for an IPv4 destination.
 fn write_control(head: &mut libc::msghdr, control: &mut Control, message: &Message, v4: bool) {
     head.msg_control = control.as_mut_ptr().cast();
     let start: *mut u8 = control.as_mut_ptr().cast();
     let mut used = 0;
     let mut put = |level, kind, value: &[u8]| {
         let len = value.len() as libc::c_uint;
-        // SAFETY: `control` has space for both control messages (asserted above) and the alignment of
-        // cmsghdr. CMSG_SPACE is a multiple of that alignment, so that the second message is aligned
-        // and within `control`. CMSG_DATA has space for `value.len()` bytes in its message.
+        // SAFETY: `control` has space for both control messages (asserted above) and the alignment
+        // of cmsghdr. CMSG_SPACE is a multiple of that alignment, so that the second message is
+        // aligned and within `control`. CMSG_DATA has space for `value.len()` bytes in its message.
         unsafe {
             let cmsg: *mut libc::cmsghdr = start.add(used).cast();
             (*cmsg).cmsg_level = level;

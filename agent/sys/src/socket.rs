@@ -11,8 +11,8 @@ use std::path::{Component, Path, PathBuf};
 /// Maximum number of symbolic links in a path, as in the kernel (path_resolution(7)).
 const MAX_LINKS: usize = 40;
 
-/// Credentials of the peer of a unix socket (SO_PEERCRED): those of the process that called connect(2),
-/// or, for a listener, listen(2).
+/// Credentials of the peer of a unix socket (SO_PEERCRED): those of the process that called
+/// connect(2), or, for a listener, listen(2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PeerCredentials {
     /// Process id in the PID namespace of this process; `None` if the peer is outside of it.
@@ -30,8 +30,8 @@ pub struct PeerCredentials {
 pub fn peer_credentials(stream: &UnixStream) -> io::Result<PeerCredentials> {
     let mut credentials = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
     let mut len = size_of::<libc::ucred>() as libc::socklen_t;
-    // SAFETY: the option writes a ucred of at most `len` bytes. `credentials` and `len` are borrowed for
-    // the call.
+    // SAFETY: the option writes a ucred of at most `len` bytes. `credentials` and `len` are
+    // borrowed for the call.
     let result = unsafe {
         libc::getsockopt(
             stream.as_fd().as_raw_fd(),
@@ -44,8 +44,8 @@ pub fn peer_credentials(stream: &UnixStream) -> io::Result<PeerCredentials> {
     if result != 0 {
         return Err(io::Error::last_os_error());
     }
-    // The kernel reports the process id 0 for a peer outside of the PID namespace. The type of rustix
-    // cannot represent 0, so that this function calls libc.
+    // The kernel reports the process id 0 for a peer outside of the PID namespace. The type of
+    // rustix cannot represent 0, so that this function calls libc.
     let pid = u32::try_from(credentials.pid).ok().filter(|&pid| pid != 0);
     Ok(PeerCredentials { pid, uid: credentials.uid, gid: credentials.gid })
 }
@@ -58,8 +58,8 @@ pub fn is_trusted(uid: u32) -> bool {
 /// Identity of a file: device number and inode number.
 pub type FileId = (u64, u64);
 
-/// Returns the identity of the file at `path` without following a symbolic link. Returns `None` if the
-/// file does not exist or cannot be read.
+/// Returns the identity of the file at `path` without following a symbolic link. Returns `None` if
+/// the file does not exist or cannot be read.
 pub fn file_id(path: &Path) -> Option<FileId> {
     let file = std::fs::symlink_metadata(path).ok()?;
     Some((file.dev(), file.ino()))
@@ -90,7 +90,8 @@ pub fn check_listener(uid: u32) -> io::Result<()> {
 }
 
 /// Creates the directory of `socket` and its parents with mode 0755 and checks them. The listening
-/// process receives the node's private key, so that no other user may be able to replace the socket.
+/// process receives the node's private key, so that no other user may be able to replace the
+/// socket.
 ///
 /// # Errors
 /// An I/O error if a directory cannot be created, or if [`check_directory`] refuses the directory.
@@ -102,13 +103,13 @@ pub fn make_directory(socket: &Path) -> io::Result<()> {
     check_directory(directory)
 }
 
-/// Checks that no other user can change the directory at `path`, or replace the directory, one of its
-/// parents, or a symbolic link in the path. A parent with mode 1777, as `/tmp`, is accepted: the sticky
-/// bit keeps other users from replacing entries.
+/// Checks that no other user can change the directory at `path`, or replace the directory, one of
+/// its parents, or a symbolic link in the path. A parent with mode 1777, as `/tmp`, is accepted:
+/// the sticky bit keeps other users from replacing entries.
 ///
 /// # Errors
-/// An error that names the directory or link and the remedy, if another user owns it or can change it;
-/// ELOOP after more than 40 symbolic links; an I/O error if a part of the path cannot be read.
+/// An error that names the directory or link and the remedy, if another user owns it or can change
+/// it; ELOOP after more than 40 symbolic links; an I/O error if a part of the path cannot be read.
 pub fn check_directory(path: &Path) -> io::Result<()> {
     let path = std::path::absolute(path)?;
     let mut at = PathBuf::from("/");
@@ -147,8 +148,8 @@ fn components(path: &Path) -> Vec<OsString> {
     names.map(|name| name.as_os_str().to_owned()).collect()
 }
 
-/// Checks one directory or symbolic link. Returns true for a link. `is_parent` is true for parents of
-/// the checked directory.
+/// Checks one directory or symbolic link. Returns true for a link. `is_parent` is true for parents
+/// of the checked directory.
 fn check_entry(path: &Path, is_parent: bool) -> io::Result<bool> {
     let found = std::fs::symlink_metadata(path)?;
     let refused = |why: &str| {
@@ -173,8 +174,8 @@ fn check_entry(path: &Path, is_parent: bool) -> io::Result<bool> {
     Ok(false)
 }
 
-/// Returns true if a connection failed because no process listens: the socket does not exist, or its
-/// process has exited.
+/// Returns true if a connection failed because no process listens: the socket does not exist, or
+/// its process has exited.
 pub fn is_no_listener(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
 }
@@ -253,8 +254,8 @@ mod tests {
         let path = directory.path().join("s.sock");
         let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
         connect_trusted(&path).unwrap();
-        // The kernel reports the user that called listen(2). The user of a thread can differ from that
-        // of its process.
+        // The kernel reports the user that called listen(2). The user of a thread can differ from
+        // that of its process.
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let nobody = rustix::process::Uid::from_raw(65_534);

@@ -1,9 +1,9 @@
 //! The TUN device (linux/Documentation/networking/tuntap.rst): creation of a persistent device, its
 //! queues, and their offloads.
 //!
-//! The `tun` crate owns each descriptor. It does not support IFF_MULTI_QUEUE, IFF_TUN_EXCL, TUNGETIFF
-//! and TUNSETOFFLOAD, and its read and write functions need `&mut self` and have no gather lists. This
-//! module makes these system calls itself (linux/if_tun.h).
+//! The `tun` crate owns each descriptor. It does not support IFF_MULTI_QUEUE, IFF_TUN_EXCL,
+//! TUNGETIFF and TUNSETOFFLOAD, and its read and write functions need `&mut self` and have no
+//! gather lists. This module makes these system calls itself (linux/if_tun.h).
 
 use std::ffi::c_ulong;
 use std::io::{self, IoSlice};
@@ -27,8 +27,8 @@ const MAX_QUEUES: usize = 256;
 /// Maximum time to wait for the queues of another process to close.
 const RELEASE_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Set of offloads of a TUN device (TUNSETOFFLOAD). `tso` and `uso` require `checksum`: without it, the
-/// set has no effect.
+/// Set of offloads of a TUN device (TUNSETOFFLOAD). `tso` and `uso` require `checksum`: without it,
+/// the set has no effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct TunOffload {
     /// Packets with a partial checksum (TUN_F_CSUM).
@@ -62,8 +62,8 @@ impl TunOffload {
     }
 }
 
-/// An offload capability that is not in use, or a socket buffer that is smaller than requested: name and
-/// reason, for reports.
+/// An offload capability that is not in use, or a socket buffer that is smaller than requested:
+/// name and reason, for reports.
 pub type Fallback = (&'static str, String);
 
 /// Names that a [`Fallback`] of [`open_queues`] can have.
@@ -186,13 +186,14 @@ pub fn create_persistent(name: &str) -> Result<(), TunError> {
 /// `allowed` permits and the kernel supports. Returns the queues, the enabled offloads, and the
 /// disabled ones with their reasons ([`TUN_OFFLOADS`]).
 ///
-/// A device that another process uses is tried again for 500 ms, because the process may be closing it.
+/// A device that another process uses is tried again for 500 ms, because the process may be closing
+/// it.
 ///
 /// # Errors
-/// [`TunError::NoDevice`] if the device does not exist; [`TunError::NotATun`] or [`TunError::Flags`]
-/// if it was not created by [`create_persistent`]; [`TunError::Busy`] if another process uses it;
-/// [`TunError::Name`], [`TunError::NotFound`], [`TunError::Permission`] or [`TunError::Io`], also for
-/// another number of queues.
+/// [`TunError::NoDevice`] if the device does not exist; [`TunError::NotATun`] or
+/// [`TunError::Flags`] if it was not created by [`create_persistent`]; [`TunError::Busy`] if
+/// another process uses it; [`TunError::Name`], [`TunError::NotFound`], [`TunError::Permission`] or
+/// [`TunError::Io`], also for another number of queues.
 pub fn open_queues(
     name: &str,
     queues: usize,
@@ -216,8 +217,8 @@ pub fn open_queues(
     Ok((open, offload, fallbacks))
 }
 
-/// Returns the queue of a descriptor that another process opened and passed to this one. `name` is used
-/// in errors and not checked.
+/// Returns the queue of a descriptor that another process opened and passed to this one. `name` is
+/// used in errors and not checked.
 ///
 /// # Errors
 /// [`TunError::Io`] if the `tun` crate refuses the descriptor.
@@ -236,8 +237,8 @@ fn wait_for_device(name: &str) -> Result<u32, TunError> {
             return Err(not_a_tun(name, link.kind.as_deref()));
         }
         match check_flags(name, &link.tun.unwrap_or_default()) {
-            // A child of the process that closed the device has a copy of the descriptor between fork
-            // and exec.
+            // A child of the process that closed the device has a copy of the descriptor between
+            // fork and exec.
             Err(TunError::Busy { .. }) if start.elapsed() < RELEASE_TIMEOUT => {
                 thread::sleep(Duration::from_millis(5));
             }
@@ -283,7 +284,8 @@ fn attach(name: &str, index: u32) -> Result<TunQueue, TunError> {
         .map_err(|source| failed(format!("attaching a queue to {name}"), source))?;
     let verify = |source| failed(format!("reading the properties of {name}"), source);
     let (found_name, found) = InterfaceRequest::query(fd.as_fd()).map_err(verify)?;
-    // If the device was deleted after the look-up, TUNSETIFF created a new one, which is not persistent.
+    // If the device was deleted after the look-up, TUNSETIFF created a new one, which is not
+    // persistent.
     if found & libc::IFF_PERSIST == 0 {
         return Err(TunError::NoDevice { name: name.into() });
     }
@@ -355,8 +357,8 @@ pub struct TunQueue {
 }
 
 impl TunQueue {
-    /// Reads one packet and returns its length with the header in bytes. The kernel cuts a packet that
-    /// is longer than `buf`; [`VNET_HEADER_LEN`] + 65,535 bytes suffice for every packet.
+    /// Reads one packet and returns its length with the header in bytes. The kernel cuts a packet
+    /// that is longer than `buf`; [`VNET_HEADER_LEN`] + 65,535 bytes suffice for every packet.
     ///
     /// # Errors
     /// `WouldBlock` if no packet is queued; other errors of read(2).
@@ -395,8 +397,8 @@ impl AsFd for TunQueue {
     }
 }
 
-/// Checks the rules of the kernel for interface names (`dev_valid_name`), and accepts printable ASCII
-/// characters only.
+/// Checks the rules of the kernel for interface names (`dev_valid_name`), and accepts printable
+/// ASCII characters only.
 fn check_name(name: &str) -> Result<(), TunError> {
     let reason = if name.is_empty() {
         "it is empty"
@@ -469,8 +471,8 @@ impl InterfaceRequest {
         check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNGETIFF, &raw mut request.0) })?;
         let name = request.0.ifr_name.iter().map(|&byte| byte as u8);
         let name = name.take_while(|&byte| byte != 0).map(char::from).collect();
-        // SAFETY: the whole union was zeroed, so that every field is initialised; TUNGETIFF wrote the
-        // flags.
+        // SAFETY: the whole union was zeroed, so that every field is initialised; TUNGETIFF wrote
+        // the flags.
         let flags = unsafe { request.0.ifr_ifru.ifru_flags };
         Ok((name, i32::from(flags as u16)))
     }
@@ -497,7 +499,8 @@ mod tests {
     use super::*;
     use std::cell::RefCell;
 
-    /// Simulates a kernel that supports only the flags `known`. Also returns the masks of all attempts.
+    /// Simulates a kernel that supports only the flags `known`. Also returns the masks of all
+    /// attempts.
     fn against(known: u32, allowed: TunOffload) -> (TunOffload, Vec<Fallback>, Vec<u32>) {
         let tried = RefCell::new(Vec::new());
         let (offload, fallbacks) = set_best_offload(allowed, |offload| {

@@ -94,8 +94,9 @@ pub enum UdpError {
     },
 }
 
-/// Creates the sockets of `lanes` lanes (at least one) at `address`. The kernel delivers a datagram to
-/// the receive socket with the index of its lane byte modulo `lanes`. Port 0 binds an ephemeral port.
+/// Creates the sockets of `lanes` lanes (at least one) at `address`. The kernel delivers a datagram
+/// to the receive socket with the index of its lane byte modulo `lanes`. Port 0 binds an ephemeral
+/// port.
 ///
 /// The second value lists the features that the kernel refused or the options disable: `udp_gro`,
 /// `udp_ecn`, `reuseport_steering`, and `receive_buffer` or `send_buffer` if the buffer is smaller
@@ -112,9 +113,9 @@ pub fn bind_lanes(
     let failed = |context| move |source| failed(context, address, source);
     let mut fallbacks = Vec::new();
 
-    // The first socket is bound without SO_REUSEPORT, so that bind(2) fails if another socket uses the
-    // port, even one with SO_REUSEPORT of the same user (a second agent). SO_REUSEPORT is set after
-    // bind(2) and opens the group for the next sockets of this loop.
+    // The first socket is bound without SO_REUSEPORT, so that bind(2) fails if another socket uses
+    // the port, even one with SO_REUSEPORT of the same user (a second agent). SO_REUSEPORT is set
+    // after bind(2) and opens the group for the next sockets of this loop.
     let mut group: Vec<Socket> = Vec::with_capacity(lanes);
     let mut bound = address;
     while group.len() < lanes.max(1) {
@@ -144,7 +145,8 @@ pub fn bind_lanes(
     let mut sockets = Vec::with_capacity(group.len());
     for receive in group {
         receive.set_nonblocking(true).map_err(failed("setting O_NONBLOCK"))?;
-        // SO_RXQ_OVFL exists since Linux 2.6.33 and only counts lost datagrams: its error is ignored.
+        // SO_RXQ_OVFL exists since Linux 2.6.33 and only counts lost datagrams: its error is
+        // ignored.
         let _ = sockopt::set_int(receive.as_fd(), libc::SOL_SOCKET, libc::SO_RXQ_OVFL, 1);
         let gro = enable_gro(receive.as_fd(), options.gro, &mut fallbacks);
         match options.ecn {
@@ -167,8 +169,8 @@ pub fn bind_lanes(
     Ok((sockets, fallbacks))
 }
 
-/// Creates a nonblocking send socket for the session manager, with an ephemeral port at the IP address
-/// of `address`. The port of `address` is ignored.
+/// Creates a nonblocking send socket for the session manager, with an ephemeral port at the IP
+/// address of `address`. The port of `address` is ignored.
 ///
 /// # Errors
 /// [`UdpError`] if the socket cannot be created, bound or configured.
@@ -192,8 +194,8 @@ pub fn probe_gro() -> Result<(), String> {
     probe_option(libc::UDP_GRO, 1)
 }
 
-/// Returns whether this host supports the address family of `ip`. A kernel may be built without IPv6
-/// or started with `ipv6.disable=1`.
+/// Returns whether this host supports the address family of `ip`. A kernel may be built without
+/// IPv6 or started with `ipv6.disable=1`.
 pub fn is_family_supported(ip: IpAddr) -> bool {
     let domain = Domain::for_address(SocketAddr::new(ip, 0));
     let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP));
@@ -202,8 +204,8 @@ pub fn is_family_supported(ip: IpAddr) -> bool {
 }
 
 /// Returns the longest UDP payload that this host's route from `from` to `destination` carries. The
-/// function sends a datagram of `refused` bytes, a length that a lane's socket refused (EMSGSIZE), and
-/// reads the MTU from the socket's error queue (IP_RECVERR). ICMP messages have no influence.
+/// function sends a datagram of `refused` bytes, a length that a lane's socket refused (EMSGSIZE),
+/// and reads the MTU from the socket's error queue (IP_RECVERR). ICMP messages have no influence.
 ///
 /// # Errors
 /// The error of the failed system call, for example ENETUNREACH without a route.
@@ -258,8 +260,9 @@ fn new_socket(address: SocketAddr) -> Result<Socket, UdpError> {
     let failed = |context| move |source| failed(context, address, source);
     let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))
         .map_err(failed("creating a socket"))?;
-    // IP_PMTUDISC_PROBE sets DF and ignores the path MTU of ICMP messages, which any host can spoof.
-    // IP_RECVERR stays off: with it, an ICMP error about one peer would fail a send to another peer.
+    // IP_PMTUDISC_PROBE sets DF and ignores the path MTU of ICMP messages, which any host can
+    // spoof. IP_RECVERR stays off: with it, an ICMP error about one peer would fail a send to
+    // another peer.
     let (level, option, value) = match address {
         SocketAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_PROBE),
         SocketAddr::V6(_) => {

@@ -23,12 +23,13 @@ thread_local! {
 /// An allocator that counts the allocations of each thread.
 struct Counting;
 
-// SAFETY: every call is passed to the system allocator unchanged. The counter is a thread-local with a
-// constant initialiser, which does not allocate.
+// SAFETY: every call is passed to the system allocator unchanged. The counter is a thread-local
+// with a constant initialiser, which does not allocate.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.with(|count| count.set(count.get() + 1));
-        // SAFETY: the caller of `alloc` meets the requirements of `System.alloc`, which are the same.
+        // SAFETY: the caller of `alloc` meets the requirements of `System.alloc`, which are the
+        // same.
         unsafe { System.alloc(layout) }
     }
 

@@ -1,5 +1,5 @@
-//! Tests of the confinement of a data process. Each attempt runs in a new process of the test program,
-//! because a confinement cannot be removed.
+//! Tests of the confinement of a data process. Each attempt runs in a new process of the test
+//! program, because a confinement cannot be removed.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -46,8 +46,8 @@ fn socket(family: AddressFamily, kind: SocketType) -> std::io::Result<()> {
 fn code_from_data() -> std::io::Result<()> {
     use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
     let access = ProtFlags::READ | ProtFlags::EXEC;
-    // SAFETY: the kernel chooses the address (no MAP_FIXED), so that the new mapping replaces no other
-    // memory.
+    // SAFETY: the kernel chooses the address (no MAP_FIXED), so that the new mapping replaces no
+    // other memory.
     let mapped = unsafe { mmap_anonymous(std::ptr::null_mut(), 4096, access, MapFlags::PRIVATE) };
     Ok(mapped.map(drop)?)
 }
@@ -55,8 +55,8 @@ fn code_from_data() -> std::io::Result<()> {
 /// Makes a system call and returns its result.
 fn call(number: libc::c_long, arguments: [libc::c_long; 6]) -> std::io::Result<libc::c_long> {
     let [a, b, c, d, e, f] = arguments;
-    // SAFETY: each caller passes null, numbers, or pointers to memory that is valid during the call. If
-    // a forbidden call succeeds, the test fails and the process exits.
+    // SAFETY: each caller passes null, numbers, or pointers to memory that is valid during the
+    // call. If a forbidden call succeeds, the test fails and the process exits.
     match unsafe { libc::syscall(number, a, b, c, d, e, f) } {
         -1 => Err(std::io::Error::last_os_error()),
         result => Ok(result),
@@ -71,7 +71,8 @@ fn must_be_refused(what: &str, result: std::io::Result<libc::c_long>) -> std::io
     }
 }
 
-/// Opens files by each system call and with each combination of the flags that give access to a file.
+/// Opens files by each system call and with each combination of the flags that give access to a
+/// file.
 fn every_way_to_open() -> std::io::Result<()> {
     const FLAGS: [i32; 10] = [
         libc::O_CREAT,
@@ -172,7 +173,8 @@ fn every_way_to_a_process() -> std::io::Result<()> {
     must_be_refused("pidfd_open", call(libc::SYS_pidfd_open, [parent, 0, 0, 0, 0, 0]))?;
     must_be_refused("process_madvise", call(libc::SYS_process_madvise, [0, 0, 0, 0, 0, 0]))?;
     for namespace in [0x20000, 0x0200_0000, 0x0400_0000, 0x0800_0000, 0x2000_0000, 0x4000_0000] {
-        // Without CLONE_VM, the kernel refuses a thread, so that none starts even without the filter.
+        // Without CLONE_VM, the kernel refuses a thread, so that none starts even without the
+        // filter.
         let flags = i64::from(libc::CLONE_THREAD) | namespace;
         must_be_refused("clone", call(libc::SYS_clone, [flags, 0, 0, 0, 0, 0]))?;
     }
@@ -274,7 +276,8 @@ fn parent() -> rustix::process::Pid {
 }
 
 fn unshare() -> Result<(), Errno> {
-    // SAFETY: CLONE_NEWNS does not unshare the descriptor table, which makes `unshare_unsafe` unsound.
+    // SAFETY: CLONE_NEWNS does not unshare the descriptor table, which makes `unshare_unsafe`
+    // unsound.
     unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }
 }
 

@@ -1,6 +1,6 @@
 //! Canonical forms of addresses. An IPv4-mapped IPv6 address (`::ffff:192.0.2.1`, RFC 4291, section
-//! 2.5.5.2) becomes the IPv4 address that it represents, so that every check sees the same address as
-//! the kernel.
+//! 2.5.5.2) becomes the IPv4 address that it represents, so that every check sees the same address
+//! as the kernel.
 
 use std::net::IpAddr;
 

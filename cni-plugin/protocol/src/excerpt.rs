@@ -19,8 +19,8 @@ pub fn excerpt(text: &str) -> Cow<'_, str> {
     truncated(text, MAX_EXCERPT)
 }
 
-/// Returns the first 1,000 bytes of `text` and the length of the rest. For error messages of parsers
-/// and of other programs, because parsers quote their input.
+/// Returns the first 1,000 bytes of `text` and the length of the rest. For error messages of
+/// parsers and of other programs, because parsers quote their input.
 pub fn message_excerpt(text: &str) -> Cow<'_, str> {
     truncated(text, MAX_MESSAGE)
 }

@@ -6,6 +6,7 @@
 //! not respond to a DEL, the plugin stores the request in the [`spool`].
 
 #![forbid(unsafe_code)]
+#![warn(clippy::missing_errors_doc)]
 
 pub mod address;
 pub mod excerpt;

@@ -39,8 +39,8 @@ pub struct Entry {
 /// disk when the function returns. Idempotent.
 ///
 /// # Errors
-/// An I/O error if the directory cannot be created, or if the file cannot be written or synchronised
-/// (fsync(2)).
+/// An I/O error if the directory cannot be created, or if the file cannot be written or
+/// synchronised (fsync(2)).
 pub fn put(directory: &Path, id: &AttachmentId) -> io::Result<()> {
     fs::create_dir_all(directory)?;
     let request = Request { protocol: VERSION, command: Command::Del(Del { id: id.clone() }) };
@@ -49,7 +49,8 @@ pub fn put(directory: &Path, id: &AttachmentId) -> io::Result<()> {
     // and renames it.
     let unfinished = directory.join(format!("{name}.{}", std::process::id()));
     let write = || {
-        // A killed plugin process with the same process id may have left a file, another user a link.
+        // A killed plugin process with the same process id may have left a file, another user a
+        // link.
         let _ = fs::remove_file(&unfinished);
         let mut file = File::create_new(&unfinished)?;
         file.write_all(&serde_json::to_vec(&request)?)?;

@@ -15,8 +15,9 @@ const MAX_REFUSALS: u8 = 3;
 /// Number of stored destinations above which destinations without an active pause are removed.
 const MAX_DESTINATIONS: usize = 1_024;
 
-/// State of UDP_SEGMENT for the sockets of a lane: disabled completely, or disabled for destinations for
-/// which the kernel refuses it, for example because of IPsec or a device without checksum offload.
+/// State of UDP_SEGMENT for the sockets of a lane: disabled completely, or disabled for
+/// destinations for which the kernel refuses it, for example because of IPsec or a device without
+/// checksum offload.
 #[derive(Debug, Default)]
 pub struct GsoState {
     off: bool,
@@ -76,9 +77,9 @@ impl GsoState {
         })
     }
 
-    /// Disables UDP_SEGMENT for `destination`: 5 s after the first failure, twice the previous duration
-    /// after each further one, at most 60 s. An accepted UDP_SEGMENT message resets the duration.
-    /// `errno` is kept for reports.
+    /// Disables UDP_SEGMENT for `destination`: 5 s after the first failure, twice the previous
+    /// duration after each further one, at most 60 s. An accepted UDP_SEGMENT message resets the
+    /// duration. `errno` is kept for reports.
     pub fn pause(&mut self, destination: SocketAddr, errno: i32, now: Instant) {
         let state = self.state(destination, now);
         state.refusals = 0;
@@ -99,8 +100,8 @@ impl GsoState {
         }
     }
 
-    /// Handles a message that the kernel refused as invalid, and whose datagrams it accepted singly. The
-    /// third one in a row starts a pause.
+    /// Handles a message that the kernel refused as invalid, and whose datagrams it accepted
+    /// singly. The third one in a row starts a pause.
     pub(super) fn on_refused(&mut self, destination: SocketAddr, errno: i32, now: Instant) {
         let state = self.state(destination, now);
         state.refusals += 1;

@@ -1,8 +1,9 @@
 //! Selection of the messages of a sendmmsg(2) call, and reactions to its errors.
 //!
-//! A cursor points to the first datagram that is neither sent nor dropped. Each call is planned from
-//! the cursor. The kernel accepts some of the messages, or refuses the first one. The cursor moves
-//! behind each message that was accepted or dropped, so that no datagram is sent twice or skipped.
+//! A cursor points to the first datagram that is neither sent nor dropped. Each call is planned
+//! from the cursor. The kernel accepts some of the messages, or refuses the first one. The cursor
+//! moves behind each message that was accepted or dropped, so that no datagram is sent twice or
+//! skipped.
 
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -59,8 +60,8 @@ struct RefusedMessage {
 pub(super) enum EcnUse {
     #[default]
     On,
-    /// The kernel refused a datagram with the control message. The datagram is sent again without it:
-    /// the result shows whether the control message was the cause.
+    /// The kernel refused a datagram with the control message. The datagram is sent again without
+    /// it: the result shows whether the control message was the cause.
     Trial,
     /// The kernel refuses the control message.
     Refused,
@@ -76,9 +77,9 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Sends the datagrams of `request` by calls of `send`, until all are sent or dropped, or the socket
-    /// has no space. `send` executes one sendmmsg(2) with the given messages. It returns the number of
-    /// accepted messages, or the errno of the first message.
+    /// Sends the datagrams of `request` by calls of `send`, until all are sent or dropped, or the
+    /// socket has no space. `send` executes one sendmmsg(2) with the given messages. It returns the
+    /// number of accepted messages, or the errno of the first message.
     pub(super) fn execute(
         &mut self,
         request: &SendRequest<'_>,
@@ -151,8 +152,8 @@ impl Execution<'_> {
             while let Some(&first) = self.plan.messages.get(at) {
                 self.outcome.calls += 1;
                 match send(&self.plan.messages[at..]) {
-                    // A kernel that accepts no message and returns no error must not cause an endless
-                    // loop.
+                    // A kernel that accepts no message and returns no error must not cause an
+                    // endless loop.
                     Ok(0) => {
                         self.drop_datagrams(&first, DropReason::SendError);
                         at += 1;
@@ -205,9 +206,9 @@ impl Execution<'_> {
         }
     }
 
-    /// Returns whether the description of a batch is consistent: its length fits the number and size of
-    /// datagrams, no datagram is empty, the last is not longer than the others, and the parts are
-    /// inside the arena.
+    /// Returns whether the description of a batch is consistent: its length fits the number and
+    /// size of datagrams, no datagram is empty, the last is not longer than the others, and the
+    /// parts are inside the arena.
     fn is_valid(&self, batch: &GsoBatch<'_>) -> bool {
         if batch.segments == 0 {
             return true;
@@ -275,7 +276,8 @@ impl Execution<'_> {
         self.plan.datagrams_per_call.push(datagrams);
     }
 
-    /// Handles the error of a message: drops it, or changes the state so that the next plan differs.
+    /// Handles the error of a message: drops it, or changes the state so that the next plan
+    /// differs.
     fn on_error(&mut self, message: &Message, errno: i32) -> NextStep {
         if errno == libc::EAGAIN {
             return NextStep::Wait;

@@ -10,8 +10,8 @@ fn destination(i: u8) -> SocketAddr {
     SocketAddr::new([192, 0, 2, i].into(), 51_900)
 }
 
-/// Description of a batch: host number of the destination, ECN field, segment size in bytes, number of
-/// datagrams, and length of the last one in bytes.
+/// Description of a batch: host number of the destination, ECN field, segment size in bytes, number
+/// of datagrams, and length of the last one in bytes.
 #[derive(Debug, Clone)]
 struct Wanted {
     destination: u8,
@@ -140,8 +140,8 @@ fn run_once(
     execute(&mut Plan::default(), gso, Instant::now(), wanted, kernel)
 }
 
-/// Returns a simulated kernel that accepts messages up to the first one for which `judge` returns an
-/// errno, as Linux does.
+/// Returns a simulated kernel that accepts messages up to the first one for which `judge` returns
+/// an errno, as Linux does.
 fn by_message(
     mut judge: impl FnMut(&Message, &Wanted) -> Option<i32>,
 ) -> impl FnMut(&[Message], &[Wanted]) -> std::result::Result<usize, i32> {

@@ -25,8 +25,8 @@ fn port(socket: &UdpSocket) -> SocketAddr {
 }
 
 /// The kernel refuses UDP_SEGMENT for UDP-Lite as for IPsec (`udp_send_skb`: `is_udplite ||
-/// dst_xfrm(dst)` returns EIO), and accepts single datagrams. The test uses a UDP-Lite socket for the
-/// failing destination, because not every kernel supports IPsec.
+/// dst_xfrm(dst)` returns EIO), and accepts single datagrams. The test uses a UDP-Lite socket for
+/// the failing destination, because not every kernel supports IPsec.
 #[test]
 fn eio_pauses_gso_for_one_destination_without_loss() {
     const IPPROTO_UDPLITE: i32 = 136;

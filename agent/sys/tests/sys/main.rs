@@ -1,5 +1,6 @@
-//! Tests of `skein_sys` with the running kernel, each in its own network namespace. They require root
-//! (CAP_SYS_ADMIN and CAP_NET_ADMIN), /dev/net/tun, iproute2 and nftables, and fail without them.
+//! Tests of `skein_sys` with the running kernel, each in its own network namespace. They require
+//! root (CAP_SYS_ADMIN and CAP_NET_ADMIN), /dev/net/tun, iproute2 and nftables, and fail without
+//! them.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 

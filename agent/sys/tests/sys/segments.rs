@@ -17,8 +17,8 @@ pub(crate) fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|i| (i.wrapping_mul(2_654_435_761) >> 7) as u8).collect()
 }
 
-/// Receives `count` datagrams. Returns source and payload of each datagram, and the number of datagrams
-/// of each message.
+/// Receives `count` datagrams. Returns source and payload of each datagram, and the number of
+/// datagrams of each message.
 pub(crate) fn receive(
     socket: &UdpSocket,
     count: usize,
@@ -73,7 +73,8 @@ fn batches_arrive_unchanged_with_and_without_gso() {
             let destination = lanes[0].receive.local_addr().unwrap();
             let source = lanes[0].send.local_addr().unwrap();
             let arena = pattern(400_000);
-            // Adjacent parts with a short last datagram; unordered parts that end inside a datagram.
+            // Adjacent parts with a short last datagram; unordered parts that end inside a
+            // datagram.
             let short_tail = [(0, 20 * 1_400), (20 * 1_400, 700)];
             let scattered = [(300_000, 333), (200_000, 900), (100_000, 1), (333_333, 1_166)];
             let long = [(0, 130 * 900)];
@@ -189,8 +190,8 @@ fn ecn_field_is_reported_only_if_enabled() {
             for expected in [Ecn::NotEct, Ecn::Ce] {
                 let (batches, mut gso) = ([marked], GsoState::new());
                 send_all(&lanes[0].send, &arena, &batches, &mut gso, Instant::now());
-                // The field of queued datagrams is reported as well, because a take-over enables the
-                // reports under traffic.
+                // The field of queued datagrams is reported as well, because a take-over enables
+                // the reports under traffic.
                 if expected == Ecn::Ce {
                     report_ecn(lanes[0].receive.as_fd(), destination.is_ipv4(), true).unwrap();
                 }

@@ -104,8 +104,8 @@ struct Reflected {
     partial: usize,
 }
 
-/// Sends 4 MiB over TCP to 10.9.0.2. A thread returns every packet of the device with swapped addresses,
-/// so that the stream arrives at a listener of this test.
+/// Sends 4 MiB over TCP to 10.9.0.2. A thread returns every packet of the device with swapped
+/// addresses, so that the stream arrives at a listener of this test.
 fn reflect_tcp(queue: &TunQueue) -> Reflected {
     let done = Waker::new().unwrap();
     let sent = pattern(4 << 20);
@@ -337,8 +337,8 @@ fn error_names_the_missing_capability() {
 fn another_user_cannot_attach_to_the_device() {
     in_namespace(|| {
         create_persistent(NAME).unwrap();
-        // The change affects this thread only, which ends with the test. It also drops the capabilities
-        // of the thread.
+        // The change affects this thread only, which ends with the test. It also drops the
+        // capabilities of the thread.
         let nobody = rustix::process::Uid::from_raw(65_534);
         rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
         let error = open_queues(NAME, 1, TunOffload::ALL).unwrap_err();
