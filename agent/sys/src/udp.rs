@@ -104,7 +104,9 @@ pub enum UdpError {
 ///
 /// # Errors
 /// [`UdpError::AddrInUse`] if any other socket uses the port, also one of this process or one with
-/// SO_REUSEPORT; the other variants as they describe.
+/// SO_REUSEPORT; [`UdpError::AddrNotAvailable`] or [`UdpError::NoFamily`] if the host lacks the
+/// address or its family; [`UdpError::Permission`] for a port below 1024 without
+/// CAP_NET_BIND_SERVICE; [`UdpError::Io`] otherwise.
 pub fn bind_lanes(
     address: SocketAddr,
     lanes: usize,
@@ -173,7 +175,8 @@ pub fn bind_lanes(
 /// address of `address`. The port of `address` is ignored.
 ///
 /// # Errors
-/// [`UdpError`] if the socket cannot be created, bound or configured.
+/// [`UdpError::AddrNotAvailable`] or [`UdpError::NoFamily`] if the host lacks the address or its
+/// family; [`UdpError::Io`] for another error of a system call.
 pub fn bind_manager(address: SocketAddr, options: &UdpOptions) -> Result<UdpSocket, UdpError> {
     Ok(bind_sender(address, options, &mut Vec::new())?.into())
 }

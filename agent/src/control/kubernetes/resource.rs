@@ -1,4 +1,5 @@
-//! The custom resource SkeinNode: a node's record in the Kubernetes API.
+//! The custom resource SkeinNode: record and status of a node in the Kubernetes API. Doc comments of
+//! its types are descriptions in the CustomResourceDefinition.
 
 // Every column of the derive has a type.
 #![allow(clippy::duplicated_attributes)]
@@ -11,10 +12,10 @@ use skein_ipc::{Capability, CapabilityState};
 
 use super::super::records::{NodeRecord, RecordError};
 
-/// The API group of everything of Skein's.
+/// API group of Skein's resources.
 pub const GROUP: &str = "skein.network";
 
-/// What the other nodes need to know to reach this one. Written by the node's agent.
+/// Record of the node, which other nodes read to reach it. The agent of the node writes it.
 #[derive(
     CustomResource, Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema,
 )]
@@ -22,7 +23,7 @@ pub const GROUP: &str = "skein.network";
     group = "skein.network",
     version = "v1alpha1",
     kind = "SkeinNode",
-    doc = "A node of Skein's overlay: where it listens, its key, and what it owns.",
+    doc = "A node of Skein's overlay: its endpoints, public keys, pod prefixes, and status.",
     shortname = "skn",
     category = "skein",
     status = "SkeinNodeStatus",
@@ -31,25 +32,25 @@ pub const GROUP: &str = "skein.network";
         name = "Endpoint",
         type_ = "string",
         json_path = ".spec.endpoints[0]",
-        description = "Where the node listens."
+        description = "Address and UDP port of the node on the underlay."
     ),
     printcolumn(
         name = "Pod-CIDRs",
         type_ = "string",
         json_path = ".spec.podCIDRs",
-        description = "What the node owns."
+        description = "Prefixes of the node's pods."
     ),
     printcolumn(
         name = "Offloads",
         type_ = "string",
         json_path = ".status.offloads",
-        description = "What of the kernel's offloads is in use."
+        description = "Offload capabilities in use."
     ),
     printcolumn(
         name = "Ready",
         type_ = "string",
         json_path = ".status.conditions[?(@.type==\"Ready\")].status",
-        description = "Whether pods of the node have a network."
+        description = "True if the node's pods have a network."
     ),
     printcolumn(
         name = "Version",
@@ -62,47 +63,48 @@ pub const GROUP: &str = "skein.network";
 )]
 #[serde(rename_all = "camelCase")]
 pub struct SkeinNodeSpec {
-    /// The node's X25519 public key: 32 bytes in base64.
+    /// Active X25519 public key of the node: 32 bytes in base64.
     #[schemars(length(max = 44), regex(pattern = r"^[A-Za-z0-9+/]{43}=$"))]
     pub public_key: String,
-    /// Another key that is accepted while the node changes its key: the next, or the one before.
-    // Said also where there is none, so that nobody else's word for it stays.
+    /// Next or previous public key during a key rotation. Other nodes accept both keys.
+    // The field is also written as null: a server-side apply that omits it would keep the value of
+    // another field manager.
     #[schemars(length(max = 44), regex(pattern = r"^[A-Za-z0-9+/]{43}=$"))]
     pub second_public_key: Option<String>,
-    /// Where the node listens: addresses with UDP ports, in the order to try. An IPv6 address is in
+    /// Underlay addresses and UDP ports of the node, in the order of attempts. An IPv6 address is in
     /// brackets.
     #[schemars(length(min = 1, max = 8), inner(length(max = 80)))]
     pub endpoints: Vec<String>,
-    /// Prefixes whose addresses the node's pods have.
+    /// Prefixes of the node's pods.
     #[serde(rename = "podCIDRs")]
     #[schemars(length(min = 1, max = 16), inner(length(max = 64)))]
     pub pod_cidrs: Vec<String>,
 }
 
-/// How the node is, as its agent sees it.
+/// Status of the node, which its agent writes.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct SkeinNodeStatus {
-    /// The generation of the spec that the agent has seen.
+    /// Generation of the spec that the agent read last.
     pub observed_generation: Option<i64>,
     /// Version of the agent.
     #[schemars(length(max = 128))]
     pub agent_version: Option<String>,
     /// MTU of the node's pods in bytes.
     pub mtu: Option<i32>,
-    /// The capabilities in one word or a few: all, none, or those that are in use.
+    /// Offload capabilities in use: "all", "none", or their names, separated by commas.
     #[schemars(length(max = 256))]
     pub offloads: Option<String>,
-    /// What of the kernel's offloads is in use, and why not.
+    /// State of each offload capability.
     #[serde(default)]
     #[schemars(
         length(max = 32),
         extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"])
     )]
     pub capabilities: Vec<CapabilityStatus>,
-    /// Ready: whether pods of the node have a network. PeersReachable: whether answers come from all other
-    /// nodes that it sends to, and which are silent. ForwardingAllowed: whether no chain of another program
-    /// drops forwarded packets of pods.
+    /// Conditions of the node. Ready: pods of the node have a network. PeersReachable: all peers to
+    /// which the node sends respond; otherwise the message names the others. ForwardingAllowed: no
+    /// chain of another program drops forwarded packets of pods.
     #[serde(default)]
     #[schemars(
         length(max = 32),
@@ -111,55 +113,62 @@ pub struct SkeinNodeStatus {
     pub conditions: Vec<Condition>,
 }
 
-/// One capability of a node.
+/// State of one offload capability.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct CapabilityStatus {
-    /// tun_uso, tun_tso, tun_checksum, udp_gso, udp_gro, udp_ecn or reuseport_steering.
+    /// Name of the capability: tun_uso, tun_tso, tun_checksum, udp_gso, udp_gro, udp_ecn or
+    /// reuseport_steering.
     #[schemars(length(max = 64))]
     pub name: String,
-    /// on, degraded, unsupported or disabled.
+    /// State of the capability: on, degraded, unsupported or forced off.
     #[schemars(length(max = 32))]
     pub state: String,
-    /// Why it is not on.
+    /// Reason for a state other than on.
     #[schemars(length(max = 2048))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
 
-/// A condition, as metav1.Condition has it.
+/// A condition in the form of metav1.Condition.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Condition {
-    /// Which.
+    /// Type of the condition.
     #[serde(rename = "type")]
     #[schemars(length(max = 316))]
     pub kind: String,
-    /// True, False or Unknown.
+    /// Status of the condition: True, False or Unknown.
     #[schemars(length(max = 16))]
     pub status: String,
-    /// In one word.
+    /// Reason for the status as one word in CamelCase, for programs.
     #[schemars(length(max = 1024))]
     pub reason: String,
-    /// For people.
+    /// Details of the status, for users.
     #[schemars(length(max = 32768))]
     pub message: String,
-    /// When the status changed last (RFC 3339).
+    /// Time of the last change of the status (RFC 3339).
     #[schemars(length(max = 64))]
     pub last_transition_time: String,
-    /// The generation of the spec that it is about.
+    /// Generation of the spec to which the condition applies.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
 }
 
-/// The definition of the resource, as YAML for `kubectl apply` and the chart.
+/// Returns the CustomResourceDefinition as YAML, for `kubectl apply` and the chart.
+///
+/// # Errors
+/// The definition cannot be serialised.
 pub fn definition() -> anyhow::Result<String> {
     let text = serde_saphyr::to_string(&SkeinNode::crd())?;
     Ok(format!("# Printed by skein-agent crd: not written by hand.\n{text}"))
 }
 
 impl SkeinNode {
-    /// The record that it holds.
+    /// Returns the record of the node.
+    ///
+    /// # Errors
+    /// The error of [`SkeinNodeSpec::record`].
     pub fn record(&self) -> Result<NodeRecord, RecordError> {
         let name = self.metadata.name.clone().unwrap_or_default();
         self.spec.record(name)
@@ -167,7 +176,10 @@ impl SkeinNode {
 }
 
 impl SkeinNodeSpec {
-    /// The record of the node with this name.
+    /// Returns the record of the node with this name.
+    ///
+    /// # Errors
+    /// The field with an invalid value, and the reason.
     pub fn record(&self, name: String) -> Result<NodeRecord, RecordError> {
         let SkeinNodeSpec { public_key, second_public_key, endpoints, pod_cidrs } = self.clone();
         NodeRecord::from_text(name, public_key, second_public_key, endpoints, pod_cidrs)
@@ -182,7 +194,7 @@ impl From<&Capability> for CapabilityStatus {
     }
 }
 
-/// The capabilities in one word or a few.
+/// Returns the capabilities in use: "all", "none", or their names, separated by commas.
 pub fn offloads(capabilities: &[Capability]) -> String {
     let on: Vec<&str> = capabilities
         .iter()
@@ -202,7 +214,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_resource_is_read_as_a_record_or_says_what_is_wrong() {
+    fn resource_is_read_as_record_and_error_names_the_field() {
         let mut node = SkeinNode::new(
             "node-a",
             SkeinNodeSpec {
@@ -233,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn the_definition_says_what_kubectl_shows() {
+    fn definition_has_names_columns_and_status() {
         let text = definition().unwrap();
         for word in ["skeinnodes", "podCIDRs", "Pod-CIDRs", "Offloads", "Cluster", "subresources"] {
             assert!(text.contains(word), "{word}: {text}");
@@ -257,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn every_string_and_list_of_the_definition_is_bounded() {
+    fn strings_and_lists_of_the_definition_are_bounded() {
         let definition = serde_json::to_value(SkeinNode::crd()).unwrap();
         let schema = &definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
         let mut bounded = Vec::new();
@@ -310,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn offloads_are_told_briefly() {
+    fn offloads_are_all_none_or_their_names() {
         let with = |states: &[CapabilityState]| {
             let named = states.iter().zip(["tun_uso", "udp_gso"]);
             offloads(&Vec::from_iter(named.map(|(&state, name)| Capability {
