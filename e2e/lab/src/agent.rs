@@ -1,4 +1,4 @@
-//! Skein agents in the laboratory's nodes: their configuration, their life, what they report.
+//! Skein agents in the laboratory's nodes: configuration, start, take-over, stop and reports.
 
 use std::fs;
 use std::net::IpAddr;
@@ -16,16 +16,21 @@ use super::process::{self, Finished, Process};
 pub use super::record::Record;
 use super::{Family, Lab, Netns, Node};
 
-/// How long an agent may take to be ready on a busy machine.
-const READY_LIMIT: Duration = Duration::from_secs(20);
+/// Maximum time from an agent's start to its readiness; generous, for a busy machine.
+const READY_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Default port of the overlay.
 pub const PORT: u16 = 51900;
 
-/// What containerd needs for the loopback, what comes behind Skein's plugin by default, and what may.
+/// Reference plugins: `loopback`, which containerd calls itself, `portmap`, which follows Skein's
+/// plugin by default, and two that may follow it.
 const REFERENCE_PLUGINS: [&str; 4] = ["loopback", "portmap", "bandwidth", "tuning"];
 
-/// The agent's program: `SKEIN_AGENT_BIN`, or beside this program where cargo puts both.
+/// Returns the path of the agent's program: `SKEIN_AGENT_BIN`, or `skein-agent` in the directory of
+/// this program or in its parent, where cargo puts both.
+///
+/// # Errors
+/// If `SKEIN_AGENT_BIN` is not set and no directory has the program.
 pub fn binary() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("SKEIN_AGENT_BIN") {
         return Ok(path.into());
@@ -33,23 +38,24 @@ pub fn binary() -> Result<PathBuf> {
     let own = std::env::current_exe().context("finding this program")?;
     let found = own.ancestors().skip(1).take(2).map(|dir| dir.join("skein-agent"));
     found.into_iter().find(|path| path.is_file()).context(
-        "no skein-agent beside this program: build it first (cargo build --release -p skein-agent) \
-         or name it in SKEIN_AGENT_BIN",
+        "no skein-agent in the directory of this program. Build it \
+         (cargo build --release -p skein-agent), or set SKEIN_AGENT_BIN.",
     )
 }
 
-/// An agent of one node; killed when dropped.
+/// The agent of one node. Its control process is killed when the value is dropped.
 #[derive(Debug)]
 pub struct Agent {
-    /// Its own record.
+    /// Node record of this agent.
     pub record: Record,
-    /// What is started: [`binary`], unless a test sets another.
+    /// Path of the program; [`binary`], unless a test sets another.
     pub program: PathBuf,
-    /// Its configuration; takes effect with the next start.
+    /// Configuration, used from the next start on.
     pub config: Table,
-    /// Its environment, beside the inherited one.
+    /// Environment variables in addition to the inherited ones.
     pub environment: Vec<(String, String)>,
-    /// A line of shell that comes before each of its commands, in a mount namespace of theirs.
+    /// Shell commands that run before each command of the agent, in the mount namespace that
+    /// `ip netns exec` makes for it.
     pub prelude: Option<String>,
     netns: String,
     directory: PathBuf,
@@ -57,8 +63,11 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Writes an agent's configuration and key, and starts nothing. `index` tells several agents of
-    /// one node apart; the first has 0.
+    /// Writes the key of a new agent and returns the agent, which is not started. `index` is the
+    /// number of the agent on its node, from 0.
+    ///
+    /// # Errors
+    /// If a file cannot be written, or if the agent's program is missing or generates no key.
     pub fn prepare(lab: &Lab, node: &Node, underlay: Family, index: u16) -> Result<Self> {
         let name = if index == 0 { node.name.clone() } else { format!("{}-{index}", node.name) };
         let directory = lab.directory().join(&name);
@@ -109,7 +118,8 @@ impl Agent {
         Ok(agent)
     }
 
-    /// Sets one entry of the configuration (`table.key`); in force from the next start.
+    /// Sets one entry of the configuration (`key` or `table.key`), used from the next start on.
+    /// Has no effect if `table` is the name of an entry that is not a table.
     pub fn set(&mut self, key: &str, value: impl Into<toml::Value>) {
         let (table, key) = match key.split_once('.') {
             None => (&mut self.config, key),
@@ -124,8 +134,11 @@ impl Agent {
         table.insert(key.into(), value.into());
     }
 
-    /// Has it serve the CNI plugin, with files of its own for everything. The reference plugins are where
-    /// it puts its own.
+    /// Enables the CNI server, with all its files in the agent's own directory, and copies the
+    /// reference plugins to `cni.bin_dir`.
+    ///
+    /// # Errors
+    /// If a reference plugin is not installed or cannot be copied.
     pub fn serve_pods(&mut self) -> Result<()> {
         let path = |file: &str| self.directory.join(file).to_string_lossy().into_owned();
         let paths = ["cni.sock", "spool", "bin", "net.d"].map(path);
@@ -138,78 +151,96 @@ impl Agent {
         REFERENCE_PLUGINS.iter().try_for_each(|name| {
             fs::copy(Path::new("/usr/lib/cni").join(name), bin.join(name))
                 .map(drop)
-                .with_context(|| format!("{name} of containernetworking-plugins"))
+                .with_context(|| format!("cannot copy {name} of containernetworking-plugins"))
         })
     }
 
-    /// Where it listens for the plugin.
+    /// Returns the path of the socket for the CNI plugin. Call [`Agent::serve_pods`] first.
     pub fn cni_socket(&self) -> &str {
         self.text("cni", "socket")
     }
 
-    /// Where the plugin leaves what it could not say.
+    /// Returns the directory in which the plugin stores DEL requests while the agent does not answer.
+    /// Call [`Agent::serve_pods`] first.
     pub fn cni_spool(&self) -> &Path {
         Path::new(self.text("cni", "spool"))
     }
 
-    /// A directory of its `[cni]` table.
+    /// Returns the directory that the entry `key` of the table `[cni]` names. Call
+    /// [`Agent::serve_pods`] first.
     pub fn cni_directory(&self, key: &str) -> PathBuf {
         self.text("cni", key).into()
     }
 
-    /// The directory of everything that is its own.
+    /// Returns the directory of this agent's configuration, state, sockets and log.
     pub fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// Name of the network namespace that it runs in.
+    /// Returns the name of the network namespace in which the agent runs.
     pub fn netns(&self) -> &str {
         &self.netns
     }
 
-    /// The socket of its data process.
+    /// Returns the path of the data process's socket.
     pub fn dataplane_socket(&self) -> &str {
         self.text("dataplane", "socket")
     }
 
-    /// Where its state lies.
+    /// Returns the agent's `state_dir`.
     pub fn state_directory(&self) -> PathBuf {
         self.directory.join("state")
     }
 
-    /// An entry of the configuration.
+    /// Returns an entry of the configuration, or "" if it is absent or not a string.
+    ///
+    /// # Panics
+    /// If the configuration has no such table.
     fn text(&self, table: &str, key: &str) -> &str {
         self.config[table].get(key).and_then(toml::Value::as_str).unwrap_or_default()
     }
 
-    /// Where the records are that this agent watches.
+    /// Returns the directory of the node records that the agent watches.
     pub fn records_directory(&self) -> PathBuf {
         self.directory.join("nodes.d")
     }
 
-    /// Gives this agent a record; it replaces one of the same name.
+    /// Writes a node record for this agent, and replaces the record of the same name.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
     pub fn put_record(&self, record: &Record) -> Result<()> {
         let path = self.records_directory().join(format!("{}.toml", record.name));
-        // As a careful administrator does it: the watcher never sees half a file.
+        // The rename is atomic: the agent's watcher never reads half a file.
         let new = path.with_extension("new");
         fs::write(&new, record.to_toml())?;
         fs::rename(&new, &path).with_context(|| format!("writing {}", path.display()))
     }
 
-    /// Takes a record away from this agent.
+    /// Removes a node record of this agent.
+    ///
+    /// # Errors
+    /// If the agent has no record of this name, or if the file cannot be removed.
     pub fn remove_record(&self, name: &str) -> Result<()> {
         let path = self.records_directory().join(format!("{name}.toml"));
         fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))
     }
 
-    /// Writes the configuration file; returns its path.
+    /// Writes the configuration file and returns its path.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
     pub fn write_config(&self) -> Result<PathBuf> {
         let path = self.directory.join("agent.toml");
         fs::write(&path, self.config.to_string())?;
         Ok(path)
     }
 
-    /// A run of `skein-agent` with these arguments and `--config`, inside the node.
+    /// Writes the configuration file and returns a command that runs `skein-agent` with these
+    /// arguments and `--config` inside the node.
+    ///
+    /// # Errors
+    /// If the configuration file cannot be written.
     pub fn command(&self, arguments: &[&str]) -> Result<std::process::Command> {
         let config = self.write_config()?;
         let mut command = std::process::Command::new("ip");
@@ -222,49 +253,68 @@ impl Agent {
         Ok(command)
     }
 
-    /// Starts it and waits until it says that it is ready.
+    /// Starts the agent and waits until it is ready.
+    ///
+    /// # Errors
+    /// If the agent cannot be started, exits, or is not ready after 20 s; with the end of its log.
     pub fn start(&mut self) -> Result<()> {
         self.launch()?;
         self.wait_ready()
     }
 
-    /// Starts it and returns at once.
+    /// Starts the agent and returns at once.
+    ///
+    /// # Errors
+    /// If the configuration file cannot be written, or if the program cannot be started.
     pub fn launch(&mut self) -> Result<()> {
         let mut command = self.command(&["run"])?;
         self.process = Some(Process::start(&mut command, &self.log())?);
         Ok(())
     }
 
-    /// Starts another agent, which takes the place of the one that runs, and waits until it is
-    /// ready; gives that one's process.
+    /// Starts another agent with `--take-over`, waits until it is ready, and returns the process of
+    /// the previous agent.
+    ///
+    /// # Errors
+    /// If no agent runs, if the new agent does not take over within 20 s, or if it is not ready
+    /// another 20 s later.
     pub fn take_over(&mut self) -> Result<Process> {
-        let before = self.replace()?;
+        let previous = self.replace()?;
         self.wait_ready()?;
-        Ok(before)
+        Ok(previous)
     }
 
-    /// The same, without waiting until the new agent is ready.
+    /// Does what [`Agent::take_over`] does, but does not wait until the new agent is ready.
+    ///
+    /// # Errors
+    /// If no agent runs, or if the new agent does not take over within 20 s.
     pub fn replace(&mut self) -> Result<Process> {
         let mut command = self.command(&["run", "--take-over"])?;
         let next = Process::start(&mut command, &self.log())?;
-        let mut before = self.process.replace(next).context("agent not started")?;
-        let end = Instant::now() + READY_LIMIT;
-        // Until then, the previous agent answers.
-        while before.exited().is_none() && !holds(before.pid()) {
+        let mut previous = self.process.replace(next).context("agent not started")?;
+        let end = Instant::now() + READY_TIMEOUT;
+        // Before the take-over, the previous agent answers requests for readiness.
+        while previous.exited().is_none() && !is_holding(previous.pid()) {
             if Instant::now() > end {
                 bail!("no agent has taken over:\n{}", self.log_tail());
             }
             thread::sleep(Duration::from_millis(10));
         }
-        Ok(before)
+        Ok(previous)
     }
 
-    /// Starts a data process as somebody else would for `dataplane.mode = "external"`; gives its keeper.
+    /// Starts a data process for `dataplane.mode = "external"` and returns its keeper.
+    ///
+    /// # Errors
+    /// If the program cannot be started.
     pub fn start_dataplane(&self) -> Result<Process> {
         self.dataplane_command(&[])
     }
 
-    /// The same, taking over from the one that is there.
+    /// Starts a data process that takes over from the running one, and returns its keeper.
+    ///
+    /// # Errors
+    /// If the program cannot be started.
     pub fn take_over_dataplane(&self) -> Result<Process> {
         self.dataplane_command(&["--take-over"])
     }
@@ -276,9 +326,12 @@ impl Agent {
         Process::start(&mut command, &self.log())
     }
 
-    /// Waits until it says that it is ready.
+    /// Waits until `/readyz` answers 200.
+    ///
+    /// # Errors
+    /// If the agent was not started, exits, or is not ready after 20 s; with the end of its log.
     pub fn wait_ready(&mut self) -> Result<()> {
-        let end = Instant::now() + READY_LIMIT;
+        let end = Instant::now() + READY_TIMEOUT;
         loop {
             self.process.as_mut().context("agent not started")?.check_alive()?;
             match self.http("/readyz") {
@@ -298,17 +351,26 @@ impl Agent {
         }
     }
 
-    /// Runs it to its end, for what must fail.
+    /// Runs `skein-agent run` until it exits, for configurations that it must refuse.
+    ///
+    /// # Errors
+    /// If the program cannot be started, or does not exit within `limit`.
     pub fn run_to_end(&self, limit: Duration) -> Result<Finished> {
         process::finish(&mut self.command(&["run"])?, &[], limit)
     }
 
-    /// Runs another of its commands to the end.
+    /// Runs a command of `skein-agent` and returns its exit code and output.
+    ///
+    /// # Errors
+    /// If the program cannot be started, or does not exit within 20 s.
     pub fn run_command(&self, arguments: &[&str]) -> Result<Finished> {
         process::finish(&mut self.command(arguments)?, &[], Duration::from_secs(20))
     }
 
-    /// Asks it to end; its exit code.
+    /// Stops the control process with SIGTERM and returns its exit code.
+    ///
+    /// # Errors
+    /// If the agent was not started, or does not exit within 10 s.
     pub fn stop(&mut self) -> Result<i32> {
         let process = self.process.as_mut().context("agent not started")?;
         let code = process.stop(Duration::from_secs(10))?;
@@ -321,24 +383,26 @@ impl Agent {
         self.process = None;
     }
 
-    /// Process id of the control process.
+    /// Returns the process id of the control process; `None` if it was not started.
     pub fn control_pid(&self) -> Option<i32> {
         self.process.as_ref().map(Process::pid)
     }
 
-    /// Process ids of its data processes, found by their arguments.
+    /// Returns the process ids of this agent's data processes, found by their arguments.
     pub fn dataplane_pids(&self) -> Vec<i32> {
-        self.dataplane(true)
+        self.find_dataplane(true)
     }
 
-    /// Process ids of the keepers of its data processes; not of those that have given theirs away.
+    /// Returns the process ids of the keepers that have a data process. A keeper has none after a
+    /// take-over.
     pub fn keeper_pids(&self) -> Vec<i32> {
-        let mut keepers = self.dataplane(false);
+        let mut keepers = self.find_dataplane(false);
         keepers.retain(|keeper| !process::children(*keeper).is_empty());
         keepers
     }
 
-    fn dataplane(&self, worker: bool) -> Vec<i32> {
+    /// Finds data processes (`worker`) or keepers by their arguments.
+    fn find_dataplane(&self, worker: bool) -> Vec<i32> {
         let socket = self.text("dataplane", "socket");
         let is_ours = |pid: &i32| {
             let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
@@ -349,13 +413,16 @@ impl Agent {
         super::registry::pids_in(&self.netns).into_iter().filter(is_ours).collect()
     }
 
-    /// All its process ids.
+    /// Returns the ids of all processes of the agent: control process, keepers, data processes.
     pub fn pids(&self) -> Vec<i32> {
         let dataplane = self.keeper_pids().into_iter().chain(self.dataplane_pids());
         self.control_pid().into_iter().chain(dataplane).collect()
     }
 
-    /// What `status -o json` prints.
+    /// Returns the output of `status -o json`.
+    ///
+    /// # Errors
+    /// If the command fails, or if its output is not JSON.
     pub fn status(&self) -> Result<Value> {
         let finished = self.run_command(&["status", "-o", "json", "--interval", "0"])?;
         if finished.code != 0 {
@@ -364,17 +431,23 @@ impl Agent {
         serde_json::from_str(&finished.stdout).context("status is not JSON")
     }
 
-    /// The data process's report, as a part of the status.
+    /// Returns the data process's report from the status.
+    ///
+    /// # Errors
+    /// If the status cannot be read, or if it has no report because the data process does not answer.
     pub fn report(&self) -> Result<Value> {
         let mut status = self.status()?;
         let report = status["report"].take();
         if report.is_null() {
-            bail!("no report of the data process in the status: {status}");
+            bail!("the status has no report of the data process: {status}");
         }
         Ok(report)
     }
 
-    /// GET from its HTTP server.
+    /// Sends a GET request to the agent's HTTP server.
+    ///
+    /// # Errors
+    /// If the server does not answer within 5 s.
     pub fn http(&self, path: &str) -> Result<crate::load::http::Answer> {
         let mut address: std::net::SocketAddr =
             self.text("metrics", "listen").parse().context("metrics.listen")?;
@@ -385,7 +458,10 @@ impl Agent {
         Netns::run_in(&self.netns, move || crate::load::http::get(address, &path))?
     }
 
-    /// Its metrics.
+    /// Returns the agent's metrics.
+    ///
+    /// # Errors
+    /// If the HTTP server does not answer, or answers with a status other than 200.
     pub fn metrics(&self) -> Result<Metrics> {
         let answer = self.http("/metrics")?;
         if answer.status != 200 {
@@ -394,31 +470,37 @@ impl Agent {
         Ok(Metrics(answer.body))
     }
 
-    /// Its log file.
+    /// Returns the path of the log file of both processes.
     pub fn log(&self) -> PathBuf {
         self.directory.join("agent.log")
     }
 
-    /// The end of its log, with its name.
+    /// Returns the last 30 lines of the log, after a line with the node's name.
     pub fn log_tail(&self) -> String {
         let tail = process::tail(&self.log(), 30);
-        format!("--- the log of {} ends with:\n{tail}", self.record.name)
+        format!("--- end of the log of {}:\n{tail}", self.record.name)
     }
 
-    /// The address that peers reach it at.
+    /// Returns the address of the first endpoint of the agent's record.
+    ///
+    /// # Errors
+    /// If the endpoint is not `address:port`.
     pub fn underlay_address(&self) -> Result<IpAddr> {
         let endpoint: std::net::SocketAddr = self.record.endpoints[0].parse()?;
         Ok(endpoint.ip())
     }
 }
 
-/// Returns whether a process has handed over the agent's role and waits for it.
-fn holds(pid: i32) -> bool {
+/// Returns whether an agent has handed over its role and runs as `skein-agent hold`.
+fn is_holding(pid: i32) -> bool {
     let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     words.starts_with(b"skein-agent\0hold\0")
 }
 
-/// Makes a key file (0600); returns the public half.
+/// Writes a new private key to a file with mode 0600 and returns its public key (base64).
+///
+/// # Errors
+/// If the agent's program is missing or fails, or if the file cannot be written.
 pub fn new_key(path: &Path) -> Result<String> {
     let binary = binary()?;
     let mut keygen = std::process::Command::new(&binary);

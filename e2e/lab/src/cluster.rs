@@ -5,20 +5,25 @@ use anyhow::Result;
 use super::agent::Agent;
 use super::{Family, Lab, Plan};
 
-/// Agents on every node of a laboratory that know each other.
+/// One agent on every node of a laboratory, each with the records of all nodes.
 #[derive(Debug)]
 pub struct Cluster {
-    /// One a node. (Before `lab`: they end first.)
+    /// Agents in the order of the nodes. The field stands before `lab`, because the agents must be
+    /// dropped before their namespaces.
     pub agents: Vec<Agent>,
-    /// Where they run.
+    /// Laboratory in which the agents run.
     pub lab: Lab,
-    /// Whether the ends of the logs are printed when this is dropped. Tests leave it on: the test
-    /// runner shows what a test printed if the test failed.
+    /// Prints the ends of the logs when the value is dropped. Tests keep the default, true: the test
+    /// runner shows the output of tests that failed.
     pub verbose: bool,
 }
 
 impl Cluster {
-    /// Prepares an agent on every node and gives each the records of all; starts nothing.
+    /// Prepares an agent on every node and writes the records of all nodes for each. Starts no
+    /// agent.
+    ///
+    /// # Errors
+    /// If an agent cannot be prepared ([`Agent::prepare`]), or if a record cannot be written.
     pub fn prepare(lab: Lab, underlay: Family) -> Result<Self> {
         let agents = lab.nodes.iter().map(|node| Agent::prepare(&lab, node, underlay, 0));
         let agents = agents.collect::<Result<Vec<_>>>()?;
@@ -29,19 +34,25 @@ impl Cluster {
     }
 
     /// Starts all agents and waits until they are ready.
+    ///
+    /// # Errors
+    /// If an agent cannot be started, exits, or is not ready after 20 s.
     pub fn start(&mut self) -> Result<()> {
         self.agents.iter_mut().try_for_each(Agent::launch)?;
         self.agents.iter_mut().try_for_each(Agent::wait_ready)
     }
 
-    /// Prepares and starts.
+    /// Builds a laboratory and starts an agent on every node.
+    ///
+    /// # Errors
+    /// If the laboratory cannot be built, or if an agent does not become ready.
     pub fn up(plan: &Plan, underlay: Family) -> Result<Self> {
         let mut cluster = Self::prepare(Lab::new(plan)?, underlay)?;
         cluster.start()?;
         Ok(cluster)
     }
 
-    /// The ends of all logs, for the message of a failure.
+    /// Returns the ends of all logs, for the message of a failure.
     pub fn logs(&self) -> String {
         self.agents.iter().map(Agent::log_tail).collect::<Vec<_>>().join("\n")
     }

@@ -12,15 +12,15 @@ use rustix::process::Signal;
 use super::agent::Agent;
 use super::process::{self, Finished, Process};
 
-/// Time limit for an instance to be ready on a busy machine.
-const READY_LIMIT: Duration = Duration::from_secs(20);
+/// Maximum time until an instance is ready on a busy machine.
+const READY_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A container of a pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Container {
-    /// `skein-agent run`.
+    /// Container that runs `skein-agent run`.
     Agent,
-    /// `skein-agent dataplane`.
+    /// Container that runs `skein-agent dataplane`.
     Dataplane,
 }
 
@@ -40,6 +40,9 @@ pub struct Instance {
 impl Instance {
     /// Prepares a pod on the agent's node with the agent's current configuration, without starting
     /// it.
+    ///
+    /// # Errors
+    /// If the pod's directory or configuration cannot be written.
     pub fn prepare(agent: &Agent, name: &str) -> Result<Self> {
         let directory = agent.directory().join(name);
         fs::create_dir_all(&directory)?;
@@ -58,6 +61,9 @@ impl Instance {
     }
 
     /// Prepares a pod and starts both its containers.
+    ///
+    /// # Errors
+    /// If a file cannot be written, or if a container cannot be started.
     pub fn start(agent: &Agent, name: &str) -> Result<Self> {
         let mut instance = Self::prepare(agent, name)?;
         instance.run(Container::Dataplane)?;
@@ -65,7 +71,10 @@ impl Instance {
         Ok(instance)
     }
 
-    /// Starts a container; replaces one that has ended.
+    /// Starts a container. A process of the same container is killed.
+    ///
+    /// # Errors
+    /// If the program cannot be started.
     pub fn run(&mut self, container: Container) -> Result<()> {
         let instance = format!("--instance={}", self.directory.display());
         let mut command = self.command();
@@ -100,7 +109,8 @@ impl Instance {
         *self.container(container) = None;
     }
 
-    /// Ends both containers as kubelet ends a pod: SIGTERM, and SIGKILL for one that does not end.
+    /// Stops both containers as kubelet stops a pod: SIGTERM to both, and SIGKILL to a container that
+    /// does not exit within 5 s.
     pub fn delete(&mut self) {
         for process in [&self.agent, &self.dataplane].into_iter().flatten() {
             let _ = process.signal(Signal::TERM);
@@ -112,12 +122,16 @@ impl Instance {
         }
     }
 
-    /// Returns the exit code of a container that has ended.
+    /// Returns the exit code of a container; `None` if it runs or was not started.
     pub fn exited(&mut self, container: Container) -> Option<i32> {
         self.container(container).as_mut().and_then(Process::exited)
     }
 
-    /// Runs a kubelet probe of the agent and returns its result.
+    /// Runs the readiness probe (`ready`) or the liveness probe of the agent's container and returns
+    /// its result.
+    ///
+    /// # Errors
+    /// If the probe does not exit within 10 s.
     pub fn probe(&self, ready: bool) -> Result<Finished> {
         let mut command = self.command();
         command.arg("health").arg(format!("--instance={}", self.directory.display()));
@@ -126,6 +140,9 @@ impl Instance {
     }
 
     /// Runs the probe of the data plane's container and returns its result.
+    ///
+    /// # Errors
+    /// If the probe does not exit within 10 s.
     pub fn probe_dataplane(&self) -> Result<Finished> {
         let mut command = self.command();
         command.args(["dataplane", "--probe", "--socket", &self.socket]);
@@ -134,18 +151,21 @@ impl Instance {
     }
 
     /// Waits until the readiness probe passes.
+    ///
+    /// # Errors
+    /// If the probe fails for 20 s; with its message and the end of the log.
     pub fn wait_ready(&self) -> Result<()> {
-        let end = Instant::now() + READY_LIMIT;
+        let end = Instant::now() + READY_TIMEOUT;
         loop {
-            let said = self.probe(true)?;
-            if said.code == 0 {
+            let probe = self.probe(true)?;
+            if probe.code == 0 {
                 return Ok(());
             }
             if Instant::now() > end {
                 bail!(
                     "{} is not ready: {}\n{}",
                     self.directory.display(),
-                    said.stderr,
+                    probe.stderr,
                     self.log_tail()
                 );
             }
@@ -159,6 +179,9 @@ impl Instance {
     }
 
     /// Returns the whole log of both containers.
+    ///
+    /// # Errors
+    /// If no container was started.
     pub fn log(&self) -> Result<String> {
         fs::read_to_string(&self.log).context("no log")
     }

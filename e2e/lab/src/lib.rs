@@ -1,9 +1,9 @@
-//! The laboratory: machines, pods and links as network namespaces of this host. Nothing is ever
-//! made in the host's own namespace.
+//! The laboratory: machines, pods and links as network namespaces of this host. Nothing is created in
+//! the host's own network namespace. Needs root.
 //!
-//! [`load`] has the traffic between pods, [`checks`] what tests require of it. [`packages`],
-//! [`programs`] and [`newer`] get programs of other projects; [`cargo`] and [`skein_image`] build
-//! Skein. Needs root.
+//! [`load`] sends and measures traffic between pods, [`checks`] requires that traffic arrives.
+//! [`packages`], [`programs`] and [`newer`] get programs of other projects; [`cargo`] and
+//! [`skein_image`] build Skein.
 
 pub mod agent;
 pub mod browser;
@@ -47,17 +47,17 @@ pub use link::Offloads;
 pub use netns::{Netns, Task};
 pub use node::{Node, Pod, UNDERLAY};
 
-/// Address family.
+/// Address family of the Internet Protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Family {
-    /// IPv4.
+    /// Internet Protocol version 4.
     V4,
-    /// IPv6.
+    /// Internet Protocol version 6.
     V6,
 }
 
 impl Family {
-    /// Both.
+    /// Both families, IPv4 first.
     pub const BOTH: [Self; 2] = [Self::V4, Self::V6];
 }
 
@@ -70,25 +70,26 @@ impl std::fmt::Display for Family {
     }
 }
 
-/// How the nodes are joined.
+/// Topology of the underlay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Underlay {
-    /// Two nodes by one veth pair.
+    /// One veth pair between two nodes.
     Direct,
-    /// Any number by a bridge in a namespace of its own, where a test can listen, send, and cut.
+    /// A bridge in a namespace of its own that joins any number of nodes. A test can capture and send
+    /// frames there, and unplug nodes.
     Switch,
 }
 
-/// What to build.
+/// Plan of a laboratory: number and properties of nodes and pods.
 #[derive(Debug, Clone)]
 pub struct Plan {
     /// Number of nodes.
     pub nodes: u8,
-    /// Pods on each.
+    /// Number of pods per node.
     pub pods: u8,
-    /// How the nodes are joined.
+    /// Topology of the underlay.
     pub underlay: Underlay,
-    /// What the nodes' underlay interfaces can do.
+    /// Offloads of the nodes' underlay interfaces.
     pub offloads: Offloads,
     /// MTU of the underlay in bytes.
     pub mtu: u32,
@@ -109,32 +110,42 @@ impl Default for Plan {
     }
 }
 
-/// Namespaces for nodes and pods, gone when dropped. One exists at a time on a machine, so that
-/// tests do not disturb each other's timing.
+/// Network namespaces of nodes, pods and the switch, which exist as long as the value. A machine has
+/// one laboratory at a time ([`Turn`]), so that tests do not disturb each other's timing.
 #[derive(Debug)]
 pub struct Lab {
-    /// The nodes.
+    /// Nodes in the order of their index.
     pub nodes: Vec<Node>,
-    /// The switch, unless the underlay is [`Underlay::Direct`].
+    /// Namespace of the switch; `None` if the underlay is [`Underlay::Direct`].
     pub switch: Option<Netns>,
     directory: PathBuf,
     _turn: Option<Turn>,
 }
 
 impl Lab {
-    /// Builds it; waits for its turn first.
+    /// Waits for a turn ([`Turn::take`]) and builds a laboratory.
+    ///
+    /// # Errors
+    /// If the process does not run as root, if there is no turn within [`TURN_TIMEOUT`], or if a
+    /// namespace, link or address cannot be created.
     pub fn new(plan: &Plan) -> Result<Self> {
         Self::build(plan, true)
     }
 
-    /// Builds one that does without a turn: for what takes long and does not mind who else is at work.
+    /// Builds a laboratory without a turn, for long runs whose results do not depend on other
+    /// laboratories.
+    ///
+    /// # Errors
+    /// If the process does not run as root, or if a namespace, link or address cannot be created.
     pub fn without_turn(plan: &Plan) -> Result<Self> {
         Self::build(plan, false)
     }
 
     fn build(plan: &Plan, takes_turn: bool) -> Result<Self> {
         if !rustix::process::geteuid().is_root() {
-            bail!("making network namespaces needs root: run this as root, for example with sudo");
+            bail!(
+                "creating network namespaces needs root. Run this as root, for example with sudo."
+            );
         }
         let turn = takes_turn.then(Turn::take).transpose()?;
         let directory = registry::directory("lab")?;
@@ -157,7 +168,7 @@ impl Lab {
     }
 
     fn join_directly(&self, plan: &Plan) -> Result<()> {
-        let [a, b] = &self.nodes[..] else { bail!("a direct underlay joins exactly two nodes") };
+        let [a, b] = &self.nodes[..] else { bail!("a direct underlay has exactly two nodes") };
         link::veth((&a.ns, UNDERLAY), (&b.ns, UNDERLAY), plan.mtu)
     }
 
@@ -172,23 +183,32 @@ impl Lab {
         Ok(())
     }
 
-    /// A directory for files, gone with the laboratory.
+    /// Returns the directory for files of the laboratory, which is removed together with it.
     pub fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// The first pod of node `index`.
+    /// Returns the first pod of node `index`.
+    ///
+    /// # Panics
+    /// If there is no such node, or if it has no pod.
     pub fn pod(&self, index: usize) -> &Pod {
         &self.nodes[index].pods[0]
     }
 
-    /// The switch; an error where the nodes are joined directly.
+    /// Returns the namespace of the switch.
+    ///
+    /// # Errors
+    /// If the underlay is [`Underlay::Direct`].
     pub fn switch(&self) -> Result<&Netns> {
         self.switch.as_ref().context("this laboratory has no switch")
     }
 
-    /// A further machine on the switch, with the addresses 192.0.2.`number` and 2001:db8::`number`
-    /// (in hexadecimal) on its `eth0`.
+    /// Adds a machine to the switch, with the addresses 192.0.2.`number` and 2001:db8::`number`
+    /// (hexadecimal) on its `eth0`.
+    ///
+    /// # Errors
+    /// If there is no switch, or if the namespace or its link cannot be created.
     pub fn attach(&self, label: &str, number: u8) -> Result<Netns> {
         let (switch, port) = (self.switch()?, format!("extra{number}"));
         let machine = Netns::create(label)?;
@@ -201,8 +221,11 @@ impl Lab {
         Ok(machine)
     }
 
-    /// Takes the node's cable out of the switch, or puts it in again. The node sees the loss of
-    /// carrier and keeps its addresses.
+    /// Plugs or unplugs the node's cable at the switch. An unplugged node loses the carrier and keeps
+    /// its addresses.
+    ///
+    /// # Errors
+    /// If there is no switch, or if `ip` fails.
     pub fn set_cable(&self, node: usize, plugged: bool) -> Result<()> {
         let state = if plugged { "up" } else { "down" };
         self.switch()?.ip(&format!("link set {} {state}", self.nodes[node].port())).map(drop)
@@ -210,7 +233,7 @@ impl Lab {
 }
 
 impl Node {
-    /// The switch's interface for this node.
+    /// Returns the name of the switch's interface for this node.
     pub fn port(&self) -> String {
         format!("port{}", self.index)
     }
@@ -224,15 +247,15 @@ impl Drop for Lab {
     }
 }
 
-/// How long another laboratory may take before this one gives up: less than the test that waits
-/// may take (ten minutes), so that it can say why.
+/// Maximum time to wait for other laboratories. It is less than the ten minutes that a test may take,
+/// so that the test fails with a message.
 pub const TURN_TIMEOUT: Duration = Duration::from_secs(8 * 60);
 
 /// Environment variable with the number of laboratories that may exist at the same time.
 pub const LABORATORIES_VARIABLE: &str = "SKEIN_LABORATORIES";
 
-/// One of the places for a laboratory, held by a lock on a file. A process that may not have
-/// company holds all places.
+/// One of the places for a laboratory, held by a lock on a file. If only one laboratory may exist, its
+/// process holds all places.
 #[derive(Debug)]
 pub struct Turn(#[allow(dead_code, reason = "holds the locks until dropped")] Vec<File>);
 
@@ -240,7 +263,8 @@ pub struct Turn(#[allow(dead_code, reason = "holds the locks until dropped")] Ve
 const MAX_LABORATORIES: usize = 16;
 
 impl Turn {
-    /// Waits for a place: one of the first [`LABORATORIES_VARIABLE`], or all places if that is 1 or not set.
+    /// Waits for a place. If the variable [`LABORATORIES_VARIABLE`] is 2 to 16, this is one of that
+    /// many places; otherwise all of them.
     ///
     /// # Errors
     ///
@@ -256,10 +280,10 @@ impl Turn {
                 return Ok(turn);
             }
             if start.elapsed() > TURN_TIMEOUT {
-                bail!("another laboratory is at work and does not end");
+                bail!("another laboratory did not end within {} s", TURN_TIMEOUT.as_secs());
             }
             if !notified {
-                eprintln!("waiting for another laboratory to end");
+                eprintln!("waiting until another laboratory ends");
                 notified = true;
             }
             thread::sleep(Duration::from_millis(50));

@@ -1,4 +1,4 @@
-//! Links between namespaces.
+//! Links between network namespaces: veth pairs, bridges, and the offloads of interfaces.
 
 use std::net::{Ipv6Addr, SocketAddrV6};
 use std::process::Command;
@@ -9,17 +9,20 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use super::netns::Netns;
 use super::process;
 
-/// What the underlay's interfaces can do.
+/// Offloads of the underlay interfaces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Offloads {
-    /// As a veth has them: superpackets cross whole.
+    /// All offloads of a veth: superpackets pass unsegmented.
     Ideal,
-    /// As a NIC without offloads for overlays: one packet a frame on the link, GRO on receive.
+    /// Offloads of a NIC without overlay offloads: one packet per frame on the link, GRO on receive.
     Wire,
 }
 
-/// Makes a veth pair across two namespaces, both ends up.
+/// Creates a veth pair across two namespaces and sets both ends up.
+///
+/// # Errors
+/// If `ip` fails, for example because an interface of this name exists.
 pub fn veth(a: (&Netns, &str), b: (&Netns, &str), mtu: u32) -> Result<()> {
     let ((ns_a, if_a), (ns_b, if_b)) = (a, b);
     let add = format!(
@@ -33,7 +36,10 @@ pub fn veth(a: (&Netns, &str), b: (&Netns, &str), mtu: u32) -> Result<()> {
     Ok(())
 }
 
-/// Gives an interface the offloads of `offloads`.
+/// Sets the offloads of an interface. [`Offloads::Ideal`] changes nothing.
+///
+/// # Errors
+/// If `ethtool` fails.
 pub fn set_offloads(ns: &Netns, interface: &str, offloads: Offloads) -> Result<()> {
     match offloads {
         Offloads::Ideal => Ok(()),
@@ -45,7 +51,10 @@ pub fn set_offloads(ns: &Netns, interface: &str, offloads: Offloads) -> Result<(
     }
 }
 
-/// Makes a bridge that is up.
+/// Creates a bridge and sets it up.
+///
+/// # Errors
+/// If `ip` fails.
 pub fn bridge(ns: &Netns, name: &str) -> Result<()> {
     ns.ip_batch(&[
         format!("link add {name} type bridge forward_delay 0 mcast_snooping 0"),
@@ -54,18 +63,27 @@ pub fn bridge(ns: &Netns, name: &str) -> Result<()> {
 }
 
 /// Makes an interface a port of a bridge.
+///
+/// # Errors
+/// If `ip` fails.
 pub fn enslave(ns: &Netns, interface: &str, bridge: &str) -> Result<()> {
     ns.ip(&format!("link set {interface} master {bridge}")).map(drop)
 }
 
-/// The Ethernet address of an interface.
+/// Returns the Ethernet address of an interface.
+///
+/// # Errors
+/// If the namespace has no such interface.
 pub fn mac(ns: &Netns, interface: &str) -> Result<String> {
     let path = format!("/sys/class/net/{interface}/address");
     Ok(ns.sh(&format!("cat {path}"))?.trim().to_owned())
 }
 
-/// Sends the advertisement of a router with a /64 prefix (RFC 4861, section 4.2) three times from an
+/// Sends a router advertisement with a /64 prefix (RFC 4861, section 4.2) three times from an
 /// interface that has a link-local address.
+///
+/// # Errors
+/// If the interface does not exist, or if the message cannot be sent.
 pub fn advertise_router(ns: &Netns, interface: &str, prefix: Ipv6Addr) -> Result<()> {
     let links = ns.ip(&format!("-o link show {interface}"))?;
     let index: u32 = links.split(':').next().context("no index")?.trim().parse()?;

@@ -1,11 +1,12 @@
-//! Metrics of an agent, as its HTTP server gives them.
+//! Metrics of an agent, as its HTTP server returns them.
 
-/// Text in Prometheus's exposition format.
+/// Metrics in the text format of Prometheus.
 #[derive(Debug, Clone)]
 pub struct Metrics(pub String);
 
 impl Metrics {
-    /// The sum of all series of a metric whose labels contain each of `labels` (`key="value"`).
+    /// Returns the sum of all series of a metric whose labels contain each of `labels`
+    /// (`key="value"`); 0 if no series matches.
     pub fn sum(&self, name: &str, labels: &[&str]) -> f64 {
         let value = |line: &str| {
             let (series, value) = line.rsplit_once(' ')?;

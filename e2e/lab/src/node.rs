@@ -1,4 +1,4 @@
-//! Nodes and pods: namespaces wired as a container network wires them.
+//! Nodes and pods: network namespaces with the links, addresses and routes of a container network.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -8,56 +8,57 @@ use super::Family;
 use super::link;
 use super::netns::Netns;
 
-/// The node's interface on the underlay.
+/// Name of a node's interface on the underlay.
 pub const UNDERLAY: &str = "eth0";
 
-/// The pod's interface, inside the pod.
+/// Name of a pod's interface inside the pod.
 pub const POD_INTERFACE: &str = "eth0";
 
 const GATEWAY_V4: &str = "169.254.1.1";
 const GATEWAY_V6: &str = "fe80::1";
 const GATEWAY_MAC: &str = "ee:ee:ee:ee:ee:ee";
 
-/// Whatever the host prefers: what most machines run, and the same everywhere. A route may say so also where
-/// the host allows no namespace's settings to. (BBR takes a path of which nothing came for seconds for one of
-/// some hundred bits a second, and goes on accordingly.)
+/// Congestion control of pods, an option of the routes: CUBIC, the default of Linux, whatever the host
+/// uses. After an interruption of seconds, BBR estimates a rate of a few hundred bits per second and
+/// recovers slowly. A route sets the algorithm even if the host does not let a namespace set it by
+/// sysctl.
 const CONGESTION: &str = "congctl cubic";
 
 /// A machine of the laboratory.
 #[derive(Debug)]
 pub struct Node {
-    /// `node-a`, `node-b`, …
+    /// Name of the node: `node-a`, `node-b` and so on.
     pub name: String,
-    /// From 0.
+    /// Index of the node in its laboratory, from 0.
     pub index: u8,
-    /// Its pods. (Before `ns`: they go first.)
+    /// Pods of the node. The field stands before `ns`, because pods must be dropped before it.
     pub pods: Vec<Pod>,
-    /// Its namespace.
+    /// Network namespace of the node.
     pub ns: Netns,
 }
 
 /// A pod on a node.
 #[derive(Debug)]
 pub struct Pod {
-    /// Its namespace.
+    /// Network namespace of the pod.
     pub ns: Netns,
-    /// Its IPv4 address.
+    /// IPv4 address of the pod.
     pub v4: Ipv4Addr,
-    /// Its IPv6 address.
+    /// IPv6 address of the pod.
     pub v6: Ipv6Addr,
-    /// The node's end of its link.
+    /// Name of the node's end of the pod's veth pair.
     pub host_interface: String,
 }
 
 impl Node {
-    /// An empty node, not yet on any underlay.
+    /// Creates a node without pods that is not connected to an underlay.
     pub(super) fn create(index: u8) -> Result<Self> {
         let name = format!("node-{}", char::from(b'a' + index % 26));
         let ns = Netns::create(&name)?;
         Ok(Self { name, index, pods: vec![], ns })
     }
 
-    /// Its address on the underlay.
+    /// Returns the node's address on the underlay.
     pub fn underlay(&self, family: Family) -> IpAddr {
         match family {
             Family::V4 => Ipv4Addr::new(192, 0, 2, self.index + 1).into(),
@@ -67,7 +68,7 @@ impl Node {
         }
     }
 
-    /// What its pods' addresses are taken from.
+    /// Returns the prefix of the addresses of the node's pods.
     pub fn pod_cidr(&self, family: Family) -> String {
         match family {
             Family::V4 => format!("10.244.{}.0/24", self.index + 1),
@@ -75,7 +76,7 @@ impl Node {
         }
     }
 
-    /// Gives the underlay interface its addresses.
+    /// Adds the node's addresses to its underlay interface.
     pub(super) fn address_underlay(&self) -> Result<()> {
         self.ns.ip_batch(&[
             format!("address add {}/24 dev {UNDERLAY}", self.underlay(Family::V4)),
@@ -83,13 +84,16 @@ impl Node {
         ])
     }
 
-    /// Lets the node forward packets, as any container network must.
+    /// Enables forwarding of IPv4 and IPv6 packets on the node.
+    ///
+    /// # Errors
+    /// If the kernel refuses one of the settings.
     pub fn enable_forwarding(&self) -> Result<()> {
         self.ns.sysctl("net.ipv4.ip_forward", "1")?;
         self.ns.sysctl("net.ipv6.conf.all.forwarding", "1")
     }
 
-    /// Adds a pod: a /32 and a /128 behind a gateway with a fixed neighbour entry.
+    /// Adds a pod with a /32 and a /128 address. Its gateways have permanent neighbour entries.
     pub(super) fn add_pod(&mut self, mtu: u32) -> Result<()> {
         let number = self.pods.len() as u8;
         let letter = self.name.trim_start_matches("node-");
@@ -123,7 +127,7 @@ impl Node {
 }
 
 impl Pod {
-    /// Its address.
+    /// Returns the pod's address of one family.
     pub fn address(&self, family: Family) -> IpAddr {
         match family {
             Family::V4 => self.v4.into(),

@@ -5,23 +5,27 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use toml::Table;
 
-/// An agent's node record, as its peers have it.
+/// Node record of an agent.
 #[derive(Debug, Clone)]
 pub struct Record {
     /// Name of the node.
     pub name: String,
-    /// Base64.
+    /// Public key, base64.
     pub public_key: String,
-    /// Another one, while the key changes.
+    /// Second public key, base64, during a key rotation.
     pub second_public_key: Option<String>,
-    /// `address:port`.
+    /// Endpoints, each as `address:port`.
     pub endpoints: Vec<String>,
-    /// What it owns.
+    /// Prefixes of the node's pods.
     pub pod_cidrs: Vec<String>,
 }
 
 impl Record {
-    /// Of a node that is not there, with a key of nobody's: one of thousands.
+    /// Creates the record of a node that does not exist, with a random public key. Numbers below
+    /// 65536 have different endpoints, numbers below 16384 different IPv4 prefixes.
+    ///
+    /// # Errors
+    /// If the kernel has no random bytes.
     pub fn synthetic(number: u32) -> Result<Self> {
         let mut key = [0; 32];
         rustix::rand::getrandom(&mut key, rustix::rand::GetRandomFlags::empty())?;
@@ -38,12 +42,12 @@ impl Record {
         })
     }
 
-    /// As a TOML file.
+    /// Returns the content of the record's TOML file.
     pub fn to_toml(&self) -> String {
         self.to_table().to_string()
     }
 
-    /// Several as one TOML file.
+    /// Returns the content of one TOML file with several records.
     pub fn all_to_toml(records: &[Self]) -> String {
         let tables: Vec<Table> = records.iter().map(Self::to_table).collect();
         Table::from_iter([("node".to_owned(), tables.into())]).to_string()

@@ -1,5 +1,6 @@
-//! What must be gone when this process ends, however it ends: namespaces (with everything that runs
-//! in them) and settings of the host that were changed for a while.
+//! Cleanup of everything that this process makes on the host: network namespaces with their
+//! processes, cgroups, files, and changed kernel settings. The cleanup runs when values are dropped
+//! and on SIGINT, SIGTERM and SIGHUP; after SIGKILL, the next run does it ([`sweep`]).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -19,42 +20,44 @@ use signal_hook::iterator::Signals;
 
 use super::cgroup;
 
-/// Where iproute2 keeps its named namespaces.
+/// Directory in which iproute2 keeps named namespaces.
 pub(super) const NETNS_DIR: &str = "/run/netns";
 
-/// Names of this laboratory's namespaces start with this and the owner's process id.
+/// Prefix of all names of laboratories. The process id of the owner follows.
 const PREFIX: &str = "skein-e2e-";
 
-/// Where this laboratory keeps its files: root's alone, so that nobody else can plant one.
+/// Directory of the laboratories' files. Only root can write to it, so that no other user can plant a
+/// file.
 const HOME: &str = "/run/skein-e2e";
 
-/// End of the name of the file that notes the host's settings.
-const SETTINGS: &str = "host-settings";
+/// Suffix of the name of the file with the previous values of changed kernel settings.
+const SETTINGS_SUFFIX: &str = "host-settings";
 
-/// Settings of the host that may be changed for a while.
+/// Kernel settings of the host that [`set_host`] may change.
 const HOST_KEYS: [&str; 4] =
     ["net.core.rmem_default", "net.core.rmem_max", "net.core.wmem_default", "net.core.wmem_max"];
 
 #[derive(Default)]
-struct Registry {
+struct CleanupRegistry {
     namespaces: Vec<String>,
-    /// Directories and files.
+    /// Directories and files to remove.
     paths: Vec<PathBuf>,
-    /// Key and what stood there before.
+    /// Previous values of changed kernel settings by key.
     settings: BTreeMap<&'static str, String>,
 }
 
-static REGISTRY: Mutex<Registry> =
-    Mutex::new(Registry { namespaces: vec![], paths: vec![], settings: BTreeMap::new() });
+static REGISTRY: Mutex<CleanupRegistry> =
+    Mutex::new(CleanupRegistry { namespaces: vec![], paths: vec![], settings: BTreeMap::new() });
 static CLOSING: AtomicBool = AtomicBool::new(false);
 static PREPARE: Once = Once::new();
 
-fn registry() -> MutexGuard<'static, Registry> {
+fn registry() -> MutexGuard<'static, CleanupRegistry> {
     REGISTRY.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Once a process: removes what dead processes left, and sees to it that an interrupt (SIGINT,
-/// SIGTERM, SIGHUP) removes what this one makes.
+/// Removes leftovers of dead processes ([`sweep`]), and starts a thread that removes everything that
+/// this process makes when SIGINT, SIGTERM or SIGHUP arrives. Only the first call in a process has an
+/// effect.
 pub fn prepare() {
     PREPARE.call_once(|| {
         sweep();
@@ -69,7 +72,10 @@ pub fn prepare() {
     });
 }
 
-/// A name for a new namespace, registered for removal before it exists.
+/// Returns a name for a new namespace and registers it for removal.
+///
+/// # Errors
+/// If a signal has already started the cleanup.
 pub(super) fn register_namespace(label: &str) -> Result<String> {
     prepare();
     let mut registry = registry();
@@ -81,18 +87,21 @@ pub(super) fn register_namespace(label: &str) -> Result<String> {
     let name = std::iter::once(base.clone())
         .chain((2..).map(|n| format!("{base}.{n}")))
         .find(|name| !taken(name))
-        .context("out of names")?;
+        .context("no unused name for a namespace")?;
     registry.namespaces.push(name.clone());
     Ok(name)
 }
 
-/// Removes a namespace and all that runs in it.
+/// Kills all processes in a namespace and removes it.
 pub(super) fn remove_namespace(name: &str) {
     delete_namespace(name);
     registry().namespaces.retain(|n| n != name);
 }
 
-/// The directory that holds the laboratory's files, made if need be.
+/// Returns the directory of the laboratories' files. Creates it if it is missing.
+///
+/// # Errors
+/// If the directory cannot be created, or if a user other than root can write to it.
 pub(super) fn home() -> Result<&'static Path> {
     let home = Path::new(HOME);
     if let Err(error) = fs::DirBuilder::new().mode(0o700).create(home)
@@ -100,44 +109,53 @@ pub(super) fn home() -> Result<&'static Path> {
     {
         return Err(error).with_context(|| format!("creating {HOME}"));
     }
-    let found = fs::symlink_metadata(home).with_context(|| format!("looking at {HOME}"))?;
+    let found =
+        fs::symlink_metadata(home).with_context(|| format!("reading the metadata of {HOME}"))?;
     if !found.is_dir() || found.uid() != 0 || found.mode() & 0o022 != 0 {
-        bail!("{HOME} is not a directory of root's alone: remove it");
+        bail!("{HOME} is not a directory that only root can write to. Remove it.");
     }
     Ok(home)
 }
 
-/// A new empty directory for files of this run, removed at the end.
+/// Creates an empty directory and registers it for removal.
+///
+/// # Errors
+/// If the directory cannot be created.
 pub fn directory(label: &str) -> Result<PathBuf> {
     prepare();
     let path = home()?.join(format!("{PREFIX}{}-{label}", std::process::id()));
     let path = (1..).map(|n| path.with_extension(n.to_string())).find(|p| !p.exists());
-    let path = path.context("out of names")?;
+    let path = path.context("no unused name for a directory")?;
     let mut registry = registry();
     fs::create_dir(&path).with_context(|| format!("creating {}", path.display()))?;
     registry.paths.push(path.clone());
     Ok(path)
 }
 
-/// Has a file removed when this process is interrupted; [`remove_file`] does it in good order.
+/// Registers a file for removal if a signal ends this process. Without a signal, the caller removes
+/// the file with [`remove_file`].
 pub fn register_file(path: &Path) {
     prepare();
     registry().paths.push(path.to_owned());
 }
 
-/// Removes such a file.
+/// Removes a file that was registered with [`register_file`].
 pub fn remove_file(path: &Path) {
     let _ = fs::remove_file(path);
     registry().paths.retain(|p| p != path);
 }
 
-/// Removes such a directory.
+/// Removes a directory that [`directory`] created, with its content.
 pub fn remove_directory(path: &Path) {
     let _ = fs::remove_dir_all(path);
     registry().paths.retain(|p| p != path);
 }
 
-/// Changes a setting of the host until [`restore_settings`].
+/// Changes a kernel setting of the host (a key of sysctl(8)) until [`restore_settings`]. The previous
+/// value is also written to a file, from which the next run restores it if this process is killed.
+///
+/// # Errors
+/// If the laboratory may not change this setting, or if it cannot be read or written.
 pub fn set_host(key: &str, value: &str) -> Result<()> {
     prepare();
     let key = HOST_KEYS.into_iter().find(|known| *known == key);
@@ -145,10 +163,9 @@ pub fn set_host(key: &str, value: &str) -> Result<()> {
     let mut registry = registry();
     let old = fs::read_to_string(setting(key)).with_context(|| format!("reading {key}"))?;
     registry.settings.entry(key).or_insert(old);
-    // Also on disk, for the next run if this process is killed.
     let list = registry.settings.iter().map(|(key, value)| format!("{key}={}\n", value.trim()));
     fs::write(settings_file(std::process::id())?, list.collect::<String>())
-        .context("noting the host's settings")?;
+        .context("saving the host's settings")?;
     fs::write(setting(key), value).with_context(|| format!("setting {key} to {value}"))
 }
 
@@ -157,10 +174,10 @@ fn setting(key: &str) -> PathBuf {
 }
 
 fn settings_file(pid: u32) -> Result<PathBuf> {
-    Ok(home()?.join(format!("{PREFIX}{pid}-{SETTINGS}")))
+    Ok(home()?.join(format!("{PREFIX}{pid}-{SETTINGS_SUFFIX}")))
 }
 
-/// Restores what a dead process noted.
+/// Restores the settings from the file of a dead process and removes the file.
 fn restore_from(file: &Path) {
     let text = fs::read_to_string(file).unwrap_or_default();
     for (key, value) in text.lines().filter_map(|line| line.split_once('=')) {
@@ -171,7 +188,7 @@ fn restore_from(file: &Path) {
     let _ = fs::remove_file(file);
 }
 
-/// Puts back every setting that [`set_host`] changed.
+/// Restores every setting that [`set_host`] changed.
 pub fn restore_settings() {
     let settings = std::mem::take(&mut registry().settings);
     if settings.is_empty() {
@@ -189,7 +206,7 @@ pub fn restore_settings() {
 
 fn remove_everything() {
     restore_settings();
-    // Held to the end: whoever else wants to make or remove something waits until the exit.
+    // The lock is never released: other threads that create or remove something wait until the exit.
     let registry = registry();
     for name in registry.namespaces.iter().rev() {
         delete_namespace(name);
@@ -200,7 +217,7 @@ fn remove_everything() {
     std::mem::forget(registry);
 }
 
-/// Removes what laboratories of processes that live no more left behind; returns its names.
+/// Removes everything that laboratories of dead processes left on the host, and returns its names.
 pub fn sweep() -> Vec<String> {
     let mut removed = vec![];
     if let Err(error) = home() {
@@ -217,7 +234,7 @@ pub fn sweep() -> Vec<String> {
             if is_abandoned(&name) {
                 if is_namespace {
                     delete_namespace(&name);
-                } else if name.ends_with(SETTINGS) {
+                } else if name.ends_with(SETTINGS_SUFFIX) {
                     restore_from(&entry.path());
                 } else {
                     let _ = fs::remove_dir_all(entry.path());
@@ -229,19 +246,20 @@ pub fn sweep() -> Vec<String> {
     removed
 }
 
-/// Whether this is a name of a laboratory whose process lives no more.
+/// Returns whether a name belongs to a laboratory whose process does not exist any more.
 fn is_abandoned(name: &str) -> bool {
     let pid = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next());
     let pid = pid.and_then(|pid| pid.parse::<u32>().ok());
     pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists())
 }
 
-/// What [`sweep`] would remove: never anything of another run that is still at work.
+/// Returns the names that [`sweep`] would remove. Names of running processes are not among them.
 pub fn abandoned() -> Vec<String> {
     existing().into_iter().filter(|name| is_abandoned(name)).collect()
 }
 
-/// Names of all namespaces, cgroups and directories of laboratories that exist now, dead or alive.
+/// Returns the names of all namespaces, cgroups and directories of laboratories on this host, of
+/// running and of dead processes.
 pub fn existing() -> Vec<String> {
     let names = |directory: &Path| {
         let entries = fs::read_dir(directory).into_iter().flatten().flatten();
@@ -251,13 +269,13 @@ pub fn existing() -> Vec<String> {
     all.extend(names(Path::new(HOME)));
     all.retain(|name| name.starts_with(PREFIX));
     all.extend(cgroup::names(PREFIX));
-    // A machine's cgroups have the name of its namespace.
+    // A machine's cgroup has the name of its namespace.
     all.sort();
     all.dedup();
     all
 }
 
-/// Ends what runs in a namespace and removes it, and the cgroups of its name.
+/// Kills all processes in a namespace, removes the namespace and the cgroups of its name.
 fn delete_namespace(name: &str) {
     if Path::new(NETNS_DIR).join(name).exists() {
         delete_network(name);
@@ -287,7 +305,8 @@ fn delete_network(name: &str) {
     }
 }
 
-/// Processes in the namespace. Zombies are not there any more: they have left their namespaces.
+/// Returns the ids of the processes in a namespace, except for this process. Zombies have left their
+/// namespaces and are not listed.
 pub(super) fn pids_in(name: &str) -> Vec<i32> {
     let Ok(wanted) = fs::metadata(Path::new(NETNS_DIR).join(name)) else { return vec![] };
     let own = std::process::id() as i32;

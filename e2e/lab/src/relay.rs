@@ -1,5 +1,5 @@
-//! A bad cable: passes a node's frames on with losses, doubles and some that come late, as a kernel with
-//! netem would. Whole frames go through, so that neither end can tell it from a network.
+//! Link emulator between the switch and one node, for kernels without `tc netem`: drops, duplicates
+//! and delays UDP datagrams. All other frames pass unchanged.
 
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read as _, Write as _};
@@ -17,39 +17,40 @@ use super::{Lab, Netns, Task, UNDERLAY, link};
 use crate::load::capture::Frame;
 use crate::load::pattern::Pattern;
 
-/// How often it looks whether it is to stop, and how late a frame that waits may be sent.
+/// Maximum time of a receive call while no frame is delayed, and so until a stop is noticed.
 const STOP_POLL_INTERVAL: Duration = Duration::from_millis(20);
+/// Maximum time of a receive call while frames are delayed, and so the error of a delay.
 const DELAY_POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 const ETH_P_ALL: u16 = 0x0003;
 
-/// What becomes of datagrams; other frames (neighbours' questions) all pass.
+/// Impairments of UDP datagrams, for each direction. The default has none.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Impairments {
-    /// Of a hundred, so many are lost…
+    /// Datagrams dropped, percent.
     pub loss_percent: u64,
-    /// …so many come twice…
+    /// Datagrams sent twice, percent.
     pub duplicate_percent: u64,
-    /// …and so many come late,
+    /// Datagrams delayed, percent.
     pub delay_percent: u64,
-    /// by up to this.
+    /// Upper bound of the delay, drawn uniformly.
     pub max_delay: Duration,
 }
 
-/// What has become of datagrams, both directions together.
+/// Counters of UDP datagrams, both directions together.
 #[derive(Debug, Default)]
 pub struct Counts {
-    /// That came to the cable.
+    /// Datagrams received.
     pub seen: AtomicU64,
-    /// That did not leave it.
+    /// Datagrams dropped.
     pub lost: AtomicU64,
-    /// That left it twice.
+    /// Datagrams sent twice.
     pub duplicated: AtomicU64,
-    /// That left it behind later ones.
+    /// Datagrams delayed.
     pub delayed: AtomicU64,
 }
 
-/// A cable at work; as good as any until there is [`Impairments`].
+/// A running link emulator. It has no impairments until [`Relay::set`].
 pub struct Relay {
     impairments: Arc<Mutex<Impairments>>,
     counts: Arc<Counts>,
@@ -58,8 +59,11 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Puts it between the switch and a node. All nodes send whole checksums from now on: the cable has no
-    /// hardware that completes them.
+    /// Inserts a link emulator between the switch and a node. Turns off checksum offload on all nodes,
+    /// because no hardware completes partial checksums of frames that pass a packet socket.
+    ///
+    /// # Errors
+    /// If the laboratory has no switch, or if an interface or a packet socket cannot be set up.
     pub fn start(lab: &Lab, node: usize) -> Result<Self> {
         let switch = lab.switch()?;
         let (port, inner, outer) = (lab.nodes[node].port(), "cable0", "cable1");
@@ -91,17 +95,20 @@ impl Relay {
         Ok(relay)
     }
 
-    /// Has other impairments from now on.
+    /// Sets the impairments of datagrams that are received from now on.
     pub fn set(&self, impairments: Impairments) {
         *self.impairments.lock().unwrap_or_else(PoisonError::into_inner) = impairments;
     }
 
-    /// What has become of datagrams so far.
+    /// Returns the counters, which continue to change.
     pub fn counts(&self) -> &Counts {
         &self.counts
     }
 
-    /// Takes it out of use; an error where it has failed.
+    /// Stops both directions. The node is disconnected afterwards.
+    ///
+    /// # Errors
+    /// If a direction failed while it ran.
     pub fn stop(mut self) -> Result<()> {
         self.stop.store(true, Ordering::Relaxed);
         mem::take(&mut self.directions).into_iter().try_for_each(Task::join)
@@ -117,12 +124,12 @@ impl Drop for Relay {
     }
 }
 
-/// One direction.
+/// Forwarder of one direction of the link.
 struct Direction {
     from: Socket,
     to: Socket,
     random: Pattern,
-    /// Frames that come late, by their time.
+    /// Delayed frames by their time of sending and a sequence number.
     delayed: BTreeMap<(Instant, u64), Vec<u8>>,
     sequence: u64,
     impairments: Arc<Mutex<Impairments>>,
@@ -202,7 +209,7 @@ impl Direction {
     }
 }
 
-/// No frame, a full queue, or a cable that is out at the moment.
+/// Returns whether an error passes by itself: no frame, a full queue, an interface that is down.
 fn is_transient(error: &std::io::Error) -> bool {
     use rustix::io::Errno;
     let codes = [Errno::NOBUFS, Errno::NETDOWN, Errno::INTR].map(Errno::raw_os_error);
@@ -210,15 +217,16 @@ fn is_transient(error: &std::io::Error) -> bool {
         || error.raw_os_error().is_some_and(|code| codes.contains(&code))
 }
 
-/// A socket that receives and sends the frames of one interface.
+/// Opens a packet socket for the frames of one interface, without the frames that it sends.
 fn open(ns: &Netns, interface: &str) -> Result<Socket> {
     let index = ns.sh(&format!("cat /sys/class/net/{interface}/ifindex"))?;
     let index: i32 = index.trim().parse().context("no index")?;
     ns.run(|| {
-        // Nothing is received before it is bound.
+        // Protocol 0: the socket receives nothing before it is bound.
         let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
         let on: libc::c_int = 1;
-        // SAFETY: the option takes an int by pointer and length (packet(7)), which outlives the call.
+        // SAFETY: PACKET_IGNORE_OUTGOING takes an int (packet(7)). The pointer and the length are
+        // those of `on`, which lives until the call returns.
         let done = unsafe {
             libc::setsockopt(
                 socket.as_raw_fd(),
@@ -231,8 +239,9 @@ fn open(ns: &Netns, interface: &str) -> Result<Socket> {
         if done != 0 {
             return Err(std::io::Error::last_os_error());
         }
-        // SAFETY: a sockaddr_storage has room and alignment for every kind of address; the fields that are
-        // set make a valid sockaddr_ll, all others are zero, and the length is that of one.
+        // SAFETY: a sockaddr_storage has size and alignment for every kind of address. The fields
+        // that are set make a valid sockaddr_ll, all others are zero, and the length is that of a
+        // sockaddr_ll.
         let ((), address) = unsafe {
             SockAddr::try_init(|storage, length| {
                 let address = &mut *storage.cast::<libc::sockaddr_ll>();
