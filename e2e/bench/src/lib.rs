@@ -153,7 +153,7 @@ fn measure_all(options: &Options) -> Result<Results> {
     let rivals = [Overlay::WireguardGo, Overlay::Nebula];
     let wanted = options.only.iter().any(|overlay| rivals.contains(overlay));
     if wanted {
-        notes.extend(packages::ensure_each(packages::RIVALS, &preparing));
+        notes.extend(packages::ensure_each(packages::BASELINES, &preparing));
     }
     if options.only.iter().any(|overlay| overlay.is_skein()) {
         preparing.step("building skein-agent (release)");

@@ -1,5 +1,4 @@
-//! A headless Chromium inside a node, commanded by the WebDriver protocol (W3C) and Chromium's own
-//! additions to it.
+//! A headless Chromium inside a node, controlled by WebDriver (W3C) with Chromium's extensions.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -16,11 +15,11 @@ use super::{Lab, Netns};
 use crate::checks;
 use crate::load::http;
 
-/// Where the driver listens, inside the node.
+/// Address of the driver inside the node.
 const DRIVER: &str = "127.0.0.1:9515";
-/// How long one command may take: the first starts the browser, on a busy machine.
-const LIMIT: Duration = Duration::from_secs(60);
-/// As root, without a display, and asking nobody for anything of its own.
+/// Maximum time of one command. The first one starts the browser, which is slow on a busy machine.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
+/// Options of Chromium: as root, without a display, and without requests of its own.
 const FLAGS: [&str; 9] = [
     "--headless",
     "--no-sandbox",
@@ -33,7 +32,7 @@ const FLAGS: [&str; 9] = [
     "--window-size=1200,1000",
 ];
 
-/// A browser with one window; it ends when dropped.
+/// A browser with one window. Dropping the value ends it.
 #[derive(Debug)]
 pub struct Browser {
     netns: String,
@@ -42,19 +41,22 @@ pub struct Browser {
 }
 
 impl Browser {
-    /// Starts one in that namespace, with an empty profile.
+    /// Starts a browser with an empty profile in a namespace.
+    ///
+    /// # Errors
+    /// If chromedriver or Chromium cannot be started.
     pub fn start(lab: &Lab, ns: &Netns) -> Result<Self> {
         let profile = lab.directory().join("chromium");
         fs::create_dir_all(&profile)?;
         let mut command = ns.command("chromedriver");
-        // What a browser leaves in a home directory is gone with the laboratory, too.
+        // Files that the browser leaves in its home directory are removed with the laboratory.
         command.arg("--port=9515").env("HOME", &profile).env("TMPDIR", &profile);
         let mut driver = Process::start(&mut command, &lab.directory().join("chromedriver.log"))?;
         let ready = || {
             driver.check_alive()?;
             Ok(call(ns.name(), "GET", "/status", None)?["ready"] == true)
         };
-        checks::eventually("chromedriver is ready", LIMIT, ready)?;
+        checks::eventually("chromedriver is ready", COMMAND_TIMEOUT, ready)?;
         let mut flags: Vec<String> = FLAGS.map(str::to_owned).into();
         flags.push(format!("--user-data-dir={}", profile.join("profile").display()));
         let capabilities = json!({ "capabilities": { "alwaysMatch": {
@@ -66,7 +68,7 @@ impl Browser {
             .with_context(|| driver.log_tail(20))?;
         let session = session["sessionId"].as_str().context("no session")?.to_owned();
         let browser = Self { netns: ns.name().to_owned(), session, _driver: driver };
-        // Its own first page, and what that asks for, is nobody's concern.
+        // Discard the log entries and requests of the browser's own first page.
         browser.open("about:blank")?;
         browser.console()?;
         browser.requests()?;
@@ -78,29 +80,44 @@ impl Browser {
             .with_context(|| what.to_owned())
     }
 
-    /// Loads a page; returns when all of it is there.
+    /// Loads a page and returns when it is completely loaded.
+    ///
+    /// # Errors
+    /// If the page cannot be loaded.
     pub fn open(&self, url: &str) -> Result<()> {
         self.command("url", json!({ "url": url })).map(drop)
     }
 
-    /// The value of a function's body (JavaScript) inside the page.
+    /// Runs the body of a JavaScript function in the page and returns its value.
+    ///
+    /// # Errors
+    /// If the script throws an exception.
     pub fn script(&self, text: &str) -> Result<Value> {
         self.command("execute/sync", json!({ "script": text, "args": [] }))
     }
 
-    /// The text of the first element that a selector finds, as it is rendered.
+    /// Returns the rendered text of the first element that a CSS selector matches.
+    ///
+    /// # Errors
+    /// If no element matches.
     pub fn text(&self, selector: &str) -> Result<String> {
         let value =
             self.script(&format!("return document.querySelector({selector:?}).innerText"))?;
         Ok(value.as_str().unwrap_or_default().to_owned())
     }
 
-    /// Types into an element, after what is there.
+    /// Types text into an element, after its present text.
+    ///
+    /// # Errors
+    /// If no element matches the CSS selector, or if the element takes no text.
     pub fn keys(&self, selector: &str, text: &str) -> Result<()> {
         self.to_element(selector, "value", json!({ "text": text }))
     }
 
     /// Clicks on an element.
+    ///
+    /// # Errors
+    /// If no element matches the CSS selector, or if another element covers it.
     pub fn click(&self, selector: &str) -> Result<()> {
         self.to_element(selector, "click", json!({}))
     }
@@ -113,12 +130,18 @@ impl Browser {
         self.command(&format!("element/{id}/{what}"), body).map(drop)
     }
 
-    /// A command of Chromium's own protocol (DevTools).
+    /// Sends a command of the Chrome DevTools Protocol and returns its result.
+    ///
+    /// # Errors
+    /// If the browser refuses the command.
     pub fn devtools(&self, command: &str, parameters: Value) -> Result<Value> {
         self.command("goog/cdp/execute", json!({ "cmd": command, "params": parameters }))
     }
 
-    /// Makes the window that of a phone or of a desk, `width` CSS pixels wide.
+    /// Sets the width of the window, CSS pixels. Widths below 500 emulate a phone.
+    ///
+    /// # Errors
+    /// If the browser refuses the size.
     pub fn set_width(&self, width: u32) -> Result<()> {
         let phone = width < 500;
         let metrics = json!({
@@ -127,20 +150,29 @@ impl Browser {
         self.devtools("Emulation.setDeviceMetricsOverride", metrics).map(drop)
     }
 
-    /// What the page is told that its reader prefers: `light` or `dark`.
+    /// Sets the preferred colour scheme, `light` or `dark`.
+    ///
+    /// # Errors
+    /// If the browser does not answer.
     pub fn set_scheme(&self, scheme: &str) -> Result<()> {
         let feature = json!({ "name": "prefers-color-scheme", "value": scheme });
         self.devtools("Emulation.setEmulatedMedia", json!({ "features": [feature] })).map(drop)
     }
 
-    /// What the console has got since the last call.
+    /// Returns the messages of the browser's console since the last call.
+    ///
+    /// # Errors
+    /// If the browser does not answer.
     pub fn console(&self) -> Result<Vec<String>> {
         let entries = self.command("se/log", json!({ "type": "browser" }))?;
         let entries = entries.as_array().context("no console")?;
         Ok(entries.iter().map(|entry| entry["message"].to_string()).collect())
     }
 
-    /// Addresses that the page has asked for since the last call.
+    /// Returns the URLs that the page requested since the last call.
+    ///
+    /// # Errors
+    /// If the browser does not answer.
     pub fn requests(&self) -> Result<Vec<String>> {
         let entries = self.command("se/log", json!({ "type": "performance" }))?;
         let url = |entry: &Value| {
@@ -152,7 +184,11 @@ impl Browser {
         Ok(entries.as_array().context("no log")?.iter().filter_map(url).collect())
     }
 
-    /// A picture of the whole page, where `SKEIN_SCREENSHOTS` names a directory for it.
+    /// Writes a picture of the whole page to the directory `SKEIN_SCREENSHOTS`. Has no effect if the
+    /// variable is not set.
+    ///
+    /// # Errors
+    /// If the picture cannot be taken or written.
     pub fn picture(&self, name: &str) -> Result<()> {
         let Some(directory) = std::env::var_os("SKEIN_SCREENSHOTS") else { return Ok(()) };
         let whole = json!({ "captureBeyondViewport": true });
@@ -166,18 +202,18 @@ impl Browser {
 
 impl Drop for Browser {
     fn drop(&mut self) {
-        // Ends the browser; what is left of it goes with the namespace.
+        // Ends the browser. Processes that remain are killed with the namespace.
         let _ = call(&self.netns, "DELETE", &format!("/session/{}", self.session), None);
     }
 }
 
-/// A command of the protocol; its value, or an error with what the driver says.
+/// Sends a WebDriver command and returns its value. The error contains the message of the driver.
 fn call(netns: &str, method: &str, path: &str, body: Option<Value>) -> Result<Value> {
     let driver: SocketAddr = DRIVER.parse()?;
     let body = body.map(|body| body.to_string());
     let (method, path) = (method.to_owned(), path.to_owned());
-    let ask = move || http::send(driver, &method, &path, body.as_deref(), LIMIT);
-    let answer = Netns::run_in(netns, ask)??;
+    let request = move || http::send(driver, &method, &path, body.as_deref(), COMMAND_TIMEOUT);
+    let answer = Netns::run_in(netns, request)??;
     let mut value: Value = serde_json::from_str(&answer.body).context("no JSON")?;
     ensure!(answer.status == 200, "{}: {}", answer.status, value["value"]["message"]);
     Ok(value["value"].take())

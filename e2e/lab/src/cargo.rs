@@ -1,4 +1,4 @@
-//! Cargo, run from here: one build in release mode that all commands share.
+//! Runs of cargo in this workspace. All commands share one build in release mode.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -10,12 +10,12 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::process;
 
-/// The directory of the workspace.
+/// Returns the directory of the workspace.
 pub fn workspace() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
-/// Where this workspace's programs are put: beside this one.
+/// Returns a cargo command with these arguments that runs in the workspace.
 pub fn command(arguments: &[&str]) -> Command {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
     let mut command = Command::new(cargo);
@@ -23,7 +23,10 @@ pub fn command(arguments: &[&str]) -> Command {
     command
 }
 
-/// Runs cargo with its own progress on the terminal.
+/// Runs cargo, which shows its own progress on the terminal.
+///
+/// # Errors
+/// If cargo cannot be started, or fails.
 pub fn run(arguments: &[&str]) -> Result<()> {
     let what = format!("cargo {}", arguments.join(" "));
     let status = command(arguments).status().with_context(|| format!("starting {what}"))?;
@@ -33,13 +36,19 @@ pub fn run(arguments: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Builds the agent and the plugin in release mode, unless `SKEIN_AGENT_BIN` names one that is to be used.
+/// Builds the agent and the plugin in release mode, unless `SKEIN_AGENT_BIN` is set.
+///
+/// # Errors
+/// If the build fails.
 pub fn build_agent() -> Result<()> {
     build_agent_with(&[])
 }
 
-/// Builds them as [`build_agent`] does, but without the agent's client of Kubernetes, which is most
-/// of the time of a first build.
+/// Builds as [`build_agent`] does, but without the agent's Kubernetes client, which takes most of the
+/// time of a first build.
+///
+/// # Errors
+/// If the build fails.
 pub fn build_agent_without_kubernetes() -> Result<()> {
     build_agent_with(&["--no-default-features"])
 }
@@ -52,18 +61,21 @@ fn build_agent_with(features: &[&str]) -> Result<()> {
     run(&[&build, features].concat())
 }
 
-/// Builds programs of these packages as they ship: optimised, and static, for hosts with any C library
-/// or none. Their paths, in the order of the packages.
+/// Builds the programs of packages with the profile `dist` and without shared libraries, and returns
+/// their paths in the order of the packages. Each package has a program of its own name.
+///
+/// # Errors
+/// If the build fails or does not end within 30 minutes, or if a package has no such program.
 pub fn build_static(packages: &[&str]) -> Result<Vec<PathBuf>> {
-    // Two cores without a cache need a quarter of an hour.
-    const LIMIT: Duration = Duration::from_secs(30 * 60);
+    // A build without a cache takes 15 minutes on two cores.
+    const BUILD_TIMEOUT: Duration = Duration::from_secs(30 * 60);
     let target = if cfg!(target_arch = "aarch64") { "aarch64" } else { "x86_64" };
     let target = format!("{target}-unknown-linux-gnu");
     let mut build = command(&["build", "--quiet", "--profile=dist", "--bins", "--target", &target]);
     build.arg("--message-format=json-render-diagnostics");
     build.args(packages.iter().map(|package| format!("--package={package}")));
     build.env("RUSTFLAGS", "-C target-feature=+crt-static");
-    let built = process::finish(&mut build, &[], LIMIT)?;
+    let built = process::finish(&mut build, &[], BUILD_TIMEOUT)?;
     ensure!(built.code == 0, "{}", built.stderr);
     let artifact = |line: &str| {
         let message: serde_json::Value = serde_json::from_str(line).ok()?;

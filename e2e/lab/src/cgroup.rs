@@ -38,7 +38,7 @@ pub(super) fn names(prefix: &str) -> BTreeSet<String> {
 }
 
 /// Removes the cgroups of this name and all cgroups below them. The caller has killed their processes.
-/// A cgroup that cannot be removed within 2 s is reported on standard error.
+/// A cgroup that cannot be removed within 30 s is reported on standard error.
 pub fn remove(name: &str) {
     let end = Instant::now() + REMOVE_TIMEOUT;
     for cgroup in hierarchies().iter().map(|hierarchy| hierarchy.join(name)) {

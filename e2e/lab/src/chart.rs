@@ -1,4 +1,4 @@
-//! The Helm chart as it is rendered.
+//! The Helm chart: rendered objects, dashboards and alerts.
 
 use std::fs;
 use std::path::PathBuf;
@@ -13,27 +13,33 @@ use crate::cargo::workspace;
 use crate::process::{self, Finished};
 use crate::programs;
 
-/// How long one program may take.
-const LIMIT: Duration = Duration::from_secs(120);
+/// Maximum time of one command.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Its directory.
+/// Returns the directory of the chart.
 pub fn path() -> PathBuf {
     workspace().join("charts/skein")
 }
 
-/// Runs helm with these settings.
+/// Runs helm with `settings` (`--set`) and returns its exit code and output.
+///
+/// # Errors
+/// If helm cannot be had, or does not exit within 120 s.
 pub fn helm(arguments: &[&str], settings: &[&str]) -> Result<Finished> {
     let mut helm = Command::new(programs::helm()?);
-    // Nobody's own repositories and plugins.
+    // The user's repositories and plugins must not change the result.
     let home = tempfile::tempdir()?;
     for place in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
         helm.env(place, home.path());
     }
     helm.args(arguments).args(settings.iter().flat_map(|setting| ["--set", setting]));
-    process::finish(&mut helm, &[], LIMIT)
+    process::finish(&mut helm, &[], COMMAND_TIMEOUT)
 }
 
-/// Everything that helm would send to the API server, as text.
+/// Renders the chart for a version of Kubernetes and returns the YAML documents.
+///
+/// # Errors
+/// If helm cannot be had, or refuses the settings.
 pub fn render(settings: &[&str], version: &str) -> Result<String> {
     let chart = path().to_string_lossy().into_owned();
     let mut arguments = vec!["template", "skein", &chart, "--namespace", "net"];
@@ -43,17 +49,23 @@ pub fn render(settings: &[&str], version: &str) -> Result<String> {
     Ok(finished.stdout)
 }
 
-/// The one object of this kind and name.
+/// Returns the only object of this kind and name.
+///
+/// # Errors
+/// If there is no such object, or more than one.
 pub fn object<'a>(objects: &'a [Value], kind: &str, name: &str) -> Result<&'a Value> {
     let of = |object: &&Value| object["kind"] == kind && object["metadata"]["name"] == name;
     let found: Vec<_> = objects.iter().filter(of).collect();
     match found[..] {
         [one] => Ok(one),
-        _ => bail!("{} objects {kind} {name}", found.len()),
+        _ => bail!("found {} objects {kind} {name}, expected 1", found.len()),
     }
 }
 
-/// The same as objects, for a current Kubernetes.
+/// Renders the chart for Kubernetes 1.34 and returns its objects.
+///
+/// # Errors
+/// If helm cannot be had, or refuses the settings.
 pub fn rendered(settings: &[&str]) -> Result<Vec<Value>> {
     programs::yaml(&render(settings, "1.34")?)
 }
@@ -69,12 +81,12 @@ pub fn agent_takes(objects: &[Value]) -> Result<()> {
     let directory = tempfile::tempdir()?;
     let path = directory.path().join("agent.toml");
     fs::write(&path, text.as_str().context("no agent.toml")?)?;
-    // The agent parses the whole configuration before it looks for the key.
+    // The agent parses the whole configuration before it reads the key.
     let mut agent = Command::new(binary()?);
     agent.args(["pubkey", "--config"]).arg(&path);
-    let said = process::finish(&mut agent, &[], LIMIT)?;
-    let taken = said.code == 0 || said.stderr.contains("there is no private key");
-    ensure!(taken, "{}\n{text}", said.stderr);
+    let finished = process::finish(&mut agent, &[], COMMAND_TIMEOUT)?;
+    let accepted = finished.code == 0 || finished.stderr.contains("there is no private key");
+    ensure!(accepted, "{}\n{text}", finished.stderr);
     Ok(())
 }
 
@@ -83,7 +95,7 @@ pub fn agent_takes(objects: &[Value]) -> Result<()> {
 pub struct Dashboard(pub Value);
 
 impl Dashboard {
-    /// Every query: the title of its panel, and the expression.
+    /// Returns the title of the panel and the expression of every query.
     pub fn expressions(&self) -> impl Iterator<Item = (&str, String)> {
         let panels = self.0["panels"].as_array().into_iter().flatten();
         panels.flat_map(|panel| {
@@ -94,7 +106,10 @@ impl Dashboard {
     }
 }
 
-/// The chart's dashboards, in the order of their files' names.
+/// Returns the chart's dashboards in the order of their file names.
+///
+/// # Errors
+/// If a file cannot be read or is not JSON.
 pub fn dashboards() -> Result<Vec<Dashboard>> {
     let entries = fs::read_dir(path().join("dashboards"))?;
     let mut files = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
@@ -106,7 +121,10 @@ pub fn dashboards() -> Result<Vec<Dashboard>> {
     files.iter().map(parse).collect()
 }
 
-/// The chart's alerts.
+/// Returns the rules of the chart's alerts.
+///
+/// # Errors
+/// If the file cannot be read or is not YAML.
 pub fn alerts() -> Result<Vec<Value>> {
     let rules = fs::read_to_string(path().join("alerts/skein.yaml"))?;
     let mut rules = programs::yaml(&rules)?.remove(0);

@@ -1,4 +1,4 @@
-//! Traffic that must get through, as every test of the overlay sends it.
+//! Checks of traffic and waits for events that many tests use.
 
 use std::net::SocketAddr;
 use std::thread;
@@ -22,10 +22,14 @@ pub const MAX_INTERRUPTION: f64 = 10.0;
 /// Interval of the timer by which an agent compares the kernel's state with the desired state.
 const AGENT_INTERVAL: Duration = Duration::from_secs(10);
 
-/// The port that these checks use.
+/// TCP and UDP port of the checks' receivers.
 const PORT: u16 = 7000;
 
-/// Every pod pings the first pod of every other node, in both families; answers must all come.
+/// Checks that the first pod of every node reaches the first pod of every other node, in both
+/// families.
+///
+/// # Errors
+/// If a pod does not reach another ([`reaches`]).
 pub fn all_reach_all(lab: &Lab) -> Result<()> {
     for family in Family::BOTH {
         for from in &lab.nodes {
@@ -38,7 +42,11 @@ pub fn all_reach_all(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// Two pods: one request may wait for a handshake, then all are answered.
+/// Waits until a ping is answered, for example after a handshake, and checks that three more pings are
+/// answered.
+///
+/// # Errors
+/// If no ping is answered within [`EVENT_TIMEOUT`], or if one of the three is lost.
 pub fn reaches(from: &Pod, to: &Pod, family: Family) -> Result<()> {
     wait_until_reached(from, to, family, EVENT_TIMEOUT)?;
     let answers = ping(&from.ns, to.address(family), Ping::default())?;
@@ -46,7 +54,10 @@ pub fn reaches(from: &Pod, to: &Pod, family: Family) -> Result<()> {
     Ok(())
 }
 
-/// Waits until a ping is answered; how long that took.
+/// Waits until a ping is answered and returns the time that this took.
+///
+/// # Errors
+/// If no ping is answered within `limit`.
 pub fn wait_until_reached(
     from: &Pod,
     to: &Pod,
@@ -66,19 +77,28 @@ pub fn wait_until_reached(
     }
 }
 
-/// No ping is answered.
+/// Checks that two pings are not answered.
+///
+/// # Errors
+/// If a ping is answered.
 pub fn does_not_reach(from: &Pod, to: &Pod, family: Family) -> Result<()> {
     let answers = ping(&from.ns, to.address(family), Ping { count: 2, ..Ping::default() })?;
-    ensure!(answers.received == 0, "answers came: {}", answers.text);
+    ensure!(answers.received == 0, "pings were answered: {}", answers.text);
     Ok(())
 }
 
-/// A transfer over TCP; every byte is checked.
+/// Transfers `bytes` bytes over TCP and checks every byte.
+///
+/// # Errors
+/// If the transfer fails, or if a byte is wrong.
 pub fn transfer(from: &Pod, to: &Pod, family: Family, bytes: u64) -> Result<Received> {
     start_transfer(from, to, family, bytes, None)?.join()
 }
 
-/// Starts one, at most `rate` bytes a second.
+/// Starts a transfer over TCP with at most `rate` bytes per second.
+///
+/// # Errors
+/// If the receiver cannot bind its port.
 pub fn start_transfer(
     from: &Pod,
     to: &Pod,
@@ -89,7 +109,10 @@ pub fn start_transfer(
     Transfer::start(&from.ns, &to.ns, SocketAddr::new(to.address(family), PORT), bytes, rate)
 }
 
-/// Datagrams at a fixed rate.
+/// Sends datagrams of `payload` bytes with `rate` datagrams per second, and counts both sides.
+///
+/// # Errors
+/// If a socket cannot be bound, or if sending or receiving fails. Lost datagrams are not an error.
 pub fn datagrams(
     from: &Pod,
     to: &Pod,
@@ -102,10 +125,14 @@ pub fn datagrams(
     udp::run(&from.ns, &to.ns, to_address, Load { payload, rate: Some(rate), duration })
 }
 
-/// A few datagrams of one size, gently: each must arrive, whole and in order.
+/// Sends 10 to 30 datagrams of one size at a low rate and checks that each arrives unchanged and in
+/// order.
+///
+/// # Errors
+/// If a datagram is lost, changed or reordered.
 pub fn datagrams_arrive(from: &Pod, to: &Pod, family: Family, payload: usize) -> Result<()> {
-    // Large ones are dozens of fragments each, and a sender that was held up catches up at once: so
-    // few that all of them fit the TUN's queue.
+    // A sender that was delayed sends all due datagrams at once. The number of large ones, which
+    // consist of dozens of fragments each, is so low that all fit the queue of the TUN device.
     let (rate, time) = match payload {
         ..10_000 => (500, Duration::from_millis(60)),
         _ => (40, Duration::from_millis(250)),
@@ -119,7 +146,11 @@ pub fn datagrams_arrive(from: &Pod, to: &Pod, family: Family, payload: usize) ->
     Ok(())
 }
 
-/// The mix that every combination of offloads must carry: bulk both ways, datagrams of many sizes.
+/// Checks the traffic that every combination of offloads must carry, in both directions and families:
+/// TCP transfers of `bytes` bytes, and datagrams of 1 to 9000 bytes.
+///
+/// # Errors
+/// If traffic is lost, changed or reordered.
 pub fn mixed_traffic(lab: &Lab, bytes: u64) -> Result<()> {
     all_reach_all(lab)?;
     for family in Family::BOTH {
@@ -169,7 +200,11 @@ pub fn repaired_at_once(
     not_by_timer(ROUNDS, start.elapsed()).with_context(|| what.to_owned())
 }
 
-/// Waits until something is true.
+/// Waits until `is` returns true and returns the time that this took. An error of `is` counts as
+/// false before the limit.
+///
+/// # Errors
+/// If `is` has not returned true within `limit`; with `what`, the expected event, and the last error.
 pub fn eventually(
     what: &str,
     limit: Duration,
@@ -183,7 +218,7 @@ pub fn eventually(
         }
         if start.elapsed() > limit {
             now.with_context(|| what.to_owned())?;
-            bail!("not within {} s: {what}", limit.as_secs_f64());
+            bail!("did not occur within {} s: {what}", limit.as_secs_f64());
         }
         thread::sleep(Duration::from_millis(20));
     }

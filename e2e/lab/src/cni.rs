@@ -1,4 +1,5 @@
-//! The CNI plugin, called as a container runtime calls it: environment, standard input, standard output.
+//! Calls of the CNI plugin as a container runtime makes them, with environment variables, standard
+//! input and standard output; and the traces that pods leave on a node.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -18,45 +19,55 @@ use super::agent::Agent;
 use super::process::{self, Finished};
 use super::{Netns, Node, Pod, registry};
 
-/// How long one call may take.
-const LIMIT: Duration = Duration::from_secs(30);
-/// Of linux/sockios.h.
+/// Maximum time of one call.
+const CALL_TIMEOUT: Duration = Duration::from_secs(30);
+/// Request of ioctl(2) for the network namespace of a socket (linux/sockios.h).
 const SIOCGSKNS: libc::c_ulong = 0x894c;
 
-/// The plugin's program: `SKEIN_CNI_BIN`, or beside the agent's.
+/// Returns the path of the plugin's program: `SKEIN_CNI_BIN`, or `skein-cni` in the directory of the
+/// agent's program.
+///
+/// # Errors
+/// If `SKEIN_CNI_BIN` is not set and the file does not exist.
 pub fn binary() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("SKEIN_CNI_BIN") {
         return Ok(path.into());
     }
     let path = super::agent::binary()?.with_file_name("skein-cni");
     if !path.is_file() {
-        bail!("no {}: build it first (cargo build --release -p skein-cni)", path.display());
+        bail!(
+            "{} does not exist. Build it (cargo build --release -p skein-cni), or set SKEIN_CNI_BIN.",
+            path.display()
+        );
     }
     Ok(path)
 }
 
-/// A runtime of one node that knows no other plugin.
+/// A minimal container runtime on one node that calls Skein's plugin only.
 #[derive(Debug, Clone)]
 pub struct Runtime {
     node: String,
     program: PathBuf,
-    /// The plugin's configuration, as libcni hands it over.
+    /// Configuration of the plugin, as libcni passes it on standard input.
     pub configuration: Value,
 }
 
-/// One interface of one container.
+/// One interface of a container (CNI specification: attachment).
 #[derive(Debug, Clone, Copy)]
 pub struct Attachment<'a> {
-    /// `CNI_CONTAINERID`.
+    /// Container identifier, the value of `CNI_CONTAINERID`.
     pub container: &'a str,
-    /// `CNI_IFNAME`.
+    /// Name of the interface in the container, the value of `CNI_IFNAME`.
     pub interface: &'a str,
-    /// `CNI_NETNS`, where there is one.
+    /// Path of the network namespace, the value of `CNI_NETNS`; `None` leaves the variable unset.
     pub netns: Option<&'a str>,
 }
 
 impl Runtime {
-    /// For an agent that was prepared with [`Agent::serve_pods`].
+    /// Creates a runtime for an agent that was prepared with [`Agent::serve_pods`].
+    ///
+    /// # Errors
+    /// If the plugin's program is missing.
     pub fn new(agent: &Agent, node: &Node) -> Result<Self> {
         let configuration = json!({
             "cniVersion": "1.1.0",
@@ -68,7 +79,11 @@ impl Runtime {
         Ok(Self { node: node.ns.name().to_owned(), program: binary()?, configuration })
     }
 
-    /// One call; a refusal is no error here.
+    /// Calls the plugin. `extra` is added to the configuration, such as `prevResult`. An exit code
+    /// other than 0 is not an error.
+    ///
+    /// # Errors
+    /// If the plugin cannot be started, or does not exit within 30 s.
     pub fn call(&self, verb: &str, of: Option<Attachment<'_>>, extra: Value) -> Result<Finished> {
         let mut configuration = self.configuration.clone();
         if let (Some(all), Value::Object(extra)) = (configuration.as_object_mut(), extra) {
@@ -85,22 +100,34 @@ impl Runtime {
             command.env("CNI_CONTAINERID", of.container).env("CNI_IFNAME", of.interface);
             command.envs(of.netns.map(|netns| ("CNI_NETNS", netns)));
         }
-        process::finish(&mut command, configuration.to_string().as_bytes(), LIMIT)
+        process::finish(&mut command, configuration.to_string().as_bytes(), CALL_TIMEOUT)
     }
 
-    /// The same; a refusal is an error that shows what the plugin said.
+    /// Calls the plugin, which must succeed, and returns its result; null if it prints none.
+    ///
+    /// # Errors
+    /// If the plugin fails; with its output.
     pub fn done(&self, verb: &str, of: Option<Attachment<'_>>, extra: Value) -> Result<Value> {
         let finished = self.call(verb, of, extra)?;
         if finished.code != 0 {
-            bail!("{verb} ended with {}: {}{}", finished.code, finished.stdout, finished.stderr);
+            bail!(
+                "{verb} ended with code {}: {}{}",
+                finished.code,
+                finished.stdout,
+                finished.stderr
+            );
         }
         match finished.stdout.trim() {
             "" => Ok(Value::Null),
-            text => serde_json::from_str(text).with_context(|| format!("{verb} said {text}")),
+            text => serde_json::from_str(text).with_context(|| format!("{verb} printed {text}")),
         }
     }
 
-    /// Must be refused; the code and the message.
+    /// Calls the plugin, which must fail, and returns the error's code and its message with the
+    /// details.
+    ///
+    /// # Errors
+    /// If the plugin succeeds, or prints no CNI error.
     pub fn refused(
         &self,
         verb: &str,
@@ -112,24 +139,33 @@ impl Runtime {
             bail!("{verb} succeeded: {}", finished.stdout);
         }
         let error: Value = serde_json::from_str(&finished.stdout)
-            .with_context(|| format!("{verb} said {}{}", finished.stdout, finished.stderr))?;
+            .with_context(|| format!("{verb} printed {}{}", finished.stdout, finished.stderr))?;
         let code = error["code"].as_u64().context("no code")?;
         Ok((code, format!("{} {}", error["msg"], error["details"])))
     }
 
-    /// Attaches `netns` as the container of that name, by `eth0`.
+    /// Adds `eth0` to the namespace of a container and returns the result of ADD.
+    ///
+    /// # Errors
+    /// If the plugin fails.
     pub fn add(&self, container: &str, netns: &Netns) -> Result<Value> {
         let path = path(netns);
         self.done("ADD", Some(attachment(container, Some(&path))), Value::Null)
     }
 
-    /// Detaches it, its namespace being there or not.
+    /// Removes `eth0` of a container. `netns` is `None` if the namespace does not exist any more.
+    ///
+    /// # Errors
+    /// If the plugin fails.
     pub fn del(&self, container: &str, netns: Option<&Netns>) -> Result<()> {
         let path = netns.map(path);
         self.done("DEL", Some(attachment(container, path.as_deref())), Value::Null).map(drop)
     }
 
-    /// A new namespace, attached.
+    /// Creates a namespace and adds `eth0` to it. The container has the name of the pod.
+    ///
+    /// # Errors
+    /// If the namespace cannot be created, or if the plugin fails.
     pub fn pod(&self, container: &str) -> Result<Pod> {
         let ns = Netns::create(container)?;
         let result = self.add(container, &ns)?;
@@ -137,17 +173,20 @@ impl Runtime {
     }
 }
 
-/// `eth0` of a container.
+/// Returns the attachment of `eth0` of a container.
 pub fn attachment<'a>(container: &'a str, netns: Option<&'a str>) -> Attachment<'a> {
     Attachment { container, interface: super::node::POD_INTERFACE, netns }
 }
 
-/// Path of a namespace, as a runtime names it.
+/// Returns the path of a namespace, as a runtime passes it in `CNI_NETNS`.
 pub fn path(netns: &Netns) -> String {
     Path::new(registry::NETNS_DIR).join(netns.name()).to_string_lossy().into_owned()
 }
 
-/// The addresses of a result.
+/// Returns the addresses in a result of ADD.
+///
+/// # Errors
+/// If the result has no `ips`, or an address that cannot be parsed.
 pub fn addresses(result: &Value) -> Result<Vec<IpAddr>> {
     let ips = result["ips"].as_array().context("no ips in the result")?;
     let address = |ip: &Value| {
@@ -158,7 +197,10 @@ pub fn addresses(result: &Value) -> Result<Vec<IpAddr>> {
     ips.iter().map(address).collect()
 }
 
-/// A pod from its namespace and the plugin's result.
+/// Makes a pod of its namespace and the result of ADD. The address of an absent family is unspecified.
+///
+/// # Errors
+/// If the result has no `ips`, or an address that cannot be parsed.
 pub fn pod(ns: Netns, result: &Value) -> Result<Pod> {
     let mut pod = Pod {
         ns,
@@ -175,14 +217,18 @@ pub fn pod(ns: Netns, result: &Value) -> Result<Pod> {
     Ok(pod)
 }
 
-/// What pods leave on a node: interfaces, addresses, routes, neighbours, rules of the firewall, and network
-/// namespaces that the node's processes keep alive. To be compared before and after.
+/// Lists everything that pods can leave on a node: interfaces, addresses, routes, neighbours, nftables
+/// rules, and network namespaces that the node's processes keep alive. Compare two lists with
+/// [`same`].
+///
+/// # Errors
+/// If `ip` or `nft` fails.
 pub fn traces(node: &Netns) -> Result<Vec<String>> {
     let mut lines = node.interfaces()?;
     for what in
         ["-o address show", "-4 route show table all", "-6 route show table all", "neighbour show"]
     {
-        // Not what comes and goes by itself.
+        // The kernel changes these entries by itself.
         let lasting = |line: &&str| {
             ![
                 "fe80",
@@ -206,11 +252,11 @@ pub fn traces(node: &Netns) -> Result<Vec<String>> {
     Ok(lines)
 }
 
-/// Each line of the ruleset with its table and chain, without counters' values.
+/// Returns each line of the ruleset with its table and chain, without the values of counters.
 fn rules(node: &Netns) -> Result<Vec<String>> {
     let (mut inside, mut lines) = (Vec::new(), Vec::new());
     for line in node.sh("nft --stateless list ruleset")?.lines().map(str::trim) {
-        // Each data process has source ports of its own.
+        // The source ports differ between data processes.
         let ports = line.strip_prefix("udp sport { ").and_then(|rest| rest.split_once(" } "));
         let shown = ports.map_or(line.to_owned(), |(_, rest)| format!("udp sport PORTS {rest}"));
         lines.push(format!("nft: {} {shown}", inside.join(" ")));
@@ -223,16 +269,16 @@ fn rules(node: &Netns) -> Result<Vec<String>> {
     Ok(lines)
 }
 
-/// Namespaces that live by a process of the node: it or one that it has started has a thread or a socket in it,
-/// has it open, or has it mounted as container runtimes do (`cni-...`).
+/// Returns the network namespaces that processes of the node and their descendants keep alive: by a
+/// thread, a socket, an open file, or a mount of a container runtime (`cni-...`).
 fn namespaces(node: &Netns) -> Result<BTreeSet<String>> {
     let own = fs::metadata(node.path())?;
     let (mut found, mut pids) = (BTreeSet::new(), node.pids());
     while let Some(pid) = pids.pop() {
         pids.extend(process::children(pid));
         let proc = PathBuf::from(format!("/proc/{pid}"));
-        // A process may end while it is looked at. What a descriptor's link says depends on the path by
-        // which it was opened.
+        // A process may exit meanwhile, so errors are ignored. The text of a descriptor's link depends
+        // on the path by which the file was opened; device and inode do not.
         let descriptors = fs::read_dir(proc.join("fd")).into_iter().flatten().flatten();
         let mut files: Vec<PathBuf> = descriptors.map(|entry| entry.path()).collect();
         let sockets = files.iter().filter_map(|path| socket_namespace(pid, path).ok());
@@ -241,7 +287,7 @@ fn namespaces(node: &Netns) -> Result<BTreeSet<String>> {
         files.extend(threads.map(|entry| entry.path().join("ns/net")));
         let files = files.iter().filter_map(|path| fs::metadata(path).ok());
         found.extend(files.filter(|file| file.dev() == own.dev()).map(|file| file.ino()));
-        // Other mounts are the laboratory's own, which every process sees.
+        // Every process sees the mounts of the laboratory itself.
         let mounts = fs::read_to_string(proc.join("mountinfo")).unwrap_or_default();
         let runtimes = mounts.lines().filter(|line| line.contains("/cni-"));
         let inode = |line: &str| -> Option<u64> {
@@ -253,24 +299,27 @@ fn namespaces(node: &Netns) -> Result<BTreeSet<String>> {
     Ok(found.iter().map(|inode| format!("namespace {inode}")).collect())
 }
 
-/// In which namespace a socket of another process is (SIOCGSKNS, socket(7)).
+/// Returns the inode of the network namespace of another process's socket (SIOCGSKNS).
 fn socket_namespace(pid: i32, descriptor: &Path) -> Result<u64> {
     ensure!(fs::read_link(descriptor)?.to_string_lossy().starts_with("socket:"), "no socket");
     let number = descriptor.file_name().and_then(OsStr::to_str).context("no number")?.parse()?;
     let process = Pid::from_raw(pid).context("no process")?;
     let process = pidfd_open(process, PidfdFlags::empty())?;
     let socket = pidfd_getfd(process, number, PidfdGetfdFlags::empty())?;
-    // SAFETY: without an argument, and what comes back is checked.
+    // SAFETY: SIOCGSKNS takes no argument and writes no memory. The result is checked.
     let namespace = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCGSKNS) };
     ensure!(namespace >= 0, "{}", io::Error::last_os_error());
-    // SAFETY: it is new, and nobody else has it.
+    // SAFETY: the ioctl returned a new descriptor, which has no other owner.
     let namespace = File::from(unsafe { OwnedFd::from_raw_fd(namespace) });
     Ok(namespace.metadata()?.ino())
 }
 
-/// Whether a node is as it was.
+/// Checks that two lists of [`traces`] are equal.
+///
+/// # Errors
+/// If an entry was added or removed; with these entries.
 pub fn same(before: &[String], after: &[String]) -> Result<()> {
-    // What is there twice counts twice.
+    // Equal entries count separately.
     let without = |all: &[String], others: &[String]| {
         let mut rest = all.to_vec();
         for other in others {
@@ -281,11 +330,14 @@ pub fn same(before: &[String], after: &[String]) -> Result<()> {
         rest
     };
     let (left, gone) = (without(after, before), without(before, after));
-    ensure!(left.is_empty() && gone.is_empty(), "left behind {left:#?}, gone {gone:#?}");
+    ensure!(left.is_empty() && gone.is_empty(), "left behind: {left:#?}, removed: {gone:#?}");
     Ok(())
 }
 
-/// The spool's entries.
+/// Returns the paths of the entries in the agent's spool.
+///
+/// # Errors
+/// If the directory exists and cannot be read.
 pub fn spooled(agent: &Agent) -> Result<Vec<PathBuf>> {
     match fs::read_dir(agent.cni_spool()) {
         Ok(entries) => entries.map(|entry| Ok(entry?.path())).collect(),

@@ -1,11 +1,11 @@
-//! What people see: results on standard output, progress on standard error.
+//! Output for people: results on standard output, progress on standard error.
 
 use std::io::IsTerminal as _;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Progress: a spinner or bar on a terminal, plain lines elsewhere.
+/// Progress display: a spinner or a bar on a terminal, plain lines otherwise.
 pub struct Console {
     bar: Option<ProgressBar>,
 }
@@ -17,12 +17,12 @@ impl Default for Console {
 }
 
 impl Console {
-    /// A spinner for steps of unknown length.
+    /// Shows a spinner, for an unknown number of steps.
     pub fn new() -> Self {
         Self::with(|| ProgressBar::new_spinner().with_style(style("{spinner} {msg} [{elapsed}]")))
     }
 
-    /// A bar for `total` steps.
+    /// Shows a bar for `total` steps.
     pub fn with_total(total: u64) -> Self {
         Self::with(|| {
             let template = "{bar:30} {pos}/{len} {msg} [{elapsed}, {eta} left]";
@@ -39,7 +39,7 @@ impl Console {
         Self { bar }
     }
 
-    /// Says what is done now.
+    /// Shows the step that starts now.
     pub fn step(&self, text: &str) {
         match &self.bar {
             Some(bar) => bar.set_message(text.to_owned()),
@@ -47,14 +47,14 @@ impl Console {
         }
     }
 
-    /// Counts one step of a bar.
+    /// Advances the bar by one step.
     pub fn advance(&self) {
         if let Some(bar) = &self.bar {
             bar.inc(1);
         }
     }
 
-    /// Prints lines of the result.
+    /// Prints lines of the result to standard output.
     pub fn print(&self, text: &str) {
         match &self.bar {
             Some(bar) => bar.suspend(|| println!("{text}")),
@@ -62,7 +62,7 @@ impl Console {
         }
     }
 
-    /// Takes the progress off the screen while something else writes to it.
+    /// Hides the progress while `work`, which writes to the terminal, runs.
     pub fn pause<T>(&self, work: impl FnOnce() -> T) -> T {
         match &self.bar {
             Some(bar) => bar.suspend(work),

@@ -1,6 +1,5 @@
-//! containerd on a node of the laboratory: the one from Debian, or from its newer suite, with files
-//! of its own, in mount and process namespaces that take everything with them when they go,
-//! containers included.
+//! containerd on a node of the laboratory, from the system's Debian release or from a newer suite. It
+//! has its own files and runs in mount and PID namespaces; killing it also ends all its containers.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,28 +14,35 @@ use super::process::{self, Finished, Process};
 use super::{Netns, cgroup, image, registry};
 use crate::{checks, newer};
 
-/// The one image: busybox, which sleeps unless it is told otherwise.
+/// Name of the only image: busybox, whose default command sleeps.
 pub const IMAGE: &str = "localhost/skein-test:1";
-/// How long one command may take.
-const LIMIT: Duration = Duration::from_secs(60);
+/// Maximum time of a command of `ctr`.
+const CTR_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A running containerd.
+/// A running containerd, which ends with all its containers when the value is dropped.
 #[derive(Debug)]
 pub struct Containerd {
     process: Process,
     directory: PathBuf,
-    /// Parent of all containers' cgroups.
+    /// Name of the cgroup that is the parent of all containers' cgroups.
     pub cgroup: String,
 }
 
 impl Containerd {
-    /// Starts it for the node of `agent`, whose plugin and configuration it uses.
+    /// Starts containerd for the node of `agent`, whose CNI plugin and network configuration list it
+    /// uses.
+    ///
+    /// # Errors
+    /// If containerd does not answer after 20 s, or if the image cannot be made or imported.
     pub fn start(agent: &Agent, node: &Netns, laboratory: &Path) -> Result<Self> {
         Self::start_from(None, agent, node, laboratory)
     }
 
     /// Starts containerd as [`Containerd::start`] does, with containerd and runc of a newer suite
     /// ([`crate::newer::root`]).
+    ///
+    /// # Errors
+    /// If the newer suite cannot be fetched; otherwise those of [`Containerd::start`].
     pub fn start_newer(agent: &Agent, node: &Netns, laboratory: &Path) -> Result<Self> {
         Self::start_from(Some(&newer::root()?), agent, node, laboratory)
     }
@@ -74,38 +80,43 @@ impl Containerd {
             import.push(&path);
             let imported = containerd.ctr(&import)?;
             if imported.code != 0 {
-                bail!("importing the image: {}{}", imported.stdout, imported.stderr);
+                bail!("cannot import the image: {}{}", imported.stdout, imported.stderr);
             }
         }
         Ok(containerd)
     }
 
-    /// Its socket.
+    /// Returns the path of containerd's socket.
     pub fn socket(&self) -> PathBuf {
         self.directory.join("containerd.sock")
     }
 
-    /// The end of its log.
+    /// Returns the last 20 lines of containerd's log.
     pub fn log_tail(&self) -> String {
         self.process.log_tail(20)
     }
 
-    /// Runs `ctr` beside it: it calls the CNI plugin itself, from where it runs.
+    /// Runs `ctr` in the namespaces of containerd, because `ctr` itself calls the CNI plugin.
+    ///
+    /// # Errors
+    /// If containerd does not run, or if `ctr` does not exit within 60 s. An exit code other than 0 is
+    /// not an error.
     pub fn ctr(&self, arguments: &[&str]) -> Result<Finished> {
         let children = format!("/proc/{0}/task/{0}/children", self.process.pid());
         let first = fs::read_to_string(&children).unwrap_or_default();
         let Some(pid) = first.split_whitespace().next() else {
-            bail!("containerd is not there yet:\n{}", self.process.log_tail(20));
+            bail!("containerd does not run yet:\n{}", self.process.log_tail(20));
         };
         let mut command = Command::new("nsenter");
         command.args(["-t", pid, "-m", "-p", "-n", "ctr", "-a"]).arg(self.socket()).args(arguments);
-        process::finish(&mut command, &[], LIMIT)
+        process::finish(&mut command, &[], CTR_TIMEOUT)
     }
 }
 
 impl Drop for Containerd {
     fn drop(&mut self) {
-        // Process 1 of its namespace goes with it, and everything in there with that.
+        // The kernel kills process 1 of the PID namespace together with this process (unshare
+        // --kill-child), and then all processes of the namespace.
         self.process.kill();
         cgroup::remove(&self.cgroup);
     }
@@ -173,7 +184,7 @@ conf_dir = "{conf}"
     )
 }
 
-/// The image; its path.
+/// Makes the image and returns the path of its archive.
 fn image(directory: &Path) -> Result<PathBuf> {
     let (root, path) = (directory.join("rootfs"), directory.join("image.tar"));
     image::busybox(&root)?;

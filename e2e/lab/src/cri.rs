@@ -1,5 +1,6 @@
-//! The few calls of the Container Runtime Interface (kubernetes/cri-api, runtime.v1) that kubelet makes for
-//! a pod, over gRPC. Messages have the fields that are used here, with the numbers of the interface.
+//! Calls of the Container Runtime Interface (kubernetes/cri-api, runtime.v1) that kubelet makes for a
+//! pod, over gRPC. Messages contain only the fields that are used here, with the interface's field
+//! numbers.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -16,8 +17,8 @@ use tonic_prost::ProstCodec;
 
 use super::containerd::IMAGE;
 
-/// How long one call may take.
-const LIMIT: Duration = Duration::from_secs(60);
+/// Maximum time of one call.
+const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 
 #[derive(Clone, PartialEq, Message)]
 struct SandboxMetadata {
@@ -33,7 +34,7 @@ struct SandboxMetadata {
 
 #[derive(Clone, PartialEq, Message)]
 struct PortMapping {
-    /// 0: TCP.
+    /// Transport protocol; 0 is TCP.
     #[prost(int32, tag = "1")]
     protocol: i32,
     #[prost(int32, tag = "2")]
@@ -72,7 +73,7 @@ struct RunSandbox {
     config: Option<SandboxConfig>,
 }
 
-/// Requests and answers that are one identifier.
+/// Request or response that consists of one identifier.
 #[derive(Clone, PartialEq, Message)]
 struct Id {
     #[prost(string, tag = "1")]
@@ -142,7 +143,7 @@ struct ExecSync {
     container: String,
     #[prost(string, repeated, tag = "2")]
     command: Vec<String>,
-    /// Seconds.
+    /// Maximum time of the command, seconds.
     #[prost(int64, tag = "3")]
     timeout: i64,
 }
@@ -179,7 +180,7 @@ struct StatusAnswer {
     status: Option<RuntimeStatus>,
 }
 
-/// A connection to a runtime.
+/// A connection to a container runtime.
 #[derive(Debug)]
 pub struct Cri {
     runtime: Runtime,
@@ -187,21 +188,24 @@ pub struct Cri {
     cgroup: String,
 }
 
-/// A pod of the runtime.
+/// A pod sandbox of the runtime.
 #[derive(Debug)]
 pub struct Sandbox {
     config: SandboxConfig,
-    /// Its identifier, which is the `CNI_CONTAINERID`.
+    /// Identifier of the sandbox, which the runtime passes as `CNI_CONTAINERID`.
     pub id: String,
 }
 
 impl Cri {
-    /// Connects; containers' cgroups go below `cgroup`.
+    /// Connects to the runtime's socket. The cgroups of containers are created below `cgroup`.
+    ///
+    /// # Errors
+    /// If no runtime listens on the socket.
     pub fn connect(socket: &Path, cgroup: &str) -> Result<Self> {
         let runtime = Runtime::new()?;
         let socket: PathBuf = socket.to_owned();
-        // The address is for form's sake: a connection is always the socket's.
-        let endpoint = Endpoint::from_static("http://localhost").timeout(LIMIT);
+        // The connector ignores the address, which the type requires, and always uses the socket.
+        let endpoint = Endpoint::from_static("http://localhost").timeout(CALL_TIMEOUT);
         let connect = tower::service_fn(move |_: Uri| {
             let socket = socket.clone();
             async move { Ok::<_, std::io::Error>(TokioIo::new(UnixStream::connect(socket).await?)) }
@@ -225,12 +229,19 @@ impl Cri {
         Ok(answer.with_context(|| method)?.into_inner())
     }
 
-    /// Whether the runtime says that pods can have a network: what kubelet asks every five seconds.
+    /// Returns whether the runtime's condition NetworkReady is true. kubelet requests it every 5 s.
+    ///
+    /// # Errors
+    /// If the runtime does not answer, or reports no such condition.
     pub fn network_ready(&self) -> Result<bool> {
         Ok(self.network_problem()?.is_none())
     }
 
-    /// Message of the runtime's condition NetworkReady while it is false; `None` while it is true.
+    /// Returns the message of the runtime's condition NetworkReady if it is false; `None` if it is
+    /// true.
+    ///
+    /// # Errors
+    /// If the runtime does not answer, or reports no such condition.
     pub fn network_problem(&self) -> Result<Option<String>> {
         let answer: StatusAnswer = self.call("Status", Nothing {})?;
         let conditions = answer.status.unwrap_or_default().conditions;
@@ -239,7 +250,11 @@ impl Cri {
         Ok((!network.status).then_some(network.message))
     }
 
-    /// Starts a pod; `ports` of the node lead to its own (host, container).
+    /// Starts a pod. `ports` are pairs of a TCP port of the node and the port of the pod to which it
+    /// is mapped.
+    ///
+    /// # Errors
+    /// If the runtime fails, for example because the CNI plugin fails.
     pub fn run(&self, name: &str, ports: &[(u16, u16)]) -> Result<Sandbox> {
         let mapping = |&(host, container): &(u16, u16)| PortMapping {
             protocol: 0,
@@ -263,7 +278,10 @@ impl Cri {
         Ok(Sandbox { config, id: answer.id })
     }
 
-    /// Its addresses, the first one first.
+    /// Returns the pod's addresses, the primary one first.
+    ///
+    /// # Errors
+    /// If the runtime fails or reports no network.
     pub fn addresses(&self, sandbox: &Sandbox) -> Result<Vec<std::net::IpAddr>> {
         let answer: SandboxStatusAnswer =
             self.call("PodSandboxStatus", Id { id: sandbox.id.clone() })?;
@@ -273,7 +291,10 @@ impl Cri {
         all.map(|ip| ip.parse().with_context(|| format!("address {ip:?}"))).collect()
     }
 
-    /// A running container in the pod; its identifier.
+    /// Starts a container in the pod and returns its identifier.
+    ///
+    /// # Errors
+    /// If the runtime fails.
     pub fn container(&self, sandbox: &Sandbox, name: &str, command: &[&str]) -> Result<String> {
         let request = CreateContainer {
             sandbox: sandbox.id.clone(),
@@ -289,7 +310,10 @@ impl Cri {
         Ok(created.id)
     }
 
-    /// Runs a command in a container; its exit code and output.
+    /// Runs a command in a container and returns its exit code and output.
+    ///
+    /// # Errors
+    /// If the runtime fails, or if the command does not exit within 20 s.
     pub fn exec(&self, container: &str, command: &[&str]) -> Result<(i32, String)> {
         let request = ExecSync {
             container: container.to_owned(),
@@ -301,7 +325,10 @@ impl Cri {
         Ok((answer.exit_code, String::from_utf8_lossy(&text).into_owned()))
     }
 
-    /// Ends a pod and all in it.
+    /// Stops and removes a pod with its containers.
+    ///
+    /// # Errors
+    /// If the runtime fails, for example because the CNI plugin fails.
     pub fn remove(&self, sandbox: &Sandbox) -> Result<()> {
         let id = Id { id: sandbox.id.clone() };
         let _: Nothing = self.call("StopPodSandbox", id.clone())?;

@@ -16,7 +16,7 @@ const HEADER_LEN: usize = 64;
 ///
 /// # Errors
 ///
-/// Returns an error if the file cannot be read, or if it is no 64-bit little-endian ELF file.
+/// Returns an error if the file cannot be read, or if it is not a 64-bit little-endian ELF file.
 pub fn is_static(program: &Path) -> Result<bool> {
     let file = File::open(program).with_context(|| program.display().to_string())?;
     let mut header = [0; HEADER_LEN];
@@ -71,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn files_that_are_no_programs_are_refused() -> Result<()> {
+    fn file_that_is_not_a_program_is_refused() -> Result<()> {
         let file = tempfile::NamedTempFile::new()?;
         for content in [&b"#!/bin/sh\n"[..], &[b'x'; 100]] {
             fs::write(file.path(), content)?;

@@ -1,4 +1,4 @@
-//! Container images made here, out of files of this host: there is no registry to pull from.
+//! Container images, made from files of this host without a registry.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -11,8 +11,11 @@ use serde_json::{Value, json};
 use super::process;
 use crate::packages;
 
-/// Writes the files below `root` as an image in the form of `docker save`. `config` is what a container
-/// starts with: `Cmd`, `Entrypoint`, `Env`, ….
+/// Writes the files below `root` as an image in the format of `docker save`. `config` is the
+/// configuration of its containers, such as `Cmd`, `Entrypoint` and `Env`.
+///
+/// # Errors
+/// If a file cannot be written, or if `tar` or `sha256sum` fails.
 pub fn write(root: &Path, name: &str, config: &Value, to: &Path) -> Result<()> {
     let parts = to.with_extension("parts");
     fs::create_dir_all(&parts).with_context(|| format!("creating {}", parts.display()))?;
@@ -38,7 +41,7 @@ fn tar(from: &Path, to: &Path, what: &[&str]) -> Result<()> {
     process::run(command.arg("-C").arg(from).arg("-cf").arg(to).args(what)).map(drop)
 }
 
-/// Makes a root directory with busybox and all its other names.
+/// Creates a root directory with busybox and a symbolic link for each of its applets.
 ///
 /// # Errors
 ///
@@ -56,7 +59,11 @@ pub fn busybox(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Puts programs of this host into a root directory, as `/usr/bin/…`, with the libraries they load.
+/// Copies programs of this host to `/usr/bin` of a root directory, with the libraries that they load.
+///
+/// # Errors
+/// If this host lacks a program, if a file cannot be copied, or if `ldd` fails, for example for a
+/// static program.
 pub fn add_programs(root: &Path, programs: &[&str]) -> Result<()> {
     let bin = root.join("usr/bin");
     fs::create_dir_all(&bin)?;
@@ -68,14 +75,14 @@ pub fn add_programs(root: &Path, programs: &[&str]) -> Result<()> {
             if to.exists() {
                 continue;
             }
-            fs::create_dir_all(to.parent().context("a library in no directory")?)?;
+            fs::create_dir_all(to.parent().context("a library has no directory")?)?;
             fs::copy(&library, to).with_context(|| format!("copying {}", library.display()))?;
         }
     }
     Ok(())
 }
 
-/// The shared libraries of a program, and what loads them.
+/// Returns the shared libraries of a program and the dynamic loader.
 fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
     let text = process::run(Command::new("ldd").arg(program))?;
     // `libm.so.6 => /lib/x86_64-linux-gnu/libm.so.6 (0x…)`, `/lib64/ld-linux-x86-64.so.2 (0x…)`

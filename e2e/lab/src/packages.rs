@@ -14,12 +14,12 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use crate::console::Console;
 use crate::{elf, process, registry};
 
-/// A program and the package that has it.
+/// A required program and the Debian package that contains it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Need {
     /// Name of the program, or absolute path of a file.
     pub program: &'static str,
-    /// Debian's package.
+    /// Name of the Debian package.
     pub package: &'static str,
     /// Property of the file that the package has, and that another file of this name may lack.
     pub property: Property,
@@ -28,7 +28,7 @@ pub struct Need {
 /// Property that a needed file must have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Property {
-    /// None: any file of this name.
+    /// No property: any file of this name will do.
     Present,
     /// A statically linked program, which runs in an empty root directory.
     Static,
@@ -44,7 +44,7 @@ const fn need(program: &'static str, package: &'static str) -> Need {
 pub const BUSYBOX: Need =
     Need { program: "busybox", package: "busybox-static", property: Property::Static };
 
-/// To make namespaces and to show what they do.
+/// Programs of the demonstration: network namespaces, interfaces, pings and throughput.
 pub const DEMO: &[Need] = &[
     // busybox and inetutils have programs of these names, with other options.
     Need { program: "ip", package: "iproute2", property: Property::Of("iproute2") },
@@ -53,7 +53,7 @@ pub const DEMO: &[Need] = &[
     need("iperf3", "iperf3"),
 ];
 
-/// For the tests, beside [`DEMO`].
+/// Programs of the tests, in addition to [`DEMO`].
 pub const TEST: &[Need] = &[
     need("prometheus", "prometheus"),
     need("promtool", "prometheus"),
@@ -66,7 +66,7 @@ pub const TEST: &[Need] = &[
     need("tcpdump", "tcpdump"),
     need("mandoc", "mandoc"),
     need("tmux", "tmux"),
-    // Beside its programs, which are elsewhere.
+    // The plugins are not in a directory of `PATH`.
     need("/usr/lib/cni/portmap", "containernetworking-plugins"),
     need("iptables", "iptables"),
     need("conntrack", "conntrack"),
@@ -77,12 +77,12 @@ pub const TEST: &[Need] = &[
     ),
     need("/lib/systemd/systemd-networkd", "systemd"),
     need("udevadm", "udev"),
-    // The image, and the programs that come from Python's packages.
+    // For the container image, and for the programs of `programs.rs`.
     need("buildah", "buildah"),
     need("/usr/share/doc/python3-venv/copyright", "python3-venv"),
 ];
 
-/// For a cluster, beside [`DEMO`].
+/// Programs of a cluster, in addition to [`DEMO`].
 pub const CLUSTER: &[Need] = &[
     need("etcd", "etcd-server"),
     need("containerd", "containerd"),
@@ -96,7 +96,7 @@ pub const CLUSTER: &[Need] = &[
     need("openssl", "openssl"),
 ];
 
-/// To build a cluster's programs.
+/// Programs that build a cluster's programs.
 pub const CLUSTER_BUILD: &[Need] = &[
     need("go", "golang-go"),
     need(
@@ -107,15 +107,16 @@ pub const CLUSTER_BUILD: &[Need] = &[
     need("unzip", "unzip"),
 ];
 
-/// For the benchmark, beside [`DEMO`].
+/// Programs of the benchmark, in addition to [`DEMO`].
 pub const BENCH: &[Need] =
     &[need("redis-server", "redis-server"), need("redis-benchmark", "redis-tools")];
 
-/// For the soak, beside [`DEMO`].
+/// Programs of the soak test, in addition to [`DEMO`].
 pub const SOAK: &[Need] = &[need("nft", "nftables")];
 
-/// Other overlays to compare with: the benchmark says so and goes on where one cannot be had.
-pub const RIVALS: &[Need] = &[
+/// Other overlays with which the benchmark compares Skein. The benchmark reports an overlay that
+/// cannot be installed, and continues without it.
+pub const BASELINES: &[Need] = &[
     need("wireguard-go", "wireguard-go"),
     need("wg", "wireguard-tools"),
     need("nebula", "nebula"),
@@ -177,7 +178,7 @@ fn directories() -> impl Iterator<Item = PathBuf> {
     own.into_iter().chain(system.map(PathBuf::from))
 }
 
-/// The path of a program, as a shell of root would find it.
+/// Returns the path of a program, as a shell of root would find it.
 pub fn find(program: &str) -> Option<PathBuf> {
     directories().map(|directory| directory.join(program)).find(|path| path.is_file())
 }
@@ -193,12 +194,12 @@ pub fn path(need: &Need) -> Result<PathBuf> {
     need.find().map_err(|reason| anyhow!("{}: {reason}; {}", need.program, advice()))
 }
 
-/// Installs the packages of all programs that are missing or have not the required property, and
-/// says so.
+/// Installs the packages of all programs that are missing or lack the required property, and prints
+/// their names.
 ///
 /// # Errors
 ///
-/// Returns an error if a package cannot be installed, or if it brings no file with the required
+/// Returns an error if a package cannot be installed, or if it contains no file with the required
 /// property.
 pub fn ensure(needs: &[&[Need]], console: &Console) -> Result<()> {
     let missing: Vec<(Need, String)> = needs
@@ -216,25 +217,25 @@ pub fn ensure(needs: &[&[Need]], console: &Console) -> Result<()> {
     let reasons: Vec<_> =
         missing.iter().map(|(need, reason)| format!("{}: {reason}", need.program)).collect();
     let reasons = reasons.join(", ");
-    let by_hand = format!("{reasons}; install by hand: apt-get install {list}");
+    let by_hand = format!("{reasons}. Install them manually: apt-get install {list}");
     if find("apt-get").is_none() {
-        bail!("no apt-get to install programs with ({reasons}); the Debian packages are: {list}");
+        bail!("no apt-get on this host ({reasons}). Install the Debian packages {list}.");
     }
     if !rustix::process::geteuid().is_root() {
-        bail!("installing Debian packages needs root ({by_hand})");
+        bail!("installing Debian packages needs root: {by_hand}");
     }
     console.step(&format!("installing Debian packages: {list} ({reasons})"));
     let _quiet = NoServices::new();
     if install(&packages).is_err() {
-        // Fresh machines have no package lists.
+        // A new machine has no package lists.
         apt(&["update"])?;
         install(&packages).with_context(|| by_hand.clone())?;
     }
     missing.iter().try_for_each(|(need, _)| path(need).map(drop))
 }
 
-/// As [`ensure`], package by package: one that cannot be had does not keep the others away. What
-/// went wrong, in words.
+/// Installs packages as [`ensure`] does, but each separately: the failure of one does not prevent the
+/// installation of the others. Returns the error messages.
 pub fn ensure_each(needs: &[Need], console: &Console) -> Vec<String> {
     let mut packages: Vec<&str> = needs.iter().map(|need| need.package).collect();
     packages.dedup();
@@ -262,7 +263,8 @@ fn apt(arguments: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// While it lives, packages with a service (redis, prometheus) are installed without starting it.
+/// A guard that keeps packages from starting their services (redis, prometheus) during the
+/// installation, by means of `/usr/sbin/policy-rc.d`.
 struct NoServices(Option<&'static Path>);
 
 impl NoServices {
@@ -271,7 +273,8 @@ impl NoServices {
         if policy.exists() {
             return Self(None);
         }
-        // Also on an interrupt: left behind, it would keep every service of this host from starting.
+        // The file must also be removed after a signal: it would keep every service of this host from
+        // starting.
         registry::register_file(policy);
         let written = fs::write(policy, "#!/bin/sh\nexit 101\n").and_then(|()| {
             fs::set_permissions(policy, std::os::unix::fs::PermissionsExt::from_mode(0o755))
@@ -304,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn dynamic_busybox_is_named_and_a_static_one_behind_it_is_used() -> Result<()> {
+    fn static_busybox_behind_a_dynamic_one_is_used() -> Result<()> {
         let dynamic = directory_with(&std::env::current_exe()?)?;
         let program = tempfile::NamedTempFile::new()?;
         fs::write(program.path(), elf::STATIC_EXAMPLE)?;

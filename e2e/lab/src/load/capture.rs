@@ -1,4 +1,4 @@
-//! Listening on the switch, as somebody between the nodes can.
+//! Packet capture on the switch: the view of an attacker on the underlay.
 
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -11,43 +11,50 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{Netns, Task};
 
-/// Frames kept at most, and bytes kept of each.
+/// Maximum number of frames in a capture; later ones are dropped.
 const MAX_FRAMES: usize = 200_000;
-const SNAP: usize = 2048;
+/// Bytes of a frame that a capture keeps.
+const SNAPLEN: usize = 2048;
 
 const ETH_P_ALL: u16 = 0x0003;
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
 const UDP: u8 = 17;
 
-/// A capture of every frame that passes a namespace's interfaces.
+/// A running capture of all frames on all interfaces of a namespace.
 pub struct Capture {
     stop: Arc<AtomicBool>,
     task: Task<Vec<Frame>>,
 }
 
-/// The start of a frame.
+/// The first bytes of a captured frame.
 #[derive(Debug, Clone)]
 pub struct Frame {
-    /// From the Ethernet header on.
+    /// First 2048 bytes at most, from the Ethernet header on.
     pub bytes: Vec<u8>,
 }
 
 impl Capture {
-    /// Starts to listen.
+    /// Opens a packet socket in the namespace and starts to capture.
+    ///
+    /// # Errors
+    /// If the process has no CAP_NET_RAW.
     pub fn start(netns: &Netns) -> Result<Self> {
         let protocol = Protocol::from(i32::from(ETH_P_ALL.to_be()));
         let socket = netns.run(|| Socket::new(Domain::PACKET, Type::RAW, Some(protocol)))?;
-        let socket = socket.context("opening a packet socket (this needs root)")?;
+        let socket = socket.context("cannot open a packet socket. Run this as root.")?;
         socket.set_read_timeout(Some(Duration::from_millis(20)))?;
-        // Best effort; a test asserts on what was captured, not on all of it.
+        // Best effort: tests check the captured frames, not their number.
         let _ = socket.set_recv_buffer_size(8 << 20);
         let stop = Arc::new(AtomicBool::new(false));
         let flag = stop.clone();
         Ok(Self { stop, task: netns.spawn(move || listen(socket, &flag)) })
     }
 
-    /// Stops and returns what passed.
+    /// Stops the capture and returns its frames.
+    ///
+    /// # Errors
+    /// If reading from the socket failed.
     pub fn stop(self) -> Result<Vec<Frame>> {
         self.stop.store(true, Ordering::Relaxed);
         self.task.join()
@@ -61,7 +68,7 @@ fn listen(mut socket: Socket, stop: &AtomicBool) -> Result<Vec<Frame>> {
     while !stop.load(Ordering::Relaxed) {
         match socket.read(&mut buffer) {
             Ok(n) if frames.len() < MAX_FRAMES => {
-                frames.push(Frame { bytes: buffer[..n.min(SNAP)].to_vec() });
+                frames.push(Frame { bytes: buffer[..n.min(SNAPLEN)].to_vec() });
             }
             Ok(_) => {}
             Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
@@ -72,7 +79,8 @@ fn listen(mut socket: Socket, stop: &AtomicBool) -> Result<Vec<Frame>> {
 }
 
 impl Frame {
-    /// Destination port and payload, if this is UDP over IPv4 or IPv6 and was captured whole.
+    /// Returns the destination port and the payload, if the frame is a complete UDP datagram over IPv4
+    /// or over IPv6 without extension headers.
     pub fn udp(&self) -> Option<(u16, &[u8])> {
         let (ethernet, packet) = self.bytes.split_at_checked(14)?;
         let (protocol, segment) = match u16::from_be_bytes([ethernet[12], ethernet[13]]) {
@@ -88,7 +96,7 @@ impl Frame {
         Some((u16::from_be_bytes([header[2], header[3]]), segment.get(8..length)?))
     }
 
-    /// Source address and port, if this is UDP over IPv4 without IP options.
+    /// Returns the source address and port, if the frame is UDP over IPv4 without IP options.
     pub fn source(&self) -> Option<SocketAddrV4> {
         self.udp()?;
         let (ip, port) = (self.bytes.get(26..30)?, self.bytes.get(34..36)?);
@@ -97,7 +105,7 @@ impl Frame {
         Some(SocketAddrV4::new(octets.into(), u16::from_be_bytes(port.try_into().ok()?)))
     }
 
-    /// Where it goes, if this is IPv4.
+    /// Returns the destination address, if the frame is IPv4.
     pub fn destination(&self) -> Option<Ipv4Addr> {
         let (ethernet, packet) = self.bytes.split_at_checked(14)?;
         let ip = u16::from_be_bytes([ethernet[12], ethernet[13]]) == ETH_P_IP;
@@ -105,7 +113,10 @@ impl Frame {
         Some(octets.into())
     }
 
-    /// Whether these bytes are anywhere in it.
+    /// Returns whether the frame contains `wanted`.
+    ///
+    /// # Panics
+    /// If `wanted` is empty.
     pub fn contains(&self, wanted: &[u8]) -> bool {
         self.bytes.windows(wanted.len()).any(|window| window == wanted)
     }
@@ -117,7 +128,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn udp_payloads_are_found_and_rubbish_is_not() {
+    fn udp_payload_is_found_only_in_complete_frames() {
         let mut bytes = vec![0; 12];
         bytes.extend([0x08, 0x00, 0x45, 0, 0, 30, 0, 0, 0, 0, 64, 17, 0, 0]);
         bytes.extend([192, 0, 2, 1, 192, 0, 2, 2, 0, 9, 0xca, 0xbc, 0, 10, 0, 0, 7, 8]);

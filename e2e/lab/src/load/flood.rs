@@ -1,4 +1,4 @@
-//! A stranger who sends whatever it likes, from whatever address, as fast as one core can.
+//! Sender of UDP datagrams with any payload and spoofed source addresses, as fast as one core can.
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::{Duration, Instant};
@@ -10,56 +10,64 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::Netns;
 
-/// Datagrams a system call.
+/// Datagrams per system call.
 const BATCH: usize = 64;
-/// IPv4 and UDP.
+/// Length of an IPv4 header and a UDP header, bytes.
 const HEADERS: usize = 28;
+/// Number of UDP in the IPv4 header.
 const UDP: u8 = 17;
 
-/// Sends UDP over IPv4 to one address, with any source.
+/// A raw socket that sends UDP over IPv4 to one address, with any source address.
 pub struct FloodSender {
     socket: Socket,
     to: SocketAddrV4,
 }
 
-/// What was sent.
+/// Number of datagrams that were sent.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct FloodStats {
-    /// Datagrams that the kernel took.
+    /// Datagrams that the kernel accepted.
     pub datagrams: u64,
-    /// Their bytes, with the headers of IP and UDP.
+    /// Bytes of these datagrams, with the IP and UDP headers.
     pub bytes: u64,
-    /// How long it took, in seconds.
+    /// Duration, seconds.
     pub seconds: f64,
 }
 
 impl FloodStats {
-    /// Adds what was sent after it.
+    /// Adds the numbers of a later transmission.
     pub fn add(&mut self, more: Self) {
         self.datagrams += more.datagrams;
         self.bytes += more.bytes;
         self.seconds += more.seconds;
     }
 
-    /// Datagrams a second.
+    /// Returns the rate, datagrams per second.
     pub fn rate(&self) -> f64 {
         self.datagrams as f64 / self.seconds.max(1e-9)
     }
 }
 
 impl FloodSender {
-    /// Opens its socket in a namespace.
+    /// Opens the raw socket in a namespace.
+    ///
+    /// # Errors
+    /// If the process has no CAP_NET_RAW, or if the namespace has no route to `to`.
     pub fn new(netns: &Netns, to: SocketAddrV4) -> Result<Self> {
-        // The protocol's number for "with headers of my own".
+        // IPPROTO_RAW: the packets contain their IP headers (raw(7)).
         let raw = Protocol::from(255);
         let socket = netns.run(|| Socket::new(Domain::IPV4, Type::RAW, Some(raw)))?;
-        let socket = socket.context("opening a raw socket (this needs root)")?;
+        let socket = socket.context("cannot open a raw socket. Run this as root.")?;
         socket.connect(&SocketAddrV4::new(*to.ip(), 0).into())?;
         Ok(Self { socket, to })
     }
 
-    /// Sends these payloads in turn, again and again, until `count` are sent or `limit` has passed. `source`
-    /// is asked for each, by its number.
+    /// Sends the payloads in turn until `count` datagrams are sent or `limit` has passed. `source`
+    /// returns the source address of a datagram by its number, from 0.
+    ///
+    /// # Errors
+    /// If `payloads` is empty, or if the kernel refuses a datagram for another reason than a full
+    /// queue.
     pub fn send(
         &self,
         payloads: &[Vec<u8>],
@@ -89,7 +97,7 @@ impl FloodSender {
         Ok(stats)
     }
 
-    /// How many of them the kernel took.
+    /// Sends packets in one system call and returns the number that the kernel accepted.
     fn send_batch(&self, packets: &[Vec<u8>]) -> Result<usize> {
         let slices: Vec<_> = packets.iter().map(|packet| [IoSlice::new(packet)]).collect();
         let mut control: Vec<_> = packets.iter().map(|_| SendAncillaryBuffer::default()).collect();
@@ -97,14 +105,15 @@ impl FloodSender {
         let mut messages: Vec<_> = messages.map(|(slice, c)| MMsgHdr::new(slice, c)).collect();
         match sendmmsg(&self.socket, &mut messages, SendFlags::empty()) {
             Ok(sent) => Ok(sent),
-            // Its own queue is full.
+            // The queue of the interface is full, or a signal came first: the caller tries again.
             Err(Errno::NOBUFS | Errno::INTR) => Ok(0),
             Err(error) => Err(error).context("sending"),
         }
     }
 }
 
-/// Makes a packet of it. The kernel fills in length, identification and checksum; UDP's may be absent.
+/// Writes an IPv4 packet with a UDP datagram to `packet`. The kernel fills in the identification and
+/// the IP checksum. The UDP checksum is 0, that is, absent.
 fn fill(packet: &mut Vec<u8>, from: SocketAddrV4, to: SocketAddrV4, payload: &[u8]) {
     let length = |from: usize| ((HEADERS - from + payload.len()) as u16).to_be_bytes();
     packet.clear();
@@ -120,7 +129,8 @@ fn fill(packet: &mut Vec<u8>, from: SocketAddrV4, to: SocketAddrV4, payload: &[u
     packet.extend(payload);
 }
 
-/// The address of this number in a network of 65536, each time from another port.
+/// Returns the source address with this number: one of the 65536 addresses of the /16 network, and a
+/// port from 1024 to 61023 that changes with the number.
 pub fn spoofed_source([a, b]: [u8; 2], number: u64) -> SocketAddrV4 {
     let [c, d] = (number as u16).to_be_bytes();
     SocketAddrV4::new(Ipv4Addr::new(a, b, c, d), 1024 + (number / 7 % 60_000) as u16)
@@ -133,7 +143,7 @@ mod tests {
     use crate::load::capture::Frame;
 
     #[test]
-    fn a_packet_is_what_a_capture_reads() {
+    fn packet_is_read_by_capture() {
         let to = "192.0.2.2:51900".parse().unwrap();
         let mut packet = vec![1, 2, 3];
         fill(&mut packet, spoofed_source([198, 18], 0x1_0203), to, &[7, 8]);

@@ -1,4 +1,4 @@
-//! The least HTTP client that can read an agent's pages, and command a browser.
+//! A minimal HTTP/1.1 client for the agent's pages and for WebDriver.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -6,21 +6,29 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
-/// What a server answered.
+/// The response of an HTTP server.
 #[derive(Debug, Clone)]
 pub struct Answer {
-    /// Status code.
+    /// Status code, such as 200.
     pub status: u16,
-    /// Body.
+    /// Body as text; bytes that are not UTF-8 are replaced.
     pub body: String,
 }
 
-/// GET within five seconds.
+/// Sends a GET request.
+///
+/// # Errors
+/// Those of [`send`], with a limit of 5 s.
 pub fn get(server: SocketAddr, path: &str) -> Result<Answer> {
     send(server, "GET", path, None, Duration::from_secs(5))
 }
 
-/// One request over a connection of its own, with a body of JSON or none.
+/// Sends one request over a new connection, with a JSON body or none. `limit` bounds the connection
+/// setup and each read or write.
+///
+/// # Errors
+/// If the server does not accept the connection or answer within `limit`, or if the answer is not
+/// HTTP.
 pub fn send(
     server: SocketAddr,
     method: &str,
@@ -44,12 +52,13 @@ pub fn send(
     read(&mut BufReader::new(stream)).with_context(|| format!("reading {path}"))
 }
 
-/// Reads an answer: as long as it says, or to the end of the connection.
+/// Reads a response. Its body ends after Content-Length bytes, after the last chunk, or at the end of
+/// the connection.
 fn read(stream: &mut BufReader<TcpStream>) -> Result<Answer> {
     let mut line = String::new();
     stream.read_line(&mut line)?;
     let status = line.split(' ').nth(1).and_then(|code| code.parse().ok());
-    let status = status.context("no HTTP answer")?;
+    let status = status.context("the response is not HTTP")?;
     let (mut length, mut chunked) = (None, false);
     loop {
         line.clear();
@@ -62,14 +71,14 @@ fn read(stream: &mut BufReader<TcpStream>) -> Result<Answer> {
     }
     let mut body = vec![];
     match length {
-        Some(length) => more(stream, &mut body, length)?,
-        // Each part has its length before it (RFC 9112, 7.1).
+        Some(length) => read_exactly(stream, &mut body, length)?,
+        // The length of a chunk precedes it (RFC 9112, section 7.1).
         None if chunked => loop {
             line.clear();
             stream.read_line(&mut line)?;
             match usize::from_str_radix(line.trim(), 16).context("length of a chunk")? {
                 0 => break,
-                length => more(stream, &mut body, length)?,
+                length => read_exactly(stream, &mut body, length)?,
             }
             stream.read_line(&mut line)?;
         },
@@ -78,7 +87,11 @@ fn read(stream: &mut BufReader<TcpStream>) -> Result<Answer> {
     Ok(Answer { status, body: String::from_utf8_lossy(&body).into_owned() })
 }
 
-fn more(stream: &mut BufReader<TcpStream>, body: &mut Vec<u8>, length: usize) -> Result<()> {
+fn read_exactly(
+    stream: &mut BufReader<TcpStream>,
+    body: &mut Vec<u8>,
+    length: usize,
+) -> Result<()> {
     let before = body.len();
     body.resize(before + length, 0);
     Ok(stream.read_exact(&mut body[before..])?)

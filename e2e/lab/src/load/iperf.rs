@@ -1,4 +1,4 @@
-//! iperf3 between two pods.
+//! Throughput between two pods, measured by iperf3.
 
 use std::net::IpAddr;
 use std::thread;
@@ -11,37 +11,37 @@ use crate::Netns;
 use crate::process::{self, Process};
 use crate::registry;
 
-/// What to send.
+/// Kind of traffic that iperf3 sends.
 #[derive(Debug, Clone, Copy)]
 pub enum Flow {
-    /// TCP on this many connections.
+    /// TCP on parallel connections.
     Tcp {
-        /// Parallel connections.
+        /// Number of connections.
         streams: u32,
     },
-    /// UDP with datagrams of `payload` bytes at `megabits` a second.
+    /// UDP at a fixed rate.
     Udp {
-        /// Bytes a datagram.
+        /// Payload of a datagram, bytes.
         payload: u32,
-        /// Megabits a second.
+        /// Rate, megabits per second.
         megabits: u32,
     },
 }
 
-/// What arrived.
+/// Result of a run of iperf3.
 #[derive(Debug, Clone, Copy)]
 pub struct Outcome {
-    /// Received, in bits a second.
+    /// Rate of received data, bits per second.
     pub bits_per_second: f64,
-    /// Received bytes.
+    /// Number of bytes that were received.
     pub bytes: f64,
-    /// TCP retransmits (0 for UDP).
+    /// Number of TCP retransmits; 0 for UDP.
     pub retransmits: f64,
-    /// UDP datagrams lost, in per cent (0 for TCP).
+    /// Lost UDP datagrams, percent; 0 for TCP.
     pub lost_percent: f64,
 }
 
-/// A server that lives as long as this value.
+/// An iperf3 server that runs as long as this value exists.
 pub struct Server {
     process: Process,
     directory: std::path::PathBuf,
@@ -49,6 +49,9 @@ pub struct Server {
 
 impl Server {
     /// Starts `iperf3 --server` in a pod and waits until it listens.
+    ///
+    /// # Errors
+    /// If iperf3 cannot be started, exits, or does not listen after 30 s.
     pub fn start(pod: &Netns) -> Result<Self> {
         let directory = registry::directory("iperf")?;
         let mut command = pod.command("iperf3");
@@ -74,7 +77,8 @@ impl Drop for Server {
     }
 }
 
-/// 2 MiB, or what this host grants: iperf3 refuses to run with less than it asked for.
+/// Returns the socket buffer to request: 2 MiB, or the host's maximum if that is less. iperf3 refuses
+/// to run with a smaller buffer than requested.
 fn udp_window() -> u64 {
     let limit = |name: &str| {
         let text = std::fs::read_to_string(format!("/proc/sys/net/core/{name}")).ok()?;
@@ -83,7 +87,10 @@ fn udp_window() -> u64 {
     [limit("rmem_max"), limit("wmem_max")].into_iter().flatten().fold(2 << 20, u64::min)
 }
 
-/// Sends from a pod to a [`Server`] at `to` for some seconds; `reverse` lets the server send.
+/// Sends from a pod to a [`Server`] at `to` for `seconds`. If `reverse` is true, the server sends.
+///
+/// # Errors
+/// If iperf3 fails, or does not exit within 20 s after the end of the measurement.
 pub fn run(from: &Netns, to: IpAddr, flow: Flow, seconds: u32, reverse: bool) -> Result<Outcome> {
     let mut command = from.command("iperf3");
     command.args(["--json", "--client", &to.to_string(), "--time", &seconds.to_string()]);
@@ -95,8 +102,8 @@ pub fn run(from: &Netns, to: IpAddr, flow: Flow, seconds: u32, reverse: bool) ->
         Flow::Udp { payload, megabits } => {
             command.args(["--udp", "--length", &payload.to_string()]);
             command.args(["--bitrate", &format!("{megabits}M")]);
-            // The default holds 20 ms of this: a receiver that waits longer for a CPU would lose
-            // datagrams that the network has delivered.
+            // The default buffer holds 20 ms of traffic: a receiver that waits longer for a CPU would
+            // lose datagrams that the network has delivered.
             command.args(["--window", &udp_window().to_string()]);
         }
     }
@@ -120,7 +127,7 @@ pub fn run(from: &Netns, to: IpAddr, flow: Flow, seconds: u32, reverse: bool) ->
             lost_percent: 0.0,
         }),
         Flow::Udp { .. } => {
-            // "sum" counts what the sender sent; what is lost is the receiver's count.
+            // "sum" counts the datagrams of the sender, "lost_percent" those that the receiver missed.
             let lost = number(&end["sum"]["lost_percent"]);
             let received = 1.0 - lost / 100.0;
             Ok(Outcome {

@@ -1,4 +1,4 @@
-//! Traffic for pods: what sends and receives it, and what was measured.
+//! Traffic between pods: senders, receivers and measurements.
 
 pub mod capture;
 pub mod flood;
@@ -12,17 +12,18 @@ pub mod rr;
 pub mod transfer;
 pub mod udp;
 
-/// Latencies in microseconds.
+/// Percentiles of a latency, microseconds.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Latency {
-    /// Median.
+    /// Median, microseconds.
     pub p50: f64,
-    /// 99th percentile.
+    /// 99th percentile, microseconds.
     pub p99: f64,
 }
 
 impl Latency {
-    /// Percentiles of nanoseconds; `None` of nothing.
+    /// Computes the percentiles of samples in nanoseconds, which are sorted in place. Returns `None` if
+    /// there is no sample.
     pub fn of_nanos(samples: &mut [u64]) -> Option<Self> {
         samples.sort_unstable();
         let last = samples.len().checked_sub(1)?;
@@ -31,7 +32,7 @@ impl Latency {
     }
 }
 
-/// The median; `None` of nothing.
+/// Returns the median, or `None` if there is no value.
 pub fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     let mut values: Vec<f64> = values.into_iter().collect();
     values.sort_by(f64::total_cmp);

@@ -1,6 +1,6 @@
-//! Reproducible bytes, so that a receiver can tell every wrong one without a copy of what was sent.
+//! Reproducible byte streams: a receiver detects each wrong byte without a copy of the sent data.
 
-/// A byte at this place of a stream that is not what was sent.
+/// Offset of a byte in a stream that differs from the sent byte.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WrongByte(pub u64);
 
@@ -21,14 +21,14 @@ pub struct Pattern {
 }
 
 impl Pattern {
-    /// The stream of this seed, from its start.
+    /// Creates the stream of this seed, at its start.
     pub fn new(seed: u64) -> Self {
         // The generator's state must not be zero.
         let state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         Self { state, ready: [0; 8], used: 8 }
     }
 
-    /// The next bytes.
+    /// Fills a buffer with the next bytes of the stream.
     pub fn fill(&mut self, to: &mut [u8]) {
         let mut rest = to;
         while !rest.is_empty() {
@@ -46,7 +46,8 @@ impl Pattern {
         }
     }
 
-    /// Compares with the next bytes; the index of the first that differs.
+    /// Compares `bytes` with the next bytes of the stream and returns the index of the first
+    /// difference.
     pub fn mismatch(&mut self, bytes: &[u8]) -> Option<usize> {
         let mut expected = vec![0; bytes.len()];
         self.fill(&mut expected);
@@ -63,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pieces_make_the_same_stream_and_errors_are_found() {
+    fn pieces_match_stream_and_wrong_byte_is_found() {
         let mut whole = [0; 1000];
         Pattern::new(7).fill(&mut whole);
         let mut pieces = Pattern::new(7);

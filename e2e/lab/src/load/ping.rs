@@ -1,4 +1,4 @@
-//! `ping` between two pods.
+//! ICMP echo requests between two pods, sent by `ping`.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -11,16 +11,16 @@ use rustix::process::Signal;
 use crate::Netns;
 use crate::process::{self, Process};
 
-/// How to ping.
+/// Parameters of a series of pings.
 #[derive(Debug, Clone, Copy)]
 pub struct Ping {
-    /// Echo requests.
+    /// Number of echo requests.
     pub count: u32,
-    /// Time between two, in milliseconds.
+    /// Interval between two requests, milliseconds.
     pub interval_ms: u32,
-    /// Payload in bytes (without ICMP's 8 and the IP header).
+    /// Payload, bytes, without the ICMP header (8 bytes) and the IP header.
     pub payload: u32,
-    /// Forbid fragments (DF), also those that this host would make.
+    /// Forbids fragmentation (DF), also by this host.
     pub whole: bool,
 }
 
@@ -30,27 +30,30 @@ impl Default for Ping {
     }
 }
 
-/// What came back.
+/// Result of a series of pings.
 #[derive(Debug, Clone)]
 pub struct Answers {
-    /// Requests sent.
+    /// Number of requests.
     pub sent: u32,
-    /// Answers received.
+    /// Number of answers.
     pub received: u32,
-    /// Mean round trip in milliseconds, where there was any.
+    /// Mean round-trip time, milliseconds; `None` without an answer.
     pub mean_ms: Option<f64>,
-    /// What ping printed.
+    /// Output of `ping`.
     pub text: String,
 }
 
 impl Answers {
-    /// Whether every request was answered.
+    /// Returns whether requests were sent and all were answered.
     pub fn complete(&self) -> bool {
         self.sent > 0 && self.sent == self.received
     }
 }
 
-/// Pings `to` from inside a namespace. No answer is no error.
+/// Pings `to` from a namespace. A lost ping is not an error.
+///
+/// # Errors
+/// If `ping` cannot be started, sends nothing, or does not exit.
 pub fn ping(from: &Netns, to: IpAddr, ping: Ping) -> Result<Answers> {
     let mut command = from.command("ping");
     command.args(["-n", "-c", &ping.count.to_string(), "-s", &ping.payload.to_string()]);
@@ -61,7 +64,7 @@ pub fn ping(from: &Netns, to: IpAddr, ping: Ping) -> Result<Answers> {
     Answers::parse(finished.stdout + &finished.stderr).with_context(|| format!("ping {to}"))
 }
 
-/// A running `ping`.
+/// A running `ping`, which sends requests until [`Pings::end`].
 #[derive(Debug)]
 pub struct Pings {
     process: Process,
@@ -69,40 +72,39 @@ pub struct Pings {
 }
 
 impl Pings {
-    /// Starts to ping `to` from inside a namespace every `interval`; the output goes to the file
-    /// `log`.
+    /// Starts to ping `to` from a namespace at every `interval`. The output goes to the file `log`.
     ///
     /// # Errors
-    /// `ping` cannot be started.
+    /// If `ping` cannot be started.
     pub fn start(from: &Netns, to: IpAddr, interval: Duration, log: &Path) -> Result<Self> {
         let mut command = from.command("ping");
         command.args(["-n", "-i", &format!("{:.3}", interval.as_secs_f64())]).arg(to.to_string());
         Ok(Self { process: Process::start(&mut command, log)?, interval })
     }
 
-    /// Ends the pings; returns the number of lost pings and the longest time without an answer.
+    /// Stops `ping` and returns the number of lost pings and the longest time without an answer.
     ///
     /// # Errors
-    /// `ping` does not end within thirty seconds, or no request was answered.
+    /// If `ping` does not exit within 30 s, or if no request was answered.
     pub fn end(mut self) -> Result<Loss> {
         // Waits for answers that are still on their way.
         std::thread::sleep(Duration::from_millis(200));
         self.process.signal(Signal::INT)?;
         let end = Instant::now() + Duration::from_secs(30);
         while self.process.exited().is_none() {
-            ensure!(Instant::now() < end, "ping does not end");
+            ensure!(Instant::now() < end, "ping did not exit within 30 s");
             std::thread::sleep(Duration::from_millis(10));
         }
         Loss::parse(&std::fs::read_to_string(self.process.log())?, self.interval)
     }
 }
 
-/// Pings that were lost between the first and the last that was answered.
+/// Lost pings between the first and the last answered one.
 #[derive(Debug, Clone, Copy)]
 pub struct Loss {
-    /// Echo requests.
+    /// Number of requests from the first to the last answered one.
     pub sent: u32,
-    /// Requests without an answer.
+    /// Number of requests without an answer.
     pub lost: u32,
     /// Duration of the longest series of lost requests.
     pub longest: Duration,
@@ -112,7 +114,7 @@ impl Loss {
     /// Parses the output of a `ping` that sent one request per `interval`.
     ///
     /// # Errors
-    /// No request was answered.
+    /// If no request was answered.
     pub fn parse(text: &str, interval: Duration) -> Result<Self> {
         let number = |line: &str| line.split("icmp_seq=").nth(1)?.split(' ').next()?.parse().ok();
         let answered: BTreeSet<u32> =

@@ -1,10 +1,10 @@
-//! How far a flow has come, for whoever watches it while it goes on.
+//! Progress of a flow, readable while the flow runs.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Counts of one flow; shared between who moves and who watches.
+/// Counters of one flow, which the receiver of the flow writes and any thread reads.
 #[derive(Debug, Default)]
 pub struct FlowProgress {
     bytes: AtomicU64,
@@ -19,7 +19,7 @@ struct Pauses {
 }
 
 impl FlowProgress {
-    /// So many bytes more have arrived, and they were right.
+    /// Adds received bytes whose content was right, and measures the pause since the last ones.
     pub fn add_received(&self, bytes: u64) {
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
         let now = Instant::now();
@@ -29,28 +29,28 @@ impl FlowProgress {
         }
     }
 
-    /// Bytes that have arrived.
+    /// Returns the number of received bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// When the last ones came.
+    /// Returns the time of the last received bytes; `None` before the first.
     pub fn last_received(&self) -> Option<Instant> {
         self.pauses.lock().unwrap_or_else(PoisonError::into_inner).last
     }
 
-    /// The longest pause that has ended since the last call.
+    /// Returns the longest pause that ended since the last call of this function.
     pub fn take_longest_pause(&self) -> Duration {
         let mut pauses = self.pauses.lock().unwrap_or_else(PoisonError::into_inner);
         std::mem::take(&mut pauses.longest)
     }
 
-    /// Asks the flow to end.
+    /// Requests that the flow ends.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
     }
 
-    /// Whether it is to end.
+    /// Returns whether the flow was requested to end.
     pub fn is_stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
@@ -62,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pause_is_told_once_and_only_when_it_has_ended() {
+    fn pause_is_returned_once_after_its_end() {
         let progress = FlowProgress::default();
         progress.add_received(1);
         std::thread::sleep(Duration::from_millis(20));

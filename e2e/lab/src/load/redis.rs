@@ -14,14 +14,17 @@ use crate::registry;
 
 const PORT: &str = "6379";
 
-/// A server that lives as long as this value.
+/// A redis server that runs as long as this value exists.
 pub struct Server {
     process: Process,
     directory: PathBuf,
 }
 
 impl Server {
-    /// Starts it, without any persistence, and waits until it accepts connections.
+    /// Starts a server without persistence in a pod and waits until it accepts connections.
+    ///
+    /// # Errors
+    /// If redis cannot be started, exits, or accepts no connection after 30 s.
     pub fn start(pod: &Netns, address: IpAddr) -> Result<Self> {
         let directory = registry::directory("redis")?;
         let mut command = pod.command("redis-server");
@@ -49,18 +52,21 @@ impl Drop for Server {
     }
 }
 
-/// What the benchmark measured.
+/// Result of `redis-benchmark`.
 #[derive(Debug, Clone, Copy)]
 pub struct Outcome {
-    /// GET requests a second.
+    /// Rate of GET requests, requests per second.
     pub per_second: f64,
-    /// Requests in all.
+    /// Total number of requests.
     pub requests: f64,
     /// Latency of a request.
     pub latency: Latency,
 }
 
-/// GET by `clients` connections, `requests` in all.
+/// Runs `redis-benchmark` with `requests` GET requests over `clients` connections.
+///
+/// # Errors
+/// If the benchmark fails, or does not exit within 120 s.
 pub fn get(from: &Netns, server: IpAddr, clients: u32, requests: u64) -> Result<Outcome> {
     let mut command = from.command("redis-benchmark");
     command.args(["-h", &server.to_string(), "-p", PORT, "-t", "get", "--csv"]);

@@ -1,4 +1,4 @@
-//! Request and response over one TCP connection, one byte each way, one at a time.
+//! Round trips over one TCP connection: requests and responses of one byte, one at a time.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -9,16 +9,21 @@ use anyhow::{Context as _, Result, bail};
 use super::Latency;
 use crate::Netns;
 
-/// What was measured.
+/// Result of a measurement.
 #[derive(Debug, Clone, Copy)]
 pub struct Outcome {
-    /// Round trips.
+    /// Number of round trips, without the first tenth of the duration.
     pub count: usize,
-    /// How long they took.
+    /// Duration of a round trip.
     pub latency: Latency,
 }
 
-/// Runs between two namespaces for `duration`; `to` is the address of the server's namespace.
+/// Measures round trips between two namespaces for `duration`. `to` is an address of the server's
+/// namespace.
+///
+/// # Errors
+/// If the connection cannot be opened or fails, if a wrong byte comes back, or if no round trip was
+/// measured.
 pub fn run(client: &Netns, server: &Netns, to: SocketAddr, duration: Duration) -> Result<Outcome> {
     let listener = server.run(|| TcpListener::bind(to))?.with_context(|| format!("bind {to}"))?;
     let echo = server.spawn(move || {
@@ -45,7 +50,7 @@ fn exchange(to: SocketAddr, duration: Duration) -> Result<Outcome> {
     stream.set_read_timeout(Some(Duration::from_secs(30)))?;
     let mut samples = Vec::with_capacity(1 << 18);
     let start = Instant::now();
-    // The first tenth warms caches up and is not counted.
+    // The first tenth of the duration fills caches and is not counted.
     let warm = start + duration / 10;
     loop {
         let before = Instant::now();
@@ -57,7 +62,7 @@ fn exchange(to: SocketAddr, duration: Duration) -> Result<Outcome> {
         let mut answer = [0];
         stream.read_exact(&mut answer)?;
         if answer != sent {
-            bail!("another byte came back");
+            bail!("a wrong byte came back");
         }
         if before > warm {
             samples.push(before.elapsed().as_nanos() as u64);

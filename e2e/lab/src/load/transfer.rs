@@ -11,31 +11,35 @@ use super::pattern::{Pattern, WrongByte};
 use super::progress::FlowProgress;
 use crate::{Netns, Task};
 
-/// A chunk of writing, in bytes.
+/// Size of one write, bytes.
 const CHUNK: usize = 64 << 10;
 
-/// How long both sides wait for the other before they give up.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Maximum time that a side waits for the other: for the connection, and for each read or write.
+const IO_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A transfer under way.
+/// A running transfer: a sender and a receiver, each on its own thread.
 pub struct Transfer {
     sender: Task<u64>,
     receiver: Task<Received>,
 }
 
-/// What the receiver got.
+/// Result of a transfer.
 #[derive(Debug, Clone, Copy)]
 pub struct Received {
-    /// Bytes, all of them right.
+    /// Number of received bytes; all are right.
     pub bytes: u64,
-    /// From the first byte to the last.
+    /// Time from the accepted connection to the last byte, seconds.
     pub seconds: f64,
-    /// The longest time without a byte, in seconds.
+    /// Longest time without a received byte, seconds.
     pub longest_pause: f64,
 }
 
 impl Transfer {
-    /// Sends `bytes` bytes from `client` to `to` in `server`, at most `per_second` a second.
+    /// Starts to send `bytes` bytes from the namespace `client` to the address `to` of the namespace
+    /// `server`, at most `per_second` bytes per second.
+    ///
+    /// # Errors
+    /// If the address cannot be bound.
     pub fn start(
         client: &Netns,
         server: &Netns,
@@ -46,7 +50,11 @@ impl Transfer {
         Self::start_with_progress(client, server, to, bytes, per_second, &Arc::default())
     }
 
-    /// The same, told to `progress` as it goes on; ends early where the progress says so.
+    /// Starts a transfer as [`Transfer::start`] does. Received bytes are added to `progress`;
+    /// [`FlowProgress::stop`] ends the transfer early.
+    ///
+    /// # Errors
+    /// If the address cannot be bound.
     pub fn start_with_progress(
         client: &Netns,
         server: &Netns,
@@ -57,23 +65,26 @@ impl Transfer {
     ) -> Result<Self> {
         let seed = bytes ^ u64::from(to.port());
         let listener = server.run(|| bind(to))?.with_context(|| format!("binding {to}"))?;
-        let (told, stops) = (progress.clone(), progress.clone());
-        let receiver = server.spawn(move || receive(&listener, seed, &told));
-        let sender = client.spawn(move || send(to, seed, bytes, per_second, &stops));
+        let (receives, sends) = (progress.clone(), progress.clone());
+        let receiver = server.spawn(move || receive(&listener, seed, &receives));
+        let sender = client.spawn(move || send(to, seed, bytes, per_second, &sends));
         Ok(Self { sender, receiver })
     }
 
-    /// Whether the receiver has all, or has failed.
+    /// Returns whether the receiver has received everything or has failed.
     pub fn is_finished(&self) -> bool {
         self.receiver.is_finished()
     }
 
-    /// Waits for both sides; an error where a byte was lost, added or changed.
+    /// Waits until both sides end.
+    ///
+    /// # Errors
+    /// If a byte was lost, added or changed, or if a side failed or waited for more than 30 s.
     pub fn join(self) -> Result<Received> {
         let sent = self.sender.join().context("sending");
         let received = self.receiver.join().context("receiving")?;
         let sent = sent?;
-        ensure!(received.bytes == sent, "{} bytes came instead of {sent}", received.bytes);
+        ensure!(received.bytes == sent, "{} bytes received, {sent} sent", received.bytes);
         Ok(received)
     }
 }
@@ -86,8 +97,8 @@ fn send(
     progress: &FlowProgress,
 ) -> Result<u64> {
     let mut stream = connect(to).with_context(|| format!("connecting to {to}"))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(IO_TIMEOUT))?;
+    stream.set_read_timeout(Some(IO_TIMEOUT))?;
     let mut pattern = Pattern::new(seed);
     let mut chunk = vec![0; CHUNK];
     let start = Instant::now();
@@ -103,17 +114,20 @@ fn send(
         }
     }
     stream.shutdown(std::net::Shutdown::Write)?;
-    // The receiver's word that all is there, so that an early end is seen on this side too.
+    // The receiver confirms the transfer, so that the sender also notices an early end.
     let mut answer = [0; 2];
     stream.read_exact(&mut answer).context("waiting for the receiver's answer")?;
     if &answer != b"ok" {
-        bail!("the receiver is not content");
+        bail!("the receiver did not confirm the transfer");
     }
     Ok(sent)
 }
 
-/// Tries again where the address is taken: a process that is just being started by another thread has a copy
-/// of the listener before for a moment, until its program begins.
+/// Binds a listener. Tries again for 30 s while the address is in use: between fork and exec, a process
+/// that another thread starts has a copy of an earlier listener.
+///
+/// # Errors
+/// If the address is still in use after 30 s, or cannot be bound for another reason.
 pub fn bind(at: SocketAddr) -> std::io::Result<TcpListener> {
     let end = Instant::now() + Duration::from_secs(30);
     loop {
@@ -126,9 +140,9 @@ pub fn bind(at: SocketAddr) -> std::io::Result<TcpListener> {
     }
 }
 
-/// Tries again: there may be no way at the moment.
+/// Connects. Tries again for 30 s, because the path may be interrupted.
 fn connect(to: SocketAddr) -> std::io::Result<TcpStream> {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + IO_TIMEOUT;
     loop {
         match TcpStream::connect_timeout(&to, Duration::from_secs(10)) {
             Err(_) if Instant::now() < end => std::thread::sleep(Duration::from_millis(50)),
@@ -138,8 +152,8 @@ fn connect(to: SocketAddr) -> std::io::Result<TcpStream> {
 }
 
 fn receive(listener: &TcpListener, seed: u64, progress: &FlowProgress) -> Result<Received> {
-    let mut stream = accept(listener, PATIENCE)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut stream = accept(listener, IO_TIMEOUT)?;
+    stream.set_read_timeout(Some(IO_TIMEOUT))?;
     let mut pattern = Pattern::new(seed);
     let mut buffer = vec![0; 4 * CHUNK];
     let mut got = 0;
@@ -162,7 +176,10 @@ fn receive(listener: &TcpListener, seed: u64, progress: &FlowProgress) -> Result
     Ok(Received { bytes: got, seconds: (last - start).as_secs_f64(), longest_pause })
 }
 
-/// The next connection within `limit`.
+/// Accepts the next connection and sets the listener to nonblocking mode.
+///
+/// # Errors
+/// If no connection arrives within `limit`.
 pub fn accept(listener: &TcpListener, limit: Duration) -> Result<TcpStream> {
     listener.set_nonblocking(true)?;
     let end = Instant::now() + limit;
@@ -174,7 +191,7 @@ pub fn accept(listener: &TcpListener, limit: Duration) -> Result<TcpStream> {
             }
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
                 if Instant::now() > end {
-                    bail!("nobody connected");
+                    bail!("no connection arrived within {} s", limit.as_secs_f64());
                 }
                 std::thread::sleep(Duration::from_millis(2));
             }

@@ -1,7 +1,7 @@
-//! UDP at a fixed rate or as fast as it goes, with every datagram's content checked.
+//! UDP at a fixed rate or at the maximum rate. The receiver checks the content of every datagram.
 //!
-//! A datagram of 8 bytes or more starts with its number (u64, big endian); the rest is the pattern
-//! of that number.
+//! A datagram of 8 bytes or more starts with its number (u64, big endian). The rest is the
+//! [`Pattern`] whose seed is that number.
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -16,38 +16,41 @@ use super::pattern::Pattern;
 use super::progress::FlowProgress;
 use crate::{Netns, Task};
 
-/// Time between two bursts of a paced sender.
-const TICK: Duration = Duration::from_micros(100);
+/// Interval between two bursts of a sender with a fixed rate.
+const BURST_INTERVAL: Duration = Duration::from_micros(100);
 
-/// What to send.
+/// Size, rate and duration of UDP traffic.
 #[derive(Debug, Clone, Copy)]
 pub struct Load {
-    /// Bytes a datagram.
+    /// Payload of a datagram, bytes.
     pub payload: usize,
-    /// Datagrams a second; `None` for as fast as it goes.
+    /// Rate, datagrams per second; `None` for the maximum.
     pub rate: Option<u64>,
-    /// How long.
+    /// Duration of the transmission.
     pub duration: Duration,
 }
 
-/// What was sent and what arrived.
+/// Counters of a sender and its receiver.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Outcome {
-    /// Datagrams that the kernel took from the sender.
+    /// Datagrams that the kernel accepted from the sender.
     pub sent: u64,
-    /// Datagrams that arrived.
+    /// Datagrams that the receiver received.
     pub received: u64,
-    /// Of these: after one with a higher number.
+    /// Received datagrams that arrived after one with a higher number.
     pub reordered: u64,
-    /// Of these: content or length differ from what was sent.
+    /// Received datagrams with a wrong length or content.
     pub corrupt: u64,
-    /// Of these: had come before.
+    /// Received datagrams whose number had been received before.
     pub doubled: u64,
-    /// How long the sender sent, in seconds.
+    /// Duration of the transmission, seconds.
     pub seconds: f64,
 }
 
-/// Sends from one namespace to `to` in another.
+/// Sends from the namespace `from` to the address `to` of the namespace `at`, and counts both sides.
+///
+/// # Errors
+/// If a socket cannot be bound, or if sending or receiving fails. Lost datagrams are not an error.
 pub fn run(from: &Netns, at: &Netns, to: SocketAddr, load: Load) -> Result<Outcome> {
     let receiver = Receiver::start(at, to, load.payload)?;
     let source = from.run(move || bind_for(to))??;
@@ -57,23 +60,31 @@ pub fn run(from: &Netns, at: &Netns, to: SocketAddr, load: Load) -> Result<Outco
     Ok(outcome)
 }
 
-/// The source address that `at` sees of a datagram from `from` to its address `to`.
+/// Returns the source address that a receiver in `at` sees of datagrams from `from` to the address
+/// `to`.
+///
+/// # Errors
+/// If none of 20 datagrams arrives.
 pub fn source_seen(from: &Netns, at: &Netns, to: IpAddr) -> Result<IpAddr> {
     let receiver = at.run(move || UdpSocket::bind((to, 0)))?.context("binding a UDP socket")?;
     receiver.set_read_timeout(Some(Duration::from_millis(200)))?;
     let address = receiver.local_addr()?;
     let sender = from.run(move || bind_for(address))??;
-    // The first may wait for a handshake or a neighbour.
+    // The first datagram may wait for a handshake or for neighbour discovery.
     for _ in 0..20 {
         sender.send_to(b"who am I", address)?;
         if let Ok((_, source)) = receiver.recv_from(&mut [0; 16]) {
             return Ok(source.ip());
         }
     }
-    bail!("nothing arrives at {to}")
+    bail!("no datagram arrives at {to}")
 }
 
-/// Whether datagrams from one namespace to that address arrive in another, at any of its addresses.
+/// Returns whether one of five datagrams from the namespace `from` to the address `to` arrives in the
+/// namespace `at`, whatever its address there.
+///
+/// # Errors
+/// If a socket cannot be bound, or if a datagram cannot be sent.
 pub fn arrives(from: &Netns, at: &Netns, to: SocketAddr) -> Result<bool> {
     let any = unspecified(to);
     let receiver = at.run(move || UdpSocket::bind((any, to.port())))?.context("binding")?;
@@ -88,7 +99,10 @@ pub fn arrives(from: &Netns, at: &Netns, to: SocketAddr) -> Result<bool> {
     Ok(false)
 }
 
-/// A socket to send from to that address.
+/// Binds a socket for sending to an address of the same family.
+///
+/// # Errors
+/// If the socket cannot be bound.
 pub fn bind_for(to: SocketAddr) -> Result<UdpSocket> {
     UdpSocket::bind((unspecified(to), 0)).context("binding a UDP socket")
 }
@@ -97,19 +111,25 @@ fn unspecified(to: SocketAddr) -> IpAddr {
     if to.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() }
 }
 
-/// A receiver on a thread of its own.
+/// A receiver of datagrams on its own thread.
 pub struct Receiver {
     stop: Arc<AtomicBool>,
     task: Task<Outcome>,
 }
 
 impl Receiver {
-    /// Binds `at` inside a namespace and starts to receive datagrams of `payload` bytes.
+    /// Binds `at` in a namespace and starts to receive datagrams of `payload` bytes.
+    ///
+    /// # Errors
+    /// If the address cannot be bound, or if the process has no CAP_NET_ADMIN.
     pub fn start(netns: &Netns, at: SocketAddr, payload: usize) -> Result<Self> {
         Self::start_with_progress(netns, at, payload, &Arc::default())
     }
 
-    /// The same, told to `progress` as it goes on.
+    /// Starts a receiver as [`Receiver::start`] does and adds received bytes to `progress`.
+    ///
+    /// # Errors
+    /// Those of [`Receiver::start`].
     pub fn start_with_progress(
         netns: &Netns,
         at: SocketAddr,
@@ -118,7 +138,7 @@ impl Receiver {
     ) -> Result<Self> {
         let socket = netns.run(|| UdpSocket::bind(at))?.with_context(|| format!("bind {at}"))?;
         socket.set_read_timeout(Some(Duration::from_millis(50)))?;
-        // Losses are to be the network's, not this receiver's.
+        // The receive buffer must not be the cause of losses.
         set_socket_recv_buffer_size_force(&socket, 8 << 20).context("SO_RCVBUFFORCE")?;
         let stop = Arc::new(AtomicBool::new(false));
         let (flag, progress) = (stop.clone(), progress.clone());
@@ -126,7 +146,10 @@ impl Receiver {
         Ok(Self { stop, task })
     }
 
-    /// Takes what is still under way, then ends.
+    /// Receives for at least another 100 ms, stops, and returns the counters of the receiver.
+    ///
+    /// # Errors
+    /// If reading from the socket failed.
     pub fn stop(self) -> Result<Outcome> {
         std::thread::sleep(Duration::from_millis(100));
         self.stop.store(true, Ordering::Relaxed);
@@ -170,12 +193,12 @@ fn receive(
     }
 }
 
-/// The numbers that have come, a bit each.
+/// Bitmap of received numbers.
 #[derive(Default)]
 struct Seen(Vec<u64>);
 
 impl Seen {
-    /// Whether it was there before.
+    /// Adds a number and returns whether the bitmap contained it.
     fn insert(&mut self, number: u64) -> bool {
         let (word, bit) = ((number / 64) as usize, 1 << (number % 64));
         if self.0.len() <= word {
@@ -187,12 +210,19 @@ impl Seen {
     }
 }
 
-/// Sends; returns how many datagrams and seconds.
+/// Sends datagrams and returns their number and the duration in seconds.
+///
+/// # Errors
+/// If the kernel refuses a datagram for another reason than a full queue or a missing route.
 pub fn send(socket: &UdpSocket, to: SocketAddr, load: Load) -> Result<(u64, f64)> {
     send_from(socket, to, load, &mut 0)
 }
 
-/// The same, with datagrams that are numbered from `first` on, which is left behind the last.
+/// Sends datagrams as [`send`] does. Their numbers start with `first`, which is set to the number
+/// after the last.
+///
+/// # Errors
+/// Those of [`send`].
 pub fn send_from(
     socket: &UdpSocket,
     to: SocketAddr,
@@ -208,7 +238,7 @@ pub fn send_from(
             *first += number;
             return Ok((sent, elapsed.as_secs_f64()));
         }
-        // Never more than what is due by now, never more than a tick's worth of flood.
+        // Datagrams that are due by now; 64 at once without a rate.
         let due = match load.rate {
             Some(rate) => (elapsed.as_secs_f64() * rate as f64) as u64 + 1,
             None => number + 64,
@@ -222,20 +252,21 @@ pub fn send_from(
             number += 1;
             match socket.send_to(&datagram, to) {
                 Ok(_) => sent += 1,
-                // A full queue is a loss like any other; a cut link is the test's business.
-                Err(error) if is_passing(&error) => {}
+                // The test counts these datagrams as lost.
+                Err(error) if is_transient(&error) => {}
                 Err(error) => return Err(error).with_context(|| format!("sending to {to}")),
             }
         }
         if load.rate.is_some() {
-            std::thread::sleep(TICK);
+            std::thread::sleep(BURST_INTERVAL);
         }
     }
 }
 
-fn is_passing(error: &std::io::Error) -> bool {
+/// Returns whether an error passes by itself: a full queue, no route, or no receiver.
+fn is_transient(error: &std::io::Error) -> bool {
     use rustix::io::Errno;
     let codes = [Errno::NOBUFS, Errno::AGAIN, Errno::NETUNREACH, Errno::HOSTUNREACH];
-    let passing = codes.iter().any(|code| error.raw_os_error() == Some(code.raw_os_error()));
-    passing || error.kind() == ErrorKind::ConnectionRefused
+    let transient = codes.iter().any(|code| error.raw_os_error() == Some(code.raw_os_error()));
+    transient || error.kind() == ErrorKind::ConnectionRefused
 }
