@@ -1,4 +1,5 @@
-//! `cargo e2e cluster`: a real Kubernetes to try things on, its programs, and the tests that need one.
+//! `cargo e2e cluster`: a real Kubernetes to try things on, its programs, and the tests that need
+//! one.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;

@@ -1,4 +1,5 @@
-//! Commands of `cargo e2e` on the laboratory (`skein-lab`): demonstration, test suite, soak, cluster.
+//! Commands of `cargo e2e` on the laboratory (`skein-lab`): demonstration, test suite, soak,
+//! cluster.
 
 #![forbid(unsafe_code)]
 

@@ -27,7 +27,8 @@ enum Command {
     BenchPods(bench::pods::Options),
     /// Measure what thousands of node records cost.
     Scale(bench::scale::Options),
-    /// Run mixed traffic for an hour while faults befall the nodes: no wrong byte, nothing that grows.
+    /// Run mixed traffic for an hour while faults befall the nodes: no wrong byte, nothing that
+    /// grows.
     Soak(soak::Options),
     /// Take over between an earlier commit and this tree under traffic.
     Versions(versions::Options),

@@ -38,8 +38,8 @@ pub struct Options {
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=60))]
     seconds: u32,
     /// Networks to compare: routed, vxlan, skein, wireguard-go, nebula and the variants of Skein
-    /// (skein-1-lane, skein-4-lanes, skein-no-busy-poll, skein-no-seccomp, skein-chacha20, skein-no-uso, skein-no-tso,
-    /// skein-no-checksum, skein-no-gso, skein-no-gro,
+    /// (skein-1-lane, skein-4-lanes, skein-no-busy-poll, skein-no-seccomp, skein-chacha20,
+    /// skein-no-uso, skein-no-tso, skein-no-checksum, skein-no-gso, skein-no-gro,
     /// skein-no-bundling, skein-no-offload).
     #[arg(long, value_delimiter = ',', default_value = "routed,vxlan,skein,wireguard-go,nebula")]
     only: Vec<Overlay>,

@@ -1,5 +1,6 @@
-//! `cargo e2e bench-pods`: what attaching and detaching pods costs, by the plugins' own binaries, all at
-//! once, beside the reference plugins `ptp` and `host-local` and beside what the kernel alone takes.
+//! `cargo e2e bench-pods`: what attaching and detaching pods costs, by the plugins' own binaries,
+//! all at once, beside the reference plugins `ptp` and `host-local` and beside what the kernel
+//! alone takes.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -168,7 +169,8 @@ impl Bench<'_> {
     fn command(&self, verb: &str, index: usize) -> Result<(Command, Vec<u8>)> {
         let node = &self.cluster.lab.nodes[0].ns;
         let (pod, id) = (&self.spaces[index], format!("b{index}"));
-        // Not `ip netns exec`, which makes a mount namespace as well: a runtime is in its node already.
+        // Not `ip netns exec`, which makes a mount namespace as well: a runtime is in its node
+        // already.
         let mut command = Command::new("nsenter");
         command.arg(format!("--net={}", cni::path(node)));
         if self.network == Network::Kernel {

@@ -1,5 +1,5 @@
-//! How the programs of Kubernetes are started: as an administrator would on machines of metal, without
-//! kubeadm.
+//! How the programs of Kubernetes are started: as an administrator would on machines of metal,
+//! without kubeadm.
 
 use serde_json::{Value, json};
 

@@ -61,8 +61,8 @@ impl Default for Options {
     }
 }
 
-/// A cluster, gone when dropped. As every laboratory it waits for its turn, and it ends too when the
-/// thread ends that made it.
+/// A cluster, gone when dropped. As every laboratory it waits for its turn, and it ends too when
+/// the thread ends that made it.
 #[derive(Debug)]
 pub struct Kube {
     /// The nodes: `node1`, `node2`, …
@@ -88,8 +88,8 @@ impl Drop for Directory {
 }
 
 impl Kube {
-    /// Builds it; waits for its turn first. The nodes are known to the API server then, and not Ready,
-    /// because they have no network.
+    /// Builds it; waits for its turn first. The nodes are known to the API server then, and not
+    /// Ready, because they have no network.
     pub fn up(options: &Options) -> Result<Self> {
         ensure!((1..=100).contains(&options.nodes), "a cluster has 1 to 100 nodes");
         if !rustix::process::geteuid().is_root() {
@@ -165,8 +165,8 @@ impl Kube {
         .map(drop)
     }
 
-    /// Waits until `is` says so; how long that took. Looks five times a second, and fails at once where
-    /// a daemon has ended of itself.
+    /// Waits until `is` says so; how long that took. Looks five times a second, and fails at once
+    /// where a daemon has ended of itself.
     pub fn wait(
         &mut self,
         what: &str,

@@ -129,8 +129,8 @@ impl Machine {
         self.laboratory.join(&self.name)
     }
 
-    /// The way from here to a directory of its disk: `/etc/kubernetes`, `/etc/cni/net.d`, `/opt/cni/bin`,
-    /// `/var/lib/kubelet` and `/var/lib/containerd`, also while it is switched off.
+    /// The way from here to a directory of its disk: `/etc/kubernetes`, `/etc/cni/net.d`,
+    /// `/opt/cni/bin`, `/var/lib/kubelet` and `/var/lib/containerd`, also while it is switched off.
     pub fn disk_path(&self, inside: &str) -> PathBuf {
         self.disk().join(inside.trim_start_matches('/'))
     }

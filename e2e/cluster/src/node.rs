@@ -52,8 +52,8 @@ impl DerefMut for Node {
 }
 
 impl Node {
-    /// Writes the disk of a node that is switched off. No network is on it: `/etc/cni/net.d` is empty,
-    /// and `/opt/cni/bin` has the reference plugins only.
+    /// Writes the disk of a node that is switched off. No network is on it: `/etc/cni/net.d` is
+    /// empty, and `/opt/cni/bin` has the reference plugins only.
     pub(super) fn new(
         machine: Machine,
         pki: &Pki,

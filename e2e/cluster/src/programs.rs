@@ -1,5 +1,5 @@
-//! The programs of a cluster: from Debian's packages, and Kubernetes and helm from a cache outside of
-//! the clone, which the first use fills. [`OTHER`] names programs of another Kubernetes.
+//! The programs of a cluster: from Debian's packages, and Kubernetes and helm from a cache outside
+//! of the clone, which the first use fills. [`OTHER`] names programs of another Kubernetes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -26,7 +26,8 @@ const KUBERNETES: [&str; 6] = [
     "kubelet",
 ];
 
-/// The first minor version whose kubelet has every setting that a cluster of a current version uses.
+/// The first minor version whose kubelet has every setting that a cluster of a current version
+/// uses.
 const FIRST_CURRENT: u32 = 31;
 
 /// Sleeps for ever, as what holds a pod's namespaces does; has every command of busybox.

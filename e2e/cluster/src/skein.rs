@@ -138,8 +138,8 @@ fn namespace(node: &Node, ip: IpAddr) -> Result<String> {
 }
 
 impl Pod {
-    /// A command in its network, with the host's programs: what `kubectl exec` needs, the API server,
-    /// may be away.
+    /// A command in its network, with the host's programs: what `kubectl exec` needs, the API
+    /// server, may be away.
     pub fn command(&self, kube: &Kube, words: &[&str]) -> Result<Command> {
         let mut command = kube.nodes[self.node].command("nsenter")?;
         command.arg(format!("--net={}", self.netns)).args(words);

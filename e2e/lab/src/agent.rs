@@ -160,8 +160,8 @@ impl Agent {
         self.text("cni", "socket")
     }
 
-    /// Returns the directory in which the plugin stores DEL requests while the agent does not answer.
-    /// Call [`Agent::serve_pods`] first.
+    /// Returns the directory in which the plugin stores DEL requests while the agent does not
+    /// answer. Call [`Agent::serve_pods`] first.
     pub fn cni_spool(&self) -> &Path {
         Path::new(self.text("cni", "spool"))
     }
@@ -434,7 +434,8 @@ impl Agent {
     /// Returns the data process's report from the status.
     ///
     /// # Errors
-    /// If the status cannot be read, or if it has no report because the data process does not answer.
+    /// If the status cannot be read, or if it has no report because the data process does not
+    /// answer.
     pub fn report(&self) -> Result<Value> {
         let mut status = self.status()?;
         let report = status["report"].take();

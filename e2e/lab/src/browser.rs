@@ -184,8 +184,8 @@ impl Browser {
         Ok(entries.as_array().context("no log")?.iter().filter_map(url).collect())
     }
 
-    /// Writes a picture of the whole page to the directory `SKEIN_SCREENSHOTS`. Has no effect if the
-    /// variable is not set.
+    /// Writes a picture of the whole page to the directory `SKEIN_SCREENSHOTS`. Has no effect if
+    /// the variable is not set.
     ///
     /// # Errors
     /// If the picture cannot be taken or written.

@@ -44,8 +44,8 @@ pub fn build_agent() -> Result<()> {
     build_agent_with(&[])
 }
 
-/// Builds as [`build_agent`] does, but without the agent's Kubernetes client, which takes most of the
-/// time of a first build.
+/// Builds as [`build_agent`] does, but without the agent's Kubernetes client, which takes most of
+/// the time of a first build.
 ///
 /// # Errors
 /// If the build fails.
@@ -61,8 +61,8 @@ fn build_agent_with(features: &[&str]) -> Result<()> {
     run(&[&build, features].concat())
 }
 
-/// Builds the programs of packages with the profile `dist` and without shared libraries, and returns
-/// their paths in the order of the packages. Each package has a program of its own name.
+/// Builds the programs of packages with the profile `dist` and without shared libraries, and
+/// returns their paths in the order of the packages. Each package has a program of its own name.
 ///
 /// # Errors
 /// If the build fails or does not end within 30 minutes, or if a package has no such program.

@@ -37,8 +37,8 @@ pub(super) fn names(prefix: &str) -> BTreeSet<String> {
     all.filter_map(|path| name(&path)).filter(|name| name.starts_with(prefix)).collect()
 }
 
-/// Removes the cgroups of this name and all cgroups below them. The caller has killed their processes.
-/// A cgroup that cannot be removed within 30 s is reported on standard error.
+/// Removes the cgroups of this name and all cgroups below them. The caller has killed their
+/// processes. A cgroup that cannot be removed within 30 s is reported on standard error.
 pub fn remove(name: &str) {
     let end = Instant::now() + REMOVE_TIMEOUT;
     for cgroup in hierarchies().iter().map(|hierarchy| hierarchy.join(name)) {
@@ -60,8 +60,8 @@ pub struct MemoryLimit {
 }
 
 impl MemoryLimit {
-    /// Moves a process into a new cgroup with a limit of `bytes`. Memory that the process uses already
-    /// does not count.
+    /// Moves a process into a new cgroup with a limit of `bytes`. Memory that the process uses
+    /// already does not count.
     ///
     /// # Errors
     /// If the process does not run as root, or if the kernel has no memory controller.

@@ -15,8 +15,8 @@ use crate::{Family, Lab, Pod};
 /// the event does not occur, so that no test depends on the speed of the machine.
 pub const EVENT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Limit of the interruption of a TCP transfer that continues after an event, in seconds. Tests print
-/// the measured interruption; the figures are in docs/faults.md and docs/performance.md.
+/// Limit of the interruption of a TCP transfer that continues after an event, in seconds. Tests
+/// print the measured interruption; the figures are in docs/faults.md and docs/performance.md.
 pub const MAX_INTERRUPTION: f64 = 10.0;
 
 /// Interval of the timer by which an agent compares the kernel's state with the desired state.
@@ -42,8 +42,8 @@ pub fn all_reach_all(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// Waits until a ping is answered, for example after a handshake, and checks that three more pings are
-/// answered.
+/// Waits until a ping is answered, for example after a handshake, and checks that three more pings
+/// are answered.
 ///
 /// # Errors
 /// If no ping is answered within [`EVENT_TIMEOUT`], or if one of the three is lost.
@@ -146,8 +146,8 @@ pub fn datagrams_arrive(from: &Pod, to: &Pod, family: Family, payload: usize) ->
     Ok(())
 }
 
-/// Checks the traffic that every combination of offloads must carry, in both directions and families:
-/// TCP transfers of `bytes` bytes, and datagrams of 1 to 9000 bytes.
+/// Checks the traffic that every combination of offloads must carry, in both directions and
+/// families: TCP transfers of `bytes` bytes, and datagrams of 1 to 9000 bytes.
 ///
 /// # Errors
 /// If traffic is lost, changed or reordered.
@@ -204,7 +204,8 @@ pub fn repaired_at_once(
 /// false before the limit.
 ///
 /// # Errors
-/// If `is` has not returned true within `limit`; with `what`, the expected event, and the last error.
+/// If `is` has not returned true within `limit`; with `what`, the expected event, and the last
+/// error.
 pub fn eventually(
     what: &str,
     limit: Duration,

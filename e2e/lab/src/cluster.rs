@@ -13,8 +13,8 @@ pub struct Cluster {
     pub agents: Vec<Agent>,
     /// Laboratory in which the agents run.
     pub lab: Lab,
-    /// Prints the ends of the logs when the value is dropped. Tests keep the default, true: the test
-    /// runner shows the output of tests that failed.
+    /// Prints the ends of the logs when the value is dropped. Tests keep the default, true: the
+    /// test runner shows the output of tests that failed.
     pub verbose: bool,
 }
 

@@ -24,8 +24,8 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 /// Request of ioctl(2) for the network namespace of a socket (linux/sockios.h).
 const SIOCGSKNS: libc::c_ulong = 0x894c;
 
-/// Returns the path of the plugin's program: `SKEIN_CNI_BIN`, or `skein-cni` in the directory of the
-/// agent's program.
+/// Returns the path of the plugin's program: `SKEIN_CNI_BIN`, or `skein-cni` in the directory of
+/// the agent's program.
 ///
 /// # Errors
 /// If `SKEIN_CNI_BIN` is not set and the file does not exist.
@@ -197,7 +197,8 @@ pub fn addresses(result: &Value) -> Result<Vec<IpAddr>> {
     ips.iter().map(address).collect()
 }
 
-/// Makes a pod of its namespace and the result of ADD. The address of an absent family is unspecified.
+/// Makes a pod of its namespace and the result of ADD. The address of an absent family is
+/// unspecified.
 ///
 /// # Errors
 /// If the result has no `ips`, or an address that cannot be parsed.
@@ -217,9 +218,9 @@ pub fn pod(ns: Netns, result: &Value) -> Result<Pod> {
     Ok(pod)
 }
 
-/// Lists everything that pods can leave on a node: interfaces, addresses, routes, neighbours, nftables
-/// rules, and network namespaces that the node's processes keep alive. Compare two lists with
-/// [`same`].
+/// Lists everything that pods can leave on a node: interfaces, addresses, routes, neighbours,
+/// nftables rules, and network namespaces that the node's processes keep alive. Compare two lists
+/// with [`same`].
 ///
 /// # Errors
 /// If `ip` or `nft` fails.
@@ -277,8 +278,8 @@ fn namespaces(node: &Netns) -> Result<BTreeSet<String>> {
     while let Some(pid) = pids.pop() {
         pids.extend(process::children(pid));
         let proc = PathBuf::from(format!("/proc/{pid}"));
-        // A process may exit meanwhile, so errors are ignored. The text of a descriptor's link depends
-        // on the path by which the file was opened; device and inode do not.
+        // A process may exit meanwhile, so errors are ignored. The text of a descriptor's link
+        // depends on the path by which the file was opened; device and inode do not.
         let descriptors = fs::read_dir(proc.join("fd")).into_iter().flatten().flatten();
         let mut files: Vec<PathBuf> = descriptors.map(|entry| entry.path()).collect();
         let sockets = files.iter().filter_map(|path| socket_namespace(pid, path).ok());

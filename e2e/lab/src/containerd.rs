@@ -1,5 +1,6 @@
-//! containerd on a node of the laboratory, from the system's Debian release or from a newer suite. It
-//! has its own files and runs in mount and PID namespaces; killing it also ends all its containers.
+//! containerd on a node of the laboratory, from the system's Debian release or from a newer suite.
+//! It has its own files and runs in mount and PID namespaces; killing it also ends all its
+//! containers.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -29,8 +30,8 @@ pub struct Containerd {
 }
 
 impl Containerd {
-    /// Starts containerd for the node of `agent`, whose CNI plugin and network configuration list it
-    /// uses.
+    /// Starts containerd for the node of `agent`, whose CNI plugin and network configuration list
+    /// it uses.
     ///
     /// # Errors
     /// If containerd does not answer after 20 s, or if the image cannot be made or imported.
@@ -99,8 +100,8 @@ impl Containerd {
     /// Runs `ctr` in the namespaces of containerd, because `ctr` itself calls the CNI plugin.
     ///
     /// # Errors
-    /// If containerd does not run, or if `ctr` does not exit within 60 s. An exit code other than 0 is
-    /// not an error.
+    /// If containerd does not run, or if `ctr` does not exit within 60 s. An exit code other than 0
+    /// is not an error.
     pub fn ctr(&self, arguments: &[&str]) -> Result<Finished> {
         let children = format!("/proc/{0}/task/{0}/children", self.process.pid());
         let first = fs::read_to_string(&children).unwrap_or_default();

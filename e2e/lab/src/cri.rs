@@ -1,6 +1,6 @@
-//! Calls of the Container Runtime Interface (kubernetes/cri-api, runtime.v1) that kubelet makes for a
-//! pod, over gRPC. Messages contain only the fields that are used here, with the interface's field
-//! numbers.
+//! Calls of the Container Runtime Interface (kubernetes/cri-api, runtime.v1) that kubelet makes for
+//! a pod, over gRPC. Messages contain only the fields that are used here, with the interface's
+//! field numbers.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -250,8 +250,8 @@ impl Cri {
         Ok((!network.status).then_some(network.message))
     }
 
-    /// Starts a pod. `ports` are pairs of a TCP port of the node and the port of the pod to which it
-    /// is mapped.
+    /// Starts a pod. `ports` are pairs of a TCP port of the node and the port of the pod to which
+    /// it is mapped.
     ///
     /// # Errors
     /// If the runtime fails, for example because the CNI plugin fails.

@@ -59,7 +59,8 @@ pub fn busybox(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Copies programs of this host to `/usr/bin` of a root directory, with the libraries that they load.
+/// Copies programs of this host to `/usr/bin` of a root directory, with the libraries that they
+/// load.
 ///
 /// # Errors
 /// If this host lacks a program, if a file cannot be copied, or if `ldd` fails, for example for a

@@ -109,8 +109,8 @@ impl Instance {
         *self.container(container) = None;
     }
 
-    /// Stops both containers as kubelet stops a pod: SIGTERM to both, and SIGKILL to a container that
-    /// does not exit within 5 s.
+    /// Stops both containers as kubelet stops a pod: SIGTERM to both, and SIGKILL to a container
+    /// that does not exit within 5 s.
     pub fn delete(&mut self) {
         for process in [&self.agent, &self.dataplane].into_iter().flatten() {
             let _ = process.signal(Signal::TERM);
@@ -127,8 +127,8 @@ impl Instance {
         self.container(container).as_mut().and_then(Process::exited)
     }
 
-    /// Runs the readiness probe (`ready`) or the liveness probe of the agent's container and returns
-    /// its result.
+    /// Runs the readiness probe (`ready`) or the liveness probe of the agent's container and
+    /// returns its result.
     ///
     /// # Errors
     /// If the probe does not exit within 10 s.

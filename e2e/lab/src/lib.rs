@@ -1,5 +1,5 @@
-//! The laboratory: machines, pods and links as network namespaces of this host. Nothing is created in
-//! the host's own network namespace. Needs root.
+//! The laboratory: machines, pods and links as network namespaces of this host. Nothing is created
+//! in the host's own network namespace. Needs root.
 //!
 //! [`load`] sends and measures traffic between pods, [`checks`] requires that traffic arrives.
 //! [`packages`], [`programs`] and [`newer`] get programs of other projects; [`cargo`] and
@@ -75,8 +75,8 @@ impl std::fmt::Display for Family {
 pub enum Underlay {
     /// One veth pair between two nodes.
     Direct,
-    /// A bridge in a namespace of its own that joins any number of nodes. A test can capture and send
-    /// frames there, and unplug nodes.
+    /// A bridge in a namespace of its own that joins any number of nodes. A test can capture and
+    /// send frames there, and unplug nodes.
     Switch,
 }
 
@@ -110,8 +110,8 @@ impl Default for Plan {
     }
 }
 
-/// Network namespaces of nodes, pods and the switch, which exist as long as the value. A machine has
-/// one laboratory at a time ([`Turn`]), so that tests do not disturb each other's timing.
+/// Network namespaces of nodes, pods and the switch, which exist as long as the value. A machine
+/// has one laboratory at a time ([`Turn`]), so that tests do not disturb each other's timing.
 #[derive(Debug)]
 pub struct Lab {
     /// Nodes in the order of their index.
@@ -221,8 +221,8 @@ impl Lab {
         Ok(machine)
     }
 
-    /// Plugs or unplugs the node's cable at the switch. An unplugged node loses the carrier and keeps
-    /// its addresses.
+    /// Plugs or unplugs the node's cable at the switch. An unplugged node loses the carrier and
+    /// keeps its addresses.
     ///
     /// # Errors
     /// If there is no switch, or if `ip` fails.
@@ -247,15 +247,15 @@ impl Drop for Lab {
     }
 }
 
-/// Maximum time to wait for other laboratories. It is less than the ten minutes that a test may take,
-/// so that the test fails with a message.
+/// Maximum time to wait for other laboratories. It is less than the ten minutes that a test may
+/// take, so that the test fails with a message.
 pub const TURN_TIMEOUT: Duration = Duration::from_secs(8 * 60);
 
 /// Environment variable with the number of laboratories that may exist at the same time.
 pub const LABORATORIES_VARIABLE: &str = "SKEIN_LABORATORIES";
 
-/// One of the places for a laboratory, held by a lock on a file. If only one laboratory may exist, its
-/// process holds all places.
+/// One of the places for a laboratory, held by a lock on a file. If only one laboratory may exist,
+/// its process holds all places.
 #[derive(Debug)]
 pub struct Turn(#[allow(dead_code, reason = "holds the locks until dropped")] Vec<File>);
 
@@ -268,8 +268,8 @@ impl Turn {
     ///
     /// # Errors
     ///
-    /// Returns an error if other laboratories hold the places for [`TURN_TIMEOUT`], or if a lock file
-    /// cannot be used.
+    /// Returns an error if other laboratories hold the places for [`TURN_TIMEOUT`], or if a lock
+    /// file cannot be used.
     pub fn take() -> Result<Self> {
         let places = std::env::var(LABORATORIES_VARIABLE).ok().and_then(|text| text.parse().ok());
         let places = places.unwrap_or(1).clamp(1, MAX_LABORATORIES);

@@ -15,7 +15,8 @@ use super::process;
 pub enum Offloads {
     /// All offloads of a veth: superpackets pass unsegmented.
     Ideal,
-    /// Offloads of a NIC without overlay offloads: one packet per frame on the link, GRO on receive.
+    /// Offloads of a NIC without overlay offloads: one packet per frame on the link, GRO on
+    /// receive.
     Wire,
 }
 

@@ -1,4 +1,5 @@
-//! Named network namespaces. Dropping the value kills all processes in the namespace and removes it.
+//! Named network namespaces. Dropping the value kills all processes in the namespace and removes
+//! it.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -53,7 +54,8 @@ impl Netns {
     /// spaces; no shell interprets it.
     ///
     /// # Errors
-    /// If the command cannot be started, does not exit within 60 s, or exits with a code other than 0.
+    /// If the command cannot be started, does not exit within 60 s, or exits with a code other than
+    /// 0.
     pub fn sh(&self, line: &str) -> Result<String> {
         let mut words = line.split_whitespace();
         let mut command = self.command(words.next().context("empty command")?);
@@ -99,8 +101,8 @@ impl Netns {
         self.run(|| fs::write(&path, value))?.with_context(|| format!("setting {key} to {value}"))
     }
 
-    /// Runs `work` on a new thread in the namespace and returns its result. Sockets that `work` opens
-    /// stay in the namespace.
+    /// Runs `work` on a new thread in the namespace and returns its result. Sockets that `work`
+    /// opens stay in the namespace.
     ///
     /// # Errors
     /// If the thread cannot enter the namespace, or if `work` panics.
@@ -160,7 +162,8 @@ impl<T> Task<T> {
     /// Waits for the end of the function and returns its result.
     ///
     /// # Errors
-    /// If the thread could not enter the namespace, or if the function returned an error or panicked.
+    /// If the thread could not enter the namespace, or if the function returned an error or
+    /// panicked.
     pub fn join(self) -> Result<T> {
         self.0.join().map_err(|panic| anyhow!("{}", panic_text(&*panic)))?
     }

@@ -18,10 +18,10 @@ const GATEWAY_V4: &str = "169.254.1.1";
 const GATEWAY_V6: &str = "fe80::1";
 const GATEWAY_MAC: &str = "ee:ee:ee:ee:ee:ee";
 
-/// Congestion control of pods, an option of the routes: CUBIC, the default of Linux, whatever the host
-/// uses. After an interruption of seconds, BBR estimates a rate of a few hundred bits per second and
-/// recovers slowly. A route sets the algorithm even if the host does not let a namespace set it by
-/// sysctl.
+/// Congestion control of pods, an option of the routes: CUBIC, the default of Linux, whatever the
+/// host uses. After an interruption of seconds, BBR estimates a rate of a few hundred bits per
+/// second and recovers slowly. A route sets the algorithm even if the host does not let a namespace
+/// set it by sysctl.
 const CONGESTION: &str = "congctl cubic";
 
 /// A machine of the laboratory.

@@ -234,8 +234,8 @@ pub fn ensure(needs: &[&[Need]], console: &Console) -> Result<()> {
     missing.iter().try_for_each(|(need, _)| path(need).map(drop))
 }
 
-/// Installs packages as [`ensure`] does, but each separately: the failure of one does not prevent the
-/// installation of the others. Returns the error messages.
+/// Installs packages as [`ensure`] does, but each separately: the failure of one does not prevent
+/// the installation of the others. Returns the error messages.
 pub fn ensure_each(needs: &[Need], console: &Console) -> Vec<String> {
     let mut packages: Vec<&str> = needs.iter().map(|need| need.package).collect();
     packages.dedup();
@@ -273,8 +273,8 @@ impl NoServices {
         if policy.exists() {
             return Self(None);
         }
-        // The file must also be removed after a signal: it would keep every service of this host from
-        // starting.
+        // The file must also be removed after a signal: it would keep every service of this host
+        // from starting.
         registry::register_file(policy);
         let written = fs::write(policy, "#!/bin/sh\nexit 101\n").and_then(|()| {
             fs::set_permissions(policy, std::os::unix::fs::PermissionsExt::from_mode(0o755))

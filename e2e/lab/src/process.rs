@@ -42,8 +42,8 @@ pub struct Finished {
     pub stderr: String,
 }
 
-/// Runs a command with `input` on standard input and waits until it exits. An exit code other than 0
-/// is not an error.
+/// Runs a command with `input` on standard input and waits until it exits. An exit code other than
+/// 0 is not an error.
 ///
 /// # Errors
 /// If the command cannot be started, or does not exit within `limit`; it is killed then.
@@ -161,8 +161,8 @@ impl Process {
         Ok(Self { child, inner: None, what, log: log.to_owned() })
     }
 
-    /// Starts a command of a cluster's machine, which has a PID namespace of its own. The value stands
-    /// for the process inside, not for the one outside that waits for its exit.
+    /// Starts a command of a cluster's machine, which has a PID namespace of its own. The value
+    /// stands for the process inside, not for the one outside that waits for its exit.
     ///
     /// # Errors
     /// If the command cannot be started, exits, or is not in the PID namespace after 10 s.
@@ -283,7 +283,8 @@ pub fn children(parent: i32) -> Vec<i32> {
     pids.filter(is_child).collect()
 }
 
-/// Returns the CPU time (user and system) of running processes, seconds. Other processes count as 0.
+/// Returns the CPU time (user and system) of running processes, seconds. Other processes count as
+/// 0.
 pub fn cpu_seconds(pids: &[i32]) -> f64 {
     let ticks = rustix::param::clock_ticks_per_second() as f64;
     let one = |pid: &i32| {
@@ -297,8 +298,8 @@ pub fn cpu_seconds(pids: &[i32]) -> f64 {
     pids.iter().filter_map(one).sum()
 }
 
-/// Returns the CPU time (user and system) of a process's threads by thread name, seconds. Threads of
-/// one name are added.
+/// Returns the CPU time (user and system) of a process's threads by thread name, seconds. Threads
+/// of one name are added.
 ///
 /// # Errors
 /// If the process or one of its threads has exited.

@@ -81,9 +81,9 @@ pub fn helm() -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Returns the directory of `kubernetes-validate`, with the schemas of Kubernetes 1.25 to 1.37, and of
-/// a `python` with parsers for YAML and for the Common Expression Language (CEL). Both are installed
-/// at the first call.
+/// Returns the directory of `kubernetes-validate`, with the schemas of Kubernetes 1.25 to 1.37, and
+/// of a `python` with parsers for YAML and for the Common Expression Language (CEL). Both are
+/// installed at the first call.
 ///
 /// # Errors
 /// If the packages cannot be installed.
@@ -117,9 +117,9 @@ print(json.dumps([d for d in yaml.safe_load_all(sys.stdin) if d is not None]))
     serde_json::from_str(&json).context("the converter of YAML printed no JSON")
 }
 
-/// Evaluates named expressions of the Common Expression Language (CEL) in order and returns an object
-/// with a boolean or a string for each name. An expression can use `variables`, and the values of
-/// earlier expressions as `variables.NAME`.
+/// Evaluates named expressions of the Common Expression Language (CEL) in order and returns an
+/// object with a boolean or a string for each name. An expression can use `variables`, and the
+/// values of earlier expressions as `variables.NAME`.
 ///
 /// # Errors
 /// If the evaluator is missing, or if an expression is wrong.

@@ -26,8 +26,8 @@ pub(super) const NETNS_DIR: &str = "/run/netns";
 /// Prefix of all names of laboratories. The process id of the owner follows.
 const PREFIX: &str = "skein-e2e-";
 
-/// Directory of the laboratories' files. Only root can write to it, so that no other user can plant a
-/// file.
+/// Directory of the laboratories' files. Only root can write to it, so that no other user can plant
+/// a file.
 const HOME: &str = "/run/skein-e2e";
 
 /// Suffix of the name of the file with the previous values of changed kernel settings.
@@ -55,9 +55,9 @@ fn registry() -> MutexGuard<'static, CleanupRegistry> {
     REGISTRY.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Removes leftovers of dead processes ([`sweep`]), and starts a thread that removes everything that
-/// this process makes when SIGINT, SIGTERM or SIGHUP arrives. Only the first call in a process has an
-/// effect.
+/// Removes leftovers of dead processes ([`sweep`]), and starts a thread that removes everything
+/// that this process makes when SIGINT, SIGTERM or SIGHUP arrives. Only the first call in a process
+/// has an effect.
 pub fn prepare() {
     PREPARE.call_once(|| {
         sweep();
@@ -151,8 +151,9 @@ pub fn remove_directory(path: &Path) {
     registry().paths.retain(|p| p != path);
 }
 
-/// Changes a kernel setting of the host (a key of sysctl(8)) until [`restore_settings`]. The previous
-/// value is also written to a file, from which the next run restores it if this process is killed.
+/// Changes a kernel setting of the host (a key of sysctl(8)) until [`restore_settings`]. The
+/// previous value is also written to a file, from which the next run restores it if this process is
+/// killed.
 ///
 /// # Errors
 /// If the laboratory may not change this setting, or if it cannot be read or written.
@@ -206,7 +207,8 @@ pub fn restore_settings() {
 
 fn remove_everything() {
     restore_settings();
-    // The lock is never released: other threads that create or remove something wait until the exit.
+    // The lock is never released: other threads that create or remove something wait until the
+    // exit.
     let registry = registry();
     for name in registry.namespaces.iter().rev() {
         delete_namespace(name);
@@ -305,8 +307,8 @@ fn delete_network(name: &str) {
     }
 }
 
-/// Returns the ids of the processes in a namespace, except for this process. Zombies have left their
-/// namespaces and are not listed.
+/// Returns the ids of the processes in a namespace, except for this process. Zombies have left
+/// their namespaces and are not listed.
 pub(super) fn pids_in(name: &str) -> Vec<i32> {
     let Ok(wanted) = fs::metadata(Path::new(NETNS_DIR).join(name)) else { return vec![] };
     let own = std::process::id() as i32;

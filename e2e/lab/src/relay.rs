@@ -59,8 +59,8 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Inserts a link emulator between the switch and a node. Turns off checksum offload on all nodes,
-    /// because no hardware completes partial checksums of frames that pass a packet socket.
+    /// Inserts a link emulator between the switch and a node. Turns off checksum offload on all
+    /// nodes, because no hardware completes partial checksums of frames that pass a packet socket.
     ///
     /// # Errors
     /// If the laboratory has no switch, or if an interface or a packet socket cannot be set up.

@@ -1,5 +1,5 @@
-//! The container image of Skein, built without a registry: static programs and the last stage of the
-//! Dockerfile.
+//! The container image of Skein, built without a registry: static programs and the last stage of
+//! the Dockerfile.
 
 use std::fs;
 use std::path::{Path, PathBuf};

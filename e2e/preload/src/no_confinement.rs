@@ -7,8 +7,8 @@ unsafe extern "C" {
     fn __errno_location() -> *mut c_int;
 }
 
-/// Replaces syscall(2) of the C library. On the supported architectures, variable arguments that are
-/// integers or pointers are passed as fixed ones.
+/// Replaces syscall(2) of the C library. On the supported architectures, variable arguments that
+/// are integers or pointers are passed as fixed ones.
 ///
 /// # Safety
 ///

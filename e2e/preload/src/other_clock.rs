@@ -1,6 +1,6 @@
 //! A library to preload (LD_PRELOAD) into an agent: clock_gettime(2) gives a wall clock that is
-//! wrong by as many seconds as the file says that SKEIN_CLOCK names. Time namespaces have a monotonic
-//! clock of their own only.
+//! wrong by as many seconds as the file says that SKEIN_CLOCK names. Time namespaces have a
+//! monotonic clock of their own only.
 
 use std::ffi::c_int;
 

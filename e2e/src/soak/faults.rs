@@ -17,7 +17,8 @@ use skein_lab::{Family, Lab, UNDERLAY};
 /// How long the agents may take to be what they were.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// The node whose data process somebody else has started, as in the chart: only such a one is taken over.
+/// The node whose data process somebody else has started, as in the chart: only such a one is taken
+/// over.
 const EXTERNAL: usize = 0;
 
 /// A kind of fault.
@@ -135,8 +136,8 @@ impl<'a> World<'a> {
             Kind::KillKeeper => {
                 let before = agent.keeper_pids();
                 signal(&before, Signal::KILL)?;
-                // An external one is started again as kubelet does it: until it stays. What the one before
-                // has started ends a moment after it, and holds the socket meanwhile.
+                // An external one is started again as kubelet does it: until it stays. What the one
+                // before has started ends a moment after it, and holds the socket meanwhile.
                 let external = &mut self.external;
                 let back = || {
                     if node == EXTERNAL && external.exited().is_some() {

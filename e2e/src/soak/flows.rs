@@ -1,5 +1,5 @@
-//! The traffic: connections that last the whole run, files one after the other, datagrams at a rate,
-//! requests with answers. Every byte of it is checked.
+//! The traffic: connections that last the whole run, files one after the other, datagrams at a
+//! rate, requests with answers. Every byte of it is checked.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};

@@ -120,7 +120,8 @@ struct Event {
     stall: Duration,
 }
 
-/// Has one fault after the other befall the nodes until the time is over; every kind before any again.
+/// Has one fault after the other befall the nodes until the time is over; every kind before any
+/// again.
 fn befall(
     world: &mut World<'_>,
     flows: &Flows<'_>,

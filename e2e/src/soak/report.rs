@@ -14,8 +14,8 @@ use super::faults::Kind;
 use super::flows::{Tally, Work};
 use super::sampler::{Sample, Samples};
 
-/// By how much the median of the last sixth of the run may exceed the one of the second. A process that
-/// was started a minute ago has touched less of its buffers than one of an hour.
+/// By how much the median of the last sixth of the run may exceed the one of the second. A process
+/// that was started a minute ago has touched less of its buffers than one of an hour.
 const MEMORY_BOUND: u64 = 3 << 20;
 const DESCRIPTOR_BOUND: usize = 4;
 

@@ -1,5 +1,5 @@
-//! Memory and descriptors of every process of the agents, all the time. A process that is replaced goes
-//! on under its role.
+//! Memory and descriptors of every process of the agents, all the time. A process that is replaced
+//! goes on under its role.
 
 use std::collections::BTreeMap;
 use std::fs;

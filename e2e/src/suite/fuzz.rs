@@ -66,8 +66,8 @@ fn fuzz(options: &Options, from: &str, target: &str) -> Result<bool> {
     let time = format!("-max_total_time={}", options.seconds);
     // -1: without end.
     let runs = format!("-runs={}", options.runs.map_or(-1, u64::cast_signed));
-    // What is fuzzed has no unsafe code: there is nothing for a sanitizer to find, and without one there are
-    // more executions. Overflows and failed assertions panic.
+    // What is fuzzed has no unsafe code: there is nothing for a sanitizer to find, and without one
+    // there are more executions. Overflows and failed assertions panic.
     let mut arguments = vec!["fuzz", "run", "--sanitizer", "none", target, &found, &kept, "--"];
     arguments.extend([time.as_str(), &runs, "-max_len=70000", "-print_final_stats=1"]);
     let output = in_crate(from, &arguments).stdin(Stdio::null()).output();
@@ -83,7 +83,8 @@ fn fuzz(options: &Options, from: &str, target: &str) -> Result<bool> {
     Ok(output.status.success())
 }
 
-/// Executions, and how much of the code they have reached: edges (`cov`), and edges by how often (`ft`).
+/// Executions, and how much of the code they have reached: edges (`cov`), and edges by how often
+/// (`ft`).
 fn figures(said: &str) -> String {
     let word_after = |line: &str, name: &str| {
         let mut words = line.split_whitespace();

@@ -76,8 +76,8 @@ pub fn run_cluster(options: &Options) -> Result<()> {
 }
 
 /// Runs the tests that `which` (options of cargo) and `more` (options of the test harness) select,
-/// with up to `jobs` batches at the same time, and prints the totals. A test that prints nothing for
-/// `limit` fails.
+/// with up to `jobs` batches at the same time, and prints the totals. A test that prints nothing
+/// for `limit` fails.
 fn run_tests(
     which: &[&str],
     more: &[&str],

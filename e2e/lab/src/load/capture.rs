@@ -79,8 +79,8 @@ fn listen(mut socket: Socket, stop: &AtomicBool) -> Result<Vec<Frame>> {
 }
 
 impl Frame {
-    /// Returns the destination port and the payload, if the frame is a complete UDP datagram over IPv4
-    /// or over IPv6 without extension headers.
+    /// Returns the destination port and the payload, if the frame is a complete UDP datagram over
+    /// IPv4 or over IPv6 without extension headers.
     pub fn udp(&self) -> Option<(u16, &[u8])> {
         let (ethernet, packet) = self.bytes.split_at_checked(14)?;
         let (protocol, segment) = match u16::from_be_bytes([ethernet[12], ethernet[13]]) {

@@ -112,8 +112,8 @@ impl FloodSender {
     }
 }
 
-/// Writes an IPv4 packet with a UDP datagram to `packet`. The kernel fills in the identification and
-/// the IP checksum. The UDP checksum is 0, that is, absent.
+/// Writes an IPv4 packet with a UDP datagram to `packet`. The kernel fills in the identification
+/// and the IP checksum. The UDP checksum is 0, that is, absent.
 fn fill(packet: &mut Vec<u8>, from: SocketAddrV4, to: SocketAddrV4, payload: &[u8]) {
     let length = |from: usize| ((HEADERS - from + payload.len()) as u16).to_be_bytes();
     packet.clear();
@@ -129,8 +129,8 @@ fn fill(packet: &mut Vec<u8>, from: SocketAddrV4, to: SocketAddrV4, payload: &[u
     packet.extend(payload);
 }
 
-/// Returns the source address with this number: one of the 65536 addresses of the /16 network, and a
-/// port from 1024 to 61023 that changes with the number.
+/// Returns the source address with this number: one of the 65536 addresses of the /16 network, and
+/// a port from 1024 to 61023 that changes with the number.
 pub fn spoofed_source([a, b]: [u8; 2], number: u64) -> SocketAddrV4 {
     let [c, d] = (number as u16).to_be_bytes();
     SocketAddrV4::new(Ipv4Addr::new(a, b, c, d), 1024 + (number / 7 % 60_000) as u16)

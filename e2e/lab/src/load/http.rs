@@ -52,8 +52,8 @@ pub fn send(
     read(&mut BufReader::new(stream)).with_context(|| format!("reading {path}"))
 }
 
-/// Reads a response. Its body ends after Content-Length bytes, after the last chunk, or at the end of
-/// the connection.
+/// Reads a response. Its body ends after Content-Length bytes, after the last chunk, or at the end
+/// of the connection.
 fn read(stream: &mut BufReader<TcpStream>) -> Result<Answer> {
     let mut line = String::new();
     stream.read_line(&mut line)?;

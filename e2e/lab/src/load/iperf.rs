@@ -77,8 +77,8 @@ impl Drop for Server {
     }
 }
 
-/// Returns the socket buffer to request: 2 MiB, or the host's maximum if that is less. iperf3 refuses
-/// to run with a smaller buffer than requested.
+/// Returns the socket buffer to request: 2 MiB, or the host's maximum if that is less. iperf3
+/// refuses to run with a smaller buffer than requested.
 fn udp_window() -> u64 {
     let limit = |name: &str| {
         let text = std::fs::read_to_string(format!("/proc/sys/net/core/{name}")).ok()?;
@@ -102,8 +102,8 @@ pub fn run(from: &Netns, to: IpAddr, flow: Flow, seconds: u32, reverse: bool) ->
         Flow::Udp { payload, megabits } => {
             command.args(["--udp", "--length", &payload.to_string()]);
             command.args(["--bitrate", &format!("{megabits}M")]);
-            // The default buffer holds 20 ms of traffic: a receiver that waits longer for a CPU would
-            // lose datagrams that the network has delivered.
+            // The default buffer holds 20 ms of traffic: a receiver that waits longer for a CPU
+            // would lose datagrams that the network has delivered.
             command.args(["--window", &udp_window().to_string()]);
         }
     }
@@ -127,7 +127,8 @@ pub fn run(from: &Netns, to: IpAddr, flow: Flow, seconds: u32, reverse: bool) ->
             lost_percent: 0.0,
         }),
         Flow::Udp { .. } => {
-            // "sum" counts the datagrams of the sender, "lost_percent" those that the receiver missed.
+            // "sum" counts the datagrams of the sender, "lost_percent" those that the receiver
+            // missed.
             let lost = number(&end["sum"]["lost_percent"]);
             let received = 1.0 - lost / 100.0;
             Ok(Outcome {

@@ -22,8 +22,8 @@ pub struct Latency {
 }
 
 impl Latency {
-    /// Computes the percentiles of samples in nanoseconds, which are sorted in place. Returns `None` if
-    /// there is no sample.
+    /// Computes the percentiles of samples in nanoseconds, which are sorted in place. Returns
+    /// `None` if there is no sample.
     pub fn of_nanos(samples: &mut [u64]) -> Option<Self> {
         samples.sort_unstable();
         let last = samples.len().checked_sub(1)?;

@@ -35,8 +35,8 @@ pub struct Received {
 }
 
 impl Transfer {
-    /// Starts to send `bytes` bytes from the namespace `client` to the address `to` of the namespace
-    /// `server`, at most `per_second` bytes per second.
+    /// Starts to send `bytes` bytes from the namespace `client` to the address `to` of the
+    /// namespace `server`, at most `per_second` bytes per second.
     ///
     /// # Errors
     /// If the address cannot be bound.
@@ -123,8 +123,8 @@ fn send(
     Ok(sent)
 }
 
-/// Binds a listener. Tries again for 30 s while the address is in use: between fork and exec, a process
-/// that another thread starts has a copy of an earlier listener.
+/// Binds a listener. Tries again for 30 s while the address is in use: between fork and exec, a
+/// process that another thread starts has a copy of an earlier listener.
 ///
 /// # Errors
 /// If the address is still in use after 30 s, or cannot be bound for another reason.

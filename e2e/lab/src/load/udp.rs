@@ -47,7 +47,8 @@ pub struct Outcome {
     pub seconds: f64,
 }
 
-/// Sends from the namespace `from` to the address `to` of the namespace `at`, and counts both sides.
+/// Sends from the namespace `from` to the address `to` of the namespace `at`, and counts both
+/// sides.
 ///
 /// # Errors
 /// If a socket cannot be bound, or if sending or receiving fails. Lost datagrams are not an error.
@@ -80,8 +81,8 @@ pub fn source_seen(from: &Netns, at: &Netns, to: IpAddr) -> Result<IpAddr> {
     bail!("no datagram arrives at {to}")
 }
 
-/// Returns whether one of five datagrams from the namespace `from` to the address `to` arrives in the
-/// namespace `at`, whatever its address there.
+/// Returns whether one of five datagrams from the namespace `from` to the address `to` arrives in
+/// the namespace `at`, whatever its address there.
 ///
 /// # Errors
 /// If a socket cannot be bound, or if a datagram cannot be sent.

@@ -1,5 +1,5 @@
-//! A number that a test sets while a process with a preloaded library runs: 8 bytes of a file, which is
-//! mapped when the library is loaded. The data process can open no file later.
+//! A number that a test sets while a process with a preloaded library runs: 8 bytes of a file,
+//! which is mapped when the library is loaded. The data process can open no file later.
 
 use std::ffi::CString;
 use std::os::unix::ffi::OsStringExt as _;
