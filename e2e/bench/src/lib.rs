@@ -5,14 +5,14 @@
 
 #![forbid(unsafe_code)]
 
+pub mod baselines;
 pub mod measure;
 pub mod overlay;
 pub mod plot;
 pub mod pods;
 pub mod report;
-pub mod rivals;
 pub mod scale;
-pub mod works;
+pub mod workloads;
 
 use std::fs;
 use std::path::PathBuf;
@@ -26,7 +26,7 @@ use skein_lab::{Lab, Offloads, Plan, Underlay, registry};
 use skein_lab::{cargo, packages};
 
 use overlay::Overlay;
-use works::Work;
+use workloads::Workload;
 
 /// How to measure.
 #[derive(Debug, Args)]
@@ -34,7 +34,7 @@ pub struct Options {
     /// Rounds; the tables show medians over them.
     #[arg(long, default_value_t = 5)]
     rounds: u32,
-    /// Seconds for each work.
+    /// Seconds for each workload.
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=60))]
     seconds: u32,
     /// Networks to compare: routed, vxlan, skein, wireguard-go, nebula and the variants of Skein
@@ -44,8 +44,8 @@ pub struct Options {
     #[arg(long, value_delimiter = ',', default_value = "routed,vxlan,skein,wireguard-go,nebula")]
     only: Vec<Overlay>,
     /// Works to do.
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Work::ALL)]
-    works: Vec<Work>,
+    #[arg(long = "works", value_enum, value_delimiter = ',', default_values_t = Workload::ALL)]
+    workloads: Vec<Workload>,
     /// Underlay: ideal (a veth with all offloads), wire (no segmentation offload, GRO on) or jumbo
     /// (all offloads and an MTU of 9000; the pods keep theirs).
     #[arg(long, value_enum, value_delimiter = ',', default_value = "ideal,wire")]
@@ -97,7 +97,7 @@ impl Mode {
     }
 }
 
-/// One work over one network in one round.
+/// One workload over one network in one round.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Sample {
     /// From 1.
@@ -107,7 +107,8 @@ pub struct Sample {
     /// The network.
     pub overlay: Overlay,
     /// What was done.
-    pub work: Work,
+    #[serde(rename = "work")]
+    pub workload: Workload,
     /// What was measured.
     pub values: measure::Values,
 }
@@ -117,7 +118,7 @@ pub struct Sample {
 pub struct Results {
     /// The machine and the circumstances.
     pub machine: measure::Machine,
-    /// Seconds for each work.
+    /// Seconds for each workload.
     pub seconds: u32,
     /// All that was measured.
     pub samples: Vec<Sample>,
@@ -146,12 +147,12 @@ pub fn run(options: &Options) -> Result<()> {
 fn measure_all(options: &Options) -> Result<Results> {
     let preparing = Console::new();
     packages::ensure(&[packages::DEMO], &preparing)?;
-    if options.works.contains(&Work::Redis) {
+    if options.workloads.contains(&Workload::Redis) {
         packages::ensure(&[packages::BENCH], &preparing)?;
     }
     let mut notes = vec![];
-    let rivals = [Overlay::WireguardGo, Overlay::Nebula];
-    let wanted = options.only.iter().any(|overlay| rivals.contains(overlay));
+    let baselines = [Overlay::WireguardGo, Overlay::Nebula];
+    let wanted = options.only.iter().any(|overlay| baselines.contains(overlay));
     if wanted {
         notes.extend(packages::ensure_each(packages::BASELINES, &preparing));
     }
@@ -161,7 +162,7 @@ fn measure_all(options: &Options) -> Result<Results> {
     }
     drop(preparing);
 
-    let tools = rivals::Tools::find(options);
+    let tools = baselines::Tools::find(options);
     let mut overlays = options.only.clone();
     overlays.retain(|&overlay| match tools.missing(overlay) {
         None => true,
@@ -173,7 +174,7 @@ fn measure_all(options: &Options) -> Result<Results> {
     let buffers = HostBuffers::raise()?;
     let machine = measure::Machine::here(&overlays, &tools);
     let total = options.rounds as usize * options.modes.len() * overlays.len();
-    let console = Console::with_total((total * options.works.len()) as u64);
+    let console = Console::with_total((total * options.workloads.len()) as u64);
     let mut samples = vec![];
     for round in 1..=options.rounds {
         for &mode in &options.modes {
@@ -199,7 +200,7 @@ struct Run<'a> {
     mode: Mode,
     overlay: Overlay,
     options: &'a Options,
-    tools: &'a rivals::Tools,
+    tools: &'a baselines::Tools,
     console: &'a Console,
 }
 
@@ -215,12 +216,12 @@ impl Run<'_> {
         };
         self.console.step(&format!("round {round}, {mode:?}, {overlay}"));
         let network = overlay::Network::up(Lab::new(&plan)?, overlay, self.tools)?;
-        for &work in &self.options.works {
-            self.console.step(&format!("round {round}, {mode:?}, {overlay}: {work}"));
-            let values = works::run(work, &network, self.options.seconds);
+        for &workload in &self.options.workloads {
+            self.console.step(&format!("round {round}, {mode:?}, {overlay}: {workload}"));
+            let values = workloads::run(workload, &network, self.options.seconds);
             self.console.advance();
-            let values = values.with_context(|| format!("{work}\n{}", network.logs()))?;
-            samples.push(Sample { round, mode, overlay, work, values });
+            let values = values.with_context(|| format!("{workload}\n{}", network.logs()))?;
+            samples.push(Sample { round, mode, overlay, workload, values });
         }
         Ok(())
     }

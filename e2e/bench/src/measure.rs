@@ -1,15 +1,15 @@
-//! Numbers: CPU time around a work, the machine, medians.
+//! Numbers: CPU time around a workload, the machine, medians.
 
 use std::fs;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
+use super::baselines::Tools;
 use super::overlay::{Network, Overlay};
-use super::rivals::Tools;
 use skein_lab::process::machine_busy_seconds;
 
-/// What one work brought. A unit of work is a Gbit, a packet, a round trip or a request.
+/// What one workload brought. A unit of workload is a Gbit, a packet, a round trip or a request.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Values {
     /// Units a second that arrived.
@@ -52,7 +52,7 @@ impl<'a> Meter<'a> {
         }
     }
 
-    /// Ends; `units` of work were done, at `rate` a second.
+    /// Ends; `units` of workload were done, at `rate` a second.
     pub fn stop(self, units: f64, rate: f64) -> Values {
         let units = units.max(f64::MIN_POSITIVE);
         let total_cpu = (machine_busy_seconds() - self.machine) / units;

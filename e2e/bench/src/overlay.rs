@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::rivals::{self, Tools};
+use super::baselines::{self, Tools};
 use skein_lab::agent::Cluster;
 use skein_lab::load::ping::{Ping, ping};
 use skein_lab::process::{Process, cpu_seconds};
@@ -151,8 +151,8 @@ impl Network {
             _ => {
                 match overlay {
                     Overlay::Vxlan => vxlan(&lab)?,
-                    Overlay::WireguardGo => daemons = rivals::wireguard_go(&lab, tools)?,
-                    Overlay::Nebula => daemons = rivals::nebula(&lab, tools)?,
+                    Overlay::WireguardGo => daemons = baselines::wireguard_go(&lab, tools)?,
+                    Overlay::Nebula => daemons = baselines::nebula(&lab, tools)?,
                     _ => routed(&lab)?,
                 }
                 Self { daemons, skein: None, plain: Some(lab) }

@@ -1,4 +1,4 @@
-//! Bars as SVG: one small chart for each quantity of each work.
+//! Bars as SVG: one small chart for each quantity of each workload.
 
 use std::fmt::Write as _;
 
@@ -50,7 +50,7 @@ fn chart(svg: &mut String, table: &Table, row: &Row) {
         svg,
         "<text y=\"14\" font-weight=\"bold\">{}: {}</text>\n\
          <text y=\"28\" fill=\"#666\" font-size=\"10\">{}, {better}</text>",
-        row.work, row.quantity, row.unit
+        row.workload, row.quantity, row.unit
     );
     let largest = row.medians.iter().flatten().copied().fold(f64::MIN_POSITIVE, f64::max);
     let room = CHART_WIDTH - LABEL_WIDTH - 50.0;

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result};
 
 use super::measure::Values;
 use super::overlay::{Overlay, Variant};
-use super::works::Work;
+use super::workloads::Workload;
 use super::{Mode, Results, plot};
 use skein_lab::load::median;
 
@@ -69,10 +69,10 @@ pub struct Table {
     pub rows: Vec<Row>,
 }
 
-/// One quantity of one work.
+/// One quantity of one workload.
 pub struct Row {
     /// What was done.
-    pub work: Work,
+    pub workload: Workload,
     /// What was measured.
     pub quantity: &'static str,
     /// Its unit.
@@ -84,19 +84,19 @@ pub struct Row {
 impl Table {
     fn of(results: &Results, mode: Mode) -> Self {
         let mut overlays: Vec<Overlay> = vec![];
-        let mut works: Vec<Work> = vec![];
+        let mut workloads: Vec<Workload> = vec![];
         for sample in results.samples.iter().filter(|s| s.mode == mode) {
             if !overlays.contains(&sample.overlay) {
                 overlays.push(sample.overlay);
             }
-            if !works.contains(&sample.work) {
-                works.push(sample.work);
+            if !workloads.contains(&sample.workload) {
+                workloads.push(sample.workload);
             }
         }
-        works.sort();
+        workloads.sort();
         let mut rows = vec![];
-        for &work in &works {
-            let (rate, rate_factor, cpu, cpu_factor) = work.units();
+        for &workload in &workloads {
+            let (rate, rate_factor, cpu, cpu_factor) = workload.units();
             let quantities: [(&str, &str, Quantity<'_>); 8] = [
                 ("throughput", rate, &|v| Some(v.rate * rate_factor)),
                 ("daemon CPU", cpu, &|v| Some(v.daemon_cpu * cpu_factor)),
@@ -109,15 +109,14 @@ impl Table {
             ];
             for (quantity, unit, value) in quantities {
                 let of = |overlay: &Overlay| {
-                    let samples = results
-                        .samples
-                        .iter()
-                        .filter(|s| s.mode == mode && s.overlay == *overlay && s.work == work);
+                    let samples = results.samples.iter().filter(|s| {
+                        s.mode == mode && s.overlay == *overlay && s.workload == workload
+                    });
                     median(samples.filter_map(|s| value(&s.values)))
                 };
                 let medians: Vec<_> = overlays.iter().map(of).collect();
                 if medians.iter().any(Option::is_some) {
-                    rows.push(Row { work, quantity, unit, medians });
+                    rows.push(Row { workload, quantity, unit, medians });
                 }
             }
         }
@@ -134,7 +133,7 @@ impl Table {
             Mode::Wire => "wire: no segmentation offload on the underlay, GRO on",
             Mode::Jumbo => "jumbo: MTU 9000 and all offloads, pods as ever",
         };
-        let mut text = format!("## Underlay {what}\n\n| work | quantity | unit |");
+        let mut text = format!("## Underlay {what}\n\n| workload | quantity | unit |");
         let mut rule = "|---|---|---|".to_owned();
         // Skein's share of the others, where both are there.
         let skein = self.column(SKEIN);
@@ -156,8 +155,8 @@ impl Table {
         let _ = writeln!(text, "\n{rule}");
         let mut last = None;
         for row in &self.rows {
-            let title = if last == Some(row.work) { "" } else { row.work.title() };
-            last = Some(row.work);
+            let title = if last == Some(row.workload) { "" } else { row.workload.title() };
+            last = Some(row.workload);
             let _ = write!(text, "| {title} | {} | {} |", row.quantity, row.unit);
             for median in &row.medians {
                 let _ = write!(text, " {} |", median.map_or("–".into(), number));

@@ -18,7 +18,7 @@ use skein_lab::load::{iperf, redis, rr, udp};
     Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, ValueEnum, Serialize, Deserialize,
 )]
 #[serde(rename_all = "kebab-case")]
-pub enum Work {
+pub enum Workload {
     /// One TCP connection, as fast as it goes.
     Tcp1,
     /// Four TCP connections.
@@ -37,7 +37,7 @@ pub enum Work {
     Redis,
 }
 
-impl Work {
+impl Workload {
     /// All of them.
     pub const ALL: [Self; 8] = [
         Self::Tcp1,
@@ -53,45 +53,45 @@ impl Work {
     /// What it is called in a table.
     pub fn title(self) -> &'static str {
         match self {
-            Work::Tcp1 => "TCP, 1 stream",
-            Work::Tcp4 => "TCP, 4 streams",
-            Work::Udp64 => "UDP 64 B, 100 kpps offered",
-            Work::Udp64Flood => "UDP 64 B, flood",
-            Work::Udp1000 => "UDP 1000 B, 50 kpps offered",
-            Work::Udp1000Flood => "UDP 1000 B, flood",
-            Work::RequestResponse => "TCP request/response",
-            Work::Redis => "redis GET, 50 clients",
+            Workload::Tcp1 => "TCP, 1 stream",
+            Workload::Tcp4 => "TCP, 4 streams",
+            Workload::Udp64 => "UDP 64 B, 100 kpps offered",
+            Workload::Udp64Flood => "UDP 64 B, flood",
+            Workload::Udp1000 => "UDP 1000 B, 50 kpps offered",
+            Workload::Udp1000Flood => "UDP 1000 B, flood",
+            Workload::RequestResponse => "TCP request/response",
+            Workload::Redis => "redis GET, 50 clients",
         }
     }
 
     /// Unit of the rate, its factor, unit of CPU time, its factor.
     pub fn units(self) -> (&'static str, f64, &'static str, f64) {
         match self {
-            Work::Tcp1 | Work::Tcp4 => ("Gb/s", 1.0, "s/Gbit", 1.0),
-            Work::RequestResponse => ("kops", 1e-3, "µs/op", 1e6),
-            Work::Redis => ("kops", 1e-3, "µs/op", 1e6),
+            Workload::Tcp1 | Workload::Tcp4 => ("Gb/s", 1.0, "s/Gbit", 1.0),
+            Workload::RequestResponse => ("kops", 1e-3, "µs/op", 1e6),
+            Workload::Redis => ("kops", 1e-3, "µs/op", 1e6),
             _ => ("kpps", 1e-3, "µs/packet", 1e6),
         }
     }
 }
 
-impl fmt::Display for Work {
+impl fmt::Display for Workload {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.title())
     }
 }
 
 /// Does it from the first node's pod to the second's.
-pub fn run(work: Work, network: &Network, seconds: u32) -> Result<Values> {
-    match work {
-        Work::Tcp1 => tcp(network, 1, seconds),
-        Work::Tcp4 => tcp(network, 4, seconds),
-        Work::Udp64 => datagrams(network, 64, Some(100_000), seconds),
-        Work::Udp64Flood => datagrams(network, 64, None, seconds),
-        Work::Udp1000 => datagrams(network, 1000, Some(50_000), seconds),
-        Work::Udp1000Flood => datagrams(network, 1000, None, seconds),
-        Work::RequestResponse => request_response(network, seconds),
-        Work::Redis => redis_get(network, seconds),
+pub fn run(workload: Workload, network: &Network, seconds: u32) -> Result<Values> {
+    match workload {
+        Workload::Tcp1 => tcp(network, 1, seconds),
+        Workload::Tcp4 => tcp(network, 4, seconds),
+        Workload::Udp64 => datagrams(network, 64, Some(100_000), seconds),
+        Workload::Udp64Flood => datagrams(network, 64, None, seconds),
+        Workload::Udp1000 => datagrams(network, 1000, Some(50_000), seconds),
+        Workload::Udp1000Flood => datagrams(network, 1000, None, seconds),
+        Workload::RequestResponse => request_response(network, seconds),
+        Workload::Redis => redis_get(network, seconds),
     }
 }
 
