@@ -1,5 +1,5 @@
-//! Other encrypted overlays in user space, set up as their manuals say, with the buffers and the
-//! MTU that Skein has.
+//! Other encrypted overlays in user space, configured as their manuals recommend, with the same
+//! buffers and MTU as Skein.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use skein_lab::packages;
 use skein_lab::process::{self, Process};
 use skein_lab::{Family, Lab};
 
-/// Where the other overlays' programs are.
+/// Paths of the other overlays' programs; `None` if a program is missing.
 #[derive(Debug, Default)]
 pub struct Tools {
     wireguard_go: Option<PathBuf>,
@@ -24,7 +24,7 @@ pub struct Tools {
 }
 
 impl Tools {
-    /// Those of the options, else those that are installed.
+    /// Finds the programs: those of the options, otherwise those that are installed.
     pub fn find(options: &Options) -> Self {
         let nebula = options.nebula.clone().or_else(|| packages::find("nebula"));
         let beside = options.nebula.as_ref().map(|path| path.with_file_name("nebula-cert"));
@@ -40,7 +40,7 @@ impl Tools {
         }
     }
 
-    /// What is missing for this network.
+    /// Returns the program that a network needs and that is missing, or `None`.
     pub fn missing(&self, overlay: Overlay) -> Option<&'static str> {
         let absent = |path: &Option<PathBuf>| !path.as_ref().is_some_and(|path| path.is_file());
         match overlay {
@@ -52,7 +52,8 @@ impl Tools {
         }
     }
 
-    /// The version that a network's program says it has.
+    /// Returns the version that a network's program prints; `None` for Skein and the kernel's
+    /// networks.
     pub fn version(&self, overlay: Overlay) -> Option<String> {
         let (program, argument) = match overlay {
             Overlay::WireguardGo => (self.wireguard_go.as_ref()?, "--version"),
@@ -65,14 +66,18 @@ impl Tools {
     }
 }
 
-/// wireguard-go on both nodes.
+/// Starts wireguard-go on both nodes and returns the processes.
+///
+/// # Errors
+/// If a program is missing or fails, or if an interface does not appear.
 pub fn wireguard_go(lab: &Lab, tools: &Tools) -> Result<Vec<Process>> {
     let program = tools.wireguard_go.as_deref().context("no wireguard-go")?;
     let wg = tools.wg.as_deref().context("no wg")?;
     let keys = lab.nodes.iter().map(|_| wireguard_key(wg)).collect::<Result<Vec<_>>>()?;
     let mut daemons = vec![];
     for (node, peer) in pairs(lab) {
-        // Its control sockets are files with the interface's name, common to all namespaces.
+        // The control socket of wireguard-go has the name of the interface and is in a directory
+        // that all network namespaces share.
         let interface = format!("w{}{}", std::process::id(), node.index);
         let log = lab.directory().join(format!("wireguard-{}.log", node.index));
         let mut command = node.ns.command(program);
@@ -109,7 +114,11 @@ fn wireguard_key(wg: &Path) -> Result<(String, String)> {
     Ok((private.trim().to_owned(), public.trim().to_owned()))
 }
 
-/// Nebula on both nodes; the pods' addresses are in the certificates as subnets.
+/// Starts Nebula on both nodes and returns the processes. The certificates contain the prefixes of
+/// the pods as subnets.
+///
+/// # Errors
+/// If a program is missing or fails, or if an interface does not appear.
 pub fn nebula(lab: &Lab, tools: &Tools) -> Result<Vec<Process>> {
     let program = tools.nebula.as_deref().context("no nebula")?;
     let cert = tools.nebula_cert.as_deref().context("no nebula-cert")?;
@@ -170,7 +179,7 @@ fn wait_for_interface(ns: &skein_lab::Netns, interface: &str, daemon: &mut Proce
             return Ok(());
         }
         if std::time::Instant::now() > end {
-            anyhow::bail!("{interface} does not come up: {}", daemon.log_tail(10));
+            anyhow::bail!("the interface {interface} did not appear: {}", daemon.log_tail(10));
         }
         std::thread::sleep(std::time::Duration::from_millis(20));
     }

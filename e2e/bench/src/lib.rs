@@ -1,7 +1,7 @@
-//! `cargo e2e bench`: the same works, pod to pod, over different networks, in one run.
+//! `cargo e2e bench`: comparison of networks by the same workloads between two pods.
 //!
-//! Every round takes every network once, each in namespaces made anew, so that a drift of the
-//! machine meets all of them alike; the table shows medians over the rounds.
+//! A round measures every network once, each in new namespaces. Results show medians over the
+//! rounds, so that a drift of the machine's speed affects all networks alike.
 
 #![forbid(unsafe_code)]
 
@@ -28,56 +28,56 @@ use skein_lab::{cargo, packages};
 use overlay::Overlay;
 use workloads::Workload;
 
-/// How to measure.
+/// Options of `cargo e2e bench`.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Rounds; the tables show medians over them.
+    /// Number of rounds, over which the tables show medians
     #[arg(long, default_value_t = 5)]
     rounds: u32,
-    /// Seconds for each workload.
+    /// Seconds for each workload
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=60))]
     seconds: u32,
     /// Networks to compare: routed, vxlan, skein, wireguard-go, nebula and the variants of Skein
     /// (skein-1-lane, skein-4-lanes, skein-no-busy-poll, skein-no-seccomp, skein-chacha20,
     /// skein-no-uso, skein-no-tso, skein-no-checksum, skein-no-gso, skein-no-gro,
-    /// skein-no-bundling, skein-no-offload).
+    /// skein-no-bundling, skein-no-offload)
     #[arg(long, value_delimiter = ',', default_value = "routed,vxlan,skein,wireguard-go,nebula")]
     only: Vec<Overlay>,
-    /// Works to do.
+    /// Workloads to run
     #[arg(long = "works", value_enum, value_delimiter = ',', default_values_t = Workload::ALL)]
     workloads: Vec<Workload>,
-    /// Underlay: ideal (a veth with all offloads), wire (no segmentation offload, GRO on) or jumbo
-    /// (all offloads and an MTU of 9000; the pods keep theirs).
+    /// Underlays: ideal (a veth with all offloads), wire (no segmentation offload, GRO on) or jumbo
+    /// (all offloads and an MTU of 9000 with the usual MTU of pods)
     #[arg(long, value_enum, value_delimiter = ',', default_value = "ideal,wire")]
     modes: Vec<Mode>,
-    /// Directory for results.json, results.md and the plots.
+    /// Directory for results.json, results.md and the plots
     #[arg(long, default_value = "out/bench")]
     out: PathBuf,
-    /// Another wireguard-go program than Debian's.
+    /// Path of a wireguard-go program to use instead of Debian's
     #[arg(long)]
     wireguard_go: Option<PathBuf>,
-    /// Another nebula program than Debian's (nebula-cert beside it).
+    /// Path of a nebula program to use instead of Debian's, with nebula-cert in the same directory
     #[arg(long)]
     nebula: Option<PathBuf>,
-    /// More lines for Nebula's configuration (YAML), for versions with settings of their own.
+    /// File with further lines for Nebula's configuration (YAML)
     #[arg(long)]
     nebula_extra: Option<PathBuf>,
-    /// Make the tables and plots of an earlier results.json again, and measure nothing.
+    /// Earlier results.json whose tables and plots to write again, without a measurement
     #[arg(long)]
     again: Option<PathBuf>,
 }
 
-/// What the underlay can do.
+/// Properties of the underlay.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, ValueEnum, Serialize, Deserialize,
 )]
 #[serde(rename_all = "snake_case")]
 pub enum Mode {
-    /// A veth with all its offloads.
+    /// A veth with all offloads
     Ideal,
-    /// Without segmentation offload, GRO on.
+    /// No segmentation offload, GRO on
     Wire,
-    /// With an MTU of 9000 and all offloads, between pods whose MTU is as ever.
+    /// An MTU of 9000 and all offloads, with the usual MTU of pods
     Jumbo,
 }
 
@@ -97,36 +97,41 @@ impl Mode {
     }
 }
 
-/// One workload over one network in one round.
+/// Result of one workload over one network in one round.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Sample {
-    /// From 1.
+    /// Number of the round, from 1.
     pub round: u32,
-    /// The underlay.
+    /// Underlay of the network.
     pub mode: Mode,
-    /// The network.
+    /// Network that was measured.
     pub overlay: Overlay,
-    /// What was done.
+    /// Kind of traffic.
     #[serde(rename = "work")]
     pub workload: Workload,
-    /// What was measured.
+    /// Measured values of the workload.
     pub values: measure::Values,
 }
 
-/// Everything of one run.
+/// All results of a run, the content of results.json.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Results {
-    /// The machine and the circumstances.
+    /// Machine on which the run was made.
     pub machine: measure::Machine,
-    /// Seconds for each workload.
+    /// Duration of each workload, seconds.
     pub seconds: u32,
-    /// All that was measured.
+    /// Results of all workloads.
     pub samples: Vec<Sample>,
-    /// What was absent or failed.
+    /// Messages about networks that could not be measured.
     pub notes: Vec<String>,
 }
 
-/// Runs the command.
+/// Runs `cargo e2e bench`: measures, and writes tables and plots.
+///
+/// # Errors
+/// If a package cannot be installed, if the agent cannot be built, if the files cannot be read or
+/// written, or if no workload could be measured. The failure of one network is a note in the
+/// results.
 pub fn run(options: &Options) -> Result<()> {
     let results = match &options.again {
         Some(path) => {
@@ -139,7 +144,7 @@ pub fn run(options: &Options) -> Result<()> {
     println!("{table}");
     println!("Written to {}: results.json, results.md, *.svg", options.out.display());
     if results.samples.is_empty() {
-        bail!("nothing was measured");
+        bail!("no workload could be measured");
     }
     Ok(())
 }
@@ -151,9 +156,8 @@ fn measure_all(options: &Options) -> Result<Results> {
         packages::ensure(&[packages::BENCH], &preparing)?;
     }
     let mut notes = vec![];
-    let baselines = [Overlay::WireguardGo, Overlay::Nebula];
-    let wanted = options.only.iter().any(|overlay| baselines.contains(overlay));
-    if wanted {
+    let packaged = [Overlay::WireguardGo, Overlay::Nebula];
+    if options.only.iter().any(|overlay| packaged.contains(overlay)) {
         notes.extend(packages::ensure_each(packages::BASELINES, &preparing));
     }
     if options.only.iter().any(|overlay| overlay.is_skein()) {
@@ -179,7 +183,7 @@ fn measure_all(options: &Options) -> Result<Results> {
     for round in 1..=options.rounds {
         for &mode in &options.modes {
             for at in 0..overlays.len() {
-                // Another one starts in every round.
+                // Each round starts with another network.
                 let overlay = overlays[(at + round as usize - 1) % overlays.len()];
                 let run = Run { round, mode, overlay, options, tools: &tools, console: &console };
                 if let Err(error) = run.all(&mut samples) {
@@ -194,7 +198,7 @@ fn measure_all(options: &Options) -> Result<Results> {
     Ok(Results { machine, seconds: options.seconds, samples, notes })
 }
 
-/// One network in one round.
+/// Measurement of one network in one round.
 struct Run<'a> {
     round: u32,
     mode: Mode,
@@ -227,14 +231,14 @@ impl Run<'_> {
     }
 }
 
-/// Equal and large socket buffers for everybody, also for programs that do not ask for them: most
-/// of what is said of lost packets and retransmits is said of a full receive buffer.
+/// Guard that raises the host's socket buffers, so that all programs have equal, large buffers,
+/// whether they request them or not. A full receive buffer would cause most losses and retransmits.
 struct HostBuffers;
 
 impl HostBuffers {
     fn raise() -> Result<Self> {
-        // A program that asks for 8 MiB gets an accounted 16 MiB; give the same to those who do
-        // not ask.
+        // The kernel doubles the 8 MiB that Skein and Nebula request to an accounted 16 MiB.
+        // Programs that request none get the same by default.
         for key in ["rmem_max", "wmem_max", "rmem_default", "wmem_default"] {
             registry::set_host(&format!("net.core.{key}"), &(16 << 20).to_string())?;
         }

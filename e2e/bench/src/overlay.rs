@@ -1,4 +1,4 @@
-//! The networks that are compared.
+//! Networks that the benchmark compares.
 
 use std::fmt;
 use std::str::FromStr;
@@ -14,34 +14,34 @@ use skein_lab::load::ping::{Ping, ping};
 use skein_lab::process::{Process, cpu_seconds};
 use skein_lab::{Family, Lab, UNDERLAY};
 
-/// A network between the nodes.
+/// A kind of network between the nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Overlay {
-    /// None: plain routes.
+    /// Plain routes without an overlay.
     Routed,
-    /// The kernel's VXLAN, not encrypted.
+    /// The kernel's VXLAN, without encryption.
     Vxlan,
-    /// Skein.
+    /// An agent of Skein on each node.
     Skein(Variant),
-    /// wireguard-go.
+    /// WireGuard in user space, the program wireguard-go.
     WireguardGo,
-    /// Nebula.
+    /// The overlay Nebula, without a lighthouse.
     Nebula,
 }
 
-/// Skein as it comes, or with one thing taken away.
+/// Skein with its default configuration, or with changed settings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Variant {
-    /// Two lanes, everything on.
+    /// Default configuration with two lanes.
     Full,
-    /// One setting differs: its index in [`SETTINGS`].
+    /// Configuration with one changed setting, an index in [`SETTINGS`].
     With(usize),
-    /// Every offload and bundling off.
+    /// Configuration without offloads, bundling and seccomp.
     Bare,
 }
 
-/// Names of the variants, and the setting that makes each.
+/// Names of the variants, with the key and the value of the changed setting.
 const SETTINGS: [(&str, &str, Setting); 11] = [
     ("skein-no-uso", "offload.tun_uso", Setting::Off),
     ("skein-no-tso", "offload.tun_tso", Setting::Off),
@@ -56,7 +56,7 @@ const SETTINGS: [(&str, &str, Setting); 11] = [
     ("skein-chacha20", "dataplane.cipher", Setting::Text("chacha20-poly1305")),
 ];
 
-/// A value in the configuration.
+/// Value of a setting in the configuration.
 #[derive(Debug, Clone, Copy)]
 enum Setting {
     Off,
@@ -65,17 +65,17 @@ enum Setting {
 }
 
 impl Overlay {
-    /// Whether this is Skein.
+    /// Returns whether this is a variant of Skein.
     pub fn is_skein(self) -> bool {
         matches!(self, Overlay::Skein(_))
     }
 
-    /// The largest MTU that the pods can have over an underlay of 1500 bytes.
+    /// Returns the largest MTU of pods over an underlay with an MTU of 1500 bytes.
     pub fn pod_mtu(self) -> u32 {
         match self {
             Overlay::Routed => 1500,
             Overlay::Vxlan => 1450,
-            // IPv4, UDP, a 16-byte header and a 16-byte tag: 60 bytes for each of them.
+            // All three add 60 bytes: IPv4 (20), UDP (8), a header (16) and an AEAD tag (16).
             Overlay::Skein(_) | Overlay::WireguardGo | Overlay::Nebula => 1440,
         }
     }
@@ -129,7 +129,7 @@ impl From<Overlay> for String {
     }
 }
 
-/// A laboratory of two nodes whose pods reach each other over one network.
+/// A laboratory of two nodes whose pods communicate over one network.
 pub struct Network {
     daemons: Vec<Process>,
     skein: Option<Cluster>,
@@ -137,7 +137,11 @@ pub struct Network {
 }
 
 impl Network {
-    /// Sets the network up and waits until the pods reach each other.
+    /// Sets up the network and waits until the pods reach each other.
+    ///
+    /// # Errors
+    /// If a route, an interface or a daemon cannot be set up, or if the pods do not reach each
+    /// other.
     pub fn up(lab: Lab, overlay: Overlay, tools: &Tools) -> Result<Self> {
         for node in &lab.nodes {
             node.enable_forwarding()?;
@@ -162,16 +166,16 @@ impl Network {
         Ok(network)
     }
 
-    /// The laboratory.
+    /// Returns the laboratory of the network.
     pub fn lab(&self) -> &Lab {
         match (&self.skein, &self.plain) {
             (Some(cluster), _) => &cluster.lab,
             (None, Some(lab)) => lab,
-            (None, None) => unreachable!("one of the two is always there"),
+            (None, None) => unreachable!("a network has a cluster or a laboratory"),
         }
     }
 
-    /// CPU time of all daemons so far, in seconds.
+    /// Returns the CPU time that all daemons have used, seconds.
     pub fn daemon_cpu(&self) -> f64 {
         let mut pids: Vec<i32> = self.daemons.iter().map(Process::pid).collect();
         if let Some(cluster) = &self.skein {
@@ -180,8 +184,8 @@ impl Network {
         cpu_seconds(&pids)
     }
 
-    /// Datagrams that each lane of the first node has sent and received so far; nothing where there
-    /// are no lanes.
+    /// Returns the number of datagrams that each lane of the first node has sent and received;
+    /// empty if the network is not Skein.
     pub fn lane_packets(&self) -> Vec<f64> {
         let agent = self.skein.as_ref().and_then(|cluster| cluster.agents.first());
         let Some(Ok(report)) = agent.map(|agent| agent.report()) else { return vec![] };
@@ -192,7 +196,7 @@ impl Network {
         lanes.iter().map(|lane| packets(lane, "egress") + packets(lane, "ingress")).collect()
     }
 
-    /// The ends of the daemons' logs.
+    /// Returns the ends of the daemons' logs.
     pub fn logs(&self) -> String {
         let own = self.daemons.iter().map(|process| process.log_tail(10));
         let own = own.collect::<Vec<_>>().join("\n");
@@ -267,11 +271,11 @@ fn skein(lab: Lab, variant: Variant) -> Result<Cluster> {
             }
         }
     }
-    cluster.start().context("starting the agents")?;
+    cluster.start().context("cannot start the agents")?;
     Ok(cluster)
 }
 
-/// Every node with the other one.
+/// Returns each of two nodes together with the other node.
 pub(super) fn pairs(lab: &Lab) -> impl Iterator<Item = (&skein_lab::Node, &skein_lab::Node)> {
     lab.nodes.iter().zip(lab.nodes.iter().rev())
 }

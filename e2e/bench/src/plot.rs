@@ -1,4 +1,4 @@
-//! Bars as SVG: one small chart for each quantity of each workload.
+//! Bar charts as SVG, one for each quantity of each workload.
 
 use std::fmt::Write as _;
 
@@ -13,13 +13,13 @@ const GAP: f64 = 24.0;
 const COLOURS: [&str; 8] =
     ["#8a8f98", "#4e79a7", "#d1495b", "#59a14f", "#f28e2b", "#b07aa1", "#76b7b2", "#9c755f"];
 
-/// The quantities worth a chart.
+/// Returns the rows of the quantities that the picture shows.
 fn charts(table: &Table) -> Vec<&Row> {
     let shown = ["throughput", "daemon CPU", "p50", "p99"];
     table.rows.iter().filter(|row| shown.contains(&row.quantity)).collect()
 }
 
-/// The picture of one table.
+/// Draws the charts of a table and returns the SVG document.
 pub fn svg(table: &Table) -> String {
     let charts = charts(table);
     let height = TITLE + BAR * table.overlays.len() as f64 + GAP;
@@ -45,7 +45,7 @@ pub fn svg(table: &Table) -> String {
 }
 
 fn chart(svg: &mut String, table: &Table, row: &Row) {
-    let better = if row.quantity == "throughput" { "more is better" } else { "less is better" };
+    let better = if row.quantity == "throughput" { "higher is better" } else { "lower is better" };
     let _ = writeln!(
         svg,
         "<text y=\"14\" font-weight=\"bold\">{}: {}</text>\n\

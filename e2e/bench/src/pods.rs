@@ -1,6 +1,5 @@
-//! `cargo e2e bench-pods`: what attaching and detaching pods costs, by the plugins' own binaries,
-//! all at once, beside the reference plugins `ptp` and `host-local` and beside what the kernel
-//! alone takes.
+//! `cargo e2e bench-pods`: time and CPU time of ADD and DEL for many pods at once. Skein's plugin
+//! is compared with the reference plugins `ptp` and `host-local`, and with `ip` alone.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -21,13 +20,13 @@ use skein_lab::process::machine_busy_seconds;
 use skein_lab::{Family, Lab, Netns, Plan, cni, process};
 use skein_lab::{cargo, packages};
 
-/// How much.
+/// Options of `cargo e2e bench-pods`.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Pods that come and go at once.
+    /// Number of pods that are added and removed at once, 1 to 1000
     #[arg(long, default_value_t = 100)]
     pods: usize,
-    /// Rounds; medians are shown.
+    /// Number of rounds, over which the table shows medians
     #[arg(long, default_value_t = 5)]
     rounds: usize,
 }
@@ -36,28 +35,32 @@ const NETWORKS: [Network; 3] = [Network::Kernel, Network::Reference, Network::Sk
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Network {
-    /// `ip` makes a veth pair with an address and a route, and no file.
+    /// `ip`, which creates a veth pair and a route, without an address and without a file.
     Kernel,
-    /// ptp with host-local, of containernetworking-plugins.
+    /// The plugin `ptp` with `host-local`, of containernetworking-plugins.
     Reference,
     Skein,
 }
 
-/// One verb over all pods of a round.
+/// Result of one operation (ADD or DEL) for all pods of a round.
 #[derive(Debug, Default)]
 struct Outcome {
-    /// Of each pod, sorted, in milliseconds.
+    /// Time of each pod, sorted, milliseconds.
     each: Vec<f64>,
-    /// From the first start to the last end, in milliseconds.
+    /// Time from the first start to the last end, milliseconds.
     all: f64,
-    /// CPU time of the whole machine, in milliseconds a pod.
+    /// CPU time of the whole machine, milliseconds per pod.
     cpu: f64,
 }
 
-/// Runs the command.
+/// Runs `cargo e2e bench-pods`: measures, and prints a table.
+///
+/// # Errors
+/// If an option is out of range, if a package cannot be installed, if the agents cannot be built or
+/// started, or if a plugin fails.
 pub fn run(options: &Options) -> Result<()> {
     if !(1..=1000).contains(&options.pods) || options.rounds == 0 {
-        bail!("--pods: use 1 to 1000; --rounds: use 1 or more");
+        bail!("an option is out of range. Use 1 to 1000 for --pods, and 1 or more for --rounds.");
     }
     let console = Console::new();
     packages::ensure(&[packages::DEMO, packages::TEST], &console)?;
@@ -68,7 +71,7 @@ pub fn run(options: &Options) -> Result<()> {
     cluster.verbose = false;
     for agent in &mut cluster.agents {
         agent.serve_pods()?;
-        // The reference has one family as well.
+        // The reference plugins also have one address family.
         agent.record.pod_cidrs.retain(|cidr| !cidr.contains(':'));
     }
     for agent in &cluster.agents {
@@ -88,7 +91,7 @@ pub fn run(options: &Options) -> Result<()> {
         }
     }
     drop(console);
-    println!("{} pods at once, medians of {} rounds", options.pods, options.rounds);
+    println!("Pods at once: {}. Medians over rounds: {}.", options.pods, options.rounds);
     println!("{}", table(&outcomes));
     Ok(())
 }
@@ -96,7 +99,7 @@ pub fn run(options: &Options) -> Result<()> {
 fn table(outcomes: &[[Vec<Outcome>; 2]]) -> Table {
     let mut table = Table::new();
     table.load_preset(UTF8_BORDERS_ONLY);
-    table.set_header(["network", "verb", "p50 ms", "p99 ms", "all ms", "CPU ms a pod"]);
+    table.set_header(["network", "operation", "p50 ms", "p99 ms", "all ms", "CPU ms per pod"]);
     for (network, outcomes) in NETWORKS.iter().zip(outcomes) {
         for (verb, rounds) in ["ADD", "DEL"].iter().zip(outcomes) {
             let of = |pick: &dyn Fn(&Outcome) -> f64| {
@@ -128,7 +131,7 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// One verb for all pods, started at the same moment.
+    /// Runs one operation for all pods, which start at the same moment.
     fn all(&self, verb: &str) -> Result<Outcome> {
         let mut commands = (0..self.spaces.len())
             .map(|index| self.command(verb, index))
@@ -165,12 +168,12 @@ impl Bench<'_> {
         Ok(Outcome { cpu: cpu / each.len() as f64, each, all })
     }
 
-    /// What is run for one pod, and its standard input.
+    /// Returns the command for one pod and its standard input.
     fn command(&self, verb: &str, index: usize) -> Result<(Command, Vec<u8>)> {
         let node = &self.cluster.lab.nodes[0].ns;
         let (pod, id) = (&self.spaces[index], format!("b{index}"));
-        // Not `ip netns exec`, which makes a mount namespace as well: a runtime is in its node
-        // already.
+        // `ip netns exec` would also create a mount namespace, which a runtime on the node does not
+        // need.
         let mut command = Command::new("nsenter");
         command.arg(format!("--net={}", cni::path(node)));
         if self.network == Network::Kernel {

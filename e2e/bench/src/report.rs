@@ -1,4 +1,4 @@
-//! Results as JSON, as Markdown tables and as plots.
+//! Output of results: JSON, Markdown tables and plots.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -14,7 +14,10 @@ use skein_lab::load::median;
 
 const SKEIN: Overlay = Overlay::Skein(Variant::Full);
 
-/// Writes everything into `directory`; returns the Markdown.
+/// Writes results.json, results.md and the plots to `directory`, and returns the Markdown text.
+///
+/// # Errors
+/// If the directory or a file cannot be written.
 pub fn write(results: &Results, directory: &Path) -> Result<String> {
     fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
     let json = serde_json::to_vec_pretty(results)?;
@@ -38,8 +41,9 @@ fn head(results: &Results) -> String {
     let machine = &results.machine;
     let rounds = results.samples.iter().map(|s| s.round).max().unwrap_or(0);
     let mut text = format!(
-        "# Benchmark\n\n{} CPUs ({}), Linux {}, load {:.2} before the start. Pod to pod on one \
-         host, clients, servers and daemons sharing its CPUs; medians of {rounds} rounds of {} s.\n",
+        "# Benchmark\n\n{} CPUs ({}), Linux {}, load {:.2} before the start. Traffic between pods on \
+         one host, whose CPUs clients, servers and daemons share. Medians over rounds ({rounds}) of \
+         {} s.\n",
         machine.cpus, machine.processor, machine.kernel, machine.load, results.seconds
     );
     for (overlay, version) in &machine.versions {
@@ -56,28 +60,28 @@ fn modes(results: &Results) -> Vec<Mode> {
     modes
 }
 
-/// Takes one quantity from what was measured.
+/// Function that returns one quantity of a result.
 type Quantity<'a> = &'a dyn Fn(&Values) -> Option<f64>;
 
-/// One underlay's medians.
+/// Medians of all results over one underlay.
 pub struct Table {
-    /// The underlay.
+    /// Underlay of the results.
     pub mode: Mode,
-    /// The columns.
+    /// Networks in the order of the columns.
     pub overlays: Vec<Overlay>,
-    /// The rows.
+    /// Rows by workload, then by quantity.
     pub rows: Vec<Row>,
 }
 
-/// One quantity of one workload.
+/// Medians of one quantity of one workload.
 pub struct Row {
-    /// What was done.
+    /// Workload of the row.
     pub workload: Workload,
-    /// What was measured.
+    /// Name of the quantity.
     pub quantity: &'static str,
-    /// Its unit.
+    /// Unit of the quantity; empty for a number.
     pub unit: &'static str,
-    /// Medians, a column each.
+    /// Median of each network, in the order of the columns; `None` without a value.
     pub medians: Vec<Option<f64>>,
 }
 
@@ -131,11 +135,11 @@ impl Table {
         let what = match self.mode {
             Mode::Ideal => "ideal: veth with all offloads",
             Mode::Wire => "wire: no segmentation offload on the underlay, GRO on",
-            Mode::Jumbo => "jumbo: MTU 9000 and all offloads, pods as ever",
+            Mode::Jumbo => "jumbo: MTU 9000 and all offloads, usual MTU of pods",
         };
         let mut text = format!("## Underlay {what}\n\n| workload | quantity | unit |");
         let mut rule = "|---|---|---|".to_owned();
-        // Skein's share of the others, where both are there.
+        // Columns with the ratio of Skein to every other network.
         let skein = self.column(SKEIN);
         let against: Vec<(Overlay, usize)> = self
             .overlays
@@ -175,7 +179,7 @@ impl Table {
     }
 }
 
-/// About three significant digits.
+/// Formats a value with about three significant digits.
 pub fn number(value: f64) -> String {
     match value.abs() {
         0.0 => "0".into(),

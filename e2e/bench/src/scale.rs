@@ -1,4 +1,5 @@
-//! `cargo e2e scale`: what thousands of node records cost, beside what few cost.
+//! `cargo e2e scale`: memory, start time and time of a change with different numbers of node
+//! records.
 
 use std::fs;
 use std::thread;
@@ -13,39 +14,50 @@ use skein_lab::agent::{Agent, Cluster, Record};
 use skein_lab::console::Console;
 use skein_lab::load::median;
 use skein_lab::load::ping::{Ping, ping};
+use skein_lab::process;
 use skein_lab::{Family, Lab, Plan};
 use skein_lab::{cargo, packages};
 
-/// How much.
+/// Options of `cargo e2e scale`.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Node records beside the two nodes' own.
+    /// Numbers of node records to measure, in addition to those of the two nodes
     #[arg(long, value_delimiter = ',', default_value = "0,1000,5000")]
     records: Vec<u32>,
-    /// Changes of one record while the pods ping each other a thousand times a second.
+    /// Number of changes of one record, during 1000 pings per second between the pods
     #[arg(long, default_value_t = 10)]
     changes: u32,
 }
 
-/// What came out for one number of records.
+/// Text of the log line that the agent writes when every lane has the changed records.
+const APPLIED_LOG_TEXT: &str = "change is in force";
+
+/// Maximum time until a changed record is applied.
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Result for one number of records.
 struct Outcome {
     records: u32,
-    /// From the program's start until it is ready.
+    /// Time from the start of the agent until it is ready.
     start: Duration,
-    /// Resident bytes of the control and of the data process.
+    /// Resident memory of the control process, bytes.
     control: u64,
+    /// Resident memory of the data process, bytes.
     data: u64,
-    /// From a record's change until every lane has it.
+    /// Time from the change of a record until every lane has it, median, milliseconds.
     change_ms: f64,
-    /// Of the control and the data process for one change, in milliseconds of CPU time.
+    /// CPU time of the control process and the data process for one change, milliseconds.
     change_cpu_ms: f64,
     sent: u32,
     lost: u32,
-    /// The slowest answer meanwhile.
+    /// Longest round-trip time of the pings, milliseconds.
     slowest_ms: f64,
 }
 
-/// Runs the command.
+/// Runs `cargo e2e scale`: measures, and prints a table.
+///
+/// # Errors
+/// If the agents cannot be built or started, or if a changed record is not applied within 10 s.
 pub fn run(options: &Options) -> Result<()> {
     let console = Console::new();
     packages::ensure(&[packages::DEMO], &console)?;
@@ -59,7 +71,7 @@ pub fn run(options: &Options) -> Result<()> {
         "control MiB",
         "data MiB",
         "change ms",
-        "CPU ms a change",
+        "CPU ms per change",
         "pings lost",
         "slowest ping ms",
     ]);
@@ -99,14 +111,14 @@ fn measure(count: u32, changes: u32) -> Result<Outcome> {
     skein_lab::checks::wait_until_reached(a, b, Family::V4, Duration::from_secs(5))?;
 
     let agent = &cluster.agents[0];
-    // Enough for all changes; whatever comes after them says nothing.
+    // One second of pings per change, which is longer than all changes take.
     let count_pings = 1_000 * changes;
     let (from, to) = (&a.ns, b.address(Family::V4));
     let pings = Ping { count: count_pings, interval_ms: 1, ..Ping::default() };
     let (answers, took, cpu) = thread::scope(|scope| {
         let pinging = scope.spawn(move || ping(from, to, pings));
         let changed = change(agent, changes);
-        let answers = pinging.join().map_err(|_| anyhow::anyhow!("ping has panicked"))??;
+        let answers = pinging.join().map_err(|_| anyhow::anyhow!("the pings panicked"))??;
         let (took, cpu) = changed?;
         anyhow::Ok((answers, took, cpu))
     })?;
@@ -116,8 +128,8 @@ fn measure(count: u32, changes: u32) -> Result<Outcome> {
     Ok(Outcome {
         records: count,
         start,
-        control: resident_bytes(agent.control_pid().context("no control process")?)?,
-        data: resident_bytes(data)?,
+        control: process::resident_bytes(agent.control_pid().context("no control process")?)?,
+        data: process::resident_bytes(data)?,
         change_ms: median(took).unwrap_or(0.0),
         change_cpu_ms: cpu * 1e3 / f64::from(changes.max(1)),
         sent: answers.sent,
@@ -126,33 +138,26 @@ fn measure(count: u32, changes: u32) -> Result<Outcome> {
     })
 }
 
-/// Changes one record again and again; how long each took in milliseconds, and the agent's CPU
-/// time in seconds.
+/// Changes one record `changes` times. Returns the time of each change in milliseconds and the
+/// agent's CPU time in seconds.
 fn change(agent: &Agent, changes: u32) -> Result<(Vec<f64>, f64)> {
-    // The status would cost more than the change: the log says it too.
-    let in_force = || anyhow::Ok(fs::read_to_string(agent.log())?.matches("in force").count());
+    // A request for the status would cost more CPU time than the change, so the log is read.
+    let applied = || anyhow::Ok(fs::read_to_string(agent.log())?.matches(APPLIED_LOG_TEXT).count());
     let mut changing = Record::synthetic(60_000)?;
-    let before = skein_lab::process::cpu_seconds(&agent.pids());
+    let before = process::cpu_seconds(&agent.pids());
     let mut took = vec![];
     for number in 0..changes {
-        let old = in_force()?;
+        let old = applied()?;
         changing.endpoints = vec![format!("198.51.100.{}:51900", 1 + number % 200)];
         agent.put_record(&changing)?;
         let start = Instant::now();
-        while in_force()? == old {
+        while applied()? == old {
             thread::sleep(Duration::from_millis(2));
-            if start.elapsed() > Duration::from_secs(10) {
-                bail!("a changed record is not in force after 10 s");
+            if start.elapsed() > CHANGE_TIMEOUT {
+                bail!("a changed record was not applied within {} s", CHANGE_TIMEOUT.as_secs());
             }
         }
         took.push(start.elapsed().as_secs_f64() * 1e3);
     }
-    Ok((took, skein_lab::process::cpu_seconds(&agent.pids()) - before))
-}
-
-fn resident_bytes(pid: i32) -> Result<u64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse()?;
-    Ok(kib << 10)
+    Ok((took, process::cpu_seconds(&agent.pids()) - before))
 }

@@ -1,4 +1,4 @@
-//! The works that are measured.
+//! Workloads of the benchmark, and their measurement.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -19,26 +19,26 @@ use skein_lab::load::{iperf, redis, rr, udp};
 )]
 #[serde(rename_all = "kebab-case")]
 pub enum Workload {
-    /// One TCP connection, as fast as it goes.
+    /// One TCP connection at full speed
     Tcp1,
-    /// Four TCP connections.
+    /// Four TCP connections at full speed
     Tcp4,
-    /// UDP, 64 bytes, 100,000 a second.
+    /// UDP with 64 bytes, 100,000 datagrams per second
     Udp64,
-    /// UDP, 64 bytes, as fast as it goes.
+    /// UDP with 64 bytes at full speed
     Udp64Flood,
-    /// UDP, 1000 bytes, 50,000 a second.
+    /// UDP with 1000 bytes, 50,000 datagrams per second
     Udp1000,
-    /// UDP, 1000 bytes, as fast as it goes.
+    /// UDP with 1000 bytes at full speed
     Udp1000Flood,
-    /// One byte each way over TCP, one at a time.
+    /// Round trips of one byte over one TCP connection, one at a time
     RequestResponse,
-    /// redis GET by 50 clients.
+    /// GET requests to redis by 50 clients
     Redis,
 }
 
 impl Workload {
-    /// All of them.
+    /// All workloads in the order of their declaration.
     pub const ALL: [Self; 8] = [
         Self::Tcp1,
         Self::Tcp4,
@@ -50,7 +50,7 @@ impl Workload {
         Self::Redis,
     ];
 
-    /// What it is called in a table.
+    /// Returns the title of the workload in tables.
     pub fn title(self) -> &'static str {
         match self {
             Workload::Tcp1 => "TCP, 1 stream",
@@ -64,7 +64,8 @@ impl Workload {
         }
     }
 
-    /// Unit of the rate, its factor, unit of CPU time, its factor.
+    /// Returns the unit of the rate and of the CPU time in tables, each with the factor by which a
+    /// value of [`Values`] is multiplied: (rate, factor, CPU time, factor).
     pub fn units(self) -> (&'static str, f64, &'static str, f64) {
         match self {
             Workload::Tcp1 | Workload::Tcp4 => ("Gb/s", 1.0, "s/Gbit", 1.0),
@@ -81,7 +82,10 @@ impl fmt::Display for Workload {
     }
 }
 
-/// Does it from the first node's pod to the second's.
+/// Runs a workload of `seconds` from the first node's pod to the second's.
+///
+/// # Errors
+/// If a program cannot be started or fails, or if data arrives changed over TCP.
 pub fn run(workload: Workload, network: &Network, seconds: u32) -> Result<Values> {
     match workload {
         Workload::Tcp1 => tcp(network, 1, seconds),
