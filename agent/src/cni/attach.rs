@@ -1,7 +1,8 @@
-//! One pod's interface: made, checked, put right, taken away.
+//! The veth pair of one attachment: creation, check, repair and removal.
 //!
-//! What belongs to Skein is told by the name of the node's end, which follows from the attachment, and by its
-//! alias, which says whose it is. So the kernel itself knows every attachment, whatever becomes of files.
+//! The name of the node's end follows from the attachment, and its alias names the node, the
+//! container and the interface. The agent can therefore list its attachments from the kernel alone,
+//! also after its files are lost.
 
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -20,41 +21,45 @@ use super::interface::{
     gateway, host_name, host_routes, mac_text, node_settings, pod_mac, pod_routes, pod_settings,
 };
 
-/// Why a pod was not attached.
+/// Failure to attach, detach, check or repair a pod's interface.
 #[derive(Debug, Error)]
 pub(super) enum AttachError {
     /// The pod has an interface of that name.
-    #[error("the container has an interface {0} already")]
-    Exists(String),
-    /// The pod has another way out: a default route by somebody else's interface, or by another of Skein's.
     #[error(
-        "the container has a default route by another interface already: Skein's is to be its first network"
+        "the container already has an interface {0}. Delete it, or choose another interface name."
+    )]
+    Exists(String),
+    /// The pod has a default route through another interface.
+    #[error(
+        "the container already has a default route through another interface. Configure Skein as \
+         the first network of the pod."
     )]
     DefaultRoute,
-    /// The node's name for it belongs to somebody else.
+    /// The name of the node's end belongs to an interface of another owner.
     #[error(
-        "interface {name} of the node belongs to another ({found}): delete it (ip link delete {name})"
+        "interface {name} of the node belongs to another owner ({found}). Delete it: ip link delete \
+         {name}"
     )]
     Foreign {
-        /// The name.
+        /// Name of the interface.
         name: String,
-        /// What is there.
+        /// Index, kind and alias of the interface, for the message.
         found: String,
     },
-    /// The kernel refused.
+    /// The kernel refused a netlink request.
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
-    /// A setting could not be made.
+    /// A required sysctl could not be written, or the namespace could not be entered.
     #[error("cannot prepare the pod's interface: {0}")]
     Settings(String),
 }
 
-/// An attachment that the kernel has.
+/// An attachment of this node, as the kernel shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Found {
-    /// Whose it is.
+pub(super) struct FoundAttachment {
+    /// Container and interface, from the alias.
     pub(super) id: AttachmentId,
-    /// Addresses, by their host routes.
+    /// Pod addresses, from the host routes through the interface, sorted.
     pub(super) addresses: Vec<IpAddr>,
 }
 
@@ -67,48 +72,51 @@ pub(super) struct NodeSide<'a> {
     pub(super) addresses: &'a [IpAddr],
 }
 
-/// What the kernel had of all pods at one moment.
+/// Links, routes and permanent neighbours of the node at one moment.
 #[derive(Debug, Default)]
-pub(super) struct Kernel {
+pub(super) struct KernelSnapshot {
     links: Vec<Link>,
     routes: Vec<Route>,
     neighbours: Vec<Neighbour>,
 }
 
-/// What all pods of a node have in common.
+/// Creates, checks, repairs and removes the interfaces of a node's pods.
 #[derive(Debug, Clone)]
 pub(super) struct Attacher {
-    /// What every alias begins with: whose node it is.
-    mark: String,
+    /// First part of the alias of every interface: `skein-pod:`, the node's name, and a colon.
+    alias_prefix: String,
 }
 
 impl Attacher {
-    /// For the node of that name.
+    /// Returns the attacher of the node `node`.
     pub(super) fn new(node: &str) -> Self {
-        Self { mark: format!("skein-pod:{node}:") }
+        Self { alias_prefix: format!("skein-pod:{node}:") }
     }
 
     fn alias(&self, id: &AttachmentId) -> String {
-        format!("{}{}/{}", self.mark, id.container_id, id.ifname)
+        format!("{}{}/{}", self.alias_prefix, id.container_id, id.ifname)
     }
 
-    /// Whether the kernel can keep this attachment's mark: IFALIASZ (linux/if.h) is 256 with its terminator.
-    pub(super) fn can_mark(&self, id: &AttachmentId) -> bool {
+    /// Returns whether the alias of an attachment fits into the kernel's limit: IFALIASZ
+    /// (linux/if.h) is 256 bytes with the terminator.
+    pub(super) fn alias_fits(&self, id: &AttachmentId) -> bool {
         self.alias(id).len() < 256
     }
 
     fn owner(&self, link: &Link) -> Option<AttachmentId> {
-        let (container_id, ifname) = link.alias.strip_prefix(&self.mark)?.split_once('/')?;
+        let (container_id, ifname) =
+            link.alias.strip_prefix(&self.alias_prefix)?.split_once('/')?;
         Some(AttachmentId { container_id: container_id.to_owned(), ifname: ifname.to_owned() })
     }
 
-    /// Attaches a pod: an interface in `namespace` with these addresses, and the way to and from it.
-    /// What is there already is put right. What a failure leaves is for [`Attacher::detach`].
+    /// Attaches a pod: creates the veth pair, and configures addresses, routes, neighbours and
+    /// sysctls of both ends. An incomplete attachment is completed. Parts of a new attachment may
+    /// remain after an error; the caller removes them with [`Attacher::detach`].
     ///
     /// # Errors
-    ///
-    /// The pod has such an interface or another default route, the name of the node's end is in
-    /// use, or the kernel refuses a request.
+    /// [`AttachError::Exists`] or [`AttachError::DefaultRoute`] if the pod has such an interface or
+    /// another default route; nothing is changed in that case. [`AttachError::Foreign`] if the name
+    /// of the node's end is in use. Otherwise the kernel has refused a request or a sysctl.
     pub(super) async fn attach(
         &self,
         netlink: &Netlink,
@@ -130,12 +138,12 @@ impl Attacher {
             return Err(AttachError::DefaultRoute);
         }
         match (found, present) {
-            // Both ends are there, perhaps made by an agent that was killed before it went on.
+            // Both ends exist: an earlier request was complete, or an agent was killed during it.
             (Some(_), Some(present)) if present.mac == pod_mac(id) => {}
             (_, Some(_)) => return Err(AttachError::Exists(id.ifname.clone())),
             (found, None) => {
                 if let Some(found) = found {
-                    // Its other end went to another namespace, or has another name now.
+                    // The other end was moved to another namespace or renamed.
                     netlink.delete_link(found.index).await?;
                 }
                 netlink.add_veth(&name, (&id.ifname, &pod_mac(id)), namespace, mtu).await?;
@@ -148,13 +156,14 @@ impl Attacher {
             up: true,
             ..LinkChange::default()
         };
-        // Before anything comes in: the kernel's own settings would believe a pod's router advertisements.
+        // Set while the interfaces are down: with the kernel's defaults the node would accept
+        // router advertisements of a pod.
         let v6 = addresses.iter().any(IpAddr::is_ipv6);
         let (outside, inside) = (node_settings(&name, v6), pod_settings(&id.ifname));
-        beside(namespace, move |namespace| {
-            settings(&outside)?;
+        run_blocking(namespace, move |namespace| {
+            ensure_settings(&outside)?;
             if v6 {
-                in_network_namespace(namespace, || settings(&inside))
+                in_network_namespace(namespace, || ensure_settings(&inside))
                     .map_err(|error| AttachError::Settings(error.to_string()))??;
             }
             Ok(())
@@ -189,7 +198,11 @@ impl Attacher {
         })
     }
 
-    /// Takes a pod's interface away; one that is not there is no error, and another's stays.
+    /// Deletes the interface of a pod, if it exists.
+    ///
+    /// # Errors
+    /// [`AttachError::Foreign`] if the interface belongs to another owner, which is not deleted.
+    /// [`AttachError::Netlink`] if the kernel refuses a request.
     pub(super) async fn detach(
         &self,
         netlink: &Netlink,
@@ -201,7 +214,11 @@ impl Attacher {
         Ok(Netlink::delete_link_beside(found.index).await?)
     }
 
-    /// What of an attachment is not as it was made; nothing where all is well.
+    /// Returns the differences between an attachment and its desired state, one text each; empty if
+    /// they are equal.
+    ///
+    /// # Errors
+    /// [`AttachError`] if the namespace cannot be entered or the kernel refuses a request.
     pub(super) async fn check(
         &self,
         netlink: &Netlink,
@@ -215,7 +232,7 @@ impl Attacher {
         match netlink.link(&name).await? {
             None => problems.push(format!("the node has no interface {name}")),
             Some(host) if host.alias != self.alias(id) => {
-                problems.push(format!("interface {name} of the node is another's ({host})"));
+                problems.push(format!("interface {name} of the node has another owner ({host})"));
             }
             Some(host) => {
                 if !host.up {
@@ -223,7 +240,7 @@ impl Attacher {
                 }
                 if host.mac != GATEWAY_MAC {
                     problems.push(format!(
-                        "interface {name} of the node has the hardware address {}: {} is expected",
+                        "interface {name} of the node has the hardware address {}, expected {}",
                         mac_text(&host.mac),
                         mac_text(&GATEWAY_MAC)
                     ));
@@ -231,7 +248,7 @@ impl Attacher {
                 let routes = netlink.routes(Some(host.index)).await?;
                 for ip in addresses {
                     if !routes.iter().any(|route| route.destination == IpNet::from(*ip)) {
-                        problems.push(format!("the node has no route to {ip} by {name}"));
+                        problems.push(format!("the node has no route to {ip} through {name}"));
                     }
                 }
             }
@@ -245,13 +262,16 @@ impl Attacher {
         }
         if inner.mac != pod_mac(id) {
             let (name, mac) = (&id.ifname, mac_text(&pod_mac(id)));
-            problems
-                .push(format!("interface {name} of the container has another address than {mac}"));
+            let found = mac_text(&inner.mac);
+            problems.push(format!(
+                "interface {name} of the container has the hardware address {found}, expected {mac}"
+            ));
         }
         let present = pod.addresses(Some(inner.index)).await?;
         for ip in addresses {
             if !present.iter().any(|address| address.net == IpNet::from(*ip)) {
-                problems.push(format!("interface {} has lost the address {ip}", id.ifname));
+                problems
+                    .push(format!("interface {} of the container has no address {ip}", id.ifname));
             }
         }
         let neighbours = pod.permanent_neighbours().await?;
@@ -263,52 +283,62 @@ impl Attacher {
             };
             if route.gw.is_some_and(|gateway| !known(gateway)) {
                 problems.push(format!(
-                    "the container has lost the neighbour of its route to {}",
+                    "the container has no neighbour entry for the gateway of its route to {}",
                     route.dst
                 ));
             }
             if !routes.iter().any(|present| present.destination == route.dst) {
-                problems.push(format!("the container has lost its route to {}", route.dst));
+                problems.push(format!("the container has no route to {}", route.dst));
             }
         }
         Ok(problems)
     }
 
-    /// What the kernel has of all pods, by a few dumps however many there are.
-    pub(super) async fn look(&self, netlink: &Netlink) -> Result<Kernel, NetlinkError> {
-        Ok(Kernel {
+    /// Reads links, routes and neighbours of the node with three dumps.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] if the kernel refuses a dump.
+    pub(super) async fn read_kernel(
+        &self,
+        netlink: &Netlink,
+    ) -> Result<KernelSnapshot, NetlinkError> {
+        Ok(KernelSnapshot {
             links: netlink.links().await?,
             routes: netlink.routes(None).await?,
             neighbours: netlink.permanent_neighbours().await?,
         })
     }
 
-    /// Every attachment of this node that the kernel has.
-    pub(super) fn found(&self, kernel: &Kernel) -> Vec<Found> {
+    /// Returns every attachment of this node in `kernel`.
+    pub(super) fn attachments(&self, kernel: &KernelSnapshot) -> Vec<FoundAttachment> {
         let found = |link: &Link| {
             let routes = kernel.routes.iter().filter(|route| route.interface == link.index);
             let mut addresses: Vec<IpAddr> = routes.map(|route| route.destination.addr()).collect();
             addresses.sort();
-            // A pod's address may have two routes.
+            // A pod's address has two routes if the node has an address in its pod CIDRs.
             addresses.dedup();
-            Some(Found { id: self.owner(link)?, addresses })
+            Some(FoundAttachment { id: self.owner(link)?, addresses })
         };
         kernel.links.iter().filter_map(found).collect()
     }
 
     /// Returns whether the node's end of an attachment exists, under its name or under one that
     /// another program gave it.
-    pub(super) fn is_there(&self, kernel: &Kernel, id: &AttachmentId) -> bool {
+    pub(super) fn has_host_interface(&self, kernel: &KernelSnapshot, id: &AttachmentId) -> bool {
         let name = host_name(id);
         kernel.links.iter().any(|link| link.name == name || self.owner(link).as_ref() == Some(id))
     }
 
     /// Repairs the node's end of an existing attachment: hardware address, link state, routes,
-    /// neighbours, settings. The pod's end is left unchanged. Returns the changes, for messages.
-    pub(super) async fn heal(
+    /// neighbours, sysctls. The pod's end is left unchanged. Returns the changes, for messages.
+    ///
+    /// # Errors
+    /// [`AttachError::Foreign`] if the interface belongs to another owner. Otherwise the kernel has
+    /// refused a request or a sysctl.
+    pub(super) async fn repair(
         &self,
         netlink: &Netlink,
-        kernel: &Kernel,
+        kernel: &KernelSnapshot,
         id: &AttachmentId,
         addresses: &[IpAddr],
         node_addresses: &[IpAddr],
@@ -328,7 +358,7 @@ impl Attacher {
         }
         if !link.up {
             netlink.change_link(link.index, &LinkChange { up: true, ..Default::default() }).await?;
-            changes.push(format!("{name} is up again"));
+            changes.push(format!("{name} set up"));
         }
         for &ip in addresses {
             for route in host_routes(link.index, ip, node_addresses) {
@@ -339,11 +369,11 @@ impl Attacher {
             let wanted = Neighbour { interface: link.index, ip, mac: pod_mac(id).to_vec() };
             if !kernel.neighbours.contains(&wanted) {
                 netlink.set_neighbour(link.index, ip, &pod_mac(id)).await?;
-                changes.push(format!("the neighbour {ip} is back"));
+                changes.push(format!("neighbour {ip} restored"));
             }
         }
         let node = node_settings(&name, addresses.iter().any(IpAddr::is_ipv6));
-        let changed = tokio::task::spawn_blocking(move || settings(&node)).await;
+        let changed = tokio::task::spawn_blocking(move || ensure_settings(&node)).await;
         let changed = changed.map_err(|error| AttachError::Settings(error.to_string()))??;
         changes.extend(changed.iter().map(|key| format!("{key} restored")));
         Ok(changes)
@@ -351,7 +381,7 @@ impl Attacher {
 
     fn check_owner(&self, found: &Link, id: &AttachmentId) -> Result<(), AttachError> {
         let veth = found.kind.as_deref() == Some("veth");
-        // Without an alias: made by an agent that ended before it could say so.
+        // No alias: the agent that created the interface ended before it set the alias.
         if veth && (found.alias == self.alias(id) || found.alias.is_empty()) {
             return Ok(());
         }
@@ -372,8 +402,8 @@ async fn ensure_host_route(netlink: &Netlink, route: &Route) -> Result<bool, Net
     }
 }
 
-/// Does what blocks on a thread for such things, with the namespace at hand.
-async fn beside<T: Send + 'static>(
+/// Runs `work` with a copy of the namespace's descriptor on a thread that may block.
+async fn run_blocking<T: Send + 'static>(
     namespace: BorrowedFd<'_>,
     work: impl FnOnce(BorrowedFd<'_>) -> Result<T, AttachError> + Send + 'static,
 ) -> Result<T, AttachError> {
@@ -384,16 +414,17 @@ async fn beside<T: Send + 'static>(
 }
 
 async fn connect_in(namespace: BorrowedFd<'_>) -> Result<Netlink, AttachError> {
-    beside(namespace, |namespace| Ok(Netlink::connect_in(namespace)?)).await
+    run_blocking(namespace, |namespace| Ok(Netlink::connect_in(namespace)?)).await
 }
 
-/// Writes the settings that differ and returns their keys.
-fn settings(all: &[Sysctl]) -> Result<Vec<String>, AttachError> {
+/// Writes the sysctls that differ and returns their keys. A failure of one that is not required is
+/// logged.
+fn ensure_settings(all: &[Sysctl]) -> Result<Vec<String>, AttachError> {
     let mut changed = Vec::new();
     for setting in all {
         match setting.ensure() {
             Err(error) if setting.required => return Err(AttachError::Settings(error.to_string())),
-            Err(error) => tracing::debug!(%error, "a setting that is good to have"),
+            Err(error) => tracing::debug!(%error, "optional sysctl not set"),
             Ok(true) => changed.push(setting.key.clone()),
             Ok(false) => {}
         }
@@ -414,13 +445,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_alias_says_whose_it_is() {
+    fn alias_names_node_container_and_interface() {
         let id = AttachmentId { container_id: "c-1".into(), ifname: "eth0".into() };
         let ours = Attacher::new("node-a");
         let link = Link { alias: ours.alias(&id), ..Link::default() };
         assert_eq!(ours.owner(&link), Some(id.clone()));
         assert_eq!(Attacher::new("node-b").owner(&link), None);
-        assert!(ours.can_mark(&id));
-        assert!(!ours.can_mark(&AttachmentId { container_id: "x".repeat(300), ..id }));
+        assert!(ours.alias_fits(&id));
+        assert!(!ours.alias_fits(&AttachmentId { container_id: "x".repeat(300), ..id }));
     }
 }

@@ -20,7 +20,7 @@ const CHAIN_KEY: &str = "skein.network/chain";
 /// [`CHAIN_KEY`].
 const EARLIER_CHAIN: [&str; 5] = ["portmap", "bandwidth", "tuning", "firewall", "sbr"];
 
-/// A configuration list.
+/// Network configuration list: a JSON object with the key `plugins`.
 pub(super) type List = Map<String, Value>;
 
 /// Returns the list that Skein writes if there is no list.
@@ -91,8 +91,8 @@ pub(super) fn types(text: &[u8]) -> Vec<String> {
     all.map(str::to_owned).collect()
 }
 
-/// Repairs `data` as the list of the file, for the fuzzer. A repaired list needs no second repair, and
-/// has the same entries of other programs.
+/// Repairs `data` as the list of the file, for the fuzzer. A repaired list needs no second repair,
+/// and has the same entries of other programs.
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) fn fuzz_conflist(data: &[u8]) {
     let config = crate::config::Config::parse("name = 'a'").expect("every key has a default").cni;

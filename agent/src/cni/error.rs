@@ -1,4 +1,4 @@
-//! Errors of the plugin's requests, and their codes.
+//! Errors of the plugin's requests, and their codes in the CNI specification.
 
 use skein_cni_protocol::CniError;
 use skein_cni_protocol::types::ErrorCode;
@@ -8,10 +8,10 @@ use thiserror::Error;
 
 use super::attach::AttachError;
 
-/// An attachment is not as it was made (CNI leaves 100 and above to plugins).
+/// Error code of a CHECK that found differences. CNI leaves codes from 100 to plugins.
 const BROKEN: u32 = 100;
 
-/// Why a request was not done.
+/// Failure of a request of the plugin.
 #[derive(Debug, Error)]
 pub(super) enum Error {
     #[error(transparent)]
@@ -20,15 +20,15 @@ pub(super) enum Error {
     Attach(#[from] AttachError),
     #[error("{0}")]
     Namespace(String),
-    #[error("it is the node's own network namespace")]
+    #[error("the network namespace is the node's own. Pass the namespace of the container.")]
     OwnNamespace,
     #[error("{0}")]
     Invalid(String),
     #[error("{0}")]
     Broken(String),
-    #[error("the agent has not looked at this node's pods and firewall yet: {0}")]
+    #[error("the agent has not read the pods and the firewall of this node yet: {0}")]
     NotPrepared(String),
-    #[error("a deletion that waited cannot be forgotten: {0}")]
+    #[error("cannot remove a completed deletion from the spool: {0}")]
     Spool(String),
 }
 
@@ -39,7 +39,7 @@ impl From<NetlinkError> for Error {
 }
 
 impl Error {
-    /// The code of the CNI specification.
+    /// Returns the error code of the CNI specification.
     fn code(&self) -> u32 {
         match self {
             Error::Ipam(error) => error.code() as u32,

@@ -1,4 +1,4 @@
-//! Files in the directories of the container runtime: put in place, repaired, removed.
+//! Installation, repair and removal of files in the directories of the container runtime.
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -9,7 +9,7 @@ use thiserror::Error;
 
 use crate::files::replace_by;
 
-/// Something could not be put in place or taken away.
+/// Failure to install, repair or remove a file.
 #[derive(Debug, Error)]
 #[error("cannot {what} {}: {source}{}", path.display(), remedy(source))]
 pub(super) struct InstallError {
@@ -35,8 +35,8 @@ fn remedy(error: &io::Error) -> &'static str {
              (the chart's capabilities.agent)"
         }
         io::ErrorKind::ReadOnlyFilesystem => {
-            ". Set cni.bin_dir and cni.conf_dir (the chart's cni.binDir and cni.confDir) to directories of the \
-             runtime that can be written"
+            ". Set cni.bin_dir and cni.conf_dir (the chart's cni.binDir and cni.confDir) to \
+             directories of the runtime that can be written"
         }
         _ => "",
     }
@@ -63,8 +63,12 @@ impl Mode {
     }
 }
 
-/// Writes a file beside its place and renames it there, unless it is there already. The runtime
-/// watches the directory for renames within it.
+/// Installs a file unless contents and mode are correct; returns whether it was written. The file
+/// is written under a temporary name and renamed, because the runtime watches the directory for
+/// renames within it.
+///
+/// # Errors
+/// [`InstallError`] if the directory cannot be created or the file cannot be written.
 pub(super) fn place(
     directory: &Path,
     name: &Path,
@@ -77,18 +81,21 @@ pub(super) fn place(
     if present == Some(mode) && fs::read(&path).is_ok_and(|present| present == contents) {
         return Ok(false);
     }
-    fs::create_dir_all(directory).map_err(InstallError::new("make the directory", directory))?;
-    // No suffix that a runtime reads, and a name that the next try takes over.
+    fs::create_dir_all(directory).map_err(InstallError::new("create the directory", directory))?;
+    // No runtime reads this suffix, and the next attempt overwrites the same name.
     let temporary = directory.join(format!(".{}.new", name.display()));
     replace_by(&temporary, &path, contents, Some(mode)).map_err(|error| {
-        // What is left of a failed try helps nobody.
+        // An incomplete file is of no use.
         let _ = fs::remove_file(&temporary);
         InstallError::new("write", &path)(error)
     })?;
     Ok(true)
 }
 
-/// Contents of the file at `path`; empty if there is no file.
+/// Returns the contents of the file at `path`; empty if there is no file.
+///
+/// # Errors
+/// [`InstallError`] if the file exists and cannot be read.
 pub(super) fn read(path: &Path) -> Result<Vec<u8>, InstallError> {
     match fs::read(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
@@ -98,6 +105,9 @@ pub(super) fn read(path: &Path) -> Result<Vec<u8>, InstallError> {
 
 /// Changes the mode of the file at `path` if `mode` does not allow it; returns `true` if the mode
 /// was changed. The contents are not written.
+///
+/// # Errors
+/// [`InstallError`] if the file does not exist, or if its mode cannot be changed.
 pub(super) fn repair_mode(path: &Path, mode: Mode) -> Result<bool, InstallError> {
     let metadata = fs::metadata(path).map_err(InstallError::new("read", path))?;
     let present = metadata.permissions().mode() & 0o7777;

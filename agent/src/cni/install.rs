@@ -1,6 +1,6 @@
-//! The plugin's binary and the network configuration, where the container runtime looks for them:
-//! the binary first, the configuration last and only once the agent can serve. Each is put in place
-//! by a rename within its directory, so that nobody ever reads half a file.
+//! Installation of the plugin's binary and the network configuration in the directories of the
+//! container runtime: the binary first, the configuration last and only after the agent was ready.
+//! Each file is renamed into place, so that the runtime never reads an incomplete file.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -16,9 +16,9 @@ use crate::status::Offer;
 /// Installer of the plugin's binary and the network configuration, run again for each repair.
 #[derive(Debug, Default)]
 pub(super) struct Install {
-    /// Source and installed plugin when they were last the same.
+    /// Stamps of the source and of the installed plugin when their contents were last equal.
     same: Option<[Stamp; 2]>,
-    /// Whether everything was in place once.
+    /// True after the first complete installation.
     done: bool,
     versions: VersionCache,
     offer: Offer,
@@ -39,8 +39,8 @@ impl Install {
         if !missing.is_empty() {
             let directories = plugin_directories(config).map(|path| path.display().to_string());
             return Err(format!(
-                "{} of cni.chain not in {}: put it there, name its directory in cni.plugin_dirs, or \
-                 take it out of the chain",
+                "{} of cni.chain not in {}. Install the plugin there, add its directory to \
+                 cni.plugin_dirs, or remove it from cni.chain.",
                 missing.join(", "),
                 Vec::from_iter(directories).join(" or ")
             ));
@@ -52,28 +52,28 @@ impl Install {
         if config.exclusive {
             let aside = others::set_aside(config).map_err(text)?;
             if !aside.is_empty() {
-                tracing::warn!(?aside, "other networks' configurations are set aside");
+                tracing::warn!(files = ?aside, "configurations of other networks set aside");
             }
             let back = others::give_back_spared(config).map_err(text)?;
             if !back.is_empty() {
                 tracing::info!(
-                    ?back,
-                    "configurations set aside by an earlier version are restored"
+                    files = ?back,
+                    "configurations that an earlier version set aside restored"
                 );
             }
         }
         if !self.done || binary || configuration {
             self.done = true;
-            tracing::info!(binary, configuration, "the CNI plugin is installed");
+            tracing::info!(binary, configuration, "CNI plugin installed");
             let earlier = others::networks_before(config);
             if !earlier.is_empty() {
-                tracing::warn!(?earlier, "the runtime takes another network's configuration first");
+                tracing::warn!(files = ?earlier, "runtime uses the configuration of another network");
             }
         }
         Ok(())
     }
 
-    /// CNI versions of the network configuration, as of the last [`Install::run`].
+    /// Returns the CNI versions of the network configuration, as of the last [`Install::run`].
     pub(super) fn offer(&self) -> &Offer {
         &self.offer
     }
@@ -116,13 +116,14 @@ impl Install {
             .and_then(|mut file| file.read_to_end(&mut binary))
             .map_err(InstallError::new("read the plugin", &source))?;
         let changed = place(directory, PLUGIN.as_ref(), &binary, Mode::PROGRAM)?;
-        // Only what did not change while it was read has been compared.
+        // The comparison is valid only if neither file has changed during it.
         self.same = before.filter(|before| !changed && stamps() == Some(*before));
         Ok(changed)
     }
 }
 
-/// Where the plugin's binary comes from.
+/// Returns the path of the plugin's binary to install: `cni.plugin`, or the plugin next to this
+/// program.
 fn plugin_source(config: &Cni) -> PathBuf {
     let beside = || {
         let own = std::env::current_exe().unwrap_or_default();
@@ -131,8 +132,8 @@ fn plugin_source(config: &Cni) -> PathBuf {
     config.plugin.clone().unwrap_or_else(beside)
 }
 
-/// Plugins of the chain that are not where the runtime looks for them; none where somebody else writes
-/// the configuration.
+/// Returns the plugins of the chain that are in no directory of the runtime; empty if the agent
+/// does not write the configuration.
 fn missing_plugins(config: &Cni) -> Vec<&str> {
     if config.bin_dir.is_none() || config.conf_dir.is_none() {
         return Vec::new();
@@ -141,7 +142,7 @@ fn missing_plugins(config: &Cni) -> Vec<&str> {
     named.filter(|name| plugin_files(config, name).is_empty()).collect()
 }
 
-/// Plugins after Skein's in the list `present`, as it is or as it will be written.
+/// Returns the plugins after Skein's in the list `present`, as it is or as it will be written.
 fn list_plugins(config: &Cni, present: &[u8]) -> Vec<Plugin> {
     let own = config.chain.iter().filter_map(|plugin| plugin["type"].as_str());
     let own = own.map(|name| Plugin { paths: plugin_files(config, name), own: true });
@@ -151,28 +152,35 @@ fn list_plugins(config: &Cni, present: &[u8]) -> Vec<Plugin> {
     own.chain(foreign).collect()
 }
 
-/// Returns the files of the plugin `name` in all directories of the runtime; none for a name that is
-/// a path. Other programs write types into the list, and the agent runs the files that it finds.
+/// Returns the files of the plugin `name` in all directories of the runtime; none for a name that
+/// is a path. Other programs write types into the list, and the agent runs the files that it finds.
+/// A symbolic link counts even if its target does not exist.
 fn plugin_files(config: &Cni, name: &str) -> Vec<PathBuf> {
     if Path::new(name).file_name() != Some(name.as_ref()) {
         return Vec::new();
     }
     let paths = plugin_directories(config).map(|directory| directory.join(name));
-    // A link may lead to where only the node itself sees it.
+    // The target of a link may exist on the node but not in the agent's container.
     paths.filter(|path| fs::symlink_metadata(path).is_ok()).collect()
 }
 
-/// Where the runtime looks for plugins.
+/// Returns the directories in which the runtime looks for plugins.
 fn plugin_directories(config: &Cni) -> impl Iterator<Item = &Path> {
     config.bin_dir.iter().chain(&config.plugin_dirs).map(PathBuf::as_path)
 }
 
-/// Takes the configuration away; returns whether it was there.
+/// Removes the network configuration; returns whether it existed.
+///
+/// # Errors
+/// [`InstallError`] if the file exists and cannot be removed.
 pub(super) fn remove_configuration(config: &Cni) -> Result<bool, InstallError> {
     remove(config.conf_dir.as_ref().map(|directory| directory.join(&config.conf_file)))
 }
 
-/// Takes the binary away; returns whether it was there.
+/// Removes the plugin's binary; returns whether it existed.
+///
+/// # Errors
+/// [`InstallError`] if the file exists and cannot be removed.
 pub(super) fn remove_plugin(config: &Cni) -> Result<bool, InstallError> {
     remove(config.bin_dir.as_ref().map(|directory| directory.join(PLUGIN)))
 }
@@ -197,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn files_are_put_in_place_once_and_taken_away() {
+    fn files_are_installed_once_and_removed() {
         let directory = tempfile::tempdir().unwrap();
         let config = config(directory.path());
         let mut binary = Install::default();
@@ -214,7 +222,7 @@ mod tests {
         assert_eq!(fs::read_to_string(&plugin).unwrap(), "two");
         assert_eq!(fs::metadata(&plugin).unwrap().permissions().mode() & 0o777, 0o755);
         assert!(!binary.install_plugin(&config).unwrap());
-        // Of the same length, and not executable: put right as well.
+        // A file of the same length that is not executable is repaired as well.
         fs::write(&plugin, "owt").unwrap();
         assert!(
             binary.install_plugin(&config).unwrap() && !binary.install_plugin(&config).unwrap()
@@ -231,14 +239,14 @@ mod tests {
             let entries = fs::read_dir(directory.path().join(path)).unwrap();
             entries.map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>()
         };
-        assert_eq!(names("net.d"), ["10-skein.conflist"], "nothing beside it");
+        assert_eq!(names("net.d"), ["10-skein.conflist"], "no temporary file remains");
         assert_eq!(names("bin"), ["skein-cni"]);
         assert!(remove_configuration(&config).unwrap() && remove_plugin(&config).unwrap());
         assert!(!remove_configuration(&config).unwrap() && !remove_plugin(&config).unwrap());
     }
 
     #[test]
-    fn plugins_of_the_chain_are_missed_until_they_are_there() {
+    fn missing_plugin_of_chain_prevents_configuration() {
         let directory = tempfile::tempdir().unwrap();
         let mut config = config(directory.path());
         let (portmap, list) = (
@@ -253,13 +261,13 @@ mod tests {
             assert!(reason.contains("portmap") && reason.contains(&bin), "{reason}");
             assert!(!list.exists(), "no pod would start with it");
         }
-        // It leads to where nothing is from here.
+        // The target of the link does not exist here.
         std::os::unix::fs::symlink("/nowhere/portmap", &portmap).unwrap();
         install.run(&config, false).unwrap();
-        assert!(!list.exists(), "nobody serves yet");
+        assert!(!list.exists(), "the agent cannot serve yet");
         install.run(&config, true).unwrap();
         fs::remove_file(&portmap).unwrap();
-        // The runtime looks there, too.
+        // The runtime looks in cni.plugin_dirs as well.
         let elsewhere = tempfile::tempdir().unwrap();
         fs::write(elsewhere.path().join("portmap"), "").unwrap();
         let two = Cni { plugin_dirs: vec![elsewhere.path().to_owned()], ..config.clone() };

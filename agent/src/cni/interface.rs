@@ -14,7 +14,8 @@ use skein_netlink::sysctl::Sysctl;
 /// address families.
 const FALLBACK_METRIC: u32 = 2048;
 
-/// Name of the node's end: the prefix and 44 bits of a hash of the attachment.
+/// Returns the name of the node's end: [`HOST_PREFIX`] and 44 bits of a hash of the attachment,
+/// 14 characters in all.
 pub(super) fn host_name(id: &AttachmentId) -> String {
     let mut name = HOST_PREFIX.to_owned();
     for byte in &hash(id)[..6] {
@@ -24,13 +25,13 @@ pub(super) fn host_name(id: &AttachmentId) -> String {
     name
 }
 
-/// Hardware address of the pod's end: locally administered, and known without asking the pod.
+/// Returns the hardware address of the pod's end: locally administered, from a hash of the
+/// attachment, so that the node knows it without a request to the pod.
 pub(super) fn pod_mac(id: &AttachmentId) -> [u8; 6] {
     let hash = hash(id);
     [0x02, hash[6], hash[7], hash[8], hash[9], hash[10]]
 }
 
-/// SHA-256.
 fn hash(id: &AttachmentId) -> Vec<u8> {
     let whole = format!("{}/{}", id.container_id, id.ifname);
     digest::digest(&digest::SHA256, whole.as_bytes()).as_ref().to_vec()
@@ -59,7 +60,8 @@ pub(super) fn gateway(ip: IpAddr) -> IpAddr {
     }
 }
 
-/// To the gateway where it is not link-local by itself, then everywhere by it.
+/// Returns the routes of a pod: for each address family a default route through the gateway. The
+/// IPv4 gateway gets a route of its own, because it is in no prefix of the interface.
 pub(super) fn pod_routes(addresses: &[IpAddr]) -> Vec<PodRoute> {
     let mut routes = Vec::new();
     if addresses.iter().any(IpAddr::is_ipv4) {
@@ -72,14 +74,15 @@ pub(super) fn pod_routes(addresses: &[IpAddr]) -> Vec<PodRoute> {
     routes
 }
 
-/// The node's end: the firewall checks sources, and counts; nothing is configured by itself.
+/// Returns the sysctls of the node's end. The reverse path filter is off, because the firewall
+/// checks and counts sources; automatic configuration is off.
 pub(super) fn node_settings(name: &str, v6: bool) -> Vec<Sysctl> {
     let mut settings = vec![
         Sysctl::required(format!("ipv4/conf/{name}/rp_filter"), "0"),
         Sysctl::required(format!("ipv4/conf/{name}/forwarding"), "1"),
-        // The kernel ignores a pod's ARP requests, which would fill the neighbour table of the node:
-        // both ends have permanent entries. The second setting switches proxy ARP off even if it is
-        // on for all interfaces.
+        // The kernel ignores a pod's ARP requests, which would fill the neighbour table of the
+        // node: both ends have permanent entries. The second setting switches proxy ARP off even if
+        // it is on for all interfaces.
         Sysctl::required(format!("ipv4/conf/{name}/arp_ignore"), "8"),
         Sysctl::required(format!("ipv4/conf/{name}/medium_id"), "-1"),
     ];
@@ -88,7 +91,7 @@ pub(super) fn node_settings(name: &str, v6: bool) -> Vec<Sysctl> {
         true => settings.extend([
             Sysctl::required(key("disable_ipv6"), "0"),
             Sysctl::required(key("forwarding"), "1"),
-            // A pod is nobody's router.
+            // A pod must not become a router of the node.
             Sysctl::required(key("accept_ra"), "0"),
             Sysctl::required(key("accept_redirects"), "0"),
             Sysctl::wished(key("accept_dad"), "0"),
@@ -99,6 +102,7 @@ pub(super) fn node_settings(name: &str, v6: bool) -> Vec<Sysctl> {
     settings
 }
 
+/// Returns the sysctls of the pod's end, for a pod with an IPv6 address.
 pub(super) fn pod_settings(name: &str) -> Vec<Sysctl> {
     vec![
         Sysctl::required(format!("ipv6/conf/{name}/disable_ipv6"), "0"),

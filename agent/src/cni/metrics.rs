@@ -1,4 +1,4 @@
-//! What the plugin asked for and how it went, for Prometheus.
+//! Prometheus metrics of the plugin's requests.
 
 use std::time::Duration;
 
@@ -8,22 +8,23 @@ use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, Opts};
 use skein_cni_protocol::{Command, Response};
 
 const VERBS: [&str; 5] = ["add", "del", "check", "gc", "status"];
-/// Upper bounds in seconds: what a kernel alone needs, up to where a runtime gives up.
-const SECONDS: [f64; 10] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.5, 10.0];
+/// Upper bounds of the histogram in seconds, from the time of a few netlink requests up to 10 s.
+const DURATION_BUCKETS: [f64; 10] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.5, 10.0];
 
-/// How a request went.
+/// Result of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Outcome {
     Done,
     Refused,
-    /// The server had no more patience; what becomes of it is for the runtime's next request.
+    /// The request did not finish before the server's timeout. The runtime's next request for the
+    /// attachment completes or undoes it.
     Late,
 }
 
 impl Outcome {
     const ALL: [Self; 3] = [Self::Done, Self::Refused, Self::Late];
 
-    /// Of an answer that was given in time.
+    /// Returns the result of a request that was answered in time.
     pub(super) fn of(answer: &Response) -> Self {
         match answer {
             Response::Refused(_) => Self::Refused,
@@ -40,7 +41,7 @@ impl Outcome {
     }
 }
 
-/// Counters of requests.
+/// Counters and durations of the plugin's requests.
 #[derive(Debug, Clone)]
 pub(crate) struct Requests {
     total: IntCounterVec,
@@ -48,7 +49,10 @@ pub(crate) struct Requests {
 }
 
 impl Requests {
-    /// All series at zero.
+    /// Returns metrics whose series are all at zero.
+    ///
+    /// # Errors
+    /// A Prometheus error if the definition of a metric is invalid.
     pub(crate) fn new() -> prometheus::Result<Self> {
         let total = IntCounterVec::new(
             Opts::new(
@@ -62,7 +66,7 @@ impl Requests {
                 "skein_cni_request_duration_seconds",
                 "Duration of a request of the CNI plugin in the agent, in seconds.",
             )
-            .buckets(SECONDS.to_vec()),
+            .buckets(DURATION_BUCKETS.to_vec()),
             &["verb"],
         )?;
         for verb in VERBS {
@@ -74,13 +78,13 @@ impl Requests {
         Ok(Self { total, seconds })
     }
 
-    /// Counts one request.
+    /// Counts a request that took the time `took`.
     pub(super) fn count(&self, verb: &str, outcome: Outcome, took: Duration) {
         self.total.with_label_values(&[verb, outcome.label()]).inc();
         self.seconds.with_label_values(&[verb]).observe(took.as_secs_f64());
     }
 
-    /// For a scrape.
+    /// Returns the metric families for a scrape.
     pub(crate) fn families(&self) -> Vec<MetricFamily> {
         let mut families = self.total.collect();
         families.extend(self.seconds.collect());
@@ -88,7 +92,7 @@ impl Requests {
     }
 }
 
-/// The label of a command.
+/// Returns the value of the label `verb` for a command.
 pub(super) fn verb(command: &Command) -> &'static str {
     match command {
         Command::Add(_) => VERBS[0],

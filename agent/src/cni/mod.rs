@@ -1,8 +1,8 @@
-//! Pods: what the agent does for the CNI plugin.
+//! Service for the CNI plugin: attachment of pods, leases, and installation of the plugin.
 //!
-//! [`Pods`] is what the control process sees: told of the node's network, it serves the plugin, tends
-//! leases, interfaces and the firewall in a task of its own, and installs the plugin once the agent
-//! can serve.
+//! [`Pods`] is the interface to the control process. It serves the plugin's requests, reconciles
+//! leases, interfaces and the firewall in a task of its own, and installs the plugin after the
+//! agent was ready for the first time.
 
 mod attach;
 mod conflist;
@@ -49,21 +49,25 @@ use crate::lifecycle::{NotReady, Readiness};
 use crate::listener::Listener;
 use crate::status::Offer;
 
-/// Leases, interfaces, the firewall and the spool are looked at this often.
-const TEND: Duration = Duration::from_secs(10);
-/// How long one look may take: a thousand pods take seconds.
-const LIMIT: Duration = Duration::from_secs(120);
-/// How often the agent looks whether it is ready, until it was once.
-const READY: Duration = Duration::from_millis(100);
+/// Interval of the reconciliation of leases, interfaces, firewall, spool and installed files.
+const RECONCILE_INTERVAL: Duration = Duration::from_secs(10);
+/// Timeout of one reconciliation of leases, interfaces and spool; 1000 pods take seconds.
+const RECONCILE_TIMEOUT: Duration = Duration::from_secs(120);
+/// Interval of the readiness check until the agent is ready for the first time.
+const READINESS_POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Pods are served until this is dropped.
+/// Service of the node's pods, which ends when the value is dropped.
+///
+/// Order of calls: [`Pods::start`] after the data process has applied the first snapshot and the
+/// interface is configured; then [`Pods::set_network`] after each change of the node's MTU or
+/// prefixes.
 #[derive(Debug)]
 pub struct Pods {
     network: watch::Sender<Network>,
     _tasks: JoinSet<()>,
 }
 
-/// What metrics and status show of pods. Cheap to clone.
+/// View of the pods' leases, requests and CNI versions, for metrics and status. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct View {
     service: Arc<Service>,
@@ -71,7 +75,12 @@ pub struct View {
 }
 
 impl Pods {
-    /// Opens the leases, listens, and begins.
+    /// Opens the leases, reconciles them with the kernel once, then serves the plugin.
+    ///
+    /// # Errors
+    /// [`Failure`] if the leases cannot be opened, the socket of the plugin cannot be bound, or the
+    /// kernel refuses a netlink socket. An error of the first reconciliation only makes the agent
+    /// unready.
     pub async fn start(
         config: &Config,
         network: Network,
@@ -81,12 +90,12 @@ impl Pods {
         let cni = config.cni.clone();
         let path = config.state_dir.join(skein_ipam::FILE);
         let opened = tokio::task::spawn_blocking(move || Ipam::open(&path)).await;
-        let opened = opened.context("opening the leases")?.map_err(anyhow::Error::from)?;
+        let opened = opened.context("cannot open the leases")?.map_err(anyhow::Error::from)?;
         if let Some(damaged) = opened.damaged {
             let (path, reason) = (damaged.path.display(), damaged.reason);
-            tracing::error!(%path, reason, "the leases were damaged: put aside, and taken from the kernel");
+            tracing::error!(%path, reason, "leases damaged: file set aside, leases adopted from the kernel");
         }
-        let leases = Leases::spawn(opened.ipam).context("cannot start the leases' thread")?;
+        let leases = Leases::spawn(opened.ipam).context("cannot start the thread of the leases")?;
         let netlink = Netlink::connect().map_err(anyhow::Error::from)?;
         let (sender, receiver) = watch::channel(network);
         let spool = cni.spool.clone();
@@ -102,29 +111,30 @@ impl Pods {
         let service = Arc::new(service);
         let listener = Listener::bind("cni.socket", &cni.socket, Some(readiness.clone()))?;
         let (offers, offer) = watch::channel(Offer::default());
-        let mut keeper = Keeper {
+        let mut reconciler = Reconciler {
             service: Arc::clone(&service),
             firewall,
             network: receiver,
             readiness,
             not_ready: None,
-            complaints: Vec::new(),
+            logged_errors: Vec::new(),
             can_serve: false,
             install: Install::default(),
             offers,
             cni,
         };
-        // Before anything is served: whoever asks for an address must not get one that is in use.
-        keeper.take_network();
-        keeper.tend().await;
+        // Before the first request: a pod must not get an address that is already in use.
+        reconciler.update_pools();
+        reconciler.reconcile().await;
         let view = View { service: Arc::clone(&service), offer };
         let mut tasks = JoinSet::new();
         tasks.spawn(server::serve(listener, service));
-        tasks.spawn(keeper.run());
+        tasks.spawn(reconciler.run());
         Ok((Self { network: sender, _tasks: tasks }, view))
     }
 
-    /// Tells of another network.
+    /// Sets the node's network. The pools and the node's ends of existing pods follow; a changed
+    /// MTU applies to new pods.
     pub fn set_network(&self, network: Network) {
         self.network.send_if_modified(|present| {
             let differs = *present != network;
@@ -135,82 +145,91 @@ impl Pods {
 }
 
 impl View {
-    /// How full the pools are.
+    /// Returns the usage of the address pools; empty if the leases' thread has ended.
     pub async fn usage(&self) -> Usage {
         self.service.leases.usage().await.unwrap_or_default()
     }
 
-    /// CNI versions of the network configuration.
+    /// Returns the CNI versions of the network configuration.
     pub fn offer(&self) -> Offer {
         self.offer.borrow().clone()
     }
 
-    /// Requests, for a scrape.
+    /// Returns the metrics of the plugin's requests, for a scrape.
     pub fn requests(&self) -> Vec<MetricFamily> {
         self.service.requests.families()
     }
 }
 
-/// Keeps everything of pods as it should be.
-struct Keeper {
+/// Reconciler of leases, interfaces, firewall, spool and installed files.
+///
+/// The owner calls [`Reconciler::update_pools`] and [`Reconciler::reconcile`] once before the first
+/// request of the plugin is served, then spawns [`Reconciler::run`], which repeats both until the
+/// sender of the network is dropped. An error of one pod is logged and does not affect other pods;
+/// any other error makes the agent unready until a reconciliation succeeds.
+struct Reconciler {
     service: Arc<Service>,
     firewall: Firewall,
     network: watch::Receiver<Network>,
     readiness: Readiness,
     not_ready: Option<NotReady>,
-    /// Logged already, so as not to be logged every ten seconds.
-    complaints: Vec<String>,
-    /// Whether the agent was ready once.
+    /// Errors of the last reconciliation, which are logged once.
+    logged_errors: Vec<String>,
+    /// True after the agent was ready for the first time; from then on the plugin is installed.
     can_serve: bool,
     install: Install,
     offers: watch::Sender<Offer>,
     cni: Cni,
 }
 
-impl Keeper {
+impl Reconciler {
     async fn run(mut self) {
-        let mut tend = tokio::time::interval(TEND);
-        tend.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut ready = tokio::time::interval(READY);
+        let mut reconcile = tokio::time::interval(RECONCILE_INTERVAL);
+        reconcile.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut ready = tokio::time::interval(READINESS_POLL_INTERVAL);
         ready.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 changed = self.network.changed() => match changed {
                     Ok(()) => {
-                        self.take_network();
-                        self.tend().await;
+                        self.update_pools();
+                        self.reconcile().await;
                     }
-                    // The control process ends.
+                    // The control process has dropped `Pods`.
                     Err(_) => return,
                 },
-                _ = tend.tick() => self.tend().await,
+                _ = reconcile.tick() => self.reconcile().await,
                 _ = ready.tick(), if !self.can_serve => {
                     if self.readiness.reasons().is_empty() {
                         self.can_serve = true;
-                        self.tend().await;
+                        self.reconcile().await;
                     }
                 }
             }
         }
     }
 
-    fn take_network(&mut self) {
+    fn update_pools(&mut self) {
         let network = self.network.borrow_and_update().clone();
         self.service.leases.set_pools(network.local, network.reserved);
     }
 
-    async fn tend(&mut self) {
+    async fn reconcile(&mut self) {
         let mut errors = Vec::new();
         if let Err(error) = self.firewall.settled().await {
             errors.push(format!("firewall: {error}"));
         }
-        let mut single = Vec::new();
-        // First what the kernel has: only then a deletion that waited finds its address.
-        let work = async { [self.service.tend().await, self.service.empty_spool().await] };
-        match tokio::time::timeout(LIMIT, work).await {
-            Err(_) => errors.push(format!("leases and kernel were not compared within {LIMIT:?}")),
+        let mut pod_errors = Vec::new();
+        // Leases are adopted from the kernel first: a spooled deletion needs the lease of its pod.
+        let work = async { [self.service.reconcile().await, self.service.process_spool().await] };
+        match tokio::time::timeout(RECONCILE_TIMEOUT, work).await {
+            Err(_) => {
+                errors.push(format!(
+                    "leases and interfaces not compared within {RECONCILE_TIMEOUT:?}"
+                ));
+            }
             Ok(outcomes) => outcomes.into_iter().for_each(|outcome| match outcome {
-                Ok(problems) => single.extend(problems),
+                Ok(problems) => pod_errors.extend(problems),
                 Err(error) => errors.push(error),
             }),
         }
@@ -218,20 +237,20 @@ impl Keeper {
             self.service.prepared.store(true, Ordering::Release);
         }
         errors.extend(self.install().await.err());
-        // One pod's trouble is no reason to refuse all others.
+        // An error of one pod must not make the node unready for all others.
         self.not_ready = match errors.is_empty() {
             true => None,
             false => Some(self.readiness.block(format!("pods: {}", errors.join("; ")))),
         };
-        errors.extend(single);
-        for complaint in errors.iter().filter(|error| !self.complaints.contains(error)) {
-            tracing::error!("pods: {complaint}");
+        errors.extend(pod_errors);
+        for error in errors.iter().filter(|error| !self.logged_errors.contains(error)) {
+            tracing::error!("pods: {error}");
         }
-        self.complaints = errors;
+        self.logged_errors = errors;
     }
 
-    /// The plugin, then the configuration: from now on the runtime starts pods. What somebody takes
-    /// away comes back.
+    /// Installs the plugin, then the configuration, unless both are correct. The runtime starts
+    /// pods as soon as the configuration exists.
     async fn install(&mut self) -> Result<(), String> {
         let mut install = std::mem::take(&mut self.install);
         let (cni, can_serve) = (self.cni.clone(), self.can_serve);

@@ -90,7 +90,7 @@ fn is_network_before(config: &Cni, file: &OsStr, name: &OsStr) -> bool {
     {
         return false;
     }
-    // A file that cannot be read or parsed stops a runtime, too.
+    // A runtime also fails on a file that cannot be read or parsed.
     let text = path(config, file).and_then(|path| fs::read(path).ok()).unwrap_or_default();
     !is_spared(&conflist::types(&text))
 }

@@ -27,17 +27,20 @@ pub async fn remove(config: &Config) -> Vec<Removal> {
     let mut removals = vec![removal("CNI configuration", text(install::remove_configuration(cni)))];
     match others::give_back_all(cni) {
         Err(error) => {
-            removals.push(removal("other networks' configurations", Err(error.to_string())));
+            removals.push(removal("configurations of other networks", Err(error.to_string())));
         }
         Ok(back) => {
             for name in back {
-                tracing::info!(name, "another network's configuration has its name back");
+                tracing::info!(file = name, "configuration of another network restored");
             }
         }
     }
     removals.push(removal("CNI plugin", text(install::remove_plugin(cni))));
     removals.extend(remove_interfaces(&config.name).await);
-    removals.push(removal("rules for pods in others' chains", forward::remove().await));
+    removals.push(removal(
+        "accept rules for pods in chains of other programs",
+        forward::remove().await,
+    ));
     removals
 }
 
@@ -50,12 +53,12 @@ async fn remove_interfaces(node: &str) -> Vec<Removal> {
         Ok(netlink) => netlink,
         Err(error) => return failed(error.to_string()),
     };
-    let kernel = match attacher.look(&netlink).await {
+    let kernel = match attacher.read_kernel(&netlink).await {
         Ok(kernel) => kernel,
         Err(error) => return failed(error.to_string()),
     };
     let mut removals = Vec::new();
-    for pod in attacher.found(&kernel) {
+    for pod in attacher.attachments(&kernel) {
         let what = format!("interface of container {}", pod.id.container_id);
         let deleted = attacher.detach(&netlink, &pod.id).await;
         let outcome = deleted.map(|()| true).map_err(|error| error.to_string());

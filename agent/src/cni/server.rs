@@ -1,5 +1,5 @@
-//! The socket that the plugin asks on: one request a connection, from root only, a bounded number at
-//! once, each with a deadline.
+//! Server of the plugin's socket. A connection carries one request, from root only. The numbers of
+//! connections and of active requests are bounded, and each request has a timeout.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -17,34 +17,36 @@ use super::metrics::{Outcome, verb};
 use super::wire;
 use crate::listener::Listener;
 
-/// Requests that are worked on at once; others wait for their turn. More would only wait for the kernel's
-/// one lock of the network configuration.
-const AT_ONCE: usize = 32;
-/// Connections that are open at once; more wait in the socket's backlog.
-const CONNECTIONS: usize = 512;
-/// How long the plugin may take to say what it wants, or to read the answer.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// How long a request may be worked on, its turn included: less than the plugin waits for an ADD
-/// (30 s); a DEL that it has given up on it keeps for later. What was begun is finished by the runtime's next ADD, or taken back by its DEL.
-const WORK: Duration = Duration::from_secs(25);
+/// Maximum number of requests that are processed at the same time. More requests would only wait
+/// for the kernel's lock of the network configuration (RTNL).
+const MAX_ACTIVE_REQUESTS: usize = 32;
+/// Maximum number of open connections; further ones wait in the socket's backlog.
+const MAX_CONNECTIONS: usize = 512;
+/// Timeout of reading the request, and of writing the answer.
+const IO_TIMEOUT: Duration = Duration::from_secs(5);
+/// Timeout of a request, including the wait for its turn. It is shorter than the plugin's timeout
+/// of an ADD (30 s); the plugin spools a DEL that times out. The runtime's next ADD completes an
+/// interrupted attachment, and its DEL undoes it.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(25);
 
-/// Whoever does what is asked.
+/// Processor of the plugin's requests.
 pub(super) trait Handler: Send + Sync + 'static {
-    /// Answers one request.
+    /// Processes a request and returns its answer. `netns` is the descriptor that came with the
+    /// request. The server drops the future at the timeout.
     fn answer(
         &self,
         request: Request,
         netns: Option<OwnedFd>,
     ) -> impl Future<Output = Response> + Send;
 
-    /// Is told how a request of that verb went.
-    fn note(&self, verb: &'static str, outcome: Outcome, took: Duration);
+    /// Records the outcome and the duration of a request.
+    fn on_answered(&self, verb: &'static str, outcome: Outcome, took: Duration);
 }
 
-/// Serves until it is aborted.
+/// Serves requests until the task is aborted.
 pub(super) async fn serve<H: Handler>(mut listener: Listener, handler: Arc<H>) {
-    let connections = Arc::new(Semaphore::new(CONNECTIONS));
-    let turns = Arc::new(Semaphore::new(AT_ONCE));
+    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let turns = Arc::new(Semaphore::new(MAX_ACTIVE_REQUESTS));
     loop {
         // Neither semaphore is ever closed.
         let Ok(connection) = Arc::clone(&connections).acquire_owned().await else { return };
@@ -52,8 +54,8 @@ pub(super) async fn serve<H: Handler>(mut listener: Listener, handler: Arc<H>) {
             Ok(stream) => {
                 let (handler, turns) = (Arc::clone(&handler), Arc::clone(&turns));
                 tokio::spawn(async move {
-                    if let Err(error) = talk(&stream, &*handler, &turns).await {
-                        tracing::debug!(%error, "a request of the CNI plugin got no answer");
+                    if let Err(error) = serve_connection(&stream, &*handler, &turns).await {
+                        tracing::debug!(%error, "request of the CNI plugin not answered");
                     }
                     drop(connection);
                 });
@@ -66,16 +68,21 @@ pub(super) async fn serve<H: Handler>(mut listener: Listener, handler: Arc<H>) {
     }
 }
 
-async fn talk<H: Handler>(stream: &UnixStream, handler: &H, turns: &Semaphore) -> io::Result<()> {
+async fn serve_connection<H: Handler>(
+    stream: &UnixStream,
+    handler: &H,
+    turns: &Semaphore,
+) -> io::Result<()> {
     if stream.peer_cred()?.uid() != 0 {
         return Err(io::ErrorKind::PermissionDenied.into());
     }
-    let request = tokio::time::timeout(PATIENCE, wire::receive::<Request>(stream));
+    let request = tokio::time::timeout(IO_TIMEOUT, wire::receive::<Request>(stream));
     let answer = match request.await? {
         Ok((request, _)) if request.protocol != VERSION => refusal(
             ErrorCode::IncompatibleVersion as u32,
             format!(
-                "the plugin speaks protocol {} and the agent {VERSION}: install the plugin of this agent",
+                "the plugin speaks protocol {}, the agent protocol {VERSION}. Install the plugin of \
+                 this agent's release.",
                 request.protocol
             ),
         ),
@@ -85,22 +92,25 @@ async fn talk<H: Handler>(stream: &UnixStream, handler: &H, turns: &Semaphore) -
                 let _turn = turns.acquire().await;
                 handler.answer(request, netns).await
             };
-            let answer = tokio::time::timeout(WORK, work).await;
+            let answer = tokio::time::timeout(REQUEST_TIMEOUT, work).await;
             let outcome = answer.as_ref().map_or(Outcome::Late, Outcome::of);
-            handler.note(verb, outcome, began.elapsed());
+            handler.on_answered(verb, outcome, began.elapsed());
             answer.unwrap_or_else(|_| {
-                tracing::warn!(verb, "a request of the CNI plugin was not done within {WORK:?}");
-                let late = format!("the agent was not done within {WORK:?}: see its log");
+                tracing::warn!(verb, timeout = ?REQUEST_TIMEOUT, "request of the CNI plugin timed out");
+                let late = format!(
+                    "the agent did not finish the request within {REQUEST_TIMEOUT:?}. Its log has the \
+                     cause."
+                );
                 refusal(ErrorCode::TryAgainLater as u32, late)
             })
         }
         Err(FrameError::Io(error)) => return Err(error),
         Err(error) => refusal(ErrorCode::Decoding as u32, error.to_string()),
     };
-    tokio::time::timeout(PATIENCE, wire::reply(stream, &answer)).await?
+    tokio::time::timeout(IO_TIMEOUT, wire::reply(stream, &answer)).await?
 }
 
-/// An answer that says no.
+/// Returns an error answer without details.
 pub(super) fn refusal(code: u32, msg: impl Into<String>) -> Response {
     Response::Refused(CniError { code, msg: msg.into(), details: String::new() })
 }
@@ -111,27 +121,30 @@ mod tests {
     use super::*;
     use skein_cni_protocol::{Command, frame};
 
-    /// Says that it has begun, and never ends; what it was told.
+    /// Handler that notifies of the request and never answers; it stores the outcomes.
     #[derive(Default)]
-    struct Hangs(tokio::sync::Notify, std::sync::Mutex<Vec<(&'static str, Outcome, Duration)>>);
+    struct PendingHandler(
+        tokio::sync::Notify,
+        std::sync::Mutex<Vec<(&'static str, Outcome, Duration)>>,
+    );
 
-    impl Handler for Hangs {
+    impl Handler for PendingHandler {
         async fn answer(&self, _request: Request, _netns: Option<OwnedFd>) -> Response {
             self.0.notify_one();
             std::future::pending().await
         }
 
-        fn note(&self, verb: &'static str, outcome: Outcome, took: Duration) {
+        fn on_answered(&self, verb: &'static str, outcome: Outcome, took: Duration) {
             self.1.lock().unwrap().push((verb, outcome, took));
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_takes_too_long_is_refused_and_counted() {
+    async fn request_beyond_timeout_is_refused_and_counted() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("cni.sock");
         let listener = Listener::bind("cni.socket", &path, None).unwrap();
-        let handler = Arc::new(Hangs::default());
+        let handler = Arc::new(PendingHandler::default());
         let server = tokio::spawn(serve(listener, Arc::clone(&handler)));
         let request = Request { protocol: VERSION, command: Command::Status };
         let ask = move || {
@@ -141,13 +154,13 @@ mod tests {
         };
         let asked = tokio::task::spawn_blocking(ask);
         handler.0.notified().await;
-        tokio::time::advance(WORK).await;
+        tokio::time::advance(REQUEST_TIMEOUT).await;
         let answer = asked.await.unwrap().unwrap();
         assert!(
             matches!(&answer, Response::Refused(refusal) if refusal.code == 11 && refusal.msg.contains("25s")),
             "{answer:?}"
         );
-        assert_eq!(*handler.1.lock().unwrap(), [("status", Outcome::Late, WORK)]);
+        assert_eq!(*handler.1.lock().unwrap(), [("status", Outcome::Late, REQUEST_TIMEOUT)]);
         server.abort();
     }
 }

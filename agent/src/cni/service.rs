@@ -1,4 +1,4 @@
-//! The verbs: leases and interfaces brought together.
+//! Processing of the plugin's commands, and reconciliation of leases with interfaces.
 
 mod deletion;
 
@@ -22,30 +22,35 @@ use skein_netlink::firewall::Firewall;
 use skein_sys::netns::NamespaceId;
 use tokio::sync::watch;
 
-use super::attach::{AttachError, Attacher, Kernel, NodeSide};
+use super::attach::{AttachError, Attacher, KernelSnapshot, NodeSide};
 use super::error::{Error, refuse};
 use super::interface::host_name;
 use super::leases::Leases;
 use super::locks::Locks;
 use super::metrics::{Outcome, Requests, verb};
 use super::server::{Handler, refusal};
-use super::waiting::Waiting;
+use super::waiting::PendingDeletions;
 use crate::lifecycle::Readiness;
 
-/// What pods need to know of the node.
+/// Properties of the node that its pods depend on.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Network {
     /// MTU of pods in bytes.
     pub mtu: u16,
-    /// Prefixes of this node.
+    /// Pod CIDRs of this node.
     pub local: Vec<IpNet>,
-    /// Addresses of the node out of these, which no pod gets.
+    /// Addresses of the node in its pod CIDRs, which no pod gets.
     pub reserved: Vec<IpAddr>,
-    /// The cluster's prefixes, or where those are not known those of all other nodes.
+    /// `cluster_cidrs`, or the pod CIDRs of all other nodes if none are configured.
     pub others: Vec<IpNet>,
 }
 
-/// What serves the plugin.
+/// Service of the plugin's commands.
+///
+/// [`Service::reconcile`] must have succeeded, and the firewall must be installed, before
+/// `prepared` is set; until then every ADD is refused, because an address could be given out twice,
+/// or a pod could run without its source check. DEL, CHECK, GC and STATUS are served at any time.
+/// Commands of the same attachment run one after the other.
 #[derive(Debug)]
 pub(super) struct Service {
     pub(super) leases: Leases,
@@ -55,9 +60,8 @@ pub(super) struct Service {
     pub(super) readiness: Readiness,
     firewall: Firewall,
     pub(super) requests: Requests,
-    pub(super) waiting: Waiting,
-    /// Whether leases and kernel were brought together and the firewall was in place once: before, an
-    /// address could be given out twice, or a pod be without its source check.
+    pub(super) pending: PendingDeletions,
+    /// True after the first successful reconciliation with an installed firewall.
     pub(super) prepared: AtomicBool,
     boot: String,
     own: NamespaceId,
@@ -82,7 +86,7 @@ impl Service {
             readiness,
             firewall,
             requests: Requests::new()?,
-            waiting: Waiting::new(spool),
+            pending: PendingDeletions::new(spool),
             prepared: AtomicBool::new(false),
             boot: fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned(),
             own: NamespaceId::own()?,
@@ -92,20 +96,24 @@ impl Service {
 
     async fn add(&self, add: Add, netns: Option<OwnedFd>) -> Result<Attached, Error> {
         let netns = netns.ok_or_else(|| {
-            Error::Namespace("no descriptor of the network namespace came along".to_owned())
+            Error::Namespace("the request has no descriptor of a network namespace".to_owned())
         })?;
         let namespace = self.identify(&netns)?;
-        if !self.attacher.can_mark(&add.id) {
-            return Err(Error::Invalid("the container's ID is too long".to_owned()));
+        if !self.attacher.alias_fits(&add.id) {
+            return Err(Error::Invalid(
+                "the container ID is too long for the alias of the interface (255 bytes)"
+                    .to_owned(),
+            ));
         }
         if !self.prepared.load(Ordering::Acquire) {
             return Err(Error::NotPrepared(self.readiness.reasons().join("; ")));
         }
         let _turn = self.locks.lock(&add.id).await;
-        // A name may come again (ctr, nerdctl): its old deletion must not find the new pod.
-        if self.waiting.contains(&add.id) {
+        // Container names may be reused (ctr, nerdctl): a pending deletion must not remove the new
+        // pod.
+        if self.pending.contains(&add.id) {
             self.detach(&add.id).await?;
-            self.waiting.forget(&add.id)?;
+            self.pending.remove_spooled(&add.id)?;
         }
         let visible = NamespaceId::at(&add.netns).is_ok_and(|seen| seen == namespace);
         let wanted = Wanted {
@@ -125,7 +133,10 @@ impl Service {
         let known = self.leases.get(add.id.clone()).await?;
         let lease = match self.leases.allocate(wanted.clone()).await {
             Err(IpamError::OtherNamespace(old)) => {
-                tracing::info!(container = old.id.container_id, "attached anew elsewhere");
+                tracing::info!(
+                    container = old.id.container_id,
+                    "attachment moved to another namespace"
+                );
                 self.detach(&old.id).await?;
                 self.leases.allocate(wanted).await?
             }
@@ -141,61 +152,67 @@ impl Service {
         match attached {
             Ok(attached) => {
                 if lease.netns.is_none() {
-                    // Adopted from the kernel: from now on it is known whose it is.
+                    // The lease was adopted from the kernel: store its namespace and network.
                     let lease = Lease { netns: Some(netns_record), network, ..lease };
                     self.leases.adopt(lease).await?;
                 }
                 Ok(attached)
             }
-            // It was attached before, and may be at work: its DEL is the runtime's decision.
+            // The attachment existed before and may be in use: only a DEL removes it.
             Err(error) if known.is_some_and(|known| known == lease) => Err(error.into()),
-            // Nothing was made; what is there is somebody's, and perhaps at work.
+            // Nothing was created: the existing interface may be in use by another program.
             Err(error @ (AttachError::Exists(_) | AttachError::DefaultRoute)) => {
                 self.leases.release(add.id.clone()).await?;
                 Err(error.into())
             }
             Err(error) => {
-                // Whatever was made goes; the address with it, if that worked.
+                // Removes what was created; the address is released only if that succeeds.
                 if let Err(further) = self.detach(&add.id).await {
-                    tracing::error!(%further, "a failed attachment is not undone");
+                    tracing::error!(error = %further, "failed attachment not undone");
                 }
                 Err(error.into())
             }
         }
     }
 
-    /// Takes the interface away, then gives the addresses back.
+    /// Deletes the interface of an attachment, then releases its addresses. The caller holds the
+    /// lock of the attachment.
+    ///
+    /// # Errors
+    /// [`Error`] if the kernel refuses, or if the lease cannot be released; the interface is
+    /// deleted in the second case.
     pub(super) async fn detach(&self, id: &AttachmentId) -> Result<(), Error> {
         match self.attacher.detach(&self.netlink, id).await {
-            // Somebody else's interface is no reason to keep the address.
+            // An interface of another owner does not use the address.
             Ok(()) | Err(AttachError::Foreign { .. }) => {}
             Err(error) => return Err(error.into()),
         }
         self.leases.release(id.clone()).await?;
-        self.waiting.released(id);
+        self.pending.on_released(id);
         Ok(())
     }
 
     async fn check(&self, check: Check, netns: Option<OwnedFd>) -> Result<(), Error> {
         let netns = netns.ok_or_else(|| {
-            Error::Namespace("no descriptor of the network namespace came along".to_owned())
+            Error::Namespace("the request has no descriptor of a network namespace".to_owned())
         })?;
         let namespace = self.identify(&netns)?;
         let _turn = self.locks.lock(&check.id).await;
         let lease = self.leases.get(check.id.clone()).await?;
         let Some(lease) = lease else {
             return Err(Error::Broken(format!(
-                "no address is reserved for {} of {}",
+                "interface {} of container {} has no lease",
                 check.id.ifname, check.id.container_id
             )));
         };
         let mut problems = Vec::new();
         let ips = Vec::from_iter(lease.ips());
         if lease.netns.as_ref().is_some_and(|known| identity(known) != namespace) {
-            problems.push("it was attached in another network namespace".to_owned());
+            problems.push("the lease names another network namespace".to_owned());
         }
         let stray = check.ips.iter().filter(|net| !ips.contains(&net.addr()));
-        problems.extend(stray.map(|net| format!("{} is not reserved for it", net.addr())));
+        problems
+            .extend(stray.map(|net| format!("the lease does not have the address {}", net.addr())));
         let (netlink, fd) = (&self.netlink, netns.as_fd());
         problems.extend(self.attacher.check(netlink, fd, &check.id, &ips).await?);
         problems.extend(self.firewall.verify().await.err());
@@ -207,19 +224,19 @@ impl Service {
 
     async fn gc(&self, gc: Gc) -> Result<(), Error> {
         let mut failed = None;
-        let kernel = self.attacher.look(&self.netlink).await?;
+        let kernel = self.attacher.read_kernel(&self.netlink).await?;
         for lease in self.leases.list().await? {
-            // What was adopted belongs to a network that nobody remembers.
+            // The network of an adopted lease is unknown (empty).
             let ours = lease.network.is_empty() || lease.network == gc.network;
             if ours && !gc.valid.contains(&lease.id) {
-                // One that fails keeps no other.
+                // An error must not keep other leases from being released.
                 failed = self.collect(&kernel, &lease, true).await.err().or(failed);
             }
         }
         failed.map_or(Ok(()), Err)
     }
 
-    /// Whether an ADD could be served now, as STATUS says it.
+    /// Returns an error if an ADD could not be served now (STATUS of the CNI specification).
     async fn status(&self) -> Result<(), CniError> {
         let refuse = |code: ErrorCode, msg: String| {
             Err(CniError { code: code as u32, msg, details: String::new() })
@@ -228,7 +245,7 @@ impl Service {
         if !reasons.is_empty() {
             return refuse(ErrorCode::NotAvailableLimited, reasons.join("; "));
         }
-        // What is only asked of memory would say that all is well on a full disk.
+        // Usage comes from memory, so that only a write shows a full disk.
         if let Err(error) = self.leases.probe().await {
             return refuse(ErrorCode::NotAvailable, error.to_string());
         }
@@ -253,18 +270,23 @@ impl Service {
     /// The addresses of an attachment whose node's end exists stay: a veth pair goes with its
     /// namespace. Without that end, the namespace must be gone. A namespace whose path the agent
     /// never saw counts as gone if the runtime disowns the attachment (`disowned`).
-    async fn collect(&self, kernel: &Kernel, lease: &Lease, disowned: bool) -> Result<bool, Error> {
+    async fn collect(
+        &self,
+        kernel: &KernelSnapshot,
+        lease: &Lease,
+        disowned: bool,
+    ) -> Result<bool, Error> {
         let invisible = lease.netns.as_ref().is_some_and(|netns| !netns.path_visible);
         let gone = self.is_gone(lease) || (disowned && invisible);
-        if self.attacher.is_there(kernel, &lease.id) || !gone {
+        if self.attacher.has_host_interface(kernel, &lease.id) || !gone {
             return Ok(false);
         }
         let _turn = self.locks.lock(&lease.id).await;
-        // It may have changed while we waited.
+        // Another request may have changed the lease meanwhile.
         if self.leases.get(lease.id.clone()).await?.as_ref() != Some(lease) {
             return Ok(false);
         }
-        // So may the kernel: an ADD that was at work when it was looked at.
+        // An ADD may have created the interface after the kernel was read.
         if self.netlink.link(&host_name(&lease.id)).await?.is_some() {
             return Ok(false);
         }
@@ -274,9 +296,10 @@ impl Service {
         Ok(true)
     }
 
-    /// Whether a namespace is provably gone: of another boot, or not where it was seen.
+    /// Returns whether the namespace of a lease is provably gone: it is of an earlier boot, or its
+    /// path leads to another namespace or to none.
     fn is_gone(&self, lease: &Lease) -> bool {
-        // Learnt from an interface of the kernel's; that is gone, so that no pod can use the address.
+        // The lease was adopted from an interface that is gone, so that no pod can use the address.
         let Some(netns) = &lease.netns else { return true };
         if netns.boot_id != self.boot {
             return true;
@@ -290,14 +313,17 @@ impl Service {
         }
     }
 
-    /// Brings leases and kernel together: adopts attachments without a lease, releases the leases of
-    /// namespaces that are gone, puts back what somebody took. What is wrong with one pod is returned,
-    /// and keeps nothing else from being done.
-    pub(super) async fn tend(&self) -> Result<Vec<String>, String> {
-        let kernel = self.attacher.look(&self.netlink).await.map_err(|e| e.to_string())?;
+    /// Reconciles leases and kernel: adopts leases of attachments that have none, releases leases
+    /// whose namespace is gone, and repairs the node's ends. Returns the errors of single pods,
+    /// which do not affect other pods.
+    ///
+    /// # Errors
+    /// A message if the kernel or the leases cannot be read; nothing is changed then.
+    pub(super) async fn reconcile(&self) -> Result<Vec<String>, String> {
+        let kernel = self.attacher.read_kernel(&self.netlink).await.map_err(|e| e.to_string())?;
         let leases = self.leases.list().await.map_err(|error| error.to_string())?;
         let mut errors = Vec::new();
-        for pod in &self.attacher.found(&kernel) {
+        for pod in &self.attacher.attachments(&kernel) {
             if pod.addresses.is_empty() || leases.iter().any(|lease| lease.id == pod.id) {
                 continue;
             }
@@ -307,23 +333,23 @@ impl Service {
         }
         for lease in &leases {
             let result = match self.collect(&kernel, lease, false).await {
-                Ok(false) => self.heal(&kernel, lease).await,
+                Ok(false) => self.repair(&kernel, lease).await,
                 other => other.map(drop),
             };
             errors.extend(result.err().map(|error| error.to_string()));
         }
-        errors.extend(self.release_the_rest().await);
+        errors.extend(self.release_pending().await);
         Ok(errors)
     }
 
     async fn adopt(&self, id: AttachmentId, addresses: Vec<IpAddr>) -> Result<(), Error> {
         let _turn = self.locks.lock(&id).await;
-        // A DEL may have taken both since the kernel was looked at.
+        // A DEL may have removed the interface after the kernel was read.
         let gone = self.netlink.link(&host_name(&id)).await?.is_none();
         if gone || self.leases.get(id.clone()).await?.is_some() {
             return Ok(());
         }
-        tracing::warn!(container = id.container_id, ?addresses, "found in the kernel: adopted");
+        tracing::warn!(container = id.container_id, ?addresses, "adopting lease from kernel state");
         let mut lease = Lease {
             id,
             network: String::new(),
@@ -343,25 +369,27 @@ impl Service {
         Ok(())
     }
 
-    async fn heal(&self, kernel: &Kernel, lease: &Lease) -> Result<(), Error> {
+    async fn repair(&self, kernel: &KernelSnapshot, lease: &Lease) -> Result<(), Error> {
         let _turn = self.locks.lock(&lease.id).await;
         if self.leases.get(lease.id.clone()).await?.as_ref() != Some(lease) {
             return Ok(());
         }
         let ips = Vec::from_iter(lease.ips());
         let node = self.network.borrow().reserved.clone();
-        let changes = self.attacher.heal(&self.netlink, kernel, &lease.id, &ips, &node).await?;
+        let changes = self.attacher.repair(&self.netlink, kernel, &lease.id, &ips, &node).await?;
         if !changes.is_empty() {
             let container = &lease.id.container_id;
-            tracing::warn!(container, "put back: {}", changes.join("; "));
+            tracing::warn!(container, changes = changes.join("; "), "interface of pod repaired");
         }
         Ok(())
     }
 
-    /// Which namespace it is; an error where it is none, or the node's own.
+    /// Returns the identity of a namespace; an error if the descriptor is not one of a network
+    /// namespace, or if it is the node's own.
     fn identify(&self, netns: &OwnedFd) -> Result<NamespaceId, Error> {
-        let namespace = NamespaceId::of(netns)
-            .map_err(|error| Error::Namespace(format!("the network namespace: {error}")))?;
+        let namespace = NamespaceId::of(netns).map_err(|error| {
+            Error::Namespace(format!("cannot identify the network namespace: {error}"))
+        })?;
         if namespace == self.own {
             return Err(Error::OwnNamespace);
         }
@@ -373,7 +401,8 @@ impl Service {
             Ok(()) => Response::Done,
             Err(refusal) => Response::Refused(refusal),
         };
-        // The plugin checks it; but what becomes a key and an alias is checked where it does.
+        // The plugin checks the ID as well. The agent uses it as a key and in an alias, and must
+        // not depend on the plugin's check.
         if let Some(Err(error)) = command.id().map(check_id) {
             return refusal(ErrorCode::InvalidEnvironment as u32, error.to_string());
         }
@@ -397,12 +426,12 @@ impl Handler for Service {
         let verb = verb(&request.command);
         let answer = self.dispatch(request.command, netns).await;
         if let Response::Refused(refusal) = &answer {
-            tracing::warn!(verb, code = refusal.code, "refused: {}", refusal.msg);
+            tracing::warn!(verb, code = refusal.code, reason = refusal.msg, "request refused");
         }
         answer
     }
 
-    fn note(&self, verb: &'static str, outcome: Outcome, took: Duration) {
+    fn on_answered(&self, verb: &'static str, outcome: Outcome, took: Duration) {
         self.requests.count(verb, outcome, took);
     }
 }

@@ -58,12 +58,12 @@ pub(super) struct Plugin {
 
 /// Answers of plugins to `VERSION`, by file.
 #[derive(Debug, Default)]
-pub(super) struct VersionCache(HashMap<PathBuf, Known>);
+pub(super) struct VersionCache(HashMap<PathBuf, CachedAnswer>);
 
 #[derive(Debug)]
-struct Known {
+struct CachedAnswer {
     stamp: Option<Stamp>,
-    asked: Instant,
+    queried_at: Instant,
     answer: Result<Vec<Version>, String>,
 }
 
@@ -94,8 +94,7 @@ impl VersionCache {
                     Err(_) if !own => continue,
                     Err(error) => {
                         limits.push(format!(
-                            "{shown} does not say which CNI versions it supports ({error}): {} at most \
-                             is offered",
+                            "{shown} does not report its CNI versions ({error}): at most {} is offered",
                             ASSUMED_NEWEST.name()
                         ));
                         OFFERED.into_iter().filter(|version| *version <= ASSUMED_NEWEST).collect()
@@ -107,14 +106,16 @@ impl VersionCache {
                 if own || !left.is_empty() {
                     common = left;
                 } else {
-                    limits.push(format!("pods fail: {shown}, which another program added, supports no common version"));
+                    limits.push(format!(
+                        "pods fail: {shown}, which another program added, supports no common version"
+                    ));
                 }
             }
         }
         if common.is_empty() {
             return Err(format!(
-                "no CNI version suits all plugins of cni.chain: skein-cni supports {}, {}: install a newer \
-                 plugin, or take it out of cni.chain",
+                "no CNI version suits all plugins of cni.chain: skein-cni supports {}, {}. Install a \
+                 newer plugin, or remove it from cni.chain.",
                 names(&OFFERED),
                 all.join(", ")
             ));
@@ -126,11 +127,15 @@ impl VersionCache {
     fn answer(&mut self, path: &Path) -> &Result<Vec<Version>, String> {
         let now = stamp(path);
         let due = self.0.get(path).is_none_or(|known| {
-            known.stamp != now || known.answer.is_err() && known.asked.elapsed() >= RETRY_INTERVAL
+            known.stamp != now
+                || known.answer.is_err() && known.queried_at.elapsed() >= RETRY_INTERVAL
         });
         if due {
-            let answer = ask(path);
-            self.0.insert(path.to_owned(), Known { stamp: now, asked: Instant::now(), answer });
+            let answer = query_versions(path);
+            self.0.insert(
+                path.to_owned(),
+                CachedAnswer { stamp: now, queried_at: Instant::now(), answer },
+            );
         }
         &self.0[path].answer
     }
@@ -145,7 +150,7 @@ fn names(versions: &[Version]) -> String {
 }
 
 /// Calls a plugin with `VERSION` and returns the versions of its answer that Skein knows.
-fn ask(path: &Path) -> Result<Vec<Version>, String> {
+fn query_versions(path: &Path) -> Result<Vec<Version>, String> {
     let mut child = start(path).map_err(|error| error.to_string())?;
     if let Some(mut input) = child.stdin.take() {
         // A plugin may close its input unread.
@@ -161,8 +166,8 @@ fn ask(path: &Path) -> Result<Vec<Version>, String> {
         });
     }
     let answer = answer.recv_timeout(VERSION_TIMEOUT);
-    // A wrapper script may have started processes that hold the output open. They are in its process
-    // group, whose number is not in use again before the wait.
+    // A wrapper script may have started processes that hold the output open. They are in its
+    // process group, whose number is not reused before the wait.
     let _ = kill_process_group(Pid::from_child(&child), Signal::KILL);
     let _ = child.wait();
     let text = answer.map_err(|_| format!("no answer within {VERSION_TIMEOUT:?}"))?;
@@ -191,7 +196,7 @@ fn start(path: &Path) -> io::Result<std::process::Child> {
     }
 }
 
-/// Parses `data` as an answer, for the fuzzer. The versions that are read are offered ones, in order.
+/// Parses `data` as an answer, for the fuzzer. The parsed versions are offered ones, in order.
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) fn fuzz_answer(data: &[u8]) {
     let versions = parse(data).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! Frames of `skein_cni_protocol` on a tokio socket, with the descriptor that comes along.
+//! Frames of `skein_cni_protocol` on a tokio socket, with one descriptor (SCM_RIGHTS).
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -11,7 +11,11 @@ use skein_sys::descriptors::receive_with;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
-/// Reads one frame, and the first descriptor that came with it; others are closed.
+/// Reads one frame and the first descriptor that came with it; further descriptors are closed.
+///
+/// # Errors
+/// [`FrameError`] if the connection ends or fails, if the frame is too long, or if it does not
+/// parse.
 pub(super) async fn receive<T: DeserializeOwned>(
     stream: &UnixStream,
 ) -> Result<(T, Option<OwnedFd>), FrameError> {
@@ -24,6 +28,9 @@ pub(super) async fn receive<T: DeserializeOwned>(
 }
 
 /// Writes one frame.
+///
+/// # Errors
+/// An I/O error if the document is too long for a frame, or if the connection fails.
 pub(super) async fn reply<T: Serialize>(stream: &UnixStream, document: &T) -> io::Result<()> {
     let frame = frame::encode(document).map_err(io::Error::other)?;
     let mut rest = &frame[..];
@@ -45,7 +52,7 @@ async fn fill(
             let mut received = Vec::new();
             let length = receive_with(stream, buffer, &mut received)?;
             for fd in received {
-                // A descriptor that is not kept is closed.
+                // A descriptor after the first one is dropped, which closes it.
                 descriptor.get_or_insert(fd);
             }
             Ok(length)
@@ -79,7 +86,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_request_comes_with_its_descriptor_and_in_pieces() {
+    async fn request_in_pieces_is_read_with_its_descriptor() {
         let (mut plugin, agent) = pair();
         let request = Request { protocol: VERSION, command: Command::Status };
         let bytes = frame(&serde_json::to_vec(&request).unwrap());
@@ -120,7 +127,7 @@ mod tests {
             assert!(error.contains(expected), "{error}");
             drop(agent);
             let mut nothing = Vec::new();
-            // Blocks for ever where a writer is still open.
+            // Blocks forever if a writer is still open.
             io::Read::read_to_end(&mut reader, &mut nothing).unwrap();
         }
     }

@@ -1,4 +1,4 @@
-//! Deletions of attachments: at once, and those that waited in the spool or for the disk.
+//! DEL requests: processing at once, from the spool, and after a failed write of the leases.
 
 use std::path::Path;
 
@@ -8,29 +8,34 @@ use skein_ipam::IpamError;
 use super::Service;
 use crate::cni::error::{Error, refuse};
 use crate::cni::waiting::remove;
+
 impl Service {
-    /// See [`Command::Del`].
+    /// Processes a DEL ([`Command::Del`]). If the lease cannot be written, the request succeeds and
+    /// [`Service::release_pending`] releases the addresses later.
+    ///
+    /// # Errors
+    /// [`CniError`] if the kernel refuses to delete the interface.
     pub(in crate::cni) async fn del(&self, id: &AttachmentId) -> Result<(), CniError> {
         let _turn = self.locks.lock(id).await;
         match self.detach(id).await {
-            // A full disk must not keep a pod from going: its interface is gone, the rest is done later.
+            // A full disk must not block the deletion of a pod, whose interface is already gone.
             Err(Error::Ipam(error @ IpamError::Store(_))) => {
                 let container = &id.container_id;
-                tracing::error!(container, %error, "detached; its address is freed when that is possible");
-                self.waiting.unreleased().insert(id.clone());
+                tracing::error!(container, %error, "pod detached, release of its addresses pending");
+                self.pending.unreleased().insert(id.clone());
                 Ok(())
             }
             outcome => outcome.map_err(|error| refuse(&error)),
         }
     }
 
-    /// Frees what [`Service::del`] could not; what still cannot be is returned.
-    pub(in crate::cni) async fn release_the_rest(&self) -> Vec<String> {
-        let waiting = self.waiting.unreleased().clone();
+    /// Releases the leases that [`Service::del`] could not release; returns the errors.
+    pub(in crate::cni) async fn release_pending(&self) -> Vec<String> {
+        let unreleased = self.pending.unreleased().clone();
         let mut errors = Vec::new();
-        for id in waiting {
+        for id in unreleased {
             let _turn = self.locks.lock(&id).await;
-            if self.waiting.unreleased().contains(&id) {
+            if self.pending.unreleased().contains(&id) {
                 let container = &id.container_id;
                 let failed = self.detach(&id).await.err();
                 errors.extend(failed.map(|error| format!("container {container}: {error}")));
@@ -39,10 +44,13 @@ impl Service {
         errors
     }
 
-    /// Does what the plugin could not say while the agent was away. What is wrong with one entry is
-    /// returned.
-    pub(in crate::cni) async fn empty_spool(&self) -> Result<Vec<String>, String> {
-        let directory = self.waiting.spool.clone();
+    /// Processes the DEL requests in the spool, which the plugin stored while the agent did not
+    /// answer. Returns the errors of single entries.
+    ///
+    /// # Errors
+    /// A message if the spool cannot be listed.
+    pub(in crate::cni) async fn process_spool(&self) -> Result<Vec<String>, String> {
+        let directory = self.pending.spool.clone();
         let listing = tokio::task::spawn_blocking(move || spool::list(&directory)).await;
         let listing =
             listing.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
@@ -50,36 +58,37 @@ impl Service {
         for entry in listing {
             let shown = entry.path.display();
             let done = match &entry.request {
-                Ok(Request { command: Command::Del(del), .. }) => {
-                    self.waited(&del.id, &entry.path).await.map_err(|error| error.to_string())
-                }
-                // It may be readable next time.
+                Ok(Request { command: Command::Del(del), .. }) => self
+                    .complete_spooled(&del.id, &entry.path)
+                    .await
+                    .map_err(|error| error.to_string()),
+                // An I/O error may be temporary: the entry stays.
                 Err(error @ spool::EntryError::Io(_)) => Err(format!("{shown}: {error}")),
-                // Nothing that could be done; whoever wonders finds it in the log.
-                Ok(_) => forget(&entry.path, "no deletion"),
-                Err(error) => forget(&entry.path, &error.to_string()),
+                // An invalid entry can never be processed; the returned error is logged.
+                Ok(_) => discard(&entry.path, "not a DEL request"),
+                Err(error) => discard(&entry.path, &error.to_string()),
             };
             errors.extend(done.err());
         }
         Ok(errors)
     }
 
-    /// A deletion that has waited; its entry stays until all of it is done.
-    async fn waited(&self, id: &AttachmentId, entry: &Path) -> Result<(), Error> {
+    /// Processes a spooled DEL. The entry is removed last, so that a failed DEL is repeated.
+    async fn complete_spooled(&self, id: &AttachmentId, entry: &Path) -> Result<(), Error> {
         let _turn = self.locks.lock(id).await;
-        // An ADD of the same name may have done it meanwhile, and what is there now is new.
+        // An ADD with the same ID may have processed the entry meanwhile: the pod is a new one.
         if !entry.exists() {
             return Ok(());
         }
         self.detach(id).await?;
-        tracing::info!(container = id.container_id, "a deletion that had waited");
+        tracing::info!(container = id.container_id, "pod detached by spooled DEL");
         remove(entry)
     }
 }
 
-/// Takes an entry away of which nothing can be done; says why.
-fn forget(entry: &Path, why: &str) -> Result<(), String> {
-    let removed =
-        spool::remove(entry).map_or_else(|e| format!(", and stays: {e}"), |()| String::new());
-    Err(format!("{}: {why}{removed}", entry.display()))
+/// Removes an invalid entry from the spool; returns `reason` as an error.
+fn discard(entry: &Path, reason: &str) -> Result<(), String> {
+    let kept = spool::remove(entry)
+        .map_or_else(|error| format!(", and cannot be removed: {error}"), |()| String::new());
+    Err(format!("spool entry {}: {reason}{kept}", entry.display()))
 }
