@@ -43,7 +43,7 @@ pub(super) enum AttachError {
     Foreign {
         /// Name of the interface.
         name: String,
-        /// Index, kind and alias of the interface, for the message.
+        /// Kind and alias of the interface, for the message.
         found: String,
     },
     /// The kernel refused a netlink request.
