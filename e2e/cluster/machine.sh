@@ -1,17 +1,17 @@
-# A machine out of namespaces: its own mounts, processes, cgroups, host name, and the network of a
-# namespace that is there already. All its processes end with the first, and every mount lies in its
-# mount namespace: with that process goes everything but empty cgroups and what is on its disk.
+# A machine made of namespaces: its own mounts, processes, cgroups and host name, and the network of an
+# existing network namespace. The kernel kills all its processes together with the first one. Then only
+# empty cgroups and the disk remain, because every mount is in the machine's mount namespace.
 #
-#   machine.sh start NETNS NAME DISK [ROOT]   becomes the machine; DISK/init.pid appears when it is up
-#   machine.sh enter NETNS PID COMMAND…       runs a command in it
+#   machine.sh start NETNS NAME DISK [ROOT]   become the machine; DISK/init.pid is written when it runs
+#   machine.sh enter NETNS PID COMMAND…       run a command in the machine
 #
-# NETNS names the network namespace and the cgroups. DISK, a directory below /run, holds what outlives a
-# loss of power: all that the machine writes to /etc, /opt and /var. Its parent is seen inside under the
-# same name; all else below /run is the machine's own and in memory. ROOT/usr is mounted over /usr: a newer
-# container runtime with its libraries.
+# NETNS is the name of the network namespace and of the cgroups. DISK is a directory below /run that
+# outlives a loss of power: the machine's changes of /etc, /opt and /var. The machine sees the parent of
+# DISK under the same path. Everything else below /run belongs to the machine and is in memory. ROOT/usr
+# is mounted over /usr: a newer container runtime with its libraries.
 set -eu
 
-# Every hierarchy of cgroups: its directory below /sys/fs/cgroup and the options to mount it.
+# Prints every cgroup hierarchy: its directory below /sys/fs/cgroup and its mount options.
 hierarchies() {
     while IFS=: read -r _ controllers _; do
         case $controllers in
@@ -28,7 +28,7 @@ join() {
         cgroup=/sys/fs/cgroup/$hierarchy/$1
         if [ ! -d "$cgroup" ]; then
             mkdir "$cgroup"
-            # Without processors and memory of its own, a cpuset takes no process.
+            # A cpuset accepts no process while its lists of CPUs and memory nodes are empty.
             for file in cpuset.cpus cpuset.mems; do
                 parent=/sys/fs/cgroup/$hierarchy/$file
                 [ ! -e "$parent" ] || cat "$parent" >"$cgroup/$file"
@@ -38,7 +38,8 @@ join() {
     done
 }
 
-# Shows another value than the host's, where a kubelet would change it for the whole host.
+# Hides a setting of the host behind a file with another value. A kubelet would change the setting for
+# the whole host.
 pretend() { # NAME VALUE
     echo "$2" >"/run/sysctl-${1##*/}"
     mount --bind "/run/sysctl-${1##*/}" "/proc/sys/$1"
@@ -63,13 +64,13 @@ enter)
 init)
     name=$2 disk=$3 root=$4
     hierarchies=$(hierarchies)
-    # As the host numbers it: /proc is still the host's.
+    # The process id in the host's numbering, because /proc is still the host's.
     read -r pid _ </proc/self/stat
-    # Nobody else's namespaces are to live as long as this machine.
+    # These mounts would keep other network namespaces alive as long as this machine.
     umount --recursive /run/netns 2>/dev/null || true
     mount -t proc proc /proc
 
-    # The new /run is put together elsewhere, because the disk lies below the old one.
+    # The new /run is assembled elsewhere, because the disk is below the old one.
     mkdir -p "$disk/run"
     mount -t tmpfs -o mode=755 tmpfs "$disk/run"
     laboratory=${disk%/*}
@@ -82,7 +83,8 @@ init)
         layers=upperdir=$disk/layers/$top,workdir=$disk/layers/.$top
         mount -t overlay -o "lowerdir=/$top,$layers" overlay "/$top"
     done
-    # Overlays do not lie on overlays; and these are empty whatever the host has there.
+    # An overlay cannot be the upper layer of another overlay (containerd's). These directories are also
+    # empty, whatever the host has there.
     for path in etc/kubernetes etc/cni/net.d opt/cni/bin var/lib/kubelet var/lib/containerd; do
         mkdir -p "$disk/$path" "/$path"
         mount --bind "$disk/$path" "/$path"
@@ -110,13 +112,13 @@ init)
     printf '127.0.0.1 localhost\n::1 localhost\n' >/etc/hosts
     rm -f /etc/resolv.conf
     echo "# no name server" >/etc/resolv.conf
-    # Nodes are told apart by it.
+    # Kubernetes distinguishes nodes by the machine id.
     echo "$name" | md5sum | cut -c1-32 >/etc/machine-id
-    # As an init does it: mounts of pods are to be seen by the machine, and the other way round.
+    # Mounts propagate between the machine and its pods, as on a machine with an init.
     mount --make-rshared /
     echo "$pid" >"$disk/init.new"
     mv "$disk/init.new" "$disk/init.pid"
-    # A shell that waits takes in the orphans of all others.
+    # The waiting shell reaps orphaned processes.
     sleep infinity &
     wait
     ;;

@@ -237,8 +237,8 @@ struct HostBuffers;
 
 impl HostBuffers {
     fn raise() -> Result<Self> {
-        // The kernel doubles the 8 MiB that Skein and Nebula request to an accounted 16 MiB.
-        // Programs that request none get the same by default.
+        // The kernel doubles a requested buffer of 8 MiB, such as Nebula's, to 16 MiB. Programs
+        // that request none get the same by default.
         for key in ["rmem_max", "wmem_max", "rmem_default", "wmem_default"] {
             registry::set_host(&format!("net.core.{key}"), &(16 << 20).to_string())?;
         }

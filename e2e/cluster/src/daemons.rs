@@ -1,5 +1,5 @@
-//! How the programs of Kubernetes are started: as an administrator would on machines of metal,
-//! without kubeadm.
+//! Command lines and settings of Kubernetes' programs, as an administrator of physical machines
+//! would write them without kubeadm.
 
 use serde_json::{Value, json};
 
@@ -7,26 +7,26 @@ use super::machine::{v4, v6};
 use super::pki::Pki;
 use super::programs::BUSYBOX;
 
-/// Where every file of a node's daemons lies, on the node.
+/// Directory of the files of a node's daemons, on the node.
 pub(super) const NODE_FILES: &str = "/etc/kubernetes";
 
-/// Endpoint of containerd.
+/// Endpoint of containerd's CRI socket.
 const RUNTIME: &str = "unix:///run/containerd/containerd.sock";
-/// Directory of kubelet's volume plugins: the usual place is on the host's own disk.
+/// Directory of kubelet's volume plugins. The default directory is on the host's disk.
 const VOLUME_PLUGINS: &str = "/var/lib/kubelet/volume-plugins";
 
-/// What all daemons must agree on.
+/// Address ranges and version of a cluster, which all daemons must share.
 #[derive(Debug, Clone)]
 pub(super) struct Ranges {
-    /// Addresses of pods, a range a family.
+    /// Prefixes of pods, one per address family, separated by commas.
     pub(super) pods: &'static str,
-    /// Addresses of Services.
+    /// Prefixes of Services, one per address family, separated by commas.
     pub(super) services: &'static str,
-    /// The first of them: the API server's.
+    /// Service address of the API server, the first address of `services`.
     pub(super) api: &'static str,
-    /// Two families.
+    /// Pods and Services have an address of each family.
     pub(super) dual_stack: bool,
-    /// Kubernetes 1.31 or later instead of 1.20.
+    /// The version is 1.31 or later instead of 1.20.
     pub(super) current: bool,
 }
 
@@ -50,12 +50,12 @@ impl Ranges {
         }
     }
 
-    /// In Kubernetes 1.20 still an alpha feature.
+    /// Returns the feature gate of dual stack, which is an alpha feature in Kubernetes 1.20.
     fn gates(&self) -> Option<String> {
         (self.dual_stack && !self.current).then(|| "--feature-gates=IPv6DualStack=true".to_owned())
     }
 
-    /// What a node says of its addresses.
+    /// Returns the value of kubelet's option `--node-ip`.
     pub(super) fn node_ip(&self, number: u8) -> String {
         match self.dual_stack {
             false => v4(number).to_string(),
@@ -64,7 +64,7 @@ impl Ranges {
     }
 }
 
-/// A command line.
+/// Collects the words of a command line.
 fn words(words: impl IntoIterator<Item = impl Into<String>>) -> Vec<String> {
     words.into_iter().map(Into::into).collect()
 }
@@ -76,7 +76,7 @@ pub(super) fn etcd(directory: &str) -> Vec<String> {
         "--listen-client-urls=http://127.0.0.1:2379".to_owned(),
         "--advertise-client-urls=http://127.0.0.1:2379".to_owned(),
         "--listen-peer-urls=http://127.0.0.1:2380".to_owned(),
-        // What a laboratory stores is to be fast, not durable.
+        // The data need not survive a crash of the host.
         "--unsafe-no-fsync".to_owned(),
         "--logger=zap".to_owned(),
     ])
@@ -118,7 +118,7 @@ pub(super) fn controller_manager(pki: &Pki, ranges: &Ranges) -> Vec<String> {
         format!("--root-ca-file={}", pki.text("ca.crt")),
         format!("--service-account-private-key-file={}", pki.text("service-accounts.key")),
         "--use-service-account-credentials=true".to_owned(),
-        // A lost node is to be noticed while a test waits.
+        // Tests wait until a lost node is detected: 20 s instead of 40 s.
         "--node-monitor-period=2s".to_owned(),
         "--node-monitor-grace-period=20s".to_owned(),
     ]);
@@ -162,7 +162,7 @@ pub(super) fn kubelet(node: &str, ranges: &Ranges, number: u8) -> Vec<String> {
     all
 }
 
-/// The kubelet's file of settings.
+/// Returns the kubelet's configuration file.
 pub(super) fn kubelet_settings(ranges: &Ranges) -> Value {
     let mut settings = json!({
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
@@ -179,13 +179,13 @@ pub(super) fn kubelet_settings(ranges: &Ranges) -> Value {
         "clusterDomain": "cluster.local",
         "resolvConf": "/etc/resolv.conf",
         "failSwapOn": false,
-        // It may not lower that of a process of the host's.
+        // The kernel may refuse a value below that of the process that starts the kubelet.
         "oomScoreAdj": 0,
         "maxOpenFiles": 20000,
-        // What was imported cannot be pulled again.
+        // Imported images cannot be pulled again, so they are never removed.
         "imageGCHighThresholdPercent": 100,
         "imageGCLowThresholdPercent": 99,
-        // The disk is the host's: how full it is says nothing about this node.
+        // The disk belongs to the host, so it must not cause evictions on this node.
         "evictionHard": {
             "memory.available": "100Mi", "nodefs.available": "1%", "nodefs.inodesFree": "1%",
             "imagefs.available": "1%",
@@ -196,7 +196,7 @@ pub(super) fn kubelet_settings(ranges: &Ranges) -> Value {
     if ranges.current {
         settings["containerRuntimeEndpoint"] = json!(RUNTIME);
         settings["volumePluginDir"] = json!(VOLUME_PLUGINS);
-        // The machines have cgroups of version 1.
+        // The machines have cgroup version 1.
         settings["failCgroupV1"] = json!(false);
         settings["mergeDefaultEvictionSettings"] = json!(false);
     }
@@ -210,7 +210,7 @@ pub(super) fn proxy(pki: &Pki, node: &str, ranges: &Ranges) -> Vec<String> {
         format!("--hostname-override={node}"),
         format!("--cluster-cidr={}", ranges.pods),
         "--proxy-mode=iptables".to_owned(),
-        // These are settings of the whole host.
+        // These would change settings of the whole host; 0 leaves them as they are.
         "--conntrack-max-per-core=0".to_owned(),
         "--conntrack-min=0".to_owned(),
         "--oom-score-adj=0".to_owned(),

@@ -1,6 +1,6 @@
-//! A real Kubernetes on one host: every node a machine of its own with containerd, kubelet and
-//! kube-proxy, beside one with etcd, the API server, the controllers and the scheduler. No network
-//! plugin is installed: that is for whoever uses it.
+//! A real Kubernetes on one host. Every node is a machine with containerd, kubelet and kube-proxy;
+//! another machine runs etcd, the API server, the controllers and the scheduler. No network plugin
+//! is installed.
 
 #![forbid(unsafe_code)]
 
@@ -29,29 +29,29 @@ use programs::Programs;
 use skein_lab::process;
 use skein_lab::{Netns, Turn, UNDERLAY, link, registry};
 
-/// Host number of the machine of the control plane.
+/// Number of the control plane's machine, the last part of its addresses.
 const CONTROL: u8 = 2;
 
-/// That of the first node is one more.
-const FIRST_NODE: u8 = 10;
+/// Base of the nodes' numbers: node 1 has the number 11.
+const NODE_BASE: u8 = 10;
 
-/// How long the API server may take to be ready.
-const API_LIMIT: Duration = Duration::from_secs(90);
+/// Maximum time until the API server is ready.
+const API_TIMEOUT: Duration = Duration::from_secs(90);
 
-/// How long a node may take to be known to the API server.
-const REGISTER_LIMIT: Duration = Duration::from_secs(60);
+/// Maximum time until all nodes are registered at the API server.
+const REGISTER_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long one command of kubectl or helm may take.
-const COMMAND_LIMIT: Duration = Duration::from_secs(300);
+/// Maximum time of one command of kubectl or helm.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// What to build.
+/// Plan of a cluster.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Number of nodes.
+    /// Number of nodes, 1 to 100.
     pub nodes: u8,
     /// Pods and Services have an address of each family.
     pub dual_stack: bool,
-    /// MTU of the underlay in bytes.
+    /// MTU of the underlay, bytes.
     pub mtu: u32,
 }
 
@@ -61,13 +61,13 @@ impl Default for Options {
     }
 }
 
-/// A cluster, gone when dropped. As every laboratory it waits for its turn, and it ends too when
-/// the thread ends that made it.
+/// A running cluster. Dropping the value ends it, as does the end of the thread that started it. A
+/// cluster waits for a turn, as every laboratory does.
 #[derive(Debug)]
 pub struct Kube {
-    /// The nodes: `node1`, `node2`, …
+    /// Nodes `node1`, `node2` and so on, in this order.
     pub nodes: Vec<Node>,
-    /// The machine of the control plane: `etcd`, `kube-apiserver`, `kube-controller-manager` and
+    /// Machine of the control plane: `etcd`, `kube-apiserver`, `kube-controller-manager` and
     /// `kube-scheduler`.
     pub control: Machine,
     switch: Arc<Netns>,
@@ -77,7 +77,7 @@ pub struct Kube {
     _turn: Turn,
 }
 
-/// Removed when dropped.
+/// Directory that is removed when the value is dropped.
 #[derive(Debug)]
 struct Directory(PathBuf);
 
@@ -88,12 +88,17 @@ impl Drop for Directory {
 }
 
 impl Kube {
-    /// Builds it; waits for its turn first. The nodes are known to the API server then, and not
-    /// Ready, because they have no network.
+    /// Waits for a turn and starts a cluster. On return, the nodes are registered at the API
+    /// server, but not Ready, because they have no network plugin.
+    ///
+    /// # Errors
+    /// If the number of nodes is not 1 to 100, if the process does not run as root, if a program is
+    /// missing, if there is no turn, or if a machine or a daemon does not start; with the daemons'
+    /// logs.
     pub fn up(options: &Options) -> Result<Self> {
         ensure!((1..=100).contains(&options.nodes), "a cluster has 1 to 100 nodes");
         if !rustix::process::geteuid().is_root() {
-            bail!("making machines out of namespaces needs root: run this as root");
+            bail!("creating machines needs root. Run this as root, for example with sudo.");
         }
         let programs = programs::find()?;
         let turn = Turn::take()?;
@@ -115,7 +120,7 @@ impl Kube {
         let mut control = machine("control", CONTROL)?;
         add_control_plane(&mut control, &pki, &ranges)?;
         let nodes = (1..=options.nodes).map(|i| {
-            let machine = machine(&format!("node{i}"), FIRST_NODE + i)?;
+            let machine = machine(&format!("node{i}"), NODE_BASE + i)?;
             Node::new(machine, &pki, &ranges, &programs)
         });
         let nodes = nodes.collect::<Result<Vec<_>>>()?;
@@ -125,7 +130,7 @@ impl Kube {
         Ok(kube)
     }
 
-    /// Switches all machines on. What takes time goes on in all of them at once.
+    /// Switches all machines on. They do their slow work concurrently.
     fn start(&mut self) -> Result<()> {
         self.control.boot()?;
         self.control.start("etcd")?;
@@ -146,7 +151,7 @@ impl Kube {
         for node in &mut self.nodes {
             node.start_kubernetes()?;
         }
-        self.wait("the nodes are known", REGISTER_LIMIT, |kube| {
+        self.wait("the nodes are registered", REGISTER_TIMEOUT, |kube| {
             let known = kube.kubectl(&["get", "nodes", "--output=name"])?;
             Ok(known.lines().count() == kube.nodes.len())
         })
@@ -159,14 +164,17 @@ impl Kube {
     }
 
     fn wait_for_api(&mut self) -> Result<()> {
-        self.wait("the API server is ready", API_LIMIT, |kube| {
+        self.wait("the API server is ready", API_TIMEOUT, |kube| {
             kube.kubectl(&["get", "--raw=/readyz"]).map(|answer| answer == "ok")
         })
         .map(drop)
     }
 
-    /// Waits until `is` says so; how long that took. Looks five times a second, and fails at once
-    /// where a daemon has ended of itself.
+    /// Waits until `is` returns true and returns the time that this took. Polls five times per
+    /// second. An error of `is` counts as false before the limit.
+    ///
+    /// # Errors
+    /// If `is` has not returned true within `limit`, or at once if a daemon has exited.
     pub fn wait(
         &mut self,
         what: &str,
@@ -181,14 +189,18 @@ impl Kube {
                 return Ok(start.elapsed());
             }
             if start.elapsed() > limit {
-                now.with_context(|| format!("not within {} s: {what}", limit.as_secs()))?;
-                bail!("not within {} s: {what}", limit.as_secs());
+                let message = || format!("did not occur within {} s: {what}", limit.as_secs());
+                now.with_context(message)?;
+                bail!(message());
             }
             thread::sleep(Duration::from_millis(200));
         }
     }
 
-    /// Waits until these nodes are Ready, or are not.
+    /// Waits until all these nodes are Ready (`ready`), or until none of them is.
+    ///
+    /// # Errors
+    /// Those of [`Kube::wait`].
     pub fn wait_ready(
         &mut self,
         nodes: &[usize],
@@ -206,33 +218,42 @@ impl Kube {
         Ok(self.kubectl(&["get", "node", self.nodes[node].name(), path])? == "True")
     }
 
-    /// A command on the switch, from where every machine is reached; it finds the cluster in
-    /// `KUBECONFIG`.
+    /// Returns a command that runs on the switch, from which every machine is reachable, with the
+    /// cluster's `KUBECONFIG`.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = self.switch.command(program);
-        // Both keep files in the home directory.
+        // kubectl and helm keep files in the home directory.
         command.env("KUBECONFIG", &self.kubeconfig).env("HOME", &self.directory.0);
         command
     }
 
-    /// Runs kubectl, which must succeed; what it wrote to standard output.
+    /// Runs kubectl and returns its standard output.
+    ///
+    /// # Errors
+    /// If kubectl fails, or does not exit within 300 s.
     pub fn kubectl(&self, arguments: &[&str]) -> Result<String> {
         self.run("kubectl", arguments, "")
     }
 
-    /// Runs helm, which must succeed; what it wrote to standard output.
+    /// Runs helm and returns its standard output.
+    ///
+    /// # Errors
+    /// If helm fails, or does not exit within 300 s.
     pub fn helm(&self, arguments: &[&str]) -> Result<String> {
         self.run("helm", arguments, "")
     }
 
-    /// `kubectl apply` of objects as YAML or JSON.
+    /// Runs `kubectl apply` for objects in YAML or JSON and returns its standard output.
+    ///
+    /// # Errors
+    /// If kubectl fails, or does not exit within 300 s.
     pub fn apply(&self, objects: &str) -> Result<String> {
         self.run("kubectl", &["apply", "--filename=-"], objects)
     }
 
     fn run(&self, program: &str, arguments: &[&str], input: &str) -> Result<String> {
         let mut command = self.command(self.program(program));
-        let finished = process::finish(command.args(arguments), input.as_bytes(), COMMAND_LIMIT)?;
+        let finished = process::finish(command.args(arguments), input.as_bytes(), COMMAND_TIMEOUT)?;
         if finished.code != 0 {
             let text = format!("{}{}", finished.stderr, finished.stdout);
             bail!("{program} {}: {}", arguments.join(" "), text.trim());
@@ -240,12 +261,15 @@ impl Kube {
         Ok(finished.stdout)
     }
 
-    /// Imports an image (in the form of `docker save`) on every node that is switched on.
+    /// Imports an image (format of `docker save`) on every node that is switched on.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or if containerd refuses the image.
     pub fn load_image(&self, path: &Path) -> Result<()> {
         let copy = self.directory.0.join("image.tar");
         std::fs::copy(path, &copy).with_context(|| format!("reading {}", path.display()))?;
         let nodes = self.nodes.iter().filter(|node| node.is_on());
-        // All at once: they wait for their disks most of the time.
+        // The imports run concurrently: they wait for the disk most of the time.
         thread::scope(|scope| {
             let imports: Vec<_> = nodes
                 .map(|node| {
@@ -259,19 +283,28 @@ impl Kube {
         std::fs::remove_file(&copy).context("removing a copy of an image")
     }
 
-    /// Takes the API server away, at once: asked to end, it would wait a minute for its watchers.
+    /// Kills the API server. After SIGTERM, it would wait for its watchers for a minute.
+    ///
+    /// # Errors
+    /// If the control plane has no API server.
     pub fn stop_api_server(&mut self) -> Result<()> {
         self.control.kill("kube-apiserver")
     }
 
-    /// Starts it again and waits until it is ready.
+    /// Starts the API server and waits until it is ready.
+    ///
+    /// # Errors
+    /// If the API server does not start, or is not ready after 90 s.
     pub fn start_api_server(&mut self) -> Result<()> {
         self.control.start("kube-apiserver")?;
         self.wait_for_api()
     }
 
-    /// A namespace that is on the switch and no machine, with the addresses [`v4`] and [`v6`] of
-    /// `number` on its `eth0`: for a program of the test's own that talks to the API server.
+    /// Creates a namespace on the switch that is not a machine, with the addresses [`v4`] and
+    /// [`v6`] of `number` on its `eth0`. A test runs a client of the API server there.
+    ///
+    /// # Errors
+    /// If the namespace or its link cannot be created.
     pub fn attach(&self, label: &str, number: u8) -> Result<Netns> {
         let port = format!("port{number}");
         let machine = Netns::create(label)?;
@@ -284,28 +317,29 @@ impl Kube {
         Ok(machine)
     }
 
-    /// The path of one of the cluster's programs: `kubectl`, `helm`, ….
+    /// Returns the path of one of the cluster's programs, such as `kubectl` or `helm`.
     pub fn program(&self, name: &str) -> PathBuf {
         self.programs.path(name)
     }
 
-    /// The switch: a bridge `br0` with a port for every machine, where a test can listen, and an
-    /// address, from which it can reach every machine.
+    /// Returns the namespace of the switch, a bridge `br0` with a port for every machine. A test
+    /// can capture frames there, and reach every machine from the bridge's address.
     pub fn switch(&self) -> &Netns {
         &self.switch
     }
 
-    /// The administrator's kubeconfig.
+    /// Returns the path of the administrator's kubeconfig.
     pub fn kubeconfig(&self) -> &Path {
         &self.kubeconfig
     }
 
-    /// A directory for files, gone with the cluster; machines see it under the same name.
+    /// Returns the directory of the cluster's files, which is removed together with it. Machines
+    /// see it under the same path.
     pub fn directory(&self) -> &Path {
         &self.directory.0
     }
 
-    /// The ends of all logs, for whoever has to find out why something failed.
+    /// Returns the ends of all daemons' logs, for the message of a failure.
     pub fn logs(&self) -> String {
         let nodes = self.nodes.iter().map(|node| node.logs());
         std::iter::once(self.control.logs()).chain(nodes).collect()

@@ -1,5 +1,5 @@
-//! A machine of a cluster: namespaces of every kind, a disk that outlives a loss of power, and the
-//! daemons that run on it.
+//! Machines of a cluster: namespaces (network, mount, PID, UTS, IPC and cgroup), a disk that
+//! outlives a loss of power, and the daemons on the machine.
 
 use std::fs;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -16,42 +16,43 @@ use super::programs::Programs;
 use skein_lab::process::{self, Process};
 use skein_lab::{Netns, UNDERLAY, link, registry};
 
-/// What makes the namespaces and enters them.
+/// Shell script that creates and enters the namespaces of a machine.
 const SCRIPT: &str = include_str!("../machine.sh");
 
-/// How long a machine may take to be there.
-const START_LIMIT: Duration = Duration::from_secs(20);
+/// Maximum time until a machine runs.
+const START_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// How long the kernel may take to end all that runs inside.
-const STOP_LIMIT: Duration = Duration::from_secs(20);
+/// Maximum time until a daemon, or all processes of a machine, have exited.
+const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// The bridge that is the switch.
+/// Name of the switch's bridge.
 pub(super) const BRIDGE: &str = "br0";
 
-/// The underlay's address of this host number.
+/// Returns the IPv4 address on the underlay of the machine with this number.
 pub fn v4(number: u8) -> Ipv4Addr {
     Ipv4Addr::new(172, 30, 0, number)
 }
 
-/// The same of the other family.
+/// Returns the IPv6 address on the underlay of the machine with this number.
 pub fn v6(number: u8) -> Ipv6Addr {
     Ipv6Addr::new(0xfd00, 0x172, 0x30, 0, 0, 0, 0, number.into())
 }
 
-/// A machine; it loses power when dropped. It ends too when the thread ends that switched it on.
+/// A machine of a cluster. It loses power when the value is dropped, and when the thread exits that
+/// switched it on.
 #[derive(Debug)]
 pub struct Machine {
     name: String,
     number: u8,
-    /// Directory of the laboratory, which machines see under the same name.
+    /// Directory of the laboratory, which machines see under the same path.
     laboratory: PathBuf,
-    /// Where programs are found.
+    /// Value of `PATH` for the machine's programs.
     path: String,
     /// Root directory whose `usr` is mounted over the machine's.
     runtime: Option<PathBuf>,
     switch: Arc<Netns>,
     mtu: u32,
-    /// In the order of their start.
+    /// Daemons in the order in which they were added.
     daemons: Vec<Daemon>,
     power: Option<Power>,
 }
@@ -63,18 +64,21 @@ struct Daemon {
     process: Option<Process>,
 }
 
-/// What a machine is while it is switched on.
+/// Processes and network of a machine that is switched on.
 #[derive(Debug)]
 struct Power {
-    /// The first process, as the host numbers it.
+    /// Process id of the machine's first process, in the host's numbering.
     init: Pid,
     process: Process,
     net: Netns,
 }
 
 impl Machine {
-    /// One that is switched off. Its addresses are [`v4`] and [`v6`] of `number`; its programs are
-    /// `programs`, beside the usual places.
+    /// Creates a machine that is switched off, with an empty disk. Its addresses are [`v4`] and
+    /// [`v6`] of `number`; its `PATH` starts with the directory of `programs`.
+    ///
+    /// # Errors
+    /// If the disk or the script cannot be written.
     pub(super) fn new(
         name: &str,
         number: u8,
@@ -97,26 +101,29 @@ impl Machine {
             daemons: vec![],
             power: None,
         };
-        fs::create_dir(machine.disk()).context("making a machine's disk")?;
+        fs::create_dir(machine.disk()).context("cannot create the disk of a machine")?;
         Ok(machine)
     }
 
-    /// Its name, which is its host name too.
+    /// Returns the name, which is also the host name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The last part of its underlay addresses.
+    /// Returns the machine's number, the last part of its underlay addresses.
     pub fn number(&self) -> u8 {
         self.number
     }
 
-    /// MTU of the underlay.
+    /// Returns the MTU of the underlay, bytes.
     pub fn mtu(&self) -> u32 {
         self.mtu
     }
 
-    /// Its network, for what a [`Netns`] can do; an error while it is switched off.
+    /// Returns the machine's network namespace.
+    ///
+    /// # Errors
+    /// If the machine is switched off.
     pub fn net(&self) -> Result<&Netns> {
         Ok(&self.power()?.net)
     }
@@ -129,25 +136,33 @@ impl Machine {
         self.laboratory.join(&self.name)
     }
 
-    /// The way from here to a directory of its disk: `/etc/kubernetes`, `/etc/cni/net.d`,
-    /// `/opt/cni/bin`, `/var/lib/kubelet` and `/var/lib/containerd`, also while it is switched off.
+    /// Returns the path on the host of a directory of the machine's disk, also while the machine is
+    /// switched off: `/etc/kubernetes`, `/etc/cni/net.d`, `/opt/cni/bin`, `/var/lib/kubelet` or
+    /// `/var/lib/containerd`.
     pub fn disk_path(&self, inside: &str) -> PathBuf {
         self.disk().join(inside.trim_start_matches('/'))
     }
 
-    /// The way from here to any of its files. Links to absolute paths lead out of it: `/run`, not
-    /// `/var/run`.
+    /// Returns the path on the host of any file of the machine. Absolute symbolic links in `inside`
+    /// would lead to the host's files: use `/run`, not `/var/run`.
+    ///
+    /// # Errors
+    /// If the machine is switched off.
     pub fn path(&self, inside: &str) -> Result<PathBuf> {
         let root = PathBuf::from(format!("/proc/{}/root", self.power()?.init.as_raw_nonzero()));
         Ok(root.join(inside.trim_start_matches('/')))
     }
 
-    /// Its port of the switch.
+    /// Returns the name of the machine's port at the switch.
     fn port(&self) -> String {
         format!("port{}", self.number)
     }
 
-    /// Switches it on; no daemon runs yet.
+    /// Switches the machine on, without its daemons.
+    ///
+    /// # Errors
+    /// If the machine is switched on already, if its network cannot be set up, or if it does not
+    /// run after 20 s.
     pub(super) fn boot(&mut self) -> Result<()> {
         if self.power.is_some() {
             bail!("{} is switched on already", self.name);
@@ -157,7 +172,8 @@ impl Machine {
         link::veth((&net, UNDERLAY), (&self.switch, &port), self.mtu)?;
         link::enslave(&self.switch, &port, BRIDGE)?;
         net.ip_batch(&address(self.number))?;
-        // Here a kubelet asks what cloud it runs in, and waits long for no answer.
+        // The kubelet requests the metadata of a cloud from this address. Without the route, it
+        // would wait for an answer.
         net.ip("route add unreachable 169.254.169.254/32")?;
         let mut command = Command::new("sh");
         command.arg(self.laboratory.join("machine.sh")).args(["start", net.name(), &self.name]);
@@ -165,14 +181,14 @@ impl Machine {
         let pid_file = self.disk().join("init.pid");
         let _ = fs::remove_file(&pid_file);
         let mut process = Process::start(&mut command, &self.log_file("machine"))?;
-        let end = Instant::now() + START_LIMIT;
+        let end = Instant::now() + START_TIMEOUT;
         let init = loop {
             if let Ok(text) = fs::read_to_string(&pid_file) {
                 break Pid::from_raw(text.trim().parse()?).context("no process id")?;
             }
             process.check_alive()?;
             if Instant::now() > end {
-                bail!("{} does not come up:\n{}", self.name, process.log_tail(30));
+                bail!("{} did not start:\n{}", self.name, process.log_tail(30));
             }
             thread::sleep(Duration::from_millis(5));
         };
@@ -180,34 +196,41 @@ impl Machine {
         Ok(())
     }
 
-    /// Takes the power away: everything that runs ends at once, and what was in memory is lost.
+    /// Cuts the power: all processes are killed, and files in memory are lost. Has no effect if the
+    /// machine is switched off.
     pub fn power_off(&mut self) {
         let Some(mut power) = self.power.take() else { return };
-        // The kernel ends all others with it, and only then is it gone.
+        // The kernel kills all processes of the PID namespace before its first process is gone.
         let _ = kill_process(power.init, Signal::KILL);
-        let end = Instant::now() + STOP_LIMIT;
+        let end = Instant::now() + STOP_TIMEOUT;
         while power.process.exited().is_none() && Instant::now() < end {
             thread::sleep(Duration::from_millis(5));
         }
         for daemon in &mut self.daemons {
             daemon.process = None;
         }
-        // Goes with the namespace too, but some time later.
+        // The kernel removes the port with the namespace, but asynchronously.
         let _ = self.switch.ip(&format!("link del {}", self.port()));
     }
 
-    /// Whether it is switched on.
+    /// Returns whether the machine is switched on.
     pub fn is_on(&self) -> bool {
         self.power.is_some()
     }
 
-    /// Takes its cable out of the switch, or puts it in again.
+    /// Plugs or unplugs the machine's cable at the switch.
+    ///
+    /// # Errors
+    /// If the machine is switched off.
     pub fn set_cable(&self, plugged: bool) -> Result<()> {
         let state = if plugged { "up" } else { "down" };
         self.switch.ip(&format!("link set {} {state}", self.port())).map(drop)
     }
 
-    /// Gives it other addresses; what runs on it is not told.
+    /// Changes the machine's number and addresses, without a notification of its daemons.
+    ///
+    /// # Errors
+    /// If the machine is switched off, or if `ip` fails.
     pub(super) fn set_number(&mut self, number: u8) -> Result<()> {
         let net = &self.power()?.net;
         net.ip_batch(&[format!("address flush dev {UNDERLAY} scope global")])?;
@@ -219,7 +242,10 @@ impl Machine {
         Ok(())
     }
 
-    /// A command that will run inside, in all its namespaces.
+    /// Returns a command that runs in all namespaces of the machine.
+    ///
+    /// # Errors
+    /// If the machine is switched off.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Result<Command> {
         let power = self.power()?;
         let mut command = Command::new("sh");
@@ -229,19 +255,25 @@ impl Machine {
         Ok(command)
     }
 
-    /// Runs a command inside, which must succeed within a minute; what it wrote to standard output.
+    /// Runs a command in the machine and returns its standard output.
+    ///
+    /// # Errors
+    /// If the machine is switched off, or if the command fails or does not exit within 60 s.
     pub fn exec(&self, words: &[&str]) -> Result<String> {
         let (program, arguments) = words.split_first().context("empty command")?;
         process::run(self.command(program)?.args(arguments))
     }
 
-    /// Adds a daemon, which is not started yet.
+    /// Adds a daemon without starting it. It replaces a daemon of the same name.
     pub(super) fn add_daemon(&mut self, name: &'static str, words: Vec<String>) {
         self.daemons.retain(|daemon| daemon.name != name);
         self.daemons.push(Daemon { name, words, process: None });
     }
 
-    /// Replaces a daemon's argument that starts with `--option=`; in force from its next start.
+    /// Replaces the value of a daemon's argument `--option=`, used from its next start on.
+    ///
+    /// # Errors
+    /// If there is no such daemon or argument.
     pub(super) fn set_option(&mut self, name: &str, option: &str, value: &str) -> Result<()> {
         let start = format!("--{option}=");
         let daemon = self.daemon(name)?;
@@ -255,7 +287,10 @@ impl Machine {
         found.with_context(|| format!("no daemon {name}"))
     }
 
-    /// Starts a daemon.
+    /// Starts a daemon, which the caller has stopped.
+    ///
+    /// # Errors
+    /// If the machine is switched off, or if the daemon exits at once.
     pub fn start(&mut self, name: &str) -> Result<()> {
         let words = self.daemon(name)?.words.clone();
         let (program, arguments) = words.split_first().context("empty command")?;
@@ -265,22 +300,31 @@ impl Machine {
         Ok(())
     }
 
-    /// Asks a daemon to end (SIGTERM) and waits for it.
+    /// Stops a daemon with SIGTERM and waits until it exits.
+    ///
+    /// # Errors
+    /// If the daemon does not run, or does not exit within 20 s.
     pub fn stop(&mut self, name: &str) -> Result<()> {
         let daemon = self.daemon(name)?;
         let process = daemon.process.as_mut().with_context(|| format!("{name} does not run"))?;
-        process.stop(STOP_LIMIT)?;
+        process.stop(STOP_TIMEOUT)?;
         daemon.process = None;
         Ok(())
     }
 
     /// Kills a daemon (SIGKILL).
+    ///
+    /// # Errors
+    /// If there is no such daemon.
     pub fn kill(&mut self, name: &str) -> Result<()> {
         self.daemon(name)?.process = None;
         Ok(())
     }
 
-    /// Stops a daemon, if it still runs, and starts it.
+    /// Stops a daemon if it runs, and starts it.
+    ///
+    /// # Errors
+    /// Those of [`Machine::stop`] and [`Machine::start`].
     pub fn restart(&mut self, name: &str) -> Result<()> {
         if self.pid(name)?.is_some() {
             self.stop(name)?;
@@ -288,24 +332,30 @@ impl Machine {
         self.start(name)
     }
 
-    /// Process id of a daemon, as the host numbers it, while it runs.
+    /// Returns the process id of a daemon in the host's numbering; `None` if it does not run.
+    ///
+    /// # Errors
+    /// If there is no such daemon.
     pub fn pid(&mut self, name: &str) -> Result<Option<i32>> {
         let running = |process: &mut Process| process.exited().is_none().then(|| process.pid());
         Ok(self.daemon(name)?.process.as_mut().and_then(running))
     }
 
-    /// Fails with the end of its log if a daemon has ended of itself.
+    /// Checks that no started daemon has exited by itself.
+    ///
+    /// # Errors
+    /// If a daemon has exited; with the end of its log.
     pub fn check_daemons(&mut self) -> Result<()> {
         let mut processes = self.daemons.iter_mut().filter_map(|daemon| daemon.process.as_mut());
         processes.try_for_each(Process::check_alive)
     }
 
-    /// What a daemon writes.
+    /// Returns the path of a daemon's log.
     pub fn log_file(&self, name: &str) -> PathBuf {
         self.laboratory.join(format!("{}.{name}.log", self.name))
     }
 
-    /// The ends of all daemons' logs.
+    /// Returns the ends of all daemons' logs.
     pub fn logs(&self) -> String {
         let one = |daemon: &Daemon| {
             let text = process::tail(&self.log_file(daemon.name), 15);
@@ -314,7 +364,10 @@ impl Machine {
         self.daemons.iter().map(one).collect()
     }
 
-    /// As a person would type it: the words before a command that is to run inside.
+    /// Returns the shell command that runs the words after it in the machine.
+    ///
+    /// # Errors
+    /// If the machine is switched off.
     pub fn entrance(&self) -> Result<String> {
         let power = self.power()?;
         let (script, init) = (self.laboratory.join("machine.sh"), power.init.as_raw_nonzero());
@@ -329,7 +382,7 @@ impl Drop for Machine {
     }
 }
 
-/// What gives the underlay's interface its addresses and routes.
+/// Returns the arguments of `ip` that set the addresses and routes of the underlay interface.
 fn address(number: u8) -> [String; 4] {
     [
         format!("address add {}/24 dev {UNDERLAY}", v4(number)),

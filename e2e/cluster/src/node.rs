@@ -20,16 +20,16 @@ const CONTAINERD: &str = include_str!("../containerd.toml");
 /// Configuration of containerd 2.
 const CONTAINERD_2: &str = include_str!("../containerd-2.toml");
 
-/// Debian's plugins of the reference network, below the root directory.
+/// Directory of Debian's reference CNI plugins, relative to the root directory.
 const PLUGINS: &str = "usr/lib/cni";
 
-/// How long containerd may take to answer.
-const CONTAINERD_LIMIT: Duration = Duration::from_secs(30);
+/// Maximum time until containerd answers.
+const CONTAINERD_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long an image may take to be imported.
-const IMPORT_LIMIT: Duration = Duration::from_secs(180);
+/// Maximum time of the import of an image.
+const IMPORT_TIMEOUT: Duration = Duration::from_secs(180);
 
-/// A node; what a [`Machine`] can do, it can.
+/// A node of a cluster, which dereferences to its [`Machine`].
 #[derive(Debug)]
 pub struct Node {
     machine: Machine,
@@ -52,8 +52,11 @@ impl DerefMut for Node {
 }
 
 impl Node {
-    /// Writes the disk of a node that is switched off. No network is on it: `/etc/cni/net.d` is
-    /// empty, and `/opt/cni/bin` has the reference plugins only.
+    /// Writes the disk of a machine that is switched off. It has no network plugin:
+    /// `/etc/cni/net.d` is empty, and `/opt/cni/bin` has the reference plugins only.
+    ///
+    /// # Errors
+    /// If a file cannot be written, or if the reference plugins are missing.
     pub(super) fn new(
         machine: Machine,
         pki: &Pki,
@@ -89,7 +92,7 @@ impl Node {
         Ok(node)
     }
 
-    /// The kubelet's certificate for its present addresses: the API server looks at them.
+    /// Writes the kubelet's certificate for the present addresses, which the API server verifies.
     fn certify(&self) -> Result<()> {
         let (name, number) = (self.name(), self.number());
         let names = format!("DNS:{name},IP:{},IP:{}", v4(number), v6(number));
@@ -101,7 +104,11 @@ impl Node {
         Ok(())
     }
 
-    /// Switches it on, with all its daemons. Whether it becomes Ready, nobody waits for.
+    /// Switches the node on and starts its daemons, without waiting until the node is Ready.
+    ///
+    /// # Errors
+    /// If the node is switched on already, if a daemon does not start, or if containerd does not
+    /// answer after 30 s.
     pub fn power_on(&mut self) -> Result<()> {
         self.start_runtime()?;
         self.wait_for_runtime()?;
@@ -114,9 +121,9 @@ impl Node {
     }
 
     pub(super) fn wait_for_runtime(&mut self) -> Result<()> {
-        checks::eventually("containerd answers", CONTAINERD_LIMIT, || {
+        checks::eventually("containerd answers", CONTAINERD_TIMEOUT, || {
             self.machine.check_daemons()?;
-            Ok(process::finish(&mut self.ctr(&["version"])?, &[], CONTAINERD_LIMIT)?.code == 0)
+            Ok(process::finish(&mut self.ctr(&["version"])?, &[], CONTAINERD_TIMEOUT)?.code == 0)
         })
         .with_context(|| self.logs())
         .map(drop)
@@ -127,26 +134,35 @@ impl Node {
         self.start("kube-proxy")
     }
 
-    /// `ctr` on this node, for what belongs to Kubernetes.
+    /// Returns a command of `ctr` on this node, in Kubernetes' namespace `k8s.io`.
+    ///
+    /// # Errors
+    /// If the node is switched off.
     pub fn ctr(&self, arguments: &[&str]) -> Result<Command> {
         let mut command = self.command("ctr")?;
         command.args(["--namespace", "k8s.io"]).args(arguments);
         Ok(command)
     }
 
-    /// Imports an image (in the form of `docker save`); the file must be seen by the machine.
+    /// Imports an image (format of `docker save`). The machine must see the file under this path.
+    ///
+    /// # Errors
+    /// If the node is switched off, or if containerd refuses the image.
     pub fn load_image(&self, path: &Path) -> Result<()> {
         let mut command = self.ctr(&["images", "import", &path.to_string_lossy()])?;
-        let finished = process::finish(&mut command, &[], IMPORT_LIMIT)?;
+        let finished = process::finish(&mut command, &[], IMPORT_TIMEOUT)?;
         if finished.code != 0 {
             bail!("{}: {}{}", process::describe(&command), finished.stdout, finished.stderr);
         }
         Ok(())
     }
 
-    /// Gives it other addresses on the underlay, and tells its kubelet.
+    /// Changes the node's addresses on the underlay and restarts its kubelet with them.
+    ///
+    /// # Errors
+    /// If `number` is 0 to 2, if the node is switched off, or if the kubelet does not restart.
     pub fn readdress(&mut self, number: u8) -> Result<()> {
-        ensure!(number > 2, "{number} is taken by the control plane or the switch");
+        ensure!(number > 2, "the number {number} belongs to the control plane or to the switch");
         self.set_number(number)?;
         self.certify()?;
         let addresses = self.ranges.node_ip(number);

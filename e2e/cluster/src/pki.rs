@@ -1,4 +1,4 @@
-//! The keys of a cluster: one authority, certificates for its programs, and kubeconfigs.
+//! Keys of a cluster: one certificate authority, certificates of its programs, and kubeconfigs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,10 +11,10 @@ use serde_json::json;
 
 use skein_lab::process;
 
-/// OpenSSL's own settings would make every certificate an authority's.
+/// Configuration of OpenSSL. Its default one would make every certificate that of an authority.
 const SETTINGS: &str = "[req]\ndistinguished_name = name\n[name]\n";
 
-/// A directory of keys and certificates.
+/// A directory with the keys and certificates of a cluster.
 #[derive(Debug, Clone)]
 pub(super) struct Pki {
     directory: PathBuf,
@@ -23,7 +23,10 @@ pub(super) struct Pki {
 }
 
 impl Pki {
-    /// Makes the authority, and the key that signs the tokens of service accounts.
+    /// Creates the authority and the key that signs the tokens of service accounts.
+    ///
+    /// # Errors
+    /// If a file cannot be written, or if `openssl` fails.
     pub(super) fn create(directory: PathBuf, server: &str) -> Result<Self> {
         fs::create_dir_all(&directory)?;
         fs::write(directory.join("openssl.cnf"), SETTINGS)?;
@@ -33,13 +36,13 @@ impl Pki {
         command.args(["-addext", "basicConstraints=critical,CA:true", "-addext", usage]);
         process::run(&mut command)?;
         let mut command = Command::new("openssl");
-        // In the old form, of which this API server can take the public half.
+        // The API server of Kubernetes 1.20 derives the public key only from this format (SEC 1).
         command.args(["ecparam", "-name", "prime256v1", "-genkey", "-noout"]);
         process::run(command.arg("-out").arg(pki.path("service-accounts.key")))?;
         Ok(pki)
     }
 
-    /// A new key and its certificate.
+    /// Returns a command that creates a key and its certificate.
     fn openssl(&self, name: &str, subject: &str) -> Command {
         let mut command = Command::new("openssl");
         command.args(["req", "-x509", "-new", "-nodes", "-days", "3650", "-newkey", "ec"]);
@@ -50,18 +53,21 @@ impl Pki {
         command
     }
 
-    /// A file of it.
+    /// Returns the path of a file in the directory.
     pub(super) fn path(&self, file: &str) -> PathBuf {
         self.directory.join(file)
     }
 
-    /// The same as text, for arguments.
+    /// Returns the path of a file in the directory as text, for arguments.
     pub(super) fn text(&self, file: &str) -> String {
         self.path(file).to_string_lossy().into_owned()
     }
 
-    /// Makes `NAME.key` and `NAME.crt`, good for a client and a server. `subject` is such as
-    /// `/O=system:masters/CN=admin`, `names` such as `DNS:node1,IP:192.0.2.1`.
+    /// Creates `NAME.key` and `NAME.crt` for a client and a server. `subject` has the form
+    /// `/O=system:masters/CN=admin`, `names` the form `DNS:node1,IP:192.0.2.1`.
+    ///
+    /// # Errors
+    /// If `openssl` fails.
     pub(super) fn certify(&self, name: &str, subject: &str, names: Option<&str>) -> Result<()> {
         let mut command = self.openssl(name, subject);
         command.arg("-CA").arg(self.path("ca.crt")).arg("-CAkey").arg(self.path("ca.key"));
@@ -70,10 +76,14 @@ impl Pki {
         if let Some(names) = names {
             command.arg("-addext").arg(format!("subjectAltName={names}"));
         }
-        process::run(&mut command).with_context(|| format!("certifying {name}")).map(drop)
+        process::run(&mut command).with_context(|| format!("cannot certify {name}")).map(drop)
     }
 
-    /// Makes `NAME.kubeconfig` with a key and a certificate of its own in it.
+    /// Creates `NAME.kubeconfig`, which contains a new key and its certificate, and returns its
+    /// path.
+    ///
+    /// # Errors
+    /// If `openssl` fails, or if a file cannot be read or written.
     pub(super) fn kubeconfig(&self, name: &str, subject: &str) -> Result<PathBuf> {
         self.certify(name, subject, None)?;
         let read = |path: &Path| -> Result<String> {

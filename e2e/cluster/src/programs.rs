@@ -1,5 +1,5 @@
-//! The programs of a cluster: from Debian's packages, and Kubernetes and helm from a cache outside
-//! of the clone, which the first use fills. [`OTHER`] names programs of another Kubernetes.
+//! Programs of a cluster: Debian packages, and Kubernetes and helm in a cache outside of the
+//! working tree, which the first use fills. [`OTHER`] names the programs of another Kubernetes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
 
 use skein_lab::console::Console;
+use skein_lab::programs::cache;
 use skein_lab::{cargo, newer, packages};
 use skein_lab::{image, process};
 
@@ -30,31 +31,23 @@ const KUBERNETES: [&str; 6] = [
 /// uses.
 const FIRST_CURRENT: u32 = 31;
 
-/// Sleeps for ever, as what holds a pod's namespaces does; has every command of busybox.
+/// Image with busybox, whose default command sleeps for ever. It is also the image of pod
+/// sandboxes.
 pub const BUSYBOX: &str = "skein.local/busybox:1";
 
-/// Beside [`BUSYBOX`]'s commands, [`TOOLS_OF_HOST`].
+/// Image with busybox and the programs of [`TOOLS_OF_HOST`].
 pub const TOOLS: &str = "skein.local/tools:1";
 
-/// What the image [`TOOLS`] has of this host.
+/// Programs of this host in the image [`TOOLS`].
 const TOOLS_OF_HOST: [&str; 8] =
     ["iperf3", "ping", "curl", "ip", "ss", "ethtool", "nft", "conntrack"];
 
-/// The directory of the cache.
-fn cache() -> Result<PathBuf> {
-    let of = |key: &str| std::env::var_os(key).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let base = of("SKEIN_CACHE")
-        .or_else(|| of("XDG_CACHE_HOME").map(|path| path.join("skein")))
-        .or_else(|| of("HOME").map(|path| path.join(".cache/skein")));
-    Ok(base.context("none of SKEIN_CACHE, XDG_CACHE_HOME and HOME is set")?.join("kubernetes"))
-}
-
-/// The programs of a cluster.
+/// Paths of the programs of a cluster.
 #[derive(Debug, Clone)]
 pub struct Programs {
     /// Directory of Kubernetes' programs.
     pub kubernetes: PathBuf,
-    /// Path of helm.
+    /// Path of the program `helm`.
     pub helm: PathBuf,
     /// Root directory of a current container runtime, whose `usr` is mounted over `/usr` on every
     /// machine; `None` for the Kubernetes of the cache, which runs on the system's containerd.
@@ -73,7 +66,7 @@ pub fn other() -> Option<PathBuf> {
     std::env::var_os(OTHER).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
-/// Returns the programs, which must be there.
+/// Finds the programs without fetching or building any.
 ///
 /// # Errors
 /// If a program is missing, or if the directory of [`OTHER`] has a version before 1.31.
@@ -83,10 +76,10 @@ pub(super) fn find() -> Result<Programs> {
     let kubernetes = other.clone().unwrap_or_else(|| bin.clone());
     if let Some(name) = KUBERNETES.iter().find(|name| !kubernetes.join(name).is_file()) {
         let remedy = match other {
-            None => "run `cargo e2e cluster build`".to_owned(),
-            Some(_) => format!("{OTHER} must name a directory with {}", KUBERNETES.join(", ")),
+            None => "Run `cargo e2e cluster build`.".to_owned(),
+            Some(_) => format!("{OTHER} must name a directory with {}.", KUBERNETES.join(", ")),
         };
-        bail!("no {name} in {}: {remedy}", kubernetes.display());
+        bail!("no {name} in {}. {remedy}", kubernetes.display());
     }
     let runtime = match &other {
         None => None,
@@ -100,20 +93,20 @@ pub(super) fn find() -> Result<Programs> {
         }
     };
     let helm = bin.join("helm");
-    ensure!(helm.is_file(), "no helm in {}: run `cargo e2e cluster build`", bin.display());
+    ensure!(helm.is_file(), "no helm in {}. Run `cargo e2e cluster build`.", bin.display());
     Ok(Programs { kubernetes, helm, runtime })
 }
 
-/// Asks a kubelet for its minor version: `Kubernetes v1.36.1` has 36.
+/// Returns the minor version that a kubelet prints: 36 for `Kubernetes v1.36.1`.
 fn minor_version(kubelet: &Path) -> Result<u32> {
     let text = process::run(Command::new(kubelet).arg("--version"))?;
     let minor = text.trim().strip_prefix("Kubernetes v1.").and_then(|rest| rest.split('.').next());
     minor
         .and_then(|minor| minor.parse().ok())
-        .with_context(|| format!("{} has the version `{}`", kubelet.display(), text.trim()))
+        .with_context(|| format!("{} printed no version: `{}`", kubelet.display(), text.trim()))
 }
 
-/// Installs, fetches and builds what is missing; returns the programs.
+/// Installs, fetches or builds missing programs, and returns the paths of all.
 ///
 /// # Errors
 /// If a package cannot be installed, or a program cannot be built or fetched.
@@ -138,7 +131,8 @@ pub fn build(console: &Console) -> Result<Programs> {
     find()
 }
 
-/// Makes the images; their files.
+/// Makes the images [`BUSYBOX`] and [`TOOLS`] in `directory` and returns the paths of their
+/// archives.
 pub(super) fn images(directory: &Path) -> Result<Vec<PathBuf>> {
     let path = "PATH=/usr/bin:/bin";
     let config = json!({ "Cmd": ["/bin/sleep", "infinity"], "Env": [path] });

@@ -1,4 +1,5 @@
-//! `cargo e2e cluster scale`: what thousands of SkeinNodes in a real API server cost one agent.
+//! `cargo e2e cluster scale`: memory, CPU time and traffic of one agent with different numbers of
+//! SkeinNodes in a real API server.
 
 use std::fs;
 use std::net::Ipv4Addr;
@@ -23,27 +24,40 @@ use skein_lab::process::{Process, children, cpu_seconds, resident_bytes};
 use skein_lab::{UNDERLAY, registry};
 use skein_lab::{cargo, packages};
 
-/// How much.
+/// Options of `cargo e2e cluster scale`.
 #[derive(Debug, Args)]
 pub struct Scale {
-    /// SkeinNodes beside the agent's own.
+    /// Numbers of SkeinNodes to measure, in addition to the agent's own
     #[arg(long, value_delimiter = ',', default_value = "10,1000,5000")]
     nodes: Vec<u32>,
-    /// Changes of one of them.
+    /// Number of changes of one SkeinNode
     #[arg(long, default_value_t = 20)]
     changes: u32,
-    /// Seconds in which nothing happens.
+    /// Seconds without a change, in which the idle agent is measured
     #[arg(long, default_value_t = 60)]
     idle: u64,
 }
 
-/// How long an agent may take to be ready.
-const READY_LIMIT: Duration = Duration::from_secs(60);
+/// Maximum time until an agent is ready.
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// kubectl processes that create nodes side by side.
+/// Maximum time until the agent has a changed SkeinNode.
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Text of the agent's log line about its first changes of the kernel.
+const READY_LOG_TEXT: &str = "changed: ";
+
+/// Text of the agent's log line about changed node records.
+const CHANGE_LOG_TEXT: &str = "node records have changed";
+
+/// Number of kubectl processes that create SkeinNodes concurrently.
 const CREATORS: usize = 4;
 
-/// Runs the command.
+/// Runs `cargo e2e cluster scale`: measures, and prints a table.
+///
+/// # Errors
+/// If the cluster cannot be built, if the agent does not become ready, or if it does not have a
+/// changed SkeinNode within 10 s.
 pub fn run(options: &Scale) -> Result<()> {
     let console = Console::new();
     programs::build(&console)?;
@@ -61,7 +75,7 @@ pub fn run(options: &Scale) -> Result<()> {
         "control MiB",
         "data MiB",
         "change ms",
-        "CPU ms a change",
+        "CPU ms per change",
         "idle: CPU s/h",
         "KiB/h",
         "writes/h",
@@ -86,7 +100,7 @@ fn measure(count: u32, options: &Scale) -> Result<Vec<String>> {
     let began = Instant::now();
     agent.start()?;
     let ready = began.elapsed();
-    // What follows the start.
+    // Work that follows the start counts as part of the start.
     thread::sleep(Duration::from_secs(5));
     let cpu = cpu_seconds(&agent.pids()?);
     let received = agent.received()? - received;
@@ -102,8 +116,9 @@ fn measure(count: u32, options: &Scale) -> Result<Vec<String>> {
         kube.kubectl(&["patch", "skeinnode", "fleet-0", "--type=merge", "--patch", &patch])?;
         while agent.changes()? == old {
             thread::sleep(Duration::from_millis(2));
-            if start.elapsed() > Duration::from_secs(10) {
-                bail!("a changed SkeinNode is not in force after 10 s");
+            if start.elapsed() > CHANGE_TIMEOUT {
+                let seconds = CHANGE_TIMEOUT.as_secs();
+                bail!("the agent did not have a changed SkeinNode within {seconds} s");
             }
         }
         took.push(start.elapsed().as_secs_f64() * 1e3);
@@ -130,12 +145,12 @@ fn measure(count: u32, options: &Scale) -> Result<Vec<String>> {
     ])
 }
 
-/// Creates that many SkeinNodes, each with a key and a prefix of its own.
+/// Creates `count` SkeinNodes, each with its own key and prefix.
 fn create(kube: &Kube, count: u32) -> Result<()> {
     let node = |n: u32| -> Value {
         let mut key = [7; 32];
         key[..4].copy_from_slice(&n.to_be_bytes());
-        // From 11.0.0.0 upwards: nothing of the laboratory's is there.
+        // The laboratory uses no address from 11.0.0.0 upwards.
         let cidr = Ipv4Addr::from(0x0b00_0000 + (n << 8));
         json!({
             "apiVersion": "skein.network/v1alpha1", "kind": "SkeinNode",
@@ -169,7 +184,7 @@ fn create(kube: &Kube, count: u32) -> Result<()> {
     })
 }
 
-/// The agent of the cluster's node, started by us and not by its kubelet.
+/// The agent on the cluster's node, started by this process instead of its kubelet.
 struct Agent {
     netns: String,
     directory: std::path::PathBuf,
@@ -213,18 +228,19 @@ impl Agent {
         command.args(["netns", "exec", &self.netns]).arg(binary()?);
         command.args(["run", "--config"]).arg(self.directory.join("agent.toml"));
         self.process = Some(Process::start(&mut command, &self.log())?);
-        let end = Instant::now() + READY_LIMIT;
-        while !fs::read_to_string(self.log())?.contains("changed: ") {
+        let end = Instant::now() + READY_TIMEOUT;
+        while !fs::read_to_string(self.log())?.contains(READY_LOG_TEXT) {
             self.process.as_mut().context("not started")?.check_alive()?;
             if Instant::now() > end {
-                bail!("not ready: {}", fs::read_to_string(self.log())?);
+                let seconds = READY_TIMEOUT.as_secs();
+                bail!("not ready within {seconds} s: {}", fs::read_to_string(self.log())?);
             }
             thread::sleep(Duration::from_millis(5));
         }
         Ok(())
     }
 
-    /// The control process, the data process's keeper, and the data process.
+    /// Returns the process ids of the control process, the keeper and the data process.
     fn pids(&self) -> Result<Vec<i32>> {
         let control = self.process.as_ref().context("not started")?.pid();
         let keepers = children(control);
@@ -232,12 +248,12 @@ impl Agent {
         Ok([control].into_iter().chain(keepers.iter().copied()).chain(workers).collect())
     }
 
-    /// Changes of the records that are in force.
+    /// Returns the number of times that the node records have changed.
     fn changes(&self) -> Result<usize> {
-        Ok(fs::read_to_string(self.log())?.matches("node records have changed").count())
+        Ok(fs::read_to_string(self.log())?.matches(CHANGE_LOG_TEXT).count())
     }
 
-    /// Bytes that have come in by the underlay: nearly all are the API server's.
+    /// Returns the number of bytes that the node received; nearly all come from the API server.
     fn received(&self) -> Result<u64> {
         let words = ["netns", "exec", &self.netns, "cat"];
         let file = Path::new("/sys/class/net").join(UNDERLAY).join("statistics/rx_bytes");
@@ -245,6 +261,7 @@ impl Agent {
         Ok(text.trim().parse()?)
     }
 
+    /// Returns the number of the agent's write requests to the API server.
     fn writes(&self, kube: &Kube) -> Result<f64> {
         let metrics = skein::metrics(&kube.nodes[0])?;
         let of = |verb: &str| {

@@ -1,4 +1,4 @@
-//! Skein on a laboratory's cluster: installed by its chart, as an operator does it.
+//! Skein on a cluster of the laboratory, installed by its chart, and pods that use it.
 
 use std::net::IpAddr;
 use std::process::Command;
@@ -17,38 +17,45 @@ use skein_lab::load::ping::Loss;
 use skein_lab::process::{self, Process};
 use skein_lab::{cargo, skein_image};
 
-/// Where it is installed.
+/// Namespace in which the chart is installed.
 pub const NAMESPACE: &str = "kube-system";
 
-/// How long helm may wait for every agent.
-const INSTALL_LIMIT: &str = "--timeout=3m";
+/// Option of helm for the maximum time until every agent is ready.
+const INSTALL_TIMEOUT: &str = "--timeout=3m";
 
-/// Time limit for nodes to be Ready.
-const READY_LIMIT: Duration = Duration::from_secs(60);
+/// Maximum time until all nodes are Ready.
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long a pod may take to run.
-const POD_LIMIT: Duration = Duration::from_secs(60);
+/// Maximum time until a pod runs on each node, and of a ping from a pod.
+const POD_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A pod with its own network, which only sleeps.
+/// A pod with its own network namespace, whose container sleeps.
 #[derive(Debug, Clone)]
 pub struct Pod {
-    /// Its name.
+    /// Name of the pod.
     pub name: String,
-    /// Index of its node.
+    /// Index of the pod's node.
     pub node: usize,
-    /// Its addresses, the first of the cluster's first family.
+    /// Addresses of the pod, the one of the cluster's first family first.
     pub ips: Vec<IpAddr>,
-    /// Its network namespace's path on its node.
+    /// Path of the pod's network namespace on its node.
     netns: String,
 }
 
-/// Puts the image on every node and installs the chart with these settings (`--set`).
+/// Builds the image, imports it on every node, and installs the chart with these settings
+/// (`--set`).
+///
+/// # Errors
+/// If the image cannot be built or imported, or if the agents are not ready after three minutes.
 pub fn install(kube: &Kube, settings: &[&str]) -> Result<()> {
     kube.load_image(&skein_image::build()?)?;
     helm(kube, "install", settings)
 }
 
-/// Installs anew with other settings, which are all that differ from the defaults.
+/// Upgrades the chart. Settings that are not given get their defaults.
+///
+/// # Errors
+/// If helm fails, or if the agents are not ready after three minutes.
 pub fn upgrade(kube: &Kube, settings: &[&str]) -> Result<()> {
     helm(kube, "upgrade", settings)
 }
@@ -56,18 +63,26 @@ pub fn upgrade(kube: &Kube, settings: &[&str]) -> Result<()> {
 fn helm(kube: &Kube, verb: &str, settings: &[&str]) -> Result<()> {
     let chart = cargo::workspace().join("charts/skein");
     let chart = chart.to_string_lossy();
-    let mut words = vec![verb, "skein", &*chart, "--namespace", NAMESPACE, "--wait", INSTALL_LIMIT];
+    let mut words =
+        vec![verb, "skein", &*chart, "--namespace", NAMESPACE, "--wait", INSTALL_TIMEOUT];
     words.extend(["--set", "image.pullPolicy=Never"]);
     words.extend(settings.iter().flat_map(|setting| ["--set", setting]));
     kube.helm(&words).map(drop)
 }
 
-/// What the chart leaves, it is asked to take along.
+/// Uninstalls the chart and waits until its objects are deleted.
+///
+/// # Errors
+/// If helm fails, or if objects remain after three minutes.
 pub fn uninstall(kube: &Kube) -> Result<()> {
-    kube.helm(&["uninstall", "skein", "--namespace", NAMESPACE, "--wait", INSTALL_LIMIT]).map(drop)
+    kube.helm(&["uninstall", "skein", "--namespace", NAMESPACE, "--wait", INSTALL_TIMEOUT])
+        .map(drop)
 }
 
-/// A pod on every node, running.
+/// Creates a DaemonSet and returns its pods, one per node, when all run.
+///
+/// # Errors
+/// If a pod does not run after 60 s.
 pub fn pods(kube: &mut Kube) -> Result<Vec<Pod>> {
     let set = json!({
         "apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": { "name": "pod" },
@@ -89,10 +104,13 @@ pub fn pods(kube: &mut Kube) -> Result<Vec<Pod>> {
     running(kube)
 }
 
-/// The pods of [`pods`], once there is one on every node.
+/// Waits until a pod of [`pods`] runs on every node that is switched on, and returns these pods.
+///
+/// # Errors
+/// If a pod does not run after 60 s.
 pub fn running(kube: &mut Kube) -> Result<Vec<Pod>> {
     let mut found = vec![];
-    kube.wait("a pod runs on each node", POD_LIMIT, |kube| {
+    kube.wait("a pod runs on each node", POD_TIMEOUT, |kube| {
         found = list(kube)?;
         Ok(found.len() == kube.nodes.iter().filter(|node| node.is_on()).count())
     })?;
@@ -114,7 +132,7 @@ fn list(kube: &Kube) -> Result<Vec<Pod>> {
         let ips = item["status"]["podIPs"].as_array().into_iter().flatten();
         let ips = ips.map(|ip| Ok(ip["ip"].as_str().context("no IP")?.parse()?));
         let ips: Vec<IpAddr> = ips.collect::<Result<_>>()?;
-        let ip = ips.first().context("a pod without an address")?;
+        let ip = ips.first().context("a pod has no address")?;
         let netns = namespace(&kube.nodes[node], *ip)?;
         let name = item["metadata"]["name"].as_str().unwrap_or_default().to_owned();
         pods.push(Pod { name, node, ips, netns });
@@ -123,7 +141,7 @@ fn list(kube: &Kube) -> Result<Vec<Pod>> {
     Ok(pods)
 }
 
-/// The network namespace of a node's pod with that address.
+/// Finds the network namespace of a node's pod with this address.
 fn namespace(node: &Node, ip: IpAddr) -> Result<String> {
     let names = node.exec(&["ls", "/run/netns"])?;
     for name in names.lines() {
@@ -134,31 +152,44 @@ fn namespace(node: &Node, ip: IpAddr) -> Result<String> {
             return Ok(path);
         }
     }
-    bail!("no namespace on {} has {ip}", node.name())
+    bail!("no network namespace on {} has the address {ip}", node.name())
 }
 
 impl Pod {
-    /// A command in its network, with the host's programs: what `kubectl exec` needs, the API
-    /// server, may be away.
+    /// Returns a command that runs in the pod's network namespace with the host's programs. It
+    /// works without the API server, which `kubectl exec` needs.
+    ///
+    /// # Errors
+    /// If the pod's node is switched off.
     pub fn command(&self, kube: &Kube, words: &[&str]) -> Result<Command> {
         let mut command = kube.nodes[self.node].command("nsenter")?;
         command.arg(format!("--net={}", self.netns)).args(words);
         Ok(command)
     }
 
-    /// Runs one to its end.
+    /// Runs a command in the pod's network namespace and returns its standard output.
+    ///
+    /// # Errors
+    /// If the node is switched off, or if the command fails or does not exit within 60 s.
     pub fn run(&self, kube: &Kube, words: &[&str]) -> Result<String> {
         process::run(&mut self.command(kube, words)?)
     }
 
-    /// Whether it reaches an address within a second.
+    /// Returns whether an address answers a ping of the pod within a second.
+    ///
+    /// # Errors
+    /// If the node is switched off, or if `ping` does not exit.
     pub fn reaches(&self, kube: &Kube, ip: IpAddr) -> Result<bool> {
         let words = ["ping", "-n", "-c", "1", "-W", "1", &ip.to_string()];
-        let finished = process::finish(&mut self.command(kube, &words)?, &[], POD_LIMIT)?;
+        let finished = process::finish(&mut self.command(kube, &words)?, &[], POD_TIMEOUT)?;
         Ok(finished.code == 0)
     }
 
-    /// Starts `count` pings, `interval` apart; [`Pings::end`] says how many were answered.
+    /// Starts `count` pings at intervals of `interval`. End them with [`Pings::end`] or
+    /// [`Pings::stop`].
+    ///
+    /// # Errors
+    /// If the node is switched off, or if `ping` cannot be started.
     pub fn start_pings(
         &self,
         kube: &Kube,
@@ -175,7 +206,10 @@ impl Pod {
         Ok(Pings { process, interval })
     }
 
-    /// Gigabits a second of one TCP connection to another pod.
+    /// Returns the throughput of one TCP connection to another pod, gigabits per second.
+    ///
+    /// # Errors
+    /// If a node is switched off, or if iperf3 fails.
     pub fn throughput(&self, kube: &Kube, to: &Pod, ip: IpAddr, seconds: u32) -> Result<f64> {
         let log = kube.directory().join("iperf3.log");
         let mut server = to.command(kube, &["iperf3", "--server", "--one-off"])?;
@@ -191,7 +225,7 @@ impl Pod {
     }
 }
 
-/// Pings that run.
+/// A running series of pings.
 #[derive(Debug)]
 pub struct Pings {
     process: Process,
@@ -199,10 +233,10 @@ pub struct Pings {
 }
 
 impl Pings {
-    /// Ends them now.
+    /// Stops the pings and returns the losses.
     ///
     /// # Errors
-    /// No ping was answered.
+    /// If no ping was answered.
     pub fn stop(mut self) -> Result<Loss> {
         self.process.signal(Signal::INT)?;
         while self.process.exited().is_none() {
@@ -211,7 +245,10 @@ impl Pings {
         Loss::parse(&std::fs::read_to_string(self.process.log())?, self.interval)
     }
 
-    /// Waits for the end; sent and received.
+    /// Waits until all pings are sent and returns the numbers of requests and answers.
+    ///
+    /// # Errors
+    /// If `ping` prints no summary.
     pub fn end(mut self) -> Result<(u32, u32)> {
         while self.process.exited().is_none() {
             thread::sleep(Duration::from_millis(50));
@@ -227,7 +264,7 @@ impl Pings {
 /// Runs `work` on a cluster with Skein and a pod on every node.
 ///
 /// # Errors
-/// The cluster cannot be made, or `work` fails; with the state of all pods and the logs.
+/// If the cluster cannot be made, or if `work` fails; with the state of all pods and the logs.
 pub fn with(
     options: &Options,
     settings: &[&str],
@@ -237,8 +274,8 @@ pub fn with(
     let all = || -> Result<()> {
         install(&kube, settings)?;
         let nodes: Vec<usize> = (0..kube.nodes.len()).collect();
-        let took = kube.wait_ready(&nodes, true, READY_LIMIT)?;
-        println!("the nodes are Ready {:.1} s after helm has returned", took.as_secs_f64());
+        let took = kube.wait_ready(&nodes, true, READY_TIMEOUT)?;
+        println!("all nodes Ready {:.1} s after the end of helm install", took.as_secs_f64());
         let pods = pods(&mut kube)?;
         work(&mut kube, pods)
     };
@@ -246,16 +283,17 @@ pub fn with(
     outcome.with_context(|| {
         let select = ["--selector=app.kubernetes.io/name=skein", "--all-containers", "--tail=40"];
         let get = ["get", "pods", "--all-namespaces", "--output=wide"];
-        let say = |words: &[&str]| kube.kubectl(words).unwrap_or_else(|error| format!("{error:#}"));
+        let text =
+            |words: &[&str]| kube.kubectl(words).unwrap_or_else(|error| format!("{error:#}"));
         let logs = [&["logs", "--namespace=kube-system", "--prefix"][..], &select].concat();
-        format!("{}\n{}\n{}", say(&get), say(&logs), kube.logs())
+        format!("{}\n{}\n{}", text(&get), text(&logs), kube.logs())
     })
 }
 
-/// Waits until every pod reaches every other by every address; returns the time that this took.
+/// Waits until every pod reaches every pod at every address, and returns the time that this took.
 ///
 /// # Errors
-/// A pod does not reach another within `limit`.
+/// If a pod does not reach another within `limit`.
 pub fn wait_until_all_reach_all(
     kube: &mut Kube,
     pods: &[Pod],
@@ -275,10 +313,10 @@ pub fn wait_until_all_reach_all(
     })
 }
 
-/// Returns the name of the DaemonSet's pod on a node.
+/// Returns the name of the agent's pod on a node.
 ///
 /// # Errors
-/// The node has none.
+/// If the node has no such pod.
 pub fn agent_pod(kube: &Kube, node: usize) -> Result<String> {
     let select = "--selector=app.kubernetes.io/component=agent";
     let on = format!("--field-selector=spec.nodeName={}", kube.nodes[node].name());
@@ -288,26 +326,38 @@ pub fn agent_pod(kube: &Kube, node: usize) -> Result<String> {
     Ok(name.trim().to_owned())
 }
 
-/// A page of the agent of a node.
+/// Returns a page of the HTTP server of a node's agent.
+///
+/// # Errors
+/// If the node is switched off, or if the agent does not answer within 5 s.
 pub fn page(node: &Node, path: &str) -> Result<http::Answer> {
     let (name, path) = (node.net()?.name().to_owned(), path.to_owned());
     Netns::run_in(&name, move || http::get(([127, 0, 0, 1], 9464).into(), &path))?
 }
 
-/// The metrics of the agent of a node.
+/// Returns the metrics of a node's agent.
+///
+/// # Errors
+/// If the node is switched off, or if the agent does not answer with status 200.
 pub fn metrics(node: &Node) -> Result<Metrics> {
     let answer = page(node, "/metrics")?;
     ensure!(answer.status == 200, "/metrics answers {}", answer.status);
     Ok(Metrics(answer.body))
 }
 
-/// Kills a process of Skein on a node (SIGKILL), found by its first argument.
+/// Kills the processes of Skein on a node (SIGKILL) whose first argument is `command`.
+///
+/// # Errors
+/// If the node is switched off, or if there is no such process.
 pub fn kill(node: &Node, command: &str) -> Result<()> {
     let words = ["pkill", "-KILL", "-f", &format!("^(/usr/bin/)?skein-agent {command}")];
     node.exec(&words).map(drop)
 }
 
-/// Everything on a node that Skein could leave.
+/// Lists everything that Skein can leave on a node: interfaces, routes, nftables tables and files.
+///
+/// # Errors
+/// If the node is switched off, or if a program fails.
 pub fn traces(node: &Node) -> Result<Vec<String>> {
     let mut all = vec![];
     let links = node.exec(&["ip", "-o", "link"])?;
@@ -317,7 +367,8 @@ pub fn traces(node: &Node) -> Result<Vec<String>> {
     let tables = node.exec(&["nft", "list", "tables"])?;
     all.extend(tables.lines().filter(|line| line.contains("skein")).map(str::to_owned));
     for directory in ["/etc/cni/net.d", "/opt/cni/bin", "/run/skein", "/var/lib/skein"] {
-        // Empty directories are the mounts of a container that is just gone.
+        // Directories are ignored: those of the mounts of a removed container may remain for a
+        // moment.
         let ours = ["(", "-name", "*skein*", "-o", "-path", "*skein/*", ")", "!", "-type", "d"];
         let files = node.exec(&[&["find", directory][..], &ours].concat());
         all.extend(files.unwrap_or_default().lines().map(str::to_owned));
