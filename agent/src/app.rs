@@ -1,4 +1,4 @@
-//! The command line: what can be asked for. The commands themselves are in [`crate::commands`].
+//! Definition of the command line. The module [`crate::commands`] contains the commands.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -10,8 +10,8 @@ use skein_dataplane::ConfinementOptions;
 use skein_ipc::instance::Instance;
 
 use crate::commands::{
-    ConfigArgs, LookArgs, bench, capture, check, connectivity, generate, hold, key, peers, service,
-    status, sysdump, top, trace,
+    ConfigArgs, SampleArgs, bench, capture, check, connectivity, generate, hold, key, peers,
+    service, status, sysdump, top, trace,
 };
 #[cfg(feature = "kubernetes")]
 use crate::commands::{print, uninstall};
@@ -22,15 +22,15 @@ use crate::failure::Failure;
 use crate::logging;
 use crate::logging::{Log, LogFormat};
 
-/// Shown by --help and in the manual page; explained in docs/operations.md.
+/// Exit codes, as `--help` and the manual page list them. docs/operations.md explains them.
 const EXIT_CODES: &str = "\
 Exit codes:
-  0  done, and what was asked about is well
-  1  failure at run time, or what was asked about is not well
-  2  usage, configuration or node records
+  0  success; what the command examines is healthy
+  1  failure at run time, or what the command examines is not healthy
+  2  error in the command line, the configuration or the node records
   3  a privilege is missing
   4  a kernel feature or device is missing
-  5  a resource is taken: port, interface of another program, state directory";
+  5  a resource is in use: port, interface of another program, state directory";
 
 #[derive(Parser)]
 #[command(
@@ -47,121 +47,126 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run the agent: interface, routes, metrics, and the data process
+    /// Run the agent, which manages the interface, routes, metrics and the data process
     Run {
         #[command(flatten)]
         config: ConfigArgs,
-        /// Who starts the data process (overrides dataplane.mode)
+        /// How the data process is started (overrides dataplane.mode)
         #[arg(long)]
         dataplane: Option<Mode>,
         #[command(flatten)]
         start: service::StartArgs,
     },
-    /// Run the data process alone, to be fed over its socket
+    /// Run the data process alone; an agent configures it over its socket
     Dataplane {
-        /// The unix socket to listen on
+        /// Path of the unix socket to listen on
         #[arg(long, default_value = "/run/skein/dataplane.sock")]
         socket: PathBuf,
-        /// Filter of the log
+        /// Log filter: error, warn, info, debug, trace, or directives for single modules
         #[arg(long, default_value = "info")]
         log_level: String,
-        /// Form of the log
+        /// Log format
         #[arg(long, value_enum, default_value = "text")]
         log_format: LogFormat,
-        /// Take descriptors and sessions over from the one that runs there, if one does
+        /// Take over descriptors and sessions from a data process that listens on the socket
         #[arg(long)]
         take_over: bool,
-        /// Ask the one that runs there for an answer within seconds, and end
+        /// Check that the data process on the socket answers, then exit
         #[arg(long, conflicts_with = "take_over")]
         probe: bool,
-        /// Directory of this pod's own sockets; the data process takes over when the pod's agent
-        /// does
+        /// Directory of this pod's own sockets; the data process takes over together with the pod's
+        /// agent
         #[arg(long)]
         instance: Option<PathBuf>,
-        /// Let the data process make any system call and open any file (dataplane.seccomp = false)
+        /// Do not confine the data process with seccomp and Landlock (dataplane.seccomp = false)
         #[arg(long)]
         no_seccomp: bool,
-        /// End if seccomp or Landlock cannot confine the data process
+        /// Exit if seccomp or Landlock cannot confine the data process
         /// (dataplane.require_confinement = true)
         #[arg(long, conflicts_with = "no_seccomp")]
         require_confinement: bool,
-        /// For the keeper, which starts the data process: the descriptor of its channel
+        /// Descriptor of the channel to the keeper, which starts the data process
         #[arg(long, hide = true)]
         worker: Option<i32>,
     },
     /// Show the state of the running agent
-    Status(LookArgs),
-    /// Show the other nodes and how they are; exit code 1 where one is unreachable
+    Status(SampleArgs),
+    /// List peers and their connection state; exit with code 1 if a peer is unreachable
     Peers(peers::PeersArgs),
-    /// Show what this kernel and machine support, before anything is started
+    /// Check which features this kernel and machine support; nothing needs to run
     Check(check::CheckArgs),
-    /// Show what passes now, refreshed until q
+    /// Show current rates, batch sizes, drops and peers, refreshed until q is pressed
     Top(top::TopArgs),
-    /// Say why a packet goes where it goes, or which are dropped
+    /// Trace the route of a packet step by step, or show dropped packets
     Trace(trace::TraceArgs),
     /// Write inner packets of a peer or pod to a pcap file
     Capture(capture::CaptureArgs),
-    /// Measure what this node and a peer can do, over the overlay and beside it
+    /// Measure TCP throughput, round-trip time and UDP packet rate to a peer, over the overlay and
+    /// over the underlay
     Bench(bench::BenchArgs),
-    /// Test who reaches whom: all nodes and pods of a cluster, or this node's peers
+    /// Test connectivity between all nodes and pods of a cluster, or from this node to its peers
     ConnectivityTest(connectivity::ConnectivityArgs),
-    /// Probe, or answer probes: what the pods of connectivity-test run
+    /// Probe targets, or answer probes, in a pod of connectivity-test
     #[cfg(feature = "kubernetes")]
     #[command(hide = true)]
     Probe(connectivity::ProbeArgs),
-    /// Collect what somebody who helps will ask for into one archive, without secrets
+    /// Collect state, logs and network configuration in one archive for support, without secrets
     Sysdump(sysdump::SysdumpArgs),
-    /// Remove the interface, the sockets and a data process that was left running
+    /// Remove the interface, the sockets, and a data process that still runs
     Cleanup {
         #[command(flatten)]
         config: ConfigArgs,
-        /// Also remove the state: the node's key and the last good node records
+        /// Also remove the state: the node's private key and the last valid node records
         #[arg(long)]
         state: bool,
     },
-    /// Check that the agent of this pod is alive; for a kubelet probe
+    /// Check that the agent of this pod is alive (for probes of kubelet)
     #[command(hide = true)]
     Health(service::HealthArgs),
-    /// Wait for a signal; with --lock, wait until the agent's role is free, then run the command
+    /// Wait for a signal; with --lock, wait for the lock of the agent's role, then run the agent
     #[command(hide = true)]
     Hold(hold::HoldArgs),
-    /// Print the definition of the SkeinNode resource (kubectl apply -f -)
+    /// Print the CustomResourceDefinition of SkeinNode (for kubectl apply -f -)
     #[cfg(feature = "kubernetes")]
     Crd,
-    /// Take Skein from every node of a Kubernetes cluster (what the chart does before it goes)
+    /// Remove Skein from every node of a Kubernetes cluster (the chart's pre-delete hook)
     #[cfg(feature = "kubernetes")]
     Uninstall(uninstall::UninstallArgs),
-    /// Make a private key
+    /// Generate a private key
     Keygen {
-        /// Write it to this file (mode 0600), and the public key to standard output
+        /// File for the private key (mode 0600); the public key is then printed to standard output
         #[arg(long)]
         out: Option<PathBuf>,
     },
-    /// Change the key of the running agent's node, without a lost packet
+    /// Rotate the key of the running agent's node without packet loss
     RotateKey(key::RotateArgs),
-    /// Set what the running agent and its data process log, until they start anew
+    /// Set the log level of the running agent and its data process until they restart
     LogLevel(service::LogLevelArgs),
-    /// Compute the public key of a private key
+    /// Print the public key of a private key
     Pubkey {
-        /// The private key's file; without it or --config, standard input
+        /// File with the private key [default: standard input, unless --config is given]
         file: Option<PathBuf>,
-        /// Use the key of the agent with this configuration
+        /// Configuration file of the agent whose key is used
         #[arg(long, conflicts_with = "file")]
         config: Option<PathBuf>,
     },
-    /// Print what completes this program's commands in a shell
+    /// Print a shell completion script
     Completions {
-        /// The shell
+        /// Shell that the script is for
         shell: Shell,
     },
-    /// Print the manual page, or write that of every command into a directory
+    /// Print the manual page, or write the manual pages of all commands to a directory
     Man {
-        /// The directory; made where it is missing
+        /// Directory for the pages, created if it is missing
         directory: Option<PathBuf>,
     },
 }
 
-/// Runs the command that the command line asks for.
+/// Parses the command line and runs the command.
+///
+/// # Errors
+/// The failure of the command, by the kind that determines the exit code ([`Failure`]). Errors of
+/// the command line itself end the process in `clap`.
 pub fn main() -> Result<(), Failure> {
     match Cli::parse().command {
         Command::Run { config, dataplane, start } => service::run(&config, dataplane, start),
@@ -182,7 +187,8 @@ pub fn main() -> Result<(), Failure> {
             let instance = instance.map(Instance::new);
             let log = Log { level: log_level, format: log_format };
             let confinement = ConfinementOptions { enabled: !no_seccomp, required };
-            // Before there is a second thread: the kernel keeps rights for each.
+            // Call this before a second thread starts, because the kernel stores capabilities per
+            // thread.
             let confined = dataplane::confine(worker.is_some(), confinement)?;
             logging::start(&log);
             confined.log();
@@ -222,11 +228,11 @@ pub fn main() -> Result<(), Failure> {
     }
 }
 
-/// Returns the arguments of this program that start a data process. The number of the descriptor of
-/// its channel follows them.
+/// Returns the arguments that start this program as a data process. The caller appends the number
+/// of the channel's descriptor.
 fn worker_arguments(socket: &Path, log: &Log, confinement: ConfinementOptions) -> Vec<OsString> {
     let log = ["--log-level", &log.level, "--log-format", log.format.name()];
-    // The data process inherits the socket; its name shows users whose data process this is.
+    // The data process inherits the socket. The path only identifies the process for users.
     let socket = [OsStr::new("--socket"), socket.as_os_str()];
     let mut arguments: Vec<OsString> = vec!["dataplane".into()];
     arguments.extend(log.map(Into::into));
@@ -243,7 +249,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_command_line_is_sound() {
+    fn command_line_definition_is_valid() {
         Cli::command().debug_assert();
     }
 }

@@ -1,36 +1,37 @@
-//! Why a command ended without success. Only `main` turns these into exit codes.
+//! Failures of commands. Only `main` converts a failure to an exit code.
 
 use std::fmt::Display;
 use std::io;
 
 use thiserror::Error;
 
-/// A failure, by what somebody has to mend.
+/// Failure of a command, by the kind that determines the exit code.
 #[derive(Debug, Error)]
 pub enum Failure {
-    /// The command line, the configuration or the node records are wrong.
+    /// Error in the command line, the configuration or the node records (exit code 2).
     #[error("{0}")]
     Usage(String),
-    /// A privilege is missing.
+    /// Missing privilege (exit code 3).
     #[error("{0}")]
     Privilege(String),
-    /// A feature of the kernel or a device is missing.
+    /// Missing kernel feature or device (exit code 4).
     #[error("{0}")]
     Missing(String),
-    /// Something belongs to somebody else: a port, an interface, a state directory.
+    /// Port, interface or state directory that another program uses (exit code 5).
     #[error("{0}")]
     Taken(String),
-    /// Anything that went wrong at run time.
+    /// Any other failure at run time (exit code 1).
     #[error("{0:#}")]
     Runtime(#[from] anyhow::Error),
 }
 
 impl Failure {
-    /// A failed system call: a missing privilege where the error says so, else a run-time failure.
+    /// Converts the error of a system call: `PermissionDenied` becomes [`Failure::Privilege`],
+    /// every other error [`Failure::Runtime`].
     pub fn io(context: impl Display, error: io::Error) -> Self {
         match error.kind() {
             io::ErrorKind::PermissionDenied => {
-                Failure::Privilege(format!("{context}: {error}: run as root"))
+                Failure::Privilege(format!("{context}: {error}. Run the command as root."))
             }
             _ => Failure::Runtime(anyhow::anyhow!("{context}: {error}")),
         }

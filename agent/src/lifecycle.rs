@@ -1,4 +1,4 @@
-//! What a long-running process needs: readiness, and the signals that end it.
+//! Readiness and signals of a long-running process.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Whether the agent is ready: it is while nobody holds a guard.
+/// Readiness of the agent. The agent is ready while no [`NotReady`] guard exists.
 #[derive(Debug, Clone, Default)]
 pub struct Readiness(Arc<Mutex<Blocks>>);
 
@@ -16,7 +16,7 @@ struct Blocks {
     reasons: BTreeMap<u64, String>,
 }
 
-/// Keeps the agent from being ready until it is dropped.
+/// Guard that makes the agent not ready until it is dropped.
 #[derive(Debug)]
 #[must_use = "dropping it means ready"]
 pub struct NotReady {
@@ -25,7 +25,7 @@ pub struct NotReady {
 }
 
 impl Readiness {
-    /// Says that the agent is not ready, and why, until the guard is dropped.
+    /// Makes the agent not ready, with a reason, until the guard is dropped.
     pub fn block(&self, reason: impl Into<String>) -> NotReady {
         let mut blocks = self.lock();
         let id = blocks.next;
@@ -35,19 +35,19 @@ impl Readiness {
         NotReady { readiness: self.clone(), id }
     }
 
-    /// Why the agent is not ready; empty where it is.
+    /// Returns the reasons that the agent is not ready; empty if the agent is ready.
     pub fn reasons(&self) -> Vec<String> {
         self.lock().reasons.values().cloned().collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, Blocks> {
-        // Nothing in here can panic half way.
+        // No code that holds the lock can leave the map inconsistent, so a poisoned lock is valid.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl NotReady {
-    /// Gives another reason.
+    /// Replaces the reason.
     pub fn because(&self, reason: impl Into<String>) {
         self.readiness.lock().reasons.insert(self.id, reason.into());
     }
@@ -59,7 +59,7 @@ impl Drop for NotReady {
     }
 }
 
-/// The signals of a service.
+/// Handlers of SIGTERM, SIGINT and SIGHUP.
 #[derive(Debug)]
 pub struct Signals {
     terminate: Signal,
@@ -67,17 +67,23 @@ pub struct Signals {
     hangup: Signal,
 }
 
-/// What a signal asks for.
+/// Request that a signal expresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Asked {
-    /// SIGTERM, SIGINT: end in an orderly way.
+    /// SIGTERM or SIGINT: shut down.
     End,
-    /// SIGHUP: read the node records again.
+    /// SIGHUP: reload the node records.
     Reload,
 }
 
 impl Signals {
-    /// Takes the signals from now on.
+    /// Installs the handlers. They replace the default actions for the rest of the process.
+    ///
+    /// # Errors
+    /// The kernel refuses a handler.
+    ///
+    /// # Panics
+    /// The function is called outside of a tokio runtime.
     pub fn take() -> io::Result<Self> {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
@@ -86,12 +92,12 @@ impl Signals {
         })
     }
 
-    /// Waits for one that ends the process.
+    /// Waits for SIGTERM or SIGINT. SIGHUP is ignored.
     pub async fn end(&mut self) {
         while self.next().await != Asked::End {}
     }
 
-    /// Waits for the next.
+    /// Waits for the next signal.
     pub async fn next(&mut self) -> Asked {
         tokio::select! {
             _ = self.terminate.recv() => Asked::End,
@@ -106,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ready_when_the_last_guard_is_dropped() {
+    fn agent_is_ready_after_last_guard_is_dropped() {
         let readiness = Readiness::default();
         let a = readiness.block("a");
         let b = readiness.block("b");

@@ -1,4 +1,4 @@
-//! `skein-agent capture`: inner packets as they cross the tunnel, for tcpdump and Wireshark.
+//! `skein-agent capture`: writes inner packets of the tunnel as pcap, for tcpdump and Wireshark.
 
 mod pcap;
 
@@ -23,21 +23,21 @@ use crate::status::Document;
 
 #[derive(Args)]
 pub(crate) struct CaptureArgs {
-    /// A peer's name, a pod's address, or a prefix; without it all inner packets
+    /// Name of a peer, address of a pod, or prefix [default: all inner packets]
     what: Option<String>,
-    /// Where to write them, as pcap (LINKTYPE_RAW); - is standard output
+    /// Output file, pcap with LINKTYPE_RAW; - for standard output
     #[arg(short, long, default_value = "-")]
     write: PathBuf,
-    /// End after so many packets
+    /// Maximum number of packets
     #[arg(long, default_value_t = 10_000)]
     count: u64,
-    /// End after so many seconds
+    /// Maximum duration in seconds
     #[arg(long, default_value_t = 60.0)]
     seconds: f64,
-    /// End when the file has so many bytes
+    /// Maximum size of the output in bytes
     #[arg(long, default_value_t = 64 << 20)]
     bytes: u64,
-    /// Bytes of each packet that are kept
+    /// Maximum number of bytes kept of each packet
     #[arg(long, default_value_t = 65_535)]
     snaplen: u32,
     #[command(flatten)]
@@ -46,13 +46,13 @@ pub(crate) struct CaptureArgs {
     output: OutputArgs,
 }
 
-/// What came of it.
+/// Result of a capture.
 #[derive(Serialize)]
-struct Outcome {
+struct CaptureResult {
     file: PathBuf,
     packets: u64,
     bytes: u64,
-    /// Packets that came faster than they could be taken.
+    /// Packets that the data process could not queue for this command.
     missed: u64,
 }
 
@@ -60,7 +60,7 @@ pub(crate) fn capture(arguments: &CaptureArgs) -> Result<(), Failure> {
     let standard = arguments.write == Path::new("-");
     if standard && std::io::stdout().is_terminal() {
         return Err(Failure::Usage(
-            "packets are not for a terminal: name a file (-w FILE), or read them (| tcpdump -r -)"
+            "standard output is a terminal. Write to a file (-w FILE) or to a pipe (| tcpdump -r -)."
                 .to_owned(),
         ));
     }
@@ -75,22 +75,27 @@ pub(crate) fn capture(arguments: &CaptureArgs) -> Result<(), Failure> {
         ),
     };
     match standard {
-        // Standard output has the packets.
+        // The packets go to standard output.
         true => drop(std::io::stderr().write_all(text.as_bytes())),
         false => print(&text)?,
     }
     Ok(())
 }
 
-async fn run(arguments: &CaptureArgs, agent: &Agent, time: Duration) -> Result<Outcome, Failure> {
-    let mut signals = Signals::take().map_err(|e| Failure::io("cannot take signals", e))?;
+async fn run(
+    arguments: &CaptureArgs,
+    agent: &Agent,
+    time: Duration,
+) -> Result<CaptureResult, Failure> {
+    let mut signals =
+        Signals::take().map_err(|e| Failure::io("cannot install signal handlers", e))?;
     let status = agent.status().await?;
     let nets = match &arguments.what {
         Some(what) => nets(what, &status)?,
         None => Vec::new(),
     };
     let watch = CaptureRequest { kind: CaptureKind::Packets, nets, snap: arguments.snaplen };
-    let mut client = watching::begin(&status, watch).await?;
+    let mut client = watching::start_capture(&status, watch).await?;
     let shown = arguments.write.display();
     let failed = |error| Failure::io(format!("cannot write to {shown}"), error);
     let mut pcap = Pcap::begin(open(&arguments.write)?, arguments.snaplen).map_err(failed)?;
@@ -103,11 +108,11 @@ async fn run(arguments: &CaptureArgs, agent: &Agent, time: Duration) -> Result<O
         };
         missed += more;
         for seen in &seen {
-            if packets >= arguments.count || pcap.would_be(seen) > arguments.bytes {
+            if packets >= arguments.count || pcap.length_with(seen) > arguments.bytes {
                 break 'all;
             }
             match pcap.write(seen) {
-                // Whoever read it has enough.
+                // The reader of the pipe has ended.
                 Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => break 'all,
                 written => written.map_err(failed)?,
             }
@@ -122,10 +127,10 @@ async fn run(arguments: &CaptureArgs, agent: &Agent, time: Duration) -> Result<O
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}
         flushed => flushed.map_err(failed)?,
     }
-    Ok(Outcome { file: arguments.write.clone(), packets, bytes: pcap.len(), missed })
+    Ok(CaptureResult { file: arguments.write.clone(), packets, bytes: pcap.len(), missed })
 }
 
-/// A peer's pods, a pod, or a prefix.
+/// Parses a prefix, an address, or the name of a peer, which stands for its pod CIDRs.
 fn nets(what: &str, status: &Document) -> Result<Vec<IpNet>, Failure> {
     if let Ok(net) = address::parse::<IpNet>(what) {
         return Ok(vec![net]);
@@ -136,11 +141,13 @@ fn nets(what: &str, status: &Document) -> Result<Vec<IpNet>, Failure> {
     let peers = super::report(status)?.peers.iter();
     let peer = peers.into_iter().find(|peer| peer.name == what);
     peer.map(|peer| peer.pod_cidrs.clone()).ok_or_else(|| {
-        Failure::Usage(format!("{what:?} is neither a peer nor an address: see skein-agent peers"))
+        Failure::Usage(format!(
+            "{what:?} is neither a peer nor an address nor a prefix. See skein-agent peers."
+        ))
     })
 }
 
-/// Opens the output for its owner only, because the packets are the pods'.
+/// Opens the output with mode 0600, because the packets are traffic of pods.
 fn open(path: &Path) -> Result<Box<dyn Write>, Failure> {
     if path == Path::new("-") {
         return Ok(Box::new(std::io::stdout()));

@@ -1,4 +1,4 @@
-//! `skein-agent check`: what this kernel and machine support.
+//! `skein-agent check`: features of this kernel and machine that Skein uses.
 
 use clap::Args;
 use skein_netlink::firewall::probe;
@@ -9,11 +9,10 @@ use crate::config::{Config, DEFAULT_INTERFACE};
 use crate::failure::Failure;
 use crate::status::{Align, Field, Tone, table};
 
-/// Consequence of a missing table, for people.
+/// Consequence of a missing nftables table, appended to the detail of its probe.
 const OPEN_BORDER: &str = "without it, frames with a pod's source are accepted from the underlay, and packets \
                            to unknown pods can leave the node in clear";
 
-/// Arguments of `check`.
 #[derive(Args)]
 pub(crate) struct CheckArgs {
     #[command(flatten)]
@@ -52,12 +51,12 @@ pub(crate) async fn probes(config: Result<Option<&Config>, String>) -> Vec<Probe
     probes
 }
 
-/// Loads the table in a scratch network namespace, and reads the forward chains of other programs
-/// for the configured interface. Without a configuration the default interface and pods of the CNI
-/// plugin are assumed; an error of the configuration becomes the result of that probe.
+/// Loads the table in a new network namespace, and examines the forward chains of other programs
+/// for the configured interface. Without a configuration, the default interface and pods of the CNI
+/// plugin are assumed. An error of the configuration becomes the result of the second probe.
 async fn firewall_probes(config: Result<Option<&Config>, String>) -> [Probe; 2] {
     let table = probe::table()
-        .map(|()| "the table of the node's border can be loaded".to_owned())
+        .map(|()| "the kernel accepts Skein's nftables table".to_owned())
         .map_err(|why| format!("{why}; {OPEN_BORDER}"));
     let closed = match config {
         Ok(Some(config)) => probe::forward_chains(&config.interface.name, config.cni.enabled).await,
@@ -65,7 +64,7 @@ async fn firewall_probes(config: Result<Option<&Config>, String>) -> [Probe; 2] 
             let note = |text| format!("before installation: {text}");
             probe::forward_chains(DEFAULT_INTERFACE, true).await.map(note).map_err(note)
         }
-        Err(error) => Err(format!("not read: {error}")),
+        Err(error) => Err(format!("not examined: {error}")),
     };
     [("nftables", table), ("forward_chains", closed)].map(|(name, result)| Probe {
         name,
@@ -75,7 +74,7 @@ async fn firewall_probes(config: Result<Option<&Config>, String>) -> [Probe; 2] 
     })
 }
 
-/// For programs.
+/// Returns the probes as the JSON output of `check` and `sysdump`.
 pub(crate) fn document(probes: &[Probe]) -> serde_json::Value {
     let entry = |probe: &Probe| {
         serde_json::json!({
@@ -97,6 +96,6 @@ fn render(probes: &[Probe]) -> String {
         };
         vec![probe.name.into(), state, probe.detail.as_str().into()]
     };
-    let columns = [("WHAT", Align::Left), ("STATE", Align::Left), ("DETAIL", Align::Left)];
+    let columns = [("FEATURE", Align::Left), ("STATE", Align::Left), ("DETAIL", Align::Left)];
     table(&columns, probes.iter().map(row)) + "\n"
 }

@@ -1,11 +1,11 @@
-//! `skein-agent connectivity-test`: who reaches whom, as a matrix.
+//! `skein-agent connectivity-test`: matrix of the connectivity between nodes and pods.
 
 #[cfg(feature = "kubernetes")]
 mod kubernetes;
 mod matrix;
 #[cfg(feature = "kubernetes")]
 mod pods;
-// Only the pods of a cluster's test answer probes.
+// Only pods of the test in a cluster answer probes.
 #[cfg_attr(not(feature = "kubernetes"), allow(dead_code))]
 mod probe;
 
@@ -26,24 +26,24 @@ use crate::status::Document;
 
 #[derive(Args)]
 pub(crate) struct ConnectivityArgs {
-    /// Test all nodes and pods of the Kubernetes cluster that this file leads to [default: what kubectl
-    /// uses, where the agent's records come from Kubernetes; else from this node to its peers]
+    /// Kubeconfig file of the cluster whose nodes and pods are tested [default: that of kubectl if
+    /// the agent's records come from Kubernetes, else a test from this node to its peers]
     #[arg(long)]
     kubeconfig: Option<PathBuf>,
-    /// Kubernetes: test from this pod's own service account, or what kubectl uses, whatever the agent's
-    /// configuration says
+    /// Kubernetes: test the cluster of this pod's service account or of kubectl, regardless of the
+    /// agent's configuration
     #[arg(long)]
     kubernetes: bool,
-    /// Kubernetes: where to run the pods of the test, which are removed again
+    /// Kubernetes: namespace of the test's pods, which are removed at the end
     #[arg(long, default_value = "default")]
     namespace: String,
-    /// Kubernetes: where the agents run
+    /// Kubernetes: namespace of the agents
     #[arg(long, default_value = "kube-system")]
     agents_namespace: String,
-    /// Kubernetes: the agents' DaemonSet, whose image the test uses
+    /// Kubernetes: DaemonSet of the agents, whose image the test uses
     #[arg(long, default_value = "skein")]
     daemonset: String,
-    /// Seconds that it all may take
+    /// Timeout of the whole test in seconds
     #[arg(long, default_value_t = 180.0)]
     timeout: f64,
     #[command(flatten)]
@@ -52,17 +52,17 @@ pub(crate) struct ConnectivityArgs {
     output: OutputArgs,
 }
 
-/// Run in the test's own pods.
+/// Options of `probe`, which the test's own pods run.
 #[cfg(feature = "kubernetes")]
 #[derive(Args)]
 pub(crate) struct ProbeArgs {
-    /// Answer probes on this TCP and UDP port
+    /// TCP and UDP port on which probes are answered
     #[arg(long)]
     answer: Option<u16>,
-    /// Probe what this file lists, and print what came of it
+    /// File that lists the targets to probe
     #[arg(long)]
     targets: Option<PathBuf>,
-    /// Seconds that the probes may take
+    /// Timeout of all probes in seconds
     #[arg(long, default_value_t = 60.0)]
     timeout: f64,
 }
@@ -80,14 +80,14 @@ pub(crate) fn connectivity(arguments: &ConnectivityArgs) -> Result<(), Failure> 
         let status = runtime()?.block_on(agent.status())?;
         let targets = targets(&status)?;
         let mut matrix = Matrix::new(&targets, BTreeMap::new());
-        matrix.note(status.node, Ok(probe::all(&targets, end)?));
+        matrix.add_row(status.node, Ok(probe::all(&targets, end)?));
         matrix
     };
     match arguments.output.output {
         Output::Json => print_json(&matrix)?,
         Output::Table => print(&matrix.render())?,
     }
-    matrix.trouble().map_or(Ok(()), |trouble| Err(Failure::Runtime(anyhow!(trouble))))
+    matrix.failure_summary().map_or(Ok(()), |summary| Err(Failure::Runtime(anyhow!(summary))))
 }
 
 #[cfg(feature = "kubernetes")]
@@ -99,9 +99,9 @@ fn test_cluster(arguments: &ConnectivityArgs, timeout: Duration) -> Result<Matri
         daemonset: &arguments.daemonset,
         timeout,
     };
-    // Standard output is the matrix's.
-    let say = |text: &str| eprintln!("{text}");
-    Ok(runtime()?.block_on(kubernetes::test(&options, say))?)
+    // Standard output is for the matrix.
+    let report = |text: &str| eprintln!("{text}");
+    Ok(runtime()?.block_on(kubernetes::test(&options, report))?)
 }
 
 #[cfg(not(feature = "kubernetes"))]
@@ -109,19 +109,19 @@ fn test_cluster(_: &ConnectivityArgs, _: Duration) -> Result<Matrix, Failure> {
     Err(crate::control::kubernetes::refusal())
 }
 
-/// As it is made: that of a large cluster is no text to hold.
+/// Prints the matrix as a stream, because the text of a large cluster needs much memory.
 fn print_json(matrix: &Matrix) -> Result<(), Failure> {
     let mut out = BufWriter::new(std::io::stdout().lock());
     let made = serde_json::to_writer_pretty(&mut out, matrix).map_err(std::io::Error::from);
     match made.and_then(|()| writeln!(out)).and_then(|()| out.flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            Err(Failure::io("cannot print the answer", error))
+            Err(Failure::io("cannot write to standard output", error))
         }
         _ => Ok(()),
     }
 }
 
-/// Every peer's node, by its addresses on the overlay.
+/// Returns the overlay addresses of all peers, one for each pod CIDR.
 fn targets(status: &Document) -> Result<Vec<Target>, Failure> {
     let target =
         |name: &str, address: IpAddr| Target { name: name.to_owned(), address, port: None };
@@ -139,18 +139,19 @@ pub(crate) fn probe(arguments: &ProbeArgs) -> Result<(), Failure> {
     if let Some(port) = arguments.answer {
         return Ok(probe::answer(port)?);
     }
-    let file = arguments.targets.as_deref().context("use --answer or --targets")?;
+    let file = arguments.targets.as_deref().context("neither --answer nor --targets is given")?;
     let targets = std::fs::File::open(file).and_then(pods::unpack);
     let targets =
         targets.with_context(|| format!("cannot read the targets in {}", file.display()))?;
     let row = probe::all(&targets, end)?;
-    let text = serde_json::to_string(&row).context("cannot print the results")?;
+    let text = serde_json::to_string(&row).context("cannot format the results as JSON")?;
     print(&(text + "\n"))
 }
 
+/// Returns a random number, or 0 if the system has no random numbers.
 fn rand() -> u32 {
     let mut bytes = [0; 4];
-    // Nothing secret: two tests are told apart, and probers do not begin with the same one.
+    // Not secret: the number distinguishes two tests, and probers start with different targets.
     let _ = aws_lc_rs::rand::fill(&mut bytes);
     u32::from_be_bytes(bytes)
 }

@@ -1,4 +1,4 @@
-//! `skein-agent completions` and `man`: made from the command line's own description.
+//! `skein-agent completions` and `man`: generated from the definition of the command line.
 
 use std::fs;
 use std::path::Path;
@@ -17,19 +17,19 @@ pub(crate) fn completions(mut command: Command, shell: Shell) -> Result<(), Fail
     print(&String::from_utf8_lossy(&script))
 }
 
-/// The main page to standard output, or every page into a directory.
+/// Prints the main manual page, or writes all manual pages to `directory`.
 pub(crate) fn man(command: Command, directory: Option<&Path>) -> Result<(), Failure> {
     let Some(directory) = directory else {
         let mut page = Vec::new();
         let rendered = Man::new(command).render(&mut page);
-        rendered.map_err(|error| Failure::io("cannot make the manual page", error))?;
+        rendered.map_err(|error| Failure::io("cannot generate the manual page", error))?;
         return print(&String::from_utf8_lossy(&page));
     };
     let shown = directory.display();
-    // Another user could put links in place of the pages.
+    // In a directory of another user, links could replace the pages.
     let written = fs::create_dir_all(directory)
         .and_then(|()| check_directory(directory))
         .and_then(|()| clap_mangen::generate_to(command, directory));
     written.map_err(|error| Failure::io(format!("cannot write manual pages to {shown}"), error))?;
-    print(&format!("manual pages are in {shown} (man -l {shown}/skein-agent.1)\n"))
+    print(&format!("manual pages written to {shown} (man -l {shown}/skein-agent.1)\n"))
 }

@@ -1,6 +1,6 @@
-//! `hold`: the process that an agent becomes when another agent takes its place. The kernel has
-//! closed all descriptors of the agent. When the other agent ends, the process runs the agent again
-//! at once.
+//! `skein-agent hold`: the program that an agent executes after it handed over its role. The exec
+//! has closed all descriptors of the agent except the lock and the connection. When the other agent
+//! ends, this process executes the agent again at once.
 
 use std::ffi::OsString;
 use std::io;
@@ -22,17 +22,17 @@ use crate::control::{HandOver, instance, lock};
 use crate::failure::Failure;
 use crate::lifecycle::{Readiness, Signals};
 
-/// Interval between attempts to take the role's lock.
+/// Interval between attempts to acquire the lock of the role.
 const LOCK_INTERVAL: Duration = Duration::from_millis(20);
-/// The option of `run` that names the role's lock.
+/// Option of `run` for the descriptor of the role's lock.
 const LOCK_FD: &str = "--lock-fd=";
 
 #[derive(Args)]
 pub(crate) struct HoldArgs {
-    /// File of the role's lock
+    /// Lock file of the role
     #[arg(long)]
     lock: Option<PathBuf>,
-    /// Descriptor of the lock, to be sent to the other agent
+    /// Descriptor of the lock, which is sent to the other agent
     #[arg(long, requires = "to_fd")]
     lock_fd: Option<i32>,
     /// Descriptor of the connection to the other agent
@@ -41,16 +41,16 @@ pub(crate) struct HoldArgs {
     /// Directory of the pod's own sockets
     #[arg(long)]
     instance: Option<PathBuf>,
-    /// Answer probes that the agent is ready
+    /// Report readiness to probes
     #[arg(long)]
     ready: bool,
-    /// Arguments of the agent
+    /// Arguments with which the agent runs again
     #[arg(last = true)]
     agent: Vec<OsString>,
 }
 
-/// Replaces this process by one that passes the role on and waits for it. Returns only if the exec
-/// fails.
+/// Executes `skein-agent hold` in this process: it sends the lock to the other agent and waits
+/// until the role is free. Returns only if the exec fails.
 pub(crate) fn become_holder(
     role: HandOver,
     state_dir: &Path,
@@ -88,8 +88,8 @@ pub(crate) fn hold(arguments: &HoldArgs) -> Result<(), Failure> {
             descriptors::send(&descriptors::inherited_socket(to)?, &[lock.as_fd()])
         };
         if let Err(error) = pass() {
-            // This process gets the role back below.
-            eprintln!("skein-agent: the other agent has not taken over: {error}");
+            // This process acquires the role again below.
+            eprintln!("skein-agent: cannot send the role to the other agent: {error}");
         }
     }
     let lock = runtime()?.block_on(wait(arguments))?;
@@ -101,12 +101,12 @@ pub(crate) fn hold(arguments: &HoldArgs) -> Result<(), Failure> {
         let lock = format!("{LOCK_FD}{}", lock.as_fd().as_raw_fd());
         program().args(&arguments.agent).arg(lock).exec()
     };
-    Err(Failure::Runtime(anyhow::Error::new(again()).context("cannot take the role back")))
+    Err(Failure::Runtime(anyhow::Error::new(again()).context("cannot run the agent again")))
 }
 
-/// Waits for the role's lock; `None` if this process is to end.
+/// Waits for the lock of the role. Returns `None` after SIGTERM or SIGINT.
 async fn wait(arguments: &HoldArgs) -> Result<Option<FileLock>, Failure> {
-    let mut signals = Signals::take().context("cannot take signals")?;
+    let mut signals = Signals::take().context("cannot install signal handlers")?;
     let Some(path) = &arguments.lock else {
         signals.end().await;
         return Ok(None);
@@ -117,7 +117,7 @@ async fn wait(arguments: &HoldArgs) -> Result<Option<FileLock>, Failure> {
     let instance = arguments.instance.as_ref().map(Instance::new);
     let _probes = instance.map(|own| instance::answer_probes(&own, readiness)).transpose()?;
     loop {
-        // A lock that cannot be opened counts as taken: the state directory may have been removed.
+        // An error counts as a held lock, because the state directory may be missing.
         if let Ok(Some(lock)) = FileLock::try_acquire(path) {
             return Ok(Some(lock));
         }

@@ -14,7 +14,7 @@ use crate::control::{agent_client, identity};
 use crate::failure::Failure;
 
 pub(crate) fn keygen(out: Option<&Path>) -> Result<(), Failure> {
-    let key = PrivateKey::generate().context("cannot make a private key")?;
+    let key = PrivateKey::generate().context("cannot generate a private key")?;
     match out {
         Some(path) => {
             identity::store(path, &key)?;
@@ -37,7 +37,8 @@ pub(crate) fn pubkey(file: Option<PathBuf>, config: Option<PathBuf>) -> Result<(
         Some(path) => identity::load(&path)?.ok_or_else(|| {
             let shown = path.display();
             Failure::Usage(format!(
-                "there is no private key {shown}: make it with skein-agent keygen --out {shown}"
+                "the private key file {shown} does not exist. Create it with skein-agent keygen --out \
+                 {shown}."
             ))
         })?,
         None => {
@@ -47,7 +48,7 @@ pub(crate) fn pubkey(file: Option<PathBuf>, config: Option<PathBuf>) -> Result<(
                 .read_to_string(&mut text)
                 .context("cannot read the private key from standard input")?;
             text.parse::<PrivateKey>().map_err(|error| {
-                Failure::Usage(format!("standard input holds no private key: it is {error}"))
+                Failure::Usage(format!("standard input contains no valid private key: {error}"))
             })?
         }
     };
@@ -58,7 +59,7 @@ pub(crate) fn pubkey(file: Option<PathBuf>, config: Option<PathBuf>) -> Result<(
 pub(crate) struct RotateArgs {
     #[command(flatten)]
     agent: AgentArgs,
-    /// The old key is known to others: give it up at once, at the cost of packets
+    /// Remove the old key at once because it is compromised; packets are lost meanwhile
     #[arg(long)]
     at_once: bool,
     #[command(flatten)]
@@ -72,7 +73,7 @@ pub(crate) fn rotate(arguments: &RotateArgs) -> Result<(), Failure> {
     print(&match (arguments.output.output, status.keys.second, &status.waits_for) {
         (Output::Json, ..) => json(&status)?,
         (Output::Table, Some(next), Some(waits_for)) => {
-            format!("next public key: {next}\nwaits for {waits_for}\n")
+            format!("next public key: {next}\nwaiting for {waits_for}\n")
         }
         (Output::Table, ..) => format!("public key: {}\n", status.keys.first),
     })

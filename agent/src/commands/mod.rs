@@ -1,4 +1,5 @@
-//! The commands of `skein-agent`, one a module. [`crate::app`] parses the command line and calls them.
+//! Commands of `skein-agent`, one module for each. [`crate::app`] parses the command line and calls
+//! them.
 
 pub(crate) mod bench;
 pub(crate) mod capture;
@@ -31,10 +32,10 @@ use crate::control::agent_client::{self, AgentError};
 use crate::failure::Failure;
 use crate::status::Document;
 
-/// Where the configuration is, and what of it the command line overrides.
+/// Options for the configuration file and for the settings that override it.
 #[derive(Args)]
 pub(crate) struct ConfigArgs {
-    /// The agent's configuration
+    /// Configuration file of the agent
     #[arg(long, default_value = DEFAULT_PATH, env = "SKEIN_CONFIG")]
     config: PathBuf,
     /// Name of this node (overrides name)
@@ -43,6 +44,7 @@ pub(crate) struct ConfigArgs {
 }
 
 impl ConfigArgs {
+    /// Loads and validates the configuration.
     pub(crate) fn load(&self) -> Result<Config, Failure> {
         Config::load(&self.config, self.name.as_deref())
     }
@@ -56,17 +58,18 @@ impl ConfigArgs {
     }
 }
 
-/// How to find the agent that runs.
+/// Options that select the running agent.
 #[derive(Args)]
 pub(crate) struct AgentArgs {
     #[command(flatten)]
     pub(crate) config: ConfigArgs,
-    /// The agent's socket (overrides control.socket)
+    /// Control socket of the agent (overrides control.socket)
     #[arg(long)]
     socket: Option<PathBuf>,
 }
 
 impl AgentArgs {
+    /// Returns the agent. The configuration is read only if `--socket` is missing.
     pub(crate) fn agent(&self) -> Result<Agent, Failure> {
         let socket = match &self.socket {
             Some(socket) => socket.clone(),
@@ -76,112 +79,115 @@ impl AgentArgs {
     }
 }
 
-/// How to look at it, once or twice.
+/// Options of a command that samples the agent's status once or twice.
 #[derive(Args)]
-pub(crate) struct LookArgs {
+pub(crate) struct SampleArgs {
     #[command(flatten)]
     agent: AgentArgs,
     #[command(flatten)]
     output: OutputArgs,
-    /// Seconds between the two looks that rates are computed from; 0: one look, no rates
+    /// Seconds between the two samples for rates; 0 for one sample without rates
     #[arg(long, default_value_t = 1.0)]
     interval: f64,
 }
 
-/// The agent that runs on this node.
+/// Client of the agent that runs on this node.
 pub(crate) struct Agent {
     socket: PathBuf,
 }
 
 impl Agent {
-    /// Path of its control socket.
     pub(crate) fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// Its status.
+    /// Requests the agent's status.
     pub(crate) async fn status(&self) -> Result<Document, Failure> {
         agent_client::status(&self.socket).await.map_err(|error| self.failure(error))
     }
 
-    /// Returns the failure of a command whose request failed.
+    /// Converts the error of a request to the failure of the command.
     pub(crate) fn failure(&self, error: AgentError) -> Failure {
         let shown = self.socket.display();
         match error {
             AgentError::Refused { message, .. } => Failure::Runtime(anyhow!(message)),
             AgentError::Io(error) if error.kind() == ErrorKind::PermissionDenied => {
                 Failure::Privilege(format!(
-                    "{shown} is for root and the agent's own user: {error}: run as root"
+                    "cannot use the control socket {shown}: {error}. Run the command as root or as the \
+                     agent's user."
                 ))
             }
             error => Failure::Runtime(anyhow!(
-                "no agent answers on {shown}: {error}: is it running, and is this its socket \
-                 (--config, --socket)?"
+                "no agent answers on {shown}: {error}. Check that the agent runs and that this is its \
+                 socket (--config, --socket)."
             )),
         }
     }
 }
 
-/// What the data process reports, where it is there.
+/// Returns the report of the data process; an error if the agent has none.
 pub(crate) fn report(document: &Document) -> Result<&Report, Failure> {
     document.report.as_ref().ok_or_else(|| {
-        let why = document.dataplane.error.as_deref().unwrap_or("it does not answer");
-        Failure::Runtime(anyhow!("the data process is away: {why}: see the agent's log"))
+        let why = document.dataplane.error.as_deref().unwrap_or("no answer");
+        Failure::Runtime(anyhow!("the data process is not available: {why}. See the agent's log."))
     })
 }
 
-/// The form of what a command prints.
+/// Option for the output format.
 #[derive(Args, Clone, Copy)]
 pub(crate) struct OutputArgs {
-    /// Form of the output
+    /// Output format
     #[arg(short, long, value_enum, default_value = "table")]
     pub(crate) output: Output,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Output {
-    /// For people
+    /// Table for people
     Table,
-    /// For programs
+    /// JSON for programs
     Json,
 }
 
+/// Formats `value` as indented JSON with a final line break.
 pub(crate) fn json(value: &impl serde::Serialize) -> Result<String, Failure> {
-    Ok(serde_json::to_string_pretty(value).context("cannot print the answer")? + "\n")
+    Ok(serde_json::to_string_pretty(value).context("cannot format the answer as JSON")? + "\n")
 }
 
-/// Prints; a reader that has enough (`| head`) is no failure.
+/// Prints `text` to standard output. A closed pipe (`| head`) is not an error.
 pub(crate) fn print(text: &str) -> Result<(), Failure> {
-    show(text).map(drop)
+    print_if_open(text).map(drop)
 }
 
-/// The same; says whether there is a reader still.
-pub(crate) fn show(text: &str) -> Result<bool, Failure> {
+/// Prints `text` to standard output and returns whether the reader still accepts output (false
+/// after EPIPE).
+pub(crate) fn print_if_open(text: &str) -> Result<bool, Failure> {
     match std::io::stdout().write_all(text.as_bytes()) {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
-        Err(error) => Err(Failure::io("cannot print the answer", error)),
+        Err(error) => Err(Failure::io("cannot write to standard output", error)),
     }
 }
 
-/// The longest time that can be asked for: a year.
-const LONGEST: Duration = Duration::from_secs(365 * 86_400);
+/// Upper bound of a time on the command line: one year.
+const MAX_SECONDS: Duration = Duration::from_secs(365 * 86_400);
 
-/// A number of seconds from the command line.
+/// Converts seconds from the command line. `option` is the option's name for the error.
 pub(crate) fn seconds(option: &str, value: f64) -> Result<Duration, Failure> {
-    let time = Duration::try_from_secs_f64(value).ok().filter(|time| *time <= LONGEST);
+    let time = Duration::try_from_secs_f64(value).ok().filter(|time| *time <= MAX_SECONDS);
     time.ok_or_else(|| {
         Failure::Usage(format!(
-            "{option}: use a number of seconds, from 0 to {}",
-            LONGEST.as_secs()
+            "{option}: the value is not a valid time. Use seconds from 0 to {}.",
+            MAX_SECONDS.as_secs()
         ))
     })
 }
 
+/// Starts a tokio runtime with one thread.
 pub(crate) fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
-    // One thread is enough for what is done here, and keeps the process small.
+    // One thread is sufficient for a command and uses less memory.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    Ok(runtime.context("cannot start the runtime")?)
+    Ok(runtime.context("cannot start the asynchronous runtime")?)
 }
 
 #[cfg(test)]
@@ -189,7 +195,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn seconds_are_those_that_a_clock_can_hold() {
+    fn seconds_out_of_range_are_usage_errors() {
         assert_eq!(seconds("--limit", 0.5).ok(), Some(Duration::from_millis(500)));
         for wrong in [-1.0, f64::NAN, f64::INFINITY, u64::MAX as f64] {
             assert!(matches!(seconds("--limit", wrong), Err(Failure::Usage(_))), "{wrong}");

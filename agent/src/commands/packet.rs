@@ -1,4 +1,4 @@
-//! A packet in a line, for people.
+//! Description of a captured packet in one line.
 
 use std::fmt::Write;
 
@@ -9,7 +9,7 @@ use skein_ipc::capture::CapturedPacket;
 const ICMP: u8 = 1;
 const ICMPV6: u8 = 58;
 
-/// What is known of a packet that was seen.
+/// Describes addresses, ports, type and length of a captured packet. Empty if nothing is known.
 pub(crate) fn describe(seen: &CapturedPacket) -> String {
     let mut text = match (seen.inner, seen.bytes.is_empty()) {
         (_, true) => String::new(),
@@ -26,10 +26,10 @@ pub(crate) fn describe(seen: &CapturedPacket) -> String {
 }
 
 fn inner(bytes: &[u8]) -> String {
-    let Some(ip) = lenient(bytes) else { return "not an IP packet".to_owned() };
+    let Some(ip) = parse_truncated(bytes) else { return "not an IP packet".to_owned() };
     let (source, destination) = (ip.source, ip.destination);
     let plain = |what: String| format!("{source} > {destination} {what}");
-    // Fragments and what was cut off have no transport header here.
+    // Later fragments and truncated packets have no transport header.
     let Some((protocol, at)) = ip.transport(bytes) else {
         return plain("fragment".to_owned());
     };
@@ -59,8 +59,8 @@ fn inner(bytes: &[u8]) -> String {
     }
 }
 
-/// The header of a packet of which only the beginning is here.
-fn lenient(bytes: &[u8]) -> Option<IpHeader> {
+/// Parses the IP header of a truncated packet. The length field is adapted to the bytes present.
+fn parse_truncated(bytes: &[u8]) -> Option<IpHeader> {
     let mut head = bytes.to_vec();
     let length = u16::try_from(bytes.len()).unwrap_or(u16::MAX);
     match head.first()? >> 4 {
@@ -80,7 +80,7 @@ fn tcp_flags(flags: u8) -> String {
 
 fn outer(bytes: &[u8]) -> String {
     match Header::parse(bytes) {
-        Err(_) => "no header of Skein's".to_owned(),
+        Err(_) => "no Skein header".to_owned(),
         Ok(header) => match header.kind {
             MessageType::Data => format!(
                 "data, lane {}, receiver {:#010x}, counter {}",
@@ -112,7 +112,7 @@ mod tests {
     fn v4(protocol: u8, transport: &[u8]) -> Vec<u8> {
         let mut packet = vec![0; 20];
         packet[0] = 0x45;
-        // The whole packet is longer than what is here of it.
+        // The length field exceeds the captured bytes.
         packet[2..4].copy_from_slice(&1400_u16.to_be_bytes());
         packet[9] = protocol;
         packet[12..20].copy_from_slice(&[10, 1, 0, 2, 10, 2, 0, 3]);
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn inner_packets_are_described_by_their_addresses_and_ports() {
+    fn inner_packet_is_described_by_addresses_and_ports() {
         let tcp = [0, 80, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x50, 0x12, 0, 0, 0, 0, 0, 0];
         let text = describe(&seen(true, &v4(6, &tcp)));
         assert_eq!(text, "10.1.0.2:80 > 10.2.0.3:256 TCP SYN+ACK, 1400 bytes");
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_that_was_cut_or_is_wrong_panics() {
+    fn truncated_or_invalid_packet_is_described() {
         for bytes in [v4(6, &[]), v4(17, &[0, 80]), v4(1, &[]), vec![0x45], vec![0x60; 10], vec![9]]
         {
             assert!(!describe(&seen(true, &bytes)).is_empty());

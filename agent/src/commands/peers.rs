@@ -1,4 +1,4 @@
-//! `skein-agent peers`: the other nodes, and how they are.
+//! `skein-agent peers`: list of peers with their connection state.
 
 use std::time::{Duration, Instant};
 
@@ -7,19 +7,19 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use skein_ipc::{PeerReport, PeerState, Report};
 
-use super::{LookArgs, Output, json, print, report, runtime, seconds};
+use super::{Output, SampleArgs, json, print, report, runtime, seconds};
 use crate::failure::Failure;
 use crate::status::{Align, Field, age, bytes, count, milliseconds, peer_tone, table};
 
 #[derive(Args)]
 pub(crate) struct PeersArgs {
-    /// Only peers whose name contains one of these
+    /// Parts of names; only peers whose name contains one of them are listed
     names: Vec<String>,
-    /// Only peers in one of these states
+    /// States to list, separated by commas [default: all]
     #[arg(long, value_enum, value_delimiter = ',')]
     state: Vec<State>,
     #[command(flatten)]
-    look: LookArgs,
+    sample: SampleArgs,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -42,7 +42,7 @@ impl State {
     }
 }
 
-/// A peer with its rates.
+/// Peer with its rates; `None` without an earlier sample of the same data process.
 #[derive(Serialize)]
 struct Peer {
     #[serde(flatten)]
@@ -50,7 +50,7 @@ struct Peer {
     rates: Option<Rates>,
 }
 
-/// Of the inner packets.
+/// Rates of inner packets and their bits.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub(crate) struct Rates {
     pub(crate) tx_bits_per_second: f64,
@@ -60,7 +60,8 @@ pub(crate) struct Rates {
 }
 
 impl Rates {
-    /// What went to and came from a peer between two reports; `None` where the earlier has not seen it.
+    /// Computes the rates of a peer between two reports, `time` apart. Returns `None` if the
+    /// earlier report does not contain the peer, or if `time` is zero.
     pub(crate) fn between(before: &Report, now: &PeerReport, time: Duration) -> Option<Self> {
         let then = before.peers.iter().find(|peer| peer.public_key == now.public_key)?;
         let seconds = time.as_secs_f64();
@@ -75,9 +76,9 @@ impl Rates {
 }
 
 pub(crate) fn peers(arguments: &PeersArgs) -> Result<(), Failure> {
-    let look = &arguments.look;
-    let agent = look.agent.agent()?;
-    let interval = seconds("--interval", look.interval)?;
+    let sample = &arguments.sample;
+    let agent = sample.agent.agent()?;
+    let interval = seconds("--interval", sample.interval)?;
     let (first, second, time) = runtime()?.block_on(async {
         let first = agent.status().await?;
         report(&first)?;
@@ -89,7 +90,7 @@ pub(crate) fn peers(arguments: &PeersArgs) -> Result<(), Failure> {
         Ok((Some(first), agent.status().await?, started.elapsed()))
     })?;
     let now = report(&second)?;
-    // Another data process counts from zero.
+    // The counters of a new data process start at zero.
     let before = first.as_ref().and_then(|first| first.report.as_ref());
     let before = before.filter(|before| before.pid == now.pid);
     let peers: Vec<Peer> = select(&now.peers, &arguments.names, &arguments.state)?
@@ -98,7 +99,7 @@ pub(crate) fn peers(arguments: &PeersArgs) -> Result<(), Failure> {
             rates: before.and_then(|before| Rates::between(before, peer, time)),
         })
         .collect();
-    print(&match look.output.output {
+    print(&match sample.output.output {
         Output::Json => json(&peers)?,
         Output::Table => render(&peers) + "\n",
     })?;
@@ -106,13 +107,14 @@ pub(crate) fn peers(arguments: &PeersArgs) -> Result<(), Failure> {
     match lost {
         0 => Ok(()),
         _ => Err(Failure::Runtime(anyhow!(
-            "{lost} of {} peers are unreachable: see REASON, the peer's log, and the firewall between",
+            "{lost} of {} listed peers unreachable. See the column REASON, the peer's log, and the \
+             firewall between the nodes.",
             peers.len()
         ))),
     }
 }
 
-/// Those that the command line asks for; a name that fits nobody is an error.
+/// Selects peers by parts of their names and by state. A name that no peer contains is an error.
 fn select<'a>(
     all: &'a [PeerReport],
     names: &'a [String],
@@ -123,7 +125,7 @@ fn select<'a>(
         let known: Vec<_> = all.iter().take(10).map(|peer| peer.name.as_str()).collect();
         let more = if all.len() > known.len() { ", …" } else { "" };
         return Err(Failure::Usage(format!(
-            "no peer's name contains {name:?}: there are {} ({}{more})",
+            "no peer name contains {name:?}. Number of peers: {} ({}{more}).",
             all.len(),
             known.join(", ")
         )));
@@ -171,7 +173,7 @@ fn render(peers: &[Peer]) -> String {
         ("RX", Align::Right),
         ("PATH MTU", Align::Right),
         ("GSO", Align::Left),
-        ("HEARD", Align::Right),
+        ("LAST RX", Align::Right),
         ("REASON", Align::Left),
     ];
     table(&columns, peers.iter().map(row))
@@ -184,7 +186,7 @@ mod tests {
     use crate::status::tests::peer;
 
     #[test]
-    fn peers_are_chosen_by_name_and_state() {
+    fn peers_are_selected_by_name_and_state() {
         let all = [
             peer("node-a", PeerState::Established),
             peer("node-b", PeerState::Unreachable),
@@ -203,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn rates_are_of_the_same_peer() {
+    fn rates_need_same_peer_in_both_reports() {
         let now = peer("node-b", PeerState::Established);
         let mut before = now.clone();
         before.tx_bytes -= 1000;
@@ -217,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_shows_why_a_peer_is_lost() {
+    fn row_of_unreachable_peer_shows_reason() {
         let peer = Peer { report: peer("node-b", PeerState::Unreachable), rates: None };
         let text = render(&[peer]);
         let line = text.lines().nth(1).unwrap();

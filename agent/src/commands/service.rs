@@ -1,4 +1,5 @@
-//! Commands of the running agent: `run`, `log-level`, `health`, `cleanup`.
+//! Commands that run, check, configure and remove an agent: `run`, `health`, `log-level`,
+//! `cleanup`.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -19,19 +20,20 @@ use crate::control::{self, Ended, agent_client, cleanup};
 use crate::failure::Failure;
 use crate::{http, logging};
 
-/// Timeout for the tasks of an agent that hands over.
+/// Maximum time that tasks get to end after a hand-over.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Options for the start of an agent.
 #[derive(Args)]
 pub(crate) struct StartArgs {
-    /// Take the place of the running agent, if there is one, as soon as this one would be ready
+    /// Replace a running agent as soon as this agent is ready
     #[arg(long)]
     take_over: bool,
-    /// Directory of this pod's own sockets; takes over, together with the pod's data process
+    /// Directory of this pod's own sockets; the agent takes over together with the pod's data
+    /// process
     #[arg(long)]
     instance: Option<PathBuf>,
-    /// Descriptor of the role's lock, passed by hold
+    /// Descriptor of the role's lock, passed by skein-agent hold
     #[arg(long, hide = true)]
     lock_fd: Option<i32>,
 }
@@ -47,24 +49,27 @@ pub(crate) fn run(
     }
     if start.instance.is_some() && config.dataplane.mode == Mode::Spawn {
         return Err(Failure::Usage(
-            "--instance: the data process is another container's: set dataplane.mode = \"external\""
+            "--instance: the data process runs in another container. Set dataplane.mode = \
+             \"external\"."
                 .to_owned(),
         ));
     }
-    // Before there is a second thread: the kernel keeps rights for each.
+    // Call this before a second thread starts, because the kernel stores capabilities per thread.
     let pods = if config.cni.enabled { confine::PODS } else { CapabilitySet::empty() };
     let rights = confine::drop_capabilities(confine::CONTROL.union(pods));
-    let rights = rights.context("cannot give up capabilities")?;
+    let rights = rights.context("cannot drop capabilities")?;
     logging::start(&config.log);
-    let shown = serde_json::to_string(&config).context("cannot print the configuration")?;
+    let shown =
+        serde_json::to_string(&config).context("cannot format the configuration as JSON")?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %shown, "starting");
     for note in &config.notes {
         tracing::warn!("{note}");
     }
-    tracing::info!(capabilities = ?rights, "capabilities given up but for these");
+    tracing::info!(kept = ?rights, "capabilities dropped");
     let StartArgs { take_over, instance, lock_fd } = start;
     let lock = lock_fd.map(|fd| FileLock::from_received(descriptors::inherited(fd)?)).transpose();
-    let lock = lock.context("--lock-fd is for hold to use")?;
+    let lock =
+        lock.context("cannot use the descriptor of --lock-fd, which only skein-agent hold passes")?;
     let start = Start { take_over, instance: instance.map(Instance::new), lock };
     let (takes_over, instance) = (start.takes_over(), start.instance.clone());
     let state_dir = config.state_dir.clone();
@@ -73,12 +78,14 @@ pub(crate) fn run(
         Ended::Asked => Ok(()),
         Ended::HandedOver(role) if takes_over => {
             let error = hold::become_holder(role, &state_dir, instance.as_ref());
-            Err(Failure::Runtime(anyhow::Error::new(error).context("cannot hold the role")))
+            Err(Failure::Runtime(
+                anyhow::Error::new(error).context("cannot execute skein-agent hold"),
+            ))
         }
         Ended::HandedOver(role) => {
             runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
             let sent = descriptors::send(&role.connection, &[OwnedFd::from(role.lock).as_fd()]);
-            Ok(sent.context("the other agent does not take this one's place")?)
+            Ok(sent.context("cannot send the lock of the role to the other agent")?)
         }
     }
 }
@@ -88,7 +95,7 @@ pub(crate) struct HealthArgs {
     /// Directory of the pod's own sockets
     #[arg(long)]
     instance: PathBuf,
-    /// Fail, too, if the agent is not ready
+    /// Also fail if the agent is not ready
     #[arg(long)]
     ready: bool,
 }
@@ -108,7 +115,7 @@ pub(crate) fn clean(config: &ConfigArgs, state: bool) -> Result<(), Failure> {
     print(&text)?;
     if !cleaned.errors.is_empty() {
         return Err(Failure::Runtime(anyhow::anyhow!(
-            "not everything could be removed:\n{}",
+            "cannot remove everything:\n{}",
             cleaned.errors.join("\n")
         )));
     }
@@ -119,7 +126,7 @@ pub(crate) fn clean(config: &ConfigArgs, state: bool) -> Result<(), Failure> {
 pub(crate) struct LogLevelArgs {
     #[command(flatten)]
     agent: AgentArgs,
-    /// error, warn, info, debug, trace, or a filter of these; without it as configured
+    /// error, warn, info, debug, trace, or directives for single modules [default: as configured]
     level: Option<String>,
 }
 

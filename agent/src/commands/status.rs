@@ -1,17 +1,17 @@
-//! `skein-agent status`: everything at a glance.
+//! `skein-agent status`: summary of the agent's state.
 
 use std::time::Instant;
 
-use super::{LookArgs, Output, json, print, runtime, seconds};
+use super::{Output, SampleArgs, json, print, runtime, seconds};
 use crate::failure::Failure;
 use crate::status;
 
-pub(crate) fn status(look: &LookArgs) -> Result<(), Failure> {
-    let agent = look.agent.agent()?;
-    let interval = seconds("--interval", look.interval)?;
+pub(crate) fn status(arguments: &SampleArgs) -> Result<(), Failure> {
+    let agent = arguments.agent.agent()?;
+    let interval = seconds("--interval", arguments.interval)?;
     let text = runtime()?.block_on(async {
         let first = agent.status().await?;
-        match look.output.output {
+        match arguments.output.output {
             Output::Json => json(&first),
             Output::Table if interval.is_zero() || first.report.is_none() => {
                 Ok(status::render(&first, None))

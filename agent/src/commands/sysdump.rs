@@ -1,4 +1,5 @@
-//! `skein-agent sysdump`: one archive of all that somebody who helps will ask for. Secrets are left out.
+//! `skein-agent sysdump`: archive of state, logs and network configuration for support, without
+//! secrets.
 
 mod archive;
 mod collect;
@@ -18,7 +19,7 @@ use crate::status::{Align, bytes, table};
 
 #[derive(Args)]
 pub(crate) struct SysdumpArgs {
-    /// Where to write it; - is standard output [default: skein-sysdump-NODE-TIME.tar.gz]
+    /// Output file; - for standard output [default: skein-sysdump-NODE-TIME.tar.gz]
     file: Option<PathBuf>,
     #[command(flatten)]
     agent: AgentArgs,
@@ -34,7 +35,8 @@ pub(crate) fn sysdump(arguments: &SysdumpArgs) -> Result<(), Failure> {
     let mut archive = Archive::new(&name, now.as_secs(), &rotation::files::all(&config.key_path()));
     runtime()?.block_on(collect::collect(&mut archive, &config, &arguments.agent.agent()?));
     let entries = archive.entries();
-    let packed = archive.finish().map_err(|error| Failure::io("cannot pack the archive", error))?;
+    let packed =
+        archive.finish().map_err(|error| Failure::io("cannot compress the archive", error))?;
     if file == Path::new("-") {
         let written = std::io::stdout().write_all(&packed);
         return written.map_err(|error| Failure::io("cannot write the archive", error));
@@ -50,23 +52,23 @@ pub(crate) fn sysdump(arguments: &SysdumpArgs) -> Result<(), Failure> {
                 let size = bytes(entry.bytes as u64);
                 vec![entry.name.clone(), size, entry.note.clone().unwrap_or_default()]
             };
-            let columns = [("WHAT", Align::Left), ("SIZE", Align::Right), ("NOTE", Align::Left)];
+            let columns = [("FILE", Align::Left), ("SIZE", Align::Right), ("NOTE", Align::Left)];
             let size = bytes(packed.len() as u64);
             format!("{}\n\n{shown} ({size})\n", table(&columns, entries.iter().map(row)))
         }
     })
 }
 
-/// Writes the archive for its owner only, because it has addresses and logs.
+/// Writes the archive with mode 0600, because it contains addresses and logs.
 fn write(file: &Path, packed: &[u8]) -> Result<(), Failure> {
     let written = files::create_new(file, 0o600).and_then(|mut file| file.write_all(packed));
     written.map_err(|error| {
         let shown = file.display();
         match error.kind() {
             std::io::ErrorKind::AlreadyExists => {
-                Failure::Usage(format!("{shown} is there already: name another file"))
+                Failure::Usage(format!("{shown} already exists. Choose another file."))
             }
-            _ => Failure::io(format!("cannot write {shown}: name a file that can be"), error),
+            _ => Failure::io(format!("cannot write {shown}"), error),
         }
     })
 }

@@ -1,4 +1,4 @@
-//! `skein-agent top`: what passes now, again and again.
+//! `skein-agent top`: current rates, batch sizes, drops and peers, refreshed periodically.
 
 mod sample;
 mod screen;
@@ -22,14 +22,15 @@ use crate::failure::Failure;
 use crate::lifecycle::Signals;
 use crate::status::Document;
 
-/// How often keys and signals are looked at.
-const KEYS: Duration = Duration::from_millis(100);
-/// The size of what is printed once: a terminal scrolls.
-const ONCE: (usize, usize) = (200, usize::MAX);
+/// Interval at which the terminal's keys and the signals are polled.
+const KEY_POLL_INTERVAL: Duration = Duration::from_millis(100);
+/// Size of a single sample, columns and lines. The lines are not limited, because a terminal
+/// scrolls.
+const ONCE_SIZE: (usize, usize) = (200, usize::MAX);
 
 #[derive(Args)]
 pub(crate) struct TopArgs {
-    /// Print one sample and end, as when the output is no terminal
+    /// Print one sample and exit, as if the output is not a terminal
     #[arg(long)]
     once: bool,
     /// Seconds between two samples
@@ -44,61 +45,61 @@ pub(crate) struct TopArgs {
 pub(crate) fn top(arguments: &TopArgs) -> Result<(), Failure> {
     let agent = arguments.agent.agent()?;
     let interval = seconds("--interval", arguments.interval)?;
-    if interval < KEYS {
-        return Err(Failure::Usage("--interval: use 0.1 seconds or more".to_owned()));
+    if interval < KEY_POLL_INTERVAL {
+        return Err(Failure::Usage("--interval is too short. Use 0.1 seconds or more.".to_owned()));
     }
     let runtime = runtime()?;
     let output = arguments.output.output;
     let terminal = std::io::stdout().is_terminal() && std::io::stdin().is_terminal();
     if arguments.once || output == Output::Json || !terminal {
         let sample = runtime.block_on(async {
-            let before = look(&agent).await?;
+            let before = timed_status(&agent).await?;
             tokio::time::sleep(interval).await;
-            sample(&before, &look(&agent).await?)
+            sample(&before, &timed_status(&agent).await?)
         })?;
         return print(&match output {
             Output::Json => json(&sample)?,
-            Output::Table => screen::lines(&sample, ONCE).join("\n") + "\n",
+            Output::Table => screen::lines(&sample, ONCE_SIZE).join("\n") + "\n",
         });
     }
     refresh(&runtime, &agent, interval)
 }
 
-/// The agent's status, and when it was.
-type Look = (Document, Instant);
+/// Status of the agent and the time at which it was received.
+type TimedStatus = (Document, Instant);
 
-async fn look(agent: &Agent) -> Result<Look, Failure> {
+async fn timed_status(agent: &Agent) -> Result<TimedStatus, Failure> {
     Ok((agent.status().await?, Instant::now()))
 }
 
-fn sample((before, then): &Look, (now, at): &Look) -> Result<Sample, Failure> {
+fn sample((before, then): &TimedStatus, (now, at): &TimedStatus) -> Result<Sample, Failure> {
     report(now)?;
     Ok(Sample::between(before, now, at.duration_since(*then)))
 }
 
-/// Shows samples until somebody has seen enough.
+/// Shows samples until a key, a signal or a closed terminal ends the command.
 fn refresh(runtime: &Runtime, agent: &Agent, interval: Duration) -> Result<(), Failure> {
     let failed = |error| Failure::io("cannot use the terminal", error);
-    let mut before = runtime.block_on(look(agent))?;
+    let mut before = runtime.block_on(timed_status(agent))?;
     let mut signals = runtime.block_on(async { Signals::take() }).map_err(failed)?;
     let mut screen = Screen::open().map_err(failed)?;
     let mut shown = Ok(None);
     loop {
-        // An agent that is away may come back: the screen says so and goes on.
+        // The agent may restart. The screen shows the error, and the next sample is tried.
         match &shown {
             Ok(Some(sample)) => screen.show(|size| screen::lines(sample, size)),
-            Ok(None) => screen.show(|_| vec!["the first sample is on its way …".to_owned()]),
+            Ok(None) => screen.show(|_| vec!["waiting for the first sample …".to_owned()]),
             Err(failure) => screen.show(|_| vec![format!("{failure}"), "q: quit".to_owned()]),
         }
         .map_err(failed)?;
         let next = Instant::now() + interval;
         while Instant::now() < next {
             let ended = runtime.block_on(async { signals.end().now_or_never() });
-            if ended.is_some() || quits(KEYS).map_err(failed)? {
+            if ended.is_some() || quits(KEY_POLL_INTERVAL).map_err(failed)? {
                 return Ok(());
             }
         }
-        shown = runtime.block_on(look(agent)).and_then(|now| {
+        shown = runtime.block_on(timed_status(agent)).and_then(|now| {
             let sample = sample(&before, &now);
             before = now;
             sample.map(Some)
@@ -108,7 +109,7 @@ fn refresh(runtime: &Runtime, agent: &Agent, interval: Duration) -> Result<(), F
 
 /// Waits up to `timeout` for a key that ends the command. A terminal that has hung up ends it, too.
 fn quits(timeout: Duration) -> std::io::Result<bool> {
-    // crossterm polls a terminal that has hung up without end, whatever its timeout.
+    // crossterm ignores its timeout after the terminal has hung up and polls forever.
     let readiness = wait_readable(std::io::stdin().as_fd(), timeout)?;
     if readiness.intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL) {
         return Ok(true);
@@ -117,7 +118,7 @@ fn quits(timeout: Duration) -> std::io::Result<bool> {
         return Ok(false);
     }
     let Event::Key(key) = event::read()? else { return Ok(false) };
-    // In raw mode the terminal makes no signal of Ctrl-C.
+    // In raw mode the terminal sends no signal for Ctrl-C.
     let control = key.modifiers.contains(KeyModifiers::CONTROL);
     Ok(key.kind != KeyEventKind::Release
         && match key.code {
@@ -138,7 +139,7 @@ fn wait_readable(terminal: BorrowedFd<'_>, timeout: Duration) -> std::io::Result
     }
 }
 
-/// Columns and lines of the terminal.
+/// Returns columns and lines of the terminal; 80 and 24 if they are unknown.
 fn size() -> (usize, usize) {
     let (width, height) = terminal::size().unwrap_or((80, 24));
     (usize::from(width), usize::from(height))

@@ -1,4 +1,4 @@
-//! `skein-agent trace`: why a packet goes where it goes, and which are dropped.
+//! `skein-agent trace`: route of a packet step by step, and dropped packets.
 
 mod drops;
 mod facts;
@@ -18,19 +18,19 @@ use crate::status::{Align, Document, Field, Tone, table};
 
 #[derive(Args)]
 pub(crate) struct TraceArgs {
-    /// Who sends: an IP address, or the name of a node
+    /// Sender: an IP address, or the name of a node
     #[arg(required_unless_present = "drops")]
     from: Option<String>,
-    /// Who is to receive it: an IP address, or the name of a node
+    /// Destination: an IP address, or the name of a node
     #[arg(required_unless_present = "drops")]
     to: Option<String>,
-    /// Show packets that are dropped, as it happens, until Ctrl-C
+    /// Show packets while they are dropped, until Ctrl-C
     #[arg(long, conflicts_with_all = ["from", "to"])]
     drops: bool,
-    /// End after so many dropped packets
+    /// Maximum number of dropped packets
     #[arg(long, requires = "drops")]
     count: Option<u64>,
-    /// End after so many seconds
+    /// Maximum duration in seconds
     #[arg(long, requires = "drops")]
     seconds: Option<f64>,
     #[command(flatten)]
@@ -43,25 +43,26 @@ pub(crate) fn trace(arguments: &TraceArgs) -> Result<(), Failure> {
     let output = arguments.output.output;
     let agent = arguments.agent.agent()?;
     let (Some(from), Some(to)) = (&arguments.from, &arguments.to) else {
-        let seconds = arguments.seconds.map(|s| super::seconds("--seconds", s)).transpose()?;
-        let limits = drops::Limits { count: arguments.count, seconds };
+        let duration = arguments.seconds.map(|s| super::seconds("--seconds", s)).transpose()?;
+        let limits = drops::Limits { count: arguments.count, duration };
         return runtime()?.block_on(drops::follow(&agent, &limits, output));
     };
     let trace = runtime()?.block_on(async {
         let status = agent.status().await?;
-        // Nobody but the data process knows whose an address is.
+        // Only the data process knows the owner of an address.
         super::report(&status)?;
         let (from, to) = (resolve(from, &status)?, resolve(to, &status)?);
         if from.is_ipv4() != to.is_ipv4() {
             return Err(Failure::Usage(format!(
-                "{from} and {to} are of two families: name addresses of one"
+                "{from} and {to} have different address families. Use two addresses of one family."
             )));
         }
         let facts = Facts::gather(from, to, status).await?;
-        match facts.foreign() {
-            Some(node) => {
-                Err(Failure::Usage(format!("{from} is {0}'s: run this on {0}", node.name)))
-            }
+        match facts.remote_sender() {
+            Some(node) => Err(Failure::Usage(format!(
+                "{from} belongs to {0}. Run this command on {0}.",
+                node.name
+            ))),
             None => Ok(judge::judge(&facts)),
         }
     })?;
@@ -71,11 +72,12 @@ pub(crate) fn trace(arguments: &TraceArgs) -> Result<(), Failure> {
     })?;
     match trace.passes {
         true => Ok(()),
-        false => Err(Failure::Runtime(anyhow!("it does not get there: {}", trace.verdict))),
+        false => Err(Failure::Runtime(anyhow!("the packet is not delivered: {}", trace.verdict))),
     }
 }
 
-/// An address, or that of a node on the overlay: the first of its first pod CIDR.
+/// Parses an address, or returns the overlay address of a node: the first host of its first pod
+/// CIDR.
 fn resolve(what: &str, status: &Document) -> Result<IpAddr, Failure> {
     if let Ok(address) = address::parse(what) {
         return Ok(address);
@@ -90,7 +92,7 @@ fn resolve(what: &str, status: &Document) -> Result<IpAddr, Failure> {
     let address = cidr.map(crate::control::desired::first_host);
     address.ok_or_else(|| {
         Failure::Usage(format!(
-            "{what:?} is neither an IP address nor a node that this one knows: see skein-agent peers"
+            "{what:?} is neither an IP address nor a known node. See skein-agent peers."
         ))
     })
 }
@@ -104,7 +106,7 @@ fn render(trace: &Trace) -> String {
         };
         vec![step.name.into(), Field::toned(state, tone), step.says.as_str().into()]
     };
-    let columns = [("STEP", Align::Left), ("STATE", Align::Left), ("WHAT", Align::Left)];
+    let columns = [("STEP", Align::Left), ("RESULT", Align::Left), ("DETAIL", Align::Left)];
     let steps = table(&columns, trace.steps.iter().map(row));
     format!("{} to {}\n\n{steps}\n\n{}\n", trace.from, trace.to, trace.verdict)
 }

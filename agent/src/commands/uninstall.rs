@@ -1,4 +1,4 @@
-//! `skein-agent uninstall`: takes Skein from every node of a Kubernetes cluster.
+//! `skein-agent uninstall`: removes Skein from every node of a Kubernetes cluster.
 
 use std::path::PathBuf;
 
@@ -13,25 +13,25 @@ pub(crate) struct UninstallArgs {
     /// Namespace of the agents
     #[arg(long)]
     namespace: String,
-    /// The agents' DaemonSet
+    /// Name of the agents' DaemonSet
     #[arg(long)]
     daemonset: String,
-    /// A ConfigMap of the agents' Helm release, read if the DaemonSet is gone
+    /// ConfigMap of the agents' Helm release, read if the DaemonSet does not exist
     #[arg(long)]
     configmap: Option<String>,
     /// Uninstall also if no Helm release owns the DaemonSet
     #[arg(long)]
     without_helm: bool,
-    /// Labels of its pods, as key=value,key=value
+    /// Labels of the DaemonSet's pods, as key=value,key=value
     #[arg(long)]
     selector: String,
     /// File with the manifest of a DaemonSet that cleans up a node
     #[arg(long)]
     cleanup: PathBuf,
-    /// Seconds that it all may take
+    /// Timeout of the whole command in seconds
     #[arg(long, default_value_t = 240.0)]
     timeout: f64,
-    /// Which cluster; without it that of this pod
+    /// Kubeconfig file of the cluster [default: the cluster of this pod]
     #[arg(long)]
     kubeconfig: Option<PathBuf>,
 }
@@ -47,6 +47,6 @@ pub(crate) fn uninstall(options: &UninstallArgs) -> Result<(), Failure> {
         timeout: seconds("--timeout", options.timeout)?,
         kubeconfig: options.kubeconfig.as_deref(),
     };
-    let say = |text: &str| print(&format!("{text}\n")).unwrap_or_default();
-    runtime()?.block_on(uninstall::uninstall(&options, say))
+    let report = |text: &str| print(&format!("{text}\n")).unwrap_or_default();
+    runtime()?.block_on(uninstall::uninstall(&options, report))
 }

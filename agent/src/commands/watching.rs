@@ -1,4 +1,4 @@
-//! The data process's side of `trace --drops` and `capture`: its socket, and what it refuses.
+//! Capture requests of `trace --drops` and `capture` to the data process, and their errors.
 
 use std::path::Path;
 
@@ -10,31 +10,38 @@ use crate::control::client::{Client, ClientError};
 use crate::failure::Failure;
 use crate::status::Document;
 
-/// A connection to the data process of the agent whose status this is.
+/// Connects to the data process. `status` names its socket.
 pub(crate) async fn connect(status: &Document) -> Result<Client, Failure> {
     let socket = status.config.pointer("/dataplane/socket").and_then(|socket| socket.as_str());
     let socket = Path::new(socket.unwrap_or("/run/skein/dataplane.sock"));
     Client::connect(socket).await.map_err(failure)
 }
 
-/// Begins a watch there.
-pub(crate) async fn begin(status: &Document, watch: CaptureRequest) -> Result<Client, Failure> {
+/// Connects to the data process and starts a capture.
+pub(crate) async fn start_capture(
+    status: &Document,
+    watch: CaptureRequest,
+) -> Result<Client, Failure> {
     let mut client = connect(status).await?;
     client.watch(watch).await.map_err(failure)?;
     Ok(client)
 }
 
+/// Converts an error of the data process to the failure of the command.
 pub(crate) fn failure(error: ClientError) -> Failure {
     match error {
         ClientError::Refused { kind: ErrorKind::InUse, message } => Failure::Taken(message),
         ClientError::Refused { kind: ErrorKind::Invalid, message } => Failure::Runtime(anyhow!(
-            "{message}: is the data process of an older version? (skein-agent dataplane --take-over)"
+            "{message}. If the data process has an older version, replace it with skein-agent dataplane \
+             --take-over."
         )),
         ClientError::Io(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
-            Failure::Privilege(format!("the data process's socket is for root: {error}"))
+            Failure::Privilege(format!(
+                "cannot use the data process's socket: {error}. Run the command as root."
+            ))
         }
         ClientError::Io(error) => Failure::Runtime(anyhow!(
-            "the data process has ended, or does not listen: {error}: see skein-agent status"
+            "no connection to the data process: {error}. See skein-agent status."
         )),
         other => Failure::Runtime(other.into()),
     }

@@ -85,7 +85,7 @@ pub fn agent_takes(objects: &[Value]) -> Result<()> {
     let mut agent = Command::new(binary()?);
     agent.args(["pubkey", "--config"]).arg(&path);
     let finished = process::finish(&mut agent, &[], COMMAND_TIMEOUT)?;
-    let accepted = finished.code == 0 || finished.stderr.contains("there is no private key");
+    let accepted = finished.code == 0 || finished.stderr.contains("the private key file");
     ensure!(accepted, "{}\n{text}", finished.stderr);
     Ok(())
 }

@@ -45,7 +45,7 @@ fn peers_and_traces_tell_the_well_from_the_lost() -> Result<()> {
     ran(&mixed, 2)?;
     let foreign = cluster.agents[0].run_command(&["trace", &b, &a])?;
     ran(&foreign, 2)?;
-    says(&foreign.stderr, &["run this on node-b"])?;
+    says(&foreign.stderr, &["Run this command on node-b"])?;
     let outside = cluster.agents[0].run_command(&["trace", &a, "198.51.100.9"])?;
     ran(&outside, 1)?;
     says(&outside.stderr, &["route", "198.51.100.9"])?;
@@ -74,7 +74,7 @@ fn peers_and_traces_tell_the_well_from_the_lost() -> Result<()> {
     cluster.agents[0].stop()?;
     let away = cluster.agents[0].run_command(&["peers"])?;
     ran(&away, 1)?;
-    says(&away.stderr, &["no agent answers", "is it running"])
+    says(&away.stderr, &["no agent answers", "Check that the agent runs"])
 }
 
 #[test]
@@ -108,10 +108,10 @@ fn bench_measures_over_the_overlay_and_beside_it() -> Result<()> {
     let shown = process::describe(&agent.command(&[&words[..], &["--seconds", "0.7"]].concat())?);
     let script = format!("{shown}; echo ended $?; sleep 60");
     let terminal = Terminal::open(cluster.lab.directory(), &script)?;
-    terminal.shows("beside: ")?;
+    terminal.shows("underlay: ")?;
     terminal.shows("ended 0")?;
     let screen = terminal.tmux(&["capture-pane", "-p"])?;
-    ensure!(!screen.contains("beside: ") && screen.contains("round trip"), "{screen}");
+    ensure!(!screen.contains("underlay: ") && screen.contains("round-trip time"), "{screen}");
 
     let huge = agent.run_command(&["bench", "--serve", "--limit", "18446744073709551615"])?;
     ran(&huge, 2)?;
@@ -135,7 +135,7 @@ fn bench_measures_over_the_overlay_and_beside_it() -> Result<()> {
     )?;
     let table = agent.run_command(&[&words[..], &["--seconds", "0.2"]].concat())?;
     ran(&table, 0)?;
-    says(&table.stdout, &["nothing was measured beside the overlay", "firewall", "round trip"])?;
+    says(&table.stdout, &["no measurement over the underlay", "firewall", "round-trip time"])?;
     serve.stop(checks::EVENT_TIMEOUT).map(drop)
 }
 
@@ -145,7 +145,7 @@ fn connectivity_without_kubernetes_is_of_this_nodes_peers() -> Result<()> {
     let agent = &cluster.agents[0];
     let test = agent.run_command(&["connectivity-test"])?;
     ran(&test, 0)?;
-    says(&test.stdout, &["node-b", "node-c", "2 of 2 pairs are well"])?;
+    says(&test.stdout, &["node-b", "node-c", "2 of 2 pairs pass"])?;
     cluster.lab.set_cable(1, false)?;
     let mut command = agent.command(&["connectivity-test", "-o", "json"])?;
     let test = process::finish(&mut command, &[], Duration::from_secs(60))?;
@@ -206,7 +206,7 @@ fn a_sysdump_holds_what_is_needed_and_no_secret() -> Result<()> {
     }
     let again = agent.run_command(&["sysdump", &path])?;
     ran(&again, 2)?;
-    says(&again.stderr, &["is there already"])
+    says(&again.stderr, &["already exists"])
 }
 
 /// Base64 by the system's own program.

@@ -1,5 +1,5 @@
-//! What the two ends of a measurement say to each other: lines over TCP. Who asks shows that it knows the
-//! token without saying it, since beside the overlay anybody may listen.
+//! Protocol of a measurement: lines of JSON over TCP. The client proves that it knows the token
+//! with an HMAC of a challenge, because another program may listen on the port of the underlay.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -14,60 +14,60 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-/// The longest line in bytes.
-const LINE: u64 = 1024;
-/// How long the other end may say nothing.
-pub(super) const PATIENCE: Duration = Duration::from_secs(5);
-/// Bytes of a message that is echoed, and of a datagram.
-pub(super) const SMALL: usize = 64;
+/// Maximum length of a line in bytes.
+const MAX_LINE: u64 = 1024;
+/// Timeout of each read and write.
+pub(super) const IO_TIMEOUT: Duration = Duration::from_secs(5);
+/// Size of an echoed message and of a datagram's payload, bytes.
+pub(super) const MESSAGE_BYTES: usize = 64;
 
-/// What is to be measured.
+/// Kind of a measurement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Work {
-    /// Every message of [`SMALL`] bytes is sent back.
+    /// The server sends each message of [`MESSAGE_BYTES`] bytes back.
     Echo,
-    /// The asker sends until it has enough.
+    /// The client sends until it closes its direction of the connection.
     Upload,
-    /// The asker receives for so many milliseconds.
+    /// The server sends for `ms` milliseconds.
     Download { ms: u64 },
-    /// The asker sends datagrams to the same port, and says when it has sent the last.
+    /// The client sends datagrams to the same port, then a line after the last one.
     Datagrams,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Request {
     work: Work,
-    /// Over the challenge and the work.
+    /// HMAC-SHA256 of challenge and work with the token as the key, base64url.
     proof: String,
 }
 
-/// What the other end has counted.
+/// Packets and bytes that one end sent or received, and the duration in seconds.
 #[derive(Debug, Default, Serialize, Deserialize)]
-pub(super) struct Counted {
+pub(super) struct TrafficCount {
     pub(super) bytes: u64,
     pub(super) packets: u64,
     pub(super) seconds: f64,
 }
 
-/// Why nothing was measured.
+/// Error of a measurement.
 #[derive(Debug, Error)]
-pub(super) enum AskError {
-    /// The other end says no, in its own words.
+pub(super) enum RequestError {
+    /// The server refuses the request, with its own text.
     #[error("{0}")]
     Refused(String),
     #[error(transparent)]
     Io(#[from] io::Error),
 }
 
-/// A connection between the two.
-pub(super) struct Line(pub(super) BufReader<TcpStream>);
+/// TCP connection between client and server.
+pub(super) struct Connection(pub(super) BufReader<TcpStream>);
 
-impl Line {
+impl Connection {
     pub(super) fn new(stream: TcpStream) -> io::Result<Self> {
         stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(IO_TIMEOUT))?;
+        stream.set_write_timeout(Some(IO_TIMEOUT))?;
         Ok(Self(BufReader::new(stream)))
     }
 
@@ -75,8 +75,8 @@ impl Line {
         self.0.get_ref()
     }
 
-    /// Does something with the connection, which is cut off after `time`: with every byte that trickles in, a
-    /// read's own timeout begins anew.
+    /// Runs `work` and shuts the connection down after `time`. The timeout of a read is not
+    /// sufficient, because it restarts with every byte.
     pub(super) fn within<T>(
         &mut self,
         time: Duration,
@@ -97,63 +97,71 @@ impl Line {
             let result = work(self);
             drop(done);
             match watch.join() {
-                Ok(true) => {
-                    Err(io::Error::new(io::ErrorKind::TimedOut, "cut off: its time is over"))
-                }
+                Ok(true) => Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    "connection closed: time limit exceeded",
+                )),
                 _ => result,
             }
         })
     }
 
-    pub(super) fn say(&mut self, value: &impl Serialize) -> io::Result<()> {
+    /// Sends `value` as a line.
+    pub(super) fn send(&mut self, value: &impl Serialize) -> io::Result<()> {
         let mut text = serde_json::to_vec(value)?;
         text.push(b'\n');
         self.0.get_mut().write_all(&text)
     }
 
-    pub(super) fn hear<T: DeserializeOwned>(&mut self) -> io::Result<T> {
-        heard(&mut self.0)
+    /// Receives a line.
+    pub(super) fn receive<T: DeserializeOwned>(&mut self) -> io::Result<T> {
+        read_line(&mut self.0)
     }
 
-    /// Asks for a measurement.
-    pub(super) fn ask(&mut self, token: &str, work: Work) -> Result<(), AskError> {
-        let challenge: String = self.hear()?;
-        self.say(&Request { work, proof: BASE64.encode(sign(token, &challenge, work)?) })?;
-        let answer: String = self.hear()?;
+    /// Requests a measurement.
+    pub(super) fn request(&mut self, token: &str, work: Work) -> Result<(), RequestError> {
+        let challenge: String = self.receive()?;
+        self.send(&Request { work, proof: BASE64.encode(sign(token, &challenge, work)?) })?;
+        let answer: String = self.receive()?;
         match answer.as_str() {
             "ok" => Ok(()),
-            other => Err(AskError::Refused(other.to_owned())),
+            other => Err(RequestError::Refused(other.to_owned())),
         }
     }
 
-    /// What somebody asks for who knows the token; `None` for whoever does not.
-    pub(super) fn asked(&mut self, token: &str) -> io::Result<Option<Work>> {
+    /// Receives a request and answers it. Returns `None` if the client does not prove the token.
+    pub(super) fn accept_request(&mut self, token: &str) -> io::Result<Option<Work>> {
         let challenge = random()?;
-        self.say(&challenge)?;
-        let request: Request = self.hear()?;
+        self.send(&challenge)?;
+        let request: Request = self.receive()?;
         let proof = BASE64.decode(&request.proof).unwrap_or_default();
         let right = sign(token, &challenge, request.work)?;
         match aws_lc_rs::constant_time::verify_slices_are_equal(&right, &proof) {
-            Ok(()) => self.say(&"ok").map(|()| Some(request.work)),
-            Err(_) => self.say(&"the token is not that of --serve").map(|()| None),
+            Ok(()) => self.send(&"ok").map(|()| Some(request.work)),
+            Err(_) => self.send(&"the token differs from that of bench --serve").map(|()| None),
         }
     }
 }
 
-fn heard<T: DeserializeOwned>(from: &mut impl BufRead) -> io::Result<T> {
+fn read_line<T: DeserializeOwned>(from: &mut impl BufRead) -> io::Result<T> {
     let mut text = String::new();
-    from.take(LINE).read_line(&mut text)?;
-    // What is wrong with it would quote it, and a stranger's words are nothing to print.
-    let wrong = || io::Error::new(io::ErrorKind::InvalidData, "what it says is not bench's");
+    from.take(MAX_LINE).read_line(&mut text)?;
+    // The error of serde_json quotes the line, which an unauthenticated sender may have written.
+    let wrong = || {
+        io::Error::new(
+            io::ErrorKind::InvalidData,
+            "the other end does not speak the protocol of bench",
+        )
+    };
     serde_json::from_str(&text).map_err(|_| wrong())
 }
 
-/// For the fuzzer: everything that a line may be.
+/// Parses a line as every type of the protocol, for the fuzzer.
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) fn fuzz_line(data: &[u8]) {
-    let _ = heard::<String>(&mut &data[..]);
-    let _ = heard::<Counted>(&mut &data[..]);
-    match heard::<Request>(&mut &data[..]) {
+    let _ = read_line::<String>(&mut &data[..]);
+    let _ = read_line::<TrafficCount>(&mut &data[..]);
+    match read_line::<Request>(&mut &data[..]) {
         Ok(request) => assert!(sign("token", &request.proof, request.work).is_ok()),
         Err(error) => assert!(!error.to_string().contains(char::is_control)),
     }
@@ -165,7 +173,7 @@ fn sign(token: &str, challenge: &str, work: Work) -> io::Result<Vec<u8>> {
     Ok(hmac::sign(&key, text.as_bytes()).as_ref().to_vec())
 }
 
-/// 128 random bits as text.
+/// Returns 128 random bits as base64url.
 pub(super) fn random() -> io::Result<String> {
     let mut bytes = [0; 16];
     aws_lc_rs::rand::fill(&mut bytes).map_err(|_| io::Error::other("no random numbers"))?;
@@ -181,27 +189,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn strangers_words_are_not_repeated() {
+    fn invalid_line_is_not_quoted_in_error() {
         let line = br#"{"work":"\u001b[2Jforged","proof":""}"#;
-        let error = heard::<Request>(&mut &line[..]).err().unwrap();
-        assert_eq!(error.to_string(), "what it says is not bench's");
+        let error = read_line::<Request>(&mut &line[..]).err().unwrap();
+        assert_eq!(error.to_string(), "the other end does not speak the protocol of bench");
     }
 
     #[test]
-    fn whoever_trickles_is_cut_off() {
+    fn slow_sender_is_disconnected_at_deadline() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut stranger = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let mut line = Line::new(listener.accept().unwrap().0).unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut connection = Connection::new(listener.accept().unwrap().0).unwrap();
         let trickle = thread::spawn(move || {
-            while stranger.write_all(b"x").is_ok() {
+            while client.write_all(b"x").is_ok() {
                 thread::sleep(Duration::from_millis(20));
             }
         });
         let start = Instant::now();
-        let asked = line.within(Duration::from_millis(200), |line| line.asked("token"));
-        assert_eq!(asked.unwrap_err().kind(), io::ErrorKind::TimedOut);
-        assert!(start.elapsed() < PATIENCE, "{:?}", start.elapsed());
-        drop(line);
+        let request = connection
+            .within(Duration::from_millis(200), |connection| connection.accept_request("token"));
+        assert_eq!(request.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert!(start.elapsed() < IO_TIMEOUT, "{:?}", start.elapsed());
+        drop(connection);
         trickle.join().unwrap();
     }
 }

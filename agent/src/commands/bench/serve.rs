@@ -1,23 +1,25 @@
-//! The end that answers: one measurement at a time, for those who know the token, until the time is over.
+//! Server of measurements: one at a time, for clients with the token, until the limit expires.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
-use super::protocol::{Counted, Line, PATIENCE, SMALL, Work, random};
+use super::protocol::{Connection, IO_TIMEOUT, MESSAGE_BYTES, TrafficCount, Work, random};
 use crate::commands::print;
 use crate::failure::Failure;
 
-/// How long somebody may take to say what is to be measured: less than the patience of whoever waits behind.
-const HANDSHAKE: Duration = Duration::from_secs(3);
-/// The longest that one measurement may take.
-const LONGEST: Duration = Duration::from_secs(65);
-/// How long datagrams are waited for once the asker has sent the last.
-const LATE: Duration = Duration::from_secs(1);
-/// How often it is looked whether the time is over.
-const LOOK: Duration = Duration::from_millis(100);
+/// Timeout of a request. It is shorter than [`IO_TIMEOUT`], so that the next client does not give
+/// up.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(3);
+/// Maximum duration of a measurement.
+const MAX_MEASUREMENT: Duration = Duration::from_secs(65);
+/// Time for delayed datagrams after the client has sent the last one.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
+/// Interval at which the limit is checked.
+const ACCEPT_INTERVAL: Duration = Duration::from_millis(100);
 
-/// `overlay`: only who asks for one of these addresses is answered.
+/// Answers measurements until `limit` expires. With `overlay`, only requests to one of these
+/// addresses are answered.
 pub(super) fn serve(
     node: &str,
     port: u16,
@@ -26,14 +28,14 @@ pub(super) fn serve(
 ) -> Result<(), Failure> {
     let (tcp, udp) = bind(port).map_err(|error| match error.kind() {
         io::ErrorKind::AddrInUse => {
-            Failure::Taken(format!("port {port} is in use: choose another with --port"))
+            Failure::Taken(format!("port {port} is in use. Choose another with --port."))
         }
         _ => Failure::io(format!("cannot listen on port {port}"), error),
     })?;
-    let token = random().map_err(|error| Failure::io("cannot make a token", error))?;
+    let token = random().map_err(|error| Failure::io("cannot generate a token", error))?;
     let port = if port == 51901 { String::new() } else { format!(" --port {port}") };
     print(&format!(
-        "answering for {} s; on the other node:\n  skein-agent bench {node} --token {token}{port}\n",
+        "answering for {} s; run on the other node:\n  skein-agent bench {node} --token {token}{port}\n",
         limit.as_secs_f64()
     ))?;
     let end = Instant::now() + limit;
@@ -41,22 +43,22 @@ pub(super) fn serve(
         let stream = match tcp.accept() {
             Ok((stream, _)) => stream,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                std::thread::sleep(LOOK);
+                std::thread::sleep(ACCEPT_INTERVAL);
                 continue;
             }
             Err(error) => return Err(Failure::io("cannot accept a connection", error)),
         };
-        let who = stream.peer_addr();
-        // Whoever goes away in the middle has seen enough.
+        let client = stream.peer_addr();
+        // An error ends this measurement only.
         let done = answer(stream, &udp, &token, overlay.as_deref(), end);
-        if let (Ok(who), Err(error)) = (who, done) {
-            print(&format!("{who}: {error}\n"))?;
+        if let (Ok(client), Err(error)) = (client, done) {
+            print(&format!("{client}: {error}\n"))?;
         }
     }
     Ok(())
 }
 
-/// Both families where there are both.
+/// Binds TCP and UDP sockets for both address families, or for IPv4 if IPv6 is not available.
 fn bind(port: u16) -> io::Result<(TcpListener, UdpSocket)> {
     let any: [IpAddr; 2] = [Ipv6Addr::UNSPECIFIED.into(), Ipv4Addr::UNSPECIFIED.into()];
     let mut failed = io::Error::from(io::ErrorKind::AddrNotAvailable);
@@ -66,7 +68,7 @@ fn bind(port: u16) -> io::Result<(TcpListener, UdpSocket)> {
             tcp.set_nonblocking(true)?;
             Ok((tcp, udp))
         }) {
-            // Without IPv6 the other will do.
+            // Without IPv6, IPv4 is tried next.
             Err(error) if error.kind() != io::ErrorKind::AddrInUse => failed = error,
             bound => return bound,
         }
@@ -74,6 +76,7 @@ fn bind(port: u16) -> io::Result<(TcpListener, UdpSocket)> {
     Err(failed)
 }
 
+/// Answers one request.
 fn answer(
     stream: TcpStream,
     udp: &UdpSocket,
@@ -82,93 +85,96 @@ fn answer(
     end: Instant,
 ) -> io::Result<()> {
     stream.set_nonblocking(false)?;
-    let asked = stream.local_addr()?.ip().to_canonical();
-    if overlay.is_some_and(|overlay| !overlay.contains(&asked)) {
-        return Err(io::Error::other(format!("asked at {asked}, which is not on the overlay")));
+    let address = stream.local_addr()?.ip().to_canonical();
+    if overlay.is_some_and(|overlay| !overlay.contains(&address)) {
+        return Err(io::Error::other(format!(
+            "request to {address}, which is not an overlay address of this node"
+        )));
     }
-    let mut line = Line::new(stream)?;
+    let mut connection = Connection::new(stream)?;
     let left = |most: Duration| end.saturating_duration_since(Instant::now()).min(most);
-    let asked = line.within(left(HANDSHAKE), |line| line.asked(token))?;
-    let work = asked.ok_or_else(|| io::Error::other("it does not know the token"))?;
-    let time = left(LONGEST);
-    line.within(time, |line| match work {
-        Work::Echo => echo(line),
-        Work::Upload => upload(line),
-        Work::Download { ms } => download(line, time.min(Duration::from_millis(ms))),
-        Work::Datagrams => datagrams(line, udp, time),
+    let work = connection
+        .within(left(HANDSHAKE_TIMEOUT), |connection| connection.accept_request(token))?;
+    let work = work.ok_or_else(|| io::Error::other("wrong token"))?;
+    let time = left(MAX_MEASUREMENT);
+    connection.within(time, |connection| match work {
+        Work::Echo => echo(connection),
+        Work::Upload => upload(connection),
+        Work::Download { ms } => download(connection, time.min(Duration::from_millis(ms))),
+        Work::Datagrams => datagrams(connection, udp, time),
     })
 }
 
-fn echo(line: &mut Line) -> io::Result<()> {
-    let mut message = [0; SMALL];
+fn echo(connection: &mut Connection) -> io::Result<()> {
+    let mut message = [0; MESSAGE_BYTES];
     loop {
-        match line.0.read_exact(&mut message) {
+        match connection.0.read_exact(&mut message) {
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
             read => read?,
         }
-        line.0.get_mut().write_all(&message)?;
+        connection.0.get_mut().write_all(&message)?;
     }
 }
 
-fn upload(line: &mut Line) -> io::Result<()> {
+fn upload(connection: &mut Connection) -> io::Result<()> {
     let mut buffer = vec![0; 256 << 10];
-    let (mut counted, mut first) = (Counted::default(), None);
+    let (mut counted, mut first) = (TrafficCount::default(), None);
     loop {
-        match line.0.read(&mut buffer)? {
-            0 => return line.say(&counted),
+        match connection.0.read(&mut buffer)? {
+            0 => return connection.send(&counted),
             bytes => counted.bytes += bytes as u64,
         }
         counted.seconds = first.get_or_insert_with(Instant::now).elapsed().as_secs_f64();
     }
 }
 
-fn download(line: &Line, time: Duration) -> io::Result<()> {
+fn download(connection: &Connection, time: Duration) -> io::Result<()> {
     let buffer = vec![0; 256 << 10];
     let end = Instant::now() + time;
-    let mut stream = line.stream();
+    let mut stream = connection.stream();
     while Instant::now() < end {
         stream.write_all(&buffer)?;
     }
     stream.shutdown(Shutdown::Write)
 }
 
-fn datagrams(line: &mut Line, udp: &UdpSocket, time: Duration) -> io::Result<()> {
-    let from = line.stream().peer_addr()?.ip().to_canonical();
-    // What an earlier measurement has left.
+fn datagrams(connection: &mut Connection, udp: &UdpSocket, time: Duration) -> io::Result<()> {
+    let from = connection.stream().peer_addr()?.ip().to_canonical();
+    // Discard datagrams of an earlier measurement.
     let mut buffer = [0; 2048];
     udp.set_nonblocking(true)?;
     let mut end = Instant::now() + time;
     while Instant::now() < end && udp.recv_from(&mut buffer).is_ok() {}
     udp.set_nonblocking(false)?;
     udp.set_read_timeout(Some(Duration::from_millis(200)))?;
-    line.say(&"send")?;
-    let (mut counted, mut first, mut told) = (Counted::default(), None, false);
-    line.stream().set_nonblocking(true)?;
+    connection.send(&"send")?;
+    let (mut counted, mut first, mut all_sent) = (TrafficCount::default(), None, false);
+    connection.stream().set_nonblocking(true)?;
     while Instant::now() < end {
         match udp.recv_from(&mut buffer) {
-            Ok((bytes, who)) if who.ip().to_canonical() == from => {
+            Ok((bytes, sender)) if sender.ip().to_canonical() == from => {
                 counted.packets += 1;
                 counted.bytes += bytes as u64;
                 counted.seconds = first.get_or_insert_with(Instant::now).elapsed().as_secs_f64();
             }
-            // Nothing more is on its way once the asker has said that it is done.
-            Err(_) if told => break,
-            // Strangers' datagrams hide that.
-            _ if told => {}
-            _ => match line.stream().peek(&mut [0]) {
+            // The client has sent all datagrams, and no more arrive.
+            Err(_) if all_sent => break,
+            // A datagram of another sender does not end the wait.
+            _ if all_sent => {}
+            _ => match connection.stream().peek(&mut [0]) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 _ => {
-                    told = true;
-                    end = end.min(Instant::now() + LATE);
+                    all_sent = true;
+                    end = end.min(Instant::now() + DRAIN_TIMEOUT);
                 }
             },
         }
     }
-    line.stream().set_nonblocking(false)?;
-    line.stream().set_read_timeout(Some(PATIENCE))?;
-    // Unread, it would have the kernel reset the connection before the answer is read.
-    let _done: String = line.hear()?;
-    line.say(&counted)
+    connection.stream().set_nonblocking(false)?;
+    connection.stream().set_read_timeout(Some(IO_TIMEOUT))?;
+    // Unread data would make the kernel reset the connection before the client reads the answer.
+    let _done: String = connection.receive()?;
+    connection.send(&counted)
 }
 
 #[cfg(test)]
@@ -176,26 +182,25 @@ fn datagrams(line: &mut Line, udp: &UdpSocket, time: Duration) -> io::Result<()>
 mod tests {
     use super::*;
 
-    /// Also what somebody asks for who may, and who goes on.
     #[test]
-    fn nothing_outlasts_the_serving() {
+    fn measurement_ends_when_limit_expires() {
         let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
         let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
         for work in [Work::Echo, Work::Upload, Work::Download { ms: 60_000 }, Work::Datagrams] {
-            let asker = TcpStream::connect(tcp.local_addr().unwrap()).unwrap();
-            let asker = std::thread::spawn(move || {
-                let mut line = Line::new(asker).unwrap();
-                line.ask("token", work).unwrap();
-                while line.0.get_mut().write_all(b"x").is_ok() {
+            let client = TcpStream::connect(tcp.local_addr().unwrap()).unwrap();
+            let client = std::thread::spawn(move || {
+                let mut connection = Connection::new(client).unwrap();
+                connection.request("token", work).unwrap();
+                while connection.0.get_mut().write_all(b"x").is_ok() {
                     std::thread::sleep(Duration::from_millis(20));
                 }
             });
             let start = Instant::now();
             let end = start + Duration::from_millis(300);
             let done = answer(tcp.accept().unwrap().0, &udp, "token", None, end);
-            assert!(start.elapsed() < PATIENCE, "{work:?}: {:?}", start.elapsed());
+            assert!(start.elapsed() < IO_TIMEOUT, "{work:?}: {:?}", start.elapsed());
             assert!(done.is_err(), "{work:?}");
-            asker.join().unwrap();
+            client.join().unwrap();
         }
     }
 }

@@ -1,15 +1,15 @@
-//! The pcap file format, version 2.4 with nanoseconds (draft-ietf-opsawg-pcap).
+//! Writer of the pcap file format, version 2.4 with nanoseconds (draft-ietf-opsawg-pcap).
 
 use std::io::{self, BufWriter, Write};
 
 use skein_ipc::capture::CapturedPacket;
 
-/// Timestamps in nanoseconds.
+/// Magic number of a file whose timestamps have nanoseconds.
 const MAGIC: u32 = 0xa1b2_3c4d;
-/// Packets begin with their IP header.
+/// Link type of packets that start with the IP header.
 const LINKTYPE_RAW: u32 = 101;
-const FILE_HEADER: u64 = 24;
-const PACKET_HEADER: u64 = 16;
+const FILE_HEADER_BYTES: u64 = 24;
+const PACKET_HEADER_BYTES: u64 = 16;
 
 pub(super) struct Pcap<W: Write> {
     to: BufWriter<W>,
@@ -17,7 +17,7 @@ pub(super) struct Pcap<W: Write> {
 }
 
 impl<W: Write> Pcap<W> {
-    /// Writes the file's header.
+    /// Writes the file header.
     pub(super) fn begin(to: W, snaplen: u32) -> io::Result<Self> {
         let mut to = BufWriter::new(to);
         to.write_all(&MAGIC.to_le_bytes())?;
@@ -27,30 +27,30 @@ impl<W: Write> Pcap<W> {
             to.write_all(&u32::to_le_bytes(field))?;
         }
         to.flush()?;
-        Ok(Self { to, length: FILE_HEADER })
+        Ok(Self { to, length: FILE_HEADER_BYTES })
     }
 
-    /// Bytes written.
+    /// Number of bytes written, headers included.
     pub(super) fn len(&self) -> u64 {
         self.length
     }
 
-    /// How many it would be with one packet more.
-    pub(super) fn would_be(&self, seen: &CapturedPacket) -> u64 {
-        self.length + PACKET_HEADER + seen.bytes.len() as u64
+    /// Returns the number of bytes after the next packet.
+    pub(super) fn length_with(&self, seen: &CapturedPacket) -> u64 {
+        self.length + PACKET_HEADER_BYTES + seen.bytes.len() as u64
     }
 
-    /// Writes a packet.
+    /// Writes a packet with its header.
     pub(super) fn write(&mut self, seen: &CapturedPacket) -> io::Result<()> {
         let seconds = u32::try_from(seen.time_ns / 1_000_000_000).unwrap_or(u32::MAX);
         let nanos = (seen.time_ns % 1_000_000_000) as u32;
-        // No packet is longer than the 65,535 bytes that the data process copies at most.
+        // The data process copies at most 65,535 bytes of a packet.
         let captured = seen.bytes.len() as u32;
         for field in [seconds, nanos, captured, seen.length] {
             self.to.write_all(&field.to_le_bytes())?;
         }
         self.to.write_all(&seen.bytes)?;
-        self.length = self.would_be(seen);
+        self.length = self.length_with(seen);
         Ok(())
     }
 
@@ -65,7 +65,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_is_as_the_format_wants_it() {
+    fn file_has_headers_of_pcap_2_4() {
         let seen = CapturedPacket {
             time_ns: 3_000_000_007,
             lane: Some(0),

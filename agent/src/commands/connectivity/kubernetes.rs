@@ -1,5 +1,6 @@
-//! `skein-agent connectivity-test` in a cluster: a pod on every node that answers, then one in the pod
-//! network and one in the node's of every node that probe all of them. What they found is in their logs.
+//! `skein-agent connectivity-test` in a cluster. On every node, one pod answers probes; then two
+//! pods, one in the pod network and one in the node's network, probe all targets. Their logs
+//! contain the results.
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
@@ -23,45 +24,54 @@ use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use super::matrix::{Cell, Matrix, Target};
-use super::pods::{self, LABEL, Template, ended, phase, trouble};
+use super::pods::{self, LABEL, Template, failure_reason, has_ended, phase};
 use super::rand;
 use crate::control::kubernetes::resource::SkeinNode;
 use crate::lifecycle::Signals;
 
-/// From one look at the pods to the next: at least that, and so much for each pod, as they are much to list.
-const LOOK: Duration = Duration::from_millis(500);
-const LOOK_EACH: Duration = Duration::from_millis(1);
-/// What a request may take, and one for a log, which hangs where the API server does not get through to a kubelet.
-const REQUEST: Duration = Duration::from_secs(30);
-const LOG: Duration = Duration::from_secs(10);
-/// What is read of a log in bytes: what kubelet keeps of one.
-const LONGEST_LOG: u64 = 10 << 20;
-/// Requests at once.
-const TOGETHER: usize = 16;
-/// What cleaning up may take, whatever the time that was given, and so much more for each pod.
-const LAST: Duration = Duration::from_secs(30);
-const LAST_EACH: Duration = Duration::from_millis(20);
-/// Where the pods answer.
+/// Minimum interval between two lists of the pods.
+const MIN_LIST_INTERVAL: Duration = Duration::from_millis(500);
+/// Interval between two lists of the pods, per pod, because long lists load the API server.
+const LIST_INTERVAL_PER_POD: Duration = Duration::from_millis(1);
+/// Timeout of a request.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// Timeout of a request for a log, which hangs if the API server does not reach the kubelet.
+const LOG_TIMEOUT: Duration = Duration::from_secs(10);
+/// Maximum number of bytes read of a log, as much as kubelet keeps.
+const MAX_LOG_BYTES: u64 = 10 << 20;
+/// Number of requests that run in parallel.
+const PARALLEL_REQUESTS: usize = 16;
+/// Timeout of the removal of the pods, in addition to the timeout of the test.
+const REMOVAL_TIMEOUT: Duration = Duration::from_secs(30);
+/// Further time for the removal, per pod.
+const REMOVAL_TIMEOUT_PER_POD: Duration = Duration::from_millis(20);
+/// TCP and UDP port of the answering pods.
 const PORT: u16 = 8080;
 
-/// What to test.
+/// Parameters of the test.
 #[derive(Debug)]
 pub(super) struct Options<'a> {
-    /// Which cluster; what kubectl would use where it is absent, or that of this pod.
+    /// Kubeconfig file of the cluster. `None`: the default of kubectl, or the cluster of this pod.
     pub(super) kubeconfig: Option<&'a Path>,
-    /// Where the test's pods run.
+    /// Namespace of the test's pods.
     pub(super) namespace: &'a str,
-    /// Where the agents run.
+    /// Namespace of the agents.
     pub(super) agents_namespace: &'a str,
-    /// The agents' DaemonSet.
+    /// Name of the agents' DaemonSet.
     pub(super) daemonset: &'a str,
-    /// How long it may take.
+    /// Timeout of the test without the removal of its pods.
     pub(super) timeout: Duration,
 }
 
-/// Tests, and removes whatever it has made, also where it fails or is interrupted.
-pub(super) async fn test(options: &Options<'_>, say: impl Fn(&str)) -> anyhow::Result<Matrix> {
-    test_with(connect(options.kubeconfig).await?, options, say).await
+/// Runs the test and removes its pods, also after a failure or an interruption. `report` receives
+/// the progress.
+///
+/// # Errors
+/// The cluster is not reachable, the DaemonSet or the nodes cannot be read, no answering pod or no
+/// ConfigMap can be created, or a signal interrupts the test. Failures of single pods are part of
+/// the matrix.
+pub(super) async fn test(options: &Options<'_>, report: impl Fn(&str)) -> anyhow::Result<Matrix> {
+    test_with(connect(options.kubeconfig).await?, options, report).await
 }
 
 async fn connect(kubeconfig: Option<&Path>) -> anyhow::Result<Client> {
@@ -73,35 +83,36 @@ async fn connect(kubeconfig: Option<&Path>) -> anyhow::Result<Client> {
             Config::from_custom_kubeconfig(file, &Default::default()).await?
         }
         None => Config::infer().await.context(
-            "no cluster: name a kubeconfig with --kubeconfig, or run this where kubectl works",
+            "no cluster is configured. Set --kubeconfig, or run the command where kubectl works.",
         )?,
     };
-    Client::try_from(config).context("cannot make a client of the cluster")
+    Client::try_from(config).context("cannot create a Kubernetes client")
 }
 
 async fn test_with(
     client: Client,
     options: &Options<'_>,
-    say: impl Fn(&str),
+    report: impl Fn(&str),
 ) -> anyhow::Result<Matrix> {
-    let mut signals = Signals::take().context("cannot take signals")?;
+    let mut signals = Signals::take().context("cannot install signal handlers")?;
     let run = Run::new(client, options);
     let result = tokio::select! {
-        result = run.test(&say) => result,
+        result = run.test(&report) => result,
         () = signals.end() => Err(anyhow!("interrupted")),
     };
     if run.pods_made.get() == 0 {
         return result;
     }
-    say("removing the test's pods");
+    report("removing the test's pods");
     let removed = tokio::select! {
         removed = run.remove() => removed,
         () = signals.end() => Err("interrupted".to_owned()),
     };
     if let Err(why) = removed {
         let (namespace, ours) = (options.namespace, run.selector());
-        say(&format!(
-            "the test's pods may be left behind: {why}: kubectl delete pods -n {namespace} -l {ours}"
+        report(&format!(
+            "pods of the test may be left behind: {why}. Remove them with kubectl delete pods -n \
+             {namespace} -l {ours}"
         ));
     }
     result
@@ -113,21 +124,21 @@ struct Run<'a> {
     pods: Api<Pod>,
     name: String,
     end: Instant,
-    /// Pods that there may be: none that the API server has refused.
+    /// Number of pods that may exist: created, or with an unknown result of the creation.
     pods_made: std::cell::Cell<u32>,
 }
 
-/// The test's pods, as they were seen last.
+/// Last list of the test's pods.
 #[derive(Default)]
-struct Seen {
+struct ListedPods {
     pods: BTreeMap<String, Pod>,
-    /// Why they could not be seen since.
-    trouble: Option<String>,
+    /// Error of the last request, if it failed.
+    error: Option<String>,
 }
 
-/// Whom to probe, and who is left out and why.
+/// Targets of the test, and the columns without a target, with the reason.
 #[derive(Default)]
-struct Found {
+struct FoundTargets {
     targets: Vec<Target>,
     absent: BTreeMap<String, String>,
 }
@@ -144,7 +155,8 @@ impl<'a> Run<'a> {
         format!("{LABEL}={}", self.name)
     }
 
-    /// What a request brings, where it does in that time and before the run has to end.
+    /// Waits for a request until `limit` or the end of the test. `cannot` is the context of an
+    /// error.
     async fn within<T>(
         &self,
         limit: Duration,
@@ -153,70 +165,73 @@ impl<'a> Run<'a> {
     ) -> anyhow::Result<T> {
         match timeout_at(self.end.min(Instant::now() + limit), request).await {
             Ok(result) => result.map_err(plain).context(cannot),
-            Err(_) if Instant::now() >= self.end => bail!("{cannot}: {}", self.over()),
+            Err(_) if Instant::now() >= self.end => bail!("{cannot}: {}", self.timeout_message()),
             Err(_) => bail!("{cannot}: no answer within {} s", limit.as_secs()),
         }
     }
 
-    fn over(&self) -> String {
-        format!("the {} s of --timeout are over", self.options.timeout.as_secs_f64())
+    fn timeout_message(&self) -> String {
+        format!("the timeout of {} s (--timeout) expired", self.options.timeout.as_secs_f64())
     }
 
-    async fn test(&self, say: &impl Fn(&str)) -> anyhow::Result<Matrix> {
+    async fn test(&self, report: &impl Fn(&str)) -> anyhow::Result<Matrix> {
         let template = self.template().await?;
         let nodes: Api<Node> = Api::all(self.client.clone());
         let all = ListParams::default();
-        let nodes = self.within(REQUEST, "cannot list the nodes".to_owned(), nodes.list(&all));
+        let nodes =
+            self.within(REQUEST_TIMEOUT, "cannot list the nodes".to_owned(), nodes.list(&all));
         let nodes = nodes.await?.items.into_iter().filter_map(|node| node.metadata.name);
         let nodes: Vec<String> = nodes.collect();
-        say(&format!("starting a pod that answers on each of {} nodes", nodes.len()));
-        let pods = nodes
-            .iter()
-            .enumerate()
-            .map(|(index, node)| (format!("pod@{node}"), template.answers(index, node, PORT)));
+        report(&format!("starting answering pods, one per node: {}", nodes.len()));
+        let pods = nodes.iter().enumerate().map(|(index, node)| {
+            (format!("pod@{node}"), template.answering_pod(index, node, PORT))
+        });
         let (answerers, absent) = self.create(pods).await;
         let Some((_, owner)) = answerers.first() else {
             let why = absent.into_values().next();
             bail!(why.unwrap_or_else(|| "the cluster has no nodes".to_owned()));
         };
         let seen = self.answering().await;
-        let mut found = Found { absent, ..Found::default() };
+        let mut found = FoundTargets { absent, ..FoundTargets::default() };
         for (column, pod) in &answerers {
             let addresses = seen.pod(&pod.name_any()).and_then(pods::addresses);
             let addresses = addresses.map_err(|why| format!("no answering pod: {why}"));
-            found.note(column.clone(), addresses, Some(PORT));
+            found.add(column.clone(), addresses, Some(PORT));
         }
         self.own_addresses(&nodes, &mut found).await;
-        say(&format!("probing {} addresses from every node and a pod on it", found.targets.len()));
+        report(&format!(
+            "probing from every node and from a pod on it; addresses: {}",
+            found.targets.len()
+        ));
         let maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), self.options.namespace);
         let map = template.targets(&found.targets, owner)?;
         let cannot = format!("cannot create ConfigMaps in namespace {}", self.options.namespace);
-        self.within(REQUEST, cannot, maps.create(&PostParams::default(), &map)).await?;
+        self.within(REQUEST_TIMEOUT, cannot, maps.create(&PostParams::default(), &map)).await?;
         let kinds = nodes.iter().enumerate().flat_map(|node| [("pod", node), ("node", node)]);
         let pods = kinds.map(|(kind, (index, node))| {
-            // The rest is for its start and for its log.
+            // The rest of the time is for the start of the pod and for reading its log.
             let time = self.end.saturating_duration_since(Instant::now()) * 3 / 4;
             let name = template.name(kind, index);
-            (format!("{kind}@{node}"), template.probes(&name, node, kind == "node", time))
+            (format!("{kind}@{node}"), template.probing_pod(&name, node, kind == "node", time))
         });
         let (probers, silent) = self.create(pods).await;
         let mut matrix = Matrix::new(&found.targets, found.absent);
         for (row, why) in silent {
-            matrix.note(row, Err(why));
+            matrix.add_row(row, Err(why));
         }
         self.results(probers, &mut matrix).await;
         Ok(matrix)
     }
 
-    /// Pods of the agents' image, which may be pulled as theirs may.
+    /// Returns the template of the test's pods, with image and pull policy of the agents.
     async fn template(&self) -> anyhow::Result<Template> {
         let Options { agents_namespace, daemonset, timeout, .. } = self.options;
         let sets: Api<DaemonSet> = Api::namespaced(self.client.clone(), agents_namespace);
         let cannot = format!(
-            "cannot get DaemonSet {daemonset} in {agents_namespace}, whose image the test uses: \
-             name it with --daemonset and --agents-namespace"
+            "cannot get DaemonSet {daemonset} in {agents_namespace}, whose image the test uses. \
+             Set --daemonset and --agents-namespace"
         );
-        let set = self.within(REQUEST, cannot, sets.get(daemonset)).await?;
+        let set = self.within(REQUEST_TIMEOUT, cannot, sets.get(daemonset)).await?;
         let spec = set.spec.and_then(|spec| spec.template.spec);
         let container = spec.and_then(|spec| spec.containers.into_iter().next());
         let container = container.context("the agents' DaemonSet has no container")?;
@@ -228,21 +243,22 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// Creates pods, several at once. Those that were, and why the others were not, by their rows or columns.
+    /// Creates pods in parallel. Returns the created pods and the errors of the others, by row or
+    /// column.
     async fn create(
         &self,
         pods: impl Iterator<Item = (String, serde_json::Result<Pod>)>,
     ) -> (Vec<(String, Pod)>, BTreeMap<String, String>) {
-        let create = async |(of, pod)| (of, self.create_one(pod).await);
-        let mut results = pin!(stream::iter(pods).map(create).buffer_unordered(TOGETHER));
-        let (mut made, mut not) = (Vec::new(), BTreeMap::new());
-        while let Some((of, result)) = results.next().await {
+        let create = async |(name, pod)| (name, self.create_one(pod).await);
+        let mut results = pin!(stream::iter(pods).map(create).buffer_unordered(PARALLEL_REQUESTS));
+        let (mut created, mut failed) = (Vec::new(), BTreeMap::new());
+        while let Some((name, result)) = results.next().await {
             match result {
-                Ok(pod) => made.push((of, pod)),
-                Err(error) => drop(not.insert(of, format!("{error:#}"))),
+                Ok(pod) => created.push((name, pod)),
+                Err(error) => drop(failed.insert(name, format!("{error:#}"))),
             }
         }
-        (made, not)
+        (created, failed)
     }
 
     async fn create_one(&self, pod: serde_json::Result<Pod>) -> anyhow::Result<Pod> {
@@ -252,7 +268,8 @@ impl<'a> Run<'a> {
         let parameters = PostParams::default();
         let create = async {
             match self.pods.create(&parameters, &pod).await {
-                // A try before, whose answer was lost, has made it: nobody else has this name.
+                // The client repeated the request after a lost answer, so the pod exists. The name
+                // is unique to this test.
                 Err(kube::Error::Api(status)) if status.code == 409 => {
                     let (ours, name) = (self.pods.list(&self.ours()).await?.items, pod.name_any());
                     let made = ours.into_iter().find(|pod| pod.name_any() == name);
@@ -261,7 +278,7 @@ impl<'a> Run<'a> {
                 made => made,
             }
         };
-        let made = self.within(REQUEST, cannot, create).await;
+        let made = self.within(REQUEST_TIMEOUT, cannot, create).await;
         if let Err(error) = &made
             && let Some(status) = error.downcast_ref::<Status>()
             && (400..500).contains(&status.code)
@@ -275,131 +292,139 @@ impl<'a> Run<'a> {
         ListParams::default().labels(&self.selector())
     }
 
-    async fn look(&self, seen: &mut Seen) {
+    /// Lists the pods again. After an error the last list is kept.
+    async fn refresh(&self, seen: &mut ListedPods) {
         let ours = self.ours();
-        let pods =
-            self.within(REQUEST, "cannot list the test's pods".to_owned(), self.pods.list(&ours));
+        let pods = self.within(
+            REQUEST_TIMEOUT,
+            "cannot list the test's pods".to_owned(),
+            self.pods.list(&ours),
+        );
         match pods.await {
             Ok(list) => {
                 let pods = list.items.into_iter().map(|pod| (pod.name_any(), pod)).collect();
-                *seen = Seen { pods, trouble: None };
+                *seen = ListedPods { pods, error: None };
             }
-            Err(error) => seen.trouble = Some(format!("{error:#}")),
+            Err(error) => seen.error = Some(format!("{error:#}")),
         }
     }
 
-    /// When to look at that many pods again.
-    fn next_look(&self, pods: usize) -> Instant {
+    /// Returns the time of the next list of `pods` pods.
+    fn next_refresh(&self, pods: usize) -> Instant {
         self.end.min(Instant::now() + interval(pods))
     }
 
-    /// The pods, when each of them runs or never will, or when half of the time is over.
-    async fn answering(&self) -> Seen {
+    /// Returns the answering pods once each of them runs or has ended, or after half of the time.
+    async fn answering(&self) -> ListedPods {
         let now = Instant::now();
         let half = now + self.end.saturating_duration_since(now) / 2;
-        let mut seen = Seen::default();
+        let mut seen = ListedPods::default();
         loop {
-            self.look(&mut seen).await;
-            let settled = |pod: &Pod| phase(pod) == "Running" || ended(pod);
-            let all = seen.trouble.is_none() && seen.pods.values().all(settled);
+            self.refresh(&mut seen).await;
+            let settled = |pod: &Pod| phase(pod) == "Running" || has_ended(pod);
+            let all = seen.error.is_none() && seen.pods.values().all(settled);
             if all || Instant::now() >= half {
                 return seen;
             }
-            sleep_until(self.next_look(seen.pods.len())).await;
+            sleep_until(self.next_refresh(seen.pods.len())).await;
         }
     }
 
-    /// The nodes' own addresses on the overlay.
-    async fn own_addresses(&self, nodes: &[String], found: &mut Found) {
+    /// Adds the overlay addresses of the nodes.
+    async fn own_addresses(&self, nodes: &[String], found: &mut FoundTargets) {
         let (all, cannot) = (Api::all(self.client.clone()), "cannot list SkeinNodes".to_owned());
-        match self.within(REQUEST, cannot, all.list(&ListParams::default())).await {
+        match self.within(REQUEST_TIMEOUT, cannot, all.list(&ListParams::default())).await {
             Ok(records) => {
                 let named = |record: SkeinNode| Some((record.metadata.name.clone()?, record));
                 let records: BTreeMap<_, _> = records.items.into_iter().filter_map(named).collect();
                 for node in nodes.iter().chain(records.keys()).collect::<BTreeSet<_>>() {
                     let own = pods::own_addresses(records.get(node));
-                    found.note(format!("node@{node}"), own, None);
+                    found.add(format!("node@{node}"), own, None);
                 }
             }
-            // Pods are tested still.
-            Err(error) => found.note("node@*".to_owned(), Err(format!("{error:#}")), None),
+            // The pods are still tested.
+            Err(error) => found.add("node@*".to_owned(), Err(format!("{error:#}")), None),
         }
     }
 
-    /// What the probing pods found, as each of them ends, or why they found nothing. Logs are read while others are
-    /// waited for: one that hangs takes nobody's time.
+    /// Adds the results of the probing pods to the matrix as each pod ends. Logs are read in
+    /// parallel, so that a log that hangs does not delay the others.
     async fn results(&self, probers: Vec<(String, Pod)>, matrix: &mut Matrix) {
-        let (tell, mut told) = unbounded_channel();
+        let (sender, mut receiver) = unbounded_channel();
         let read = async |(row, pod): (String, Result<Pod, String>)| match pod {
-            Ok(pod) => (row, self.outcome(&pod).await),
+            Ok(pod) => (row, self.read_row(&pod).await),
             Err(why) => (row, Err(why)),
         };
-        let ended = stream::poll_fn(|context| told.poll_recv(context));
-        let noted = ended.map(read).buffer_unordered(TOGETHER).for_each(|(row, result)| {
-            matrix.note(row, result);
-            ready(())
-        });
-        tokio::join!(self.watch(probers, tell), noted);
+        let ended = stream::poll_fn(|context| receiver.poll_recv(context));
+        let added =
+            ended.map(read).buffer_unordered(PARALLEL_REQUESTS).for_each(|(row, result)| {
+                matrix.add_row(row, result);
+                ready(())
+            });
+        tokio::join!(self.watch(probers, sender), added);
     }
 
-    /// Tells of each of those pods when it has ended, or why it does not.
+    /// Sends each pod once it has ended, or the reason that it does not end.
     async fn watch(
         &self,
         mut probers: Vec<(String, Pod)>,
-        tell: UnboundedSender<(String, Result<Pod, String>)>,
+        sender: UnboundedSender<(String, Result<Pod, String>)>,
     ) {
-        let mut seen = Seen::default();
+        let mut seen = ListedPods::default();
         loop {
-            self.look(&mut seen).await;
+            self.refresh(&mut seen).await;
             let late = Instant::now() >= self.end;
             probers.retain(|(row, pod)| {
                 let result = match seen.pod(&pod.name_any()) {
-                    Ok(pod) if ended(pod) => Ok(pod.clone()),
-                    Ok(pod) if late => Err(format!("{}: {}", self.over(), trouble(pod))),
-                    Err(why) if late || seen.trouble.is_none() => Err(why),
+                    Ok(pod) if has_ended(pod) => Ok(pod.clone()),
+                    Ok(pod) if late => {
+                        Err(format!("{}: {}", self.timeout_message(), failure_reason(pod)))
+                    }
+                    Err(why) if late || seen.error.is_none() => Err(why),
                     _ => return true,
                 };
-                // Whoever is told is there as long as this is.
-                let _ = tell.send((row.clone(), result));
+                // The receiver lives as long as this future.
+                let _ = sender.send((row.clone(), result));
                 false
             });
             if probers.is_empty() {
                 return;
             }
-            sleep_until(self.next_look(seen.pods.len())).await;
+            sleep_until(self.next_refresh(seen.pods.len())).await;
         }
     }
 
-    /// What a pod that has ended found, by its log.
-    async fn outcome(&self, pod: &Pod) -> Result<Vec<Cell>, String> {
+    /// Reads the row of a pod that has ended from its log.
+    async fn read_row(&self, pod: &Pod) -> Result<Vec<Cell>, String> {
         let name = pod.name_any();
         let request = self.log(&name);
-        let log = self.within(LOG, format!("cannot read the log of {name}"), request).await;
+        let log = self.within(LOG_TIMEOUT, format!("cannot read the log of {name}"), request).await;
         let log = log.map_err(|error| format!("{error:#}"));
         if phase(pod) != "Succeeded" {
-            return Err(pods::last_words(pod, log));
+            return Err(pods::failure_with_log(pod, log));
         }
         let log = log?;
         let last = log.lines().last().unwrap_or_default();
         serde_json::from_str(last).map_err(|error| format!("the log of {name}: {error}"))
     }
 
-    /// Of a node that is somebody else's a log may have no end.
+    /// Reads the log of a pod, at most [`MAX_LOG_BYTES`], because a compromised node can send a log
+    /// without end.
     async fn log(&self, pod: &str) -> kube::Result<String> {
         let log = self.pods.log_stream(pod, &LogParams::default()).await?;
         let mut text = Vec::new();
-        log.take(LONGEST_LOG).read_to_end(&mut text).await.map_err(kube::Error::ReadEvents)?;
+        log.take(MAX_LOG_BYTES).read_to_end(&mut text).await.map_err(kube::Error::ReadEvents)?;
         Ok(String::from_utf8_lossy(&text).into_owned())
     }
 
-    /// Removes the pods, also one that a request made which was under way when the test ended: until there is none
-    /// twice in a row. What else there is belongs to them.
+    /// Removes the pods until two lists in a row are empty, because a request that was in progress
+    /// when the test ended may create another pod. Kubernetes removes the ConfigMap with its owner.
     async fn remove(&self) -> Result<(), String> {
-        let end = Instant::now() + LAST + LAST_EACH * self.pods_made.get();
-        let mut why = "the API server does not answer".to_owned();
+        let end = Instant::now() + REMOVAL_TIMEOUT + REMOVAL_TIMEOUT_PER_POD * self.pods_made.get();
+        let mut why = "no answer from the API server".to_owned();
         let (mut none, mut pods) = (0, 0);
         loop {
-            match timeout_at(end, self.sweep()).await {
+            match timeout_at(end, self.delete_pods()).await {
                 Err(_) => return Err(why),
                 Ok(Err(kube::Error::Api(status))) if matches!(status.code, 401 | 403) => {
                     return Err(status.to_string());
@@ -410,7 +435,10 @@ impl<'a> Run<'a> {
                     None => (none, pods) = (1, 0),
                     Some(pod) => {
                         (none, pods) = (0, left.len());
-                        why = format!("still there: {pod} and {} more", pods - 1);
+                        why = match pods - 1 {
+                            0 => format!("{pod} still exists"),
+                            more => format!("{pod} and {more} more still exist"),
+                        };
                     }
                 },
             }
@@ -421,8 +449,8 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Deletes the pods, and says which are there still.
-    async fn sweep(&self) -> kube::Result<Vec<String>> {
+    /// Deletes all pods of the test and returns the names of those that still exist.
+    async fn delete_pods(&self) -> kube::Result<Vec<String>> {
         let ours = self.ours();
         let now = DeleteParams { grace_period_seconds: Some(0), ..DeleteParams::default() };
         self.pods.delete_collection(&now, &ours).await?;
@@ -431,15 +459,15 @@ impl<'a> Run<'a> {
     }
 }
 
-impl Seen {
+impl ListedPods {
     fn pod(&self, name: &str) -> Result<&Pod, String> {
-        let why = || self.trouble.clone().unwrap_or_else(|| "its pod is gone".to_owned());
+        let why = || self.error.clone().unwrap_or_else(|| "the pod does not exist".to_owned());
         self.pods.get(name).ok_or_else(why)
     }
 }
 
-impl Found {
-    fn note(&mut self, name: String, addresses: Result<Vec<IpAddr>, String>, port: Option<u16>) {
+impl FoundTargets {
+    fn add(&mut self, name: String, addresses: Result<Vec<IpAddr>, String>, port: Option<u16>) {
         match addresses {
             Ok(addresses) => self.targets.extend(addresses.into_iter().map(|address| Target {
                 name: name.clone(),
@@ -451,7 +479,7 @@ impl Found {
     }
 }
 
-/// An error of the API server's says it once, without all that else is in its answer.
+/// Reduces an error of the API server to its status, whose message contains everything relevant.
 fn plain(error: kube::Error) -> anyhow::Error {
     match error {
         kube::Error::Api(status) => (*status).into(),
@@ -459,6 +487,7 @@ fn plain(error: kube::Error) -> anyhow::Error {
     }
 }
 
+/// Returns the interval between two lists of `pods` pods.
 fn interval(pods: usize) -> Duration {
-    LOOK.max(LOOK_EACH * u32::try_from(pods).unwrap_or(u32::MAX))
+    MIN_LIST_INTERVAL.max(LIST_INTERVAL_PER_POD * u32::try_from(pods).unwrap_or(u32::MAX))
 }

@@ -1,4 +1,4 @@
-//! Results of probes, and the matrix that they make.
+//! Results of probes, and the matrix that contains them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -7,34 +7,35 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use crate::status::{Align, Field, Tone, milliseconds, printable, table};
 
-/// Columns that a table shows; of larger clusters it shows who fails.
-const COLUMNS: usize = 16;
-/// Failing pairs whose probes a table shows.
-const SHOWN: usize = 200;
-/// Failing pairs of a row whose probes are kept: where all fail, as a large cluster's do at once, more of them say
-/// nothing more, and have no room in a pod's log.
-const IN_FULL: usize = 100;
+/// Maximum number of columns of a printed matrix. Of a larger matrix, only failing pairs are
+/// printed.
+const MAX_COLUMNS: usize = 16;
+/// Maximum number of failing pairs whose probes are printed.
+const MAX_PRINTED_PAIRS: usize = 200;
+/// Maximum number of failing pairs of a row whose probes are kept, so that a row fits in the log of
+/// a pod.
+const MAX_DETAILED_PAIRS: usize = 100;
 
-/// Who is to be reached.
+/// Address that is probed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Target {
-    /// Its column.
+    /// Name of the column.
     pub(crate) name: String,
     pub(crate) address: IpAddr,
-    /// Where it answers by TCP and UDP; `None`: by ICMP only.
+    /// Port of TCP and UDP probes; `None` if the address is probed by ICMP only.
     pub(crate) port: Option<u16>,
 }
 
-/// What came of one probe.
+/// Result of one probe.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Outcome {
+pub(crate) struct ProbeResult {
     pub(crate) address: IpAddr,
     pub(crate) protocol: Protocol,
-    /// IP length in bytes of what was sent, or of all of it by TCP.
+    /// Length of the IP packet that was sent, in bytes; for TCP the bytes of the whole stream.
     pub(crate) bytes: usize,
-    /// Microseconds until the answer.
+    /// Time until the answer in microseconds; `None` without an answer.
     pub(crate) round_trip_us: Option<u64>,
-    /// Why there was none.
+    /// Reason that there is no answer.
     pub(crate) error: Option<String>,
 }
 
@@ -46,17 +47,18 @@ pub(crate) enum Protocol {
     Udp,
 }
 
-/// What came of all probes of a pair. There is one for every two of a cluster: it is small.
+/// Result of all probes of a pair. A large cluster has millions of pairs, so the type is small.
 #[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Cell {
-    /// The quickest answer in microseconds.
+    /// Shortest time until an answer in microseconds.
     round_trip_us: Option<u64>,
-    /// How many probes there were, and how many of them failed.
+    /// Number of probes.
     probed: u32,
+    /// Number of failed probes.
     failed: u32,
-    /// All of them where one failed, unless the row has too many such pairs.
+    /// All probes of a failing pair, for the first [`MAX_DETAILED_PAIRS`] such pairs of the row.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    probes: Vec<Outcome>,
+    probes: Vec<ProbeResult>,
 }
 
 impl Cell {
@@ -64,7 +66,7 @@ impl Cell {
         self.failed == 0
     }
 
-    fn note(&mut self, probe: Outcome) {
+    fn add(&mut self, probe: ProbeResult) {
         self.round_trip_us = self.round_trip_us.into_iter().chain(probe.round_trip_us).min();
         self.probed += 1;
         self.failed += u32::from(probe.error.is_some());
@@ -72,33 +74,33 @@ impl Cell {
     }
 }
 
-/// A prober's row, in the order of the columns' names.
-pub(crate) fn row<'a>(probes: impl IntoIterator<Item = (&'a str, Outcome)>) -> Vec<Cell> {
+/// Combines the probes of one prober into a row, in the order of the columns' names.
+pub(crate) fn row<'a>(probes: impl IntoIterator<Item = (&'a str, ProbeResult)>) -> Vec<Cell> {
     let mut cells: BTreeMap<&str, Cell> = BTreeMap::new();
     for (to, probe) in probes {
-        cells.entry(to).or_default().note(probe);
+        cells.entry(to).or_default().add(probe);
     }
     let mut failing = 0;
     for cell in cells.values_mut() {
         failing += usize::from(!cell.ok());
-        if cell.ok() || failing > IN_FULL {
+        if cell.ok() || failing > MAX_DETAILED_PAIRS {
             cell.probes = Vec::new();
         }
     }
     cells.into_values().collect()
 }
 
-/// Who reaches whom.
+/// Connectivity of all pairs of probers and targets.
 #[derive(Debug, Serialize)]
 pub(crate) struct Matrix {
     pairs: Pairs,
-    /// Who could not probe, and why: rows without a result.
+    /// Rows without a result: probers that could not probe, with the reason.
     silent: BTreeMap<String, String>,
-    /// Who could not be probed, and why: columns without a result.
+    /// Columns without a result: targets that could not be probed, with the reason.
     absent: BTreeMap<String, String>,
 }
 
-/// The rows that have a result. Names stand here once, not once a pair.
+/// Rows with a result. Each name is stored once, not once per pair.
 #[derive(Debug)]
 struct Pairs {
     columns: BTreeSet<String>,
@@ -134,39 +136,40 @@ impl Serialize for Pairs {
 }
 
 impl Matrix {
-    /// Without any row, with those who could not be probed, and why.
+    /// Creates a matrix without rows. `absent` lists targets that cannot be probed, with the
+    /// reason.
     pub(crate) fn new(targets: &[Target], absent: BTreeMap<String, String>) -> Self {
         let columns = targets.iter().map(|target| target.name.clone()).collect();
         let pairs = Pairs { columns, rows: BTreeMap::new() };
         Self { pairs, silent: BTreeMap::new(), absent }
     }
 
-    /// A prober's row, or why it has none.
-    pub(crate) fn note(&mut self, from: String, row: Result<Vec<Cell>, String>) {
+    /// Adds the row of a prober, or the reason that there is none.
+    pub(crate) fn add_row(&mut self, from: String, row: Result<Vec<Cell>, String>) {
         let columns = self.pairs.columns.len();
         match row {
             Ok(row) if row.len() == columns => drop(self.pairs.rows.insert(from, row)),
             Ok(row) => {
-                let why = format!("it has probed {} of {columns} columns", row.len());
+                let why = format!("probed {} of {columns} columns", row.len());
                 self.silent.insert(from, why);
             }
             Err(why) => drop(self.silent.insert(from, why)),
         }
     }
 
-    /// What is not well, in a line; `None` where all is.
-    pub(crate) fn trouble(&self) -> Option<String> {
+    /// Summarizes all failures in one line; `None` if every pair passes.
+    pub(crate) fn failure_summary(&self) -> Option<String> {
         let (pairs, failed) = (self.pairs.iter().count(), self.pairs.failing().count());
         let nothing = self.silent.is_empty() && self.absent.is_empty() && pairs == 0;
         let said = [
             (self.silent.len(), format!("{} could not probe", self.silent.len())),
             (self.absent.len(), format!("{} could not be probed", self.absent.len())),
-            (nothing.into(), "nothing was probed: are there any peers?".to_owned()),
+            (nothing.into(), "nothing was probed. Check that the node has peers.".to_owned()),
             (
                 failed,
                 format!(
-                    "{failed} of {pairs} pairs fail: skein-agent trace FROM TO on the sender's node \
-                     says why"
+                    "{failed} of {pairs} pairs fail. Run skein-agent trace FROM TO on the sender's node \
+                     for the reason."
                 ),
             ),
         ];
@@ -174,7 +177,7 @@ impl Matrix {
         (!said.is_empty()).then(|| said.join("; "))
     }
 
-    /// For people: the matrix, and what fails.
+    /// Formats the matrix, the failing probes and the missing rows and columns for people.
     pub(crate) fn render(&self) -> String {
         let Self { pairs, silent, absent } = self;
         let columns = pairs.columns.iter().enumerate().map(|(index, to)| (to, Some(index)));
@@ -184,7 +187,7 @@ impl Matrix {
         let rows: BTreeMap<&String, &[Cell]> =
             silent.keys().map(|from| (from, &[][..])).chain(rows).collect();
         let mut text = String::new();
-        if columns.len() <= COLUMNS {
+        if columns.len() <= MAX_COLUMNS {
             let field = |cell: Option<&Cell>| -> Field {
                 match cell {
                     None => Field::toned("-", Tone::Bad),
@@ -205,9 +208,10 @@ impl Matrix {
             text += &(table(&titles, rows.iter().map(row)) + "\n\n");
         }
         let failed = pairs.failing().count();
-        let shown = pairs.failing().filter(|pair| !pair.cell.probes.is_empty()).take(SHOWN);
+        let shown =
+            pairs.failing().filter(|pair| !pair.cell.probes.is_empty()).take(MAX_PRINTED_PAIRS);
         let shown = Vec::from_iter(shown);
-        let line = |pair: &Pair<'_>, probe: &Outcome| {
+        let line = |pair: &Pair<'_>, probe: &ProbeResult| {
             let protocol = format!("{:?}", probe.protocol).to_lowercase();
             Some(vec![
                 pair.from.to_owned(),
@@ -226,7 +230,8 @@ impl Matrix {
             text += &(table(&titles, shown.iter().flat_map(lines)) + "\n\n");
         }
         if failed > shown.len() {
-            text += &format!("and {} more pairs: -o json names them\n", failed - shown.len());
+            text +=
+                &format!("and {} more failing pairs, which -o json lists\n", failed - shown.len());
         }
         for (from, why) in silent {
             text += &format!("{from} could not probe: {}\n", printable(why));
@@ -235,7 +240,7 @@ impl Matrix {
             text += &format!("{to} could not be probed: {}\n", printable(why));
         }
         let all = pairs.iter().count();
-        text + &format!("{} of {all} pairs are well\n", all - failed)
+        text + &format!("{} of {all} pairs pass\n", all - failed)
     }
 }
 
@@ -246,8 +251,8 @@ mod tests {
 
     use super::*;
 
-    fn outcome(protocol: Protocol, error: Option<&str>) -> Outcome {
-        Outcome {
+    fn probe(protocol: Protocol, error: Option<&str>) -> ProbeResult {
+        ProbeResult {
             address: "10.2.0.1".parse().unwrap(),
             protocol,
             bytes: 84,
@@ -256,8 +261,8 @@ mod tests {
         }
     }
 
-    fn good(to: &str) -> (&str, Outcome) {
-        (to, outcome(Protocol::Icmp, None))
+    fn good(to: &str) -> (&str, ProbeResult) {
+        (to, probe(Protocol::Icmp, None))
     }
 
     fn matrix(columns: &[&str], absent: BTreeMap<String, String>) -> Matrix {
@@ -267,14 +272,14 @@ mod tests {
     }
 
     #[test]
-    fn a_pair_fails_where_one_of_its_probes_does_and_has_them_in_full() {
+    fn pair_with_failed_probe_fails_and_keeps_all_probes() {
         let mut matrix = matrix(&["b", "a"], BTreeMap::new());
-        let refused = ("b", outcome(Protocol::Udp, Some("refused")));
+        let refused = ("b", probe(Protocol::Udp, Some("refused")));
         let cells = row([good("b"), refused, good("a"), good("a")]);
-        // As a pod's log has it.
+        // The row as the log of a pod contains it.
         let text = serde_json::to_string(&cells).unwrap();
-        matrix.note("c".to_owned(), Ok(serde_json::from_str(&text).unwrap()));
-        assert!(matrix.trouble().unwrap().contains("1 of 2 pairs fail"));
+        matrix.add_row("c".to_owned(), Ok(serde_json::from_str(&text).unwrap()));
+        assert!(matrix.failure_summary().unwrap().contains("1 of 2 pairs fail"));
         let text = matrix.render();
         assert!(text.contains("FAIL") && text.contains("ok 0.42 ms"), "{text}");
         assert!(text.contains("udp, 84 bytes") && text.contains("1 of 2 pairs"), "{text}");
@@ -289,55 +294,68 @@ mod tests {
     }
 
     #[test]
-    fn who_is_missing_is_shown_and_is_no_success() {
-        let missing = |name: &str| BTreeMap::from([(name.to_owned(), "it is down".to_owned())]);
+    fn missing_rows_and_columns_are_failures() {
+        let missing =
+            |name: &str| BTreeMap::from([(name.to_owned(), "the node is down".to_owned())]);
         let with = |absent| {
             let mut matrix = matrix(&["b"], absent);
-            matrix.note("a".to_owned(), Ok(row([good("b")])));
+            matrix.add_row("a".to_owned(), Ok(row([good("b")])));
             matrix
         };
-        assert_eq!(with(BTreeMap::new()).trouble(), None);
+        assert_eq!(with(BTreeMap::new()).failure_summary(), None);
         let mut matrix = with(missing("d"));
-        matrix.note("c".to_owned(), Err("it is down".to_owned()));
-        assert_eq!(matrix.trouble().unwrap(), "1 could not probe; 1 could not be probed");
+        matrix.add_row("c".to_owned(), Err("the node is down".to_owned()));
+        assert_eq!(matrix.failure_summary().unwrap(), "1 could not probe; 1 could not be probed");
         let text = matrix.render();
         let lines: Vec<Vec<&str>> = text.lines().map(|l| l.split_whitespace().collect()).collect();
         assert_eq!(lines[0], ["FROM", "\\", "TO", "b", "d"]);
         assert_eq!(lines[1], ["a", "ok", "0.42", "ms", "-"]);
         assert_eq!(lines[2], ["c", "-", "-"]);
-        assert!(text.contains("d could not be probed: it is down"), "{text}");
+        assert!(text.contains("d could not be probed: the node is down"), "{text}");
         let json = serde_json::to_value(&matrix).unwrap();
-        assert_eq!(json["absent"]["d"], "it is down");
-        // Whoever has probed others than it should.
-        matrix.note("e".to_owned(), Ok(row([good("b"), good("d")])));
-        assert!(matrix.render().contains("e could not probe: it has probed 2 of 1 columns"));
+        assert_eq!(json["absent"]["d"], "the node is down");
+        // A prober that probed other targets than it should.
+        matrix.add_row("e".to_owned(), Ok(row([good("b"), good("d")])));
+        assert!(matrix.render().contains("e could not probe: probed 2 of 1 columns"));
         assert!(
-            Matrix::new(&[], BTreeMap::new()).trouble().unwrap().contains("nothing was probed")
+            Matrix::new(&[], BTreeMap::new())
+                .failure_summary()
+                .unwrap()
+                .contains("nothing was probed")
         );
     }
 
     #[test]
-    fn of_a_large_cluster_only_failures_are_shown() {
+    fn large_matrix_prints_only_failing_pairs() {
         let names = Vec::from_iter((0..100).map(|n| format!("node-{n}")));
         let mut matrix = matrix(&Vec::from_iter(names.iter().map(String::as_str)), BTreeMap::new());
         let error = |name: &str| (name == "node-7").then_some("refused");
-        let probe = |name: &'_ String| outcome(Protocol::Tcp, error(name));
-        matrix.note("a".to_owned(), Ok(row(names.iter().map(|name| (name.as_str(), probe(name))))));
+        let result = |name: &'_ String| probe(Protocol::Tcp, error(name));
+        matrix.add_row(
+            "a".to_owned(),
+            Ok(row(names.iter().map(|name| (name.as_str(), result(name))))),
+        );
         let text = matrix.render();
         assert!(text.lines().count() < 8 && text.contains("node-7 "), "{text}");
     }
 
     #[test]
-    fn where_everything_fails_not_every_probe_is_kept() {
-        let names = Vec::from_iter((0..2 * IN_FULL).map(|n| format!("node-{n}")));
+    fn row_keeps_probes_of_limited_failing_pairs() {
+        let names = Vec::from_iter((0..2 * MAX_DETAILED_PAIRS).map(|n| format!("node-{n}")));
         let mut matrix = matrix(&Vec::from_iter(names.iter().map(String::as_str)), BTreeMap::new());
-        let probe = || outcome(Protocol::Tcp, Some("refused"));
+        let result = || probe(Protocol::Tcp, Some("refused"));
         for from in ["a", "b", "c"] {
-            let cells = row(names.iter().map(|name| (name.as_str(), probe())));
-            assert_eq!(cells.iter().filter(|cell| !cell.probes.is_empty()).count(), IN_FULL);
-            matrix.note(from.to_owned(), Ok(cells));
+            let cells = row(names.iter().map(|name| (name.as_str(), result())));
+            assert_eq!(
+                cells.iter().filter(|cell| !cell.probes.is_empty()).count(),
+                MAX_DETAILED_PAIRS
+            );
+            matrix.add_row(from.to_owned(), Ok(cells));
         }
         let text = matrix.render();
-        assert!(text.contains("and 400 more pairs") && text.contains("0 of 600 pairs"), "{text}");
+        assert!(
+            text.contains("and 400 more failing pairs") && text.contains("0 of 600 pairs"),
+            "{text}"
+        );
     }
 }

@@ -1,4 +1,4 @@
-//! What the test makes in a cluster, and what it reads there: objects and their meaning, no requests.
+//! Kubernetes objects of the test: their creation and their interpretation, without requests.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -18,19 +18,20 @@ use super::matrix::Target;
 use crate::control::desired::first_host;
 use crate::control::kubernetes::resource::SkeinNode;
 
-/// The label of all pods of the test; its value is the run.
+/// Label of all pods of the test. The value identifies the run.
 pub(super) const LABEL: &str = "skein.network/connectivity-test";
-/// Where the pods that probe have the list of targets, and what it is called there.
-const DIRECTORY: &str = "/targets";
-const FILE: &str = "targets.gz";
+/// Mount point of the list of targets in a probing pod.
+const TARGETS_DIRECTORY: &str = "/targets";
+/// File name of the list of targets.
+const TARGETS_FILE: &str = "targets.gz";
 
-/// What all pods of one run have in common.
+/// Properties of all pods of one run.
 #[derive(Debug)]
 pub(super) struct Template {
     pub(super) run: String,
     pub(super) image: String,
     pub(super) pull: Option<String>,
-    /// When they end by themselves, should nobody be there to remove them.
+    /// Maximum run time, after which a pod ends even if the command was killed.
     pub(super) lifetime: Duration,
 }
 
@@ -39,14 +40,20 @@ impl Template {
         format!("skein-connectivity-{}-{kind}-{index}", self.run)
     }
 
-    /// A pod that answers.
-    pub(super) fn answers(&self, index: usize, node: &str, port: u16) -> serde_json::Result<Pod> {
+    /// Returns a pod on `node` that answers probes on `port`.
+    pub(super) fn answering_pod(
+        &self,
+        index: usize,
+        node: &str,
+        port: u16,
+    ) -> serde_json::Result<Pod> {
         let arguments = json!(["probe", "--answer", port.to_string()]);
         self.pod(&self.name("answer", index), node, false, arguments, None)
     }
 
-    /// A pod that probes all targets within that time, in the pod network or that of the node.
-    pub(super) fn probes(
+    /// Returns a pod that probes all targets within `time`, in the pod network or, with `host`, in
+    /// the network of the node.
+    pub(super) fn probing_pod(
         &self,
         name: &str,
         node: &str,
@@ -54,7 +61,7 @@ impl Template {
         time: Duration,
     ) -> serde_json::Result<Pod> {
         let time = time.as_secs_f64().to_string();
-        let file = format!("{DIRECTORY}/{FILE}");
+        let file = format!("{TARGETS_DIRECTORY}/{TARGETS_FILE}");
         let arguments = json!(["probe", "--timeout", time, "--targets", file]);
         self.pod(name, node, host, arguments, Some(&self.run))
     }
@@ -67,11 +74,12 @@ impl Template {
         arguments: Value,
         targets: Option<&str>,
     ) -> serde_json::Result<Pod> {
-        // Probes by ICMP need it.
+        // ICMP probes need CAP_NET_RAW.
         let capabilities = Vec::from_iter(targets.map(|_| "NET_RAW"));
         let volume = targets
             .map(|run| json!({ "name": "targets", "configMap": { "name": targets_name(run) } }));
-        let mount = volume.as_ref().map(|_| json!({ "name": "targets", "mountPath": DIRECTORY }));
+        let mount =
+            volume.as_ref().map(|_| json!({ "name": "targets", "mountPath": TARGETS_DIRECTORY }));
         serde_json::from_value(json!({
             "apiVersion": "v1",
             "kind": "Pod",
@@ -102,8 +110,8 @@ impl Template {
         }))
     }
 
-    /// The list of targets, which no command line of a large cluster holds: every pod would have it again. It
-    /// goes with its owner, which is one of the run's pods.
+    /// Returns the ConfigMap with the list of targets, which is too long for a command line.
+    /// Kubernetes removes the ConfigMap together with `owner`, a pod of the run.
     pub(super) fn targets(&self, targets: &[Target], owner: &Pod) -> io::Result<ConfigMap> {
         let owner = OwnerReference {
             api_version: "v1".to_owned(),
@@ -118,7 +126,10 @@ impl Template {
                 owner_references: Some(vec![owner]),
                 ..ObjectMeta::default()
             },
-            binary_data: Some(BTreeMap::from([(FILE.to_owned(), ByteString(pack(targets)?))])),
+            binary_data: Some(BTreeMap::from([(
+                TARGETS_FILE.to_owned(),
+                ByteString(pack(targets)?),
+            )])),
             ..ConfigMap::default()
         })
     }
@@ -135,7 +146,7 @@ fn pack(targets: &[Target]) -> io::Result<Vec<u8>> {
     Ok(packed)
 }
 
-/// The list of targets, as a pod that probes has it.
+/// Reads a list of targets that [`pack`] wrote.
 pub(super) fn unpack(packed: impl Read) -> io::Result<Vec<Target>> {
     let mut text = Vec::new();
     GzDecoder::new(packed).read_to_end(&mut text)?;
@@ -146,13 +157,13 @@ pub(super) fn phase(pod: &Pod) -> &str {
     pod.status.as_ref().and_then(|status| status.phase.as_deref()).unwrap_or("Unknown")
 }
 
-/// Whether a pod has come to its end.
-pub(super) fn ended(pod: &Pod) -> bool {
+/// Returns whether all containers of a pod have terminated.
+pub(super) fn has_ended(pod: &Pod) -> bool {
     matches!(phase(pod), "Succeeded" | "Failed")
 }
 
-/// Why a pod does not run, or has failed.
-pub(super) fn trouble(pod: &Pod) -> String {
+/// Describes why a pod does not run or has failed.
+pub(super) fn failure_reason(pod: &Pod) -> String {
     let name = pod.metadata.name.as_deref().unwrap_or_default();
     let status = pod.status.as_ref();
     let containers = status.and_then(|status| status.container_statuses.as_ref());
@@ -183,34 +194,35 @@ fn joined(reason: &Option<String>, message: &Option<String>) -> Option<String> {
     (!said.is_empty()).then(|| said.join(": "))
 }
 
-/// Why a pod failed, by its own last words, where it had any, and by what Kubernetes knows.
-pub(super) fn last_words(pod: &Pod, log: Result<String, String>) -> String {
-    let trouble = trouble(pod);
+/// Describes why a pod failed: the last line of its log, if there is one, and the status of the
+/// pod.
+pub(super) fn failure_with_log(pod: &Pod, log: Result<String, String>) -> String {
+    let reason = failure_reason(pod);
     match log {
         Ok(log) => match log.lines().last() {
-            Some(line) => format!("{line} ({trouble})"),
-            None => format!("{trouble}; it says nothing"),
+            Some(line) => format!("{line} ({reason})"),
+            None => format!("{reason}; its log is empty"),
         },
-        Err(why) => format!("{trouble}; {why}"),
+        Err(why) => format!("{reason}; {why}"),
     }
 }
 
-/// Where a pod answers, or why it does not.
+/// Returns the addresses of a running pod, or the reason that it has none.
 pub(super) fn addresses(pod: &Pod) -> Result<Vec<IpAddr>, String> {
     if phase(pod) != "Running" {
-        return Err(trouble(pod));
+        return Err(failure_reason(pod));
     }
     let ips = pod.status.as_ref().and_then(|status| status.pod_ips.as_ref());
     let ips = ips.into_iter().flatten().filter_map(|ip| address::parse(&ip.ip).ok());
     match Vec::from_iter(ips) {
-        none if none.is_empty() => Err("it has no address".to_owned()),
+        none if none.is_empty() => Err("the pod has no address".to_owned()),
         ips => Ok(ips),
     }
 }
 
-/// A node's own addresses on the overlay, or why it has none.
+/// Returns the overlay addresses of a node, or the reason that it has none.
 pub(super) fn own_addresses(node: Option<&SkeinNode>) -> Result<Vec<IpAddr>, String> {
-    let node = node.ok_or("it has no SkeinNode: does an agent run there?")?;
+    let node = node.ok_or("the node has no SkeinNode. Check that an agent runs on the node.")?;
     let cidrs = node.spec.pod_cidrs.iter().map(|cidr| match address::parse(cidr) {
         Ok(cidr) => Ok(first_host(&cidr)),
         Err(error) => Err(format!("podCIDRs of its SkeinNode: {cidr}: {error}")),
@@ -223,16 +235,16 @@ pub(super) fn own_addresses(node: Option<&SkeinNode>) -> Result<Vec<IpAddr>, Str
 mod tests {
     use super::*;
 
-    /// What the API server lets a ConfigMap hold.
-    const CONFIG_MAP: usize = 1 << 20;
+    /// Maximum size of a ConfigMap in bytes (API server).
+    const MAX_CONFIG_MAP: usize = 1 << 20;
 
     #[test]
-    fn the_targets_of_five_thousand_nodes_of_both_families_fit() {
+    fn targets_of_5000_dual_stack_nodes_fit_config_map() {
         let node = |n: u32| {
             let name = format!("ip-10-{}-{}.eu-central-1.compute.internal", n >> 8, n & 255);
             let v4 = |host: u32| IpAddr::from(((10 << 24) | (n << 8) | host).to_be_bytes());
             let v6 = |host| IpAddr::from([0xfd00, 0x10, 0x244, n as u16, 0, 0, 0, host]);
-            // Pods have any address of their node's.
+            // Pods have random addresses of their node's range.
             let (a, b) = (n.wrapping_mul(2_654_435_761), n.wrapping_mul(40_503));
             let target = move |kind: &str, address, port| Target {
                 name: format!("{kind}@{name}"),
@@ -248,7 +260,7 @@ mod tests {
         };
         let targets: Vec<Target> = (0..5_000).flat_map(node).collect();
         let packed = pack(&targets).unwrap();
-        assert!(packed.len() < CONFIG_MAP / 2, "{} bytes", packed.len());
+        assert!(packed.len() < MAX_CONFIG_MAP / 2, "{} bytes", packed.len());
         assert_eq!(unpack(&packed[..]).unwrap(), targets);
     }
 
@@ -265,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_that_does_not_answer_says_why() {
+    fn pod_without_address_has_reason() {
         let why = |status: Value| addresses(&pod(status)).unwrap_err();
         let waiting = container(json!({ "waiting": { "reason": "ImagePullBackOff" } }));
         assert_eq!(
@@ -273,20 +285,20 @@ mod tests {
             "p is Pending: ImagePullBackOff"
         );
         assert_eq!(why(json!({})), "p is Unknown");
-        assert_eq!(why(json!({ "phase": "Running" })), "it has no address");
+        assert_eq!(why(json!({ "phase": "Running" })), "the pod has no address");
         let ips = json!([{ "ip": "10.1.0.2" }, { "ip": "fd00::2" }]);
         let pod = pod(json!({ "phase": "Running", "podIPs": ips }));
         assert_eq!(addresses(&pod).unwrap().len(), 2);
     }
 
     #[test]
-    fn a_pod_that_failed_says_why_also_without_a_log() {
+    fn failed_pod_has_reason_without_log() {
         let evicted = pod(json!({
             "phase": "Failed", "reason": "Evicted", "message": "the node was low on memory",
             "containerStatuses": container(json!({ "terminated": { "exitCode": 137 } })),
         }));
         assert_eq!(
-            last_words(&evicted, Err("no log".to_owned())),
+            failure_with_log(&evicted, Err("no log".to_owned())),
             "p is Failed: Evicted: the node was low on memory; no log"
         );
         let failed = pod(json!({
@@ -295,12 +307,15 @@ mod tests {
             "conditions": [{ "type": "Ready", "status": "False", "message": "not ready" }],
         }));
         let why = "p is Failed: Error, exit code 2";
-        assert_eq!(last_words(&failed, Ok(String::new())), format!("{why}; it says nothing"));
-        assert_eq!(last_words(&failed, Ok("a\nb\n".to_owned())), format!("b ({why})"));
+        assert_eq!(
+            failure_with_log(&failed, Ok(String::new())),
+            format!("{why}; its log is empty")
+        );
+        assert_eq!(failure_with_log(&failed, Ok("a\nb\n".to_owned())), format!("b ({why})"));
     }
 
     #[test]
-    fn only_pods_that_probe_may_send_raw_packets() {
+    fn only_probing_pods_have_net_raw() {
         let template = Template {
             run: "r".to_owned(),
             image: "i".to_owned(),
@@ -310,8 +325,8 @@ mod tests {
         let added = |pod: Pod| {
             json!(pod)["spec"]["containers"][0]["securityContext"]["capabilities"]["add"].clone()
         };
-        assert_eq!(added(template.answers(0, "n", 1).unwrap()), json!([]));
-        let probes = template.probes("p", "n", true, Duration::from_secs(1)).unwrap();
+        assert_eq!(added(template.answering_pod(0, "n", 1).unwrap()), json!([]));
+        let probes = template.probing_pod("p", "n", true, Duration::from_secs(1)).unwrap();
         assert_eq!(added(probes), json!(["NET_RAW"]));
     }
 }

@@ -1,4 +1,4 @@
-//! A tar archive in memory, bounded, into which no private key comes.
+//! Tar archive in memory with a bounded size. Private keys are removed from its content.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,27 +10,28 @@ use zeroize::Zeroizing;
 
 use crate::control::identity;
 
-/// The longest entry in bytes; of what is longer the end is kept, which in logs is the latest.
-pub(super) const ENTRY: usize = 4 << 20;
-/// All entries in bytes, before compression.
-const TOTAL: usize = 48 << 20;
-/// Of these for the list of what is in it, which has to be there when it is full.
-const LIST: usize = 1 << 20;
-/// Stands where a secret was.
-const REMOVED: &[u8] = b"[private key removed]";
+/// Maximum size of an entry in bytes. Of longer content the end is kept, which is the latest part
+/// of a log.
+pub(super) const MAX_ENTRY: usize = 4 << 20;
+/// Maximum size of all entries in bytes, before compression.
+const MAX_TOTAL: usize = 48 << 20;
+/// Part of [`MAX_TOTAL`] that is reserved for `contents.txt`, in bytes.
+const CONTENTS_RESERVE: usize = 1 << 20;
+/// Replacement for a secret.
+const REDACTED: &[u8] = b"[private key removed]";
 
-/// What is in the archive.
+/// Line of `contents.txt`: an entry, or content that is not available.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(super) struct Entry {
     pub(super) name: String,
     pub(super) bytes: usize,
-    /// Why it is not whole, or not there.
+    /// Reason that the entry is incomplete or missing.
     pub(super) note: Option<String>,
 }
 
 pub(super) struct Archive {
     root: String,
-    /// Seconds since 1970.
+    /// Modification time of all entries, seconds since 1970.
     time: u64,
     tar: tar::Builder<GzEncoder<Vec<u8>>>,
     secrets: Vec<Zeroizing<Vec<u8>>>,
@@ -39,7 +40,8 @@ pub(super) struct Archive {
 }
 
 impl Archive {
-    /// `keys` are files of private keys: wherever what is in them turns up, it is removed.
+    /// Creates an empty archive with the directory `root`. The private keys in the files `keys` are
+    /// removed from all entries.
     pub(super) fn new(root: &str, time: u64, keys: &[PathBuf]) -> Self {
         let encoder = GzEncoder::new(Vec::new(), Compression::default());
         Self {
@@ -56,9 +58,9 @@ impl Archive {
         self.entries.clone()
     }
 
-    /// Adds an entry, as much of it as there is room for.
+    /// Adds an entry. Content that exceeds the bounds is cut at its start.
     pub(super) fn add(&mut self, name: &str, content: &[u8]) {
-        match ENTRY.min(TOTAL - LIST - self.total) {
+        match MAX_ENTRY.min(MAX_TOTAL - CONTENTS_RESERVE - self.total) {
             0 => self.missing(name, "the archive is full"),
             room => self.put(name, content, room),
         }
@@ -68,12 +70,12 @@ impl Archive {
         let mut notes = Vec::new();
         let mut kept = Zeroizing::new(content.to_vec());
         for secret in &self.secrets {
-            if remove(&mut kept, secret) {
+            if redact(&mut kept, secret) {
                 notes.push("a private key was removed");
             }
         }
         if kept.len() > room {
-            notes.push("only the end");
+            notes.push("truncated: only the end");
             let excess = kept.len() - room;
             kept.drain(..excess);
         }
@@ -83,7 +85,7 @@ impl Archive {
         header.set_mode(0o600);
         header.set_mtime(self.time);
         header.set_cksum();
-        // Memory is all that it is written to, and names are short.
+        // Writing to memory does not fail, and names are short.
         let path = format!("{}/{name}", self.root);
         if let Err(error) = self.tar.append_data(&mut header, path, &kept[..]) {
             return self.missing(name, &error.to_string());
@@ -92,27 +94,28 @@ impl Archive {
         self.entries.push(Entry { name: name.to_owned(), bytes: kept.len(), note });
     }
 
-    /// Notes what could not be had.
+    /// Records in `contents.txt` that content is not available.
     pub(super) fn missing(&mut self, name: &str, why: &str) {
         let note = Some(why.trim().to_owned());
         self.entries.push(Entry { name: name.to_owned(), bytes: 0, note });
     }
 
-    /// The archive's bytes, with the list of what is in it.
+    /// Adds `contents.txt` and returns the compressed archive.
     pub(super) fn finish(mut self) -> io::Result<Vec<u8>> {
         let line = |entry: &Entry| {
             let note = entry.note.as_deref().unwrap_or_default();
             format!("{:>9} {} {note}\n", entry.bytes, entry.name)
         };
         let list: String = self.entries.iter().map(line).collect();
-        self.put("contents.txt", list.as_bytes(), LIST);
+        self.put("contents.txt", list.as_bytes(), CONTENTS_RESERVE);
         self.tar.into_inner()?.finish()
     }
 }
 
-/// Every form in which the private key of a file could stand in a text.
+/// Returns every encoding in which the private key of a file can occur in content: base64,
+/// base64url, hexadecimal and raw.
 fn secrets(key: &Path) -> Vec<Zeroizing<Vec<u8>>> {
-    // A key that cannot be read here cannot come into what is read here either.
+    // If this process cannot read the key, the content that it collects cannot contain the key.
     let Ok(Some(key)) = identity::load(key) else { return Vec::new() };
     let base64 = key.to_base64();
     let hex = |digit: fn(&u8) -> String| -> Vec<u8> {
@@ -129,15 +132,15 @@ fn secrets(key: &Path) -> Vec<Zeroizing<Vec<u8>>> {
     .into()
 }
 
-/// Replaces every occurrence of `secret`; says whether there was one.
-fn remove(content: &mut Zeroizing<Vec<u8>>, secret: &[u8]) -> bool {
+/// Replaces every occurrence of `secret` and returns whether there was one.
+fn redact(content: &mut Zeroizing<Vec<u8>>, secret: &[u8]) -> bool {
     let mut found = false;
     let mut from = 0;
     while let Some(at) = content[from..].windows(secret.len()).position(|part| part == secret) {
         found = true;
         let at = from + at;
-        content.splice(at..at + secret.len(), REMOVED.iter().copied());
-        from = at + REMOVED.len();
+        content.splice(at..at + secret.len(), REDACTED.iter().copied());
+        from = at + REDACTED.len();
     }
     found
 }
@@ -164,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn no_form_of_the_private_key_gets_in() {
+    fn every_encoding_of_private_key_is_removed() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("key");
         let key = PrivateKey::generate().unwrap();
@@ -190,18 +193,21 @@ mod tests {
     }
 
     #[test]
-    fn entries_and_the_whole_are_bounded() {
+    fn entry_size_and_total_size_are_bounded() {
         let mut archive = Archive::new("dump", 0, &[]);
-        let mut long = vec![b'x'; ENTRY + 100];
+        let mut long = vec![b'x'; MAX_ENTRY + 100];
         long.extend(b"the end");
-        for n in 0..TOTAL / ENTRY + 2 {
+        for n in 0..MAX_TOTAL / MAX_ENTRY + 2 {
             archive.add(&n.to_string(), &long);
         }
         let entries = archive.entries();
-        assert_eq!(entries[0].bytes, ENTRY);
-        assert_eq!(entries[0].note.as_deref(), Some("only the end"));
+        assert_eq!(entries[0].bytes, MAX_ENTRY);
+        assert_eq!(entries[0].note.as_deref(), Some("truncated: only the end"));
         assert_eq!(entries.last().unwrap().note.as_deref(), Some("the archive is full"));
-        assert_eq!(entries.iter().map(|entry| entry.bytes).sum::<usize>(), TOTAL - LIST);
+        assert_eq!(
+            entries.iter().map(|entry| entry.bytes).sum::<usize>(),
+            MAX_TOTAL - CONTENTS_RESERVE
+        );
         let all = unpack(&archive.finish().unwrap());
         assert!(all[0].1.ends_with(b"the end"));
         let (name, list) = all.last().unwrap();

@@ -1,4 +1,5 @@
-//! What goes into the archive. Whatever cannot be had is noted, and the rest goes on.
+//! Collection of the archive's content. Content that is not available is recorded, and the
+//! collection continues.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -12,21 +13,21 @@ use rustix::fs::{Dir, Mode, OFlags, openat};
 use skein_netlink::Netlink;
 use tokio::process::Command;
 
-use super::archive::{Archive, ENTRY};
+use super::archive::{Archive, MAX_ENTRY};
 use crate::commands::{Agent, check};
 use crate::config::Config;
 
-/// How long a program may take.
-const LIMIT: Duration = Duration::from_secs(10);
-/// How long the metrics may take.
-const SCRAPE: Duration = Duration::from_secs(5);
+/// Maximum run time of a program.
+const PROGRAM_TIMEOUT: Duration = Duration::from_secs(10);
+/// Timeout of the request for metrics.
+const METRICS_TIMEOUT: Duration = Duration::from_secs(5);
 /// Maximum number of files of one directory.
-const RECORDS: usize = 1000;
+const MAX_FILES: usize = 1000;
 
-/// The containers of the chart's DaemonSet.
+/// Names of the containers in the chart's DaemonSet.
 const CONTAINERS: [&str; 2] = ["agent", "dataplane"];
 
-/// Programs whose output is kept, each under the name of its file.
+/// File name in the archive and command of each program whose output is collected.
 const PROGRAMS: &[(&str, &[&str])] = &[
     ("network/links.txt", &["ip", "-details", "-statistics", "link", "show"]),
     ("network/addresses.txt", &["ip", "address", "show"]),
@@ -45,7 +46,7 @@ const PROGRAMS: &[(&str, &[&str])] = &[
     ("logs/journal-kernel.txt", &["journalctl", "--no-pager", "--lines=2000", "--dmesg"]),
 ];
 
-/// Files of the kernel that are kept.
+/// Files of the kernel and the system that are collected.
 const FILES: &[&str] = &[
     "/proc/version",
     "/proc/cmdline",
@@ -62,7 +63,7 @@ const FILES: &[&str] = &[
     "/etc/os-release",
 ];
 
-/// Settings of the kernel that decide whether packets pass.
+/// Sysctls that are collected, because they affect the delivery of packets.
 const SYSCTLS: &[&str] = &[
     "net/ipv4/ip_forward",
     "net/ipv4/conf/all/rp_filter",
@@ -88,7 +89,7 @@ pub(super) async fn collect(archive: &mut Archive, config: &Config, agent: &Agen
         Err(failure) => archive.missing("status.json", &failure.to_string()),
     }
     metrics(archive, config).await;
-    // Validated: it holds paths of secrets, never secrets.
+    // The validated configuration contains paths of secrets, but no secrets.
     match serde_json::to_vec_pretty(config) {
         Ok(text) => archive.add("config.json", &text),
         Err(error) => archive.missing("config.json", &error.to_string()),
@@ -116,14 +117,16 @@ async fn metrics(archive: &mut Archive, config: &Config) {
     let Some(address) = config.metrics.listen else {
         return archive.missing(NAME, "metrics.listen is off");
     };
-    match tokio::time::timeout(SCRAPE, scrape(address)).await {
+    match tokio::time::timeout(METRICS_TIMEOUT, scrape(address)).await {
         Ok(Ok(text)) => archive.add(NAME, &text),
         Ok(Err(error)) => archive.missing(NAME, &format!("{address}: {error}")),
-        Err(_) => archive.missing(NAME, &format!("{address} does not answer")),
+        Err(_) => {
+            archive.missing(NAME, &format!("{address}: no answer within {METRICS_TIMEOUT:?}"))
+        }
     }
 }
 
-/// One request by hand: the agent answers it and closes the connection.
+/// Requests the metrics with HTTP/1.0, so that the agent closes the connection after its answer.
 async fn scrape(mut address: std::net::SocketAddr) -> std::io::Result<Vec<u8>> {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     if address.ip().is_unspecified() {
@@ -133,13 +136,13 @@ async fn scrape(mut address: std::net::SocketAddr) -> std::io::Result<Vec<u8>> {
     let mut stream = tokio::net::TcpStream::connect(address).await?;
     stream.write_all(b"GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n").await?;
     let mut answer = Vec::new();
-    // Another program may have the port, and its answer may never end.
-    stream.take(ENTRY as u64).read_to_end(&mut answer).await?;
+    // Another program may listen on the port and send without end.
+    stream.take(MAX_ENTRY as u64).read_to_end(&mut answer).await?;
     let end = answer.windows(4).position(|part| part == b"\r\n\r\n");
     Ok(end.map_or_else(Vec::new, |end| answer.split_off(end + 4)))
 }
 
-/// The records as they lie on this node; they hold public keys only.
+/// Adds the node records of this node. They contain public keys only.
 fn records(archive: &mut Archive, config: &Config) {
     file(archive, "records/last-good.json", &config.state_dir.join("registry.json"));
     if config.kubernetes.enabled {
@@ -152,19 +155,19 @@ fn records(archive: &mut Archive, config: &Config) {
         return archive.missing("records", &format!("cannot read {}", config.nodes.display()));
     };
     let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
-    // Whatever else somebody has put beside them is not Skein's.
+    // Other files in the directory are not node records.
     paths.retain(|path| path.extension().is_some_and(|end| end == "toml"));
     paths.sort();
-    for path in paths.iter().take(RECORDS) {
+    for path in paths.iter().take(MAX_FILES) {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         file(archive, &format!("records/{name}"), path);
     }
 }
 
-/// The same as `ip` says, for images that have no such program.
+/// Adds links, addresses and routes from netlink, for images without the program `ip`.
 async fn netlink(archive: &mut Archive) {
     const NAME: &str = "network/netlink.txt";
-    let look = async {
+    let query = async {
         let netlink = Netlink::connect()?;
         let links = netlink.links().await?;
         let addresses = netlink.addresses(None).await?;
@@ -179,10 +182,10 @@ async fn netlink(archive: &mut Archive) {
                         .map(|a| format!("{} on interface {}", a.net, a.index))
                         .collect(),
                 )
-                + &list("routes of Skein", routes.iter().map(|r| format!("{r:?}")).collect()),
+                + &list("Skein routes", routes.iter().map(|r| format!("{r:?}")).collect()),
         )
     };
-    match look.await {
+    match query.await {
         Ok(text) => archive.add(NAME, text.as_bytes()),
         Err(error) => archive.missing(NAME, &error.to_string()),
     }
@@ -191,8 +194,10 @@ async fn netlink(archive: &mut Archive) {
 async fn program(archive: &mut Archive, name: &str, words: &[&str]) {
     let mut command = Command::new(words[0]);
     command.args(&words[1..]).stdin(Stdio::null()).kill_on_drop(true);
-    match tokio::time::timeout(LIMIT, command.output()).await {
-        Err(_) => archive.missing(name, &format!("{} did not end within {LIMIT:?}", words[0])),
+    match tokio::time::timeout(PROGRAM_TIMEOUT, command.output()).await {
+        Err(_) => {
+            archive.missing(name, &format!("{} did not end within {PROGRAM_TIMEOUT:?}", words[0]))
+        }
         Ok(Err(error)) => archive.missing(name, &format!("{}: {error}", words[0])),
         Ok(Ok(output)) if output.status.success() => archive.add(name, &output.stdout),
         Ok(Ok(output)) => {
@@ -212,7 +217,7 @@ fn file(archive: &mut Archive, name: &str, path: &Path) {
     }
 }
 
-/// Returns the end of a file, at most [`ENTRY`] bytes.
+/// Returns the end of a file, at most [`MAX_ENTRY`] bytes.
 ///
 /// # Errors
 /// The file is not a regular file, or it cannot be read.
@@ -222,12 +227,12 @@ fn end_of(mut file: File) -> io::Result<Vec<u8>> {
         return Err(io::Error::other("not a regular file"));
     }
     let length = metadata.len();
-    if length > ENTRY as u64 {
-        file.seek(SeekFrom::Start(length - ENTRY as u64))?;
+    if length > MAX_ENTRY as u64 {
+        file.seek(SeekFrom::Start(length - MAX_ENTRY as u64))?;
     }
     let mut content = Vec::new();
-    // One that grows meanwhile, or never ends, is not followed.
-    file.take(ENTRY as u64).read_to_end(&mut content)?;
+    // The file may grow without end while it is read.
+    file.take(MAX_ENTRY as u64).read_to_end(&mut content)?;
     Ok(content)
 }
 
@@ -247,15 +252,15 @@ fn sysctls(archive: &mut Archive, config: &Config) {
     archive.add("machine/sysctls.txt", names.iter().map(line).collect::<String>().as_bytes());
 }
 
-/// Adds the logs of the chart's containers that kubelet keeps below `root`, if this process can read
-/// them: one directory for each pod, with one for each container. `namespace` is the chart's
-/// namespace, if it is known.
+/// Adds the logs of the chart's containers that kubelet stores below `root`, if this process can
+/// read them. `root` has one directory for each pod, with one for each container. `namespace` is
+/// the chart's namespace, if it is known.
 ///
-/// A pod with a writable hostPath volume of `/var/log` can place files there. No link is followed on
-/// the way from `root`, and only regular files with a single name are read.
+/// A pod with a writable hostPath volume of `/var/log` can place files there. No link is followed
+/// on the way from `root`, and only regular files with a single name are read.
 fn container_logs(archive: &mut Archive, root: &Path, namespace: Option<&str>) {
     let Ok(root) = open_below(rustix::fs::CWD, root, OFlags::DIRECTORY) else { return };
-    let pods = names(&root).into_iter().filter(|pod| is_ours(pod, namespace));
+    let pods = names(&root).into_iter().filter(|pod| is_own_pod(pod, namespace));
     for (pod, container) in pods.flat_map(|pod| CONTAINERS.map(|name| (pod.clone(), name))) {
         let directory = open_below(&root, &pod, OFlags::DIRECTORY)
             .and_then(|pod| open_below(pod, container, OFlags::DIRECTORY));
@@ -263,7 +268,7 @@ fn container_logs(archive: &mut Archive, root: &Path, namespace: Option<&str>) {
         for log in names(&directory) {
             let name = format!("logs/pods/{pod}/{container}/{log}");
             let opened = open_below(&directory, &log, OFlags::empty()).map(File::from);
-            match opened.map_err(io::Error::from).and_then(single).and_then(end_of) {
+            match opened.map_err(io::Error::from).and_then(with_single_name).and_then(end_of) {
                 Ok(content) => archive.add(&name, &content),
                 Err(error) => archive.missing(&name, &error.to_string()),
             }
@@ -271,7 +276,7 @@ fn container_logs(archive: &mut Archive, root: &Path, namespace: Option<&str>) {
     }
 }
 
-/// Opens `name` in `directory` for reading. A symbolic link is refused.
+/// Opens `name` in `directory` for reading. Fails if `name` is a symbolic link.
 fn open_below(
     directory: impl AsFd,
     name: impl rustix::path::Arg,
@@ -281,32 +286,33 @@ fn open_below(
     openat(directory, name, flags, Mode::empty())
 }
 
-/// Returns the names in `directory` in their order, at most [`RECORDS`]; names that are not UTF-8 are
+/// Returns the sorted names in `directory`, at most [`MAX_FILES`]; names that are not UTF-8 are
 /// left out.
 fn names(directory: &OwnedFd) -> Vec<String> {
     let entries = Dir::read_from(directory).into_iter().flatten().flatten();
     let names = entries.filter_map(|entry| entry.file_name().to_str().ok().map(str::to_owned));
     let mut names: Vec<_> =
-        names.filter(|name| name != "." && name != "..").take(RECORDS).collect();
+        names.filter(|name| name != "." && name != "..").take(MAX_FILES).collect();
     names.sort();
     names
 }
 
-/// Refuses a file with a second name: a hard link may name a file of another owner.
-fn single(file: File) -> io::Result<File> {
+/// Fails if the file has a second name, because a hard link may refer to a file of another owner.
+fn with_single_name(file: File) -> io::Result<File> {
     match file.metadata()?.nlink() {
         1 => Ok(file),
-        links => Err(io::Error::other(format!("has {links} names"))),
+        links => Err(io::Error::other(format!("the file has {links} names"))),
     }
 }
 
-/// Returns the namespace of the pod that this process runs in; `None` outside of a pod.
+/// Returns the namespace of this process's pod, or `None` outside of a pod.
 fn own_namespace() -> Option<String> {
     std::fs::read_to_string("/var/run/secrets/kubernetes.io/serviceaccount/namespace").ok()
 }
 
-/// Returns whether a directory of logs, NAMESPACE_POD_UID, belongs to a pod of the chart's DaemonSet.
-fn is_ours(directory: &str, namespace: Option<&str>) -> bool {
+/// Returns whether a log directory, named NAMESPACE_POD_UID, belongs to a pod of the chart's
+/// DaemonSet.
+fn is_own_pod(directory: &str, namespace: Option<&str>) -> bool {
     let mut parts = directory.split('_');
     let (of, pod, uid) = (parts.next(), parts.next(), parts.next());
     let end = pod.filter(|_| uid.is_some()).and_then(|pod| pod.strip_prefix("skein-"));
@@ -323,7 +329,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn containers_are_called_as_in_the_chart() {
+    fn container_names_match_chart() {
         let chart = include_str!("../../../../charts/skein/templates/daemonset.yaml");
         let (_, containers) = chart.split_once("containers:").unwrap_or_default();
         let (containers, _) = containers.split_once("\n      volumes:").unwrap_or_default();
@@ -332,10 +338,10 @@ mod tests {
     }
 
     #[test]
-    fn logs_are_those_of_the_daemon_set() {
+    fn only_logs_of_daemon_set_are_collected() {
         let ours = "kube-system_skein-x7k2p_0a1b2c3d-0000-4000-8000-000000000000";
-        assert!(is_ours(ours, None) && is_ours(ours, Some("kube-system")));
-        assert!(!is_ours(ours, Some("skein")), "The pod is in another namespace.");
+        assert!(is_own_pod(ours, None) && is_own_pod(ours, Some("kube-system")));
+        assert!(!is_own_pod(ours, Some("skein")), "The pod is in another namespace.");
         for others in [
             "default_skein-demo-7d9c5b6f4-x7k2p_0a1b",
             "default_skein-demo_0a1b",
@@ -345,12 +351,12 @@ mod tests {
             "kube-system_skein-cleanup-x7k2p_0a1b",
             "skein-x7k2p",
         ] {
-            assert!(!is_ours(others, None), "{others}");
+            assert!(!is_own_pod(others, None), "{others}");
         }
     }
 
     #[test]
-    fn logs_that_are_links_or_fifos_are_left_out() {
+    fn logs_that_are_links_or_fifos_are_skipped() {
         use std::os::unix::fs::symlink;
         let directory = tempfile::tempdir().unwrap();
         let secret = directory.path().join("secret");
@@ -382,7 +388,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn endless_metrics_are_cut() {
+    async fn endless_metrics_are_truncated() {
         use tokio::io::AsyncWriteExt;
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -391,8 +397,8 @@ mod tests {
             stream.write_all(b"HTTP/1.0 200 OK\r\n\r\n").await.unwrap();
             while stream.write_all(&[b'x'; 1 << 16]).await.is_ok() {}
         });
-        let text = tokio::time::timeout(SCRAPE, scrape(address)).await.unwrap().unwrap();
-        assert!((1..=ENTRY).contains(&text.len()), "{} bytes", text.len());
+        let text = tokio::time::timeout(METRICS_TIMEOUT, scrape(address)).await.unwrap().unwrap();
+        assert!((1..=MAX_ENTRY).contains(&text.len()), "{} bytes", text.len());
         server.await.unwrap();
     }
 }

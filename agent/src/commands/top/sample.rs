@@ -1,4 +1,4 @@
-//! What passed between two looks at the agent.
+//! Rates and mean batch sizes between two samples of the agent's status.
 
 use std::time::Duration;
 
@@ -14,26 +14,27 @@ pub(super) struct Sample {
     pub(super) ready: bool,
     pub(super) seconds: f64,
     pub(super) uptime_seconds: f64,
-    /// All lanes together.
+    /// Outgoing traffic, sum of all lanes.
     pub(super) out: Flow,
     #[serde(rename = "in")]
     pub(super) r#in: Flow,
     pub(super) lanes: Vec<Lane>,
-    /// Those that came since the last look first; reasons without a drop are left out.
+    /// Drops in descending order of their rate, then of their total. Reasons without a drop are
+    /// left out.
     pub(super) drops: Vec<Drop>,
-    /// The busiest first.
+    /// Peers in descending order of their bit rate.
     pub(super) peers: Vec<Peer>,
 }
 
-/// One direction.
+/// Rates and mean batch sizes of one direction.
 #[derive(Debug, Default, PartialEq, Serialize)]
 pub(super) struct Flow {
     pub(super) inner_packets_per_second: f64,
     pub(super) outer_packets_per_second: f64,
-    /// Of the inner packets.
+    /// Rate of inner bytes, in bits.
     pub(super) bits_per_second: f64,
     pub(super) calls_per_second: f64,
-    /// Mean sizes of batches; absent where there were none.
+    /// Mean number of datagrams per system call; `None` without a call.
     pub(super) packets_per_call: Option<f64>,
     pub(super) segments_per_message: Option<f64>,
     pub(super) inner_per_outer: Option<f64>,
@@ -65,7 +66,8 @@ pub(super) struct Peer {
 
 impl Sample {
     pub(super) fn between(before: &Document, now: &Document, time: Duration) -> Self {
-        // A new data process counts from zero; the device's counter continues.
+        // The counters of a new data process start at zero. The counter of the TUN device
+        // continues.
         let tun_queue_drops = now.report.as_ref().map_or(0, |report| report.tun_queue_drops);
         let nothing = Report { tun_queue_drops, ..Report::default() };
         let report = now.report.as_ref().unwrap_or(&nothing);
@@ -181,7 +183,8 @@ fn peers(before: &Report, now: &Report, time: Duration) -> Vec<Peer> {
     let traffic = |peer: &Peer| {
         peer.rates.map_or(0.0, |rates| rates.tx_bits_per_second + rates.rx_bits_per_second)
     };
-    // The sort is stable: those with nothing stay in the order of their names, the lost ones before them.
+    // The sort is stable: peers without traffic keep the order of their names, unreachable peers
+    // first.
     peers.sort_by_key(|peer| peer.state != PeerState::Unreachable);
     peers.sort_by(|a, b| traffic(b).total_cmp(&traffic(a)));
     peers
@@ -194,7 +197,7 @@ mod tests {
     use crate::status::tests::{document, peer};
     use skein_ipc::DropReport;
 
-    fn looks() -> (Document, Document) {
+    fn samples() -> (Document, Document) {
         let (mut before, mut now) = (document(1000), document(3000));
         let quiet = peer("quiet", PeerState::Established);
         let mut busy = peer("busy", PeerState::Established);
@@ -215,8 +218,8 @@ mod tests {
     }
 
     #[test]
-    fn rates_are_differences_and_means_are_of_what_came() {
-        let (before, now) = looks();
+    fn rates_and_means_use_differences_of_counters() {
+        let (before, now) = samples();
         let sample = Sample::between(&before, &now, Duration::from_secs(2));
         assert_eq!(sample.out.inner_packets_per_second, 1000.0);
         assert_eq!(sample.out.packets_per_call, Some(2.0));

@@ -1,4 +1,4 @@
-//! How a sample looks, and the terminal that it is shown on.
+//! Layout of a sample as text, and the terminal that shows it.
 
 use std::io::{self, Stdout, Write};
 
@@ -9,18 +9,18 @@ use super::sample::{Flow, Sample};
 use super::size;
 use crate::status::{Tone, age, count, milliseconds, paint, peer_tone};
 
-/// Lines that a terminal keeps for peers, whatever else there is.
-const PEERS: usize = 4;
-/// Drops shown at most.
-const DROPS: usize = 8;
+/// Minimum number of lines for peers.
+const MIN_PEER_LINES: usize = 4;
+/// Maximum number of drop reasons shown.
+const MAX_DROPS: usize = 8;
 
-/// The lines of a sample, none wider and not more than there is room for.
+/// Formats a sample as at most `height` lines of at most `width` characters.
 pub(super) fn lines(sample: &Sample, (width, height): (usize, usize)) -> Vec<String> {
     let mut lines = Vec::new();
     let mut add = |text: String, tone| lines.push((text, tone));
     let ready = if sample.ready { "ready" } else { "NOT READY: see skein-agent status" };
     let head = format!(
-        "{}, {ready}, data process up {}, {:.1} s a sample (q: quit)",
+        "{}, {ready}, data process up {}, {:.1} s per sample (q: quit)",
         sample.node,
         age(sample.uptime_seconds),
         sample.seconds
@@ -44,14 +44,14 @@ pub(super) fn lines(sample: &Sample, (width, height): (usize, usize)) -> Vec<Str
     }
     add(String::new(), Tone::Plain);
     add(format!("{:<9}{:<30}{:>9}{:>9}", "DROPS", "REASON", "PKT/S", "PACKETS"), Tone::Plain);
-    for drop in sample.drops.iter().take(DROPS) {
+    for drop in sample.drops.iter().take(MAX_DROPS) {
         let tone = if drop.packets_per_second > 0.0 { Tone::Bad } else { Tone::Plain };
         let (now, all) = (count(drop.packets_per_second as u64), count(drop.packets));
         add(format!("{:<9}{:<30}{now:>9}{all:>9}", drop.direction, drop.reason), tone);
     }
-    // What is above gives way before the peers do.
+    // If the terminal is small, the lines above are cut before the peers.
     let heading = 2;
-    lines.truncate(height.saturating_sub(heading + PEERS).max(5));
+    lines.truncate(height.saturating_sub(heading + MIN_PEER_LINES).max(5));
     let room = height.saturating_sub(lines.len() + heading);
     lines.push((String::new(), Tone::Plain));
     lines.push((
@@ -98,24 +98,24 @@ fn flow(name: &str, flow: &Flow) -> String {
     )
 }
 
-/// The terminal, as it was before again when this is dropped, or something panics.
+/// Terminal in raw mode with an alternate screen. Drop and panic restore the terminal.
 pub(super) struct Screen(Stdout);
 
 impl Screen {
     pub(super) fn open() -> io::Result<Self> {
         let mut screen = Self(io::stdout());
         terminal::enable_raw_mode()?;
-        // The message of a panic belongs on the screen that was there before.
-        let told = std::panic::take_hook();
+        // A panic message must appear on the original screen.
+        let previous = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |panic| {
             restore(&mut io::stdout());
-            told(panic);
+            previous(panic);
         }));
         execute!(screen.0, terminal::EnterAlternateScreen, cursor::Hide)?;
         Ok(screen)
     }
 
-    /// Draws what `lines` makes of the terminal's size.
+    /// Draws the lines that `lines` returns for the terminal's size.
     pub(super) fn show(
         &mut self,
         lines: impl FnOnce((usize, usize)) -> Vec<String>,
@@ -137,7 +137,7 @@ impl Drop for Screen {
 }
 
 fn restore(stdout: &mut Stdout) {
-    // Nobody to tell where the terminal is gone.
+    // Errors are ignored: the terminal may be closed.
     let _ = execute!(stdout, cursor::Show, terminal::LeaveAlternateScreen);
     let _ = terminal::disable_raw_mode();
 }
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sample_fits_any_terminal() {
+    fn sample_fits_any_terminal_size() {
         for (width, height) in [(80, 24), (200, 60), (20, 5), (1, 1), (80, 10)] {
             let lines = lines(&sample(1000), (width, height));
             assert!(lines.len() <= height, "{} lines on {height}", lines.len());
@@ -173,8 +173,8 @@ mod tests {
     }
 
     #[test]
-    fn a_small_terminal_shows_peers_still() {
+    fn small_terminal_shows_minimum_of_peers() {
         let lines = lines(&sample(1000), (80, 24));
-        assert!(lines.iter().filter(|line| line.starts_with("node-0")).count() >= PEERS);
+        assert!(lines.iter().filter(|line| line.starts_with("node-0")).count() >= MIN_PEER_LINES);
     }
 }

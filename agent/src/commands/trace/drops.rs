@@ -1,4 +1,5 @@
-//! Dropped packets as they are dropped, with the counters' word on those that nobody has looked at.
+//! `trace --drops`: packets while they are dropped, and the number of drops without a packet, from
+//! the counters of the data process.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -9,35 +10,38 @@ use skein_ipc::capture::{CaptureKind, CaptureRequest, CapturedPacket};
 use tokio::time::Instant;
 
 use crate::commands::packet::describe;
-use crate::commands::{Agent, Output, print, show, watching};
+use crate::commands::{Agent, Output, print, print_if_open, watching};
 use crate::failure::Failure;
 use crate::lifecycle::Signals;
 use crate::status::{Tone, paint};
 
-/// Enough of a packet for all that is shown of it.
-const SNAP: u32 = 96;
-/// How often the counters are looked at.
-const LOOK: Duration = Duration::from_secs(1);
+/// Bytes of a packet that are captured: sufficient for IP and transport header.
+const SNAP_LENGTH: u32 = 96;
+/// Interval at which the counters are requested.
+const COUNTER_INTERVAL: Duration = Duration::from_secs(1);
 
+/// Bounds of the command; `None` is unlimited.
 pub(super) struct Limits {
     pub(super) count: Option<u64>,
-    pub(super) seconds: Option<Duration>,
+    pub(super) duration: Option<Duration>,
 }
 
-/// Direction and reason.
+/// Direction and reason of a drop.
 type Kind = (String, String);
 
+/// Prints drops until the limits are reached, the reader closes the pipe, or a signal arrives.
 pub(super) async fn follow(agent: &Agent, limits: &Limits, output: Output) -> Result<(), Failure> {
-    let mut signals = Signals::take().map_err(|e| Failure::io("cannot take signals", e))?;
+    let mut signals =
+        Signals::take().map_err(|e| Failure::io("cannot install signal handlers", e))?;
     let status = agent.status().await?;
     let mut counters = watching::connect(&status).await?;
-    let watch = CaptureRequest { kind: CaptureKind::Drops, nets: Vec::new(), snap: SNAP };
-    let mut client = watching::begin(&status, watch).await?;
-    let end = limits.seconds.map(|seconds| Instant::now() + seconds);
-    // Counted when the watch began, and a second ago; and of that, what was told.
+    let watch = CaptureRequest { kind: CaptureKind::Drops, nets: Vec::new(), snap: SNAP_LENGTH };
+    let mut client = watching::start_capture(&status, watch).await?;
+    let end = limits.duration.map(|duration| Instant::now() + duration);
+    // Counters at the start, counters one interval ago, and the drops that were already printed.
     let start = totals(&counters.report(false).await.map_err(watching::failure)?);
-    let (mut before, mut told) = (start.clone(), BTreeMap::<Kind, u64>::new());
-    let (mut looked, mut left) = (Instant::now(), limits.count.unwrap_or(u64::MAX));
+    let (mut before, mut printed) = (start.clone(), BTreeMap::<Kind, u64>::new());
+    let (mut requested, mut left) = (Instant::now(), limits.count.unwrap_or(u64::MAX));
     if output == Output::Table {
         print(
             "TIME          DIRECTION  REASON                LANE  NODE                   PACKET\n",
@@ -51,22 +55,22 @@ pub(super) async fn follow(agent: &Agent, limits: &Limits, output: Output) -> Re
         };
         for seen in seen {
             let kind = (seen.direction.clone(), seen.reason.clone().unwrap_or_default());
-            *told.entry(kind).or_default() += seen.packets;
+            *printed.entry(kind).or_default() += seen.packets;
             left = left.saturating_sub(seen.packets);
-            if !show(&shown(&seen, output)?)? || left == 0 {
+            if !print_if_open(&packet_line(&seen, output)?)? || left == 0 {
                 return Ok(());
             }
         }
-        if looked.elapsed() >= LOOK {
-            looked = Instant::now();
+        if requested.elapsed() >= COUNTER_INTERVAL {
+            requested = Instant::now();
             for (kind, &counted) in &before {
                 let counted = counted.saturating_sub(start.get(kind).copied().unwrap_or(0));
-                let told = told.entry(kind.clone()).or_default();
-                let more = counted.saturating_sub(*told);
+                let printed = printed.entry(kind.clone()).or_default();
+                let more = counted.saturating_sub(*printed);
                 if more > 0 {
-                    *told += more;
+                    *printed += more;
                     left = left.saturating_sub(more);
-                    if !show(&untold(kind, more, output)?)? {
+                    if !print_if_open(&remainder_line(kind, more, output)?)? {
                         return Ok(());
                     }
                 }
@@ -89,7 +93,7 @@ fn totals(report: &Report) -> BTreeMap<Kind, u64> {
     report.drops.iter().map(total).collect()
 }
 
-fn shown(seen: &CapturedPacket, output: Output) -> Result<String, Failure> {
+fn packet_line(seen: &CapturedPacket, output: Output) -> Result<String, Failure> {
     let packet = describe(seen);
     let reason = seen.reason.as_deref().unwrap_or_default();
     let lane = seen.lane.map_or_else(|| "-".to_owned(), |lane| lane.to_string());
@@ -109,8 +113,13 @@ fn shown(seen: &CapturedPacket, output: Output) -> Result<String, Failure> {
     }
 }
 
-/// What was counted and not shown: too many at once, or nothing was known of them but their number.
-fn untold((direction, reason): &Kind, packets: u64, output: Output) -> Result<String, Failure> {
+/// Formats the number of drops without a captured packet: too many at once, or drops of which only
+/// the number is known.
+fn remainder_line(
+    (direction, reason): &Kind,
+    packets: u64,
+    output: Output,
+) -> Result<String, Failure> {
     match output {
         Output::Json => line(&json!({
             "direction": direction, "reason": reason, "packets": packets,
@@ -129,7 +138,7 @@ fn line(value: &serde_json::Value) -> Result<String, Failure> {
     Ok(format!("{value}\n"))
 }
 
-/// The time of the day, in UTC.
+/// Formats nanoseconds since 1970 as the time of day in UTC.
 fn time(ns: u64) -> String {
     let (seconds, ms) = (ns / 1_000_000_000, ns / 1_000_000 % 1000);
     let (h, m, s) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);

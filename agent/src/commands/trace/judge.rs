@@ -1,20 +1,20 @@
-//! From what is known to steps and a verdict: pure.
+//! Evaluation of a trace: steps and verdict from [`Facts`], without I/O.
 
 use std::net::IpAddr;
 
 use serde::Serialize;
 use skein_ipc::{PeerReport, PeerState};
 
-use super::facts::{Facts, Way};
+use super::facts::{Facts, RouteResult};
 use crate::status::{age, milliseconds};
 
-/// A packet's way.
+/// Result of a trace.
 #[derive(Debug, Serialize)]
 pub(super) struct Trace {
     pub(super) from: IpAddr,
     pub(super) to: IpAddr,
     pub(super) steps: Vec<Step>,
-    /// Whether it gets there, as far as this node can tell.
+    /// No step stops the packet, as far as this node knows.
     pub(super) passes: bool,
     pub(super) verdict: String,
 }
@@ -29,32 +29,33 @@ pub(super) struct Step {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Grade {
-    /// As it should be.
+    /// The packet passes.
     Good,
-    /// Good to know.
+    /// The packet passes; the detail is useful for a diagnosis.
     Note,
-    /// Here the packet ends.
+    /// The packet stops here.
     Bad,
 }
 
 use Grade::{Bad, Good, Note};
 
+/// Evaluates the steps of the packet in their order. The first step with [`Bad`] is the verdict.
 pub(super) fn judge(facts: &Facts) -> Trace {
     let mut steps = Steps(Vec::new());
     source(facts, &mut steps);
-    let by = route(facts, &mut steps);
-    let end = match (&facts.peer, by) {
-        (Some((peer, outer)), _) => {
+    route(facts, &mut steps);
+    let end = match &facts.peer {
+        Some((peer, outer)) => {
             overlay(facts, peer, outer.as_ref(), &mut steps);
-            format!("it goes to {} through {}", peer.name, facts.status.interface.name)
+            format!("the packet goes to {} through {}", peer.name, facts.status.interface.name)
         }
-        (None, _) if facts.is_here(facts.to) => {
-            steps.add("owner", Good, format!("{} is this node's", facts.to));
-            format!("it stays on this node: {}", name(&facts.way))
+        None if facts.is_here(facts.to) => {
+            steps.add("owner", Good, format!("{} belongs to this node", facts.to));
+            format!("the packet stays on this node: {}", name(&facts.route))
         }
-        (None, _) => {
-            steps.add("owner", Note, format!("no node owns {}: not the overlay's", facts.to));
-            format!("it leaves the overlay by {}", name(&facts.way))
+        None => {
+            steps.add("owner", Note, format!("no node owns {}: not part of the overlay", facts.to));
+            format!("the packet leaves the overlay by {}", name(&facts.route))
         }
     };
     firewall(facts, &mut steps);
@@ -65,7 +66,9 @@ pub(super) fn judge(facts: &Facts) -> Trace {
         passes: stop.is_none(),
         verdict: match stop {
             Some(step) => format!("{}: {}", step.name, step.says),
-            None if others_may_drop(facts) => format!("{end}, unless rules of others drop it"),
+            None if other_chains_may_drop(facts) => {
+                format!("{end}, unless rules of other programs drop it")
+            }
             None => end,
         },
         steps: steps.0,
@@ -80,11 +83,11 @@ impl Steps {
     }
 }
 
-fn name(way: &Way) -> String {
-    way.link.as_ref().map_or_else(|| "no interface".to_owned(), |link| link.name.clone())
+fn name(route: &RouteResult) -> String {
+    route.link.as_ref().map_or_else(|| "no interface".to_owned(), |link| link.name.clone())
 }
 
-/// Who sends it.
+/// Adds the step about the sender.
 fn source(facts: &Facts, steps: &mut Steps) {
     let from = facts.from;
     let mut add = |grade, says: String| steps.add("source", grade, says);
@@ -98,39 +101,43 @@ fn source(facts: &Facts, steps: &mut Steps) {
             add(Good, format!("{from} is a pod of this node, at {}{pod}", name(&facts.sender)));
         }
         Ok(_) if facts.is_here(from) => match &facts.sender.link {
-            // A pod that somebody else has attached.
+            // A pod that another CNI plugin has attached.
             Some(link) if link.name != facts.status.interface.name && !link.loopback => {
-                add(Good, format!("{from} is of this node's pod CIDRs, at {}", link.name));
+                add(Good, format!("{from} is in this node's pod CIDRs, at {}", link.name));
             }
-            _ => add(Bad, format!("{from} is of this node's pod CIDRs, but no pod has it")),
+            _ => {
+                add(Bad, format!("{from} is in this node's pod CIDRs, but no pod has the address"))
+            }
         },
-        Ok(_) => add(Note, format!("{from} is no pod's: it comes by {}", name(&facts.sender))),
-        Err(error) => add(Bad, format!("the kernel has no way to {from}: {error}")),
+        Ok(_) => {
+            add(Note, format!("{from} is not a pod: its packets arrive by {}", name(&facts.sender)))
+        }
+        Err(error) => add(Bad, format!("the kernel has no route to {from}: {error}")),
     }
 }
 
-/// Where the kernel sends it; whether that is the overlay.
-fn route(facts: &Facts, steps: &mut Steps) -> bool {
+/// Adds the step about the kernel's route.
+fn route(facts: &Facts, steps: &mut Steps) {
     let interface = &facts.status.interface;
     let mut add = |grade, says: String| steps.add("route", grade, says);
-    let found = match &facts.way.lookup {
+    let found = match &facts.route.lookup {
         Err(error) => {
             add(
                 Bad,
                 format!(
-                    "the kernel sends nothing to {to}: {error}: see ip route get {to}",
+                    "the kernel has no route to {to}: {error}. See ip route get {to}.",
                     to = facts.to
                 ),
             );
-            return false;
+            return;
         }
         Ok(found) => found,
     };
     if let Some(refused) = &found.refused {
-        add(Bad, format!("a route of the kernel says {refused}"));
-        return false;
+        add(Bad, format!("the kernel's route refuses the packet: {refused}"));
+        return;
     }
-    let by = name(&facts.way);
+    let by = name(&facts.route);
     let via = found.gateway.map(|gateway| format!(" via {gateway}")).unwrap_or_default();
     let mtu = found.mtu.map(|mtu| format!(", MTU {mtu}")).unwrap_or_default();
     let overlay = by == interface.name;
@@ -140,28 +147,33 @@ fn route(facts: &Facts, steps: &mut Steps) -> bool {
             add(
                 Bad,
                 format!(
-                    "the kernel sends it by {by}{via} and not by {}, though {} owns it{ready}: \
-                     look for another route (ip route get {})",
+                    "the kernel sends the packet by {by}{via} and not by {}, although {} owns the \
+                     destination{ready}. Find the conflicting route with ip route get {}.",
                     interface.name, peer.name, facts.to
                 ),
             );
         }
         (None, true) if !facts.is_here(facts.to) => {
-            add(Bad, format!("the kernel sends it by {by}, and no node owns {}", facts.to));
+            add(Bad, format!("the kernel sends the packet by {by}, and no node owns {}", facts.to));
         }
         (None, true) => {
-            add(Bad, format!("{} is this node's, but no pod has it: {by} drops it", facts.to));
+            add(
+                Bad,
+                format!(
+                    "{} is in this node's pod CIDRs, but no pod has the address: {by} drops it",
+                    facts.to
+                ),
+            );
         }
-        _ if found.local => add(Good, "it is for this node itself".to_owned()),
+        _ if found.local => add(Good, "the destination is this node itself".to_owned()),
         _ => add(Good, format!("by {by}{via}{mtu}")),
     }
-    if let Some(link) = facts.way.link.as_ref().filter(|link| !link.up) {
+    if let Some(link) = facts.route.link.as_ref().filter(|link| !link.up) {
         add(Bad, format!("interface {} is down", link.name));
     }
-    overlay
 }
 
-fn overlay(facts: &Facts, peer: &PeerReport, outer: Option<&Way>, steps: &mut Steps) {
+fn overlay(facts: &Facts, peer: &PeerReport, outer: Option<&RouteResult>, steps: &mut Steps) {
     let cidr = peer.pod_cidrs.iter().find(|cidr| cidr.contains(&facts.to));
     let cidr = cidr.map(ToString::to_string).unwrap_or_default();
     steps.add("owner", Good, format!("{} owns {cidr}", peer.name));
@@ -171,7 +183,7 @@ fn overlay(facts: &Facts, peer: &PeerReport, outer: Option<&Way>, steps: &mut St
         _ => steps.add(
             "underlay",
             Bad,
-            format!("no endpoint of {} is of a family that this node listens on", peer.name),
+            format!("no endpoint of {} has an address family that this node listens on", peer.name),
         ),
     }
     let mtu = facts.status.interface.mtu;
@@ -179,13 +191,19 @@ fn overlay(facts: &Facts, peer: &PeerReport, outer: Option<&Way>, steps: &mut St
         Some(path) => steps.add(
             "size",
             Note,
-            format!("the path carries {path} of {mtu} bytes: longer packets are split or refused"),
+            format!(
+                "the path MTU is {path} of {mtu} bytes: longer packets are fragmented or rejected"
+            ),
         ),
         None => steps.add("size", Good, format!("packets of up to {mtu} bytes")),
     }
     match peer.gso {
-        true => steps.add("batching", Good, "superpackets leave as UDP_SEGMENT messages"),
-        false => steps.add("batching", Note, "one datagram at a time: see udp_gso in status"),
+        true => steps.add("batching", Good, "superpackets are sent as UDP_SEGMENT messages"),
+        false => steps.add(
+            "batching",
+            Note,
+            "each datagram is sent on its own: see udp_gso in skein-agent status",
+        ),
     }
 }
 
@@ -195,7 +213,7 @@ fn session(peer: &PeerReport, steps: &mut Steps) {
         says += &format!(", keys {} old", age(seconds));
     }
     if let Some(us) = peer.rtt_us {
-        says += &format!(", round trip {}", milliseconds(us));
+        says += &format!(", round-trip time {}", milliseconds(us));
     }
     if let Some(reason) = &peer.reason {
         says += &format!(": {reason}");
@@ -206,20 +224,20 @@ fn session(peer: &PeerReport, steps: &mut Steps) {
         PeerState::Idle | PeerState::Connecting => Note,
     };
     if peer.state == PeerState::Idle {
-        says += ": the first packet begins a handshake";
+        says += ": the first packet starts a handshake";
     }
     steps.add("session", grade, says);
 }
 
-fn underlay(facts: &Facts, endpoint: std::net::SocketAddr, outer: &Way, steps: &mut Steps) {
+fn underlay(facts: &Facts, endpoint: std::net::SocketAddr, outer: &RouteResult, steps: &mut Steps) {
     let mut add = |grade, says: String| steps.add("underlay", grade, says);
     match &outer.lookup {
         Err(error) => add(Bad, format!("no route to the endpoint {endpoint}: {error}")),
         Ok(found) if found.refused.is_some() => {
-            add(Bad, format!("a route to the endpoint {endpoint} refuses"));
+            add(Bad, format!("the route to the endpoint {endpoint} refuses packets"));
         }
         Ok(_) if name(outer) == facts.status.interface.name => {
-            add(Bad, format!("the way to the endpoint {endpoint} leads into the overlay itself"));
+            add(Bad, format!("the route to the endpoint {endpoint} leads into the overlay itself"));
         }
         Ok(found) => {
             let via = found.gateway.map(|gateway| format!(" via {gateway}")).unwrap_or_default();
@@ -230,51 +248,56 @@ fn underlay(facts: &Facts, endpoint: std::net::SocketAddr, outer: &Way, steps: &
     }
 }
 
-/// Whether the packet is forwarded through chains of others that drop what none of their rules lets pass.
-fn others_may_drop(facts: &Facts) -> bool {
-    !facts.closed.is_empty() && !facts.sender.lookup.as_ref().is_ok_and(|found| found.local)
+/// Returns whether the packet is forwarded through chains of other programs whose policy is drop.
+fn other_chains_may_drop(facts: &Facts) -> bool {
+    !facts.dropping_chains.is_empty()
+        && !facts.sender.lookup.as_ref().is_ok_and(|found| found.local)
 }
 
-/// What the firewall makes of it on this node.
+/// Adds the steps about forwarding, masquerading and the forward chains.
 fn firewall(facts: &Facts, steps: &mut Steps) {
     let mut add = |grade, says: String| steps.add("firewall", grade, says);
     let own = facts.sender.lookup.as_ref().is_ok_and(|found| found.local);
     if !own && !facts.forwarding {
-        add(Bad, "the kernel forwards nothing: set interface.forwarding, or the sysctl".to_owned());
+        add(
+            Bad,
+            "the kernel forwards no packets. Set interface.forwarding, or the sysctl.".to_owned(),
+        );
     }
     let pods = facts.setting("/cni/enabled").as_bool() == Some(true);
     match facts.table {
         Some(false) => add(
             if pods { Bad } else { Note },
-            "the nftables table of Skein is not in place: skein-agent status shows the reason"
-                .to_owned(),
+            "Skein's nftables table is missing: skein-agent status shows the reason".to_owned(),
         ),
-        _ if !pods => add(Note, "pods are not served (cni.enabled): no rules of Skein".to_owned()),
-        _ if own => add(Good, "this node's own packets are not forwarded".to_owned()),
+        _ if !pods => {
+            add(Note, "Skein has no rules, because it does not serve pods (cni.enabled)".to_owned())
+        }
+        _ if own => add(Good, "packets of this node itself are not forwarded".to_owned()),
         _ => {
-            let inside = inside(facts, facts.to);
+            let inside = is_inside(facts, facts.to);
             let masquerade = facts.setting("/cni/masquerade").as_bool() == Some(true);
             match (facts.peer.is_some() || inside, masquerade && facts.is_here(facts.from)) {
-                (true, _) => add(Good, format!("keeps its source {}", facts.from)),
+                (true, _) => add(Good, format!("the packet keeps its source {}", facts.from)),
                 (false, true) => {
-                    add(Note, "masqueraded: leaves with the node's address".to_owned())
+                    add(Note, "masqueraded: the packet leaves with the node's address".to_owned())
                 }
-                (false, false) => add(Note, "not masqueraded: nobody may know the way back".into()),
+                (false, false) => add(
+                    Note,
+                    "not masqueraded: the destination may have no route for the answer".into(),
+                ),
             }
         }
     }
-    if others_may_drop(facts) {
-        for closed in &facts.closed {
-            add(
-                Note,
-                format!("whether a rule there lets this packet pass is not known here: {closed}"),
-            );
+    if other_chains_may_drop(facts) {
+        for chain in &facts.dropping_chains {
+            add(Note, format!("rules of other programs are not evaluated: {chain}"));
         }
     }
 }
 
-/// Whether a pod keeps its address on the way to `address`.
-fn inside(facts: &Facts, address: IpAddr) -> bool {
+/// Returns whether packets of pods to `address` keep their source address.
+fn is_inside(facts: &Facts, address: IpAddr) -> bool {
     let mut nets = facts.nets("/cluster_cidrs");
     nets.extend(facts.nets("/cni/no_masquerade"));
     facts.is_here(address)
@@ -293,13 +316,13 @@ mod tests {
     use skein_netlink::link::Link;
     use skein_netlink::lookup::Lookup;
 
-    fn way(name: &str, lookup: Lookup) -> Way {
+    fn route_by(name: &str, lookup: Lookup) -> RouteResult {
         let link = Link { name: name.to_owned(), up: true, mtu: 1500, ..Link::default() };
-        Way { lookup: Ok(lookup), link: Some(link) }
+        RouteResult { lookup: Ok(lookup), link: Some(link) }
     }
 
-    /// A pod of this node sends to one of node-b's, and all is well.
-    fn well() -> Facts {
+    /// Returns facts of a packet from a pod of this node to a pod of node-b that passes.
+    fn passing() -> Facts {
         let other = peer("node-b", PeerState::Established);
         let mut status = document(0);
         status.ready = true;
@@ -312,12 +335,12 @@ mod tests {
         Facts {
             from: "10.1.0.2".parse().unwrap(),
             to: "10.2.0.3".parse().unwrap(),
-            sender: way("skp1", skein.clone()),
-            way: way("skein0", skein),
-            peer: Some((other, Some(way("eth0", Lookup::default())))),
+            sender: route_by("skp1", skein.clone()),
+            route: route_by("skein0", skein),
+            peer: Some((other, Some(route_by("eth0", Lookup::default())))),
             forwarding: true,
             table: Some(true),
-            closed: Vec::new(),
+            dropping_chains: Vec::new(),
             status,
         }
     }
@@ -329,71 +352,71 @@ mod tests {
     }
 
     #[test]
-    fn a_packet_to_another_node_passes() {
-        let trace = judge(&well());
+    fn packet_to_peer_passes() {
+        let trace = judge(&passing());
         assert!(trace.passes && trace.verdict.contains("to node-b through skein0"), "{trace:?}");
         assert!(trace.steps.iter().all(|step| step.grade == Good), "{trace:?}");
     }
 
     #[test]
-    fn what_stops_it_is_named() {
-        let mut facts = well();
+    fn verdict_names_step_that_stops_packet() {
+        let mut facts = passing();
         facts.peer.as_mut().unwrap().0 = peer("node-b", PeerState::Unreachable);
         stops(&facts, "session", "no answer for 7 s");
-        let mut facts = well();
-        facts.way = way("eth0", Lookup::default());
+        let mut facts = passing();
+        facts.route = route_by("eth0", Lookup::default());
         stops(&facts, "route", "by eth0 and not by skein0");
-        let mut facts = well();
-        facts.way.lookup = Err("Network is unreachable".to_owned());
+        let mut facts = passing();
+        facts.route.lookup = Err("Network is unreachable".to_owned());
         stops(&facts, "route", "unreachable");
-        let mut facts = well();
-        facts.peer.as_mut().unwrap().1 = Some(way("skein0", Lookup::default()));
+        let mut facts = passing();
+        facts.peer.as_mut().unwrap().1 = Some(route_by("skein0", Lookup::default()));
         stops(&facts, "underlay", "into the overlay itself");
-        let mut facts = well();
-        facts.sender = way("skein0", Lookup::default());
-        stops(&facts, "source", "no pod has it");
-        let mut facts = well();
+        let mut facts = passing();
+        facts.sender = route_by("skein0", Lookup::default());
+        stops(&facts, "source", "no pod has the address");
+        let mut facts = passing();
         facts.forwarding = false;
-        stops(&facts, "firewall", "forwards nothing");
-        let mut facts = well();
-        facts.way.link.as_mut().unwrap().up = false;
+        stops(&facts, "firewall", "forwards no packets");
+        let mut facts = passing();
+        facts.route.link.as_mut().unwrap().up = false;
         stops(&facts, "route", "skein0 is down");
     }
 
     #[test]
-    fn a_chain_of_somebody_that_may_drop_it_is_noted() {
-        let mut facts = well();
-        facts.closed = vec!["chain ip filter FORWARD drops".to_owned()];
+    fn dropping_chain_of_other_program_is_a_note() {
+        let mut facts = passing();
+        facts.dropping_chains = vec!["chain ip filter FORWARD drops".to_owned()];
         let trace = judge(&facts);
-        let noted = |step: &Step| step.grade == Note && step.says.contains("not known here: chain");
+        let noted = |step: &Step| step.grade == Note && step.says.contains("not evaluated: chain");
         assert!(trace.passes && trace.steps.iter().any(noted), "{trace:?}");
-        assert!(trace.verdict.ends_with("unless rules of others drop it"), "{trace:?}");
-        // This node's own packets do not pass there.
-        facts.sender = way("lo", Lookup { local: true, ..Lookup::default() });
+        assert!(trace.verdict.ends_with("unless rules of other programs drop it"), "{trace:?}");
+        // Packets of this node itself do not pass forward chains.
+        facts.sender = route_by("lo", Lookup { local: true, ..Lookup::default() });
         let own = judge(&facts);
         assert!(!own.verdict.contains("unless") && !own.steps.iter().any(noted), "{own:?}");
     }
 
     #[test]
-    fn other_nodes_senders_are_foreign() {
-        let mut facts = well();
-        assert!(facts.foreign().is_none());
-        facts.sender = way("skein0", Lookup { skein: true, ..Lookup::default() });
+    fn sender_on_peer_is_remote() {
+        let mut facts = passing();
+        assert!(facts.remote_sender().is_none());
+        facts.sender = route_by("skein0", Lookup { skein: true, ..Lookup::default() });
         facts.from = "10.2.0.9".parse().unwrap();
-        assert_eq!(facts.foreign().unwrap().name, "node-b");
+        assert_eq!(facts.remote_sender().unwrap().name, "node-b");
         let endpoint = facts.status.report.as_ref().unwrap().peers[0].endpoint.unwrap();
         facts.from = endpoint.ip();
-        assert_eq!(facts.foreign().unwrap().name, "node-b");
-        // A client from outside, whose packets come by here.
+        assert_eq!(facts.remote_sender().unwrap().name, "node-b");
+        // A client outside of the cluster, whose packets this node forwards.
         facts.from = "198.51.100.7".parse().unwrap();
-        assert!(facts.foreign().is_none());
+        assert!(facts.remote_sender().is_none());
     }
 
     #[test]
-    fn a_packet_to_the_outside_is_masqueraded() {
-        let mut facts = well();
+    fn packet_to_the_outside_is_masqueraded() {
+        let mut facts = passing();
         facts.to = "198.51.100.7".parse().unwrap();
-        facts.way = way("eth0", Lookup::default());
+        facts.route = route_by("eth0", Lookup::default());
         facts.peer = None;
         let trace = judge(&facts);
         assert!(trace.passes && trace.verdict.contains("by eth0"), "{trace:?}");

@@ -1,4 +1,4 @@
-//! The test against as much of an API server as it needs.
+//! Tests against a fake API server.
 
 use std::sync::{Arc, Mutex};
 
@@ -6,59 +6,60 @@ use http::{Method, Request, Response};
 use kube::client::Body;
 use serde_json::{Value, json};
 
-use super::super::matrix::{Outcome, Protocol, row};
+use super::super::matrix::{ProbeResult, Protocol, row};
 use super::*;
 
 #[derive(Debug, Default, Clone, Copy, PartialEq)]
 enum Fault {
     #[default]
     None,
-    /// Nobody may get the DaemonSet.
+    /// Reading the DaemonSet is forbidden.
     NoDaemonSet,
-    /// No pod may be created.
+    /// Creating pods is forbidden.
     NoPods,
-    /// Pods in the node's network may not be created.
+    /// Creating pods in the node's network is forbidden.
     NoHostPods,
     /// The first pod's creation fails.
     First,
-    /// The first pod is there already when its creation is answered, as that was tried twice.
+    /// The creation of the first pod is answered with 409, because the client repeated it.
     Twice,
-    /// Pods that probe fail.
+    /// Probing pods fail.
     Probers,
-    /// The pod of node2 that answers has no image, and nobody may list SkeinNodes.
+    /// The answering pod of node2 has no image, and listing SkeinNodes is forbidden.
     Absent,
-    /// The pod of node2 that answers is refused by its kubelet.
+    /// kubelet refuses the answering pod of node2.
     OutOfPods,
-    /// Every other list of pods fails.
+    /// Every second list of pods fails.
     Lists,
     /// The log of one pod cannot be read.
     Log,
-    /// Nor is there an answer when it is asked for.
+    /// A request for the log of one pod gets no answer.
     LogHangs,
-    /// The second pod's creation is not answered, and the pod comes when the others are removed.
+    /// The creation of the second pod gets no answer, and the pod appears while the others are
+    /// removed.
     Late,
     /// Pods are not removed.
     Stay,
-    /// Pods may not be removed.
+    /// Removing pods is forbidden.
     NoRemoval,
 }
 
-/// As much of an API server as the test needs: pods run as soon as they are made.
+/// Fake API server whose pods run as soon as they are created.
 #[derive(Default)]
 struct Fake {
     fault: Fault,
     pods: Vec<Value>,
-    /// Comes into being when nobody waits for it any more.
+    /// Pod that appears after its request has timed out.
     late: Option<Value>,
     targets: Vec<Target>,
-    looks: usize,
+    lists: usize,
     removals: usize,
     removed: usize,
 }
 
 type Answer = (u16, Vec<u8>);
 
-/// As the API server fails.
+/// Returns an error answer of the API server.
 fn failed(code: u16, message: &str) -> Option<Answer> {
     let status = json!({ "kind": "Status", "status": "Failure", "code": code, "message": message, "reason": "Test" });
     Some((code, status.to_string().into_bytes()))
@@ -69,7 +70,7 @@ fn list(kind: &str, items: &[Value]) -> Value {
 }
 
 impl Fake {
-    /// `None` is no answer.
+    /// Answers a request; `None` if there is no answer.
     fn answer(&mut self, method: &Method, path: &str, body: &[u8]) -> Option<Answer> {
         let fault = self.fault;
         let node = |name: &str| json!({ "metadata": { "name": name } });
@@ -146,8 +147,8 @@ impl Fake {
                 list("PodList", &[])
             }
             (&Method::GET, _) => {
-                self.looks += 1;
-                if fault == Fault::Lists && self.looks.is_multiple_of(2) {
+                self.lists += 1;
+                if fault == Fault::Lists && self.lists.is_multiple_of(2) {
                     return failed(429, "too many requests");
                 }
                 let seen = list("PodList", &self.pods);
@@ -156,7 +157,7 @@ impl Fake {
                 }
                 seen
             }
-            other => panic!("nobody asks that: {other:?}"),
+            other => panic!("unexpected request: {other:?}"),
         };
         Some((200, value.to_string().into_bytes()))
     }
@@ -178,7 +179,7 @@ impl Fake {
         pod
     }
 
-    /// What a pod says that probes as it was told.
+    /// Returns the log of a probing pod.
     fn log(&self, path: &str) -> Option<Answer> {
         let name = path.split('/').nth_back(1).unwrap();
         let pod = self.pods.iter().find(|pod| pod["metadata"]["name"] == name).unwrap();
@@ -191,30 +192,31 @@ impl Fake {
         }
         let bad = |target: &Target| node == "node2" && !host && target.name == "node@node1";
         let row = row(self.targets.iter().map(|target| {
-            let outcome = Outcome {
+            let probe = ProbeResult {
                 address: target.address,
                 protocol: Protocol::Icmp,
                 bytes: 84,
                 round_trip_us: Some(7),
                 error: bad(target).then(|| "no answer".to_owned()),
             };
-            (target.name.as_str(), outcome)
+            (target.name.as_str(), probe)
         }));
         let row = serde_json::to_string(&row).unwrap();
         Some((200, format!("a line before\n{row}\n").into_bytes()))
     }
 }
 
-struct Ran {
+/// Result of a test run.
+struct TestRun {
     matrix: anyhow::Result<Matrix>,
     fake: Arc<Mutex<Fake>>,
-    said: String,
+    reported: String,
     took: Duration,
 }
 
 const TIMEOUT: Duration = Duration::from_secs(120);
 
-async fn run(fault: Fault) -> Ran {
+async fn run(fault: Fault) -> TestRun {
     let fake = Arc::new(Mutex::new(Fake { fault, ..Fake::default() }));
     let shared = Arc::clone(&fake);
     let service = tower::service_fn(move |request: Request<Body>| {
@@ -237,19 +239,19 @@ async fn run(fault: Fault) -> Ran {
         daemonset: "skein",
         timeout: TIMEOUT,
     };
-    let said = Mutex::new(String::new());
-    let say = |text: &str| *said.lock().unwrap() += text;
+    let reported = Mutex::new(String::new());
+    let report = |text: &str| *reported.lock().unwrap() += text;
     let start = Instant::now();
-    let matrix = test_with(Client::new(service, "default"), &options, say).await;
-    Ran { matrix, fake, said: said.into_inner().unwrap(), took: start.elapsed() }
+    let matrix = test_with(Client::new(service, "default"), &options, report).await;
+    TestRun { matrix, fake, reported: reported.into_inner().unwrap(), took: start.elapsed() }
 }
 
 #[tokio::test(start_paused = true)]
-async fn every_node_and_a_pod_on_it_probe_all_and_nothing_is_left() {
-    let Ran { matrix, fake, .. } = run(Fault::None).await;
+async fn all_pairs_are_probed_and_pods_removed() {
+    let TestRun { matrix, fake, .. } = run(Fault::None).await;
     let matrix = matrix.unwrap();
     // Two nodes and two pods, each to two pods and two nodes.
-    assert!(matrix.trouble().unwrap().contains("1 of 16 pairs"));
+    assert!(matrix.failure_summary().unwrap().contains("1 of 16 pairs"));
     let text = matrix.render();
     assert!(text.contains("pod@node2") && text.contains("FAIL"), "{text}");
     let fake = fake.lock().unwrap();
@@ -258,32 +260,35 @@ async fn every_node_and_a_pod_on_it_probe_all_and_nothing_is_left() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn pods_that_fail_are_rows_that_fail() {
-    let Ran { matrix, fake, .. } = run(Fault::Probers).await;
+async fn failed_probing_pods_are_failed_rows() {
+    let TestRun { matrix, fake, .. } = run(Fault::Probers).await;
     let matrix = matrix.unwrap();
-    assert_eq!(matrix.trouble().unwrap(), "4 could not probe");
+    assert_eq!(matrix.failure_summary().unwrap(), "4 could not probe");
     let text = matrix.render();
     assert!(text.contains("no such option\\u{1b}[2J"), "{text:?}");
-    assert!(!text.contains('\x1b'), "a pod's words act on the terminal: {text:?}");
+    assert!(
+        !text.contains('\x1b'),
+        "Control characters of a pod must not reach the terminal: {text:?}"
+    );
     assert!(fake.lock().unwrap().pods.is_empty());
 }
 
 #[tokio::test(start_paused = true)]
-async fn where_no_pod_was_made_none_is_removed() {
+async fn no_removal_if_no_pod_was_created() {
     for (fault, why) in [(Fault::NoDaemonSet, "not yours"), (Fault::NoPods, "no pods of yours")] {
         let ran = run(fault).await;
         let error = format!("{:#}", ran.matrix.unwrap_err());
         assert!(error.contains(why), "{error}");
         assert_eq!(ran.fake.lock().unwrap().removals, 0);
-        assert!(!ran.said.contains("remov"), "{}", ran.said);
+        assert!(!ran.reported.contains("remov"), "{}", ran.reported);
         assert!(ran.took < Duration::from_secs(1), "{:?}", ran.took);
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_pod_that_probes_and_cannot_be_made_is_a_row() {
+async fn probing_pod_that_is_refused_is_a_failed_row() {
     let matrix = run(Fault::NoHostPods).await.matrix.unwrap();
-    let trouble = matrix.trouble().unwrap();
+    let trouble = matrix.failure_summary().unwrap();
     assert!(trouble.contains("2 could not probe; 1 of 8 pairs fail"), "{trouble}");
     let text = matrix.render();
     assert!(text.contains("node@node2 could not probe: cannot create pods in"), "{text}");
@@ -291,27 +296,30 @@ async fn a_pod_that_probes_and_cannot_be_made_is_a_row() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_pod_that_answers_and_cannot_be_made_is_a_column() {
+async fn answering_pod_that_is_refused_is_a_failed_column() {
     let matrix = run(Fault::First).await.matrix.unwrap();
-    let trouble = matrix.trouble().unwrap();
+    let trouble = matrix.failure_summary().unwrap();
     assert!(trouble.contains("1 could not be probed; 1 of 12 pairs fail"), "{trouble}");
     let text = matrix.render();
     assert!(text.contains("pod@node1 could not be probed: cannot create pods in"), "{text}");
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_list_that_fails_and_a_creation_that_is_repeated_lose_nothing() {
+async fn failed_lists_and_repeated_creation_lose_no_pod() {
     for fault in [Fault::Lists, Fault::Twice] {
         let ran = run(fault).await;
-        assert!(ran.matrix.unwrap().trouble().unwrap().contains("1 of 16 pairs"), "{fault:?}");
-        assert!(!ran.said.contains("left behind"), "{}", ran.said);
+        assert!(
+            ran.matrix.unwrap().failure_summary().unwrap().contains("1 of 16 pairs"),
+            "{fault:?}"
+        );
+        assert!(!ran.reported.contains("left behind"), "{}", ran.reported);
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_does_not_answer_is_a_column_that_fails() {
+async fn missing_targets_are_failed_columns() {
     let matrix = run(Fault::Absent).await.matrix.unwrap();
-    assert_eq!(matrix.trouble().unwrap(), "2 could not be probed");
+    assert_eq!(matrix.failure_summary().unwrap(), "2 could not be probed");
     let text = matrix.render();
     for line in [
         "pod@node2 could not be probed: no answering pod: skein-connectivity-",
@@ -322,7 +330,7 @@ async fn who_does_not_answer_is_a_column_that_fails() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_pod_that_will_never_answer_is_not_waited_for() {
+async fn failed_answering_pod_does_not_delay_test() {
     let ran = run(Fault::OutOfPods).await;
     let text = ran.matrix.unwrap().render();
     assert!(text.contains("pod@node2 could not be probed: no answering pod: "), "{text}");
@@ -331,42 +339,47 @@ async fn a_pod_that_will_never_answer_is_not_waited_for() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_log_that_cannot_be_read_is_one_row() {
+async fn unreadable_log_is_one_failed_row() {
     for (fault, why) in [(Fault::Log, "no such file"), (Fault::LogHangs, "no answer within 10 s")] {
         let ran = run(fault).await;
         let matrix = ran.matrix.unwrap();
-        let trouble = matrix.trouble().unwrap();
+        let trouble = matrix.failure_summary().unwrap();
         assert!(trouble.contains("1 could not probe; 1 of 12 pairs fail"), "{trouble}");
         let text = matrix.render();
         assert!(text.contains("node@node1 could not probe: cannot read the log of "), "{text}");
         assert!(text.contains(why), "{text}");
-        assert!(ran.took < LOG + Duration::from_secs(5), "{:?}", ran.took);
+        assert!(ran.took < LOG_TIMEOUT + Duration::from_secs(5), "{:?}", ran.took);
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_pod_that_comes_late_is_removed_and_a_column_that_fails() {
+async fn late_pod_is_removed_and_is_a_failed_column() {
     let ran = run(Fault::Late).await;
     let text = ran.matrix.unwrap().render();
     assert!(text.contains("pod@node2 could not be probed: cannot create pods"), "{text}");
     assert!(text.contains("no answer within 30 s"), "{text}");
-    assert!(ran.took < REQUEST + Duration::from_secs(5), "{:?}", ran.took);
+    assert!(ran.took < REQUEST_TIMEOUT + Duration::from_secs(5), "{:?}", ran.took);
     let fake = ran.fake.lock().unwrap();
     assert_eq!((fake.pods.len(), fake.removed), (0, 6));
-    assert!(!ran.said.contains("left behind"), "{}", ran.said);
+    assert!(!ran.reported.contains("left behind"), "{}", ran.reported);
 }
 
 #[tokio::test(start_paused = true)]
-async fn pods_that_cannot_be_removed_are_told() {
+async fn pods_that_remain_are_reported() {
     let ran = run(Fault::Stay).await;
     assert!(ran.matrix.is_ok());
-    let said = ran.said;
-    assert!(said.contains("left behind: still there: skein-connectivity-"), "{said}");
-    assert!(said.contains("and 5 more: kubectl delete pods -n default -l "), "{said}");
-    let most = LAST + 6 * LAST_EACH;
+    let said = ran.reported;
+    assert!(said.contains("left behind: skein-connectivity-"), "{said}");
+    assert!(
+        said.contains(
+            "and 5 more still exist. Remove them with kubectl delete pods -n default -l "
+        ),
+        "{said}"
+    );
+    let most = REMOVAL_TIMEOUT + 6 * REMOVAL_TIMEOUT_PER_POD;
     assert!(ran.took >= most && ran.took < most + Duration::from_secs(5), "{:?}", ran.took);
     let ran = run(Fault::NoRemoval).await;
-    assert!(ran.said.contains("left behind: "), "{}", ran.said);
-    assert!(ran.said.contains("hands off"), "{}", ran.said);
+    assert!(ran.reported.contains("left behind: "), "{}", ran.reported);
+    assert!(ran.reported.contains("hands off"), "{}", ran.reported);
     assert!(ran.took < Duration::from_secs(5), "{:?}", ran.took);
 }
