@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 use toml::Table;
 
@@ -116,6 +116,23 @@ impl Agent {
         agent.set("metrics.listen", format!("127.0.0.1:{}", 9464 + index));
         agent.set("control.socket", path("control.sock"));
         Ok(agent)
+    }
+
+    /// Preloads a library of the package `skein-preload` into the processes that the agent starts from
+    /// now on.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the library is not built. Cargo builds it with the examples of the
+    /// workspace, beside the directory of the calling test.
+    pub fn preload(&mut self, name: &str) -> Result<()> {
+        let test = std::env::current_exe()?;
+        let target = test.ancestors().nth(2).context("the test is in no target directory")?;
+        let library = target.join(format!("examples/lib{name}.so"));
+        let advice = "cargo build --release --package skein-preload --examples";
+        ensure!(library.is_file(), "{} is missing: {advice}", library.display());
+        self.environment.push(("LD_PRELOAD".to_owned(), library.to_string_lossy().into_owned()));
+        Ok(())
     }
 
     /// Sets one entry of the configuration (`key` or `table.key`), used from the next start on.

@@ -226,6 +226,14 @@ mod tests {
     }
 
     #[test]
+    fn longest_batches_are_modules() {
+        for name in LONGEST {
+            let path = cargo::workspace().join("e2e/tests").join(name.replace("::", "/"));
+            assert!(path.with_extension("rs").is_file(), "There is no module {name}.");
+        }
+    }
+
+    #[test]
     fn tests_are_grouped_by_their_first_module() {
         let groups = by_module(["pods::a", "root", "pods::inner::b", "runtime::c"].into_iter());
         let expected = [

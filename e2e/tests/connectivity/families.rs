@@ -9,16 +9,6 @@ use skein_lab::checks;
 use skein_lab::load::http;
 use skein_lab::{Family, Lab, Plan};
 
-/// Makes every socket(2) call of this agent's processes fail for IPv6.
-fn without_ipv6(agent: &mut Agent) -> Result<()> {
-    let own = std::env::current_exe()?;
-    // Cargo builds examples into a sibling of the tests' directory.
-    let path = own.ancestors().nth(2).context("no directory")?.join("examples/libno_ipv6.so");
-    ensure!(path.is_file(), "{} is missing: cargo build --release --examples", path.display());
-    agent.environment.push(("LD_PRELOAD".to_owned(), path.to_string_lossy().into_owned()));
-    Ok(())
-}
-
 /// Two nodes; the first has the default underlay addresses and the chart's metrics listener.
 fn prepared() -> Result<Cluster> {
     let mut cluster = Cluster::prepare(Lab::new(&Plan::default())?, Family::V4)?;
@@ -32,7 +22,7 @@ fn prepared() -> Result<Cluster> {
 #[test]
 fn default_configuration_without_ipv6_runs_with_a_note() -> Result<()> {
     let mut cluster = prepared()?;
-    without_ipv6(&mut cluster.agents[0])?;
+    cluster.agents[0].preload("no_ipv6")?;
     cluster.start()?;
     checks::all_reach_all(&cluster.lab)?;
     let status: Value = cluster.agents[0].status()?;
@@ -72,7 +62,7 @@ fn configured_ipv6_address_without_ipv6_is_refused() -> Result<()> {
     let mut cluster = prepared()?;
     let agent = &mut cluster.agents[0];
     agent.set("underlay.addresses", vec!["0.0.0.0".to_owned(), "::".to_owned()]);
-    without_ipv6(agent)?;
+    agent.preload("no_ipv6")?;
     agent.set("metrics.listen", "127.0.0.1:9464");
     let finished = agent.run_to_end(Duration::from_secs(15))?;
     ensure!(finished.code == 2, "exit code {}: {}", finished.code, finished.stderr);
@@ -92,7 +82,7 @@ fn check_without_ipv6_reports_the_missing_family() -> Result<()> {
     };
     let usual = ipv6(&cluster.agents[0])?;
     ensure!(usual["ok"] == true, "this host must have IPv6 for the tests: {usual}");
-    without_ipv6(&mut cluster.agents[0])?;
+    cluster.agents[0].preload("no_ipv6")?;
     let missing = ipv6(&cluster.agents[0])?;
     ensure!(missing["ok"] == false && missing["required"] == false, "{missing}");
     Ok(())

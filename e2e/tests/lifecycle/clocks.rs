@@ -21,18 +21,10 @@ struct Clock(PathBuf);
 impl Clock {
     /// To be called before the agent starts.
     fn of(agent: &mut Agent, lab: &Lab) -> Result<Self> {
-        let own = std::env::current_exe()?;
-        let examples = own.ancestors().nth(2).context("no directory")?.join("examples");
-        let library = examples.join("libother_clock.so");
-        ensure!(
-            library.is_file(),
-            "{} is missing: cargo build --release --examples",
-            library.display()
-        );
+        agent.preload("other_clock")?;
         let file = lab.directory().join(format!("{}.clock", agent.record.name));
-        for (name, value) in [("LD_PRELOAD", &library), ("SKEIN_CLOCK", &file)] {
-            agent.environment.push((name.to_owned(), value.to_string_lossy().into_owned()));
-        }
+        let name = file.to_string_lossy().into_owned();
+        agent.environment.push(("SKEIN_CLOCK".to_owned(), name));
         let clock = Self(file);
         clock.set(0)?;
         Ok(clock)

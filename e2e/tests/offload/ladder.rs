@@ -145,14 +145,6 @@ fn add_state(ns: &Netns, from: &str, to: &str) -> Result<()> {
     skein_lab::process::run(command.args(STATE.split(' ')).arg("")).map(drop)
 }
 
-/// Where cargo puts the examples of this crate: beside the directory of its tests.
-fn preload_library() -> Result<String> {
-    let own = std::env::current_exe()?;
-    let path = own.ancestors().nth(2).context("no directory")?.join("examples/librefuse_gso.so");
-    ensure!(path.is_file(), "{} is missing: cargo build --release --examples", path.display());
-    Ok(path.to_string_lossy().into_owned())
-}
-
 /// Writes the number in place: the agent's processes have mapped the file.
 fn set_number(file: &Path, number: i64) -> Result<()> {
     let file = fs::File::options().create(true).truncate(false).write(true).open(file)?;
@@ -168,10 +160,9 @@ impl Refusal {
         }
         let file = directory.join("refuse-gso");
         set_number(&file, 0)?;
-        let variable = |name: &str, value: String| (name.to_owned(), value);
-        agent.environment.push(variable("LD_PRELOAD", preload_library()?));
+        agent.preload("refuse_gso")?;
         let name = file.to_string_lossy().into_owned();
-        agent.environment.push(variable("SKEIN_REFUSE_GSO", name));
+        agent.environment.push(("SKEIN_REFUSE_GSO".to_owned(), name));
         Ok(Self::Preloaded(file))
     }
 

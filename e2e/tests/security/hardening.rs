@@ -208,21 +208,11 @@ fn processes_keep_the_rights_that_they_need_and_no_others() -> Result<()> {
     Ok(())
 }
 
-/// A worker without the system calls that confine it, as on a kernel that does not have them.
-fn without_confinement(agent: &mut Agent) -> Result<()> {
-    let own = std::env::current_exe()?;
-    let path = own.ancestors().nth(2).context("no directory")?;
-    let path = path.join("examples/libno_confinement.so");
-    ensure!(path.is_file(), "{} is missing: cargo build --release --examples", path.display());
-    agent.environment.push(("LD_PRELOAD".to_owned(), path.to_string_lossy().into_owned()));
-    Ok(())
-}
-
 #[test]
 fn missing_confinement_is_shown_and_can_be_refused() -> Result<()> {
     let lab = Lab::new(&Plan { nodes: 2, pods: 0, ..Plan::default() })?;
     let mut cluster = Cluster::prepare(lab, Family::V4)?;
-    without_confinement(&mut cluster.agents[0])?;
+    cluster.agents[0].preload("no_confinement")?;
     cluster.agents[1].set("dataplane.require_confinement", true);
     cluster.start()?;
     let shown = |agent: &Agent, mechanism: &str, state: &str| -> Result<()> {
