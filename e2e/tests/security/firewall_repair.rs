@@ -1,6 +1,5 @@
 //! Repair of the nftables table after changes by other programs.
 
-use std::cell::Cell;
 use std::net::UdpSocket;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -62,25 +61,26 @@ fn table_is_restored_after_every_flush() -> Result<()> {
     Ok(())
 }
 
+/// Checks that the table has its rules again, and that spoofed frames do not pass.
+fn stays_closed(border: &Border, outsider: &Netns, what: &str) -> Result<()> {
+    checks::eventually(what, checks::EVENT_TIMEOUT, || {
+        let table = border.node(0).sh("nft list table inet skein").unwrap_or_default();
+        Ok(table.contains("@cluster4 counter name \"spoofed_ipv4\" drop"))
+    })?;
+    let (target, source) = (border.pod(0).address(Family::V4), border.pod(1).address(Family::V4));
+    let by = border.cluster.lab.nodes[0].underlay(Family::V4);
+    let arrived = border.spoof(outsider, source, target, by)?;
+    ensure!(!arrived, "A spoofed frame passes after: {what}.");
+    Ok(())
+}
+
 /// Damage to the table by other programs: after each change, the table is repaired at once, and
 /// spoofed frames are dropped again.
 #[test]
 fn border_is_closed_after_every_damage_to_the_table() -> Result<()> {
     for cni in [true, false] {
-        let mut border = Border::up(cni, |_| ())?;
+        let border = Border::up(cni, |_| ())?;
         let outsider = border.outsider()?;
-        let target = border.pod(0).address(Family::V4);
-        let by = border.cluster.lab.nodes[0].underlay(Family::V4);
-        let source = border.pod(1).address(Family::V4);
-        let stays_closed = |border: &Border, what: &str| -> Result<()> {
-            checks::eventually(what, checks::EVENT_TIMEOUT, || {
-                let table = border.node(0).sh("nft list table inet skein").unwrap_or_default();
-                Ok(table.contains("@cluster4 counter name \"spoofed_ipv4\" drop"))
-            })?;
-            let arrived = border.spoof(&outsider, source, target, by)?;
-            ensure!(!arrived, "a spoofed frame passes after: {what} (cni {cni})");
-            Ok(())
-        };
         let start = Instant::now();
         for damage in [
             "flush table inet skein",
@@ -90,59 +90,98 @@ fn border_is_closed_after_every_damage_to_the_table() -> Result<()> {
             "delete table inet skein\nadd table inet skein\nadd set inet skein cluster4 { type ipv6_addr ; }",
         ] {
             border.node(0).nft(damage)?;
-            stays_closed(&border, damage)?;
+            stays_closed(&border, &outsider, damage)?;
         }
         checks::not_by_timer(5, start.elapsed())?;
-        // `iptables-restore` replaces its own tables only.
+    }
+    Ok(())
+}
+
+/// `iptables-restore` replaces its own tables only.
+#[test]
+fn border_is_closed_after_a_restore_by_iptables() -> Result<()> {
+    for cni in [true, false] {
+        let border = Border::up(cni, |_| ())?;
+        let outsider = border.outsider()?;
         for iptables in ["iptables-nft", "iptables-legacy"] {
             let mut restore = border.node(0).command(format!("{iptables}-restore"));
             process::run_with_input(&mut restore, b"*filter\n:FORWARD ACCEPT [0:0]\nCOMMIT\n")?;
-            stays_closed(&border, iptables)?;
+            stays_closed(&border, &outsider, iptables)?;
         }
-        // An agent that is killed leaves the table; the next one finds an older table with other
-        // sets.
+    }
+    Ok(())
+}
+
+/// An agent that is killed or stopped leaves the table; `cleanup` removes it.
+#[test]
+fn border_is_closed_without_an_agent_until_cleanup() -> Result<()> {
+    for cni in [true, false] {
+        let mut border = Border::up(cni, |_| ())?;
+        let outsider = border.outsider()?;
         border.cluster.agents[0].kill_control();
-        stays_closed(&border, "the agent is dead")?;
+        stays_closed(&border, &outsider, "the agent was killed")?;
+        border.cluster.agents[0].start()?;
+        border.cluster.agents[0].stop()?;
+        stays_closed(&border, &outsider, "the agent was stopped")?;
+        let finished = border.cluster.agents[0].run_command(&["cleanup"])?;
+        ensure!(finished.code == 0, "cleanup failed: {}{}", finished.stdout, finished.stderr);
+        let table = border.node(0).sh("nft list table inet skein");
+        ensure!(table.is_err(), "cleanup leaves the table: {table:?}");
+    }
+    Ok(())
+}
+
+/// The next agent finds an older table with other sets.
+#[test]
+fn table_of_another_version_is_replaced_at_the_start() -> Result<()> {
+    for cni in [true, false] {
+        let mut border = Border::up(cni, |_| ())?;
+        let outsider = border.outsider()?;
+        border.cluster.agents[0].kill_control();
         border.node(0).nft(
             "delete table inet skein\nadd table inet skein\n\
              add set inet skein cluster4 { type inet_service ; }\n\
              add chain inet skein outward { type filter hook input priority 0 ; }",
         )?;
         border.cluster.agents[0].start()?;
-        stays_closed(&border, "a table of another version")?;
-        border.cluster.agents[0].stop()?;
-        stays_closed(&border, "the agent was stopped")?;
-        let finished = border.cluster.agents[0].run_command(&["cleanup"])?;
-        ensure!(finished.code == 0, "{}{}", finished.stdout, finished.stderr);
-        ensure!(
-            border.node(0).sh("nft list table inet skein").is_err(),
-            "cleanup leaves the table"
-        );
+        stays_closed(&border, &outsider, "a table of another version")?;
     }
     Ok(())
 }
 
-/// Rules are replaced in one transaction: no spoofed frame passes while records change. After a
-/// flush by another program, frames pass until the table is restored, and none afterwards.
-#[test]
-fn spoofed_frames_pass_only_between_flush_and_repair() -> Result<()> {
-    const PAYLOAD: usize = 64;
-    // Frames before and after each change.
-    const FRAMES: u64 = 500;
-    let border = Border::up(true, |_| ())?;
-    let outsider = border.outsider()?;
-    let (target, source) = (border.pod(0).address(Family::V4), border.pod(1).address(Family::V4));
-    let by = border.cluster.lab.nodes[0].underlay(Family::V4);
-    outsider.ip(&format!("address add {source}/32 dev lo"))?;
-    outsider.ip(&format!("route add {target}/32 via {by} src {source}"))?;
-    // Sends while `during` runs; returns the number of frames that reached the pod.
-    let flood = |during: &dyn Fn(&FlowProgress) -> Result<()>| -> Result<u64> {
-        let (to, sent, passed) = ((target, PORT).into(), AtomicU64::new(0), Arc::default());
-        let receiver = udp::Receiver::start_with_progress(&border.pod(0).ns, to, PAYLOAD, &passed)?;
+/// Payload of the spoofed frames.
+const PAYLOAD: usize = 64;
+
+/// Frames that are sent before and after each change, one per millisecond.
+const FRAMES: u64 = 500;
+
+/// Two nodes and a machine on the underlay that sends frames with the source of the second node's
+/// pod to the first node's pod.
+struct Spoofer {
+    border: Border,
+    outsider: Netns,
+}
+
+impl Spoofer {
+    fn up() -> Result<Self> {
+        let border = Border::up(true, |_| ())?;
+        let outsider = border.outsider()?;
+        let (target, source) = (border.pod(0).v4, border.pod(1).v4);
+        let by = border.cluster.lab.nodes[0].underlay(Family::V4);
+        outsider.ip(&format!("address add {source}/32 dev lo"))?;
+        outsider.ip(&format!("route add {target}/32 via {by} src {source}"))?;
+        Ok(Self { border, outsider })
+    }
+
+    /// Sends spoofed frames while `during` runs; returns the number of frames that reached the pod.
+    fn flood(&self, during: impl FnOnce(&FlowProgress) -> Result<()>) -> Result<u64> {
+        let pod = self.border.pod(0);
+        let (to, sent, passed) = ((pod.v4, PORT).into(), AtomicU64::new(0), Arc::default());
+        let receiver = udp::Receiver::start_with_progress(&pod.ns, to, PAYLOAD, &passed)?;
         let stop = AtomicBool::new(false);
         thread::scope(|scope| {
             let sender = scope.spawn(|| -> Result<()> {
-                let socket = outsider.run(|| UdpSocket::bind("0.0.0.0:0"))??;
+                let socket = self.outsider.run(|| UdpSocket::bind("0.0.0.0:0"))??;
                 while !stop.load(Ordering::Relaxed) {
                     socket.send_to(&[0; PAYLOAD], to)?;
                     sent.fetch_add(1, Ordering::Relaxed);
@@ -161,33 +200,53 @@ fn spoofed_frames_pass_only_between_flush_and_repair() -> Result<()> {
             done
         })?;
         Ok(receiver.stop()?.received)
-    };
-    let agent = &border.cluster.agents[0];
-    let passed = flood(&|_| {
+    }
+}
+
+/// Rules are replaced in one transaction.
+#[test]
+fn no_spoofed_frame_passes_while_records_change() -> Result<()> {
+    let spoofer = Spoofer::up()?;
+    let agent = &spoofer.border.cluster.agents[0];
+    let passed = spoofer.flood(|_| {
         for number in 0..20 {
             agent.put_record(&Record::synthetic(number)?)?;
             thread::sleep(Duration::from_millis(100));
         }
         Ok(())
     })?;
-    ensure!(passed == 0, "{passed} spoofed frames passed while the rules were replaced");
-    let table = table_lines(border.node(0))?;
-    let open = Cell::new(0);
-    let passed = flood(&|passed| {
-        border.node(0).nft("flush ruleset")?;
-        let is_restored = || Ok(table_lines(border.node(0)).is_ok_and(|now| now == table));
+    ensure!(passed == 0, "{passed} spoofed frames passed while the rules were replaced.");
+    Ok(())
+}
+
+/// After a flush by another program, frames pass until the table is restored, and none afterwards.
+#[test]
+fn spoofed_frames_pass_only_between_flush_and_repair() -> Result<()> {
+    let spoofer = Spoofer::up()?;
+    let node = spoofer.border.node(0);
+    let table = table_lines(node)?;
+    let mut open = 0;
+    let passed = spoofer.flood(|passed| {
+        node.nft("flush ruleset")?;
+        let is_restored = || Ok(table_lines(node).is_ok_and(|now| now == table));
         checks::eventually("the table is restored", checks::EVENT_TIMEOUT, is_restored)?;
         // Frames that passed before the repair may still wait in a queue.
         checks::eventually("no further frame passes", checks::EVENT_TIMEOUT, || {
-            open.set(passed.bytes() / PAYLOAD as u64);
+            open = passed.bytes() / PAYLOAD as u64;
             thread::sleep(Duration::from_millis(300));
-            Ok(passed.bytes() / PAYLOAD as u64 == open.get())
+            Ok(passed.bytes() / PAYLOAD as u64 == open)
         })
         .map(drop)
     })?;
     println!("{passed} spoofed frames passed after one flush, one per millisecond");
-    ensure!(passed == open.get(), "{passed} frames passed, {} before the repair.", open.get());
-    let passed = flood(&|_| border.cluster.lab.nodes[0].ns.ip("link set skein0 down").map(drop))?;
-    ensure!(passed == 0, "{passed} spoofed frames passed while skein0 was down");
+    ensure!(passed == open, "{passed} frames passed, {open} before the repair.");
+    Ok(())
+}
+
+#[test]
+fn no_spoofed_frame_passes_while_the_interface_is_down() -> Result<()> {
+    let spoofer = Spoofer::up()?;
+    let passed = spoofer.flood(|_| spoofer.border.node(0).ip("link set skein0 down").map(drop))?;
+    ensure!(passed == 0, "{passed} spoofed frames passed while skein0 was down.");
     Ok(())
 }
