@@ -1,7 +1,9 @@
-// What a container runtime does with a network configuration list, by the library that runtimes use
-// (libcni): one verb. Prints the result of an ADD.
+// Command libcni executes one operation of a network configuration list with the library that container
+// runtimes use (libcni). It prints the result of ADD.
 //
-// usage: libcni ADD|CHECK|DEL CONFLIST NETNS CONTAINER-ID BIN-DIR CACHE-DIR CAPABILITIES
+// Usage: libcni ADD|CHECK|DEL CONFLIST NETNS CONTAINER-ID BIN-DIR CACHE-DIR CAPABILITIES
+//
+// CAPABILITIES is a JSON object with the runtime's capability arguments.
 package main
 
 import (
@@ -22,11 +24,11 @@ func main() {
 
 func run(args []string) error {
 	if len(args) != 7 {
-		return fmt.Errorf("seven arguments are needed")
+		return fmt.Errorf("got %d arguments, expected 7", len(args))
 	}
 	list, err := libcni.ConfListFromFile(args[1])
 	if err != nil {
-		return fmt.Errorf("reading the list: %w", err)
+		return fmt.Errorf("cannot read the network configuration list: %w", err)
 	}
 	config := libcni.NewCNIConfigWithCacheDir([]string{args[4]}, args[5], nil)
 	runtime := &libcni.RuntimeConf{
@@ -36,7 +38,7 @@ func run(args []string) error {
 		Args:        [][2]string{{"IgnoreUnknown", "1"}, {"K8S_POD_NAME", "web"}, {"K8S_POD_NAMESPACE", "ns"}},
 	}
 	if err := json.Unmarshal([]byte(args[6]), &runtime.CapabilityArgs); err != nil {
-		return fmt.Errorf("reading the capabilities: %w", err)
+		return fmt.Errorf("cannot read the capability arguments: %w", err)
 	}
 	ctx := context.Background()
 	switch args[0] {
@@ -58,6 +60,6 @@ func run(args []string) error {
 	case "DEL":
 		return config.DelNetworkList(ctx, list, runtime)
 	default:
-		return fmt.Errorf("unknown verb %s", args[0])
+		return fmt.Errorf("unknown operation %s, expected ADD, CHECK or DEL", args[0])
 	}
 }

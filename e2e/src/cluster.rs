@@ -1,5 +1,4 @@
-//! `cargo e2e cluster`: a real Kubernetes to try things on, its programs, and the tests that need
-//! one.
+//! `cargo e2e cluster`: a real Kubernetes for experiments and tests, and its programs.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -15,39 +14,42 @@ use skein_cluster::{Kube, Options, programs};
 use skein_lab::console::Console;
 use skein_lab::registry;
 
-/// What to do.
+/// Commands of `cargo e2e cluster`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Fill the cache: build Kubernetes, fetch helm.
+    /// Fill the cache: build Kubernetes, fetch helm
     Build,
-    /// Make a cluster that stays until it is interrupted (Ctrl-C).
+    /// Start a cluster that runs until Ctrl-C
     Up(Up),
-    /// Measure what thousands of SkeinNodes cost one agent.
+    /// Measure the cost of thousands of SkeinNodes for one agent
     Scale(Scale),
-    /// Run the tests that need a cluster.
+    /// Run the tests that need a cluster
     Test(suite::Options),
 }
 
-/// What cluster to make.
+/// Options of `cargo e2e cluster up`.
 #[derive(Debug, Args)]
 pub struct Up {
-    /// Number of nodes.
+    /// Number of nodes
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=100))]
     nodes: u8,
-    /// Give pods and Services an address of each family.
+    /// Addresses of both families for pods and Services
     #[arg(long)]
     dual_stack: bool,
-    /// MTU of the underlay in bytes.
+    /// MTU of the underlay in bytes
     #[arg(long, default_value_t = 1500, value_parser = clap::value_parser!(u32).range(1280..=65535))]
     mtu: u32,
 }
 
-/// Runs the command.
+/// Runs a command of `cargo e2e cluster`.
+///
+/// # Errors
+/// If the programs cannot be built, if the cluster does not start, or if the command fails.
 pub fn run(command: &Command) -> Result<()> {
     match command {
         Command::Build => {
             let programs = programs::build(&Console::new())?;
-            println!("the programs are in {}", programs.kubernetes.display());
+            println!("The programs are in {}", programs.kubernetes.display());
             Ok(())
         }
         Command::Up(options) => up(options),
@@ -82,13 +84,13 @@ fn up(options: &Up) -> Result<()> {
     ));
     drop(console);
     loop {
-        // The signal ends this process, after everything is removed.
+        // A signal ends this process after the cleanup.
         thread::park();
     }
 }
 
-/// Writes programs that run kubectl and helm where the cluster is reached, and one named after each
-/// machine that runs a command on it.
+/// Writes scripts to `bin`: `kubectl` and `helm` for the cluster, and one with the name of each
+/// machine, which runs a command there.
 fn write_commands(kube: &Kube, bin: &Path) -> Result<()> {
     fs::create_dir_all(bin)?;
     let write = |name: &str, line: &str| -> Result<()> {

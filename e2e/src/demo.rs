@@ -1,4 +1,5 @@
-//! `cargo e2e demo`: two nodes, two pods, one encrypted overlay, shown and removed again.
+//! `cargo e2e demo`: a demonstration of the encrypted overlay with two nodes and two pods, which
+//! are removed at the end.
 
 use std::time::Instant;
 
@@ -15,10 +16,10 @@ use skein_lab::load::ping::{Ping, ping};
 use skein_lab::{Family, Lab, Plan, registry};
 use skein_lab::{cargo, packages};
 
-/// How to show it.
+/// Options of `cargo e2e demo`.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Seconds for each throughput test.
+    /// Seconds for each throughput test
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=60))]
     seconds: u32,
 }
@@ -26,7 +27,11 @@ pub struct Options {
 /// Inner MTU over an IPv4 underlay of 1500 bytes.
 const POD_MTU: u32 = 1440;
 
-/// Runs the command.
+/// Runs `cargo e2e demo`.
+///
+/// # Errors
+/// If a package cannot be installed, if the agents cannot be built or started, if traffic does not
+/// arrive, or if something is left on the host.
 pub fn run(options: &Options) -> Result<()> {
     let start = Instant::now();
     let console = Console::new();
@@ -34,7 +39,7 @@ pub fn run(options: &Options) -> Result<()> {
     console.step("building skein-agent (release)");
     console.pause(cargo::build_agent_without_kubernetes)?;
     registry::prepare();
-    console.step("making two nodes and two pods (network namespaces)");
+    console.step("creating two nodes and two pods (network namespaces)");
     let lab = Lab::new(&Plan { pod_mtu: POD_MTU, ..Plan::default() })?;
     console.step("starting an agent on each node");
     let mut cluster = Cluster::prepare(lab, Family::V4)?;
@@ -42,9 +47,9 @@ pub fn run(options: &Options) -> Result<()> {
     cluster.start()?;
 
     console.print(&layout(&cluster));
-    console.step("ping between the pods, both ways");
+    console.step("pinging between the pods, both directions");
     console.print(&pings(&cluster).with_context(|| cluster.logs())?);
-    console.step("TCP between the pods, both ways");
+    console.step("measuring TCP between the pods, both directions");
     console.print(&throughput(&cluster, options.seconds).with_context(|| cluster.logs())?);
     console.print(&offloads(&cluster)?);
     console.print(&packets(&cluster)?);
@@ -63,7 +68,7 @@ pub fn run(options: &Options) -> Result<()> {
         bail!("left behind: {}", left.join(", "));
     }
     let seconds = start.elapsed().as_secs();
-    console.print(&format!("All of it worked, and all of it is removed again ({seconds} s)."));
+    console.print(&format!("The demonstration succeeded and removed everything ({seconds} s)."));
     Ok(())
 }
 
@@ -89,23 +94,23 @@ fn layout(cluster: &Cluster) -> String {
     lines.join("\n") + "\n"
 }
 
-/// The two pods in both orders, with an arrow for people.
-fn ways(cluster: &Cluster) -> [(usize, usize, String); 2] {
+/// Returns the indexes of the sending and the receiving node for both directions, with a text.
+fn directions(cluster: &Cluster) -> [(usize, usize, String); 2] {
     let name = |i: usize| format!("pod on {}", cluster.lab.nodes[i].name);
     [(0, 1), (1, 0)].map(|(from, to)| (from, to, format!("{} → {}", name(from), name(to))))
 }
 
 fn pings(cluster: &Cluster) -> Result<String> {
     let mut table = new_table(&["ping", "IPv4", "IPv6"]);
-    for (from, to, way) in ways(cluster) {
+    for (from, to, way) in directions(cluster) {
         let mut row = vec![way];
         for family in Family::BOTH {
             let (from, to) = (cluster.lab.pod(from), cluster.lab.pod(to));
-            // The first one waits for the handshake.
+            // The first ping waits for the handshake.
             ping(&from.ns, to.address(family), Ping { count: 1, ..Ping::default() })?;
             let answers = ping(&from.ns, to.address(family), Ping { count: 5, ..Ping::default() })?;
             if !answers.complete() {
-                bail!("ping {} does not get through: {}", to.address(family), answers.text);
+                bail!("pings to {} were lost: {}", to.address(family), answers.text);
             }
             row.push(format!("{:.3} ms", answers.mean_ms.unwrap_or(0.0)));
         }
@@ -116,7 +121,7 @@ fn pings(cluster: &Cluster) -> Result<String> {
 
 fn throughput(cluster: &Cluster, seconds: u32) -> Result<String> {
     let mut table = new_table(&["TCP, 1 stream", "IPv4", "IPv6"]);
-    for (from, to, way) in ways(cluster) {
+    for (from, to, way) in directions(cluster) {
         let (from, to) = (cluster.lab.pod(from), cluster.lab.pod(to));
         let _server = iperf::Server::start(&to.ns)?;
         let mut row = vec![way];
@@ -134,14 +139,15 @@ fn throughput(cluster: &Cluster, seconds: u32) -> Result<String> {
 fn offloads(cluster: &Cluster) -> Result<String> {
     let mut table = new_table(&["offload", "node-a", "node-b"]);
     let reports = cluster.agents.iter().map(|agent| agent.report()).collect::<Result<Vec<_>>>()?;
-    let rungs = |report: &Value| report["capabilities"].as_array().cloned().unwrap_or_default();
-    let (a, b) = (rungs(&reports[0]), rungs(&reports[1]));
+    let capabilities =
+        |report: &Value| report["capabilities"].as_array().cloned().unwrap_or_default();
+    let (a, b) = (capabilities(&reports[0]), capabilities(&reports[1]));
     if a.is_empty() {
         bail!("no capabilities in the agent's report: {}", reports[0]);
     }
-    let text = |rung: &Value| {
-        let state = rung["state"].as_str().unwrap_or("?").replace('_', " ");
-        rung["reason"].as_str().map_or(state.clone(), |reason| format!("{state} ({reason})"))
+    let text = |capability: &Value| {
+        let state = capability["state"].as_str().unwrap_or("?").replace('_', " ");
+        capability["reason"].as_str().map_or(state.clone(), |reason| format!("{state} ({reason})"))
     };
     for (a, b) in a.iter().zip(&b) {
         table.add_row([a["name"].as_str().unwrap_or("?").to_owned(), text(a), text(b)]);
@@ -171,10 +177,13 @@ fn packets(cluster: &Cluster) -> Result<String> {
     Ok(right_aligned(table))
 }
 
-/// Counters of one direction.
+/// Packet counters of one direction.
 struct Row {
+    /// Packets in the tunnel.
     inner: f64,
+    /// Datagrams on the underlay.
     outer: f64,
+    /// System calls that sent or received datagrams.
     calls: f64,
 }
 

@@ -1,5 +1,4 @@
-//! Commands of `cargo e2e` on the laboratory (`skein-lab`): demonstration, test suite, soak,
-//! cluster.
+//! Commands of `cargo e2e` that use the laboratory (`skein-lab`).
 
 #![forbid(unsafe_code)]
 

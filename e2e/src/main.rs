@@ -7,7 +7,7 @@ use skein_bench as bench;
 use skein_e2e::{cluster, demo, soak, suite, versions};
 use skein_lab::registry;
 
-/// Skein on one host: machines and pods as network namespaces, real agents, real packets.
+/// Demonstrate, test and measure Skein on this host, with network namespaces as machines and pods
 #[derive(Debug, Parser)]
 #[command(name = "cargo e2e", version)]
 struct Arguments {
@@ -17,27 +17,26 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Show two nodes and two pods joined by the encrypted overlay, then remove them.
+    /// Show the encrypted overlay between two nodes with one pod each
     Demo(demo::Options),
-    /// Run every test: unit, property and namespace tests.
+    /// Run all unit, property and namespace tests
     Test(suite::Options),
-    /// Compare Skein with other overlays on this host.
+    /// Compare the performance of Skein with other overlays
     Bench(bench::Options),
-    /// Measure attaching and detaching pods beside the reference plugins.
+    /// Compare ADD and DEL of pods with the reference CNI plugins
     BenchPods(bench::pods::Options),
-    /// Measure what thousands of node records cost.
+    /// Measure the cost of thousands of node records
     Scale(bench::scale::Options),
-    /// Run mixed traffic for an hour while faults befall the nodes: no wrong byte, nothing that
-    /// grows.
+    /// Run mixed traffic under injected faults and check its content and the agents' resources
     Soak(soak::Options),
-    /// Take over between an earlier commit and this tree under traffic.
+    /// Take over between an earlier commit and this tree under traffic
     Versions(versions::Options),
-    /// Make a real Kubernetes, or test on one.
+    /// Start a Kubernetes cluster, or run tests on one
     #[command(subcommand)]
     Cluster(cluster::Command),
-    /// Run the fuzz targets for a bounded time each.
+    /// Run each fuzz target for a limited time
     Fuzz(suite::fuzz::Options),
-    /// Remove what an interrupted run left behind.
+    /// Remove namespaces, files and settings that an interrupted run left on this host
     Cleanup,
 }
 
@@ -55,7 +54,7 @@ fn main() -> ExitCode {
         Command::Cleanup => {
             let removed = registry::sweep();
             removed.iter().for_each(|name| println!("removed {name}"));
-            println!("{} leftovers removed", removed.len());
+            println!("Leftovers removed: {}", removed.len());
             Ok(())
         }
     };

@@ -17,16 +17,16 @@ use skein_lab::load::transfer::Transfer;
 use skein_lab::{Family, Lab, Plan, registry};
 use skein_lab::{cargo, checks, programs};
 
-/// The last commit before the serialised items were renamed.
+/// Last commit before the serialised items were renamed.
 const EARLIER_COMMIT: &str = "19ee88e9";
 /// Interval of the pings.
 const PING_INTERVAL: Duration = Duration::from_millis(5);
-/// Bytes of the transfer that runs during a take-over, and its rate in bytes per second.
+/// Size of the transfer that runs during a take-over, bytes, and its rate, bytes per second.
 const TRANSFER: (u64, u64) = (60 << 20, 20 << 20);
-/// Traffic before and after a take-over.
+/// Duration of the traffic before and after a take-over.
 const TRAFFIC_MARGIN: Duration = Duration::from_millis(500);
 
-/// Options of the command.
+/// Options of `cargo e2e versions`.
 #[derive(Debug, Args)]
 pub struct Options {
     /// Commit to take over from and back to
@@ -73,7 +73,7 @@ fn build_earlier(commit: &str) -> Result<PathBuf> {
         .env("CARGO_TARGET_DIR", &target)
         .status()
         .context("cannot start cargo")?;
-    ensure!(status.success(), "commit {commit} cannot be built");
+    ensure!(status.success(), "cannot build commit {commit}");
     Ok(target.join("release/skein-agent"))
 }
 
@@ -89,12 +89,12 @@ fn unpack(commit: &str, directory: &Path) -> Result<()> {
         Command::new("tar").arg("-x").current_dir(directory).stdin(files).status()?.success();
     ensure!(
         archive.wait()?.success() && unpacked,
-        "commit {commit} cannot be read. Fetch the whole history: git fetch --unshallow"
+        "cannot read commit {commit}. Fetch the whole history: git fetch --unshallow"
     );
     Ok(())
 }
 
-/// The versions that take over one after the other: what to print, and the program.
+/// Agents that take over one after the other: text to print, and path of the program.
 type Order<'a> = [(&'a str, &'a PathBuf)];
 
 fn embedded(first: &Path, order: &Order<'_>, console: &Console) -> Result<()> {
@@ -106,8 +106,7 @@ fn embedded(first: &Path, order: &Order<'_>, console: &Console) -> Result<()> {
         let handshakes = handshakes(&cluster)?;
         let (agents, lab) = (&mut cluster.agents, &cluster.lab);
         let traffic = Traffic::start(lab)?;
-        let mut previous = agents[0].take_over()?;
-        previous.stop(Duration::from_secs(20))?;
+        agents[0].take_over()?.stop(Duration::from_secs(20))?;
         let (loss, pause) = traffic.end()?;
         report(step, &loss, pause, &cluster, handshakes, console)?;
     }
@@ -136,7 +135,7 @@ fn pods(first: &Path, order: &Order<'_>, console: &Console) -> Result<()> {
     checks::all_reach_all(&cluster.lab)
 }
 
-/// Agents of the two versions exchange packets, whichever starts the handshake.
+/// Checks that agents of both versions exchange packets, whichever of them starts the handshake.
 fn peers(earlier: &Path, current: &Path, console: &Console) -> Result<()> {
     for programs in [[earlier, current], [current, earlier]] {
         let mut cluster = prepare(programs[0])?;
@@ -157,7 +156,7 @@ fn prepare(program: &Path) -> Result<Cluster> {
     Ok(cluster)
 }
 
-/// Number of handshakes that the second node, which keeps running, has started.
+/// Returns the number of handshakes that the second node, which is not replaced, has started.
 fn handshakes(cluster: &Cluster) -> Result<f64> {
     let metrics = cluster.agents[1].metrics()?;
     Ok(metrics.sum("skein_handshakes_total", &["result=\"initiated\""]))

@@ -1,5 +1,5 @@
-//! A library to preload (LD_PRELOAD) into an agent: syscall(2) answers for seccomp(2) and
-//! landlock_create_ruleset(2) as a kernel that does not have them.
+//! Preloaded library (LD_PRELOAD) for an agent: seccomp(2) and landlock_create_ruleset(2), called
+//! by syscall(2), fail with ENOSYS, as on a kernel without them.
 
 use std::ffi::{c_int, c_long};
 
@@ -12,7 +12,7 @@ unsafe extern "C" {
 ///
 /// # Safety
 ///
-/// As for syscall(2).
+/// The contract is that of syscall(2).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn syscall(
     number: c_long,
@@ -33,6 +33,6 @@ pub unsafe extern "C" fn syscall(
     let next = unsafe { libc::dlsym(libc::RTLD_NEXT, c"syscall".as_ptr()) };
     // SAFETY: the C library has the function, with this type.
     let next: Syscall = unsafe { std::mem::transmute(next) };
-    // SAFETY: the caller's arguments.
+    // SAFETY: the arguments are those of the caller, who meets the contract of syscall(2).
     unsafe { next(number, a, b, c, d, e, f) }
 }

@@ -1,5 +1,5 @@
-//! A library to preload (LD_PRELOAD) into an agent: socket(2) fails with EAFNOSUPPORT for AF_INET6,
-//! as on a kernel that was started with `ipv6.disable=1`.
+//! Preloaded library (LD_PRELOAD) for an agent: socket(2) fails with EAFNOSUPPORT for AF_INET6, as
+//! on a kernel that was started with `ipv6.disable=1`.
 
 use std::ffi::c_int;
 

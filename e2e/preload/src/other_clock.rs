@@ -1,6 +1,6 @@
-//! A library to preload (LD_PRELOAD) into an agent: clock_gettime(2) gives a wall clock that is
-//! wrong by as many seconds as the file says that SKEIN_CLOCK names. Time namespaces have a
-//! monotonic clock of their own only.
+//! Preloaded library (LD_PRELOAD) for an agent: clock_gettime(2) adds an offset to the wall clock.
+//! The offset is the number of seconds in the file that SKEIN_CLOCK names. A time namespace can
+//! change the monotonic clock, but not the wall clock.
 
 use std::ffi::c_int;
 
@@ -18,18 +18,18 @@ extern "C" fn map() {
 #[unsafe(link_section = ".init_array")]
 static MAP: extern "C" fn() = map;
 
-/// Stands in for the C library's.
+/// Replaces clock_gettime(2) of the C library.
 ///
 /// # Safety
 ///
-/// As for clock_gettime(2).
+/// The contract is that of clock_gettime(2): `time` points to a valid timespec.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn clock_gettime(clock: clockid_t, time: *mut timespec) -> c_int {
-    // SAFETY: what the caller gave.
+    // SAFETY: the caller's `time` is valid, as the contract of this function requires.
     let result = unsafe { libc::syscall(libc::SYS_clock_gettime, clock, time) as c_int };
     if result == 0 && clock == CLOCK_REALTIME {
         let offset = number::number();
-        // SAFETY: the kernel has just written there.
+        // SAFETY: the kernel has just written to `time` without an error, so it is valid.
         unsafe { (*time).tv_sec += offset };
     }
     result

@@ -1,8 +1,8 @@
-//! A library to preload (LD_PRELOAD) into an agent on kernels without IPsec: sendmmsg(2) answers as
-//! the kernel does where the route to one destination goes through a transformation. Messages with
-//! UDP_SEGMENT to that IPv4 address fail with EIO, all others are sent.
+//! Preloaded library (LD_PRELOAD) for an agent, for kernels without IPsec: sendmmsg(2) behaves as
+//! if the route to one destination had an IPsec transformation. Messages with UDP_SEGMENT to this
+//! IPv4 address fail with EIO, all others are sent.
 //!
-//! The address is the number in the file that SKEIN_REFUSE_GSO names; 0 refuses nothing.
+//! The address is the number in the file that SKEIN_REFUSE_GSO names; 0 means no address.
 
 use std::ffi::{c_int, c_uint};
 use std::net::Ipv4Addr;
@@ -21,15 +21,19 @@ extern "C" fn map() {
 #[unsafe(link_section = ".init_array")]
 static MAP: extern "C" fn() = map;
 
+/// Returns the address to which segmented messages fail; `None` if the number is 0.
 fn refused() -> Option<Ipv4Addr> {
     u32::try_from(number::number()).ok().filter(|bits| *bits != 0).map(Ipv4Addr::from_bits)
 }
 
+/// Returns whether a message has the control message UDP_SEGMENT.
+///
 /// # Safety
 ///
-/// As for sendmmsg(2): `message` holds valid pointers.
+/// `message` contains valid pointers, as sendmmsg(2) requires.
 unsafe fn is_segmented(message: &msghdr) -> bool {
-    // SAFETY: the caller's message is valid, and these walk its control buffer within its length.
+    // SAFETY: the caller's message is valid, and the macros read its control buffer within its
+    // length.
     unsafe {
         let mut control = CMSG_FIRSTHDR(message);
         while let Some(header) = control.as_ref() {
@@ -42,24 +46,26 @@ unsafe fn is_segmented(message: &msghdr) -> bool {
     false
 }
 
+/// Returns whether the destination of a message is this address.
+///
 /// # Safety
 ///
-/// As for sendmmsg(2): `message` holds valid pointers.
+/// `message` contains valid pointers, as sendmmsg(2) requires.
 unsafe fn goes_to(message: &msghdr, address: Ipv4Addr) -> bool {
     if message.msg_name.is_null() || (message.msg_namelen as usize) < size_of::<sockaddr_in>() {
         return false;
     }
-    // SAFETY: not null, long enough, and read without an assumption on its alignment.
+    // SAFETY: `msg_name` is not null and long enough (checked above); the read needs no alignment.
     let name = unsafe { message.msg_name.cast::<sockaddr_in>().read_unaligned() };
     let bits = u32::from_be(name.sin_addr.s_addr);
     i32::from(name.sin_family) == libc::AF_INET && bits == address.to_bits()
 }
 
-/// Stands in for the C library's.
+/// Replaces sendmmsg(2) of the C library.
 ///
 /// # Safety
 ///
-/// As for sendmmsg(2).
+/// The contract is that of sendmmsg(2): `messages` points to `count` valid messages.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sendmmsg(
     socket: c_int,
@@ -69,9 +75,10 @@ pub unsafe extern "C" fn sendmmsg(
 ) -> c_int {
     let mut accepted = count;
     if let Some(address) = refused() {
-        // SAFETY: the caller gives `count` valid messages.
+        // SAFETY: `messages` points to `count` valid messages, as the contract of this function
+        // requires.
         let all = unsafe { std::slice::from_raw_parts(messages, count as usize) };
-        // SAFETY: as above.
+        // SAFETY: each message of the caller contains valid pointers.
         let refuse =
             |m: &mmsghdr| unsafe { is_segmented(&m.msg_hdr) && goes_to(&m.msg_hdr, address) };
         let found = all.iter().position(refuse);
@@ -82,6 +89,6 @@ pub unsafe extern "C" fn sendmmsg(
             return -1;
         }
     }
-    // SAFETY: what the caller gave, and no more messages than that.
+    // SAFETY: the pointer is the caller's, and `accepted` is at most the caller's `count`.
     unsafe { libc::syscall(libc::SYS_sendmmsg, socket, messages, accepted, flags) as c_int }
 }

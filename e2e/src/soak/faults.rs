@@ -1,4 +1,5 @@
-//! What befalls the nodes. Each fault undoes itself: when it is over, traffic must go on by itself.
+//! Faults that the soak test injects. Each one ends by itself, after which traffic must continue
+//! without help.
 
 use std::fmt;
 use std::thread;
@@ -14,16 +15,16 @@ use skein_lab::checks;
 use skein_lab::process::Process;
 use skein_lab::{Family, Lab, UNDERLAY};
 
-/// How long the agents may take to be what they were.
-const LIMIT: Duration = Duration::from_secs(20);
+/// Maximum time until the processes run again after a fault.
+const RECOVERY_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// The node whose data process somebody else has started, as in the chart: only such a one is taken
+/// Index of the node whose data process is external, as in the chart. Only its processes are taken
 /// over.
 const EXTERNAL: usize = 0;
 
-/// A kind of fault.
+/// A kind of fault. The text of `Display` names it in tables and messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
-pub(super) enum Kind {
+pub(super) enum Fault {
     KillAgent,
     KillDataProcess,
     KillKeeper,
@@ -40,7 +41,7 @@ pub(super) enum Kind {
     RecordRemoved,
 }
 
-impl Kind {
+impl Fault {
     pub(super) const ALL: [Self; 14] = [
         Self::KillAgent,
         Self::KillDataProcess,
@@ -59,7 +60,7 @@ impl Kind {
     ];
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::KillAgent => "agent killed (-9)",
@@ -69,10 +70,10 @@ impl fmt::Display for Kind {
             Self::TakeOverAgent => "agent taken over",
             Self::TakeOverDataProcess => "data process taken over",
             Self::Suspend => "host suspended for 2 s",
-            Self::CableOut => "cable out for 1 to 4 s",
-            Self::CableFlaps => "cable out and in six times",
-            Self::Loss => "1 to 20 % lost for 5 s",
-            Self::OneWayLoss => "all lost in one direction for 1 to 3 s",
+            Self::CableOut => "link down for 1 to 4 s",
+            Self::CableFlaps => "link down and up six times",
+            Self::Loss => "loss of 1 to 20 % for 5 s",
+            Self::OneWayLoss => "one direction down for 1 to 3 s",
             Self::NarrowPath => "path of 1400 bytes for 8 s",
             Self::EndpointMoves => "endpoint moved",
             Self::RecordRemoved => "record removed for 1.5 s",
@@ -80,15 +81,18 @@ impl fmt::Display for Kind {
     }
 }
 
-/// The agents and all that befalls them.
-pub(super) struct World<'a> {
+/// Owner of the agents, which injects faults into them and into the network.
+pub(super) struct FaultInjector<'a> {
     pub(super) lab: &'a Lab,
     agents: &'a mut [Agent],
     external: Process,
 }
 
-impl<'a> World<'a> {
-    /// Starts all agents.
+impl<'a> FaultInjector<'a> {
+    /// Starts all agents, the first with an external data process.
+    ///
+    /// # Errors
+    /// If an agent does not become ready.
     pub(super) fn start(agents: &'a mut [Agent], lab: &'a Lab) -> Result<Self> {
         agents[EXTERNAL].set("dataplane.mode", "external");
         let external = agents[EXTERNAL].start_dataplane()?;
@@ -97,18 +101,19 @@ impl<'a> World<'a> {
         Ok(Self { lab, agents, external })
     }
 
-    /// What is not as it should be when all is over.
-    pub(super) fn wellness(&self) -> Vec<String> {
+    /// Returns the problems at the end of the run: pods that do not reach each other, and agents
+    /// that are not ready.
+    pub(super) fn check_health(&self) -> Vec<String> {
         let reached = checks::all_reach_all(self.lab).err().map(|error| format!("{error:#}"));
         let ready = self.agents.iter().filter_map(|agent| {
             let answer = agent.http("/readyz");
-            let well = answer.as_ref().is_ok_and(|answer| answer.status == 200);
-            (!well).then(|| format!("{} is not ready: {answer:?}", agent.record.name))
+            let is_ready = answer.as_ref().is_ok_and(|answer| answer.status == 200);
+            (!is_ready).then(|| format!("{} is not ready: {answer:?}", agent.record.name))
         });
         reached.into_iter().chain(ready).collect()
     }
 
-    /// Starts the external data process again where it has ended, as kubelet does.
+    /// Restarts the external data process if it has exited, as kubelet would.
     pub(super) fn supervise(&mut self) -> Result<()> {
         if self.external.exited().is_some() {
             self.external = self.agents[EXTERNAL].start_dataplane()?;
@@ -116,28 +121,28 @@ impl<'a> World<'a> {
         Ok(())
     }
 
-    pub(super) fn befall(&mut self, kind: Kind, node: usize, random: &mut Random) -> Result<()> {
+    pub(super) fn inject(&mut self, fault: Fault, node: usize, random: &mut Random) -> Result<()> {
         let agent = &mut self.agents[node];
         let mut seconds = |from: u64, to: u64| {
             let more = random.below(((to - from) * 1000) as usize) as u64;
             Duration::from_millis(from * 1000 + more)
         };
-        match kind {
-            Kind::KillAgent => {
+        match fault {
+            Fault::KillAgent => {
                 agent.kill_control();
                 thread::sleep(Duration::from_millis(500));
                 agent.start()
             }
-            Kind::KillDataProcess => {
+            Fault::KillDataProcess => {
                 let before = agent.dataplane_pids();
                 signal(&before, Signal::KILL)?;
-                comes_back(agent, || agent.dataplane_pids() != before)
+                wait_for_new_process(agent, || agent.dataplane_pids() != before)
             }
-            Kind::KillKeeper => {
+            Fault::KillKeeper => {
                 let before = agent.keeper_pids();
                 signal(&before, Signal::KILL)?;
-                // An external one is started again as kubelet does it: until it stays. What the one
-                // before has started ends a moment after it, and holds the socket meanwhile.
+                // The external keeper is restarted until it runs, as by kubelet. The data process
+                // of the killed keeper exits a moment later and uses the socket until then.
                 let external = &mut self.external;
                 let back = || {
                     if node == EXTERNAL && external.exited().is_some() {
@@ -145,59 +150,59 @@ impl<'a> World<'a> {
                     }
                     Ok(agent.keeper_pids() != before && agent.report().is_ok())
                 };
-                checks::eventually("another data process is at work", LIMIT, back).map(drop)
+                checks::eventually("another data process runs", RECOVERY_TIMEOUT, back).map(drop)
             }
-            Kind::RestartAgent => {
+            Fault::RestartAgent => {
                 let code = agent.stop()?;
                 ensure!(code == 0, "the agent ended with code {code}");
                 agent.start()
             }
-            Kind::TakeOverAgent => {
-                let mut before = self.agents[EXTERNAL].take_over()?;
-                gives_way(&mut before)
+            Fault::TakeOverAgent => {
+                let mut previous = self.agents[EXTERNAL].take_over()?;
+                wait_for_hand_over(&mut previous)
             }
-            Kind::TakeOverDataProcess => {
+            Fault::TakeOverDataProcess => {
                 let next = self.agents[EXTERNAL].take_over_dataplane()?;
-                let mut before = std::mem::replace(&mut self.external, next);
-                gives_way(&mut before)
+                let mut previous = std::mem::replace(&mut self.external, next);
+                wait_for_hand_over(&mut previous)
             }
-            Kind::Suspend => {
+            Fault::Suspend => {
                 let pids = agent.pids();
                 signal(&pids, Signal::STOP)?;
                 thread::sleep(Duration::from_secs(2));
                 signal(&pids, Signal::CONT)
             }
-            Kind::CableOut => {
+            Fault::CableOut => {
                 self.lab.set_cable(node, false)?;
                 thread::sleep(seconds(1, 4));
                 self.lab.set_cable(node, true)
             }
-            Kind::CableFlaps => (0..6).try_for_each(|_| {
+            Fault::CableFlaps => (0..6).try_for_each(|_| {
                 self.lab.set_cable(node, false)?;
                 thread::sleep(Duration::from_millis(150));
                 self.lab.set_cable(node, true)?;
                 thread::sleep(Duration::from_millis(250));
                 Ok(())
             }),
-            Kind::Loss => {
+            Fault::Loss => {
                 let percent = 1 + random.below(20);
                 let port = self.lab.nodes[node].port();
                 let some = format!("numgen random mod 100 < {percent} drop");
                 let rules = [format!("iifname {port} {some}"), format!("oifname {port} {some}")];
                 self.while_dropping(&rules, Duration::from_secs(5))
             }
-            Kind::OneWayLoss => {
+            Fault::OneWayLoss => {
                 let all = format!("oifname {} drop", self.lab.nodes[node].port());
                 self.while_dropping(&[all], seconds(1, 3))
             }
-            Kind::NarrowPath => {
+            Fault::NarrowPath => {
                 let (switch, port) = (self.lab.switch()?, self.lab.nodes[node].port());
                 switch.ip(&format!("link set {port} mtu 1400"))?;
                 thread::sleep(Duration::from_secs(8));
                 switch.ip(&format!("link set {port} mtu 1500")).map(drop)
             }
-            Kind::EndpointMoves => self.move_endpoint(node),
-            Kind::RecordRemoved => {
+            Fault::EndpointMoves => self.move_endpoint(node),
+            Fault::RecordRemoved => {
                 let record = self.agents[node].record.clone();
                 let others = || self.agents.iter().filter(|other| other.record.name != record.name);
                 others().try_for_each(|other| other.remove_record(&record.name))?;
@@ -207,7 +212,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Has the switch drop what these rules say for a while.
+    /// Adds nftables rules to the switch for `time`.
     fn while_dropping(&self, rules: &[String], time: Duration) -> Result<()> {
         let switch = self.lab.switch()?;
         let rules: String = rules.iter().map(|rule| format!("{rule}\n")).collect();
@@ -218,7 +223,8 @@ impl<'a> World<'a> {
         switch.nft("delete table bridge lossy\n")
     }
 
-    /// Gives a node another address, and tells the others; the next time its first one again.
+    /// Changes a node's underlay address, and its record on all nodes. The address alternates
+    /// between the original one and another.
     fn move_endpoint(&mut self, node: usize) -> Result<()> {
         let first = self.lab.nodes[node].underlay(Family::V4).to_string();
         let other = format!("192.0.2.{}", 70 + node);
@@ -235,23 +241,23 @@ impl<'a> World<'a> {
 }
 
 fn signal(pids: &[i32], signal: Signal) -> Result<()> {
-    ensure!(!pids.is_empty(), "there is no such process");
+    ensure!(!pids.is_empty(), "no process to send {signal:?} to");
     let mut pids = pids.iter().filter_map(|&pid| Pid::from_raw(pid));
     pids.try_for_each(|pid| kill_process(pid, signal)).context("sending a signal")
 }
 
-/// Waits until another data process answers.
-fn comes_back(agent: &Agent, is_another: impl Fn() -> bool) -> Result<()> {
+/// Waits until a new data process answers.
+fn wait_for_new_process(agent: &Agent, is_another: impl Fn() -> bool) -> Result<()> {
     let back = || Ok(is_another() && agent.report().is_ok());
-    checks::eventually("another data process is at work", LIMIT, back).map(drop)
+    checks::eventually("another data process runs", RECOVERY_TIMEOUT, back).map(drop)
 }
 
-/// Waits until one that was taken over from has ended, or only waits to be ended.
-fn gives_way(before: &mut Process) -> Result<()> {
-    let command_line = format!("/proc/{}/cmdline", before.pid());
+/// Waits until a process that handed over has exited, or runs as `skein-agent hold`.
+fn wait_for_hand_over(previous: &mut Process) -> Result<()> {
+    let command_line = format!("/proc/{}/cmdline", previous.pid());
     let gone = || {
-        let waits = std::fs::read(&command_line).is_ok_and(|line| line.ends_with(b"\0hold\0"));
-        Ok(waits || before.exited().is_some())
+        let holds = std::fs::read(&command_line).is_ok_and(|line| line.ends_with(b"\0hold\0"));
+        Ok(holds || previous.exited().is_some())
     };
-    checks::eventually("the one before gives way", LIMIT, gone).map(drop)
+    checks::eventually("the previous process has handed over", RECOVERY_TIMEOUT, gone).map(drop)
 }

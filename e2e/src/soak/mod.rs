@@ -1,6 +1,6 @@
-//! `cargo e2e soak`: a long run of mixed traffic between three nodes that one fault after the other
-//! befalls. What it looks for shows only with time: memory and descriptors that grow, a byte in a
-//! thousand million that is wrong, a connection that does not live on.
+//! `cargo e2e soak`: a long run of mixed traffic between three nodes under injected faults. It
+//! finds errors that show only with time: growth of memory or descriptors, rare wrong bytes, and
+//! connections that do not survive a fault.
 
 mod faults;
 mod flows;
@@ -22,34 +22,38 @@ use skein_lab::load::pattern::Pattern;
 use skein_lab::{Family, Lab, Offloads, Plan, registry};
 use skein_lab::{cargo, packages};
 
-use faults::{Kind, World};
+use faults::{Fault, FaultInjector};
 use flows::Flows;
 use sampler::Sampler;
 
-/// How long, and which run.
+/// Options of `cargo e2e soak`.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Minutes of traffic.
+    /// Minutes of traffic
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     minutes: u32,
-    /// The faults' order, nodes and times come from it; a new one each time unless given.
+    /// Seed that determines order, nodes and times of the faults (default: a random one)
     #[arg(long)]
     seed: Option<u64>,
-    /// Only these faults, to find out about one.
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Kind::ALL)]
-    faults: Vec<Kind>,
-    /// Keep the agents' logs in this directory.
+    /// Faults to inject
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Fault::ALL)]
+    faults: Vec<Fault>,
+    /// Directory to which the agents' logs are copied at the end
     #[arg(long)]
     logs: Option<PathBuf>,
 }
 
-/// How long every connection may take to go on after a fault has ended.
-const RECOVERY_LIMIT: Duration = Duration::from_secs(30);
+/// Maximum time until every connection continues after the end of a fault.
+const RECOVERY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Time between two progress lines.
-const PROGRESS: Duration = Duration::from_secs(30);
+/// Interval between two progress lines.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Runs the command.
+/// Runs `cargo e2e soak`, and prints tables.
+///
+/// # Errors
+/// If the agents cannot be built or started, or if the run found a problem: a wrong byte, a broken
+/// or stalled connection, or growth of memory or descriptors.
 pub fn run(options: &Options) -> Result<()> {
     let console = Console::new();
     packages::ensure(&[packages::DEMO, packages::SOAK], &console)?;
@@ -61,17 +65,17 @@ pub fn run(options: &Options) -> Result<()> {
         None => new_seed()?,
     };
     drop(console);
-    println!("seed {seed}: --seed {seed} has the same faults in the same order");
+    println!("seed {seed}. The option --seed {seed} repeats these faults in this order.");
 
     let plan = Plan { nodes: 3, offloads: Offloads::Wire, ..Plan::default() };
     let mut cluster = Cluster::prepare(Lab::without_turn(&plan)?, Family::V4)?;
     cluster.verbose = false;
-    // Agents are started again and again: a build meanwhile must not change what is started.
+    // The faults restart agents. A build in the meantime must not change the program.
     let program = cluster.lab.directory().join("skein-agent");
-    fs::copy(binary()?, &program).context("copying the agent's program")?;
+    fs::copy(binary()?, &program).context("cannot copy the agent's program")?;
     for agent in &mut cluster.agents {
         agent.program.clone_from(&program);
-        // So that a node's address can change while it runs.
+        // Allows a node's address to change while the agent runs.
         agent.set("underlay.addresses", vec!["0.0.0.0".to_owned()]);
     }
     let duration = Duration::from_secs(60) * options.minutes;
@@ -85,104 +89,108 @@ pub fn run(options: &Options) -> Result<()> {
     }
     let report = report.with_context(|| format!("seed {seed}\n{}", cluster.logs()))?;
     println!("{report}");
-    if !report.complaints.is_empty() {
+    if !report.problems.is_empty() {
         println!("{}", cluster.logs());
-        bail!("{} (seed {seed})", report.complaints.join("; "));
+        bail!("{} (seed {seed})", report.problems.join("; "));
     }
-    println!("All was right, and nothing grew.");
+    println!("The soak test found no problem.");
     Ok(())
 }
 
 fn soak(
     cluster: &mut Cluster,
     random: &mut Random,
-    kinds: &[Kind],
+    faults: &[Fault],
     duration: Duration,
 ) -> Result<report::Report> {
     let Cluster { agents, lab, .. } = cluster;
-    let mut world = World::start(agents, lab)?;
+    let mut injector = FaultInjector::start(agents, lab)?;
     checks::all_reach_all(lab)?;
     thread::scope(|scope| {
         let sampler = Sampler::start(scope, lab);
         let flows = Flows::start(scope, lab);
-        let (events, mut complaints) = befall(&mut world, &flows, random, kinds, duration);
+        let (events, mut problems) = inject_faults(&mut injector, &flows, random, faults, duration);
         let ended = flows.stop();
         let samples = sampler.stop();
-        complaints.extend(world.wellness());
-        Ok(report::Report::of(events, &ended, &samples, duration, complaints))
+        problems.extend(injector.check_health());
+        Ok(report::Report::of(events, &ended, &samples, duration, problems))
     })
 }
 
-/// What one fault did.
+/// An injected fault and its consequence.
 struct Event {
-    kind: Kind,
-    /// The longest pause of any connection from the fault's begin until all went on again.
+    fault: Fault,
+    /// Longest pause of any connection between the start of the fault and the time at which all
+    /// connections continued.
     stall: Duration,
 }
 
-/// Has one fault after the other befall the nodes until the time is over; every kind before any
-/// again.
-fn befall(
-    world: &mut World<'_>,
+/// Injects one fault after the other until `duration` is over. Every fault occurs once before any
+/// fault occurs again. Returns the faults and messages about problems.
+fn inject_faults(
+    injector: &mut FaultInjector<'_>,
     flows: &Flows<'_>,
     random: &mut Random,
-    kinds: &[Kind],
+    faults: &[Fault],
     duration: Duration,
 ) -> (Vec<Event>, Vec<String>) {
     let start = Instant::now();
-    let (mut events, mut complaints) = (vec![], vec![]);
-    let mut deck: Vec<Kind> = vec![];
-    let mut told = start;
-    // Nothing happens at first, so that the flows are at work, nor at the end.
+    let (mut events, mut problems) = (vec![], vec![]);
+    let mut remaining: Vec<Fault> = vec![];
+    let mut last_progress = start;
+    // No fault in the first 5 s, so that all flows run, and none in the last 15 s.
     let mut pause = Duration::from_secs(5);
     loop {
         let until = Instant::now() + pause;
         while Instant::now() < until {
             thread::sleep(Duration::from_millis(100));
-            if told.elapsed() >= PROGRESS {
-                told = Instant::now();
+            if last_progress.elapsed() >= PROGRESS_INTERVAL {
+                last_progress = Instant::now();
                 println!("{}", flows.progress(start.elapsed(), events.len()));
             }
         }
         if start.elapsed() + Duration::from_secs(15) > duration {
             thread::sleep(duration.saturating_sub(start.elapsed()));
-            return (events, complaints);
+            return (events, problems);
         }
-        if deck.is_empty() {
-            deck = random.shuffled(kinds.to_vec());
+        if remaining.is_empty() {
+            remaining = random.shuffled(faults.to_vec());
         }
-        let Some(kind) = deck.pop() else { continue };
-        let node = random.below(world.lab.nodes.len());
+        let Some(fault) = remaining.pop() else { continue };
+        let node = random.below(injector.lab.nodes.len());
         flows.longest_pause();
-        let done = world.befall(kind, node, random);
+        let done = injector.inject(fault, node, random);
         let ended = Instant::now();
-        let what = format!("after {} s: {kind} on node {node}", start.elapsed().as_secs());
-        let mut complain = |text: String| {
-            eprintln!("{} {what}: {text}", wall());
-            complaints.push(format!("{what}: {text}"));
+        let what = format!("after {} s: {fault} on node {node}", start.elapsed().as_secs());
+        let mut add_problem = |text: String| {
+            eprintln!("{} {what}: {text}", utc_time());
+            problems.push(format!("{what}: {text}"));
         };
         if let Err(error) = done {
-            complain(format!("{error:#}"));
+            add_problem(format!("{error:#}"));
         }
-        while let Some(name) = flows.behind(ended) {
-            if let Err(error) = world.supervise() {
-                complain(format!("{error:#}"));
+        while let Some(name) = flows.stalled_since(ended) {
+            if let Err(error) = injector.supervise() {
+                add_problem(format!("{error:#}"));
             }
-            if ended.elapsed() > RECOVERY_LIMIT {
-                complain(format!("{name} has not gone on {} s later", RECOVERY_LIMIT.as_secs()));
+            if ended.elapsed() > RECOVERY_TIMEOUT {
+                add_problem(format!(
+                    "{name} did not continue within {} s",
+                    RECOVERY_TIMEOUT.as_secs()
+                ));
                 break;
             }
             thread::sleep(Duration::from_millis(20));
         }
         let stall = flows.longest_pause();
-        println!("{} {what}: a connection stood for {:.1} s", wall(), stall.as_secs_f64());
-        events.push(Event { kind, stall });
+        println!("{} {what}: longest interruption {:.1} s", utc_time(), stall.as_secs_f64());
+        events.push(Event { fault, stall });
         pause = Duration::from_millis(3000 + random.below(5000) as u64);
     }
 }
 
-/// The time of day in UTC, as the agents' logs have it.
-fn wall() -> String {
+/// Returns the time of day in UTC, as in the agents' logs.
+fn utc_time() -> String {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     let seconds = now.unwrap_or_default().as_secs();
     format!("{:02}:{:02}:{:02}", seconds / 3600 % 24, seconds / 60 % 60, seconds % 60)
@@ -194,7 +202,7 @@ fn new_seed() -> Result<u64> {
     Ok(u32::from_ne_bytes(bytes).into())
 }
 
-/// Random numbers that a seed determines.
+/// Generator of random numbers that a seed determines.
 struct Random(Pattern);
 
 impl Random {
@@ -202,7 +210,7 @@ impl Random {
         Self(Pattern::new(seed))
     }
 
-    /// One from 0 to below `limit`.
+    /// Returns a number from 0 to `limit - 1`; 0 if `limit` is 0.
     fn below(&mut self, limit: usize) -> usize {
         let mut bytes = [0; 8];
         self.0.fill(&mut bytes);
@@ -222,12 +230,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_seed_alone_determines_the_order() {
-        let order = |seed| Random::new(seed).shuffled(Kind::ALL.to_vec());
+    fn seed_determines_order_of_faults() {
+        let order = |seed| Random::new(seed).shuffled(Fault::ALL.to_vec());
         assert_eq!(order(7), order(7));
         assert_ne!(order(7), order(8));
         let mut sorted = order(7);
         sorted.sort_unstable();
-        assert_eq!(sorted, Kind::ALL);
+        assert_eq!(sorted, Fault::ALL);
     }
 }

@@ -1,4 +1,4 @@
-//! What came of a run, and what there is to complain of.
+//! Report of a run: tables, and the problems that make the run fail.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,80 +10,82 @@ use comfy_table::Table;
 use comfy_table::presets::UTF8_BORDERS_ONLY;
 
 use super::Event;
-use super::faults::Kind;
-use super::flows::{Tally, Work};
+use super::faults::Fault;
+use super::flows::{FlowKind, FlowStats};
 use super::sampler::{Sample, Samples};
 
-/// By how much the median of the last sixth of the run may exceed the one of the second. A process
-/// that was started a minute ago has touched less of its buffers than one of an hour.
+/// Maximum growth of a process's median memory from the second to the last sixth of the run, bytes.
+/// A process that was started a minute ago has touched less of its buffers than an older one.
 const MEMORY_BOUND: u64 = 3 << 20;
+
+/// Maximum growth of a process's median number of descriptors over the same time.
 const DESCRIPTOR_BOUND: usize = 4;
 
 pub(super) struct Report {
     tables: Vec<Table>,
-    /// Why the run failed.
-    pub(super) complaints: Vec<String>,
+    /// Messages about problems; the run failed unless this is empty.
+    pub(super) problems: Vec<String>,
 }
 
 impl Report {
     pub(super) fn of(
         events: Vec<Event>,
-        flows: &[(Work, Arc<Tally>)],
+        flows: &[(FlowKind, Arc<FlowStats>)],
         samples: &Samples,
         duration: Duration,
-        mut complaints: Vec<String>,
+        mut problems: Vec<String>,
     ) -> Self {
-        let traffic = traffic(flows, &mut complaints);
-        let growth = growth(samples, duration, &mut complaints);
-        Self { tables: vec![traffic, faults(events), growth], complaints }
+        let traffic = traffic(flows, &mut problems);
+        let growth = growth(samples, duration, &mut problems);
+        Self { tables: vec![traffic, faults(events), growth], problems }
     }
 }
 
-fn traffic(flows: &[(Work, Arc<Tally>)], complaints: &mut Vec<String>) -> Table {
+fn traffic(flows: &[(FlowKind, Arc<FlowStats>)], problems: &mut Vec<String>) -> Table {
     let mut table = table(&["flow", "MiB", "compared", "wrong", "lost", "failures"]);
     let load = Ordering::Relaxed;
     let mut total = 0;
-    for (work, tally) in flows {
-        let (bytes, done) = (tally.progress.bytes(), tally.done.load(load));
-        let (wrong, failures) = (tally.wrong.load(load), tally.failures());
-        let kind = match work {
-            Work::Bulk => "connections",
-            Work::Files => "files",
-            Work::Datagrams(..) => "datagrams",
-            Work::Requests => "answers",
+    for (flow, stats) in flows {
+        let (bytes, done) = (stats.progress.bytes(), stats.done.load(load));
+        let (wrong, failures) = (stats.wrong.load(load), stats.failures());
+        let kind = match flow {
+            FlowKind::Bulk => "connections",
+            FlowKind::Files => "files",
+            FlowKind::Datagrams(..) => "datagrams",
+            FlowKind::Requests => "responses",
         };
         total += bytes;
         table.add_row([
-            tally.name.clone(),
+            stats.name.clone(),
             (bytes >> 20).to_string(),
             format!("{done} {kind}"),
             wrong.to_string(),
-            tally.lost.load(load).to_string(),
+            stats.lost.load(load).to_string(),
             failures.len().to_string(),
         ]);
         if wrong > 0 {
-            complaints.push(format!("{}: {wrong} {kind} with wrong bytes", tally.name));
+            problems.push(format!("{}: {wrong} {kind} with wrong bytes", stats.name));
         }
         if bytes == 0 {
-            complaints.push(format!("{}: nothing was moved", tally.name));
+            problems.push(format!("{}: no byte was received", stats.name));
         }
-        complaints.extend(failures);
+        problems.extend(failures);
     }
     table.add_row(["all", &(total >> 20).to_string()]);
     table
 }
 
 fn faults(events: Vec<Event>) -> Table {
-    let mut by_kind: BTreeMap<Kind, Vec<Duration>> = BTreeMap::new();
+    let mut by_fault: BTreeMap<Fault, Vec<Duration>> = BTreeMap::new();
     for event in events {
-        by_kind.entry(event.kind).or_default().push(event.stall);
+        by_fault.entry(event.fault).or_default().push(event.stall);
     }
-    let mut table = table(&["fault", "times", "a connection stood for: median ms", "at most ms"]);
-    for (kind, mut stalls) in by_kind {
+    let mut table = table(&["fault", "count", "interruption: median ms", "maximum ms"]);
+    for (fault, mut stalls) in by_fault {
         stalls.sort_unstable();
         let ms = |stall: Option<&Duration>| stall.map_or(0, Duration::as_millis).to_string();
         table.add_row([
-            kind.to_string(),
+            fault.to_string(),
             stalls.len().to_string(),
             ms(stalls.get(stalls.len() / 2)),
             ms(stalls.last()),
@@ -92,7 +94,7 @@ fn faults(events: Vec<Event>) -> Table {
     table
 }
 
-fn growth(samples: &Samples, duration: Duration, complaints: &mut Vec<String>) -> Table {
+fn growth(samples: &Samples, duration: Duration, problems: &mut Vec<String>) -> Table {
     let header = ["process", "samples", "MiB: second sixth", "last sixth", "most"];
     let more = ["descriptors: second sixth", "last sixth", "most"];
     let mut table = table(&[&header[..], &more].concat());
@@ -107,7 +109,7 @@ fn growth(samples: &Samples, duration: Duration, complaints: &mut Vec<String>) -
         let memory = [&early, &late].map(|part| median(part.iter().map(|s| s.resident)));
         let descriptors = [&early, &late].map(|part| median(part.iter().map(|s| s.descriptors)));
         let ([Some(m0), Some(m1)], [Some(d0), Some(d1)]) = (memory, descriptors) else {
-            complaints.push(format!("{name}: too few samples ({})", all.len()));
+            problems.push(format!("{name}: too few samples ({})", all.len()));
             continue;
         };
         let mib = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1 << 20));
@@ -122,14 +124,10 @@ fn growth(samples: &Samples, duration: Duration, complaints: &mut Vec<String>) -
             all.iter().map(|sample| sample.descriptors).max().unwrap_or_default().to_string(),
         ]);
         if m1 > m0 + MEMORY_BOUND {
-            complaints.push(format!(
-                "the memory of {name} grew from {} to {} MiB",
-                mib(m0),
-                mib(m1)
-            ));
+            problems.push(format!("the memory of {name} grew from {} to {} MiB", mib(m0), mib(m1)));
         }
         if d1 > d0 + DESCRIPTOR_BOUND {
-            complaints.push(format!("the descriptors of {name} grew from {d0} to {d1}"));
+            problems.push(format!("the descriptors of {name} grew from {d0} to {d1}"));
         }
     }
     table
@@ -154,10 +152,11 @@ impl fmt::Display for Report {
         }
         writeln!(
             f,
-            "Flat is: the last sixth's median within {} MiB and {DESCRIPTOR_BOUND} descriptors of the second's.",
+            "Maximum growth from the second to the last sixth of the run (medians): {} MiB and \
+             {DESCRIPTOR_BOUND} descriptors.",
             MEMORY_BOUND >> 20
         )?;
-        self.complaints.iter().try_for_each(|complaint| writeln!(f, "COMPLAINT {complaint}"))
+        self.problems.iter().try_for_each(|problem| writeln!(f, "PROBLEM {problem}"))
     }
 }
 
@@ -177,13 +176,13 @@ mod tests {
             ("node-a".to_owned(), Role::Data),
             (0..60).map(sample).collect::<Vec<_>>(),
         )]);
-        let mut complaints = vec![];
-        growth(&samples, Duration::from_secs(60), &mut complaints);
-        complaints
+        let mut problems = vec![];
+        growth(&samples, Duration::from_secs(60), &mut problems);
+        problems
     }
 
     #[test]
-    fn what_grows_is_complained_of_and_what_is_flat_is_not() {
+    fn growth_beyond_the_bounds_is_a_problem() {
         assert_eq!(grown(0, 0), [""; 0]);
         assert_eq!(grown(3 << 20, 3), [""; 0]);
         let memory = grown(30 << 20, 0);
@@ -193,10 +192,10 @@ mod tests {
             descriptors[0].starts_with("the descriptors of node-a Data grew"),
             "{descriptors:?}"
         );
-        let mut complaints = vec![];
+        let mut problems = vec![];
         let one = Sample { at: Duration::ZERO, resident: 1, descriptors: 1 };
         let samples = Samples::from([(("node-a".to_owned(), Role::Keeper), vec![one])]);
-        growth(&samples, Duration::from_secs(60), &mut complaints);
-        assert_eq!(complaints, ["node-a Keeper: too few samples (1)"]);
+        growth(&samples, Duration::from_secs(60), &mut problems);
+        assert_eq!(problems, ["node-a Keeper: too few samples (1)"]);
     }
 }

@@ -1,5 +1,5 @@
-//! Memory and descriptors of every process of the agents, all the time. A process that is replaced
-//! goes on under its role.
+//! Samples of memory and descriptors of all agents' processes, once per second. A process that
+//! replaces another continues its series.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use skein_lab::Lab;
 use skein_lab::process::resident_bytes;
 
-const INTERVAL: Duration = Duration::from_secs(1);
+const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What a process is for.
+/// Role of a process on a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Role {
     Agent,
@@ -21,15 +21,18 @@ pub(super) enum Role {
     Data,
 }
 
-/// One process at one time.
+/// Resources of a process at one time.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sample {
+    /// Time since the start of the sampler.
     pub(super) at: Duration,
+    /// Resident memory, bytes.
     pub(super) resident: u64,
+    /// Number of open descriptors.
     pub(super) descriptors: usize,
 }
 
-/// By node and role.
+/// Samples by name of the node and role, in the order of time.
 pub(super) type Samples = BTreeMap<(String, Role), Vec<Sample>>;
 
 pub(super) struct Sampler<'scope> {
@@ -47,13 +50,13 @@ impl<'scope> Sampler<'scope> {
                 for node in &lab.nodes {
                     for (role, pid) in roles(&node.ns.pids()) {
                         let at = start.elapsed();
-                        // One that has just ended has nothing any more.
+                        // A process that has just exited has no resources.
                         if let Some(sample) = sample(pid, at) {
                             samples.entry((node.name.clone(), role)).or_default().push(sample);
                         }
                     }
                 }
-                thread::sleep(INTERVAL);
+                thread::sleep(SAMPLE_INTERVAL);
             }
             samples
         });
@@ -66,7 +69,8 @@ impl<'scope> Sampler<'scope> {
     }
 }
 
-/// The agents' processes among these; one that waits to be ended after it was replaced is none.
+/// Returns the agents' processes among these. `skein-agent hold`, which runs after a take-over, is
+/// not one of them.
 fn roles(pids: &[i32]) -> Vec<(Role, i32)> {
     let role = |&pid: &i32| {
         let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;

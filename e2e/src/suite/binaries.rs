@@ -1,4 +1,4 @@
-//! The workspace's test binaries, and a pool that runs their modules side by side.
+//! Test binaries of the workspace, and a pool that runs their modules concurrently.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::Write as _;
@@ -38,8 +38,8 @@ struct Binary {
     executable: PathBuf,
     /// Directory of the package, the working directory of the tests.
     directory: PathBuf,
-    /// Whether the binary is an integration test. The modules of such a binary are independent of
-    /// each other; unit tests may share what belongs to the process or to the host.
+    /// The binary is an integration test, whose modules are independent of each other. Unit tests
+    /// may share state of the process or of the host.
     integration: bool,
 }
 
@@ -71,8 +71,8 @@ impl Binary {
         let mut list = Command::new(&self.executable);
         list.args(["--list", "--format=terse"]).args(options).args(filter);
         let listed = list.output().with_context(|| format!("starting {}", self.name))?;
-        let complaint = String::from_utf8_lossy(&listed.stderr);
-        ensure!(listed.status.success(), "listing the tests of {}: {complaint}", self.name);
+        let error = String::from_utf8_lossy(&listed.stderr);
+        ensure!(listed.status.success(), "cannot list the tests of {}: {error}", self.name);
         let tests = String::from_utf8(listed.stdout).context("names of tests are not UTF-8")?;
         let modules = by_module(tests.lines().filter_map(|line| line.strip_suffix(": test")));
         let batch = |(module, tests): (&str, Vec<&str>)| Batch {
@@ -128,7 +128,7 @@ fn build(which: &[&str]) -> Result<Vec<Binary>> {
 /// # Errors
 ///
 /// Returns an error if the tests do not compile or if a binary cannot be started. A failed test is
-/// no error: it is counted in the result.
+/// not an error, but is counted in the result.
 pub(super) fn run(
     which: &[&str],
     options: &[&str],
@@ -176,8 +176,8 @@ pub(super) fn run(
     Ok(totals)
 }
 
-/// Runs each failed test of a batch once more, when no other test runs. A test that passes then
-/// counts as passed, and its name is printed at the end: it depends on the load of the machine.
+/// Runs each failed test of a batch once more while no other test runs. A test that passes then
+/// counts as passed. Its name is printed at the end, because it depends on the load of the machine.
 fn repeat_failures(
     mut batch: Batch,
     options: &[&str],
@@ -199,7 +199,7 @@ fn repeat_failures(
 /// Runs a batch and prints its output and its run time.
 fn run_one(batch: &Batch, options: &[&str], jobs: usize, limit: Duration) -> Result<Totals> {
     let mut command = Command::new(&batch.binary.executable);
-    // The tests of one batch measure times and rates: one test at a time.
+    // The tests of a batch measure times and rates, so they run one at a time.
     command.arg("--test-threads=1").args(options).args(&batch.arguments);
     command.current_dir(&batch.binary.directory).env(LABORATORIES_VARIABLE, jobs.to_string());
     let start = Instant::now();

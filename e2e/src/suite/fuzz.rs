@@ -1,4 +1,4 @@
-//! `cargo e2e fuzz`: every fuzz target for a bounded time.
+//! `cargo e2e fuzz`: runs of the fuzz targets for a limited time.
 
 use std::process::Stdio;
 
@@ -7,23 +7,26 @@ use clap::Args;
 
 use skein_lab::cargo;
 
-/// How long to fuzz, and what.
+/// Options of `cargo e2e fuzz`.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Seconds for each target.
+    /// Maximum seconds for each target
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=3600))]
     seconds: u32,
-    /// Executions of each target; it ends with whichever of the two comes first.
+    /// Maximum number of executions of each target
     #[arg(long)]
     runs: Option<u64>,
-    /// Only targets whose name contains this.
+    /// Part of the names of the targets to run
     filter: Option<String>,
 }
 
-/// The crates whose `fuzz` directories have targets.
+/// Crates whose `fuzz` directories have targets.
 const CRATES: [&str; 3] = ["agent/core", "cni-plugin", "agent"];
 
-/// Runs the command.
+/// Runs `cargo e2e fuzz`. Installs cargo-fuzz if it is missing.
+///
+/// # Errors
+/// If cargo-fuzz cannot be installed or run, if no target matches, or if a target finds a failure.
 pub fn run(options: &Options) -> Result<()> {
     if !installed()? {
         println!("installing cargo-fuzz (cargo install cargo-fuzz)");
@@ -41,7 +44,7 @@ pub fn run(options: &Options) -> Result<()> {
     let targets: Vec<_> = all.iter().filter(wanted).collect();
     if targets.is_empty() {
         let names: Vec<_> = all.iter().map(|(_, name)| name.as_str()).collect();
-        bail!("no such fuzz target; there are: {}", names.join(", "));
+        bail!("no fuzz target matches. The targets are: {}.", names.join(", "));
     }
     let mut failed = vec![];
     for (from, target) in &targets {
@@ -50,58 +53,58 @@ pub fn run(options: &Options) -> Result<()> {
         }
     }
     if !failed.is_empty() {
-        bail!("these targets found something: {}", failed.join(", "));
+        bail!("fuzz targets with failures: {}", failed.join(", "));
     }
-    println!("{} targets, nothing found", targets.len());
+    println!("Fuzz targets without a failure: {}", targets.len());
     Ok(())
 }
 
-/// Runs one target; whether it found nothing.
+/// Runs one target and returns whether it found no failure.
 fn fuzz(options: &Options, from: &str, target: &str) -> Result<bool> {
-    // What the fuzzer finds out goes to a directory of its own; the kept corpus is read only.
+    // New inputs are written to their own directory; the corpus of the repository is only read.
     let workspace = cargo::workspace().canonicalize().context("finding the workspace")?;
     let found = workspace.join("out/fuzz").join(target);
     std::fs::create_dir_all(&found).with_context(|| found.display().to_string())?;
     let (found, kept) = (found.to_string_lossy(), format!("fuzz/corpus/{target}"));
     let time = format!("-max_total_time={}", options.seconds);
-    // -1: without end.
+    // -1 means no limit.
     let runs = format!("-runs={}", options.runs.map_or(-1, u64::cast_signed));
-    // What is fuzzed has no unsafe code: there is nothing for a sanitizer to find, and without one
-    // there are more executions. Overflows and failed assertions panic.
+    // The fuzzed code is safe Rust, in which a sanitizer would find nothing, and would reduce the
+    // number of executions. Overflows and failed assertions panic.
     let mut arguments = vec!["fuzz", "run", "--sanitizer", "none", target, &found, &kept, "--"];
     arguments.extend([time.as_str(), &runs, "-max_len=70000", "-print_final_stats=1"]);
     let output = in_crate(from, &arguments).stdin(Stdio::null()).output();
     let output = output.context("starting cargo fuzz")?;
-    let said = String::from_utf8_lossy(&output.stderr);
+    let text = String::from_utf8_lossy(&output.stderr);
     match output.status.success() {
-        true => println!("{target}: {}", figures(&said)),
+        true => println!("{target}: {}", figures(&text)),
         false => {
-            let lines: Vec<_> = said.lines().collect();
+            let lines: Vec<_> = text.lines().collect();
             println!("{target}:\n{}", lines[lines.len().saturating_sub(60)..].join("\n"));
         }
     }
     Ok(output.status.success())
 }
 
-/// Executions, and how much of the code they have reached: edges (`cov`), and edges by how often
-/// (`ft`).
-fn figures(said: &str) -> String {
+/// Returns the number of executions and their coverage of the code: edges (`cov`), and edges with
+/// their counts (`ft`).
+fn figures(text: &str) -> String {
     let word_after = |line: &str, name: &str| {
         let mut words = line.split_whitespace();
         words.by_ref().find(|word| *word == name)?;
         words.next().map(str::to_owned)
     };
-    let last = |name: &str| said.lines().rev().find_map(|line| word_after(line, name));
+    let last = |name: &str| text.lines().rev().find_map(|line| word_after(line, name));
     let [runs, edges, features] = ["stat::number_of_executed_units:", "cov:", "ft:"]
         .map(|name| last(name).unwrap_or_default());
     format!("{runs} executions, {edges} edges, {features} features")
 }
 
-/// Cargo with the nightly toolchain, which the fuzzer's instrumentation needs.
+/// Returns a command of cargo with the nightly toolchain, which the fuzzer's instrumentation needs.
 fn in_crate(from: &str, arguments: &[&str]) -> std::process::Command {
     let mut command = std::process::Command::new("cargo");
     command.arg("+nightly").args(arguments).current_dir(cargo::workspace().join(from));
-    // Set by the cargo that started us, and in the way of another toolchain.
+    // The cargo that started this process sets these variables, which would select its toolchain.
     for variable in ["CARGO", "RUSTUP_TOOLCHAIN", "RUSTC", "RUSTDOC"] {
         command.env_remove(variable);
     }
@@ -110,14 +113,17 @@ fn in_crate(from: &str, arguments: &[&str]) -> std::process::Command {
 
 fn installed() -> Result<bool> {
     let output = in_crate(CRATES[0], &["fuzz", "--version"]).output();
-    Ok(output.context("starting cargo (is rustup installed?)")?.status.success())
+    Ok(output
+        .context("cannot start cargo with the nightly toolchain. Install rustup.")?
+        .status
+        .success())
 }
 
 fn output(from: &str, arguments: &[&str]) -> Result<String> {
     let output = in_crate(from, arguments).output().context("starting cargo fuzz")?;
     if !output.status.success() {
         bail!(
-            "cargo {} failed (it needs the nightly toolchain: rustup toolchain install nightly): {}",
+            "cargo {} failed: {}. It needs the nightly toolchain: rustup toolchain install nightly.",
             arguments.join(" "),
             String::from_utf8_lossy(&output.stderr).trim()
         );
@@ -130,9 +136,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn figures_of_what_the_fuzzer_says() {
-        let said = "#2\tINITED cov: 5 ft: 6 corp: 1/1b\n#900\tDONE   cov: 48 ft: 77 corp: 9/61b\n\
+    fn figures_are_read_from_fuzzer_output() {
+        let text = "#2\tINITED cov: 5 ft: 6 corp: 1/1b\n#900\tDONE   cov: 48 ft: 77 corp: 9/61b\n\
                     Done 900 runs in 1 second(s)\nstat::number_of_executed_units: 900\n";
-        assert_eq!(figures(said), "900 executions, 48 edges, 77 features");
+        assert_eq!(figures(text), "900 executions, 48 edges, 77 features");
     }
 }

@@ -1,4 +1,4 @@
-//! `cargo e2e test`: everything that can be tested here, in one command.
+//! `cargo e2e test`: all tests of the workspace in one command.
 
 mod binaries;
 pub mod fuzz;
@@ -14,10 +14,10 @@ use skein_lab::console::Console;
 use skein_lab::registry;
 use skein_lab::{cargo, packages};
 
-/// What to test.
+/// Options of `cargo e2e test` and `cargo e2e cluster test`.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Only tests whose name contains this.
+    /// Part of the names of the tests to run
     filter: Option<String>,
     /// Number of test modules that run at the same time
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=MAX_JOBS))]
@@ -27,11 +27,15 @@ pub struct Options {
 /// Limit of `--jobs`: each laboratory runs several agents, so more of them need more cores.
 const MAX_JOBS: i64 = 16;
 
-/// Runs the command.
+/// Runs `cargo e2e test`.
+///
+/// # Errors
+/// If the process does not run as root, if a package cannot be installed, if the build or a test
+/// fails, if no test ran, or if tests left something on the host.
 pub fn run(options: &Options) -> Result<()> {
     let console = Console::new();
     if !rustix::process::geteuid().is_root() {
-        bail!("the tests make network namespaces and need root: run this as root");
+        bail!("the tests create network namespaces and need root. Run this as root.");
     }
     packages::ensure(&[packages::DEMO, packages::TEST], &console)?;
     console.step("building everything (release)");
@@ -39,21 +43,25 @@ pub fn run(options: &Options) -> Result<()> {
         cargo::run(&["build", "--release", "--workspace", "--bins", "--tests", "--examples"])
     })?;
     if options.filter.is_none() {
-        // Tests of what ships would build it: no test has the time for that.
-        console.step("building the programs as they ship");
+        // Tests of the released programs would build them, which takes longer than a test may.
+        console.step("building the programs (profile dist)");
         cargo::build_static(&["skein-agent", "skein-cni"])?;
     }
     drop(console);
-    run_tests(&["--workspace"], &[], usize::from(options.jobs), watch::LIMIT, options)
+    run_tests(&["--workspace"], &[], usize::from(options.jobs), watch::TEST_TIMEOUT, options)
 }
 
-/// What needs a cluster.
+/// Options of cargo that select the tests on a cluster.
 const CLUSTER: [&str; 2] = ["--package=skein-e2e", "--test=cluster"];
 
-/// Module with the tests of what Kubernetes 1.20 does not have.
+/// Module with the tests of features that Kubernetes 1.20 does not have.
 const CURRENT: &str = "current::";
 
-/// Runs the tests that need a cluster.
+/// Runs `cargo e2e cluster test`.
+///
+/// # Errors
+/// If the programs cannot be built, if a test fails, if no test ran, or if tests left something on
+/// the host.
 pub fn run_cluster(options: &Options) -> Result<()> {
     let console = Console::new();
     programs::build(&console)?;
@@ -62,7 +70,7 @@ pub fn run_cluster(options: &Options) -> Result<()> {
     if programs::other().is_none() {
         more.extend(["--skip", CURRENT]);
         console.print(&format!(
-            "the tests of a current Kubernetes are left out: {} names none",
+            "tests of a current Kubernetes are skipped, because {} is not set",
             programs::OTHER
         ));
     }
@@ -71,8 +79,8 @@ pub fn run_cluster(options: &Options) -> Result<()> {
         cargo::run(&[&["build", "--release"][..], &CLUSTER].concat())
     })?;
     drop(console);
-    // The change of a key waits for five minutes twice.
-    run_tests(&CLUSTER, &more, 1, 2 * watch::LIMIT, options)
+    // The key rotation waits for five minutes twice.
+    run_tests(&CLUSTER, &more, 1, 2 * watch::TEST_TIMEOUT, options)
 }
 
 /// Runs the tests that `which` (options of cargo) and `more` (options of the test harness) select,
@@ -104,7 +112,7 @@ fn run_tests(
     }
     if totals.skipped() > 0 {
         println!(
-            "(tests on a real Kubernetes are skipped here: `cargo e2e cluster test` runs them)"
+            "(tests on a real Kubernetes are skipped. Run `cargo e2e cluster test` for them.)"
         );
     }
     println!("{} passed, {} failed, {} skipped", totals.passed, totals.failed, totals.skipped());

@@ -1,4 +1,5 @@
-//! Supervision of a test binary: passes its output on, counts its tests, and ends one that hangs.
+//! Supervision of a test binary: forwards its output, counts its tests, and ends it if a test
+//! hangs.
 
 use std::io::{Read, Write};
 use std::process::{Child, Command, Stdio};
@@ -11,43 +12,45 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use skein_lab::process::children;
 
-/// How long one test may take, with its wait for another run's laboratory. All but a few take
+/// Maximum time without output, and so of one test with its wait for a turn. Most tests take
 /// seconds.
-pub const LIMIT: Duration = Duration::from_secs(10 * 60);
+pub const TEST_TIMEOUT: Duration = Duration::from_secs(10 * 60);
 
-/// How the runner shows what another test runs in a process of its own: it is not left out.
-const PART: &str = " ... ignored, part of another test";
+/// End of the runner's line about a function that another test runs in a process of its own. Such a
+/// function does not count as skipped.
+const PART_SUFFIX: &str = " ... ignored, part of another test";
 
-/// How long a hanging test has to remove what it made.
-const GRACE: Duration = Duration::from_secs(10);
+/// Maximum time for a test to clean up after SIGTERM, before SIGKILL.
+const TERMINATION_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What came of the tests.
+/// Counts and names of tests.
 #[derive(Debug, Default)]
 pub struct Totals {
-    /// Tests that passed.
+    /// Number of tests that passed.
     pub passed: u64,
-    /// Tests that failed.
+    /// Number of tests that failed.
     pub failed: u64,
-    /// Tests that were left out, [`PART`]s among them.
+    /// Number of tests that the runner ignored, `parts` included.
     ignored: u64,
+    /// Number of ignored functions that are parts of other tests ([`PART_SUFFIX`]).
     parts: u64,
-    /// The names of those that failed.
+    /// Names of the tests that failed.
     pub failures: Vec<String>,
-    /// Names of the tests that failed beside other tests and passed alone.
+    /// Names of the tests that failed while other tests ran, and passed alone.
     pub flaky: Vec<String>,
-    /// Whether every process ended with code 0, or each of its failed tests passed alone.
+    /// Every process ended with code 0, or each of its failed tests passed alone.
     pub success: bool,
-    /// The line that is being written.
+    /// Line of output that is not complete yet.
     line: Vec<u8>,
 }
 
 impl Totals {
-    /// Tests that were left out.
+    /// Returns the number of tests that were not run.
     pub fn skipped(&self) -> u64 {
         self.ignored.saturating_sub(self.parts)
     }
 
-    /// Returns the totals of a successful run of no test.
+    /// Returns the totals of a successful run without tests.
     pub fn of_no_test() -> Self {
         Self { success: true, ..Self::default() }
     }
@@ -63,7 +66,7 @@ impl Totals {
         self.success &= other.success;
     }
 
-    /// Counts a test that failed beside other tests as passed, because it passed alone.
+    /// Counts a failed test as passed, because it passed without other tests at the same time.
     pub fn passed_alone(&mut self, name: String) {
         self.failed -= 1;
         self.passed += 1;
@@ -71,19 +74,19 @@ impl Totals {
         self.success = self.failed == 0;
     }
 
-    /// Takes a piece of the test runner's output.
-    fn take(&mut self, piece: &[u8]) {
+    /// Parses a piece of the test runner's output.
+    fn parse(&mut self, piece: &[u8]) {
         for &byte in piece {
             if byte == b'\n' {
                 let line = std::mem::take(&mut self.line);
-                self.line(&String::from_utf8_lossy(&line));
+                self.parse_line(&String::from_utf8_lossy(&line));
             } else {
                 self.line.push(byte);
             }
         }
     }
 
-    fn line(&mut self, line: &str) {
+    fn parse_line(&mut self, line: &str) {
         if let Some(rest) = line.strip_prefix("test result: ") {
             let count = |word: &str| -> u64 {
                 let before = rest.split(word).next().unwrap_or_default().trim_end();
@@ -92,7 +95,7 @@ impl Totals {
             self.passed += count("passed");
             self.failed += count("failed");
             self.ignored += count("ignored");
-        } else if line.ends_with(PART) {
+        } else if line.ends_with(PART_SUFFIX) {
             self.parts += 1;
         } else if let Some(name) =
             line.strip_prefix("test ").and_then(|rest| rest.strip_suffix(" ... FAILED"))
@@ -101,35 +104,36 @@ impl Totals {
         }
     }
 
-    /// The test at work: one that runs alone writes its name first and its result later.
-    fn at_work(&self) -> String {
+    /// Returns the name of the running test. With one test at a time, the runner prints the name
+    /// first and the result later.
+    fn running_test(&self) -> String {
         let line = String::from_utf8_lossy(&self.line);
         let name = line.strip_prefix("test ").and_then(|rest| rest.split(" ... ").next());
-        name.unwrap_or("cargo, between two tests,").to_owned()
+        name.unwrap_or("cargo (no test runs)").to_owned()
     }
 
-    /// Counts the test at work as one that hangs; what to say of it.
-    fn hung(&mut self, limit: Duration) -> String {
-        let name = self.at_work();
+    /// Counts the running test as failed, because it hangs, and returns a message.
+    fn add_hanging(&mut self, limit: Duration) -> String {
+        let name = self.running_test();
         let seconds = limit.as_secs_f64();
         self.failures.push(format!("{name} (hung for {seconds} s)"));
         self.failed += 1;
         self.line.clear();
-        format!("{name} hangs: nothing came of it for {seconds} s, so it is ended")
+        format!("{name} hangs: no output for {seconds} s. Its process is ended.")
     }
 }
 
-/// Runs a test binary or cargo, passes its output on to `out`, and counts the tests. If nothing is
-/// printed for `limit`, the current test has failed, and its process is ended.
+/// Runs a test binary or cargo, forwards its output to `out`, and counts the tests. If nothing is
+/// printed for `limit`, the current test counts as failed, and its process is ended.
 ///
 /// # Errors
 ///
 /// Returns an error if the process cannot be started or if `out` cannot be written.
 pub fn watch(command: &mut Command, limit: Duration, out: &mut impl Write) -> Result<Totals> {
-    let (reader, writer) = std::io::pipe().context("making a pipe")?;
+    let (reader, writer) = std::io::pipe().context("creating a pipe")?;
     let errors = writer.try_clone().context("duplicating the pipe")?;
     let mut child = command.stdout(writer).stderr(errors).spawn().context("starting a test")?;
-    // The command holds the pipe's writing end.
+    // The command would keep the writing end of the pipe open.
     command.stdout(Stdio::null()).stderr(Stdio::null());
     let pieces = read(reader);
     let mut totals = Totals::default();
@@ -138,12 +142,12 @@ pub fn watch(command: &mut Command, limit: Duration, out: &mut impl Write) -> Re
             Ok(piece) => {
                 out.write_all(&piece)?;
                 out.flush()?;
-                totals.take(&piece);
+                totals.parse(&piece);
             }
             Err(RecvTimeoutError::Timeout) => {
-                writeln!(out, "\n{}", totals.hung(limit))?;
+                writeln!(out, "\n{}", totals.add_hanging(limit))?;
                 if child.try_wait()?.is_some() {
-                    // Somebody that a test has left holds the pipe open.
+                    // A process that a test left behind keeps the pipe open.
                     break;
                 }
                 end(&mut child)?;
@@ -155,7 +159,7 @@ pub fn watch(command: &mut Command, limit: Duration, out: &mut impl Write) -> Re
     Ok(totals)
 }
 
-/// Reads on a thread of its own; the channel closes with the pipe.
+/// Reads a pipe to its end on a new thread. The channel closes at the end of the pipe.
 fn read(mut pipe: impl Read + Send + 'static) -> Receiver<Vec<u8>> {
     let (sender, receiver) = channel();
     thread::spawn(move || {
@@ -169,15 +173,15 @@ fn read(mut pipe: impl Read + Send + 'static) -> Receiver<Vec<u8>> {
     receiver
 }
 
-/// Ends the child and its children: with SIGTERM first, because a test that can still handle a
-/// signal removes what it made, then with SIGKILL.
+/// Ends the child and its children: first with SIGTERM, after which a test cleans up if it still
+/// handles signals, then with SIGKILL.
 fn end(child: &mut Child) -> Result<()> {
     let pid = child.id().cast_signed();
     for signal in [Signal::TERM, Signal::KILL] {
         for pid in children(pid).into_iter().chain([pid]).filter_map(Pid::from_raw) {
             let _ = kill_process(pid, signal);
         }
-        let deadline = Instant::now() + GRACE;
+        let deadline = Instant::now() + TERMINATION_TIMEOUT;
         while Instant::now() < deadline {
             if child.try_wait()?.is_some() {
                 return Ok(());
@@ -194,12 +198,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_runners_lines_are_counted() {
+    fn runner_output_is_counted() {
         let mut totals = Totals::default();
-        totals.take(b"test lanes::a ... ok\ntest lanes::b ... FAIL");
-        assert_eq!(totals.at_work(), "lanes::b");
-        totals.take(b"ED\ntest lanes::c ... ignored, part of another test\n");
-        totals.take(b"test lanes::d ... ignored, takes a cluster\ntest result: FAILED. 12 passed; 1 failed; 2 ignored; 0 measured\n");
+        totals.parse(b"test lanes::a ... ok\ntest lanes::b ... FAIL");
+        assert_eq!(totals.running_test(), "lanes::b");
+        totals.parse(b"ED\ntest lanes::c ... ignored, part of another test\n");
+        totals.parse(b"test lanes::d ... ignored, takes a cluster\ntest result: FAILED. 12 passed; 1 failed; 2 ignored; 0 measured\n");
         totals
             .take(b"test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out\n");
         assert_eq!((totals.passed, totals.failed, totals.skipped()), (15, 1, 1));
@@ -214,7 +218,10 @@ mod tests {
         let (limit, mut output) = (Duration::from_millis(300), vec![]);
         let start = Instant::now();
         let totals = watch(runner.args(["-c", script]), limit, &mut output).unwrap();
-        assert!(start.elapsed() < GRACE, "SIGTERM did not end the runner and its child");
+        assert!(
+            start.elapsed() < TERMINATION_TIMEOUT,
+            "SIGTERM did not end the runner and its child"
+        );
         let output = String::from_utf8_lossy(&output);
         assert!(output.contains("\nslow hangs: "), "the output does not name the test: {output}");
         assert!(output.contains("a warning"), "the output lacks stderr: {output}");
@@ -223,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn a_runner_that_hangs_is_ended_too() {
+    fn hanging_runner_is_ended() {
         let script = "printf 'test slow ... '; exec sleep 1000";
         let limit = Duration::from_millis(300);
         let mut runner = Command::new("sh");

@@ -1,19 +1,21 @@
-//! A number that a test sets while a process with a preloaded library runs: 8 bytes of a file,
-//! which is mapped when the library is loaded. The data process can open no file later.
+//! Number that a test changes while a process with a preloaded library runs: 8 bytes of a file, in
+//! native byte order. The file is mapped when the library is loaded, because the data process
+//! cannot open files later.
 
 use std::ffi::CString;
 use std::os::unix::ffi::OsStringExt as _;
 use std::sync::atomic::{AtomicI64, Ordering};
 
-/// The mapped number, once there is one.
+/// Mapped number; empty if no file is mapped.
 static NUMBER: std::sync::OnceLock<&AtomicI64> = std::sync::OnceLock::new();
 
-/// Returns the number; 0 if there is none.
+/// Returns the number; 0 if no file is mapped.
 pub(crate) fn number() -> i64 {
     NUMBER.get().map_or(0, |number| number.load(Ordering::Relaxed))
 }
 
-/// Maps the file that the environment variable names.
+/// Maps the file that the environment variable names. Has no effect if the variable is not set, or
+/// if the file cannot be mapped.
 pub(crate) fn map(variable: &str) {
     let Some(path) = std::env::var_os(variable) else { return };
     let Ok(path) = CString::new(path.into_vec()) else { return };
@@ -28,8 +30,8 @@ pub(crate) fn map(variable: &str) {
     // SAFETY: the descriptor belongs to this function; the mapping does not need it.
     unsafe { libc::close(file) };
     if mapped != libc::MAP_FAILED {
-        // SAFETY: the mapping is aligned, stays for ever, and the test writes all 8 bytes at once
-        // before this process starts.
+        // SAFETY: the mapping is aligned to a page, is never unmapped, and has 8 bytes, because the
+        // test writes the whole file before this process starts. All accesses are atomic.
         let _ = NUMBER.set(unsafe { &*mapped.cast::<AtomicI64>() });
     }
 }
