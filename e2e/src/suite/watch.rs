@@ -205,7 +205,7 @@ mod tests {
         totals.parse(b"ED\ntest lanes::c ... ignored, part of another test\n");
         totals.parse(b"test lanes::d ... ignored, takes a cluster\ntest result: FAILED. 12 passed; 1 failed; 2 ignored; 0 measured\n");
         totals
-            .take(b"test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out\n");
+            .parse(b"test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out\n");
         assert_eq!((totals.passed, totals.failed, totals.skipped()), (15, 1, 1));
         assert_eq!(totals.failures, ["lanes::b"]);
     }
