@@ -1,4 +1,4 @@
-//! HTTP: /metrics, /healthz and /readyz on one listener, the status page on another.
+//! HTTP listeners: one for `/metrics`, `/healthz` and `/readyz`, one for the status page.
 
 mod connections;
 mod page;
@@ -29,7 +29,7 @@ async fn serve_router(listener: Option<TcpListener>, router: Router) {
     let Some(listener) = listener else { return };
     match tokio::net::TcpListener::from_std(listener) {
         Ok(listener) => accept(listener, router, ConnectionLimits::default()).await,
-        Err(error) => tracing::error!(%error, "the HTTP server cannot start"),
+        Err(error) => tracing::error!(%error, "cannot start the HTTP server"),
     }
 }
 
@@ -45,11 +45,11 @@ async fn metrics_page(State(source): State<HttpSource>, headers: HeaderMap) -> R
     let HttpSource { agent, reports, pods, requests } = source;
     let settings = &agent.config.metrics;
     if !is_own_host(&headers, &agent.config.name, &settings.hosts) {
-        let text = "the metrics answer to an address, to localhost, to the node's name and to metrics.hosts only\n";
+        let text = "/metrics accepts the hosts localhost, IP addresses, the node's name and metrics.hosts only\n";
         return (StatusCode::MISDIRECTED_REQUEST, text).into_response();
     }
     let report = reports.recent().await;
-    // Cloned: no lock is held while the counters are read.
+    // The values are cloned so that no lock is held while the counters are read.
     let (pods, firewall) = (pods.borrow().clone(), agent.firewall.borrow().clone());
     let input = metrics::Input {
         conflicts: agent.node.interface().conflicts.len(),
@@ -117,12 +117,12 @@ pub(super) mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpStream;
 
-    /// An agent's state without a data process.
+    /// Returns the state of an agent without a data process.
     pub(crate) fn source() -> HttpSource {
         http_source("name = 'node-a'\n[metrics]\nhosts = ['node-a.example']")
     }
 
-    /// Serves on a port of the loopback.
+    /// Serves `router` on a port of the loopback interface.
     pub(crate) async fn start(router: Router, limits: ConnectionLimits) -> SocketAddr {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -130,17 +130,17 @@ pub(super) mod tests {
         address
     }
 
-    /// Serves the metrics' pages with these limits.
+    /// Serves metrics, liveness and readiness with these limits.
     pub(crate) async fn server(limits: ConnectionLimits) -> SocketAddr {
         start(metrics_router(source()), limits).await
     }
 
     pub(crate) async fn get(address: SocketAddr, path: &str) -> String {
-        ask(address, &format!("GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")).await
+        exchange(address, &format!("GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")).await
     }
 
-    /// Sends a request; the whole answer.
-    pub(crate) async fn ask(address: SocketAddr, request: &str) -> String {
+    /// Sends a request and returns the whole answer.
+    pub(crate) async fn exchange(address: SocketAddr, request: &str) -> String {
         let mut stream = TcpStream::connect(address).await.unwrap();
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
@@ -150,7 +150,7 @@ pub(super) mod tests {
     }
 
     #[tokio::test]
-    async fn pages_answer_and_connections_end() {
+    async fn each_path_is_answered_and_connection_closed() {
         let address = server(ConnectionLimits::default()).await;
         assert!(get(address, "/healthz").await.starts_with("HTTP/1.1 200"));
         assert!(get(address, "/readyz").await.starts_with("HTTP/1.1 200"));
@@ -162,7 +162,7 @@ pub(super) mod tests {
     async fn metrics_for_foreign_host_names_are_refused() {
         let address = server(ConnectionLimits::default()).await;
         let request = async |path: &str, host: &str| {
-            ask(address, &format!("GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n")).await
+            exchange(address, &format!("GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n")).await
         };
         let own = ["192.0.2.1:9464", "[2001:db8::1]:9464", "localhost", "node-a:9464", "NODE-A"];
         for host in own.into_iter().chain(["node-a.example:9464"]) {
@@ -172,9 +172,12 @@ pub(super) mod tests {
         for host in ["evil.example", "node-a.evil.example:9464", "192.0.2.1.evil.example"] {
             let answer = request("/metrics", host).await;
             assert!(answer.starts_with("HTTP/1.1 421"), "{host}: {answer}");
-            assert!(!answer.contains("skein_"), "{host}: a refused request must get no metrics");
+            assert!(!answer.contains("skein_"), "{host}: A refused request must get no metrics.");
             let health = request("/healthz", host).await;
-            assert!(health.starts_with("HTTP/1.1 200"), "health holds no information: {health}");
+            assert!(
+                health.starts_with("HTTP/1.1 200"),
+                "The liveness answer has no information to protect: {health}"
+            );
         }
     }
 
@@ -184,12 +187,15 @@ pub(super) mod tests {
         let _blocked = source.agent.readiness.block("interface skein0: refused");
         let address = start(metrics_router(source), ConnectionLimits::default()).await;
         let request = async |host: &str| {
-            ask(address, &format!("GET /readyz HTTP/1.1\r\nHost: {host}\r\n\r\n")).await
+            exchange(address, &format!("GET /readyz HTTP/1.1\r\nHost: {host}\r\n\r\n")).await
         };
         let answer = request("192.0.2.1:9464").await;
         assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("skein0"), "{answer}");
         let answer = request("evil.example").await;
-        assert!(answer.starts_with("HTTP/1.1 503"), "The probe's verdict stays: {answer}");
-        assert!(!answer.contains("skein0"), "A foreign host name gets reasons: {answer}");
+        assert!(
+            answer.starts_with("HTTP/1.1 503"),
+            "The result of the probe must not change: {answer}"
+        );
+        assert!(!answer.contains("skein0"), "A foreign host name must get no reasons: {answer}");
     }
 }

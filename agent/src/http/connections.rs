@@ -41,23 +41,24 @@ const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 /// Minimum interval of log lines about one kind of refusal.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Refused connections of one kind, for the log: the first at once, then one line per interval.
+/// Rate limit of the log lines about one kind of refused connections: the first line at once, then
+/// one per [`LOG_INTERVAL`].
 #[derive(Debug, Default)]
 struct Refusals {
-    said: Option<Instant>,
-    unsaid: u64,
+    logged_at: Option<Instant>,
+    suppressed: u64,
 }
 
 impl Refusals {
     /// Counts one refusal. Returns the number of refusals since the last log line if it is time for
     /// another one.
     fn count(&mut self, now: Instant) -> Option<u64> {
-        if self.said.is_some_and(|said| now.saturating_duration_since(said) < LOG_INTERVAL) {
-            self.unsaid += 1;
+        if self.logged_at.is_some_and(|at| now.saturating_duration_since(at) < LOG_INTERVAL) {
+            self.suppressed += 1;
             return None;
         }
-        self.said = Some(now);
-        Some(std::mem::take(&mut self.unsaid))
+        self.logged_at = Some(now);
+        Some(std::mem::take(&mut self.suppressed))
     }
 }
 
@@ -65,7 +66,7 @@ impl Refusals {
 #[derive(Debug, Clone, Default)]
 struct Sources(Arc<Mutex<HashMap<IpAddr, usize>>>);
 
-/// A counted connection of one client address; the count ends when this is dropped.
+/// Connection of one client address that is counted until this value is dropped.
 #[derive(Debug)]
 struct SourcePermit {
     sources: Sources,
@@ -74,7 +75,7 @@ struct SourcePermit {
 
 impl Sources {
     /// Counts a connection from `address`, unless `limit` connections from there are open.
-    fn take(&self, address: IpAddr, limit: usize) -> Option<SourcePermit> {
+    fn try_acquire(&self, address: IpAddr, limit: usize) -> Option<SourcePermit> {
         let mut open = self.lock();
         let count = open.entry(address).or_default();
         if *count >= limit {
@@ -86,7 +87,7 @@ impl Sources {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
-        // No code under the lock can panic in the middle of a change.
+        // No code that holds the lock can leave the map inconsistent, so a poisoned lock is valid.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -109,34 +110,34 @@ pub(crate) async fn accept(
     router: Router,
     limits: ConnectionLimits,
 ) {
-    let places = Arc::new(Semaphore::new(limits.connections));
+    let permits = Arc::new(Semaphore::new(limits.connections));
     let sources = Sources::default();
     let (mut failed, mut refused) = (Refusals::default(), Refusals::default());
     loop {
         // The call fails only if the semaphore is closed, which no code does.
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
         let (stream, client) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
-                if let Some(unsaid) = failed.count(Instant::now()) {
-                    tracing::warn!(%error, unsaid, "cannot accept an HTTP connection");
+                if let Some(suppressed) = failed.count(Instant::now()) {
+                    tracing::warn!(%error, suppressed, "cannot accept an HTTP connection");
                 }
                 tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
                 continue;
             }
         };
-        // A listener of both families shows IPv4 clients by their mapped addresses.
+        // A dual-stack listener reports IPv4 clients with IPv4-mapped addresses.
         let source = client.ip().to_canonical();
-        let Some(source_place) = sources.take(source, limits.per_source) else {
-            if let Some(unsaid) = refused.count(Instant::now()) {
+        let Some(source_permit) = sources.try_acquire(source, limits.per_source) else {
+            if let Some(suppressed) = refused.count(Instant::now()) {
                 let open = limits.per_source;
-                tracing::warn!(%source, open, unsaid, "HTTP connection refused: too many from one address");
+                tracing::warn!(%source, open, suppressed, "HTTP connection refused: too many from one address");
             }
             continue;
         };
         let router = router.clone();
         tokio::spawn(async move {
-            let _places = (place, source_place);
+            let _permits = (permit, source_permit);
             serve_request(stream, router, limits.header_timeout, limits.timeout).await;
         });
     }
@@ -155,17 +156,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn refusals_are_said_once_a_minute_with_their_number() {
+    fn refusals_are_logged_once_per_minute_with_count() {
         let start = Instant::now();
         let mut refusals = Refusals::default();
-        let said: Vec<_> =
+        let logged: Vec<_> =
             (0..1500_u32).map(|n| refusals.count(start + n * ACCEPT_RETRY_DELAY)).collect();
-        assert_eq!((said[0], said[1], said[599]), (Some(0), None, None));
-        assert_eq!((said[600], said[1200]), (Some(599), Some(599)));
-        assert_eq!(said.iter().flatten().count(), 3);
+        assert_eq!((logged[0], logged[1], logged[599]), (Some(0), None, None));
+        assert_eq!((logged[600], logged[1200]), (Some(599), Some(599)));
+        assert_eq!(logged.iter().flatten().count(), 3);
     }
 
-    /// A connection from another address of the loopback.
+    /// Connects from another address of the loopback interface.
     async fn connect_from(source: [u8; 4], to: SocketAddr) -> std::io::Result<TcpStream> {
         let socket = TcpSocket::new_v4()?;
         socket.bind((source, 0).into())?;
@@ -196,7 +197,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn clients_that_come_back_keep_no_other_source_out() {
+    async fn reconnecting_clients_do_not_block_other_sources() {
         let address = server(ConnectionLimits::default()).await;
         let ended = Arc::new(AtomicBool::new(false));
         let held = Arc::new(AtomicUsize::new(0));
@@ -214,9 +215,10 @@ mod tests {
             .collect();
         tokio::time::sleep(Duration::from_millis(500)).await;
         for _ in 0..6 {
-            // The time limit of a liveness probe of the chart.
+            // Generous compared with the chart's liveness probe, because the test machine may be
+            // slow.
             let answer = tokio::time::timeout(Duration::from_secs(30), get(address, "/healthz"));
-            let answer = answer.await.expect("another source must be answered within 5 s");
+            let answer = answer.await.expect("another source must be answered");
             assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
             tokio::time::sleep(Duration::from_millis(200)).await;
         }

@@ -1,8 +1,10 @@
-//! The status page: what `skein-agent status` shows, for a browser. It only reads, and holds no secret.
+//! Status page: the content of `skein-agent status` for a browser. The page is read-only and
+//! contains no secret.
 //!
-//! Nobody logs in, so whoever reaches the listener may read. Other sites' scripts in a reader's browser may
-//! not: no header lets them (CORS), and a name of theirs that points to this address (DNS rebinding) is
-//! refused, as only addresses, `localhost` and the node's own name are answered to.
+//! There is no login: every client that reaches the listener can read. Scripts of other sites in
+//! the reader's browser cannot: no CORS header allows them, and a request whose host is not an IP
+//! address,
+//! `localhost` or the node's name is refused (DNS rebinding).
 
 mod peers;
 
@@ -28,12 +30,14 @@ use crate::control::reports::Reports;
 use crate::lifecycle::Readiness;
 use crate::status::{NodeView, RejectedFile};
 
-/// Refused records that are shown; beyond, they are only counted.
-const REJECTED: usize = 20;
-/// Longest reason of an offload in characters: GSO's names every destination that refuses it.
-const REASON: usize = 300;
+/// Maximum number of rejected records that are listed. All of them are counted.
+const MAX_REJECTED_RECORDS: usize = 20;
+/// Maximum length of an offload's reason in characters. The reason of UDP GSO lists every
+/// destination that refuses it.
+const MAX_REASON_CHARS: usize = 300;
 
-/// On every answer. Nothing is loaded from elsewhere, framed, stored, or run from within the document.
+/// Headers of every answer. They forbid content of other origins, framing, caching and inline
+/// scripts.
 const HEADERS: [(HeaderName, &str); 7] = [
     (
         header::CONTENT_SECURITY_POLICY,
@@ -76,7 +80,7 @@ impl From<HttpSource> for PageSource {
     }
 }
 
-/// Everything that it serves.
+/// Returns the router of the page, its files and its two API paths.
 pub(super) fn router(source: PageSource) -> Router {
     let file = |kind: &'static str, text: &'static str| {
         get(move || async move { ([(header::CONTENT_TYPE, kind)], text) })
@@ -92,11 +96,13 @@ pub(super) fn router(source: PageSource) -> Router {
         .with_state(source)
 }
 
+/// Refuses requests for foreign hosts and adds [`HEADERS`] to every answer.
 async fn guard(State(source): State<PageSource>, request: Request, next: Next) -> Response {
     let mut response = if is_own_host(request.headers(), &source.name, &[]) {
         next.run(request).await
     } else {
-        let text = "this page answers to an address, to localhost and to the node's name only\n";
+        let text =
+            "the status page accepts the hosts localhost, IP addresses and the node's name only\n";
         (StatusCode::MISDIRECTED_REQUEST, text).into_response()
     };
     for (name, value) in HEADERS {
@@ -105,20 +111,20 @@ async fn guard(State(source): State<PageSource>, request: Request, next: Next) -
     response
 }
 
-/// What a look at the status asks for.
+/// Query parameters of `/api/status`.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-struct Since {
-    /// Time of the last sample that is known.
+struct StatusQuery {
+    /// Time of the last sample that the client has, milliseconds of the history's clock.
     since: u64,
 }
 
-/// The status, without the peers.
+/// Body of `/api/status`: the status without the list of peers.
 #[derive(Debug, Serialize)]
 struct Status {
     node: String,
     version: &'static str,
-    /// Id of the control process: another one after a restart.
+    /// Process id of the control process; changes with a restart.
     process: u32,
     public_key: PublicKey,
     ready: bool,
@@ -127,13 +133,13 @@ struct Status {
     records: Records,
     dataplane: Dataplane,
     lanes: usize,
-    /// Of the sessions, where they all have the same.
+    /// Cipher of the sessions; `None` if they have different ciphers or if there is no session.
     cipher: Option<String>,
     offloads: Vec<Capability>,
-    /// Those of which there were any.
+    /// Drops by direction and reason, without those that never occurred.
     drops: Vec<Drops>,
     peers: Peers,
-    /// `None`: no pods are served.
+    /// Pools of pod addresses; `None` if the agent serves no pods.
     pools: Option<Vec<Pool>>,
     history: History,
 }
@@ -158,7 +164,7 @@ struct Records {
 
 #[derive(Debug, Serialize)]
 struct Dataplane {
-    /// `None`: it is away.
+    /// Process id; `None` if the data process is not available.
     process: Option<u32>,
     uptime_seconds: f64,
     restarts: u64,
@@ -187,7 +193,7 @@ struct Peers {
 #[derive(Debug, Serialize)]
 struct Pool {
     cidr: IpNet,
-    // As floating point: a program that reads JSON cannot be expected to hold 128 bits.
+    // Floating point, because readers of JSON may not support integers of 128 bits.
     total: f64,
     used: u64,
     free: f64,
@@ -196,13 +202,16 @@ struct Pool {
 
 #[derive(Debug, Serialize)]
 struct History {
-    /// Now, by the clock of the rows.
+    /// Current time of the clock of the rows, milliseconds.
     now_ms: u64,
     columns: [&'static str; COLUMNS.len()],
     rows: Vec<Sample>,
 }
 
-async fn status(State(source): State<PageSource>, Query(since): Query<Since>) -> Json<Status> {
+async fn status(
+    State(source): State<PageSource>,
+    Query(query): Query<StatusQuery>,
+) -> Json<Status> {
     let (present, report) = match source.reports.recent().await {
         Some(report) => (true, report),
         None => (false, Report::default()),
@@ -210,7 +219,7 @@ async fn status(State(source): State<PageSource>, Query(since): Query<Since>) ->
     let reasons = source.readiness.reasons();
     let (interface, registry) = (source.node.interface(), source.node.registry());
     let dataplane = source.dataplane.get();
-    let rows = source.dataplane.history().since(since.since);
+    let rows = source.dataplane.history().since(query.since);
     let pods = source.pods.borrow().clone();
     let pools = match pods {
         Some(pods) => Some(pods.usage().await.pools.iter().map(pool).collect()),
@@ -234,7 +243,7 @@ async fn status(State(source): State<PageSource>, Query(since): Query<Since>) ->
             source: registry.source.display().to_string(),
             accepted: registry.accepted,
             rejected_count: registry.rejected.len(),
-            rejected: registry.rejected.into_iter().take(REJECTED).collect(),
+            rejected: registry.rejected.into_iter().take(MAX_REJECTED_RECORDS).collect(),
             source_error: registry.source_error,
         },
         dataplane: Dataplane {
@@ -254,9 +263,12 @@ async fn status(State(source): State<PageSource>, Query(since): Query<Since>) ->
     })
 }
 
-async fn peers(State(source): State<PageSource>, Query(ask): Query<peers::Ask>) -> Response {
+async fn peers(
+    State(source): State<PageSource>,
+    Query(query): Query<peers::PeerQuery>,
+) -> Response {
     let report = source.reports.recent().await.unwrap_or_default();
-    Json(peers::choose(&report.peers, &ask)).into_response()
+    Json(peers::select(&report.peers, &query)).into_response()
 }
 
 fn cipher(report: &Report) -> Option<String> {
@@ -268,7 +280,7 @@ fn cipher(report: &Report) -> Option<String> {
 fn offload(capability: &Capability) -> Capability {
     let mut shown = capability.clone();
     if let Some(reason) = &mut shown.reason
-        && let Some((end, _)) = reason.char_indices().nth(REASON)
+        && let Some((end, _)) = reason.char_indices().nth(MAX_REASON_CHARS)
     {
         reason.truncate(end);
         reason.push('…');
@@ -292,7 +304,7 @@ fn drops(report: &Report) -> Vec<Drops> {
         drops.push(Drops {
             direction: "ingress".to_owned(),
             reason: "receive_queue_overflow".to_owned(),
-            meaning: "A socket's receive queue was full: dropped by the kernel.",
+            meaning: "The kernel dropped a datagram because the receive queue of a socket was full.",
             packets: overflow,
         });
     }
@@ -300,7 +312,7 @@ fn drops(report: &Report) -> Vec<Drops> {
         drops.push(Drops {
             direction: "egress".to_owned(),
             reason: "tun_queue_full".to_owned(),
-            meaning: "A queue of the TUN device was full: dropped by the kernel.",
+            meaning: "The kernel dropped a packet because a queue of the TUN device was full.",
             packets: report.tun_queue_drops,
         });
     }
@@ -337,7 +349,7 @@ mod tests {
 
     use super::*;
     use crate::http::connections::ConnectionLimits;
-    use crate::http::tests::{ask, source, start};
+    use crate::http::tests::{exchange, source, start};
     use crate::status::tests::peer;
     use skein_ipc::{DropReport, LaneReport};
 
@@ -346,11 +358,11 @@ mod tests {
     }
 
     async fn get(address: SocketAddr, path: &str, host: &str) -> String {
-        ask(address, &format!("GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n")).await
+        exchange(address, &format!("GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n")).await
     }
 
     #[tokio::test]
-    async fn every_answer_is_guarded() {
+    async fn every_answer_has_security_headers() {
         let address = server().await;
         for (path, code, kind) in [
             ("/", "200", "text/html"),
@@ -375,17 +387,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nothing_can_be_changed() {
+    async fn methods_that_change_state_are_refused() {
         let address = server().await;
         for method in ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"] {
             let request = format!("{method} /api/status HTTP/1.1\r\nHost: localhost\r\n\r\n");
-            let answer = ask(address, &request).await;
+            let answer = exchange(address, &request).await;
             assert!(answer.starts_with("HTTP/1.1 405"), "{method}: {answer}");
         }
     }
 
     #[tokio::test]
-    async fn names_of_others_are_refused() {
+    async fn foreign_host_names_are_refused() {
         let address = server().await;
         for host in ["127.0.0.1", "192.0.2.7:80", "[::1]:9465", "localhost:9465", "node-a"] {
             assert!(get(address, "/", host).await.starts_with("HTTP/1.1 200"), "{host}");
@@ -394,12 +406,12 @@ mod tests {
             assert!(get(address, "/api/status", host).await.starts_with("HTTP/1.1 421"), "{host}");
         }
         let two = "GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n";
-        assert!(!ask(address, two).await.starts_with("HTTP/1.1 200"));
-        assert!(ask(address, "GET / HTTP/1.0\r\n\r\n").await.starts_with("HTTP/1.0 421"));
+        assert!(!exchange(address, two).await.starts_with("HTTP/1.1 200"));
+        assert!(exchange(address, "GET / HTTP/1.0\r\n\r\n").await.starts_with("HTTP/1.0 421"));
     }
 
     #[test]
-    fn what_is_loaded_is_served_and_nothing_is_inline() {
+    fn page_loads_only_served_files_and_no_inline_code() {
         let html = include_str!("page/index.html");
         for (attribute, known) in [("src=\"", 1), ("href=\"", 2)] {
             let targets: Vec<_> = html.split(attribute).skip(1).collect();
@@ -414,13 +426,13 @@ mod tests {
         for unsafe_way in ["innerHTML", "outerHTML", "insertAdjacent", "eval(", "document.write"] {
             assert!(!script.contains(unsafe_way), "{unsafe_way}");
         }
-        // The one address in it is a namespace's name.
+        // The only URL in the script is the name of the SVG namespace.
         assert_eq!(script.matches("http://").count(), 1);
         assert_eq!(script.matches("https://").count(), 0);
     }
 
     #[test]
-    fn drops_that_happened_are_shown_with_their_meaning() {
+    fn nonzero_drops_have_their_meaning() {
         let drop = |reason: &str, packets| DropReport {
             direction: "ingress".to_owned(),
             reason: reason.to_owned(),
@@ -438,7 +450,7 @@ mod tests {
     }
 
     #[test]
-    fn peers_are_counted_and_long_reasons_cut() {
+    fn peers_are_counted_and_long_reasons_truncated() {
         let peers = vec![peer("b", PeerState::Established), peer("c", PeerState::Unreachable)];
         let report = Report { peers, ..Report::default() };
         let expected = Peers { total: 2, established: 1, unreachable: 1, ..Peers::default() };
@@ -449,6 +461,6 @@ mod tests {
             state: skein_ipc::CapabilityState::Degraded,
             reason: Some("ä".repeat(5000)),
         };
-        assert_eq!(offload(&long).reason.unwrap().chars().count(), REASON + 1);
+        assert_eq!(offload(&long).reason.unwrap().chars().count(), MAX_REASON_CHARS + 1);
     }
 }

@@ -90,10 +90,10 @@ fn it_shows_what_the_status_says() -> Result<()> {
     ensure!(tile("Ready")? == "yes" && status["ready"] == true, "{status}");
     ensure!(tile("Data process")? == "up", "data process");
     let number = |name: &str| Ok::<_, anyhow::Error>(tile(name)?.parse::<u64>().ok());
-    ensure!(number("MTU of pods")? == status["interface"]["mtu"].as_u64(), "{status}");
+    ensure!(number("Pod MTU")? == status["interface"]["mtu"].as_u64(), "{status}");
     ensure!(tile("Lanes")? == "2", "lanes");
     ensure!(number("Node records")? == status["records"]["accepted"].as_u64(), "{status}");
-    ensure!(tile("Peers in touch")? == "1 / 1", "peers");
+    ensure!(tile("Connected peers")? == "1 / 1", "peers");
     let details = text("#details")?;
     for part in [
         &status["public_key"],
@@ -102,7 +102,7 @@ fn it_shows_what_the_status_says() -> Result<()> {
     ] {
         ensure!(details.contains(part.as_str().context("no text")?), "{part} not in {details}");
     }
-    ensure!(text("#verdict-text")?.starts_with("All is well"), "{}", text("#verdict")?);
+    ensure!(text("#verdict-text")?.starts_with("Healthy"), "{}", text("#verdict")?);
 
     let rungs = browser.script(
         "return [...document.querySelectorAll('#offloads tr[data-name]')]
@@ -205,7 +205,8 @@ fn charts_move_with_traffic() -> Result<()> {
     is_clean(&browser)
 }
 
-/// Texts whose contrast with what is behind them is below 4.5 (WCAG 2.2, 1.4.3), and how many are enough.
+/// Texts whose contrast with what is behind them is below 4.5 (WCAG 2.2, 1.4.3), and how many are
+/// enough.
 const CONTRAST: &str = r"
 const numbers = (colour) => { const n = colour.match(/[\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
 const over = (top, below) => [0, 1, 2].map((i) => top[i] * top[3] + below[i] * (1 - top[3])).concat(1);
@@ -310,7 +311,7 @@ fn every_control_has_a_name(browser: &Browser) -> Result<()> {
             .script("return document.activeElement.id || document.activeElement.textContent")?;
         reached.insert(focus.as_str().unwrap_or_default().to_owned());
     }
-    for control in ["search", "state", "Peer", "State", "Round trip", "Path MTU"] {
+    for control in ["search", "state", "Peer", "State", "RTT", "Path MTU"] {
         ensure!(reached.contains(control), "{control} is not reached by the keyboard: {reached:?}");
     }
     Ok(())
@@ -414,10 +415,10 @@ fn a_restart_of_the_agent_is_shown_and_recovered_from() -> Result<()> {
     )?;
     let verdict = browser.text("#verdict")?;
     ensure!(
-        verdict.contains("All is well") && verdict.contains("the agent was restarted at"),
+        verdict.contains("Healthy") && verdict.contains("the agent was restarted at"),
         "{verdict}"
     );
-    ensure!(browser.text("[data-field='Peers in touch']")? == "1 / 1");
+    ensure!(browser.text("[data-field='Connected peers']")? == "1 / 1");
     // Refused connections are the only complaint.
     let console = browser.console()?;
     let others: Vec<_> = console.iter().filter(|line| !line.contains("net::ERR_")).collect();

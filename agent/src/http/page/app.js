@@ -1,12 +1,12 @@
-// The status page. It only reads: api/status every two seconds, and one page of api/peers. All text goes
-// into the document as text, never as markup.
+// Status page. The page only reads: api/status and one page of api/peers, every two seconds. All text is
+// inserted as text, never as markup.
 'use strict';
 
-const PERIOD = 2000; // of asking, in ms: as often as the agent notes its counters
-const WINDOW = 300_000; // of the charts, in ms
-const GAP = 9000; // a longer pause between samples is shown as one, in ms
-const PATIENCE = 5000; // with one answer, in ms
-const PAGE = 50; // peers a page
+const POLL_INTERVAL = 2000; // ms; the agent samples its counters at the same interval
+const CHART_WINDOW = 300_000; // ms
+const MAX_SAMPLE_INTERVAL = 9000; // ms; a longer pause between samples is a gap in the chart
+const REQUEST_TIMEOUT = 5000; // ms
+const PEERS_PER_PAGE = 50;
 
 const $ = (id) => document.getElementById(id);
 
@@ -24,7 +24,7 @@ function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-// ---- numbers for people
+// ---- formats of numbers
 
 function scaled(value, base, units) {
   let unit = 0;
@@ -50,31 +50,32 @@ function age(seconds) {
 }
 const plural = (n, one, many) => `${n} ${n === 1 ? one : many}`;
 
-// ---- the samples behind the charts: totals, of which two neighbours give a rate
+// ---- samples of the charts: totals; two adjacent samples give a rate
 
-const samples = []; // objects, in the order of their time
+const samples = []; // sorted by time
 
-let end = 0; // of the charts: the last sample's time, or now where there have been none for a while
+let end = 0; // end of the charts: time of the last sample, or the current time after a gap
 
-function remember(history) {
+function addSamples(history) {
   const rows = history.rows.map((row) => Object.fromEntries(history.columns.map((name, index) => [name, row[index]])));
-  // The node's clock was set back: these are all that there are.
+  // The node's clock was set back: the older samples have later times and are removed.
   if (rows.length > 0 && rows[0].time_ms <= samples.at(-1)?.time_ms) samples.length = 0;
   samples.push(...rows);
   const newest = samples.at(-1)?.time_ms ?? history.now_ms;
-  end = history.now_ms - newest > GAP ? history.now_ms : newest;
-  // The last one says from when on to ask.
-  while (samples.length > 1 && samples[0].time_ms < end - WINDOW) samples.shift();
+  end = history.now_ms - newest > MAX_SAMPLE_INTERVAL ? history.now_ms : newest;
+  // Keep the last sample, because its time is the `since` of the next request.
+  while (samples.length > 1 && samples[0].time_ms < end - CHART_WINDOW) samples.shift();
 }
 
-// Points {time, out, in} of what `of` makes of the differences of two neighbours; null where there is none.
+// Returns points {time, values}. `of` computes the values from the differences of two adjacent samples. null is
+// a gap.
 function points(of) {
   const all = [];
   for (let index = 1; index < samples.length; index += 1) {
     const [before, now] = [samples[index - 1], samples[index]];
     const ms = now.time_ms - before.time_ms;
-    // Another data process counts from zero.
-    if (ms > GAP || now.process !== before.process) {
+    // The counters of a new data process start at zero.
+    if (ms > MAX_SAMPLE_INTERVAL || now.process !== before.process) {
       all.push(null);
       continue;
     }
@@ -84,9 +85,9 @@ function points(of) {
   return all;
 }
 
-// The share of packets that were lost in the last minute, where it is notable: as in the alert SkeinPacketsDropped, more
-// than one a second and more than a hundredth.
-function lost(direction) {
+// Returns the share of packets that were dropped in the last minute; 0 below the limits of the alert
+// SkeinPacketsDropped, one packet per second and 1 %.
+function lossShare(direction) {
   const of = (d) => [d(`${direction}_lost`), d(`${direction}_inner_packets`)];
   const recent = points(of).filter((point) => point !== null && point.time > end - 60_000);
   const sum = (index) => recent.reduce((total, point) => total + point.values[index], 0);
@@ -97,7 +98,7 @@ function lost(direction) {
 const share = (a, b) => (b > 0 ? a / b : 0);
 const CHARTS = [
   {
-    id: 'packets', title: 'Packets a second', keys: ['out', 'in'], show: rate, least: 10,
+    id: 'packets', title: 'Packets per second', keys: ['out', 'in'], show: rate, least: 10,
     of: (d, s) => [d('out_inner_packets') / s, d('in_inner_packets') / s],
   },
   {
@@ -105,11 +106,11 @@ const CHARTS = [
     of: (d, s) => [(d('out_inner_bytes') * 8) / s, (d('in_inner_bytes') * 8) / s],
   },
   {
-    id: 'batch', title: 'Packets a system call', keys: ['out', 'in'], show: ratio, least: 2,
+    id: 'batch', title: 'Packets per system call', keys: ['out', 'in'], show: ratio, least: 2,
     of: (d) => [share(d('out_inner_packets'), d('out_calls')), share(d('in_inner_packets'), d('in_calls'))],
   },
   {
-    id: 'drops', title: 'Dropped packets a second', keys: ['dropped'], show: rate, least: 1,
+    id: 'drops', title: 'Dropped packets per second', keys: ['dropped'], show: rate, least: 1,
     of: (d, s) => [d('drops') / s],
   },
 ];
@@ -117,8 +118,8 @@ const CHARTS = [
 const HEIGHT = 150;
 const [LEFT, RIGHT, TOP, BOTTOM] = [72, 8, 8, 20];
 
-// The next of 1, 2, 3, 5, 10, 20, …
-function ceiling(value) {
+// Rounds up to the next of 1, 2, 3, 5, 10, 20, …
+function axisMaximum(value) {
   const power = 10 ** Math.floor(Math.log10(value));
   return [1, 2, 3, 5, 10].map((step) => step * power).find((step) => step >= value * 0.999);
 }
@@ -142,8 +143,8 @@ function drawChart(chart) {
   const all = points(chart.of);
   const known = all.filter((point) => point !== null);
   const width = Math.max(200, chart.svg.clientWidth);
-  const most = ceiling(Math.max(chart.least, ...known.flatMap((point) => point.values)));
-  const x = (time) => LEFT + ((time - end + WINDOW) / WINDOW) * (width - LEFT - RIGHT);
+  const most = axisMaximum(Math.max(chart.least, ...known.flatMap((point) => point.values)));
+  const x = (time) => LEFT + ((time - end + CHART_WINDOW) / CHART_WINDOW) * (width - LEFT - RIGHT);
   const y = (value) => HEIGHT - BOTTOM - (value / most) * (HEIGHT - TOP - BOTTOM);
   const parts = [];
   for (const part of [0, 0.5, 1]) {
@@ -180,22 +181,22 @@ function drawChart(chart) {
     const when = chart.pointer !== undefined && shown !== undefined ? ` ${Math.round((end - shown.time) / 1000)} s ago` : '';
     setText($(`${chart.id}-${key}`), `${key} ${value}${when}`);
   });
-  const peak = known.length === 0 ? 'no samples yet' : `at most ${chart.show(Math.max(...known.flatMap((point) => point.values)))}`;
+  const peak = known.length === 0 ? 'no samples yet' : `maximum ${chart.show(Math.max(...known.flatMap((point) => point.values)))}`;
   chart.svg.setAttribute('viewBox', `0 0 ${width} ${HEIGHT}`);
   chart.svg.setAttribute('aria-label', `${chart.title} in the last five minutes: ${peak}`);
   chart.svg.replaceChildren(...parts);
 }
 
-// ---- what the status says
+// ---- status
 
 const OFFLOADS = {
-  tun_uso: 'UDP of pods in superpackets',
-  tun_tso: 'TCP of pods in superpackets',
-  tun_checksum: 'Checksums left to whoever needs them',
-  udp_gso: 'Many datagrams in one send',
-  udp_gro: 'Many datagrams in one receive',
-  udp_ecn: 'Congestion marks cross the tunnel',
-  reuseport_steering: 'Datagrams steered to their lane',
+  tun_uso: 'UDP segmentation offload of the TUN device (USO)',
+  tun_tso: 'TCP segmentation offload of the TUN device (TSO)',
+  tun_checksum: 'Checksum offload of the TUN device',
+  udp_gso: 'Segmentation of sent UDP datagrams by the kernel (GSO)',
+  udp_gro: 'Coalescing of received UDP datagrams by the kernel (GRO)',
+  udp_ecn: 'Copies of congestion marks between inner and outer headers (ECN)',
+  reuseport_steering: 'Steering of received datagrams to their lane',
 };
 const LEVELS = {
   on: 'good', degraded: 'warn', unsupported: 'idle', forced_off: 'idle',
@@ -205,25 +206,25 @@ const badge = (state) => make('span', { class: 'badge', 'data-level': LEVELS[sta
 
 function verdict(status) {
   const { peers } = status;
-  if (!status.ready) return ['bad', 'Not ready: pods here have no network that can be relied on.', status.reasons];
-  const worries = [];
-  if (peers.unreachable > 0) worries.push(`${plural(peers.unreachable, 'peer does', 'peers do')} not answer: see Peers`);
-  if (status.records.source_error) worries.push(`changes of other nodes are not heard of: ${status.records.source_error}`);
-  if (status.records.rejected_count > 0) worries.push(`${plural(status.records.rejected_count, 'record is', 'records are')} refused: see Details`);
+  if (!status.ready) return ['bad', 'Not ready: the network of pods on this node is not reliable.', status.reasons];
+  const warnings = [];
+  if (peers.unreachable > 0) warnings.push(`${plural(peers.unreachable, 'peer is', 'peers are')} unreachable: see Peers`);
+  if (status.records.source_error) warnings.push(`the node records cannot be read, changes are not applied: ${status.records.source_error}`);
+  if (status.records.rejected_count > 0) warnings.push(`${plural(status.records.rejected_count, 'node record is', 'node records are')} rejected: see Details`);
   const low = status.offloads.filter((offload) => offload.state === 'degraded');
-  if (low.length > 0) worries.push(`given up in part: ${low.map((offload) => offload.name).join(', ')}`);
+  if (low.length > 0) warnings.push(`degraded offloads: ${low.map((offload) => offload.name).join(', ')}`);
   for (const direction of ['out', 'in']) {
-    const part = lost(direction);
-    if (part > 0) worries.push(`${(part * 100).toFixed(0)} % of the packets of pods (${direction}) were dropped in the last minute: see Dropped packets`);
+    const part = lossShare(direction);
+    if (part > 0) warnings.push(`${(part * 100).toFixed(0)} % of the pods’ packets (${direction}) were dropped in the last minute: see Dropped packets`);
   }
-  if (peers.narrow > 0) worries.push(`${plural(peers.narrow, 'path carries', 'paths carry')} less than the nodes at their ends`);
+  if (peers.narrow > 0) warnings.push(`reduced path MTU to ${plural(peers.narrow, 'peer', 'peers')}`);
   for (const pool of status.pools ?? []) {
-    if (pool.free < pool.total * 0.05) worries.push(`few addresses are left for pods in ${pool.cidr}`);
+    if (pool.free < pool.total * 0.05) warnings.push(`less than 5 % of the pod addresses in ${pool.cidr} are free`);
   }
-  if (worries.length > 0) return ['warn', 'Ready, but look at this:', worries];
-  const reached = `${peers.established} of ${plural(peers.total, 'peer', 'peers')} in touch`;
-  const idle = peers.idle + peers.connecting > 0 ? `, ${peers.idle + peers.connecting} without traffic so far` : '';
-  return ['good', `All is well: ready, ${reached}${idle}.`, []];
+  if (warnings.length > 0) return ['warn', 'Ready, with warnings:', warnings];
+  const reached = `${peers.established} of ${plural(peers.total, 'peer', 'peers')} connected`;
+  const idle = peers.idle + peers.connecting > 0 ? `, ${peers.idle + peers.connecting} without a session` : '';
+  return ['good', `Healthy: ready, ${reached}${idle}.`, []];
 }
 
 function tile(name, value, note, level) {
@@ -236,10 +237,10 @@ function showTiles(status) {
   const restarts = plural(dataplane.restarts, 'restart', 'restarts');
   $('tiles').replaceChildren(
     tile('Ready', status.ready ? 'yes' : 'no', `agent ${status.version}`, status.ready ? undefined : 'bad'),
-    tile('Data process', up ? 'up' : 'away', up ? `process ${dataplane.process}, up ${age(dataplane.uptime_seconds)}, ${restarts}` : dataplane.error ?? '', up ? undefined : 'bad'),
-    tile('Peers in touch', `${peers.established} / ${peers.total}`, `${peers.unreachable} unreachable, ${peers.connecting} connecting, ${peers.idle} idle`, peers.unreachable > 0 ? 'warn' : undefined),
+    tile('Data process', up ? 'up' : 'not available', up ? `process ${dataplane.process}, up ${age(dataplane.uptime_seconds)}, ${restarts}` : dataplane.error ?? '', up ? undefined : 'bad'),
+    tile('Connected peers', `${peers.established} / ${peers.total}`, `${peers.unreachable} unreachable, ${peers.connecting} connecting, ${peers.idle} idle`, peers.unreachable > 0 ? 'warn' : undefined),
     tile('Lanes', String(status.lanes), status.cipher ?? ''),
-    tile('MTU of pods', String(status.interface.mtu), peers.narrow > 0 ? plural(peers.narrow, 'narrow path', 'narrow paths') : status.interface.name, peers.narrow > 0 ? 'warn' : undefined),
+    tile('Pod MTU', String(status.interface.mtu), peers.narrow > 0 ? plural(peers.narrow, 'reduced path MTU', 'reduced path MTUs') : status.interface.name, peers.narrow > 0 ? 'warn' : undefined),
     tile('Node records', String(status.records.accepted), status.records.source_error ?? `from ${status.records.source}`, status.records.source_error ? 'warn' : undefined),
   );
 }
@@ -248,7 +249,7 @@ function showOffloads(status) {
   const rows = status.offloads.map((offload) => make('tr', { 'data-name': offload.name },
     make('td', {}, make('span', { class: 'what' }, OFFLOADS[offload.name] ?? offload.name), make('span', { class: 'why mono' }, offload.name)),
     make('td', {}, badge(offload.state), offload.reason ? make('span', { class: 'why' }, offload.reason) : null)));
-  fill($('offloads'), rows, 2, 'The data process is away.');
+  fill($('offloads'), rows, 2, 'The data process is not available.');
 }
 
 let dropsBefore;
@@ -280,7 +281,7 @@ function showPools(status) {
   $('pool-list').replaceChildren(...pools.map((pool) => {
     const percent = (pool.used / pool.total) * 100;
     return make('div', { class: 'pool', 'data-cidr': pool.cidr },
-      make('p', {}, make('span', { class: 'mono' }, pool.cidr), make('span', {}, `${pool.used} used, ${count(pool.free)} free${pool.resting > 0 ? `, ${pool.resting} resting` : ''}`)),
+      make('p', {}, make('span', { class: 'mono' }, pool.cidr), make('span', {}, `${pool.used} used, ${count(pool.free)} free${pool.resting > 0 ? `, ${pool.resting} quarantined` : ''}`)),
       make('meter', { min: 0, max: 100, low: 80, high: 95, optimum: 0, value: percent.toFixed(2), 'aria-label': `${pool.cidr}: ${percent.toFixed(0)} % used` }));
   }));
 }
@@ -293,18 +294,18 @@ function showDetails(status) {
     ['Interface', `${device.name}, ${list(device.addresses)}`],
     ['Pod CIDRs', list(device.local_cidrs)],
     ['Routes', String(device.routes)],
-    ['Records from', records.source],
+    ['Source of records', records.source],
     ['Agent', `process ${status.process}, version ${status.version}`],
     ['Revision', String(status.dataplane.revision)],
-    ...records.rejected.map((rejected) => ['Refused', `${rejected.file}: ${rejected.error}`]),
+    ...records.rejected.map((rejected) => ['Rejected', `${rejected.file}: ${rejected.error}`]),
   ];
   $('details').replaceChildren(...entries.flatMap(([name, value]) => [make('dt', {}, name), make('dd', { class: 'mono' }, value)]));
 }
 
-// ---- peers: a page of them at a time
+// ---- one page of peers
 
 const COLUMNS = [
-  ['name', 'Peer'], ['state', 'State'], ['rtt', 'Round trip'], ['heard', 'Last heard'],
+  ['name', 'Peer'], ['state', 'State'], ['rtt', 'RTT'], ['heard', 'Last received'],
   ['sent', 'Sent'], ['received', 'Received'], ['path_mtu', 'Path MTU'],
 ];
 const view = { sort: 'state', descending: false, offset: 0, total: 0 };
@@ -315,8 +316,8 @@ function peerRow(peer) {
   return make('tr', { 'data-name': peer.name },
     make('td', {}, make('span', { class: 'what' }, peer.name), make('span', { class: 'why mono' }, [peer.endpoint ?? 'no endpoint', ...peer.pod_cidrs].join(' · '))),
     make('td', {}, badge(peer.state), peer.reason ? make('span', { class: 'why' }, peer.reason) : null),
-    cell('Round trip', peer.rtt_us === null ? '–' : `${(peer.rtt_us / 1000).toFixed(2)} ms`),
-    cell('Last heard', heard === null ? '–' : `${age(heard)} ago`),
+    cell('RTT', peer.rtt_us === null ? '–' : `${(peer.rtt_us / 1000).toFixed(2)} ms`),
+    cell('Last received', heard === null ? '–' : `${age(heard)} ago`),
     cell('Sent', bytes(peer.tx_bytes)),
     cell('Received', bytes(peer.rx_bytes)),
     cell('Path MTU', peer.path_mtu === null ? 'full' : String(peer.path_mtu)));
@@ -340,18 +341,18 @@ function sortBy(key, descending) {
   refreshPeers();
 }
 
-let asked = 0; // answers to earlier questions than the last are not shown
+let requests = 0; // number of the last request; answers to earlier ones are ignored
 async function refreshPeers() {
-  asked += 1;
-  const mine = asked;
-  const query = new URLSearchParams({ sort: view.sort, descending: view.descending, offset: view.offset, limit: PAGE });
+  requests += 1;
+  const mine = requests;
+  const query = new URLSearchParams({ sort: view.sort, descending: view.descending, offset: view.offset, limit: PEERS_PER_PAGE });
   if ($('search').value.trim() !== '') query.set('search', $('search').value.trim());
   if ($('state').value !== '') query.set('state', $('state').value);
   try {
-    const answer = await ask(`api/peers?${query}`);
-    if (mine === asked) showPeers(answer);
+    const answer = await fetchJson(`api/peers?${query}`);
+    if (mine === requests) showPeers(answer);
   } catch {
-    // The next round of the status says that the agent is away.
+    // The next request for the status shows the failure.
   }
 }
 
@@ -362,7 +363,7 @@ function showPeers(answer) {
     return;
   }
   const rows = answer.peers.map(peerRow);
-  const nothing = answer.total === 0 ? 'This node knows no other.' : 'None like that.';
+  const nothing = answer.total === 0 ? 'This node has no peers.' : 'No peer matches.';
   $('peer-rows').replaceChildren(...(rows.length > 0 ? rows : [make('tr', {}, make('td', { class: 'none', colspan: COLUMNS.length }, nothing))]));
   view.total = answer.matching;
   setText($('peer-count'), answer.matching === answer.total ? `${answer.total}` : `${answer.matching} of ${answer.total}`);
@@ -370,29 +371,29 @@ function showPeers(answer) {
   setText($('range'), answer.matching === 0 ? '' : `${answer.offset + 1} to ${last} of ${answer.matching}`);
   $('previous').disabled = answer.offset === 0;
   $('next').disabled = last >= answer.matching;
-  document.querySelector('.pages').hidden = answer.matching <= PAGE;
+  document.querySelector('.pages').hidden = answer.matching <= PEERS_PER_PAGE;
 }
 
 function turn(pages) {
-  view.offset = Math.max(0, view.offset + pages * PAGE);
+  view.offset = Math.max(0, view.offset + pages * PEERS_PER_PAGE);
   refreshPeers();
 }
 
-// ---- the loop
+// ---- requests
 
-async function ask(path) {
-  const response = await fetch(path, { signal: AbortSignal.timeout(PATIENCE), cache: 'no-store', credentials: 'omit' });
+async function fetchJson(path) {
+  const response = await fetch(path, { signal: AbortSignal.timeout(REQUEST_TIMEOUT), cache: 'no-store', credentials: 'omit' });
   if (!response.ok) throw new Error(`the agent answered ${response.status}`);
   return response.json();
 }
 
-let heardAt; // when the agent answered last, by performance.now()
+let answeredAt; // time of the last answer, performance.now()
 let agentProcess;
 let restartedAt;
 
 function showStatus(status) {
   setText($('node'), status.node);
-  remember(status.history);
+  addSamples(status.history);
   const [level, text, reasons] = verdict(status);
   if (agentProcess !== undefined && agentProcess !== status.process) restartedAt = new Date();
   agentProcess = status.process;
@@ -422,7 +423,7 @@ function showLive(error) {
     setText(live, 'live');
     return;
   }
-  const since = heardAt === undefined ? '' : `; what is below is ${age((performance.now() - heardAt) / 1000)} old`;
+  const since = answeredAt === undefined ? '' : `; the data below is ${age((performance.now() - answeredAt) / 1000)} old`;
   setText(live, 'no answer');
   $('verdict').dataset.level = 'bad';
   setText($('verdict-text'), `The agent does not answer (trying again)${since}.`);
@@ -431,11 +432,11 @@ function showLive(error) {
   document.title = '✗ no answer – Skein';
 }
 
-async function round() {
+async function poll() {
   try {
     const since = samples.at(-1)?.time_ms ?? 0;
-    const [status] = await Promise.all([ask(`api/status?since=${since}`), refreshPeers()]);
-    heardAt = performance.now();
+    const [status] = await Promise.all([fetchJson(`api/status?since=${since}`), refreshPeers()]);
+    answeredAt = performance.now();
     showStatus(status);
     showLive();
   } catch (error) {
@@ -445,9 +446,9 @@ async function round() {
 
 async function run() {
   for (;;) {
-    // Nobody looks at a hidden page, and the agent need not be asked for it.
-    if (!document.hidden) await round();
-    await new Promise((resolve) => setTimeout(resolve, PERIOD));
+    // A hidden page sends no requests.
+    if (!document.hidden) await poll();
+    await new Promise((resolve) => setTimeout(resolve, POLL_INTERVAL));
   }
 }
 

@@ -1,29 +1,29 @@
-//! A page of the peers, as it is asked for: found, sorted, cut.
+//! Query of peers for the status page: filter, sort order, page.
 
 use std::cmp::Ordering;
 
 use serde::{Deserialize, Serialize};
 use skein_ipc::{PeerReport, PeerState};
 
-/// Peers in one answer at most.
-const MOST: usize = 200;
+/// Maximum number of peers in one answer.
+const MAX_PEERS: usize = 200;
 
-/// Which peers.
+/// Query parameters of `/api/peers`.
 #[derive(Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub(super) struct Ask {
-    /// What their name, addresses or reason contain, in any case of letters.
+pub(super) struct PeerQuery {
+    /// Part of name, endpoint, pod CIDRs or reason, compared without regard to case.
     search: String,
-    /// How they are.
+    /// Connection state; `None` selects all.
     state: Option<PeerState>,
     sort: Sort,
     descending: bool,
-    /// How many come before.
+    /// Number of peers to skip.
     offset: usize,
     limit: usize,
 }
 
-impl Default for Ask {
+impl Default for PeerQuery {
     fn default() -> Self {
         Self {
             search: String::new(),
@@ -36,12 +36,12 @@ impl Default for Ask {
     }
 }
 
-/// What they are sorted by; those that are equal, by name.
+/// Sort key. Peers with equal keys are sorted by name.
 #[derive(Debug, Clone, Copy, Default, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Sort {
     Name,
-    /// What needs attention comes first.
+    /// Unreachable peers first, then connecting, established and idle ones.
     #[default]
     State,
     Rtt,
@@ -51,7 +51,7 @@ enum Sort {
     PathMtu,
 }
 
-/// The answer.
+/// Body of the answer.
 #[derive(Debug, Serialize)]
 pub(super) struct Page<'a> {
     total: usize,
@@ -60,19 +60,19 @@ pub(super) struct Page<'a> {
     peers: Vec<&'a PeerReport>,
 }
 
-/// The peers that are asked for.
-pub(super) fn choose<'a>(peers: &'a [PeerReport], ask: &Ask) -> Page<'a> {
-    let search = ask.search.trim().to_lowercase();
+/// Returns the peers that the query selects.
+pub(super) fn select<'a>(peers: &'a [PeerReport], query: &PeerQuery) -> Page<'a> {
+    let search = query.search.trim().to_lowercase();
     let wanted = |peer: &&PeerReport| {
-        ask.state.is_none_or(|state| peer.state == state) && contains(peer, &search)
+        query.state.is_none_or(|state| peer.state == state) && contains(peer, &search)
     };
     let mut found: Vec<_> = peers.iter().filter(wanted).collect();
-    found.sort_by(|a, b| order(a, b, ask).then_with(|| a.name.cmp(&b.name)));
+    found.sort_by(|a, b| order(a, b, query).then_with(|| a.name.cmp(&b.name)));
     Page {
         total: peers.len(),
         matching: found.len(),
-        offset: ask.offset,
-        peers: found.into_iter().skip(ask.offset).take(ask.limit.min(MOST)).collect(),
+        offset: query.offset,
+        peers: found.into_iter().skip(query.offset).take(query.limit.min(MAX_PEERS)).collect(),
     }
 }
 
@@ -85,12 +85,12 @@ fn contains(peer: &PeerReport, search: &str) -> bool {
         || peer.reason.as_deref().is_some_and(has)
 }
 
-fn order(a: &PeerReport, b: &PeerReport, ask: &Ask) -> Ordering {
-    let turned = |order: Ordering| if ask.descending { order.reverse() } else { order };
-    if matches!(ask.sort, Sort::Name) {
+fn order(a: &PeerReport, b: &PeerReport, query: &PeerQuery) -> Ordering {
+    let turned = |order: Ordering| if query.descending { order.reverse() } else { order };
+    if matches!(query.sort, Sort::Name) {
         return turned(a.name.cmp(&b.name));
     }
-    let value = |peer: &PeerReport| match ask.sort {
+    let value = |peer: &PeerReport| match query.sort {
         Sort::Name => None,
         Sort::State => Some(urgency(peer.state)),
         Sort::Rtt => peer.rtt_us.map(|us| us as f64),
@@ -101,7 +101,7 @@ fn order(a: &PeerReport, b: &PeerReport, ask: &Ask) -> Ordering {
     };
     match (value(a), value(b)) {
         (Some(a), Some(b)) => turned(a.total_cmp(&b)),
-        // What is not known comes last, either way.
+        // Unknown values come last in both directions.
         (a, b) => b.is_some().cmp(&a.is_some()),
     }
 }
@@ -135,43 +135,48 @@ mod tests {
         fleet
     }
 
-    fn names(ask: &Ask) -> Vec<String> {
-        choose(&fleet(), ask).peers.iter().map(|peer| peer.name.clone()).collect()
+    fn names(query: &PeerQuery) -> Vec<String> {
+        select(&fleet(), query).peers.iter().map(|peer| peer.name.clone()).collect()
     }
 
     #[test]
-    fn what_needs_attention_comes_first() {
-        assert_eq!(names(&Ask::default()), ["beta", "alpha", "delta", "gamma"]);
+    fn unreachable_peers_come_first_by_default() {
+        assert_eq!(names(&PeerQuery::default()), ["beta", "alpha", "delta", "gamma"]);
     }
 
     #[test]
-    fn what_is_unknown_comes_last_either_way() {
-        let by = |descending| Ask { sort: Sort::Rtt, descending, ..Ask::default() };
+    fn unknown_values_come_last_in_both_directions() {
+        let by = |descending| PeerQuery { sort: Sort::Rtt, descending, ..PeerQuery::default() };
         assert_eq!(names(&by(false)), ["delta", "alpha", "beta", "gamma"]);
         assert_eq!(names(&by(true)), ["alpha", "delta", "beta", "gamma"]);
-        let name = Ask { sort: Sort::Name, descending: true, ..Ask::default() };
+        let name = PeerQuery { sort: Sort::Name, descending: true, ..PeerQuery::default() };
         assert_eq!(names(&name), ["gamma", "delta", "beta", "alpha"]);
     }
 
     #[test]
-    fn names_addresses_and_reasons_are_searched() {
-        let search = |text: &str| names(&Ask { search: text.to_owned(), ..Ask::default() });
+    fn search_matches_names_addresses_and_reasons() {
+        let search =
+            |text: &str| names(&PeerQuery { search: text.to_owned(), ..PeerQuery::default() });
         assert_eq!(search(" ALPH"), ["alpha"]);
         assert_eq!(search("198.51"), ["gamma"]);
         assert_eq!(search("no answer"), ["beta"]);
         assert_eq!(search("10.2.0"), ["beta", "alpha", "delta", "gamma"]);
-        let state = Ask { state: Some(PeerState::Established), ..Ask::default() };
+        let state = PeerQuery { state: Some(PeerState::Established), ..PeerQuery::default() };
         assert_eq!(names(&state), ["alpha", "delta"]);
     }
 
     #[test]
-    fn an_answer_is_bounded() {
+    fn answer_has_limited_number_of_peers() {
         let many: Vec<_> =
             (0..1000).map(|n| peer(&format!("node-{n:04}"), PeerState::Idle)).collect();
-        let page = choose(&many, &Ask { limit: usize::MAX, ..Ask::default() });
-        assert_eq!((page.total, page.matching, page.peers.len()), (1000, 1000, MOST));
-        let last = choose(&many, &Ask { offset: 990, ..Ask::default() });
+        let page = select(&many, &PeerQuery { limit: usize::MAX, ..PeerQuery::default() });
+        assert_eq!((page.total, page.matching, page.peers.len()), (1000, 1000, MAX_PEERS));
+        let last = select(&many, &PeerQuery { offset: 990, ..PeerQuery::default() });
         assert_eq!((last.peers.len(), &*last.peers[0].name), (10, "node-0990"));
-        assert!(choose(&many, &Ask { offset: usize::MAX, ..Ask::default() }).peers.is_empty());
+        assert!(
+            select(&many, &PeerQuery { offset: usize::MAX, ..PeerQuery::default() })
+                .peers
+                .is_empty()
+        );
     }
 }
