@@ -1,7 +1,7 @@
-//! Prometheus metrics, made afresh for each scrape from the data process's report.
+//! Prometheus metrics, generated for each scrape from the report of the data process.
 //!
-//! The data process counts in plain memory and knows no metrics library; its counters become
-//! metric families here. Every series that can appear is there from the start, at zero.
+//! The data process has plain counters and no metrics library. This module converts the counters to
+//! metric families. Every possible series exists from the start with the value zero.
 
 mod family;
 mod firewall;
@@ -20,41 +20,44 @@ use self::family::{Family, Kind};
 pub use self::firewall::Firewall;
 use crate::status::{DataplaneStatus, RegistryStatus, RotationStatus, Stage};
 
-/// What a scrape is made from.
+/// Input of a scrape.
 #[derive(Debug, Clone, Default)]
 pub struct Input {
-    /// The data process's counters; `None` while it is away.
+    /// Counters of the data process; `None` while it is not available.
     pub report: Option<Report>,
-    /// The data process as the supervisor sees it.
+    /// State of the data process, as the supervisor knows it.
     pub dataplane: DataplaneStatus,
-    /// The node records.
+    /// State of the node records.
     pub registry: RegistryStatus,
-    /// Whether the agent is ready.
+    /// Readiness of the agent.
     pub ready: bool,
     /// Prefixes of peers to which another program has a route.
     pub conflicts: usize,
-    /// This node's key; `None` before it is known.
+    /// State of this node's key; `None` before it is known.
     pub key: Option<RotationStatus>,
-    /// Whether to have series for each peer.
+    /// Enables series for each peer (`metrics.per_peer`).
     pub per_peer: bool,
-    /// Requests to the Kubernetes API server.
+    /// Families of the requests to the Kubernetes API server.
     pub requests: Vec<MetricFamily>,
-    /// Pods, where they are served.
+    /// State of the pods; `None` if the agent serves no pods.
     pub pods: Option<Pods>,
     /// State of the nftables table; `None` before the first attempt to install it.
     pub firewall: Option<Firewall>,
 }
 
-/// What is known of pods.
+/// Metrics of pods.
 #[derive(Debug, Clone, Default)]
 pub struct Pods {
-    /// Requests of the CNI plugin.
+    /// Families of the CNI plugin's requests.
     pub requests: Vec<MetricFamily>,
-    /// How full the pools are.
+    /// Usage of the address pools.
     pub usage: skein_ipam::Usage,
 }
 
-/// The text exposition format.
+/// Encodes all metrics in the Prometheus text format.
+///
+/// # Errors
+/// The encoder refuses a family, for example one without a name.
 pub fn render(input: &Input) -> prometheus::Result<String> {
     let mut families = families(input);
     families.retain(|family| !family.get_metric().is_empty());
@@ -194,12 +197,12 @@ struct Usage {
     resident_bytes: u64,
 }
 
-/// Reads /proc/PID (proc(5)); `None` where the process is gone.
+/// Reads /proc/PID/… (proc(5)). Returns `None` if the process does not exist.
 fn usage(pid: u32) -> Option<Usage> {
-    // USER_HZ, the unit of the times in stat, is 100 on every architecture that Rust and Linux share.
+    // USER_HZ, the unit of times in stat, is 100 on every Linux architecture that Rust supports.
     const TICK_MS: u64 = 10;
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The second field, the command, may hold anything; the fields after it do not.
+    // The second field, the command, can contain spaces and parentheses; the later fields cannot.
     let fields: Vec<_> = stat.rsplit_once(')')?.1.split_whitespace().collect();
     let ticks = |field: usize| fields.get(field - 3)?.parse::<u64>().ok();
     let cpu =
@@ -357,7 +360,7 @@ fn lanes(report: &Report) -> Vec<MetricFamily> {
     ]
 }
 
-/// The states of a capability, with the value of the `state` label.
+/// States of an offload capability with their values of the label `state`.
 const STATES: [(CapabilityState, &str); 4] = [
     (CapabilityState::On, "on"),
     (CapabilityState::Degraded, "degraded"),
@@ -377,7 +380,7 @@ fn capabilities(report: &Report) -> Vec<MetricFamily> {
     vec![family.finish(), confinement(report)]
 }
 
-/// The states of a mechanism that confines the data process, with the value of the `state` label.
+/// States of a confinement mechanism with their values of the label `state`.
 const CONFINEMENT_STATES: [(ConfinementState, &str); 4] = [
     (ConfinementState::On, "on"),
     (ConfinementState::Unsupported, "unsupported"),
@@ -413,7 +416,7 @@ fn outcomes(report: &Report) -> Vec<MetricFamily> {
     vec![drops.finish(), handshakes.finish()]
 }
 
-/// The states of a peer, with the value of the `state` label.
+/// Connection states of a peer with their values of the label `state`.
 const PEER_STATES: [(PeerState, &str); 4] = [
     (PeerState::Idle, "idle"),
     (PeerState::Connecting, "connecting"),

@@ -1,4 +1,4 @@
-//! `skein-agent status`: the agent's state as tables for people.
+//! Text output of `skein-agent status`: a summary and tables.
 
 mod document;
 mod node;
@@ -17,15 +17,16 @@ pub use self::document::{
 pub use self::node::{NodeState, NodeView};
 pub(crate) use self::table::{Align, Field, Tone, paint, printable, table};
 
-/// The tables. `before` is an earlier status and how long ago it was, for rates.
+/// Formats a status as text. `before` is an earlier status and its age, from which rates are
+/// computed.
 pub fn render(now: &Document, before: Option<(&Document, Duration)>) -> String {
     let mut text = header(now);
     let Some(report) = &now.report else {
-        text.push_str("\nThe data process is away.\n");
+        text.push_str("\nThe data process is not available.\n");
         return text;
     };
     let earlier = before.and_then(|(document, ago)| Some((document.report.as_ref()?, ago)));
-    // Another data process counts from zero.
+    // The counters of a new data process start at zero.
     let earlier = earlier.filter(|(earlier, _)| earlier.pid == report.pid);
     section(&mut text, "Offloads", offloads(report));
     section(&mut text, "Lanes", lanes(report, earlier));
@@ -71,19 +72,23 @@ fn header(now: &Document) -> String {
     }
     let dataplane = &now.dataplane;
     let process = now.report.as_ref().map_or_else(
-        || "away".to_owned(),
+        || "not available".to_owned(),
         |report| {
             let uptime = age(report.uptime_seconds);
             format!("process {}, up {uptime}, revision {}", report.pid, report.revision)
         },
     );
-    lines.push(("data plane", format!("{process}, {} restarts", dataplane.restarts)));
+    let restarts = match dataplane.restarts {
+        1 => "1 restart".to_owned(),
+        restarts => format!("{restarts} restarts"),
+    };
+    lines.push(("data plane", format!("{process}, {restarts}")));
     if let Some(report) = &now.report {
         let confinement: Vec<_> = report.confinement.iter().map(ToString::to_string).collect();
         lines.push((
             "confinement",
             match confinement.is_empty() {
-                true => "unknown: the data process is of an earlier release".to_owned(),
+                true => "unknown: the data process has an earlier version".to_owned(),
                 false => confinement.join(", "),
             },
         ));
@@ -93,7 +98,7 @@ fn header(now: &Document) -> String {
     lines.push(("node records", format!("{} from {}", records.accepted, records.source.display())));
     lines.extend(records.source_error.iter().map(|error| ("  unreadable", error.clone())));
     let rejected = records.rejected.iter();
-    lines.extend(rejected.map(|r| ("  refused", format!("{}: {}", r.file.display(), r.error))));
+    lines.extend(rejected.map(|r| ("  rejected", format!("{}: {}", r.file.display(), r.error))));
     lines.iter().map(|(name, value)| format!("{name:<13} {value}\n")).collect()
 }
 
@@ -101,7 +106,7 @@ fn header(now: &Document) -> String {
 /// packets.
 fn firewall(firewall: &FirewallStatus) -> Vec<(&'static str, String)> {
     let state = match (&firewall.error, firewall.active) {
-        (Some(error), _) => format!("not in place: {error}"),
+        (Some(error), _) => format!("missing: {error}"),
         (None, true) => format!("nftables table inet {}", firewall.table),
         (None, false) => "off".to_owned(),
     };
@@ -111,12 +116,15 @@ fn firewall(firewall: &FirewallStatus) -> Vec<(&'static str, String)> {
     lines
 }
 
-/// How old the key is, and how far a change of it has come.
+/// Describes the age of the key and the progress of a key rotation.
 fn key(key: &RotationStatus) -> String {
     let age = age(key.age_seconds as f64);
     match (&key.waits_for, key.keys.second) {
         (Some(waits_for), Some(second)) => {
-            format!("{age} old; {} beside {second}; waits for {waits_for}", key.stage.label())
+            format!(
+                "{age} old; rotation {}, second key {second}; waiting for {waits_for}",
+                key.stage.label()
+            )
         }
         (waits_for, _) => {
             format!(
@@ -229,7 +237,7 @@ fn peers(report: &Report) -> String {
     )
 }
 
-/// What a peer's state means.
+/// Returns the tone in which a peer's state is shown.
 pub(crate) fn peer_tone(state: PeerState) -> Tone {
     match state {
         PeerState::Established => Tone::Good,
@@ -259,17 +267,17 @@ fn drops(report: &Report) -> String {
     table(&columns, rows)
 }
 
-/// A count with a letter for thousands, at most five characters of digits.
+/// Formats a count: exact below 10,000, else with one decimal and a decimal prefix (k, M, G, …).
 pub(crate) fn count(value: u64) -> String {
     scaled(value, 1000.0, &["", "k", "M", "G", "T", "P", "E"])
 }
 
-/// Microseconds as milliseconds.
+/// Formats microseconds as milliseconds with two decimals.
 pub(crate) fn milliseconds(us: u64) -> String {
     format!("{:.2} ms", us as f64 / 1000.0)
 }
 
-/// Bytes in binary units.
+/// Formats bytes with binary prefixes: exact below 10,240, else with one decimal.
 pub(crate) fn bytes(value: u64) -> String {
     scaled(value, 1024.0, &[" B", " KiB", " MiB", " GiB", " TiB", " PiB", " EiB"])
 }
@@ -277,7 +285,7 @@ pub(crate) fn bytes(value: u64) -> String {
 fn scaled(value: u64, base: f64, units: &[&str]) -> String {
     let mut scaled = value as f64;
     let mut unit = 0;
-    // Counts stay exact as long as they are short.
+    // Short counts are exact.
     while scaled >= base * if unit == 0 { 10.0 } else { 1.0 } && unit + 1 < units.len() {
         scaled /= base;
         unit += 1;
@@ -292,6 +300,7 @@ fn ratio(a: u64, b: u64) -> String {
     if b == 0 { "-".to_owned() } else { format!("{:.1}", a as f64 / b as f64) }
 }
 
+/// Formats seconds with the two largest units.
 pub(crate) fn age(seconds: f64) -> String {
     let whole = seconds.max(0.0) as u64;
     match (whole / 86_400, whole / 3600 % 24, whole / 60 % 60, whole % 60) {

@@ -1,11 +1,11 @@
-//! Metric families from plain numbers.
+//! Builder of metric families from plain numbers.
 
 use prometheus::proto::{
     Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType,
 };
 use skein_ipc::HistogramReport;
 
-/// Type of a family.
+/// Type of a metric family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     Counter,
@@ -13,7 +13,7 @@ pub(super) enum Kind {
     Histogram,
 }
 
-/// A family under construction.
+/// Metric family under construction.
 pub(super) struct Family {
     kind: Kind,
     name: String,

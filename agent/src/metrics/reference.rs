@@ -1,4 +1,4 @@
-//! docs/metrics.md, made from the families themselves.
+//! Generator of docs/metrics.md from the metric families.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -21,7 +21,7 @@ A counter starts at zero when its process starts, the data process or the agent.
 *Outer* packets are datagrams between nodes.
 ";
 
-/// The whole document.
+/// Returns the whole document as Markdown.
 fn reference(families: &[MetricFamily]) -> String {
     let mut text = HEAD.to_owned();
     for (title, note, chosen) in [
@@ -93,7 +93,7 @@ fn row(family: &MetricFamily) -> String {
     format!("| `{}` | {kind} | {labels} | {} |\n", family.name(), family.help())
 }
 
-/// The names of the labels, with their values where those are the same everywhere.
+/// Lists the labels of a family, with their values if these are the same on every node.
 fn labels(family: &MetricFamily) -> Vec<String> {
     let mut names = Vec::new();
     for pair in family.get_metric().iter().flat_map(|metric| metric.get_label()) {
@@ -123,20 +123,20 @@ fn reasons() -> String {
         let (direction, meaning) = (reason.direction().label(), reason.meaning());
         let _ = writeln!(text, "| {direction} | `{}` | {meaning} |", reason.label());
     }
-    let of_strangers = DropReason::ALL.iter().filter(|reason| reason.is_possible_without_key());
+    let without_key = DropReason::ALL.iter().filter(|reason| reason.is_possible_without_key());
     text.push_str(
         "\nAny sender on the underlay can cause the following drops without a key. The alert\n\
          SkeinPacketsDropped and the verdict of the status page exclude them:\n\n",
     );
-    for reason in of_strangers {
+    for reason in without_key {
         let _ = writeln!(text, "- `{reason}`");
     }
     text
 }
 
-/// The alert tells reasons apart as the code does.
+/// Compares the reasons in the alert with the code.
 #[test]
-fn the_alert_of_drops_leaves_out_what_strangers_can_cause() {
+fn drop_alert_excludes_drops_possible_without_key() {
     let rules = include_str!("../../../charts/skein/alerts/skein.yaml");
     let left_out = rules.split("reason!~\"").nth(1).and_then(|rest| rest.split('"').next());
     let left_out: Vec<_> = left_out.unwrap_or_default().split('|').collect();
@@ -149,13 +149,13 @@ fn the_alert_of_drops_leaves_out_what_strangers_can_cause() {
     }
 }
 
-/// Names of metrics that stand in sources.
+/// Returns the names of metrics that occur in a text.
 fn named(source: &str) -> BTreeSet<&str> {
     source.split('"').filter(|part| part.starts_with("skein_") && !part.contains(' ')).collect()
 }
 
 #[test]
-fn the_reference_is_what_the_code_has() {
+fn reference_matches_code() {
     let families = super::families(&super::tests::everything());
     let made = reference(&families);
     if std::env::var_os("SKEIN_UPDATE").is_some() {
@@ -164,8 +164,8 @@ fn the_reference_is_what_the_code_has() {
     let present = std::fs::read_to_string(PATH).expect("docs/metrics.md cannot be read");
     assert!(
         present == made,
-        "docs/metrics.md is not what the code has: SKEIN_UPDATE=1 cargo test --release \
-         -p skein-agent --lib reference"
+        "docs/metrics.md differs from the code. Run SKEIN_UPDATE=1 cargo test --release \
+         -p skein-agent --lib reference."
     );
     let code = [
         include_str!("../metrics.rs"),
@@ -174,7 +174,7 @@ fn the_reference_is_what_the_code_has() {
         include_str!("../control/kubernetes/client.rs"),
     ];
     let all: BTreeSet<_> = code.iter().flat_map(|source| named(source)).collect();
-    assert!(all.len() > 30, "only {all:?}: is this test still reading them?");
+    assert!(all.len() > 30, "The test must find the names in the sources: {all:?}");
     let shown: BTreeSet<_> = families.iter().map(MetricFamily::name).collect();
-    assert_eq!(shown, all, "what is in the reference, and what the code names");
+    assert_eq!(shown, all, "The reference must contain all names of the code.");
 }

@@ -17,7 +17,7 @@ use crate::control::kubernetes;
 use crate::status::RejectedFile;
 use crate::status::tests::peer;
 
-/// A report with something in everything.
+/// Returns a report with values in all parts.
 fn report() -> Report {
     let mut lane = LaneReport { gso_fallbacks: 3, ..LaneReport::default() };
     lane.egress.inner_packets = 90;
@@ -61,7 +61,7 @@ fn input() -> Input {
     Input { report: Some(report()), dataplane, ready: true, per_peer: true, ..Default::default() }
 }
 
-/// As much as there can be: pods, Kubernetes, and every label's values.
+/// Returns an input with all families and all label values.
 pub(super) fn everything() -> Input {
     let mut report = report();
     let rungs = ["tun_uso", "tun_tso", "tun_checksum", "udp_gso", "udp_gro", "udp_ecn"];
@@ -96,7 +96,7 @@ fn has(text: &str, line: &str) {
 }
 
 #[test]
-fn lanes_are_summed() {
+fn counters_are_summed_over_lanes() {
     let text = render(&input()).unwrap();
     has(&text, "skein_inner_packets_total{direction=\"egress\"} 180");
     has(&text, "skein_inner_packets_total{direction=\"ingress\"} 0");
@@ -117,7 +117,7 @@ fn histograms_are_cumulative() {
 }
 
 #[test]
-fn states_are_one_of_all() {
+fn exactly_one_state_is_set() {
     let mut input = input();
     let report = input.report.as_mut().unwrap();
     report.confinement = vec![confinement("seccomp", ConfinementState::Failed)];
@@ -142,14 +142,14 @@ fn states_are_one_of_all() {
 }
 
 #[test]
-fn there_are_no_series_of_peers_unless_asked_for() {
+fn peer_series_need_per_peer_setting() {
     let text = render(&Input { per_peer: false, ..input() }).unwrap();
     assert!(!text.contains("node-b"));
     has(&render(&input()).unwrap(), "skein_peer_up{peer=\"node-b\"} 1");
 }
 
 #[test]
-fn without_a_data_process_the_rest_is_there() {
+fn agent_metrics_exist_without_data_process() {
     let text = render(&Input { report: None, ..input() }).unwrap();
     has(&text, "skein_dataplane_up 0");
     assert!(text.contains("skein_build_info{version="));
@@ -157,7 +157,7 @@ fn without_a_data_process_the_rest_is_there() {
 }
 
 #[test]
-fn both_processes_are_measured() {
+fn usage_of_both_processes_is_exported() {
     let text = render(&input()).unwrap();
     for process in ["control", "dataplane"] {
         let name = format!("skein_process_resident_memory_bytes{{process=\"{process}\"}} ");
@@ -167,7 +167,7 @@ fn both_processes_are_measured() {
 }
 
 #[test]
-fn records_in_force_and_refused_files_are_counted() {
+fn active_records_and_rejected_files_are_counted() {
     let refused = RejectedFile { file: "b.toml".into(), error: "line 1".to_owned() };
     let registry = RegistryStatus { accepted: 7, rejected: vec![refused], ..Default::default() };
     let text = render(&Input { registry, ..input() }).unwrap();
@@ -175,10 +175,10 @@ fn records_in_force_and_refused_files_are_counted() {
     has(&text, "skein_node_record_files_rejected 1");
 }
 
-/// Prometheus's conventions, of which promtool checks some: a prefix, a base unit at the end,
-/// `_total` after it on counters and on nothing else.
+/// Checks conventions of Prometheus that promtool does not check completely: a prefix, a base unit
+/// at the end, and `_total` after it on counters only.
 #[test]
-fn names_end_in_their_units() {
+fn metric_names_end_with_base_unit() {
     for family in families(&everything()) {
         let name = family.name();
         assert!(name.starts_with("skein_"), "{name}");
@@ -198,7 +198,7 @@ fn names_end_in_their_units() {
 }
 
 #[test]
-fn promtool_has_no_complaint() {
+fn promtool_accepts_all_metrics() {
     let mut promtool = Command::new("promtool")
         .args(["check", "metrics"])
         .stdin(Stdio::piped())

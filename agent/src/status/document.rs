@@ -18,41 +18,41 @@ pub struct Document {
     pub version: String,
     /// Identity of the node.
     pub public_key: PublicKey,
-    /// How old it is, and how far a change of it has come.
+    /// Age of the key and progress of a key rotation.
     pub key: RotationStatus,
-    /// Whether the agent is ready.
+    /// Readiness of the agent.
     pub ready: bool,
-    /// Why it is not.
+    /// Reasons that the agent is not ready; empty if it is ready.
     pub reasons: Vec<String>,
-    /// Defaults of the configuration that this host cannot have.
+    /// Defaults of the configuration that this host does not support, one sentence each.
     #[serde(default)]
     pub notes: Vec<String>,
-    /// The interface.
+    /// Desired state of the overlay's interface.
     pub interface: InterfaceStatus,
-    /// The node records.
+    /// State of the node records.
     pub records: RegistryStatus,
     /// State of the nftables table; absent from agents of earlier releases.
     #[serde(default)]
     pub firewall: FirewallStatus,
-    /// The data process.
+    /// State of the data process, as the control process knows it.
     pub dataplane: DataplaneStatus,
-    /// Its counters and states; absent while it is away.
+    /// Counters and states of the data process; absent while it is not available.
     pub report: Option<Report>,
     /// CNI versions of the network configuration; absent if the agent serves no pods.
     #[serde(default)]
     pub cni: Option<Offer>,
-    /// The configuration, as it was validated.
+    /// Validated configuration of the agent.
     pub config: serde_json::Value,
 }
 
-/// The interface as it is wanted.
+/// Desired state of the overlay's interface.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InterfaceStatus {
-    /// Interface name.
+    /// Name of the network interface.
     pub name: String,
-    /// Interface index.
+    /// Index of the network interface.
     pub index: u32,
-    /// MTU in bytes.
+    /// MTU of the interface in bytes.
     pub mtu: u16,
     /// Problem and remedy if the underlay or the configuration leaves less than the minimum, which
     /// is used instead.
@@ -60,9 +60,9 @@ pub struct InterfaceStatus {
     pub mtu_problem: Option<String>,
     /// Addresses of this node.
     pub addresses: Vec<IpAddr>,
-    /// Prefixes of the other nodes.
+    /// Pod CIDRs of the peers, which have routes to the interface.
     pub routes: Vec<IpNet>,
-    /// Prefixes of this node.
+    /// Pod CIDRs of this node.
     pub local_cidrs: Vec<IpNet>,
     /// Prefixes of peers to which another program has a route.
     #[serde(default)]
@@ -81,23 +81,23 @@ pub struct PeerConflict {
     pub problem: String,
 }
 
-/// How far a change of the key has come.
+/// Stage of a key rotation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Stage {
-    /// There is one key.
+    /// The node has one key.
     Steady,
-    /// The next key is accepted by whoever knows of it.
+    /// The record contains the next key. Peers that have read it accept both keys.
     Announced,
-    /// The new key is in force, and the old one still accepted.
+    /// The new key is active, and peers still accept the old one.
     Changed,
 }
 
 impl Stage {
-    /// All of them.
+    /// All stages in their order.
     pub const ALL: [Self; 3] = [Self::Steady, Self::Announced, Self::Changed];
 
-    /// The value of the metric's label.
+    /// Returns the value of the metric label `stage`.
     pub fn label(self) -> &'static str {
         match self {
             Stage::Steady => "steady",
@@ -107,74 +107,75 @@ impl Stage {
     }
 }
 
-/// What the status shows of the key.
+/// State of this node's key.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RotationStatus {
-    /// How far a change has come.
+    /// Stage of the key rotation.
     pub stage: Stage,
-    /// The key in force, and the next or the one before.
+    /// Active key, and during a rotation the next or the previous key.
     pub keys: PublicKeys,
-    /// Seconds since the key in force was made.
+    /// Age of the active key in seconds.
     pub age_seconds: u64,
-    /// What has to happen before the change goes on, for people; `None` where there is none.
+    /// Event that the rotation waits for, as text; `None` if no rotation is in progress.
     pub waits_for: Option<String>,
 }
 
 impl RotationStatus {
-    /// Of a node with one key.
+    /// Returns the state of a node with one key of age 0.
     pub fn of(key: PublicKey) -> Self {
         Self { stage: Stage::Steady, keys: key.into(), age_seconds: 0, waits_for: None }
     }
 }
 
-/// What the status shows of the registry.
+/// State of the node records.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RegistryStatus {
-    /// File or directory, or `kubernetes`.
+    /// Path of the file or directory, or `kubernetes`.
     pub source: PathBuf,
-    /// Records in force, this node's included.
+    /// Number of active records, this node's included.
     pub accepted: usize,
-    /// Files that are refused.
+    /// Rejected files.
     pub rejected: Vec<RejectedFile>,
-    /// Why the source cannot be read, where it cannot.
+    /// Error of the last attempt to read the source; `None` after a success.
     pub source_error: Option<String>,
 }
 
-/// A file of records that is refused.
+/// Rejected file of node records.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RejectedFile {
-    /// Its path.
+    /// Path of the file.
     pub file: PathBuf,
-    /// What is wrong with it.
+    /// Error in the file, with its remedy.
     pub error: String,
 }
 
-/// What the status shows of the data process.
+/// State of the data process, as the control process knows it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DataplaneStatus {
-    /// Whether one is connected and in the wanted state.
+    /// A data process is connected and has the desired state.
     pub up: bool,
-    /// Its process id, where it can be seen.
+    /// Process id; `None` if it is not visible in this process namespace.
     pub pid: Option<u32>,
-    /// How often one has come back after another had gone, since the control process started.
+    /// Number of data processes that replaced a lost one since the control process started.
     pub restarts: u64,
-    /// The revision in force.
+    /// Revision of the active desired state.
     pub revision: u64,
-    /// Why it is not up, or the last change that it refused.
+    /// Reason that the data process is not up, or the last change that it refused.
     pub error: Option<String>,
-    /// The ladder, as it was seconds ago; the report has it, too.
+    /// Offload capabilities from the last report, which may be seconds old.
     #[serde(skip)]
     pub capabilities: Vec<Capability>,
-    /// Likewise the paths that carry less than the nodes, in the order of the keys.
+    /// Reduced path MTUs from the last report, sorted by the peers' keys.
     #[serde(skip)]
     pub narrow: Vec<ReducedPath>,
-    /// Likewise the ports of its UDP sockets ([`Report::source_ports`]).
+    /// Ports of the UDP sockets from the last report ([`Report::source_ports`]).
     #[serde(skip)]
     pub source_ports: Vec<u16>,
-    /// Likewise how many peers may not know this node's new key ([`Report::second_key_peers`]).
+    /// Number of peers that may not know this node's new key, from the last report
+    /// ([`Report::second_key_peers`]).
     #[serde(skip)]
     pub second_key_peers: usize,
-    /// Likewise the peers that are unreachable, by name.
+    /// Unreachable peers from the last report, sorted by name.
     #[serde(skip)]
     pub unreachable: Vec<UnreachablePeer>,
 }
@@ -190,7 +191,7 @@ pub struct Offer {
 }
 
 impl Offer {
-    /// Newest version.
+    /// Returns the newest version; empty before the configuration is written.
     pub fn newest(&self) -> &str {
         self.versions.last().map_or("", String::as_str)
     }

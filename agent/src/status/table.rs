@@ -1,15 +1,15 @@
-//! Plain tables.
+//! Tables without borders, and colours of a terminal.
 
 use comfy_table::{Cell, CellAlignment, Color, ContentArrangement, Table, presets};
 
-/// Which side of its column a value stands at.
+/// Alignment of a column.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Align {
     Left,
     Right,
 }
 
-/// What a value means for whoever looks; a colour on a terminal, unless NO_COLOR is set.
+/// Meaning of a value. A terminal shows it as a colour, unless `NO_COLOR` is set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Tone {
     Plain,
@@ -29,7 +29,7 @@ impl Tone {
     }
 }
 
-/// A value of a table.
+/// Cell of a table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Field {
     text: String,
@@ -37,7 +37,7 @@ pub(crate) struct Field {
 }
 
 impl Field {
-    /// One that stands out.
+    /// Creates a cell with a tone.
     pub(crate) fn toned(text: impl Into<String>, tone: Tone) -> Self {
         Self { text: text.into(), tone }
     }
@@ -49,7 +49,7 @@ impl<T: Into<String>> From<T> for Field {
     }
 }
 
-/// Without what a terminal would act on: some of it comes from other machines.
+/// Escapes control characters, because texts of other machines must not control the terminal.
 pub(crate) fn printable(text: &str) -> String {
     let shown = |c: char| match c.is_control() {
         true => c.escape_default().to_string(),
@@ -58,7 +58,7 @@ pub(crate) fn printable(text: &str) -> String {
     text.chars().map(shown).collect()
 }
 
-/// Rows below a line of titles; a dash where there are no rows.
+/// Formats a table with a line of headings. Returns `-` if there are no rows.
 pub(crate) fn table<F: Into<Field>>(
     columns: &[(&str, Align)],
     rows: impl IntoIterator<Item = Vec<F>>,
@@ -67,7 +67,7 @@ pub(crate) fn table<F: Into<Field>>(
     if !colours() {
         table.force_no_tty();
     }
-    // Lines are never broken: they are also read by programs, and terminals can scroll.
+    // Lines are not wrapped, because programs read them, too.
     table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     table.set_header(columns.iter().map(|(title, _)| *title));
     for row in rows {
@@ -93,13 +93,13 @@ pub(crate) fn table<F: Into<Field>>(
     table.trim_fmt()
 }
 
-/// Whether standard output shows colours: a terminal that nobody has asked for none (no-color.org).
+/// Returns whether standard output is a terminal and `NO_COLOR` is not set (no-color.org).
 pub(crate) fn colours() -> bool {
     let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     std::io::IsTerminal::is_terminal(&std::io::stdout()) && !refused
 }
 
-/// A text that stands out, where colours are shown.
+/// Colours `text` by its tone if colours are shown.
 pub(crate) fn paint(text: &str, tone: Tone) -> String {
     use crossterm::style::Stylize;
     let colour = match tone {

@@ -5,7 +5,7 @@ use skein_ipc::{Capability, CapabilityState, DropReport};
 
 use super::*;
 
-/// A peer for tests.
+/// Returns a peer for tests.
 pub(crate) fn peer(name: &str, state: PeerState) -> PeerReport {
     PeerReport {
         name: name.to_owned(),
@@ -28,7 +28,7 @@ pub(crate) fn peer(name: &str, state: PeerState) -> PeerReport {
     }
 }
 
-/// A status for tests.
+/// Returns a status for tests. `inner` is the number of outgoing inner packets.
 pub(crate) fn document(inner: u64) -> Document {
     let mut lane = LaneReport::default();
     lane.egress.inner_packets = inner;
@@ -77,7 +77,7 @@ fn line<'a>(text: &'a str, start: &str) -> Vec<&'a str> {
 }
 
 #[test]
-fn everything_is_shown() {
+fn status_contains_all_sections() {
     let text = render(&document(5), None);
     assert_eq!(line(&text, "node "), ["node", "node-a", "(skein-agent", "1.2.3)"]);
     assert_eq!(line(&text, "ready"), ["ready", "no"]);
@@ -107,12 +107,12 @@ fn everything_is_shown() {
     );
     assert!(text.contains("unreachable: no answer for 7 s"));
     assert_eq!(line(&text, "ingress"), ["ingress", "replayed", "3"]);
-    assert!(!text.contains("inner_source"), "only what is not zero");
+    assert!(!text.contains("inner_source"), "Reasons without a drop must not be listed.");
     assert!(text.contains("up 1 h 2 m"));
 }
 
 #[test]
-fn rates_need_two_looks_at_one_process() {
+fn rates_need_two_samples_of_one_process() {
     let (before, now) = (document(1_000), document(41_000));
     let ago = Duration::from_secs(2);
     assert_eq!(line(&render(&now, None), "0  ")[2], "-");
@@ -124,14 +124,14 @@ fn rates_need_two_looks_at_one_process() {
 }
 
 #[test]
-fn without_a_data_process_the_header_is_shown() {
+fn summary_is_shown_without_data_process() {
     let text = render(&Document { report: None, ..document(0) }, None);
     assert!(text.contains("node-a"));
-    assert!(text.contains("away"));
+    assert!(text.contains("not available"));
 }
 
 #[test]
-fn numbers_are_short() {
+fn numbers_are_formatted_in_few_characters() {
     assert_eq!(count(9999), "9999");
     assert_eq!(count(12_345), "12.3k");
     assert_eq!(count(u64::MAX), "18.4E");

@@ -28,7 +28,7 @@ fn agent_without_nft_runs_and_reports_it() -> Result<()> {
     ensure!(error.contains("install nftables"), "{error}");
     ensure!(cluster.agents[0].metrics()?.sum("skein_firewall_active", &[]) == 0.0, "still active");
     let text = cluster.agents[0].run_command(&["status", "--interval", "0"])?.stdout;
-    ensure!(text.contains("not in place: no program nft"), "{text}");
+    ensure!(text.contains("missing: no program nft"), "{text}");
     let status = cluster.agents[1].status()?;
     ensure!(status["firewall"]["active"] == true, "{status:#}");
     Ok(())
