@@ -1,5 +1,5 @@
-//! Other encrypted overlays in user space, configured as their manuals recommend, with the same
-//! buffers and MTU as Skein.
+//! Encrypted overlays in user space with which Skein is compared. They are configured as their
+//! manuals recommend, with the same buffers and MTU as Skein.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -66,7 +66,7 @@ impl Tools {
     }
 }
 
-/// Starts wireguard-go on both nodes and returns the processes.
+/// Starts a process of wireguard-go on each node and returns the processes.
 ///
 /// # Errors
 /// If a program is missing or fails, or if an interface does not appear.

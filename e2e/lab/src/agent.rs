@@ -116,19 +116,18 @@ impl Agent {
         Ok(agent)
     }
 
-    /// Preloads a library of the package `skein-preload` into the processes that the agent starts from
-    /// now on.
+    /// Preloads a library of the package `skein-preload` into processes of the agent that start
+    /// from now on.
     ///
     /// # Errors
-    ///
-    /// Returns an error if the library is not built. Cargo builds it with the examples of the
-    /// workspace, beside the directory of the calling test.
+    /// If the library is not built. Cargo builds it with the examples of the workspace, in the
+    /// directory `examples` next to that of the calling test.
     pub fn preload(&mut self, name: &str) -> Result<()> {
         let test = std::env::current_exe()?;
         let target = test.ancestors().nth(2).context("the test is in no target directory")?;
         let library = target.join(format!("examples/lib{name}.so"));
-        let advice = "cargo build --release --package skein-preload --examples";
-        ensure!(library.is_file(), "{} is missing: {advice}", library.display());
+        let remedy = "Run: cargo build --release --package skein-preload --examples";
+        ensure!(library.is_file(), "{} is missing. {remedy}", library.display());
         self.environment.push(("LD_PRELOAD".to_owned(), library.to_string_lossy().into_owned()));
         Ok(())
     }

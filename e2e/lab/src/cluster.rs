@@ -5,7 +5,7 @@ use anyhow::Result;
 use super::agent::Agent;
 use super::{Family, Lab, Plan};
 
-/// One agent on every node of a laboratory, each with the records of all nodes.
+/// A laboratory with an agent on every node, each of which has the records of all nodes.
 #[derive(Debug)]
 pub struct Cluster {
     /// Agents in the order of the nodes. The field stands before `lab`, because the agents must be

@@ -52,7 +52,7 @@ pub struct Runtime {
     pub configuration: Value,
 }
 
-/// One interface of a container (CNI specification: attachment).
+/// Attachment of the CNI specification: an interface of a container.
 #[derive(Debug, Clone, Copy)]
 pub struct Attachment<'a> {
     /// Container identifier, the value of `CNI_CONTAINERID`.

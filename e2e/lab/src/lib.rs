@@ -73,7 +73,7 @@ impl std::fmt::Display for Family {
 /// Topology of the underlay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Underlay {
-    /// One veth pair between two nodes.
+    /// A veth pair between two nodes.
     Direct,
     /// A bridge in a namespace of its own that joins any number of nodes. A test can capture and
     /// send frames there, and unplug nodes.
@@ -254,7 +254,7 @@ pub const TURN_TIMEOUT: Duration = Duration::from_secs(8 * 60);
 /// Environment variable with the number of laboratories that may exist at the same time.
 pub const LABORATORIES_VARIABLE: &str = "SKEIN_LABORATORIES";
 
-/// One of the places for a laboratory, held by a lock on a file. If only one laboratory may exist,
+/// A place for a laboratory, held by a lock on a file. If only one laboratory may exist,
 /// its process holds all places.
 #[derive(Debug)]
 pub struct Turn(#[allow(dead_code, reason = "holds the locks until dropped")] Vec<File>);

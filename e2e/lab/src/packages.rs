@@ -114,7 +114,7 @@ pub const BENCH: &[Need] =
 /// Programs of the soak test, in addition to [`DEMO`].
 pub const SOAK: &[Need] = &[need("nft", "nftables")];
 
-/// Other overlays with which the benchmark compares Skein. The benchmark reports an overlay that
+/// Programs of the overlays with which the benchmark compares Skein. It reports an overlay that
 /// cannot be installed, and continues without it.
 pub const BASELINES: &[Need] = &[
     need("wireguard-go", "wireguard-go"),
