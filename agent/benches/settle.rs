@@ -8,7 +8,7 @@ use std::net::Ipv4Addr;
 use divan::Bencher;
 use skein_agent::config::Config;
 use skein_agent::control::registry::Registry;
-use skein_agent::control::source::Reader;
+use skein_agent::control::source::RecordSource;
 use skein_ipc::keys::PublicKey;
 use tempfile::TempDir;
 
@@ -34,7 +34,7 @@ fn registry(
         directory.path()
     );
     let config = Config::parse(&text).unwrap();
-    let source = Reader::Path(nodes.clone());
+    let source = RecordSource::Path(nodes.clone());
     let own = PublicKey([1; 32]).into();
     let registry = Registry::open(&config, own, source, None).unwrap();
     for number in 0..files {

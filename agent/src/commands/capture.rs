@@ -102,7 +102,7 @@ async fn run(
     let (mut packets, mut missed, end) = (0, 0, Instant::now() + time);
     'all: while packets < arguments.count {
         let (seen, more) = tokio::select! {
-            seen = client.seen() => seen.map_err(watching::failure)?,
+            seen = client.next_captured() => seen.map_err(watching::failure)?,
             () = signals.end() => break,
             () = tokio::time::sleep_until(end) => break,
         };

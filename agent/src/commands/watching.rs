@@ -23,7 +23,7 @@ pub(crate) async fn start_capture(
     watch: CaptureRequest,
 ) -> Result<Client, Failure> {
     let mut client = connect(status).await?;
-    client.watch(watch).await.map_err(failure)?;
+    client.start_capture(watch).await.map_err(failure)?;
     Ok(client)
 }
 

@@ -21,19 +21,19 @@ use crate::config::{Config, KEY};
 use crate::failure::Failure;
 
 /// How long a data process may take to end.
-const PATIENCE: Duration = Duration::from_secs(5);
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What was removed, and what could not be.
 #[derive(Debug, Default)]
-pub struct Cleaned {
+pub struct CleanupReport {
     /// Removed.
     pub removed: Vec<String>,
     /// Not removed, and why.
     pub errors: Vec<String>,
 }
 
-impl Cleaned {
-    fn note(&mut self, what: &str, result: Result<bool, String>) {
+impl CleanupReport {
+    fn add(&mut self, what: &str, result: Result<bool, String>) {
         match result {
             Ok(true) => self.removed.push(what.to_owned()),
             Ok(false) => {}
@@ -43,50 +43,50 @@ impl Cleaned {
 }
 
 /// Removes everything that is there; goes on after an error. Refuses while the agent runs.
-pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
+pub async fn cleanup(config: &Config, state: bool) -> Result<CleanupReport, Failure> {
     let lock = match config.state_dir.is_dir() {
         true => Some(StateLock::take(&config.state_dir)?),
         false => None,
     };
-    let mut cleaned = Cleaned::default();
+    let mut cleaned = CleanupReport::default();
     let stopped = stop_dataplane(config).await;
     // Whoever still listens there keeps the socket.
     let dataplane_socket = stopped.is_ok().then_some(&config.dataplane.socket);
-    cleaned.note("data process", stopped);
+    cleaned.add("data process", stopped);
     // Switched off since it has served pods: they have their interfaces still.
     if config.cni.enabled || config.state_dir.join(skein_ipam::FILE).exists() {
         for removal in cni::remove(config).await {
-            cleaned.note(&removal.what, removal.outcome);
+            cleaned.add(&removal.what, removal.outcome);
         }
         let socket = &config.cni.socket;
-        cleaned.note(&format!("socket {}", socket.display()), remove_file(socket));
+        cleaned.add(&format!("socket {}", socket.display()), remove_file(socket));
     }
     let former = Stored::read(config).and_then(|stored| stored.former_table(config));
     for table in [config.cni.table.clone()].into_iter().chain(former) {
         let removed = firewall::remove(&table).await.map_err(|error| error.to_string());
-        cleaned.note(&format!("nftables table inet {table}"), removed);
+        cleaned.add(&format!("nftables table inet {table}"), removed);
     }
     let interface = format!("interface {}", config.interface.name);
     let provisional = Provisional::new(&config.interface.name, &config.alias());
-    cleaned.note(&interface, remove_interface(config, &provisional).await);
+    cleaned.add(&interface, remove_interface(config, &provisional).await);
     let unfinished = format!("unfinished interface {}", provisional.name());
-    cleaned.note(&unfinished, remove_provisional(&provisional).await);
+    cleaned.add(&unfinished, remove_provisional(&provisional).await);
     remove_unreachable_routes(config, &mut cleaned).await;
     for socket in dataplane_socket.into_iter().chain([&config.control.socket]) {
-        cleaned.note(&format!("socket {}", socket.display()), remove_file(socket));
+        cleaned.add(&format!("socket {}", socket.display()), remove_file(socket));
     }
     if let Some(socket) = dataplane_socket {
         let lock = skein_dataplane::lock_path(socket);
-        cleaned.note("lock of the data plane", remove_file(&lock).map(|_| false));
+        cleaned.add("lock of the data plane", remove_file(&lock).map(|_| false));
     }
     if state {
         let ours = config.state_dir.join("cni");
         let leases = ["leases.redb", "leases.redb.damaged", "leases.redb.new"];
         for path in leases.map(|name| ours.join(name)) {
-            cleaned.note(&format!("leases {}", path.display()), remove_file(&path));
+            cleaned.add(&format!("leases {}", path.display()), remove_file(&path));
         }
         remove_spool(&config.cni.spool, &mut cleaned);
-        cleaned.note(&format!("directory {}", ours.display()), remove_directory(&ours));
+        cleaned.add(&format!("directory {}", ours.display()), remove_directory(&ours));
         // A key that lies elsewhere is its owner's.
         let keys = rotation::files::all(&config.state_dir.join(KEY));
         let others = [
@@ -98,29 +98,29 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<Cleaned, Failure> {
             "handshakes.json.new",
         ];
         for path in keys.into_iter().chain(others.map(|name| config.state_dir.join(name))) {
-            cleaned.note(&format!("file {}", path.display()), remove_file(&path));
+            cleaned.add(&format!("file {}", path.display()), remove_file(&path));
         }
     }
     if let Some(lock) = lock {
         let removed = lock.remove().map(|()| false).map_err(|error| error.to_string());
-        cleaned.note("lock", removed);
+        cleaned.add("lock", removed);
     }
     if state {
         let directory = &config.state_dir;
         let removed = remove_directory(directory);
-        cleaned.note(&format!("directory {}", directory.display()), removed);
+        cleaned.add(&format!("directory {}", directory.display()), removed);
     }
     Ok(cleaned)
 }
 
 /// Deletions that nobody has to do any more.
-fn remove_spool(spool: &Path, cleaned: &mut Cleaned) {
+fn remove_spool(spool: &Path, cleaned: &mut CleanupReport) {
     // Unfinished ones, too.
     for entry in std::fs::read_dir(spool).into_iter().flatten().flatten() {
         let path = entry.path();
-        cleaned.note(&format!("file {}", path.display()), remove_file(&path));
+        cleaned.add(&format!("file {}", path.display()), remove_file(&path));
     }
-    cleaned.note(&format!("directory {}", spool.display()), remove_directory(spool));
+    cleaned.add(&format!("directory {}", spool.display()), remove_directory(spool));
 }
 
 /// Only what the agent made: a directory that holds anything else stays.
@@ -165,8 +165,8 @@ async fn stop_dataplane(config: &Config) -> Result<bool, String> {
         }
         Ok(true)
     };
-    let late = || Err(format!("it does not end within {PATIENCE:?}: kill it"));
-    tokio::time::timeout(PATIENCE, stop).await.unwrap_or_else(|_| late())
+    let late = || Err(format!("it does not end within {STOP_TIMEOUT:?}: kill it"));
+    tokio::time::timeout(STOP_TIMEOUT, stop).await.unwrap_or_else(|_| late())
 }
 
 async fn remove_interface(config: &Config, provisional: &Provisional) -> Result<bool, String> {
@@ -197,7 +197,7 @@ async fn remove_interface(config: &Config, provisional: &Provisional) -> Result<
 /// Removes every unreachable route of Skein, unless another agent has an interface in this network
 /// namespace. In that case the owner of a route cannot be determined, and the next start of that
 /// agent removes stale routes.
-async fn remove_unreachable_routes(config: &Config, cleaned: &mut Cleaned) {
+async fn remove_unreachable_routes(config: &Config, cleaned: &mut CleanupReport) {
     let removed = async {
         let netlink = Netlink::connect()?;
         if netlink.has_interface_of_another_agent(&config.alias()).await? {

@@ -15,9 +15,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
 /// The data process answers quickly; one that takes this long hangs.
-const DEADLINE: Duration = Duration::from_secs(3);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
 /// Opening sockets and taking thousands of peers may take longer on a busy machine.
-const CHANGE_DEADLINE: Duration = Duration::from_secs(30);
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Why a request failed.
 #[derive(Debug, Error)]
@@ -95,7 +95,7 @@ impl Client {
     /// Asks, and returns the answer; a refusal is an error.
     pub async fn request(&mut self, request: &Request) -> Result<Response, ClientError> {
         let deadline = match request {
-            Request::Apply { .. } | Request::Update { .. } => CHANGE_DEADLINE,
+            Request::Apply { .. } | Request::Update { .. } => CHANGE_TIMEOUT,
             Request::Hello { .. }
             | Request::Report { .. }
             | Request::SeenHandshakes
@@ -103,7 +103,7 @@ impl Client {
             | Request::Changes { .. }
             | Request::Capture { .. }
             | Request::Shutdown
-            | Request::TakeOver { .. } => DEADLINE,
+            | Request::TakeOver { .. } => REQUEST_TIMEOUT,
         };
         let answer = tokio::time::timeout(deadline, self.exchange(request)).await;
         match answer.map_err(|_| ClientError::Timeout)?? {
@@ -166,14 +166,14 @@ impl Client {
     }
 
     /// Begins to watch; [`Client::seen`] tells what.
-    pub async fn watch(&mut self, watch: CaptureRequest) -> Result<(), ClientError> {
+    pub async fn start_capture(&mut self, watch: CaptureRequest) -> Result<(), ClientError> {
         let frame = encode_frame(&Request::Capture { capture: watch })?;
         Ok(self.stream.write_all(&frame).await?)
     }
 
     /// The next that was seen, and how much was missed. It may not be abandoned half way.
-    pub async fn seen(&mut self) -> Result<(Vec<CapturedPacket>, u64), ClientError> {
-        let answer = tokio::time::timeout(DEADLINE, self.answer()).await;
+    pub async fn next_captured(&mut self) -> Result<(Vec<CapturedPacket>, u64), ClientError> {
+        let answer = tokio::time::timeout(REQUEST_TIMEOUT, self.answer()).await;
         match answer.map_err(|_| ClientError::Timeout)?? {
             Response::Captured { packets, missed } => Ok((packets, missed)),
             Response::Error { kind, message } => Err(ClientError::Refused { kind, message }),

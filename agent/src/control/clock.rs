@@ -10,9 +10,9 @@ use crate::files;
 /// Its name in the state directory.
 pub(super) const FILE: &str = "clock";
 /// It is written this often, in seconds.
-const EVERY: u64 = 60;
+const WRITE_INTERVAL: u64 = 60;
 /// A time that was used may be later than what was written last by this, in seconds.
-const MARGIN: u64 = EVERY + 10;
+const MARGIN: u64 = WRITE_INTERVAL + 10;
 
 /// Seconds since 1970, by the wall clock.
 pub(super) fn wall() -> u64 {
@@ -22,26 +22,26 @@ pub(super) fn wall() -> u64 {
 
 /// All times in seconds since 1970.
 #[derive(Debug)]
-pub(super) struct Clock {
+pub(super) struct WallClockFloor {
     file: PathBuf,
     latest: u64,
     written: u64,
     /// Whether it was said that it cannot be written.
-    complained: bool,
+    failure_logged: bool,
 }
 
-impl Clock {
+impl WallClockFloor {
     /// What was written in a life before, where there is that.
     pub(super) fn load(file: PathBuf) -> Self {
         let text = std::fs::read_to_string(&file).unwrap_or_default();
         let written = text.trim().parse().unwrap_or(0);
-        Self { file, latest: written, written, complained: false }
+        Self { file, latest: written, written, failure_logged: false }
     }
 
     /// To be called every few seconds.
-    pub(super) fn look(&mut self, wall: u64) {
+    pub(super) fn update(&mut self, wall: u64) {
         self.latest = self.latest.max(wall);
-        if self.latest >= self.written.saturating_add(EVERY) {
+        if self.latest >= self.written.saturating_add(WRITE_INTERVAL) {
             self.write();
         }
     }
@@ -50,7 +50,7 @@ impl Clock {
     /// Each one has a time of its own, so that none repeats those of the one before.
     pub(super) fn floor(&mut self, wall: u64) -> u64 {
         if wall >= self.latest {
-            self.look(wall);
+            self.update(wall);
             return 0;
         }
         tracing::warn!(
@@ -64,11 +64,11 @@ impl Clock {
 
     fn write(&mut self) {
         match files::replace(&self.file, format!("{}\n", self.latest).as_bytes()) {
-            Ok(()) => (self.written, self.complained) = (self.latest, false),
-            Err(error) if !self.complained => {
+            Ok(()) => (self.written, self.failure_logged) = (self.latest, false),
+            Err(error) if !self.failure_logged => {
                 let file = self.file.display();
                 tracing::warn!(%error, %file, "cannot keep the time");
-                self.complained = true;
+                self.failure_logged = true;
             }
             Err(_) => {}
         }
@@ -84,13 +84,13 @@ mod tests {
     fn a_clock_set_back_is_known_after_a_restart() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("clock");
-        let load = || Clock::load(file.clone());
+        let load = || WallClockFloor::load(file.clone());
         let mut clock = load();
         assert_eq!(clock.floor(1_000_000), 0, "there was nothing before");
-        clock.look(1_000_030);
-        clock.look(1_000_059);
+        clock.update(1_000_030);
+        clock.update(1_000_059);
         assert_eq!(std::fs::read_to_string(&file).unwrap(), "1000000\n", "not every second");
-        clock.look(1_000_065);
+        clock.update(1_000_065);
         // Up to 1,000,124 it may have said without writing it.
         let first = load().floor(500);
         assert!(first >= 1_000_125, "{first}");
@@ -106,9 +106,9 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("clock");
         std::fs::write(&file, "noon").unwrap();
-        assert_eq!(Clock::load(file).floor(7), 0);
-        let mut nowhere = Clock::load(directory.path().join("no/such/directory"));
-        nowhere.look(100);
+        assert_eq!(WallClockFloor::load(file).floor(7), 0);
+        let mut nowhere = WallClockFloor::load(directory.path().join("no/such/directory"));
+        nowhere.update(100);
         assert!(nowhere.floor(50) > 100);
     }
 }

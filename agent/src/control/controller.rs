@@ -24,8 +24,8 @@ use super::failures::{interface_failure, netlink_failure};
 use super::logs::{abridged, log_changes, log_mtu_problem, log_unresolved};
 use super::registry::Registry;
 use super::rotation::{Rotation, RotationRequest};
-use super::source::Source;
-use super::supervisor::{self, End, Handle, Supervision};
+use super::source::RecordChanges;
+use super::supervisor::{self, Handle, ShutdownMode, Supervision};
 use super::underlay::UnderlayWatch;
 use super::view::Publication;
 use crate::cni::Pods;
@@ -35,13 +35,13 @@ use crate::lifecycle::{Asked, NotReady, Signals};
 use crate::status::PeerConflict;
 
 /// The interface is compared with what is wanted this often, whatever was announced.
-const RESYNC: Duration = Duration::from_secs(10);
+const RESYNC_INTERVAL: Duration = Duration::from_secs(10);
 /// Minimum interval between two reactions to changed path MTUs: a peer determines its own MTU.
-const PATH_INTERVAL: Duration = Duration::from_secs(1);
+const MIN_PATH_INTERVAL: Duration = Duration::from_secs(1);
 /// Routes wait this long for the data process to know the node that they lead to.
-const PATIENCE: Duration = Duration::from_millis(200);
+const APPLY_TIMEOUT: Duration = Duration::from_millis(200);
 /// Announcements of the kernel that come together are taken together.
-const QUIET: Duration = Duration::from_millis(20);
+const COALESCE_DELAY: Duration = Duration::from_millis(20);
 
 /// Owner of the node's network state: brings interface, routes, firewall and data process to the
 /// desired state, and repeats it whenever something changes.
@@ -71,19 +71,19 @@ pub(super) struct Controller {
     started: bool,
     not_ready: Option<NotReady>,
     /// Paths that carry less than the nodes.
-    narrow: Vec<ReducedPath>,
+    reduced_paths: Vec<ReducedPath>,
     /// Ports of the data process's UDP sockets.
     source_ports: Vec<u16>,
     /// Time of the next reaction to changes of `narrow`.
-    narrow_due: Instant,
+    reduced_paths_due: Instant,
     /// Logged already, so as not to be logged every ten seconds.
-    complaints: Vec<String>,
+    logged_problems: Vec<String>,
     /// Prefixes of peers to which another program has a route.
     conflicts: Vec<PeerConflict>,
 }
 
 /// Receiver of the outcome of the first snapshot.
-pub(super) type First = oneshot::Receiver<Result<(), Failure>>;
+pub(super) type FirstOutcome = oneshot::Receiver<Result<(), Failure>>;
 
 impl Controller {
     pub(super) async fn start(
@@ -91,7 +91,7 @@ impl Controller {
         rotation: Rotation,
         mut registry: Registry,
         published: Publication,
-    ) -> Result<(Self, First), Failure> {
+    ) -> Result<(Self, FirstOutcome), Failure> {
         let netlink = Netlink::connect().map_err(netlink_failure)?;
         let monitor = Monitor::start(&config.interface.name).map_err(netlink_failure)?;
         let mut underlay = UnderlayWatch::default();
@@ -159,30 +159,30 @@ impl Controller {
             no_pods,
             started: false,
             not_ready,
-            narrow: Vec::new(),
+            reduced_paths: Vec::new(),
             source_ports: Vec::new(),
-            narrow_due: Instant::now(),
-            complaints: Vec::new(),
+            reduced_paths_due: Instant::now(),
+            logged_problems: Vec::new(),
             conflicts: Vec::new(),
         };
-        controller.show();
+        controller.propagate();
         Ok((controller, first))
     }
 
     pub(super) async fn run(
         mut self,
-        mut first: First,
-        mut source: Source,
+        mut first: FirstOutcome,
+        mut source: RecordChanges,
         mut asked: mpsc::Receiver<RotationRequest>,
         signals: &mut Signals,
     ) -> Result<(), Failure> {
-        let mut resync = tokio::time::interval(RESYNC);
+        let mut resync = tokio::time::interval(RESYNC_INTERVAL);
         resync.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let dataplane = self.published.dataplane.clone();
         loop {
             tokio::select! {
                 asked = signals.next() => match asked {
-                    Asked::End => return self.end().await,
+                    Asked::End => return self.shut_down().await,
                     Asked::Reload => self.reload().await,
                 },
                 result = &mut first, if !self.started => {
@@ -192,35 +192,35 @@ impl Controller {
                             self.registry.write_store();
                             self.reconcile().await;
                             if let Err(failure) = self.serve_pods().await {
-                                return Err(self.undo(failure).await);
+                                return Err(self.roll_back(failure).await);
                             }
                         }
-                        Err(failure) => return Err(self.undo(failure).await),
+                        Err(failure) => return Err(self.roll_back(failure).await),
                     }
                 }
                 () = source.due() => {
                     self.reload().await;
-                    self.rotate().await;
+                    self.step_rotation().await;
                 }
                 Some(asked) = asked.recv() => self.begin_rotation(asked).await,
-                () = until(self.rotation.deadline()) => self.rotate().await,
-                narrow = dataplane.narrow_paths(&self.narrow, self.narrow_due) => {
-                    let paths = self.desired.changed_paths(&self.narrow, &narrow);
+                () = until(self.rotation.deadline()) => self.step_rotation().await,
+                narrow = dataplane.changed_paths(&self.reduced_paths, self.reduced_paths_due) => {
+                    let paths = self.desired.changed_paths(&self.reduced_paths, &narrow);
                     tracing::info!("path MTUs changed: {}", abridged(&paths));
-                    self.narrow = narrow;
-                    self.narrow_due = Instant::now() + PATH_INTERVAL;
+                    self.reduced_paths = narrow;
+                    self.reduced_paths_due = Instant::now() + MIN_PATH_INTERVAL;
                     self.reconcile().await;
                 }
                 ports = dataplane.source_ports(&self.source_ports) => {
                     self.source_ports = ports;
-                    self.show();
+                    self.propagate();
                 }
                 () = self.monitor.changed() => {
                     // Missing unreachable routes are added at once, because pods' packets may leave
                     // in clear meanwhile. The reconciliation below retries failures and reports
                     // them.
                     self.ensure_unreachable_routes().await;
-                    tokio::time::sleep(QUIET).await;
+                    tokio::time::sleep(COALESCE_DELAY).await;
                     self.reconcile().await;
                 }
                 () = self.monitor.underlay_changed(), if !self.underlay.is_due() => {
@@ -230,7 +230,7 @@ impl Controller {
                 _ = resync.tick() => {
                     self.resolve_endpoints().await;
                     self.reconcile().await;
-                    self.rotate().await;
+                    self.step_rotation().await;
                 }
             }
         }
@@ -246,11 +246,11 @@ impl Controller {
         self.underlay.records_changed(&self.config, &self.registry);
         let desired = self.underlay.desired(&self.config, &self.registry);
         tracing::info!(peers = desired.peers.len(), "node records have changed");
-        self.follow(desired).await;
+        self.set_desired(desired).await;
     }
 
     /// Makes `desired` the state of this node.
-    async fn follow(&mut self, desired: Desired) {
+    async fn set_desired(&mut self, desired: Desired) {
         if let Some(problem) = desired.address_problem() {
             tracing::error!("{problem}");
         }
@@ -262,16 +262,16 @@ impl Controller {
         }
         self.desired = desired;
         // The data process first: a route to a node that it does not know yet loses packets.
-        self.publish_and_wait().await;
+        self.publish_snapshot_and_wait().await;
         self.reconcile().await;
-        self.show();
+        self.propagate();
     }
 
     /// Follows interfaces of link-local endpoints that are created or deleted.
     async fn resolve_endpoints(&mut self) {
         let before = self.desired.unresolved.clone();
         if self.started && self.desired.resolve_endpoints(&self.registry) {
-            self.publish_and_wait().await;
+            self.publish_snapshot_and_wait().await;
         }
         log_unresolved(&before, &self.desired.unresolved);
     }
@@ -282,7 +282,7 @@ impl Controller {
             Ok(true) => {
                 let desired = self.underlay.desired(&self.config, &self.registry);
                 if desired != self.desired {
-                    self.follow(desired).await;
+                    self.set_desired(desired).await;
                 }
             }
             Ok(false) => {}
@@ -290,10 +290,10 @@ impl Controller {
         }
     }
 
-    async fn publish_and_wait(&self) {
-        let revision = self.publish();
-        let reached = self.published.dataplane.reached(revision);
-        if tokio::time::timeout(PATIENCE, reached).await.is_err() {
+    async fn publish_snapshot_and_wait(&self) {
+        let revision = self.publish_snapshot();
+        let reached = self.published.dataplane.wait_for_revision(revision);
+        if tokio::time::timeout(APPLY_TIMEOUT, reached).await.is_err() {
             tracing::warn!(revision, "the data process has not taken the change yet");
         }
     }
@@ -314,7 +314,7 @@ impl Controller {
     }
 
     /// Hands the wanted state to the supervisor.
-    fn publish(&self) -> u64 {
+    fn publish_snapshot(&self) -> u64 {
         let revision = self.snapshots.borrow().revision + 1;
         let snapshot = self.desired.snapshot(
             &self.config,
@@ -327,16 +327,16 @@ impl Controller {
         revision
     }
 
-    async fn end(self) -> Result<(), Failure> {
+    async fn shut_down(self) -> Result<(), Failure> {
         let keep = self.config.dataplane.keep_on_exit;
         tracing::info!(keep_dataplane = keep, "ending");
-        self.supervisor.end(if keep { End::Keep } else { End::Stop }).await;
+        self.supervisor.end(if keep { ShutdownMode::Keep } else { ShutdownMode::Stop }).await;
         Ok(())
     }
 
     /// Takes back what this start has made.
-    async fn undo(self, failure: Failure) -> Failure {
-        self.supervisor.end(End::StopOwn).await;
+    async fn roll_back(self, failure: Failure) -> Failure {
+        self.supervisor.end(ShutdownMode::StopOwn).await;
         if self.interface.created
             && let Err(error) = self.netlink.delete_link(self.interface.index).await
         {

@@ -6,14 +6,14 @@ use skein_ipc::{ReducedPath, Report, UnreachablePeer};
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
-use super::history::History;
+use super::history::CounterRing;
 use crate::status::DataplaneStatus;
 
 /// The data process as the supervisor sees it; cheap to clone, always current.
 #[derive(Debug, Clone, Default)]
 pub struct DataplaneState {
     status: watch::Sender<DataplaneStatus>,
-    history: History,
+    history: CounterRing,
     /// Wakes up the supervisor for a report.
     pub(super) report_wanted: Arc<Notify>,
 }
@@ -25,7 +25,7 @@ impl DataplaneState {
     }
 
     /// Its counters in the last minutes.
-    pub fn history(&self) -> &History {
+    pub fn history(&self) -> &CounterRing {
         &self.history
     }
 
@@ -35,7 +35,7 @@ impl DataplaneState {
     }
 
     /// Waits until this revision, or a later one, is in force.
-    pub async fn reached(&self, revision: u64) {
+    pub async fn wait_for_revision(&self, revision: u64) {
         let reached = |status: &DataplaneStatus| status.up && status.revision >= revision;
         // Fails only where the sender is gone, and that is `self`.
         let _ = self.status.subscribe().wait_for(reached).await;
@@ -43,7 +43,7 @@ impl DataplaneState {
 
     /// Waits until `not_before`, and then for other paths than `known` to be narrow. Returns the
     /// narrow paths. Changes that come before `not_before` are returned together.
-    pub async fn narrow_paths(
+    pub async fn changed_paths(
         &self,
         known: &[ReducedPath],
         not_before: Instant,
@@ -69,14 +69,14 @@ impl DataplaneState {
     }
 
     /// Waits for other peers than these to be unreachable, or for another reason.
-    pub async fn other_unreachable_peers(&self, known: &[UnreachablePeer]) {
+    pub async fn unreachable_peers_changed(&self, known: &[UnreachablePeer]) {
         let differ = |status: &DataplaneStatus| status.up && status.unreachable != known;
         // Fails only where the sender is gone, and that is `self`.
         let _ = self.status.subscribe().wait_for(differ).await;
     }
 
-    pub(super) fn found(&self, report: Report) {
-        self.history.note(&report);
+    pub(super) fn on_report(&self, report: Report) {
+        self.history.push(&report);
         let Report {
             capabilities,
             reduced_paths: mut narrow,

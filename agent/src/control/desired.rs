@@ -285,7 +285,7 @@ pub fn difference(old: &Snapshot, new: &Snapshot) -> Option<Request> {
 mod tests {
     use super::super::records::tests::text;
     use super::*;
-    use crate::control::source::Reader;
+    use crate::control::source::RecordSource;
 
     fn desired(config: &str, records: &[String], underlay_mtu: u32) -> (Config, Desired) {
         let directory = tempfile::tempdir().unwrap();
@@ -300,7 +300,7 @@ mod tests {
         let registry = Registry::open(
             &config,
             PublicKey([1; 32]).into(),
-            Reader::Path(config.nodes.clone()),
+            RecordSource::Path(config.nodes.clone()),
             None,
         )
         .unwrap();

@@ -33,7 +33,7 @@ pub(super) struct HandshakeTimes {
     /// Pending write on a blocking thread.
     writing: Option<JoinHandle<io::Result<()>>>,
     /// True after a failure to write was logged.
-    complained: bool,
+    failure_logged: bool,
 }
 
 impl HandshakeTimes {
@@ -50,7 +50,7 @@ impl HandshakeTimes {
             last_reports: BTreeMap::new(),
             reports: 0,
             writing: None,
-            complained: false,
+            failure_logged: false,
         }
     }
 
@@ -82,11 +82,11 @@ impl HandshakeTimes {
         let result = writing.await.unwrap_or_else(|error| Err(io::Error::other(error)));
         self.writing = None;
         match result {
-            Ok(()) => self.complained = false,
-            Err(error) if !self.complained => {
+            Ok(()) => self.failure_logged = false,
+            Err(error) if !self.failure_logged => {
                 let file = self.file.display();
                 tracing::warn!(%error, %file, "cannot write handshake times");
-                self.complained = true;
+                self.failure_logged = true;
             }
             Err(_) => {}
         }

@@ -9,7 +9,7 @@ use skein_core::drop::{Direction, DropReason};
 use skein_ipc::{DirectionReport, DropReport, LaneReport, Report};
 
 /// Samples that are kept: five minutes and a little more, at one every two seconds.
-const SAMPLES: usize = 160;
+const MAX_SAMPLES: usize = 160;
 
 /// What the numbers of a [`Sample`] are. All but the first two are totals since the data process's start.
 pub const COLUMNS: [&str; 15] = [
@@ -36,22 +36,22 @@ pub type Sample = [u64; COLUMNS.len()];
 
 /// Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub struct History(Arc<Mutex<VecDeque<Sample>>>);
+pub struct CounterRing(Arc<Mutex<VecDeque<Sample>>>);
 
-impl History {
+impl CounterRing {
     /// Keeps what a report counts; the oldest goes.
-    pub(super) fn note(&self, report: &Report) {
-        self.note_at(now_ms(), report);
+    pub(super) fn push(&self, report: &Report) {
+        self.push_at(now_ms(), report);
     }
 
-    fn note_at(&self, time_ms: u64, report: &Report) {
+    fn push_at(&self, time_ms: u64, report: &Report) {
         let mut samples = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         // The clock was set back: what comes now would seem older than what is there.
         if samples.back().is_some_and(|last| last[0] >= time_ms) {
             samples.clear();
         }
         samples.push_back(sample(time_ms, report));
-        if samples.len() > SAMPLES {
+        if samples.len() > MAX_SAMPLES {
             samples.pop_front();
         }
     }
@@ -127,8 +127,8 @@ mod tests {
 
     #[test]
     fn lanes_are_summed_under_their_names() {
-        let history = History::default();
-        history.note_at(1000, &report(5));
+        let history = CounterRing::default();
+        history.push_at(1000, &report(5));
         let sample = history.since(0)[0];
         let value = |name| sample[COLUMNS.iter().position(|column| *column == name).unwrap_or(99)];
         assert_eq!((value("time_ms"), value("process")), (1000, 42));
@@ -139,18 +139,18 @@ mod tests {
 
     #[test]
     fn old_samples_go_and_the_new_ones_are_given() {
-        let history = History::default();
-        (1..=500).for_each(|n| history.note_at(n * 2000, &report(n)));
-        assert_eq!(history.since(0).len(), SAMPLES);
+        let history = CounterRing::default();
+        (1..=500).for_each(|n| history.push_at(n * 2000, &report(n)));
+        assert_eq!(history.since(0).len(), MAX_SAMPLES);
         assert_eq!(history.since(499 * 2000).len(), 1);
         assert_eq!(history.since(500 * 2000).len(), 0);
     }
 
     #[test]
     fn a_clock_that_was_set_back_begins_anew() {
-        let history = History::default();
-        history.note_at(10_000, &report(1));
-        history.note_at(4_000, &report(2));
+        let history = CounterRing::default();
+        history.push_at(10_000, &report(1));
+        history.push_at(4_000, &report(2));
         assert_eq!(history.since(0).len(), 1);
         assert_eq!(history.since(10_000).len(), 1, "who knows later ones begins anew, too");
     }

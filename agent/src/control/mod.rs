@@ -56,7 +56,7 @@ use self::logs::log_changes;
 use self::registry::{Registry, Stored};
 use self::reports::Reports;
 use self::rotation::Rotation;
-use self::source::{Reader, Source};
+use self::source::{RecordChanges, RecordSource};
 use self::takeover::{Listeners, Role, Start};
 use self::view::{AgentView, Publication};
 use self::watch::SourceWatch;
@@ -66,7 +66,7 @@ use crate::lifecycle::{NotReady, Readiness, Signals};
 use crate::listener::bind_tcp;
 
 /// How long an agent that gives way may take.
-const RELEASE: Duration = Duration::from_secs(5);
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Interval at which a port or socket in use is tried again.
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -124,11 +124,11 @@ pub async fn run(
     let reports = Reports::new(config.dataplane.socket.clone());
     let bind = async |key: &str, bound: Option<TcpListener>, address| match bound {
         Some(bound) => Ok(Some(bound)),
-        None => free(takes_over, || bind_tcp(key, address)).await,
+        None => retry_until_free(takes_over, || bind_tcp(key, address)).await,
     };
     let metrics = bind("metrics.listen", listeners.metrics, config.metrics.listen).await?;
     let page = bind("status_page.listen", listeners.page, config.status_page.listen).await?;
-    let status = free(takes_over, || server::bind(&config.control.socket)).await?;
+    let status = retry_until_free(takes_over, || server::bind(&config.control.socket)).await?;
     let (hand_over, mut asked_to_hand_over) = mpsc::channel(1);
     let shown = HttpSource {
         agent: agent.clone(),
@@ -139,9 +139,9 @@ pub async fn run(
     let http = serve_http(Listeners { metrics, page }, shown);
     let (rotate, asked) = mpsc::channel(1);
     let log_levels = LogLevels { dataplane: config.dataplane.socket.clone() };
-    let asks = server::Asks { hand_over, rotate, log_levels };
+    let senders = server::RequestSenders { hand_over, rotate, log_levels };
     let source = StatusSource { agent: agent.clone(), reports, pods: published.pods.subscribe() };
-    let server = tokio::spawn(server::serve(status, source, asks));
+    let server = tokio::spawn(server::serve(status, source, senders));
     let dataplane = start.instance.as_ref();
     let mut dataplane = dataplane.map(|own| DataplaneRequest::start(own, readiness.clone()));
 
@@ -181,9 +181,12 @@ pub async fn run(
     result.map(|()| Ended::Asked)
 }
 
-/// Tries until what an agent that gives way has is free.
-async fn free<T>(take_over: bool, take: impl Fn() -> Result<T, Failure>) -> Result<T, Failure> {
-    let end = Instant::now() + RELEASE;
+/// Tries until what an agent that gives way has is retry_until_free.
+async fn retry_until_free<T>(
+    take_over: bool,
+    take: impl Fn() -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    let end = Instant::now() + RELEASE_TIMEOUT;
     loop {
         match take() {
             Err(Failure::Taken(_)) if take_over && Instant::now() < end => {
@@ -214,19 +217,19 @@ async fn first_records(
     requests: Option<Requests>,
     starting: &NotReady,
     stored: Option<&Stored>,
-) -> Result<(Source, Reader), Failure> {
+) -> Result<(RecordChanges, RecordSource), Failure> {
     let config = &*agent.config;
     let Some(requests) = requests else {
         let watch = SourceWatch::start(&config.nodes);
-        return Ok((Source::Path(watch), Reader::Path(config.nodes.clone())));
+        return Ok((RecordChanges::Path(watch), RecordSource::Path(config.nodes.clone())));
     };
     let mut kubernetes = Kubernetes::start(agent, requests).await?;
-    let reader = Reader::Kubernetes(kubernetes.records());
+    let reader = RecordSource::Kubernetes(kubernetes.records());
     let last_good = stored.is_some_and(|stored| stored.is_of(&reader));
     let waits = |reason: &str| {
         tracing::info!(reason, "waiting for the node records");
         starting.because(format!("waiting for the node records: {reason}"));
     };
     kubernetes.start_with(config, last_good, waits).await?;
-    Ok((Source::Kubernetes(kubernetes), reader))
+    Ok((RecordChanges::Kubernetes(kubernetes), reader))
 }

@@ -61,14 +61,14 @@ impl fmt::Display for RecordError {
 impl std::error::Error for RecordError {}
 
 /// The records of every file, or what is wrong with it.
-pub type Files = BTreeMap<PathBuf, Result<Vec<NodeRecord>, RecordError>>;
+pub type ParsedRecords = BTreeMap<PathBuf, Result<Vec<NodeRecord>, RecordError>>;
 
 /// Reads a file, or every `*.toml` of a directory that is not hidden.
-pub fn read(source: &Path) -> std::io::Result<Files> {
+pub fn read(source: &Path) -> std::io::Result<ParsedRecords> {
     if !std::fs::metadata(source)?.is_dir() {
         return Ok(BTreeMap::from([(source.to_owned(), read_file(source))]));
     }
-    let mut files = Files::new();
+    let mut files = ParsedRecords::new();
     for entry in std::fs::read_dir(source)? {
         let path = entry?.path();
         let hidden = path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));

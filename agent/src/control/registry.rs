@@ -16,13 +16,13 @@ use skein_ipc::keys::PublicKeys;
 
 pub use self::former::overlay_prefixes;
 use self::former::{FormerPrefixes, Owners, hosts, owners};
-use self::settle::{Accepted, Own, Settled, check_own, local_cidrs, settle};
+use self::settle::{Accepted, LocalNode, Resolution, check_own, local_cidrs, resolve_conflicts};
 pub use self::store::Stored;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use self::store::fuzz_stored;
 use self::store::path as store_path;
 use super::records::NodeRecord;
-use super::source::Reader;
+use super::source::RecordSource;
 use crate::config::Config;
 use crate::failure::Failure;
 use crate::status::{RegistryStatus, RejectedFile};
@@ -30,10 +30,10 @@ use crate::status::{RegistryStatus, RejectedFile};
 /// The records in force.
 #[derive(Debug)]
 pub struct Registry {
-    own: Own,
+    own: LocalNode,
     /// What this node owns.
     local_cidrs: Vec<IpNet>,
-    source: Reader,
+    source: RecordSource,
     store: PathBuf,
     accepted: Accepted,
     /// Prefixes that a node owned and that no node owns now.
@@ -56,7 +56,7 @@ impl Registry {
     pub fn open(
         config: &Config,
         keys: PublicKeys,
-        source: Reader,
+        source: RecordSource,
         stored: Option<Stored>,
     ) -> Result<Self, Failure> {
         let registry = Self::read(config, keys, source, stored)?;
@@ -73,15 +73,15 @@ impl Registry {
     pub fn read(
         config: &Config,
         keys: PublicKeys,
-        source: Reader,
+        source: RecordSource,
         stored: Option<Stored>,
     ) -> Result<Self, Failure> {
-        let own = Own {
+        let own = LocalNode {
             name: config.name.clone(),
             keys,
             pod_cidrs: config.pod_cidrs.clone(),
             cluster_cidrs: config.cluster_cidrs.clone(),
-            record: source.made_here(&config.name),
+            record: source.own_record(&config.name),
         };
         let name = source.name();
         let shown = name.display();
@@ -109,14 +109,14 @@ impl Registry {
         };
         check_own(&own, &files)?;
         let first_start = last_good.is_none();
-        let Settled { accepted, rejected } =
-            settle(&own, &[], &last_good.unwrap_or_default(), files);
+        let Resolution { accepted, rejected } =
+            resolve_conflicts(&own, &[], &last_good.unwrap_or_default(), files);
         let mut problems: Vec<_> = rejected
             .iter()
             .map(|(path, error)| format!("node records {}: {error}", path.display()))
             .collect();
         // Whoever writes files is at hand; another node's record in Kubernetes is not this node's fault.
-        let local = matches!(source, Reader::Path(_));
+        let local = matches!(source, RecordSource::Path(_));
         if local && first_start && !problems.is_empty() {
             return Err(Failure::Usage(problems.join("\n")));
         }
@@ -167,8 +167,8 @@ impl Registry {
             tracing::warn!(source = %self.source.name().display(), %error, "nothing new is known of the node records");
         }
         self.source_error = error;
-        let Settled { accepted, rejected } =
-            settle(&self.own, &self.local_cidrs, &self.accepted, files);
+        let Resolution { accepted, rejected } =
+            resolve_conflicts(&self.own, &self.local_cidrs, &self.accepted, files);
         for (path, error) in &rejected {
             if self.rejected.get(path) != Some(error) {
                 log_rejected(path, error);
@@ -249,10 +249,10 @@ impl Registry {
     }
 
     /// The keys of this node's record as the other nodes can read it, where there is one.
-    pub fn told_keys(&self) -> Option<PublicKeys> {
+    pub fn published_keys(&self) -> Option<PublicKeys> {
         match &self.source {
-            Reader::Path(_) => self.own().map(NodeRecord::keys),
-            Reader::Kubernetes(records) => records.published_keys(),
+            RecordSource::Path(_) => self.own().map(NodeRecord::keys),
+            RecordSource::Kubernetes(records) => records.published_keys(),
         }
     }
 

@@ -17,7 +17,7 @@ use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
-use self::files::{beside, next, previous, read_second, remove};
+use self::files::{next_path, previous_path, read_second, remove, second_key_paths};
 use super::identity;
 use crate::config::{Config, KeyRotation};
 use crate::failure::Failure;
@@ -26,7 +26,7 @@ use crate::status::{RotationStatus, Stage};
 
 /// How long peers that do not use the new key hold up the end of the old one: one that is out of the API
 /// server's reach knows the old one alone, and one that is not honest would say so for ever.
-const HELD: Duration = Duration::from_secs(86_400);
+const MAX_OLD_KEY_WAIT: Duration = Duration::from_secs(86_400);
 
 /// Somebody asks for another key.
 #[derive(Debug)]
@@ -55,7 +55,7 @@ pub enum RotationError {
 }
 
 /// Where to ask.
-pub type Ask = mpsc::Sender<RotationRequest>;
+pub type RotationSender = mpsc::Sender<RotationRequest>;
 
 /// Private keys of this node.
 #[derive(Debug, Clone, Copy)]
@@ -78,9 +78,9 @@ pub struct Rotation {
     public: PublicKeys,
     /// Since when the others can have read what this stage needs them to know, by the monotonic clock: a
     /// leap of the other one would cut off those who have not.
-    told: Option<Instant>,
+    readable_since: Option<Instant>,
     /// How many peers still use the old key.
-    held: usize,
+    old_key_peers: usize,
 }
 
 impl Rotation {
@@ -88,7 +88,7 @@ impl Rotation {
     pub fn load(config: &Config) -> Result<Self, Failure> {
         let path = config.key_path();
         let current = identity::for_node(config)?;
-        files::sweep(&path);
+        files::remove_incomplete(&path);
         let second = read_second(&path, &current)?;
         Ok(Self {
             path,
@@ -97,14 +97,14 @@ impl Rotation {
             public: public_keys(&current, second.as_ref())?,
             current,
             second,
-            told: None,
-            held: 0,
+            readable_since: None,
+            old_key_peers: 0,
         })
     }
 
     /// Whatever step has failed half way: what counts is what the disk has.
-    fn read_again(&mut self) {
-        self.told = None;
+    fn reload(&mut self) {
+        self.readable_since = None;
         let read = || -> Result<_, Failure> {
             let current = identity::load(&self.path)?;
             let none = || Failure::Usage(format!("there is no key {}", self.path.display()));
@@ -160,15 +160,18 @@ impl Rotation {
                 ),
             });
         }
-        let Some(told) = self.told else {
+        let Some(told) = self.readable_since else {
             let text = "the API server to show the record, a few seconds (or longer? it may not know this \
                         version's definition of SkeinNode: kubectl apply -f charts/skein/crds)";
             return Some(text.to_owned());
         };
         let left = self.settings.settle.saturating_sub(told.elapsed());
         Some(match self.stage() {
-            Stage::Changed if left.is_zero() && self.held > 0 => {
-                format!("{} peers that do not use the new key yet, a day at most", self.held)
+            Stage::Changed if left.is_zero() && self.old_key_peers > 0 => {
+                format!(
+                    "{} peers that do not use the new key yet, a day at most",
+                    self.old_key_peers
+                )
             }
             _ => format!("the other nodes to read the record, {} s more", left.as_secs()),
         })
@@ -183,14 +186,14 @@ impl Rotation {
 
     /// Up to a tenth more, for each key another part of it: the nodes of a cluster are made in one hour, and
     /// are not to change their keys in one.
-    fn spread(&self, every: Duration) -> Duration {
+    fn with_spread(&self, every: Duration) -> Duration {
         every + every / 10 * u32::from(self.public.first.0[0]) / 256
     }
 
     /// When to call [`Rotation::step`] though nothing else has happened. Beyond that it is called every few
     /// seconds anyway.
     pub fn deadline(&self) -> Option<Instant> {
-        let settled = self.told? + self.settings.settle;
+        let settled = self.readable_since? + self.settings.settle;
         (self.stage() != Stage::Steady && settled > Instant::now()).then_some(settled)
     }
 
@@ -199,7 +202,7 @@ impl Rotation {
     pub fn begin(&mut self, at_once: bool) -> Result<(), Failure> {
         let result = self.try_begin(at_once);
         if result.is_err() {
-            self.read_again();
+            self.reload();
         }
         result
     }
@@ -219,12 +222,12 @@ impl Rotation {
         }
         if at_once {
             // Whoever has the one key may have the other.
-            beside(&self.path).iter().try_for_each(|other| remove(other))?;
+            second_key_paths(&self.path).iter().try_for_each(|other| remove(other))?;
         }
         self.announce()?;
         if at_once {
-            self.change()?;
-            self.give_up()?;
+            self.switch_keys()?;
+            self.remove_old_key()?;
         }
         Ok(())
     }
@@ -232,11 +235,15 @@ impl Rotation {
     /// Goes on where the others know enough. `record`: the keys of this node's record as the other nodes
     /// can read it, where there is one. `held`: how many peers still use the old key. The keys may have
     /// changed also where it fails.
-    pub fn step(&mut self, record: Option<PublicKeys>, held: usize) -> Result<(), Failure> {
-        self.held = held;
+    pub fn step(
+        &mut self,
+        record: Option<PublicKeys>,
+        old_key_peers: usize,
+    ) -> Result<(), Failure> {
+        self.old_key_peers = old_key_peers;
         let result = self.try_step(record);
         if result.is_err() {
-            self.read_again();
+            self.reload();
         }
         result
     }
@@ -245,19 +252,22 @@ impl Rotation {
         let PublicKeys { first, second } = self.public;
         let settled = match record {
             Some(record) if self.writes_record && record == self.public => {
-                let told = self.told.get_or_insert_with(Instant::now).elapsed();
-                let waits = self.stage() == Stage::Changed && self.held > 0 && told < HELD;
+                let told = self.readable_since.get_or_insert_with(Instant::now).elapsed();
+                let waits = self.stage() == Stage::Changed
+                    && self.old_key_peers > 0
+                    && told < MAX_OLD_KEY_WAIT;
                 told >= self.settings.settle && !waits
             }
             _ => {
-                self.told = None;
+                self.readable_since = None;
                 false
             }
         };
         match self.stage() {
             Stage::Steady => {
-                self.told = None;
-                let old = self.settings.every.is_some_and(|every| self.age() >= self.spread(every));
+                self.readable_since = None;
+                let old =
+                    self.settings.every.is_some_and(|every| self.age() >= self.with_spread(every));
                 if !(old && self.writes_record && record == Some(self.public)) {
                     return Ok(());
                 }
@@ -266,26 +276,26 @@ impl Rotation {
             }
             Stage::Announced => {
                 let asked = record.is_some_and(|record| Some(record.first) == second);
-                if settled || asked { self.change() } else { Ok(()) }
+                if settled || asked { self.switch_keys() } else { Ok(()) }
             }
             Stage::Changed => {
                 let asked = !self.writes_record && record == Some(first.into());
-                if settled || asked { self.give_up() } else { Ok(()) }
+                if settled || asked { self.remove_old_key() } else { Ok(()) }
             }
         }
     }
 
     fn announce(&mut self) -> Result<(), Failure> {
         let key = PrivateKey::generate().context("cannot make a private key")?;
-        identity::store(&next(&self.path), &key)?;
-        self.become_(Some((Stage::Announced, key)))?;
+        identity::store(&next_path(&self.path), &key)?;
+        self.set_second(Some((Stage::Announced, key)))?;
         tracing::info!(next = ?self.public.second, "the next key is announced");
         Ok(())
     }
 
     /// Whatever comes between the two steps on the disk, one of both keys is in force and the other is known.
-    fn change(&mut self) -> Result<(), Failure> {
-        let (next, previous) = (next(&self.path), previous(&self.path));
+    fn switch_keys(&mut self) -> Result<(), Failure> {
+        let (next, previous) = (next_path(&self.path), previous_path(&self.path));
         if !previous.exists() {
             identity::store(&previous, &self.current)?;
         }
@@ -294,22 +304,22 @@ impl Rotation {
             .map_err(|error| Failure::io(format!("cannot rename {}", next.display()), error))?;
         let Some((_, key)) = self.second.take() else { return Ok(()) };
         let before = std::mem::replace(&mut self.current, key);
-        self.become_(Some((Stage::Changed, before)))?;
+        self.set_second(Some((Stage::Changed, before)))?;
         tracing::info!(key = %self.public.first, "the new key is in force");
         Ok(())
     }
 
-    fn give_up(&mut self) -> Result<(), Failure> {
-        remove(&previous(&self.path))?;
-        self.become_(None)?;
+    fn remove_old_key(&mut self) -> Result<(), Failure> {
+        remove(&previous_path(&self.path))?;
+        self.set_second(None)?;
         tracing::info!(key = %self.public.first, "the old key is given up");
         Ok(())
     }
 
-    fn become_(&mut self, second: Option<(Stage, PrivateKey)>) -> Result<(), Failure> {
+    fn set_second(&mut self, second: Option<(Stage, PrivateKey)>) -> Result<(), Failure> {
         self.public = public_keys(&self.current, second.as_ref())?;
         self.second = second;
-        self.told = None;
+        self.readable_since = None;
         Ok(())
     }
 }

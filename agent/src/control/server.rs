@@ -32,7 +32,7 @@ use tokio::sync::{mpsc, oneshot};
 pub(super) use self::lines::HAND_OVER as HAND_OVER_LINE;
 use super::exports::StatusSource;
 use super::log_level::{LogLevelError, LogLevels};
-use super::rotation::{Ask, RotationError, RotationRequest};
+use super::rotation::{RotationError, RotationRequest, RotationSender};
 use crate::connection::serve_request;
 use crate::failure::Failure;
 use crate::listener::Listener;
@@ -121,11 +121,11 @@ pub fn bind(path: &Path) -> Result<Listener, Failure> {
 
 /// Receivers of the requests that change the agent.
 #[derive(Debug, Clone)]
-pub struct Asks {
+pub struct RequestSenders {
     /// Receives the connection of an agent that takes this one's place.
     pub hand_over: mpsc::Sender<std_net::UnixStream>,
     /// Receives requests for another key of this node.
-    pub rotate: Ask,
+    pub rotate: RotationSender,
     /// Setter of the log level.
     pub log_levels: LogLevels,
 }
@@ -134,12 +134,12 @@ pub struct Asks {
 #[derive(Debug, Clone)]
 struct Service {
     status: StatusSource,
-    asks: Asks,
+    senders: RequestSenders,
 }
 
 /// Serves requests until the task is aborted.
-pub async fn serve(mut listener: Listener, status: StatusSource, asks: Asks) {
-    let service = Service { status, asks };
+pub async fn serve(mut listener: Listener, status: StatusSource, senders: RequestSenders) {
+    let service = Service { status, senders };
     let router = router(service.clone());
     loop {
         match listener.accept().await {
@@ -207,7 +207,7 @@ async fn set_log_level(
     body: Result<Json<LogLevelBody>, JsonRejection>,
 ) -> Result<StatusCode, ErrorAnswer> {
     let Json(LogLevelBody { level }) = body?;
-    service.asks.log_levels.set(level.as_deref()).await?;
+    service.senders.log_levels.set(level.as_deref()).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -222,7 +222,7 @@ async fn hand_over(
         let text = format!("the request needs the header Upgrade: {HAND_OVER_PROTOCOL}");
         return Err(ErrorAnswer(StatusCode::UPGRADE_REQUIRED, text));
     }
-    let permit = service.asks.hand_over.try_reserve_owned().map_err(|_| {
+    let permit = service.senders.hand_over.try_reserve_owned().map_err(|_| {
         let text = "another agent takes this one's place already".to_owned();
         ErrorAnswer(StatusCode::CONFLICT, text)
     })?;
@@ -249,7 +249,7 @@ async fn upgraded(request: Request) -> io::Result<std_net::UnixStream> {
 impl Service {
     async fn rotate(&self, at_once: bool) -> Result<RotationStatus, RotationError> {
         let (answer, answered) = oneshot::channel();
-        let asked = self.asks.rotate.send(RotationRequest { at_once, answer }).await;
+        let asked = self.senders.rotate.send(RotationRequest { at_once, answer }).await;
         asked.map_err(|_| RotationError::Ending)?;
         answered.await.unwrap_or(Err(RotationError::Ending))
     }
@@ -281,9 +281,9 @@ mod tests {
             let ((to_hand_over, hand_over), (to_rotate, rotate)) =
                 (mpsc::channel(1), mpsc::channel(1));
             let log_levels = LogLevels { dataplane: directory.path().join("dataplane.sock") };
-            let asks = Asks { hand_over: to_hand_over, rotate: to_rotate, log_levels };
+            let senders = RequestSenders { hand_over: to_hand_over, rotate: to_rotate, log_levels };
             let status = status_source("name = 'node-a'");
-            tokio::spawn(serve(listener, status, asks));
+            tokio::spawn(serve(listener, status, senders));
             Self { directory, hand_over, rotate }
         }
 

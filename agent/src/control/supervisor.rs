@@ -13,7 +13,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, sleep};
 
 use super::client::{Client, ClientError};
-use super::clock::{Clock, wall};
+use super::clock::{WallClockFloor, wall};
 use super::dataplane::DataplaneState;
 use super::desired::difference;
 use super::handshakes::HandshakeTimes;
@@ -23,19 +23,19 @@ use crate::lifecycle::{NotReady, Readiness};
 use crate::logging::Log;
 
 /// How long a data process may take to listen after its start, and to end when asked.
-const PATIENCE: Duration = Duration::from_secs(5);
+const START_STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often a socket that nobody listens on is tried.
-const RETRY: Duration = Duration::from_millis(20);
+const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 /// A data process is asked for a sign of life this often.
-const HEARTBEAT: Duration = Duration::from_secs(1);
+const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
 /// Interval between requests for the handshakes' timestamps, which are then written to the disk.
 const HANDSHAKES_INTERVAL: Duration = Duration::from_secs(60);
 /// So many failed restarts of the first data process end the agent.
-const STARTS: u32 = 2;
+const MAX_FIRST_RESTARTS: u32 = 2;
 /// A data process that was in the wanted state for this long is started again at once.
-const STABLE: Duration = Duration::from_secs(5);
+const MIN_UPTIME: Duration = Duration::from_secs(5);
 /// Longest pause before a restart.
-const MAX_BACKOFF: Duration = Duration::from_secs(5);
+const MAX_RESTART_DELAY: Duration = Duration::from_secs(5);
 
 /// What the supervisor needs to know.
 #[derive(Debug, Clone)]
@@ -74,7 +74,7 @@ impl Settings {
 
 /// What becomes of the data process when the supervisor ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum End {
+pub enum ShutdownMode {
     /// It goes on.
     Keep,
     /// It ends, if it is the control process's to end.
@@ -86,13 +86,13 @@ pub enum End {
 /// A running supervisor.
 #[derive(Debug)]
 pub struct Handle {
-    end: oneshot::Sender<End>,
+    end: oneshot::Sender<ShutdownMode>,
     task: tokio::task::JoinHandle<()>,
 }
 
 impl Handle {
     /// Ends it, and the data process as `end` says.
-    pub async fn end(self, end: End) {
+    pub async fn end(self, end: ShutdownMode) {
         // An error means that the task has ended already.
         let _ = self.end.send(end);
         let _ = self.task.await;
@@ -118,7 +118,7 @@ pub fn start(
     let (first, first_result) = oneshot::channel();
     let (end, ended) = oneshot::channel();
     let not_ready = Some(readiness.block("the data process is not connected yet"));
-    let clock = Clock::load(settings.clock.clone());
+    let clock = WallClockFloor::load(settings.clock.clone());
     let handshakes = HandshakeTimes::load(settings.handshakes.clone());
     let supervisor = Supervisor {
         settings,
@@ -129,7 +129,7 @@ pub fn start(
         first: Some(first),
         child: None,
         last_pid: None,
-        in_force_since: None,
+        applied_since: None,
         clock,
         handshakes,
     };
@@ -149,8 +149,8 @@ struct Supervisor {
     /// Of the data process that was last in the wanted state; to count restarts.
     last_pid: Option<u32>,
     /// Since when this session's data process has been in the wanted state.
-    in_force_since: Option<Instant>,
-    clock: Clock,
+    applied_since: Option<Instant>,
+    clock: WallClockFloor,
     handshakes: HandshakeTimes,
 }
 
@@ -170,7 +170,7 @@ enum SessionEnd {
     /// It works with settings that it cannot change: another takes its place.
     Replaced,
     /// It works for another node.
-    Stranger(String),
+    WrongNode(String),
 }
 
 impl From<ClientError> for SessionEnd {
@@ -183,18 +183,18 @@ impl From<ClientError> for SessionEnd {
 }
 
 impl Supervisor {
-    async fn run(mut self, mut ended: oneshot::Receiver<End>) {
+    async fn run(mut self, mut ended: oneshot::Receiver<ShutdownMode>) {
         let mut failures = 0u32;
         loop {
-            self.in_force_since = None;
+            self.applied_since = None;
             let why = tokio::select! {
                 why = self.session() => why,
-                end = &mut ended => return self.end(end.unwrap_or(End::Keep)).await,
+                end = &mut ended => return self.end(end.unwrap_or(ShutdownMode::Keep)).await,
             };
-            if self.in_force_since.is_some_and(|since| since.elapsed() > STABLE) {
+            if self.applied_since.is_some_and(|since| since.elapsed() > MIN_UPTIME) {
                 failures = 0;
             }
-            if let SessionEnd::Stranger(message) = &why
+            if let SessionEnd::WrongNode(message) = &why
                 && let Some(first) = self.first.take()
             {
                 let _ = first.send(Err(Failure::Taken(message.clone())));
@@ -207,30 +207,30 @@ impl Supervisor {
             }
             if let SessionEnd::Gone(error) = &why
                 && self.settings.mode == Mode::Spawn
-                && failures >= STARTS
+                && failures >= MAX_FIRST_RESTARTS
                 && let Some(first) = self.first.take()
             {
                 let _ = first
                     .send(Err(anyhow::anyhow!("the data process does not start: {error}").into()));
             }
-            self.note(&why);
+            self.on_session_end(&why);
             let pause = match failures {
                 0 => Duration::ZERO,
-                n => (RETRY * 2u32.saturating_pow(n)).min(MAX_BACKOFF),
+                n => (RETRY_INTERVAL * 2u32.saturating_pow(n)).min(MAX_RESTART_DELAY),
             };
             failures += 1;
             tokio::select! {
                 () = sleep(pause) => {}
-                end = &mut ended => return self.end(end.unwrap_or(End::Keep)).await,
+                end = &mut ended => return self.end(end.unwrap_or(ShutdownMode::Keep)).await,
             }
         }
     }
 
-    fn note(&mut self, why: &SessionEnd) {
+    fn on_session_end(&mut self, why: &SessionEnd) {
         let reason = match why {
             SessionEnd::Replaced => "the data process is being replaced".to_owned(),
             SessionEnd::Gone(error) => format!("the data process is away: {error}"),
-            SessionEnd::Stranger(error) => error.clone(),
+            SessionEnd::WrongNode(error) => error.clone(),
             SessionEnd::Refused { message: error, .. } => {
                 format!("the data process refuses the wanted state: {error}")
             }
@@ -280,7 +280,7 @@ impl Supervisor {
         let mut applied = Arc::clone(&self.snapshots.borrow_and_update());
         let request = self.apply(&client, &applied);
         match client.apply(&request).await {
-            Ok(revision) => self.in_force(&client, revision),
+            Ok(revision) => self.on_applied(&client, revision),
             // Whoever has started it starts another, which takes any settings.
             Err(ClientError::Refused { kind: ErrorKind::RestartRequired, message }) if adopted => {
                 tracing::info!(message, "the data process that was found cannot go on");
@@ -291,15 +291,15 @@ impl Supervisor {
         }
         let mut handshakes = tokio::time::interval(HANDSHAKES_INTERVAL);
         handshakes.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut heartbeat = tokio::time::interval(HEARTBEAT);
+        let mut heartbeat = tokio::time::interval(HEARTBEAT_INTERVAL);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let report_wanted = Arc::clone(&self.state.report_wanted);
         loop {
             tokio::select! {
                 _ = heartbeat.tick() => {
-                    self.clock.look(wall());
+                    self.clock.update(wall());
                     match client.report(false).await {
-                        Ok(report) => self.state.found(report),
+                        Ok(report) => self.state.on_report(report),
                         Err(error) => return error.into(),
                     }
                 }
@@ -310,7 +310,7 @@ impl Supervisor {
                     }
                 }
                 () = report_wanted.notified() => match client.report(false).await {
-                    Ok(report) => self.state.found(report),
+                    Ok(report) => self.state.on_report(report),
                     Err(error) => return error.into(),
                 },
                 changed = self.snapshots.changed() => {
@@ -323,16 +323,16 @@ impl Supervisor {
                         return end;
                     }
                 }
-                () = client.closed() => return self.gone(),
+                () = client.closed() => return self.on_connection_closed(),
             }
         }
     }
 
-    fn in_force(&mut self, client: &Client, revision: u64) {
+    fn on_applied(&mut self, client: &Client, revision: u64) {
         let pid = client.pid();
         let restarted = self.last_pid.is_some() && self.last_pid != pid;
         self.last_pid = pid.or(self.last_pid);
-        self.in_force_since = Some(Instant::now());
+        self.applied_since = Some(Instant::now());
         self.state.set(|status| {
             status.up = true;
             status.pid = pid;
@@ -398,7 +398,7 @@ impl Supervisor {
         if found.name == snapshot.node.name || same_key() {
             return Ok(());
         }
-        Err(SessionEnd::Stranger(format!(
+        Err(SessionEnd::WrongNode(format!(
             "the data process at {} works for the node {:?} (public key {}): give each agent of a \
              host its own dataplane.socket",
             self.settings.socket.display(),

@@ -24,7 +24,7 @@ use super::failures::netlink_failure;
 use super::kubernetes::{Kubernetes, Requests};
 use super::lock::StateLock;
 use super::registry::{Registry, Stored};
-use super::source::{Reader, Source};
+use super::source::{RecordChanges, RecordSource};
 use super::underlay::UnderlayWatch;
 use crate::config::Config;
 use crate::failure::Failure;
@@ -36,7 +36,7 @@ use crate::status::{NodeState, RegistryStatus, RotationStatus};
 const CHECK_INTERVAL: Duration = Duration::from_millis(200);
 /// Maximum time for which an agent waits until the running agent is ready, so that a take-over does
 /// not begin in the middle of another one.
-const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
+const READY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Parameters of an agent's start.
 #[derive(Debug, Default)]
@@ -144,10 +144,10 @@ struct Candidate<'a> {
 struct Records {
     /// State whose key the follower of the API server uses.
     node: NodeState,
-    reader: Reader,
+    reader: RecordSource,
     underlay: UnderlayWatch,
     /// Follows the API server.
-    _source: Option<Source>,
+    _source: Option<RecordChanges>,
 }
 
 impl<'a> Candidate<'a> {
@@ -157,7 +157,7 @@ impl<'a> Candidate<'a> {
 
     /// Waits until this agent would be ready in the place of the one that runs.
     async fn wait(&mut self, starting: &NotReady) -> Result<Listeners, Failure> {
-        let mut told = String::new();
+        let mut logged = String::new();
         loop {
             let reason = match self.obstacle().await? {
                 None => match self.bind() {
@@ -166,10 +166,10 @@ impl<'a> Candidate<'a> {
                 },
                 Some(reason) => reason,
             };
-            if reason != told {
+            if reason != logged {
                 tracing::info!(reason, "waiting to take the place of the running agent");
                 starting.because(&reason);
-                told = reason;
+                logged = reason;
             }
             tokio::time::sleep(CHECK_INTERVAL).await;
         }
@@ -194,7 +194,7 @@ impl<'a> Candidate<'a> {
         if let Some(reason) = self.disagreement().await? {
             return Ok(Some(reason));
         }
-        let settled = *self.settled.get_or_insert_with(|| Instant::now() + SETTLE_TIMEOUT);
+        let settled = *self.settled.get_or_insert_with(|| Instant::now() + READY_TIMEOUT);
         let ready = self.running.as_ref().is_none_or(|running| running.ready);
         Ok((!ready && Instant::now() < settled)
             .then(|| "the running agent is not ready: it may be taking over itself".to_owned()))
@@ -279,15 +279,15 @@ impl Records {
     async fn open(config: &Config, key: RotationStatus) -> Result<Self, Failure> {
         let (node, underlay) = (NodeState::new(key), UnderlayWatch::default());
         if !config.kubernetes.enabled {
-            let reader = Reader::Path(config.nodes.clone());
+            let reader = RecordSource::Path(config.nodes.clone());
             return Ok(Self { node, reader, underlay, _source: None });
         }
         let (own, key) = (Arc::new(config.clone()), node.view().follow_key());
         let mut kubernetes = Kubernetes::follow(own, key, Requests::new()?).await?;
         // The caller checks repeatedly whether all records are known.
         kubernetes.start_with(config, true, |_| {}).await?;
-        let reader = Reader::Kubernetes(kubernetes.records());
-        Ok(Self { node, reader, underlay, _source: Some(Source::Kubernetes(kubernetes)) })
+        let reader = RecordSource::Kubernetes(kubernetes.records());
+        Ok(Self { node, reader, underlay, _source: Some(RecordChanges::Kubernetes(kubernetes)) })
     }
 }
 

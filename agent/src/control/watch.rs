@@ -1,4 +1,4 @@
-//! Notice that the node records may have changed: by inotify, by a look at the source twice a second
+//! Notice that the node records may have changed: by inotify, by a poll at the source twice a second
 //! for what inotify does not tell (a directory that was replaced, the target of a symbolic link), and
 //! by the clock for what neither sees (network file systems).
 
@@ -17,13 +17,13 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 
 /// Changes that come together are taken together when nothing came for this long …
-const QUIET: Duration = Duration::from_millis(100);
+const COALESCE_DELAY: Duration = Duration::from_millis(100);
 /// … or at the latest after this long.
-const PATIENCE: Duration = Duration::from_millis(500);
+const MAX_COALESCE_DELAY: Duration = Duration::from_millis(500);
 /// The source itself is looked at this often.
-const LOOK: Duration = Duration::from_millis(500);
+const POLL_INTERVAL: Duration = Duration::from_millis(500);
 /// The records are read again this often in any case.
-const RESCAN: Duration = Duration::from_secs(10);
+const RESCAN_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Watches the source of the node records.
 #[derive(Debug)]
@@ -39,7 +39,7 @@ impl SourceWatch {
         let changed = Arc::new(Notify::new());
         let watcher = watcher(&changed)
             .inspect_err(|error| {
-                tracing::warn!(%error, "no inotify: node records are read every {RESCAN:?} only");
+                tracing::warn!(%error, "no inotify: node records are read every {RESCAN_INTERVAL:?} only");
             })
             .ok();
         let mut task = JoinSet::new();
@@ -77,21 +77,21 @@ async fn run(
     changed: Arc<Notify>,
     due: mpsc::Sender<()>,
 ) {
-    let mut rescan = tokio::time::interval(RESCAN);
+    let mut rescan = tokio::time::interval(RESCAN_INTERVAL);
     rescan.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut look = tokio::time::interval(LOOK);
-    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut poll = tokio::time::interval(POLL_INTERVAL);
+    poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut seen = Identity::of(&source);
     loop {
         tokio::select! {
             _ = rescan.tick() => subscribe(&source, watcher.as_mut()),
             () = changed.notified() => {
-                settle(&changed).await;
+                coalesce(&changed).await;
                 seen = Identity::of(&source);
                 // What changed may be the directory itself.
                 subscribe(&source, watcher.as_mut());
             }
-            _ = look.tick() => {
+            _ = poll.tick() => {
                 let now = Identity::of(&source);
                 if now == seen {
                     continue;
@@ -145,10 +145,10 @@ fn subscribe(source: &Path, watcher: Option<&mut RecommendedWatcher>) {
     }
 }
 
-async fn settle(changed: &Notify) {
-    let latest = Instant::now() + PATIENCE;
+async fn coalesce(changed: &Notify) {
+    let latest = Instant::now() + MAX_COALESCE_DELAY;
     loop {
-        let quiet = (Instant::now() + QUIET).min(latest);
+        let quiet = (Instant::now() + COALESCE_DELAY).min(latest);
         if tokio::time::timeout_at(quiet, changed.notified()).await.is_err() {
             return;
         }

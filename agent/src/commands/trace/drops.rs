@@ -49,7 +49,7 @@ pub(super) async fn follow(agent: &Agent, limits: &Limits, output: Output) -> Re
     }
     while left > 0 {
         let seen = tokio::select! {
-            seen = client.seen() => seen.map_err(watching::failure)?.0,
+            seen = client.next_captured() => seen.map_err(watching::failure)?.0,
             () = signals.end() => break,
             () = sleep_until(end) => break,
         };

@@ -15,31 +15,31 @@ impl Controller {
         if !self.started {
             return;
         }
-        let wanted = self.desired.interface(&self.config, &self.narrow);
+        let wanted = self.desired.interface(&self.config, &self.reduced_paths);
         // The unreachable route to a prefix is added before the first route to it, and stays when
         // that route is gone.
-        let mut complaints = self.ensure_unreachable_routes().await;
-        if let Err(error) = self.ensure_interface(&wanted, &mut complaints).await {
-            complaints.push(error.to_string());
+        let mut problems = self.ensure_unreachable_routes().await;
+        if let Err(error) = self.ensure_interface(&wanted, &mut problems).await {
+            problems.push(error.to_string());
         }
-        for complaint in complaints.iter().filter(|new| !self.complaints.contains(new)) {
-            tracing::error!(interface = wanted.name, "{complaint}");
+        for problem in problems.iter().filter(|new| !self.logged_problems.contains(new)) {
+            tracing::error!(interface = wanted.name, "{problem}");
         }
-        self.not_ready = match complaints.is_empty() {
+        self.not_ready = match problems.is_empty() {
             true => None,
             false => {
-                let reason = format!("interface {}: {}", wanted.name, complaints.join("; "));
+                let reason = format!("interface {}: {}", wanted.name, problems.join("; "));
                 Some(self.published.readiness.block(reason))
             }
         };
-        self.complaints = complaints;
+        self.logged_problems = problems;
     }
 
     /// Brings the interface and the border's networks to the node's state.
     pub(super) async fn ensure_interface(
         &mut self,
         wanted: &Wanted,
-        complaints: &mut Vec<String>,
+        problems: &mut Vec<String>,
     ) -> Result<(), NetlinkError> {
         let links = self.netlink.links().await?;
         let device = self.device(wanted, &links).await;
@@ -47,31 +47,31 @@ impl Controller {
         let networks = networks(&links, &addresses, &self.config);
         if networks != self.networks {
             self.networks = networks;
-            self.show();
+            self.propagate();
         }
         if let Err(error) = device {
-            complaints.push(error.to_string());
+            problems.push(error.to_string());
             return Ok(());
         }
         let outcome = wanted.configure(&self.netlink, self.interface.index, &addresses).await;
         if !outcome.changes.is_empty() {
             tracing::info!(interface = wanted.name, "changed: {}", abridged(&outcome.changes));
         }
-        complaints.extend(outcome.errors);
-        self.take_conflicts(outcome.conflicts);
+        problems.extend(outcome.errors);
+        self.set_conflicts(outcome.conflicts);
         Ok(())
     }
 
     /// Stores the peers' prefixes to which another program has a route. The conflict concerns only
     /// these peers: this node stays ready.
-    pub(super) fn take_conflicts(&mut self, found: Vec<RouteConflict>) {
+    pub(super) fn set_conflicts(&mut self, found: Vec<RouteConflict>) {
         let conflicts = self.desired.conflicts(found);
         for new in conflicts.iter().filter(|new| !self.conflicts.contains(new)) {
             tracing::error!(peer = new.peer, prefix = %new.prefix, "{}", new.problem);
         }
         if self.conflicts != conflicts {
             self.conflicts = conflicts;
-            self.show();
+            self.propagate();
         }
     }
 
@@ -95,21 +95,21 @@ impl Controller {
             let created = self.interface.created || present.created;
             self.interface = Present { created, ..present };
             self.monitor.set_index(present.index);
-            self.publish();
-            self.show();
+            self.publish_snapshot();
+            self.propagate();
         }
         Ok(())
     }
 
     /// Puts what the status shows in its place.
-    pub(super) fn show(&mut self) {
+    pub(super) fn propagate(&mut self) {
         let rules = firewall_rules(&self.config, &self.desired, &self.networks, &self.source_ports);
         self.firewall.set_rules(rules);
         if let Some(pods) = &self.pods {
             pods.set_network(self.desired.network(&self.config));
         }
         self.published.node.set_registry(self.registry.status());
-        let wanted = self.desired.interface(&self.config, &self.narrow);
+        let wanted = self.desired.interface(&self.config, &self.reduced_paths);
         self.published.node.set_interface(InterfaceStatus {
             name: wanted.name,
             index: self.interface.index,

@@ -19,22 +19,22 @@ impl Controller {
             (true, _) => self.rotation.begin(asked.at_once).map_err(RotationError::from),
         };
         if self.rotation.public() != before {
-            self.take_keys().await;
+            self.on_keys_changed().await;
         }
         // Whoever asked may have gone.
         let _ = asked.answer.send(begun.map(|()| self.rotation.status()));
     }
 
     /// Goes on with a change of the key, where it is time.
-    pub(super) async fn rotate(&mut self) {
+    pub(super) async fn step_rotation(&mut self) {
         if !self.started {
             return;
         }
         let before = self.rotation.public();
         let held = self.published.dataplane.get().second_key_peers;
-        let result = self.rotation.step(self.registry.told_keys(), held);
+        let result = self.rotation.step(self.registry.published_keys(), held);
         if self.rotation.public() != before {
-            self.take_keys().await;
+            self.on_keys_changed().await;
         }
         let mut status = self.rotation.status();
         if let Err(failure) = result {
@@ -46,9 +46,9 @@ impl Controller {
     }
 
     /// This node has other keys: they must be answered to before anybody is told of them.
-    pub(super) async fn take_keys(&mut self) {
+    pub(super) async fn on_keys_changed(&mut self) {
         self.registry.set_keys(self.rotation.public());
-        self.publish_and_wait().await;
+        self.publish_snapshot_and_wait().await;
         self.published.node.set_key(self.rotation.status());
     }
 }

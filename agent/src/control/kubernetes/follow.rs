@@ -21,7 +21,7 @@ use super::client::{RENEW, describe};
 use super::own;
 use super::resource::{SkeinNode, SkeinNodeSpec};
 use crate::config::Config;
-use crate::control::records::Files;
+use crate::control::records::ParsedRecords;
 use crate::status::RotationStatus;
 
 /// Changes that come together are taken together.
@@ -46,7 +46,7 @@ pub(super) struct State {
     /// Why nothing can be said of this node now; what was said before stays in force.
     pub(super) problem: Option<String>,
     /// Every node's record, this node's as it is to be; `None` before all were seen.
-    pub(super) records: Option<Arc<Files>>,
+    pub(super) records: Option<Arc<ParsedRecords>>,
     /// Why nothing new is known.
     pub(super) error: Option<String>,
 }
@@ -265,9 +265,9 @@ fn failure(error: &watcher::Error) -> String {
 }
 
 /// Every node's record, this node's as it is to be.
-fn files(name: &str, own: &SkeinNodeSpec, nodes: &[Arc<SkeinNode>]) -> Files {
+fn files(name: &str, own: &SkeinNodeSpec, nodes: &[Arc<SkeinNode>]) -> ParsedRecords {
     let others = nodes.iter().filter(|node| node.name_any() != name);
-    let mut files: Files = others
+    let mut files: ParsedRecords = others
         .map(|node| (path(&node.name_any()), node.record().map(|record| vec![record])))
         .collect();
     files.insert(path(name), own.record(name.to_owned()).map(|record| vec![record]));

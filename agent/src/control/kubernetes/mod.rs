@@ -22,7 +22,7 @@ pub use self::client::Requests;
 use self::follow::State;
 pub(super) use self::follow::path;
 use self::ranges::Ranges;
-use super::records::Files;
+use super::records::ParsedRecords;
 use super::view::AgentView;
 use crate::config::Config;
 use crate::failure::Failure;
@@ -142,7 +142,7 @@ impl Kubernetes {
 
 impl Records {
     /// All of them; an error where not all are known.
-    pub fn read(&self) -> Result<Files, String> {
+    pub fn read(&self) -> Result<ParsedRecords, String> {
         let state = self.0.borrow();
         state.records.as_deref().cloned().ok_or_else(|| state.waits_for())
     }

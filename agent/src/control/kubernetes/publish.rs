@@ -69,7 +69,7 @@ pub(super) async fn publish(agent: AgentView, client: Client, mut state: watch::
         let due = publisher.status.due.unwrap_or_else(|| Instant::now() + LOOK);
         tokio::select! {
             changed = state.changed() => if changed.is_err() { return },
-            () = dataplane.other_unreachable_peers(&silent) => {}
+            () = dataplane.unreachable_peers_changed(&silent) => {}
             () = tokio::time::sleep_until(due) => {}
             _ = look.tick() => {}
         }

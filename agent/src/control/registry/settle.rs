@@ -9,7 +9,7 @@ use skein_ipc::keys::PublicKeys;
 use crate::config::{check_inside, check_outside};
 use crate::control::endpoint::Endpoint;
 use crate::control::records::conflict::{Conflict, Conflicts};
-use crate::control::records::{Files, NodeRecord};
+use crate::control::records::{NodeRecord, ParsedRecords};
 use crate::failure::Failure;
 
 /// Records by the file that they come from.
@@ -17,7 +17,7 @@ pub(super) type Accepted = BTreeMap<PathBuf, Vec<NodeRecord>>;
 
 /// This node, as the configuration has it.
 #[derive(Debug, Clone)]
-pub(super) struct Own {
+pub(super) struct LocalNode {
     /// Its name.
     pub(super) name: String,
     /// Its public keys.
@@ -31,14 +31,14 @@ pub(super) struct Own {
 }
 
 /// What this node owns, by its configuration or its record.
-pub(super) fn local_cidrs(own: &Own, accepted: &Accepted) -> Option<Vec<IpNet>> {
+pub(super) fn local_cidrs(own: &LocalNode, accepted: &Accepted) -> Option<Vec<IpNet>> {
     let record = || accepted.values().flatten().find(|record| record.name == own.name);
     own.pod_cidrs.clone().or_else(|| record().map(|record| record.pod_cidrs.clone()))
 }
 
 /// What contradicts the configuration in this node's own record ends a start even where a last good
 /// version is known: the configuration has changed, or the key has.
-pub(super) fn check_own(own: &Own, files: &Files) -> Result<(), Failure> {
+pub(super) fn check_own(own: &LocalNode, files: &ParsedRecords) -> Result<(), Failure> {
     for (path, records) in files {
         if let Ok(records) = records
             && let Some(error) = own_error(own, records)
@@ -49,7 +49,7 @@ pub(super) fn check_own(own: &Own, files: &Files) -> Result<(), Failure> {
     Ok(())
 }
 
-fn own_error(own: &Own, records: &[NodeRecord]) -> Option<String> {
+fn own_error(own: &LocalNode, records: &[NodeRecord]) -> Option<String> {
     let record = records.iter().find(|record| record.name == own.name)?;
     let ours: Vec<_> = own.keys.iter().collect();
     // What is made here follows from the keys, if a moment later.
@@ -80,7 +80,7 @@ fn own_error(own: &Own, records: &[NodeRecord]) -> Option<String> {
 /// Returns the reason to refuse a record with addresses outside the node's bounds. A stolen node
 /// must not attract traffic to addresses outside the cluster. An endpoint must not lie in a pod
 /// prefix, because an unreachable route would cut the node off from it.
-fn outside(own: &Own, record: &NodeRecord) -> Option<String> {
+fn outside(own: &LocalNode, record: &NodeRecord) -> Option<String> {
     let NodeRecord { name, pod_cidrs, endpoints, .. } = record;
     if let Err(error) = check_inside(pod_cidrs, &own.cluster_cidrs) {
         return Some(format!("node {name}: pod_cidrs: {error}"));
@@ -90,14 +90,14 @@ fn outside(own: &Own, record: &NodeRecord) -> Option<String> {
 }
 
 /// Returns the reason to refuse the records of a file, whatever the other files have.
-fn wrong(own: &Own, records: &[NodeRecord]) -> Option<String> {
+fn refusal_reason(own: &LocalNode, records: &[NodeRecord]) -> Option<String> {
     let outside = || records.iter().find_map(|record| outside(own, record));
     own_error(own, records).or_else(outside)
 }
 
 /// The decision about all files of records.
 #[derive(Debug)]
-pub(super) struct Settled {
+pub(super) struct Resolution {
     /// The active records.
     pub(super) accepted: Accepted,
     /// The refused files, each with the reason.
@@ -124,7 +124,12 @@ struct Candidate<'a> {
 ///
 /// `standing` are the prefixes that this node owns by the active records; they stay its own while
 /// its record is missing, so that no other record can take them.
-pub(super) fn settle(own: &Own, standing: &[IpNet], last_good: &Accepted, files: Files) -> Settled {
+pub(super) fn resolve_conflicts(
+    own: &LocalNode,
+    standing: &[IpNet],
+    last_good: &Accepted,
+    files: ParsedRecords,
+) -> Resolution {
     let standing = (!standing.is_empty()).then_some(standing);
     let configured = own.pod_cidrs.as_deref().or(standing).map(|pod_cidrs| NodeRecord {
         name: own.name.clone(),
@@ -133,7 +138,7 @@ pub(super) fn settle(own: &Own, standing: &[IpNet], last_good: &Accepted, files:
         endpoints: Vec::new(),
         pod_cidrs: pod_cidrs.to_vec(),
     });
-    let mut settlement = Settlement {
+    let mut resolver = Resolver {
         own,
         configured: configured.as_ref(),
         last_good,
@@ -143,36 +148,36 @@ pub(super) fn settle(own: &Own, standing: &[IpNet], last_good: &Accepted, files:
         conflicts: Conflicts::default(),
         rejected: BTreeMap::new(),
     };
-    settlement.update_configured();
+    resolver.update_configured();
     for (file, (path, result)) in files.iter().enumerate() {
         let good = last_good.get(path);
         match result {
             Ok(records) => {
-                settlement.add(file, Candidate { records, changed: good != Some(records) });
+                resolver.add(file, Candidate { records, changed: good != Some(records) });
             }
             Err(error) => {
-                settlement.rejected.insert(path.clone(), error.to_string());
+                resolver.rejected.insert(path.clone(), error.to_string());
                 if let Some(records) = good {
-                    settlement.add(file, Candidate { records, changed: false });
+                    resolver.add(file, Candidate { records, changed: false });
                 }
             }
         }
     }
-    while let Some(conflict) = settlement.conflicts.first() {
-        let Some((loser, error)) = settlement.judge(&conflict) else { break };
-        settlement.refuse(loser, error);
+    while let Some(conflict) = resolver.conflicts.first() {
+        let Some((loser, error)) = resolver.choose_loser(&conflict) else { break };
+        resolver.refuse(loser, error);
     }
-    let Settlement { paths, candidates, rejected, .. } = settlement;
+    let Resolver { paths, candidates, rejected, .. } = resolver;
     let accepted = paths.into_iter().zip(candidates).filter_map(|(path, candidate)| {
         candidate.map(|candidate| (path.clone(), candidate.records.to_vec()))
     });
-    Settled { accepted: accepted.collect(), rejected }
+    Resolution { accepted: accepted.collect(), rejected }
 }
 
 /// State of a decision. Files are named by their numbers in the order of their paths; `None` stands
 /// for this node's configuration.
-struct Settlement<'a> {
-    own: &'a Own,
+struct Resolver<'a> {
+    own: &'a LocalNode,
     /// Record that stands for this node's own one: always if the configuration names the pod CIDRs,
     /// otherwise while no file has a record of this node.
     configured: Option<&'a NodeRecord>,
@@ -185,10 +190,10 @@ struct Settlement<'a> {
     rejected: BTreeMap<PathBuf, String>,
 }
 
-impl<'a> Settlement<'a> {
+impl<'a> Resolver<'a> {
     /// Adds a candidate. One that contradicts the configuration is rejected.
     fn add(&mut self, file: usize, mut candidate: Candidate<'a>) {
-        while let Some(error) = wrong(self.own, candidate.records) {
+        while let Some(error) = refusal_reason(self.own, candidate.records) {
             match self.reject(file, candidate, error) {
                 Some(good) => candidate = good,
                 None => return,
@@ -244,7 +249,7 @@ impl<'a> Settlement<'a> {
     }
 
     /// Returns the file that loses, with the reason; `None` if the configuration contradicts itself.
-    fn judge(&self, conflict: &Conflict<Option<usize>>) -> Option<(usize, String)> {
+    fn choose_loser(&self, conflict: &Conflict<Option<usize>>) -> Option<(usize, String)> {
         let changed = |file: Option<usize>| {
             file.and_then(|file| self.candidates[file]).is_some_and(|candidate| candidate.changed)
         };
@@ -289,7 +294,7 @@ mod tests {
 
     #[test]
     fn what_this_node_says_of_itself_in_kubernetes_wins() {
-        let own = Own {
+        let own = LocalNode {
             name: "node-1".to_owned(),
             keys: PublicKey([1; 32]).into(),
             pod_cidrs: None,
@@ -298,31 +303,31 @@ mod tests {
         };
         let good = Accepted::from([("b".into(), vec![record(2, &["10.2.0.0/24"])])]);
         let twin = NodeRecord { name: "twin".to_owned(), ..record(1, &["10.8.0.0/24"]) };
-        let files = Files::from([
+        let files = ParsedRecords::from([
             ("a".into(), Ok(vec![twin])),
             ("b".into(), Ok(vec![record(2, &["10.2.0.0/24"])])),
             ("c".into(), Ok(vec![record(3, &["10.1.0.128/25"])])),
             ("d".into(), Ok(vec![record(4, &["192.0.2.1/32"])])),
             ("z".into(), Ok(vec![record(1, &["10.1.0.0/24"])])),
         ]);
-        let Settled { accepted, rejected } = settle(&own, &[], &good, files);
+        let Resolution { accepted, rejected } = resolve_conflicts(&own, &[], &good, files);
         assert_eq!(accepted.keys().collect::<Vec<_>>(), [Path::new("b"), Path::new("z")]);
         assert_eq!(rejected.len(), 3, "{rejected:?}");
         // Also over what was in force before this node was.
-        let files = Files::from([
+        let files = ParsedRecords::from([
             ("b".into(), Ok(vec![record(2, &["10.2.0.0/24"])])),
             ("z".into(), Ok(vec![record(1, &["10.2.0.0/24"])])),
         ]);
-        let Settled { accepted, .. } = settle(&own, &[], &good, files);
+        let Resolution { accepted, .. } = resolve_conflicts(&own, &[], &good, files);
         assert_eq!(accepted.keys().collect::<Vec<_>>(), [Path::new("z")]);
     }
 
     /// The same decision by comparing everything again after each refusal.
     fn reference(
-        own: &Own,
+        own: &LocalNode,
         standing: &[IpNet],
         last_good: &Accepted,
-        files: &Files,
+        files: &ParsedRecords,
     ) -> (Accepted, BTreeMap<PathBuf, ()>) {
         let mut rejected = BTreeMap::new();
         let mut candidates: BTreeMap<&PathBuf, (&[NodeRecord], bool)> = BTreeMap::new();
@@ -350,13 +355,14 @@ mod tests {
     }
 
     fn loser<'a>(
-        own: &Own,
+        own: &LocalNode,
         standing: &[IpNet],
         last_good: &Accepted,
         candidates: &BTreeMap<&'a PathBuf, (&[NodeRecord], bool)>,
     ) -> Option<&'a PathBuf> {
-        let is_wrong =
-            |(_, (records, _)): &(&&PathBuf, &(&[NodeRecord], bool))| wrong(own, records).is_some();
+        let is_wrong = |(_, (records, _)): &(&&PathBuf, &(&[NodeRecord], bool))| {
+            refusal_reason(own, records).is_some()
+        };
         if let Some((path, _)) = candidates.iter().find(is_wrong) {
             return Some(path);
         }
@@ -419,7 +425,7 @@ mod tests {
         prop::collection::btree_map("[a-f]".prop_map(PathBuf::from), records(), 0..6)
     }
 
-    fn files() -> impl Strategy<Value = Files> {
+    fn files() -> impl Strategy<Value = ParsedRecords> {
         let result = prop_oneof![
             8 => records().prop_map(Ok),
             1 => Just(Err(RecordError::new("wrong"))),
@@ -427,14 +433,14 @@ mod tests {
         prop::collection::btree_map("[a-f]".prop_map(PathBuf::from), result, 0..6)
     }
 
-    fn own() -> impl Strategy<Value = Own> {
+    fn own() -> impl Strategy<Value = LocalNode> {
         let cidrs = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
         let (configured, cluster): (Vec<IpNet>, Vec<IpNet>) =
             (cidrs(&["10.1.0.0/24"]), cidrs(&["10.0.0.0/8", "fd00::/16"]));
         let pod_cidrs = prop::option::weighted(0.3, Just(configured));
         let cluster = prop_oneof![Just(Vec::new()), Just(cluster)];
         let record = prop::option::weighted(0.3, "[a-f]".prop_map(PathBuf::from));
-        (pod_cidrs, cluster, record).prop_map(|(pod_cidrs, cluster_cidrs, record)| Own {
+        (pod_cidrs, cluster, record).prop_map(|(pod_cidrs, cluster_cidrs, record)| LocalNode {
             name: "node-1".to_owned(),
             keys: PublicKey([1; 32]).into(),
             pod_cidrs,
@@ -455,7 +461,7 @@ mod tests {
         ) {
             let standing: Vec<IpNet> = stands.then(|| "10.1.0.0/24".parse().unwrap()).into_iter().collect();
             let expected = reference(&own, &standing, &last_good, &files);
-            let Settled { accepted, rejected } = settle(&own, &standing, &last_good, files);
+            let Resolution { accepted, rejected } = resolve_conflicts(&own, &standing, &last_good, files);
             let rejected = rejected.into_keys().map(|path| (path, ())).collect();
             prop_assert_eq!((accepted, rejected), expected);
         }
@@ -477,17 +483,17 @@ mod tests {
         };
         let path = |n: u32| PathBuf::from(format!("{n:06}"));
         let good: Accepted = (0..count).map(|n| (path(n), node(n, n))).collect();
-        let mut files: Files = (0..count).map(|n| (path(n), Ok(node(n, n + 1)))).collect();
+        let mut files: ParsedRecords = (0..count).map(|n| (path(n), Ok(node(n, n + 1)))).collect();
         files.insert(path(count - 1), Ok(node(count - 1, 0)));
         files.insert(path(0), Err(RecordError::new("wrong")));
-        let own = Own {
+        let own = LocalNode {
             name: "own".to_owned(),
             keys: PublicKey([1; 32]).into(),
             pod_cidrs: None,
             cluster_cidrs: vec!["10.0.0.0/8".parse().unwrap()],
             record: None,
         };
-        let Settled { accepted, rejected } = settle(&own, &[], &good, files);
+        let Resolution { accepted, rejected } = resolve_conflicts(&own, &[], &good, files);
         assert_eq!(rejected.len(), count as usize, "Every change is refused.");
         assert!(accepted == good, "The last good records stay active.");
     }

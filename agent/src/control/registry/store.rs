@@ -11,7 +11,7 @@ use skein_cni_protocol::excerpt::message_excerpt;
 use super::former::{FormerPrefixes, hosts, overlay_prefixes, owners};
 use super::settle::Accepted;
 use crate::config::Config;
-use crate::control::source::Reader;
+use crate::control::source::RecordSource;
 use crate::files;
 
 /// The last good records, as they are kept on disk.
@@ -64,7 +64,7 @@ impl Stored {
     }
 
     /// Returns whether the records come from this source.
-    pub fn is_of(&self, source: &Reader) -> bool {
+    pub fn is_of(&self, source: &RecordSource) -> bool {
         self.source == source.name()
     }
 

@@ -39,7 +39,7 @@ impl Lab {
 
     fn open_with(&self, more: &str) -> Result<Registry, Failure> {
         let config = self.config(more);
-        let source = Reader::Path(config.nodes.clone());
+        let source = RecordSource::Path(config.nodes.clone());
         Registry::open(&config, PublicKey([1; 32]).into(), source, Stored::read(&config))
             .inspect(Registry::write_store)
     }
@@ -47,7 +47,7 @@ impl Lab {
     /// With another key than the records have.
     fn open_as(&self, key: u8) -> Result<Registry, Failure> {
         let config = self.config("");
-        let source = Reader::Path(config.nodes.clone());
+        let source = RecordSource::Path(config.nodes.clone());
         Registry::open(&config, PublicKey([key; 32]).into(), source, Stored::read(&config))
             .inspect(Registry::write_store)
     }

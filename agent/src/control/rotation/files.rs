@@ -17,7 +17,7 @@ pub(super) fn read_second(
     path: &Path,
     current: &PrivateKey,
 ) -> Result<Option<(Stage, PrivateKey)>, Failure> {
-    let [at_next, at_previous] = beside(path);
+    let [at_next, at_previous] = second_key_paths(path);
     let next = identity::load(&at_next)?;
     let mut previous = identity::load(&at_previous)?;
     if previous.as_ref() == Some(current) {
@@ -38,37 +38,37 @@ pub(super) fn read_second(
 }
 
 /// Where the next key lies, beside the one in force.
-pub(super) fn next(path: &Path) -> PathBuf {
-    added(path, ".next")
+pub(super) fn next_path(path: &Path) -> PathBuf {
+    with_suffix(path, ".next")
 }
 
 /// Where the key before lies.
-pub(super) fn previous(path: &Path) -> PathBuf {
-    added(path, ".previous")
+pub(super) fn previous_path(path: &Path) -> PathBuf {
+    with_suffix(path, ".previous")
 }
 
-fn added(path: &Path, ending: &str) -> PathBuf {
+fn with_suffix(path: &Path, ending: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(ending);
     name.into()
 }
 
 /// The files beside a key's that a change of it may leave.
-pub(super) fn beside(path: &Path) -> [PathBuf; 2] {
-    [next(path), previous(path)]
+pub(super) fn second_key_paths(path: &Path) -> [PathBuf; 2] {
+    [next_path(path), previous_path(path)]
 }
 
 fn names(path: &Path) -> [PathBuf; 3] {
-    [path.to_owned(), next(path), previous(path)]
+    [path.to_owned(), next_path(path), previous_path(path)]
 }
 
 /// All files that may hold a private key of the node whose key lies at `path`.
 pub fn all(path: &Path) -> Vec<PathBuf> {
-    names(path).into_iter().chain(begun(path)).collect()
+    names(path).into_iter().chain(incomplete_files(path)).collect()
 }
 
 /// What killed agents have left of those that they were writing: whole ones, too, of which a link was made already.
-fn begun(path: &Path) -> Vec<PathBuf> {
+fn incomplete_files(path: &Path) -> Vec<PathBuf> {
     let names = names(path).map(|path| path.file_name().unwrap_or_default().to_owned());
     let ours = |found: &OsString| {
         names.iter().any(|name| {
@@ -90,8 +90,8 @@ pub(super) fn remove(path: &Path) -> Result<(), Failure> {
 }
 
 /// Removes what killed agents have left of the files that they were writing.
-pub(super) fn sweep(path: &Path) {
-    for path in begun(path) {
+pub(super) fn remove_incomplete(path: &Path) {
+    for path in incomplete_files(path) {
         tracing::warn!(path = %path.display(), "removing a key that was not written to its end");
         let _ = std::fs::remove_file(path);
     }

@@ -99,7 +99,7 @@ async fn peers_that_do_not_use_the_new_key_are_waited_for_but_not_for_ever() {
     }
     assert!(rotation.status().waits_for.unwrap().starts_with("3 peers"));
     assert_eq!(rotation.deadline(), None);
-    tokio::time::advance(HELD).await;
+    tokio::time::advance(MAX_OLD_KEY_WAIT).await;
     rotation.step(Some(rotation.public()), 3).unwrap();
     assert_eq!(rotation.stage(), Stage::Steady);
 }
@@ -134,19 +134,19 @@ fn a_step_that_fails_is_tried_again() {
     let mut rotation = Rotation::load(&config).unwrap();
     let old = rotation.public().first;
     // In the way of the next key.
-    std::fs::create_dir(next(&path)).unwrap();
+    std::fs::create_dir(next_path(&path)).unwrap();
     assert!(rotation.begin(false).is_err());
     assert_eq!(rotation.public(), old.into());
-    std::fs::remove_dir(next(&path)).unwrap();
+    std::fs::remove_dir(next_path(&path)).unwrap();
     rotation.begin(false).unwrap();
     let new = rotation.public().second.unwrap();
     // The next key took the old one's place, but that was not all.
-    identity::store(&previous(&path), rotation.keys().current).unwrap();
-    std::fs::rename(next(&path), &path).unwrap();
+    identity::store(&previous_path(&path), rotation.keys().current).unwrap();
+    std::fs::rename(next_path(&path), &path).unwrap();
     assert!(rotation.step(Some(new.into()), 0).is_err());
     assert_eq!(rotation.public(), PublicKeys { first: new, second: Some(old) });
     // Somebody has removed the old one already.
-    std::fs::remove_file(previous(&path)).unwrap();
+    std::fs::remove_file(previous_path(&path)).unwrap();
     assert_eq!(step(&mut rotation, Some(new.into())), Stage::Steady);
     assert_eq!(rotation.public(), new.into());
     // What a killed agent leaves of a file that it was writing.
@@ -182,11 +182,11 @@ fn an_agent_that_ends_half_way_has_both_keys() {
     rotation.begin(false).unwrap();
     let keys = rotation.public();
     // Ended before the rename.
-    identity::store(&previous(&config.key_path()), rotation.keys().current).unwrap();
+    identity::store(&previous_path(&config.key_path()), rotation.keys().current).unwrap();
     let rotation = Rotation::load(&config).unwrap();
     assert_eq!((rotation.stage(), rotation.public()), (Stage::Announced, keys));
     // Two changes at once are nobody's work but an operator's.
     let other = PrivateKey::generate().unwrap();
-    identity::store(&previous(&config.key_path()), &other).unwrap();
+    identity::store(&previous_path(&config.key_path()), &other).unwrap();
     assert!(matches!(Rotation::load(&config), Err(Failure::Usage(_))));
 }

@@ -34,7 +34,7 @@ pub(super) async fn answer(mut stream: UnixStream, service: &Service) -> io::Res
             let connection = stream.into_std()?;
             connection.set_nonblocking(false)?;
             let gone = |_| io::Error::from(io::ErrorKind::ConnectionAborted);
-            return service.asks.hand_over.try_send(connection).map_err(gone);
+            return service.senders.hand_over.try_send(connection).map_err(gone);
         }
         "" => serde_json::to_vec(&service.status.document().await)?,
         "rotate key\n" => serde_json::to_vec(&text(service.rotate(false).await))?,
@@ -43,7 +43,7 @@ pub(super) async fn answer(mut stream: UnixStream, service: &Service) -> io::Res
             let level = line.strip_prefix("log level ").and_then(|rest| rest.strip_suffix('\n'));
             let level = level.ok_or(io::ErrorKind::InvalidData)?;
             let level = Some(level).filter(|level| !level.is_empty());
-            serde_json::to_vec(&text(service.asks.log_levels.set(level).await))?
+            serde_json::to_vec(&text(service.senders.log_levels.set(level).await))?
         }
     };
     stream.write_all(&answer).await?;

@@ -8,14 +8,14 @@ use skein_sys::socket::is_trusted;
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep};
 
-use super::{Connection, End, PATIENCE, RETRY, SessionEnd, Supervisor};
+use super::{Connection, RETRY_INTERVAL, START_STOP_TIMEOUT, SessionEnd, ShutdownMode, Supervisor};
 use crate::config::Mode;
 use crate::control::client::{Client, ClientError};
 
 impl Supervisor {
     /// Finds the data process that listens, or starts one.
     pub(super) async fn connect(&mut self) -> Result<Connection, SessionEnd> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + START_STOP_TIMEOUT;
         loop {
             let error = match Client::connect(&self.settings.socket).await {
                 Ok(client) => {
@@ -25,7 +25,7 @@ impl Supervisor {
                 }
                 // Of another release, or it hangs.
                 Err(error @ (ClientError::Refused { .. } | ClientError::Timeout)) => {
-                    return Err(self.oust(error).await);
+                    return Err(self.kill_unresponsive(error).await);
                 }
                 Err(error) => error.to_string(),
             };
@@ -50,15 +50,15 @@ impl Supervisor {
                 return Err(SessionEnd::Gone(error));
             }
             sleep(match self.settings.mode {
-                Mode::Spawn => RETRY,
-                Mode::External => RETRY * 10,
+                Mode::Spawn => RETRY_INTERVAL,
+                Mode::External => RETRY_INTERVAL * 10,
             })
             .await;
         }
     }
 
     /// Ends the data process that listens but cannot be talked to, so that one of ours can start.
-    async fn oust(&mut self, error: ClientError) -> SessionEnd {
+    async fn kill_unresponsive(&mut self, error: ClientError) -> SessionEnd {
         if self.settings.mode == Mode::External {
             return error.into();
         }
@@ -76,7 +76,7 @@ impl Supervisor {
             }
             (None, None) => return error.into(),
         }
-        sleep(RETRY).await;
+        sleep(RETRY_INTERVAL).await;
         SessionEnd::Replaced
     }
 
@@ -105,7 +105,7 @@ impl Supervisor {
     }
 
     /// What was started is the keeper, which has begun to replace a data process that died.
-    pub(super) fn gone(&mut self) -> SessionEnd {
+    pub(super) fn on_connection_closed(&mut self) -> SessionEnd {
         match self.child.as_mut().map(Child::try_wait) {
             Some(Ok(Some(status))) => {
                 self.child = None;
@@ -115,12 +115,12 @@ impl Supervisor {
         }
     }
 
-    pub(super) async fn end(mut self, end: End) {
+    pub(super) async fn end(mut self, end: ShutdownMode) {
         let own = self.child.is_some();
         let stop = match end {
-            End::Keep => false,
-            End::Stop => self.settings.mode == Mode::Spawn,
-            End::StopOwn => own,
+            ShutdownMode::Keep => false,
+            ShutdownMode::Stop => self.settings.mode == Mode::Spawn,
+            ShutdownMode::StopOwn => own,
         };
         if !stop {
             return;
@@ -154,7 +154,7 @@ impl Supervisor {
                 let _ = child.wait().await;
             }
         };
-        if tokio::time::timeout(PATIENCE, polite).await.is_err() {
+        if tokio::time::timeout(START_STOP_TIMEOUT, polite).await.is_err() {
             tracing::warn!("the data process does not end: killing it");
             if let Some(child) = &mut self.child {
                 let _ = child.kill().await;
@@ -167,10 +167,10 @@ impl Supervisor {
                             let _ = client.request(&Request::Shutdown).await;
                             return client.closed().await;
                         }
-                        sleep(RETRY).await;
+                        sleep(RETRY_INTERVAL).await;
                     }
                 };
-                let _ = tokio::time::timeout(PATIENCE, again).await;
+                let _ = tokio::time::timeout(START_STOP_TIMEOUT, again).await;
             }
         }
         self.child = None;

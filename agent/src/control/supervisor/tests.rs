@@ -187,7 +187,7 @@ async fn a_data_process_is_brought_to_the_wanted_state_and_follows_it() {
     lab.wanted.send_replace(snapshot(2));
     settle(|| lab.state.get().revision == 2).await;
     assert_eq!(fake.next(), "update +0 -1");
-    lab.handle.end(End::Stop).await;
+    lab.handle.end(ShutdownMode::Stop).await;
     assert!(fake.asked.try_recv().is_err(), "an external data process is nobody's to stop");
 }
 
@@ -206,7 +206,7 @@ async fn a_refused_update_is_followed_by_the_whole_snapshot() {
     settle(|| lab.state.get().revision == 3).await;
     let asked: Vec<_> = (0..4).map(|_| fake.next()).collect();
     assert_eq!(asked, ["hello", "apply 1", "update +2 -0", "apply 3"]);
-    lab.handle.end(End::Keep).await;
+    lab.handle.end(ShutdownMode::Keep).await;
 }
 
 #[tokio::test]
@@ -229,7 +229,7 @@ async fn the_first_refusal_is_final_and_says_what_is_missing() {
         };
         assert_eq!(found, code);
         assert!(lab.readiness.reasons()[0].contains("no luck"));
-        lab.handle.end(End::StopOwn).await;
+        lab.handle.end(ShutdownMode::StopOwn).await;
     }
 }
 
@@ -256,7 +256,7 @@ async fn a_data_process_of_another_node_is_left_alone() {
             matches!(&failure, Failure::Taken(text) if text.contains("\"node-b\"")),
             "{failure}"
         );
-        lab.handle.end(End::Stop).await;
+        lab.handle.end(ShutdownMode::Stop).await;
         assert!(!fake.asked.try_iter().any(|asked| asked != "hello"));
     }
 }
@@ -269,7 +269,7 @@ async fn a_data_process_of_before_a_key_change_is_ours() {
     });
     let lab = supervise(&fake);
     lab.first.await.unwrap().unwrap();
-    lab.handle.end(End::Keep).await;
+    lab.handle.end(ShutdownMode::Keep).await;
 }
 
 #[tokio::test]
@@ -277,7 +277,7 @@ async fn an_external_data_process_is_never_stopped() {
     let fake = Fake::start(|_, request| refuse(request, ErrorKind::Invalid));
     let lab = supervise(&fake);
     assert!(matches!(lab.first.await.unwrap(), Err(Failure::Usage(_))));
-    lab.handle.end(End::Stop).await;
+    lab.handle.end(ShutdownMode::Stop).await;
     assert!(!fake.asked.try_iter().any(|asked| asked == "shutdown"));
 }
 
@@ -308,7 +308,7 @@ async fn a_lost_data_process_is_noticed_and_found_again() {
     assert_eq!(asked, ["hello", "apply 1", "update +2 -0", "hello", "apply 3"]);
     assert!(lab.readiness.reasons().is_empty());
     assert_eq!(lab.state.get().restarts, 0, "it is the same process as before");
-    lab.handle.end(End::Keep).await;
+    lab.handle.end(ShutdownMode::Keep).await;
 }
 
 #[tokio::test]
@@ -327,7 +327,7 @@ async fn a_later_refusal_leaves_the_agent_running_but_not_ready() {
     lab.wanted.send_replace(snapshot(3));
     settle(|| lab.readiness.reasons().is_empty()).await;
     assert_eq!(lab.state.get().revision, 3);
-    lab.handle.end(End::Keep).await;
+    lab.handle.end(ShutdownMode::Keep).await;
 }
 
 #[tokio::test]
@@ -343,20 +343,20 @@ async fn handshake_times_go_to_the_next_data_process() {
     settle(|| file.exists()).await;
     let asked: Vec<_> = (0..3).map(|_| fake.next()).collect();
     assert_eq!(asked, ["hello", "apply 1", "seen handshakes"]);
-    lab.handle.end(End::Keep).await;
+    lab.handle.end(ShutdownMode::Keep).await;
     // A second agent and a second data process, with the same state directory.
     let lab = supervise(&fake);
     lab.first.await.unwrap().unwrap();
     let asked = [fake.next(), fake.next()];
     assert_eq!(asked, ["hello".to_owned(), format!("apply 1 seen {:?}", seen_of_one())]);
-    lab.handle.end(End::Keep).await;
+    lab.handle.end(ShutdownMode::Keep).await;
     // A data process of a release that refuses unknown fields.
     let older = Fake::start(willing);
     std::fs::copy(&file, older.socket.with_file_name("handshakes.json")).unwrap();
     let lab = supervise(&older);
     lab.first.await.unwrap().unwrap();
     assert_eq!([older.next(), older.next()], ["hello", "apply 1"]);
-    lab.handle.end(End::Keep).await;
+    lab.handle.end(ShutdownMode::Keep).await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -366,16 +366,16 @@ async fn path_changes_of_one_second_are_reported_together() {
     let report = |mtu| Report { reduced_paths: vec![path(mtu)], ..Report::default() };
     state.set(|status| status.up = true);
     let start = Instant::now();
-    state.found(report(1300));
-    let first = state.narrow_paths(&[], start).await;
+    state.on_report(report(1300));
+    let first = state.changed_paths(&[], start).await;
     assert_eq!((first.as_slice(), start.elapsed()), (&[path(1300)][..], Duration::ZERO));
     let hostile = async {
         for mtu in 600..1000 {
-            state.found(report(mtu));
+            state.on_report(report(mtu));
             sleep(Duration::from_millis(1)).await;
         }
     };
     let (next, ()) =
-        tokio::join!(state.narrow_paths(&first, start + Duration::from_secs(1)), hostile);
+        tokio::join!(state.changed_paths(&first, start + Duration::from_secs(1)), hostile);
     assert_eq!((next.as_slice(), start.elapsed()), (&[path(999)][..], Duration::from_secs(1)));
 }
