@@ -1,5 +1,5 @@
-//! Client of the control socket: the requests of the commands, and of an agent that takes the place of
-//! the running one. The server, with the list of requests, is [`super::server`].
+//! Client of the control socket: requests of the commands, and of an agent that takes over from the
+//! running one. The server, with the list of requests, is [`super::server`].
 
 use std::io::{self, Read, Write};
 use std::path::Path;
@@ -35,19 +35,20 @@ pub enum AgentError {
     Io(#[from] io::Error),
     /// The answer is not HTTP: an agent of version 0.1.0 answers in another way.
     #[error(
-        "it does not answer in HTTP, as an agent of version 0.1.0: use the program of that version"
+        "the agent does not answer in HTTP, as an agent of version 0.1.0. Use the program of that \
+         version."
     )]
     NotHttp,
     /// The agent closed the connection before the end of its answer.
-    #[error("its answer is incomplete: {0}")]
+    #[error("the answer of the agent is incomplete: {0}")]
     Incomplete(String),
     /// The body is not the expected document.
-    #[error("its answer is not understood: {0}")]
+    #[error("the answer of the agent is not the expected document: {0}")]
     Body(#[from] serde_json::Error),
     /// The agent refused the request.
     #[error("{message}")]
     Refused {
-        /// Status code.
+        /// Status code of the HTTP answer.
         status: StatusCode,
         /// The failure and its remedy.
         message: String,
@@ -88,8 +89,8 @@ pub async fn set_log_level(path: &Path, level: Option<&str>) -> Result<(), Agent
 /// directory. `None` if no agent listens, or if it ended meanwhile.
 ///
 /// # Errors
-/// An I/O error if the agent refuses, does not answer within [`REQUEST_TIMEOUT`], or is of a release
-/// with another hand-over.
+/// An I/O error if the agent refuses, does not answer within [`REQUEST_TIMEOUT`], or is of a
+/// release with another hand-over.
 pub fn request_hand_over(path: &Path) -> io::Result<Option<FileLock>> {
     let receive = |request: &str| -> io::Result<Option<FileLock>> {
         let mut stream = connect_trusted(path)?;
@@ -116,8 +117,8 @@ pub fn request_hand_over(path: &Path) -> io::Result<Option<FileLock>> {
     }
 }
 
-/// Reads the header of the answer to `POST /hand-over`, byte by byte: a longer read could swallow the
-/// descriptor that follows. Returns false if the answer is not HTTP.
+/// Reads the header of the answer to `POST /hand-over`, byte by byte: a longer read could swallow
+/// the descriptor that follows. Returns false if the answer is not HTTP.
 fn is_switching(stream: &mut impl Read) -> io::Result<bool> {
     let mut header = Vec::new();
     while !header.ends_with(b"\r\n\r\n") {
@@ -128,7 +129,10 @@ fn is_switching(stream: &mut impl Read) -> io::Result<bool> {
             return Ok(false);
         }
         if header.len() > MAX_HEADER {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "the header is too long"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the header of the answer is longer than 4096 bytes",
+            ));
         }
     }
     if header.starts_with(b"HTTP/1.1 101 ") {
@@ -188,8 +192,8 @@ fn error_text(body: &[u8]) -> String {
     }
 }
 
-/// Requests the status of an agent of version 0.1.0, whose requests are lines of text: a client that
-/// sends nothing receives the status.
+/// Requests the status of an agent of version 0.1.0, whose requests are lines of text: a client
+/// that sends nothing receives the status.
 async fn status_of_0_1_0<T: DeserializeOwned>(path: &Path) -> Result<T, AgentError> {
     let mut stream = UnixStream::connect(path).await?;
     check_listener(stream.peer_cred()?.uid())?;

@@ -1,4 +1,4 @@
-//! Input of the nftables table: which prefixes are pods' and which are networks of this node.
+//! Input of the nftables table: prefixes of pods, and networks of this node.
 
 use std::collections::BTreeSet;
 
@@ -13,8 +13,8 @@ use crate::config::{Config, overlap};
 
 /// Returns the rules of the nftables table. `networks` are the prefixes of this node's addresses on
 /// interfaces of other programs. A prefix of a present or former peer that overlaps one of them is
-/// left out: the record must not cut this node off from a network of its own. `source_ports` are the
-/// ports of the data process.
+/// left out: the record must not cut this node off from a network of its own. `source_ports` are
+/// the ports of the data process.
 pub(super) fn firewall_rules(
     config: &Config,
     desired: &Desired,
@@ -48,8 +48,8 @@ pub(super) fn firewall_rules(
     }
 }
 
-/// Returns the prefixes of this node's addresses, without Skein's interface, the pods' and link-local
-/// addresses.
+/// Returns the prefixes of this node's addresses, without Skein's interface, the pods' and
+/// link-local addresses.
 pub(super) fn networks(links: &[Link], addresses: &[Address], config: &Config) -> Vec<IpNet> {
     let is_ours = |name: &str| name == config.interface.name || name.starts_with(HOST_PREFIX);
     let ours: BTreeSet<_> =
@@ -68,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn own_network_inside_a_peer_prefix_is_no_pod_prefix() {
+    fn own_network_inside_peer_prefix_is_not_a_pod_prefix() {
         let nets = |texts: &[&str]| texts.iter().map(|net| net.parse().unwrap()).collect();
         let config = Config::parse("cluster_cidrs = ['10.244.0.0/16']").unwrap();
         let desired = Desired {

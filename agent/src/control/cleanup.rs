@@ -1,4 +1,5 @@
-//! Takes back what an agent leaves: data process, interface, sockets; on demand also its state.
+//! Removal of everything that an agent leaves on its node: data process, interfaces, routes, rules,
+//! sockets, and on request its state directory.
 
 use std::io;
 use std::path::Path;
@@ -20,19 +21,20 @@ use crate::cni;
 use crate::config::{Config, KEY};
 use crate::failure::Failure;
 
-/// How long a data process may take to end.
+/// Timeout of the data process's exit after a shutdown request.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What was removed, and what could not be.
+/// Result of a cleanup.
 #[derive(Debug, Default)]
 pub struct CleanupReport {
-    /// Removed.
+    /// Names of the removed things.
     pub removed: Vec<String>,
-    /// Not removed, and why.
+    /// Messages about things that could not be removed: the name and the cause.
     pub errors: Vec<String>,
 }
 
 impl CleanupReport {
+    /// Adds the result of one removal; `Ok(false)` means that the thing did not exist.
     fn add(&mut self, what: &str, result: Result<bool, String>) {
         match result {
             Ok(true) => self.removed.push(what.to_owned()),
@@ -42,7 +44,11 @@ impl CleanupReport {
     }
 }
 
-/// Removes everything that is there; goes on after an error. Refuses while the agent runs.
+/// Removes everything that an agent has left, with `state` also its state directory. Continues
+/// after an error, which the report contains.
+///
+/// # Errors
+/// [`Failure::Taken`] if an agent holds the lock of the state directory; nothing is removed then.
 pub async fn cleanup(config: &Config, state: bool) -> Result<CleanupReport, Failure> {
     let lock = match config.state_dir.is_dir() {
         true => Some(StateLock::take(&config.state_dir)?),
@@ -50,10 +56,10 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<CleanupReport, Fail
     };
     let mut cleaned = CleanupReport::default();
     let stopped = stop_dataplane(config).await;
-    // Whoever still listens there keeps the socket.
+    // A data process that still runs keeps its socket.
     let dataplane_socket = stopped.is_ok().then_some(&config.dataplane.socket);
     cleaned.add("data process", stopped);
-    // Switched off since it has served pods: they have their interfaces still.
+    // Pods keep their interfaces if cni.enabled was switched off after they were attached.
     if config.cni.enabled || config.state_dir.join(skein_ipam::FILE).exists() {
         for removal in cni::remove(config).await {
             cleaned.add(&removal.what, removal.outcome);
@@ -87,7 +93,7 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<CleanupReport, Fail
         }
         remove_spool(&config.cni.spool, &mut cleaned);
         cleaned.add(&format!("directory {}", ours.display()), remove_directory(&ours));
-        // A key that lies elsewhere is its owner's.
+        // A key in another directory (private_key_file) belongs to the operator.
         let keys = rotation::files::all(&config.state_dir.join(KEY));
         let others = [
             "registry.json",
@@ -113,9 +119,8 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<CleanupReport, Fail
     Ok(cleaned)
 }
 
-/// Deletions that nobody has to do any more.
+/// Removes the spool of the plugin, incomplete entries included.
 fn remove_spool(spool: &Path, cleaned: &mut CleanupReport) {
-    // Unfinished ones, too.
     for entry in std::fs::read_dir(spool).into_iter().flatten().flatten() {
         let path = entry.path();
         cleaned.add(&format!("file {}", path.display()), remove_file(&path));
@@ -123,12 +128,12 @@ fn remove_spool(spool: &Path, cleaned: &mut CleanupReport) {
     cleaned.add(&format!("directory {}", spool.display()), remove_directory(spool));
 }
 
-/// Only what the agent made: a directory that holds anything else stays.
+/// Removes a directory if it is empty; returns whether it was removed.
 fn remove_directory(path: &Path) -> Result<bool, String> {
     use io::ErrorKind::{DirectoryNotEmpty, NotFound, ReadOnlyFilesystem, ResourceBusy};
     match std::fs::remove_dir(path) {
         Ok(()) => Ok(true),
-        // What is mounted there, in a container with a read-only root, is empty and stays.
+        // A mount point (ResourceBusy), or a directory on the read-only root of a container, stays.
         Err(error)
             if matches!(
                 error.kind(),
@@ -147,25 +152,28 @@ async fn stop_dataplane(config: &Config) -> Result<bool, String> {
         Ok(client) => client,
         Err(ClientError::Io(error)) if is_no_listener(&error) => return Ok(false),
         Err(error) => {
-            return Err(format!("{}: {error}: end it, and clean up again", socket.display()));
+            return Err(format!(
+                "{}: {error}. Stop the process that listens, and clean up again.",
+                socket.display()
+            ));
         }
     };
-    // This node's by name, or by key where the name was changed.
+    // The key identifies a data process of this node after a change of the node's name.
     let key = identity::load(&config.key_path()).ok().flatten().and_then(|key| key.public().ok());
     let ours = |node: &NodeIdentity| node.name == config.name || Some(node.public_key) == key;
     if let Some(node) = client.node().filter(|node| !ours(node)) {
-        return Err(format!("it works for the node {:?} and stays", node.name));
+        return Err(format!("it works for the node {:?} and is not stopped", node.name));
     }
     let stop = async {
         match client.apply(&Request::Shutdown).await {
             Ok(_) => client.closed().await,
-            // It may end before its answer is written: what was asked of it is done.
+            // The process may exit before it has written its answer.
             Err(ClientError::Io(error)) if is_disconnect(&error) => {}
             Err(error) => return Err(error.to_string()),
         }
         Ok(true)
     };
-    let late = || Err(format!("it does not end within {STOP_TIMEOUT:?}: kill it"));
+    let late = || Err(format!("it does not exit within {STOP_TIMEOUT:?}. Kill it."));
     tokio::time::timeout(STOP_TIMEOUT, stop).await.unwrap_or_else(|_| late())
 }
 
@@ -188,7 +196,7 @@ async fn remove_interface(config: &Config, provisional: &Provisional) -> Result<
             Some(node) => format!("the Skein node {node:?}"),
             None => format!("another program ({link})"),
         };
-        return Err(format!("it belongs to {owner} and stays"));
+        return Err(format!("it belongs to {owner} and is not removed"));
     }
     netlink.delete_link(link.index).await.map_err(|error| error.to_string())?;
     Ok(true)
@@ -244,7 +252,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nobody_there_is_no_error_and_anything_else_is_one() {
+    async fn absent_data_process_is_no_error_and_other_is_one() {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("socket");
         let config = config(&socket);
@@ -254,7 +262,7 @@ mod tests {
         std::fs::remove_file(&socket).unwrap();
         let listener = UnixListener::bind(&socket).unwrap();
         let thread = std::thread::spawn(move || {
-            // Closes without an answer, then works for somebody else.
+            // The first connection closes without an answer, the second is one of another node.
             drop(listener.accept().unwrap());
             let (mut stream, _) = listener.accept().unwrap();
             let hello = read_frame::<Request>(&mut stream).unwrap();
@@ -275,7 +283,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_data_process_that_ends_without_an_answer_has_ended() {
+    async fn data_process_that_exits_without_answer_is_stopped() {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("socket");
         let listener = UnixListener::bind(&socket).unwrap();
@@ -297,7 +305,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_that_never_answers_is_not_taken_for_absent() {
+    async fn data_process_that_never_answers_is_an_error() {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("dataplane.sock");
         let _listener = UnixListener::bind(&socket).unwrap();
@@ -317,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn no_name_of_a_key_stays() {
+    fn every_file_of_a_key_is_removed() {
         let directory = tempfile::tempdir().unwrap();
         let key = directory.path().join(KEY);
         for ending in ["", ".next", ".previous", ".new-7", ".next.new-8"] {

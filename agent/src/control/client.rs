@@ -1,4 +1,4 @@
-//! The control process's end of the data plane's socket.
+//! Client of the data process's socket.
 
 use std::io;
 use std::path::Path;
@@ -14,34 +14,38 @@ use thiserror::Error;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
-/// The data process answers quickly; one that takes this long hangs.
+/// Timeout of most requests: the data process answers within milliseconds unless it hangs.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
-/// Opening sockets and taking thousands of peers may take longer on a busy machine.
+/// Timeout of requests that change the state: opening sockets and adding thousands of peers may
+/// take seconds on a busy machine.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Why a request failed.
+/// Failure of a request to the data process.
 #[derive(Debug, Error)]
 pub enum ClientError {
-    /// The socket: nobody listens, or the data process is gone.
+    /// The connection failed: no process listens, or the data process has exited.
     #[error("data process: {0}")]
     Io(#[from] io::Error),
-    /// The data process said no.
+    /// The data process refused the request.
     #[error("{message}")]
     Refused {
-        /// What kind of thing failed.
+        /// Kind of the failure, which determines the exit code.
         kind: ErrorKind,
-        /// What failed and how to mend it.
+        /// The failure and its remedy.
         message: String,
     },
-    /// An answer to something that was not asked.
-    #[error("the data process gave an answer that does not fit the question")]
+    /// The answer is one to another request.
+    #[error("the data process sent an answer that does not fit the request")]
     Protocol,
-    /// No answer.
+    /// The data process did not answer before the timeout.
     #[error("the data process does not answer")]
     Timeout,
 }
 
-/// A connection that has said hello.
+/// Connection to the data process, after the exchange of hellos.
+///
+/// The data process answers requests in their order. [`Client::start_capture`] turns the connection
+/// into a stream of captured packets; no other request may follow it.
 #[derive(Debug)]
 pub struct Client {
     stream: UnixStream,
@@ -51,13 +55,17 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects and says hello.
+    /// Connects and exchanges hellos.
+    ///
+    /// # Errors
+    /// [`ClientError`] if no process listens, if the listener belongs to another user than root or
+    /// this process's own, or if the data process has another protocol version.
     pub async fn connect(socket: &Path) -> Result<Self, ClientError> {
         let stream = UnixStream::connect(socket).await?;
         let peer = stream.peer_cred()?;
-        // It will be told the node's private key.
+        // The listener receives the node's private key.
         check_listener(peer.uid())?;
-        // The socket's own word for it: the data process may live in another pid namespace.
+        // From the kernel: the data process may be in another PID namespace, in which case it is 0.
         let pid = peer.pid().and_then(|pid| u32::try_from(pid).ok());
         let mut client = Self {
             stream,
@@ -77,12 +85,12 @@ impl Client {
         }
     }
 
-    /// Process id of the data process, where it can be seen from here.
+    /// Returns the process ID of the data process; `None` if it is in another PID namespace.
     pub fn pid(&self) -> Option<u32> {
         self.pid
     }
 
-    /// The node that the data process works for; `None` before its first snapshot.
+    /// Returns the node that the data process works for; `None` before its first snapshot.
     pub fn node(&self) -> Option<&NodeIdentity> {
         self.node.as_ref()
     }
@@ -92,7 +100,11 @@ impl Client {
         self.accepts_seen_handshakes
     }
 
-    /// Asks, and returns the answer; a refusal is an error.
+    /// Sends a request and returns the answer.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] if the data process refuses, [`ClientError::Timeout`] if it does
+    /// not answer in time, [`ClientError::Io`] if the connection fails.
     pub async fn request(&mut self, request: &Request) -> Result<Response, ClientError> {
         let deadline = match request {
             Request::Apply { .. } | Request::Update { .. } => CHANGE_TIMEOUT,
@@ -126,7 +138,10 @@ impl Client {
         Ok(serde_json::from_slice(&body)?)
     }
 
-    /// Asks for the state in `request`; returns the revision in force.
+    /// Sends a change of the state; returns the active revision.
+    ///
+    /// # Errors
+    /// [`ClientError`] as for [`Client::request`].
     pub async fn apply(&mut self, request: &Request) -> Result<u64, ClientError> {
         match self.request(request).await? {
             Response::Applied { revision } => Ok(revision),
@@ -134,7 +149,10 @@ impl Client {
         }
     }
 
-    /// Asks for counters and states, also those of each peer where `peers` says so.
+    /// Requests counters and states, with `peers` also those of each peer.
+    ///
+    /// # Errors
+    /// [`ClientError`] as for [`Client::request`].
     pub async fn report(&mut self, peers: bool) -> Result<Report, ClientError> {
         match self.request(&Request::Report { peers }).await? {
             Response::Report { report } => Ok(*report),
@@ -165,13 +183,21 @@ impl Client {
         }
     }
 
-    /// Begins to watch; [`Client::seen`] tells what.
+    /// Starts a capture, whose packets [`Client::next_captured`] returns.
+    ///
+    /// # Errors
+    /// [`ClientError::Io`] if the connection fails. A refusal is the error of the next
+    /// [`Client::next_captured`].
     pub async fn start_capture(&mut self, watch: CaptureRequest) -> Result<(), ClientError> {
         let frame = encode_frame(&Request::Capture { capture: watch })?;
         Ok(self.stream.write_all(&frame).await?)
     }
 
-    /// The next that was seen, and how much was missed. It may not be abandoned half way.
+    /// Returns the next captured packets and the number of packets that were missed. The future
+    /// must not be dropped before it completes, because a part of a frame would be lost.
+    ///
+    /// # Errors
+    /// [`ClientError`] if the data process refuses the capture, hangs, or is gone.
     pub async fn next_captured(&mut self) -> Result<(Vec<CapturedPacket>, u64), ClientError> {
         let answer = tokio::time::timeout(REQUEST_TIMEOUT, self.answer()).await;
         match answer.map_err(|_| ClientError::Timeout)?? {
@@ -181,10 +207,10 @@ impl Client {
         }
     }
 
-    /// Waits until the data process has closed the connection. Nothing may be under way.
+    /// Waits until the data process closes the connection. No request may be outstanding.
     pub async fn closed(&mut self) {
         let mut byte = [0];
-        // Whatever comes unasked ends this connection as well as its end does.
+        // Unexpected data also means that the connection is of no further use.
         let _ = self.stream.read(&mut byte).await;
     }
 }
@@ -215,7 +241,7 @@ pub(crate) mod tests {
     }
 
     #[tokio::test]
-    async fn nobody_elses_listener_is_told_anything() {
+    async fn listener_of_another_user_receives_no_request() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("dataplane.sock");
         let listener = listener_of_another_user(&path);
@@ -223,6 +249,10 @@ pub(crate) mod tests {
         let refused = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
         assert!(matches!(&error, ClientError::Io(error) if refused(error)), "{error}");
         let (mut stream, _) = listener.accept().unwrap();
-        assert_eq!(stream.read_to_end(&mut Vec::new()).unwrap(), 0, "it was told something");
+        assert_eq!(
+            stream.read_to_end(&mut Vec::new()).unwrap(),
+            0,
+            "the listener must receive no data"
+        );
     }
 }

@@ -1,44 +1,46 @@
-//! The latest wall-clock time that this node has known, kept on its disk. Handshakes carry the time and no
-//! peer takes one twice, so a node whose clock was set back would be heard by none that remembers it. A clock
-//! set back by less than the minute between two writings is let catch up.
+//! Stored lower bound of the wall clock. Handshakes carry a timestamp, and a peer refuses one that
+//! is not later than the last. A node whose clock was set back would therefore be refused. If the
+//! clock is set back by less than the interval between two writes (60 s), the node waits until the
+//! clock catches up.
 
 use std::path::PathBuf;
 use std::time::SystemTime;
 
 use crate::files;
 
-/// Its name in the state directory.
+/// Name of the file in the state directory.
 pub(super) const FILE: &str = "clock";
-/// It is written this often, in seconds.
+/// Interval between two writes of the file, seconds.
 const WRITE_INTERVAL: u64 = 60;
-/// A time that was used may be later than what was written last by this, in seconds.
+/// Maximum difference between the latest time in use and the stored time, seconds.
 const MARGIN: u64 = WRITE_INTERVAL + 10;
 
-/// Seconds since 1970, by the wall clock.
+/// Returns the time of the wall clock, seconds since 1970.
 pub(super) fn wall() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     since.unwrap_or_default().as_secs()
 }
 
-/// All times in seconds since 1970.
+/// The latest known wall-clock time, in memory and on disk. All times are seconds since 1970.
 #[derive(Debug)]
 pub(super) struct WallClockFloor {
     file: PathBuf,
     latest: u64,
     written: u64,
-    /// Whether it was said that it cannot be written.
+    /// True after a failure to write was logged.
     failure_logged: bool,
 }
 
 impl WallClockFloor {
-    /// What was written in a life before, where there is that.
+    /// Reads the file of an earlier process; an unusable file counts as time 0.
     pub(super) fn load(file: PathBuf) -> Self {
         let text = std::fs::read_to_string(&file).unwrap_or_default();
         let written = text.trim().parse().unwrap_or(0);
         Self { file, latest: written, written, failure_logged: false }
     }
 
-    /// To be called every few seconds.
+    /// Updates the latest time, and writes it if 60 s have passed since the last write. The caller
+    /// repeats the call every few seconds.
     pub(super) fn update(&mut self, wall: u64) {
         self.latest = self.latest.max(wall);
         if self.latest >= self.written.saturating_add(WRITE_INTERVAL) {
@@ -46,8 +48,9 @@ impl WallClockFloor {
         }
     }
 
-    /// For a data process that begins: what its handshakes' times must exceed; 0 where the clock sees to that.
-    /// Each one has a time of its own, so that none repeats those of the one before.
+    /// Returns the time that the handshakes of a starting data process must exceed; 0 if the wall
+    /// clock is not behind the latest known time. Each call returns a later time, so that no data
+    /// process repeats the timestamps of an earlier one.
     pub(super) fn floor(&mut self, wall: u64) -> u64 {
         if wall >= self.latest {
             self.update(wall);
@@ -55,7 +58,7 @@ impl WallClockFloor {
         }
         tracing::warn!(
             seconds = self.latest - wall,
-            "the clock was set back: handshakes carry later times"
+            "wall clock was set back, handshakes carry later times"
         );
         self.latest = self.latest.saturating_add(MARGIN);
         self.write();
@@ -67,7 +70,7 @@ impl WallClockFloor {
             Ok(()) => (self.written, self.failure_logged) = (self.latest, false),
             Err(error) if !self.failure_logged => {
                 let file = self.file.display();
-                tracing::warn!(%error, %file, "cannot keep the time");
+                tracing::warn!(%error, %file, "cannot store the latest wall-clock time");
                 self.failure_logged = true;
             }
             Err(_) => {}
@@ -81,28 +84,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_clock_set_back_is_known_after_a_restart() {
+    fn clock_set_back_is_detected_after_restart() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("clock");
         let load = || WallClockFloor::load(file.clone());
         let mut clock = load();
-        assert_eq!(clock.floor(1_000_000), 0, "there was nothing before");
+        assert_eq!(clock.floor(1_000_000), 0, "no earlier time is stored");
         clock.update(1_000_030);
         clock.update(1_000_059);
-        assert_eq!(std::fs::read_to_string(&file).unwrap(), "1000000\n", "not every second");
+        assert_eq!(
+            std::fs::read_to_string(&file).unwrap(),
+            "1000000\n",
+            "the file is not written every second"
+        );
         clock.update(1_000_065);
-        // Up to 1,000,124 it may have said without writing it.
+        // Times up to 1,000,124 may have been used without a write.
         let first = load().floor(500);
         assert!(first >= 1_000_125, "{first}");
         let second = load().floor(500);
-        assert!(second > first, "what one may have said is not said again");
+        assert!(second > first, "the second data process must not repeat times of the first");
         let mut clock = load();
         assert!(clock.floor(500) > second && clock.floor(500) > second + 60);
-        assert_eq!(load().floor(2_000_000), 0, "right again");
+        assert_eq!(load().floor(2_000_000), 0, "the clock is ahead again");
     }
 
     #[test]
-    fn rubbish_and_a_full_disk_are_no_trouble() {
+    fn invalid_file_and_failed_write_are_tolerated() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("clock");
         std::fs::write(&file, "noon").unwrap();

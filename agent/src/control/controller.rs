@@ -34,17 +34,28 @@ use crate::failure::Failure;
 use crate::lifecycle::{Asked, NotReady, Signals};
 use crate::status::PeerConflict;
 
-/// The interface is compared with what is wanted this often, whatever was announced.
+/// Interval of the reconciliation, independent of notifications: the kernel drops notifications
+/// under load.
 const RESYNC_INTERVAL: Duration = Duration::from_secs(10);
 /// Minimum interval between two reactions to changed path MTUs: a peer determines its own MTU.
 const MIN_PATH_INTERVAL: Duration = Duration::from_secs(1);
-/// Routes wait this long for the data process to know the node that they lead to.
+/// Maximum wait for the data process to apply a snapshot before routes to new peers are added.
 const APPLY_TIMEOUT: Duration = Duration::from_millis(200);
-/// Announcements of the kernel that come together are taken together.
+/// Delay after a notification of the kernel, so that one reconciliation covers several
+/// notifications.
 const COALESCE_DELAY: Duration = Duration::from_millis(20);
 
-/// Owner of the node's network state: brings interface, routes, firewall and data process to the
-/// desired state, and repeats it whenever something changes.
+/// Reconciler of the node's network state: interface, routes, firewall, pods and data process.
+///
+/// Order of calls: [`Controller::start`] adds the unreachable routes, installs the firewall,
+/// creates the interface and starts the supervisor; [`Controller::run`] follows events until a
+/// signal ends it. Addresses and routes are configured only after the data process has applied the
+/// first snapshot (`started`); the CNI service starts after that. If the start fails, `run` removes
+/// what this start has created. A later error makes the agent unready and is retried every
+/// [`RESYNC_INTERVAL`].
+///
+/// Each change of the node records passes to the data process first, then to the routes: a route to
+/// an unknown peer would lose packets.
 pub(super) struct Controller {
     config: Config,
     rotation: Rotation,
@@ -63,20 +74,20 @@ pub(super) struct Controller {
     supervisor: Handle,
     firewall: Firewall,
     _changes: JoinSet<()>,
-    /// Absent where pods are somebody else's business.
+    /// Service of the pods; `None` before its start, or if `cni.enabled` is off.
     pods: Option<Pods>,
-    /// Until they are served, where they are to be.
+    /// Blocks readiness until the pods are served.
     no_pods: Option<NotReady>,
-    /// Addresses and routes wait until the data process has taken the first snapshot.
+    /// True after the data process has applied the first snapshot.
     started: bool,
     not_ready: Option<NotReady>,
-    /// Paths that carry less than the nodes.
+    /// Paths to peers whose MTU is less than that of the overlay.
     reduced_paths: Vec<ReducedPath>,
     /// Ports of the data process's UDP sockets.
     source_ports: Vec<u16>,
-    /// Time of the next reaction to changes of `narrow`.
+    /// Earliest time of the next reaction to changes of `reduced_paths`.
     reduced_paths_due: Instant,
-    /// Logged already, so as not to be logged every ten seconds.
+    /// Problems of the last reconciliation, which are logged once.
     logged_problems: Vec<String>,
     /// Prefixes of peers to which another program has a route.
     conflicts: Vec<PeerConflict>,
@@ -86,6 +97,11 @@ pub(super) struct Controller {
 pub(super) type FirstOutcome = oneshot::Receiver<Result<(), Failure>>;
 
 impl Controller {
+    /// Prepares the node's network state and starts the supervisor.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] if the configured addresses are not in the pod CIDRs; otherwise a failure
+    /// of the kernel's interfaces.
     pub(super) async fn start(
         config: Config,
         rotation: Rotation,
@@ -169,6 +185,11 @@ impl Controller {
         Ok((controller, first))
     }
 
+    /// Follows events until a signal ends the agent.
+    ///
+    /// # Errors
+    /// [`Failure`] if the data process refuses the first snapshot or does not start, or if the CNI
+    /// service cannot start.
     pub(super) async fn run(
         mut self,
         mut first: FirstOutcome,
@@ -217,8 +238,7 @@ impl Controller {
                 }
                 () = self.monitor.changed() => {
                     // Missing unreachable routes are added at once, because pods' packets may leave
-                    // in clear meanwhile. The reconciliation below retries failures and reports
-                    // them.
+                    // in clear meanwhile. The reconciliation below retries and reports failures.
                     self.ensure_unreachable_routes().await;
                     tokio::time::sleep(COALESCE_DELAY).await;
                     self.reconcile().await;
@@ -236,7 +256,7 @@ impl Controller {
         }
     }
 
-    /// Reads the node records and follows them.
+    /// Reads the node records, and applies them if they have changed.
     async fn reload(&mut self) {
         let changed = self.registry.reload();
         self.published.node.set_registry(self.registry.status());
@@ -249,7 +269,7 @@ impl Controller {
         self.set_desired(desired).await;
     }
 
-    /// Makes `desired` the state of this node.
+    /// Makes `desired` the desired state of this node and reconciles.
     async fn set_desired(&mut self, desired: Desired) {
         if let Some(problem) = desired.address_problem() {
             tracing::error!("{problem}");
@@ -261,13 +281,14 @@ impl Controller {
             tracing::info!(from, to, underlay = %self.underlay, "mtu of the overlay changes");
         }
         self.desired = desired;
-        // The data process first: a route to a node that it does not know yet loses packets.
+        // The data process first: packets on a route to a peer that it does not know yet are lost.
         self.publish_snapshot_and_wait().await;
         self.reconcile().await;
         self.propagate();
     }
 
-    /// Follows interfaces of link-local endpoints that are created or deleted.
+    /// Resolves the interfaces of link-local endpoints again, which may have been created or
+    /// deleted.
     async fn resolve_endpoints(&mut self) {
         let before = self.desired.unresolved.clone();
         if self.started && self.desired.resolve_endpoints(&self.registry) {
@@ -276,7 +297,7 @@ impl Controller {
         log_unresolved(&before, &self.desired.unresolved);
     }
 
-    /// Follows the MTU of the underlay.
+    /// Reads the MTU of the underlay, and applies it if it has changed.
     async fn check_underlay(&mut self) {
         match self.underlay.check(&self.netlink, &self.config, &self.registry).await {
             Ok(true) => {
@@ -286,19 +307,21 @@ impl Controller {
                 }
             }
             Ok(false) => {}
-            Err(error) => tracing::warn!(%error, "the MTU of the underlay is not known"),
+            Err(error) => tracing::warn!(%error, "cannot read the MTU of the underlay"),
         }
     }
 
+    /// Passes the desired state to the supervisor and waits until the data process has applied it,
+    /// at most [`APPLY_TIMEOUT`].
     async fn publish_snapshot_and_wait(&self) {
         let revision = self.publish_snapshot();
         let reached = self.published.dataplane.wait_for_revision(revision);
         if tokio::time::timeout(APPLY_TIMEOUT, reached).await.is_err() {
-            tracing::warn!(revision, "the data process has not taken the change yet");
+            tracing::warn!(revision, "data process has not applied the change yet");
         }
     }
 
-    /// Begins to serve the CNI plugin, where that is wanted.
+    /// Starts the CNI service if `cni.enabled` is on.
     async fn serve_pods(&mut self) -> Result<(), Failure> {
         if !self.config.cni.enabled {
             return Ok(());
@@ -313,7 +336,7 @@ impl Controller {
         Ok(())
     }
 
-    /// Hands the wanted state to the supervisor.
+    /// Passes the desired state to the supervisor; returns its revision.
     fn publish_snapshot(&self) -> u64 {
         let revision = self.snapshots.borrow().revision + 1;
         let snapshot = self.desired.snapshot(
@@ -329,18 +352,18 @@ impl Controller {
 
     async fn shut_down(self) -> Result<(), Failure> {
         let keep = self.config.dataplane.keep_on_exit;
-        tracing::info!(keep_dataplane = keep, "ending");
+        tracing::info!(keep_dataplane = keep, "agent stops");
         self.supervisor.end(if keep { ShutdownMode::Keep } else { ShutdownMode::Stop }).await;
         Ok(())
     }
 
-    /// Takes back what this start has made.
+    /// Removes what this start has created; returns `failure`.
     async fn roll_back(self, failure: Failure) -> Failure {
         self.supervisor.end(ShutdownMode::StopOwn).await;
         if self.interface.created
             && let Err(error) = self.netlink.delete_link(self.interface.index).await
         {
-            tracing::error!(%error, "the interface stays behind: remove it with skein-agent cleanup");
+            tracing::error!(%error, "interface not removed. Remove it with skein-agent cleanup.");
         }
         // A node that was part of the network before may still have pods. Their traffic stays
         // refused.
@@ -349,13 +372,13 @@ impl Controller {
             let none = BTreeSet::new();
             let outcome = self.netlink.ensure_unreachable_routes(&none, before, &alias).await;
             for error in outcome.errors {
-                tracing::error!("{error}: remove the route with skein-agent cleanup");
+                tracing::error!("{error}. Remove the route with skein-agent cleanup.");
             }
             self.firewall.set_rules(Rules::none(&self.config.cni.table));
             if let Err(error) = self.firewall.settled().await {
                 tracing::error!(
                     error,
-                    "nftables table not removed: remove it with skein-agent cleanup"
+                    "nftables table not removed. Remove it with skein-agent cleanup."
                 );
             }
         }
@@ -363,6 +386,7 @@ impl Controller {
     }
 }
 
+/// Waits until `deadline`; forever if it is `None`.
 async fn until(deadline: Option<Instant>) {
     match deadline {
         Some(at) => tokio::time::sleep_until(at).await,
@@ -370,14 +394,15 @@ async fn until(deadline: Option<Instant>) {
     }
 }
 
-/// Larger than any that an earlier control process has used, so that reports tell them apart.
+/// Returns the first revision of this process, milliseconds since 1970: larger than the revisions
+/// of earlier control processes, so that reports distinguish them.
 fn first_revision() -> u64 {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(now.as_millis()).unwrap_or(1)
 }
 
-/// Restores once what an earlier version has changed. An error is logged, and the next start tries
-/// again.
+/// Restores once the `accept_ra` sysctls that an earlier version has changed. An error is logged,
+/// and the next start retries.
 async fn restore_accept_ra(netlink: &Netlink, config: &Config, registry: &mut Registry) {
     if registry.is_accept_ra_restored() || !config.interface.forwarding {
         return;
@@ -386,7 +411,7 @@ async fn restore_accept_ra(netlink: &Netlink, config: &Config, registry: &mut Re
         Ok(changed) => {
             if !changed.is_empty() {
                 let names = abridged(&changed);
-                tracing::info!(names, "router advertisements are ignored again (accept_ra 1)");
+                tracing::info!(names, "accept_ra restored to 1: router advertisements are ignored");
             }
             registry.set_accept_ra_restored();
         }

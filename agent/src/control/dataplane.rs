@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::history::CounterRing;
 use crate::status::DataplaneStatus;
 
-/// The data process as the supervisor sees it; cheap to clone, always current.
+/// Current state of the data process, as the supervisor observes it. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub struct DataplaneState {
     status: watch::Sender<DataplaneStatus>,
@@ -19,12 +19,12 @@ pub struct DataplaneState {
 }
 
 impl DataplaneState {
-    /// As it is now.
+    /// Returns the current state.
     pub fn get(&self) -> DataplaneStatus {
         self.status.borrow().clone()
     }
 
-    /// Its counters in the last minutes.
+    /// Returns the counters of the last five minutes.
     pub fn history(&self) -> &CounterRing {
         &self.history
     }
@@ -34,15 +34,15 @@ impl DataplaneState {
         self.report_wanted.notify_one();
     }
 
-    /// Waits until this revision, or a later one, is in force.
+    /// Waits until the data process has applied `revision` or a later one.
     pub async fn wait_for_revision(&self, revision: u64) {
         let reached = |status: &DataplaneStatus| status.up && status.revision >= revision;
-        // Fails only where the sender is gone, and that is `self`.
+        // `wait_for` fails only after the sender is dropped, and `self` holds it.
         let _ = self.status.subscribe().wait_for(reached).await;
     }
 
-    /// Waits until `not_before`, and then for other paths than `known` to be narrow. Returns the
-    /// narrow paths. Changes that come before `not_before` are returned together.
+    /// Waits until `not_before`, and then until the paths with a reduced MTU differ from `known`.
+    /// Returns these paths. Changes before `not_before` are returned together.
     pub async fn changed_paths(
         &self,
         known: &[ReducedPath],
@@ -50,7 +50,7 @@ impl DataplaneState {
     ) -> Vec<ReducedPath> {
         tokio::time::sleep_until(not_before).await;
         let mut status = self.status.subscribe();
-        // Fails only where the sender is gone, and that is `self`.
+        // `wait_for` fails only after the sender is dropped, and `self` holds it.
         match status.wait_for(|status| status.up && status.narrow != known).await {
             Ok(status) => status.narrow.clone(),
             Err(_) => std::future::pending().await,
@@ -61,20 +61,21 @@ impl DataplaneState {
     pub async fn source_ports(&self, known: &[u16]) -> Vec<u16> {
         let mut status = self.status.subscribe();
         let differ = |status: &DataplaneStatus| status.up && status.source_ports != known;
-        // Fails only where the sender is gone, and that is `self`.
+        // `wait_for` fails only after the sender is dropped, and `self` holds it.
         match status.wait_for(differ).await {
             Ok(status) => status.source_ports.clone(),
             Err(_) => std::future::pending().await,
         }
     }
 
-    /// Waits for other peers than these to be unreachable, or for another reason.
+    /// Waits until the unreachable peers or their reasons differ from `known`.
     pub async fn unreachable_peers_changed(&self, known: &[UnreachablePeer]) {
         let differ = |status: &DataplaneStatus| status.up && status.unreachable != known;
-        // Fails only where the sender is gone, and that is `self`.
+        // `wait_for` fails only after the sender is dropped, and `self` holds it.
         let _ = self.status.subscribe().wait_for(differ).await;
     }
 
+    /// Stores a report of the data process.
     pub(super) fn on_report(&self, report: Report) {
         self.history.push(&report);
         let Report {

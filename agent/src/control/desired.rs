@@ -1,5 +1,5 @@
-//! What is wanted, as a pure function of the configuration and the records; and the difference
-//! between two wants.
+//! Desired state of the node, as a pure function of the configuration and the node records, and the
+//! difference between two snapshots for the data process.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -18,26 +18,26 @@ use crate::cni::Network;
 use crate::config::Config;
 use crate::status::PeerConflict;
 
-/// Bytes that Skein puts around an inner packet: outer IP, UDP, header, tag.
+/// Bytes that Skein adds to an inner packet over IPv4: IP (20), UDP (8), header (16), tag (16).
 const OVERHEAD_IPV4: u32 = 60;
-/// The same where the outer packet may be IPv6.
+/// Bytes that Skein adds to an inner packet over IPv6: IP (40), UDP (8), header (16), tag (16).
 const OVERHEAD_IPV6: u32 = 80;
 
-/// What this node should be.
+/// Desired state of this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Desired {
     /// Inner MTU in bytes, at least the minimum of the IP versions in use.
     pub mtu: u16,
     /// Problem and remedy if the underlay or the configuration leaves less than that minimum.
     pub mtu_problem: Option<String>,
-    /// What this node owns.
+    /// Pod CIDRs of this node.
     pub local_cidrs: Vec<IpNet>,
-    /// Every other node, by name.
+    /// All other nodes, sorted by name.
     pub peers: Vec<Peer>,
     /// Addresses of this node on the interface.
     pub addresses: Vec<IpAddr>,
-    /// Prefixes that only the overlay carries: pod CIDRs of this node, of the cluster, and of present
-    /// and former peers.
+    /// Prefixes that only the overlay carries: pod CIDRs of this node, of the cluster, and of
+    /// present and former peers.
     pub overlay: BTreeSet<IpNet>,
     /// Prefixes of unreachable routes: [`Desired::overlay`], or none if
     /// `interface.unreachable_routes` is off.
@@ -47,7 +47,7 @@ pub struct Desired {
 }
 
 impl Desired {
-    /// `underlay_mtu` is in bytes.
+    /// Computes the desired state. `underlay_mtu` is in bytes.
     pub fn new(config: &Config, registry: &Registry, underlay_mtu: u32) -> Self {
         let local_cidrs = registry.local_cidrs().to_vec();
         let ResolvedPeers { peers, unresolved } = peers(registry);
@@ -80,7 +80,7 @@ impl Desired {
         before != self.peers
     }
 
-    /// What pods need to know of it.
+    /// Returns the properties of the node that its pods depend on.
     pub fn network(&self, config: &Config) -> Network {
         let peers = || self.peers.iter().flat_map(|peer| peer.pod_cidrs.clone()).collect();
         let cluster = Some(config.cluster_cidrs.clone()).filter(|cidrs| !cidrs.is_empty());
@@ -99,16 +99,17 @@ impl Desired {
         let stray = self.addresses.iter().find(|ip| !local(ip))?;
         Some(format!(
             "interface.addresses: {stray} is not in this node's pod CIDRs, so that other nodes would \
-             drop its packets: choose one that is, or leave it out"
+             drop its packets. Choose an address in a pod CIDR, or remove this one."
         ))
     }
 
-    /// The interface for this, where some paths carry less than the nodes.
+    /// Returns the interface with its addresses and routes. `narrow` are the paths whose MTU is
+    /// less than that of the overlay.
     pub fn interface(&self, config: &Config, narrow: &[ReducedPath]) -> Wanted {
         let narrow: BTreeMap<_, _> =
             narrow.iter().map(|path| (path.public_key, path.mtu)).collect();
         let mtus = self.peers.iter().filter_map(|peer| {
-            // While its key changes, what was found out may still be under the other one.
+            // During a key rotation the path MTU may be known under the other key.
             let keys = [Some(peer.public_key), peer.second_public_key];
             let found = keys.into_iter().flatten().find_map(|key| narrow.get(&key));
             let mtu = *found.filter(|mtu| **mtu < self.mtu)?;
@@ -127,7 +128,7 @@ impl Desired {
         }
     }
 
-    /// Returns the differences between two lists of narrow paths, one text per peer.
+    /// Returns the differences between two lists of paths with a reduced MTU, one text per peer.
     pub fn changed_paths(&self, before: &[ReducedPath], now: &[ReducedPath]) -> Vec<String> {
         let name = |key: PublicKey| {
             let has =
@@ -150,7 +151,7 @@ impl Desired {
         found.into_iter().filter_map(named).collect()
     }
 
-    /// The data process's view of this.
+    /// Returns the part of the desired state that the data process applies.
     pub fn snapshot(
         &self,
         config: &Config,
@@ -201,8 +202,8 @@ fn usable_mtu<'a>(mtu: u16, cidrs: impl IntoIterator<Item = &'a IpNet>) -> Usabl
     }
     let reason = v6.map_or_else(String::new, |v6| format!(" for IPv6 pod CIDRs ({v6})"));
     let problem = format!(
-        "the inner MTU of {mtu} bytes is too small{reason}, the minimum of {minimum} bytes is used: \
-         raise the MTU of the underlay, or interface.mtu if it is set"
+        "the inner MTU of {mtu} bytes is too small{reason}, the minimum of {minimum} bytes is used. \
+         Raise the MTU of the underlay, or interface.mtu if it is set."
     );
     UsableMtu { mtu: minimum, problem: Some(problem) }
 }
@@ -215,7 +216,7 @@ struct ResolvedPeers {
     unresolved: Vec<String>,
 }
 
-/// Returns every other node, by name, and messages about the endpoints that are left out.
+/// Returns all other nodes, sorted by name, and messages about the endpoints that are left out.
 fn peers(registry: &Registry) -> ResolvedPeers {
     let mut unresolved = Vec::new();
     let mut peers: Vec<_> = registry.peers().map(|record| peer(record, &mut unresolved)).collect();
@@ -240,9 +241,11 @@ fn peer(record: &NodeRecord, unresolved: &mut Vec<String>) -> Peer {
     }
 }
 
-/// The first address that a host can have: the first after the network's own, where there is one.
+/// Returns the first host address of a prefix: the address after the network address, or the
+/// network address itself if the prefix has at most two addresses.
 pub fn first_host(cidr: &IpNet) -> IpAddr {
-    // The first is the network's name in IPv4 and every router's in IPv6, but on the smallest links.
+    // The network address names the network in IPv4 and is the subnet-router anycast address in
+    // IPv6 (RFC 4291, section 2.6.1), except on point-to-point links (RFC 3021, RFC 6164).
     match cidr.max_prefix_len() - cidr.prefix_len() {
         0 | 1 => cidr.network(),
         _ => match cidr.network() {
@@ -252,14 +255,15 @@ pub fn first_host(cidr: &IpNet) -> IpAddr {
     }
 }
 
-/// Whether datagrams may leave over IPv6.
+/// Returns whether datagrams of this node may leave over IPv6.
 fn over_ipv6(config: &Config, registry: &Registry) -> bool {
     let listens = |v4: bool| config.underlay.addresses.iter().any(|ip| ip.is_ipv4() == v4);
     let endpoints = registry.peers().chain(registry.own()).flat_map(|record| &record.endpoints);
     listens(false) && (!listens(true) || endpoints.into_iter().any(|e| e.is_ipv6()))
 }
 
-/// What to tell a data process that is at `old`, so that it comes to `new`; `None` where it is there.
+/// Returns the request that brings a data process from the state `old` to `new`: an update if only
+/// peers differ, otherwise the whole snapshot. `None` if the states are equal.
 pub fn difference(old: &Snapshot, new: &Snapshot) -> Option<Request> {
     if old.node != new.node || old.local_cidrs != new.local_cidrs {
         return Some(Request::Apply { snapshot: Box::new(new.clone()) });
@@ -319,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_are_the_first_of_each_pod_cidr() {
+    fn addresses_are_the_first_host_of_each_pod_cidr() {
         let (_, desired) = desired("", &[own()], 1500);
         let expected: [IpAddr; 2] = ["10.1.0.1".parse().unwrap(), "fd00:1::1".parse().unwrap()];
         assert_eq!(desired.addresses, expected);
@@ -331,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn changed_paths_are_named_without_the_others() {
+    fn changed_paths_are_named_without_unchanged_ones() {
         let (_, desired) = desired("", &[own(), text(2, &["10.2.0.0/24"])], 1500);
         let peer = desired.peers[0].public_key;
         let path = |public_key, mtu| ReducedPath { public_key, mtu };
@@ -344,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn the_mtu_leaves_room_for_the_overhead() {
+    fn mtu_leaves_room_for_overhead() {
         let v6_peer = text(2, &["10.2.0.0/24"]).replace("192.0.2.2", "[2001:db8::2]");
         let mtu = |config: &str, records: &[String]| desired(config, records, 1500).1.mtu;
         let both = "[underlay]\naddresses = ['0.0.0.0', '::']";
@@ -352,13 +356,17 @@ mod tests {
         let v6 = "[underlay]\naddresses = ['2001:db8::1']";
         assert_eq!(mtu(both, &[own(), text(2, &["10.2.0.0/24"])]), 1440);
         assert_eq!(mtu(both, &[own(), v6_peer.clone()]), 1420);
-        assert_eq!(mtu(v4, &[own(), v6_peer.clone()]), 1440, "it cannot be reached");
+        assert_eq!(
+            mtu(v4, &[own(), v6_peer.clone()]),
+            1440,
+            "the peer cannot be reached over IPv6"
+        );
         assert_eq!(mtu(v6, &[own()]), 1420);
         assert_eq!(mtu("[interface]\nmtu = 1300", &[own(), v6_peer]), 1300);
     }
 
     #[test]
-    fn addresses_lie_in_the_pod_cidrs() {
+    fn address_outside_pod_cidrs_is_refused() {
         let addresses = |ip: &str| format!("[interface]\naddresses = ['{ip}']");
         let problem = |ip: &str| desired(&addresses(ip), &[own()], 1500).1.address_problem();
         assert_eq!(problem("10.1.0.200"), None);
@@ -402,12 +410,12 @@ mod tests {
             problem: "taken".to_owned(),
         };
         let named = desired.conflicts(vec![conflict("fd00:2::/64"), conflict("10.9.0.0/24")]);
-        assert_eq!(named.len(), 1, "Nobody owns the other prefix: {named:?}");
+        assert_eq!(named.len(), 1, "No peer owns the other prefix: {named:?}");
         assert_eq!((named[0].peer.as_str(), &*named[0].problem), ("node-2", "taken"));
     }
 
     #[test]
-    fn small_changes_are_updates() {
+    fn changed_peers_give_an_update() {
         let a = snapshot(&[own(), text(2, &["10.2.0.0/24"]), text(3, &["10.3.0.0/24"])], 1);
         let b = snapshot(&[own(), text(2, &["10.22.0.0/24"]), text(4, &["10.4.0.0/24"])], 2);
         assert!(difference(&a, &Snapshot { revision: 9, ..a.clone() }).is_none());
@@ -419,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn other_changes_need_a_whole_snapshot() {
+    fn other_changes_give_a_whole_snapshot() {
         let a = snapshot(&[own()], 1);
         let b = snapshot(&[text(1, &["10.9.0.0/24"])], 2);
         assert!(matches!(difference(&a, &b), Some(Request::Apply { .. })));

@@ -28,21 +28,23 @@ pub struct Endpoint {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum EndpointError {
     /// The text is malformed, or the address is one that no node can listen on.
-    #[error("is not an address: use 192.0.2.1, 192.0.2.1:51900 or [2001:db8::1]:51900")]
+    #[error("is not an address. Use the form 192.0.2.1, 192.0.2.1:51900 or [2001:db8::1]:51900.")]
     Address,
     /// The address is link-local and has no interface.
-    #[error("is a link-local address: name its interface, as [fe80::1%eth1]:51900")]
+    #[error("is a link-local address without an interface. Use the form [fe80::1%eth1]:51900.")]
     NoInterface,
     /// The address has an interface but is not link-local.
-    #[error("names an interface: only link-local IPv6 addresses have one")]
+    #[error(
+        "names an interface, but only link-local IPv6 addresses have one. Remove the interface."
+    )]
     Interface,
 }
 
 /// The interface of a link-local endpoint does not exist.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "endpoint {endpoint}: this node has no interface {interface}: correct the record, or make the \
-     interface"
+    "endpoint {endpoint}: this node has no interface {interface}. Correct the record, or create the \
+     interface."
 )]
 pub struct UnknownInterface {
     endpoint: Endpoint,
@@ -50,7 +52,7 @@ pub struct UnknownInterface {
 }
 
 impl Endpoint {
-    /// IP address.
+    /// Returns the IP address without its scope.
     pub fn ip(&self) -> IpAddr {
         self.address.ip()
     }
@@ -94,7 +96,7 @@ impl Endpoint {
 }
 
 impl From<SocketAddr> for Endpoint {
-    /// The scope id of a link-local address becomes the interface's index in digits.
+    /// Converts a socket address; a scope id becomes the interface's index in digits.
     fn from(mut address: SocketAddr) -> Self {
         let mut interface = None;
         if let SocketAddr::V6(v6) = &mut address {

@@ -1,4 +1,4 @@
-//! Failures of the kernel's interfaces, as exits of the agent.
+//! Conversion of kernel errors to failures of the agent, which determine its exit code.
 
 use skein_netlink::NetlinkError;
 use skein_netlink::interface::InterfaceError;
@@ -9,7 +9,7 @@ use crate::failure::Failure;
 pub(super) fn netlink_failure(error: NetlinkError) -> Failure {
     match error.source.kind() {
         std::io::ErrorKind::PermissionDenied => {
-            Failure::Privilege(format!("{error}: run as root or grant CAP_NET_ADMIN"))
+            Failure::Privilege(format!("{error}. Run the agent as root or grant CAP_NET_ADMIN."))
         }
         _ => Failure::Runtime(error.into()),
     }

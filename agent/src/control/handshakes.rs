@@ -28,7 +28,7 @@ pub(super) struct HandshakeTimes {
     /// Number of the last report that had the key; absent for keys that no report to this process
     /// had.
     last_reports: BTreeMap<PublicKey, u64>,
-    /// Number of reports.
+    /// Number of reports that this process has received.
     reports: u64,
     /// Pending write on a blocking thread.
     writing: Option<JoinHandle<io::Result<()>>>,
@@ -95,9 +95,9 @@ impl HandshakeTimes {
 
 /// Merges the reported timestamps into the known ones; a key that has both keeps the later one. A
 /// data process reports the keys of its present peers only, and a node whose record was removed may
-/// return with the same key. Up to [`MAX_UNREPORTED`] keys that are not reported are kept, those with
-/// the highest numbers in `last_reports`. The timestamps do not count: a peer chooses its own, and
-/// may have many keys, one after the other.
+/// return with the same key. Up to [`MAX_UNREPORTED`] keys that are not reported are kept, those
+/// with the highest numbers in `last_reports`. The timestamps do not count: a peer chooses its own,
+/// and may have many keys, one after the other.
 fn merge(
     known: &SeenHandshakes,
     reported: SeenHandshakes,
@@ -128,7 +128,7 @@ fn read(file: &Path) -> io::Result<SeenHandshakes> {
     let mut bytes = Vec::new();
     file.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > MAX_FILE {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "the file is too long"));
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the file is longer than 16 MiB"));
     }
     parse(&bytes)
 }
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn chosen_timestamps_do_not_evict_a_peer_that_was_reported_later() {
+    async fn chosen_timestamps_do_not_evict_later_reported_peer() {
         let directory = tempfile::tempdir().unwrap();
         let mut times = HandshakeTimes::load(directory.path().join(FILE));
         let key = |number: u16| {

@@ -1,5 +1,5 @@
-//! The data process's counters of the last minutes, for charts. They come with the signs of life that it is
-//! asked for anyway, so that they cost nothing.
+//! Counters of the data process in the last five minutes, for the charts of the status page. They
+//! are part of the heartbeat's reports, so that they need no requests of their own.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,10 +8,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use skein_core::drop::{Direction, DropReason};
 use skein_ipc::{DirectionReport, DropReport, LaneReport, Report};
 
-/// Samples that are kept: five minutes and a little more, at one every two seconds.
+/// Maximum number of samples; the oldest one is removed first. At one report every two seconds they
+/// cover 320 s.
 const MAX_SAMPLES: usize = 160;
 
-/// What the numbers of a [`Sample`] are. All but the first two are totals since the data process's start.
+/// Names of the numbers in a [`Sample`]. All but the first two are totals since the data process's
+/// start.
 pub const COLUMNS: [&str; 15] = [
     "time_ms", // since 1970
     "process",
@@ -26,27 +28,27 @@ pub const COLUMNS: [&str; 15] = [
     "in_outer_packets",
     "in_calls",
     "drops",
-    // Of these, those that no stranger can cause.
+    // Drops that a sender without a session key cannot cause.
     "out_lost",
     "in_lost",
 ];
 
-/// One look at the counters, summed over lanes.
+/// Counters at one time, summed over lanes, in the order of [`COLUMNS`].
 pub type Sample = [u64; COLUMNS.len()];
 
-/// Cheap to clone.
+/// Ring of the latest samples. Cheap to clone; clones share the ring.
 #[derive(Debug, Clone, Default)]
 pub struct CounterRing(Arc<Mutex<VecDeque<Sample>>>);
 
 impl CounterRing {
-    /// Keeps what a report counts; the oldest goes.
+    /// Adds the counters of a report, and removes the oldest sample if the ring is full.
     pub(super) fn push(&self, report: &Report) {
         self.push_at(now_ms(), report);
     }
 
     fn push_at(&self, time_ms: u64, report: &Report) {
         let mut samples = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        // The clock was set back: what comes now would seem older than what is there.
+        // The wall clock was set back: the samples must stay in the order of their times.
         if samples.back().is_some_and(|last| last[0] >= time_ms) {
             samples.clear();
         }
@@ -56,18 +58,18 @@ impl CounterRing {
         }
     }
 
-    /// Those taken after a time, in their order; all, where that time is still to come: the clock was set back
-    /// since.
+    /// Returns the samples after `time_ms` in their order. Returns all samples if `time_ms` is
+    /// later than the last one, because the wall clock was set back since.
     pub fn since(&self, time_ms: u64) -> Vec<Sample> {
         let samples = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let anew = samples.back().is_some_and(|last| last[0] < time_ms);
-        samples.iter().filter(|sample| anew || sample[0] > time_ms).copied().collect()
+        let is_set_back = samples.back().is_some_and(|last| last[0] < time_ms);
+        samples.iter().filter(|sample| is_set_back || sample[0] > time_ms).copied().collect()
     }
 }
 
-/// The time that samples are marked with.
+/// Returns the time of the wall clock in milliseconds since 1970, as in samples.
 pub fn now_ms() -> u64 {
-    // A clock before 1970 is a clock that nobody has set.
+    // A time before 1970 means that the clock was never set.
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     now.as_millis().try_into().unwrap_or(u64::MAX)
 }
@@ -126,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn lanes_are_summed_under_their_names() {
+    fn lanes_are_summed_in_named_columns() {
         let history = CounterRing::default();
         history.push_at(1000, &report(5));
         let sample = history.since(0)[0];
@@ -138,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn old_samples_go_and_the_new_ones_are_given() {
+    fn oldest_samples_are_removed_and_newer_ones_returned() {
         let history = CounterRing::default();
         (1..=500).for_each(|n| history.push_at(n * 2000, &report(n)));
         assert_eq!(history.since(0).len(), MAX_SAMPLES);
@@ -147,11 +149,11 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_was_set_back_begins_anew() {
+    fn clock_set_back_restarts_the_samples() {
         let history = CounterRing::default();
         history.push_at(10_000, &report(1));
         history.push_at(4_000, &report(2));
         assert_eq!(history.since(0).len(), 1);
-        assert_eq!(history.since(10_000).len(), 1, "who knows later ones begins anew, too");
+        assert_eq!(history.since(10_000).len(), 1, "a client with later times gets all samples");
     }
 }

@@ -1,4 +1,4 @@
-//! The node's private key: made once, kept in a file of mode 0600, refused when others can read it.
+//! File of the node's private key: created once with mode 0600, refused if other users can read it.
 
 use std::fs::{File, Permissions};
 use std::io::{self, Read, Write};
@@ -14,8 +14,12 @@ use crate::config::Config;
 use crate::failure::Failure;
 use crate::files::sync_beside;
 
-/// The key of the configured node. One in the state directory is made on the first start; one that
-/// the configuration names must be there, or a node would get a new identity by a wrong mount.
+/// Returns the private key of the configured node. A key in the state directory is created at the
+/// first start. A key that `private_key_file` names must exist: a missing mount must not change the
+/// node's identity.
+///
+/// # Errors
+/// [`Failure::Usage`] if `private_key_file` is missing; otherwise as [`load_or_create`].
 pub fn for_node(config: &Config) -> Result<PrivateKey, Failure> {
     let path = config.key_path();
     if config.private_key_file.is_none() {
@@ -23,28 +27,35 @@ pub fn for_node(config: &Config) -> Result<PrivateKey, Failure> {
     }
     load(&path)?.ok_or_else(|| {
         Failure::Usage(format!(
-            "private_key_file {} is missing: make it (skein-agent keygen --out {0}), or leave \
-             private_key_file out",
+            "private_key_file {} is missing. Create it (skein-agent keygen --out {0}), or remove \
+             private_key_file from the configuration.",
             path.display()
         ))
     })
 }
 
-/// Reads the key; makes one where there is none.
+/// Reads the key; creates one if the file does not exist.
+///
+/// # Errors
+/// [`Failure`] if the file cannot be read or written, or as [`load`] if its contents are refused.
 pub fn load_or_create(path: &Path) -> Result<PrivateKey, Failure> {
     match load(path)? {
         Some(key) => Ok(key),
         None => {
             let key = PrivateKey::generate()
-                .map_err(|error| anyhow::anyhow!("cannot make a private key: {error}"))?;
+                .map_err(|error| anyhow::anyhow!("cannot generate a private key: {error}"))?;
             store(path, &key)?;
-            tracing::info!(path = %path.display(), "made this node's private key");
+            tracing::info!(path = %path.display(), "private key of this node created");
             Ok(key)
         }
     }
 }
 
-/// Reads the key; `None` where there is no file.
+/// Reads the key; `None` if the file does not exist.
+///
+/// # Errors
+/// [`Failure::Usage`] if the file belongs to an untrusted user, if other users can read it, or if
+/// it contains no valid key. Another [`Failure`] if it cannot be read.
 pub fn load(path: &Path) -> Result<Option<PrivateKey>, Failure> {
     let shown = path.display();
     let mut file = match File::open(path) {
@@ -64,34 +75,38 @@ pub fn load(path: &Path) -> Result<Option<PrivateKey>, Failure> {
         .map_err(|error| Failure::io(format!("cannot read the private key {shown}"), error))?;
     if !is_trusted(found.uid()) {
         return Err(Failure::Usage(format!(
-            "the private key {shown} belongs to user {}, who knows it and can change it: make a new \
-             key (skein-agent keygen), or chown root the file if only root has ever written it",
+            "the private key {shown} belongs to user {}, who can read and change it. Create a new key \
+             (skein-agent keygen), or chown root the file if only root has ever written it.",
             found.uid()
         )));
     }
     let mode = found.mode();
     if mode & 0o077 != 0 {
         return Err(Failure::Usage(format!(
-            "the private key {shown} can be read by others (mode {:03o}): chmod 600 it, and make a \
-             new key if somebody may have read it",
+            "the private key {shown} can be read by other users (mode {:03o}). Run chmod 600 on the \
+             file, and create a new key if another user may have read it.",
             mode & 0o777
         )));
     }
     let key = text.parse::<PrivateKey>().map_err(|error| {
         Failure::Usage(format!(
-            "the private key {shown} is no key: {error}: make one with skein-agent keygen"
+            "the file {shown} contains no valid private key: {error}. Create a key with skein-agent \
+             keygen."
         ))
     })?;
     Ok(Some(key))
 }
 
-/// Writes the key: never over another, never half.
+/// Writes the key atomically. An existing file is never replaced.
+///
+/// # Errors
+/// [`Failure::Taken`] if the file exists; another [`Failure`] if it cannot be written.
 pub fn store(path: &Path, key: &PrivateKey) -> Result<(), Failure> {
     let mut text = key.to_base64();
     text.push('\n');
     create(path, text.as_bytes()).map_err(|error| match error.kind() {
         io::ErrorKind::AlreadyExists => Failure::Taken(format!(
-            "{} exists already: remove it first if its key is not needed any more",
+            "{} already exists. Remove it first if its key is no longer needed.",
             path.display()
         )),
         _ => Failure::io(format!("cannot write the private key {}", path.display()), error),
@@ -121,7 +136,10 @@ fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
     file.sync_all()
 }
 
-/// Makes a directory that only its owner can enter; one that exists stays as it is.
+/// Creates a directory with mode 0700; an existing directory is left unchanged.
+///
+/// # Errors
+/// An I/O error if the directory cannot be created.
 pub fn create_private_dir(path: &Path) -> io::Result<()> {
     if path.is_dir() {
         return Ok(());
@@ -136,7 +154,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_key_is_made_once_and_kept() {
+    fn key_is_created_once_and_kept() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("state/node.key");
         let key = load_or_create(&path).unwrap();
@@ -147,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_never_overwritten() {
+    fn existing_key_is_never_overwritten() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("node.key");
         let key = load_or_create(&path).unwrap();
@@ -157,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_others_can_read_is_refused() {
+    fn key_readable_by_others_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("node.key");
         load_or_create(&path).unwrap();
@@ -181,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_without_a_key_is_named() {
+    fn error_of_invalid_key_names_the_file() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("node.key");
         write_new(&path, b"short").unwrap();

@@ -45,7 +45,7 @@ async fn answer(listener: UnixListener, readiness: Readiness) {
         }
         .await;
         if let Err(error) = answered {
-            tracing::debug!(%error, "a probe was not answered");
+            tracing::debug!(%error, "probe not answered");
             tokio::time::sleep(RETRY_DELAY).await;
         }
     }
@@ -72,7 +72,7 @@ impl DataplaneRequest {
     pub async fn granted(&mut self) {
         let granted = self.active.wait_for(|active| *active);
         if tokio::time::timeout(ACTIVATION_TIMEOUT, granted).await.is_err() {
-            tracing::warn!("this instance's data plane is not active yet");
+            tracing::warn!("data plane of this instance not active yet");
         }
     }
 }
@@ -98,7 +98,7 @@ async fn request(instance: Instance, readiness: Readiness, active: watch::Sender
         }
         .await;
         if let Err(error) = asked {
-            tracing::debug!(%error, "the keeper of this instance is not reachable");
+            tracing::debug!(%error, "keeper of this instance not reachable");
         }
         active.send_replace(false);
         blocked.get_or_insert_with(|| readiness.block(REASON));

@@ -1,4 +1,4 @@
-//! The lock on the state directory, so that no two agents share one.
+//! Lock of the state directory, which prevents two agents from sharing one.
 
 use std::io::{Read, Seek, Write};
 use std::os::fd::OwnedFd;
@@ -9,7 +9,7 @@ use skein_sys::lock::FileLock;
 use super::identity::create_private_dir;
 use crate::failure::Failure;
 
-/// The lock's name in the state directory.
+/// Name of the lock file in the state directory.
 pub const FILE: &str = "lock";
 
 /// Lock of a state directory. The process that holds it has the agent's role on this node. The
@@ -21,7 +21,11 @@ pub struct StateLock {
 }
 
 impl StateLock {
-    /// Takes the lock of a state directory, which is made if need be.
+    /// Acquires the lock of a state directory, which is created if it does not exist.
+    ///
+    /// # Errors
+    /// [`Failure::Taken`] if another agent holds the lock; another [`Failure`] if the directory
+    /// cannot be used.
     pub fn take(state_dir: &Path) -> Result<Self, Failure> {
         let shown = state_dir.display();
         let failed = |error| Failure::io(format!("cannot use the state directory {shown}"), error);
@@ -34,8 +38,8 @@ impl StateLock {
             let _ = std::fs::File::open(&path)
                 .and_then(|file| file.take(32).read_to_string(&mut holder));
             return Err(Failure::Taken(format!(
-                "another agent (process {}) uses the state directory {shown}: stop it, or give \
-                 each agent a state_dir of its own",
+                "another agent (process {}) uses the state directory {shown}. Stop it, or give each \
+                 agent its own state_dir.",
                 holder.trim()
             )));
         };
@@ -61,7 +65,10 @@ impl StateLock {
         self.lock.release();
     }
 
-    /// Removes the lock file and lets go.
+    /// Removes the lock file and releases the lock.
+    ///
+    /// # Errors
+    /// An I/O error if the file cannot be removed.
     pub fn remove(self) -> std::io::Result<()> {
         std::fs::remove_file(&self.path)?;
         drop(self.lock);
@@ -81,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_agent_a_state_directory() {
+    fn second_agent_with_same_state_directory_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         let state = directory.path().join("state");
         let lock = StateLock::take(&state).unwrap();

@@ -14,8 +14,8 @@ pub enum LogLevelError {
     /// The level is not a level or a filter, or the process has no log.
     #[error("{0}")]
     Agent(String),
-    /// This process has the level, the data process does not.
-    #[error("set for the agent alone: {0}")]
+    /// The level is set in this process, but not in the data process.
+    #[error("the level is set in the agent only: {0}")]
     DataProcess(#[from] ClientError),
 }
 

@@ -1,4 +1,4 @@
-//! Log lines of the control process, each problem once.
+//! Log lines of the control process that report each problem once.
 
 use skein_netlink::interface::Outcome;
 
@@ -6,7 +6,7 @@ use super::desired::Desired;
 
 pub(super) fn log_changes(outcome: &Outcome) {
     if !outcome.changes.is_empty() {
-        tracing::info!("changed: {}", abridged(&outcome.changes));
+        tracing::info!("unreachable routes changed: {}", abridged(&outcome.changes));
     }
 }
 
@@ -26,7 +26,7 @@ pub(super) fn log_mtu_problem(before: Option<&Desired>, now: &Desired) {
     }
 }
 
-/// The first few of many.
+/// Returns the first 20 changes and the number of further ones.
 pub(super) fn abridged(changes: &[String]) -> String {
     const SHOWN: usize = 20;
     let more = match changes.len().saturating_sub(SHOWN) {

@@ -1,5 +1,5 @@
-//! The control process: from configuration and node records to an interface, routes and a data
-//! process that does what they say; and back again whenever something changes.
+//! The control process: reconciles interface, routes, firewall, pods and data process with the
+//! configuration and the node records.
 
 pub mod agent_client;
 mod border;
@@ -65,15 +65,15 @@ use crate::failure::Failure;
 use crate::lifecycle::{NotReady, Readiness, Signals};
 use crate::listener::bind_tcp;
 
-/// How long an agent that gives way may take.
+/// Maximum wait until an agent that hands over has released its ports and sockets.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Interval at which a port or socket in use is tried again.
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 
-/// How the control process came to its end.
+/// Cause of the control process's end.
 #[derive(Debug)]
 pub enum Ended {
-    /// It was asked to end.
+    /// A signal ended the agent.
     Asked,
     /// The agent hands over its role to another agent.
     HandedOver(HandOver),
@@ -94,20 +94,24 @@ pub struct HandOver {
 /// Starts the tasks that serve HTTP on bound listeners. The caller aborts them.
 pub type ServeHttp = fn(Listeners, HttpSource) -> [JoinHandle<()>; 2];
 
-/// Runs until a signal ends it, another agent takes its place, or the start fails.
+/// Runs the control process until a signal ends it or another agent takes over.
+///
+/// # Errors
+/// [`Failure`] if the start fails: invalid configuration or records, missing rights, or a resource
+/// in use.
 pub async fn run(
     config: Config,
     mut start: Start,
     serve_http: ServeHttp,
 ) -> Result<Ended, Failure> {
-    let mut signals = Signals::take().context("cannot take signals")?;
+    let mut signals = Signals::take().context("cannot install signal handlers")?;
     let takes_over = start.takes_over();
     let readiness = Readiness::default();
     // This guard is held until the parts have guards of their own.
     let starting = readiness.block("the agent is starting");
     let probes = start.instance.as_ref();
     let probes = probes.map(|own| instance::answer_probes(own, readiness.clone())).transpose()?;
-    // Where somebody else starts it, the directory is theirs to make.
+    // An external data process is started by another program, which creates the directory.
     if config.dataplane.mode == Mode::Spawn {
         make_directory(&config.dataplane.socket)
             .map_err(|error| Failure::io("cannot use dataplane.socket", error))?;
@@ -165,9 +169,10 @@ pub async fn run(
     };
     let result = tokio::select! {
         result = work => result,
-        // Whatever is under way is left as a killed agent leaves it: the next one goes on from there.
+        // The controller's work is interrupted anywhere, as in an agent that is killed: its
+        // successor reconciles the state.
         Some(connection) = asked_to_hand_over.recv() => {
-            tracing::info!("another agent takes this one's place");
+            tracing::info!("handing over to another agent");
             let ready = readiness.reasons().is_empty();
             return Ok(Ended::HandedOver(HandOver { lock, connection, ready }));
         }
@@ -181,7 +186,8 @@ pub async fn run(
     result.map(|()| Ended::Asked)
 }
 
-/// Tries until what an agent that gives way has is retry_until_free.
+/// Calls `take` again while an agent that hands over still has the resource, at most
+/// [`RELEASE_TIMEOUT`].
 async fn retry_until_free<T>(
     take_over: bool,
     take: impl Fn() -> Result<T, Failure>,
@@ -211,7 +217,7 @@ async fn refuse_kept_prefixes(config: &Config, stored: Option<&Stored>) -> Resul
     Ok(())
 }
 
-/// The source of the records, once there is something to read.
+/// Waits until the source has records; returns the source and its change notifications.
 async fn first_records(
     agent: &AgentView,
     requests: Option<Requests>,

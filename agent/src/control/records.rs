@@ -1,4 +1,4 @@
-//! Node records as files: one TOML table, or an array `[[node]]` of them.
+//! Node records in files: one TOML table, or an array `[[node]]` of tables.
 
 pub mod conflict;
 mod node;
@@ -20,11 +20,14 @@ use self::node::parse_endpoints;
 use super::endpoint::EndpointError;
 use crate::config::{check_disjoint, check_node_name, check_pod_cidr, toml_error};
 
-/// A file of records is refused beyond this length: 10,000 nodes take about 3 MiB.
+/// Maximum length of a file of records in bytes; 10,000 nodes take about 3 MiB.
 const MAX_FILE: u64 = 16 << 20;
 
 impl NodeRecord {
-    /// From what another registry holds as text.
+    /// Parses a record whose fields are text, for example those of a SkeinNode.
+    ///
+    /// # Errors
+    /// [`RecordError`] with the name of the first invalid field and the remedy.
     pub fn from_text(
         name: String,
         public_key: String,
@@ -35,18 +38,18 @@ impl NodeRecord {
         RawRecord { name, public_key, second_public_key, endpoints, pod_cidrs }.validate()
     }
 
-    /// Its keys.
+    /// Returns the public key and the second public key.
     pub fn keys(&self) -> PublicKeys {
         PublicKeys { first: self.public_key, second: self.second_public_key }
     }
 }
 
-/// What is wrong with a file of records.
+/// Reason to refuse a record or a file of records, with the remedy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RecordError(String);
 
 impl RecordError {
-    /// An error with this text.
+    /// Returns an error with this text.
     pub fn new(text: impl Into<String>) -> Self {
         Self(text.into())
     }
@@ -60,10 +63,14 @@ impl fmt::Display for RecordError {
 
 impl std::error::Error for RecordError {}
 
-/// The records of every file, or what is wrong with it.
+/// Records of each file, or the reason to refuse the file, by path.
 pub type ParsedRecords = BTreeMap<PathBuf, Result<Vec<NodeRecord>, RecordError>>;
 
-/// Reads a file, or every `*.toml` of a directory that is not hidden.
+/// Reads the records of a file, or of every `*.toml` file in a directory that is not hidden.
+///
+/// # Errors
+/// An I/O error if the directory cannot be listed or the path does not exist. A file that cannot be
+/// read or parsed is an error in the result.
 pub fn read(source: &Path) -> std::io::Result<ParsedRecords> {
     if !std::fs::metadata(source)?.is_dir() {
         return Ok(BTreeMap::from([(source.to_owned(), read_file(source))]));
@@ -81,10 +88,12 @@ pub fn read(source: &Path) -> std::io::Result<ParsedRecords> {
 }
 
 fn read_file(path: &Path) -> Result<Vec<NodeRecord>, RecordError> {
-    let cannot = |error| RecordError(format!("cannot be read: {error}"));
+    let cannot = |error| RecordError(format!("the file cannot be read: {error}"));
     let length = std::fs::metadata(path).map_err(cannot)?.len();
     if length > MAX_FILE {
-        return Err(RecordError(format!("is longer than {MAX_FILE} bytes: split it")));
+        return Err(RecordError(format!(
+            "the file is longer than {MAX_FILE} bytes. Split it into several files."
+        )));
     }
     parse(&std::fs::read_to_string(path).map_err(cannot)?)
 }
@@ -105,17 +114,21 @@ struct RawArray {
     node: Vec<RawRecord>,
 }
 
-/// The records of one file's text. No records at all is an error: it is what a file looks like that
-/// somebody is just writing; `node = []` says that there are none.
+/// Parses the text of a file. An empty file is an error, because a file that is being written looks
+/// like that; `node = []` states that there are no records.
+///
+/// # Errors
+/// [`RecordError`] if the text is not TOML, if a field is missing, unknown or invalid, or if two
+/// records contradict each other.
 pub fn parse(text: &str) -> Result<Vec<NodeRecord>, RecordError> {
     let wrong = |error: toml::de::Error| RecordError(toml_error(text, &error));
     let table: toml::Table = toml::from_str(text).map_err(wrong)?;
     if table.is_empty() {
-        let text = "holds no node record: write name, public_key, endpoints and pod_cidrs, or \
-                    remove the file";
+        let text = "the file has no node record. Write name, public_key, endpoints and pod_cidrs, or \
+                    remove the file.";
         return Err(RecordError(text.to_owned()));
     }
-    // From the text again, so that errors name lines.
+    // Parsed from the text again, because errors of a table do not name lines.
     let raw = match table.contains_key("node") {
         true => toml::from_str::<RawArray>(text).map_err(wrong)?.node,
         false => vec![toml::from_str::<RawRecord>(text).map_err(wrong)?],
@@ -134,12 +147,12 @@ impl RawRecord {
         let wrong =
             |field: &str, text: String| RecordError(format!("node {name}: {field}: {text}"));
         let key = |field, text: &String| {
-            let remedy = "use the output of skein-agent pubkey on that node";
-            let key = text.parse::<PublicKey>().map_err(|error| {
-                wrong(field, format!("{:?} is {error}: {remedy}", excerpt(text)))
-            })?;
+            let remedy = "Use the output of skein-agent pubkey on that node.";
+            let key = text
+                .parse::<PublicKey>()
+                .map_err(|error| wrong(field, format!("{:?}: {error}. {remedy}", excerpt(text))))?;
             match key.0 == [0; 32] {
-                true => Err(wrong(field, format!("is all zeros: {remedy}"))),
+                true => Err(wrong(field, format!("the key is all zeros. {remedy}"))),
                 false => Ok(key),
             }
         };
@@ -147,12 +160,13 @@ impl RawRecord {
         let second = self.second_public_key.as_ref();
         let second_public_key = second.map(|text| key("second_public_key", text)).transpose()?;
         if second_public_key == Some(public_key) {
-            let text = "is public_key once more: leave it out";
+            let text = "the key equals public_key. Remove second_public_key.";
             return Err(wrong("second_public_key", text.to_owned()));
         }
         let (endpoints, refused) = parse_endpoints(&self.endpoints);
         if endpoints.is_empty() {
-            let text = "is empty: give at least one address of the node, as 192.0.2.1:51900";
+            let text =
+                "the list is empty. Give at least one address of the node, as 192.0.2.1:51900.";
             let text = refused.first().map_or(text.to_owned(), |(endpoint, error)| {
                 format!("{:?} {error}", excerpt(endpoint))
             });
@@ -161,14 +175,14 @@ impl RawRecord {
         let mut pod_cidrs = Vec::with_capacity(self.pod_cidrs.len());
         for text in &self.pod_cidrs {
             let cidr: IpNet = address::parse(text).map_err(|_| {
-                let example = "use an address and a length, as 10.244.1.0/24";
-                wrong("pod_cidrs", format!("{:?} is not a prefix: {example}", excerpt(text)))
+                let example = "Use an address and a length, as 10.244.1.0/24.";
+                wrong("pod_cidrs", format!("{:?} is not a prefix. {example}", excerpt(text)))
             })?;
             check_pod_cidr(&cidr).map_err(|error| wrong("pod_cidrs", error.to_string()))?;
             pod_cidrs.push(cidr);
         }
         if pod_cidrs.is_empty() {
-            let text = "is empty: give the prefixes that the node owns, as 10.244.1.0/24";
+            let text = "the list is empty. Give the prefixes of the node's pods, as 10.244.1.0/24.";
             return Err(wrong("pod_cidrs", text.to_owned()));
         }
         check_disjoint(&pod_cidrs).map_err(|error| wrong("pod_cidrs", error.to_string()))?;
@@ -229,7 +243,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn one_record_and_arrays_are_read() {
+    fn one_record_and_arrays_are_parsed() {
         let one = text(1, &["10.1.0.0/24", "fd00:1::/64"]);
         assert_eq!(parse(&one).unwrap(), [record(1, &["10.1.0.0/24", "fd00:1::/64"])]);
         let two = format!("[[node]]\n{one}\n[[node]]\n{}", text(2, &["10.2.0.0/24"]));
@@ -238,7 +252,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn an_endpoint_without_a_port_has_the_default_one() {
+    fn endpoint_without_port_has_default_port() {
         let text = text(1, &["10.1.0.0/24"]).replace("192.0.2.1:51900", "2001:db8::1");
         assert_eq!(parse(&text).unwrap()[0].endpoints, ["[2001:db8::1]:51900".parse().unwrap()]);
     }
@@ -257,7 +271,11 @@ pub(crate) mod tests {
             (good.replace(&key, "AAAA"), "node-1: public_key", "skein-agent pubkey"),
             (good.replace(&key, "?"), "node-1: public_key", "skein-agent pubkey"),
             (good.clone() + "second_public_key = '?'", "second_public_key", "skein-agent pubkey"),
-            (good.clone() + &format!("second_public_key = '{key}'"), "second", "leave it out"),
+            (
+                good.clone() + &format!("second_public_key = '{key}'"),
+                "second",
+                "Remove second_public_key",
+            ),
             (text(0, &["10.1.0.0/24"]).replace("node-0", "z"), "z: public_key", "pubkey"),
             (good.replace("192.0.2.1:51900", "host:1"), "node-1: endpoints", "192.0.2.1"),
             (good.replace("192.0.2.1:51900", "0.0.0.0"), "node-1: endpoints", "192.0.2.1"),
@@ -367,7 +385,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn contradictions_within_a_file_are_found() {
+    fn contradictions_within_a_file_are_refused() {
         let file = |a: &str, b: &str| format!("[[node]]\n{a}[[node]]\n{b}");
         let a = text(1, &["10.1.0.0/16"]);
         assert!(error(&file(&a, &text(2, &["10.1.9.0/24"]))).contains("overlap"));
@@ -386,7 +404,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn only_toml_files_that_are_not_hidden_count() {
+    fn only_visible_toml_files_of_a_directory_are_read() {
         let directory = tempfile::tempdir().unwrap();
         for name in ["a.toml", ".b.toml", "c.toml~", "d"] {
             std::fs::write(directory.path().join(name), text(1, &["10.1.0.0/24"])).unwrap();
@@ -394,7 +412,10 @@ pub(crate) mod tests {
         let files = read(directory.path()).unwrap();
         assert_eq!(files.keys().collect::<Vec<_>>(), [&directory.path().join("a.toml")]);
         let file = directory.path().join("d");
-        assert!(read(&file).unwrap()[&file].is_ok(), "a file that is named counts in any case");
+        assert!(
+            read(&file).unwrap()[&file].is_ok(),
+            "a file that the configuration names is read in any case"
+        );
         assert!(read(&directory.path().join("none")).is_err());
     }
 

@@ -38,12 +38,12 @@ impl Reports {
         tokio::time::timeout(REPORT_TIMEOUT, report).await.unwrap_or(Err(ClientError::Timeout))
     }
 
-    /// Returns a report that is at most a second old; `None` if the data process gave none. Requests
-    /// at the same time share one report.
+    /// Returns a report that is at most a second old; `None` if the data process gave none.
+    /// Requests at the same time share one report.
     pub async fn recent(&self) -> Option<Report> {
         let reports = self.clone();
-        // A task of its own: a client that goes away would cancel a request that others wait for,
-        // and many such clients would have the data process asked over and over.
+        // A separate task: a client that disconnects would cancel a request that others wait for,
+        // and many such clients would cause a request each.
         tokio::spawn(async move { reports.request_or_reuse().await }).await.ok().flatten()
     }
 
@@ -69,7 +69,7 @@ mod tests {
     use super::*;
     use skein_ipc::{PROTOCOL_VERSION, Request, Response, read_frame, write_frame};
 
-    /// A data process that counts the reports it is asked for, and takes a while for each.
+    /// Starts a fake data process that counts report requests and answers each after a delay.
     fn fake() -> (tempfile::TempDir, Reports, Arc<AtomicUsize>) {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("socket");
@@ -93,7 +93,7 @@ mod tests {
                             accepts_seen_handshakes: false,
                         },
                     };
-                    // Whoever asked may have gone.
+                    // The client may have disconnected.
                     let _ = write_frame(&mut stream, &answer);
                 }
             }
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn those_who_ask_together_share_one_report() {
+    async fn simultaneous_requests_share_one_report() {
         let (_directory, client, reports) = fake();
         let ask = || {
             let client = client.clone();
@@ -114,11 +114,15 @@ mod tests {
         assert_eq!(reports.load(Ordering::Relaxed), 1);
         tokio::time::sleep(MAX_AGE + Duration::from_millis(100)).await;
         assert!(ask().await.unwrap());
-        assert_eq!(reports.load(Ordering::Relaxed), 2, "an old report is not given out");
+        assert_eq!(
+            reports.load(Ordering::Relaxed),
+            2,
+            "a report older than a second is not returned"
+        );
     }
 
     #[tokio::test]
-    async fn clients_that_go_away_do_not_have_it_asked_again() {
+    async fn disconnected_clients_cause_no_further_request() {
         let (_directory, client, reports) = fake();
         for _ in 0..5 {
             let patience = Duration::from_millis(20);

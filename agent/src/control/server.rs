@@ -1,5 +1,5 @@
-//! The control socket: HTTP over a unix socket, for the commands of this node and for an agent that
-//! takes this one's place.
+//! Server of the control socket: HTTP over a unix socket, for the commands of this node and for an
+//! agent that takes over.
 //!
 //! | request | body | answer |
 //! |---|---|---|
@@ -44,8 +44,8 @@ pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 /// Maximum length of a request body, bytes.
 const MAX_BODY: usize = 16 << 10;
-/// Name of the protocol that follows `POST /hand-over`: one byte with one descriptor (SCM_RIGHTS), the
-/// lock of the state directory, sent after the process has closed all other descriptors.
+/// Name of the protocol that follows `POST /hand-over`: one byte with one descriptor (SCM_RIGHTS),
+/// the lock of the state directory, sent after the process has closed all other descriptors.
 pub(super) const HAND_OVER_PROTOCOL: &str = "skein-hand-over";
 
 /// Body of `POST /key/rotation`.
@@ -111,20 +111,20 @@ impl From<LogLevelError> for ErrorAnswer {
     }
 }
 
-/// Listens at the path of the control socket; see [`Listener::bind`].
+/// Binds the control socket ([`Listener::bind`]).
 ///
 /// # Errors
-/// As [`Listener::bind`].
+/// [`Failure`] if the path cannot be bound, or if another process listens on it.
 pub fn bind(path: &Path) -> Result<Listener, Failure> {
     Listener::bind("control.socket", path, None)
 }
 
-/// Receivers of the requests that change the agent.
+/// Senders of the requests that change the agent.
 #[derive(Debug, Clone)]
 pub struct RequestSenders {
-    /// Receives the connection of an agent that takes this one's place.
+    /// Sender of the connection of an agent that takes over.
     pub hand_over: mpsc::Sender<std_net::UnixStream>,
-    /// Receives requests for another key of this node.
+    /// Sender of requests for a key rotation.
     pub rotate: RotationSender,
     /// Setter of the log level.
     pub log_levels: LogLevels,
@@ -211,8 +211,8 @@ async fn set_log_level(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Answers 101 and passes the connection on. The first request wins; a second one gets 409 until the
-/// connection of the first has failed.
+/// Answers 101 and passes the connection on. The first request wins; a second one gets 409 until
+/// the connection of the first has failed.
 async fn hand_over(
     State(service): State<Service>,
     request: Request,
@@ -223,13 +223,15 @@ async fn hand_over(
         return Err(ErrorAnswer(StatusCode::UPGRADE_REQUIRED, text));
     }
     let permit = service.senders.hand_over.try_reserve_owned().map_err(|_| {
-        let text = "another agent takes this one's place already".to_owned();
+        let text = "another agent is already taking over".to_owned();
         ErrorAnswer(StatusCode::CONFLICT, text)
     })?;
     tokio::spawn(async move {
         match upgraded(request).await {
             Ok(connection) => drop(permit.send(connection)),
-            Err(error) => tracing::debug!(%error, "the other agent has gone"),
+            Err(error) => {
+                tracing::debug!(%error, "agent that requested the hand-over disconnected")
+            }
         }
     });
     let headers = [(header::CONNECTION, "upgrade"), (header::UPGRADE, HAND_OVER_PROTOCOL)];

@@ -1,4 +1,4 @@
-//! Where node records come from: files, or Kubernetes.
+//! Source of the node records: files or Kubernetes.
 
 use std::path::PathBuf;
 
@@ -6,26 +6,29 @@ use super::kubernetes::{self, Kubernetes, Records};
 use super::records::{self, ParsedRecords};
 use super::watch::SourceWatch;
 
-/// Reads the records. Cheap to clone.
+/// Source of the node records. Cheap to clone.
 #[derive(Debug, Clone)]
 pub enum RecordSource {
     /// A file or a directory.
     Path(PathBuf),
-    /// SkeinNodes.
+    /// SkeinNodes of the Kubernetes API.
     Kubernetes(Records),
 }
 
-/// Tells when to read them again.
+/// Notifications of changes of the node records.
 #[derive(Debug)]
 pub enum RecordChanges {
     /// A file or a directory.
     Path(SourceWatch),
-    /// SkeinNodes.
+    /// Watch of the Kubernetes API.
     Kubernetes(Kubernetes),
 }
 
 impl RecordSource {
-    /// All records.
+    /// Reads all records.
+    ///
+    /// # Errors
+    /// A message if the path cannot be read, or if not all SkeinNodes are known yet.
     pub fn read(&self) -> Result<ParsedRecords, String> {
         match self {
             RecordSource::Path(path) => records::read(path).map_err(|error| error.to_string()),
@@ -33,7 +36,8 @@ impl RecordSource {
         }
     }
 
-    /// What is wrong with the source although it could be read.
+    /// Returns the reason why the last records may be outdated, for example an API server that does
+    /// not answer; `None` for files.
     pub fn error(&self) -> Option<String> {
         match self {
             RecordSource::Path(_) => None,
@@ -41,7 +45,8 @@ impl RecordSource {
         }
     }
 
-    /// Under which name it has the record of this node that is made here, where it is.
+    /// Returns the name of this node's record in the source if the agent writes it itself; `None`
+    /// for files.
     pub fn own_record(&self, node: &str) -> Option<PathBuf> {
         match self {
             RecordSource::Path(_) => None,
@@ -49,7 +54,8 @@ impl RecordSource {
         }
     }
 
-    /// How the source is shown; the last good records of another one are not used.
+    /// Returns the name of the source, for messages and registry.json. Last good records of a
+    /// source with another name are not used.
     pub fn name(&self) -> PathBuf {
         match self {
             RecordSource::Path(path) => path.clone(),

@@ -1,4 +1,4 @@
-//! State of the agent, as the control process changes it and its readers see it.
+//! State of the agent: the writable state of the control process, and read-only views.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use crate::config::Config;
 use crate::lifecycle::Readiness;
 use crate::status::{NodeState, NodeView, RotationStatus};
 
-/// State of the agent, as the control process changes it. The views follow.
+/// State of the agent, which the control process writes and the views show.
 #[derive(Debug)]
 pub(super) struct Publication {
     /// State of the node records, the interface and the key.

@@ -271,7 +271,10 @@ fn wrong_configuration_takes_nothing_over() -> Result<()> {
         println!("{name}: {loss}");
         ensure!(loss.lost == 0, "{name}: {loss}");
         let log = old.log()?;
-        ensure!(!log.contains("takes this one's place"), "{name}: the old agent gave way: {log}");
+        ensure!(
+            !log.contains("handing over to another agent"),
+            "{name}: the old agent gave way: {log}"
+        );
         let started = log.matches("started a data process").count();
         ensure!(started == 1, "{name}: the data plane was handed over: {log}");
     }

@@ -10,7 +10,8 @@ use crate::control::logs::{abridged, log_changes};
 use crate::status::InterfaceStatus;
 
 impl Controller {
-    /// Brings the interface to what is wanted, making it anew where it is gone.
+    /// Reconciles interface, addresses and routes with the desired state; creates a deleted
+    /// interface again. Problems are logged once and make the agent unready.
     pub(super) async fn reconcile(&mut self) {
         if !self.started {
             return;
@@ -35,7 +36,11 @@ impl Controller {
         self.logged_problems = problems;
     }
 
-    /// Brings the interface and the border's networks to the node's state.
+    /// Reads the node's interfaces and addresses, updates `self.networks`, and configures the
+    /// interface. Problems of the interface are added to `problems`.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] if the kernel does not list its links or addresses.
     pub(super) async fn ensure_interface(
         &mut self,
         wanted: &Wanted,
@@ -55,7 +60,11 @@ impl Controller {
         }
         let outcome = wanted.configure(&self.netlink, self.interface.index, &addresses).await;
         if !outcome.changes.is_empty() {
-            tracing::info!(interface = wanted.name, "changed: {}", abridged(&outcome.changes));
+            tracing::info!(
+                interface = wanted.name,
+                "interface configured: {}",
+                abridged(&outcome.changes)
+            );
         }
         problems.extend(outcome.errors);
         self.set_conflicts(outcome.conflicts);
@@ -84,6 +93,10 @@ impl Controller {
         outcome.errors
     }
 
+    /// Creates the interface unless it exists. A new interface is published to the data process.
+    ///
+    /// # Errors
+    /// [`InterfaceError`] if the name belongs to another owner, or if the device cannot be created.
     pub(super) async fn device(
         &mut self,
         wanted: &Wanted,
@@ -91,7 +104,7 @@ impl Controller {
     ) -> Result<(), InterfaceError> {
         let present = wanted.ensure_device(&self.netlink, links).await?;
         if present.index != self.interface.index {
-            tracing::warn!(interface = wanted.name, "the interface was deleted and is made again");
+            tracing::warn!(interface = wanted.name, "interface was deleted, created again");
             let created = self.interface.created || present.created;
             self.interface = Present { created, ..present };
             self.monitor.set_index(present.index);
@@ -101,7 +114,7 @@ impl Controller {
         Ok(())
     }
 
-    /// Puts what the status shows in its place.
+    /// Passes the desired state to the firewall, the pods and the status.
     pub(super) fn propagate(&mut self) {
         let rules = firewall_rules(&self.config, &self.desired, &self.networks, &self.source_ports);
         self.firewall.set_rules(rules);

@@ -1,31 +1,31 @@
-//! Changes of the node's key.
+//! Key rotation of this node.
 
 use super::Controller;
 use crate::control::rotation::{RotationError, RotationRequest};
 
 impl Controller {
-    /// Somebody wants another key.
+    /// Starts the rotation that an operator has requested, and answers the request.
     pub(super) async fn begin_rotation(&mut self, asked: RotationRequest) {
         if asked.answer.is_closed() {
-            // Whoever asked was told that nobody answers, and may have asked again.
+            // The client's request has timed out, and the operator may have repeated it.
             return;
         }
         let away = self.registry.status().source_error;
         let before = self.rotation.public();
         let begun = match (self.started, away) {
             (false, _) => Err(RotationError::Starting),
-            // Nobody could be told of the new key, and nobody would take the old one.
+            // No peer would learn the new key, and this node would no longer accept the old one.
             (true, Some(error)) if asked.at_once => Err(RotationError::NoRecords(error)),
             (true, _) => self.rotation.begin(asked.at_once).map_err(RotationError::from),
         };
         if self.rotation.public() != before {
             self.on_keys_changed().await;
         }
-        // Whoever asked may have gone.
+        // The client may have closed its connection.
         let _ = asked.answer.send(begun.map(|()| self.rotation.status()));
     }
 
-    /// Goes on with a change of the key, where it is time.
+    /// Performs the next step of a rotation if it is due.
     pub(super) async fn step_rotation(&mut self) {
         if !self.started {
             return;
@@ -38,14 +38,15 @@ impl Controller {
         }
         let mut status = self.rotation.status();
         if let Err(failure) = result {
-            let complaint = format!("the key cannot be changed: {failure}");
-            tracing::error!("{complaint}");
-            status.waits_for = Some(complaint);
+            let problem = format!("key rotation failed: {failure}");
+            tracing::error!("{problem}");
+            status.waits_for = Some(problem);
         }
         self.published.node.set_key(status);
     }
 
-    /// This node has other keys: they must be answered to before anybody is told of them.
+    /// Passes changed keys to the data process, and shows them in the status after that: this node
+    /// must accept a key before peers learn it.
     pub(super) async fn on_keys_changed(&mut self) {
         self.registry.set_keys(self.rotation.public());
         self.publish_snapshot_and_wait().await;

@@ -34,9 +34,9 @@ enum Identity<'a> {
 }
 
 /// Node records and the contradictions among them. The caller inserts records, requests the first
-/// contradiction, and removes one of its two sides, until there is none. Each step costs a few
-/// look-ups in ordered maps, so that the cost of all steps grows with the number of records, not
-/// with its square.
+/// contradiction, and removes one of its two sides, until no contradiction is left. Each step costs
+/// a few look-ups in ordered maps, so that the cost of all steps grows with the number of records,
+/// not with its square.
 ///
 /// `S` is the source of a record. The order of sources and of the records in a source decides which
 /// contradiction is the first.
@@ -110,13 +110,13 @@ impl<'a, S: Copy + Ord> Conflicts<'a, S> {
         let name = self.name(second);
         Some(match identity {
             Identity::Name(_) => {
-                let message = format!("two records of node {name}: keep one");
+                let message = format!("there are two records of node {name}. Keep one.");
                 Conflict { between, key: None, message }
             }
             Identity::Key(key) => {
                 let message = format!(
-                    "public_key: nodes {} and {name} have the same key {key}: every node has a \
-                     key of its own (skein-agent keygen)",
+                    "public_key: nodes {} and {name} have the same key {key}. Every node needs its own \
+                     key (skein-agent keygen).",
                     self.name(first)
                 );
                 Conflict { between, key: Some(*key), message }
@@ -132,8 +132,7 @@ impl<'a, S: Copy + Ord> Conflicts<'a, S> {
             .flat_map(|(prefix, places)| places.iter().map(move |place| (prefix, place)));
         let ((_, at_a), (b, at_b)) = (places.next()?, places.next()?);
         let message = format!(
-            "pod_cidrs: {a} of node {} and {b} of node {} overlap: give every node prefixes of its \
-             own",
+            "pod_cidrs: {a} of node {} and {b} of node {} overlap. Give every node its own prefixes.",
             self.name(at_a),
             self.name(at_b)
         );
@@ -155,8 +154,8 @@ impl<'a, S: Copy + Ord> Conflicts<'a, S> {
             if let Some((prefix, owners)) = owner.filter(|(prefix, _)| prefix.contains(&ip)) {
                 let owner = owners.first()?;
                 let message = format!(
-                    "pod_cidrs: {prefix} of node {} has the address {ip}, where node {} listens: \
-                     give pods prefixes that have no node's address",
+                    "pod_cidrs: {prefix} of node {} has the address {ip}, where node {} listens. Give \
+                     pods prefixes that contain no node's address.",
                     self.name(owner),
                     self.name(place)
                 );

@@ -7,20 +7,20 @@ use skein_ipc::keys::PublicKey;
 
 use crate::control::endpoint::{Endpoint, EndpointError};
 
-/// One node.
+/// Record of a node: its keys, endpoints and pod CIDRs. Serialized in registry.json.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeRecord {
-    /// Its name.
+    /// Name of the node, unique in the cluster.
     pub name: String,
-    /// Its identity.
+    /// Active public key of the node.
     pub public_key: PublicKey,
-    /// Another one that is accepted, while its key changes: the next, or the one before.
+    /// Next or previous public key during a key rotation; peers accept both keys.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub second_public_key: Option<PublicKey>,
-    /// Where it listens, in the order to try.
+    /// Underlay addresses on which the node listens, in the order in which peers try them.
     #[serde(deserialize_with = "usable_endpoints")]
     pub endpoints: Vec<Endpoint>,
-    /// What it owns.
+    /// Prefixes of the node's pods.
     #[serde(deserialize_with = "skein_ipc::address::canonical")]
     pub pod_cidrs: Vec<IpNet>,
 }
