@@ -78,15 +78,15 @@ pub fn run(options: &Options) -> Result<()> {
         cluster.agents.iter().try_for_each(|other| agent.put_record(&other.record))?;
     }
     cluster.start()?;
-    let spaces: Vec<Netns> =
+    let namespaces: Vec<Netns> =
         (0..options.pods).map(|n| Netns::create(&format!("b{n}"))).collect::<Result<_>>()?;
     let mut outcomes: Vec<[Vec<Outcome>; 2]> = NETWORKS.map(|_| [vec![], vec![]]).into();
     for round in 1..=options.rounds {
         for (network, outcomes) in NETWORKS.iter().zip(&mut outcomes) {
             console.step(&format!("round {round}, {network:?}"));
-            let bench = Bench { network: *network, cluster: &cluster, spaces: &spaces };
-            for (verb, outcomes) in ["ADD", "DEL"].iter().zip(outcomes) {
-                outcomes.push(bench.all(verb)?);
+            let bench = Bench { network: *network, cluster: &cluster, namespaces: &namespaces };
+            for (operation, outcomes) in ["ADD", "DEL"].iter().zip(outcomes) {
+                outcomes.push(bench.run_all(operation)?);
             }
         }
     }
@@ -101,7 +101,7 @@ fn table(outcomes: &[[Vec<Outcome>; 2]]) -> Table {
     table.load_preset(UTF8_BORDERS_ONLY);
     table.set_header(["network", "operation", "p50 ms", "p99 ms", "all ms", "CPU ms per pod"]);
     for (network, outcomes) in NETWORKS.iter().zip(outcomes) {
-        for (verb, rounds) in ["ADD", "DEL"].iter().zip(outcomes) {
+        for (operation, rounds) in ["ADD", "DEL"].iter().zip(outcomes) {
             let of = |pick: &dyn Fn(&Outcome) -> f64| {
                 format!("{:.1}", median(rounds.iter().map(pick)).unwrap_or_default())
             };
@@ -113,7 +113,7 @@ fn table(outcomes: &[[Vec<Outcome>; 2]]) -> Table {
             };
             table.add_row([
                 format!("{network:?}"),
-                (*verb).to_owned(),
+                (*operation).to_owned(),
                 of(&at(0.5)),
                 of(&at(0.99)),
                 of(&|outcome| outcome.all),
@@ -127,14 +127,14 @@ fn table(outcomes: &[[Vec<Outcome>; 2]]) -> Table {
 struct Bench<'a> {
     network: Network,
     cluster: &'a Cluster,
-    spaces: &'a [Netns],
+    namespaces: &'a [Netns],
 }
 
 impl Bench<'_> {
     /// Runs one operation for all pods, which start at the same moment.
-    fn all(&self, verb: &str) -> Result<Outcome> {
-        let mut commands = (0..self.spaces.len())
-            .map(|index| self.command(verb, index))
+    fn run_all(&self, operation: &str) -> Result<Outcome> {
+        let mut commands = (0..self.namespaces.len())
+            .map(|index| self.command(operation, index))
             .collect::<Result<Vec<_>>>()?;
         let start = Barrier::new(commands.len() + 1);
         let (each, all, cpu) = thread::scope(|scope| -> Result<_> {
@@ -164,21 +164,21 @@ impl Bench<'_> {
             let all = began.elapsed().as_secs_f64() * 1e3;
             Ok((each, all, (machine_busy_seconds() - busy) * 1e3))
         })
-        .with_context(|| format!("{:?} {verb}", self.network))?;
+        .with_context(|| format!("{:?} {operation}", self.network))?;
         Ok(Outcome { cpu: cpu / each.len() as f64, each, all })
     }
 
     /// Returns the command for one pod and its standard input.
-    fn command(&self, verb: &str, index: usize) -> Result<(Command, Vec<u8>)> {
+    fn command(&self, operation: &str, index: usize) -> Result<(Command, Vec<u8>)> {
         let node = &self.cluster.lab.nodes[0].ns;
-        let (pod, id) = (&self.spaces[index], format!("b{index}"));
+        let (pod, id) = (&self.namespaces[index], format!("b{index}"));
         // `ip netns exec` would also create a mount namespace, which a runtime on the node does not
         // need.
         let mut command = Command::new("nsenter");
         command.arg(format!("--net={}", cni::path(node)));
         if self.network == Network::Kernel {
             command.args(["ip", "-batch", "-"]);
-            let lines = match verb {
+            let lines = match operation {
                 "ADD" => format!(
                     "link add v{index} type veth peer name eth0 netns {pod}\n\
                      link set v{index} up\n\
@@ -197,7 +197,7 @@ impl Bench<'_> {
             _ => (PathBuf::from("/usr/lib/cni/ptp"), self.reference()),
         };
         command.arg(program);
-        command.env("CNI_COMMAND", verb).env("CNI_PATH", "/usr/lib/cni");
+        command.env("CNI_COMMAND", operation).env("CNI_PATH", "/usr/lib/cni");
         command.env("CNI_CONTAINERID", &id).env("CNI_IFNAME", "eth0");
         command.env("CNI_NETNS", cni::path(pod));
         Ok((command, input.to_string().into_bytes()))

@@ -84,21 +84,28 @@ impl Runtime {
     ///
     /// # Errors
     /// If the plugin cannot be started, or does not exit within 30 s.
-    pub fn call(&self, verb: &str, of: Option<Attachment<'_>>, extra: Value) -> Result<Finished> {
+    pub fn call(
+        &self,
+        operation: &str,
+        attachment: Option<Attachment<'_>>,
+        extra: Value,
+    ) -> Result<Finished> {
         let mut configuration = self.configuration.clone();
         if let (Some(all), Value::Object(extra)) = (configuration.as_object_mut(), extra) {
             all.extend(extra);
         }
         let mut command = std::process::Command::new("ip");
         command.args(["netns", "exec", &self.node]).arg(&self.program);
-        command.env("CNI_COMMAND", verb);
+        command.env("CNI_COMMAND", operation);
         // The specification requires CNI_PATH for GC only.
-        if verb == "GC" {
+        if operation == "GC" {
             command.env("CNI_PATH", "/opt/cni/bin");
         }
-        if let Some(of) = of {
-            command.env("CNI_CONTAINERID", of.container).env("CNI_IFNAME", of.interface);
-            command.envs(of.netns.map(|netns| ("CNI_NETNS", netns)));
+        if let Some(attachment) = attachment {
+            command
+                .env("CNI_CONTAINERID", attachment.container)
+                .env("CNI_IFNAME", attachment.interface);
+            command.envs(attachment.netns.map(|netns| ("CNI_NETNS", netns)));
         }
         process::finish(&mut command, configuration.to_string().as_bytes(), CALL_TIMEOUT)
     }
@@ -107,11 +114,16 @@ impl Runtime {
     ///
     /// # Errors
     /// If the plugin fails; with its output.
-    pub fn done(&self, verb: &str, of: Option<Attachment<'_>>, extra: Value) -> Result<Value> {
-        let finished = self.call(verb, of, extra)?;
+    pub fn done(
+        &self,
+        operation: &str,
+        attachment: Option<Attachment<'_>>,
+        extra: Value,
+    ) -> Result<Value> {
+        let finished = self.call(operation, attachment, extra)?;
         if finished.code != 0 {
             bail!(
-                "{verb} ended with code {}: {}{}",
+                "{operation} ended with code {}: {}{}",
                 finished.code,
                 finished.stdout,
                 finished.stderr
@@ -119,7 +131,9 @@ impl Runtime {
         }
         match finished.stdout.trim() {
             "" => Ok(Value::Null),
-            text => serde_json::from_str(text).with_context(|| format!("{verb} printed {text}")),
+            text => {
+                serde_json::from_str(text).with_context(|| format!("{operation} printed {text}"))
+            }
         }
     }
 
@@ -130,16 +144,17 @@ impl Runtime {
     /// If the plugin succeeds, or prints no CNI error.
     pub fn refused(
         &self,
-        verb: &str,
-        of: Option<Attachment<'_>>,
+        operation: &str,
+        attachment: Option<Attachment<'_>>,
         extra: Value,
     ) -> Result<(u64, String)> {
-        let finished = self.call(verb, of, extra)?;
+        let finished = self.call(operation, attachment, extra)?;
         if finished.code == 0 {
-            bail!("{verb} succeeded: {}", finished.stdout);
+            bail!("{operation} succeeded: {}", finished.stdout);
         }
-        let error: Value = serde_json::from_str(&finished.stdout)
-            .with_context(|| format!("{verb} printed {}{}", finished.stdout, finished.stderr))?;
+        let error: Value = serde_json::from_str(&finished.stdout).with_context(|| {
+            format!("{operation} printed {}{}", finished.stdout, finished.stderr)
+        })?;
         let code = error["code"].as_u64().context("no code")?;
         Ok((code, format!("{} {}", error["msg"], error["details"])))
     }

@@ -152,7 +152,7 @@ impl FlowStats {
         self.failures.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn failed(&self, error: &anyhow::Error) {
+    fn add_failure(&self, error: &anyhow::Error) {
         let wrong = error.downcast_ref::<WrongByte>().is_some();
         self.wrong.fetch_add(wrong.into(), Ordering::Relaxed);
         let text = format!("{}: {error:#}", self.name);
@@ -181,7 +181,7 @@ impl Flow<'_> {
                 Requests => self.requests(),
             };
             if let Err(error) = done {
-                self.stats.failed(&error);
+                self.stats.add_failure(&error);
                 thread::sleep(Duration::from_secs(1));
             }
         }
