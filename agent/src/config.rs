@@ -37,66 +37,71 @@ pub use self::kubernetes::Kubernetes;
 use crate::failure::Failure;
 use crate::logging::Log;
 
-/// Where the configuration lies if the command line does not say.
+/// Path of the configuration file, unless the command line sets another.
 pub const DEFAULT_PATH: &str = "/etc/skein/agent.toml";
 
-/// The node's private key in its state directory.
+/// File name of the node's private key in the state directory.
 pub const KEY: &str = "node.key";
 
-/// The UDP port of Skein, where a record or the configuration names none.
+/// Default UDP port of a node record and of `underlay.port`.
 pub const DEFAULT_PORT: u16 = 51900;
 
-/// Everything that the agent was told, validated.
+/// Validated configuration of the agent.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Config {
     /// Name of this node.
     pub name: String,
-    /// Nodes of different clusters never join.
+    /// Identity of the cluster, 1 to 200 bytes. Nodes with different identities establish no
+    /// session.
     pub cluster_id: String,
-    /// Key, last good records, lock.
+    /// Directory of the node's key, the last valid node records and the lock of the role.
     pub state_dir: PathBuf,
-    /// The private key's file, where it is not in the state directory.
+    /// File of the private key; `None`: `node.key` in the state directory.
     pub private_key_file: Option<PathBuf>,
-    /// When and how the key is changed.
+    /// Schedule of key rotations.
     pub key_rotation: KeyRotation,
-    /// File or directory of node records.
+    /// Path of the file or directory of node records.
     pub nodes: PathBuf,
-    /// What this node owns; `None`: what its own record says.
+    /// Pod CIDRs of this node; `None`: those of its own record.
     pub pod_cidrs: Option<Vec<IpNet>>,
-    /// What the pod CIDRs of every node lie in; empty: anywhere.
+    /// Prefixes that contain the pod CIDRs of all nodes; empty if they are not restricted.
     pub cluster_cidrs: Vec<IpNet>,
-    /// The TUN device.
+    /// Settings of the TUN device.
     pub interface: Interface,
-    /// The UDP side.
+    /// Settings of the UDP sockets.
     pub underlay: UnderlaySettings,
-    /// The data process.
+    /// Settings of the data process.
     pub dataplane: Dataplane,
-    /// Which rungs of the ladder may be used.
+    /// Offload capabilities that the data process may use.
     pub offload: OffloadSettings,
-    /// Prometheus metrics, health, readiness.
+    /// HTTP listener for metrics, liveness and readiness.
     pub metrics: Metrics,
-    /// The status page.
+    /// HTTP listener of the status page.
     pub status_page: StatusPage,
-    /// The status socket.
+    /// Settings of the control socket.
     pub control: Control,
-    /// Pods.
+    /// Settings of the CNI plugin and of pods.
     pub cni: Cni,
-    /// Protections of the pod network by nftables.
+    /// Protections of the pod network with nftables.
     pub firewall: Firewall,
-    /// The Kubernetes API.
+    /// Settings of the Kubernetes API.
     pub kubernetes: Kubernetes,
-    /// Logging.
+    /// Level and format of the log.
     pub log: Log,
-    /// Defaults that this host cannot have, one sentence each, for the log and the status.
+    /// Defaults that this host does not support, one sentence each, for the log and the status.
     pub notes: Vec<String>,
 }
 
 impl Config {
-    /// Reads and validates a file. `name` overrides the node's.
+    /// Reads and validates a configuration file. `name` overrides the name of the node.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] if the file cannot be read, if a key or a value is not valid, or if
+    /// `name` is not a valid name.
     pub fn load(path: &Path, name: Option<&str>) -> Result<Self, Failure> {
         let text = std::fs::read_to_string(path).map_err(|error| {
             Failure::Usage(format!(
-                "cannot read the configuration {}: {error}: name the file with --config",
+                "cannot read the configuration {}: {error}. Set the file with --config.",
                 path.display()
             ))
         })?;
@@ -110,38 +115,42 @@ impl Config {
         Ok(config)
     }
 
-    /// Validates the text of a configuration file.
+    /// Parses and validates the text of a configuration file.
+    ///
+    /// # Errors
+    /// The text is not TOML, a key is unknown, or a value is not valid. The error names the key,
+    /// the value and the remedy.
     pub fn parse(text: &str) -> Result<Self, Invalid> {
         let file: file::File =
             toml::from_str(text).map_err(|error| Invalid(toml_error(text, &error)))?;
         file.validate()
     }
 
-    /// Where the private key lies.
+    /// Returns the path of the private key.
     pub fn key_path(&self) -> PathBuf {
         self.private_key_file.clone().unwrap_or_else(|| self.state_dir.join(KEY))
     }
 
-    /// What the interface is marked with (IFLA_IFALIAS), so that it is told from a stranger's.
+    /// Returns the alias (IFLA_IFALIAS) by which the agent recognizes its interface.
     pub fn alias(&self) -> String {
         format!("{ALIAS_PREFIX}{}", self.name)
     }
 }
 
-/// What is wrong with a configuration: the key, the value, the remedy.
+/// Error of a configuration: key, value and remedy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Invalid(String);
 
 impl fmt::Display for Invalid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // A value of the configuration may be of any length.
+        // The text can contain a value of any length.
         f.write_str(&message_excerpt(&self.0))
     }
 }
 
 impl std::error::Error for Invalid {}
 
-/// A parser's complaint about `text` on one line, with the place.
+/// Formats an error of the TOML parser in one line, with the number and an excerpt of the line.
 pub fn toml_error(text: &str, error: &toml::de::Error) -> String {
     let before = error.span().and_then(|span| text.get(..span.start));
     let Some(number) = before.map(|before| before.matches('\n').count()) else {
@@ -151,7 +160,12 @@ pub fn toml_error(text: &str, error: &toml::de::Error) -> String {
     format!("line {} ({line}): {}", number + 1, message_excerpt(error.message()))
 }
 
-/// Whether `name` can be the name of a node.
+/// Checks that `name` is a valid name of a node.
+///
+/// # Errors
+/// The name is empty, longer than 200 bytes, or has other characters than letters, digits, `-`, `.`
+/// and
+/// `_`.
 pub fn check_node_name(name: &str) -> Result<(), Invalid> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
     if name.is_empty() || name.len() > 200 || !name.chars().all(plain) {

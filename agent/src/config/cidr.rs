@@ -6,8 +6,8 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::Invalid;
 
-/// Prefixes that no pod CIDR may overlap: "this network", loopback, link-local, multicast, the limited
-/// broadcast address and IPv4-mapped addresses (RFC 6890).
+/// Prefixes that no pod CIDR may overlap: "this network", loopback, link-local, multicast, the
+/// limited broadcast address and IPv4-mapped addresses (RFC 6890).
 const RESERVED: [IpNet; 9] = [
     v4([0, 0, 0, 0], 8),
     v4([127, 0, 0, 0], 8),
@@ -35,32 +35,39 @@ const fn v6(first: u16, sixth: u16, length: u8) -> IpNet {
 /// Host bits are set, or the prefix overlaps a reserved one.
 pub fn check_pod_cidr(cidr: &IpNet) -> Result<(), Invalid> {
     if cidr.trunc() != *cidr {
-        let text = format!("{cidr} has host bits set: write {}", cidr.trunc());
+        let text = format!("{cidr} has host bits set. Use {}.", cidr.trunc());
         return Err(Invalid(text));
     }
     if let Some(reserved) = RESERVED.iter().find(|reserved| overlap(cidr, reserved)) {
         return Err(Invalid(format!(
-            "{cidr} cannot be a pod CIDR, because it overlaps {reserved}: use a unicast prefix of its \
-             own"
+            "{cidr} cannot be a pod CIDR, because it overlaps {reserved}. Use another unicast \
+             prefix."
         )));
     }
     Ok(())
 }
 
-/// Names the first two of `cidrs` that overlap.
+/// Checks that no two of `cidrs` overlap.
+///
+/// # Errors
+/// Two prefixes overlap. The error names them.
 pub fn check_disjoint(cidrs: &[IpNet]) -> Result<(), Invalid> {
-    // Prefixes nest or are disjoint: one that overlaps any other overlaps its neighbour.
+    // Two prefixes are nested or disjoint, so a prefix that overlaps another overlaps its neighbour
+    // in sorted order.
     let mut sorted = cidrs.to_vec();
     sorted.sort_unstable();
     match sorted.windows(2).find(|pair| overlap(&pair[0], &pair[1])) {
         Some(pair) => {
-            Err(Invalid(format!("{} and {} overlap: keep one of them", pair[0], pair[1])))
+            Err(Invalid(format!("{} and {} overlap. Keep one of them.", pair[0], pair[1])))
         }
         None => Ok(()),
     }
 }
 
-/// Names the first of `cidrs` that lies outside of the cluster's, where those are known.
+/// Checks that each of `cidrs` is inside a prefix of `cluster`. An empty `cluster` allows all.
+///
+/// # Errors
+/// A prefix is outside of `cluster`. The error names it.
 pub fn check_inside(cidrs: &[IpNet], cluster: &[IpNet]) -> Result<(), Invalid> {
     let inside = |cidr: &&IpNet| cluster.iter().any(|all| all.contains(*cidr));
     match cidrs.iter().find(|cidr| !cluster.is_empty() && !inside(cidr)) {
@@ -72,12 +79,11 @@ pub fn check_inside(cidrs: &[IpNet], cluster: &[IpNet]) -> Result<(), Invalid> {
     }
 }
 
-/// Refuses cluster prefixes that contain an address outside the pod network. The unreachable route
-/// of such a prefix would cut this node off from the address.
+/// Checks that none of `addresses` is inside a prefix of `cluster`. The unreachable route of such a
+/// prefix would make the address unreachable for this node.
 ///
 /// # Errors
-///
-/// A message that names both if one of `addresses` lies in one of `cluster`.
+/// An address is inside a prefix. The error names both.
 pub fn check_outside(
     addresses: impl IntoIterator<Item = IpAddr>,
     cluster: &[IpNet],
@@ -85,15 +91,15 @@ pub fn check_outside(
     for address in addresses {
         if let Some(net) = cluster.iter().find(|net| net.contains(&address)) {
             return Err(Invalid(format!(
-                "{address} lies in cluster_cidrs ({net}), which would cut this node off from it: give \
-                 cluster_cidrs prefixes that only pods have"
+                "{address} lies in cluster_cidrs ({net}), so that this node could not reach the \
+                 address. Set cluster_cidrs to prefixes that only pods use."
             )));
         }
     }
     Ok(())
 }
 
-/// Whether two prefixes share an address.
+/// Returns whether two prefixes have an address in common.
 pub fn overlap(a: &IpNet, b: &IpNet) -> bool {
     a.contains(b) || b.contains(a)
 }

@@ -1,4 +1,4 @@
-//! The table `[cni]`.
+//! Configuration table `[cni]`: pods, the CNI plugin and their nftables table.
 
 use std::path::PathBuf;
 
@@ -14,39 +14,41 @@ use super::{DEFAULT_INTERFACE, Invalid};
 /// Name of the nftables table of an agent with pods, or with the default interface.
 const DEFAULT_TABLE: &str = "skein";
 
-/// Pods: what the agent does for the CNI plugin.
+/// Settings of the CNI plugin and of pods.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Cni {
-    /// Whether pods are attached at all.
+    /// Enables the CNI server, which attaches pods.
     pub enabled: bool,
-    /// The unix socket that the plugin asks on.
+    /// Path of the unix socket that receives the plugin's requests.
     pub socket: PathBuf,
-    /// Where the plugin leaves a DEL that the agent could not take.
+    /// Directory in which the plugin stores DEL requests while the agent does not answer.
     pub spool: PathBuf,
-    /// Where to install the plugin; `None`: nowhere.
+    /// Directory in which the plugin is installed; `None`: the plugin is not installed.
     #[serde(deserialize_with = "path_if_any")]
     pub bin_dir: Option<PathBuf>,
-    /// Where else the runtime looks for plugins.
+    /// Further directories in which the container runtime searches plugins.
     pub plugin_dirs: Vec<PathBuf>,
-    /// Where to write the network configuration; `None`: nowhere.
+    /// Directory of the network configuration; `None`: no configuration is written.
     #[serde(deserialize_with = "path_if_any")]
     pub conf_dir: Option<PathBuf>,
-    /// Name of that file.
+    /// File name of the network configuration, with the suffix `.conflist`.
     pub conf_file: String,
-    /// The plugin's binary that is installed; `None`: `skein-cni` beside the agent's own.
+    /// Path of the plugin's binary to install; `None`: `skein-cni` in the directory of the agent's
+    /// binary.
     pub plugin: Option<PathBuf>,
-    /// Name of the network.
+    /// Name of the network in the network configuration, 1 to 200 bytes.
     pub network: String,
-    /// Whether other networks' configurations are set aside.
+    /// Renames the configurations of other networks in `conf_dir`, so that the runtime ignores
+    /// them.
     pub exclusive: bool,
-    /// Plugins that come after Skein's in the chain.
+    /// Plugins that follow Skein's plugin in the chain.
     pub chain: Vec<serde_json::Value>,
-    /// Whether others' chains that drop what they have no rule for get a rule for pods.
+    /// Adds accept rules for pods to chains of other programs whose policy is drop.
     pub forward_accept: bool,
-    /// Whether pods reach the outside by the node's address.
+    /// Masquerades packets of pods to destinations outside of the pod network.
     pub masquerade: bool,
-    /// Destinations beside the cluster's pod CIDRs for which a pod keeps its own address.
+    /// Destinations outside of the cluster's pod CIDRs to which packets are not masqueraded.
     #[serde(deserialize_with = "destinations")]
     pub no_masquerade: Vec<IpNet>,
     /// Name of the nftables table.
@@ -71,7 +73,7 @@ impl Default for Cni {
                 "type": "portmap",
                 "capabilities": { "portMappings": true },
             })],
-            // It opens what an allow-list by policy was to keep closed.
+            // Off, because the rules would open chains that are closed on purpose.
             forward_accept: false,
             masquerade: true,
             no_masquerade: Vec::new(),
@@ -103,9 +105,13 @@ impl Cni {
         let name = &self.conf_file;
         let suffix = [".conflist", ".conf", ".json"].iter().any(|suffix| name.ends_with(suffix));
         if name.contains('/') || name.starts_with('.') || !name.ends_with(".conflist") {
-            let hint = if suffix { "it holds a list of plugins" } else { "others are not read" };
+            let hint = if suffix {
+                "The file is a list of plugins."
+            } else {
+                "Runtimes ignore other files."
+            };
             return Err(Invalid(format!(
-                "cni.conf_file = {name:?}: use a file name that ends in .conflist; {hint}"
+                "cni.conf_file = {name:?}: use a file name that ends in .conflist. {hint}"
             )));
         }
         check_name("cni.network", &self.network).map_err(|error| Invalid(error.to_string()))?;
@@ -115,14 +121,15 @@ impl Cni {
         for plugin in &self.chain {
             if plugin.get("type").and_then(|kind| kind.as_str()).is_none_or(str::is_empty) {
                 return Err(Invalid(format!(
-                    "cni.chain: {plugin} has no \"type\": name the plugin"
+                    "cni.chain: {plugin} has no \"type\". Set \"type\" to the name of the plugin."
                 )));
             }
         }
         self.check_paths()
     }
 
-    /// Requires absolute paths: the plugin receives them, too, and runs in another directory.
+    /// Requires absolute paths, because the plugin receives the paths and runs in another
+    /// directory.
     fn check_paths(&self) -> Result<(), Invalid> {
         let paths = [
             ("socket", Some(&self.socket)),
@@ -162,7 +169,7 @@ fn destinations<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpNet>
 
 fn destination(text: &str) -> Result<IpNet, Invalid> {
     let net: IpNet = address::parse(text).map_err(|_| {
-        Invalid(format!("cni.no_masquerade: {text:?} is no prefix: write it as 192.0.2.0/24"))
+        Invalid(format!("cni.no_masquerade: {text:?} is not a prefix. Use an address and a length, as 192.0.2.0/24."))
     })?;
     Ok(net.trunc())
 }

@@ -1,4 +1,4 @@
-//! The table `[dataplane]`.
+//! Configuration table `[dataplane]`: settings of the data process.
 
 use std::path::PathBuf;
 
@@ -8,42 +8,43 @@ use skein_ipc::CipherChoice;
 
 use super::Invalid;
 
-/// Maximum of `busy_poll_us`, in microseconds.
+/// Maximum value of `busy_poll_us`, in microseconds.
 const MAX_BUSY_POLL_US: u32 = 1000;
 
-/// The data process.
+/// Settings of the data process.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Dataplane {
-    /// Who starts it.
+    /// Program that starts the data process.
     pub mode: Mode,
-    /// The unix socket that it listens on.
+    /// Path of the unix socket of the data process.
     pub socket: PathBuf,
     /// Number of lanes, 1 to 64.
     pub lanes: u8,
-    /// Which AEAD to offer.
+    /// AEAD algorithms offered in handshakes.
     pub cipher: CipherChoice,
-    /// Whether small packets may share a datagram.
+    /// Enables bundling: small packets that are already queued share a datagram.
     pub bundling: bool,
-    /// For how many microseconds a lane polls before it sleeps, 0 to 1000; `None`: 50, or 0 under a
-    /// CPU quota.
+    /// Maximum time that a lane polls before it blocks, 0 to 1000 µs; `None`: 50, or 0 under a CPU
+    /// quota.
     pub busy_poll_us: Option<u32>,
-    /// Whether it goes on when the control process is told to end.
+    /// Keeps the data process running when the control process shuts down.
     pub keep_on_exit: bool,
-    /// Whether it is confined to the system calls and files that it needs, where the control process starts it.
+    /// Confines the data process with seccomp and Landlock, if the control process starts it.
     pub seccomp: bool,
-    /// Whether a data process that seccomp and Landlock do not confine is refused.
+    /// Refuses a data process that seccomp and Landlock do not confine.
     pub require_confinement: bool,
 }
 
-/// Who starts the data process.
+/// Program that starts the data process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
-    /// The control process, as its child.
+    /// The control process starts the data process as its child.
     #[default]
     Spawn,
-    /// Somebody else: a second container, a service manager.
+    /// Another program starts the data process, for example a service manager or a second
+    /// container.
     External,
 }
 
@@ -76,8 +77,8 @@ impl Dataplane {
         }
         if self.require_confinement && !self.seccomp {
             return Err(Invalid(
-                "dataplane.require_confinement = true contradicts dataplane.seccomp = false: \
-                 remove one of them"
+                "dataplane.require_confinement = true contradicts dataplane.seccomp = false. \
+                 Remove one of them."
                     .to_owned(),
             ));
         }

@@ -1,4 +1,4 @@
-//! The configuration file as it is written, and its conversion to a valid [`Config`].
+//! Keys of the configuration file, and their conversion to a valid [`Config`].
 
 use std::path::{Path, PathBuf};
 
@@ -13,7 +13,7 @@ use super::{
 };
 use crate::logging::{self, Log};
 
-/// Maximum length of a unix socket's path in bytes: sun_path (unix(7)) less its terminator.
+/// Maximum length of a unix socket's path in bytes: `sun_path` (unix(7)) without its terminator.
 const MAX_SOCKET_PATH: usize = 107;
 
 #[derive(Deserialize)]
@@ -67,6 +67,8 @@ impl Default for File {
 }
 
 impl File {
+    /// Validates all values and converts them. The checks of one table come before the checks that
+    /// compare tables.
     pub(super) fn validate(mut self) -> Result<Config, Invalid> {
         let name = match self.name.take() {
             Some(name) => name,
@@ -80,7 +82,7 @@ impl File {
             self.pod_cidrs.take().map(|texts| cidrs("pod_cidrs", &texts)).transpose()?;
         if pod_cidrs.as_ref().is_some_and(Vec::is_empty) {
             return Err(Invalid(
-                "pod_cidrs is empty: give a prefix, or leave it out to use the node's record"
+                "pod_cidrs is empty. Set a prefix, or leave it out to use the node's record."
                     .to_owned(),
             ));
         }
@@ -131,7 +133,7 @@ impl File {
         ];
         for (key, path) in paths {
             if path.is_some_and(|path| path.as_os_str().is_empty()) {
-                return Err(Invalid(format!("{key} is empty: give a path or leave it out")));
+                return Err(Invalid(format!("{key} is empty. Set a path, or leave the key out.")));
             }
         }
         Ok(())
@@ -147,12 +149,12 @@ impl File {
             let length = path.as_os_str().len();
             if length > MAX_SOCKET_PATH {
                 return Err(Invalid(format!(
-                    "{key} is {length} bytes long: a socket's path has at most {MAX_SOCKET_PATH}"
+                    "{key} has {length} bytes, but the path of a socket has at most {MAX_SOCKET_PATH}"
                 )));
             }
-            if let Some((other, _)) = sockets[..index].iter().find(|(_, taken)| taken == path) {
+            if let Some((other, _)) = sockets[..index].iter().find(|(_, used)| used == path) {
                 return Err(Invalid(format!(
-                    "{other} and {key} are both {}: give each its own",
+                    "{other} and {key} are both {}. Give each socket its own path.",
                     path.display()
                 )));
             }
@@ -160,13 +162,13 @@ impl File {
         Ok(())
     }
 
-    /// Checks the tables that depend on no other table, and those that depend on `[kubernetes]`.
+    /// Checks the tables that depend on no other table or only on `[kubernetes]`.
     fn check_tables(&self) -> Result<(), Invalid> {
         self.kubernetes.check()?;
         let in_kubernetes = self.kubernetes.enabled;
         if in_kubernetes && self.nodes.is_some() {
             return Err(Invalid(
-                "nodes: with kubernetes.enabled the records are SkeinNodes: leave nodes out"
+                "nodes: with kubernetes.enabled, the node records are SkeinNodes. Leave nodes out."
                     .to_owned(),
             ));
         }
@@ -181,6 +183,6 @@ impl File {
 
 fn host_name() -> Result<String, Invalid> {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname")
-        .map_err(|error| Invalid(format!("name: no host name ({error}): set name")))?;
+        .map_err(|error| Invalid(format!("name: cannot read the host name: {error}. Set name.")))?;
     Ok(name.trim().to_owned())
 }

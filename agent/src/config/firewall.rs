@@ -1,12 +1,12 @@
-//! The table `[firewall]`.
+//! Configuration table `[firewall]`: protections of the pod network.
 
 use serde::{Deserialize, Serialize};
 
-/// Protections of the pod network by nftables, with or without the CNI plugin.
+/// Protections of the pod network with nftables. They do not need the CNI plugin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Firewall {
-    /// Drop packets that have a pod's source and arrive by an interface that is not the pod's.
+    /// Drop packets with a pod's source address that arrive by another interface than the pod's.
     pub drop_spoofed: bool,
     /// Drop packets to pods that would leave the node outside the tunnel.
     pub drop_cleartext: bool,

@@ -1,4 +1,4 @@
-//! The tables of the HTTP listeners: `[metrics]`, `[status_page]` and `[control]`.
+//! Configuration tables of the HTTP listeners: `[metrics]`, `[status_page]` and `[control]`.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -7,39 +7,39 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{Invalid, parse};
 
-/// TCP port of `metrics.listen`.
+/// TCP port of the default of `metrics.listen`.
 const METRICS_PORT: u16 = 9464;
 /// TCP port of `status_page.listen` in examples.
 const STATUS_PAGE_PORT: u16 = 9465;
 
-/// Metrics, health and readiness over HTTP.
+/// HTTP listener for metrics, liveness and readiness.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Metrics {
-    /// Where to listen; `None`: nowhere.
+    /// Address and port to listen on; `None` disables the listener.
     #[serde(deserialize_with = "metrics_listen")]
     pub listen: Option<SocketAddr>,
-    /// Whether to have series for each peer.
+    /// Enables series for each peer.
     pub per_peer: bool,
     /// Host names that `/metrics` accepts, in addition to IP addresses, `localhost` and the node's
     /// name.
     pub hosts: Vec<String>,
 }
 
-/// The status page over HTTP.
+/// HTTP listener of the status page.
 #[derive(Debug, Default, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct StatusPage {
-    /// Where to listen; `None`: nowhere.
+    /// Address and port to listen on; `None` disables the listener.
     #[serde(deserialize_with = "status_page_listen")]
     pub listen: Option<SocketAddr>,
 }
 
-/// The control socket.
+/// Unix socket that serves the agent's HTTP control API.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Control {
-    /// Its path.
+    /// Path of the control socket.
     pub socket: PathBuf,
 }
 
@@ -62,7 +62,7 @@ impl Metrics {
         let wrong = |host: &&String| host.is_empty() || !host.chars().all(allowed);
         if let Some(host) = self.hosts.iter().find(wrong) {
             return Err(Invalid(format!(
-                "metrics.hosts: {host:?} is not a host name: use letters, digits, '-', '.' and '_'"
+                "metrics.hosts: {host:?} is not a host name. Use letters, digits, '-', '.' and '_'."
             )));
         }
         Ok(())

@@ -1,4 +1,4 @@
-//! The table `[interface]`.
+//! Configuration table `[interface]`: settings of the TUN device.
 
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
@@ -10,28 +10,28 @@ use skein_netlink::pod::HOST_PREFIX;
 
 use super::{Invalid, parse};
 
-/// Name of the overlay's interface, unless the configuration has another.
+/// Default name of the overlay's interface.
 pub(crate) const DEFAULT_INTERFACE: &str = "skein0";
 
-/// Values of `mtu`, in bytes.
-const MTU: RangeInclusive<u16> = MIN_IPV4_MTU..=MAX_MTU;
+/// Range of `mtu`, in bytes.
+const MTU_RANGE: RangeInclusive<u16> = MIN_IPV4_MTU..=MAX_MTU;
 
-/// The TUN device and what comes with it.
+/// Settings of the TUN device, its addresses and its routes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Interface {
-    /// Interface name, at most 15 bytes.
+    /// Name of the interface, at most 15 bytes.
     pub name: String,
-    /// MTU in bytes; `None`: the underlay's less the overhead.
+    /// MTU in bytes; `None`: the underlay's MTU minus the overhead of a datagram.
     pub mtu: Option<u16>,
-    /// Packets that may wait in each of the TUN's queues.
+    /// Length of each queue of the TUN device, packets, 1 to 1,000,000.
     pub txqueuelen: u32,
-    /// Addresses of the node on the interface; `None`: the first of each of its pod CIDRs.
+    /// Addresses of the node on the interface; `None`: the first host of each of its pod CIDRs.
     #[serde(deserialize_with = "addresses")]
     pub addresses: Option<Vec<IpAddr>>,
-    /// Whether to switch on forwarding of IPv4 and IPv6 in this network namespace.
+    /// Enables IPv4 and IPv6 forwarding in this network namespace.
     pub forwarding: bool,
-    /// True if pod prefixes get unreachable routes, so that packets without a better route are
+    /// Adds unreachable routes for pod prefixes, so that packets without a more specific route are
     /// refused.
     pub unreachable_routes: bool,
 }
@@ -50,11 +50,11 @@ impl Default for Interface {
 }
 
 impl Interface {
-    /// Checks the values. `pod_cidrs`: the node's prefixes, if the configuration has them.
+    /// Checks the values. `pod_cidrs` are the node's prefixes, if the configuration contains them.
     pub(super) fn check(&self, pod_cidrs: Option<&[IpNet]>) -> Result<(), Invalid> {
         self.check_name()?;
-        if let Some(mtu) = self.mtu.filter(|mtu| !MTU.contains(mtu)) {
-            let (least, most) = (MTU.start(), MTU.end());
+        if let Some(mtu) = self.mtu.filter(|mtu| !MTU_RANGE.contains(mtu)) {
+            let (least, most) = (MTU_RANGE.start(), MTU_RANGE.end());
             return Err(Invalid(format!("interface.mtu = {mtu}: use {least} to {most}")));
         }
         let v6 = pod_cidrs.and_then(|cidrs| cidrs.iter().find(|cidr| cidr.addr().is_ipv6()));
@@ -74,12 +74,13 @@ impl Interface {
         let possible = (1..=15).contains(&self.name.len()) && self.name.chars().all(printable);
         if self.name.starts_with(HOST_PREFIX) || self.name.contains(['"', '*']) {
             return Err(Invalid(format!(
-                "interface.name = {:?}: names that begin with {HOST_PREFIX} are pods', and '\"' and '*' \
-                 are not allowed",
+                "interface.name = {:?}: names that begin with {HOST_PREFIX} are reserved for pods, and \
+                 '\"' and '*' are not allowed",
                 self.name
             )));
         }
-        // The kernel keeps these for its settings of all interfaces.
+        // The kernel uses these names in /proc/sys/net for all interfaces and for the loopback
+        // device.
         if !possible || matches!(self.name.as_str(), "." | ".." | "all" | "default" | "lo") {
             return Err(Invalid(format!(
                 "interface.name = {:?}: use 1 to 15 printable characters without '/', ':' and '%'",

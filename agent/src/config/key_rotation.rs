@@ -1,4 +1,4 @@
-//! The table `[key_rotation]`.
+//! Configuration table `[key_rotation]`: schedule of key rotations.
 
 use std::ops::RangeInclusive;
 use std::time::Duration;
@@ -7,43 +7,43 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::Invalid;
 
-/// Values of `settle_seconds`. A dead watch is noticed within 95 seconds, and a session of the old
-/// key lives for 180.
-const SETTLE: RangeInclusive<u64> = 300..=86_400;
+/// Range of `settle_seconds`. The minimum is longer than the detection of a dead watch (95 s) and
+/// the lifetime of a session with the old key (180 s) together.
+const SETTLE_RANGE: RangeInclusive<u64> = 300..=86_400;
 
 const DAY: Duration = Duration::from_secs(86_400);
 
-/// When and how this node's key is changed.
+/// Schedule of this node's key rotations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct KeyRotation {
-    /// The age at which it is changed; `None`: when somebody asks for it.
+    /// Age at which the key is rotated; `None`: only `skein-agent rotate-key` starts a rotation.
     #[serde(rename(deserialize = "every_days"), deserialize_with = "days")]
     pub every: Option<Duration>,
-    /// How long the other nodes are given to read this node's record before the next step.
+    /// Time that other nodes get to read this node's record before the next stage.
     #[serde(rename(deserialize = "settle_seconds"), deserialize_with = "seconds")]
     pub settle: Duration,
 }
 
 impl Default for KeyRotation {
     fn default() -> Self {
-        Self { every: None, settle: Duration::from_secs(*SETTLE.start()) }
+        Self { every: None, settle: Duration::from_secs(*SETTLE_RANGE.start()) }
     }
 }
 
 impl KeyRotation {
-    /// Checks the values. `writes_record`: the agent writes this node's record.
+    /// Checks the values. `writes_record` tells whether the agent writes this node's record.
     pub(super) fn check(&self, writes_record: bool) -> Result<(), Invalid> {
         if let Some(every) = self.every.filter(|_| !writes_record) {
             return Err(Invalid(format!(
-                "key_rotation.every_days = {}: an agent changes its key on its own only where \
-                 it writes the node records (kubernetes.enabled): use skein-agent rotate-key",
+                "key_rotation.every_days = {}: scheduled rotations require an agent that writes its node \
+                 record (kubernetes.enabled). Use skein-agent rotate-key.",
                 every.as_secs() / DAY.as_secs()
             )));
         }
         let settle = self.settle.as_secs();
-        if !SETTLE.contains(&settle) {
-            let (least, most) = (SETTLE.start(), SETTLE.end());
+        if !SETTLE_RANGE.contains(&settle) {
+            let (least, most) = (SETTLE_RANGE.start(), SETTLE_RANGE.end());
             return Err(Invalid(format!(
                 "key_rotation.settle_seconds = {settle}: use {least} to {most}"
             )));

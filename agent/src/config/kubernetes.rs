@@ -1,4 +1,4 @@
-//! The table `[kubernetes]`.
+//! Configuration table `[kubernetes]`: the Kubernetes API as the source of node records.
 
 use std::path::PathBuf;
 
@@ -6,17 +6,17 @@ use serde::{Deserialize, Serialize};
 
 use super::Invalid;
 
-/// The Kubernetes API as the source of node records.
+/// Settings of the Kubernetes API as the source of node records.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Kubernetes {
-    /// Whether the records are SkeinNodes, and not files.
+    /// Reads node records from SkeinNodes instead of files.
     pub enabled: bool,
-    /// Which cluster, and as whom; `None`: that of this pod, by its service account.
+    /// Kubeconfig file with cluster and user; `None`: cluster and service account of this pod.
     pub kubeconfig: Option<PathBuf>,
-    /// The interface whose addresses the other nodes send to; `None`: the Node's InternalIPs.
+    /// Interface whose addresses are published as endpoints; `None`: the Node's InternalIPs.
     pub endpoint_interface: Option<String>,
-    /// Key of a taint that is removed from the Node once pods have a network.
+    /// Key of the taint that is removed from the Node when the agent is ready; `None`: no taint.
     pub not_ready_taint: Option<String>,
 }
 
@@ -30,7 +30,7 @@ impl Kubernetes {
         }
         if self.not_ready_taint.as_deref().is_some_and(str::is_empty) {
             return Err(Invalid(
-                "kubernetes.not_ready_taint is empty: give a taint's key, or leave it out"
+                "kubernetes.not_ready_taint is empty. Set the key of a taint, or remove the setting."
                     .to_owned(),
             ));
         }

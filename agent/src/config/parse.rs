@@ -1,4 +1,4 @@
-//! Values of the configuration file that the file has as strings.
+//! Parsers of values that are strings in the configuration file.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -27,14 +27,15 @@ pub(super) fn listen<'de, D: Deserializer<'de>>(
     })
 }
 
-/// Deserializes the value of `key`: unicast or unspecified addresses.
+/// Deserializes the value of `key`: a list of unicast or unspecified addresses.
 pub(super) fn addresses<'de, D: Deserializer<'de>>(
     key: &str,
     deserializer: D,
 ) -> Result<Vec<IpAddr>, D::Error> {
     let parse = |text: &String| {
-        let address: IpAddr = address::parse(text)
-            .map_err(|_| Invalid(format!("{key}: {text:?} is not an IP address, as 192.0.2.1")))?;
+        let address: IpAddr = address::parse(text).map_err(|_| {
+            Invalid(format!("{key}: {text:?} is not an IP address. Use an address, as 192.0.2.1."))
+        })?;
         match address.is_multicast() {
             true => Err(Invalid(format!("{key}: {address}: use a unicast address"))),
             false => Ok(address),
@@ -53,13 +54,17 @@ pub(super) fn path_if_any<'de, D: Deserializer<'de>>(
 }
 
 /// Parses the value of `key`: disjoint prefixes of pods.
+///
+/// # Errors
+/// A text is not a prefix, a prefix cannot be a pod CIDR, or two prefixes overlap. The error names
+/// `key`.
 pub(super) fn cidrs(key: &str, texts: &[String]) -> Result<Vec<IpNet>, Invalid> {
     let wrong = |error: Invalid| Invalid(format!("{key}: {error}"));
     let mut cidrs = Vec::with_capacity(texts.len());
     for text in texts {
         let cidr: IpNet = address::parse(text).map_err(|_| {
-            let example = "use an address and a length, as 10.1.0.0/24";
-            Invalid(format!("{key}: {text:?} is not a prefix: {example}"))
+            let remedy = "Use an address and a length, as 10.1.0.0/24.";
+            Invalid(format!("{key}: {text:?} is not a prefix. {remedy}"))
         })?;
         check_pod_cidr(&cidr).map_err(wrong)?;
         cidrs.push(cidr);

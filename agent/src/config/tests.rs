@@ -22,7 +22,10 @@ fn every_key_has_a_default() {
     assert!((1..=4).contains(&config.dataplane.lanes));
     assert_eq!(config.offload, OffloadSettings::ALL);
     assert_eq!(config.metrics.listen, Some("127.0.0.1:9464".parse().unwrap()));
-    assert_eq!(config.status_page.listen, None, "what it shows is for root, unless configured");
+    assert_eq!(
+        config.status_page.listen, None,
+        "The status page must be off unless it is configured."
+    );
     assert_eq!(config.key_path(), Path::new("/var/lib/skein/node.key"));
 }
 
@@ -42,7 +45,7 @@ fn default_underlay_leaves_absent_families_out() {
 }
 
 #[test]
-fn the_reference_shows_the_defaults() {
+fn documented_defaults_match_code() {
     let reference = include_str!("../../../docs/configuration.md");
     let block = reference.split("```toml").nth(1).and_then(|rest| rest.split("```").next());
     let shown = Config::parse(block.unwrap()).unwrap();
@@ -54,7 +57,7 @@ fn the_reference_shows_the_defaults() {
 }
 
 #[test]
-fn every_key_is_taken() {
+fn every_key_is_parsed() {
     let config = Config::parse(
         r#"
         name = "node-a"
@@ -123,7 +126,7 @@ fn required_confinement_contradicts_seccomp_off() {
 }
 
 #[test]
-fn mapped_addresses_are_taken_as_ipv4() {
+fn ipv4_mapped_addresses_become_ipv4() {
     let config = Config::parse(
         r#"
         name = "node-a"
@@ -156,14 +159,14 @@ fn mapped_addresses_are_taken_as_ipv4() {
 }
 
 #[test]
-fn unknown_keys_are_named() {
+fn unknown_key_is_error_with_its_name() {
     assert!(error("nmae = 'a'").contains("nmae"));
     assert!(error("[underlay]\nprot = 1").contains("prot"));
     assert!(error("[offload]\ntun_gso = true").contains("tun_gso"));
 }
 
 #[test]
-fn bad_values_are_named_with_a_remedy() {
+fn invalid_value_is_error_with_remedy() {
     for (text, key, remedy) in [
         ("name = 'a b'", "name", "letters"),
         ("cluster_id = ''", "cluster_id", "1 to"),

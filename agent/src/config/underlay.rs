@@ -1,4 +1,4 @@
-//! The table `[underlay]`.
+//! Configuration table `[underlay]`: settings of the UDP sockets.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
@@ -9,10 +9,10 @@ use skein_sys::udp::is_family_supported;
 
 use super::{DEFAULT_PORT, Invalid, parse};
 
-/// Values of `receive_buffer` and `send_buffer`, in bytes.
-const BUFFERS: RangeInclusive<usize> = 65_536..=1 << 30;
+/// Range of `receive_buffer` and `send_buffer`, in bytes.
+const BUFFER_RANGE: RangeInclusive<usize> = 65_536..=1 << 30;
 
-/// The keys of the table.
+/// Keys of the table, before validation.
 #[derive(Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(super) struct UnderlayKeys {
@@ -30,7 +30,7 @@ impl Default for UnderlayKeys {
     }
 }
 
-/// The valid settings, and a note for each default that this host cannot have.
+/// Valid settings, and a note for each default that this host does not support.
 pub(super) struct Underlay {
     pub(super) settings: UnderlaySettings,
     pub(super) notes: Vec<String>,
@@ -51,8 +51,8 @@ impl TryFrom<UnderlayKeys> for Underlay {
         for (key, bytes) in
             [("receive_buffer", keys.receive_buffer), ("send_buffer", keys.send_buffer)]
         {
-            if !BUFFERS.contains(&bytes) {
-                let (least, most) = (BUFFERS.start(), BUFFERS.end());
+            if !BUFFER_RANGE.contains(&bytes) {
+                let (least, most) = (BUFFER_RANGE.start(), BUFFER_RANGE.end());
                 let text = format!("underlay.{key} = {bytes}: use {least} to {most} bytes");
                 return Err(Invalid(text));
             }
@@ -70,7 +70,7 @@ impl TryFrom<UnderlayKeys> for Underlay {
 fn check_addresses(addresses: &[IpAddr]) -> Result<(), Invalid> {
     if addresses.is_empty() {
         return Err(Invalid(
-            "underlay.addresses is empty: give an address or leave it out to listen on all"
+            "underlay.addresses is empty. Set an address, or leave it out to listen on all addresses."
                 .to_owned(),
         ));
     }
@@ -78,13 +78,13 @@ fn check_addresses(addresses: &[IpAddr]) -> Result<(), Invalid> {
         let earlier = &addresses[..index];
         if earlier.iter().any(|other| other.is_ipv4() == address.is_ipv4()) {
             return Err(Invalid(format!(
-                "underlay.addresses: {address} is a second address of its family: give one"
+                "underlay.addresses: {address} is a second address of its family. Use one."
             )));
         }
         if matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local()) {
             return Err(Invalid(format!(
-                "underlay.addresses: {address} is a link-local address, which cannot be bound: \
-                 use \"::\""
+                "underlay.addresses: {address} is a link-local address, which cannot be bound. \
+                 Use \"::\"."
             )));
         }
     }
@@ -96,7 +96,7 @@ fn addresses<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<Ip
 }
 
 /// Returns the unspecified addresses of the families for which `supported` returns true, and a note
-/// for each family that is left out.
+/// for each family that is left out. Returns both addresses if no family is supported.
 pub(super) fn wildcard(supported: impl Fn(IpAddr) -> bool) -> (Vec<IpAddr>, Vec<String>) {
     let all = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
     let (addresses, absent): (Vec<_>, Vec<_>) = all.into_iter().partition(|ip| supported(*ip));
