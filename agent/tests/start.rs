@@ -169,9 +169,9 @@ fn wrong_configurations_and_records_end_with_2() {
         record("name = 'node-b'\npod_cidrs = ['10.244.1.128/25']");
         refused(&mut node, 2, &["b.toml", "pod_cidrs", "overlap"]);
         record("name = 'node-a'\npod_cidrs = ['10.244.1.0/24', 'fd00:1::/64']");
-        refused(&mut node, 2, &["b.toml", "public_key", "correct"]);
+        refused(&mut node, 2, &["b.toml", "public_key", "Correct"]);
         std::fs::remove_dir_all(node.path("nodes")).unwrap();
-        refused(&mut node, 2, &["nodes", "make the directory"]);
+        refused(&mut node, 2, &["nodes", "Create the directory"]);
         assert!(!exists("skein0"));
     });
 }

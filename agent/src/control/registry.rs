@@ -1,8 +1,10 @@
-//! The node registry from files: the records in force, what was refused and why, and the last good
-//! records on disk.
+//! Registry of the node records: the active records, the refused files with the reasons, and the
+//! last good records on disk. The records come from files or from SkeinNodes, each of which counts
+//! as a file.
 //!
-//! A file that is wrong, or that contradicts what is in force, is refused as a whole, and the last
-//! good version of its records stays in force. So a typing error takes no node out of the network.
+//! A file that is invalid, or that contradicts the active records, is refused as a whole, and the
+//! last good version of its records stays active. A typing error therefore removes no node from the
+//! network.
 
 mod former;
 mod settle;
@@ -27,11 +29,20 @@ use crate::config::Config;
 use crate::failure::Failure;
 use crate::status::{RegistryStatus, RejectedFile};
 
-/// The records in force.
+/// Registry of the node records.
+///
+/// Order of calls: [`Registry::open`] at the start; [`Registry::write_store`] after the agent has
+/// started (a failed start must not count as an earlier process); then [`Registry::reload`]
+/// whenever the source reports a change, which stores the records itself. [`Registry::set_keys`]
+/// must precede the next `reload` after this node's keys have changed, because the registry refuses
+/// an own record with other keys.
+///
+/// The active records never contradict each other, the configuration, or this node's keys. `reload`
+/// never removes an active record unless its file has changed or was removed.
 #[derive(Debug)]
 pub struct Registry {
     own: LocalNode,
-    /// What this node owns.
+    /// Pod CIDRs of this node.
     local_cidrs: Vec<IpNet>,
     source: RecordSource,
     store: PathBuf,
@@ -51,8 +62,13 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Reads the records at the start; `stored` are the last good ones. What is wrong with this node's own record is an error, and so
-    /// is a wrong file where no records were ever good: later it is refused alone, as at run time.
+    /// Reads the records at the start, and logs the refused files. `stored` are the last good
+    /// records.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] if this node's own record contradicts the configuration or the keys, if
+    /// this node has no pod CIDRs, or if the source cannot be read and no last good records exist.
+    /// At the first start with files, any refused file is an error.
     pub fn open(
         config: &Config,
         keys: PublicKeys,
@@ -96,14 +112,14 @@ impl Registry {
         let (files, source_error) = match (source.read(), &last_good) {
             (Ok(files), _) => (files, None),
             (Err(error), Some(stored)) => {
-                tracing::warn!(source = %shown, %error, "no node records: the last good ones are used");
+                tracing::warn!(source = %shown, %error, "cannot read the node records, using the last good ones");
                 let files = stored.iter().map(|(path, good)| (path.clone(), Ok(good.clone())));
                 (files.collect(), Some(error))
             }
             (Err(error), None) => {
                 return Err(Failure::Usage(format!(
-                    "cannot read the node records {shown}: {error}: make the directory, or set \
-                     nodes to the file or directory that holds them"
+                    "cannot read the node records {shown}: {error}. Create the directory, or set \
+                     nodes to the file or directory with the records."
                 )));
             }
         };
@@ -115,7 +131,8 @@ impl Registry {
             .iter()
             .map(|(path, error)| format!("node records {}: {error}", path.display()))
             .collect();
-        // Whoever writes files is at hand; another node's record in Kubernetes is not this node's fault.
+        // Files are written by the operator who starts the agent. An invalid record of another node
+        // in Kubernetes must not keep this node from starting.
         let local = matches!(source, RecordSource::Path(_));
         if local && first_start && !problems.is_empty() {
             return Err(Failure::Usage(problems.join("\n")));
@@ -147,14 +164,15 @@ impl Registry {
         })
     }
 
-    /// Reads the records again; says whether what is in force has changed.
+    /// Reads the records again; returns whether the active records have changed. If the source
+    /// cannot be read, the active records stay.
     pub fn reload(&mut self) -> bool {
         let files = match self.source.read() {
             Ok(files) => files,
             Err(error) => {
                 if self.source_error.as_ref() != Some(&error) {
                     tracing::error!(source = %self.source.name().display(), %error,
-                        "cannot read the node records: those in force stay");
+                        "cannot read the node records, the active ones stay");
                     self.source_error = Some(error);
                 }
                 return false;
@@ -164,7 +182,7 @@ impl Registry {
         if let Some(error) =
             error.as_ref().filter(|error| self.source_error.as_ref() != Some(error))
         {
-            tracing::warn!(source = %self.source.name().display(), %error, "nothing new is known of the node records");
+            tracing::warn!(source = %self.source.name().display(), %error, "node records may be outdated");
         }
         self.source_error = error;
         let Resolution { accepted, rejected } =
@@ -182,7 +200,7 @@ impl Registry {
         self.accepted = accepted;
         match local_cidrs(&self.own, &self.accepted) {
             Some(cidrs) => self.local_cidrs = cidrs,
-            None => tracing::warn!("this node's own record is gone: its pod CIDRs stay in force"),
+            None => tracing::warn!("own node record was removed, its pod CIDRs stay active"),
         }
         let now = self.owners();
         self.former.update(&owned, &now, &self.own.cluster_cidrs);
@@ -205,8 +223,8 @@ impl Registry {
         self.never_started
     }
 
-    /// Returns the name of the nftables table of an earlier process if another name is configured now.
-    /// The rules of the earlier table drop the packets of an interface with another name.
+    /// Returns the name of the nftables table of an earlier process if another name is configured
+    /// now. The rules of the earlier table drop the packets of an interface with another name.
     pub fn former_table(&self) -> Option<&str> {
         self.former_table.as_deref()
     }
@@ -216,7 +234,7 @@ impl Registry {
         self.accept_ra_restored
     }
 
-    /// Notes that the settings of router advertisements are those of this version.
+    /// Records that the settings of router advertisements are those of this version.
     pub fn set_accept_ra_restored(&mut self) {
         self.accept_ra_restored = true;
     }
@@ -228,27 +246,28 @@ impl Registry {
         overlay_prefixes(cluster, local, &self.prefixes(), &self.former, &hosts)
     }
 
-    /// What this node owns.
+    /// Returns the pod CIDRs of this node.
     pub fn local_cidrs(&self) -> &[IpNet] {
         &self.local_cidrs
     }
 
-    /// This node's own record, where there is one.
+    /// Returns this node's own record, if it exists.
     pub fn own(&self) -> Option<&NodeRecord> {
         self.accepted.values().flatten().find(|record| record.name == self.own.name)
     }
 
-    /// Every other node.
+    /// Returns the records of all other nodes.
     pub fn peers(&self) -> impl Iterator<Item = &NodeRecord> {
         self.accepted.values().flatten().filter(|record| record.name != self.own.name)
     }
 
-    /// This node has other keys from now on.
+    /// Sets this node's keys, with which its own record must agree.
     pub fn set_keys(&mut self, keys: PublicKeys) {
         self.own.keys = keys;
     }
 
-    /// The keys of this node's record as the other nodes can read it, where there is one.
+    /// Returns the keys of this node's record as the other nodes can read it; `None` if there is no
+    /// record.
     pub fn published_keys(&self) -> Option<PublicKeys> {
         match &self.source {
             RecordSource::Path(_) => self.own().map(NodeRecord::keys),
@@ -256,7 +275,7 @@ impl Registry {
         }
     }
 
-    /// For the status and the metrics.
+    /// Returns the state of the registry, for the status and the metrics.
     pub fn status(&self) -> RegistryStatus {
         let rejected = self.rejected.iter();
         RegistryStatus {
@@ -269,8 +288,8 @@ impl Registry {
         }
     }
 
-    /// Stores the records in force in the state directory. Called for the first time when the agent
-    /// has started: a start that fails must not count as an earlier process. An error is logged.
+    /// Stores the active records in the state directory. The first call follows the start of the
+    /// agent: a start that fails must not count as an earlier process. An error is logged.
     pub fn write_store(&self) {
         let stored = Stored {
             source: self.source.name(),
@@ -282,13 +301,13 @@ impl Registry {
             accept_ra_restored: self.accept_ra_restored,
         };
         if let Err(error) = stored.write(&self.store) {
-            tracing::warn!(path = %self.store.display(), %error, "cannot keep the last good records");
+            tracing::warn!(path = %self.store.display(), %error, "cannot store the last good records");
         }
     }
 }
 
 fn log_rejected(path: &Path, error: &str) {
-    tracing::error!(file = %path.display(), error, "node records refused: the last good ones stay");
+    tracing::error!(file = %path.display(), error, "node records refused, the last good ones stay active");
 }
 
 #[cfg(test)]

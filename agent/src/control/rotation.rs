@@ -1,10 +1,13 @@
-//! Changing this node's key while traffic goes on.
+//! Rotation of this node's key without interruption of traffic.
 //!
-//! The next key is made and *announced*: the node's record names it beside the one in force, and from then
-//! on every node accepts both. Later the two change places (*changed*): handshakes begin with the new key,
-//! and the old one is still good, for those who have not heard. At last the old one is given up, in the
-//! record and here. In Kubernetes the agent writes the record and waits between the steps; elsewhere an
-//! operator writes it, and the agent follows.
+//! 1. `announced`: the next key is created, and the node's record names it next to the active key.
+//!    Peers that have read the record accept both keys.
+//! 2. `changed`: the next key becomes the active one. This node starts handshakes with it, and
+//!    still accepts the old key.
+//! 3. `steady`: the old key is removed from the record and from the disk.
+//!
+//! In Kubernetes the agent writes the record and waits `key_rotation.settle_seconds` between the
+//! steps. Elsewhere an operator writes the record, and the agent follows it.
 
 pub mod files;
 
@@ -24,67 +27,79 @@ use crate::failure::Failure;
 use crate::files::sync_beside;
 use crate::status::{RotationStatus, Stage};
 
-/// How long peers that do not use the new key hold up the end of the old one: one that is out of the API
-/// server's reach knows the old one alone, and one that is not honest would say so for ever.
+/// Maximum wait for peers that still use the old key before it is removed: a peer without access to
+/// the API server knows only the old key, and a hostile peer must not block the rotation forever.
 const MAX_OLD_KEY_WAIT: Duration = Duration::from_secs(86_400);
 
-/// Somebody asks for another key.
+/// Request for a key rotation.
 #[derive(Debug)]
 pub struct RotationRequest {
-    /// The old one is to be good for nothing any more.
+    /// True to invalidate the old key immediately, which interrupts traffic until peers know the
+    /// new key.
     pub at_once: bool,
-    /// Where the state that this leads to goes, or why nothing comes of it.
+    /// Sender of the new state, or of the reason why the rotation did not start.
     pub answer: oneshot::Sender<Result<RotationStatus, RotationError>>,
 }
 
-/// Reason why a request for another key has no effect.
+/// Failure of a request for a key rotation.
 #[derive(Debug, Error)]
 pub enum RotationError {
     /// The agent does not know its node records yet.
     #[error("the agent is still starting")]
     Starting,
     /// The node records cannot be read or written, so that no other node would learn the new key.
-    #[error("not at once now: {0}")]
+    #[error("cannot rotate the key at once while the node records are not available: {0}")]
     NoRecords(String),
-    /// The agent ends.
+    /// The agent stops.
     #[error("the agent is ending")]
     Ending,
-    /// The change cannot begin, or failed.
+    /// The rotation cannot start, or a step failed.
     #[error(transparent)]
     Failed(#[from] Failure),
 }
 
-/// Where to ask.
+/// Sender of requests for a key rotation.
 pub type RotationSender = mpsc::Sender<RotationRequest>;
 
 /// Private keys of this node.
 #[derive(Debug, Clone, Copy)]
 pub struct NodeKeys<'a> {
-    /// The active key.
+    /// Active private key.
     pub current: &'a PrivateKey,
     /// The next or the previous key during a rotation.
     pub second: Option<&'a PrivateKey>,
 }
 
-/// The keys of this node, and how far the change from one to the next has come.
+/// Private keys of this node, and the stage of the rotation.
+///
+/// Order of calls: [`Rotation::load`] at the start; [`Rotation::begin`] for a request of an
+/// operator; [`Rotation::step`] every few seconds, after each change of the node records, and at
+/// [`Rotation::deadline`]. After each call the caller compares [`Rotation::public`] with its
+/// earlier value, also after an error, and passes changed keys to the data process. The state on
+/// disk always counts: after a failed step the keys are read again.
 #[derive(Debug)]
 pub struct Rotation {
     path: PathBuf,
     settings: KeyRotation,
-    /// Whether the agent writes this node's record itself.
+    /// True if the agent writes this node's record itself (Kubernetes).
     writes_record: bool,
     current: PrivateKey,
     second: Option<(Stage, PrivateKey)>,
     public: PublicKeys,
-    /// Since when the others can have read what this stage needs them to know, by the monotonic clock: a
-    /// leap of the other one would cut off those who have not.
+    /// Time since which peers can read the record of this stage; `None` while they cannot.
+    /// Monotonic clock, because a jump of the wall clock would end the wait early.
     readable_since: Option<Instant>,
-    /// How many peers still use the old key.
+    /// Number of peers that still use the old key.
     old_key_peers: usize,
 }
 
 impl Rotation {
-    /// Reads the keys; makes one where there is to be one and is none.
+    /// Reads the keys and removes incomplete key files of an earlier process. Creates the key at
+    /// the first start.
+    ///
+    /// # Errors
+    /// [`Failure`] if a key file is missing, unreadable or invalid, or if both a next and a
+    /// previous key exist.
     pub fn load(config: &Config) -> Result<Self, Failure> {
         let path = config.key_path();
         let current = identity::for_node(config)?;
@@ -102,12 +117,12 @@ impl Rotation {
         })
     }
 
-    /// Whatever step has failed half way: what counts is what the disk has.
+    /// Reads the keys from the disk after a failed step, which may have changed them.
     fn reload(&mut self) {
         self.readable_since = None;
         let read = || -> Result<_, Failure> {
             let current = identity::load(&self.path)?;
-            let none = || Failure::Usage(format!("there is no key {}", self.path.display()));
+            let none = || Failure::Usage(format!("the key {} is missing", self.path.display()));
             let current = current.ok_or_else(none)?;
             let second = read_second(&self.path, &current)?;
             Ok((public_keys(&current, second.as_ref())?, current, second))
@@ -116,26 +131,26 @@ impl Rotation {
             Ok((public, current, second)) => {
                 (self.public, self.current, self.second) = (public, current, second);
             }
-            Err(error) => tracing::error!(%error, "the keys cannot be read: those in force stay"),
+            Err(error) => tracing::error!(%error, "cannot read the keys, the active ones stay"),
         }
     }
 
-    /// The key in force, and the next one or the one before.
+    /// Returns the private keys.
     pub fn keys(&self) -> NodeKeys<'_> {
         NodeKeys { current: &self.current, second: self.second.as_ref().map(|(_, key)| key) }
     }
 
-    /// The public halves.
+    /// Returns the public keys.
     pub fn public(&self) -> PublicKeys {
         self.public
     }
 
-    /// How far it has come.
+    /// Returns the stage of the rotation.
     pub fn stage(&self) -> Stage {
         self.second.as_ref().map_or(Stage::Steady, |(stage, _)| *stage)
     }
 
-    /// For the status.
+    /// Returns the state of the rotation, for the status.
     pub fn status(&self) -> RotationStatus {
         RotationStatus {
             stage: self.stage(),
@@ -145,60 +160,67 @@ impl Rotation {
         }
     }
 
+    /// Returns the condition for the next step; `None` if no rotation is active.
     fn waits_for(&self) -> Option<String> {
         let second = self.public.second?;
         let record = "this node's record on every node";
         if !self.writes_record {
             return Some(match self.stage() {
                 Stage::Changed => {
-                    format!("{record}: leave second_public_key out after three minutes")
+                    format!("{record}: remove second_public_key after three minutes")
                 }
                 _ => format!(
-                    "{record}: second_public_key = \"{second}\" first, and when all have it, that as \
-                     public_key and \"{}\" as second_public_key",
+                    "{record}: set second_public_key = \"{second}\" first. When all nodes have it, set \
+                     public_key to that key and second_public_key = \"{}\".",
                     self.public.first
                 ),
             });
         }
         let Some(told) = self.readable_since else {
-            let text = "the API server to show the record, a few seconds (or longer? it may not know this \
-                        version's definition of SkeinNode: kubectl apply -f charts/skein/crds)";
+            let text = "the API server to report the changed record, which takes a few seconds. If it takes \
+                        longer, install this version's definition of SkeinNode: kubectl apply -f \
+                        charts/skein/crds";
             return Some(text.to_owned());
         };
         let left = self.settings.settle.saturating_sub(told.elapsed());
         Some(match self.stage() {
             Stage::Changed if left.is_zero() && self.old_key_peers > 0 => {
-                format!(
-                    "{} peers that do not use the new key yet, a day at most",
-                    self.old_key_peers
-                )
+                let peers = match self.old_key_peers {
+                    1 => "1 peer that still uses".to_owned(),
+                    count => format!("{count} peers that still use"),
+                };
+                format!("{peers} the old key, one day at most")
             }
             _ => format!("the other nodes to read the record, {} s more", left.as_secs()),
         })
     }
 
-    /// How old the key in force is, by its file.
+    /// Returns the age of the active key, from the modification time of its file.
     fn age(&self) -> Duration {
         let made = std::fs::metadata(&self.path).and_then(|found| found.modified());
-        // A clock that is behind makes no key old.
+        // A modification time in the future, after the clock was set back, counts as age 0.
         made.ok().and_then(|made| SystemTime::now().duration_since(made).ok()).unwrap_or_default()
     }
 
-    /// Up to a tenth more, for each key another part of it: the nodes of a cluster are made in one hour, and
-    /// are not to change their keys in one.
+    /// Returns `every` plus up to a tenth, depending on the key: the nodes of a cluster are often
+    /// created within an hour and must not rotate their keys within the same hour.
     fn with_spread(&self, every: Duration) -> Duration {
         every + every / 10 * u32::from(self.public.first.0[0]) / 256
     }
 
-    /// When to call [`Rotation::step`] though nothing else has happened. Beyond that it is called every few
-    /// seconds anyway.
+    /// Returns the time at which [`Rotation::step`] can perform the next step; `None` if no step is
+    /// due by time.
     pub fn deadline(&self) -> Option<Instant> {
         let settled = self.readable_since? + self.settings.settle;
         (self.stage() != Stage::Steady && settled > Instant::now()).then_some(settled)
     }
 
-    /// Begins a change, on demand; where the old key is to be good for nothing at once, in any stage, and to
-    /// its end. The keys may have changed also where it fails.
+    /// Starts a rotation. With `at_once`, performs all steps immediately and in any stage. The keys
+    /// may have changed even if an error is returned.
+    ///
+    /// # Errors
+    /// [`Failure::Taken`] if a rotation is active; [`Failure::Usage`] for `at_once` if the agent
+    /// does not write the node records; another [`Failure`] if a key file cannot be written.
     pub fn begin(&mut self, at_once: bool) -> Result<(), Failure> {
         let result = self.try_begin(at_once);
         if result.is_err() {
@@ -214,14 +236,14 @@ impl Rotation {
         }
         if at_once && !self.writes_record {
             return Err(Failure::Usage(
-                "at once it goes only where the agent writes the node records (kubernetes.enabled): \
-                 here make the next key public_key in this node's record on every node, without a \
-                 second_public_key"
+                "a rotation at once needs node records that the agent writes (kubernetes.enabled). \
+                 Without them, start a rotation, then set public_key to the next key in this node's \
+                 record on every node, without second_public_key."
                     .to_owned(),
             ));
         }
         if at_once {
-            // Whoever has the one key may have the other.
+            // A thief of the active key may have the second one as well.
             second_key_paths(&self.path).iter().try_for_each(|other| remove(other))?;
         }
         self.announce()?;
@@ -232,9 +254,12 @@ impl Rotation {
         Ok(())
     }
 
-    /// Goes on where the others know enough. `record`: the keys of this node's record as the other nodes
-    /// can read it, where there is one. `held`: how many peers still use the old key. The keys may have
-    /// changed also where it fails.
+    /// Performs the next step if it is due. `record` has the keys of this node's record as the
+    /// peers can read it; `None` if there is no record. `old_key_peers` is the number of peers that
+    /// still use the old key. The keys may have changed even if an error is returned.
+    ///
+    /// # Errors
+    /// [`Failure`] if a key file cannot be written, renamed or removed.
     pub fn step(
         &mut self,
         record: Option<PublicKeys>,
@@ -271,7 +296,10 @@ impl Rotation {
                 if !(old && self.writes_record && record == Some(self.public)) {
                     return Ok(());
                 }
-                tracing::info!(age_seconds = self.age().as_secs(), "the key is old: it is changed");
+                tracing::info!(
+                    age_seconds = self.age().as_secs(),
+                    "key rotation: maximum age reached"
+                );
                 self.announce()
             }
             Stage::Announced => {
@@ -286,14 +314,15 @@ impl Rotation {
     }
 
     fn announce(&mut self) -> Result<(), Failure> {
-        let key = PrivateKey::generate().context("cannot make a private key")?;
+        let key = PrivateKey::generate().context("cannot generate a private key")?;
         identity::store(&next_path(&self.path), &key)?;
         self.set_second(Some((Stage::Announced, key)))?;
-        tracing::info!(next = ?self.public.second, "the next key is announced");
+        tracing::info!(next_key = ?self.public.second, "key rotation: next key announced");
         Ok(())
     }
 
-    /// Whatever comes between the two steps on the disk, one of both keys is in force and the other is known.
+    /// Makes the next key the active one. If the process ends between the two steps on the disk,
+    /// one of the keys is active and the other one is stored as the second key.
     fn switch_keys(&mut self) -> Result<(), Failure> {
         let (next, previous) = (next_path(&self.path), previous_path(&self.path));
         if !previous.exists() {
@@ -305,14 +334,14 @@ impl Rotation {
         let Some((_, key)) = self.second.take() else { return Ok(()) };
         let before = std::mem::replace(&mut self.current, key);
         self.set_second(Some((Stage::Changed, before)))?;
-        tracing::info!(key = %self.public.first, "the new key is in force");
+        tracing::info!(active_key = %self.public.first, "key rotation: new key active");
         Ok(())
     }
 
     fn remove_old_key(&mut self) -> Result<(), Failure> {
         remove(&previous_path(&self.path))?;
         self.set_second(None)?;
-        tracing::info!(key = %self.public.first, "the old key is given up");
+        tracing::info!(active_key = %self.public.first, "key rotation: old key removed");
         Ok(())
     }
 

@@ -1,5 +1,5 @@
-//! Keeps a data process at work: starts or adopts it, brings it to the wanted state, starts it
-//! again at once when it dies.
+//! Supervisor of the data process: starts or adopts it, applies the desired state, and restarts it
+//! after an exit.
 
 mod process;
 
@@ -22,42 +22,45 @@ use crate::failure::Failure;
 use crate::lifecycle::{NotReady, Readiness};
 use crate::logging::Log;
 
-/// How long a data process may take to listen after its start, and to end when asked.
+/// Maximum time of a data process from its start until it listens, and from a shutdown request
+/// until it exits.
 const START_STOP_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often a socket that nobody listens on is tried.
+/// Interval between two attempts to connect to a data process that does not listen yet.
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
-/// A data process is asked for a sign of life this often.
+/// Interval between two heartbeats: requests for a report of the data process.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
 /// Interval between requests for the handshakes' timestamps, which are then written to the disk.
 const HANDSHAKES_INTERVAL: Duration = Duration::from_secs(60);
-/// So many failed restarts of the first data process end the agent.
+/// Maximum number of restarts of a data process that never applied a snapshot. The start of the
+/// agent fails at the next failure.
 const MAX_FIRST_RESTARTS: u32 = 2;
-/// A data process that was in the wanted state for this long is started again at once.
+/// Minimum time in the desired state after which a data process is restarted without a delay.
 const MIN_UPTIME: Duration = Duration::from_secs(5);
-/// Longest pause before a restart.
+/// Maximum delay before a restart; the delay doubles with each failure.
 const MAX_RESTART_DELAY: Duration = Duration::from_secs(5);
 
-/// What the supervisor needs to know.
+/// Settings of the supervisor.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// The data process's socket.
+    /// Socket of the data process.
     pub socket: PathBuf,
-    /// Who starts it.
+    /// Whether the supervisor starts the data process (`spawn`) or another program does
+    /// (`external`).
     pub mode: Mode,
-    /// How it logs.
+    /// Log level and format of a data process that the supervisor starts.
     pub log: Log,
-    /// Where the time is kept.
+    /// File of the latest known wall-clock time.
     pub clock: PathBuf,
     /// File of the times of the peers' handshakes.
     pub handshakes: PathBuf,
-    /// Whether it is confined to the system calls and files that it needs.
+    /// True to confine the data process to the system calls and files that it needs.
     pub seccomp: bool,
-    /// Whether a data process that is not confined is refused.
+    /// True to refuse a data process that is not confined.
     pub require_confinement: bool,
 }
 
 impl Settings {
-    /// The part of the configuration that matters here.
+    /// Returns the settings that follow from the configuration.
     pub fn new(config: &Config) -> Self {
         let dataplane = &config.dataplane;
         Self {
@@ -72,18 +75,19 @@ impl Settings {
     }
 }
 
-/// What becomes of the data process when the supervisor ends.
+/// Treatment of the data process at the supervisor's shutdown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ShutdownMode {
-    /// It goes on.
+    /// The data process keeps running.
     Keep,
-    /// It ends, if it is the control process's to end.
+    /// The data process is stopped if `dataplane.mode` is `spawn`.
     Stop,
-    /// It ends if this supervisor has started it; one that was there before goes on.
+    /// The data process is stopped only if this supervisor has started it.
     StopOwn,
 }
 
-/// A running supervisor.
+/// Handle of a running supervisor. If it is dropped without [`Handle::end`], the supervisor ends
+/// and the data process keeps running.
 #[derive(Debug)]
 pub struct Handle {
     end: oneshot::Sender<ShutdownMode>,
@@ -91,7 +95,8 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Ends it, and the data process as `end` says.
+    /// Ends the supervisor, treats the data process according to `end`, and waits until that is
+    /// done.
     pub async fn end(self, end: ShutdownMode) {
         // An error means that the task has ended already.
         let _ = self.end.send(end);
@@ -99,7 +104,7 @@ impl Handle {
     }
 }
 
-/// Supervision that has begun.
+/// Result of [`start`].
 #[derive(Debug)]
 pub struct Supervision {
     /// Handle of the supervisor.
@@ -108,7 +113,13 @@ pub struct Supervision {
     pub first: oneshot::Receiver<Result<(), Failure>>,
 }
 
-/// Starts supervision.
+/// Starts the supervisor in a task.
+///
+/// The supervisor applies the current value of `snapshots`, and each later value, to the data
+/// process. The caller waits for `Supervision::first` before it depends on the data process, and
+/// ends the supervisor with [`Handle::end`]. The sender of `snapshots` must live until then.
+/// `state` shows the data process; `readiness` is blocked while no data process is in the desired
+/// state.
 pub fn start(
     settings: Settings,
     snapshots: watch::Receiver<Arc<Snapshot>>,
@@ -146,9 +157,9 @@ struct Supervisor {
     /// Taken when the first snapshot has been applied or refused.
     first: Option<oneshot::Sender<Result<(), Failure>>>,
     child: Option<Child>,
-    /// Of the data process that was last in the wanted state; to count restarts.
+    /// Process ID of the data process that was last in the desired state, to count restarts.
     last_pid: Option<u32>,
-    /// Since when this session's data process has been in the wanted state.
+    /// Time since which this session's data process has been in the desired state.
     applied_since: Option<Instant>,
     clock: WallClockFloor,
     handshakes: HandshakeTimes,
@@ -161,15 +172,16 @@ struct Connection {
     adopted: bool,
 }
 
-/// Why a session with a data process has ended.
+/// Cause of the end of a session with a data process.
 enum SessionEnd {
-    /// The process has gone or hangs.
+    /// The process has exited or hangs.
     Gone(String),
-    /// It refused what it was asked.
+    /// The process refused a request.
     Refused { kind: ErrorKind, message: String },
-    /// It works with settings that it cannot change: another takes its place.
+    /// The process was stopped, because it could not change its settings or did not respond. The
+    /// next session starts another one.
     Replaced,
-    /// It works for another node.
+    /// The process works for another node.
     WrongNode(String),
 }
 
@@ -202,7 +214,7 @@ impl Supervisor {
             if let SessionEnd::Refused { kind, message } = &why
                 && let Some(first) = self.first.take()
             {
-                // The receiver ends this supervisor then.
+                // The receiver ends this supervisor after a failure.
                 let _ = first.send(Err(failure(*kind, message.clone())));
             }
             if let SessionEnd::Gone(error) = &why
@@ -211,7 +223,7 @@ impl Supervisor {
                 && let Some(first) = self.first.take()
             {
                 let _ = first
-                    .send(Err(anyhow::anyhow!("the data process does not start: {error}").into()));
+                    .send(Err(anyhow::anyhow!("the data process did not start: {error}").into()));
             }
             self.on_session_end(&why);
             let pause = match failures {
@@ -229,10 +241,10 @@ impl Supervisor {
     fn on_session_end(&mut self, why: &SessionEnd) {
         let reason = match why {
             SessionEnd::Replaced => "the data process is being replaced".to_owned(),
-            SessionEnd::Gone(error) => format!("the data process is away: {error}"),
+            SessionEnd::Gone(error) => format!("no connection to the data process: {error}"),
             SessionEnd::WrongNode(error) => error.clone(),
             SessionEnd::Refused { message: error, .. } => {
-                format!("the data process refuses the wanted state: {error}")
+                format!("the data process refuses the desired state: {error}")
             }
         };
         let waiting = self.settings.mode == Mode::External && self.last_pid.is_none();
@@ -252,8 +264,8 @@ impl Supervisor {
         });
     }
 
-    /// Connects, brings the data process to the wanted state, keeps it there; returns when that
-    /// has ended.
+    /// Connects to the data process, applies the desired state, and follows its changes. Returns
+    /// the cause of the session's end.
     async fn session(&mut self) -> SessionEnd {
         let Connection { mut client, adopted } = match self.connect().await {
             Ok(connected) => connected,
@@ -281,9 +293,9 @@ impl Supervisor {
         let request = self.apply(&client, &applied);
         match client.apply(&request).await {
             Ok(revision) => self.on_applied(&client, revision),
-            // Whoever has started it starts another, which takes any settings.
+            // The settings need a new process; after the stop the next session starts one.
             Err(ClientError::Refused { kind: ErrorKind::RestartRequired, message }) if adopted => {
-                tracing::info!(message, "the data process that was found cannot go on");
+                tracing::info!(reason = message, "replacing the running data process");
                 self.stop_process(client).await;
                 return SessionEnd::Replaced;
             }
@@ -315,7 +327,7 @@ impl Supervisor {
                 },
                 changed = self.snapshots.changed() => {
                     if changed.is_err() {
-                        // The controller has ended; what becomes of us comes over `ended`.
+                        // The controller has ended; the shutdown mode comes through `ended`.
                         std::future::pending::<()>().await;
                     }
                     let wanted = Arc::clone(&self.snapshots.borrow_and_update());
@@ -328,6 +340,7 @@ impl Supervisor {
         }
     }
 
+    /// Records that the data process has applied the first snapshot of this session.
     fn on_applied(&mut self, client: &Client, revision: u64) {
         let pid = client.pid();
         let restarted = self.last_pid.is_some() && self.last_pid != pid;
@@ -340,16 +353,17 @@ impl Supervisor {
             status.revision = revision;
             status.error = None;
         });
-        tracing::info!(pid, revision, "the data process is in the wanted state");
+        tracing::info!(pid, revision, "data process in desired state");
         self.not_ready = None;
         if let Some(first) = self.first.take() {
-            // Nobody waits any more where the agent is ending.
+            // The receiver is dropped if the agent is already stopping.
             let _ = first.send(Ok(()));
         }
     }
 
-    /// Asks for the whole of a snapshot. A data process that begins anew with a clock set back must not
-    /// repeat times that its peers have seen, and must know those that it has seen itself.
+    /// Returns the request to apply a whole snapshot. It contains the lower bound of the wall
+    /// clock, because a restarted data process must not repeat handshake timestamps, and the latest
+    /// timestamps of the peers, because it must not accept them again.
     fn apply(&mut self, client: &Client, snapshot: &Snapshot) -> Request {
         let not_before = self.clock.floor(wall());
         let seen_handshakes = match client.accepts_seen_handshakes() {
@@ -360,7 +374,8 @@ impl Supervisor {
         Request::Apply { snapshot: Box::new(snapshot) }
     }
 
-    /// Brings the data process from `applied` to `wanted`.
+    /// Applies the difference between `applied` and `wanted`. If the data process refuses an
+    /// update, the whole snapshot is sent.
     async fn follow(
         &mut self,
         client: &mut Client,
@@ -377,20 +392,20 @@ impl Supervisor {
             Err(ClientError::Refused { message, .. })
                 if matches!(request, Request::Update { .. }) =>
             {
-                tracing::warn!(message, "update refused: sending the whole snapshot");
+                tracing::warn!(reason = message, "update refused, sending the whole snapshot");
                 let request = self.apply(client, &wanted);
                 client.apply(&request).await?
             }
             other => other?,
         };
-        tracing::info!(revision, peers = wanted.peers.len(), "change is in force");
+        tracing::info!(revision, peers = wanted.peers.len(), "change applied");
         *applied = wanted;
         self.state.set(|status| status.revision = revision);
         Ok(())
     }
 
-    /// Refuses a data process that works for another node. One that has this node's name or key is
-    /// this node's: of before its key was changed, or its name.
+    /// Refuses a data process that works for another node. A data process with this node's name or
+    /// key is accepted, because the key or the name may have changed since its start.
     fn check_identity(&self, client: &Client) -> Result<(), SessionEnd> {
         let Some(found) = client.node() else { return Ok(()) };
         let snapshot = self.snapshots.borrow();
@@ -399,8 +414,8 @@ impl Supervisor {
             return Ok(());
         }
         Err(SessionEnd::WrongNode(format!(
-            "the data process at {} works for the node {:?} (public key {}): give each agent of a \
-             host its own dataplane.socket",
+            "the data process at {} works for the node {:?} (public key {}). Give each agent of a host \
+             its own dataplane.socket.",
             self.settings.socket.display(),
             found.name,
             found.public_key
@@ -408,7 +423,7 @@ impl Supervisor {
     }
 }
 
-/// The exit that a refusal of the first snapshot leads to.
+/// Returns the failure of the agent after a refusal of the first snapshot.
 fn failure(kind: ErrorKind, message: String) -> Failure {
     match kind {
         ErrorKind::Invalid | ErrorKind::RestartRequired => Failure::Usage(message),

@@ -1,11 +1,11 @@
 //! Take-over of the agent's role on a node. One agent at a time has the role: the process that
 //! holds the lock of the state directory.
 //!
-//! An agent that takes over changes nothing until it knows that it would be ready in the place of
-//! the running agent: it has read its configuration, agrees with the node records, finds its
-//! ports free, and its instance has a data plane that waits. Then it requests the lock. The agent
-//! that runs closes everything that it has, passes the lock on, and waits for it: the kernel gives
-//! it the lock when the other agent ends without having passed it on.
+//! An agent that takes over changes nothing until it would be ready in the place of the running
+//! agent: its configuration is valid and fits the node records, its ports are free, and its
+//! instance has a waiting data plane. Then it requests the lock. The running agent closes all other
+//! descriptors and passes the lock on. If the running agent ends without that, the kernel releases
+//! the lock and this agent acquires it.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::path::PathBuf;
@@ -41,16 +41,16 @@ const READY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Parameters of an agent's start.
 #[derive(Debug, Default)]
 pub struct Start {
-    /// True to take the place of the running agent, if there is one.
+    /// True to take over from the running agent, if there is one.
     pub take_over: bool,
-    /// Instance of this agent, which takes over as well.
+    /// Instance of this agent; an agent with an instance takes over as well.
     pub instance: Option<Instance>,
     /// Lock of the role, if an earlier process has passed it on.
     pub lock: Option<FileLock>,
 }
 
 impl Start {
-    /// Returns whether the agent takes the place of other agents, and takes its own back.
+    /// Returns whether this agent takes over from a running agent.
     pub fn takes_over(&self) -> bool {
         self.take_over || self.instance.is_some()
     }
@@ -70,9 +70,9 @@ pub struct Role {
 /// Listeners for HTTP; `None` for those that were not bound yet.
 #[derive(Debug, Default)]
 pub struct Listeners {
-    /// Listener for `metrics.listen`.
+    /// Listener of the configuration key `metrics.listen`.
     pub metrics: Option<std::net::TcpListener>,
-    /// Listener for `status_page.listen`.
+    /// Listener of the configuration key `status_page.listen`.
     pub page: Option<std::net::TcpListener>,
 }
 
@@ -111,7 +111,7 @@ pub async fn take_role(
     loop {
         let listeners = candidate.wait(starting).await?;
         starting.because("the running agent hands over");
-        tracing::info!("taking the place of the running agent");
+        tracing::info!("taking over from the running agent");
         let socket = config.control.socket.clone();
         let asked =
             tokio::task::spawn_blocking(move || agent_client::request_hand_over(&socket)).await;
@@ -120,7 +120,7 @@ pub async fn take_role(
                 return Ok(role(StateLock::of(lock, state_dir)?, listeners, true));
             }
             Ok(None) => {}
-            Err(error) => tracing::warn!(%error, "the running agent does not hand over"),
+            Err(error) => tracing::warn!(%error, "running agent does not hand over"),
         }
         match StateLock::take(state_dir) {
             Err(Failure::Taken(_)) => tokio::time::sleep(CHECK_INTERVAL).await,
@@ -155,7 +155,7 @@ impl<'a> Candidate<'a> {
         Self { config, instance, running: None, records: None, settled: None }
     }
 
-    /// Waits until this agent would be ready in the place of the one that runs.
+    /// Waits until this agent would be ready in the place of the running one.
     async fn wait(&mut self, starting: &NotReady) -> Result<Listeners, Failure> {
         let mut logged = String::new();
         loop {
@@ -167,7 +167,7 @@ impl<'a> Candidate<'a> {
                 Some(reason) => reason,
             };
             if reason != logged {
-                tracing::info!(reason, "waiting to take the place of the running agent");
+                tracing::info!(reason, "waiting to take over from the running agent");
                 starting.because(&reason);
                 logged = reason;
             }
@@ -182,7 +182,7 @@ impl<'a> Candidate<'a> {
             // The running agent has just ended: its last state counts until this agent has the
             // role.
             Err(_) if self.running.is_some() => {}
-            // It ended before it could be asked: this is a start like any other.
+            // The running agent ended before the request: this start is an ordinary one.
             Err(_) if StateLock::take(&self.config.state_dir).is_ok() => return Ok(None),
             Err(error) => return Ok(Some(format!("the running agent does not answer: {error}"))),
         }
@@ -296,10 +296,10 @@ fn check_port(address: SocketAddr) -> Result<(), Failure> {
     match UdpSocket::bind(address) {
         Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
             Err(Failure::Taken(format!(
-                "underlay.port: {address} is in use by another program: set another port on every node"
+                "underlay.port: {address} is in use by another program. Set another port on every node."
             )))
         }
-        // The data plane reports a missing address or a missing right when it opens the port.
+        // The data plane reports a missing address or a missing capability when it opens the port.
         _ => Ok(()),
     }
 }

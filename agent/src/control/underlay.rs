@@ -33,13 +33,13 @@ pub(super) struct UnderlayWatch {
 }
 
 impl UnderlayWatch {
-    /// Returns the MTU in bytes that was found last; that of Ethernet before the first result.
+    /// Returns the last known MTU in bytes; 1500 (Ethernet) before the first result.
     pub(super) fn mtu(&self) -> u32 {
         self.found.as_ref().map_or(ETHERNET_MTU, |found| found.mtu)
     }
 
-    /// Returns the state for this node, with an MTU that follows from the underlay. If the MTU is
-    /// too small, the problem names the device that decides it.
+    /// Returns the desired state of this node, whose MTU follows from the underlay. If the MTU is
+    /// too small, the problem names the device with the smallest MTU.
     pub(super) fn desired(&self, config: &Config, registry: &Registry) -> Desired {
         let mut desired = Desired::new(config, registry, self.mtu());
         if let Some(problem) = desired.mtu_problem.as_mut().filter(|_| self.checked.is_some()) {
@@ -93,8 +93,8 @@ impl UnderlayWatch {
         if found.is_none() && !self.warned {
             tracing::warn!(
                 mtu = self.mtu(),
-                "no device leads to a peer and there is no default route: this MTU of the underlay is \
-                 used until there is one, unless interface.mtu is set"
+                "no device leads to a peer and there is no default route, using this MTU of the underlay. \
+                 Add a route to the peers, or set interface.mtu."
             );
         }
         self.warned = found.is_none();
@@ -104,7 +104,8 @@ impl UnderlayWatch {
     }
 }
 
-/// Returns the nodes that the underlay joins.
+/// Returns the addresses of this node and its peers, from which the kernel finds the underlay's
+/// devices.
 fn underlay(config: &Config, registry: &Registry) -> Underlay {
     let peers = registry.peers().flat_map(|record| &record.endpoints);
     let own = registry.own().into_iter().flat_map(|record| &record.endpoints);

@@ -1,6 +1,6 @@
-//! Notice that the node records may have changed: by inotify, by a poll at the source twice a second
-//! for what inotify does not tell (a directory that was replaced, the target of a symbolic link), and
-//! by the clock for what neither sees (network file systems).
+//! Watch of the node records in files. inotify reports most changes; a comparison of the metadata
+//! twice a second finds a replaced directory and a changed target of a symbolic link; a periodic
+//! read covers network file systems.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -16,16 +16,16 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 
-/// Changes that come together are taken together when nothing came for this long …
+/// Delay without a further change after which changes are reported together.
 const COALESCE_DELAY: Duration = Duration::from_millis(100);
-/// … or at the latest after this long.
+/// Maximum delay of a report while changes continue.
 const MAX_COALESCE_DELAY: Duration = Duration::from_millis(500);
-/// The source itself is looked at this often.
+/// Interval at which the metadata of the source is compared.
 const POLL_INTERVAL: Duration = Duration::from_millis(500);
-/// The records are read again this often in any case.
+/// Interval at which the records are read again without a notification.
 const RESCAN_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Watches the source of the node records.
+/// Watch of a file or directory with node records.
 #[derive(Debug)]
 pub struct SourceWatch {
     due: mpsc::Receiver<()>,
@@ -39,7 +39,7 @@ impl SourceWatch {
         let changed = Arc::new(Notify::new());
         let watcher = watcher(&changed)
             .inspect_err(|error| {
-                tracing::warn!(%error, "no inotify: node records are read every {RESCAN_INTERVAL:?} only");
+                tracing::warn!(%error, interval = ?RESCAN_INTERVAL, "no inotify, polling the node records");
             })
             .ok();
         let mut task = JoinSet::new();
@@ -50,7 +50,7 @@ impl SourceWatch {
     /// Waits until the records should be read again.
     pub async fn due(&mut self) {
         if self.due.recv().await.is_none() {
-            // The task ends with this value only; never busy if that changes.
+            // The task ends only with this value. Waiting forever avoids a busy loop.
             std::future::pending::<()>().await;
         }
     }
@@ -59,7 +59,7 @@ impl SourceWatch {
 fn watcher(changed: &Arc<Notify>) -> notify::Result<RecommendedWatcher> {
     let changed = Arc::clone(changed);
     notify::recommended_watcher(move |event: notify::Result<Event>| {
-        // Reading is an event too, and must not lead to reading again.
+        // Reading the records causes events as well, which must not cause another read.
         let read = event.is_ok_and(|event| match event.kind {
             EventKind::Access(AccessKind::Close(AccessMode::Write)) => false,
             EventKind::Access(_) => true,
@@ -88,7 +88,7 @@ async fn run(
             () = changed.notified() => {
                 coalesce(&changed).await;
                 seen = Identity::of(&source);
-                // What changed may be the directory itself.
+                // The directory itself may have been replaced.
                 subscribe(&source, watcher.as_mut());
             }
             _ = poll.tick() => {
@@ -106,15 +106,16 @@ async fn run(
     }
 }
 
-/// Which file or directory a path leads to, symbolic links followed, and when it was last changed;
-/// `None` where there is none. Of a directory also what the links in it lead to: inotify tells only
-/// of the links themselves.
+/// Version of a file or directory, and of the targets of symbolic links in a directory, because
+/// inotify reports changes of the links only. `None` for a path that does not exist.
 #[derive(Debug, PartialEq, Eq)]
 struct Identity {
     source: Option<Version>,
     links: BTreeMap<OsString, Option<Version>>,
 }
 
+/// Device, inode, modification time (seconds, nanoseconds) and size in bytes, symbolic links
+/// followed.
 type Version = (u64, u64, i64, i64, u64);
 
 impl Identity {
@@ -124,7 +125,7 @@ impl Identity {
             let links = entries.flatten().filter(link);
             links.map(|entry| (entry.file_name(), version(&entry.path()))).collect()
         });
-        // A file has no entries, and neither has what is not there.
+        // A file, or a path that does not exist, has no entries.
         Self { source: version(path), links: links.unwrap_or_default() }
     }
 }
@@ -134,10 +135,11 @@ fn version(path: &Path) -> Option<Version> {
     found.map(|m| (m.dev(), m.ino(), m.mtime(), m.mtime_nsec(), m.size()))
 }
 
-/// Subscribes, again and again: a directory that was replaced is another one to inotify.
+/// Subscribes to the directory of the source. The caller repeats it, because inotify does not
+/// follow a directory that was replaced.
 fn subscribe(source: &Path, watcher: Option<&mut RecommendedWatcher>) {
     let Some(watcher) = watcher else { return };
-    // A file is replaced by renaming another over it, which only its directory tells.
+    // A rename over a file is an event of its directory only.
     let parent = source.parent().filter(|parent| !parent.as_os_str().is_empty());
     let directory = if source.is_dir() { source } else { parent.unwrap_or(Path::new(".")) };
     if let Err(error) = watcher.watch(directory, RecursiveMode::NonRecursive) {
@@ -169,7 +171,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_written_and_a_removed_file_are_noticed_within_a_second() {
+    async fn written_and_removed_file_are_reported_within_a_second() {
         let directory = tempfile::tempdir().unwrap();
         let mut watch = SourceWatch::start(directory.path());
         calm(&mut watch).await;
@@ -177,13 +179,13 @@ mod tests {
         std::fs::write(&file, "x").unwrap();
         assert!(due(&mut watch).await);
         std::fs::read(&file).unwrap();
-        assert!(!due(&mut watch).await, "reading is no change");
+        assert!(!due(&mut watch).await, "a read must not count as a change");
         std::fs::remove_file(&file).unwrap();
         assert!(due(&mut watch).await);
     }
 
     #[tokio::test]
-    async fn a_file_that_is_replaced_is_noticed() {
+    async fn replaced_file_is_reported() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("nodes.toml");
         std::fs::write(&file, "x").unwrap();
@@ -199,7 +201,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_directory_that_is_replaced_is_noticed_and_watched_from_then_on() {
+    async fn replaced_directory_is_reported_and_watched() {
         let parent = tempfile::tempdir().unwrap();
         let source = parent.path().join("nodes.d");
         std::fs::create_dir(&source).unwrap();
@@ -221,8 +223,9 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_directory_of_links_that_are_swapped_together_is_noticed() {
-        // As a ConfigMap is mounted: files are links into ..data, which is a link that is renamed.
+    async fn swapped_directory_of_links_is_reported() {
+        // Layout of a mounted ConfigMap: files are links into ..data, which is a link that is
+        // renamed.
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
         for version in ["v1", "v2"] {
@@ -239,7 +242,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_link_whose_target_changes_is_noticed() {
+    async fn changed_target_of_a_link_is_reported() {
         let directory = tempfile::tempdir().unwrap();
         let elsewhere = tempfile::tempdir().unwrap();
         let target = elsewhere.path().join("nodes.toml");
@@ -253,7 +256,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_linked_file_in_a_directory_whose_target_changes_is_noticed() {
+    async fn changed_target_of_a_link_in_directory_is_reported() {
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
         for name in ["nodes", "store", "other"] {

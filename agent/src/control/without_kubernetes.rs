@@ -1,5 +1,5 @@
-//! Stand-in for the module `kubernetes` in a build without the Cargo feature of that name. No value of
-//! these types exists: a configuration with `kubernetes.enabled` is refused at the start.
+//! Stand-in for the module `kubernetes` in a build without the Cargo feature of that name. No value
+//! of these types exists: a configuration with `kubernetes.enabled` is refused at the start.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -47,10 +47,10 @@ impl Kubernetes {
         Err(refusal())
     }
 
-    /// Cannot be called.
+    /// Cannot be called, because no value of this type exists.
     ///
     /// # Errors
-    /// None.
+    /// No error is possible.
     pub async fn start_with(
         &mut self,
         _: &Config,
@@ -60,32 +60,32 @@ impl Kubernetes {
         match *self {}
     }
 
-    /// Cannot be called.
+    /// Cannot be called, because no value of this type exists.
     pub async fn due(&mut self) {
         match *self {}
     }
 
-    /// Cannot be called.
+    /// Cannot be called, because no value of this type exists.
     pub fn records(&self) -> Records {
         match *self {}
     }
 }
 
 impl Records {
-    /// Cannot be called.
+    /// Cannot be called, because no value of this type exists.
     ///
     /// # Errors
-    /// None.
+    /// No error is possible.
     pub fn read(&self) -> Result<ParsedRecords, String> {
         match *self {}
     }
 
-    /// Cannot be called.
+    /// Cannot be called, because no value of this type exists.
     pub fn published_keys(&self) -> Option<PublicKeys> {
         match *self {}
     }
 
-    /// Cannot be called.
+    /// Cannot be called, because no value of this type exists.
     pub fn error(&self) -> Option<String> {
         match *self {}
     }
@@ -100,7 +100,7 @@ impl Requests {
         Err(refusal())
     }
 
-    /// Cannot be called.
+    /// Cannot be called, because no value of this type exists.
     pub fn families(&self) -> Vec<MetricFamily> {
         match *self {}
     }
@@ -114,7 +114,7 @@ pub(super) fn path(_: &str) -> PathBuf {
 /// Returns the error of every command that needs Kubernetes.
 pub(crate) fn refusal() -> Failure {
     Failure::Usage(
-        "this skein-agent was built without Kubernetes: build it with the Cargo feature \"kubernetes\""
+        "this skein-agent was built without Kubernetes. Build it with the Cargo feature \"kubernetes\"."
             .to_owned(),
     )
 }

@@ -30,7 +30,7 @@ pub struct Options {
 }
 
 /// Text of the log line that the agent writes when every lane has the changed records.
-const APPLIED_LOG_TEXT: &str = "change is in force";
+const APPLIED_LOG_TEXT: &str = "change applied";
 
 /// Maximum time until a changed record is applied.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(10);

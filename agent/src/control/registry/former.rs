@@ -102,12 +102,12 @@ pub(super) fn owners(accepted: &Accepted, own: &str, local: &[IpNet]) -> Owners 
     recorded.chain(local.iter().map(|net| (*net, own.to_owned()))).collect()
 }
 
-/// Returns the prefixes that only the overlay carries: those of `cluster`, this node's (`local`), and
-/// the owned and former ones that `cluster` does not cover. Two kinds of former prefixes are left
-/// out: one inside an owned prefix, because its unreachable route would win over the route to the
-/// owner, and one that contains an address in `hosts`, the underlay addresses of this node. Addresses
-/// of other nodes do not count: a node chooses the endpoints in its own record, and must not open a
-/// prefix on all others.
+/// Returns the prefixes that only the overlay carries: those of `cluster`, this node's (`local`),
+/// and the owned and former ones that `cluster` does not cover. Two kinds of former prefixes are
+/// left out: one inside an owned prefix, because its unreachable route would win over the route to
+/// the owner, and one that contains an address in `hosts`, the underlay addresses of this node.
+/// Addresses of other nodes do not count: a node chooses the endpoints in its own record, and must
+/// not open a prefix on all others.
 pub fn overlay_prefixes(
     cluster: &[IpNet],
     local: &[IpNet],
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn former_prefixes_beyond_maximum_are_those_of_the_node_with_most() {
+    fn former_prefixes_of_node_with_most_are_evicted_first() {
         let net = |number: u32| {
             IpNet::new(std::net::Ipv4Addr::from(0x0a00_0000 + number).into(), 32).unwrap()
         };

@@ -1,4 +1,4 @@
-//! Which of the records that files have are in force: pure.
+//! Choice of the active records among those of all files, as a pure function.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -15,29 +15,34 @@ use crate::failure::Failure;
 /// Records by the file that they come from.
 pub(super) type Accepted = BTreeMap<PathBuf, Vec<NodeRecord>>;
 
-/// This node, as the configuration has it.
+/// This node's name, keys and prefixes in the configuration.
 #[derive(Debug, Clone)]
 pub(super) struct LocalNode {
-    /// Its name.
+    /// Name of this node.
     pub(super) name: String,
-    /// Its public keys.
+    /// Public keys of this node.
     pub(super) keys: PublicKeys,
-    /// What it owns, where the configuration says so.
+    /// Configured pod CIDRs; `None` if they come from this node's record.
     pub(super) pod_cidrs: Option<Vec<IpNet>>,
-    /// What the pod CIDRs of every node lie in; empty: anywhere.
+    /// Prefixes that contain the pod CIDRs of all nodes; empty for no restriction.
     pub(super) cluster_cidrs: Vec<IpNet>,
-    /// Its record, where that is no file that somebody may have mistaken: it wins over any other.
+    /// Name of this node's record if the agent writes it itself (Kubernetes): it wins over any
+    /// other record. `None` if an operator writes it to a file.
     pub(super) record: Option<PathBuf>,
 }
 
-/// What this node owns, by its configuration or its record.
+/// Returns the pod CIDRs of this node from its configuration or its record; `None` if neither has
+/// any.
 pub(super) fn local_cidrs(own: &LocalNode, accepted: &Accepted) -> Option<Vec<IpNet>> {
     let record = || accepted.values().flatten().find(|record| record.name == own.name);
     own.pod_cidrs.clone().or_else(|| record().map(|record| record.pod_cidrs.clone()))
 }
 
-/// What contradicts the configuration in this node's own record ends a start even where a last good
-/// version is known: the configuration has changed, or the key has.
+/// Checks this node's own record at the start. A record that contradicts the configuration is an
+/// error even if a last good version exists, because the configuration or the key has changed.
+///
+/// # Errors
+/// [`Failure::Usage`] with the name of the file and the contradiction.
 pub(super) fn check_own(own: &LocalNode, files: &ParsedRecords) -> Result<(), Failure> {
     for (path, records) in files {
         if let Ok(records) = records
@@ -49,15 +54,16 @@ pub(super) fn check_own(own: &LocalNode, files: &ParsedRecords) -> Result<(), Fa
     Ok(())
 }
 
+/// Returns the contradiction between this node's record in `records` and its configuration or keys.
 fn own_error(own: &LocalNode, records: &[NodeRecord]) -> Option<String> {
     let record = records.iter().find(|record| record.name == own.name)?;
     let ours: Vec<_> = own.keys.iter().collect();
-    // What is made here follows from the keys, if a moment later.
+    // A record that the agent writes follows a change of the keys after a delay.
     let wrong = own.record.is_none().then(|| record.keys().iter().find(|key| !ours.contains(key)));
     if let Some(key) = wrong.flatten() {
         return Some(format!(
-            "node {}: public_key: the record says {key}, but this node's key is {}: correct the record, \
-             or the name in the configuration",
+            "node {}: public_key: the record has the key {key}, but this node's key is {}. Correct the \
+             record, or the name in the configuration.",
             own.name, own.keys.first
         ));
     }
@@ -69,8 +75,8 @@ fn own_error(own: &LocalNode, records: &[NodeRecord]) -> Option<String> {
     let differ = |configured: &Vec<IpNet>| sorted(configured) != sorted(&record.pod_cidrs);
     if own.pod_cidrs.as_ref().is_some_and(differ) {
         return Some(format!(
-            "node {}: pod_cidrs: the record and the configuration differ: correct one, or leave \
-             pod_cidrs out of the configuration",
+            "node {}: pod_cidrs: the record and the configuration differ. Correct one of them, or remove \
+             pod_cidrs from the configuration.",
             own.name
         ));
     }
@@ -89,18 +95,18 @@ fn outside(own: &LocalNode, record: &NodeRecord) -> Option<String> {
     Some(format!("node {name}: endpoints: {error}"))
 }
 
-/// Returns the reason to refuse the records of a file, whatever the other files have.
+/// Returns the reason to refuse the records of a file regardless of other files.
 fn refusal_reason(own: &LocalNode, records: &[NodeRecord]) -> Option<String> {
     let outside = || records.iter().find_map(|record| outside(own, record));
     own_error(own, records).or_else(outside)
 }
 
-/// The decision about all files of records.
+/// Decision about all files of records.
 #[derive(Debug)]
 pub(super) struct Resolution {
-    /// The active records.
+    /// Active records by file.
     pub(super) accepted: Accepted,
-    /// The refused files, each with the reason.
+    /// Refused files, each with the reason.
     pub(super) rejected: BTreeMap<PathBuf, String>,
 }
 
@@ -112,18 +118,20 @@ struct Candidate<'a> {
     changed: bool,
 }
 
-/// Chooses the active records: every file's new version, without those that are wrong or that
-/// contradict others. Of two files that contradict each other the changed one goes back to its last
-/// good version; of two changed ones the later by name, except that a key stays with the file whose
-/// last good version names it. Active records that have not changed are therefore never lost, files
-/// that change together (a prefix moves from one to the other) are accepted together, and a node
-/// that claims the next key of another node after its announcement does not stop the change. (If
-/// both come at once, as after a time without the API server, nothing shows which of the two is
-/// right.) Only this node's own record in Kubernetes, which no other node can change, wins in any
-/// case.
+/// Chooses the active records: the new version of every file, except files that are invalid or that
+/// contradict others. If two files contradict each other, the changed one returns to its last good
+/// version. If both have changed, the later one by name loses, except that a key stays with the
+/// file whose last good version names it. This node's own record in Kubernetes, which no other node
+/// can change, always wins.
 ///
-/// `standing` are the prefixes that this node owns by the active records; they stay its own while
-/// its record is missing, so that no other record can take them.
+/// Therefore active records that have not changed are never lost, files that change together (a
+/// prefix moves from one to the other) are accepted together, and a node that claims the announced
+/// next key of another node does not stop that node's key rotation. If the claim and the
+/// announcement are read together, for example after a time without the API server, the record of
+/// the claiming node may win.
+///
+/// `standing` are the prefixes of this node by the active records. They stay this node's own while
+/// its record is missing, so that no other record can claim them.
 pub(super) fn resolve_conflicts(
     own: &LocalNode,
     standing: &[IpNet],
@@ -203,7 +211,7 @@ impl<'a> Resolver<'a> {
         for (index, record) in candidate.records.iter().enumerate() {
             if record.name == self.own.name {
                 self.own_records += 1;
-                // The configuration says the same.
+                // The configuration names the same prefixes and is already inserted.
                 if self.own.pod_cidrs.is_some() {
                     continue;
                 }
@@ -248,7 +256,8 @@ impl<'a> Resolver<'a> {
         }
     }
 
-    /// Returns the file that loses, with the reason; `None` if the configuration contradicts itself.
+    /// Returns the file that loses, with the reason; `None` if the configuration contradicts
+    /// itself.
     fn choose_loser(&self, conflict: &Conflict<Option<usize>>) -> Option<(usize, String)> {
         let changed = |file: Option<usize>| {
             file.and_then(|file| self.candidates[file]).is_some_and(|candidate| candidate.changed)
@@ -293,7 +302,7 @@ mod tests {
     use skein_ipc::keys::PublicKey;
 
     #[test]
-    fn what_this_node_says_of_itself_in_kubernetes_wins() {
+    fn own_record_in_kubernetes_wins() {
         let own = LocalNode {
             name: "node-1".to_owned(),
             keys: PublicKey([1; 32]).into(),
@@ -313,7 +322,7 @@ mod tests {
         let Resolution { accepted, rejected } = resolve_conflicts(&own, &[], &good, files);
         assert_eq!(accepted.keys().collect::<Vec<_>>(), [Path::new("b"), Path::new("z")]);
         assert_eq!(rejected.len(), 3, "{rejected:?}");
-        // Also over what was in force before this node was.
+        // The own record also wins over records that were active before.
         let files = ParsedRecords::from([
             ("b".into(), Ok(vec![record(2, &["10.2.0.0/24"])])),
             ("z".into(), Ok(vec![record(1, &["10.2.0.0/24"])])),
@@ -322,7 +331,7 @@ mod tests {
         assert_eq!(accepted.keys().collect::<Vec<_>>(), [Path::new("z")]);
     }
 
-    /// The same decision by comparing everything again after each refusal.
+    /// Returns the same decision by comparing all records again after each refusal.
     fn reference(
         own: &LocalNode,
         standing: &[IpNet],

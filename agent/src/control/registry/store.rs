@@ -1,4 +1,4 @@
-//! The last good records on this node's disk, with the prefixes that follow from them.
+//! File of the last good records (registry.json), and the prefixes that follow from the records.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -21,8 +21,8 @@ pub struct Stored {
     pub(super) source: PathBuf,
     /// Records by the file that they come from.
     pub(super) files: Accepted,
-    /// Pod CIDRs of this node. This field and those below are absent in files of versions that had no
-    /// unreachable routes.
+    /// Pod CIDRs of this node. This field and those below are absent in files of versions that had
+    /// no unreachable routes.
     #[serde(default)]
     pub(super) local_cidrs: Vec<IpNet>,
     /// The configured `cluster_cidrs`, which the cluster has not contradicted.
@@ -56,7 +56,7 @@ impl Stored {
         let stored = serde_json::from_slice::<Self>(&bytes).inspect_err(|error| {
             let error = error.to_string();
             let error = message_excerpt(&error);
-            tracing::warn!(path = %store.display(), %error, "the kept records are unreadable");
+            tracing::warn!(path = %store.display(), %error, "cannot parse the last good records");
         });
         let mut stored = stored.ok()?;
         stored.leave_out_unusable();
@@ -111,8 +111,8 @@ impl Stored {
     }
 }
 
-/// Reads `bytes` as a file of kept records, for the fuzzer. The records that are read can be written
-/// and read again.
+/// Parses `bytes` as a file of last good records, for the fuzzer. A file that parses can be written
+/// and parsed again.
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) fn fuzz_stored(bytes: &[u8]) {
     let Ok(stored) = serde_json::from_slice::<Stored>(bytes) else { return };

@@ -44,7 +44,7 @@ impl Lab {
             .inspect(Registry::write_store)
     }
 
-    /// With another key than the records have.
+    /// Opens the registry of a node whose key bytes are `key`.
     fn open_as(&self, key: u8) -> Result<Registry, Failure> {
         let config = self.config("");
         let source = RecordSource::Path(config.nodes.clone());
@@ -62,7 +62,7 @@ fn peers(registry: &Registry) -> Vec<String> {
 }
 
 #[test]
-fn the_own_record_gives_the_pod_cidrs() {
+fn own_record_sets_the_pod_cidrs() {
     let lab = Lab::new();
     lab.write("a.toml", &text(1, &["10.1.0.0/24"]));
     lab.write("b.toml", &text(2, &["10.2.0.0/24"]));
@@ -75,7 +75,7 @@ fn the_own_record_gives_the_pod_cidrs() {
 }
 
 #[test]
-fn a_new_file_that_is_broken_ends_the_first_start_only() {
+fn invalid_file_ends_the_first_start_only() {
     let lab = Lab::new();
     lab.write("a.toml", &text(1, &["10.1.0.0/24"]));
     lab.write("b.toml", "node = [");
@@ -91,17 +91,18 @@ fn a_new_file_that_is_broken_ends_the_first_start_only() {
 }
 
 #[test]
-fn nobody_takes_what_a_node_owns_whose_record_is_away() {
+fn prefixes_of_node_without_record_stay_its_own() {
     let lab = Lab::new();
     lab.write("a.toml", &text(1, &["10.1.0.0/24"]));
     lab.write("b.toml", &text(2, &["10.2.0.0/24"]));
     let mut registry = lab.open_with("").unwrap();
-    // Renamed: a peer with this node's key and prefixes. The version before stays in force.
+    // A renamed record is a peer with this node's key and prefixes. The last good version stays
+    // active.
     lab.write("a.toml", &text(1, &["10.1.0.0/24"]).replace("node-1", "node-one"));
     registry.reload();
     assert_eq!(peers(&registry), ["node-2 10.2.0.0/24"]);
     assert_eq!(registry.status().rejected.len(), 1);
-    // Removed, and another node claims the prefix; what else changes takes effect.
+    // The record is removed and another node claims the prefix. Other changes take effect.
     lab.remove("a.toml");
     lab.write("c.toml", &text(3, &["10.1.0.0/25"]));
     lab.remove("b.toml");
@@ -112,7 +113,7 @@ fn nobody_takes_what_a_node_owns_whose_record_is_away() {
 }
 
 #[test]
-fn a_start_with_wrong_records_fails() {
+fn first_start_with_invalid_records_fails() {
     for (file, expected) in [
         (text(1, &["10.1.0.0/25"]), "configuration differ"),
         (text(2, &["10.1.0.0/25"]), "overlap"),
@@ -129,11 +130,11 @@ fn a_start_with_wrong_records_fails() {
     let lab = Lab::new();
     lab.write("x.toml", &text(1, &["10.1.0.0/24"]));
     let error = lab.open_as(9).unwrap_err().to_string();
-    assert!(error.contains("public_key") && error.contains("correct the record"), "{error}");
+    assert!(error.contains("public_key") && error.contains("Correct the record"), "{error}");
 }
 
 #[test]
-fn a_wrong_file_keeps_its_last_good_version_even_over_a_restart() {
+fn invalid_file_keeps_last_good_version_over_restart() {
     let lab = Lab::new();
     lab.write("b.toml", &text(2, &["10.2.0.0/24"]));
     lab.write("c.toml", &text(3, &["10.3.0.0/24"]));
@@ -149,7 +150,7 @@ fn a_wrong_file_keeps_its_last_good_version_even_over_a_restart() {
 }
 
 #[test]
-fn a_restart_refuses_what_a_change_at_run_time_would() {
+fn restart_refuses_the_same_records_as_reload() {
     for (new, expected) in [
         ("name = ".to_owned(), "line 1"),
         (text(4, &["10.2.0.0/25"]), "overlap"),
@@ -159,7 +160,8 @@ fn a_restart_refuses_what_a_change_at_run_time_would() {
         lab.write("b.toml", &text(2, &["10.2.0.0/24"]));
         lab.write("c.toml", &text(3, &["10.3.0.0/24"]));
         lab.open().unwrap();
-        // While the agent is away: one file is wrong, another is good, a third goes.
+        // While the agent is stopped, one file becomes invalid, another changes, and a third is
+        // removed.
         lab.write("a.toml", &new);
         lab.write("d.toml", &text(5, &["10.5.0.0/24"]));
         lab.remove("c.toml");
@@ -174,12 +176,12 @@ fn a_restart_refuses_what_a_change_at_run_time_would() {
             assert_eq!(registry.status().rejected, rejected);
         }
         lab.write("a.toml", &text(4, &["10.4.0.0/24"]));
-        assert_eq!(lab.open().unwrap().peers().count(), 3, "mended");
+        assert_eq!(lab.open().unwrap().peers().count(), 3, "the corrected file is accepted");
     }
 }
 
 #[test]
-fn a_wrong_own_record_is_named_where_the_pod_cidrs_are_missing() {
+fn error_of_missing_pod_cidrs_names_invalid_own_record() {
     let lab = Lab::new();
     lab.open().unwrap();
     lab.write("a.toml", "name = 'node-1'");
@@ -203,7 +205,7 @@ fn changes_and_removals_take_effect() {
 }
 
 #[test]
-fn of_two_files_that_contradict_each_other_the_changed_one_loses() {
+fn changed_file_loses_against_unchanged_one() {
     let lab = Lab::new();
     lab.write("b.toml", &text(2, &["10.2.0.0/24"]));
     lab.write("c.toml", &text(3, &["10.3.0.0/24"]));
@@ -222,9 +224,9 @@ fn of_two_files_that_contradict_each_other_the_changed_one_loses() {
     assert!(registry.status().rejected[0].error.contains("the other is this node"));
 }
 
-/// A node that is somebody else's claims the next key of another as soon as that is announced.
+/// A hostile node claims the next key of another node after its announcement.
 #[test]
-fn a_key_stays_with_whom_it_was() {
+fn announced_key_stays_with_its_node() {
     let lab = Lab::new();
     let (mine, old, next) = (PublicKey([2; 32]), PublicKey([3; 32]), PublicKey([9; 32]));
     let text = |n: u8, public_key, second_public_key| {
@@ -250,7 +252,7 @@ fn a_key_stays_with_whom_it_was() {
 }
 
 #[test]
-fn no_record_reaches_out_of_the_cluster() {
+fn records_outside_cluster_cidrs_are_refused() {
     let lab = Lab::new();
     let cluster = "cluster_cidrs = ['10.0.0.0/14', 'fd00::/16']";
     lab.write("a.toml", &text(1, &["10.1.0.0/24"]));
@@ -270,11 +272,15 @@ fn no_record_reaches_out_of_the_cluster() {
     let error = lab.open_with("cluster_cidrs = ['10.2.0.0/16']").unwrap_err().to_string();
     assert!(error.contains("node-1: pod_cidrs: 10.1.0.0/24 is outside"), "{error}");
     let registry = lab.open_with("cluster_cidrs = ['10.1.0.0/16']").unwrap();
-    assert_eq!(peers(&registry), Vec::<String>::new(), "what was good is outside by now");
+    assert_eq!(
+        peers(&registry),
+        Vec::<String>::new(),
+        "last good records outside the new cluster_cidrs are refused"
+    );
 }
 
 #[test]
-fn a_prefix_may_move_between_files_that_change_together() {
+fn prefix_moves_between_files_that_change_together() {
     let lab = Lab::new();
     lab.write("b.toml", &text(2, &["10.2.0.0/24"]));
     lab.write("c.toml", &text(3, &["10.3.0.0/24"]));
@@ -287,7 +293,7 @@ fn a_prefix_may_move_between_files_that_change_together() {
 }
 
 #[test]
-fn a_start_without_the_source_uses_the_last_good_records() {
+fn start_without_source_uses_last_good_records() {
     let lab = Lab::new();
     lab.write("b.toml", &text(2, &["10.2.0.0/24"]));
     let before = peers(&lab.open().unwrap());
@@ -300,7 +306,7 @@ fn a_start_without_the_source_uses_the_last_good_records() {
     assert_eq!(peers(&registry), before);
     std::fs::remove_file(lab.directory.path().join("state/registry.json")).unwrap();
     let error = lab.open().unwrap_err().to_string();
-    assert!(error.contains("make the directory"), "{error}");
+    assert!(error.contains("Create the directory"), "{error}");
 }
 
 /// Earlier releases kept endpoints that this one refuses.
@@ -363,7 +369,7 @@ fn endpoint_of_a_peer_opens_no_former_prefix() {
 }
 
 #[test]
-fn a_lost_own_record_keeps_the_pod_cidrs() {
+fn removed_own_record_keeps_the_pod_cidrs() {
     let lab = Lab::new();
     lab.write("a.toml", &text(1, &["10.1.0.0/24"]));
     let mut registry = lab.open_with("").unwrap();

@@ -1,5 +1,4 @@
-//! The files beside that of the key in force which a change of it needs, and what they say of how far it has
-//! come.
+//! Files of the second key during a rotation, from which the stage of the rotation follows.
 
 use std::ffi::OsString;
 use std::io;
@@ -12,7 +11,11 @@ use crate::failure::Failure;
 use crate::files::sync_beside;
 use crate::status::Stage;
 
-/// The key beside the one in force, and the stage that this means.
+/// Reads the second key next to the active key at `path`; returns it with the stage that it
+/// implies.
+///
+/// # Errors
+/// [`Failure`] if both a next and a previous key exist, or if a key file cannot be read or removed.
 pub(super) fn read_second(
     path: &Path,
     current: &PrivateKey,
@@ -21,13 +24,14 @@ pub(super) fn read_second(
     let next = identity::load(&at_next)?;
     let mut previous = identity::load(&at_previous)?;
     if previous.as_ref() == Some(current) {
-        // The agent ended before the next key took the place of this one.
+        // An earlier agent ended after it had stored the previous key, before it activated the next
+        // one.
         remove(&at_previous)?;
         previous = None;
     }
     match (next, previous) {
         (Some(_), Some(_)) => Err(Failure::Usage(format!(
-            "there are both {} and {}: remove the one that no node record names",
+            "there are two second keys, {} and {}. Remove the one that no node record names.",
             at_next.display(),
             at_previous.display()
         ))),
@@ -37,12 +41,12 @@ pub(super) fn read_second(
     }
 }
 
-/// Where the next key lies, beside the one in force.
+/// Returns the path of the next key; `path` is that of the active key.
 pub(super) fn next_path(path: &Path) -> PathBuf {
     with_suffix(path, ".next")
 }
 
-/// Where the key before lies.
+/// Returns the path of the previous key; `path` is that of the active key.
 pub(super) fn previous_path(path: &Path) -> PathBuf {
     with_suffix(path, ".previous")
 }
@@ -53,7 +57,7 @@ fn with_suffix(path: &Path, ending: &str) -> PathBuf {
     name.into()
 }
 
-/// The files beside a key's that a change of it may leave.
+/// Returns the paths of the next and the previous key; `path` is that of the active key.
 pub(super) fn second_key_paths(path: &Path) -> [PathBuf; 2] {
     [next_path(path), previous_path(path)]
 }
@@ -62,12 +66,13 @@ fn names(path: &Path) -> [PathBuf; 3] {
     [path.to_owned(), next_path(path), previous_path(path)]
 }
 
-/// All files that may hold a private key of the node whose key lies at `path`.
+/// Returns all files that may contain a private key of the node; `path` is that of the active key.
 pub fn all(path: &Path) -> Vec<PathBuf> {
     names(path).into_iter().chain(incomplete_files(path)).collect()
 }
 
-/// What killed agents have left of those that they were writing: whole ones, too, of which a link was made already.
+/// Returns the temporary key files that killed agents have left. They may be complete, because a
+/// key file is linked before its temporary file is removed.
 fn incomplete_files(path: &Path) -> Vec<PathBuf> {
     let names = names(path).map(|path| path.file_name().unwrap_or_default().to_owned());
     let ours = |found: &OsString| {
@@ -80,7 +85,10 @@ fn incomplete_files(path: &Path) -> Vec<PathBuf> {
     entries.filter(|entry| ours(&entry.file_name())).map(|entry| entry.path()).collect()
 }
 
-/// Removes a file, if it is there.
+/// Removes a file if it exists.
+///
+/// # Errors
+/// [`Failure`] if the file cannot be removed or its directory cannot be synced.
 pub(super) fn remove(path: &Path) -> Result<(), Failure> {
     let removed = match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -89,10 +97,10 @@ pub(super) fn remove(path: &Path) -> Result<(), Failure> {
     removed.map_err(|error| Failure::io(format!("cannot remove {}", path.display()), error))
 }
 
-/// Removes what killed agents have left of the files that they were writing.
+/// Removes the temporary key files that killed agents have left.
 pub(super) fn remove_incomplete(path: &Path) {
     for path in incomplete_files(path) {
-        tracing::warn!(path = %path.display(), "removing a key that was not written to its end");
+        tracing::warn!(path = %path.display(), "removing temporary key file of a killed agent");
         let _ = std::fs::remove_file(path);
     }
 }

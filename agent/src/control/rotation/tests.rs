@@ -23,14 +23,14 @@ fn files(directory: &Path) -> Vec<String> {
     names
 }
 
-/// The stage after a step.
+/// Performs a step and returns the stage after it.
 fn step(rotation: &mut Rotation, record: Option<PublicKeys>) -> Stage {
     rotation.step(record, 0).unwrap();
     rotation.stage()
 }
 
 #[test]
-fn an_operator_leads_it_by_the_record() {
+fn rotation_follows_record_of_operator() {
     let directory = tempfile::tempdir().unwrap();
     let config = config(directory.path(), "");
     let mut rotation = Rotation::load(&config).unwrap();
@@ -42,7 +42,7 @@ fn an_operator_leads_it_by_the_record() {
     assert!(matches!(rotation.begin(false), Err(Failure::Taken(_))));
     assert!(rotation.status().waits_for.unwrap().contains(&new.to_string()));
     let keys = |first, second| Some(PublicKeys { first, second });
-    // Announced to the others: it waits. An agent that is started anew goes on where it was.
+    // After the announcement the rotation waits. A restarted agent continues in the same stage.
     for record in [None, keys(old, None), keys(old, Some(new))] {
         assert_eq!(step(&mut rotation, record), Stage::Announced);
         rotation = Rotation::load(&config).unwrap();
@@ -61,13 +61,13 @@ fn an_operator_leads_it_by_the_record() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_agent_waits_between_the_steps_where_it_writes_the_record() {
+async fn steps_wait_for_settle_time_in_kubernetes() {
     let directory = tempfile::tempdir().unwrap();
     let mut rotation = in_kubernetes(directory.path(), "");
     let old = rotation.public().first;
     rotation.begin(false).unwrap();
     for stage in [Stage::Announced, Stage::Changed] {
-        // Nobody can have read it yet.
+        // No peer can have read the record yet.
         for stale in [None, Some(PublicKeys::from(old))] {
             assert_eq!(step(&mut rotation, stale), stage);
             tokio::time::advance(2 * SETTLE).await;
@@ -85,11 +85,11 @@ async fn the_agent_waits_between_the_steps_where_it_writes_the_record() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn peers_that_do_not_use_the_new_key_are_waited_for_but_not_for_ever() {
+async fn old_key_waits_for_its_peers_for_one_day_at_most() {
     let directory = tempfile::tempdir().unwrap();
     let mut rotation = in_kubernetes(directory.path(), "");
     rotation.begin(false).unwrap();
-    // An announcement holds up nobody.
+    // Peers that use the old key delay only the last step.
     for _ in [Stage::Announced, Stage::Changed] {
         let record = Some(rotation.public());
         rotation.step(record, 3).unwrap();
@@ -98,6 +98,8 @@ async fn peers_that_do_not_use_the_new_key_are_waited_for_but_not_for_ever() {
         assert_eq!(rotation.stage(), Stage::Changed);
     }
     assert!(rotation.status().waits_for.unwrap().starts_with("3 peers"));
+    rotation.step(Some(rotation.public()), 1).unwrap();
+    assert!(rotation.status().waits_for.unwrap().starts_with("1 peer that"));
     assert_eq!(rotation.deadline(), None);
     tokio::time::advance(MAX_OLD_KEY_WAIT).await;
     rotation.step(Some(rotation.public()), 3).unwrap();
@@ -105,7 +107,7 @@ async fn peers_that_do_not_use_the_new_key_are_waited_for_but_not_for_ever() {
 }
 
 #[test]
-fn at_once_both_keys_of_a_change_are_given_up() {
+fn rotation_at_once_removes_both_keys() {
     let directory = tempfile::tempdir().unwrap();
     let mut rotation = in_kubernetes(directory.path(), "");
     for stage in [Stage::Steady, Stage::Announced, Stage::Changed] {
@@ -125,38 +127,38 @@ fn at_once_both_keys_of_a_change_are_given_up() {
     }
 }
 
-/// Whatever fails half way, what is in force is what the disk has, and the next try goes on.
+/// After a failed step the keys on the disk are active, and the next step continues.
 #[test]
-fn a_step_that_fails_is_tried_again() {
+fn failed_step_is_repeated() {
     let directory = tempfile::tempdir().unwrap();
     let config = config(directory.path(), "");
     let path = config.key_path();
     let mut rotation = Rotation::load(&config).unwrap();
     let old = rotation.public().first;
-    // In the way of the next key.
+    // A directory blocks the path of the next key.
     std::fs::create_dir(next_path(&path)).unwrap();
     assert!(rotation.begin(false).is_err());
     assert_eq!(rotation.public(), old.into());
     std::fs::remove_dir(next_path(&path)).unwrap();
     rotation.begin(false).unwrap();
     let new = rotation.public().second.unwrap();
-    // The next key took the old one's place, but that was not all.
+    // The next key was activated, but the step did not finish.
     identity::store(&previous_path(&path), rotation.keys().current).unwrap();
     std::fs::rename(next_path(&path), &path).unwrap();
     assert!(rotation.step(Some(new.into()), 0).is_err());
     assert_eq!(rotation.public(), PublicKeys { first: new, second: Some(old) });
-    // Somebody has removed the old one already.
+    // Another program has removed the old key.
     std::fs::remove_file(previous_path(&path)).unwrap();
     assert_eq!(step(&mut rotation, Some(new.into())), Stage::Steady);
     assert_eq!(rotation.public(), new.into());
-    // What a killed agent leaves of a file that it was writing.
+    // A killed agent leaves the temporary file of a key.
     std::fs::write(directory.path().join("node.key.previous.new-7"), "old").unwrap();
     Rotation::load(&config).unwrap();
     assert_eq!(files(directory.path()), ["node.key"]);
 }
 
 #[test]
-fn a_key_is_changed_when_it_is_old() {
+fn key_is_rotated_at_its_maximum_age() {
     let directory = tempfile::tempdir().unwrap();
     let mut rotation = in_kubernetes(directory.path(), "every_days = 30");
     let record = Some(rotation.public());
@@ -165,27 +167,31 @@ fn a_key_is_changed_when_it_is_old() {
     let day = Duration::from_secs(86_400);
     key.set_modified(SystemTime::now() - 29 * day).unwrap();
     assert_eq!(step(&mut rotation, record), Stage::Steady);
-    // Up to a tenth more.
+    // The maximum age is up to a tenth higher, depending on the key.
     key.set_modified(SystemTime::now() - 33 * day).unwrap();
-    assert_eq!(step(&mut rotation, None), Stage::Steady, "nobody knows this node yet");
+    assert_eq!(
+        step(&mut rotation, None),
+        Stage::Steady,
+        "the record of this node is not published yet"
+    );
     assert_eq!(step(&mut rotation, record), Stage::Announced);
-    // Made in the future, as a clock that was set back says.
+    // A creation time in the future, as after a clock was set back.
     key.set_modified(SystemTime::now() + day).unwrap();
     assert_eq!(rotation.age(), Duration::ZERO);
 }
 
 #[test]
-fn an_agent_that_ends_half_way_has_both_keys() {
+fn interrupted_step_leaves_both_keys() {
     let directory = tempfile::tempdir().unwrap();
     let config = config(directory.path(), "");
     let mut rotation = Rotation::load(&config).unwrap();
     rotation.begin(false).unwrap();
     let keys = rotation.public();
-    // Ended before the rename.
+    // The agent ended before the rename.
     identity::store(&previous_path(&config.key_path()), rotation.keys().current).unwrap();
     let rotation = Rotation::load(&config).unwrap();
     assert_eq!((rotation.stage(), rotation.public()), (Stage::Announced, keys));
-    // Two changes at once are nobody's work but an operator's.
+    // Only an operator can leave both a next and a previous key.
     let other = PrivateKey::generate().unwrap();
     identity::store(&previous_path(&config.key_path()), &other).unwrap();
     assert!(matches!(Rotation::load(&config), Err(Failure::Usage(_))));

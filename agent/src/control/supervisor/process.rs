@@ -1,4 +1,4 @@
-//! The data process as a process: found, started, ended.
+//! Start, adoption and stop of the data process.
 
 use std::process::Stdio;
 
@@ -13,7 +13,7 @@ use crate::config::Mode;
 use crate::control::client::{Client, ClientError};
 
 impl Supervisor {
-    /// Finds the data process that listens, or starts one.
+    /// Connects to the data process that listens, or starts one.
     pub(super) async fn connect(&mut self) -> Result<Connection, SessionEnd> {
         let deadline = Instant::now() + START_STOP_TIMEOUT;
         loop {
@@ -23,7 +23,7 @@ impl Supervisor {
                     let own = self.child.as_ref().and_then(Child::id);
                     return Ok(Connection { client, adopted: own.is_none() });
                 }
-                // Of another release, or it hangs.
+                // The data process is of another release, or it hangs.
                 Err(error @ (ClientError::Refused { .. } | ClientError::Timeout)) => {
                     return Err(self.kill_unresponsive(error).await);
                 }
@@ -36,7 +36,7 @@ impl Supervisor {
                         if let Ok(Some(status)) = child.try_wait() {
                             self.child = None;
                             return Err(SessionEnd::Gone(format!(
-                                "it ended at its start: {status}"
+                                "it exited at its start: {status}"
                             )));
                         }
                     }
@@ -44,7 +44,7 @@ impl Supervisor {
             }
             if Instant::now() > deadline {
                 if let Some(mut child) = self.child.take() {
-                    // It hangs before it listens; there is nobody to ask.
+                    // The process hangs and does not listen, so that it cannot be asked to exit.
                     let _ = child.kill().await;
                 }
                 return Err(SessionEnd::Gone(error));
@@ -57,20 +57,21 @@ impl Supervisor {
         }
     }
 
-    /// Ends the data process that listens but cannot be talked to, so that one of ours can start.
+    /// Kills the data process that listens but does not respond or speaks another protocol, so that
+    /// another one can start. An external data process is left running.
     async fn kill_unresponsive(&mut self, error: ClientError) -> SessionEnd {
         if self.settings.mode == Mode::External {
             return error.into();
         }
-        tracing::warn!(%error, "killing the data process that listens");
+        tracing::warn!(%error, "killing unresponsive data process");
         let stream = tokio::net::UnixStream::connect(&self.settings.socket).await;
         let peer = stream.and_then(|stream| stream.peer_cred()).ok();
         let pid = peer.filter(|peer| is_trusted(peer.uid())).and_then(|peer| peer.pid());
         match (pid.and_then(Pid::from_raw), &mut self.child) {
-            // Its keeper, if it has one, gives its work to another.
+            // The keeper of the data process, if there is one, restarts it.
             (Some(pid), _) => kill(pid, Signal::KILL),
             (None, Some(child)) => {
-                // It fails only where the process has ended already.
+                // `kill` fails only if the process has already exited.
                 let _ = child.kill().await;
                 self.child = None;
             }
@@ -94,7 +95,8 @@ impl Supervisor {
                 .args((!self.settings.seccomp).then_some("--no-seccomp"))
                 .args(self.settings.require_confinement.then_some("--require-confinement"))
                 .stdin(Stdio::null())
-                // The terminal's Ctrl-C is for the control process, which decides what ends.
+                // Ctrl-C must reach only the control process, which decides whether the data
+                // process stops.
                 .process_group(0)
                 .spawn()
         };
@@ -104,17 +106,19 @@ impl Supervisor {
         Ok(child)
     }
 
-    /// What was started is the keeper, which has begun to replace a data process that died.
+    /// Returns the cause of a closed connection. The child is the keeper: while it runs, it
+    /// replaces a data process that has exited.
     pub(super) fn on_connection_closed(&mut self) -> SessionEnd {
         match self.child.as_mut().map(Child::try_wait) {
             Some(Ok(Some(status))) => {
                 self.child = None;
-                SessionEnd::Gone(format!("it ended: {status}"))
+                SessionEnd::Gone(format!("it exited: {status}"))
             }
-            _ => SessionEnd::Gone("it closed its connection".to_owned()),
+            _ => SessionEnd::Gone("it closed the connection".to_owned()),
         }
     }
 
+    /// Stops the data process, or leaves it running, according to `end`.
     pub(super) async fn end(mut self, end: ShutdownMode) {
         let own = self.child.is_some();
         let stop = match end {
@@ -125,10 +129,10 @@ impl Supervisor {
         if !stop {
             return;
         }
-        // A connection of its own: the session's may be in the middle of a request.
+        // A new connection, because a request may be outstanding on the session's one.
         match Client::connect(&self.settings.socket).await {
             Ok(client) if self.check_identity(&client).is_ok() => self.stop_process(client).await,
-            // Another node's is not ours to end.
+            // A data process of another node keeps running.
             Ok(_) => {}
             Err(_) => {
                 if let Some(mut child) = self.child.take() {
@@ -138,7 +142,8 @@ impl Supervisor {
         }
     }
 
-    /// Asks the data process to end, waits, and kills it when it does not.
+    /// Requests the shutdown of the data process, waits for its exit, and kills it after
+    /// [`START_STOP_TIMEOUT`]. The latest handshake times are stored before.
     pub(super) async fn stop_process(&mut self, mut client: Client) {
         let pid = client.pid().and_then(|pid| Pid::from_raw(pid.cast_signed()));
         let polite = async {
@@ -147,7 +152,7 @@ impl Supervisor {
             {
                 self.handshakes.update(seen).await;
             }
-            // An error is what a process that ends at once looks like.
+            // The request fails if the process exits before it has answered.
             let _ = client.request(&Request::Shutdown).await;
             client.closed().await;
             if let Some(child) = &mut self.child {
@@ -155,12 +160,12 @@ impl Supervisor {
             }
         };
         if tokio::time::timeout(START_STOP_TIMEOUT, polite).await.is_err() {
-            tracing::warn!("the data process does not end: killing it");
+            tracing::warn!("data process does not exit, killing it");
             if let Some(child) = &mut self.child {
                 let _ = child.kill().await;
             } else if let Some(pid) = pid {
                 kill(pid, Signal::KILL);
-                // Its keeper starts another one, which can be asked.
+                // The keeper starts another data process, which then gets the shutdown request.
                 let again = async {
                     loop {
                         if let Ok(mut client) = Client::connect(&self.settings.socket).await {
@@ -177,7 +182,7 @@ impl Supervisor {
     }
 }
 
-/// Sends a signal to a process that is not a child, if it is still there.
+/// Sends a signal to a process that is not a child, if the process still exists.
 fn kill(pid: Pid, signal: Signal) {
     let result = pidfd_open(pid, PidfdFlags::empty()).and_then(|fd| pidfd_send_signal(fd, signal));
     if let Err(error) = result {

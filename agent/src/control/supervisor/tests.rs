@@ -1,4 +1,4 @@
-//! Against a data process that is a thread with a script.
+//! Tests of the supervisor with a fake data process: a thread that answers requests by a function.
 
 #![allow(clippy::unwrap_used)]
 
@@ -17,8 +17,9 @@ use super::*;
 use crate::control::rotation::NodeKeys;
 use crate::logging::LogFormat;
 
-/// Answers requests by a function of the request's number and content; tells what was asked.
+/// A fake data process. It answers requests by a function of the request's number and content.
 struct Fake {
+    /// Received requests, as text.
     asked: Receiver<String>,
     _directory: tempfile::TempDir,
     socket: PathBuf,
@@ -40,7 +41,7 @@ fn hello_that_accepts(accepts_seen_handshakes: bool) -> Response {
     }
 }
 
-/// Says yes to everything.
+/// Accepts every request.
 fn willing(_: usize, request: &Request) -> Option<Response> {
     Some(match request {
         Request::Hello { .. } => hello(),
@@ -71,7 +72,7 @@ impl Fake {
     }
 }
 
-/// One connection after the other; an answer of `None` closes the connection.
+/// Serves one connection after the other; the answer `None` closes the connection.
 fn serve(listener: &UnixListener, told: &Sender<String>, answer: Answer) {
     let mut count = 0;
     for stream in listener.incoming() {
@@ -94,7 +95,7 @@ fn serve(listener: &UnixListener, told: &Sender<String>, answer: Answer) {
                 Request::Capture { .. } => "watch".to_owned(),
                 Request::Changes { .. } => "changes".to_owned(),
             };
-            // Signs of life come when they come.
+            // Heartbeats come at any time.
             if text != "report" && told.send(text).is_err() {
                 return;
             }
@@ -170,11 +171,11 @@ async fn settle(mut condition: impl FnMut() -> bool) {
         }
         sleep(Duration::from_millis(10)).await;
     }
-    panic!("it did not come to that within 5 s");
+    panic!("the condition was not met within 5 s");
 }
 
 #[tokio::test]
-async fn a_data_process_is_brought_to_the_wanted_state_and_follows_it() {
+async fn data_process_follows_the_desired_state() {
     let fake = Fake::start(willing);
     let lab = supervise(&fake);
     assert!(!lab.readiness.reasons().is_empty());
@@ -188,11 +189,14 @@ async fn a_data_process_is_brought_to_the_wanted_state_and_follows_it() {
     settle(|| lab.state.get().revision == 2).await;
     assert_eq!(fake.next(), "update +0 -1");
     lab.handle.end(ShutdownMode::Stop).await;
-    assert!(fake.asked.try_recv().is_err(), "an external data process is nobody's to stop");
+    assert!(
+        fake.asked.try_recv().is_err(),
+        "the supervisor must not stop an external data process"
+    );
 }
 
 #[tokio::test]
-async fn a_refused_update_is_followed_by_the_whole_snapshot() {
+async fn refused_update_is_followed_by_whole_snapshot() {
     let fake = Fake::start(|count, request| match request {
         Request::Update { .. } => Some(Response::Error {
             kind: ErrorKind::Invalid,
@@ -210,7 +214,7 @@ async fn a_refused_update_is_followed_by_the_whole_snapshot() {
 }
 
 #[tokio::test]
-async fn the_first_refusal_is_final_and_says_what_is_missing() {
+async fn refusal_of_first_snapshot_is_final() {
     for (answer, code) in [
         ((|_, r| refuse(r, ErrorKind::InUse)) as Answer, 5),
         (|_, r| refuse(r, ErrorKind::Missing), 4),
@@ -244,7 +248,7 @@ fn hello_of(name: &str, key: u8) -> Response {
 }
 
 #[tokio::test]
-async fn a_data_process_of_another_node_is_left_alone() {
+async fn data_process_of_another_node_keeps_running() {
     for mode in [Mode::External, Mode::Spawn] {
         let fake = Fake::start(|count, request| match request {
             Request::Hello { .. } => Some(hello_of("node-b", 9)),
@@ -262,7 +266,7 @@ async fn a_data_process_of_another_node_is_left_alone() {
 }
 
 #[tokio::test]
-async fn a_data_process_of_before_a_key_change_is_ours() {
+async fn data_process_with_earlier_key_is_adopted() {
     let fake = Fake::start(|count, request| match request {
         Request::Hello { .. } => Some(hello_of("node-a", 9)),
         _ => willing(count, request),
@@ -273,7 +277,7 @@ async fn a_data_process_of_before_a_key_change_is_ours() {
 }
 
 #[tokio::test]
-async fn an_external_data_process_is_never_stopped() {
+async fn external_data_process_is_never_stopped() {
     let fake = Fake::start(|_, request| refuse(request, ErrorKind::Invalid));
     let lab = supervise(&fake);
     assert!(matches!(lab.first.await.unwrap(), Err(Failure::Usage(_))));
@@ -289,7 +293,7 @@ fn refuse(request: &Request, kind: ErrorKind) -> Option<Response> {
 }
 
 #[tokio::test]
-async fn a_lost_data_process_is_noticed_and_found_again() {
+async fn closed_connection_is_replaced_by_a_new_session() {
     // The third request, an update, is answered by closing the connection.
     let fake = Fake::start(|count, request| match count {
         2 if matches!(request, Request::Update { .. }) => None,
@@ -307,12 +311,12 @@ async fn a_lost_data_process_is_noticed_and_found_again() {
     let asked: Vec<_> = (0..5).map(|_| fake.next()).collect();
     assert_eq!(asked, ["hello", "apply 1", "update +2 -0", "hello", "apply 3"]);
     assert!(lab.readiness.reasons().is_empty());
-    assert_eq!(lab.state.get().restarts, 0, "it is the same process as before");
+    assert_eq!(lab.state.get().restarts, 0, "the same process is no restart");
     lab.handle.end(ShutdownMode::Keep).await;
 }
 
 #[tokio::test]
-async fn a_later_refusal_leaves_the_agent_running_but_not_ready() {
+async fn later_refusal_makes_the_agent_unready() {
     let fake = Fake::start(|count, request| match request {
         Request::Update { .. } => refuse(request, ErrorKind::Invalid),
         Request::Apply { snapshot } if snapshot.peers.len() == 2 => {
@@ -331,7 +335,7 @@ async fn a_later_refusal_leaves_the_agent_running_but_not_ready() {
 }
 
 #[tokio::test]
-async fn handshake_times_go_to_the_next_data_process() {
+async fn handshake_times_pass_to_next_data_process() {
     let takes: Answer = |count, request| match request {
         Request::Hello { .. } => Some(hello_that_accepts(true)),
         _ => willing(count, request),
