@@ -1,4 +1,4 @@
-//! Cost of a change of the node records: reading the files and resolving their contradictions.
+//! Cost of a change of the node records: reading the files and resolving their conflicts.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -19,8 +19,8 @@ fn main() {
     divan::main();
 }
 
-/// A registry whose source has `files` records, with the keys and /28 prefixes that `key` and
-/// `prefix` return.
+/// Returns a registry whose source has `files` records. `key` and `prefix` return the number of
+/// each record's key and /28 prefix.
 fn registry(
     files: u32,
     key: impl Fn(u32) -> u32,

@@ -1,4 +1,4 @@
-//! HTTP on one connection of a client, TCP or unix.
+//! HTTP server for one connection of a client over TCP or a unix socket.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ pub(crate) async fn serve_request<S>(
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let connection = http1::Builder::new()
-        // One request per connection: an idle client holds no connection.
+        // One request per connection, so that an idle client does not occupy a connection.
         .keep_alive(false)
         .timer(TokioTimer::new())
         .header_read_timeout(header_timeout)

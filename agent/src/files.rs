@@ -1,4 +1,4 @@
-//! Files that are replaced as a whole, durably.
+//! Durable replacement of whole files.
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
@@ -18,8 +18,9 @@ pub(crate) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     replace_by(temporary.as_ref(), path, bytes, None)
 }
 
-/// Replaces a file as [`replace`] does, but writes to `temporary`, in the same directory, with these
-/// permission bits or else 0600.
+/// Replaces a file as [`replace`] does, but writes to `temporary`, which must be in the same
+/// directory.
+/// `mode` are the permission bits of the file; `None` means 0600.
 ///
 /// # Errors
 /// The error of the first system call that fails.
@@ -39,10 +40,11 @@ pub(crate) fn replace_by(
     sync_beside(path)
 }
 
-/// Makes changes of the name `path` durable: a new file, a rename, a removal.
+/// Synchronizes the directory of `path`, so that a creation, rename or removal of `path` is
+/// durable.
 ///
 /// # Errors
-/// The error of the directory that cannot be opened or synchronized.
+/// The directory cannot be opened or synchronized.
 pub(crate) fn sync_beside(path: &Path) -> io::Result<()> {
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     File::open(directory.unwrap_or(Path::new(".")))?.sync_all()
@@ -54,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn file_is_replaced_with_its_mode_and_no_rest() {
+    fn file_is_replaced_with_mode_and_without_rest() {
         let directory = tempfile::tempdir().unwrap();
         let (path, temporary) = (directory.path().join("a"), directory.path().join(".a"));
         replace(&path, b"old").unwrap();
@@ -74,7 +76,7 @@ mod tests {
         assert!(replace(&at("file"), b"two").is_err());
         assert!(!at("target").exists());
         fs::remove_file(at("file.new")).unwrap();
-        // A process that was killed has left this file.
+        // A process that was killed can leave this file.
         fs::write(at("file.new"), "half").unwrap();
         replace(&at("file"), b"two").unwrap();
         assert_eq!(fs::read(at("file")).unwrap(), b"two");

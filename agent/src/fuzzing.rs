@@ -1,5 +1,5 @@
-//! What the fuzzers call (`agent/fuzz`): whole input in, nothing out, a panic where a promise is broken.
-//! The ordinary tests run each of these over the corpus of its target.
+//! Entry points of the fuzz targets (`agent/fuzz`). Each function reads a whole input and panics if
+//! an invariant is violated. Unit tests run each function over the corpus of its target.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -18,7 +18,8 @@ use crate::config::Config;
 use crate::control::kubernetes::resource::SkeinNode;
 use crate::control::{records, registry};
 
-/// A file of node records. One that is taken can be written and read again as JSON, as it is kept.
+/// Parses a file of node records. Accepted records must survive a round trip through JSON, the
+/// format of the stored records.
 pub fn node_records(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     for record in records::parse(text).unwrap_or_default() {
@@ -26,7 +27,8 @@ pub fn node_records(data: &[u8]) {
     }
 }
 
-/// The agent's configuration. One that is taken can be shown, without a secret: it has none.
+/// Parses a configuration file. A valid configuration must be serializable, because the log shows
+/// it.
 pub fn configuration(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     if let Ok(config) = Config::parse(text) {
@@ -34,17 +36,17 @@ pub fn configuration(data: &[u8]) {
     }
 }
 
-/// The records that were kept from the last time.
+/// Parses the stored node records of the previous process.
 pub fn kept_records(data: &[u8]) {
     registry::fuzz_stored(data);
 }
 
-/// The file of the times of peers' handshakes.
+/// Parses the file with the times of peers' handshakes.
 pub fn handshake_times(data: &[u8]) {
     crate::control::handshakes::fuzz_kept(data);
 }
 
-/// What the API server says of another node.
+/// Parses a SkeinNode from the API server. Accepted records must survive a round trip through JSON.
 #[cfg(feature = "kubernetes")]
 pub fn skein_node(data: &[u8]) {
     let Ok(node) = serde_json::from_slice::<SkeinNode>(data) else { return };
@@ -53,29 +55,29 @@ pub fn skein_node(data: &[u8]) {
     }
 }
 
-/// Reads messages of control process, data process and keeper.
+/// Parses messages between control process, data process and keeper.
 #[cfg(feature = "fuzzing")]
 pub fn ipc_frames(data: &[u8]) {
     skein_ipc::fuzzing::ipc_frames(data);
     skein_dataplane::fuzzing::ipc_frames(data);
 }
 
-/// What comes to `bench` from whoever is at the other end.
+/// Parses a line of the protocol of `bench`.
 pub fn bench_lines(data: &[u8]) {
     commands::bench::protocol::fuzz_line(data);
 }
 
-/// The network configuration list, with entries of other programs.
+/// Parses a network configuration list with entries of other programs.
 pub fn conflist(data: &[u8]) {
     cni::fuzz_conflist(data);
 }
 
-/// A plugin's answer to `VERSION`.
+/// Parses the answer of a CNI plugin to `VERSION`.
 pub fn plugin_versions(data: &[u8]) {
     cni::fuzz_answer(data);
 }
 
-/// A key's text. Public keys are written as they are read.
+/// Parses the text of a key. A public key must be formatted as it was parsed.
 pub fn keys(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let private = text.parse::<PrivateKey>();
@@ -102,7 +104,7 @@ mod tests {
 
     type Target = (&'static str, fn(&[u8]));
 
-    /// The targets of this crate. The crates of the other targets have tests of their own.
+    /// Targets of this crate. The other crates test their own targets.
     const TARGETS: [Target; 9] = [
         ("node_records", node_records),
         ("configuration", configuration),
@@ -116,7 +118,7 @@ mod tests {
     ];
 
     #[test]
-    fn corpora_and_what_is_near_them() {
+    fn fuzz_targets_accept_corpora_and_mutations() {
         for (target, run) in TARGETS {
             run_near_corpus(target, run);
         }

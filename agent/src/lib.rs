@@ -1,7 +1,8 @@
-//! The Skein node agent: a control process, a data process, and the commands around them.
+//! The Skein node agent: control process, data process, and commands for operators.
 
 #![forbid(unsafe_code)]
-// Without Kubernetes its connection has no value: code that would use one is unreachable.
+// Without the feature, the type of the Kubernetes connection has no value, so code with it is
+// unreachable.
 #![cfg_attr(not(feature = "kubernetes"), allow(unreachable_code, unused_mut, unused_variables))]
 
 pub mod app;

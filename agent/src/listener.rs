@@ -16,18 +16,19 @@ use tokio::time::{Interval, MissedTickBehavior, interval};
 use crate::failure::Failure;
 use crate::lifecycle::{NotReady, Readiness};
 
-/// Connections that wait to be accepted; the kernel's limit (net.core.somaxconn) applies, too.
+/// Maximum number of connections that wait for accept(2). The kernel limits it to
+/// `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
 
-/// Interval at which the path is compared with the socket: one `lstat`. A watch by inotify would
-/// not see a directory that is replaced, and instances of inotify are scarce
+/// Interval at which the path is compared with the socket by lstat(2). inotify does not notice that
+/// a directory is replaced, and the number of inotify instances is small
 /// (`fs.inotify.max_user_instances`).
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A listening unix socket whose file is created again when another program deletes or replaces it.
 ///
-/// The check runs in [`Listener::accept`], so the caller accepts in a loop. Connections that exist
-/// are not disturbed.
+/// The check runs in [`Listener::accept`], so the caller must call it in a loop. Existing
+/// connections are not affected.
 #[derive(Debug)]
 pub struct Listener {
     key: &'static str,
@@ -39,7 +40,7 @@ pub struct Listener {
     lost: Option<Lost>,
 }
 
-/// State while the path does not lead to the socket.
+/// State while the path does not refer to the socket.
 #[derive(Debug)]
 struct Lost {
     error: String,
@@ -47,8 +48,8 @@ struct Lost {
 }
 
 impl Listener {
-    /// Listens at `path`, which the configuration calls `key`, for its owner only. `readiness`: the
-    /// agent is not ready while the socket cannot be created again.
+    /// Listens at `path`, the value of the configuration key `key`, with mode 0600. With
+    /// `readiness`, the agent is not ready while the socket cannot be created again.
     ///
     /// # Errors
     /// [`Failure::Taken`] if another process listens at `path` or if the file is not a socket,
@@ -84,13 +85,13 @@ impl Listener {
         let (key, path) = (self.key, self.path.display());
         if self.file.is_some() && file_id(&self.path) == self.file {
             if self.lost.take().is_some() {
-                tracing::info!(%path, "{key} is reachable again");
+                tracing::info!(%path, key, "socket is reachable again");
             }
             return;
         }
         match bind_socket(key, &self.path) {
             Ok(socket) => {
-                tracing::warn!(%path, "{key} was deleted by another program: created again");
+                tracing::warn!(%path, key, "socket was deleted by another program, created again");
                 (self.socket, self.file, self.lost) = (socket, file_id(&self.path), None);
             }
             Err(error) => {
@@ -98,7 +99,7 @@ impl Listener {
                 if self.lost.as_ref().is_some_and(|lost| lost.error == error) {
                     return;
                 }
-                tracing::error!(%path, "{key} was deleted by another program: {error}");
+                tracing::error!(%path, key, %error, "socket was deleted by another program, cannot create it");
                 let reason = format!("{key} was deleted by another program: {error}");
                 let not_ready = self.readiness.as_ref().map(|readiness| readiness.block(reason));
                 self.lost = Some(Lost { error, _not_ready: not_ready });
@@ -107,21 +108,25 @@ impl Listener {
     }
 }
 
-/// Binds the socket that the configuration calls `key`, for its owner only; takes over a path that
-/// no process listens on.
+/// Binds a unix socket with mode 0600 at `path`, the value of the configuration key `key`. A socket
+/// file that no process listens on is replaced.
+///
+/// # Errors
+/// [`Failure::Taken`] if a process listens at `path` or if the file is not a socket, another
+/// [`Failure`] if a system call fails.
 pub(crate) fn bind_socket(key: &str, path: &Path) -> Result<UnixListener, Failure> {
     let shown = path.display();
     let failed = |error| Failure::io(format!("cannot listen on {key} {shown}"), error);
     if std_net::UnixStream::connect(path).is_ok() {
         return Err(Failure::Taken(format!(
-            "another agent listens on {shown}: stop it, or set {key} to another path"
+            "another agent listens on {shown}. Stop it, or set {key} to another path."
         )));
     }
     make_directory(path).map_err(failed)?;
     match std::fs::symlink_metadata(path) {
         Ok(found) if !std::os::unix::fs::FileTypeExt::is_socket(&found.file_type()) => {
             return Err(Failure::Taken(format!(
-                "{shown} is no socket: remove it, or set {key} to another path"
+                "{shown} is not a socket. Remove it, or set {key} to another path."
             )));
         }
         Ok(_) => std::fs::remove_file(path).map_err(failed)?,
@@ -132,11 +137,10 @@ pub(crate) fn bind_socket(key: &str, path: &Path) -> Result<UnixListener, Failur
     Ok(listener)
 }
 
-/// Binds the address that the configuration has under `key`, if it is set. `[::]` stands for all
+/// Binds `address`, the value of the configuration key `key`, if it is set. `[::]` means all
 /// addresses of both families, or of IPv4 on a host without IPv6.
 ///
 /// # Errors
-///
 /// [`Failure::Taken`] if the port is in use, [`Failure::Usage`] if the address is not one of this
 /// host's, [`Failure::Runtime`] for any other error.
 pub(crate) fn bind_tcp(
@@ -153,10 +157,10 @@ pub(crate) fn bind_tcp(
     };
     listener.map(Some).map_err(|error| match error.kind() {
         io::ErrorKind::AddrInUse => Failure::Taken(format!(
-            "{key} = {address}: the port is in use: set another, or \"off\""
+            "{key} = {address}: the port is in use. Set another port, or \"off\"."
         )),
         io::ErrorKind::AddrNotAvailable => Failure::Usage(format!(
-            "{key} = {address}: not an address of this host: set another, or \"off\""
+            "{key} = {address}: not an address of this host. Set another address, or \"off\"."
         )),
         _ => Failure::io(format!("cannot listen on {key} = {address}"), error),
     })
@@ -166,7 +170,8 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
     if address.is_ipv6() {
-        // The default is a sysctl (net.ipv6.bindv6only). A single address accepts one family only.
+        // The default is the sysctl net.ipv6.bindv6only. A specific address accepts one family
+        // only.
         socket.set_only_v6(!address.ip().is_unspecified())?;
     }
     socket.bind(&address.into())?;
@@ -183,7 +188,7 @@ mod tests {
 
     use super::*;
 
-    /// Accepts connections until the test ends; returns the readiness of the listener.
+    /// Starts a task that accepts connections, and returns the readiness of the listener.
     fn listen(path: &Path) -> Readiness {
         let readiness = Readiness::default();
         let mut listener = Listener::bind("cni.socket", path, Some(readiness.clone())).unwrap();
@@ -234,7 +239,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn socket_that_cannot_be_created_makes_not_ready() {
+    async fn agent_is_not_ready_while_socket_cannot_be_created() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("cni.sock");
         let readiness = listen(&path);
@@ -250,13 +255,13 @@ mod tests {
         eventually("it is ready again", || readiness.reasons().is_empty()).await;
         fs::remove_file(&path).unwrap();
         fs::write(&path, "a file").unwrap();
-        eventually("a foreign file is reported", || not_ready("is no socket")).await;
+        eventually("a foreign file is reported", || not_ready("is not a socket")).await;
         fs::remove_file(&path).unwrap();
         eventually("it is ready again", || readiness.reasons().is_empty()).await;
     }
 
     #[test]
-    fn unspecified_ipv6_listener_takes_both_families() {
+    fn unspecified_ipv6_listener_accepts_both_families() {
         let listener =
             bind_tcp("metrics.listen", Some("[::]:0".parse().unwrap())).unwrap().unwrap();
         let port = listener.local_addr().unwrap().port();

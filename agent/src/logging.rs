@@ -1,5 +1,5 @@
-//! The log: text or JSON lines on standard error, a level that can be changed while the process runs, and
-//! a bound on how often one place of the code may speak.
+//! Log on standard error as text or JSON lines, with a level that can be changed at run time and a
+//! rate limit per call site.
 
 use std::collections::HashMap;
 use std::io;
@@ -14,20 +14,20 @@ use tracing_subscriber::layer::{Context, Filter, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
 
-/// Lines that one place of the code may write at once, …
-const BURST: u32 = 50;
-/// … and one more each time so long has passed.
-const EVERY: Duration = Duration::from_millis(200);
-/// How often is told what was left out.
-const TELL: Duration = Duration::from_secs(10);
+/// Maximum number of lines that a call site writes in a burst.
+const MAX_BURST: u32 = 50;
+/// Interval after which a call site may write one more line.
+const REFILL_INTERVAL: Duration = Duration::from_millis(200);
+/// Interval of the lines that report suppressed lines.
+const REPORT_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Logging to standard error.
+/// Configuration of the log.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Log {
-    /// A filter of `tracing`: `info`, or `skein_agent=debug,info`.
+    /// Filter directives of `tracing`, for example `info` or `skein_agent=debug,info`.
     pub level: String,
-    /// Its form.
+    /// Format of the lines.
     pub format: LogFormat,
 }
 
@@ -37,19 +37,19 @@ impl Default for Log {
     }
 }
 
-/// Form of the log.
+/// Format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum LogFormat {
-    /// A line for people.
+    /// Text for people
     #[default]
     Text,
-    /// A JSON object a line.
+    /// One JSON object per line
     Json,
 }
 
 impl LogFormat {
-    /// Returns the name on the command line.
+    /// Returns the value of `--log-format`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Text => "text",
@@ -62,15 +62,16 @@ static LOG: OnceLock<State> = OnceLock::new();
 
 struct State {
     level: reload::Handle<EnvFilter, Registry>,
-    /// What the process was started with.
+    /// Level with which the process was started.
     configured: String,
-    bounds: Mutex<Bounds>,
-    /// Tells what was left out; asleep while nothing is. Not started before it is needed: what a process
-    /// gives up at its start it gives up for one thread.
-    teller: OnceLock<Option<Thread>>,
+    limits: Mutex<RateLimits>,
+    /// Thread that reports suppressed lines. It is parked while there are none. It starts on first
+    /// use, because the process drops its privileges at start for the calling thread only.
+    reporter: OnceLock<Option<Thread>>,
 }
 
-/// Starts it. `SKEIN_LOG` overrides the level.
+/// Starts the log. The environment variable `SKEIN_LOG` overrides the level. Has no effect if a log
+/// was started before.
 pub fn start(log: &Log) {
     let configured = std::env::var("SKEIN_LOG")
         .ok()
@@ -78,8 +79,8 @@ pub fn start(log: &Log) {
     let configured = configured.unwrap_or_else(|| log.level.clone());
     let filter = EnvFilter::try_new(with_crates(&configured)).unwrap_or_default();
     let (filter, level) = reload::Layer::new(filter);
-    // Whoever read standard error may be gone: that must not end the process, so a line that cannot
-    // be written is lost in silence.
+    // The reader of standard error may have ended. A failed write must not end the process, so the
+    // line is discarded without an error.
     let lines = fmt::layer().with_writer(io::stderr).log_internal_errors(false);
     let lines = match log.format {
         LogFormat::Text => {
@@ -88,35 +89,43 @@ pub fn start(log: &Log) {
         }
         LogFormat::Json => lines.json().flatten_event(true).boxed(),
     };
-    let started =
-        tracing_subscriber::registry().with(filter).with(lines.with_filter(Bound)).try_init();
-    // Fails only where a log was started before, which then goes on.
+    let started = tracing_subscriber::registry()
+        .with(filter)
+        .with(lines.with_filter(RateLimitFilter))
+        .try_init();
+    // `try_init` fails only if a log was started before; that log stays.
     if started.is_ok() {
-        // As above.
-        let _ =
-            LOG.set(State { level, configured, bounds: Mutex::default(), teller: OnceLock::new() });
+        // `set` cannot fail, because `try_init` succeeds only once.
+        let _ = LOG.set(State {
+            level,
+            configured,
+            limits: Mutex::default(),
+            reporter: OnceLock::new(),
+        });
     }
 }
 
-/// Sets what is logged from now on, as `log.level` does; `None`: what the process was started with.
+/// Sets the level, in the syntax of `log.level`. `None` restores the level of the start.
+///
+/// # Errors
+/// No log was started, `level` is not valid ([`parse`]), or the log cannot be changed.
 pub fn set_level(level: Option<&str>) -> Result<(), String> {
-    let log = LOG.get().ok_or("there is no log")?;
+    let log = LOG.get().ok_or("the log has not been started")?;
     let level = level.unwrap_or(&log.configured);
     let filter = parse(level)?;
     log.level.reload(filter).map_err(|error| error.to_string())?;
-    tracing::info!(level, "the level of the log is set");
+    tracing::info!(level, "log level changed");
     Ok(())
 }
 
 /// Parses a level, or a filter such as `skein_agent=debug,info`.
 ///
 /// # Errors
-///
-/// A sentence with the remedy if the text is not a filter, or if a part of it is a single word that
-/// is not a level.
+/// The text is not a filter, or a directive is a single word that is not a level. The error
+/// contains the remedy.
 pub fn parse(level: &str) -> Result<EnvFilter, String> {
     let refused = |error: String| {
-        format!("{level:?}: {error}: use error, warn, info, debug or trace, or a filter of these")
+        format!("{level:?}: {error}. Use error, warn, info, debug or trace, or a filter of these.")
     };
     // EnvFilter parses a misspelled level as the name of a module.
     let mut words = level.split(',').filter(|word| !word.contains(['=', '[']));
@@ -128,7 +137,7 @@ pub fn parse(level: &str) -> Result<EnvFilter, String> {
     EnvFilter::try_new(with_crates(level)).map_err(|error| refused(error.to_string()))
 }
 
-/// Crates of the agent that log, and the module of `skein_agent` that a filter names each by.
+/// Module names of `skein_agent` that a filter may use, and the crates that they stand for.
 const CRATES: [(&str, &str); 4] = [
     ("dataplane", "skein_dataplane"),
     ("firewall", "skein_netlink::firewall"),
@@ -136,8 +145,8 @@ const CRATES: [(&str, &str); 4] = [
     ("sys", "skein_sys"),
 ];
 
-/// Extends the directives of a filter for `skein_agent` and its modules to the crates that the agent
-/// consists of. A directive for a crate itself takes precedence.
+/// Extends the directives of a filter for `skein_agent` and its modules to the agent's other
+/// crates. A directive for a crate itself takes precedence.
 fn with_crates(filter: &str) -> String {
     let ends = |rest: &&str| rest.is_empty() || rest.starts_with(['=', '[']);
     let of_crates = filter.split(',').flat_map(|directive| {
@@ -152,80 +161,82 @@ fn with_crates(filter: &str) -> String {
     all.join(",")
 }
 
-/// How often each place has spoken, by its name: `event agent/src/http.rs:70`.
+/// Rate limits of call sites by their names, for example `event agent/src/http.rs:70`.
 #[derive(Default)]
-struct Bounds(HashMap<&'static str, Place>);
+struct RateLimits(HashMap<&'static str, CallSite>);
 
-struct Place {
-    left: u32,
+/// Token bucket of a call site.
+struct CallSite {
+    tokens: u32,
     refilled: Instant,
-    left_out: u64,
+    suppressed: u64,
 }
 
-impl Bounds {
-    /// Whether the place may speak; else it is counted.
-    fn take(&mut self, place: &'static str, now: Instant) -> bool {
-        let full = || Place { left: BURST, refilled: now, left_out: 0 };
-        let place = self.0.entry(place).or_insert_with(full);
-        let earned = now.saturating_duration_since(place.refilled).div_duration_f64(EVERY) as u32;
+impl RateLimits {
+    /// Returns whether the call site may write a line. A line that is suppressed is counted.
+    fn try_acquire(&mut self, site: &'static str, now: Instant) -> bool {
+        let full = || CallSite { tokens: MAX_BURST, refilled: now, suppressed: 0 };
+        let site = self.0.entry(site).or_insert_with(full);
+        let elapsed = now.saturating_duration_since(site.refilled);
+        let earned = elapsed.div_duration_f64(REFILL_INTERVAL) as u32;
         if earned > 0 {
-            place.left = place.left.saturating_add(earned).min(BURST);
-            place.refilled = now;
+            site.tokens = site.tokens.saturating_add(earned).min(MAX_BURST);
+            site.refilled = now;
         }
-        let Some(left) = place.left.checked_sub(1) else {
-            place.left_out += 1;
+        let Some(tokens) = site.tokens.checked_sub(1) else {
+            site.suppressed += 1;
             return false;
         };
-        place.left = left;
+        site.tokens = tokens;
         true
     }
 
-    /// What was left out since the last call: where, and how often.
-    fn left_out(&mut self) -> Vec<(&'static str, u64)> {
-        let places = self.0.iter_mut().filter(|(_, place)| place.left_out > 0);
-        places.map(|(name, place)| (*name, std::mem::take(&mut place.left_out))).collect()
+    /// Returns the call sites with suppressed lines since the last call, and the number of lines.
+    fn drain_suppressed(&mut self) -> Vec<(&'static str, u64)> {
+        let sites = self.0.iter_mut().filter(|(_, site)| site.suppressed > 0);
+        sites.map(|(name, site)| (*name, std::mem::take(&mut site.suppressed))).collect()
     }
 }
 
-/// The bound as a filter.
-struct Bound;
+/// Filter that applies [`RateLimits`] to events.
+struct RateLimitFilter;
 
-impl<S> Filter<S> for Bound {
+impl<S> Filter<S> for RateLimitFilter {
     fn enabled(&self, _: &Metadata<'_>, _: &Context<'_, S>) -> bool {
         true
     }
 
     fn event_enabled(&self, event: &Event<'_>, _: &Context<'_, S>) -> bool {
         let Some(log) = LOG.get() else { return true };
-        let may = lock(&log.bounds).take(event.metadata().name(), Instant::now());
-        if !may && let Some(teller) = log.teller.get_or_init(start_teller) {
-            teller.unpark();
+        let allowed = lock(&log.limits).try_acquire(event.metadata().name(), Instant::now());
+        if !allowed && let Some(reporter) = log.reporter.get_or_init(start_reporter) {
+            reporter.unpark();
         }
-        may
+        allowed
     }
 }
 
-fn start_teller() -> Option<Thread> {
-    let teller = std::thread::Builder::new().name("log".to_owned()).spawn(tell);
-    teller.ok().map(|thread| thread.thread().clone())
+fn start_reporter() -> Option<Thread> {
+    let reporter = std::thread::Builder::new().name("log".to_owned()).spawn(report_suppressed);
+    reporter.ok().map(|thread| thread.thread().clone())
 }
 
-/// Writes what was left out. Its own lines come from one place, too, but not often enough to be bounded.
-fn tell() {
+/// Reports suppressed lines. The reports are too rare to be suppressed themselves.
+fn report_suppressed() {
     loop {
         std::thread::park();
-        std::thread::sleep(TELL);
+        std::thread::sleep(REPORT_INTERVAL);
         let Some(log) = LOG.get() else { continue };
-        let left_out = lock(&log.bounds).left_out();
-        for (place, lines) in left_out {
-            tracing::warn!(place, lines, "lines of the log were left out");
+        let suppressed = lock(&log.limits).drain_suppressed();
+        for (call_site, lines) in suppressed {
+            tracing::warn!(call_site, lines, "log lines suppressed");
         }
     }
 }
 
-fn lock(bounds: &Mutex<Bounds>) -> MutexGuard<'_, Bounds> {
-    // Nothing under the lock can panic half way.
-    bounds.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(limits: &Mutex<RateLimits>) -> MutexGuard<'_, RateLimits> {
+    // No code that holds the lock can leave the map inconsistent, so a poisoned lock is valid.
+    limits.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -234,18 +245,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_place_that_speaks_without_end_is_bounded_and_counted() {
-        let (mut bounds, now) = (Bounds::default(), Instant::now());
-        let (loud, quiet) = ("event a.rs:1", "event a.rs:2");
-        let said = (0..1000).filter(|_| bounds.take(loud, now)).count();
-        assert_eq!(said, BURST as usize);
-        assert!(bounds.take(quiet, now), "another place is not held to it");
-        assert_eq!(bounds.left_out(), [(loud, 1000 - u64::from(BURST))]);
-        assert!(bounds.left_out().is_empty());
-        let later = now + EVERY * 3;
-        assert_eq!((0..10).filter(|_| bounds.take(loud, later)).count(), 3);
-        let rested = later + EVERY * 1000;
-        assert_eq!((0..1000).filter(|_| bounds.take(loud, rested)).count(), BURST as usize);
+    fn busy_call_site_is_limited_and_lines_are_counted() {
+        let (mut limits, now) = (RateLimits::default(), Instant::now());
+        let (busy, idle) = ("event a.rs:1", "event a.rs:2");
+        let written = (0..1000).filter(|_| limits.try_acquire(busy, now)).count();
+        assert_eq!(written, MAX_BURST as usize);
+        assert!(limits.try_acquire(idle, now), "Another call site must not be limited.");
+        assert_eq!(limits.drain_suppressed(), [(busy, 1000 - u64::from(MAX_BURST))]);
+        assert!(limits.drain_suppressed().is_empty());
+        let later = now + REFILL_INTERVAL * 3;
+        assert_eq!((0..10).filter(|_| limits.try_acquire(busy, later)).count(), 3);
+        let full = later + REFILL_INTERVAL * 1000;
+        let written = (0..1000).filter(|_| limits.try_acquire(busy, full)).count();
+        assert_eq!(written, MAX_BURST as usize);
     }
 
     #[test]
@@ -267,9 +279,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_level_is_said() {
+    fn invalid_filter_is_error_with_remedy() {
         assert!(parse("skein_agent=debug,info").is_ok());
-        assert!(parse("skein_agent=loud").unwrap_err().contains("use error, warn, info"));
+        assert!(parse("skein_agent=loud").unwrap_err().contains("Use error, warn, info"));
         for filter in ["INFO", "off", "[span{a}]=debug,info", "skein_agent[span]=trace"] {
             assert!(parse(filter).is_ok(), "{filter} is a filter");
         }

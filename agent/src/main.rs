@@ -1,4 +1,4 @@
-//! The `skein-agent` program: the command line, and exit codes.
+//! Program `skein-agent`: runs the command line and converts failures to exit codes.
 
 use std::process::ExitCode;
 
@@ -9,7 +9,7 @@ fn main() -> ExitCode {
     match app::main() {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            // Nobody to tell where standard error is closed; the code still says it.
+            // Standard error may be closed. The exit code still reports the failure.
             let _ = std::io::Write::write_fmt(
                 &mut std::io::stderr(),
                 format_args!("skein-agent: {failure}\n"),

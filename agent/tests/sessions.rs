@@ -1,5 +1,5 @@
-//! The real program with a hundred and with a thousand live sessions. The other ends are engines of this process, with
-//! real sockets, in the same scratch network namespace. Needs root.
+//! Agent process with 100 and with 1,000 live sessions. The peers are engines of the test process
+//! with real sockets, in the same new network namespace. The tests need root.
 
 #![allow(clippy::unwrap_used)]
 
@@ -19,22 +19,22 @@ use skein_core::wire::header::{Flags, Header, MessageType, OVERHEAD};
 use skein_core::{Ciphers, Engine, EngineConfig, PeerConfig, PrivateKey, PublicKey, Time};
 use skein_ipc::PeerState;
 use skein_sys::in_new_network_namespace;
-use support::{LIMIT, Process, finish};
+use support::{PROCESS_TIMEOUT, Process, finish};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_skein-agent");
 const PORT: u16 = 51900;
-/// What each peer sends and gets back.
-const ROUNDS: usize = 10;
+/// Number of requests that each peer sends.
+const REQUESTS_PER_PEER: usize = 10;
 
-/// The agent's own address on the overlay, and a port of this test there.
+/// Overlay address of the agent, and the UDP port on which the test answers requests.
 const SERVICE: (Ipv4Addr, u16) = (Ipv4Addr::new(10, 244, 1, 1), 7000);
 
-/// Another node: an engine, its socket, and one address behind it.
+/// Peer of the agent: an engine, its socket, and one overlay address.
 struct Peer {
     engine: Engine,
     socket: UdpSocket,
     inner: Ipv4Addr,
-    /// When the last request left.
+    /// Time of the last request (monotonic clock); `None` if no answer is outstanding.
     sent: Option<Duration>,
     answers: usize,
 }
@@ -49,7 +49,7 @@ impl Peer {
         Self { engine, socket, inner, sent: None, answers: 0 }
     }
 
-    /// As after a start: it wants a session.
+    /// Returns an engine that has requested a session.
     fn engine(inner: Ipv4Addr, agent_key: PublicKey, now: Time) -> Engine {
         let random = |out: &mut [u8]| aws_lc_rs::rand::fill(out).unwrap();
         let mut private_key = [1; 32];
@@ -71,13 +71,13 @@ impl Peer {
         engine
     }
 
-    /// Forgets its sessions, as a node does that starts again.
+    /// Replaces the engine by a new one without sessions, as after a restart of the node.
     fn restart(&mut self, agent_key: PublicKey, now: Time) {
         self.engine = Self::engine(self.inner, agent_key, now);
         (self.sent, self.answers) = (None, 0);
     }
 
-    /// Takes what has come and sends what is due.
+    /// Processes received datagrams and timeouts, and sends the next request.
     fn step(&mut self, now: Time) {
         let mut buffer = [0; 2048];
         loop {
@@ -91,10 +91,10 @@ impl Peer {
         while let Some(transmit) = self.engine.poll_transmit() {
             self.socket.send_to(&transmit.payload, transmit.destination).unwrap();
         }
-        // One at a time, as a request waits for its answer; one that is lost (the service's buffer is
-        // small) goes again.
+        // One request at a time. A lost request (the service's receive buffer is small) is
+        // repeated.
         let due = self.sent.is_none_or(|sent| now.mono > sent + Duration::from_millis(200));
-        if due && self.answers < ROUNDS {
+        if due && self.answers < REQUESTS_PER_PEER {
             self.send(now);
         }
     }
@@ -106,11 +106,11 @@ impl Peer {
         }
         let mut sessions = self.engine.tables().flat_map(|(_, view)| &view.receive);
         let found = sessions.find(|session| session.local_index == header.receiver);
-        // Of before a restart.
+        // A datagram of a session before the restart.
         let Some(session) = found else { return };
         let opened = session.receiver(header.lane).unwrap().open(datagram);
         let (_, packet) = opened.unwrap();
-        assert_eq!(packet[16..20], self.inner.octets(), "somebody else's packet");
+        assert_eq!(packet[16..20], self.inner.octets(), "The packet must be for this peer.");
         session.traffic().add_received(1, packet.len() as u64);
         self.answers += 1;
         self.sent = None;
@@ -128,7 +128,7 @@ impl Peer {
     }
 }
 
-/// UDP from a peer's address to [`SERVICE`], without a checksum, which IPv4 allows.
+/// Returns a UDP packet from `from` to [`SERVICE`] without a UDP checksum, which IPv4 allows.
 fn packet(from: Ipv4Addr) -> Vec<u8> {
     let payload = [7; 100];
     let udp = 8 + payload.len() as u16;
@@ -177,14 +177,14 @@ fn configure(directory: &Path, peers: &[Peer]) {
     std::fs::write(directory.join("agent.toml"), text).unwrap();
 }
 
-/// A run of the agent with this configuration.
+/// Returns a command of the agent with the configuration in `directory`.
 fn agent(directory: &Path, command: &str) -> Command {
     let mut agent = Command::new(AGENT);
     agent.args(command.split(' ')).arg("--config").arg(directory.join("agent.toml"));
     agent
 }
 
-/// The agent at work.
+/// Running agent. Drop ends it and its data process.
 struct Running<'a>(&'a Path, Process);
 
 impl<'a> Running<'a> {
@@ -197,7 +197,7 @@ impl<'a> Running<'a> {
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
-        // The agent ends its data process; where it cannot, cleanup does.
+        // The agent ends its data process. If the agent fails, cleanup ends it.
         let _ = self.1.signal(Signal::TERM).and_then(|()| self.1.wait());
         let _ = finish(&mut agent(self.0, "cleanup"));
     }
@@ -215,19 +215,20 @@ fn resident_bytes(pid: u32) -> u64 {
 }
 
 #[test]
-fn a_hundred_live_sessions_take_little_memory() {
+fn hundred_sessions_use_limited_memory() {
     live_sessions(100, 64 << 20);
 }
 
 #[test]
-fn a_thousand_live_sessions_are_made_and_renewed() {
+fn thousand_sessions_are_established_and_renewed() {
     live_sessions(1_000, 128 << 20);
 }
 
-/// So many peers talk to the agent, start again all at once, and talk on. The data process has to stay
-/// below `most_memory` resident bytes.
-fn live_sessions(count: u16, most_memory: u64) {
-    // A socket each.
+/// Exchanges requests between `count` peers and the agent, restarts all peers at once, and
+/// exchanges requests again. The resident memory of the data process must stay below `max_memory`
+/// bytes.
+fn live_sessions(count: u16, max_memory: u64) {
+    // Each peer needs a socket.
     let mut limit = rustix::process::getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     rustix::process::setrlimit(Resource::Nofile, limit).unwrap();
@@ -253,7 +254,7 @@ fn live_sessions(count: u16, most_memory: u64) {
             assert_eq!(live, usize::from(count), "{states:?}");
             let memory = resident_bytes(document.dataplane.pid.unwrap());
             println!("{} MiB resident", memory >> 20);
-            assert!(memory < most_memory, "{} MiB resident", memory >> 20);
+            assert!(memory < max_memory, "{} MiB resident", memory >> 20);
             for peer in &mut peers {
                 peer.restart(key.0.into(), now(start));
             }
@@ -262,18 +263,18 @@ fn live_sessions(count: u16, most_memory: u64) {
     .expect("this test needs root: CAP_SYS_ADMIN for a network namespace");
 }
 
-/// Lets every peer have its answers; the agent's status after that.
+/// Runs all peers until each has its answers, and returns the agent's status.
 fn exchange(path: &Path, peers: &mut [Peer], start: Instant) -> Document {
     let log = || std::fs::read_to_string(path.join("log")).unwrap();
     while !status(path).is_some_and(|document| document.ready) {
-        assert!(start.elapsed() < LIMIT, "not ready:\n{}", log());
+        assert!(start.elapsed() < PROCESS_TIMEOUT, "not ready:\n{}", log());
         std::thread::sleep(Duration::from_millis(20));
     }
     let service = UdpSocket::bind(SERVICE).unwrap();
     service.set_nonblocking(true).unwrap();
     let mut request = [0; 2048];
-    while peers.iter().any(|peer| peer.answers < ROUNDS) {
-        assert!(start.elapsed() < LIMIT, "not all are answered:\n{}", log());
+    while peers.iter().any(|peer| peer.answers < REQUESTS_PER_PEER) {
+        assert!(start.elapsed() < PROCESS_TIMEOUT, "Not all requests were answered:\n{}", log());
         for peer in &mut *peers {
             peer.step(now(start));
         }

@@ -1,5 +1,5 @@
-//! The real program in scratch network namespaces: how it starts, refuses to start, goes on and
-//! ends. These tests need root.
+//! Start, refused starts, recovery and shutdown of the agent process in new network namespaces. The
+//! tests need root.
 
 #![allow(clippy::unwrap_used)]
 
@@ -19,11 +19,11 @@ use skein_ipc::{ErrorKind, HANDOVER_VERSION, Request, Response, read_frame, writ
 use skein_netlink::provisional::Provisional;
 use skein_sys::in_new_network_namespace;
 use skein_sys::tun::{TunOffload, create_persistent, open_queues};
-use support::{LIMIT, Process, finish, send};
+use support::{PROCESS_TIMEOUT, Process, finish, send};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_skein-agent");
 
-/// A node's files, and the agents that run with them.
+/// Files of a node, and the agent processes that use them.
 struct Node {
     directory: tempfile::TempDir,
     agents: Vec<Process>,
@@ -43,7 +43,7 @@ impl Node {
         self.directory.path().join(name)
     }
 
-    /// Writes the configuration with more keys at its head and at its end.
+    /// Writes the configuration with additional keys before and after its top-level keys.
     fn configure(&self, head: &str, tail: &str) {
         let path = self.directory.path().display();
         let text = format!(
@@ -70,14 +70,14 @@ impl Node {
     /// Starts the agent and waits until it is ready.
     fn run(&mut self) -> Document {
         let log = std::fs::File::create(self.path("log")).unwrap();
-        // Its data process may outlive it, and must not hold the tests' own output open.
+        // The data process may outlive the agent, and must not hold the output of the tests open.
         let agent = Process::start(self.command("run").stdout(Stdio::null()).stderr(log));
         self.agents.push(agent.unwrap());
-        self.until("it is ready", |document| document.ready)
+        self.until("the agent is ready", |document| document.ready)
     }
 
     fn until(&mut self, what: &str, condition: impl Fn(&Document) -> bool) -> Document {
-        let deadline = Instant::now() + LIMIT;
+        let deadline = Instant::now() + PROCESS_TIMEOUT;
         loop {
             let output = self.output("status -o json");
             let document = serde_json::from_slice::<Document>(&output.stdout);
@@ -94,12 +94,12 @@ impl Node {
         }
     }
 
-    /// Runs the agent to its end, which must come by itself.
+    /// Runs the agent until it exits, and returns exit code and message.
     fn fail(&mut self) -> (i32, String) {
-        end(&mut self.command("run"))
+        run_to_exit(&mut self.command("run"))
     }
 
-    /// Ends the agent that was started last; its exit code.
+    /// Sends a signal to the last started agent and returns its exit code.
     fn signal(&mut self, signal: Signal) -> Option<i32> {
         let mut agent = self.agents.pop().unwrap();
         agent.signal(signal).unwrap();
@@ -109,18 +109,18 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        // A panic in here would end the other tests' clean-up too.
+        // A panic in `drop` would prevent the cleanup of other tests.
         for agent in &mut self.agents {
             let _ = agent.signal(Signal::TERM).and_then(|()| agent.wait());
         }
         self.agents.clear();
-        // It ends a data process that was left, too.
+        // The command also ends a data process that still runs.
         let _ = finish(&mut self.command("cleanup"));
     }
 }
 
-/// Exit code and message of a command that must end by itself.
-fn end(command: &mut Command) -> (i32, String) {
+/// Runs a command until it exits, and returns exit code and message.
+fn run_to_exit(command: &mut Command) -> (i32, String) {
     let output = finish(command).unwrap();
     (output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr).into_owned())
 }
@@ -141,8 +141,8 @@ fn in_namespace(test: impl FnOnce() + Send) {
         .expect("this test needs root: CAP_SYS_ADMIN for a network namespace");
 }
 
-/// Runs the agent expecting an exit code and words of its message; nothing may stay behind.
-fn refused(node: &mut Node, code: i32, words: &[&str]) {
+/// Checks that the agent refuses to start: exit code, parts of the message, and no sockets left.
+fn assert_refused(node: &mut Node, code: i32, words: &[&str]) {
     let (found, message) = node.fail();
     assert_eq!(found, code, "{message}");
     for word in words {
@@ -152,13 +152,13 @@ fn refused(node: &mut Node, code: i32, words: &[&str]) {
 }
 
 #[test]
-fn wrong_configurations_and_records_end_with_2() {
+fn wrong_configuration_or_record_exits_with_2() {
     in_namespace(|| {
         let mut node = Node::new();
         node.configure("nmae = 'x'", "");
-        refused(&mut node, 2, &["agent.toml", "line 1", "nmae"]);
+        assert_refused(&mut node, 2, &["agent.toml", "line 1", "nmae"]);
         node.configure("private_key_file = '/nonexistent/key'", "");
-        refused(&mut node, 2, &["private_key_file", "keygen"]);
+        assert_refused(&mut node, 2, &["private_key_file", "keygen"]);
         node.configure("", "");
         let file = node.path("nodes/b.toml");
         let record = |text: &str| {
@@ -167,29 +167,29 @@ fn wrong_configurations_and_records_end_with_2() {
             std::fs::write(&file, text).unwrap();
         };
         record("name = 'node-b'\npod_cidrs = ['10.244.1.128/25']");
-        refused(&mut node, 2, &["b.toml", "pod_cidrs", "overlap"]);
+        assert_refused(&mut node, 2, &["b.toml", "pod_cidrs", "overlap"]);
         record("name = 'node-a'\npod_cidrs = ['10.244.1.0/24', 'fd00:1::/64']");
-        refused(&mut node, 2, &["b.toml", "public_key", "Correct"]);
+        assert_refused(&mut node, 2, &["b.toml", "public_key", "Correct"]);
         std::fs::remove_dir_all(node.path("nodes")).unwrap();
-        refused(&mut node, 2, &["nodes", "Create the directory"]);
+        assert_refused(&mut node, 2, &["nodes", "Create the directory"]);
         assert!(!exists("skein0"));
     });
 }
 
 #[test]
-fn what_is_taken_ends_with_5_and_stays_untouched() {
+fn resource_in_use_exits_with_5_and_is_unchanged() {
     in_namespace(|| {
         let mut node = Node::new();
         let socket = UdpSocket::bind("0.0.0.0:51900").unwrap();
-        refused(&mut node, 5, &["51900"]);
-        assert!(!exists("skein0"), "an interface made by a failed start is taken back");
+        assert_refused(&mut node, 5, &["51900"]);
+        assert!(!exists("skein0"), "A failed start must remove its interface.");
         drop(socket);
         let listener = TcpListener::bind("127.0.0.1:9464").unwrap();
-        refused(&mut node, 5, &["metrics.listen", "9464"]);
+        assert_refused(&mut node, 5, &["metrics.listen", "9464"]);
         drop(listener);
         ip("tuntap add skein0 mode tun");
         let before = ip("-details link show skein0");
-        refused(&mut node, 5, &["skein0", "another program", "interface.name"]);
+        assert_refused(&mut node, 5, &["skein0", "another program", "interface.name"]);
         assert_eq!(ip("-details link show skein0"), before);
         let cleanup = node.output("cleanup");
         assert_eq!(cleanup.status.code(), Some(1));
@@ -199,44 +199,45 @@ fn what_is_taken_ends_with_5_and_stays_untouched() {
 }
 
 #[test]
-fn a_device_in_use_is_taken_and_a_foreign_address_is_configuration() {
+fn device_in_use_exits_with_5_and_foreign_address_with_2() {
     in_namespace(|| {
         let mut node = Node::new();
-        // This node's own device, which somebody has open already.
+        // The device of this node, which another process has opened.
         create_persistent("skein0").unwrap();
         ip("link set skein0 alias skein:node-a");
         let (queues, ..) = open_queues("skein0", 1, TunOffload::NONE).unwrap();
-        refused(&mut node, 5, &["skein0", "open in another process"]);
+        assert_refused(&mut node, 5, &["skein0", "open in another process"]);
         drop(queues);
         let file = node.path("agent.toml");
         let good = std::fs::read_to_string(&file).unwrap();
-        let elsewhere = "underlay = { addresses = ['192.0.2.200'], port";
-        std::fs::write(&file, good.replace("underlay = { port", elsewhere)).unwrap();
-        refused(&mut node, 2, &["192.0.2.200", "underlay.addresses"]);
+        let foreign = "underlay = { addresses = ['192.0.2.200'], port";
+        std::fs::write(&file, good.replace("underlay = { port", foreign)).unwrap();
+        assert_refused(&mut node, 2, &["192.0.2.200", "underlay.addresses"]);
         std::fs::write(&file, good.replace("control.sock", "dataplane.sock")).unwrap();
-        refused(&mut node, 2, &["dataplane.socket", "control.socket", "its own"]);
+        assert_refused(&mut node, 2, &["dataplane.socket", "control.socket", "its own"]);
         let long = format!("control.sock{}", "x".repeat(100));
         std::fs::write(&file, good.replace("control.sock", &long)).unwrap();
-        refused(&mut node, 2, &["control.socket", "107"]);
+        assert_refused(&mut node, 2, &["control.socket", "107"]);
     });
 }
 
 #[test]
-fn the_status_is_not_for_everybody() {
+fn status_needs_root_or_agent_user() {
     in_namespace(|| {
         let mut node = Node::new();
         node.run();
-        // The program and the socket's directory can be reached; the socket is for root.
+        // Other users can reach the program and the socket's directory, but not the socket.
         let open = |path: &Path| std::fs::set_permissions(path, Permissions::from_mode(0o755));
         open(node.directory.path()).unwrap();
         let program = node.path("agent");
-        // By another program: a copy open for writing in here could not be run yet.
+        // Another program makes the copy: a file that this process has open for writing cannot be
+        // executed (ETXTBSY).
         assert!(finish(Command::new("cp").arg(AGENT).arg(&program)).unwrap().status.success());
         open(&program).unwrap();
         let mut status = Command::new("setpriv");
         status.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(&program);
         status.arg("status").arg("--socket").arg(node.path("control.sock"));
-        let (code, message) = end(&mut status);
+        let (code, message) = run_to_exit(&mut status);
         assert_eq!(code, 3, "{message}");
         assert!(message.contains("control.sock") && message.contains("as root"), "{message}");
     });
@@ -251,19 +252,19 @@ fn two_agents_cannot_share_a_state_directory() {
         assert_eq!(code, 5, "{message}");
         assert!(message.contains("state_dir"), "{message}");
         let cleanup = node.output("cleanup");
-        assert_eq!(cleanup.status.code(), Some(5), "not while it runs");
+        assert_eq!(cleanup.status.code(), Some(5), "cleanup must fail while the agent runs.");
         assert!(node.until("the first still runs", |document| document.ready).ready);
     });
 }
 
 #[test]
-fn missing_privileges_and_devices_end_with_3_and_4() {
+fn missing_privilege_exits_with_3_and_device_with_4() {
     in_namespace(|| {
         let node = Node::new();
         let run = |wrapper: &[&str]| {
             let mut command = Command::new(wrapper[0]);
             command.args(&wrapper[1..]).arg(AGENT).arg("run").arg("--config");
-            let result = end(command.arg(node.path("agent.toml")));
+            let result = run_to_exit(command.arg(node.path("agent.toml")));
             assert!(!exists("skein0"));
             result
         };
@@ -278,7 +279,7 @@ fn missing_privileges_and_devices_end_with_3_and_4() {
 }
 
 #[test]
-fn the_data_process_outlives_a_killed_agent_and_is_taken_over() {
+fn data_process_of_killed_agent_is_adopted() {
     in_namespace(|| {
         let mut node = Node::new();
         let before = node.run();
@@ -291,13 +292,13 @@ fn the_data_process_outlives_a_killed_agent_and_is_taken_over() {
 }
 
 #[test]
-fn a_probe_tells_a_data_process_that_hangs() {
+fn probe_fails_if_data_process_hangs() {
     in_namespace(|| {
         let mut node = Node::new();
         let socket = node.path("dataplane.sock");
         let probe = || {
             let mut probe = Command::new(AGENT);
-            end(probe.args(["dataplane", "--probe", "--socket"]).arg(&socket))
+            run_to_exit(probe.args(["dataplane", "--probe", "--socket"]).arg(&socket))
         };
         let (code, said) = probe();
         assert!(code != 0 && said.contains("no data process answers"), "{said}");
@@ -312,7 +313,7 @@ fn a_probe_tells_a_data_process_that_hangs() {
 }
 
 #[test]
-fn a_data_process_with_other_settings_is_replaced() {
+fn data_process_with_other_settings_is_replaced() {
     in_namespace(|| {
         let mut node = Node::new();
         let before = node.run();
@@ -325,19 +326,20 @@ fn a_data_process_with_other_settings_is_replaced() {
 }
 
 #[test]
-fn a_killed_data_process_is_back_at_once() {
+fn killed_data_process_is_restarted() {
     in_namespace(|| {
         let mut node = Node::new();
         let before = node.run();
         send(Signal::KILL, before.dataplane.pid.unwrap()).unwrap();
-        let after = node.until("it is back", |now| now.ready && now.dataplane.restarts == 1);
+        let after = node
+            .until("the data process is restarted", |now| now.ready && now.dataplane.restarts == 1);
         assert_ne!(after.dataplane.pid, before.dataplane.pid);
-        assert_eq!(after.interface.index, before.interface.index, "the device has stayed");
+        assert_eq!(after.interface.index, before.interface.index, "The TUN device must stay.");
     });
 }
 
 #[test]
-fn a_deleted_interface_is_made_again() {
+fn deleted_interface_is_created_again() {
     in_namespace(|| {
         let mut node = Node::new();
         let before = node.run();
@@ -357,14 +359,17 @@ fn a_deleted_interface_is_made_again() {
 }
 
 #[test]
-fn an_orderly_end_and_a_cleanup_leave_nothing() {
+fn shutdown_and_cleanup_leave_nothing() {
     in_namespace(|| {
         let mut node = Node::new();
         let document = node.run();
         let pid = document.dataplane.pid.unwrap();
         assert_eq!(node.signal(Signal::TERM), Some(0));
-        assert!(!Path::new(&format!("/proc/{pid}")).exists(), "the data process has ended too");
-        assert!(exists("skein0"), "the interface stays for the next start");
+        assert!(
+            !Path::new(&format!("/proc/{pid}")).exists(),
+            "The data process must end with the agent."
+        );
+        assert!(exists("skein0"), "The interface must stay for the next start.");
         for expected in ["removed interface skein0", "nothing to remove"] {
             let cleanup = node.output("cleanup --state");
             assert!(cleanup.status.success(), "{cleanup:?}");
@@ -378,7 +383,7 @@ fn an_orderly_end_and_a_cleanup_leave_nothing() {
 }
 
 #[test]
-fn cleanup_removes_what_a_killed_start_has_left() {
+fn cleanup_removes_unfinished_interface() {
     in_namespace(|| {
         let node = Node::new();
         let provisional = Provisional::new("skein0", "skein:node-a");
@@ -393,7 +398,7 @@ fn cleanup_removes_what_a_killed_start_has_left() {
 }
 
 #[test]
-fn cleanup_ends_a_data_process_that_was_left() {
+fn cleanup_ends_running_data_process() {
     in_namespace(|| {
         let mut node = Node::new();
         let pid = node.run().dataplane.pid.unwrap();
@@ -402,21 +407,20 @@ fn cleanup_ends_a_data_process_that_was_left() {
         assert!(cleanup.status.success(), "{cleanup:?}");
         assert!(String::from_utf8_lossy(&cleanup.stdout).contains("removed data process"));
         let deadline = Instant::now() + Duration::from_secs(30);
-        // A zombie until whoever adopted it collects it.
+        // The process is a zombie until its new parent waits for it.
         let alive = || {
             let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
             stat.is_ok_and(|stat| !stat.contains(") Z "))
         };
         while alive() {
-            assert!(Instant::now() < deadline, "it still runs");
+            assert!(Instant::now() < deadline, "The data process still runs.");
             std::thread::sleep(Duration::from_millis(20));
         }
     });
 }
 
-/// Whoever asks so is of another release. It ends this one then, or leaves it alone.
 #[test]
-fn a_hand_over_in_another_format_is_refused_and_nothing_ends() {
+fn hand_over_with_other_version_is_refused() {
     in_namespace(|| {
         let mut node = Node::new();
         let before = node.run().dataplane.pid.unwrap();
@@ -428,15 +432,18 @@ fn a_hand_over_in_another_format_is_refused_and_nothing_ends() {
             assert!(invalid, "{answer:?}");
             write_frame(&mut stream, &Request::Report { peers: false }).unwrap();
             let answer = read_frame::<Response>(&mut stream).unwrap().unwrap();
-            assert!(matches!(&answer, Response::Report { .. }), "it goes on: {answer:?}");
+            assert!(
+                matches!(&answer, Response::Report { .. }),
+                "The data process must continue to answer: {answer:?}"
+            );
         }
-        let after = node.until("it is as it was", |document| document.ready);
+        let after = node.until("the agent is ready again", |document| document.ready);
         assert_eq!(after.dataplane.pid, Some(before));
     });
 }
 
 #[test]
-fn keys_are_made_and_their_public_half_computed() {
+fn keygen_and_pubkey_print_same_public_key() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("key");
     let run = |arguments: &[&str]| finish(Command::new(AGENT).args(arguments).arg(&file)).unwrap();
@@ -444,5 +451,5 @@ fn keys_are_made_and_their_public_half_computed() {
     assert!(public.status.success(), "{public:?}");
     assert_eq!(run(&["pubkey"]).stdout, public.stdout);
     let again = run(&["keygen", "--out"]);
-    assert_eq!(again.status.code(), Some(5), "a key is never overwritten");
+    assert_eq!(again.status.code(), Some(5), "keygen must not overwrite a key.");
 }

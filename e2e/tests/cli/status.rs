@@ -61,7 +61,7 @@ fn what_is_logged_is_changed_at_run_time() -> Result<()> {
         agent.put_record(&cluster.agents[1].record)?;
         checks::eventually("two records", checks::EVENT_TIMEOUT, || number(2)).map(drop)
     };
-    let (level, records) = ("the level of the log is set", "node records have changed");
+    let (level, records) = ("log level changed", "node records have changed");
     set(&["debug"])?;
     ensure!(said(level)? == 2, "not by both processes\n{}", cluster.logs());
     change()?;
@@ -75,6 +75,6 @@ fn what_is_logged_is_changed_at_run_time() -> Result<()> {
     ensure!((said(level)?, said(records)?) == (4, before + 2), "{}", cluster.logs());
 
     let refused = agent.run_command(&["log-level", "skein_agent=loud"])?;
-    ensure!(refused.code == 2 && refused.stderr.contains("use error, warn"), "{}", refused.stderr);
+    ensure!(refused.code == 2 && refused.stderr.contains("Use error, warn"), "{}", refused.stderr);
     Ok(())
 }
