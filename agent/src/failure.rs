@@ -19,7 +19,7 @@ pub enum Failure {
     Missing(String),
     /// Port, interface or state directory that another program uses (exit code 5).
     #[error("{0}")]
-    Taken(String),
+    InUse(String),
     /// Any other failure at run time (exit code 1).
     #[error("{0:#}")]
     Runtime(#[from] anyhow::Error),

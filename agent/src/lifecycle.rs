@@ -47,7 +47,7 @@ impl Readiness {
 }
 
 impl NotReady {
-    /// Replaces the reason.
+    /// Replaces the reason of this guard.
     pub fn because(&self, reason: impl Into<String>) {
         self.readiness.lock().reasons.insert(self.id, reason.into());
     }
@@ -69,7 +69,7 @@ pub struct Signals {
 
 /// Request that a signal expresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Asked {
+pub enum SignalEvent {
     /// SIGTERM or SIGINT: shut down.
     End,
     /// SIGHUP: reload the node records.
@@ -84,7 +84,7 @@ impl Signals {
     ///
     /// # Panics
     /// The function is called outside of a tokio runtime.
-    pub fn take() -> io::Result<Self> {
+    pub fn install() -> io::Result<Self> {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
@@ -93,16 +93,16 @@ impl Signals {
     }
 
     /// Waits for SIGTERM or SIGINT. SIGHUP is ignored.
-    pub async fn end(&mut self) {
-        while self.next().await != Asked::End {}
+    pub async fn terminated(&mut self) {
+        while self.next().await != SignalEvent::End {}
     }
 
     /// Waits for the next signal.
-    pub async fn next(&mut self) -> Asked {
+    pub async fn next(&mut self) -> SignalEvent {
         tokio::select! {
-            _ = self.terminate.recv() => Asked::End,
-            _ = self.interrupt.recv() => Asked::End,
-            _ = self.hangup.recv() => Asked::Reload,
+            _ = self.terminate.recv() => SignalEvent::End,
+            _ = self.interrupt.recv() => SignalEvent::End,
+            _ = self.hangup.recv() => SignalEvent::Reload,
         }
     }
 }

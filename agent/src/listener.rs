@@ -52,7 +52,7 @@ impl Listener {
     /// `readiness`, the agent is not ready while the socket cannot be created again.
     ///
     /// # Errors
-    /// [`Failure::Taken`] if another process listens at `path` or if the file is not a socket,
+    /// [`Failure::InUse`] if another process listens at `path` or if the file is not a socket,
     /// [`Failure`] if the socket cannot be created.
     pub fn bind(
         key: &'static str,
@@ -112,20 +112,20 @@ impl Listener {
 /// file that no process listens on is replaced.
 ///
 /// # Errors
-/// [`Failure::Taken`] if a process listens at `path` or if the file is not a socket, another
+/// [`Failure::InUse`] if a process listens at `path` or if the file is not a socket, another
 /// [`Failure`] if a system call fails.
 pub(crate) fn bind_socket(key: &str, path: &Path) -> Result<UnixListener, Failure> {
     let shown = path.display();
     let failed = |error| Failure::io(format!("cannot listen on {key} {shown}"), error);
     if std_net::UnixStream::connect(path).is_ok() {
-        return Err(Failure::Taken(format!(
+        return Err(Failure::InUse(format!(
             "another agent listens on {shown}. Stop it, or set {key} to another path."
         )));
     }
     make_directory(path).map_err(failed)?;
     match std::fs::symlink_metadata(path) {
         Ok(found) if !std::os::unix::fs::FileTypeExt::is_socket(&found.file_type()) => {
-            return Err(Failure::Taken(format!(
+            return Err(Failure::InUse(format!(
                 "{shown} is not a socket. Remove it, or set {key} to another path."
             )));
         }
@@ -141,7 +141,7 @@ pub(crate) fn bind_socket(key: &str, path: &Path) -> Result<UnixListener, Failur
 /// addresses of both families, or of IPv4 on a host without IPv6.
 ///
 /// # Errors
-/// [`Failure::Taken`] if the port is in use, [`Failure::Usage`] if the address is not one of this
+/// [`Failure::InUse`] if the port is in use, [`Failure::Usage`] if the address is not one of this
 /// host's, [`Failure::Runtime`] for any other error.
 pub(crate) fn bind_tcp(
     key: &str,
@@ -156,7 +156,7 @@ pub(crate) fn bind_tcp(
         result => result,
     };
     listener.map(Some).map_err(|error| match error.kind() {
-        io::ErrorKind::AddrInUse => Failure::Taken(format!(
+        io::ErrorKind::AddrInUse => Failure::InUse(format!(
             "{key} = {address}: the port is in use. Set another port, or \"off\"."
         )),
         io::ErrorKind::AddrNotAvailable => Failure::Usage(format!(
@@ -271,6 +271,6 @@ mod tests {
         }
         // An old agent on 0.0.0.0 blocks a new one on [::] until the old one releases the port.
         let second = bind_tcp("metrics.listen", Some(SocketAddr::from(([0, 0, 0, 0], port))));
-        assert!(matches!(second, Err(Failure::Taken(_))), "{second:?}");
+        assert!(matches!(second, Err(Failure::InUse(_))), "{second:?}");
     }
 }

@@ -65,8 +65,8 @@ struct State {
     /// Level with which the process was started.
     configured: String,
     limits: Mutex<RateLimits>,
-    /// Thread that reports suppressed lines. It is parked while there are none. It starts on first
-    /// use, because the process drops its privileges at start for the calling thread only.
+    /// Thread that reports suppressed lines. It is parked while no line is suppressed. It starts on
+    /// first use, because the process drops its privileges at start for the calling thread only.
     reporter: OnceLock<Option<Thread>>,
 }
 

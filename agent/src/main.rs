@@ -25,6 +25,6 @@ fn code(failure: &Failure) -> u8 {
         Failure::Usage(_) => 2,
         Failure::Privilege(_) => 3,
         Failure::Missing(_) => 4,
-        Failure::Taken(_) => 5,
+        Failure::InUse(_) => 5,
     }
 }

@@ -45,7 +45,7 @@ pub struct Input {
     pub firewall: Option<Firewall>,
 }
 
-/// Metrics of pods.
+/// Requests and address usage of pods.
 #[derive(Debug, Clone, Default)]
 pub struct Pods {
     /// Families of the CNI plugin's requests.

@@ -16,7 +16,7 @@ use skein_sys::files;
 use tokio::time::Instant;
 
 use self::pcap::Pcap;
-use super::{Agent, AgentArgs, Output, OutputArgs, json, print, runtime, seconds, watching};
+use super::{Agent, AgentArgs, Output, OutputArgs, capture_client, json, print, runtime, seconds};
 use crate::failure::Failure;
 use crate::lifecycle::Signals;
 use crate::status::Document;
@@ -88,22 +88,22 @@ async fn run(
     time: Duration,
 ) -> Result<CaptureResult, Failure> {
     let mut signals =
-        Signals::take().map_err(|e| Failure::io("cannot install signal handlers", e))?;
+        Signals::install().map_err(|e| Failure::io("cannot install signal handlers", e))?;
     let status = agent.status().await?;
     let nets = match &arguments.what {
         Some(what) => nets(what, &status)?,
         None => Vec::new(),
     };
     let watch = CaptureRequest { kind: CaptureKind::Packets, nets, snap: arguments.snaplen };
-    let mut client = watching::start_capture(&status, watch).await?;
+    let mut client = capture_client::start_capture(&status, watch).await?;
     let shown = arguments.write.display();
     let failed = |error| Failure::io(format!("cannot write to {shown}"), error);
     let mut pcap = Pcap::begin(open(&arguments.write)?, arguments.snaplen).map_err(failed)?;
     let (mut packets, mut missed, end) = (0, 0, Instant::now() + time);
     'all: while packets < arguments.count {
         let (seen, more) = tokio::select! {
-            seen = client.next_captured() => seen.map_err(watching::failure)?,
-            () = signals.end() => break,
+            seen = client.next_captured() => seen.map_err(capture_client::failure)?,
+            () = signals.terminated() => break,
             () = tokio::time::sleep_until(end) => break,
         };
         missed += more;

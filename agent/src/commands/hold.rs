@@ -106,9 +106,9 @@ pub(crate) fn hold(arguments: &HoldArgs) -> Result<(), Failure> {
 
 /// Waits for the lock of the role. Returns `None` after SIGTERM or SIGINT.
 async fn wait(arguments: &HoldArgs) -> Result<Option<FileLock>, Failure> {
-    let mut signals = Signals::take().context("cannot install signal handlers")?;
+    let mut signals = Signals::install().context("cannot install signal handlers")?;
     let Some(path) = &arguments.lock else {
-        signals.end().await;
+        signals.terminated().await;
         return Ok(None);
     };
     let readiness = Readiness::default();
@@ -122,7 +122,7 @@ async fn wait(arguments: &HoldArgs) -> Result<Option<FileLock>, Failure> {
             return Ok(Some(lock));
         }
         tokio::select! {
-            () = signals.end() => return Ok(None),
+            () = signals.terminated() => return Ok(None),
             () = tokio::time::sleep(LOCK_INTERVAL) => {}
         }
     }

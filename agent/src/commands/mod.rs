@@ -3,6 +3,7 @@
 
 pub(crate) mod bench;
 pub(crate) mod capture;
+pub(crate) mod capture_client;
 pub(crate) mod check;
 pub(crate) mod connectivity;
 pub(crate) mod generate;
@@ -17,7 +18,6 @@ pub(crate) mod top;
 pub(crate) mod trace;
 #[cfg(feature = "kubernetes")]
 pub(crate) mod uninstall;
-pub(crate) mod watching;
 
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};

@@ -75,7 +75,7 @@ pub(crate) fn run(
     let state_dir = config.state_dir.clone();
     let runtime = runtime()?;
     match runtime.block_on(control::run(config, start, http::serve))? {
-        Ended::Asked => Ok(()),
+        Ended::Signal => Ok(()),
         Ended::HandedOver(role) if takes_over => {
             let error = hold::become_holder(role, &state_dir, instance.as_ref());
             Err(Failure::Runtime(

@@ -81,7 +81,7 @@ fn sample((before, then): &TimedStatus, (now, at): &TimedStatus) -> Result<Sampl
 fn refresh(runtime: &Runtime, agent: &Agent, interval: Duration) -> Result<(), Failure> {
     let failed = |error| Failure::io("cannot use the terminal", error);
     let mut before = runtime.block_on(timed_status(agent))?;
-    let mut signals = runtime.block_on(async { Signals::take() }).map_err(failed)?;
+    let mut signals = runtime.block_on(async { Signals::install() }).map_err(failed)?;
     let mut screen = Screen::open().map_err(failed)?;
     let mut shown = Ok(None);
     loop {
@@ -94,7 +94,7 @@ fn refresh(runtime: &Runtime, agent: &Agent, interval: Duration) -> Result<(), F
         .map_err(failed)?;
         let next = Instant::now() + interval;
         while Instant::now() < next {
-            let ended = runtime.block_on(async { signals.end().now_or_never() });
+            let ended = runtime.block_on(async { signals.terminated().now_or_never() });
             if ended.is_some() || quits(KEY_POLL_INTERVAL).map_err(failed)? {
                 return Ok(());
             }

@@ -48,7 +48,7 @@ impl CleanupReport {
 /// after an error, which the report contains.
 ///
 /// # Errors
-/// [`Failure::Taken`] if an agent holds the lock of the state directory; nothing is removed then.
+/// [`Failure::InUse`] if an agent holds the lock of the state directory; nothing is removed then.
 pub async fn cleanup(config: &Config, state: bool) -> Result<CleanupReport, Failure> {
     let lock = match config.state_dir.is_dir() {
         true => Some(StateLock::take(&config.state_dir)?),

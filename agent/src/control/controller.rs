@@ -31,7 +31,7 @@ use super::view::Publication;
 use crate::cni::Pods;
 use crate::config::Config;
 use crate::failure::Failure;
-use crate::lifecycle::{Asked, NotReady, Signals};
+use crate::lifecycle::{NotReady, SignalEvent, Signals};
 use crate::status::PeerConflict;
 
 /// Interval of the reconciliation, independent of notifications: the kernel drops notifications
@@ -202,9 +202,9 @@ impl Controller {
         let dataplane = self.published.dataplane.clone();
         loop {
             tokio::select! {
-                asked = signals.next() => match asked {
-                    Asked::End => return self.shut_down().await,
-                    Asked::Reload => self.reload().await,
+                event = signals.next() => match event {
+                    SignalEvent::End => return self.shut_down().await,
+                    SignalEvent::Reload => self.reload().await,
                 },
                 result = &mut first, if !self.started => {
                     match result.unwrap_or_else(|_| Err(anyhow::anyhow!("the supervisor has ended").into())) {

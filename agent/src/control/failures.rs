@@ -18,16 +18,16 @@ pub(super) fn netlink_failure(error: NetlinkError) -> Failure {
 pub(super) fn interface_failure(error: InterfaceError) -> Failure {
     match error {
         InterfaceError::Foreign { .. } | InterfaceError::OtherNode { .. } => {
-            Failure::Taken(error.to_string())
+            Failure::InUse(error.to_string())
         }
         InterfaceError::Netlink(error) => netlink_failure(error),
         InterfaceError::Tun(error) => match error {
             TunError::NotFound | TunError::NoDevice { .. } => Failure::Missing(error.to_string()),
             TunError::Permission { .. } => Failure::Privilege(error.to_string()),
             TunError::Exists { .. } | TunError::Busy { .. } | TunError::NotATun { .. } => {
-                Failure::Taken(error.to_string())
+                Failure::InUse(error.to_string())
             }
-            TunError::Flags { .. } => Failure::Taken(error.to_string()),
+            TunError::Flags { .. } => Failure::InUse(error.to_string()),
             TunError::Name { .. } => Failure::Usage(error.to_string()),
             TunError::Io { .. } => Failure::Runtime(error.into()),
         },

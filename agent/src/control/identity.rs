@@ -100,12 +100,12 @@ pub fn load(path: &Path) -> Result<Option<PrivateKey>, Failure> {
 /// Writes the key atomically. An existing file is never replaced.
 ///
 /// # Errors
-/// [`Failure::Taken`] if the file exists; another [`Failure`] if it cannot be written.
+/// [`Failure::InUse`] if the file exists; another [`Failure`] if it cannot be written.
 pub fn store(path: &Path, key: &PrivateKey) -> Result<(), Failure> {
     let mut text = key.to_base64();
     text.push('\n');
     create(path, text.as_bytes()).map_err(|error| match error.kind() {
-        io::ErrorKind::AlreadyExists => Failure::Taken(format!(
+        io::ErrorKind::AlreadyExists => Failure::InUse(format!(
             "{} already exists. Remove it first if its key is no longer needed.",
             path.display()
         )),
@@ -170,7 +170,7 @@ mod tests {
         let path = directory.path().join("node.key");
         let key = load_or_create(&path).unwrap();
         let other = PrivateKey::generate().unwrap();
-        assert!(matches!(store(&path, &other), Err(Failure::Taken(_))));
+        assert!(matches!(store(&path, &other), Err(Failure::InUse(_))));
         assert_eq!(load(&path).unwrap(), Some(key));
     }
 

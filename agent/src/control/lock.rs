@@ -24,7 +24,7 @@ impl StateLock {
     /// Acquires the lock of a state directory, which is created if it does not exist.
     ///
     /// # Errors
-    /// [`Failure::Taken`] if another agent holds the lock; another [`Failure`] if the directory
+    /// [`Failure::InUse`] if another agent holds the lock; another [`Failure`] if the directory
     /// cannot be used.
     pub fn take(state_dir: &Path) -> Result<Self, Failure> {
         let shown = state_dir.display();
@@ -37,7 +37,7 @@ impl StateLock {
             // written it.
             let _ = std::fs::File::open(&path)
                 .and_then(|file| file.take(32).read_to_string(&mut holder));
-            return Err(Failure::Taken(format!(
+            return Err(Failure::InUse(format!(
                 "another agent (process {}) uses the state directory {shown}. Stop it, or give each \
                  agent its own state_dir.",
                 holder.trim()
@@ -93,7 +93,7 @@ mod tests {
         let state = directory.path().join("state");
         let lock = StateLock::take(&state).unwrap();
         let error = StateLock::take(&state).unwrap_err();
-        assert!(matches!(error, Failure::Taken(_)));
+        assert!(matches!(error, Failure::InUse(_)));
         assert!(error.to_string().contains(&std::process::id().to_string()), "{error}");
         drop(lock);
         StateLock::take(&state).unwrap().remove().unwrap();

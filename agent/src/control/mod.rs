@@ -74,7 +74,7 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub enum Ended {
     /// A signal ended the agent.
-    Asked,
+    Signal,
     /// The agent hands over its role to another agent.
     HandedOver(HandOver),
 }
@@ -104,7 +104,7 @@ pub async fn run(
     mut start: Start,
     serve_http: ServeHttp,
 ) -> Result<Ended, Failure> {
-    let mut signals = Signals::take().context("cannot install signal handlers")?;
+    let mut signals = Signals::install().context("cannot install signal handlers")?;
     let takes_over = start.takes_over();
     let readiness = Readiness::default();
     // This guard is held until the parts have guards of their own.
@@ -118,7 +118,7 @@ pub async fn run(
     }
     let role = tokio::select! {
         role = takeover::take_role(&config, &mut start, &starting) => role?,
-        () = signals.end() => return Ok(Ended::Asked),
+        () = signals.terminated() => return Ok(Ended::Signal),
     };
     let Role { lock, listeners, taken_over } = role;
     let rotation = Rotation::load(&config)?;
@@ -159,7 +159,7 @@ pub async fn run(
         refuse_kept_prefixes(&config, stored.as_ref()).await?;
         let source = tokio::select! {
             source = first_records(&agent, requests, &starting, stored.as_ref()) => source?,
-            () = signals.end() => return Ok(()),
+            () = signals.terminated() => return Ok(()),
         };
         let (source, reader) = source;
         let registry = Registry::open(&config, rotation.public(), reader, stored)?;
@@ -183,7 +183,7 @@ pub async fn run(
     // A socket file that stays is harmless: the next start takes it over.
     let _ = std::fs::remove_file(socket);
     lock.release();
-    result.map(|()| Ended::Asked)
+    result.map(|()| Ended::Signal)
 }
 
 /// Calls `take` again while an agent that hands over still has the resource, at most
@@ -195,7 +195,7 @@ async fn retry_until_free<T>(
     let end = Instant::now() + RELEASE_TIMEOUT;
     loop {
         match take() {
-            Err(Failure::Taken(_)) if take_over && Instant::now() < end => {
+            Err(Failure::InUse(_)) if take_over && Instant::now() < end => {
                 tokio::time::sleep(RETRY_INTERVAL).await;
             }
             result => return result,

@@ -219,7 +219,7 @@ impl Rotation {
     /// may have changed even if an error is returned.
     ///
     /// # Errors
-    /// [`Failure::Taken`] if a rotation is active; [`Failure::Usage`] for `at_once` if the agent
+    /// [`Failure::InUse`] if a rotation is active; [`Failure::Usage`] for `at_once` if the agent
     /// does not write the node records; another [`Failure`] if a key file cannot be written.
     pub fn begin(&mut self, at_once: bool) -> Result<(), Failure> {
         let result = self.try_begin(at_once);
@@ -232,7 +232,7 @@ impl Rotation {
     fn try_begin(&mut self, at_once: bool) -> Result<(), Failure> {
         if self.stage() != Stage::Steady && !at_once {
             let stage = self.stage().label();
-            return Err(Failure::Taken(format!("the key is being changed already ({stage})")));
+            return Err(Failure::InUse(format!("the key is being changed already ({stage})")));
         }
         if at_once && !self.writes_record {
             return Err(Failure::Usage(

@@ -91,7 +91,7 @@ impl From<RotationError> for ErrorAnswer {
     fn from(error: RotationError) -> Self {
         let status = match &error {
             RotationError::Failed(Failure::Usage(_)) => StatusCode::UNPROCESSABLE_ENTITY,
-            RotationError::Failed(Failure::Taken(_)) => StatusCode::CONFLICT,
+            RotationError::Failed(Failure::InUse(_)) => StatusCode::CONFLICT,
             RotationError::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
             RotationError::Starting | RotationError::NoRecords(_) | RotationError::Ending => {
                 StatusCode::SERVICE_UNAVAILABLE
@@ -350,7 +350,7 @@ mod tests {
 
         let agent = Agent::start();
         let socket = agent.socket();
-        answer_rotation(agent.rotate, |_| Err(Failure::Taken("it changes".to_owned()).into()));
+        answer_rotation(agent.rotate, |_| Err(Failure::InUse("it changes".to_owned()).into()));
         let error = agent_client::rotate_key(&socket, false).await.unwrap_err();
         assert!(
             matches!(&error, AgentError::Refused { status: StatusCode::CONFLICT, message } if message == "it changes"),

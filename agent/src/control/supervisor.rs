@@ -209,7 +209,7 @@ impl Supervisor {
             if let SessionEnd::WrongNode(message) = &why
                 && let Some(first) = self.first.take()
             {
-                let _ = first.send(Err(Failure::Taken(message.clone())));
+                let _ = first.send(Err(Failure::InUse(message.clone())));
             }
             if let SessionEnd::Refused { kind, message } = &why
                 && let Some(first) = self.first.take()
@@ -428,7 +428,7 @@ fn failure(kind: ErrorKind, message: String) -> Failure {
     match kind {
         ErrorKind::Invalid | ErrorKind::RestartRequired => Failure::Usage(message),
         ErrorKind::Missing => Failure::Missing(message),
-        ErrorKind::InUse => Failure::Taken(message),
+        ErrorKind::InUse => Failure::InUse(message),
         ErrorKind::Privilege => Failure::Privilege(message),
         ErrorKind::Internal => Failure::Runtime(anyhow::anyhow!(message)),
     }

@@ -104,7 +104,7 @@ pub async fn take_role(
         return Ok(role(StateLock::of(lock, state_dir)?, Listeners::default(), true));
     }
     match StateLock::take(state_dir) {
-        Err(Failure::Taken(_)) if start.takes_over() => {}
+        Err(Failure::InUse(_)) if start.takes_over() => {}
         lock => return Ok(role(lock?, Listeners::default(), false)),
     }
     let mut candidate = Candidate::new(config, start.instance.as_ref());
@@ -123,7 +123,7 @@ pub async fn take_role(
             Err(error) => tracing::warn!(%error, "running agent does not hand over"),
         }
         match StateLock::take(state_dir) {
-            Err(Failure::Taken(_)) => tokio::time::sleep(CHECK_INTERVAL).await,
+            Err(Failure::InUse(_)) => tokio::time::sleep(CHECK_INTERVAL).await,
             lock => return Ok(role(lock?, listeners, true)),
         }
     }
@@ -295,7 +295,7 @@ impl Records {
 fn check_port(address: SocketAddr) -> Result<(), Failure> {
     match UdpSocket::bind(address) {
         Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
-            Err(Failure::Taken(format!(
+            Err(Failure::InUse(format!(
                 "underlay.port: {address} is in use by another program. Set another port on every node."
             )))
         }

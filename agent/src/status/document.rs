@@ -134,7 +134,7 @@ pub struct RegistryStatus {
     pub source: PathBuf,
     /// Number of active records, this node's included.
     pub accepted: usize,
-    /// Rejected files.
+    /// Rejected files, each with its error.
     pub rejected: Vec<RejectedFile>,
     /// Error of the last attempt to read the source; `None` after a success.
     pub source_error: Option<String>,

@@ -1,4 +1,5 @@
-//! Current state of this node's records, interface and key, from the control process to its readers.
+//! Current state of this node's records, interface and key, which the control process shares with
+//! its readers.
 
 use tokio::sync::watch;
 

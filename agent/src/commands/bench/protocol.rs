@@ -113,12 +113,12 @@ impl Connection {
         self.0.get_mut().write_all(&text)
     }
 
-    /// Receives a line.
+    /// Receives a line and parses it as JSON.
     pub(super) fn receive<T: DeserializeOwned>(&mut self) -> io::Result<T> {
         read_line(&mut self.0)
     }
 
-    /// Requests a measurement.
+    /// Requests a measurement and proves the knowledge of the token.
     pub(super) fn request(&mut self, token: &str, work: Work) -> Result<(), RequestError> {
         let challenge: String = self.receive()?;
         self.send(&Request { work, proof: BASE64.encode(sign(token, &challenge, work)?) })?;

@@ -28,7 +28,7 @@ pub(super) fn serve(
 ) -> Result<(), Failure> {
     let (tcp, udp) = bind(port).map_err(|error| match error.kind() {
         io::ErrorKind::AddrInUse => {
-            Failure::Taken(format!("port {port} is in use. Choose another with --port."))
+            Failure::InUse(format!("port {port} is in use. Choose another with --port."))
         }
         _ => Failure::io(format!("cannot listen on port {port}"), error),
     })?;
@@ -76,7 +76,7 @@ fn bind(port: u16) -> io::Result<(TcpListener, UdpSocket)> {
     Err(failed)
 }
 
-/// Answers one request.
+/// Answers one request, at most until `end`.
 fn answer(
     stream: TcpStream,
     udp: &UdpSocket,

@@ -94,11 +94,11 @@ async fn test_with(
     options: &Options<'_>,
     report: impl Fn(&str),
 ) -> anyhow::Result<Matrix> {
-    let mut signals = Signals::take().context("cannot install signal handlers")?;
+    let mut signals = Signals::install().context("cannot install signal handlers")?;
     let run = Run::new(client, options);
     let result = tokio::select! {
         result = run.test(&report) => result,
-        () = signals.end() => Err(anyhow!("interrupted")),
+        () = signals.terminated() => Err(anyhow!("interrupted")),
     };
     if run.pods_made.get() == 0 {
         return result;
@@ -106,7 +106,7 @@ async fn test_with(
     report("removing the test's pods");
     let removed = tokio::select! {
         removed = run.remove() => removed,
-        () = signals.end() => Err("interrupted".to_owned()),
+        () = signals.terminated() => Err("interrupted".to_owned()),
     };
     if let Err(why) = removed {
         let (namespace, ours) = (options.namespace, run.selector());

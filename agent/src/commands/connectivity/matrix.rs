@@ -52,7 +52,7 @@ pub(crate) enum Protocol {
 pub(crate) struct Cell {
     /// Shortest time until an answer in microseconds.
     round_trip_us: Option<u64>,
-    /// Number of probes.
+    /// Number of probes of the pair.
     probed: u32,
     /// Number of failed probes.
     failed: u32,
@@ -144,7 +144,7 @@ impl Matrix {
         Self { pairs, silent: BTreeMap::new(), absent }
     }
 
-    /// Adds the row of a prober, or the reason that there is none.
+    /// Adds the row of a prober, or the reason that the row is missing.
     pub(crate) fn add_row(&mut self, from: String, row: Result<Vec<Cell>, String>) {
         let columns = self.pairs.columns.len();
         match row {

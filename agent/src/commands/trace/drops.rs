@@ -10,7 +10,7 @@ use skein_ipc::capture::{CaptureKind, CaptureRequest, CapturedPacket};
 use tokio::time::Instant;
 
 use crate::commands::packet::describe;
-use crate::commands::{Agent, Output, print, print_if_open, watching};
+use crate::commands::{Agent, Output, capture_client, print, print_if_open};
 use crate::failure::Failure;
 use crate::lifecycle::Signals;
 use crate::status::{Tone, paint};
@@ -32,14 +32,14 @@ type Kind = (String, String);
 /// Prints drops until the limits are reached, the reader closes the pipe, or a signal arrives.
 pub(super) async fn follow(agent: &Agent, limits: &Limits, output: Output) -> Result<(), Failure> {
     let mut signals =
-        Signals::take().map_err(|e| Failure::io("cannot install signal handlers", e))?;
+        Signals::install().map_err(|e| Failure::io("cannot install signal handlers", e))?;
     let status = agent.status().await?;
-    let mut counters = watching::connect(&status).await?;
+    let mut counters = capture_client::connect(&status).await?;
     let watch = CaptureRequest { kind: CaptureKind::Drops, nets: Vec::new(), snap: SNAP_LENGTH };
-    let mut client = watching::start_capture(&status, watch).await?;
+    let mut client = capture_client::start_capture(&status, watch).await?;
     let end = limits.duration.map(|duration| Instant::now() + duration);
     // Counters at the start, counters one interval ago, and the drops that were already printed.
-    let start = totals(&counters.report(false).await.map_err(watching::failure)?);
+    let start = totals(&counters.report(false).await.map_err(capture_client::failure)?);
     let (mut before, mut printed) = (start.clone(), BTreeMap::<Kind, u64>::new());
     let (mut requested, mut left) = (Instant::now(), limits.count.unwrap_or(u64::MAX));
     if output == Output::Table {
@@ -49,8 +49,8 @@ pub(super) async fn follow(agent: &Agent, limits: &Limits, output: Output) -> Re
     }
     while left > 0 {
         let seen = tokio::select! {
-            seen = client.next_captured() => seen.map_err(watching::failure)?.0,
-            () = signals.end() => break,
+            seen = client.next_captured() => seen.map_err(capture_client::failure)?.0,
+            () = signals.terminated() => break,
             () = sleep_until(end) => break,
         };
         for seen in seen {
@@ -75,7 +75,7 @@ pub(super) async fn follow(agent: &Agent, limits: &Limits, output: Output) -> Re
                     }
                 }
             }
-            before = totals(&counters.report(false).await.map_err(watching::failure)?);
+            before = totals(&counters.report(false).await.map_err(capture_client::failure)?);
         }
     }
     Ok(())

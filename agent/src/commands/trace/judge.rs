@@ -29,9 +29,9 @@ pub(super) struct Step {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Grade {
-    /// The packet passes.
+    /// The packet passes this step.
     Good,
-    /// The packet passes; the detail is useful for a diagnosis.
+    /// The packet passes this step; the detail is useful for a diagnosis.
     Note,
     /// The packet stops here.
     Bad,

@@ -39,7 +39,7 @@ fn rotation_follows_record_of_operator() {
     assert!(matches!(rotation.begin(true), Err(Failure::Usage(_))));
     rotation.begin(false).unwrap();
     let new = rotation.public().second.unwrap();
-    assert!(matches!(rotation.begin(false), Err(Failure::Taken(_))));
+    assert!(matches!(rotation.begin(false), Err(Failure::InUse(_))));
     assert!(rotation.status().waits_for.unwrap().contains(&new.to_string()));
     let keys = |first, second| Some(PublicKeys { first, second });
     // After the announcement the rotation waits. A restarted agent continues in the same stage.

@@ -225,7 +225,7 @@ async fn refusal_of_first_snapshot_is_final() {
         let lab = supervise(&fake);
         let failure = lab.first.await.unwrap().unwrap_err();
         let found = match failure {
-            Failure::Taken(_) => 5,
+            Failure::InUse(_) => 5,
             Failure::Missing(_) => 4,
             Failure::Privilege(_) => 3,
             Failure::Usage(_) => 2,
@@ -257,7 +257,7 @@ async fn data_process_of_another_node_keeps_running() {
         let lab = supervise_in(&fake, mode);
         let failure = lab.first.await.unwrap().unwrap_err();
         assert!(
-            matches!(&failure, Failure::Taken(text) if text.contains("\"node-b\"")),
+            matches!(&failure, Failure::InUse(text) if text.contains("\"node-b\"")),
             "{failure}"
         );
         lab.handle.end(ShutdownMode::Stop).await;

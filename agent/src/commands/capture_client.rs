@@ -30,7 +30,7 @@ pub(crate) async fn start_capture(
 /// Converts an error of the data process to the failure of the command.
 pub(crate) fn failure(error: ClientError) -> Failure {
     match error {
-        ClientError::Refused { kind: ErrorKind::InUse, message } => Failure::Taken(message),
+        ClientError::Refused { kind: ErrorKind::InUse, message } => Failure::InUse(message),
         ClientError::Refused { kind: ErrorKind::Invalid, message } => Failure::Runtime(anyhow!(
             "{message}. If the data process has an older version, replace it with skein-agent dataplane \
              --take-over."
