@@ -184,7 +184,7 @@ impl Desired {
 
 /// Inner MTU of the overlay.
 struct UsableMtu {
-    /// MTU in bytes.
+    /// Usable MTU in bytes, at least the minimum of the IP versions in use.
     mtu: u16,
     /// Problem and remedy if the underlay or the configuration leaves less.
     problem: Option<String>,

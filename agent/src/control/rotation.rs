@@ -50,7 +50,7 @@ pub enum RotationError {
     /// The node records cannot be read or written, so that no other node would learn the new key.
     #[error("cannot rotate the key at once while the node records are not available: {0}")]
     NoRecords(String),
-    /// The agent stops.
+    /// The agent stops before it has answered.
     #[error("the agent is ending")]
     Ending,
     /// The rotation cannot start, or a step failed.
@@ -64,7 +64,7 @@ pub type RotationSender = mpsc::Sender<RotationRequest>;
 /// Private keys of this node.
 #[derive(Debug, Clone, Copy)]
 pub struct NodeKeys<'a> {
-    /// Active private key.
+    /// Private key with which this node starts handshakes.
     pub current: &'a PrivateKey,
     /// The next or the previous key during a rotation.
     pub second: Option<&'a PrivateKey>,

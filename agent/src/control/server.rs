@@ -6,7 +6,7 @@
 //! | `GET /status` | | 200, [`Document`] |
 //! | `POST /key/rotation` | [`KeyRotationBody`] | 200, [`RotationStatus`] |
 //! | `PUT /log/level` | [`LogLevelBody`] | 204 |
-//! | `POST /hand-over` with `Upgrade: skein-hand-over` | | 101; then the lock of the state directory, as a descriptor |
+//! | `POST /hand-over` with `Upgrade: skein-hand-over` | | 101, then the descriptor of the lock |
 //!
 //! An error is a status code and an [`ErrorBody`]. Only root and the agent's own user are served.
 

@@ -44,8 +44,8 @@ const MAX_RESTART_DELAY: Duration = Duration::from_secs(5);
 pub struct Settings {
     /// Socket of the data process.
     pub socket: PathBuf,
-    /// Whether the supervisor starts the data process (`spawn`) or another program does
-    /// (`external`).
+    /// Mode of the data process: the supervisor starts the data process (`spawn`) or another
+    /// program does (`external`).
     pub mode: Mode,
     /// Log level and format of a data process that the supervisor starts.
     pub log: Log,
@@ -104,7 +104,7 @@ impl Handle {
     }
 }
 
-/// Result of [`start`].
+/// Handle and first outcome of a supervisor that [`start`] has started.
 #[derive(Debug)]
 pub struct Supervision {
     /// Handle of the supervisor.

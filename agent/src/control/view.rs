@@ -53,7 +53,7 @@ impl Publication {
 /// Current state of the agent. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct AgentView {
-    /// The validated configuration.
+    /// Validated configuration of the agent.
     pub config: Arc<Config>,
     /// Readiness of the agent.
     pub readiness: Readiness,

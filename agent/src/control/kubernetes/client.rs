@@ -1,4 +1,4 @@
-//! The connection to the API server, and what is asked of it, counted.
+//! Connection to the API server, and counters of the requests.
 
 use std::path::Path;
 use std::time::Duration;
@@ -16,22 +16,24 @@ use tower::util::MapRequestLayer;
 
 use crate::failure::Failure;
 
-/// Seconds after which a watch is renewed, and at most half as many more: a connection from an address that this node has no more, or to
-/// a server that is gone, says nothing, and is found dead by that alone.
-pub(super) const RENEW: u32 = 60;
+/// Minimum time after which a watch is renewed, seconds; the maximum is 1.5 times as long. A
+/// connection from an address that this node has lost, or to a server that is gone, reports no
+/// error, and is only detected by the renewal.
+pub(super) const WATCH_RENEWAL_SECONDS: u32 = 60;
 
-/// How long the API server may take to accept a connection.
-const CONNECT: Duration = Duration::from_secs(10);
+/// Timeout of a connection attempt to the API server.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long the API server may take to begin an answer.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Timeout from a request to the first byte of its answer.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long an answer may pause: a watch says nothing for as long, and then it is renewed.
-const SILENCE: Duration = Duration::from_secs(RENEW as u64 * 2);
+/// Maximum pause within an answer. A watch without events pauses until its renewal, after 90 s at
+/// most.
+const READ_TIMEOUT: Duration = Duration::from_secs(WATCH_RENEWAL_SECONDS as u64 * 2);
 
 const VERBS: [&str; 5] = ["list", "watch", "create", "patch", "delete"];
 
-/// Requests to the API server.
+/// Counters of requests to the API server.
 #[derive(Debug, Clone)]
 pub struct Requests(IntCounterVec);
 
@@ -51,7 +53,7 @@ impl Requests {
         Ok(Self(total))
     }
 
-    /// For a scrape.
+    /// Returns the metric families for a scrape.
     pub fn families(&self) -> Vec<MetricFamily> {
         self.0.collect()
     }
@@ -60,7 +62,7 @@ impl Requests {
         let query = request.uri().query().unwrap_or_default();
         let verb = match *request.method() {
             http::Method::GET if query.contains("watch=true") => "watch",
-            // Nothing else is got.
+            // The agent sends no other GET requests.
             http::Method::GET => "list",
             http::Method::POST => "create",
             http::Method::DELETE => "delete",
@@ -90,13 +92,14 @@ pub(super) async fn connect(
             read.with_context(|| format!("kubernetes.kubeconfig = {shown} names no cluster"))?
         }
         None => Config::incluster().context(
-            "this is no pod of a cluster with a service account: set kubernetes.kubeconfig",
+            "this process does not run in a pod with a service account. Set kubernetes.kubeconfig.",
         )?,
     };
-    config.connect_timeout = Some(CONNECT);
-    config.read_timeout = Some(SILENCE);
+    config.connect_timeout = Some(CONNECT_TIMEOUT);
+    config.read_timeout = Some(READ_TIMEOUT);
     config.reset_reader_on_write = true;
-    // It would try again fifteen times within seconds, unseen and all nodes at once: our waits are longer.
+    // The client's own retries are 15 within seconds, not logged, and not spread over the nodes.
+    // The callers retry with `RetryBackoff`.
     config.default_retry = false;
     let server = config.cluster_url.host().unwrap_or_default().to_owned();
     let requests = requests.clone();
@@ -104,20 +107,21 @@ pub(super) async fn connect(
         requests.count(&request);
         request
     });
-    let builder = ClientBuilder::try_from(config).context("cannot make a client of the cluster")?;
-    let timeout = TimeoutLayer::new(PATIENCE);
+    let builder =
+        ClientBuilder::try_from(config).context("cannot create a client of the cluster")?;
+    let timeout = TimeoutLayer::new(RESPONSE_TIMEOUT);
     Ok((builder.with_layer(&timeout).with_layer(&count).build(), server))
 }
 
-/// What an error of the API server means, in a line.
+/// Returns the cause of an error of the API server in one line, for messages.
 pub(super) fn describe(error: &kube::Error) -> String {
     match error {
         kube::Error::Api(status) if status.code == 404 && status.message.starts_with("404 page") => {
-            "the cluster does not know the resource SkeinNode (skein-agent crd | kubectl apply -f -)"
+            "the cluster does not know the resource SkeinNode. Run skein-agent crd | kubectl apply -f -"
                 .to_owned()
         }
         kube::Error::Api(status) => message_excerpt(&status.message).into_owned(),
-        // Its sources say more than itself.
+        // The sources of the error name the cause.
         other => {
             let mut text = other.to_string();
             let mut source = std::error::Error::source(other);

@@ -1,4 +1,4 @@
-//! What the API server tells: this node's Node, and every SkeinNode.
+//! Watches of the API server: this node's Node, and all SkeinNodes.
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -16,42 +16,43 @@ use skein_netlink::Netlink;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
-use super::backoff::{Waits, fraction};
-use super::client::{RENEW, describe};
+use super::backoff::{RetryBackoff, random_fraction};
+use super::client::{WATCH_RENEWAL_SECONDS, describe};
 use super::own;
 use super::resource::{SkeinNode, SkeinNodeSpec};
 use crate::config::Config;
 use crate::control::records::ParsedRecords;
 use crate::status::RotationStatus;
 
-/// Changes that come together are taken together.
-const QUIET: Duration = Duration::from_millis(100);
-/// A watch that fails is tried again within half a minute, and fails again within ten seconds: after this
-/// long without another error it is well, though it may have nothing to tell.
-const WELL: Duration = Duration::from_secs(45);
-/// The addresses of `kubernetes.endpoint_interface` are looked at this often.
-const LOOK: Duration = Duration::from_secs(5);
+/// Delay after a change, so that several changes are published together.
+const COALESCE_DELAY: Duration = Duration::from_millis(100);
+/// Time after which an error of a watch expires. A failed watch is repeated within 30 s and fails
+/// again within 10 s, so that a watch without a further error works, even if it has no events.
+const ERROR_LIFETIME: Duration = Duration::from_secs(45);
+/// Interval at which the addresses of `kubernetes.endpoint_interface` are read and errors expire.
+const POLL_INTERVAL: Duration = Duration::from_secs(5);
 
-/// What is known of the cluster.
+/// Known state of the cluster.
 #[derive(Debug, Clone, Default)]
 pub(super) struct State {
-    /// This node's Node; `None` before it was seen, and once it is deleted.
+    /// Node object of this node; `None` before it was received, and after its deletion.
     pub(super) node: Option<Arc<Node>>,
-    /// This node's SkeinNode as the API server has it.
+    /// SkeinNode of this node as the watch has reported it last.
     pub(super) published: Option<Arc<SkeinNode>>,
     /// UID of this node's SkeinNode whose deletion was observed last.
     pub(super) deleted: Option<String>,
-    /// What this node's record is to be; `None` as long as no Node was seen.
+    /// Desired spec of this node's SkeinNode; `None` before the Node was received. An error names
+    /// the reason why there is no spec.
     pub(super) own: Option<Result<SkeinNodeSpec, String>>,
-    /// Why nothing can be said of this node now; what was said before stays in force.
+    /// Reason why no spec follows from the current Node; the earlier spec stays.
     pub(super) problem: Option<String>,
-    /// Every node's record, this node's as it is to be; `None` before all were seen.
+    /// Records of all nodes, this node's in its desired form; `None` before all were received.
     pub(super) records: Option<Arc<ParsedRecords>>,
-    /// Why nothing new is known.
+    /// Error of a watch, because of which the state may be outdated.
     pub(super) error: Option<String>,
 }
 
-/// Follows the API server, for as long as somebody listens.
+/// Follows the API server and publishes the state to `sender`, until all receivers are dropped.
 pub(super) async fn follow(
     config: Arc<Config>,
     mut key: watch::Receiver<RotationStatus>,
@@ -59,11 +60,12 @@ pub(super) async fn follow(
     sender: watch::Sender<State>,
 ) {
     let (store, writer) = reflector::store::<SkeinNode>();
-    // Thousands of nodes are to ask at different times.
-    let renew = RENEW + (f64::from(RENEW / 2) * fraction()) as u32;
+    // The nodes of a cluster renew their watches at different times.
+    let renew =
+        WATCH_RENEWAL_SECONDS + (f64::from(WATCH_RENEWAL_SECONDS / 2) * random_fraction()) as u32;
     let any = from_memory(renew);
     let all = watcher(Api::<SkeinNode>::all(client.clone()), any);
-    let all = all.backoff(Waits::default()).modify(|node| {
+    let all = all.backoff(RetryBackoff::default()).modify(|node| {
         node.managed_fields_mut().clear();
         node.annotations_mut().clear();
         if node.name_any() != config.name {
@@ -73,12 +75,13 @@ pub(super) async fn follow(
     let mut all = std::pin::pin!(all.reflect(writer));
     let only =
         watcher::Config::default().timeout(renew).fields(&format!("metadata.name={}", config.name));
-    let node = watcher(Api::<Node>::all(client), only).backoff(Waits::default()).modify(|node| {
-        node.managed_fields_mut().clear();
-        if let Some(status) = &mut node.status {
-            status.images = None;
-        }
-    });
+    let node =
+        watcher(Api::<Node>::all(client), only).backoff(RetryBackoff::default()).modify(|node| {
+            node.managed_fields_mut().clear();
+            if let Some(status) = &mut node.status {
+                status.images = None;
+            }
+        });
     let mut node = std::pin::pin!(node);
     let mut follower = Follower {
         config: Arc::clone(&config),
@@ -92,46 +95,48 @@ pub(super) async fn follow(
         errors: [None, None],
     };
     let netlink = config.kubernetes.endpoint_interface.as_ref().and(Netlink::connect().ok());
-    let mut look = tokio::time::interval(LOOK);
-    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    // When what has changed is told.
+    let mut poll = tokio::time::interval(POLL_INTERVAL);
+    poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    // Time at which changes are published.
     let mut due: Option<Instant> = None;
     loop {
         let changed = tokio::select! {
-            Some(event) = all.next() => follower.take_record(event),
-            Some(event) = node.next() => follower.take_node(event),
-            // It fails only where nobody listens any more.
+            Some(event) = all.next() => follower.on_record_event(event),
+            Some(event) = node.next() => follower.on_node_event(event),
+            // `changed` fails only after the sender is dropped; the branch is disabled then.
             Ok(()) = key.changed() => {
                 follower.keys = key.borrow_and_update().keys;
                 true
             }
-            _ = look.tick() => {
-                let well = follower.forget();
+            _ = poll.tick() => {
+                let well = follower.expire_errors();
                 match &netlink {
-                    Some(netlink) => follower.take_addresses(netlink).await || well,
+                    Some(netlink) => follower.poll_addresses(netlink).await || well,
                     None => well,
                 }
             }
             () = until(due) => {
                 due = None;
-                follower.tell(&sender);
+                follower.publish_state(&sender);
                 false
             }
             () = sender.closed() => return,
         };
         if changed && due.is_none() {
-            due = Some(Instant::now() + QUIET);
+            due = Some(Instant::now() + COALESCE_DELAY);
         }
     }
 }
 
-/// From the API server's memory, not its database: after its restart all nodes ask at once. It does so only
-/// for lists that come as a whole.
+/// Returns the configuration of a watch whose list comes from the API server's cache and not from
+/// etcd, because all nodes request it at the same time after a restart of the server. The cache
+/// serves only lists without pages.
 fn from_memory(renew: u32) -> watcher::Config {
     let config = watcher::Config::default().timeout(renew).any_semantic();
     watcher::Config { page_size: None, ..config }
 }
 
+/// Waits until `due`; forever if it is `None`.
 async fn until(due: Option<Instant>) {
     match due {
         Some(at) => tokio::time::sleep_until(at).await,
@@ -139,25 +144,27 @@ async fn until(due: Option<Instant>) {
     }
 }
 
+/// Follower of both watches.
 struct Follower {
     config: Arc<Config>,
     keys: PublicKeys,
     store: reflector::Store<SkeinNode>,
-    /// Whether every SkeinNode was seen once.
+    /// True after all SkeinNodes were received once.
     synced: bool,
-    /// Whether the list that is coming in has this node's Node.
+    /// True if the list that is being received contains this node's Node.
     found: bool,
     addresses: Option<Vec<IpAddr>>,
-    /// Of the Node that the own record is about.
+    /// UID of the Node from which the own spec follows.
     uid: Option<String>,
     state: State,
-    /// Of the watch of SkeinNodes, and of that of the Node.
+    /// Last errors of the watch of SkeinNodes and of the watch of the Node, with their times.
     errors: [Option<(String, Instant)>; 2],
 }
 
 impl Follower {
-    /// The store has taken the event already. Says whether something has changed.
-    fn take_record(&mut self, event: watcher::Result<Event<SkeinNode>>) -> bool {
+    /// Handles an event of the watch of SkeinNodes, which the store contains already. Returns
+    /// whether the state has changed.
+    fn on_record_event(&mut self, event: watcher::Result<Event<SkeinNode>>) -> bool {
         let error = event.as_ref().err().map(|error| format!("SkeinNodes: {}", failure(error)));
         if let Ok(Event::Delete(node)) = &event
             && node.name_any() == self.config.name
@@ -165,7 +172,7 @@ impl Follower {
             self.state.deleted = node.uid();
         }
         match event {
-            // Half a list is none.
+            // An incomplete list is not used.
             Ok(Event::Init | Event::InitApply(_)) => return false,
             Ok(Event::InitDone) => self.synced = true,
             Ok(Event::Apply(_) | Event::Delete(_)) | Err(_) => {}
@@ -174,7 +181,8 @@ impl Follower {
         true
     }
 
-    fn take_node(&mut self, event: watcher::Result<Event<Node>>) -> bool {
+    /// Handles an event of the watch of the Node. Returns whether the state has changed.
+    fn on_node_event(&mut self, event: watcher::Result<Event<Node>>) -> bool {
         let error = event.as_ref().err().map(|error| format!("Node: {}", failure(error)));
         self.errors[1] = error.map(|error| (error, Instant::now()));
         match event {
@@ -191,7 +199,7 @@ impl Follower {
             Ok(Event::InitDone | Event::Delete(_)) => {
                 tracing::warn!(
                     node = self.config.name,
-                    "the cluster has no such Node: its record waits"
+                    "cluster has no Node of this name, node record not written"
                 );
                 self.state.node = None;
             }
@@ -200,16 +208,17 @@ impl Follower {
         true
     }
 
-    /// Forgets errors that did not come again.
-    fn forget(&mut self) -> bool {
+    /// Removes errors older than [`ERROR_LIFETIME`]. Returns whether one was removed.
+    fn expire_errors(&mut self) -> bool {
         let mut forgotten = false;
         for error in &mut self.errors {
-            forgotten |= error.take_if(|(_, at)| at.elapsed() > WELL).is_some();
+            forgotten |= error.take_if(|(_, at)| at.elapsed() > ERROR_LIFETIME).is_some();
         }
         forgotten
     }
 
-    async fn take_addresses(&mut self, netlink: &Netlink) -> bool {
+    /// Reads the addresses of `kubernetes.endpoint_interface`. Returns whether they have changed.
+    async fn poll_addresses(&mut self, netlink: &Netlink) -> bool {
         let Some(name) = &self.config.kubernetes.endpoint_interface else { return false };
         let addresses = match netlink.link(name).await {
             Ok(Some(link)) => netlink.addresses(Some(link.index)).await.unwrap_or_default(),
@@ -226,17 +235,18 @@ impl Follower {
         differs
     }
 
-    fn tell(&mut self, sender: &watch::Sender<State>) {
+    /// Computes the state and sends it to the receivers.
+    fn publish_state(&mut self, sender: &watch::Sender<State>) {
         let name = self.config.name.as_str();
         let interface = self.config.kubernetes.endpoint_interface.is_some();
-        // Of an interface that was not looked at yet nothing is known.
+        // The spec needs the addresses of the interface, which may not have been read yet.
         if let Some(node) = &self.state.node
             && interface == self.addresses.is_some()
         {
             let addresses = self.addresses.as_deref();
             let own = own::spec(&self.config, self.keys, node, addresses);
             self.state.problem = own.as_ref().err().cloned();
-            // What was said before stays in force, as long as it is the same Node.
+            // The earlier spec stays while it is that of the same Node.
             let same = self.uid == node.metadata.uid;
             if own.is_ok() || !same || !matches!(self.state.own, Some(Ok(_))) {
                 self.uid.clone_from(&node.metadata.uid);
@@ -254,6 +264,7 @@ impl Follower {
     }
 }
 
+/// Returns the cause of a watch's error, for messages.
 fn failure(error: &watcher::Error) -> String {
     match error {
         watcher::Error::InitialListFailed(error)
@@ -264,7 +275,7 @@ fn failure(error: &watcher::Error) -> String {
     }
 }
 
-/// Every node's record, this node's as it is to be.
+/// Returns the records of all nodes, this node's from `own`.
 fn files(name: &str, own: &SkeinNodeSpec, nodes: &[Arc<SkeinNode>]) -> ParsedRecords {
     let others = nodes.iter().filter(|node| node.name_any() != name);
     let mut files: ParsedRecords = others
@@ -274,7 +285,7 @@ fn files(name: &str, own: &SkeinNodeSpec, nodes: &[Arc<SkeinNode>]) -> ParsedRec
     files
 }
 
-/// Under which name a record is shown where others have a file's.
+/// Returns the name of a SkeinNode in messages and in registry.json, in the form of a path.
 pub(in crate::control) fn path(name: &str) -> PathBuf {
     PathBuf::from("skeinnodes").join(name)
 }
@@ -288,8 +299,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lists_come_from_the_api_servers_memory() {
-        let config = from_memory(RENEW);
+    fn lists_come_from_the_cache_of_the_api_server() {
+        let config = from_memory(WATCH_RENEWAL_SECONDS);
         let mut parameters = ListParams::default().match_any();
         parameters.limit = config.page_size;
         let request = Request::new("/apis").list(&parameters).unwrap();

@@ -1,5 +1,5 @@
-//! The node registry from Kubernetes: every node's record is a SkeinNode, which its own agent writes
-//! and all others watch.
+//! Node records in Kubernetes: the record of each node is a SkeinNode, which its agent writes and
+//! all other agents watch.
 
 mod backoff;
 mod client;
@@ -28,10 +28,11 @@ use crate::config::Config;
 use crate::failure::Failure;
 use crate::status::RotationStatus;
 
-/// How long a start waits for the API server where the last good records would do.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Maximum wait of a start for the API server if last good records exist.
+const FIRST_RECORDS_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Follows the API server, and keeps this node's record there, until it is dropped.
+/// Connection to the API server, until the value is dropped: follows all SkeinNodes and, after
+/// [`Kubernetes::start`], writes this node's one.
 #[derive(Debug)]
 pub struct Kubernetes {
     state: watch::Receiver<State>,
@@ -39,12 +40,16 @@ pub struct Kubernetes {
     tasks: JoinSet<()>,
 }
 
-/// The records as the API server has them. Cheap to clone.
+/// Node records of the API server. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Records(watch::Receiver<State>);
 
 impl Kubernetes {
-    /// Begins; whether the API server answers shows later.
+    /// Follows the API server and writes this node's SkeinNode, Node and Events. The API server
+    /// need not respond yet.
+    ///
+    /// # Errors
+    /// [`Failure`] if the connection to the API server is misconfigured.
     pub async fn start(agent: &AgentView, requests: Requests) -> Result<Self, Failure> {
         let (config, key) = (Arc::clone(&agent.config), agent.node.follow_key());
         let (mut kubernetes, client) = Self::connect(config, key, requests).await?;
@@ -81,10 +86,11 @@ impl Kubernetes {
         Ok((Self { state, ranges, tasks }, client))
     }
 
-    /// Waits until all records are known; not for long where there are `last_good` ones.
-    async fn first(&mut self, last_good: bool, waits: impl Fn(&str)) {
-        let end = tokio::time::Instant::now() + PATIENCE;
-        let mut told = String::new();
+    /// Waits until all records are known, at most [`FIRST_RECORDS_TIMEOUT`] if there are
+    /// `last_good` ones. Calls `waits` with each new reason for the wait.
+    async fn wait_for_records(&mut self, last_good: bool, waits: impl Fn(&str)) {
+        let end = tokio::time::Instant::now() + FIRST_RECORDS_TIMEOUT;
+        let mut logged = String::new();
         loop {
             let reason = {
                 let state = self.state.borrow_and_update();
@@ -93,13 +99,13 @@ impl Kubernetes {
                 }
                 state.waits_for()
             };
-            if reason != told {
+            if reason != logged {
                 waits(&reason);
-                told = reason;
+                logged = reason;
             }
             let changed = self.state.changed();
             if !last_good {
-                // Its task ends with this value only.
+                // The sender's task ends only with this value.
                 let _ = changed.await;
             } else if tokio::time::timeout_at(end, changed).await.is_err() {
                 return;
@@ -121,7 +127,7 @@ impl Kubernetes {
     ) -> Result<(), Failure> {
         let ranges = self.ranges.clone();
         let first = async {
-            self.first(last_good, waits).await;
+            self.wait_for_records(last_good, waits).await;
             Ok(())
         };
         tokio::try_join!(first, ranges.check(config)).map(drop)
@@ -134,39 +140,42 @@ impl Kubernetes {
         }
     }
 
-    /// What can be read at any time.
+    /// Returns a reader of the records.
     pub fn records(&self) -> Records {
         Records(self.state.clone())
     }
 }
 
 impl Records {
-    /// All of them; an error where not all are known.
+    /// Returns all records.
+    ///
+    /// # Errors
+    /// A message with the reason if not all records are known yet.
     pub fn read(&self) -> Result<ParsedRecords, String> {
         let state = self.0.borrow();
         state.records.as_deref().cloned().ok_or_else(|| state.waits_for())
     }
 
-    /// The keys of this node as the API server has them; `None` where it has none.
+    /// Returns the keys of this node's SkeinNode; `None` if it does not exist or is invalid.
     pub fn published_keys(&self) -> Option<PublicKeys> {
         let published = self.0.borrow().published.clone()?;
         published.record().ok().map(|record| record.keys())
     }
 
-    /// Why nothing new is known, where that is so.
+    /// Returns the error of a watch, because of which the records may be outdated.
     pub fn error(&self) -> Option<String> {
         self.0.borrow().error.clone()
     }
 }
 
 impl State {
-    /// What keeps all records from being known.
+    /// Returns the reason why not all records are known.
     fn waits_for(&self) -> String {
         match (&self.error, &self.own) {
             (Some(error), _) => error.clone(),
             (None, Some(Err(error))) => error.clone(),
-            (None, Some(Ok(_))) => "the SkeinNodes have not come in yet".to_owned(),
-            (None, None) => "this node's Node has not been seen yet".to_owned(),
+            (None, Some(Ok(_))) => "the SkeinNodes have not been received yet".to_owned(),
+            (None, None) => "this node's Node has not been received yet".to_owned(),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What this node says of itself, as a pure function of its Node and its configuration.
+//! Desired spec of this node's SkeinNode, as a pure function of its Node and its configuration.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -12,8 +12,12 @@ use skein_ipc::keys::PublicKeys;
 use super::resource::SkeinNodeSpec;
 use crate::config::{Config, check_inside, check_outside};
 
-/// This node's record. `addresses` are those of `kubernetes.endpoint_interface`, where one is
-/// configured. An error says what an operator has to do.
+/// Returns the spec of this node's SkeinNode. `addresses` are those of
+/// `kubernetes.endpoint_interface`; `None` if no interface is configured.
+///
+/// # Errors
+/// A message with the cause and the remedy if the Node has no pod CIDRs, if its pod CIDRs or
+/// addresses contradict `cluster_cidrs`, or if no address is usable as an endpoint.
 pub(super) fn spec(
     config: &Config,
     keys: PublicKeys,
@@ -28,8 +32,8 @@ pub(super) fn spec(
         pod_cidrs.iter().filter_map(|cidr| address::parse(cidr).ok()).collect();
     check_inside(&parsed, &config.cluster_cidrs).map_err(|error| {
         format!(
-            "the Node's podCIDRs: {error}: correct the chart's podCidr and podCidrv6, or the \
-             controller manager's --cluster-cidr"
+            "the Node's podCIDRs: {error}. Correct the chart's podCidr and podCidrv6, or the \
+             controller manager's --cluster-cidr."
         )
     })?;
     let listens = |ip: &IpAddr| {
@@ -40,7 +44,7 @@ pub(super) fn spec(
         Some(addresses) => addresses.to_vec(),
         None => internal_ips(node),
     };
-    // Includes addresses without a listener of Skein: other programs of the cluster use them.
+    // Addresses without a listener of Skein count as well: other programs of the cluster use them.
     let all = candidates.iter().copied().chain(internal_ips(node));
     check_outside(all, &config.cluster_cidrs).map_err(|error| {
         format!("an address of the Node: {error} (the chart's podCidr and podCidrv6)")
@@ -56,7 +60,8 @@ pub(super) fn spec(
             None => "its InternalIPs".to_owned(),
         };
         return Err(format!(
-            "no address of this node to listen on: {of} has {}, and underlay.addresses is {:?}",
+            "no usable endpoint of this node: {of} has {}, and underlay.addresses is {:?}. Set \
+             underlay.addresses or kubernetes.endpoint_interface to an address of this node.",
             excerpt(&format!("{candidates:?}")),
             config.underlay.addresses
         ));
@@ -71,11 +76,11 @@ pub(super) fn spec(
 
 fn pod_cidrs(node: &Node) -> Result<Vec<String>, String> {
     let NodeSpec { pod_cidrs, pod_cidr, .. } = node.spec.clone().unwrap_or_default();
-    // Until Kubernetes 1.16 there was only the one.
+    // Kubernetes before 1.16 had only podCIDR.
     let cidrs = pod_cidrs.filter(|cidrs| !cidrs.is_empty());
     cidrs.or(pod_cidr.map(|cidr| vec![cidr])).ok_or_else(|| {
-        "the Node has no podCIDRs: run kube-controller-manager with --allocate-node-cidrs and \
-         --cluster-cidr, or set pod_cidrs"
+        "the Node has no podCIDRs. Run kube-controller-manager with --allocate-node-cidrs and \
+         --cluster-cidr, or set pod_cidrs."
             .to_owned()
     })
 }
@@ -86,7 +91,7 @@ fn internal_ips(node: &Node) -> Vec<IpAddr> {
     internal.filter_map(|address| address::parse(&address.address).ok()).collect()
 }
 
-/// The Node as the owner of its record, which goes with it.
+/// Returns the Node as the owner of its SkeinNode, which Kubernetes deletes together with the Node.
 pub(super) fn owner(node: &Node) -> Option<OwnerReference> {
     Some(OwnerReference {
         api_version: "v1".to_owned(),
@@ -120,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn it_follows_from_the_node() {
+    fn spec_follows_from_node_and_configuration() {
         let node = node(&["10.1.0.0/24", "fd00:1::/64"], &["192.0.2.1", "2001:db8::1"]);
         let both = "[underlay]\naddresses = ['0.0.0.0', '::']\nport = 4000";
         let all = spec(&config(both), PublicKey([1; 32]).into(), &node, None).unwrap();
@@ -149,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_said() {
+    fn error_names_missing_pod_cidrs_or_endpoint() {
         let key = PublicKeys::from(PublicKey([1; 32]));
         let text = spec(&config(""), key, &node(&[], &["192.0.2.1"]), None).unwrap_err();
         assert!(text.contains("--allocate-node-cidrs"), "{text}");

@@ -1,5 +1,6 @@
-//! What this node tells the API server: its SkeinNode, that its Node has a network, and what an
-//! operator must know. Nothing is written that is there already.
+//! Writer of this node's state to the Kubernetes API: spec and status of its SkeinNode (server-side
+//! apply, field manager `skein-agent`), the NetworkUnavailable condition and the not-ready taint of
+//! its Node, and Events on the Node. Objects that already match are not written.
 
 mod events;
 mod node;
@@ -17,20 +18,21 @@ use self::events::{EventWriter, WARNING};
 use self::node::NodeWriter;
 use self::record::RecordWriter;
 use self::status::StatusWriter;
-use super::backoff::Waits;
+use super::backoff::RetryBackoff;
 use super::follow::State;
 use super::resource::SkeinNode;
 use crate::control::view::AgentView;
 
-/// Namespace of the events of what has none.
-const EVENTS: &str = "default";
-/// The agent looks at itself this often.
-const LOOK: Duration = Duration::from_secs(2);
+/// Namespace of Events about objects without a namespace.
+const EVENTS_NAMESPACE: &str = "default";
+/// Interval at which the publisher compares the agent's state with the last written state.
+const SELF_CHECK_INTERVAL: Duration = Duration::from_secs(2);
 /// Delay before the record states that the agent is not ready, while the data process is unknown. A
 /// restarted agent is ready sooner.
 const UNKNOWN_DELAY: Duration = Duration::from_secs(5);
 
-/// Keeps what this node tells up to date, for as long as somebody follows the API server.
+/// Writes this node's state to the API server after each change, until the sender of `state` is
+/// dropped.
 pub(super) async fn publish(agent: AgentView, client: Client, mut state: watch::Receiver<State>) {
     let name = agent.config.name.clone();
     let taint = agent.config.kubernetes.not_ready_taint.clone();
@@ -39,25 +41,25 @@ pub(super) async fn publish(agent: AgentView, client: Client, mut state: watch::
         record: RecordWriter::new(skeinnodes.clone(), name.clone()),
         status: StatusWriter::new(skeinnodes, agent.clone()),
         node: NodeWriter::new(Api::all(client.clone()), name, taint),
-        events: EventWriter::new(Api::namespaced(client, EVENTS), agent.clone()),
+        events: EventWriter::new(Api::namespaced(client, EVENTS_NAMESPACE), agent.clone()),
         agent,
     };
-    let mut look = tokio::time::interval(LOOK);
-    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut waits = Waits::default();
-    let mut complaint = None;
+    let mut self_check = tokio::time::interval(SELF_CHECK_INTERVAL);
+    self_check.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut waits = RetryBackoff::default();
+    let mut logged_error = None;
     loop {
         let now = state.borrow_and_update().clone();
         let silent = publisher.agent.dataplane.get().unreachable;
-        match publisher.catch_up(&now).await {
-            Ok(()) => (waits, complaint) = (Waits::default(), None),
+        match publisher.write_changes(&now).await {
+            Ok(()) => (waits, logged_error) = (RetryBackoff::default(), None),
             Err(error) => {
                 let text = format!("{error:#}");
-                if complaint.as_ref() != Some(&text) {
-                    tracing::warn!("cannot tell the API server: {text}");
-                    complaint = Some(text);
+                if logged_error.as_ref() != Some(&text) {
+                    tracing::warn!(error = text, "cannot write to the API server");
+                    logged_error = Some(text);
                 }
-                // What has changed meanwhile may be taken, though this is not.
+                // A changed state is tried at once: the API server may accept it.
                 tokio::select! {
                     changed = state.changed() => if changed.is_err() { return },
                     () = tokio::time::sleep(waits.next().unwrap_or_default()) => {}
@@ -66,12 +68,12 @@ pub(super) async fn publish(agent: AgentView, client: Client, mut state: watch::
             }
         }
         let dataplane = publisher.agent.dataplane.clone();
-        let due = publisher.status.due.unwrap_or_else(|| Instant::now() + LOOK);
+        let due = publisher.status.due.unwrap_or_else(|| Instant::now() + SELF_CHECK_INTERVAL);
         tokio::select! {
             changed = state.changed() => if changed.is_err() { return },
             () = dataplane.unreachable_peers_changed(&silent) => {}
             () = tokio::time::sleep_until(due) => {}
-            _ = look.tick() => {}
+            _ = self_check.tick() => {}
         }
     }
 }
@@ -86,14 +88,15 @@ struct Publisher {
 }
 
 impl Publisher {
-    /// Each of these goes on where another is refused; the first error is told.
-    async fn catch_up(&mut self, state: &State) -> anyhow::Result<()> {
-        // Also where nothing can be written now: what is past must not be waited for.
+    /// Writes everything that differs. Each writer runs even if another one fails; the first error
+    /// is returned.
+    async fn write_changes(&mut self, state: &State) -> anyhow::Result<()> {
+        // Reset even if nothing can be written now: a deadline in the past would cause a busy loop.
         self.status.due = None;
         let Some(node) = &state.node else { return Ok(()) };
         match &state.problem {
-            Some(problem) => self.events.tell(node, "NoRecord", WARNING, problem).await,
-            None => self.events.over("NoRecord"),
+            Some(problem) => self.events.report(node, "NoRecord", WARNING, problem).await,
+            None => self.events.clear("NoRecord"),
         }
         let applied = match &state.own {
             Some(Ok(own)) => {
@@ -110,7 +113,7 @@ impl Publisher {
             false => Ok(()),
         };
         let dataplane = self.agent.dataplane.get();
-        // Nothing is known of the data process for a moment, as when it is restarted.
+        // The state of the data process is unknown for a moment after its restart.
         let known = dataplane.up && !dataplane.capabilities.is_empty();
         let capabilities = known.then_some(dataplane.capabilities.as_slice());
         if known {
@@ -126,7 +129,7 @@ impl Publisher {
             }
             _ => Ok(()),
         };
-        self.events.tell_of_changes(node, capabilities, &reasons).await;
+        self.events.report_changes(node, capabilities, &reasons).await;
         applied.and(opened).and(status)
     }
 }

@@ -65,7 +65,7 @@ impl Ranges {
         match resolved.await {
             Ok(Ok(addresses)) => addresses.map(|address| address.ip()).collect(),
             Ok(Err(error)) => {
-                tracing::debug!(host, %error, "the API server's name is not compared with cluster_cidrs");
+                tracing::debug!(host, %error, "name of the API server not compared with cluster_cidrs");
                 Vec::new()
             }
             Err(_) => Vec::new(),
@@ -83,7 +83,7 @@ impl Ranges {
             }
             Ok(Err(error)) => {
                 let error = describe(&error);
-                tracing::debug!(error, "the Service ranges are not compared with cluster_cidrs");
+                tracing::debug!(error, "Service ranges not compared with cluster_cidrs");
                 Vec::new()
             }
             Err(_) => Vec::new(),
@@ -96,8 +96,8 @@ fn refuse_services(services: &[IpNet], cluster: &[IpNet]) -> Result<(), String> 
         if let Some(net) = cluster.iter().find(|net| overlap(net, service)) {
             return Err(format!(
                 "cluster_cidrs: {net} overlaps with the Service range {service}, so that Services \
-                 would be unreachable: give cluster_cidrs prefixes that only pods have (the chart's \
-                 podCidr and podCidrv6)"
+                 would be unreachable. Set cluster_cidrs to prefixes that only pods have (the chart's \
+                 podCidr and podCidrv6)."
             ));
         }
     }

@@ -1,4 +1,4 @@
-//! What a SkeinNode's status says of its node: made here, written by `publish`.
+//! Status of this node's SkeinNode as a pure function of the agent's state. `publish` writes it.
 
 use k8s_openapi::jiff::Timestamp;
 use skein_ipc::{Capability, UnreachablePeer};
@@ -6,36 +6,38 @@ use skein_netlink::firewall::reconciler::FirewallStatus;
 
 use super::resource::{Condition, SkeinNodeStatus, offloads};
 
-/// Whether pods of the node have a network.
+/// Condition type: pods of the node have a network.
 const READY: &str = "Ready";
-/// Whether the node reaches all the others that it has something to send to.
+/// Condition type: all peers to which the node sends respond.
 const PEERS: &str = "PeersReachable";
 
 /// Condition type: no chain of another program drops forwarded packets of pods.
 const FORWARDING: &str = "ForwardingAllowed";
 
-/// Peers that a condition names, and characters that it has at most: it is for people.
-const NAMED: usize = 5;
-const MESSAGE: usize = 400;
+/// Maximum number of peers that a condition's message names.
+const MAX_NAMED_PEERS: usize = 5;
+/// Maximum length of a condition's message, characters.
+const MAX_MESSAGE_CHARS: usize = 400;
 
-/// What is known of the node.
-pub(super) struct Known<'a> {
-    /// Of the spec that the watch has told of.
+/// Observed state of the node.
+pub(super) struct ObservedState<'a> {
+    /// Generation of the spec that the watch has reported.
     pub(super) generation: Option<i64>,
     pub(super) capabilities: &'a [Capability],
-    /// Of pods, in bytes.
+    /// MTU of pods, bytes.
     pub(super) mtu: u16,
-    /// Why the agent is not ready.
+    /// Reasons why the agent is not ready.
     pub(super) reasons: &'a [String],
     pub(super) unreachable: &'a [UnreachablePeer],
     /// Status of the firewall; `None` until the firewall was started.
     pub(super) firewall: Option<&'a FirewallStatus>,
 }
 
-/// What the SkeinNode is to say of the node; `before` is what it says.
+/// Returns the status for the observed state. `before` is the present status; the transition time
+/// of an unchanged condition stays.
 pub(super) fn status(
     before: Option<&SkeinNodeStatus>,
-    known: &Known<'_>,
+    known: &ObservedState<'_>,
     now: Timestamp,
 ) -> SkeinNodeStatus {
     let condition = |kind: &str, is: Option<bool>, reason: &str, message: String| {
@@ -57,7 +59,7 @@ pub(super) fn status(
         reasons => condition(READY, Some(false), "AgentNotReady", shortened(&reasons.join("; "))),
     };
     let peers = match known.unreachable {
-        [] => condition(PEERS, Some(true), "NoneSilent", "no peer is silent".to_owned()),
+        [] => condition(PEERS, Some(true), "NoneSilent", "all peers respond".to_owned()),
         silent => condition(PEERS, Some(false), "PeersUnreachable", names(silent)),
     };
     let (is, reason, message) = forwarding(known.firewall);
@@ -82,7 +84,8 @@ fn forwarding(firewall: Option<&FirewallStatus>) -> (Option<bool>, &'static str,
             (None, "PolicyUnknown", shortened(&firewall.unknown.join("; ")))
         }
         Some(firewall) if firewall.forward_read => {
-            (Some(true), "NoChainDrops", "pods' packets pass".to_owned())
+            let message = "no chain of another program drops packets of pods";
+            (Some(true), "NoChainDrops", message.to_owned())
         }
         _ => {
             let message = "the FORWARD chains of other programs have not been read";
@@ -100,7 +103,7 @@ pub(super) fn unready(
     now: Timestamp,
 ) -> SkeinNodeStatus {
     let (capabilities, unreachable, firewall) = (&[], &[], None);
-    let known = Known { generation, capabilities, mtu: 0, reasons, unreachable, firewall };
+    let known = ObservedState { generation, capabilities, mtu: 0, reasons, unreachable, firewall };
     let SkeinNodeStatus { observed_generation, agent_version, mut conditions, .. } =
         status(before, &known, now);
     conditions.retain(|condition| condition.kind == READY);
@@ -110,20 +113,21 @@ pub(super) fn unready(
     SkeinNodeStatus { observed_generation, agent_version, conditions, ..before }
 }
 
-/// The first few by name, each with what is wrong, and how many more.
+/// Returns the names and reasons of the first unreachable peers, and the number of further ones.
 fn names(silent: &[UnreachablePeer]) -> String {
-    let each = silent.iter().take(NAMED).map(|peer| format!("{} ({})", peer.name, peer.reason));
+    let each =
+        silent.iter().take(MAX_NAMED_PEERS).map(|peer| format!("{} ({})", peer.name, peer.reason));
     let text = shortened(&each.collect::<Vec<_>>().join(", "));
-    match silent.len().saturating_sub(NAMED) {
+    match silent.len().saturating_sub(MAX_NAMED_PEERS) {
         0 => text,
         more => format!("{text} and {more} more"),
     }
 }
 
-/// Returns the first [`MESSAGE`] characters.
+/// Returns the first [`MAX_MESSAGE_CHARS`] characters.
 fn shortened(text: &str) -> String {
-    match text.chars().count() > MESSAGE {
-        true => text.chars().take(MESSAGE).chain(['…']).collect(),
+    match text.chars().count() > MAX_MESSAGE_CHARS {
+        true => text.chars().take(MAX_MESSAGE_CHARS).chain(['…']).collect(),
         false => text.to_owned(),
     }
 }
@@ -132,28 +136,31 @@ fn find<'a>(status: &'a SkeinNodeStatus, kind: &str) -> Option<&'a Condition> {
     status.conditions.iter().find(|condition| condition.kind == kind)
 }
 
-/// What of a status the agent writes: others may have conditions there, too.
-pub(super) fn ours(mut status: SkeinNodeStatus) -> SkeinNodeStatus {
+/// Returns the status without conditions of other programs.
+pub(super) fn own_conditions(mut status: SkeinNodeStatus) -> SkeinNodeStatus {
     status
         .conditions
         .retain(|condition| [READY, PEERS, FORWARDING].contains(&condition.kind.as_str()));
     status
 }
 
-/// Whether it says something else of the node's readiness.
+/// Returns whether the condition Ready differs.
 pub(super) fn readiness_differs(before: Option<&SkeinNodeStatus>, now: &SkeinNodeStatus) -> bool {
     let ready = |status| find(status, READY).map(|condition| condition.status.as_str());
     before.and_then(ready) != ready(now)
 }
 
-/// Whether it says that peers are silent where none was.
-pub(super) fn falls_silent(before: Option<&SkeinNodeStatus>, now: &SkeinNodeStatus) -> bool {
+/// Returns whether `now` reports unreachable peers and `before` does not.
+pub(super) fn peers_became_unreachable(
+    before: Option<&SkeinNodeStatus>,
+    now: &SkeinNodeStatus,
+) -> bool {
     let is_false =
         |status| find(status, PEERS).is_some_and(|condition| condition.status == "False");
     is_false(now) && !before.is_some_and(is_false)
 }
 
-/// In whole seconds, as the API has times.
+/// Returns the time in whole seconds, as the API represents times.
 pub(super) fn text(now: Timestamp) -> String {
     Timestamp::from_second(now.as_second()).unwrap_or(now).to_string()
 }
@@ -172,8 +179,15 @@ mod tests {
         capabilities: &'a [Capability],
         reasons: &'a [String],
         unreachable: &'a [UnreachablePeer],
-    ) -> Known<'a> {
-        Known { generation: Some(1), capabilities, mtu: 1440, reasons, unreachable, firewall: None }
+    ) -> ObservedState<'a> {
+        ObservedState {
+            generation: Some(1),
+            capabilities,
+            mtu: 1440,
+            reasons,
+            unreachable,
+            firewall: None,
+        }
     }
 
     fn silent(name: &str) -> UnreachablePeer {
@@ -181,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn a_status_that_says_the_same_is_the_same() {
+    fn transition_time_changes_with_the_status_only() {
         let capability = |state| Capability { name: "udp_gso".into(), state, reason: None };
         let (on, off) =
             ([capability(CapabilityState::On)], [capability(CapabilityState::Degraded)]);
@@ -190,12 +204,17 @@ mod tests {
         assert_eq!(status(Some(&first), &known(&on, &[], &[]), at(9)), first);
         let ill = status(Some(&first), &known(&on, &["why".into()], &[]), at(9));
         assert_eq!(ill.conditions[0].last_transition_time, "1970-01-01T00:00:09Z");
-        assert_eq!(ill.conditions[1], first.conditions[1], "its peers are as they were");
+        assert_eq!(
+            ill.conditions[1], first.conditions[1],
+            "the condition of the peers is unchanged"
+        );
         assert_eq!(
             (ill.conditions[0].status.as_str(), ill.offloads.as_deref()),
             ("False", Some("all"))
         );
-        assert!(readiness_differs(Some(&first), &ill) && !falls_silent(Some(&first), &ill));
+        assert!(
+            readiness_differs(Some(&first), &ill) && !peers_became_unreachable(Some(&first), &ill)
+        );
         let off = status(Some(&first), &known(&off, &[], &[]), at(9));
         assert_eq!(off.offloads.as_deref(), Some("none"));
     }
@@ -217,11 +236,11 @@ mod tests {
         let closed = forwarding(&["chain ip filter FORWARD drops: set it".to_owned()]);
         assert_eq!((&*closed.status, &*closed.reason), ("False", "ForwardDropped"));
         assert!(closed.message.ends_with("set it"), "{closed:?}");
-        assert!(forwarding(&["x".repeat(900)]).message.chars().count() <= MESSAGE + 1);
+        assert!(forwarding(&["x".repeat(900)]).message.chars().count() <= MAX_MESSAGE_CHARS + 1);
     }
 
     fn forwarding_condition(firewall: Option<FirewallStatus>) -> Condition {
-        let known = Known { firewall: firewall.as_ref(), ..known(&[], &[], &[]) };
+        let known = ObservedState { firewall: firewall.as_ref(), ..known(&[], &[], &[]) };
         find(&status(None, &known, at(1)), "ForwardingAllowed").cloned().unwrap()
     }
 
@@ -274,23 +293,28 @@ mod tests {
         assert_eq!((condition.status.as_str(), &*condition.reason), ("False", "PeersUnreachable"));
         assert_eq!(condition.message, "node-b (nothing comes back)");
         assert_eq!(condition.last_transition_time, "1970-01-01T00:00:05Z");
-        assert!(falls_silent(Some(&well), &ill) && falls_silent(None, &ill));
+        assert!(
+            peers_became_unreachable(Some(&well), &ill) && peers_became_unreachable(None, &ill)
+        );
         assert!(!readiness_differs(Some(&well), &ill));
-        // Another peer is no new transition, nor is what it says urgent.
+        // Another unreachable peer is neither a transition nor urgent.
         let two = [silent("node-b"), silent("node-c")];
         let more = status(Some(&ill), &known(&[], &[], &two), at(9));
         assert_eq!(more.conditions[1].last_transition_time, "1970-01-01T00:00:05Z");
-        assert!(!falls_silent(Some(&ill), &more));
-        assert!(!falls_silent(Some(&ill), &well), "to be well is not urgent");
+        assert!(!peers_became_unreachable(Some(&ill), &more));
+        assert!(!peers_became_unreachable(Some(&ill), &well), "a recovery is not urgent");
     }
 
     #[test]
-    fn a_thousand_silent_peers_make_one_short_line() {
+    fn many_unreachable_peers_give_a_short_message() {
         let all: Vec<_> = (0..1000).map(|n| silent(&format!("node-{n}"))).collect();
         let text = names(&all);
         assert!(text.ends_with("node-4 (nothing comes back) and 995 more"), "{text}");
         let long = vec![silent(&"é".repeat(253)); 7];
         let text = names(&long);
-        assert!(text.chars().count() < MESSAGE + 20 && text.ends_with("… and 2 more"), "{text}");
+        assert!(
+            text.chars().count() < MAX_MESSAGE_CHARS + 20 && text.ends_with("… and 2 more"),
+            "{text}"
+        );
     }
 }

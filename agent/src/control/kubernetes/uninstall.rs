@@ -1,4 +1,4 @@
-//! `skein-agent uninstall`: takes Skein from every node of a cluster, for the chart's hook.
+//! `skein-agent uninstall`: removes Skein from every node of a cluster, for the chart's hook.
 
 use std::path::Path;
 use std::time::Duration;
@@ -24,34 +24,34 @@ const KUBECTL_WRITERS: [&str; 3] =
 const PODS_WARNING: &str = "warning: pods that still run lose their network and stay Terminating when \
     deleted, until another network's CNI configuration is on their node";
 
-/// How often the cluster is looked at.
-const LOOK: Duration = Duration::from_secs(1);
-/// What ending the cleanup may take beyond the time that was given.
-const LAST: Duration = Duration::from_secs(20);
+/// Interval at which the state of the cluster is requested.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// Time for stopping the cleanup DaemonSet after the timeout has expired.
+const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// What to take away.
+/// Objects and limits of an [`uninstall`].
 #[derive(Debug)]
 pub struct Options<'a> {
-    /// Where the agents run.
+    /// Namespace of the agents.
     pub namespace: &'a str,
-    /// Their DaemonSet.
+    /// Name of the agents' DaemonSet.
     pub daemonset: &'a str,
     /// ConfigMap of the same release. Its annotations name the release after an earlier attempt has
     /// deleted the DaemonSet.
     pub configmap: Option<&'a str>,
     /// Uninstalls also if no Helm release owns the DaemonSet.
     pub without_helm: bool,
-    /// What selects its pods, which may be there without it.
+    /// Label selector of the DaemonSet's pods, which may exist without the DaemonSet.
     pub selector: &'a str,
     /// File with the manifest of the DaemonSet that cleans a node up.
     pub cleanup: &'a Path,
-    /// How long it all may take.
+    /// Timeout of the whole removal.
     pub timeout: Duration,
-    /// Which cluster; that of this pod where it is absent.
+    /// Kubeconfig of the cluster; `None` for the cluster of this pod.
     pub kubeconfig: Option<&'a Path>,
 }
 
-/// Stops the agents, cleans up every node, and removes the SkeinNodes. `say` is told each step.
+/// Stops the agents, cleans up every node, and removes the SkeinNodes. Calls `say` with each step.
 ///
 /// # Errors
 ///
@@ -137,7 +137,7 @@ async fn remove(
     let text = std::fs::read_to_string(options.cleanup)
         .with_context(|| format!("cannot read {}", options.cleanup.display()))?;
     let cleanup: DaemonSet = serde_saphyr::from_str(&text)
-        .with_context(|| format!("{} is no DaemonSet", options.cleanup.display()))?;
+        .with_context(|| format!("{} is not a DaemonSet", options.cleanup.display()))?;
     let daemonsets: Api<DaemonSet> = Api::namespaced(client.clone(), options.namespace);
 
     let pods: Api<Pod> = Api::namespaced(client.clone(), options.namespace);
@@ -152,7 +152,7 @@ async fn remove(
         let gone = wait(end, async || {
             let left = pods.list(&ours).await?.items;
             let left = left.iter().map(pod_on_node).collect::<Vec<_>>().join(", ");
-            Ok(if left.is_empty() { Ok(()) } else { Err(format!("still there: {left}")) })
+            Ok(if left.is_empty() { Ok(()) } else { Err(format!("remaining pods: {left}")) })
         });
         gone.await.with_context(|| format!("the pods of DaemonSet {name} do not end"))
     };
@@ -166,13 +166,13 @@ async fn remove(
     let labels = cleanup.spec.as_ref().and_then(|spec| spec.selector.match_labels.as_ref());
     let labels = labels.into_iter().flatten().map(|(key, value)| format!("{key}={value}"));
     let selector = labels.collect::<Vec<_>>().join(",");
-    // An empty one selects every pod of the namespace.
+    // An empty selector selects every pod of the namespace.
     ensure!(!selector.is_empty(), "the cleanup DaemonSet selects no pods by labels");
-    // One of an attempt that was interrupted.
+    // Removes the DaemonSet of an interrupted attempt.
     stop(end, &name, &selector).await?;
     let parameters = PostParams::default();
     let created = within(end, daemonsets.create(&parameters, &cleanup));
-    created.await?.context("cannot create it")?;
+    created.await?.with_context(|| format!("cannot create DaemonSet {name}"))?;
     let cleaned = wait(end, async || {
         let now = daemonsets.get(&name).await?;
         let generation = now.metadata.generation;
@@ -187,9 +187,9 @@ async fn remove(
         Ok(Err(format!("nodes not clean yet: {}", left.join(", "))))
     });
     let cleaned = cleaned.await;
-    // Also where it has failed: it would clean a node that comes back much later, when another
-    // installation may be there.
-    let end = end.max(Instant::now() + LAST);
+    // Stopped after a failure as well: the DaemonSet would clean a node that returns later, which
+    // may have another installation by then.
+    let end = end.max(Instant::now() + STOP_TIMEOUT);
     let stopped = stop(end, &name, &selector).await;
     let nodes = cleaned?;
     stopped?;
@@ -198,7 +198,7 @@ async fn remove(
     let (parameters, all) = (DeleteParams::default(), ListParams::default());
     let deleted = within(end, skeinnodes.delete_collection(&parameters, &all));
     deleted.await?.context("cannot remove the SkeinNodes")?;
-    say(&format!("{nodes} nodes are clean"));
+    say(&format!("{nodes} {} clean", if nodes == 1 { "node is" } else { "nodes are" }));
     Ok(())
 }
 
@@ -206,7 +206,7 @@ fn node(pod: &Pod) -> Option<&str> {
     pod.spec.as_ref()?.node_name.as_deref()
 }
 
-/// The pod's name and its node, for error messages.
+/// Returns the pod's name and its node, for error messages.
 fn pod_on_node(pod: &Pod) -> String {
     let name = pod.metadata.name.as_deref().unwrap_or_default();
     node(pod).map_or_else(|| name.to_owned(), |node| format!("{name} on node {node}"))
@@ -217,30 +217,36 @@ fn is_ready(pod: &Pod) -> bool {
     conditions.filter(|condition| condition.type_ == "Ready").any(|ready| ready.status == "True")
 }
 
-/// One request: an API server that says nothing is given up at the end.
+/// Sends one request.
+///
+/// # Errors
+/// An error if the API server does not answer before `end`.
 async fn within<T>(
     end: Instant,
     request: impl Future<Output = kube::Result<T>>,
 ) -> anyhow::Result<kube::Result<T>> {
     let answer = tokio::time::timeout_at(end, request).await;
-    answer.context("the time is over: the API server does not answer")
+    answer.context("timed out: the API server does not answer")
 }
 
-/// Looks until `look` has found what it wants; its last word is in the error.
+/// Calls `poll` until it returns a result. Its inner error describes the present state.
+///
+/// # Errors
+/// An error with the last state if `poll` returns no result before `end`.
 async fn wait<T>(
     end: Instant,
-    look: impl AsyncFn() -> kube::Result<Result<T, String>>,
+    poll: impl AsyncFn() -> kube::Result<Result<T, String>>,
 ) -> anyhow::Result<T> {
     loop {
-        let word = match within(end, look()).await? {
+        let state = match within(end, poll()).await? {
             Ok(Ok(found)) => return Ok(found),
-            Ok(Err(word)) => word,
+            Ok(Err(state)) => state,
             Err(error) => error.to_string(),
         };
-        if Instant::now() + LOOK > end {
-            return Err(anyhow!("the time is over: {word}"));
+        if Instant::now() + POLL_INTERVAL > end {
+            return Err(anyhow!("timed out: {state}"));
         }
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
 }
 

@@ -15,7 +15,7 @@ use crate::failure::Failure;
 /// Records by the file that they come from.
 pub(super) type Accepted = BTreeMap<PathBuf, Vec<NodeRecord>>;
 
-/// This node's name, keys and prefixes in the configuration.
+/// Name, keys and prefixes of this node in the configuration.
 #[derive(Debug, Clone)]
 pub(super) struct LocalNode {
     /// Name of this node.

@@ -1,6 +1,6 @@
-//! Requests of skein-agent 0.1.0, which are lines of text. An agent of 0.1.0 takes over from this one
-//! when an upgrade is rolled back, and its commands work during an upgrade. Version 0.3.0 removes this
-//! module.
+//! Requests of skein-agent 0.1.0, which are lines of text. An agent of 0.1.0 takes over from this
+//! one when an upgrade is rolled back, and its commands work during an upgrade. Version 0.3.0
+//! removes this module.
 
 use std::io;
 
@@ -15,9 +15,9 @@ const MAX_LINE: u64 = 1024;
 /// Requests the hand-over. The answer is a byte with the lock, as after `POST /hand-over`.
 pub(in crate::control) const HAND_OVER: &str = "hand over\n";
 
-/// Waits for the first byte, which stays in the socket. Returns whether it begins a line request: the
-/// methods of HTTP are upper-case. A client that sends nothing and shuts its side down requests the
-/// status.
+/// Waits for the first byte, which stays in the socket. Returns whether it begins a line request:
+/// the methods of HTTP are upper-case. A client that sends nothing and shuts its side down requests
+/// the status.
 pub(super) async fn is_line_request(stream: &UnixStream) -> io::Result<bool> {
     let mut first = [0];
     let peek = || Ok(rustix::net::recv(stream, &mut first, RecvFlags::PEEK)?.1);

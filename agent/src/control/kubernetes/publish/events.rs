@@ -1,4 +1,4 @@
-//! Events of this node's Node, as `kubectl describe node` shows them.
+//! Writer of Events about this node's Node, which `kubectl describe node` shows.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -14,42 +14,44 @@ use skein_netlink::firewall::Firewall;
 use skein_netlink::firewall::reconciler::FirewallStatus;
 use tokio::time::Instant;
 
-use super::request::{MANAGER, ask};
-use crate::control::kubernetes::backoff::fraction;
+use super::request::{MANAGER, send};
+use crate::control::kubernetes::backoff::random_fraction;
 use crate::control::view::AgentView;
 
-/// A type of events.
+/// Type of an Event about a problem.
 pub(super) const WARNING: &str = "Warning";
-/// Events of one reason come no more often than this while it lasts.
-const EVENT: Duration = Duration::from_secs(600);
+/// Minimum interval between two Events with the same reason.
+const MIN_EVENT_INTERVAL: Duration = Duration::from_secs(600);
 /// Delay after an event that the API server refused.
 const RETRY_DELAY: Duration = Duration::from_secs(60);
-/// How long the nodes of a cluster take to tell of what all of them see.
-const SPREAD: Duration = Duration::from_secs(30);
-/// How long the agent may be unready before an operator is told.
-const UNREADY: Duration = Duration::from_secs(30);
+/// Maximum delay of an Event about a problem that all nodes of a cluster observe.
+const MAX_SPREAD_DELAY: Duration = Duration::from_secs(30);
+/// Time for which the agent must be unready before an Event is written.
+const UNREADY_DELAY: Duration = Duration::from_secs(30);
 
-struct Told {
+/// Last Event with one reason.
+struct ReportedEvent {
     text: String,
     at: Instant,
-    /// Whether it is so no more.
+    /// True if the problem has ended.
     over: bool,
 }
 
 /// Writer of events of this node's Node.
 pub(super) struct EventWriter {
-    /// The older API of events, as kubelet uses it: of a cluster-scoped object's the newer one wants
-    /// another namespace in every few versions of Kubernetes.
+    /// Core API of Events, as kubelet uses it: the newer API (events.k8s.io) requires different
+    /// namespaces for cluster-scoped objects in different versions of Kubernetes.
     events: Api<Event>,
     agent: AgentView,
     unready_since: Option<Instant>,
     refused_since: Option<Instant>,
-    /// How long records are refused before this node says so: all nodes see the same ones.
+    /// Delay before an Event about refused records, random for each node, because all nodes refuse
+    /// the same records.
     spread: Duration,
-    /// What operators were told of, by the reason.
-    told: BTreeMap<&'static str, Told>,
-    /// When an event was refused.
-    untold: Option<Instant>,
+    /// Last Event of each reason.
+    reported: BTreeMap<&'static str, ReportedEvent>,
+    /// Time at which the API server last refused an Event.
+    refused_at: Option<Instant>,
 }
 
 impl EventWriter {
@@ -60,9 +62,9 @@ impl EventWriter {
             agent,
             unready_since: None,
             refused_since: None,
-            spread: SPREAD.mul_f64(fraction()),
-            told: BTreeMap::new(),
-            untold: None,
+            spread: MAX_SPREAD_DELAY.mul_f64(random_fraction()),
+            reported: BTreeMap::new(),
+            refused_at: None,
         }
     }
 
@@ -71,8 +73,9 @@ impl EventWriter {
         self.unready_since.is_some_and(|since| since.elapsed() >= duration)
     }
 
-    /// Events, as `kubectl describe node` shows them.
-    pub(super) async fn tell_of_changes(
+    /// Writes Events about changes of readiness, refused records, route conflicts, FORWARD chains
+    /// and offloads. `capabilities` is `None` while the state of the data process is unknown.
+    pub(super) async fn report_changes(
         &mut self,
         node: &Node,
         capabilities: Option<&[Capability]>,
@@ -81,17 +84,17 @@ impl EventWriter {
         match reasons.is_empty() {
             true => {
                 self.unready_since = None;
-                if self.told.get("NetworkNotReady").is_some_and(|told| !told.over) {
-                    self.tell(node, "NetworkReady", "Normal", "pods have a network").await;
-                    self.over("NetworkNotReady");
-                    self.over("NetworkReady");
+                if self.reported.get("NetworkNotReady").is_some_and(|event| !event.over) {
+                    self.report(node, "NetworkReady", "Normal", "pods have a network").await;
+                    self.clear("NetworkNotReady");
+                    self.clear("NetworkReady");
                 }
             }
             false => {
                 let since = *self.unready_since.get_or_insert_with(Instant::now);
-                if since.elapsed() > UNREADY {
+                if since.elapsed() > UNREADY_DELAY {
                     let text = reasons.join("; ");
-                    self.tell(node, "NetworkNotReady", WARNING, &text).await;
+                    self.report(node, "NetworkNotReady", WARNING, &text).await;
                 }
             }
         }
@@ -100,21 +103,23 @@ impl EventWriter {
             Some(refused) => {
                 let since = *self.refused_since.get_or_insert_with(Instant::now);
                 let file = refused.file.display();
-                let more = registry.rejected.len() - 1;
-                let text = format!("{file}: {} (and {more} more)", refused.error);
+                let text = match registry.rejected.len() - 1 {
+                    0 => format!("{file}: {}", refused.error),
+                    more => format!("{file}: {} (and {more} more)", refused.error),
+                };
                 if since.elapsed() > self.spread {
-                    self.tell(node, "RecordsRefused", WARNING, &text).await;
+                    self.report(node, "RecordsRefused", WARNING, &text).await;
                 }
             }
             None => {
                 self.refused_since = None;
-                self.over("RecordsRefused");
+                self.clear("RecordsRefused");
             }
         }
-        self.tell_of_conflicts(node).await;
+        self.report_conflicts(node).await;
         match self.closed_chains().first() {
-            Some(chain) => self.tell(node, "ForwardDropped", WARNING, chain).await,
-            None => self.over("ForwardDropped"),
+            Some(chain) => self.report(node, "ForwardDropped", WARNING, chain).await,
+            None => self.clear("ForwardDropped"),
         }
         let lost: Vec<_> = capabilities
             .unwrap_or_default()
@@ -124,23 +129,26 @@ impl EventWriter {
             .collect();
         match lost.is_empty() {
             false => {
-                let text = format!("given up at run time: {}", lost.join(", "));
-                self.tell(node, "OffloadLost", WARNING, &text).await;
+                let text = format!(
+                    "offloads disabled at run time: {}. The status of the SkeinNode has the reasons.",
+                    lost.join(", ")
+                );
+                self.report(node, "OffloadLost", WARNING, &text).await;
             }
-            true => self.over("OffloadLost"),
+            true => self.clear("OffloadLost"),
         }
     }
 
     /// Publishes an Event about the peers whose pod CIDRs another program of this node has a route
     /// to.
-    async fn tell_of_conflicts(&mut self, node: &Node) {
+    async fn report_conflicts(&mut self, node: &Node) {
         let conflicts = self.agent.node.interface().conflicts;
-        let Some(first) = conflicts.first() else { return self.over("PeerRouteConflict") };
+        let Some(first) = conflicts.first() else { return self.clear("PeerRouteConflict") };
         let text = match conflicts.len() - 1 {
             0 => format!("{}: {}", first.peer, first.problem),
             more => format!("{}: {} (and {more} more)", first.peer, first.problem),
         };
-        self.tell(node, "PeerRouteConflict", WARNING, &text).await;
+        self.report(node, "PeerRouteConflict", WARNING, &text).await;
     }
 
     fn firewall_status(&self) -> Option<FirewallStatus> {
@@ -152,31 +160,47 @@ impl EventWriter {
         self.firewall_status().map(|status| status.closed).unwrap_or_default()
     }
 
-    /// Once while it lasts. An event that is refused holds up nothing else, and is tried again later.
-    pub(super) async fn tell(&mut self, node: &Node, reason: &'static str, kind: &str, text: &str) {
-        let known = self.told.get(reason);
-        // Whatever a record of somebody else's says, it cannot make this node write without end.
-        if known.is_some_and(|told| (!told.over && told.text == text) || told.at.elapsed() < EVENT)
-            || self.untold.is_some_and(|at| at.elapsed() < RETRY_DELAY)
+    /// Writes an Event about a problem, once while the problem lasts. A refused Event is logged and
+    /// tried again after [`RETRY_DELAY`].
+    pub(super) async fn report(
+        &mut self,
+        node: &Node,
+        reason: &'static str,
+        kind: &str,
+        text: &str,
+    ) {
+        let known = self.reported.get(reason);
+        // The text may come from another node's record, which must not cause an unbounded number of
+        // Events.
+        if known.is_some_and(|event| {
+            (!event.over && event.text == text) || event.at.elapsed() < MIN_EVENT_INTERVAL
+        }) || self.refused_at.is_some_and(|at| at.elapsed() < RETRY_DELAY)
         {
             return;
         }
-        if let Err(error) = self.event(node, reason, kind, text).await {
-            tracing::warn!(reason, "cannot tell the API server: {error:#}");
-            self.untold = Some(Instant::now());
+        if let Err(error) = self.create_event(node, reason, kind, text).await {
+            tracing::warn!(reason, error = format!("{error:#}"), "cannot write an Event");
+            self.refused_at = Some(Instant::now());
             return;
         }
-        let told = Told { text: text.to_owned(), at: Instant::now(), over: false };
-        self.told.insert(reason, told);
+        let event = ReportedEvent { text: text.to_owned(), at: Instant::now(), over: false };
+        self.reported.insert(reason, event);
     }
 
-    pub(super) fn over(&mut self, reason: &'static str) {
-        if let Some(told) = self.told.get_mut(reason) {
-            told.over = true;
+    /// Records that the problem with this reason has ended.
+    pub(super) fn clear(&mut self, reason: &'static str) {
+        if let Some(event) = self.reported.get_mut(reason) {
+            event.over = true;
         }
     }
 
-    async fn event(&self, node: &Node, reason: &str, kind: &str, text: &str) -> anyhow::Result<()> {
+    async fn create_event(
+        &self,
+        node: &Node,
+        reason: &str,
+        kind: &str,
+        text: &str,
+    ) -> anyhow::Result<()> {
         let name = node.metadata.name.clone();
         let now = Some(Time(Timestamp::now()));
         let event = Event {
@@ -184,7 +208,8 @@ impl EventWriter {
                 generate_name: name.as_ref().map(|name| format!("{name}.skein-")),
                 ..ObjectMeta::default()
             },
-            // As kubelet does it, so that `kubectl describe node` finds them: the UID is the name.
+            // `kubectl describe node` finds Events whose UID is the node's name, as kubelet writes
+            // them.
             involved_object: ObjectReference {
                 api_version: Some("v1".to_owned()),
                 kind: Some("Node".to_owned()),
@@ -194,7 +219,7 @@ impl EventWriter {
             },
             type_: Some(kind.to_owned()),
             reason: Some(reason.to_owned()),
-            // 1024 bytes is what the API takes.
+            // The API accepts 1024 bytes, and a character has up to 4.
             message: Some(text.chars().take(250).collect()),
             source: Some(EventSource { component: Some(MANAGER.to_owned()), host: name }),
             first_timestamp: now.clone(),
@@ -202,8 +227,8 @@ impl EventWriter {
             count: Some(1),
             ..Event::default()
         };
-        ask(self.events.create(&PostParams::default(), &event)).await.context("event")?;
-        tracing::debug!(reason, text, "an event is written");
+        send(self.events.create(&PostParams::default(), &event)).await.context("event")?;
+        tracing::debug!(reason, text, "Event written");
         Ok(())
     }
 }

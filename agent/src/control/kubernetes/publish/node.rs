@@ -1,5 +1,5 @@
-//! The taint and the condition of this node's Node, by which the scheduler knows that pods have a
-//! network.
+//! Writer of the taint and the condition of this node's Node, from which the scheduler knows
+//! whether pods have a network.
 
 use anyhow::Context;
 use k8s_openapi::api::core::v1::Node;
@@ -8,7 +8,7 @@ use kube::Api;
 use kube::api::{Patch, PatchParams};
 use serde_json::json;
 
-use super::request::ask;
+use super::request::send;
 use crate::control::kubernetes::status::text;
 
 /// Writer of this node's Node.
@@ -16,7 +16,7 @@ pub(super) struct NodeWriter {
     nodes: Api<Node>,
     /// Name of the node.
     name: String,
-    /// Key of the taint of a node without a network; `None` if there is none.
+    /// Key of the taint of a node without a network; `None` if no taint is configured.
     taint: Option<String>,
 }
 
@@ -26,24 +26,29 @@ impl NodeWriter {
         Self { nodes, name, taint }
     }
 
-    /// Tells the scheduler that pods have a network here.
+    /// Removes the taint and sets NetworkUnavailable to False, if they say that pods have no
+    /// network.
+    ///
+    /// # Errors
+    /// An error if the API server refuses or does not answer.
     pub(super) async fn open(&self, node: &Node) -> anyhow::Result<()> {
         let name = &self.name;
         if let Some(remaining) = untainted(node, self.taint.as_deref()) {
-            // The version makes it a conflict if somebody has added another meanwhile.
+            // With the version, the API server refuses the patch if the taints have changed
+            // meanwhile.
             let version = &node.metadata.resource_version;
             let change = json!({
                 "metadata": { "resourceVersion": version },
                 "spec": { "taints": remaining },
             });
             let patch = Patch::Merge(&change);
-            ask(self.nodes.patch(name, &PatchParams::default(), &patch)).await.context("taint")?;
-            tracing::info!("the Node's taint is removed");
+            send(self.nodes.patch(name, &PatchParams::default(), &patch)).await.context("taint")?;
+            tracing::info!("taint of the Node removed");
         }
         if let Some(condition) = available(node, Timestamp::now()) {
             let change = json!({ "status": { "conditions": [condition] } });
             let (parameters, patch) = (PatchParams::default(), Patch::Strategic(&change));
-            ask(self.nodes.patch_status(name, &parameters, &patch))
+            send(self.nodes.patch_status(name, &parameters, &patch))
                 .await
                 .context("condition NetworkUnavailable")?;
         }
@@ -51,7 +56,7 @@ impl NodeWriter {
     }
 }
 
-/// The Node's taints without that one; `None` where it is not there.
+/// Returns the Node's taints without the one with `key`; `None` if the Node does not have it.
 fn untainted(node: &Node, key: Option<&str>) -> Option<Vec<serde_json::Value>> {
     let taints = node.spec.as_ref()?.taints.as_ref()?;
     let stays = |taint: &&k8s_openapi::api::core::v1::Taint| Some(taint.key.as_str()) != key;
@@ -59,8 +64,8 @@ fn untainted(node: &Node, key: Option<&str>) -> Option<Vec<serde_json::Value>> {
     (remaining.len() < taints.len()).then_some(remaining)
 }
 
-/// The condition NetworkUnavailable, where somebody (a cloud's controller) has set it and waits for a
-/// network.
+/// Returns the condition NetworkUnavailable with the status False; `None` unless another program (a
+/// cloud's controller) has set it to another status.
 fn available(node: &Node, now: Timestamp) -> Option<serde_json::Value> {
     let conditions = node.status.as_ref()?.conditions.as_ref()?;
     let mut unavailable = conditions.iter().filter(|c| c.type_ == "NetworkUnavailable");
@@ -85,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn only_our_taint_is_removed() {
+    fn only_configured_taint_is_removed() {
         let taint = |key: &str| json!({ "key": key, "effect": "NoSchedule" });
         let with = |keys: &[&str]| {
             let taints: Vec<_> = keys.iter().map(|key| taint(key)).collect();
@@ -99,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn the_network_is_said_to_be_there_only_where_somebody_waits() {
+    fn condition_is_set_only_if_another_program_set_it() {
         let with = |status: &str| {
             let condition = json!({ "type": "NetworkUnavailable", "status": status });
             node(json!({ "status": { "conditions": [condition] } }))

@@ -1,4 +1,4 @@
-//! The spec of this node's SkeinNode.
+//! Writer of the spec of this node's SkeinNode.
 
 use std::time::Duration;
 
@@ -10,19 +10,19 @@ use kube::api::{Patch, PatchParams};
 use serde_json::json;
 use tokio::time::Instant;
 
-use super::request::{MANAGER, PATIENCE, ask, skeinnode};
-use crate::control::kubernetes::client::RENEW;
+use super::request::{MANAGER, REQUEST_TIMEOUT, send, skeinnode};
+use crate::control::kubernetes::client::WATCH_RENEWAL_SECONDS;
 use crate::control::kubernetes::own;
 use crate::control::kubernetes::resource::{SkeinNode, SkeinNodeSpec};
 
-/// As long as a watch is silent, what was written may wait there to be told.
-const SILENCE: Duration = Duration::from_secs(2 * RENEW as u64);
+/// Maximum time until the watch reports a write: a watch may report nothing until its renewal.
+const MAX_WATCH_SILENCE: Duration = Duration::from_secs(2 * WATCH_RENEWAL_SECONDS as u64);
 
-/// The record that was written last: the watch tells of it a little later.
+/// Record that was written last, and which the watch reports with a delay.
 struct Applied {
     spec: SkeinNodeSpec,
     owner: OwnerReference,
-    /// The version that the watch had told of before.
+    /// Resource version that the watch had reported before the write.
     before: Option<String>,
     /// UID of the record in the API server's answer.
     uid: Option<String>,
@@ -41,7 +41,8 @@ impl Applied {
         deleted: Option<&str>,
     ) -> bool {
         let version = published.and_then(|found| found.metadata.resource_version.as_ref());
-        let wait = if self.before.as_ref() == version { SILENCE } else { PATIENCE };
+        let wait =
+            if self.before.as_ref() == version { MAX_WATCH_SILENCE } else { REQUEST_TIMEOUT };
         let is_deleted = self.uid.is_some() && self.uid.as_deref() == deleted;
         self.spec == *spec && self.owner == *owner && !is_deleted && self.at.elapsed() < wait
     }
@@ -61,7 +62,10 @@ impl RecordWriter {
         Self { skeinnodes, name, applied: None }
     }
 
-    /// Brings the SkeinNode to what it is to be.
+    /// Writes the SkeinNode if it differs from `own`, or if the Node does not own it.
+    ///
+    /// # Errors
+    /// An error if the API server refuses or does not answer.
     pub(super) async fn apply(
         &mut self,
         node: &Node,
@@ -70,7 +74,7 @@ impl RecordWriter {
         deleted: Option<&str>,
     ) -> anyhow::Result<()> {
         let Some(owner) = own::owner(node) else { return Ok(()) };
-        // Others may own it, too.
+        // The SkeinNode may have further owners.
         let owned = |found: &SkeinNode| {
             let mut owners = found.metadata.owner_references.iter().flatten();
             owners.any(|found| found.uid == owner.uid)
@@ -91,8 +95,8 @@ impl RecordWriter {
         let parameters = PatchParams::apply(MANAGER).force();
         let patch = Patch::Apply(&object);
         let written = self.skeinnodes.patch(name, &parameters, &patch);
-        let uid = ask(written).await.context("SkeinNode")?.metadata.uid;
-        tracing::info!(endpoints = ?own.endpoints, pod_cidrs = ?own.pod_cidrs, "the SkeinNode is written");
+        let uid = send(written).await.context("SkeinNode")?.metadata.uid;
+        tracing::info!(endpoints = ?own.endpoints, pod_cidrs = ?own.pod_cidrs, "SkeinNode written");
         let at = Instant::now();
         self.applied = Some(Applied { spec: own.clone(), owner, before, uid, at });
         Ok(())

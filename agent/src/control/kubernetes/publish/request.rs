@@ -9,18 +9,22 @@ use serde_json::json;
 use crate::control::kubernetes::client::describe;
 use crate::control::kubernetes::resource::SkeinNode;
 
-/// Whose fields ours are (server-side apply).
+/// Field manager of the agent's fields (server-side apply).
 pub(super) const MANAGER: &str = "skein-agent";
-/// How long one request may take.
-pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+/// Timeout of one request.
+pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
-pub(super) async fn ask<T>(request: impl Future<Output = kube::Result<T>>) -> anyhow::Result<T> {
-    let answer = tokio::time::timeout(PATIENCE, request).await;
-    let answer = answer.with_context(|| format!("no answer within {PATIENCE:?}"))?;
+/// Sends a request.
+///
+/// # Errors
+/// An error if the API server refuses, or does not answer within [`REQUEST_TIMEOUT`].
+pub(super) async fn send<T>(request: impl Future<Output = kube::Result<T>>) -> anyhow::Result<T> {
+    let answer = tokio::time::timeout(REQUEST_TIMEOUT, request).await;
+    let answer = answer.with_context(|| format!("no answer within {REQUEST_TIMEOUT:?}"))?;
     answer.map_err(|error| anyhow!(describe(&error)))
 }
 
-/// A SkeinNode with one part of it, for a server-side apply.
+/// Returns a SkeinNode with the key `part` only, for a server-side apply.
 pub(super) fn skeinnode(
     metadata: serde_json::Value,
     part: &str,

@@ -1,4 +1,4 @@
-//! The status of this node's SkeinNode: when it is written, and how often at most.
+//! Writer of the status of this node's SkeinNode, with bounds on the rate of writes.
 
 use std::time::Duration;
 
@@ -11,46 +11,50 @@ use skein_ipc::UnreachablePeer;
 use skein_netlink::firewall::Firewall;
 use tokio::time::Instant;
 
-use super::request::{MANAGER, ask, skeinnode};
-use crate::control::kubernetes::backoff::fraction;
+use super::request::{MANAGER, send, skeinnode};
+use crate::control::kubernetes::backoff::random_fraction;
 use crate::control::kubernetes::resource::{SkeinNode, SkeinNodeStatus};
 use crate::control::kubernetes::status::{
-    Known, falls_silent, ours, readiness_differs, status, unready,
+    ObservedState, own_conditions, peers_became_unreachable, readiness_differs, status, unready,
 };
 use crate::control::view::AgentView;
 use crate::status::DataplaneStatus;
 
-/// Delay before another readiness is written.
+/// Minimum interval before a status with another readiness is written.
 const READINESS_DELAY: Duration = Duration::from_secs(2);
-/// A status that differs in anything but readiness is written no more often than this, but for the news that
-/// peers have fallen silent, which comes no more often either.
-const STATUS: Duration = Duration::from_secs(60);
-/// Where a node dies all others see it: so many of them a second write that …
-const PEERS_A_SECOND: f64 = 100.0;
-/// … or fewer, since every agent's watch is told of every one: no more than so many events a second.
-const EVENTS_A_SECOND: f64 = 20_000.0;
+/// Minimum interval between two writes of a status that does not differ in readiness. The first
+/// status with unreachable peers is written earlier, at most once in this interval.
+const MIN_STATUS_INTERVAL: Duration = Duration::from_secs(60);
+/// Maximum number of status writes per second in a cluster, after a failure that all nodes observe.
+const MAX_WRITES_PER_SECOND: f64 = 100.0;
+/// Maximum number of watch events per second in a cluster: each write causes one event for each
+/// agent.
+const MAX_WATCH_EVENTS_PER_SECOND: f64 = 20_000.0;
 
-/// When a status may be written that says something else than the one before.
+/// Times that determine when a changed status may be written.
 struct Due {
-    /// When that one was.
+    /// Time of the last write.
     written: Option<Instant>,
-    /// Whether it is the node's readiness that differs.
+    /// True if the readiness differs.
     readiness: bool,
-    /// Where it is news that peers are silent: when this node has its turn to tell.
+    /// Turn of this node to report unreachable peers; `None` unless the status is the first one
+    /// with any.
     silence: Option<Instant>,
-    /// When there was such news before.
-    silence_told: Option<Instant>,
+    /// Time of the last write that reported unreachable peers for the first time.
+    silence_written: Option<Instant>,
 }
 
 impl Due {
-    /// `None`: at once.
+    /// Returns the time at which the status may be written; `None` for at once.
     fn at(&self) -> Option<Instant> {
         let written = self.written?;
         if self.readiness {
             return Some(written + READINESS_DELAY);
         }
-        let ordinary = written + STATUS;
-        let news = |turn: Instant| turn.max(self.silence_told.map_or(turn, |told| told + STATUS));
+        let ordinary = written + MIN_STATUS_INTERVAL;
+        let news = |turn: Instant| {
+            turn.max(self.silence_written.map_or(turn, |told| told + MIN_STATUS_INTERVAL))
+        };
         Some(self.silence.map_or(ordinary, |turn| news(turn).min(ordinary)))
     }
 }
@@ -64,8 +68,8 @@ struct WrittenStatus {
 }
 
 impl WrittenStatus {
-    /// Returns whether the status is that of `record`, not of a deleted record with the same name: a
-    /// new record has no status, which is written at once.
+    /// Returns whether the status is that of `record`, not of a deleted record with the same name:
+    /// a new record has no status, which is written at once.
     fn belongs_to(&self, record: &SkeinNode) -> bool {
         self.uid == record.metadata.uid
     }
@@ -77,14 +81,15 @@ pub(super) struct StatusWriter {
     agent: AgentView,
     /// Status that was written last.
     written: Option<WrittenStatus>,
-    /// Since when there are unreachable peers.
+    /// Time since which peers are unreachable.
     silent_since: Option<Instant>,
-    /// When it was last written that there are where none was.
-    silence_told: Option<Instant>,
-    /// When a status that waits may be written.
+    /// Time of the last write that reported unreachable peers for the first time.
+    silence_written: Option<Instant>,
+    /// Time at which a delayed status may be written.
     pub(super) due: Option<Instant>,
-    /// This node's place among those that tell of what all see, from 0 to 1.
-    share: f64,
+    /// Random position of this node in the write window, uniform in 0 to 1. It delays a status
+    /// write about a failure that all nodes observe.
+    position: f64,
 }
 
 impl StatusWriter {
@@ -95,9 +100,9 @@ impl StatusWriter {
             agent,
             written: None,
             silent_since: None,
-            silence_told: None,
+            silence_written: None,
             due: None,
-            share: fraction(),
+            position: random_fraction(),
         }
     }
 
@@ -109,17 +114,21 @@ impl StatusWriter {
         };
     }
 
-    /// `dataplane` is `None` while the state of the data process is unknown.
+    /// Writes the status if it differs and a write is due; otherwise sets `due`. `dataplane` is
+    /// `None` while the state of the data process is unknown.
+    ///
+    /// # Errors
+    /// An error if the API server refuses or does not answer.
     pub(super) async fn write(
         &mut self,
         published: &SkeinNode,
         dataplane: Option<&DataplaneStatus>,
         reasons: &[String],
     ) -> anyhow::Result<()> {
-        let found = published.status.clone().map(ours);
+        let found = published.status.clone().map(own_conditions);
         let generation = published.metadata.generation;
         let written = self.written.as_ref().filter(|written| written.belongs_to(published));
-        // What was written last is newer than what the watch has told, for a while.
+        // The last written status may be newer than the one that the watch has reported.
         let before = written.map(|written| &written.status).or(found.as_ref());
         let status = match dataplane {
             Some(dataplane) => {
@@ -131,7 +140,7 @@ impl StatusWriter {
                 let unreachable: Vec<_> =
                     dataplane.unreachable.iter().cloned().chain(conflicts).collect();
                 let firewall = self.agent.firewall.borrow().as_ref().map(Firewall::status);
-                let known = Known {
+                let known = ObservedState {
                     generation,
                     capabilities: &dataplane.capabilities,
                     mtu: self.agent.node.interface().mtu,
@@ -146,13 +155,13 @@ impl StatusWriter {
         if before == Some(&status) && found.as_ref() == Some(&status) {
             return Ok(());
         }
-        let silence = falls_silent(before, &status);
-        let spread = spread(self.share, self.agent.node.registry().accepted);
+        let silence = peers_became_unreachable(before, &status);
+        let spread = spread_delay(self.position, self.agent.node.registry().accepted);
         let due = Due {
             written: written.map(|written| written.at),
             readiness: readiness_differs(before, &status),
             silence: silence.then_some(self.silent_since).flatten().map(|since| since + spread),
-            silence_told: self.silence_told,
+            silence_written: self.silence_written,
         };
         if let Some(at) = due.at().filter(|at| *at > Instant::now()) {
             self.due = Some(at);
@@ -163,23 +172,24 @@ impl StatusWriter {
         let parameters = PatchParams::apply(MANAGER).force();
         let patch = Patch::Apply(&object);
         let written = self.skeinnodes.patch_status(name, &parameters, &patch);
-        ask(written).await.context("status of the SkeinNode")?;
-        tracing::debug!(before = ?found, now = ?status, "the SkeinNode's status is written");
+        send(written).await.context("status of the SkeinNode")?;
+        tracing::debug!(before = ?found, now = ?status, "status of the SkeinNode written");
         let now = Instant::now();
         let uid = published.metadata.uid.clone();
         self.written = Some(WrittenStatus { uid, status, at: now });
         if silence {
-            self.silence_told = Some(now);
+            self.silence_written = Some(now);
         }
         Ok(())
     }
 }
 
-/// How long a node waits to tell of what all nodes of the cluster see, by its place among them (0 to 1).
-fn spread(share: f64, nodes: usize) -> Duration {
+/// Returns the delay of a write about a failure that all nodes observe, for a node at `position` (0
+/// to 1) in a cluster of `nodes`.
+fn spread_delay(position: f64, nodes: usize) -> Duration {
     let nodes = nodes as f64;
-    let rate = PEERS_A_SECOND.min(EVENTS_A_SECOND / nodes.max(1.0));
-    Duration::from_secs_f64(share * nodes / rate)
+    let rate = MAX_WRITES_PER_SECOND.min(MAX_WATCH_EVENTS_PER_SECOND / nodes.max(1.0));
+    Duration::from_secs_f64(position * nodes / rate)
 }
 
 #[cfg(test)]
@@ -188,14 +198,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn news_of_all_nodes_are_spread_so_that_the_api_server_can_tell_them() {
-        assert_eq!(spread(0.0, 5000), Duration::ZERO);
-        assert_eq!(spread(1.0, 100), Duration::from_secs(1));
+    fn writes_of_all_nodes_stay_below_event_rate() {
+        assert_eq!(spread_delay(0.0, 5000), Duration::ZERO);
+        assert_eq!(spread_delay(1.0, 100), Duration::from_secs(1));
         for nodes in [200, 1000, 5000] {
-            let events = (nodes * nodes) as f64 / spread(1.0, nodes).as_secs_f64();
-            assert!(events < 20_001.0, "{nodes} nodes: {events} events a second");
+            let events = (nodes * nodes) as f64 / spread_delay(1.0, nodes).as_secs_f64();
+            assert!(events < 20_001.0, "{nodes} nodes: {events} events per second");
         }
-        assert_eq!(spread(0.5, 0), Duration::ZERO);
+        assert_eq!(spread_delay(0.5, 0), Duration::ZERO);
     }
 
     #[test]
@@ -214,22 +224,22 @@ mod tests {
     }
 
     #[test]
-    fn silence_is_told_at_once_and_then_once_a_minute_at_most() {
+    fn unreachable_peers_are_written_once_per_minute_at_most() {
         let start = Instant::now();
         let after = |seconds| start + Duration::from_secs(seconds);
-        let due = |written, silence, silence_told| {
-            let due = Due { written, readiness: false, silence, silence_told };
+        let due = |written, silence, silence_written| {
+            let due = Due { written, readiness: false, silence, silence_written };
             due.at()
         };
         assert_eq!(due(None, Some(after(5)), None), None, "nothing was written yet");
-        // What else changes waits; peers that fall silent do not.
+        // Unreachable peers are written at the node's turn, other changes after a minute.
         assert_eq!(due(Some(start), None, None), Some(after(60)));
         assert_eq!(due(Some(start), Some(after(5)), None), Some(after(5)));
-        // One that flaps is told of a minute after the last time.
+        // A flapping peer is written again a minute after the last time.
         assert_eq!(due(Some(after(70)), Some(after(75)), Some(after(10))), Some(after(75)));
         assert_eq!(due(Some(after(30)), Some(after(35)), Some(after(10))), Some(after(70)));
         let ready =
-            Due { written: Some(start), readiness: true, silence: None, silence_told: None };
+            Due { written: Some(start), readiness: true, silence: None, silence_written: None };
         assert_eq!(ready.at(), Some(start + READINESS_DELAY));
     }
 }
