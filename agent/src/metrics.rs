@@ -71,7 +71,7 @@ fn families(input: &Input) -> Vec<MetricFamily> {
     let mut families = control(input);
     families.extend(input.requests.clone());
     if let Some(pods) = &input.pods {
-        families.extend(of_pods(pods));
+        families.extend(pod_families(pods));
     }
     if let Some(firewall) = &input.firewall {
         families.extend(firewall::families(firewall, input.pods.is_some()));
@@ -152,7 +152,7 @@ fn key(status: &RotationStatus) -> [Family; 2] {
     [age, rotation]
 }
 
-fn of_pods(pods: &Pods) -> Vec<MetricFamily> {
+fn pod_families(pods: &Pods) -> Vec<MetricFamily> {
     let mut addresses = Family::new(
         "skein_ipam_addresses",
         "Pod addresses by pool and state; `resting` addresses were released less than 30 s ago and are allocated last.",

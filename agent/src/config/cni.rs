@@ -39,7 +39,7 @@ pub struct Cni {
     pub plugin: Option<PathBuf>,
     /// Name of the network in the network configuration, 1 to 200 bytes.
     pub network: String,
-    /// Renames the configurations of other networks in `conf_dir`, so that the runtime ignores
+    /// Renames configurations in `conf_dir` that sort before Skein's, so that the runtime ignores
     /// them.
     pub exclusive: bool,
     /// Plugins that follow Skein's plugin in the chain.

@@ -16,7 +16,7 @@ pub struct Kubernetes {
     pub kubeconfig: Option<PathBuf>,
     /// Interface whose addresses are published as endpoints; `None`: the Node's InternalIPs.
     pub endpoint_interface: Option<String>,
-    /// Key of the taint that is removed from the Node when the agent is ready; `None`: no taint.
+    /// Key of the taint that is removed from the Node once pods have a network; `None`: no taint.
     pub not_ready_taint: Option<String>,
 }
 

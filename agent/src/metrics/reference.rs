@@ -25,12 +25,20 @@ A counter starts at zero when its process starts, the data process or the agent.
 fn reference(families: &[MetricFamily]) -> String {
     let mut text = HEAD.to_owned();
     for (title, note, chosen) in [
-        ("Data plane", "Absent while no data process answers.", of_dataplane as fn(&str) -> bool),
-        ("Peers", "Only with `metrics.per_peer`: there are series for each peer.", of_peer),
-        ("Agent", "", of_agent),
-        ("Pods", "Only with `cni.enabled`.", of_pods),
-        ("Firewall", "Drop counters are absent while there is no nftables table.", of_firewall),
-        ("Kubernetes", "Only with `kubernetes.enabled`.", of_kubernetes),
+        (
+            "Data plane",
+            "Absent while no data process answers.",
+            is_dataplane_metric as fn(&str) -> bool,
+        ),
+        ("Peers", "Only with `metrics.per_peer`: there are series for each peer.", is_peer_metric),
+        ("Agent", "", is_agent_metric),
+        ("Pods", "Only with `cni.enabled`.", is_pods_metric),
+        (
+            "Firewall",
+            "Drop counters are absent while there is no nftables table.",
+            is_firewall_metric,
+        ),
+        ("Kubernetes", "Only with `kubernetes.enabled`.", is_kubernetes_metric),
     ] {
         let note = if note.is_empty() { String::new() } else { format!("{note}\n\n") };
         let rows = families.iter().filter(|family| chosen(family.name()));
@@ -43,11 +51,11 @@ fn reference(families: &[MetricFamily]) -> String {
 
 const TITLES: &str = "| metric | type | labels | description |\n|---|---|---|---|\n";
 
-fn of_pods(name: &str) -> bool {
+fn is_pods_metric(name: &str) -> bool {
     ["skein_cni_", "skein_ipam_", "skein_pod_"].iter().any(|start| name.starts_with(start))
 }
 
-fn of_firewall(name: &str) -> bool {
+fn is_firewall_metric(name: &str) -> bool {
     let starts = [
         "skein_firewall_",
         "skein_forward_",
@@ -58,15 +66,15 @@ fn of_firewall(name: &str) -> bool {
     starts.iter().any(|start| name.starts_with(start))
 }
 
-fn of_kubernetes(name: &str) -> bool {
+fn is_kubernetes_metric(name: &str) -> bool {
     name.starts_with("skein_kubernetes_")
 }
 
-fn of_peer(name: &str) -> bool {
+fn is_peer_metric(name: &str) -> bool {
     name.starts_with("skein_peer_")
 }
 
-fn of_agent(name: &str) -> bool {
+fn is_agent_metric(name: &str) -> bool {
     let starts = [
         "skein_build_",
         "skein_dataplane_",
@@ -79,8 +87,10 @@ fn of_agent(name: &str) -> bool {
     starts.iter().any(|start| name.starts_with(start))
 }
 
-fn of_dataplane(name: &str) -> bool {
-    ![of_pods, of_firewall, of_kubernetes, of_peer, of_agent].iter().any(|others| others(name))
+fn is_dataplane_metric(name: &str) -> bool {
+    ![is_pods_metric, is_firewall_metric, is_kubernetes_metric, is_peer_metric, is_agent_metric]
+        .iter()
+        .any(|others| others(name))
 }
 
 fn row(family: &MetricFamily) -> String {

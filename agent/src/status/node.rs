@@ -92,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn key_of_other_age_wakes_nobody() {
+    fn change_of_key_age_does_not_wake_receivers() {
         let key = RotationStatus::of(PublicKey([1; 32]));
         let state = NodeState::new(key.clone());
         let follower = state.view().follow_key();
