@@ -300,14 +300,14 @@ fn probe_fails_if_data_process_hangs() {
             let mut probe = Command::new(AGENT);
             run_to_exit(probe.args(["dataplane", "--probe", "--socket"]).arg(&socket))
         };
-        let (code, said) = probe();
-        assert!(code != 0 && said.contains("no data process answers"), "{said}");
+        let (code, message) = probe();
+        assert!(code != 0 && message.contains("no data process answers"), "{message}");
         let pid = node.run().dataplane.pid.unwrap();
         assert_eq!(probe(), (0, String::new()));
         send(Signal::STOP, pid).unwrap();
-        let (code, said) = probe();
+        let (code, message) = probe();
         send(Signal::CONT, pid).unwrap();
-        assert!(code != 0 && said.contains("does not answer"), "{said}");
+        assert!(code != 0 && message.contains("does not answer"), "{message}");
         assert_eq!(probe().0, 0);
     });
 }
@@ -391,8 +391,8 @@ fn cleanup_removes_unfinished_interface() {
         create_persistent(name).unwrap();
         let cleanup = node.output("cleanup");
         assert!(cleanup.status.success(), "{cleanup:?}");
-        let said = String::from_utf8_lossy(&cleanup.stdout);
-        assert!(said.contains(&format!("removed unfinished interface {name}")), "{said}");
+        let message = String::from_utf8_lossy(&cleanup.stdout);
+        assert!(message.contains(&format!("removed unfinished interface {name}")), "{message}");
         assert!(!exists(name));
     });
 }

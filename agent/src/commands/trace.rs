@@ -104,7 +104,7 @@ fn render(trace: &Trace) -> String {
             Grade::Note => ("note", Tone::Warn),
             Grade::Bad => ("STOP", Tone::Bad),
         };
-        vec![step.name.into(), Field::toned(state, tone), step.says.as_str().into()]
+        vec![step.name.into(), Field::toned(state, tone), step.detail.as_str().into()]
     };
     let columns = [("STEP", Align::Left), ("RESULT", Align::Left), ("DETAIL", Align::Left)];
     let steps = table(&columns, trace.steps.iter().map(row));

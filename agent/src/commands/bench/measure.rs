@@ -154,13 +154,15 @@ mod tests {
                 || Connection::new(listener.accept().unwrap().0).unwrap().accept_request("right");
             [answer().unwrap(), answer().unwrap()]
         });
-        let ask = |token| {
+        let request = |token| {
             let time = Duration::ZERO;
             let server = Server { address: address.ip(), port: address.port(), token, time };
             server.request(Work::Echo).map(drop)
         };
-        assert!(ask("right").is_ok());
-        assert!(matches!(ask("wrong"), Err(RequestError::Refused(why)) if why.contains("token")));
+        assert!(request("right").is_ok());
+        assert!(
+            matches!(request("wrong"), Err(RequestError::Refused(why)) if why.contains("token"))
+        );
         assert_eq!(server.join().unwrap(), [Some(Work::Echo), None]);
     }
 }

@@ -422,7 +422,7 @@ impl<'a> Run<'a> {
     async fn remove(&self) -> Result<(), String> {
         let end = Instant::now() + REMOVAL_TIMEOUT + REMOVAL_TIMEOUT_PER_POD * self.pods_made.get();
         let mut why = "no answer from the API server".to_owned();
-        let (mut none, mut pods) = (0, 0);
+        let (mut empty_lists, mut pods) = (0, 0);
         loop {
             match timeout_at(end, self.delete_pods()).await {
                 Err(_) => return Err(why),
@@ -431,10 +431,10 @@ impl<'a> Run<'a> {
                 }
                 Ok(Err(error)) => why = format!("{:#}", plain(error)),
                 Ok(Ok(left)) => match left.first() {
-                    None if none == 1 => return Ok(()),
-                    None => (none, pods) = (1, 0),
+                    None if empty_lists == 1 => return Ok(()),
+                    None => (empty_lists, pods) = (1, 0),
                     Some(pod) => {
-                        (none, pods) = (0, left.len());
+                        (empty_lists, pods) = (0, left.len());
                         why = match pods - 1 {
                             0 => format!("{pod} still exists"),
                             more => format!("{pod} and {more} more still exist"),

@@ -161,7 +161,7 @@ impl Matrix {
     pub(crate) fn failure_summary(&self) -> Option<String> {
         let (pairs, failed) = (self.pairs.iter().count(), self.pairs.failing().count());
         let nothing = self.silent.is_empty() && self.absent.is_empty() && pairs == 0;
-        let said = [
+        let parts = [
             (self.silent.len(), format!("{} could not probe", self.silent.len())),
             (self.absent.len(), format!("{} could not be probed", self.absent.len())),
             (nothing.into(), "nothing was probed. Check that the node has peers.".to_owned()),
@@ -173,8 +173,9 @@ impl Matrix {
                 ),
             ),
         ];
-        let said: Vec<_> = said.into_iter().filter(|(n, _)| *n > 0).map(|(_, text)| text).collect();
-        (!said.is_empty()).then(|| said.join("; "))
+        let parts: Vec<_> =
+            parts.into_iter().filter(|(n, _)| *n > 0).map(|(_, text)| text).collect();
+        (!parts.is_empty()).then(|| parts.join("; "))
     }
 
     /// Formats the matrix, the failing probes and the missing rows and columns for people.

@@ -189,9 +189,9 @@ pub(super) fn failure_reason(pod: &Pod) -> String {
 }
 
 fn joined(reason: &Option<String>, message: &Option<String>) -> Option<String> {
-    let said = [reason, message].into_iter().flatten().filter(|text| !text.is_empty());
-    let said: Vec<&str> = said.map(String::as_str).collect();
-    (!said.is_empty()).then(|| said.join(": "))
+    let parts = [reason, message].into_iter().flatten().filter(|text| !text.is_empty());
+    let parts: Vec<&str> = parts.map(String::as_str).collect();
+    (!parts.is_empty()).then(|| parts.join(": "))
 }
 
 /// Describes why a pod failed: the last line of its log, if there is one, and the status of the

@@ -201,8 +201,8 @@ async fn program(archive: &mut Archive, name: &str, words: &[&str]) {
         Ok(Err(error)) => archive.missing(name, &format!("{}: {error}", words[0])),
         Ok(Ok(output)) if output.status.success() => archive.add(name, &output.stdout),
         Ok(Ok(output)) => {
-            let said = String::from_utf8_lossy(&output.stderr);
-            let line = said.lines().next().unwrap_or_default();
+            let message = String::from_utf8_lossy(&output.stderr);
+            let line = message.lines().next().unwrap_or_default();
             archive.missing(name, &format!("{}: {line}", words[0]));
         }
     }

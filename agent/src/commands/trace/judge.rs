@@ -23,7 +23,8 @@ pub(super) struct Trace {
 pub(super) struct Step {
     pub(super) name: &'static str,
     pub(super) grade: Grade,
-    pub(super) says: String,
+    #[serde(rename = "says")]
+    pub(super) detail: String,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -65,7 +66,7 @@ pub(super) fn judge(facts: &Facts) -> Trace {
         to: facts.to,
         passes: stop.is_none(),
         verdict: match stop {
-            Some(step) => format!("{}: {}", step.name, step.says),
+            Some(step) => format!("{}: {}", step.name, step.detail),
             None if other_chains_may_drop(facts) => {
                 format!("{end}, unless rules of other programs drop it")
             }
@@ -78,8 +79,8 @@ pub(super) fn judge(facts: &Facts) -> Trace {
 struct Steps(Vec<Step>);
 
 impl Steps {
-    fn add(&mut self, name: &'static str, grade: Grade, says: impl Into<String>) {
-        self.0.push(Step { name, grade, says: says.into() });
+    fn add(&mut self, name: &'static str, grade: Grade, detail: impl Into<String>) {
+        self.0.push(Step { name, grade, detail: detail.into() });
     }
 }
 
@@ -90,7 +91,7 @@ fn name(route: &RouteResult) -> String {
 /// Adds the step about the sender.
 fn source(facts: &Facts, steps: &mut Steps) {
     let from = facts.from;
-    let mut add = |grade, says: String| steps.add("source", grade, says);
+    let mut add = |grade, detail: String| steps.add("source", grade, detail);
     match &facts.sender.lookup {
         Ok(found) if found.local => add(Good, format!("{from} is this node itself")),
         Ok(found) if found.skein && facts.is_here(from) => {
@@ -119,7 +120,7 @@ fn source(facts: &Facts, steps: &mut Steps) {
 /// Adds the step about the kernel's route.
 fn route(facts: &Facts, steps: &mut Steps) {
     let interface = &facts.status.interface;
-    let mut add = |grade, says: String| steps.add("route", grade, says);
+    let mut add = |grade, detail: String| steps.add("route", grade, detail);
     let found = match &facts.route.lookup {
         Err(error) => {
             add(
@@ -208,15 +209,15 @@ fn overlay(facts: &Facts, peer: &PeerReport, outer: Option<&RouteResult>, steps:
 }
 
 fn session(peer: &PeerReport, steps: &mut Steps) {
-    let mut says = peer.state.to_string();
+    let mut detail = peer.state.to_string();
     if let Some(seconds) = peer.handshake_age_seconds {
-        says += &format!(", keys {} old", age(seconds));
+        detail += &format!(", keys {} old", age(seconds));
     }
     if let Some(us) = peer.rtt_us {
-        says += &format!(", round-trip time {}", milliseconds(us));
+        detail += &format!(", round-trip time {}", milliseconds(us));
     }
     if let Some(reason) = &peer.reason {
-        says += &format!(": {reason}");
+        detail += &format!(": {reason}");
     }
     let grade = match peer.state {
         PeerState::Established => Good,
@@ -224,13 +225,13 @@ fn session(peer: &PeerReport, steps: &mut Steps) {
         PeerState::Idle | PeerState::Connecting => Note,
     };
     if peer.state == PeerState::Idle {
-        says += ": the first packet starts a handshake";
+        detail += ": the first packet starts a handshake";
     }
-    steps.add("session", grade, says);
+    steps.add("session", grade, detail);
 }
 
 fn underlay(facts: &Facts, endpoint: std::net::SocketAddr, outer: &RouteResult, steps: &mut Steps) {
-    let mut add = |grade, says: String| steps.add("underlay", grade, says);
+    let mut add = |grade, detail: String| steps.add("underlay", grade, detail);
     match &outer.lookup {
         Err(error) => add(Bad, format!("no route to the endpoint {endpoint}: {error}")),
         Ok(found) if found.refused.is_some() => {
@@ -256,7 +257,7 @@ fn other_chains_may_drop(facts: &Facts) -> bool {
 
 /// Adds the steps about forwarding, masquerading and the forward chains.
 fn firewall(facts: &Facts, steps: &mut Steps) {
-    let mut add = |grade, says: String| steps.add("firewall", grade, says);
+    let mut add = |grade, detail: String| steps.add("firewall", grade, detail);
     let own = facts.sender.lookup.as_ref().is_ok_and(|found| found.local);
     if !own && !facts.forwarding {
         add(
@@ -388,7 +389,8 @@ mod tests {
         let mut facts = passing();
         facts.dropping_chains = vec!["chain ip filter FORWARD drops".to_owned()];
         let trace = judge(&facts);
-        let noted = |step: &Step| step.grade == Note && step.says.contains("not evaluated: chain");
+        let noted =
+            |step: &Step| step.grade == Note && step.detail.contains("not evaluated: chain");
         assert!(trace.passes && trace.steps.iter().any(noted), "{trace:?}");
         assert!(trace.verdict.ends_with("unless rules of other programs drop it"), "{trace:?}");
         // Packets of this node itself do not pass forward chains.
@@ -420,6 +422,6 @@ mod tests {
         facts.peer = None;
         let trace = judge(&facts);
         assert!(trace.passes && trace.verdict.contains("by eth0"), "{trace:?}");
-        assert!(trace.steps.iter().any(|step| step.says.contains("masqueraded")), "{trace:?}");
+        assert!(trace.steps.iter().any(|step| step.detail.contains("masqueraded")), "{trace:?}");
     }
 }

@@ -288,8 +288,8 @@ async fn no_removal_if_no_pod_was_created() {
 #[tokio::test(start_paused = true)]
 async fn probing_pod_that_is_refused_is_a_failed_row() {
     let matrix = run(Fault::NoHostPods).await.matrix.unwrap();
-    let trouble = matrix.failure_summary().unwrap();
-    assert!(trouble.contains("2 could not probe; 1 of 8 pairs fail"), "{trouble}");
+    let summary = matrix.failure_summary().unwrap();
+    assert!(summary.contains("2 could not probe; 1 of 8 pairs fail"), "{summary}");
     let text = matrix.render();
     assert!(text.contains("node@node2 could not probe: cannot create pods in"), "{text}");
     assert!(text.contains("violates PodSecurity"), "{text}");
@@ -298,8 +298,8 @@ async fn probing_pod_that_is_refused_is_a_failed_row() {
 #[tokio::test(start_paused = true)]
 async fn answering_pod_that_is_refused_is_a_failed_column() {
     let matrix = run(Fault::First).await.matrix.unwrap();
-    let trouble = matrix.failure_summary().unwrap();
-    assert!(trouble.contains("1 could not be probed; 1 of 12 pairs fail"), "{trouble}");
+    let summary = matrix.failure_summary().unwrap();
+    assert!(summary.contains("1 could not be probed; 1 of 12 pairs fail"), "{summary}");
     let text = matrix.render();
     assert!(text.contains("pod@node1 could not be probed: cannot create pods in"), "{text}");
 }
@@ -343,8 +343,8 @@ async fn unreadable_log_is_one_failed_row() {
     for (fault, why) in [(Fault::Log, "no such file"), (Fault::LogHangs, "no answer within 10 s")] {
         let ran = run(fault).await;
         let matrix = ran.matrix.unwrap();
-        let trouble = matrix.failure_summary().unwrap();
-        assert!(trouble.contains("1 could not probe; 1 of 12 pairs fail"), "{trouble}");
+        let summary = matrix.failure_summary().unwrap();
+        assert!(summary.contains("1 could not probe; 1 of 12 pairs fail"), "{summary}");
         let text = matrix.render();
         assert!(text.contains("node@node1 could not probe: cannot read the log of "), "{text}");
         assert!(text.contains(why), "{text}");
@@ -368,13 +368,13 @@ async fn late_pod_is_removed_and_is_a_failed_column() {
 async fn pods_that_remain_are_reported() {
     let ran = run(Fault::Stay).await;
     assert!(ran.matrix.is_ok());
-    let said = ran.reported;
-    assert!(said.contains("left behind: skein-connectivity-"), "{said}");
+    let reported = ran.reported;
+    assert!(reported.contains("left behind: skein-connectivity-"), "{reported}");
     assert!(
-        said.contains(
+        reported.contains(
             "and 5 more still exist. Remove them with kubectl delete pods -n default -l "
         ),
-        "{said}"
+        "{reported}"
     );
     let most = REMOVAL_TIMEOUT + 6 * REMOVAL_TIMEOUT_PER_POD;
     assert!(ran.took >= most && ran.took < most + Duration::from_secs(5), "{:?}", ran.took);
