@@ -125,11 +125,11 @@ impl Install {
 /// Returns the path of the plugin's binary to install: `cni.plugin`, or the plugin next to this
 /// program.
 fn plugin_source(config: &Cni) -> PathBuf {
-    let beside = || {
+    let next_to_agent = || {
         let own = std::env::current_exe().unwrap_or_default();
         own.with_file_name(PLUGIN)
     };
-    config.plugin.clone().unwrap_or_else(beside)
+    config.plugin.clone().unwrap_or_else(next_to_agent)
 }
 
 /// Returns the plugins of the chain that are in no directory of the runtime; empty if the agent

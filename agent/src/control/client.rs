@@ -228,7 +228,7 @@ pub(crate) mod tests {
     /// Returns a socket at `path` on which an unprivileged user listens.
     pub(crate) fn listener_of_another_user(path: &Path) -> UnixListener {
         let listener = UnixListener::bind(path).unwrap();
-        // The kernel reports the user who has called listen(2). Users are a thread's own.
+        // SO_PEERCRED reports the user who called listen(2). The user is a property of the thread.
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let nobody = Uid::from_raw(65_534);

@@ -139,8 +139,8 @@ impl Registry {
         }
         let Some(local_cidrs) = local_cidrs(&own, &accepted) else {
             problems.push(format!(
-                "this node ({}) has no pod CIDRs: set pod_cidrs in the configuration, or add a \
-                 record with this name to {shown}",
+                "this node ({}) has no pod CIDRs. Set pod_cidrs in the configuration, or add a \
+                 record with this name to {shown}.",
                 own.name
             ));
             return Err(Failure::Usage(problems.join("\n")));

@@ -176,13 +176,13 @@ impl Rotation {
                 ),
             });
         }
-        let Some(told) = self.readable_since else {
+        let Some(readable_since) = self.readable_since else {
             let text = "the API server to report the changed record, which takes a few seconds. If it takes \
                         longer, install this version's definition of SkeinNode: kubectl apply -f \
                         charts/skein/crds";
             return Some(text.to_owned());
         };
-        let left = self.settings.settle.saturating_sub(told.elapsed());
+        let left = self.settings.settle.saturating_sub(readable_since.elapsed());
         Some(match self.stage() {
             Stage::Changed if left.is_zero() && self.old_key_peers > 0 => {
                 let peers = match self.old_key_peers {
@@ -277,11 +277,11 @@ impl Rotation {
         let PublicKeys { first, second } = self.public;
         let settled = match record {
             Some(record) if self.writes_record && record == self.public => {
-                let told = self.readable_since.get_or_insert_with(Instant::now).elapsed();
+                let waited = self.readable_since.get_or_insert_with(Instant::now).elapsed();
                 let waits = self.stage() == Stage::Changed
                     && self.old_key_peers > 0
-                    && told < MAX_OLD_KEY_WAIT;
-                told >= self.settings.settle && !waits
+                    && waited < MAX_OLD_KEY_WAIT;
+                waited >= self.settings.settle && !waits
             }
             _ => {
                 self.readable_since = None;

@@ -67,7 +67,7 @@ pub(super) struct LogLevelBody {
 /// Body of an answer with an error status.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct ErrorBody {
-    /// The failure and its remedy, for people.
+    /// The failure and its remedy, for users.
     pub(super) error: String,
 }
 

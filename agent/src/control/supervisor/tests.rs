@@ -62,8 +62,8 @@ impl Fake {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("socket");
         let listener = UnixListener::bind(&socket).unwrap();
-        let (told, asked) = channel();
-        thread::spawn(move || serve(&listener, &told, answer));
+        let (requests, asked) = channel();
+        thread::spawn(move || serve(&listener, &requests, answer));
         Self { asked, _directory: directory, socket }
     }
 
@@ -73,7 +73,7 @@ impl Fake {
 }
 
 /// Serves one connection after the other; the answer `None` closes the connection.
-fn serve(listener: &UnixListener, told: &Sender<String>, answer: Answer) {
+fn serve(listener: &UnixListener, requests: &Sender<String>, answer: Answer) {
     let mut count = 0;
     for stream in listener.incoming() {
         let mut stream = stream.unwrap();
@@ -96,7 +96,7 @@ fn serve(listener: &UnixListener, told: &Sender<String>, answer: Answer) {
                 Request::Changes { .. } => "changes".to_owned(),
             };
             // Heartbeats come at any time.
-            if text != "report" && told.send(text).is_err() {
+            if text != "report" && requests.send(text).is_err() {
                 return;
             }
             let Some(response) = answer(count, &request) else { break };

@@ -53,7 +53,7 @@ impl Due {
         }
         let ordinary = written + MIN_STATUS_INTERVAL;
         let news = |turn: Instant| {
-            turn.max(self.silence_written.map_or(turn, |told| told + MIN_STATUS_INTERVAL))
+            turn.max(self.silence_written.map_or(turn, |last| last + MIN_STATUS_INTERVAL))
         };
         Some(self.silence.map_or(ordinary, |turn| news(turn).min(ordinary)))
     }
