@@ -14,11 +14,11 @@ mod leases;
 mod locks;
 pub(crate) mod metrics;
 mod others;
+mod pending;
 mod removal;
 mod server;
 mod service;
 mod versions;
-mod waiting;
 mod wire;
 
 use std::sync::Arc;

@@ -28,8 +28,8 @@ use super::interface::host_name;
 use super::leases::Leases;
 use super::locks::Locks;
 use super::metrics::{Outcome, Requests, verb};
+use super::pending::PendingDeletions;
 use super::server::{Handler, refusal};
-use super::waiting::PendingDeletions;
 use crate::lifecycle::Readiness;
 
 /// Properties of the node that its pods depend on.

@@ -7,7 +7,7 @@
 //! network.
 
 mod former;
-mod settle;
+mod resolve;
 mod store;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,7 +18,7 @@ use skein_ipc::keys::PublicKeys;
 
 pub use self::former::overlay_prefixes;
 use self::former::{FormerPrefixes, Owners, hosts, owners};
-use self::settle::{Accepted, LocalNode, Resolution, check_own, local_cidrs, resolve_conflicts};
+use self::resolve::{Accepted, LocalNode, Resolution, check_own, local_cidrs, resolve_conflicts};
 pub use self::store::Stored;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use self::store::fuzz_stored;

@@ -7,7 +7,7 @@ use skein_ipam::IpamError;
 
 use super::Service;
 use crate::cni::error::{Error, refuse};
-use crate::cni::waiting::remove;
+use crate::cni::pending::remove;
 
 impl Service {
     /// Processes a DEL ([`Command::Del`]). If the lease cannot be written, the request succeeds and

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::settle::Accepted;
+use super::resolve::Accepted;
 use crate::config::Config;
 use crate::control::endpoint::Endpoint;
 use crate::control::records::NodeRecord;

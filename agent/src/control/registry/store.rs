@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use skein_cni_protocol::excerpt::message_excerpt;
 
 use super::former::{FormerPrefixes, hosts, overlay_prefixes, owners};
-use super::settle::Accepted;
+use super::resolve::Accepted;
 use crate::config::Config;
 use crate::control::source::RecordSource;
 use crate::files;
