@@ -119,6 +119,11 @@ pub(super) fn repair_mode(path: &Path, mode: Mode) -> Result<bool, InstallError>
     changed.map(|()| true).map_err(InstallError::new("change the mode of", path))
 }
 
+/// Removes the file at `path`; returns whether it existed. `None` stands for a file that the agent
+/// does not manage.
+///
+/// # Errors
+/// [`InstallError`] if the file exists and cannot be removed.
 pub(super) fn remove(path: Option<PathBuf>) -> Result<bool, InstallError> {
     let Some(path) = path else { return Ok(false) };
     match fs::remove_file(&path) {

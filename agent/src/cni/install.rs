@@ -54,7 +54,7 @@ impl Install {
             if !aside.is_empty() {
                 tracing::warn!(files = ?aside, "configurations of other networks set aside");
             }
-            let back = others::give_back_spared(config).map_err(text)?;
+            let back = others::restore_spared(config).map_err(text)?;
             if !back.is_empty() {
                 tracing::info!(
                     files = ?back,
@@ -278,8 +278,9 @@ mod tests {
         install.run(&config, true).unwrap();
     }
 
-    /// Runs the installation while the chain's plugin, asked for its versions, replaces the list by
-    /// `change` of it; returns the result, the replaced text and the list's text after the run.
+    /// Runs the installation. During the request for its versions, the plugin of the chain replaces
+    /// the list by the result of `change`. Returns the result, the replaced text and the list's
+    /// text after the run.
     fn list_changed_while_plugin_is_asked(
         change: impl Fn(&mut serde_json::Value),
     ) -> (bool, String, String) {

@@ -39,7 +39,7 @@ pub(crate) use self::conflist::fuzz_conflist;
 use self::install::Install;
 use self::leases::Leases;
 pub use self::removal::{Removal, remove};
-pub use self::service::Network;
+pub use self::service::PodNetworkConfig;
 use self::service::Service;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use self::versions::fuzz_answer;
@@ -63,7 +63,7 @@ const READINESS_POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// prefixes.
 #[derive(Debug)]
 pub struct Pods {
-    network: watch::Sender<Network>,
+    network: watch::Sender<PodNetworkConfig>,
     _tasks: JoinSet<()>,
 }
 
@@ -83,7 +83,7 @@ impl Pods {
     /// unready.
     pub async fn start(
         config: &Config,
-        network: Network,
+        network: PodNetworkConfig,
         firewall: Firewall,
         readiness: Readiness,
     ) -> Result<(Self, View), Failure> {
@@ -135,7 +135,7 @@ impl Pods {
 
     /// Sets the node's network. The pools and the node's ends of existing pods follow; a changed
     /// MTU applies to new pods.
-    pub fn set_network(&self, network: Network) {
+    pub fn set_network(&self, network: PodNetworkConfig) {
         self.network.send_if_modified(|present| {
             let differs = *present != network;
             *present = network;
@@ -170,7 +170,7 @@ impl View {
 struct Reconciler {
     service: Arc<Service>,
     firewall: Firewall,
-    network: watch::Receiver<Network>,
+    network: watch::Receiver<PodNetworkConfig>,
     readiness: Readiness,
     not_ready: Option<NotReady>,
     /// Errors of the last reconciliation, which are logged once.

@@ -49,8 +49,8 @@ pub(super) fn set_aside(config: &Cni) -> Result<Vec<OsString>, InstallError> {
 ///
 /// # Errors
 /// [`InstallError`] if the directory cannot be read or a file cannot be renamed.
-pub(super) fn give_back_spared(config: &Cni) -> Result<Vec<String>, InstallError> {
-    give_back(config, |aside, original| !is_network_before(config, aside, original.as_ref()))
+pub(super) fn restore_spared(config: &Cni) -> Result<Vec<String>, InstallError> {
+    restore(config, |aside, original| !is_network_before(config, aside, original.as_ref()))
 }
 
 /// Restores all files that are set aside, except those whose name is in use again; returns the
@@ -58,11 +58,11 @@ pub(super) fn give_back_spared(config: &Cni) -> Result<Vec<String>, InstallError
 ///
 /// # Errors
 /// [`InstallError`] if the directory cannot be read or a file cannot be renamed.
-pub(super) fn give_back_all(config: &Cni) -> Result<Vec<String>, InstallError> {
-    give_back(config, |_, _| true)
+pub(super) fn restore_all(config: &Cni) -> Result<Vec<String>, InstallError> {
+    restore(config, |_, _| true)
 }
 
-fn give_back(
+fn restore(
     config: &Cni,
     wanted: impl Fn(&OsStr, &str) -> bool,
 ) -> Result<Vec<String>, InstallError> {
@@ -172,9 +172,9 @@ mod tests {
         let config = config(directory.path());
         let aside = ["10-calico.conflist.skein-aside", "10-flannel.conflist.skein-aside"];
         write(directory.path(), &[(aside[0], CALICO_LINKERD), (aside[1], FLANNEL_ISTIO)]);
-        assert!(give_back_spared(&config).unwrap().is_empty(), "another network was restored");
+        assert!(restore_spared(&config).unwrap().is_empty(), "another network was restored");
         assert_eq!(super::names(&config).unwrap(), aside);
-        let back = give_back_all(&config).unwrap();
+        let back = restore_all(&config).unwrap();
         assert_eq!(back, ["10-calico.conflist", "10-flannel.conflist"]);
     }
 
@@ -199,10 +199,10 @@ mod tests {
         assert_eq!(networks_before(&config), before);
         assert_eq!(set_aside(&config).unwrap(), before);
         assert!(networks_before(&config).is_empty() && set_aside(&config).unwrap().is_empty());
-        assert!(give_back_spared(&config).unwrap().is_empty(), "another network comes back");
+        assert!(restore_spared(&config).unwrap().is_empty(), "another network comes back");
         write(directory.path(), &[("10-flannel.conflist", "new")]);
         let back = ["01-broken.json", "05-cilium.conflist", "10-skein.conf"];
-        assert_eq!(give_back_all(&config).unwrap(), back);
+        assert_eq!(restore_all(&config).unwrap(), back);
         let kept = fs::read_to_string(directory.path().join("10-flannel.conflist")).unwrap();
         assert_eq!(kept, "new", "nothing is overwritten");
     }
@@ -231,6 +231,6 @@ mod tests {
         }
         let mut names: Vec<&str> = spared.iter().map(|(name, _)| *name).collect();
         names.sort_unstable();
-        assert_eq!(give_back_spared(&config).unwrap(), names);
+        assert_eq!(restore_spared(&config).unwrap(), names);
     }
 }

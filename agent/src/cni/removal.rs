@@ -25,7 +25,7 @@ pub async fn remove(config: &Config) -> Vec<Removal> {
     let text = |result: Result<bool, InstallError>| result.map_err(|error| error.to_string());
     let removal = |what: &str, outcome| Removal { what: what.to_owned(), outcome };
     let mut removals = vec![removal("CNI configuration", text(install::remove_configuration(cni)))];
-    match others::give_back_all(cni) {
+    match others::restore_all(cni) {
         Err(error) => {
             removals.push(removal("configurations of other networks", Err(error.to_string())));
         }

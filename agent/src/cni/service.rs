@@ -34,7 +34,7 @@ use crate::lifecycle::Readiness;
 
 /// Properties of the node that its pods depend on.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Network {
+pub struct PodNetworkConfig {
     /// MTU of pods in bytes.
     pub mtu: u16,
     /// Pod CIDRs of this node.
@@ -56,7 +56,7 @@ pub(super) struct Service {
     pub(super) leases: Leases,
     pub(super) attacher: Attacher,
     pub(super) netlink: Netlink,
-    pub(super) network: watch::Receiver<Network>,
+    pub(super) network: watch::Receiver<PodNetworkConfig>,
     pub(super) readiness: Readiness,
     firewall: Firewall,
     pub(super) requests: Requests,
@@ -69,11 +69,15 @@ pub(super) struct Service {
 }
 
 impl Service {
+    /// Returns the service of the node `node`, which refuses every ADD until `prepared` is set.
+    ///
+    /// # Errors
+    /// An error if the boot ID or this process's network namespace cannot be read.
     pub(super) fn new(
         leases: Leases,
         node: &str,
         netlink: Netlink,
-        network: watch::Receiver<Network>,
+        network: watch::Receiver<PodNetworkConfig>,
         readiness: Readiness,
         firewall: Firewall,
         spool: PathBuf,

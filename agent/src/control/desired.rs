@@ -14,7 +14,7 @@ use super::endpoint::Endpoint;
 use super::records::NodeRecord;
 use super::registry::Registry;
 use super::rotation::NodeKeys;
-use crate::cni::Network;
+use crate::cni::PodNetworkConfig;
 use crate::config::Config;
 use crate::status::PeerConflict;
 
@@ -81,10 +81,10 @@ impl Desired {
     }
 
     /// Returns the properties of the node that its pods depend on.
-    pub fn network(&self, config: &Config) -> Network {
+    pub fn network(&self, config: &Config) -> PodNetworkConfig {
         let peers = || self.peers.iter().flat_map(|peer| peer.pod_cidrs.clone()).collect();
         let cluster = Some(config.cluster_cidrs.clone()).filter(|cidrs| !cidrs.is_empty());
-        Network {
+        PodNetworkConfig {
             mtu: self.mtu,
             local: self.local_cidrs.clone(),
             reserved: self.addresses.clone(),

@@ -24,7 +24,7 @@ pub struct Endpoint {
     interface: Option<String>,
 }
 
-/// Errors of parsing an endpoint.
+/// Failure to parse an endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum EndpointError {
     /// The text is malformed, or the address is one that no node can listen on.

@@ -91,7 +91,7 @@ fn sample(time_ms: u64, report: &Report) -> Sample {
     };
     let lost = |direction: Direction| {
         drops(&|drop| {
-            // A reason that only a newer data process knows counts, as in the alert.
+            // A reason that this release does not know counts, as in the alert SkeinPacketsDropped.
             let known = DropReason::from_labels(&drop.direction, &drop.reason);
             drop.direction == direction.label()
                 && !known.is_some_and(DropReason::is_possible_without_key)

@@ -12,8 +12,8 @@ pub(super) fn log_changes(outcome: &Outcome) {
 
 /// Logs endpoints that have become unusable, each once.
 pub(super) fn log_unresolved(before: &[String], now: &[String]) {
-    for complaint in now.iter().filter(|complaint| !before.contains(complaint)) {
-        tracing::error!("{complaint}");
+    for problem in now.iter().filter(|problem| !before.contains(problem)) {
+        tracing::error!("{problem}");
     }
 }
 

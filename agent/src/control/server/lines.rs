@@ -18,6 +18,9 @@ pub(in crate::control) const HAND_OVER: &str = "hand over\n";
 /// Waits for the first byte, which stays in the socket. Returns whether it begins a line request:
 /// the methods of HTTP are upper-case. A client that sends nothing and shuts its side down requests
 /// the status.
+///
+/// # Errors
+/// An I/O error if the connection fails.
 pub(super) async fn is_line_request(stream: &UnixStream) -> io::Result<bool> {
     let mut first = [0];
     let peek = || Ok(rustix::net::recv(stream, &mut first, RecvFlags::PEEK)?.1);
@@ -26,6 +29,10 @@ pub(super) async fn is_line_request(stream: &UnixStream) -> io::Result<bool> {
 }
 
 /// Answers one request: a JSON document, in which an error is `{"Err": TEXT}`.
+///
+/// # Errors
+/// An I/O error if the connection fails, if the request is unknown, or if another agent is already
+/// taking over.
 pub(super) async fn answer(mut stream: UnixStream, service: &Service) -> io::Result<()> {
     let mut line = String::new();
     BufReader::new((&mut stream).take(MAX_LINE)).read_line(&mut line).await?;

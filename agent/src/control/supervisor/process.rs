@@ -14,6 +14,10 @@ use crate::control::client::{Client, ClientError};
 
 impl Supervisor {
     /// Connects to the data process that listens, or starts one.
+    ///
+    /// # Errors
+    /// [`SessionEnd`] if no data process listens within [`START_STOP_TIMEOUT`], if a started one
+    /// exits, or if the one that listens belongs to another node or had to be killed.
     pub(super) async fn connect(&mut self) -> Result<Connection, SessionEnd> {
         let deadline = Instant::now() + START_STOP_TIMEOUT;
         loop {
