@@ -38,7 +38,8 @@ use crate::status::{RegistryStatus, RejectedFile};
 /// an own record with other keys.
 ///
 /// The active records never contradict each other, the configuration, or this node's keys. `reload`
-/// never removes an active record unless its file has changed or was removed.
+/// never removes an active record unless its file has changed or was removed, or unless it
+/// contradicts the record that this node's agent writes to Kubernetes.
 #[derive(Debug)]
 pub struct Registry {
     own: LocalNode,

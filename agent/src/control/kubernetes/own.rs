@@ -47,7 +47,7 @@ pub(super) fn spec(
     // Addresses without a listener of Skein count as well: other programs of the cluster use them.
     let all = candidates.iter().copied().chain(internal_ips(node));
     check_outside(all, &config.cluster_cidrs).map_err(|error| {
-        format!("an address of the Node: {error} (the chart's podCidr and podCidrv6)")
+        format!("an address of the Node: {error} The chart's values are podCidr and podCidrv6.")
     })?;
     let endpoint = |ip: &IpAddr| SocketAddr::new(*ip, config.underlay.port).to_string();
     // A link-local address needs the name of an interface, which differs between nodes.
