@@ -25,14 +25,14 @@ pub struct NodeRecord {
     pub pod_cidrs: Vec<IpNet>,
 }
 
-/// Reads the endpoints of a kept record. Endpoints that this release refuses are left out with a
-/// warning: an earlier release may have kept them, and the rest of the file must stay readable.
+/// Reads the endpoints of a stored record. Endpoints that this release refuses are left out with a
+/// warning: an earlier release may have stored them, and the rest of the file must stay readable.
 fn usable_endpoints<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Endpoint>, D::Error> {
     let texts = Vec::<String>::deserialize(from)?;
     let (usable, refused) = parse_endpoints(&texts);
     if let Some((endpoint, error)) = refused.first() {
         let (endpoint, count) = (excerpt(endpoint), refused.len());
-        tracing::warn!(count, first = %endpoint, %error, "endpoints of a kept node record left out");
+        tracing::warn!(count, first = %endpoint, %error, "endpoints of a stored node record left out");
     }
     Ok(usable)
 }

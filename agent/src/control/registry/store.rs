@@ -96,7 +96,10 @@ impl Stored {
     fn leave_out_unusable(&mut self) {
         for records in self.files.values_mut() {
             for record in records.extract_if(.., |record| record.endpoints.is_empty()) {
-                tracing::warn!(node = record.name, "kept node record without an endpoint left out");
+                tracing::warn!(
+                    node = record.name,
+                    "stored node record without an endpoint left out"
+                );
                 self.former.add(&record.name, &record.pod_cidrs);
             }
         }
