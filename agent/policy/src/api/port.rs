@@ -1,5 +1,7 @@
 //! Protocols and destination ports.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -16,6 +18,17 @@ pub enum Protocol {
     Udp,
     /// The Stream Control Transmission Protocol.
     Sctp,
+}
+
+impl Protocol {
+    /// Returns the name of the protocol in lower case, as nft writes it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::Sctp => "sctp",
+        }
+    }
 }
 
 /// An entry of `ports` in a rule of a NetworkPolicy.
@@ -53,6 +66,15 @@ impl PortRange {
     /// Returns the range of one port.
     pub fn single(port: u16) -> Self {
         Self { start: port, end: port }
+    }
+}
+
+impl fmt::Display for PortRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.start == self.end {
+            return self.start.fmt(f);
+        }
+        write!(f, "{}-{}", self.start, self.end)
     }
 }
 

@@ -1,0 +1,257 @@
+//! Objects of the cluster, and pods of this node with their interfaces.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use crate::api::{
+    ClusterNetworkPolicy, Defect, Labels, Namespace, NetworkPolicy, Node, Pod, Protocol,
+};
+use crate::ranges::{AddressRange, subtract};
+
+use super::policy::{Policy, PolicyId};
+use super::resolve::{resolve_cluster_policy, resolve_network_policy};
+use super::selector::namespace_labels;
+
+/// Namespace and name of a pod.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PodId {
+    /// Namespace of the pod.
+    pub namespace: String,
+    /// Name of the pod.
+    pub name: String,
+}
+
+/// A declared port: its name, protocol and number.
+pub type NamedPort = (String, Protocol, u16);
+
+/// A pod with addresses of its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodInfo {
+    /// Labels, shared by pods with the same labels.
+    pub labels: Arc<Labels>,
+    /// Named ports, shared by pods with the same ports.
+    pub ports: Arc<BTreeSet<NamedPort>>,
+    /// Addresses, also those that a newer pod owns.
+    pub addresses: Vec<IpAddr>,
+    /// Start of the pod, RFC 3339 in UTC, so that later texts are greater.
+    pub started: Option<String>,
+}
+
+/// A node: its labels and addresses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeInfo {
+    /// Labels.
+    pub labels: Labels,
+    /// Addresses.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// Objects of the cluster, and pods of this node with their interfaces.
+#[derive(Debug, Clone, Default)]
+pub struct Inventory {
+    namespaces: HashMap<String, Labels>,
+    pods: BTreeMap<PodId, PodInfo>,
+    /// Pods that have an address.
+    claims: HashMap<IpAddr, BTreeSet<PodId>>,
+    nodes: BTreeMap<String, NodeInfo>,
+    pod_networks: Vec<AddressRange>,
+    interfaces: BTreeMap<String, PodId>,
+    policies: BTreeMap<PolicyId, Arc<Policy>>,
+    labels: Interner<Labels>,
+    ports: Interner<BTreeSet<NamedPort>>,
+}
+
+impl Inventory {
+    /// Adds or replaces a namespace.
+    pub fn upsert_namespace(&mut self, namespace: &Namespace) {
+        let metadata = &namespace.metadata;
+        let labels = namespace_labels(&metadata.name, &metadata.labels);
+        self.namespaces.insert(metadata.name.clone(), labels);
+    }
+
+    /// Removes a namespace.
+    pub fn remove_namespace(&mut self, name: &str) {
+        self.namespaces.remove(name);
+    }
+
+    /// Adds or replaces a pod. A pod on the host's network and a pod that has ended are removed.
+    pub fn upsert_pod(&mut self, pod: &Pod) {
+        let metadata = &pod.metadata;
+        let id = PodId { namespace: metadata.namespace.clone(), name: metadata.name.clone() };
+        self.remove_pod(&id);
+        if !pod.is_on_pod_network() {
+            return;
+        }
+        let named = pod
+            .ports()
+            .filter_map(|port| Some((port.name.clone()?, port.protocol, port.container_port)));
+        let info = PodInfo {
+            labels: self.labels.intern(metadata.labels.clone()),
+            ports: self.ports.intern(named.collect()),
+            addresses: pod.addresses().collect(),
+            started: pod.status.start_time.clone(),
+        };
+        for address in &info.addresses {
+            self.claims.entry(*address).or_default().insert(id.clone());
+        }
+        self.pods.insert(id, info);
+    }
+
+    /// Removes a pod.
+    pub fn remove_pod(&mut self, id: &PodId) {
+        let Some(info) = self.pods.remove(id) else { return };
+        for address in &info.addresses {
+            if let Some(claims) = self.claims.get_mut(address) {
+                claims.remove(id);
+                if claims.is_empty() {
+                    self.claims.remove(address);
+                }
+            }
+        }
+    }
+
+    /// Adds or replaces a node.
+    pub fn upsert_node(&mut self, node: &Node) {
+        let labels = node.metadata.labels.clone();
+        let info = NodeInfo { labels, addresses: node.addresses().collect() };
+        self.nodes.insert(node.metadata.name.clone(), info);
+    }
+
+    /// Removes a node.
+    pub fn remove_node(&mut self, name: &str) {
+        self.nodes.remove(name);
+    }
+
+    /// Adds or replaces a NetworkPolicy. Returns the parts that cannot be enforced.
+    pub fn upsert_network_policy(&mut self, object: &NetworkPolicy) -> (PolicyId, Vec<Defect>) {
+        self.insert_policy(resolve_network_policy(object))
+    }
+
+    /// Adds or replaces a ClusterNetworkPolicy. Returns the parts that cannot be enforced.
+    pub fn upsert_cluster_policy(
+        &mut self,
+        object: &ClusterNetworkPolicy,
+    ) -> (PolicyId, Vec<Defect>) {
+        self.insert_policy(resolve_cluster_policy(object))
+    }
+
+    fn insert_policy(&mut self, resolved: (Policy, Vec<Defect>)) -> (PolicyId, Vec<Defect>) {
+        let (policy, defects) = resolved;
+        let id = policy.id.clone();
+        self.policies.insert(id.clone(), Arc::new(policy));
+        (id, defects)
+    }
+
+    /// Puts back a policy that has been replaced by an equal one.
+    pub(crate) fn restore_policy(&mut self, policy: Arc<Policy>) {
+        self.policies.insert(policy.id.clone(), policy);
+    }
+
+    /// Removes a policy.
+    pub fn remove_policy(&mut self, id: &PolicyId) {
+        self.policies.remove(id);
+    }
+
+    /// Sets the pod CIDRs of the cluster, and the addresses in them that are not pods' (overlay
+    /// addresses of nodes).
+    pub fn set_pod_networks(&mut self, networks: &[IpNet], excluded: &[IpAddr]) {
+        let networks = networks.iter().copied().map(AddressRange::from).collect();
+        self.pod_networks = subtract(networks, excluded.iter().copied().map(Into::into).collect());
+    }
+
+    /// Assigns the host's end of a pod's link to a pod of this node.
+    pub fn attach(&mut self, interface: &str, pod: PodId) {
+        self.interfaces.insert(interface.to_owned(), pod);
+    }
+
+    /// Removes an interface of a pod.
+    pub fn detach(&mut self, interface: &str) {
+        self.interfaces.remove(interface);
+    }
+
+    /// Returns the labels of a namespace; `None` if the namespace is not known.
+    pub fn namespace(&self, name: &str) -> Option<&Labels> {
+        self.namespaces.get(name)
+    }
+
+    /// Returns a pod.
+    pub fn pod(&self, id: &PodId) -> Option<&PodInfo> {
+        self.pods.get(id)
+    }
+
+    /// Returns all pods.
+    pub fn pods(&self) -> impl Iterator<Item = (&PodId, &PodInfo)> {
+        self.pods.iter()
+    }
+
+    /// Returns the pods of a namespace.
+    pub fn pods_of(&self, namespace: &str) -> impl Iterator<Item = (&PodId, &PodInfo)> {
+        let first = PodId { namespace: namespace.to_owned(), name: String::new() };
+        self.pods.range(first..).take_while(move |(id, _)| id.namespace == namespace)
+    }
+
+    /// Returns the owner of an address: of the pods that have the address, the pod that started
+    /// last.
+    pub fn owner(&self, address: IpAddr) -> Option<(&PodId, &PodInfo)> {
+        let claims = self.claims.get(&address)?.iter();
+        let known = claims.filter_map(|id| self.pods.get_key_value(id));
+        known.max_by(|(a, first), (b, second)| (&first.started, a).cmp(&(&second.started, b)))
+    }
+
+    /// Returns all nodes.
+    pub fn nodes(&self) -> impl Iterator<Item = &NodeInfo> {
+        self.nodes.values()
+    }
+
+    /// Returns the addresses of pods: the pod CIDRs without the excluded addresses.
+    pub fn pod_networks(&self) -> &[AddressRange] {
+        &self.pod_networks
+    }
+
+    /// Returns the interfaces of this node's pods.
+    pub fn interfaces(&self) -> &BTreeMap<String, PodId> {
+        &self.interfaces
+    }
+
+    /// Returns a policy.
+    pub fn policy(&self, id: &PolicyId) -> Option<&Arc<Policy>> {
+        self.policies.get(id)
+    }
+
+    /// Returns all policies.
+    pub fn policies(&self) -> impl Iterator<Item = &Arc<Policy>> {
+        self.policies.values()
+    }
+}
+
+/// Values that are stored once.
+#[derive(Debug, Clone)]
+struct Interner<T> {
+    values: HashSet<Arc<T>>,
+    /// Number of values at which unused ones are removed.
+    sweep_at: usize,
+}
+
+impl<T> Default for Interner<T> {
+    fn default() -> Self {
+        Self { values: HashSet::new(), sweep_at: 64 }
+    }
+}
+
+impl<T: Eq + std::hash::Hash> Interner<T> {
+    fn intern(&mut self, value: T) -> Arc<T> {
+        if let Some(present) = self.values.get(&value) {
+            return Arc::clone(present);
+        }
+        if self.values.len() >= self.sweep_at {
+            self.values.retain(|value| Arc::strong_count(value) > 1);
+            self.sweep_at = (self.values.len() * 2).max(64);
+        }
+        let value = Arc::new(value);
+        self.values.insert(Arc::clone(&value));
+        value
+    }
+}

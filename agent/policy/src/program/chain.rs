@@ -1,0 +1,97 @@
+//! Chains of statements.
+
+use std::collections::BTreeMap;
+
+use crate::api::{PortRange, Protocol};
+use crate::model::Direction;
+use crate::name;
+
+use super::Family;
+
+/// Statements for one direction, evaluated in order. A chain without a match returns to the chain
+/// that has jumped to it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Chain {
+    /// Direction: peers are sources of incoming and destinations of outgoing packets.
+    pub direction: Direction,
+    /// Statements.
+    pub statements: Vec<Statement>,
+}
+
+impl Chain {
+    /// Returns the name of the chain, a digest of its content.
+    pub fn name(&self) -> String {
+        let prefix = match self.direction {
+            Direction::Ingress => "in_",
+            Direction::Egress => "out_",
+        };
+        name::of_content(prefix, self)
+    }
+}
+
+/// A statement: a verdict for packets that meet all conditions.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Statement {
+    /// Conditions.
+    pub matches: Vec<Match>,
+    /// Name of the counter of the packets that meet the conditions.
+    pub counter: Option<String>,
+    /// Verdict for these packets.
+    pub verdict: Verdict,
+}
+
+/// A condition.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Match {
+    /// The peer's address is in a set of a family.
+    Peer(Family, String),
+    /// The packet is of a protocol.
+    Protocol(Protocol),
+    /// The packet is of a protocol, and its destination port is in a range.
+    Port(Protocol, PortRange),
+    /// The packet is of a protocol, and its destination port is in a set.
+    PortSet(Protocol, String),
+    /// Destination address, protocol and destination port are in a set of a family.
+    NamedPort(Family, String),
+    /// The packet leaves by the interface by which it arrived: a pod's connection to itself through
+    /// a Service.
+    Hairpin,
+}
+
+impl Match {
+    /// Returns the name of the set that the condition refers to.
+    pub fn set(&self) -> Option<&str> {
+        match self {
+            Self::Peer(_, set) | Self::PortSet(_, set) | Self::NamedPort(_, set) => Some(set),
+            Self::Protocol(_) | Self::Port(..) | Self::Hairpin => None,
+        }
+    }
+}
+
+/// Verdict of a statement or of a map.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Verdict {
+    /// Accepts the packet in this direction.
+    Accept,
+    /// Logs and drops the packet.
+    Refuse,
+    /// Continues in a chain, without return.
+    Goto(String),
+    /// Continues in the chain of a port map that belongs to protocol and destination port, and
+    /// behind the statement if there is none or if the chain has no match.
+    Dispatch(String),
+}
+
+/// Chains by protocol and destination port.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PortMap {
+    /// Names of chains.
+    pub chains: BTreeMap<(Protocol, u16), String>,
+}
+
+impl PortMap {
+    /// Returns the name of the map, a digest of its content.
+    pub fn name(&self) -> String {
+        name::of_content("v_", self)
+    }
+}

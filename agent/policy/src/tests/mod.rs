@@ -1,0 +1,7 @@
+//! Properties of the compiler on random clusters.
+
+#![allow(clippy::unwrap_used)]
+
+mod agreement;
+mod generate;
+mod mutations;
