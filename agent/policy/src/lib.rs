@@ -7,6 +7,7 @@
 //!   parts of unknown types fail closed.
 //! - [`model`]: policies with resolved selectors, and the inventory of pods, namespaces and nodes.
 //! - [`compile`]: the inventory becomes a [`program`], the intermediate form of the kernel's table.
+//! - [`engine`]: incremental compilation; each change becomes a small difference.
 //! - [`interpret`]: the verdict of a program for a packet.
 //! - [`oracle`]: the verdict of the API objects for a connection, without the compiler.
 //!
@@ -42,6 +43,7 @@
 
 pub mod api;
 pub mod compile;
+pub mod engine;
 pub mod interpret;
 pub mod model;
 mod name;

@@ -6,12 +6,15 @@
 
 mod attribution;
 mod chain;
+mod difference;
 mod set;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 pub use attribution::{Attribution, RuleRef};
 pub use chain::{Chain, Match, PortMap, Statement, Verdict};
+pub(crate) use difference::change;
+pub use difference::{Change, Changes, Difference};
 pub use set::{Element, Family, Set, SetKey, set_name};
 
 use crate::model::Direction;

@@ -4,4 +4,5 @@
 
 mod agreement;
 mod generate;
+mod incremental;
 mod mutations;
