@@ -8,6 +8,7 @@
 //! - [`model`]: policies with resolved selectors, and the inventory of pods, namespaces and nodes.
 //! - [`compile`]: the inventory becomes a [`program`], the intermediate form of the kernel's table.
 //! - [`engine`]: incremental compilation; each change becomes a small difference.
+//! - [`render`]: text for `nft -f -`.
 //! - [`interpret`]: the verdict of a program for a packet.
 //! - [`oracle`]: the verdict of the API objects for a connection, without the compiler.
 //!
@@ -50,5 +51,6 @@ mod name;
 pub mod oracle;
 pub mod program;
 pub mod ranges;
+pub mod render;
 #[cfg(test)]
 mod tests;

@@ -5,4 +5,5 @@
 mod agreement;
 mod generate;
 mod incremental;
+mod kernel;
 mod mutations;
