@@ -13,9 +13,9 @@ pub struct Packet {
     pub input: Option<String>,
     /// Output interface, if it belongs to a pod of this node.
     pub output: Option<String>,
-    /// Source address.
+    /// Source address of the connection.
     pub source: IpAddr,
-    /// Destination address.
+    /// Destination address behind destination NAT.
     pub destination: IpAddr,
     /// Protocol and destination port; `None` for protocols without ports.
     pub transport: Option<(Protocol, u16)>,

@@ -31,9 +31,9 @@
 //!
 //! Interface maps lead from a pod's host interface to the profile for a direction. A profile is a
 //! chain that all pods with the same policies share. Chains are named by their content and never
-//! change: a new policy makes a new chain, and the map's element moves. Pods that come, go or change
-//! their labels change elements of sets only. A pod whose labels are not known is in quarantine:
-//! its forwarded traffic is refused.
+//! change: a new policy makes a new chain, and the map's element moves. Pods that come, go or
+//! change their labels change elements of sets only. A pod whose labels are not known is in
+//! quarantine: its forwarded traffic is refused.
 //!
 //! Up to 8 rules of NetworkPolicies with equal ports keep a counter of their own; more rules become
 //! one rule with the union of the peers. More than 8 port lists are dispatched by a map from

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 /// An inclusive range of addresses of one family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct AddressRange {
-    /// Lowest address.
+    /// Lowest address of the range.
     pub first: IpAddr,
     /// Highest address, of the family of `first`.
     pub last: IpAddr,

@@ -197,7 +197,7 @@ fn set_type(set: &Set) -> String {
     }
 }
 
-/// Returns a rule.
+/// Returns a rule in nft's notation.
 fn statement(chain: &Chain, statement: &Statement) -> String {
     let mut words: Vec<String> =
         statement.matches.iter().map(|condition| condition_text(chain, condition)).collect();

@@ -1,4 +1,4 @@
-//! policy.networking.k8s.io/v1alpha2 ClusterNetworkPolicy.
+//! The kind ClusterNetworkPolicy of policy.networking.k8s.io/v1alpha2.
 
 use serde::de::{DeserializeOwned, Error};
 use serde::{Deserialize, Deserializer};
@@ -149,7 +149,7 @@ impl<P> ClusterRule<P> {
 pub enum RuleAction {
     /// Accepts the traffic in this direction; no later policy is evaluated.
     Accept,
-    /// Drops the traffic.
+    /// Drops the traffic; no later policy is evaluated.
     Deny,
     /// Skips the rest of the tier.
     Pass,
@@ -183,11 +183,11 @@ pub enum EgressPeer {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum TransportProtocol {
-    /// TCP traffic.
+    /// TCP with these destination ports.
     Tcp(TransportMatch),
-    /// UDP traffic.
+    /// UDP with these destination ports.
     Udp(TransportMatch),
-    /// SCTP traffic.
+    /// SCTP with these destination ports.
     Sctp(TransportMatch),
     /// Ports that the destination pod has declared under this name, with their protocols
     /// (experimental channel).

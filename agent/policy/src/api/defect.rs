@@ -9,7 +9,7 @@ pub struct Defect {
     pub object: String,
     /// Path of the field, for example `spec.ingress[0].from[1].ipBlock`.
     pub field: String,
-    /// Reason in words.
+    /// Reason in words, without the field.
     pub reason: String,
 }
 

@@ -20,7 +20,7 @@ pub struct LabelSelector {
     /// Labels that the object must have, with these values.
     #[serde(default, deserialize_with = "null_as_default")]
     pub match_labels: Labels,
-    /// Further conditions.
+    /// Further conditions, each about one key.
     #[serde(default, deserialize_with = "null_as_default")]
     pub match_expressions: Vec<Requirement>,
 }
@@ -40,9 +40,9 @@ pub struct Requirement {
 pub enum Operator {
     /// The label exists, and its value is one of these.
     In(BTreeSet<String>),
-    /// The label does not exist, or its value is none of these.
+    /// The label does not exist, or has another value than these.
     NotIn(BTreeSet<String>),
-    /// The label exists.
+    /// The label exists, with any value.
     Exists,
     /// The label does not exist.
     DoesNotExist,

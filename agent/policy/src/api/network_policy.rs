@@ -1,4 +1,4 @@
-//! networking.k8s.io/v1 NetworkPolicy.
+//! The kind NetworkPolicy of networking.k8s.io/v1.
 
 use serde::Deserialize;
 
@@ -11,7 +11,7 @@ use super::port::PolicyPort;
 /// A NetworkPolicy: rules that allow traffic of the pods that the policy isolates.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct NetworkPolicy {
-    /// Name and namespace.
+    /// Name and namespace of the policy.
     pub metadata: ObjectMeta,
     /// Pods and rules. A policy with an unreadable specification selects no pod.
     pub spec: Parsed<NetworkPolicySpec>,
@@ -83,15 +83,15 @@ pub struct EgressRule {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "RawPeer")]
 pub enum Peer {
-    /// Addresses.
+    /// Addresses, also outside the cluster.
     IpBlock(Parsed<IpBlock>),
     /// Pods of the policy's own namespace.
     Pods(Parsed<LabelSelector>),
     /// Pods of selected namespaces: those that `pods` selects, or all.
     Namespaces {
-        /// Selected namespaces.
+        /// Selector of the pods' namespaces.
         namespaces: Parsed<LabelSelector>,
-        /// Selected pods in these namespaces.
+        /// Selector of pods in these namespaces.
         pods: Option<Parsed<LabelSelector>>,
     },
 }

@@ -21,19 +21,19 @@ pub struct ObjectMeta {
     pub labels: Labels,
 }
 
-/// A namespace.
+/// A namespace with its labels.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 pub struct Namespace {
     /// Name and labels.
     pub metadata: ObjectMeta,
 }
 
-/// A node.
+/// A node with its labels and addresses.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 pub struct Node {
     /// Name and labels.
     pub metadata: ObjectMeta,
-    /// Observed state.
+    /// Observed state of the node.
     #[serde(default, deserialize_with = "null_as_default")]
     pub status: NodeStatus,
 }
@@ -60,15 +60,15 @@ impl Node {
     }
 }
 
-/// A pod.
+/// A pod with the fields that policies refer to.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 pub struct Pod {
     /// Name, namespace and labels.
     pub metadata: ObjectMeta,
-    /// Configuration.
+    /// Configuration of network and containers.
     #[serde(default, deserialize_with = "null_as_default")]
     pub spec: PodSpec,
-    /// Observed state.
+    /// Observed state of the pod.
     #[serde(default, deserialize_with = "null_as_default")]
     pub status: PodStatus,
 }
@@ -80,21 +80,21 @@ pub struct PodSpec {
     /// True if the pod uses the network of its node.
     #[serde(default, deserialize_with = "null_as_default")]
     pub host_network: bool,
-    /// Containers.
+    /// Containers that run for the pod's life.
     #[serde(default, deserialize_with = "null_as_default")]
     pub containers: Vec<Container>,
-    /// Containers that run before the others, or beside them if they are restarted always.
+    /// Containers that start before the others; sidecars continue to run.
     #[serde(default, deserialize_with = "null_as_default")]
     pub init_containers: Vec<Container>,
 }
 
-/// A container.
+/// A container with its ports.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Container {
     /// Restart policy of an init container; `Always` makes it a sidecar.
     pub restart_policy: Option<String>,
-    /// Declared ports.
+    /// Ports that the container declares.
     #[serde(default, deserialize_with = "null_as_default")]
     pub ports: Vec<Parsed<ContainerPort>>,
 }

@@ -1,4 +1,4 @@
-//! Elements of sets.
+//! Elements of sets, from the inventory.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;

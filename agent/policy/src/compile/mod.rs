@@ -23,7 +23,7 @@ pub struct Families {
 }
 
 impl Families {
-    /// Both families.
+    /// Both families, for dual-stack nodes.
     pub const BOTH: Self = Self { v4: true, v6: true };
 }
 

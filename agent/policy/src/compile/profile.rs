@@ -81,13 +81,13 @@ pub(crate) struct Profile {
     pub(crate) entry: Verdict,
     /// Verdict for packets to this node; `None` if no policy concerns them.
     pub(crate) to_node: Option<Verdict>,
-    /// Chains by name.
+    /// Chains that the verdicts lead to, by name.
     pub(crate) chains: BTreeMap<String, Chain>,
     /// Port maps by name.
     pub(crate) port_maps: BTreeMap<String, PortMap>,
-    /// Counters by name.
+    /// Counters of the chains' statements, by name.
     pub(crate) counters: BTreeMap<String, Attribution>,
-    /// Sets by name.
+    /// Sets that the chains refer to, by name.
     pub(crate) sets: BTreeMap<String, Set>,
 }
 
@@ -103,7 +103,7 @@ impl Profile {
         }
     }
 
-    /// Compiles a profile.
+    /// Compiles the profile of a key.
     pub(crate) fn compile(key: &ProfileKey, families: Families) -> Self {
         let profile = Self::new(Verdict::Accept);
         let mut builder = Builder { key, families, profile };

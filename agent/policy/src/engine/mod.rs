@@ -20,10 +20,10 @@ use crate::program::{Difference, Element, Program, SetKey};
 
 use self::record::Record;
 
-/// Both directions.
+/// Both directions, in the order of assignment.
 const DIRECTIONS: [Direction; 2] = [Direction::Ingress, Direction::Egress];
 
-/// Incremental compiler.
+/// Incremental compiler for the pods of one node.
 #[derive(Debug)]
 pub struct Engine {
     inventory: Inventory,
@@ -62,7 +62,7 @@ impl Engine {
         }
     }
 
-    /// Returns the objects.
+    /// Returns the objects as last reported.
     pub fn inventory(&self) -> &Inventory {
         &self.inventory
     }

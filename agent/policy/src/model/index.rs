@@ -83,7 +83,7 @@ impl<I> Buckets<I> {
 }
 
 impl<I: PartialEq> TermIndex<I> {
-    /// Adds a term.
+    /// Adds a term with an identifier.
     pub(crate) fn insert(&mut self, term: &PodTerm, id: I)
     where
         I: Clone,

@@ -43,9 +43,9 @@ pub struct PodInfo {
 /// A node: its labels and addresses.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeInfo {
-    /// Labels.
+    /// Labels for selectors of nodes.
     pub labels: Labels,
-    /// Addresses.
+    /// Addresses, including overlay addresses.
     pub addresses: Vec<IpAddr>,
 }
 
@@ -177,12 +177,12 @@ impl Inventory {
         self.namespaces.get(name)
     }
 
-    /// Returns a pod.
+    /// Returns a pod of the pod network.
     pub fn pod(&self, id: &PodId) -> Option<&PodInfo> {
         self.pods.get(id)
     }
 
-    /// Returns all pods.
+    /// Returns all pods of the pod network.
     pub fn pods(&self) -> impl Iterator<Item = (&PodId, &PodInfo)> {
         self.pods.iter()
     }
@@ -216,12 +216,12 @@ impl Inventory {
         &self.interfaces
     }
 
-    /// Returns a policy.
+    /// Returns a policy of either kind.
     pub fn policy(&self, id: &PolicyId) -> Option<&Arc<Policy>> {
         self.policies.get(id)
     }
 
-    /// Returns all policies.
+    /// Returns all policies of both kinds.
     pub fn policies(&self) -> impl Iterator<Item = &Arc<Policy>> {
         self.policies.values()
     }

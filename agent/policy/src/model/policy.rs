@@ -17,7 +17,7 @@ pub enum Direction {
 /// Kind and name of a policy.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum PolicyId {
-    /// A NetworkPolicy.
+    /// A NetworkPolicy in its namespace.
     NetworkPolicy {
         /// Namespace of the policy.
         namespace: String,
@@ -47,18 +47,18 @@ impl std::fmt::Display for PolicyId {
 pub enum Tier {
     /// ClusterNetworkPolicies of the tier Admin, with their priority.
     Admin(u16),
-    /// NetworkPolicies.
+    /// NetworkPolicies, which have no order.
     NetworkPolicy,
     /// ClusterNetworkPolicies of the tier Baseline, with their priority.
     Baseline(u16),
 }
 
-/// A policy.
+/// A policy of either kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
-    /// Kind and name.
+    /// Kind and name of the policy.
     pub id: PolicyId,
-    /// Tier and priority.
+    /// Tier and priority of the policy.
     pub tier: Tier,
     /// Pods that the policy applies to; `None` if no pod can be selected.
     pub subject: Option<PodTerm>,
@@ -87,7 +87,7 @@ pub struct Rule {
     pub name: String,
     /// Verdict for traffic that matches.
     pub action: Action,
-    /// Sources or destinations.
+    /// Sources or destinations, by direction.
     pub peers: Peers,
     /// Protocols and destination ports.
     pub ports: Ports,
@@ -98,7 +98,7 @@ pub struct Rule {
 pub enum Action {
     /// Accepts the traffic in this direction.
     Accept,
-    /// Drops the traffic.
+    /// Drops the traffic in this direction.
     Deny,
     /// Continues with the next tier.
     Pass,
@@ -120,7 +120,7 @@ pub struct Peers {
 }
 
 impl Peers {
-    /// Every peer.
+    /// Returns the peers that match every address.
     pub fn any() -> Self {
         Self { any: true, ..Self::default() }
     }

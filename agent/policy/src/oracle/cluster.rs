@@ -1,4 +1,4 @@
-//! Evaluation of ClusterNetworkPolicies.
+//! Evaluation of ClusterNetworkPolicies, tier by tier.
 
 use crate::api::{
     ClusterNetworkPolicySpec, ClusterRule, EgressPeer, IngressPeer, LabelSelector, Parsed, Pod,

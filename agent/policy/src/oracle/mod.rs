@@ -14,15 +14,15 @@ use crate::api::{ClusterNetworkPolicy, Namespace, NetworkPolicy, Node, Pod, Prot
 /// All objects of a cluster.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct World<'a> {
-    /// Namespaces.
+    /// Namespaces with their labels.
     pub namespaces: &'a [Namespace],
     /// Pods, also those that have ended or use their node's network.
     pub pods: &'a [Pod],
-    /// Nodes.
+    /// Nodes with their addresses.
     pub nodes: &'a [Node],
     /// NetworkPolicies of all namespaces.
     pub network_policies: &'a [NetworkPolicy],
-    /// ClusterNetworkPolicies.
+    /// ClusterNetworkPolicies of both tiers.
     pub cluster_policies: &'a [ClusterNetworkPolicy],
 }
 
@@ -33,9 +33,9 @@ pub struct Connection<'a> {
     pub from: Option<&'a Pod>,
     /// Pod that accepts the connection; `None` outside the pod network.
     pub to: Option<&'a Pod>,
-    /// Source address.
+    /// Source address of the connection.
     pub source: IpAddr,
-    /// Destination address.
+    /// Destination address behind destination NAT.
     pub destination: IpAddr,
     /// Protocol and destination port; `None` for protocols without ports.
     pub transport: Option<(Protocol, u16)>,

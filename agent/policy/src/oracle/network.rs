@@ -1,4 +1,4 @@
-//! Evaluation of NetworkPolicies.
+//! Evaluation of NetworkPolicies, which only allow.
 
 use crate::api::{
     LabelSelector, NetworkPolicy, NetworkPolicySpec, Parsed, Peer, Pod, PolicyPort, PolicyType,

@@ -29,9 +29,9 @@ impl fmt::Display for RuleRef {
 /// Reason for a verdict. Each reason has a counter of its own.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Attribution {
-    /// One of these rules has matched; several if the compiler has merged rules.
+    /// A match of a rule in the list; the list has several entries if rules were merged.
     Rules(Direction, Vec<RuleRef>),
-    /// No rule of the policies that isolate the pod has matched.
+    /// No match of any rule of the policies that isolate the pod.
     Isolated(Direction, Vec<PolicyId>),
 }
 

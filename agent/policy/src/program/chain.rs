@@ -1,4 +1,4 @@
-//! Chains of statements.
+//! Chains of statements, and maps of ports.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +14,7 @@ use super::Family;
 pub struct Chain {
     /// Direction: peers are sources of incoming and destinations of outgoing packets.
     pub direction: Direction,
-    /// Statements.
+    /// Statements in the order of evaluation.
     pub statements: Vec<Statement>,
 }
 
@@ -32,7 +32,7 @@ impl Chain {
 /// A statement: a verdict for packets that meet all conditions.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Statement {
-    /// Conditions.
+    /// Conditions, all of which must hold.
     pub matches: Vec<Match>,
     /// Name of the counter of the packets that meet the conditions.
     pub counter: Option<String>,
@@ -40,7 +40,7 @@ pub struct Statement {
     pub verdict: Verdict,
 }
 
-/// A condition.
+/// A condition on a packet.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Match {
     /// The peer's address is in a set of a family.
@@ -77,15 +77,15 @@ pub enum Verdict {
     Refuse,
     /// Continues in a chain, without return.
     Goto(String),
-    /// Continues in the chain of a port map that belongs to protocol and destination port, and
-    /// behind the statement if there is none or if the chain has no match.
+    /// Continues in the chain that a port map has for protocol and destination port. Without such
+    /// a chain, or without a match in the chain, continues behind the statement.
     Dispatch(String),
 }
 
 /// Chains by protocol and destination port.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PortMap {
-    /// Names of chains.
+    /// Names of chains by protocol and port.
     pub chains: BTreeMap<(Protocol, u16), String>,
 }
 

@@ -21,15 +21,15 @@ pub type Changes<V> = BTreeMap<String, Change<V>>;
 /// Changes that turn a program into another.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Difference {
-    /// Sets.
+    /// Sets without their elements, by name.
     pub sets: Changes<Set>,
     /// Elements by set: true if added, false if removed.
     pub elements: BTreeMap<String, BTreeMap<Element, bool>>,
-    /// Counters.
+    /// Counters with their attributions, by name.
     pub counters: Changes<Attribution>,
-    /// Chains.
+    /// Chains with their statements, by name.
     pub chains: Changes<Chain>,
-    /// Port maps.
+    /// Port maps with their entries, by name.
     pub port_maps: Changes<PortMap>,
     /// Entries of [`Program::from`].
     pub from: Changes<Verdict>,
@@ -95,7 +95,7 @@ pub(crate) fn change<V: Clone + PartialEq>(old: Option<&V>, new: Option<&V>) -> 
 }
 
 impl Program {
-    /// Applies a difference.
+    /// Applies a difference to the program.
     pub fn apply(&mut self, difference: &Difference) {
         apply(&mut self.sets, &difference.sets);
         for (name, changes) in &difference.elements {

@@ -25,13 +25,13 @@ pub type InterfaceMap = BTreeMap<String, Verdict>;
 /// Contents of the kernel's table.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Program {
-    /// Sets by name.
+    /// Definitions of sets, by name.
     pub sets: BTreeMap<String, Set>,
     /// Elements of the sets. A set without elements has no entry.
     pub elements: BTreeMap<String, BTreeSet<Element>>,
     /// Counters by name, with the rules or policies that they count.
     pub counters: BTreeMap<String, Attribution>,
-    /// Chains by name.
+    /// Chains of all profiles, by name.
     pub chains: BTreeMap<String, Chain>,
     /// Maps from ports to chains, by name.
     pub port_maps: BTreeMap<String, PortMap>,

@@ -48,7 +48,7 @@ pub enum SetKey {
     Ports(Vec<PortRange>),
 }
 
-/// A set.
+/// A set of one family.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Set {
     /// Definition of the elements.
@@ -83,11 +83,11 @@ fn digit(family: Option<Family>) -> &'static str {
 pub enum Element {
     /// An address of a pod or node.
     Address(IpAddr),
-    /// An address range.
+    /// A range of addresses.
     Range(AddressRange),
     /// A port of a pod.
     NamedPort(IpAddr, Protocol, u16),
-    /// A port range.
+    /// A range of ports.
     Ports(PortRange),
 }
 
