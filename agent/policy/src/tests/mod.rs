@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod agreement;
+mod examples;
 mod generate;
 mod incremental;
 mod kernel;
