@@ -1,5 +1,5 @@
-//! The custom resource SkeinNode: record and status of a node in the Kubernetes API. Doc comments of
-//! its types are descriptions in the CustomResourceDefinition.
+//! The custom resource SkeinNode: record and status of a node in the Kubernetes API. Doc comments
+//! of its types are descriptions in the CustomResourceDefinition.
 
 // Every column of the derive has a type.
 #![allow(clippy::duplicated_attributes)]
@@ -71,8 +71,8 @@ pub struct SkeinNodeSpec {
     // another field manager.
     #[schemars(length(max = 44), regex(pattern = r"^[A-Za-z0-9+/]{43}=$"))]
     pub second_public_key: Option<String>,
-    /// Underlay addresses and UDP ports of the node, in the order of attempts. An IPv6 address is in
-    /// brackets.
+    /// Underlay addresses and UDP ports of the node, in the order of attempts. An IPv6 address is
+    /// in brackets.
     #[schemars(length(min = 1, max = 8), inner(length(max = 80)))]
     pub endpoints: Vec<String>,
     /// Prefixes of the node's pods.

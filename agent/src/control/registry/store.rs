@@ -48,7 +48,7 @@ pub(super) fn path(config: &Config) -> PathBuf {
 }
 
 impl Stored {
-    /// Reads the last good records; `None` if there are none, or if they are unreadable, which is
+    /// Reads the last good records; `None` if the file does not exist, or if it is invalid, which is
     /// logged.
     pub fn read(config: &Config) -> Option<Self> {
         let store = path(config);
