@@ -16,8 +16,8 @@ use skein_sys::send::{GsoBatch, GsoState, Position, SendRequest, Sender};
 use skein_sys::tun::TunQueue;
 
 use super::lane::LaneContext;
-use super::manager::ToManager;
 use super::pending::Pending;
+use super::queue::ToManager;
 use super::stats::add;
 use super::tables::Tables;
 use super::tap::{Bytes, Sight};

@@ -428,9 +428,9 @@ mod tests {
     use std::net::UdpSocket;
     use std::os::fd::AsFd;
 
-    use super::super::manager::ToManager;
+    use super::super::lane;
+    use super::super::queue::{self, ToManager};
     use super::super::stats::drop_report;
-    use super::super::{lane, queue};
     use super::*;
     use proptest::prelude::*;
     use skein_core::tunnel::session::{Cipher, SessionParams, TransportSecrets};

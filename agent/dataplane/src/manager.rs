@@ -2,12 +2,12 @@
 //! control messages; it hands them new tables. The packet path never waits for it.
 
 use std::collections::{HashMap, HashSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::ops::ControlFlow;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -30,7 +30,7 @@ use super::changes::Changes;
 use super::channel::KeeperChannel;
 use super::handover::{self, Estate, HandOver, ToKeeper};
 use super::memory::{Resumed, SessionMemory};
-use super::queue::{self, Place, ToManagerQueue};
+use super::queue::{self, ToManager, ToManagerQueue};
 use super::report;
 use super::setup::{Links, Running, SetupError};
 use super::stats::DropStats;
@@ -46,50 +46,6 @@ const SWEEP: Duration = Duration::from_millis(100);
 const CLOCK_INTERVAL: Duration = Duration::from_secs(1);
 /// Messages dealt with before what they led to is published and sent.
 const BATCH: usize = 32;
-
-/// What the manager is told.
-pub(super) enum ToManager {
-    /// A lane has packets for a peer without a session.
-    WantSession(PeerId),
-    /// A lane's TUN queue is of no more use.
-    TunGone {
-        /// The device's generation ([`Running::generation`]).
-        generation: u32,
-    },
-    /// A data packet with an unknown receiver index came from this address.
-    UnknownSession(IpAddr),
-    /// A datagram was longer than this host's route to its destination carries.
-    TooLong(TooLong),
-    /// End all sessions: a clone of this virtual machine may continue with the same keys.
-    EndSessions {
-        /// Reason, for the log.
-        reason: &'static str,
-    },
-    /// A handshake or control message.
-    Datagram {
-        /// Outer source.
-        source: SocketAddr,
-        /// UDP payload.
-        datagram: Box<[u8]>,
-        /// Place in the share of the message's type.
-        #[allow(dead_code, reason = "given back when it is dropped")]
-        place: Place,
-    },
-    /// From the control socket.
-    Request {
-        /// What is asked.
-        request: Request,
-        /// Where the answer goes.
-        answer: SyncSender<Response>,
-    },
-    /// Stop, and have the keeper give all to whoever is at the other end.
-    GiveAway {
-        /// [`Request::TakeOver`] came by it.
-        connection: UnixStream,
-        /// Where a refusal goes.
-        answer: SyncSender<Response>,
-    },
-}
 
 /// Starts the manager's thread, with what another process has left. It ends when [`Request::Shutdown`]
 /// came or every sender is gone.

@@ -1,15 +1,17 @@
 //! The bounded queue from the lanes and the control socket to the session manager. Each type of message
 //! from the underlay has a share of the queue, and one share is left for the node's own messages.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SendError, SyncSender, TrySendError, sync_channel};
 
 use skein_core::drop::DropReason;
+use skein_core::route::PeerId;
 use skein_core::wire::header::MessageType;
-
-use super::manager::ToManager;
+use skein_ipc::{Request, Response};
+use skein_sys::send::TooLong;
 
 /// Number of message types that come from the underlay: three of handshakes, and control messages.
 const TYPES: usize = 4;
@@ -17,6 +19,50 @@ const TYPES: usize = 4;
 const MAX_QUEUED_PER_TYPE: usize = 256;
 /// Queued messages in all. One share is left for the lanes' own messages and the control process.
 const MAX_QUEUED: usize = (TYPES + 1) * MAX_QUEUED_PER_TYPE;
+
+/// What the manager is told.
+pub(super) enum ToManager {
+    /// A lane has packets for a peer without a session.
+    WantSession(PeerId),
+    /// A lane's TUN queue is of no more use.
+    TunGone {
+        /// The device's generation ([`super::setup::Running::generation`]).
+        generation: u32,
+    },
+    /// A data packet with an unknown receiver index came from this address.
+    UnknownSession(IpAddr),
+    /// A datagram was longer than this host's route to its destination carries.
+    TooLong(TooLong),
+    /// End all sessions: a clone of this virtual machine may continue with the same keys.
+    EndSessions {
+        /// Reason, for the log.
+        reason: &'static str,
+    },
+    /// A handshake or control message.
+    Datagram {
+        /// Outer source.
+        source: SocketAddr,
+        /// UDP payload.
+        datagram: Box<[u8]>,
+        /// Place in the share of the message's type.
+        #[allow(dead_code, reason = "given back when it is dropped")]
+        place: Place,
+    },
+    /// From the control socket.
+    Request {
+        /// What is asked.
+        request: Request,
+        /// Where the answer goes.
+        answer: SyncSender<Response>,
+    },
+    /// Stop, and have the keeper give all to whoever is at the other end.
+    GiveAway {
+        /// [`Request::TakeOver`] came by it.
+        connection: UnixStream,
+        /// Where a refusal goes.
+        answer: SyncSender<Response>,
+    },
+}
 
 /// An end to send by.
 #[derive(Debug, Clone)]
@@ -90,7 +136,6 @@ impl Drop for Place {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use skein_core::route::PeerId;
 
     #[test]
     fn a_flood_of_one_type_leaves_room_for_all_others() {

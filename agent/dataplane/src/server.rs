@@ -20,8 +20,7 @@ use skein_sys::socket::{
 
 use super::changes::Changes;
 use super::channel::KeeperChannel;
-use super::manager::ToManager;
-use super::queue::ToManagerQueue;
+use super::queue::{ToManager, ToManagerQueue};
 use super::tap::Tap;
 
 /// Connections served at once: the control process's, and those of people who look, two for each watch.

@@ -13,8 +13,7 @@ use rustix::net::netlink::{self, SocketAddrNetlink};
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, bind, recvfrom, socket_with};
 use skein_core::time::Time;
 
-use super::manager::ToManager;
-use super::queue::ToManagerQueue;
+use super::queue::{ToManager, ToManagerQueue};
 
 /// Multicast group of the kernel's own uevents; the other group is udev's.
 const KERNEL_GROUP: u32 = 1;
