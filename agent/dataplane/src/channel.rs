@@ -9,8 +9,8 @@ use std::sync::{Mutex, PoisonError};
 use skein_sys::descriptors;
 use skein_sys::tun::{self, Fallback, TunOffload, TunQueue};
 
+use super::error::SetupError;
 use super::handover::{Answer, ToKeeper, receive, send};
-use super::setup::SetupError;
 
 /// The channel to the keeper. Threads that share it take turns, so that each answer belongs to the
 /// last request. A keeper that dies ends its data process, so a request needs no timeout.

@@ -8,6 +8,7 @@ mod busy_poll;
 mod changes;
 mod channel;
 mod egress;
+mod error;
 mod fd_store;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;

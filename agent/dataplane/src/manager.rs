@@ -23,16 +23,16 @@ use skein_ipc::{
     SeenHandshakes, Snapshot, Update,
 };
 use skein_sys::send::TooLong;
-use skein_sys::tun::TunError;
-use skein_sys::udp::{LongestPayload, UdpError};
+use skein_sys::udp::LongestPayload;
 
 use super::changes::Changes;
 use super::channel::KeeperChannel;
+use super::error::SetupError;
 use super::handover::{self, Estate, HandOver, ToKeeper};
 use super::memory::{Resumed, SessionMemory};
 use super::queue::{self, ToManager, ToManagerQueue};
 use super::report;
-use super::setup::{Links, Running, SetupError};
+use super::setup::{Links, Running};
 use super::stats::DropStats;
 use super::tables::{PeerEntry, Published, Tables};
 use super::tap::{Bytes, Sight, Tap};
@@ -672,32 +672,4 @@ fn random(bytes: &mut [u8]) {
 fn clock() -> Time {
     let wall = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     Time { mono: boot_time(), wall }
-}
-
-impl SetupError {
-    /// Returns the kind of the failure, for the exit code.
-    pub(super) fn kind(&self) -> ErrorKind {
-        match self {
-            SetupError::Refused { kind, .. } => *kind,
-            SetupError::Invalid(_) => ErrorKind::Invalid,
-            SetupError::Fixed => ErrorKind::RestartRequired,
-            SetupError::Tun(error) => match error {
-                TunError::NotFound | TunError::NoDevice { .. } => ErrorKind::Missing,
-                TunError::Permission { .. } => ErrorKind::Privilege,
-                TunError::Exists { .. }
-                | TunError::Busy { .. }
-                | TunError::NotATun { .. }
-                | TunError::Flags { .. } => ErrorKind::InUse,
-                TunError::Name { .. } => ErrorKind::Invalid,
-                TunError::Io { .. } => ErrorKind::Internal,
-            },
-            SetupError::Underlay(error) => match error {
-                UdpError::AddrInUse { .. } => ErrorKind::InUse,
-                UdpError::AddrNotAvailable { .. } | UdpError::NoFamily { .. } => ErrorKind::Invalid,
-                UdpError::Permission { .. } => ErrorKind::Privilege,
-                UdpError::Io { .. } => ErrorKind::Internal,
-            },
-            SetupError::Io(_) => ErrorKind::Internal,
-        }
-    }
 }

@@ -11,15 +11,14 @@ use std::time::Duration;
 use skein_core::offload::coalesce::CoalesceConfig;
 use skein_core::tunnel::Ciphers;
 use skein_ipc::{
-    Capability, CapabilityState, CipherChoice, ErrorKind, HANDOVER_VERSION, NodeSettings,
-    OffloadSettings,
+    Capability, CapabilityState, CipherChoice, HANDOVER_VERSION, NodeSettings, OffloadSettings,
 };
 use skein_sys::send::{GsoState, TooLong};
-use skein_sys::tun::{self, Fallback, TunError, TunOffload, TunQueue};
-use skein_sys::udp::{self, LongestPayload, UdpError, UdpOptions};
-use thiserror::Error;
+use skein_sys::tun::{self, Note, TunOffload, TunQueue};
+use skein_sys::udp::{self, LongestPayload, UdpOptions};
 
 use super::channel::KeeperChannel;
+use super::error::SetupError;
 use super::handover::{self, Family, FamilySockets, HandOver};
 use super::lane::{LaneHandle, LaneParts, NewTun};
 use super::queue::ToManagerQueue;
@@ -28,34 +27,6 @@ use super::tap::Tap;
 
 /// Name of the capability that carries the ECN field between inner and outer headers.
 pub(super) const ECN_RUNG: &str = "udp_ecn";
-
-/// Why a data plane could not be started or changed.
-#[derive(Debug, Error)]
-pub(super) enum SetupError {
-    /// The request contradicts itself or what runs.
-    #[error("{0}")]
-    Invalid(String),
-    /// What is fixed for the life of a data process is to be another.
-    #[error("settings that are fixed for the life of the data process differ: restart it")]
-    Fixed,
-    /// The TUN device.
-    #[error(transparent)]
-    Tun(#[from] TunError),
-    /// A UDP socket.
-    #[error(transparent)]
-    Underlay(#[from] UdpError),
-    /// The keeper refused a request.
-    #[error("{message}")]
-    Refused {
-        /// Kind of the failure.
-        kind: ErrorKind,
-        /// Error and remedy.
-        message: String,
-    },
-    /// Threads or event descriptors.
-    #[error("cannot start the lanes: {0}")]
-    Io(#[from] io::Error),
-}
 
 /// Connections of a data plane to the rest of its process and to the keeper.
 #[derive(Clone)]
