@@ -15,7 +15,7 @@ use skein_core::wire::ip::IpHeader;
 use skein_sys::send::{GsoBatch, GsoState, Position, SendRequest, Sender};
 use skein_sys::tun::TunQueue;
 
-use super::lane::LaneContext;
+use super::lane_context::LaneContext;
 use super::pending::Pending;
 use super::queue::ToManager;
 use super::stats::add;
@@ -410,8 +410,8 @@ mod tests {
 
     use skein_core::offload::vnet::{GSO_TCPV4, NEEDS_CSUM};
 
-    use super::super::lane::tests::{context, packet, tables};
     use super::super::queue;
+    use super::super::testing::{context, packet, tables};
     use super::*;
 
     struct Lab {

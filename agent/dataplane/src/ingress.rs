@@ -23,7 +23,7 @@ use skein_core::wire::ip::IpHeader;
 use skein_sys::recv::RecvBatch;
 use skein_sys::tun::TunQueue;
 
-use super::lane::LaneContext;
+use super::lane_context::LaneContext;
 use super::stats::{Values, add};
 use super::tables::Tables;
 use super::tap::{Bytes, Sight};
@@ -428,9 +428,9 @@ mod tests {
     use std::net::UdpSocket;
     use std::os::fd::AsFd;
 
-    use super::super::lane;
     use super::super::queue::{self, ToManager};
     use super::super::stats::drop_report;
+    use super::super::testing;
     use super::*;
     use proptest::prelude::*;
     use skein_core::tunnel::session::{Cipher, SessionParams, TransportSecrets};
@@ -510,9 +510,9 @@ mod tests {
     fn receive(age: u64, datagrams: &[&[u8]]) -> (Vec<String>, Vec<Box<[u8]>>) {
         let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let mut tables = Arc::new(lane::tests::tables(peer.local_addr().unwrap()));
+        let mut tables = Arc::new(testing::tables(peer.local_addr().unwrap()));
         let (manager, queue) = queue::new();
-        let mut lane = lane::tests::context(manager, Duration::from_secs(age));
+        let mut lane = testing::context(manager, Duration::from_secs(age));
         let config = CoalesceConfig { tcp: true, udp: true, partial_checksum: true };
         let mut ingress = Ingress::new(config);
         ingress.adopt(&tables);
@@ -531,14 +531,14 @@ mod tests {
 
     fn seal(lane: u8, plaintext: &[u8]) -> Vec<u8> {
         let mut out = vec![0; plaintext.len() + HEADER_LEN + TAG_LEN];
-        let session = lane::tests::session(false);
+        let session = testing::session(false);
         session.sender(lane).unwrap().seal(Flags::default(), plaintext, &mut out).unwrap();
         out
     }
 
     #[test]
     fn session_ends_after_180_s_without_a_manager() {
-        let data = seal(0, &lane::tests::packet(1, 0, 10));
+        let data = seal(0, &testing::packet(1, 0, 10));
         // Packets that pass all checks fail at the TUN device, because there is none.
         assert_eq!(receive(179, &[&data]).0, ["tun_write"]);
         assert_eq!(receive(180, &[&data]).0, ["session_expired"]);

@@ -7,17 +7,16 @@
 
 use std::cell::Cell;
 use std::io;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::UdpSocket;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use skein_core::drop::DropReason;
 use skein_core::offload::coalesce::CoalesceConfig;
 use skein_sys::poll::{Poller, Waker};
-use skein_sys::send::{GsoState, TooLong};
+use skein_sys::send::GsoState;
 use skein_sys::tun::TunQueue;
 use skein_sys::udp::LaneSockets;
 
@@ -25,10 +24,11 @@ use super::boot_time;
 use super::busy_poll::BusyPoll;
 use super::egress::{Egress, SEND_PATIENCE, TunState};
 use super::ingress::Ingress;
+use super::lane_context::{LaneContext, SendSocket};
 use super::queue::{ToManager, ToManagerQueue};
 use super::stats::LaneStats;
 use super::tables::{Published, Tables};
-use super::tap::{Bytes, Sight, Tap};
+use super::tap::Tap;
 
 const WAKE: u32 = 0;
 const TUN: u32 = 1;
@@ -38,12 +38,6 @@ const FIRST_SOCKET: u32 = 3;
 const RECEIVES: usize = 4;
 /// How often packets that wait for a session are looked at.
 const PENDING_TICK: Duration = Duration::from_millis(250);
-/// Minimum interval between two reports of a lane about datagrams that were too long for their
-/// route.
-const TOO_LONG_INTERVAL: Duration = Duration::from_millis(20);
-/// How often one lane reports datagrams of unknown sessions.
-const UNKNOWN_SESSION_INTERVAL: Duration = Duration::from_millis(100);
-
 /// Everything that a lane is made of. A lane can be built from any descriptors, so that one process
 /// can hand its own to the next.
 pub(super) struct LaneParts {
@@ -69,38 +63,6 @@ pub(super) struct LaneParts {
     pub(super) manager: ToManagerQueue,
     /// For whoever looks.
     pub(super) tap: Arc<Tap>,
-}
-
-/// What the packet path of a lane needs beside its two halves.
-pub(super) struct LaneContext {
-    /// Number of this lane.
-    pub(super) index: u8,
-    /// Number of lanes of this node.
-    pub(super) lanes: u8,
-    /// Counters.
-    pub(super) stats: Arc<LaneStats>,
-    /// Sockets to send from, one a family.
-    pub(super) send_sockets: Vec<SendSocket>,
-    /// For whoever looks.
-    pub(super) tap: Arc<Tap>,
-    /// Whether somebody looked at packets when this round began.
-    pub(super) captured: bool,
-    published: Arc<Published>,
-    epoch: u64,
-    /// The manager's queue.
-    pub(super) manager: ToManagerQueue,
-    now: Instant,
-    age_clock: Duration,
-    unknown_session_told: Option<Instant>,
-    too_long_reported: Cell<Option<Instant>>,
-}
-
-/// A socket to send from.
-pub(super) struct SendSocket {
-    /// Whether it is of IPv4.
-    pub v4: bool,
-    /// Itself; nonblocking.
-    pub(super) socket: UdpSocket,
 }
 
 /// What the manager asks of a running lane.
@@ -369,132 +331,5 @@ fn watched(lane: u8, result: io::Result<()>) {
     if let Err(error) = result {
         tracing::error!(lane, %error, "epoll failed: ending, to begin anew");
         std::process::abort();
-    }
-}
-
-impl LaneContext {
-    /// The time at which this round began.
-    pub(super) fn now(&self) -> Instant {
-        self.now
-    }
-
-    /// Returns the time since boot at which this round began, the clock of the sessions' ages.
-    pub(super) fn age_clock(&self) -> Duration {
-        self.age_clock
-    }
-
-    /// Tells whoever looks of a drop.
-    #[inline]
-    pub(super) fn dropped(&self, reason: DropReason, outer: Option<SocketAddr>, bytes: Bytes<'_>) {
-        self.tap.dropped(reason, Sight { lane: Some(self.index), outer, bytes, packets: 1 });
-    }
-
-    /// The tables in force, if they are not those that this lane has.
-    pub(super) fn newer_tables(&mut self) -> Option<Arc<Tables>> {
-        let epoch = self.published.epoch();
-        if epoch == self.epoch {
-            return None;
-        }
-        self.epoch = epoch;
-        Some(self.published.load())
-    }
-
-    /// Reports a datagram that was too long for its route to the manager, which reduces the peer's
-    /// path MTU.
-    pub(super) fn too_long(&self, datagram: TooLong) {
-        let due = |at: Instant| self.now - at >= TOO_LONG_INTERVAL;
-        if self.too_long_reported.get().is_none_or(due)
-            && self.manager.tell(ToManager::TooLong(datagram))
-        {
-            self.too_long_reported.set(Some(self.now));
-        }
-    }
-
-    /// Notes that `source` sent a datagram of a session that is not known here.
-    pub(super) fn unknown_session(&mut self, source: IpAddr) {
-        if self.unknown_session_told.is_none_or(|t| self.now - t >= UNKNOWN_SESSION_INTERVAL) {
-            self.unknown_session_told = Some(self.now);
-            self.manager.tell(ToManager::UnknownSession(source));
-        }
-    }
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-pub(super) mod tests {
-    use super::*;
-    use skein_core::route::{PeerId, RouteTable};
-    use skein_core::time::Time;
-    use skein_core::tunnel::session::{Cipher, Session, SessionParams, TransportSecrets};
-
-    use crate::tables::PeerEntry;
-
-    /// The only lane of a node, `age_clock` after the boot. Its send socket is on the loopback
-    /// interface.
-    pub(crate) fn context(manager: ToManagerQueue, age_clock: Duration) -> LaneContext {
-        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-        socket.set_nonblocking(true).unwrap();
-        LaneContext {
-            index: 0,
-            lanes: 1,
-            stats: Arc::default(),
-            send_sockets: vec![SendSocket { v4: true, socket }],
-            tap: Arc::default(),
-            captured: false,
-            published: Arc::default(),
-            epoch: 0,
-            manager,
-            now: Instant::now(),
-            age_clock,
-            unknown_session_told: None,
-            too_long_reported: Cell::new(None),
-        }
-    }
-
-    /// Session with the index 7 at both ends, established at boot.
-    pub(crate) fn session(initiator: bool) -> Arc<Session> {
-        let params = SessionParams {
-            peer: PeerId(1),
-            local_index: 7,
-            remote_index: 7,
-            cipher: Cipher::Aes256Gcm,
-            local_lanes: 1,
-            remote_lanes: 1,
-            established: Time::default(),
-            initiator,
-            epoch: 0,
-            ecn: false,
-            secrets: TransportSecrets::new([1; 32], [2; 32]),
-        };
-        Arc::new(Session::new(params).unwrap())
-    }
-
-    /// Tables with the pod CIDRs 10.N.0.0/16 of two peers, the first of which has a session.
-    pub(crate) fn tables(endpoint: SocketAddr) -> Tables {
-        let cidrs =
-            ["10.0.0.0/16", "10.1.0.0/16", "10.2.0.0/16"].map(|text| [text.parse().unwrap()]);
-        let peers = [(PeerId(1), &cidrs[1][..]), (PeerId(2), &cidrs[2][..])];
-        let entry = |session| PeerEntry {
-            endpoint: Some(endpoint),
-            session,
-            next: None,
-            max_plaintext: 1440,
-        };
-        Tables {
-            routes: Arc::new(RouteTable::build(&cidrs[0], peers).unwrap()),
-            peers: [(PeerId(1), entry(Some(session(true)))), (PeerId(2), entry(None))].into(),
-            sessions: vec![(7, session(true))],
-        }
-    }
-
-    /// An IPv4 packet between 10.FROM.0.1 and 10.TO.0.1: TCP, with a header of 40 bytes.
-    pub(crate) fn packet(from: u8, to: u8, payload: usize) -> Vec<u8> {
-        let mut packet = vec![0; 40 + payload];
-        (packet[0], packet[8], packet[9]) = (0x45, 64, 6);
-        let length = (packet.len() as u16).to_be_bytes();
-        packet[2..4].copy_from_slice(&length);
-        packet[12..20].copy_from_slice(&[10, from, 0, 1, 10, to, 0, 1]);
-        (packet[32], packet[33]) = (0x50, 0x10);
-        packet
     }
 }

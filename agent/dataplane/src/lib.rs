@@ -16,6 +16,7 @@ mod handover;
 mod ingress;
 mod keeper;
 mod lane;
+mod lane_context;
 mod manager;
 mod memory;
 mod pending;
@@ -26,6 +27,8 @@ mod setup;
 mod stats;
 mod tables;
 mod tap;
+#[cfg(test)]
+mod testing;
 mod totals;
 mod vm_generation;
 mod write;
