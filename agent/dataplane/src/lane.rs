@@ -20,8 +20,8 @@ use skein_sys::send::GsoState;
 use skein_sys::tun::TunQueue;
 use skein_sys::udp::LaneSockets;
 
-use super::boot_time;
 use super::busy_poll::BusyPoll;
+use super::clock::boot_time;
 use super::egress::{Egress, SEND_PATIENCE, TunState};
 use super::ingress::Ingress;
 use super::lane_context::{LaneContext, SendSocket};

@@ -4,9 +4,11 @@
 #![forbid(unsafe_code)]
 
 pub mod activation;
+mod active;
 mod busy_poll;
 mod changes;
 mod channel;
+mod clock;
 mod egress;
 mod error;
 mod fd_store;
@@ -43,7 +45,6 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use rustix::process::Signal;
 use rustix::thread::CapabilitySet;
-use rustix::time::{ClockId, clock_gettime};
 use skein_ipc::instance::Instance;
 use skein_ipc::{
     Confinement, ConfinementState, PROTOCOL_VERSION, Request, Response, read_frame, write_frame,
@@ -73,15 +74,6 @@ pub struct Options {
 /// Sets the filter of this process's log. `None` restores the filter that the process was started
 /// with. The error is a sentence with the remedy.
 pub type SetLogLevel = fn(Option<&str>) -> Result<(), String>;
-
-/// Returns the time since boot (CLOCK_BOOTTIME), which is the same for all processes, advances
-/// while the machine is suspended, and is never set. Sessions carry such times, so that the next
-/// process can compute their age.
-fn boot_time() -> Duration {
-    let now = clock_gettime(ClockId::Boottime);
-    let secs = u64::try_from(now.tv_sec).unwrap_or(0);
-    Duration::new(secs, u32::try_from(now.tv_nsec).unwrap_or(0))
-}
 
 /// Returns the path of the lock of the data plane at `socket`.
 pub fn lock_path(socket: &Path) -> PathBuf {

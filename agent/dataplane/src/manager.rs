@@ -1,44 +1,33 @@
 //! The session manager: one thread that owns the protocol engine. Lanes hand it handshakes and
 //! control messages; it hands them new tables. The packet path never waits for it.
 
-use std::collections::{HashMap, HashSet};
-use std::net::SocketAddr;
 use std::ops::ControlFlow;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use skein_core::address;
-use skein_core::route::{PeerId, RouteTable};
 use skein_core::time::Time;
-use skein_core::tunnel::{Engine, EngineConfig, EngineError, PeerConfig};
-use skein_core::wire::header::OVERHEAD;
-use skein_ipc::keys::{PrivateKey, PublicKey};
 use skein_ipc::{
-    Confinement, ErrorKind, HANDOVER_VERSION, NodeIdentity, NodeSettings, Peer, Request, Response,
-    SeenHandshakes, Snapshot, Update,
+    Confinement, ErrorKind, HANDOVER_VERSION, NodeSettings, Request, Response, Snapshot,
 };
-use skein_sys::send::TooLong;
-use skein_sys::udp::LongestPayload;
 
+use super::SetLogLevel;
+use super::active::{Active, Kept, random};
 use super::changes::Changes;
 use super::channel::KeeperChannel;
+use super::clock::clock;
 use super::error::SetupError;
 use super::handover::{self, Estate, HandOver, ToKeeper};
-use super::memory::{Resumed, SessionMemory};
+use super::memory::SessionMemory;
 use super::queue::{self, ToManager, ToManagerQueue};
 use super::report;
 use super::setup::{Links, Running};
-use super::stats::DropStats;
-use super::tables::{PeerEntry, Published, Tables};
-use super::tap::{Bytes, Sight, Tap};
-use super::totals::Totals;
+use super::tap::Tap;
 use super::vm_generation::{ClockWatch, Uevents};
-use super::{SetLogLevel, boot_time};
 
 /// How soon to look again whether lanes have let go of old tables.
 const SWEEP: Duration = Duration::from_millis(100);
@@ -91,27 +80,6 @@ struct Manager {
     confinement: Vec<Confinement>,
     /// `None` before the first snapshot.
     active: Option<Active>,
-}
-
-/// A data plane at work.
-struct Active {
-    snapshot: Snapshot,
-    engine: Engine,
-    /// The names and prefixes of the engine's peers.
-    peers: HashMap<PublicKey, (PeerId, Peer)>,
-    routes: Arc<RouteTable>,
-    published: Arc<Published>,
-    /// Whether lanes may still look at tables that are no longer in force.
-    unswept: bool,
-    /// Where sessions outlive this process; absent where the kernel gives none.
-    memory: Option<SessionMemory>,
-    running: Running,
-    drops: DropStats,
-    totals: Totals,
-    /// Longest plaintext in bytes of each peer whose path carries less than this node's MTU.
-    narrow: Vec<(PeerId, u16)>,
-    /// True if `narrow` has changed since the waiting connections were notified.
-    narrow_changed: bool,
 }
 
 impl Manager {
@@ -375,301 +343,4 @@ impl Manager {
         }
         report
     }
-}
-
-/// What of a data plane the keeper has to be told.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kept {
-    Snapshot,
-    All,
-}
-
-impl Active {
-    /// Begins, with the sessions of a process before; `open` gives the descriptors.
-    fn start(
-        now: Time,
-        snapshot: Snapshot,
-        memory: Option<SessionMemory>,
-        sessions: Vec<Resumed>,
-        open: impl FnOnce(&NodeSettings, &Arc<Published>) -> Result<Running, SetupError>,
-    ) -> Result<Self, SetupError> {
-        let node = &snapshot.node;
-        let published = Arc::new(Published::default());
-        let running = open(node, &published)?;
-        let config = EngineConfig {
-            private_key: skein_core::PrivateKey::new(node.private_key.as_bytes()),
-            cluster_id: node.cluster_id.clone(),
-            lanes: node.lanes,
-            ciphers: super::setup::ciphers(node.cipher),
-            mtu: node.tun.mtu,
-            ecn: running.has_ecn(),
-            listen_port: node.underlay.port,
-        };
-        let mut engine = Engine::new(config, Box::new(random)).map_err(invalid)?;
-        set_identity(&mut engine, node)?;
-        engine.raise_timestamps(Duration::from_secs(snapshot.not_before));
-        if let Some(memory) = &memory {
-            engine.set_session_store(Box::new(memory.clone()));
-        }
-        let mut empty = snapshot.clone();
-        empty.peers.clear();
-        // The engine and the memory of its sessions hold these timestamps from now on.
-        empty.seen_handshakes.clear();
-        let mut active = Self {
-            snapshot: empty,
-            engine,
-            peers: HashMap::new(),
-            routes: Arc::default(),
-            published,
-            unswept: false,
-            memory,
-            running,
-            drops: DropStats::default(),
-            totals: Totals::default(),
-            narrow: Vec::new(),
-            narrow_changed: false,
-        };
-        active.set_peers(now, snapshot.peers)?;
-        active.raise_seen(&snapshot.seen_handshakes);
-        active.engine.restore_sessions(now, sessions);
-        active.publish();
-        active.running.begin()?;
-        Ok(active)
-    }
-
-    /// All that is in force.
-    fn snapshot(&self) -> Snapshot {
-        let peers = self.peers.values().map(|(_, peer)| peer.clone()).collect();
-        Snapshot { peers, ..self.snapshot.clone() }
-    }
-
-    fn identity(&self) -> NodeIdentity {
-        let public_key = PublicKey(self.engine.public_key().to_bytes());
-        NodeIdentity { name: self.snapshot.node.name.clone(), public_key }
-    }
-
-    /// Goes from what is in force to `snapshot`, touching only what differs.
-    fn become_like(&mut self, now: Time, snapshot: Snapshot) -> Result<Kept, SetupError> {
-        let mut node = snapshot.node.clone();
-        node.tun = self.snapshot.node.tun.clone();
-        node.private_key = self.snapshot.node.private_key.clone();
-        node.second_private_key = self.snapshot.node.second_private_key.clone();
-        if node != self.snapshot.node {
-            return Err(SetupError::Fixed);
-        }
-        set_identity(&mut self.engine, &snapshot.node)?;
-        self.snapshot.node.private_key = snapshot.node.private_key;
-        self.snapshot.node.second_private_key = snapshot.node.second_private_key;
-        let mut kept = Kept::Snapshot;
-        self.engine.raise_timestamps(Duration::from_secs(snapshot.not_before));
-        self.snapshot.not_before = snapshot.not_before;
-        let before = std::mem::replace(&mut self.snapshot.local_cidrs, snapshot.local_cidrs);
-        if let Err(error) = self.set_peers(now, snapshot.peers) {
-            self.snapshot.local_cidrs = before;
-            return Err(error);
-        }
-        self.raise_seen(&snapshot.seen_handshakes);
-        let before = std::mem::replace(&mut self.snapshot.node.tun, snapshot.node.tun);
-        if before.ifindex != self.snapshot.node.tun.ifindex {
-            if let Err(error) = self.running.attach_tun(&self.snapshot.node) {
-                self.snapshot.node.tun = before;
-                return Err(error);
-            }
-            kept = Kept::All;
-        }
-        if before != self.snapshot.node.tun {
-            self.engine.set_mtu(now, self.snapshot.node.tun.mtu);
-            self.publish();
-        }
-        self.snapshot.revision = snapshot.revision;
-        Ok(kept)
-    }
-
-    fn raise_seen(&mut self, seen: &SeenHandshakes) {
-        for (key, nanos) in seen {
-            self.engine.raise_seen_timestamp(&key.0.into(), Duration::from_nanos(*nanos));
-        }
-    }
-
-    fn seen_handshakes(&self) -> SeenHandshakes {
-        let nanos = |at: Duration| u64::try_from(at.as_nanos()).unwrap_or(u64::MAX);
-        self.engine
-            .seen_timestamps()
-            .map(|(key, at)| (PublicKey(key.to_bytes()), nanos(at)))
-            .collect()
-    }
-
-    fn update(&mut self, now: Time, update: Update) -> Result<(), SetupError> {
-        let changed: HashSet<PublicKey> =
-            update.upsert.iter().map(|peer| peer.public_key).chain(update.remove).collect();
-        let kept = self.peers.values().map(|(_, peer)| peer);
-        let peers = kept.filter(|peer| !changed.contains(&peer.public_key)).cloned();
-        let peers = peers.chain(update.upsert).collect();
-        self.set_peers(now, peers)?;
-        self.snapshot.revision = update.revision;
-        Ok(())
-    }
-
-    /// Makes these the peers. Refuses the whole where prefixes contradict each other.
-    fn set_peers(&mut self, now: Time, peers: Vec<Peer>) -> Result<(), SetupError> {
-        // Routes are tried with provisional numbers first, so that a refusal changes nothing.
-        let numbered = (0..).map(PeerId).zip(peers.iter().map(|p| p.pod_cidrs.as_slice()));
-        RouteTable::build(&self.snapshot.local_cidrs, numbered).map_err(|conflict| {
-            SetupError::Invalid(format!("contradicting pod CIDRs: {conflict}"))
-        })?;
-        let keys = || peers.iter().flat_map(|peer| [Some(peer.public_key), peer.second_public_key]);
-        if keys().flatten().collect::<HashSet<_>>().len() != keys().flatten().count() {
-            return Err(SetupError::Invalid("two nodes have the same public key".to_owned()));
-        }
-        let engine = &mut self.engine;
-        let before = std::mem::take(&mut self.peers);
-        for peer in peers {
-            if let Some((id, known)) = before.get(&peer.public_key)
-                && *known == peer
-            {
-                self.peers.insert(peer.public_key, (*id, peer));
-                continue;
-            }
-            // Older releases accepted multicast addresses and stored them.
-            let usable = |e: &SocketAddr| address::is_endpoint(*e) && self.running.can_reach(*e);
-            let endpoints = peer.endpoints.iter().copied().filter(usable).collect();
-            let config = PeerConfig {
-                public_key: peer.public_key.0.into(),
-                second_key: peer.second_public_key.map(|key| key.0.into()),
-                endpoints,
-            };
-            let id = engine.upsert_peer(now, config);
-            self.peers.insert(peer.public_key, (id, peer));
-        }
-        let wanted: HashSet<PeerId> = self.peers.values().map(|(id, _)| *id).collect();
-        for (id, _) in before.into_values().filter(|(id, _)| !wanted.contains(id)) {
-            engine.remove_peer(id);
-        }
-        let owners = self.peers.values().map(|(id, peer)| (*id, peer.pod_cidrs.as_slice()));
-        let routes = RouteTable::build(&self.snapshot.local_cidrs, owners)
-            .map_err(|conflict| SetupError::Invalid(conflict.to_string()))?;
-        self.routes = Arc::new(routes);
-        engine.poll_tables_changed();
-        self.publish();
-        Ok(())
-    }
-
-    /// Whether the device that the lanes were attached to is there still.
-    fn has_device(&self) -> bool {
-        let tun = &self.snapshot.node.tun;
-        let found = skein_sys::link::find(&tun.name);
-        found.is_ok_and(|link| link.is_some_and(|link| link.index == tun.ifindex))
-    }
-
-    fn event(&mut self, now: Time, message: ToManager, tap: &Tap) {
-        match message {
-            ToManager::WantSession(peer) => self.engine.request_session(now, peer),
-            ToManager::UnknownSession(source) => self.engine.on_unknown_session(now, source),
-            ToManager::TooLong(datagram) => self.too_long(now, datagram),
-            ToManager::Datagram { source, mut datagram, .. } => {
-                // What was dropped before this one is not its.
-                self.drops.collect(self.engine.drops());
-                self.engine.handle_datagram(now, source, &mut datagram);
-                for (reason, packets) in self.engine.drops().iter() {
-                    let (outer, bytes) = (Some(source), Bytes::Outer(&datagram));
-                    tap.dropped(reason, Sight { lane: None, outer, bytes, packets });
-                }
-            }
-            ToManager::EndSessions { .. }
-            | ToManager::Request { .. }
-            | ToManager::TunGone { .. }
-            | ToManager::GiveAway { .. } => {}
-        }
-    }
-
-    /// Makes the engine limit datagrams to the size that this host's route to the destination
-    /// carries.
-    fn too_long(&mut self, now: Time, TooLong { destination, len }: TooLong) {
-        let plaintext = |len: usize| u16::try_from(len.saturating_sub(OVERHEAD)).ok();
-        let fits = match self.running.longest_payload(destination, len) {
-            // The route has become wider since the refusal.
-            LongestPayload::Carries => return,
-            LongestPayload::Limit(longest) => plaintext(longest),
-            LongestPayload::Unknown => None,
-        };
-        let size = plaintext(len).unwrap_or(u16::MAX);
-        // A refused probe for a larger size does not change the size in use.
-        if self.engine.on_send_too_big(now, destination, size, fits) {
-            tracing::info!(%destination, size, fits, "datagram longer than the route carries");
-        }
-    }
-
-    /// Carries out what the engine decided.
-    fn drive(&mut self, now: Time) {
-        if self.engine.poll_timeout().is_some_and(|due| due.mono <= now.mono) {
-            self.engine.handle_timeout(now);
-        }
-        // Before anything is sent: an answer may arrive as soon as its question has left.
-        if self.engine.poll_tables_changed() {
-            self.publish();
-        }
-        while let Some(transmit) = self.engine.poll_transmit() {
-            let sent = self.running.send(transmit.destination, &transmit.payload);
-            if let Err(datagram) = sent {
-                self.too_long(now, datagram);
-            }
-        }
-        // Of what was too long.
-        if self.engine.poll_tables_changed() {
-            self.publish();
-        }
-        self.drops.collect(self.engine.drops());
-        self.unswept = self.published.sweep();
-    }
-
-    fn publish(&mut self) {
-        self.totals.follow(self.engine.tables());
-        let mut tables = Tables { routes: Arc::clone(&self.routes), ..Tables::default() };
-        let mtu = self.snapshot.node.tun.mtu;
-        for (id, view) in self.engine.tables() {
-            let receive = view.receive.iter().map(|session| (session.local_index, session));
-            tables.sessions.extend(receive.map(|(index, session)| (index, Arc::clone(session))));
-            let entry = PeerEntry {
-                endpoint: view.endpoint,
-                session: view.current.clone(),
-                next: view.next.clone(),
-                max_plaintext: [view.mtu, view.path_mtu]
-                    .into_iter()
-                    .flatten()
-                    .fold(mtu, u16::min)
-                    .into(),
-            };
-            tables.peers.insert(id, entry);
-        }
-        let paths = self.engine.tables().filter_map(|(id, view)| Some((id, view.path_mtu?)));
-        let narrow: Vec<_> = paths.collect();
-        self.narrow_changed |= narrow != self.narrow;
-        self.narrow = narrow;
-        tables.sessions.sort_unstable_by_key(|(index, _)| *index);
-        self.published.publish(tables);
-        self.running.wake_lanes();
-    }
-}
-
-fn set_identity(engine: &mut Engine, node: &NodeSettings) -> Result<(), SetupError> {
-    let key = |key: &PrivateKey| skein_core::PrivateKey::new(key.as_bytes());
-    engine
-        .set_identity(key(&node.private_key), node.second_private_key.as_ref().map(key))
-        .map_err(invalid)
-}
-
-fn invalid(error: EngineError) -> SetupError {
-    SetupError::Invalid(error.to_string())
-}
-
-fn random(bytes: &mut [u8]) {
-    // The system's generator fails only where the system is beyond help, and a predictable key would
-    // be worse than none.
-    aws_lc_rs::rand::fill(bytes).expect("the system's random generator failed");
-}
-
-/// Readings of both clocks.
-fn clock() -> Time {
-    let wall = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    Time { mono: boot_time(), wall }
 }
