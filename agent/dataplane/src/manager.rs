@@ -15,7 +15,6 @@ use skein_ipc::{
     Confinement, ErrorKind, HANDOVER_VERSION, NodeSettings, Request, Response, Snapshot,
 };
 
-use super::SetLogLevel;
 use super::active::{Active, Kept, random};
 use super::changes::Changes;
 use super::channel::KeeperChannel;
@@ -35,6 +34,10 @@ const SWEEP: Duration = Duration::from_millis(100);
 const CLOCK_INTERVAL: Duration = Duration::from_secs(1);
 /// Messages dealt with before what they led to is published and sent.
 const BATCH: usize = 32;
+
+/// Sets the filter of this process's log. `None` restores the filter that the process was started
+/// with. The error is a sentence with the remedy.
+pub type SetLogLevel = fn(Option<&str>) -> Result<(), String>;
 
 /// Starts the manager's thread, with what another process has left. It ends when [`Request::Shutdown`]
 /// came or every sender is gone.

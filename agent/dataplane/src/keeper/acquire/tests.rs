@@ -1,0 +1,168 @@
+//! Tests of the acquisition against data processes and keepers that threads of the test play.
+
+#![allow(clippy::unwrap_used)]
+
+use std::os::unix::net::UnixListener;
+
+use skein_sys::tun::TunOffload;
+
+use super::*;
+use crate::fd_store::Kept;
+use crate::handover::HandOver;
+
+fn options(directory: &Path) -> Options {
+    Options { socket: directory.join("dataplane.sock"), take_over: true, instance: None }
+}
+
+fn acquire_alone(options: &Options) -> Plane {
+    acquire(options, &mut None).unwrap()
+}
+
+/// A data process that was killed, as another one sees it: its socket takes connections until the
+/// kernel has closed it.
+#[test]
+fn whoever_dies_while_it_is_asked_is_nobody() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = options(directory.path());
+    drop(acquire_alone(&options));
+    std::fs::remove_file(&options.socket).unwrap();
+    let lock = FileLock::try_acquire(&lock_path(&options.socket)).unwrap().unwrap();
+    let listener = UnixListener::bind(&options.socket).unwrap();
+    let dying = std::thread::spawn(move || {
+        // One is closed with what it asked unread, one that was read, and one never accepted.
+        drop(listener.accept().unwrap());
+        let (stream, _) = listener.accept().unwrap();
+        let asked: Request = read_frame(&mut &stream).unwrap().unwrap();
+        assert!(matches!(asked, Request::TakeOver { version: HANDOVER_VERSION }), "{asked:?}");
+        drop(stream);
+        std::thread::sleep(3 * LOCK_INTERVAL);
+        drop(listener);
+        drop(lock);
+    });
+    assert!(acquire_alone(&options).kept.is_none());
+    dying.join().unwrap();
+}
+
+/// Of a release with another format: nothing of it is taken, and it has ended before anything begins.
+#[test]
+fn whoever_hands_over_in_another_format_is_ended() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = options(directory.path());
+    let lock = FileLock::try_acquire(&lock_path(&options.socket)).unwrap().unwrap();
+    let listener = UnixListener::bind(&options.socket).unwrap();
+    let other = std::thread::spawn(move || {
+        let (stream, _) = listener.accept().unwrap();
+        let asked: Request = read_frame(&mut &stream).unwrap().unwrap();
+        assert!(matches!(asked, Request::TakeOver { .. }), "{asked:?}");
+        let message = "version 7 is wanted".to_owned();
+        let answer = Response::Error { kind: ErrorKind::Invalid, message };
+        write_frame(&mut &stream, &answer).unwrap();
+        let (stream, _) = listener.accept().unwrap();
+        let asked: Request = read_frame(&mut &stream).unwrap().unwrap();
+        assert!(matches!(asked, Request::Shutdown), "{asked:?}");
+        std::thread::sleep(LOCK_INTERVAL);
+        drop(lock);
+        Instant::now()
+    });
+    assert!(acquire_alone(&options).kept.is_none());
+    let taken = Instant::now();
+    assert!(other.join().unwrap() <= taken, "it has ended first");
+}
+
+/// A release without locks leaves the lock free while it listens.
+#[test]
+fn data_process_without_lock_is_ended() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = options(directory.path());
+    let listener = UnixListener::bind(&options.socket).unwrap();
+    let other = std::thread::spawn(move || {
+        loop {
+            let (stream, _) = listener.accept().unwrap();
+            let asked: Request = read_frame(&mut &stream).unwrap().unwrap();
+            if matches!(asked, Request::Shutdown) {
+                return;
+            }
+            let message = "version 1 is wanted".to_owned();
+            let answer = Response::Error { kind: ErrorKind::Invalid, message };
+            write_frame(&mut &stream, &answer).unwrap();
+        }
+    });
+    assert!(acquire_alone(&options).kept.is_none());
+    other.join().unwrap();
+}
+
+fn kept() -> Kept {
+    let left = HandOver {
+        version: HANDOVER_VERSION,
+        lanes: 1,
+        families: Vec::new(),
+        offload: TunOffload::NONE,
+        gso: true,
+        capabilities: Vec::new(),
+        generation: 7,
+    };
+    let files = (0..left.descriptors()).map(|_| tempfile::tempfile().unwrap().into());
+    Kept { descriptors: files.collect(), left }
+}
+
+/// A keeper dies between its hand-over and its confirmation; the next keeper gets all
+/// descriptors.
+#[test]
+fn keeper_that_dies_in_a_hand_over_loses_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = options(directory.path());
+    let mut plane = acquire_alone(&options);
+    let socket = options.socket.clone();
+    let dying = std::thread::spawn(move || {
+        let (connection, _) = plane.listener.accept().unwrap();
+        let asked: Request = read_frame(&mut &connection).unwrap().unwrap();
+        assert!(matches!(asked, Request::TakeOver { .. }), "{asked:?}");
+        plane.kept = Some(kept());
+        plane.save();
+        assert!(plane.give(&connection));
+    });
+    let taken = acquire_alone(&options);
+    assert_eq!(taken.kept.unwrap().left.generation, 7);
+    assert_eq!(taken.listener.local_addr().unwrap().as_pathname(), Some(&*socket));
+    dying.join().unwrap();
+}
+
+/// The data process dies before it accepts the connection, which the store keeps open.
+#[test]
+fn lock_that_becomes_free_during_a_request_is_taken() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = options(directory.path());
+    let mut plane = acquire_alone(&options);
+    plane.kept = Some(kept());
+    plane.save();
+    let copies = plane.store.descriptors().map(|fd| fd.try_clone_to_owned().unwrap());
+    let mut held = FdStore::received(copies.into());
+    let requesting = std::thread::spawn(move || {
+        let begun = Instant::now();
+        let mut attempt = Attempt::new(&options);
+        let lock = request(&options.socket, &mut held, &mut attempt);
+        (lock.is_ok(), begun.elapsed())
+    });
+    std::thread::sleep(10 * LOCK_INTERVAL);
+    assert!(!requesting.is_finished(), "The other keeper has the data plane.");
+    drop(plane);
+    let (taken, took) = requesting.join().unwrap();
+    assert!(taken && took < PATIENCE / 2, "The lock was taken ({taken}) after {took:?}.");
+}
+
+/// A keeper that has handed over its data plane gets it back when the other keeper ends.
+#[test]
+fn holder_takes_back_what_the_dead_keeper_had() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = options(directory.path());
+    let mut plane = acquire_alone(&options);
+    let copies = plane.store.descriptors().map(|fd| fd.try_clone_to_owned().unwrap());
+    let mut held = FdStore::received(copies.into());
+    let waiting = std::thread::spawn(move || acquire(&options, &mut held).unwrap());
+    std::thread::sleep(10 * LOCK_INTERVAL);
+    assert!(!waiting.is_finished(), "The other keeper has the data plane.");
+    plane.kept = Some(kept());
+    plane.save();
+    drop(plane);
+    assert_eq!(waiting.join().unwrap().kept.unwrap().left.generation, 7);
+}

@@ -1,0 +1,124 @@
+//! The data plane of a keeper: its lock, the descriptor store and the listening socket.
+
+use std::io::{self, Read};
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+
+use anyhow::Context;
+use skein_ipc::Response;
+use skein_sys::descriptors;
+use skein_sys::lock::FileLock;
+
+use super::client::{PATIENCE, end_unlocked};
+use crate::channel::{answer_listener, answer_queues};
+use crate::fd_store::{FdStore, Kept};
+use crate::handover::{Answer, ToKeeper, receive, send};
+use crate::options::Options;
+use crate::server;
+
+/// A data plane that belongs to this keeper.
+pub(super) struct Plane {
+    /// Lock of the data plane. The data process has a copy, so that the lock is free when both
+    /// processes have ended.
+    pub(super) lock: FileLock,
+    pub(super) store: FdStore,
+    pub(super) listener: UnixListener,
+    /// Path of the listening socket.
+    socket: PathBuf,
+    pub(super) kept: Option<Kept>,
+}
+
+impl Plane {
+    /// Opens the data plane of the lock's owner: with the descriptors in the store, or a new one.
+    pub(super) fn open(
+        lock: FileLock,
+        store: Option<FdStore>,
+        options: &Options,
+    ) -> anyhow::Result<Self> {
+        let mut store = match store {
+            Some(store) => store,
+            None => FdStore::create().context("cannot make a store for descriptors")?,
+        };
+        let (listener, kept) = match store.take() {
+            Some((listener, kept)) => (listener, Some(kept)),
+            None => {
+                if options.takes_over() {
+                    end_unlocked(&options.socket)?;
+                }
+                (server::bind(&options.socket)?, None)
+            }
+        };
+        let socket = options.socket.clone();
+        let mut plane = Self { lock, store, listener, socket, kept };
+        plane.save();
+        Ok(plane)
+    }
+
+    /// Puts the descriptors of the data process into the store.
+    pub(super) fn save(&mut self) {
+        let Some(kept) = &self.kept else { return self.store.clear() };
+        if let Err(error) = self.store.put(&self.listener, kept) {
+            tracing::error!(%error, "cannot store descriptors: others would lose the sessions");
+        }
+    }
+
+    /// Handles a message of the data process; returns the connection to hand over to, if the
+    /// message requests a hand-over.
+    pub(super) fn take_message(&mut self, channel: &UnixStream) -> io::Result<Option<UnixStream>> {
+        let message = receive(channel)?.ok_or(io::ErrorKind::UnexpectedEof)?;
+        match message {
+            ToKeeper::Keep { left } => {
+                let descriptors = descriptors::receive(channel, left.descriptors())?;
+                self.kept = Some(Kept { left, descriptors });
+            }
+            ToKeeper::Snapshot => {
+                let later = descriptors::receive(channel, 1)?.pop();
+                if let (Some(kept), Some(later)) = (&mut self.kept, later) {
+                    kept.descriptors[0] = later;
+                }
+            }
+            ToKeeper::Forget => self.kept = None,
+            ToKeeper::OpenQueues { name, queues, allowed } => {
+                answer_queues(channel, &name, queues, allowed)?;
+                return Ok(None);
+            }
+            ToKeeper::Listen => {
+                let created = server::bind(&self.socket).map(|new| {
+                    self.listener = new;
+                    &self.listener
+                });
+                answer_listener(channel, created)?;
+            }
+            ToKeeper::DeleteSocket => {
+                // A failure leaves a stale file, which the next start removes.
+                let _ = std::fs::remove_file(&self.socket);
+                send(channel, &Answer::Done, &[])?;
+                return Ok(None);
+            }
+            ToKeeper::GiveAway => {
+                return Ok(descriptors::receive(channel, 1)?.pop().map(UnixStream::from));
+            }
+        }
+        self.save();
+        Ok(None)
+    }
+
+    /// Sends the lock and the store to the keeper at the other end; returns whether that keeper
+    /// confirms their receipt.
+    pub(super) fn give(&self, connection: &UnixStream) -> bool {
+        let give = || -> io::Result<()> {
+            connection.set_read_timeout(Some(PATIENCE))?;
+            connection.set_write_timeout(Some(PATIENCE))?;
+            let all: Vec<_> =
+                [self.lock.as_fd()].into_iter().chain(self.store.descriptors()).collect();
+            send(connection, &Response::HandOver, &all)?;
+            (&*connection).read_exact(&mut [0])
+        };
+        let given = give();
+        if let Err(error) = &given {
+            tracing::error!(%error, "hand-over to the new keeper failed");
+        }
+        given.is_ok()
+    }
+}
