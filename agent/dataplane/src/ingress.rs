@@ -1,6 +1,8 @@
 //! From the underlay to the TUN: receive with GRO, open every datagram in place, check replay,
 //! inner source and destination, merge what belongs together and write it while it is in cache.
 
+mod rx_session;
+
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -8,21 +10,20 @@ use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Duration;
 
 use skein_core::drop::{Direction, DropCounts, DropReason};
 use skein_core::offload::Checksum;
 use skein_core::offload::coalesce::{CoalesceConfig, Coalescer, TunPacket};
 use skein_core::route::{Owner, PeerId};
-use skein_core::tunnel::rate_limit::{Rate, TokenBucket};
 use skein_core::tunnel::replay::ReplayWindow;
-use skein_core::tunnel::session::{Receiver, Session};
+use skein_core::tunnel::session::Session;
 use skein_core::wire::ecn::Ecn;
-use skein_core::wire::header::{CONTROL_LANE, Flags, HEADER_LEN, Header, MessageType, TAG_LEN};
+use skein_core::wire::header::{Flags, HEADER_LEN, Header, MessageType, TAG_LEN};
 use skein_core::wire::ip::IpHeader;
 use skein_sys::recv::RecvBatch;
 use skein_sys::tun::TunQueue;
 
+use self::rx_session::{RxSession, receiver};
 use super::lane_context::LaneContext;
 use super::stats::{Values, add};
 use super::tables::Tables;
@@ -32,9 +33,6 @@ use super::write::TunWriter;
 /// The longest handshake in bytes, and the longest control message, which may be a padded ping.
 const MAX_HANDSHAKE: usize = 2048;
 const MAX_CONTROL: usize = 9216;
-/// Control messages of one session that a lane hands to the session manager. The protocol needs fewer
-/// than 16 per second.
-const CONTROL_RATE: Rate = Rate { per_second: 64, burst: 64 };
 /// Messages a system call, each of up to 64 KiB.
 const MESSAGES: usize = 16;
 
@@ -66,43 +64,6 @@ struct Outer {
     ecn: Ecn,
     /// True if the kernel merged the datagram with others into one message.
     merged: bool,
-}
-
-/// A session as one worker receives with it. The windows are the worker's own: the steering gives
-/// every (peer, lane) to one worker for good.
-struct RxSession {
-    session: Arc<Session>,
-    windows: Vec<Option<Box<ReplayWindow>>>,
-    control_window: Option<Box<ReplayWindow>>,
-    control_bucket: TokenBucket,
-    packets: u64,
-    bytes: u64,
-}
-
-impl RxSession {
-    fn new(session: &Arc<Session>) -> Self {
-        Self {
-            session: Arc::clone(session),
-            windows: (0..session.remote_lanes).map(|_| None).collect(),
-            control_window: None,
-            control_bucket: TokenBucket::new(CONTROL_RATE, Duration::ZERO),
-            packets: 0,
-            bytes: 0,
-        }
-    }
-
-    /// Checks that a control message is authentic, new, and within [`CONTROL_RATE`]. Forged and
-    /// repeated messages thus cost the session manager nothing, and use up no part of the rate.
-    /// `now` is the time since boot. Decrypts the datagram.
-    fn check_control(&mut self, now: Duration, datagram: &mut [u8]) -> Result<(), DropReason> {
-        let (header, _) = receiver(&self.session, CONTROL_LANE, now)?.open(datagram)?;
-        let begin = || Box::new(ReplayWindow::after(self.session.next_counter(CONTROL_LANE)));
-        self.control_window.get_or_insert_with(begin).check_and_set(header.counter)?;
-        match self.control_bucket.try_acquire(CONTROL_RATE, now) {
-            true => Ok(()),
-            false => Err(DropReason::ManagerQueue),
-        }
-    }
 }
 
 #[derive(Default)]
@@ -403,16 +364,6 @@ fn decapsulate(inner: Ecn, outer: Ecn, merged: bool) -> Option<Ecn> {
     inner.decapsulate(outer).or(merged.then_some(inner))
 }
 
-/// Returns the receiving half of a lane of the session. `now` is the time since boot.
-fn receiver(session: &Session, lane: u8, now: Duration) -> Result<&Receiver, DropReason> {
-    let receiver = session.receiver(lane).ok_or(DropReason::WrongLane)?;
-    // The age is checked here as well, because the manager, which ends sessions, may hang.
-    match session.is_expired_at(now) {
-        true => Err(DropReason::SessionExpired),
-        false => Ok(receiver),
-    }
-}
-
 /// Tells whoever looks what the TUN did not take.
 fn refuse(lane: &LaneContext, arena: &[u8], packet: &TunPacket<'_>) {
     let whole = packet.payload.first().map_or(&[][..], |slice| slice.of(arena));
@@ -423,184 +374,4 @@ fn refuse(lane: &LaneContext, arena: &[u8], packet: &TunPacket<'_>) {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use std::net::UdpSocket;
-    use std::os::fd::AsFd;
-
-    use super::super::queue::{self, ToManager};
-    use super::super::stats::drop_report;
-    use super::super::testing;
-    use super::*;
-    use proptest::prelude::*;
-    use skein_core::tunnel::session::{Cipher, SessionParams, TransportSecrets};
-    use std::collections::BTreeMap;
-
-    fn params(index: u32) -> SessionParams {
-        SessionParams {
-            peer: PeerId(1),
-            local_index: index,
-            remote_index: 7,
-            cipher: Cipher::Aes256Gcm,
-            local_lanes: 1,
-            remote_lanes: 1,
-            established: Default::default(),
-            initiator: true,
-            epoch: 0,
-            ecn: false,
-            secrets: TransportSecrets::new([1; 32], [2; 32]),
-        }
-    }
-
-    fn session(index: u32) -> Arc<Session> {
-        Arc::new(Session::new(params(index)).unwrap())
-    }
-
-    #[test]
-    fn data_of_a_session_past_its_life_is_refused() {
-        // The session was established at boot, and the manager has not ended it.
-        let session = session(1);
-        for (age, expected) in [
-            (0, None),
-            (179, None),
-            (180, Some(DropReason::SessionExpired)),
-            (205, Some(DropReason::SessionExpired)),
-        ] {
-            let found = receiver(&session, 0, Duration::from_secs(age)).err();
-            assert_eq!(found, expected, "{age} s");
-        }
-        assert_eq!(receiver(&session, 1, Duration::ZERO).err(), Some(DropReason::WrongLane));
-        assert!(!session.is_expired());
-    }
-
-    #[test]
-    fn control_messages_are_checked_and_limited_by_session() {
-        let (ours, other) = (session(7), session(7));
-        let theirs = Session::new(SessionParams { initiator: false, ..params(7) }).unwrap();
-        let ping = || {
-            let mut out = [0; 53];
-            let sender = theirs.sender(CONTROL_LANE).unwrap();
-            sender.seal(Flags::default(), &[1; 21], &mut out).unwrap();
-            out
-        };
-        let mut rx = RxSession::new(&ours);
-        let at = Duration::from_secs(1);
-        let first = ping();
-        assert_eq!(rx.check_control(at, &mut first.clone()), Ok(()));
-        for _ in 0..1000 {
-            let mut forged = ping();
-            forged[40] ^= 1;
-            assert_eq!(rx.check_control(at, &mut forged), Err(DropReason::AuthFailed));
-            assert_eq!(rx.check_control(at, &mut first.clone()), Err(DropReason::Replayed));
-        }
-        for _ in 1..CONTROL_RATE.burst {
-            assert_eq!(rx.check_control(at, &mut ping()), Ok(()));
-        }
-        assert_eq!(rx.check_control(at, &mut ping()), Err(DropReason::ManagerQueue));
-        assert_eq!(RxSession::new(&other).check_control(at, &mut ping()), Ok(()));
-        let later = at + Duration::from_millis(16);
-        assert_eq!(rx.check_control(later, &mut ping()), Ok(()));
-        assert_eq!(rx.check_control(later, &mut ping()), Err(DropReason::ManagerQueue));
-        let end = Duration::from_secs(180);
-        assert_eq!(rx.check_control(end, &mut ping()), Err(DropReason::SessionExpired));
-    }
-
-    /// Receives what `peer` sends to a lane `age` after the session was established. Returns the
-    /// drops and what the manager gets; no manager runs.
-    fn receive(age: u64, datagrams: &[&[u8]]) -> (Vec<String>, Vec<Box<[u8]>>) {
-        let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let mut tables = Arc::new(testing::tables(peer.local_addr().unwrap()));
-        let (manager, queue) = queue::new();
-        let mut lane = testing::context(manager, Duration::from_secs(age));
-        let config = CoalesceConfig { tcp: true, udp: true, partial_checksum: true };
-        let mut ingress = Ingress::new(config);
-        ingress.adopt(&tables);
-        for datagram in datagrams {
-            peer.send_to(datagram, socket.local_addr().unwrap()).unwrap();
-        }
-        ingress.run(&mut lane, &mut tables, (0, socket.as_fd()), None);
-        let drops = drop_report(&[&lane.stats.drops]).into_iter();
-        let drops = drops.flat_map(|drop| vec![drop.reason; drop.packets as usize]).collect();
-        let taken = queue.try_iter().map(|message| match message {
-            ToManager::Datagram { datagram, .. } => datagram,
-            _ => panic!("Only datagrams were sent."),
-        });
-        (drops, taken.collect())
-    }
-
-    fn seal(lane: u8, plaintext: &[u8]) -> Vec<u8> {
-        let mut out = vec![0; plaintext.len() + HEADER_LEN + TAG_LEN];
-        let session = testing::session(false);
-        session.sender(lane).unwrap().seal(Flags::default(), plaintext, &mut out).unwrap();
-        out
-    }
-
-    #[test]
-    fn session_ends_after_180_s_without_a_manager() {
-        let data = seal(0, &testing::packet(1, 0, 10));
-        // Packets that pass all checks fail at the TUN device, because there is none.
-        assert_eq!(receive(179, &[&data]).0, ["tun_write"]);
-        assert_eq!(receive(180, &[&data]).0, ["session_expired"]);
-        let control = seal(CONTROL_LANE, &[1; 21]);
-        assert_eq!(receive(180, &[&control]), (vec!["session_expired".to_owned()], Vec::new()));
-    }
-
-    #[test]
-    fn manager_gets_no_forged_or_repeated_control_messages() {
-        let control = seal(CONTROL_LANE, &[1; 21]);
-        let mut forged = control.clone();
-        forged[30] ^= 1;
-        let mut of_data_lane = control.clone();
-        of_data_lane[2] = 0;
-        let (drops, taken) = receive(1, &[&forged, &of_data_lane, &control, &control]);
-        assert_eq!(drops, ["outer_header", "auth_failed", "replayed"]);
-        assert_eq!(taken, [control.into_boxed_slice()], "The engine opens the message again.");
-    }
-
-    #[test]
-    fn mark_of_merged_run_drops_no_packet_of_it() {
-        let all = [Ecn::NotEct, Ecn::Ect1, Ecn::Ect0, Ecn::Ce];
-        for (inner, outer) in all.into_iter().flat_map(|inner| all.map(|outer| (inner, outer))) {
-            let (alone, merged) =
-                (decapsulate(inner, outer, false), decapsulate(inner, outer, true));
-            assert_eq!(alone, inner.decapsulate(outer), "A single datagram follows RFC 6040.");
-            let expected = alone.unwrap_or(inner);
-            assert_eq!(merged, Some(expected), "{inner:?} in a run marked {outer:?} stays.");
-        }
-        assert_eq!(decapsulate(Ecn::NotEct, Ecn::Ce, false), None, "A marked datagram is dropped.");
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
-
-        /// Whatever comes and goes: exactly the sessions of the last tables are known, and those that
-        /// stay keep their windows.
-        #[test]
-        fn sessions_follow_the_tables(
-            steps in prop::collection::vec(prop::collection::btree_map(0u32..12, 0u8..2, 0..10), 1..8),
-        ) {
-            let all: Vec<[_; 2]> = (0..12).map(|index| [session(index), session(index)]).collect();
-            let config = CoalesceConfig { tcp: true, udp: true, partial_checksum: true };
-            let mut ingress = Ingress::new(config);
-            let mut before = BTreeMap::new();
-            for step in steps {
-                let pick = |(&index, &which): (&u32, &u8)| {
-                    (index, Arc::clone(&all[index as usize][usize::from(which)]))
-                };
-                let sessions = step.iter().map(pick).collect();
-                ingress.adopt(&Arc::new(Tables { sessions, ..Tables::default() }));
-                prop_assert_eq!(ingress.sessions.len(), step.len());
-                prop_assert_eq!(ingress.by_index.len(), step.len());
-                for (index, which) in &step {
-                    let rx = &mut ingress.sessions[ingress.by_index[index]];
-                    prop_assert!(Arc::ptr_eq(&rx.session, &all[*index as usize][usize::from(*which)]));
-                    // The packets not yet reported stand for what a session keeps.
-                    prop_assert_eq!(rx.packets > 0, before.get(index) == Some(which));
-                    rx.packets = 1;
-                }
-                before = step;
-            }
-        }
-    }
-}
+mod tests;

@@ -6,6 +6,7 @@
 pub mod activation;
 mod active;
 mod busy_poll;
+mod capabilities;
 mod changes;
 mod channel;
 mod clock;

@@ -13,7 +13,8 @@ use skein_ipc::{
     UnreachablePeer,
 };
 
-use super::setup::{ECN_RUNG, Running};
+use super::capabilities::ECN_RUNG;
+use super::setup::Running;
 use super::stats::{DropStats, drop_report};
 use super::totals::Totals;
 

@@ -1,0 +1,69 @@
+//! The ladder of offloads: which are on, and why the others are not.
+
+use std::io;
+
+use skein_ipc::{Capability, CapabilityState, OffloadSettings};
+
+/// Name of the capability that carries the ECN field between inner and outer headers.
+pub(super) const ECN_RUNG: &str = "udp_ecn";
+
+pub(super) fn capabilities(
+    settings: OffloadSettings,
+    notes: &[(&'static str, String)],
+) -> Vec<Capability> {
+    let rungs = [
+        ("tun_uso", settings.tun_uso),
+        ("tun_tso", settings.tun_tso),
+        ("tun_checksum", settings.tun_checksum),
+        ("udp_gso", settings.udp_gso),
+        ("udp_gro", settings.udp_gro),
+        (ECN_RUNG, settings.udp_ecn),
+        ("reuseport_steering", true),
+    ];
+    rungs
+        .into_iter()
+        .map(|(name, wanted)| {
+            let note = notes.iter().find(|(rung, _)| *rung == name).map(|(_, why)| why.clone());
+            let (state, reason) = match (wanted, note) {
+                (false, _) => (
+                    CapabilityState::ForcedOff,
+                    Some("switched off in the configuration".to_owned()),
+                ),
+                (true, Some(why)) => (CapabilityState::Unsupported, Some(why)),
+                (true, None) => (CapabilityState::On, None),
+            };
+            Capability { name: name.to_owned(), state, reason }
+        })
+        .collect()
+}
+
+/// Returns the capabilities of inherited sockets, with the current state of the ECN field: a
+/// process of an earlier release does not know the field, and does not enable its reports.
+pub(super) fn with_ecn(
+    mut inherited: Vec<Capability>,
+    settings: OffloadSettings,
+    enabled: io::Result<()>,
+) -> Vec<Capability> {
+    let refused = enabled.err().map(|error| (ECN_RUNG, format!("the kernel refused it: {error}")));
+    let notes: Vec<_> = refused.into_iter().collect();
+    inherited.retain(|rung| rung.name != ECN_RUNG);
+    inherited.extend(capabilities(settings, &notes).into_iter().filter(|c| c.name == ECN_RUNG));
+    inherited
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rung_says_why_it_is_off() {
+        let settings = OffloadSettings { udp_gso: false, ..OffloadSettings::ALL };
+        let notes = [("tun_uso", "kernel too old".to_owned())];
+        let rungs = capabilities(settings, &notes);
+        let state = |name: &str| rungs.iter().find(|c| c.name == name).map(|c| c.state);
+        assert_eq!(state("tun_uso"), Some(CapabilityState::Unsupported));
+        assert_eq!(state("udp_gso"), Some(CapabilityState::ForcedOff));
+        assert_eq!(state("udp_gro"), Some(CapabilityState::On));
+        assert!(rungs.iter().all(|c| (c.state == CapabilityState::On) == c.reason.is_none()));
+    }
+}

@@ -1,0 +1,69 @@
+//! A session as a lane receives with it: replay windows, the rate of control messages, and traffic.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use skein_core::drop::DropReason;
+use skein_core::tunnel::rate_limit::{Rate, TokenBucket};
+use skein_core::tunnel::replay::ReplayWindow;
+use skein_core::tunnel::session::{Receiver, Session};
+use skein_core::wire::header::CONTROL_LANE;
+
+/// Control messages of one session that a lane hands to the session manager. The protocol needs fewer
+/// than 16 per second.
+pub(super) const CONTROL_RATE: Rate = Rate { per_second: 64, burst: 64 };
+
+/// A session as one worker receives with it. The windows are the worker's own: the steering gives
+/// every (peer, lane) to one worker for good.
+pub(super) struct RxSession {
+    pub(super) session: Arc<Session>,
+    pub(super) windows: Vec<Option<Box<ReplayWindow>>>,
+    control_window: Option<Box<ReplayWindow>>,
+    control_bucket: TokenBucket,
+    pub(super) packets: u64,
+    pub(super) bytes: u64,
+}
+
+impl RxSession {
+    pub(super) fn new(session: &Arc<Session>) -> Self {
+        Self {
+            session: Arc::clone(session),
+            windows: (0..session.remote_lanes).map(|_| None).collect(),
+            control_window: None,
+            control_bucket: TokenBucket::new(CONTROL_RATE, Duration::ZERO),
+            packets: 0,
+            bytes: 0,
+        }
+    }
+
+    /// Checks that a control message is authentic, new, and within [`CONTROL_RATE`]. Forged and
+    /// repeated messages thus cost the session manager nothing, and use up no part of the rate.
+    /// `now` is the time since boot. Decrypts the datagram.
+    pub(super) fn check_control(
+        &mut self,
+        now: Duration,
+        datagram: &mut [u8],
+    ) -> Result<(), DropReason> {
+        let (header, _) = receiver(&self.session, CONTROL_LANE, now)?.open(datagram)?;
+        let begin = || Box::new(ReplayWindow::after(self.session.next_counter(CONTROL_LANE)));
+        self.control_window.get_or_insert_with(begin).check_and_set(header.counter)?;
+        match self.control_bucket.try_acquire(CONTROL_RATE, now) {
+            true => Ok(()),
+            false => Err(DropReason::ManagerQueue),
+        }
+    }
+}
+
+/// Returns the receiving half of a lane of the session. `now` is the time since boot.
+pub(super) fn receiver(
+    session: &Session,
+    lane: u8,
+    now: Duration,
+) -> Result<&Receiver, DropReason> {
+    let receiver = session.receiver(lane).ok_or(DropReason::WrongLane)?;
+    // The age is checked here as well, because the manager, which ends sessions, may hang.
+    match session.is_expired_at(now) {
+        true => Err(DropReason::SessionExpired),
+        false => Ok(receiver),
+    }
+}
