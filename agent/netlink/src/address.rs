@@ -8,7 +8,7 @@ use rtnetlink::packet_route::address::{
     AddressAttribute, AddressFlags, AddressMessage, AddressScope,
 };
 
-use super::{Netlink, NetlinkError};
+use super::connection::{Netlink, NetlinkError};
 
 /// An address of a link.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -12,9 +12,9 @@ use futures_util::TryStreamExt;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::route::{RouteMessage, RouteProtocol};
 
+use super::connection::{Netlink, NetlinkError};
 use super::next_hop::named_devices;
 use super::sysctl::{Sysctl, SysctlError};
-use super::{Netlink, NetlinkError};
 
 /// Settings of the whole namespace below `ipv6/conf`: those of no interface.
 const COMMON: [&str; 2] = ["all", "default"];
@@ -113,3 +113,6 @@ pub enum ForwardingError {
     #[error(transparent)]
     Sysctl(#[from] SysctlError),
 }
+
+#[cfg(test)]
+mod tests;

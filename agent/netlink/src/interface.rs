@@ -5,16 +5,15 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use skein_core::wire::ip::MIN_IPV6_MTU;
-use skein_sys::tun::TunError;
-use thiserror::Error;
 
 use super::address::Address;
 use super::advertisement::ForwardingError;
+use super::connection::{Netlink, NetlinkError};
+use super::error::InterfaceError;
 use super::link::{Link, LinkChange};
 use super::provisional::Provisional;
 use super::route::Route;
 use super::sysctl::{Sysctl, SysctlError};
-use super::{Netlink, NetlinkError};
 
 /// Prefix of the alias (IFLA_IFALIAS) of every interface of Skein. The node's name follows.
 pub const ALIAS_PREFIX: &str = "skein:";
@@ -41,39 +40,6 @@ pub struct Wanted {
     /// True if this node has IPv6 pod CIDRs. Pod CIDRs of other nodes do not count: no node may
     /// switch forwarding on elsewhere by its own record.
     pub forwarding_ipv6: bool,
-}
-
-/// Why the interface cannot be had.
-#[derive(Debug, Error)]
-pub enum InterfaceError {
-    /// The name belongs to another program.
-    #[error(
-        "interface {name} belongs to another program ({found}): set interface.name to another name, \
-         or delete it (ip link delete {name})"
-    )]
-    Foreign {
-        /// The name.
-        name: String,
-        /// What was found there.
-        found: Box<Link>,
-    },
-    /// The interface is of Skein, but of another node.
-    #[error(
-        "interface {name} belongs to the Skein node {node:?}: set interface.name to another name, or \
-         remove that node's (skein-agent cleanup with its configuration, or ip link delete {name})"
-    )]
-    OtherNode {
-        /// The name.
-        name: String,
-        /// Whose it is.
-        node: String,
-    },
-    /// The device cannot be made.
-    #[error(transparent)]
-    Tun(#[from] TunError),
-    /// rtnetlink refused.
-    #[error(transparent)]
-    Netlink(#[from] NetlinkError),
 }
 
 /// An interface that is there.
@@ -364,15 +330,5 @@ pub struct RouteConflict {
     pub problem: String,
 }
 
-impl std::fmt::Display for LinkChange {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let mut parts = Vec::new();
-        parts.extend(self.mtu.map(|mtu| format!("mtu {mtu}")));
-        parts.extend(self.txqueuelen.map(|length| format!("txqueuelen {length}")));
-        parts.extend(self.mac.map(|mac| format!("mac {mac:02x?}")));
-        parts.extend(self.no_multicast.then(|| "no multicast".to_owned()));
-        parts.extend(self.up.then(|| "up".to_owned()));
-        parts.extend(self.down.then(|| "down".to_owned()));
-        f.write_str(&parts.join(", "))
-    }
-}
+#[cfg(test)]
+mod tests;

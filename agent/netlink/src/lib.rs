@@ -8,6 +8,8 @@
 
 pub mod address;
 pub mod advertisement;
+mod connection;
+mod error;
 pub mod firewall;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
@@ -21,73 +23,12 @@ pub mod pod;
 pub mod provisional;
 pub mod route;
 pub mod sysctl;
+#[cfg(test)]
+mod testing;
 pub mod underlay;
 pub mod unreachable;
 
-use std::fmt::Display;
-use std::io;
-
-use thiserror::Error;
-use tokio::task::JoinHandle;
-
-/// The kernel refused a request.
-#[derive(Debug, Error)]
-#[error("cannot {what}: {source}")]
-pub struct NetlinkError {
-    /// What was tried.
-    pub what: String,
-    /// What the kernel said.
-    pub source: io::Error,
-}
-
-impl NetlinkError {
-    fn new(what: impl Display, error: rtnetlink::Error) -> Self {
-        let source = match &error {
-            rtnetlink::Error::NetlinkError(message) => match message.code {
-                Some(code) => io::Error::from_raw_os_error(-code.get()),
-                None => io::Error::other("no error code"),
-            },
-            other => io::Error::other(other.to_string()),
-        };
-        Self { what: what.to_string(), source }
-    }
-
-    /// Returns whether the kernel refused the request as invalid (EINVAL), for example because no
-    /// interface has the source address.
-    pub fn is_invalid(&self) -> bool {
-        self.errno() == Some(libc::EINVAL)
-    }
-
-    fn errno(&self) -> Option<i32> {
-        self.source.raw_os_error()
-    }
-}
-
-/// A connection to rtnetlink in the network namespace of the thread that made it.
-#[derive(Debug)]
-pub struct Netlink {
-    handle: rtnetlink::Handle,
-    task: JoinHandle<()>,
-    /// Held during a dump: the kernel refuses a second one on the same socket (EBUSY).
-    dump: tokio::sync::Mutex<()>,
-}
-
-impl Netlink {
-    /// Connects.
-    pub fn connect() -> Result<Self, NetlinkError> {
-        // Strict checking makes the kernel (4.20 and later) apply the filters of dumps.
-        let connection = rtnetlink::new_connection_with_strict_check();
-        let (connection, handle, _) = connection
-            .map_err(|source| NetlinkError { what: "connect to rtnetlink".to_owned(), source })?;
-        Ok(Self { handle, task: tokio::spawn(connection), dump: tokio::sync::Mutex::default() })
-    }
-}
-
-impl Drop for Netlink {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-#[cfg(test)]
-pub(crate) mod tests;
+pub use self::connection::{Netlink, NetlinkError};
+pub use self::error::InterfaceError;
+#[doc(hidden)]
+pub use self::next_hop::fuzz_next_hops;

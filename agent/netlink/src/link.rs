@@ -6,7 +6,7 @@ use rtnetlink::packet_route::link::{
 };
 use rtnetlink::{LinkMessageBuilder, LinkUnspec};
 
-use super::{Netlink, NetlinkError};
+use super::connection::{Netlink, NetlinkError};
 
 /// A link as the kernel describes it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -183,3 +183,19 @@ impl Netlink {
         }
     }
 }
+
+impl std::fmt::Display for LinkChange {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut parts = Vec::new();
+        parts.extend(self.mtu.map(|mtu| format!("mtu {mtu}")));
+        parts.extend(self.txqueuelen.map(|length| format!("txqueuelen {length}")));
+        parts.extend(self.mac.map(|mac| format!("mac {mac:02x?}")));
+        parts.extend(self.no_multicast.then(|| "no multicast".to_owned()));
+        parts.extend(self.up.then(|| "up".to_owned()));
+        parts.extend(self.down.then(|| "down".to_owned()));
+        f.write_str(&parts.join(", "))
+    }
+}
+
+#[cfg(test)]
+mod tests;

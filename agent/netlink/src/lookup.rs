@@ -8,8 +8,8 @@ use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteType,
 };
 
+use super::connection::{Netlink, NetlinkError};
 use super::route::{PROTOCOL, address, mtu};
-use super::{Netlink, NetlinkError};
 
 /// The kernel's answer for one destination.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

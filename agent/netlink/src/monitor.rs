@@ -14,7 +14,7 @@ use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage, RouteProtocol
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
-use super::NetlinkError;
+use super::connection::NetlinkError;
 use super::netconf::Subscription;
 use super::pod::HOST_PREFIX;
 use super::route::PROTOCOL;
@@ -151,3 +151,6 @@ fn ours(route: &RouteMessage, index: u32) -> bool {
     route.header.protocol == RouteProtocol::Other(PROTOCOL)
         && (route.attributes.contains(&RouteAttribute::Oif(index)) || is_unreachable(route))
 }
+
+#[cfg(test)]
+mod tests;

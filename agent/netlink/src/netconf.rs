@@ -8,7 +8,7 @@ use rtnetlink::sys::protocols::NETLINK_ROUTE;
 use rtnetlink::sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket};
 use skein_sys::link;
 
-use super::NetlinkError;
+use super::connection::NetlinkError;
 
 /// Multicast groups and message type of linux/rtnetlink.h.
 const RTNLGRP_IPV4_NETCONF: u32 = 24;

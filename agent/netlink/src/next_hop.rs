@@ -9,7 +9,7 @@ use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, bind, recv, send, socket};
 use skein_sys::link;
 
-use super::{Netlink, NetlinkError};
+use super::connection::{Netlink, NetlinkError};
 
 /// linux/rtnetlink.h: answer to a request for nexthop objects.
 const RTM_NEWNEXTHOP: u16 = 104;

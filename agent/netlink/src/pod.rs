@@ -14,8 +14,8 @@ use rtnetlink::packet_route::route::{RouteProtocol, RouteScope};
 use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 use skein_sys::netns::in_network_namespace;
 
+use super::connection::{Netlink, NetlinkError};
 use super::route::PROTOCOL;
-use super::{Netlink, NetlinkError};
 
 /// What the name of every pod's interface on the node begins with.
 pub const HOST_PREFIX: &str = "skp";

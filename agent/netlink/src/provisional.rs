@@ -9,9 +9,9 @@ use std::fmt::Write;
 use aws_lc_rs::digest::{SHA256, digest};
 use skein_sys::tun::create_persistent;
 
-use super::interface::InterfaceError;
+use super::connection::{Netlink, NetlinkError};
+use super::error::InterfaceError;
 use super::link::{Link, LinkChange};
-use super::{Netlink, NetlinkError};
 
 /// A device on its way to being the interface of this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,3 +74,6 @@ impl Provisional {
         link.kind.as_deref() == Some("tun") && marked && !link.up
     }
 }
+
+#[cfg(test)]
+mod tests;

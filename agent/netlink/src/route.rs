@@ -11,7 +11,7 @@ use rtnetlink::packet_route::route::{
     RouteScope, RouteType,
 };
 
-use super::{Netlink, NetlinkError};
+use super::connection::{Netlink, NetlinkError};
 
 /// The protocol number (rtm_protocol) of Skein's routes: one that iproute2's rt_protos and the
 /// routing daemons leave free.

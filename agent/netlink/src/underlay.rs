@@ -6,10 +6,10 @@ use std::net::{IpAddr, SocketAddr};
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::route::{RouteMessage, RouteType};
 
+use super::connection::{Netlink, NetlinkError};
 use super::link::Link;
 use super::pod::HOST_PREFIX;
 use super::route::mtu;
-use super::{Netlink, NetlinkError};
 
 /// MTU of Ethernet in bytes, assumed while no device leads to a peer.
 pub const ETHERNET_MTU: u32 = 1500;

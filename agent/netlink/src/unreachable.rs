@@ -14,9 +14,9 @@ use rtnetlink::packet_route::route::{
     RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
 
+use super::connection::{Netlink, NetlinkError};
 use super::interface::{ALIAS_PREFIX, Outcome};
 use super::route::{PROTOCOL, destination};
-use super::{Netlink, NetlinkError};
 
 /// Metric of the unreachable routes: the maximum, so that every other route to the same prefix
 /// wins. (0 would mean 1024 for IPv6, the same metric as that of the overlay's routes.)
@@ -171,7 +171,7 @@ mod tests {
     use std::time::Duration;
 
     use super::super::monitor::Monitor;
-    use super::super::tests::{configure, ensure_device, in_namespace, ip, wanted};
+    use super::super::testing::{configure, ensure_device, in_namespace, ip, wanted};
     use super::*;
 
     const ALIAS: &str = "skein:node-1";

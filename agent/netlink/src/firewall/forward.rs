@@ -10,7 +10,8 @@ use std::fmt;
 
 use serde_json::{Value, json};
 
-use super::{FirewallError, legacy, nft};
+use super::legacy;
+use super::nft::{FirewallError, nft};
 use crate::pod::HOST_PREFIX;
 
 /// Set, by our own table, on packets to a pod that belong to a connection which the pod began or whose

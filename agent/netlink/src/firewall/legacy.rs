@@ -4,7 +4,7 @@ use std::process::Stdio;
 
 use tokio::process::Command;
 
-use super::NFT_TIMEOUT;
+use super::nft::NFT_TIMEOUT;
 
 /// List of the tables in use, and the program that shows them, for each family.
 const FAMILIES: [(&str, &str); 2] = [

@@ -5,7 +5,9 @@ use std::process::{Command, Stdio};
 
 use skein_sys::in_new_network_namespace;
 
-use super::{FirewallError, Rules, forward};
+use super::forward;
+use super::nft::{FirewallError, finished};
+use super::rules::Rules;
 
 /// Loads a table with every kind of rule in a scratch network namespace.
 ///
@@ -48,5 +50,5 @@ fn load() -> Result<(), String> {
         let _ = stdin.write_all(rules.text().as_bytes());
     }
     let output = child.wait_with_output().map_err(|error| error.to_string())?;
-    super::finished(&output).map_err(|error| error.to_string())
+    finished(&output).map_err(|error| error.to_string())
 }

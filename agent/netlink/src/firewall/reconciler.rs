@@ -11,7 +11,9 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::counters::{self, Counters};
-use super::{Rules, Table, forward, list};
+use super::forward;
+use super::rules::Rules;
+use super::table::{Table, list};
 
 /// Interval between comparisons without a notification.
 const RESYNC_INTERVAL: Duration = Duration::from_secs(10);

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use super::super::monitor::Monitor;
-use super::super::tests::{in_namespace, ip};
+use super::super::testing::{in_namespace, ip};
 use super::*;
 
 /// Creates an underlay that listens on `addresses` and has peers at `peers`.

@@ -4,11 +4,13 @@
 #![allow(clippy::unwrap_used)]
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net};
 
 use super::*;
-use crate::tests::in_namespace;
+use crate::firewall::nft::finished;
+use crate::testing::in_namespace;
 
 /// Peers of a large cluster.
 const PEERS: u16 = 3000;

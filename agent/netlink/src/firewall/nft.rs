@@ -1,0 +1,90 @@
+//! Runs of the program `nft`.
+
+use std::io;
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::{Output, Stdio};
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::io::AsyncWriteExt;
+use tokio::process::Command;
+
+/// Timeout of one run of `nft`.
+pub(super) const NFT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Reasons why the table is not installed.
+#[derive(Debug, Error)]
+pub enum FirewallError {
+    /// The host has no `nft` program.
+    #[error("no program nft: install nftables")]
+    Missing,
+    /// `nft` could not be run.
+    #[error("cannot run nft: {0}")]
+    Io(#[from] io::Error),
+    /// `nft` reported an error.
+    #[error("nft refused: {0}")]
+    Refused(String),
+    /// A signal ended `nft`.
+    #[error(
+        "signal {0} ended nft: versions up to 1.1.1 crash on sets that later versions have written; \
+         install a later version"
+    )]
+    Crashed(i32),
+    /// The output of `nft` has an unknown form.
+    #[error("cannot read what nft says: {0}")]
+    Unreadable(String),
+    /// `nft` did not end in time.
+    #[error("nft did not end within {NFT_TIMEOUT:?}")]
+    Late,
+    /// The table was changed by another program during every attempt to install it.
+    #[error("another program changes the table while it is installed: stop that program")]
+    Contended,
+    /// Notifications were lost during every attempt to install the table, and other transactions
+    /// of nftables were among them.
+    #[error(
+        "notifications of nftables were lost while other programs changed rules: the agent tries \
+         again within 10 s; reduce the size or the rate of the other programs' changes"
+    )]
+    Lost,
+}
+
+pub(super) async fn nft(arguments: &[&str], input: &str) -> Result<String, FirewallError> {
+    let mut child = Command::new("nft")
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => FirewallError::Missing,
+            _ => FirewallError::Io(error),
+        })?;
+    let stdin = child.stdin.take();
+    let talk = async {
+        if let Some(mut stdin) = stdin {
+            // One that ends without reading says why by its exit code.
+            let _ = stdin.write_all(input.as_bytes()).await;
+        }
+        child.wait_with_output().await
+    };
+    let output =
+        tokio::time::timeout(NFT_TIMEOUT, talk).await.map_err(|_| FirewallError::Late)??;
+    finished(&output)?;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Checks how `nft` ended.
+///
+/// # Errors
+/// `Crashed` if a signal ended it, `Refused` with the first line of its error if it failed.
+pub(super) fn finished(output: &Output) -> Result<(), FirewallError> {
+    if output.status.success() {
+        return Ok(());
+    }
+    if let Some(signal) = output.status.signal() {
+        return Err(FirewallError::Crashed(signal));
+    }
+    let text = String::from_utf8_lossy(&output.stderr);
+    Err(FirewallError::Refused(text.lines().next().unwrap_or_default().to_owned()))
+}

@@ -1,0 +1,18 @@
+//! Tests of links against the kernel. They need root.
+
+#![allow(clippy::unwrap_used)]
+
+use super::*;
+use crate::testing::{ensure_device, in_namespace, wanted};
+
+#[test]
+fn deleting_what_is_gone_is_no_error() {
+    in_namespace(|| async {
+        let netlink = Netlink::connect().unwrap();
+        let present = ensure_device(&wanted(), &netlink).await.unwrap();
+        netlink.delete_link(present.index).await.unwrap();
+        netlink.delete_link(present.index).await.unwrap();
+        let change = LinkChange { up: true, ..LinkChange::default() };
+        assert!(netlink.change_link(present.index, &change).await.is_err());
+    });
+}

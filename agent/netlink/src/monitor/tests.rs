@@ -1,0 +1,78 @@
+//! Tests of the notifications against the kernel. They need root.
+
+#![allow(clippy::unwrap_used)]
+
+use std::time::Duration;
+
+use super::*;
+use crate::connection::Netlink;
+use crate::testing::{configure, configured, in_namespace, ip, wanted};
+
+#[test]
+fn a_deleted_interface_is_announced_and_made_again() {
+    in_namespace(|| async {
+        let netlink = Netlink::connect().unwrap();
+        let monitor = Monitor::start("sk-test").unwrap();
+        let wanted = wanted();
+        let index = configured(&netlink, &wanted).await;
+        monitor.set_index(index);
+        let drained = async {
+            loop {
+                monitor.changed().await
+            }
+        };
+        let _ = tokio::time::timeout(Duration::from_millis(200), drained).await;
+        let within = Duration::from_secs(1);
+        for damage in ["route del 10.2.0.0/24", "address flush dev sk-test", "link del sk-test"] {
+            ip(damage);
+            let told = tokio::time::timeout(within, monitor.changed()).await;
+            assert!(told.is_ok(), "{damage} was not announced");
+        }
+        assert!(netlink.link("sk-test").await.unwrap().is_none());
+        let again = configured(&netlink, &wanted).await;
+        assert_ne!(index, again);
+        ip("link add dev unrelated type bridge");
+        monitor.set_index(again);
+        let drained = async {
+            loop {
+                monitor.changed().await
+            }
+        };
+        let _ = tokio::time::timeout(Duration::from_millis(200), drained).await;
+        ip("link set unrelated up");
+        let told = tokio::time::timeout(Duration::from_millis(200), monitor.changed()).await;
+        assert!(told.is_err(), "what does not concern us is not announced");
+    });
+}
+
+/// Runs the loop of the agent without its timer, so that only a notification can cause the repair.
+#[test]
+fn forwarding_switched_off_is_repaired_by_notification() {
+    in_namespace(|| async {
+        let netlink = Netlink::connect().unwrap();
+        let monitor = Monitor::start("sk-test").unwrap();
+        let wanted = wanted();
+        let index = configured(&netlink, &wanted).await;
+        monitor.set_index(index);
+        let path = |key: &str| format!("/proc/sys/net/{key}");
+        let is_on = |key: &str| std::fs::read_to_string(path(key)).unwrap().trim() == "1";
+        for key in [
+            "ipv4/ip_forward",
+            "ipv4/conf/all/forwarding",
+            "ipv4/conf/sk-test/forwarding",
+            "ipv6/conf/all/forwarding",
+            "ipv6/conf/sk-test/forwarding",
+        ] {
+            let repair = async {
+                while !is_on(key) {
+                    monitor.changed().await;
+                    configure(&wanted, &netlink, index).await;
+                }
+            };
+            std::fs::write(path(key), "0").unwrap();
+            let repaired = tokio::time::timeout(Duration::from_secs(1), repair).await;
+            assert!(repaired.is_ok(), "{key} stays off.");
+            assert!(is_on(key), "{key}");
+        }
+    });
+}
