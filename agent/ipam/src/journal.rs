@@ -5,8 +5,8 @@ use std::time::SystemTime;
 
 use skein_cni_protocol::AttachmentId;
 
+use super::family::Family;
 use super::lease::Lease;
-use super::space::Family;
 
 /// Changes in the order in which they were made.
 #[derive(Debug, Default)]

@@ -9,9 +9,10 @@ use ipnet::IpNet;
 use skein_cni_protocol::{AttachmentId, Pod};
 
 use super::error::{IpamError, StoreError};
+use super::family::{Family, number};
 use super::journal::{Journal, Step};
 use super::lease::{Lease, Netns, millis};
-use super::space::{Family, PoolUsage, Space, number};
+use super::space::{PoolUsage, Space};
 use super::store::Contents;
 
 /// Who asks for addresses, and where they are going to be.

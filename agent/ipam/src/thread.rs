@@ -9,8 +9,8 @@ use std::time::SystemTime;
 use ipnet::IpNet;
 use skein_cni_protocol::AttachmentId;
 
-use super::Ipam;
 use super::error::IpamError;
+use super::ipam::Ipam;
 use super::journal::Journal;
 use super::lease::Lease;
 use super::state::{Request, State, Usage};

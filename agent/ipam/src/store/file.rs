@@ -8,8 +8,11 @@ use std::path::{Path, PathBuf};
 use redb::Database;
 use redb::backends::FileBackend;
 
-use super::{Opener, builder, initialize};
+use super::database::{builder, initialize};
 use crate::error::StoreError;
+
+/// Opens the database once more.
+pub(in super::super) type Opener = Box<dyn FnMut() -> Result<Database, StoreError> + Send>;
 
 /// Makes the file if need be.
 pub(in super::super) fn prepare(path: &Path) -> Result<(), StoreError> {
