@@ -101,6 +101,8 @@ pub mod fuzzing;
 pub mod keys;
 pub mod offload;
 pub mod route;
+#[cfg(test)]
+mod testing;
 pub mod time;
 pub mod tunnel;
 pub mod wire;

@@ -15,7 +15,6 @@ use skein_core::drop::{Direction, DropCounts, DropReason};
 use skein_core::offload::Checksum;
 use skein_core::offload::coalesce::{CoalesceConfig, Coalescer, TunPacket};
 use skein_core::route::{Owner, PeerId};
-use skein_core::tunnel::replay::ReplayWindow;
 use skein_core::tunnel::session::Session;
 use skein_core::wire::ecn::Ecn;
 use skein_core::wire::header::{Flags, HEADER_LEN, Header, MessageType, TAG_LEN};
@@ -23,7 +22,7 @@ use skein_core::wire::ip::IpHeader;
 use skein_sys::recv::RecvBatch;
 use skein_sys::tun::TunQueue;
 
-use self::rx_session::{RxSession, receiver};
+use self::rx_session::RxSession;
 use super::lane_context::LaneContext;
 use super::stats::{Values, add};
 use super::tables::Tables;
@@ -55,6 +54,13 @@ pub(super) struct Ingress {
     overflow: Vec<u32>,
     drops: DropCounts,
     totals: Totals,
+}
+
+/// A receive socket of the lane.
+pub(super) struct ReceiveSocket<'a> {
+    /// Index of the socket in the lane, one for each address family.
+    pub(super) index: usize,
+    pub(super) fd: BorrowedFd<'a>,
 }
 
 /// Outer header of a datagram, as the kernel reports it.
@@ -146,10 +152,10 @@ impl Ingress {
         &mut self,
         lane: &mut LaneContext,
         tables: &mut Arc<Tables>,
-        (index, socket): (usize, BorrowedFd<'_>),
+        socket: ReceiveSocket<'_>,
         tun: Option<&TunQueue>,
     ) -> bool {
-        let messages = match self.receive.recv(socket) {
+        let messages = match self.receive.recv(socket.fd) {
             Ok(messages) => messages,
             Err(_) => return false,
         };
@@ -159,7 +165,7 @@ impl Ingress {
             self.adopt(&newer);
             *tables = newer;
         }
-        self.count_overflow(lane, index);
+        self.count_overflow(lane, socket.index);
         let mut datagrams = 0;
         for message in 0..messages {
             let message = self.receive.message(message);
@@ -199,26 +205,7 @@ impl Ingress {
         self.totals.outer_packets += 1;
         self.totals.outer_bytes += datagram.len() as u64;
         if header.kind != MessageType::Data {
-            // Nothing that the manager reads is longer; a queue of longer ones would be memory lost.
-            let longest = match header.kind {
-                MessageType::Control => MAX_CONTROL,
-                _ => MAX_HANDSHAKE,
-            };
-            if datagram.len() > longest {
-                return Err(DropReason::HandshakeInvalid);
-            }
-            if header.kind != MessageType::Control {
-                return lane.manager.hand_on(header.kind, source, &*datagram);
-            }
-            let at = self.by_index.get(&header.receiver);
-            let Some(rx) = at.and_then(|&at| self.sessions.get_mut(at)) else {
-                lane.unknown_session(source.ip());
-                return Err(DropReason::UnknownSession);
-            };
-            // The engine opens the message again: it answers, and its replay window decides.
-            let sealed: Box<[u8]> = (&*datagram).into();
-            rx.check_control(lane.age_clock(), datagram)?;
-            return lane.manager.hand_on(header.kind, source, sealed);
+            return self.pass_to_manager(lane, header, source, range);
         }
         if self.last.is_none_or(|(receiver, _)| receiver != header.receiver) {
             self.last = self.by_index.get(&header.receiver).map(|&at| (header.receiver, at));
@@ -230,15 +217,7 @@ impl Ingress {
         if header.lane % lane.lanes != lane.index {
             return Err(DropReason::WrongLane);
         }
-        receiver(&rx.session, header.lane, lane.age_clock())?.open(datagram)?;
-        let window = rx.windows.get_mut(usize::from(header.lane)).ok_or(DropReason::WrongLane)?;
-        let begin = || Box::new(ReplayWindow::after(rx.session.next_counter(header.lane)));
-        let window = window.get_or_insert_with(begin);
-        window.check_and_set(header.counter)?;
-        if window.next_counter() == header.counter {
-            rx.session.set_next_counter(header.lane, header.counter);
-        }
-        rx.session.confirm();
+        rx.open_data(lane.age_clock(), header, datagram)?;
         let checksum = match header.flags.contains(Flags::PARTIAL_CHECKSUM) {
             true => Checksum::Partial,
             false => Checksum::Full,
@@ -257,14 +236,7 @@ impl Ingress {
             at = packet.end;
             let flow = (rx.session.peer, ip.source, ip.destination);
             if self.checked != Some(flow) {
-                let foreign =
-                    if tables.routes.lookup(ip.source) != Some(Owner::Peer(rx.session.peer)) {
-                        Some(DropReason::InnerSource)
-                    } else if tables.routes.lookup(ip.destination) != Some(Owner::Local) {
-                        Some(DropReason::InnerDestination)
-                    } else {
-                        None
-                    };
+                let foreign = find_foreign_address(tables, rx.session.peer, &ip);
                 if let Some(reason) = foreign {
                     self.drops.add(reason);
                     lane.dropped(reason, Some(source), Bytes::Inner(&arena[packet]));
@@ -295,6 +267,42 @@ impl Ingress {
         }
         self.totals.inner_per_outer.observe(self.totals.inner_packets - first);
         Ok(())
+    }
+
+    /// Queues a handshake or control message for the session manager. A control message is
+    /// authenticated and limited first ([`RxSession::check_control`]).
+    ///
+    /// # Errors
+    /// The reason of the drop: the message is longer than any that the manager accepts, its session
+    /// is unknown, the check fails, or the manager's queue is full.
+    fn pass_to_manager(
+        &mut self,
+        lane: &mut LaneContext,
+        header: Header,
+        source: SocketAddr,
+        range: Range<usize>,
+    ) -> Result<(), DropReason> {
+        let datagram = &mut self.receive.arena_mut()[range];
+        // A queue of messages that the manager refuses for their length would only waste memory.
+        let longest = match header.kind {
+            MessageType::Control => MAX_CONTROL,
+            _ => MAX_HANDSHAKE,
+        };
+        if datagram.len() > longest {
+            return Err(DropReason::HandshakeInvalid);
+        }
+        if header.kind != MessageType::Control {
+            return lane.manager.hand_on(header.kind, source, &*datagram);
+        }
+        let at = self.by_index.get(&header.receiver);
+        let Some(rx) = at.and_then(|&at| self.sessions.get_mut(at)) else {
+            lane.unknown_session(source.ip());
+            return Err(DropReason::UnknownSession);
+        };
+        // The engine opens the message again: it answers, and its replay window decides.
+        let sealed: Box<[u8]> = (&*datagram).into();
+        rx.check_control(lane.age_clock(), datagram)?;
+        lane.manager.hand_on(header.kind, source, sealed)
     }
 
     fn write(&mut self, lane: &LaneContext, tun: Option<&TunQueue>) {
@@ -354,6 +362,19 @@ impl Ingress {
             (rx.packets, rx.bytes) = (0, 0);
         }
         lane.stats.drops.collect(&mut self.drops);
+    }
+}
+
+/// Returns the reason to drop a packet of `peer`: its source is not the peer's, or its destination
+/// is not this node's. `None` if both are.
+#[inline]
+fn find_foreign_address(tables: &Tables, peer: PeerId, ip: &IpHeader) -> Option<DropReason> {
+    if tables.routes.lookup(ip.source) != Some(Owner::Peer(peer)) {
+        Some(DropReason::InnerSource)
+    } else if tables.routes.lookup(ip.destination) != Some(Owner::Local) {
+        Some(DropReason::InnerDestination)
+    } else {
+        None
     }
 }
 

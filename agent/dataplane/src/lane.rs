@@ -23,7 +23,7 @@ use skein_sys::udp::LaneSockets;
 use super::busy_poll::BusyPoll;
 use super::clock::boot_time;
 use super::egress::{Egress, SEND_PATIENCE, TunState};
-use super::ingress::Ingress;
+use super::ingress::{Ingress, ReceiveSocket};
 use super::lane_context::{LaneContext, SendSocket};
 use super::queue::{ToManager, ToManagerQueue};
 use super::stats::LaneStats;
@@ -290,7 +290,8 @@ impl Lane {
         let (context, tables) = (&mut self.context, &mut self.tables);
         for _ in 0..RECEIVES {
             let tun = self.tun.as_ref();
-            if !self.ingress.run(context, tables, (index, socket.as_fd()), tun) {
+            let socket = ReceiveSocket { index, fd: socket.as_fd() };
+            if !self.ingress.run(context, tables, socket, tun) {
                 break;
             }
         }

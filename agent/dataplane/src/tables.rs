@@ -98,26 +98,16 @@ impl Published {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use skein_core::time::Time;
-    use skein_core::tunnel::session::{Cipher, SessionParams, TransportSecrets};
+    use skein_core::tunnel::session::SessionParams;
 
+    use super::super::testing::session_params;
     use super::*;
 
     #[test]
     fn session_past_its_life_is_not_sent_with() {
         let at = Duration::from_secs;
-        let session = Session::new(SessionParams {
-            peer: PeerId(1),
-            local_index: 1,
-            remote_index: 2,
-            cipher: Cipher::Aes256Gcm,
-            local_lanes: 1,
-            remote_lanes: 1,
-            established: Time { mono: at(100), wall: at(0) },
-            initiator: true,
-            epoch: 0,
-            ecn: false,
-            secrets: TransportSecrets::new([1; 32], [2; 32]),
-        });
+        let established = Time { mono: at(100), wall: at(0) };
+        let session = Session::new(SessionParams { established, ..session_params(1, true) });
         let session = Arc::new(session.unwrap());
         let endpoint = Some("192.0.2.1:51900".parse().unwrap());
         let current = PeerEntry {

@@ -37,11 +37,11 @@ pub(super) fn context(manager: ToManagerQueue, age_clock: Duration) -> LaneConte
     }
 }
 
-/// Session with the index 7 at both ends, established at boot.
-pub(super) fn session(initiator: bool) -> Arc<Session> {
-    let params = SessionParams {
+/// Returns the parameters of a session of peer 1 with one lane, established at boot.
+pub(super) fn session_params(index: u32, initiator: bool) -> SessionParams {
+    SessionParams {
         peer: PeerId(1),
-        local_index: 7,
+        local_index: index,
         remote_index: 7,
         cipher: Cipher::Aes256Gcm,
         local_lanes: 1,
@@ -51,8 +51,12 @@ pub(super) fn session(initiator: bool) -> Arc<Session> {
         epoch: 0,
         ecn: false,
         secrets: TransportSecrets::new([1; 32], [2; 32]),
-    };
-    Arc::new(Session::new(params).unwrap())
+    }
+}
+
+/// Returns a session with the index 7 at both ends, established at boot.
+pub(super) fn session(initiator: bool) -> Arc<Session> {
+    Arc::new(Session::new(session_params(7, initiator)).unwrap())
 }
 
 /// Tables with the pod CIDRs 10.N.0.0/16 of two peers, the first of which has a session.

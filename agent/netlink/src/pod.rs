@@ -40,6 +40,17 @@ pub struct Neighbour {
     pub mac: Vec<u8>,
 }
 
+/// The end of a veth pair in the pod's network namespace.
+#[derive(Debug, Clone, Copy)]
+pub struct PodEnd<'a> {
+    /// Interface name.
+    pub name: &'a str,
+    /// Hardware address.
+    pub mac: &'a [u8; 6],
+    /// Network namespace of the pod.
+    pub namespace: BorrowedFd<'a>,
+}
+
 impl Netlink {
     /// A connection to rtnetlink in another network namespace.
     pub fn connect_in(namespace: BorrowedFd<'_>) -> Result<Self, NetlinkError> {
@@ -55,15 +66,18 @@ impl Netlink {
         })?
     }
 
-    /// Makes a veth pair, both ends down: `host` here, `container` (name and hardware address) in
-    /// `namespace`. `mtu` is in bytes.
+    /// Creates a veth pair, both ends down: `host` in the network namespace of this connection, and
+    /// `pod`. `mtu` is in bytes.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] if the kernel refuses the pair, for example because a name is in use.
     pub async fn add_veth(
         &self,
         host: &str,
-        (container, mac): (&str, &[u8; 6]),
-        namespace: BorrowedFd<'_>,
+        pod: PodEnd<'_>,
         mtu: u32,
     ) -> Result<(), NetlinkError> {
+        let PodEnd { name: container, mac, namespace } = pod;
         let mut peer = LinkMessageBuilder::<LinkUnspec>::default()
             .name(container.to_owned())
             .mtu(mtu)

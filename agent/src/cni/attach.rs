@@ -146,7 +146,8 @@ impl Attacher {
                     // The other end was moved to another namespace or renamed.
                     netlink.delete_link(found.index).await?;
                 }
-                netlink.add_veth(&name, (&id.ifname, &pod_mac(id)), namespace, mtu).await?;
+                let end = PodEnd { name: &id.ifname, mac: &pod_mac(id), namespace };
+                netlink.add_veth(&name, end, mtu).await?;
             }
         }
         let host = missing(netlink.link(&name).await?, &name)?;

@@ -304,5 +304,4 @@ enum Plaintext<'a> {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
-#[path = "batch_tests.rs"]
 mod tests;

@@ -272,5 +272,4 @@ impl Template {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
-#[path = "segment_tests.rs"]
 mod tests;

@@ -7,7 +7,7 @@ use skein_core::drop::DropReason;
 use skein_core::tunnel::rate_limit::{Rate, TokenBucket};
 use skein_core::tunnel::replay::ReplayWindow;
 use skein_core::tunnel::session::{Receiver, Session};
-use skein_core::wire::header::CONTROL_LANE;
+use skein_core::wire::header::{CONTROL_LANE, Header};
 
 /// Control messages of one session that a lane hands to the session manager. The protocol needs fewer
 /// than 16 per second.
@@ -17,7 +17,7 @@ pub(super) const CONTROL_RATE: Rate = Rate { per_second: 64, burst: 64 };
 /// every (peer, lane) to one worker for good.
 pub(super) struct RxSession {
     pub(super) session: Arc<Session>,
-    pub(super) windows: Vec<Option<Box<ReplayWindow>>>,
+    windows: Vec<Option<Box<ReplayWindow>>>,
     control_window: Option<Box<ReplayWindow>>,
     control_bucket: TokenBucket,
     pub(super) packets: u64,
@@ -34,6 +34,31 @@ impl RxSession {
             packets: 0,
             bytes: 0,
         }
+    }
+
+    /// Decrypts a data datagram in place, checks its counter against the replay window of its lane,
+    /// and confirms the session. `now` is the time since boot.
+    ///
+    /// # Errors
+    /// The reason of the drop: the lane does not exist, the session is 180 s old, the datagram is not
+    /// authentic, or its counter was received before.
+    #[inline]
+    pub(super) fn open_data(
+        &mut self,
+        now: Duration,
+        header: Header,
+        datagram: &mut [u8],
+    ) -> Result<(), DropReason> {
+        receiver(&self.session, header.lane, now)?.open(datagram)?;
+        let window = self.windows.get_mut(usize::from(header.lane)).ok_or(DropReason::WrongLane)?;
+        let begin = || Box::new(ReplayWindow::after(self.session.next_counter(header.lane)));
+        let window = window.get_or_insert_with(begin);
+        window.check_and_set(header.counter)?;
+        if window.next_counter() == header.counter {
+            self.session.set_next_counter(header.lane, header.counter);
+        }
+        self.session.confirm();
+        Ok(())
     }
 
     /// Checks that a control message is authentic, new, and within [`CONTROL_RATE`]. Forged and

@@ -8,33 +8,16 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use proptest::prelude::*;
-use skein_core::tunnel::session::{Cipher, SessionParams, TransportSecrets};
 use skein_core::wire::header::CONTROL_LANE;
 
-use super::rx_session::CONTROL_RATE;
+use super::rx_session::{CONTROL_RATE, receiver};
 use super::*;
 use crate::queue::{self, ToManager};
 use crate::stats::drop_report;
 use crate::testing;
 
-fn params(index: u32) -> SessionParams {
-    SessionParams {
-        peer: PeerId(1),
-        local_index: index,
-        remote_index: 7,
-        cipher: Cipher::Aes256Gcm,
-        local_lanes: 1,
-        remote_lanes: 1,
-        established: Default::default(),
-        initiator: true,
-        epoch: 0,
-        ecn: false,
-        secrets: TransportSecrets::new([1; 32], [2; 32]),
-    }
-}
-
 fn session(index: u32) -> Arc<Session> {
-    Arc::new(Session::new(params(index)).unwrap())
+    Arc::new(Session::new(testing::session_params(index, true)).unwrap())
 }
 
 #[test]
@@ -57,7 +40,7 @@ fn data_of_a_session_past_its_life_is_refused() {
 #[test]
 fn control_messages_are_checked_and_limited_by_session() {
     let (ours, other) = (session(7), session(7));
-    let theirs = Session::new(SessionParams { initiator: false, ..params(7) }).unwrap();
+    let theirs = Session::new(testing::session_params(7, false)).unwrap();
     let ping = || {
         let mut out = [0; 53];
         let sender = theirs.sender(CONTROL_LANE).unwrap();
@@ -100,7 +83,7 @@ fn receive(age: u64, datagrams: &[&[u8]]) -> (Vec<String>, Vec<Box<[u8]>>) {
     for datagram in datagrams {
         peer.send_to(datagram, socket.local_addr().unwrap()).unwrap();
     }
-    ingress.run(&mut lane, &mut tables, (0, socket.as_fd()), None);
+    ingress.run(&mut lane, &mut tables, ReceiveSocket { index: 0, fd: socket.as_fd() }, None);
     let drops = drop_report(&[&lane.stats.drops]).into_iter();
     let drops = drops.flat_map(|drop| vec![drop.reason; drop.packets as usize]).collect();
     let taken = queue.try_iter().map(|message| match message {

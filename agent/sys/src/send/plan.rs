@@ -365,5 +365,4 @@ fn drop_reason(errno: i32) -> DropReason {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
-#[path = "plan_tests.rs"]
 mod tests;

@@ -2,6 +2,7 @@
 //! decrypt.
 
 use super::*;
+use crate::testing::session_params;
 use crate::tunnel::message::{CLEAR_LEN, initiation_clear};
 use crate::tunnel::noise::{Identity, Initiator, Responder, TransportSecrets};
 use crate::tunnel::session::{Cipher, SessionParams};
@@ -36,19 +37,7 @@ fn record_handshake(ephemeral: [u8; 2]) -> (Recorded, TransportSecrets) {
 }
 
 fn session(secrets: TransportSecrets, initiator: bool, cipher: Cipher) -> Session {
-    let params = SessionParams {
-        peer: PeerId(1),
-        local_index: 7,
-        remote_index: 7,
-        cipher,
-        local_lanes: 1,
-        remote_lanes: 1,
-        established: Time::default(),
-        initiator,
-        epoch: 0,
-        ecn: false,
-        secrets,
-    };
+    let params = SessionParams { cipher, secrets, ..session_params(initiator) };
     Session::new(params).unwrap()
 }
 

@@ -1,6 +1,6 @@
 use super::*;
-use crate::time::Time;
-use crate::tunnel::session::{Cipher, SessionParams, TransportSecrets};
+use crate::testing::session_params;
+use crate::tunnel::session::SessionParams;
 
 const MTU: usize = 1440;
 
@@ -9,19 +9,7 @@ fn session(initiator: bool) -> Arc<Session> {
 }
 
 fn session_with(initiator: bool, ecn: bool) -> Arc<Session> {
-    let params = SessionParams {
-        peer: PeerId(1),
-        local_index: 7,
-        remote_index: 7,
-        cipher: Cipher::Aes256Gcm,
-        local_lanes: 1,
-        remote_lanes: 1,
-        established: Time::default(),
-        initiator,
-        epoch: 0,
-        ecn,
-        secrets: TransportSecrets::new([1; 32], [2; 32]),
-    };
+    let params = SessionParams { ecn, ..session_params(initiator) };
     Arc::new(Session::new(params).unwrap())
 }
 
