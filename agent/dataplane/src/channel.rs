@@ -37,7 +37,7 @@ impl KeeperChannel {
         let stream = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         send(&stream, message, &[])?;
         let answer: Answer = receive(&stream)?.ok_or(io::ErrorKind::UnexpectedEof)?;
-        let descriptors = descriptors::receive(&stream, answer.descriptors())?;
+        let descriptors = descriptors::receive(&stream, answer.descriptor_count())?;
         Ok((answer, descriptors))
     }
 

@@ -19,7 +19,7 @@ use super::handover::{HandOver, receive, send};
 /// describes.
 #[derive(Debug)]
 pub(super) struct Kept {
-    pub(super) left: HandOver,
+    pub(super) state: HandOver,
     pub(super) descriptors: Vec<OwnedFd>,
 }
 
@@ -60,7 +60,7 @@ impl FdStore {
     pub(super) fn put(&mut self, listener: &UnixListener, kept: &Kept) -> io::Result<()> {
         let mut all = vec![listener.as_fd()];
         all.extend(kept.descriptors.iter().map(AsFd::as_fd));
-        let put = send(&self.write, &kept.left, &all);
+        let put = send(&self.write, &kept.state, &all);
         match put {
             Ok(()) if !std::mem::replace(&mut self.filled, true) => {}
             // The previous set is queued before the new one.
@@ -89,10 +89,10 @@ impl FdStore {
 
     /// Receives the oldest set in the store.
     fn receive(&self) -> Option<(UnixListener, Kept)> {
-        let left: HandOver = receive(&self.read).ok()??;
-        let mut all = descriptors::receive(&self.read, 1 + left.descriptors()).ok()?;
+        let state: HandOver = receive(&self.read).ok()??;
+        let mut all = descriptors::receive(&self.read, 1 + state.descriptor_count()).ok()?;
         let listener = all.remove(0).into();
-        Some((listener, Kept { left, descriptors: all }))
+        Some((listener, Kept { state, descriptors: all }))
     }
 }
 
@@ -105,7 +105,7 @@ mod tests {
     use skein_sys::tun::TunOffload;
 
     fn kept(lanes: u8) -> Kept {
-        let left = HandOver {
+        let state = HandOver {
             version: HANDOVER_VERSION,
             lanes,
             families: vec![Family { v4: true, gro: true }],
@@ -114,8 +114,9 @@ mod tests {
             capabilities: Vec::new(),
             generation: 0,
         };
-        let descriptors = (0..left.descriptors()).map(|_| tempfile::tempfile().unwrap().into());
-        Kept { descriptors: descriptors.collect(), left }
+        let descriptors =
+            (0..state.descriptor_count()).map(|_| tempfile::tempfile().unwrap().into());
+        Kept { descriptors: descriptors.collect(), state }
     }
 
     fn listener() -> UnixListener {
@@ -138,10 +139,10 @@ mod tests {
         }
         drop(store);
         let (_, found) = another.take().unwrap();
-        assert_eq!((found.left.lanes, found.descriptors.len()), (3, 2 + 3 + 7));
+        assert_eq!((found.state.lanes, found.descriptors.len()), (3, 2 + 3 + 7));
         assert!(another.take().is_none(), "A set that was taken out is not in the store.");
         another.put(&listener(), &found).unwrap();
-        assert_eq!(another.take().unwrap().1.left.lanes, 3);
+        assert_eq!(another.take().unwrap().1.state.lanes, 3);
     }
 
     #[test]
@@ -163,9 +164,9 @@ mod tests {
         let mut store = FdStore::create().unwrap();
         store.put(&listener(), &kept(2)).unwrap();
         let third = kept(3);
-        send(&store.write, &third.left, &[listener().as_fd()]).unwrap();
+        send(&store.write, &third.state, &[listener().as_fd()]).unwrap();
         let mut another = other(&store);
-        assert_eq!(another.take().unwrap().1.left.lanes, 2);
+        assert_eq!(another.take().unwrap().1.state.lanes, 2);
         assert!(another.take().is_none(), "The part is gone.");
     }
 }

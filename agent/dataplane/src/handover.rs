@@ -20,9 +20,10 @@ use skein_sys::udp::LaneSockets;
 /// Start message of the keeper to a data process. The listening socket, the lock and the
 /// descriptors of the previous data process follow.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Begin {
-    /// What the data process before has left.
-    pub(super) left: Option<HandOver>,
+pub(super) struct StartMessage {
+    /// What the data process before has state.
+    #[serde(rename = "left")]
+    pub(super) state: Option<HandOver>,
 }
 
 /// What a data process gives to its keeper.
@@ -32,11 +33,12 @@ pub(super) enum ToKeeper {
     /// All that the next one needs, instead of what was given before. The descriptors follow.
     Keep {
         /// What they are.
-        left: HandOver,
+        #[serde(rename = "left")]
+        state: HandOver,
     },
     /// A later snapshot, which follows.
     Snapshot,
-    /// What was left is of no use.
+    /// What was state is of no use.
     Forget,
     /// Requests queues of the TUN device: [`Answer::Queues`].
     OpenQueues {
@@ -79,7 +81,7 @@ pub(super) struct HandOver {
 
 impl HandOver {
     /// How many descriptors belong to it.
-    pub(super) fn descriptors(&self) -> usize {
+    pub(super) fn descriptor_count(&self) -> usize {
         let lanes = usize::from(self.lanes);
         2 + lanes + self.families.len() * (2 * lanes + 1)
     }
@@ -122,7 +124,7 @@ pub(super) enum Answer {
 
 impl Answer {
     /// Returns the number of descriptors that follow.
-    pub(super) fn descriptors(&self) -> usize {
+    pub(super) fn descriptor_count(&self) -> usize {
         match self {
             Self::Queues { queues, .. } => (*queues).into(),
             Self::Listener => 1,
@@ -132,7 +134,7 @@ impl Answer {
 }
 
 /// The descriptors of a [`HandOver`].
-pub(super) struct Estate {
+pub(super) struct InheritedFds {
     pub(super) snapshot: OwnedFd,
     pub(super) sessions: OwnedFd,
     pub(super) queues: Vec<OwnedFd>,
@@ -140,22 +142,22 @@ pub(super) struct Estate {
     pub(super) sockets: Vec<FamilySockets>,
 }
 
-/// See [`Estate`].
+/// See [`InheritedFds`].
 pub(super) struct FamilySockets {
     pub(super) v4: bool,
     pub(super) lanes: Vec<LaneSockets>,
     pub(super) manager: UdpSocket,
 }
 
-impl Estate {
+impl InheritedFds {
     /// Tells descriptors apart. `None` where their number is wrong.
-    pub(super) fn sort(left: &HandOver, descriptors: Vec<OwnedFd>) -> Option<Self> {
+    pub(super) fn from_descriptors(state: &HandOver, descriptors: Vec<OwnedFd>) -> Option<Self> {
         let mut rest = descriptors.into_iter();
         let (snapshot, sessions) = (rest.next()?, rest.next()?);
-        let lanes = usize::from(left.lanes);
+        let lanes = usize::from(state.lanes);
         let queues: Vec<_> = rest.by_ref().take(lanes).collect();
         let mut sockets = Vec::new();
-        for &Family { v4, gro } in &left.families {
+        for &Family { v4, gro } in &state.families {
             let mut of_lanes = Vec::with_capacity(lanes);
             for _ in 0..lanes {
                 let (receive, send) = (rest.next()?.into(), rest.next()?.into());
@@ -228,7 +230,7 @@ mod tests {
     #[test]
     fn descriptors_are_told_apart_and_a_wrong_number_is_refused() {
         let family = |v4| Family { v4, gro: true };
-        let left = HandOver {
+        let state = HandOver {
             version: HANDOVER_VERSION,
             lanes: 3,
             families: vec![family(true), family(false)],
@@ -237,12 +239,17 @@ mod tests {
             capabilities: Vec::new(),
             generation: 0,
         };
-        assert_eq!(left.descriptors(), 2 + 3 + 2 * 7);
-        let estate = Estate::sort(&left, (0..19).map(|_| file()).collect()).unwrap();
-        assert_eq!((estate.queues.len(), estate.sockets.len()), (3, 2));
-        assert!(estate.sockets.iter().all(|family| family.lanes.len() == 3));
+        assert_eq!(state.descriptor_count(), 2 + 3 + 2 * 7);
+        let fds =
+            InheritedFds::from_descriptors(&state, (0..19).map(|_| file()).collect()).unwrap();
+        assert_eq!((fds.queues.len(), fds.sockets.len()), (3, 2));
+        assert!(fds.sockets.iter().all(|family| family.lanes.len() == 3));
         for wrong in [0, 1, 4, 18, 20] {
-            assert!(Estate::sort(&left, (0..wrong).map(|_| file()).collect()).is_none(), "{wrong}");
+            assert!(
+                InheritedFds::from_descriptors(&state, (0..wrong).map(|_| file()).collect())
+                    .is_none(),
+                "{wrong}"
+            );
         }
     }
 }

@@ -29,7 +29,7 @@ use self::client::connect;
 use self::plane::Plane;
 use super::activation::{Activation, Activity};
 use super::fd_store::FdStore;
-use super::handover::{Begin, send};
+use super::handover::{StartMessage, send};
 use super::options::Options;
 use super::server;
 
@@ -168,12 +168,12 @@ fn attend(
     mut activation: Option<&mut Activation>,
 ) -> anyhow::Result<Ended> {
     let mut all = vec![plane.listener.as_fd(), plane.lock.as_fd()];
-    let left = plane.kept.as_ref().map(|kept| {
+    let state = plane.kept.as_ref().map(|kept| {
         all.extend(kept.descriptors.iter().map(AsFd::as_fd));
-        kept.left.clone()
+        kept.state.clone()
     });
     // One that dies before it has read this is seen below.
-    let begun = send(channel, &Begin { left }, &all);
+    let begun = send(channel, &StartMessage { state }, &all);
     set(activation.as_deref_mut(), Activity::Active);
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
     let pid = pid.context("the data process has no process id")?;

@@ -53,7 +53,7 @@ pub use self::vm_generation::fuzz_uevent;
 /// For the fuzzer: what a keeper and its data process say to each other.
 #[doc(hidden)]
 pub fn fuzz_frames(bytes: &[u8]) {
-    skein_ipc::fuzz_frames::<handover::Begin>(bytes);
+    skein_ipc::fuzz_frames::<handover::StartMessage>(bytes);
     skein_ipc::fuzz_frames::<handover::ToKeeper>(bytes);
     skein_ipc::fuzz_frames::<handover::Answer>(bytes);
 }

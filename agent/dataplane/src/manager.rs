@@ -20,7 +20,7 @@ use super::changes::Changes;
 use super::channel::KeeperChannel;
 use super::clock::clock;
 use super::error::SetupError;
-use super::handover::{self, Estate, HandOver, ToKeeper};
+use super::handover::{self, HandOver, InheritedFds, ToKeeper};
 use super::memory::SessionMemory;
 use super::queue::{self, ToManager, ToManagerQueue};
 use super::report;
@@ -39,11 +39,11 @@ const BATCH: usize = 32;
 /// with. The error is a sentence with the remedy.
 pub type SetLogLevel = fn(Option<&str>) -> Result<(), String>;
 
-/// Starts the manager's thread, with what another process has left. It ends when [`Request::Shutdown`]
+/// Starts the manager's thread, with what another process has state. It ends when [`Request::Shutdown`]
 /// came or every sender is gone.
 pub(super) fn start(
     keeper: Option<Arc<KeeperChannel>>,
-    left: Option<(HandOver, Estate)>,
+    state: Option<(HandOver, InheritedFds)>,
     set_log_level: SetLogLevel,
     tap: Arc<Tap>,
     changes: Arc<Changes>,
@@ -65,8 +65,8 @@ pub(super) fn start(
         active: None,
     };
     // Before the thread starts, and with it the first handshake.
-    if let Some((left, estate)) = left {
-        manager.inherit(left, estate);
+    if let Some((state, fds)) = state {
+        manager.inherit(state, fds);
     }
     let thread =
         std::thread::Builder::new().name("manager".to_owned()).spawn(move || manager.run())?;
@@ -246,15 +246,15 @@ impl Manager {
         }
     }
 
-    /// Goes on where the process before has left off; where that cannot be, begins anew.
-    fn inherit(&mut self, left: HandOver, estate: Estate) {
-        let Estate { snapshot, sessions, queues, sockets } = estate;
+    /// Goes on where the process before has state off; where that cannot be, begins anew.
+    fn inherit(&mut self, state: HandOver, fds: InheritedFds) {
+        let InheritedFds { snapshot, sessions, queues, sockets } = fds;
         let begun = Instant::now();
         let inherit = || -> anyhow::Result<Active> {
             let snapshot = handover::load(snapshot).context("the snapshot")?;
             let (memory, sessions) = SessionMemory::open(sessions).context("the sessions")?;
             let open = |node: &NodeSettings, published: &_| {
-                Running::inherit(node, left, queues, sockets, published, &self.links)
+                Running::inherit(node, state, queues, sockets, published, &self.links)
             };
             Ok(Active::start(clock(), snapshot, Some(memory), sessions, open)?)
         };
@@ -263,12 +263,12 @@ impl Manager {
                 let sessions =
                     active.engine.tables().map(|(_, view)| view.receive.len()).sum::<usize>();
                 let ms = begun.elapsed().as_secs_f64() * 1e3;
-                tracing::info!(sessions, ms, "goes on with what the data process before has left");
+                tracing::info!(sessions, ms, "goes on with what the data process before has state");
                 self.active = Some(active);
             }
             Err(error) => {
                 let error = format!("{error:#}");
-                tracing::error!(error, "cannot go on with what the data process before has left");
+                tracing::error!(error, "cannot go on with what the data process before has state");
                 // Its copies would keep the device and the port in use.
                 let keeper = self.links.keeper.as_ref();
                 let forgotten = keeper.map(|keeper| keeper.notify(&ToKeeper::Forget, &[]));
@@ -288,10 +288,10 @@ impl Manager {
             match what {
                 Kept::Snapshot => keeper.notify(&ToKeeper::Snapshot, &[snapshot.as_fd()]),
                 Kept::All => {
-                    let (left, more) = active.running.leave(&active.snapshot.node);
+                    let (state, more) = active.running.leave(&active.snapshot.node);
                     let mut all = vec![snapshot.as_fd(), memory.file()];
                     all.extend(more);
-                    keeper.notify(&ToKeeper::Keep { left }, &all)
+                    keeper.notify(&ToKeeper::Keep { state }, &all)
                 }
             }
         };

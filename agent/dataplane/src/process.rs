@@ -11,7 +11,7 @@ use skein_sys::descriptors;
 use super::changes::Changes;
 use super::channel::KeeperChannel;
 use super::confinement::Confined;
-use super::handover::{self, Begin, Estate, HandOver};
+use super::handover::{self, HandOver, InheritedFds, StartMessage};
 use super::manager::{self, SetLogLevel};
 use super::server;
 use super::tap::Tap;
@@ -20,16 +20,18 @@ use super::tap::Tap;
 pub fn work(channel: i32, confined: Confined, set_log_level: SetLogLevel) -> anyhow::Result<()> {
     let channel =
         descriptors::inherited_socket(channel).context("--worker is the keeper's to use")?;
-    let begin: Option<Begin> = handover::receive(&channel).context("the keeper says nothing")?;
-    let Begin { left } = begin.context("the keeper is gone")?;
-    let count = 2 + left.as_ref().map_or(0, HandOver::descriptors);
+    let begin: Option<StartMessage> =
+        handover::receive(&channel).context("the keeper says nothing")?;
+    let StartMessage { state } = begin.context("the keeper is gone")?;
+    let count = 2 + state.as_ref().map_or(0, HandOver::descriptor_count);
     let mut all = descriptors::receive(&channel, count).context("the keeper gives nothing")?;
     let listener = all.remove(0).into();
     // No other process may seal in these sessions while this process runs.
     let _lock = all.remove(0);
-    let left = left.and_then(|left| Estate::sort(&left, all).map(|estate| (left, estate)));
+    let state =
+        state.and_then(|state| InheritedFds::from_descriptors(&state, all).map(|fds| (state, fds)));
     let keeper = Some(Arc::new(KeeperChannel::new(channel)));
-    serve(listener, keeper, left, set_log_level, confined.mechanisms)
+    serve(listener, keeper, state, set_log_level, confined.mechanisms)
 }
 
 /// Works in this process, with nobody to go on when it dies.
@@ -40,7 +42,7 @@ pub fn run_alone(socket: &Path, set_log_level: SetLogLevel) -> anyhow::Result<()
 fn serve(
     listener: UnixListener,
     keeper: Option<Arc<KeeperChannel>>,
-    left: Option<(HandOver, Estate)>,
+    state: Option<(HandOver, InheritedFds)>,
     set_log_level: SetLogLevel,
     confinement: Vec<Confinement>,
 ) -> anyhow::Result<()> {
@@ -49,7 +51,7 @@ fn serve(
     let (tap, changes) = (Arc::new(Tap::default()), Arc::new(Changes::default()));
     let (to_tap, to_changes) = (Arc::clone(&tap), Arc::clone(&changes));
     let (manager, thread) =
-        manager::start(keeper, left, set_log_level, to_tap, to_changes, confinement)
+        manager::start(keeper, state, set_log_level, to_tap, to_changes, confinement)
             .context("cannot start the manager")?;
     tracing::info!(socket = %socket.path().display(), "the data process listens");
     std::thread::Builder::new()

@@ -137,10 +137,10 @@ impl Running {
         Ok(Self::new(node, opened, published, links)?)
     }
 
-    /// Goes on with what another process has left.
+    /// Goes on with what another process has state.
     pub(super) fn inherit(
         node: &NodeSettings,
-        left: HandOver,
+        state: HandOver,
         queues: Vec<OwnedFd>,
         sockets: Vec<FamilySockets>,
         published: &Arc<Published>,
@@ -148,14 +148,14 @@ impl Running {
     ) -> Result<Self, SetupError> {
         let inherit = |fd| tun::inherit_queue(fd, &node.tun.name);
         let ecn = report_ecn(&sockets, node.offload.udp_ecn);
-        let capabilities = with_ecn(left.capabilities, node.offload, ecn);
+        let capabilities = with_ecn(state.capabilities, node.offload, ecn);
         let opened = Opened {
             queues: queues.into_iter().map(inherit).collect::<Result<_, _>>()?,
             sockets,
-            offload: left.offload,
-            gso: left.gso,
+            offload: state.offload,
+            gso: state.gso,
             capabilities,
-            generation: left.generation,
+            generation: state.generation,
         };
         Ok(Self::new(node, opened, published, links)?)
     }
@@ -220,7 +220,7 @@ impl Running {
 
     /// What the next process needs to know, and the descriptors behind the snapshot and the sessions.
     pub(super) fn leave(&self, node: &NodeSettings) -> (HandOver, Vec<BorrowedFd<'_>>) {
-        let left = HandOver {
+        let state = HandOver {
             version: HANDOVER_VERSION,
             lanes: node.lanes,
             families: self.families.clone(),
@@ -229,7 +229,7 @@ impl Running {
             capabilities: self.capabilities.clone(),
             generation: self.generation,
         };
-        (left, self.copies.iter().map(AsFd::as_fd).collect())
+        (state, self.copies.iter().map(AsFd::as_fd).collect())
     }
 
     /// Stops the lanes. What the kernel holds for them stays in its queues while anybody has copies of

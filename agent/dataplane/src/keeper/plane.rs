@@ -68,9 +68,9 @@ impl Plane {
     pub(super) fn take_message(&mut self, channel: &UnixStream) -> io::Result<Option<UnixStream>> {
         let message = receive(channel)?.ok_or(io::ErrorKind::UnexpectedEof)?;
         match message {
-            ToKeeper::Keep { left } => {
-                let descriptors = descriptors::receive(channel, left.descriptors())?;
-                self.kept = Some(Kept { left, descriptors });
+            ToKeeper::Keep { state } => {
+                let descriptors = descriptors::receive(channel, state.descriptor_count())?;
+                self.kept = Some(Kept { state, descriptors });
             }
             ToKeeper::Snapshot => {
                 let later = descriptors::receive(channel, 1)?.pop();

@@ -92,7 +92,7 @@ fn data_process_without_lock_is_ended() {
 }
 
 fn kept() -> Kept {
-    let left = HandOver {
+    let state = HandOver {
         version: HANDOVER_VERSION,
         lanes: 1,
         families: Vec::new(),
@@ -101,8 +101,8 @@ fn kept() -> Kept {
         capabilities: Vec::new(),
         generation: 7,
     };
-    let files = (0..left.descriptors()).map(|_| tempfile::tempfile().unwrap().into());
-    Kept { descriptors: files.collect(), left }
+    let files = (0..state.descriptor_count()).map(|_| tempfile::tempfile().unwrap().into());
+    Kept { descriptors: files.collect(), state }
 }
 
 /// A keeper dies between its hand-over and its confirmation; the next keeper gets all
@@ -122,7 +122,7 @@ fn keeper_that_dies_in_a_hand_over_loses_nothing() {
         assert!(plane.give(&connection));
     });
     let taken = acquire_alone(&options);
-    assert_eq!(taken.kept.unwrap().left.generation, 7);
+    assert_eq!(taken.kept.unwrap().state.generation, 7);
     assert_eq!(taken.listener.local_addr().unwrap().as_pathname(), Some(&*socket));
     dying.join().unwrap();
 }
@@ -164,5 +164,5 @@ fn holder_takes_back_what_the_dead_keeper_had() {
     plane.kept = Some(kept());
     plane.save();
     drop(plane);
-    assert_eq!(waiting.join().unwrap().kept.unwrap().left.generation, 7);
+    assert_eq!(waiting.join().unwrap().kept.unwrap().state.generation, 7);
 }
