@@ -23,7 +23,7 @@ use super::setup::Running;
 use super::stats::DropStats;
 use super::tables::{PeerEntry, Published, Tables};
 use super::tap::{Bytes, Sight, Tap};
-use super::totals::Totals;
+use super::totals::TrafficTotals;
 
 /// A data plane at work.
 pub(super) struct Active {
@@ -39,7 +39,7 @@ pub(super) struct Active {
     pub(super) memory: Option<SessionMemory>,
     pub(super) running: Running,
     pub(super) drops: DropStats,
-    pub(super) totals: Totals,
+    pub(super) totals: TrafficTotals,
     /// Longest plaintext in bytes of each peer whose path carries less than this node's MTU.
     narrow: Vec<(PeerId, u16)>,
     /// True if `narrow` has changed since the waiting connections were notified.
@@ -48,7 +48,7 @@ pub(super) struct Active {
 
 /// What of a data plane the keeper has to be told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kept {
+pub(super) enum KeeperUpdate {
     Snapshot,
     All,
 }
@@ -94,7 +94,7 @@ impl Active {
             memory,
             running,
             drops: DropStats::default(),
-            totals: Totals::default(),
+            totals: TrafficTotals::default(),
             narrow: Vec::new(),
             narrow_changed: false,
         };
@@ -122,7 +122,7 @@ impl Active {
         &mut self,
         now: Time,
         snapshot: Snapshot,
-    ) -> Result<Kept, SetupError> {
+    ) -> Result<KeeperUpdate, SetupError> {
         let mut node = snapshot.node.clone();
         node.tun = self.snapshot.node.tun.clone();
         node.private_key = self.snapshot.node.private_key.clone();
@@ -133,7 +133,7 @@ impl Active {
         set_identity(&mut self.engine, &snapshot.node)?;
         self.snapshot.node.private_key = snapshot.node.private_key;
         self.snapshot.node.second_private_key = snapshot.node.second_private_key;
-        let mut kept = Kept::Snapshot;
+        let mut update = KeeperUpdate::Snapshot;
         self.engine.raise_timestamps(Duration::from_secs(snapshot.not_before));
         self.snapshot.not_before = snapshot.not_before;
         let before = std::mem::replace(&mut self.snapshot.local_cidrs, snapshot.local_cidrs);
@@ -148,14 +148,14 @@ impl Active {
                 self.snapshot.node.tun = before;
                 return Err(error);
             }
-            kept = Kept::All;
+            update = KeeperUpdate::All;
         }
         if before != self.snapshot.node.tun {
             self.engine.set_mtu(now, self.snapshot.node.tun.mtu);
             self.publish();
         }
         self.snapshot.revision = snapshot.revision;
-        Ok(kept)
+        Ok(update)
     }
 
     fn raise_seen(&mut self, seen: &SeenHandshakes) {
@@ -175,8 +175,8 @@ impl Active {
     pub(super) fn update(&mut self, now: Time, update: Update) -> Result<(), SetupError> {
         let changed: HashSet<PublicKey> =
             update.upsert.iter().map(|peer| peer.public_key).chain(update.remove).collect();
-        let kept = self.peers.values().map(|(_, peer)| peer);
-        let peers = kept.filter(|peer| !changed.contains(&peer.public_key)).cloned();
+        let unchanged = self.peers.values().map(|(_, peer)| peer);
+        let peers = unchanged.filter(|peer| !changed.contains(&peer.public_key)).cloned();
         let peers = peers.chain(update.upsert).collect();
         self.set_peers(now, peers)?;
         self.snapshot.revision = update.revision;
@@ -296,7 +296,7 @@ impl Active {
     }
 
     fn publish(&mut self) {
-        self.totals.follow(self.engine.tables());
+        self.totals.update(self.engine.tables());
         let mut tables = Tables { routes: Arc::clone(&self.routes), ..Tables::default() };
         let mtu = self.snapshot.node.tun.mtu;
         for (id, view) in self.engine.tables() {

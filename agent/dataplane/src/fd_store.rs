@@ -18,7 +18,7 @@ use super::handover::{HandOver, receive, send};
 /// State that a data process has given to its keeper: a description and the descriptors that it
 /// describes.
 #[derive(Debug)]
-pub(super) struct Kept {
+pub(super) struct StoredFds {
     pub(super) state: HandOver,
     pub(super) descriptors: Vec<OwnedFd>,
 }
@@ -57,10 +57,10 @@ impl FdStore {
     }
 
     /// Replaces the set. A keeper that is killed in between leaves a whole set.
-    pub(super) fn put(&mut self, listener: &UnixListener, kept: &Kept) -> io::Result<()> {
+    pub(super) fn put(&mut self, listener: &UnixListener, stored: &StoredFds) -> io::Result<()> {
         let mut all = vec![listener.as_fd()];
-        all.extend(kept.descriptors.iter().map(AsFd::as_fd));
-        let put = send(&self.write, &kept.state, &all);
+        all.extend(stored.descriptors.iter().map(AsFd::as_fd));
+        let put = send(&self.write, &stored.state, &all);
         match put {
             Ok(()) if !std::mem::replace(&mut self.filled, true) => {}
             // The previous set is queued before the new one.
@@ -71,7 +71,7 @@ impl FdStore {
     }
 
     /// Removes and returns the set. `None` if the store is empty or cannot be read.
-    pub(super) fn take(&mut self) -> Option<(UnixListener, Kept)> {
+    pub(super) fn take(&mut self) -> Option<(UnixListener, StoredFds)> {
         let mut last = None;
         while let Some(set) = self.receive() {
             last = Some(set);
@@ -88,11 +88,11 @@ impl FdStore {
     }
 
     /// Receives the oldest set in the store.
-    fn receive(&self) -> Option<(UnixListener, Kept)> {
+    fn receive(&self) -> Option<(UnixListener, StoredFds)> {
         let state: HandOver = receive(&self.read).ok()??;
         let mut all = descriptors::receive(&self.read, 1 + state.descriptor_count()).ok()?;
         let listener = all.remove(0).into();
-        Some((listener, Kept { state, descriptors: all }))
+        Some((listener, StoredFds { state, descriptors: all }))
     }
 }
 
@@ -104,7 +104,7 @@ mod tests {
     use skein_ipc::HANDOVER_VERSION;
     use skein_sys::tun::TunOffload;
 
-    fn kept(lanes: u8) -> Kept {
+    fn stored(lanes: u8) -> StoredFds {
         let state = HandOver {
             version: HANDOVER_VERSION,
             lanes,
@@ -116,7 +116,7 @@ mod tests {
         };
         let descriptors =
             (0..state.descriptor_count()).map(|_| tempfile::tempfile().unwrap().into());
-        Kept { descriptors: descriptors.collect(), state }
+        StoredFds { descriptors: descriptors.collect(), state }
     }
 
     fn listener() -> UnixListener {
@@ -135,7 +135,7 @@ mod tests {
         let mut another = other(&store);
         assert!(another.take().is_none(), "An empty store has no set.");
         for lanes in [1, 64, 2, 3] {
-            store.put(&listener(), &kept(lanes)).unwrap();
+            store.put(&listener(), &stored(lanes)).unwrap();
         }
         drop(store);
         let (_, found) = another.take().unwrap();
@@ -149,10 +149,10 @@ mod tests {
     fn removed_set_leaves_no_copy() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let mut store = FdStore::create().unwrap();
-        let mut kept = kept(1);
-        kept.descriptors[0] = theirs.into();
-        store.put(&listener(), &kept).unwrap();
-        drop(kept);
+        let mut stored = stored(1);
+        stored.descriptors[0] = theirs.into();
+        store.put(&listener(), &stored).unwrap();
+        drop(stored);
         ours.set_nonblocking(true).unwrap();
         assert!((&ours).read(&mut [0]).is_err(), "The store keeps the other end open.");
         store.clear();
@@ -162,8 +162,8 @@ mod tests {
     #[test]
     fn set_written_in_part_is_ignored() {
         let mut store = FdStore::create().unwrap();
-        store.put(&listener(), &kept(2)).unwrap();
-        let third = kept(3);
+        store.put(&listener(), &stored(2)).unwrap();
+        let third = stored(3);
         send(&store.write, &third.state, &[listener().as_fd()]).unwrap();
         let mut another = other(&store);
         assert_eq!(another.take().unwrap().1.state.lanes, 2);

@@ -99,7 +99,11 @@ fn keep(
     loop {
         let started = Instant::now();
         let (mut child, channel) = spawn(arguments)?;
-        tracing::info!(pid = child.id(), takes_up = plane.kept.is_some(), "started a data process");
+        tracing::info!(
+            pid = child.id(),
+            takes_up = plane.stored.is_some(),
+            "started a data process"
+        );
         let ended = attend(&mut child, &channel, &mut plane, activation.as_deref_mut())?;
         let status = match ended {
             Ended::Process(status) => status,
@@ -111,12 +115,12 @@ fn keep(
             }
         };
         deaths = if started.elapsed() < STABLE { deaths + 1 } else { 1 };
-        if !status.success() && plane.kept.is_some() && deaths <= DEATHS {
+        if !status.success() && plane.stored.is_some() && deaths <= DEATHS {
             tracing::error!(%status, "data process exited, restarting it with its sockets and sessions");
             continue;
         }
         // Copies of the descriptors would keep the device and the port in use.
-        plane.kept = None;
+        plane.stored = None;
         plane.save();
         if !status.success() {
             bail!("the data process ended: {status}");
@@ -168,9 +172,9 @@ fn attend(
     mut activation: Option<&mut Activation>,
 ) -> anyhow::Result<Ended> {
     let mut all = vec![plane.listener.as_fd(), plane.lock.as_fd()];
-    let state = plane.kept.as_ref().map(|kept| {
-        all.extend(kept.descriptors.iter().map(AsFd::as_fd));
-        kept.state.clone()
+    let state = plane.stored.as_ref().map(|stored| {
+        all.extend(stored.descriptors.iter().map(AsFd::as_fd));
+        stored.state.clone()
     });
     // One that dies before it has read this is seen below.
     let begun = send(channel, &StartMessage { state }, &all);
@@ -214,7 +218,7 @@ fn attend(
                 // The lanes have stopped, so that no packet is lost with the data process.
                 Ok(Some(connection)) if is_own(&connection) => return Ok(Ended::Terminated),
                 Ok(Some(connection)) => {
-                    let given = plane.kept.is_some() && plane.give(&connection);
+                    let given = plane.stored.is_some() && plane.give(&connection);
                     // It has stopped in either case.
                     let _ = child.kill();
                     let status = child.wait().context("cannot wait for the data process")?;

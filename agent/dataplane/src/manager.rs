@@ -15,7 +15,7 @@ use skein_ipc::{
     Confinement, ErrorKind, HANDOVER_VERSION, NodeSettings, Request, Response, Snapshot,
 };
 
-use super::active::{Active, Kept, random};
+use super::active::{Active, KeeperUpdate, random};
 use super::changes::Changes;
 use super::channel::KeeperChannel;
 use super::clock::clock;
@@ -187,10 +187,12 @@ impl Manager {
                 skein_ipc::PROTOCOL_VERSION
             ))),
             Request::Apply { snapshot } => {
-                self.apply(now, *snapshot).inspect(|kept| self.keep(*kept)).map(drop)
+                self.apply(now, *snapshot).inspect(|update| self.update_keeper(*update)).map(drop)
             }
             Request::Update { update } => match &mut self.active {
-                Some(active) => active.update(now, update).inspect(|()| self.keep(Kept::Snapshot)),
+                Some(active) => active
+                    .update(now, update)
+                    .inspect(|()| self.update_keeper(KeeperUpdate::Snapshot)),
                 None => Err(SetupError::Invalid("an update came before any snapshot".to_owned())),
             },
             Request::LogLevel { level } => {
@@ -226,7 +228,7 @@ impl Manager {
         }
     }
 
-    fn apply(&mut self, now: Time, snapshot: Snapshot) -> Result<Kept, SetupError> {
+    fn apply(&mut self, now: Time, snapshot: Snapshot) -> Result<KeeperUpdate, SetupError> {
         match &mut self.active {
             Some(active) => active.become_like(now, snapshot),
             None => {
@@ -241,7 +243,7 @@ impl Manager {
                     Running::open(node, published, &self.links)
                 };
                 self.active = Some(Active::start(now, snapshot, memory, Vec::new(), open)?);
-                Ok(Kept::All)
+                Ok(KeeperUpdate::All)
             }
         }
     }
@@ -280,14 +282,14 @@ impl Manager {
     }
 
     /// Gives the keeper what has changed.
-    fn keep(&mut self, what: Kept) {
+    fn update_keeper(&mut self, update: KeeperUpdate) {
         let (Some(keeper), Some(active)) = (&self.links.keeper, &self.active) else { return };
         let Some(memory) = &active.memory else { return };
-        let keep = || -> std::io::Result<()> {
+        let send = || -> std::io::Result<()> {
             let snapshot = handover::store(&active.snapshot())?;
-            match what {
-                Kept::Snapshot => keeper.notify(&ToKeeper::Snapshot, &[snapshot.as_fd()]),
-                Kept::All => {
+            match update {
+                KeeperUpdate::Snapshot => keeper.notify(&ToKeeper::Snapshot, &[snapshot.as_fd()]),
+                KeeperUpdate::All => {
                     let (state, more) = active.running.leave(&active.snapshot.node);
                     let mut all = vec![snapshot.as_fd(), memory.file()];
                     all.extend(more);
@@ -295,7 +297,7 @@ impl Manager {
                 }
             }
         };
-        if let Err(error) = keep() {
+        if let Err(error) = send() {
             tracing::error!(%error, "the next data process will begin anew");
         }
     }

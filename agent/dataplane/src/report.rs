@@ -16,7 +16,7 @@ use skein_ipc::{
 use super::capabilities::ECN_RUNG;
 use super::setup::Running;
 use super::stats::{DropStats, drop_report};
-use super::totals::Totals;
+use super::totals::TrafficTotals;
 
 /// What a report is made of, beside the counters of the lanes.
 pub(super) struct Sources<'a> {
@@ -27,7 +27,7 @@ pub(super) struct Sources<'a> {
     /// Drops that the engine counted.
     pub(super) drops: &'a DropStats,
     /// Traffic of each peer.
-    pub(super) totals: &'a Totals,
+    pub(super) totals: &'a TrafficTotals,
 }
 
 /// Fills in all that only an active data plane knows; each peer's state only where that is wanted.

@@ -32,36 +32,36 @@ impl PeerTotals {
 
 /// See the module.
 #[derive(Default)]
-pub(super) struct Totals(HashMap<PeerId, Kept>);
+pub(super) struct TrafficTotals(HashMap<PeerId, PeerSessions>);
 
 #[derive(Default)]
-struct Kept {
+struct PeerSessions {
     ended: PeerTotals,
-    alive: Vec<Arc<Session>>,
+    active: Vec<Arc<Session>>,
 }
 
-impl Totals {
-    /// Takes note of the sessions that are alive; those that no longer are add to what has ended.
-    pub(super) fn follow<'a>(&mut self, peers: impl Iterator<Item = (PeerId, &'a PeerView)>) {
+impl TrafficTotals {
+    /// Takes note of the sessions that are active; those that no longer are add to what has ended.
+    pub(super) fn update<'a>(&mut self, peers: impl Iterator<Item = (PeerId, &'a PeerView)>) {
         let mut before = std::mem::take(&mut self.0);
         for (id, view) in peers {
-            let mut kept = before.remove(&id).unwrap_or_default();
-            let ended = &mut kept.ended;
-            for session in &kept.alive {
-                if !view.receive.iter().any(|alive| Arc::ptr_eq(alive, session)) {
+            let mut sessions = before.remove(&id).unwrap_or_default();
+            let ended = &mut sessions.ended;
+            for session in &sessions.active {
+                if !view.receive.iter().any(|active| Arc::ptr_eq(active, session)) {
                     ended.add(session);
                 }
             }
-            kept.alive.clone_from(&view.receive);
-            self.0.insert(id, kept);
+            sessions.active.clone_from(&view.receive);
+            self.0.insert(id, sessions);
         }
     }
 
     /// All that went to and came from a peer.
     pub(super) fn of(&self, peer: PeerId) -> PeerTotals {
-        let Some(kept) = self.0.get(&peer) else { return PeerTotals::default() };
-        let mut totals = kept.ended;
-        for session in &kept.alive {
+        let Some(sessions) = self.0.get(&peer) else { return PeerTotals::default() };
+        let mut totals = sessions.ended;
+        for session in &sessions.active {
             totals.add(session);
         }
         totals

@@ -12,7 +12,7 @@ use skein_sys::lock::FileLock;
 
 use super::client::{PATIENCE, end_unlocked};
 use crate::channel::{answer_listener, answer_queues};
-use crate::fd_store::{FdStore, Kept};
+use crate::fd_store::{FdStore, StoredFds};
 use crate::handover::{Answer, ToKeeper, receive, send};
 use crate::options::Options;
 use crate::server;
@@ -26,7 +26,7 @@ pub(super) struct Plane {
     pub(super) listener: UnixListener,
     /// Path of the listening socket.
     socket: PathBuf,
-    pub(super) kept: Option<Kept>,
+    pub(super) stored: Option<StoredFds>,
 }
 
 impl Plane {
@@ -40,8 +40,8 @@ impl Plane {
             Some(store) => store,
             None => FdStore::create().context("cannot make a store for descriptors")?,
         };
-        let (listener, kept) = match store.take() {
-            Some((listener, kept)) => (listener, Some(kept)),
+        let (listener, stored) = match store.take() {
+            Some((listener, stored)) => (listener, Some(stored)),
             None => {
                 if options.takes_over() {
                     end_unlocked(&options.socket)?;
@@ -50,15 +50,15 @@ impl Plane {
             }
         };
         let socket = options.socket.clone();
-        let mut plane = Self { lock, store, listener, socket, kept };
+        let mut plane = Self { lock, store, listener, socket, stored };
         plane.save();
         Ok(plane)
     }
 
     /// Puts the descriptors of the data process into the store.
     pub(super) fn save(&mut self) {
-        let Some(kept) = &self.kept else { return self.store.clear() };
-        if let Err(error) = self.store.put(&self.listener, kept) {
+        let Some(stored) = &self.stored else { return self.store.clear() };
+        if let Err(error) = self.store.put(&self.listener, stored) {
             tracing::error!(%error, "cannot store descriptors: others would lose the sessions");
         }
     }
@@ -70,15 +70,15 @@ impl Plane {
         match message {
             ToKeeper::Keep { state } => {
                 let descriptors = descriptors::receive(channel, state.descriptor_count())?;
-                self.kept = Some(Kept { state, descriptors });
+                self.stored = Some(StoredFds { state, descriptors });
             }
             ToKeeper::Snapshot => {
                 let later = descriptors::receive(channel, 1)?.pop();
-                if let (Some(kept), Some(later)) = (&mut self.kept, later) {
-                    kept.descriptors[0] = later;
+                if let (Some(stored), Some(later)) = (&mut self.stored, later) {
+                    stored.descriptors[0] = later;
                 }
             }
-            ToKeeper::Forget => self.kept = None,
+            ToKeeper::Forget => self.stored = None,
             ToKeeper::OpenQueues { name, queues, allowed } => {
                 answer_queues(channel, &name, queues, allowed)?;
                 return Ok(None);

@@ -7,7 +7,7 @@ use std::os::unix::net::UnixListener;
 use skein_sys::tun::TunOffload;
 
 use super::*;
-use crate::fd_store::Kept;
+use crate::fd_store::StoredFds;
 use crate::handover::HandOver;
 
 fn options(directory: &Path) -> Options {
@@ -39,7 +39,7 @@ fn whoever_dies_while_it_is_asked_is_nobody() {
         drop(listener);
         drop(lock);
     });
-    assert!(acquire_alone(&options).kept.is_none());
+    assert!(acquire_alone(&options).stored.is_none());
     dying.join().unwrap();
 }
 
@@ -64,7 +64,7 @@ fn whoever_hands_over_in_another_format_is_ended() {
         drop(lock);
         Instant::now()
     });
-    assert!(acquire_alone(&options).kept.is_none());
+    assert!(acquire_alone(&options).stored.is_none());
     let taken = Instant::now();
     assert!(other.join().unwrap() <= taken, "it has ended first");
 }
@@ -87,11 +87,11 @@ fn data_process_without_lock_is_ended() {
             write_frame(&mut &stream, &answer).unwrap();
         }
     });
-    assert!(acquire_alone(&options).kept.is_none());
+    assert!(acquire_alone(&options).stored.is_none());
     other.join().unwrap();
 }
 
-fn kept() -> Kept {
+fn stored() -> StoredFds {
     let state = HandOver {
         version: HANDOVER_VERSION,
         lanes: 1,
@@ -102,7 +102,7 @@ fn kept() -> Kept {
         generation: 7,
     };
     let files = (0..state.descriptor_count()).map(|_| tempfile::tempfile().unwrap().into());
-    Kept { descriptors: files.collect(), state }
+    StoredFds { descriptors: files.collect(), state }
 }
 
 /// A keeper dies between its hand-over and its confirmation; the next keeper gets all
@@ -117,12 +117,12 @@ fn keeper_that_dies_in_a_hand_over_loses_nothing() {
         let (connection, _) = plane.listener.accept().unwrap();
         let asked: Request = read_frame(&mut &connection).unwrap().unwrap();
         assert!(matches!(asked, Request::TakeOver { .. }), "{asked:?}");
-        plane.kept = Some(kept());
+        plane.stored = Some(stored());
         plane.save();
         assert!(plane.give(&connection));
     });
     let taken = acquire_alone(&options);
-    assert_eq!(taken.kept.unwrap().state.generation, 7);
+    assert_eq!(taken.stored.unwrap().state.generation, 7);
     assert_eq!(taken.listener.local_addr().unwrap().as_pathname(), Some(&*socket));
     dying.join().unwrap();
 }
@@ -133,7 +133,7 @@ fn lock_that_becomes_free_during_a_request_is_taken() {
     let directory = tempfile::tempdir().unwrap();
     let options = options(directory.path());
     let mut plane = acquire_alone(&options);
-    plane.kept = Some(kept());
+    plane.stored = Some(stored());
     plane.save();
     let copies = plane.store.descriptors().map(|fd| fd.try_clone_to_owned().unwrap());
     let mut held = FdStore::received(copies.into());
@@ -161,8 +161,8 @@ fn holder_takes_back_what_the_dead_keeper_had() {
     let waiting = std::thread::spawn(move || acquire(&options, &mut held).unwrap());
     std::thread::sleep(10 * LOCK_INTERVAL);
     assert!(!waiting.is_finished(), "The other keeper has the data plane.");
-    plane.kept = Some(kept());
+    plane.stored = Some(stored());
     plane.save();
     drop(plane);
-    assert_eq!(waiting.join().unwrap().kept.unwrap().state.generation, 7);
+    assert_eq!(waiting.join().unwrap().stored.unwrap().state.generation, 7);
 }
