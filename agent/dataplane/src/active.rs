@@ -251,7 +251,7 @@ impl Active {
             ToManager::EndSessions { .. }
             | ToManager::Request { .. }
             | ToManager::TunGone { .. }
-            | ToManager::GiveAway { .. } => {}
+            | ToManager::HandOver { .. } => {}
         }
     }
 

@@ -31,7 +31,8 @@ pub(super) struct StartMessage {
 #[serde(tag = "message", rename_all = "snake_case")]
 pub(super) enum ToKeeper {
     /// All that the next one needs, instead of what was given before. The descriptors follow.
-    Keep {
+    #[serde(rename = "keep")]
+    Store {
         /// What they are.
         #[serde(rename = "left")]
         state: HandOver,
@@ -55,7 +56,8 @@ pub(super) enum ToKeeper {
     DeleteSocket,
     /// This process has stopped; all is to go to whoever is at the other end of the connection that
     /// follows.
-    GiveAway,
+    #[serde(rename = "give_away")]
+    HandOver,
 }
 
 /// Describes the descriptors, and what the kernel allows on them. They are, in this order: the snapshot,

@@ -35,7 +35,7 @@ use super::server;
 
 /// A data process that dies sooner than this after its start has gained nothing …
 const STABLE: Duration = Duration::from_secs(10);
-/// … and after so many of these in a row all is given up: whoever started the keeper begins anew.
+/// … and after so many of these in a row all is handed_over up: whoever started the keeper begins anew.
 const DEATHS: u32 = 3;
 /// Timeout for the data process to stop before its keeper ends.
 const STOP_TIMEOUT: Duration = Duration::from_millis(500);
@@ -62,7 +62,7 @@ pub fn run(options: &Options, arguments: &[OsString]) -> anyhow::Result<()> {
         let end = keep(plane, options, arguments, activation.as_mut());
         set(activation.as_mut(), Activity::Idle);
         match end? {
-            End::GivenAway(store) => {
+            End::HandedOver(store) => {
                 tracing::info!("data plane handed over");
                 if !options.takes_over() {
                     return Ok(());
@@ -83,7 +83,7 @@ enum End {
     /// The data process has ended in an orderly way.
     Ended,
     /// The data plane was handed over to another keeper; the store stays accessible.
-    GivenAway(FdStore),
+    HandedOver(FdStore),
     /// SIGTERM arrived, and the data process has stopped.
     Terminated,
 }
@@ -107,7 +107,7 @@ fn keep(
         let ended = attend(&mut child, &channel, &mut plane, activation.as_deref_mut())?;
         let status = match ended {
             Ended::Process(status) => status,
-            Ended::GivenAway => return Ok(End::GivenAway(plane.store)),
+            Ended::HandedOver => return Ok(End::HandedOver(plane.store)),
             Ended::Terminated => {
                 // The lock is free as soon as it has ended.
                 let _ = child.kill().and_then(|()| child.wait());
@@ -159,7 +159,7 @@ enum Ended {
     /// The process has ended.
     Process(ExitStatus),
     /// The data plane was handed over to another keeper.
-    GivenAway,
+    HandedOver,
     /// SIGTERM arrived.
     Terminated,
 }
@@ -213,18 +213,22 @@ fn attend(
         }
         // What it said last counts, too.
         if told {
-            match plane.take_message(channel) {
+            match plane.on_message(channel) {
                 Ok(None) => {}
                 // The lanes have stopped, so that no packet is lost with the data process.
                 Ok(Some(connection)) if is_own(&connection) => return Ok(Ended::Terminated),
                 Ok(Some(connection)) => {
-                    let given = plane.stored.is_some() && plane.give(&connection);
+                    let handed_over = plane.stored.is_some() && plane.hand_over(&connection);
                     // It has stopped in either case.
                     let _ = child.kill();
                     let status = child.wait().context("cannot wait for the data process")?;
                     // The other one begins only now: no two processes may seal in one session.
-                    let given = given && (&connection).write_all(&[0]).is_ok();
-                    return Ok(if given { Ended::GivenAway } else { Ended::Process(status) });
+                    let handed_over = handed_over && (&connection).write_all(&[0]).is_ok();
+                    return Ok(if handed_over {
+                        Ended::HandedOver
+                    } else {
+                        Ended::Process(status)
+                    });
                 }
                 Err(_) => listens = false,
             }

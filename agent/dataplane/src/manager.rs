@@ -137,9 +137,9 @@ impl Manager {
             let _ = answer.send(response);
             return if shutdown { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
         }
-        if let ToManager::GiveAway { connection, answer } = message {
+        if let ToManager::HandOver { connection, answer } = message {
             // It works on where it cannot be given away.
-            let _ = answer.send(self.give_away(&connection));
+            let _ = answer.send(self.hand_over(&connection));
             return ControlFlow::Continue(());
         }
         if let ToManager::EndSessions { reason } = message {
@@ -293,7 +293,7 @@ impl Manager {
                     let (state, more) = active.running.leave(&active.snapshot.node);
                     let mut all = vec![snapshot.as_fd(), memory.file()];
                     all.extend(more);
-                    keeper.notify(&ToKeeper::Keep { state }, &all)
+                    keeper.notify(&ToKeeper::Store { state }, &all)
                 }
             }
         };
@@ -303,7 +303,7 @@ impl Manager {
     }
 
     /// Stops the lanes and has the keeper give all away: it then ends this process. Returns why not.
-    fn give_away(&mut self, connection: &UnixStream) -> Response {
+    fn hand_over(&mut self, connection: &UnixStream) -> Response {
         let refused = |message: &str| Response::Error {
             kind: ErrorKind::Invalid,
             message: message.to_owned(),
@@ -316,7 +316,7 @@ impl Manager {
         }
         active.running.stop();
         active.running.stop_ecn_reports();
-        match keeper.notify(&ToKeeper::GiveAway, &[connection.as_fd()]) {
+        match keeper.notify(&ToKeeper::HandOver, &[connection.as_fd()]) {
             // Whoever kills this process is on the way, also where nobody takes it over.
             Ok(()) => loop {
                 std::thread::park();

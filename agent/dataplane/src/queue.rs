@@ -56,7 +56,7 @@ pub(super) enum ToManager {
         answer: SyncSender<Response>,
     },
     /// Stop, and have the keeper give all to whoever is at the other end.
-    GiveAway {
+    HandOver {
         /// [`Request::TakeOver`] came by it.
         connection: UnixStream,
         /// Where a refusal goes.

@@ -228,7 +228,7 @@ fn converse(
                 continue;
             }
             Request::TakeOver { version: HANDOVER_VERSION } => {
-                ToManager::GiveAway { connection: stream.try_clone()?, answer }
+                ToManager::HandOver { connection: stream.try_clone()?, answer }
             }
             request => ToManager::Request { request, answer },
         };

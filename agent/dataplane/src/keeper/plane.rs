@@ -65,10 +65,10 @@ impl Plane {
 
     /// Handles a message of the data process; returns the connection to hand over to, if the
     /// message requests a hand-over.
-    pub(super) fn take_message(&mut self, channel: &UnixStream) -> io::Result<Option<UnixStream>> {
+    pub(super) fn on_message(&mut self, channel: &UnixStream) -> io::Result<Option<UnixStream>> {
         let message = receive(channel)?.ok_or(io::ErrorKind::UnexpectedEof)?;
         match message {
-            ToKeeper::Keep { state } => {
+            ToKeeper::Store { state } => {
                 let descriptors = descriptors::receive(channel, state.descriptor_count())?;
                 self.stored = Some(StoredFds { state, descriptors });
             }
@@ -96,7 +96,7 @@ impl Plane {
                 send(channel, &Answer::Done, &[])?;
                 return Ok(None);
             }
-            ToKeeper::GiveAway => {
+            ToKeeper::HandOver => {
                 return Ok(descriptors::receive(channel, 1)?.pop().map(UnixStream::from));
             }
         }
@@ -106,8 +106,8 @@ impl Plane {
 
     /// Sends the lock and the store to the keeper at the other end; returns whether that keeper
     /// confirms their receipt.
-    pub(super) fn give(&self, connection: &UnixStream) -> bool {
-        let give = || -> io::Result<()> {
+    pub(super) fn hand_over(&self, connection: &UnixStream) -> bool {
+        let hand_over = || -> io::Result<()> {
             connection.set_read_timeout(Some(PATIENCE))?;
             connection.set_write_timeout(Some(PATIENCE))?;
             let all: Vec<_> =
@@ -115,10 +115,10 @@ impl Plane {
             send(connection, &Response::HandOver, &all)?;
             (&*connection).read_exact(&mut [0])
         };
-        let given = give();
-        if let Err(error) = &given {
+        let result = hand_over();
+        if let Err(error) = &result {
             tracing::error!(%error, "hand-over to the new keeper failed");
         }
-        given.is_ok()
+        result.is_ok()
     }
 }

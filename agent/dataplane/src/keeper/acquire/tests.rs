@@ -119,7 +119,7 @@ fn keeper_that_dies_in_a_hand_over_loses_nothing() {
         assert!(matches!(asked, Request::TakeOver { .. }), "{asked:?}");
         plane.stored = Some(stored());
         plane.save();
-        assert!(plane.give(&connection));
+        assert!(plane.hand_over(&connection));
     });
     let taken = acquire_alone(&options);
     assert_eq!(taken.stored.unwrap().state.generation, 7);
