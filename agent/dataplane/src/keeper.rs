@@ -34,9 +34,9 @@ use super::options::Options;
 use super::server;
 
 /// A data process that dies sooner than this after its start has gained nothing …
-const STABLE: Duration = Duration::from_secs(10);
+const MIN_UPTIME: Duration = Duration::from_secs(10);
 /// … and after so many of these in a row all is handed_over up: whoever started the keeper begins anew.
-const DEATHS: u32 = 3;
+const MAX_RAPID_RESTARTS: u32 = 3;
 /// Timeout for the data process to stop before its keeper ends.
 const STOP_TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -59,27 +59,27 @@ pub fn run(options: &Options, arguments: &[OsString]) -> anyhow::Result<()> {
                 None => return Ok(()),
             },
         };
-        let end = keep(plane, options, arguments, activation.as_mut());
-        set(activation.as_mut(), Activity::Idle);
+        let end = run_data_process(plane, options, arguments, activation.as_mut());
+        set_activity(activation.as_mut(), Activity::Idle);
         match end? {
-            End::HandedOver(store) => {
+            PlaneEnd::HandedOver(store) => {
                 tracing::info!("data plane handed over");
                 if !options.takes_over() {
                     return Ok(());
                 }
                 held = Some(store);
             }
-            End::Ended if activation.is_none() => return Ok(()),
+            PlaneEnd::Ended if activation.is_none() => return Ok(()),
             // Other keepers may hold the store; the kernel queues packets until one of them
             // continues.
-            End::Terminated => return Ok(()),
-            End::Ended => {}
+            PlaneEnd::Terminated => return Ok(()),
+            PlaneEnd::Ended => {}
         }
     }
 }
 
 /// Reasons why the keeper no longer runs the data plane.
-enum End {
+enum PlaneEnd {
     /// The data process has ended in an orderly way.
     Ended,
     /// The data plane was handed over to another keeper; the store stays accessible.
@@ -89,33 +89,33 @@ enum End {
 }
 
 /// Runs a data process, and replaces it if it fails.
-fn keep(
+fn run_data_process(
     mut plane: Plane,
     options: &Options,
     arguments: &[OsString],
     mut activation: Option<&mut Activation>,
-) -> anyhow::Result<End> {
-    let mut deaths = 0;
+) -> anyhow::Result<PlaneEnd> {
+    let mut rapid_exits = 0;
     loop {
         let started = Instant::now();
         let (mut child, channel) = spawn(arguments)?;
         tracing::info!(
             pid = child.id(),
-            takes_up = plane.stored.is_some(),
+            inherits = plane.stored.is_some(),
             "started a data process"
         );
-        let ended = attend(&mut child, &channel, &mut plane, activation.as_deref_mut())?;
+        let ended = supervise_child(&mut child, &channel, &mut plane, activation.as_deref_mut())?;
         let status = match ended {
-            Ended::Process(status) => status,
-            Ended::HandedOver => return Ok(End::HandedOver(plane.store)),
-            Ended::Terminated => {
+            ChildEnd::Process(status) => status,
+            ChildEnd::HandedOver => return Ok(PlaneEnd::HandedOver(plane.store)),
+            ChildEnd::Terminated => {
                 // The lock is free as soon as it has ended.
                 let _ = child.kill().and_then(|()| child.wait());
-                return Ok(End::Terminated);
+                return Ok(PlaneEnd::Terminated);
             }
         };
-        deaths = if started.elapsed() < STABLE { deaths + 1 } else { 1 };
-        if !status.success() && plane.stored.is_some() && deaths <= DEATHS {
+        rapid_exits = if started.elapsed() < MIN_UPTIME { rapid_exits + 1 } else { 1 };
+        if !status.success() && plane.stored.is_some() && rapid_exits <= MAX_RAPID_RESTARTS {
             tracing::error!(%status, "data process exited, restarting it with its sockets and sessions");
             continue;
         }
@@ -126,15 +126,15 @@ fn keep(
             bail!("the data process ended: {status}");
         }
         if !activation.as_deref_mut().is_some_and(Activation::is_requested) {
-            return Ok(End::Ended);
+            return Ok(PlaneEnd::Ended);
         }
         // The agent has ended the data process, to start one with other settings.
         plane.listener = server::bind(&options.socket)?;
-        deaths = 0;
+        rapid_exits = 0;
     }
 }
 
-fn set(activation: Option<&mut Activation>, activity: Activity) {
+fn set_activity(activation: Option<&mut Activation>, activity: Activity) {
     if let Some(Err(error)) = activation.map(|activation| activation.set(activity)) {
         tracing::error!(%error, "cannot write the marker in the instance's directory");
     }
@@ -155,7 +155,7 @@ fn spawn(arguments: &[OsString]) -> anyhow::Result<(Child, UnixStream)> {
 }
 
 /// Reasons for the end of a data process's run.
-enum Ended {
+enum ChildEnd {
     /// The process has ended.
     Process(ExitStatus),
     /// The data plane was handed over to another keeper.
@@ -165,24 +165,24 @@ enum Ended {
 }
 
 /// Serves one data process until it has ended.
-fn attend(
+fn supervise_child(
     child: &mut Child,
     channel: &UnixStream,
     plane: &mut Plane,
     mut activation: Option<&mut Activation>,
-) -> anyhow::Result<Ended> {
+) -> anyhow::Result<ChildEnd> {
     let mut all = vec![plane.listener.as_fd(), plane.lock.as_fd()];
     let state = plane.stored.as_ref().map(|stored| {
         all.extend(stored.descriptors.iter().map(AsFd::as_fd));
         stored.state.clone()
     });
     // One that dies before it has read this is seen below.
-    let begun = send(channel, &StartMessage { state }, &all);
-    set(activation.as_deref_mut(), Activity::Active);
+    let sent = send(channel, &StartMessage { state }, &all);
+    set_activity(activation.as_deref_mut(), Activity::Active);
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
     let pid = pid.context("the data process has no process id")?;
     let pidfd = pidfd_open(pid, PidfdFlags::empty()).context("cannot watch the data process")?;
-    let mut listens = begun.is_ok();
+    let mut is_open = sent.is_ok();
     // Connection by which this keeper has asked its own data process to stop.
     let mut stop: Option<UnixStream> = None;
     loop {
@@ -191,32 +191,32 @@ fn attend(
         let requests = requests.map(Activation::descriptors).into_iter().flatten();
         let requests: Vec<_> = requests.collect();
         let mut fds = vec![PollFd::new(&pidfd, PollFlags::IN)];
-        fds.extend(listens.then(|| PollFd::new(channel, PollFlags::IN)));
+        fds.extend(is_open.then(|| PollFd::new(channel, PollFlags::IN)));
         fds.extend(requests.iter().map(|fd| PollFd::new(fd, PollFlags::IN)));
         let timeout = stop.is_some().then_some(STOP_TIMEOUT);
         let timeout = timeout.map(Timespec::try_from).transpose().context("a timeout")?;
         match rustix::event::poll(&mut fds, timeout.as_ref()) {
-            Ok(0) => return Ok(Ended::Terminated),
+            Ok(0) => return Ok(ChildEnd::Terminated),
             Err(rustix::io::Errno::INTR) => continue,
             other => other.context("cannot wait for the data process")?,
         };
         let ended = !fds[0].revents().is_empty();
-        let told = listens && fds.get(1).is_some_and(|fd| !fd.revents().is_empty());
+        let has_message = is_open && fds.get(1).is_some_and(|fd| !fd.revents().is_empty());
         if let Some(activation) = activation.as_deref_mut() {
             activation.accept();
             if stop.is_none() && activation.is_terminated() {
                 match request_stop(plane) {
                     Ok(connection) => stop = Some(connection),
-                    Err(_) => return Ok(Ended::Terminated),
+                    Err(_) => return Ok(ChildEnd::Terminated),
                 }
             }
         }
         // What it said last counts, too.
-        if told {
+        if has_message {
             match plane.on_message(channel) {
                 Ok(None) => {}
                 // The lanes have stopped, so that no packet is lost with the data process.
-                Ok(Some(connection)) if is_own(&connection) => return Ok(Ended::Terminated),
+                Ok(Some(connection)) if is_own(&connection) => return Ok(ChildEnd::Terminated),
                 Ok(Some(connection)) => {
                     let handed_over = plane.stored.is_some() && plane.hand_over(&connection);
                     // It has stopped in either case.
@@ -225,16 +225,16 @@ fn attend(
                     // The other one begins only now: no two processes may seal in one session.
                     let handed_over = handed_over && (&connection).write_all(&[0]).is_ok();
                     return Ok(if handed_over {
-                        Ended::HandedOver
+                        ChildEnd::HandedOver
                     } else {
-                        Ended::Process(status)
+                        ChildEnd::Process(status)
                     });
                 }
-                Err(_) => listens = false,
+                Err(_) => is_open = false,
             }
         } else if ended {
             let status = child.wait().context("cannot wait for the data process")?;
-            return Ok(Ended::Process(status));
+            return Ok(ChildEnd::Process(status));
         }
     }
 }

@@ -12,7 +12,7 @@ use skein_sys::descriptors;
 use skein_sys::lock::FileLock;
 use skein_sys::socket::{is_disconnect, is_no_listener, make_directory};
 
-use super::client::{PATIENCE, connect, end};
+use super::client::{HANDOVER_TIMEOUT, connect, shut_down};
 use super::plane::Plane;
 use crate::activation::Activation;
 use crate::fd_store::FdStore;
@@ -28,17 +28,17 @@ const REQUEST_DELAY: Duration = Duration::from_secs(1);
 
 /// Acquires the data plane: at once, or, if this keeper has handed it over, when it is free.
 pub(super) fn acquire(options: &Options, held: &mut Option<FdStore>) -> anyhow::Result<Plane> {
-    let mut attempt = Attempt::new(options);
-    let until = Instant::now() + PATIENCE;
+    let mut attempt = LockAttempt::new(options);
+    let until = Instant::now() + HANDOVER_TIMEOUT;
     let holds = held.is_some();
     loop {
-        if let Some(lock) = attempt.lock(held.is_some())? {
+        if let Some(lock) = attempt.try_lock(held.is_some())? {
             return Plane::open(lock, held.take(), options);
         }
         if !holds && options.take_over {
             match request(&options.socket, held, &mut attempt) {
                 Ok(lock) => return Plane::open(lock, held.take(), options),
-                Err(error) if !error.is_passing() || Instant::now() > until => {
+                Err(error) if !error.is_transient() || Instant::now() > until => {
                     return Err(error.into_error(&options.socket));
                 }
                 Err(error) => tracing::debug!(
@@ -64,19 +64,19 @@ pub(super) fn acquire_on_request(
     activation: &mut Activation,
     held: &mut Option<FdStore>,
 ) -> anyhow::Result<Option<Plane>> {
-    let mut attempt = Attempt::new(options);
+    let mut attempt = LockAttempt::new(options);
     let mut next_request = Instant::now();
     while !activation.is_terminated() {
         let requested = activation.is_requested();
         if (requested || held.is_some())
-            && let Some(lock) = attempt.lock(held.is_some())?
+            && let Some(lock) = attempt.try_lock(held.is_some())?
         {
             return Plane::open(lock, held.take(), options).map(Some);
         }
         if requested && Instant::now() >= next_request {
             match request(&options.socket, held, &mut attempt) {
                 Ok(lock) => return Plane::open(lock, held.take(), options).map(Some),
-                Err(error) if error.is_passing() => {}
+                Err(error) if error.is_transient() => {}
                 Err(error) => {
                     tracing::error!("{:#}", error.into_error(&options.socket));
                     next_request = Instant::now() + REQUEST_DELAY;
@@ -89,21 +89,21 @@ pub(super) fn acquire_on_request(
 }
 
 /// Attempts to take the lock of the data plane.
-struct Attempt {
+struct LockAttempt {
     path: PathBuf,
     takes_over: bool,
     /// Time since which the lock was free at every attempt.
     free_since: Option<Instant>,
 }
 
-impl Attempt {
+impl LockAttempt {
     fn new(options: &Options) -> Self {
         let path = lock_path(&options.socket);
         Self { path, takes_over: options.takes_over(), free_since: None }
     }
 
     /// Takes the lock if it is free; a keeper that `holds` descriptors comes first.
-    fn lock(&mut self, holds: bool) -> anyhow::Result<Option<FileLock>> {
+    fn try_lock(&mut self, holds: bool) -> anyhow::Result<Option<FileLock>> {
         let failed = || format!("cannot lock {}", self.path.display());
         make_directory(&self.path).with_context(failed)?;
         let lock = FileLock::try_acquire(&self.path).with_context(failed)?;
@@ -118,23 +118,23 @@ impl Attempt {
 
 /// Errors of a request for the data plane.
 #[derive(Debug)]
-enum Refusal {
+enum RequestError {
     /// The connection failed.
     Io(io::Error),
     /// The data process refuses, or is of a release with another hand-over.
     Refused(ErrorKind, String),
 }
 
-impl From<io::Error> for Refusal {
+impl From<io::Error> for RequestError {
     fn from(error: io::Error) -> Self {
         Self::Io(error)
     }
 }
 
-impl Refusal {
+impl RequestError {
     /// Returns whether to repeat the request at once: the data process has just died and its socket
     /// closes soon, or its keeper is starting the next one.
-    fn is_passing(&self) -> bool {
+    fn is_transient(&self) -> bool {
         match self {
             Self::Io(error) => is_disconnect(error) || is_no_listener(error),
             // The data process was ended.
@@ -161,13 +161,13 @@ impl Refusal {
 fn request(
     socket: &Path,
     held: &mut Option<FdStore>,
-    attempt: &mut Attempt,
-) -> Result<FileLock, Refusal> {
+    attempt: &mut LockAttempt,
+) -> Result<FileLock, RequestError> {
     let mut stream = connect(socket)?;
     write_frame(&mut stream, &Request::TakeOver { version: HANDOVER_VERSION })?;
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + HANDOVER_TIMEOUT;
     while !is_readable(&stream, LOCK_INTERVAL)? && Instant::now() < deadline {
-        let lock = attempt.lock(held.is_some());
+        let lock = attempt.try_lock(held.is_some());
         if let Some(lock) = lock.map_err(|error| io::Error::other(format!("{error:#}")))? {
             return Ok(lock);
         }
@@ -178,10 +178,10 @@ fn request(
         // The data process is of a release with another hand-over, or has no snapshot.
         Response::Error { kind: kind @ ErrorKind::Invalid, message } => {
             tracing::warn!(message, "cannot take over: the previous data process is ended instead");
-            end(socket)?;
-            return Err(Refusal::Refused(kind, message));
+            shut_down(socket)?;
+            return Err(RequestError::Refused(kind, message));
         }
-        Response::Error { kind, message } => return Err(Refusal::Refused(kind, message)),
+        Response::Error { kind, message } => return Err(RequestError::Refused(kind, message)),
         _ => return Err(invalid("an answer to another request").into()),
     }
     let mut all = descriptors::receive(&stream, 1 + FdStore::DESCRIPTORS)?;

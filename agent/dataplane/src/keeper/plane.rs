@@ -10,7 +10,7 @@ use skein_ipc::Response;
 use skein_sys::descriptors;
 use skein_sys::lock::FileLock;
 
-use super::client::{PATIENCE, end_unlocked};
+use super::client::{HANDOVER_TIMEOUT, shut_down_unlocked};
 use crate::channel::{answer_listener, answer_queues};
 use crate::fd_store::{FdStore, StoredFds};
 use crate::handover::{Answer, ToKeeper, receive, send};
@@ -44,7 +44,7 @@ impl Plane {
             Some((listener, stored)) => (listener, Some(stored)),
             None => {
                 if options.takes_over() {
-                    end_unlocked(&options.socket)?;
+                    shut_down_unlocked(&options.socket)?;
                 }
                 (server::bind(&options.socket)?, None)
             }
@@ -108,8 +108,8 @@ impl Plane {
     /// confirms their receipt.
     pub(super) fn hand_over(&self, connection: &UnixStream) -> bool {
         let hand_over = || -> io::Result<()> {
-            connection.set_read_timeout(Some(PATIENCE))?;
-            connection.set_write_timeout(Some(PATIENCE))?;
+            connection.set_read_timeout(Some(HANDOVER_TIMEOUT))?;
+            connection.set_write_timeout(Some(HANDOVER_TIMEOUT))?;
             let all: Vec<_> =
                 [self.lock.as_fd()].into_iter().chain(self.store.descriptors()).collect();
             send(connection, &Response::HandOver, &all)?;

@@ -139,7 +139,7 @@ fn lock_that_becomes_free_during_a_request_is_taken() {
     let mut held = FdStore::received(copies.into());
     let requesting = std::thread::spawn(move || {
         let begun = Instant::now();
-        let mut attempt = Attempt::new(&options);
+        let mut attempt = LockAttempt::new(&options);
         let lock = request(&options.socket, &mut held, &mut attempt);
         (lock.is_ok(), begun.elapsed())
     });
@@ -147,7 +147,7 @@ fn lock_that_becomes_free_during_a_request_is_taken() {
     assert!(!requesting.is_finished(), "The other keeper has the data plane.");
     drop(plane);
     let (taken, took) = requesting.join().unwrap();
-    assert!(taken && took < PATIENCE / 2, "The lock was taken ({taken}) after {took:?}.");
+    assert!(taken && took < HANDOVER_TIMEOUT / 2, "The lock was taken ({taken}) after {took:?}.");
 }
 
 /// A keeper that has handed over its data plane gets it back when the other keeper ends.
