@@ -236,7 +236,7 @@ impl Active {
 
     pub(super) fn event(&mut self, now: Time, message: ToManager, tap: &Tap) {
         match message {
-            ToManager::WantSession(peer) => self.engine.request_session(now, peer),
+            ToManager::RequestSession(peer) => self.engine.request_session(now, peer),
             ToManager::UnknownSession(source) => self.engine.on_unknown_session(now, source),
             ToManager::TooLong(datagram) => self.too_long(now, datagram),
             ToManager::Datagram { source, mut datagram, .. } => {

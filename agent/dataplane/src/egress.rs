@@ -266,7 +266,7 @@ impl Egress {
         if !held {
             self.drop(lane, DropReason::NoSession, packet);
         }
-        if ask && lane.manager.tell(ToManager::WantSession(peer)) {
+        if ask && lane.manager.try_send_own(ToManager::RequestSession(peer)) {
             self.pending.asked(lane.now(), peer);
         }
     }
@@ -425,7 +425,7 @@ mod tests {
     impl Lab {
         fn new(age_clock: Duration) -> Self {
             let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
-            let (manager, _) = queue::new();
+            let (manager, _) = queue::channel();
             Self {
                 egress: Egress::new(true, GsoState::new()),
                 lane: context(manager, age_clock),

@@ -292,7 +292,7 @@ impl Ingress {
             return Err(DropReason::HandshakeInvalid);
         }
         if header.kind != MessageType::Control {
-            return lane.manager.hand_on(header.kind, source, &*datagram);
+            return lane.manager.try_enqueue(header.kind, source, &*datagram);
         }
         let at = self.by_index.get(&header.receiver);
         let Some(rx) = at.and_then(|&at| self.sessions.get_mut(at)) else {
@@ -302,7 +302,7 @@ impl Ingress {
         // The engine opens the message again: it answers, and its replay window decides.
         let sealed: Box<[u8]> = (&*datagram).into();
         rx.check_control(lane.age_clock(), datagram)?;
-        lane.manager.hand_on(header.kind, source, sealed)
+        lane.manager.try_enqueue(header.kind, source, sealed)
     }
 
     fn write(&mut self, lane: &LaneContext, tun: Option<&TunQueue>) {

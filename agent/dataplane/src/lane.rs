@@ -259,7 +259,7 @@ impl Lane {
                 lane = self.context.index,
                 "the TUN device is gone; waiting for another"
             );
-            self.context.manager.tell(ToManager::TunGone { generation: self.generation });
+            self.context.manager.try_send_own(ToManager::TunGone { generation: self.generation });
             if let Some(tun) = self.tun.take() {
                 // Closing would remove it as well; a failure here changes nothing.
                 let _ = self.poller.remove(tun.as_fd());

@@ -83,7 +83,7 @@ impl LaneContext {
     pub(super) fn too_long(&self, datagram: TooLong) {
         let due = |at: Instant| self.now - at >= TOO_LONG_INTERVAL;
         if self.too_long_reported.get().is_none_or(due)
-            && self.manager.tell(ToManager::TooLong(datagram))
+            && self.manager.try_send_own(ToManager::TooLong(datagram))
         {
             self.too_long_reported.set(Some(self.now));
         }
@@ -93,7 +93,7 @@ impl LaneContext {
     pub(super) fn unknown_session(&mut self, source: IpAddr) {
         if self.unknown_session_told.is_none_or(|t| self.now - t >= UNKNOWN_SESSION_INTERVAL) {
             self.unknown_session_told = Some(self.now);
-            self.manager.tell(ToManager::UnknownSession(source));
+            self.manager.try_send_own(ToManager::UnknownSession(source));
         }
     }
 }

@@ -49,7 +49,7 @@ pub(super) fn start(
     changes: Arc<Changes>,
     confinement: Vec<Confinement>,
 ) -> std::io::Result<(ToManagerQueue, JoinHandle<()>)> {
-    let (sender, receiver) = queue::new();
+    let (sender, receiver) = queue::channel();
     // Before sessions are resumed, so that no announcement is missed after that.
     if let Err(error) = Uevents::subscribe().and_then(|uevents| uevents.watch(sender.clone())) {
         tracing::warn!(%error, "sessions do not end if this virtual machine is cloned");

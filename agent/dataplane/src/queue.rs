@@ -14,16 +14,16 @@ use skein_ipc::{Request, Response};
 use skein_sys::send::TooLong;
 
 /// Number of message types that come from the underlay: three of handshakes, and control messages.
-const TYPES: usize = 4;
+const MESSAGE_TYPES: usize = 4;
 /// Queued messages of each type. Further ones are dropped and counted; their senders repeat them.
 const MAX_QUEUED_PER_TYPE: usize = 256;
 /// Queued messages in all. One share is left for the lanes' own messages and the control process.
-const MAX_QUEUED: usize = (TYPES + 1) * MAX_QUEUED_PER_TYPE;
+const MAX_QUEUED: usize = (MESSAGE_TYPES + 1) * MAX_QUEUED_PER_TYPE;
 
 /// What the manager is told.
 pub(super) enum ToManager {
     /// A lane has packets for a peer without a session.
-    WantSession(PeerId),
+    RequestSession(PeerId),
     /// A lane's TUN queue is of no more use.
     TunGone {
         /// The device's generation ([`super::setup::Running::generation`]).
@@ -44,9 +44,9 @@ pub(super) enum ToManager {
         source: SocketAddr,
         /// UDP payload.
         datagram: Box<[u8]>,
-        /// Place in the share of the message's type.
+        /// QueuePermit in the share of the message's type.
         #[allow(dead_code, reason = "given back when it is dropped")]
-        place: Place,
+        permit: QueuePermit,
     },
     /// From the control socket.
     Request {
@@ -68,18 +68,18 @@ pub(super) enum ToManager {
 #[derive(Debug, Clone)]
 pub(super) struct ToManagerQueue {
     queue: SyncSender<ToManager>,
-    waiting: Arc<[AtomicUsize; TYPES]>,
+    waiting: Arc<[AtomicUsize; MESSAGE_TYPES]>,
 }
 
-/// The place of a message from the underlay in the queue, until it is dropped.
+/// The permit of a message from the underlay in the queue, until it is dropped.
 #[derive(Debug)]
-pub(super) struct Place {
-    waiting: Arc<[AtomicUsize; TYPES]>,
+pub(super) struct QueuePermit {
+    waiting: Arc<[AtomicUsize; MESSAGE_TYPES]>,
     of: usize,
 }
 
 /// A queue.
-pub(super) fn new() -> (ToManagerQueue, Receiver<ToManager>) {
+pub(super) fn channel() -> (ToManagerQueue, Receiver<ToManager>) {
     let (queue, receiver) = sync_channel(MAX_QUEUED);
     (ToManagerQueue { queue, waiting: Arc::default() }, receiver)
 }
@@ -91,7 +91,7 @@ impl ToManagerQueue {
     }
 
     /// Whether it was taken. It is not while the manager is behind, and when the process ends.
-    pub(super) fn tell(&self, message: ToManager) -> bool {
+    pub(super) fn try_send_own(&self, message: ToManager) -> bool {
         self.queue.try_send(message).is_ok()
     }
 
@@ -99,34 +99,34 @@ impl ToManagerQueue {
     ///
     /// # Errors
     /// [`DropReason::ManagerQueue`] if the queue or the share of this type is full.
-    pub(super) fn hand_on(
+    pub(super) fn try_enqueue(
         &self,
         kind: MessageType,
         source: SocketAddr,
         datagram: impl Into<Box<[u8]>>,
     ) -> Result<(), DropReason> {
-        let place = match kind {
-            MessageType::Initiation => self.place(0)?,
-            MessageType::Response => self.place(1)?,
-            MessageType::CookieReply => self.place(2)?,
-            MessageType::Control | MessageType::Data => self.place(3)?,
+        let permit = match kind {
+            MessageType::Initiation => self.acquire(0)?,
+            MessageType::Response => self.acquire(1)?,
+            MessageType::CookieReply => self.acquire(2)?,
+            MessageType::Control | MessageType::Data => self.acquire(3)?,
         };
-        let message = ToManager::Datagram { source, datagram: datagram.into(), place };
+        let message = ToManager::Datagram { source, datagram: datagram.into(), permit };
         match self.queue.try_send(message) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => Ok(()),
             Err(TrySendError::Full(_)) => Err(DropReason::ManagerQueue),
         }
     }
 
-    fn place(&self, of: usize) -> Result<Place, DropReason> {
+    fn acquire(&self, of: usize) -> Result<QueuePermit, DropReason> {
         let before = self.waiting[of].fetch_add(1, Ordering::Relaxed);
         // Given back at once where it is one too many.
-        let place = Place { waiting: Arc::clone(&self.waiting), of };
-        if before < MAX_QUEUED_PER_TYPE { Ok(place) } else { Err(DropReason::ManagerQueue) }
+        let permit = QueuePermit { waiting: Arc::clone(&self.waiting), of };
+        if before < MAX_QUEUED_PER_TYPE { Ok(permit) } else { Err(DropReason::ManagerQueue) }
     }
 }
 
-impl Drop for Place {
+impl Drop for QueuePermit {
     fn drop(&mut self) {
         self.waiting[self.of].fetch_sub(1, Ordering::Relaxed);
     }
@@ -139,9 +139,9 @@ mod tests {
 
     #[test]
     fn a_flood_of_one_type_leaves_room_for_all_others() {
-        let (queue, receiver) = new();
+        let (queue, receiver) = channel();
         let source = "192.0.2.1:5".parse().unwrap();
-        let hand_on = |kind| queue.hand_on(kind, source, [1, 2]);
+        let try_enqueue = |kind| queue.try_enqueue(kind, source, [1, 2]);
         for kind in [
             MessageType::Control,
             MessageType::Initiation,
@@ -149,19 +149,19 @@ mod tests {
             MessageType::CookieReply,
         ] {
             for _ in 0..MAX_QUEUED_PER_TYPE {
-                hand_on(kind).unwrap();
+                try_enqueue(kind).unwrap();
             }
-            assert_eq!(hand_on(kind), Err(DropReason::ManagerQueue));
+            assert_eq!(try_enqueue(kind), Err(DropReason::ManagerQueue));
         }
         for _ in 0..MAX_QUEUED_PER_TYPE {
-            assert!(queue.tell(ToManager::WantSession(PeerId(1))), "One share is left.");
+            assert!(queue.try_send_own(ToManager::RequestSession(PeerId(1))), "One share is left.");
         }
-        assert!(!queue.tell(ToManager::WantSession(PeerId(1))), "The queue is bounded.");
+        assert!(!queue.try_send_own(ToManager::RequestSession(PeerId(1))), "The queue is bounded.");
         // A message that is taken makes room for another one of its type.
         let taken = receiver.recv().unwrap();
-        assert_eq!(hand_on(MessageType::Response), Err(DropReason::ManagerQueue));
+        assert_eq!(try_enqueue(MessageType::Response), Err(DropReason::ManagerQueue));
         drop(taken);
-        hand_on(MessageType::Control).unwrap();
-        assert_eq!(hand_on(MessageType::Control), Err(DropReason::ManagerQueue));
+        try_enqueue(MessageType::Control).unwrap();
+        assert_eq!(try_enqueue(MessageType::Control), Err(DropReason::ManagerQueue));
     }
 }

@@ -75,7 +75,7 @@ fn receive(age: u64, datagrams: &[&[u8]]) -> (Vec<String>, Vec<Box<[u8]>>) {
     let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
     let mut tables = Arc::new(testing::tables(peer.local_addr().unwrap()));
-    let (manager, queue) = queue::new();
+    let (manager, queue) = queue::channel();
     let mut lane = testing::context(manager, Duration::from_secs(age));
     let config = CoalesceConfig { tcp: true, udp: true, partial_checksum: true };
     let mut ingress = Ingress::new(config);
