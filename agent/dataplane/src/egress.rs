@@ -16,7 +16,7 @@ use skein_sys::send::{GsoBatch, GsoState, Position, SendRequest, Sender};
 use skein_sys::tun::TunQueue;
 
 use super::lane_context::LaneContext;
-use super::pending::Pending;
+use super::pending::PendingPackets;
 use super::queue::ToManager;
 use super::stats::add;
 use super::tables::Tables;
@@ -44,7 +44,7 @@ pub(super) struct Egress {
     batch: EgressBatch,
     sender: Sender,
     gso: GsoState,
-    pending: Pending,
+    pending: PendingPackets,
     drops: DropCounts,
     /// Full batches sent since [`Egress::run`] began.
     full_batches: usize,
@@ -88,7 +88,7 @@ impl Egress {
             batch: EgressBatch::new(ARENA, bundling),
             sender: Sender::new(),
             gso,
-            pending: Pending::default(),
+            pending: PendingPackets::default(),
             drops: DropCounts::default(),
             full_batches: 0,
             unsent: None,
@@ -142,10 +142,10 @@ impl Egress {
             return;
         }
         let now = lane.now();
-        let released = self.pending.take_ready(|peer| tables.is_ready(peer, lane.age_clock()));
+        let released = self.pending.drain_ready(|peer| tables.is_ready(peer, lane.age_clock()));
         if !released.is_empty() {
-            for mut held in released {
-                self.route(lane, tables, held.vnet, &mut held.packet);
+            for mut waiting in released {
+                self.route(lane, tables, waiting.vnet, &mut waiting.packet);
             }
             self.flush(lane);
         }
@@ -204,10 +204,10 @@ impl Egress {
             return self.drop(lane, DropReason::NoRoute, packet);
         };
         // What waits for this peer goes first, or it would be overtaken.
-        if self.pending.holds(peer) && tables.is_ready(peer, lane.age_clock()) {
+        if self.pending.has_packets(peer) && tables.is_ready(peer, lane.age_clock()) {
             self.release_pending(lane, tables);
         }
-        if self.pending.holds(peer) || target(&mut self.batch, lane, tables, peer).is_none() {
+        if self.pending.has_packets(peer) || target(&mut self.batch, lane, tables, peer).is_none() {
             return self.hold(lane, peer, vnet, packet);
         }
         if let Err(reason) = self.push(lane, tables, peer, vnet, packet) {
@@ -262,12 +262,12 @@ impl Egress {
     }
 
     fn hold(&mut self, lane: &LaneContext, peer: PeerId, vnet: VnetHeader, packet: &[u8]) {
-        let (held, ask) = self.pending.hold(lane.now(), peer, vnet, packet);
-        if !held {
+        let (accepted, request) = self.pending.push(lane.now(), peer, vnet, packet);
+        if !accepted {
             self.drop(lane, DropReason::NoSession, packet);
         }
-        if ask && lane.manager.try_send_own(ToManager::RequestSession(peer)) {
-            self.pending.asked(lane.now(), peer);
+        if request && lane.manager.try_send_own(ToManager::RequestSession(peer)) {
+            self.pending.requested(lane.now(), peer);
         }
     }
 

@@ -7,19 +7,19 @@ use std::time::{Duration, Instant};
 use skein_core::offload::vnet::VnetHeader;
 use skein_core::route::PeerId;
 
-/// Packets held for one peer.
+/// Packets accepted for one peer.
 const MAX_PACKETS: usize = 64;
-/// Bytes held for one peer.
+/// Bytes accepted for one peer.
 const MAX_PEER_BYTES: usize = 128 << 10;
-/// Bytes held for all peers of a lane.
+/// Bytes accepted for all peers of a lane.
 const MAX_BYTES: usize = 1 << 20;
 /// What waited longer is of no use to its sender any more.
 const MAX_AGE: Duration = Duration::from_secs(5);
-/// How often the manager is asked for the same session.
-const ASK_INTERVAL: Duration = Duration::from_millis(500);
+/// How often the manager is requested for the same session.
+const REQUEST_INTERVAL: Duration = Duration::from_millis(500);
 
 /// A packet as it was read from the TUN.
-pub(super) struct Held {
+pub(super) struct PendingPacket {
     /// Its virtio_net_hdr.
     pub(super) vnet: VnetHeader,
     /// The (super)packet.
@@ -28,35 +28,35 @@ pub(super) struct Held {
 }
 
 #[derive(Default)]
-struct Queue {
-    packets: Vec<Held>,
+struct PeerQueue {
+    packets: Vec<PendingPacket>,
     /// Length of `packets` in bytes.
     bytes: usize,
-    asked: Option<Instant>,
+    requested: Option<Instant>,
 }
 
 /// See the module.
 #[derive(Default)]
-pub(super) struct Pending {
-    queues: HashMap<PeerId, Queue>,
+pub(super) struct PendingPackets {
+    queues: HashMap<PeerId, PeerQueue>,
     bytes: usize,
 }
 
-impl Pending {
+impl PendingPackets {
     /// Whether nothing waits.
     pub(super) fn is_empty(&self) -> bool {
         self.queues.is_empty()
     }
 
     /// Whether packets for `peer` wait.
-    pub(super) fn holds(&self, peer: PeerId) -> bool {
+    pub(super) fn has_packets(&self, peer: PeerId) -> bool {
         !self.queues.is_empty()
             && self.queues.get(&peer).is_some_and(|queue| !queue.packets.is_empty())
     }
 
     /// Holds a packet for `peer`. Returns whether it was taken, and whether the manager is to be
-    /// asked for a session.
-    pub(super) fn hold(
+    /// requested for a session.
+    pub(super) fn push(
         &mut self,
         now: Instant,
         peer: PeerId,
@@ -64,27 +64,27 @@ impl Pending {
         packet: &[u8],
     ) -> (bool, bool) {
         let queue = self.queues.entry(peer).or_default();
-        let ask = queue.asked.is_none_or(|asked| now - asked >= ASK_INTERVAL);
+        let request = queue.requested.is_none_or(|requested| now - requested >= REQUEST_INTERVAL);
         let room = queue.packets.len() < MAX_PACKETS
             && queue.bytes + packet.len() <= MAX_PEER_BYTES
             && self.bytes + packet.len() <= MAX_BYTES;
         if room {
             self.bytes += packet.len();
             queue.bytes += packet.len();
-            queue.packets.push(Held { vnet, packet: packet.to_vec(), since: now });
+            queue.packets.push(PendingPacket { vnet, packet: packet.to_vec(), since: now });
         }
-        (room, ask)
+        (room, request)
     }
 
-    /// Notes that the manager was asked for a session with `peer`.
-    pub(super) fn asked(&mut self, now: Instant, peer: PeerId) {
+    /// Notes that the manager was requested for a session with `peer`.
+    pub(super) fn requested(&mut self, now: Instant, peer: PeerId) {
         if let Some(queue) = self.queues.get_mut(&peer) {
-            queue.asked = Some(now);
+            queue.requested = Some(now);
         }
     }
 
     /// Takes everything that waits for a peer that `ready` accepts.
-    pub(super) fn take_ready(&mut self, ready: impl Fn(PeerId) -> bool) -> Vec<Held> {
+    pub(super) fn drain_ready(&mut self, ready: impl Fn(PeerId) -> bool) -> Vec<PendingPacket> {
         let mut taken = Vec::new();
         self.queues.retain(|&peer, queue| {
             if ready(peer) {
@@ -93,7 +93,7 @@ impl Pending {
             }
             true
         });
-        self.bytes -= taken.iter().map(|held| held.packet.len()).sum::<usize>();
+        self.bytes -= taken.iter().map(|pending| pending.packet.len()).sum::<usize>();
         taken
     }
 
@@ -104,17 +104,18 @@ impl Pending {
         let bytes = &mut self.bytes;
         self.queues.retain(|&peer, queue| {
             let known = known(peer);
-            queue.packets.retain(|held| {
-                let keep = known && now - held.since < MAX_AGE;
+            queue.packets.retain(|pending| {
+                let keep = known && now - pending.since < MAX_AGE;
                 if !keep {
                     expired += 1;
-                    *bytes -= held.packet.len();
-                    queue.bytes -= held.packet.len();
+                    *bytes -= pending.packet.len();
+                    queue.bytes -= pending.packet.len();
                 }
                 keep
             });
-            // An empty queue still remembers when the manager was asked.
-            known && (!queue.packets.is_empty() || queue.asked.is_some_and(|a| now - a < MAX_AGE))
+            // An empty queue still remembers when the manager was requested.
+            known
+                && (!queue.packets.is_empty() || queue.requested.is_some_and(|a| now - a < MAX_AGE))
         });
         expired
     }
@@ -124,53 +125,53 @@ impl Pending {
 mod tests {
     use super::*;
 
-    fn hold(pending: &mut Pending, now: Instant, peer: u32, length: usize) -> (bool, bool) {
+    fn push(pending: &mut PendingPackets, now: Instant, peer: u32, length: usize) -> (bool, bool) {
         let peer = PeerId(peer);
-        let (held, ask) = pending.hold(now, peer, VnetHeader::default(), &vec![0; length]);
-        if ask {
-            pending.asked(now, peer);
+        let (accepted, request) = pending.push(now, peer, VnetHeader::default(), &vec![0; length]);
+        if request {
+            pending.requested(now, peer);
         }
-        (held, ask)
+        (accepted, request)
     }
 
     #[test]
     fn asks_once_an_interval_and_bounds_what_it_holds() {
-        let (mut pending, now) = (Pending::default(), Instant::now());
-        assert_eq!(hold(&mut pending, now, 1, 100), (true, true));
-        assert_eq!(hold(&mut pending, now, 1, 100), (true, false));
-        assert_eq!(hold(&mut pending, now + ASK_INTERVAL, 1, 100), (true, true));
+        let (mut pending, now) = (PendingPackets::default(), Instant::now());
+        assert_eq!(push(&mut pending, now, 1, 100), (true, true));
+        assert_eq!(push(&mut pending, now, 1, 100), (true, false));
+        assert_eq!(push(&mut pending, now + REQUEST_INTERVAL, 1, 100), (true, true));
         for _ in 3..MAX_PACKETS {
-            assert!(hold(&mut pending, now, 1, 100).0);
+            assert!(push(&mut pending, now, 1, 100).0);
         }
-        assert!(!hold(&mut pending, now, 1, 100).0, "one more than it may hold");
-        assert_eq!(pending.take_ready(|peer| peer == PeerId(1)).len(), MAX_PACKETS);
-        assert!(hold(&mut pending, now, 1, 100).0, "the room is free again");
+        assert!(!push(&mut pending, now, 1, 100).0, "one more than it may push");
+        assert_eq!(pending.drain_ready(|peer| peer == PeerId(1)).len(), MAX_PACKETS);
+        assert!(push(&mut pending, now, 1, 100).0, "the room is free again");
     }
 
     #[test]
     fn peer_fills_its_own_share_only() {
-        let (mut pending, now) = (Pending::default(), Instant::now());
+        let (mut pending, now) = (PendingPackets::default(), Instant::now());
         for _ in 0..MAX_PACKETS {
-            hold(&mut pending, now, 0, 64 << 10);
+            push(&mut pending, now, 0, 64 << 10);
         }
         assert_eq!(pending.bytes, MAX_PEER_BYTES);
-        assert!(hold(&mut pending, now, 1, 64 << 10).0, "Another peer has its own share.");
+        assert!(push(&mut pending, now, 1, 64 << 10).0, "Another peer has its own share.");
         for peer in 1..20 {
-            hold(&mut pending, now, peer, MAX_PEER_BYTES);
+            push(&mut pending, now, peer, MAX_PEER_BYTES);
         }
         assert_eq!(pending.bytes, MAX_BYTES - (64 << 10), "The lane's sum is bounded.");
         pending.expire(now + MAX_AGE, |_| true);
-        assert!(hold(&mut pending, now + MAX_AGE, 0, MAX_PEER_BYTES).0, "The share is free again.");
+        assert!(push(&mut pending, now + MAX_AGE, 0, MAX_PEER_BYTES).0, "The share is free again.");
     }
 
     #[test]
     fn gives_up_what_is_old_and_what_nobody_owns() {
-        let (mut pending, now) = (Pending::default(), Instant::now());
-        hold(&mut pending, now, 1, 10);
-        hold(&mut pending, now + Duration::from_secs(3), 1, 10);
-        hold(&mut pending, now + Duration::from_secs(3), 2, 10);
+        let (mut pending, now) = (PendingPackets::default(), Instant::now());
+        push(&mut pending, now, 1, 10);
+        push(&mut pending, now + Duration::from_secs(3), 1, 10);
+        push(&mut pending, now + Duration::from_secs(3), 2, 10);
         assert_eq!(pending.expire(now + MAX_AGE, |peer| peer == PeerId(1)), 2);
-        assert_eq!(pending.take_ready(|_| true).len(), 1);
+        assert_eq!(pending.drain_ready(|_| true).len(), 1);
         assert_eq!(pending.bytes, 0);
         assert!(pending.is_empty());
     }
