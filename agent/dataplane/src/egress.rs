@@ -23,17 +23,17 @@ use super::tables::Tables;
 use super::tap::{Bytes, Sight};
 
 /// The send arena's size in bytes: four superpackets, a quarter of a usual L2 cache.
-const ARENA: usize = 256 << 10;
+const ARENA_LEN: usize = 256 << 10;
 /// Packets read before the other direction gets its turn.
-const READS: usize = 64;
+const MAX_READS: usize = 64;
 /// Full batches sent before the other direction gets its turn: a superpacket of tiny segments fills
 /// several.
 const MAX_FULL_BATCHES: usize = 2;
 /// Runs handed to the sender at a time.
-const RUNS: usize = 64;
+const MAX_RUNS: usize = 64;
 /// How long a batch waits for room in a socket's send buffer before it is dropped. A device that takes
 /// nothing for so long would hold up what goes to others.
-pub(super) const SEND_PATIENCE: Duration = Duration::from_millis(100);
+pub(super) const SEND_TIMEOUT: Duration = Duration::from_millis(100);
 /// Why a packet can be dropped while it is put into the batch.
 const BATCH_DROPS: [DropReason; 3] =
     [DropReason::TooBig, DropReason::CounterExhausted, DropReason::SealFailed];
@@ -49,12 +49,12 @@ pub(super) struct Egress {
     /// Full batches sent since [`Egress::run`] began.
     full_batches: usize,
     /// What of the batch had no room in the send buffer.
-    unsent: Option<Unsent>,
+    unsent: Option<SendCursor>,
 }
 
 /// Where sending goes on.
 #[derive(Debug, Clone, Copy)]
-struct Unsent {
+struct SendCursor {
     /// Index of the socket that has no room.
     socket: usize,
     /// Runs of its family before that one, all done.
@@ -65,7 +65,7 @@ struct Unsent {
     since: Instant,
 }
 
-impl Unsent {
+impl SendCursor {
     fn is_at(&self, other: &Self) -> bool {
         (self.socket, self.runs, self.segment) == (other.socket, other.runs, other.segment)
     }
@@ -85,7 +85,7 @@ impl Egress {
     pub(super) fn new(bundling: bool, gso: GsoState) -> Self {
         Self {
             read_buffer: vec![0; VnetHeader::LEN + 65_536].into_boxed_slice(),
-            batch: EgressBatch::new(ARENA, bundling),
+            batch: EgressBatch::new(ARENA_LEN, bundling),
             sender: Sender::new(),
             gso,
             pending: PendingPackets::default(),
@@ -106,7 +106,7 @@ impl Egress {
             match tun.read(&mut self.read_buffer) {
                 Ok(length) => {
                     read += 1;
-                    self.take(lane, tables, length);
+                    self.on_packet(lane, tables, length);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -131,7 +131,7 @@ impl Egress {
     /// Returns true if a run that has read this number of packets may read another one.
     fn may_read(&self, read: usize) -> bool {
         self.unsent.is_none()
-            && read < READS
+            && read < MAX_READS
             && self.full_batches < MAX_FULL_BATCHES
             && !self.batch.is_nearly_full()
     }
@@ -166,11 +166,11 @@ impl Egress {
         self.transmit(lane, before);
         // EAGAIN in spite of room is about the destination (an IPsec association that is being
         // negotiated): the others shall not wait for it.
-        let refused = |now: &mut Unsent| writable && now.is_at(&before);
+        let refused = |now: &mut SendCursor| writable && now.is_at(&before);
         if let Some(refused) = self.unsent.take_if(refused) {
-            self.pass_over(lane, refused);
+            self.skip_run(lane, refused);
         }
-        let late = |unsent: &mut Unsent| lane.now() - unsent.since >= SEND_PATIENCE;
+        let late = |unsent: &mut SendCursor| lane.now() - unsent.since >= SEND_TIMEOUT;
         if let Some(unsent) = self.unsent.take_if(late) {
             self.drops.add_many(DropReason::SendNoBuffer, self.count_unsent(lane, unsent));
             self.finish(lane);
@@ -183,7 +183,7 @@ impl Egress {
         !self.pending.is_empty()
     }
 
-    fn take(&mut self, lane: &LaneContext, tables: &Tables, length: usize) {
+    fn on_packet(&mut self, lane: &LaneContext, tables: &Tables, length: usize) {
         // The buffer is moved out for the time that `self` is needed beside it: two pointers.
         let mut buffer = std::mem::take(&mut self.read_buffer);
         match buffer[..length].split_at_mut_checked(VnetHeader::LEN) {
@@ -207,7 +207,9 @@ impl Egress {
         if self.pending.has_packets(peer) && tables.is_ready(peer, lane.age_clock()) {
             self.release_pending(lane, tables);
         }
-        if self.pending.has_packets(peer) || target(&mut self.batch, lane, tables, peer).is_none() {
+        if self.pending.has_packets(peer)
+            || find_or_add_peer(&mut self.batch, lane, tables, peer).is_none()
+        {
             return self.hold(lane, peer, vnet, packet);
         }
         if let Err(reason) = self.push(lane, tables, peer, vnet, packet) {
@@ -239,7 +241,7 @@ impl Egress {
             if lane.captured {
                 lane.tap.passed(Direction::Egress, lane.index, segment);
             }
-            let Some(target) = target(&mut self.batch, lane, tables, peer) else {
+            let Some(target) = find_or_add_peer(&mut self.batch, lane, tables, peer) else {
                 self.drops.add(DropReason::NoSession);
                 lane.dropped(DropReason::NoSession, None, Bytes::Inner(segment));
                 continue;
@@ -282,24 +284,24 @@ impl Egress {
             self.batch.clear();
         } else {
             self.batch.finish(&mut self.drops);
-            let from = Unsent { socket: 0, runs: 0, segment: 0, since: lane.now() };
+            let from = SendCursor { socket: 0, runs: 0, segment: 0, since: lane.now() };
             self.transmit(lane, from);
         }
         lane.stats.drops.collect(&mut self.drops);
     }
 
     /// Sends each address family from its own socket, until all is done or a socket has no room.
-    fn transmit(&mut self, lane: &LaneContext, from: Unsent) {
+    fn transmit(&mut self, lane: &LaneContext, from: SendCursor) {
         let mut at = from;
         while let Some(socket) = lane.send_sockets.get(at.socket) {
-            let mut runs = [GsoBatch::EMPTY; RUNS];
+            let mut runs = [GsoBatch::EMPTY; MAX_RUNS];
             let mut count = 0;
-            for run in family(&self.batch, socket.v4).skip(at.runs).take(RUNS) {
+            for run in runs_of_family(&self.batch, socket.v4).skip(at.runs).take(MAX_RUNS) {
                 runs[count] = run;
                 count += 1;
             }
             if count == 0 {
-                at = Unsent { socket: at.socket + 1, runs: 0, segment: 0, since: lane.now() };
+                at = SendCursor { socket: at.socket + 1, runs: 0, segment: 0, since: lane.now() };
                 continue;
             }
             let from = Position { batch: 0, segment: at.segment };
@@ -309,7 +311,7 @@ impl Egress {
             let outcome =
                 self.sender.send(socket.socket.as_fd(), &request, gso, &mut self.drops, now);
             if let Some(before) = before {
-                unsent(lane, &before, &self.drops, &runs[..count]);
+                report_unsent(lane, &before, &self.drops, &runs[..count]);
             }
             lane.stats.count_sent(&outcome, &self.sender);
             if let Some(datagram) = outcome.too_long {
@@ -318,23 +320,23 @@ impl Egress {
             lane.stats.note_gso_off(&self.gso, now, outcome.fallbacks > 0);
             let since = if outcome.datagrams > 0 { now } else { at.since };
             match outcome.blocked {
-                Some(Position { batch: run, segment }) => {
-                    self.unsent = Some(Unsent { runs: at.runs + run, segment, since, ..at });
+                Some(Position { run, segment }) => {
+                    self.unsent = Some(SendCursor { runs: at.runs + run, segment, since, ..at });
                     return;
                 }
-                None => at = Unsent { runs: at.runs + count, segment: 0, since, ..at },
+                None => at = SendCursor { runs: at.runs + count, segment: 0, since, ..at },
             }
         }
         self.finish(lane);
     }
 
     /// Drops the rest of the run that has no luck, and goes on behind it.
-    fn pass_over(&mut self, lane: &LaneContext, at: Unsent) {
+    fn skip_run(&mut self, lane: &LaneContext, at: SendCursor) {
         let Some(socket) = lane.send_sockets.get(at.socket) else { return self.finish(lane) };
-        let run = family(&self.batch, socket.v4).nth(at.runs);
+        let run = runs_of_family(&self.batch, socket.v4).nth(at.runs);
         let left = run.map_or(0, |run| run.segments.saturating_sub(at.segment));
         self.drops.add_many(DropReason::SendNoBuffer, left as u64);
-        self.transmit(lane, Unsent { runs: at.runs + 1, segment: 0, since: lane.now(), ..at });
+        self.transmit(lane, SendCursor { runs: at.runs + 1, segment: 0, since: lane.now(), ..at });
     }
 
     /// The batch is done with.
@@ -350,13 +352,13 @@ impl Egress {
     }
 
     /// How many datagrams were neither sent nor dropped.
-    fn count_unsent(&self, lane: &LaneContext, from: Unsent) -> u64 {
+    fn count_unsent(&self, lane: &LaneContext, from: SendCursor) -> u64 {
         let mut left = 0;
         for (index, socket) in lane.send_sockets.iter().enumerate().skip(from.socket) {
             let (done, part) =
                 if index == from.socket { (from.runs, from.segment) } else { (0, 0) };
             let segments: usize =
-                family(&self.batch, socket.v4).skip(done).map(|run| run.segments).sum();
+                runs_of_family(&self.batch, socket.v4).skip(done).map(|run| run.segments).sum();
             left += segments.saturating_sub(part) as u64;
         }
         left
@@ -364,14 +366,14 @@ impl Egress {
 }
 
 /// The runs of one address family.
-fn family(batch: &EgressBatch, v4: bool) -> impl Iterator<Item = GsoBatch<'_>> {
+fn runs_of_family(batch: &EgressBatch, v4: bool) -> impl Iterator<Item = GsoBatch<'_>> {
     batch.gso_batches().filter(move |run| run.destination.is_ipv4() == v4)
 }
 
 /// Tells whoever looks what the kernel did not send. Which runs they were of it does not say, so that a
 /// destination is named only where all have the same.
 #[cold]
-fn unsent(lane: &LaneContext, before: &DropCounts, now: &DropCounts, runs: &[GsoBatch<'_>]) {
+fn report_unsent(lane: &LaneContext, before: &DropCounts, now: &DropCounts, runs: &[GsoBatch<'_>]) {
     let destination = runs.first().map(|run| run.destination);
     let outer = destination.filter(|one| runs.iter().all(|run| run.destination == *one));
     for (reason, packets) in now.iter() {
@@ -389,7 +391,7 @@ fn is_gone(error: &io::Error) -> bool {
 }
 
 /// Where packets for `peer` go in this batch; `None` without a session or endpoint.
-fn target(
+fn find_or_add_peer(
     batch: &mut EgressBatch,
     lane: &LaneContext,
     tables: &Tables,

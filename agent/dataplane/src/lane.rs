@@ -22,7 +22,7 @@ use skein_sys::udp::LaneSockets;
 
 use super::busy_poll::BusyPoll;
 use super::clock::boot_time;
-use super::egress::{Egress, SEND_PATIENCE, TunState};
+use super::egress::{Egress, SEND_TIMEOUT, TunState};
 use super::ingress::{Ingress, ReceiveSocket};
 use super::lane_context::{LaneContext, SendSocket};
 use super::queue::{ToManager, ToManagerQueue};
@@ -217,7 +217,7 @@ impl Lane {
         let mut busy_poll = BusyPoll::new(self.busy_poll);
         while !self.shared.stop.load(Ordering::Acquire) {
             let timeout = match self.blocked {
-                Some(_) => Some(SEND_PATIENCE),
+                Some(_) => Some(SEND_TIMEOUT),
                 None => self.egress.has_pending().then_some(PENDING_TICK),
             };
             ready.clear();
