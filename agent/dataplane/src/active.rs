@@ -21,7 +21,7 @@ use super::memory::{Resumed, SessionMemory};
 use super::queue::ToManager;
 use super::setup::Running;
 use super::stats::DropStats;
-use super::tables::{PeerEntry, Published, Tables};
+use super::tables::{PeerEntry, Tables, TablesHandle};
 use super::tap::{Bytes, Sight, Tap};
 use super::totals::TrafficTotals;
 
@@ -32,9 +32,9 @@ pub(super) struct Active {
     /// The names and prefixes of the engine's peers.
     pub(super) peers: HashMap<PublicKey, (PeerId, Peer)>,
     routes: Arc<RouteTable>,
-    published: Arc<Published>,
+    published: Arc<TablesHandle>,
     /// Whether lanes may still look at tables that are no longer in force.
-    pub(super) unswept: bool,
+    pub(super) has_retired_tables: bool,
     /// Where sessions outlive this process; absent where the kernel gives none.
     pub(super) memory: Option<SessionMemory>,
     pub(super) running: Running,
@@ -60,10 +60,10 @@ impl Active {
         snapshot: Snapshot,
         memory: Option<SessionMemory>,
         sessions: Vec<Resumed>,
-        open: impl FnOnce(&NodeSettings, &Arc<Published>) -> Result<Running, SetupError>,
+        open: impl FnOnce(&NodeSettings, &Arc<TablesHandle>) -> Result<Running, SetupError>,
     ) -> Result<Self, SetupError> {
         let node = &snapshot.node;
-        let published = Arc::new(Published::default());
+        let published = Arc::new(TablesHandle::default());
         let running = open(node, &published)?;
         let config = EngineConfig {
             private_key: skein_core::PrivateKey::new(node.private_key.as_bytes()),
@@ -90,7 +90,7 @@ impl Active {
             peers: HashMap::new(),
             routes: Arc::default(),
             published,
-            unswept: false,
+            has_retired_tables: false,
             memory,
             running,
             drops: DropStats::default(),
@@ -292,7 +292,7 @@ impl Active {
             self.publish();
         }
         self.drops.collect(self.engine.drops());
-        self.unswept = self.published.sweep();
+        self.has_retired_tables = self.published.free_retired();
     }
 
     fn publish(&mut self) {

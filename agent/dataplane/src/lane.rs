@@ -27,7 +27,7 @@ use super::ingress::{Ingress, ReceiveSocket};
 use super::lane_context::{LaneContext, SendSocket};
 use super::queue::{ToManager, ToManagerQueue};
 use super::stats::LaneStats;
-use super::tables::{Published, Tables};
+use super::tables::{Tables, TablesHandle};
 use super::tap::Tap;
 
 const WAKE: u32 = 0;
@@ -58,7 +58,7 @@ pub(super) struct LaneParts {
     /// How long to poll for more before sleeping.
     pub(super) busy_poll: Duration,
     /// The tables in force.
-    pub(super) published: Arc<Published>,
+    pub(super) published: Arc<TablesHandle>,
     /// The manager's queue.
     pub(super) manager: ToManagerQueue,
     /// For whoever looks.
@@ -192,7 +192,7 @@ impl Lane {
                 tap: parts.tap,
                 captured: false,
                 published: parts.published,
-                epoch: 0,
+                tables_version: 0,
                 manager: parts.manager,
                 now: Instant::now(),
                 age_clock: boot_time(),

@@ -10,7 +10,7 @@ use skein_sys::send::TooLong;
 
 use super::queue::{ToManager, ToManagerQueue};
 use super::stats::LaneStats;
-use super::tables::{Published, Tables};
+use super::tables::{Tables, TablesHandle};
 use super::tap::{Bytes, Sight, Tap};
 
 /// Minimum interval between two reports of a lane about datagrams that were too long for their
@@ -33,8 +33,8 @@ pub(super) struct LaneContext {
     pub(super) tap: Arc<Tap>,
     /// Whether somebody looked at packets when this round began.
     pub(super) captured: bool,
-    pub(super) published: Arc<Published>,
-    pub(super) epoch: u64,
+    pub(super) published: Arc<TablesHandle>,
+    pub(super) tables_version: u64,
     /// The manager's queue.
     pub(super) manager: ToManagerQueue,
     pub(super) now: Instant,
@@ -70,11 +70,11 @@ impl LaneContext {
 
     /// The tables in force, if they are not those that this lane has.
     pub(super) fn newer_tables(&mut self) -> Option<Arc<Tables>> {
-        let epoch = self.published.epoch();
-        if epoch == self.epoch {
+        let version = self.published.version();
+        if version == self.tables_version {
             return None;
         }
-        self.epoch = epoch;
+        self.tables_version = version;
         Some(self.published.load())
     }
 

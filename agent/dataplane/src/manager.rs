@@ -29,7 +29,7 @@ use super::tap::Tap;
 use super::vm_generation::{ClockWatch, Uevents};
 
 /// How soon to look again whether lanes have let go of old tables.
-const SWEEP: Duration = Duration::from_millis(100);
+const RETIRED_TABLES_INTERVAL: Duration = Duration::from_millis(100);
 /// Interval between comparisons of the wall clock with the boot clock.
 const CLOCK_INTERVAL: Duration = Duration::from_secs(1);
 /// Messages dealt with before what they led to is published and sent.
@@ -164,7 +164,7 @@ impl Manager {
         let active = self.active.as_ref()?;
         let due = active.engine.poll_timeout();
         let due = due.map(|due| due.mono.saturating_sub(clock().mono));
-        let sweep = active.unswept.then_some(SWEEP);
+        let sweep = active.has_retired_tables.then_some(RETIRED_TABLES_INTERVAL);
         due.into_iter().chain(sweep).chain([CLOCK_INTERVAL]).min()
     }
 

@@ -23,7 +23,7 @@ use super::error::SetupError;
 use super::handover::{self, Family, FamilySockets, HandOver};
 use super::lane::{LaneHandle, LaneParts, NewTun};
 use super::queue::ToManagerQueue;
-use super::tables::Published;
+use super::tables::TablesHandle;
 use super::tap::Tap;
 
 /// Connections of a data plane to the rest of its process and to the keeper.
@@ -86,7 +86,7 @@ impl Running {
     /// Opens everything.
     pub(super) fn open(
         node: &NodeSettings,
-        published: &Arc<Published>,
+        published: &Arc<TablesHandle>,
         links: &Links,
     ) -> Result<Self, SetupError> {
         if !(1..=64).contains(&node.lanes) {
@@ -143,7 +143,7 @@ impl Running {
         state: HandOver,
         queues: Vec<OwnedFd>,
         sockets: Vec<FamilySockets>,
-        published: &Arc<Published>,
+        published: &Arc<TablesHandle>,
         links: &Links,
     ) -> Result<Self, SetupError> {
         let inherit = |fd| tun::inherit_queue(fd, &node.tun.name);
@@ -163,7 +163,7 @@ impl Running {
     fn new(
         node: &NodeSettings,
         opened: Opened,
-        published: &Arc<Published>,
+        published: &Arc<TablesHandle>,
         links: &Links,
     ) -> io::Result<Self> {
         let Opened { queues, sockets, offload, gso, capabilities, generation } = opened;

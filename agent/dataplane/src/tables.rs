@@ -58,34 +58,34 @@ impl PeerEntry {
 
 /// The tables in force.
 #[derive(Default)]
-pub(super) struct Published {
+pub(super) struct TablesHandle {
     /// Grows with each publication, after the tables are in place.
-    epoch: AtomicU64,
+    version: AtomicU64,
     tables: ArcSwap<Tables>,
     /// Tables that lanes may still look at: the last to let go frees thousands of entries, and that is
     /// not to be a lane.
     retired: Mutex<Vec<Arc<Tables>>>,
 }
 
-impl Published {
+impl TablesHandle {
     /// Puts `tables` in force: a lane that is asked to look at anything afterwards sees them.
     pub(super) fn publish(&self, tables: Tables) {
         let before = self.tables.swap(Arc::new(tables));
-        self.epoch.fetch_add(1, Ordering::Release);
+        self.version.fetch_add(1, Ordering::Release);
         self.retired.lock().unwrap_or_else(PoisonError::into_inner).push(before);
     }
 
     /// Frees the tables that no lane looks at any more, and with them the keys of sessions that have
     /// ended. Returns whether some are looked at still.
-    pub(super) fn sweep(&self) -> bool {
+    pub(super) fn free_retired(&self) -> bool {
         let mut retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
         retired.retain(|tables| Arc::strong_count(tables) > 1);
         !retired.is_empty()
     }
 
     /// The number of the tables in force.
-    pub(super) fn epoch(&self) -> u64 {
-        self.epoch.load(Ordering::Acquire)
+    pub(super) fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
     }
 
     /// The tables in force.
@@ -126,14 +126,14 @@ mod tests {
 
     #[test]
     fn old_tables_go_as_soon_as_nobody_looks_at_them() {
-        let published = Published::default();
+        let published = TablesHandle::default();
         let lane = published.load();
         let held = Arc::downgrade(&lane);
         published.publish(Tables::default());
-        assert!(published.sweep(), "a lane looks at them");
+        assert!(published.free_retired(), "a lane looks at them");
         drop(lane);
         assert!(held.upgrade().is_some(), "it is not the lane that frees them");
-        assert!(!published.sweep());
+        assert!(!published.free_retired());
         assert!(held.upgrade().is_none());
     }
 }

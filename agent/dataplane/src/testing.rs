@@ -28,7 +28,7 @@ pub(super) fn context(manager: ToManagerQueue, age_clock: Duration) -> LaneConte
         tap: Arc::default(),
         captured: false,
         published: Arc::default(),
-        epoch: 0,
+        tables_version: 0,
         manager,
         now: Instant::now(),
         age_clock,
