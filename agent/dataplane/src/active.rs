@@ -22,7 +22,7 @@ use super::queue::ToManager;
 use super::setup::Running;
 use super::stats::DropStats;
 use super::tables::{PeerEntry, Tables, TablesHandle};
-use super::tap::{Bytes, Sight, Tap};
+use super::tap::{Bytes, PacketRef, Tap};
 use super::totals::TrafficTotals;
 
 /// A data plane at work.
@@ -245,7 +245,7 @@ impl Active {
                 self.engine.handle_datagram(now, source, &mut datagram);
                 for (reason, packets) in self.engine.drops().iter() {
                     let (outer, bytes) = (Some(source), Bytes::Outer(&datagram));
-                    tap.dropped(reason, Sight { lane: None, outer, bytes, packets });
+                    tap.dropped(reason, PacketRef { lane: None, outer, bytes, packets });
                 }
             }
             ToManager::EndSessions { .. }

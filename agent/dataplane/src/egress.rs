@@ -20,7 +20,7 @@ use super::pending::PendingPackets;
 use super::queue::ToManager;
 use super::stats::add;
 use super::tables::Tables;
-use super::tap::{Bytes, Sight};
+use super::tap::{Bytes, PacketRef};
 
 /// The send arena's size in bytes: four superpackets, a quarter of a usual L2 cache.
 const ARENA_LEN: usize = 256 << 10;
@@ -379,8 +379,9 @@ fn report_unsent(lane: &LaneContext, before: &DropCounts, now: &DropCounts, runs
     for (reason, packets) in now.iter() {
         let packets = packets - before.get(reason);
         if packets > 0 {
-            let sight = Sight { lane: Some(lane.index), outer, bytes: Bytes::Outer(&[]), packets };
-            lane.tap.dropped(reason, sight);
+            let packet_ref =
+                PacketRef { lane: Some(lane.index), outer, bytes: Bytes::Outer(&[]), packets };
+            lane.tap.dropped(reason, packet_ref);
         }
     }
 }

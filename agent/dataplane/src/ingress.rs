@@ -26,7 +26,7 @@ use self::rx_session::RxSession;
 use super::lane_context::LaneContext;
 use super::stats::{Values, add};
 use super::tables::Tables;
-use super::tap::{Bytes, Sight};
+use super::tap::{Bytes, PacketRef};
 use super::write::TunWriter;
 
 /// The longest handshake in bytes, and the longest control message, which may be a padded ping.
@@ -389,9 +389,9 @@ fn decapsulate(inner: Ecn, outer: Ecn, merged: bool) -> Option<Ecn> {
 fn refuse(lane: &LaneContext, arena: &[u8], packet: &TunPacket<'_>) {
     let whole = packet.payload.first().map_or(&[][..], |slice| slice.of(arena));
     let bytes = Bytes::Inner(if packet.header.is_empty() { whole } else { packet.header });
-    let sight =
-        Sight { lane: Some(lane.index), outer: None, bytes, packets: packet.segments as u64 };
-    lane.tap.dropped(DropReason::TunWrite, sight);
+    let packet_ref =
+        PacketRef { lane: Some(lane.index), outer: None, bytes, packets: packet.segments as u64 };
+    lane.tap.dropped(DropReason::TunWrite, packet_ref);
 }
 
 #[cfg(test)]

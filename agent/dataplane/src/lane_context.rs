@@ -11,7 +11,7 @@ use skein_sys::send::TooLong;
 use super::queue::{ToManager, ToManagerQueue};
 use super::stats::LaneStats;
 use super::tables::{Tables, TablesHandle};
-use super::tap::{Bytes, Sight, Tap};
+use super::tap::{Bytes, PacketRef, Tap};
 
 /// Minimum interval between two reports of a lane about datagrams that were too long for their
 /// route.
@@ -65,7 +65,7 @@ impl LaneContext {
     /// Tells whoever looks of a drop.
     #[inline]
     pub(super) fn dropped(&self, reason: DropReason, outer: Option<SocketAddr>, bytes: Bytes<'_>) {
-        self.tap.dropped(reason, Sight { lane: Some(self.index), outer, bytes, packets: 1 });
+        self.tap.dropped(reason, PacketRef { lane: Some(self.index), outer, bytes, packets: 1 });
     }
 
     /// The tables in force, if they are not those that this lane has.

@@ -24,15 +24,15 @@ use super::queue::{ToManager, ToManagerQueue};
 use super::tap::Tap;
 
 /// Connections served at once: the control process's, and those of people who look, two for each watch.
-const CONNECTIONS: usize = 16;
+const MAX_CONNECTIONS: usize = 16;
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 16;
 /// A watcher is told something this often, so that one that is gone is noticed.
-const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
 /// Interval at which the socket's path is compared with the socket: one `lstat`.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a watcher may leave what it is told unread.
-const UNREAD: Duration = Duration::from_secs(5);
+const WATCHER_WRITE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Binds the socket for root's use only. A path that a dead process left is taken over.
 pub(super) fn bind(path: &Path) -> anyhow::Result<UnixListener> {
@@ -177,14 +177,14 @@ pub(super) fn serve(
                 continue;
             }
         };
-        if open.fetch_add(1, Ordering::Relaxed) >= CONNECTIONS {
+        if open.fetch_add(1, Ordering::Relaxed) >= MAX_CONNECTIONS {
             open.fetch_sub(1, Ordering::Relaxed);
             continue;
         }
         let (manager, counted, tap) = (manager.clone(), Arc::clone(&open), Arc::clone(&tap));
         let changes = Arc::clone(&changes);
         let connection = move || {
-            if let Err(error) = converse(stream, &manager, &tap, &changes) {
+            if let Err(error) = serve_connection(stream, &manager, &tap, &changes) {
                 tracing::warn!(%error, "control connection ended");
             }
             counted.fetch_sub(1, Ordering::Relaxed);
@@ -197,7 +197,7 @@ pub(super) fn serve(
     }
 }
 
-fn converse(
+fn serve_connection(
     mut stream: UnixStream,
     manager: &ToManagerQueue,
     tap: &Arc<Tap>,
@@ -221,9 +221,9 @@ fn converse(
         };
         let (answer, response) = sync_channel(1);
         let message = match request {
-            Request::Capture { capture } => return tell(stream, tap, capture),
+            Request::Capture { capture } => return stream_packets(stream, tap, capture),
             Request::Changes { known } => {
-                let version = changes.wait(known, SIGN_OF_LIFE);
+                let version = changes.wait(known, KEEPALIVE_INTERVAL);
                 write_frame(&mut stream, &Response::Changes { version })?;
                 continue;
             }
@@ -252,15 +252,19 @@ fn add_device_counters(report: &mut Report) {
 }
 
 /// Tells a watcher what is seen until it closes the connection.
-fn tell(mut stream: UnixStream, tap: &Arc<Tap>, watch: CaptureRequest) -> anyhow::Result<()> {
-    stream.set_write_timeout(Some(UNREAD))?;
-    let Some(mut watching) = tap.watch(watch) else {
+fn stream_packets(
+    mut stream: UnixStream,
+    tap: &Arc<Tap>,
+    request: CaptureRequest,
+) -> anyhow::Result<()> {
+    stream.set_write_timeout(Some(WATCHER_WRITE_TIMEOUT))?;
+    let Some(mut subscription) = tap.subscribe(request) else {
         let message = "too many watch already: end another trace --drops or capture".to_owned();
         let response = Response::Error { kind: ErrorKind::InUse, message };
         return Ok(write_frame(&mut stream, &response)?);
     };
     loop {
-        let (packets, missed) = watching.next(SIGN_OF_LIFE);
+        let (packets, missed) = subscription.next_batch(KEEPALIVE_INTERVAL);
         match write_frame(&mut stream, &Response::Captured { packets, missed }) {
             Err(error) if is_disconnect(&error) => return Ok(()),
             written => written.context("a watcher does not read")?,

@@ -1,7 +1,7 @@
-//! What passes and what is dropped, for whoever looks: copies of packets on their way to a watcher.
+//! What passes and what is dropped, for whoever looks: copies of packets on their way to a subscriber.
 //!
 //! While nobody looks a lane pays one relaxed load a round, and one a drop. While somebody does, a
-//! packet that is looked for is copied and put into the watcher's queue, which takes it or counts it
+//! packet that is looked for is copied and put into the subscriber's queue, which takes it or counts it
 //! as missed: no lane ever waits.
 
 use std::net::SocketAddr;
@@ -18,16 +18,16 @@ use skein_ipc::capture::{CaptureKind, CaptureRequest, CapturedPacket};
 const DROPS: u8 = 1;
 const PACKETS: u8 = 2;
 
-/// Watchers at once: each holds up to [`QUEUE`] packets, and a connection.
-const WATCHERS: usize = 4;
-/// Packets that wait for a watcher.
-const QUEUE: usize = 1024;
-/// Packets that one message to a watcher holds.
-const TOGETHER: usize = 128;
-/// Drops that are told within [`REFILL`]; those beyond are counted. A flood of them would cost the lanes
+/// Watchers at once: each holds up to [`QUEUE_LEN`] packets, and a connection.
+const MAX_SUBSCRIBERS: usize = 4;
+/// Packets that wait for a subscriber.
+const QUEUE_LEN: usize = 1024;
+/// Packets that one message to a subscriber holds.
+const MAX_PACKETS_PER_MESSAGE: usize = 128;
+/// Drops that are told within [`REFILL_INTERVAL`]; those beyond are counted. A flood of them would cost the lanes
 /// more than the drops do.
-const DROPS_TOLD: u32 = 100;
-const REFILL: Duration = Duration::from_millis(100);
+const MAX_DROPS_PER_INTERVAL: u32 = 100;
+const REFILL_INTERVAL: Duration = Duration::from_millis(100);
 /// The most of a packet that is copied, in bytes.
 const MAX_SNAP: usize = 65_535;
 
@@ -35,22 +35,22 @@ const MAX_SNAP: usize = 65_535;
 #[derive(Default)]
 pub(super) struct Tap {
     wanted: AtomicU8,
-    watchers: ArcSwap<Vec<Arc<Watcher>>>,
+    subscribers: ArcSwap<Vec<Arc<Subscriber>>>,
     /// Held while the two above change together; never on the packet path.
     changing: Mutex<()>,
 }
 
-struct Watcher {
-    watch: CaptureRequest,
+struct Subscriber {
+    request: CaptureRequest,
     sender: SyncSender<CapturedPacket>,
-    /// How many drops may be told until it is filled again.
+    /// How many drops may be told until it is refilled again.
     budget: AtomicU32,
     missed: AtomicU64,
 }
 
 /// What a lane or the manager has before it.
 #[derive(Clone, Copy)]
-pub(super) struct Sight<'a> {
+pub(super) struct PacketRef<'a> {
     /// The lane; `None` for the manager.
     pub(super) lane: Option<u8>,
     /// The other node's address, where it is known.
@@ -71,11 +71,11 @@ pub(super) enum Bytes<'a> {
 }
 
 /// A watch in progress; it ends when this is dropped.
-pub(super) struct Watching {
+pub(super) struct Subscription {
     tap: Arc<Tap>,
-    watcher: Arc<Watcher>,
+    subscriber: Arc<Subscriber>,
     receiver: Receiver<CapturedPacket>,
-    filled: Instant,
+    refilled: Instant,
 }
 
 impl Tap {
@@ -93,9 +93,9 @@ impl Tap {
 
     /// Tells of a drop.
     #[inline]
-    pub(super) fn dropped(&self, reason: DropReason, sight: Sight<'_>) {
+    pub(super) fn dropped(&self, reason: DropReason, packet_ref: PacketRef<'_>) {
         if self.wants_drops() {
-            self.tell(reason.direction(), Some(reason), &sight);
+            self.deliver(reason.direction(), Some(reason), &packet_ref);
         }
     }
 
@@ -103,58 +103,63 @@ impl Tap {
     #[cold]
     pub(super) fn passed(&self, direction: Direction, lane: u8, packet: &[u8]) {
         let bytes = Bytes::Inner(packet);
-        let sight = Sight { lane: Some(lane), outer: None, bytes, packets: 1 };
-        self.tell(direction, None, &sight);
+        let packet_ref = PacketRef { lane: Some(lane), outer: None, bytes, packets: 1 };
+        self.deliver(direction, None, &packet_ref);
     }
 
     #[cold]
-    fn tell(&self, direction: Direction, reason: Option<DropReason>, sight: &Sight<'_>) {
-        for watcher in self.watchers.load().iter() {
-            if (watcher.watch.kind == CaptureKind::Drops) == reason.is_some()
-                && watcher.matches(sight.bytes)
+    fn deliver(
+        &self,
+        direction: Direction,
+        reason: Option<DropReason>,
+        packet_ref: &PacketRef<'_>,
+    ) {
+        for subscriber in self.subscribers.load().iter() {
+            if (subscriber.request.kind == CaptureKind::Drops) == reason.is_some()
+                && subscriber.matches(packet_ref.bytes)
             {
-                watcher.take(direction, reason, sight);
+                subscriber.enqueue(direction, reason, packet_ref);
             }
         }
     }
 
     /// Begins a watch; `None` where too many are under way.
-    pub(super) fn watch(self: &Arc<Self>, watch: CaptureRequest) -> Option<Watching> {
-        let (sender, receiver) = sync_channel(QUEUE);
-        let watcher = Arc::new(Watcher {
-            watch,
+    pub(super) fn subscribe(self: &Arc<Self>, request: CaptureRequest) -> Option<Subscription> {
+        let (sender, receiver) = sync_channel(QUEUE_LEN);
+        let subscriber = Arc::new(Subscriber {
+            request,
             sender,
-            budget: AtomicU32::new(DROPS_TOLD),
+            budget: AtomicU32::new(MAX_DROPS_PER_INTERVAL),
             missed: AtomicU64::new(0),
         });
-        self.change(|watchers| {
-            if watchers.len() < WATCHERS {
-                watchers.push(Arc::clone(&watcher));
+        self.change(|subscribers| {
+            if subscribers.len() < MAX_SUBSCRIBERS {
+                subscribers.push(Arc::clone(&subscriber));
             }
         });
-        let taken = self.watchers.load().iter().any(|other| Arc::ptr_eq(other, &watcher));
-        let watching =
-            Watching { tap: Arc::clone(self), watcher, receiver, filled: Instant::now() };
-        taken.then_some(watching)
+        let taken = self.subscribers.load().iter().any(|other| Arc::ptr_eq(other, &subscriber));
+        let subscription =
+            Subscription { tap: Arc::clone(self), subscriber, receiver, refilled: Instant::now() };
+        taken.then_some(subscription)
     }
 
-    fn change(&self, change: impl Fn(&mut Vec<Arc<Watcher>>)) {
+    fn change(&self, change: impl Fn(&mut Vec<Arc<Subscriber>>)) {
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
-        self.watchers.rcu(|watchers| {
-            let mut watchers = Vec::clone(watchers);
-            change(&mut watchers);
-            watchers
+        self.subscribers.rcu(|subscribers| {
+            let mut subscribers = Vec::clone(subscribers);
+            change(&mut subscribers);
+            subscribers
         });
-        let wanted = self.watchers.load().iter().fold(0, |wanted, watcher| {
-            wanted | if watcher.watch.kind == CaptureKind::Drops { DROPS } else { PACKETS }
+        let wanted = self.subscribers.load().iter().fold(0, |wanted, subscriber| {
+            wanted | if subscriber.request.kind == CaptureKind::Drops { DROPS } else { PACKETS }
         });
         self.wanted.store(wanted, Relaxed);
     }
 }
 
-impl Watcher {
+impl Subscriber {
     fn matches(&self, bytes: Bytes<'_>) -> bool {
-        let nets = &self.watch.nets;
+        let nets = &self.request.nets;
         if nets.is_empty() {
             return true;
         }
@@ -164,63 +169,70 @@ impl Watcher {
         })
     }
 
-    fn take(&self, direction: Direction, reason: Option<DropReason>, sight: &Sight<'_>) {
+    fn enqueue(
+        &self,
+        direction: Direction,
+        reason: Option<DropReason>,
+        packet_ref: &PacketRef<'_>,
+    ) {
         let spend = |budget: u32| budget.checked_sub(1);
         if reason.is_some() && self.budget.fetch_update(Relaxed, Relaxed, spend).is_err() {
-            self.missed.fetch_add(sight.packets, Relaxed);
+            self.missed.fetch_add(packet_ref.packets, Relaxed);
             return;
         }
-        let (inner, bytes) = match sight.bytes {
+        let (inner, bytes) = match packet_ref.bytes {
             Bytes::Inner(bytes) => (true, bytes),
             Bytes::Outer(bytes) => (false, bytes),
         };
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let snap = (self.watch.snap as usize).min(MAX_SNAP).min(bytes.len());
-        let seen = CapturedPacket {
+        let snap = (self.request.snap as usize).min(MAX_SNAP).min(bytes.len());
+        let captured = CapturedPacket {
             time_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
-            lane: sight.lane,
+            lane: packet_ref.lane,
             direction: direction.label().to_owned(),
             reason: reason.map(|reason| reason.label().to_owned()),
-            outer: sight.outer,
+            outer: packet_ref.outer,
             inner,
-            packets: sight.packets,
+            packets: packet_ref.packets,
             length: u32::try_from(bytes.len()).unwrap_or(u32::MAX),
             bytes: bytes[..snap].to_vec(),
         };
-        if self.sender.try_send(seen).is_err() {
-            self.missed.fetch_add(sight.packets, Relaxed);
+        if self.sender.try_send(captured).is_err() {
+            self.missed.fetch_add(packet_ref.packets, Relaxed);
         }
     }
 }
 
-impl Watching {
-    /// What was seen, once there is something or `patience` is over; and how many packets were missed.
-    pub(super) fn next(&mut self, patience: Duration) -> (Vec<CapturedPacket>, u64) {
-        let end = Instant::now() + patience;
-        let mut seen = Vec::new();
+impl Subscription {
+    /// What was captured, once there is something or `timeout` is over; and how many packets were missed.
+    pub(super) fn next_batch(&mut self, timeout: Duration) -> (Vec<CapturedPacket>, u64) {
+        let end = Instant::now() + timeout;
+        let mut captured = Vec::new();
         loop {
-            if self.filled.elapsed() >= REFILL {
-                self.filled = Instant::now();
-                self.watcher.budget.store(DROPS_TOLD, Relaxed);
+            if self.refilled.elapsed() >= REFILL_INTERVAL {
+                self.refilled = Instant::now();
+                self.subscriber.budget.store(MAX_DROPS_PER_INTERVAL, Relaxed);
             }
-            let left = end.saturating_duration_since(Instant::now()).min(REFILL);
+            let left = end.saturating_duration_since(Instant::now()).min(REFILL_INTERVAL);
             match self.receiver.recv_timeout(left) {
                 Ok(first) => {
-                    seen.push(first);
-                    seen.extend(self.receiver.try_iter().take(TOGETHER - 1));
+                    captured.push(first);
+                    captured.extend(self.receiver.try_iter().take(MAX_PACKETS_PER_MESSAGE - 1));
                     break;
                 }
                 Err(RecvTimeoutError::Timeout) if Instant::now() < end => {}
                 Err(_) => break,
             }
         }
-        (seen, self.watcher.missed.swap(0, Relaxed))
+        (captured, self.subscriber.missed.swap(0, Relaxed))
     }
 }
 
-impl Drop for Watching {
+impl Drop for Subscription {
     fn drop(&mut self) {
-        self.tap.change(|watchers| watchers.retain(|other| !Arc::ptr_eq(other, &self.watcher)));
+        self.tap.change(|subscribers| {
+            subscribers.retain(|other| !Arc::ptr_eq(other, &self.subscriber))
+        });
     }
 }
 
@@ -229,7 +241,7 @@ impl Drop for Watching {
 mod tests {
     use super::*;
 
-    const PATIENCE: Duration = Duration::from_millis(1);
+    const TIMEOUT: Duration = Duration::from_millis(1);
 
     fn packet(destination: u8) -> Vec<u8> {
         let mut packet = vec![0; 40];
@@ -240,8 +252,8 @@ mod tests {
         packet
     }
 
-    fn inner(bytes: &[u8]) -> Sight<'_> {
-        Sight { lane: Some(1), outer: None, bytes: Bytes::Inner(bytes), packets: 1 }
+    fn inner(bytes: &[u8]) -> PacketRef<'_> {
+        PacketRef { lane: Some(1), outer: None, bytes: Bytes::Inner(bytes), packets: 1 }
     }
 
     fn watch(kind: CaptureKind, nets: &[&str]) -> CaptureRequest {
@@ -256,19 +268,19 @@ mod tests {
     fn only_what_is_looked_for_is_told() {
         let tap = Arc::new(Tap::default());
         assert!(!tap.wants_drops() && !tap.wants_packets());
-        let mut drops = tap.watch(watch(CaptureKind::Drops, &[])).unwrap();
+        let mut drops = tap.subscribe(watch(CaptureKind::Drops, &[])).unwrap();
         assert!(tap.wants_drops() && !tap.wants_packets());
-        let mut packets = tap.watch(watch(CaptureKind::Packets, &["10.244.2.0/24"])).unwrap();
+        let mut packets = tap.subscribe(watch(CaptureKind::Packets, &["10.244.2.0/24"])).unwrap();
         tap.dropped(DropReason::NoRoute, inner(&packet(9)));
         tap.passed(Direction::Egress, 1, &packet(2));
         tap.passed(Direction::Egress, 1, &packet(3));
-        let (seen, missed) = drops.next(PATIENCE);
-        assert_eq!((seen.len(), missed), (1, 0));
-        assert_eq!(seen[0].reason.as_deref(), Some("no_route"));
-        assert_eq!((seen[0].length, seen[0].bytes.len()), (40, 24));
-        let (seen, _) = packets.next(PATIENCE);
-        assert_eq!(seen.len(), 1);
-        assert_eq!(seen[0].bytes[16..20], [10, 244, 2, 2]);
+        let (captured, missed) = drops.next_batch(TIMEOUT);
+        assert_eq!((captured.len(), missed), (1, 0));
+        assert_eq!(captured[0].reason.as_deref(), Some("no_route"));
+        assert_eq!((captured[0].length, captured[0].bytes.len()), (40, 24));
+        let (captured, _) = packets.next_batch(TIMEOUT);
+        assert_eq!(captured.len(), 1);
+        assert_eq!(captured[0].bytes[16..20], [10, 244, 2, 2]);
         drop((drops, packets));
         assert!(!tap.wants_drops() && !tap.wants_packets());
     }
@@ -276,27 +288,27 @@ mod tests {
     #[test]
     fn what_is_too_much_is_counted() {
         let tap = Arc::new(Tap::default());
-        let mut drops = tap.watch(watch(CaptureKind::Drops, &[])).unwrap();
-        let mut packets = tap.watch(watch(CaptureKind::Packets, &[])).unwrap();
-        for _ in 0..QUEUE + 10 {
+        let mut drops = tap.subscribe(watch(CaptureKind::Drops, &[])).unwrap();
+        let mut packets = tap.subscribe(watch(CaptureKind::Packets, &[])).unwrap();
+        for _ in 0..QUEUE_LEN + 10 {
             tap.dropped(DropReason::NoRoute, inner(&packet(2)));
             tap.passed(Direction::Ingress, 0, &packet(2));
         }
-        let told = DROPS_TOLD as usize;
-        let (seen, missed) = drops.next(PATIENCE);
-        assert_eq!((seen.len(), missed as usize), (told, QUEUE + 10 - told));
-        assert_eq!(packets.next(PATIENCE).1, 10);
-        std::thread::sleep(REFILL);
-        assert!(drops.next(PATIENCE).0.is_empty());
+        let told = MAX_DROPS_PER_INTERVAL as usize;
+        let (captured, missed) = drops.next_batch(TIMEOUT);
+        assert_eq!((captured.len(), missed as usize), (told, QUEUE_LEN + 10 - told));
+        assert_eq!(packets.next_batch(TIMEOUT).1, 10);
+        std::thread::sleep(REFILL_INTERVAL);
+        assert!(drops.next_batch(TIMEOUT).0.is_empty());
         tap.dropped(DropReason::NoRoute, inner(&packet(2)));
-        assert_eq!(drops.next(PATIENCE).0.len(), 1, "it may tell again");
+        assert_eq!(drops.next_batch(TIMEOUT).0.len(), 1, "it may deliver again");
     }
 
     #[test]
     fn few_may_watch_at_once() {
         let tap = Arc::new(Tap::default());
-        let begin = || tap.watch(watch(CaptureKind::Drops, &[]));
-        let mut all: Vec<_> = (0..WATCHERS).map(|_| begin().unwrap()).collect();
+        let begin = || tap.subscribe(watch(CaptureKind::Drops, &[]));
+        let mut all: Vec<_> = (0..MAX_SUBSCRIBERS).map(|_| begin().unwrap()).collect();
         assert!(begin().is_none());
         all.pop();
         assert!(begin().is_some());
