@@ -17,7 +17,7 @@ use skein_sys::send::TooLong;
 use skein_sys::udp::LongestPayload;
 
 use super::error::SetupError;
-use super::memory::{Resumed, SessionMemory};
+use super::memory::{MemfdStore, RestoredSession};
 use super::queue::ToManager;
 use super::setup::Running;
 use super::stats::DropStats;
@@ -36,7 +36,7 @@ pub(super) struct Active {
     /// Whether lanes may still look at tables that are no longer in force.
     pub(super) has_retired_tables: bool,
     /// Where sessions outlive this process; absent where the kernel gives none.
-    pub(super) memory: Option<SessionMemory>,
+    pub(super) store: Option<MemfdStore>,
     pub(super) running: Running,
     pub(super) drops: DropStats,
     pub(super) totals: TrafficTotals,
@@ -58,8 +58,8 @@ impl Active {
     pub(super) fn start(
         now: Time,
         snapshot: Snapshot,
-        memory: Option<SessionMemory>,
-        sessions: Vec<Resumed>,
+        store: Option<MemfdStore>,
+        sessions: Vec<RestoredSession>,
         open: impl FnOnce(&NodeSettings, &Arc<TablesHandle>) -> Result<Running, SetupError>,
     ) -> Result<Self, SetupError> {
         let node = &snapshot.node;
@@ -77,8 +77,8 @@ impl Active {
         let mut engine = Engine::new(config, Box::new(random)).map_err(invalid)?;
         set_identity(&mut engine, node)?;
         engine.raise_timestamps(Duration::from_secs(snapshot.not_before));
-        if let Some(memory) = &memory {
-            engine.set_session_store(Box::new(memory.clone()));
+        if let Some(store) = &store {
+            engine.set_session_store(Box::new(store.clone()));
         }
         let mut empty = snapshot.clone();
         empty.peers.clear();
@@ -91,7 +91,7 @@ impl Active {
             routes: Arc::default(),
             published,
             has_retired_tables: false,
-            memory,
+            store,
             running,
             drops: DropStats::default(),
             totals: TrafficTotals::default(),

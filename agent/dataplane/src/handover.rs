@@ -187,7 +187,7 @@ pub(super) fn descriptors<'a>(
 }
 
 /// Writes a snapshot into memory that nobody can change any more.
-pub(super) fn store(snapshot: &Snapshot) -> io::Result<OwnedFd> {
+pub(super) fn write_sealed_snapshot(snapshot: &Snapshot) -> io::Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let mut file = File::from(rustix::fs::memfd_create("skein-snapshot", flags)?);
     write_frame(&mut file, snapshot)?;
@@ -197,7 +197,7 @@ pub(super) fn store(snapshot: &Snapshot) -> io::Result<OwnedFd> {
 }
 
 /// Reads it.
-pub(super) fn load(file: OwnedFd) -> io::Result<Snapshot> {
+pub(super) fn read_snapshot(file: OwnedFd) -> io::Result<Snapshot> {
     let mut file = File::from(file);
     file.rewind()?;
     read_frame(&mut file)?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())

@@ -21,7 +21,7 @@ use super::channel::KeeperChannel;
 use super::clock::clock;
 use super::error::SetupError;
 use super::handover::{self, HandOver, InheritedFds, ToKeeper};
-use super::memory::SessionMemory;
+use super::memory::MemfdStore;
 use super::queue::{self, ToManager, ToManagerQueue};
 use super::report;
 use super::setup::{Links, Running};
@@ -232,8 +232,8 @@ impl Manager {
         match &mut self.active {
             Some(active) => active.become_like(now, snapshot),
             None => {
-                let memory = self.links.keeper.as_ref().and_then(|_| {
-                    let made = SessionMemory::create();
+                let store = self.links.keeper.as_ref().and_then(|_| {
+                    let made = MemfdStore::create();
                     made.inspect_err(
                         |error| tracing::warn!(%error, "sessions end with this process"),
                     )
@@ -242,7 +242,7 @@ impl Manager {
                 let open = |node: &NodeSettings, published: &_| {
                     Running::open(node, published, &self.links)
                 };
-                self.active = Some(Active::start(now, snapshot, memory, Vec::new(), open)?);
+                self.active = Some(Active::start(now, snapshot, store, Vec::new(), open)?);
                 Ok(KeeperUpdate::All)
             }
         }
@@ -253,12 +253,12 @@ impl Manager {
         let InheritedFds { snapshot, sessions, queues, sockets } = fds;
         let begun = Instant::now();
         let inherit = || -> anyhow::Result<Active> {
-            let snapshot = handover::load(snapshot).context("the snapshot")?;
-            let (memory, sessions) = SessionMemory::open(sessions).context("the sessions")?;
+            let snapshot = handover::read_snapshot(snapshot).context("the snapshot")?;
+            let (store, sessions) = MemfdStore::open(sessions).context("the sessions")?;
             let open = |node: &NodeSettings, published: &_| {
                 Running::inherit(node, state, queues, sockets, published, &self.links)
             };
-            Ok(Active::start(clock(), snapshot, Some(memory), sessions, open)?)
+            Ok(Active::start(clock(), snapshot, Some(store), sessions, open)?)
         };
         match inherit() {
             Ok(active) => {
@@ -284,14 +284,14 @@ impl Manager {
     /// Gives the keeper what has changed.
     fn update_keeper(&mut self, update: KeeperUpdate) {
         let (Some(keeper), Some(active)) = (&self.links.keeper, &self.active) else { return };
-        let Some(memory) = &active.memory else { return };
+        let Some(store) = &active.store else { return };
         let send = || -> std::io::Result<()> {
-            let snapshot = handover::store(&active.snapshot())?;
+            let snapshot = handover::write_sealed_snapshot(&active.snapshot())?;
             match update {
                 KeeperUpdate::Snapshot => keeper.notify(&ToKeeper::Snapshot, &[snapshot.as_fd()]),
                 KeeperUpdate::All => {
                     let (state, more) = active.running.leave(&active.snapshot.node);
-                    let mut all = vec![snapshot.as_fd(), memory.file()];
+                    let mut all = vec![snapshot.as_fd(), store.file()];
                     all.extend(more);
                     keeper.notify(&ToKeeper::Store { state }, &all)
                 }
@@ -311,7 +311,7 @@ impl Manager {
         let (Some(keeper), Some(active)) = (&self.links.keeper, &mut self.active) else {
             return refused("there is nothing to take over yet");
         };
-        if active.memory.is_none() {
+        if active.store.is_none() {
             return refused("its sessions end with it");
         }
         active.running.stop();

@@ -1,7 +1,7 @@
 //! Sessions in memory that outlives this process, for the next one to go on with.
 //!
-//! Words: a header; records (a word that says what is in it, then a session, or the time of a
-//! peer's last handshake); and for each lane that a peer may send on one mark a session ([`SessionSlot`]).
+//! Words: a header; records (a word that says what is in it, then a session, or the timestamp_word of a
+//! peer's last handshake); and for each lane that a peer may send on one counter_word a session ([`SessionSlot`]).
 //! Marks lie by lane, so that two lanes, which two threads receive, share no cache line. A process
 //! that is killed in the middle of a write leaves a record that counts as absent.
 
@@ -10,113 +10,113 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::timestamp_word::Duration;
 
 use skein_core::PublicKey;
 use skein_core::tunnel::{SAVED_LEN, SavedSession, SessionSlot, SessionStore};
 use skein_core::wire::header::{CONTROL_LANE, MAX_LANES};
 use skein_sys::memory::SharedWords;
 
-/// Maximum number of records: two sessions for each of 5,000 peers, and the time of each peer's
-/// last handshake. If no record is free, a session replaces a time. A session without a record ends
+/// Maximum number of records: two sessions for each of 5,000 peers, and the timestamp_word of each peer's
+/// last handshake. If no record is free, a session replaces a timestamp_word. A session without a record ends
 /// with its process.
-const PLACES: usize = 16_384;
+const MAX_RECORDS: usize = 16_384;
 /// What the first word says; another layout has another number.
 const LAYOUT: u64 = 0x736b_6569_6e00_0001;
-/// Places in the header: the layout, how many places were ever used, and the latest time that a handshake
+/// Places in the header: the layout, how many places were ever used, and the latest timestamp_word that a handshake
 /// carried, in nanoseconds since 1970.
-const HEADER: usize = 8;
-const USED: usize = 1;
-const TIMESTAMP: usize = 2;
+const HEADER_WORDS: usize = 8;
+const USED_RECORDS: usize = 1;
+const LATEST_TIMESTAMP: usize = 2;
 /// Words of a record.
-const RECORD: usize = 1 + SAVED_LEN / 8;
+const RECORD_WORDS: usize = 1 + SAVED_LEN / 8;
 /// First word of a record that holds a session.
 const SESSION: u64 = 1;
-/// First word of a record that holds a public key, 4 words, and the latest time that an accepted
+/// First word of a record that holds a public key, 4 words, and the latest timestamp_word that an accepted
 /// initiation by it carried, in nanoseconds since 1970. A release without such records treats them
 /// as free.
-const TIME: u64 = 2;
-const MARKS: usize = HEADER + PLACES * RECORD;
-const WORDS: usize = MARKS + (MAX_LANES + 1) * PLACES;
+const SEEN_TIMESTAMP: u64 = 2;
+const COUNTERS: usize = HEADER_WORDS + MAX_RECORDS * RECORD_WORDS;
+const TOTAL_WORDS: usize = COUNTERS + (MAX_LANES + 1) * MAX_RECORDS;
 
 const _: () = assert!(SAVED_LEN.is_multiple_of(8));
 
 /// See the module. Cheap to clone.
 #[derive(Debug, Clone)]
-pub(super) struct SessionMemory(Arc<Inner>);
+pub(super) struct MemfdStore(Arc<Shared>);
 
 #[derive(Debug)]
-struct Inner {
+struct Shared {
     words: SharedWords,
     /// Places below the header's number that nobody has.
     free: Mutex<BTreeSet<usize>>,
-    /// Places of the handshakes' times, by public key.
-    times: Mutex<HashMap<PublicKey, usize>>,
+    /// Places of the handshakes' timestamps, by public key.
+    timestamps: Mutex<HashMap<PublicKey, usize>>,
 }
 
-/// A session of another process, and its place.
-pub(super) type Resumed = (SavedSession, Box<dyn SessionSlot>);
+/// A session of another process, and its record.
+pub(super) type RestoredSession = (SavedSession, Box<dyn SessionSlot>);
 
-/// The place of one session; given back with it.
-struct Place {
-    memory: SessionMemory,
-    place: usize,
+/// The record of one session; given back with it.
+struct MemfdSlot {
+    store: MemfdStore,
+    record: usize,
     lanes: u8,
 }
 
-impl SessionMemory {
+impl MemfdStore {
     /// Room for sessions.
     pub(super) fn create() -> io::Result<Self> {
-        let words = SharedWords::create(WORDS)?;
+        let words = SharedWords::create(TOTAL_WORDS)?;
         words.words()[0].store(LAYOUT, Ordering::Relaxed);
-        Ok(Self::of(words))
+        Ok(Self::from_words(words))
     }
 
     /// What another process has left, which must not run any more. Each session is in its next life.
-    pub(super) fn open(file: OwnedFd) -> io::Result<(Self, Vec<Resumed>)> {
-        let words = SharedWords::open(file, WORDS)?;
+    pub(super) fn open(file: OwnedFd) -> io::Result<(Self, Vec<RestoredSession>)> {
+        let words = SharedWords::open(file, TOTAL_WORDS)?;
         if words.words()[0].load(Ordering::Relaxed) != LAYOUT {
             return Err(io::ErrorKind::InvalidData.into());
         }
-        let memory = Self::of(words);
+        let memory = Self::from_words(words);
         let mut found = Vec::new();
-        for place in 0..memory.used() {
-            if let Some(key) = memory.key_of_time(place) {
+        for record in 0..memory.used() {
+            if let Some(key) = memory.timestamp_key(record) {
                 // If two records name the same key, the last one counts: the other was being
                 // released.
-                memory.times().insert(key, place);
+                memory.timestamps().insert(key, record);
                 continue;
             }
             let next = |mut session: SavedSession| {
                 session.epoch = session.epoch.checked_add(1)?;
                 Some(session)
             };
-            match memory.read(place).and_then(next) {
+            match memory.read(record).and_then(next) {
                 Some(session) => {
                     // Before a datagram is sealed with it.
-                    memory.write(place, &session);
+                    memory.write(record, &session);
                     let lanes = MAX_LANES as u8;
-                    let kept = Place { memory: memory.clone(), place, lanes };
+                    let kept = MemfdSlot { store: memory.clone(), record, lanes };
                     found.push((session, Box::new(kept) as Box<dyn SessionSlot>));
                 }
-                None => memory.forget(place, MAX_LANES as u8),
+                None => memory.clear_record(record, MAX_LANES as u8),
             }
         }
         Ok((memory, found))
     }
 
-    fn of(words: SharedWords) -> Self {
-        Self(Arc::new(Inner { words, free: Mutex::default(), times: Mutex::default() }))
+    fn from_words(words: SharedWords) -> Self {
+        Self(Arc::new(Shared { words, free: Mutex::default(), timestamps: Mutex::default() }))
     }
 
-    fn times(&self) -> MutexGuard<'_, HashMap<PublicKey, usize>> {
-        self.0.times.lock().unwrap_or_else(PoisonError::into_inner)
+    fn timestamps(&self) -> MutexGuard<'_, HashMap<PublicKey, usize>> {
+        self.0.timestamps.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns the public key of a record that holds a handshake's time.
-    fn key_of_time(&self, place: usize) -> Option<PublicKey> {
-        let (kind, words) = self.record(place).split_first()?;
-        if kind.load(Ordering::Acquire) != TIME {
+    /// Returns the public key of a record that holds a handshake's timestamp_word.
+    fn timestamp_key(&self, record: usize) -> Option<PublicKey> {
+        let (kind, words) = self.record_words(record).split_first()?;
+        if kind.load(Ordering::Acquire) != SEEN_TIMESTAMP {
             return None;
         }
         let mut key = [0; 32];
@@ -126,19 +126,19 @@ impl SessionMemory {
         Some(PublicKey::new(key))
     }
 
-    /// Returns the word of a record that holds the handshake's time.
-    fn time(&self, place: usize) -> &AtomicU64 {
-        &self.record(place)[1 + 32 / 8]
+    /// Returns the word of a record that holds the handshake's timestamp_word.
+    fn timestamp_word(&self, record: usize) -> &AtomicU64 {
+        &self.record_words(record)[1 + 32 / 8]
     }
 
-    fn write_time(&self, place: usize, key: &PublicKey, nanos: u64) {
-        let Some((kind, words)) = self.record(place).split_first() else { return };
+    fn write_timestamp(&self, record: usize, key: &PublicKey, nanos: u64) {
+        let Some((kind, words)) = self.record_words(record).split_first() else { return };
         for (bytes, word) in key.as_bytes().chunks_exact(8).zip(words) {
             let bytes = bytes.first_chunk().copied().unwrap_or_default();
             word.store(u64::from_ne_bytes(bytes), Ordering::Relaxed);
         }
-        self.time(place).store(nanos, Ordering::Relaxed);
-        kind.store(TIME, Ordering::Release);
+        self.timestamp_word(record).store(nanos, Ordering::Relaxed);
+        kind.store(SEEN_TIMESTAMP, Ordering::Release);
     }
 
     /// The file, to hand on.
@@ -147,43 +147,43 @@ impl SessionMemory {
     }
 
     fn used(&self) -> usize {
-        let used = self.0.words.words()[USED].load(Ordering::Relaxed);
-        usize::try_from(used).map_or(PLACES, |used| used.min(PLACES))
+        let used = self.0.words.words()[USED_RECORDS].load(Ordering::Relaxed);
+        usize::try_from(used).map_or(MAX_RECORDS, |used| used.min(MAX_RECORDS))
     }
 
-    fn record(&self, place: usize) -> &[AtomicU64] {
-        &self.0.words.words()[HEADER + place * RECORD..][..RECORD]
+    fn record_words(&self, record: usize) -> &[AtomicU64] {
+        &self.0.words.words()[HEADER_WORDS + record * RECORD_WORDS..][..RECORD_WORDS]
     }
 
-    fn mark(&self, place: usize, lane: u8) -> Option<&AtomicU64> {
+    fn counter_word(&self, record: usize, lane: u8) -> Option<&AtomicU64> {
         let lane = match lane {
             CONTROL_LANE => MAX_LANES,
             lane => Some(usize::from(lane)).filter(|lane| *lane < MAX_LANES)?,
         };
-        self.0.words.words().get(MARKS + lane * PLACES + place)
+        self.0.words.words().get(COUNTERS + lane * MAX_RECORDS + record)
     }
 
-    fn take_place(&self) -> Option<usize> {
+    fn allocate_record(&self) -> Option<usize> {
         let mut free = self.0.free.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(place) = free.pop_first() {
-            return Some(place);
+        if let Some(record) = free.pop_first() {
+            return Some(record);
         }
-        let place = Some(self.used()).filter(|place| *place < PLACES)?;
-        self.0.words.words()[USED].store(place as u64 + 1, Ordering::Relaxed);
-        Some(place)
+        let record = Some(self.used()).filter(|record| *record < MAX_RECORDS)?;
+        self.0.words.words()[USED_RECORDS].store(record as u64 + 1, Ordering::Relaxed);
+        Some(record)
     }
 
-    fn reclaim_place_of_time(&self) -> Option<usize> {
-        let mut times = self.times();
-        let key = *times.keys().next()?;
-        let place = times.remove(&key)?;
-        self.forget(place, 0);
-        self.take_place()
+    fn reclaim_timestamp_record(&self) -> Option<usize> {
+        let mut timestamps = self.timestamps();
+        let key = *timestamps.keys().next()?;
+        let record = timestamps.remove(&key)?;
+        self.clear_record(record, 0);
+        self.allocate_record()
     }
 
-    fn read(&self, place: usize) -> Option<SavedSession> {
-        let (there, words) = self.record(place).split_first()?;
-        if there.load(Ordering::Acquire) != SESSION {
+    fn read(&self, record: usize) -> Option<SavedSession> {
+        let (kind, words) = self.record_words(record).split_first()?;
+        if kind.load(Ordering::Acquire) != SESSION {
             return None;
         }
         let mut bytes = zeroize::Zeroizing::new([0; SAVED_LEN]);
@@ -193,96 +193,99 @@ impl SessionMemory {
         SavedSession::from_bytes(&bytes)
     }
 
-    fn write(&self, place: usize, session: &SavedSession) {
-        let Some((there, words)) = self.record(place).split_first() else { return };
+    fn write(&self, record: usize, session: &SavedSession) {
+        let Some((kind, words)) = self.record_words(record).split_first() else { return };
         for (bytes, word) in session.to_bytes().chunks_exact(8).zip(words) {
             let bytes = bytes.first_chunk().copied().unwrap_or_default();
             word.store(u64::from_ne_bytes(bytes), Ordering::Relaxed);
         }
-        there.store(SESSION, Ordering::Release);
+        kind.store(SESSION, Ordering::Release);
     }
 
-    fn forget(&self, place: usize, lanes: u8) {
-        let Some((there, words)) = self.record(place).split_first() else { return };
-        there.store(0, Ordering::Relaxed);
+    fn clear_record(&self, record: usize, lanes: u8) {
+        let Some((kind, words)) = self.record_words(record).split_first() else { return };
+        kind.store(0, Ordering::Relaxed);
         std::sync::atomic::fence(Ordering::Release);
         words.iter().for_each(|word| word.store(0, Ordering::Relaxed));
-        let marks = (0..lanes).chain([CONTROL_LANE]).filter_map(|lane| self.mark(place, lane));
+        let counters =
+            (0..lanes).chain([CONTROL_LANE]).filter_map(|lane| self.counter_word(record, lane));
         // What was never written has no room yet, and gets none.
-        let marks = marks.filter(|mark| mark.load(Ordering::Relaxed) != 0);
-        marks.for_each(|mark| mark.store(0, Ordering::Relaxed));
-        self.0.free.lock().unwrap_or_else(PoisonError::into_inner).insert(place);
+        let counters = counters.filter(|counter_word| counter_word.load(Ordering::Relaxed) != 0);
+        counters.for_each(|counter_word| counter_word.store(0, Ordering::Relaxed));
+        self.0.free.lock().unwrap_or_else(PoisonError::into_inner).insert(record);
     }
 }
 
-impl SessionStore for SessionMemory {
+impl SessionStore for MemfdStore {
     fn insert(&mut self, session: &SavedSession) -> Option<Box<dyn SessionSlot>> {
-        let place = self.take_place().or_else(|| self.reclaim_place_of_time())?;
-        self.write(place, session);
-        Some(Box::new(Place { memory: self.clone(), place, lanes: session.remote_lanes() }))
+        let record = self.allocate_record().or_else(|| self.reclaim_timestamp_record())?;
+        self.write(record, session);
+        Some(Box::new(MemfdSlot { store: self.clone(), record, lanes: session.remote_lanes() }))
     }
 
     fn latest_timestamp(&self) -> Duration {
-        Duration::from_nanos(self.0.words.words()[TIMESTAMP].load(Ordering::Relaxed))
+        Duration::from_nanos(self.0.words.words()[LATEST_TIMESTAMP].load(Ordering::Relaxed))
     }
 
     fn set_latest_timestamp(&mut self, timestamp: Duration) {
         // Until 2554.
         let nanos = u64::try_from(timestamp.as_nanos()).unwrap_or(u64::MAX);
-        self.0.words.words()[TIMESTAMP].store(nanos, Ordering::Relaxed);
+        self.0.words.words()[LATEST_TIMESTAMP].store(nanos, Ordering::Relaxed);
     }
 
     fn seen_timestamp(&self, key: &PublicKey) -> Duration {
-        let nanos = |place: &usize| self.time(*place).load(Ordering::Relaxed);
-        Duration::from_nanos(self.times().get(key).map_or(0, nanos))
+        let nanos = |record: &usize| self.timestamp_word(*record).load(Ordering::Relaxed);
+        Duration::from_nanos(self.timestamps().get(key).map_or(0, nanos))
     }
 
     fn set_seen_timestamp(&mut self, key: &PublicKey, timestamp: Duration) {
         let nanos = u64::try_from(timestamp.as_nanos()).unwrap_or(u64::MAX);
-        let mut times = self.times();
-        match (times.get(key), nanos) {
-            (Some(&place), 0) => {
-                times.remove(key);
-                self.forget(place, 0);
+        let mut timestamps = self.timestamps();
+        match (timestamps.get(key), nanos) {
+            (Some(&record), 0) => {
+                timestamps.remove(key);
+                self.clear_record(record, 0);
             }
-            (Some(&place), nanos) => self.time(place).store(nanos, Ordering::Relaxed),
+            (Some(&record), nanos) => self.timestamp_word(record).store(nanos, Ordering::Relaxed),
             (None, 0) => {}
             (None, nanos) => {
-                // Without a free record, only the control process keeps the time, at most a minute
+                // Without a free record, only the control process keeps the timestamp_word, at most a minute
                 // late.
-                let Some(place) = self.take_place() else { return };
-                self.write_time(place, key, nanos);
-                times.insert(*key, place);
+                let Some(record) = self.allocate_record() else { return };
+                self.write_timestamp(record, key, nanos);
+                timestamps.insert(*key, record);
             }
         }
     }
 
     fn retain_seen_timestamps(&mut self, is_known: &dyn Fn(&PublicKey) -> bool) {
-        self.times().retain(|key, place| {
+        self.timestamps().retain(|key, record| {
             let known = is_known(key);
             if !known {
-                self.forget(*place, 0);
+                self.clear_record(*record, 0);
             }
             known
         });
     }
 }
 
-impl SessionSlot for Place {
+impl SessionSlot for MemfdSlot {
     fn next_counter(&self, lane: u8) -> u64 {
-        self.memory.mark(self.place, lane).map_or(0, |mark| mark.load(Ordering::Relaxed))
+        self.store
+            .counter_word(self.record, lane)
+            .map_or(0, |counter_word| counter_word.load(Ordering::Relaxed))
     }
 
     fn set_next_counter(&self, lane: u8, next: u64) {
-        if let Some(word) = self.memory.mark(self.place, lane) {
+        if let Some(word) = self.store.counter_word(self.record, lane) {
             word.store(next, Ordering::Relaxed);
         }
     }
 }
 
-impl Drop for Place {
+impl Drop for MemfdSlot {
     fn drop(&mut self) {
-        self.memory.forget(self.place, self.lanes);
+        self.store.clear_record(self.record, self.lanes);
     }
 }
 
@@ -300,13 +303,13 @@ mod tests {
         SavedSession::from_bytes(&bytes).unwrap()
     }
 
-    fn reopen(memory: &SessionMemory) -> (SessionMemory, Vec<Resumed>) {
-        SessionMemory::open(memory.file().try_clone_to_owned().unwrap()).unwrap()
+    fn reopen(memory: &MemfdStore) -> (MemfdStore, Vec<RestoredSession>) {
+        MemfdStore::open(memory.file().try_clone_to_owned().unwrap()).unwrap()
     }
 
     #[test]
     fn a_session_outlives_its_process_and_each_life_is_another() {
-        let mut memory = SessionMemory::create().unwrap();
+        let mut memory = MemfdStore::create().unwrap();
         let kept: Vec<_> = (0..3).map(|n| memory.insert(&saved(n)).unwrap()).collect();
         kept[1].set_next_counter(2, 77);
         kept[1].set_next_counter(CONTROL_LANE, 5);
@@ -325,21 +328,26 @@ mod tests {
 
     #[test]
     fn what_is_given_back_leaves_no_trace() {
-        let mut memory = SessionMemory::create().unwrap();
+        let mut memory = MemfdStore::create().unwrap();
         let kept = memory.insert(&saved(9)).unwrap();
         kept.set_next_counter(1, 7);
         drop(kept);
         assert_eq!(reopen(&memory).1.len(), 0);
         let words = memory.0.words.words();
-        assert!(words[HEADER..].iter().take(RECORD).all(|word| word.load(Ordering::Relaxed) == 0));
+        assert!(
+            words[HEADER_WORDS..]
+                .iter()
+                .take(RECORD_WORDS)
+                .all(|word| word.load(Ordering::Relaxed) == 0)
+        );
         let again = memory.insert(&saved(8)).unwrap();
-        assert_eq!((again.next_counter(1), memory.used()), (0, 1), "its place is used again");
+        assert_eq!((again.next_counter(1), memory.used()), (0, 1), "its record is used again");
     }
 
     #[test]
     fn handshake_times_outlive_the_process_beside_sessions() {
         let at = Duration::from_secs;
-        let mut memory = SessionMemory::create().unwrap();
+        let mut memory = MemfdStore::create().unwrap();
         assert_eq!(memory.seen_timestamp(&PublicKey::new([1; 32])), Duration::ZERO);
         memory.set_seen_timestamp(&PublicKey::new([1; 32]), at(10));
         std::mem::forget(memory.insert(&saved(7)).unwrap());
@@ -357,39 +365,39 @@ mod tests {
         found.into_iter().for_each(std::mem::forget);
         let seen = [1, 2].map(|n| memory.seen_timestamp(&PublicKey::new([n; 32])));
         assert_eq!(seen, [at(11), Duration::ZERO]);
-        assert_eq!(memory.used(), 4, "A place that was given back is used again.");
+        assert_eq!(memory.used(), 4, "A record that was given back is used again.");
     }
 
     #[test]
     fn handshake_times_leave_room_for_sessions() {
-        let mut memory = SessionMemory::create().unwrap();
-        for number in 0..PLACES as u32 {
+        let mut memory = MemfdStore::create().unwrap();
+        for number in 0..MAX_RECORDS as u32 {
             let mut key = [0; 32];
             key[..4].copy_from_slice(&number.to_be_bytes());
             memory.set_seen_timestamp(&PublicKey::new(key), Duration::from_secs(1));
         }
-        assert_eq!(memory.times().len(), PLACES);
-        let sessions: Vec<_> = (0..PLACES).map(|_| memory.insert(&saved(1))).collect();
+        assert_eq!(memory.timestamps().len(), MAX_RECORDS);
+        let sessions: Vec<_> = (0..MAX_RECORDS).map(|_| memory.insert(&saved(1))).collect();
         assert!(sessions.iter().all(Option::is_some));
-        assert_eq!(memory.times().len(), 0);
+        assert_eq!(memory.timestamps().len(), 0);
     }
 
     #[test]
     fn what_was_written_in_part_or_is_of_another_layout_is_nobodys() {
-        let mut memory = SessionMemory::create().unwrap();
+        let mut memory = MemfdStore::create().unwrap();
         std::mem::forget(memory.insert(&saved(1)).unwrap());
         std::mem::forget(memory.insert(&saved(2)).unwrap());
-        memory.record(0)[0].store(0, Ordering::Relaxed);
+        memory.record_words(0)[0].store(0, Ordering::Relaxed);
         let (_, found) = reopen(&memory);
         assert_eq!((found.len(), found[0].0.public_key), (1, PublicKey::new([2; 32])));
         memory.0.words.words()[0].store(LAYOUT + 1, Ordering::Relaxed);
-        assert!(SessionMemory::open(memory.file().try_clone_to_owned().unwrap()).is_err());
+        assert!(MemfdStore::open(memory.file().try_clone_to_owned().unwrap()).is_err());
     }
 
     #[test]
     fn a_full_memory_says_so() {
-        let mut memory = SessionMemory::create().unwrap();
-        let all: Vec<_> = (0..PLACES).map(|_| memory.insert(&saved(1)).unwrap()).collect();
+        let mut memory = MemfdStore::create().unwrap();
+        let all: Vec<_> = (0..MAX_RECORDS).map(|_| memory.insert(&saved(1)).unwrap()).collect();
         assert!(memory.insert(&saved(1)).is_none());
         drop(all);
         assert!(memory.insert(&saved(1)).is_some());
