@@ -56,7 +56,7 @@ impl Activation {
             terminated,
         };
         // A keeper that was killed has left the marker.
-        activation.set(Activity::Idle).context("cannot use the instance's directory")?;
+        activation.set_activity(Activity::Idle).context("cannot use the instance's directory")?;
         Ok(activation)
     }
 
@@ -105,13 +105,13 @@ impl Activation {
             let trusted = peer_credentials(&agent).is_ok_and(|peer| is_trusted(peer.uid));
             if trusted && agent.set_nonblocking(true).is_ok() {
                 (self.agent, self.requested) = (Some(agent), false);
-                self.tell();
+                self.notify_agent();
             }
         }
     }
 
     /// Records whether this keeper has the data plane, and notifies the agent.
-    pub(super) fn set(&mut self, activity: Activity) -> io::Result<()> {
+    pub(super) fn set_activity(&mut self, activity: Activity) -> io::Result<()> {
         let marker = self.instance.dataplane_marker();
         match activity {
             Activity::Active => drop(files::recreate(&marker, 0o600)?),
@@ -121,12 +121,12 @@ impl Activation {
             },
         }
         if std::mem::replace(&mut self.activity, activity) != activity {
-            self.tell();
+            self.notify_agent();
         }
         Ok(())
     }
 
-    fn tell(&mut self) {
+    fn notify_agent(&mut self) {
         // A closed connection is noticed in [`Activation::is_requested`].
         let _ = self.agent.as_mut().map(|agent| agent.write_all(&[self.activity as u8]));
     }
@@ -169,7 +169,7 @@ mod tests {
         activation.wait(None).unwrap();
         assert!(activation.is_requested());
         assert!(activation.is_requested(), "The request lasts.");
-        activation.set(Activity::Active).unwrap();
+        activation.set_activity(Activity::Active).unwrap();
         assert!(instance.dataplane_marker().exists());
         let mut told = [9; 2];
         agent.read_exact(&mut told).unwrap();

@@ -41,9 +41,9 @@ pub(super) struct Active {
     pub(super) drops: DropStats,
     pub(super) totals: TrafficTotals,
     /// Longest plaintext in bytes of each peer whose path carries less than this node's MTU.
-    narrow: Vec<(PeerId, u16)>,
-    /// True if `narrow` has changed since the waiting connections were notified.
-    pub(super) narrow_changed: bool,
+    reduced_paths: Vec<(PeerId, u16)>,
+    /// True if `reduced_paths` has changed since the waiting connections were notified.
+    pub(super) reduced_paths_changed: bool,
 }
 
 /// What of a data plane the keeper has to be told.
@@ -95,14 +95,14 @@ impl Active {
             running,
             drops: DropStats::default(),
             totals: TrafficTotals::default(),
-            narrow: Vec::new(),
-            narrow_changed: false,
+            reduced_paths: Vec::new(),
+            reduced_paths_changed: false,
         };
         active.set_peers(now, snapshot.peers)?;
-        active.raise_seen(&snapshot.seen_handshakes);
+        active.raise_seen_timestamps(&snapshot.seen_handshakes);
         active.engine.restore_sessions(now, sessions);
         active.publish();
-        active.running.begin()?;
+        active.running.start_lanes()?;
         Ok(active)
     }
 
@@ -118,7 +118,7 @@ impl Active {
     }
 
     /// Goes from what is in force to `snapshot`, touching only what differs.
-    pub(super) fn become_like(
+    pub(super) fn apply(
         &mut self,
         now: Time,
         snapshot: Snapshot,
@@ -141,7 +141,7 @@ impl Active {
             self.snapshot.local_cidrs = before;
             return Err(error);
         }
-        self.raise_seen(&snapshot.seen_handshakes);
+        self.raise_seen_timestamps(&snapshot.seen_handshakes);
         let before = std::mem::replace(&mut self.snapshot.node.tun, snapshot.node.tun);
         if before.ifindex != self.snapshot.node.tun.ifindex {
             if let Err(error) = self.running.attach_tun(&self.snapshot.node) {
@@ -158,7 +158,7 @@ impl Active {
         Ok(update)
     }
 
-    fn raise_seen(&mut self, seen: &SeenHandshakes) {
+    fn raise_seen_timestamps(&mut self, seen: &SeenHandshakes) {
         for (key, nanos) in seen {
             self.engine.raise_seen_timestamp(&key.0.into(), Duration::from_nanos(*nanos));
         }
@@ -234,11 +234,11 @@ impl Active {
         found.is_ok_and(|link| link.is_some_and(|link| link.index == tun.ifindex))
     }
 
-    pub(super) fn event(&mut self, now: Time, message: ToManager, tap: &Tap) {
+    pub(super) fn handle(&mut self, now: Time, message: ToManager, tap: &Tap) {
         match message {
             ToManager::RequestSession(peer) => self.engine.request_session(now, peer),
             ToManager::UnknownSession(source) => self.engine.on_unknown_session(now, source),
-            ToManager::TooLong(datagram) => self.too_long(now, datagram),
+            ToManager::TooLong(datagram) => self.on_too_long(now, datagram),
             ToManager::Datagram { source, mut datagram, .. } => {
                 // What was dropped before this one is not its.
                 self.drops.collect(self.engine.drops());
@@ -257,7 +257,7 @@ impl Active {
 
     /// Makes the engine limit datagrams to the size that this host's route to the destination
     /// carries.
-    fn too_long(&mut self, now: Time, TooLong { destination, len }: TooLong) {
+    fn on_too_long(&mut self, now: Time, TooLong { destination, len }: TooLong) {
         let plaintext = |len: usize| u16::try_from(len.saturating_sub(OVERHEAD)).ok();
         let fits = match self.running.longest_payload(destination, len) {
             // The route has become wider since the refusal.
@@ -284,7 +284,7 @@ impl Active {
         while let Some(transmit) = self.engine.poll_transmit() {
             let sent = self.running.send(transmit.destination, &transmit.payload);
             if let Err(datagram) = sent {
-                self.too_long(now, datagram);
+                self.on_too_long(now, datagram);
             }
         }
         // Of what was too long.
@@ -315,9 +315,9 @@ impl Active {
             tables.peers.insert(id, entry);
         }
         let paths = self.engine.tables().filter_map(|(id, view)| Some((id, view.path_mtu?)));
-        let narrow: Vec<_> = paths.collect();
-        self.narrow_changed |= narrow != self.narrow;
-        self.narrow = narrow;
+        let reduced_paths: Vec<_> = paths.collect();
+        self.reduced_paths_changed |= reduced_paths != self.reduced_paths;
+        self.reduced_paths = reduced_paths;
         tables.sessions.sort_unstable_by_key(|(index, _)| *index);
         self.published.publish(tables);
         self.running.wake_lanes();

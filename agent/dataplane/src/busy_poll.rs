@@ -20,9 +20,9 @@ use super::stats::{LaneStats, add};
 
 /// Where nothing is configured. Longer than a pod's answer to a small request takes, and not much
 /// longer than the wake-up that it saves.
-const DEFAULT: Duration = Duration::from_micros(50);
+const DEFAULT_LIMIT: Duration = Duration::from_micros(50);
 /// So many polls in vain after one that paid, and the next wait sleeps at once.
-const PATIENCE: u8 = 8;
+const MAX_IDLE_POLLS: u8 = 8;
 
 /// How long to poll where the configuration leaves it open: not at all where a CPU quota (cgroup v2
 /// `cpu.max`) would be used up by it.
@@ -33,7 +33,7 @@ pub(super) fn default_limit() -> Duration {
     *LIMIT.get_or_init(|| {
         let quota = fs::read_to_string("/proc/self/cgroup")
             .is_ok_and(|own| has_cpu_quota(Path::new("/sys/fs/cgroup"), &own));
-        if quota { Duration::ZERO } else { DEFAULT }
+        if quota { Duration::ZERO } else { DEFAULT_LIMIT }
     })
 }
 
@@ -49,9 +49,9 @@ fn has_cpu_quota(root: &Path, own: &str) -> bool {
 }
 
 /// A yield that took this long has met somebody who computes.
-const CONTENDED: Duration = Duration::from_micros(200);
+const MAX_YIELD_TIME: Duration = Duration::from_micros(200);
 /// For so long nothing is polled after that.
-const REST: Duration = Duration::from_millis(10);
+const CONTENTION_PAUSE: Duration = Duration::from_millis(10);
 
 /// See the module.
 pub(super) struct BusyPoll {
@@ -59,13 +59,13 @@ pub(super) struct BusyPoll {
     /// Polls in vain that are left.
     credit: u8,
     /// Until when nothing is polled.
-    rest: Option<Instant>,
+    paused_until: Option<Instant>,
 }
 
 impl BusyPoll {
     /// Polls for up to `limit`; zero for never.
     pub(super) fn new(limit: Duration) -> Self {
-        Self { limit, credit: 0, rest: None }
+        Self { limit, credit: 0, paused_until: None }
     }
 
     /// [`Poller::wait`], polling first where that has paid.
@@ -80,7 +80,7 @@ impl BusyPoll {
             return poller.wait(timeout);
         }
         let began = Instant::now();
-        if self.rest.is_some_and(|until| began < until) {
+        if self.paused_until.is_some_and(|until| began < until) {
             add(&stats.slept, 1);
             return poller.wait(timeout);
         }
@@ -88,13 +88,13 @@ impl BusyPoll {
             let mut before = began;
             loop {
                 if poller.poll()? {
-                    self.credit = PATIENCE;
+                    self.credit = MAX_IDLE_POLLS;
                     add(&stats.polled, 1);
                     return Ok(poller.ready());
                 }
                 let now = Instant::now();
-                if now - before > CONTENDED {
-                    self.rest = Some(now + REST);
+                if now - before > MAX_YIELD_TIME {
+                    self.paused_until = Some(now + CONTENTION_PAUSE);
                 }
                 if now - began >= self.limit {
                     self.credit -= 1;
@@ -108,7 +108,7 @@ impl BusyPoll {
         add(&stats.slept, 1);
         poller.wait(timeout)?;
         if asleep && began.elapsed() < self.limit {
-            self.credit = PATIENCE;
+            self.credit = MAX_IDLE_POLLS;
         }
         Ok(poller.ready())
     }
@@ -139,17 +139,17 @@ mod tests {
         waker.drain();
         busy.limit = Duration::from_micros(10);
         // More often than it should take: on a busy machine it may lose its turn, which says nothing.
-        for _ in 0..50 * u32::from(PATIENCE) {
+        for _ in 0..50 * u32::from(MAX_IDLE_POLLS) {
             let nothing: [u32; 0] = [];
             let short = Some(Duration::from_millis(1));
-            busy.rest = None;
+            busy.paused_until = None;
             assert_eq!(busy.wait(&mut poller, short, &stats).unwrap(), nothing);
             if busy.credit == 0 {
                 break;
             }
         }
         assert_eq!(busy.credit, 0);
-        assert!(counts().0 == 1 && counts().1 > u64::from(PATIENCE), "{:?}", counts());
+        assert!(counts().0 == 1 && counts().1 > u64::from(MAX_IDLE_POLLS), "{:?}", counts());
     }
 
     #[test]
@@ -159,11 +159,11 @@ mod tests {
         poller.add(waker.as_fd(), 3).unwrap();
         waker.wake();
         let mut busy = BusyPoll::new(Duration::from_millis(200));
-        busy.credit = PATIENCE;
-        busy.rest = Some(Instant::now() + Duration::from_secs(60));
+        busy.credit = MAX_IDLE_POLLS;
+        busy.paused_until = Some(Instant::now() + Duration::from_secs(60));
         assert_eq!(busy.wait(&mut poller, None, &stats).unwrap(), [3]);
         assert_eq!((stats.polled.load(Relaxed), stats.slept.load(Relaxed)), (0, 1));
-        busy.rest = Some(Instant::now());
+        busy.paused_until = Some(Instant::now());
         assert_eq!(busy.wait(&mut poller, None, &stats).unwrap(), [3]);
         assert_eq!((stats.polled.load(Relaxed), stats.slept.load(Relaxed)), (1, 1));
     }

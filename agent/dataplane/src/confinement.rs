@@ -23,7 +23,7 @@ pub struct ConfinementOptions {
 /// What a process of the data plane has given up.
 #[must_use]
 pub struct Confined {
-    rights: CapabilitySet,
+    capabilities: CapabilitySet,
     /// Mechanisms that confine a data process; empty for a keeper.
     pub(super) mechanisms: Vec<Confinement>,
 }
@@ -36,9 +36,9 @@ pub struct Confined {
 /// An error if the kernel refuses to take capabilities, or if a mechanism that is required is not
 /// active. A keeper checks that before its data process starts, and before it takes over.
 pub fn confine(worker: bool, options: ConfinementOptions) -> anyhow::Result<Confined> {
-    let rights =
+    let capabilities =
         confine::drop_capabilities(confine::DATAPLANE).context("cannot give up capabilities")?;
-    let mut confined = Confined { rights, mechanisms: Vec::new() };
+    let mut confined = Confined { capabilities, mechanisms: Vec::new() };
     if !worker {
         if options.required {
             seccomp::probe().context(NOT_CONFINED)?;
@@ -87,7 +87,7 @@ fn open_files() {
 impl Confined {
     /// Logs it, once there is a log.
     pub fn log(&self) {
-        tracing::info!(kept = ?self.rights, "capabilities dropped");
+        tracing::info!(kept = ?self.capabilities, "capabilities dropped");
         for mechanism in &self.mechanisms {
             match mechanism.state {
                 ConfinementState::On => tracing::info!("confined: {mechanism}"),

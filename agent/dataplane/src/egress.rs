@@ -243,14 +243,14 @@ impl Egress {
             }
             let Some(target) = find_or_add_peer(&mut self.batch, lane, tables, peer) else {
                 self.drops.add(DropReason::NoSession);
-                lane.dropped(DropReason::NoSession, None, Bytes::Inner(segment));
+                lane.report_drop(DropReason::NoSession, None, Bytes::Inner(segment));
                 continue;
             };
             let before = told.then(|| BATCH_DROPS.map(|reason| self.drops.get(reason)));
             self.batch.push(target, checksum, segment, &mut self.drops);
             for (reason, before) in BATCH_DROPS.into_iter().zip(before.into_iter().flatten()) {
                 if self.drops.get(reason) > before {
-                    lane.dropped(reason, None, Bytes::Inner(segment));
+                    lane.report_drop(reason, None, Bytes::Inner(segment));
                 }
             }
         }
@@ -260,7 +260,7 @@ impl Egress {
     /// Counts a packet of the TUN that goes nowhere.
     fn drop(&mut self, lane: &LaneContext, reason: DropReason, packet: &[u8]) {
         self.drops.add(reason);
-        lane.dropped(reason, None, Bytes::Inner(packet));
+        lane.report_drop(reason, None, Bytes::Inner(packet));
     }
 
     fn hold(&mut self, lane: &LaneContext, peer: PeerId, vnet: VnetHeader, packet: &[u8]) {
@@ -315,7 +315,7 @@ impl Egress {
             }
             lane.stats.count_sent(&outcome, &self.sender);
             if let Some(datagram) = outcome.too_long {
-                lane.too_long(datagram);
+                lane.report_too_long(datagram);
             }
             lane.stats.note_gso_off(&self.gso, now, outcome.fallbacks > 0);
             let since = if outcome.datagrams > 0 { now } else { at.since };

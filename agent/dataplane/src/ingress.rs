@@ -30,10 +30,10 @@ use super::tap::{Bytes, PacketRef};
 use super::write::TunWriter;
 
 /// The longest handshake in bytes, and the longest control message, which may be a padded ping.
-const MAX_HANDSHAKE: usize = 2048;
-const MAX_CONTROL: usize = 9216;
+const MAX_HANDSHAKE_LEN: usize = 2048;
+const MAX_CONTROL_LEN: usize = 9216;
 /// Messages a system call, each of up to 64 KiB.
-const MESSAGES: usize = 16;
+const MAX_MESSAGES: usize = 16;
 
 /// The lane's receiving half.
 pub(super) struct Ingress {
@@ -53,7 +53,7 @@ pub(super) struct Ingress {
     /// The kernel's overflow counter of each socket as last seen.
     overflow: Vec<u32>,
     drops: DropCounts,
-    totals: Totals,
+    counts: BatchCounts,
 }
 
 /// A receive socket of the lane.
@@ -73,7 +73,7 @@ struct Outer {
 }
 
 #[derive(Default)]
-struct Totals {
+struct BatchCounts {
     inner_packets: u64,
     inner_bytes: u64,
     outer_packets: u64,
@@ -86,7 +86,7 @@ impl Ingress {
     /// A receiver that merges what `config` allows.
     pub(super) fn new(config: CoalesceConfig) -> Self {
         Self {
-            receive: RecvBatch::new(MESSAGES),
+            receive: RecvBatch::new(MAX_MESSAGES),
             coalescer: Coalescer::new(config),
             config,
             writer: TunWriter::default(),
@@ -97,14 +97,14 @@ impl Ingress {
             checked: None,
             overflow: Vec::new(),
             drops: DropCounts::default(),
-            totals: Totals::default(),
+            counts: BatchCounts::default(),
         }
     }
 
     /// Begins anew with another device.
     pub(super) fn set_config(&mut self, config: CoalesceConfig) {
         self.config = config;
-        self.writer.forgive_all();
+        self.writer.clear_refusals();
         self.coalescer.set_config(config);
     }
 
@@ -171,7 +171,7 @@ impl Ingress {
             let message = self.receive.message(message);
             if message.truncated {
                 self.drops.add(DropReason::Truncated);
-                lane.dropped(DropReason::Truncated, Some(message.source), Bytes::Outer(&[]));
+                lane.report_drop(DropReason::Truncated, Some(message.source), Bytes::Outer(&[]));
                 continue;
             }
             let mut segments = 0;
@@ -182,15 +182,15 @@ impl Ingress {
                 if let Err(reason) = self.datagram(lane, tables, outer, range.clone()) {
                     self.drops.add(reason);
                     let bytes = Bytes::Outer(&self.receive.arena()[range]);
-                    lane.dropped(reason, Some(message.source), bytes);
+                    lane.report_drop(reason, Some(message.source), bytes);
                 }
             }
-            self.totals.segments_per_message.observe(segments);
+            self.counts.segments_per_message.observe(segments);
             datagrams += segments;
         }
         self.write(lane, tun);
-        self.account(lane, datagrams);
-        messages == MESSAGES
+        self.publish_counts(lane, datagrams);
+        messages == MAX_MESSAGES
     }
 
     fn datagram(
@@ -202,8 +202,8 @@ impl Ingress {
     ) -> Result<(), DropReason> {
         let datagram = &mut self.receive.arena_mut()[range.clone()];
         let header = Header::parse(datagram)?;
-        self.totals.outer_packets += 1;
-        self.totals.outer_bytes += datagram.len() as u64;
+        self.counts.outer_packets += 1;
+        self.counts.outer_bytes += datagram.len() as u64;
         if header.kind != MessageType::Data {
             return self.pass_to_manager(lane, header, source, range);
         }
@@ -211,7 +211,7 @@ impl Ingress {
             self.last = self.by_index.get(&header.receiver).map(|&at| (header.receiver, at));
         }
         let Some(rx) = self.last.and_then(|(_, at)| self.sessions.get_mut(at)) else {
-            lane.unknown_session(source.ip());
+            lane.report_unknown_session(source.ip());
             return Err(DropReason::UnknownSession);
         };
         if header.lane % lane.lanes != lane.index {
@@ -228,7 +228,7 @@ impl Ingress {
         if at == end {
             return Err(DropReason::InnerMalformed);
         }
-        let first = self.totals.inner_packets;
+        let first = self.counts.inner_packets;
         while at < end {
             let arena = self.receive.arena_mut();
             let ip = IpHeader::parse(&arena[at..end]).ok_or(DropReason::InnerMalformed)?;
@@ -239,7 +239,7 @@ impl Ingress {
                 let foreign = find_foreign_address(tables, rx.session.peer, &ip);
                 if let Some(reason) = foreign {
                     self.drops.add(reason);
-                    lane.dropped(reason, Some(source), Bytes::Inner(&arena[packet]));
+                    lane.report_drop(reason, Some(source), Bytes::Inner(&arena[packet]));
                     continue;
                 }
                 self.checked = Some(flow);
@@ -251,13 +251,13 @@ impl Ingress {
                     None => {
                         let reason = DropReason::InnerNotEct;
                         self.drops.add(reason);
-                        lane.dropped(reason, Some(source), Bytes::Inner(&arena[packet]));
+                        lane.report_drop(reason, Some(source), Bytes::Inner(&arena[packet]));
                         continue;
                     }
                 }
             }
-            self.totals.inner_packets += 1;
-            self.totals.inner_bytes += packet.len() as u64;
+            self.counts.inner_packets += 1;
+            self.counts.inner_bytes += packet.len() as u64;
             rx.packets += 1;
             rx.bytes += packet.len() as u64;
             if lane.captured {
@@ -265,7 +265,7 @@ impl Ingress {
             }
             self.coalescer.push(arena, packet, &ip, checksum);
         }
-        self.totals.inner_per_outer.observe(self.totals.inner_packets - first);
+        self.counts.inner_per_outer.observe(self.counts.inner_packets - first);
         Ok(())
     }
 
@@ -285,8 +285,8 @@ impl Ingress {
         let datagram = &mut self.receive.arena_mut()[range];
         // A queue of messages that the manager refuses for their length would only waste memory.
         let longest = match header.kind {
-            MessageType::Control => MAX_CONTROL,
-            _ => MAX_HANDSHAKE,
+            MessageType::Control => MAX_CONTROL_LEN,
+            _ => MAX_HANDSHAKE_LEN,
         };
         if datagram.len() > longest {
             return Err(DropReason::HandshakeInvalid);
@@ -296,7 +296,7 @@ impl Ingress {
         }
         let at = self.by_index.get(&header.receiver);
         let Some(rx) = at.and_then(|&at| self.sessions.get_mut(at)) else {
-            lane.unknown_session(source.ip());
+            lane.report_unknown_session(source.ip());
             return Err(DropReason::UnknownSession);
         };
         // The engine opens the message again: it answers, and its replay window decides.
@@ -319,12 +319,12 @@ impl Ingress {
                 Ok(()) => written += 1,
                 Err(_) => {
                     drops.add_many(DropReason::TunWrite, packet.segments as u64);
-                    refuse(lane, arena, &packet);
+                    report_refused(lane, arena, &packet);
                 }
             }
         });
         add(&lane.stats.ingress.tun_packets, written);
-        self.writer.forgive(lane.now());
+        self.writer.expire_refusals(lane.now());
         let refused = self.writer.refused();
         if refused != before {
             lane.stats.tun_tcp_refused.store(refused.tcp, Relaxed);
@@ -346,17 +346,17 @@ impl Ingress {
         add(&lane.stats.receive_queue_overflow, u64::from(lost));
     }
 
-    fn account(&mut self, lane: &LaneContext, datagrams: u64) {
+    fn publish_counts(&mut self, lane: &LaneContext, datagrams: u64) {
         let stats = &lane.stats.ingress;
-        let mut totals = std::mem::take(&mut self.totals);
-        stats.segments_per_message.collect(&mut totals.segments_per_message);
-        stats.inner_per_outer.collect(&mut totals.inner_per_outer);
+        let mut counts = std::mem::take(&mut self.counts);
+        stats.segments_per_message.collect(&mut counts.segments_per_message);
+        stats.inner_per_outer.collect(&mut counts.inner_per_outer);
         add(&stats.calls, 1);
         stats.packets_per_call.observe(datagrams);
-        add(&stats.inner_packets, totals.inner_packets);
-        add(&stats.inner_bytes, totals.inner_bytes);
-        add(&stats.outer_packets, totals.outer_packets);
-        add(&stats.outer_bytes, totals.outer_bytes);
+        add(&stats.inner_packets, counts.inner_packets);
+        add(&stats.inner_bytes, counts.inner_bytes);
+        add(&stats.outer_packets, counts.outer_packets);
+        add(&stats.outer_bytes, counts.outer_bytes);
         for rx in self.sessions.iter_mut().filter(|rx| rx.packets > 0) {
             rx.session.traffic().add_received(rx.packets, rx.bytes);
             (rx.packets, rx.bytes) = (0, 0);
@@ -386,7 +386,7 @@ fn decapsulate(inner: Ecn, outer: Ecn, merged: bool) -> Option<Ecn> {
 }
 
 /// Tells whoever looks what the TUN did not take.
-fn refuse(lane: &LaneContext, arena: &[u8], packet: &TunPacket<'_>) {
+fn report_refused(lane: &LaneContext, arena: &[u8], packet: &TunPacket<'_>) {
     let whole = packet.payload.first().map_or(&[][..], |slice| slice.of(arena));
     let bytes = Bytes::Inner(if packet.header.is_empty() { whole } else { packet.header });
     let packet_ref =

@@ -135,7 +135,7 @@ fn run_data_process(
 }
 
 fn set_activity(activation: Option<&mut Activation>, activity: Activity) {
-    if let Some(Err(error)) = activation.map(|activation| activation.set(activity)) {
+    if let Some(Err(error)) = activation.map(|activation| activation.set_activity(activity)) {
         tracing::error!(%error, "cannot write the marker in the instance's directory");
     }
 }

@@ -30,14 +30,14 @@ use super::stats::LaneStats;
 use super::tables::{Tables, TablesHandle};
 use super::tap::Tap;
 
-const WAKE: u32 = 0;
-const TUN: u32 = 1;
-const SEND: u32 = 2;
-const FIRST_SOCKET: u32 = 3;
+const WAKE_TOKEN: u32 = 0;
+const TUN_TOKEN: u32 = 1;
+const SEND_TOKEN: u32 = 2;
+const FIRST_SOCKET_TOKEN: u32 = 3;
 /// Full batches received before the other direction gets its turn.
-const RECEIVES: usize = 4;
+const MAX_RECEIVES: usize = 4;
 /// How often packets that wait for a session are looked at.
-const PENDING_TICK: Duration = Duration::from_millis(250);
+const PENDING_INTERVAL: Duration = Duration::from_millis(250);
 /// Everything that a lane is made of. A lane can be built from any descriptors, so that one process
 /// can hand its own to the next.
 pub(super) struct LaneParts {
@@ -68,11 +68,11 @@ pub(super) struct LaneParts {
 /// What the manager asks of a running lane.
 #[derive(Default)]
 struct Mailbox {
-    tun: Option<NewTun>,
+    tun: Option<TunReplacement>,
 }
 
 /// A queue of a device that was made anew.
-pub(super) struct NewTun {
+pub(super) struct TunReplacement {
     /// The queue.
     pub(super) tun: TunQueue,
     /// What may be written to it.
@@ -120,7 +120,7 @@ impl LaneHandle {
     }
 
     /// Gives the lane another TUN queue.
-    pub(super) fn replace_tun(&self, new: NewTun) {
+    pub(super) fn replace_tun(&self, new: TunReplacement) {
         let mut mailbox = self.shared.mailbox.lock().unwrap_or_else(PoisonError::into_inner);
         mailbox.tun = Some(new);
         drop(mailbox);
@@ -159,7 +159,7 @@ struct Lane {
     tun: Option<TunQueue>,
     /// Of the device.
     generation: u32,
-    /// The socket for whose room the sending half waits. The TUN is not watched meanwhile.
+    /// The socket for whose room the sending half waits. The TUN is not abort_on_error meanwhile.
     blocked: Option<usize>,
     receive_sockets: Vec<UdpSocket>,
     tables: Arc<Tables>,
@@ -170,11 +170,11 @@ struct Lane {
 impl Lane {
     fn new(parts: LaneParts, stats: Arc<LaneStats>, shared: Arc<Shared>) -> io::Result<Self> {
         let mut poller = Poller::new()?;
-        poller.add(shared.waker.as_fd(), WAKE)?;
-        poller.add(parts.tun.as_fd(), TUN)?;
+        poller.add(shared.waker.as_fd(), WAKE_TOKEN)?;
+        poller.add(parts.tun.as_fd(), TUN_TOKEN)?;
         let mut send_sockets = Vec::new();
         let mut receive_sockets = Vec::new();
-        for (token, pair) in (FIRST_SOCKET..).zip(parts.sockets) {
+        for (token, pair) in (FIRST_SOCKET_TOKEN..).zip(parts.sockets) {
             poller.add(pair.receive.as_fd(), token)?;
             receive_sockets.push(pair.receive);
             let v4 = pair.send.local_addr()?.is_ipv4();
@@ -196,7 +196,7 @@ impl Lane {
                 manager: parts.manager,
                 now: Instant::now(),
                 age_clock: boot_time(),
-                unknown_session_told: None,
+                unknown_session_reported: None,
                 too_long_reported: Cell::new(None),
             },
             shared,
@@ -218,7 +218,7 @@ impl Lane {
         while !self.shared.stop.load(Ordering::Acquire) {
             let timeout = match self.blocked {
                 Some(_) => Some(SEND_TIMEOUT),
-                None => self.egress.has_pending().then_some(PENDING_TICK),
+                None => self.egress.has_pending().then_some(PENDING_INTERVAL),
             };
             ready.clear();
             match busy_poll.wait(&mut self.poller, timeout, &self.context.stats) {
@@ -232,22 +232,22 @@ impl Lane {
             self.context.now = Instant::now();
             self.context.age_clock = boot_time();
             self.context.captured = self.context.tap.wants_packets();
-            self.adopt_newer();
+            self.adopt_newer_tables();
             if self.blocked.is_some() {
-                self.egress.resume(&self.context, ready.contains(&SEND));
+                self.egress.resume(&self.context, ready.contains(&SEND_TOKEN));
             }
             self.egress.release_pending(&self.context, &self.tables);
             for &token in &ready {
                 match token {
-                    WAKE => self.read_mail(),
-                    TUN => self.send(),
+                    WAKE_TOKEN => self.on_mail(),
+                    TUN_TOKEN => self.send(),
                     // Done above.
-                    SEND => {}
-                    socket => self.receive((socket - FIRST_SOCKET) as usize),
+                    SEND_TOKEN => {}
+                    socket => self.receive((socket - FIRST_SOCKET_TOKEN) as usize),
                 }
             }
             if self.blocked != self.egress.blocked_socket() {
-                watched(self.context.index, self.watch_room());
+                abort_on_error(self.context.index, self.watch_room());
             }
         }
     }
@@ -276,11 +276,11 @@ impl Lane {
             self.poller.remove(socket(before))?;
         }
         if let Some(now) = now {
-            self.poller.add_writable(socket(now), SEND)?;
+            self.poller.add_writable(socket(now), SEND_TOKEN)?;
         }
         match &self.tun {
             Some(tun) if before.is_none() => self.poller.remove(tun.as_fd()),
-            Some(tun) if now.is_none() => self.poller.add(tun.as_fd(), TUN),
+            Some(tun) if now.is_none() => self.poller.add(tun.as_fd(), TUN_TOKEN),
             _ => Ok(()),
         }
     }
@@ -288,7 +288,7 @@ impl Lane {
     fn receive(&mut self, index: usize) {
         let Some(socket) = self.receive_sockets.get(index) else { return };
         let (context, tables) = (&mut self.context, &mut self.tables);
-        for _ in 0..RECEIVES {
+        for _ in 0..MAX_RECEIVES {
             let tun = self.tun.as_ref();
             let socket = ReceiveSocket { index, fd: socket.as_fd() };
             if !self.ingress.run(context, tables, socket, tun) {
@@ -297,26 +297,26 @@ impl Lane {
         }
     }
 
-    fn adopt_newer(&mut self) {
+    fn adopt_newer_tables(&mut self) {
         if let Some(newer) = self.context.newer_tables() {
             self.ingress.adopt(&newer);
             self.tables = newer;
         }
     }
 
-    fn read_mail(&mut self) {
+    fn on_mail(&mut self) {
         self.shared.waker.drain();
         let mail = {
             let mut mailbox = self.shared.mailbox.lock().unwrap_or_else(PoisonError::into_inner);
             std::mem::take(&mut *mailbox)
         };
-        if let Some(NewTun { tun, coalesce, generation }) = mail.tun {
+        if let Some(TunReplacement { tun, coalesce, generation }) = mail.tun {
             self.generation = generation;
             if let Some(old) = self.tun.take() {
                 let _ = self.poller.remove(old.as_fd());
             }
             if self.blocked.is_none() {
-                watched(self.context.index, self.poller.add(tun.as_fd(), TUN));
+                abort_on_error(self.context.index, self.poller.add(tun.as_fd(), TUN_TOKEN));
             }
             self.ingress.set_config(coalesce);
             self.context.stats.tun_tcp_refused.store(false, Ordering::Relaxed);
@@ -326,9 +326,9 @@ impl Lane {
     }
 }
 
-/// Ends the process where a descriptor cannot be watched: the lane would be deaf for good, or never
+/// Ends the process where a descriptor cannot be abort_on_error: the lane would be deaf for good, or never
 /// sleep. A new process is there at once.
-fn watched(lane: u8, result: io::Result<()>) {
+fn abort_on_error(lane: u8, result: io::Result<()>) {
     if let Err(error) = result {
         tracing::error!(lane, %error, "epoll failed: ending, to begin anew");
         std::process::abort();

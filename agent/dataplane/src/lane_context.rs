@@ -39,7 +39,7 @@ pub(super) struct LaneContext {
     pub(super) manager: ToManagerQueue,
     pub(super) now: Instant,
     pub(super) age_clock: Duration,
-    pub(super) unknown_session_told: Option<Instant>,
+    pub(super) unknown_session_reported: Option<Instant>,
     pub(super) too_long_reported: Cell<Option<Instant>>,
 }
 
@@ -64,7 +64,12 @@ impl LaneContext {
 
     /// Tells whoever looks of a drop.
     #[inline]
-    pub(super) fn dropped(&self, reason: DropReason, outer: Option<SocketAddr>, bytes: Bytes<'_>) {
+    pub(super) fn report_drop(
+        &self,
+        reason: DropReason,
+        outer: Option<SocketAddr>,
+        bytes: Bytes<'_>,
+    ) {
         self.tap.dropped(reason, PacketRef { lane: Some(self.index), outer, bytes, packets: 1 });
     }
 
@@ -80,7 +85,7 @@ impl LaneContext {
 
     /// Reports a datagram that was too long for its route to the manager, which reduces the peer's
     /// path MTU.
-    pub(super) fn too_long(&self, datagram: TooLong) {
+    pub(super) fn report_too_long(&self, datagram: TooLong) {
         let due = |at: Instant| self.now - at >= TOO_LONG_INTERVAL;
         if self.too_long_reported.get().is_none_or(due)
             && self.manager.try_send_own(ToManager::TooLong(datagram))
@@ -90,9 +95,9 @@ impl LaneContext {
     }
 
     /// Notes that `source` sent a datagram of a session that is not known here.
-    pub(super) fn unknown_session(&mut self, source: IpAddr) {
-        if self.unknown_session_told.is_none_or(|t| self.now - t >= UNKNOWN_SESSION_INTERVAL) {
-            self.unknown_session_told = Some(self.now);
+    pub(super) fn report_unknown_session(&mut self, source: IpAddr) {
+        if self.unknown_session_reported.is_none_or(|t| self.now - t >= UNKNOWN_SESSION_INTERVAL) {
+            self.unknown_session_reported = Some(self.now);
             self.manager.try_send_own(ToManager::UnknownSession(source));
         }
     }

@@ -24,7 +24,7 @@ use super::handover::{self, HandOver, InheritedFds, ToKeeper};
 use super::memory::MemfdStore;
 use super::queue::{self, ToManager, ToManagerQueue};
 use super::report;
-use super::setup::{Links, Running};
+use super::setup::{ProcessHandles, Running};
 use super::tap::Tap;
 use super::vm_generation::{ClockWatch, Uevents};
 
@@ -33,7 +33,7 @@ const RETIRED_TABLES_INTERVAL: Duration = Duration::from_millis(100);
 /// Interval between comparisons of the wall clock with the boot clock.
 const CLOCK_INTERVAL: Duration = Duration::from_secs(1);
 /// Messages dealt with before what they led to is published and sent.
-const BATCH: usize = 32;
+const MAX_BATCH: usize = 32;
 
 /// Sets the filter of this process's log. `None` restores the filter that the process was started
 /// with. The error is a sentence with the remedy.
@@ -57,7 +57,7 @@ pub(super) fn start(
     let mut manager = Manager {
         started: Instant::now(),
         queue: receiver,
-        links: Links { to_manager: sender.clone(), tap, keeper },
+        handles: ProcessHandles { to_manager: sender.clone(), tap, keeper },
         set_log_level,
         changes,
         clock: ClockWatch::default(),
@@ -76,7 +76,7 @@ pub(super) fn start(
 struct Manager {
     started: Instant,
     queue: Receiver<ToManager>,
-    links: Links,
+    handles: ProcessHandles,
     set_log_level: SetLogLevel,
     changes: Arc<Changes>,
     clock: ClockWatch,
@@ -107,21 +107,21 @@ impl Manager {
                 self.end_sessions(now, "the wall clock has jumped ahead");
             }
             // What came together leads to one publication, however many sessions it makes.
-            for _ in 0..BATCH {
+            for _ in 0..MAX_BATCH {
                 let Some(taken) = message else { break };
-                if self.take(now, taken).is_break() {
+                if self.handle(now, taken).is_break() {
                     return;
                 }
                 message = self.queue.try_recv().ok();
             }
             if let Some(taken) = message
-                && self.take(now, taken).is_break()
+                && self.handle(now, taken).is_break()
             {
                 return;
             }
             if let Some(active) = &mut self.active {
                 active.drive(now);
-                if std::mem::take(&mut active.narrow_changed) {
+                if std::mem::take(&mut active.reduced_paths_changed) {
                     self.changes.raise();
                 }
             }
@@ -129,7 +129,7 @@ impl Manager {
     }
 
     /// Deals with one message; breaks where the process is to end.
-    fn take(&mut self, now: Time, message: ToManager) -> ControlFlow<()> {
+    fn handle(&mut self, now: Time, message: ToManager) -> ControlFlow<()> {
         if let ToManager::Request { request, answer } = message {
             let shutdown = matches!(request, Request::Shutdown);
             let response = self.request(now, request);
@@ -156,7 +156,7 @@ impl Manager {
             );
             return ControlFlow::Break(());
         }
-        active.event(now, message, &self.links.tap);
+        active.handle(now, message, &self.handles.tap);
         ControlFlow::Continue(())
     }
 
@@ -230,9 +230,9 @@ impl Manager {
 
     fn apply(&mut self, now: Time, snapshot: Snapshot) -> Result<KeeperUpdate, SetupError> {
         match &mut self.active {
-            Some(active) => active.become_like(now, snapshot),
+            Some(active) => active.apply(now, snapshot),
             None => {
-                let store = self.links.keeper.as_ref().and_then(|_| {
+                let store = self.handles.keeper.as_ref().and_then(|_| {
                     let made = MemfdStore::create();
                     made.inspect_err(
                         |error| tracing::warn!(%error, "sessions end with this process"),
@@ -240,7 +240,7 @@ impl Manager {
                     .ok()
                 });
                 let open = |node: &NodeSettings, published: &_| {
-                    Running::open(node, published, &self.links)
+                    Running::open(node, published, &self.handles)
                 };
                 self.active = Some(Active::start(now, snapshot, store, Vec::new(), open)?);
                 Ok(KeeperUpdate::All)
@@ -256,7 +256,7 @@ impl Manager {
             let snapshot = handover::read_snapshot(snapshot).context("the snapshot")?;
             let (store, sessions) = MemfdStore::open(sessions).context("the sessions")?;
             let open = |node: &NodeSettings, published: &_| {
-                Running::inherit(node, state, queues, sockets, published, &self.links)
+                Running::from_inherited(node, state, queues, sockets, published, &self.handles)
             };
             Ok(Active::start(clock(), snapshot, Some(store), sessions, open)?)
         };
@@ -272,7 +272,7 @@ impl Manager {
                 let error = format!("{error:#}");
                 tracing::error!(error, "cannot go on with what the data process before has state");
                 // Its copies would keep the device and the port in use.
-                let keeper = self.links.keeper.as_ref();
+                let keeper = self.handles.keeper.as_ref();
                 let forgotten = keeper.map(|keeper| keeper.notify(&ToKeeper::Forget, &[]));
                 if let Some(Err(error)) = forgotten {
                     tracing::error!(%error, "the keeper is gone");
@@ -283,14 +283,14 @@ impl Manager {
 
     /// Gives the keeper what has changed.
     fn update_keeper(&mut self, update: KeeperUpdate) {
-        let (Some(keeper), Some(active)) = (&self.links.keeper, &self.active) else { return };
+        let (Some(keeper), Some(active)) = (&self.handles.keeper, &self.active) else { return };
         let Some(store) = &active.store else { return };
         let send = || -> std::io::Result<()> {
             let snapshot = handover::write_sealed_snapshot(&active.snapshot())?;
             match update {
                 KeeperUpdate::Snapshot => keeper.notify(&ToKeeper::Snapshot, &[snapshot.as_fd()]),
                 KeeperUpdate::All => {
-                    let (state, more) = active.running.leave(&active.snapshot.node);
+                    let (state, more) = active.running.hand_over_state(&active.snapshot.node);
                     let mut all = vec![snapshot.as_fd(), store.file()];
                     all.extend(more);
                     keeper.notify(&ToKeeper::Store { state }, &all)
@@ -308,7 +308,7 @@ impl Manager {
             kind: ErrorKind::Invalid,
             message: message.to_owned(),
         };
-        let (Some(keeper), Some(active)) = (&self.links.keeper, &mut self.active) else {
+        let (Some(keeper), Some(active)) = (&self.handles.keeper, &mut self.active) else {
             return refused("there is nothing to take over yet");
         };
         if active.store.is_none() {

@@ -9,7 +9,7 @@ use skein_ipc::{PROTOCOL_VERSION, Request, Response, read_frame, write_frame};
 use skein_sys::socket::connect_trusted;
 
 /// How long a probe waits for each step.
-const PATIENCE: Duration = Duration::from_secs(3);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Checks that the manager's thread of the data process at `socket` answers. Succeeds without a
 /// check if `instance` does not have the data plane, because no data process of the instance could
@@ -21,8 +21,8 @@ pub fn probe(socket: &Path, instance: Option<&Instance>) -> anyhow::Result<()> {
     let shown = socket.display();
     let mut stream =
         connect_trusted(socket).with_context(|| format!("no data process answers on {shown}"))?;
-    stream.set_read_timeout(Some(PATIENCE)).context("cannot bound the wait")?;
-    stream.set_write_timeout(Some(PATIENCE)).context("cannot bound the wait")?;
+    stream.set_read_timeout(Some(PROBE_TIMEOUT)).context("cannot bound the wait")?;
+    stream.set_write_timeout(Some(PROBE_TIMEOUT)).context("cannot bound the wait")?;
     let mut ask = || {
         write_frame(&mut stream, &Request::Hello { version: PROTOCOL_VERSION })?;
         read_frame(&mut stream)

@@ -21,21 +21,21 @@ use super::capabilities::{ECN_RUNG, capabilities, with_ecn};
 use super::channel::KeeperChannel;
 use super::error::SetupError;
 use super::handover::{self, Family, FamilySockets, HandOver};
-use super::lane::{LaneHandle, LaneParts, NewTun};
+use super::lane::{LaneHandle, LaneParts, TunReplacement};
 use super::queue::ToManagerQueue;
 use super::tables::TablesHandle;
 use super::tap::Tap;
 
 /// Connections of a data plane to the rest of its process and to the keeper.
 #[derive(Clone)]
-pub(super) struct Links {
+pub(super) struct ProcessHandles {
     pub(super) to_manager: ToManagerQueue,
     pub(super) tap: Arc<Tap>,
     /// Absent if nobody continues with the descriptors when this process dies.
     pub(super) keeper: Option<Arc<KeeperChannel>>,
 }
 
-impl Links {
+impl ProcessHandles {
     fn open_queues(
         &self,
         node: &NodeSettings,
@@ -49,7 +49,7 @@ impl Links {
 }
 
 /// Descriptors that are open, and what the kernel allows on them.
-struct Opened {
+struct OpenedDescriptors {
     queues: Vec<TunQueue>,
     sockets: Vec<FamilySockets>,
     offload: TunOffload,
@@ -60,7 +60,7 @@ struct Opened {
 
 /// Lanes at work, and the sockets for handshakes.
 pub(super) struct Running {
-    /// In the order of their numbers; none before [`Running::begin`].
+    /// In the order of their numbers; none before [`Running::start_lanes`].
     pub(super) lanes: Vec<LaneHandle>,
     /// The ladder as probed.
     pub(super) capabilities: Vec<Capability>,
@@ -76,7 +76,7 @@ pub(super) struct Running {
     lane_count: usize,
     offload: TunOffload,
     gso: bool,
-    links: Links,
+    handles: ProcessHandles,
     /// How often the lanes were attached to a device made anew. What a lane says of the one before is
     /// out of date.
     pub(super) generation: u32,
@@ -87,7 +87,7 @@ impl Running {
     pub(super) fn open(
         node: &NodeSettings,
         published: &Arc<TablesHandle>,
-        links: &Links,
+        handles: &ProcessHandles,
     ) -> Result<Self, SetupError> {
         if !(1..=64).contains(&node.lanes) {
             return Err(SetupError::Invalid(format!(
@@ -97,7 +97,7 @@ impl Running {
         }
         let addresses = bind_addresses(&node.underlay.addresses)?;
         let lanes = usize::from(node.lanes);
-        let (queues, offload, mut notes) = links.open_queues(node)?;
+        let (queues, offload, mut notes) = handles.open_queues(node)?;
         let options = UdpOptions {
             receive_buffer: node.underlay.receive_buffer,
             send_buffer: node.underlay.send_buffer,
@@ -126,7 +126,7 @@ impl Running {
         if let Err(reason) = &gso {
             notes.push(("udp_gso", reason.clone()));
         }
-        let opened = Opened {
+        let opened = OpenedDescriptors {
             queues,
             sockets,
             offload,
@@ -134,22 +134,22 @@ impl Running {
             capabilities: capabilities(node.offload, &notes),
             generation: 0,
         };
-        Ok(Self::new(node, opened, published, links)?)
+        Ok(Self::new(node, opened, published, handles)?)
     }
 
     /// Goes on with what another process has state.
-    pub(super) fn inherit(
+    pub(super) fn from_inherited(
         node: &NodeSettings,
         state: HandOver,
         queues: Vec<OwnedFd>,
         sockets: Vec<FamilySockets>,
         published: &Arc<TablesHandle>,
-        links: &Links,
+        handles: &ProcessHandles,
     ) -> Result<Self, SetupError> {
         let inherit = |fd| tun::inherit_queue(fd, &node.tun.name);
         let ecn = report_ecn(&sockets, node.offload.udp_ecn);
         let capabilities = with_ecn(state.capabilities, node.offload, ecn);
-        let opened = Opened {
+        let opened = OpenedDescriptors {
             queues: queues.into_iter().map(inherit).collect::<Result<_, _>>()?,
             sockets,
             offload: state.offload,
@@ -157,16 +157,16 @@ impl Running {
             capabilities,
             generation: state.generation,
         };
-        Ok(Self::new(node, opened, published, links)?)
+        Ok(Self::new(node, opened, published, handles)?)
     }
 
     fn new(
         node: &NodeSettings,
-        opened: Opened,
+        opened: OpenedDescriptors,
         published: &Arc<TablesHandle>,
-        links: &Links,
+        handles: &ProcessHandles,
     ) -> io::Result<Self> {
-        let Opened { queues, sockets, offload, gso, capabilities, generation } = opened;
+        let OpenedDescriptors { queues, sockets, offload, gso, capabilities, generation } = opened;
         let copies = handover::descriptors(&queues, &sockets)?;
         let source_ports = source_ports(&sockets)?;
         let lane_count = queues.len();
@@ -191,8 +191,8 @@ impl Running {
             bundling: node.bundling,
             busy_poll,
             published: Arc::clone(published),
-            manager: links.to_manager.clone(),
-            tap: Arc::clone(&links.tap),
+            manager: handles.to_manager.clone(),
+            tap: Arc::clone(&handles.tap),
         });
         Ok(Self {
             lanes: Vec::new(),
@@ -205,13 +205,13 @@ impl Running {
             lane_count,
             offload,
             gso,
-            links: links.clone(),
+            handles: handles.clone(),
             generation,
         })
     }
 
     /// Starts the lanes. What they are to look at has to be published.
-    pub(super) fn begin(&mut self) -> io::Result<()> {
+    pub(super) fn start_lanes(&mut self) -> io::Result<()> {
         for parts in std::mem::take(&mut self.parts) {
             self.lanes.push(LaneHandle::start(parts)?);
         }
@@ -219,7 +219,7 @@ impl Running {
     }
 
     /// What the next process needs to know, and the descriptors behind the snapshot and the sessions.
-    pub(super) fn leave(&self, node: &NodeSettings) -> (HandOver, Vec<BorrowedFd<'_>>) {
+    pub(super) fn hand_over_state(&self, node: &NodeSettings) -> (HandOver, Vec<BorrowedFd<'_>>) {
         let state = HandOver {
             version: HANDOVER_VERSION,
             lanes: node.lanes,
@@ -262,14 +262,14 @@ impl Running {
 
     /// Attaches every lane to the device of this name again, after it was made anew.
     pub(super) fn attach_tun(&mut self, node: &NodeSettings) -> Result<(), SetupError> {
-        let (queues, offload, notes) = self.links.open_queues(node)?;
+        let (queues, offload, notes) = self.handles.open_queues(node)?;
         self.generation += 1;
         self.offload = offload;
         let copies = handover::descriptors(&queues, &[])?;
         self.copies.splice(..self.lanes.len(), copies);
         for (lane, tun) in self.lanes.iter().zip(queues) {
             let (coalesce, generation) = (coalesce(offload), self.generation);
-            lane.replace_tun(NewTun { tun, coalesce, generation });
+            lane.replace_tun(TunReplacement { tun, coalesce, generation });
         }
         let fresh = capabilities(node.offload, &notes);
         for (old, new) in self.capabilities.iter_mut().zip(fresh) {

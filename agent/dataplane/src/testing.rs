@@ -32,7 +32,7 @@ pub(super) fn context(manager: ToManagerQueue, age_clock: Duration) -> LaneConte
         manager,
         now: Instant::now(),
         age_clock,
-        unknown_session_told: None,
+        unknown_session_reported: None,
         too_long_reported: Cell::new(None),
     }
 }

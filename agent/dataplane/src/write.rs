@@ -21,7 +21,7 @@ pub(super) struct TunWriter {
 }
 
 /// How long a kind that was refused is not merged.
-const PAUSE: Duration = Duration::from_secs(60);
+const MERGE_RETRY_DELAY: Duration = Duration::from_secs(60);
 
 /// Kinds of superpackets that the TUN refused.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -64,14 +64,14 @@ impl TunWriter {
     }
 
     /// Forgets refusals that are long ago, so that merging is tried again.
-    pub(super) fn forgive(&mut self, now: Instant) {
-        if self.refused_at.is_some_and(|at| now - at > PAUSE) {
-            self.forgive_all();
+    pub(super) fn expire_refusals(&mut self, now: Instant) {
+        if self.refused_at.is_some_and(|at| now - at > MERGE_RETRY_DELAY) {
+            self.clear_refusals();
         }
     }
 
     /// Forgets every refusal.
-    pub(super) fn forgive_all(&mut self) {
+    pub(super) fn clear_refusals(&mut self) {
         self.refused = Refused::default();
         self.refused_at = None;
     }
