@@ -11,8 +11,8 @@ use super::advertisement::ForwardingError;
 use super::connection::{Netlink, NetlinkError};
 use super::error::InterfaceError;
 use super::link::{Link, LinkChange};
-use super::provisional::Provisional;
 use super::route::Route;
+use super::staged::StagedInterface;
 use super::sysctl::{Sysctl, SysctlError};
 
 /// Prefix of the alias (IFLA_IFALIAS) of every interface of Skein. The node's name follows.
@@ -65,13 +65,13 @@ impl Wanted {
         netlink: &Netlink,
         links: &[Link],
     ) -> Result<Present, InterfaceError> {
-        let provisional = Provisional::new(&self.name, &self.alias);
+        let staged = StagedInterface::new(&self.name, &self.alias);
         let found = links.iter().find(|link| link.name == self.name);
         if let Some(link) = found {
             self.check_owner(link.clone())?;
         }
         let mut index = found.map(|link| link.index);
-        for link in self.renamed(links, &provisional) {
+        for link in self.renamed(links, &staged) {
             let was = &link.name;
             if index.is_some() {
                 netlink.delete_link(link.index).await?;
@@ -85,8 +85,8 @@ impl Wanted {
         if let Some(index) = index {
             return Ok(Present { index, created: false });
         }
-        provisional.remove(netlink).await?;
-        let index = provisional.create(netlink, &self.name).await?;
+        staged.remove(netlink).await?;
+        let index = staged.create(netlink, &self.name).await?;
         Ok(Present { index, created: true })
     }
 
@@ -95,10 +95,10 @@ impl Wanted {
     fn renamed<'a>(
         &self,
         links: &'a [Link],
-        provisional: &Provisional,
+        staged: &StagedInterface,
     ) -> impl Iterator<Item = &'a Link> {
         links.iter().filter(|link| {
-            let named = link.name == self.name || link.name == provisional.name();
+            let named = link.name == self.name || link.name == staged.name();
             link.is_tun_of(&self.alias) && !named
         })
     }

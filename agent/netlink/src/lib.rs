@@ -20,8 +20,8 @@ pub mod monitor;
 mod netconf;
 mod next_hop;
 pub mod pod;
-pub mod provisional;
 pub mod route;
+pub mod staged;
 pub mod sysctl;
 #[cfg(test)]
 mod testing;

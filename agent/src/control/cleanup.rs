@@ -8,7 +8,7 @@ use std::time::Duration;
 use skein_ipc::{NodeIdentity, Request};
 use skein_netlink::firewall;
 use skein_netlink::interface::ALIAS_PREFIX;
-use skein_netlink::provisional::Provisional;
+use skein_netlink::staged::StagedInterface;
 use skein_netlink::{Netlink, NetlinkError};
 use skein_sys::socket::{is_disconnect, is_no_listener};
 
@@ -177,11 +177,11 @@ async fn stop_dataplane(config: &Config) -> Result<bool, String> {
     tokio::time::timeout(STOP_TIMEOUT, stop).await.unwrap_or_else(|_| late())
 }
 
-async fn remove_interface(config: &Config, provisional: &Provisional) -> Result<bool, String> {
+async fn remove_interface(config: &Config, staged: &StagedInterface) -> Result<bool, String> {
     let name = &config.interface.name;
     let netlink = Netlink::connect().map_err(|error| error.to_string())?;
     let mut links = netlink.links().await.map_err(|error| error.to_string())?;
-    links.retain(|link| link.is_tun_of(&config.alias()) && link.name != provisional.name());
+    links.retain(|link| link.is_tun_of(&config.alias()) && link.name != staged.name());
     let mut removed = false;
     // Interfaces of this node that another program renamed.
     for link in links {
@@ -225,9 +225,9 @@ async fn remove_unreachable_routes(config: &Config, cleaned: &mut CleanupReport)
     }
 }
 
-async fn remove_provisional(provisional: &Provisional) -> Result<bool, String> {
+async fn remove_staged(staged: &StagedInterface) -> Result<bool, String> {
     let netlink = Netlink::connect().map_err(|error| error.to_string())?;
-    provisional.remove(&netlink).await.map_err(|error| error.to_string())
+    staged.remove(&netlink).await.map_err(|error| error.to_string())
 }
 
 fn remove_file(path: &Path) -> Result<bool, String> {

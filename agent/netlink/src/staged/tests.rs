@@ -10,8 +10,8 @@ fn what_a_killed_start_has_left_is_removed() {
     in_namespace(|| async {
         let netlink = Netlink::connect().unwrap();
         let wanted = wanted();
-        let provisional = Provisional::new(&wanted.name, &wanted.alias);
-        let name = provisional.name();
+        let staged = StagedInterface::new(&wanted.name, &wanted.alias);
+        let name = staged.name();
         for alias in [None, Some(&wanted.alias)] {
             // As far as it got before it was killed.
             create_persistent(name).unwrap();
@@ -35,8 +35,8 @@ fn what_others_have_under_the_provisional_name_stays() {
     in_namespace(|| async {
         let netlink = Netlink::connect().unwrap();
         let wanted = wanted();
-        let provisional = Provisional::new(&wanted.name, &wanted.alias);
-        let name = provisional.name();
+        let staged = StagedInterface::new(&wanted.name, &wanted.alias);
+        let name = staged.name();
         for make in [
             format!("link add dev {name} type bridge"),
             format!("tuntap add {name} mode tun\nlink set {name} alias vpn"),
@@ -56,7 +56,7 @@ fn what_others_have_under_the_provisional_name_stays() {
 #[test]
 fn provisional_names_are_possible_and_differ() {
     let names = [("skein0", "skein:a"), ("skein0", "skein:b"), ("skein1", "skein:a")]
-        .map(|(name, alias)| Provisional::new(name, alias).name().to_owned());
+        .map(|(name, alias)| StagedInterface::new(name, alias).name().to_owned());
     assert!(names.iter().all(|name| name.len() == 15), "{names:?}");
     assert!(names[0] != names[1] && names[0] != names[2] && names[1] != names[2], "{names:?}");
 }
@@ -66,10 +66,10 @@ fn a_name_that_is_taken_meanwhile_leaves_nothing_behind() {
     in_namespace(|| async {
         let netlink = Netlink::connect().unwrap();
         let wanted = wanted();
-        let provisional = Provisional::new(&wanted.name, &wanted.alias);
+        let staged = StagedInterface::new(&wanted.name, &wanted.alias);
         ip("link add dev sk-test type bridge");
-        let error = provisional.create(&netlink, "sk-test").await.unwrap_err();
+        let error = staged.create(&netlink, "sk-test").await.unwrap_err();
         assert!(matches!(error, InterfaceError::Netlink(_)), "{error}");
-        assert!(netlink.link(provisional.name()).await.unwrap().is_none());
+        assert!(netlink.link(staged.name()).await.unwrap().is_none());
     });
 }

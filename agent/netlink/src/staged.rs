@@ -15,22 +15,22 @@ use super::link::{Link, LinkChange};
 
 /// A device on its way to being the interface of this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Provisional {
+pub struct StagedInterface {
     name: String,
     alias: String,
 }
 
-impl Provisional {
+impl StagedInterface {
     /// The one that becomes the interface `name` with this alias.
     pub fn new(name: &str, alias: &str) -> Self {
         let digest = digest(&SHA256, format!("{name} {alias}").as_bytes());
         // A name has at most 15 bytes; 48 bits are enough that nobody else has it by accident.
-        let mut provisional = "sk-".to_owned();
+        let mut staged = "sk-".to_owned();
         for byte in &digest.as_ref()[..6] {
             // Writing to a String cannot fail.
-            let _ = write!(provisional, "{byte:02x}");
+            let _ = write!(staged, "{byte:02x}");
         }
-        Self { name: provisional, alias: alias.to_owned() }
+        Self { name: staged, alias: alias.to_owned() }
     }
 
     /// Its interface name.
