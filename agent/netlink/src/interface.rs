@@ -20,7 +20,7 @@ pub const ALIAS_PREFIX: &str = "skein:";
 
 /// What the interface is to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Wanted {
+pub struct InterfaceSpec {
     /// Interface name.
     pub name: String,
     /// The mark that makes it this node's.
@@ -51,7 +51,7 @@ pub struct Present {
     pub created: bool,
 }
 
-impl Wanted {
+impl InterfaceSpec {
     /// Creates the device if it does not exist, and marks it with its alias; sets nothing else. A
     /// device of this node under another name gets its name back, or is removed if a second device
     /// of this node has the name. `links` are all links of the node.
@@ -129,10 +129,15 @@ impl Wanted {
     }
 
     /// Brings the interface, its addresses and its routes to what is wanted. `addresses` are all
-    /// addresses of the node, listed after [`Wanted::ensure_device`]. Continues after an error and
+    /// addresses of the node, listed after [`InterfaceSpec::ensure_device`]. Continues after an error and
     /// returns all of them with the changes.
-    pub async fn configure(&self, netlink: &Netlink, index: u32, addresses: &[Address]) -> Outcome {
-        let mut outcome = Outcome::default();
+    pub async fn configure(
+        &self,
+        netlink: &Netlink,
+        index: u32,
+        addresses: &[Address],
+    ) -> ReconcileReport {
+        let mut outcome = ReconcileReport::default();
         if self.forwarding && self.forwarding_ipv6 {
             let forwarding = Sysctl::required("ipv6/conf/all/forwarding", "1");
             match netlink.ensure_ipv6_forwarding(&forwarding).await {
@@ -154,7 +159,7 @@ impl Wanted {
         outcome
     }
 
-    fn apply_sysctls(&self, outcome: &mut Outcome) {
+    fn apply_sysctls(&self, outcome: &mut ReconcileReport) {
         for sysctl in self.sysctls() {
             outcome.note_sysctl(&sysctl, sysctl.ensure());
         }
@@ -175,11 +180,11 @@ impl Wanted {
             sysctls.extend([
                 Sysctl::required(v6("disable_ipv6"), "0"),
                 // No neighbours, no routers: nothing to be solicited or configured by itself.
-                Sysctl::wished(v6("addr_gen_mode"), "1"),
-                Sysctl::wished(v6("accept_dad"), "0"),
-                Sysctl::wished(v6("accept_ra"), "0"),
-                Sysctl::wished(v6("autoconf"), "0"),
-                Sysctl::wished(v6("router_solicitations"), "0"),
+                Sysctl::optional(v6("addr_gen_mode"), "1"),
+                Sysctl::optional(v6("accept_dad"), "0"),
+                Sysctl::optional(v6("accept_ra"), "0"),
+                Sysctl::optional(v6("autoconf"), "0"),
+                Sysctl::optional(v6("router_solicitations"), "0"),
             ]);
         }
         if self.forwarding {
@@ -195,7 +200,7 @@ impl Wanted {
         &self,
         netlink: &Netlink,
         index: u32,
-        outcome: &mut Outcome,
+        outcome: &mut ReconcileReport,
     ) -> Result<(), NetlinkError> {
         let Some(link) = netlink.link(&self.name).await?.filter(|link| link.index == index) else {
             return Err(NetlinkError {
@@ -226,7 +231,7 @@ impl Wanted {
         netlink: &Netlink,
         index: u32,
         addresses: &[Address],
-        outcome: &mut Outcome,
+        outcome: &mut ReconcileReport,
     ) -> Result<(), NetlinkError> {
         let present: Vec<_> = addresses.iter().filter(|address| address.index == index).collect();
         let wanted: Vec<IpNet> = self.addresses.iter().map(|ip| IpNet::from(*ip)).collect();
@@ -249,7 +254,7 @@ impl Wanted {
         &self,
         netlink: &Netlink,
         index: u32,
-        outcome: &mut Outcome,
+        outcome: &mut ReconcileReport,
     ) -> Result<(), NetlinkError> {
         // A route that differs in its MTU is the same one.
         let by_mtu = |route: Route| (Route { mtu: None, ..route }, route.mtu);
@@ -299,7 +304,7 @@ impl Wanted {
 
 /// What a pass over the interface did.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Outcome {
+pub struct ReconcileReport {
     /// What was changed.
     pub changes: Vec<String>,
     /// What could not be done.
@@ -308,7 +313,7 @@ pub struct Outcome {
     pub conflicts: Vec<RouteConflict>,
 }
 
-impl Outcome {
+impl ReconcileReport {
     fn note_sysctl(&mut self, sysctl: &Sysctl, result: Result<bool, SysctlError>) {
         match result {
             Ok(true) => self.changes.push(format!("{} = {}", sysctl.key, sysctl.value)),

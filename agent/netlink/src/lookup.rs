@@ -13,7 +13,7 @@ use super::route::{PROTOCOL, address, mtu};
 
 /// The kernel's answer for one destination.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Lookup {
+pub struct RouteLookup {
     /// Whether the destination is an address of this machine.
     pub local: bool,
     /// Why it goes nowhere (`unreachable`, `blackhole`, `prohibit`), where it does not.
@@ -30,7 +30,7 @@ pub struct Lookup {
     pub skein: bool,
 }
 
-impl Lookup {
+impl RouteLookup {
     fn parse(message: &RouteMessage) -> Self {
         let header = &message.header;
         let mut lookup = Self {
@@ -65,11 +65,11 @@ impl Netlink {
         &self,
         to: IpAddr,
         incoming: Option<(IpAddr, u32)>,
-    ) -> Result<Lookup, NetlinkError> {
+    ) -> Result<RouteLookup, NetlinkError> {
         let mut message = request(to, incoming.map(|(from, _)| from))?;
         message.attributes.extend(incoming.map(|(_, interface)| RouteAttribute::Iif(interface)));
         let answer = self.answer(to, message).await?;
-        Ok(Lookup::parse(&answer))
+        Ok(RouteLookup::parse(&answer))
     }
 
     /// Returns the route of the routing tables (policy rules included) for packets of this machine

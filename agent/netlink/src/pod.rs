@@ -100,7 +100,7 @@ impl Netlink {
     /// The kernel answers a deletion only after it has waited for others to let go of the device (RCU),
     /// 20 ms and more, and nothing else goes on at the socket meanwhile. From many threads those
     /// waits overlap.
-    pub async fn delete_link_beside(index: u32) -> Result<(), NetlinkError> {
+    pub async fn delete_link_on_thread(index: u32) -> Result<(), NetlinkError> {
         let delete = move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
             let runtime = runtime.map_err(|source| NetlinkError {

@@ -47,7 +47,7 @@ impl Sysctl {
     }
 
     /// A setting that is good to have.
-    pub fn wished(key: impl Into<String>, value: &'static str) -> Self {
+    pub fn optional(key: impl Into<String>, value: &'static str) -> Self {
         Self { key: key.into(), value, required: false }
     }
 

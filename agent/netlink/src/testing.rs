@@ -6,7 +6,7 @@ use std::process::Command;
 
 use super::connection::Netlink;
 use super::error::InterfaceError;
-use super::interface::{Outcome, Present, Wanted};
+use super::interface::{InterfaceSpec, Present, ReconcileReport};
 
 /// Runs a future in a network namespace of its own.
 pub(super) fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send) {
@@ -27,8 +27,8 @@ pub(super) fn ip(arguments: &str) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-pub(super) fn wanted() -> Wanted {
-    Wanted {
+pub(super) fn wanted() -> InterfaceSpec {
+    InterfaceSpec {
         name: "sk-test".to_owned(),
         alias: "skein:node-1".to_owned(),
         mtu: 1440,
@@ -41,21 +41,25 @@ pub(super) fn wanted() -> Wanted {
     }
 }
 
-/// Calls [`Wanted::ensure_device`] with the present links.
+/// Calls [`InterfaceSpec::ensure_device`] with the present links.
 pub(super) async fn ensure_device(
-    wanted: &Wanted,
+    wanted: &InterfaceSpec,
     netlink: &Netlink,
 ) -> Result<Present, InterfaceError> {
     wanted.ensure_device(netlink, &netlink.links().await?).await
 }
 
-/// Calls [`Wanted::configure`] with the present addresses.
-pub(super) async fn configure(wanted: &Wanted, netlink: &Netlink, index: u32) -> Outcome {
+/// Calls [`InterfaceSpec::configure`] with the present addresses.
+pub(super) async fn configure(
+    wanted: &InterfaceSpec,
+    netlink: &Netlink,
+    index: u32,
+) -> ReconcileReport {
     let addresses = netlink.addresses(None).await.unwrap();
     wanted.configure(netlink, index, &addresses).await
 }
 
-pub(super) async fn configured(netlink: &Netlink, wanted: &Wanted) -> u32 {
+pub(super) async fn configured(netlink: &Netlink, wanted: &InterfaceSpec) -> u32 {
     let present = ensure_device(wanted, netlink).await.unwrap();
     let outcome = configure(wanted, netlink, present.index).await;
     assert_eq!(outcome.errors, [""; 0]);

@@ -15,7 +15,7 @@ use rtnetlink::packet_route::route::{
 };
 
 use super::connection::{Netlink, NetlinkError};
-use super::interface::{ALIAS_PREFIX, Outcome};
+use super::interface::{ALIAS_PREFIX, ReconcileReport};
 use super::route::{PROTOCOL, destination};
 
 /// Metric of the unreachable routes: the maximum, so that every other route to the same prefix
@@ -99,15 +99,21 @@ impl Netlink {
     }
 
     /// Adds the unreachable routes that are missing. A failure does not stop the rest.
-    pub async fn add_unreachable_routes(&self, wanted: &BTreeSet<IpNet>) -> Outcome {
+    pub async fn add_unreachable_routes(&self, wanted: &BTreeSet<IpNet>) -> ReconcileReport {
         match self.unreachable_routes().await {
             Ok(present) => self.add_missing(wanted, &present).await,
-            Err(error) => Outcome { errors: vec![error.to_string()], ..Outcome::default() },
+            Err(error) => {
+                ReconcileReport { errors: vec![error.to_string()], ..ReconcileReport::default() }
+            }
         }
     }
 
-    async fn add_missing(&self, wanted: &BTreeSet<IpNet>, present: &BTreeSet<IpNet>) -> Outcome {
-        let mut outcome = Outcome::default();
+    async fn add_missing(
+        &self,
+        wanted: &BTreeSet<IpNet>,
+        present: &BTreeSet<IpNet>,
+    ) -> ReconcileReport {
+        let mut outcome = ReconcileReport::default();
         for net in wanted.difference(present) {
             match self.add_unreachable_route(net).await {
                 Ok(true) => outcome.changes.push(format!("unreachable route {net} added")),
@@ -127,10 +133,15 @@ impl Netlink {
         wanted: &BTreeSet<IpNet>,
         before: &BTreeSet<IpNet>,
         alias: &str,
-    ) -> Outcome {
+    ) -> ReconcileReport {
         let present = match self.unreachable_routes().await {
             Ok(present) => present,
-            Err(error) => return Outcome { errors: vec![error.to_string()], ..Outcome::default() },
+            Err(error) => {
+                return ReconcileReport {
+                    errors: vec![error.to_string()],
+                    ..ReconcileReport::default()
+                };
+            }
         };
         let mut outcome = self.add_missing(wanted, &present).await;
         let stale: Vec<_> = present.difference(wanted).collect();
@@ -188,7 +199,7 @@ mod tests {
         found.interface.filter(|_| found.refused.is_none())
     }
 
-    async fn ensure(netlink: &Netlink, wanted: &BTreeSet<IpNet>) -> Outcome {
+    async fn ensure(netlink: &Netlink, wanted: &BTreeSet<IpNet>) -> ReconcileReport {
         netlink.ensure_unreachable_routes(wanted, &BTreeSet::new(), ALIAS).await
     }
 
@@ -228,7 +239,11 @@ mod tests {
                     interface(&netlink, "198.51.100.1").await.is_some(),
                     "Not a pod's address."
                 );
-                assert_eq!(ensure(&netlink, &prefixes).await, Outcome::default(), "{damage}");
+                assert_eq!(
+                    ensure(&netlink, &prefixes).await,
+                    ReconcileReport::default(),
+                    "{damage}"
+                );
             }
         });
     }

@@ -212,7 +212,7 @@ impl Attacher {
         let name = host_name(id);
         let Some(found) = netlink.link(&name).await? else { return Ok(()) };
         self.check_owner(&found, id)?;
-        Ok(Netlink::delete_link_beside(found.index).await?)
+        Ok(Netlink::delete_link_on_thread(found.index).await?)
     }
 
     /// Returns the differences between an attachment and its desired state, one text each; empty if

@@ -216,7 +216,7 @@ impl Reconciler {
 
     async fn reconcile(&mut self) {
         let mut errors = Vec::new();
-        if let Err(error) = self.firewall.settled().await {
+        if let Err(error) = self.firewall.wait_until_applied().await {
             errors.push(format!("firewall: {error}"));
         }
         let mut pod_errors = Vec::new();

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use skein_core::wire::ip::{MAX_MTU, MIN_IPV4_MTU, MIN_IPV6_MTU};
 use skein_ipc::keys::PublicKey;
 use skein_ipc::{NodeSettings, Peer, ReducedPath, Request, Snapshot, TunSettings, Update};
-use skein_netlink::interface::{RouteConflict, Wanted};
+use skein_netlink::interface::{InterfaceSpec, RouteConflict};
 
 use super::endpoint::Endpoint;
 use super::records::NodeRecord;
@@ -115,7 +115,7 @@ impl Desired {
             let mtu = *found.filter(|mtu| **mtu < self.mtu)?;
             Some(peer.pod_cidrs.iter().map(move |cidr| (*cidr, mtu)))
         });
-        Wanted {
+        InterfaceSpec {
             name: config.interface.name.clone(),
             alias: config.alias(),
             mtu: self.mtu.into(),

@@ -52,7 +52,7 @@ impl Chain {
 
 /// What came of a look at others' chains.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Forward {
+pub struct ForwardReport {
     /// Chains that have got rules now.
     pub opened: Vec<String>,
     /// Chains that drop pods' packets, each with the reason and the remedy.
@@ -64,7 +64,7 @@ pub struct Forward {
 }
 
 /// A rule that accepts: its conditions as `nft -j` lists them, and as `nft` reads them.
-struct Wanted {
+struct AcceptRule {
     text: String,
     conditions: Vec<Value>,
 }
@@ -73,7 +73,7 @@ struct Wanted {
 /// overlay's `interface`, and packets with [`MARK`]. Without the CNI plugin (`with_pods` unset)
 /// pods' interfaces can have any name, so the rules accept all packets that enter or leave the
 /// overlay.
-fn wanted(interface: &str, with_pods: bool) -> Vec<Wanted> {
+fn wanted(interface: &str, with_pods: bool) -> Vec<AcceptRule> {
     let pods = format!("{HOST_PREFIX}*");
     let name = |key: &str, name: &str| {
         (format!("{key} \"{name}\""), equals(json!({ "meta": { "key": key } }), json!(name)))
@@ -90,7 +90,7 @@ fn wanted(interface: &str, with_pods: bool) -> Vec<Wanted> {
     };
     let wanted = |parts: Vec<(String, Value)>| {
         let (texts, conditions): (Vec<String>, _) = parts.into_iter().unzip();
-        Wanted { text: texts.join(" "), conditions }
+        AcceptRule { text: texts.join(" "), conditions }
     };
     conditions.into_iter().map(wanted).collect()
 }
@@ -101,8 +101,8 @@ fn equals(left: Value, right: Value) -> Value {
 
 /// Adds the missing rules; with `accept` unset, only reports the chains that need them. `pods` is
 /// true if the CNI plugin creates the pods' interfaces.
-pub async fn ensure(interface: &str, pods: bool, accept: bool) -> Forward {
-    let mut forward = Forward::default();
+pub async fn ensure(interface: &str, pods: bool, accept: bool) -> ForwardReport {
+    let mut forward = ForwardReport::default();
     let chains = match chains().await {
         Ok(chains) => chains,
         // The table reports the same error.
@@ -121,7 +121,7 @@ pub async fn ensure(interface: &str, pods: bool, accept: bool) -> Forward {
     );
     let remedy = if pods { format!("set cni.forward_accept, or {remedy}") } else { remedy };
     for chain in chains.iter().filter(|chain| chain.drops) {
-        match open(chain, &wanted, accept).await {
+        match add_rules(chain, &wanted, accept).await {
             Ok(false) => {}
             Ok(true) => forward.opened.push(chain.to_string()),
             Err(why) => forward
@@ -143,7 +143,7 @@ pub async fn remove() -> Result<bool, String> {
     };
     let (mut removed, mut errors) = (false, Vec::new());
     for chain in &chains {
-        match close(chain).await {
+        match remove_rules(chain).await {
             Ok(some) => removed |= some,
             Err(error) => errors.push(format!("chain {chain}: {error}")),
         }
@@ -154,13 +154,13 @@ pub async fn remove() -> Result<bool, String> {
     }
 }
 
-async fn close(chain: &Chain) -> Result<bool, FirewallError> {
-    // `open` has left such a chain alone.
+async fn remove_rules(chain: &Chain) -> Result<bool, FirewallError> {
+    // `add_rules` has left such a chain alone.
     if !chain.has_plain_names() {
         return Ok(false);
     }
     let present = rules(chain).await?;
-    let text = deletions(chain, &divided(&present).0);
+    let text = deletions(chain, &split_by_owner(&present).0);
     match text.is_empty() {
         true => Ok(false),
         false => nft(&["-f", "-"], &text).await.map(|_| true),
@@ -168,7 +168,7 @@ async fn close(chain: &Chain) -> Result<bool, FirewallError> {
 }
 
 /// Whether something was missing that is there now; an error says why it is still missing.
-async fn open(chain: &Chain, wanted: &[Wanted], accept: bool) -> Result<bool, String> {
+async fn add_rules(chain: &Chain, wanted: &[AcceptRule], accept: bool) -> Result<bool, String> {
     let because = |error: FirewallError| format!(", and cannot be changed ({error})");
     if !chain.has_plain_names() {
         return Err(", and cannot be changed (nft does not read its name)".to_owned());
@@ -183,8 +183,8 @@ async fn open(chain: &Chain, wanted: &[Wanted], accept: bool) -> Result<bool, St
 
 /// What brings the rules to the chain's end, in one transaction; `None` where all is well: whatever is to pass
 /// does, by whose rule ever, and none of ours passes what a later rule drops.
-fn changes(chain: &Chain, present: &[Value], wanted: &[Wanted]) -> Option<String> {
-    let (ours, others) = divided(present);
+fn changes(chain: &Chain, present: &[Value], wanted: &[AcceptRule]) -> Option<String> {
+    let (ours, others) = split_by_owner(present);
     let missing: Vec<_> =
         wanted.iter().filter(|wanted| !others.iter().any(|rule| accepts(rule, wanted))).collect();
     let same = ours.len() == missing.len()
@@ -197,7 +197,7 @@ fn changes(chain: &Chain, present: &[Value], wanted: &[Wanted]) -> Option<String
         return None;
     }
     let mut text = deletions(chain, &ours);
-    for Wanted { text: condition, .. } in missing {
+    for AcceptRule { text: condition, .. } in missing {
         text += &format!("add rule {chain} {condition} counter accept comment \"{COMMENT}\"\n");
     }
     Some(text)
@@ -211,7 +211,7 @@ fn deletions(chain: &Chain, rules: &[&Value]) -> String {
 /// The rules that the agent has made, and the others. What `iptables-restore` has put back bears a comment that
 /// `nft` does not show: such rules about pods are the agent's where the one with the mark, which nobody
 /// else writes, is among them.
-fn divided(present: &[Value]) -> (Vec<&Value>, Vec<&Value>) {
+fn split_by_owner(present: &[Value]) -> (Vec<&Value>, Vec<&Value>) {
     let pods = Value::from(format!("{HOST_PREFIX}*"));
     let restored = |rule: &Value, right: &Value| {
         parts(rule).iter().any(is_comment)
@@ -225,7 +225,7 @@ fn divided(present: &[Value]) -> (Vec<&Value>, Vec<&Value>) {
 }
 
 /// Whether a rule accepts all of what is wanted, or more.
-fn accepts(rule: &Value, wanted: &Wanted) -> bool {
+fn accepts(rule: &Value, wanted: &AcceptRule) -> bool {
     conditions(rule)
         .is_some_and(|conditions| conditions.iter().all(|part| wanted.conditions.contains(part)))
 }
@@ -326,7 +326,7 @@ mod tests {
 
     fn ours() -> Vec<Value> {
         let all = wanted("skein0", true).into_iter().zip(10..);
-        let rule = |(wanted, handle): (Wanted, u64)| {
+        let rule = |(wanted, handle): (AcceptRule, u64)| {
             let mut rule = rule(handle, &wanted.conditions, "accept");
             rule["comment"] = COMMENT.into();
             rule
@@ -351,9 +351,9 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         for chain in chains {
             // Without the check, nft refuses the name or runs it; both are other errors.
-            let refused = runtime.block_on(open(&chain, &[], true)).unwrap_err();
+            let refused = runtime.block_on(add_rules(&chain, &[], true)).unwrap_err();
             assert!(refused.contains("does not read its name"), "{chain}: {refused}");
-            assert!(!runtime.block_on(close(&chain)).unwrap(), "{chain}");
+            assert!(!runtime.block_on(remove_rules(&chain)).unwrap(), "{chain}");
         }
     }
 
@@ -400,7 +400,7 @@ mod tests {
     #[test]
     fn ours_are_known_by_their_comment_whoever_wrote_it() {
         let comment = json!({ "xt": { "type": "match", "name": "comment" } });
-        let ours_of = |present: &[Value]| divided(present).0.len();
+        let ours_of = |present: &[Value]| split_by_owner(present).0.len();
         let restored: Vec<Value> = ours()
             .into_iter()
             .map(|mut rule| {

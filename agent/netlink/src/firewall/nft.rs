@@ -35,7 +35,7 @@ pub enum FirewallError {
     Unreadable(String),
     /// `nft` did not end in time.
     #[error("nft did not end within {NFT_TIMEOUT:?}")]
-    Late,
+    Timeout,
     /// The table was changed by another program during every attempt to install it.
     #[error("another program changes the table while it is installed: stop that program")]
     Contended,
@@ -69,7 +69,7 @@ pub(super) async fn nft(arguments: &[&str], input: &str) -> Result<String, Firew
         child.wait_with_output().await
     };
     let output =
-        tokio::time::timeout(NFT_TIMEOUT, talk).await.map_err(|_| FirewallError::Late)??;
+        tokio::time::timeout(NFT_TIMEOUT, talk).await.map_err(|_| FirewallError::Timeout)??;
     finished(&output)?;
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

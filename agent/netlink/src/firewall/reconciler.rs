@@ -78,10 +78,10 @@ impl Firewall {
             table,
             rules,
             state: state_sender,
-            complaints: Vec::new(),
+            reported: Vec::new(),
             comparisons: VecDeque::new(),
         };
-        reconciler.take_rules().await;
+        reconciler.on_rules_changed().await;
         let mut task = JoinSet::new();
         task.spawn(reconciler.run());
         Self {
@@ -107,11 +107,11 @@ impl Firewall {
     ///
     /// # Errors
     /// The reason why the table is not installed.
-    pub async fn settled(&self) -> Result<(), String> {
+    pub async fn wait_until_applied(&self) -> Result<(), String> {
         let revision = self.rules.borrow().0;
         let mut state = self.state.clone();
-        let settled = state.wait_for(|state| state.revision >= revision).await;
-        let state = settled.map_err(|_| "the firewall's task has ended".to_owned())?;
+        let wait_until_applied = state.wait_for(|state| state.revision >= revision).await;
+        let state = wait_until_applied.map_err(|_| "the firewall's task has ended".to_owned())?;
         state.status.error.clone().map_or(Ok(()), Err)
     }
 
@@ -120,7 +120,7 @@ impl Firewall {
     /// # Errors
     /// A sentence that says how the table differs.
     pub async fn verify(&self) -> Result<(), String> {
-        self.settled().await?;
+        self.wait_until_applied().await?;
         let (table, listed) = {
             let state = self.state.borrow();
             (state.status.table.clone(), state.listed.clone())
@@ -161,7 +161,7 @@ struct Reconciler {
     /// True if rules of an earlier configuration may remain in chains of other programs.
     forward_unknown: bool,
     /// Messages that were logged already.
-    complaints: Vec<String>,
+    reported: Vec<String>,
     /// Times of the last comparisons that notifications caused, at most [`MAX_COMPARISONS`].
     comparisons: VecDeque<Instant>,
 }
@@ -173,7 +173,7 @@ impl Reconciler {
         loop {
             tokio::select! {
                 changed = self.rules.changed() => match changed {
-                    Ok(()) => self.take_rules().await,
+                    Ok(()) => self.on_rules_changed().await,
                     // The last handle was dropped.
                     Err(_) => return,
                 },
@@ -183,7 +183,7 @@ impl Reconciler {
                 }
                 _ = resync.tick() => {
                     self.compare().await;
-                    self.open_others().await;
+                    self.update_forward_chains().await;
                 }
             }
         }
@@ -199,7 +199,7 @@ impl Reconciler {
         self.comparisons.push_back(Instant::now());
     }
 
-    async fn take_rules(&mut self) {
+    async fn on_rules_changed(&mut self) {
         let (revision, rules) = self.rules.borrow_and_update().clone();
         self.table.set_rules(rules);
         self.state.send_modify(|state| state.status.table.clone_from(&self.table.rules.table));
@@ -235,13 +235,13 @@ impl Reconciler {
 
     /// Adds accept rules for pods' packets to chains of other programs, or reports the chains that
     /// drop them.
-    async fn open_others(&mut self) {
+    async fn update_forward_chains(&mut self) {
         let rules = &self.table.rules;
-        let mut complaints = Vec::new();
+        let mut reported = Vec::new();
         if self.forward_unknown {
             match forward::remove().await {
                 Ok(_) => self.forward_unknown = false,
-                Err(error) => complaints.push(format!(
+                Err(error) => reported.push(format!(
                     "rules of an earlier configuration in chains of other programs: {error}"
                 )),
             }
@@ -251,11 +251,11 @@ impl Reconciler {
         for chain in forward.opened {
             tracing::warn!(chain, "added accept rules for pods to a chain whose policy is drop");
         }
-        complaints.extend(forward.errors.iter().chain(&forward.unknown).cloned());
-        for complaint in complaints.iter().filter(|new| !self.complaints.contains(new)) {
-            tracing::error!("pods: {complaint}");
+        reported.extend(forward.errors.iter().chain(&forward.unknown).cloned());
+        for message in reported.iter().filter(|new| !self.reported.contains(new)) {
+            tracing::error!("pods: {message}");
         }
-        self.complaints = complaints;
+        self.reported = reported;
         self.state.send_modify(|state| {
             state.status.closed = forward.errors;
             state.status.unknown = forward.unknown;

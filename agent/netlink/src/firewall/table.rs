@@ -50,7 +50,7 @@ impl Table {
     ///
     /// # Errors
     /// `Missing` if the host has no `nft` program, `Refused` with the first line of its error,
-    /// `Crashed` if a signal ended it, `Late` after 10 s, `Contended` if other programs changed the table during the last of three
+    /// `Crashed` if a signal ended it, `Timeout` after 10 s, `Contended` if other programs changed the table during the last of three
     /// attempts, `Lost` if notifications were lost then, `Io` otherwise.
     pub(super) async fn ensure(&mut self) -> Result<bool, FirewallError> {
         if let Some(monitor) = &mut self.monitor {

@@ -46,7 +46,7 @@ fn ipv6_prefix_of_a_peer_switches_no_forwarding_on() {
     in_namespace(|| async {
         let netlink = Netlink::connect().unwrap();
         let addresses = vec!["10.1.0.1".parse().unwrap()];
-        let wanted = Wanted { addresses, forwarding_ipv6: false, ..wanted() };
+        let wanted = InterfaceSpec { addresses, forwarding_ipv6: false, ..wanted() };
         configured(&netlink, &wanted).await;
         let sysctl = |key: &str| std::fs::read_to_string(format!("/proc/sys/net/{key}")).unwrap();
         assert!(ip("-6 route show proto 77").contains("fd00:2::/64 dev sk-test"));

@@ -8,7 +8,7 @@ use skein_core::address;
 use skein_ipc::PeerReport;
 use skein_netlink::firewall::forward;
 use skein_netlink::link::Link;
-use skein_netlink::lookup::Lookup;
+use skein_netlink::lookup::RouteLookup;
 use skein_netlink::{Netlink, NetlinkError};
 
 use crate::failure::Failure;

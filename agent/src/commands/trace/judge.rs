@@ -315,7 +315,7 @@ mod tests {
     use crate::status::tests::{document, peer};
     use skein_ipc::Report;
     use skein_netlink::link::Link;
-    use skein_netlink::lookup::Lookup;
+    use skein_netlink::lookup::RouteLookup;
 
     fn route_by(name: &str, lookup: Lookup) -> RouteResult {
         let link = Link { name: name.to_owned(), up: true, mtu: 1500, ..Link::default() };
@@ -332,7 +332,7 @@ mod tests {
         status.interface.local_cidrs = vec!["10.1.0.0/24".parse().unwrap()];
         status.report = Some(Report { peers: vec![other.clone()], ..Report::default() });
         status.config = json!({ "cni": { "enabled": true, "masquerade": true } });
-        let skein = Lookup { skein: true, ..Lookup::default() };
+        let skein = RouteLookup { skein: true, ..RouteLookup::default() };
         Facts {
             from: "10.1.0.2".parse().unwrap(),
             to: "10.2.0.3".parse().unwrap(),
