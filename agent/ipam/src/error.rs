@@ -99,7 +99,7 @@ pub enum StoreError {
     #[error("it is damaged: {0}")]
     Damaged(String),
     /// The disk, or a quota, is full.
-    #[error("no space left on its file system")]
+    #[error("no allocator left on its file system")]
     Full,
     /// Reading or writing failed.
     #[error(transparent)]

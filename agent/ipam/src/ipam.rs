@@ -8,8 +8,8 @@ use std::time::SystemTime;
 use ipnet::IpNet;
 use skein_cni_protocol::AttachmentId;
 
+use super::change_set::ChangeSet;
 use super::error::{IpamError, OpenError, StoreError};
-use super::journal::Journal;
 use super::lease::Lease;
 use super::state::{Request, State, Usage};
 use super::store::{self, Store};
@@ -77,7 +77,7 @@ impl Ipam {
     /// Leases an address of each family that the node has. The same attachment in the same
     /// namespace gets the lease that it has, whatever it asks for.
     pub fn allocate(&mut self, request: Request, now: SystemTime) -> Result<Lease, IpamError> {
-        self.write(|state, journal| state.allocate(request, now, journal))?
+        self.write(|state, change_set| state.allocate(request, now, change_set))?
     }
 
     /// Ends a lease, and says which it was.
@@ -86,14 +86,14 @@ impl Ipam {
         id: &AttachmentId,
         now: SystemTime,
     ) -> Result<Option<Lease>, IpamError> {
-        self.write(|state, journal| state.release(id, now, journal))
+        self.write(|state, change_set| state.release(id, now, change_set))
     }
 
     /// Takes a lease as the kernel has it, in a pool or not, reserved or not. What it does not say
     /// (namespace, pod, network) stays as it was known; addresses of which it has others are freed.
     /// Returns the lease as it is now.
     pub fn adopt(&mut self, lease: Lease, now: SystemTime) -> Result<Lease, IpamError> {
-        self.write(|state, journal| state.adopt(lease, now, journal))?
+        self.write(|state, change_set| state.adopt(lease, now, change_set))?
     }
 
     /// The lease of an attachment. While the store can be neither written nor read, this and what
@@ -129,19 +129,19 @@ impl Ipam {
     /// before; then nothing is written until it can be.
     pub(super) fn write<T>(
         &mut self,
-        work: impl FnOnce(&mut State, &mut Journal) -> T,
+        work: impl FnOnce(&mut State, &mut ChangeSet) -> T,
     ) -> Result<T, IpamError> {
         let failed = |error| IpamError::Store(Arc::new(error));
         if !self.store.is_open() {
             self.reload().map_err(failed)?;
         }
-        let mut journal = Journal::default();
-        let result = work(&mut self.state, &mut journal);
-        if journal.is_empty() {
+        let mut change_set = ChangeSet::default();
+        let result = work(&mut self.state, &mut change_set);
+        if change_set.is_empty() {
             return Ok(result);
         }
-        if let Err(error) = self.store.write(&journal) {
-            self.state.undo(journal);
+        if let Err(error) = self.store.write(&change_set) {
+            self.state.undo(change_set);
             // What keeps it from being read now is likely what kept it from being written.
             let _ = self.reload();
             return Err(failed(error));

@@ -6,22 +6,22 @@
 
 #![forbid(unsafe_code)]
 
+mod allocator;
+mod change_set;
 mod error;
 mod family;
 mod free;
 mod ipam;
-mod journal;
 mod lease;
-mod space;
 mod state;
 mod store;
 #[cfg(test)]
 mod tests;
 mod thread;
 
+pub use allocator::{PoolUsage, REST};
 pub use error::{IpamError, OpenError, StoreError};
 pub use ipam::{Damaged, FILE, Ipam, Opened};
 pub use lease::{Lease, Netns};
-pub use space::{PoolUsage, REST};
 pub use state::{Request, Usage};
 pub use thread::{IpamHandle, Reply};

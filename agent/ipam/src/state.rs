@@ -1,4 +1,4 @@
-//! The leases as memory has them: the rules, without a disk. Every change is noted in a journal.
+//! The leases as memory has them: the rules, without a disk. Every change is noted in a change_set.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -8,11 +8,11 @@ use std::time::SystemTime;
 use ipnet::IpNet;
 use skein_cni_protocol::{AttachmentId, Pod};
 
+use super::allocator::{AddressAllocator, PoolUsage};
+use super::change_set::{ChangeSet, Step};
 use super::error::{IpamError, StoreError};
 use super::family::{Family, number};
-use super::journal::{Journal, Step};
 use super::lease::{Lease, Netns, millis};
-use super::space::{PoolUsage, Space};
 use super::store::Contents;
 
 /// Who asks for addresses, and where they are going to be.
@@ -55,13 +55,17 @@ impl Usage {
 #[derive(Debug)]
 pub(super) struct State {
     leases: BTreeMap<AttachmentId, Lease>,
-    v4: Space,
-    v6: Space,
+    v4: AddressAllocator,
+    v6: AddressAllocator,
 }
 
 impl State {
     pub(super) fn new() -> Self {
-        Self { leases: BTreeMap::new(), v4: Space::new(Family::V4), v6: Space::new(Family::V6) }
+        Self {
+            leases: BTreeMap::new(),
+            v4: AddressAllocator::new(Family::V4),
+            v6: AddressAllocator::new(Family::V6),
+        }
     }
 
     /// Takes what is on the disk for what is; refuses what cannot have been written.
@@ -77,35 +81,35 @@ impl State {
                 }
             }
         }
-        for (space, leased) in [(&mut self.v4, v4), (&mut self.v6, v6)] {
-            let family = space.family();
+        for (allocator, leased) in [(&mut self.v4, v4), (&mut self.v6, v6)] {
+            let family = allocator.family();
             let ours = resting.iter().filter(|(ip, _)| Family::of(**ip) == family);
             let ours = ours.map(|(ip, time)| (number(*ip), *time));
             let resting = ours.filter(|(number, _)| !leased.contains_key(number)).collect();
-            space.load(leased, resting, cursors.get(&family).copied());
+            allocator.load(leased, resting, cursors.get(&family).copied());
         }
         self.leases = leases;
         Ok(())
     }
 
-    /// Makes as if the journal's changes had not been made.
-    pub(super) fn undo(&mut self, journal: Journal) {
-        for (id, step) in journal.leases.into_iter().rev() {
+    /// Makes as if the change_set's changes had not been made.
+    pub(super) fn undo(&mut self, change_set: ChangeSet) {
+        for (id, step) in change_set.leases.into_iter().rev() {
             for ip in step.after.iter().flat_map(Lease::ips) {
-                self.space(ip).undo_lease(number(ip), None);
+                self.allocator(ip).undo_lease(number(ip), None);
             }
             for ip in step.before.iter().flat_map(Lease::ips) {
-                self.space(ip).undo_lease(number(ip), Some(id.clone()));
+                self.allocator(ip).undo_lease(number(ip), Some(id.clone()));
             }
             match step.before {
                 Some(lease) => self.leases.insert(id, lease),
                 None => self.leases.remove(&id),
             };
         }
-        for (ip, step) in journal.resting.into_iter().rev() {
-            self.space(ip).undo_resting(number(ip), step.before);
+        for (ip, step) in change_set.resting.into_iter().rev() {
+            self.allocator(ip).undo_resting(number(ip), step.before);
         }
-        for (family, step) in journal.cursors.into_iter().rev() {
+        for (family, step) in change_set.cursors.into_iter().rev() {
             match family {
                 Family::V4 => self.v4.undo_cursor(step.before),
                 Family::V6 => self.v6.undo_cursor(step.before),
@@ -137,7 +141,7 @@ impl State {
         &mut self,
         request: Request,
         now: SystemTime,
-        journal: &mut Journal,
+        change_set: &mut ChangeSet,
     ) -> Result<Lease, IpamError> {
         if let Some(lease) = self.leases.get(&request.id) {
             // An adopted lease knows of no namespace: whoever attaches finds out whether it is this one.
@@ -152,20 +156,20 @@ impl State {
             return Err(IpamError::NoPools);
         }
         // Nothing is taken before it is known that all of it can be.
-        let v4 = choose(&mut self.v4, asked_v4, now, journal)?;
-        let v6 = choose(&mut self.v6, asked_v6, now, journal)?;
-        for (space, choice) in [(&mut self.v4, v4), (&mut self.v6, v6)] {
+        let v4 = choose(&mut self.v4, asked_v4, now, change_set)?;
+        let v6 = choose(&mut self.v6, asked_v6, now, change_set)?;
+        for (allocator, choice) in [(&mut self.v4, v4), (&mut self.v6, v6)] {
             let Some(choice) = choice else { continue };
-            space.take(choice.number, &request.id, journal);
+            allocator.take(choice.number, &request.id, change_set);
             if !choice.asked {
-                space.advance(choice.number, journal);
+                allocator.advance(choice.number, change_set);
             }
         }
         let Request { id, network, netns, pod, .. } = request;
         let v4 = v4.map(|choice| Ipv4Addr::from_bits(choice.number as u32));
         let v6 = v6.map(|choice| Ipv6Addr::from_bits(choice.number));
         let lease = Lease { id, network, v4, v6, netns: Some(netns), pod, time: now };
-        self.put(None, lease.clone(), journal);
+        self.put(None, lease.clone(), change_set);
         Ok(lease)
     }
 
@@ -173,15 +177,15 @@ impl State {
         &mut self,
         id: &AttachmentId,
         now: SystemTime,
-        journal: &mut Journal,
+        change_set: &mut ChangeSet,
     ) -> Option<Lease> {
         let now = millis::rounded(now);
         let lease = self.leases.remove(id)?;
         for ip in lease.ips() {
-            self.space(ip).give_back(number(ip), now, journal);
+            self.allocator(ip).give_back(number(ip), now, change_set);
         }
         let step = Step { before: Some(lease.clone()), after: None };
-        journal.leases.push((id.clone(), step));
+        change_set.leases.push((id.clone(), step));
         Some(lease)
     }
 
@@ -191,7 +195,7 @@ impl State {
         &mut self,
         mut learnt: Lease,
         now: SystemTime,
-        journal: &mut Journal,
+        change_set: &mut ChangeSet,
     ) -> Result<Lease, IpamError> {
         let now = millis::rounded(now);
         learnt.time = millis::rounded(learnt.time);
@@ -214,7 +218,7 @@ impl State {
             }
         }
         for ip in learnt.ips() {
-            if let Some(holder) = self.space(ip).holder(number(ip))
+            if let Some(holder) = self.allocator(ip).holder(number(ip))
                 && *holder != learnt.id
             {
                 return Err(IpamError::Taken { ip, holder: Box::new(holder.clone()) });
@@ -222,23 +226,23 @@ impl State {
         }
         let held: Vec<_> = known.iter().flat_map(Lease::ips).collect();
         for ip in held.iter().filter(|ip| !learnt.ips().any(|other| other == **ip)) {
-            self.space(*ip).give_back(number(*ip), now, journal);
+            self.allocator(*ip).give_back(number(*ip), now, change_set);
         }
         for ip in learnt.ips().filter(|ip| !held.contains(ip)) {
             let id = learnt.id.clone();
-            self.space(ip).take(number(ip), &id, journal);
+            self.allocator(ip).take(number(ip), &id, change_set);
         }
-        self.put(known, learnt.clone(), journal);
+        self.put(known, learnt.clone(), change_set);
         Ok(learnt)
     }
 
-    fn put(&mut self, before: Option<Lease>, lease: Lease, journal: &mut Journal) {
+    fn put(&mut self, before: Option<Lease>, lease: Lease, change_set: &mut ChangeSet) {
         let id = lease.id.clone();
-        journal.leases.push((id.clone(), Step { before, after: Some(lease.clone()) }));
+        change_set.leases.push((id.clone(), Step { before, after: Some(lease.clone()) }));
         self.leases.insert(id, lease);
     }
 
-    fn space(&mut self, ip: IpAddr) -> &mut Space {
+    fn allocator(&mut self, ip: IpAddr) -> &mut AddressAllocator {
         match Family::of(ip) {
             Family::V4 => &mut self.v4,
             Family::V6 => &mut self.v6,
@@ -256,19 +260,19 @@ struct Choice {
 
 /// The address of a family for a new lease; none where the node has no such family.
 fn choose(
-    space: &mut Space,
+    allocator: &mut AddressAllocator,
     asked: Option<IpAddr>,
     now: SystemTime,
-    journal: &mut Journal,
+    change_set: &mut ChangeSet,
 ) -> Result<Option<Choice>, IpamError> {
     if let Some(ip) = asked {
-        space.check(number(ip))?;
+        allocator.check(number(ip))?;
         return Ok(Some(Choice { number: number(ip), asked: true }));
     }
-    if !space.has_pools() {
+    if !allocator.has_pools() {
         return Ok(None);
     }
-    let number = space.pick(now, journal).ok_or_else(|| space.exhausted())?;
+    let number = allocator.pick(now, change_set).ok_or_else(|| allocator.exhausted())?;
     Ok(Some(Choice { number, asked: false }))
 }
 

@@ -8,8 +8,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use redb::Database;
 
+use super::change_set::ChangeSet;
 use super::error::StoreError;
-use super::journal::Journal;
 
 use self::database::{probe, read, write};
 
@@ -59,10 +59,10 @@ impl Store {
         Ok(contents)
     }
 
-    /// Writes a journal in one transaction, which is on the disk when this returns. After a
+    /// Writes a change_set in one transaction, which is on the disk when this returns. After a
     /// failure it may be or not: the store is closed, and only reading it again tells.
-    pub(super) fn write(&mut self, journal: &Journal) -> Result<(), StoreError> {
-        self.with(|database| write(database, journal))
+    pub(super) fn write(&mut self, change_set: &ChangeSet) -> Result<(), StoreError> {
+        self.with(|database| write(database, change_set))
     }
 
     /// Writes what takes as much room as a lease, and takes it out in the same transaction.

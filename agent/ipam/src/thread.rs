@@ -9,9 +9,9 @@ use std::time::SystemTime;
 use ipnet::IpNet;
 use skein_cni_protocol::AttachmentId;
 
+use super::change_set::ChangeSet;
 use super::error::IpamError;
 use super::ipam::Ipam;
-use super::journal::Journal;
 use super::lease::Lease;
 use super::state::{Request, State, Usage};
 
@@ -30,7 +30,7 @@ pub struct IpamHandle {
 }
 
 /// Runs a write in memory, or fails it; what it returns answers when the transaction has ended.
-type Write = Box<dyn FnOnce(Result<(&mut State, &mut Journal), IpamError>) -> Answer + Send>;
+type Write = Box<dyn FnOnce(Result<(&mut State, &mut ChangeSet), IpamError>) -> Answer + Send>;
 type Answer = Box<dyn FnOnce(Result<(), IpamError>)>;
 type Look = Box<dyn FnOnce(&mut Ipam) + Send>;
 
@@ -58,17 +58,17 @@ impl IpamHandle {
 
     /// As [`Ipam::allocate`].
     pub fn allocate(&self, request: Request, now: SystemTime, reply: Reply<Lease>) {
-        self.write(move |state, journal| state.allocate(request, now, journal), reply);
+        self.write(move |state, change_set| state.allocate(request, now, change_set), reply);
     }
 
     /// As [`Ipam::release`].
     pub fn release(&self, id: AttachmentId, now: SystemTime, reply: Reply<Option<Lease>>) {
-        self.write(move |state, journal| Ok(state.release(&id, now, journal)), reply);
+        self.write(move |state, change_set| Ok(state.release(&id, now, change_set)), reply);
     }
 
     /// As [`Ipam::adopt`].
     pub fn adopt(&self, lease: Lease, now: SystemTime, reply: Reply<Lease>) {
-        self.write(move |state, journal| state.adopt(lease, now, journal), reply);
+        self.write(move |state, change_set| state.adopt(lease, now, change_set), reply);
     }
 
     /// As [`Ipam::get`].
@@ -93,11 +93,11 @@ impl IpamHandle {
 
     fn write<T: 'static>(
         &self,
-        work: impl FnOnce(&mut State, &mut Journal) -> Result<T, IpamError> + Send + 'static,
+        work: impl FnOnce(&mut State, &mut ChangeSet) -> Result<T, IpamError> + Send + 'static,
         reply: Reply<T>,
     ) {
         let job: Write = Box::new(move |memory| {
-            let result = memory.and_then(|(state, journal)| work(state, journal));
+            let result = memory.and_then(|(state, change_set)| work(state, change_set));
             Box::new(move |written| reply(written.and(result)))
         });
         if let Err(unsent) = self.jobs.send(Job::Write(job))
@@ -141,8 +141,8 @@ fn write(ipam: &mut Ipam, writes: Vec<Write>) {
     }
     let mut writes = writes.into_iter();
     let mut answers = Vec::new();
-    let outcome = ipam.write(|state, journal| {
-        answers.extend(writes.by_ref().map(|write| write(Ok((&mut *state, &mut *journal)))));
+    let outcome = ipam.write(|state, change_set| {
+        answers.extend(writes.by_ref().map(|write| write(Ok((&mut *state, &mut *change_set)))));
     });
     // Those that were not even tried, as the store could not be opened.
     if let Err(error) = &outcome {

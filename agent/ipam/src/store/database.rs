@@ -7,9 +7,9 @@ use std::time::SystemTime;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use skein_cni_protocol::AttachmentId;
 
+use crate::change_set::ChangeSet;
 use crate::error::StoreError;
 use crate::family::Family;
-use crate::journal::Journal;
 use crate::lease::{Lease, millis};
 
 /// Raised when what is stored changes in a way that an older agent would misunderstand.
@@ -87,12 +87,12 @@ pub(super) fn read(database: &Database) -> Result<Contents, StoreError> {
     Ok(contents)
 }
 
-pub(super) fn write(database: &Database, journal: &Journal) -> Result<(), StoreError> {
+pub(super) fn write(database: &Database, change_set: &ChangeSet) -> Result<(), StoreError> {
     // Its commit is durable: that is the default of the database.
     let transaction = database.begin_write()?;
     {
         let mut leases = transaction.open_table(LEASES)?;
-        for (id, step) in &journal.leases {
+        for (id, step) in &change_set.leases {
             let key = (id.container_id.as_str(), id.ifname.as_str());
             match &step.after {
                 Some(lease) => {
@@ -103,7 +103,7 @@ pub(super) fn write(database: &Database, journal: &Journal) -> Result<(), StoreE
             }
         }
         let mut resting = transaction.open_table(RESTING)?;
-        for (ip, step) in &journal.resting {
+        for (ip, step) in &change_set.resting {
             let key = octets(*ip);
             match step.after {
                 Some(time) => drop(resting.insert(key.as_slice(), millis::of(time))?),
@@ -111,7 +111,7 @@ pub(super) fn write(database: &Database, journal: &Journal) -> Result<(), StoreE
             }
         }
         let mut cursors = transaction.open_table(CURSORS)?;
-        for (family, step) in &journal.cursors {
+        for (family, step) in &change_set.cursors {
             let key = if *family == Family::V4 { 4 } else { 6 };
             match step.after {
                 Some(number) => drop(cursors.insert(key, number)?),

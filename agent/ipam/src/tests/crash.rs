@@ -171,7 +171,7 @@ fn the_disk_is_full_for_a_while() {
         let mut ipam = ipam.take().unwrap();
         answered.check(&ipam);
         let error = ipam.allocate(request("z"), at(40)).unwrap_err();
-        assert!(error.to_string().ends_with("no space left on its file system"), "{error}");
+        assert!(error.to_string().ends_with("no allocator left on its file system"), "{error}");
         assert_eq!(error.code() as u32, 5);
         assert!(ipam.usage(at(40)).can_allocate(), "what is asked of memory is answered");
         disk.fail(Fault::None);
@@ -197,7 +197,7 @@ fn a_store_that_cannot_be_written_is_known_without_a_lease() {
     for k in 0..operations {
         disk.fail(Fault::From(k));
         let error = ipam.probe().unwrap_err().to_string();
-        assert!(error.ends_with("no space left on its file system"), "{k}: {error}");
+        assert!(error.ends_with("no allocator left on its file system"), "{k}: {error}");
         assert!(ipam.probe().is_err(), "{k}");
         disk.fail(Fault::None);
         ipam.probe().unwrap();

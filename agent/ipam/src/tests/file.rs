@@ -239,7 +239,7 @@ fn full() {
             Err(error) => Some(error),
         })
         .unwrap();
-    assert!(error.to_string().contains("no space left"), "{error}");
+    assert!(error.to_string().contains("no allocator left"), "{error}");
     assert_eq!(ipam.list().len(), answered.len());
     let _ = ipam.release(&answered[0].id, at(1));
     std::fs::remove_file(&ballast).unwrap();

@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 
 use proptest::prelude::*;
 
-use super::super::journal::Journal;
+use super::super::change_set::ChangeSet;
 use super::super::state::State;
 use super::disk::Disk;
 use super::*;
@@ -201,12 +201,12 @@ fn run(steps: Vec<Step>) {
 }
 
 /// Does the steps in memory alone.
-fn apply(state: &mut State, steps: &[Step], now: &mut u64, journal: &mut Journal) {
+fn apply(state: &mut State, steps: &[Step], now: &mut u64, change_set: &mut ChangeSet) {
     for step in steps {
         match *step {
             Step::Wait { seconds } => *now += seconds,
             Step::Release { who } => {
-                state.release(&id(&who.to_string()), at(*now), journal);
+                state.release(&id(&who.to_string()), at(*now), change_set);
             }
             Step::Adopt { who, host } => {
                 let lease = Lease {
@@ -218,12 +218,12 @@ fn apply(state: &mut State, steps: &[Step], now: &mut u64, journal: &mut Journal
                     pod: None,
                     time: at(*now),
                 };
-                let _ = state.adopt(lease, at(*now), journal);
+                let _ = state.adopt(lease, at(*now), change_set);
             }
             Step::Allocate { who, asked, .. } => {
                 let ips = asked.map(|host| IpAddr::V4(address(host))).into_iter().collect();
                 let request = Request { ips, ..request(&who.to_string()) };
-                let _ = state.allocate(request, at(*now), journal);
+                let _ = state.allocate(request, at(*now), change_set);
             }
             Step::Pools { .. } | Step::Reopen => {}
         }
@@ -238,11 +238,11 @@ proptest! {
     ) {
         let (mut state, mut now) = (State::new(), 0);
         state.set_pools(&cidrs(&["10.0.0.0/28", "fd00::/64"]), &[ip("10.0.0.1")]);
-        apply(&mut state, &before, &mut now, &mut Journal::default());
+        apply(&mut state, &before, &mut now, &mut ChangeSet::default());
         let text = format!("{state:?}");
-        let mut journal = Journal::default();
-        apply(&mut state, &undone, &mut now, &mut journal);
-        state.undo(journal);
+        let mut change_set = ChangeSet::default();
+        apply(&mut state, &undone, &mut now, &mut change_set);
+        state.undo(change_set);
         prop_assert_eq!(format!("{:?}", state), text);
     }
 

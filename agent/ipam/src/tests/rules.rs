@@ -287,19 +287,19 @@ fn stored_leases_of_other_versions_are_read() {
 
 #[test]
 fn large_and_full_pools_are_as_quick_as_others() {
-    use super::super::journal::Journal;
+    use super::super::change_set::ChangeSet;
     use super::super::state::State;
     // Without a disk, so that the work in memory shows: 65,533 of 65,534 addresses leased.
     let mut state = State::new();
     state.set_pools(&cidrs(&["10.1.0.0/16", "fd00::/64"]), &[]);
-    let mut journal = Journal::default();
+    let mut change_set = ChangeSet::default();
     let started = std::time::Instant::now();
     for n in 0..65_533 {
-        state.allocate(request(&n.to_string()), at(0), &mut journal).unwrap();
+        state.allocate(request(&n.to_string()), at(0), &mut change_set).unwrap();
     }
     for n in 0..65_000_u64 {
-        state.release(&id(&n.to_string()), at(n), &mut journal).unwrap();
-        state.allocate(request(&n.to_string()), at(n), &mut journal).unwrap();
+        state.release(&id(&n.to_string()), at(n), &mut change_set).unwrap();
+        state.allocate(request(&n.to_string()), at(n), &mut change_set).unwrap();
     }
     // About 0.5 s; a scan of the pool for each would take minutes.
     assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());

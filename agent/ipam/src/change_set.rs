@@ -10,7 +10,7 @@ use super::lease::Lease;
 
 /// Changes in the order in which they were made.
 #[derive(Debug, Default)]
-pub(super) struct Journal {
+pub(super) struct ChangeSet {
     /// Leases before and after.
     pub(super) leases: Vec<(AttachmentId, Step<Lease>)>,
     /// When a resting address was freed, before and after.
@@ -28,7 +28,7 @@ pub(super) struct Step<T> {
     pub(super) after: Option<T>,
 }
 
-impl Journal {
+impl ChangeSet {
     pub(super) fn is_empty(&self) -> bool {
         self.leases.is_empty() && self.resting.is_empty() && self.cursors.is_empty()
     }

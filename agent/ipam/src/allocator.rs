@@ -7,10 +7,10 @@ use std::time::{Duration, SystemTime};
 use ipnet::IpNet;
 use skein_cni_protocol::AttachmentId;
 
+use super::change_set::{ChangeSet, Step};
 use super::error::IpamError;
 use super::family::{Family, number};
 use super::free::Ranges;
-use super::journal::{Journal, Step};
 
 /// For how long a freed address is not given again while there is another: for what its last
 /// holder's peers still send, and for what they have cached.
@@ -57,7 +57,7 @@ impl Pool {
 
 /// One family. `leased`, `resting` and `cursor` are on the disk too; the rest follows from them.
 #[derive(Debug)]
-pub(super) struct Space {
+pub(super) struct AddressAllocator {
     family: Family,
     pools: Vec<Pool>,
     reserved: BTreeSet<u128>,
@@ -69,7 +69,7 @@ pub(super) struct Space {
     free: Ranges,
 }
 
-impl Space {
+impl AddressAllocator {
     pub(super) fn new(family: Family) -> Self {
         Self {
             family,
@@ -107,7 +107,7 @@ impl Space {
         self.index();
     }
 
-    /// Goes back to what was before a journal's entry; [`Space::index`] has to follow.
+    /// Goes back to what was before a change_set's entry; [`AddressAllocator::index`] has to follow.
     pub(super) fn undo_resting(&mut self, number: u128, before: Option<SystemTime>) {
         match before {
             Some(time) => self.resting.insert(number, time),
@@ -115,7 +115,7 @@ impl Space {
         };
     }
 
-    /// As [`Space::undo_resting`].
+    /// As [`AddressAllocator::undo_resting`].
     pub(super) fn undo_lease(&mut self, number: u128, before: Option<AttachmentId>) {
         match before {
             Some(id) => self.leased.insert(number, id),
@@ -123,7 +123,7 @@ impl Space {
         };
     }
 
-    /// As [`Space::undo_resting`].
+    /// As [`AddressAllocator::undo_resting`].
     pub(super) fn undo_cursor(&mut self, before: Option<u128>) {
         self.cursor = before;
     }
@@ -153,8 +153,8 @@ impl Space {
 
     /// The address to give next: the first free one after the last given, and where none is free
     /// the one that has rested longest.
-    pub(super) fn pick(&mut self, now: SystemTime, journal: &mut Journal) -> Option<u128> {
-        self.wake(now, journal);
+    pub(super) fn pick(&mut self, now: SystemTime, change_set: &mut ChangeSet) -> Option<u128> {
+        self.wake(now, change_set);
         self.free.after(self.cursor).or_else(|| {
             // Those that are in no pool are few: they stay here for no more than `REST`.
             let mut oldest = self.by_age.iter().map(|&(_, number)| number);
@@ -176,29 +176,29 @@ impl Space {
     }
 
     /// Leases an address that nobody has.
-    pub(super) fn take(&mut self, number: u128, id: &AttachmentId, journal: &mut Journal) {
+    pub(super) fn take(&mut self, number: u128, id: &AttachmentId, change_set: &mut ChangeSet) {
         self.free.remove(number);
         if let Some(freed) = self.resting.remove(&number) {
             self.by_age.remove(&(freed, number));
             let step = Step { before: Some(freed), after: None };
-            journal.resting.push((self.family.ip(number), step));
+            change_set.resting.push((self.family.ip(number), step));
         }
         self.leased.insert(number, id.clone());
     }
 
     /// Has the next search begin after an address.
-    pub(super) fn advance(&mut self, number: u128, journal: &mut Journal) {
+    pub(super) fn advance(&mut self, number: u128, change_set: &mut ChangeSet) {
         let before = self.cursor.replace(number);
-        journal.cursors.push((self.family, Step { before, after: Some(number) }));
+        change_set.cursors.push((self.family, Step { before, after: Some(number) }));
     }
 
     /// Ends the lease of an address, which rests from now on.
-    pub(super) fn give_back(&mut self, number: u128, now: SystemTime, journal: &mut Journal) {
+    pub(super) fn give_back(&mut self, number: u128, now: SystemTime, change_set: &mut ChangeSet) {
         self.leased.remove(&number);
         self.resting.insert(number, now);
         self.by_age.insert((now, number));
         let step = Step { before: None, after: Some(now) };
-        journal.resting.push((self.family.ip(number), step));
+        change_set.resting.push((self.family.ip(number), step));
     }
 
     /// Every address is leased.
@@ -240,7 +240,7 @@ impl Space {
     }
 
     /// Frees what has rested enough.
-    fn wake(&mut self, now: SystemTime, journal: &mut Journal) {
+    fn wake(&mut self, now: SystemTime, change_set: &mut ChangeSet) {
         // The clock was set back: nothing rests longer than if it was freed just now.
         while let Some(&(freed, number)) = self.by_age.last()
             && freed > now
@@ -249,7 +249,7 @@ impl Space {
             self.by_age.insert((now, number));
             self.resting.insert(number, now);
             let step = Step { before: Some(freed), after: Some(now) };
-            journal.resting.push((self.family.ip(number), step));
+            change_set.resting.push((self.family.ip(number), step));
         }
         while let Some(&(freed, number)) = self.by_age.first()
             && !rests(freed, now)
@@ -260,7 +260,7 @@ impl Space {
                 self.free.insert(number, number);
             }
             let step = Step { before: Some(freed), after: None };
-            journal.resting.push((self.family.ip(number), step));
+            change_set.resting.push((self.family.ip(number), step));
         }
     }
 }
