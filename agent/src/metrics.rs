@@ -162,8 +162,8 @@ fn pod_families(pods: &Pods) -> Vec<MetricFamily> {
         let cidr = pool.cidr.to_string();
         for (state, count) in [
             ("used", pool.in_use as f64),
-            ("free", pool.total as f64 - pool.in_use as f64 - pool.resting as f64),
-            ("resting", pool.resting as f64),
+            ("free", pool.total as f64 - pool.in_use as f64 - pool.quarantined as f64),
+            ("resting", pool.quarantined as f64),
         ] {
             addresses.add(&[("cidr", cidr.as_str()), ("state", state)], count);
         }

@@ -14,7 +14,7 @@ use super::free::Ranges;
 
 /// For how long a freed address is not given again while there is another: for what its last
 /// holder's peers still send, and for what they have cached.
-pub const REST: Duration = Duration::from_secs(30);
+pub const QUARANTINE_TIME: Duration = Duration::from_secs(30);
 
 /// How much of a pool is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,8 +25,8 @@ pub struct PoolUsage {
     pub total: u128,
     /// Leases in it.
     pub in_use: u64,
-    /// Addresses freed less than [`REST`] ago.
-    pub resting: u64,
+    /// Addresses freed less than [`QUARANTINE_TIME`] ago.
+    pub quarantined: u64,
 }
 
 /// A CIDR with the first and the last address in it that a pod can have.
@@ -55,17 +55,17 @@ impl Pool {
     }
 }
 
-/// One family. `leased`, `resting` and `cursor` are on the disk too; the rest follows from them.
+/// One family. `leased`, `quarantined` and `cursor` are on the disk too; the rest follows from them.
 #[derive(Debug)]
 pub(super) struct AddressAllocator {
     family: Family,
     pools: Vec<Pool>,
     reserved: BTreeSet<u128>,
     leased: BTreeMap<u128, AttachmentId>,
-    resting: BTreeMap<u128, SystemTime>,
+    quarantined: BTreeMap<u128, SystemTime>,
     by_age: BTreeSet<(SystemTime, u128)>,
     cursor: Option<u128>,
-    /// In a pool, and not reserved, leased or resting.
+    /// In a pool, and not reserved, leased or quarantined.
     free: Ranges,
 }
 
@@ -76,7 +76,7 @@ impl AddressAllocator {
             pools: Vec::new(),
             reserved: BTreeSet::new(),
             leased: BTreeMap::new(),
-            resting: BTreeMap::new(),
+            quarantined: BTreeMap::new(),
             by_age: BTreeSet::new(),
             cursor: None,
             free: Ranges::default(),
@@ -91,10 +91,10 @@ impl AddressAllocator {
     pub(super) fn load(
         &mut self,
         leased: BTreeMap<u128, AttachmentId>,
-        resting: BTreeMap<u128, SystemTime>,
+        quarantined: BTreeMap<u128, SystemTime>,
         cursor: Option<u128>,
     ) {
-        (self.leased, self.resting, self.cursor) = (leased, resting, cursor);
+        (self.leased, self.quarantined, self.cursor) = (leased, quarantined, cursor);
         self.index();
     }
 
@@ -108,14 +108,14 @@ impl AddressAllocator {
     }
 
     /// Goes back to what was before a change_set's entry; [`AddressAllocator::index`] has to follow.
-    pub(super) fn undo_resting(&mut self, number: u128, before: Option<SystemTime>) {
+    pub(super) fn undo_quarantine(&mut self, number: u128, before: Option<SystemTime>) {
         match before {
-            Some(time) => self.resting.insert(number, time),
-            None => self.resting.remove(&number),
+            Some(time) => self.quarantined.insert(number, time),
+            None => self.quarantined.remove(&number),
         };
     }
 
-    /// As [`AddressAllocator::undo_resting`].
+    /// As [`AddressAllocator::undo_quarantine`].
     pub(super) fn undo_lease(&mut self, number: u128, before: Option<AttachmentId>) {
         match before {
             Some(id) => self.leased.insert(number, id),
@@ -123,19 +123,19 @@ impl AddressAllocator {
         };
     }
 
-    /// As [`AddressAllocator::undo_resting`].
+    /// As [`AddressAllocator::undo_quarantine`].
     pub(super) fn undo_cursor(&mut self, before: Option<u128>) {
         self.cursor = before;
     }
 
     /// Derives what is not stored.
     pub(super) fn index(&mut self) {
-        self.by_age = self.resting.iter().map(|(&number, &time)| (time, number)).collect();
+        self.by_age = self.quarantined.iter().map(|(&number, &time)| (time, number)).collect();
         self.free = Ranges::default();
         for pool in &self.pools {
             self.free.insert(pool.first, pool.last);
         }
-        let held = self.reserved.iter().chain(self.leased.keys()).chain(self.resting.keys());
+        let held = self.reserved.iter().chain(self.leased.keys()).chain(self.quarantined.keys());
         for number in held {
             self.free.remove(*number);
         }
@@ -154,9 +154,9 @@ impl AddressAllocator {
     /// The address to give next: the first free one after the last given, and where none is free
     /// the one that has rested longest.
     pub(super) fn pick(&mut self, now: SystemTime, change_set: &mut ChangeSet) -> Option<u128> {
-        self.wake(now, change_set);
+        self.expire_quarantine(now, change_set);
         self.free.after(self.cursor).or_else(|| {
-            // Those that are in no pool are few: they stay here for no more than `REST`.
+            // Those that are in no pool are few: they stay here for no more than `QUARANTINE_TIME`.
             let mut oldest = self.by_age.iter().map(|&(_, number)| number);
             oldest.find(|&number| self.is_usable(number))
         })
@@ -178,10 +178,10 @@ impl AddressAllocator {
     /// Leases an address that nobody has.
     pub(super) fn take(&mut self, number: u128, id: &AttachmentId, change_set: &mut ChangeSet) {
         self.free.remove(number);
-        if let Some(freed) = self.resting.remove(&number) {
+        if let Some(freed) = self.quarantined.remove(&number) {
             self.by_age.remove(&(freed, number));
             let step = Step { before: Some(freed), after: None };
-            change_set.resting.push((self.family.ip(number), step));
+            change_set.quarantined.push((self.family.ip(number), step));
         }
         self.leased.insert(number, id.clone());
     }
@@ -192,13 +192,13 @@ impl AddressAllocator {
         change_set.cursors.push((self.family, Step { before, after: Some(number) }));
     }
 
-    /// Ends the lease of an address, which rests from now on.
-    pub(super) fn give_back(&mut self, number: u128, now: SystemTime, change_set: &mut ChangeSet) {
+    /// Ends the lease of an address, which is_quarantined from now on.
+    pub(super) fn quarantine(&mut self, number: u128, now: SystemTime, change_set: &mut ChangeSet) {
         self.leased.remove(&number);
-        self.resting.insert(number, now);
+        self.quarantined.insert(number, now);
         self.by_age.insert((now, number));
         let step = Step { before: None, after: Some(now) };
-        change_set.resting.push((self.family.ip(number), step));
+        change_set.quarantined.push((self.family.ip(number), step));
     }
 
     /// Every address is leased.
@@ -214,15 +214,14 @@ impl AddressAllocator {
         self.pools.iter().map(move |pool| {
             let inside = pool.first..=pool.last;
             let reserved = self.reserved.range(inside.clone()).count() as u128;
-            let resting = self
-                .resting
-                .range(inside)
-                .filter(|(number, freed)| rests(**freed, now) && !self.reserved.contains(number));
+            let quarantined = self.quarantined.range(inside).filter(|(number, freed)| {
+                is_quarantined(**freed, now) && !self.reserved.contains(number)
+            });
             PoolUsage {
                 cidr: pool.cidr,
                 total: (pool.last - pool.first).saturating_add(1) - reserved,
                 in_use: self.in_use(pool),
-                resting: resting.count() as u64,
+                quarantined: quarantined.count() as u64,
             }
         })
     }
@@ -240,31 +239,31 @@ impl AddressAllocator {
     }
 
     /// Frees what has rested enough.
-    fn wake(&mut self, now: SystemTime, change_set: &mut ChangeSet) {
-        // The clock was set back: nothing rests longer than if it was freed just now.
+    fn expire_quarantine(&mut self, now: SystemTime, change_set: &mut ChangeSet) {
+        // The clock was set back: nothing is_quarantined longer than if it was freed just now.
         while let Some(&(freed, number)) = self.by_age.last()
             && freed > now
         {
             self.by_age.remove(&(freed, number));
             self.by_age.insert((now, number));
-            self.resting.insert(number, now);
+            self.quarantined.insert(number, now);
             let step = Step { before: Some(freed), after: Some(now) };
-            change_set.resting.push((self.family.ip(number), step));
+            change_set.quarantined.push((self.family.ip(number), step));
         }
         while let Some(&(freed, number)) = self.by_age.first()
-            && !rests(freed, now)
+            && !is_quarantined(freed, now)
         {
             self.by_age.remove(&(freed, number));
-            self.resting.remove(&number);
+            self.quarantined.remove(&number);
             if self.is_usable(number) {
                 self.free.insert(number, number);
             }
             let step = Step { before: Some(freed), after: None };
-            change_set.resting.push((self.family.ip(number), step));
+            change_set.quarantined.push((self.family.ip(number), step));
         }
     }
 }
 
-fn rests(freed: SystemTime, now: SystemTime) -> bool {
-    now.duration_since(freed).is_ok_and(|since| since < REST) || freed > now
+fn is_quarantined(freed: SystemTime, now: SystemTime) -> bool {
+    now.duration_since(freed).is_ok_and(|since| since < QUARANTINE_TIME) || freed > now
 }

@@ -13,8 +13,8 @@ use super::lease::Lease;
 pub(super) struct ChangeSet {
     /// Leases before and after.
     pub(super) leases: Vec<(AttachmentId, Step<Lease>)>,
-    /// When a resting address was freed, before and after.
-    pub(super) resting: Vec<(IpAddr, Step<SystemTime>)>,
+    /// When a quarantined address was freed, before and after.
+    pub(super) quarantined: Vec<(IpAddr, Step<SystemTime>)>,
     /// The address that was given last, before and after.
     pub(super) cursors: Vec<(Family, Step<u128>)>,
 }
@@ -30,6 +30,6 @@ pub(super) struct Step<T> {
 
 impl ChangeSet {
     pub(super) fn is_empty(&self) -> bool {
-        self.leases.is_empty() && self.resting.is_empty() && self.cursors.is_empty()
+        self.leases.is_empty() && self.quarantined.is_empty() && self.cursors.is_empty()
     }
 }

@@ -19,7 +19,7 @@ mod store;
 mod tests;
 mod thread;
 
-pub use allocator::{PoolUsage, REST};
+pub use allocator::{PoolUsage, QUARANTINE_TIME};
 pub use error::{IpamError, OpenError, StoreError};
 pub use ipam::{Damaged, FILE, Ipam, Opened};
 pub use lease::{Lease, Netns};

@@ -70,7 +70,7 @@ impl State {
 
     /// Takes what is on the disk for what is; refuses what cannot have been written.
     pub(super) fn load(&mut self, contents: Contents) -> Result<(), StoreError> {
-        let Contents { leases, resting, cursors } = contents;
+        let Contents { leases, quarantined, cursors } = contents;
         let (mut v4, mut v6) = (BTreeMap::new(), BTreeMap::new());
         for lease in leases.values() {
             for ip in lease.ips() {
@@ -83,10 +83,10 @@ impl State {
         }
         for (allocator, leased) in [(&mut self.v4, v4), (&mut self.v6, v6)] {
             let family = allocator.family();
-            let ours = resting.iter().filter(|(ip, _)| Family::of(**ip) == family);
+            let ours = quarantined.iter().filter(|(ip, _)| Family::of(**ip) == family);
             let ours = ours.map(|(ip, time)| (number(*ip), *time));
-            let resting = ours.filter(|(number, _)| !leased.contains_key(number)).collect();
-            allocator.load(leased, resting, cursors.get(&family).copied());
+            let quarantined = ours.filter(|(number, _)| !leased.contains_key(number)).collect();
+            allocator.load(leased, quarantined, cursors.get(&family).copied());
         }
         self.leases = leases;
         Ok(())
@@ -106,8 +106,8 @@ impl State {
                 None => self.leases.remove(&id),
             };
         }
-        for (ip, step) in change_set.resting.into_iter().rev() {
-            self.allocator(ip).undo_resting(number(ip), step.before);
+        for (ip, step) in change_set.quarantined.into_iter().rev() {
+            self.allocator(ip).undo_quarantine(number(ip), step.before);
         }
         for (family, step) in change_set.cursors.into_iter().rev() {
             match family {
@@ -182,7 +182,7 @@ impl State {
         let now = millis::rounded(now);
         let lease = self.leases.remove(id)?;
         for ip in lease.ips() {
-            self.allocator(ip).give_back(number(ip), now, change_set);
+            self.allocator(ip).quarantine(number(ip), now, change_set);
         }
         let step = Step { before: Some(lease.clone()), after: None };
         change_set.leases.push((id.clone(), step));
@@ -226,7 +226,7 @@ impl State {
         }
         let held: Vec<_> = known.iter().flat_map(Lease::ips).collect();
         for ip in held.iter().filter(|ip| !learnt.ips().any(|other| other == **ip)) {
-            self.allocator(*ip).give_back(number(*ip), now, change_set);
+            self.allocator(*ip).quarantine(number(*ip), now, change_set);
         }
         for ip in learnt.ips().filter(|ip| !held.contains(ip)) {
             let id = learnt.id.clone();

@@ -337,8 +337,8 @@ fn pool(pool: &skein_ipam::PoolUsage) -> Pool {
         cidr: pool.cidr,
         total,
         used: pool.in_use,
-        free: total - pool.in_use as f64 - pool.resting as f64,
-        resting: pool.resting,
+        free: total - pool.in_use as f64 - pool.quarantined as f64,
+        resting: pool.quarantined,
     }
 }
 

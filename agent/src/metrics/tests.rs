@@ -78,7 +78,7 @@ pub(super) fn everything() -> Input {
         cidr: "10.244.1.0/24".parse().unwrap(),
         total: 253,
         in_use: 3,
-        resting: 1,
+        quarantined: 1,
     };
     let pods = Pods {
         requests: cni::metrics::Requests::new().unwrap().families(),

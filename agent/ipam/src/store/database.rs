@@ -23,7 +23,7 @@ const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 /// Container id and interface name to a [`Lease`] in JSON.
 const LEASES: TableDefinition<'_, (&str, &str), &[u8]> = TableDefinition::new("leases");
 /// Address (4 or 16 bytes) to when it was freed, in milliseconds since 1970.
-const RESTING: TableDefinition<'_, &[u8], u64> = TableDefinition::new("resting");
+const QUARANTINED: TableDefinition<'_, &[u8], u64> = TableDefinition::new("resting");
 /// Family (4 or 6) to the number of the address that was given last.
 const CURSORS: TableDefinition<'_, u8, u128> = TableDefinition::new("cursors");
 
@@ -31,7 +31,7 @@ const CURSORS: TableDefinition<'_, u8, u128> = TableDefinition::new("cursors");
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(in super::super) struct Contents {
     pub(in super::super) leases: BTreeMap<AttachmentId, Lease>,
-    pub(in super::super) resting: BTreeMap<IpAddr, SystemTime>,
+    pub(in super::super) quarantined: BTreeMap<IpAddr, SystemTime>,
     pub(in super::super) cursors: BTreeMap<Family, u128>,
 }
 
@@ -47,7 +47,7 @@ pub(in super::super) fn initialize(database: &Database) -> Result<(), StoreError
     let transaction = database.begin_write()?;
     transaction.open_table(META)?.insert("schema", SCHEMA)?;
     transaction.open_table(LEASES)?;
-    transaction.open_table(RESTING)?;
+    transaction.open_table(QUARANTINED)?;
     transaction.open_table(CURSORS)?;
     Ok(transaction.commit()?)
 }
@@ -70,10 +70,10 @@ pub(super) fn read(database: &Database) -> Result<Contents, StoreError> {
         }
         contents.leases.insert(lease.id.clone(), lease);
     }
-    for row in transaction.open_table(RESTING)?.iter()? {
+    for row in transaction.open_table(QUARANTINED)?.iter()? {
         let (key, value) = row?;
         let ip = address(key.value()).ok_or_else(|| damaged("an address has a strange length"))?;
-        contents.resting.insert(ip, millis::to_time(value.value()));
+        contents.quarantined.insert(ip, millis::to_time(value.value()));
     }
     for row in transaction.open_table(CURSORS)?.iter()? {
         let (key, value) = row?;
@@ -102,12 +102,12 @@ pub(super) fn write(database: &Database, change_set: &ChangeSet) -> Result<(), S
                 None => drop(leases.remove(key)?),
             }
         }
-        let mut resting = transaction.open_table(RESTING)?;
-        for (ip, step) in &change_set.resting {
+        let mut quarantined = transaction.open_table(QUARANTINED)?;
+        for (ip, step) in &change_set.quarantined {
             let key = octets(*ip);
             match step.after {
-                Some(time) => drop(resting.insert(key.as_slice(), millis::of(time))?),
-                None => drop(resting.remove(key.as_slice())?),
+                Some(time) => drop(quarantined.insert(key.as_slice(), millis::of(time))?),
+                None => drop(quarantined.remove(key.as_slice())?),
             }
         }
         let mut cursors = transaction.open_table(CURSORS)?;
@@ -129,9 +129,9 @@ pub(super) fn probe(database: &Database) -> Result<(), StoreError> {
         let mut leases = transaction.open_table(LEASES)?;
         leases.insert(("", ""), &[0; 512][..])?;
         leases.remove(("", ""))?;
-        let mut resting = transaction.open_table(RESTING)?;
-        resting.insert(&[][..], 0)?;
-        resting.remove(&[][..])?;
+        let mut quarantined = transaction.open_table(QUARANTINED)?;
+        quarantined.insert(&[][..], 0)?;
+        quarantined.remove(&[][..])?;
         let mut cursors = transaction.open_table(CURSORS)?;
         cursors.insert(0, 0)?;
         cursors.remove(0)?;

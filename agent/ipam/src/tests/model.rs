@@ -53,8 +53,8 @@ impl Model {
     fn next(&self, now: u64) -> Option<u8> {
         let leased = self.leased();
         let available: Vec<_> = self.usable.difference(&leased).copied().collect();
-        let rests = |host: &u8| self.freed.get(host).is_some_and(|freed| now - freed < 30);
-        let free: Vec<_> = available.iter().copied().filter(|host| !rests(host)).collect();
+        let is_quarantined = |host: &u8| self.freed.get(host).is_some_and(|freed| now - freed < 30);
+        let free: Vec<_> = available.iter().copied().filter(|host| !is_quarantined(host)).collect();
         let later = free.iter().find(|host| Some(**host) > self.cursor).or(free.first());
         let oldest = || available.iter().min_by_key(|host| (self.freed[host], **host));
         later.or_else(oldest).copied()
@@ -190,13 +190,13 @@ fn run(steps: Vec<Step>) {
         assert_eq!(leases, model.leases);
         let usage = ipam.usage(at(now));
         let leased = model.leased();
-        let resting = model.freed.iter().filter(|(_, freed)| now - **freed < 30);
-        let resting: BTreeSet<_> = resting.map(|(host, _)| *host).collect();
+        let quarantined = model.freed.iter().filter(|(_, freed)| now - **freed < 30);
+        let quarantined: BTreeSet<_> = quarantined.map(|(host, _)| *host).collect();
         let sum = |pick: fn(&PoolUsage) -> u128| usage.pools.iter().map(pick).sum::<u128>();
         let usable = |hosts: &BTreeSet<u8>| model.usable.intersection(hosts).count() as u128;
         assert_eq!(sum(|pool| pool.total), model.usable.len() as u128);
         assert_eq!(sum(|pool| pool.in_use.into()), usable(&leased));
-        assert_eq!(sum(|pool| pool.resting.into()), usable(&resting));
+        assert_eq!(sum(|pool| pool.quarantined.into()), usable(&quarantined));
     }
 }
 

@@ -49,7 +49,7 @@ fn an_address_of_each_family() {
     let usage = ipam.usage(at(0));
     assert_eq!(usage.pools[0].total, 253);
     assert_eq!(usage.pools[1].total, (1 << 64) - 2);
-    assert!(usage.pools.iter().all(|pool| (pool.in_use, pool.resting) == (2, 0)));
+    assert!(usage.pools.iter().all(|pool| (pool.in_use, pool.quarantined) == (2, 0)));
     assert!(usage.can_allocate());
 }
 
@@ -120,7 +120,11 @@ fn addresses_that_are_asked_for() {
     );
     ipam.release(&id("a"), at(0)).unwrap();
     let lease = ipam.allocate(asking("y", &["10.1.0.9"]), at(1)).unwrap();
-    assert_eq!(lease.v4, "10.1.0.9".parse().ok(), "one that rests is free for who asks for it");
+    assert_eq!(
+        lease.v4,
+        "10.1.0.9".parse().ok(),
+        "one that is_quarantined is free for who asks for it"
+    );
 }
 
 #[test]
@@ -146,15 +150,15 @@ fn freed_addresses_rest() {
         give(&mut ipam, name, 0);
     }
     ipam.release(&id("b"), at(1)).unwrap();
-    assert_eq!(ipam.usage(at(1)).pools[0].resting, 1);
+    assert_eq!(ipam.usage(at(1)).pools[0].quarantined, 1);
     assert_eq!(give(&mut ipam, "d", 1), "10.1.0.4", "the next, not the lowest");
     assert_eq!(give(&mut ipam, "e", 1), "10.1.0.5");
     ipam.release(&id("a"), at(2)).unwrap();
     assert_eq!(give(&mut ipam, "f", 2), "10.1.0.6");
     assert_eq!(give(&mut ipam, "g", 3), "10.1.0.2", "nothing else is free: the one freed first");
     ipam.release(&id("d"), at(4)).unwrap();
-    assert_eq!(ipam.usage(at(31)).pools[0].resting, 2);
-    assert_eq!(ipam.usage(at(32)).pools[0].resting, 1);
+    assert_eq!(ipam.usage(at(31)).pools[0].quarantined, 2);
+    assert_eq!(ipam.usage(at(32)).pools[0].quarantined, 1);
     assert_eq!(give(&mut ipam, "h", 32), "10.1.0.1", "it has rested, which the other has not");
     assert_eq!(give(&mut ipam, "i", 32), "10.1.0.4");
 }
@@ -166,7 +170,7 @@ fn a_clock_that_is_set_back_makes_nothing_rest_longer() {
     ipam.release(&id("a"), at(100_000)).unwrap();
     assert_eq!(give(&mut ipam, "b", 10), "10.1.0.2");
     ipam.release(&id("b"), at(20)).unwrap();
-    assert_eq!(ipam.usage(at(39)).pools[0].resting, 2);
+    assert_eq!(ipam.usage(at(39)).pools[0].quarantined, 2);
     assert_eq!(give(&mut ipam, "c", 40), "10.1.0.1", "10 and 30");
 }
 
@@ -206,7 +210,11 @@ fn pools_change_under_leases() {
     assert_eq!((usage.leases, usage.pools[0].in_use), (3, 1));
     ipam.release(&id("a"), at(0)).unwrap();
     ipam.set_pools(&cidrs(&["10.1.0.0/29"]), &[ip("10.1.0.3"), ip("10.1.0.2")]);
-    assert_eq!(give(&mut ipam, "d", 0), "10.1.0.4", "of 1 to 3: rests, is leased, is reserved");
+    assert_eq!(
+        give(&mut ipam, "d", 0),
+        "10.1.0.4",
+        "of 1 to 3: is_quarantined, is leased, is reserved"
+    );
     ipam.release(&id("b"), at(0)).unwrap();
     assert_eq!(give(&mut ipam, "e", 60), "10.1.0.5");
     assert_eq!(give(&mut ipam, "f", 60), "10.1.0.6");
@@ -247,7 +255,7 @@ fn leases_are_learnt_from_the_kernel() {
     assert_eq!((shown(&moved).as_str(), moved.netns.is_some()), ("10.1.0.1", true));
     let usage = ipam.usage(at(9));
     assert_eq!(
-        (usage.pools[0].in_use, usage.pools[0].resting),
+        (usage.pools[0].in_use, usage.pools[0].quarantined),
         (1, 1),
         "the node's is not counted"
     );
