@@ -95,7 +95,7 @@ impl AddressAllocator {
         cursor: Option<u128>,
     ) {
         (self.leased, self.quarantined, self.cursor) = (leased, quarantined, cursor);
-        self.index();
+        self.rebuild_index();
     }
 
     /// Takes those of this family. Leases outside of the pools stay.
@@ -104,7 +104,7 @@ impl AddressAllocator {
         self.pools = cidrs.iter().filter(|cidr| ours(cidr.addr())).map(Pool::new).collect();
         self.reserved = reserved.iter().filter(|ip| ours(**ip)).map(|ip| number(*ip)).collect();
         self.pools.sort_by_key(|pool| pool.first);
-        self.index();
+        self.rebuild_index();
     }
 
     /// Goes back to what was before a change_set's entry; [`AddressAllocator::index`] has to follow.
@@ -129,7 +129,7 @@ impl AddressAllocator {
     }
 
     /// Derives what is not stored.
-    pub(super) fn index(&mut self) {
+    pub(super) fn rebuild_index(&mut self) {
         self.by_age = self.quarantined.iter().map(|(&number, &time)| (time, number)).collect();
         self.free = Ranges::default();
         for pool in &self.pools {
@@ -176,7 +176,7 @@ impl AddressAllocator {
     }
 
     /// Leases an address that nobody has.
-    pub(super) fn take(&mut self, number: u128, id: &AttachmentId, change_set: &mut ChangeSet) {
+    pub(super) fn lease(&mut self, number: u128, id: &AttachmentId, change_set: &mut ChangeSet) {
         self.free.remove(number);
         if let Some(freed) = self.quarantined.remove(&number) {
             self.by_age.remove(&(freed, number));
@@ -187,7 +187,7 @@ impl AddressAllocator {
     }
 
     /// Has the next search begin after an address.
-    pub(super) fn advance(&mut self, number: u128, change_set: &mut ChangeSet) {
+    pub(super) fn set_cursor(&mut self, number: u128, change_set: &mut ChangeSet) {
         let before = self.cursor.replace(number);
         change_set.cursors.push((self.family, Step { before, after: Some(number) }));
     }

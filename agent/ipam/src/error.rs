@@ -17,7 +17,7 @@ use super::lease::Lease;
 #[derive(Debug, Clone, Error)]
 pub enum IpamError {
     /// Every address of a family is leased.
-    #[error("no free address in {} ({in_use} in use)", List(cidrs))]
+    #[error("no free address in {} ({in_use} in use)", DisplayCidrs(cidrs))]
     Exhausted {
         /// The pools of the family.
         cidrs: Vec<IpNet>,
@@ -28,7 +28,7 @@ pub enum IpamError {
     #[error("this node has no pod CIDR yet")]
     NoPools,
     /// The attachment has a lease in another namespace, from which it has to be detached first.
-    #[error("{} has a lease in another network namespace", Shown(&.0.id))]
+    #[error("{} has a lease in another network namespace", DisplayId(&.0.id))]
     OtherNamespace(Box<Lease>),
     /// An address that was asked for is not this node's to give.
     #[error("{0} is in none of this node's pod CIDRs")]
@@ -37,7 +37,7 @@ pub enum IpamError {
     #[error("{0} is reserved")]
     Reserved(IpAddr),
     /// An address belongs to another attachment.
-    #[error("{ip} belongs to {}", Shown(holder))]
+    #[error("{ip} belongs to {}", DisplayId(holder))]
     Taken {
         /// Which address.
         ip: IpAddr,
@@ -48,7 +48,7 @@ pub enum IpamError {
     #[error("{0} and {1} were both asked for, where an interface has one address of a family")]
     TooMany(IpAddr, IpAddr),
     /// A lease that was learnt has no address.
-    #[error("the lease of {} has no address", Shown(.0))]
+    #[error("the lease of {} has no address", DisplayId(.0))]
     NoAddress(Box<AttachmentId>),
     /// The path of a namespace cannot be stored.
     #[error("the path of the network namespace is not UTF-8: {}", .0.display())]
@@ -167,17 +167,17 @@ pub struct OpenError {
     pub error: StoreError,
 }
 
-struct Shown<'a>(&'a AttachmentId);
+struct DisplayId<'a>(&'a AttachmentId);
 
-impl fmt::Display for Shown<'_> {
+impl fmt::Display for DisplayId<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} of container {}", self.0.ifname, self.0.container_id)
     }
 }
 
-struct List<'a>(&'a [IpNet]);
+struct DisplayCidrs<'a>(&'a [IpNet]);
 
-impl fmt::Display for List<'_> {
+impl fmt::Display for DisplayCidrs<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (n, cidr) in self.0.iter().enumerate() {
             write!(f, "{}{cidr}", if n == 0 { "" } else { ", " })?;

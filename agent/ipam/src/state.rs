@@ -115,8 +115,8 @@ impl State {
                 Family::V6 => self.v6.undo_cursor(step.before),
             }
         }
-        self.v4.index();
-        self.v6.index();
+        self.v4.rebuild_index();
+        self.v6.rebuild_index();
     }
 
     pub(super) fn set_pools(&mut self, cidrs: &[IpNet], reserved: &[IpAddr]) {
@@ -160,9 +160,9 @@ impl State {
         let v6 = choose(&mut self.v6, asked_v6, now, change_set)?;
         for (allocator, choice) in [(&mut self.v4, v4), (&mut self.v6, v6)] {
             let Some(choice) = choice else { continue };
-            allocator.take(choice.number, &request.id, change_set);
+            allocator.lease(choice.number, &request.id, change_set);
             if !choice.asked {
-                allocator.advance(choice.number, change_set);
+                allocator.set_cursor(choice.number, change_set);
             }
         }
         let Request { id, network, netns, pod, .. } = request;
@@ -230,7 +230,7 @@ impl State {
         }
         for ip in learnt.ips().filter(|ip| !held.contains(ip)) {
             let id = learnt.id.clone();
-            self.allocator(ip).take(number(ip), &id, change_set);
+            self.allocator(ip).lease(number(ip), &id, change_set);
         }
         self.put(known, learnt.clone(), change_set);
         Ok(learnt)

@@ -50,7 +50,7 @@ impl Store {
     pub(super) fn open(&mut self) -> Result<Contents, StoreError> {
         // One at a time: the lock is let go with the last one.
         self.close();
-        let (database, contents) = unpanicked(|| {
+        let (database, contents) = catch_panic(|| {
             let database = (self.opener)()?;
             let contents = read(&database)?;
             Ok((database, contents))
@@ -77,7 +77,7 @@ impl Store {
         let Some(database) = self.database.take() else {
             return Err(StoreError::Io(std::io::ErrorKind::NotConnected.into()));
         };
-        let database = unpanicked(|| {
+        let database = catch_panic(|| {
             work(&database)?;
             Ok(database)
         })?;
@@ -88,7 +88,7 @@ impl Store {
 
 /// The database says of itself that it may panic where a file was altered while it was closed, and
 /// checks on opening against that; the agent outlives what it overlooks.
-fn unpanicked<T>(work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
+fn catch_panic<T>(work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
     catch_unwind(AssertUnwindSafe(work))
         .unwrap_or_else(|_| Err(StoreError::Damaged("the database gave up".to_owned())))
 }

@@ -20,7 +20,7 @@ use super::state::{Request, State, Usage};
 pub type Reply<T> = Box<dyn FnOnce(Result<T, IpamError>) + Send>;
 
 /// Operations in one transaction at most: bounds what a failure takes with it.
-const BATCH: usize = 1024;
+const MAX_BATCH: usize = 1024;
 
 /// Asks the thread of the leases. The thread ends when the last handle is gone and everything that
 /// was asked is done.
@@ -32,12 +32,12 @@ pub struct IpamHandle {
 /// Runs a write in memory, or fails it; what it returns answers when the transaction has ended.
 type Write = Box<dyn FnOnce(Result<(&mut State, &mut ChangeSet), IpamError>) -> Answer + Send>;
 type Answer = Box<dyn FnOnce(Result<(), IpamError>)>;
-type Look = Box<dyn FnOnce(&mut Ipam) + Send>;
+type ReadJob = Box<dyn FnOnce(&mut Ipam) + Send>;
 
 enum Job {
-    Pools(Look),
+    Pools(ReadJob),
     Write(Write),
-    Read(Look),
+    Read(ReadJob),
 }
 
 impl IpamHandle {
@@ -51,9 +51,9 @@ impl IpamHandle {
 
     /// As [`Ipam::set_pools`]; what is asked later gives addresses of these.
     pub fn set_pools(&self, cidrs: Vec<IpNet>, reserved: Vec<IpAddr>) {
-        let look = move |ipam: &mut Ipam| ipam.set_pools(&cidrs, &reserved);
+        let job = move |ipam: &mut Ipam| ipam.set_pools(&cidrs, &reserved);
         // Where the thread has ended there is nobody left to give an address to.
-        let _ = self.jobs.send(Job::Pools(Box::new(look)));
+        let _ = self.jobs.send(Job::Pools(Box::new(job)));
     }
 
     /// As [`Ipam::allocate`].
@@ -112,26 +112,26 @@ impl IpamHandle {
         T: 'static,
     {
         // A reply that cannot be sent is dropped with its question, which tells who waits.
-        let look = move |ipam: &mut Ipam| reply(Ok(work(ipam)));
-        let _ = self.jobs.send(Job::Read(Box::new(look)));
+        let job = move |ipam: &mut Ipam| reply(Ok(work(ipam)));
+        let _ = self.jobs.send(Job::Read(Box::new(job)));
     }
 }
 
 fn run(mut ipam: Ipam, queue: &Receiver<Job>) {
     while let Ok(first) = queue.recv() {
         let (mut pools, mut writes, mut reads) = (Vec::new(), Vec::new(), Vec::new());
-        for job in std::iter::once(first).chain(queue.try_iter()).take(BATCH) {
+        for job in std::iter::once(first).chain(queue.try_iter()).take(MAX_BATCH) {
             match job {
-                Job::Pools(look) => pools.push(look),
+                Job::Pools(job) => pools.push(job),
                 Job::Write(write) => writes.push(write),
-                Job::Read(look) => reads.push(look),
+                Job::Read(job) => reads.push(job),
             }
         }
         // All of them came while nobody was answered, so that any order is one that they may
         // expect: this one has what was asked after a change of pools see the change.
-        pools.into_iter().for_each(|look| look(&mut ipam));
+        pools.into_iter().for_each(|job| job(&mut ipam));
         write(&mut ipam, writes);
-        reads.into_iter().for_each(|look| look(&mut ipam));
+        reads.into_iter().for_each(|job| job(&mut ipam));
     }
 }
 

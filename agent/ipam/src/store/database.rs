@@ -16,7 +16,7 @@ use crate::lease::{Lease, millis};
 const SCHEMA: u64 = 1;
 
 /// Memory for pages of the database, in bytes: all of it for 10,000 leases.
-const CACHE: usize = 8 << 20;
+const CACHE_SIZE: usize = 8 << 20;
 
 /// `schema`.
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
@@ -38,7 +38,7 @@ pub(in super::super) struct Contents {
 /// How every database is opened: with the checksum of each page compared first.
 pub(in super::super) fn builder() -> redb::Builder {
     let mut builder = Database::builder();
-    builder.set_cache_size(CACHE).set_check_integrity_on_open(true);
+    builder.set_cache_size(CACHE_SIZE).set_check_integrity_on_open(true);
     builder
 }
 
