@@ -1,6 +1,6 @@
-//! Events that a keeper of an instance waits for: requests of the instance's agent for the data
-//! plane, and SIGTERM from kubelet. The agent writes one byte to the keeper's socket, and stays
-//! connected while it has the agent's role. A connection without a byte requests nothing.
+//! Events of the keeper of an instance: requests of the instance's agent for the data plane, and
+//! SIGTERM from kubelet. The agent writes one byte to the keeper's socket, and stays connected
+//! while it has the agent's role. A connection without a byte requests nothing.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -25,7 +25,7 @@ pub enum Activity {
     Active = 1,
 }
 
-/// The keeper's end of an instance.
+/// Keeper's end of an instance: its listening socket, the connected agent and SIGTERM.
 #[derive(Debug)]
 pub(super) struct Activation {
     instance: Instance,
@@ -34,19 +34,23 @@ pub(super) struct Activation {
     /// True if the connected agent has written its byte.
     requested: bool,
     activity: Activity,
-    /// Readable once SIGTERM has come.
+    /// Read end of a socket pair; readable once SIGTERM has arrived.
     terminated: UnixStream,
 }
 
 impl Activation {
-    /// Listens for the agent of the instance.
+    /// Listens on the instance's socket, registers a handler for SIGTERM and removes the marker of
+    /// an earlier keeper.
+    ///
+    /// # Errors
+    /// An error if the instance's directory, the socket or the marker cannot be used.
     pub(super) fn bind(instance: &Instance) -> anyhow::Result<Self> {
         instance.protect_directory().context("cannot use the directory of --instance")?;
         let listener = server::bind(&instance.dataplane_socket())?;
         listener.set_nonblocking(true).context("cannot listen for the agent")?;
-        let (terminated, write) = UnixStream::pair().context("cannot make a channel")?;
+        let (terminated, write) = UnixStream::pair().context("cannot create a socket pair")?;
         signal_hook::low_level::pipe::register(signal_hook::consts::SIGTERM, write)
-            .context("cannot take SIGTERM")?;
+            .context("cannot register a handler for SIGTERM")?;
         let mut activation = Self {
             instance: instance.clone(),
             listener,
@@ -55,27 +59,30 @@ impl Activation {
             activity: Activity::Idle,
             terminated,
         };
-        // A keeper that was killed has left the marker.
+        // A keeper that was killed did not remove the marker.
         activation.set_activity(Activity::Idle).context("cannot use the instance's directory")?;
         Ok(activation)
     }
 
-    /// Returns the descriptor that is readable when an agent connects, and the descriptor that is
-    /// readable when this process is to end.
+    /// Returns the descriptors to poll for input: the listening socket, and the descriptor that is
+    /// readable after SIGTERM.
     pub(super) fn descriptors(&self) -> [BorrowedFd<'_>; 2] {
         [self.listener.as_fd(), self.terminated.as_fd()]
     }
 
-    /// Returns whether this process is to end.
+    /// Returns whether SIGTERM has arrived.
     pub(super) fn is_terminated(&self) -> bool {
         let mut fds = [PollFd::new(&self.terminated, PollFlags::IN)];
         matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1))
     }
 
-    /// Waits until an agent connects, the connected one is gone, or this process is to end;
-    /// `timeout` at most.
+    /// Waits until an agent connects, the connected agent writes or disconnects, SIGTERM arrives,
+    /// or `timeout` has passed. Accepts waiting connections.
+    ///
+    /// # Errors
+    /// An error if poll(2) fails.
     pub(super) fn wait(&mut self, timeout: Option<Duration>) -> anyhow::Result<()> {
-        let timeout = timeout.map(Timespec::try_from).transpose().context("a timeout")?;
+        let timeout = timeout.map(Timespec::try_from).transpose().context("invalid timeout")?;
         let own = self.descriptors();
         let mut fds: Vec<_> = own.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
         fds.extend(self.agent.as_ref().map(|agent| PollFd::new(agent, PollFlags::IN)));
@@ -87,7 +94,7 @@ impl Activation {
         Ok(())
     }
 
-    /// Returns whether the agent requests the data plane for this instance.
+    /// Returns whether an agent is connected and has requested the data plane.
     pub(super) fn is_requested(&mut self) -> bool {
         while let Some(agent) = &mut self.agent {
             match agent.read(&mut [0; 8]) {
@@ -99,7 +106,7 @@ impl Activation {
         false
     }
 
-    /// Accepts agents that have connected; the last connection counts.
+    /// Accepts all waiting connections of trusted users; the last one replaces the connected agent.
     pub(super) fn accept(&mut self) {
         while let Ok((agent, _)) = self.listener.accept() {
             let trusted = peer_credentials(&agent).is_ok_and(|peer| is_trusted(peer.uid));
@@ -110,7 +117,10 @@ impl Activation {
         }
     }
 
-    /// Records whether this keeper has the data plane, and notifies the agent.
+    /// Creates or removes the marker of an active data plane, and notifies the connected agent.
+    ///
+    /// # Errors
+    /// The error of the file operation; a marker that is already absent is not an error.
     pub(super) fn set_activity(&mut self, activity: Activity) -> io::Result<()> {
         let marker = self.instance.dataplane_marker();
         match activity {
@@ -127,7 +137,7 @@ impl Activation {
     }
 
     fn notify_agent(&mut self) {
-        // A closed connection is noticed in [`Activation::is_requested`].
+        // `is_requested` notices a closed connection.
         let _ = self.agent.as_mut().map(|agent| agent.write_all(&[self.activity as u8]));
     }
 }
@@ -141,7 +151,7 @@ mod tests {
     fn keeper_listens_in_a_volume_that_all_can_change() {
         use std::os::unix::fs::PermissionsExt;
         let volume = tempfile::tempdir().unwrap();
-        // The mode of an emptyDir of Kubernetes.
+        // Mode of a Kubernetes emptyDir volume.
         let open = std::fs::Permissions::from_mode(0o777);
         std::fs::set_permissions(volume.path(), open).unwrap();
         let instance = Instance::new(volume.path().join("skein"));
@@ -158,7 +168,7 @@ mod tests {
         assert!(!instance.dataplane_marker().exists(), "The marker of a killed keeper is removed.");
         activation.wait(Some(Duration::ZERO)).unwrap();
         assert!(!activation.is_requested());
-        // An agent that was killed before it was accepted.
+        // The agent disconnects before its connection is accepted.
         drop(UnixStream::connect(instance.dataplane_socket()).unwrap());
         activation.wait(None).unwrap();
         assert!(!activation.is_requested());
@@ -174,7 +184,7 @@ mod tests {
         let mut told = [9; 2];
         agent.read_exact(&mut told).unwrap();
         assert_eq!(told, [Activity::Idle as u8, Activity::Active as u8]);
-        // The next agent of the instance is notified at once.
+        // The next agent must be notified as soon as it is accepted.
         drop(agent);
         assert!(!activation.is_requested(), "The request ends with the connection.");
         let mut agent = UnixStream::connect(instance.dataplane_socket()).unwrap();

@@ -1,5 +1,5 @@
-//! A data plane that has its settings: the protocol engine with its peers, the tables that the lanes
-//! use, and the running lanes.
+//! Data plane with settings: the protocol engine and its peers, the tables that the lanes use, and
+//! the running lanes.
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
@@ -25,28 +25,31 @@ use super::tables::{PeerEntry, Tables, TablesHandle};
 use super::tap::{Bytes, PacketRef, Tap};
 use super::totals::TrafficTotals;
 
-/// A data plane at work.
+/// A configured data plane. The manager's thread owns it, passes messages to [`Active::handle`] and
+/// calls [`Active::drive`] after each batch of them.
 pub(super) struct Active {
     pub(super) snapshot: Snapshot,
     pub(super) engine: Engine,
-    /// The names and prefixes of the engine's peers.
+    /// Peers of the engine with their settings, by primary public key.
     pub(super) peers: HashMap<PublicKey, (PeerId, Peer)>,
     routes: Arc<RouteTable>,
     published: Arc<TablesHandle>,
-    /// Whether lanes may still look at tables that are no longer in force.
+    /// True while a lane may still use tables that were replaced.
     pub(super) has_retired_tables: bool,
-    /// Where sessions outlive this process; absent where the kernel gives none.
+    /// Session store that outlives this process; `None` without a keeper, or if the kernel refused
+    /// the memfd.
     pub(super) store: Option<MemfdStore>,
     pub(super) running: Running,
     pub(super) drops: DropStats,
     pub(super) totals: TrafficTotals,
-    /// Longest plaintext in bytes of each peer whose path carries less than this node's MTU.
+    /// Peers whose path MTU is below this node's MTU, each with its longest plaintext in bytes.
     reduced_paths: Vec<(PeerId, u16)>,
-    /// True if `reduced_paths` has changed since the waiting connections were notified.
+    /// True if `reduced_paths` has changed since waiting connections were notified.
     pub(super) reduced_paths_changed: bool,
 }
 
-/// What of a data plane the keeper has to be told.
+/// Extent of a change that the keeper must receive.
+///
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum KeeperUpdate {
     Snapshot,
@@ -54,7 +57,12 @@ pub(super) enum KeeperUpdate {
 }
 
 impl Active {
-    /// Begins, with the sessions of a process before; `open` gives the descriptors.
+    /// Creates the engine, restores `sessions` of an earlier process and starts the lanes. `open`
+    /// opens the descriptors.
+    ///
+    /// # Errors
+    /// [`SetupError`] if the descriptors cannot be opened, the engine rejects the settings, or the
+    /// prefixes of two peers overlap.
     pub(super) fn start(
         now: Time,
         snapshot: Snapshot,
@@ -82,7 +90,7 @@ impl Active {
         }
         let mut empty = snapshot.clone();
         empty.peers.clear();
-        // The engine and the memory of its sessions hold these timestamps from now on.
+        // From now on the engine and its session store hold these timestamps.
         empty.seen_handshakes.clear();
         let mut active = Self {
             snapshot: empty,
@@ -106,7 +114,7 @@ impl Active {
         Ok(active)
     }
 
-    /// All that is in force.
+    /// Returns the active settings with all peers.
     pub(super) fn snapshot(&self) -> Snapshot {
         let peers = self.peers.values().map(|(_, peer)| peer.clone()).collect();
         Snapshot { peers, ..self.snapshot.clone() }
@@ -117,7 +125,12 @@ impl Active {
         NodeIdentity { name: self.snapshot.node.name.clone(), public_key }
     }
 
-    /// Goes from what is in force to `snapshot`, touching only what differs.
+    /// Applies `snapshot` and changes only what differs. Returns what the keeper must receive.
+    ///
+    /// # Errors
+    /// [`SetupError::Fixed`] if a setting differs that only a restart can change.
+    /// [`SetupError::Invalid`] if prefixes or keys of peers conflict. A TUN error if the lanes
+    /// cannot be attached to a new device. The settings that failed keep their previous values.
     pub(super) fn apply(
         &mut self,
         now: Time,
@@ -183,12 +196,16 @@ impl Active {
         Ok(())
     }
 
-    /// Makes these the peers. Refuses the whole where prefixes contradict each other.
+    /// Replaces the set of peers.
+    ///
+    /// # Errors
+    /// [`SetupError::Invalid`] if prefixes overlap or two nodes have the same key; no peer is
+    /// changed then.
     fn set_peers(&mut self, now: Time, peers: Vec<Peer>) -> Result<(), SetupError> {
-        // Routes are tried with provisional numbers first, so that a refusal changes nothing.
+        // Build the routes with provisional peer numbers first, so that an error changes nothing.
         let numbered = (0..).map(PeerId).zip(peers.iter().map(|p| p.pod_cidrs.as_slice()));
         RouteTable::build(&self.snapshot.local_cidrs, numbered).map_err(|conflict| {
-            SetupError::Invalid(format!("contradicting pod CIDRs: {conflict}"))
+            SetupError::Invalid(format!("conflicting pod CIDRs: {conflict}"))
         })?;
         let keys = || peers.iter().flat_map(|peer| [Some(peer.public_key), peer.second_public_key]);
         if keys().flatten().collect::<HashSet<_>>().len() != keys().flatten().count() {
@@ -203,7 +220,7 @@ impl Active {
                 self.peers.insert(peer.public_key, (*id, peer));
                 continue;
             }
-            // Older releases accepted multicast addresses and stored them.
+            // Earlier releases accepted and stored multicast addresses.
             let usable = |e: &SocketAddr| address::is_endpoint(*e) && self.running.can_reach(*e);
             let endpoints = peer.endpoints.iter().copied().filter(usable).collect();
             let config = PeerConfig {
@@ -227,7 +244,8 @@ impl Active {
         Ok(())
     }
 
-    /// Whether the device that the lanes were attached to is there still.
+    /// Returns whether the device to which the lanes are attached still exists (same name and
+    /// index).
     pub(super) fn has_device(&self) -> bool {
         let tun = &self.snapshot.node.tun;
         let found = skein_sys::link::find(&tun.name);
@@ -240,7 +258,8 @@ impl Active {
             ToManager::UnknownSession(source) => self.engine.on_unknown_session(now, source),
             ToManager::TooLong(datagram) => self.on_too_long(now, datagram),
             ToManager::Datagram { source, mut datagram, .. } => {
-                // What was dropped before this one is not its.
+                // Move earlier drops to the totals, so that the engine's counters hold only those
+                // of this datagram.
                 self.drops.collect(self.engine.drops());
                 self.engine.handle_datagram(now, source, &mut datagram);
                 for (reason, packets) in self.engine.drops().iter() {
@@ -255,29 +274,29 @@ impl Active {
         }
     }
 
-    /// Makes the engine limit datagrams to the size that this host's route to the destination
-    /// carries.
+    /// Limits datagrams to `destination` to the size that this host's route carries.
     fn on_too_long(&mut self, now: Time, TooLong { destination, len }: TooLong) {
         let plaintext = |len: usize| u16::try_from(len.saturating_sub(OVERHEAD)).ok();
         let fits = match self.running.longest_payload(destination, len) {
-            // The route has become wider since the refusal.
+            // The MTU of the route has grown since the refusal.
             LongestPayload::Carries => return,
             LongestPayload::Limit(longest) => plaintext(longest),
             LongestPayload::Unknown => None,
         };
         let size = plaintext(len).unwrap_or(u16::MAX);
-        // A refused probe for a larger size does not change the size in use.
+        // A refused probe of a larger size does not change the size in use.
         if self.engine.on_send_too_big(now, destination, size, fits) {
             tracing::info!(%destination, size, fits, "datagram longer than the route carries");
         }
     }
 
-    /// Carries out what the engine decided.
+    /// Handles expired timers, publishes changed tables and sends the engine's datagrams.
     pub(super) fn drive(&mut self, now: Time) {
         if self.engine.poll_timeout().is_some_and(|due| due.mono <= now.mono) {
             self.engine.handle_timeout(now);
         }
-        // Before anything is sent: an answer may arrive as soon as its question has left.
+        // Publish before sending: the answer may arrive as soon as a datagram is sent, and the lane
+        // that receives it needs the session.
         if self.engine.poll_tables_changed() {
             self.publish();
         }
@@ -287,7 +306,7 @@ impl Active {
                 self.on_too_long(now, datagram);
             }
         }
-        // Of what was too long.
+        // `on_too_long` may have reduced path MTUs.
         if self.engine.poll_tables_changed() {
             self.publish();
         }
@@ -295,6 +314,8 @@ impl Active {
         self.has_retired_tables = self.published.free_retired();
     }
 
+    /// Publishes new tables for the lanes from the engine's sessions and the routes, and wakes the
+    /// lanes.
     fn publish(&mut self) {
         self.totals.update(self.engine.tables());
         let mut tables = Tables { routes: Arc::clone(&self.routes), ..Tables::default() };
@@ -336,7 +357,7 @@ fn invalid(error: EngineError) -> SetupError {
 }
 
 pub(super) fn random(bytes: &mut [u8]) {
-    // The system's generator fails only where the system is beyond help, and a predictable key would
-    // be worse than none.
+    // `fill` fails only if the kernel has no entropy source. A predictable key would be worse than
+    // the end of the process.
     aws_lc_rs::rand::fill(bytes).expect("the system's random generator failed");
 }

@@ -1,12 +1,12 @@
-//! Looking again for a moment before sleeping. What a wake-up costs (the waker's interrupt to an idle
-//! CPU, the way out of idle) is several times what a small packet costs, and a request and its
-//! answer pay it four times in the data plane.
+//! Adaptive busy polling. A lane polls epoll for up to `busy_poll_us` (default 50 µs; 0 under a CPU
+//! quota) before it blocks, because a wake-up of an idle CPU costs several times the processing of
+//! a small packet, and a request with its answer needs four wake-ups in the data plane.
 //!
-//! Between two looks the thread yields: whoever else wants the CPU has it, so that on a busy machine
-//! polling is no more than staying in the run queue. And a lane polls only where that has paid
-//! lately: one that is idle, or whose packets are far apart, sleeps. So does one that had to wait long
-//! for its turn after a yield: a thread that sleeps is given the CPU when a packet wakes it, one that
-//! has yielded waits until whoever has it has used up its slice.
+//! The thread yields between two polls, so that other threads of a busy CPU run. A lane polls only
+//! after a wait that a packet ended within the limit, and stops after [`MAX_IDLE_POLLS`] polling
+//! periods in a row without a packet. It also stops for [`CONTENTION_PAUSE`] after a yield of more
+//! than [`MAX_YIELD_TIME`]: a blocked thread gets the CPU when a packet wakes it, but a thread that
+//! has yielded waits for the other thread's time slice to end.
 
 use std::fs;
 use std::io;
@@ -18,27 +18,27 @@ use skein_sys::poll::Poller;
 
 use super::stats::{LaneStats, add};
 
-/// Where nothing is configured. Longer than a pod's answer to a small request takes, and not much
-/// longer than the wake-up that it saves.
+/// Polling limit if the configuration has none. It is longer than a pod needs to answer a small
+/// request, and little longer than the wake-up that it saves.
 const DEFAULT_LIMIT: Duration = Duration::from_micros(50);
-/// So many polls in vain after one that paid, and the next wait sleeps at once.
+/// Polling periods in a row without a packet, after which the next wait blocks at once.
 const MAX_IDLE_POLLS: u8 = 8;
 
-/// How long to poll where the configuration leaves it open: not at all where a CPU quota (cgroup v2
-/// `cpu.max`) would be used up by it.
+/// Returns the polling limit if the configuration has none: 50 µs, or 0 if a CPU quota (cgroup v2
+/// `cpu.max`) applies, which polling would use up.
 ///
-/// The first call reads the cgroup's files; a confined process cannot.
+/// The first call reads the cgroup's files, to which a confined process has no access.
 pub(super) fn default_limit() -> Duration {
-    static LIMIT: OnceLock<Duration> = OnceLock::new();
-    *LIMIT.get_or_init(|| {
+    static DEFAULT: OnceLock<Duration> = OnceLock::new();
+    *DEFAULT.get_or_init(|| {
         let quota = fs::read_to_string("/proc/self/cgroup")
             .is_ok_and(|own| has_cpu_quota(Path::new("/sys/fs/cgroup"), &own));
         if quota { Duration::ZERO } else { DEFAULT_LIMIT }
     })
 }
 
-/// Whether the cgroup that `own` (the contents of `/proc/self/cgroup`, cgroups(7)) names, or one that it
-/// is in, limits CPU time.
+/// Returns whether the cgroup of `own` (contents of `/proc/self/cgroup`, cgroups(7)) or one of its
+/// ancestors limits CPU time.
 fn has_cpu_quota(root: &Path, own: &str) -> bool {
     let Some(path) = own.lines().find_map(|line| line.strip_prefix("0::/")) else { return false };
     let limited = |group: &Path| {
@@ -48,27 +48,31 @@ fn has_cpu_quota(root: &Path, own: &str) -> bool {
     own.ancestors().take_while(|group| group.starts_with(root)).any(limited)
 }
 
-/// A yield that took this long has met somebody who computes.
+/// Duration of a yield beyond which the CPU counts as contended.
 const MAX_YIELD_TIME: Duration = Duration::from_micros(200);
-/// For so long nothing is polled after that.
+/// Time without polling after a contended yield.
 const CONTENTION_PAUSE: Duration = Duration::from_millis(10);
 
-/// See the module.
+/// Polling state of one lane.
 pub(super) struct BusyPoll {
     limit: Duration,
-    /// Polls in vain that are left.
+    /// Polling periods without a packet that are still allowed; 0 if the lane does not poll.
     credit: u8,
-    /// Until when nothing is polled.
+    /// End of the pause after a contended yield.
     paused_until: Option<Instant>,
 }
 
 impl BusyPoll {
-    /// Polls for up to `limit`; zero for never.
+    /// Creates the state for polling periods of up to `limit`; 0 disables polling.
     pub(super) fn new(limit: Duration) -> Self {
         Self { limit, credit: 0, paused_until: None }
     }
 
-    /// [`Poller::wait`], polling first where that has paid.
+    /// Waits as [`Poller::wait`] does, after a polling period if earlier ones found packets.
+    /// Returns the tokens of the ready descriptors.
+    ///
+    /// # Errors
+    /// The error of epoll_wait(2).
     pub(super) fn wait<'a>(
         &mut self,
         poller: &'a mut Poller,
@@ -129,16 +133,17 @@ mod tests {
         poller.add(waker.as_fd(), 3).unwrap();
         let counts = || (stats.polled.load(Relaxed), stats.slept.load(Relaxed));
         let mut busy = BusyPoll::new(Duration::from_millis(200));
-        // The first sleeps, and finds that what it waited for was near.
+        // The first wait blocks, and the event arrives within the limit.
         waker.wake();
         assert_eq!(busy.wait(&mut poller, None, &stats).unwrap(), [3]);
         assert_eq!(counts(), (0, 1));
         assert_eq!(busy.wait(&mut poller, None, &stats).unwrap(), [3]);
         assert_eq!(counts(), (1, 1));
-        // Nothing comes: it polls in vain a bounded number of times, then sleeps at once.
+        // Without events, polling stops after a bounded number of periods.
         waker.drain();
         busy.limit = Duration::from_micros(10);
-        // More often than it should take: on a busy machine it may lose its turn, which says nothing.
+        // More rounds than necessary: on a busy machine, a contended yield pauses polling and uses
+        // up no credit.
         for _ in 0..50 * u32::from(MAX_IDLE_POLLS) {
             let nothing: [u32; 0] = [];
             let short = Some(Duration::from_millis(1));

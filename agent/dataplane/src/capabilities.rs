@@ -1,10 +1,10 @@
-//! The ladder of offloads: which are on, and why the others are not.
+//! Ladder of the data plane: state of each offload capability, with the reason if it is not on.
 
 use std::io;
 
 use skein_ipc::{Capability, CapabilityState, OffloadSettings};
 
-/// Name of the capability that carries the ECN field between inner and outer headers.
+/// Name of the capability that carries the ECN field between inner and outer headers (RFC 6040).
 pub(super) const ECN_RUNG: &str = "udp_ecn";
 
 pub(super) fn capabilities(
@@ -37,8 +37,8 @@ pub(super) fn capabilities(
         .collect()
 }
 
-/// Returns the capabilities of inherited sockets, with the current state of the ECN field: a
-/// process of an earlier release does not know the field, and does not enable its reports.
+/// Returns the capabilities of inherited sockets with the current state of the ECN field. A data
+/// process of an earlier release does not know the field and does not enable its reports.
 pub(super) fn with_ecn(
     mut inherited: Vec<Capability>,
     settings: OffloadSettings,

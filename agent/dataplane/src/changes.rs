@@ -1,9 +1,9 @@
-//! Notification of connections that wait for a change in the reports.
+//! Notification of connections that wait for a change of the report.
 
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-/// Version of the state to which the control process reacts at once: the reduced path MTUs.
+/// Version of the state that the control process must react to at once: the reduced path MTUs.
 #[derive(Debug, Default)]
 pub(super) struct Changes {
     version: Mutex<u64>,
@@ -11,13 +11,13 @@ pub(super) struct Changes {
 }
 
 impl Changes {
-    /// Raises the version and wakes every connection that waits.
+    /// Increments the version and wakes all waiting connections.
     pub(super) fn raise(&self) {
         *self.version.lock().unwrap_or_else(PoisonError::into_inner) += 1;
         self.changed.notify_all();
     }
 
-    /// Waits until the version differs from `known`, at most `timeout`; returns the version.
+    /// Waits until the version differs from `known` or `timeout` has passed. Returns the version.
     pub(super) fn wait(&self, known: u64, timeout: Duration) -> u64 {
         let version = self.version.lock().unwrap_or_else(PoisonError::into_inner);
         let same = |version: &mut u64| *version == known;

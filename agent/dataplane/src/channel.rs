@@ -1,5 +1,5 @@
-//! The data process's end of the channel to its keeper: messages, and requests for what a confined
-//! process cannot do itself.
+//! Data process's end of the channel to its keeper: messages, and requests for operations that a
+//! confined process cannot perform.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -12,8 +12,9 @@ use skein_sys::tun::{self, Fallback, TunOffload, TunQueue};
 use super::error::SetupError;
 use super::handover::{Answer, ToKeeper, receive, send};
 
-/// The channel to the keeper. Threads that share it take turns, so that each answer belongs to the
-/// last request. A keeper that dies ends its data process, so a request needs no timeout.
+/// Channel to the keeper. A mutex gives the channel to one thread at a time, so that each answer
+/// belongs to the last request. A keeper that exits ends its data process, so a request needs no
+/// timeout.
 #[derive(Debug)]
 pub(super) struct KeeperChannel(Mutex<UnixStream>);
 
@@ -22,7 +23,10 @@ impl KeeperChannel {
         Self(Mutex::new(stream))
     }
 
-    /// Sends a message that has no answer.
+    /// Sends a message that has no answer, with its descriptors.
+    ///
+    /// # Errors
+    /// The error of the socket.
     pub(super) fn notify(
         &self,
         message: &ToKeeper,
@@ -32,7 +36,10 @@ impl KeeperChannel {
         send(&stream, message, descriptors)
     }
 
-    /// Sends a request; returns the answer and its descriptors.
+    /// Sends a request and returns the answer with its descriptors.
+    ///
+    /// # Errors
+    /// The error of the socket; `UnexpectedEof` if the keeper has closed it.
     fn request(&self, message: &ToKeeper) -> io::Result<(Answer, Vec<OwnedFd>)> {
         let stream = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         send(&stream, message, &[])?;
@@ -41,7 +48,8 @@ impl KeeperChannel {
         Ok((answer, descriptors))
     }
 
-    /// Opens queues of the TUN device ([`tun::open_queues`]).
+    /// Requests `queues` queues of the TUN device `name` ([`tun::open_queues`]). Returns the
+    /// queues, the active offloads, and the reasons for the others.
     ///
     /// # Errors
     /// [`SetupError::Refused`] with the keeper's error, [`SetupError::Io`] if the channel fails.
@@ -67,10 +75,11 @@ impl KeeperChannel {
         }
     }
 
-    /// Creates the listening socket again, after another program has deleted or replaced its file.
+    /// Requests a new listening socket, after another program has deleted or replaced the file of
+    /// the previous one.
     ///
     /// # Errors
-    /// The keeper's error, or that of the channel.
+    /// The keeper's error, or the error of the channel.
     pub(super) fn listen(&self) -> io::Result<UnixListener> {
         let (answer, mut descriptors) = self.request(&ToKeeper::Listen)?;
         match (answer, descriptors.pop()) {
@@ -80,7 +89,7 @@ impl KeeperChannel {
         }
     }
 
-    /// Deletes the file of the listening socket.
+    /// Requests the deletion of the listening socket's file. A failed deletion is not reported.
     ///
     /// # Errors
     /// The error of the channel.
@@ -90,10 +99,13 @@ impl KeeperChannel {
 }
 
 fn unexpected() -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, "the keeper answers another request")
+    io::Error::new(io::ErrorKind::InvalidData, "the keeper's answer belongs to another request")
 }
 
-/// Sends the keeper's answer to a request for queues of the TUN device.
+/// Opens queues of the TUN device and sends them, or the error, as the keeper's answer.
+///
+/// # Errors
+/// The error of the channel.
 pub(super) fn answer_queues(
     channel: &UnixStream,
     name: &str,
@@ -110,7 +122,10 @@ pub(super) fn answer_queues(
     }
 }
 
-/// Sends the keeper's answer to a request for a new listening socket.
+/// Sends a new listening socket, or the error of its creation, as the keeper's answer.
+///
+/// # Errors
+/// The error of the channel.
 pub(super) fn answer_listener(
     channel: &UnixStream,
     listener: anyhow::Result<&UnixListener>,

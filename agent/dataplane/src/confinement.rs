@@ -1,4 +1,4 @@
-//! Confinement of the processes of a data plane: capabilities, Landlock and seccomp.
+//! Confinement of the keeper and the data process: capabilities, Landlock and seccomp.
 
 use std::io;
 use std::path::Path;
@@ -11,33 +11,36 @@ use skein_sys::{confine, landlock, seccomp};
 
 use super::busy_poll;
 
-/// Confinement of a data process by the kernel's mechanisms.
+/// Settings of the confinement of a data process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ConfinementOptions {
-    /// Whether the process is confined at all.
+    /// True to activate Landlock and seccomp.
     pub enabled: bool,
-    /// Whether the process ends if a mechanism is not active.
+    /// True if the process must exit when a mechanism is not active.
     pub required: bool,
 }
 
-/// What a process of the data plane has given up.
+/// Result of the confinement of this process, for the log and the report.
 #[must_use]
 pub struct Confined {
     capabilities: CapabilitySet,
-    /// Mechanisms that confine a data process; empty for a keeper.
+    /// States of Landlock and seccomp; empty for a keeper.
     pub(super) mechanisms: Vec<Confinement>,
 }
 
-/// Gives up capabilities; a data process (`worker`) also all system calls and files that it does not
-/// need. Call it before anything that an unauthenticated sender controls is read, and before there is
-/// a second thread.
+/// Drops all capabilities that the data plane does not need. A data process (`worker`) also gives
+/// up access to files and all system calls that it does not need.
+///
+/// Call it before the process reads data of an unauthenticated sender, and before it starts a
+/// second thread.
 ///
 /// # Errors
-/// An error if the kernel refuses to take capabilities, or if a mechanism that is required is not
-/// active. A keeper checks that before its data process starts, and before it takes over.
+/// An error if capabilities cannot be dropped, if a data process cannot be tied to its keeper, or
+/// if a required mechanism is not active. A keeper only probes required mechanisms, so that it
+/// fails before it takes over and before its data process starts.
 pub fn confine(worker: bool, options: ConfinementOptions) -> anyhow::Result<Confined> {
     let capabilities =
-        confine::drop_capabilities(confine::DATAPLANE).context("cannot give up capabilities")?;
+        confine::drop_capabilities(confine::DATAPLANE).context("cannot drop capabilities")?;
     let mut confined = Confined { capabilities, mechanisms: Vec::new() };
     if !worker {
         if options.required {
@@ -46,11 +49,11 @@ pub fn confine(worker: bool, options: ConfinementOptions) -> anyhow::Result<Conf
         }
         return Ok(confined);
     }
-    // Nobody could give its descriptors to another one.
+    // Without its keeper, the process could pass its descriptors to no other process.
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
-        .context("cannot be tied to the keeper")?;
+        .context("cannot set the death signal of the data process")?;
     open_files();
-    // The filter does not allow the system calls of Landlock.
+    // Landlock comes first: the seccomp filter does not allow its system calls.
     for (mechanism, activate) in
         [("landlock", landlock::confine as fn() -> _), ("seccomp", seccomp::confine)]
     {
@@ -74,18 +77,18 @@ pub fn confine(worker: bool, options: ConfinementOptions) -> anyhow::Result<Conf
 const NOT_CONFINED: &str = "the data process cannot be confined, which --require-confinement \
                             (dataplane.require_confinement) demands";
 
-/// Reads and opens the files that a data process needs after it has lost access to files.
+/// Reads and opens the files that a data process uses after it has lost access to files.
 fn open_files() {
     busy_poll::default_limit();
-    // AWS-LC maps this device at the first use of its random generator, and the generator fails if
-    // the device is there but cannot be opened.
+    // AWS-LC maps this device at the first use of its random generator. The generator fails if the
+    // device exists but cannot be opened.
     if Path::new("/dev/sysgenid").exists() {
         let _ = aws_lc_rs::rand::fill(&mut [0]);
     }
 }
 
 impl Confined {
-    /// Logs it, once there is a log.
+    /// Logs the kept capabilities and the state of each mechanism. Call it after the log is set up.
     pub fn log(&self) {
         tracing::info!(kept = ?self.capabilities, "capabilities dropped");
         for mechanism in &self.mechanisms {

@@ -1,5 +1,6 @@
-//! From the TUN to the underlay: read a superpacket, look its owner up, split and seal it into the
-//! send arena, and send the arena when it is full or the TUN's queue is dry.
+//! Sending half of a lane, from the TUN device to the underlay: reads superpackets, looks up the
+//! peer, segments and seals into the send arena, and sends the arena when it is full or the TUN
+//! queue is empty.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -22,23 +23,25 @@ use super::stats::add;
 use super::tables::Tables;
 use super::tap::{Bytes, PacketRef};
 
-/// The send arena's size in bytes: four superpackets, a quarter of a usual L2 cache.
+/// Size of the send arena in bytes: four superpackets, a quarter of a typical L2 cache.
 const ARENA_LEN: usize = 256 << 10;
-/// Packets read before the other direction gets its turn.
+/// Maximum number of packets read before the receiving half runs again.
 const MAX_READS: usize = 64;
-/// Full batches sent before the other direction gets its turn: a superpacket of tiny segments fills
-/// several.
+/// Maximum number of full batches sent before the receiving half runs again. A superpacket with
+/// tiny segments fills several.
 const MAX_FULL_BATCHES: usize = 2;
-/// Runs handed to the sender at a time.
+/// Maximum number of GSO batches in one call of the sender.
 const MAX_RUNS: usize = 64;
-/// How long a batch waits for room in a socket's send buffer before it is dropped. A device that takes
-/// nothing for so long would hold up what goes to others.
+/// Maximum time that a batch waits for room in a socket's send buffer. A device that accepts
+/// nothing for that time would delay packets to other destinations.
 pub(super) const SEND_TIMEOUT: Duration = Duration::from_millis(100);
-/// Why a packet can be dropped while it is put into the batch.
+/// Drop reasons that can occur while a packet is added to the batch.
 const BATCH_DROPS: [DropReason; 3] =
     [DropReason::TooBig, DropReason::CounterExhausted, DropReason::SealFailed];
 
-/// The lane's sending half.
+/// Sending half of a lane. [`Egress::run`] reads until a bound is reached or a socket has no room.
+/// If a socket has no room ([`Egress::blocked_socket`]), the lane stops reading the TUN queue,
+/// waits until the socket is writable or [`SEND_TIMEOUT`] has passed, and calls [`Egress::resume`].
 pub(super) struct Egress {
     read_buffer: Box<[u8]>,
     batch: EgressBatch,
@@ -46,22 +49,22 @@ pub(super) struct Egress {
     gso: GsoState,
     pending: PendingPackets,
     drops: DropCounts,
-    /// Full batches sent since [`Egress::run`] began.
+    /// Full batches sent in the current [`Egress::run`].
     full_batches: usize,
-    /// What of the batch had no room in the send buffer.
+    /// Position at which sending stopped because a socket had no room.
     unsent: Option<SendCursor>,
 }
 
-/// Where sending goes on.
+/// Position in the batch at which sending continues.
 #[derive(Debug, Clone, Copy)]
 struct SendCursor {
     /// Index of the socket that has no room.
     socket: usize,
-    /// Runs of its family before that one, all done.
+    /// GSO batches of the socket's family that are completely sent or dropped.
     runs: usize,
-    /// Datagrams of that run that are done.
+    /// Datagrams of the next GSO batch that are sent or dropped.
     segment: usize,
-    /// Since when nothing went.
+    /// Time since which no datagram was sent.
     since: Instant,
 }
 
@@ -71,17 +74,18 @@ impl SendCursor {
     }
 }
 
-/// What became of the TUN queue.
+/// State of a TUN queue after a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum TunState {
-    /// It goes on.
+    /// The queue is usable.
     Alive,
-    /// The device is gone; the descriptor is of no more use.
+    /// The device was deleted; the descriptor is unusable.
     Gone,
 }
 
 impl Egress {
-    /// A sender that has sent nothing yet.
+    /// Creates a sending half with an empty batch. `bundling` allows several small packets in one
+    /// datagram.
     pub(super) fn new(bundling: bool, gso: GsoState) -> Self {
         Self {
             read_buffer: vec![0; VnetHeader::LEN + 65_536].into_boxed_slice(),
@@ -95,9 +99,10 @@ impl Egress {
         }
     }
 
-    /// Moves what the TUN queue holds, up to a bound.
+    /// Reads and sends packets of the TUN queue, up to [`MAX_READS`] packets and
+    /// [`MAX_FULL_BATCHES`] full batches.
     pub(super) fn run(&mut self, lane: &LaneContext, tables: &Tables, tun: &TunQueue) -> TunState {
-        // What waits is older than what is read now.
+        // Pending packets are older than packets in the queue.
         self.release_pending(lane, tables);
         let mut read = 0;
         let mut state = TunState::Alive;
@@ -114,7 +119,7 @@ impl Egress {
                     state = TunState::Gone;
                     break;
                 }
-                // One packet that the kernel could not hand out: the queue goes on.
+                // The kernel could not deliver one packet; the queue stays usable.
                 Err(_) => {
                     read += 1;
                     self.drops.add(DropReason::TunRead);
@@ -128,7 +133,7 @@ impl Egress {
         state
     }
 
-    /// Returns true if a run that has read this number of packets may read another one.
+    /// Returns whether a run that has read `read` packets may read another one.
     fn may_read(&self, read: usize) -> bool {
         self.unsent.is_none()
             && read < MAX_READS
@@ -136,7 +141,8 @@ impl Egress {
             && !self.batch.is_nearly_full()
     }
 
-    /// Sends what waited for sessions that are there now, and gives up what waited too long.
+    /// Sends pending packets of peers that have a session now, and drops packets that have waited
+    /// too long.
     pub(super) fn release_pending(&mut self, lane: &LaneContext, tables: &Tables) {
         if self.pending.is_empty() || self.unsent.is_some() {
             return;
@@ -154,18 +160,19 @@ impl Egress {
         lane.stats.drops.collect(&mut self.drops);
     }
 
-    /// Index of the socket for whose room the batch waits; until then nothing is read from the TUN.
+    /// Returns the index of the socket without room. While it is `Some`, the lane must not call
+    /// [`Egress::run`].
     pub(super) fn blocked_socket(&self) -> Option<usize> {
         self.unsent.map(|unsent| unsent.socket)
     }
 
-    /// Goes on with a batch that had no room; gives it up when that has lasted too long. `writable`:
-    /// the socket has room now.
+    /// Continues to send a blocked batch. Drops the rest of the batch after [`SEND_TIMEOUT`]
+    /// without progress. `writable` is true if the socket has reported room.
     pub(super) fn resume(&mut self, lane: &LaneContext, writable: bool) {
         let Some(before) = self.unsent.take() else { return };
         self.transmit(lane, before);
-        // EAGAIN in spite of room is about the destination (an IPsec association that is being
-        // negotiated): the others shall not wait for it.
+        // The socket is writable, so EAGAIN concerns only this destination (for example, its IPsec
+        // SA is being negotiated). Drop the rest of its GSO batch and continue with the next one.
         let refused = |now: &mut SendCursor| writable && now.is_at(&before);
         if let Some(refused) = self.unsent.take_if(refused) {
             self.skip_run(lane, refused);
@@ -178,13 +185,13 @@ impl Egress {
         lane.stats.drops.collect(&mut self.drops);
     }
 
-    /// Whether packets wait for a session.
+    /// Returns whether packets wait for a session.
     pub(super) fn has_pending(&self) -> bool {
         !self.pending.is_empty()
     }
 
     fn on_packet(&mut self, lane: &LaneContext, tables: &Tables, length: usize) {
-        // The buffer is moved out for the time that `self` is needed beside it: two pointers.
+        // Moves the buffer out while `self` is borrowed; this moves two words.
         let mut buffer = std::mem::take(&mut self.read_buffer);
         match buffer[..length].split_at_mut_checked(VnetHeader::LEN) {
             Some((header, packet)) => match VnetHeader::parse(header) {
@@ -203,7 +210,7 @@ impl Egress {
         let Some(Owner::Peer(peer)) = tables.routes.lookup(ip.destination) else {
             return self.drop(lane, DropReason::NoRoute, packet);
         };
-        // What waits for this peer goes first, or it would be overtaken.
+        // Send pending packets of this peer first, to keep the order of its packets.
         if self.pending.has_packets(peer) && tables.is_ready(peer, lane.age_clock()) {
             self.release_pending(lane, tables);
         }
@@ -217,7 +224,10 @@ impl Egress {
         }
     }
 
-    /// Puts the packets that one packet of the TUN stands for into the batch.
+    /// Segments a packet of the TUN device and adds the segments to the batch.
+    ///
+    /// # Errors
+    /// The drop reason of a packet that cannot be segmented.
     fn push(
         &mut self,
         lane: &LaneContext,
@@ -233,7 +243,7 @@ impl Egress {
                 self.full_batches += 1;
                 self.flush(lane);
             }
-            // The middle of a superpacket cannot wait: there is nowhere to keep the rest.
+            // The rest of a superpacket cannot wait: it has no buffer of its own.
             if self.unsent.is_some() {
                 self.drops.add(DropReason::SendNoBuffer);
                 continue;
@@ -257,7 +267,7 @@ impl Egress {
         Ok(())
     }
 
-    /// Counts a packet of the TUN that goes nowhere.
+    /// Counts and reports the drop of a packet of the TUN device.
     fn drop(&mut self, lane: &LaneContext, reason: DropReason, packet: &[u8]) {
         self.drops.add(reason);
         lane.report_drop(reason, None, Bytes::Inner(packet));
@@ -273,14 +283,13 @@ impl Egress {
         }
     }
 
-    /// Sends what the batch holds and empties it, unless a socket has no room.
+    /// Sends the batch and clears it, unless a socket has no room.
     fn flush(&mut self, lane: &LaneContext) {
         if self.unsent.is_some() {
             return;
         }
         if self.batch.is_empty() {
-            // Targets may have been looked up for packets that came to nothing; they must not be
-            // found by a later batch, which may have other tables.
+            // Forget peers that were added without a packet: a later batch may use other tables.
             self.batch.clear();
         } else {
             self.batch.finish(&mut self.drops);
@@ -290,7 +299,8 @@ impl Egress {
         lane.stats.drops.collect(&mut self.drops);
     }
 
-    /// Sends each address family from its own socket, until all is done or a socket has no room.
+    /// Sends the GSO batches of each address family from that family's socket, until all are sent
+    /// or a socket has no room.
     fn transmit(&mut self, lane: &LaneContext, from: SendCursor) {
         let mut at = from;
         while let Some(socket) = lane.send_sockets.get(at.socket) {
@@ -330,7 +340,7 @@ impl Egress {
         self.finish(lane);
     }
 
-    /// Drops the rest of the run that has no luck, and goes on behind it.
+    /// Drops the rest of the GSO batch at `at` and continues with the next one.
     fn skip_run(&mut self, lane: &LaneContext, at: SendCursor) {
         let Some(socket) = lane.send_sockets.get(at.socket) else { return self.finish(lane) };
         let run = runs_of_family(&self.batch, socket.v4).nth(at.runs);
@@ -339,7 +349,7 @@ impl Egress {
         self.transmit(lane, SendCursor { runs: at.runs + 1, segment: 0, since: lane.now(), ..at });
     }
 
-    /// The batch is done with.
+    /// Publishes the counts of the batch and clears it.
     fn finish(&mut self, lane: &LaneContext) {
         let stats = &lane.stats.egress;
         let totals = self.batch.totals();
@@ -351,7 +361,7 @@ impl Egress {
         self.batch.clear();
     }
 
-    /// How many datagrams were neither sent nor dropped.
+    /// Returns the number of datagrams from `from` on that are neither sent nor dropped.
     fn count_unsent(&self, lane: &LaneContext, from: SendCursor) -> u64 {
         let mut left = 0;
         for (index, socket) in lane.send_sockets.iter().enumerate().skip(from.socket) {
@@ -365,13 +375,13 @@ impl Egress {
     }
 }
 
-/// The runs of one address family.
+/// Returns the GSO batches of one address family.
 fn runs_of_family(batch: &EgressBatch, v4: bool) -> impl Iterator<Item = GsoBatch<'_>> {
     batch.gso_batches().filter(move |run| run.destination.is_ipv4() == v4)
 }
 
-/// Tells whoever looks what the kernel did not send. Which runs they were of it does not say, so that a
-/// destination is named only where all have the same.
+/// Reports drops of a send to the tap. The sender's counters do not name the GSO batch, so the
+/// destination is reported only if all GSO batches have the same one.
 #[cold]
 fn report_unsent(lane: &LaneContext, before: &DropCounts, now: &DropCounts, runs: &[GsoBatch<'_>]) {
     let destination = runs.first().map(|run| run.destination);
@@ -386,12 +396,14 @@ fn report_unsent(lane: &LaneContext, before: &DropCounts, now: &DropCounts, runs
     }
 }
 
-/// Whether a read failed because the device was deleted: polling would report it for ever.
+/// Returns whether a read failed because the device was deleted. Polling would report the
+/// descriptor as ready forever.
 fn is_gone(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EBADFD | libc::EBADF | libc::EFAULT | libc::EIO))
 }
 
-/// Where packets for `peer` go in this batch; `None` without a session or endpoint.
+/// Returns the entry of `peer` in this batch and adds it if needed; `None` without a usable session
+/// or endpoint.
 fn find_or_add_peer(
     batch: &mut EgressBatch,
     lane: &LaneContext,
@@ -407,89 +419,4 @@ fn find_or_add_peer(
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use std::net::UdpSocket;
-
-    use skein_core::offload::vnet::{GSO_TCPV4, NEEDS_CSUM};
-
-    use super::super::queue;
-    use super::super::testing::{context, packet, tables};
-    use super::*;
-
-    struct Lab {
-        egress: Egress,
-        lane: LaneContext,
-        tables: Tables,
-        /// The peer's socket. Nobody reads it, so that the kernel drops what exceeds its buffer.
-        _peer: UdpSocket,
-    }
-
-    impl Lab {
-        fn new(age_clock: Duration) -> Self {
-            let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
-            let (manager, _) = queue::channel();
-            Self {
-                egress: Egress::new(true, GsoState::new()),
-                lane: context(manager, age_clock),
-                tables: tables(peer.local_addr().unwrap()),
-                _peer: peer,
-            }
-        }
-
-        fn route(&mut self, vnet: VnetHeader, mut packet: Vec<u8>) {
-            self.egress.route(&self.lane, &self.tables, vnet, &mut packet);
-        }
-
-        /// Sends superpackets with this segment size until the run ends. Returns their number.
-        fn run_of_superpackets(&mut self, segment: u16) -> usize {
-            let vnet = VnetHeader {
-                flags: NEEDS_CSUM,
-                gso_type: GSO_TCPV4,
-                hdr_len: 40,
-                gso_size: segment,
-                csum_start: 20,
-                csum_offset: 16,
-            };
-            let payload = 65_000 / usize::from(segment) * usize::from(segment);
-            let mut read = 0;
-            while self.egress.may_read(read) {
-                self.route(vnet, packet(0, 1, payload));
-                read += 1;
-            }
-            read
-        }
-    }
-
-    #[test]
-    fn run_of_tiny_segments_ends_after_two_full_batches() {
-        let mut lab = Lab::new(Duration::ZERO);
-        let read = lab.run_of_superpackets(8);
-        assert!(read <= 2, "{read} superpackets of 8,000 segments each hold up the lane.");
-        let mut lab = Lab::new(Duration::ZERO);
-        assert_eq!(lab.run_of_superpackets(1400), 3, "A run of bulk data fills one batch.");
-        assert_eq!(lab.egress.full_batches, 0);
-    }
-
-    #[test]
-    fn waiting_packets_do_not_end_a_batch() {
-        let mut lab = Lab::new(Duration::ZERO);
-        lab.route(VnetHeader::default(), packet(0, 1, 10));
-        for _ in 0..3 {
-            lab.route(VnetHeader::default(), packet(0, 2, 10));
-            lab.egress.release_pending(&lab.lane, &lab.tables);
-        }
-        assert!(lab.egress.has_pending());
-        assert!(!lab.egress.batch.is_empty(), "The packet of the first peer waits for more.");
-    }
-
-    #[test]
-    fn session_ends_after_180_s_without_a_manager() {
-        for (age, is_sent) in [(179, true), (180, false)] {
-            let mut lab = Lab::new(Duration::from_secs(age));
-            lab.route(VnetHeader::default(), packet(0, 1, 10));
-            assert_eq!(!lab.egress.batch.is_empty(), is_sent, "{age} s");
-            assert_eq!(lab.egress.has_pending(), !is_sent, "{age} s");
-        }
-    }
-}
+mod tests;

@@ -1,4 +1,4 @@
-//! Errors of the start of a data plane and of a change of its settings.
+//! Errors of starting a data plane and of changing its settings.
 
 use std::io;
 
@@ -7,30 +7,32 @@ use skein_sys::tun::TunError;
 use skein_sys::udp::UdpError;
 use thiserror::Error;
 
-/// Why a data plane could not be started or changed.
+/// Errors of starting or changing a data plane.
 #[derive(Debug, Error)]
 pub(super) enum SetupError {
-    /// The request contradicts itself or what runs.
+    /// The request is inconsistent in itself or with the active settings.
     #[error("{0}")]
     Invalid(String),
-    /// What is fixed for the life of a data process is to be another.
-    #[error("settings that are fixed for the life of the data process differ: restart it")]
+    /// A setting differs that only a restart of the data process can change.
+    #[error(
+        "settings differ that are fixed while the data process runs. Restart the data process."
+    )]
     Fixed,
-    /// The TUN device.
+    /// The TUN device or one of its queues cannot be used.
     #[error(transparent)]
     Tun(#[from] TunError),
-    /// A UDP socket.
+    /// A UDP socket cannot be opened or configured.
     #[error(transparent)]
     Underlay(#[from] UdpError),
     /// The keeper refused a request.
     #[error("{message}")]
     Refused {
-        /// Kind of the failure.
+        /// Kind of the failure, for the exit code.
         kind: ErrorKind,
-        /// Error and remedy.
+        /// Error of the keeper, with the remedy.
         message: String,
     },
-    /// Threads or event descriptors.
+    /// A thread or an event descriptor cannot be created, or the channel to the keeper fails.
     #[error("cannot start the lanes: {0}")]
     Io(#[from] io::Error),
 }

@@ -1,11 +1,12 @@
-//! Descriptors and sessions of the data plane, stored in the kernel for all keepers of a node.
+//! Descriptor store of a node: descriptors and sessions of the data plane, queued in the kernel for
+//! all keepers.
 //!
 //! The store is a pair of connected sockets. One set of descriptors is queued in it as an unread
-//! message: a description, then the listening socket, then the descriptors of the [`HandOver`].
-//! Every keeper that has had the data plane keeps both sockets. Only the keeper that has the data
-//! plane's lock ([`skein_sys::lock`]) reads or writes them. Therefore a set is always current: the
-//! keeper that gets the lock continues with it, and a removed set leaves no copy that would occupy
-//! the device or the port.
+//! message: a description ([`HandOver`]), then the listening socket, then the described
+//! descriptors. Every keeper that has had the data plane holds both sockets. Only the owner of the
+//! data plane's lock ([`skein_sys::lock`]) reads or writes them. Therefore a set is always current:
+//! the keeper that acquires the lock continues with it, and a removed set leaves no copy that would
+//! occupy the device or the port.
 
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -15,37 +16,40 @@ use skein_sys::descriptors;
 
 use super::handover::{HandOver, receive, send};
 
-/// State that a data process has given to its keeper: a description and the descriptors that it
-/// describes.
+/// State that a data process has sent to its keeper: a description and the described descriptors.
 #[derive(Debug)]
 pub(super) struct StoredFds {
     pub(super) state: HandOver,
     pub(super) descriptors: Vec<OwnedFd>,
 }
 
-/// A store of one set of descriptors.
+/// Store of at most one set of descriptors.
 #[derive(Debug)]
 pub(super) struct FdStore {
     write: UnixStream,
     read: UnixStream,
-    /// True if this keeper has put a set that is still in the store.
+    /// True if this keeper has stored a set that is still in the store.
     filled: bool,
 }
 
 impl FdStore {
-    /// Number of descriptors in [`FdStore::descriptors`].
+    /// Length of [`FdStore::descriptors`].
     pub(super) const DESCRIPTORS: usize = 2;
 
     /// Creates an empty store.
+    ///
+    /// # Errors
+    /// The kernel's error if the socket pair cannot be created.
     pub(super) fn create() -> io::Result<Self> {
         let (write, read) = UnixStream::pair()?;
-        // The flag belongs to the open file descriptions, so that it applies in every process.
+        // O_NONBLOCK belongs to the open file description, so it applies in every process.
         write.set_nonblocking(true)?;
         read.set_nonblocking(true)?;
         Ok(Self { write, read, filled: false })
     }
 
-    /// Opens the store from descriptors that another keeper has sent.
+    /// Opens the store from the descriptors that another keeper has sent; `None` if there are fewer
+    /// than two.
     pub(super) fn received(descriptors: Vec<OwnedFd>) -> Option<Self> {
         let mut sockets = descriptors.into_iter().map(UnixStream::from);
         Some(Self { write: sockets.next()?, read: sockets.next()?, filled: false })
@@ -56,7 +60,10 @@ impl FdStore {
         [self.write.as_fd(), self.read.as_fd()]
     }
 
-    /// Replaces the set. A keeper that is killed in between leaves a whole set.
+    /// Replaces the set. A keeper that is killed during the call leaves a complete set.
+    ///
+    /// # Errors
+    /// The error of the socket; the store is empty then.
     pub(super) fn put(&mut self, listener: &UnixListener, stored: &StoredFds) -> io::Result<()> {
         let mut all = vec![listener.as_fd()];
         all.extend(stored.descriptors.iter().map(AsFd::as_fd));
@@ -76,7 +83,7 @@ impl FdStore {
         while let Some(set) = self.receive() {
             last = Some(set);
         }
-        // A partial set would be read as the beginning of the next one.
+        // The rest of a partial set would be read as the start of the next one.
         self.clear();
         last
     }
@@ -87,7 +94,8 @@ impl FdStore {
         while matches!((&self.read).read(&mut [0; 4096]), Ok(1..)) {}
     }
 
-    /// Receives the oldest set in the store.
+    /// Receives the oldest set in the store; `None` if the store is empty or its content is
+    /// invalid.
     fn receive(&self) -> Option<(UnixListener, StoredFds)> {
         let state: HandOver = receive(&self.read).ok()??;
         let mut all = descriptors::receive(&self.read, 1 + state.descriptor_count()).ok()?;
@@ -123,7 +131,7 @@ mod tests {
         UnixListener::bind(tempfile::tempdir().unwrap().path().join("s")).unwrap()
     }
 
-    /// The same store in another keeper.
+    /// Opens the same store as another keeper.
     fn other(store: &FdStore) -> FdStore {
         let copies = store.descriptors().map(|fd| fd.try_clone_to_owned().unwrap());
         FdStore::received(copies.into()).unwrap()

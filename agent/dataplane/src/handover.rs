@@ -1,7 +1,8 @@
-//! What one data process leaves to the next: a description, and descriptors beside it.
+//! Hand-over between data processes: a description of the state, and the descriptors that carry it.
 //!
-//! The keeper ([`super::keeper`]) has a copy of everything, and gives it to each data process that it
-//! starts, or to another keeper. Messages are frames of [`skein_ipc`]; descriptors follow their frame.
+//! The keeper ([`super::keeper`]) holds copies of all descriptors and sends them to each data
+//! process that it starts, or to another keeper. Messages are frames of [`skein_ipc`]; descriptors
+//! follow their frame (SCM_RIGHTS).
 
 use std::fs::File;
 use std::io::{self, Seek};
@@ -21,25 +22,25 @@ use skein_sys::udp::LaneSockets;
 /// descriptors of the previous data process follow.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct StartMessage {
-    /// What the data process before has state.
+    /// State of the previous data process; `None` for the first data process.
     #[serde(rename = "left")]
     pub(super) state: Option<HandOver>,
 }
 
-/// What a data process gives to its keeper.
+/// Message of a data process to its keeper.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "message", rename_all = "snake_case")]
 pub(super) enum ToKeeper {
-    /// All that the next one needs, instead of what was given before. The descriptors follow.
+    /// Replaces the stored state. The descriptors follow.
     #[serde(rename = "keep")]
     Store {
-        /// What they are.
+        /// Description of the descriptors.
         #[serde(rename = "left")]
         state: HandOver,
     },
-    /// A later snapshot, which follows.
+    /// Replaces the snapshot; its memfd follows.
     Snapshot,
-    /// What was state is of no use.
+    /// Deletes the stored state, which this process could not use.
     Forget,
     /// Requests queues of the TUN device: [`Answer::Queues`].
     OpenQueues {
@@ -54,47 +55,47 @@ pub(super) enum ToKeeper {
     Listen,
     /// Requests the deletion of the listening socket's file: [`Answer::Done`].
     DeleteSocket,
-    /// This process has stopped; all is to go to whoever is at the other end of the connection that
-    /// follows.
+    /// Reports that the lanes have stopped, and requests a hand-over to the keeper at the other end
+    /// of the connection, whose descriptor follows.
     #[serde(rename = "give_away")]
     HandOver,
 }
 
-/// Describes the descriptors, and what the kernel allows on them. They are, in this order: the snapshot,
-/// the sessions, a queue of the TUN device for each lane, and for each family the receiving and the
-/// sending socket of each lane and the manager's socket.
+/// Description of the handed-over descriptors and of the kernel's capabilities. The descriptors
+/// are, in this order: the snapshot, the session store, one queue of the TUN device per lane, and
+/// for each address family the receive and the send socket of each lane, then the manager's socket.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct HandOver {
-    /// [`skein_ipc::HANDOVER_VERSION`] of who made it.
+    /// [`skein_ipc::HANDOVER_VERSION`] of the release that wrote the description.
     pub(super) version: u32,
-    /// Lanes, 1 to 64.
+    /// Number of lanes, 1 to 64.
     pub(super) lanes: u8,
-    /// Address families, in their order.
+    /// Address families in the order of their sockets.
     pub(super) families: Vec<Family>,
-    /// What may be written to the queues.
+    /// Offloads that are active on the queues.
     pub(super) offload: TunOffload,
-    /// Whether UDP_SEGMENT is to be used.
+    /// True if UDP_SEGMENT may be used.
     pub(super) gso: bool,
-    /// The ladder.
+    /// States of the offload capabilities.
     pub(super) capabilities: Vec<Capability>,
-    /// How often the device was made anew.
+    /// Number of times that the TUN device was replaced.
     pub(super) generation: u32,
 }
 
 impl HandOver {
-    /// How many descriptors belong to it.
+    /// Returns the number of descriptors that the description covers.
     pub(super) fn descriptor_count(&self) -> usize {
         let lanes = usize::from(self.lanes);
         2 + lanes + self.families.len() * (2 * lanes + 1)
     }
 }
 
-/// The sockets of one address family.
+/// Properties of the sockets of one address family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Family {
-    /// Whether it is IPv4.
+    /// True for IPv4, false for IPv6.
     pub(super) v4: bool,
-    /// Whether the receiving ones give runs of datagrams (UDP_GRO).
+    /// True if UDP_GRO is active on the receive sockets.
     pub(super) gro: bool,
 }
 
@@ -135,16 +136,16 @@ impl Answer {
     }
 }
 
-/// The descriptors of a [`HandOver`].
+/// Descriptors of a [`HandOver`], by purpose.
 pub(super) struct InheritedFds {
     pub(super) snapshot: OwnedFd,
     pub(super) sessions: OwnedFd,
     pub(super) queues: Vec<OwnedFd>,
-    /// In the order of the families.
+    /// Sockets in the order of [`HandOver::families`].
     pub(super) sockets: Vec<FamilySockets>,
 }
 
-/// See [`InheritedFds`].
+/// UDP sockets of one address family.
 pub(super) struct FamilySockets {
     pub(super) v4: bool,
     pub(super) lanes: Vec<LaneSockets>,
@@ -152,7 +153,7 @@ pub(super) struct FamilySockets {
 }
 
 impl InheritedFds {
-    /// Tells descriptors apart. `None` where their number is wrong.
+    /// Assigns descriptors to their purposes; `None` if their number does not match `state`.
     pub(super) fn from_descriptors(state: &HandOver, descriptors: Vec<OwnedFd>) -> Option<Self> {
         let mut rest = descriptors.into_iter();
         let (snapshot, sessions) = (rest.next()?, rest.next()?);
@@ -172,8 +173,11 @@ impl InheritedFds {
     }
 }
 
-/// The descriptors of everything that lanes and the manager have, as [`HandOver`] orders them behind the
+/// Duplicates the descriptors of all queues and sockets, in the order of [`HandOver`] after the
 /// snapshot and the sessions.
+///
+/// # Errors
+/// The kernel's error if a descriptor cannot be duplicated.
 pub(super) fn descriptors<'a>(
     queues: &'a [TunQueue],
     sockets: &'a [FamilySockets],
@@ -186,7 +190,10 @@ pub(super) fn descriptors<'a>(
     all.into_iter().map(|fd| fd.try_clone_to_owned()).collect()
 }
 
-/// Writes a snapshot into memory that nobody can change any more.
+/// Writes a snapshot to a new memfd and seals it against changes.
+///
+/// # Errors
+/// The kernel's error for the memfd, or an encoding error.
 pub(super) fn write_sealed_snapshot(snapshot: &Snapshot) -> io::Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let mut file = File::from(rustix::fs::memfd_create("skein-snapshot", flags)?);
@@ -196,14 +203,20 @@ pub(super) fn write_sealed_snapshot(snapshot: &Snapshot) -> io::Result<OwnedFd> 
     Ok(file.into())
 }
 
-/// Reads it.
+/// Reads a snapshot from the memfd that [`write_sealed_snapshot`] returned.
+///
+/// # Errors
+/// The error of the file, or `InvalidData` if it holds no snapshot.
 pub(super) fn read_snapshot(file: OwnedFd) -> io::Result<Snapshot> {
     let mut file = File::from(file);
     file.rewind()?;
     read_frame(&mut file)?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
 }
 
-/// Sends a message and the descriptors that belong to it.
+/// Sends a message, followed by its descriptors.
+///
+/// # Errors
+/// The error of the socket.
 pub(super) fn send<T: Serialize>(
     stream: &UnixStream,
     message: &T,
@@ -213,8 +226,11 @@ pub(super) fn send<T: Serialize>(
     descriptors::send(stream, descriptors)
 }
 
-/// Receives a message; what belongs to it is received by [`descriptors::receive`]. `None`: the other side
-/// is gone.
+/// Receives a message; `None` if the other side has closed the connection. The caller receives its
+/// descriptors with [`descriptors::receive`].
+///
+/// # Errors
+/// The error of the socket, or `InvalidData` for a malformed message.
 pub(super) fn receive<T: DeserializeOwned>(stream: &UnixStream) -> io::Result<Option<T>> {
     read_frame(&mut &*stream)
 }

@@ -1,5 +1,6 @@
-//! From the underlay to the TUN: receive with GRO, open every datagram in place, check replay,
-//! inner source and destination, merge what belongs together and write it while it is in cache.
+//! Receiving half of a lane, from the underlay to the TUN device: receives with GRO, opens each
+//! datagram in place, checks the replay window, inner source and destination, merges packets of a
+//! flow and writes them to the TUN queue.
 
 mod rx_session;
 
@@ -29,36 +30,39 @@ use super::tables::Tables;
 use super::tap::{Bytes, PacketRef};
 use super::write::TunWriter;
 
-/// The longest handshake in bytes, and the longest control message, which may be a padded ping.
+/// Maximum length of a handshake message, bytes.
 const MAX_HANDSHAKE_LEN: usize = 2048;
+/// Maximum length of a control message, bytes; a control message may be a padded ping.
 const MAX_CONTROL_LEN: usize = 9216;
-/// Messages a system call, each of up to 64 KiB.
+/// Messages per recvmmsg(2), each of up to 64 KiB.
 const MAX_MESSAGES: usize = 16;
 
-/// The lane's receiving half.
+/// Receiving half of a lane. It owns the replay windows of its sessions; the steering of datagrams
+/// assigns each peer and lane number to one lane.
 pub(super) struct Ingress {
     receive: RecvBatch,
     coalescer: Coalescer,
     config: CoalesceConfig,
     writer: TunWriter,
     sessions: Vec<RxSession>,
-    /// Where in `sessions` each receiver index is.
+    /// Index in `sessions` of each receiver index.
     by_index: HashMap<u32, usize>,
-    /// The tables that `sessions` follows.
+    /// Tables whose sessions are in `sessions`.
     adopted: Arc<Tables>,
-    /// The receiver index of the last datagram, and where that is: most come in trains.
+    /// Receiver index of the last datagram with its index in `sessions`. Consecutive datagrams
+    /// usually have the same one.
     last: Option<(u32, usize)>,
-    /// The last inner flow that passed the source and destination check.
+    /// Last inner flow whose source and destination were valid: peer, source, destination.
     checked: Option<(PeerId, IpAddr, IpAddr)>,
-    /// The kernel's overflow counter of each socket as last seen.
+    /// Last value of the kernel's overflow counter (SO_RXQ_OVFL) of each socket.
     overflow: Vec<u32>,
     drops: DropCounts,
     counts: BatchCounts,
 }
 
-/// A receive socket of the lane.
+/// Receive socket of the lane.
 pub(super) struct ReceiveSocket<'a> {
-    /// Index of the socket in the lane, one for each address family.
+    /// Index of the socket in the lane; one socket for each address family.
     pub(super) index: usize,
     pub(super) fd: BorrowedFd<'a>,
 }
@@ -66,9 +70,9 @@ pub(super) struct ReceiveSocket<'a> {
 /// Outer header of a datagram, as the kernel reports it.
 struct Outer {
     source: SocketAddr,
-    /// ECN field of the message that the datagram came in.
+    /// ECN field of the received message that contains the datagram.
     ecn: Ecn,
-    /// True if the kernel merged the datagram with others into one message.
+    /// True if the kernel merged the datagram with others into one message (GRO).
     merged: bool,
 }
 
@@ -83,7 +87,7 @@ struct BatchCounts {
 }
 
 impl Ingress {
-    /// A receiver that merges what `config` allows.
+    /// Creates a receiving half without sessions that merges packets as `config` allows.
     pub(super) fn new(config: CoalesceConfig) -> Self {
         Self {
             receive: RecvBatch::new(MAX_MESSAGES),
@@ -101,15 +105,16 @@ impl Ingress {
         }
     }
 
-    /// Begins anew with another device.
+    /// Replaces the merging rules for another TUN device and clears the refusals of the previous
+    /// device.
     pub(super) fn set_config(&mut self, config: CoalesceConfig) {
         self.config = config;
         self.writer.clear_refusals();
         self.coalescer.set_config(config);
     }
 
-    /// Takes over the sessions of new tables; replay windows of those that stay are kept. Costs a
-    /// walk over both lists, and more only for what differs.
+    /// Adopts the sessions of new tables and keeps the replay windows of unchanged sessions. The
+    /// cost is one walk over both sorted lists, plus the differences.
     pub(super) fn adopt(&mut self, tables: &Arc<Tables>) {
         self.checked = None;
         self.last = None;
@@ -147,7 +152,7 @@ impl Ingress {
         }
     }
 
-    /// Receives one batch. Returns whether there may be more.
+    /// Receives and writes one batch. Returns whether more messages may be waiting.
     pub(super) fn run(
         &mut self,
         lane: &mut LaneContext,
@@ -159,8 +164,8 @@ impl Ingress {
             Ok(messages) => messages,
             Err(_) => return false,
         };
-        // A session is published before its handshake is answered, so tables that are looked at
-        // after the receive hold the session of everything that was received.
+        // The manager publishes a session before it answers the handshake. Tables that are read
+        // after the receive therefore contain the session of every received datagram.
         if let Some(newer) = lane.newer_tables() {
             self.adopt(&newer);
             *tables = newer;
@@ -193,6 +198,11 @@ impl Ingress {
         messages == MAX_MESSAGES
     }
 
+    /// Opens one datagram and passes its inner packets to the coalescer. `range` is its place in
+    /// the receive arena.
+    ///
+    /// # Errors
+    /// The reason of the drop.
     fn datagram(
         &mut self,
         lane: &mut LaneContext,
@@ -222,7 +232,7 @@ impl Ingress {
             true => Checksum::Partial,
             false => Checksum::Full,
         };
-        // A peer that does not propagate the field has sent Not-ECT.
+        // A peer without ECN support sends Not-ECT; its outer field has no meaning.
         let outer_ecn = if rx.session.ecn { outer_ecn } else { Ecn::NotEct };
         let (mut at, end) = (range.start + HEADER_LEN, range.end - TAG_LEN);
         if at == end {
@@ -305,6 +315,7 @@ impl Ingress {
         lane.manager.try_enqueue(header.kind, source, sealed)
     }
 
+    /// Writes the merged packets of the batch to the TUN queue.
     fn write(&mut self, lane: &LaneContext, tun: Option<&TunQueue>) {
         let (arena, drops) = (self.receive.arena(), &mut self.drops);
         let before = self.writer.refused();
@@ -333,7 +344,8 @@ impl Ingress {
         }
     }
 
-    /// The kernel's counter is one a socket, says nothing while it is zero, and wraps.
+    /// Adds the growth of the kernel's overflow counter. The counter belongs to one socket, wraps,
+    /// and is absent from messages while it is 0.
     fn count_overflow(&mut self, lane: &LaneContext, socket: usize) {
         let now = self.receive.overflow();
         if now == 0 {
@@ -346,6 +358,7 @@ impl Ingress {
         add(&lane.stats.receive_queue_overflow, u64::from(lost));
     }
 
+    /// Adds the counts of the batch to the shared counters of the lane and its sessions.
     fn publish_counts(&mut self, lane: &LaneContext, datagrams: u64) {
         let stats = &lane.stats.ingress;
         let mut counts = std::mem::take(&mut self.counts);
@@ -378,14 +391,14 @@ fn find_foreign_address(tables: &Tables, peer: PeerId, ip: &IpHeader) -> Option<
     }
 }
 
-/// Returns the ECN field that an inner packet leaves the tunnel with, or `None` if the packet must be
-/// dropped. The outer field of a merged message may be the mark of any datagram in it
-/// ([`Message::ecn`](skein_sys::recv::Message::ecn)), which is no reason to drop all of them.
+/// Returns the ECN field with which an inner packet leaves the tunnel; `None` if the packet must be
+/// dropped (RFC 6040). The outer field of a merged message may come from any of its datagrams
+/// ([`Message::ecn`](skein_sys::recv::Message::ecn)), so it is no reason to drop all of them.
 fn decapsulate(inner: Ecn, outer: Ecn, merged: bool) -> Option<Ecn> {
     inner.decapsulate(outer).or(merged.then_some(inner))
 }
 
-/// Tells whoever looks what the TUN did not take.
+/// Reports a packet that the TUN device refused to the tap.
 fn report_refused(lane: &LaneContext, arena: &[u8], packet: &TunPacket<'_>) {
     let whole = packet.payload.first().map_or(&[][..], |slice| slice.of(arena));
     let bytes = Bytes::Inner(if packet.header.is_empty() { whole } else { packet.header });

@@ -1,9 +1,9 @@
-//! The keeper: a small process that starts the data process and holds a copy of all its descriptors, so
-//! that the kernel goes on queueing packets while there is none. When the data process dies, the next one
-//! gets them, and its sessions, within milliseconds.
+//! Keeper: a small process that starts the data process and holds a copy of each of its
+//! descriptors, so that the kernel keeps queueing packets while no data process runs. The next data
+//! process receives the descriptors and sessions and continues within milliseconds.
 //!
-//! A node's data plane belongs to the keeper that has its lock. Keepers pass the lock and the store
-//! of the descriptors ([`super::fd_store`]) on to each other.
+//! A node's data plane belongs to the keeper that has its lock. Keepers hand over the lock and the
+//! descriptor store ([`super::fd_store`]).
 
 mod acquire;
 mod client;
@@ -33,21 +33,27 @@ use super::handover::{StartMessage, send};
 use super::options::Options;
 use super::server;
 
-/// A data process that dies sooner than this after its start has gained nothing …
+/// Run time after which a data process counts as stable.
 const MIN_UPTIME: Duration = Duration::from_secs(10);
-/// … and after so many of these in a row all is handed_over up: whoever started the keeper begins anew.
+/// Maximum number of restarts in a row after data processes that ran for less than [`MIN_UPTIME`].
+/// The keeper exits at the next failure, or at once if it holds no descriptors. The service manager
+/// or the control process starts another keeper.
 const MAX_RAPID_RESTARTS: u32 = 3;
-/// Timeout for the data process to stop before its keeper ends.
+/// Maximum time that the data process gets to stop its lanes after SIGTERM.
 const STOP_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Runs a data process while this keeper has the data plane, until the data process ends in an
-/// orderly way. `arguments` start a data process; the number of its channel's descriptor is
-/// appended.
+/// Runs a data process while this keeper has the data plane, until the data process exits
+/// successfully. `arguments` make this program start a data process that calls
+/// [`work`](super::work); the number of its channel's descriptor is appended.
 ///
-/// A keeper that takes over from others ([`Options::takes_over`]) keeps the descriptors of the
-/// store after it has handed the data plane over, and takes the data plane back when the other
-/// keeper ends without a hand-over of its own. The keeper of an instance has the data plane only
-/// while the instance's agent requests it.
+/// A keeper that takes over from others ([`Options::take_over`], [`Options::instance`]) keeps the
+/// descriptor store after it has handed over the data plane, and takes the data plane back if the
+/// other keeper exits without a hand-over of its own. The keeper of an instance has the data plane
+/// only while the instance's agent requests it.
+///
+/// # Errors
+/// An error if the socket, the lock or the instance's directory cannot be used, if another keeper
+/// does not hand over the data plane, or if data processes repeatedly exit with an error.
 pub fn run(options: &Options, arguments: &[OsString]) -> anyhow::Result<()> {
     let mut activation = options.instance.as_ref().map(Activation::bind).transpose()?;
     let mut held = None;
@@ -70,25 +76,28 @@ pub fn run(options: &Options, arguments: &[OsString]) -> anyhow::Result<()> {
                 held = Some(store);
             }
             PlaneEnd::Ended if activation.is_none() => return Ok(()),
-            // Other keepers may hold the store; the kernel queues packets until one of them
-            // continues.
+            // The kernel queues packets until another keeper that holds the store continues.
             PlaneEnd::Terminated => return Ok(()),
             PlaneEnd::Ended => {}
         }
     }
 }
 
-/// Reasons why the keeper no longer runs the data plane.
+/// Reasons for the end of the data plane in this keeper.
 enum PlaneEnd {
-    /// The data process has ended in an orderly way.
+    /// The data process exited successfully.
     Ended,
-    /// The data plane was handed over to another keeper; the store stays accessible.
+    /// The data plane was handed over to another keeper; this keeper keeps access to the store.
     HandedOver(FdStore),
     /// SIGTERM arrived, and the data process has stopped.
     Terminated,
 }
 
-/// Runs a data process, and replaces it if it fails.
+/// Runs the data process, and restarts it after failures.
+///
+/// # Errors
+/// An error if a data process cannot be started, or if it failed and cannot be restarted
+/// ([`MAX_RAPID_RESTARTS`]).
 fn run_data_process(
     mut plane: Plane,
     options: &Options,
@@ -109,7 +118,7 @@ fn run_data_process(
             ChildEnd::Process(status) => status,
             ChildEnd::HandedOver => return Ok(PlaneEnd::HandedOver(plane.store)),
             ChildEnd::Terminated => {
-                // The lock is free as soon as it has ended.
+                // The lock is released when the process exits.
                 let _ = child.kill().and_then(|()| child.wait());
                 return Ok(PlaneEnd::Terminated);
             }
@@ -123,27 +132,30 @@ fn run_data_process(
         plane.stored = None;
         plane.save();
         if !status.success() {
-            bail!("the data process ended: {status}");
+            bail!("the data process exited: {status}");
         }
         if !activation.as_deref_mut().is_some_and(Activation::is_requested) {
             return Ok(PlaneEnd::Ended);
         }
-        // The agent has ended the data process, to start one with other settings.
+        // The agent has stopped the data process to start one with other settings.
         plane.listener = server::bind(&options.socket)?;
         rapid_exits = 0;
     }
 }
 
+/// Reports to the agent of the instance whether this keeper has the data plane; logs an error.
 fn set_activity(activation: Option<&mut Activation>, activity: Activity) {
     if let Some(Err(error)) = activation.map(|activation| activation.set_activity(activity)) {
         tracing::error!(%error, "cannot write the marker in the instance's directory");
     }
 }
 
+/// Starts a data process. Returns the process and the keeper's end of its channel.
 fn spawn(arguments: &[OsString]) -> anyhow::Result<(Child, UnixStream)> {
-    let (ours, theirs) = UnixStream::pair().context("cannot make a channel")?;
-    // This process has one thread: nobody else starts a program meanwhile.
-    rustix::io::fcntl_setfd(&theirs, FdFlags::empty()).context("cannot pass the channel on")?;
+    let (ours, theirs) = UnixStream::pair().context("cannot create a socket pair")?;
+    // This process has one thread, so no other child can inherit the descriptor.
+    rustix::io::fcntl_setfd(&theirs, FdFlags::empty())
+        .context("cannot pass the channel to the data process")?;
     let child = Command::new("/proc/self/exe")
         .arg0("skein-agent")
         .args(arguments)
@@ -154,9 +166,9 @@ fn spawn(arguments: &[OsString]) -> anyhow::Result<(Child, UnixStream)> {
     Ok((child, ours))
 }
 
-/// Reasons for the end of a data process's run.
+/// Reasons for the end of supervision of one data process.
 enum ChildEnd {
-    /// The process has ended.
+    /// The process has exited.
     Process(ExitStatus),
     /// The data plane was handed over to another keeper.
     HandedOver,
@@ -164,7 +176,10 @@ enum ChildEnd {
     Terminated,
 }
 
-/// Serves one data process until it has ended.
+/// Sends the stored state to the data process and serves its messages until it exits.
+///
+/// # Errors
+/// An error if the process cannot be watched or awaited.
 fn supervise_child(
     child: &mut Child,
     channel: &UnixStream,
@@ -176,17 +191,18 @@ fn supervise_child(
         all.extend(stored.descriptors.iter().map(AsFd::as_fd));
         stored.state.clone()
     });
-    // One that dies before it has read this is seen below.
+    // If the data process has exited before it reads the message, the loop below notices it.
     let sent = send(channel, &StartMessage { state }, &all);
     set_activity(activation.as_deref_mut(), Activity::Active);
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
     let pid = pid.context("the data process has no process id")?;
     let pidfd = pidfd_open(pid, PidfdFlags::empty()).context("cannot watch the data process")?;
     let mut is_open = sent.is_ok();
-    // Connection by which this keeper has asked its own data process to stop.
+    // Connection over which this keeper has requested its own data process to stop.
     let mut stop: Option<UnixStream> = None;
     loop {
-        // An event that was handled must not wake this process repeatedly.
+        // After the request to stop, do not poll the activation: its events stay pending and would
+        // end each poll at once.
         let requests = activation.as_deref().filter(|_| stop.is_none());
         let requests = requests.map(Activation::descriptors).into_iter().flatten();
         let requests: Vec<_> = requests.collect();
@@ -194,7 +210,7 @@ fn supervise_child(
         fds.extend(is_open.then(|| PollFd::new(channel, PollFlags::IN)));
         fds.extend(requests.iter().map(|fd| PollFd::new(fd, PollFlags::IN)));
         let timeout = stop.is_some().then_some(STOP_TIMEOUT);
-        let timeout = timeout.map(Timespec::try_from).transpose().context("a timeout")?;
+        let timeout = timeout.map(Timespec::try_from).transpose().context("invalid timeout")?;
         match rustix::event::poll(&mut fds, timeout.as_ref()) {
             Ok(0) => return Ok(ChildEnd::Terminated),
             Err(rustix::io::Errno::INTR) => continue,
@@ -211,18 +227,19 @@ fn supervise_child(
                 }
             }
         }
-        // What it said last counts, too.
+        // Handle the last message of a process that has exited, too.
         if has_message {
             match plane.on_message(channel) {
                 Ok(None) => {}
-                // The lanes have stopped, so that no packet is lost with the data process.
+                // The lanes have stopped, so no packet is lost with the data process.
                 Ok(Some(connection)) if is_own(&connection) => return Ok(ChildEnd::Terminated),
                 Ok(Some(connection)) => {
                     let handed_over = plane.stored.is_some() && plane.hand_over(&connection);
-                    // It has stopped in either case.
+                    // The lanes have stopped, even if the hand-over failed.
                     let _ = child.kill();
                     let status = child.wait().context("cannot wait for the data process")?;
-                    // The other one begins only now: no two processes may seal in one session.
+                    // The other keeper starts its data process after this byte: two processes must
+                    // never seal in the same session.
                     let handed_over = handed_over && (&connection).write_all(&[0]).is_ok();
                     return Ok(if handed_over {
                         ChildEnd::HandedOver
@@ -239,12 +256,15 @@ fn supervise_child(
     }
 }
 
-/// Returns whether this process has made the connection.
+/// Returns whether the other end of the connection is this process.
 fn is_own(connection: &UnixStream) -> bool {
     peer_credentials(connection).is_ok_and(|peer| peer.pid == Some(std::process::id()))
 }
 
-/// Makes the data process stop its lanes, as for another keeper.
+/// Requests the data process to stop its lanes, as another keeper would.
+///
+/// # Errors
+/// The error of the connection.
 fn request_stop(plane: &Plane) -> io::Result<UnixStream> {
     let address = plane.listener.local_addr()?;
     let mut connection = connect(address.as_pathname().ok_or(io::ErrorKind::NotFound)?)?;

@@ -1,9 +1,9 @@
-//! A lane: one TUN queue, its UDP sockets and one thread that moves packets both ways, each batch
-//! run to completion. Nothing on the packet path is shared with another thread but the immutable
-//! tables.
+//! Lane: one TUN queue, its UDP sockets and one thread that moves packets in both directions. Each
+//! batch is completed before the next one starts. The immutable tables and the sessions in them are
+//! the only data of the packet path that threads share.
 //!
-//! One thread serves both directions. On few cores that is level with a thread a direction in
-//! throughput and better in latency, and a node that wants more parallelism raises the lanes.
+//! One thread serves both directions. On few cores its throughput equals that of one thread per
+//! direction, and its latency is lower. A node that needs more parallelism has more lanes.
 
 use std::cell::Cell;
 use std::io;
@@ -34,50 +34,50 @@ const WAKE_TOKEN: u32 = 0;
 const TUN_TOKEN: u32 = 1;
 const SEND_TOKEN: u32 = 2;
 const FIRST_SOCKET_TOKEN: u32 = 3;
-/// Full batches received before the other direction gets its turn.
+/// Full batches received before the sending half runs again.
 const MAX_RECEIVES: usize = 4;
-/// How often packets that wait for a session are looked at.
+/// Interval at which a lane with pending packets checks for sessions.
 const PENDING_INTERVAL: Duration = Duration::from_millis(250);
-/// Everything that a lane is made of. A lane can be built from any descriptors, so that one process
-/// can hand its own to the next.
+/// Parts of a lane. A lane can be built from any descriptors, so that a process can continue with
+/// those of its predecessor.
 pub(super) struct LaneParts {
-    /// Number of this lane.
+    /// Lane number.
     pub(super) index: u8,
-    /// Number of lanes of this node.
+    /// Number of lanes of the node.
     pub(super) lanes: u8,
-    /// The TUN queue.
+    /// TUN queue of the lane.
     pub(super) tun: TunQueue,
-    /// What may be written to it.
+    /// Superpackets that may be written to the TUN queue.
     pub(super) coalesce: CoalesceConfig,
-    /// Sockets, one pair a family.
+    /// UDP sockets, one pair for each address family.
     pub(super) sockets: Vec<LaneSockets>,
-    /// Whether and where UDP_SEGMENT may be used.
+    /// Destinations for which UDP_SEGMENT may be used.
     pub(super) gso: GsoState,
-    /// Whether small packets may share a datagram.
+    /// True if small packets may share a datagram.
     pub(super) bundling: bool,
-    /// How long to poll for more before sleeping.
+    /// Maximum duration of one busy-polling period; 0 disables busy polling.
     pub(super) busy_poll: Duration,
-    /// The tables in force.
+    /// Handle of the current tables.
     pub(super) published: Arc<TablesHandle>,
-    /// The manager's queue.
+    /// Queue of the session manager.
     pub(super) manager: ToManagerQueue,
-    /// For whoever looks.
+    /// Packet tap for `capture` and `trace --drops`.
     pub(super) tap: Arc<Tap>,
 }
 
-/// What the manager asks of a running lane.
+/// Requests of the manager to a running lane.
 #[derive(Default)]
 struct Mailbox {
     tun: Option<TunReplacement>,
 }
 
-/// A queue of a device that was made anew.
+/// Queue of a TUN device that was created again.
 pub(super) struct TunReplacement {
-    /// The queue.
+    /// TUN queue of the lane.
     pub(super) tun: TunQueue,
-    /// What may be written to it.
+    /// Superpackets that may be written to the queue.
     pub(super) coalesce: CoalesceConfig,
-    /// Of the device.
+    /// Generation of the device.
     pub(super) generation: u32,
 }
 
@@ -87,16 +87,22 @@ struct Shared {
     stop: AtomicBool,
 }
 
-/// A running lane; dropping it stops and joins the thread.
+/// Handle of a running lane. Drop stops the thread and joins it.
+///
+/// The owner publishes tables before it starts a lane, and calls [`LaneHandle::wake`] after each
+/// later publication. The lane owns its descriptors and adopts new tables between two batches. The
+/// process aborts if the thread panics.
 pub(super) struct LaneHandle {
-    /// Its counters.
     pub(super) stats: Arc<LaneStats>,
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl LaneHandle {
-    /// Starts the lane's thread.
+    /// Creates the event descriptors and starts the thread `lane-N`.
+    ///
+    /// # Errors
+    /// The kernel's error if epoll, the waker or the thread cannot be created.
     pub(super) fn start(parts: LaneParts) -> io::Result<Self> {
         let stats = Arc::new(LaneStats::default());
         let shared = Arc::new(Shared {
@@ -114,12 +120,12 @@ impl LaneHandle {
         Ok(Self { stats, shared, thread: Some(thread) })
     }
 
-    /// Makes the lane look at what is new: tables or mail.
+    /// Wakes the lane, so that it adopts new tables and handles requests.
     pub(super) fn wake(&self) {
         self.shared.waker.wake();
     }
 
-    /// Gives the lane another TUN queue.
+    /// Attaches the lane to another TUN queue.
     pub(super) fn replace_tun(&self, new: TunReplacement) {
         let mut mailbox = self.shared.mailbox.lock().unwrap_or_else(PoisonError::into_inner);
         mailbox.tun = Some(new);
@@ -133,14 +139,16 @@ impl Drop for LaneHandle {
         self.shared.stop.store(true, Ordering::Release);
         self.shared.waker.wake();
         if let Some(thread) = self.thread.take() {
-            // A panic has ended the process already.
+            // `join` cannot return an error here: `AbortOnPanic` aborts the process if the lane
+            // thread panics.
             let _ = thread.join();
         }
     }
 }
 
-/// Ends the process when a lane panics. Its queue and sockets would close one by one, and the
-/// steering of the other lanes would be wrong; a new process is there at once.
+/// Guard that aborts the process if a lane panics. Without it, the queue and sockets of the lane
+/// would close one by one, and the steering of the other lanes would be wrong. The keeper starts a
+/// new process at once.
 struct AbortOnPanic;
 
 impl Drop for AbortOnPanic {
@@ -157,9 +165,9 @@ struct Lane {
     poller: Poller,
     busy_poll: Duration,
     tun: Option<TunQueue>,
-    /// Of the device.
+    /// Generation of the TUN device.
     generation: u32,
-    /// The socket for whose room the sending half waits. The TUN is not abort_on_error meanwhile.
+    /// Index of the send socket that has no room. The TUN queue is not polled while it is `Some`.
     blocked: Option<usize>,
     receive_sockets: Vec<UdpSocket>,
     tables: Arc<Tables>,
@@ -224,7 +232,8 @@ impl Lane {
             match busy_poll.wait(&mut self.poller, timeout, &self.context.stats) {
                 Ok(tokens) => ready.extend_from_slice(tokens),
                 Err(error) => {
-                    // Nothing that a lane does can make epoll fail; do not spin if it does.
+                    // No state of a lane makes epoll fail. The pause prevents a busy loop if it
+                    // does.
                     tracing::error!(lane = self.context.index, %error, "epoll failed");
                     std::thread::sleep(Duration::from_millis(100));
                 }
@@ -241,7 +250,7 @@ impl Lane {
                 match token {
                     WAKE_TOKEN => self.on_mail(),
                     TUN_TOKEN => self.send(),
-                    // Done above.
+                    // `resume` above has handled this event.
                     SEND_TOKEN => {}
                     socket => self.receive((socket - FIRST_SOCKET_TOKEN) as usize),
                 }
@@ -255,19 +264,20 @@ impl Lane {
     fn send(&mut self) {
         let Some(tun) = &self.tun else { return };
         if self.egress.run(&self.context, &self.tables, tun) == TunState::Gone {
-            tracing::warn!(
-                lane = self.context.index,
-                "the TUN device is gone; waiting for another"
-            );
+            tracing::warn!(lane = self.context.index, "TUN device deleted, waiting for a new one");
             self.context.manager.try_send_own(ToManager::TunGone { generation: self.generation });
             if let Some(tun) = self.tun.take() {
-                // Closing would remove it as well; a failure here changes nothing.
+                // Closing the queue also removes it from epoll.
                 let _ = self.poller.remove(tun.as_fd());
             }
         }
     }
 
-    /// Watches the socket that has no room instead of the TUN, or the TUN again.
+    /// Polls the blocked send socket instead of the TUN queue, or the TUN queue again if no socket
+    /// is blocked.
+    ///
+    /// # Errors
+    /// The error of epoll_ctl(2).
     fn watch_room(&mut self) -> io::Result<()> {
         let (before, now) = (self.blocked, self.egress.blocked_socket());
         self.blocked = now;
@@ -326,11 +336,11 @@ impl Lane {
     }
 }
 
-/// Ends the process where a descriptor cannot be abort_on_error: the lane would be deaf for good, or never
-/// sleep. A new process is there at once.
+/// Aborts the process if epoll_ctl(2) has failed: the lane would never receive again, or never
+/// sleep. The keeper starts a new process at once.
 fn abort_on_error(lane: u8, result: io::Result<()>) {
     if let Err(error) = result {
-        tracing::error!(lane, %error, "epoll failed: ending, to begin anew");
+        tracing::error!(lane, %error, "epoll failed, aborting the data process");
         std::process::abort();
     }
 }

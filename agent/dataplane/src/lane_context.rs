@@ -1,4 +1,4 @@
-//! What the packet path of a lane shares between its two directions.
+//! State of a lane that its sending and its receiving half share.
 
 use std::cell::Cell;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -13,29 +13,29 @@ use super::stats::LaneStats;
 use super::tables::{Tables, TablesHandle};
 use super::tap::{Bytes, PacketRef, Tap};
 
-/// Minimum interval between two reports of a lane about datagrams that were too long for their
+/// Minimum interval between two reports of a lane about datagrams that exceed the MTU of their
 /// route.
 const TOO_LONG_INTERVAL: Duration = Duration::from_millis(20);
-/// How often one lane reports datagrams of unknown sessions.
+/// Minimum interval between two reports of a lane about datagrams of unknown sessions.
 const UNKNOWN_SESSION_INTERVAL: Duration = Duration::from_millis(100);
 
-/// What the packet path of a lane needs beside its two halves.
+/// State of a lane that both of its halves use.
 pub(super) struct LaneContext {
-    /// Number of this lane.
+    /// Lane number.
     pub(super) index: u8,
-    /// Number of lanes of this node.
+    /// Number of lanes of the node.
     pub(super) lanes: u8,
-    /// Counters.
+    /// Counters that reports read.
     pub(super) stats: Arc<LaneStats>,
-    /// Sockets to send from, one a family.
+    /// Send sockets, one for each address family.
     pub(super) send_sockets: Vec<SendSocket>,
-    /// For whoever looks.
+    /// Packet tap for `capture` and `trace --drops`.
     pub(super) tap: Arc<Tap>,
-    /// Whether somebody looked at packets when this round began.
+    /// True if a subscriber of the tap wanted packets at the start of this round.
     pub(super) captured: bool,
     pub(super) published: Arc<TablesHandle>,
     pub(super) tables_version: u64,
-    /// The manager's queue.
+    /// Queue of the session manager.
     pub(super) manager: ToManagerQueue,
     pub(super) now: Instant,
     pub(super) age_clock: Duration,
@@ -43,26 +43,26 @@ pub(super) struct LaneContext {
     pub(super) too_long_reported: Cell<Option<Instant>>,
 }
 
-/// A socket to send from.
+/// UDP socket from which a lane sends.
 pub(super) struct SendSocket {
-    /// Whether it is of IPv4.
+    /// True for IPv4, false for IPv6.
     pub v4: bool,
-    /// Itself; nonblocking.
+    /// The nonblocking send socket.
     pub(super) socket: UdpSocket,
 }
 
 impl LaneContext {
-    /// The time at which this round began.
+    /// Returns the start of this round (monotonic clock).
     pub(super) fn now(&self) -> Instant {
         self.now
     }
 
-    /// Returns the time since boot at which this round began, the clock of the sessions' ages.
+    /// Returns the start of this round as time since boot, the clock of session ages.
     pub(super) fn age_clock(&self) -> Duration {
         self.age_clock
     }
 
-    /// Tells whoever looks of a drop.
+    /// Reports a drop to the tap.
     #[inline]
     pub(super) fn report_drop(
         &self,
@@ -73,7 +73,7 @@ impl LaneContext {
         self.tap.dropped(reason, PacketRef { lane: Some(self.index), outer, bytes, packets: 1 });
     }
 
-    /// The tables in force, if they are not those that this lane has.
+    /// Returns the current tables if the lane has not adopted them yet.
     pub(super) fn newer_tables(&mut self) -> Option<Arc<Tables>> {
         let version = self.published.version();
         if version == self.tables_version {
@@ -83,8 +83,8 @@ impl LaneContext {
         Some(self.published.load())
     }
 
-    /// Reports a datagram that was too long for its route to the manager, which reduces the peer's
-    /// path MTU.
+    /// Reports a datagram that exceeds the MTU of its route to the manager, which reduces the
+    /// peer's path MTU. At most one report per [`TOO_LONG_INTERVAL`] is sent.
     pub(super) fn report_too_long(&self, datagram: TooLong) {
         let due = |at: Instant| self.now - at >= TOO_LONG_INTERVAL;
         if self.too_long_reported.get().is_none_or(due)
@@ -94,7 +94,8 @@ impl LaneContext {
         }
     }
 
-    /// Notes that `source` sent a datagram of a session that is not known here.
+    /// Reports `source`, which sent a datagram of an unknown session, to the manager. At most one
+    /// report per [`UNKNOWN_SESSION_INTERVAL`] is sent.
     pub(super) fn report_unknown_session(&mut self, source: IpAddr) {
         if self.unknown_session_reported.is_none_or(|t| self.now - t >= UNKNOWN_SESSION_INTERVAL) {
             self.unknown_session_reported = Some(self.now);

@@ -1,5 +1,9 @@
-//! The data process: lanes that move packets and a manager that keeps their sessions. Plain
-//! threads; fed over a unix socket by the control process, and indifferent to its death.
+//! Data process of a node: lanes move packets, and a session manager keeps their sessions. It uses
+//! plain threads. The control process configures it over a unix socket; traffic continues while the
+//! control process is absent.
+//!
+//! A keeper process ([`run`]) starts the data process ([`work`]) and holds copies of its
+//! descriptors, so that the next data process continues with the same sockets and sessions.
 
 #![forbid(unsafe_code)]
 
@@ -47,10 +51,10 @@ pub use self::options::{Options, lock_path};
 pub use self::probe::probe;
 pub use self::process::{run_alone, work};
 
-/// For the fuzzer.
+/// Fuzzing entry point of the uevent parser.
 pub use self::vm_generation::fuzz_uevent;
 
-/// For the fuzzer: what a keeper and its data process say to each other.
+/// Fuzzing entry point: decodes `bytes` as each message between a keeper and its data process.
 #[doc(hidden)]
 pub fn fuzz_frames(bytes: &[u8]) {
     skein_ipc::fuzz_frames::<handover::StartMessage>(bytes);

@@ -1,5 +1,5 @@
-//! The session manager: one thread that owns the protocol engine. Lanes hand it handshakes and
-//! control messages; it hands them new tables. The packet path never waits for it.
+//! Session manager: one thread that owns the protocol engine. Lanes send it handshakes and control
+//! messages, and it publishes new tables for them. The packet path never waits for the manager.
 
 use std::ops::ControlFlow;
 use std::os::fd::AsFd;
@@ -28,19 +28,22 @@ use super::setup::{ProcessHandles, Running};
 use super::tap::Tap;
 use super::vm_generation::{ClockWatch, Uevents};
 
-/// How soon to look again whether lanes have let go of old tables.
+/// Interval at which replaced tables are checked for lanes that still use them.
 const RETIRED_TABLES_INTERVAL: Duration = Duration::from_millis(100);
-/// Interval between comparisons of the wall clock with the boot clock.
+/// Interval at which the wall clock is compared with the boot clock.
 const CLOCK_INTERVAL: Duration = Duration::from_secs(1);
-/// Messages dealt with before what they led to is published and sent.
+/// Maximum number of messages that are handled before the engine's results are published and sent.
 const MAX_BATCH: usize = 32;
 
-/// Sets the filter of this process's log. `None` restores the filter that the process was started
-/// with. The error is a sentence with the remedy.
+/// Function that sets the filter of this process's log. `None` restores the filter of the process's
+/// start. The error is a sentence with the remedy.
 pub type SetLogLevel = fn(Option<&str>) -> Result<(), String>;
 
-/// Starts the manager's thread, with what another process has state. It ends when [`Request::Shutdown`]
-/// came or every sender is gone.
+/// Starts the manager's thread. `state` is the state of the previous data process. The thread ends
+/// after [`Request::Shutdown`], or when every sender of its queue is dropped.
+///
+/// # Errors
+/// The kernel's error if the thread cannot be started.
 pub(super) fn start(
     keeper: Option<Arc<KeeperChannel>>,
     state: Option<(HandOver, InheritedFds)>,
@@ -50,9 +53,9 @@ pub(super) fn start(
     confinement: Vec<Confinement>,
 ) -> std::io::Result<(ToManagerQueue, JoinHandle<()>)> {
     let (sender, receiver) = queue::channel();
-    // Before sessions are resumed, so that no announcement is missed after that.
+    // Subscribe before sessions are restored, so that no later announcement is missed.
     if let Err(error) = Uevents::subscribe().and_then(|uevents| uevents.watch(sender.clone())) {
-        tracing::warn!(%error, "sessions do not end if this virtual machine is cloned");
+        tracing::warn!(%error, "cannot detect clones of this virtual machine by uevents");
     }
     let mut manager = Manager {
         started: Instant::now(),
@@ -64,7 +67,7 @@ pub(super) fn start(
         confinement,
         active: None,
     };
-    // Before the thread starts, and with it the first handshake.
+    // Restore before the thread starts its first handshake.
     if let Some((state, fds)) = state {
         manager.inherit(state, fds);
     }
@@ -73,6 +76,7 @@ pub(super) fn start(
     Ok((sender, thread))
 }
 
+/// State of the manager's thread.
 struct Manager {
     started: Instant,
     queue: Receiver<ToManager>,
@@ -81,14 +85,14 @@ struct Manager {
     changes: Arc<Changes>,
     clock: ClockWatch,
     confinement: Vec<Confinement>,
-    /// `None` before the first snapshot.
+    /// The data plane; `None` before the first snapshot.
     active: Option<Active>,
 }
 
 impl Manager {
     fn run(mut self) {
-        // The first use of a thread's generator gathers entropy for a fifth of a second: now, rather
-        // than in the first handshake.
+        // The first use of a thread's generator gathers entropy for about 200 ms. Do it before the
+        // first handshake.
         random(&mut [0; 32]);
         loop {
             let mut message = match self.timeout() {
@@ -106,7 +110,7 @@ impl Manager {
             if self.clock.has_jumped(now) {
                 self.end_sessions(now, "the wall clock has jumped ahead");
             }
-            // What came together leads to one publication, however many sessions it makes.
+            // A batch of messages leads to one publication, however many sessions it creates.
             for _ in 0..MAX_BATCH {
                 let Some(taken) = message else { break };
                 if self.handle(now, taken).is_break() {
@@ -128,17 +132,18 @@ impl Manager {
         }
     }
 
-    /// Deals with one message; breaks where the process is to end.
+    /// Handles one message. Breaks if the process must end.
     fn handle(&mut self, now: Time, message: ToManager) -> ControlFlow<()> {
         if let ToManager::Request { request, answer } = message {
             let shutdown = matches!(request, Request::Shutdown);
             let response = self.request(now, request);
-            // The asker may have gone; what it asked for is done all the same.
+            // If the client has disconnected, the request is carried out all the same.
             let _ = answer.send(response);
             return if shutdown { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
         }
         if let ToManager::HandOver { connection, answer } = message {
-            // It works on where it cannot be given away.
+            // `hand_over` returns only if the data plane cannot be handed over; the process
+            // continues then.
             let _ = answer.send(self.hand_over(&connection));
             return ControlFlow::Continue(());
         }
@@ -151,15 +156,14 @@ impl Manager {
             && generation == active.running.generation
             && active.has_device()
         {
-            tracing::error!(
-                "a queue of the TUN device failed though the device is there: ending, to begin anew"
-            );
+            tracing::error!("TUN queue failed although the device exists, exiting");
             return ControlFlow::Break(());
         }
         active.handle(now, message, &self.handles.tap);
         ControlFlow::Continue(())
     }
 
+    /// Returns the time until the next timer is due; `None` before the first snapshot.
     fn timeout(&self) -> Option<Duration> {
         let active = self.active.as_ref()?;
         let due = active.engine.poll_timeout();
@@ -168,13 +172,15 @@ impl Manager {
         due.into_iter().chain(sweep).chain([CLOCK_INTERVAL]).min()
     }
 
-    /// Ends all sessions: a clone of this machine may continue with the same keys and counters.
+    /// Ends all sessions, because a clone of this virtual machine may continue with the same keys
+    /// and counters.
     fn end_sessions(&mut self, now: Time, reason: &str) {
         let Some(active) = &mut self.active else { return };
         tracing::warn!(reason, "ending all sessions");
         active.engine.end_sessions(now);
     }
 
+    /// Carries out a request of the control socket and returns its response.
     fn request(&mut self, now: Time, request: Request) -> Response {
         let result = match request {
             Request::Hello { version } if version == skein_ipc::PROTOCOL_VERSION => {
@@ -183,7 +189,7 @@ impl Manager {
                 return Response::Hello { version, pid, node, accepts_seen_handshakes: true };
             }
             Request::Hello { version } => Err(SetupError::Invalid(format!(
-                "protocol version {version} is not {}: agent and data plane must be of one release",
+                "protocol version is {version}, expected {}. Run agent and data plane of the same release.",
                 skein_ipc::PROTOCOL_VERSION
             ))),
             Request::Apply { snapshot } => {
@@ -193,14 +199,16 @@ impl Manager {
                 Some(active) => active
                     .update(now, update)
                     .inspect(|()| self.update_keeper(KeeperUpdate::Snapshot)),
-                None => Err(SetupError::Invalid("an update came before any snapshot".to_owned())),
+                None => Err(SetupError::Invalid(
+                    "an update arrived before the first snapshot".to_owned(),
+                )),
             },
             Request::LogLevel { level } => {
                 (self.set_log_level)(level.as_deref()).map_err(SetupError::Invalid)
             }
-            // The server makes another message of it.
+            // The server sends `ToManager::HandOver` instead.
             Request::TakeOver { .. } => {
-                let text = format!("what is handed over here has format {HANDOVER_VERSION}");
+                let text = format!("this data process hands over with version {HANDOVER_VERSION}");
                 Err(SetupError::Invalid(text))
             }
             Request::Report { peers } => {
@@ -211,10 +219,10 @@ impl Manager {
                 let seen = self.active.as_ref().map(Active::seen_handshakes).unwrap_or_default();
                 return Response::SeenHandshakes { seen };
             }
-            // The connection's thread has it: whoever watches does not burden the manager.
-            Request::Capture { .. } | Request::Changes { .. } => {
-                Err(SetupError::Invalid("not the manager's".to_owned()))
-            }
+            // The connection's thread serves these requests, so that they do not load the manager.
+            Request::Capture { .. } | Request::Changes { .. } => Err(SetupError::Invalid(
+                "the session manager does not serve this request".to_owned(),
+            )),
             Request::Shutdown => Ok(()),
         };
         match result {
@@ -228,6 +236,11 @@ impl Manager {
         }
     }
 
+    /// Applies a snapshot; the first one starts the data plane. Returns what the keeper must
+    /// receive.
+    ///
+    /// # Errors
+    /// [`SetupError`] of the start or the change.
     fn apply(&mut self, now: Time, snapshot: Snapshot) -> Result<KeeperUpdate, SetupError> {
         match &mut self.active {
             Some(active) => active.apply(now, snapshot),
@@ -235,7 +248,7 @@ impl Manager {
                 let store = self.handles.keeper.as_ref().and_then(|_| {
                     let made = MemfdStore::create();
                     made.inspect_err(
-                        |error| tracing::warn!(%error, "sessions end with this process"),
+                        |error| tracing::warn!(%error, "no session store: sessions end with this process"),
                     )
                     .ok()
                 });
@@ -248,13 +261,15 @@ impl Manager {
         }
     }
 
-    /// Goes on where the process before has state off; where that cannot be, begins anew.
+    /// Restores the data plane of the previous data process. If that fails, logs the error and has
+    /// the keeper delete the stored state.
     fn inherit(&mut self, state: HandOver, fds: InheritedFds) {
         let InheritedFds { snapshot, sessions, queues, sockets } = fds;
         let begun = Instant::now();
         let inherit = || -> anyhow::Result<Active> {
-            let snapshot = handover::read_snapshot(snapshot).context("the snapshot")?;
-            let (store, sessions) = MemfdStore::open(sessions).context("the sessions")?;
+            let snapshot = handover::read_snapshot(snapshot).context("cannot read the snapshot")?;
+            let (store, sessions) =
+                MemfdStore::open(sessions).context("cannot open the session store")?;
             let open = |node: &NodeSettings, published: &_| {
                 Running::from_inherited(node, state, queues, sockets, published, &self.handles)
             };
@@ -265,23 +280,27 @@ impl Manager {
                 let sessions =
                     active.engine.tables().map(|(_, view)| view.receive.len()).sum::<usize>();
                 let ms = begun.elapsed().as_secs_f64() * 1e3;
-                tracing::info!(sessions, ms, "goes on with what the data process before has state");
+                tracing::info!(
+                    sessions,
+                    ms,
+                    "sessions and sockets of the previous data process restored"
+                );
                 self.active = Some(active);
             }
             Err(error) => {
                 let error = format!("{error:#}");
-                tracing::error!(error, "cannot go on with what the data process before has state");
-                // Its copies would keep the device and the port in use.
+                tracing::error!(error, "state of the previous data process not restored");
+                // The keeper's copies of the descriptors would keep the device and the port in use.
                 let keeper = self.handles.keeper.as_ref();
                 let forgotten = keeper.map(|keeper| keeper.notify(&ToKeeper::Forget, &[]));
                 if let Some(Err(error)) = forgotten {
-                    tracing::error!(%error, "the keeper is gone");
+                    tracing::error!(%error, "keeper does not answer");
                 }
             }
         }
     }
 
-    /// Gives the keeper what has changed.
+    /// Sends the changed state to the keeper; logs an error.
     fn update_keeper(&mut self, update: KeeperUpdate) {
         let (Some(keeper), Some(active)) = (&self.handles.keeper, &self.active) else { return };
         let Some(store) = &active.store else { return };
@@ -298,36 +317,42 @@ impl Manager {
             }
         };
         if let Err(error) = send() {
-            tracing::error!(%error, "the next data process will begin anew");
+            tracing::error!(%error, "cannot send state to the keeper: the next data process will lose the sessions");
         }
     }
 
-    /// Stops the lanes and has the keeper give all away: it then ends this process. Returns why not.
+    /// Stops the lanes and has the keeper hand over the data plane; the keeper then kills this
+    /// process. Returns the reason if the data plane cannot be handed over.
     fn hand_over(&mut self, connection: &UnixStream) -> Response {
         let refused = |message: &str| Response::Error {
             kind: ErrorKind::Invalid,
             message: message.to_owned(),
         };
         let (Some(keeper), Some(active)) = (&self.handles.keeper, &mut self.active) else {
-            return refused("there is nothing to take over yet");
+            return refused(
+                "the data process has no settings yet, so there is no state to hand over",
+            );
         };
         if active.store.is_none() {
-            return refused("its sessions end with it");
+            return refused(
+                "the data process has no session store, so it cannot hand over its sessions",
+            );
         }
         active.running.stop();
         active.running.stop_ecn_reports();
         match keeper.notify(&ToKeeper::HandOver, &[connection.as_fd()]) {
-            // Whoever kills this process is on the way, also where nobody takes it over.
+            // The keeper kills this process, even if the hand-over fails.
             Ok(()) => loop {
                 std::thread::park();
             },
             Err(error) => {
-                tracing::error!(%error, "the keeper is gone: ending, to begin anew");
+                tracing::error!(%error, "keeper does not answer, exiting");
                 std::process::exit(1);
             }
         }
     }
 
+    /// Returns the report of the process; `peers` adds the state of each peer.
     fn report(&self, now: Time, peers: bool) -> skein_ipc::Report {
         let mut report = skein_ipc::Report {
             pid: std::process::id(),

@@ -1,9 +1,11 @@
-//! Sessions in memory that outlives this process, for the next one to go on with.
+//! Session store in a memfd that outlives the process, from which the next data process restores
+//! the sessions.
 //!
-//! Words: a header; records (a word that says what is in it, then a session, or the timestamp_word of a
-//! peer's last handshake); and for each lane that a peer may send on one counter_word a session ([`SessionSlot`]).
-//! Marks lie by lane, so that two lanes, which two threads receive, share no cache line. A process
-//! that is killed in the middle of a write leaves a record that counts as absent.
+//! Layout in 64-bit words: a header; records (a word with the kind of the record, then a session,
+//! or a public key with the timestamp of its last handshake); and the next counters of each session
+//! ([`SessionSlot`]), one word per receive lane. The counters of one lane are adjacent, so that two
+//! lanes, which two threads receive, share no cache line. A process that is killed while it writes
+//! a record leaves a record that counts as free.
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
@@ -17,47 +19,47 @@ use skein_core::tunnel::{SAVED_LEN, SavedSession, SessionSlot, SessionStore};
 use skein_core::wire::header::{CONTROL_LANE, MAX_LANES};
 use skein_sys::memory::SharedWords;
 
-/// Maximum number of records: two sessions for each of 5,000 peers, and the timestamp_word of each peer's
-/// last handshake. If no record is free, a session replaces a timestamp_word. A session without a record ends
-/// with its process.
+/// Maximum number of records: two sessions for each of 5,000 peers, and the timestamp of each
+/// peer's last handshake. If no record is free, a session replaces a timestamp. A session without a
+/// record ends with its process.
 const MAX_RECORDS: usize = 16_384;
-/// What the first word says; another layout has another number.
+/// First word of the memfd; another layout has another number.
 const LAYOUT: u64 = 0x736b_6569_6e00_0001;
-/// Places in the header: the layout, how many places were ever used, and the latest timestamp_word that a handshake
-/// carried, in nanoseconds since 1970.
+/// Words of the header.
 const HEADER_WORDS: usize = 8;
+/// Header word: number of records ever used.
 const USED_RECORDS: usize = 1;
+/// Header word: latest timestamp of the node's own initiations, nanoseconds since 1970.
 const LATEST_TIMESTAMP: usize = 2;
 /// Words of a record.
 const RECORD_WORDS: usize = 1 + SAVED_LEN / 8;
-/// First word of a record that holds a session.
+/// Kind of a record that holds a session.
 const SESSION: u64 = 1;
-/// First word of a record that holds a public key, 4 words, and the latest timestamp_word that an accepted
-/// initiation by it carried, in nanoseconds since 1970. A release without such records treats them
-/// as free.
+/// Kind of a record that holds a public key (4 words) and the latest timestamp of its accepted
+/// initiations, nanoseconds since 1970. A release without such records treats them as free.
 const SEEN_TIMESTAMP: u64 = 2;
 const COUNTERS: usize = HEADER_WORDS + MAX_RECORDS * RECORD_WORDS;
 const TOTAL_WORDS: usize = COUNTERS + (MAX_LANES + 1) * MAX_RECORDS;
 
 const _: () = assert!(SAVED_LEN.is_multiple_of(8));
 
-/// See the module. Cheap to clone.
+/// Session store in a memfd. Clones share the memfd.
 #[derive(Debug, Clone)]
 pub(super) struct MemfdStore(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
     words: SharedWords,
-    /// Places below the header's number that nobody has.
+    /// Free records below the used count of the header.
     free: Mutex<BTreeSet<usize>>,
-    /// Places of the handshakes' timestamps, by public key.
+    /// Records of handshake timestamps, by public key.
     timestamps: Mutex<HashMap<PublicKey, usize>>,
 }
 
-/// A session of another process, and its record.
+/// A session of an earlier process with its slot.
 pub(super) type RestoredSession = (SavedSession, Box<dyn SessionSlot>);
 
-/// The record of one session; given back with it.
+/// Record of one session; drop frees it.
 struct MemfdSlot {
     store: MemfdStore,
     record: usize,
@@ -65,14 +67,21 @@ struct MemfdSlot {
 }
 
 impl MemfdStore {
-    /// Room for sessions.
+    /// Creates an empty store.
+    ///
+    /// # Errors
+    /// The kernel's error if the memfd cannot be created or mapped.
     pub(super) fn create() -> io::Result<Self> {
         let words = SharedWords::create(TOTAL_WORDS)?;
         words.words()[0].store(LAYOUT, Ordering::Relaxed);
         Ok(Self::from_words(words))
     }
 
-    /// What another process has left, which must not run any more. Each session is in its next life.
+    /// Opens the store of an earlier process, which must not run any more. Returns its sessions,
+    /// each in its next epoch, and frees the records of sessions without one.
+    ///
+    /// # Errors
+    /// The kernel's error if the memfd cannot be mapped; `InvalidData` if its layout is unknown.
     pub(super) fn open(file: OwnedFd) -> io::Result<(Self, Vec<RestoredSession>)> {
         let words = SharedWords::open(file, TOTAL_WORDS)?;
         if words.words()[0].load(Ordering::Relaxed) != LAYOUT {
@@ -82,8 +91,8 @@ impl MemfdStore {
         let mut found = Vec::new();
         for record in 0..memory.used() {
             if let Some(key) = memory.timestamp_key(record) {
-                // If two records name the same key, the last one counts: the other was being
-                // released.
+                // If two records have the same key, the last one counts: the process was freeing
+                // the other one.
                 memory.timestamps().insert(key, record);
                 continue;
             }
@@ -93,7 +102,7 @@ impl MemfdStore {
             };
             match memory.read(record).and_then(next) {
                 Some(session) => {
-                    // Before a datagram is sealed with it.
+                    // Store the new epoch before a datagram is sealed in it.
                     memory.write(record, &session);
                     let lanes = MAX_LANES as u8;
                     let kept = MemfdSlot { store: memory.clone(), record, lanes };
@@ -113,7 +122,8 @@ impl MemfdStore {
         self.0.timestamps.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns the public key of a record that holds a handshake's timestamp_word.
+    /// Returns the public key of a record that holds a handshake timestamp; `None` for other
+    /// records.
     fn timestamp_key(&self, record: usize) -> Option<PublicKey> {
         let (kind, words) = self.record_words(record).split_first()?;
         if kind.load(Ordering::Acquire) != SEEN_TIMESTAMP {
@@ -126,7 +136,7 @@ impl MemfdStore {
         Some(PublicKey::new(key))
     }
 
-    /// Returns the word of a record that holds the handshake's timestamp_word.
+    /// Returns the word of a record that holds the handshake timestamp.
     fn timestamp_word(&self, record: usize) -> &AtomicU64 {
         &self.record_words(record)[1 + 32 / 8]
     }
@@ -141,7 +151,7 @@ impl MemfdStore {
         kind.store(SEEN_TIMESTAMP, Ordering::Release);
     }
 
-    /// The file, to hand on.
+    /// Returns the memfd, for the keeper.
     pub(super) fn file(&self) -> BorrowedFd<'_> {
         self.0.words.as_fd()
     }
@@ -163,6 +173,7 @@ impl MemfdStore {
         self.0.words.words().get(COUNTERS + lane * MAX_RECORDS + record)
     }
 
+    /// Returns a free record; `None` if all are in use.
     fn allocate_record(&self) -> Option<usize> {
         let mut free = self.0.free.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(record) = free.pop_first() {
@@ -173,6 +184,7 @@ impl MemfdStore {
         Some(record)
     }
 
+    /// Frees a record that holds a handshake timestamp, and allocates it.
     fn reclaim_timestamp_record(&self) -> Option<usize> {
         let mut timestamps = self.timestamps();
         let key = *timestamps.keys().next()?;
@@ -202,6 +214,7 @@ impl MemfdStore {
         kind.store(SESSION, Ordering::Release);
     }
 
+    /// Clears a record and its counters in `lanes` lanes, and frees it.
     fn clear_record(&self, record: usize, lanes: u8) {
         let Some((kind, words)) = self.record_words(record).split_first() else { return };
         kind.store(0, Ordering::Relaxed);
@@ -209,7 +222,7 @@ impl MemfdStore {
         words.iter().for_each(|word| word.store(0, Ordering::Relaxed));
         let counters =
             (0..lanes).chain([CONTROL_LANE]).filter_map(|lane| self.counter_word(record, lane));
-        // What was never written has no room yet, and gets none.
+        // Skip words that were never written: a write would allocate their page.
         let counters = counters.filter(|counter_word| counter_word.load(Ordering::Relaxed) != 0);
         counters.for_each(|counter_word| counter_word.store(0, Ordering::Relaxed));
         self.0.free.lock().unwrap_or_else(PoisonError::into_inner).insert(record);
@@ -228,7 +241,7 @@ impl SessionStore for MemfdStore {
     }
 
     fn set_latest_timestamp(&mut self, timestamp: Duration) {
-        // Until 2554.
+        // Valid until the year 2554.
         let nanos = u64::try_from(timestamp.as_nanos()).unwrap_or(u64::MAX);
         self.0.words.words()[LATEST_TIMESTAMP].store(nanos, Ordering::Relaxed);
     }
@@ -249,7 +262,7 @@ impl SessionStore for MemfdStore {
             (Some(&record), nanos) => self.timestamp_word(record).store(nanos, Ordering::Relaxed),
             (None, 0) => {}
             (None, nanos) => {
-                // Without a free record, only the control process keeps the timestamp_word, at most a minute
+                // Without a free record, only the control process stores the timestamp, up to 60 s
                 // late.
                 let Some(record) = self.allocate_record() else { return };
                 self.write_timestamp(record, key, nanos);
@@ -294,11 +307,11 @@ impl Drop for MemfdSlot {
 mod tests {
     use super::*;
 
-    /// What the engine would keep, as bytes that a session is read from.
+    /// Returns a session as the engine would store it.
     fn saved(number: u8) -> SavedSession {
         let mut bytes = [0; SAVED_LEN];
         bytes[..32].fill(number);
-        // Cipher, lanes at this end, lanes at the other, not the initiator.
+        // Cipher, local lanes, remote lanes, not the initiator.
         bytes[128..132].copy_from_slice(&[1, 2, 3, 0]);
         SavedSession::from_bytes(&bytes).unwrap()
     }
@@ -314,7 +327,7 @@ mod tests {
         kept[1].set_next_counter(2, 77);
         kept[1].set_next_counter(CONTROL_LANE, 5);
         memory.set_latest_timestamp(Duration::new(9, 1));
-        // A killed process drops nothing.
+        // A killed process runs no destructor.
         kept.into_iter().for_each(std::mem::forget);
         let (memory, found) = reopen(&memory);
         assert_eq!(memory.latest_timestamp(), Duration::new(9, 1));

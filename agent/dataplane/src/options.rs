@@ -4,26 +4,25 @@ use std::path::{Path, PathBuf};
 
 use skein_ipc::instance::Instance;
 
-/// What the data plane is started with; everything else comes over the socket.
+/// Options of a keeper. The control process sends all other settings over the socket.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// Path of the unix socket to listen on.
     pub socket: PathBuf,
-    /// Whether to take everything over from the data process that listens there.
+    /// True to take over from the keeper whose data process listens on the socket.
     pub take_over: bool,
-    /// Instance whose agent requests the data plane.
+    /// Instance whose agent requests the data plane; `None` to acquire it at the start.
     pub instance: Option<Instance>,
 }
 
 impl Options {
-    /// Returns whether this keeper takes the data plane over from other keepers, at once or on
-    /// request.
+    /// Returns whether this keeper takes over from other keepers, at the start or on request.
     pub(super) fn takes_over(&self) -> bool {
         self.take_over || self.instance.is_some()
     }
 }
 
-/// Returns the path of the lock of the data plane at `socket`.
+/// Returns the path of the lock of the data plane whose socket is `socket`.
 pub fn lock_path(socket: &Path) -> PathBuf {
     socket.with_extension("lock")
 }

@@ -1,5 +1,5 @@
-//! Packets that wait for a session: the first packets to a node start a handshake and leave when it
-//! is done, so that nobody's first ping is lost. Few, bounded in number, bytes and age.
+//! Packets that wait for a session. The first packets to a peer start a handshake and are sent when
+//! it is complete, so that they are not lost. Number, size and age of the packets are bounded.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -7,22 +7,22 @@ use std::time::{Duration, Instant};
 use skein_core::offload::vnet::VnetHeader;
 use skein_core::route::PeerId;
 
-/// Packets accepted for one peer.
+/// Maximum number of pending packets for one peer.
 const MAX_PACKETS: usize = 64;
-/// Bytes accepted for one peer.
+/// Maximum size of pending packets for one peer, bytes.
 const MAX_PEER_BYTES: usize = 128 << 10;
-/// Bytes accepted for all peers of a lane.
+/// Maximum size of pending packets for all peers of a lane, bytes.
 const MAX_BYTES: usize = 1 << 20;
-/// What waited longer is of no use to its sender any more.
+/// Age after which a packet is dropped: its sender has repeated it by then.
 const MAX_AGE: Duration = Duration::from_secs(5);
-/// How often the manager is requested for the same session.
+/// Minimum interval between two requests for the same session.
 const REQUEST_INTERVAL: Duration = Duration::from_millis(500);
 
-/// A packet as it was read from the TUN.
+/// Packet as it was read from the TUN queue.
 pub(super) struct PendingPacket {
-    /// Its virtio_net_hdr.
+    /// Segmentation of the packet (virtio_net_hdr).
     pub(super) vnet: VnetHeader,
-    /// The (super)packet.
+    /// IP packet or superpacket.
     pub(super) packet: Vec<u8>,
     since: Instant,
 }
@@ -30,12 +30,13 @@ pub(super) struct PendingPacket {
 #[derive(Default)]
 struct PeerQueue {
     packets: Vec<PendingPacket>,
-    /// Length of `packets` in bytes.
+    /// Total length of `packets`, bytes.
     bytes: usize,
     requested: Option<Instant>,
 }
 
-/// See the module.
+/// Packets of a lane that wait for sessions: at most 64 packets and 128 KiB per peer, 1 MiB per
+/// lane, for 5 s.
 #[derive(Default)]
 pub(super) struct PendingPackets {
     queues: HashMap<PeerId, PeerQueue>,
@@ -43,19 +44,19 @@ pub(super) struct PendingPackets {
 }
 
 impl PendingPackets {
-    /// Whether nothing waits.
+    /// Returns whether no packet waits and no request is remembered.
     pub(super) fn is_empty(&self) -> bool {
         self.queues.is_empty()
     }
 
-    /// Whether packets for `peer` wait.
+    /// Returns whether packets for `peer` wait.
     pub(super) fn has_packets(&self, peer: PeerId) -> bool {
         !self.queues.is_empty()
             && self.queues.get(&peer).is_some_and(|queue| !queue.packets.is_empty())
     }
 
-    /// Holds a packet for `peer`. Returns whether it was taken, and whether the manager is to be
-    /// requested for a session.
+    /// Adds a packet for `peer`. Returns whether the packet was accepted, and whether the caller
+    /// must request a session.
     pub(super) fn push(
         &mut self,
         now: Instant,
@@ -76,14 +77,14 @@ impl PendingPackets {
         (room, request)
     }
 
-    /// Notes that the manager was requested for a session with `peer`.
+    /// Records that a session with `peer` was requested at `now`.
     pub(super) fn requested(&mut self, now: Instant, peer: PeerId) {
         if let Some(queue) = self.queues.get_mut(&peer) {
             queue.requested = Some(now);
         }
     }
 
-    /// Takes everything that waits for a peer that `ready` accepts.
+    /// Removes and returns the packets of all peers that `ready` accepts, in order for each peer.
     pub(super) fn drain_ready(&mut self, ready: impl Fn(PeerId) -> bool) -> Vec<PendingPacket> {
         let mut taken = Vec::new();
         self.queues.retain(|&peer, queue| {
@@ -97,8 +98,8 @@ impl PendingPackets {
         taken
     }
 
-    /// Gives up what is too old, and all that waits for peers that `known` refuses; returns the
-    /// number of packets.
+    /// Removes packets that are too old, and all packets of peers that `known` rejects. Returns
+    /// their number.
     pub(super) fn expire(&mut self, now: Instant, known: impl Fn(PeerId) -> bool) -> usize {
         let mut expired = 0;
         let bytes = &mut self.bytes;
@@ -113,7 +114,7 @@ impl PendingPackets {
                 }
                 keep
             });
-            // An empty queue still remembers when the manager was requested.
+            // An empty queue remembers the time of the last request.
             known
                 && (!queue.packets.is_empty() || queue.requested.is_some_and(|a| now - a < MAX_AGE))
         });

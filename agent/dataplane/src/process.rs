@@ -16,17 +16,22 @@ use super::manager::{self, SetLogLevel};
 use super::server;
 use super::tap::Tap;
 
-/// The data process: works for the keeper at the other end of a descriptor that it inherited.
+/// Runs the data process for the keeper at the other end of the inherited descriptor `channel`,
+/// until it is asked to exit.
+///
+/// # Errors
+/// An error if the channel or a received descriptor cannot be used, or if the manager panics.
 pub fn work(channel: i32, confined: Confined, set_log_level: SetLogLevel) -> anyhow::Result<()> {
-    let channel =
-        descriptors::inherited_socket(channel).context("--worker is the keeper's to use")?;
+    let channel = descriptors::inherited_socket(channel)
+        .context("cannot use the descriptor of --worker, which only the keeper passes")?;
     let begin: Option<StartMessage> =
-        handover::receive(&channel).context("the keeper says nothing")?;
-    let StartMessage { state } = begin.context("the keeper is gone")?;
+        handover::receive(&channel).context("cannot receive the start message of the keeper")?;
+    let StartMessage { state } = begin.context("the keeper has closed the channel")?;
     let count = 2 + state.as_ref().map_or(0, HandOver::descriptor_count);
-    let mut all = descriptors::receive(&channel, count).context("the keeper gives nothing")?;
+    let mut all = descriptors::receive(&channel, count)
+        .context("cannot receive the descriptors of the keeper")?;
     let listener = all.remove(0).into();
-    // No other process may seal in these sessions while this process runs.
+    // Holds the lock, so that no other process seals in these sessions while this process runs.
     let _lock = all.remove(0);
     let state =
         state.and_then(|state| InheritedFds::from_descriptors(&state, all).map(|fds| (state, fds)));
@@ -34,11 +39,18 @@ pub fn work(channel: i32, confined: Confined, set_log_level: SetLogLevel) -> any
     serve(listener, keeper, state, set_log_level, confined.mechanisms)
 }
 
-/// Works in this process, with nobody to go on when it dies.
+/// Runs a data process without a keeper in this process. Its sessions end with it.
+///
+/// # Errors
+/// An error if the socket cannot be bound, or if the manager panics.
 pub fn run_alone(socket: &Path, set_log_level: SetLogLevel) -> anyhow::Result<()> {
     serve(server::bind(socket)?, None, None, set_log_level, Vec::new())
 }
 
+/// Starts the manager and the control socket, and waits for the manager's end.
+///
+/// # Errors
+/// An error if a thread cannot be started, or if the manager panics.
 fn serve(
     listener: UnixListener,
     keeper: Option<Arc<KeeperChannel>>,
@@ -53,12 +65,12 @@ fn serve(
     let (manager, thread) =
         manager::start(keeper, state, set_log_level, to_tap, to_changes, confinement)
             .context("cannot start the manager")?;
-    tracing::info!(socket = %socket.path().display(), "the data process listens");
+    tracing::info!(socket = %socket.path().display(), "data process listens");
     std::thread::Builder::new()
         .name("control-listener".to_owned())
         .spawn(move || server::serve(socket, manager, tap, changes))
         .context("cannot start the control socket")?;
     let ended = thread.join();
     delete_socket();
-    ended.map_err(|_| anyhow::anyhow!("the manager's thread has panicked"))
+    ended.map_err(|_| anyhow::anyhow!("the session manager has panicked"))
 }

@@ -1,5 +1,6 @@
-//! The bounded queue from the lanes and the control socket to the session manager. Each type of message
-//! from the underlay has a share of the queue, and one share is left for the node's own messages.
+//! Bounded queue from the lanes and the control socket to the session manager. Each type of message
+//! from the underlay has a share of the queue, and one share is reserved for the node's own
+//! messages.
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::net::UnixStream;
@@ -13,84 +14,89 @@ use skein_core::wire::header::MessageType;
 use skein_ipc::{Request, Response};
 use skein_sys::send::TooLong;
 
-/// Number of message types that come from the underlay: three of handshakes, and control messages.
+/// Number of message types from the underlay: three of the handshake, and control messages.
 const MESSAGE_TYPES: usize = 4;
-/// Queued messages of each type. Further ones are dropped and counted; their senders repeat them.
+/// Maximum number of queued messages of each type. Further messages are dropped and counted; their
+/// senders repeat them.
 const MAX_QUEUED_PER_TYPE: usize = 256;
-/// Queued messages in all. One share is left for the lanes' own messages and the control process.
+/// Maximum number of queued messages. One share is reserved for messages of the lanes and the
+/// control process.
 const MAX_QUEUED: usize = (MESSAGE_TYPES + 1) * MAX_QUEUED_PER_TYPE;
 
-/// What the manager is told.
+/// Messages to the session manager.
 pub(super) enum ToManager {
     /// A lane has packets for a peer without a session.
     RequestSession(PeerId),
-    /// A lane's TUN queue is of no more use.
+    /// The TUN queue of a lane is unusable.
     TunGone {
-        /// The device's generation ([`super::setup::Running::generation`]).
+        /// Generation of the device ([`super::setup::Running::generation`]).
         generation: u32,
     },
-    /// A data packet with an unknown receiver index came from this address.
+    /// A data datagram with an unknown receiver index has arrived from this address.
     UnknownSession(IpAddr),
-    /// A datagram was longer than this host's route to its destination carries.
+    /// A datagram exceeded the MTU of this host's route to its destination.
     TooLong(TooLong),
-    /// End all sessions: a clone of this virtual machine may continue with the same keys.
+    /// Ends all sessions, because a clone of this virtual machine may continue with the same keys.
     EndSessions {
         /// Reason, for the log.
         reason: &'static str,
     },
     /// A handshake or control message.
     Datagram {
-        /// Outer source.
+        /// Underlay source address.
         source: SocketAddr,
-        /// UDP payload.
+        /// UDP payload, at most 9216 bytes.
         datagram: Box<[u8]>,
-        /// QueuePermit in the share of the message's type.
+        /// Permit of the message's type; dropped with the message.
         #[allow(dead_code, reason = "given back when it is dropped")]
         permit: QueuePermit,
     },
-    /// From the control socket.
+    /// Request of a connection of the control socket.
     Request {
-        /// What is asked.
+        /// Request to carry out.
         request: Request,
-        /// Where the answer goes.
+        /// Channel for the response.
         answer: SyncSender<Response>,
     },
-    /// Stop, and have the keeper give all to whoever is at the other end.
+    /// Stops the lanes and hands over the data plane.
     HandOver {
-        /// [`Request::TakeOver`] came by it.
+        /// Connection of the keeper that sent [`Request::TakeOver`].
         connection: UnixStream,
-        /// Where a refusal goes.
+        /// Channel for a refusal.
         answer: SyncSender<Response>,
     },
 }
 
-/// An end to send by.
+/// Sending end of the manager's queue.
 #[derive(Debug, Clone)]
 pub(super) struct ToManagerQueue {
     queue: SyncSender<ToManager>,
     waiting: Arc<[AtomicUsize; MESSAGE_TYPES]>,
 }
 
-/// The permit of a message from the underlay in the queue, until it is dropped.
+/// Permit of one queued message from the underlay; drop frees its place in the share.
 #[derive(Debug)]
 pub(super) struct QueuePermit {
     waiting: Arc<[AtomicUsize; MESSAGE_TYPES]>,
     of: usize,
 }
 
-/// A queue.
+/// Creates a queue.
 pub(super) fn channel() -> (ToManagerQueue, Receiver<ToManager>) {
     let (queue, receiver) = sync_channel(MAX_QUEUED);
     (ToManagerQueue { queue, waiting: Arc::default() }, receiver)
 }
 
 impl ToManagerQueue {
-    /// Waits until there is room. Fails where the manager has ended.
+    /// Queues a message; waits until the queue has room.
+    ///
+    /// # Errors
+    /// [`SendError`] if the manager has ended.
     pub(super) fn send(&self, message: ToManager) -> Result<(), SendError<ToManager>> {
         self.queue.send(message)
     }
 
-    /// Whether it was taken. It is not while the manager is behind, and when the process ends.
+    /// Queues a message of a lane if the queue has room. Returns whether it was queued.
     pub(super) fn try_send_own(&self, message: ToManager) -> bool {
         self.queue.try_send(message).is_ok()
     }
@@ -120,7 +126,7 @@ impl ToManagerQueue {
 
     fn acquire(&self, of: usize) -> Result<QueuePermit, DropReason> {
         let before = self.waiting[of].fetch_add(1, Ordering::Relaxed);
-        // Given back at once where it is one too many.
+        // If the share is exceeded, dropping the permit undoes the increment.
         let permit = QueuePermit { waiting: Arc::clone(&self.waiting), of };
         if before < MAX_QUEUED_PER_TYPE { Ok(permit) } else { Err(DropReason::ManagerQueue) }
     }
@@ -157,7 +163,7 @@ mod tests {
             assert!(queue.try_send_own(ToManager::RequestSession(PeerId(1))), "One share is left.");
         }
         assert!(!queue.try_send_own(ToManager::RequestSession(PeerId(1))), "The queue is bounded.");
-        // A message that is taken makes room for another one of its type.
+        // A message that is received frees a place for another one of its type.
         let taken = receiver.recv().unwrap();
         assert_eq!(try_enqueue(MessageType::Response), Err(DropReason::ManagerQueue));
         drop(taken);

@@ -1,4 +1,4 @@
-//! The data process's answer to "how are you".
+//! Report of the data process: counters, capabilities and peers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -18,19 +18,20 @@ use super::setup::Running;
 use super::stats::{DropStats, drop_report};
 use super::totals::TrafficTotals;
 
-/// What a report is made of, beside the counters of the lanes.
+/// Sources of a report, except the counters of the lanes' process.
 pub(super) struct Sources<'a> {
-    /// Sessions and handshakes.
+    /// Protocol engine: sessions and handshakes.
     pub(super) engine: &'a Engine,
-    /// Lanes and the ladder.
+    /// Running lanes and their capabilities.
     pub(super) running: &'a Running,
-    /// Drops that the engine counted.
+    /// Drops of the engine.
     pub(super) drops: &'a DropStats,
     /// Traffic of each peer.
     pub(super) totals: &'a TrafficTotals,
 }
 
-/// Fills in all that only an active data plane knows; each peer's state only where that is wanted.
+/// Completes `report` with the state of an active data plane. The state of each peer is included
+/// only if `each_peer` is set.
 pub(super) fn fill<'a>(
     report: &mut Report,
     now: Time,
@@ -54,7 +55,8 @@ pub(super) fn fill<'a>(
         let rung = report.capabilities.iter_mut().find(|c| c.name == rung && refused);
         if let Some(rung) = rung.filter(|rung| rung.state == CapabilityState::On) {
             rung.state = CapabilityState::Degraded;
-            rung.reason = Some("the kernel refused a merged packet: writing singly".to_owned());
+            rung.reason =
+                Some("the kernel refused a superpacket: packets are written singly".to_owned());
         }
     }
     if lanes.iter().any(|lane| lane.stats.ecn_refused.load(Relaxed)) {
@@ -62,7 +64,7 @@ pub(super) fn fill<'a>(
         if let Some(ecn) = report.capabilities.iter_mut().find(on) {
             ecn.state = CapabilityState::Degraded;
             ecn.reason =
-                Some("the kernel refused to set it: datagrams leave as Not-ECT".to_owned());
+                Some("the kernel refused to set the field: datagrams leave as Not-ECT".to_owned());
         }
     }
     let gso = report.capabilities.iter_mut().find(|c| c.name == "udp_gso");
@@ -103,7 +105,8 @@ pub(super) fn fill<'a>(
     report.peers.sort_by(|a, b| a.name.cmp(&b.name));
 }
 
-/// Says where GSO is refused; returns whether it is in use at all.
+/// Marks the capability as degraded if GSO is off for some destinations. Returns whether GSO is in
+/// use.
 fn degrade(gso: &mut Capability, off: &BTreeSet<SocketAddr>) -> bool {
     if gso.state != CapabilityState::On {
         return false;
@@ -111,7 +114,7 @@ fn degrade(gso: &mut Capability, off: &BTreeSet<SocketAddr>) -> bool {
     if !off.is_empty() {
         let names: Vec<_> = off.iter().map(ToString::to_string).collect();
         gso.state = CapabilityState::Degraded;
-        gso.reason = Some(format!("refused on the way to {}", names.join(", ")));
+        gso.reason = Some(format!("refused for {}", names.join(", ")));
     }
     true
 }

@@ -1,4 +1,4 @@
-//! The data process's unix socket: frames of [`skein_ipc`], one connection a thread.
+//! Control socket of the data process: frames of [`skein_ipc`], one thread per connection.
 
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -23,22 +23,27 @@ use super::channel::KeeperChannel;
 use super::queue::{ToManager, ToManagerQueue};
 use super::tap::Tap;
 
-/// Connections served at once: the control process's, and those of people who look, two for each watch.
+/// Maximum number of connections: the control process, and two for each `capture` or `trace
+/// --drops`.
 const MAX_CONNECTIONS: usize = 16;
-/// Connections that may wait to be accepted.
+/// Maximum number of connections that wait for accept(2).
 const BACKLOG: i32 = 16;
-/// A watcher is told something this often, so that one that is gone is noticed.
+/// Interval of messages to a capture without packets, so that a closed connection is noticed.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
-/// Interval at which the socket's path is compared with the socket: one `lstat`.
+/// Interval at which the socket's path is compared with the socket (one `lstat`).
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
-/// How long a watcher may leave what it is told unread.
+/// Timeout of writes to a capture.
 const WATCHER_WRITE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Binds the socket for root's use only. A path that a dead process left is taken over.
+/// Binds the socket for the process's user only. Replaces a stale socket file of a process that has
+/// exited.
+///
+/// # Errors
+/// An error if another process listens on the path, or if the file or its directory cannot be used.
 pub(super) fn bind(path: &Path) -> anyhow::Result<UnixListener> {
     match UnixStream::connect(path) {
         Ok(_) => bail!(
-            "another data process listens on {}: stop it, or set dataplane.socket to another path",
+            "another data process listens on {}. Stop it, or set dataplane.socket to another path.",
             path.display()
         ),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -58,23 +63,26 @@ pub(super) fn bind(path: &Path) -> anyhow::Result<UnixListener> {
     Ok(listener)
 }
 
-/// The listening socket of this process. Another program that deletes or replaces the socket's file
-/// makes it unreachable; then it is created again, within [`CHECK_INTERVAL`].
+/// Listening control socket of this process. If another program deletes or replaces the socket's
+/// file, the socket is created again within [`CHECK_INTERVAL`].
 pub(super) struct Socket {
     listener: UnixListener,
     path: PathBuf,
-    /// The socket's file; `None` if it was absent.
+    /// Identity of the socket's file; `None` if the file was absent.
     file: Option<FileId>,
     /// The keeper, which creates the socket for a confined process.
     keeper: Option<Arc<KeeperChannel>>,
     next_check: Instant,
-    /// The last error, while the path does not lead to the socket.
+    /// Last error of the creation; `None` while the path leads to the socket.
     error: Option<String>,
 }
 
 impl Socket {
-    /// Makes the socket this process's, whoever has bound it: a client is told this process's id.
-    /// Clients that have connected already must connect again.
+    /// Claims the socket for this process by listen(2), so that clients see this process's id.
+    /// Closes connections that wait; their clients must connect again.
+    ///
+    /// # Errors
+    /// The kernel's error, or `InvalidInput` if the socket has no path.
     pub(super) fn own(
         listener: UnixListener,
         keeper: Option<Arc<KeeperChannel>>,
@@ -100,20 +108,23 @@ impl Socket {
                 None => std::fs::remove_file(path),
             };
             if let Err(error) = deleted {
-                // The next start removes the stale file.
-                tracing::debug!(%error, "the control socket cannot be deleted");
+                // The next start removes a stale file.
+                tracing::debug!(%error, "control socket not deleted");
             }
         }
     }
 
-    /// Waits for a connection. Without free descriptors accept(2) fails even if no connection
+    /// Waits for a connection. Without free descriptors, accept(2) fails even if no connection
     /// waits, so it is called only if one does.
+    ///
+    /// # Errors
+    /// The error of poll(2) or accept(2).
     fn accept(&mut self) -> io::Result<UnixStream> {
         loop {
             let timeout = self.next_check.saturating_duration_since(Instant::now());
             let timeout = Timespec::try_from(timeout).ok();
             match poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], timeout.as_ref()) {
-                // Connections of a socket that is about to be replaced are accepted first.
+                // Connections of the present socket are accepted before it is replaced.
                 Ok(0) => {
                     self.check();
                     self.next_check = Instant::now() + CHECK_INTERVAL;
@@ -128,6 +139,7 @@ impl Socket {
         }
     }
 
+    /// Creates the socket again if its path does not lead to it.
     fn check(&mut self) {
         let path = self.path.display();
         if self.file.is_some() && file_id(&self.path) == self.file {
@@ -197,6 +209,10 @@ pub(super) fn serve(
     }
 }
 
+/// Serves the requests of one connection until the client closes it.
+///
+/// # Errors
+/// An error if the client is not trusted, sends a malformed request, or if the manager has ended.
 fn serve_connection(
     mut stream: UnixStream,
     manager: &ToManagerQueue,
@@ -205,7 +221,9 @@ fn serve_connection(
 ) -> anyhow::Result<()> {
     let uid = peer_credentials(&stream)?.uid;
     if !is_trusted(uid) {
-        bail!("user {uid} may not use the data plane");
+        bail!(
+            "user {uid} is not allowed to use the data plane socket. Run the command as root or as the user of the data process."
+        );
     }
     loop {
         let request = match read_frame::<Request>(&mut stream) {
@@ -214,9 +232,9 @@ fn serve_connection(
             Err(error) => {
                 let message = format!("cannot read the request: {error}");
                 let response = Response::Error { kind: ErrorKind::Invalid, message };
-                // The other side may be gone already; the error below says why.
+                // The client may have disconnected; the error is logged below.
                 let _ = write_frame(&mut stream, &response);
-                return Err(error).context("bad request");
+                return Err(error).context("malformed request");
             }
         };
         let (answer, response) = sync_channel(1);
@@ -232,11 +250,11 @@ fn serve_connection(
             }
             request => ToManager::Request { request, answer },
         };
-        manager.send(message).context("the manager has ended")?;
-        let mut response = response.recv().context("the manager has ended")?;
+        manager.send(message).context("the session manager has ended")?;
+        let mut response = response.recv().context("the session manager has ended")?;
         if let Response::Report { report } = &mut response {
-            // This thread reads the counters, not the manager: the kernel's lock of all links may
-            // be held for long.
+            // This thread reads the counters instead of the manager: the kernel may hold its lock
+            // of all links for long.
             add_device_counters(report);
         }
         write_frame(&mut stream, &response)?;
@@ -247,11 +265,15 @@ fn add_device_counters(report: &mut Report) {
     let link = report.tun.as_deref().map(link::find).transpose();
     match link {
         Ok(link) => report.tun_queue_drops = link.flatten().map_or(0, |link| link.tx_dropped),
-        Err(error) => tracing::warn!(%error, "the counters of the TUN device cannot be read"),
+        Err(error) => tracing::warn!(%error, "cannot read the counters of the TUN device"),
     }
 }
 
-/// Tells a watcher what is seen until it closes the connection.
+/// Sends captured packets until the client closes the connection.
+///
+/// # Errors
+/// An error if the client does not read within [`WATCHER_WRITE_TIMEOUT`], or if the connection
+/// fails.
 fn stream_packets(
     mut stream: UnixStream,
     tap: &Arc<Tap>,
@@ -259,7 +281,8 @@ fn stream_packets(
 ) -> anyhow::Result<()> {
     stream.set_write_timeout(Some(WATCHER_WRITE_TIMEOUT))?;
     let Some(mut subscription) = tap.subscribe(request) else {
-        let message = "too many watch already: end another trace --drops or capture".to_owned();
+        let message =
+            "too many captures are running. End another capture or trace --drops.".to_owned();
         let response = Response::Error { kind: ErrorKind::InUse, message };
         return Ok(write_frame(&mut stream, &response)?);
     };
@@ -267,7 +290,7 @@ fn stream_packets(
         let (packets, missed) = subscription.next_batch(KEEPALIVE_INTERVAL);
         match write_frame(&mut stream, &Response::Captured { packets, missed }) {
             Err(error) if is_disconnect(&error) => return Ok(()),
-            written => written.context("a watcher does not read")?,
+            written => written.context("the client of a capture does not read")?,
         }
     }
 }

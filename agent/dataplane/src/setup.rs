@@ -1,5 +1,5 @@
-//! From settings to running lanes: descriptors are opened, probed and handed out. Either all of it
-//! works or nothing stays.
+//! Set-up of a data plane: opens and probes the descriptors that the settings demand, and builds
+//! the lanes. After an error, all descriptors are closed.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -26,12 +26,12 @@ use super::queue::ToManagerQueue;
 use super::tables::TablesHandle;
 use super::tap::Tap;
 
-/// Connections of a data plane to the rest of its process and to the keeper.
+/// Handles of a data plane to the rest of its process and to the keeper.
 #[derive(Clone)]
 pub(super) struct ProcessHandles {
     pub(super) to_manager: ToManagerQueue,
     pub(super) tap: Arc<Tap>,
-    /// Absent if nobody continues with the descriptors when this process dies.
+    /// Channel to the keeper; `None` if no process continues with the descriptors after this one.
     pub(super) keeper: Option<Arc<KeeperChannel>>,
 }
 
@@ -48,7 +48,7 @@ impl ProcessHandles {
     }
 }
 
-/// Descriptors that are open, and what the kernel allows on them.
+/// Open descriptors, and the kernel's capabilities for them.
 struct OpenedDescriptors {
     queues: Vec<TunQueue>,
     sockets: Vec<FamilySockets>,
@@ -58,42 +58,44 @@ struct OpenedDescriptors {
     generation: u32,
 }
 
-/// Lanes at work, and the sockets for handshakes.
+/// Lanes of a data plane, and the manager's sockets for handshakes.
 pub(super) struct Running {
-    /// In the order of their numbers; none before [`Running::start_lanes`].
+    /// Running lanes in the order of their index; empty before [`Running::start_lanes`] and after
+    /// [`Running::stop`].
     pub(super) lanes: Vec<LaneHandle>,
-    /// The ladder as probed.
+    /// States of the offload capabilities.
     pub(super) capabilities: Vec<Capability>,
-    /// Lanes that have not begun yet.
+    /// Lanes that are not started yet.
     parts: Vec<LaneParts>,
     manager_sockets: Vec<(bool, UdpSocket)>,
-    /// Ports of all UDP sockets, in order, each once.
+    /// Ports of all UDP sockets, in ascending order without duplicates.
     pub(super) source_ports: Vec<u16>,
-    /// Copies of the lanes' descriptors and the manager's, for the keeper.
+    /// Duplicates of the descriptors of lanes and manager, for the keeper.
     copies: Vec<OwnedFd>,
     families: Vec<Family>,
-    /// Number of lanes, also before they start and after they have stopped.
+    /// Number of lanes, independent of whether they run.
     lane_count: usize,
     offload: TunOffload,
     gso: bool,
     handles: ProcessHandles,
-    /// How often the lanes were attached to a device made anew. What a lane says of the one before is
-    /// out of date.
+    /// Number of times that the TUN device was replaced. Messages of lanes about an earlier device
+    /// are ignored.
     pub(super) generation: u32,
 }
 
 impl Running {
-    /// Opens everything.
+    /// Opens the queues of the TUN device and the UDP sockets, and probes the offloads.
+    ///
+    /// # Errors
+    /// [`SetupError::Invalid`] if the number of lanes or an address is invalid, or if datagrams
+    /// cannot be steered to several lanes; otherwise the error of the device or a socket.
     pub(super) fn open(
         node: &NodeSettings,
         published: &Arc<TablesHandle>,
         handles: &ProcessHandles,
     ) -> Result<Self, SetupError> {
         if !(1..=64).contains(&node.lanes) {
-            return Err(SetupError::Invalid(format!(
-                "lanes = {}: a node has 1 to 64 lanes",
-                node.lanes
-            )));
+            return Err(SetupError::Invalid(format!("lanes is {}, expected 1 to 64", node.lanes)));
         }
         let addresses = bind_addresses(&node.underlay.addresses)?;
         let lanes = usize::from(node.lanes);
@@ -112,7 +114,7 @@ impl Running {
                 && lanes > 1
             {
                 return Err(SetupError::Invalid(format!(
-                    "datagrams cannot be steered to their lanes ({why}): set dataplane.lanes = 1"
+                    "datagrams cannot be steered to their lanes ({why}). Set dataplane.lanes to 1."
                 )));
             }
             notes.extend(more);
@@ -137,7 +139,10 @@ impl Running {
         Ok(Self::new(node, opened, published, handles)?)
     }
 
-    /// Goes on with what another process has state.
+    /// Builds the lanes from the descriptors of the previous data process.
+    ///
+    /// # Errors
+    /// [`SetupError`] if a queue does not belong to the device, or if a descriptor cannot be used.
     pub(super) fn from_inherited(
         node: &NodeSettings,
         state: HandOver,
@@ -210,7 +215,10 @@ impl Running {
         })
     }
 
-    /// Starts the lanes. What they are to look at has to be published.
+    /// Starts the lanes. Tables must be published before.
+    ///
+    /// # Errors
+    /// The kernel's error if a thread or an event descriptor cannot be created.
     pub(super) fn start_lanes(&mut self) -> io::Result<()> {
         for parts in std::mem::take(&mut self.parts) {
             self.lanes.push(LaneHandle::start(parts)?);
@@ -218,7 +226,8 @@ impl Running {
         Ok(())
     }
 
-    /// What the next process needs to know, and the descriptors behind the snapshot and the sessions.
+    /// Returns the description of the state for the next process, and the descriptors that follow
+    /// the snapshot and the session store.
     pub(super) fn hand_over_state(&self, node: &NodeSettings) -> (HandOver, Vec<BorrowedFd<'_>>) {
         let state = HandOver {
             version: HANDOVER_VERSION,
@@ -232,35 +241,38 @@ impl Running {
         (state, self.copies.iter().map(AsFd::as_fd).collect())
     }
 
-    /// Stops the lanes. What the kernel holds for them stays in its queues while anybody has copies of
-    /// the descriptors.
+    /// Stops the lanes. The kernel keeps queueing packets while any process holds copies of the
+    /// descriptors.
     pub(super) fn stop(&mut self) {
         self.lanes.clear();
     }
 
-    /// Switches reports of the ECN field off. The next process may be of an earlier release, whose
-    /// buffer for control messages is too small for them. A process of this release switches them
-    /// on again.
+    /// Disables reports of the ECN field. The next process may belong to an earlier release, whose
+    /// buffer for control messages is too small for them. A process of this release enables them
+    /// again.
     pub(super) fn stop_ecn_reports(&self) {
         let sockets = self.copies.get(self.lane_count..).unwrap_or_default();
         let per_family = 2 * self.lane_count + 1;
         for (family, sockets) in self.families.iter().zip(sockets.chunks(per_family)) {
             for receive in sockets.iter().step_by(2).take(self.lane_count) {
                 if let Err(error) = udp::report_ecn(receive.as_fd(), family.v4, false) {
-                    tracing::warn!(%error, "reports of the ECN field cannot be switched off");
+                    tracing::warn!(%error, "cannot disable reports of the ECN field");
                 }
             }
         }
     }
 
     /// Returns whether the kernel reports the ECN field of received datagrams, so that peers may
-    /// set it.
+    /// set the field.
     pub(super) fn has_ecn(&self) -> bool {
         let mut rungs = self.capabilities.iter();
         rungs.any(|rung| rung.name == ECN_RUNG && rung.state == CapabilityState::On)
     }
 
-    /// Attaches every lane to the device of this name again, after it was made anew.
+    /// Attaches every lane to the TUN device after it was created again.
+    ///
+    /// # Errors
+    /// [`SetupError`] if the queues cannot be opened.
     pub(super) fn attach_tun(&mut self, node: &NodeSettings) -> Result<(), SetupError> {
         let (queues, offload, notes) = self.handles.open_queues(node)?;
         self.generation += 1;
@@ -280,19 +292,20 @@ impl Running {
         Ok(())
     }
 
-    /// Makes every lane look at new tables.
+    /// Wakes every lane, so that it adopts new tables.
     pub(super) fn wake_lanes(&self) {
         for lane in &self.lanes {
             lane.wake();
         }
     }
 
-    /// Whether there is a socket of this destination's family.
+    /// Returns whether a socket of the destination's address family exists.
     pub(super) fn can_reach(&self, destination: SocketAddr) -> bool {
         self.manager_sockets.iter().any(|(v4, _)| *v4 == destination.is_ipv4())
     }
 
-    /// Sends a handshake or control message. One that is lost is sent again by its timer.
+    /// Sends a handshake or control message. The engine repeats lost messages, so other errors are
+    /// only logged.
     ///
     /// # Errors
     /// [`TooLong`] if the message is longer than this host's route to the destination carries.
@@ -307,8 +320,8 @@ impl Running {
         }
     }
 
-    /// Returns the longest UDP payload that this host's route to the destination carries, after the kernel has
-    /// refused one of `refused` bytes.
+    /// Returns the longest UDP payload that this host's route to `destination` carries, after the
+    /// kernel has refused one of `refused` bytes.
     pub(super) fn longest_payload(
         &self,
         destination: SocketAddr,
@@ -317,7 +330,7 @@ impl Running {
         let from = self.manager_socket(destination).and_then(|socket| socket.local_addr().ok());
         let Some(from) = from else { return LongestPayload::Unknown };
         udp::longest_payload(from.ip(), destination, refused).unwrap_or_else(|error| {
-            tracing::debug!(%destination, %error, "the MTU of the route cannot be read");
+            tracing::debug!(%destination, %error, "cannot read the MTU of the route");
             LongestPayload::Unknown
         })
     }
@@ -328,7 +341,7 @@ impl Running {
     }
 }
 
-/// The AEADs to offer.
+/// Returns the AEADs to offer in handshakes.
 pub(super) fn ciphers(choice: CipherChoice) -> Ciphers {
     let hardware = aes_in_hardware();
     match choice {
@@ -344,6 +357,7 @@ pub(super) fn ciphers(choice: CipherChoice) -> Ciphers {
     }
 }
 
+/// Returns whether the CPU has AES instructions.
 fn aes_in_hardware() -> bool {
     #[cfg(target_arch = "x86_64")]
     return std::arch::is_x86_feature_detected!("aes")
@@ -354,11 +368,15 @@ fn aes_in_hardware() -> bool {
     false
 }
 
+/// Checks the configured addresses: at least one, and at most one per address family.
+///
+/// # Errors
+/// [`SetupError::Invalid`] with the address that is one too many.
 fn bind_addresses(configured: &[IpAddr]) -> Result<Vec<IpAddr>, SetupError> {
     for (index, address) in configured.iter().enumerate() {
         if configured[..index].iter().any(|other| other.is_ipv4() == address.is_ipv4()) {
             return Err(SetupError::Invalid(format!(
-                "underlay.addresses: {address} is a second address of its family; one a family is bound"
+                "underlay.addresses: {address} is a second address of its family. Configure one address per family."
             )));
         }
     }
@@ -368,10 +386,10 @@ fn bind_addresses(configured: &[IpAddr]) -> Result<Vec<IpAddr>, SetupError> {
     Ok(configured.to_vec())
 }
 
-/// Returns the ports of all sockets, in order, each once.
+/// Returns the ports of all sockets, in ascending order without duplicates.
 ///
 /// # Errors
-/// The kernel does not return the address of a socket.
+/// The kernel's error if it does not return the address of a socket.
 fn source_ports(sockets: &[FamilySockets]) -> io::Result<Vec<u16>> {
     let of_family = |family: &FamilySockets| {
         let lanes: Vec<_> =
@@ -388,13 +406,16 @@ fn allowed(settings: OffloadSettings) -> TunOffload {
     TunOffload { checksum: settings.tun_checksum, tso: settings.tun_tso, uso: settings.tun_uso }
 }
 
-/// What may be written to a TUN whose reading side has reached `offload`: the same rungs, so that
-/// forcing one off shows in both directions.
+/// Returns the superpackets that may be written to a TUN device whose reading side has `offload`.
+/// Both directions use the same offloads, so that `forced off` applies to both.
 fn coalesce(offload: TunOffload) -> CoalesceConfig {
     CoalesceConfig { tcp: offload.tso, udp: offload.uso, partial_checksum: offload.checksum }
 }
 
-/// Switches reports of the ECN field on or off for every receiving socket.
+/// Enables or disables reports of the ECN field for every receive socket.
+///
+/// # Errors
+/// The error of setsockopt(2).
 fn report_ecn(sockets: &[FamilySockets], on: bool) -> io::Result<()> {
     for family in sockets {
         for lane in &family.lanes {

@@ -1,5 +1,5 @@
 //! Counters of the packet path. A lane counts a batch in plain memory and adds the result here, so
-//! that the packet path pays one relaxed addition a counter and batch.
+//! that the packet path pays one relaxed addition per counter and batch.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -10,7 +10,7 @@ use skein_core::drop::{DropCounts, DropReason};
 use skein_ipc::{DirectionReport, DropReport, HistogramReport, LaneReport};
 use skein_sys::send::{GsoState, SendOutcome, Sender};
 
-/// A histogram with the bounds of [`HistogramReport`].
+/// Shared histogram with the bounds of [`HistogramReport`].
 #[derive(Debug, Default)]
 pub(super) struct Histogram {
     buckets: [AtomicU64; 12],
@@ -29,7 +29,7 @@ impl Histogram {
         add(&self.sum, value * times);
     }
 
-    /// Adds what was counted in plain memory.
+    /// Adds the values of a batch and clears them.
     pub(super) fn collect(&self, values: &mut Values) {
         for (bucket, count) in self.buckets.iter().zip(values.buckets) {
             if count > 0 {
@@ -50,7 +50,7 @@ impl Histogram {
     }
 }
 
-/// Values on their way to a [`Histogram`].
+/// Values of a batch, before they are added to a [`Histogram`].
 #[derive(Debug, Default)]
 pub(super) struct Values {
     buckets: [u64; 12],
@@ -65,12 +65,12 @@ impl Values {
     }
 }
 
-/// 0 and 1 -> 0, 2 -> 1, 3 and 4 -> 2, …, above 1024 -> 11
+/// Returns the bucket of a value: 0 and 1 → 0, 2 → 1, 3 and 4 → 2, …, above 1024 → 11.
 fn bucket(value: u64) -> usize {
     (u64::BITS - value.saturating_sub(1).leading_zeros()).min(11) as usize
 }
 
-/// Counters of one direction of a lane; see [`DirectionReport`] for their meaning.
+/// Counters of one direction of a lane, with the meaning of [`DirectionReport`].
 #[derive(Debug, Default)]
 #[allow(missing_docs)]
 pub(super) struct DirectionStats {
@@ -101,12 +101,12 @@ impl DirectionStats {
     }
 }
 
-/// Adds to a counter.
+/// Adds `amount` to a counter.
 pub(super) fn add(counter: &AtomicU64, amount: u64) {
     counter.fetch_add(amount, Relaxed);
 }
 
-/// Drops by reason, shared.
+/// Shared drop counters, one per reason.
 #[derive(Debug)]
 pub(super) struct DropStats(Vec<AtomicU64>);
 
@@ -117,7 +117,7 @@ impl Default for DropStats {
 }
 
 impl DropStats {
-    /// Moves what was counted in plain memory to here.
+    /// Adds the drops of a batch and clears them.
     pub(super) fn collect(&self, counts: &mut DropCounts) {
         for (reason, packets) in counts.drain() {
             add(&self.0[reason as usize], packets);
@@ -129,7 +129,7 @@ impl DropStats {
     }
 }
 
-/// Sums of several [`DropStats`], every reason listed.
+/// Returns the sums of several [`DropStats`], with an entry for every reason.
 pub(super) fn drop_report(all: &[&DropStats]) -> Vec<DropReport> {
     DropReason::ALL
         .iter()
@@ -141,44 +141,45 @@ pub(super) fn drop_report(all: &[&DropStats]) -> Vec<DropReport> {
         .collect()
 }
 
-/// Everything that one lane counts.
+/// Counters of one lane.
 #[derive(Debug, Default)]
 #[repr(align(128))] // two cache lines: neighbours are fetched in pairs
 pub(super) struct LaneStats {
-    /// From the TUN to the underlay.
+    /// Counters of the direction from the TUN device to the underlay.
     pub(super) egress: DirectionStats,
-    /// From the underlay to the TUN.
+    /// Counters of the direction from the underlay to the TUN device.
     pub(super) ingress: DirectionStats,
     /// Drops of both directions.
     pub(super) drops: DropStats,
-    /// SO_RXQ_OVFL, all sockets of the lane.
+    /// Datagrams that the kernel dropped because a receive buffer was full (SO_RXQ_OVFL), all
+    /// sockets of the lane.
     pub(super) receive_queue_overflow: AtomicU64,
-    /// Waits that busy polling ended.
+    /// Waits that ended during busy polling.
     pub(super) polled: AtomicU64,
-    /// Waits asleep.
+    /// Waits that blocked in epoll.
     pub(super) slept: AtomicU64,
-    /// Runs that were sent again datagram by datagram.
+    /// GSO batches that were sent again as single datagrams.
     pub(super) gso_fallbacks: AtomicU64,
-    /// The TUN refused merged TCP.
+    /// True while the TUN device refuses TCP superpackets.
     pub(super) tun_tcp_refused: AtomicBool,
-    /// The TUN refused merged UDP.
+    /// True while the TUN device refuses UDP superpackets.
     pub(super) tun_udp_refused: AtomicBool,
     /// True if the kernel refused the control message of the outer ECN field.
     pub(super) ecn_refused: AtomicBool,
-    /// Destinations for which GSO is off, and until when; touched only while there are any.
+    /// Destinations for which GSO is off, with the end of the pause. Locked only if there are any.
     gso_off: Mutex<Vec<(SocketAddr, Instant)>>,
     any_gso_off: AtomicBool,
 }
 
 impl LaneStats {
-    /// Destinations for which GSO is off now.
+    /// Returns the destinations for which GSO is off now.
     pub(super) fn gso_off(&self) -> Vec<SocketAddr> {
         let now = Instant::now();
         let off = self.gso_off.lock().unwrap_or_else(PoisonError::into_inner);
         off.iter().filter(|(_, until)| *until > now).map(|(destination, _)| *destination).collect()
     }
 
-    /// Counts what a send came to.
+    /// Counts the result of a send.
     pub(super) fn count_sent(&self, outcome: &SendOutcome, sender: &Sender) {
         let stats = &self.egress;
         add(&stats.outer_packets, outcome.datagrams);
@@ -198,7 +199,8 @@ impl LaneStats {
         }
     }
 
-    /// Notes where GSO is off, if that has changed: `changed`, or a pause has run out.
+    /// Updates the destinations without GSO if they may have changed: `changed`, or a pause may
+    /// have ended.
     pub(super) fn note_gso_off(&self, gso: &GsoState, now: Instant, changed: bool) {
         if !changed && !self.any_gso_off.load(Relaxed) {
             return;
@@ -208,7 +210,7 @@ impl LaneStats {
         *self.gso_off.lock().unwrap_or_else(PoisonError::into_inner) = off;
     }
 
-    /// These counters as a report.
+    /// Returns the counters as a report.
     pub(super) fn report(&self, lane: u8) -> LaneReport {
         LaneReport {
             lane,

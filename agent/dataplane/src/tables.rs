@@ -1,5 +1,5 @@
-//! What the lanes look at: routes and sessions, immutable, replaced as a whole and adopted by each
-//! lane between two batches.
+//! Tables of the lanes: routes and sessions. Tables are immutable; the manager replaces them as a
+//! whole, and each lane adopts the new ones between two batches.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -11,41 +11,42 @@ use arc_swap::ArcSwap;
 use skein_core::route::{PeerId, RouteTable};
 use skein_core::tunnel::session::Session;
 
-/// One state of the routes and sessions.
+/// Routes and sessions at one time.
 #[derive(Default)]
 pub(super) struct Tables {
-    /// Who owns which address.
+    /// Owner of each address.
     pub(super) routes: Arc<RouteTable>,
-    /// How to reach each node.
+    /// Endpoint and sessions of each peer.
     pub(super) peers: HashMap<PeerId, PeerEntry>,
-    /// Every session that may be received with, by its receiver index, in ascending order: a lane
-    /// finds what is new by walking two of these side by side, without touching a session.
+    /// All sessions with which datagrams may be received, sorted by receiver index. A lane finds
+    /// the changes by one walk over the old and the new list, without access to a session.
     pub(super) sessions: Vec<(u32, Arc<Session>)>,
 }
 
 impl Tables {
-    /// Returns true if packets can be sent to `peer` at `now` (time since boot).
+    /// Returns whether packets can be sent to `peer` at `now` (time since boot).
     pub(super) fn is_ready(&self, peer: PeerId, now: Duration) -> bool {
         self.peers.get(&peer).is_some_and(|entry| entry.ready(now).is_some())
     }
 }
 
-/// How to reach one node.
+/// Endpoint and sessions of one peer.
 #[derive(Clone)]
 pub(super) struct PeerEntry {
-    /// Where it listens; `None` while no endpoint of a family that this node has is known.
+    /// Endpoint of the peer; `None` while no endpoint of a usable address family is known.
     pub(super) endpoint: Option<SocketAddr>,
-    /// The session to send with.
+    /// Session for sending.
     pub(super) session: Option<Arc<Session>>,
-    /// The session to send with once the other end has shown that it has it, and where to.
+    /// Session for sending once the peer has confirmed it, with its endpoint.
     pub(super) next: Option<(Arc<Session>, Option<SocketAddr>)>,
-    /// The longest plaintext of a datagram to it in bytes: the lesser of both nodes' inner MTUs.
+    /// Longest plaintext of a datagram to the peer, bytes: the minimum of both nodes' inner MTUs
+    /// and the path MTU.
     pub(super) max_plaintext: usize,
 }
 
 impl PeerEntry {
-    /// Returns the session and the address to send to at `now` (time since boot); `None` if no
-    /// session can be used.
+    /// Returns the session and the endpoint to send to at `now` (time since boot); `None` if no
+    /// session is usable.
     pub(super) fn ready(&self, now: Duration) -> Option<(&Arc<Session>, SocketAddr)> {
         let next = self.next.as_ref().filter(|(next, _)| next.is_confirmed());
         let (session, endpoint) = match next {
@@ -56,39 +57,40 @@ impl PeerEntry {
     }
 }
 
-/// The tables in force.
+/// Handle of the current tables. The manager publishes; lanes compare [`TablesHandle::version`] and
+/// load.
 #[derive(Default)]
 pub(super) struct TablesHandle {
-    /// Grows with each publication, after the tables are in place.
+    /// Number of publications. It is incremented after the tables are replaced.
     version: AtomicU64,
     tables: ArcSwap<Tables>,
-    /// Tables that lanes may still look at: the last to let go frees thousands of entries, and that is
-    /// not to be a lane.
+    /// Replaced tables that lanes may still use. The manager frees them, because freeing thousands
+    /// of entries would delay a lane.
     retired: Mutex<Vec<Arc<Tables>>>,
 }
 
 impl TablesHandle {
-    /// Puts `tables` in force: a lane that is asked to look at anything afterwards sees them.
+    /// Replaces the tables. A lane that loads the tables after this call gets `tables`.
     pub(super) fn publish(&self, tables: Tables) {
         let before = self.tables.swap(Arc::new(tables));
         self.version.fetch_add(1, Ordering::Release);
         self.retired.lock().unwrap_or_else(PoisonError::into_inner).push(before);
     }
 
-    /// Frees the tables that no lane looks at any more, and with them the keys of sessions that have
-    /// ended. Returns whether some are looked at still.
+    /// Frees replaced tables that no lane uses, and with them the keys of ended sessions. Returns
+    /// whether some are still in use.
     pub(super) fn free_retired(&self) -> bool {
         let mut retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
         retired.retain(|tables| Arc::strong_count(tables) > 1);
         !retired.is_empty()
     }
 
-    /// The number of the tables in force.
+    /// Returns the version of the current tables.
     pub(super) fn version(&self) -> u64 {
         self.version.load(Ordering::Acquire)
     }
 
-    /// The tables in force.
+    /// Returns the current tables.
     pub(super) fn load(&self) -> Arc<Tables> {
         self.tables.load_full()
     }

@@ -1,8 +1,8 @@
-//! What passes and what is dropped, for whoever looks: copies of packets on their way to a subscriber.
+//! Packet tap: copies of passing and dropped packets for `capture` and `trace --drops`.
 //!
-//! While nobody looks a lane pays one relaxed load a round, and one a drop. While somebody does, a
-//! packet that is looked for is copied and put into the subscriber's queue, which takes it or counts it
-//! as missed: no lane ever waits.
+//! Without subscribers, a lane pays one relaxed load per round and one per drop. With a subscriber,
+//! a packet that matches its request is copied to the subscriber's bounded queue, or counted as
+//! missed if the queue is full. No lane ever waits.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
@@ -18,59 +18,59 @@ use skein_ipc::capture::{CaptureKind, CaptureRequest, CapturedPacket};
 const DROPS: u8 = 1;
 const PACKETS: u8 = 2;
 
-/// Watchers at once: each holds up to [`QUEUE_LEN`] packets, and a connection.
+/// Maximum number of subscribers; each holds up to [`QUEUE_LEN`] packets and a connection.
 const MAX_SUBSCRIBERS: usize = 4;
-/// Packets that wait for a subscriber.
+/// Maximum number of packets that wait for a subscriber.
 const QUEUE_LEN: usize = 1024;
-/// Packets that one message to a subscriber holds.
+/// Maximum number of packets in one message to a subscriber.
 const MAX_PACKETS_PER_MESSAGE: usize = 128;
-/// Drops that are told within [`REFILL_INTERVAL`]; those beyond are counted. A flood of them would cost the lanes
-/// more than the drops do.
+/// Maximum number of drops that a subscriber receives within [`REFILL_INTERVAL`]; further ones are
+/// counted as missed. Copying a flood of drops would cost the lanes more than the drops do.
 const MAX_DROPS_PER_INTERVAL: u32 = 100;
 const REFILL_INTERVAL: Duration = Duration::from_millis(100);
-/// The most of a packet that is copied, in bytes.
+/// Maximum number of bytes copied of a packet.
 const MAX_SNAP: usize = 65_535;
 
-/// See the module.
+/// Packet tap of a data process, shared by its lanes and the manager.
 #[derive(Default)]
 pub(super) struct Tap {
     wanted: AtomicU8,
     subscribers: ArcSwap<Vec<Arc<Subscriber>>>,
-    /// Held while the two above change together; never on the packet path.
+    /// Lock of changes to `wanted` and `subscribers`; never taken on the packet path.
     changing: Mutex<()>,
 }
 
 struct Subscriber {
     request: CaptureRequest,
     sender: SyncSender<CapturedPacket>,
-    /// How many drops may be told until it is refilled again.
+    /// Drops that the subscriber may still receive in this interval.
     budget: AtomicU32,
     missed: AtomicU64,
 }
 
-/// What a lane or the manager has before it.
+/// Borrowed packet with its context.
 #[derive(Clone, Copy)]
 pub(super) struct PacketRef<'a> {
-    /// The lane; `None` for the manager.
+    /// Lane of the packet; `None` for the manager.
     pub(super) lane: Option<u8>,
-    /// The other node's address, where it is known.
+    /// Address of the other node; `None` if it is not known.
     pub(super) outer: Option<SocketAddr>,
-    /// What the bytes are.
+    /// Content of the packet.
     pub(super) bytes: Bytes<'a>,
-    /// How many packets this stands for.
+    /// Number of packets that the entry represents.
     pub(super) packets: u64,
 }
 
-/// The bytes of a packet.
+/// Content of a packet.
 #[derive(Clone, Copy)]
 pub(super) enum Bytes<'a> {
-    /// An IP packet of a pod's.
+    /// IP packet of a pod.
     Inner(&'a [u8]),
-    /// The payload of a datagram between nodes.
+    /// Payload of a datagram between nodes.
     Outer(&'a [u8]),
 }
 
-/// A watch in progress; it ends when this is dropped.
+/// Subscription to the tap; drop ends it.
 pub(super) struct Subscription {
     tap: Arc<Tap>,
     subscriber: Arc<Subscriber>,
@@ -79,19 +79,19 @@ pub(super) struct Subscription {
 }
 
 impl Tap {
-    /// Whether somebody looks at drops.
+    /// Returns whether a subscriber wants drops.
     #[inline]
     pub(super) fn wants_drops(&self) -> bool {
         self.wanted.load(Relaxed) & DROPS != 0
     }
 
-    /// Whether somebody looks at packets that pass.
+    /// Returns whether a subscriber wants passing packets.
     #[inline]
     pub(super) fn wants_packets(&self) -> bool {
         self.wanted.load(Relaxed) & PACKETS != 0
     }
 
-    /// Tells of a drop.
+    /// Delivers a drop to the subscribers that want drops.
     #[inline]
     pub(super) fn dropped(&self, reason: DropReason, packet_ref: PacketRef<'_>) {
         if self.wants_drops() {
@@ -99,7 +99,7 @@ impl Tap {
         }
     }
 
-    /// Tells of an inner packet that passes. The caller has asked [`Self::wants_packets`].
+    /// Delivers a passing inner packet. The caller checks [`Self::wants_packets`] first.
     #[cold]
     pub(super) fn passed(&self, direction: Direction, lane: u8, packet: &[u8]) {
         let bytes = Bytes::Inner(packet);
@@ -123,7 +123,7 @@ impl Tap {
         }
     }
 
-    /// Begins a watch; `None` where too many are under way.
+    /// Adds a subscriber; `None` if there are [`MAX_SUBSCRIBERS`] already.
     pub(super) fn subscribe(self: &Arc<Self>, request: CaptureRequest) -> Option<Subscription> {
         let (sender, receiver) = sync_channel(QUEUE_LEN);
         let subscriber = Arc::new(Subscriber {
@@ -204,7 +204,8 @@ impl Subscriber {
 }
 
 impl Subscription {
-    /// What was captured, once there is something or `timeout` is over; and how many packets were missed.
+    /// Waits until packets were captured or `timeout` has passed. Returns the packets, and the
+    /// number of packets missed since the last call.
     pub(super) fn next_batch(&mut self, timeout: Duration) -> (Vec<CapturedPacket>, u64) {
         let end = Instant::now() + timeout;
         let mut captured = Vec::new();

@@ -15,8 +15,8 @@ use super::lane_context::{LaneContext, SendSocket};
 use super::queue::ToManagerQueue;
 use super::tables::{PeerEntry, Tables};
 
-/// The only lane of a node, `age_clock` after the boot. Its send socket is on the loopback
-/// interface.
+/// Returns the context of the only lane of a node, `age_clock` after boot. Its send socket is on
+/// the loopback interface.
 pub(super) fn context(manager: ToManagerQueue, age_clock: Duration) -> LaneContext {
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
     socket.set_nonblocking(true).unwrap();
@@ -59,7 +59,7 @@ pub(super) fn session(initiator: bool) -> Arc<Session> {
     Arc::new(Session::new(session_params(7, initiator)).unwrap())
 }
 
-/// Tables with the pod CIDRs 10.N.0.0/16 of two peers, the first of which has a session.
+/// Returns tables with the pod CIDRs 10.N.0.0/16 of two peers, the first of which has a session.
 pub(super) fn tables(endpoint: SocketAddr) -> Tables {
     let cidrs = ["10.0.0.0/16", "10.1.0.0/16", "10.2.0.0/16"].map(|text| [text.parse().unwrap()]);
     let peers = [(PeerId(1), &cidrs[1][..]), (PeerId(2), &cidrs[2][..])];
@@ -72,7 +72,7 @@ pub(super) fn tables(endpoint: SocketAddr) -> Tables {
     }
 }
 
-/// An IPv4 packet between 10.FROM.0.1 and 10.TO.0.1: TCP, with a header of 40 bytes.
+/// Returns a TCP packet over IPv4 between 10.FROM.0.1 and 10.TO.0.1, with 40 bytes of headers.
 pub(super) fn packet(from: u8, to: u8, payload: usize) -> Vec<u8> {
     let mut packet = vec![0; 40 + payload];
     (packet[0], packet[8], packet[9]) = (0x45, 64, 6);

@@ -1,4 +1,4 @@
-//! What each peer has sent and received over all of its sessions, also those that have ended.
+//! Traffic of each peer over all of its sessions, including sessions that have ended.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,13 +10,13 @@ use skein_core::tunnel::{PeerView, Session};
 /// Inner packets and bytes of one peer.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct PeerTotals {
-    /// Packets to it.
+    /// Packets sent to the peer.
     pub(super) tx_packets: u64,
-    /// Bytes of these.
+    /// Bytes of the sent packets.
     pub(super) tx_bytes: u64,
-    /// Packets from it.
+    /// Packets received from the peer.
     pub(super) rx_packets: u64,
-    /// Bytes of these.
+    /// Bytes of the received packets.
     pub(super) rx_bytes: u64,
 }
 
@@ -30,7 +30,7 @@ impl PeerTotals {
     }
 }
 
-/// See the module.
+/// Traffic of all peers.
 #[derive(Default)]
 pub(super) struct TrafficTotals(HashMap<PeerId, PeerSessions>);
 
@@ -41,7 +41,7 @@ struct PeerSessions {
 }
 
 impl TrafficTotals {
-    /// Takes note of the sessions that are active; those that no longer are add to what has ended.
+    /// Updates the active sessions; adds the traffic of sessions that have ended to the totals.
     pub(super) fn update<'a>(&mut self, peers: impl Iterator<Item = (PeerId, &'a PeerView)>) {
         let mut before = std::mem::take(&mut self.0);
         for (id, view) in peers {
@@ -57,7 +57,7 @@ impl TrafficTotals {
         }
     }
 
-    /// All that went to and came from a peer.
+    /// Returns the traffic of a peer.
     pub(super) fn of(&self, peer: PeerId) -> PeerTotals {
         let Some(sessions) = self.0.get(&peer) else { return PeerTotals::default() };
         let mut totals = sessions.ended;

@@ -1,8 +1,8 @@
-//! Detection of a cloned or restored virtual machine. Two machines that continue from one snapshot would
-//! use the same keys with the same counters, so all sessions end.
+//! Detection of a cloned or restored virtual machine. Two machines that continue from one snapshot
+//! would use the same keys with the same counters, so all sessions end.
 //!
-//! The kernel announces a new generation by the uevent `NEW_VMGENID` (drivers/virt/vmgenid.c). Without
-//! an announcement, the wall clock tells: after a restore a time server corrects it, whereas
+//! The kernel announces a new generation by the uevent `NEW_VMGENID` (drivers/virt/vmgenid.c).
+//! Without an announcement, the wall clock shows the restore: a time server corrects it, whereas
 //! CLOCK_BOOTTIME does not include the time since the snapshot.
 
 use std::io;
@@ -17,7 +17,7 @@ use super::queue::{ToManager, ToManagerQueue};
 
 /// Multicast group of the kernel's own uevents; the other group is udev's.
 const KERNEL_GROUP: u32 = 1;
-/// Length of the receive buffer in bytes. The kernel's messages have at most 2048 bytes of variables
+/// Length of the receive buffer, bytes. The kernel's messages have at most 2048 bytes of variables
 /// (UEVENT_BUFFER_SIZE) after the path.
 const MESSAGE_LEN: usize = 8192;
 /// Jump of the wall clock ahead of CLOCK_BOOTTIME beyond which sessions end.
@@ -28,6 +28,8 @@ const MAX_CLOCK_JUMP: Duration = Duration::from_secs(10);
 pub(super) struct Uevents(OwnedFd);
 
 impl Uevents {
+    /// Subscribes to the uevents of the kernel.
+    ///
     /// # Errors
     /// The kernel's error if it has no uevents in this network namespace, or refuses the socket.
     pub(super) fn subscribe() -> io::Result<Self> {
@@ -67,6 +69,9 @@ impl Uevents {
     }
 
     /// Receives a message of the kernel; empty if the sender is a process.
+    ///
+    /// # Errors
+    /// The error of recvfrom(2); ENOBUFS if messages were lost.
     fn receive<'a>(&self, buffer: &'a mut [u8]) -> io::Result<&'a [u8]> {
         let (message, _, sender) = recvfrom(&self.0, &mut *buffer, RecvFlags::empty())?;
         let sender = sender.and_then(|sender| SocketAddrNetlink::try_from(sender).ok());
@@ -75,13 +80,20 @@ impl Uevents {
     }
 }
 
-/// Returns whether a uevent (`ACTION@PATH`, then `KEY=VALUE`, each with a final zero) announces a new
-/// generation of the virtual machine. A uevent that a process has requested by writing to `uevent` in
-/// sysfs has other keys (`SYNTH_ARG_…`).
-pub(crate) fn is_new_generation(message: &[u8]) -> bool {
+/// Returns whether a uevent (`ACTION@PATH`, then `KEY=VALUE`, each with a final zero) announces a
+/// new generation of the virtual machine. A uevent that a process has requested by a write to
+/// `uevent` in sysfs has other keys (`SYNTH_ARG_…`).
+fn is_new_generation(message: &[u8]) -> bool {
     let mut fields = message.split(|byte| *byte == 0);
     let is_uevent = fields.next().is_some_and(|first| first.contains(&b'@'));
     is_uevent && fields.any(|field| field == b"NEW_VMGENID=1")
+}
+
+/// Fuzzing entry point: a message that counts as an announcement contains the key.
+pub fn fuzz_uevent(message: &[u8]) {
+    let key = b"NEW_VMGENID=1";
+    let named = message.windows(key.len()).any(|window| window == key);
+    assert!(named || !is_new_generation(message));
 }
 
 /// Comparison of the wall clock with CLOCK_BOOTTIME.

@@ -1,4 +1,4 @@
-//! Writing to the TUN, and what to do when a kernel refuses a superpacket that it should take.
+//! Writes to the TUN queue, with a fallback for kernels that refuse a valid superpacket.
 
 use std::io::{self, IoSlice};
 use std::time::{Duration, Instant};
@@ -10,38 +10,39 @@ use skein_core::offload::vnet::{self, VnetHeader};
 use skein_core::wire::ip::UDP;
 use skein_sys::tun::TunQueue;
 
-/// Writes packets to a TUN queue.
+/// Writer of packets to a TUN queue.
 #[derive(Default)]
 pub(super) struct TunWriter {
     scratch: Vec<u8>,
-    /// Kinds of superpackets that this kernel refused. Kernels 6.6.44 and 6.10.3 and their like
-    /// call superpackets with a short tail invalid.
+    /// Superpacket kinds that the kernel refused. Kernels such as 6.6.44 and 6.10.3 refuse
+    /// superpackets whose last segment is short.
     refused: Refused,
     refused_at: Option<Instant>,
 }
 
-/// How long a kind that was refused is not merged.
+/// Time for which a refused kind of superpacket is not built.
 const MERGE_RETRY_DELAY: Duration = Duration::from_secs(60);
 
-/// Kinds of superpackets that the TUN refused.
+/// Superpacket kinds that the kernel refused.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Refused {
-    /// TCP.
     pub(super) tcp: bool,
-    /// UDP.
     pub(super) udp: bool,
 }
 
 impl Refused {
-    /// `config` less what was refused.
+    /// Returns `config` without the refused kinds.
     pub(super) fn limit(self, config: CoalesceConfig) -> CoalesceConfig {
         CoalesceConfig { tcp: config.tcp && !self.tcp, udp: config.udp && !self.udp, ..config }
     }
 }
 
 impl TunWriter {
-    /// Writes one packet, whose payload lies in `arena`. A superpacket that the kernel calls
-    /// invalid goes segment by segment, so that none of it is lost.
+    /// Writes one packet, whose payload is in `arena`. A superpacket that the kernel refuses as
+    /// invalid is written segment by segment, so that no part of it is lost.
+    ///
+    /// # Errors
+    /// The error of writev(2).
     pub(super) fn write(
         &mut self,
         tun: &TunQueue,
@@ -58,19 +59,19 @@ impl TunWriter {
         }
     }
 
-    /// What is not to be merged now.
+    /// Returns the superpacket kinds that must not be built now.
     pub(super) fn refused(&self) -> Refused {
         self.refused
     }
 
-    /// Forgets refusals that are long ago, so that merging is tried again.
+    /// Clears the refusals after [`MERGE_RETRY_DELAY`], so that merging is tried again.
     pub(super) fn expire_refusals(&mut self, now: Instant) {
         if self.refused_at.is_some_and(|at| now - at > MERGE_RETRY_DELAY) {
             self.clear_refusals();
         }
     }
 
-    /// Forgets every refusal.
+    /// Clears all refusals.
     pub(super) fn clear_refusals(&mut self) {
         self.refused = Refused::default();
         self.refused_at = None;
@@ -109,7 +110,8 @@ impl TunWriter {
 }
 
 fn gather(tun: &TunQueue, arena: &[u8], packet: &TunPacket<'_>) -> io::Result<()> {
-    // On the stack, and no more of it than must be zeroed: one packet, a usual superpacket, any.
+    // Arrays on the stack, as small as possible, because they are zeroed: for one packet, a typical
+    // superpacket, any superpacket.
     match packet.payload.len() + 2 {
         0..=4 => gather_up_to::<4>(tun, arena, packet),
         5..=72 => gather_up_to::<72>(tun, arena, packet),

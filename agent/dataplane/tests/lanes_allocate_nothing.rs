@@ -1,4 +1,4 @@
-//! The packet path of whole lanes, from TUN to TUN, allocates nothing once it is warm.
+//! Warm lanes allocate no memory on the packet path, from TUN device to TUN device.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -21,27 +21,28 @@ use skein_ipc::{
 use skein_sys::in_new_network_namespace;
 use skein_sys::{link, tun};
 
-/// Allocations by threads whose name begins with "lane-".
+/// Allocations of threads whose name starts with "lane-".
 static BY_LANES: AtomicU64 = AtomicU64::new(0);
 
 struct Counting;
 
-// SAFETY: every call goes to the system's allocator unchanged; counting touches a static number and
-// a buffer on the stack.
+// SAFETY: every call is passed to the system's allocator unchanged; the count uses a static atomic
+// and a buffer on the stack, and allocates nothing.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let mut name = [0u8; 16];
-        // SAFETY: PR_GET_NAME writes at most 16 bytes, terminator included.
+        // SAFETY: PR_GET_NAME writes at most 16 bytes, terminator included, and `name` has 16.
         unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
         if name.starts_with(b"lane-") {
             BY_LANES.fetch_add(1, SeqCst);
         }
-        // SAFETY: the caller's promise, passed on.
+        // SAFETY: the caller guarantees a valid layout, as `System.alloc` requires.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise, passed on.
+        // SAFETY: the caller guarantees that `pointer` comes from this allocator with `layout`,
+        // which passed it from `System`.
         unsafe { System.dealloc(pointer, layout) }
     }
 }
@@ -54,7 +55,7 @@ fn ip(arguments: &str) {
     assert!(status.expect("the program ip (iproute2)").success(), "ip {arguments}");
 }
 
-/// A node: its network namespace is that of the thread that calls this.
+/// A node; its network namespace is that of the calling thread.
 struct Node {
     number: u8,
     key: PrivateKey,
@@ -134,7 +135,7 @@ fn ask(stream: &mut UnixStream, request: &Request) {
     }
 }
 
-/// Answers: TCP connections are read to the end, datagrams come back.
+/// Serves the test traffic: reads TCP connections to the end and returns UDP datagrams.
 fn serve() {
     let listener = TcpListener::bind("10.244.2.1:7000").unwrap();
     thread::spawn(move || {
@@ -155,7 +156,7 @@ fn serve() {
     });
 }
 
-/// Bulk TCP, small and large datagrams; some of it may be lost.
+/// Sends bulk TCP, and small and large datagrams, some of which may be lost.
 fn traffic() {
     let far: SocketAddr = "10.244.2.1:7000".parse().unwrap();
     let streams = (0..4).map(|_| {
@@ -185,7 +186,7 @@ fn warm_lanes_allocate_nothing() {
     let [first, second] = [(); 2].map(|()| PrivateKey::generate().unwrap());
     let a = Node { number: 1, key: first.clone(), other: second.clone() };
     let b = Node { number: 2, key: second, other: first };
-    // The second node's namespace lives in a thread of its own until the first is done.
+    // The namespace of the second node exists in a thread of its own until the test ends.
     let (ready, is_ready): (Sender<i32>, Receiver<i32>) = channel();
     let (go, may_go) = channel::<()>();
     let (up, is_up) = channel::<()>();
@@ -210,7 +211,7 @@ fn warm_lanes_allocate_nothing() {
         go.send(()).unwrap();
         is_up.recv().unwrap();
         a.start(path);
-        // Buffers grow to the largest batch that was met: that takes some rounds, but not many.
+        // Buffers grow to the size of the largest batch, which takes several rounds.
         let mut counts = vec![BY_LANES.load(SeqCst)];
         while counts.len() < 12 && !counts.ends_with(&[counts[counts.len() - 1]; 3]) {
             traffic();

@@ -1,4 +1,5 @@
-//! A session as a lane receives with it: replay windows, the rate of control messages, and traffic.
+//! Session state that belongs to one lane: replay windows, the rate limit of control messages, and
+//! traffic counts.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,12 +10,12 @@ use skein_core::tunnel::replay::ReplayWindow;
 use skein_core::tunnel::session::{Receiver, Session};
 use skein_core::wire::header::{CONTROL_LANE, Header};
 
-/// Control messages of one session that a lane hands to the session manager. The protocol needs fewer
-/// than 16 per second.
+/// Rate of control messages of one session that a lane passes to the session manager. The protocol
+/// needs fewer than 16 per second.
 pub(super) const CONTROL_RATE: Rate = Rate { per_second: 64, burst: 64 };
 
-/// A session as one worker receives with it. The windows are the worker's own: the steering gives
-/// every (peer, lane) to one worker for good.
+/// Receive state of one lane for a session. Only this lane uses the windows: the steering of
+/// datagrams assigns each peer and lane number to one lane.
 pub(super) struct RxSession {
     pub(super) session: Arc<Session>,
     windows: Vec<Option<Box<ReplayWindow>>>,
@@ -25,6 +26,8 @@ pub(super) struct RxSession {
 }
 
 impl RxSession {
+    /// Creates the state without replay windows; a window is allocated for the first datagram of a
+    /// lane.
     pub(super) fn new(session: &Arc<Session>) -> Self {
         Self {
             session: Arc::clone(session),
@@ -61,9 +64,12 @@ impl RxSession {
         Ok(())
     }
 
-    /// Checks that a control message is authentic, new, and within [`CONTROL_RATE`]. Forged and
-    /// repeated messages thus cost the session manager nothing, and use up no part of the rate.
-    /// `now` is the time since boot. Decrypts the datagram.
+    /// Decrypts a control message in place, and checks that it is authentic, new, and within
+    /// [`CONTROL_RATE`]. Spoofed and replayed messages do not reach the session manager and use up
+    /// no part of the rate. `now` is the time since boot.
+    ///
+    /// # Errors
+    /// The reason of the drop; [`DropReason::ManagerQueue`] if the rate is exceeded.
     pub(super) fn check_control(
         &mut self,
         now: Duration,
@@ -80,13 +86,17 @@ impl RxSession {
 }
 
 /// Returns the receiving half of a lane of the session. `now` is the time since boot.
+///
+/// # Errors
+/// [`DropReason::WrongLane`] if the lane does not exist, [`DropReason::SessionExpired`] if the
+/// session is 180 s old.
 pub(super) fn receiver(
     session: &Session,
     lane: u8,
     now: Duration,
 ) -> Result<&Receiver, DropReason> {
     let receiver = session.receiver(lane).ok_or(DropReason::WrongLane)?;
-    // The age is checked here as well, because the manager, which ends sessions, may hang.
+    // The manager ends old sessions, but it may be blocked.
     match session.is_expired_at(now) {
         true => Err(DropReason::SessionExpired),
         false => Ok(receiver),

@@ -69,8 +69,8 @@ fn control_messages_are_checked_and_limited_by_session() {
     assert_eq!(rx.check_control(end, &mut ping()), Err(DropReason::SessionExpired));
 }
 
-/// Receives what `peer` sends to a lane `age` after the session was established. Returns the
-/// drops and what the manager gets; no manager runs.
+/// Receives `datagrams` in a lane, `age` seconds after the session was established. Returns the
+/// drops and the datagrams in the manager's queue; no manager runs.
 fn receive(age: u64, datagrams: &[&[u8]]) -> (Vec<String>, Vec<Box<[u8]>>) {
     let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -137,8 +137,8 @@ fn mark_of_merged_run_drops_no_packet_of_it() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Whatever comes and goes: exactly the sessions of the last tables are known, and those that
-    /// stay keep their windows.
+    /// After every change of the tables, exactly the sessions of the last tables are known, and
+    /// unchanged sessions keep their windows.
     #[test]
     fn sessions_follow_the_tables(
         steps in prop::collection::vec(prop::collection::btree_map(0u32..12, 0u8..2, 0..10), 1..8),
@@ -158,7 +158,7 @@ proptest! {
             for (index, which) in &step {
                 let rx = &mut ingress.sessions[ingress.by_index[index]];
                 prop_assert!(Arc::ptr_eq(&rx.session, &all[*index as usize][usize::from(*which)]));
-                // The packets not yet reported stand for what a session keeps.
+                // Packets that are not reported yet mark a session that was kept.
                 prop_assert_eq!(rx.packets > 0, before.get(index) == Some(which));
                 rx.packets = 1;
             }

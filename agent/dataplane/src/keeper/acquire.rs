@@ -1,4 +1,4 @@
-//! Acquisition of a data plane: by its lock, or from the keeper that has it.
+//! Acquisition of a data plane: by its lock, or by a request to the keeper that has it.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -18,15 +18,19 @@ use crate::activation::Activation;
 use crate::fd_store::FdStore;
 use crate::options::{Options, lock_path};
 
-/// Interval between attempts of a waiting keeper to take the data plane's lock.
+/// Interval at which a waiting keeper tries to acquire the data plane's lock.
 const LOCK_INTERVAL: Duration = Duration::from_millis(10);
-/// Time for which the lock must have been free before a keeper without descriptors takes it:
-/// several intervals of the keepers that have descriptors.
+/// Time for which the lock must be free before a keeper without descriptors acquires it: several
+/// attempts of the keepers that hold descriptors.
 const HOLDER_DELAY: Duration = Duration::from_millis(50);
-/// Delay before a request for the data plane that was refused is repeated.
+/// Delay before a refused request for the data plane is repeated.
 const REQUEST_DELAY: Duration = Duration::from_secs(1);
 
-/// Acquires the data plane: at once, or, if this keeper has handed it over, when it is free.
+/// Acquires the data plane: at once, or, if this keeper has handed it over, when the lock is free.
+///
+/// # Errors
+/// An error if another keeper has the data plane and does not hand it over within 5 s, or if the
+/// lock, the store or the socket cannot be used.
 pub(super) fn acquire(options: &Options, held: &mut Option<FdStore>) -> anyhow::Result<Plane> {
     let mut attempt = LockAttempt::new(options);
     let until = Instant::now() + HANDOVER_TIMEOUT;
@@ -43,13 +47,12 @@ pub(super) fn acquire(options: &Options, held: &mut Option<FdStore>) -> anyhow::
                 }
                 Err(error) => tracing::debug!(
                     ?error,
-                    "the data process closed the connection, repeating the request"
+                    "data process closed the connection, repeating the request"
                 ),
             }
         } else if !holds && Instant::now() > until {
             bail!(
-                "another keeper has the data plane of {}: stop it, or set dataplane.socket to \
-                 another path",
+                "another keeper has the data plane of {}. Stop it, or set dataplane.socket to another path.",
                 options.socket.display()
             );
         }
@@ -58,7 +61,11 @@ pub(super) fn acquire(options: &Options, held: &mut Option<FdStore>) -> anyhow::
 }
 
 /// Acquires the data plane when the agent requests it, or, if this keeper has handed it over, when
-/// it is free. `None` if this process is to end.
+/// the lock is free. Returns `None` after SIGTERM.
+///
+/// # Errors
+/// An error if the lock, the store, the socket or the instance's socket cannot be used. A refused
+/// request is logged and repeated.
 pub(super) fn acquire_on_request(
     options: &Options,
     activation: &mut Activation,
@@ -88,11 +95,11 @@ pub(super) fn acquire_on_request(
     Ok(None)
 }
 
-/// Attempts to take the lock of the data plane.
+/// Repeated attempts to acquire the lock of the data plane.
 struct LockAttempt {
     path: PathBuf,
     takes_over: bool,
-    /// Time since which the lock was free at every attempt.
+    /// Time since which every attempt has found the lock free.
     free_since: Option<Instant>,
 }
 
@@ -102,7 +109,11 @@ impl LockAttempt {
         Self { path, takes_over: options.takes_over(), free_since: None }
     }
 
-    /// Takes the lock if it is free; a keeper that `holds` descriptors comes first.
+    /// Acquires the lock if it is free. Keepers that hold descriptors (`holds`) come first: the
+    /// others wait for [`HOLDER_DELAY`].
+    ///
+    /// # Errors
+    /// An error if the lock file or its directory cannot be used.
     fn try_lock(&mut self, holds: bool) -> anyhow::Result<Option<FileLock>> {
         let failed = || format!("cannot lock {}", self.path.display());
         make_directory(&self.path).with_context(failed)?;
@@ -121,7 +132,7 @@ impl LockAttempt {
 enum RequestError {
     /// The connection failed.
     Io(io::Error),
-    /// The data process refuses, or is of a release with another hand-over.
+    /// The data process refuses the hand-over, or belongs to a release with another version of it.
     Refused(ErrorKind, String),
 }
 
@@ -132,12 +143,12 @@ impl From<io::Error> for RequestError {
 }
 
 impl RequestError {
-    /// Returns whether to repeat the request at once: the data process has just died and its socket
-    /// closes soon, or its keeper is starting the next one.
+    /// Returns whether to repeat the request at once: the data process has exited and its socket
+    /// will close, or its keeper is starting the next one.
     fn is_transient(&self) -> bool {
         match self {
             Self::Io(error) => is_disconnect(error) || is_no_listener(error),
-            // The data process was ended.
+            // `request` has stopped this data process.
             Self::Refused(kind, _) => *kind == ErrorKind::Invalid,
         }
     }
@@ -151,13 +162,17 @@ impl RequestError {
     }
 }
 
-/// Requests the data plane from the data process that listens on `socket`. Keeps the received store
-/// in `held`, even if the other keeper dies before it has handed over the data plane. Ends a data
-/// process that cannot hand over.
+/// Requests the data plane from the data process that listens on `socket`. Stores the received
+/// descriptor store in `held`, even if the other keeper exits before it confirms the hand-over.
+/// Stops a data process that cannot hand over.
 ///
-/// Returns also if the lock becomes free while the request is not answered: the connection to a
-/// process that dies before it has accepted it stays open, because the store of this keeper holds the
-/// listening socket, too.
+/// Returns the lock, too, if it becomes free while the request is not answered: the store of this
+/// keeper keeps the listening socket open, so the connection to a process that exits before it
+/// accepts does not close.
+///
+/// # Errors
+/// [`RequestError::Io`] if the connection fails or the answer is malformed,
+/// [`RequestError::Refused`] with the answer of the data process.
 fn request(
     socket: &Path,
     held: &mut Option<FdStore>,
@@ -175,27 +190,29 @@ fn request(
     let answer = read_frame(&mut stream)?;
     match answer.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))? {
         Response::HandOver => {}
-        // The data process is of a release with another hand-over, or has no snapshot.
+        // The data process belongs to a release with another version of the hand-over, or has no
+        // snapshot.
         Response::Error { kind: kind @ ErrorKind::Invalid, message } => {
-            tracing::warn!(message, "cannot take over: the previous data process is ended instead");
+            tracing::warn!(message, "cannot take over, stopping the previous data process");
             shut_down(socket)?;
             return Err(RequestError::Refused(kind, message));
         }
         Response::Error { kind, message } => return Err(RequestError::Refused(kind, message)),
-        _ => return Err(invalid("an answer to another request").into()),
+        _ => return Err(invalid("the answer belongs to another request").into()),
     }
     let mut all = descriptors::receive(&stream, 1 + FdStore::DESCRIPTORS)?;
     let lock = FileLock::from_received(all.remove(0))?;
     let store = FdStore::received(all).ok_or_else(|| invalid("descriptors are missing"))?;
     *held = Some(store);
     stream.write_all(&[0])?;
-    // Without a confirmation, the other keeper continues with the data plane; or it is dead, and
-    // the lock becomes free.
+    // Without this confirmation, the other keeper continues with the data plane, or it has exited
+    // and the lock becomes free.
     stream.read_exact(&mut [0])?;
-    tracing::info!(socket = %socket.display(), "taken over from the previous data process");
+    tracing::info!(socket = %socket.display(), "data plane taken over");
     Ok(lock)
 }
 
+/// Waits until the connection is readable, at most `timeout`.
 fn is_readable(stream: &UnixStream, timeout: Duration) -> io::Result<bool> {
     let timeout = Timespec::try_from(timeout).map_err(io::Error::other)?;
     match rustix::event::poll(&mut [PollFd::new(stream, PollFlags::IN)], Some(&timeout)) {

@@ -1,4 +1,4 @@
-//! Requests of a keeper to a data process by its socket.
+//! Requests of a keeper to a data process over its socket.
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -9,9 +9,13 @@ use anyhow::Context;
 use skein_ipc::{Request, Response, read_frame, write_frame};
 use skein_sys::socket::{connect_trusted, is_disconnect, is_no_listener};
 
-/// How long the other side of a hand-over may take for each step.
+/// Timeout of each step of a hand-over.
 pub(super) const HANDOVER_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Connects to a data process of a trusted user, with timeouts for reads and writes.
+///
+/// # Errors
+/// The error of the connection.
 pub(super) fn connect(socket: &Path) -> io::Result<UnixStream> {
     let stream = connect_trusted(socket)?;
     stream.set_read_timeout(Some(HANDOVER_TIMEOUT))?;
@@ -19,7 +23,10 @@ pub(super) fn connect(socket: &Path) -> io::Result<UnixStream> {
     Ok(stream)
 }
 
-/// Asks a data process to end, and waits until it has.
+/// Requests a data process to exit, and waits until it has closed the connection.
+///
+/// # Errors
+/// The error of the connection.
 pub(super) fn shut_down(socket: &Path) -> io::Result<()> {
     let mut stream = connect(socket)?;
     write_frame(&mut stream, &Request::Shutdown)?;
@@ -27,11 +34,14 @@ pub(super) fn shut_down(socket: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Ends a data process of a release without locks, which listens although the lock is free.
+/// Stops a data process of a release without locks, which listens although the lock is free.
+///
+/// # Errors
+/// An error if a data process listens and does not stop.
 pub(super) fn shut_down_unlocked(socket: &Path) -> anyhow::Result<()> {
     match shut_down(socket) {
         Err(error) if !is_disconnect(&error) && !is_no_listener(&error) => Err(error)
-            .with_context(|| format!("cannot end the data process on {}", socket.display())),
+            .with_context(|| format!("cannot stop the data process on {}", socket.display())),
         _ => Ok(()),
     }
 }

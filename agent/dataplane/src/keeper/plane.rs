@@ -1,4 +1,4 @@
-//! The data plane of a keeper: its lock, the descriptor store and the listening socket.
+//! Data plane of a keeper: its lock, the descriptor store and the listening socket.
 
 use std::io::{self, Read};
 use std::os::fd::AsFd;
@@ -17,10 +17,10 @@ use crate::handover::{Answer, ToKeeper, receive, send};
 use crate::options::Options;
 use crate::server;
 
-/// A data plane that belongs to this keeper.
+/// Data plane that belongs to this keeper.
 pub(super) struct Plane {
-    /// Lock of the data plane. The data process has a copy, so that the lock is free when both
-    /// processes have ended.
+    /// Lock of the data plane. The data process holds a copy, so the lock is free only after both
+    /// processes have exited.
     pub(super) lock: FileLock,
     pub(super) store: FdStore,
     pub(super) listener: UnixListener,
@@ -30,7 +30,11 @@ pub(super) struct Plane {
 }
 
 impl Plane {
-    /// Opens the data plane of the lock's owner: with the descriptors in the store, or a new one.
+    /// Opens the data plane: with the descriptors in the store, or with a new socket if the store
+    /// is empty.
+    ///
+    /// # Errors
+    /// An error if the store cannot be created or the socket cannot be bound.
     pub(super) fn open(
         lock: FileLock,
         store: Option<FdStore>,
@@ -38,7 +42,7 @@ impl Plane {
     ) -> anyhow::Result<Self> {
         let mut store = match store {
             Some(store) => store,
-            None => FdStore::create().context("cannot make a store for descriptors")?,
+            None => FdStore::create().context("cannot create the descriptor store")?,
         };
         let (listener, stored) = match store.take() {
             Some((listener, stored)) => (listener, Some(stored)),
@@ -55,16 +59,19 @@ impl Plane {
         Ok(plane)
     }
 
-    /// Puts the descriptors of the data process into the store.
+    /// Copies the descriptors of the data process to the store; logs an error.
     pub(super) fn save(&mut self) {
         let Some(stored) = &self.stored else { return self.store.clear() };
         if let Err(error) = self.store.put(&self.listener, stored) {
-            tracing::error!(%error, "cannot store descriptors: others would lose the sessions");
+            tracing::error!(%error, "cannot store descriptors: a take-over would lose the sessions");
         }
     }
 
-    /// Handles a message of the data process; returns the connection to hand over to, if the
+    /// Handles a message of the data process. Returns the connection to hand over to, if the
     /// message requests a hand-over.
+    ///
+    /// # Errors
+    /// The error of the channel; `UnexpectedEof` if the data process has closed it.
     pub(super) fn on_message(&mut self, channel: &UnixStream) -> io::Result<Option<UnixStream>> {
         let message = receive(channel)?.ok_or(io::ErrorKind::UnexpectedEof)?;
         match message {
@@ -91,7 +98,7 @@ impl Plane {
                 answer_listener(channel, created)?;
             }
             ToKeeper::DeleteSocket => {
-                // A failure leaves a stale file, which the next start removes.
+                // The next start removes a stale file.
                 let _ = std::fs::remove_file(&self.socket);
                 send(channel, &Answer::Done, &[])?;
                 return Ok(None);
@@ -104,8 +111,8 @@ impl Plane {
         Ok(None)
     }
 
-    /// Sends the lock and the store to the keeper at the other end; returns whether that keeper
-    /// confirms their receipt.
+    /// Sends the lock and the store to the keeper at the other end. Returns whether that keeper has
+    /// confirmed their receipt.
     pub(super) fn hand_over(&self, connection: &UnixStream) -> bool {
         let hand_over = || -> io::Result<()> {
             connection.set_read_timeout(Some(HANDOVER_TIMEOUT))?;

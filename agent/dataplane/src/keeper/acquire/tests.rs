@@ -1,4 +1,4 @@
-//! Tests of the acquisition against data processes and keepers that threads of the test play.
+//! Tests of the acquisition. Threads of each test play the other keeper or data process.
 
 #![allow(clippy::unwrap_used)]
 
@@ -18,8 +18,7 @@ fn acquire_alone(options: &Options) -> Plane {
     acquire(options, &mut None).unwrap()
 }
 
-/// A data process that was killed, as another one sees it: its socket takes connections until the
-/// kernel has closed it.
+/// The socket of a killed data process accepts connections until the kernel has closed it.
 #[test]
 fn whoever_dies_while_it_is_asked_is_nobody() {
     let directory = tempfile::tempdir().unwrap();
@@ -29,7 +28,8 @@ fn whoever_dies_while_it_is_asked_is_nobody() {
     let lock = FileLock::try_acquire(&lock_path(&options.socket)).unwrap().unwrap();
     let listener = UnixListener::bind(&options.socket).unwrap();
     let dying = std::thread::spawn(move || {
-        // One is closed with what it asked unread, one that was read, and one never accepted.
+        // Three connections: closed with an unread request, closed after the request was read,
+        // never accepted.
         drop(listener.accept().unwrap());
         let (stream, _) = listener.accept().unwrap();
         let asked: Request = read_frame(&mut &stream).unwrap().unwrap();
@@ -43,7 +43,7 @@ fn whoever_dies_while_it_is_asked_is_nobody() {
     dying.join().unwrap();
 }
 
-/// Of a release with another format: nothing of it is taken, and it has ended before anything begins.
+/// A data process of a release with another hand-over must exit before the new one starts.
 #[test]
 fn whoever_hands_over_in_another_format_is_ended() {
     let directory = tempfile::tempdir().unwrap();
