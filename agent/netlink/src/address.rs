@@ -10,14 +10,14 @@ use rtnetlink::packet_route::address::{
 
 use super::connection::{Netlink, NetlinkError};
 
-/// An address of a link.
+/// Address of a link.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Address {
     /// Index of the link.
     pub index: u32,
     /// The address with its prefix length.
     pub net: IpNet,
-    /// Whether it is valid on the link only (fe80::/10).
+    /// True for a link-local address (fe80::/10).
     pub link_local: bool,
     message: AddressMessage,
 }
@@ -43,7 +43,10 @@ impl Address {
 }
 
 impl Netlink {
-    /// The addresses of one link, or of all.
+    /// Returns the addresses of the link with `index`, or of all links.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] if the kernel refuses the dump.
     pub async fn addresses(&self, index: Option<u32>) -> Result<Vec<Address>, NetlinkError> {
         let _dump = self.dump.lock().await;
         let mut request = self.handle.address().get();
@@ -54,11 +57,15 @@ impl Netlink {
         Ok(addresses.filter(|address| index.is_none_or(|index| index == address.index)).collect())
     }
 
-    /// Adds an address; one that is there already is no error.
+    /// Adds an address. An address that already exists is not an error.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] if the kernel refuses the address.
     pub async fn add_address(&self, index: u32, net: IpNet) -> Result<(), NetlinkError> {
         let mut request = self.handle.address().add(index, net.addr(), net.prefix_len());
         if net.addr().is_ipv6() {
-            // Nobody else is on the link, and routes need the address at once as their source.
+            // The link has no other host, so duplicate address detection is useless, and routes
+            // need the address as their source at once.
             let flags = AddressAttribute::Flags(AddressFlags::Nodad);
             request.message_mut().attributes.push(flags);
         }
@@ -72,7 +79,10 @@ impl Netlink {
         }
     }
 
-    /// Removes an address; one that is gone already is no error.
+    /// Removes an address. A missing address is not an error.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] if the kernel refuses the request.
     pub(crate) async fn delete_address(&self, address: &Address) -> Result<(), NetlinkError> {
         let result = self.handle.address().del(address.message.clone()).execute().await;
         let result = result.map_err(|error| {

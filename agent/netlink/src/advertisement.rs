@@ -40,10 +40,9 @@ impl Netlink {
         Ok(links.filter(|link| indices.contains(&link.index)).map(|link| link.name).collect())
     }
 
-    /// Writes `forwarding`, the setting that switches IPv6 forwarding on for the whole namespace,
-    /// and returns whether it was off. Interfaces
-    /// with a route learned from a router advertisement keep the route: their `accept_ra` becomes 2
-    /// if it was 1.
+    /// Writes `forwarding`, the setting that enables IPv6 forwarding for the whole namespace, and
+    /// returns whether it was off. Interfaces with a route learned from a router advertisement keep
+    /// the route: their `accept_ra` becomes 2 if it was 1.
     ///
     /// # Errors
     /// [`ForwardingError`] if the learned routes are not known, or if the kernel refuses a setting.

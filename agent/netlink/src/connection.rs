@@ -6,13 +6,13 @@ use std::io;
 use thiserror::Error;
 use tokio::task::JoinHandle;
 
-/// The kernel refused a request.
+/// Error of a request to the kernel.
 #[derive(Debug, Error)]
 #[error("cannot {what}: {source}")]
 pub struct NetlinkError {
-    /// What was tried.
+    /// Operation that failed, as an infinitive phrase.
     pub what: String,
-    /// What the kernel said.
+    /// Error of the kernel.
     pub source: io::Error,
 }
 
@@ -39,17 +39,20 @@ impl NetlinkError {
     }
 }
 
-/// A connection to rtnetlink in the network namespace of the thread that made it.
+/// Connection to rtnetlink in the network namespace of the thread that created it.
 #[derive(Debug)]
 pub struct Netlink {
     pub(super) handle: rtnetlink::Handle,
     task: JoinHandle<()>,
-    /// Held during a dump: the kernel refuses a second one on the same socket (EBUSY).
+    /// Lock of dumps: the kernel refuses a second dump on the same socket (EBUSY).
     pub(super) dump: tokio::sync::Mutex<()>,
 }
 
 impl Netlink {
-    /// Connects.
+    /// Connects to rtnetlink and starts the task of the connection on the current runtime.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] if the socket cannot be created.
     pub fn connect() -> Result<Self, NetlinkError> {
         // Strict checking makes the kernel (4.20 and later) apply the filters of dumps.
         let connection = rtnetlink::new_connection_with_strict_check();

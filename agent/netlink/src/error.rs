@@ -6,35 +6,35 @@ use thiserror::Error;
 use super::connection::NetlinkError;
 use super::link::Link;
 
-/// Why the interface cannot be had.
+/// Errors of the creation of the overlay's interface.
 #[derive(Debug, Error)]
 pub enum InterfaceError {
-    /// The name belongs to another program.
+    /// Another program has an interface with this name.
     #[error(
         "interface {name} belongs to another program ({found}): set interface.name to another name, \
          or delete it (ip link delete {name})"
     )]
     Foreign {
-        /// The name.
+        /// Name of the interface.
         name: String,
-        /// What was found there.
+        /// Interface that was found under the name.
         found: Box<Link>,
     },
-    /// The interface is of Skein, but of another node.
+    /// The interface belongs to another Skein node.
     #[error(
         "interface {name} belongs to the Skein node {node:?}: set interface.name to another name, or \
          remove that node's (skein-agent cleanup with its configuration, or ip link delete {name})"
     )]
     OtherNode {
-        /// The name.
+        /// Name of the interface.
         name: String,
-        /// Whose it is.
+        /// Name of the node in the interface's alias.
         node: String,
     },
-    /// The device cannot be made.
+    /// The TUN device cannot be created.
     #[error(transparent)]
     Tun(#[from] TunError),
-    /// rtnetlink refused.
+    /// The kernel refused a request.
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
 }

@@ -1,4 +1,5 @@
-//! The overlay's interface: made, kept as wanted, removed; never somebody else's.
+//! The overlay's interface: creation, configuration and ownership. An interface of another program
+//! or of another node is never changed.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -15,49 +16,49 @@ use super::route::Route;
 use super::staged::StagedInterface;
 use super::sysctl::{Sysctl, SysctlError};
 
-/// Prefix of the alias (IFLA_IFALIAS) of every interface of Skein. The node's name follows.
+/// Prefix of the alias (IFLA_IFALIAS) of Skein's interfaces; the node's name follows.
 pub const ALIAS_PREFIX: &str = "skein:";
 
-/// What the interface is to be.
+/// Wanted state of the overlay's interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InterfaceSpec {
     /// Interface name.
     pub name: String,
-    /// The mark that makes it this node's.
+    /// Alias that identifies the interface as this node's.
     pub alias: String,
     /// MTU in bytes.
     pub mtu: u32,
-    /// Packets that may wait in each queue.
+    /// Length of the transmit queue, packets.
     pub txqueuelen: u32,
-    /// Addresses of the node.
+    /// Overlay addresses of this node.
     pub addresses: Vec<IpAddr>,
-    /// Prefixes of the other nodes.
+    /// Pod prefixes of the other nodes.
     pub routes: Vec<IpNet>,
-    /// Their MTU in bytes, where it is less than the interface's: whoever sends more is told.
+    /// Route MTUs in bytes that are smaller than the interface's MTU, by prefix. The kernel
+    /// notifies the sender of a larger packet.
     pub mtus: BTreeMap<IpNet, u16>,
-    /// True to switch IPv4 forwarding on, and with `forwarding_ipv6` IPv6 forwarding.
+    /// True to enable IPv4 forwarding, and with `forwarding_ipv6` IPv6 forwarding.
     pub forwarding: bool,
-    /// True if this node has IPv6 pod CIDRs. Pod CIDRs of other nodes do not count: no node may
-    /// switch forwarding on elsewhere by its own record.
+    /// True if this node has IPv6 pod CIDRs. Pod CIDRs of other nodes do not count: a node record
+    /// must not enable forwarding on other nodes.
     pub forwarding_ipv6: bool,
 }
 
-/// An interface that is there.
+/// The existing interface.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Present {
     /// Interface index.
     pub index: u32,
-    /// Whether it was made just now.
+    /// True if [`InterfaceSpec::ensure_device`] has just created the interface.
     pub created: bool,
 }
 
 impl InterfaceSpec {
-    /// Creates the device if it does not exist, and marks it with its alias; sets nothing else. A
-    /// device of this node under another name gets its name back, or is removed if a second device
-    /// of this node has the name. `links` are all links of the node.
+    /// Creates the device if it does not exist, with its alias and without other settings. A device
+    /// of this node under another name gets its name back, or is removed if a second device of this
+    /// node has the name. `links` are all links of the node.
     ///
     /// # Errors
-    ///
     /// [`InterfaceError`] if the name belongs to another owner, if the device cannot be created, or
     /// if the kernel refuses a request.
     pub async fn ensure_device(
@@ -90,8 +91,8 @@ impl InterfaceSpec {
         Ok(Present { index, created: true })
     }
 
-    /// Returns the TUN devices of this node whose name is neither the interface's nor the
-    /// provisional one.
+    /// Returns the TUN devices of this node whose name is neither the interface's nor the staged
+    /// one's.
     fn renamed<'a>(
         &self,
         links: &'a [Link],
@@ -128,9 +129,9 @@ impl InterfaceSpec {
         }
     }
 
-    /// Brings the interface, its addresses and its routes to what is wanted. `addresses` are all
-    /// addresses of the node, listed after [`InterfaceSpec::ensure_device`]. Continues after an error and
-    /// returns all of them with the changes.
+    /// Configures sysctls, the link, its addresses and its routes as wanted. `addresses` are all
+    /// addresses of the node, listed after [`InterfaceSpec::ensure_device`]. Continues after an
+    /// error; the report contains all errors and changes.
     pub async fn configure(
         &self,
         netlink: &Netlink,
@@ -174,12 +175,14 @@ impl InterfaceSpec {
         let name = &self.name;
         let v4 = |key: &str, value| Sysctl::required(format!("ipv4/conf/{name}/{key}"), value);
         let v6 = |key: &str| format!("ipv6/conf/{name}/{key}");
-        // The kernel takes the larger of this and conf/all: 2 (loose) holds against a strict default.
+        // The kernel uses the maximum of this value and that of conf/all, so 2 (loose) overrides a
+        // strict default.
         let mut sysctls = vec![v4("rp_filter", "2")];
         if self.has_ipv6() {
             sysctls.extend([
                 Sysctl::required(v6("disable_ipv6"), "0"),
-                // No neighbours, no routers: nothing to be solicited or configured by itself.
+                // The link has no neighbours and no routers, so solicitation and automatic
+                // configuration are useless.
                 Sysctl::optional(v6("addr_gen_mode"), "1"),
                 Sysctl::optional(v6("accept_dad"), "0"),
                 Sysctl::optional(v6("accept_ra"), "0"),
@@ -214,7 +217,7 @@ impl InterfaceSpec {
             mtu: (link.mtu != self.mtu).then_some(self.mtu),
             txqueuelen: (link.txqueuelen != self.txqueuelen).then_some(self.txqueuelen),
             mac: None,
-            // The overlay carries none, and the kernel would announce its groups to it.
+            // The overlay carries no multicast, and the kernel would send group membership reports.
             no_multicast: link.multicast,
             up: !link.up,
             down: false,
@@ -256,7 +259,7 @@ impl InterfaceSpec {
         index: u32,
         outcome: &mut ReconcileReport,
     ) -> Result<(), NetlinkError> {
-        // A route that differs in its MTU is the same one.
+        // Routes that differ only in their MTU are the same route.
         let by_mtu = |route: Route| (Route { mtu: None, ..route }, route.mtu);
         let present = netlink.routes(Some(index)).await?.into_iter().map(by_mtu);
         let present: BTreeMap<_, _> = present.collect();
@@ -278,7 +281,7 @@ impl InterfaceSpec {
                 }
                 None => {}
             }
-            // One prefix that another program holds must not keep the others away.
+            // A prefix that another program has a route to must not prevent the other routes.
             match netlink.add_route(route).await {
                 Ok(()) => outcome.changes.push(format!("route {} added", route.destination)),
                 Err(error) if error.errno() == Some(libc::EEXIST) => {
@@ -295,19 +298,19 @@ impl InterfaceSpec {
     fn route(&self, destination: IpNet, interface: u32) -> Route {
         let family = |ip: &&IpAddr| ip.is_ipv4() == destination.addr().is_ipv4();
         let source = self.addresses.iter().find(family).copied();
-        // The kernel has no less for IPv6.
+        // The kernel refuses a smaller MTU for IPv6.
         let least = if destination.addr().is_ipv6() { MIN_IPV6_MTU } else { 0 };
         let mtu = self.mtus.get(&destination).map(|mtu| u32::from(*mtu.max(&least)));
         Route { destination, interface, source, mtu, metric: None }
     }
 }
 
-/// What a pass over the interface did.
+/// Result of a configuration pass.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct ReconcileReport {
-    /// What was changed.
+    /// Changes that were made.
     pub changes: Vec<String>,
-    /// What could not be done.
+    /// Errors, each with the operation that failed.
     pub errors: Vec<String>,
     /// Prefixes to which another program has a route.
     pub conflicts: Vec<RouteConflict>,
@@ -318,7 +321,7 @@ impl ReconcileReport {
         match result {
             Ok(true) => self.changes.push(format!("{} = {}", sysctl.key, sysctl.value)),
             Ok(false) => {}
-            // A kernel without IPv6, or older than a setting, does without it.
+            // A kernel without IPv6, or older than the setting, has no such file.
             Err(SysctlError { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) if sysctl.required => self.errors.push(error.to_string()),
             Err(error) => tracing::debug!(%error, "optional kernel setting not written"),
@@ -326,12 +329,12 @@ impl ReconcileReport {
     }
 }
 
-/// A prefix of a peer to which another program has a route, so that the overlay does not carry it.
+/// A peer's prefix to which another program has a route, so that the overlay does not carry it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RouteConflict {
     /// Destination of the route.
     pub prefix: IpNet,
-    /// The failure and its remedy.
+    /// Error of the kernel.
     pub problem: String,
 }
 

@@ -1,8 +1,9 @@
-//! The interface with its addresses, routes and settings: asked for and set by rtnetlink and /proc/sys.
+//! Network configuration of the host: links, addresses, routes, neighbours, sysctls and nftables,
+//! by rtnetlink, /proc/sys and the program `nft`.
 //!
-//! Everything here is idempotent: it looks first and changes only what differs. What belongs to
-//! Skein is told by marks that the kernel keeps: the alias of the interface, the protocol number of
-//! the routes.
+//! Operations are idempotent: they compare the kernel's state with the wanted state and change only
+//! what differs. Objects of Skein are identified by marks that the kernel stores: the alias of an
+//! interface, the protocol number of a route.
 
 #![forbid(unsafe_code)]
 

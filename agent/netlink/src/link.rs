@@ -1,4 +1,4 @@
-//! Links: look up, set, delete.
+//! Links: listing, changing and deleting.
 
 use futures_util::TryStreamExt;
 use rtnetlink::packet_route::link::{
@@ -8,16 +8,16 @@ use rtnetlink::{LinkMessageBuilder, LinkUnspec};
 
 use super::connection::{Netlink, NetlinkError};
 
-/// A link as the kernel describes it.
+/// Link as the kernel describes it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Link {
     /// Interface index.
     pub index: u32,
-    /// Name.
+    /// Interface name.
     pub name: String,
     /// Driver kind (`tun`, `veth` …); `None` for hardware.
     pub kind: Option<String>,
-    /// Alias, empty where there is none.
+    /// Alias; empty without one.
     pub alias: String,
     /// MTU in bytes.
     pub mtu: u32,
@@ -26,13 +26,13 @@ pub struct Link {
     pub ipv6_mtu: Option<u32>,
     /// Length of the transmit queue in packets.
     pub txqueuelen: u32,
-    /// Hardware address, empty where there is none.
+    /// Hardware address; empty without one.
     pub mac: Vec<u8>,
-    /// Whether it is administratively up.
+    /// True if the link is administratively up.
     pub up: bool,
-    /// Whether it takes multicast.
+    /// True if the link accepts multicast.
     pub multicast: bool,
-    /// Whether it is a loopback device.
+    /// True for a loopback device.
     pub loopback: bool,
 }
 
@@ -97,29 +97,32 @@ impl std::fmt::Display for Link {
     }
 }
 
-/// What to set of a link; `None` leaves a property as it is.
+/// Changes of a link; `None` or false keeps a property.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct LinkChange {
-    /// Name; the link must be down.
+    /// New name; the link must be down.
     pub name: Option<String>,
-    /// Alias.
+    /// New alias.
     pub alias: Option<String>,
-    /// MTU in bytes.
+    /// New MTU in bytes.
     pub mtu: Option<u32>,
-    /// Length of the transmit queue in packets.
+    /// New length of the transmit queue in packets.
     pub txqueuelen: Option<u32>,
-    /// Hardware address.
+    /// New hardware address.
     pub mac: Option<[u8; 6]>,
-    /// Whether to switch multicast off.
+    /// True to disable multicast.
     pub no_multicast: bool,
-    /// Whether to bring it up.
+    /// True to set the link up.
     pub up: bool,
     /// True to set the link down.
     pub down: bool,
 }
 
 impl Netlink {
-    /// The link of this name, if there is one.
+    /// Returns the link with this name; `None` if there is none.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] if the kernel refuses the request for another reason.
     pub async fn link(&self, name: &str) -> Result<Option<Link>, NetlinkError> {
         let request = self.handle.link().get().match_name(name).execute();
         match request.try_collect::<Vec<_>>().await {
@@ -131,7 +134,10 @@ impl Netlink {
         }
     }
 
-    /// Every link.
+    /// Returns all links.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] if the kernel refuses the dump.
     pub async fn links(&self) -> Result<Vec<Link>, NetlinkError> {
         let _dump = self.dump.lock().await;
         let request = self.handle.link().get().execute();
@@ -140,6 +146,9 @@ impl Netlink {
     }
 
     /// Changes a link.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] if the link does not exist or the kernel refuses the change.
     pub async fn change_link(&self, index: u32, change: &LinkChange) -> Result<(), NetlinkError> {
         let mut message = LinkMessageBuilder::<LinkUnspec>::default().index(index);
         if let Some(name) = &change.name {
@@ -172,7 +181,10 @@ impl Netlink {
         })
     }
 
-    /// Deletes a link; one that is gone already is no error.
+    /// Deletes a link. A missing link is not an error.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] if the kernel refuses for another reason.
     pub async fn delete_link(&self, index: u32) -> Result<(), NetlinkError> {
         let result = self.handle.link().del(index).execute().await;
         let result = result

@@ -1,4 +1,4 @@
-//! Which way the kernel would send a packet.
+//! Route lookups in the kernel (RTM_GETROUTE).
 
 use std::net::IpAddr;
 
@@ -11,22 +11,23 @@ use rtnetlink::packet_route::route::{
 use super::connection::{Netlink, NetlinkError};
 use super::route::{PROTOCOL, address, mtu};
 
-/// The kernel's answer for one destination.
+/// Result of a route lookup for one destination.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RouteLookup {
-    /// Whether the destination is an address of this machine.
+    /// True if the destination is an address of this machine.
     pub local: bool,
-    /// Why it goes nowhere (`unreachable`, `blackhole`, `prohibit`), where it does not.
+    /// Type of the route that refuses the packet (`unreachable`, `blackhole`, `prohibit`); `None`
+    /// if the packet is sent.
     pub refused: Option<String>,
-    /// Index of the interface by which it leaves.
+    /// Index of the outgoing interface.
     pub interface: Option<u32>,
-    /// The next hop, where it is not the destination itself.
+    /// Next hop; `None` if the destination is on the link.
     pub gateway: Option<IpAddr>,
-    /// The source that a program of this machine would get.
+    /// Source address that the kernel selects for local programs.
     pub source: Option<IpAddr>,
-    /// MTU of the route in bytes, where it has one of its own.
+    /// MTU of the route in bytes; `None` if the route has none of its own.
     pub mtu: Option<u32>,
-    /// Whether it is one of Skein's.
+    /// True if the route is Skein's.
     pub skein: bool,
 }
 
@@ -59,8 +60,11 @@ impl RouteLookup {
 }
 
 impl Netlink {
-    /// Asks the kernel where a packet to `to` goes: one of this machine's own, or one from another's address
-    /// that comes in by an interface.
+    /// Returns the kernel's route for a packet to `to`: a packet of this machine, or a packet of
+    /// the given source that arrives by the given interface.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] if the request cannot be sent, or if its answer cannot be read.
     pub async fn look_up(
         &self,
         to: IpAddr,
@@ -106,7 +110,10 @@ impl Netlink {
     }
 }
 
-/// A request for the route to `to`; `from`: source of the packets.
+/// Returns a request for the route to `to`; `from` is the source of the packets.
+///
+/// # Errors
+/// [`NetlinkError`] if the request cannot be encoded.
 fn request(to: IpAddr, from: Option<IpAddr>) -> Result<RouteMessage, NetlinkError> {
     let bits = if to.is_ipv4() { 32 } else { 128 };
     let builder = RouteMessageBuilder::<IpAddr>::new().destination_prefix(to, bits);

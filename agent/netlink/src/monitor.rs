@@ -23,7 +23,7 @@ use super::unreachable::is_unreachable;
 /// Delay after an error of the socket for changed settings.
 const SETTINGS_RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// A subscription to the kernel's notifications about one interface and about the underlay.
+/// Subscription to the kernel's notifications about one interface and the underlay.
 #[derive(Debug)]
 pub struct Monitor {
     index: Arc<AtomicU32>,
@@ -33,7 +33,12 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Subscribes. The kernel loses announcements when it has many: look again from time to time too.
+    /// Subscribes to rtnetlink notifications for links, addresses, routes and policy rules (IPv4
+    /// and IPv6), and to changed settings. `name` is the overlay's interface. The kernel drops
+    /// notifications under load, so the caller must also reconcile periodically.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] if a netlink socket cannot be opened or a multicast group cannot be joined.
     pub fn start(name: &str) -> Result<Self, NetlinkError> {
         let (connection, _, mut messages) = rtnetlink::new_multicast_connection(&[
             MulticastGroup::Link,
@@ -70,12 +75,12 @@ impl Monitor {
         Ok(Self { index, changed, underlay, tasks })
     }
 
-    /// Tells which interface is meant now.
+    /// Sets the index of the overlay's interface.
     pub fn set_index(&self, index: u32) {
         self.index.store(index, Ordering::Relaxed);
     }
 
-    /// Waits until something has been announced since the last call.
+    /// Waits until a change of the overlay was reported since the last call.
     pub async fn changed(&self) {
         self.changed.notified().await;
     }
@@ -95,7 +100,7 @@ impl Drop for Monitor {
     }
 }
 
-/// Reports changed settings for as long as the monitor exists.
+/// Reports changed settings while the monitor exists.
 async fn settings(mut changes: Subscription, index: Arc<AtomicU32>, notify: Arc<Notify>) {
     loop {
         match changes.concerns(|| index.load(Ordering::Relaxed)).await {

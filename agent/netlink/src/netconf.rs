@@ -21,7 +21,7 @@ const NETCONFA_IFINDEX_ALL: i32 = -1;
 /// Length of a `struct netconfmsg` with its padding, bytes.
 const NETCONF_MESSAGE: usize = 4;
 
-/// A subscription to changed settings.
+/// Subscription to changed settings.
 pub(super) struct Subscription {
     socket: TokioSocket,
     buffer: Vec<u8>,

@@ -19,7 +19,7 @@ const RTM_GETNEXTHOP: u16 = 106;
 const NLMSG_DONE: u16 = 3;
 /// linux/netlink.h: NLM_F_REQUEST and NLM_F_DUMP.
 const REQUEST_DUMP: u16 = 0x301;
-/// linux/nexthop.h: number of an object.
+/// linux/nexthop.h: id of an object.
 const NHA_ID: u16 = 1;
 /// linux/nexthop.h: objects of a group, 8 bytes each.
 const NHA_GROUP: u16 = 2;
@@ -137,9 +137,9 @@ impl Objects {
     }
 }
 
-/// Reads `data` as a dump of nexthop objects, for the fuzzer.
-#[cfg(any(test, feature = "fuzzing"))]
-pub(crate) fn fuzz_next_hops(data: &[u8]) {
+/// Fuzzing entry point: reads `data` as a dump of nexthop objects.
+#[doc(hidden)]
+pub fn fuzz_next_hops(data: &[u8]) {
     let mut objects = Objects::default();
     let _ = objects.read(data);
     let ids: Vec<_> = objects.devices.keys().chain(objects.groups.keys()).copied().collect();

@@ -1,5 +1,5 @@
-//! A pod's link: a veth pair with one end on the node and the other in the pod's network namespace,
-//! and what leads to it and from it.
+//! Link of a pod: a veth pair with one end on the node and the other in the pod's network
+//! namespace, with its neighbours and routes.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -17,33 +17,33 @@ use skein_sys::netns::in_network_namespace;
 use super::connection::{Netlink, NetlinkError};
 use super::route::PROTOCOL;
 
-/// What the name of every pod's interface on the node begins with.
+/// Prefix of the name of every pod's interface on the node.
 pub const HOST_PREFIX: &str = "skp";
 
-/// The gateway of every pod, which no pod has to look for: link-local (RFC 3927), so that it takes no
-/// address of the cluster's.
+/// Gateway of every pod. The address is link-local (RFC 3927), so it uses no address of the
+/// cluster, and pods have a permanent neighbour entry for it.
 pub const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
-/// The same for IPv6.
+/// IPv6 gateway of every pod.
 pub const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
 /// Hardware address of the node's end of every pod's link: locally administered, and the same
 /// everywhere, because a veth pair has only two ends.
 pub const GATEWAY_MAC: [u8; 6] = [0xee; 6];
 
-/// Who is at an address of a link.
+/// Neighbour entry of a link.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Neighbour {
     /// Index of the link.
     pub interface: u32,
-    /// The address.
+    /// Address of the neighbour.
     pub ip: IpAddr,
-    /// Hardware address.
+    /// Hardware address of the neighbour.
     pub mac: Vec<u8>,
 }
 
 /// The end of a veth pair in the pod's network namespace.
 #[derive(Debug, Clone, Copy)]
 pub struct PodEnd<'a> {
-    /// Interface name.
+    /// Name of the interface in the pod.
     pub name: &'a str,
     /// Hardware address.
     pub mac: &'a [u8; 6],
@@ -52,11 +52,16 @@ pub struct PodEnd<'a> {
 }
 
 impl Netlink {
-    /// A connection to rtnetlink in another network namespace.
+    /// Connects to rtnetlink in another network namespace.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] if the thread cannot enter the namespace, or if the socket cannot be
+    /// created.
     pub fn connect_in(namespace: BorrowedFd<'_>) -> Result<Self, NetlinkError> {
         let runtime = tokio::runtime::Handle::current();
         let connect = || {
-            // The socket belongs to the namespace; who waits for it is this runtime all the same.
+            // The socket belongs to the pod's namespace, but the task of the connection runs on
+            // this runtime.
             let _entered = runtime.enter();
             Netlink::connect()
         };
@@ -95,11 +100,13 @@ impl Netlink {
         })
     }
 
-    /// Deletes a link from a thread of its own; one that is gone already is no error.
+    /// Deletes a link from a thread of its own. A missing link is not an error.
     ///
-    /// The kernel answers a deletion only after it has waited for others to let go of the device (RCU),
-    /// 20 ms and more, and nothing else goes on at the socket meanwhile. From many threads those
-    /// waits overlap.
+    /// The kernel answers a deletion after an RCU grace period, 20 ms or more, and handles no other
+    /// request of the socket meanwhile. With several threads the waits overlap.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] if the kernel refuses the deletion, or if the connection cannot be created.
     pub async fn delete_link_on_thread(index: u32) -> Result<(), NetlinkError> {
         let delete = move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
@@ -116,6 +123,9 @@ impl Netlink {
     }
 
     /// Sets the permanent neighbour `ip` of a link.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] if the kernel refuses the entry.
     pub async fn set_neighbour(
         &self,
         index: u32,
@@ -133,7 +143,10 @@ impl Netlink {
         result.map_err(|error| NetlinkError::new(format_args!("set the neighbour {ip}"), error))
     }
 
-    /// Permanent neighbours of all links.
+    /// Returns the permanent neighbours of all links.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] if the kernel refuses the dump.
     pub async fn permanent_neighbours(&self) -> Result<Vec<Neighbour>, NetlinkError> {
         let _dump = self.dump.lock().await;
         let messages = self.handle.neighbours().get().execute().try_collect::<Vec<_>>().await;
@@ -159,7 +172,10 @@ impl Netlink {
         Ok(messages.into_iter().filter_map(parse).collect())
     }
 
-    /// Sets a route of a pod: to `destination` on the link itself, or by `gateway`.
+    /// Sets a route of a pod to `destination`, on the link or by `gateway`.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] if the kernel refuses the route.
     pub async fn set_pod_route(
         &self,
         index: u32,

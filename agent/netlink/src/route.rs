@@ -1,4 +1,4 @@
-//! Routes of Skein, told from everybody else's by their protocol number.
+//! Routes of Skein, identified by their protocol number.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -13,20 +13,20 @@ use rtnetlink::packet_route::route::{
 
 use super::connection::{Netlink, NetlinkError};
 
-/// The protocol number (rtm_protocol) of Skein's routes: one that iproute2's rt_protos and the
-/// routing daemons leave free.
+/// Protocol number (rtm_protocol) of Skein's routes. Neither iproute2's rt_protos nor the routing
+/// daemons use it.
 pub(crate) const PROTOCOL: u8 = 77;
 
-/// A route through one interface.
+/// Route through one interface.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Route {
-    /// The prefix.
+    /// Destination prefix.
     pub destination: IpNet,
     /// Index of the interface.
     pub interface: u32,
-    /// The source that local programs get for it.
+    /// Source address for local programs; `None` lets the kernel select one.
     pub source: Option<IpAddr>,
-    /// Its MTU in bytes, where it is not the interface's.
+    /// MTU in bytes; `None` for the interface's.
     pub mtu: Option<u32>,
     /// Metric; `None` is the kernel's default (0 for IPv4, 1024 for IPv6).
     pub metric: Option<u32>,
@@ -47,7 +47,7 @@ impl Route {
             .output_interface(self.interface)
             .protocol(RouteProtocol::Other(PROTOCOL))
             .scope(match self.destination {
-                // Peers are reached through the device itself; the kernel has no scopes in IPv6.
+                // Peers are on the link. The kernel has no scopes for IPv6.
                 IpNet::V4(_) => RouteScope::Link,
                 IpNet::V6(_) => RouteScope::Universe,
             });
@@ -82,7 +82,8 @@ impl Route {
     }
 }
 
-/// Where a unicast route of the main table leads, and by which interface.
+/// Returns the destination and the interface of a unicast route of the main table; `None` for other
+/// routes.
 fn parse(message: &RouteMessage) -> Option<(IpNet, u32)> {
     let header = &message.header;
     if header.table != RouteHeader::RT_TABLE_MAIN || header.kind != RouteType::Unicast {
@@ -130,7 +131,10 @@ pub(super) fn address(address: &RouteAddress) -> Option<IpAddr> {
 }
 
 impl Netlink {
-    /// Skein's routes through an interface, or through all.
+    /// Returns Skein's routes through an interface, or through all.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] if the kernel refuses the dump.
     pub async fn routes(&self, interface: Option<u32>) -> Result<Vec<Route>, NetlinkError> {
         let mut filter = RouteMessage::default();
         filter.header.protocol = RouteProtocol::Other(PROTOCOL);
@@ -153,7 +157,11 @@ impl Netlink {
         Ok(messages)
     }
 
-    /// Routes of the main table of both families, of those that the kernel takes for `filter`'s.
+    /// Returns the routes of the main table of both families that match `filter`, as far as the
+    /// kernel supports filters.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] if the kernel refuses a dump.
     pub(super) async fn dump_routes(
         &self,
         filter: &RouteMessage,
@@ -192,7 +200,11 @@ impl Netlink {
         }
     }
 
-    /// Adds a route; another program's route to the same prefix is not replaced, but an error.
+    /// Adds a route.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] if the kernel refuses the route; EEXIST if another program has a route to
+    /// the prefix.
     pub(crate) async fn add_route(&self, route: &Route) -> Result<(), NetlinkError> {
         let result = self.handle.route().add(route.message()?).execute().await;
         result.map_err(|error| {
@@ -212,7 +224,11 @@ impl Netlink {
         })
     }
 
-    /// Replaces a route that differs in its MTU or source, so that a route exists at any time.
+    /// Replaces a route that differs in its MTU or source. A route to the prefix exists at any
+    /// time.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] if the kernel refuses the route.
     pub(crate) async fn replace_route(&self, route: &Route) -> Result<(), NetlinkError> {
         let result = self.handle.route().add(route.message()?).replace().execute().await;
         result.map_err(|error| {
@@ -220,7 +236,10 @@ impl Netlink {
         })
     }
 
-    /// Removes a route; one that is gone already is no error.
+    /// Removes a route. A missing route is not an error.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] if the kernel refuses for another reason.
     pub(crate) async fn delete_route(&self, route: &Route) -> Result<(), NetlinkError> {
         let result = self.handle.route().del(route.message()?).execute().await;
         let result = result.map_err(|error| {

@@ -1,8 +1,8 @@
-//! The interface before it bears its name.
+//! Staged interface: the TUN device before it gets its final name.
 //!
-//! Making a device and marking it are two steps, and a process can be killed between them. So that
-//! nobody ever meets an unmarked device under the interface's name, and takes it for a stranger's,
-//! it is made under a name that only this node would use, marked, and renamed when it is complete.
+//! Creation and alias are two requests, and the process can be killed between them. So that no
+//! process finds a device without alias under the interface's name, the device is created under a
+//! name that only this node uses, gets its alias, and is then renamed.
 
 use std::fmt::Write;
 
@@ -13,7 +13,7 @@ use super::connection::{Netlink, NetlinkError};
 use super::error::InterfaceError;
 use super::link::{Link, LinkChange};
 
-/// A device on its way to being the interface of this node.
+/// Device that becomes the overlay's interface of this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StagedInterface {
     name: String,
@@ -21,25 +21,30 @@ pub struct StagedInterface {
 }
 
 impl StagedInterface {
-    /// The one that becomes the interface `name` with this alias.
+    /// Returns the staged device of the interface `name` with this alias.
     pub fn new(name: &str, alias: &str) -> Self {
         let digest = digest(&SHA256, format!("{name} {alias}").as_bytes());
-        // A name has at most 15 bytes; 48 bits are enough that nobody else has it by accident.
+        // An interface name has at most 15 bytes. 48 bits of the hash make a collision with another
+        // program unlikely.
         let mut staged = "sk-".to_owned();
         for byte in &digest.as_ref()[..6] {
-            // Writing to a String cannot fail.
+            // Writing to a `String` cannot fail.
             let _ = write!(staged, "{byte:02x}");
         }
         Self { name: staged, alias: alias.to_owned() }
     }
 
-    /// Its interface name.
+    /// Returns the interface name of the staged device.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Makes the device, marks it, and gives it its name; returns its index. Nothing stays of a
-    /// device that does not get that far.
+    /// Creates the device, sets its alias and renames it to `name`; returns its index. Deletes the
+    /// device after an error.
+    ///
+    /// # Errors
+    /// [`InterfaceError`] if the device cannot be created, or if the kernel refuses the alias or
+    /// the name.
     pub async fn create(&self, netlink: &Netlink, name: &str) -> Result<u32, InterfaceError> {
         create_persistent(&self.name)?;
         let link = netlink.link(&self.name).await?.ok_or_else(|| NetlinkError {
@@ -57,7 +62,11 @@ impl StagedInterface {
         Ok(link.index)
     }
 
-    /// Removes what a killed process has left; says whether there was something.
+    /// Removes a staged device of a killed process. Returns whether there was one.
+    ///
+    /// # Errors
+    /// [`InterfaceError::Foreign`] if the device under the name is not Skein's,
+    /// [`InterfaceError::Netlink`] if the kernel refuses a request.
     pub async fn remove(&self, netlink: &Netlink) -> Result<bool, InterfaceError> {
         let Some(link) = netlink.link(&self.name).await? else { return Ok(false) };
         if !self.is_left(&link) {
@@ -68,7 +77,8 @@ impl StagedInterface {
         Ok(true)
     }
 
-    /// Beside its name, a device of ours is known by having been touched by nobody since it was made.
+    /// Returns whether a device under the staged name is Skein's: a TUN device that is down, with
+    /// no alias or this one.
     fn is_left(&self, link: &Link) -> bool {
         let marked = link.alias.is_empty() || link.alias == self.alias;
         link.kind.as_deref() == Some("tun") && marked && !link.up

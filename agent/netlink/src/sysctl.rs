@@ -1,52 +1,53 @@
-//! Settings below /proc/sys/net, of the network namespace of the calling thread.
+//! Kernel settings below /proc/sys/net, in the network namespace of the calling thread.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-/// Where the settings are. Container runtimes show a container /proc/sys read-only and refuse every
-/// mount below /proc, so that the host's directory may be mounted beside it. The kernel shows
-/// whoever looks the settings of his own network namespace there as well.
+/// Directories of the settings, in the order of preference. Container runtimes mount /proc/sys
+/// read-only and refuse mounts below /proc, so the host's directory may be mounted at another path.
+/// Both show the settings of the reader's network namespace.
 const PLACES: [&str; 2] = ["/host/proc/sys/net", "/proc/sys/net"];
 
-/// The place of a setting, from its path below /proc/sys/net.
+/// Returns the file of a setting, from its path below /proc/sys/net.
 fn place(key: impl AsRef<Path>) -> PathBuf {
     let [mounted, usual] = PLACES.map(Path::new);
     let root = if mounted.join("ipv4").is_dir() { mounted } else { usual };
     root.join(key)
 }
 
-/// A setting that could not be read or written.
+/// Error of reading or writing a setting.
 #[derive(Debug, Error)]
 #[error("cannot set {path} to {value}: {source}")]
 pub struct SysctlError {
-    /// The file.
+    /// File of the setting.
     pub path: PathBuf,
-    /// What was to be written.
+    /// Value to write.
     pub value: String,
-    /// What the kernel said.
+    /// Error of the kernel.
     pub source: io::Error,
 }
 
-/// One setting: its path below /proc/sys/net and its value.
+/// A setting: its path below /proc/sys/net and its value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sysctl {
     /// Path below /proc/sys/net.
     pub key: String,
-    /// The value.
+    /// Value to write.
     pub value: &'static str,
-    /// True if traffic or a protection needs it; the others only keep the kernel quiet.
+    /// True if traffic or a protection needs the setting; other settings only avoid useless kernel
+    /// traffic.
     pub required: bool,
 }
 
 impl Sysctl {
-    /// A setting that traffic or a protection needs.
+    /// Returns a setting that traffic or a protection needs.
     pub fn required(key: impl Into<String>, value: &'static str) -> Self {
         Self { key: key.into(), value, required: true }
     }
 
-    /// A setting that is good to have.
+    /// Returns a setting that traffic and protections do not need.
     pub fn optional(key: impl Into<String>, value: &'static str) -> Self {
         Self { key: key.into(), value, required: false }
     }
@@ -56,7 +57,10 @@ impl Sysctl {
         std::fs::read_to_string(place(key)).ok().map(|value| value.trim().to_owned())
     }
 
-    /// Writes the value unless it is there already; says whether it wrote.
+    /// Writes the value if the setting differs. Returns whether it was written.
+    ///
+    /// # Errors
+    /// [`SysctlError`] if the file cannot be read or written.
     pub fn ensure(&self) -> Result<bool, SysctlError> {
         let path = place(&self.key);
         let result = std::fs::read_to_string(&path).and_then(|now| {

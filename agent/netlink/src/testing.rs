@@ -8,7 +8,7 @@ use super::connection::Netlink;
 use super::error::InterfaceError;
 use super::interface::{InterfaceSpec, Present, ReconcileReport};
 
-/// Runs a future in a network namespace of its own.
+/// Runs a future in a scratch network namespace.
 pub(super) fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send) {
     let run = || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -18,7 +18,7 @@ pub(super) fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Se
         .expect("this test needs root: CAP_SYS_ADMIN for a network namespace");
 }
 
-/// Runs iproute2 in the calling thread's namespace; returns what it printed.
+/// Runs `ip` of iproute2 in the calling thread's namespace and returns its output.
 pub(super) fn ip(arguments: &str) -> String {
     let output = Command::new("ip").args(arguments.split_whitespace()).output();
     let output = output.expect("ip is missing: install the Debian package iproute2");

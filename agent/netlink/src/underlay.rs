@@ -14,7 +14,7 @@ use super::route::mtu;
 /// MTU of Ethernet in bytes, assumed while no device leads to a peer.
 pub const ETHERNET_MTU: u32 = 1500;
 
-/// The nodes that an underlay joins.
+/// Addresses of the nodes that an underlay connects.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Underlay {
     /// Listening addresses of this node; an unspecified address stands for all addresses of its
@@ -65,10 +65,10 @@ impl Netlink {
     /// peers' endpoints. If no device leads to a peer, the devices with the listening addresses and
     /// with default routes count, or else those with this node's own endpoints. Every next hop of a
     /// multipath route counts. The overlay's interface and pods' interfaces never count. `None` if
-    /// no device is left.
+    /// no device remains.
     ///
     /// # Errors
-    /// The kernel does not list its links, addresses or routes.
+    /// [`NetlinkError`] if the kernel does not list its links, addresses or routes.
     pub async fn underlay_mtu(
         &self,
         underlay: &Underlay,
@@ -154,7 +154,7 @@ impl Netlink {
     /// routes of other programs. An interface that cannot be determined is 0.
     ///
     /// # Errors
-    /// The kernel does not list its routes.
+    /// [`NetlinkError`] if the kernel does not list its routes.
     pub async fn default_interfaces(&self) -> Result<Vec<u32>, NetlinkError> {
         let mut interfaces = Vec::new();
         for route in self.default_routes().await? {

@@ -1,9 +1,9 @@
-//! Unreachable routes for pod prefixes: the kernel refuses a packet without a better route and
+//! Unreachable routes for pod prefixes. Without a better route, the kernel refuses a packet and
 //! notifies the sender, instead of forwarding the packet to the underlay in clear (RFC 4632,
 //! section 5.1).
 //!
-//! The routes have Skein's protocol number, the worst metric and no interface of their own, so that
-//! they stay when the overlay's interface goes down or is deleted.
+//! The routes have Skein's protocol number, the worst metric and no interface, so they remain when
+//! the overlay's interface goes down or is deleted.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -125,7 +125,7 @@ impl Netlink {
     }
 
     /// Changes the unreachable routes to `wanted`; adds routes before it removes others. A failure
-    /// does not stop the rest. A route outside `wanted` is removed if it is in `before` (this
+    /// does not stop the rest. A route outside `wanted` is removed if `before` contains it (this
     /// process wanted it), or if only the agent with `alias` has an interface here, so that the
     /// route belongs to no other agent.
     pub async fn ensure_unreachable_routes(
@@ -194,7 +194,7 @@ mod tests {
     /// Returns the interface index of the route to an address; `None` if the kernel refuses packets
     /// to it.
     async fn interface(netlink: &Netlink, to: &str) -> Option<u32> {
-        // IPv4 answers with an error, IPv6 with the route.
+        // For IPv4 the kernel answers with an error, for IPv6 with the route.
         let found = netlink.look_up(to.parse().unwrap(), None).await.ok()?;
         found.interface.filter(|_| found.refused.is_none())
     }
@@ -212,7 +212,7 @@ mod tests {
             ip("link set uplink up");
             ip("route add default dev uplink");
             ip("-6 route add default dev uplink");
-            // The same prefixes as those of the routes through the interface, and a wider one.
+            // The prefixes of the routes through the interface, and a wider one.
             let prefixes = nets(&["10.0.0.0/14", "10.2.0.0/24", "fd00::/16", "fd00:2::/64"]);
             assert_eq!(ensure(&netlink, &prefixes).await.changes.len(), 4);
             let overlay = wanted();

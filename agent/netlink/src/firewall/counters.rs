@@ -7,9 +7,9 @@ use super::nft::nft;
 /// Packets of each address family.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct FamilyCount {
-    /// IPv4 packets.
+    /// Number of IPv4 packets.
     pub ipv4: u64,
-    /// IPv6 packets.
+    /// Number of IPv6 packets.
     pub ipv6: u64,
 }
 

@@ -1,10 +1,11 @@
-//! Chains of others that drop what they have no rule for (Docker's and ufw's FORWARD): an accept in a
-//! table of ours saves nothing from them. So rules that let pods' packets pass stand in each, at its
-//! end: what a rule of somebody's drops stays dropped, only the chain's policy does not count.
+//! Accept rules for pods in forward chains of other programs whose policy is drop (Docker's and
+//! ufw's FORWARD). An accept verdict in Skein's own table does not prevent a drop in another table.
+//! The rules are at the end of each chain: rules of the other program keep their effect, and only
+//! the chain's policy does not apply to pods.
 //!
-//! They are of kinds that `iptables` can read: with one that it cannot (`ct state`) it refuses to show or to
-//! change the whole table. What has to be known of a connection is therefore told by a mark
-//! ([`MARK`]) that a chain of our own table sets.
+//! `iptables` can read these rules. It refuses to list or change a table with a rule that it cannot
+//! read (`ct state`), so a chain of Skein's own table evaluates the state of the connection and
+//! sets a mark ([`MARK`]).
 
 use std::fmt;
 
@@ -14,15 +15,15 @@ use super::legacy;
 use super::nft::{FirewallError, nft};
 use crate::pod::HOST_PREFIX;
 
-/// Set, by our own table, on packets to a pod that belong to a connection which the pod began or whose
-/// destination was translated to the pod (a hostPort, a Service). Nothing sees it but the forward and
-/// the postrouting hook: it is set after routing, and lost on the way into the pod.
+/// Mark on packets to a pod that belong to a connection of the pod, or whose destination was
+/// translated to the pod (a hostPort, a Service). Skein's table sets the mark after routing, and
+/// the kernel clears it on the way into the pod, so only the forward and postrouting hooks see it.
 pub(super) const MARK: u32 = 0x0010_0000;
 
-/// What the rules say of themselves, in `nft list` and in `iptables -S`.
+/// Comment of the rules in `nft list` and `iptables -S`.
 const COMMENT: &str = "skein: pods";
 
-/// A chain at the forward hook.
+/// Chain at the forward hook.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Chain {
     family: String,
@@ -50,20 +51,20 @@ impl Chain {
     }
 }
 
-/// What came of a look at others' chains.
+/// Result of a pass over the forward chains of other programs.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct ForwardReport {
-    /// Chains that have got rules now.
+    /// Chains to which rules were added.
     pub opened: Vec<String>,
     /// Chains that drop pods' packets, each with the reason and the remedy.
     pub errors: Vec<String>,
     /// Chains whose policy is not known, each with the reason.
     pub unknown: Vec<String>,
-    /// `true` if `nft` listed the chains.
+    /// True if `nft` listed the chains.
     pub read: bool,
 }
 
-/// A rule that accepts: its conditions as `nft -j` lists them, and as `nft` reads them.
+/// Accept rule: its text for `nft`, and its conditions in the form of `nft -j`.
 struct AcceptRule {
     text: String,
     conditions: Vec<Value>,
@@ -135,7 +136,11 @@ pub async fn ensure(interface: &str, pods: bool, accept: bool) -> ForwardReport 
     forward
 }
 
-/// Takes the rules away that [`ensure`] has made; says whether there were any. Goes on after an error.
+/// Removes the rules of [`ensure`] from all chains. Returns whether there were any. Continues after
+/// an error.
+///
+/// # Errors
+/// A list of the chains that could not be changed, each with the error.
 pub async fn remove() -> Result<bool, String> {
     let chains = match chains().await {
         Err(FirewallError::Missing) => return Ok(false),
@@ -155,7 +160,7 @@ pub async fn remove() -> Result<bool, String> {
 }
 
 async fn remove_rules(chain: &Chain) -> Result<bool, FirewallError> {
-    // `add_rules` has left such a chain alone.
+    // `add_rules` does not change such a chain either.
     if !chain.has_plain_names() {
         return Ok(false);
     }
@@ -167,7 +172,10 @@ async fn remove_rules(chain: &Chain) -> Result<bool, FirewallError> {
     }
 }
 
-/// Whether something was missing that is there now; an error says why it is still missing.
+/// Adds the missing rules to a chain. Returns whether rules were added.
+///
+/// # Errors
+/// The reason why the rules are still missing; empty if `accept` is unset.
 async fn add_rules(chain: &Chain, wanted: &[AcceptRule], accept: bool) -> Result<bool, String> {
     let because = |error: FirewallError| format!(", and cannot be changed ({error})");
     if !chain.has_plain_names() {
@@ -181,8 +189,9 @@ async fn add_rules(chain: &Chain, wanted: &[AcceptRule], accept: bool) -> Result
     }
 }
 
-/// What brings the rules to the chain's end, in one transaction; `None` where all is well: whatever is to pass
-/// does, by whose rule ever, and none of ours passes what a later rule drops.
+/// Returns the transaction that puts the missing rules at the end of the chain. `None` if no change
+/// is needed: rules of any owner accept all packets that must pass, and no rule of Skein precedes a
+/// rule that drops.
 fn changes(chain: &Chain, present: &[Value], wanted: &[AcceptRule]) -> Option<String> {
     let (ours, others) = split_by_owner(present);
     let missing: Vec<_> =
@@ -208,9 +217,9 @@ fn deletions(chain: &Chain, rules: &[&Value]) -> String {
     handles.map(|handle| format!("delete rule {chain} handle {handle}\n")).collect()
 }
 
-/// The rules that the agent has made, and the others. What `iptables-restore` has put back bears a comment that
-/// `nft` does not show: such rules about pods are the agent's where the one with the mark, which nobody
-/// else writes, is among them.
+/// Divides rules into those of the agent and all others. The comment of rules that
+/// `iptables-restore` has restored is not visible to `nft`. Such rules about pods count as the
+/// agent's if the rule with the mark, which no other program writes, is among them.
 fn split_by_owner(present: &[Value]) -> (Vec<&Value>, Vec<&Value>) {
     let pods = Value::from(format!("{HOST_PREFIX}*"));
     let restored = |rule: &Value, right: &Value| {
@@ -224,13 +233,13 @@ fn split_by_owner(present: &[Value]) -> (Vec<&Value>, Vec<&Value>) {
         .partition(|rule| rule["comment"] == COMMENT || all_restored && restored(rule, &pods))
 }
 
-/// Whether a rule accepts all of what is wanted, or more.
+/// Returns whether `rule` accepts all packets of `wanted`.
 fn accepts(rule: &Value, wanted: &AcceptRule) -> bool {
     conditions(rule)
         .is_some_and(|conditions| conditions.iter().all(|part| wanted.conditions.contains(part)))
 }
 
-/// On what condition a rule accepts; `None` where that is not what it does.
+/// Returns the conditions of an accept rule; `None` for other rules.
 fn conditions(rule: &Value) -> Option<Vec<&Value>> {
     let counts = |part: &&Value| part.get("counter").is_none() && !is_comment(part);
     let mut parts: Vec<&Value> = parts(rule).iter().filter(counts).collect();
@@ -246,7 +255,10 @@ fn is_comment(part: &Value) -> bool {
     part["xt"]["name"] == "comment"
 }
 
-/// Every chain at the forward hook that sees packets of pods.
+/// Returns all chains at the forward hook that can see packets of pods.
+///
+/// # Errors
+/// [`FirewallError`] if `nft` fails or its output is malformed.
 async fn chains() -> Result<Vec<Chain>, FirewallError> {
     Ok(read_chains(objects(&["-j", "list", "chains"], "chain").await?))
 }
@@ -264,8 +276,7 @@ fn read_chains(objects: Vec<Value>) -> Vec<Chain> {
     forward.map(chain).collect()
 }
 
-/// For the fuzzer: whatever rules there are, ours are found among them or put right.
-#[cfg(any(test, feature = "fuzzing"))]
+/// Fuzzing entry point: for any rules, the transaction adds at most the wanted rules.
 pub(crate) fn fuzz_printed(text: &str) {
     let (Ok(chains), Ok(rules)) = (read_objects(text, "chain"), read_objects(text, "rule")) else {
         return;
@@ -300,7 +311,7 @@ fn read_objects(text: &str, kind: &str) -> Result<Vec<Value>, FirewallError> {
 mod tests {
     use super::*;
 
-    /// Found by its fuzzer: a document that is no object.
+    /// Documents that are no JSON objects; a fuzzer has found the case.
     #[test]
     fn what_is_no_list_of_rules_is_an_error() {
         for text in ["7", "[]", "null", "{}", r#"{"nftables": 7}"#] {
@@ -350,7 +361,7 @@ mod tests {
         assert_eq!(chains.len(), 4);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         for chain in chains {
-            // Without the check, nft refuses the name or runs it; both are other errors.
+            // Without the check, `nft` would refuse the name or run it, which gives another error.
             let refused = runtime.block_on(add_rules(&chain, &[], true)).unwrap_err();
             assert!(refused.contains("does not read its name"), "{chain}: {refused}");
             assert!(!runtime.block_on(remove_rules(&chain)).unwrap(), "{chain}");
@@ -411,12 +422,12 @@ mod tests {
             .collect();
         assert_eq!(ours_of(&restored), 3);
         assert_eq!(changes(&chain(), &restored, &wanted("skein0", true)), None);
-        // An administrator's, with a comment or without, is not.
+        // Rules of an administrator, with or without a comment, are not the agent's.
         assert_eq!(ours_of(&restored[..2]), 0);
         assert_eq!(ours_of(&[rule(1, &[name("iifname", "skp*")], "accept")]), 0);
         let docker = rule(1, &[name("iifname", "docker0"), comment], "accept");
         assert_eq!(ours_of(&[restored, vec![docker]].concat()), 3);
-        // The overlay's interface has another name now.
+        // The name of the overlay's interface has changed.
         let text = changes(&chain(), &ours(), &wanted("wan0", true)).unwrap();
         assert!(text.contains("handle 11") && text.contains("\"wan0\""), "{text}");
     }

@@ -37,7 +37,7 @@ const MAX_MESSAGE: usize = 64 << 10;
 /// socket also receives large transactions of other programs.
 pub(super) const RECEIVE_BUFFER: usize = 32 << 20;
 
-/// A subscription to nftables notifications in the network namespace of the thread that made it.
+/// Subscription to nftables notifications in the network namespace of the thread that created it.
 pub(super) struct Monitor {
     socket: TokioSocket,
     /// Socket for requests, apart from the notifications.
@@ -166,9 +166,8 @@ impl Monitor {
     }
 }
 
-/// Reads `data` as a datagram of nftables, for the fuzzer. Each transaction takes a message.
-#[cfg(any(test, feature = "fuzzing"))]
-pub(crate) fn fuzz_notifications(data: &[u8]) {
+/// Fuzzing entry point: parses `data` as a datagram of nftables. Each transaction needs a message.
+pub(super) fn fuzz_notifications(data: &[u8]) {
     let _ = generation(data);
     assert!(transactions(data, "skein", &mut true) <= data.len() / 16);
 }
@@ -218,7 +217,7 @@ fn concerns(payload: &[u8], table: &str) -> bool {
 mod tests {
     use super::*;
 
-    /// A message of nftables with one attribute.
+    /// Returns a message of nftables with one attribute.
     fn message(kind: u8, family: u8, attribute: u16, value: &[u8]) -> Vec<u8> {
         let mut bytes = vec![0; 4];
         bytes.extend([kind, NFNL_SUBSYS_NFTABLES, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);

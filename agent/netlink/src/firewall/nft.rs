@@ -1,4 +1,4 @@
-//! Runs of the program `nft`.
+//! Execution of the program `nft`.
 
 use std::io;
 use std::os::unix::process::ExitStatusExt as _;
@@ -9,7 +9,7 @@ use thiserror::Error;
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
-/// Timeout of one run of `nft`.
+/// Timeout of one execution of `nft`.
 pub(super) const NFT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Reasons why the table is not installed.
@@ -33,7 +33,7 @@ pub enum FirewallError {
     /// The output of `nft` has an unknown form.
     #[error("cannot read what nft says: {0}")]
     Unreadable(String),
-    /// `nft` did not end in time.
+    /// `nft` did not exit within 10 s.
     #[error("nft did not end within {NFT_TIMEOUT:?}")]
     Timeout,
     /// The table was changed by another program during every attempt to install it.
@@ -48,6 +48,11 @@ pub enum FirewallError {
     Lost,
 }
 
+/// Runs `nft` with `arguments` and `input` on its standard input. Returns its standard output.
+///
+/// # Errors
+/// `Missing` if the host has no `nft` program, `Timeout` after 10 s, `Crashed` if a signal ended
+/// it, `Refused` with the first line of its error, `Io` otherwise.
 pub(super) async fn nft(arguments: &[&str], input: &str) -> Result<String, FirewallError> {
     let mut child = Command::new("nft")
         .args(arguments)
@@ -63,7 +68,7 @@ pub(super) async fn nft(arguments: &[&str], input: &str) -> Result<String, Firew
     let stdin = child.stdin.take();
     let talk = async {
         if let Some(mut stdin) = stdin {
-            // One that ends without reading says why by its exit code.
+            // If the program exits without reading, its exit status gives the reason.
             let _ = stdin.write_all(input.as_bytes()).await;
         }
         child.wait_with_output().await
@@ -74,7 +79,7 @@ pub(super) async fn nft(arguments: &[&str], input: &str) -> Result<String, Firew
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Checks how `nft` ended.
+/// Checks the exit status of `nft`.
 ///
 /// # Errors
 /// `Crashed` if a signal ended it, `Refused` with the first line of its error if it failed.

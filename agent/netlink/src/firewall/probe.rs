@@ -1,4 +1,4 @@
-//! Probes of what the host's nftables support, and of other programs' chains.
+//! Probes of the host's nftables support and of other programs' chains.
 
 use std::io::Write as _;
 use std::process::{Command, Stdio};
@@ -46,7 +46,7 @@ fn load() -> Result<(), String> {
             _ => FirewallError::Io(error).to_string(),
         })?;
     if let Some(mut stdin) = child.stdin.take() {
-        // A program that ends without reading gives the reason by its exit code.
+        // If the program exits without reading, its exit status gives the reason.
         let _ = stdin.write_all(rules.text().as_bytes());
     }
     let output = child.wait_with_output().map_err(|error| error.to_string())?;

@@ -1,5 +1,5 @@
-//! Task that keeps the table in place: it reacts to new rules, to nftables notifications and, for
-//! lost notifications and for others' chains, to a timer.
+//! Task that keeps the nftables table installed. It reacts to new rules and to nftables
+//! notifications. A timer covers lost notifications and other programs' chains.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -20,12 +20,12 @@ const RESYNC_INTERVAL: Duration = Duration::from_secs(10);
 /// Comparisons that notifications cause within [`PACE_WINDOW`], so that a program that keeps
 /// changing the table does not keep a CPU busy.
 const MAX_COMPARISONS: usize = 20;
-/// Window of [`MAX_COMPARISONS`].
+/// Period over which [`MAX_COMPARISONS`] is counted.
 const PACE_WINDOW: Duration = Duration::from_secs(1);
 /// Maximum age of counters that are served to another scrape.
 const COUNTERS_MAX_AGE: Duration = Duration::from_secs(1);
 
-/// State of the firewall, for the status.
+/// State of the firewall, for the agent's status.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FirewallStatus {
     /// Name of the table, of the family inet.
@@ -44,12 +44,12 @@ pub struct FirewallStatus {
     pub forward_read: bool,
 }
 
-/// Result of the last comparison.
+/// Result of the last comparison of the table.
 #[derive(Debug, Clone, Default)]
 struct State {
     /// Revision of the rules that were compared.
     revision: u64,
-    /// Text that `nft` lists while the table is as installed.
+    /// Output of `nft list` while the table is as installed.
     listed: Option<String>,
     status: FirewallStatus,
 }
@@ -57,7 +57,7 @@ struct State {
 /// Time of the last reading of the counters, and its result.
 type LastCounters = (Instant, Option<Counters>);
 
-/// Handle of the task. Cheap to clone; the task ends with the last handle.
+/// Handle of the firewall task. Clones share the task, which ends with the last handle.
 #[derive(Debug, Clone)]
 pub struct Firewall {
     rules: Arc<watch::Sender<(u64, Rules)>>,
@@ -67,7 +67,8 @@ pub struct Firewall {
 }
 
 impl Firewall {
-    /// Installs the table and starts the task. An error of the installation is part of the status.
+    /// Installs the table and starts the task. [`Firewall::status`] contains the error of a failed
+    /// installation.
     pub async fn start(rules: Rules) -> Self {
         let table = Table::new(rules.clone());
         let forward_unknown = !accepts(&rules);
@@ -92,7 +93,7 @@ impl Firewall {
         }
     }
 
-    /// Replaces the rules.
+    /// Replaces the rules; the task installs them.
     pub fn set_rules(&self, rules: Rules) {
         self.rules.send_if_modified(|(revision, present)| {
             let differs = *present != rules;
@@ -103,7 +104,7 @@ impl Firewall {
         });
     }
 
-    /// Waits until the latest rules were tried.
+    /// Waits until the latest rules were applied or refused.
     ///
     /// # Errors
     /// The reason why the table is not installed.
@@ -133,13 +134,13 @@ impl Firewall {
         }
     }
 
-    /// Status of the last comparison.
+    /// Returns the result of the last comparison.
     pub fn status(&self) -> FirewallStatus {
         self.state.borrow().status.clone()
     }
 
-    /// Returns the counters of the drops; `None` without a table. `nft` runs at most once per
-    /// second, independent of the number of callers.
+    /// Returns the drop counters; `None` without a table. `nft` runs at most once per second,
+    /// independent of the number of callers.
     pub async fn counters(&self) -> Option<Counters> {
         let mut last = self.counters.lock().await;
         if let Some((at, counters)) = *last
@@ -174,7 +175,7 @@ impl Reconciler {
             tokio::select! {
                 changed = self.rules.changed() => match changed {
                     Ok(()) => self.on_rules_changed().await,
-                    // The last handle was dropped.
+                    // All handles were dropped.
                     Err(_) => return,
                 },
                 () = self.table.changed() => {

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use super::forward;
 use crate::pod::HOST_PREFIX;
 
-/// Input of the table's rules. The default is the name of no table and no rule.
+/// Settings of the table. The default has no table name and no rule.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rules {
     /// Name of the table, of the family inet.
@@ -42,11 +42,11 @@ pub struct Rules {
 /// Rules for pods that the CNI plugin attached.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodRules {
-    /// Masquerade what pods send outside the cluster.
+    /// Masquerade packets of pods to destinations outside the cluster.
     pub masquerade: bool,
     /// Prefixes outside the cluster for which a pod keeps its own address.
     pub no_masquerade: Vec<IpNet>,
-    /// Mark packets that are to pass others' chains ([`forward`]).
+    /// Mark packets that chains of other programs must accept ([`forward`]).
     pub forward_accept: bool,
 }
 
@@ -55,12 +55,12 @@ const OPTIONAL_CHAINS: [&str; 6] =
     ["from_pods", "leaving", "outward", "passing", "transit", "untracked"];
 
 impl Rules {
-    /// Rules that remove the table of this name.
+    /// Returns rules without content, which remove the table `table`.
     pub fn none(table: &str) -> Self {
         Self { table: table.to_owned(), ..Self::default() }
     }
 
-    /// Rules of every kind, of a node with pods and one peer.
+    /// Returns rules of every kind, for a node with pods and one peer.
     pub(super) fn example() -> Self {
         let nets = |texts: [&str; 2]| texts.iter().filter_map(|text| text.parse().ok()).collect();
         let peers = ["192.0.2.2:51900", "[2001:db8::2]:51900", "192.0.2.2:4000"];
@@ -85,7 +85,7 @@ impl Rules {
         }
     }
 
-    /// Returns whether no rule is wanted, and therefore no table.
+    /// Returns whether no rule is enabled, so that no table is needed.
     pub fn is_empty(&self) -> bool {
         let any = self.drop_spoofed
             || self.drop_cleartext
@@ -173,7 +173,7 @@ impl Rules {
         }
     }
 
-    /// Prerouting: the interfaces by which packets of each source may arrive.
+    /// Prerouting: input interfaces that are valid for each source.
     fn sources(&self) -> Vec<String> {
         let mut rules = Vec::new();
         if self.notrack {
@@ -189,8 +189,8 @@ impl Rules {
         // The data process has checked that the source belongs to the peer.
         rules.push(format!("iifname \"{}\" accept", self.interface));
         if self.pods.is_none() {
-            // The pods' interfaces can have any name. The routing table knows them: a source is
-            // missing in it if the route to the source does not lead to the input interface.
+            // Pods' interfaces can have any name, so the rule asks the routing table: `fib` has no
+            // result if the route to the source does not lead to the input interface.
             for (family, number) in [("ip", 4), ("ip6", 6)] {
                 let check = format!("{family} saddr @local{number}");
                 rules.push(format!(
@@ -212,9 +212,9 @@ impl Rules {
         if self.pods.is_none() {
             return Vec::new();
         }
-        // The routing table, asked with the input interface, knows a pod's own addresses only.
-        // Both ends of a pod's link have permanent neighbour entries, so that a pod needs no
-        // neighbour discovery. An answer to another link-local source would need an entry, too.
+        // The lookup with the input interface finds a pod's own addresses only. Both ends of a
+        // pod's link have permanent neighbour entries, so a pod needs no neighbour discovery. An
+        // answer to another link-local source would need an entry, too.
         [
             "icmpv6 type { nd-router-solicit, nd-router-advert, nd-neighbor-solicit, \
              nd-neighbor-advert, nd-redirect } counter name link_local drop",
@@ -250,8 +250,8 @@ impl Rules {
         let mut rules = vec![format!("iifname \"{}\" accept", self.interface)];
         match self.pods {
             Some(_) => rules.push(format!("iifname \"{HOST_PREFIX}*\" accept")),
-            // The interfaces of this node's pods can have any name. With `drop_spoofed` the chain
-            // `sources` has checked that the packets arrived by them.
+            // Pods' interfaces can have any name. With `drop_spoofed`, the chain `sources` has
+            // checked the input interface.
             None => rules
                 .extend(["ip saddr @local4 accept", "ip6 saddr @local6 accept"].map(Into::into)),
         }
@@ -280,7 +280,7 @@ impl Rules {
         rules.push(format!("oifname \"{}\" accept", self.interface));
         match self.pods {
             Some(_) => rules.push(format!("oifname \"{HOST_PREFIX}*\" accept")),
-            // The interfaces of this node's pods can have any name.
+            // Pods' interfaces can have any name.
             None => rules
                 .extend(["ip daddr @local4 accept", "ip6 daddr @local6 accept"].map(Into::into)),
         }
@@ -333,7 +333,7 @@ impl Rules {
         rules
     }
 
-    /// Forward: marks for the rules in others' chains.
+    /// Forward: marks for the accept rules in chains of other programs.
     fn passing(&self) -> Vec<String> {
         if !self.pods.as_ref().is_some_and(|pods| pods.forward_accept) {
             return Vec::new();
@@ -347,7 +347,7 @@ impl Rules {
     }
 }
 
-/// Returns the key type of a set of addresses, by an expression: nft 1.1.2 and later describe a key
+/// Returns the key type of a set of addresses as an expression. nft 1.1.2 and later describe a key
 /// that is declared by name (`type ipv4_addr`) in a form that crashes nft up to 1.1.1, which other
 /// programs of the node may use.
 fn address_type(v4: bool) -> &'static str {

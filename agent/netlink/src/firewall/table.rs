@@ -1,16 +1,16 @@
-//! The nftables table as it was installed: installation, comparison and removal.
+//! The nftables table: installation, comparison and removal.
 
 use super::monitor::{Monitor, RECEIVE_BUFFER, Received};
 use super::nft::{FirewallError, nft};
 use super::rules::Rules;
 
-/// Attempts to install the table while another program changes it.
+/// Maximum number of installations in a row while another program changes the table.
 const MAX_ATTEMPTS: usize = 3;
 
-/// The table as it was installed.
+/// The table and its state after the last installation.
 pub(super) struct Table {
     pub(super) rules: Rules,
-    /// Notifications about the table; `None` if the kernel offers none.
+    /// Notifications about the table; `None` if the kernel supports none.
     monitor: Option<Monitor>,
     /// Output of `nft list` right after the installation.
     pub(super) listed: Option<String>,
@@ -50,8 +50,9 @@ impl Table {
     ///
     /// # Errors
     /// `Missing` if the host has no `nft` program, `Refused` with the first line of its error,
-    /// `Crashed` if a signal ended it, `Timeout` after 10 s, `Contended` if other programs changed the table during the last of three
-    /// attempts, `Lost` if notifications were lost then, `Io` otherwise.
+    /// `Crashed` if a signal ended it, `Timeout` after 10 s, `Contended` if other programs changed
+    /// the table during the last of three attempts, `Lost` if notifications were lost then, `Io`
+    /// otherwise.
     pub(super) async fn ensure(&mut self) -> Result<bool, FirewallError> {
         if let Some(monitor) = &mut self.monitor {
             monitor.drain(&self.rules.table);
@@ -121,6 +122,9 @@ fn check_alone(
 }
 
 /// Loads the rules in one transaction.
+///
+/// # Errors
+/// The error of `nft`.
 async fn replace(rules: &Rules) -> Result<(), FirewallError> {
     let text = rules.text();
     if nft(&["-f", "-"], &text).await.is_err() {
@@ -149,7 +153,10 @@ fn delete(table: &str) -> String {
     format!("add table inet {table}\ndelete table inet {table}\n")
 }
 
-/// Lists the table without its counters' values.
+/// Returns the output of `nft list` for the table, without the values of counters.
+///
+/// # Errors
+/// The error of `nft`; `Refused` if the table does not exist.
 pub(super) async fn list(table: &str) -> Result<String, FirewallError> {
     nft(&["--stateless", "list", "table", "inet", table], "").await
 }

@@ -217,7 +217,7 @@ fn nobody_ever_sees_the_interface_without_its_mark() {
         let netlink = Netlink::connect().unwrap();
         ensure_device(&wanted(), &netlink).await.unwrap();
         let mut seen = Vec::new();
-        // Whatever the kernel has to say it says before the last request is answered.
+        // The kernel sends its notifications before it answers the last request.
         while let Ok(Some((message, _))) =
             tokio::time::timeout(Duration::from_millis(500), messages.next()).await
         {

@@ -45,7 +45,8 @@ fn a_deleted_interface_is_announced_and_made_again() {
     });
 }
 
-/// Runs the loop of the agent without its timer, so that only a notification can cause the repair.
+/// The test runs the loop of the agent without its timer, so that only a notification can cause the
+/// repair.
 #[test]
 fn forwarding_switched_off_is_repaired_by_notification() {
     in_namespace(|| async {

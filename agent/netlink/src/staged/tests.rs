@@ -1,4 +1,4 @@
-//! Tests of the provisional interface against the kernel. They need root.
+//! Tests of the staged interface against the kernel. They need root.
 
 #![allow(clippy::unwrap_used)]
 
@@ -13,7 +13,7 @@ fn what_a_killed_start_has_left_is_removed() {
         let staged = StagedInterface::new(&wanted.name, &wanted.alias);
         let name = staged.name();
         for alias in [None, Some(&wanted.alias)] {
-            // As far as it got before it was killed.
+            // State of the device when its process was killed.
             create_persistent(name).unwrap();
             if let Some(alias) = alias {
                 ip(&format!("link set {name} alias {alias}"));

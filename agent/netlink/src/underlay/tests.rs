@@ -1,5 +1,5 @@
-//! Underlays of several devices, each in a scratch network namespace of the real kernel. They need
-//! root.
+//! Tests of underlays with several devices against the kernel, each in a scratch network namespace.
+//! They need root.
 
 #![allow(clippy::unwrap_used)]
 
@@ -161,7 +161,7 @@ fn underlay_mtu_over_ipv6_follows_router_advertisements() {
     in_namespace(|| async {
         let netlink = Netlink::connect().unwrap();
         device("ua", 9000, &["192.0.2.1/24", "2001:db8:a::1/64"]);
-        // An advertisement with an MTU option does the same.
+        // A router advertisement with an MTU option has the same effect.
         std::fs::write("/proc/sys/net/ipv6/conf/ua/mtu", "1480").unwrap();
         let addresses = ["0.0.0.0", "::"];
         let v6 = underlay(&addresses, &["2001:db8:a::2"]);

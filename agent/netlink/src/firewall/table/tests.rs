@@ -12,12 +12,13 @@ use super::*;
 use crate::firewall::nft::finished;
 use crate::testing::in_namespace;
 
-/// Peers of a large cluster.
+/// Number of peers of a large cluster.
 const PEERS: u16 = 3000;
 /// Receive buffer in bytes that overflows with every transaction; the kernel doubles it.
 const SMALL_BUFFER: usize = 2048;
 
-/// Rules of a cluster whose pod CIDRs are not adjacent, so that no two set elements merge.
+/// Returns the rules of a cluster whose pod CIDRs are not adjacent, so that no two set elements
+/// merge.
 fn large_rules() -> Rules {
     let address = |first: u8, number: u16, last: u8| {
         let [high, low] = number.to_be_bytes();
@@ -47,7 +48,7 @@ fn crash_of_nft_names_the_signal_and_the_remedy() {
 #[test]
 fn large_table_is_installed_although_messages_are_lost() {
     in_namespace(|| async {
-        // Without pauses of the reader the kernel would wait for it.
+        // Without pauses of the reader, the kernel would wait for it.
         let pauses = tokio::spawn(async {
             loop {
                 std::thread::sleep(Duration::from_millis(20));
