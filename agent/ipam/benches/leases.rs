@@ -1,4 +1,4 @@
-//! What a lease costs, on the disk of the temporary directory.
+//! Benchmarks of lease operations on the disk of the temporary directory.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -12,16 +12,16 @@ use skein_cni_protocol::AttachmentId;
 use skein_ipam::{Ipam, IpamHandle, Netns, Reply, Request};
 use tempfile::TempDir;
 
-/// Leases that are there already.
+/// Number of existing leases.
 const OTHERS: [usize; 2] = [0, 10_000];
-/// Pods that come at once.
+/// Number of pods that start at the same time.
 const BURST: usize = 100;
 
 fn main() {
     divan::main();
 }
 
-/// A node's leases, in a directory that goes with this.
+/// Leases of a node, in a temporary directory.
 struct Node {
     path: PathBuf,
     _directory: TempDir,
@@ -62,7 +62,7 @@ fn request(name: &str) -> Request {
     Request { id: id(name), network: "pods".to_owned(), netns, pod: None, ips: Vec::new() }
 }
 
-/// A burst of requests to the thread of the leases; returns when the last is answered.
+/// Queues a burst of requests and waits until all are answered.
 fn burst<T: 'static>(prefix: &str, count: usize, ask: impl Fn(&str, Reply<T>)) {
     let (sender, receiver) = channel();
     for n in 0..count {
@@ -88,7 +88,7 @@ fn allocate_and_release(bencher: Bencher<'_, '_>, others: usize) {
 fn a_burst_in_shared_transactions(bencher: Bencher<'_, '_>, others: usize) {
     let node = Node::with(others);
     let (handle, thread) = IpamHandle::spawn(node.open()).unwrap();
-    // Each finds as many leases as the one before.
+    // Each round starts with the same number of leases.
     let empty =
         || burst("burst", BURST, |name, reply| handle.release(id(name), SystemTime::now(), reply));
     bencher.counter(ItemsCount::new(BURST)).with_inputs(empty).bench_local_values(|()| {

@@ -1,4 +1,5 @@
-//! The addresses of one family: which are leased, which rest, which are free, and which is next.
+//! Allocation state of one address family: leased, quarantined and free addresses, and the next one
+//! to allocate.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -12,24 +13,24 @@ use super::error::IpamError;
 use super::family::{Family, number};
 use super::free::Ranges;
 
-/// For how long a freed address is not given again while there is another: for what its last
-/// holder's peers still send, and for what they have cached.
+/// Time for which a released address is not allocated while another one is free: its former
+/// holder's peers may still send to it, and may have cached it.
 pub const QUARANTINE_TIME: Duration = Duration::from_secs(30);
 
-/// How much of a pool is used.
+/// Usage of one pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PoolUsage {
-    /// Which.
+    /// CIDR of the pool.
     pub cidr: IpNet,
-    /// Addresses that pods can have.
+    /// Number of addresses that can be allocated.
     pub total: u128,
-    /// Leases in it.
+    /// Number of leases in the pool.
     pub in_use: u64,
-    /// Addresses freed less than [`QUARANTINE_TIME`] ago.
+    /// Number of addresses that were released less than [`QUARANTINE_TIME`] ago.
     pub quarantined: u64,
 }
 
-/// A CIDR with the first and the last address in it that a pod can have.
+/// Pool with its first and last allocatable address.
 #[derive(Debug)]
 struct Pool {
     cidr: IpNet,
@@ -40,8 +41,8 @@ struct Pool {
 impl Pool {
     fn new(cidr: &IpNet) -> Self {
         let (first, last) = (number(cidr.network()), number(cidr.broadcast()));
-        // Links of two addresses or of one have no name, broadcast (RFC 3021) or anycast of the
-        // subnet's routers (RFC 6164); IPv6 has no broadcast at all.
+        // Prefixes of one or two addresses have no network address, broadcast address (RFC 3021) or
+        // subnet-router anycast address (RFC 6164). IPv6 has no broadcast.
         let (below, above) = match (cidr, cidr.max_prefix_len() - cidr.prefix_len()) {
             (_, 0 | 1) => (0, 0),
             (IpNet::V4(_), _) => (1, 1),
@@ -55,7 +56,8 @@ impl Pool {
     }
 }
 
-/// One family. `leased`, `quarantined` and `cursor` are on the disk too; the rest follows from them.
+/// Allocation state of one address family. `leased`, `quarantined` and `cursor` are stored on disk;
+/// the other fields are derived.
 #[derive(Debug)]
 pub(super) struct AddressAllocator {
     family: Family,
@@ -65,7 +67,7 @@ pub(super) struct AddressAllocator {
     quarantined: BTreeMap<u128, SystemTime>,
     by_age: BTreeSet<(SystemTime, u128)>,
     cursor: Option<u128>,
-    /// In a pool, and not reserved, leased or quarantined.
+    /// Addresses in a pool that are not reserved, leased or quarantined.
     free: Ranges,
 }
 
@@ -87,7 +89,7 @@ impl AddressAllocator {
         self.family
     }
 
-    /// Replaces what is on the disk.
+    /// Replaces the stored part of the state.
     pub(super) fn load(
         &mut self,
         leased: BTreeMap<u128, AttachmentId>,
@@ -98,7 +100,7 @@ impl AddressAllocator {
         self.rebuild_index();
     }
 
-    /// Takes those of this family. Leases outside of the pools stay.
+    /// Sets the pools and reserved addresses of this family. Leases outside the pools remain.
     pub(super) fn set_pools(&mut self, cidrs: &[IpNet], reserved: &[IpAddr]) {
         let ours = |ip: IpAddr| Family::of(ip) == self.family;
         self.pools = cidrs.iter().filter(|cidr| ours(cidr.addr())).map(Pool::new).collect();
@@ -107,7 +109,8 @@ impl AddressAllocator {
         self.rebuild_index();
     }
 
-    /// Goes back to what was before a change_set's entry; [`AddressAllocator::index`] has to follow.
+    /// Restores an entry of the quarantine from a change set. Call
+    /// [`AddressAllocator::rebuild_index`] afterwards.
     pub(super) fn undo_quarantine(&mut self, number: u128, before: Option<SystemTime>) {
         match before {
             Some(time) => self.quarantined.insert(number, time),
@@ -115,7 +118,7 @@ impl AddressAllocator {
         };
     }
 
-    /// As [`AddressAllocator::undo_quarantine`].
+    /// Restores a lease from a change set. Call [`AddressAllocator::rebuild_index`] afterwards.
     pub(super) fn undo_lease(&mut self, number: u128, before: Option<AttachmentId>) {
         match before {
             Some(id) => self.leased.insert(number, id),
@@ -123,12 +126,12 @@ impl AddressAllocator {
         };
     }
 
-    /// As [`AddressAllocator::undo_quarantine`].
+    /// Restores the cursor from a change set.
     pub(super) fn undo_cursor(&mut self, before: Option<u128>) {
         self.cursor = before;
     }
 
-    /// Derives what is not stored.
+    /// Derives the fields that are not stored.
     pub(super) fn rebuild_index(&mut self) {
         self.by_age = self.quarantined.iter().map(|(&number, &time)| (time, number)).collect();
         self.free = Ranges::default();
@@ -141,28 +144,33 @@ impl AddressAllocator {
         }
     }
 
-    /// Whether addresses of this family are given at all.
+    /// Returns whether addresses of this family are allocated.
     pub(super) fn has_pools(&self) -> bool {
         !self.pools.is_empty()
     }
 
-    /// Who has an address.
+    /// Returns the attachment that has an address.
     pub(super) fn holder(&self, number: u128) -> Option<&AttachmentId> {
         self.leased.get(&number)
     }
 
-    /// The address to give next: the first free one after the last given, and where none is free
-    /// the one that has rested longest.
+    /// Selects the next address: the first free one after the cursor, or, if none is free, the one
+    /// that has been quarantined longest. `None` if every address is leased.
     pub(super) fn pick(&mut self, now: SystemTime, change_set: &mut ChangeSet) -> Option<u128> {
         self.expire_quarantine(now, change_set);
         self.free.after(self.cursor).or_else(|| {
-            // Those that are in no pool are few: they stay here for no more than `QUARANTINE_TIME`.
+            // Quarantined addresses outside all pools are few: they remain for at most
+            // `QUARANTINE_TIME`.
             let mut oldest = self.by_age.iter().map(|&(_, number)| number);
             oldest.find(|&number| self.is_usable(number))
         })
     }
 
-    /// Whether this address may be given, to who asks for it by name.
+    /// Checks that a requested address can be allocated.
+    ///
+    /// # Errors
+    /// `Taken` if another attachment has it; `Reserved` if a pool contains it, but it must not be
+    /// allocated; `NotInPool` otherwise.
     pub(super) fn check(&self, number: u128) -> Result<(), IpamError> {
         let ip = self.family.ip(number);
         if let Some(holder) = self.holder(number) {
@@ -175,7 +183,7 @@ impl AddressAllocator {
         Err(if inside { IpamError::Reserved(ip) } else { IpamError::NotInPool(ip) })
     }
 
-    /// Leases an address that nobody has.
+    /// Leases an address that no attachment has.
     pub(super) fn lease(&mut self, number: u128, id: &AttachmentId, change_set: &mut ChangeSet) {
         self.free.remove(number);
         if let Some(freed) = self.quarantined.remove(&number) {
@@ -186,13 +194,13 @@ impl AddressAllocator {
         self.leased.insert(number, id.clone());
     }
 
-    /// Has the next search begin after an address.
+    /// Sets the address after which the next search starts.
     pub(super) fn set_cursor(&mut self, number: u128, change_set: &mut ChangeSet) {
         let before = self.cursor.replace(number);
         change_set.cursors.push((self.family, Step { before, after: Some(number) }));
     }
 
-    /// Ends the lease of an address, which is_quarantined from now on.
+    /// Ends the lease of an address and quarantines it.
     pub(super) fn quarantine(&mut self, number: u128, now: SystemTime, change_set: &mut ChangeSet) {
         self.leased.remove(&number);
         self.quarantined.insert(number, now);
@@ -201,7 +209,7 @@ impl AddressAllocator {
         change_set.quarantined.push((self.family.ip(number), step));
     }
 
-    /// Every address is leased.
+    /// Returns the error for a family whose addresses are all leased.
     pub(super) fn exhausted(&self) -> IpamError {
         IpamError::Exhausted {
             cidrs: self.pools.iter().map(|pool| pool.cidr).collect(),
@@ -209,7 +217,7 @@ impl AddressAllocator {
         }
     }
 
-    /// Of each pool.
+    /// Returns the usage of each pool.
     pub(super) fn usage(&self, now: SystemTime) -> impl Iterator<Item = PoolUsage> {
         self.pools.iter().map(move |pool| {
             let inside = pool.first..=pool.last;
@@ -226,7 +234,8 @@ impl AddressAllocator {
         })
     }
 
-    /// Leases in a pool, but for those of addresses that were reserved since.
+    /// Returns the number of leases in a pool. Leases of addresses that were reserved later do not
+    /// count.
     fn in_use(&self, pool: &Pool) -> u64 {
         let inside = pool.first..=pool.last;
         let reserved = self.reserved.range(inside.clone());
@@ -238,9 +247,10 @@ impl AddressAllocator {
         self.pools.iter().any(|pool| pool.contains(number)) && !self.reserved.contains(&number)
     }
 
-    /// Frees what has rested enough.
+    /// Frees addresses whose quarantine has ended.
     fn expire_quarantine(&mut self, now: SystemTime, change_set: &mut ChangeSet) {
-        // The clock was set back: nothing is_quarantined longer than if it was freed just now.
+        // If the clock was set back, the quarantine restarts now, so that no address stays longer
+        // than `QUARANTINE_TIME`.
         while let Some(&(freed, number)) = self.by_age.last()
             && freed > now
         {

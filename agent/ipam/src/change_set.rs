@@ -1,4 +1,4 @@
-//! What a batch has changed in memory: to be written in one transaction, or to be undone.
+//! Changes of a batch of operations in memory, to be committed in one transaction or undone.
 
 use std::net::IpAddr;
 use std::time::SystemTime;
@@ -8,23 +8,23 @@ use skein_cni_protocol::AttachmentId;
 use super::family::Family;
 use super::lease::Lease;
 
-/// Changes in the order in which they were made.
+/// Changes in the order of the operations.
 #[derive(Debug, Default)]
 pub(super) struct ChangeSet {
-    /// Leases before and after.
+    /// Leases before and after each change.
     pub(super) leases: Vec<(AttachmentId, Step<Lease>)>,
-    /// When a quarantined address was freed, before and after.
+    /// Release times of quarantined addresses, before and after each change.
     pub(super) quarantined: Vec<(IpAddr, Step<SystemTime>)>,
-    /// The address that was given last, before and after.
+    /// Cursor of a family before and after each change.
     pub(super) cursors: Vec<(Family, Step<u128>)>,
 }
 
-/// A value before and after a change.
+/// Value before and after a change.
 #[derive(Debug)]
 pub(super) struct Step<T> {
-    /// To return to.
+    /// Value that an undo restores; `None` if there was none.
     pub(super) before: Option<T>,
-    /// To be written.
+    /// Value to write; `None` deletes the entry.
     pub(super) after: Option<T>,
 }
 

@@ -1,4 +1,4 @@
-//! Why an address was not given, and why the store of leases could not be used.
+//! Errors of allocations and of the store.
 
 use std::fmt;
 use std::io;
@@ -13,57 +13,60 @@ use thiserror::Error;
 
 use super::lease::Lease;
 
-/// Why an operation on leases was not done; nothing has changed then.
+/// Errors of an operation on leases. The leases are unchanged after an error.
 #[derive(Debug, Clone, Error)]
 pub enum IpamError {
     /// Every address of a family is leased.
     #[error("no free address in {} ({in_use} in use)", DisplayCidrs(cidrs))]
     Exhausted {
-        /// The pools of the family.
+        /// Pools of the family.
         cidrs: Vec<IpNet>,
-        /// Leases in them.
+        /// Number of leases in the pools.
         in_use: u64,
     },
     /// The node has no pod CIDR yet.
     #[error("this node has no pod CIDR yet")]
     NoPools,
-    /// The attachment has a lease in another namespace, from which it has to be detached first.
+    /// The attachment has a lease in another network namespace, which must be released first.
     #[error("{} has a lease in another network namespace", DisplayId(&.0.id))]
     OtherNamespace(Box<Lease>),
-    /// An address that was asked for is not this node's to give.
+    /// The requested address is in no pool of this node.
     #[error("{0} is in none of this node's pod CIDRs")]
     NotInPool(IpAddr),
-    /// An address that was asked for is the network's, or the node's own.
+    /// The requested address is reserved: a network or broadcast address, or an address of the
+    /// node.
     #[error("{0} is reserved")]
     Reserved(IpAddr),
-    /// An address belongs to another attachment.
+    /// Another attachment has the address.
     #[error("{ip} belongs to {}", DisplayId(holder))]
     Taken {
-        /// Which address.
+        /// Address with a conflict.
         ip: IpAddr,
-        /// Whose it is.
+        /// Attachment that has the address.
         holder: Box<AttachmentId>,
     },
-    /// Two addresses of a family were asked for.
-    #[error("{0} and {1} were both asked for, where an interface has one address of a family")]
+    /// Two requested addresses have the same family.
+    #[error(
+        "{0} and {1} have the same address family; an interface gets one address per family. Request one of the two."
+    )]
     TooMany(IpAddr, IpAddr),
-    /// A lease that was learnt has no address.
+    /// The adopted lease has no address.
     #[error("the lease of {} has no address", DisplayId(.0))]
     NoAddress(Box<AttachmentId>),
-    /// The path of a namespace cannot be stored.
+    /// The path of the network namespace is not UTF-8 and cannot be stored.
     #[error("the path of the network namespace is not UTF-8: {}", .0.display())]
     Path(PathBuf),
-    /// The store of leases failed. Whether the change reached the disk is known when the store can
-    /// be read again; to ask the same again is right in either case.
+    /// The store failed. The outcome on disk is unknown until the store can be read again; a retry
+    /// is correct in either case.
     #[error("store of leases: {0}")]
     Store(Arc<StoreError>),
-    /// The thread that keeps the leases has ended.
+    /// The thread of the leases has ended.
     #[error("the agent is ending")]
     Stopped,
 }
 
 impl IpamError {
-    /// What the CNI specification calls it.
+    /// Returns the error code of the CNI specification.
     pub fn code(&self) -> ErrorCode {
         match self {
             Self::Exhausted { .. } | Self::NoPools | Self::Stopped | Self::OtherNamespace(_) => {
@@ -78,33 +81,35 @@ impl IpamError {
     }
 }
 
-/// What is wrong with the store.
+/// Errors of the store.
 #[derive(Debug, Error)]
 pub enum StoreError {
-    /// Another process has it open.
-    #[error("another process uses it: stop that one, or give each agent a state_dir of its own")]
-    InUse,
-    /// A newer Skein has written it.
+    /// Another process has the file open.
     #[error(
-        "it was written by a newer Skein (schema {found}, where this one knows {known}): install \
-         that version again, or drain the node and remove the file"
+        "another process uses it. Stop that process, or give each agent a state_dir of its own."
+    )]
+    InUse,
+    /// A newer version of Skein has written the file.
+    #[error(
+        "a newer version of Skein has written it (schema {found}, expected at most {known}). Install \
+         that version again, or drain the node and remove the file."
     )]
     Newer {
-        /// Schema of the file.
+        /// Schema version of the file.
         found: u64,
-        /// The newest that this version knows.
+        /// Highest schema version that this program supports.
         known: u64,
     },
-    /// It is not what was once written.
+    /// The content differs from what was written.
     #[error("it is damaged: {0}")]
     Damaged(String),
-    /// The disk, or a quota, is full.
-    #[error("no allocator left on its file system")]
+    /// The file system or a quota is full.
+    #[error("no space left on its file system")]
     Full,
-    /// Reading or writing failed.
+    /// An I/O operation failed.
     #[error(transparent)]
     Io(io::Error),
-    /// Anything else that the database says.
+    /// The database reported another error.
     #[error(transparent)]
     Database(redb::Error),
 }
@@ -149,20 +154,21 @@ impl From<io::Error> for StoreError {
         use io::ErrorKind as K;
         match error.kind() {
             K::StorageFull | K::QuotaExceeded | K::FileTooLarge => Self::Full,
-            // What the database says of bytes that it did not write, and of a file cut short.
+            // The database reports content that it has not written, or a truncated file, with these
+            // kinds.
             K::InvalidData | K::UnexpectedEof => Self::Damaged(error.to_string()),
             _ => Self::Io(error),
         }
     }
 }
 
-/// The store could not be opened.
+/// Error of opening the store.
 #[derive(Debug, Error)]
 #[error("store of leases {}: {error}", .path.display())]
 pub struct OpenError {
-    /// Its file.
+    /// Path of the file.
     pub path: PathBuf,
-    /// Why.
+    /// Cause of the failure.
     #[source]
     pub error: StoreError,
 }

@@ -1,4 +1,4 @@
-//! Address families, and the numbers of addresses.
+//! Address families, and addresses as numbers.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -14,7 +14,7 @@ impl Family {
         if ip.is_ipv4() { Self::V4 } else { Self::V6 }
     }
 
-    /// The address of this number. A number of IPv4 has come from an address.
+    /// Returns the address with this number. A number of [`Family::V4`] fits 32 bits.
     pub(super) fn ip(self, number: u128) -> IpAddr {
         match self {
             Self::V4 => Ipv4Addr::from_bits(number as u32).into(),
@@ -23,7 +23,7 @@ impl Family {
     }
 }
 
-/// The number of an address, whose order is that of the addresses of its family.
+/// Returns the address as a number. The order of numbers is the order of the addresses of a family.
 pub(super) fn number(ip: IpAddr) -> u128 {
     match ip {
         IpAddr::V4(ip) => ip.to_bits().into(),

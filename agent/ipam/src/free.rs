@@ -1,17 +1,17 @@
-//! The addresses that nothing holds, as disjoint ranges: every operation is logarithmic in the
-//! number of gaps, however large a pool and however full.
+//! Free addresses as disjoint ranges. Every operation is logarithmic in the number of ranges,
+//! independent of the size of the pool.
 
 use std::collections::BTreeMap;
 
-/// A set of numbers. No two of its ranges overlap or touch.
+/// Set of numbers. No two ranges overlap or are adjacent.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Ranges {
-    /// First number of each range to its last.
+    /// Last number of each range, by its first number.
     ranges: BTreeMap<u128, u128>,
 }
 
 impl Ranges {
-    /// Adds `first..=last`, whatever of it is there already.
+    /// Adds `first..=last`; numbers may be in the set already.
     pub(super) fn insert(&mut self, mut first: u128, mut last: u128) {
         if let Some((&start, &end)) = self.ranges.range(..=first).next_back()
             && end.checked_add(1).is_none_or(|next| next >= first)
@@ -28,7 +28,7 @@ impl Ranges {
         self.ranges.insert(first, last);
     }
 
-    /// Takes a number out; whether it was there.
+    /// Removes a number. Returns whether it was in the set.
     pub(super) fn remove(&mut self, number: u128) -> bool {
         let Some((start, end)) = self.around(number) else { return false };
         self.ranges.remove(&start);
@@ -41,12 +41,13 @@ impl Ranges {
         true
     }
 
-    /// Whether a number is in it.
+    /// Returns whether a number is in the set.
     pub(super) fn contains(&self, number: u128) -> bool {
         self.around(number).is_some()
     }
 
-    /// The smallest number after `number`, or the smallest of all where there is none.
+    /// Returns the smallest number greater than `number`, or, if there is none, the smallest number
+    /// of the set.
     pub(super) fn after(&self, number: Option<u128>) -> Option<u128> {
         let next = number.and_then(|number| number.checked_add(1)).and_then(|next| {
             if self.contains(next) {
@@ -57,7 +58,7 @@ impl Ranges {
         next.or_else(|| self.ranges.first_key_value().map(|(&start, _)| start))
     }
 
-    /// The range that `number` is in.
+    /// Returns the range that contains `number`.
     fn around(&self, number: u128) -> Option<(u128, u128)> {
         let (&start, &end) = self.ranges.range(..=number).next_back()?;
         (number <= end).then_some((start, end))

@@ -1,4 +1,4 @@
-//! The leases of a node: the state in memory, and the store on disk.
+//! Leases of a node: the state in memory and the store on disk.
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -14,37 +14,47 @@ use super::lease::Lease;
 use super::state::{Request, State, Usage};
 use super::store::{self, Store};
 
-/// Where the leases lie in the state directory.
+/// Path of the database below the state directory.
 pub const FILE: &str = "cni/leases.redb";
 
-/// The leases of a node. One process at a time has the file open.
+/// Leases of a node.
+///
+/// The caller opens the store, adopts the kernel's leases if the store was damaged, sets the pools,
+/// and then allocates and releases. Every change is on disk when its call returns; after an error
+/// the state in memory is unchanged, and a later call reads the store again. One process at a time
+/// can open the file.
 #[derive(Debug)]
 pub struct Ipam {
     pub(super) state: State,
     pub(super) store: Store,
 }
 
-/// See [`Ipam::open`].
+/// Result of [`Ipam::open`].
 #[derive(Debug)]
 pub struct Opened {
-    /// The leases.
+    /// The opened leases.
     pub ipam: Ipam,
-    /// Where the file was moved that was found damaged. What it held is lost to us: the addresses
-    /// that the kernel routes to pods have to be adopted before any is given.
+    /// The damaged file, if there was one. Its leases are lost: adopt the addresses that the kernel
+    /// routes to pods before the first allocation.
     pub damaged: Option<Damaged>,
 }
 
-/// A file that was not what had been written.
+/// Damaged file that was replaced by an empty one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Damaged {
-    /// Where it lies now.
+    /// Path to which the file was moved.
     pub path: PathBuf,
-    /// What is wrong with it.
+    /// Damage that was found.
     pub reason: String,
 }
 
 impl Ipam {
-    /// Opens the leases, or makes a file without any. A damaged one is moved aside.
+    /// Opens the leases at `path`, or creates an empty store. Moves a damaged file aside and
+    /// creates an empty store.
+    ///
+    /// # Errors
+    /// [`OpenError`] if another process has the file open, if a newer version has written it, or if
+    /// the file or its directory cannot be read or written.
     pub fn open(path: &Path) -> Result<Opened, OpenError> {
         let failed = |error| OpenError { path: path.to_owned(), error };
         let open = || {
@@ -68,19 +78,28 @@ impl Ipam {
         Ok(Self { state, store })
     }
 
-    /// From now on gives addresses of these CIDRs, but for those that are reserved. Leases outside
-    /// of them stay until they are released.
+    /// Sets the CIDRs from which addresses are allocated, and the addresses that are never
+    /// allocated. Existing leases outside the CIDRs remain until they are released.
     pub fn set_pools(&mut self, cidrs: &[IpNet], reserved: &[IpAddr]) {
         self.state.set_pools(cidrs, reserved);
     }
 
-    /// Leases an address of each family that the node has. The same attachment in the same
-    /// namespace gets the lease that it has, whatever it asks for.
+    /// Allocates one address per address family of the node and commits the lease to disk.
+    /// Idempotent: an attachment that has a lease in the same network namespace gets that lease.
+    ///
+    /// # Errors
+    /// `NoPools`, `Exhausted`; `NotInPool`, `Reserved`, `Taken` or `TooMany` for requested
+    /// addresses; `OtherNamespace` (release the lease first); `Path` (not UTF-8); `Store` (retry:
+    /// the outcome on disk is unknown until the store can be read again).
     pub fn allocate(&mut self, request: Request, now: SystemTime) -> Result<Lease, IpamError> {
         self.write(|state, change_set| state.allocate(request, now, change_set))?
     }
 
-    /// Ends a lease, and says which it was.
+    /// Releases the lease of an attachment and quarantines its addresses. Returns the lease; `None`
+    /// if there was none.
+    ///
+    /// # Errors
+    /// `Store` (retry: the outcome on disk is unknown until the store can be read again).
     pub fn release(
         &mut self,
         id: &AttachmentId,
@@ -89,30 +108,38 @@ impl Ipam {
         self.write(|state, change_set| state.release(id, now, change_set))
     }
 
-    /// Takes a lease as the kernel has it, in a pool or not, reserved or not. What it does not say
-    /// (namespace, pod, network) stays as it was known; addresses of which it has others are freed.
-    /// Returns the lease as it is now.
+    /// Stores a lease that the kernel's state shows, in a pool or not, reserved or not. Properties
+    /// that the kernel does not show (network namespace, pod, network) keep their known values;
+    /// other addresses of the attachment are released. Returns the stored lease.
+    ///
+    /// # Errors
+    /// `NoAddress`, `Taken` if another attachment has one of the addresses, `Path` (not UTF-8),
+    /// `Store`.
     pub fn adopt(&mut self, lease: Lease, now: SystemTime) -> Result<Lease, IpamError> {
         self.write(|state, change_set| state.adopt(lease, now, change_set))?
     }
 
-    /// The lease of an attachment. While the store can be neither written nor read, this and what
-    /// follows say what was known before it failed.
+    /// Returns the lease of an attachment. While the store can be neither written nor read, this
+    /// method and the following ones return the state before the failure.
     pub fn get(&self, id: &AttachmentId) -> Option<&Lease> {
         self.state.get(id)
     }
 
-    /// All leases, by attachment.
+    /// Returns all leases in the order of their attachments.
     pub fn list(&self) -> impl ExactSizeIterator<Item = &Lease> {
         self.state.list()
     }
 
-    /// How much is used.
+    /// Returns the usage of the pools.
     pub fn usage(&self, now: SystemTime) -> Usage {
         self.state.usage(now)
     }
 
-    /// Whether a lease could be written now: it writes as much, and nothing that lasts.
+    /// Checks that a lease could be written now: writes as many bytes and removes them in the same
+    /// transaction.
+    ///
+    /// # Errors
+    /// `Store` with the error of the store.
     pub fn probe(&mut self) -> Result<(), IpamError> {
         let failed = |error| IpamError::Store(Arc::new(error));
         if !self.store.is_open() {
@@ -124,9 +151,12 @@ impl Ipam {
         })
     }
 
-    /// Does some work on the state in memory and writes what it changed in one transaction. Where
-    /// that fails, memory is as the disk is, or, if the disk cannot be read either, as it was
-    /// before; then nothing is written until it can be.
+    /// Runs `work` on the state in memory and commits its changes in one transaction. After a
+    /// failure, memory equals the disk, or, if the disk cannot be read either, the state before;
+    /// then nothing is written until the disk can be read.
+    ///
+    /// # Errors
+    /// `Store` with the error of the store.
     pub(super) fn write<T>(
         &mut self,
         work: impl FnOnce(&mut State, &mut ChangeSet) -> T,
@@ -142,7 +172,8 @@ impl Ipam {
         }
         if let Err(error) = self.store.write(&change_set) {
             self.state.undo(change_set);
-            // What keeps it from being read now is likely what kept it from being written.
+            // The cause that prevented the write probably prevents the read, too; the next call
+            // reads again.
             let _ = self.reload();
             return Err(failed(error));
         }
@@ -151,7 +182,7 @@ impl Ipam {
 
     fn reload(&mut self) -> Result<(), StoreError> {
         let contents = self.store.open()?;
-        // What cannot be taken from the disk must not be added to there.
+        // Changes must not be added to a store whose content was refused.
         self.state.load(contents).inspect_err(|_| self.store.close())
     }
 }

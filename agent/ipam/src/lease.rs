@@ -1,4 +1,4 @@
-//! What is known of an attachment's addresses, and of the namespace that they are in.
+//! Leases, and the network namespaces that they belong to.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
@@ -7,60 +7,60 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 use skein_cni_protocol::{AttachmentId, Pod};
 
-/// The addresses of an attachment. Fields may be added: what an older agent left out gets its
-/// default, what a newer one wrote is passed over.
+/// Lease of an attachment. Later versions may add fields: a missing field gets its default, and an
+/// unknown field is ignored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lease {
-    /// Whose.
+    /// Attachment that has the lease.
     pub id: AttachmentId,
     /// Name of the network in the CNI configuration.
     #[serde(default)]
     pub network: String,
-    /// Its IPv4 address.
+    /// Leased IPv4 address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub v4: Option<Ipv4Addr>,
-    /// Its IPv6 address.
+    /// Leased IPv6 address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub v6: Option<Ipv6Addr>,
-    /// Where it is attached; unknown of a lease that was learnt from the kernel.
+    /// Network namespace of the attachment; `None` for a lease that was adopted from the kernel.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub netns: Option<Netns>,
-    /// The Kubernetes pod, where it is known.
+    /// Kubernetes pod, if it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod: Option<Pod>,
-    /// When it was given or learnt; in milliseconds since 1970 where it is stored.
+    /// Time of the allocation or adoption (wall clock), stored in milliseconds since 1970.
     #[serde(default = "epoch", with = "millis")]
     pub time: SystemTime,
 }
 
-/// A network namespace as it was when the lease was given.
+/// Identity of a network namespace at the time of the allocation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Netns {
-    /// `CNI_NETNS`, as the runtime names it.
+    /// Path from `CNI_NETNS`.
     #[serde(default)]
     pub path: PathBuf,
-    /// Device of the namespace's inode.
+    /// Device number of the namespace's inode.
     pub dev: u64,
-    /// The inode. The kernel may give the same one to a later namespace.
+    /// Inode number. The kernel may reuse it for a later namespace.
     pub inode: u64,
-    /// Whether the agent itself could see this inode at this path, so that its absence means
-    /// something.
+    /// True if the agent has seen this inode at this path, so that its absence means that the
+    /// namespace is gone.
     #[serde(default)]
     pub path_visible: bool,
-    /// The kernel's `boot_id` of that time: inodes mean nothing across a reboot.
+    /// The kernel's `boot_id` at that time; inode numbers do not survive a reboot.
     #[serde(default)]
     pub boot_id: String,
 }
 
 impl Netns {
-    /// Whether both are one namespace of one boot, under whatever path.
+    /// Returns whether both identify the same namespace of the same boot, independent of the path.
     pub fn is_same(&self, other: &Self) -> bool {
         (self.dev, self.inode, &self.boot_id) == (other.dev, other.inode, &other.boot_id)
     }
 }
 
 impl Lease {
-    /// Its addresses, IPv4 first.
+    /// Returns the addresses, IPv4 first.
     pub fn ips(&self) -> impl Iterator<Item = IpAddr> + use<> {
         self.v4.map(IpAddr::V4).into_iter().chain(self.v6.map(IpAddr::V6))
     }
@@ -70,25 +70,25 @@ fn epoch() -> SystemTime {
     SystemTime::UNIX_EPOCH
 }
 
-/// Times as whole milliseconds since 1970; what was before is 1970.
+/// Conversion of times to whole milliseconds since 1970; earlier times become 1970.
 pub(super) mod millis {
     use std::time::{Duration, SystemTime};
 
     use serde::{Deserialize, Deserializer, Serializer};
 
-    /// Milliseconds of a time.
+    /// Returns a time in milliseconds since 1970.
     pub(in super::super) fn of(time: SystemTime) -> u64 {
         let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// The time of so many milliseconds; 1970 for what the clock cannot hold.
+    /// Returns the time from milliseconds since 1970; 1970 if the clock cannot represent it.
     pub(in super::super) fn to_time(millis: u64) -> SystemTime {
         let since = Duration::from_millis(millis);
         SystemTime::UNIX_EPOCH.checked_add(since).unwrap_or(SystemTime::UNIX_EPOCH)
     }
 
-    /// The time as it is after it has been stored.
+    /// Rounds a time to the value that it has after it was stored.
     pub(in super::super) fn rounded(time: SystemTime) -> SystemTime {
         to_time(of(time))
     }

@@ -1,8 +1,41 @@
-//! Which attachment has which addresses: leases, on the disk before anybody hears of them.
+//! Address management (IPAM) of a node: leases of pod addresses, committed to disk before they are
+//! returned.
 //!
-//! Blocking code without a clock, without randomness and without a view of the kernel: `now` is an
-//! argument, and what the kernel has is told by [`Ipam::adopt`]. [`IpamHandle`] puts it on a thread
-//! of its own, which writes for all who wait in one transaction.
+//! The code is blocking, and has no clock, no randomness and no access to the kernel: `now` is an
+//! argument, and the caller reports the kernel's state with [`Ipam::adopt`]. [`IpamHandle`] runs it
+//! on a thread of its own, which commits concurrent operations in one transaction.
+//!
+//! ```
+//! use std::time::SystemTime;
+//!
+//! use skein_cni_protocol::AttachmentId;
+//! use skein_ipam::{FILE, Ipam, Netns, Opened, Request};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let state_dir = tempfile::tempdir()?;
+//! let Opened { mut ipam, damaged } = Ipam::open(&state_dir.path().join(FILE))?;
+//! assert_eq!(damaged, None);
+//! ipam.set_pools(&["10.244.1.0/24".parse()?], &["10.244.1.1".parse()?]);
+//! let id = AttachmentId { container_id: "c1".to_owned(), ifname: "eth0".to_owned() };
+//! let request = Request {
+//!     id: id.clone(),
+//!     network: "pods".to_owned(),
+//!     netns: Netns {
+//!         path: "/run/netns/c1".into(),
+//!         dev: 4,
+//!         inode: 1,
+//!         path_visible: true,
+//!         boot_id: "boot".to_owned(),
+//!     },
+//!     pod: None,
+//!     ips: Vec::new(),
+//! };
+//! let lease = ipam.allocate(request.clone(), SystemTime::now())?;
+//! assert_eq!(ipam.allocate(request, SystemTime::now())?, lease);
+//! assert_eq!(ipam.release(&id, SystemTime::now())?, Some(lease));
+//! # Ok(())
+//! # }
+//! ```
 
 #![forbid(unsafe_code)]
 

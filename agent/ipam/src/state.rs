@@ -1,4 +1,5 @@
-//! The leases as memory has them: the rules, without a disk. Every change is noted in a change_set.
+//! Leases in memory: the allocation rules, without a disk. Every change is recorded in a
+//! [`ChangeSet`].
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -15,32 +16,33 @@ use super::family::{Family, number};
 use super::lease::{Lease, Netns, millis};
 use super::store::Contents;
 
-/// Who asks for addresses, and where they are going to be.
+/// Request for a lease.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
-    /// Whose.
+    /// Attachment that gets the lease.
     pub id: AttachmentId,
     /// Name of the network in the CNI configuration.
     pub network: String,
-    /// The namespace, as it is now.
+    /// Network namespace of the attachment.
     pub netns: Netns,
-    /// The Kubernetes pod, where it is known.
+    /// Kubernetes pod, if it is known.
     pub pod: Option<Pod>,
-    /// Addresses that were asked for, at most one of a family; of the others any.
+    /// Requested addresses, at most one per family. For the other families any address is
+    /// allocated.
     pub ips: Vec<IpAddr>,
 }
 
-/// How much is used.
+/// Usage of all pools.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Of each pool, IPv4 first.
+    /// Usage of each pool, IPv4 first.
     pub pools: Vec<PoolUsage>,
-    /// All leases.
+    /// Number of leases, in pools or not.
     pub leases: u64,
 }
 
 impl Usage {
-    /// Whether a pod could be given an address of each family now.
+    /// Returns whether an address of each family could be allocated now.
     pub fn can_allocate(&self) -> bool {
         let free = |v4: bool| {
             let mut family = self.pools.iter().filter(|pool| pool.cidr.addr().is_ipv4() == v4);
@@ -51,7 +53,7 @@ impl Usage {
     }
 }
 
-/// All leases of a node.
+/// Leases of a node, with the allocation state of both families.
 #[derive(Debug)]
 pub(super) struct State {
     leases: BTreeMap<AttachmentId, Lease>,
@@ -68,7 +70,10 @@ impl State {
         }
     }
 
-    /// Takes what is on the disk for what is; refuses what cannot have been written.
+    /// Replaces the state by the content of the store.
+    ///
+    /// # Errors
+    /// `Damaged` if two leases have the same address.
     pub(super) fn load(&mut self, contents: Contents) -> Result<(), StoreError> {
         let Contents { leases, quarantined, cursors } = contents;
         let (mut v4, mut v6) = (BTreeMap::new(), BTreeMap::new());
@@ -92,7 +97,7 @@ impl State {
         Ok(())
     }
 
-    /// Makes as if the change_set's changes had not been made.
+    /// Undoes the changes of a change set.
     pub(super) fn undo(&mut self, change_set: ChangeSet) {
         for (id, step) in change_set.leases.into_iter().rev() {
             for ip in step.after.iter().flat_map(Lease::ips) {
@@ -144,7 +149,8 @@ impl State {
         change_set: &mut ChangeSet,
     ) -> Result<Lease, IpamError> {
         if let Some(lease) = self.leases.get(&request.id) {
-            // An adopted lease knows of no namespace: whoever attaches finds out whether it is this one.
+            // An adopted lease has no namespace; the caller checks whether the attachment is in
+            // this one.
             let same = lease.netns.as_ref().is_none_or(|netns| netns.is_same(&request.netns));
             let lease = lease.clone();
             return if same { Ok(lease) } else { Err(IpamError::OtherNamespace(Box::new(lease))) };
@@ -155,7 +161,7 @@ impl State {
         if !self.v4.has_pools() && !self.v6.has_pools() {
             return Err(IpamError::NoPools);
         }
-        // Nothing is taken before it is known that all of it can be.
+        // Select all addresses before the first change, so that an error changes nothing.
         let v4 = choose(&mut self.v4, asked_v4, now, change_set)?;
         let v6 = choose(&mut self.v6, asked_v6, now, change_set)?;
         for (allocator, choice) in [(&mut self.v4, v4), (&mut self.v6, v6)] {
@@ -189,8 +195,11 @@ impl State {
         Some(lease)
     }
 
-    /// Takes a lease as the kernel has it. What it does not say stays as it was known; addresses
-    /// of which it has others are freed.
+    /// Stores a lease that the kernel's state shows. Unknown properties keep their values; other
+    /// addresses of the attachment are released.
+    ///
+    /// # Errors
+    /// `NoAddress`, `Taken` or `Path`.
     pub(super) fn adopt(
         &mut self,
         mut learnt: Lease,
@@ -250,15 +259,18 @@ impl State {
     }
 }
 
-/// An address that is going to be leased.
+/// Address that was selected for a lease.
 #[derive(Clone, Copy)]
 struct Choice {
     number: u128,
-    /// Whether it was asked for by name.
+    /// True if the request named the address.
     asked: bool,
 }
 
-/// The address of a family for a new lease; none where the node has no such family.
+/// Selects the address of a family for a new lease; `None` if the node has no pool of the family.
+///
+/// # Errors
+/// Those of [`AddressAllocator::check`] for a requested address; `Exhausted` if no address is free.
 fn choose(
     allocator: &mut AddressAllocator,
     asked: Option<IpAddr>,
@@ -276,7 +288,10 @@ fn choose(
     Ok(Some(Choice { number, asked: false }))
 }
 
-/// The address of each family among those that were asked for.
+/// Returns the requested address of each family.
+///
+/// # Errors
+/// `TooMany` if a family has two.
 fn split(ips: &[IpAddr]) -> Result<(Option<IpAddr>, Option<IpAddr>), IpamError> {
     let one = |v4: bool| {
         let mut family = ips.iter().copied().filter(|ip| ip.is_ipv4() == v4);

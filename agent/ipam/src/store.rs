@@ -1,4 +1,4 @@
-//! Leases on the disk: a redb database, in which a transaction is there whole or not at all.
+//! Leases on disk, in a redb database. A transaction is stored completely or not at all.
 
 mod database;
 mod file;
@@ -18,7 +18,7 @@ pub(super) use self::database::Contents;
 pub(super) use self::database::{builder, initialize};
 pub(super) use self::file::{Opener, move_aside, opener, prepare};
 
-/// The database, or the lack of one after a failure.
+/// The database; closed after a failure.
 pub(super) struct Store {
     opener: Opener,
     database: Option<Database>,
@@ -31,24 +31,27 @@ impl fmt::Debug for Store {
 }
 
 impl Store {
-    /// Nothing is opened yet.
+    /// Creates a store that is not open yet.
     pub(super) fn new(opener: Opener) -> Self {
         Self { opener, database: None }
     }
 
-    /// Whether what was written last is known to be on the disk.
+    /// Returns whether the last write is known to be on disk.
     pub(super) fn is_open(&self) -> bool {
         self.database.is_some()
     }
 
-    /// Lets go of it.
+    /// Closes the database and releases its lock.
     pub(super) fn close(&mut self) {
         self.database = None;
     }
 
-    /// Opens it and reads all of it.
+    /// Opens the database and reads its content.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file cannot be opened or its content is damaged.
     pub(super) fn open(&mut self) -> Result<Contents, StoreError> {
-        // One at a time: the lock is let go with the last one.
+        // The lock is released when the previous database is dropped.
         self.close();
         let (database, contents) = catch_panic(|| {
             let database = (self.opener)()?;
@@ -59,13 +62,19 @@ impl Store {
         Ok(contents)
     }
 
-    /// Writes a change_set in one transaction, which is on the disk when this returns. After a
-    /// failure it may be or not: the store is closed, and only reading it again tells.
+    /// Commits a change set in one transaction; the data is on disk when the method returns.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the transaction fails. Its outcome is unknown then: the store is closed,
+    /// and [`Store::open`] reads the outcome.
     pub(super) fn write(&mut self, change_set: &ChangeSet) -> Result<(), StoreError> {
         self.with(|database| write(database, change_set))
     }
 
-    /// Writes what takes as much room as a lease, and takes it out in the same transaction.
+    /// Writes the amount of data of a lease, and removes it in the same transaction.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the transaction fails; the store is closed then.
     pub(super) fn probe(&mut self) -> Result<(), StoreError> {
         self.with(probe)
     }
@@ -86,9 +95,12 @@ impl Store {
     }
 }
 
-/// The database says of itself that it may panic where a file was altered while it was closed, and
-/// checks on opening against that; the agent outlives what it overlooks.
+/// Runs `work` and converts a panic to an error. redb documents that it may panic if the file was
+/// changed while it was closed. The integrity check at opening finds most such changes.
+///
+/// # Errors
+/// The error of `work`; `Damaged` after a panic.
 fn catch_panic<T>(work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
     catch_unwind(AssertUnwindSafe(work))
-        .unwrap_or_else(|_| Err(StoreError::Damaged("the database gave up".to_owned())))
+        .unwrap_or_else(|_| Err(StoreError::Damaged("the database has panicked".to_owned())))
 }

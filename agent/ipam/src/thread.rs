@@ -1,4 +1,4 @@
-//! Leases on a thread of their own: whoever waits while a transaction is written shares the next.
+//! Thread for leases. Operations that arrive while a transaction is written share the next one.
 
 use std::io;
 use std::net::IpAddr;
@@ -15,21 +15,22 @@ use super::ipam::Ipam;
 use super::lease::Lease;
 use super::state::{Request, State, Usage};
 
-/// What is called with the outcome, on the thread of the leases: it must neither block nor panic.
-/// It is dropped without having been called where that thread has ended with the work undone.
+/// Callback for the outcome of an operation. It runs on the thread of the leases and must neither
+/// block nor panic. It is dropped without a call if the thread ends before the operation.
 pub type Reply<T> = Box<dyn FnOnce(Result<T, IpamError>) + Send>;
 
-/// Operations in one transaction at most: bounds what a failure takes with it.
+/// Maximum number of operations in one transaction, which a failure affects together.
 const MAX_BATCH: usize = 1024;
 
-/// Asks the thread of the leases. The thread ends when the last handle is gone and everything that
-/// was asked is done.
+/// Handle of the thread. The thread ends after the last handle is dropped and all queued operations
+/// are done.
 #[derive(Debug, Clone)]
 pub struct IpamHandle {
     jobs: Sender<Job>,
 }
 
-/// Runs a write in memory, or fails it; what it returns answers when the transaction has ended.
+/// Write operation: changes the state in memory, or gets the error that prevents it. The returned
+/// function reports the outcome after the transaction.
 type Write = Box<dyn FnOnce(Result<(&mut State, &mut ChangeSet), IpamError>) -> Answer + Send>;
 type Answer = Box<dyn FnOnce(Result<(), IpamError>)>;
 type ReadJob = Box<dyn FnOnce(&mut Ipam) + Send>;
@@ -41,7 +42,10 @@ enum Job {
 }
 
 impl IpamHandle {
-    /// Starts the thread `ipam`. To join it is to know that the file is closed.
+    /// Starts the thread `ipam`. The file is closed when the thread ends.
+    ///
+    /// # Errors
+    /// The kernel's error if the thread cannot be started.
     pub fn spawn(ipam: Ipam) -> io::Result<(Self, JoinHandle<()>)> {
         let (jobs, queue) = channel();
         let thread = std::thread::Builder::new().name("ipam".to_owned());
@@ -49,44 +53,44 @@ impl IpamHandle {
         Ok((Self { jobs }, thread))
     }
 
-    /// As [`Ipam::set_pools`]; what is asked later gives addresses of these.
+    /// Queues [`Ipam::set_pools`]. Later allocations use these pools.
     pub fn set_pools(&self, cidrs: Vec<IpNet>, reserved: Vec<IpAddr>) {
         let job = move |ipam: &mut Ipam| ipam.set_pools(&cidrs, &reserved);
-        // Where the thread has ended there is nobody left to give an address to.
+        // If the thread has ended, no address will be allocated.
         let _ = self.jobs.send(Job::Pools(Box::new(job)));
     }
 
-    /// As [`Ipam::allocate`].
+    /// Queues [`Ipam::allocate`].
     pub fn allocate(&self, request: Request, now: SystemTime, reply: Reply<Lease>) {
         self.write(move |state, change_set| state.allocate(request, now, change_set), reply);
     }
 
-    /// As [`Ipam::release`].
+    /// Queues [`Ipam::release`].
     pub fn release(&self, id: AttachmentId, now: SystemTime, reply: Reply<Option<Lease>>) {
         self.write(move |state, change_set| Ok(state.release(&id, now, change_set)), reply);
     }
 
-    /// As [`Ipam::adopt`].
+    /// Queues [`Ipam::adopt`].
     pub fn adopt(&self, lease: Lease, now: SystemTime, reply: Reply<Lease>) {
         self.write(move |state, change_set| state.adopt(lease, now, change_set), reply);
     }
 
-    /// As [`Ipam::get`].
+    /// Queues [`Ipam::get`].
     pub fn get(&self, id: AttachmentId, reply: Reply<Option<Lease>>) {
         self.read(move |ipam| ipam.get(&id).cloned(), reply);
     }
 
-    /// As [`Ipam::list`].
+    /// Queues [`Ipam::list`].
     pub fn list(&self, reply: Reply<Vec<Lease>>) {
         self.read(|ipam| ipam.list().cloned().collect(), reply);
     }
 
-    /// As [`Ipam::usage`].
+    /// Queues [`Ipam::usage`].
     pub fn usage(&self, now: SystemTime, reply: Reply<Usage>) {
         self.read(move |ipam| ipam.usage(now), reply);
     }
 
-    /// As [`Ipam::probe`].
+    /// Queues [`Ipam::probe`].
     pub fn probe(&self, reply: Reply<()>) {
         let _ = self.jobs.send(Job::Read(Box::new(move |ipam| reply(ipam.probe()))));
     }
@@ -111,7 +115,7 @@ impl IpamHandle {
     where
         T: 'static,
     {
-        // A reply that cannot be sent is dropped with its question, which tells who waits.
+        // If the thread has ended, the job and its reply are dropped, which notifies the caller.
         let job = move |ipam: &mut Ipam| reply(Ok(work(ipam)));
         let _ = self.jobs.send(Job::Read(Box::new(job)));
     }
@@ -127,8 +131,8 @@ fn run(mut ipam: Ipam, queue: &Receiver<Job>) {
                 Job::Read(job) => reads.push(job),
             }
         }
-        // All of them came while nobody was answered, so that any order is one that they may
-        // expect: this one has what was asked after a change of pools see the change.
+        // All of these operations are concurrent, so any order is valid. This order applies new
+        // pools before allocations that were requested after them.
         pools.into_iter().for_each(|job| job(&mut ipam));
         write(&mut ipam, writes);
         reads.into_iter().for_each(|job| job(&mut ipam));
@@ -144,7 +148,7 @@ fn write(ipam: &mut Ipam, writes: Vec<Write>) {
     let outcome = ipam.write(|state, change_set| {
         answers.extend(writes.by_ref().map(|write| write(Ok((&mut *state, &mut *change_set)))));
     });
-    // Those that were not even tried, as the store could not be opened.
+    // Operations that were not tried because the store could not be opened.
     if let Err(error) = &outcome {
         answers.extend(writes.map(|write| write(Err(error.clone()))));
     }

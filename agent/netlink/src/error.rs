@@ -11,8 +11,8 @@ use super::link::Link;
 pub enum InterfaceError {
     /// Another program has an interface with this name.
     #[error(
-        "interface {name} belongs to another program ({found}): set interface.name to another name, \
-         or delete it (ip link delete {name})"
+        "interface {name} belongs to another program ({found}). Set interface.name to another name, \
+         or delete the interface (ip link delete {name})."
     )]
     Foreign {
         /// Name of the interface.
@@ -22,8 +22,9 @@ pub enum InterfaceError {
     },
     /// The interface belongs to another Skein node.
     #[error(
-        "interface {name} belongs to the Skein node {node:?}: set interface.name to another name, or \
-         remove that node's (skein-agent cleanup with its configuration, or ip link delete {name})"
+        "interface {name} belongs to the Skein node {node:?}. Set interface.name to another name, \
+         or remove the interface of that node (skein-agent cleanup with its configuration, or ip \
+         link delete {name})."
     )]
     OtherNode {
         /// Name of the interface.

@@ -80,7 +80,7 @@ impl InterfaceSpec {
                 continue;
             }
             self.rename_back(netlink, link).await?;
-            tracing::warn!(interface = self.name, was, "renamed interface has its name back");
+            tracing::warn!(interface = self.name, was, "interface was renamed: name restored");
             index = Some(link.index);
         }
         if let Some(index) = index {

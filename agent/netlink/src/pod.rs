@@ -96,7 +96,7 @@ impl Netlink {
             .build();
         let result = self.handle.link().add(message).execute().await;
         result.map_err(|error| {
-            NetlinkError::new(format_args!("make the veth pair {host} and {container}"), error)
+            NetlinkError::new(format_args!("create the veth pair {host} and {container}"), error)
         })
     }
 

@@ -48,7 +48,7 @@ impl StagedInterface {
     pub async fn create(&self, netlink: &Netlink, name: &str) -> Result<u32, InterfaceError> {
         create_persistent(&self.name)?;
         let link = netlink.link(&self.name).await?.ok_or_else(|| NetlinkError {
-            what: format!("find the interface {} just made", self.name),
+            what: format!("find the new interface {}", self.name),
             source: std::io::ErrorKind::NotFound.into(),
         })?;
         let alias = LinkChange { alias: Some(self.alias.clone()), ..LinkChange::default() };
@@ -72,7 +72,10 @@ impl StagedInterface {
         if !self.is_left(&link) {
             return Err(InterfaceError::Foreign { name: self.name.clone(), found: Box::new(link) });
         }
-        tracing::info!(interface = self.name, "removing what an unfinished start has left");
+        tracing::info!(
+            interface = self.name,
+            "removing the staged interface of an unfinished start"
+        );
         netlink.delete_link(link.index).await?;
         Ok(true)
     }

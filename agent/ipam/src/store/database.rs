@@ -1,4 +1,4 @@
-//! Tables of the database, and transactions on them.
+//! Tables of the database and transactions on them.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -12,22 +12,24 @@ use crate::error::StoreError;
 use crate::family::Family;
 use crate::lease::{Lease, millis};
 
-/// Raised when what is stored changes in a way that an older agent would misunderstand.
+/// Schema version. It is incremented when stored data changes in a way that an older agent would
+/// misread.
 const SCHEMA: u64 = 1;
 
-/// Memory for pages of the database, in bytes: all of it for 10,000 leases.
+/// Size of the page cache in bytes; the database of 10,000 leases fits.
 const CACHE_SIZE: usize = 8 << 20;
 
-/// `schema`.
+/// Key `schema` to the schema version.
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 /// Container id and interface name to a [`Lease`] in JSON.
 const LEASES: TableDefinition<'_, (&str, &str), &[u8]> = TableDefinition::new("leases");
-/// Address (4 or 16 bytes) to when it was freed, in milliseconds since 1970.
+/// Address (4 or 16 bytes) to the time of its release, milliseconds since 1970. The name of the
+/// table is that of earlier releases.
 const QUARANTINED: TableDefinition<'_, &[u8], u64> = TableDefinition::new("resting");
-/// Family (4 or 6) to the number of the address that was given last.
+/// Family (4 or 6) to the number of the last allocated address.
 const CURSORS: TableDefinition<'_, u8, u128> = TableDefinition::new("cursors");
 
-/// What is stored.
+/// Content of the database.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(in super::super) struct Contents {
     pub(in super::super) leases: BTreeMap<AttachmentId, Lease>,
@@ -35,14 +37,18 @@ pub(in super::super) struct Contents {
     pub(in super::super) cursors: BTreeMap<Family, u128>,
 }
 
-/// How every database is opened: with the checksum of each page compared first.
+/// Returns the settings with which every database is opened, including the check of all page
+/// checksums.
 pub(in super::super) fn builder() -> redb::Builder {
     let mut builder = Database::builder();
     builder.set_cache_size(CACHE_SIZE).set_check_integrity_on_open(true);
     builder
 }
 
-/// Makes the tables of a new database.
+/// Creates the tables of a new database.
+///
+/// # Errors
+/// [`StoreError`] if the transaction fails.
 pub(in super::super) fn initialize(database: &Database) -> Result<(), StoreError> {
     let transaction = database.begin_write()?;
     transaction.open_table(META)?.insert("schema", SCHEMA)?;
@@ -52,6 +58,10 @@ pub(in super::super) fn initialize(database: &Database) -> Result<(), StoreError
     Ok(transaction.commit()?)
 }
 
+/// Reads the content of the database.
+///
+/// # Errors
+/// `Newer` if a newer version has written it, `Damaged` if it is inconsistent.
 pub(super) fn read(database: &Database) -> Result<Contents, StoreError> {
     let damaged = |what: &str| StoreError::Damaged(what.to_owned());
     let mut contents = Contents::default();
@@ -66,13 +76,14 @@ pub(super) fn read(database: &Database) -> Result<Contents, StoreError> {
         let lease: Lease = serde_json::from_slice(value.value())
             .map_err(|error| StoreError::Damaged(format!("a lease cannot be read: {error}")))?;
         if key.value() != (lease.id.container_id.as_str(), lease.id.ifname.as_str()) {
-            return Err(damaged("a lease is another's"));
+            return Err(damaged("the key of a lease names another attachment"));
         }
         contents.leases.insert(lease.id.clone(), lease);
     }
     for row in transaction.open_table(QUARANTINED)?.iter()? {
         let (key, value) = row?;
-        let ip = address(key.value()).ok_or_else(|| damaged("an address has a strange length"))?;
+        let ip = address(key.value())
+            .ok_or_else(|| damaged("an address is neither 4 nor 16 bytes long"))?;
         contents.quarantined.insert(ip, millis::to_time(value.value()));
     }
     for row in transaction.open_table(CURSORS)?.iter()? {
@@ -80,15 +91,19 @@ pub(super) fn read(database: &Database) -> Result<Contents, StoreError> {
         let family = match key.value() {
             4 => Family::V4,
             6 => Family::V6,
-            _ => return Err(damaged("a family is neither IPv4 nor IPv6")),
+            _ => return Err(damaged("the family of a cursor is neither 4 nor 6")),
         };
         contents.cursors.insert(family, value.value());
     }
     Ok(contents)
 }
 
+/// Writes a change set in one transaction.
+///
+/// # Errors
+/// [`StoreError`] if the transaction fails.
 pub(super) fn write(database: &Database, change_set: &ChangeSet) -> Result<(), StoreError> {
-    // Its commit is durable: that is the default of the database.
+    // A commit of redb is durable by default.
     let transaction = database.begin_write()?;
     {
         let mut leases = transaction.open_table(LEASES)?;
@@ -122,10 +137,14 @@ pub(super) fn write(database: &Database, change_set: &ChangeSet) -> Result<(), S
     Ok(transaction.commit()?)
 }
 
+/// Writes an entry to each table and removes it in the same transaction.
+///
+/// # Errors
+/// [`StoreError`] if the transaction fails.
 pub(super) fn probe(database: &Database) -> Result<(), StoreError> {
     let transaction = database.begin_write()?;
     {
-        // No attachment, address or family is called that.
+        // No attachment, address or family has these keys.
         let mut leases = transaction.open_table(LEASES)?;
         leases.insert(("", ""), &[0; 512][..])?;
         leases.remove(("", ""))?;

@@ -1,4 +1,5 @@
-//! The database's file: made whole or not at all, private, and moved aside where it is damaged.
+//! File of the database: created atomically, accessible to its owner only, and moved aside if it is
+//! damaged.
 
 use std::fs::{DirBuilder, File, OpenOptions, Permissions};
 use std::io;
@@ -11,10 +12,13 @@ use redb::backends::FileBackend;
 use super::database::{builder, initialize};
 use crate::error::StoreError;
 
-/// Opens the database once more.
+/// Function that opens the database again.
 pub(in super::super) type Opener = Box<dyn FnMut() -> Result<Database, StoreError> + Send>;
 
-/// Makes the file if need be.
+/// Creates the directory and the file if they do not exist.
+///
+/// # Errors
+/// [`StoreError`] if the directory or the file cannot be created.
 pub(in super::super) fn prepare(path: &Path) -> Result<(), StoreError> {
     private_directory(directory(path))?;
     if !path.try_exists()? {
@@ -23,13 +27,16 @@ pub(in super::super) fn prepare(path: &Path) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// Opens the file, which exists.
+/// Returns a function that opens the existing file.
 pub(in super::super) fn opener(path: &Path) -> Opener {
     let path = path.to_owned();
     Box::new(move || existing(&path))
 }
 
-/// Moves a damaged file out of the way; an earlier one is replaced. Returns where it is now.
+/// Moves a damaged file aside and replaces an earlier one. Returns its new path.
+///
+/// # Errors
+/// The error of rename(2) or fsync(2).
 pub(in super::super) fn move_aside(path: &Path) -> io::Result<PathBuf> {
     let aside = beside(path, ".damaged");
     std::fs::rename(path, &aside)?;
@@ -40,7 +47,7 @@ pub(in super::super) fn move_aside(path: &Path) -> io::Result<PathBuf> {
 fn existing(path: &Path) -> Result<Database, StoreError> {
     let file = OpenOptions::new().read(true).write(true).open(path)?;
     let metadata = file.metadata()?;
-    // The database would take it for a new one, and what it had would be forgotten in silence.
+    // The database would initialise an empty file, and the loss of its content would go unnoticed.
     if metadata.len() == 0 {
         return Err(StoreError::Damaged("it is empty".to_owned()));
     }
@@ -50,7 +57,7 @@ fn existing(path: &Path) -> Result<Database, StoreError> {
     database(file)
 }
 
-/// Makes the file under another name first, so that one cut short by a crash is never taken for it.
+/// Creates the file under a temporary name first, so that a partial file is never opened.
 fn create(path: &Path) -> Result<(), StoreError> {
     let temporary = beside(path, ".new");
     match std::fs::remove_file(&temporary) {
@@ -60,7 +67,7 @@ fn create(path: &Path) -> Result<(), StoreError> {
     let mut options = OpenOptions::new();
     let file = options.read(true).write(true).create_new(true).mode(0o600).open(&temporary)?;
     initialize(&database(file)?)?;
-    // A link does not replace what another process has made meanwhile.
+    // Unlike rename(2), link(2) does not replace a file that another process has created meanwhile.
     match std::fs::hard_link(&temporary, path) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error.into()),
         _ => {}
@@ -73,7 +80,7 @@ fn database(file: File) -> Result<Database, StoreError> {
     Ok(builder().create_with_backend(FileBackend::new(file)?)?)
 }
 
-/// Makes the directory for its owner alone.
+/// Creates the directory, accessible to its owner only.
 fn private_directory(path: &Path) -> io::Result<()> {
     if !path.is_dir() {
         DirBuilder::new().recursive(true).mode(0o700).create(path)?;

@@ -1,4 +1,5 @@
-//! Whatever fails and whenever: what was answered holds, no address is given twice, none is lost.
+//! Crash safety: after any failure at any time, answered operations hold, no address has two
+//! leases, and no address is lost.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -6,7 +7,7 @@ use super::disk::{Disk, Fault, Kept};
 use super::*;
 
 const POOLS: [&str; 2] = ["10.1.0.0/28", "fd00::/124"];
-/// Addresses of [`POOLS`] that can be given, of each family.
+/// Number of allocatable addresses of [`POOLS`] per family.
 const USABLE: [usize; 2] = [14, 15];
 
 fn give_pools(ipam: &mut Ipam) {
@@ -19,7 +20,8 @@ enum Ask {
     Adopt(&'static str),
 }
 
-/// Given, freed, given again while nothing else is free, learnt.
+/// Returns operations that allocate, release, allocate again while no other address is free, and
+/// adopt.
 fn script() -> Vec<(Ask, u64)> {
     let names = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n"];
     let mut script: Vec<_> = names[..5].iter().map(|name| (Ask::Allocate(name), 0)).collect();
@@ -28,12 +30,12 @@ fn script() -> Vec<(Ask, u64)> {
     script
 }
 
-/// What an attachment may have: after a failure that which it had, or that which was to be.
+/// Leases that may exist after a failure: those before the failed operation, or those after it.
 #[derive(Debug, Default)]
 struct Answered {
-    /// Known for certain; `None` where it has no lease.
+    /// Known leases; `None` for an attachment without one.
     known: BTreeMap<AttachmentId, Option<Lease>>,
-    /// Failed, so that it may have been done or not.
+    /// Attachments whose operation failed, so that its outcome is unknown.
     unknown: BTreeSet<AttachmentId>,
 }
 
@@ -64,7 +66,7 @@ impl Answered {
     }
 }
 
-/// Runs the script, whatever of it fails.
+/// Runs the script and records all answers.
 fn play(ipam: &mut Ipam, answered: &mut Answered, fault: Fault) {
     for (ask, seconds) in script() {
         let now = at(seconds);
@@ -73,7 +75,8 @@ fn play(ipam: &mut Ipam, answered: &mut Answered, fault: Fault) {
         match ask {
             Ask::Allocate(name) => {
                 let result = ipam.allocate(request(name), now).map(Some);
-                // A release before this may have failed, so that this is still there: the same.
+                // An earlier release may have failed, so that the lease still exists and is
+                // returned again.
                 answered.note(id(name), result);
             }
             Ask::Release(name) => {
@@ -96,7 +99,7 @@ fn play(ipam: &mut Ipam, answered: &mut Answered, fault: Fault) {
         }
         let ips: Vec<_> = ipam.list().flat_map(Lease::ips).collect();
         assert_eq!(ips.iter().collect::<BTreeSet<_>>().len(), ips.len(), "given twice");
-        // What failed, and cannot be looked up either, is as if it had not been asked.
+        // A failed operation whose outcome cannot be read has no effect that the model must know.
         if matches!(fault, Fault::From(_) | Fault::Power(_)) && answered.unknown != unknown {
             assert!(ipam.list().eq(before.iter()), "{fault:?}");
             assert_eq!(ipam.usage(now), usage);
@@ -104,10 +107,10 @@ fn play(ipam: &mut Ipam, answered: &mut Answered, fault: Fault) {
     }
 }
 
-/// Every address that is not leased can still be given, and the caller who was not answered may
-/// ask again.
+/// Checks that every address without a lease can be allocated, and that a caller without an answer
+/// may repeat its request.
 fn check_nothing_is_lost(ipam: &mut Ipam, answered: &Answered) {
-    // Where the disk could not even be read, what is unknown is as it was before; now it can be.
+    // If the disk could not be read, the outcome is still unknown; this call reads it.
     assert_eq!(ipam.release(&id("nobody"), at(41)).unwrap(), None);
     for id in &answered.unknown {
         let before = ipam.get(id).cloned();
@@ -115,7 +118,7 @@ fn check_nothing_is_lost(ipam: &mut Ipam, answered: &Answered) {
         match (ipam.allocate(request, at(41)), before) {
             (Ok(lease), Some(before)) => assert_eq!(lease, before),
             (Ok(_), None) => {}
-            // Learnt from the kernel, without a namespace.
+            // Adopted from the kernel, without a network namespace.
             (Err(IpamError::OtherNamespace(lease)), Some(before)) => assert_eq!(*lease, before),
             (result, before) => panic!("{result:?} {before:?}"),
         }
@@ -134,7 +137,8 @@ fn check_nothing_is_lost(ipam: &mut Ipam, answered: &Answered) {
     assert_eq!(ips.len(), 2 * USABLE[0]);
 }
 
-/// A disk that has run the script, failing as told; what was answered; how many operations it was.
+/// Runs the script on a disk with a fault. Returns the disk, the answers, the leases and the number
+/// of operations of the disk.
 fn failed(fault: Fault) -> (Disk, Answered, Option<Ipam>, usize) {
     let disk = Disk::new();
     let mut ipam = disk.open().unwrap();
@@ -156,7 +160,7 @@ fn one_operation_fails() {
         let mut ipam = ipam.take().unwrap();
         answered.check(&ipam);
         disk.fail(Fault::None);
-        // Memory is as the disk is.
+        // Memory must equal the disk.
         let leases: Vec<_> = ipam.list().cloned().collect();
         assert!(disk.copy().open().unwrap().list().eq(leases.iter()), "{k}");
         check_nothing_is_lost(&mut ipam, &answered);
@@ -171,7 +175,7 @@ fn the_disk_is_full_for_a_while() {
         let mut ipam = ipam.take().unwrap();
         answered.check(&ipam);
         let error = ipam.allocate(request("z"), at(40)).unwrap_err();
-        assert!(error.to_string().ends_with("no allocator left on its file system"), "{error}");
+        assert!(error.to_string().ends_with("no space left on its file system"), "{error}");
         assert_eq!(error.code() as u32, 5);
         assert!(ipam.usage(at(40)).can_allocate(), "what is asked of memory is answered");
         disk.fail(Fault::None);
@@ -197,17 +201,17 @@ fn a_store_that_cannot_be_written_is_known_without_a_lease() {
     for k in 0..operations {
         disk.fail(Fault::From(k));
         let error = ipam.probe().unwrap_err().to_string();
-        assert!(error.ends_with("no allocator left on its file system"), "{k}: {error}");
+        assert!(error.ends_with("no space left on its file system"), "{k}: {error}");
         assert!(ipam.probe().is_err(), "{k}");
         disk.fail(Fault::None);
         ipam.probe().unwrap();
     }
-    // Nothing of it lasts.
+    // The process ends, and its memory with it.
     drop(ipam);
     assert!(disk.open().unwrap().list().eq([&lease]));
 }
 
-/// What may be left of the operations that were not synced.
+/// Returns patterns of unsynced operations that survive a power loss.
 fn patterns(seed: usize) -> Vec<Box<dyn Fn(usize, usize) -> Kept>> {
     let keep = |whole: bool| if whole { Kept::Whole } else { Kept::Lost };
     let random = move |salt: usize| {
@@ -221,7 +225,7 @@ fn patterns(seed: usize) -> Vec<Box<dyn Fn(usize, usize) -> Kept>> {
         }
     };
     vec![
-        // What the kernel had is there: the process was killed, not the machine.
+        // All operations survive: only the process was killed.
         Box::new(|_, _| Kept::Whole),
         Box::new(|_, _| Kept::Lost),
         Box::new(move |n, _| keep(n % 2 == 0)),

@@ -1,4 +1,4 @@
-//! A disk in memory which fails, or loses what was not synced, at any of its operations.
+//! Disk in memory that fails, or loses unsynced operations, at any of its operations.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -8,15 +8,15 @@ use redb::StorageBackend;
 use super::super::store::{Store, builder, initialize};
 use super::*;
 
-/// What goes wrong, and at which of the operations that change the disk, counted from 0.
+/// Fault, and the number of the operation that changes the disk at which it occurs, counted from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fault {
     None,
-    /// This one fails with ENOSPC, half done.
+    /// This operation fails with ENOSPC after half of its data.
     Once(usize),
-    /// This one and all that follow.
+    /// This operation and all later ones fail.
     From(usize),
-    /// As the last, and nothing can be read either: power is lost.
+    /// Power is lost: this operation and all later ones fail, and reads fail, too.
     Power(usize),
 }
 
@@ -28,11 +28,11 @@ enum Operation {
 
 #[derive(Debug, Default)]
 pub(super) struct Sectors {
-    /// As processes see it.
+    /// Content that processes read.
     now: Vec<u8>,
-    /// As of the last sync.
+    /// Content at the last sync.
     synced: Vec<u8>,
-    /// Since then.
+    /// Operations since the last sync.
     unsynced: Vec<Operation>,
     operations: usize,
     fault: Option<Fault>,
@@ -42,7 +42,7 @@ pub(super) struct Sectors {
 pub(super) struct Disk(Arc<Mutex<Sectors>>);
 
 impl Disk {
-    /// A disk with a store without leases.
+    /// Returns a disk with an empty store.
     pub(super) fn new() -> Self {
         let disk = Self::default();
         initialize(&builder().create_with_backend(disk.clone()).unwrap()).unwrap();
@@ -61,7 +61,7 @@ impl Disk {
         Ipam::with(Store::new(Box::new(open)))
     }
 
-    /// Counts from 0 again, to fail then.
+    /// Sets a fault and restarts the count of operations at 0.
     pub(super) fn fail(&self, fault: Fault) {
         let mut sectors = self.lock();
         (sectors.operations, sectors.fault) = (0, Some(fault));
@@ -71,13 +71,13 @@ impl Disk {
         self.lock().operations
     }
 
-    /// Another disk with the same content, synced.
+    /// Returns another disk with the same content, synced.
     pub(super) fn copy(&self) -> Self {
         Self::with(self.lock().now.clone())
     }
 
-    /// What may be on the disk after power was lost: all that was synced, and of what was not
-    /// the operations that `kept` says, by their order and number, down to parts of a write.
+    /// Returns the disk after a power loss: all synced data, and those unsynced operations, down to
+    /// parts of a write, that `kept` selects by index and count.
     pub(super) fn after_power_loss(&self, kept: impl Fn(usize, usize) -> Kept) -> Self {
         let sectors = self.lock();
         let mut content = sectors.synced.clone();
@@ -115,7 +115,7 @@ impl Disk {
         };
         match operation {
             Some(Operation::Write(offset, bytes)) if fails => {
-                // After power was lost nothing more gets anywhere.
+                // After a power loss, no operation reaches the disk.
                 if !matches!(sectors.fault, Some(Fault::Power(k)) if number > k) {
                     let half = Operation::Write(offset, bytes[..bytes.len() / 2].to_vec());
                     apply(&mut sectors.now, &half);
@@ -136,7 +136,7 @@ impl Disk {
     }
 }
 
-/// How much of an operation is left.
+/// Part of an operation that survives.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Kept {
     Lost,
@@ -150,7 +150,7 @@ fn apply(content: &mut Vec<u8>, operation: &Operation) {
         Operation::Length(length) => content.resize(*length as usize, 0),
         Operation::Write(offset, bytes) => {
             let (start, end) = (*offset as usize, *offset as usize + bytes.len());
-            // The write survived, and the change of length before it did not.
+            // The write survived, but the preceding change of length did not.
             content.resize(content.len().max(end), 0);
             content[start..end].copy_from_slice(bytes);
         }

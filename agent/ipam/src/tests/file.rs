@@ -1,4 +1,4 @@
-//! The store as a file: private, one process's, killed, damaged, and on a full file system.
+//! Store as a file: access rights, exclusive use, kills, damage, and a full file system.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -8,7 +8,7 @@ use std::time::Instant;
 use super::*;
 
 const POOL: &str = "10.1.0.0/16";
-/// Tells the children of these tests where to work.
+/// Environment variable with the directory of a child process.
 const FILE_VARIABLE: &str = "SKEIN_TEST_LEASES";
 
 fn open(path: &Path) -> Ipam {
@@ -22,7 +22,7 @@ fn mode(path: &Path) -> u32 {
     std::fs::metadata(path).unwrap().permissions().mode() & 0o777
 }
 
-/// A process that runs one of the ignored tests of this file.
+/// Returns a command that runs an ignored test of this file.
 fn child(test: &str, path: &Path) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", "--ignored", "--nocapture", "--test-threads=1"]);
@@ -90,7 +90,7 @@ fn a_damaged_file_is_moved_aside() {
         let Opened { mut ipam, damaged } =
             Ipam::open(&path).unwrap_or_else(|error| panic!("{what}: {error}"));
         match &damaged {
-            // A byte that nothing depends on.
+            // Content does not depend on this byte.
             None => assert!(ipam.list().eq(leases.iter()), "{what}"),
             Some(damaged) => {
                 assert_eq!(damaged.path, directory.path().join("leases.redb.damaged"));
@@ -111,7 +111,7 @@ fn a_damaged_file_is_moved_aside() {
     ] {
         assert!(check(what, content), "{what}");
     }
-    // Single bytes, everywhere in the first pages and here and there in the rest.
+    // Change single bytes: all in the first pages, and samples in the rest.
     let mut found = 0;
     for n in 0..300 {
         let mut content = sound.clone();
@@ -122,7 +122,7 @@ fn a_damaged_file_is_moved_aside() {
     assert!(found > 20, "{found}");
 }
 
-/// Leases and frees for ever, telling each as soon as it is answered.
+/// Child process: allocates and releases forever, and prints each outcome.
 #[test]
 #[ignore = "part of another test"]
 fn busy() {
@@ -147,7 +147,7 @@ fn busy() {
     }
 }
 
-/// Ends the process that it holds also where a test fails.
+/// Child process that is killed on drop, also if the test fails.
 struct Killed(Child);
 
 impl Drop for Killed {
@@ -179,8 +179,8 @@ fn killed_at_any_time() {
             if matches!(words[0], "leased" | "freed") {
                 (doubtful, total) = (None, total + 1);
             }
-            // From its first word on, a different time each round; what it has said until the
-            // kill is read to the end.
+            // The delay starts with the child's first output and differs in each round. Output up
+            // to the kill is read completely.
             let begun = *deadline.get_or_insert_with(Instant::now);
             if begun.elapsed() >= Duration::from_micros(round * 7_919 % 60_000) {
                 process.0.kill().unwrap();
@@ -200,7 +200,7 @@ fn killed_at_any_time() {
             let who = &lease.id.container_id;
             assert!(told.contains_key(who) || doubtful.as_ref() == Some(who), "{lease:?}");
         }
-        // It is known again now.
+        // The outcome is known now.
         if let Some(who) = doubtful {
             let found = ipam.get(&id(&who)).map(shown);
             told.insert(who, found);
@@ -209,13 +209,13 @@ fn killed_at_any_time() {
     assert!(total > 20, "only {total} answers");
 }
 
-/// Fills a file system of 1 MiB in a mount namespace of its own.
+/// Child process: fills a file system of 1 MiB in a mount namespace of its own.
 #[test]
 #[ignore = "part of another test"]
 fn full() {
     use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
     let directory = PathBuf::from(std::env::var_os(FILE_VARIABLE).unwrap());
-    // The namespace is this process's alone, and ends with it.
+    // The mount namespace belongs to this process and ends with it.
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
     mount("tmpfs", &directory, "tmpfs", MountFlags::empty(), c"size=1m").unwrap();
     let path = directory.join("leases.redb");
@@ -239,7 +239,7 @@ fn full() {
             Err(error) => Some(error),
         })
         .unwrap();
-    assert!(error.to_string().contains("no allocator left"), "{error}");
+    assert!(error.to_string().contains("no space left"), "{error}");
     assert_eq!(ipam.list().len(), answered.len());
     let _ = ipam.release(&answered[0].id, at(1));
     std::fs::remove_file(&ballast).unwrap();

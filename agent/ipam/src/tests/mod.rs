@@ -1,4 +1,4 @@
-//! The rules, the disk that fails, the process that is killed.
+//! Tests of the crate: allocation rules, disk failures, killed processes.
 #![allow(clippy::unwrap_used)]
 
 mod crash;
@@ -17,7 +17,7 @@ use skein_cni_protocol::AttachmentId;
 
 use super::*;
 
-/// A time of the tests' clock, in seconds.
+/// Returns the time `seconds` after the start of the tests' clock.
 fn at(seconds: u64) -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000 + seconds)
 }
@@ -31,7 +31,7 @@ fn netns(inode: u64) -> Netns {
     Netns { path, dev: 4, inode, path_visible: true, boot_id: "boot".to_owned() }
 }
 
-/// A request of an attachment whose namespace has inode 1.
+/// Returns a request of an attachment whose network namespace has inode 1.
 fn request(name: &str) -> Request {
     let network = "pods".to_owned();
     Request { id: id(name), network, netns: netns(1), pod: None, ips: Vec::new() }
@@ -50,7 +50,7 @@ fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
-/// The addresses of a lease as text, with a blank between.
+/// Returns the addresses of a lease as text, separated by blanks.
 fn shown(lease: &Lease) -> String {
     lease.ips().map(|ip| ip.to_string()).collect::<Vec<_>>().join(" ")
 }

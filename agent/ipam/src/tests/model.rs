@@ -1,4 +1,4 @@
-//! Whatever is done in whatever order, a model that is slow and plain says the same.
+//! Comparison with a slow and simple model under random operations.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -33,7 +33,8 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// IPv4 in 10.0.0.0/27 alone: the families share their code. Hosts are the last byte.
+/// Model of IPv4 in 10.0.0.0/27 only, because both families share their code. Hosts are the last
+/// byte of the address.
 #[derive(Default)]
 struct Model {
     leases: BTreeMap<u8, (u8, Option<u64>)>,
@@ -104,7 +105,7 @@ fn run(steps: Vec<Step>) {
     ipam.as_mut().unwrap().set_pools(&pools, &reserved);
     for step in steps {
         if let Step::Reopen = step {
-            // One at a time, as with the lock of a file.
+            // Only one process at a time can open the file.
             drop(ipam.take());
             ipam.insert(disk.open().unwrap()).set_pools(&pools, &reserved);
         }
@@ -200,7 +201,7 @@ fn run(steps: Vec<Step>) {
     }
 }
 
-/// Does the steps in memory alone.
+/// Applies the steps in memory only.
 fn apply(state: &mut State, steps: &[Step], now: &mut u64, change_set: &mut ChangeSet) {
     for step in steps {
         match *step {

@@ -1,4 +1,4 @@
-//! Which address is given to whom.
+//! Tests of the allocation rules.
 
 use super::disk::Disk;
 use super::*;
@@ -14,7 +14,7 @@ fn give(ipam: &mut Ipam, name: &str, seconds: u64) -> String {
     shown(&ipam.allocate(request(name), at(seconds)).unwrap())
 }
 
-/// All addresses that the pools give.
+/// Returns all addresses that can be allocated.
 fn all(pools: &[&str], reserved: &[&str]) -> Vec<String> {
     let mut ipam = ipam(pools, reserved);
     let next = |n: u32| ipam.allocate(request(&n.to_string()), at(0)).ok();
@@ -80,7 +80,7 @@ fn another_namespace_has_to_be_left_first() {
         assert!(matches!(&error, IpamError::OtherNamespace(old) if **old == lease), "{error}");
     }
     assert_eq!(ipam.get(&id("a")), Some(&lease));
-    // Of one that was learnt from the kernel the namespace is not known: it may be this one.
+    // An adopted lease has no network namespace; it may be this one.
     ipam.adopt(
         Lease { netns: None, ..Lease { id: id("b"), v4: "10.1.0.9".parse().ok(), ..lease } },
         at(1),
@@ -220,7 +220,7 @@ fn pools_change_under_leases() {
     assert_eq!(give(&mut ipam, "f", 60), "10.1.0.6");
     assert_eq!(give(&mut ipam, "g", 60), "10.1.0.1");
     assert!(ipam.allocate(request("h"), at(60)).is_err(), "the others are reserved");
-    // What cannot come from a valid configuration must not harm either.
+    // Pools that no valid configuration contains must do no harm either.
     let both = cidrs(&["10.1.0.0/29", "10.1.0.0/28"]);
     ipam.set_pools(&both, &[ip("10.1.0.3"), ip("10.1.0.2")]);
     assert_eq!(give(&mut ipam, "i", 60), "10.1.0.7", "the broadcast of one is in the other");
@@ -247,7 +247,7 @@ fn leases_are_learnt_from_the_kernel() {
     let error = ipam.adopt(learnt("c", "", None), at(5)).unwrap_err();
     assert!(matches!(error, IpamError::NoAddress(_)));
     assert_eq!(ipam.adopt(a.clone(), at(9)).unwrap(), a, "as it is");
-    // The namespace has become known, then an address has changed.
+    // First the network namespace becomes known, then an address changes.
     let known = Lease { netns: Some(netns(7)), network: "pods".into(), ..a.clone() };
     assert_eq!(ipam.adopt(known.clone(), at(9)).unwrap(), known);
     assert_eq!(ipam.adopt(a.clone(), at(9)).unwrap(), known, "what is not said stays");
@@ -297,7 +297,7 @@ fn stored_leases_of_other_versions_are_read() {
 fn large_and_full_pools_are_as_quick_as_others() {
     use super::super::change_set::ChangeSet;
     use super::super::state::State;
-    // Without a disk, so that the work in memory shows: 65,533 of 65,534 addresses leased.
+    // Without a disk, to measure the work in memory: 65,533 of 65,534 addresses are leased.
     let mut state = State::new();
     state.set_pools(&cidrs(&["10.1.0.0/16", "fd00::/64"]), &[]);
     let mut change_set = ChangeSet::default();
@@ -309,6 +309,6 @@ fn large_and_full_pools_are_as_quick_as_others() {
         state.release(&id(&n.to_string()), at(n), &mut change_set).unwrap();
         state.allocate(request(&n.to_string()), at(n), &mut change_set).unwrap();
     }
-    // About 0.5 s; a scan of the pool for each would take minutes.
+    // It takes about 0.5 s; a scan of the pool per allocation would take minutes.
     assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
 }

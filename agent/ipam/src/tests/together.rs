@@ -1,4 +1,4 @@
-//! Many at once, through the thread.
+//! Tests of concurrent operations through the thread.
 
 use std::collections::BTreeSet;
 use std::sync::mpsc::{Receiver, channel};
@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, channel};
 use super::disk::{Disk, Fault};
 use super::*;
 
-/// A reply and where it comes out.
+/// Returns a reply and the receiver of its outcome.
 fn reply<T: Send + 'static>() -> (Reply<T>, Receiver<Result<T, IpamError>>) {
     let (sender, receiver) = channel();
     (Box::new(move |result| drop(sender.send(result))), receiver)
@@ -17,7 +17,7 @@ fn those_who_wait_share_a_transaction() {
     let disk = Disk::new();
     let (ipam, thread) = IpamHandle::spawn(disk.open().unwrap()).unwrap();
     ipam.set_pools(cidrs(&["10.1.0.0/24", "fd00::/64"]), vec![ip("10.1.0.1")]);
-    // The thread is held up in a reply, as by a disk that is slow.
+    // The reply blocks the thread, as a slow disk would.
     let (entered, wait) = (std::sync::Arc::new(std::sync::Barrier::new(2)), channel::<()>());
     let there = entered.clone();
     ipam.list(Box::new(move |_| {

@@ -26,24 +26,24 @@ pub enum FirewallError {
     Refused(String),
     /// A signal ended `nft`.
     #[error(
-        "signal {0} ended nft: versions up to 1.1.1 crash on sets that later versions have written; \
+        "signal {0} ended nft. Versions up to 1.1.1 crash on sets that later versions have written: \
          install a later version"
     )]
     Crashed(i32),
     /// The output of `nft` has an unknown form.
-    #[error("cannot read what nft says: {0}")]
+    #[error("cannot parse the output of nft: {0}")]
     Unreadable(String),
     /// `nft` did not exit within 10 s.
-    #[error("nft did not end within {NFT_TIMEOUT:?}")]
+    #[error("nft did not exit within {NFT_TIMEOUT:?}")]
     Timeout,
     /// The table was changed by another program during every attempt to install it.
-    #[error("another program changes the table while it is installed: stop that program")]
+    #[error("another program changes the table while it is installed. Stop that program.")]
     Contended,
     /// Notifications were lost during every attempt to install the table, and other transactions
     /// of nftables were among them.
     #[error(
-        "notifications of nftables were lost while other programs changed rules: the agent tries \
-         again within 10 s; reduce the size or the rate of the other programs' changes"
+        "notifications of nftables were lost while other programs changed rules. The agent \
+         retries within 10 s. Reduce the size or the rate of the other programs' changes."
     )]
     Lost,
 }
