@@ -148,7 +148,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keeper_listens_in_a_volume_that_all_can_change() {
+    fn keeper_listens_in_world_writable_volume() {
         use std::os::unix::fs::PermissionsExt;
         let volume = tempfile::tempdir().unwrap();
         // Mode of a Kubernetes emptyDir volume.

@@ -127,7 +127,7 @@ mod tests {
     use std::sync::atomic::Ordering::Relaxed;
 
     #[test]
-    fn polls_while_it_pays_and_sleeps_when_it_does_not() {
+    fn polling_stops_after_periods_without_packets() {
         let (waker, mut poller, stats) =
             (Waker::new().unwrap(), Poller::new().unwrap(), LaneStats::default());
         poller.add(waker.as_fd(), 3).unwrap();
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn it_rests_after_a_long_wait_for_its_turn() {
+    fn polling_pauses_after_a_contended_yield() {
         let (waker, mut poller, stats) =
             (Waker::new().unwrap(), Poller::new().unwrap(), LaneStats::default());
         poller.add(waker.as_fd(), 3).unwrap();
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn switched_off_it_never_polls() {
+    fn limit_of_zero_disables_polling() {
         let (waker, mut poller, stats) =
             (Waker::new().unwrap(), Poller::new().unwrap(), LaneStats::default());
         poller.add(waker.as_fd(), 3).unwrap();
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn a_quota_of_any_group_above_counts() {
+    fn cpu_quota_of_an_ancestor_is_found() {
         let root = tempfile::tempdir().unwrap();
         let pod = root.path().join("pods/one");
         fs::create_dir_all(&pod).unwrap();

@@ -56,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_rung_says_why_it_is_off() {
+    fn capability_that_is_off_has_a_reason() {
         let settings = OffloadSettings { udp_gso: false, ..OffloadSettings::ALL };
         let notes = [("tun_uso", "kernel too old".to_owned())];
         let rungs = capabilities(settings, &notes);

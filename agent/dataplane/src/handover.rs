@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_are_told_apart_and_a_wrong_number_is_refused() {
+    fn descriptors_are_assigned_unless_their_number_is_wrong() {
         let family = |v4| Family { v4, gro: true };
         let state = HandOver {
             version: HANDOVER_VERSION,

@@ -321,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn a_session_outlives_its_process_and_each_life_is_another() {
+    fn session_is_restored_in_the_next_epoch() {
         let mut memory = MemfdStore::create().unwrap();
         let kept: Vec<_> = (0..3).map(|n| memory.insert(&saved(n)).unwrap()).collect();
         kept[1].set_next_counter(2, 77);
@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_given_back_leaves_no_trace() {
+    fn freed_record_leaves_no_trace() {
         let mut memory = MemfdStore::create().unwrap();
         let kept = memory.insert(&saved(9)).unwrap();
         kept.set_next_counter(1, 7);
@@ -358,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn handshake_times_outlive_the_process_beside_sessions() {
+    fn handshake_timestamps_outlive_the_process() {
         let at = Duration::from_secs;
         let mut memory = MemfdStore::create().unwrap();
         assert_eq!(memory.seen_timestamp(&PublicKey::new([1; 32])), Duration::ZERO);
@@ -382,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn handshake_times_leave_room_for_sessions() {
+    fn handshake_timestamps_leave_room_for_sessions() {
         let mut memory = MemfdStore::create().unwrap();
         for number in 0..MAX_RECORDS as u32 {
             let mut key = [0; 32];
@@ -396,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_in_part_or_is_of_another_layout_is_nobodys() {
+    fn partial_record_and_other_layout_are_ignored() {
         let mut memory = MemfdStore::create().unwrap();
         std::mem::forget(memory.insert(&saved(1)).unwrap());
         std::mem::forget(memory.insert(&saved(2)).unwrap());
@@ -408,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_memory_says_so() {
+    fn full_store_refuses_a_session() {
         let mut memory = MemfdStore::create().unwrap();
         let all: Vec<_> = (0..MAX_RECORDS).map(|_| memory.insert(&saved(1)).unwrap()).collect();
         assert!(memory.insert(&saved(1)).is_none());

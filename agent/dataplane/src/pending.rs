@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn asks_once_an_interval_and_bounds_what_it_holds() {
+    fn pending_packets_are_bounded_and_request_once_per_interval() {
         let (mut pending, now) = (PendingPackets::default(), Instant::now());
         assert_eq!(push(&mut pending, now, 1, 100), (true, true));
         assert_eq!(push(&mut pending, now, 1, 100), (true, false));
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn gives_up_what_is_old_and_what_nobody_owns() {
+    fn old_packets_and_those_of_unknown_peers_expire() {
         let (mut pending, now) = (PendingPackets::default(), Instant::now());
         push(&mut pending, now, 1, 10);
         push(&mut pending, now + Duration::from_secs(3), 1, 10);

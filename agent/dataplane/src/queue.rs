@@ -144,7 +144,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_flood_of_one_type_leaves_room_for_all_others() {
+    fn flood_of_one_type_leaves_room_for_others() {
         let (queue, receiver) = channel();
         let source = "192.0.2.1:5".parse().unwrap();
         let try_enqueue = |kind| queue.try_enqueue(kind, source, [1, 2]);

@@ -430,7 +430,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_address_a_family() {
+    fn second_address_of_a_family_is_refused() {
         assert!(bind_addresses(&[]).is_err());
         assert!(bind_addresses(&[[192, 0, 2, 1].into(), [192, 0, 2, 2].into()]).is_err());
         assert!(

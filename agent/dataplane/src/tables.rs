@@ -106,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn session_past_its_life_is_not_sent_with() {
+    fn session_older_than_180_s_is_not_used_for_sending() {
         let at = Duration::from_secs;
         let established = Time { mono: at(100), wall: at(0) };
         let session = Session::new(SessionParams { established, ..session_params(1, true) });
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn old_tables_go_as_soon_as_nobody_looks_at_them() {
+    fn replaced_tables_are_freed_after_their_last_use() {
         let published = TablesHandle::default();
         let lane = published.load();
         let held = Arc::downgrade(&lane);

@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_looked_for_is_told() {
+    fn subscription_gets_matching_packets_only() {
         let tap = Arc::new(Tap::default());
         assert!(!tap.wants_drops() && !tap.wants_packets());
         let mut drops = tap.subscribe(watch(CaptureKind::Drops, &[])).unwrap();
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_much_is_counted() {
+    fn packets_beyond_the_limits_are_counted_as_missed() {
         let tap = Arc::new(Tap::default());
         let mut drops = tap.subscribe(watch(CaptureKind::Drops, &[])).unwrap();
         let mut packets = tap.subscribe(watch(CaptureKind::Packets, &[])).unwrap();
@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn few_may_watch_at_once() {
+    fn subscription_beyond_the_limit_is_refused() {
         let tap = Arc::new(Tap::default());
         let begin = || tap.subscribe(watch(CaptureKind::Drops, &[]));
         let mut all: Vec<_> = (0..MAX_SUBSCRIBERS).map(|_| begin().unwrap()).collect();

@@ -76,7 +76,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_is_a_set(
+        fn ranges_behave_as_a_set(
             steps in prop::collection::vec((any::<bool>(), 0..40_u128, 0..6_u128), 0..80),
             from in 0..48_u128,
         ) {
@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_number_of_all() {
+    fn largest_number_is_handled() {
         let mut ranges = Ranges::default();
         ranges.insert(u128::MAX - 1, u128::MAX);
         ranges.insert(0, 0);

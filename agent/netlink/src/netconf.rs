@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_of_all_and_of_own_interface_concern_us() {
+    fn settings_of_all_and_of_own_interface_are_reported() {
         assert!(concerns(&message(RTM_NEWNETCONF, NETCONFA_IFINDEX_ALL), 7));
         assert!(concerns(&message(RTM_NEWNETCONF, 7), 7));
         assert!(!concerns(&message(RTM_NEWNETCONF, 8), 7), "The interface is another one.");
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn malformed_messages_concern_nobody() {
+    fn malformed_messages_are_ignored() {
         let whole = message(RTM_NEWNETCONF, 7);
         for end in 0..whole.len() {
             assert!(!concerns(&whole[..end], 7), "{end} bytes");

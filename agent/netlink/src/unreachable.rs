@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn unreachable_route_takes_over_when_interface_is_gone() {
+    fn unreachable_route_applies_after_interface_is_deleted() {
         in_namespace(|| async {
             let netlink = Netlink::connect().unwrap();
             ip("link set lo up");
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn stale_unreachable_routes_go_and_foreign_ones_stay() {
+    fn stale_unreachable_routes_are_removed_and_foreign_stay() {
         in_namespace(|| async {
             let netlink = Netlink::connect().unwrap();
             ip("link set lo up");
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn removed_unreachable_route_is_announced() {
+    fn removed_unreachable_route_is_reported() {
         in_namespace(|| async {
             let netlink = Netlink::connect().unwrap();
             ip("link set lo up");

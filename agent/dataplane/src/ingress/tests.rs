@@ -21,7 +21,7 @@ fn session(index: u32) -> Arc<Session> {
 }
 
 #[test]
-fn data_of_a_session_past_its_life_is_refused() {
+fn data_of_session_older_than_180_s_is_refused() {
     // The session was established at boot, and the manager has not ended it.
     let session = session(1);
     for (age, expected) in [
@@ -111,7 +111,7 @@ fn session_ends_after_180_s_without_a_manager() {
 }
 
 #[test]
-fn manager_gets_no_forged_or_repeated_control_messages() {
+fn manager_gets_no_spoofed_or_replayed_control_messages() {
     let control = seal(CONTROL_LANE, &[1; 21]);
     let mut forged = control.clone();
     forged[30] ^= 1;
@@ -123,7 +123,7 @@ fn manager_gets_no_forged_or_repeated_control_messages() {
 }
 
 #[test]
-fn mark_of_merged_run_drops_no_packet_of_it() {
+fn ecn_mark_of_merged_message_drops_no_packet() {
     let all = [Ecn::NotEct, Ecn::Ect1, Ecn::Ect0, Ecn::Ce];
     for (inner, outer) in all.into_iter().flat_map(|inner| all.map(|outer| (inner, outer))) {
         let (alone, merged) = (decapsulate(inner, outer, false), decapsulate(inner, outer, true));

@@ -151,7 +151,7 @@ fn failed(fault: Fault) -> (Disk, Answered, Option<Ipam>, usize) {
 }
 
 #[test]
-fn one_operation_fails() {
+fn single_failure_loses_nothing() {
     let (_, answered, _, operations) = failed(Fault::None);
     assert!(answered.unknown.is_empty() && operations > 60, "{operations}");
     for k in 0..operations {
@@ -168,7 +168,7 @@ fn one_operation_fails() {
 }
 
 #[test]
-fn the_disk_is_full_for_a_while() {
+fn full_disk_loses_nothing() {
     let (.., operations) = failed(Fault::None);
     for k in 0..operations {
         let (disk, answered, mut ipam, _) = failed(Fault::From(k));
@@ -189,7 +189,7 @@ fn the_disk_is_full_for_a_while() {
 }
 
 #[test]
-fn a_store_that_cannot_be_written_is_known_without_a_lease() {
+fn probe_detects_a_store_that_cannot_be_written() {
     let disk = Disk::new();
     let mut ipam = disk.open().unwrap();
     give_pools(&mut ipam);
@@ -243,7 +243,7 @@ fn patterns(seed: usize) -> Vec<Box<dyn Fn(usize, usize) -> Kept>> {
 }
 
 #[test]
-fn power_is_lost() {
+fn power_loss_loses_no_lease() {
     let (.., operations) = failed(Fault::None);
     for k in 0..operations {
         let (disk, answered, ipam, _) = failed(Fault::Power(k));
@@ -259,7 +259,7 @@ fn power_is_lost() {
 }
 
 #[test]
-fn power_is_lost_again_while_it_recovers() {
+fn power_loss_during_recovery_loses_no_lease() {
     let (.., operations) = failed(Fault::None);
     for k in (0..operations).step_by(3) {
         let (disk, answered, ipam, _) = failed(Fault::Power(k));

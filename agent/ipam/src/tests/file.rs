@@ -32,7 +32,7 @@ fn child(test: &str, path: &Path) -> Command {
 }
 
 #[test]
-fn the_file_is_its_owners_alone() {
+fn file_is_accessible_to_its_owner_only() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("state").join(FILE);
     let mut ipam = open(&path);
@@ -48,7 +48,7 @@ fn the_file_is_its_owners_alone() {
 }
 
 #[test]
-fn making_it_may_be_cut_short() {
+fn interrupted_creation_leaves_no_partial_file() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("leases.redb");
     std::fs::write(directory.path().join("leases.redb.new"), b"half").unwrap();
@@ -57,7 +57,7 @@ fn making_it_may_be_cut_short() {
 }
 
 #[test]
-fn a_newer_schema_is_refused_and_kept() {
+fn newer_schema_is_refused_and_kept() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("leases.redb");
     drop(open(&path));
@@ -75,7 +75,7 @@ fn a_newer_schema_is_refused_and_kept() {
 }
 
 #[test]
-fn a_damaged_file_is_moved_aside() {
+fn damaged_file_is_moved_aside() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("leases.redb");
     let mut ipam = open(&path);
@@ -158,7 +158,7 @@ impl Drop for Killed {
 }
 
 #[test]
-fn killed_at_any_time() {
+fn leases_survive_a_kill_at_any_time() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("leases.redb");
     drop(open(&path));
@@ -252,7 +252,7 @@ fn full() {
 }
 
 #[test]
-fn a_full_file_system() {
+fn full_file_system_is_reported() {
     let directory = tempfile::tempdir().unwrap();
     let inner = child("full", directory.path());
     let mut command = Command::new("unshare");

@@ -233,7 +233,7 @@ fn apply(state: &mut State, steps: &[Step], now: &mut u64, change_set: &mut Chan
 
 proptest! {
     #[test]
-    fn what_is_undone_leaves_nothing(
+    fn undo_restores_the_state(
         before in prop::collection::vec(step(), 0..40),
         undone in prop::collection::vec(step(), 1..40),
     ) {
@@ -248,7 +248,7 @@ proptest! {
     }
 
     #[test]
-    fn it_does_as_the_model_does(steps in prop::collection::vec(step(), 1..120)) {
+    fn operations_match_the_model(steps in prop::collection::vec(step(), 1..120)) {
         run(steps);
     }
 }

@@ -22,7 +22,7 @@ fn all(pools: &[&str], reserved: &[&str]) -> Vec<String> {
 }
 
 #[test]
-fn what_is_never_given() {
+fn reserved_and_network_addresses_are_never_allocated() {
     assert_eq!(all(&["10.1.0.0/29"], &[]).len(), 6, "neither the network nor the broadcast");
     let given = all(&["10.1.0.0/29"], &["10.1.0.1", "10.9.9.9", "fd00::1"]);
     assert_eq!(given, ["10.1.0.2", "10.1.0.3", "10.1.0.4", "10.1.0.5", "10.1.0.6"]);
@@ -42,7 +42,7 @@ fn what_is_never_given() {
 }
 
 #[test]
-fn an_address_of_each_family() {
+fn each_family_gets_an_address() {
     let mut ipam = ipam(&["10.1.0.0/24", "fd00:1::/64"], &["10.1.0.1", "fd00:1::1"]);
     assert_eq!(give(&mut ipam, "a", 0), "10.1.0.2 fd00:1::2");
     assert_eq!(give(&mut ipam, "b", 0), "10.1.0.3 fd00:1::3");
@@ -54,7 +54,7 @@ fn an_address_of_each_family() {
 }
 
 #[test]
-fn the_same_again_is_the_same_and_writes_nothing() {
+fn repeated_allocation_returns_the_lease_without_a_write() {
     let disk = Disk::new();
     let mut ipam = disk.open().unwrap();
     ipam.set_pools(&cidrs(&["10.1.0.0/24"]), &[]);
@@ -71,7 +71,7 @@ fn the_same_again_is_the_same_and_writes_nothing() {
 }
 
 #[test]
-fn another_namespace_has_to_be_left_first() {
+fn allocation_in_another_namespace_needs_a_release() {
     let mut ipam = ipam(&["10.1.0.0/24"], &[]);
     let lease = ipam.allocate(request("a"), at(0)).unwrap();
     let rebooted = Netns { boot_id: "later".to_owned(), ..netns(1) };
@@ -90,7 +90,7 @@ fn another_namespace_has_to_be_left_first() {
 }
 
 #[test]
-fn addresses_that_are_asked_for() {
+fn requested_addresses_are_checked() {
     let mut ipam = ipam(&["10.1.0.0/24", "fd00::/64"], &["10.1.0.1"]);
     assert_eq!(
         shown(&ipam.allocate(asking("a", &["10.1.0.9"]), at(0)).unwrap()),
@@ -144,7 +144,7 @@ fn exhaustion_names_the_pool() {
 }
 
 #[test]
-fn freed_addresses_rest() {
+fn released_addresses_are_quarantined() {
     let mut ipam = ipam(&["10.1.0.0/29"], &[]);
     for name in ["a", "b", "c"] {
         give(&mut ipam, name, 0);
@@ -164,7 +164,7 @@ fn freed_addresses_rest() {
 }
 
 #[test]
-fn a_clock_that_is_set_back_makes_nothing_rest_longer() {
+fn clock_set_back_does_not_extend_quarantine() {
     let mut ipam = ipam(&["10.1.0.0/30"], &[]);
     give(&mut ipam, "a", 100_000);
     ipam.release(&id("a"), at(100_000)).unwrap();
@@ -175,7 +175,7 @@ fn a_clock_that_is_set_back_makes_nothing_rest_longer() {
 }
 
 #[test]
-fn rest_and_place_outlive_the_process() {
+fn quarantine_and_cursor_outlive_the_process() {
     let disk = Disk::new();
     let mut ipam = disk.open().unwrap();
     let pools = cidrs(&["10.1.0.0/29", "fd00::/64"]);
@@ -199,7 +199,7 @@ fn rest_and_place_outlive_the_process() {
 }
 
 #[test]
-fn pools_change_under_leases() {
+fn leases_survive_a_change_of_pools() {
     let mut ipam = ipam(&["10.1.0.0/29"], &[]);
     let (a, b) = (give(&mut ipam, "a", 0), give(&mut ipam, "b", 0));
     assert_eq!((a.as_str(), b.as_str()), ("10.1.0.1", "10.1.0.2"));
@@ -227,7 +227,7 @@ fn pools_change_under_leases() {
 }
 
 #[test]
-fn leases_are_learnt_from_the_kernel() {
+fn leases_are_adopted_from_the_kernel() {
     let disk = Disk::new();
     let mut ipam = disk.open().unwrap();
     ipam.set_pools(&cidrs(&["10.1.0.0/24"]), &[ip("10.1.0.1")]);
@@ -294,7 +294,7 @@ fn stored_leases_of_other_versions_are_read() {
 }
 
 #[test]
-fn large_and_full_pools_are_as_quick_as_others() {
+fn allocation_is_fast_in_large_and_full_pools() {
     use super::super::change_set::ChangeSet;
     use super::super::state::State;
     // Without a disk, to measure the work in memory: 65,533 of 65,534 addresses are leased.

@@ -13,7 +13,7 @@ fn reply<T: Send + 'static>() -> (Reply<T>, Receiver<Result<T, IpamError>>) {
 }
 
 #[test]
-fn those_who_wait_share_a_transaction() {
+fn waiting_operations_share_a_transaction() {
     let disk = Disk::new();
     let (ipam, thread) = IpamHandle::spawn(disk.open().unwrap()).unwrap();
     ipam.set_pools(cidrs(&["10.1.0.0/24", "fd00::/64"]), vec![ip("10.1.0.1")]);
@@ -59,7 +59,7 @@ fn those_who_wait_share_a_transaction() {
 }
 
 #[test]
-fn a_refusal_is_one_callers_own_and_a_failure_is_everybodys() {
+fn refusal_concerns_one_caller_and_failure_concerns_all() {
     let disk = Disk::new();
     let (ipam, thread) = IpamHandle::spawn(disk.open().unwrap()).unwrap();
     ipam.set_pools(cidrs(&["10.1.0.0/30"]), vec![]);

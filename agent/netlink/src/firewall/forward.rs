@@ -313,7 +313,7 @@ mod tests {
 
     /// Documents that are no JSON objects; a fuzzer has found the case.
     #[test]
-    fn what_is_no_list_of_rules_is_an_error() {
+    fn json_without_rules_is_an_error() {
         for text in ["7", "[]", "null", "{}", r#"{"nftables": 7}"#] {
             assert!(read_objects(text, "rule").is_err(), "{text}");
         }
@@ -369,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_added_and_what_is_there_stays() {
+    fn missing_rules_are_added_and_present_rules_stay() {
         let changes = |present: &[Value]| changes(&chain(), present, &wanted("skein0", true));
         let added =
             |text: Option<String>| text.unwrap().matches("add rule ip filter FORWARD").count();
@@ -392,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rules_of_an_administrator_count_and_stay() {
+    fn rules_of_an_administrator_count_and_stay() {
         let wanted = wanted("skein0", true);
         let wide = |handle, key| rule(handle, &[name(key, "skp*")], "accept");
         let by_hand = [wide(1, "iifname"), wide(2, "oifname")];
@@ -409,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn ours_are_known_by_their_comment_whoever_wrote_it() {
+    fn own_rules_are_recognised_by_their_comment() {
         let comment = json!({ "xt": { "type": "match", "name": "comment" } });
         let ours_of = |present: &[Value]| split_by_owner(present).0.len();
         let restored: Vec<Value> = ours()

@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn transactions_of_the_table_are_counted_and_no_others() {
+    fn transactions_of_the_table_are_counted() {
         let (ours, other) = (message(2, NFPROTO_INET, 1, b"skein\0"), message(6, 2, 1, b"skein\0"));
         let longer = message(2, NFPROTO_INET, 1, b"skein_1\0");
         let elsewhere = message(2, NFPROTO_INET, 3, b"skein\0");

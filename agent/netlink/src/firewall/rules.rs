@@ -359,7 +359,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_switch_removes_its_rules_and_no_others() {
+    fn each_setting_controls_its_own_rules() {
         let all = Rules::example().text();
         let count = |text: &str, word: &str| text.matches(word).count();
         for (rules, gone, chain) in [
@@ -407,7 +407,7 @@ mod tests {
     }
 
     #[test]
-    fn only_datagrams_from_the_overlays_ports_are_untracked() {
+    fn datagrams_from_the_overlays_ports_are_untracked() {
         let text = Rules::example().text();
         let output: Vec<_> = text.lines().filter(|line| line.contains(" untracked ")).collect();
         let rules_of = |text: &[&str]| text.iter().filter(|line| line.contains("notrack")).count();
@@ -427,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn pods_are_masqueraded_to_nodes_whatever_cni_masquerade_says() {
+    fn pods_are_masqueraded_to_nodes_without_cni_masquerade() {
         let mut rules = Rules::example();
         if let Some(pods) = &mut rules.pods {
             pods.masquerade = false;
@@ -440,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn no_setting_means_no_table() {
+    fn rules_without_settings_are_empty() {
         let off = Rules {
             pods: None,
             drop_spoofed: false,

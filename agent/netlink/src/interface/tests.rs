@@ -14,7 +14,7 @@ use super::*;
 use crate::testing::{configure, configured, ensure_device, in_namespace, ip, wanted};
 
 #[test]
-fn the_interface_becomes_what_is_wanted() {
+fn interface_is_configured_as_specified() {
     in_namespace(|| async {
         let netlink = Netlink::connect().unwrap();
         let wanted = wanted();
@@ -42,7 +42,7 @@ fn the_interface_becomes_what_is_wanted() {
 }
 
 #[test]
-fn ipv6_prefix_of_a_peer_switches_no_forwarding_on() {
+fn ipv6_prefix_of_a_peer_does_not_enable_forwarding() {
     in_namespace(|| async {
         let netlink = Netlink::connect().unwrap();
         let addresses = vec!["10.1.0.1".parse().unwrap()];
@@ -59,7 +59,7 @@ fn ipv6_prefix_of_a_peer_switches_no_forwarding_on() {
 }
 
 #[test]
-fn a_route_carries_the_mtu_of_its_path() {
+fn route_has_the_mtu_of_its_path() {
     in_namespace(|| async {
         let netlink = Netlink::connect().unwrap();
         let mut wanted = wanted();
@@ -82,7 +82,7 @@ fn a_route_carries_the_mtu_of_its_path() {
 }
 
 #[test]
-fn what_somebody_changes_is_healed() {
+fn changes_by_other_programs_are_repaired() {
     in_namespace(|| async {
         let netlink = Netlink::connect().unwrap();
         let wanted = wanted();
@@ -110,7 +110,7 @@ fn what_somebody_changes_is_healed() {
 }
 
 #[test]
-fn changed_wants_are_followed_and_others_routes_stay() {
+fn changed_spec_is_applied_and_foreign_routes_stay() {
     in_namespace(|| async {
         let netlink = Netlink::connect().unwrap();
         let mut wanted = wanted();
@@ -148,7 +148,7 @@ fn route_of_another_program_is_a_conflict_of_one_prefix() {
 }
 
 #[test]
-fn interfaces_of_others_are_refused_and_not_touched() {
+fn foreign_interface_is_refused_and_unchanged() {
     in_namespace(|| async {
         let netlink = Netlink::connect().unwrap();
         let wanted = wanted();
@@ -209,7 +209,7 @@ fn second_interface_of_the_same_node_is_removed() {
 }
 
 #[test]
-fn nobody_ever_sees_the_interface_without_its_mark() {
+fn interface_appears_under_its_name_only_with_alias() {
     in_namespace(|| async {
         let (connection, _, mut messages) =
             rtnetlink::new_multicast_connection(&[MulticastGroup::Link]).unwrap();

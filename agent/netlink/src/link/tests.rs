@@ -6,7 +6,7 @@ use super::*;
 use crate::testing::{ensure_device, in_namespace, wanted};
 
 #[test]
-fn deleting_what_is_gone_is_no_error() {
+fn deleting_a_missing_link_succeeds() {
     in_namespace(|| async {
         let netlink = Netlink::connect().unwrap();
         let present = ensure_device(&wanted(), &netlink).await.unwrap();

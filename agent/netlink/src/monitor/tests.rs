@@ -9,7 +9,7 @@ use crate::connection::Netlink;
 use crate::testing::{configure, configured, in_namespace, ip, wanted};
 
 #[test]
-fn a_deleted_interface_is_announced_and_made_again() {
+fn deleted_interface_is_reported_and_created_again() {
     in_namespace(|| async {
         let netlink = Netlink::connect().unwrap();
         let monitor = Monitor::start("sk-test").unwrap();
@@ -48,7 +48,7 @@ fn a_deleted_interface_is_announced_and_made_again() {
 /// The test runs the loop of the agent without its timer, so that only a notification can cause the
 /// repair.
 #[test]
-fn forwarding_switched_off_is_repaired_by_notification() {
+fn disabled_forwarding_is_repaired_after_notification() {
     in_namespace(|| async {
         let netlink = Netlink::connect().unwrap();
         let monitor = Monitor::start("sk-test").unwrap();

@@ -6,7 +6,7 @@ use super::*;
 use crate::testing::{ensure_device, in_namespace, ip, wanted};
 
 #[test]
-fn what_a_killed_start_has_left_is_removed() {
+fn staged_interface_of_killed_start_is_removed() {
     in_namespace(|| async {
         let netlink = Netlink::connect().unwrap();
         let wanted = wanted();
@@ -31,7 +31,7 @@ fn what_a_killed_start_has_left_is_removed() {
 }
 
 #[test]
-fn what_others_have_under_the_provisional_name_stays() {
+fn foreign_interface_under_the_staged_name_stays() {
     in_namespace(|| async {
         let netlink = Netlink::connect().unwrap();
         let wanted = wanted();
@@ -54,7 +54,7 @@ fn what_others_have_under_the_provisional_name_stays() {
 }
 
 #[test]
-fn provisional_names_are_possible_and_differ() {
+fn staged_names_are_valid_and_differ() {
     let names = [("skein0", "skein:a"), ("skein0", "skein:b"), ("skein1", "skein:a")]
         .map(|(name, alias)| StagedInterface::new(name, alias).name().to_owned());
     assert!(names.iter().all(|name| name.len() == 15), "{names:?}");
@@ -62,7 +62,7 @@ fn provisional_names_are_possible_and_differ() {
 }
 
 #[test]
-fn a_name_that_is_taken_meanwhile_leaves_nothing_behind() {
+fn failed_rename_removes_the_staged_interface() {
     in_namespace(|| async {
         let netlink = Netlink::connect().unwrap();
         let wanted = wanted();

@@ -205,7 +205,7 @@ fn default_interfaces_include_every_next_hop() {
 }
 
 #[test]
-fn underlay_changes_are_announced_and_others_are_not() {
+fn underlay_changes_are_reported_and_others_are_not() {
     in_namespace(|| async {
         device("ua", 1500, &["192.0.2.1/24", "2001:db8:a::1/64"]);
         device("skp0123456789", 1440, &[]);

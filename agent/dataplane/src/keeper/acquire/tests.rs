@@ -20,7 +20,7 @@ fn acquire_alone(options: &Options) -> Plane {
 
 /// The socket of a killed data process accepts connections until the kernel has closed it.
 #[test]
-fn whoever_dies_while_it_is_asked_is_nobody() {
+fn takeover_from_dying_process_starts_fresh() {
     let directory = tempfile::tempdir().unwrap();
     let options = options(directory.path());
     drop(acquire_alone(&options));
@@ -45,7 +45,7 @@ fn whoever_dies_while_it_is_asked_is_nobody() {
 
 /// A data process of a release with another hand-over must exit before the new one starts.
 #[test]
-fn whoever_hands_over_in_another_format_is_ended() {
+fn takeover_with_other_version_stops_old_process() {
     let directory = tempfile::tempdir().unwrap();
     let options = options(directory.path());
     let lock = FileLock::try_acquire(&lock_path(&options.socket)).unwrap().unwrap();
@@ -71,7 +71,7 @@ fn whoever_hands_over_in_another_format_is_ended() {
 
 /// A release without locks leaves the lock free while it listens.
 #[test]
-fn data_process_without_lock_is_ended() {
+fn data_process_without_lock_is_stopped() {
     let directory = tempfile::tempdir().unwrap();
     let options = options(directory.path());
     let listener = UnixListener::bind(&options.socket).unwrap();
@@ -108,7 +108,7 @@ fn stored() -> StoredFds {
 /// A keeper dies between its hand-over and its confirmation; the next keeper gets all
 /// descriptors.
 #[test]
-fn keeper_that_dies_in_a_hand_over_loses_nothing() {
+fn keeper_that_exits_in_hand_over_loses_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let options = options(directory.path());
     let mut plane = acquire_alone(&options);
@@ -129,7 +129,7 @@ fn keeper_that_dies_in_a_hand_over_loses_nothing() {
 
 /// The data process dies before it accepts the connection, which the store keeps open.
 #[test]
-fn lock_that_becomes_free_during_a_request_is_taken() {
+fn lock_that_becomes_free_during_a_request_is_acquired() {
     let directory = tempfile::tempdir().unwrap();
     let options = options(directory.path());
     let mut plane = acquire_alone(&options);
@@ -152,7 +152,7 @@ fn lock_that_becomes_free_during_a_request_is_taken() {
 
 /// A keeper that has handed over its data plane gets it back when the other keeper ends.
 #[test]
-fn holder_takes_back_what_the_dead_keeper_had() {
+fn holder_takes_back_plane_of_exited_keeper() {
     let directory = tempfile::tempdir().unwrap();
     let options = options(directory.path());
     let mut plane = acquire_alone(&options);
