@@ -37,7 +37,11 @@ mod tests {
         let changes = Changes::default();
         assert_eq!(changes.wait(0, Duration::from_millis(10)), 0);
         changes.raise();
-        assert_eq!(changes.wait(0, Duration::from_secs(60)), 1, "a change in the past is noticed");
+        assert_eq!(
+            changes.wait(0, Duration::from_secs(60)),
+            1,
+            "A change before the call must end the wait."
+        );
         let long = Duration::from_secs(60);
         let start = Instant::now();
         std::thread::scope(|scope| {
@@ -45,6 +49,6 @@ mod tests {
             changes.raise();
             assert_eq!(waiting.join().ok(), Some(2));
         });
-        assert!(start.elapsed() < long, "the change ends the wait");
+        assert!(start.elapsed() < long, "The change must end the wait.");
     }
 }

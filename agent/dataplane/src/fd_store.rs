@@ -175,6 +175,6 @@ mod tests {
         send(&store.write, &third.state, &[listener().as_fd()]).unwrap();
         let mut another = other(&store);
         assert_eq!(another.take().unwrap().1.state.lanes, 2);
-        assert!(another.take().is_none(), "The part is gone.");
+        assert!(another.take().is_none(), "The partial set must be removed.");
     }
 }

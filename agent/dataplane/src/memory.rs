@@ -354,7 +354,11 @@ mod tests {
                 .all(|word| word.load(Ordering::Relaxed) == 0)
         );
         let again = memory.insert(&saved(8)).unwrap();
-        assert_eq!((again.next_counter(1), memory.used()), (0, 1), "its record is used again");
+        assert_eq!(
+            (again.next_counter(1), memory.used()),
+            (0, 1),
+            "The freed record must be used again."
+        );
     }
 
     #[test]
@@ -378,7 +382,7 @@ mod tests {
         found.into_iter().for_each(std::mem::forget);
         let seen = [1, 2].map(|n| memory.seen_timestamp(&PublicKey::new([n; 32])));
         assert_eq!(seen, [at(11), Duration::ZERO]);
-        assert_eq!(memory.used(), 4, "A record that was given back is used again.");
+        assert_eq!(memory.used(), 4, "A freed record must be used again.");
     }
 
     #[test]

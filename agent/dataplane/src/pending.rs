@@ -144,9 +144,9 @@ mod tests {
         for _ in 3..MAX_PACKETS {
             assert!(push(&mut pending, now, 1, 100).0);
         }
-        assert!(!push(&mut pending, now, 1, 100).0, "one more than it may push");
+        assert!(!push(&mut pending, now, 1, 100).0, "A packet beyond the limit must be refused.");
         assert_eq!(pending.drain_ready(|peer| peer == PeerId(1)).len(), MAX_PACKETS);
-        assert!(push(&mut pending, now, 1, 100).0, "the room is free again");
+        assert!(push(&mut pending, now, 1, 100).0, "Drained packets must free their room.");
     }
 
     #[test]

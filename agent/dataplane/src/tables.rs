@@ -132,9 +132,9 @@ mod tests {
         let lane = published.load();
         let held = Arc::downgrade(&lane);
         published.publish(Tables::default());
-        assert!(published.free_retired(), "a lane looks at them");
+        assert!(published.free_retired(), "Tables in use must be kept.");
         drop(lane);
-        assert!(held.upgrade().is_some(), "it is not the lane that frees them");
+        assert!(held.upgrade().is_some(), "The manager must free the tables, not the lane.");
         assert!(!published.free_retired());
         assert!(held.upgrade().is_none());
     }

@@ -302,7 +302,11 @@ mod tests {
         std::thread::sleep(REFILL_INTERVAL);
         assert!(drops.next_batch(TIMEOUT).0.is_empty());
         tap.dropped(DropReason::NoRoute, inner(&packet(2)));
-        assert_eq!(drops.next_batch(TIMEOUT).0.len(), 1, "it may deliver again");
+        assert_eq!(
+            drops.next_batch(TIMEOUT).0.len(),
+            1,
+            "The budget must be refilled after the interval."
+        );
     }
 
     #[test]

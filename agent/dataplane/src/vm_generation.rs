@@ -150,12 +150,12 @@ mod tests {
             wall: Duration::from_secs(wall),
         };
         let mut watch = ClockWatch::default();
-        assert!(!watch.has_jumped(at(100, 1_000_000)), "there is no previous reading");
-        assert!(!watch.has_jumped(at(4000, 1_003_900)), "both clocks have advanced by 3900 s");
-        assert!(!watch.has_jumped(at(4001, 1_003_911)), "10 s are no jump");
-        assert!(watch.has_jumped(at(4002, 1_003_923)), "11 s are a jump");
-        assert!(!watch.has_jumped(at(4003, 1_003_924)), "a jump counts once");
-        assert!(!watch.has_jumped(at(4004, 5)), "a clock that is set back is no jump");
+        assert!(!watch.has_jumped(at(100, 1_000_000)), "The first reading cannot be a jump.");
+        assert!(!watch.has_jumped(at(4000, 1_003_900)), "Both clocks have advanced by 3900 s.");
+        assert!(!watch.has_jumped(at(4001, 1_003_911)), "A difference of 10 s is not a jump.");
+        assert!(watch.has_jumped(at(4002, 1_003_923)), "A difference of 11 s is a jump.");
+        assert!(!watch.has_jumped(at(4003, 1_003_924)), "A jump must count once.");
+        assert!(!watch.has_jumped(at(4004, 5)), "A clock that is set back is not a jump.");
         assert!(watch.has_jumped(at(4005, 1_003_924)));
     }
 
@@ -173,7 +173,7 @@ mod tests {
             if message.starts_with(b"change@/devices/virtual/net/lo\0") {
                 return;
             }
-            assert!(std::time::Instant::now() < deadline, "the uevent does not arrive");
+            assert!(std::time::Instant::now() < deadline, "The uevent must arrive within 10 s.");
         }
     }
 }

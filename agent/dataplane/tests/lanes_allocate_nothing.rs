@@ -177,7 +177,7 @@ fn traffic() {
         answers += (0..8).take_while(|_| socket.recv(&mut buffer).is_ok()).count();
     }
     streams.into_iter().for_each(|stream| stream.join().unwrap());
-    assert!(answers > 1_000, "{answers} of 3200 datagrams came back");
+    assert!(answers > 1_000, "Only {answers} of 3200 datagrams came back.");
 }
 
 #[test]
@@ -217,7 +217,7 @@ fn warm_lanes_allocate_nothing() {
             traffic();
             counts.push(BY_LANES.load(SeqCst));
         }
-        assert!(counts[0] > 0, "the count works: lanes allocate at their start");
+        assert!(counts[0] > 0, "Lanes allocate at their start, so the count must not be 0.");
         println!("allocations: {counts:?}");
         counts[counts.len() - 1] - counts[counts.len() - 2]
     });

@@ -54,15 +54,26 @@ impl Answered {
     fn check(&self, ipam: &Ipam) {
         for (id, lease) in &self.known {
             if !self.unknown.contains(id) {
-                assert_eq!(ipam.get(id), lease.as_ref(), "{id:?} was answered");
+                assert_eq!(
+                    ipam.get(id),
+                    lease.as_ref(),
+                    "The answered operation of {id:?} must hold."
+                );
             }
         }
         for lease in ipam.list() {
             let known = self.known.get(&lease.id).is_some_and(Option::is_some);
-            assert!(known || self.unknown.contains(&lease.id), "{lease:?} from nowhere");
+            assert!(
+                known || self.unknown.contains(&lease.id),
+                "No operation has created {lease:?}."
+            );
         }
         let ips: Vec<_> = ipam.list().flat_map(Lease::ips).collect();
-        assert_eq!(ips.iter().collect::<BTreeSet<_>>().len(), ips.len(), "given twice");
+        assert_eq!(
+            ips.iter().collect::<BTreeSet<_>>().len(),
+            ips.len(),
+            "An address has two leases."
+        );
     }
 }
 
@@ -98,7 +109,11 @@ fn play(ipam: &mut Ipam, answered: &mut Answered, fault: Fault) {
             }
         }
         let ips: Vec<_> = ipam.list().flat_map(Lease::ips).collect();
-        assert_eq!(ips.iter().collect::<BTreeSet<_>>().len(), ips.len(), "given twice");
+        assert_eq!(
+            ips.iter().collect::<BTreeSet<_>>().len(),
+            ips.len(),
+            "An address has two leases."
+        );
         // A failed operation whose outcome cannot be read has no effect that the model must know.
         if matches!(fault, Fault::From(_) | Fault::Power(_)) && answered.unknown != unknown {
             assert!(ipam.list().eq(before.iter()), "{fault:?}");
@@ -177,7 +192,10 @@ fn full_disk_loses_nothing() {
         let error = ipam.allocate(request("z"), at(40)).unwrap_err();
         assert!(error.to_string().ends_with("no space left on its file system"), "{error}");
         assert_eq!(error.code() as u32, 5);
-        assert!(ipam.usage(at(40)).can_allocate(), "what is asked of memory is answered");
+        assert!(
+            ipam.usage(at(40)).can_allocate(),
+            "Operations in memory must work while the disk fails."
+        );
         disk.fail(Fault::None);
         check_nothing_is_lost(&mut ipam, &answered);
         let leases: Vec<_> = ipam.list().cloned().collect();
@@ -197,7 +215,7 @@ fn probe_detects_a_store_that_cannot_be_written() {
     let before = disk.operations();
     ipam.probe().unwrap();
     let operations = disk.operations() - before;
-    assert!(operations > 0, "nothing was written");
+    assert!(operations > 0, "The script must write to the disk.");
     for k in 0..operations {
         disk.fail(Fault::From(k));
         let error = ipam.probe().unwrap_err().to_string();

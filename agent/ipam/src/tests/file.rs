@@ -189,7 +189,10 @@ fn leases_survive_a_kill_at_any_time() {
         drop(process);
         let ipam = open(&path);
         let mut ips = std::collections::BTreeSet::new();
-        assert!(ipam.list().flat_map(Lease::ips).all(|ip| ips.insert(ip)), "given twice");
+        assert!(
+            ipam.list().flat_map(Lease::ips).all(|ip| ips.insert(ip)),
+            "An address has two leases."
+        );
         for (who, expected) in &told {
             let found = ipam.get(&id(who)).map(shown);
             if doubtful.as_ref() != Some(who) {
@@ -206,7 +209,7 @@ fn leases_survive_a_kill_at_any_time() {
             told.insert(who, found);
         }
     }
-    assert!(total > 20, "only {total} answers");
+    assert!(total > 20, "Only {total} operations were answered.");
 }
 
 /// Child process: fills a file system of 1 MiB in a mount namespace of its own.

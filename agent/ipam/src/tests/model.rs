@@ -47,7 +47,7 @@ struct Model {
 impl Model {
     fn leased(&self) -> BTreeSet<u8> {
         let hosts: BTreeSet<_> = self.leases.values().map(|(host, _)| *host).collect();
-        assert_eq!(hosts.len(), self.leases.len(), "an address was given twice");
+        assert_eq!(hosts.len(), self.leases.len(), "An address has two leases.");
         hosts
     }
 

@@ -23,7 +23,11 @@ fn all(pools: &[&str], reserved: &[&str]) -> Vec<String> {
 
 #[test]
 fn reserved_and_network_addresses_are_never_allocated() {
-    assert_eq!(all(&["10.1.0.0/29"], &[]).len(), 6, "neither the network nor the broadcast");
+    assert_eq!(
+        all(&["10.1.0.0/29"], &[]).len(),
+        6,
+        "The network and broadcast addresses must not be allocated."
+    );
     let given = all(&["10.1.0.0/29"], &["10.1.0.1", "10.9.9.9", "fd00::1"]);
     assert_eq!(given, ["10.1.0.2", "10.1.0.3", "10.1.0.4", "10.1.0.5", "10.1.0.6"]);
     assert_eq!(all(&["10.1.0.4/30"], &[]), ["10.1.0.5", "10.1.0.6"]);
@@ -67,7 +71,11 @@ fn repeated_allocation_returns_the_lease_without_a_write() {
     assert_eq!(ipam.release(&id("nobody"), at(9)).unwrap(), None);
     assert_eq!(disk.operations(), 0);
     let other = Request { id: AttachmentId { ifname: "net1".into(), ..id("a") }, ..request("a") };
-    assert_ne!(ipam.allocate(other, at(9)).unwrap().v4, lease.v4, "another interface");
+    assert_ne!(
+        ipam.allocate(other, at(9)).unwrap().v4,
+        lease.v4,
+        "Another interface must get another address."
+    );
 }
 
 #[test]
@@ -100,7 +108,11 @@ fn requested_addresses_are_checked() {
         shown(&ipam.allocate(asking("b", &["fd00::9", "10.1.0.8"]), at(0)).unwrap()),
         "10.1.0.8 fd00::9"
     );
-    assert_eq!(give(&mut ipam, "c", 0), "10.1.0.2 fd00::2", "the search does not begin there");
+    assert_eq!(
+        give(&mut ipam, "c", 0),
+        "10.1.0.2 fd00::2",
+        "A requested address must not move the cursor."
+    );
     let mut error = |ips: &[&str]| {
         let error = ipam.allocate(asking("x", ips), at(0)).unwrap_err();
         assert_eq!(error.code() as u32, 7, "{error}");
@@ -113,18 +125,14 @@ fn requested_addresses_are_checked() {
     }
     assert!(error(&["10.1.0.20", "10.1.0.21"]).contains("both"));
     assert!(error(&["10.1.0.20", "fd00::9"]).contains("belongs to"));
-    assert_eq!(ipam.list().len(), 3, "nothing was taken");
+    assert_eq!(ipam.list().len(), 3, "A refused request must change nothing.");
     assert_eq!(
         shown(&ipam.allocate(asking("x", &["10.1.0.20"]), at(0)).unwrap()),
         "10.1.0.20 fd00::3"
     );
     ipam.release(&id("a"), at(0)).unwrap();
     let lease = ipam.allocate(asking("y", &["10.1.0.9"]), at(1)).unwrap();
-    assert_eq!(
-        lease.v4,
-        "10.1.0.9".parse().ok(),
-        "one that is_quarantined is free for who asks for it"
-    );
+    assert_eq!(lease.v4, "10.1.0.9".parse().ok(), "A quarantined address can be requested.");
 }
 
 #[test]
@@ -136,7 +144,11 @@ fn exhaustion_names_the_pool() {
     assert_eq!(error.to_string(), "no free address in 10.1.0.0/30 (2 in use)");
     assert_eq!(error.code() as u32, 11);
     assert!(!ipam.usage(at(0)).can_allocate());
-    assert_eq!(ipam.usage(at(0)).pools[1].in_use, 2, "no address of the other family is taken");
+    assert_eq!(
+        ipam.usage(at(0)).pools[1].in_use,
+        2,
+        "A failed allocation must take no address of the other family."
+    );
     ipam.set_pools(&[], &[]);
     let error = ipam.allocate(request("c"), at(0)).unwrap_err();
     assert!(matches!(error, IpamError::NoPools));
@@ -151,15 +163,23 @@ fn released_addresses_are_quarantined() {
     }
     ipam.release(&id("b"), at(1)).unwrap();
     assert_eq!(ipam.usage(at(1)).pools[0].quarantined, 1);
-    assert_eq!(give(&mut ipam, "d", 1), "10.1.0.4", "the next, not the lowest");
+    assert_eq!(give(&mut ipam, "d", 1), "10.1.0.4", "The search must start after the cursor.");
     assert_eq!(give(&mut ipam, "e", 1), "10.1.0.5");
     ipam.release(&id("a"), at(2)).unwrap();
     assert_eq!(give(&mut ipam, "f", 2), "10.1.0.6");
-    assert_eq!(give(&mut ipam, "g", 3), "10.1.0.2", "nothing else is free: the one freed first");
+    assert_eq!(
+        give(&mut ipam, "g", 3),
+        "10.1.0.2",
+        "If none is free, the oldest quarantined address is allocated."
+    );
     ipam.release(&id("d"), at(4)).unwrap();
     assert_eq!(ipam.usage(at(31)).pools[0].quarantined, 2);
     assert_eq!(ipam.usage(at(32)).pools[0].quarantined, 1);
-    assert_eq!(give(&mut ipam, "h", 32), "10.1.0.1", "it has rested, which the other has not");
+    assert_eq!(
+        give(&mut ipam, "h", 32),
+        "10.1.0.1",
+        "Only the address whose quarantine has ended is free."
+    );
     assert_eq!(give(&mut ipam, "i", 32), "10.1.0.4");
 }
 
@@ -171,7 +191,11 @@ fn clock_set_back_does_not_extend_quarantine() {
     assert_eq!(give(&mut ipam, "b", 10), "10.1.0.2");
     ipam.release(&id("b"), at(20)).unwrap();
     assert_eq!(ipam.usage(at(39)).pools[0].quarantined, 2);
-    assert_eq!(give(&mut ipam, "c", 40), "10.1.0.1", "10 and 30");
+    assert_eq!(
+        give(&mut ipam, "c", 40),
+        "10.1.0.1",
+        "The quarantine of both releases must have ended."
+    );
 }
 
 #[test]
@@ -187,7 +211,7 @@ fn quarantine_and_cursor_outlive_the_process() {
     let leases: Vec<_> = ipam.list().cloned().collect();
     drop(ipam);
     let mut ipam = disk.open().unwrap();
-    assert!(ipam.list().eq(leases.iter()), "before it knows its pools");
+    assert!(ipam.list().eq(leases.iter()), "Leases must be known before pools are set.");
     ipam.set_pools(&pools, &[]);
     assert_eq!(give(&mut ipam, "d", 29), "10.1.0.4 fd00::4");
     assert_eq!(give(&mut ipam, "e", 29), "10.1.0.5 fd00::5");
@@ -219,11 +243,15 @@ fn leases_survive_a_change_of_pools() {
     assert_eq!(give(&mut ipam, "e", 60), "10.1.0.5");
     assert_eq!(give(&mut ipam, "f", 60), "10.1.0.6");
     assert_eq!(give(&mut ipam, "g", 60), "10.1.0.1");
-    assert!(ipam.allocate(request("h"), at(60)).is_err(), "the others are reserved");
+    assert!(ipam.allocate(request("h"), at(60)).is_err(), "All other addresses are reserved.");
     // Pools that no valid configuration contains must do no harm either.
     let both = cidrs(&["10.1.0.0/29", "10.1.0.0/28"]);
     ipam.set_pools(&both, &[ip("10.1.0.3"), ip("10.1.0.2")]);
-    assert_eq!(give(&mut ipam, "i", 60), "10.1.0.7", "the broadcast of one is in the other");
+    assert_eq!(
+        give(&mut ipam, "i", 60),
+        "10.1.0.7",
+        "The broadcast address of one pool is usable in the other."
+    );
 }
 
 #[test]
@@ -241,7 +269,7 @@ fn leases_are_adopted_from_the_kernel() {
         time: at(5),
     };
     let a = ipam.adopt(learnt("a", "10.1.0.2", Some("fd00::7")), at(5)).unwrap();
-    assert_eq!(give(&mut ipam, "b", 5), "10.1.0.3", "the other is taken");
+    assert_eq!(give(&mut ipam, "b", 5), "10.1.0.3", "The adopted address must not be allocated.");
     let error = ipam.adopt(learnt("c", "10.1.0.3", None), at(5)).unwrap_err();
     assert_eq!(error.to_string(), "10.1.0.3 belongs to eth0 of container b");
     let error = ipam.adopt(learnt("c", "", None), at(5)).unwrap_err();
@@ -250,7 +278,11 @@ fn leases_are_adopted_from_the_kernel() {
     // First the network namespace becomes known, then an address changes.
     let known = Lease { netns: Some(netns(7)), network: "pods".into(), ..a.clone() };
     assert_eq!(ipam.adopt(known.clone(), at(9)).unwrap(), known);
-    assert_eq!(ipam.adopt(a.clone(), at(9)).unwrap(), known, "what is not said stays");
+    assert_eq!(
+        ipam.adopt(a.clone(), at(9)).unwrap(),
+        known,
+        "Unknown properties must keep their values."
+    );
     let moved = ipam.adopt(learnt("a", "10.1.0.1", None), at(9)).unwrap();
     assert_eq!((shown(&moved).as_str(), moved.netns.is_some()), ("10.1.0.1", true));
     let usage = ipam.usage(at(9));

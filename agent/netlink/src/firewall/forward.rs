@@ -375,17 +375,21 @@ mod tests {
             |text: Option<String>| text.unwrap().matches("add rule ip filter FORWARD").count();
         let drop = rule(1, &[name("iifname", "skp*")], "drop");
         assert_eq!(added(changes(&[])), 3);
-        assert_eq!(added(changes(std::slice::from_ref(&drop))), 3, "a drop accepts nothing");
+        assert_eq!(
+            added(changes(std::slice::from_ref(&drop))),
+            3,
+            "A drop rule must not count as an accept rule."
+        );
         assert_eq!(changes(&ours()), None);
         let mut later = ours();
         later.insert(0, drop.clone());
-        assert_eq!(changes(&later), None, "at the end");
+        assert_eq!(changes(&later), None, "Rules at the end of the chain need no change.");
         later.push(rule(2, &[name("oifname", "docker0")], "accept"));
-        assert_eq!(changes(&later), None, "behind an accept it makes no difference");
+        assert_eq!(changes(&later), None, "An accept rule behind the rules must not move them.");
         later.push(drop);
         let text = changes(&later).unwrap();
         assert_eq!(text.matches("delete rule ip filter FORWARD handle 1").count(), 3, "{text}");
-        assert_eq!(added(Some(text)), 3, "to the end again");
+        assert_eq!(added(Some(text)), 3, "The rules must move to the end.");
         let two = &ours()[..2];
         let text = changes(two).unwrap();
         assert!(text.contains("delete") && added(Some(text.clone())) == 3, "{text}");
@@ -397,13 +401,20 @@ mod tests {
         let wide = |handle, key| rule(handle, &[name(key, "skp*")], "accept");
         let by_hand = [wide(1, "iifname"), wide(2, "oifname")];
         assert_eq!(changes(&chain(), &by_hand, &wanted), None);
-        assert_eq!(changes(&chain(), &[rule(1, &[], "accept")], &wanted), None, "all passes");
+        assert_eq!(
+            changes(&chain(), &[rule(1, &[], "accept")], &wanted),
+            None,
+            "A rule that accepts all packets is sufficient."
+        );
         let text = changes(&chain(), &by_hand[1..], &wanted).unwrap();
         assert!(text.contains("iifname \"skp*\" counter") && text.lines().count() == 1, "{text}");
         let mut both = by_hand.to_vec();
         both.extend(ours());
         let text = changes(&chain(), &both, &wanted).unwrap();
-        assert!(text.lines().count() == 3 && !text.contains("add"), "ours are too many: {text}");
+        assert!(
+            text.lines().count() == 3 && !text.contains("add"),
+            "Superfluous rules of the agent must be removed: {text}"
+        );
         let other = rule(1, &[name("oifname", "docker0"), name("iifname", "skp*")], "accept");
         assert!(!accepts(&other, &wanted[0]));
     }

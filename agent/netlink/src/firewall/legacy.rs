@@ -77,7 +77,10 @@ mod tests {
         let chain = |rules: &[&str]| format!("-P FORWARD DROP\n{}\n", rules.join("\n"));
         let (from, to) = ("-A FORWARD -i skp+ -j ACCEPT", "-A FORWARD -o skp+ -j ACCEPT");
         assert!(drops(&chain(&[]), "skp+"));
-        assert!(drops(&chain(&[from]), "skp+"), "answers are dropped");
+        assert!(
+            drops(&chain(&[from]), "skp+"),
+            "One direction is not sufficient, because answers are dropped."
+        );
         assert!(drops(&chain(&["-A FORWARD -i docker0 -j ACCEPT"]), "skp+"));
         assert!(!drops(&chain(&[from, to]), "skp+"));
         assert!(!drops(&chain(&["-A FORWARD -j ACCEPT"]), "skp+"));

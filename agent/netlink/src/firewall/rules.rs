@@ -387,7 +387,10 @@ mod tests {
                 "notrack",
             ];
             for other in others.into_iter().filter(|other| *other != gone) {
-                assert!(count(&text, other) >= 2, "{other} is gone with {gone}: {text}");
+                assert!(
+                    count(&text, other) >= 2,
+                    "The setting of {gone} must not remove {other}: {text}"
+                );
             }
             if let Some(chain) = chain {
                 assert!(text.contains(&format!("delete chain inet skein {chain}\n")), "{text}");
@@ -436,7 +439,10 @@ mod tests {
         assert!(text.contains("ip daddr @nodes4 masquerade"), "{text}");
         assert!(!text.contains("@inside4 masquerade"), "{text}");
         rules.drop_spoofed = false;
-        assert!(!rules.text().contains("@nodes4 masquerade"), "nobody drops the pods' sources");
+        assert!(
+            !rules.text().contains("@nodes4 masquerade"),
+            "Without the drop, nodes need no masquerading."
+        );
     }
 
     #[test]

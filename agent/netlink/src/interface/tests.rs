@@ -37,7 +37,7 @@ fn interface_is_configured_as_specified() {
         assert_eq!(sysctl("ipv4/ip_forward").trim(), "1");
         assert_eq!(sysctl("ipv6/conf/all/forwarding").trim(), "1");
         let again = configure(&wanted, &netlink, index).await;
-        assert_eq!(again, Default::default(), "a second pass has nothing to do");
+        assert_eq!(again, Default::default(), "A second pass must change nothing.");
     });
 }
 
@@ -71,7 +71,10 @@ fn route_has_the_mtu_of_its_path() {
         let v4 = ip("route show proto 77");
         let route = v4.lines().find(|line| line.starts_with("10.2.0.0/24 ")).unwrap_or_default();
         assert!(route.contains("mtu 1200") && route.contains("src 10.1.0.1"), "{v4}");
-        assert!(ip("-6 route show proto 77").contains("mtu 1280"), "the least of IPv6");
+        assert!(
+            ip("-6 route show proto 77").contains("mtu 1280"),
+            "An IPv6 route must have at least 1280 bytes."
+        );
         assert_eq!(configure(&wanted, &netlink, index).await, Default::default());
         wanted.mtus.clear();
         let outcome = configure(&wanted, &netlink, index).await;
@@ -123,7 +126,7 @@ fn changed_spec_is_applied_and_foreign_routes_stay() {
         let routes = ip("route show proto 77");
         assert!(routes.contains("10.2.0.0/24 dev sk-test scope link src 10.1.0.9"), "{routes}");
         assert!(routes.contains("10.4.0.0/24") && !routes.contains("10.3.0.0"), "{routes}");
-        assert!(ip("route show").contains("10.50.0.0/16"), "not ours, so it stays");
+        assert!(ip("route show").contains("10.50.0.0/16"), "A route of another program must stay.");
         assert_eq!(ip("-6 route show proto 77"), "");
     });
 }
@@ -138,7 +141,7 @@ fn route_of_another_program_is_a_conflict_of_one_prefix() {
         let wanted = wanted();
         let present = ensure_device(&wanted, &netlink).await.unwrap();
         let outcome = configure(&wanted, &netlink, present.index).await;
-        assert_eq!(outcome.errors, [""; 0], "The node itself is well.");
+        assert_eq!(outcome.errors, [""; 0], "A conflict is not an error of the node.");
         let [conflict] = &outcome.conflicts[..] else { panic!("{outcome:?}") };
         assert_eq!(conflict.prefix, "10.2.0.0/24".parse().unwrap());
         assert!(conflict.problem.contains("another program has one"), "{outcome:?}");

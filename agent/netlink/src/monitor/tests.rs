@@ -26,7 +26,7 @@ fn deleted_interface_is_reported_and_created_again() {
         for damage in ["route del 10.2.0.0/24", "address flush dev sk-test", "link del sk-test"] {
             ip(damage);
             let told = tokio::time::timeout(within, monitor.changed()).await;
-            assert!(told.is_ok(), "{damage} was not announced");
+            assert!(told.is_ok(), "{damage} was not reported");
         }
         assert!(netlink.link("sk-test").await.unwrap().is_none());
         let again = configured(&netlink, &wanted).await;
@@ -41,7 +41,7 @@ fn deleted_interface_is_reported_and_created_again() {
         let _ = tokio::time::timeout(Duration::from_millis(200), drained).await;
         ip("link set unrelated up");
         let told = tokio::time::timeout(Duration::from_millis(200), monitor.changed()).await;
-        assert!(told.is_err(), "what does not concern us is not announced");
+        assert!(told.is_err(), "Changes of other interfaces must not be reported.");
     });
 }
 

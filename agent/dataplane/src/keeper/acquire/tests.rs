@@ -66,7 +66,10 @@ fn takeover_with_other_version_stops_old_process() {
     });
     assert!(acquire_alone(&options).stored.is_none());
     let taken = Instant::now();
-    assert!(other.join().unwrap() <= taken, "it has ended first");
+    assert!(
+        other.join().unwrap() <= taken,
+        "The old process must stop before the plane is acquired."
+    );
 }
 
 /// A release without locks leaves the lock free while it listens.
