@@ -237,7 +237,7 @@ fn leases_survive_a_change_of_pools() {
     assert_eq!(
         give(&mut ipam, "d", 0),
         "10.1.0.4",
-        "of 1 to 3: is_quarantined, is leased, is reserved"
+        "Of addresses 1 to 3, one is quarantined, one leased, one reserved."
     );
     ipam.release(&id("b"), at(0)).unwrap();
     assert_eq!(give(&mut ipam, "e", 60), "10.1.0.5");
