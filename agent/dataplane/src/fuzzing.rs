@@ -4,7 +4,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use skein_ipc::{encode_frame, read_frame};
 
-use crate::handover::{Answer, Begin, ToKeeper};
+use crate::handover::{Answer, StartMessage, ToKeeper};
 use crate::vm_generation::is_new_generation;
 
 #[cfg(test)]
@@ -15,7 +15,7 @@ mod near_corpus;
 /// Reads messages between a keeper and its data process. A message that was read can be written and
 /// read again.
 pub fn ipc_frames(data: &[u8]) {
-    frames::<Begin>(data);
+    frames::<StartMessage>(data);
     frames::<ToKeeper>(data);
     frames::<Answer>(data);
 }

@@ -50,14 +50,3 @@ pub use self::manager::SetLogLevel;
 pub use self::options::{Options, lock_path};
 pub use self::probe::probe;
 pub use self::process::{run_alone, work};
-
-/// Fuzzing entry point of the uevent parser.
-pub use self::vm_generation::fuzz_uevent;
-
-/// Fuzzing entry point: decodes `bytes` as each message between a keeper and its data process.
-#[doc(hidden)]
-pub fn fuzz_frames(bytes: &[u8]) {
-    skein_ipc::fuzz_frames::<handover::StartMessage>(bytes);
-    skein_ipc::fuzz_frames::<handover::ToKeeper>(bytes);
-    skein_ipc::fuzz_frames::<handover::Answer>(bytes);
-}

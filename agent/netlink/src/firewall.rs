@@ -9,7 +9,7 @@
 pub mod counters;
 pub mod forward;
 mod legacy;
-mod monitor;
+pub(crate) mod monitor;
 mod nft;
 pub mod probe;
 pub mod reconciler;
@@ -20,16 +20,3 @@ pub use self::nft::FirewallError;
 pub use self::reconciler::Firewall;
 pub use self::rules::{PodRules, Rules};
 pub use self::table::remove;
-
-/// Fuzzing entry point of the parsers of `nft -j` output.
-#[doc(hidden)]
-pub fn fuzz_printed(text: &str) {
-    let _ = counters::parse(text);
-    forward::fuzz_printed(text);
-}
-
-/// Fuzzing entry point of the parser of nftables notifications.
-#[doc(hidden)]
-pub fn fuzz_notifications(data: &[u8]) {
-    monitor::fuzz_notifications(data);
-}

@@ -31,5 +31,3 @@ pub mod unreachable;
 
 pub use self::connection::{Netlink, NetlinkError};
 pub use self::error::InterfaceError;
-#[doc(hidden)]
-pub use self::next_hop::fuzz_next_hops;

@@ -138,8 +138,8 @@ impl Objects {
 }
 
 /// Fuzzing entry point: reads `data` as a dump of nexthop objects.
-#[doc(hidden)]
-pub fn fuzz_next_hops(data: &[u8]) {
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn fuzz_next_hops(data: &[u8]) {
     let mut objects = Objects::default();
     let _ = objects.read(data);
     let ids: Vec<_> = objects.devices.keys().chain(objects.groups.keys()).copied().collect();

@@ -277,6 +277,7 @@ fn read_chains(objects: Vec<Value>) -> Vec<Chain> {
 }
 
 /// Fuzzing entry point: for any rules, the transaction adds at most the wanted rules.
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) fn fuzz_printed(text: &str) {
     let (Ok(chains), Ok(rules)) = (read_objects(text, "chain"), read_objects(text, "rule")) else {
         return;

@@ -167,7 +167,8 @@ impl Monitor {
 }
 
 /// Fuzzing entry point: parses `data` as a datagram of nftables. Each transaction needs a message.
-pub(super) fn fuzz_notifications(data: &[u8]) {
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn fuzz_notifications(data: &[u8]) {
     let _ = generation(data);
     assert!(transactions(data, "skein", &mut true) <= data.len() / 16);
 }

@@ -22,7 +22,7 @@ fn deleted_interface_is_reported_and_created_again() {
             }
         };
         let _ = tokio::time::timeout(Duration::from_millis(200), drained).await;
-        let within = Duration::from_secs(1);
+        let within = Duration::from_secs(30);
         for damage in ["route del 10.2.0.0/24", "address flush dev sk-test", "link del sk-test"] {
             ip(damage);
             let told = tokio::time::timeout(within, monitor.changed()).await;
@@ -71,7 +71,7 @@ fn disabled_forwarding_is_repaired_after_notification() {
                 }
             };
             std::fs::write(path(key), "0").unwrap();
-            let repaired = tokio::time::timeout(Duration::from_secs(1), repair).await;
+            let repaired = tokio::time::timeout(Duration::from_secs(30), repair).await;
             assert!(repaired.is_ok(), "{key} stays off.");
             assert!(is_on(key), "{key}");
         }

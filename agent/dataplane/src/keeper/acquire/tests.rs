@@ -141,16 +141,13 @@ fn lock_that_becomes_free_during_a_request_is_acquired() {
     let copies = plane.store.descriptors().map(|fd| fd.try_clone_to_owned().unwrap());
     let mut held = FdStore::received(copies.into());
     let requesting = std::thread::spawn(move || {
-        let begun = Instant::now();
         let mut attempt = LockAttempt::new(&options);
-        let lock = request(&options.socket, &mut held, &mut attempt);
-        (lock.is_ok(), begun.elapsed())
+        request(&options.socket, &mut held, &mut attempt).is_ok()
     });
     std::thread::sleep(10 * LOCK_INTERVAL);
     assert!(!requesting.is_finished(), "The other keeper has the data plane.");
     drop(plane);
-    let (taken, took) = requesting.join().unwrap();
-    assert!(taken && took < HANDOVER_TIMEOUT / 2, "The lock was taken ({taken}) after {took:?}.");
+    assert!(requesting.join().unwrap(), "The request must return the lock.");
 }
 
 /// A keeper that has handed over its data plane gets it back when the other keeper ends.
