@@ -17,7 +17,7 @@ use skein_sys::send::{GsoBatch, GsoState, Position, SendRequest, Sender};
 use skein_sys::tun::TunQueue;
 
 use super::lane_context::LaneContext;
-use super::pending::PendingPackets;
+use super::pending::{Admission, PendingPackets};
 use super::queue::ToManager;
 use super::stats::add;
 use super::tables::Tables;
@@ -274,12 +274,13 @@ impl Egress {
     }
 
     fn hold(&mut self, lane: &LaneContext, peer: PeerId, vnet: VnetHeader, packet: &[u8]) {
-        let (accepted, request) = self.pending.push(lane.now(), peer, vnet, packet);
+        let Admission { accepted, request_session } =
+            self.pending.push(lane.now(), peer, vnet, packet);
         if !accepted {
             self.drop(lane, DropReason::NoSession, packet);
         }
-        if request && lane.manager.try_send_own(ToManager::RequestSession(peer)) {
-            self.pending.requested(lane.now(), peer);
+        if request_session && lane.manager.try_send_own(ToManager::RequestSession(peer)) {
+            self.pending.mark_requested(lane.now(), peer);
         }
     }
 

@@ -35,9 +35,9 @@ use super::server;
 
 /// Run time after which a data process counts as stable.
 const MIN_UPTIME: Duration = Duration::from_secs(10);
-/// Maximum number of restarts in a row after data processes that ran for less than [`MIN_UPTIME`].
-/// The keeper exits at the next failure, or at once if it holds no descriptors. The service manager
-/// or the control process starts another keeper.
+/// Maximum number of restarts in a row without a data process that ran for [`MIN_UPTIME`]. The
+/// keeper exits at the next failure, or at once if it holds no descriptors. The service manager or
+/// the control process then starts another keeper.
 const MAX_RAPID_RESTARTS: u32 = 3;
 /// Maximum time that the data process gets to stop its lanes after SIGTERM.
 const STOP_TIMEOUT: Duration = Duration::from_millis(500);

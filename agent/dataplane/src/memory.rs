@@ -87,31 +87,31 @@ impl MemfdStore {
         if words.words()[0].load(Ordering::Relaxed) != LAYOUT {
             return Err(io::ErrorKind::InvalidData.into());
         }
-        let memory = Self::from_words(words);
+        let store = Self::from_words(words);
         let mut found = Vec::new();
-        for record in 0..memory.used() {
-            if let Some(key) = memory.timestamp_key(record) {
+        for record in 0..store.used() {
+            if let Some(key) = store.timestamp_key(record) {
                 // If two records have the same key, the last one counts: the process was freeing
                 // the other one.
-                memory.timestamps().insert(key, record);
+                store.timestamps().insert(key, record);
                 continue;
             }
             let next = |mut session: SavedSession| {
                 session.epoch = session.epoch.checked_add(1)?;
                 Some(session)
             };
-            match memory.read(record).and_then(next) {
+            match store.read(record).and_then(next) {
                 Some(session) => {
                     // Store the new epoch before a datagram is sealed in it.
-                    memory.write(record, &session);
+                    store.write(record, &session);
                     let lanes = MAX_LANES as u8;
-                    let kept = MemfdSlot { store: memory.clone(), record, lanes };
-                    found.push((session, Box::new(kept) as Box<dyn SessionSlot>));
+                    let slot = MemfdSlot { store: store.clone(), record, lanes };
+                    found.push((session, Box::new(slot) as Box<dyn SessionSlot>));
                 }
-                None => memory.clear_record(record, MAX_LANES as u8),
+                None => store.clear_record(record, MAX_LANES as u8),
             }
         }
-        Ok((memory, found))
+        Ok((store, found))
     }
 
     fn from_words(words: SharedWords) -> Self {
@@ -223,8 +223,8 @@ impl MemfdStore {
         let counters =
             (0..lanes).chain([CONTROL_LANE]).filter_map(|lane| self.counter_word(record, lane));
         // Skip words that were never written: a write would allocate their page.
-        let counters = counters.filter(|counter_word| counter_word.load(Ordering::Relaxed) != 0);
-        counters.for_each(|counter_word| counter_word.store(0, Ordering::Relaxed));
+        let counters = counters.filter(|counter| counter.load(Ordering::Relaxed) != 0);
+        counters.for_each(|counter| counter.store(0, Ordering::Relaxed));
         self.0.free.lock().unwrap_or_else(PoisonError::into_inner).insert(record);
     }
 }
@@ -286,7 +286,7 @@ impl SessionSlot for MemfdSlot {
     fn next_counter(&self, lane: u8) -> u64 {
         self.store
             .counter_word(self.record, lane)
-            .map_or(0, |counter_word| counter_word.load(Ordering::Relaxed))
+            .map_or(0, |counter| counter.load(Ordering::Relaxed))
     }
 
     fn set_next_counter(&self, lane: u8, next: u64) {
@@ -316,46 +316,46 @@ mod tests {
         SavedSession::from_bytes(&bytes).unwrap()
     }
 
-    fn reopen(memory: &MemfdStore) -> (MemfdStore, Vec<RestoredSession>) {
-        MemfdStore::open(memory.file().try_clone_to_owned().unwrap()).unwrap()
+    fn reopen(store: &MemfdStore) -> (MemfdStore, Vec<RestoredSession>) {
+        MemfdStore::open(store.file().try_clone_to_owned().unwrap()).unwrap()
     }
 
     #[test]
     fn session_is_restored_in_the_next_epoch() {
-        let mut memory = MemfdStore::create().unwrap();
-        let kept: Vec<_> = (0..3).map(|n| memory.insert(&saved(n)).unwrap()).collect();
+        let mut store = MemfdStore::create().unwrap();
+        let kept: Vec<_> = (0..3).map(|n| store.insert(&saved(n)).unwrap()).collect();
         kept[1].set_next_counter(2, 77);
         kept[1].set_next_counter(CONTROL_LANE, 5);
-        memory.set_latest_timestamp(Duration::new(9, 1));
+        store.set_latest_timestamp(Duration::new(9, 1));
         // A killed process runs no destructor.
         kept.into_iter().for_each(std::mem::forget);
-        let (memory, found) = reopen(&memory);
-        assert_eq!(memory.latest_timestamp(), Duration::new(9, 1));
+        let (store, found) = reopen(&store);
+        assert_eq!(store.latest_timestamp(), Duration::new(9, 1));
         assert_eq!(found.iter().map(|(s, _)| s.epoch).collect::<Vec<_>>(), [1, 1, 1]);
         assert_eq!(found[1].0.public_key, PublicKey::new([1; 32]));
         assert_eq!([0, 2, CONTROL_LANE].map(|lane| found[1].1.next_counter(lane)), [0, 77, 5]);
         found.into_iter().for_each(std::mem::forget);
-        let (_, found) = reopen(&memory);
+        let (_, found) = reopen(&store);
         assert_eq!(found.iter().map(|(s, _)| s.epoch).collect::<Vec<_>>(), [2, 2, 2]);
     }
 
     #[test]
     fn freed_record_leaves_no_trace() {
-        let mut memory = MemfdStore::create().unwrap();
-        let kept = memory.insert(&saved(9)).unwrap();
+        let mut store = MemfdStore::create().unwrap();
+        let kept = store.insert(&saved(9)).unwrap();
         kept.set_next_counter(1, 7);
         drop(kept);
-        assert_eq!(reopen(&memory).1.len(), 0);
-        let words = memory.0.words.words();
+        assert_eq!(reopen(&store).1.len(), 0);
+        let words = store.0.words.words();
         assert!(
             words[HEADER_WORDS..]
                 .iter()
                 .take(RECORD_WORDS)
                 .all(|word| word.load(Ordering::Relaxed) == 0)
         );
-        let again = memory.insert(&saved(8)).unwrap();
+        let again = store.insert(&saved(8)).unwrap();
         assert_eq!(
-            (again.next_counter(1), memory.used()),
+            (again.next_counter(1), store.used()),
             (0, 1),
             "The freed record must be used again."
         );
@@ -364,59 +364,59 @@ mod tests {
     #[test]
     fn handshake_timestamps_outlive_the_process() {
         let at = Duration::from_secs;
-        let mut memory = MemfdStore::create().unwrap();
-        assert_eq!(memory.seen_timestamp(&PublicKey::new([1; 32])), Duration::ZERO);
-        memory.set_seen_timestamp(&PublicKey::new([1; 32]), at(10));
-        std::mem::forget(memory.insert(&saved(7)).unwrap());
-        memory.set_seen_timestamp(&PublicKey::new([2; 32]), Duration::MAX);
-        memory.set_seen_timestamp(&PublicKey::new([3; 32]), at(30));
-        memory.set_seen_timestamp(&PublicKey::new([1; 32]), at(11));
-        memory.set_seen_timestamp(&PublicKey::new([3; 32]), Duration::ZERO);
-        let (mut memory, found) = reopen(&memory);
+        let mut store = MemfdStore::create().unwrap();
+        assert_eq!(store.seen_timestamp(&PublicKey::new([1; 32])), Duration::ZERO);
+        store.set_seen_timestamp(&PublicKey::new([1; 32]), at(10));
+        std::mem::forget(store.insert(&saved(7)).unwrap());
+        store.set_seen_timestamp(&PublicKey::new([2; 32]), Duration::MAX);
+        store.set_seen_timestamp(&PublicKey::new([3; 32]), at(30));
+        store.set_seen_timestamp(&PublicKey::new([1; 32]), at(11));
+        store.set_seen_timestamp(&PublicKey::new([3; 32]), Duration::ZERO);
+        let (mut store, found) = reopen(&store);
         assert_eq!((found.len(), found[0].0.public_key), (1, PublicKey::new([7; 32])));
         found.into_iter().for_each(std::mem::forget);
-        let seen = [1, 2, 3].map(|n| memory.seen_timestamp(&PublicKey::new([n; 32])));
+        let seen = [1, 2, 3].map(|n| store.seen_timestamp(&PublicKey::new([n; 32])));
         assert_eq!(seen, [at(11), Duration::from_nanos(u64::MAX), Duration::ZERO]);
-        memory.retain_seen_timestamps(&|key| *key == PublicKey::new([1; 32]));
-        let (memory, found) = reopen(&memory);
+        store.retain_seen_timestamps(&|key| *key == PublicKey::new([1; 32]));
+        let (store, found) = reopen(&store);
         found.into_iter().for_each(std::mem::forget);
-        let seen = [1, 2].map(|n| memory.seen_timestamp(&PublicKey::new([n; 32])));
+        let seen = [1, 2].map(|n| store.seen_timestamp(&PublicKey::new([n; 32])));
         assert_eq!(seen, [at(11), Duration::ZERO]);
-        assert_eq!(memory.used(), 4, "A freed record must be used again.");
+        assert_eq!(store.used(), 4, "A freed record must be used again.");
     }
 
     #[test]
     fn handshake_timestamps_leave_room_for_sessions() {
-        let mut memory = MemfdStore::create().unwrap();
+        let mut store = MemfdStore::create().unwrap();
         for number in 0..MAX_RECORDS as u32 {
             let mut key = [0; 32];
             key[..4].copy_from_slice(&number.to_be_bytes());
-            memory.set_seen_timestamp(&PublicKey::new(key), Duration::from_secs(1));
+            store.set_seen_timestamp(&PublicKey::new(key), Duration::from_secs(1));
         }
-        assert_eq!(memory.timestamps().len(), MAX_RECORDS);
-        let sessions: Vec<_> = (0..MAX_RECORDS).map(|_| memory.insert(&saved(1))).collect();
+        assert_eq!(store.timestamps().len(), MAX_RECORDS);
+        let sessions: Vec<_> = (0..MAX_RECORDS).map(|_| store.insert(&saved(1))).collect();
         assert!(sessions.iter().all(Option::is_some));
-        assert_eq!(memory.timestamps().len(), 0);
+        assert_eq!(store.timestamps().len(), 0);
     }
 
     #[test]
     fn partial_record_and_other_layout_are_ignored() {
-        let mut memory = MemfdStore::create().unwrap();
-        std::mem::forget(memory.insert(&saved(1)).unwrap());
-        std::mem::forget(memory.insert(&saved(2)).unwrap());
-        memory.record_words(0)[0].store(0, Ordering::Relaxed);
-        let (_, found) = reopen(&memory);
+        let mut store = MemfdStore::create().unwrap();
+        std::mem::forget(store.insert(&saved(1)).unwrap());
+        std::mem::forget(store.insert(&saved(2)).unwrap());
+        store.record_words(0)[0].store(0, Ordering::Relaxed);
+        let (_, found) = reopen(&store);
         assert_eq!((found.len(), found[0].0.public_key), (1, PublicKey::new([2; 32])));
-        memory.0.words.words()[0].store(LAYOUT + 1, Ordering::Relaxed);
-        assert!(MemfdStore::open(memory.file().try_clone_to_owned().unwrap()).is_err());
+        store.0.words.words()[0].store(LAYOUT + 1, Ordering::Relaxed);
+        assert!(MemfdStore::open(store.file().try_clone_to_owned().unwrap()).is_err());
     }
 
     #[test]
     fn full_store_refuses_a_session() {
-        let mut memory = MemfdStore::create().unwrap();
-        let all: Vec<_> = (0..MAX_RECORDS).map(|_| memory.insert(&saved(1)).unwrap()).collect();
-        assert!(memory.insert(&saved(1)).is_none());
+        let mut store = MemfdStore::create().unwrap();
+        let all: Vec<_> = (0..MAX_RECORDS).map(|_| store.insert(&saved(1)).unwrap()).collect();
+        assert!(store.insert(&saved(1)).is_none());
         drop(all);
-        assert!(memory.insert(&saved(1)).is_some());
+        assert!(store.insert(&saved(1)).is_some());
     }
 }

@@ -27,12 +27,20 @@ pub(super) struct PendingPacket {
     since: Instant,
 }
 
+/// Result of [`PendingPackets::push`].
+pub(super) struct Admission {
+    /// True if the packet was added.
+    pub(super) accepted: bool,
+    /// True if the caller must request a session with the peer.
+    pub(super) request_session: bool,
+}
+
 #[derive(Default)]
 struct PeerQueue {
     packets: Vec<PendingPacket>,
     /// Total length of `packets`, bytes.
     bytes: usize,
-    requested: Option<Instant>,
+    requested_at: Option<Instant>,
 }
 
 /// Packets of a lane that wait for sessions: at most 64 packets and 128 KiB per peer, 1 MiB per
@@ -55,32 +63,31 @@ impl PendingPackets {
             && self.queues.get(&peer).is_some_and(|queue| !queue.packets.is_empty())
     }
 
-    /// Adds a packet for `peer`. Returns whether the packet was accepted, and whether the caller
-    /// must request a session.
+    /// Adds a packet for `peer` if the bounds allow it.
     pub(super) fn push(
         &mut self,
         now: Instant,
         peer: PeerId,
         vnet: VnetHeader,
         packet: &[u8],
-    ) -> (bool, bool) {
+    ) -> Admission {
         let queue = self.queues.entry(peer).or_default();
-        let request = queue.requested.is_none_or(|requested| now - requested >= REQUEST_INTERVAL);
-        let room = queue.packets.len() < MAX_PACKETS
+        let request = queue.requested_at.is_none_or(|at| now - at >= REQUEST_INTERVAL);
+        let accepted = queue.packets.len() < MAX_PACKETS
             && queue.bytes + packet.len() <= MAX_PEER_BYTES
             && self.bytes + packet.len() <= MAX_BYTES;
-        if room {
+        if accepted {
             self.bytes += packet.len();
             queue.bytes += packet.len();
             queue.packets.push(PendingPacket { vnet, packet: packet.to_vec(), since: now });
         }
-        (room, request)
+        Admission { accepted, request_session: request }
     }
 
     /// Records that a session with `peer` was requested at `now`.
-    pub(super) fn requested(&mut self, now: Instant, peer: PeerId) {
+    pub(super) fn mark_requested(&mut self, now: Instant, peer: PeerId) {
         if let Some(queue) = self.queues.get_mut(&peer) {
-            queue.requested = Some(now);
+            queue.requested_at = Some(now);
         }
     }
 
@@ -116,7 +123,8 @@ impl PendingPackets {
             });
             // An empty queue remembers the time of the last request.
             known
-                && (!queue.packets.is_empty() || queue.requested.is_some_and(|a| now - a < MAX_AGE))
+                && (!queue.packets.is_empty()
+                    || queue.requested_at.is_some_and(|at| now - at < MAX_AGE))
         });
         expired
     }
@@ -128,11 +136,13 @@ mod tests {
 
     fn push(pending: &mut PendingPackets, now: Instant, peer: u32, length: usize) -> (bool, bool) {
         let peer = PeerId(peer);
-        let (accepted, request) = pending.push(now, peer, VnetHeader::default(), &vec![0; length]);
-        if request {
-            pending.requested(now, peer);
+        let packet = vec![0; length];
+        let Admission { accepted, request_session } =
+            pending.push(now, peer, VnetHeader::default(), &packet);
+        if request_session {
+            pending.mark_requested(now, peer);
         }
-        (accepted, request)
+        (accepted, request_session)
     }
 
     #[test]
