@@ -12,7 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::timestamp_word::Duration;
+use std::time::Duration;
 
 use skein_core::PublicKey;
 use skein_core::tunnel::{SAVED_LEN, SavedSession, SessionSlot, SessionStore};
