@@ -94,10 +94,10 @@ pub(super) fn node_settings(name: &str, v6: bool) -> Vec<Sysctl> {
             // A pod must not become a router of the node.
             Sysctl::required(key("accept_ra"), "0"),
             Sysctl::required(key("accept_redirects"), "0"),
-            Sysctl::wished(key("accept_dad"), "0"),
+            Sysctl::optional(key("accept_dad"), "0"),
         ]),
         // A kernel without IPv6 has no such setting.
-        false => settings.push(Sysctl::wished(key("disable_ipv6"), "1")),
+        false => settings.push(Sysctl::optional(key("disable_ipv6"), "1")),
     }
     settings
 }
@@ -106,8 +106,8 @@ pub(super) fn node_settings(name: &str, v6: bool) -> Vec<Sysctl> {
 pub(super) fn pod_settings(name: &str) -> Vec<Sysctl> {
     vec![
         Sysctl::required(format!("ipv6/conf/{name}/disable_ipv6"), "0"),
-        Sysctl::wished(format!("ipv6/conf/{name}/accept_ra"), "0"),
-        Sysctl::wished(format!("ipv6/conf/{name}/accept_dad"), "0"),
+        Sysctl::optional(format!("ipv6/conf/{name}/accept_ra"), "0"),
+        Sysctl::optional(format!("ipv6/conf/{name}/accept_dad"), "0"),
     ]
 }
 

@@ -375,7 +375,7 @@ impl Controller {
                 tracing::error!("{error}. Remove the route with skein-agent cleanup.");
             }
             self.firewall.set_rules(Rules::none(&self.config.cni.table));
-            if let Err(error) = self.firewall.settled().await {
+            if let Err(error) = self.firewall.wait_until_applied().await {
                 tracing::error!(
                     error,
                     "nftables table not removed. Remove it with skein-agent cleanup."

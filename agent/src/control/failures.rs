@@ -1,7 +1,7 @@
 //! Conversion of kernel errors to failures of the agent, which determine its exit code.
 
+use skein_netlink::InterfaceError;
 use skein_netlink::NetlinkError;
-use skein_netlink::interface::InterfaceError;
 use skein_sys::tun::TunError;
 
 use crate::failure::Failure;

@@ -1,10 +1,10 @@
 //! Log lines of the control process that report each problem once.
 
-use skein_netlink::interface::Outcome;
+use skein_netlink::interface::ReconcileReport;
 
 use super::desired::Desired;
 
-pub(super) fn log_changes(outcome: &Outcome) {
+pub(super) fn log_changes(outcome: &ReconcileReport) {
     if !outcome.changes.is_empty() {
         tracing::info!("unreachable routes changed: {}", abridged(&outcome.changes));
     }

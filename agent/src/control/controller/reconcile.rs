@@ -1,7 +1,8 @@
 //! Reconciliation of the interface and its routes, and publication of the outcome.
 
+use skein_netlink::InterfaceError;
 use skein_netlink::NetlinkError;
-use skein_netlink::interface::{InterfaceError, Present, RouteConflict, Wanted};
+use skein_netlink::interface::{InterfaceSpec, Present, RouteConflict};
 use skein_netlink::link::Link;
 
 use super::Controller;
@@ -99,7 +100,7 @@ impl Controller {
     /// [`InterfaceError`] if the name belongs to another owner, or if the device cannot be created.
     pub(super) async fn device(
         &mut self,
-        wanted: &Wanted,
+        wanted: &InterfaceSpec,
         links: &[Link],
     ) -> Result<(), InterfaceError> {
         let present = wanted.ensure_device(&self.netlink, links).await?;
