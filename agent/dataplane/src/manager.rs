@@ -189,7 +189,8 @@ impl Manager {
                 return Response::Hello { version, pid, node, accepts_seen_handshakes: true };
             }
             Request::Hello { version } => Err(SetupError::Invalid(format!(
-                "protocol version is {version}, expected {}. Run agent and data plane of the same release.",
+                "protocol version is {version}, expected {}. Run agent and data plane of the same \
+                 release.",
                 skein_ipc::PROTOCOL_VERSION
             ))),
             Request::Apply { snapshot } => {

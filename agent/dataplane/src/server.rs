@@ -222,7 +222,8 @@ fn serve_connection(
     let uid = peer_credentials(&stream)?.uid;
     if !is_trusted(uid) {
         bail!(
-            "user {uid} is not allowed to use the data plane socket. Run the command as root or as the user of the data process."
+            "user {uid} is not allowed to use the data plane socket. Run the command as root or as \
+             the user of the data process."
         );
     }
     loop {

@@ -376,7 +376,8 @@ fn bind_addresses(configured: &[IpAddr]) -> Result<Vec<IpAddr>, SetupError> {
     for (index, address) in configured.iter().enumerate() {
         if configured[..index].iter().any(|other| other.is_ipv4() == address.is_ipv4()) {
             return Err(SetupError::Invalid(format!(
-                "underlay.addresses: {address} is a second address of its family. Configure one address per family."
+                "underlay.addresses: {address} is a second address of its family. Configure one \
+                 address per family."
             )));
         }
     }

@@ -47,7 +47,8 @@ pub enum IpamError {
     },
     /// Two requested addresses have the same family.
     #[error(
-        "{0} and {1} have the same address family; an interface gets one address per family. Request one of the two."
+        "{0} and {1} have the same address family; an interface gets one address per family. \
+         Request one of the two."
     )]
     TooMany(IpAddr, IpAddr),
     /// The adopted lease has no address.

@@ -52,7 +52,8 @@ impl Sysctl {
         Self { key: key.into(), value, required: false }
     }
 
-    /// Returns the value of a setting, by its path below /proc/sys/net; `None` if it cannot be read.
+    /// Returns the value of a setting, by its path below /proc/sys/net; `None` if it cannot be
+    /// read.
     pub(super) fn read(key: &str) -> Option<String> {
         std::fs::read_to_string(place(key)).ok().map(|value| value.trim().to_owned())
     }

@@ -43,8 +43,8 @@ impl RxSession {
     /// and confirms the session. `now` is the time since boot.
     ///
     /// # Errors
-    /// The reason of the drop: the lane does not exist, the session is 180 s old, the datagram is not
-    /// authentic, or its counter was received before.
+    /// The reason of the drop: the lane does not exist, the session is 180 s old, the datagram is
+    /// not authentic, or its counter was received before.
     #[inline]
     pub(super) fn open_data(
         &mut self,

@@ -52,7 +52,8 @@ pub(super) fn acquire(options: &Options, held: &mut Option<FdStore>) -> anyhow::
             }
         } else if !holds && Instant::now() > until {
             bail!(
-                "another keeper has the data plane of {}. Stop it, or set dataplane.socket to another path.",
+                "another keeper has the data plane of {}. Stop it, or set dataplane.socket to \
+                 another path.",
                 options.socket.display()
             );
         }

@@ -39,8 +39,9 @@ impl fmt::Display for Chain {
 }
 
 impl Chain {
-    /// Returns whether `nft` reads the names of the table and the chain as words. Another program may
-    /// have created a name with spaces or semicolons over netlink, which would be further commands.
+    /// Returns whether `nft` reads the names of the table and the chain as words. Another program
+    /// may have created a name with spaces or semicolons over netlink, which would be further
+    /// commands.
     fn has_plain_names(&self) -> bool {
         let is_word = |name: &str| {
             let first = name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_');

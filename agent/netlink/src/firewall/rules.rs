@@ -241,8 +241,8 @@ impl Rules {
         ]
     }
 
-    /// Forward: the node is no gateway to pods for other machines. Packets of a connection that a pod
-    /// began, or that the node translates (a NodePort, a hostPort), pass.
+    /// Forward: the node is no gateway to pods for other machines. Packets of a connection that a
+    /// pod began, or that the node translates (a NodePort, a hostPort), pass.
     fn transit(&self) -> Vec<String> {
         if !self.drop_transit {
             return Vec::new();
