@@ -38,6 +38,7 @@ const FIRST_SOCKET_TOKEN: u32 = 3;
 const MAX_RECEIVES: usize = 4;
 /// Interval at which a lane with pending packets checks for sessions.
 const PENDING_INTERVAL: Duration = Duration::from_millis(250);
+
 /// Parts of a lane. A lane can be built from any descriptors, so that a process can continue with
 /// those of its predecessor.
 pub(super) struct LaneParts {
