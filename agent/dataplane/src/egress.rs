@@ -331,7 +331,7 @@ impl Egress {
             lane.stats.note_gso_off(&self.gso, now, outcome.fallbacks > 0);
             let since = if outcome.datagrams > 0 { now } else { at.since };
             match outcome.blocked {
-                Some(Position { run, segment }) => {
+                Some(Position { batch: run, segment }) => {
                     self.unsent = Some(SendCursor { runs: at.runs + run, segment, since, ..at });
                     return;
                 }

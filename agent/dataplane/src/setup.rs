@@ -14,7 +14,7 @@ use skein_ipc::{
     Capability, CapabilityState, CipherChoice, HANDOVER_VERSION, NodeSettings, OffloadSettings,
 };
 use skein_sys::send::{GsoState, TooLong};
-use skein_sys::tun::{self, Note, TunOffload, TunQueue};
+use skein_sys::tun::{self, Fallback, TunOffload, TunQueue};
 use skein_sys::udp::{self, LongestPayload, UdpOptions};
 
 use super::capabilities::{ECN_RUNG, capabilities, with_ecn};

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use ipnet::IpNet;
 use skein_cni_protocol::{Attached, AttachmentId, Interface, Ip};
 use skein_netlink::link::{Link, LinkChange};
-use skein_netlink::pod::{GATEWAY_MAC, Neighbour};
+use skein_netlink::pod::{GATEWAY_MAC, Neighbour, PodEnd};
 use skein_netlink::route::Route;
 use skein_netlink::sysctl::Sysctl;
 use skein_netlink::{Netlink, NetlinkError};
