@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use skein_agent::status::Document;
 use skein_ipc::{ErrorKind, HANDOVER_VERSION, Request, Response, read_frame, write_frame};
-use skein_netlink::provisional::Provisional;
+use skein_netlink::staged::StagedInterface;
 use skein_sys::in_new_network_namespace;
 use skein_sys::tun::{TunOffload, create_persistent, open_queues};
 use support::{PROCESS_TIMEOUT, Process, finish, send};
@@ -386,8 +386,8 @@ fn shutdown_and_cleanup_leave_nothing() {
 fn cleanup_removes_unfinished_interface() {
     in_namespace(|| {
         let node = Node::new();
-        let provisional = Provisional::new("skein0", "skein:node-a");
-        let name = provisional.name();
+        let staged = StagedInterface::new("skein0", "skein:node-a");
+        let name = staged.name();
         create_persistent(name).unwrap();
         let cleanup = node.output("cleanup");
         assert!(cleanup.status.success(), "{cleanup:?}");
