@@ -73,10 +73,10 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<CleanupReport, Fail
         cleaned.add(&format!("nftables table inet {table}"), removed);
     }
     let interface = format!("interface {}", config.interface.name);
-    let provisional = Provisional::new(&config.interface.name, &config.alias());
-    cleaned.add(&interface, remove_interface(config, &provisional).await);
-    let unfinished = format!("unfinished interface {}", provisional.name());
-    cleaned.add(&unfinished, remove_provisional(&provisional).await);
+    let staged = StagedInterface::new(&config.interface.name, &config.alias());
+    cleaned.add(&interface, remove_interface(config, &staged).await);
+    let unfinished = format!("unfinished interface {}", staged.name());
+    cleaned.add(&unfinished, remove_staged(&staged).await);
     remove_unreachable_routes(config, &mut cleaned).await;
     for socket in dataplane_socket.into_iter().chain([&config.control.socket]) {
         cleaned.add(&format!("socket {}", socket.display()), remove_file(socket));
