@@ -105,7 +105,7 @@ impl Desired {
 
     /// Returns the interface with its addresses and routes. `narrow` are the paths whose MTU is
     /// less than that of the overlay.
-    pub fn interface(&self, config: &Config, narrow: &[ReducedPath]) -> Wanted {
+    pub fn interface(&self, config: &Config, narrow: &[ReducedPath]) -> InterfaceSpec {
         let narrow: BTreeMap<_, _> =
             narrow.iter().map(|path| (path.public_key, path.mtu)).collect();
         let mtus = self.peers.iter().filter_map(|peer| {

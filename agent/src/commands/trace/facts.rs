@@ -38,7 +38,7 @@ pub(super) struct Facts {
 /// Result of a route look-up and its outgoing interface.
 #[derive(Debug, Clone)]
 pub(super) struct RouteResult {
-    pub(super) lookup: Result<Lookup, String>,
+    pub(super) lookup: Result<RouteLookup, String>,
     pub(super) link: Option<Link>,
 }
 

@@ -317,7 +317,7 @@ mod tests {
     use skein_netlink::link::Link;
     use skein_netlink::lookup::RouteLookup;
 
-    fn route_by(name: &str, lookup: Lookup) -> RouteResult {
+    fn route_by(name: &str, lookup: RouteLookup) -> RouteResult {
         let link = Link { name: name.to_owned(), up: true, mtu: 1500, ..Link::default() };
         RouteResult { lookup: Ok(lookup), link: Some(link) }
     }
@@ -338,7 +338,7 @@ mod tests {
             to: "10.2.0.3".parse().unwrap(),
             sender: route_by("skp1", skein.clone()),
             route: route_by("skein0", skein),
-            peer: Some((other, Some(route_by("eth0", Lookup::default())))),
+            peer: Some((other, Some(route_by("eth0", RouteLookup::default())))),
             forwarding: true,
             table: Some(true),
             dropping_chains: Vec::new(),
@@ -365,16 +365,16 @@ mod tests {
         facts.peer.as_mut().unwrap().0 = peer("node-b", PeerState::Unreachable);
         stops(&facts, "session", "no answer for 7 s");
         let mut facts = passing();
-        facts.route = route_by("eth0", Lookup::default());
+        facts.route = route_by("eth0", RouteLookup::default());
         stops(&facts, "route", "by eth0 and not by skein0");
         let mut facts = passing();
         facts.route.lookup = Err("Network is unreachable".to_owned());
         stops(&facts, "route", "unreachable");
         let mut facts = passing();
-        facts.peer.as_mut().unwrap().1 = Some(route_by("skein0", Lookup::default()));
+        facts.peer.as_mut().unwrap().1 = Some(route_by("skein0", RouteLookup::default()));
         stops(&facts, "underlay", "into the overlay itself");
         let mut facts = passing();
-        facts.sender = route_by("skein0", Lookup::default());
+        facts.sender = route_by("skein0", RouteLookup::default());
         stops(&facts, "source", "no pod has the address");
         let mut facts = passing();
         facts.forwarding = false;
@@ -394,7 +394,7 @@ mod tests {
         assert!(trace.passes && trace.steps.iter().any(noted), "{trace:?}");
         assert!(trace.verdict.ends_with("unless rules of other programs drop it"), "{trace:?}");
         // Packets of this node itself do not pass forward chains.
-        facts.sender = route_by("lo", Lookup { local: true, ..Lookup::default() });
+        facts.sender = route_by("lo", RouteLookup { local: true, ..RouteLookup::default() });
         let own = judge(&facts);
         assert!(!own.verdict.contains("unless") && !own.steps.iter().any(noted), "{own:?}");
     }
@@ -403,7 +403,7 @@ mod tests {
     fn sender_on_peer_is_remote() {
         let mut facts = passing();
         assert!(facts.remote_sender().is_none());
-        facts.sender = route_by("skein0", Lookup { skein: true, ..Lookup::default() });
+        facts.sender = route_by("skein0", RouteLookup { skein: true, ..RouteLookup::default() });
         facts.from = "10.2.0.9".parse().unwrap();
         assert_eq!(facts.remote_sender().unwrap().name, "node-b");
         let endpoint = facts.status.report.as_ref().unwrap().peers[0].endpoint.unwrap();
@@ -418,7 +418,7 @@ mod tests {
     fn packet_to_the_outside_is_masqueraded() {
         let mut facts = passing();
         facts.to = "198.51.100.7".parse().unwrap();
-        facts.route = route_by("eth0", Lookup::default());
+        facts.route = route_by("eth0", RouteLookup::default());
         facts.peer = None;
         let trace = judge(&facts);
         assert!(trace.passes && trace.verdict.contains("by eth0"), "{trace:?}");

@@ -44,7 +44,7 @@ impl Controller {
     /// [`NetlinkError`] if the kernel does not list its links or addresses.
     pub(super) async fn ensure_interface(
         &mut self,
-        wanted: &Wanted,
+        wanted: &InterfaceSpec,
         problems: &mut Vec<String>,
     ) -> Result<(), NetlinkError> {
         let links = self.netlink.links().await?;
