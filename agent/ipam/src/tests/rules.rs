@@ -123,7 +123,7 @@ fn requested_addresses_are_checked() {
     for reserved in ["10.1.0.0", "10.1.0.1", "10.1.0.255", "fd00::"] {
         assert_eq!(error(&[reserved]), format!("{reserved} is reserved"));
     }
-    assert!(error(&["10.1.0.20", "10.1.0.21"]).contains("both"));
+    assert!(error(&["10.1.0.20", "10.1.0.21"]).contains("same address family"));
     assert!(error(&["10.1.0.20", "fd00::9"]).contains("belongs to"));
     assert_eq!(ipam.list().len(), 3, "A refused request must change nothing.");
     assert_eq!(
