@@ -1,6 +1,6 @@
-//! Tests on a current Kubernetes: DaemonSets surge, tokens are bound to pods, and the API server has
-//! admission policies. `SKEIN_KUBERNETES` names the directory of its programs; only `cargo e2e cluster
-//! test` runs these tests.
+//! Tests on a current Kubernetes: DaemonSets surge, tokens are bound to pods, and the API server
+//! has admission policies. `SKEIN_KUBERNETES` names the directory of its programs; only `cargo e2e
+//! cluster test` runs these tests.
 
 use std::collections::BTreeSet;
 use std::thread;
@@ -13,13 +13,13 @@ use skein_cluster::{Kube, Options};
 use skein_lab::cargo;
 use skein_lab::process;
 
-/// Value of every installation.
+/// Chart value that every installation sets.
 const POD_CIDR: &str = "podCidr=10.244.0.0/16";
-/// Time limit of a rollout.
+/// Maximum time of a rollout.
 const LIMIT: Duration = Duration::from_secs(120);
 /// Interval of the pings.
 const INTERVAL: Duration = Duration::from_millis(20);
-/// Time for which an upgrade with a wrong value must not go on.
+/// Time during which an upgrade with a wrong value must make no progress.
 const STANDSTILL: Duration = Duration::from_secs(20);
 
 /// Installs Skein on three nodes.
@@ -71,7 +71,7 @@ fn roll_back(kube: &Kube) -> Result<()> {
     kube.helm(&["rollback", "skein", "--namespace", NAMESPACE]).map(drop)
 }
 
-/// Waits until the rollout is complete and only its pods are left.
+/// Waits until the rollout is complete and only the new pods remain.
 fn wait_for_rollout(kube: &mut Kube) -> Result<()> {
     let status = ["--namespace", NAMESPACE, "rollout", "status", "daemonset/skein"];
     kube.kubectl(&[&status[..], &["--timeout=120s"]].concat())?;
@@ -103,7 +103,7 @@ fn check_no_loss(what: &str, pings: Vec<Pings>) -> Result<()> {
     Ok(())
 }
 
-/// Wrong values, and the reason that the new pod reports.
+/// Wrong values, and the reason that the new pod reports for each.
 const WRONG: [(&str, &str); 3] = [
     ("podCidr=10.99.0.0/16", "is outside of cluster_cidrs (10.99.0.0/16)"),
     ("endpointInterface=eth/0", "kubernetes.endpoint_interface = \"eth/0\""),
@@ -210,11 +210,11 @@ fn applied_rendering_with_hooks_does_not_remove_skein() -> Result<()> {
     })
 }
 
-/// A request with the token of an agent, and whether the API server accepts it.
+/// A request with the token of an agent, and the expected decision of the API server.
 struct Request {
     accepted: bool,
     resource: &'static str,
-    /// Name of the object's node: the agent's own (`node1`), or another one.
+    /// Name of the object's node: `node1`, the agent's own, or another node.
     name: &'static str,
     status: bool,
     change: Value,
@@ -224,7 +224,8 @@ fn request(accepted: bool, resource: &'static str, name: &'static str, change: V
     Request { accepted, resource, name, status: change.get("status").is_some(), change }
 }
 
-/// Changes of the Node and of the record: those that an agent makes, and others.
+/// Returns changes of the Node and of the record that an agent makes, and changes that it must not
+/// make.
 fn requests(node: &Value, record: &Value) -> Vec<Request> {
     let owner = &record["metadata"]["ownerReferences"][0];
     let mut blocking = owner.clone();
@@ -288,7 +289,8 @@ fn requests(node: &Value, record: &Value) -> Vec<Request> {
 #[ignore = "takes a cluster: cargo e2e cluster test"]
 fn agents_token_writes_only_what_an_agent_writes() -> Result<()> {
     with(|kube, _| {
-        // Removed by whoever may: the token may not.
+        // The administrator sets a taint and cordons the node, which the agent's token must not
+        // undo.
         kube.kubectl(&["taint", "node", "node1", "example.com/a=:PreferNoSchedule"])?;
         kube.kubectl(&["cordon", "node1"])?;
         let pod = get(kube, &["pod", &agent_pod(kube, 0)?, "--namespace", NAMESPACE])?;
@@ -304,7 +306,7 @@ fn agents_token_writes_only_what_an_agent_writes() -> Result<()> {
         let requests = requests(&node, &record);
         for request in &requests {
             check(kube, &bound, request, request.accepted)?;
-            // A token without a pod names no node.
+            // A token that is not bound to a pod contains no node.
             check(kube, &unbound, request, false)?;
         }
         println!("{} requests with each of two tokens", requests.len());
@@ -312,8 +314,8 @@ fn agents_token_writes_only_what_an_agent_writes() -> Result<()> {
     })
 }
 
-/// Sends a request with a token, and checks that the API server accepts it, or that the chart's policy
-/// refuses it.
+/// Sends a request with a token, and checks that the API server accepts it, or that the chart's
+/// policy refuses it.
 fn check(kube: &Kube, token: &str, request: &Request, accepted: bool) -> Result<()> {
     let Request { resource, name, status, change, .. } = request;
     let path = match *resource {
@@ -326,7 +328,7 @@ fn check(kube: &Kube, token: &str, request: &Request, accepted: bool) -> Result<
         _ => "merge-patch",
     };
     let url = format!("{}{path}/{name}{subresource}", server(kube)?);
-    // kubectl would read the object first, which the agent may not.
+    // kubectl would read the object first, and the agent is not allowed to.
     let mut command = kube.command("curl");
     command.args(["--silent", "--show-error", "--insecure", "--request", "PATCH"]);
     command.args(["--header", &format!("Authorization: Bearer {token}")]);
@@ -354,7 +356,7 @@ fn server(kube: &Kube) -> Result<String> {
     Ok(server.context("no server in the kubeconfig")?.to_owned())
 }
 
-/// The token lies in the container `agent` alone.
+/// Checks that only the container `agent` has the token.
 fn dataplane_has_no_token(kube: &Kube) -> Result<()> {
     for node in &kube.nodes {
         for (argument, expected) in [("run", 1), ("dataplane", 0)] {

@@ -1,5 +1,5 @@
-//! A real Kubernetes: that the laboratory's cluster works, and leaves nothing. `cargo e2e cluster test`
-//! runs these, the usual run does not.
+//! A real Kubernetes: that the laboratory's cluster works, and leaves nothing. `cargo e2e cluster
+//! test` runs these, the usual run does not.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -16,7 +16,7 @@ use skein_lab::{process, registry};
 
 const READY_LIMIT: Duration = Duration::from_secs(60);
 
-/// Gives every node a network of Debian's plugins, which reaches no other node.
+/// Installs Debian's reference plugins as the network of every node, without routes to other nodes.
 fn install_network(kube: &Kube) -> Result<()> {
     for (i, node) in kube.nodes.iter().enumerate() {
         let network = json!({ "cniVersion": "0.4.0", "name": "local", "plugins": [{
@@ -24,14 +24,14 @@ fn install_network(kube: &Kube) -> Result<()> {
             "ipam": { "type": "host-local", "subnet": format!("10.244.{i}.0/24") },
         }]});
         let to = node.disk_path("/etc/cni/net.d/10-local.conflist");
-        // The kubelet never sees half a file.
+        // The rename is atomic: the kubelet never reads half a file.
         fs::write(to.with_extension("new"), network.to_string())?;
         fs::rename(to.with_extension("new"), to)?;
     }
     Ok(())
 }
 
-/// A DaemonSet of the local image in the nodes' own network.
+/// Returns a DaemonSet with the local image in the host network.
 fn daemon_set() -> String {
     json!({
         "apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": { "name": "everywhere" },
@@ -54,7 +54,7 @@ fn daemon_set() -> String {
     .to_string()
 }
 
-/// The pods of [`daemon_set`] that run, with their nodes.
+/// Returns the names of the running pods of [`daemon_set`] and of their nodes.
 fn running(kube: &Kube) -> Result<Vec<(String, String)>> {
     let columns = "--output=custom-columns=:metadata.name,:spec.nodeName,:status.phase";
     let text =
@@ -64,7 +64,7 @@ fn running(kube: &Kube) -> Result<Vec<(String, String)>> {
     Ok(rows.map(|row| (row[0].to_owned(), row[1].to_owned())).collect())
 }
 
-/// Runs `test` on a cluster, and looks whether the cluster leaves anything on the host.
+/// Runs `test` on a cluster, and checks that the cluster leaves nothing on the host.
 fn on_cluster(options: &Options, test: impl FnOnce(&mut Kube) -> Result<()>) -> Result<()> {
     let before = surroundings()?;
     let mut kube = Kube::up(options)?;
@@ -84,13 +84,14 @@ fn on_cluster(options: &Options, test: impl FnOnce(&mut Kube) -> Result<()>) -> 
     Ok(())
 }
 
-/// Namespaces, cgroups and directories of the laboratories of a process.
+/// Returns the names of namespaces, cgroups and directories of a process's laboratories.
 fn remains_of(pid: u32) -> Vec<String> {
     let of_process = format!("-{pid}-");
     registry::existing().into_iter().filter(|name| name.contains(&of_process)).collect()
 }
 
-/// All that runs in the machines of the laboratories of a process, also in containers.
+/// Returns the ids of all processes in the machines of a process's laboratories, including
+/// containers.
 fn processes_of(pid: u32) -> Vec<i32> {
     let of_process = format!("/skein-e2e-{pid}-");
     let all = fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -102,7 +103,7 @@ fn processes_of(pid: u32) -> Vec<i32> {
     all.filter(inside).collect()
 }
 
-/// The host's mounts and interfaces, but for other laboratories' namespaces.
+/// Returns the mounts and interfaces of the host, without the mounts of network namespaces.
 fn surroundings() -> Result<BTreeSet<String>> {
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
     let mounts = mounts.lines().filter_map(|line| line.split_whitespace().nth(4));
@@ -120,7 +121,7 @@ fn nodes_become_ready_with_a_network_and_run_pods() -> Result<()> {
     on_cluster(&Options::default(), |kube| {
         kube.wait_ready(&[0, 1], false, READY_LIMIT)?;
         kube.apply(&daemon_set())?;
-        // In the nodes' own network they run before there is another.
+        // Pods in the host network run without a network plugin.
         kube.wait("a pod runs on each node", READY_LIMIT, |kube| Ok(running(kube)?.len() == 2))?;
         install_network(kube)?;
         kube.wait_ready(&[0, 1], true, READY_LIMIT)?;
@@ -140,7 +141,7 @@ fn nodes_become_ready_with_a_network_and_run_pods() -> Result<()> {
     })
 }
 
-/// A pod in the network of the plugins, and a Service in front of it.
+/// Checks a pod in the network of the plugins, and a Service for this pod.
 fn pods_have_addresses_and_services(kube: &mut Kube) -> Result<()> {
     let pod = json!({
         "apiVersion": "v1", "kind": "Pod",
@@ -169,7 +170,8 @@ fn pods_have_addresses_and_services(kube: &mut Kube) -> Result<()> {
     .map(drop)
 }
 
-/// As an agent would that is no pod.
+/// Checks that a program outside of the cluster, such as an agent that is not a pod, reaches the
+/// API server.
 fn the_api_is_reached_from_elsewhere(kube: &Kube) -> Result<()> {
     let elsewhere = kube.attach("elsewhere", 200)?;
     let mut command = elsewhere.command(kube.program("kubectl"));
@@ -202,7 +204,7 @@ fn machines_lose_power_daemons_die_and_addresses_change() -> Result<()> {
         kube.wait_ready(&[0, 1], true, READY_LIMIT)?;
         kube.wait("a pod runs on each node", READY_LIMIT, |kube| Ok(running(kube)?.len() == 2))?;
 
-        // What is on the disk outlives a loss of power, what runs and what is in memory does not.
+        // Files on the disk outlive a loss of power, processes and files in memory do not.
         let node = &mut kube.nodes[1];
         node.exec(&["touch", "/var/lib/kept", "/etc/kept", "/run/lost"])?;
         let pid = node.pid("kubelet")?.context("no kubelet")?;
@@ -234,7 +236,7 @@ fn machines_lose_power_daemons_die_and_addresses_change() -> Result<()> {
         kube.start_api_server()?;
         kube.wait_ready(&[0, 1], true, READY_LIMIT)?;
 
-        // A runtime's death does not touch the containers.
+        // Containers continue to run when containerd is killed.
         let before = containers(kube)?;
         kube.nodes[0].kill("containerd")?;
         kube.nodes[0].start("containerd")?;
@@ -257,7 +259,7 @@ fn machines_lose_power_daemons_die_and_addresses_change() -> Result<()> {
     })
 }
 
-/// Ids of the first node's containers.
+/// Returns the ids of the first node's containers.
 fn containers(kube: &Kube) -> Result<BTreeSet<String>> {
     let text = process::run(&mut kube.nodes[0].ctr(&["tasks", "list", "--quiet"])?)?;
     Ok(text.lines().map(str::to_owned).collect())
@@ -292,7 +294,7 @@ fn dual_stack_gives_nodes_ranges_and_services_addresses_of_both_families() -> Re
     })
 }
 
-/// Ends `cargo e2e cluster up` by a signal, and looks for the remains.
+/// Ends `cargo e2e cluster up` with a signal, and checks what it leaves on the host.
 fn ended_by(signal: Signal) -> Result<()> {
     let mut child = Command::new(env!("CARGO_BIN_EXE_skein-e2e"))
         .args(["cluster", "up", "--nodes", "1"])
@@ -306,7 +308,7 @@ fn ended_by(signal: Signal) -> Result<()> {
     let status = child.wait()?;
     ensure!(told && processes.len() > 5, "it was not up: {status}, {processes:?}");
     if signal == Signal::KILL {
-        // Nobody can clean up then; the next run does.
+        // After SIGKILL, the next run cleans up.
         registry::sweep();
     }
     let left = remains_of(child.id());

@@ -1,4 +1,4 @@
-//! What operators see of a cluster: `connectivity-test`, conditions of an unreachable node.
+//! Tools of operators on a cluster: `connectivity-test`, and conditions of an unreachable node.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -22,7 +22,7 @@ fn operators_see_who_reaches_whom_and_who_is_silent() -> Result<()> {
     })
 }
 
-/// Runs connectivity-test from outside of the cluster; its exit code and its result.
+/// Runs connectivity-test from outside of the cluster and returns its exit code and its result.
 fn connectivity(kube: &Kube) -> Result<(i32, Value)> {
     let mut command = kube.command(binary()?);
     command.args(["connectivity-test", "--kubernetes", "--output=json"]);
@@ -31,7 +31,7 @@ fn connectivity(kube: &Kube) -> Result<(i32, Value)> {
     Ok((done.code, matrix.with_context(|| format!("{}{}", done.stdout, done.stderr))?))
 }
 
-/// Whether each pair of the matrix is well, by who probes and who is probed: all of two nodes and two pods.
+/// Returns the 16 pairs of the matrix of two nodes and two pods: prober, target, and success.
 fn pairs(matrix: &Value) -> Result<Vec<(String, String, bool)>> {
     for missing in ["silent", "absent"] {
         ensure!(matrix[missing].as_object().is_some_and(|all| all.is_empty()), "{matrix}");
@@ -51,7 +51,7 @@ fn all_pairs_are_well(kube: &mut Kube) -> Result<()> {
     println!("connectivity-test: {} pairs in {:.1} s", all.len(), start.elapsed().as_secs_f64());
     ensure!(code == 0 && all.iter().all(|pair| pair.2), "{code}: {matrix}");
     for pair in matrix["pairs"].as_array().into_iter().flatten() {
-        // ICMP and UDP, small and full, and TCP; nodes are asked by ICMP only.
+        // Pods get ICMP and UDP probes of two sizes and a TCP probe, nodes only the ICMP probes.
         let probes =
             if pair["to"].as_str().is_some_and(|to| to.starts_with("pod@")) { 5 } else { 2 };
         ensure!(pair["probed"] == probes, "{pair}");
@@ -63,7 +63,7 @@ fn all_pairs_are_well(kube: &mut Kube) -> Result<()> {
     Ok(())
 }
 
-/// What comes to the second node over the underlay is lost, what it sends is not.
+/// Drops all datagrams that the second node receives, but not those that it sends.
 fn a_node_falls_silent(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
     let reachable = |kube: &Kube, name: &str| -> Result<Value> {
         let node = skeinnode(kube, name)?;
@@ -76,7 +76,7 @@ fn a_node_falls_silent(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
         Ok(is("node1")? && is("node2")?)
     };
     kube.wait("both nodes reach each other", READY_LIMIT, |kube| both(kube, "True"))?;
-    // Whoever has nothing to send misses nobody.
+    // A node detects an unreachable peer only if it sends to this peer.
     let pings = pods[0].start_pings(kube, pods[1].ips[0], 1800, Duration::from_millis(50))?;
     let rules = "table inet silent { chain input { type filter hook input priority 0; \
                  udp dport 51900 drop; }; }";

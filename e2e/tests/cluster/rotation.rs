@@ -9,8 +9,8 @@ use skein_cluster::{Kube, Options};
 
 use crate::skein::{READY_LIMIT, skeinnode};
 
-/// One key by hand, one by its age. The agents wait for five minutes before each of two steps, until all nodes
-/// must have read the record.
+/// Rotates one key by a command and one because of its age. Before each of two steps, the agents
+/// wait for five minutes, after which all nodes have read the record.
 #[test]
 #[ignore = "takes a cluster: cargo e2e cluster test"]
 fn keys_change_without_a_loss() -> Result<()> {
@@ -29,7 +29,7 @@ fn keys_change_without_a_loss() -> Result<()> {
         let exec = ["--namespace=kube-system", "exec", &agent, "--container=agent", "--"];
         println!("{}", kube.kubectl(&[&exec[..], &["skein-agent", "rotate-key"]].concat())?);
         kube.nodes[1].exec(&["touch", "--date=2 days ago", "/var/lib/skein/node.key"])?;
-        // Of each node: whether its keys are these.
+        // Returns whether the condition holds for the keys of each node.
         let are = |kube: &Kube, keys: &dyn Fn(&Value, &Value) -> bool| -> Result<bool> {
             let mut each = names.iter().zip(&olds);
             each.try_fold(true, |all, (name, old)| Ok(all && keys(&spec(kube, name)?, old)))
@@ -49,7 +49,7 @@ fn keys_change_without_a_loss() -> Result<()> {
         println!("the old ones are given up after {:.0} s", start.elapsed().as_secs_f64());
         let (sent, received) = pings.end()?;
         println!("meanwhile {} of {sent} pings (one each 100 ms) were lost", sent - received);
-        // A busy host may answer one late.
+        // On a busy host, an answer may be late.
         ensure!(sent - received <= 2, "{received} of {sent}");
         wait_until_all_reach_all(kube, &pods, Duration::from_secs(10)).map(drop)
     })

@@ -1,5 +1,5 @@
-//! Skein on a real Kubernetes, installed by its chart. `cargo e2e cluster test` runs these, the usual run
-//! does not.
+//! Skein on a real Kubernetes, installed by its chart. Only `cargo e2e cluster test` runs these
+//! tests.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ pub(super) fn skeinnode(kube: &Kube, name: &str) -> Result<Value> {
     Ok(serde_json::from_str(&kube.kubectl(&["get", "skeinnode", name, "--output=json"])?)?)
 }
 
-/// Requests that change something.
+/// Returns the number of write requests of a node's agent.
 fn writes(kube: &Kube, node: usize) -> Result<f64> {
     let metrics = skein::metrics(&kube.nodes[node])?;
     let verbs = ["create", "patch", "delete"];
@@ -56,7 +56,7 @@ fn the_chart_gives_a_cluster_its_network_and_takes_it_back() -> Result<()> {
     })
 }
 
-/// Events are written in trouble only: a right that the role lacks would show then.
+/// Checks that the role has the right to write Events, which agents write only about problems.
 fn agents_may_do_what_they_do(kube: &Kube) -> Result<()> {
     let may = |what: &str| {
         let account = "--as=system:serviceaccount:kube-system:skein";
@@ -86,7 +86,7 @@ fn agents_may_do_what_they_do(kube: &Kube) -> Result<()> {
     Ok(())
 }
 
-/// A Service whose one endpoint is on the second node, asked from the first.
+/// Checks that the first node reaches a Service whose only endpoint is on the second node.
 fn service(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
     let server = json!({
         "apiVersion": "v1", "kind": "Pod",
@@ -119,7 +119,8 @@ fn service(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
     kube.kubectl(&["delete", "pod,service", "server"]).map(drop)
 }
 
-/// Records of an attacker: one has a prefix of the world, one the key of another node.
+/// Checks that two records of an attacker are refused: one has a prefix outside of the cluster, one
+/// the key of another node.
 fn nobody_claims_what_is_outside_of_the_cluster(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
     let key = skeinnode(kube, "node1")?["spec"]["publicKey"].clone();
     let record = |name: &str, key: Value, prefix: &str| {
@@ -145,10 +146,10 @@ fn nobody_claims_what_is_outside_of_the_cluster(kube: &mut Kube, pods: &[Pod]) -
     kube.kubectl(&["delete", "skeinnodes", "a-thief", "a-twin"]).map(drop)
 }
 
-/// A cluster in which nothing changes is left alone.
+/// Checks that the agents write nothing while nothing changes.
 fn nothing_is_written_again(kube: &mut Kube) -> Result<()> {
     const WHILE: Duration = Duration::from_secs(70);
-    // What belongs to the start.
+    // Writes after the start do not count.
     thread::sleep(Duration::from_secs(5));
     let before = [writes(kube, 0)?, writes(kube, 1)?];
     thread::sleep(WHILE);
@@ -158,7 +159,7 @@ fn nothing_is_written_again(kube: &mut Kube) -> Result<()> {
     Ok(())
 }
 
-/// `helm upgrade` with another value, while a pod pings another.
+/// Runs `helm upgrade` with another value while a pod pings another.
 fn upgrade(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
     let interval = Duration::from_millis(100);
     let pings = pods[0].start_pings(kube, pods[1].ips[0], 600, interval)?;
@@ -167,7 +168,7 @@ fn upgrade(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
     println!("helm upgrade took {:.1} s", start.elapsed().as_secs_f64());
     let (sent, received) = pings.end()?;
     println!("during the upgrade {} of {sent} pings (one each 100 ms) were lost", sent - received);
-    // Each node's pod ends before the next one starts.
+    // The old pod of a node ends before its new one starts.
     ensure!(sent - received < 250, "{received} of {sent} pings");
     wait_until_all_reach_all(kube, pods, Duration::from_secs(10))?;
     for node in &kube.nodes {
@@ -229,8 +230,8 @@ fn its_container_is_killed(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
     Ok(())
 }
 
-/// What a DaemonSet with maxSurge does, which this Kubernetes has not: a second pod on a node, and then the
-/// end of the first. And the same again, by the DaemonSet itself.
+/// Imitates a DaemonSet with maxSurge, which this Kubernetes does not have: starts a second pod on
+/// a node and deletes the first. Then the DaemonSet's own new pod takes over in the same way.
 fn a_pod_takes_over_from_another(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
     let get = ["--namespace=kube-system", "get", "daemonset", "skein", "--output=json"];
     let set: Value = serde_json::from_str(&kube.kubectl(&get)?)?;
@@ -262,12 +263,13 @@ fn a_pod_takes_over_from_another(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
     wait_for_agent(kube, 0)
 }
 
-/// Traffic goes on for a minute, and an agent that is killed meanwhile starts by what it kept.
+/// Checks that traffic continues for a minute without an API server, and that an agent that is
+/// killed meanwhile starts with the records that it stored.
 fn the_api_server_is_away(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
     kube.stop_api_server()?;
     let pings = pods[0].start_pings(kube, pods[1].ips[0], 600, Duration::from_millis(100))?;
     thread::sleep(Duration::from_secs(10));
-    // Longer each time: kubelet's wait before it starts a container anew.
+    // kubelet waits longer before each restart of a container.
     skein::kill(&kube.nodes[0], "run")?;
     wait_for_agent(kube, 0)?;
     let up = skein::metrics(&kube.nodes[0])?.sum("skein_node_records_source_up", &[]);
@@ -288,7 +290,7 @@ fn the_api_server_is_away(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
         "API server back: followed after {:.1} s, writes {before:?} -> {after:?}",
         took.as_secs_f64()
     );
-    // The one that was killed says that it is back; nobody repeats what is there.
+    // The restarted agent writes its state; no agent writes objects that already match.
     for (before, after) in before.iter().zip(&after) {
         ensure!(after - before <= 5.0, "{before} -> {after}: a storm");
     }
@@ -298,7 +300,7 @@ fn the_api_server_is_away(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
 fn a_node_gets_another_address(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
     kube.nodes[1].readdress(77)?;
     let expected = format!("{}:51900", skein_cluster::v4(77));
-    // The agent's connections are from the old one: it finds them dead after 65 s.
+    // The agent's connections have the old source address, and time out after 65 s.
     let took = kube.wait("the record has the new address", 2 * READY_LIMIT, |kube| {
         Ok(skeinnode(kube, "node2")?["spec"]["endpoints"][0] == expected.as_str())
     })?;
@@ -320,20 +322,20 @@ fn a_node_is_deleted_and_comes_back(kube: &mut Kube) -> Result<()> {
     kube.wait("it is cut off", READY_LIMIT, |kube| {
         Ok(skein::metrics(&kube.nodes[0])?.sum("skein_node_records", &[]) == 1.0)
     })?;
-    // Its pods are collected after a while; the node gets other pod CIDRs when it comes back.
+    // The node gets other pod CIDRs when it registers again, so its pods must be deleted first.
     kube.wait("its pods are gone", 3 * READY_LIMIT, |kube| {
         let on = "--field-selector=spec.nodeName=node2";
         let left = kube.kubectl(&["get", "pods", "--all-namespaces", "--output=name", on])?;
         Ok(left.trim().is_empty())
     })?;
-    // It registers itself at its start.
+    // kubelet registers the node when it starts.
     kube.nodes[1].restart("kubelet")?;
     kube.wait_ready(&[0, 1], true, READY_LIMIT)?;
     println!("node deleted and back: {:.1} s until pods reach each other", in_touch(kube)?);
     Ok(())
 }
 
-/// Seconds until the pods that run on the two nodes by then reach each other.
+/// Waits until the current pods of the two nodes reach each other, and returns the time in seconds.
 fn in_touch(kube: &mut Kube) -> Result<f64> {
     let took = kube.wait("pods reach each other again", READY_LIMIT * 2, |kube| {
         let pods = skein::running(kube)?;
@@ -352,7 +354,7 @@ fn a_node_loses_power(kube: &mut Kube) -> Result<()> {
     kube.nodes[1].power_on()?;
     let took = kube.wait_ready(&[1], true, READY_LIMIT)?;
     println!("power is back: Ready after {:.1} s", took.as_secs_f64());
-    // Its pods of before have other namespaces now.
+    // The node's pods have new network namespaces.
     println!("pods reach each other {:.1} s later", in_touch(kube)?);
     Ok(())
 }

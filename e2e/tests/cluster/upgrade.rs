@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use skein_cluster::skein::{self, NAMESPACE, Pod, agent_pod, wait_until_all_reach_all};
 use skein_cluster::{Kube, Options};
 
-/// Time limit of an operation of kubelet.
+/// Maximum time of an operation of kubelet.
 const LIMIT: Duration = Duration::from_secs(90);
 /// Interval of the pings.
 const INTERVAL: Duration = Duration::from_millis(10);
@@ -37,9 +37,9 @@ fn second_pod_takes_over_only_where_it_fits() -> Result<()> {
     })
 }
 
-/// A wrong value.
+/// A wrong value of the configuration and its consequence.
 struct Wrong {
-    /// Line of agent.toml, and its replacement.
+    /// Line of agent.toml that is replaced.
     line: &'static str,
     instead: &'static str,
     /// Exit code of the agent; `None` if the agent waits.
@@ -69,7 +69,7 @@ const WRONG: [Wrong; 3] = [
     },
 ];
 
-/// Milliseconds from the start of a pod to its end.
+/// Times between the start and the deletion of a pod, milliseconds.
 const MOMENTS: [u64; 8] = [0, 300, 600, 1000, 1500, 2500, 4000, 8000];
 
 fn get(kube: &Kube, what: &[&str]) -> Result<Value> {
@@ -164,7 +164,7 @@ fn deleted_pod_gives_the_node_back(kube: &mut Kube, pods: &[Pod], moment: Durati
     Ok(())
 }
 
-/// The old pod's successor takes over from a pod that is being deleted.
+/// Checks that the successor of the old pod takes over from a pod that is being deleted.
 fn upgrade_and_rollback(kube: &mut Kube, pods: &[Pod], delay: Duration) -> Result<()> {
     let pings = pods[0].start_pings(kube, pods[1].ips[0], 60_000, INTERVAL)?;
     start_next(kube, |text| text)?;

@@ -18,7 +18,7 @@ use crate::support::reach;
 fn addresses_run_out_and_come_back() -> Result<()> {
     let cluster = up(1, |agent| agent.record.pod_cidrs = vec!["10.244.1.0/29".into()])?;
     let runtime = runtime(&cluster, 0)?;
-    // Six hosts, one of them the node's.
+    // The prefix has six addresses, one of them for the node.
     let pods: Vec<Pod> = (0..5).map(|n| runtime.pod(&format!("p{n}"))).collect::<Result<_>>()?;
     let addresses: BTreeSet<_> = pods.iter().map(|pod| pod.v4).collect();
     ensure!(addresses.len() == 5, "{addresses:?}");
@@ -46,7 +46,7 @@ fn a_reboot_frees_every_address() -> Result<()> {
     let used = |agent: &Agent| -> Result<f64> {
         Ok(agent.metrics()?.sum("skein_ipam_addresses", &["state=\"used\""]))
     };
-    // The kernel has forgotten both; the path of one namespace is there again.
+    // State after a reboot: the interfaces are gone, and the path of one namespace exists again.
     cluster.agents[0].stop()?;
     for pod in [&a, &b] {
         node(&cluster, 0).ip(&format!("link delete {}", pod.host_interface))?;
@@ -76,7 +76,7 @@ fn a_full_disk_keeps_no_pod_from_going() -> Result<()> {
     let runtime = runtime(&cluster, 0)?;
     let pod = runtime.pod("a")?;
     disk.fill()?;
-    // The database has room in its own file at first.
+    // At first, the database has free space in its own file.
     let mut refused = None;
     for n in 0..300 {
         let ns = Netns::create("full")?;
@@ -96,7 +96,7 @@ fn a_full_disk_keeps_no_pod_from_going() -> Result<()> {
         runtime.del(&name, None)?;
     }
     same(&before, &traces(node(&cluster, 0))?)?;
-    // The agent looks again and again, and says so.
+    // The agent retries, and reports the problem.
     let (code, text) = runtime.refused("STATUS", None, Value::Null)?;
     ensure!(code == 50 && text.contains("no space left"), "{code} {text}");
     thread::sleep(Duration::from_secs(11));
@@ -111,7 +111,7 @@ fn a_full_disk_keeps_no_pod_from_going() -> Result<()> {
     runtime.del("b", None)
 }
 
-/// A small file system, unmounted when dropped.
+/// A small file system that is unmounted when the value is dropped.
 struct Tmpfs(std::path::PathBuf);
 
 impl Tmpfs {
@@ -168,10 +168,10 @@ fn namespaces_that_went_without_a_word_are_collected() -> Result<()> {
     let before = traces(node(&cluster, 0))?;
     let runtime = runtime(&cluster, 0)?;
     let (a, b) = (runtime.pod("a")?, runtime.pod("b")?);
-    // As after a reboot: the namespace is gone, the state is kept.
+    // State after a reboot: the namespace is gone, the leases are stored.
     cluster.agents[0].stop()?;
     drop(a);
-    // Its interface was deleted by hand, but the namespace lives: its address stays.
+    // The interface was deleted manually, but the namespace exists: the lease stays.
     node(&cluster, 0).ip(&format!("link delete {}", b.host_interface))?;
     cluster.agents[0].start()?;
     let used = || -> Result<f64> {
@@ -189,7 +189,7 @@ fn namespaces_that_went_without_a_word_are_collected() -> Result<()> {
     }});
     let (code, text) = runtime.refused("CHECK", with, previous)?;
     ensure!(code >= 3, "{code} {text}");
-    // GC names neither: b lives and stays, c as well.
+    // GC lists neither: b exists and stays, and so does c.
     let none = json!({ "cni.dev/valid-attachments": [] });
     runtime.done("GC", None, none.clone())?;
     ensure!(used()? == 4.0, "{} in use", used()?);

@@ -29,7 +29,7 @@ fn pods_of_two_nodes_reach_each_other_and_go_without_a_trace() -> Result<()> {
                 checks::datagrams_arrive(from, to, family, payload)?;
             }
         }
-        // The node's own processes (kubelet's probes) reach its pods and those of others.
+        // Processes of the node, such as kubelet's probes, reach its pods and those of other nodes.
         for pod in [&a, &b] {
             let answers = ping(node(&cluster, 0), pod.address(family), Ping::default())?;
             ensure!(answers.complete(), "{}", answers.text);
@@ -70,12 +70,12 @@ fn the_same_again_gets_the_same_answer() -> Result<()> {
     let path = cni::path(&ns);
     let with = Some(attachment("again", Some(&path)));
     runtime.done("CHECK", with, json!({ "prevResult": result }))?;
-    // The same name in another namespace: the old attachment goes.
+    // ADD with the same name in another namespace replaces the old attachment.
     let other = Netns::create("again-2")?;
     let moved = runtime.add("again", &other)?;
     ensure!(!ns.interfaces()?.contains(&"eth0".to_owned()), "two of them");
     runtime.done("DEL", Some(ours), json!({ "prevResult": moved }))?;
-    // A name that the pod has already.
+    // The pod already has an interface of this name.
     ns.ip("link add eth0 type veth peer name eth9")?;
     let before = traces(node(&cluster, 0))?;
     let (code, text) = runtime.refused("ADD", with, Value::Null)?;
@@ -123,7 +123,7 @@ fn pods_reach_the_outside_by_the_nodes_address() -> Result<()> {
     for masquerade in [true, false] {
         let cluster = up(2, |agent| agent.set("cni.masquerade", masquerade))?;
         let (a, b) = (runtime(&cluster, 0)?.pod("a")?, runtime(&cluster, 1)?.pod("b")?);
-        // The way back, too, where the pod's own address shows.
+        // This machine has routes to the pods, so answers to a pod's own address arrive.
         let outside = outside(&cluster)?;
         for family in Family::BOTH {
             let node = &cluster.lab.nodes[0];
@@ -131,7 +131,7 @@ fn pods_reach_the_outside_by_the_nodes_address() -> Result<()> {
             let seen = udp::source_seen(&a.ns, &outside, target)?;
             let expected = if masquerade { node.underlay(family) } else { a.address(family) };
             ensure!(seen == expected, "{seen} instead of {expected} over {family}");
-            // Within the cluster every pod keeps its own.
+            // Within the cluster, every pod keeps its own source address.
             let seen = udp::source_seen(&a.ns, &b.ns, b.address(family))?;
             ensure!(seen == a.address(family), "{seen} within the cluster");
         }

@@ -14,7 +14,7 @@ use skein_lab::agent::Agent;
 use skein_lab::pods::{list, list_path, prepared, put_list, runtime, up};
 use skein_lab::{checks, newer};
 
-/// Time longer than the interval of the agent's repairs.
+/// Delay that is longer than the interval of the agent's repairs.
 const REPAIR_TIME: Duration = Duration::from_secs(11);
 /// Maximum time of a repair.
 const REPAIR_TIMEOUT: Duration = Duration::from_secs(20);
@@ -40,13 +40,13 @@ fn put_plugin(path: &Path, versions: &[&str]) -> Result<()> {
     Ok(fs::rename(new, path)?)
 }
 
-/// The body of `/readyz` while the agent is not ready.
+/// Returns the body of `/readyz` while the agent is not ready.
 fn not_ready(agent: &Agent) -> Result<String> {
     let answer = agent.http("/readyz")?;
     Ok(if answer.status == 200 { String::new() } else { answer.body })
 }
 
-/// Replaces the system's portmap by the newer suite's and back.
+/// Replaces the system's portmap with that of the newer suite, and restores it.
 #[test]
 fn old_plugin_limits_the_offered_versions() -> Result<()> {
     let mut cluster = prepared(1, |_| ())?;

@@ -48,7 +48,7 @@ fn deleted_sockets_are_created_again() -> Result<()> {
     }
     ensure!(agent.status()?["ready"] == true, "{}", agent.status()?["reasons"]);
     let pod = runtime.pod("a")?;
-    // While it cannot be created, the agent is not ready: no pod can start or end.
+    // While the socket cannot be created, the agent is not ready: no pod can start or end.
     fs::remove_file(agent.cni_socket())?;
     fs::create_dir(agent.cni_socket())?;
     checks::eventually("the reason is named", checks::EVENT_TIMEOUT, || {
@@ -142,7 +142,7 @@ fn mac_of_host_interface_is_checked_and_repaired() -> Result<()> {
         checks::reaches(&a, &b, family)?;
     }
     first.done("CHECK", with, previous)?;
-    // A repeated ADD repairs it, too.
+    // A repeated ADD also repairs the interface.
     change()?;
     first.add("a", &a.ns)?;
     ensure!(link::mac(home, &a.host_interface)? == mac, "ADD leaves a wrong address");

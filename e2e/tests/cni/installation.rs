@@ -1,4 +1,4 @@
-//! Installation, repair and removal of the plugin, its configuration and the rules of pods.
+//! Installation, repair and removal of the plugin, of its configuration and of the rules for pods.
 
 use std::time::Duration;
 use std::{fs, thread};
@@ -74,7 +74,7 @@ fn a_missing_plugin_of_the_chain_keeps_the_node_from_being_ready() -> Result<()>
         })
     };
     named(&cluster.agents[0])?;
-    // Longer than it takes the agent to look again.
+    // The wait is longer than the interval of the agent's reconciliation.
     thread::sleep(Duration::from_secs(11));
     named(&cluster.agents[0])?;
     ensure!(!list.exists(), "the runtime would start pods that fail");
@@ -83,7 +83,7 @@ fn a_missing_plugin_of_the_chain_keeps_the_node_from_being_ready() -> Result<()>
         Ok(reason(&cluster.agents[0])?.is_none() && list.is_file())
     })?;
     runtime(&cluster, 0)?.pod("a")?;
-    // From now on running pods need the configuration to be deleted.
+    // From now on, the configuration is needed to delete running pods.
     fs::remove_file(&portmap)?;
     named(&cluster.agents[0])?;
     ensure!(list.is_file(), "the configuration was taken away");

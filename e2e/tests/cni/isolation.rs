@@ -22,7 +22,7 @@ fn a_forged_source_is_dropped_and_counted() -> Result<()> {
         Ok(cluster.agents[0].metrics()?.sum("skein_pod_source_drops_total", &[&label]))
     };
     ensure!(forged("ipv4")? == 0.0 && forged("ipv6")? == 0.0, "counted without a reason");
-    // Another pod's address, and one of nobody.
+    // The address of another pod, and an address that no pod has.
     let stranger: Pod =
         Pod { ns: Netns::create("none")?, ..pod_at("10.244.1.99", "fd00:10:244:1::99")? };
     for other in [&b, &stranger] {
@@ -56,14 +56,15 @@ fn pod_at(v4: &str, v6: &str) -> Result<Pod> {
     })
 }
 
-/// Says from a pod that an address of another is at the pod's: by asking with it for a neighbour (RFC 826 has
-/// everybody learn who asks), or by a neighbour advertisement that overrides (RFC 4861, section 4.4).
+/// Claims the address of another pod: by an ARP request with this source address, from which
+/// receivers learn the sender (RFC 826), or by a neighbour advertisement with the override flag
+/// (RFC 4861, section 4.4).
 fn claim(pod: &Netns, address: IpAddr) -> Result<()> {
     use socket2::{Domain, Protocol, SockAddr, Socket, Type};
     let IpAddr::V6(v6) = address else {
         pod.ip(&format!("address add {address}/32 dev eth0"))?;
         pod.ip("route replace 169.254.1.99/32 dev eth0")?;
-        // Nobody is there to answer.
+        // No host has the address, so the pings fail.
         let _ = pod.sh(&format!("ping -n -c 3 -i 0.1 -W 1 -I {address} 169.254.1.99"));
         pod.ip(&format!("address del {address}/32 dev eth0"))?;
         return pod.ip("route del 169.254.1.99/32 dev eth0").map(drop);
@@ -115,8 +116,8 @@ fn no_pod_takes_anothers_address_by_arp_or_neighbour_discovery() -> Result<()> {
     reach(&thief, &victim)
 }
 
-/// Sends from a pod's eth0, with many sources: ARP requests for the address `argv[1]` of the node and
-/// for `argv[2]`, which the node would forward to, gratuitous ARP, neighbour solicitations for
+/// Sends from a pod's eth0, with many sources: ARP requests for the address `argv[1]` of the node
+/// and for `argv[2]`, which the node would forward to, gratuitous ARP, neighbour solicitations for
 /// `argv[3]` of the node, and pings to all nodes.
 const NEIGHBOURS: &str = r#"
 import socket, struct, sys
@@ -143,8 +144,8 @@ for i in range(50):
     icmp("fe80::2:%x" % i, 128, bytes(4))
 "#;
 
-/// What a pod sends with raw sockets adds no entry to the node's neighbour tables, also on a node
-/// with proxy ARP.
+/// Packets that a pod sends from raw sockets add no entry to the node's neighbour tables, also on a
+/// node with proxy ARP.
 #[test]
 fn no_pod_fills_the_nodes_neighbour_tables() -> Result<()> {
     let cluster = up(1, |_| ())?;

@@ -1,4 +1,4 @@
-//! Pods that are added and deleted while the agent ends, is away, or starts.
+//! Pods that are added and deleted while the agent stops, does not run, or starts.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -35,14 +35,15 @@ fn a_pod_can_be_deleted_while_the_agent_is_away() -> Result<()> {
         Ok(cni::spooled(&cluster.agents[0])?.is_empty() && !interfaces.contains(&a.host_interface))
     })?;
     runtime.done("STATUS", None, Value::Null)?;
-    // The other pod lived through it.
+    // The other pod is unchanged.
     let answers = ping(node(&cluster, 0), b.address(Family::V4), Ping::default())?;
     ensure!(answers.complete(), "{}", answers.text);
     runtime.del("b", Some(&b.ns))?;
     same(&before, &traces(node(&cluster, 0))?)
 }
 
-/// Forty pods at once while the control process is killed again and again: what was answered holds.
+/// Adds forty pods at once while the control process is killed repeatedly. Each answered ADD stays
+/// valid.
 #[test]
 fn killing_the_agent_loses_and_doubles_nothing() -> Result<()> {
     let mut cluster = up(1, |_| ())?;
@@ -51,7 +52,7 @@ fn killing_the_agent_loses_and_doubles_nothing() -> Result<()> {
     let spaces: Vec<Netns> =
         (0..40).map(|n| Netns::create(&format!("k{n}"))).collect::<Result<_>>()?;
     let add = |ns: &Netns, name: &str| -> Result<Vec<IpAddr>> {
-        // As kubelet does: again until it works.
+        // kubelet repeats a failed ADD until it succeeds.
         for _ in 0..60 {
             match runtime.add(name, ns) {
                 Ok(result) => return cni::addresses(&result),
@@ -110,14 +111,14 @@ fn what_a_killed_agent_has_begun_is_finished() -> Result<()> {
         || runtime.add("b", &b.ns).and_then(|result| cni::addresses(&result)),
     );
     let (first, second) = (a_again()?, b_again()?);
-    // As if it had been killed right after the pair was made: no mark, no addresses, down.
+    // State after a kill just after the creation of the veth pair: no alias, no addresses, down.
     cluster.agents[0].kill_control();
     let unmark = ["link", "set", a.host_interface.as_str(), "down", "alias", ""];
     let unmarked = node(&cluster, 0).command("ip").args(unmark).status()?;
     ensure!(unmarked.success(), "the mark is still there");
     a.ns.ip("address flush dev eth0")?;
     a.ns.ip("link set eth0 down")?;
-    // As if before: the address is reserved, and nothing is made.
+    // State after a kill before this: the address is leased, and no interface exists.
     node(&cluster, 0).ip(&format!("link delete {}", b.host_interface))?;
     cluster.agents[0].start()?;
     ensure!(a_again()? == first && b_again()? == second, "other addresses");
@@ -143,11 +144,12 @@ fn a_waiting_deletion_spares_the_next_of_its_name() -> Result<()> {
     checks::eventually("the deletion is done", checks::EVENT_TIMEOUT, || {
         Ok(cni::spooled(&cluster.agents[0])?.is_empty())
     })?;
-    // As if the plugin had been slower than the agent: it is kept now, and the name comes again.
+    // State if the plugin stores the request late: the entry exists when a pod of the same name is
+    // added.
     fs::write(&kept[0], entry)?;
     let second = runtime.pod("again")?;
     ensure!(cni::spooled(&cluster.agents[0])?.is_empty(), "it still waits for the next look");
-    // Longer than it takes the agent to look again.
+    // The wait is longer than the interval of the agent's reconciliation.
     thread::sleep(Duration::from_secs(11));
     let answers = ping(node(&cluster, 0), IpAddr::V4(second.v4), Ping::default())?;
     ensure!(answers.complete(), "the new pod was detached: {}", answers.text);

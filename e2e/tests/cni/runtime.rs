@@ -1,4 +1,4 @@
-//! containerd starts containers, and calls the plugin as it does on every node of a cluster.
+//! containerd and libcni as callers of the plugin.
 
 use std::fs;
 use std::net::IpAddr;
@@ -18,9 +18,9 @@ use skein_lab::cri::Cri;
 use skein_lab::load::iperf::{self, Flow};
 use skein_lab::{Family, Lab, Netns, Plan, Underlay, process};
 
-/// Two nodes with agents and a containerd each.
+/// Two nodes, each with an agent and a containerd.
 struct Nodes {
-    // Before the cluster: they go first.
+    // Declared before the cluster, so that containerd is dropped first.
     containerd: Vec<Containerd>,
     cluster: Cluster,
 }
@@ -106,7 +106,8 @@ fn ctr_attaches_containers_of_two_nodes() -> Result<()> {
         ensure!(text.contains("3 packets received"), "{text}");
     }
     ensure!(nodes.used(0)? == 2.0 && nodes.used(1)? == 2.0, "not one pod each");
-    // ctr calls the plugin for DEL only where it waits for the container itself: so do we, by its end.
+    // ctr calls the plugin for DEL only if it waits for the container, so the test ends the task
+    // first.
     for (index, name) in names.iter().enumerate() {
         let _ = nodes.containerd[index].ctr(&["task", "kill", "-s", "SIGKILL", name]);
         checks::eventually(
@@ -136,7 +137,7 @@ fn the_runtime_interface_starts_pods_as_kubelet_does() -> Result<()> {
             cri.network_ready()
         })?;
     }
-    // portmap's own chains, which stay for the next: not an interface's.
+    // portmap's own chains stay for the next pod, so they must exist before the comparison.
     for cri in [&first, &second] {
         cri.remove(&cri.run("first", &[(8081, 81)])?)?;
     }
@@ -144,7 +145,7 @@ fn the_runtime_interface_starts_pods_as_kubelet_does() -> Result<()> {
     let (a, b) = (first.run("a", &[])?, second.run("b", &[(8080, 80)])?);
     let (a_ips, b_ips) = (first.addresses(&a)?, second.addresses(&b)?);
     ensure!(a_ips.len() == 2 && a_ips[0].is_ipv4(), "IPv4 is the pod's address: {a_ips:?}");
-    // Two containers of one pod share its address.
+    // Two containers of a pod share its addresses.
     let server =
         ["sh", "-c", "mkdir -p /w; echo hello from b > /w/index.html; exec httpd -f -p 80 -h /w"];
     second.container(&b, "server", &server)?;
@@ -155,7 +156,7 @@ fn the_runtime_interface_starts_pods_as_kubelet_does() -> Result<()> {
         let (code, text) = first.exec(&client, &ping)?;
         ensure!(code == 0 && text.contains("3 packets received"), "{text}");
     }
-    // The image's wget does not survive its static C library; a shell and nc are enough of a client.
+    // The image's wget crashes with its static C library, so a shell and nc are the client.
     let get = |cri: &Cri, container: &str, ip: IpAddr, port: u16| -> Result<()> {
         let line = format!("printf 'GET / HTTP/1.0\\r\\n\\r\\n' | nc -w 3 {ip} {port}");
         checks::eventually(&line, Duration::from_secs(10), || {
@@ -170,10 +171,10 @@ fn the_runtime_interface_starts_pods_as_kubelet_does() -> Result<()> {
     for ip in &b_ips {
         get(&first, &client, *ip, 80)?;
     }
-    // The hostPort of b's node, from another node's pod.
+    // The hostPort of b's node is reachable from a pod of the other node.
     let node = nodes.cluster.lab.nodes[1].underlay(Family::V4);
     get(&first, &client, node, 8080)?;
-    // A restart of the agent is nothing to running pods; and they can be deleted without it.
+    // Running pods do not need the agent, and can be deleted while it is stopped.
     let mut nodes = nodes;
     nodes.cluster.agents[1].stop()?;
     get(&second, &beside, local, 80)?;
@@ -189,16 +190,16 @@ fn the_runtime_interface_starts_pods_as_kubelet_does() -> Result<()> {
     Ok(())
 }
 
-/// The library that runtimes use, from Debian's Go sources, on a node with one agent.
+/// The program `e2e/libcni`, built with Debian's Go sources, on a node with one agent.
 struct Libcni {
     cluster: Cluster,
     program: PathBuf,
-    /// Of the pods that it attaches.
+    /// Capability arguments of the pods that are attached.
     capabilities: Value,
 }
 
 impl Libcni {
-    /// With these plugins behind Skein's.
+    /// Starts an agent whose chain has these plugins after Skein's, and builds the program.
     fn up(chain: Value, capabilities: Value) -> Result<Self> {
         let lab =
             Lab::new(&Plan { nodes: 1, pods: 0, underlay: Underlay::Switch, ..Plan::default() })?;
@@ -220,7 +221,7 @@ impl Libcni {
         &self.cluster.lab.nodes[0].ns
     }
 
-    /// The list that the agent has installed.
+    /// Returns the network configuration list that the agent has installed.
     fn list(&self) -> Result<Value> {
         let path = self.cluster.agents[0].cni_directory("conf_dir").join("10-skein.conflist");
         checks::eventually("the configuration is there", checks::EVENT_TIMEOUT, || {
@@ -229,7 +230,7 @@ impl Libcni {
         Ok(serde_json::from_slice(&fs::read(path)?)?)
     }
 
-    /// One verb for the container of that name; the result of an ADD.
+    /// Runs one operation for a container and returns the output, which is the result for ADD.
     fn call(&self, verb: &str, list: &Value, container: &str, pod: &Netns) -> Result<String> {
         let directory = self.cluster.lab.directory();
         let path = directory.join("list.conflist");
@@ -247,12 +248,11 @@ impl Libcni {
     }
 }
 
-/// With portmap behind Skein in the chain.
+/// The chain has portmap after Skein's plugin.
 #[test]
 fn libcni_adds_checks_and_deletes_in_every_version() -> Result<()> {
     let portmap = json!([{ "type": "portmap", "capabilities": { "portMappings": true } }]);
-    // No port mappings: the portmap of containernetworking-plugins 1.1.1 looks for its IPv4 rules in
-    // the IPv6 table when it checks.
+    // Without port mappings, because CHECK of portmap 1.1.1 searches the IPv6 table for IPv4 rules.
     let libcni = Libcni::up(portmap, json!({}))?;
     let mut list = libcni.list()?;
     let before = traces(libcni.node())?;
@@ -269,7 +269,7 @@ fn libcni_adds_checks_and_deletes_in_every_version() -> Result<()> {
             ensure!(cni::addresses(&result)?.len() == 2, "{result}");
             ensure!(result["interfaces"][1]["name"] == "eth0", "{result}");
         }
-        // CHECK came with 0.4.0.
+        // CHECK exists since CNI 0.4.0.
         if version >= "0.4.0" {
             libcni.call("CHECK", &list, &name, &pod)?;
         }
@@ -281,8 +281,8 @@ fn libcni_adds_checks_and_deletes_in_every_version() -> Result<()> {
     Ok(())
 }
 
-/// Kubernetes' annotations for bandwidth, and settings of the pod's interface, by the reference plugins;
-/// one before Skein, whose result it takes on.
+/// Reference plugins in the chain apply bandwidth limits and settings of the pod's interface. The
+/// loopback plugin runs before Skein, which adds its result to that of the previous plugin.
 #[test]
 fn other_plugins_of_the_chain_do_their_part() -> Result<()> {
     let lab = tempfile::tempdir()?;
@@ -315,14 +315,15 @@ fn other_plugins_of_the_chain_do_their_part() -> Result<()> {
     let own = addresses.iter().filter(|address| !address.is_loopback());
     ensure!(own.count() == 2, "{result}");
 
-    // tuning, in the pod.
+    // Effects of tuning in the pod.
     let link = ns.ip("-d link show eth0")?;
     ensure!(link.contains("mtu 1300") && link.contains("promiscuity 1"), "{link}");
     for (key, value) in [("net.ipv4.conf.eth0.log_martians", "1"), ("net.core.somaxconn", "77")] {
         let found = ns.sh(&format!("sysctl -n {key}"))?;
         ensure!(found.trim() == value, "{key} is {found}");
     }
-    // bandwidth, on the node: what the pod gets on its link, what it sends on an interface beside it.
+    // Effects of bandwidth on the node: a queue for received traffic on the pod's link, and one for
+    // sent traffic on an additional interface.
     let queues = node.sh("tc qdisc show")?;
     let queue = |rate: &str| queues.lines().find(|l| l.contains("tbf") && l.contains(rate));
     let (inward, outward) = (queue("rate 8Mbit"), queue("rate 4Mbit"));
@@ -331,7 +332,7 @@ fn other_plugins_of_the_chain_do_their_part() -> Result<()> {
     ensure!(queues.contains(&format!("qdisc ingress ffff: dev {host}")), "{queues}");
 
     libcni.call("CHECK", &list, "chained", &ns)?;
-    // The agent's next look changes nothing of it.
+    // The agent's next reconciliation leaves these settings unchanged.
     thread::sleep(Duration::from_secs(11));
     libcni.call("CHECK", &list, "chained", &ns)?;
     let server = iperf::Server::start(&ns)?;

@@ -13,7 +13,8 @@ pub(super) fn reach(a: &Pod, b: &Pod) -> Result<()> {
     Ok(())
 }
 
-/// A machine that is no node and knows the way to the pods of the first one; [`outside_address`] has its own.
+/// Adds a machine that is not a node and has routes to the pods of the first node. Its address is
+/// [`outside_address`].
 pub(super) fn outside(cluster: &Cluster) -> Result<Netns> {
     let machine = cluster.lab.attach("outside", 77)?;
     let node = &cluster.lab.nodes[0];

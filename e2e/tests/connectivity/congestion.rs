@@ -6,7 +6,8 @@ use skein_lab::link::Offloads;
 use skein_lab::load::ping::{Ping, ping};
 use skein_lab::{Family, Lab, Netns, Plan, checks};
 
-/// A counter of a namespace's IP or TCP (/proc/net/netstat: a line of names, a line of values).
+/// Returns an IP or TCP counter of a namespace (/proc/net/netstat: a line of names, a line of
+/// values).
 fn netstat(ns: &Netns, name: &str) -> Result<u64> {
     let text = ns.sh("cat /proc/net/netstat")?;
     let lines: Vec<_> = text.lines().collect();
@@ -18,7 +19,8 @@ fn netstat(ns: &Netns, name: &str) -> Result<u64> {
     found.with_context(|| format!("no counter {name} in /proc/net/netstat"))
 }
 
-/// Marks datagrams of the overlay that arrive on a node, by `condition`; counts those with ECT(0).
+/// Marks overlay datagrams that arrive on a node and match `condition`, and counts those with
+/// ECT(0).
 fn mark(ns: &Netns, family: Family, condition: &str) -> Result<()> {
     let ip = if family == Family::V4 { "ip" } else { "ip6" };
     ns.nft(&format!(
@@ -43,7 +45,7 @@ fn not_ect_drops(agent: &Agent) -> Result<f64> {
     Ok(agent.metrics()?.sum("skein_drops_total", &["reason=\"inner_not_ect\""]))
 }
 
-/// TCP with ECN from the first pod to the second.
+/// Transfers data by TCP with ECN from the first pod to the second.
 fn transfer_with_ecn(lab: &Lab) -> Result<()> {
     for pod in [lab.pod(0), lab.pod(1)] {
         pod.ns.sysctl("net.ipv4.tcp_ecn", "1")?;

@@ -1,4 +1,4 @@
-//! Datagrams of the underlay that are lost, come twice or come late.
+//! Loss, duplication and delay of datagrams on the underlay.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -10,8 +10,8 @@ use skein_lab::load::ping::{Ping, ping};
 use skein_lab::relay::{Impairments, Relay};
 use skein_lab::{Family, Offloads, Plan};
 
-/// What is lost or doubled below must not show as anything but loss above: of pings about what the underlay
-/// loses, of TCP nothing.
+/// Checks traffic over an impaired link. Lost and duplicated datagrams must cause losses only:
+/// pings are lost at about the rate of the underlay, and TCP transfers are complete.
 fn goes_on_in(impairments: Impairments, bytes: u64) -> Result<()> {
     let plan = Plan { offloads: Offloads::Wire, ..Plan::default() };
     let cluster = Cluster::up(&plan, Family::V4)?;
@@ -31,7 +31,7 @@ fn goes_on_in(impairments: Impairments, bytes: u64) -> Result<()> {
         (sent, received) = (sent + answers.sent, received + answers.received);
     }
     let lost = f64::from(sent - received) / f64::from(sent) * 100.0;
-    // So long that the path's width is asked for several times.
+    // The duration covers several path MTU probes.
     let long = Duration::from_secs(if impairments.loss_percent < 10 { 2 } else { 16 });
     let datagrams = checks::datagrams(a, b, Family::V6, 1000, 1000, long)?;
     let mut seconds = vec![];

@@ -1,4 +1,4 @@
-//! Bytes arrive right while links fail and processes die.
+//! Integrity of data while links fail and processes are killed.
 
 use std::thread;
 use std::time::Duration;
@@ -34,8 +34,8 @@ fn files_survive_a_flapping_link() -> Result<()> {
     Ok(())
 }
 
-/// The data process outlives the control process, and the next control process takes it over:
-/// nobody loses a packet.
+/// The data process outlives the control process, and the next control process uses it without the
+/// loss of a packet.
 #[test]
 fn killing_the_control_process_loses_nothing() -> Result<()> {
     let mut cluster = Cluster::up(&Plan::default(), Family::V4)?;
@@ -64,7 +64,7 @@ fn killing_the_control_process_loses_nothing() -> Result<()> {
     ensure!(outcome.sent > 4000 && outcome.received == outcome.sent, "{outcome:?}");
     let after: Vec<_> = agents.iter().map(|agent| agent.dataplane_pids()).collect();
     ensure!(before == after, "data processes: {before:?}, then {after:?}");
-    // And it obeys its new master.
+    // The data process follows the new control process.
     agents[0].remove_record(&agents[1].record.name)?;
     let cut = || Ok(checks::does_not_reach(a, b, Family::V4).is_ok());
     checks::eventually("a removed node is cut off", checks::EVENT_TIMEOUT, cut)?;
@@ -83,7 +83,7 @@ fn killing_the_data_process_is_survived() -> Result<()> {
         let pid = before.first().copied().and_then(Pid::from_raw).context("no data process")?;
         kill_process(pid, Signal::KILL)?;
         let received = file.join()?;
-        // TCP doubles its retransmission timer while nothing comes back.
+        // TCP doubles its retransmission timer while no answer arrives.
         ensure!(
             received.longest_pause < checks::MAX_INTERRUPTION,
             "The transfer was interrupted for {} s.",
@@ -92,7 +92,7 @@ fn killing_the_data_process_is_survived() -> Result<()> {
         let after = cluster.agents[victim].dataplane_pids();
         ensure!(after.len() == 1 && after != before, "{before:?}, then {after:?}");
     }
-    // While both ends settle on one of the sessions that they began, a packet may be lost.
+    // While both ends agree on one of the sessions that they started, a packet may be lost.
     let settled = || Ok(checks::all_reach_all(&cluster.lab).is_ok());
     checks::eventually("all reach all again", Duration::from_secs(10), settled)?;
     checks::mixed_traffic(&cluster.lab, 1 << 20)
@@ -120,7 +120,7 @@ fn restarting_an_agent_in_the_middle_of_a_transfer_is_survived() -> Result<()> {
     Ok(())
 }
 
-/// A slow underlay with a short queue loses packets; TCP over the overlay copes.
+/// A slow underlay with a short queue loses packets, and TCP over the overlay retransmits them.
 #[test]
 fn files_survive_a_congested_underlay() -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;

@@ -1,4 +1,4 @@
-//! Pods reach each other over the overlay: every protocol, size and address family.
+//! Traffic between pods over the overlay: all protocols, sizes and address families.
 
 use anyhow::{Result, ensure};
 use skein_lab::agent::Cluster;
@@ -68,7 +68,8 @@ fn tiny_large_and_odd_datagrams_arrive_whole() -> Result<()> {
     checks::all_reach_all(&cluster.lab)?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
     for family in Family::BOTH {
-        // 1420 is the pods' MTU: the last sizes are one packet exactly, and one byte more.
+        // The MTU of the pods is 1420: the last two sizes fill one packet, and exceed it by one
+        // byte.
         let full = if family == Family::V4 { 1420 - 28 } else { 1420 - 48 };
         for payload in [0, 1, 2, 7, 8, 9, 63, 64, 65, 511, 1023, 1200, full - 1, full, full + 1] {
             checks::datagrams_arrive(a, b, family, payload)?;
@@ -106,7 +107,8 @@ fn echoes_of_every_size_come_back() -> Result<()> {
     Ok(())
 }
 
-/// Pods that believe in 1500 bytes are told better by the node, in ICMP's words.
+/// The node sends ICMP messages to pods with an MTU of 1500 bytes, and the pods reduce their
+/// packets.
 #[test]
 fn packets_that_are_too_big_are_answered_with_the_right_mtu() -> Result<()> {
     let plan = Plan { pod_mtu: 1500, ..Plan::default() };
@@ -120,7 +122,7 @@ fn packets_that_are_too_big_are_answered_with_the_right_mtu() -> Result<()> {
             ensure!(answers.received == 0, "{family}: {}", answers.text);
             let told = answers.text.to_lowercase().replace(' ', "");
             ensure!(told.contains(&format!("mtu={mtu}")), "{family}: {}", answers.text);
-            // Now that they know, everything goes through.
+            // After the ICMP messages, all traffic passes.
             checks::transfer(a, b, family, 4 << 20)?;
             checks::transfer(b, a, family, 4 << 20)?;
         }
@@ -128,7 +130,7 @@ fn packets_that_are_too_big_are_answered_with_the_right_mtu() -> Result<()> {
     Ok(())
 }
 
-/// Sessions are made on first need, and both sides may need them at once.
+/// Both nodes may start a handshake for their first session at the same time.
 #[test]
 fn both_sides_start_at_once() -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;

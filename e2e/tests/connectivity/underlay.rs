@@ -36,7 +36,7 @@ fn drops_in_the_queue_of_the_tun_device_are_counted() -> Result<()> {
     let link: serde_json::Value = serde_json::from_str(&link)?;
     let by_the_kernel = link[0]["stats64"]["tx"]["dropped"].as_f64().context("no counter")?;
     ensure!(by_the_kernel >= before + 800.0, "the queue takes 50 packets: {by_the_kernel} drops");
-    // A scrape may show a report that is up to a second old.
+    // Metrics may show a report that is up to one second old.
     let same = || Ok(drops()? == by_the_kernel);
     checks::eventually("the metric has the device's counter", checks::EVENT_TIMEOUT, same)?;
     let status = agent.run_command(&["status", "--interval", "0"])?;
@@ -76,7 +76,8 @@ fn nodes_join_over_link_local_addresses() -> Result<()> {
         let endpoint = endpoint(agent)?;
         ensure!(endpoint.starts_with("[fe80::aaaa:") && endpoint.contains('%'), "{endpoint}");
     }
-    // The sessions and their scope are in memory that outlives the process.
+    // Sessions and the scope of their endpoints are in the session store, which outlives the
+    // process.
     let handshakes =
         || agents[0].metrics().map(|m| m.sum("skein_handshakes_total", &["completed"]));
     let before = endpoint(&agents[0])?;

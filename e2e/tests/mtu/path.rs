@@ -1,4 +1,4 @@
-//! Path MTU discovery: paths that become narrow without a message.
+//! Path MTU discovery on paths whose MTU falls without an ICMP message.
 
 use std::thread;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use skein_lab::load::ping::{Ping, ping};
 use skein_lab::load::transfer::Transfer;
 use skein_lab::{Family, Lab, Plan, UNDERLAY, checks};
 
-/// The MTU of the path to the other node, where the agent knows of a smaller one.
+/// Returns the reduced path MTU to the other node; `None` if the path MTU is not reduced.
 fn path_mtu(agent: &Agent) -> Result<Option<u64>> {
     let report = agent.report()?;
     Ok(report["peers"][0]["path_mtu"].as_u64())
@@ -26,8 +26,8 @@ fn a_path_over_ipv6_that_becomes_narrow_is_found_out_and_transfers_go_on() -> Re
     becomes_narrow(Family::V6, 80)
 }
 
-/// Frames that are too long vanish in the switch, without a word: a tunnel or a wrong setting on the way.
-/// `overhead`: bytes of the overlay's headers and tag over this underlay.
+/// Lets the switch drop long frames without a message, as a tunnel or a wrong setting on the path
+/// may do. `overhead` is the size of the overlay's headers and tag over this underlay, bytes.
 fn becomes_narrow(underlay: Family, overhead: u64) -> Result<()> {
     let plan = Plan { offloads: Offloads::Wire, ..Plan::default() };
     let cluster = Cluster::up(&plan, underlay)?;
@@ -48,11 +48,11 @@ fn becomes_narrow(underlay: Family, overhead: u64) -> Result<()> {
     );
     ensure!(received.longest_pause < 15.0, "{} s", received.longest_pause);
 
-    // A bridge lets frames pass that are 4 bytes longer, for a VLAN's tag.
+    // A bridge forwards frames that are 4 bytes longer than its MTU, because of VLAN tags.
     let found = path_mtu(&agents[0])?.context("the path counts as wide")?;
     let most = 1400 - overhead;
     ensure!((most - 8..=most + 4).contains(&found), "{found} of {most}");
-    // The port takes nothing longer from its cable, either.
+    // The port also drops long frames from the node.
     ensure!(path_mtu(&agents[1])?.is_some_and(|back| back.abs_diff(found) < 16), "the way back");
     ensure!(agents[0].metrics()?.sum("skein_narrow_paths", &[]) == 1.0);
     let routed = || {
@@ -61,7 +61,7 @@ fn becomes_narrow(underlay: Family, overhead: u64) -> Result<()> {
     };
     checks::eventually("the route says so", checks::EVENT_TIMEOUT, routed)?;
 
-    // Whoever forbids fragments is told, and what fits arrives.
+    // A sender that forbids fragmentation gets an ICMP message; smaller packets arrive.
     let whole = |payload| Ping { count: 3, payload, whole: true, ..Ping::default() };
     let answers = ping(&a.ns, b.address(Family::V4), whole(1380))?;
     ensure!(answers.received == 0 && answers.text.contains("mtu"), "{}", answers.text);
@@ -78,7 +78,7 @@ fn becomes_narrow(underlay: Family, overhead: u64) -> Result<()> {
 fn underlay_mtu_that_falls_narrows_the_path_at_once() -> Result<()> {
     let plan = Plan { offloads: Offloads::Wire, ..Plan::default() };
     let mut cluster = Cluster::prepare(Lab::new(&plan)?, Family::V4)?;
-    // Set, so that the overlay's own MTU does not follow the underlay's.
+    // With this setting, the overlay's MTU does not follow the underlay's.
     cluster.agents.iter_mut().for_each(|agent| agent.set("interface.mtu", 1440));
     cluster.start()?;
     checks::all_reach_all(&cluster.lab)?;
@@ -93,7 +93,7 @@ fn underlay_mtu_that_falls_narrows_the_path_at_once() -> Result<()> {
         "the underlay's MTU fell: the transfer stood for {:.0} ms at most",
         received.longest_pause * 1e3
     );
-    // A search by probes takes 5 seconds until it begins.
+    // Discovery by probes would start only after 5 s.
     ensure!(
         received.longest_pause < checks::MAX_INTERRUPTION,
         "The transfer was interrupted for {} s.",
@@ -101,7 +101,7 @@ fn underlay_mtu_that_falls_narrows_the_path_at_once() -> Result<()> {
     );
     let log = std::fs::read_to_string(agents[0].log())?;
     ensure!(log.contains("datagram longer than the route carries"), "nothing was refused");
-    // The size comes from the kernel, not from a search, which ends up to 8 bytes below.
+    // The size comes from the kernel. Discovery by probes ends up to 8 bytes below it.
     let found = agents[0].report()?["peers"][0]["path_mtu"].as_u64();
     ensure!(found == Some(1340), "{found:?} is not the size that the kernel reports");
     let refused = agents[0].metrics()?.sum("skein_drops_total", &["reason=\"send_too_big\""]);

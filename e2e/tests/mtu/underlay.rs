@@ -9,7 +9,7 @@ use skein_lab::checks;
 use skein_lab::load::ping::{Ping, ping};
 use skein_lab::{Family, Lab, Netns, Plan};
 
-/// Timeout for the agent to follow a change of the underlay.
+/// Maximum time until the agent follows a change of the underlay.
 const CHANGE_TIMEOUT: Duration = checks::EVENT_TIMEOUT;
 
 /// Two nodes whose agents listen on all addresses, over a switch that carries 9000 bytes; the
@@ -30,7 +30,7 @@ fn prepare(underlay: Family) -> Result<Cluster> {
     Ok(cluster)
 }
 
-/// The agent's MTU, which the device must have as well.
+/// Returns the MTU in the agent's status, and checks that the device has the same.
 fn mtu(agent: &Agent, node: &Netns) -> Result<u64> {
     let mtu = agent.status()?["interface"]["mtu"].as_u64().context("no MTU in the status")?;
     let link = node.ip("link show skein0")?;
@@ -46,8 +46,8 @@ fn becomes(cluster: &Cluster, index: usize, expected: u64) -> Result<()> {
         .map(drop)
 }
 
-/// Checks that a packet of `bytes` passes whole from the first node's own overlay address to the
-/// second's.
+/// Checks that a packet of `bytes` passes without fragmentation from the first node's overlay
+/// address to the second's.
 fn passes(cluster: &Cluster, bytes: u16) -> Result<()> {
     let node = &cluster.lab.nodes[0].ns;
     let payload = u32::from(bytes) - 28;
@@ -60,7 +60,7 @@ fn passes(cluster: &Cluster, bytes: u16) -> Result<()> {
 fn mtu_without_default_route_survives_restarts() -> Result<()> {
     let mut cluster = prepare(Family::V4)?;
     let node = cluster.lab.nodes[0].ns.name().to_owned();
-    // Pods of another network, narrower than the overlay.
+    // An interface of pods of another network, with a smaller MTU than the overlay.
     cluster.lab.nodes[0].ns.ip_batch(&[
         "link add dev skp0123456789 mtu 1280 type bridge".to_owned(),
         "link set skp0123456789 up".to_owned(),
@@ -88,7 +88,7 @@ fn mtu_with_multipath_default_route_survives_restarts() -> Result<()> {
     let peer = cluster.agents[1].record.clone();
     for _ in 0..3 {
         becomes(&cluster, 0, 1440)?;
-        // Without peers the narrower of the two next hops counts.
+        // Without peers, the smaller MTU of the two next hops counts.
         cluster.agents[0].remove_record(&peer.name)?;
         becomes(&cluster, 0, 1340)?;
         cluster.agents[0].stop()?;
@@ -154,7 +154,9 @@ fn mtu_over_ipv6_raised_and_lowered_is_followed() -> Result<()> {
     raised_and_lowered(Family::V6, 80)
 }
 
-/// `overhead`: bytes of the overlay's headers and tag over this underlay.
+/// Changes the MTU of the underlay's devices several times, and checks that the overlay's MTU
+/// follows. `overhead` is the size of the overlay's headers and tag over
+/// this underlay, bytes.
 fn raised_and_lowered(underlay: Family, overhead: u16) -> Result<()> {
     let mut cluster = prepare(underlay)?;
     cluster.start()?;
@@ -167,7 +169,7 @@ fn raised_and_lowered(underlay: Family, overhead: u16) -> Result<()> {
         becomes(&cluster, 1, expected.into())?;
         passes(&cluster, expected)?;
         checks::all_reach_all(&cluster.lab)?;
-        // Each node knows the other's MTU: no path counts as narrower than the nodes.
+        // Each node knows the other's MTU, so no path MTU counts as reduced.
         for agent in &cluster.agents {
             let wide = || Ok(agent.report()?["peers"][0]["path_mtu"].is_null());
             checks::eventually("the path is as wide as the nodes", CHANGE_TIMEOUT, wide)?;

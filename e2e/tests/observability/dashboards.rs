@@ -1,5 +1,5 @@
-//! The chart's dashboards and alerts on a real Prometheus that has scraped real agents under traffic: every
-//! query is answered with data.
+//! Dashboards and alerts of the chart on a Prometheus that scrapes agents under traffic: every
+//! query returns data.
 
 use std::fs;
 use std::path::PathBuf;
@@ -19,13 +19,13 @@ use skein_lab::{Family, Lab, Netns, Plan, Pod};
 
 const ADDRESS: &str = "127.0.0.1:9090";
 
-/// How long Prometheus may take to start, and to scrape.
+/// Maximum time for Prometheus to start, and for an alert to become pending.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// What Grafana puts in the place of its variables; scrapes are a second apart.
+/// Values that Grafana would insert for its variables, with a scrape interval of 1 s.
 const VARIABLES: [(&str, &str); 1] = [("$__rate_interval", "8s")];
 
-/// A Prometheus on the underlay, with the chart's alerts.
+/// A Prometheus on the underlay that evaluates the chart's alerts.
 struct Prometheus {
     ns: Netns,
     _process: Process,
@@ -63,7 +63,7 @@ impl Prometheus {
         Ok(Self { ns, _process: process })
     }
 
-    /// A question to its API; the `data` of the answer.
+    /// Sends a request to the HTTP API and returns the field `data` of the response.
     fn ask(&self, path: &str, parameters: &[(&str, &str)]) -> Result<Value> {
         let encode = |text: &str| {
             let byte = |byte: u8| match byte {
@@ -80,7 +80,7 @@ impl Prometheus {
         Ok(value["data"].take())
     }
 
-    /// How many series an expression has in which a number is found, in the last minute and a half.
+    /// Returns the number of series of an expression with a number in the last 90 s.
     fn series(&self, expression: &str) -> Result<usize> {
         let now = self.ask("query", &[("query", "time()")])?;
         let now = now["result"][0].as_f64().context("no time")?;
@@ -97,7 +97,7 @@ impl Prometheus {
     }
 }
 
-/// Two nodes that serve pods, and count everything that can be counted.
+/// Starts two agents that serve pods, with all optional metrics.
 fn cluster() -> Result<Cluster> {
     let plan = Plan { pods: 0, ..Plan::default() };
     let mut cluster = Cluster::prepare(Lab::new(&plan)?, Family::V4)?;
@@ -110,7 +110,7 @@ fn cluster() -> Result<Cluster> {
     Ok(cluster)
 }
 
-/// A pod on each node, by the plugin; they reach each other.
+/// Adds a pod on each node with the plugin, and waits until the pods reach each other.
 fn pods(cluster: &Cluster) -> Result<[Pod; 2]> {
     let pod = |index: usize| {
         Runtime::new(&cluster.agents[index], &cluster.lab.nodes[index])?
@@ -126,7 +126,7 @@ fn every_query_is_answered_with_data() -> Result<()> {
     let cluster = cluster()?;
     let prometheus = Prometheus::start(&cluster)?;
     let [a, b] = &pods(&cluster)?;
-    // Bulk and small packets for as long as a rate looks back; pods come and go meanwhile.
+    // Bulk and small packets for longer than the range of a rate, while pods are added and deleted.
     let work = || -> Result<()> {
         let time = Duration::from_secs(12);
         let transfer = checks::start_transfer(a, b, Family::V4, 60 << 20, Some(6 << 20))?;
@@ -138,7 +138,7 @@ fn every_query_is_answered_with_data() -> Result<()> {
             for number in 0..8 {
                 let (runtime, name) = (&runtimes[number % 2], format!("pod-{number}"));
                 let pod = runtime.pod(&name)?;
-                // To the end of the time: a rate of nothing is no number.
+                // Pods are added until the end of the time: a rate without samples has no value.
                 thread::sleep(time / 9);
                 runtime.del(&name, Some(&pod.ns))?;
             }
@@ -174,19 +174,20 @@ fn every_query_is_answered_with_data() -> Result<()> {
     Ok(())
 }
 
-/// Nothing is wrong here but what the alerts compare is there; and none fires.
+/// Checks that the data that each alert compares exists, and that no alert is active without a
+/// problem.
 fn alerts_have_data(prometheus: &Prometheus) -> Result<()> {
     for alert in chart::alerts()? {
         let (name, expression) = (&alert["alert"], alert["expr"].as_str().context("no expr")?);
-        // What is compared, without the bound; of a set operation, what is there in health.
+        // The left side of the comparison, or the left operand of the set operation.
         let compared = [" == ", " > ", " < ", " unless "]
             .iter()
             .find_map(|operator| expression.rsplit_once(operator).map(|(left, _)| left));
         let compared = compared.with_context(|| format!("{name} compares nothing"))?;
-        // Nor a bound within it, which lets nothing through in health.
+        // An inner bound would remove all series while there is no problem.
         let compared = &compared.replace(" > 1)", ")");
         prometheus.series(expression).with_context(|| expression.to_owned())?;
-        // What looks back minutes has seconds to look at.
+        // A range of minutes contains only the seconds since the start, which is sufficient.
         let series = prometheus.series(compared).with_context(|| compared.clone())?;
         ensure!(series > 0, "{name}: no data from {compared}");
     }
@@ -200,7 +201,7 @@ fn alerts_have_data(prometheus: &Prometheus) -> Result<()> {
     Ok(())
 }
 
-/// By the agents' real numbers: what an alert watches for makes it pending.
+/// Real problems of the agents make the alerts pending.
 #[test]
 fn alerts_begin_when_nodes_are_in_trouble() -> Result<()> {
     let mut cluster = cluster()?;
@@ -218,7 +219,7 @@ fn alerts_begin_when_nodes_are_in_trouble() -> Result<()> {
         let begun = || Ok(!state(name, node)?.is_null());
         checks::eventually(&format!("{name} of {node}"), LIMIT, begun)
     };
-    // The other node's record is damaged and mended, and then its agent ends.
+    // The other node's record is damaged and repaired, and then its agent is stopped.
     let damaged = cluster.agents[0].records_directory().join("node-b.toml");
     let record = fs::read_to_string(&damaged)?;
     fs::write(&damaged, "name = 7\n")?;
@@ -234,7 +235,7 @@ fn alerts_begin_when_nodes_are_in_trouble() -> Result<()> {
     Ok(())
 }
 
-/// What the agent serves is what promtool takes.
+/// promtool accepts the metrics of the agent.
 #[test]
 fn a_scrape_under_traffic_has_no_complaint() -> Result<()> {
     let cluster = cluster()?;

@@ -1,5 +1,5 @@
-//! The Helm chart: what it renders is taken by Kubernetes' schemas and by the agent; what it refuses,
-//! it refuses in words; what it says of itself is true.
+//! Helm chart: Kubernetes' schemas and the agent accept the rendered objects, wrong values are
+//! refused with a message, and the descriptions are true.
 
 use std::fs;
 use std::process::Command;
@@ -11,7 +11,7 @@ use skein_lab::agent::binary;
 use skein_lab::chart::{self, helm, object, render, rendered};
 use skein_lab::{process, programs, skein_image};
 
-/// Every value changed, in a few sets that go together.
+/// Sets of values that can be combined and together change every value.
 pub(super) const VARIANTS: [(&str, &[&str]); 6] = [
     ("defaults", &[]),
     (
@@ -85,10 +85,10 @@ pub(super) const VARIANTS: [(&str, &[&str]); 6] = [
     ),
 ];
 
-/// Versions of Kubernetes whose schemas are asked.
+/// Versions of Kubernetes whose schemas are used.
 const VERSIONS: [&str; 4] = ["1.25", "1.28", "1.31", "1.34"];
 
-/// How long one program may take.
+/// Maximum time of one program.
 const LIMIT: Duration = Duration::from_secs(120);
 
 #[test]
@@ -108,7 +108,7 @@ fn every_version_of_kubernetes_takes_what_is_rendered() -> Result<()> {
         let mut files = vec![];
         for (name, settings) in VARIANTS {
             let mut text = render(settings, version)?;
-            // What the Job creates is checked as what helm creates.
+            // The object that the Job creates is checked like those that helm creates.
             let cleanup = programs::yaml(&text)?
                 .into_iter()
                 .find_map(|object| object["data"]["daemonset.yaml"].as_str().map(str::to_owned));
@@ -125,7 +125,7 @@ fn every_version_of_kubernetes_takes_what_is_rendered() -> Result<()> {
         let said = process::finish(&mut validate, &[], LIMIT)?;
         let text = format!("{}{}", said.stdout, said.stderr);
         ensure!(said.code == 0, "{version}: {text}");
-        // Kinds that it does not know pass with a warning: only the Prometheus Operator's may.
+        // Unknown kinds pass with a warning. Only kinds of the Prometheus Operator may be unknown.
         let warned = text.lines().filter(|line| line.contains("WARN"));
         let warned: Vec<_> = warned.filter(|w| !w.contains("monitoring.coreos.com")).collect();
         ensure!(warned.is_empty(), "{version}: {warned:?}");
@@ -149,8 +149,8 @@ fn pods_resolve_names_without_the_cluster_dns() -> Result<()> {
     Ok(())
 }
 
-/// The removal Job refuses to remove a DaemonSet that no release owns, because `skein-agent
-/// uninstall` does.
+/// Checks that the removal Job does not remove a DaemonSet without a release, because `skein-agent
+/// uninstall` refuses to.
 #[test]
 fn removal_job_needs_a_release_unless_told_otherwise() -> Result<()> {
     let job = |settings: &[&str]| -> Result<Value> {
@@ -173,7 +173,7 @@ fn removal_job_needs_a_release_unless_told_otherwise() -> Result<()> {
         "verbs": ["get"],
     });
     ensure!(rules.as_array().is_some_and(|rules| rules.contains(&right)), "{rules:#}");
-    // Rendered for another tool, the chart lacks only the hook.
+    // If another tool than helm renders the chart, only the hook is missing.
     let chart = chart::path().to_string_lossy().into_owned();
     let plain = helm(&["template", "skein", &chart, "--no-hooks", "--include-crds"], &[])?;
     ensure!(plain.code == 0, "{}", plain.stderr);
@@ -185,7 +185,7 @@ fn removal_job_needs_a_release_unless_told_otherwise() -> Result<()> {
     Ok(())
 }
 
-/// The definition is made from the types in the agent's code.
+/// The custom resource definition is generated from types in the agent's code.
 #[test]
 fn the_definition_is_what_the_agent_prints() -> Result<()> {
     let printed = process::run(Command::new(binary()?).arg("crd"))?;
@@ -217,7 +217,7 @@ fn pods_have_the_rights_they_need_and_no_others() -> Result<()> {
         ensure!(container["securityContext"] == rights(add), "{container:#}");
         ensure!(container["image"] == skein_image::REFERENCE, "{container:#}");
     }
-    // It runs while there is no network, and needs nothing but the API.
+    // The Job runs without a pod network, and needs only the API server.
     let job = &object(&objects, "Job", "skein-cleanup")?["spec"]["template"]["spec"];
     ensure!(job["hostNetwork"] == true, "{job:#}");
     let context = &job["containers"][0]["securityContext"];

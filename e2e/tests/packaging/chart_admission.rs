@@ -1,5 +1,5 @@
-//! Rights of the chart's pods towards the API server: the admission policy and the service
-//! account's token.
+//! Rights of the chart's pods at the API server: the admission policy and the token of the service
+//! account.
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
@@ -30,7 +30,7 @@ struct Decision {
     refused_by: &'static [&'static str],
 }
 
-/// A Node with the value at a JSON pointer replaced; null removes it.
+/// Returns a Node in which the value at a JSON pointer is replaced; null removes it.
 fn changed_node(pointer: &str, value: Value) -> Value {
     let mut node = json!({
         "metadata": { "name": "a", "labels": { "zone": "1" }, "annotations": { "b": "c" } },
@@ -187,7 +187,7 @@ fn decisions_about_records() -> Vec<Decision> {
     ]
 }
 
-/// Evaluates the policy's own expressions as an API server does.
+/// Evaluates the expressions of the policy as an API server does.
 fn the_policy_decides(policy: &Value) -> Result<()> {
     let spec = &policy["spec"];
     let list = |value: &Value| value.as_array().cloned().context("no list");

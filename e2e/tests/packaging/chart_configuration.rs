@@ -1,4 +1,4 @@
-//! The configuration that the chart renders.
+//! Configuration of the agent that the chart renders.
 
 use std::collections::BTreeSet;
 
@@ -16,7 +16,7 @@ fn the_agent_takes_every_rendered_configuration() -> Result<()> {
     Ok(())
 }
 
-/// The pod CIDRs of an IPv4-only, an IPv6-only and a dual-stack cluster.
+/// Pod CIDRs of an IPv4-only, an IPv6-only and a dual-stack cluster.
 #[test]
 fn every_address_family_gets_a_listener_and_probes() -> Result<()> {
     for settings in [
@@ -32,7 +32,7 @@ fn every_address_family_gets_a_listener_and_probes() -> Result<()> {
         let table = serde_json::to_value(table)?;
         ensure!(table["cluster_cidrs"] == json!(cidrs), "{settings:?}: {table:#}");
         ensure!(table["metrics"]["listen"] == "[::]:9464", "{settings:?}: {table:#}");
-        // A probe that named an address would be of one family.
+        // A probe with an address would have only one family.
         let pod = &object(&objects, "DaemonSet", "skein")?["spec"]["template"]["spec"];
         for container in pod["containers"].as_array().context("no containers")? {
             for probe in ["startupProbe", "livenessProbe", "readinessProbe"] {
@@ -75,7 +75,7 @@ fn values_reach_the_configuration() -> Result<()> {
     ensure!(firewall.len() == 5 && firewall.values().all(|on| on == false), "{small:#}");
     ensure!(small["log"] == json!({ "level": "skein_agent=debug,info", "format": "text" }));
     let cni = &parse(variant("plugins")?.1)?["cni"];
-    // Whole numbers stay whole: the bandwidth plugin takes no others.
+    // The bandwidth plugin accepts only integers.
     let chain = json!([
         { "type": "portmap", "capabilities": { "portMappings": true } },
         { "type": "bandwidth", "ingressRate": 1_000_000, "shaping": { "on": true }, "names": ["a", "b"] },
@@ -88,7 +88,7 @@ fn values_reach_the_configuration() -> Result<()> {
     Ok(())
 }
 
-/// Keys of agent.toml that an agent of the first release takes, as far as the chart writes them.
+/// Keys of agent.toml that the chart writes and that an agent of the first release accepts.
 const FIRST_RELEASE_KEYS: [&str; 34] = [
     "cluster_id",
     "cluster_cidrs",
@@ -136,7 +136,7 @@ fn default_configuration_has_no_key_of_later_releases() -> Result<()> {
         let table: toml::Table = toml::from_str(text.as_str().context("no agent.toml")?)?;
         let keys = table.into_iter().flat_map(|(name, value)| match value {
             toml::Value::Table(table) => {
-                // A table without keys is as unknown as a key.
+                // An unknown table is refused even without keys.
                 let keys = table.keys().map(|key| format!("{name}.{key}")).collect::<Vec<_>>();
                 if keys.is_empty() { vec![name] } else { keys }
             }

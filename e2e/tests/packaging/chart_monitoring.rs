@@ -1,4 +1,4 @@
-//! The chart's alerts and dashboards.
+//! Alerts and dashboards of the chart.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,7 +9,7 @@ use serde_json::Value;
 use skein_lab::cargo::workspace;
 use skein_lab::{chart, process, programs};
 
-/// Names of metrics in a text, without what a histogram's series add.
+/// Returns the names of the metrics in a text, without the suffixes of a histogram's series.
 fn metrics(text: &str) -> BTreeSet<&str> {
     let word = |c: char| !(c.is_ascii_alphanumeric() || c == '_');
     let names = text.split(word).filter(|name| name.starts_with("skein_"));
@@ -20,7 +20,7 @@ fn metrics(text: &str) -> BTreeSet<&str> {
     names.map(base).collect()
 }
 
-/// docs/metrics.md is what the code has, by a test of the agent's.
+/// Compares with docs/metrics.md, which a test of the agent compares with the code.
 #[test]
 fn alerts_and_dashboards_use_metrics_that_exist() -> Result<()> {
     let reference = fs::read_to_string(workspace().join("docs/metrics.md"))?;
@@ -38,7 +38,8 @@ fn alerts_and_dashboards_use_metrics_that_exist() -> Result<()> {
     Ok(())
 }
 
-/// As Grafana takes them, and as people can read them.
+/// Checks that Grafana accepts the dashboards, and that each panel has a title, a unit and a
+/// description.
 #[test]
 fn dashboards_are_complete() -> Result<()> {
     let all = chart::dashboards()?;
@@ -78,7 +79,7 @@ fn dashboards_are_complete() -> Result<()> {
     Ok(())
 }
 
-/// What e2e/tests/observability/alerts.yaml says of each alert, by promtool.
+/// Runs promtool with the cases in e2e/tests/observability/alerts.yaml.
 #[test]
 fn alerts_fire_when_they_should_and_not_otherwise() -> Result<()> {
     let directory = tempfile::tempdir()?;

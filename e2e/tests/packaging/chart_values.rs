@@ -1,4 +1,4 @@
-//! Values of the chart: each is documented, and a wrong one is refused by name.
+//! Values of the chart: each is documented, and a wrong value is refused with its name.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -112,7 +112,7 @@ fn null_value_is_refused_by_name_or_renders() -> Result<()> {
     Ok(())
 }
 
-/// The JSON pointer of a value's path.
+/// Returns the JSON pointer of a value's path.
 fn pointer(path: &str) -> String {
     path.split('.').filter(|part| !part.is_empty()).map(|part| format!("/{part}")).collect()
 }

@@ -1,4 +1,4 @@
-//! The files of `agent/packaging` for managers of network interfaces, tested with these managers.
+//! Files in `agent/packaging` for managers of network interfaces, tested with these managers.
 
 use std::path::Path;
 use std::process::Command;
@@ -8,12 +8,12 @@ use anyhow::{Context as _, Result, ensure};
 use skein_lab::cargo::workspace;
 use skein_lab::process;
 
-/// Time limit of one run of the managers.
+/// Maximum time of one run of the managers.
 const RUN_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Makes one interface of each kind and a foreign one, and runs udev's link setup and
-/// systemd-networkd for 4 s in network and mount namespaces of their own. `$1`: `agent/packaging`.
-/// A catch-all file would configure every interface.
+/// Script that creates one interface of each kind and a foreign one, and runs udev's link setup and
+/// systemd-networkd for 4 s in their own network and mount namespaces. `$1` is `agent/packaging`. A
+/// catch-all file would configure every interface.
 const SCRIPT: &str = r#"
 set -e
 ip link set lo up
@@ -68,7 +68,7 @@ fn networkd_and_udev_leave_our_interfaces_unmanaged() -> Result<()> {
     Ok(())
 }
 
-/// NetworkManager itself is not run here: it needs a message bus.
+/// NetworkManager itself does not run here, because it needs a message bus.
 #[test]
 fn every_manager_is_told_of_the_same_interfaces() -> Result<()> {
     let names = ["skein0", "skp*", "sk-*"];
@@ -84,7 +84,7 @@ fn every_manager_is_told_of_the_same_interfaces() -> Result<()> {
     Ok(())
 }
 
-/// The command lines of a step of a workflow, by its name.
+/// Returns the command lines of the step with this name in a workflow.
 fn step(workflow: &str, name: &str) -> Result<String> {
     let begin = format!("- name: {name}\n");
     let (_, rest) = workflow.split_once(&begin).with_context(|| format!("no step {name}"))?;

@@ -1,5 +1,5 @@
-//! The container image: the same bytes from the same programs, and enough in it and around it for both
-//! processes of the agent.
+//! Container image: equal programs make equal images, and both processes of the agent run in it
+//! with the settings of the chart.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,7 +13,7 @@ use serde_json::Value;
 use skein_lab::{cgroup, process};
 use skein_lab::{chart, skein_image};
 
-/// Limit of the image's compressed size in bytes: each node pulls it before pods can start.
+/// Maximum compressed size of the image, bytes. Each node pulls it before pods can start.
 const MAX_COMPRESSED_LEN: u64 = 20_000_000;
 
 /// Returns the size of a file in bytes after compression by gzip, as registries store layers.
@@ -60,7 +60,7 @@ fn the_image_is_small_and_says_what_it_is() -> Result<()> {
     Ok(())
 }
 
-/// What containerd gives a container that asks for nothing.
+/// Capabilities that containerd gives a container by default.
 const DEFAULT_CAPABILITIES: [&str; 14] = [
     "CHOWN",
     "DAC_OVERRIDE",
@@ -78,8 +78,8 @@ const DEFAULT_CAPABILITIES: [&str; 14] = [
     "AUDIT_WRITE",
 ];
 
-/// `ctr run` with the rights, the mounts and the command of a container of the chart's DaemonSet, in
-/// the network of the machine.
+/// Returns a `ctr run` command with the rights, mounts and command of a container of the chart's
+/// DaemonSet, in the network of the machine.
 fn ctr_run(pod: &Value, name: &str, cgroup: &str) -> Result<String> {
     let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
@@ -111,8 +111,8 @@ fn ctr_run(pod: &Value, name: &str, cgroup: &str) -> Result<String> {
     Ok(format!("ctr -a /run/containerd.sock -n k8s.io run {}", words.join(" ")))
 }
 
-/// Both containers as the chart describes them, in a real runtime on a machine of their own; then a
-/// pod whose namespace is made later.
+/// Runs both containers of the chart in containerd in separate namespaces, and then adds a pod
+/// whose network namespace is created later.
 #[test]
 fn the_agent_runs_with_what_the_chart_gives_it() -> Result<()> {
     let archive = skein_image::build()?;
@@ -122,7 +122,8 @@ fn the_agent_runs_with_what_the_chart_gives_it() -> Result<()> {
     let objects = chart::rendered(&settings)?;
     let pod = &chart::object(&objects, "DaemonSet", "skein")?["spec"]["template"]["spec"];
     let cgroup = format!("skein-e2e-{}-image", std::process::id());
-    // The chart's own asks a cluster for records. The machine has no underlay to take the MTU from.
+    // The chart's configuration would read records from a cluster, and the MTU from an underlay,
+    // which this machine does not have.
     let config = "name = 'node-a'\nnodes = '/etc/skein/nodes.toml'\n\
         pod_cidrs = ['10.9.1.0/24', 'fd09::/64']\n[interface]\nmtu = 1440\n\
         [cni]\nenabled = true\nchain = []\nbin_dir = '/run/cni/bin'\nconf_dir = '/run/cni/net.d'\n";

@@ -1,4 +1,4 @@
-//! A node's key is changed while traffic goes on.
+//! Key rotation under traffic.
 
 use std::thread;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use skein_lab::agent::{Agent, Cluster, Record};
 use skein_lab::checks;
 use skein_lab::{Family, Plan};
 
-/// What becomes of sessions that the old key made, until the others give it up.
+/// Delay after each step, in which sessions of the old key are replaced.
 const SETTLE: Duration = Duration::from_secs(8);
 
 fn stage(agent: &Agent) -> Result<String> {
@@ -21,7 +21,7 @@ fn reaches_stage(agent: &Agent, wanted: &str) -> Result<()> {
     checks::eventually(wanted, checks::EVENT_TIMEOUT, || Ok(stage(agent)? == wanted)).map(drop)
 }
 
-/// The first node's key is changed, step by step, as an operator does it.
+/// Rotates the first node's key in the steps of an operator and returns its final record.
 fn change_key(agents: &mut [Agent]) -> Result<Record> {
     let asked = agents[0].run_command(&["rotate-key", "-o", "json"])?;
     ensure!(asked.code == 0, "{}", asked.stderr);
@@ -35,13 +35,13 @@ fn change_key(agents: &mut [Agent]) -> Result<Record> {
     let changed =
         Record { public_key: next, second_public_key: Some(old), ..agents[0].record.clone() };
     let done = Record { second_public_key: None, ..changed.clone() };
-    // The others first, this node last.
+    // The other nodes get each record before the node itself.
     for record in [announced, changed, done.clone()] {
         for agent in agents.iter().rev() {
             agent.put_record(&record)?;
             thread::sleep(Duration::from_millis(700));
         }
-        // Whatever the control process knows is on the disk.
+        // The control process keeps the state of the rotation on disk, so it survives a kill.
         agents[0].kill_control();
         agents[0].start()?;
         thread::sleep(SETTLE);
@@ -85,7 +85,7 @@ fn a_key_is_changed_without_a_lost_packet() -> Result<()> {
     let received = file.join()?;
     println!("the transfer's longest stall: {received:?}");
 
-    // The old key is good for nothing: neither here nor there.
+    // No file of the old key remains, and the new key is active.
     let files = std::fs::read_dir(agents[0].records_directory().parent().context("none")?)?;
     let names: Vec<_> = files.flatten().map(|entry| entry.file_name()).collect();
     ensure!(!names.iter().any(|name| name.to_string_lossy().contains(".key.")), "{names:?}");

@@ -1,4 +1,5 @@
-//! Attacks as fast as a core can send them, while established traffic goes on: with figures.
+//! Floods at the rate that one core can send, beside an established connection. The tests print
+//! figures.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
@@ -25,12 +26,13 @@ use crate::overheard::{
     recorded,
 };
 
-/// What is left of a transfer's speed beside an attack that takes a core of two, at the least.
+/// Minimum ratio of a transfer's speed during and without an attack that uses one of two cores.
 const LEFT: f64 = 0.1;
 
-/// So many datagrams of each class are sent, or as many as can be in that time.
+/// Datagrams of each class that are sent, unless [`AT_MOST`] has passed.
 const OF_EACH: u64 = 50_000;
 
+/// Maximum time of a class.
 const AT_MOST: Duration = Duration::from_secs(8);
 
 fn drops(metrics: &Metrics, reasons: &[&str]) -> f64 {
@@ -42,22 +44,23 @@ fn all_drops(metrics: &Metrics) -> f64 {
     metrics.sum("skein_drops_total", &["direction=\"ingress\""])
 }
 
-/// A connection that was there before the attacks, as fast as it goes.
+/// A connection at full speed that is established before the attacks.
 struct Established {
     transfer: Transfer,
     progress: Arc<FlowProgress>,
 }
 
-/// How it went on for a while.
+/// Progress of the connection over some time.
 struct Progress {
-    /// Megabytes a second.
+    /// Speed, megabytes per second.
     speed: f64,
-    /// The longest time without a byte.
+    /// Longest time without a byte.
     stall: Duration,
 }
 
 impl Progress {
-    /// In words; an error where it was next to nothing.
+    /// Describes the progress during an attack. Fails if the transfer almost stopped, compared with
+    /// its speed `alone`.
     fn beside(&self, alone: f64) -> Result<String> {
         let (speed, stall) = (self.speed, self.stall.as_secs_f64() * 1e3);
         let ratio = speed / alone;
@@ -80,7 +83,7 @@ impl Established {
         Ok(Self { transfer, progress })
     }
 
-    /// How it goes on while `work` is done.
+    /// Measures the progress while `work` runs.
     fn during<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<(Progress, T)> {
         self.progress.take_longest_pause();
         let (before, start) = (self.progress.bytes(), Instant::now());
@@ -90,7 +93,7 @@ impl Established {
         Ok((Progress { speed, stall: self.progress.take_longest_pause().max(lasting) }, done))
     }
 
-    /// How it goes on without an attack.
+    /// Returns the speed without an attack, megabytes per second.
     fn alone(&self) -> Result<f64> {
         let wait = || {
             thread::sleep(Duration::from_secs(3));
@@ -99,7 +102,7 @@ impl Established {
         Ok(self.during(wait)?.0.speed)
     }
 
-    /// It has lived through all, and every byte was right.
+    /// Ends the transfer, and checks that it did not break and that every byte was right.
     fn end(self) -> Result<()> {
         self.progress.stop();
         self.transfer.join().map(drop)
@@ -123,7 +126,7 @@ fn mutated_datagrams_at_line_rate_change_nothing_and_are_counted() -> Result<()>
 
     let stranger = lab.attach("stranger", 200)?;
     let sender = FloodSender::new(&stranger, listens(lab, 1)?)?;
-    // Spoofed sources: the listening port of the node whose session it is, and the port of the lane,
+    // Spoofed sources: the listening port of the session's other node, and the port of its lane,
     // whose datagrams GRO merges with the real ones.
     let sources = [listens(lab, 0)?, lane];
     let before_all = memory(victim)?;
@@ -166,7 +169,7 @@ fn mutated_datagrams_at_line_rate_change_nothing_and_are_counted() -> Result<()>
     checks::mixed_traffic(lab, 1 << 20)
 }
 
-/// Somebody on the path holds datagrams back and lets them go in another order.
+/// An attacker on the path delays datagrams and sends them in another order.
 #[test]
 fn datagrams_held_back_and_reordered_arrive_once() -> Result<()> {
     let plan = Plan { offloads: Offloads::Wire, ..Plan::default() };
@@ -182,7 +185,7 @@ fn datagrams_held_back_and_reordered_arrive_once() -> Result<()> {
     ))?;
     let (receiver, _, Overheard { datagrams: mut held, .. }) = recorded(lab, 500)?;
     switch.sh("nft delete table bridge held")?;
-    // With 28 bytes of headers inside, and 32 of the overlay's.
+    // 1000 bytes of payload, 28 of inner headers, and 32 of the overlay's header and tag.
     held.retain(|datagram| datagram[0] == DATA && datagram.len() == 1060);
     held.reverse();
     let stranger = lab.attach("stranger", 200)?;
@@ -192,7 +195,7 @@ fn datagrams_held_back_and_reordered_arrive_once() -> Result<()> {
     let replays = ["replayed", "replay_window"];
     for round in 0..3 {
         let before = drops(&fresh(&cluster.agents[1])?, &replays);
-        // Slowly: none of them may be lost.
+        // The low rate avoids losses.
         for part in held.chunks(50) {
             let all = part.len() as u64;
             sender.send(part, all, Duration::from_secs(1), |_| from)?;
@@ -209,7 +212,7 @@ fn datagrams_held_back_and_reordered_arrive_once() -> Result<()> {
     checks::all_reach_all(lab)
 }
 
-/// Initiations to the owner of a public key by nodes that no record knows: their first check is right.
+/// Returns initiations of unknown nodes to the owner of a public key. Their mac1 is right.
 fn initiations(to: &str, count: u16) -> Result<Vec<Vec<u8>>> {
     use base64::Engine as _;
     let key = base64::engine::general_purpose::STANDARD.decode(to)?;
@@ -238,8 +241,7 @@ fn initiations(to: &str, count: u16) -> Result<Vec<Vec<u8>>> {
     (0..count).map(one).collect()
 }
 
-/// Handshake and control messages that take no initiation to make: responses, cookie replies, and control
-/// messages of the session with this index, all forged.
+/// Returns forged responses, cookie replies, and control messages of the session with this index.
 fn other_messages(session: &[u8]) -> Vec<Vec<u8>> {
     let mut random = Pattern::new(5);
     let mut one = |kind, length| {
@@ -260,7 +262,7 @@ fn other_messages(session: &[u8]) -> Vec<Vec<u8>> {
     (0..700).flat_map(|_| lengths).map(|(kind, length)| one(kind, length)).collect()
 }
 
-/// Bytes that a machine has sent and received on its interface.
+/// Returns the bytes that a machine has sent and received on its interface.
 fn traffic(machine: &Netns) -> Result<(f64, f64)> {
     let text = machine.ip("-s -j link show eth0")?;
     let links: serde_json::Value = serde_json::from_str(&text)?;
@@ -268,7 +270,7 @@ fn traffic(machine: &Netns) -> Result<(f64, f64)> {
     Ok((bytes("tx")?, bytes("rx")?))
 }
 
-/// From 65536 addresses, each time another port; answers to all of them come to the stranger.
+/// The floods come from 65,536 addresses with changing ports. The attacker receives all answers.
 #[test]
 fn handshake_floods_leave_established_traffic_and_newcomers_alone() -> Result<()> {
     let cluster = Cluster::up(&Plan { nodes: 3, ..Plan::default() }, Family::V4)?;
@@ -281,7 +283,7 @@ fn handshake_floods_leave_established_traffic_and_newcomers_alone() -> Result<()
     let stranger = lab.attach("stranger", 200)?;
     stranger.ip("route add local 198.18.0.0/16 dev lo")?;
     lab.nodes[1].ns.ip("route add 198.18.0.0/16 via 192.0.2.200")?;
-    // Answers go to the port that an initiation names; nobody complains of them.
+    // Answers go to the port that an initiation names. This socket avoids ICMP errors.
     let sink = stranger.run(|| UdpSocket::bind(("0.0.0.0", PORT)))??;
     let sender = FloodSender::new(&stranger, listens(lab, 1)?)?;
     let known = initiations(&victim.record.public_key, 2000)?;
@@ -343,7 +345,7 @@ fn handshake_floods_leave_established_traffic_and_newcomers_alone() -> Result<()
             ensure!(counted("auth_failed") > 1000.0, "control messages are not counted");
         } else if datagrams == &known {
             ensure!(counted("handshake_cookie_required") > 1000.0, "no cookies");
-            // 64 a second, and those that had gathered.
+            // 64 per second, and the burst of the limiter.
             let most = 64.0 * (flood.seconds + 3.0);
             ensure!(counted("handshake_unknown_peer") < most, "more public-key operations");
         } else {
@@ -354,7 +356,7 @@ fn handshake_floods_leave_established_traffic_and_newcomers_alone() -> Result<()
 
     established.end()?;
 
-    // Two nodes that have never met, beside messages of all types.
+    // Two nodes without a session start a handshake during floods of all types.
     let all = [known, others].concat();
     let stop = AtomicBool::new(false);
     let joined = thread::scope(|scope| -> Result<_> {

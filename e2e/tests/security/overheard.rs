@@ -12,16 +12,19 @@ use skein_lab::load::pattern::Pattern;
 use skein_lab::load::udp;
 use skein_lab::{Family, Lab};
 
-/// Message types.
+/// Message type of handshake responses.
 pub(super) const RESPONSE: u8 = 2;
 
+/// Message type of cookie replies.
 pub(super) const COOKIE_REPLY: u8 = 3;
 
+/// Message type of data.
 pub(super) const DATA: u8 = 4;
 
+/// Message type of control messages.
 pub(super) const CONTROL: u8 = 5;
 
-/// What memory may differ by without anything having grown.
+/// Difference of memory that does not count as growth, bytes.
 pub(super) const NOISE: u64 = 8 << 20;
 
 pub(super) fn v4(address: IpAddr) -> Result<Ipv4Addr> {
@@ -31,19 +34,19 @@ pub(super) fn v4(address: IpAddr) -> Result<Ipv4Addr> {
     }
 }
 
-/// A node's listening address.
+/// Returns the address and port on which a node listens.
 pub(super) fn listens(lab: &Lab, node: usize) -> Result<SocketAddrV4> {
     Ok(SocketAddrV4::new(v4(lab.nodes[node].underlay(Family::V4))?, PORT))
 }
 
-/// Datagrams of the overlay that were captured, each once.
+/// Captured datagrams of the overlay, without duplicates.
 pub(super) struct Overheard {
     pub(super) datagrams: Vec<Vec<u8>>,
-    /// Where the last datagram with data came from: a lane's socket.
+    /// Source of the last datagram with data, the socket of a lane.
     pub(super) lane: SocketAddrV4,
 }
 
-/// Captures the datagrams of the overlay that go to an address while `work` is done.
+/// Captures the datagrams of the overlay to an address while `work` runs.
 pub(super) fn overheard(
     lab: &Lab,
     to: Ipv4Addr,
@@ -66,8 +69,8 @@ pub(super) fn overheard(
     Ok(Overheard { datagrams, lane: lane.context("no data was captured")? })
 }
 
-/// `count` datagrams of 1000 bytes from the first pod to the second, as the switch sees them; all that
-/// arrived is checked. The receiver goes on.
+/// Sends `count` datagrams of 1000 bytes from the first pod to the second and captures them at the
+/// switch. Returns the running receiver, the number of datagrams, and the capture.
 pub(super) fn recorded(lab: &Lab, count: u64) -> Result<(udp::Receiver, u64, Overheard)> {
     let (a, b) = (lab.pod(0), lab.pod(1));
     let at = SocketAddr::new(b.address(Family::V4), 7001);
@@ -79,13 +82,14 @@ pub(super) fn recorded(lab: &Lab, count: u64) -> Result<(udp::Receiver, u64, Ove
         sent = a.ns.run(|| udp::send(&UdpSocket::bind("0.0.0.0:0")?, at, load))??.0;
         Ok(())
     })?;
-    // A busy host may capture a few less.
+    // A capture on a busy host may miss a few datagrams.
     let datagrams = captured.datagrams.len() as u64;
     ensure!(datagrams >= sent * 9 / 10, "{datagrams} captured of {sent}");
     Ok((receiver, sent, captured))
 }
 
-/// What a stranger makes of real datagrams, and the reasons for which it may be dropped.
+/// Datagrams that an attacker derives from real ones, and the reasons for which they may be
+/// dropped.
 pub(super) struct Class {
     pub(super) name: &'static str,
     pub(super) reasons: &'static [&'static str],
@@ -99,7 +103,7 @@ pub(super) fn classes(real: &[Vec<u8>]) -> Vec<Class> {
         random.fill(&mut bytes);
         (u64::from_be_bytes(bytes) % below.max(1) as u64) as usize
     };
-    // A header that is right, with everything behind it invented.
+    // A valid header with random bytes after it.
     let forged = real.iter().map(|real| {
         let mut forged = real.clone();
         Pattern::new(number(usize::MAX) as u64).fill(&mut forged[16..]);
@@ -131,7 +135,7 @@ pub(super) fn classes(real: &[Vec<u8>]) -> Vec<Class> {
         class("truncated", &["auth_failed", "outer_header"], truncated),
         class(
             "bit-flipped",
-            // A bit of the header may make another type, lane or session of it.
+            // A flipped bit of the header may change the type, the lane or the session.
             &[
                 "auth_failed",
                 "outer_header",
@@ -146,7 +150,8 @@ pub(super) fn classes(real: &[Vec<u8>]) -> Vec<Class> {
     ]
 }
 
-/// Its metrics, with all that has happened until now: they are no older than a second.
+/// Waits until the metrics contain everything up to now, and returns them. The agent reads reports
+/// once per second.
 pub(super) fn fresh(agent: &Agent) -> Result<Metrics> {
     thread::sleep(Duration::from_millis(1200));
     agent.metrics()
