@@ -44,8 +44,8 @@ const READY_TIMEOUT: Duration = Duration::from_secs(60);
 /// Maximum time until the agent has a changed SkeinNode.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Text of the agent's log line about its first changes of the kernel.
-const READY_LOG_TEXT: &str = "changed: ";
+/// Text of the log line that the agent writes when its interface is configured.
+const READY_LOG_TEXT: &str = "interface configured: ";
 
 /// Text of the agent's log line about changed node records.
 const CHANGE_LOG_TEXT: &str = "node records have changed";
