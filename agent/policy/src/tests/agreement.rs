@@ -164,5 +164,5 @@ fn crowded_clusters_have_merged_rules_and_port_maps() {
         merged += usize::from(program.counters.values().any(is_merged));
         dispatched += usize::from(!program.port_maps.is_empty());
     }
-    assert!(merged > 0 && dispatched > 0, "{merged} with merged rules, {dispatched} with maps");
+    assert!(merged > 3 && dispatched > 3, "{merged} with merged rules, {dispatched} with maps");
 }

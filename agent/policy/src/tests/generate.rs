@@ -101,15 +101,22 @@ pub(super) fn cluster(size: Size) -> impl Strategy<Value = Cluster> {
     let namespaces = prop::collection::vec(labels(), 3);
     let pods = prop::collection::vec(pod(), 1..=size.pods);
     let nodes = prop::collection::vec(labels(), 2);
-    let network = prop::collection::vec(network_policy(size), 0..=size.network_policies);
+    let is_crowded = size.extra_ports > 0;
+    let least = if is_crowded { size.network_policies / 2 } else { 0 };
+    let network = prop::collection::vec(network_policy(size), least..=size.network_policies);
     let cluster = prop::collection::vec(cluster_policy(), 0..=size.cluster_policies);
     (namespaces, pods, nodes, network, cluster).prop_map(
-        |(namespaces, pods, nodes, network, cluster)| Cluster {
-            namespaces: namespaces.into_iter().enumerate().map(namespace).collect(),
-            pods: pods.into_iter().enumerate().map(finish_pod).collect(),
-            nodes: nodes.into_iter().enumerate().map(node).collect(),
-            network_policies: named(network),
-            cluster_policies: named(cluster),
+        move |(namespaces, mut pods, nodes, network, cluster)| {
+            if is_crowded {
+                pods[0]["metadata"]["namespace"] = json!(namespace_name(0));
+            }
+            Cluster {
+                namespaces: namespaces.into_iter().enumerate().map(namespace).collect(),
+                pods: pods.into_iter().enumerate().map(finish_pod).collect(),
+                nodes: nodes.into_iter().enumerate().map(node).collect(),
+                network_policies: named(network),
+                cluster_policies: named(cluster),
+            }
         },
     )
 }
