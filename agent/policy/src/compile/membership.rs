@@ -39,13 +39,19 @@ pub(crate) fn elements(inventory: &Inventory, set: &Set) -> BTreeSet<Element> {
     }
 }
 
-/// Returns the pods of the named namespaces, if all terms name one; otherwise all pods.
+/// Returns the pods of the namespaces that a term selects.
 fn candidates<'a>(inventory: &'a Inventory, terms: &[PodTerm]) -> Vec<(&'a PodId, &'a PodInfo)> {
-    let names: Option<BTreeSet<_>> = terms.iter().map(PodTerm::namespace).collect();
-    match names {
-        Some(names) => names.into_iter().flat_map(|name| inventory.pods_of(name)).collect(),
-        None => inventory.pods().collect(),
+    let mut pods = Vec::new();
+    // A namespace may be named before it is known.
+    let mut named: BTreeSet<_> = terms.iter().filter_map(PodTerm::namespace).collect();
+    for (namespace, labels) in inventory.namespaces() {
+        if terms.iter().any(|term| term.selects_namespace(namespace, Some(labels))) {
+            named.remove(namespace);
+            pods.extend(inventory.pods_of(namespace));
+        }
     }
+    pods.extend(named.into_iter().flat_map(|namespace| inventory.pods_of(namespace)));
+    pods
 }
 
 /// Returns the elements that a selected pod contributes to a set of pods or of named ports: those

@@ -177,6 +177,11 @@ impl Inventory {
         self.namespaces.get(name)
     }
 
+    /// Returns the known namespaces with their labels.
+    pub fn namespaces(&self) -> impl Iterator<Item = (&str, &Labels)> {
+        self.namespaces.iter().map(|(name, labels)| (name.as_str(), labels))
+    }
+
     /// Returns a pod of the pod network.
     pub fn pod(&self, id: &PodId) -> Option<&PodInfo> {
         self.pods.get(id)

@@ -44,13 +44,17 @@ impl PodTerm {
         namespace_labels: Option<&Labels>,
         labels: &Labels,
     ) -> bool {
-        let in_scope = match &self.namespaces {
-            NamespaceScope::Named(name) => name == namespace,
+        self.selects_namespace(namespace, namespace_labels) && matches(&self.pods, labels)
+    }
+
+    /// Returns whether the term selects pods of a namespace.
+    pub fn selects_namespace(&self, name: &str, labels: Option<&Labels>) -> bool {
+        match &self.namespaces {
+            NamespaceScope::Named(own) => own == name,
             NamespaceScope::Labelled(selector) => {
-                namespace_labels.is_some_and(|labels| matches(selector, labels))
+                labels.is_some_and(|labels| matches(selector, labels))
             }
-        };
-        in_scope && matches(&self.pods, labels)
+        }
     }
 }
 
