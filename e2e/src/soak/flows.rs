@@ -15,6 +15,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use super::Random;
 use skein_lab::load::pattern::{Pattern, WrongByte};
 use skein_lab::load::progress::FlowProgress;
+use skein_lab::load::retry_bind;
 use skein_lab::load::transfer::{self, Transfer};
 use skein_lab::load::udp::{self, Load, Receiver};
 use skein_lab::{Family, Lab, Pod};
@@ -216,7 +217,11 @@ impl Flow<'_> {
     }
 
     fn requests(&self) -> Result<()> {
-        let listener = self.to.ns.run(|| transfer::bind(self.address))?.context("binding")?;
+        let listener = self
+            .to
+            .ns
+            .run(|| retry_bind(|| TcpListener::bind(self.address)))?
+            .context("binding")?;
         let server = self.to.ns.spawn(move || serve(&listener));
         let stats = self.stats.clone();
         let address = self.address;

@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -144,7 +145,10 @@ pub(super) struct Terminal {
 
 impl Terminal {
     pub(super) fn open(directory: &Path, script: &str) -> Result<Self> {
-        let terminal = Self { socket: directory.join("tmux").to_string_lossy().into_owned() };
+        // A name of its own: the server of an earlier terminal may still be ending.
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("tmux-{}", NEXT.fetch_add(1, Ordering::Relaxed));
+        let terminal = Self { socket: directory.join(name).to_string_lossy().into_owned() };
         terminal.tmux(&["new-session", "-d", "-x", "110", "-y", "30", script])?;
         Ok(terminal)
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use skein_lab::agent::{Agent, Cluster};
 use skein_lab::cni::Runtime;
-use skein_lab::load::udp;
+use skein_lab::load::{retry_bind, udp};
 use skein_lab::{Family, Lab, Netns, Plan, Pod, checks};
 
 /// Port of the probes in this file.
@@ -138,7 +138,8 @@ pub(super) fn request(
     target: IpAddr,
 ) -> Result<Option<IpAddr>> {
     let timeout = Some(Duration::from_millis(300));
-    let receiver = at.run(move || UdpSocket::bind((target, PORT)))?.context("binding")?;
+    let receiver =
+        at.run(move || retry_bind(|| UdpSocket::bind((target, PORT))))?.context("binding")?;
     let sender = from.run(move || UdpSocket::bind((source, 0)))?.context("binding")?;
     receiver.set_read_timeout(timeout)?;
     sender.set_read_timeout(timeout)?;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use skein_lab::load::capture::Capture;
-use skein_lab::load::udp;
+use skein_lab::load::{retry_bind, udp};
 use skein_lab::{Family, Netns, checks, link};
 
 use crate::border::{Border, PORT, outside, request, source_of};
@@ -314,7 +314,7 @@ fn spoofed_source_in_fragments_is_dropped() -> Result<()> {
     let by = border.cluster.lab.nodes[0].underlay(Family::V4);
     outsider.ip(&format!("address add {source}/32 dev lo"))?;
     outsider.ip(&format!("route add {target}/32 via {by} src {source}"))?;
-    let receiver = border.pod(0).ns.run(|| UdpSocket::bind(("0.0.0.0", PORT)))??;
+    let receiver = border.pod(0).ns.run(|| retry_bind(|| UdpSocket::bind(("0.0.0.0", PORT))))??;
     receiver.set_read_timeout(Some(Duration::from_millis(300)))?;
     let sender = outsider.run(|| UdpSocket::bind("0.0.0.0:0"))??;
     for _ in 0..3 {

@@ -15,7 +15,7 @@ use skein_lab::link::{advertise_router, bridge, enslave, veth};
 use skein_lab::load::capture::Capture;
 use skein_lab::load::pattern::Pattern;
 use skein_lab::load::progress::FlowProgress;
-use skein_lab::load::udp;
+use skein_lab::load::{retry_bind, udp};
 use skein_lab::{Family, Netns, Offloads, Plan, Pod, Task};
 
 fn dropped(agent: &Agent, reason: &str) -> Result<f64> {
@@ -177,7 +177,7 @@ fn connection(
     arrived: &Arc<FlowProgress>,
 ) -> Result<Task<Instant>> {
     let at = SocketAddr::new(to.address(Family::V4), port);
-    let listener = to.ns.run(|| TcpListener::bind(at))??;
+    let listener = to.ns.run(|| retry_bind(|| TcpListener::bind(at)))??;
     let mut sender = from.ns.run(|| TcpStream::connect_timeout(&at, checks::EVENT_TIMEOUT))??;
     let (mut receiver, _) = listener.accept()?;
     thread::spawn(move || {

@@ -12,6 +12,10 @@ pub mod rr;
 pub mod transfer;
 pub mod udp;
 
+use std::io;
+use std::thread;
+use std::time::{Duration, Instant};
+
 /// Percentiles of a latency, microseconds.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Latency {
@@ -38,6 +42,24 @@ pub fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     let (low, high) = (values.len().checked_sub(1)? / 2, values.len() / 2);
     Some((values[low] + values[high]) / 2.0)
+}
+
+/// Calls `bind`, which binds a socket to a fixed port. Tries again for 30 s while the address is in
+/// use: between fork and exec, a process that another thread starts has a copy of an earlier
+/// socket.
+///
+/// # Errors
+/// If the address is still in use after 30 s, or cannot be bound for another reason.
+pub fn retry_bind<S>(bind: impl Fn() -> io::Result<S>) -> io::Result<S> {
+    let end = Instant::now() + Duration::from_secs(30);
+    loop {
+        match bind() {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < end => {
+                thread::sleep(Duration::from_millis(10));
+            }
+            result => return result,
+        }
+    }
 }
 
 #[cfg(test)]

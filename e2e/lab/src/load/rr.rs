@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
-use super::Latency;
+use super::{Latency, retry_bind};
 use crate::Netns;
 
 /// Result of a measurement.
@@ -25,7 +25,9 @@ pub struct Outcome {
 /// If the connection cannot be opened or fails, if a wrong byte comes back, or if no round trip was
 /// measured.
 pub fn run(client: &Netns, server: &Netns, to: SocketAddr, duration: Duration) -> Result<Outcome> {
-    let listener = server.run(|| TcpListener::bind(to))?.with_context(|| format!("bind {to}"))?;
+    let listener = server
+        .run(|| retry_bind(|| TcpListener::bind(to)))?
+        .with_context(|| format!("bind {to}"))?;
     let echo = server.spawn(move || {
         let (mut stream, _) = listener.accept()?;
         stream.set_nodelay(true)?;

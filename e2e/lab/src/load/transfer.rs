@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use super::pattern::{Pattern, WrongByte};
 use super::progress::FlowProgress;
+use super::retry_bind;
 use crate::{Netns, Task};
 
 /// Size of one write, bytes.
@@ -64,7 +65,9 @@ impl Transfer {
         progress: &Arc<FlowProgress>,
     ) -> Result<Self> {
         let seed = bytes ^ u64::from(to.port());
-        let listener = server.run(|| bind(to))?.with_context(|| format!("binding {to}"))?;
+        let listener = server
+            .run(|| retry_bind(|| TcpListener::bind(to)))?
+            .with_context(|| format!("binding {to}"))?;
         let (receives, sends) = (progress.clone(), progress.clone());
         let receiver = server.spawn(move || receive(&listener, seed, &receives));
         let sender = client.spawn(move || send(to, seed, bytes, per_second, &sends));
@@ -121,23 +124,6 @@ fn send(
         bail!("the receiver did not confirm the transfer");
     }
     Ok(sent)
-}
-
-/// Binds a listener. Tries again for 30 s while the address is in use: between fork and exec, a
-/// process that another thread starts has a copy of an earlier listener.
-///
-/// # Errors
-/// If the address is still in use after 30 s, or cannot be bound for another reason.
-pub fn bind(at: SocketAddr) -> std::io::Result<TcpListener> {
-    let end = Instant::now() + Duration::from_secs(30);
-    loop {
-        match TcpListener::bind(at) {
-            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse && Instant::now() < end => {
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            done => return done,
-        }
-    }
 }
 
 /// Connects. Tries again for 30 s, because the path may be interrupted.

@@ -14,6 +14,7 @@ use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 
 use super::pattern::Pattern;
 use super::progress::FlowProgress;
+use super::retry_bind;
 use crate::{Netns, Task};
 
 /// Interval between two bursts of a sender with a fixed rate.
@@ -88,7 +89,8 @@ pub fn source_seen(from: &Netns, at: &Netns, to: IpAddr) -> Result<IpAddr> {
 /// If a socket cannot be bound, or if a datagram cannot be sent.
 pub fn arrives(from: &Netns, at: &Netns, to: SocketAddr) -> Result<bool> {
     let any = unspecified(to);
-    let receiver = at.run(move || UdpSocket::bind((any, to.port())))?.context("binding")?;
+    let receiver =
+        at.run(move || retry_bind(|| UdpSocket::bind((any, to.port()))))?.context("binding")?;
     receiver.set_read_timeout(Some(Duration::from_millis(200)))?;
     let sender = from.run(move || bind_for(to))??;
     for _ in 0..5 {
@@ -137,7 +139,9 @@ impl Receiver {
         payload: usize,
         progress: &Arc<FlowProgress>,
     ) -> Result<Self> {
-        let socket = netns.run(|| UdpSocket::bind(at))?.with_context(|| format!("bind {at}"))?;
+        let socket = netns
+            .run(|| retry_bind(|| UdpSocket::bind(at)))?
+            .with_context(|| format!("bind {at}"))?;
         socket.set_read_timeout(Some(Duration::from_millis(50)))?;
         // The receive buffer must not be the cause of losses.
         set_socket_recv_buffer_size_force(&socket, 8 << 20).context("SO_RCVBUFFORCE")?;
